@@ -1,0 +1,1 @@
+//! References and helpers for the tests of this crate.

@@ -1,0 +1,84 @@
+//! Collectives: what is asked for ([`CollectiveCall`]) and the one trait ([`Collective`]) that every engine stands behind.
+//! Engines live in `collective/`. Imports `tensor`, `error` and `memory` views only.
+
+use std::fmt::Debug;
+use std::sync::Arc;
+
+use crate::tensor::Region;
+
+/// How partial values are combined.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum ReduceOp {
+    /// Addition.
+    Sum,
+    /// The larger value.
+    Max,
+}
+
+/// An ordered set of devices that call collectives together. Reductions go in this order: member 0 first.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Group {
+    /// Unique in a plan.
+    pub id: u32,
+    /// Ranks of the member devices in the session's mesh.
+    pub ranks: Vec<usize>,
+}
+
+/// One collective, as one member sees it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CollectiveCall {
+    /// Who takes part.
+    pub group: Arc<Group>,
+    /// Index of this member in `group.ranks`.
+    pub member: usize,
+    /// What is done.
+    pub kind: CollectiveKind,
+}
+
+/// What a collective does. Regions are of the whole tensor that the group shares, one for each member, in order;
+/// they may be empty or uneven, and split any dim.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum CollectiveKind {
+    /// `(x) -> (y)`, same shape everywhere; may be in place. Every member gets the same bits.
+    /// Each of n members takes in `(n-1) * own chunk + (all - own chunk)` elements, chunks being
+    /// [`crate::tensor::split_range`] of the flat tensor.
+    AllReduce {
+        /// How values are combined.
+        op: ReduceOp,
+    },
+    /// `(part) -> (whole)`: each member has its region and gets all.
+    AllGather {
+        /// What each member brings.
+        parts: Vec<Region>,
+    },
+    /// `(whole) -> (part)`: each member gets its region, combined over all members.
+    ReduceScatter {
+        /// How values are combined.
+        op: ReduceOp,
+        /// What each member gets.
+        parts: Vec<Region>,
+    },
+    /// `(part) -> (other part)`: each member has its region of `sources` and gets its region of `targets`; the first
+    /// member that holds an element gives it, a member's own copy being preferred.
+    AllToAll {
+        /// What each member brings.
+        sources: Vec<Region>,
+        /// What each member gets.
+        targets: Vec<Region>,
+    },
+    /// `(x) -> (y)`: every member gets the root's tensor.
+    Broadcast {
+        /// Member that gives.
+        root: usize,
+    },
+    /// `(x) -> ()`: point to point; returns when the receiver has it.
+    Send {
+        /// Member that receives.
+        to: usize,
+    },
+    /// `() -> (y)`.
+    Receive {
+        /// Member that sends.
+        from: usize,
+    },
+}

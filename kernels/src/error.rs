@@ -1,0 +1,76 @@
+//! The error of this crate. Imports nothing.
+
+/// What can go wrong below the actors.
+#[derive(Clone, Debug, thiserror::Error, PartialEq)]
+pub enum KernelError {
+    /// An op was given buffers it cannot work on: a bug of the planner, or of a custom kernel.
+    #[error("{op}: {what}: expected {expected}, got {got}")]
+    Arguments {
+        /// The op's name.
+        op: String,
+        /// Which argument, and what of it.
+        what: String,
+        /// What the op needs.
+        expected: String,
+        /// What it was given.
+        got: String,
+    },
+    /// Values that no valid program produces, such as a token id outside the vocabulary.
+    #[error("{op}: {what}")]
+    Data {
+        /// The op's name.
+        op: String,
+        /// What is wrong, with the numbers.
+        what: String,
+    },
+    /// A kernel panicked.
+    #[error("kernel {launch} of program {program} panicked: {message}")]
+    Panic {
+        /// Position and op.
+        launch: String,
+        /// Name of the program.
+        program: String,
+        /// The panic's text.
+        message: String,
+    },
+    /// The members of a collective do not agree on what they call.
+    #[error("collective mismatch in group {group}: member {member} calls {got}, others call {expected}")]
+    CollectiveMismatch {
+        /// Group id.
+        group: u32,
+        /// Member that disagrees.
+        member: usize,
+        /// What the first member to arrive calls.
+        expected: String,
+        /// What this one calls.
+        got: String,
+    },
+    /// The session was aborted while this was waiting.
+    #[error("aborted: {cause}")]
+    Aborted {
+        /// The first cause.
+        cause: String,
+    },
+    /// Memory could not be had.
+    #[error("device {device}: cannot allocate {bytes} bytes")]
+    OutOfMemory {
+        /// Rank of the device.
+        device: usize,
+        /// Bytes asked for.
+        bytes: usize,
+    },
+    /// A custom kernel failed.
+    #[error("custom kernel {name}: {message}")]
+    Custom {
+        /// The kernel's name.
+        name: String,
+        /// What it says.
+        message: String,
+    },
+    /// The stream has ended.
+    #[error("stream of device {device} is closed")]
+    Closed {
+        /// Rank of the device.
+        device: usize,
+    },
+}

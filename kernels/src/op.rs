@@ -1,0 +1,262 @@
+//! The operations a stream can be asked to launch, and the program that lists them.
+//! A backend dispatches on [`Op`] once per launch. Attributes are those of the local shard.
+//! Imports `tensor`, `collective` (the call's description) and nothing else of this crate.
+//!
+//! Shapes are row-major; `[..]` before the last dims stands for any number of leading dims.
+
+use std::fmt::Debug;
+use std::sync::Arc;
+
+use crate::collective::CollectiveCall;
+use crate::error::KernelError;
+use crate::tensor::{DType, Region};
+
+/// One operation. `reads` and `writes` are given in the order in which each variant's comment names them.
+#[derive(Clone, Debug)]
+pub enum Op {
+    /// Write `value` everywhere. `() -> (out)`
+    Fill {
+        /// The value.
+        value: f32,
+    },
+    /// `(x) -> (y)`, same number of elements, any dtype; shapes may differ (a reshape). Accumulates (f32).
+    Copy,
+    /// Copy `count`-shaped box out of `src` (a tensor of the read's shape) into `dst` (of the write's shape);
+    /// elements outside are left as they are. `(x) -> (y)`, any dtype. Accumulates (f32).
+    CopyRegion {
+        /// Box of the read tensor.
+        src: Region,
+        /// Box of the written tensor; same size as `src`.
+        dst: Region,
+    },
+    /// `(a, b) -> (y)`: `y = a + b`, b's shape being a suffix of a's (b is repeated over the leading dims).
+    Add,
+    /// `(x) -> (y)`: sums the leading dims of x away; y's shape is a suffix of x's. Accumulates.
+    SumLeading,
+    /// `(x) -> (y)`: `y = factor * x`.
+    Scale {
+        /// The factor.
+        factor: f32,
+    },
+    /// Product of two tensors over named index groups, see [`Einsum`]. `(a, b) -> (y)`. Accumulates.
+    Einsum(Einsum),
+    /// `(ids [..], table [v, c]) -> (y [.., c])`: row `ids - vocab_start` of the table; zeros where this shard does
+    /// not hold the row.
+    Embedding {
+        /// First row of the whole table that this shard holds.
+        vocab_start: usize,
+    },
+    /// `(ids [..], dy [.., c]) -> (dtable [v, c])`. Accumulates (rows are added in the order of the ids).
+    EmbeddingGrad {
+        /// As in `Embedding`.
+        vocab_start: usize,
+    },
+    /// `(x [.., c], weight [c]) -> (y [.., c], mean [..], rstd [..])`, without bias.
+    /// Ba, Kiros and Hinton 2016, <https://arxiv.org/abs/1607.06450>.
+    LayerNorm {
+        /// Added to the variance.
+        eps: f32,
+    },
+    /// `(dy, x, weight, mean, rstd) -> (dx, dweight)`. `dweight` accumulates; `dx` does not.
+    LayerNormGrad,
+    /// `(x) -> (y)`, exact: `x/2 (1 + erf(x / sqrt 2))`. <https://arxiv.org/abs/1606.08415>
+    Gelu,
+    /// `(dy, x) -> (dx)`.
+    GeluGrad,
+    /// Causal attention, scores never stored. `(q, k, v [b, t, h, d]) -> (o [b, t, h, d], lse [b, h, t])`, where `lse`
+    /// is the log of the sum of exponentials of each row of scaled scores.
+    /// Dao et al. 2022, <https://arxiv.org/abs/2205.14135>. Needs workspace: see [`Op::workspace_bytes`].
+    Attention {
+        /// Scores are multiplied by this, `1/sqrt(d)` as a rule.
+        scale: f32,
+    },
+    /// `(do, q, k, v, o, lse) -> (dq, dk, dv)`. Needs workspace.
+    AttentionGrad {
+        /// As in `Attention`.
+        scale: f32,
+    },
+    /// `(logits [.., v]) -> (max [..])`; `-inf` where v is 0.
+    RowMax,
+    /// `(logits [.., v], max [..], targets i32 [..]) -> (sum_exp [..], target [..])`: the sum over this shard's columns
+    /// of `exp(logit - max)`, and the target's logit, or 0 where this shard does not hold the target's column.
+    SumExpTarget {
+        /// First column of the whole vocabulary that this shard holds.
+        vocab_start: usize,
+    },
+    /// `(max [..], sum_exp [..], target [..]) -> (loss [])`: `scale * sum(max + ln(sum_exp) - target)`. Accumulates.
+    TokenLoss {
+        /// `1 / number of tokens` for a mean.
+        scale: f32,
+    },
+    /// `(dloss [], logits [.., v], max, sum_exp, targets) -> (dlogits)`:
+    /// `dloss * scale * (exp(logit - max) / sum_exp - [column == target])`.
+    CrossEntropyGrad {
+        /// As in `SumExpTarget`.
+        vocab_start: usize,
+        /// As in `TokenLoss`.
+        scale: f32,
+    },
+    /// `(x, rng i32 [2]) -> (y)`: `y = x / (1 - p)` where kept, else 0. The mask of an element depends only on `seed`,
+    /// on `rng = [step, first row of this micro-batch in the step's batch]` and on the element's place in the whole
+    /// tensor, so it is the same under every layout and number of micro-batches. Its own gradient, applied to dy.
+    Dropout {
+        /// Probability of zeroing an element.
+        p: f32,
+        /// Differs for each dropout in a model.
+        seed: u64,
+        /// Shape of the whole (logical) tensor of one micro-batch.
+        shape: Vec<usize>,
+        /// Where this shard's part starts in it.
+        start: Vec<usize>,
+    },
+    /// `(x) -> (out [n])`: adds the sum of the squares of x to `out[index]`, in f32 from a fixed-order f64 sum.
+    /// The other elements stay. Zero `out` with `Fill` first.
+    SumSquares {
+        /// Which element of `out`.
+        index: usize,
+    },
+    /// `(sums [n]) -> (scale [], norm [])`: `norm = sqrt(sum(sums))` (in order, f64), `scale = min(1, max_norm / (norm + 1e-6))`.
+    ClipScale {
+        /// Largest norm that is let through unscaled; infinity turns clipping off and leaves `scale` 1.
+        max_norm: f32,
+    },
+    /// AdamW with decoupled decay, <https://arxiv.org/abs/1711.05101>. All of one shape but `hyper` and `scale`.
+    /// `(grad, hyper [2] = [learning rate, step counted from 1], scale []) -> (param, m, v)`, the writes being updated in place.
+    /// `g = scale * grad; p *= 1 - lr * decay; m, v as usual; p -= lr / (1 - b1^t) * m / (sqrt(v / (1 - b2^t)) + eps)`.
+    AdamW {
+        /// Decay rate of the first moment.
+        beta1: f32,
+        /// Decay rate of the second moment.
+        beta2: f32,
+        /// Added to the denominator.
+        eps: f32,
+        /// Decoupled weight decay.
+        weight_decay: f32,
+    },
+    /// A collective over a group of devices; the stream waits in it until all have joined.
+    Collective(CollectiveCall),
+    /// A kernel from outside this crate.
+    Custom(Arc<dyn CustomKernel>),
+}
+
+/// A kernel from outside this crate. It runs on the stream's thread.
+pub trait CustomKernel: Debug + Send + Sync {
+    /// Shown in plans and errors.
+    fn name(&self) -> &str;
+    /// Runs on the CPU backend. Slices are those of the launch's buffers, in order; shapes are given beside them.
+    ///
+    /// # Errors
+    /// Whatever ends the session, with its cause.
+    fn run_cpu(&self, args: CpuArgs<'_>) -> Result<(), KernelError>;
+}
+
+/// Arguments of a custom kernel on the CPU backend.
+pub struct CpuArgs<'a> {
+    /// What the launch reads.
+    pub reads: Vec<CpuRead<'a>>,
+    /// What the launch writes.
+    pub writes: Vec<CpuWrite<'a>>,
+    /// True when the written values are to be added to what is there.
+    pub accumulate: bool,
+}
+
+/// A buffer that a custom kernel reads.
+pub struct CpuRead<'a> {
+    /// Extent of each dim.
+    pub shape: &'a [usize],
+    /// The elements.
+    pub data: CpuSlice<'a>,
+}
+
+/// Elements that are read.
+pub enum CpuSlice<'a> {
+    /// Floats.
+    F32(&'a [f32]),
+    /// Integers.
+    I32(&'a [i32]),
+}
+
+/// A buffer that a custom kernel writes.
+pub struct CpuWrite<'a> {
+    /// Extent of each dim.
+    pub shape: &'a [usize],
+    /// The elements.
+    pub data: CpuSliceMut<'a>,
+}
+
+/// Elements that are written.
+pub enum CpuSliceMut<'a> {
+    /// Floats.
+    F32(&'a mut [f32]),
+    /// Integers.
+    I32(&'a mut [i32]),
+}
+
+/// A product such as `"btc,hdc->bthd"`: each letter is an index. Letters in both operands and not in the result are
+/// summed. Restricted to what one matrix product can do without moving data: no index in all three, and the indices
+/// of each operand form two runs (rows and columns of a matrix, or its transpose).
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Einsum {
+    /// Letters of the first operand's dims.
+    pub a: String,
+    /// Letters of the second operand's dims.
+    pub b: String,
+    /// Letters of the result's dims.
+    pub out: String,
+}
+
+/// The matrix product that an [`Einsum`] on given shapes is: `out[m, n] = sum_k A[m, k] B[k, n]`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct GemmDims {
+    /// Rows of the result.
+    pub m: usize,
+    /// Columns of the result.
+    pub n: usize,
+    /// Length of the summed index.
+    pub k: usize,
+    /// The first operand is stored as `[k, m]`.
+    pub a_transposed: bool,
+    /// The second operand is stored as `[n, k]`.
+    pub b_transposed: bool,
+    /// The result is stored as `[n, m]`.
+    pub out_transposed: bool,
+}
+
+/// Where a launch's buffer lies: an offset from one of the bases that are bound when the program is submitted.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Buffer {
+    /// Index into the submission's bases.
+    pub base: usize,
+    /// Bytes from the base.
+    pub offset: usize,
+    /// Extent of each dim (of this device's part).
+    pub shape: Vec<usize>,
+    /// Element type.
+    pub dtype: DType,
+}
+
+/// One launch of a program.
+#[derive(Clone, Debug)]
+pub struct Launch {
+    /// What to do.
+    pub op: Op,
+    /// What it reads.
+    pub reads: Vec<Buffer>,
+    /// What it writes. A write may be the same buffer as a read only where the op says "in place" or is elementwise.
+    pub writes: Vec<Buffer>,
+    /// When true, a submission with `repeat` set adds to the op's accumulating write instead of overwriting it.
+    pub accumulate: bool,
+    /// Scratch memory, where [`Op::workspace_bytes`] asks for some.
+    pub workspace: Option<Buffer>,
+}
+
+/// What one action launches, in order, on one stream.
+#[derive(Clone, Debug, Default)]
+pub struct Program {
+    /// Shown in errors and traces.
+    pub name: String,
+    /// In stream order.
+    pub launches: Vec<Launch>,
+    /// `(n, tag)`: tell the submitter `tag` once the first n launches are done. Sorted by n.
+    pub signals: Vec<(usize, u32)>,
+}
