@@ -1,0 +1,261 @@
+//! Where tensors live: a [`Mesh`] of all devices with named axes, and [`Placement`]s, the parts of it that hold tensors.
+//! Imports nothing of this crate but `layout_error`.
+
+use std::fmt;
+
+use crate::layout_error::LayoutError;
+
+/// One axis of a mesh.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Axis {
+    /// Such as `data`, `tensor` or `stage`; unique in its mesh.
+    pub name: String,
+    /// Number of coordinates, 1 or more.
+    pub size: usize,
+}
+
+/// All devices of a session: ranks `0..device_count`, laid out row-major over named axes (the last axis varies fastest).
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Mesh {
+    whole: Placement,
+}
+
+impl Mesh {
+    /// A mesh with these axes.
+    ///
+    /// # Errors
+    /// When there is no axis, an axis has size 0, or a name is empty or occurs twice.
+    pub fn new(axes: &[(&str, usize)]) -> Result<Self, LayoutError> {
+        let devices = (0..axes.iter().map(|a| a.1).product()).collect();
+        if axes.is_empty() {
+            return Err(LayoutError::MeshSyntax { text: String::new(), part: String::new() });
+        }
+        Ok(Self { whole: Placement::of(devices, axes)? })
+    }
+
+    /// Reads `name=size,name=size`, such as `data=2,stage=2,tensor=2`.
+    ///
+    /// # Errors
+    /// When the text is not written so, or as [`Mesh::new`].
+    pub fn parse(text: &str) -> Result<Self, LayoutError> {
+        let mut axes = Vec::new();
+        for part in text.split(',') {
+            let syntax = || LayoutError::MeshSyntax { text: text.into(), part: part.trim().into() };
+            let (name, size) = part.split_once('=').ok_or_else(syntax)?;
+            let size = size.trim().parse().map_err(|_| syntax())?;
+            axes.push((name.trim(), size));
+        }
+        Self::new(&axes)
+    }
+
+    /// Number of devices: the product of the axes' sizes.
+    pub fn device_count(&self) -> usize {
+        self.whole.devices.len()
+    }
+
+    /// The axes, outermost first.
+    pub fn axes(&self) -> &[Axis] {
+        &self.whole.axes
+    }
+
+    /// Index of the axis of this name.
+    ///
+    /// # Errors
+    /// When there is none; the error names those there are.
+    pub fn axis(&self, name: &str) -> Result<usize, LayoutError> {
+        self.whole.axis(name)
+    }
+
+    /// All devices, with all axes.
+    pub fn whole(&self) -> Placement {
+        self.whole.clone()
+    }
+
+    /// The devices at this coordinate of this axis, with the other axes.
+    ///
+    /// # Errors
+    /// When there is no such axis or coordinate.
+    pub fn at(&self, axis: &str, coordinate: usize) -> Result<Placement, LayoutError> {
+        self.whole.at(axis, coordinate)
+    }
+}
+
+impl fmt::Display for Mesh {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.whole.axes_text())
+    }
+}
+
+/// An ordered set of devices, seen as a mesh with named axes. A placement without axes is one device.
+///
+/// A device's **index** is its position here; its **rank** is its number in the session's [`Mesh`].
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Placement {
+    axes: Vec<Axis>,
+    devices: Vec<usize>,
+}
+
+impl Placement {
+    /// These devices (ranks, row-major) over these axes.
+    ///
+    /// # Errors
+    /// When an axis has size 0, a name is empty or occurs twice, or there are not as many different devices as the axes say.
+    pub fn of(devices: Vec<usize>, axes: &[(&str, usize)]) -> Result<Self, LayoutError> {
+        let axes: Vec<Axis> = axes.iter().map(|&(name, size)| Axis { name: name.into(), size }).collect();
+        let placement = Self { axes, devices };
+        for (i, axis) in placement.axes.iter().enumerate() {
+            if axis.name.is_empty() {
+                return Err(LayoutError::MeshSyntax { text: placement.axes_text(), part: format!("={}", axis.size) });
+            }
+            if axis.size == 0 {
+                return Err(LayoutError::EmptyAxis { axis: axis.name.clone() });
+            }
+            if placement.axes[..i].iter().any(|a| a.name == axis.name) {
+                return Err(LayoutError::DuplicateAxis { axis: axis.name.clone() });
+            }
+        }
+        let expected = placement.axes.iter().map(|a| a.size).product();
+        let mut sorted = placement.devices.clone();
+        sorted.sort_unstable();
+        sorted.dedup();
+        if placement.devices.len() != expected || sorted.len() != expected {
+            let axes = placement.axes_text();
+            return Err(LayoutError::Devices { axes, expected, devices: placement.devices });
+        }
+        Ok(placement)
+    }
+
+    /// The axes, outermost first.
+    pub fn axes(&self) -> &[Axis] {
+        &self.axes
+    }
+
+    /// Ranks of the devices, row-major over the axes.
+    pub fn devices(&self) -> &[usize] {
+        &self.devices
+    }
+
+    /// Number of devices.
+    pub fn device_count(&self) -> usize {
+        self.devices.len()
+    }
+
+    /// Index of the axis of this name.
+    ///
+    /// # Errors
+    /// When there is none; the error names those there are.
+    pub fn axis(&self, name: &str) -> Result<usize, LayoutError> {
+        self.axes.iter().position(|a| a.name == name).ok_or_else(|| LayoutError::UnknownAxis {
+            axis: name.into(),
+            known: self.axes.iter().map(|a| a.name.clone()).collect(),
+        })
+    }
+
+    /// The devices at this coordinate of this axis, with the other axes.
+    ///
+    /// # Errors
+    /// When there is no such axis or coordinate.
+    pub fn at(&self, axis: &str, coordinate: usize) -> Result<Self, LayoutError> {
+        let position = self.axis(axis)?;
+        let size = self.axes[position].size;
+        if coordinate >= size {
+            return Err(LayoutError::Coordinate { axis: axis.into(), size, coordinate });
+        }
+        let here = |index: &usize| self.coords(*index)[position] == coordinate;
+        let devices = (0..self.devices.len()).filter(here).map(|i| self.devices[i]).collect();
+        let mut axes = self.axes.clone();
+        axes.remove(position);
+        Ok(Self { axes, devices })
+    }
+
+    /// Coordinates of the device at this index, one for each axis.
+    pub fn coords(&self, index: usize) -> Vec<usize> {
+        let mut rest = index;
+        let mut coords: Vec<usize> = self.axes.iter().rev().map(|a| (rest % a.size, rest /= a.size).0).collect();
+        coords.reverse();
+        coords
+    }
+
+    /// Index of the device of this rank, if it is here.
+    pub fn index_of(&self, device: usize) -> Option<usize> {
+        self.devices.iter().position(|&d| d == device)
+    }
+
+    /// The device indices, parted into groups that differ only along `axes` (axis indices). Groups come in the order of
+    /// their first members, and members in row-major order. Without axes, each device is a group.
+    pub fn group_indices(&self, axes: &[usize]) -> Vec<Vec<usize>> {
+        let mut groups: Vec<(Vec<usize>, Vec<usize>)> = Vec::new();
+        for index in 0..self.devices.len() {
+            let mut key = self.coords(index);
+            axes.iter().for_each(|&a| key[a] = 0);
+            match groups.iter_mut().find(|g| g.0 == key) {
+                Some(group) => group.1.push(index),
+                None => groups.push((key, vec![index])),
+            }
+        }
+        groups.into_iter().map(|g| g.1).collect()
+    }
+
+    /// As [`Placement::group_indices`], in ranks.
+    pub fn groups(&self, axes: &[usize]) -> Vec<Vec<usize>> {
+        let ranks = |group: Vec<usize>| group.into_iter().map(|i| self.devices[i]).collect();
+        self.group_indices(axes).into_iter().map(ranks).collect()
+    }
+
+    /// The axes as [`Mesh::parse`] reads them.
+    pub fn axes_text(&self) -> String {
+        self.axes.iter().map(|a| format!("{}={}", a.name, a.size)).collect::<Vec<_>>().join(",")
+    }
+}
+
+impl fmt::Display for Placement {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} on {:?}", self.axes_text(), self.devices)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ranks_are_row_major() {
+        let mesh = Mesh::parse("data=2, stage=3,tensor=2").unwrap();
+        assert_eq!(mesh.device_count(), 12);
+        assert_eq!(mesh.axis("stage"), Ok(1));
+        assert_eq!(mesh.whole().coords(7), [1, 0, 1]);
+        assert_eq!(mesh.to_string(), "data=2,stage=3,tensor=2");
+        let stage = mesh.at("stage", 1).unwrap();
+        assert_eq!(stage.devices(), [2, 3, 8, 9]);
+        assert_eq!(stage.axes_text(), "data=2,tensor=2");
+        assert_eq!(stage.index_of(8), Some(2));
+        assert_eq!(stage.index_of(0), None);
+        let one = stage.at("data", 1).unwrap().at("tensor", 0).unwrap();
+        assert_eq!((one.devices(), one.axes().len()), (&[8][..], 0));
+    }
+
+    #[test]
+    fn groups_part_the_devices() {
+        let place = Mesh::parse("a=2,b=2,c=2").unwrap().whole();
+        assert_eq!(place.groups(&[1]), [[0, 2], [1, 3], [4, 6], [5, 7]]);
+        assert_eq!(place.groups(&[0, 2]), [[0, 1, 4, 5], [2, 3, 6, 7]]);
+        assert_eq!(place.groups(&[2, 0]), place.groups(&[0, 2]));
+        assert_eq!(place.groups(&[]).len(), 8);
+        assert_eq!(place.groups(&[0, 1, 2]), [[0, 1, 2, 3, 4, 5, 6, 7]]);
+    }
+
+    #[test]
+    fn wrong_meshes_are_refused_with_the_cause() {
+        let text = |r: Result<Mesh, LayoutError>| r.unwrap_err().to_string();
+        assert_eq!(text(Mesh::parse("data=0")), "mesh axis data has size 0, must be 1 or more");
+        assert_eq!(text(Mesh::parse("data=2,data=3")), "mesh axis data is named twice");
+        for wrong in ["", "data", "data=x", "=2", "data=2,,tensor=2", "data=-1"] {
+            assert!(text(Mesh::parse(wrong)).contains("name=size"), "{wrong}");
+        }
+        let mesh = Mesh::new(&[("data", 2), ("tensor", 2)]).unwrap();
+        assert_eq!(mesh.axis("stage").unwrap_err().to_string(), "no mesh axis stage; there are: data, tensor");
+        assert_eq!(mesh.at("data", 2).unwrap_err().to_string(), "mesh axis data has size 2, no coordinate 2");
+        assert!(Placement::of(vec![0, 0], &[("data", 2)]).is_err());
+        assert!(Placement::of(vec![0], &[("data", 2)]).is_err());
+    }
+}

@@ -1,0 +1,297 @@
+//! Layouts: what each device of a placement holds of a tensor. `Split`, `Broadcast` or `Partial` for each mesh axis.
+//! Imports `placement`, `layout_error`, `sbp::region` and `shardflow_kernels`.
+//!
+//! SBP is from OneFlow, Yuan et al. 2021, <https://arxiv.org/abs/2110.15032>.
+
+pub mod region;
+pub mod rule;
+
+use std::fmt;
+
+use shardflow_kernels::collective::ReduceOp;
+use shardflow_kernels::tensor::{HostData, HostTensor, Region, split_range};
+
+use crate::layout_error::LayoutError;
+use crate::placement::Placement;
+use region::{copy_box, filled, take_box};
+
+/// How a tensor lies along one mesh axis.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Sbp {
+    /// Each coordinate holds its part of this dim, as [`split_range`] cuts it.
+    Split(usize),
+    /// Each coordinate holds all, bit for bit the same.
+    Broadcast,
+    /// Each coordinate holds a term of all elements; the tensor is the terms combined.
+    Partial(ReduceOp),
+}
+
+impl Sbp {
+    /// True for [`Sbp::Partial`].
+    pub fn is_partial(self) -> bool {
+        matches!(self, Self::Partial(_))
+    }
+
+    fn parse(text: &str) -> Option<Self> {
+        match text {
+            "B" => Some(Self::Broadcast),
+            "P" => Some(Self::Partial(ReduceOp::Sum)),
+            "Pmax" => Some(Self::Partial(ReduceOp::Max)),
+            _ => text.strip_prefix('S')?.parse().ok().map(Self::Split),
+        }
+    }
+}
+
+impl fmt::Display for Sbp {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Split(dim) => write!(f, "S{dim}"),
+            Self::Broadcast => f.write_str("B"),
+            Self::Partial(ReduceOp::Sum) => f.write_str("P"),
+            Self::Partial(ReduceOp::Max) => f.write_str("Pmax"),
+        }
+    }
+}
+
+/// One [`Sbp`] for each axis of a placement. Where two axes split one dim, the later axis splits the parts of the earlier.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct NdSbp(pub Vec<Sbp>);
+
+impl NdSbp {
+    /// The same along each of `axes` axes.
+    pub fn uniform(sbp: Sbp, axes: usize) -> Self {
+        Self(vec![sbp; axes])
+    }
+
+    /// All of the tensor on every device.
+    pub fn broadcast(axes: usize) -> Self {
+        Self::uniform(Sbp::Broadcast, axes)
+    }
+
+    /// Reads `(S0, B)`, `S0,B` or, for a placement without axes, `()`.
+    ///
+    /// # Errors
+    /// When an entry is none of `S<dim>`, `B`, `P` (sum) and `Pmax`.
+    pub fn parse(text: &str) -> Result<Self, LayoutError> {
+        let inner = text.trim();
+        let inner = inner.strip_prefix('(').and_then(|t| t.strip_suffix(')')).unwrap_or(inner).trim();
+        if inner.is_empty() {
+            return Ok(Self(Vec::new()));
+        }
+        let syntax = |part: &str| LayoutError::LayoutSyntax { text: text.into(), part: part.into() };
+        let entry = |part: &str| Sbp::parse(part.trim()).ok_or_else(|| syntax(part.trim()));
+        Ok(Self(inner.split(',').map(entry).collect::<Result<_, _>>()?))
+    }
+
+    /// The reduction that makes the tensor whole, if an axis is `Partial`.
+    pub fn partial(&self) -> Option<ReduceOp> {
+        self.0.iter().find_map(|sbp| match sbp {
+            Sbp::Partial(op) => Some(*op),
+            _ => None,
+        })
+    }
+
+    /// This layout with `Broadcast` for each `Partial`: what reducing it leaves.
+    pub fn reduced(&self) -> Self {
+        let reduce = |&sbp: &Sbp| if sbp.is_partial() { Sbp::Broadcast } else { sbp };
+        Self(self.0.iter().map(reduce).collect())
+    }
+
+    /// Checks that this layout can be a tensor's of this shape here.
+    ///
+    /// # Errors
+    /// When there is not one entry for each axis, a split dim does not exist, or two axes are `Partial` under different
+    /// reductions (a sum of maxima is not a maximum of sums, so such a tensor would depend on the order).
+    pub fn check(&self, shape: &[usize], placement: &Placement) -> Result<(), LayoutError> {
+        let axes = placement.axes();
+        let mut why = None;
+        if self.0.len() != axes.len() {
+            why = Some(format!("{} entries for {} mesh axes", self.0.len(), axes.len()));
+        }
+        for sbp in &self.0 {
+            match *sbp {
+                Sbp::Split(dim) if dim >= shape.len() => why = Some(format!("no dim {dim}")),
+                Sbp::Partial(op) if self.partial() != Some(op) => why = Some("two different reductions".into()),
+                _ => {}
+            }
+        }
+        let fail = |why| LayoutError::Layout {
+            layout: self.to_string(),
+            shape: shape.to_vec(),
+            mesh: placement.axes_text(),
+            why,
+        };
+        why.map_or(Ok(()), |why| Err(fail(why)))
+    }
+}
+
+impl fmt::Display for NdSbp {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let entries: Vec<String> = self.0.iter().map(Sbp::to_string).collect();
+        write!(f, "({})", entries.join(", "))
+    }
+}
+
+/// What the device at `index` holds of a tensor of this shape. Under `Partial` that is a term of each element, so the
+/// region is as for `Broadcast`. Parts may be uneven and empty. The layout must have passed [`NdSbp::check`].
+pub fn local_region(shape: &[usize], layout: &NdSbp, placement: &Placement, index: usize) -> Region {
+    let mut region = Region::whole(shape);
+    let coords = placement.coords(index);
+    for ((sbp, axis), &coordinate) in layout.0.iter().zip(placement.axes()).zip(&coords) {
+        if let Sbp::Split(dim) = *sbp {
+            let part = split_range(region.size[dim], axis.size, coordinate);
+            region.start[dim] += part.start;
+            region.size[dim] = part.len();
+        }
+    }
+    region
+}
+
+/// Parts a tensor into one shard for each device, by index. Under `Partial(Sum)` the value lies at coordinate 0 and zeros
+/// elsewhere; under `Partial(Max)` every coordinate holds a copy.
+///
+/// # Errors
+/// When the layout does not fit the shape and placement, or an integer tensor is to be `Partial`.
+pub fn scatter(whole: &HostTensor, layout: &NdSbp, placement: &Placement) -> Result<Vec<HostTensor>, LayoutError> {
+    layout.check(&whole.shape, placement)?;
+    refuse_integer_partial(whole, layout, placement)?;
+    let shard = |index: usize| {
+        let region = local_region(&whole.shape, layout, placement, index);
+        let term = layout.0.iter().zip(placement.coords(index));
+        let is_zero = term.into_iter().any(|(&sbp, c)| sbp == Sbp::Partial(ReduceOp::Sum) && c > 0);
+        if is_zero { filled(&region.size, whole.dtype(), 0.0) } else { take_box(whole, &region) }
+    };
+    Ok((0..placement.device_count()).map(shard).collect())
+}
+
+/// As [`scatter`], but a `Partial` tensor's terms differ and are all alive: small whole numbers drawn from `seed`, the
+/// last term along each partial axis making up the value (for `Max`: a random term holds it, the others hold less).
+/// So a reduction that loses or doubles a term shows. Exact while the values are whole numbers below about 2^20.
+///
+/// # Errors
+/// As [`scatter`].
+pub fn scatter_random_terms(
+    whole: &HostTensor,
+    layout: &NdSbp,
+    placement: &Placement,
+    seed: u64,
+) -> Result<Vec<HostTensor>, LayoutError> {
+    layout.check(&whole.shape, placement)?;
+    refuse_integer_partial(whole, layout, placement)?;
+    let (Some(op), Some(values)) = (layout.partial(), whole.as_f32()) else {
+        return scatter(whole, layout, placement);
+    };
+    let partial_axes: Vec<usize> = (0..layout.0.len()).filter(|&a| layout.0[a].is_partial()).collect();
+    let mut terms_at = vec![whole.clone(); placement.device_count()];
+    // Devices that differ only along the partial axes share the terms of an element. Other groups hold other elements, or
+    // copies, which must be bit-equal: so each group starts from the same seed.
+    for group in placement.group_indices(&partial_axes) {
+        let mut state = seed;
+        for (element, &value) in values.iter().enumerate() {
+            let terms = random_terms(value, op, group.len(), &mut state);
+            for (&index, term) in group.iter().zip(terms) {
+                if let HostData::F32(data) = &mut terms_at[index].data {
+                    data[element] = term;
+                }
+            }
+        }
+    }
+    let shard =
+        |(index, term): (usize, &HostTensor)| take_box(term, &local_region(&whole.shape, layout, placement, index));
+    Ok(terms_at.iter().enumerate().map(shard).collect())
+}
+
+fn random_terms(value: f32, op: ReduceOp, count: usize, state: &mut u64) -> Vec<f32> {
+    let mut next = || {
+        // The linear congruential generator of Knuth's MMIX.
+        *state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (*state >> 33) as usize
+    };
+    match op {
+        ReduceOp::Sum => {
+            let mut terms: Vec<f32> = (1..count).map(|_| (next() % 64) as f32 - 32.0).collect();
+            terms.push(value - terms.iter().sum::<f32>());
+            terms
+        }
+        ReduceOp::Max => {
+            let mut terms: Vec<f32> = (0..count).map(|_| value - 1.0 - (next() % 64) as f32).collect();
+            let holder = next() % count;
+            terms[holder] = value;
+            terms
+        }
+    }
+}
+
+/// Puts the shards (by index) of a tensor of this shape together: `Partial` terms are combined in row-major order of
+/// the devices, and of a `Broadcast` the copy at coordinate 0 is taken.
+///
+/// # Errors
+/// When the layout does not fit, a shard's shape or type is not what it asks for, or copies under `Broadcast` are not
+/// bit-equal.
+pub fn gather(
+    shards: &[HostTensor],
+    shape: &[usize],
+    layout: &NdSbp,
+    placement: &Placement,
+) -> Result<HostTensor, LayoutError> {
+    layout.check(shape, placement)?;
+    let wrong = |index: usize, expected: String, got: String| LayoutError::Shard {
+        index,
+        shape: shape.to_vec(),
+        layout: layout.to_string(),
+        expected,
+        got,
+    };
+    if shards.len() != placement.device_count() {
+        return Err(wrong(shards.len(), format!("{} shards", placement.device_count()), shards.len().to_string()));
+    }
+    for (index, shard) in shards.iter().enumerate() {
+        let size = local_region(shape, layout, placement, index).size;
+        if (&shard.shape, shard.dtype()) != (&size, shards[0].dtype()) {
+            let text = |shape: &[usize], dtype| format!("{dtype:?} {shape:?}");
+            return Err(wrong(index, text(&size, shards[0].dtype()), text(&shard.shape, shard.dtype())));
+        }
+    }
+    refuse_integer_partial(&shards[0], layout, placement)?;
+    let axes_with = |f: fn(Sbp) -> bool| (0..layout.0.len()).filter(|&a| f(layout.0[a])).collect::<Vec<_>>();
+    for group in placement.group_indices(&axes_with(|sbp| sbp == Sbp::Broadcast)) {
+        for &index in &group[1..] {
+            if !region::same_bits(&shards[index], &shards[group[0]]) {
+                let first = format!("the same bits as shard {}", group[0]);
+                return Err(wrong(index, first, "others".into()));
+            }
+        }
+    }
+    let mut whole = filled(shape, shards[0].dtype(), 0.0);
+    let at_zero = |index: usize| {
+        let mut entries = layout.0.iter().zip(placement.coords(index));
+        entries.all(|(&sbp, coordinate)| sbp != Sbp::Broadcast || coordinate == 0)
+    };
+    for group in placement.group_indices(&axes_with(Sbp::is_partial)) {
+        if !at_zero(group[0]) {
+            continue;
+        }
+        let mut sum = shards[group[0]].clone();
+        for &index in &group[1..] {
+            region::combine(&mut sum, &shards[index], layout.partial().unwrap_or(ReduceOp::Sum));
+        }
+        let target = local_region(shape, layout, placement, group[0]);
+        copy_box(&sum, &Region::whole(&sum.shape), &mut whole, &target);
+    }
+    Ok(whole)
+}
+
+fn refuse_integer_partial(tensor: &HostTensor, layout: &NdSbp, placement: &Placement) -> Result<(), LayoutError> {
+    if tensor.as_i32().is_some() && layout.partial().is_some() {
+        return Err(LayoutError::Layout {
+            layout: layout.to_string(),
+            shape: tensor.shape.clone(),
+            mesh: placement.axes_text(),
+            why: "integers cannot be partial".into(),
+        });
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests;

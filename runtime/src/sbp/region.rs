@@ -1,0 +1,86 @@
+//! Boxes of tensors in host memory: cut out, put in, combined. What layouts and the reference interpreter of boxing are
+//! made of; devices have their own kernels. Imports `shardflow_kernels::tensor`.
+
+use shardflow_kernels::collective::ReduceOp;
+use shardflow_kernels::tensor::{DType, HostData, HostTensor, Region, element_count};
+
+/// A tensor with one value everywhere.
+pub fn filled(shape: &[usize], dtype: DType, value: f32) -> HostTensor {
+    match dtype {
+        DType::F32 => HostTensor::f32(shape, vec![value; element_count(shape)]),
+        DType::I32 => HostTensor::i32(shape, vec![value as i32; element_count(shape)]),
+    }
+}
+
+/// A box of a tensor, as a tensor.
+pub fn take_box(tensor: &HostTensor, region: &Region) -> HostTensor {
+    let mut out = filled(&region.size, tensor.dtype(), 0.0);
+    copy_box(tensor, region, &mut out, &Region::whole(&region.size));
+    out
+}
+
+/// Copies the box `from` of `src` to the box `to` of `dst`; the rest of `dst` stays.
+///
+/// # Panics
+/// When the boxes differ in size, lie outside, or the tensors differ in type: a bug of the planner.
+pub fn copy_box(src: &HostTensor, from: &Region, dst: &mut HostTensor, to: &Region) {
+    assert_eq!(from.size, to.size, "boxes differ in size");
+    let rows = rows(&src.shape, from).zip(rows(&dst.shape, to));
+    let width = from.size.last().copied().unwrap_or(1);
+    match (&src.data, &mut dst.data) {
+        (HostData::F32(s), HostData::F32(d)) => {
+            rows.for_each(|(a, b)| d[b..b + width].copy_from_slice(&s[a..a + width]));
+        }
+        (HostData::I32(s), HostData::I32(d)) => {
+            rows.for_each(|(a, b)| d[b..b + width].copy_from_slice(&s[a..a + width]));
+        }
+        _ => panic!("tensors differ in type"),
+    }
+}
+
+/// `sum = sum op term`, element by element. Integers, which are never partial, stay.
+pub fn combine(sum: &mut HostTensor, term: &HostTensor, op: ReduceOp) {
+    if let (HostData::F32(sum), HostData::F32(term)) = (&mut sum.data, &term.data) {
+        for (s, t) in sum.iter_mut().zip(term) {
+            *s = match op {
+                ReduceOp::Sum => *s + t,
+                ReduceOp::Max => s.max(*t),
+            };
+        }
+    }
+}
+
+/// True when two tensors agree in shape, type and every bit.
+pub fn same_bits(a: &HostTensor, b: &HostTensor) -> bool {
+    let same = match (&a.data, &b.data) {
+        (HostData::F32(a), HostData::F32(b)) => a.iter().map(|x| x.to_bits()).eq(b.iter().map(|x| x.to_bits())),
+        (HostData::I32(a), HostData::I32(b)) => a == b,
+        _ => false,
+    };
+    same && a.shape == b.shape
+}
+
+/// True when `inner` lies within `outer`; an empty region lies within any.
+pub fn contains(outer: &Region, inner: &Region) -> bool {
+    inner.is_empty() || outer.intersect(inner).as_ref() == Some(inner)
+}
+
+/// Offsets at which the rows of a box start in a tensor of this shape, a row being a run of the last dim.
+fn rows(shape: &[usize], region: &Region) -> impl Iterator<Item = usize> {
+    let outer = region.size.len().saturating_sub(1);
+    let count = if region.is_empty() { 0 } else { element_count(&region.size[..outer]) };
+    let (shape, region) = (shape.to_vec(), region.clone());
+    (0..count).map(move |row| {
+        let (mut rest, mut stride, mut offset) = (row, 1, 0);
+        for d in (0..shape.len()).rev() {
+            let mut within = 0;
+            if d < outer {
+                within = rest % region.size[d];
+                rest /= region.size[d];
+            }
+            offset += (region.start[d] + within) * stride;
+            stride *= shape[d];
+        }
+        offset
+    })
+}

@@ -1,0 +1,372 @@
+//! One factor rule an op: which index of which operand is which. Signatures and shapes follow from it.
+//! Imports `sbp` and `layout_error`.
+//!
+//! A rule is written like an einsum, `"btc,vc->btv"`: each letter is a **factor**, an index over which the op works. Along
+//! one mesh axis an op may
+//! 1. split one factor: operands that have it are `Split` there, inputs without it are `Broadcast`, and outputs without it
+//!    (it is contracted) are `Partial`;
+//! 2. be done by all: `Broadcast` everywhere;
+//! 3. pass terms through, if it is linear: some inputs `Partial(Sum)`, the others `Broadcast`, all outputs `Partial(Sum)`.
+
+use std::fmt;
+
+use shardflow_kernels::collective::ReduceOp;
+
+use super::{NdSbp, Sbp};
+use crate::layout_error::LayoutError;
+
+/// The layouts of an op's operands along one mesh axis.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Signature {
+    /// One for each input.
+    pub inputs: Vec<Sbp>,
+    /// One for each output.
+    pub outputs: Vec<Sbp>,
+}
+
+/// The layouts of an op's operands on a placement.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct NdSignature {
+    /// One for each input.
+    pub inputs: Vec<NdSbp>,
+    /// One for each output.
+    pub outputs: Vec<NdSbp>,
+}
+
+impl NdSignature {
+    fn of(entries: &[&Signature]) -> Self {
+        let operands = |side: fn(&Signature) -> &[Sbp]| {
+            let count = entries.first().map_or(0, |s| side(s).len());
+            (0..count).map(|i| NdSbp(entries.iter().map(|s| side(s)[i]).collect())).collect()
+        };
+        Self { inputs: operands(|s| &s.inputs), outputs: operands(|s| &s.outputs) }
+    }
+
+    fn mixes_reductions(&self) -> bool {
+        let mixed =
+            |layout: &NdSbp| layout.0.iter().any(|s| s.is_partial() && layout.partial().map(Sbp::Partial) != Some(*s));
+        self.inputs.iter().chain(&self.outputs).any(mixed)
+    }
+}
+
+impl fmt::Display for NdSignature {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let list = |all: &[NdSbp]| all.iter().map(NdSbp::to_string).collect::<Vec<_>>().join(", ");
+        write!(f, "{} -> {}", list(&self.inputs), list(&self.outputs))
+    }
+}
+
+/// The factor rule of an op. See the module for what it means.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Rule {
+    inputs: Vec<Vec<char>>,
+    outputs: Vec<Vec<char>>,
+    fixed: Vec<char>,
+    reduce: Vec<(char, ReduceOp)>,
+    linear: Vec<Vec<usize>>,
+    sizes: Vec<(char, usize)>,
+}
+
+impl Rule {
+    /// Reads `"btc,c->btc,bt,bt"`: inputs, arrow, outputs. An empty operand is a scalar, so `"bt->"` has one scalar output;
+    /// for an op without inputs see [`Rule::new`].
+    ///
+    /// # Errors
+    /// When there is no arrow, or as [`Rule::new`].
+    pub fn parse(text: &str) -> Result<Self, LayoutError> {
+        let no_arrow = || LayoutError::Rule { text: text.into(), why: "no arrow, write inputs->outputs".into() };
+        let (inputs, outputs) = text.split_once("->").ok_or_else(no_arrow)?;
+        let operands = |list: &'_ str| list.split(',').map(|o| o.trim().to_owned()).collect::<Vec<_>>();
+        Self::new(&operands(inputs), &operands(outputs))
+    }
+
+    /// A rule from the letters of each input and output.
+    ///
+    /// # Errors
+    /// When an operand holds anything but ASCII letters, or one letter twice.
+    pub fn new(inputs: &[impl AsRef<str>], outputs: &[impl AsRef<str>]) -> Result<Self, LayoutError> {
+        let letters =
+            |operands: &[_]| -> Vec<Vec<char>> { operands.iter().map(|o: &String| o.chars().collect()).collect() };
+        let inputs: Vec<String> = inputs.iter().map(|o| o.as_ref().to_owned()).collect();
+        let outputs: Vec<String> = outputs.iter().map(|o| o.as_ref().to_owned()).collect();
+        let rule = Self {
+            inputs: letters(&inputs),
+            outputs: letters(&outputs),
+            fixed: Vec::new(),
+            reduce: Vec::new(),
+            linear: Vec::new(),
+            sizes: Vec::new(),
+        };
+        for operand in rule.inputs.iter().chain(&rule.outputs) {
+            for (i, letter) in operand.iter().enumerate() {
+                if !letter.is_ascii_alphabetic() {
+                    return Err(rule.wrong(format!("{letter:?} is not a letter")));
+                }
+                if operand[..i].contains(letter) {
+                    return Err(rule.wrong(format!("{letter} occurs twice in one operand")));
+                }
+            }
+        }
+        Ok(rule)
+    }
+
+    /// These factors may not be split: the op needs all of each (a norm's channels, say).
+    ///
+    /// # Errors
+    /// When a letter occurs in no operand.
+    pub fn fixed(mut self, letters: &str) -> Result<Self, LayoutError> {
+        letters.chars().try_for_each(|letter| self.known(letter))?;
+        self.fixed.extend(letters.chars());
+        Ok(self)
+    }
+
+    /// Splitting this factor where it is contracted leaves terms to be combined by `op`; without this, by `Sum`.
+    ///
+    /// # Errors
+    /// When the letter occurs in no operand.
+    pub fn reduce(mut self, letter: char, op: ReduceOp) -> Result<Self, LayoutError> {
+        self.known(letter)?;
+        self.reduce.push((letter, op));
+        Ok(self)
+    }
+
+    /// The op is jointly linear in the inputs of each of these sets: `f(x + x', y) = f(x, y) + f(x', y)` for `[0]`,
+    /// `f(x + x', y + y') = f(x, y) + f(x', y')` for `[0, 1]`.
+    ///
+    /// # Errors
+    /// When a set is empty or names an input that there is not.
+    pub fn linear(mut self, sets: &[&[usize]]) -> Result<Self, LayoutError> {
+        for set in sets {
+            if set.is_empty() || set.iter().any(|&i| i >= self.inputs.len()) {
+                return Err(self.wrong(format!("linear in inputs {set:?}, but there are {}", self.inputs.len())));
+            }
+            self.linear.push(set.to_vec());
+        }
+        Ok(self)
+    }
+
+    /// Gives the size of a factor that is in no input.
+    ///
+    /// # Errors
+    /// When the letter occurs in no operand.
+    pub fn size(mut self, letter: char, size: usize) -> Result<Self, LayoutError> {
+        self.known(letter)?;
+        self.sizes.push((letter, size));
+        Ok(self)
+    }
+
+    /// Number of inputs.
+    pub fn input_count(&self) -> usize {
+        self.inputs.len()
+    }
+
+    /// Number of outputs.
+    pub fn output_count(&self) -> usize {
+        self.outputs.len()
+    }
+
+    /// All factors, in order of first appearance, inputs first.
+    pub fn factors(&self) -> Vec<char> {
+        let mut factors = Vec::new();
+        for &letter in self.inputs.iter().chain(&self.outputs).flatten() {
+            if !factors.contains(&letter) {
+                factors.push(letter);
+            }
+        }
+        factors
+    }
+
+    /// Signatures along one mesh axis, in a fixed order: split factors by first appearance, all `Broadcast`, linear ones.
+    pub fn signatures_1d(&self) -> Vec<Signature> {
+        let may_split = self.factors().into_iter().filter(|f| !self.fixed.contains(f));
+        let mut all: Vec<Signature> = may_split.map(|factor| self.split(factor)).collect();
+        all.push(Signature {
+            inputs: vec![Sbp::Broadcast; self.inputs.len()],
+            outputs: vec![Sbp::Broadcast; self.outputs.len()],
+        });
+        let sum = Sbp::Partial(ReduceOp::Sum);
+        all.extend(self.linear.iter().map(|set| Signature {
+            inputs: (0..self.inputs.len()).map(|i| if set.contains(&i) { sum } else { Sbp::Broadcast }).collect(),
+            outputs: vec![sum; self.outputs.len()],
+        }));
+        all
+    }
+
+    /// Signatures on a placement with this many axes: every combination of [`Rule::signatures_1d`], the last axis varying
+    /// fastest, but none in which one operand is `Partial` under two reductions.
+    pub fn signatures(&self, axes: usize) -> Vec<NdSignature> {
+        let along_one = self.signatures_1d();
+        if axes == 0 {
+            let none = |count| vec![NdSbp(Vec::new()); count];
+            return vec![NdSignature { inputs: none(self.inputs.len()), outputs: none(self.outputs.len()) }];
+        }
+        let combination = |number: usize| {
+            let digit = |axis: usize| number / along_one.len().pow((axes - 1 - axis) as u32) % along_one.len();
+            NdSignature::of(&(0..axes).map(|axis| &along_one[digit(axis)]).collect::<Vec<_>>())
+        };
+        let all = (0..along_one.len().pow(axes as u32)).map(combination);
+        all.filter(|signature| !signature.mixes_reductions()).collect()
+    }
+
+    /// Shapes of the outputs, from those of the inputs (whole tensors, or the shards of one signature).
+    ///
+    /// # Errors
+    /// When the inputs are not as many as the rule says, one has another number of dims, two disagree about a factor, or
+    /// the size of a factor that only outputs have was not given by [`Rule::size`].
+    pub fn infer_shapes(&self, inputs: &[impl AsRef<[usize]>]) -> Result<Vec<Vec<usize>>, LayoutError> {
+        let rule = || self.to_string();
+        if inputs.len() != self.inputs.len() {
+            return Err(LayoutError::InputCount { rule: rule(), expected: self.inputs.len(), got: inputs.len() });
+        }
+        let given = self.sizes.iter().map(|&(factor, size)| (factor, size, "the rule".to_owned()));
+        let mut sizes: Vec<(char, usize, String)> = given.collect();
+        for (input, (operand, shape)) in self.inputs.iter().zip(inputs).enumerate() {
+            let shape = shape.as_ref();
+            if shape.len() != operand.len() {
+                let operand = operand.iter().collect();
+                return Err(LayoutError::Rank { rule: rule(), input, operand, shape: shape.to_vec() });
+            }
+            for (&factor, &size) in operand.iter().zip(shape) {
+                match sizes.iter().find(|s| s.0 == factor) {
+                    Some((_, other_size, other)) if *other_size != size => {
+                        let (other, other_size) = (other.clone(), *other_size);
+                        return Err(LayoutError::FactorSize { rule: rule(), factor, input, size, other, other_size });
+                    }
+                    Some(_) => {}
+                    None => sizes.push((factor, size, format!("input {input}"))),
+                }
+            }
+        }
+        let size = |factor: &char| sizes.iter().find(|s| s.0 == *factor).map(|s| s.1).ok_or(*factor);
+        let shape = |operand: &Vec<char>| operand.iter().map(size).collect::<Result<Vec<_>, _>>();
+        let shapes = self.outputs.iter().map(shape).collect::<Result<_, _>>();
+        shapes.map_err(|factor: char| self.wrong(format!("factor {factor} is in no input and was given no size")))
+    }
+
+    fn split(&self, factor: char) -> Signature {
+        let dim = |operand: &Vec<char>| operand.iter().position(|&f| f == factor);
+        let given = self.reduce.iter().find(|r| r.0 == factor);
+        let contracted = Sbp::Partial(given.map_or(ReduceOp::Sum, |r| r.1));
+        Signature {
+            inputs: self.inputs.iter().map(|o| dim(o).map_or(Sbp::Broadcast, Sbp::Split)).collect(),
+            outputs: self.outputs.iter().map(|o| dim(o).map_or(contracted, Sbp::Split)).collect(),
+        }
+    }
+
+    fn known(&self, letter: char) -> Result<(), LayoutError> {
+        if self.factors().contains(&letter) { Ok(()) } else { Err(self.wrong(format!("no factor {letter}"))) }
+    }
+
+    fn wrong(&self, why: String) -> LayoutError {
+        LayoutError::Rule { text: self.to_string(), why }
+    }
+}
+
+impl fmt::Display for Rule {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let side =
+            |operands: &[Vec<char>]| operands.iter().map(|o| o.iter().collect()).collect::<Vec<String>>().join(",");
+        write!(f, "{}->{}", side(&self.inputs), side(&self.outputs))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use expect_test::{Expect, expect};
+
+    use super::*;
+
+    fn check(rule: &Rule, axes: usize, expected: Expect) {
+        let lines: Vec<String> = rule.signatures(axes).iter().map(NdSignature::to_string).collect();
+        expected.assert_eq(&lines.join("\n"));
+    }
+
+    #[test]
+    fn a_product_splits_each_factor() {
+        let rule = Rule::parse("btc,vc->btv").unwrap().linear(&[&[0], &[1]]).unwrap();
+        check(
+            &rule,
+            1,
+            expect![[r#"
+                (S0), (B) -> (S0)
+                (S1), (B) -> (S1)
+                (S2), (S1) -> (P)
+                (B), (S0) -> (S2)
+                (B), (B) -> (B)
+                (P), (B) -> (P)
+                (B), (P) -> (P)"#]],
+        );
+        assert_eq!(rule.signatures(2).len(), 49);
+        assert_eq!(rule.signatures(2)[2].to_string(), "(S0, S2), (B, S1) -> (S0, P)");
+        assert_eq!(rule.signatures(0)[0].to_string(), "(), () -> ()");
+    }
+
+    #[test]
+    fn a_norm_keeps_its_channels() {
+        let rule = Rule::parse("btc,c->btc,bt,bt").unwrap().fixed("c").unwrap();
+        check(
+            &rule,
+            1,
+            expect![[r#"
+                (S0), (B) -> (S0), (S0), (S0)
+                (S1), (B) -> (S1), (S1), (S1)
+                (B), (B) -> (B), (B), (B)"#]],
+        );
+    }
+
+    #[test]
+    fn reductions_are_named_and_not_mixed() {
+        let max = Rule::parse("bv->b").unwrap().reduce('v', ReduceOp::Max).unwrap();
+        check(&max, 1, expect!["(S0) -> (S0)\n(S1) -> (Pmax)\n(B) -> (B)"]);
+        let mixed = Rule::parse("bv->").unwrap().reduce('v', ReduceOp::Max).unwrap();
+        let layouts: Vec<String> = mixed.signatures(2).iter().map(|s| s.outputs[0].to_string()).collect();
+        assert!(layouts.contains(&"(Pmax, Pmax)".into()) && layouts.contains(&"(P, P)".into()));
+        assert!(!layouts.contains(&"(P, Pmax)".into()) && !layouts.contains(&"(Pmax, P)".into()));
+    }
+
+    #[test]
+    fn a_lookup_contracts_the_vocabulary() {
+        check(
+            &Rule::parse("bt,vc->btc").unwrap(),
+            1,
+            expect![[r#"
+                (S0), (B) -> (S0)
+                (S1), (B) -> (S1)
+                (B), (S0) -> (P)
+                (B), (S1) -> (S2)
+                (B), (B) -> (B)"#]],
+        );
+    }
+
+    #[test]
+    fn shapes_follow() {
+        let rule = Rule::parse("btc,vc->btv").unwrap();
+        assert_eq!(rule.infer_shapes(&[vec![2, 3, 4], vec![7, 4]]).unwrap(), [[2, 3, 7]]);
+        let scalar = Rule::parse("bt,->").unwrap();
+        assert_eq!(scalar.infer_shapes(&[&[2, 3][..], &[]]).unwrap(), [vec![]]);
+        let source = Rule::new(&[] as &[&str], &["ab"]).unwrap().size('a', 3).unwrap();
+        assert!(source.infer_shapes(&[] as &[&[usize]]).unwrap_err().to_string().contains("factor b is in no input"));
+        assert_eq!(source.size('b', 2).unwrap().infer_shapes(&[] as &[&[usize]]).unwrap(), [[3, 2]]);
+    }
+
+    #[test]
+    fn wrong_shapes_are_refused_with_the_numbers() {
+        let rule = Rule::parse("btc,vc->btv").unwrap();
+        let text = |shapes: &[Vec<usize>]| rule.infer_shapes(shapes).unwrap_err().to_string();
+        assert_eq!(text(&[vec![2, 3, 4], vec![7, 5]]), "rule btc,vc->btv: c is 5 in input 1 but 4 in input 0");
+        assert_eq!(text(&[vec![2, 3], vec![7, 5]]), r#"rule btc,vc->btv: input 0 is "btc", 3 dims, got shape [2, 3]"#);
+        assert_eq!(text(&[vec![2, 3, 4]]), "rule btc,vc->btv: expected 2 inputs, got 1");
+    }
+
+    #[test]
+    fn wrong_rules_are_refused() {
+        for (text, why) in
+            [("ab", "no arrow"), ("aa->a", "twice"), ("a1->a", "not a letter"), ("a->b->c", "not a letter")]
+        {
+            assert!(Rule::parse(text).unwrap_err().to_string().contains(why), "{text}");
+        }
+        let rule = || Rule::parse("ab->a").unwrap();
+        assert!(rule().fixed("x").is_err() && rule().reduce('x', ReduceOp::Max).is_err());
+        assert!(rule().linear(&[&[1]]).is_err() && rule().linear(&[&[]]).is_err() && rule().size('x', 1).is_err());
+    }
+}
