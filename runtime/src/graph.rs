@@ -8,7 +8,7 @@ use std::sync::Arc;
 use shardflow_kernels::op::{CustomKernel, Op};
 use shardflow_kernels::tensor::{DType, Region};
 
-use crate::boxing::BoxingStep;
+use crate::boxing::step::BoxingStep;
 use crate::init::Init;
 use crate::layout_error::LayoutError;
 use crate::placement::{Mesh, Placement};
@@ -131,6 +131,8 @@ pub struct TensorInfo {
     pub rate: Rate,
     /// The layout: given by the user before the layout pass, by that pass after it.
     pub layout: Option<NdSbp>,
+    /// The shape in files, where it is not `shape`.
+    pub saved_shape: Option<Vec<usize>>,
     /// Built from something wrong; errors about it are not repeated.
     pub poisoned: bool,
 }
@@ -201,6 +203,8 @@ pub struct Graph {
     pub(crate) current: usize,
     /// Phase of the nodes that are added next; passes change it.
     pub(crate) phase: Phase,
+    /// Line of the layer under construction.
+    pub(crate) origin: Option<&'static Location<'static>>,
 }
 
 impl Graph {

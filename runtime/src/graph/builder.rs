@@ -52,7 +52,18 @@ impl Graph {
             objective: None,
             current: 0,
             phase: Phase::Forward,
+            origin: None,
         }
+    }
+
+    /// Builds a layer of several nodes: what goes wrong inside is told with `location`, the line of whoever asked for the
+    /// layer. The outermost layer's line counts.
+    pub fn layer<T>(&mut self, location: &'static Location<'static>, build: impl FnOnce(&mut Self) -> T) -> T {
+        let outer = self.origin;
+        self.origin = Some(outer.unwrap_or(location));
+        let out = build(self);
+        self.origin = outer;
+        out
     }
 
     /// Places the nodes that follow.
@@ -95,6 +106,18 @@ impl Graph {
             self.error(name, message, location);
         }
         self.source(name, NodeOp::Parameter { init }, shape, DType::F32, Rate::Step, layout, location)
+    }
+
+    /// Saves a parameter under another shape of as many elements: `[heads * head_dim, width]`, say, for a tensor that the
+    /// program sees as `[heads, head_dim, width]`.
+    #[track_caller]
+    pub fn saved_as(&mut self, parameter: Var, shape: &[usize]) {
+        let own = self.shape(parameter).to_vec();
+        if own.iter().product::<usize>() != shape.iter().product() {
+            let message = format!("shape {own:?} cannot be saved as {shape:?}: the numbers of elements differ");
+            self.error("saved_as", message, Location::caller());
+        }
+        self.tensors[parameter.index()].saved_shape = Some(shape.to_vec());
     }
 
     /// Rows of `table [v, c]` by `ids [..]`: `[.., c]`.
@@ -217,6 +240,7 @@ impl Graph {
     // ---- what the methods above and the passes share ----
 
     pub(crate) fn error(&mut self, what: &str, message: String, location: &'static Location<'static>) {
+        let location = self.origin.unwrap_or(location);
         self.errors.push(GraphError { what: what.to_string(), message, location });
     }
 
@@ -358,6 +382,7 @@ impl Graph {
                 producer,
                 rate: *rate,
                 layout: None,
+                saved_shape: None,
                 poisoned,
             });
         }
@@ -369,7 +394,7 @@ impl Graph {
             updates: Vec::new(),
             placement: self.current,
             phase: self.phase,
-            location,
+            location: self.origin.unwrap_or(location),
             signature: None,
         });
         made

@@ -5,7 +5,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use crate::boxing::LocalStep;
+use crate::boxing::step::{LocalStep, StepKind};
 use crate::graph::{Graph, Node, NodeId, NodeOp, Rate, Var};
 use crate::placement::Placement;
 use crate::plan::ActionKey;
@@ -71,7 +71,7 @@ pub fn action_of(graph: &Graph, id: NodeId, node: &Node) -> Option<ActionKey> {
     match &node.op {
         NodeOp::Parameter { .. } | NodeOp::State => None,
         NodeOp::Input => Some(ActionKey::Feed(graph.tensor(node.outputs[0]).rate)),
-        NodeOp::Boxing(step) if step.is_transfer() => Some(ActionKey::Pull(id)),
+        NodeOp::Boxing(step) if step.kind == StepKind::Transfer => Some(ActionKey::Pull(id)),
         NodeOp::Bucket { .. } => Some(ActionKey::Bucket(id)),
         _ => Some(ActionKey::of_phase(node.phase)),
     }
@@ -87,6 +87,12 @@ pub fn assign(graph: &Graph) -> Assignment {
         let id = NodeId(index as u32);
         match node.op {
             NodeOp::Relayout => drop(out.alias.insert(node.outputs[0], node.inputs[0])),
+            NodeOp::Boxing(ref step) if step.kind != StepKind::Transfer => {
+                let devices = graph.placements[node.placement].device_count();
+                if (0..devices).all(|device| step.local(device) == LocalStep::Keep) {
+                    out.alias.insert(node.outputs[0], node.inputs[0]);
+                }
+            }
             NodeOp::Bucket { .. } => {
                 out.alias.extend(node.outputs.iter().copied().zip(node.inputs.iter().copied()));
                 bucket_of.extend(node.outputs.iter().map(|o| (*o, id)));

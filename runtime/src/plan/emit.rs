@@ -8,7 +8,7 @@ use shardflow_kernels::collective::{CollectiveCall, CollectiveKind, Group, Reduc
 use shardflow_kernels::op::{Buffer, Launch, Op};
 use shardflow_kernels::tensor::{DType, element_count};
 
-use crate::boxing::LocalStep;
+use crate::boxing::step::LocalStep;
 use crate::graph::{Graph, Node, NodeId, NodeOp, Var, ops};
 use crate::plan::assign::{Assignment, Home, Site};
 use crate::plan::memory::{Interval, local_part, local_shape, pack, slot_offsets};
@@ -265,17 +265,24 @@ impl Emitter<'_> {
         let placement = &self.context.graph.placements[node.placement];
         let Some(position) = placement.index_of(self.device()) else { return };
         match step.local(position) {
-            LocalStep::Collective { ranks, kind } => {
-                let (read, write) = (self.buffer(node.inputs[0]), self.buffer(node.outputs[0]));
-                self.collective(&ranks, kind, vec![read], vec![write]);
+            LocalStep::Keep => {
+                // Other devices change it, so here too it has a buffer of its own.
+                if self.context.assignment.storage(node.outputs[0]) == node.outputs[0] {
+                    let (read, write) = (self.buffer(node.inputs[0]), self.buffer(node.outputs[0]));
+                    self.launch(Op::Copy, vec![read], vec![write], false);
+                }
             }
-            LocalStep::Copies { fill, copies } => {
+            LocalStep::Call(call) => {
+                let (read, write) = (self.buffer(node.inputs[0]), self.buffer(node.outputs[0]));
+                self.collective(&call.ranks, call.kind, vec![read], vec![write]);
+            }
+            LocalStep::Local { fill, copy } => {
                 let (read, write) = (self.buffer(node.inputs[0]), self.buffer(node.outputs[0]));
                 if let Some(value) = fill {
                     self.launch(Op::Fill { value }, vec![], vec![write.clone()], false);
                 }
-                for (src, dst) in copies {
-                    self.launch(Op::CopyRegion { src, dst }, vec![read.clone()], vec![write.clone()], false);
+                if let Some((src, dst)) = copy {
+                    self.launch(Op::CopyRegion { src, dst }, vec![read], vec![write], false);
                 }
             }
             LocalStep::Pull(pulls) => {

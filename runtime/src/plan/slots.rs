@@ -10,20 +10,20 @@ use crate::plan::assign::{Assignment, RegisterPlan};
 use crate::plan::{ActionKey, Schedule};
 
 /// Relative durations that credits are computed from.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct StageCosts {
     /// One micro-batch forward through one stage.
-    pub forward: f64,
+    pub forward: u64,
     /// One micro-batch backward.
-    pub backward: f64,
+    pub backward: u64,
     /// From the end of an action to the start of the one on the next stage that waits for it.
-    pub hop: f64,
+    pub hop: u64,
 }
 
 impl Default for StageCosts {
     /// Backward takes twice as long as forward; a hop takes a tenth of a forward.
     fn default() -> Self {
-        Self { forward: 1.0, backward: 2.0, hop: 0.1 }
+        Self { forward: 10, backward: 20, hop: 1 }
     }
 }
 
@@ -46,7 +46,10 @@ pub fn in_flight(graph: &Graph, schedule: Schedule, micro_batches: usize, costs:
     for (position, placement) in stages.iter().enumerate() {
         let count = match schedule {
             Schedule::GPipe => micro_batches as u32,
-            Schedule::OneFOneB => credits::pipeline(stages.len(), position, costs.forward, costs.backward, costs.hop),
+            Schedule::OneFOneB => {
+                let (stages, position, count) = (stages.len() as u32, position as u32, micro_batches as u32);
+                credits::pipeline(stages, position, count, costs.forward, costs.backward, costs.hop)
+            }
         };
         out[*placement] = count.clamp(1, micro_batches.max(1) as u32);
     }
