@@ -34,7 +34,7 @@ impl Parallel<'_> {
 }
 
 /// Standard deviation of initial weights, as GPT-2's.
-pub const INIT_STD: f32 = 0.02;
+pub const INIT_STD: f64 = 0.02;
 
 /// `x [b, t, c] -> [b, t, out]`: `x W^T` with `W [out, c]`, without bias. The weight is `NAME.weight`.
 #[track_caller]

@@ -113,7 +113,7 @@ impl Graph {
     #[track_caller]
     pub fn saved_as(&mut self, parameter: Var, shape: &[usize]) {
         let own = self.shape(parameter).to_vec();
-        if own.iter().product::<usize>() != shape.iter().product() {
+        if own.iter().product::<usize>() != shape.iter().product::<usize>() {
             let message = format!("shape {own:?} cannot be saved as {shape:?}: the numbers of elements differ");
             self.error("saved_as", message, Location::caller());
         }

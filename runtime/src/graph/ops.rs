@@ -21,7 +21,7 @@ pub fn rule(op: &Op, shapes: &[&[usize]]) -> Result<Rule, LayoutError> {
     let rank = |i: usize| shapes.get(i).map_or(0, |s| s.len());
     let lead = |n: usize| leading(n.max(1) - 1);
     match op {
-        Op::Fill { .. } => Rule::new::<String>(&[], &[String::new()]),
+        Op::Fill { .. } => Rule::new(&[] as &[&str], &[""]),
         Op::Copy | Op::Scale { .. } => {
             let x = leading(rank(0));
             Rule::parse(&format!("{x}->{x}"))?.linear(&[&[0]])

@@ -100,7 +100,6 @@ impl Gradients {
 
 /// Gradients of a node's inputs from those of its outputs.
 fn node_backward(graph: &mut Graph, node: &Node, grads: &[Option<Var>]) -> Vec<(Var, Var)> {
-    let at = node.location;
     let name = format!("{}_grad", node.name);
     let inputs = &node.inputs;
     if let NodeOp::Custom(op) = &node.op {

@@ -10,16 +10,13 @@ use shardflow_kernels::op::Op;
 use crate::boxing::step::{BoxingStep, StepKind};
 use crate::boxing::{self, CostModel};
 use crate::graph::{Graph, Node, NodeId, NodeOp, Phase, Rate, TensorInfo, Var};
-use crate::layout_error::LayoutError;
+use crate::passes::Boxing;
 use crate::sbp::Layout;
 
-/// Inserts the steps. Every tensor must have its layout, and every kernel its signature.
-///
-/// # Errors
-/// When no sequence of collectives leads to a layout; with the node it was for.
-pub fn insert(graph: &mut Graph, model: &CostModel) -> Result<(), Vec<(NodeId, LayoutError)>> {
-    let mut pass = Pass { model, graph, made: Vec::new(), versions: BTreeMap::new() };
-    let mut errors = Vec::new();
+/// Inserts the steps. Every tensor must have its layout, and every kernel its signature. Where no sequence of
+/// collectives leads to a layout, or `mode` forbids it, an error is recorded in the graph.
+pub fn insert(graph: &mut Graph, model: &CostModel, mode: Boxing) {
+    let mut pass = Pass { model, mode, graph, made: Vec::new(), versions: BTreeMap::new() };
     for index in 0..pass.graph.nodes.len() {
         let mut node = pass.graph.nodes[index].clone();
         let placement = pass.graph.placements[node.placement].clone();
@@ -27,14 +24,13 @@ pub fn insert(graph: &mut Graph, model: &CostModel) -> Result<(), Vec<(NodeId, L
             let want = Layout { placement: placement.clone(), sbp };
             match pass.version(node.inputs[port], &want, &node) {
                 Ok(var) => node.inputs[port] = var,
-                Err(e) => errors.push((NodeId(index as u32), e)),
+                Err(message) => pass.graph.error(&node.name, message, node.location),
             }
         }
         pass.push(node);
     }
     let made = std::mem::take(&mut pass.made);
     graph.nodes = made;
-    if errors.is_empty() { Ok(()) } else { Err(errors) }
 }
 
 /// The layouts that a node wants its inputs in: `(input, layout)`.
@@ -57,6 +53,7 @@ fn required(graph: &Graph, node: &Node) -> Vec<(usize, crate::sbp::NdSbp)> {
 
 struct Pass<'a> {
     model: &'a CostModel,
+    mode: Boxing,
     graph: &'a mut Graph,
     /// The nodes so far, in their new order.
     made: Vec<Node>,
@@ -81,7 +78,7 @@ impl Pass<'_> {
     }
 
     /// The version of `var` in this layout, made for `reader` if it is not there yet.
-    fn version(&mut self, var: Var, want: &Layout, reader: &Node) -> Result<Var, LayoutError> {
+    fn version(&mut self, var: Var, want: &Layout, reader: &Node) -> Result<Var, String> {
         let versions = self.versions.entry(var).or_insert_with(|| vec![var]).clone();
         if let Some(found) = versions.iter().find(|v| self.layout(**v) == *want) {
             return Ok(*found);
@@ -89,12 +86,21 @@ impl Pass<'_> {
         let info = self.graph.tensor(var).clone();
         let mut best: Option<(Var, boxing::BoxingPlan)> = None;
         for version in versions {
-            let plan = boxing::plan(&info.shape, info.dtype, &self.layout(version), want, self.model)?;
+            let plan = boxing::plan(&info.shape, info.dtype, &self.layout(version), want, self.model).map_err(|e| e.to_string())?;
             if best.as_ref().is_none_or(|b| plan.cost_seconds < b.1.cost_seconds) {
                 best = Some((version, plan));
             }
         }
         let Some((mut current, plan)) = best else { return Ok(var) };
+        if self.mode == Boxing::Explicit && reader.phase == Phase::Forward && !matches!(reader.op, NodeOp::Relayout) {
+            let unwritten = |s: &&BoxingStep| {
+                !matches!(s.kind, StepKind::AllReduce(_) | StepKind::ReduceScatter(_) | StepKind::Slice | StepKind::Transfer)
+            };
+            if let Some(step) = plan.steps.iter().find(unwritten) {
+                let name = &info.name;
+                return Err(format!("{name} would need a change of layout that the program does not write: {step}; write it with `relayout`, or compile with `Boxing::Automatic`"));
+            }
+        }
         let transfer = plan.steps.iter().position(|s| s.kind == StepKind::Transfer);
         let source_phase = self.made[self.graph.tensor(current).producer.index()].phase;
         for (position, step) in plan.steps.into_iter().enumerate() {

@@ -4,9 +4,12 @@
 use std::collections::BTreeMap;
 use std::panic::Location;
 
+use shardflow_kernels::collective::ReduceOp;
 use shardflow_kernels::op::Op;
 use shardflow_kernels::tensor::DType;
 
+use crate::placement::{Axis, Placement};
+use crate::sbp::{NdSbp, Sbp};
 use crate::graph::{AdamW, Graph, NodeOp, Phase, Rate, Var};
 
 /// Name of the step input `[learning rate, step counted from 1]`; the session feeds it.
@@ -56,6 +59,12 @@ pub fn add_update(graph: &mut Graph, grads: &BTreeMap<Var, Var>, adamw: AdamW) {
         graph.output(GRAD_SQUARES_OUTPUT, sums);
     }
     graph.phase = Phase::Forward;
+}
+
+/// The layout of `NormSums`: each device adds what it is the first to hold.
+pub fn owner_sums(placement: &Placement) -> NdSbp {
+    let partial = |axis: &Axis| if axis.size > 1 { Sbp::Partial(ReduceOp::Sum) } else { Sbp::Broadcast };
+    NdSbp(placement.axes().iter().map(partial).collect())
 }
 
 fn update_placement(graph: &mut Graph, sums: Var, parameters: &[(Var, Var)], adamw: AdamW) {
