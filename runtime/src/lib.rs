@@ -2,6 +2,7 @@
 //!
 //! `graph::builder -> passes -> plan::lower -> actors::spec -> actors::shell -> actors::protocol -> kernels::op`
 
+pub mod boxing;
 pub mod layout_error;
 pub mod placement;
 pub mod sbp;
