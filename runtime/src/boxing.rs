@@ -84,8 +84,7 @@ impl fmt::Display for BoxingPlan {
 /// The cheapest way from one layout to another, for a tensor of this shape. A pure function of its arguments.
 ///
 /// # Errors
-/// When a layout does not fit its placement or the shape, or an integer tensor is to be `Partial`, or one reduction is
-/// to become another (what `Partial(Max)` terms a sum has is not defined).
+/// When a layout does not fit its placement or the shape, or an integer tensor is to be `Partial`.
 pub fn plan(
     shape: &[usize],
     dtype: DType,
@@ -105,7 +104,7 @@ pub fn plan(
     if dtype == DType::I32 && (from.sbp.partial().is_some() || to.sbp.partial().is_some()) {
         return Err(no_way("integers cannot be partial"));
     }
-    let space = Space::new(shape, dtype, from, to, model);
+    let space = Space::new(shape, dtype, from, to, model, layouts_between);
     let path = space.cheapest_path().ok_or_else(|| no_way("no sequence of collectives leads there"))?;
     let steps: Vec<BoxingStep> = path.windows(2).filter_map(|pair| space.step(pair[0], pair[1])).collect();
     let devices = from.placement.devices().iter().chain(to.placement.devices());
@@ -145,13 +144,21 @@ struct Edge {
 }
 
 impl<'a> Space<'a> {
-    fn new(shape: &'a [usize], dtype: DType, from: &'a Layout, to: &'a Layout, model: &'a CostModel) -> Self {
+    /// `layouts` lists the layouts that a path may pass on a placement, given those at its ends there.
+    fn new(
+        shape: &'a [usize],
+        dtype: DType,
+        from: &'a Layout,
+        to: &'a Layout,
+        model: &'a CostModel,
+        layouts: fn(&[usize], &Placement, &[&NdSbp]) -> Vec<NdSbp>,
+    ) -> Self {
         let one = from.placement == to.placement;
         let placements = if one { vec![&from.placement] } else { vec![&from.placement, &to.placement] };
         let mut states = Vec::new();
         for (side, &placement) in placements.iter().enumerate() {
             let ends = if one { vec![&from.sbp, &to.sbp] } else { vec![[&from.sbp, &to.sbp][side]] };
-            for sbp in layouts_between(shape, placement, &ends) {
+            for sbp in layouts(shape, placement, &ends) {
                 let region = |index| local_region(shape, &sbp, placement, index);
                 let regions = (0..placement.device_count()).map(region).collect();
                 states.push(State { side, sbp, regions });
