@@ -91,6 +91,12 @@ impl NdSbp {
         })
     }
 
+    /// True when two axes are `Partial` under different reductions, which no tensor may be: a sum of maxima is not a
+    /// maximum of sums.
+    pub fn mixes_reductions(&self) -> bool {
+        self.0.iter().any(|sbp| matches!(sbp, Sbp::Partial(op) if self.partial() != Some(*op)))
+    }
+
     /// This layout with `Broadcast` for each `Partial`: what reducing it leaves.
     pub fn reduced(&self) -> Self {
         let reduce = |&sbp: &Sbp| if sbp.is_partial() { Sbp::Broadcast } else { sbp };
@@ -100,8 +106,7 @@ impl NdSbp {
     /// Checks that this layout can be a tensor's of this shape here.
     ///
     /// # Errors
-    /// When there is not one entry for each axis, a split dim does not exist, or two axes are `Partial` under different
-    /// reductions (a sum of maxima is not a maximum of sums, so such a tensor would depend on the order).
+    /// When there is not one entry for each axis, a split dim does not exist, or it [mixes reductions](Self::mixes_reductions).
     pub fn check(&self, shape: &[usize], placement: &Placement) -> Result<(), LayoutError> {
         let axes = placement.axes();
         let mut why = None;
@@ -111,9 +116,11 @@ impl NdSbp {
         for sbp in &self.0 {
             match *sbp {
                 Sbp::Split(dim) if dim >= shape.len() => why = Some(format!("no dim {dim}")),
-                Sbp::Partial(op) if self.partial() != Some(op) => why = Some("two different reductions".into()),
                 _ => {}
             }
+        }
+        if self.mixes_reductions() {
+            why = Some("two different reductions".into());
         }
         let fail = |why| LayoutError::Layout {
             layout: self.to_string(),
@@ -129,6 +136,28 @@ impl fmt::Display for NdSbp {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let entries: Vec<String> = self.0.iter().map(Sbp::to_string).collect();
         write!(f, "({})", entries.join(", "))
+    }
+}
+
+/// A layout on its placement.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Layout {
+    /// Which devices.
+    pub placement: Placement,
+    /// One entry for each of the placement's axes.
+    pub sbp: NdSbp,
+}
+
+impl Layout {
+    /// What the device at `index` of the placement holds of a tensor of this shape; see [`local_region`].
+    pub fn region(&self, shape: &[usize], index: usize) -> Region {
+        local_region(shape, &self.sbp, &self.placement, index)
+    }
+}
+
+impl fmt::Display for Layout {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} on {}", self.sbp, self.placement)
     }
 }
 

@@ -43,9 +43,7 @@ impl NdSignature {
     }
 
     fn mixes_reductions(&self) -> bool {
-        let mixed =
-            |layout: &NdSbp| layout.0.iter().any(|s| s.is_partial() && layout.partial().map(Sbp::Partial) != Some(*s));
-        self.inputs.iter().chain(&self.outputs).any(mixed)
+        self.inputs.iter().chain(&self.outputs).any(NdSbp::mixes_reductions)
     }
 }
 
@@ -76,7 +74,7 @@ impl Rule {
     pub fn parse(text: &str) -> Result<Self, LayoutError> {
         let no_arrow = || LayoutError::Rule { text: text.into(), why: "no arrow, write inputs->outputs".into() };
         let (inputs, outputs) = text.split_once("->").ok_or_else(no_arrow)?;
-        let operands = |list: &'_ str| list.split(',').map(|o| o.trim().to_owned()).collect::<Vec<_>>();
+        let operands = |list| str::split(list, ',').map(str::trim).collect::<Vec<_>>();
         Self::new(&operands(inputs), &operands(outputs))
     }
 
@@ -84,14 +82,11 @@ impl Rule {
     ///
     /// # Errors
     /// When an operand holds anything but ASCII letters, or one letter twice.
-    pub fn new(inputs: &[impl AsRef<str>], outputs: &[impl AsRef<str>]) -> Result<Self, LayoutError> {
-        let letters =
-            |operands: &[_]| -> Vec<Vec<char>> { operands.iter().map(|o: &String| o.chars().collect()).collect() };
-        let inputs: Vec<String> = inputs.iter().map(|o| o.as_ref().to_owned()).collect();
-        let outputs: Vec<String> = outputs.iter().map(|o| o.as_ref().to_owned()).collect();
+    pub fn new(inputs: &[&str], outputs: &[&str]) -> Result<Self, LayoutError> {
+        let letters = |operands: &[&str]| operands.iter().map(|o| o.chars().collect()).collect();
         let rule = Self {
-            inputs: letters(&inputs),
-            outputs: letters(&outputs),
+            inputs: letters(inputs),
+            outputs: letters(outputs),
             fixed: Vec::new(),
             reduce: Vec::new(),
             linear: Vec::new(),
@@ -344,7 +339,7 @@ mod tests {
         assert_eq!(rule.infer_shapes(&[vec![2, 3, 4], vec![7, 4]]).unwrap(), [[2, 3, 7]]);
         let scalar = Rule::parse("bt,->").unwrap();
         assert_eq!(scalar.infer_shapes(&[&[2, 3][..], &[]]).unwrap(), [vec![]]);
-        let source = Rule::new(&[] as &[&str], &["ab"]).unwrap().size('a', 3).unwrap();
+        let source = Rule::new(&[], &["ab"]).unwrap().size('a', 3).unwrap();
         assert!(source.infer_shapes(&[] as &[&[usize]]).unwrap_err().to_string().contains("factor b is in no input"));
         assert_eq!(source.size('b', 2).unwrap().infer_shapes(&[] as &[&[usize]]).unwrap(), [[3, 2]]);
     }

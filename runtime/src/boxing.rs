@@ -1,0 +1,264 @@
+//! Boxing: changing a tensor's layout or placement by the cheapest sequence of collectives.
+//! The one planner for the cost, for the choice of layouts and for what is executed.
+//! Imports `placement`, `sbp`, `layout_error` and `shardflow_kernels`.
+//!
+//! The states of the search are layouts on the source's placement and on the target's; its edges are the steps of
+//! [`step`]; the cost of a step is `alpha` for each round of messages and `beta` for each byte that the busiest device
+//! takes in. Dijkstra 1959 finds the cheapest path; ties go to fewer steps, then to the layout that is listed first.
+
+pub mod interpret;
+pub mod step;
+
+use std::collections::BTreeMap;
+use std::fmt;
+
+use shardflow_kernels::tensor::{DType, Region};
+
+use crate::layout_error::LayoutError;
+use crate::placement::Placement;
+use crate::sbp::region::contains;
+use crate::sbp::{Layout, NdSbp, Sbp, local_region};
+use step::{BoxingStep, StepKind, bytes_pulled, bytes_received, classify};
+
+/// What messages cost.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Link {
+    /// Latency of one round of messages (alpha).
+    pub alpha_seconds: f64,
+    /// Inverse of the bandwidth into one device (beta).
+    pub seconds_per_byte: f64,
+}
+
+/// What collectives cost, measured or assumed.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct CostModel {
+    /// Among the devices of one placement.
+    pub within: Link,
+    /// From one placement to another.
+    pub across: Link,
+}
+
+impl Default for CostModel {
+    /// Devices of one machine that share its memory: 5 us and 10 GB/s; from one placement to another 10 us and 5 GB/s.
+    /// Only the ratios matter to the choice; give your own where they differ.
+    fn default() -> Self {
+        Self {
+            within: Link { alpha_seconds: 5e-6, seconds_per_byte: 1e-10 },
+            across: Link { alpha_seconds: 1e-5, seconds_per_byte: 2e-10 },
+        }
+    }
+}
+
+impl CostModel {
+    fn seconds(&self, kind: StepKind, bytes_received: &[usize]) -> f64 {
+        let bytes = bytes_received.iter().max().copied().unwrap_or(0);
+        // Devices that all have what they need already send nothing.
+        if bytes == 0 && kind == StepKind::Transfer {
+            return 0.0;
+        }
+        let link = if kind == StepKind::Transfer { self.across } else { self.within };
+        link.alpha_seconds * kind.rounds() as f64 + link.seconds_per_byte * bytes as f64
+    }
+}
+
+/// A sequence of steps that changes a layout.
+#[derive(Clone, Debug, PartialEq)]
+pub struct BoxingPlan {
+    /// Shape of the whole tensor.
+    pub shape: Vec<usize>,
+    /// In order; each starts from the layout at which the last ended. None when nothing changes.
+    pub steps: Vec<BoxingStep>,
+    /// Sum over the steps.
+    pub cost_seconds: f64,
+    /// Bytes that each device takes in from others, by rank; for every device of both placements.
+    pub bytes_received: BTreeMap<usize, usize>,
+}
+
+impl fmt::Display for BoxingPlan {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let steps: Vec<String> = self.steps.iter().map(BoxingStep::to_string).collect();
+        f.write_str(&steps.join("; "))
+    }
+}
+
+/// The cheapest way from one layout to another, for a tensor of this shape. A pure function of its arguments.
+///
+/// # Errors
+/// When a layout does not fit its placement or the shape, or an integer tensor is to be `Partial`.
+pub fn plan(
+    shape: &[usize],
+    dtype: DType,
+    from: &Layout,
+    to: &Layout,
+    model: &CostModel,
+) -> Result<BoxingPlan, LayoutError> {
+    from.sbp.check(shape, &from.placement)?;
+    to.sbp.check(shape, &to.placement)?;
+    let no_way = |why: &str| LayoutError::NoBoxing {
+        from: from.to_string(),
+        to: to.to_string(),
+        dtype: format!("{dtype:?}"),
+        shape: shape.to_vec(),
+        why: why.into(),
+    };
+    if dtype == DType::I32 && (from.sbp.partial().is_some() || to.sbp.partial().is_some()) {
+        return Err(no_way("integers cannot be partial"));
+    }
+    let space = Space::new(shape, dtype, from, to, model, layouts_between);
+    let path = space.cheapest_path().ok_or_else(|| no_way("no sequence of collectives leads there"))?;
+    let steps: Vec<BoxingStep> = path.windows(2).filter_map(|pair| space.step(pair[0], pair[1])).collect();
+    let devices = from.placement.devices().iter().chain(to.placement.devices());
+    let mut bytes: BTreeMap<usize, usize> = devices.map(|&d| (d, 0)).collect();
+    for step in &steps {
+        for (&device, &received) in step.to.placement.devices().iter().zip(&step.bytes_received) {
+            *bytes.entry(device).or_default() += received;
+        }
+    }
+    let cost_seconds = steps.iter().map(|s| s.cost_seconds).sum();
+    Ok(BoxingPlan { shape: shape.to_vec(), steps, cost_seconds, bytes_received: bytes })
+}
+
+/// A layout on the source's placement (side 0) or on the target's (side 1).
+struct State {
+    side: usize,
+    sbp: NdSbp,
+    regions: Vec<Region>,
+}
+
+struct Space<'a> {
+    shape: &'a [usize],
+    dtype: DType,
+    /// One when source and target are the same.
+    placements: Vec<&'a Placement>,
+    model: &'a CostModel,
+    states: Vec<State>,
+    source: usize,
+    target: usize,
+}
+
+struct Edge {
+    kind: StepKind,
+    axes: Vec<usize>,
+    bytes_received: Vec<usize>,
+    cost_seconds: f64,
+}
+
+impl<'a> Space<'a> {
+    /// `layouts` lists the layouts that a path may pass on a placement, given those at its ends there.
+    fn new(
+        shape: &'a [usize],
+        dtype: DType,
+        from: &'a Layout,
+        to: &'a Layout,
+        model: &'a CostModel,
+        layouts: fn(&[usize], &Placement, &[&NdSbp]) -> Vec<NdSbp>,
+    ) -> Self {
+        let one = from.placement == to.placement;
+        let placements = if one { vec![&from.placement] } else { vec![&from.placement, &to.placement] };
+        let mut states = Vec::new();
+        for (side, &placement) in placements.iter().enumerate() {
+            let ends = if one { vec![&from.sbp, &to.sbp] } else { vec![[&from.sbp, &to.sbp][side]] };
+            for sbp in layouts(shape, placement, &ends) {
+                let region = |index| local_region(shape, &sbp, placement, index);
+                let regions = (0..placement.device_count()).map(region).collect();
+                states.push(State { side, sbp, regions });
+            }
+        }
+        let find =
+            |side: usize, sbp: &NdSbp| states.iter().position(|s| s.side == side && s.sbp == *sbp).unwrap_or_default();
+        let (source, target) = (find(0, &from.sbp), find(placements.len() - 1, &to.sbp));
+        Self { shape, dtype, placements, model, states, source, target }
+    }
+
+    /// The step from one state to another, if one step does it.
+    fn edge(&self, from: usize, to: usize) -> Option<Edge> {
+        let (a, b) = (&self.states[from], &self.states[to]);
+        let placement = self.placements[a.side];
+        let (mut kind, axes, bytes_received) = if a.side == b.side {
+            let (kind, axes) = classify(placement, &a.sbp, &b.sbp)?;
+            let groups = placement.group_indices(&axes);
+            let bytes = bytes_received(kind, self.dtype, &groups, &a.regions, &b.regions);
+            (kind, axes, bytes)
+        } else {
+            if a.side > b.side || a.sbp.partial().is_some() || b.sbp.partial().is_some() {
+                return None;
+            }
+            let target = self.placements[b.side];
+            let bytes = bytes_pulled(self.dtype, placement, target, &a.regions, &b.regions);
+            (StepKind::Transfer, Vec::new(), bytes)
+        };
+        // On small shapes all may be there already.
+        let is_move = matches!(kind, StepKind::AllGather | StepKind::AllToAll);
+        if is_move && a.regions.iter().zip(&b.regions).all(|(before, after)| contains(before, after)) {
+            kind = StepKind::Slice;
+        }
+        let cost_seconds = self.model.seconds(kind, &bytes_received);
+        Some(Edge { kind, axes, bytes_received, cost_seconds })
+    }
+
+    fn step(&self, from: usize, to: usize) -> Option<BoxingStep> {
+        let edge = self.edge(from, to)?;
+        let layout = |state: &State| Layout { placement: self.placements[state.side].clone(), sbp: state.sbp.clone() };
+        Some(BoxingStep {
+            kind: edge.kind,
+            shape: self.shape.to_vec(),
+            from: layout(&self.states[from]),
+            to: layout(&self.states[to]),
+            axes: edge.axes,
+            bytes_received: edge.bytes_received,
+            cost_seconds: edge.cost_seconds,
+        })
+    }
+
+    /// States from source to target, both included.
+    fn cheapest_path(&self) -> Option<Vec<usize>> {
+        let count = self.states.len();
+        // (cost, steps) so far, and the state before.
+        let mut best: Vec<Option<(f64, usize, usize)>> = vec![None; count];
+        let mut done = vec![false; count];
+        best[self.source] = Some((0.0, 0, self.source));
+        while !done[self.target] {
+            let open = (0..count).filter(|&s| !done[s]).filter_map(|s| best[s].map(|b| (b.0, b.1, s)));
+            let (cost, steps, state) = open.min_by(|a, b| a.0.total_cmp(&b.0).then((a.1, a.2).cmp(&(b.1, b.2))))?;
+            done[state] = true;
+            for next in (0..count).filter(|&s| !done[s]) {
+                let Some(edge) = self.edge(state, next) else { continue };
+                let reached = (cost + edge.cost_seconds, steps + 1, state);
+                let is_better = |b: (f64, usize, usize)| reached.0.total_cmp(&b.0).then(reached.1.cmp(&b.1)).is_lt();
+                if best[next].is_none_or(is_better) {
+                    best[next] = Some(reached);
+                }
+            }
+        }
+        let mut path = vec![self.target];
+        while path[path.len() - 1] != self.source {
+            path.push(best[path[path.len() - 1]]?.2);
+        }
+        path.reverse();
+        Some(path)
+    }
+}
+
+/// Layouts that a path may pass on this placement, whose ends here are `ends`. New partial terms are made only where an
+/// end has them, as making them elsewhere could only be undone; dims of size 1 are split only where an end does.
+fn layouts_between(shape: &[usize], placement: &Placement, ends: &[&NdSbp]) -> Vec<NdSbp> {
+    let mut layouts = vec![NdSbp(Vec::new())];
+    for axis in 0..placement.axes().len() {
+        let at_ends = || ends.iter().map(|end| end.0[axis]);
+        let mut entries = vec![Sbp::Broadcast];
+        entries.extend((0..shape.len()).map(Sbp::Split).filter(|&s| {
+            let Sbp::Split(dim) = s else { return false };
+            shape[dim] > 1 || ends.iter().any(|end| end.0.contains(&s))
+        }));
+        entries.extend(at_ends().filter(|s| s.is_partial()));
+        entries.dedup();
+        let extended = layouts
+            .iter()
+            .flat_map(|layout| entries.iter().map(|&entry| NdSbp(layout.0.iter().copied().chain([entry]).collect())));
+        layouts = extended.filter(|layout| !layout.mixes_reductions()).collect();
+    }
+    layouts
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,137 @@
+//! The reference for what a boxing plan means: runs the [`LocalStep`]s of all devices one after another in host memory and
+//! counts every byte that crosses devices. Tests hold the engines against it. Imports `boxing` and `sbp::region`.
+
+use std::collections::BTreeMap;
+
+use shardflow_kernels::collective::{CollectiveKind, ReduceOp};
+use shardflow_kernels::tensor::{HostTensor, Region, split_range};
+
+use super::BoxingPlan;
+use super::step::{BoxingStep, GroupCall, LocalStep};
+use crate::sbp::region::{combine, copy_box, filled, take_box};
+
+/// Shards after a plan, by index in the target's placement, and bytes that each device took in, by rank.
+#[derive(Debug)]
+pub struct Interpreted {
+    /// One for each device of the target.
+    pub shards: Vec<HostTensor>,
+    /// Counted, not predicted.
+    pub bytes_received: BTreeMap<usize, usize>,
+}
+
+/// Runs a plan on shards, given by index in the source's placement.
+///
+/// # Panics
+/// When a shard does not have the shape that its layout asks for.
+pub fn interpret(plan: &BoxingPlan, shards: &[HostTensor]) -> Interpreted {
+    let mut bytes_received: BTreeMap<usize, usize> = plan.bytes_received.keys().map(|&device| (device, 0)).collect();
+    let mut shards = shards.to_vec();
+    for step in &plan.steps {
+        let run = |(index, &device): (usize, &usize)| {
+            let mut received = 0;
+            let out = run_local(step, index, device, &shards, &mut received);
+            (device, out, received * shards[0].dtype().bytes())
+        };
+        let outputs: Vec<_> = step.to.placement.devices().iter().enumerate().map(run).collect();
+        shards.clear();
+        for (device, out, bytes) in outputs {
+            *bytes_received.entry(device).or_default() += bytes;
+            shards.push(out);
+        }
+    }
+    Interpreted { shards, bytes_received }
+}
+
+fn run_local(
+    step: &BoxingStep,
+    index: usize,
+    device: usize,
+    shards: &[HostTensor],
+    received: &mut usize,
+) -> HostTensor {
+    let shape = step.output_shape(index);
+    let mut out = filled(&shape, shards[0].dtype(), f32::NAN);
+    let by_rank = |rank: usize| &shards[step.from.placement.index_of(rank).unwrap_or_default()];
+    match step.local(index) {
+        LocalStep::Keep => shards[index].clone(),
+        LocalStep::Local { fill, copy } => {
+            if let Some(value) = fill {
+                out = filled(&shape, out.dtype(), value);
+            }
+            if let Some((src, dst)) = copy {
+                copy_box(&shards[index], &src, &mut out, &dst);
+            }
+            out
+        }
+        LocalStep::Call(call) => {
+            let inputs: Vec<&HostTensor> = call.ranks.iter().map(|&rank| by_rank(rank)).collect();
+            run_collective(&call, &inputs, out, received)
+        }
+        LocalStep::Pull(pulls) => {
+            for pull in pulls {
+                copy_box(by_rank(pull.from_device), &pull.src, &mut out, &pull.dst);
+                *received += if pull.from_device == device { 0 } else { pull.src.element_count() };
+            }
+            out
+        }
+    }
+}
+
+fn run_collective(call: &GroupCall, inputs: &[&HostTensor], mut out: HostTensor, received: &mut usize) -> HostTensor {
+    let me = call.member;
+    match &call.kind {
+        CollectiveKind::AllReduce { op } => {
+            let flat = |t: &HostTensor| HostTensor { shape: vec![len(t)], data: t.data.clone() };
+            let flats: Vec<HostTensor> = inputs.iter().map(|t| flat(t)).collect();
+            let refs: Vec<&HostTensor> = flats.iter().collect();
+            let mut whole = flat(inputs[0]);
+            for owner in 0..inputs.len() {
+                let chunk = split_range(len(&whole), inputs.len(), owner);
+                let chunk = Region { start: vec![chunk.start], size: vec![chunk.len()] };
+                let sum = reduce(&refs, &chunk, *op);
+                copy_box(&sum, &Region::whole(&sum.shape), &mut whole, &chunk);
+                *received += if owner == me { (inputs.len() - 1) * len(&sum) } else { len(&sum) };
+            }
+            HostTensor { shape: out.shape, data: whole.data }
+        }
+        CollectiveKind::ReduceScatter { op, parts } => {
+            let sum = reduce(inputs, &parts[me], *op);
+            *received += (inputs.len() - 1) * len(&sum);
+            sum
+        }
+        CollectiveKind::AllGather { parts } => {
+            for (member, part) in parts.iter().enumerate() {
+                copy_box(inputs[member], &Region::whole(&part.size), &mut out, part);
+                *received += if member == me { 0 } else { part.element_count() };
+            }
+            out
+        }
+        CollectiveKind::AllToAll { sources, targets } => {
+            let mut seen: Vec<&Region> = Vec::new();
+            let own_first = std::iter::once(me).chain((0..sources.len()).filter(|&m| m != me));
+            for member in own_first {
+                // Regions are equal or share nothing: the first holder of each gives it.
+                let common = sources[member].intersect(&targets[me]);
+                if let Some(common) = common.filter(|_| !seen.contains(&&sources[member])) {
+                    let (src, dst) = (common.relative_to(&sources[member]), common.relative_to(&targets[me]));
+                    copy_box(inputs[member], &src, &mut out, &dst);
+                    *received += if member == me { 0 } else { common.element_count() };
+                    seen.push(&sources[member]);
+                }
+            }
+            out
+        }
+        other => unreachable!("boxing does not use {other:?}"),
+    }
+}
+
+/// A box of all tensors, combined in order.
+fn reduce(tensors: &[&HostTensor], region: &Region, op: ReduceOp) -> HostTensor {
+    let mut sum = take_box(tensors[0], region);
+    tensors[1..].iter().for_each(|t| combine(&mut sum, &take_box(t, region), op));
+    sum
+}
+
+fn len(tensor: &HostTensor) -> usize {
+    tensor.shape.iter().product()
+}

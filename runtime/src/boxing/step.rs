@@ -1,0 +1,348 @@
+//! One step of a change of layout: what it is, what each device does, and how many bytes each takes in.
+//! Imports `placement`, `sbp` and `shardflow_kernels`.
+
+use std::fmt;
+
+use shardflow_kernels::collective::{CollectiveKind, ReduceOp};
+use shardflow_kernels::tensor::{DType, Region, split_range};
+
+use crate::placement::Placement;
+use crate::sbp::region::contains;
+use crate::sbp::{Layout, NdSbp, Sbp, local_region};
+
+/// What a step does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum StepKind {
+    /// Each device keeps a part of what it has (or all, when only the name of the layout changes).
+    Slice,
+    /// Each device makes a term out of what it has: the rest is zero (`Sum`) or minus infinity (`Max`).
+    Pad(ReduceOp),
+    /// `Partial` to `Broadcast`.
+    AllReduce(ReduceOp),
+    /// `Partial` to `Split`.
+    ReduceScatter(ReduceOp),
+    /// `Split` to `Broadcast`.
+    AllGather,
+    /// Any other change among `Split` and `Broadcast`.
+    AllToAll,
+    /// To another placement.
+    Transfer,
+}
+
+impl StepKind {
+    /// Rounds of messages, each of which costs a latency; the all-reduce is a reduce-scatter and an all-gather.
+    pub fn rounds(self) -> usize {
+        match self {
+            Self::Slice | Self::Pad(_) => 0,
+            Self::AllReduce(_) => 2,
+            _ => 1,
+        }
+    }
+
+    fn name(self) -> &'static str {
+        match self {
+            Self::Slice => "slice",
+            Self::Pad(_) => "pad",
+            Self::AllReduce(_) => "all-reduce",
+            Self::ReduceScatter(_) => "reduce-scatter",
+            Self::AllGather => "all-gather",
+            Self::AllToAll => "all-to-all",
+            Self::Transfer => "transfer",
+        }
+    }
+}
+
+/// One step: a collective over each group of devices, a local copy, or a transfer.
+#[derive(Clone, Debug, PartialEq)]
+pub struct BoxingStep {
+    /// What it does.
+    pub kind: StepKind,
+    /// Shape of the whole tensor.
+    pub shape: Vec<usize>,
+    /// Layout before.
+    pub from: Layout,
+    /// Layout after.
+    pub to: Layout,
+    /// Axes along which the groups lie; empty for a transfer.
+    pub axes: Vec<usize>,
+    /// Bytes that each device of `to.placement` takes in from others, by index.
+    pub bytes_received: Vec<usize>,
+    /// What the cost model says.
+    pub cost_seconds: f64,
+}
+
+/// What one device does in a step.
+#[derive(Clone, Debug, PartialEq)]
+pub enum LocalStep {
+    /// The shard stays as it is: the output may be the input's buffer.
+    Keep,
+    /// Fill the output, if a value is given, then copy a box of the input into it, if one is given.
+    Local {
+        /// Written everywhere first.
+        fill: Option<f32>,
+        /// Box of the input shard, and where it goes in the output shard.
+        copy: Option<(Region, Region)>,
+    },
+    /// Call a collective: the input shard is its read, the output shard its write.
+    Call(GroupCall),
+    /// Fetch boxes from devices (this one among them, perhaps) of the source placement; together they fill the output shard.
+    Pull(Vec<Pull>),
+}
+
+/// A collective as one member sees it; the plan makes it a `CollectiveCall` by giving the group its id.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct GroupCall {
+    /// Ranks of the members, in order.
+    pub ranks: Vec<usize>,
+    /// Index of this device in `ranks`.
+    pub member: usize,
+    /// What is called; regions are of the tensor that the group shares, as `CollectiveKind` asks.
+    pub kind: CollectiveKind,
+}
+
+/// A box that a device fetches.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Pull {
+    /// Rank of the device that has it.
+    pub from_device: usize,
+    /// The box in that device's source shard.
+    pub src: Region,
+    /// The box in this device's target shard.
+    pub dst: Region,
+}
+
+/// What a change of layout on one placement is, if one step does it: the kind, and the axes its groups lie along.
+pub(super) fn classify(placement: &Placement, from: &NdSbp, to: &NdSbp) -> Option<(StepKind, Vec<usize>)> {
+    let changed: Vec<usize> = (0..from.0.len()).filter(|&a| from.0[a] != to.0[a]).collect();
+    if changed.iter().all(|&a| placement.axes()[a].size == 1) {
+        return Some((StepKind::Slice, changed));
+    }
+    let axes = with_nested(&changed, from, to);
+    let all = |layout: &NdSbp, test: fn(Sbp) -> bool| changed.iter().all(|&a| test(layout.0[a]));
+    let is_split = |sbp| matches!(sbp, Sbp::Split(_));
+    let kind = match (all(from, Sbp::is_partial), all(to, Sbp::is_partial)) {
+        (true, false) => {
+            let op = from.partial()?;
+            match () {
+                () if all(to, |s| s == Sbp::Broadcast) => StepKind::AllReduce(op),
+                () if all(to, is_split) && axes == changed => StepKind::ReduceScatter(op),
+                () => return None,
+            }
+        }
+        (false, true) if all(from, |s| !s.is_partial()) && axes == changed => StepKind::Pad(to.partial()?),
+        (false, false) if all(from, |s| !s.is_partial()) && all(to, |s| !s.is_partial()) => match () {
+            () if axes != changed => StepKind::AllToAll,
+            () if all(from, |s| s == Sbp::Broadcast) => StepKind::Slice,
+            () if all(from, is_split) && all(to, |s| s == Sbp::Broadcast) => StepKind::AllGather,
+            () => StepKind::AllToAll,
+        },
+        _ => return None,
+    };
+    Some((kind, axes))
+}
+
+/// `changed`, with the later axes that split a dim which a changed axis splits before or after: their parts are cut out of
+/// other parts then, so elements cross their groups too.
+fn with_nested(changed: &[usize], from: &NdSbp, to: &NdSbp) -> Vec<usize> {
+    let splits = |axis: usize, dim: usize| from.0[axis] == Sbp::Split(dim) || to.0[axis] == Sbp::Split(dim);
+    let nested = |axis: usize| {
+        changed.iter().any(|&c| {
+            let dims =
+                [from.0[c], to.0[c]].into_iter().filter_map(|s| if let Sbp::Split(d) = s { Some(d) } else { None });
+            c < axis && dims.into_iter().any(|dim| splits(axis, dim))
+        })
+    };
+    (0..from.0.len()).filter(|&a| changed.contains(&a) || nested(a)).collect()
+}
+
+/// Bytes that each device (by index in `to.placement`) takes in, from the regions before and after, by index.
+/// The formulas are those of `shardflow_kernels::collective`.
+pub(super) fn bytes_received(
+    kind: StepKind,
+    dtype: DType,
+    groups: &[Vec<usize>],
+    from: &[Region],
+    to: &[Region],
+) -> Vec<usize> {
+    let mut bytes = vec![0; to.len()];
+    for group in groups {
+        for (member, &index) in group.iter().enumerate() {
+            let (before, after, n) = (from[index].element_count(), to[index].element_count(), group.len());
+            let elements = match kind {
+                StepKind::Slice | StepKind::Pad(_) | StepKind::Transfer => 0,
+                StepKind::AllReduce(_) => {
+                    let chunk = split_range(before, n, member).len();
+                    (n - 1) * chunk + before - chunk
+                }
+                StepKind::ReduceScatter(_) => (n - 1) * after,
+                StepKind::AllGather | StepKind::AllToAll => after - shared(&from[index], &to[index]),
+            };
+            bytes[index] = elements * dtype.bytes();
+        }
+    }
+    bytes
+}
+
+/// As [`bytes_received`], for a transfer: all that a device does not have itself.
+pub(super) fn bytes_pulled(
+    dtype: DType,
+    source: &Placement,
+    target: &Placement,
+    from: &[Region],
+    to: &[Region],
+) -> Vec<usize> {
+    let pulled = |(index, region): (usize, &Region)| {
+        let own = source.index_of(target.devices()[index]).map_or(0, |own| shared(&from[own], region));
+        (region.element_count() - own) * dtype.bytes()
+    };
+    to.iter().enumerate().map(pulled).collect()
+}
+
+fn shared(a: &Region, b: &Region) -> usize {
+    a.intersect(b).map_or(0, |r| r.element_count())
+}
+
+impl BoxingStep {
+    /// Shape of the shard that the device at this index of `from.placement` has before.
+    pub fn input_shape(&self, index: usize) -> Vec<usize> {
+        self.from.region(&self.shape, index).size
+    }
+
+    /// Shape of the shard that the device at this index of `to.placement` has after.
+    pub fn output_shape(&self, index: usize) -> Vec<usize> {
+        self.to.region(&self.shape, index).size
+    }
+
+    /// What the device at this index of `to.placement` does. In a transfer, devices that are only in `from.placement` do
+    /// nothing but hold still while others read.
+    pub fn local(&self, index: usize) -> LocalStep {
+        match self.kind {
+            StepKind::Transfer => LocalStep::Pull(self.pulls().swap_remove(index)),
+            StepKind::Slice => self.slice(index),
+            StepKind::Pad(op) => self.pad(index, op),
+            _ => LocalStep::Call(self.call(index)),
+        }
+    }
+
+    fn slice(&self, index: usize) -> LocalStep {
+        let (before, after) = (self.from.region(&self.shape, index), self.to.region(&self.shape, index));
+        if before == after {
+            return LocalStep::Keep;
+        }
+        let copy = (!after.is_empty()).then(|| (after.relative_to(&before), Region::whole(&after.size)));
+        LocalStep::Local { fill: None, copy }
+    }
+
+    fn pad(&self, index: usize, op: ReduceOp) -> LocalStep {
+        let (before, after) = (self.from.region(&self.shape, index), self.to.region(&self.shape, index));
+        // Copies may not be summed twice: only coordinate 0 of an axis that held copies keeps its own.
+        let coords = self.from.placement.coords(index);
+        let held_copies = |&axis: &usize| self.from.sbp.0[axis] == Sbp::Broadcast && coords[axis] > 0;
+        let is_term = op == ReduceOp::Max || !self.axes.iter().any(held_copies);
+        if is_term && before == after {
+            return LocalStep::Keep;
+        }
+        let fill = match op {
+            ReduceOp::Sum => 0.0,
+            ReduceOp::Max => f32::NEG_INFINITY,
+        };
+        let copy = (is_term && !before.is_empty()).then(|| (Region::whole(&before.size), before.relative_to(&after)));
+        LocalStep::Local { fill: Some(fill), copy }
+    }
+
+    fn call(&self, index: usize) -> GroupCall {
+        let placement = &self.from.placement;
+        let mut groups = placement.group_indices(&self.axes);
+        let position = groups.iter().position(|g| g.contains(&index)).unwrap_or(0);
+        let group = groups.swap_remove(position);
+        // The tensor that a group shares is what the other axes leave of the whole.
+        let mut others = self.from.sbp.clone();
+        self.axes.iter().for_each(|&a| others.0[a] = Sbp::Broadcast);
+        let outer = local_region(&self.shape, &others, placement, index);
+        let parts = |layout: &Layout| -> Vec<Region> {
+            let part = |&i: &usize| layout.region(&self.shape, i).relative_to(&outer);
+            group.iter().map(part).collect()
+        };
+        let kind = match self.kind {
+            StepKind::AllReduce(op) => CollectiveKind::AllReduce { op },
+            StepKind::ReduceScatter(op) => CollectiveKind::ReduceScatter { op, parts: parts(&self.to) },
+            StepKind::AllGather => CollectiveKind::AllGather { parts: parts(&self.from) },
+            _ => CollectiveKind::AllToAll { sources: parts(&self.from), targets: parts(&self.to) },
+        };
+        let member = group.iter().position(|&i| i == index).unwrap_or(0);
+        GroupCall { ranks: group.iter().map(|&i| placement.devices()[i]).collect(), member, kind }
+    }
+
+    /// For each target device, by index: its boxes. Where several devices hold one, the target itself gives it, then the
+    /// device at the target's own coordinates, then whoever has given least so far.
+    fn pulls(&self) -> Vec<Vec<Pull>> {
+        let (source, target) = (&self.from.placement, &self.to.placement);
+        let same_axes = source.axes().iter().map(|a| a.size).eq(target.axes().iter().map(|a| a.size));
+        // Source regions are equal or share nothing, so each distinct one has a list of holders.
+        let mut holders: Vec<(Region, Vec<usize>)> = Vec::new();
+        for index in 0..source.device_count() {
+            let region = self.from.region(&self.shape, index);
+            match holders.iter_mut().find(|h| h.0 == region) {
+                Some(holder) => holder.1.push(index),
+                None => holders.push((region, vec![index])),
+            }
+        }
+        let mut given = vec![0; source.device_count()];
+        let mut all = Vec::new();
+        for (index, &device) in target.devices().iter().enumerate() {
+            let region = self.to.region(&self.shape, index);
+            let mut pulls = Vec::new();
+            for (held, indices) in &holders {
+                let Some(common) = held.intersect(&region) else { continue };
+                let own = source.index_of(device).filter(|i| indices.contains(i));
+                let alike = Some(index).filter(|i| same_axes && indices.contains(i));
+                let least = indices.iter().copied().min_by_key(|&i| (given[i], i));
+                let Some(giver) = own.or(alike).or(least) else { continue };
+                if own.is_none() {
+                    given[giver] += common.element_count();
+                }
+                let (src, dst) = (common.relative_to(held), common.relative_to(&region));
+                pulls.push(Pull { from_device: source.devices()[giver], src, dst });
+            }
+            all.push(pulls);
+        }
+        all
+    }
+
+    /// Checks that groups hold all that their members are to get; a step that fails is a bug of the planner.
+    #[cfg(test)]
+    pub(super) fn assert_closed(&self) {
+        if let StepKind::Transfer | StepKind::AllReduce(_) = self.kind {
+            return;
+        }
+        for group in self.from.placement.group_indices(&self.axes) {
+            for &index in &group {
+                let after = self.to.region(&self.shape, index);
+                let mut found = 0;
+                let mut seen: Vec<Region> = Vec::new();
+                for &i in &group {
+                    let region = self.from.region(&self.shape, i);
+                    if !seen.contains(&region) {
+                        found += shared(&region, &after);
+                        seen.push(region);
+                    }
+                }
+                let within = self.kind != StepKind::Slice || contains(&self.from.region(&self.shape, index), &after);
+                let whole = matches!(self.kind, StepKind::Pad(_)) || found == after.element_count();
+                assert!(within && whole, "{self}: device {index} cannot get {after:?}");
+            }
+        }
+    }
+}
+
+impl fmt::Display for BoxingStep {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let axes: Vec<&str> = self.axes.iter().map(|&a| self.from.placement.axes()[a].name.as_str()).collect();
+        let most = self.bytes_received.iter().max().copied().unwrap_or(0);
+        match self.kind {
+            StepKind::Transfer => write!(f, "transfer: {} -> {}", self.from, self.to)?,
+            kind => write!(f, "{} over {}: {} -> {}", kind.name(), axes.join("+"), self.from.sbp, self.to.sbp)?,
+        }
+        write!(f, ", {most} bytes")
+    }
+}
