@@ -143,8 +143,13 @@ impl Session {
             let threads = if actor.stream == StreamKind::Compute { plan.threads_per_device } else { 1 };
             streams.push(devices[actor.device].stream(&actor.name, threads)?);
         }
-        let loaded =
-            Loaded { spec: Arc::new(plan.spec.clone()), programs, memory: memory.collect(), streams, engine: engine.clone() };
+        let loaded = Loaded {
+            spec: Arc::new(plan.spec.clone()),
+            programs,
+            memory: memory.collect(),
+            streams,
+            engine: engine.clone(),
+        };
         let mut session = Self {
             plan,
             devices,
@@ -199,7 +204,8 @@ impl Session {
         for feed in &self.feeds {
             let firings = if feed.rate == Rate::Step { 1 } else { self.plan.micro_batches };
             for micro_batch in 0..firings {
-                let parts = feed.vars.iter().map(|var| self.part(*var, feed.device, micro_batch, &by_name, learning_rate));
+                let parts =
+                    feed.vars.iter().map(|var| self.part(*var, feed.device, micro_batch, &by_name, learning_rate));
                 let _ = feed.sender.send(parts.collect());
             }
             running.give(feed.actor, feed.action, firings as u32)?;
@@ -228,7 +234,8 @@ impl Session {
             .filter(|n| n.name != RNG_INPUT && n.name != HYPER_INPUT)
             .map(|n| (n.name.as_str(), n.outputs[0]))
             .collect();
-        let wrong = |name: &str, expected: String, got: String| SessionError::Input { name: name.into(), expected, got };
+        let wrong =
+            |name: &str, expected: String, got: String| SessionError::Input { name: name.into(), expected, got };
         for (name, _) in inputs {
             if !expected.contains_key(name) {
                 let known: Vec<&str> = expected.keys().copied().collect();
@@ -328,7 +335,9 @@ impl Session {
     /// Position of a tensor among those that a device's fetch brings.
     fn fetch_port(&self, device: usize, rate: Rate, var: Var) -> usize {
         let graph = &self.plan.graph;
-        let here = |v: &Var| graph.tensor(*v).rate == rate && graph.placements[graph.placement_of(*v)].index_of(device).is_some();
+        let here = |v: &Var| {
+            graph.tensor(*v).rate == rate && graph.placements[graph.placement_of(*v)].index_of(device).is_some()
+        };
         graph.outputs.iter().map(|o| o.tensor).filter(here).position(|v| v == var).unwrap_or(0)
     }
 
@@ -387,10 +396,12 @@ struct Loader<'a> {
 impl Loader<'_> {
     fn programs(&mut self) -> Vec<Vec<ActionProgram>> {
         let actors = self.plan.actions.iter().enumerate();
-        actors.map(|(actor, actions)| {
-            let actor = ActorId(actor as u32);
-            (0..actions.len()).map(|action| self.program(actor, action)).collect()
-        }).collect()
+        actors
+            .map(|(actor, actions)| {
+                let actor = ActorId(actor as u32);
+                (0..actions.len()).map(|action| self.program(actor, action)).collect()
+            })
+            .collect()
     }
 
     fn program(&mut self, actor: ActorId, index: usize) -> ActionProgram {
@@ -413,7 +424,13 @@ impl Loader<'_> {
 
     fn host_launch(&mut self, actor: ActorId, index: usize, device: usize, action: &ActionPlan) -> Option<Launch> {
         let port = action.host.as_ref()?;
-        let launch = |kernel, reads, writes| Launch { op: Op::Custom(kernel), reads, writes, accumulate: false, workspace: None };
+        let launch = |kernel, reads, writes| Launch {
+            op: Op::Custom(kernel),
+            reads,
+            writes,
+            accumulate: false,
+            workspace: None,
+        };
         match action.key {
             ActionKey::Feed(rate) => {
                 let (sender, receiver) = unbounded();

@@ -7,9 +7,7 @@ use std::sync::Arc;
 use shardflow_kernels::op::{Einsum, Op};
 use shardflow_kernels::tensor::DType;
 
-use super::{
-    AdamW, CustomOp, Graph, GraphError, Node, NodeId, NodeOp, Output, Phase, Rate, TensorInfo, Var, ops,
-};
+use super::{AdamW, CustomOp, Graph, GraphError, Node, NodeId, NodeOp, Output, Phase, Rate, TensorInfo, Var, ops};
 use crate::init::Init;
 use crate::layout_error::LayoutError;
 use crate::placement::{Mesh, Placement};
@@ -132,7 +130,8 @@ impl Graph {
         let (shape_a, shape_b) = (self.shape(a).to_vec(), self.shape(b).to_vec());
         let location = Location::caller();
         if !shape_a.ends_with(&shape_b) && !self.is_poisoned(&[a, b]) {
-            let message = format!("cannot add {shape_b:?} to {shape_a:?}: the second shape must be a suffix of the first");
+            let message =
+                format!("cannot add {shape_b:?} to {shape_a:?}: the second shape must be a suffix of the first");
             self.error("add", message, location);
             return self.poison(&shape_a);
         }
@@ -303,7 +302,10 @@ impl Graph {
             if let Sbp::Split(dim) = sbp
                 && *dim >= rank
             {
-                let message = format!("layout splits dim {dim} over `{axis}`, but the shape {:?} has {rank} dims", self.shape(var));
+                let message = format!(
+                    "layout splits dim {dim} over `{axis}`, but the shape {:?} has {rank} dims",
+                    self.shape(var)
+                );
                 self.error(what, message, location);
                 return None;
             }
@@ -315,7 +317,13 @@ impl Graph {
     }
 
     /// Adds a kernel node, shapes by its rule.
-    pub(crate) fn kernel(&mut self, name: &str, op: Op, inputs: &[Var], location: &'static Location<'static>) -> Vec<Var> {
+    pub(crate) fn kernel(
+        &mut self,
+        name: &str,
+        op: Op,
+        inputs: &[Var],
+        location: &'static Location<'static>,
+    ) -> Vec<Var> {
         let shapes: Vec<Vec<usize>> = inputs.iter().map(|v| self.shape(*v).to_vec()).collect();
         let shapes: Vec<&[usize]> = shapes.iter().map(Vec::as_slice).collect();
         let rule = ops::rule(&op, &shapes);

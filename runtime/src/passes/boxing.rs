@@ -86,7 +86,8 @@ impl Pass<'_> {
         let info = self.graph.tensor(var).clone();
         let mut best: Option<(Var, boxing::BoxingPlan)> = None;
         for version in versions {
-            let plan = boxing::plan(&info.shape, info.dtype, &self.layout(version), want, self.model).map_err(|e| e.to_string())?;
+            let plan = boxing::plan(&info.shape, info.dtype, &self.layout(version), want, self.model)
+                .map_err(|e| e.to_string())?;
             if best.as_ref().is_none_or(|b| plan.cost_seconds < b.1.cost_seconds) {
                 best = Some((version, plan));
             }
@@ -94,11 +95,16 @@ impl Pass<'_> {
         let Some((mut current, plan)) = best else { return Ok(var) };
         if self.mode == Boxing::Explicit && reader.phase == Phase::Forward && !matches!(reader.op, NodeOp::Relayout) {
             let unwritten = |s: &&BoxingStep| {
-                !matches!(s.kind, StepKind::AllReduce(_) | StepKind::ReduceScatter(_) | StepKind::Slice | StepKind::Transfer)
+                !matches!(
+                    s.kind,
+                    StepKind::AllReduce(_) | StepKind::ReduceScatter(_) | StepKind::Slice | StepKind::Transfer
+                )
             };
             if let Some(step) = plan.steps.iter().find(unwritten) {
                 let name = &info.name;
-                return Err(format!("{name} would need a change of layout that the program does not write: {step}; write it with `relayout`, or compile with `Boxing::Automatic`"));
+                return Err(format!(
+                    "{name} would need a change of layout that the program does not write: {step}; write it with `relayout`, or compile with `Boxing::Automatic`"
+                ));
             }
         }
         let transfer = plan.steps.iter().position(|s| s.kind == StepKind::Transfer);
@@ -123,7 +129,9 @@ impl Pass<'_> {
         let out = Var(self.graph.tensors.len() as u32);
         let layout = Some(step.to.sbp.clone());
         let name = info.name.clone();
-        self.graph.tensors.push(TensorInfo { layout, saved_shape: None, ..info.clone() });
+        // A parameter that is changed for a micro-batch's use is changed again for the next.
+        let rate = if phase == Phase::Update { Rate::Step } else { Rate::MicroBatch };
+        self.graph.tensors.push(TensorInfo { layout, rate, saved_shape: None, ..info.clone() });
         let node = Node {
             name,
             op: NodeOp::Boxing(Arc::new(step)),

@@ -22,7 +22,8 @@ pub fn gather(graph: &mut Graph, bucket_bytes: usize) {
         *readers.entry(*input).or_default() += 1;
     }
     let mut buckets: Vec<(usize, Vec<usize>, usize, Vec<usize>)> = Vec::new();
-    let mut candidates: Vec<usize> = (0..graph.nodes.len()).filter(|i| reducible(graph, &graph.nodes[*i], &readers)).collect();
+    let mut candidates: Vec<usize> =
+        (0..graph.nodes.len()).filter(|i| reducible(graph, &graph.nodes[*i], &readers)).collect();
     // The id of the accumulated gradient is its place in backward.
     candidates.sort_by_key(|i| graph.nodes[*i].inputs[0]);
     for index in candidates {
@@ -53,7 +54,8 @@ fn reducible(graph: &Graph, node: &Node, readers: &BTreeMap<Var, usize>) -> bool
     let input = node.inputs.first();
     all_reduce_axes(step).is_some()
         && input.is_some_and(|v| matches!(graph.producer(*v).op, NodeOp::Accumulate) && readers[v] == 1)
-        && input.is_some_and(|v| graph.producer(*v).phase == Phase::Backward && graph.placement_of(*v) == node.placement)
+        && input
+            .is_some_and(|v| graph.producer(*v).phase == Phase::Backward && graph.placement_of(*v) == node.placement)
 }
 
 /// Puts each bucket's node where its first member stood and turns the others into nothing.

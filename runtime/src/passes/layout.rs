@@ -127,7 +127,11 @@ fn spec(graph: &Graph, node: &Node, tensors: &[TensorSpec]) -> Result<Option<Nod
     let rule = match &node.op {
         NodeOp::Kernel(Op::AdamW { .. }) => {
             // The gradient must lie as the parameter.
-            let want = graph.tensor(node.updates[0]).layout.clone().unwrap_or_else(|| NdSbp::broadcast(placement.axes().len()));
+            let want = graph
+                .tensor(node.updates[0])
+                .layout
+                .clone()
+                .unwrap_or_else(|| NdSbp::broadcast(placement.axes().len()));
             let signature = NdSignature { inputs: vec![want], outputs: Vec::new() };
             let candidates = vec![Candidate { signature, compute_seconds: 0.0 }];
             let inputs = indices(&node.inputs[..1]);
@@ -136,7 +140,9 @@ fn spec(graph: &Graph, node: &Node, tensors: &[TensorSpec]) -> Result<Option<Nod
         }
         NodeOp::Kernel(_) if node.phase == Phase::Update => return Ok(None),
         NodeOp::Kernel(Op::SumLeading) => ops::sum_leading(shapes[0].len(), graph.shape(node.outputs[0]).len())?,
-        NodeOp::Kernel(op @ Op::EmbeddingGrad { .. }) => ops::rule(op, &shapes)?.size('v', graph.shape(node.outputs[0])[0])?,
+        NodeOp::Kernel(op @ Op::EmbeddingGrad { .. }) => {
+            ops::rule(op, &shapes)?.size('v', graph.shape(node.outputs[0])[0])?
+        }
         NodeOp::Kernel(op) => ops::rule(op, &shapes)?,
         NodeOp::Custom(op) => op.rule()?,
         NodeOp::Relayout => {

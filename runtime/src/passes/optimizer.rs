@@ -8,9 +8,9 @@ use shardflow_kernels::collective::ReduceOp;
 use shardflow_kernels::op::Op;
 use shardflow_kernels::tensor::DType;
 
+use crate::graph::{AdamW, Graph, NodeOp, Phase, Rate, Var};
 use crate::placement::{Axis, Placement};
 use crate::sbp::{NdSbp, Sbp};
-use crate::graph::{AdamW, Graph, NodeOp, Phase, Rate, Var};
 
 /// Name of the step input `[learning rate, step counted from 1]`; the session feeds it.
 pub const HYPER_INPUT: &str = "hyper";
@@ -23,7 +23,8 @@ pub fn accumulate(graph: &mut Graph, var: Var) -> Var {
     let saved = (graph.phase, graph.current);
     (graph.phase, graph.current) = (producer.phase, producer.placement);
     let name = format!("{}.sum", producer.name);
-    let out = graph.push(&name, NodeOp::Accumulate, &[var], &[(info.shape, info.dtype, Rate::Step)], producer.location)[0];
+    let out =
+        graph.push(&name, NodeOp::Accumulate, &[var], &[(info.shape, info.dtype, Rate::Step)], producer.location)[0];
     (graph.phase, graph.current) = saved;
     out
 }
@@ -40,7 +41,8 @@ pub fn add_update(graph: &mut Graph, grads: &BTreeMap<Var, Var>, adamw: AdamW) {
     graph.phase = Phase::Update;
     let mut squares = Vec::new();
     for placement in 0..graph.placements.len() {
-        let here: Vec<(Var, Var)> = summed.iter().copied().filter(|(p, _)| graph.placement_of(*p) == placement).collect();
+        let here: Vec<(Var, Var)> =
+            summed.iter().copied().filter(|(p, _)| graph.placement_of(*p) == placement).collect();
         if here.is_empty() {
             continue;
         }
@@ -49,12 +51,15 @@ pub fn add_update(graph: &mut Graph, grads: &BTreeMap<Var, Var>, adamw: AdamW) {
         let indices = here.iter().map(|(p, _)| index_of[p]).collect();
         let inputs: Vec<Var> = here.iter().map(|(_, g)| *g).collect();
         let shape = vec![parameters.len()];
-        let sums = graph.push("grad_squares", NodeOp::NormSums { indices }, &inputs, &[(shape, DType::F32, Rate::Step)], at)[0];
+        let sums =
+            graph.push("grad_squares", NodeOp::NormSums { indices }, &inputs, &[(shape, DType::F32, Rate::Step)], at)
+                [0];
         squares.push((placement, sums));
     }
     for (placement, sums) in squares {
         graph.current = placement;
-        let here: Vec<(Var, Var)> = summed.iter().copied().filter(|(p, _)| graph.placement_of(*p) == placement).collect();
+        let here: Vec<(Var, Var)> =
+            summed.iter().copied().filter(|(p, _)| graph.placement_of(*p) == placement).collect();
         update_placement(graph, sums, &here, adamw);
         graph.output(GRAD_SQUARES_OUTPUT, sums);
     }

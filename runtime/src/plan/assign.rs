@@ -190,7 +190,8 @@ fn group_registers(
             let rate = graph.tensor(var).rate;
             let key = (site, others.clone(), rate, resident);
             let register = *found.entry(key).or_insert_with(|| {
-                let plan = RegisterPlan { producer: site, readers: others, rate, initial: resident, tensors: Vec::new() };
+                let plan =
+                    RegisterPlan { producer: site, readers: others, rate, initial: resident, tensors: Vec::new() };
                 out.registers.push(plan);
                 out.registers.len() - 1
             });

@@ -64,7 +64,12 @@ pub fn fuse_accumulation(graph: &Graph) -> BTreeMap<Var, Var> {
 }
 
 /// Emits one action.
-pub fn emit(context: &Context<'_>, site: Site, nodes: &[NodeId], group_ids: &mut dyn FnMut(&[usize]) -> Arc<Group>) -> Emitted {
+pub fn emit(
+    context: &Context<'_>,
+    site: Site,
+    nodes: &[NodeId],
+    group_ids: &mut dyn FnMut(&[usize]) -> Arc<Group>,
+) -> Emitted {
     let registers = &context.assignment.registers;
     let inputs: Vec<usize> = (0..registers.len()).filter(|r| registers[*r].readers.contains(&site)).collect();
     let outputs: Vec<usize> = (0..registers.len()).filter(|r| registers[*r].producer == site).collect();
@@ -172,7 +177,9 @@ impl Emitter<'_> {
     fn port_base(&self, register: usize) -> usize {
         match self.outputs.iter().position(|r| *r == register) {
             Some(port) => 2 + self.inputs.len() + port,
-            None => 2 + self.inputs.iter().position(|r| *r == register).expect("a site has the ports of what it touches"),
+            None => {
+                2 + self.inputs.iter().position(|r| *r == register).expect("a site has the ports of what it touches")
+            }
         }
     }
 
@@ -225,7 +232,8 @@ impl Emitter<'_> {
             NodeOp::Kernel(op) => {
                 let accumulate = node.outputs.iter().any(|o| self.context.fused.contains_key(o));
                 let part = |v: &Var| local_part(graph, *v, self.site.0);
-                let (ins, outs): (Vec<_>, Vec<_>) = (node.inputs.iter().map(part).collect(), node.outputs.iter().map(part).collect());
+                let (ins, outs): (Vec<_>, Vec<_>) =
+                    (node.inputs.iter().map(part).collect(), node.outputs.iter().map(part).collect());
                 let whole = node.inputs.first().map_or(&[][..], |v| graph.shape(*v));
                 let op = ops::localize(op, &ins, &outs, whole);
                 let reads = node.inputs.iter().map(|v| self.buffer(*v)).collect();
@@ -234,7 +242,8 @@ impl Emitter<'_> {
             }
             NodeOp::Custom(op) => {
                 let part = |v: &Var| local_part(graph, *v, self.site.0);
-                let (ins, outs): (Vec<_>, Vec<_>) = (node.inputs.iter().map(part).collect(), node.outputs.iter().map(part).collect());
+                let (ins, outs): (Vec<_>, Vec<_>) =
+                    (node.inputs.iter().map(part).collect(), node.outputs.iter().map(part).collect());
                 let kernel = op.kernel(&ins, &outs);
                 let reads = node.inputs.iter().map(|v| self.buffer(*v)).collect();
                 let writes = node.outputs.iter().map(|v| self.buffer(*v)).collect();
@@ -302,7 +311,9 @@ impl Emitter<'_> {
         let placement = &graph.placements[node.placement];
         let ranks = group_of(placement.groups(axes), self.device());
         let first = self.buffer(node.inputs[0]);
-        let Home::Register(register) = self.context.assignment.homes[&(self.device(), self.context.assignment.storage(node.inputs[0]))] else {
+        let Home::Register(register) =
+            self.context.assignment.homes[&(self.device(), self.context.assignment.storage(node.inputs[0]))]
+        else {
             return;
         };
         let tensors = &self.context.assignment.registers[register].tensors;

@@ -39,7 +39,11 @@ impl Plan {
                 let flight = self.in_flight.get(index).copied().unwrap_or(1);
                 let axes = placement.axes_text();
                 let shape = if axes.is_empty() { String::new() } else { format!(" as {axes}") };
-                writeln!(out, "placement {index}: devices {:?}{shape}, {flight} micro-batches in flight", placement.devices())?;
+                writeln!(
+                    out,
+                    "placement {index}: devices {:?}{shape}, {flight} micro-batches in flight",
+                    placement.devices()
+                )?;
             }
         }
         Ok(())
@@ -73,7 +77,11 @@ impl Plan {
                     let names: Vec<&str> = axes.iter().map(|a| placement.axes()[*a].name.as_str()).collect();
                     let tensors = node.inputs.len();
                     let over = names.join("+");
-                    writeln!(out, "  {phase:<8} {}: all-reduce of {tensors} gradients over {over}, while backward runs", node.name)?;
+                    writeln!(
+                        out,
+                        "  {phase:<8} {}: all-reduce of {tensors} gradients over {over}, while backward runs",
+                        node.name
+                    )?;
                 }
                 _ => {}
             }
@@ -96,7 +104,11 @@ impl Plan {
                 let (inputs, outputs) = (action.inputs.len(), action.outputs.len());
                 let launches = plan.launches.len() + usize::from(plan.host.is_some());
                 let times = action.per_step;
-                writeln!(out, "    {}: {times} a step, {launches} launches, reads {inputs} registers, writes {outputs}", action.name)?;
+                writeln!(
+                    out,
+                    "    {}: {times} a step, {launches} launches, reads {inputs} registers, writes {outputs}",
+                    action.name
+                )?;
             }
         }
         Ok(())
@@ -113,7 +125,14 @@ impl Plan {
                     format!("{} {}", actor.name, actor.actions[r.action as usize].name)
                 })
                 .collect();
-            writeln!(out, "  {}: {} x {} -> {}", register.name, register.slots, register.slot_bytes, readers.join(", "))?;
+            writeln!(
+                out,
+                "  {}: {} x {} -> {}",
+                register.name,
+                register.slots,
+                register.slot_bytes,
+                readers.join(", ")
+            )?;
         }
         Ok(())
     }

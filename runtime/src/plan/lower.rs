@@ -73,7 +73,8 @@ pub fn lower(graph: Graph, setting: Setting) -> Plan {
         let start = *total;
         *total += align(scratch_bytes);
         memory[*device].scratch.insert(ActorId(index as u32), (start, scratch_bytes));
-        let limit = stages(&graph).iter().find(|p| graph.placements[**p].index_of(*device).is_some()).map_or(1, |p| flight[*p]);
+        let limit =
+            stages(&graph).iter().find(|p| graph.placements[**p].index_of(*device).is_some()).map_or(1, |p| flight[*p]);
         let firing = firing(sites, &specs, &setting, limit as usize);
         let name = format!("device {device} {}", stream_name(*stream));
         spec.actors.push(ActorSpec { name, device: *device, stream: *stream, firing, actions: specs });
@@ -172,10 +173,10 @@ fn action_spec(
 ) -> ActionSpec {
     let firings = per_step(rate_of(assignment, site), setting.micro_batches);
     let pieces = |register: usize| per_step(assignment.registers[register].rate, setting.micro_batches);
-    let inputs = made.inputs.iter().map(|r| InputSpec {
-        register: RegisterId(*r as u32),
-        firings_per_piece: firings / pieces(*r),
-    });
+    let inputs = made
+        .inputs
+        .iter()
+        .map(|r| InputSpec { register: RegisterId(*r as u32), firings_per_piece: firings / pieces(*r) });
     let outputs = made.outputs.iter().enumerate().map(|(port, r)| OutputSpec {
         register: RegisterId(*r as u32),
         firings_per_piece: firings / pieces(*r),

@@ -23,7 +23,9 @@ pub enum PlanError {
     )]
     CollectiveOrder(Disagreement),
     /// It needs more memory than a device has.
-    #[error("the plan does not fit: a device has {budget} bytes\n{table}reduce the batch, use more micro-batches or more devices")]
+    #[error(
+        "the plan does not fit: a device has {budget} bytes\n{table}reduce the batch, use more micro-batches or more devices"
+    )]
     Memory {
         /// Bytes of one device.
         budget: usize,
@@ -99,7 +101,13 @@ fn bounds(plan: &Plan) -> Result<(), PlanError> {
                     let size = size(buffer.base);
                     if end > size {
                         let name = format!("{} {}", actor.name, action.name);
-                        return Err(PlanError::Bounds { action: name, launch: position, op: op.name().into(), end, size });
+                        return Err(PlanError::Bounds {
+                            action: name,
+                            launch: position,
+                            op: op.name().into(),
+                            end,
+                            size,
+                        });
                     }
                 }
             }

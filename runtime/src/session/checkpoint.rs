@@ -99,9 +99,12 @@ impl Session {
         let tensors = self.tensors(|op| matches!(op, NodeOp::Parameter { .. } | NodeOp::State))?;
         let bytes: Vec<(String, Vec<usize>, Vec<u8>)> = tensors
             .into_iter()
-            .map(|(name, t)| (name, t.shape.clone(), t.as_f32().map(|v| bytemuck::cast_slice(v).to_vec()).unwrap_or_default()))
+            .map(|(name, t)| {
+                (name, t.shape.clone(), t.as_f32().map(|v| bytemuck::cast_slice(v).to_vec()).unwrap_or_default())
+            })
             .collect();
-        let format = |e: safetensors::SafeTensorError| CheckpointError::Format { path: path.into(), message: e.to_string() };
+        let format =
+            |e: safetensors::SafeTensorError| CheckpointError::Format { path: path.into(), message: e.to_string() };
         let views: Vec<(String, TensorView<'_>)> = bytes
             .iter()
             .map(|(name, shape, data)| Ok((name.clone(), TensorView::new(Dtype::F32, shape.clone(), data)?)))
@@ -120,7 +123,8 @@ impl Session {
     pub fn restore(&mut self, path: &Path) -> Result<(), SessionError> {
         let bytes = std::fs::read(path).map_err(|source| CheckpointError::Io { path: path.into(), source })?;
         self.load(path, &bytes, |op| matches!(op, NodeOp::Parameter { .. } | NodeOp::State))?;
-        let format = |e: safetensors::SafeTensorError| CheckpointError::Format { path: path.into(), message: e.to_string() };
+        let format =
+            |e: safetensors::SafeTensorError| CheckpointError::Format { path: path.into(), message: e.to_string() };
         let (_, metadata) = SafeTensors::read_metadata(&bytes).map_err(format)?;
         let steps = metadata.metadata().as_ref().and_then(|m| m.get(STEPS)).and_then(|s| s.parse().ok());
         self.steps = steps.unwrap_or(0);
@@ -145,14 +149,16 @@ impl Session {
         let mut found = Vec::new();
         for var in self.plan.graph.parameters() {
             let name = &self.plan.graph.tensor(var).name;
-            let tensor = tensors.get(name).ok_or_else(|| CheckpointError::Missing { path: path.into(), name: name.clone() })?;
+            let tensor =
+                tensors.get(name).ok_or_else(|| CheckpointError::Missing { path: path.into(), name: name.clone() })?;
             found.push((var, self.fitting(path, var, tensor.clone())?));
         }
         self.write_all(found)
     }
 
     fn load(&self, path: &Path, bytes: &[u8], wanted: impl Fn(&NodeOp) -> bool) -> Result<(), SessionError> {
-        let format = |e: safetensors::SafeTensorError| CheckpointError::Format { path: path.into(), message: e.to_string() };
+        let format =
+            |e: safetensors::SafeTensorError| CheckpointError::Format { path: path.into(), message: e.to_string() };
         let file = SafeTensors::deserialize(bytes).map_err(format)?;
         let graph = &self.plan.graph;
         let mut found = Vec::new();
