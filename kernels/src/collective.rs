@@ -4,7 +4,29 @@
 use std::fmt::Debug;
 use std::sync::Arc;
 
+use crate::error::KernelError;
+use crate::memory::View;
 use crate::tensor::Region;
+
+pub mod in_process;
+
+/// An engine that runs collectives: within a process, by NCCL, by MPI. Each member's stream calls [`Collective::run`]
+/// and blocks in it; calls of one group come in the same order on all members.
+pub trait Collective: Debug + Send + Sync {
+    /// Runs one collective as one member, with the buffers that [`CollectiveKind`] names. Returns when the member's
+    /// result is written and no other member still reads its buffers.
+    ///
+    /// # Errors
+    /// [`KernelError::CollectiveMismatch`] on all members when they disagree, [`KernelError::Arguments`] when the
+    /// buffers do not fit the call, [`KernelError::Aborted`] after [`Collective::abort`].
+    fn run(&self, call: &CollectiveCall, reads: &[View<'_>], writes: &[View<'_>]) -> Result<(), KernelError>;
+
+    /// Ends every call that waits, and every later one, with [`KernelError::Aborted`]. The first cause is kept.
+    fn abort(&self, cause: &str);
+
+    /// Bytes that the device of this rank has taken in from other members since the engine was made.
+    fn bytes_received(&self, rank: usize) -> u64;
+}
 
 /// How partial values are combined.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]

@@ -74,3 +74,10 @@ pub enum KernelError {
         device: usize,
     },
 }
+
+impl KernelError {
+    /// An [`KernelError::Arguments`].
+    pub fn arguments(op: &str, what: &str, expected: impl Into<String>, got: impl Into<String>) -> Self {
+        Self::Arguments { op: op.to_owned(), what: what.to_owned(), expected: expected.into(), got: got.into() }
+    }
+}

@@ -1,6 +1,6 @@
 //! The operations a stream can be asked to launch, and the program that lists them.
 //! A backend dispatches on [`Op`] once per launch. Attributes are those of the local shard.
-//! Imports `tensor`, `collective` (the call's description) and nothing else of this crate.
+//! Imports `tensor`, `error`, `collective` (the call's description) and nothing else of this crate.
 //!
 //! Shapes are row-major; `[..]` before the last dims stands for any number of leading dims.
 
@@ -10,6 +10,11 @@ use std::sync::Arc;
 use crate::collective::CollectiveCall;
 use crate::error::KernelError;
 use crate::tensor::{DType, Region};
+
+mod describe;
+mod einsum;
+
+pub(crate) use describe::ATTENTION_BLOCK;
 
 /// One operation. `reads` and `writes` are given in the order in which each variant's comment names them.
 #[derive(Clone, Debug)]

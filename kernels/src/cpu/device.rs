@@ -1,0 +1,56 @@
+//! A CPU device: a memory tally and a maker of streams. Imports `memory`, `collective` and `cpu::stream`.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use crate::collective::Collective;
+use crate::cpu::stream::CpuStream;
+use crate::error::KernelError;
+use crate::memory::{Arena, Tally};
+
+/// See [`crate::device::Device`].
+#[derive(Debug)]
+pub struct CpuDevice {
+    rank: usize,
+    threads_per_stream: usize,
+    engine: Arc<dyn Collective>,
+    tally: Arc<Tally>,
+}
+
+impl CpuDevice {
+    pub(crate) fn new(rank: usize, threads_per_stream: usize, engine: Arc<dyn Collective>) -> Self {
+        Self { rank, threads_per_stream: threads_per_stream.max(1), engine, tally: Arc::default() }
+    }
+
+    pub(crate) fn arena(&self, bytes: usize) -> Result<Arena, KernelError> {
+        Arena::host(self.rank, bytes, &self.tally)
+    }
+
+    pub(crate) fn stream(&self, name: &str, threads: usize) -> Result<CpuStream, KernelError> {
+        CpuStream::start(name, self.rank, threads, self.engine.clone())
+    }
+
+    pub(crate) fn rank(&self) -> usize {
+        self.rank
+    }
+
+    pub(crate) fn threads_per_stream(&self) -> usize {
+        self.threads_per_stream
+    }
+
+    pub(crate) fn engine(&self) -> &Arc<dyn Collective> {
+        &self.engine
+    }
+
+    pub(crate) fn bytes_allocated(&self) -> usize {
+        self.tally.bytes.load(Ordering::Relaxed)
+    }
+
+    pub(crate) fn bytes_peak(&self) -> usize {
+        self.tally.bytes_peak.load(Ordering::Relaxed)
+    }
+
+    pub(crate) fn allocation_count(&self) -> usize {
+        self.tally.allocations.load(Ordering::Relaxed)
+    }
+}

@@ -1,0 +1,163 @@
+//! Ops on each element by itself, sums over leading dims, and copies. Imports `cpu::{launch, pool, simd}`, `region`.
+
+use crate::cpu::launch::Args;
+use crate::cpu::pool::Pool;
+use crate::cpu::simd::{LANES, Lanes, Operand, dispatch, each, map, normal};
+use crate::error::KernelError;
+use crate::region::{check_inside, for_each_run};
+use crate::tensor::{DType, Region, element_count};
+
+/// `y[i] = f(inputs[0][i], ..)` on the pool's threads.
+fn parallel_map<const N: usize>(
+    pool: &Pool,
+    inputs: [Operand<'_>; N],
+    y: &mut [f32],
+    weight: usize,
+    f: impl Fn([Lanes; N]) -> Lanes + Sync + Copy,
+) {
+    let elements = y.len();
+    pool.ranges(y, LANES, elements * weight, |range, y| {
+        let inputs = inputs.map(|input| input.range(range.clone()));
+        dispatch(
+            #[inline(always)]
+            || map(inputs, y, f),
+        );
+    });
+}
+
+pub(crate) fn fill(args: &mut Args<'_>, pool: &Pool, value: f32) -> Result<(), KernelError> {
+    let y = args.out(0)?;
+    let elements = y.len();
+    pool.ranges(y, LANES, elements, |_, y| y.fill(value));
+    Ok(())
+}
+
+pub(crate) fn copy(args: &mut Args<'_>, pool: &Pool) -> Result<(), KernelError> {
+    args.expect_same_count(0, 0)?;
+    if args.write_dtype(0) == DType::I32 {
+        if args.accumulate {
+            return Err(args.refused("accumulate", "floats", "integers"));
+        }
+        let x = args.i32(0)?;
+        args.out_i32(0)?.copy_from_slice(x);
+        return Ok(());
+    }
+    let x = args.operand(0, 0)?;
+    let y = args.out(0)?;
+    let accumulate = args.accumulate;
+    let elements = y.len();
+    pool.ranges(y, LANES, elements, |range, y| match x.range(range) {
+        Operand::Same if accumulate => y.iter_mut().for_each(|y| *y += *y),
+        Operand::Same => {}
+        Operand::Other(x) => put(y, x, accumulate),
+    });
+    Ok(())
+}
+
+/// Overwrites `y` with `x`, or adds to it.
+fn put(y: &mut [f32], x: &[f32], accumulate: bool) {
+    if accumulate {
+        y.iter_mut().zip(x).for_each(|(y, x)| *y += x);
+    } else {
+        y.copy_from_slice(x);
+    }
+}
+
+pub(crate) fn copy_region(args: &mut Args<'_>, src: &Region, dst: &Region) -> Result<(), KernelError> {
+    let (from, to) = (args.read_shape(0), args.write_shape(0));
+    check_inside("copy_region", "src", src, from)?;
+    check_inside("copy_region", "dst", dst, to)?;
+    if src.size != dst.size {
+        return Err(args.refused("size of dst", format!("{:?}", src.size), format!("{:?}", dst.size)));
+    }
+    let (from, to) = ((from, &src.start[..]), (to, &dst.start[..]));
+    if args.write_dtype(0) == DType::I32 {
+        if args.accumulate {
+            return Err(args.refused("accumulate", "floats", "integers"));
+        }
+        let (x, y) = (args.i32(0)?, args.out_i32(0)?);
+        for_each_run(from, to, &src.size, |from, to, len| y[to..to + len].copy_from_slice(&x[from..from + len]));
+        return Ok(());
+    }
+    let (x, y, accumulate) = (args.f32(0)?, args.out(0)?, args.accumulate);
+    for_each_run(from, to, &src.size, |from, to, len| put(&mut y[to..to + len], &x[from..from + len], accumulate));
+    Ok(())
+}
+
+pub(crate) fn add(args: &mut Args<'_>, pool: &Pool) -> Result<(), KernelError> {
+    let (a_shape, b_shape) = (args.read_shape(0), args.read_shape(1));
+    args.expect_write(0, a_shape)?;
+    if !a_shape.ends_with(b_shape) {
+        return Err(args.refused("shape of read 1", format!("a suffix of {a_shape:?}"), format!("{b_shape:?}")));
+    }
+    let (a, width) = (args.operand(0, 0)?, element_count(b_shape));
+    if a_shape == b_shape {
+        let b = args.operand(1, 0)?;
+        parallel_map(pool, [a, b], args.out(0)?, 1, |values| each(values, |[a, b]| a + b));
+        return Ok(());
+    }
+    let (b, y) = (args.f32(1)?, args.out(0)?);
+    let (elements, rows) = (y.len(), y.len().checked_div(width).unwrap_or(0));
+    pool.rows(rows, elements, [y], &mut [], |range, [y], _| {
+        let a = a.range(range.start * width..range.end * width);
+        for (i, y) in y.chunks_exact_mut(width).enumerate() {
+            let a = a.range(i * width..(i + 1) * width);
+            dispatch(
+                #[inline(always)]
+                || map([a, Operand::Other(b)], y, |values| each(values, |[a, b]| a + b)),
+            );
+        }
+    });
+    Ok(())
+}
+
+pub(crate) fn scale(args: &mut Args<'_>, pool: &Pool, factor: f32) -> Result<(), KernelError> {
+    args.expect_same_count(0, 0)?;
+    let x = args.operand(0, 0)?;
+    parallel_map(pool, [x], args.out(0)?, 1, |values| each(values, |[x]| factor * x));
+    Ok(())
+}
+
+/// Each thread sums some of the columns over all rows, in order: the result does not depend on the threads.
+pub(crate) fn sum_leading(args: &mut Args<'_>, pool: &Pool) -> Result<(), KernelError> {
+    let (x_shape, y_shape) = (args.read_shape(0), args.write_shape(0));
+    if !x_shape.ends_with(y_shape) {
+        return Err(args.refused("shape of write 0", format!("a suffix of {x_shape:?}"), format!("{y_shape:?}")));
+    }
+    let (x, y, accumulate) = (args.f32(0)?, args.out(0)?, args.accumulate);
+    let width = y.len();
+    pool.ranges(y, LANES, x.len(), |columns, y| {
+        if !accumulate {
+            y.fill(0.0);
+        }
+        dispatch(
+            #[inline(always)]
+            || {
+                for row in x.chunks_exact(width) {
+                    y.iter_mut().zip(&row[columns.clone()]).for_each(|(y, x)| *y += x);
+                }
+            },
+        );
+    });
+    Ok(())
+}
+
+pub(crate) fn gelu(args: &mut Args<'_>, pool: &Pool) -> Result<(), KernelError> {
+    args.expect_same_count(0, 0)?;
+    let x = args.operand(0, 0)?;
+    parallel_map(pool, [x], args.out(0)?, 4, |values| each(values, |[x]| x * normal(x).0));
+    Ok(())
+}
+
+pub(crate) fn gelu_grad(args: &mut Args<'_>, pool: &Pool) -> Result<(), KernelError> {
+    args.expect_same_count(0, 0)?;
+    args.expect_same_count(1, 0)?;
+    let (dy, x) = (args.operand(0, 0)?, args.operand(1, 0)?);
+    parallel_map(pool, [dy, x], args.out(0)?, 4, |values| {
+        each(values, |[dy, x]| {
+            let (cdf, pdf) = normal(x);
+            dy * x.mul_add(pdf, cdf)
+        })
+    });
+    Ok(())
+}

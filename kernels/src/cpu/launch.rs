@@ -1,0 +1,267 @@
+//! One launch on the CPU: its buffers are resolved and checked (MEM-1, MEM-2), then its kernel is called.
+//! Imports `op`, `memory`, `collective` and the kernels.
+#![allow(unsafe_code)]
+
+use crate::collective::Collective;
+use crate::cpu::pool::Pool;
+use crate::cpu::simd::Operand;
+use crate::cpu::{attention, dropout, elementwise, embedding, loss, matmul, norm, optimizer};
+use crate::error::KernelError;
+use crate::memory::{Base, View};
+use crate::op::{CpuArgs, CpuRead, CpuSlice, CpuSliceMut, CpuWrite, CustomKernel, Launch, Op};
+use crate::tensor::{DType, element_count};
+
+/// A launch's checked buffers, and the slices that kernels take from them.
+pub(crate) struct Args<'a> {
+    name: &'a str,
+    reads: Vec<View<'a>>,
+    writes: Vec<View<'a>>,
+    /// Writes handed out as slices: each only once, which keeps slices exclusive.
+    taken: Vec<bool>,
+    workspace: Option<View<'a>>,
+    /// True when the accumulating write is to be added to.
+    pub(crate) accumulate: bool,
+}
+
+pub(crate) fn run_launch(
+    launch: &Launch,
+    bases: &[Base],
+    repeat: bool,
+    pool: &Pool,
+    engine: &dyn Collective,
+) -> Result<(), KernelError> {
+    let op = &launch.op;
+    let mut args = Args::resolve(launch, bases, repeat, pool.threads())?;
+    match op {
+        Op::Fill { value } => elementwise::fill(&mut args, pool, *value),
+        Op::Copy => elementwise::copy(&mut args, pool),
+        Op::CopyRegion { src, dst } => elementwise::copy_region(&mut args, src, dst),
+        Op::Add => elementwise::add(&mut args, pool),
+        Op::SumLeading => elementwise::sum_leading(&mut args, pool),
+        Op::Scale { factor } => elementwise::scale(&mut args, pool, *factor),
+        Op::Einsum(einsum) => matmul::einsum(&mut args, pool, einsum),
+        Op::Embedding { vocab_start } => embedding::embedding(&mut args, pool, *vocab_start),
+        Op::EmbeddingGrad { vocab_start } => embedding::embedding_grad(&mut args, pool, *vocab_start),
+        Op::LayerNorm { eps } => norm::layer_norm(&mut args, pool, *eps),
+        Op::LayerNormGrad => norm::layer_norm_grad(&mut args, pool),
+        Op::Gelu => elementwise::gelu(&mut args, pool),
+        Op::GeluGrad => elementwise::gelu_grad(&mut args, pool),
+        Op::Attention { scale } => attention::attention(&mut args, pool, *scale),
+        Op::AttentionGrad { scale } => attention::attention_grad(&mut args, pool, *scale),
+        Op::RowMax => loss::row_max(&mut args, pool),
+        Op::SumExpTarget { vocab_start } => loss::sum_exp_target(&mut args, pool, *vocab_start),
+        Op::TokenLoss { scale } => loss::token_loss(&mut args, *scale),
+        Op::CrossEntropyGrad { vocab_start, scale } => loss::cross_entropy_grad(&mut args, pool, *vocab_start, *scale),
+        Op::Dropout { p, seed, shape, start } => dropout::dropout(&mut args, pool, *p, *seed, shape, start),
+        Op::SumSquares { index } => optimizer::sum_squares(&mut args, pool, *index),
+        Op::ClipScale { max_norm } => optimizer::clip_scale(&mut args, *max_norm),
+        Op::AdamW { beta1, beta2, eps, weight_decay } => {
+            let rates = optimizer::AdamW { beta1: *beta1, beta2: *beta2, eps: *eps, weight_decay: *weight_decay };
+            optimizer::adamw(&mut args, pool, rates)
+        }
+        Op::Collective(call) => engine.run(call, &args.reads, &args.writes),
+        Op::Custom(kernel) => custom(&**kernel, &mut args),
+    }
+}
+
+fn custom(kernel: &dyn CustomKernel, args: &mut Args<'_>) -> Result<(), KernelError> {
+    let reads = (0..args.reads.len()).map(|i| {
+        let data = match args.reads[i].dtype() {
+            DType::F32 => CpuSlice::F32(args.f32(i)?),
+            DType::I32 => CpuSlice::I32(args.i32(i)?),
+        };
+        Ok(CpuRead { shape: args.reads[i].shape(), data })
+    });
+    let reads = reads.collect::<Result<Vec<_>, KernelError>>()?;
+    let mut writes = Vec::new();
+    for i in 0..args.writes.len() {
+        let data = match args.writes[i].dtype() {
+            DType::F32 => CpuSliceMut::F32(args.out(i)?),
+            DType::I32 => CpuSliceMut::I32(args.out_i32(i)?),
+        };
+        writes.push(CpuWrite { shape: args.writes[i].shape(), data });
+    }
+    kernel.run_cpu(CpuArgs { reads, writes, accumulate: args.accumulate })
+}
+
+impl<'a> Args<'a> {
+    fn resolve(launch: &'a Launch, bases: &'a [Base], repeat: bool, threads: usize) -> Result<Self, KernelError> {
+        let name = launch.op.name();
+        let resolve = |buffer| View::resolve(name, buffer, bases);
+        let reads = launch.reads.iter().map(resolve).collect::<Result<Vec<_>, _>>()?;
+        let writes = launch.writes.iter().map(resolve).collect::<Result<Vec<_>, _>>()?;
+        let workspace = launch.workspace.as_ref().map(resolve).transpose()?;
+        let args = Self {
+            name,
+            taken: vec![false; writes.len()],
+            reads,
+            writes,
+            workspace,
+            accumulate: launch.accumulate && repeat,
+        };
+        args.check(&launch.op, launch.accumulate, threads)?;
+        Ok(args)
+    }
+
+    /// Numbers of buffers, overlap (MEM-2), accumulation and workspace.
+    fn check(&self, op: &Op, accumulate: bool, threads: usize) -> Result<(), KernelError> {
+        let counts = (self.reads.len(), self.writes.len());
+        if let Some(arity) = op.arity()
+            && arity != counts
+        {
+            let count = |(reads, writes)| format!("{reads} read, {writes} written");
+            return Err(self.refused("buffers", count(arity), count(counts)));
+        }
+        if accumulate && op.can_accumulate().is_none() && !matches!(op, Op::Custom(_)) {
+            return Err(self.refused("accumulate", "an op that can accumulate", self.name));
+        }
+        for (i, write) in self.writes.iter().enumerate() {
+            let clash = self.reads.iter().any(|read| write.overlaps(read) && !write.same_memory(read))
+                || self.writes[..i].iter().any(|other| write.overlaps(other))
+                || self.workspace.as_ref().is_some_and(|workspace| write.overlaps(workspace));
+            if clash {
+                return Err(self.refused(&format!("write {i}"), "memory of its own", "an overlap with another buffer"));
+            }
+        }
+        let shapes: Vec<&[usize]> = self.reads.iter().map(View::shape).collect();
+        let needed = op.workspace_bytes(&shapes, threads);
+        let given = self.workspace.as_ref().map_or(0, View::bytes);
+        let overlaps_read = |workspace: &View<'_>| self.reads.iter().any(|read| read.overlaps(workspace));
+        if needed > given || self.workspace.as_ref().is_some_and(overlaps_read) {
+            let expected = format!("{needed} bytes of its own for {threads} threads");
+            return Err(self.refused("workspace", expected, format!("{given} bytes")));
+        }
+        Ok(())
+    }
+
+    pub(crate) fn refused(&self, what: &str, expected: impl Into<String>, got: impl Into<String>) -> KernelError {
+        KernelError::arguments(self.name, what, expected, got)
+    }
+
+    /// Shape of read `i`.
+    pub(crate) fn read_shape(&self, i: usize) -> &'a [usize] {
+        self.reads[i].shape()
+    }
+
+    /// Shape of write `i`.
+    pub(crate) fn write_shape(&self, i: usize) -> &'a [usize] {
+        self.writes[i].shape()
+    }
+
+    /// Dtype of write `i`.
+    pub(crate) fn write_dtype(&self, i: usize) -> DType {
+        self.writes[i].dtype()
+    }
+
+    fn check_dtype(&self, what: &str, i: usize, view: &View<'_>, dtype: DType) -> Result<(), KernelError> {
+        if view.dtype() == dtype {
+            return Ok(());
+        }
+        Err(self.refused(&format!("dtype of {what} {i}"), format!("{dtype:?}"), format!("{:?}", view.dtype())))
+    }
+
+    fn check_not_in_place(&self, i: usize) -> Result<(), KernelError> {
+        if self.writes.iter().any(|write| write.overlaps(&self.reads[i])) {
+            return Err(self.refused(&format!("read {i}"), "memory that is not written", "an op in place"));
+        }
+        Ok(())
+    }
+
+    /// Fails unless read `i` has this shape.
+    pub(crate) fn expect_read(&self, i: usize, shape: &[usize]) -> Result<(), KernelError> {
+        self.expect(&format!("shape of read {i}"), self.reads[i].shape(), shape)
+    }
+
+    /// Fails unless write `i` has this shape.
+    pub(crate) fn expect_write(&self, i: usize, shape: &[usize]) -> Result<(), KernelError> {
+        self.expect(&format!("shape of write {i}"), self.writes[i].shape(), shape)
+    }
+
+    fn expect(&self, what: &str, got: &[usize], expected: &[usize]) -> Result<(), KernelError> {
+        if got == expected {
+            return Ok(());
+        }
+        Err(self.refused(what, format!("{expected:?}"), format!("{got:?}")))
+    }
+
+    /// Fails with the numbers that no valid program produces.
+    pub(crate) fn bad_data(&self, what: String) -> KernelError {
+        KernelError::Data { op: self.name.to_owned(), what }
+    }
+
+    /// Splits read `i`'s shape into its leading dims and its last one.
+    pub(crate) fn rows_of(&self, i: usize) -> Result<(&'a [usize], usize), KernelError> {
+        let shape = self.reads[i].shape();
+        let (last, leading) =
+            shape.split_last().ok_or_else(|| self.refused(&format!("shape of read {i}"), "at least one dim", "[]"))?;
+        Ok((leading, *last))
+    }
+
+    /// Fails unless write `w` has as many elements as read `r`.
+    pub(crate) fn expect_same_count(&self, r: usize, w: usize) -> Result<(), KernelError> {
+        if self.reads[r].element_count() == self.writes[w].element_count() {
+            return Ok(());
+        }
+        let (expected, got) = (self.reads[r].shape(), self.writes[w].shape());
+        Err(self.refused(
+            &format!("elements of write {w}"),
+            format!("as many as {expected:?}"),
+            format!("{got:?}, {}", element_count(got)),
+        ))
+    }
+
+    /// Read `i` as floats; it may not be a write too.
+    pub(crate) fn f32(&self, i: usize) -> Result<&'a [f32], KernelError> {
+        self.check_dtype("read", i, &self.reads[i], DType::F32)?;
+        self.check_not_in_place(i)?;
+        // SAFETY: floats, and no write of this launch overlaps it (just checked); other streams: MEM-3.
+        Ok(unsafe { self.reads[i].f32() })
+    }
+
+    /// Read `i` as integers; it may not be a write too.
+    pub(crate) fn i32(&self, i: usize) -> Result<&'a [i32], KernelError> {
+        self.check_dtype("read", i, &self.reads[i], DType::I32)?;
+        self.check_not_in_place(i)?;
+        // SAFETY: integers, and no write of this launch overlaps it (just checked); other streams: MEM-3.
+        Ok(unsafe { self.reads[i].i32() })
+    }
+
+    /// Read `i` of an elementwise op that writes write `w`: floats of its own, or the very memory that is written.
+    pub(crate) fn operand(&self, i: usize, w: usize) -> Result<Operand<'a>, KernelError> {
+        let (read, write) = (&self.reads[i], &self.writes[w]);
+        self.check_dtype("read", i, read, DType::F32)?;
+        if read.same_memory(write) && read.element_count() > 0 {
+            return Ok(Operand::Same);
+        }
+        self.f32(i).map(Operand::Other)
+    }
+
+    fn take(&mut self, i: usize, dtype: DType) -> Result<(), KernelError> {
+        self.check_dtype("write", i, &self.writes[i], dtype)?;
+        assert!(!std::mem::replace(&mut self.taken[i], true), "write {i} taken twice");
+        Ok(())
+    }
+
+    /// Write `i` as floats, once.
+    pub(crate) fn out(&mut self, i: usize) -> Result<&'a mut [f32], KernelError> {
+        self.take(i, DType::F32)?;
+        // SAFETY: floats, taken once, no other write overlaps (checked in `check`), reads that overlap are never made
+        // slices (`f32`, `i32`, `operand`); other streams: MEM-3.
+        Ok(unsafe { self.writes[i].f32_mut() })
+    }
+
+    /// Write `i` as integers, once.
+    pub(crate) fn out_i32(&mut self, i: usize) -> Result<&'a mut [i32], KernelError> {
+        self.take(i, DType::I32)?;
+        // SAFETY: as in `out`.
+        Ok(unsafe { self.writes[i].i32_mut() })
+    }
+
+    /// The scratch memory, once; empty where the launch has none.
+    pub(crate) fn take_workspace(&mut self) -> Result<&'a mut [f32], KernelError> {
+        let Some(view) = self.workspace.take() else { return Ok(&mut []) };
+        self.check_dtype("workspace", 0, &view, DType::F32)?;
+        // SAFETY: floats, taken once, overlaps no other buffer of the launch (checked in `check`); streams: MEM-3.
+        Ok(unsafe { view.f32_mut() })
+    }
+}

@@ -1,0 +1,274 @@
+//! The fork-join pool of one stream: the stream's thread and `threads - 1` helpers, each of which gets a fixed share,
+//! so that results depend on the number of threads and never on timing. Imports nothing of this crate but `tensor`.
+//!
+//! - POOL-1: a job is published before `generation` grows, and is not touched again until `pending` is 0.
+//! - POOL-2: `Pool::run` returns only when `pending` is 0, so no helper uses a job after its borrow ends.
+#![allow(unsafe_code)]
+
+use std::any::Any;
+use std::cell::{Cell, UnsafeCell};
+use std::marker::PhantomData;
+use std::ops::Range;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::{self, JoinHandle, Thread};
+use std::time::{Duration, Instant};
+
+use crate::tensor::split_range;
+
+/// How long a thread looks for work before it parks: longer than the gap between launches of one program, and about
+/// what parking and waking cost.
+const SPIN: Duration = Duration::from_micros(40);
+
+/// Work for fewer elements than this (of a kernel with a handful of operations each) is not worth a fork.
+pub(crate) const FORK_ELEMENTS: usize = 16 * 1024;
+
+/// Helpers that wait for jobs; ends them when dropped.
+pub(crate) struct Pool {
+    shared: Arc<Shared>,
+    helpers: Vec<JoinHandle<()>>,
+    /// Makes it not `Sync`: only one thread may start jobs.
+    one_owner: PhantomData<Cell<()>>,
+}
+
+struct Shared {
+    generation: AtomicUsize,
+    pending: AtomicUsize,
+    closing: AtomicBool,
+    job: UnsafeCell<Option<Job>>,
+    owner: UnsafeCell<Option<Thread>>,
+    owner_parked: AtomicBool,
+    helper_parked: Vec<AtomicBool>,
+    panic: Mutex<Option<Box<dyn Any + Send>>>,
+}
+
+#[derive(Clone, Copy)]
+struct Job {
+    work: *const (dyn Fn(usize) + Sync),
+    parts: usize,
+}
+
+// SAFETY: `job` and `owner` are written by the owner only while `pending` is 0, and read by helpers only between the
+// release of a new generation and their own decrement of `pending` (POOL-1); `Fn + Sync` may be called from any thread.
+unsafe impl Sync for Shared {}
+// SAFETY: as for `Sync`; nothing in it is tied to a thread.
+unsafe impl Send for Shared {}
+
+impl Pool {
+    /// A pool of `threads` threads, the caller's being one. `name` begins the helpers' names.
+    pub(crate) fn start(name: &str, threads: usize) -> std::io::Result<Self> {
+        let shared = Arc::new(Shared {
+            generation: AtomicUsize::new(0),
+            pending: AtomicUsize::new(0),
+            closing: AtomicBool::new(false),
+            job: UnsafeCell::new(None),
+            owner: UnsafeCell::new(None),
+            owner_parked: AtomicBool::new(false),
+            helper_parked: (1..threads).map(|_| AtomicBool::new(false)).collect(),
+            panic: Mutex::new(None),
+        });
+        let mut pool = Self { shared, helpers: Vec::new(), one_owner: PhantomData };
+        for helper in 0..threads - 1 {
+            let shared = pool.shared.clone();
+            let builder = thread::Builder::new().name(format!("{name}-{}", helper + 1));
+            pool.helpers.push(builder.spawn(move || help(&shared, helper))?);
+        }
+        Ok(pool)
+    }
+
+    pub(crate) fn threads(&self) -> usize {
+        self.helpers.len() + 1
+    }
+
+    /// Calls `work(part)` for each part in `0..parts`, one on each thread; `parts` is at most `threads()`.
+    /// A panic in any part is passed on, after all have ended.
+    pub(crate) fn run(&self, parts: usize, work: &(dyn Fn(usize) + Sync)) {
+        assert!(parts <= self.threads(), "more parts than threads");
+        if parts <= 1 {
+            (0..parts).for_each(work);
+            return;
+        }
+        let shared = &*self.shared;
+        assert_eq!(shared.pending.load(Ordering::Acquire), 0, "a job may not start another");
+        // SAFETY: only the lifetime is changed; POOL-2 keeps every use inside this call.
+        let work_erased = unsafe {
+            std::mem::transmute::<*const (dyn Fn(usize) + Sync + '_), *const (dyn Fn(usize) + Sync + 'static)>(work)
+        };
+        // SAFETY: `pending` is 0, so no helper reads these cells (POOL-1); `&self` stays on the owner's thread, as
+        // `Pool` is not `Sync`.
+        unsafe {
+            *shared.job.get() = Some(Job { work: work_erased, parts });
+            *shared.owner.get() = Some(thread::current());
+        }
+        shared.pending.store(self.helpers.len(), Ordering::Relaxed);
+        shared.generation.fetch_add(1, Ordering::SeqCst);
+        for (helper, parked) in self.helpers.iter().zip(&shared.helper_parked) {
+            if parked.swap(false, Ordering::SeqCst) {
+                helper.thread().unpark();
+            }
+        }
+        let own = catch_unwind(AssertUnwindSafe(|| work(0)));
+        wait_until(|| shared.pending.load(Ordering::Acquire) == 0, &shared.owner_parked);
+        let helpers_panic = shared.panic.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(panic) = own.err().or(helpers_panic) {
+            resume_unwind(panic);
+        }
+    }
+
+    /// How many threads `elements` elements of light work are worth.
+    pub(crate) fn parts_for(&self, elements: usize) -> usize {
+        (elements / FORK_ELEMENTS).clamp(1, self.threads())
+    }
+
+    /// Splits `rows` rows over the threads when `weight` elements are worth it, each of `outs` (`rows` rows of any one
+    /// width) with them, and gives each part its share of `scratch`. `work(rows, outs, scratch)`; returns the number
+    /// of parts, the shares of which are the first ones.
+    pub(crate) fn rows<T: Send, const N: usize>(
+        &self,
+        rows: usize,
+        weight: usize,
+        outs: [&mut [T]; N],
+        scratch: &mut [f32],
+        work: impl Fn(Range<usize>, [&mut [T]; N], &mut [f32]) + Sync,
+    ) -> usize {
+        if rows == 0 {
+            return 0;
+        }
+        let outs = outs.map(|out| {
+            assert!(out.len().is_multiple_of(rows), "outputs must have whole rows");
+            Pieces::new(out)
+        });
+        let share = scratch.len() / self.threads();
+        let scratch = Pieces::new(scratch);
+        let parts = self.parts_for(weight).min(rows);
+        self.run(parts, &|part| {
+            let range = split_range(rows, parts, part);
+            let mine = outs.each_ref().map(|pieces| {
+                let width = pieces.len() / rows;
+                // SAFETY: the parts' ranges of rows are disjoint, and each part runs once.
+                unsafe { pieces.range(range.start * width..range.end * width) }
+            });
+            // SAFETY: the parts' shares are disjoint, and each part runs once.
+            let share = unsafe { scratch.range(part * share..(part + 1) * share) };
+            work(range, mine, share);
+        });
+        parts
+    }
+
+    /// Splits a flat slice over the threads at multiples of `grain`, when `weight` elements are worth it.
+    /// `work(range, out)`.
+    pub(crate) fn ranges<T: Send>(
+        &self,
+        out: &mut [T],
+        grain: usize,
+        weight: usize,
+        work: impl Fn(Range<usize>, &mut [T]) + Sync,
+    ) {
+        let (len, grains) = (out.len(), out.len().div_ceil(grain));
+        let pieces = Pieces::new(out);
+        let parts = self.parts_for(weight).min(grains);
+        self.run(parts, &|part| {
+            let grains = split_range(grains, parts, part);
+            let range = grains.start * grain..(grains.end * grain).min(len);
+            // SAFETY: the parts' ranges are disjoint, and each part runs once.
+            work(range.clone(), unsafe { pieces.range(range) });
+        });
+    }
+}
+
+impl Drop for Pool {
+    fn drop(&mut self) {
+        self.shared.closing.store(true, Ordering::SeqCst);
+        self.shared.generation.fetch_add(1, Ordering::SeqCst);
+        for helper in self.helpers.drain(..) {
+            helper.thread().unpark();
+            let _ = helper.join();
+        }
+    }
+}
+
+fn help(shared: &Shared, helper: usize) {
+    let mut seen = 0;
+    loop {
+        wait_until(|| shared.generation.load(Ordering::SeqCst) != seen, &shared.helper_parked[helper]);
+        seen += 1;
+        if shared.closing.load(Ordering::SeqCst) {
+            return;
+        }
+        // SAFETY: the job of this generation was published before it (POOL-1).
+        let (job, owner) = unsafe { (*shared.job.get(), (*shared.owner.get()).clone()) };
+        if let Some(job) = job
+            && helper + 1 < job.parts
+        {
+            // SAFETY: the owner waits for `pending`, so the closure outlives this call (POOL-2).
+            let work = unsafe { &*job.work };
+            if let Err(panic) = catch_unwind(AssertUnwindSafe(|| work(helper + 1))) {
+                shared.panic.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(panic);
+            }
+        }
+        if shared.pending.fetch_sub(1, Ordering::SeqCst) == 1
+            && shared.owner_parked.swap(false, Ordering::SeqCst)
+            && let Some(owner) = owner
+        {
+            owner.unpark();
+        }
+    }
+}
+
+/// Spins, then parks, until `ready`. Whoever makes it ready looks at `parked` afterwards and unparks.
+fn wait_until(ready: impl Fn() -> bool, parked: &AtomicBool) {
+    let mut began = None;
+    loop {
+        for _ in 0..64 {
+            if ready() {
+                return;
+            }
+            std::hint::spin_loop();
+        }
+        if began.get_or_insert_with(Instant::now).elapsed() < SPIN {
+            continue;
+        }
+        parked.store(true, Ordering::SeqCst);
+        // Checked again after the store: the other side reads `parked` after it makes this true.
+        while parked.load(Ordering::SeqCst) && !ready() {
+            thread::park();
+        }
+        parked.store(false, Ordering::SeqCst);
+    }
+}
+
+/// A slice that several threads write disjoint ranges of.
+pub(crate) struct Pieces<'a, T> {
+    start: *mut T,
+    len: usize,
+    borrow: PhantomData<&'a mut [T]>,
+}
+
+// SAFETY: it only hands out ranges, which `Pieces::range` requires to be disjoint.
+unsafe impl<T: Send> Sync for Pieces<'_, T> {}
+// SAFETY: as for `Sync`.
+unsafe impl<T: Send> Send for Pieces<'_, T> {}
+
+impl<'a, T> Pieces<'a, T> {
+    pub(crate) fn new(slice: &'a mut [T]) -> Self {
+        Self { start: slice.as_mut_ptr(), len: slice.len(), borrow: PhantomData }
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        self.len
+    }
+
+    pub(crate) fn start(&self) -> *mut T {
+        self.start
+    }
+
+    /// # Safety
+    /// Ranges handed out at the same time do not overlap.
+    #[allow(clippy::mut_from_ref)]
+    pub(crate) unsafe fn range(&self, range: Range<usize>) -> &'a mut [T] {
+        assert!(range.start <= range.end && range.end <= self.len, "piece out of bounds");
+        // SAFETY: in bounds by the assertion, exclusive by the contract, alive by the borrow.
+        unsafe { std::slice::from_raw_parts_mut(self.start.add(range.start), range.len()) }
+    }
+}

@@ -1,0 +1,147 @@
+//! A CPU stream: one named thread that takes submissions from a queue and runs their launches in order.
+//! Imports `op`, `memory`, `event`, `collective`, `cpu::pool` and `cpu::launch`.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::thread::{self, JoinHandle};
+
+use crossbeam_channel::{Receiver, Sender, unbounded};
+
+use crate::collective::Collective;
+use crate::cpu::THREADS_MAX;
+use crate::cpu::launch::run_launch;
+use crate::cpu::pool::Pool;
+use crate::error::KernelError;
+use crate::event::Event;
+use crate::stream::{Notice, Submission};
+
+/// See [`crate::stream::Stream`].
+#[derive(Debug)]
+pub struct CpuStream {
+    // The queue has no bound of its own: the register protocol's credits bound what is submitted.
+    queue: Option<Sender<Command>>,
+    thread: Option<JoinHandle<()>>,
+    device: usize,
+    threads: usize,
+}
+
+enum Command {
+    Run(Submission),
+    Record(Event),
+    Wait(Event),
+}
+
+impl CpuStream {
+    pub(crate) fn start(
+        name: &str,
+        device: usize,
+        threads: usize,
+        engine: Arc<dyn Collective>,
+    ) -> Result<Self, KernelError> {
+        let threads = threads.max(1);
+        if threads > THREADS_MAX {
+            let expected = format!("at most {THREADS_MAX}");
+            return Err(KernelError::arguments("stream", "threads", expected, threads.to_string()));
+        }
+        let pool = Pool::start(name, threads).map_err(|_| KernelError::Closed { device })?;
+        let (queue, commands) = unbounded();
+        let thread = thread::Builder::new()
+            .name(name.to_owned())
+            .spawn(move || serve(&commands, &pool, &*engine))
+            .map_err(|_| KernelError::Closed { device })?;
+        Ok(Self { queue: Some(queue), thread: Some(thread), device, threads })
+    }
+
+    fn send(&self, command: Command) -> Result<(), KernelError> {
+        let closed = KernelError::Closed { device: self.device };
+        self.queue.as_ref().ok_or_else(|| closed.clone())?.send(command).map_err(|_| closed)
+    }
+
+    pub(crate) fn submit(&self, submission: Submission) -> Result<(), KernelError> {
+        self.send(Command::Run(submission))
+    }
+
+    pub(crate) fn record(&self) -> Event {
+        let event = Event::default();
+        if self.send(Command::Record(event.clone())).is_err() {
+            // A stream that has ended has done all it ever will.
+            event.set();
+        }
+        event
+    }
+
+    pub(crate) fn wait_for(&self, event: &Event) -> Result<(), KernelError> {
+        if event.query() {
+            return Ok(());
+        }
+        self.send(Command::Wait(event.clone()))
+    }
+
+    pub(crate) fn synchronize(&self) -> Result<(), KernelError> {
+        let event = Event::default();
+        self.send(Command::Record(event.clone()))?;
+        event.synchronize();
+        Ok(())
+    }
+
+    pub(crate) fn threads(&self) -> usize {
+        self.threads
+    }
+}
+
+impl Drop for CpuStream {
+    fn drop(&mut self) {
+        self.queue = None;
+        if let Some(thread) = self.thread.take()
+            && thread.thread().id() != thread::current().id()
+        {
+            // The thread catches every panic, so there is nothing to learn from the result.
+            let _ = thread.join();
+        }
+    }
+}
+
+fn serve(commands: &Receiver<Command>, pool: &Pool, engine: &dyn Collective) {
+    for command in commands {
+        match command {
+            Command::Run(submission) => run(submission, pool, engine),
+            Command::Record(event) => event.set(),
+            Command::Wait(event) => event.synchronize(),
+        }
+    }
+}
+
+/// Runs one program. A panic of the submitter's own `notify` is swallowed: there is nobody to tell.
+fn run(submission: Submission, pool: &Pool, engine: &dyn Collective) {
+    let Submission { program, bases, repeat, mut notify } = submission;
+    let mut tell = |notice| drop(catch_unwind(AssertUnwindSafe(|| notify(notice))));
+    let mut signals = program.signals.iter().peekable();
+    for done in 0..=program.launches.len() {
+        while let Some((_, tag)) = signals.next_if(|(launches, _)| *launches <= done) {
+            tell(Notice::Signal(*tag));
+        }
+        let Some(launch) = program.launches.get(done) else { break };
+        let result = catch_unwind(AssertUnwindSafe(|| run_launch(launch, &bases, repeat, pool, engine)));
+        let result = result.unwrap_or_else(|panic| {
+            Err(KernelError::Panic {
+                launch: format!("{done} ({})", launch.op.name()),
+                program: program.name.clone(),
+                message: panic_message(&*panic),
+            })
+        });
+        if let Err(error) = result {
+            return tell(Notice::Failed(error));
+        }
+    }
+    tell(Notice::Done);
+}
+
+fn panic_message(panic: &(dyn std::any::Any + Send)) -> String {
+    if let Some(text) = panic.downcast_ref::<&str>() {
+        (*text).to_owned()
+    } else if let Some(text) = panic.downcast_ref::<String>() {
+        text.clone()
+    } else {
+        "no message".to_owned()
+    }
+}

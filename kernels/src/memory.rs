@@ -1,0 +1,305 @@
+//! Device memory: arenas, and the typed views that kernels and collectives are handed. Imports `error`, `tensor`, `op`.
+//!
+//! This is the one file that turns memory into slices. Why that is sound:
+//! - MEM-1: a view lies inside its arena and is aligned for its element type; [`View::resolve`] checks both.
+//! - MEM-2: within a launch no write overlaps another buffer, unless the op may work in place and the buffers are
+//!   identical; `cpu::stream` checks that before a kernel runs, and the kernel then gets one slice for the two.
+//! - MEM-3: across streams nobody reads a range while another writes it. That is the register protocol's promise (a
+//!   slot is written only while it is free, and read only while it is filled); it cannot be checked here.
+#![allow(unsafe_code)]
+
+use std::alloc::{Layout, alloc_zeroed, dealloc};
+use std::ptr::NonNull;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use crate::error::KernelError;
+use crate::op::Buffer;
+use crate::tensor::{DType, HostData, HostTensor, element_count};
+
+/// Every arena starts at a multiple of this many bytes.
+pub const ALIGNMENT: usize = 64;
+
+/// What a device has allocated, counted by its arenas as they come and go.
+#[derive(Debug, Default)]
+pub(crate) struct Tally {
+    pub(crate) bytes: AtomicUsize,
+    pub(crate) bytes_peak: AtomicUsize,
+    pub(crate) allocations: AtomicUsize,
+}
+
+impl Tally {
+    fn add(&self, bytes: usize) {
+        self.allocations.fetch_add(1, Ordering::Relaxed);
+        let now = self.bytes.fetch_add(bytes, Ordering::Relaxed) + bytes;
+        self.bytes_peak.fetch_max(now, Ordering::Relaxed);
+    }
+}
+
+/// A fixed piece of one device's memory, zeroed when made, freed when the last clone is dropped.
+#[derive(Clone, Debug)]
+pub struct Arena(Arc<Storage>);
+
+/// Where the bytes are; a CUDA allocation would be a second variant.
+#[derive(Debug)]
+enum Storage {
+    Host(HostMemory),
+}
+
+#[derive(Debug)]
+struct HostMemory {
+    start: NonNull<u8>,
+    bytes: usize,
+    tally: Arc<Tally>,
+}
+
+// SAFETY: `start` is an exclusively owned heap allocation, which any thread may free; access to its contents from
+// several threads is ruled by MEM-3.
+unsafe impl Send for HostMemory {}
+// SAFETY: as for `Send`.
+unsafe impl Sync for HostMemory {}
+
+impl Drop for HostMemory {
+    fn drop(&mut self) {
+        if let (Some(layout), true) = (host_layout(self.bytes), self.bytes > 0) {
+            // SAFETY: `start` came from `alloc_zeroed` with this very layout (see `Arena::host`) and is freed once.
+            unsafe { dealloc(self.start.as_ptr(), layout) };
+        }
+        self.tally.bytes.fetch_sub(self.bytes, Ordering::Relaxed);
+    }
+}
+
+fn host_layout(bytes: usize) -> Option<Layout> {
+    Layout::from_size_align(bytes, ALIGNMENT).ok()
+}
+
+impl Arena {
+    /// Host memory, counted in `tally`.
+    pub(crate) fn host(device: usize, bytes: usize, tally: &Arc<Tally>) -> Result<Self, KernelError> {
+        let refused = KernelError::OutOfMemory { device, bytes };
+        let layout = host_layout(bytes).ok_or_else(|| refused.clone())?;
+        let start = if bytes == 0 {
+            // Never dereferenced for more than zero bytes; aligned so that empty slices are well formed.
+            NonNull::without_provenance(std::num::NonZeroUsize::new(ALIGNMENT).expect("64 is not zero"))
+        } else {
+            // SAFETY: the layout's size is not zero.
+            NonNull::new(unsafe { alloc_zeroed(layout) }).ok_or(refused)?
+        };
+        tally.add(bytes);
+        Ok(Self(Arc::new(Storage::Host(HostMemory { start, bytes, tally: tally.clone() }))))
+    }
+
+    /// Size in bytes.
+    pub fn bytes(&self) -> usize {
+        let Storage::Host(memory) = &*self.0;
+        memory.bytes
+    }
+
+    /// True when both are clones of one arena.
+    pub fn same(&self, other: &Arena) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
+    }
+
+    /// Where the first byte lies.
+    pub(crate) fn host_start(&self) -> *mut u8 {
+        let Storage::Host(memory) = &*self.0;
+        memory.start.as_ptr()
+    }
+
+    /// Copies a host tensor to `offset` (bytes). The caller guarantees, by the register protocol or by having no work
+    /// in flight, that nobody else uses the range meanwhile.
+    ///
+    /// # Errors
+    /// [`KernelError::Arguments`] when the range is out of bounds or not aligned.
+    pub fn write_host(&self, offset: usize, tensor: &HostTensor) -> Result<(), KernelError> {
+        let view = View::new("write_host", self, offset, &tensor.shape, tensor.dtype())?;
+        // SAFETY: MEM-1 was checked by `View::new`; the caller guarantees MEM-3.
+        unsafe {
+            match &tensor.data {
+                HostData::F32(data) => view.f32_mut().copy_from_slice(data),
+                HostData::I32(data) => view.i32_mut().copy_from_slice(data),
+            }
+        }
+        Ok(())
+    }
+
+    /// Copies a tensor at `offset` (bytes) to the host. The caller guarantees that nobody writes the range meanwhile.
+    ///
+    /// # Errors
+    /// [`KernelError::Arguments`] when the range is out of bounds or not aligned.
+    pub fn read_host(&self, offset: usize, shape: &[usize], dtype: DType) -> Result<HostTensor, KernelError> {
+        let view = View::new("read_host", self, offset, shape, dtype)?;
+        // SAFETY: MEM-1 was checked by `View::new`; the caller guarantees MEM-3.
+        let data = unsafe {
+            match dtype {
+                DType::F32 => HostData::F32(view.f32().to_vec()),
+                DType::I32 => HostData::I32(view.i32().to_vec()),
+            }
+        };
+        Ok(HostTensor { shape: shape.to_vec(), data })
+    }
+}
+
+/// A place in an arena that a program's buffers are counted from.
+#[derive(Clone, Debug)]
+pub struct Base {
+    /// The memory.
+    pub arena: Arena,
+    /// Bytes from the arena's start.
+    pub offset: usize,
+}
+
+/// A tensor in device memory: a [`Buffer`] whose base is known. Inside its arena's bounds, and aligned (MEM-1).
+#[derive(Clone, Copy, Debug)]
+pub struct View<'a> {
+    arena: &'a Arena,
+    offset: usize,
+    shape: &'a [usize],
+    dtype: DType,
+}
+
+impl<'a> View<'a> {
+    /// The tensor of this shape at `offset` bytes in `arena`. `user` names who asks, for the error.
+    ///
+    /// # Errors
+    /// [`KernelError::Arguments`] when it does not lie inside the arena or is not aligned to its elements.
+    pub fn new(
+        user: &str,
+        arena: &'a Arena,
+        offset: usize,
+        shape: &'a [usize],
+        dtype: DType,
+    ) -> Result<Self, KernelError> {
+        let bytes = shape.iter().try_fold(dtype.bytes(), |product, &extent| product.checked_mul(extent));
+        let end = bytes.and_then(|bytes| bytes.checked_add(offset));
+        if end.is_none_or(|end| end > arena.bytes()) {
+            return Err(KernelError::arguments(
+                user,
+                "buffer is out of bounds",
+                format!("at most {} bytes", arena.bytes()),
+                format!("shape {shape:?} at byte {offset}"),
+            ));
+        }
+        if !offset.is_multiple_of(dtype.bytes()) {
+            return Err(KernelError::arguments(
+                user,
+                "buffer is not aligned",
+                format!("a multiple of {} bytes", dtype.bytes()),
+                format!("byte {offset}"),
+            ));
+        }
+        Ok(Self { arena, offset, shape, dtype })
+    }
+
+    /// The view that `buffer` is when its program is submitted with these bases.
+    ///
+    /// # Errors
+    /// [`KernelError::Arguments`] when there is no such base, or as for [`View::new`].
+    pub fn resolve(user: &str, buffer: &'a Buffer, bases: &'a [Base]) -> Result<Self, KernelError> {
+        let base = bases.get(buffer.base).ok_or_else(|| {
+            KernelError::arguments(
+                user,
+                "buffer's base",
+                format!("fewer than {} bases", bases.len()),
+                buffer.base.to_string(),
+            )
+        })?;
+        // An overflowing sum is out of any arena's bounds.
+        let offset = base.offset.saturating_add(buffer.offset);
+        Self::new(user, &base.arena, offset, &buffer.shape, buffer.dtype)
+    }
+
+    /// Extent of each dim.
+    pub fn shape(&self) -> &'a [usize] {
+        self.shape
+    }
+
+    /// Element type.
+    pub fn dtype(&self) -> DType {
+        self.dtype
+    }
+
+    /// The memory it lies in.
+    pub fn arena(&self) -> &'a Arena {
+        self.arena
+    }
+
+    /// Bytes from the arena's start.
+    pub fn offset(&self) -> usize {
+        self.offset
+    }
+
+    /// Number of elements.
+    pub fn element_count(&self) -> usize {
+        element_count(self.shape)
+    }
+
+    /// Size in bytes.
+    pub fn bytes(&self) -> usize {
+        self.element_count() * self.dtype.bytes()
+    }
+
+    /// True when the two share a byte.
+    pub fn overlaps(&self, other: &View<'_>) -> bool {
+        self.arena.same(other.arena)
+            && self.bytes() > 0
+            && other.bytes() > 0
+            && self.offset < other.offset + other.bytes()
+            && other.offset < self.offset + self.bytes()
+    }
+
+    /// True when the two are the same bytes, seen as the same element type (shapes may differ).
+    pub fn same_memory(&self, other: &View<'_>) -> bool {
+        self.arena.same(other.arena)
+            && self.offset == other.offset
+            && self.bytes() == other.bytes()
+            && self.dtype == other.dtype
+    }
+
+    /// Where the first element lies.
+    pub(crate) fn start(&self) -> *mut u8 {
+        self.arena.host_start().wrapping_add(self.offset)
+    }
+
+    /// The elements as floats.
+    ///
+    /// # Safety
+    /// The dtype is `F32`, and for `'a` nobody writes them (MEM-2, MEM-3).
+    pub(crate) unsafe fn f32(&self) -> &'a [f32] {
+        debug_assert_eq!(self.dtype, DType::F32);
+        // SAFETY: in bounds and aligned by MEM-1, initialised since arenas start zeroed, not written by the contract.
+        unsafe { std::slice::from_raw_parts(self.start().cast(), self.element_count()) }
+    }
+
+    /// The elements as integers.
+    ///
+    /// # Safety
+    /// The dtype is `I32`, and for `'a` nobody writes them (MEM-2, MEM-3).
+    pub(crate) unsafe fn i32(&self) -> &'a [i32] {
+        debug_assert_eq!(self.dtype, DType::I32);
+        // SAFETY: as in `f32`.
+        unsafe { std::slice::from_raw_parts(self.start().cast(), self.element_count()) }
+    }
+
+    /// The elements as floats to write.
+    ///
+    /// # Safety
+    /// The dtype is `F32`, and for `'a` nobody else reads or writes them (MEM-2, MEM-3).
+    #[allow(clippy::mut_from_ref)]
+    pub(crate) unsafe fn f32_mut(&self) -> &'a mut [f32] {
+        debug_assert_eq!(self.dtype, DType::F32);
+        // SAFETY: in bounds and aligned by MEM-1, initialised since arenas start zeroed, exclusive by the contract.
+        unsafe { std::slice::from_raw_parts_mut(self.start().cast(), self.element_count()) }
+    }
+
+    /// The elements as integers to write.
+    ///
+    /// # Safety
+    /// The dtype is `I32`, and for `'a` nobody else reads or writes them (MEM-2, MEM-3).
+    #[allow(clippy::mut_from_ref)]
+    pub(crate) unsafe fn i32_mut(&self) -> &'a mut [i32] {
+        debug_assert_eq!(self.dtype, DType::I32);
+        // SAFETY: as in `f32_mut`.
+        unsafe { std::slice::from_raw_parts_mut(self.start().cast(), self.element_count()) }
+    }
+}

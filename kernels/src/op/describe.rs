@@ -1,0 +1,112 @@
+//! What a planner asks of an op: its name, how many buffers it takes, which of them accumulates, how much scratch
+//! memory it needs. Imports `op` and `collective` only.
+
+use crate::collective::{CollectiveCall, CollectiveKind};
+use crate::op::Op;
+
+/// Query rows that attention works on at once.
+pub(crate) const ATTENTION_BLOCK: usize = 64;
+
+impl Op {
+    /// Shown in errors, plans and traces.
+    pub fn name(&self) -> &str {
+        match self {
+            Op::Fill { .. } => "fill",
+            Op::Copy => "copy",
+            Op::CopyRegion { .. } => "copy_region",
+            Op::Add => "add",
+            Op::SumLeading => "sum_leading",
+            Op::Scale { .. } => "scale",
+            Op::Einsum(_) => "einsum",
+            Op::Embedding { .. } => "embedding",
+            Op::EmbeddingGrad { .. } => "embedding_grad",
+            Op::LayerNorm { .. } => "layer_norm",
+            Op::LayerNormGrad => "layer_norm_grad",
+            Op::Gelu => "gelu",
+            Op::GeluGrad => "gelu_grad",
+            Op::Attention { .. } => "attention",
+            Op::AttentionGrad { .. } => "attention_grad",
+            Op::RowMax => "row_max",
+            Op::SumExpTarget { .. } => "sum_exp_target",
+            Op::TokenLoss { .. } => "token_loss",
+            Op::CrossEntropyGrad { .. } => "cross_entropy_grad",
+            Op::Dropout { .. } => "dropout",
+            Op::SumSquares { .. } => "sum_squares",
+            Op::ClipScale { .. } => "clip_scale",
+            Op::AdamW { .. } => "adamw",
+            Op::Collective(call) => call.name(),
+            Op::Custom(kernel) => kernel.name(),
+        }
+    }
+
+    /// Number of buffers read and written; `None` where a custom kernel decides.
+    pub fn arity(&self) -> Option<(usize, usize)> {
+        Some(match self {
+            Op::Fill { .. } => (0, 1),
+            Op::Copy | Op::CopyRegion { .. } | Op::SumLeading | Op::Scale { .. } | Op::Gelu | Op::RowMax => (1, 1),
+            Op::SumSquares { .. } => (1, 1),
+            Op::Add | Op::Einsum(_) | Op::Embedding { .. } | Op::EmbeddingGrad { .. } | Op::GeluGrad => (2, 1),
+            Op::Dropout { .. } => (2, 1),
+            Op::LayerNorm { .. } => (2, 3),
+            Op::LayerNormGrad => (5, 2),
+            Op::Attention { .. } => (3, 2),
+            Op::AttentionGrad { .. } => (6, 3),
+            Op::SumExpTarget { .. } => (3, 2),
+            Op::TokenLoss { .. } => (3, 1),
+            Op::CrossEntropyGrad { .. } => (5, 1),
+            Op::ClipScale { .. } => (1, 2),
+            Op::AdamW { .. } => (3, 3),
+            Op::Collective(call) => match call.kind {
+                CollectiveKind::Send { .. } => (1, 0),
+                CollectiveKind::Receive { .. } => (0, 1),
+                _ => (1, 1),
+            },
+            Op::Custom(_) => return None,
+        })
+    }
+
+    /// Index of the write that a launch may add to instead of overwriting it; `None` where the op cannot accumulate.
+    /// A custom kernel is told of `accumulate` and does what it says of itself; here it counts as unable.
+    pub fn can_accumulate(&self) -> Option<usize> {
+        match self {
+            Op::Copy
+            | Op::CopyRegion { .. }
+            | Op::SumLeading
+            | Op::Einsum(_)
+            | Op::EmbeddingGrad { .. }
+            | Op::TokenLoss { .. } => Some(0),
+            Op::LayerNormGrad => Some(1),
+            _ => None,
+        }
+    }
+
+    /// Bytes of scratch memory that a launch needs on a stream of `threads` threads, given the shapes that it reads.
+    /// 0 for most ops, and for shapes that the op will refuse anyway.
+    pub fn workspace_bytes(&self, reads: &[&[usize]], threads: usize) -> usize {
+        let floats = match (self, reads) {
+            // Partial sums of dweight, a row for each thread.
+            (Op::LayerNormGrad, [dy, ..]) => threads * dy.last().copied().unwrap_or(0),
+            // A block of scores.
+            (Op::Attention { .. }, [_, k, ..]) => threads * ATTENTION_BLOCK * k.get(1).copied().unwrap_or(0),
+            // A block of probabilities and a block of their gradients.
+            (Op::AttentionGrad { .. }, [_, _, k, ..]) => threads * ATTENTION_BLOCK * 2 * k.get(1).copied().unwrap_or(0),
+            _ => 0,
+        };
+        floats * size_of::<f32>()
+    }
+}
+
+impl CollectiveCall {
+    /// Shown in errors, plans and traces.
+    pub fn name(&self) -> &'static str {
+        match self.kind {
+            CollectiveKind::AllReduce { .. } => "all_reduce",
+            CollectiveKind::AllGather { .. } => "all_gather",
+            CollectiveKind::ReduceScatter { .. } => "reduce_scatter",
+            CollectiveKind::AllToAll { .. } => "all_to_all",
+            CollectiveKind::Broadcast { .. } => "broadcast",
+            CollectiveKind::Send { .. } => "send",
+            CollectiveKind::Receive { .. } => "receive",
+        }
+    }
+}

@@ -1,0 +1,179 @@
+//! Einsum subscripts as one matrix product. Imports `op` and `error` only.
+
+use std::fmt;
+
+use crate::error::KernelError;
+use crate::op::{Einsum, GemmDims};
+
+impl fmt::Display for Einsum {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{},{}->{}", self.a, self.b, self.out)
+    }
+}
+
+/// Which of the three groups of indices a letter is in.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Role {
+    /// In `a` and `out`.
+    Row,
+    /// In `b` and `out`.
+    Column,
+    /// In `a` and `b`.
+    Summed,
+}
+
+impl Einsum {
+    /// Reads subscripts such as `"btc,hdc->bthd"`: one ASCII letter for each dim.
+    ///
+    /// # Errors
+    /// [`KernelError::Arguments`] when the text is malformed, or is not one matrix product without moving data: each
+    /// letter stands in exactly two of the three terms, and in each term the letters of a group are adjacent and in
+    /// the same order as in the other term.
+    pub fn parse(text: &str) -> Result<Self, KernelError> {
+        let refused = |what: &str, expected: &str| KernelError::arguments("einsum", what, expected, text);
+        let terms = text.split_once("->").and_then(|(ab, out)| Some((ab.split_once(',')?, out)));
+        let ((a, b), out) = terms.ok_or_else(|| refused("subscripts", "a,b->out"))?;
+        let einsum = Self { a: a.trim().to_owned(), b: b.trim().to_owned(), out: out.trim().to_owned() };
+        for term in [&einsum.a, &einsum.b, &einsum.out] {
+            let repeated = term.char_indices().any(|(i, letter)| term[..i].contains(letter));
+            if repeated || !term.chars().all(|letter| letter.is_ascii_alphabetic()) {
+                return Err(refused("subscripts", "letters, each once in a term"));
+            }
+        }
+        einsum.layout()?;
+        Ok(einsum)
+    }
+
+    fn role(&self, letter: char) -> Option<Role> {
+        match (self.a.contains(letter), self.b.contains(letter), self.out.contains(letter)) {
+            (true, false, true) => Some(Role::Row),
+            (false, true, true) => Some(Role::Column),
+            (true, true, false) => Some(Role::Summed),
+            _ => None,
+        }
+    }
+
+    fn letters(&self, term: &str, role: Role) -> String {
+        term.chars().filter(|&letter| self.role(letter) == Some(role)).collect()
+    }
+
+    /// Whether each of a, b, out is stored transposed.
+    fn layout(&self) -> Result<[bool; 3], KernelError> {
+        let refused = |expected: &str| KernelError::arguments("einsum", "subscripts", expected, self.to_string());
+        if let Some(letter) = format!("{}{}{}", self.a, self.b, self.out).chars().find(|&l| self.role(l).is_none()) {
+            return Err(refused(&format!("index {letter} in exactly two of the three terms")));
+        }
+        let mut transposed = [false; 3];
+        let terms = [
+            (&self.a, Role::Row, Role::Summed),
+            (&self.b, Role::Summed, Role::Column),
+            (&self.out, Role::Row, Role::Column),
+        ];
+        for (flag, (term, first, second)) in transposed.iter_mut().zip(terms) {
+            let (x, y) = (self.letters(term, first), self.letters(term, second));
+            // With one group empty both orders hold: then the matrix is a row or a column, stored plainly.
+            *flag = **term != format!("{x}{y}");
+            if *flag && **term != format!("{y}{x}") {
+                return Err(refused(&format!("the indices of {term} in two runs")));
+            }
+        }
+        let same_order = [(&self.a, &self.out, Role::Row), (&self.b, &self.out, Role::Column)]
+            .into_iter()
+            .chain([(&self.a, &self.b, Role::Summed)])
+            .all(|(x, y, role)| self.letters(x, role) == self.letters(y, role));
+        if !same_order {
+            return Err(refused("shared indices in the same order in both terms"));
+        }
+        Ok(transposed)
+    }
+
+    /// The extent of a letter, from whichever operand has it; both must agree.
+    fn extent(&self, letter: char, a: &[usize], b: &[usize]) -> Result<usize, KernelError> {
+        let of = |term: &str, shape: &[usize]| term.find(letter).and_then(|i| shape.get(i).copied());
+        match (of(&self.a, a), of(&self.b, b)) {
+            (Some(x), Some(y)) if x != y => Err(KernelError::arguments(
+                "einsum",
+                &format!("extent of {letter} in {self}"),
+                x.to_string(),
+                y.to_string(),
+            )),
+            (Some(x), _) | (None, Some(x)) => Ok(x),
+            (None, None) => {
+                Err(KernelError::arguments("einsum", "index", "one of an operand", format!("{letter} in {self}")))
+            }
+        }
+    }
+
+    fn check_ranks(&self, a: &[usize], b: &[usize]) -> Result<(), KernelError> {
+        for (term, shape) in [(&self.a, a), (&self.b, b)] {
+            if term.len() != shape.len() {
+                let expected = format!("{} dims for {term} in {self}", term.len());
+                return Err(KernelError::arguments("einsum", "shape", expected, format!("{shape:?}")));
+            }
+        }
+        Ok(())
+    }
+
+    /// The matrix product that this is for operands of these shapes.
+    ///
+    /// # Errors
+    /// [`KernelError::Arguments`] when ranks or shared extents differ, or the subscripts are not one matrix product.
+    pub fn gemm_dims(&self, a: &[usize], b: &[usize]) -> Result<GemmDims, KernelError> {
+        self.check_ranks(a, b)?;
+        let [a_transposed, b_transposed, out_transposed] = self.layout()?;
+        let size = |term: &str, role: Role| {
+            self.letters(term, role).chars().try_fold(1, |product, l| Ok(product * self.extent(l, a, b)?))
+        };
+        Ok(GemmDims {
+            m: size(&self.a, Role::Row)?,
+            n: size(&self.b, Role::Column)?,
+            k: size(&self.a, Role::Summed)?,
+            a_transposed,
+            b_transposed,
+            out_transposed,
+        })
+    }
+
+    /// The result's shape for operands of these shapes.
+    ///
+    /// # Errors
+    /// As for [`Einsum::gemm_dims`].
+    pub fn output_shape(&self, a: &[usize], b: &[usize]) -> Result<Vec<usize>, KernelError> {
+        self.check_ranks(a, b)?;
+        self.out.chars().map(|letter| self.extent(letter, a, b)).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn linear_layers_and_their_gradients_are_products() {
+        let check = |text: &str, a: &[usize], b: &[usize], out: &[usize], mnk: (usize, usize, usize), t: [bool; 3]| {
+            let einsum = Einsum::parse(text).unwrap();
+            assert_eq!(einsum.output_shape(a, b).unwrap(), out, "{text}");
+            let dims = einsum.gemm_dims(a, b).unwrap();
+            assert_eq!((dims.m, dims.n, dims.k), mnk, "{text}");
+            assert_eq!([dims.a_transposed, dims.b_transposed, dims.out_transposed], t, "{text}");
+        };
+        check("btc,hdc->bthd", &[2, 3, 4], &[5, 6, 4], &[2, 3, 5, 6], (6, 30, 4), [false, true, false]);
+        check("bthd,hdc->btc", &[2, 3, 5, 6], &[5, 6, 4], &[2, 3, 4], (6, 4, 30), [false, false, false]);
+        check("bthd,btc->hdc", &[2, 3, 5, 6], &[2, 3, 4], &[5, 6, 4], (30, 4, 6), [true, false, false]);
+        check("mk,kn->nm", &[2, 3], &[3, 5], &[5, 2], (2, 5, 3), [false, false, true]);
+        check("c,c->", &[4], &[4], &[], (1, 1, 4), [false, false, false]);
+        check("m,n->mn", &[4], &[3], &[4, 3], (4, 3, 1), [false, false, false]);
+    }
+
+    #[test]
+    fn what_is_not_one_product_is_refused() {
+        for text in
+            ["ab,bc", "ab->ab", "aab,bc->ac", "abc,abd->acd", "acb,cd->abd", "abc,cbd->ad", "ab,bc->adc", "a1,1->a"]
+        {
+            assert!(matches!(Einsum::parse(text), Err(KernelError::Arguments { .. })), "{text}");
+        }
+        let einsum = Einsum::parse("ab,bc->ac").unwrap();
+        assert!(einsum.gemm_dims(&[2, 3], &[4, 5]).is_err());
+        assert!(einsum.gemm_dims(&[2], &[4, 5]).is_err());
+    }
+}

@@ -1,0 +1,104 @@
+//! Boxes of row-major tensors as contiguous runs of elements. Imports `tensor` and `error`.
+
+use crate::error::KernelError;
+use crate::tensor::Region;
+
+/// Calls `run(from, to, len)` for each contiguous run of elements in which the box of `size` lies both in a tensor of
+/// shape `from_shape` (at `from_start`) and in one of shape `to_shape` (at `to_start`). Ranks are equal.
+pub(crate) fn for_each_run(
+    (from_shape, from_start): (&[usize], &[usize]),
+    (to_shape, to_start): (&[usize], &[usize]),
+    size: &[usize],
+    mut run: impl FnMut(usize, usize, usize),
+) {
+    if size.contains(&0) {
+        return;
+    }
+    // The dims from `inner` on are one run: all of them but the first are whole in both tensors.
+    let mut inner = size.len().saturating_sub(1);
+    while inner > 0 && size[inner] == from_shape[inner] && size[inner] == to_shape[inner] {
+        inner -= 1;
+    }
+    let len: usize = size[inner..].iter().product();
+    let offset = |shape: &[usize], start: &[usize], index: &[usize]| {
+        let place = |d: usize| start[d] + index.get(d).copied().unwrap_or(0);
+        (0..shape.len()).fold(0, |sum, d| sum * shape[d] + place(d))
+    };
+    let mut index = vec![0; inner];
+    loop {
+        run(offset(from_shape, from_start, &index), offset(to_shape, to_start, &index), len);
+        let Some(d) = (0..inner).rev().find(|&d| index[d] + 1 < size[d]) else { return };
+        index[d] += 1;
+        index[d + 1..].fill(0);
+    }
+}
+
+/// # Errors
+/// [`KernelError::Arguments`] when `region` does not lie in a tensor of this shape.
+pub(crate) fn check_inside(op: &str, what: &str, region: &Region, shape: &[usize]) -> Result<(), KernelError> {
+    let inside = region.start.len() == shape.len()
+        && region.size.len() == shape.len()
+        && (0..shape.len()).all(|d| region.start[d].checked_add(region.size[d]).is_some_and(|end| end <= shape[d]));
+    if inside {
+        return Ok(());
+    }
+    Err(KernelError::arguments(op, what, format!("a box inside {shape:?}"), format!("{region:?}")))
+}
+
+/// What is left of `region` without `hole`, as disjoint boxes.
+pub(crate) fn subtract(region: &Region, hole: &Region) -> Vec<Region> {
+    let Some(common) = region.intersect(hole) else {
+        return if region.is_empty() { Vec::new() } else { vec![region.clone()] };
+    };
+    let mut left = Vec::new();
+    let mut rest = region.clone();
+    for d in 0..region.start.len() {
+        let before = common.start[d] - rest.start[d];
+        let after = rest.start[d] + rest.size[d] - (common.start[d] + common.size[d]);
+        for (start, size) in [(rest.start[d], before), (common.start[d] + common.size[d], after)] {
+            if size > 0 {
+                let mut slab = rest.clone();
+                (slab.start[d], slab.size[d]) = (start, size);
+                left.push(slab);
+            }
+        }
+        (rest.start[d], rest.size[d]) = (common.start[d], common.size[d]);
+    }
+    left
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn region(start: &[usize], size: &[usize]) -> Region {
+        Region { start: start.to_vec(), size: size.to_vec() }
+    }
+
+    #[test]
+    fn runs_are_as_long_as_the_box_allows() {
+        let runs = |from: (&[usize], &[usize]), to: (&[usize], &[usize]), size: &[usize]| {
+            let mut all = Vec::new();
+            for_each_run(from, to, size, |a, b, len| all.push((a, b, len)));
+            all
+        };
+        assert_eq!(runs((&[4, 6], &[1, 0]), (&[2, 6], &[0, 0]), &[2, 6]), [(6, 0, 12)]);
+        assert_eq!(runs((&[4, 6], &[1, 2]), (&[2, 3], &[0, 0]), &[2, 3]), [(8, 0, 3), (14, 3, 3)]);
+        assert_eq!(runs((&[2, 2, 3], &[0, 1, 0]), (&[2, 1, 3], &[0, 0, 0]), &[2, 1, 3]), [(3, 0, 3), (9, 3, 3)]);
+        assert_eq!(runs((&[], &[]), (&[], &[]), &[]), [(0, 0, 1)]);
+        assert_eq!(runs((&[3], &[0]), (&[0], &[0]), &[0]), []);
+    }
+
+    #[test]
+    fn a_hole_leaves_disjoint_boxes_that_cover_the_rest() {
+        let (whole, hole) = (region(&[0, 0], &[5, 7]), region(&[1, 2], &[2, 9]));
+        let left = subtract(&whole, &hole);
+        for i in 0..5 {
+            for j in 0..7 {
+                let holds = |r: &Region| r.intersect(&region(&[i, j], &[1, 1])).is_some();
+                assert_eq!(left.iter().filter(|r| holds(r)).count(), usize::from(!holds(&hole)), "{i} {j}");
+            }
+        }
+        assert_eq!(subtract(&whole, &region(&[5, 0], &[1, 7])), [whole]);
+    }
+}

@@ -1,0 +1,97 @@
+//! In-order streams of launches. A backend is a variant, dispatched once per submission.
+//! Imports `error`, `event`, `memory`, `op` and the backends' streams.
+
+use std::fmt;
+use std::sync::Arc;
+
+use crate::cpu::stream::CpuStream;
+use crate::error::KernelError;
+use crate::event::Event;
+use crate::memory::Base;
+use crate::op::Program;
+
+/// What the stream tells about a submission, on the stream's own thread; the call must not block.
+pub type Notify = Box<dyn FnMut(Notice) + Send>;
+
+/// One thing that a stream tells about a submission.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Notice {
+    /// The launches before a signal of the program are done; its tag.
+    Signal(u32),
+    /// All is done. Exactly one of `Done` and `Failed` comes, and it comes last.
+    Done,
+    /// A launch failed; those after it were left out. The stream goes on with the next submission.
+    Failed(KernelError),
+}
+
+/// A program to run, and on what. Its arenas stay alive until it has run.
+pub struct Submission {
+    /// What to launch.
+    pub program: Arc<Program>,
+    /// What the program's buffers are counted from.
+    pub bases: Vec<Base>,
+    /// True when launches marked `accumulate` are to add to what is there, not overwrite it.
+    pub repeat: bool,
+    /// Told of signals and of the end.
+    pub notify: Notify,
+}
+
+impl fmt::Debug for Submission {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Submission").field("program", &self.program.name).field("repeat", &self.repeat).finish()
+    }
+}
+
+/// A queue of work on one device, done in order. Dropping it lets queued work finish first, without blocking the
+/// dropping thread when that is the stream's own.
+#[derive(Debug)]
+pub enum Stream {
+    /// A thread of this process, with helpers.
+    Cpu(CpuStream),
+}
+
+impl Stream {
+    /// Queues a program. Returns at once.
+    ///
+    /// # Errors
+    /// [`KernelError::Closed`] when the stream has ended. What goes wrong in the program comes through `notify`.
+    pub fn submit(&self, submission: Submission) -> Result<(), KernelError> {
+        match self {
+            Stream::Cpu(stream) => stream.submit(submission),
+        }
+    }
+
+    /// An event that is set when all that was submitted so far is done.
+    pub fn record(&self) -> Event {
+        match self {
+            Stream::Cpu(stream) => stream.record(),
+        }
+    }
+
+    /// Lets what is submitted from now on begin only after `event`, which may be another stream's. Does not block.
+    ///
+    /// # Errors
+    /// [`KernelError::Closed`] when the stream has ended.
+    pub fn wait_for(&self, event: &Event) -> Result<(), KernelError> {
+        match self {
+            Stream::Cpu(stream) => stream.wait_for(event),
+        }
+    }
+
+    /// Blocks until all that was submitted so far is done. Must not be called from a [`Notify`].
+    ///
+    /// # Errors
+    /// [`KernelError::Closed`] when the stream has ended.
+    pub fn synchronize(&self) -> Result<(), KernelError> {
+        match self {
+            Stream::Cpu(stream) => stream.synchronize(),
+        }
+    }
+
+    /// Threads that a kernel on this stream runs on; what [`crate::op::Op::workspace_bytes`] asks for.
+    pub fn threads(&self) -> usize {
+        match self {
+            Stream::Cpu(stream) => stream.threads(),
+        }
+    }
+}
