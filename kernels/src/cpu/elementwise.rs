@@ -2,7 +2,7 @@
 
 use crate::cpu::launch::Args;
 use crate::cpu::pool::Pool;
-use crate::cpu::simd::{LANES, Lanes, Operand, dispatch, map, normal};
+use crate::cpu::simd::{LANES, Lanes, Operand, dispatch, each, map, normal};
 use crate::error::KernelError;
 use crate::region::{check_inside, for_each_run};
 use crate::tensor::{DType, Region, element_count};
@@ -23,11 +23,6 @@ fn parallel_map<const N: usize>(
             || map(inputs, y, f),
         );
     });
-}
-
-#[inline(always)]
-fn each<const N: usize>(values: [Lanes; N], f: impl Fn([f32; N]) -> f32) -> Lanes {
-    std::array::from_fn(|j| f(std::array::from_fn(|i| values[i][j])))
 }
 
 pub(crate) fn fill(args: &mut Args<'_>, pool: &Pool, value: f32) -> Result<(), KernelError> {
@@ -103,7 +98,7 @@ pub(crate) fn add(args: &mut Args<'_>, pool: &Pool) -> Result<(), KernelError> {
     }
     let (b, y) = (args.f32(1)?, args.out(0)?);
     let (elements, rows) = (y.len(), y.len().checked_div(width).unwrap_or(0));
-    pool.rows(rows, elements, [y], |_, range, [y]| {
+    pool.rows(rows, elements, [y], &mut [], |range, [y], _| {
         let a = a.range(range.start * width..range.end * width);
         for (i, y) in y.chunks_exact_mut(width).enumerate() {
             let a = a.range(i * width..(i + 1) * width);

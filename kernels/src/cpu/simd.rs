@@ -36,6 +36,16 @@ pub(crate) fn dispatch<R>(work: impl pulp::NullaryFnOnce<Output = R>) -> R {
 /// `y[i] = f(inputs[0][i], ..)`, block by block. To be called inside [`dispatch`].
 #[inline(always)]
 pub(crate) fn map<const N: usize>(inputs: [Operand<'_>; N], y: &mut [f32], f: impl Fn([Lanes; N]) -> Lanes) {
+    map_indexed(inputs, y, |_, values| f(values));
+}
+
+/// As [`map`], `f` being told the index of the block's first element too.
+#[inline(always)]
+pub(crate) fn map_indexed<const N: usize>(
+    inputs: [Operand<'_>; N],
+    y: &mut [f32],
+    f: impl Fn(usize, [Lanes; N]) -> Lanes,
+) {
     let len = y.len();
     for input in inputs {
         if let Operand::Other(slice) = input {
@@ -48,7 +58,7 @@ pub(crate) fn map<const N: usize>(inputs: [Operand<'_>; N], y: &mut [f32], f: im
             Operand::Same => *block,
             Operand::Other(slice) => load(&slice[i * LANES..]),
         });
-        *block = f(values);
+        *block = f(i * LANES, values);
     }
     if !tail.is_empty() {
         let start = len - tail.len();
@@ -56,8 +66,18 @@ pub(crate) fn map<const N: usize>(inputs: [Operand<'_>; N], y: &mut [f32], f: im
             Operand::Same => load_tail(tail),
             Operand::Other(slice) => load_tail(&slice[start..]),
         });
-        tail.copy_from_slice(&f(values)[..tail.len()]);
+        tail.copy_from_slice(&f(start, values)[..tail.len()]);
     }
+}
+
+/// Applies `f` to each lane.
+#[inline(always)]
+pub(crate) fn each<const N: usize>(values: [Lanes; N], f: impl Fn([f32; N]) -> f32) -> Lanes {
+    let mut out = [0.0; LANES];
+    for j in 0..LANES {
+        out[j] = f(values.map(|value| value[j]));
+    }
+    out
 }
 
 /// The first 16 floats of a slice that has as many.
@@ -87,33 +107,52 @@ pub(crate) fn sum(mut v: Lanes) -> f32 {
     v[0]
 }
 
-/// Sum over `f` of all elements, in four fixed lanes of blocks. To be called inside [`dispatch`].
-/// `f` of a tail's padding must be 0, or be given `valid` lanes: it is called with the number of valid lanes.
+/// Sum over `f` of all elements, in a fixed order that depends on the length alone. To be called inside [`dispatch`].
 #[inline(always)]
-pub(crate) fn fold<const N: usize>(inputs: [&[f32]; N], f: impl Fn([Lanes; N]) -> Lanes) -> f32 {
+pub(crate) fn fold<const N: usize>(inputs: [&[f32]; N], f: impl Fn([f32; N]) -> f32) -> f32 {
     let len = inputs[0].len();
     let blocks = len / LANES;
+    // Two chains of additions, to hide their latency.
     let mut sums = [[0f32; LANES]; 2];
     for i in 0..blocks {
-        let value = f(inputs.map(|input| load(&input[i * LANES..])));
+        let value = each(inputs.map(|input| load(&input[i * LANES..])), &f);
         let sum = &mut sums[i % 2];
         for j in 0..LANES {
             sum[j] += value[j];
         }
     }
-    let mut total = 0.0;
-    if !len.is_multiple_of(LANES) {
-        let valid = len % LANES;
-        let value = f(inputs.map(|input| load_tail(&input[blocks * LANES..len])));
-        for &v in &value[..valid] {
-            total += v;
+    let valid = len % LANES;
+    if valid > 0 {
+        let value = each(inputs.map(|input| load_tail(&input[blocks * LANES..len])), &f);
+        for j in 0..LANES {
+            sums[0][j] += if j < valid { value[j] } else { 0.0 };
         }
     }
-    let mut both = sums[0];
     for j in 0..LANES {
-        both[j] += sums[1][j];
+        sums[0][j] += sums[1][j];
     }
-    sum(both) + total
+    sum(sums[0])
+}
+
+/// The largest element; `-inf` of none. To be called inside [`dispatch`].
+#[inline(always)]
+pub(crate) fn max(x: &[f32]) -> f32 {
+    let larger = |a: f32, b: f32| if b > a { b } else { a };
+    let (blocks, tail) = x.as_chunks::<LANES>();
+    let mut best = [f32::NEG_INFINITY; LANES];
+    for block in blocks {
+        for j in 0..LANES {
+            best[j] = larger(best[j], block[j]);
+        }
+    }
+    best.into_iter().chain(tail.iter().copied()).fold(f32::NEG_INFINITY, larger)
+}
+
+/// `row = e^(row - max)`; returns the sum. To be called inside [`dispatch`].
+#[inline(always)]
+pub(crate) fn exp_sum(row: &mut [f32], max: f32) -> f32 {
+    map([Operand::Same], row, |values| each(values, |[x]| exp(x - max)));
+    fold([row], |[x]| x)
 }
 
 /// `e^x`, relative error below 2e-7; 0 below -87.3, infinity above 88.7, NaN for NaN.
