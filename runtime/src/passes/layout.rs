@@ -1,6 +1,16 @@
 //! Chooses a signature for every kernel, and so a layout for every tensor, by cost: states the graph as a problem of
 //! `sbp::choose` and writes the answer into it. Imports `graph` and `sbp::choose`.
+//!
+//! What may be chosen is bounded by what the user wrote:
+//! - LAY-1: parameters and inputs are read in the layout that they were given;
+//! - LAY-2: a split comes from a split. A kernel may split a factor over an axis only where one of its inputs can be
+//!   split so, because a parameter, an input or a `relayout` was; or where it makes the parts from whole inputs;
+//! - LAY-3: a tensor that can only be split stays split for a kernel that can work on its parts.
+//!
+//! Cost decides among what is left. Without these bounds it would, on small models, gather weights or invent sequence
+//! parallelism, and nobody could tell from a program what it will do.
 
+use std::collections::BTreeSet;
 use std::panic::Location;
 
 use shardflow_kernels::op::Op;
@@ -23,10 +33,14 @@ const BYTES_PER_SECOND: f64 = 1e10;
 pub fn choose(graph: &mut Graph, model: &CostModel) {
     settle_update(graph);
     let mut problem = Problem { tensors: tensors(graph), nodes: Vec::new() };
+    let mut splits = Splits::new(&problem.tensors);
     let mut node_of = Vec::new();
     for (index, node) in graph.nodes.iter().enumerate() {
         match spec(graph, node, &problem.tensors) {
-            Ok(Some(spec)) => {
+            Ok(Some(mut spec)) => {
+                if node.phase != Phase::Update {
+                    splits.bound(graph, node, &mut spec);
+                }
                 problem.nodes.push(spec);
                 node_of.push(index);
             }
@@ -160,6 +174,70 @@ fn spec(graph: &Graph, node: &Node, tensors: &[TensorSpec]) -> Result<Option<Nod
         spec.candidates.retain(|c| c.signature.outputs.first() == want);
     }
     Ok(Some(spec))
+}
+
+/// For each tensor, the entries that its layout may have along each axis.
+struct Splits(Vec<Vec<BTreeSet<Sbp>>>);
+
+impl Splits {
+    fn new(tensors: &[TensorSpec]) -> Self {
+        let entries = |t: &TensorSpec| match &t.pinned {
+            Some(layout) => layout.sbp.0.iter().map(|s| BTreeSet::from([*s])).collect(),
+            None => Vec::new(),
+        };
+        Self(tensors.iter().map(entries).collect())
+    }
+
+    /// Keeps the candidates that LAY-1 and LAY-2 allow, and notes what their outputs may be.
+    fn bound(&mut self, graph: &Graph, node: &Node, spec: &mut NodeSpec) {
+        let given = |input: &Var| matches!(graph.producer(*input).op, NodeOp::Parameter { .. } | NodeOp::Input);
+        let as_given = |c: &Candidate| {
+            let mut inputs = node.inputs.iter().zip(&spec.inputs).zip(&c.signature.inputs);
+            inputs.all(|((var, tensor), want)| !given(var) || self.holds(*tensor, want))
+        };
+        let axes = spec.placement.axes().len();
+        let comes_from_a_split = |c: &Candidate| (0..axes).all(|axis| self.split_exists(spec, &c.signature, axis));
+        let stays_split = |c: &Candidate| (0..axes).all(|axis| self.stays_split(spec, &c.signature, axis));
+        let allowed = |c: &&Candidate| as_given(c) && comes_from_a_split(c) && stays_split(c);
+        let kept: Vec<Candidate> = spec.candidates.iter().filter(allowed).cloned().collect();
+        // An op that cannot take its parameter as it lies gets it changed; `explain` tells.
+        if !kept.is_empty() {
+            spec.candidates = kept;
+        }
+        for candidate in &spec.candidates {
+            for (tensor, layout) in spec.outputs.iter().zip(&candidate.signature.outputs) {
+                self.0[*tensor].resize(axes, BTreeSet::new());
+                self.0[*tensor].iter_mut().zip(&layout.0).for_each(|(entries, sbp)| {
+                    entries.insert(*sbp);
+                });
+            }
+        }
+    }
+
+    fn holds(&self, tensor: usize, layout: &NdSbp) -> bool {
+        self.0[tensor].iter().zip(&layout.0).all(|(entries, sbp)| entries.contains(sbp))
+    }
+
+    /// LAY-2: false when a signature takes parts of an input along the axis and no input can come so.
+    fn split_exists(&self, spec: &NodeSpec, signature: &NdSignature, axis: usize) -> bool {
+        let mut inputs = spec.inputs.iter().zip(&signature.inputs).filter(|(_, want)| is_split(want, axis)).peekable();
+        inputs.peek().is_none()
+            || inputs.any(|(t, want)| self.0[*t].get(axis).is_some_and(|e| e.contains(&want.0[axis])))
+    }
+
+    /// LAY-3: false when a signature wants an input otherwise that can only be split, and another takes it split.
+    fn stays_split(&self, spec: &NodeSpec, signature: &NdSignature, axis: usize) -> bool {
+        (0..spec.inputs.len()).all(|input| {
+            let only = self.0[spec.inputs[input]].get(axis).filter(|e| e.len() == 1).and_then(|e| e.first());
+            let Some(entry @ Sbp::Split(_)) = only else { return true };
+            let takes_it = |c: &Candidate| c.signature.inputs[input].0[axis] == *entry;
+            signature.inputs[input].0[axis] == *entry || !spec.candidates.iter().any(takes_it)
+        })
+    }
+}
+
+fn is_split(layout: &NdSbp, axis: usize) -> bool {
+    matches!(layout.0[axis], Sbp::Split(_))
 }
 
 /// Along an axis of one device all layouts are the same; it is called `Broadcast`.
