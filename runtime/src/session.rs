@@ -122,7 +122,7 @@ impl Session {
     /// # Errors
     /// When memory or threads cannot be had.
     pub fn start(plan: Plan, options: &SessionOptions) -> Result<Self, SessionError> {
-        let engine: Arc<dyn Collective> = Arc::new(InProcess::new(plan.graph.mesh().device_count()));
+        let engine: Arc<dyn Collective> = Arc::new(InProcess::new());
         let mut devices = Vec::new();
         let mut arenas = Vec::new();
         for (rank, memory) in plan.memory.iter().enumerate() {
