@@ -7,6 +7,9 @@ use std::time::Duration;
 use crate::error::Failure;
 use crate::supervisor::Session;
 
+/// Called with a report, on the thread that looks; it must not call [`crate::shell::Running::tick`].
+pub type OnStall = Arc<dyn Fn(&str) + Send + Sync>;
+
 /// What to do about a session that does not move.
 #[derive(Clone)]
 pub struct WatchdogOptions {
@@ -18,7 +21,7 @@ pub struct WatchdogOptions {
     /// Ends the session with [`Failure::Stalled`].
     pub abort_on_stall: bool,
     /// Gets the report, besides the log.
-    pub on_stall: Option<Arc<dyn Fn(&str) + Send + Sync>>,
+    pub on_stall: Option<OnStall>,
 }
 
 impl Default for WatchdogOptions {

@@ -119,7 +119,7 @@ impl Shard {
     fn failed(&self, cause: KernelError) -> Failure {
         let own = &self.session.spec.actors[self.me.0 as usize];
         let action = self.protocol.in_flight().map_or("none", |a| &own.actions[a as usize].name);
-        Failure::Kernel { actor: own.name.clone(), device: own.device, action: action.into(), cause }
+        Failure::Kernel { actor: own.name.clone(), device: own.device, action: action.into(), cause: Box::new(cause) }
     }
 }
 
