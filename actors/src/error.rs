@@ -226,7 +226,7 @@ pub enum Failure {
         /// Name of the action in flight.
         action: String,
         /// What failed.
-        cause: KernelError,
+        cause: Box<KernelError>,
     },
     /// The protocol was broken.
     #[error("{actor} on device {device}: {cause}")]

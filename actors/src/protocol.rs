@@ -107,10 +107,13 @@ pub struct Protocol {
     rings: Box<[SlotRing]>,
     /// Sorted; position = index in `rings`.
     produced: Box<[RegisterId]>,
-    /// `(register, reader) -> (action, input port)`, sorted.
-    reading: Box<[((RegisterId, u32), (u32, u32))]>,
+    /// Sorted.
+    reading: Box<[Reading]>,
     firing: FiringState,
 }
+
+/// Where a message from a producer belongs: `(register, reader) -> (action, input port)`.
+type Reading = ((RegisterId, u32), (u32, u32));
 
 #[derive(Clone, Debug)]
 struct ActionState {

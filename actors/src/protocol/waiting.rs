@@ -138,12 +138,12 @@ impl Missing {
 }
 
 impl Waiting {
-    /// A line for each action that waits.
+    /// A line for each action that waits, or the one line that an action is in flight.
     pub fn describe(&self, spec: &Spec) -> String {
-        let mut text = String::new();
         if let Some(action) = self.in_flight {
-            let _ = writeln!(text, "{} is in flight", spec.action_name(self.actor, action));
+            return format!("{} is in flight", spec.action_name(self.actor, action));
         }
+        let mut text = String::new();
         for waits in &self.actions {
             let missing: Vec<_> = waits.missing.iter().map(|m| m.describe(spec, self.actor)).collect();
             let _ =
