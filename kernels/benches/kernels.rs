@@ -50,8 +50,7 @@ impl Bench {
             arena.write_host(read.offset, &HostTensor::f32(&read.shape, values)).expect("in bounds");
         }
         let launch = Launch { op, reads, writes, accumulate: false, workspace };
-        let program =
-            Arc::new(Program { name: "bench".to_owned(), launches: vec![launch; LAUNCHES], signals: vec![] });
+        let program = Arc::new(Program { name: "bench".to_owned(), launches: vec![launch; LAUNCHES], signals: vec![] });
         let once = || {
             let (sender, ends) = channel();
             let began = Instant::now();
