@@ -126,7 +126,18 @@ fn softmax_block(scores: &mut [f32], lse: &mut [f32], first: usize, end: usize) 
         let largest = max(past);
         let sum = exp_sum(past, largest);
         let inverse = 1.0 / sum;
-        map([Operand::Same], past, |values| each(values, |[p]| p * inverse));
+        map(
+            [Operand::Same],
+            past,
+            #[inline(always)]
+            |values| {
+                each(
+                    values,
+                    #[inline(always)]
+                    |[p]| p * inverse,
+                )
+            },
+        );
         future.fill(0.0);
         *lse = largest + sum.ln();
     }
@@ -193,9 +204,37 @@ fn grad_block(
                 let (ds_past, ds_future) = ds[i * end..(i + 1) * end].split_at_mut(first + i + 1);
                 let lse = lse[first + i];
                 // SAFETY: as above; both are only read.
-                let delta = unsafe { fold([row(d_o, i, depth), row(o, i, depth)], |[d_o, o]| d_o * o) };
-                map([Operand::Same], past, |values| each(values, |[score]| exp(score - lse)));
-                map([Operand::Same, Operand::Other(past)], ds_past, |values| each(values, |[dp, p]| p * (dp - delta)));
+                let delta = unsafe {
+                    fold(
+                        [row(d_o, i, depth), row(o, i, depth)],
+                        #[inline(always)]
+                        |[d_o, o]| d_o * o,
+                    )
+                };
+                map(
+                    [Operand::Same],
+                    past,
+                    #[inline(always)]
+                    |values| {
+                        each(
+                            values,
+                            #[inline(always)]
+                            |[score]| exp(score - lse),
+                        )
+                    },
+                );
+                map(
+                    [Operand::Same, Operand::Other(past)],
+                    ds_past,
+                    #[inline(always)]
+                    |values| {
+                        each(
+                            values,
+                            #[inline(always)]
+                            |[dp, p]| p * (dp - delta),
+                        )
+                    },
+                );
                 future.fill(0.0);
                 ds_future.fill(0.0);
             }

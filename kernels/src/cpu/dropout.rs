@@ -54,20 +54,25 @@ pub(crate) fn dropout(
             dispatch(
                 #[inline(always)]
                 || {
-                    map_indexed([x], &mut y[i * width..(i + 1) * width], |index, [x]| {
-                        let first = place + index as u64;
-                        let (low, carry_at) = (first as u32, u32::MAX - first as u32);
-                        let mut out = [0.0; LANES];
-                        for j in 0..LANES as u32 {
-                            // The place's high half goes into the key; it grows where the low half wraps.
-                            let high = (first >> 32) as u32 + u32::from(j > carry_at);
-                            let bits = mix32(low.wrapping_add(j) ^ key as u32);
-                            let bits = mix32(bits.wrapping_add((key >> 32) as u32).wrapping_add(high));
-                            let keep = u64::from(bits) >= threshold;
-                            out[j as usize] = if keep { x[j as usize] * factor } else { 0.0 };
-                        }
-                        out
-                    });
+                    map_indexed(
+                        [x],
+                        &mut y[i * width..(i + 1) * width],
+                        #[inline(always)]
+                        |index, [x]| {
+                            let first = place + index as u64;
+                            let (low, carry_at) = (first as u32, u32::MAX - first as u32);
+                            let mut out = [0.0; LANES];
+                            for j in 0..LANES as u32 {
+                                // The place's high half goes into the key; it grows where the low half wraps.
+                                let high = (first >> 32) as u32 + u32::from(j > carry_at);
+                                let bits = mix32(low.wrapping_add(j) ^ key as u32);
+                                let bits = mix32(bits.wrapping_add((key >> 32) as u32).wrapping_add(high));
+                                let keep = u64::from(bits) >= threshold;
+                                out[j as usize] = if keep { x[j as usize] * factor } else { 0.0 };
+                            }
+                            out
+                        },
+                    );
                 },
             );
         }

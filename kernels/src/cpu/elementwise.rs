@@ -93,7 +93,20 @@ pub(crate) fn add(args: &mut Args<'_>, pool: &Pool) -> Result<(), KernelError> {
     let (a, width) = (args.operand(0, 0)?, element_count(b_shape));
     if a_shape == b_shape {
         let b = args.operand(1, 0)?;
-        parallel_map(pool, [a, b], args.out(0)?, 1, |values| each(values, |[a, b]| a + b));
+        parallel_map(
+            pool,
+            [a, b],
+            args.out(0)?,
+            1,
+            #[inline(always)]
+            |values| {
+                each(
+                    values,
+                    #[inline(always)]
+                    |[a, b]| a + b,
+                )
+            },
+        );
         return Ok(());
     }
     let (b, y) = (args.f32(1)?, args.out(0)?);
@@ -104,7 +117,20 @@ pub(crate) fn add(args: &mut Args<'_>, pool: &Pool) -> Result<(), KernelError> {
             let a = a.range(i * width..(i + 1) * width);
             dispatch(
                 #[inline(always)]
-                || map([a, Operand::Other(b)], y, |values| each(values, |[a, b]| a + b)),
+                || {
+                    map(
+                        [a, Operand::Other(b)],
+                        y,
+                        #[inline(always)]
+                        |values| {
+                            each(
+                                values,
+                                #[inline(always)]
+                                |[a, b]| a + b,
+                            )
+                        },
+                    )
+                },
             );
         }
     });
@@ -114,7 +140,20 @@ pub(crate) fn add(args: &mut Args<'_>, pool: &Pool) -> Result<(), KernelError> {
 pub(crate) fn scale(args: &mut Args<'_>, pool: &Pool, factor: f32) -> Result<(), KernelError> {
     args.expect_same_count(0, 0)?;
     let x = args.operand(0, 0)?;
-    parallel_map(pool, [x], args.out(0)?, 1, |values| each(values, |[x]| factor * x));
+    parallel_map(
+        pool,
+        [x],
+        args.out(0)?,
+        1,
+        #[inline(always)]
+        |values| {
+            each(
+                values,
+                #[inline(always)]
+                |[x]| factor * x,
+            )
+        },
+    );
     Ok(())
 }
 
@@ -145,7 +184,20 @@ pub(crate) fn sum_leading(args: &mut Args<'_>, pool: &Pool) -> Result<(), Kernel
 pub(crate) fn gelu(args: &mut Args<'_>, pool: &Pool) -> Result<(), KernelError> {
     args.expect_same_count(0, 0)?;
     let x = args.operand(0, 0)?;
-    parallel_map(pool, [x], args.out(0)?, 4, |values| each(values, |[x]| x * normal(x).0));
+    parallel_map(
+        pool,
+        [x],
+        args.out(0)?,
+        4,
+        #[inline(always)]
+        |values| {
+            each(
+                values,
+                #[inline(always)]
+                |[x]| x * normal(x).0,
+            )
+        },
+    );
     Ok(())
 }
 
@@ -153,11 +205,22 @@ pub(crate) fn gelu_grad(args: &mut Args<'_>, pool: &Pool) -> Result<(), KernelEr
     args.expect_same_count(0, 0)?;
     args.expect_same_count(1, 0)?;
     let (dy, x) = (args.operand(0, 0)?, args.operand(1, 0)?);
-    parallel_map(pool, [dy, x], args.out(0)?, 4, |values| {
-        each(values, |[dy, x]| {
-            let (cdf, pdf) = normal(x);
-            dy * x.mul_add(pdf, cdf)
-        })
-    });
+    parallel_map(
+        pool,
+        [dy, x],
+        args.out(0)?,
+        4,
+        #[inline(always)]
+        |values| {
+            each(
+                values,
+                #[inline(always)]
+                |[dy, x]| {
+                    let (cdf, pdf) = normal(x);
+                    dy * x.mul_add(pdf, cdf)
+                },
+            )
+        },
+    );
     Ok(())
 }

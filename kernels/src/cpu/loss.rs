@@ -55,7 +55,11 @@ pub(crate) fn sum_exp_target(args: &mut Args<'_>, pool: &Pool, vocab_start: usiz
                 for (i, row) in rows.clone().enumerate() {
                     let logits = &logits[row * width..(row + 1) * width];
                     let max = maxima[row];
-                    sums[i] = fold([logits], |[logit]| exp(logit - max));
+                    sums[i] = fold(
+                        [logits],
+                        #[inline(always)]
+                        |[logit]| exp(logit - max),
+                    );
                     chosen[i] = column(targets[row], vocab_start, width).map_or(0.0, |column| logits[column]);
                 }
             },
@@ -103,9 +107,18 @@ pub(crate) fn cross_entropy_grad(
                 for (i, row) in rows.clone().enumerate() {
                     let (max, factor_row) = (maxima[row], factor / sums[row]);
                     let dlogits = &mut dlogits[i * width..(i + 1) * width];
-                    map([logits.range(row * width..(row + 1) * width)], dlogits, |values| {
-                        each(values, |[logit]| factor_row * exp(logit - max))
-                    });
+                    map(
+                        [logits.range(row * width..(row + 1) * width)],
+                        dlogits,
+                        #[inline(always)]
+                        |values| {
+                            each(
+                                values,
+                                #[inline(always)]
+                                |[logit]| factor_row * exp(logit - max),
+                            )
+                        },
+                    );
                     if let Some(column) = column(targets[row], vocab_start, width) {
                         dlogits[column] -= factor;
                     }

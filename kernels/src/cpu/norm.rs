@@ -21,12 +21,29 @@ pub(crate) fn layer_norm(args: &mut Args<'_>, pool: &Pool, eps: f32) -> Result<(
                 for (i, row) in rows.clone().enumerate() {
                     let x = &x[row * width..(row + 1) * width];
                     let y = &mut y[i * width..(i + 1) * width];
-                    let mean = fold([x], |[x]| x) / width as f32;
-                    let variance = fold([x], |[x]| (x - mean) * (x - mean)) / width as f32;
+                    let mean = fold(
+                        [x],
+                        #[inline(always)]
+                        |[x]| x,
+                    ) / width as f32;
+                    let variance = fold(
+                        [x],
+                        #[inline(always)]
+                        |[x]| (x - mean) * (x - mean),
+                    ) / width as f32;
                     let rstd = 1.0 / (variance + eps).sqrt();
-                    map([Operand::Other(x), Operand::Other(weight)], y, |values| {
-                        each(values, |[x, weight]| (x - mean) * rstd * weight)
-                    });
+                    map(
+                        [Operand::Other(x), Operand::Other(weight)],
+                        y,
+                        #[inline(always)]
+                        |values| {
+                            each(
+                                values,
+                                #[inline(always)]
+                                |[x, weight]| (x - mean) * rstd * weight,
+                            )
+                        },
+                    );
                     (means[i], rstds[i]) = (mean, rstd);
                 }
             },
@@ -57,16 +74,42 @@ pub(crate) fn layer_norm_grad(args: &mut Args<'_>, pool: &Pool) -> Result<(), Ke
                 for (i, row) in rows.clone().enumerate() {
                     let (dy, x) = (&dy[row * width..(row + 1) * width], &x[row * width..(row + 1) * width]);
                     let (mean, rstd) = (means[row], rstds[row]);
-                    let g_mean = fold([dy, weight], |[dy, weight]| dy * weight) / width as f32;
-                    let gx_mean = fold([dy, weight, x], |[dy, weight, x]| dy * weight * ((x - mean) * rstd));
+                    let g_mean = fold(
+                        [dy, weight],
+                        #[inline(always)]
+                        |[dy, weight]| dy * weight,
+                    ) / width as f32;
+                    let gx_mean = fold(
+                        [dy, weight, x],
+                        #[inline(always)]
+                        |[dy, weight, x]| dy * weight * ((x - mean) * rstd),
+                    );
                     let gx_mean = gx_mean / width as f32;
                     let inputs = [dy, weight, x].map(Operand::Other);
-                    map(inputs, &mut dx[i * width..(i + 1) * width], |values| {
-                        each(values, |[dy, weight, x]| rstd * (dy * weight - g_mean - (x - mean) * rstd * gx_mean))
-                    });
-                    map([Operand::Same, Operand::Other(dy), Operand::Other(x)], partial, |values| {
-                        each(values, |[sum, dy, x]| sum + dy * ((x - mean) * rstd))
-                    });
+                    map(
+                        inputs,
+                        &mut dx[i * width..(i + 1) * width],
+                        #[inline(always)]
+                        |values| {
+                            each(
+                                values,
+                                #[inline(always)]
+                                |[dy, weight, x]| rstd * (dy * weight - g_mean - (x - mean) * rstd * gx_mean),
+                            )
+                        },
+                    );
+                    map(
+                        [Operand::Same, Operand::Other(dy), Operand::Other(x)],
+                        partial,
+                        #[inline(always)]
+                        |values| {
+                            each(
+                                values,
+                                #[inline(always)]
+                                |[sum, dy, x]| sum + dy * ((x - mean) * rstd),
+                            )
+                        },
+                    );
                 }
             },
         );

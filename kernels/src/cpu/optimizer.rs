@@ -107,7 +107,10 @@ pub(crate) fn adamw(args: &mut Args<'_>, pool: &Pool, rates: AdamW) -> Result<()
             #[inline(always)]
             || {
                 let values = grad.iter().zip(params.iter_mut()).zip(ms.iter_mut()).zip(vs.iter_mut());
-                values.for_each(|(((&grad, param), m), v)| update.apply(grad, param, m, v));
+                values.for_each(
+                    #[inline(always)]
+                    |(((&grad, param), m), v)| update.apply(grad, param, m, v),
+                );
             },
         );
     });
