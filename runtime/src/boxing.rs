@@ -130,6 +130,8 @@ struct Space<'a> {
     dtype: DType,
     /// One when source and target are the same.
     placements: Vec<&'a Placement>,
+    /// For each placement and each set of its axes (bit by bit): the groups along them.
+    groups: Vec<Vec<Vec<Vec<usize>>>>,
     model: &'a CostModel,
     states: Vec<State>,
     source: usize,
@@ -167,7 +169,12 @@ impl<'a> Space<'a> {
         let find =
             |side: usize, sbp: &NdSbp| states.iter().position(|s| s.side == side && s.sbp == *sbp).unwrap_or_default();
         let (source, target) = (find(0, &from.sbp), find(placements.len() - 1, &to.sbp));
-        Self { shape, dtype, placements, model, states, source, target }
+        let subset = |set: usize| (0..usize::BITS as usize).filter(|a| set >> a & 1 == 1).collect::<Vec<_>>();
+        let groups_of = |placement: &&Placement| {
+            (0..1 << placement.axes().len()).map(|set| placement.group_indices(&subset(set))).collect()
+        };
+        let groups = placements.iter().map(groups_of).collect();
+        Self { shape, dtype, placements, groups, model, states, source, target }
     }
 
     /// The step from one state to another, if one step does it.
@@ -176,8 +183,8 @@ impl<'a> Space<'a> {
         let placement = self.placements[a.side];
         let (mut kind, axes, bytes_received) = if a.side == b.side {
             let (kind, axes) = classify(placement, &a.sbp, &b.sbp)?;
-            let groups = placement.group_indices(&axes);
-            let bytes = bytes_received(kind, self.dtype, &groups, &a.regions, &b.regions);
+            let groups = &self.groups[a.side][axes.iter().fold(0, |set, axis| set | 1 << axis)];
+            let bytes = bytes_received(kind, self.dtype, groups, &a.regions, &b.regions);
             (kind, axes, bytes)
         } else {
             if a.side > b.side || a.sbp.partial().is_some() || b.sbp.partial().is_some() {

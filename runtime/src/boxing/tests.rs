@@ -1,12 +1,13 @@
 //! Boxing: every pair of layouts moves exactly, counts what it predicts, and is planned at the least cost.
 
+mod engine;
+
 use expect_test::{Expect, expect};
 use shardflow_kernels::tensor::HostTensor;
 
 use super::interpret::interpret;
 use super::step::LocalStep;
 use super::*;
-use crate::placement::Mesh;
 use crate::sbp::region::same_bits;
 use crate::sbp::{gather, scatter_random_terms};
 
@@ -233,21 +234,4 @@ fn copies_are_pulled_from_all_who_hold_them() {
         })
         .collect();
     assert_eq!(givers, [0, 1, 0, 1]);
-}
-
-#[test]
-fn planning_is_fast() {
-    let place = Mesh::parse("a=2,b=4").unwrap().whole();
-    let start = std::time::Instant::now();
-    for text in ["P,P", "S0,P", "S0,S1", "B,S2"] {
-        plan(&[8, 128, 256], DType::F32, &layout(&place, text), &layout(&place, "B,B"), &CostModel::default()).unwrap();
-    }
-    eprintln!("4 plans {:?}", start.elapsed());
-    let place = Mesh::parse("a=4,b=4,c=4").unwrap().whole();
-    let start = std::time::Instant::now();
-    for text in ["P,P,B", "S0,P,S0", "S0,S1,S2", "B,S2,P"] {
-        plan(&[8, 128, 256], DType::F32, &layout(&place, text), &layout(&place, "B,B,S1"), &CostModel::default())
-            .unwrap();
-    }
-    eprintln!("4 plans {:?}", start.elapsed());
 }
