@@ -177,12 +177,20 @@ impl<'a> Space<'a> {
         Self { shape, dtype, placements, groups, model, states, source, target }
     }
 
-    /// The step from one state to another, if one step does it.
-    fn edge(&self, from: usize, to: usize) -> Option<Edge> {
+    /// The step from one state to another, if one step does it for `limit_seconds` or less.
+    fn edge(&self, from: usize, to: usize, limit_seconds: f64) -> Option<Edge> {
         let (a, b) = (&self.states[from], &self.states[to]);
         let placement = self.placements[a.side];
-        let (mut kind, axes, bytes_received) = if a.side == b.side {
-            let (kind, axes) = classify(placement, &a.sbp, &b.sbp)?;
+        let (kind, axes, bytes_received) = if a.side == b.side {
+            let (mut kind, axes) = classify(placement, &a.sbp, &b.sbp)?;
+            // On small shapes all may be there already.
+            let is_move = matches!(kind, StepKind::AllGather | StepKind::AllToAll);
+            if is_move && a.regions.iter().zip(&b.regions).all(|(before, after)| contains(before, after)) {
+                kind = StepKind::Slice;
+            }
+            if self.model.seconds(kind, &[]) > limit_seconds {
+                return None;
+            }
             let groups = &self.groups[a.side][axes.iter().fold(0, |set, axis| set | 1 << axis)];
             let bytes = bytes_received(kind, self.dtype, groups, &a.regions, &b.regions);
             (kind, axes, bytes)
@@ -194,17 +202,12 @@ impl<'a> Space<'a> {
             let bytes = bytes_pulled(self.dtype, placement, target, &a.regions, &b.regions);
             (StepKind::Transfer, Vec::new(), bytes)
         };
-        // On small shapes all may be there already.
-        let is_move = matches!(kind, StepKind::AllGather | StepKind::AllToAll);
-        if is_move && a.regions.iter().zip(&b.regions).all(|(before, after)| contains(before, after)) {
-            kind = StepKind::Slice;
-        }
         let cost_seconds = self.model.seconds(kind, &bytes_received);
         Some(Edge { kind, axes, bytes_received, cost_seconds })
     }
 
     fn step(&self, from: usize, to: usize) -> Option<BoxingStep> {
-        let edge = self.edge(from, to)?;
+        let edge = self.edge(from, to, f64::INFINITY)?;
         let layout = |state: &State| Layout { placement: self.placements[state.side].clone(), sbp: state.sbp.clone() };
         Some(BoxingStep {
             kind: edge.kind,
@@ -228,8 +231,11 @@ impl<'a> Space<'a> {
             let open = (0..count).filter(|&s| !done[s]).filter_map(|s| best[s].map(|b| (b.0, b.1, s)));
             let (cost, steps, state) = open.min_by(|a, b| a.0.total_cmp(&b.0).then((a.1, a.2).cmp(&(b.1, b.2))))?;
             done[state] = true;
-            for next in (0..count).filter(|&s| !done[s]) {
-                let Some(edge) = self.edge(state, next) else { continue };
+            // The target first, for a bound on the others.
+            for next in std::iter::once(self.target).chain(0..count).filter(|&s| !done[s]) {
+                // What costs more than a way that is known need not be looked at closely.
+                let limit = best[self.target].map_or(f64::INFINITY, |b| b.0 - cost);
+                let Some(edge) = self.edge(state, next, limit) else { continue };
                 let reached = (cost + edge.cost_seconds, steps + 1, state);
                 let is_better = |b: (f64, usize, usize)| reached.0.total_cmp(&b.0).then(reached.1.cmp(&b.1)).is_lt();
                 if best[next].is_none_or(is_better) {

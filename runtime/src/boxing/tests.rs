@@ -138,7 +138,7 @@ fn exhaustive(space: &Space<'_>, path: &mut Vec<usize>, cost: f64, best: &mut f6
         if path.contains(&next) {
             continue;
         }
-        let Some(edge) = space.edge(last, next) else { continue };
+        let Some(edge) = space.edge(last, next, f64::INFINITY) else { continue };
         if cost + edge.cost_seconds <= *best {
             path.push(next);
             exhaustive(space, path, cost + edge.cost_seconds, best);

@@ -22,8 +22,11 @@ use crate::boxing::CostModel;
 use crate::layout_error::LayoutError;
 use crate::placement::Placement;
 
-/// Assignments that the beam keeps after each op.
-const BEAM_WIDTH: usize = 16;
+/// Assignments that the beam keeps after each op, at least.
+const BEAM_WIDTH_MIN: usize = 8;
+
+/// The beam is as wide as gives this many extensions of a node: wide where there are few candidates.
+const EXTENSIONS: usize = 512;
 
 /// Sweeps of single changes, at most.
 const SWEEPS_MAX: usize = 16;
@@ -164,7 +167,7 @@ struct Chooser<'a> {
     ways: Vec<Vec<Way>>,
 }
 
-/// A tensor that later nodes read, in one assignment of the beam.
+/// A tensor that is there and that later nodes read, in one assignment of the beam.
 #[derive(Clone)]
 struct Held {
     tensor: usize,
@@ -230,20 +233,19 @@ impl<'a> Chooser<'a> {
 
     /// CH-2 for a tensor of this layout.
     fn output_seconds(&mut self, tensor: usize, layout: usize) -> f64 {
+        if !self.is_used_after(tensor) {
+            return 0.0;
+        }
         let settled = self.costs.settled(layout, 0);
-        if self.is_used_after(tensor) { self.boxing(tensor, layout, settled) } else { 0.0 }
+        self.boxing(tensor, layout, settled)
     }
 
     fn beam(&mut self) -> Result<Vec<usize>, LayoutError> {
-        let held = (0..self.pinned.len()).filter(|&t| self.producers[t].is_none() && !self.readers[t].is_empty());
-        let held = held.filter_map(|tensor| {
-            let layout = self.pinned[tensor]?;
-            Some(Held { tensor, layout, paid: Vec::new(), sliced: 0, pending_seconds: 0.0 })
-        });
-        let mut beam = vec![Assignment { paid_seconds: 0.0, held: held.collect(), last: None }];
+        let mut beam = vec![Assignment { paid_seconds: 0.0, held: Vec::new(), last: None }];
         // (position of the choice before, way)
         let mut choices: Vec<(Option<usize>, usize)> = Vec::new();
         for n in 0..self.problem.nodes.len() {
+            let width = (EXTENSIONS / self.ways[n].len()).max(BEAM_WIDTH_MIN);
             let mut extensions = Vec::new();
             for assignment in &beam {
                 extensions.extend((0..self.ways[n].len()).filter_map(|way| self.extend(n, way, assignment)));
@@ -254,8 +256,9 @@ impl<'a> Chooser<'a> {
             });
             let (mut next, mut seen) = (Vec::new(), HashSet::new());
             for Extension { mut assignment, way, .. } in extensions {
-                let leaves: Vec<_> = assignment.held.iter().map(|h| (h.tensor, h.layout, h.paid.clone())).collect();
-                if next.len() < BEAM_WIDTH && seen.insert(leaves) {
+                // What later nodes can see. Equal ones have equal pending costs, so the first has paid least.
+                let leaves = |h: &Held| (h.tensor, h.layout, h.sliced, h.paid.clone());
+                if next.len() < width && seen.insert(assignment.held.iter().map(leaves).collect::<Vec<_>>()) {
                     choices.push((assignment.last, way));
                     assignment.last = Some(choices.len() - 1);
                     next.push(assignment);
@@ -285,7 +288,13 @@ impl<'a> Chooser<'a> {
         let (mut converted, mut sliced) = (0, 0);
         for (i, &tensor) in node.inputs.iter().enumerate() {
             let required = self.ways[n][way].inputs[i];
-            let source = held.iter_mut().find(|h| h.tensor == tensor)?;
+            let position = held.iter().position(|h| h.tensor == tensor).unwrap_or(held.len());
+            if position == held.len() {
+                // Not produced by a node: it is held from its first reader to its last.
+                let layout = self.pinned[tensor]?;
+                held.push(Held { tensor, layout, paid: Vec::new(), sliced: 0, pending_seconds: 0.0 });
+            }
+            let source = &mut held[position];
             if source.layout != required {
                 converted += 1;
                 if let Err(position) = source.paid.binary_search(&required) {

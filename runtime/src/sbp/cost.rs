@@ -35,13 +35,21 @@ pub(super) struct Costs {
     layouts: Vec<Layout>,
     layout_ids: HashMap<Layout, usize>,
     shapes: Vec<(Vec<usize>, DType)>,
-    seconds: HashMap<(usize, usize, usize), f64>,
+    /// By shape, layout before and layout after; not a number where not planned yet.
+    seconds: Vec<Vec<Vec<f64>>>,
+    settled: HashMap<(usize, u32), usize>,
 }
 
 impl Costs {
     pub(super) fn new(model: CostModel) -> Self {
-        let (layout_ids, seconds) = (HashMap::new(), HashMap::new());
-        Self { model, layouts: Vec::new(), layout_ids, shapes: Vec::new(), seconds }
+        Self {
+            model,
+            layouts: Vec::new(),
+            layout_ids: HashMap::new(),
+            shapes: Vec::new(),
+            seconds: Vec::new(),
+            settled: HashMap::new(),
+        }
     }
 
     pub(super) fn layout_id(&mut self, layout: Layout) -> usize {
@@ -70,19 +78,31 @@ impl Costs {
         if from == to {
             return 0.0;
         }
-        let (layouts, shapes, model) = (&self.layouts, &self.shapes, &self.model);
-        *self.seconds.entry((shape, from, to)).or_insert_with(|| {
-            let (dims, dtype) = &shapes[shape];
-            plan(dims, *dtype, &layouts[from], &layouts[to], model).map_or(f64::INFINITY, |p| p.cost_seconds)
-        })
+        let known = self.seconds.get(shape).and_then(|s| s.get(from)?.get(to));
+        if let Some(&seconds) = known.filter(|s| !s.is_nan()) {
+            return seconds;
+        }
+        let (dims, dtype) = &self.shapes[shape];
+        let planned = plan(dims, *dtype, &self.layouts[from], &self.layouts[to], &self.model);
+        let seconds = planned.map_or(f64::INFINITY, |p| p.cost_seconds);
+        self.seconds.resize_with(self.shapes.len(), Vec::new);
+        self.seconds[shape].resize_with(self.layouts.len(), Vec::new);
+        self.seconds[shape][from].resize(self.layouts.len(), f64::NAN);
+        self.seconds[shape][from][to] = seconds;
+        seconds
     }
 
     /// The layout with `Broadcast` on each axis of which `axes` has a bit, and on each `Partial` one.
     pub(super) fn settled(&mut self, layout: usize, axes: u32) -> usize {
+        if let Some(&id) = self.settled.get(&(layout, axes)) {
+            return id;
+        }
         let Layout { placement, sbp } = self.layouts[layout].clone();
         let mut sbp = sbp.reduced();
         let sliced = (0..sbp.0.len()).filter(|a| axes >> a & 1 == 1);
         sliced.for_each(|a| sbp.0[a] = super::Sbp::Broadcast);
-        self.layout_id(Layout { placement, sbp })
+        let id = self.layout_id(Layout { placement, sbp });
+        self.settled.insert((layout, axes), id);
+        id
     }
 }
