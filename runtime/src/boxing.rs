@@ -132,6 +132,8 @@ struct Space<'a> {
     placements: Vec<&'a Placement>,
     /// For each placement and each set of its axes (bit by bit): the groups along them.
     groups: Vec<Vec<Vec<Vec<usize>>>>,
+    /// Each target device's index in the source's placement, where it is there too.
+    own: Vec<Option<usize>>,
     model: &'a CostModel,
     states: Vec<State>,
     source: usize,
@@ -174,7 +176,8 @@ impl<'a> Space<'a> {
             (0..1 << placement.axes().len()).map(|set| placement.group_indices(&subset(set))).collect()
         };
         let groups = placements.iter().map(groups_of).collect();
-        Self { shape, dtype, placements, groups, model, states, source, target }
+        let own = to.placement.devices().iter().map(|&device| from.placement.index_of(device)).collect();
+        Self { shape, dtype, placements, groups, own, model, states, source, target }
     }
 
     /// The step from one state to another, if one step does it for `limit_seconds` or less.
@@ -198,8 +201,7 @@ impl<'a> Space<'a> {
             if a.side > b.side || a.sbp.partial().is_some() || b.sbp.partial().is_some() {
                 return None;
             }
-            let target = self.placements[b.side];
-            let bytes = bytes_pulled(self.dtype, placement, target, &a.regions, &b.regions);
+            let bytes = bytes_pulled(self.dtype, &self.own, &a.regions, &b.regions);
             (StepKind::Transfer, Vec::new(), bytes)
         };
         let cost_seconds = self.model.seconds(kind, &bytes_received);

@@ -179,3 +179,14 @@ fn grids_on_the_engine() {
         }
     });
 }
+
+#[test]
+fn cubes_on_the_engine() {
+    with_deadline(|| {
+        let cube = Placement::of((0..8).rev().collect(), &[("a", 2), ("b", 2), ("c", 2)]).unwrap();
+        let texts = ["S0,S0,S0", "S0,P,S0", "B,S1,S1", "P,P,P", "S1,S0,B", "B,B,B"];
+        for (from, to) in texts.iter().flat_map(|a| texts.map(|b| (*a, b))) {
+            check_engine(&[5, 9], &layout(&cube, from), &layout(&cube, to));
+        }
+    });
+}

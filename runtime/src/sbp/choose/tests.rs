@@ -201,6 +201,35 @@ fn the_other_stage_takes_over() {
     assert_eq!(b.choose().layouts[4].placement, mesh.at("stage", 1).unwrap());
 }
 
+#[test]
+fn the_cost_is_the_sum_of_its_parts() {
+    let mut b = Builder::new("tensor=2");
+    let x = b.tensor("x", &[4, 64, 256], Some("B"));
+    let up = b.tensor("up", &[1024, 256], Some("S0"));
+    let down = b.tensor("down", &[256, 1024], Some("S1"));
+    let h = b.product("h", "btc,hc->bth", x, up);
+    b.product("y", "bth,ch->btc", h, down);
+    let choice = b.choose();
+    // Two products, each halved, and the output's all-reduce (CH-2): two latencies and all of its 256 KiB.
+    let compute = 2.0 * 0.5 * (4 * 64 * 1024 * 512) as f64 * SECONDS_PER_FLOP;
+    let all_reduce = 2.0 * 5e-6 + (4 * 64 * 256 * 4) as f64 * 1e-10;
+    assert!((choice.cost_seconds - compute - all_reduce).abs() < 1e-12, "{}", choice.cost_seconds);
+    assert_eq!(choice.conversions, []);
+    // A layout that two nodes require is paid once (CH-1).
+    let mut b = Builder::new("tensor=2");
+    let x = b.tensor("x", &[4, 64, 256], Some("S0"));
+    for name in ["p", "q"] {
+        let w = b.tensor("w", &[256, 256], Some("S0"));
+        let y = b.product(name, "btc,vc->btv", x, w);
+        b.problem.nodes.last_mut().unwrap().candidates.retain(|c| c.signature.to_string() == "(B), (S0) -> (S2)");
+        assert_eq!(b.problem.tensors[y].shape, [4, 64, 256]);
+    }
+    let (choice, gather) = (b.choose(), 5e-6 + (2 * 64 * 256 * 4) as f64 * 1e-10);
+    let compute = 2.0 * 0.5 * (4 * 64 * 256 * 512) as f64 * SECONDS_PER_FLOP;
+    assert_eq!(choice.conversions.len(), 1);
+    assert!((choice.cost_seconds - compute - gather).abs() < 1e-12, "{}", choice.cost_seconds);
+}
+
 /// The objective of every assignment, one after another.
 fn exhaustive(problem: &Problem) -> f64 {
     let mut chooser = Chooser::new(problem, CostModel::default()).unwrap();
