@@ -130,6 +130,10 @@ struct Space<'a> {
     dtype: DType,
     /// One when source and target are the same.
     placements: Vec<&'a Placement>,
+    /// For each placement and each set of its axes (bit by bit): the groups along them.
+    groups: Vec<Vec<Vec<Vec<usize>>>>,
+    /// Each target device's index in the source's placement, where it is there too.
+    own: Vec<Option<usize>>,
     model: &'a CostModel,
     states: Vec<State>,
     source: usize,
@@ -167,37 +171,45 @@ impl<'a> Space<'a> {
         let find =
             |side: usize, sbp: &NdSbp| states.iter().position(|s| s.side == side && s.sbp == *sbp).unwrap_or_default();
         let (source, target) = (find(0, &from.sbp), find(placements.len() - 1, &to.sbp));
-        Self { shape, dtype, placements, model, states, source, target }
+        let subset = |set: usize| (0..usize::BITS as usize).filter(|a| set >> a & 1 == 1).collect::<Vec<_>>();
+        let groups_of = |placement: &&Placement| {
+            (0..1 << placement.axes().len()).map(|set| placement.group_indices(&subset(set))).collect()
+        };
+        let groups = placements.iter().map(groups_of).collect();
+        let own = to.placement.devices().iter().map(|&device| from.placement.index_of(device)).collect();
+        Self { shape, dtype, placements, groups, own, model, states, source, target }
     }
 
-    /// The step from one state to another, if one step does it.
-    fn edge(&self, from: usize, to: usize) -> Option<Edge> {
+    /// The step from one state to another, if one step does it for `limit_seconds` or less.
+    fn edge(&self, from: usize, to: usize, limit_seconds: f64) -> Option<Edge> {
         let (a, b) = (&self.states[from], &self.states[to]);
         let placement = self.placements[a.side];
-        let (mut kind, axes, bytes_received) = if a.side == b.side {
-            let (kind, axes) = classify(placement, &a.sbp, &b.sbp)?;
-            let groups = placement.group_indices(&axes);
-            let bytes = bytes_received(kind, self.dtype, &groups, &a.regions, &b.regions);
+        let (kind, axes, bytes_received) = if a.side == b.side {
+            let (mut kind, axes) = classify(placement, &a.sbp, &b.sbp)?;
+            // On small shapes all may be there already.
+            let is_move = matches!(kind, StepKind::AllGather | StepKind::AllToAll);
+            if is_move && a.regions.iter().zip(&b.regions).all(|(before, after)| contains(before, after)) {
+                kind = StepKind::Slice;
+            }
+            if self.model.seconds(kind, &[]) > limit_seconds {
+                return None;
+            }
+            let groups = &self.groups[a.side][axes.iter().fold(0, |set, axis| set | 1 << axis)];
+            let bytes = bytes_received(kind, self.dtype, groups, &a.regions, &b.regions);
             (kind, axes, bytes)
         } else {
             if a.side > b.side || a.sbp.partial().is_some() || b.sbp.partial().is_some() {
                 return None;
             }
-            let target = self.placements[b.side];
-            let bytes = bytes_pulled(self.dtype, placement, target, &a.regions, &b.regions);
+            let bytes = bytes_pulled(self.dtype, &self.own, &a.regions, &b.regions);
             (StepKind::Transfer, Vec::new(), bytes)
         };
-        // On small shapes all may be there already.
-        let is_move = matches!(kind, StepKind::AllGather | StepKind::AllToAll);
-        if is_move && a.regions.iter().zip(&b.regions).all(|(before, after)| contains(before, after)) {
-            kind = StepKind::Slice;
-        }
         let cost_seconds = self.model.seconds(kind, &bytes_received);
         Some(Edge { kind, axes, bytes_received, cost_seconds })
     }
 
     fn step(&self, from: usize, to: usize) -> Option<BoxingStep> {
-        let edge = self.edge(from, to)?;
+        let edge = self.edge(from, to, f64::INFINITY)?;
         let layout = |state: &State| Layout { placement: self.placements[state.side].clone(), sbp: state.sbp.clone() };
         Some(BoxingStep {
             kind: edge.kind,
@@ -221,8 +233,11 @@ impl<'a> Space<'a> {
             let open = (0..count).filter(|&s| !done[s]).filter_map(|s| best[s].map(|b| (b.0, b.1, s)));
             let (cost, steps, state) = open.min_by(|a, b| a.0.total_cmp(&b.0).then((a.1, a.2).cmp(&(b.1, b.2))))?;
             done[state] = true;
-            for next in (0..count).filter(|&s| !done[s]) {
-                let Some(edge) = self.edge(state, next) else { continue };
+            // The target first, for a bound on the others.
+            for next in std::iter::once(self.target).chain(0..count).filter(|&s| !done[s]) {
+                // What costs more than a way that is known need not be looked at closely.
+                let limit = best[self.target].map_or(f64::INFINITY, |b| b.0 - cost);
+                let Some(edge) = self.edge(state, next, limit) else { continue };
                 let reached = (cost + edge.cost_seconds, steps + 1, state);
                 let is_better = |b: (f64, usize, usize)| reached.0.total_cmp(&b.0).then(reached.1.cmp(&b.1)).is_lt();
                 if best[next].is_none_or(is_better) {

@@ -184,16 +184,22 @@ impl Placement {
     /// The device indices, parted into groups that differ only along `axes` (axis indices). Groups come in the order of
     /// their first members, and members in row-major order. Without axes, each device is a group.
     pub fn group_indices(&self, axes: &[usize]) -> Vec<Vec<usize>> {
-        let mut groups: Vec<(Vec<usize>, Vec<usize>)> = Vec::new();
+        let mut groups: Vec<Vec<usize>> = Vec::new();
+        // For the first member of each group, the group's position.
+        let mut position_of = vec![usize::MAX; self.devices.len()];
         for index in 0..self.devices.len() {
-            let mut key = self.coords(index);
-            axes.iter().for_each(|&a| key[a] = 0);
-            match groups.iter_mut().find(|g| g.0 == key) {
-                Some(group) => group.1.push(index),
-                None => groups.push((key, vec![index])),
+            let (mut rest, mut stride, mut first) = (index, 1, index);
+            for (a, axis) in self.axes.iter().enumerate().rev() {
+                first -= if axes.contains(&a) { rest % axis.size * stride } else { 0 };
+                (rest, stride) = (rest / axis.size, stride * axis.size);
             }
+            if position_of[first] == usize::MAX {
+                position_of[first] = groups.len();
+                groups.push(Vec::new());
+            }
+            groups[position_of[first]].push(index);
         }
-        groups.into_iter().map(|g| g.1).collect()
+        groups
     }
 
     /// As [`Placement::group_indices`], in ranks.

@@ -7,7 +7,6 @@ use shardflow_kernels::collective::{CollectiveKind, ReduceOp};
 use shardflow_kernels::tensor::{DType, Region, split_range};
 
 use crate::placement::Placement;
-use crate::sbp::region::contains;
 use crate::sbp::{Layout, NdSbp, Sbp, local_region};
 
 /// What a step does.
@@ -183,19 +182,14 @@ pub(super) fn bytes_received(
     bytes
 }
 
-/// As [`bytes_received`], for a transfer: all that a device does not have itself.
-pub(super) fn bytes_pulled(
-    dtype: DType,
-    source: &Placement,
-    target: &Placement,
-    from: &[Region],
-    to: &[Region],
-) -> Vec<usize> {
-    let pulled = |(index, region): (usize, &Region)| {
-        let own = source.index_of(target.devices()[index]).map_or(0, |own| shared(&from[own], region));
-        (region.element_count() - own) * dtype.bytes()
+/// As [`bytes_received`], for a transfer: all that a device does not have itself. `own` is each target device's index in
+/// the source's placement, where it is there too.
+pub(super) fn bytes_pulled(dtype: DType, own: &[Option<usize>], from: &[Region], to: &[Region]) -> Vec<usize> {
+    let held = |(region, own): (&Region, &Option<usize>)| {
+        let held = own.map_or(0, |own| shared(&from[own], region));
+        (region.element_count() - held) * dtype.bytes()
     };
-    to.iter().enumerate().map(pulled).collect()
+    to.iter().zip(own).map(held).collect()
 }
 
 fn shared(a: &Region, b: &Region) -> usize {
@@ -327,7 +321,8 @@ impl BoxingStep {
                         seen.push(region);
                     }
                 }
-                let within = self.kind != StepKind::Slice || contains(&self.from.region(&self.shape, index), &after);
+                let within = self.kind != StepKind::Slice
+                    || crate::sbp::region::contains(&self.from.region(&self.shape, index), &after);
                 let whole = matches!(self.kind, StepKind::Pad(_)) || found == after.element_count();
                 assert!(within && whole, "{self}: device {index} cannot get {after:?}");
             }

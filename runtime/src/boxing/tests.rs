@@ -1,12 +1,15 @@
 //! Boxing: every pair of layouts moves exactly, counts what it predicts, and is planned at the least cost.
 
+mod engine;
+
 use expect_test::{Expect, expect};
+use proptest::prelude::*;
+use shardflow_kernels::collective::ReduceOp;
 use shardflow_kernels::tensor::HostTensor;
 
 use super::interpret::interpret;
 use super::step::LocalStep;
 use super::*;
-use crate::placement::Mesh;
 use crate::sbp::region::same_bits;
 use crate::sbp::{gather, scatter_random_terms};
 
@@ -91,6 +94,10 @@ fn other_ranks_and_meshes_are_exact() {
         check_exact(&[1, 1], &layout(&cube, from), &layout(&cube, to));
         check_exact(&[0, 3], &layout(&cube, from), &layout(&cube, to));
     }
+    let thin = grid(3, 1, 3);
+    for (from, to) in layouts(&thin).iter().flat_map(|a| layouts(&thin).into_iter().map(move |b| (a.clone(), b))) {
+        check_exact(&[5, 7], &from, &to);
+    }
     let one = Placement::of(vec![3], &[]).unwrap();
     for text in ["S0,S0,S0", "P,P,P", "B,S0,B"] {
         check_exact(&[7], &layout(&cube, text), &layout(&one, "()"));
@@ -126,21 +133,22 @@ fn pure_moves_keep_every_bit() {
     }
 }
 
-/// Least cost over all simple paths, by depth-first search that gives up a path once it costs more than the best.
-fn exhaustive(space: &Space<'_>, path: &mut Vec<usize>, cost: f64, best: &mut f64) {
+/// Least cost over all simple paths of at most this many steps, by depth-first search that gives up a path once it costs
+/// more than the best.
+fn exhaustive(space: &Space<'_>, path: &mut Vec<usize>, steps: usize, cost: f64, best: &mut f64) {
     let last = path[path.len() - 1];
     if last == space.target {
         *best = best.min(cost);
         return;
     }
     for next in 0..space.states.len() {
-        if path.contains(&next) {
+        if path.contains(&next) || path.len() > steps {
             continue;
         }
-        let Some(edge) = space.edge(last, next) else { continue };
+        let Some(edge) = space.edge(last, next, f64::INFINITY) else { continue };
         if cost + edge.cost_seconds <= *best {
             path.push(next);
-            exhaustive(space, path, cost + edge.cost_seconds, best);
+            exhaustive(space, path, steps, cost + edge.cost_seconds, best);
             path.pop();
         }
     }
@@ -151,12 +159,12 @@ fn all_layouts(_: &[usize], placement: &Placement, _: &[&NdSbp]) -> Vec<NdSbp> {
     layouts(placement).into_iter().map(|l| l.sbp).collect()
 }
 
-fn check_least(shape: &[usize], from: &Layout, to: &Layout, model: &CostModel) {
+fn check_least(shape: &[usize], from: &Layout, to: &Layout, model: &CostModel, steps: usize) {
     let planned = plan(shape, DType::F32, from, to, model).unwrap();
     let space = Space::new(shape, DType::F32, from, to, model, all_layouts);
     // An own bound only so that the search ends: twice what the planner found, not what it found.
     let mut least = planned.cost_seconds * 2.0;
-    exhaustive(&space, &mut vec![space.source], 0.0, &mut least);
+    exhaustive(&space, &mut vec![space.source], steps, 0.0, &mut least);
     assert!((planned.cost_seconds - least).abs() <= 1e-9 * least, "{from} -> {to}: {planned}, least {least}");
 }
 
@@ -171,9 +179,17 @@ fn no_path_costs_less_than_the_plan() {
     for (shape, model) in [([5, 7], BANDWIDTH_BOUND), ([6, 4], CostModel::default())] {
         for (source, target) in [(line(0, 3), line(0, 3)), (line(0, 2), line(1, 4))] {
             for from in layouts(&source) {
-                layouts(&target).iter().for_each(|to| check_least(&shape, &from, to, &model));
+                layouts(&target).iter().for_each(|to| check_least(&shape, &from, to, &model, usize::MAX));
             }
         }
+    }
+}
+
+#[test]
+fn no_short_path_on_a_grid_costs_less_than_the_plan() {
+    let (source, target) = (grid(0, 2, 2), grid(0, 2, 2));
+    for from in layouts(&source) {
+        layouts(&target).iter().for_each(|to| check_least(&[5, 7], &from, to, &BANDWIDTH_BOUND, 3));
     }
 }
 
@@ -235,19 +251,39 @@ fn copies_are_pulled_from_all_who_hold_them() {
     assert_eq!(givers, [0, 1, 0, 1]);
 }
 
-#[test]
-fn planning_is_fast() {
-    let place = Mesh::parse("a=2,b=4").unwrap().whole();
-    let start = std::time::Instant::now();
-    for text in ["P,P", "S0,P", "S0,S1", "B,S2"] {
-        plan(&[8, 128, 256], DType::F32, &layout(&place, text), &layout(&place, "B,B"), &CostModel::default()).unwrap();
+fn placements() -> impl Strategy<Value = Placement> {
+    (0..5_usize, prop::collection::vec(1..4_usize, 0..4)).prop_map(|(first, sizes)| {
+        let names = ["a", "b", "c"];
+        let axes: Vec<(&str, usize)> = names.into_iter().zip(sizes.iter().copied()).collect();
+        // Ranks out of order, so that index and rank are not confused.
+        let devices = (first..first + sizes.iter().product::<usize>()).rev().collect();
+        Placement::of(devices, &axes).unwrap()
+    })
+}
+
+/// A layout on this placement, drawn from numbers; `Partial` everywhere under one reduction.
+fn drawn(placement: &Placement, rank: usize, draws: &[usize], max: bool) -> Layout {
+    let op = if max { ReduceOp::Max } else { ReduceOp::Sum };
+    let entry = |&draw: &usize| match draw % (rank + 2) {
+        0 => Sbp::Broadcast,
+        1 => Sbp::Partial(op),
+        dim => Sbp::Split(dim - 2),
+    };
+    let sbp = NdSbp(draws[..placement.axes().len()].iter().map(entry).collect());
+    Layout { placement: placement.clone(), sbp }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 400, failure_persistence: None, ..ProptestConfig::default() })]
+    #[test]
+    fn any_pair_is_exact_and_counted(
+        (source, target, same) in (placements(), placements(), any::<bool>()),
+        shape in prop::collection::vec(0..6_usize, 0..4),
+        (from, to) in (prop::array::uniform3(0..60_usize), prop::array::uniform3(0..60_usize)),
+        max in any::<[bool; 2]>(),
+    ) {
+        let target = if same { source.clone() } else { target };
+        let (from, to) = (drawn(&source, shape.len(), &from, max[0]), drawn(&target, shape.len(), &to, max[1]));
+        check_exact(&shape, &from, &to);
     }
-    eprintln!("4 plans {:?}", start.elapsed());
-    let place = Mesh::parse("a=4,b=4,c=4").unwrap().whole();
-    let start = std::time::Instant::now();
-    for text in ["P,P,B", "S0,P,S0", "S0,S1,S2", "B,S2,P"] {
-        plan(&[8, 128, 256], DType::F32, &layout(&place, text), &layout(&place, "B,B,S1"), &CostModel::default())
-            .unwrap();
-    }
-    eprintln!("4 plans {:?}", start.elapsed());
 }

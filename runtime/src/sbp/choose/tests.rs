@@ -1,0 +1,328 @@
+//! Layout choice: known models get their known layouts, small problems their optimum, large ones an answer in time.
+
+use std::time::{Duration, Instant};
+
+use expect_test::{Expect, expect};
+
+use super::*;
+use crate::placement::Mesh;
+
+/// Seconds for each floating-point operation.
+const SECONDS_PER_FLOP: f64 = 1e-11;
+
+/// Writes problems in few words.
+struct Builder {
+    placement: Placement,
+    problem: Problem,
+}
+
+impl Builder {
+    fn new(mesh: &str) -> Self {
+        Self { placement: Mesh::parse(mesh).unwrap().whole(), problem: Problem::default() }
+    }
+
+    fn tensor(&mut self, name: &str, shape: &[usize], pinned: Option<&str>) -> usize {
+        let (placement, sbp) = (self.placement.clone(), pinned.map(|text| NdSbp::parse(text).unwrap()));
+        let pinned = sbp.map(|sbp| Layout { placement, sbp });
+        let shape = shape.to_vec();
+        self.problem.tensors.push(TensorSpec { name: name.into(), shape, dtype: DType::F32, pinned, is_output: false });
+        self.problem.tensors.len() - 1
+    }
+
+    /// An op with one output; its work is `flops` for each element of its largest operand.
+    fn op(&mut self, name: &str, rule: Rule, inputs: &[usize], flops: usize) -> usize {
+        let shapes: Vec<Vec<usize>> = inputs.iter().map(|&t| self.problem.tensors[t].shape.clone()).collect();
+        let out_shape = rule.infer_shapes(&shapes).unwrap().remove(0);
+        let largest = shapes.iter().chain([&out_shape]).map(|s| s.iter().product::<usize>()).max().unwrap();
+        let output = self.tensor(name, &out_shape, None);
+        let seconds = (flops * largest) as f64 * SECONDS_PER_FLOP;
+        let (tensors, place) = (&self.problem.tensors, &self.placement);
+        let node = NodeSpec::of_rule(name, place, &rule, tensors, inputs.to_vec(), vec![output], seconds).unwrap();
+        self.problem.nodes.push(node);
+        output
+    }
+
+    fn product(&mut self, name: &str, rule: &str, a: usize, b: usize) -> usize {
+        let smaller = self.problem.tensors[b].shape.iter().min().copied().unwrap();
+        self.op(name, Rule::parse(rule).unwrap().linear(&[&[0], &[1]]).unwrap(), &[a, b], 2 * smaller)
+    }
+
+    fn gelu(&mut self, name: &str, x: usize) -> usize {
+        self.op(name, Rule::parse("btc->btc").unwrap(), &[x], 20)
+    }
+
+    fn norm(&mut self, name: &str, x: usize, weight: usize) -> usize {
+        self.op(name, Rule::parse("btc,c->btc").unwrap().fixed("c").unwrap(), &[x, weight], 8)
+    }
+
+    fn add(&mut self, name: &str, a: usize, b: usize) -> usize {
+        self.op(name, Rule::parse("btc,btc->btc").unwrap().linear(&[&[0, 1]]).unwrap(), &[a, b], 1)
+    }
+
+    fn choose(&self) -> Choice {
+        choose(&self.problem, &CostModel::default()).unwrap()
+    }
+}
+
+fn check(builder: &Builder, expected: Expect) {
+    let choice = builder.choose();
+    assert_eq!(choice, builder.choose());
+    let mut lines = Vec::new();
+    for (tensor, layout) in builder.problem.tensors.iter().zip(&choice.layouts) {
+        lines.push(format!("{}: {}", tensor.name, layout.sbp));
+    }
+    for c in &choice.conversions {
+        lines.push(format!("{}: {} -> {}", builder.problem.tensors[c.tensor].name, c.from.sbp, c.to.sbp));
+    }
+    expected.assert_eq(&lines.join("\n"));
+}
+
+/// Shoeybi et al. 2019, <https://arxiv.org/abs/1909.08053>: the first weight by columns, the second by rows.
+#[test]
+fn megatron_keeps_the_hidden_split_and_reduces_once() {
+    let mut b = Builder::new("tensor=2");
+    let x = b.tensor("x", &[4, 64, 256], Some("B"));
+    let up = b.tensor("up", &[1024, 256], Some("S0"));
+    let down = b.tensor("down", &[256, 1024], Some("S1"));
+    let h = b.product("h", "btc,hc->bth", x, up);
+    let a = b.gelu("a", h);
+    let y = b.product("y", "bth,ch->btc", a, down);
+    b.problem.tensors[y].pinned = b.problem.tensors[x].pinned.clone();
+    check(
+        &b,
+        expect![[r#"
+            x: (B)
+            up: (S0)
+            down: (S1)
+            h: (S2)
+            a: (S2)
+            y: (B)
+            y: (P) -> (B)"#]],
+    );
+}
+
+#[test]
+fn data_parallelism_keeps_the_batch_split_and_the_gradient_partial() {
+    let mut b = Builder::new("data=2");
+    let x = b.tensor("x", &[8, 64, 256], Some("S0"));
+    let w = b.tensor("w", &[256, 256], Some("B"));
+    let dy = b.tensor("dy", &[8, 64, 256], Some("S0"));
+    let y = b.product("y", "btc,vc->btv", x, w);
+    let z = b.gelu("z", y);
+    b.add("s", z, dy);
+    b.product("dw", "btv,btc->vc", dy, x);
+    b.product("dx", "btv,vc->btc", dy, w);
+    check(
+        &b,
+        expect![[r#"
+        x: (S0)
+        w: (B)
+        dy: (S0)
+        y: (S0)
+        z: (S0)
+        s: (S0)
+        dw: (P)
+        dx: (S0)"#]],
+    );
+}
+
+#[test]
+fn both_axes_at_once() {
+    let mut b = Builder::new("data=2,tensor=2");
+    let x = b.tensor("x", &[8, 64, 256], Some("S0,B"));
+    let up = b.tensor("up", &[1024, 256], Some("B,S0"));
+    let down = b.tensor("down", &[256, 1024], Some("B,S1"));
+    let h = b.product("h", "btc,hc->bth", x, up);
+    let a = b.gelu("a", h);
+    let y = b.product("y", "bth,ch->btc", a, down);
+    b.add("out", x, y);
+    check(
+        &b,
+        expect![[r#"
+        x: (S0, B)
+        up: (B, S0)
+        down: (B, S1)
+        h: (S0, S2)
+        a: (S0, S2)
+        y: (S0, P)
+        out: (S0, S0)
+        x: (S0, B) -> (S0, S0)
+        y: (S0, P) -> (S0, S0)"#]],
+    );
+}
+
+/// Slicing would halve each op's little compute, but the product needs all of x again.
+#[test]
+fn a_chain_is_not_sliced_only_to_be_gathered() {
+    let mut b = Builder::new("tensor=2");
+    let x = b.tensor("x", &[4, 64, 256], Some("B"));
+    let up = b.tensor("up", &[1024, 256], Some("S0"));
+    let scale = b.tensor("scale", &[256], Some("B"));
+    let mut t = x;
+    for name in ["n0", "n1", "n2", "n3"] {
+        t = b.norm(name, t, scale);
+    }
+    b.product("h", "btc,hc->bth", t, up);
+    check(
+        &b,
+        expect![[r#"
+            x: (B)
+            up: (S0)
+            scale: (B)
+            n0: (B)
+            n1: (B)
+            n2: (B)
+            n3: (B)
+            h: (S2)"#]],
+    );
+}
+
+#[test]
+fn the_other_stage_takes_over() {
+    let mesh = Mesh::parse("stage=2,tensor=2").unwrap();
+    let mut b = Builder::new("tensor=2");
+    b.placement = mesh.at("stage", 0).unwrap();
+    let x = b.tensor("x", &[4, 64, 256], Some("B"));
+    let up = b.tensor("up", &[1024, 256], Some("S0"));
+    let h = b.product("h", "btc,hc->bth", x, up);
+    b.placement = mesh.at("stage", 1).unwrap();
+    let down = b.tensor("down", &[256, 1024], Some("S1"));
+    b.product("y", "bth,ch->btc", h, down);
+    check(
+        &b,
+        expect![[r#"
+        x: (B)
+        up: (S0)
+        h: (S2)
+        down: (S1)
+        y: (P)
+        h: (S2) -> (S2)"#]],
+    );
+    assert_eq!(b.choose().layouts[4].placement, mesh.at("stage", 1).unwrap());
+}
+
+#[test]
+fn the_cost_is_the_sum_of_its_parts() {
+    let mut b = Builder::new("tensor=2");
+    let x = b.tensor("x", &[4, 64, 256], Some("B"));
+    let up = b.tensor("up", &[1024, 256], Some("S0"));
+    let down = b.tensor("down", &[256, 1024], Some("S1"));
+    let h = b.product("h", "btc,hc->bth", x, up);
+    b.product("y", "bth,ch->btc", h, down);
+    let choice = b.choose();
+    // Two products, each halved, and the output's all-reduce (CH-2): two latencies and all of its 256 KiB.
+    let compute = 2.0 * 0.5 * (4 * 64 * 1024 * 512) as f64 * SECONDS_PER_FLOP;
+    let all_reduce = 2.0 * 5e-6 + (4 * 64 * 256 * 4) as f64 * 1e-10;
+    assert!((choice.cost_seconds - compute - all_reduce).abs() < 1e-12, "{}", choice.cost_seconds);
+    assert_eq!(choice.conversions, []);
+    // A layout that two nodes require is paid once (CH-1).
+    let mut b = Builder::new("tensor=2");
+    let x = b.tensor("x", &[4, 64, 256], Some("S0"));
+    for name in ["p", "q"] {
+        let w = b.tensor("w", &[256, 256], Some("S0"));
+        let y = b.product(name, "btc,vc->btv", x, w);
+        b.problem.nodes.last_mut().unwrap().candidates.retain(|c| c.signature.to_string() == "(B), (S0) -> (S2)");
+        assert_eq!(b.problem.tensors[y].shape, [4, 64, 256]);
+    }
+    let (choice, gather) = (b.choose(), 5e-6 + (2 * 64 * 256 * 4) as f64 * 1e-10);
+    let compute = 2.0 * 0.5 * (4 * 64 * 256 * 512) as f64 * SECONDS_PER_FLOP;
+    assert_eq!(choice.conversions.len(), 1);
+    assert!((choice.cost_seconds - compute - gather).abs() < 1e-12, "{}", choice.cost_seconds);
+}
+
+/// The objective of every assignment, one after another.
+fn exhaustive(problem: &Problem) -> f64 {
+    let mut chooser = Chooser::new(problem, CostModel::default()).unwrap();
+    let counts: Vec<usize> = problem.nodes.iter().map(|n| n.candidates.len()).collect();
+    let (mut candidates, mut least) = (vec![0; counts.len()], f64::INFINITY);
+    loop {
+        least = least.min(chooser.objective_seconds(&candidates));
+        let Some(n) = (0..counts.len()).find(|&n| candidates[n] + 1 < counts[n]) else { return least };
+        candidates[n] += 1;
+        candidates[..n].fill(0);
+    }
+}
+
+#[test]
+fn small_problems_get_their_optimum() {
+    let pins = ["B", "S0", "S1"];
+    for (size, work) in [(16, 1), (256, 8)] {
+        for (up_pin, down_pin) in pins.iter().flat_map(|u| pins.map(|d| (*u, d))) {
+            for x_pin in ["B", "S0", "S2", "P"] {
+                let mut b = Builder::new("x=2");
+                let x = b.tensor("x", &[work, 8, size], Some(x_pin));
+                let up = b.tensor("up", &[2 * size, size], Some(up_pin));
+                let down = b.tensor("down", &[size, 2 * size], Some(down_pin));
+                let scale = b.tensor("scale", &[size], Some("B"));
+                let n = b.norm("n", x, scale);
+                let h = b.product("h", "btc,hc->bth", n, up);
+                let a = b.gelu("a", h);
+                let y = b.product("y", "bth,ch->btc", a, down);
+                b.add("out", x, y);
+                let (found, least) = (b.choose().cost_seconds, exhaustive(&b.problem));
+                assert!(
+                    found <= least * (1.0 + 1e-9),
+                    "x {x_pin}, up {up_pin}, down {down_pin}: found {found}, least {least}"
+                );
+            }
+        }
+    }
+}
+
+#[test]
+fn malformed_problems_are_refused() {
+    let problem = || {
+        let mut b = Builder::new("x=2");
+        let x = b.tensor("x", &[4, 4, 4], Some("B"));
+        b.gelu("y", x);
+        b.problem
+    };
+    let why = |change: fn(&mut Problem)| {
+        let mut problem = problem();
+        change(&mut problem);
+        choose(&problem, &CostModel::default()).unwrap_err().to_string()
+    };
+    assert!(why(|p| p.tensors[0].pinned = None).contains("reads x, which has no layout yet"));
+    assert!(why(|p| p.nodes[0].candidates.clear()).contains("no candidates"));
+    assert!(why(|p| p.nodes[0].inputs = vec![9]).contains("no tensor 9"));
+    assert!(why(|p| p.nodes[0].inputs.clear()).contains("another number of operands"));
+    assert!(why(|p| p.nodes.push(p.nodes[0].clone())).contains("produced or read before"));
+    // Nothing makes integers partial.
+    let partial = |p: &mut Problem| {
+        p.tensors.iter_mut().for_each(|t| t.dtype = DType::I32);
+        let sbp = NdSbp::parse("P").unwrap();
+        let signature = NdSignature { inputs: vec![sbp.clone()], outputs: vec![sbp] };
+        p.nodes[0].candidates = vec![Candidate { signature, compute_seconds: 0.0 }];
+    };
+    assert!(why(partial).contains("no candidate's layouts"));
+}
+
+/// A GPT-like stack: 50 layers of 8 nodes on two axes.
+#[test]
+fn large_problems_are_chosen_in_time() {
+    let mut b = Builder::new("data=2,tensor=4");
+    let mut x = b.tensor("x", &[8, 128, 512], Some("S0,B"));
+    for layer in 0..50 {
+        let scale = b.tensor("scale", &[512], Some("B,B"));
+        let wide = b.tensor("wide", &[512, 512], Some("B,S0"));
+        let narrow = b.tensor("narrow", &[512, 512], Some("B,S1"));
+        let up = b.tensor("up", &[2048, 512], Some("B,S0"));
+        let down = b.tensor("down", &[512, 2048], Some("B,S1"));
+        let n = b.norm("n", x, scale);
+        let v = b.product("v", "btc,hc->bth", n, wide);
+        let o = b.product("o", "bth,ch->btc", v, narrow);
+        let r = b.add("r", x, o);
+        let m = b.norm("m", r, scale);
+        let h = b.product("h", "btc,hc->bth", m, up);
+        let a = b.gelu("a", h);
+        let y = b.product("y", "bth,ch->btc", a, down);
+        x = b.add(&format!("x{layer}"), r, y);
+    }
+    assert_eq!(b.problem.nodes.len(), 450);
+    let start = Instant::now();
+    let choice = b.choose();
+    let elapsed = start.elapsed();
+    eprintln!("{} nodes in {elapsed:?}, {} conversions", b.problem.nodes.len(), choice.conversions.len());
+    // Ten times what it takes, as the machine may be busy.
+    assert!(elapsed < Duration::from_secs(5), "{elapsed:?}");
+}

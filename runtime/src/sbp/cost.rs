@@ -1,0 +1,108 @@
+//! What a choice of layouts costs: boxing between interned layouts (each pair planned once), and compute.
+//! Imports `boxing`, `sbp` and `placement`.
+
+use std::collections::HashMap;
+
+use shardflow_kernels::tensor::{DType, element_count};
+
+use super::rule::NdSignature;
+use super::{Layout, NdSbp, local_region};
+use crate::boxing::{CostModel, plan};
+use crate::placement::Placement;
+
+/// Seconds that an op takes on the busiest device of a placement under a signature, when it takes `whole_seconds` unsharded:
+/// in proportion to the smallest share that a device has of an operand, as one operand has all the factors that are split.
+pub fn compute_seconds(
+    whole_seconds: f64,
+    signature: &NdSignature,
+    input_shapes: &[Vec<usize>],
+    output_shapes: &[Vec<usize>],
+    placement: &Placement,
+) -> f64 {
+    // The device at index 0 has the largest part of every split.
+    let share = |(sbp, shape): (&NdSbp, &Vec<usize>)| {
+        let local = local_region(shape, sbp, placement, 0).element_count();
+        local as f64 / element_count(shape).max(1) as f64
+    };
+    let inputs = signature.inputs.iter().zip(input_shapes);
+    let operands = inputs.chain(signature.outputs.iter().zip(output_shapes));
+    whole_seconds * operands.filter(|o| element_count(o.1) > 0).map(share).fold(1.0, f64::min)
+}
+
+/// Boxing costs, remembered. Layouts and shapes are interned to small numbers.
+pub(super) struct Costs {
+    model: CostModel,
+    layouts: Vec<Layout>,
+    layout_ids: HashMap<Layout, usize>,
+    shapes: Vec<(Vec<usize>, DType)>,
+    /// By shape, layout before and layout after; not a number where not planned yet.
+    seconds: Vec<Vec<Vec<f64>>>,
+    settled: HashMap<(usize, u32), usize>,
+}
+
+impl Costs {
+    pub(super) fn new(model: CostModel) -> Self {
+        Self {
+            model,
+            layouts: Vec::new(),
+            layout_ids: HashMap::new(),
+            shapes: Vec::new(),
+            seconds: Vec::new(),
+            settled: HashMap::new(),
+        }
+    }
+
+    pub(super) fn layout_id(&mut self, layout: Layout) -> usize {
+        if let Some(&id) = self.layout_ids.get(&layout) {
+            return id;
+        }
+        self.layouts.push(layout.clone());
+        self.layout_ids.insert(layout, self.layouts.len() - 1);
+        self.layouts.len() - 1
+    }
+
+    pub(super) fn layout(&self, id: usize) -> &Layout {
+        &self.layouts[id]
+    }
+
+    pub(super) fn shape_id(&mut self, shape: &[usize], dtype: DType) -> usize {
+        let position = self.shapes.iter().position(|s| s.0 == shape && s.1 == dtype);
+        position.unwrap_or_else(|| {
+            self.shapes.push((shape.to_vec(), dtype));
+            self.shapes.len() - 1
+        })
+    }
+
+    /// What boxing costs; infinity where there is no way.
+    pub(super) fn boxing_seconds(&mut self, shape: usize, from: usize, to: usize) -> f64 {
+        if from == to {
+            return 0.0;
+        }
+        let known = self.seconds.get(shape).and_then(|s| s.get(from)?.get(to));
+        if let Some(&seconds) = known.filter(|s| !s.is_nan()) {
+            return seconds;
+        }
+        let (dims, dtype) = &self.shapes[shape];
+        let planned = plan(dims, *dtype, &self.layouts[from], &self.layouts[to], &self.model);
+        let seconds = planned.map_or(f64::INFINITY, |p| p.cost_seconds);
+        self.seconds.resize_with(self.shapes.len(), Vec::new);
+        self.seconds[shape].resize_with(self.layouts.len(), Vec::new);
+        self.seconds[shape][from].resize(self.layouts.len(), f64::NAN);
+        self.seconds[shape][from][to] = seconds;
+        seconds
+    }
+
+    /// The layout with `Broadcast` on each axis of which `axes` has a bit, and on each `Partial` one.
+    pub(super) fn settled(&mut self, layout: usize, axes: u32) -> usize {
+        if let Some(&id) = self.settled.get(&(layout, axes)) {
+            return id;
+        }
+        let Layout { placement, sbp } = self.layouts[layout].clone();
+        let mut sbp = sbp.reduced();
+        let sliced = (0..sbp.0.len()).filter(|a| axes >> a & 1 == 1);
+        sliced.for_each(|a| sbp.0[a] = super::Sbp::Broadcast);
+        let id = self.layout_id(Layout { placement, sbp });
+        self.settled.insert((layout, axes), id);
+        id
+    }
+}
