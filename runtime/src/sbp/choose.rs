@@ -112,7 +112,7 @@ impl NodeSpec {
     /// A node whose candidates are a rule's signatures on this placement. `whole_seconds` is what the op would take unsharded.
     ///
     /// # Errors
-    /// When the shapes of the inputs do not fit the rule.
+    /// When an input is not among the tensors, or the inputs' shapes do not fit the rule.
     pub fn of_rule(
         name: &str,
         placement: &Placement,
@@ -122,7 +122,9 @@ impl NodeSpec {
         outputs: Vec<usize>,
         whole_seconds: f64,
     ) -> Result<Self, LayoutError> {
-        let input_shapes: Vec<Vec<usize>> = inputs.iter().map(|&t| tensors[t].shape.clone()).collect();
+        let missing = |t: usize| LayoutError::Choice { node: name.into(), why: format!("no tensor {t}") };
+        let shape = |&t: &usize| tensors.get(t).map(|tensor| tensor.shape.clone()).ok_or_else(|| missing(t));
+        let input_shapes = inputs.iter().map(shape).collect::<Result<Vec<_>, _>>()?;
         let output_shapes = rule.infer_shapes(&input_shapes)?;
         let candidate = |signature: NdSignature| {
             let seconds = compute_seconds(whole_seconds, &signature, &input_shapes, &output_shapes, placement);
@@ -212,9 +214,14 @@ impl<'a> Chooser<'a> {
         }
         let shapes = problem.tensors.iter().map(|t| costs.shape_id(&t.shape, t.dtype)).collect();
         let mut pinned = Vec::new();
-        for tensor in &problem.tensors {
-            if let Some(layout) = &tensor.pinned {
-                layout.sbp.check(&tensor.shape, &layout.placement)?;
+        for (tensor, producer) in problem.tensors.iter().zip(&producers) {
+            match &tensor.pinned {
+                Some(layout) => layout.sbp.check(&tensor.shape, &layout.placement)?,
+                None if producer.is_some() => {}
+                None => {
+                    let why = "neither produced nor given a layout".into();
+                    return Err(LayoutError::Choice { node: tensor.name.clone(), why });
+                }
             }
             pinned.push(tensor.pinned.clone().map(|layout| costs.layout_id(layout)));
         }
