@@ -1,3 +1,18 @@
 //! Actors that own streams and exchange registers: the protocol, its simulator and its shell.
+//! Layers: `spec <- check, builder, register <- protocol <- simulate, snapshot, message <- bus <- supervisor <- watchdog, shell`.
 
+pub mod builder;
+mod bus;
+pub mod check;
+pub mod credits;
+pub mod error;
+mod message;
+pub mod pipeline;
+pub mod protocol;
+pub mod register;
+pub mod shell;
+pub mod simulate;
+pub mod snapshot;
 pub mod spec;
+mod supervisor;
+pub mod watchdog;

@@ -95,7 +95,8 @@ pub struct ActionSpec {
     /// True when each firing also consumes one token that the host gives.
     pub external: bool,
     /// Groups (by id) whose collectives run inside this action: its n-th firing ends only when the n-th firing of each
-    /// other action that names the group has started.
+    /// other action that names the group has started. Where several actions of one actor name a group (forward and
+    /// backward, say), n counts the firings of all of them, in the order in which that actor makes them.
     pub gangs: Vec<u32>,
 }
 
@@ -117,4 +118,35 @@ pub struct OutputSpec {
     pub firings_per_piece: u32,
     /// True when the last firing publishes it by a signal of its program, before the firing ends.
     pub early: bool,
+}
+
+impl Spec {
+    /// `device 3 compute forward`: how errors and reports name an action.
+    pub fn action_name(&self, actor: ActorId, action: u32) -> String {
+        match self.actors.get(actor.0 as usize) {
+            Some(a) => match a.actions.get(action as usize) {
+                Some(b) => format!("{} {}", a.name, b.name),
+                None => format!("{} action {action}", a.name),
+            },
+            None => format!("actor {} action {action}", actor.0),
+        }
+    }
+
+    /// Name of a register, or its number when there is none.
+    pub fn register_name(&self, register: RegisterId) -> String {
+        match self.registers.get(register.0 as usize) {
+            Some(r) => r.name.clone(),
+            None => format!("register {}", register.0),
+        }
+    }
+
+    /// The action and output port that write a register.
+    pub fn writer(&self, register: RegisterId) -> Option<(u32, u32)> {
+        let producer = self.registers.get(register.0 as usize)?.producer;
+        let actions = &self.actors.get(producer.0 as usize)?.actions;
+        actions.iter().enumerate().find_map(|(a, action)| {
+            let port = action.outputs.iter().position(|o| o.register == register)?;
+            Some((a as u32, port as u32))
+        })
+    }
 }

@@ -1,1 +1,3 @@
 //! References and helpers for the tests of this crate.
+
+pub mod reference;

@@ -1,9 +1,16 @@
 //! The CPU backend, the embedded default. Nothing outside this crate imports it but through `device` and `stream`.
 //! Layers: `pool, simd <- kernels (one file for each family of ops) <- launch <- stream <- device`.
 
+mod attention;
 pub mod device;
+mod dropout;
 mod elementwise;
+mod embedding;
 pub(crate) mod launch;
+mod loss;
+mod matmul;
+mod norm;
+mod optimizer;
 pub(crate) mod pool;
 mod simd;
 pub mod stream;

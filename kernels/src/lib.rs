@@ -2,6 +2,7 @@
 //! Layers: `error <- tensor <- collective (calls), op <- memory <- stream, device <- cpu, collective engines`.
 
 pub mod collective;
+pub mod conformance;
 pub mod cpu;
 pub mod device;
 pub mod error;

@@ -14,6 +14,8 @@ use crate::tensor::{DType, Region};
 mod describe;
 mod einsum;
 
+pub(crate) use describe::ATTENTION_BLOCK;
+
 /// One operation. `reads` and `writes` are given in the order in which each variant's comment names them.
 #[derive(Clone, Debug)]
 pub enum Op {

@@ -2,7 +2,7 @@
 
 use crate::cpu::launch::Args;
 use crate::cpu::pool::Pool;
-use crate::cpu::simd::{LANES, Lanes, Operand, dispatch, map, normal};
+use crate::cpu::simd::{LANES, Lanes, Operand, dispatch, each, map, normal};
 use crate::error::KernelError;
 use crate::region::{check_inside, for_each_run};
 use crate::tensor::{DType, Region, element_count};
@@ -23,11 +23,6 @@ fn parallel_map<const N: usize>(
             || map(inputs, y, f),
         );
     });
-}
-
-#[inline(always)]
-fn each<const N: usize>(values: [Lanes; N], f: impl Fn([f32; N]) -> f32) -> Lanes {
-    std::array::from_fn(|j| f(std::array::from_fn(|i| values[i][j])))
 }
 
 pub(crate) fn fill(args: &mut Args<'_>, pool: &Pool, value: f32) -> Result<(), KernelError> {
@@ -98,18 +93,44 @@ pub(crate) fn add(args: &mut Args<'_>, pool: &Pool) -> Result<(), KernelError> {
     let (a, width) = (args.operand(0, 0)?, element_count(b_shape));
     if a_shape == b_shape {
         let b = args.operand(1, 0)?;
-        parallel_map(pool, [a, b], args.out(0)?, 1, |values| each(values, |[a, b]| a + b));
+        parallel_map(
+            pool,
+            [a, b],
+            args.out(0)?,
+            1,
+            #[inline(always)]
+            |values| {
+                each(
+                    values,
+                    #[inline(always)]
+                    |[a, b]| a + b,
+                )
+            },
+        );
         return Ok(());
     }
     let (b, y) = (args.f32(1)?, args.out(0)?);
     let (elements, rows) = (y.len(), y.len().checked_div(width).unwrap_or(0));
-    pool.rows(rows, elements, [y], |_, range, [y]| {
+    pool.rows(rows, elements, [y], &mut [], |range, [y], _| {
         let a = a.range(range.start * width..range.end * width);
         for (i, y) in y.chunks_exact_mut(width).enumerate() {
             let a = a.range(i * width..(i + 1) * width);
             dispatch(
                 #[inline(always)]
-                || map([a, Operand::Other(b)], y, |values| each(values, |[a, b]| a + b)),
+                || {
+                    map(
+                        [a, Operand::Other(b)],
+                        y,
+                        #[inline(always)]
+                        |values| {
+                            each(
+                                values,
+                                #[inline(always)]
+                                |[a, b]| a + b,
+                            )
+                        },
+                    )
+                },
             );
         }
     });
@@ -119,7 +140,20 @@ pub(crate) fn add(args: &mut Args<'_>, pool: &Pool) -> Result<(), KernelError> {
 pub(crate) fn scale(args: &mut Args<'_>, pool: &Pool, factor: f32) -> Result<(), KernelError> {
     args.expect_same_count(0, 0)?;
     let x = args.operand(0, 0)?;
-    parallel_map(pool, [x], args.out(0)?, 1, |values| each(values, |[x]| factor * x));
+    parallel_map(
+        pool,
+        [x],
+        args.out(0)?,
+        1,
+        #[inline(always)]
+        |values| {
+            each(
+                values,
+                #[inline(always)]
+                |[x]| factor * x,
+            )
+        },
+    );
     Ok(())
 }
 
@@ -150,7 +184,20 @@ pub(crate) fn sum_leading(args: &mut Args<'_>, pool: &Pool) -> Result<(), Kernel
 pub(crate) fn gelu(args: &mut Args<'_>, pool: &Pool) -> Result<(), KernelError> {
     args.expect_same_count(0, 0)?;
     let x = args.operand(0, 0)?;
-    parallel_map(pool, [x], args.out(0)?, 4, |values| each(values, |[x]| x * normal(x).0));
+    parallel_map(
+        pool,
+        [x],
+        args.out(0)?,
+        4,
+        #[inline(always)]
+        |values| {
+            each(
+                values,
+                #[inline(always)]
+                |[x]| x * normal(x).0,
+            )
+        },
+    );
     Ok(())
 }
 
@@ -158,11 +205,22 @@ pub(crate) fn gelu_grad(args: &mut Args<'_>, pool: &Pool) -> Result<(), KernelEr
     args.expect_same_count(0, 0)?;
     args.expect_same_count(1, 0)?;
     let (dy, x) = (args.operand(0, 0)?, args.operand(1, 0)?);
-    parallel_map(pool, [dy, x], args.out(0)?, 4, |values| {
-        each(values, |[dy, x]| {
-            let (cdf, pdf) = normal(x);
-            dy * x.mul_add(pdf, cdf)
-        })
-    });
+    parallel_map(
+        pool,
+        [dy, x],
+        args.out(0)?,
+        4,
+        #[inline(always)]
+        |values| {
+            each(
+                values,
+                #[inline(always)]
+                |[dy, x]| {
+                    let (cdf, pdf) = normal(x);
+                    dy * x.mul_add(pdf, cdf)
+                },
+            )
+        },
+    );
     Ok(())
 }

@@ -3,9 +3,9 @@
 #![allow(unsafe_code)]
 
 use crate::collective::Collective;
-use crate::cpu::elementwise;
 use crate::cpu::pool::Pool;
 use crate::cpu::simd::Operand;
+use crate::cpu::{attention, dropout, elementwise, embedding, loss, matmul, norm, optimizer};
 use crate::error::KernelError;
 use crate::memory::{Base, View};
 use crate::op::{CpuArgs, CpuRead, CpuSlice, CpuSliceMut, CpuWrite, CustomKernel, Launch, Op};
@@ -39,11 +39,28 @@ pub(crate) fn run_launch(
         Op::Add => elementwise::add(&mut args, pool),
         Op::SumLeading => elementwise::sum_leading(&mut args, pool),
         Op::Scale { factor } => elementwise::scale(&mut args, pool, *factor),
+        Op::Einsum(einsum) => matmul::einsum(&mut args, pool, einsum),
+        Op::Embedding { vocab_start } => embedding::embedding(&mut args, pool, *vocab_start),
+        Op::EmbeddingGrad { vocab_start } => embedding::embedding_grad(&mut args, pool, *vocab_start),
+        Op::LayerNorm { eps } => norm::layer_norm(&mut args, pool, *eps),
+        Op::LayerNormGrad => norm::layer_norm_grad(&mut args, pool),
         Op::Gelu => elementwise::gelu(&mut args, pool),
         Op::GeluGrad => elementwise::gelu_grad(&mut args, pool),
+        Op::Attention { scale } => attention::attention(&mut args, pool, *scale),
+        Op::AttentionGrad { scale } => attention::attention_grad(&mut args, pool, *scale),
+        Op::RowMax => loss::row_max(&mut args, pool),
+        Op::SumExpTarget { vocab_start } => loss::sum_exp_target(&mut args, pool, *vocab_start),
+        Op::TokenLoss { scale } => loss::token_loss(&mut args, *scale),
+        Op::CrossEntropyGrad { vocab_start, scale } => loss::cross_entropy_grad(&mut args, pool, *vocab_start, *scale),
+        Op::Dropout { p, seed, shape, start } => dropout::dropout(&mut args, pool, *p, *seed, shape, start),
+        Op::SumSquares { index } => optimizer::sum_squares(&mut args, pool, *index),
+        Op::ClipScale { max_norm } => optimizer::clip_scale(&mut args, *max_norm),
+        Op::AdamW { beta1, beta2, eps, weight_decay } => {
+            let rates = optimizer::AdamW { beta1: *beta1, beta2: *beta2, eps: *eps, weight_decay: *weight_decay };
+            optimizer::adamw(&mut args, pool, rates)
+        }
         Op::Collective(call) => engine.run(call, &args.reads, &args.writes),
         Op::Custom(kernel) => custom(&**kernel, &mut args),
-        _ => Err(KernelError::arguments(op.name(), "op", "a kernel of this build", "none yet")),
     }
 }
 
@@ -165,6 +182,19 @@ impl<'a> Args<'a> {
             return Ok(());
         }
         Err(self.refused(what, format!("{expected:?}"), format!("{got:?}")))
+    }
+
+    /// Fails with the numbers that no valid program produces.
+    pub(crate) fn bad_data(&self, what: String) -> KernelError {
+        KernelError::Data { op: self.name.to_owned(), what }
+    }
+
+    /// Splits read `i`'s shape into its leading dims and its last one.
+    pub(crate) fn rows_of(&self, i: usize) -> Result<(&'a [usize], usize), KernelError> {
+        let shape = self.reads[i].shape();
+        let (last, leading) =
+            shape.split_last().ok_or_else(|| self.refused(&format!("shape of read {i}"), "at least one dim", "[]"))?;
+        Ok((leading, *last))
     }
 
     /// Fails unless write `w` has as many elements as read `r`.

@@ -121,22 +121,26 @@ impl Pool {
         (elements / FORK_ELEMENTS).clamp(1, self.threads())
     }
 
-    /// Splits `rows` rows over the threads when `weight` elements are worth it, and each of `outs` (`rows` rows of any
-    /// one width) with them. `work(part, rows, outs)`.
+    /// Splits `rows` rows over the threads when `weight` elements are worth it, each of `outs` (`rows` rows of any one
+    /// width) with them, and gives each part its share of `scratch`. `work(rows, outs, scratch)`; returns the number
+    /// of parts, the shares of which are the first ones.
     pub(crate) fn rows<T: Send, const N: usize>(
         &self,
         rows: usize,
         weight: usize,
         outs: [&mut [T]; N],
-        work: impl Fn(usize, Range<usize>, [&mut [T]; N]) + Sync,
-    ) {
+        scratch: &mut [f32],
+        work: impl Fn(Range<usize>, [&mut [T]; N], &mut [f32]) + Sync,
+    ) -> usize {
         if rows == 0 {
-            return;
+            return 0;
         }
         let outs = outs.map(|out| {
             assert!(out.len().is_multiple_of(rows), "outputs must have whole rows");
             Pieces::new(out)
         });
+        let share = scratch.len() / self.threads();
+        let scratch = Pieces::new(scratch);
         let parts = self.parts_for(weight).min(rows);
         self.run(parts, &|part| {
             let range = split_range(rows, parts, part);
@@ -145,8 +149,11 @@ impl Pool {
                 // SAFETY: the parts' ranges of rows are disjoint, and each part runs once.
                 unsafe { pieces.range(range.start * width..range.end * width) }
             });
-            work(part, range, mine);
+            // SAFETY: the parts' shares are disjoint, and each part runs once.
+            let share = unsafe { scratch.range(part * share..(part + 1) * share) };
+            work(range, mine, share);
         });
+        parts
     }
 
     /// Splits a flat slice over the threads at multiples of `grain`, when `weight` elements are worth it.

@@ -3,7 +3,6 @@
 
 use crate::collective::{CollectiveCall, CollectiveKind};
 use crate::op::Op;
-use crate::tensor::element_count;
 
 /// Query rows that attention works on at once.
 pub(crate) const ATTENTION_BLOCK: usize = 64;
@@ -88,13 +87,9 @@ impl Op {
             // Partial sums of dweight, a row for each thread.
             (Op::LayerNormGrad, [dy, ..]) => threads * dy.last().copied().unwrap_or(0),
             // A block of scores.
-            (Op::Attention { .. }, [q, k, ..]) if element_count(q) > 0 => {
-                threads * ATTENTION_BLOCK * k.get(1).copied().unwrap_or(0)
-            }
-            // A block of probabilities, a block of their gradients, and the block's delta.
-            (Op::AttentionGrad { .. }, [_, q, k, ..]) if element_count(q) > 0 => {
-                threads * ATTENTION_BLOCK * (2 * k.get(1).copied().unwrap_or(0) + 1)
-            }
+            (Op::Attention { .. }, [_, k, ..]) => threads * ATTENTION_BLOCK * k.get(1).copied().unwrap_or(0),
+            // A block of probabilities and a block of their gradients.
+            (Op::AttentionGrad { .. }, [_, _, k, ..]) => threads * ATTENTION_BLOCK * 2 * k.get(1).copied().unwrap_or(0),
             _ => 0,
         };
         floats * size_of::<f32>()

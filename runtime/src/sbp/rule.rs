@@ -338,7 +338,7 @@ mod tests {
         let rule = Rule::parse("btc,vc->btv").unwrap();
         assert_eq!(rule.infer_shapes(&[vec![2, 3, 4], vec![7, 4]]).unwrap(), [[2, 3, 7]]);
         let scalar = Rule::parse("bt,->").unwrap();
-        assert_eq!(scalar.infer_shapes(&[&[2, 3][..], &[]]).unwrap(), [vec![]]);
+        assert_eq!(scalar.infer_shapes(&[&[2, 3][..], &[]]).unwrap(), [Vec::<usize>::new()]);
         let source = Rule::new(&[], &["ab"]).unwrap().size('a', 3).unwrap();
         assert!(source.infer_shapes(&[] as &[&[usize]]).unwrap_err().to_string().contains("factor b is in no input"));
         assert_eq!(source.size('b', 2).unwrap().infer_shapes(&[] as &[&[usize]]).unwrap(), [[3, 2]]);

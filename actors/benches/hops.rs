@@ -1,0 +1,199 @@
+//! What a register hop costs: the protocol alone, raw casts of ractor, the protocol over ractor, and a firing through a CPU
+//! stream. Two actors, `ping` and `pong`, pass pieces to and fro; a number is for one message or one firing.
+
+use std::hint::black_box;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use criterion::{Criterion, criterion_group, criterion_main};
+use crossbeam_channel::{Sender, bounded};
+use ractor::{Actor, ActorProcessingErr, ActorRef};
+use shardflow_actors::builder::Builder;
+use shardflow_actors::protocol::{Effect, Event, Protocol};
+use shardflow_actors::shell::{ActionProgram, Loaded, RegisterMemory, start};
+use shardflow_actors::spec::{ActorId, Firing, Spec};
+use shardflow_actors::watchdog::WatchdogOptions;
+use shardflow_kernels::collective::Collective;
+use shardflow_kernels::collective::in_process::InProcess;
+use shardflow_kernels::device::Device;
+use shardflow_kernels::memory::Base;
+
+const PING: ActorId = ActorId(0);
+
+/// `ping` takes a token, `pong` reads its piece; each piece is one `Filled` and one `Released`.
+fn spec() -> Arc<Spec> {
+    let mut b = Builder::new();
+    let (ping, pong) = (b.actor("ping", 0, Firing::Credit), b.actor("pong", 0, Firing::Credit));
+    let (write, read) = (b.external(ping, "write", 1), b.action(pong, "read", 1));
+    b.edge("wire", 2, write, read);
+    Arc::new(b.build())
+}
+
+/// Runs `pieces` pieces through both protocols, every launch ending at once.
+fn protocol_only(protocols: &mut [Protocol; 2], pieces: u32) {
+    let (mut effects, mut queue) = (Vec::new(), Vec::new());
+    queue.push((PING, Event::Token { action: 0, count: pieces }));
+    while let Some((actor, event)) = queue.pop() {
+        protocols[actor.0 as usize].handle(event, &mut effects).expect("correct peers");
+        queue.extend(effects.drain(..).map(|effect| match effect {
+            Effect::Launch { action, .. } => (actor, Event::Done { action }),
+            Effect::Send { to, message } => (to, Event::Message(message)),
+        }));
+    }
+}
+
+enum Cast {
+    Connect(ActorRef<Cast>, Sender<()>),
+    /// A bare counter, sent to and fro.
+    Count(u64),
+    Event(Event),
+}
+
+struct Peer;
+
+struct PeerState {
+    protocol: Protocol,
+    effects: Vec<Effect>,
+    other: Option<(ActorRef<Cast>, Sender<()>)>,
+    /// Tells the bench when this many firings have ended.
+    until: u64,
+}
+
+impl Actor for Peer {
+    type Msg = Cast;
+    type State = PeerState;
+    type Arguments = PeerState;
+
+    async fn pre_start(&self, _: ActorRef<Cast>, state: PeerState) -> Result<PeerState, ActorProcessingErr> {
+        Ok(state)
+    }
+
+    async fn handle(&self, _: ActorRef<Cast>, cast: Cast, state: &mut PeerState) -> Result<(), ActorProcessingErr> {
+        if let Cast::Connect(other, done) = cast {
+            state.other = Some((other, done));
+            return Ok(());
+        }
+        let Some((other, done)) = &state.other else { return Ok(()) };
+        match cast {
+            Cast::Count(0) => done.send(())?,
+            Cast::Count(left) => other.cast(Cast::Count(left - 1))?,
+            Cast::Connect(..) => {}
+            Cast::Event(mut event) => loop {
+                if let Event::Token { count, .. } = event {
+                    state.until += u64::from(count);
+                }
+                state.protocol.handle(event, &mut state.effects)?;
+                let mut launched = None;
+                for effect in state.effects.drain(..) {
+                    match effect {
+                        Effect::Launch { action, .. } => launched = Some(action),
+                        Effect::Send { message, .. } => other.cast(Cast::Event(Event::Message(message)))?,
+                    }
+                }
+                // A launch ends at once, so that only the hop is measured.
+                let Some(action) = launched else {
+                    let ring = state.protocol.rings().next();
+                    if state.until > 0 && ring.is_some_and(|r| r.1.released(0) == state.until) {
+                        done.send(())?;
+                    }
+                    return Ok(());
+                };
+                event = Event::Done { action };
+            },
+        }
+        Ok(())
+    }
+}
+
+/// Two peers on one thread, as actors of one device are.
+fn peers() -> (ActorRef<Cast>, crossbeam_channel::Receiver<()>) {
+    let (ready, started) = bounded(1);
+    let (done, finished) = bounded(1);
+    std::thread::spawn(move || {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().expect("a runtime");
+        runtime.block_on(async move {
+            let spec = spec();
+            let (mut refs, mut ends) = (Vec::new(), Vec::new());
+            for actor in 0..2 {
+                let mut protocol = Protocol::new(&spec, ActorId(actor));
+                protocol.handle(Event::Start, &mut Vec::new()).expect("starts");
+                let state = PeerState { protocol, effects: Vec::new(), other: None, until: 0 };
+                let (peer, end) = Actor::spawn(None, Peer, state).await.expect("spawns");
+                refs.push(peer);
+                ends.push(end);
+            }
+            for (a, b) in [(0, 1), (1, 0)] {
+                refs[a].cast(Cast::Connect(refs[b].clone(), done.clone())).expect("lives");
+            }
+            ready.send(refs[0].clone()).expect("waits");
+            // Ends with the process.
+            for end in ends {
+                let _ = end.await;
+            }
+        });
+    });
+    (started.recv().expect("starts"), finished)
+}
+
+fn hops(c: &mut Criterion) {
+    let mut group = c.benchmark_group("hop");
+    group.measurement_time(Duration::from_secs(2)).warm_up_time(Duration::from_millis(500)).sample_size(20);
+    group.bench_function("protocol alone, one message", |b| {
+        let spec = spec();
+        let mut protocols = [0, 1].map(|a| Protocol::new(&spec, ActorId(a)));
+        for protocol in &mut protocols {
+            protocol.handle(Event::Start, &mut Vec::new()).expect("starts");
+        }
+        // Two messages a piece.
+        b.iter_custom(|n| {
+            let start = Instant::now();
+            protocol_only(black_box(&mut protocols), n.div_ceil(2) as u32);
+            start.elapsed()
+        });
+    });
+    let (ping, finished) = peers();
+    group.bench_function("raw ractor cast", |b| {
+        b.iter_custom(|n| {
+            let start = Instant::now();
+            ping.cast(Cast::Count(n)).expect("lives");
+            finished.recv().expect("lives");
+            start.elapsed()
+        });
+    });
+    group.bench_function("protocol over ractor, one message", |b| {
+        b.iter_custom(|n| {
+            let count = n.div_ceil(2) as u32;
+            let start = Instant::now();
+            ping.cast(Cast::Event(Event::Token { action: 0, count })).expect("lives");
+            finished.recv().expect("lives");
+            start.elapsed()
+        });
+    });
+    group.bench_function("through CPU streams, one firing", firing);
+    group.finish();
+}
+
+/// The whole shell: empty programs on two streams of one device.
+fn firing(b: &mut criterion::Bencher<'_>) {
+    let engine: Arc<dyn Collective> = Arc::new(InProcess::new());
+    let device = Device::cpu(0, 1, engine.clone());
+    let empty = || vec![ActionProgram { program: Arc::default(), bases: Vec::new() }];
+    let arena = device.arena(64).expect("64 bytes");
+    let loaded = Loaded {
+        spec: spec(),
+        programs: vec![empty(), empty()],
+        memory: vec![RegisterMemory { base: Base { arena, offset: 0 }, stride: 4 }],
+        streams: vec![device.stream("ping", 1).expect("a thread"), device.stream("pong", 1).expect("a thread")],
+        engine,
+    };
+    let running = start(loaded, WatchdogOptions::default()).expect("fits");
+    b.iter_custom(|n| {
+        let start = Instant::now();
+        running.give(PING, 0, n.div_ceil(2) as u32).expect("runs");
+        assert!(running.quiesce(Duration::from_secs(60)).expect("runs"));
+        start.elapsed()
+    });
+}
+
+criterion_group!(benches, hops);
+criterion_main!(benches);

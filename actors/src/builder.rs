@@ -1,0 +1,107 @@
+//! Builds a [`Spec`] piece by piece, keeping readers and ports in step. Imports `spec`.
+
+use crate::spec::{
+    ActionSpec, ActorId, ActorSpec, Firing, InputSpec, OutputSpec, Reader, RegisterId, RegisterSpec, Spec, StreamKind,
+};
+
+/// A plan under construction. An action is named by a [`Reader`]: its actor and its index.
+#[derive(Clone, Debug, Default)]
+pub struct Builder {
+    spec: Spec,
+}
+
+impl Builder {
+    /// An empty plan.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Adds an actor on a device's compute stream.
+    pub fn actor(&mut self, name: impl Into<String>, device: usize, firing: Firing) -> ActorId {
+        let (name, stream) = (name.into(), StreamKind::Compute);
+        self.spec.actors.push(ActorSpec { name, device, stream, firing, actions: Vec::new() });
+        ActorId(self.spec.actors.len() as u32 - 1)
+    }
+
+    /// Adds an action of priority 0.
+    ///
+    /// # Panics
+    /// When the actor is not of this builder, as all methods below do for their ids.
+    pub fn action(&mut self, actor: ActorId, name: impl Into<String>, per_step: u32) -> Reader {
+        let actions = &mut self.spec.actors[actor.0 as usize].actions;
+        actions.push(ActionSpec {
+            name: name.into(),
+            priority: 0,
+            per_step,
+            inputs: Vec::new(),
+            outputs: Vec::new(),
+            external: false,
+            gangs: Vec::new(),
+        });
+        Reader { actor, action: actions.len() as u32 - 1 }
+    }
+
+    /// An action that takes tokens of the host.
+    pub fn external(&mut self, actor: ActorId, name: impl Into<String>, per_step: u32) -> Reader {
+        let action = self.action(actor, name, per_step);
+        self.action_mut(action).external = true;
+        action
+    }
+
+    /// Adds a register written by `writer`; `firings_per_piece` firings share a piece.
+    pub fn register(
+        &mut self,
+        name: impl Into<String>,
+        slots: u32,
+        writer: Reader,
+        firings_per_piece: u32,
+    ) -> RegisterId {
+        let register = RegisterId(self.spec.registers.len() as u32);
+        let (name, producer) = (name.into(), writer.actor);
+        let readers = Vec::new();
+        self.spec.registers.push(RegisterSpec { name, producer, slots, slot_bytes: 0, initial: false, readers });
+        self.action_mut(writer).outputs.push(OutputSpec { register, firings_per_piece, early: false });
+        register
+    }
+
+    /// Adds a reader.
+    pub fn read(&mut self, register: RegisterId, reader: Reader, firings_per_piece: u32) {
+        self.spec.registers[register.0 as usize].readers.push(reader);
+        self.action_mut(reader).inputs.push(InputSpec { register, firings_per_piece });
+    }
+
+    /// An ordinary edge: `slots` slots, a piece for each firing, one reader.
+    pub fn edge(&mut self, name: impl Into<String>, slots: u32, writer: Reader, reader: Reader) -> RegisterId {
+        let register = self.register(name, slots, writer, 1);
+        self.read(register, reader, 1);
+        register
+    }
+
+    /// The action, to change it further.
+    pub fn action_mut(&mut self, action: Reader) -> &mut ActionSpec {
+        &mut self.spec.actors[action.actor.0 as usize].actions[action.action as usize]
+    }
+
+    /// The actor, to change it further.
+    pub fn actor_mut(&mut self, actor: ActorId) -> &mut ActorSpec {
+        &mut self.spec.actors[actor.0 as usize]
+    }
+
+    /// The register, to change it further.
+    pub fn register_mut(&mut self, register: RegisterId) -> &mut RegisterSpec {
+        &mut self.spec.registers[register.0 as usize]
+    }
+
+    /// Publishes a register by a signal, before the last firing that writes it ends.
+    pub fn early(&mut self, register: RegisterId) {
+        if let Some((action, port)) = self.spec.writer(register) {
+            let actor = self.spec.registers[register.0 as usize].producer;
+            self.action_mut(Reader { actor, action }).outputs[port as usize].early = true;
+        }
+    }
+
+    /// The plan; not checked.
+    pub fn build(self) -> Spec {
+        self.spec
+    }
+}

@@ -1,0 +1,22 @@
+//! What a shard's mailbox carries. Imports `protocol`'s events and `kernels::error`.
+
+use crossbeam_channel::Sender;
+use shardflow_kernels::error::KernelError;
+
+use crate::protocol::Event;
+use crate::snapshot::ActorSnapshot;
+
+/// One entry of a mailbox. Within a process only; what other actors send is the event's [`crate::protocol::Message`], ids
+/// and slots.
+#[derive(Debug)]
+pub(crate) enum Cast {
+    /// Something for the protocol.
+    Event(Event),
+    /// The firing in flight failed.
+    Failed(KernelError),
+    /// Answer with the state.
+    Snapshot(Sender<ActorSnapshot>),
+    /// A bug in the actor itself.
+    #[cfg(test)]
+    Panic,
+}

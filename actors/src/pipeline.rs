@@ -1,0 +1,83 @@
+//! Plans of plain pipelines, as schedules are studied on paper: `p` stages, `m` micro-batches, forward and backward.
+//! Imports `builder`, `credits` and `spec`.
+
+use std::collections::HashMap;
+
+use crate::builder::Builder;
+use crate::credits::boundary_slots;
+use crate::simulate::Timing;
+use crate::spec::{Firing, Reader, Spec};
+
+/// Which of forward and backward goes first where both can.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Schedule {
+    /// All forwards before any backward. Huang et al. 2019, <https://arxiv.org/abs/1811.06965>.
+    Gpipe,
+    /// One forward, one backward. Narayanan et al. 2019 (PipeDream), 2021, <https://arxiv.org/abs/2104.04473>.
+    OneForwardOneBackward,
+}
+
+/// A pipeline of `credits.len()` stages.
+#[derive(Clone, Debug)]
+pub struct Pipeline {
+    /// Micro-batches in a step.
+    pub micro_batches: u32,
+    /// Slots of each stage's stash: micro-batches between their forward and their backward there.
+    pub credits: Vec<u32>,
+    /// What goes first.
+    pub schedule: Schedule,
+    /// True for a list emitted in advance, false for firing by credit.
+    pub ordered: bool,
+}
+
+impl Pipeline {
+    /// The plan: actor `s` is stage `s`, on device `s`, with actions `forward` (0) and `backward` (1).
+    pub fn build(&self) -> Spec {
+        let (m, p) = (self.micro_batches, self.credits.len());
+        let mut b = Builder::new();
+        let mut stages: Vec<(Reader, Reader)> = Vec::new();
+        for (s, &credits) in self.credits.iter().enumerate() {
+            let actor = b.actor(format!("stage{s}.compute"), s, self.firing(credits));
+            let (forward, backward) = (b.action(actor, "forward", m), b.action(actor, "backward", m));
+            b.action_mut(forward).external = s == 0;
+            let first = if self.schedule == Schedule::Gpipe { forward } else { backward };
+            b.action_mut(first).priority = -1;
+            b.edge(format!("stage{s}.stash"), credits, forward, backward);
+            stages.push((forward, backward));
+        }
+        for s in 0..p.saturating_sub(1) {
+            let (here, next) = (stages[s], stages[s + 1]);
+            let slots = boundary_slots(self.credits[s]);
+            b.edge(format!("stage{s}.activation"), slots, here.0, next.0);
+            b.edge(format!("stage{}.gradient", s + 1), slots, next.1, here.1);
+        }
+        b.build()
+    }
+
+    fn firing(&self, credits: u32) -> Firing {
+        if !self.ordered {
+            return Firing::Credit;
+        }
+        let warm_up = match self.schedule {
+            Schedule::Gpipe => self.micro_batches,
+            Schedule::OneForwardOneBackward => credits.min(self.micro_batches),
+        };
+        Firing::Ordered(one_forward_one_backward(self.micro_batches, warm_up))
+    }
+}
+
+/// `warm_up` forwards, then backward and forward in turns, then the backwards that are left; forward is action 0 and
+/// backward 1. With `warm_up == micro_batches` it is GPipe's order.
+pub fn one_forward_one_backward(micro_batches: u32, warm_up: u32) -> Vec<u32> {
+    let mut list = vec![0; warm_up as usize];
+    for _ in warm_up..micro_batches {
+        list.extend([1, 0]);
+    }
+    list.resize(2 * micro_batches as usize, 1);
+    list
+}
+
+/// The same durations on every stage.
+pub fn timing(stages: usize, forward_ticks: u64, backward_ticks: u64, hop_ticks: u64) -> Timing {
+    Timing { action_ticks: vec![vec![forward_ticks, backward_ticks]; stages], hop_ticks, hop_ticks_of: HashMap::new() }
+}

@@ -1,0 +1,329 @@
+//! Runs a loaded plan: one thread for each device hosts its actors. Imports `shell::shard`, `supervisor`, `watchdog`, `check`,
+//! kernels, ractor and tokio.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
+use ractor::{Actor, ActorRef};
+use shardflow_kernels::collective::Collective;
+use shardflow_kernels::memory::Base;
+use shardflow_kernels::op::Program;
+use shardflow_kernels::stream::Stream;
+
+use crate::check::check;
+use crate::error::{ActorError, Failure};
+use crate::message::Cast;
+use crate::protocol::Event;
+use crate::snapshot::ActorSnapshot;
+use crate::spec::{ActorId, Spec};
+use crate::supervisor::{Session, Supervisor};
+use crate::watchdog::{Watchdog, WatchdogOptions};
+
+mod loaded;
+mod shard;
+
+use shard::{Shard, ShardActor};
+
+/// What one action launches.
+#[derive(Clone, Debug)]
+pub struct ActionProgram {
+    /// Its signals' tags are the output ports that are `early`, each once.
+    pub program: Arc<Program>,
+    /// The program's bases, in order.
+    pub bases: Vec<BaseRef>,
+}
+
+/// Where a base of a program lies.
+#[derive(Clone, Debug)]
+pub enum BaseRef {
+    /// Always there: parameters' optimizer state, scratch memory.
+    Fixed(Base),
+    /// The slot that the firing reads at this input port.
+    Input(usize),
+    /// The slot that the firing writes at this output port.
+    Output(usize),
+}
+
+/// Where a register's slots lie: slot `i` at `base.offset + i * stride`.
+#[derive(Clone, Debug)]
+pub struct RegisterMemory {
+    /// Slot 0.
+    pub base: Base,
+    /// Bytes from one slot to the next.
+    pub stride: usize,
+}
+
+/// A plan with all that it runs on.
+#[derive(Debug)]
+pub struct Loaded {
+    /// The plan.
+    pub spec: Arc<Spec>,
+    /// By actor and action.
+    pub programs: Vec<Vec<ActionProgram>>,
+    /// By register.
+    pub memory: Vec<RegisterMemory>,
+    /// By actor.
+    pub streams: Vec<Stream>,
+    /// Aborted when the session fails.
+    pub engine: Arc<dyn Collective>,
+}
+
+/// What a session leaves behind.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Summary {
+    /// The last state of each actor.
+    pub actors: Vec<ActorSnapshot>,
+}
+
+/// A running session. Dropping it stops it.
+#[derive(Debug)]
+pub struct Running {
+    session: Arc<Session>,
+    failures: Receiver<Failure>,
+    /// Tokens given so far, by actor and action, for the external ones.
+    given: Mutex<BTreeMap<(ActorId, u32), u64>>,
+    watchdog: Arc<Mutex<Watchdog>>,
+    /// Dropping it ends the watchdog's thread.
+    watching: Option<Sender<()>>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+/// Starts the actors of a loaded plan. They fire as soon as the host gives tokens.
+///
+/// # Errors
+/// [`ActorError::Spec`] or [`ActorError::Loaded`] when the parts do not fit, [`ActorError::Thread`] without threads.
+pub fn start(loaded: Loaded, options: WatchdogOptions) -> Result<Running, ActorError> {
+    check(&loaded.spec)?;
+    loaded::check(&loaded)?;
+    let Loaded { spec, programs, memory, streams, engine } = loaded;
+    let (session, failures) = Session::new(spec.clone(), streams, engine);
+    let memory: Arc<[RegisterMemory]> = memory.into();
+    let mut devices: BTreeMap<usize, Vec<(ActorId, Shard)>> = BTreeMap::new();
+    for (index, programs) in programs.into_iter().enumerate() {
+        let id = ActorId(index as u32);
+        let shard = Shard::new(id, session.clone(), programs, memory.clone());
+        devices.entry(spec.actors[index].device).or_default().push((id, shard));
+    }
+    let external = spec.actors.iter().enumerate().flat_map(|(a, actor)| {
+        let external = actor.actions.iter().enumerate().filter(|(_, x)| x.external);
+        external.map(move |(x, _)| ((ActorId(a as u32), x as u32), 0))
+    });
+    let mut running = Running {
+        failures,
+        given: Mutex::new(external.collect()),
+        watchdog: Arc::new(Mutex::new(Watchdog::new(options.clone()))),
+        watching: None,
+        threads: Vec::new(),
+        session: session.clone(),
+    };
+    let actors = spawn(devices, &session, &mut running.threads)?;
+    session.bus.connect(actors);
+    for actor in 0..spec.actors.len() as u32 {
+        session.bus.send(ActorId(actor), Cast::Event(Event::Start));
+    }
+    if let Some(every) = options.check_every {
+        running.watch(every)?;
+    }
+    Ok(running)
+}
+
+/// Starts all actors, on a thread for each device; all or none.
+fn spawn(
+    devices: BTreeMap<usize, Vec<(ActorId, Shard)>>,
+    session: &Arc<Session>,
+    threads: &mut Vec<JoinHandle<()>>,
+) -> Result<Vec<ActorRef<Cast>>, ActorError> {
+    let mut actors = Vec::new();
+    let mut fault = None;
+    for (device, shards) in devices {
+        let started = host(device, shards, session).and_then(|(thread, started)| {
+            threads.push(thread);
+            let lost = |_| ActorError::Thread { device, message: "it ended while starting".into() };
+            started.recv().map_err(lost)?
+        });
+        match started {
+            Ok(started) => actors.extend(started),
+            Err(e) => fault = Some(e),
+        }
+    }
+    actors.sort_by_key(|a| a.0);
+    let actors: Vec<_> = actors.into_iter().map(|a| a.1).collect();
+    match fault {
+        None => Ok(actors),
+        Some(fault) => {
+            // Their threads end with them.
+            actors.iter().for_each(|a| a.stop(None));
+            Err(fault)
+        }
+    }
+}
+
+type Started = Result<Vec<(ActorId, ActorRef<Cast>)>, ActorError>;
+
+/// Starts a device's thread, which runs its actors until all have stopped.
+fn host(
+    device: usize,
+    shards: Vec<(ActorId, Shard)>,
+    session: &Arc<Session>,
+) -> Result<(JoinHandle<()>, Receiver<Started>), ActorError> {
+    let failed = move |message: String| ActorError::Thread { device, message };
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build();
+    let runtime = runtime.map_err(|e| failed(e.to_string()))?;
+    let (started, receiver) = bounded(1);
+    let session = session.clone();
+    let run = async move {
+        let supervisor = match Actor::spawn(None, Supervisor, session.clone()).await {
+            Ok(supervisor) => supervisor,
+            Err(e) => return drop(started.send(Err(failed(e.to_string())))),
+        };
+        let (mut refs, mut ends) = (Vec::new(), vec![supervisor.1]);
+        for (id, shard) in shards {
+            match Actor::spawn_linked(None, ShardActor, shard, supervisor.0.get_cell()).await {
+                Ok((actor, end)) => {
+                    session.adopt(actor.get_id(), id);
+                    refs.push((id, actor));
+                    ends.push(end);
+                }
+                Err(e) => return drop(started.send(Err(failed(e.to_string())))),
+            }
+        }
+        // `start` waits for this, so the receiver is there.
+        let _ = started.send(Ok(refs));
+        for end in ends.drain(1..) {
+            // An error is the panic that the supervisor has reported.
+            let _ = end.await;
+        }
+        // Takes in the reports of the last actors before it ends, as `stop` would not.
+        let _ = supervisor.0.drain();
+        for end in ends {
+            let _ = end.await;
+        }
+    };
+    let thread = thread::Builder::new().name(format!("device {device} actors"));
+    let thread = thread.spawn(move || runtime.block_on(run)).map_err(|e| failed(e.to_string()))?;
+    Ok((thread, receiver))
+}
+
+impl Running {
+    /// Lets an external action fire `tokens` times more.
+    ///
+    /// # Errors
+    /// [`ActorError::NotExternal`], or [`ActorError::Ended`] with the first cause.
+    pub fn give(&self, actor: ActorId, action: u32, tokens: u32) -> Result<(), ActorError> {
+        if let Some(failure) = self.session.first_failure() {
+            return Err(ActorError::Ended { cause: failure.to_string() });
+        }
+        let mut given = self.given.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(count) = given.get_mut(&(actor, action)) else {
+            return Err(ActorError::NotExternal { actor, action });
+        };
+        *count += u64::from(tokens);
+        self.session.set_target(firings(&self.session.spec, &given));
+        drop(given);
+        let event = Event::Token { action, count: tokens };
+        if self.session.bus.send(actor, Cast::Event(event)) {
+            return Ok(());
+        }
+        let cause = self.session.first_failure().map_or("its actors have stopped".into(), |f| f.to_string());
+        Err(ActorError::Ended { cause })
+    }
+
+    /// Blocks until all firings of the whole steps that tokens were given for have ended; false when `timeout` ends first.
+    /// Only then may the host touch the arenas.
+    ///
+    /// # Errors
+    /// The first cause, when the session has failed.
+    pub fn quiesce(&self, timeout: Duration) -> Result<bool, Failure> {
+        self.session.quiesce(timeout)
+    }
+
+    /// Gets the first cause, once, when the session fails.
+    pub fn failures(&self) -> &Receiver<Failure> {
+        &self.failures
+    }
+
+    /// What each actor is doing.
+    pub fn snapshot(&self) -> Vec<ActorSnapshot> {
+        self.session.snapshot()
+    }
+
+    /// Lets the watchdog look once, `now` being the time since the start. Returns its report when the session has just
+    /// stalled. For hosts (and tests) that have a clock of their own; a watchdog's thread does the same.
+    pub fn tick(&self, now: Duration) -> Option<String> {
+        self.watchdog.lock().unwrap_or_else(PoisonError::into_inner).tick(now, &self.session)
+    }
+
+    /// Stops the actors after their firings in flight; firings that tokens are left for do not happen. Use
+    /// [`Running::quiesce`] first to let all work end.
+    ///
+    /// # Errors
+    /// The first cause, when the session has failed.
+    pub fn shutdown(mut self) -> Result<Summary, Failure> {
+        self.stop();
+        match self.session.first_failure() {
+            Some(failure) => Err(failure),
+            None => Ok(Summary { actors: self.session.snapshot() }),
+        }
+    }
+
+    fn stop(&mut self) {
+        drop(self.watching.take());
+        self.session.bus.stop();
+        if self.session.any_in_flight() {
+            // Its members may have stopped already, so a collective in flight would wait for ever.
+            self.session.abort_collectives("the session was shut down");
+        }
+        for thread in self.threads.drain(..) {
+            // A panic of these threads would be outside any actor; there is nothing left to stop.
+            let _ = thread.join();
+        }
+        if self.session.first_failure().is_none() {
+            // What runs last may still use the arenas. A failed session may be failed because this would not end.
+            for stream in &self.session.streams {
+                // A stream that has ended has done all it had.
+                let _ = stream.synchronize();
+            }
+        }
+    }
+
+    fn watch(&mut self, every: Duration) -> Result<(), ActorError> {
+        let (watching, ended) = bounded::<()>(0);
+        let (watchdog, session, start) = (self.watchdog.clone(), self.session.clone(), Instant::now());
+        let watch = move || {
+            while ended.recv_timeout(every) == Err(RecvTimeoutError::Timeout) {
+                watchdog.lock().unwrap_or_else(PoisonError::into_inner).tick(start.elapsed(), &session);
+            }
+        };
+        let thread = thread::Builder::new().name("watchdog".into()).spawn(watch);
+        let thread = thread.map_err(|e| ActorError::Thread { device: 0, message: e.to_string() })?;
+        self.watching = Some(watching);
+        self.threads.push(thread);
+        Ok(())
+    }
+
+    #[cfg(test)]
+    pub(crate) fn cast(&self, actor: ActorId, cast: Cast) -> bool {
+        self.session.bus.send(actor, cast)
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        self.stop();
+    }
+}
+
+/// Firings of the whole steps that these tokens are enough for.
+fn firings(spec: &Spec, given: &BTreeMap<(ActorId, u32), u64>) -> u64 {
+    let per_step =
+        |&(actor, action): &(ActorId, u32)| u64::from(spec.actors[actor.0 as usize].actions[action as usize].per_step);
+    let steps = given.iter().map(|(at, count)| count / per_step(at)).min().unwrap_or(0);
+    let all = spec.actors.iter().flat_map(|a| &a.actions).map(|a| u64::from(a.per_step)).sum::<u64>();
+    steps * all
+}
+
+#[cfg(test)]
+mod tests;

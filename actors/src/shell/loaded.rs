@@ -1,0 +1,71 @@
+//! Do programs, memory and streams fit the plan. Imports `shell`'s parts, `spec` and `error`.
+
+use super::{ActionProgram, BaseRef, Loaded};
+use crate::error::ActorError;
+use crate::spec::{ActionSpec, ActorId};
+
+/// Compares the loaded parts with the plan.
+///
+/// # Errors
+/// The first part that does not fit.
+pub(super) fn check(loaded: &Loaded) -> Result<(), ActorError> {
+    let spec = &loaded.spec;
+    same("the session", "actors with programs", spec.actors.len(), loaded.programs.len())?;
+    same("the session", "streams", spec.actors.len(), loaded.streams.len())?;
+    same("the session", "registers with memory", spec.registers.len(), loaded.memory.len())?;
+    for (a, (actor, programs)) in spec.actors.iter().zip(&loaded.programs).enumerate() {
+        same(&actor.name, "actions with programs", actor.actions.len(), programs.len())?;
+        for (x, (action, program)) in actor.actions.iter().zip(programs).enumerate() {
+            action_program(&spec.action_name(ActorId(a as u32), x as u32), action, program)?;
+        }
+    }
+    for (register, memory) in spec.registers.iter().zip(&loaded.memory) {
+        // One slot needs no stride.
+        if register.slots > 1 && memory.stride < register.slot_bytes {
+            return fault(&register.name, "stride of slots", format!("{} or more", register.slot_bytes), memory.stride);
+        }
+        let end = (register.slots as usize - 1)
+            .checked_mul(memory.stride)
+            .and_then(|n| n.checked_add(memory.base.offset)?.checked_add(register.slot_bytes));
+        if end.is_none_or(|end| end > memory.base.arena.bytes()) {
+            let bytes = memory.base.arena.bytes();
+            return fault(&register.name, "end of its slots", format!("{bytes} bytes or less"), format!("{end:?}"));
+        }
+    }
+    Ok(())
+}
+
+fn action_program(at: &str, action: &ActionSpec, program: &ActionProgram) -> Result<(), ActorError> {
+    for base in &program.bases {
+        match *base {
+            BaseRef::Input(port) if port >= action.inputs.len() => {
+                return fault(at, "input port of a base", format!("less than {}", action.inputs.len()), port);
+            }
+            BaseRef::Output(port) if port >= action.outputs.len() => {
+                return fault(at, "output port of a base", format!("less than {}", action.outputs.len()), port);
+            }
+            _ => {}
+        }
+    }
+    let mut signals: Vec<_> = program.program.signals.iter().map(|s| s.1).collect();
+    signals.sort_unstable();
+    let early = (0..action.outputs.len() as u32).filter(|&o| action.outputs[o as usize].early);
+    let early: Vec<_> = early.collect();
+    if signals != early {
+        return fault(
+            at,
+            "tags of the program's signals",
+            format!("the early outputs {early:?}"),
+            format!("{signals:?}"),
+        );
+    }
+    Ok(())
+}
+
+fn same(at: &str, what: &'static str, expected: usize, got: usize) -> Result<(), ActorError> {
+    if expected == got { Ok(()) } else { fault(at, what, expected, got) }
+}
+
+fn fault(at: &str, what: &'static str, expected: impl ToString, got: impl ToString) -> Result<(), ActorError> {
+    Err(ActorError::Loaded { at: at.into(), what, expected: expected.to_string(), got: got.to_string() })
+}

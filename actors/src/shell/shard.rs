@@ -1,0 +1,158 @@
+//! One shard as a ractor actor: its protocol, its stream, and the way from effects to launches and casts.
+//! Imports `protocol`, `supervisor`'s session, `message`, kernels and ractor.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use ractor::{Actor, ActorProcessingErr, ActorRef};
+use shardflow_kernels::error::KernelError;
+use shardflow_kernels::memory::Base;
+use shardflow_kernels::stream::{Notice, Notify, Submission};
+
+use super::{ActionProgram, BaseRef, RegisterMemory};
+use crate::error::{Failure, ProtocolError};
+use crate::message::Cast;
+use crate::protocol::{Effect, Event, Protocol};
+use crate::snapshot::ActorSnapshot;
+use crate::spec::{ActorId, RegisterId};
+use crate::supervisor::Session;
+
+/// The behaviour; all state is in [`Shard`].
+pub(crate) struct ShardActor;
+
+/// One actor at work.
+pub(crate) struct Shard {
+    me: ActorId,
+    session: Arc<Session>,
+    protocol: Protocol,
+    /// By action.
+    programs: Vec<ActionProgram>,
+    memory: Arc<[RegisterMemory]>,
+    busy_ns: Vec<u64>,
+    launched: Option<Instant>,
+    /// Reused, so that an event allocates nothing.
+    effects: Vec<Effect>,
+}
+
+impl Shard {
+    pub(crate) fn new(
+        me: ActorId,
+        session: Arc<Session>,
+        programs: Vec<ActionProgram>,
+        memory: Arc<[RegisterMemory]>,
+    ) -> Self {
+        let protocol = Protocol::new(&session.spec, me);
+        let busy_ns = vec![0; programs.len()];
+        Self { me, session, protocol, programs, memory, busy_ns, launched: None, effects: Vec::new() }
+    }
+
+    fn take(&mut self, cast: Cast) -> Result<(), Failure> {
+        let name = &self.session.spec.actors[self.me.0 as usize].name;
+        self.session.bus.taken(self.me, name, &cast).map_err(|e| self.broken(e))?;
+        match cast {
+            Cast::Event(event) => self.event(event),
+            Cast::Failed(cause) => Err(self.failed(cause)),
+            Cast::Snapshot(reply) => {
+                // Nobody waits any more if the reply cannot be sent.
+                let _ = reply.try_send(self.snapshot());
+                Ok(())
+            }
+            #[cfg(test)]
+            Cast::Panic => panic!("told to"),
+        }
+    }
+
+    fn event(&mut self, event: Event) -> Result<(), Failure> {
+        self.session.progressed();
+        let mut effects = std::mem::take(&mut self.effects);
+        self.protocol.apply(event, &mut effects).map_err(|e| self.broken(e))?;
+        if let Event::Done { action } = event {
+            let since = self.launched.take().map_or(0, |t| t.elapsed().as_nanos() as u64);
+            self.busy_ns[action as usize] += since;
+            self.session.completed(self.me);
+        }
+        self.protocol.fire(&mut effects);
+        for effect in effects.drain(..) {
+            match effect {
+                Effect::Launch { action, firing } => self.launch(action, firing)?,
+                Effect::Send { to, message } => {
+                    // An actor that has stopped does so because the session ends.
+                    self.session.bus.send(to, Cast::Event(Event::Message(message)));
+                }
+            }
+        }
+        self.effects = effects;
+        Ok(())
+    }
+
+    fn launch(&mut self, action: u32, firing: u64) -> Result<(), Failure> {
+        let spec = &self.session.spec.actors[self.me.0 as usize].actions[action as usize];
+        let program = &self.programs[action as usize];
+        let slot = |register: RegisterId, slot: u32| {
+            let memory = &self.memory[register.0 as usize];
+            let offset = memory.base.offset + slot as usize * memory.stride;
+            Base { arena: memory.base.arena.clone(), offset }
+        };
+        let base = |base: &BaseRef| match *base {
+            BaseRef::Fixed(ref base) => base.clone(),
+            BaseRef::Input(port) => slot(spec.inputs[port].register, self.protocol.input_slot(action, port, firing)),
+            BaseRef::Output(port) => slot(spec.outputs[port].register, self.protocol.output_slot(action, port, firing)),
+        };
+        let bases = program.bases.iter().map(base).collect();
+        let repeat = (0..spec.outputs.len()).any(|port| self.protocol.repeats(action, port, firing));
+        self.session.launched(self.me, action);
+        self.launched = Some(Instant::now());
+        let notify = notify(self.session.clone(), self.me, action);
+        let submission = Submission { program: program.program.clone(), bases, repeat, notify };
+        self.session.streams[self.me.0 as usize].submit(submission).map_err(|cause| self.failed(cause))
+    }
+
+    fn snapshot(&self) -> ActorSnapshot {
+        ActorSnapshot::of(self.me, &self.protocol, &self.busy_ns)
+    }
+
+    fn broken(&self, cause: ProtocolError) -> Failure {
+        let own = &self.session.spec.actors[self.me.0 as usize];
+        Failure::Protocol { actor: own.name.clone(), device: own.device, cause }
+    }
+
+    fn failed(&self, cause: KernelError) -> Failure {
+        let own = &self.session.spec.actors[self.me.0 as usize];
+        let action = self.protocol.in_flight().map_or("none", |a| &own.actions[a as usize].name);
+        Failure::Kernel { actor: own.name.clone(), device: own.device, action: action.into(), cause: Box::new(cause) }
+    }
+}
+
+/// Turns what the stream tells into casts; runs on the stream's thread and does not block.
+fn notify(session: Arc<Session>, me: ActorId, action: u32) -> Notify {
+    Box::new(move |notice| {
+        let cast = match notice {
+            Notice::Signal(output) => Cast::Event(Event::Signal { action, output }),
+            Notice::Done => Cast::Event(Event::Done { action }),
+            Notice::Failed(cause) => Cast::Failed(cause),
+        };
+        session.bus.send(me, cast);
+    })
+}
+
+impl Actor for ShardActor {
+    type Msg = Cast;
+    type State = Shard;
+    type Arguments = Shard;
+
+    async fn pre_start(&self, _: ActorRef<Cast>, shard: Shard) -> Result<Shard, ActorProcessingErr> {
+        Ok(shard)
+    }
+
+    async fn handle(&self, _: ActorRef<Cast>, cast: Cast, shard: &mut Shard) -> Result<(), ActorProcessingErr> {
+        if let Err(failure) = shard.take(cast) {
+            shard.session.fail(failure);
+        }
+        Ok(())
+    }
+
+    async fn post_stop(&self, _: ActorRef<Cast>, shard: &mut Shard) -> Result<(), ActorProcessingErr> {
+        shard.session.keep_final(shard.snapshot());
+        Ok(())
+    }
+}

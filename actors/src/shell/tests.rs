@@ -1,0 +1,431 @@
+//! Small plans on real CPU streams: the same values as the simulator's order gives, run after run; and every way to fail.
+
+use crossbeam_channel::{Receiver, Sender, bounded};
+use shardflow_kernels::collective::in_process::InProcess;
+use shardflow_kernels::collective::{CollectiveCall, CollectiveKind, Group, ReduceOp};
+use shardflow_kernels::device::Device;
+use shardflow_kernels::error::KernelError;
+use shardflow_kernels::memory::Arena;
+use shardflow_kernels::op::{Buffer, CpuArgs, CpuSlice, CpuSliceMut, CustomKernel, Launch, Op};
+use shardflow_kernels::tensor::{DType, HostTensor};
+
+use super::*;
+use crate::builder::Builder;
+use crate::simulate::{self, Options, Timing, plans};
+use crate::spec::{Firing, Reader, RegisterId};
+
+/// Far more than any run here takes; ends a test that hangs.
+const PATIENCE: Duration = Duration::from_secs(20);
+
+fn mix(a: i32, b: i32) -> i32 {
+    (a ^ b).wrapping_mul(0x5bd1_e995).rotate_left(11).wrapping_add(b)
+}
+
+/// What a firing computes from what it reads.
+fn value(seed: i32, reads: &[i32]) -> i32 {
+    reads.iter().fold(seed, |a, &b| mix(a, b))
+}
+
+/// `write = value(reads)`, mixed with what was there where it accumulates or is kept.
+#[derive(Debug)]
+struct Mix {
+    seed: i32,
+    keep: bool,
+}
+
+impl CustomKernel for Mix {
+    fn name(&self) -> &str {
+        "mix"
+    }
+
+    fn run_cpu(&self, mut args: CpuArgs<'_>) -> Result<(), KernelError> {
+        let first = |slice: &CpuSlice<'_>| match slice {
+            CpuSlice::I32(v) => v[0],
+            CpuSlice::F32(v) => v[0] as i32,
+        };
+        let reads: Vec<i32> = args.reads.iter().map(|r| first(&r.data)).collect();
+        let value = value(self.seed, &reads);
+        let CpuSliceMut::I32(out) = &mut args.writes[0].data else { panic!("writes integers") };
+        out[0] = if self.keep || args.accumulate { mix(out[0], value) } else { value };
+        Ok(())
+    }
+}
+
+/// Does what a test says.
+struct Act<F>(F);
+
+impl<F> std::fmt::Debug for Act<F> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("act")
+    }
+}
+
+impl<F: Fn() -> Result<(), KernelError> + Send + Sync> CustomKernel for Act<F> {
+    fn name(&self) -> &str {
+        "act"
+    }
+
+    fn run_cpu(&self, _: CpuArgs<'_>) -> Result<(), KernelError> {
+        (self.0)()
+    }
+}
+
+fn act(f: impl Fn() -> Result<(), KernelError> + Send + Sync + 'static) -> Op {
+    Op::Custom(Arc::new(Act(f)))
+}
+
+fn cell(base: usize) -> Buffer {
+    Buffer { base, offset: 0, shape: vec![1], dtype: DType::I32 }
+}
+
+fn launch(op: Op, reads: Vec<Buffer>, writes: Vec<Buffer>, accumulate: bool) -> Launch {
+    Launch { op, reads, writes, accumulate, workspace: None }
+}
+
+/// A plan with [`Mix`] kernels: each action writes each output from all inputs, and its own history.
+struct Bench {
+    loaded: Loaded,
+    /// By actor; one integer for each action.
+    histories: Vec<Arena>,
+}
+
+fn seed(actor: usize, action: usize, port: usize) -> i32 {
+    (actor * 10_007 + action * 101 + port + 1) as i32
+}
+
+fn bench(spec: Spec) -> Bench {
+    let engine: Arc<dyn Collective> = Arc::new(InProcess::new());
+    let devices: Vec<Device> =
+        (0..=spec.actors.iter().map(|a| a.device).max().unwrap()).map(|d| Device::cpu(d, 1, engine.clone())).collect();
+    let memory = spec.registers.iter().enumerate().map(|(r, register)| {
+        let device = &devices[spec.actors[register.producer.0 as usize].device];
+        let arena = device.arena(4 * register.slots as usize).unwrap();
+        arena.write_host(0, &HostTensor::i32(&[1], vec![r as i32])).unwrap();
+        RegisterMemory { base: Base { arena, offset: 0 }, stride: 4 }
+    });
+    let memory = memory.collect();
+    let arena = |a: &crate::spec::ActorSpec| devices[a.device].arena(4 * a.actions.len()).unwrap();
+    let histories: Vec<Arena> = spec.actors.iter().map(arena).collect();
+    let mut programs = Vec::new();
+    for (a, actor) in spec.actors.iter().enumerate() {
+        let program = |x: usize| mix_program(&spec, a, x, Base { arena: histories[a].clone(), offset: 4 * x });
+        programs.push((0..actor.actions.len()).map(program).collect());
+    }
+    let streams = spec.actors.iter().map(|a| devices[a.device].stream(&a.name, 1).unwrap()).collect();
+    let loaded = Loaded { spec: Arc::new(spec), programs, memory, streams, engine };
+    Bench { loaded, histories }
+}
+
+fn mix_program(spec: &Spec, a: usize, x: usize, history: Base) -> ActionProgram {
+    let action = &spec.actors[a].actions[x];
+    let mut bases: Vec<BaseRef> = (0..action.inputs.len()).map(BaseRef::Input).collect();
+    bases.extend((0..action.outputs.len()).map(BaseRef::Output));
+    bases.push(BaseRef::Fixed(history));
+    let reads: Vec<Buffer> = (0..action.inputs.len()).map(cell).collect();
+    let mut program = Program { name: action.name.clone(), ..Program::default() };
+    for (port, output) in action.outputs.iter().enumerate() {
+        let register = &spec.registers[output.register.0 as usize];
+        let kernel = Mix { seed: seed(a, x, port), keep: register.initial };
+        let op = Op::Custom(Arc::new(kernel));
+        let write = vec![cell(action.inputs.len() + port)];
+        program.launches.push(launch(op, reads.clone(), write, output.firings_per_piece > 1));
+        if output.early {
+            program.signals.push((program.launches.len(), port as u32));
+        }
+    }
+    let op = Op::Custom(Arc::new(Mix { seed: seed(a, x, 99), keep: true }));
+    program.launches.push(launch(op, reads, vec![cell(bases.len() - 1)], false));
+    ActionProgram { program: Arc::new(program), bases }
+}
+
+fn give_steps(running: &Running, spec: &Spec, steps: u32) {
+    for (a, actor) in spec.actors.iter().enumerate() {
+        for (x, action) in actor.actions.iter().enumerate().filter(|(_, x)| x.external) {
+            running.give(ActorId(a as u32), x as u32, action.per_step * steps).unwrap();
+        }
+    }
+}
+
+fn histories(bench: &[Arena], spec: &Spec) -> Vec<Vec<i32>> {
+    let read = |(arena, actor): (&Arena, &crate::spec::ActorSpec)| {
+        let tensor = arena.read_host(0, &[actor.actions.len()], DType::I32).unwrap();
+        tensor.as_i32().unwrap().to_vec()
+    };
+    bench.iter().zip(&spec.actors).map(read).collect()
+}
+
+fn run(spec: Spec, steps: u32) -> Vec<Vec<i32>> {
+    let Bench { loaded, histories: arenas } = bench(spec.clone());
+    let running = start(loaded, WatchdogOptions::default()).unwrap();
+    give_steps(&running, &spec, steps);
+    assert!(running.quiesce(PATIENCE).unwrap(), "{:?}", running.snapshot());
+    let summary = running.shutdown().unwrap();
+    for (actor, snapshot) in spec.actors.iter().zip(&summary.actors) {
+        let all: Vec<u64> = actor.actions.iter().map(|a| u64::from(a.per_step * steps)).collect();
+        assert_eq!(snapshot.firings, all);
+        assert!(snapshot.registers.iter().all(|r| r.slots_peak <= r.slots));
+    }
+    histories(&arenas, &spec)
+}
+
+/// The same arithmetic one firing after another, in the simulator's order.
+fn expected(spec: &Spec, steps: u32) -> Vec<Vec<i32>> {
+    let shared = Arc::new(spec.clone());
+    let mut run = simulate::simulate(&shared, &Timing::uniform(spec, 3, 1), &Options::steps(steps)).unwrap();
+    run.timeline.sort_by_key(|f| f.start);
+    let mut slots: Vec<Vec<i32>> = spec.registers.iter().map(|r| vec![0; r.slots as usize]).collect();
+    slots.iter_mut().enumerate().for_each(|(r, s)| s[0] = r as i32);
+    let mut histories: Vec<Vec<i32>> = spec.actors.iter().map(|a| vec![0; a.actions.len()]).collect();
+    for fired in run.timeline {
+        let (a, x) = (fired.actor.0 as usize, fired.action as usize);
+        let action = &spec.actors[a].actions[x];
+        let place = |register: RegisterId, piece: u64| (register.0 as usize, piece as usize % slots_of(spec, register));
+        let read = |i: &crate::spec::InputSpec| {
+            let (register, slot) = place(i.register, fired.firing / u64::from(i.firings_per_piece));
+            slots[register][slot]
+        };
+        let reads: Vec<i32> = action.inputs.iter().map(read).collect();
+        for (port, output) in action.outputs.iter().enumerate() {
+            let initial = spec.registers[output.register.0 as usize].initial;
+            let every = u64::from(output.firings_per_piece);
+            let (register, slot) = place(output.register, fired.firing / every + u64::from(initial));
+            let value = value(seed(a, x, port), &reads);
+            let keep = initial || fired.firing % every != 0;
+            let cell = &mut slots[register][slot];
+            *cell = if keep { mix(*cell, value) } else { value };
+        }
+        histories[a][x] = mix(histories[a][x], value(seed(a, x, 99), &reads));
+    }
+    histories
+}
+
+fn slots_of(spec: &Spec, register: RegisterId) -> usize {
+    spec.registers[register.0 as usize].slots as usize
+}
+
+#[test]
+fn every_plan_computes_what_the_simulator_orders() {
+    for (name, spec, steps) in plans::all() {
+        assert_eq!(run((*spec).clone(), steps), expected(&spec, steps), "{name}");
+    }
+}
+
+#[test]
+fn twenty_runs_are_equal() {
+    for spec in [plans::data_parallel(), plans::accumulation()] {
+        let first = run(spec.clone(), 5);
+        for _ in 1..20 {
+            assert_eq!(run(spec.clone(), 5), first);
+        }
+    }
+}
+
+/// A chain of actors `a0 -> a1 -> ...`, each on a device of its own, with the given ops.
+fn chain(ops: Vec<Op>) -> Loaded {
+    let mut b = Builder::new();
+    let mut last: Option<Reader> = None;
+    for index in 0..ops.len() {
+        let actor = b.actor(format!("a{index}"), index, Firing::Credit);
+        let action = b.action(actor, "work", 1);
+        b.action_mut(action).external = index == 0;
+        if let Some(last) = last {
+            b.edge(format!("wire{index}"), 2, last, action);
+        }
+        last = Some(action);
+    }
+    let mut loaded = bench(b.build()).loaded;
+    for (programs, op) in loaded.programs.iter_mut().zip(ops) {
+        let launches = vec![launch(op, vec![], vec![], false)];
+        let program = Program { name: "work".into(), launches, signals: vec![] };
+        programs[0] = ActionProgram { program: Arc::new(program), bases: vec![] };
+    }
+    loaded
+}
+
+fn first_failure(running: Running) -> Failure {
+    let first = running.failures().recv_timeout(PATIENCE).expect("fails");
+    assert!(running.give(ActorId(0), 0, 1).is_err(), "a failed session takes no tokens");
+    assert_eq!(running.quiesce(PATIENCE), Err(first.clone()));
+    assert_eq!(running.shutdown(), Err(first.clone()));
+    first
+}
+
+#[test]
+fn a_failing_kernel_is_the_first_cause() {
+    let cause = KernelError::Custom { name: "act".into(), message: "no".into() };
+    let fails = cause.clone();
+    let loaded = chain(vec![act(|| Ok(())), act(move || Err(fails.clone())), act(|| Ok(()))]);
+    let running = start(loaded, WatchdogOptions::default()).unwrap();
+    running.give(ActorId(0), 0, 50).unwrap();
+    let failure = first_failure(running);
+    assert_eq!(
+        failure,
+        Failure::Kernel { actor: "a1".into(), device: 1, action: "work".into(), cause: Box::new(cause) }
+    );
+}
+
+#[test]
+fn a_panicking_kernel_is_the_first_cause() {
+    let loaded = chain(vec![act(|| Ok(())), act(|| panic!("boom"))]);
+    let running = start(loaded, WatchdogOptions::default()).unwrap();
+    running.give(ActorId(0), 0, 1).unwrap();
+    let failure = first_failure(running).to_string();
+    assert!(failure.starts_with("a1 on device 1, action work: kernel"), "{failure}");
+    assert!(failure.contains("panicked: boom"), "{failure}");
+}
+
+#[test]
+fn a_panicking_actor_is_the_first_cause() {
+    let running = start(chain(vec![act(|| Ok(())), act(|| Ok(()))]), WatchdogOptions::default()).unwrap();
+    assert!(running.cast(ActorId(1), Cast::Panic));
+    let failure = first_failure(running);
+    let Failure::Panic { actor, device, action, message } = failure else { panic!("{failure}") };
+    assert_eq!((actor.as_str(), device, action), ("a1", 1, None));
+    assert!(message.contains("told to"), "{message}");
+}
+
+#[test]
+fn a_stray_message_is_the_first_cause() {
+    let running = start(chain(vec![act(|| Ok(())), act(|| Ok(()))]), WatchdogOptions::default()).unwrap();
+    let message = crate::protocol::Message::Filled { register: RegisterId(0), reader: 0, slot: 1, piece: 1 };
+    assert!(running.cast(ActorId(1), Cast::Event(Event::Message(message))));
+    let failure = first_failure(running);
+    assert!(matches!(failure, Failure::Protocol { .. }), "{failure}");
+    assert_eq!(failure.to_string(), "a1 on device 1: CR-4 register 'wire1': filled carries piece 1, expected 0");
+}
+
+/// Two actors that meet in a collective.
+fn collective(kinds: [CollectiveKind; 2]) -> Loaded {
+    let mut b = Builder::new();
+    for device in 0..2 {
+        let actor = b.actor(format!("a{device}"), device, Firing::Credit);
+        b.external(actor, "reduce", 1);
+    }
+    let Bench { mut loaded, histories } = bench(b.build());
+    let group = Arc::new(Group { id: 0, ranks: vec![0, 1] });
+    for (member, kind) in kinds.into_iter().enumerate() {
+        let buffer = Buffer { base: 0, offset: 0, shape: vec![1], dtype: DType::F32 };
+        let op = Op::Collective(CollectiveCall { group: group.clone(), member, kind });
+        let launches = vec![launch(op, vec![buffer.clone()], vec![buffer], false)];
+        let program = Arc::new(Program { name: "reduce".into(), launches, signals: vec![] });
+        let bases = vec![BaseRef::Fixed(Base { arena: histories[member].clone(), offset: 0 })];
+        loaded.programs[member] = vec![ActionProgram { program, bases }];
+    }
+    loaded
+}
+
+#[test]
+fn a_mismatched_collective_ends_both_members() {
+    let kind = |op| CollectiveKind::AllReduce { op };
+    let running = start(collective([kind(ReduceOp::Sum), kind(ReduceOp::Max)]), WatchdogOptions::default()).unwrap();
+    running.give(ActorId(0), 0, 1).unwrap();
+    running.give(ActorId(1), 0, 1).unwrap();
+    let failure = first_failure(running);
+    let mismatch = |c: &KernelError| matches!(c, KernelError::CollectiveMismatch { .. });
+    assert!(matches!(&failure, Failure::Kernel { cause, .. } if mismatch(cause)), "{failure}");
+}
+
+#[test]
+fn shutdown_ends_a_collective_whose_other_member_never_comes() {
+    let kind = CollectiveKind::AllReduce { op: ReduceOp::Sum };
+    let running = start(collective([kind.clone(), kind]), WatchdogOptions::default()).unwrap();
+    running.give(ActorId(0), 0, 5).unwrap();
+    assert!(!running.quiesce(Duration::ZERO).unwrap() || running.snapshot()[0].firings[0] > 0);
+    running.shutdown().unwrap();
+}
+
+/// A kernel that says when it begins and ends when it is told to.
+fn gate() -> (Op, Receiver<()>, Sender<()>) {
+    let (begun, begins) = bounded(1000);
+    let (open, opened) = bounded::<()>(0);
+    let kernel = act(move || {
+        let _ = begun.send(());
+        // Ends when the test drops its sender, too.
+        let _ = opened.recv_timeout(PATIENCE);
+        Ok(())
+    });
+    (kernel, begins, open)
+}
+
+#[test]
+fn shutdown_with_work_queued_ends_after_the_firing_in_flight() {
+    let (kernel, begins, open) = gate();
+    let running = start(chain(vec![kernel, act(|| Ok(()))]), WatchdogOptions::default()).unwrap();
+    running.give(ActorId(0), 0, 100).unwrap();
+    begins.recv_timeout(PATIENCE).unwrap();
+    let session = running.session.clone();
+    let stopping = std::thread::spawn(move || running.shutdown());
+    // Until the actor has stopped, its kernel is kept from ending.
+    let deadline = Instant::now() + PATIENCE;
+    while session.bus.send(ActorId(0), Cast::Event(Event::Start)) {
+        assert!(Instant::now() < deadline);
+        std::thread::yield_now();
+    }
+    drop(open);
+    let summary = stopping.join().unwrap().unwrap();
+    assert_eq!(summary.actors[0].firings, [1]);
+}
+
+#[test]
+fn the_watchdog_says_who_waits_for_whom() {
+    let (kernel, begins, open) = gate();
+    let reports = Arc::new(Mutex::new(Vec::new()));
+    let seen = reports.clone();
+    let options = WatchdogOptions {
+        stall_after: Duration::from_secs(10),
+        check_every: None,
+        abort_on_stall: true,
+        on_stall: Some(Arc::new(move |text: &str| seen.lock().unwrap().push(text.to_owned()))),
+    };
+    let running = start(chain(vec![act(|| Ok(())), kernel]), options).unwrap();
+    assert_eq!(running.tick(Duration::from_secs(1000)), None, "nothing to do is no stall");
+    running.give(ActorId(0), 0, 9).unwrap();
+    begins.recv_timeout(PATIENCE).unwrap();
+    // The first actor fills its two slots and then waits. From then on nothing moves, and only virtual time passes.
+    let deadline = Instant::now() + PATIENCE;
+    while !running.snapshot()[0].waiting.describe(&running.session.spec).contains("credit") {
+        assert!(Instant::now() < deadline, "{:?}", running.snapshot());
+    }
+    let at = |seconds| running.tick(Duration::from_secs(seconds));
+    assert_eq!((at(2000), at(2009)), (None, None));
+    let report = at(2010).expect("ten seconds without progress");
+    assert_eq!(at(2020), None, "said once");
+    let lines =
+        ["a0 work waits for a credit of register 'wire1' (2 of 2 slots held by a1 work)", "a1 work is in flight"];
+    for line in lines {
+        assert!(report.contains(line), "{report}");
+    }
+    assert_eq!(*reports.lock().unwrap(), [report]);
+    let failure = running.failures().recv_timeout(PATIENCE).unwrap();
+    assert!(matches!(failure, Failure::Stalled { .. }), "{failure}");
+    assert_eq!(running.shutdown(), Err(failure));
+    drop(open);
+}
+
+#[test]
+fn parts_that_do_not_fit_are_refused() {
+    let fresh = || bench(plans::data_parallel()).loaded;
+    let refuse = |loaded| start(loaded, WatchdogOptions::default()).unwrap_err().to_string();
+    let mut loaded = fresh();
+    loaded.streams.pop();
+    assert_eq!(refuse(loaded), "the session: streams: expected 4, got 3");
+    let mut loaded = fresh();
+    loaded.programs[0][1].program = Arc::default();
+    assert!(refuse(loaded).contains("tags of the program's signals: expected the early outputs [0, 1], got []"));
+    let mut loaded = fresh();
+    loaded.programs[0][0].bases.push(BaseRef::Input(7));
+    assert!(refuse(loaded).contains("input port of a base"));
+    let mut loaded = fresh();
+    loaded.memory[0].base.offset = 1 << 20;
+    assert!(refuse(loaded).contains("end of its slots"));
+}
+
+#[test]
+fn only_external_actions_take_tokens() {
+    let running = start(chain(vec![act(|| Ok(())), act(|| Ok(()))]), WatchdogOptions::default()).unwrap();
+    let refused = ActorError::NotExternal { actor: ActorId(1), action: 0 };
+    assert_eq!(running.give(ActorId(1), 0, 1), Err(refused));
+    assert!(running.give(ActorId(9), 9, 1).is_err());
+    running.give(ActorId(0), 0, 3).unwrap();
+    assert!(running.quiesce(PATIENCE).unwrap());
+}

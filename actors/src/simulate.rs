@@ -1,0 +1,417 @@
+//! Runs a plan's protocols under virtual time: makespan, timeline, peaks; seeded delays and interleavings; data races; and
+//! when it gets stuck, the cycle. Imports `protocol`, `check` and `spec`.
+//!
+//! Data is symbolic: a slot holds a hash, a firing mixes those that it reads. Runs of one plan must end with equal digests
+//! whatever the delays, which is what "deterministic" means for the protocol.
+
+use std::cmp::Reverse;
+use std::collections::{BinaryHeap, HashMap};
+use std::sync::Arc;
+
+use crate::check::check;
+use crate::error::{ProtocolError, SpecError};
+use crate::protocol::{Effect, Event, Message, Protocol};
+use crate::spec::{ActorId, Reader, RegisterId, Spec};
+
+mod data;
+mod stuck;
+
+use data::{Data, Gangs, Rng};
+pub use stuck::{Link, Stuck, Wait};
+
+/// How long things take, in ticks of the caller's choice.
+#[derive(Clone, Debug, Default)]
+pub struct Timing {
+    /// Duration of a firing, by actor and action.
+    pub action_ticks: Vec<Vec<u64>>,
+    /// Latency of a message between two actors; within one actor it is 0.
+    pub hop_ticks: u64,
+    /// Pairs `(from, to)` whose latency is another.
+    pub hop_ticks_of: HashMap<(ActorId, ActorId), u64>,
+}
+
+impl Timing {
+    /// The same duration for every action.
+    pub fn uniform(spec: &Spec, action_ticks: u64, hop_ticks: u64) -> Self {
+        let action_ticks = spec.actors.iter().map(|a| vec![action_ticks; a.actions.len()]).collect();
+        Self { action_ticks, hop_ticks, hop_ticks_of: HashMap::new() }
+    }
+}
+
+/// Random delays, from a seed.
+#[derive(Clone, Copy, Debug)]
+pub struct Jitter {
+    /// The same seed gives the same run.
+    pub seed: u64,
+    /// Up to this is added to each firing.
+    pub action_ticks_max: u64,
+    /// Up to this is added to each message; messages between the same two actors keep their order.
+    pub hop_ticks_max: u64,
+}
+
+/// What to run.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Each action fires `per_step` times as often.
+    pub steps: u32,
+    /// Random delays and ties; without it a run is exact, and simultaneous messages are all seen before firings are chosen.
+    pub jitter: Option<Jitter>,
+    /// Tokens at the start, for each external action; `None` gives what the steps need.
+    pub tokens: Option<Vec<(Reader, u32)>>,
+    /// What to do to messages under way, for tests of the checks themselves.
+    #[cfg(test)]
+    pub(crate) fault: Option<tests::Fault>,
+}
+
+impl Options {
+    /// Exact, with all the tokens that `steps` steps need.
+    pub fn steps(steps: u32) -> Self {
+        Self {
+            steps,
+            jitter: None,
+            tokens: None,
+            #[cfg(test)]
+            fault: None,
+        }
+    }
+}
+
+/// One firing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Fired {
+    /// Who.
+    pub actor: ActorId,
+    /// Index of the action.
+    pub action: u32,
+    /// Counted from 0 over all steps.
+    pub firing: u64,
+    /// First tick; includes the wait for a gang.
+    pub start: u64,
+    /// Tick after the last.
+    pub end: u64,
+}
+
+/// A run that came to its end.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Run {
+    /// Tick at which the last firing ended.
+    pub makespan: u64,
+    /// By end.
+    pub timeline: Vec<Fired>,
+    /// Most slots held at once, by register.
+    pub slots_peak: Vec<u32>,
+    /// Hash of all data that flowed; does not depend on timing.
+    pub digest: u64,
+}
+
+/// Why a run did not come to its end.
+#[derive(Clone, Debug, thiserror::Error, PartialEq, Eq)]
+pub enum SimulationError {
+    /// The plan does not fit together.
+    #[error(transparent)]
+    Spec(#[from] SpecError),
+    /// The protocol was broken.
+    #[error(transparent)]
+    Protocol(#[from] ProtocolError),
+    /// Nothing can fire, with work left.
+    #[error("{0}")]
+    Stuck(Box<Stuck>),
+    /// CR-6: a message was lost, made twice or made up.
+    #[error("CR-6 register '{register}' at reader {reader}: {numbers}")]
+    Conservation {
+        /// Name of the register.
+        register: String,
+        /// Actor and action.
+        reader: String,
+        /// The four counters.
+        numbers: String,
+    },
+    /// CR-7: a firing's input changed, or was not written.
+    #[error("CR-7 {action}, firing {firing}: what it reads from register '{register}' {how}")]
+    Race {
+        /// Actor and action.
+        action: String,
+        /// Counted from 0.
+        firing: u64,
+        /// Name of the register.
+        register: String,
+        /// What happened to it.
+        how: &'static str,
+    },
+}
+
+#[derive(Clone, Copy, Debug)]
+enum Arrival {
+    Message(Message),
+    Signal { action: u32, output: u32 },
+    Done { action: u32 },
+}
+
+struct Simulator<'a> {
+    spec: &'a Arc<Spec>,
+    timing: &'a Timing,
+    options: &'a Options,
+    rng: Option<Rng>,
+    now: u64,
+    /// `(tick, tie, index in arrivals)`.
+    queue: BinaryHeap<Reverse<(u64, u64, usize)>>,
+    arrivals: Vec<(ActorId, Arrival)>,
+    /// Tick of the last delivery between two actors, which later ones may not overtake.
+    links: HashMap<(ActorId, ActorId), u64>,
+    protocols: Vec<Protocol>,
+    /// The firing in flight, by actor.
+    flights: Vec<Option<Fired>>,
+    gangs: Gangs,
+    data: Data,
+    timeline: Vec<Fired>,
+    #[cfg(test)]
+    sent: u64,
+}
+
+/// Runs `options.steps` steps of a plan.
+///
+/// # Errors
+/// A plan that does not fit together or gets stuck, a protocol error, a broken invariant.
+///
+/// # Panics
+/// When `timing.action_ticks` does not have an entry for each action.
+pub fn simulate(spec: &Arc<Spec>, timing: &Timing, options: &Options) -> Result<Run, SimulationError> {
+    check(spec)?;
+    let protocols = (0..spec.actors.len()).map(|a| Protocol::new(spec, ActorId(a as u32))).collect();
+    run(spec, timing, options, protocols)
+}
+
+fn run(spec: &Arc<Spec>, timing: &Timing, options: &Options, protocols: Vec<Protocol>) -> Result<Run, SimulationError> {
+    let mut simulator = Simulator {
+        spec,
+        timing,
+        options,
+        rng: options.jitter.map(|j| Rng::new(j.seed)),
+        now: 0,
+        queue: BinaryHeap::new(),
+        arrivals: Vec::new(),
+        links: HashMap::new(),
+        flights: vec![None; spec.actors.len()],
+        gangs: Gangs::new(spec),
+        data: Data::new(spec),
+        timeline: Vec::new(),
+        protocols,
+        #[cfg(test)]
+        sent: 0,
+    };
+    simulator.start()?;
+    simulator.run()?;
+    simulator.finish()
+}
+
+impl Simulator<'_> {
+    fn start(&mut self) -> Result<(), SimulationError> {
+        let steps = self.options.steps;
+        let all = self.spec.actors.iter().enumerate().flat_map(|(a, actor)| {
+            let externals = actor.actions.iter().enumerate().filter(|(_, x)| x.external);
+            let actor = ActorId(a as u32);
+            externals.map(move |(x, s)| (Reader { actor, action: x as u32 }, s.per_step * steps))
+        });
+        let tokens = self.options.tokens.clone().unwrap_or_else(|| all.collect());
+        for (at, count) in tokens {
+            self.apply(at.actor, Event::Token { action: at.action, count })?;
+        }
+        for actor in 0..self.spec.actors.len() as u32 {
+            self.apply(ActorId(actor), Event::Start)?;
+            self.fire(ActorId(actor))?;
+        }
+        Ok(())
+    }
+
+    fn run(&mut self) -> Result<(), SimulationError> {
+        let mut touched = Vec::new();
+        while let Some(Reverse((tick, _, index))) = self.queue.pop() {
+            self.now = tick;
+            let (actor, arrival) = self.arrivals[index];
+            self.arrive(actor, arrival)?;
+            touched.push(actor);
+            // An exact run sees all that comes at one tick before it chooses, so that priorities decide and not the queue.
+            let more = self.queue.peek().is_some_and(|Reverse((next, ..))| *next == tick);
+            if self.rng.is_some() || !more {
+                for actor in touched.drain(..) {
+                    self.fire(actor)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn finish(self) -> Result<Run, SimulationError> {
+        let left = |p: &Protocol, actor: &crate::spec::ActorSpec| {
+            let done = |(x, s): (usize, &crate::spec::ActionSpec)| {
+                p.completed(x as u32) == u64::from(s.per_step) * u64::from(self.options.steps)
+            };
+            !actor.actions.iter().enumerate().all(done)
+        };
+        if self.protocols.iter().zip(&self.spec.actors).any(|(p, a)| left(p, a)) {
+            let stuck = stuck::explain(self.spec, &self.protocols, &self.gangs, self.options.steps);
+            return Err(SimulationError::Stuck(Box::new(stuck)));
+        }
+        for register in 0..self.spec.registers.len() as u32 {
+            self.conserved(RegisterId(register), true)?;
+        }
+        let slots_peak = (0..self.spec.registers.len())
+            .map(|r| {
+                let producer = &self.protocols[self.spec.registers[r].producer.0 as usize];
+                producer.ring(RegisterId(r as u32)).map_or(0, |ring| ring.peak())
+            })
+            .collect();
+        // Releases may still travel after the last firing.
+        let makespan = self.timeline.last().map_or(0, |f| f.end);
+        Ok(Run { makespan, timeline: self.timeline, slots_peak, digest: self.data.digest() })
+    }
+
+    fn arrive(&mut self, actor: ActorId, arrival: Arrival) -> Result<(), SimulationError> {
+        match arrival {
+            Arrival::Message(message) => {
+                self.apply(actor, Event::Message(message))?;
+                let (Message::Filled { register, .. } | Message::Released { register, .. }) = message;
+                self.conserved(register, false)
+            }
+            Arrival::Signal { action, output } => {
+                let firing = self.protocols[actor.0 as usize].fired(action) - 1;
+                self.data.write(&self.protocols[actor.0 as usize], actor, action, output as usize, firing);
+                self.apply(actor, Event::Signal { action, output })
+            }
+            Arrival::Done { action } => {
+                let protocol = &self.protocols[actor.0 as usize];
+                let flight = self.flights[actor.0 as usize].take().expect("a flight ends once");
+                self.data.settle(self.spec, protocol, flight)?;
+                self.timeline.push(Fired { end: self.now, ..flight });
+                self.apply(actor, Event::Done { action })
+            }
+        }
+    }
+
+    fn apply(&mut self, actor: ActorId, event: Event) -> Result<(), SimulationError> {
+        let mut effects = Vec::new();
+        self.protocols[actor.0 as usize].apply(event, &mut effects)?;
+        self.perform(actor, &effects)
+    }
+
+    fn fire(&mut self, actor: ActorId) -> Result<(), SimulationError> {
+        let mut effects = Vec::new();
+        self.protocols[actor.0 as usize].fire(&mut effects);
+        self.perform(actor, &effects)?;
+        Ok(self.protocols[actor.0 as usize].check()?)
+    }
+
+    fn perform(&mut self, actor: ActorId, effects: &[Effect]) -> Result<(), SimulationError> {
+        for effect in effects {
+            match *effect {
+                Effect::Launch { action, firing } => self.launch(actor, action, firing)?,
+                Effect::Send { to, message } => self.post(actor, to, message),
+            }
+        }
+        Ok(())
+    }
+
+    fn launch(&mut self, actor: ActorId, action: u32, firing: u64) -> Result<(), SimulationError> {
+        let fired = Fired { actor, action, firing, start: self.now, end: self.now };
+        self.flights[actor.0 as usize] = Some(fired);
+        let protocol = &self.protocols[actor.0 as usize];
+        let read = self.data.launch(self.spec, protocol, fired)?;
+        if self.spec.actors[actor.0 as usize].actions[action as usize].gangs.is_empty() {
+            self.proceed(actor, action, firing, 0);
+            return Ok(());
+        }
+        for (member, shared) in self.gangs.join(self.spec, actor, action, read) {
+            let flight = self.flights[member.0 as usize].expect("waits in its gang");
+            self.proceed(member, flight.action, flight.firing, shared);
+        }
+        Ok(())
+    }
+
+    /// The kernels of a firing start to run: fixes its value and its end.
+    fn proceed(&mut self, actor: ActorId, action: u32, firing: u64, shared: u64) {
+        self.data.compute(actor, shared);
+        let random = self.options.jitter.map_or(0, |j| j.action_ticks_max);
+        let ticks = self.timing.action_ticks[actor.0 as usize][action as usize] + self.random(random);
+        let outputs = &self.spec.actors[actor.0 as usize].actions[action as usize].outputs;
+        let early: Vec<u32> = (0..outputs.len() as u32).filter(|&o| outputs[o as usize].early).collect();
+        // Early outputs are spread evenly over the firing.
+        for (n, &output) in early.iter().enumerate() {
+            let protocol = &self.protocols[actor.0 as usize];
+            if protocol.completes(action, output as usize, firing) {
+                let tick = self.now + ticks * (n as u64 + 1) / (early.len() as u64 + 1);
+                self.schedule(tick, 0, actor, Arrival::Signal { action, output });
+            }
+        }
+        self.schedule(self.now + ticks, u64::MAX, actor, Arrival::Done { action });
+    }
+
+    fn post(&mut self, from: ActorId, to: ActorId, message: Message) {
+        #[cfg(test)]
+        if let Some(fault) = self.options.fault {
+            let nth = self.sent;
+            self.sent += 1;
+            for message in fault.apply(nth, message) {
+                self.send(from, to, message);
+            }
+            return;
+        }
+        self.send(from, to, message);
+    }
+
+    fn send(&mut self, from: ActorId, to: ActorId, message: Message) {
+        let random = self.options.jitter.map_or(0, |j| j.hop_ticks_max);
+        let hop = self.timing.hop_ticks_of.get(&(from, to)).copied().unwrap_or(self.timing.hop_ticks);
+        let mut tick = self.now + hop + self.random(random);
+        let mut tie = 1;
+        if let Some(rng) = &mut self.rng {
+            tie = rng.below(u64::MAX - 2) + 1;
+            // Ties are broken at random, so messages of one link must not share a tick.
+            if let Some(&last) = self.links.get(&(from, to)) {
+                tick = tick.max(last + 1);
+            }
+        } else if let Some(&last) = self.links.get(&(from, to)) {
+            tick = tick.max(last);
+        }
+        self.links.insert((from, to), tick);
+        self.schedule(tick, tie, to, Arrival::Message(message));
+    }
+
+    fn schedule(&mut self, tick: u64, tie: u64, actor: ActorId, arrival: Arrival) {
+        self.queue.push(Reverse((tick, tie, self.arrivals.len())));
+        self.arrivals.push((actor, arrival));
+    }
+
+    fn random(&mut self, max: u64) -> u64 {
+        self.rng.as_mut().map_or(0, |rng| rng.below(max + 1))
+    }
+
+    /// CR-6 for one register; with `settled`, that no message is under way any more.
+    fn conserved(&self, id: RegisterId, settled: bool) -> Result<(), SimulationError> {
+        let register = &self.spec.registers[id.0 as usize];
+        let Some(ring) = self.protocols[register.producer.0 as usize].ring(id) else { return Ok(()) };
+        for (index, reader) in register.readers.iter().enumerate() {
+            let actor = &self.spec.actors[reader.actor.0 as usize];
+            let inputs = &actor.actions[reader.action as usize].inputs;
+            let Some(port) = inputs.iter().position(|i| i.register == id) else { continue };
+            let protocol = &self.protocols[reader.actor.0 as usize];
+            let (filled, released) = protocol.input_pieces(reader.action, port);
+            let (credited, published) = (ring.released(index), ring.published());
+            let in_order = credited <= released && released <= filled && filled <= published;
+            // The last piece of an initial register stays, for a step that does not come.
+            let unread = u64::from(register.initial);
+            let at_rest = credited == released && filled == published && filled == released + unread;
+            if !in_order || (settled && !at_rest) {
+                let numbers =
+                    format!("credited {credited}, released {released}, filled {filled}, published {published}");
+                let reader = self.spec.action_name(reader.actor, reader.action);
+                return Err(SimulationError::Conservation { register: register.name.clone(), reader, numbers });
+            }
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod plans;
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,198 @@
+//! What flows in a simulation: hashes in slots, and the gangs whose members mix each other's. Imports `protocol`'s view of
+//! slots and `spec`.
+
+use std::collections::HashMap;
+
+use super::{Fired, SimulationError};
+use crate::protocol::Protocol;
+use crate::spec::{ActorId, Spec};
+
+/// SplitMix64 (Steele, Lea and Flood 2014): small, and good enough to shuffle events.
+#[derive(Clone, Debug)]
+pub(super) struct Rng(u64);
+
+impl Rng {
+    pub(super) fn new(seed: u64) -> Self {
+        Self(seed)
+    }
+
+    pub(super) fn below(&mut self, bound: u64) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        finish(self.0) % bound
+    }
+}
+
+fn finish(mut z: u64) -> u64 {
+    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    z ^ (z >> 31)
+}
+
+/// Depends on the order of its arguments.
+fn mix(hash: u64, value: u64) -> u64 {
+    finish(hash.rotate_left(5) ^ finish(value.wrapping_add(0x9e37_79b9_7f4a_7c15)))
+}
+
+/// In a slot that is being written.
+const UNWRITTEN: u64 = 0;
+
+pub(super) struct Data {
+    /// By register and slot.
+    slots: Vec<Vec<u64>>,
+    /// By actor.
+    flights: Vec<Flight>,
+    /// All values of an action's firings, by actor and action.
+    history: Vec<Vec<u64>>,
+}
+
+#[derive(Clone, Default)]
+struct Flight {
+    /// By input port, as found at launch.
+    reads: Vec<u64>,
+    /// By output port: what the slot held before, where the firing adds to it or updates it in place.
+    before: Vec<u64>,
+    value: u64,
+}
+
+impl Data {
+    pub(super) fn new(spec: &Spec) -> Self {
+        let slots = spec.registers.iter().enumerate();
+        let slots = slots.map(|(r, s)| vec![if s.initial { mix(1, r as u64) } else { UNWRITTEN }; s.slots as usize]);
+        let history = spec.actors.iter().map(|a| vec![0; a.actions.len()]).collect();
+        Self { slots: slots.collect(), flights: vec![Flight::default(); spec.actors.len()], history }
+    }
+
+    /// Reads the inputs and marks the outputs as unwritten. Returns the hash of what was read.
+    pub(super) fn launch(&mut self, spec: &Spec, protocol: &Protocol, fired: Fired) -> Result<u64, SimulationError> {
+        let action = &spec.actors[fired.actor.0 as usize].actions[fired.action as usize];
+        let flight = &mut self.flights[fired.actor.0 as usize];
+        flight.reads.clear();
+        flight.before.clear();
+        flight.value = mix(mix(u64::from(fired.actor.0), u64::from(fired.action)), fired.firing);
+        for (port, input) in action.inputs.iter().enumerate() {
+            let slot = protocol.input_slot(fired.action, port, fired.firing);
+            let read = self.slots[input.register.0 as usize][slot as usize];
+            if read == UNWRITTEN {
+                return Err(race(spec, fired, input.register, "is not written"));
+            }
+            flight.reads.push(read);
+            flight.value = mix(flight.value, read);
+        }
+        for (port, output) in action.outputs.iter().enumerate() {
+            let slot = protocol.output_slot(fired.action, port, fired.firing) as usize;
+            let register = &spec.registers[output.register.0 as usize];
+            let in_place = register.initial && register.slots == 1;
+            let kept = in_place || protocol.repeats(fired.action, port, fired.firing);
+            let value = &mut self.slots[output.register.0 as usize][slot];
+            flight.before.push(if kept { *value } else { UNWRITTEN });
+            *value = UNWRITTEN;
+        }
+        Ok(flight.value)
+    }
+
+    /// Adds what the firing's gang brings.
+    pub(super) fn compute(&mut self, actor: ActorId, shared: u64) {
+        let value = &mut self.flights[actor.0 as usize].value;
+        *value = mix(*value, shared);
+    }
+
+    /// Writes one output.
+    pub(super) fn write(&mut self, protocol: &Protocol, actor: ActorId, action: u32, port: usize, firing: u64) {
+        let flight = &self.flights[actor.0 as usize];
+        let value = mix(mix(flight.value, port as u64), flight.before[port]);
+        let slot = protocol.output_slot(action, port, firing) as usize;
+        let register = protocol.output_register(action, port);
+        self.slots[register.0 as usize][slot] = value;
+    }
+
+    /// The end of a firing: its inputs must be as they were (CR-7); writes the outputs that no signal has written.
+    pub(super) fn settle(&mut self, spec: &Spec, protocol: &Protocol, fired: Fired) -> Result<(), SimulationError> {
+        let action = &spec.actors[fired.actor.0 as usize].actions[fired.action as usize];
+        for (port, input) in action.inputs.iter().enumerate() {
+            let slot = protocol.input_slot(fired.action, port, fired.firing) as usize;
+            let read = self.flights[fired.actor.0 as usize].reads[port];
+            if self.slots[input.register.0 as usize][slot] != read {
+                return Err(race(spec, fired, input.register, "was overwritten meanwhile"));
+            }
+        }
+        for (port, output) in action.outputs.iter().enumerate() {
+            if !(output.early && protocol.completes(fired.action, port, fired.firing)) {
+                self.write(protocol, fired.actor, fired.action, port, fired.firing);
+            }
+        }
+        let history = &mut self.history[fired.actor.0 as usize][fired.action as usize];
+        *history = mix(*history, self.flights[fired.actor.0 as usize].value);
+        Ok(())
+    }
+
+    pub(super) fn digest(&self) -> u64 {
+        self.history.iter().flatten().fold(0, |hash, &value| mix(hash, value))
+    }
+}
+
+fn race(spec: &Spec, fired: Fired, register: crate::spec::RegisterId, how: &'static str) -> SimulationError {
+    let (action, register) = (spec.action_name(fired.actor, fired.action), spec.register_name(register));
+    SimulationError::Race { action, firing: fired.firing, register, how }
+}
+
+/// Groups whose members' n-th firings run together.
+pub(super) struct Gangs {
+    /// By group: firings begun, by member.
+    begun: HashMap<u32, Vec<(ActorId, u64)>>,
+    /// By group and turn: what the members brought.
+    brought: HashMap<(u32, u64), u64>,
+    /// Members in flight whose gang is not complete, with their groups and turns.
+    waiting: Vec<(ActorId, Vec<(u32, u64)>)>,
+}
+
+impl Gangs {
+    pub(super) fn new(spec: &Spec) -> Self {
+        let mut begun: HashMap<u32, Vec<(ActorId, u64)>> = HashMap::new();
+        for (a, actor) in spec.actors.iter().enumerate() {
+            for &group in actor.actions.iter().flat_map(|x| &x.gangs) {
+                let members = begun.entry(group).or_default();
+                if members.iter().all(|m| m.0.0 != a as u32) {
+                    members.push((ActorId(a as u32), 0));
+                }
+            }
+        }
+        Self { begun, brought: HashMap::new(), waiting: Vec::new() }
+    }
+
+    /// A member's firing starts, having read `read`. Returns the members whose gangs are complete now, this one
+    /// perhaps, with the hash of what all brought.
+    pub(super) fn join(&mut self, spec: &Spec, actor: ActorId, action: u32, read: u64) -> Vec<(ActorId, u64)> {
+        let mut turns = Vec::new();
+        for &group in &spec.actors[actor.0 as usize].actions[action as usize].gangs {
+            let members = self.begun.get_mut(&group).expect("collected from the plan");
+            let member = members.iter_mut().find(|m| m.0 == actor).expect("collected from the plan");
+            turns.push((group, member.1));
+            // A sum, since members come in any order.
+            let brought = self.brought.entry((group, member.1)).or_default();
+            *brought = brought.wrapping_add(mix(u64::from(actor.0), read));
+            member.1 += 1;
+        }
+        self.waiting.push((actor, turns));
+        let (begun, brought) = (&self.begun, &self.brought);
+        let complete = |t: &(u32, u64)| begun[&t.0].iter().all(|m| m.1 > t.1);
+        let mut ready = Vec::new();
+        self.waiting.retain(|(actor, turns)| {
+            let all = turns.iter().all(complete);
+            if all {
+                ready.push((*actor, turns.iter().fold(0, |hash, t| mix(hash, brought[t]))));
+            }
+            !all
+        });
+        ready
+    }
+
+    /// Members for which a firing in flight waits: `(group, member)`.
+    pub(super) fn absent(&self, actor: ActorId) -> Vec<(u32, ActorId)> {
+        let Some((_, turns)) = self.waiting.iter().find(|w| w.0 == actor) else { return Vec::new() };
+        let missing = |t: &(u32, u64)| {
+            let late = self.begun[&t.0].iter().filter(|m| m.1 <= t.1);
+            late.map(|m| (t.0, m.0)).collect::<Vec<_>>()
+        };
+        turns.iter().flat_map(missing).collect()
+    }
+}

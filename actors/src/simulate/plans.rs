@@ -1,0 +1,137 @@
+//! Small plans of every shape that the protocol must carry, for this crate's tests.
+
+use std::sync::Arc;
+
+use crate::builder::Builder;
+use crate::pipeline::{Pipeline, Schedule};
+use crate::spec::{Firing, Reader, Spec, StreamKind};
+
+/// Name, plan, steps.
+pub(crate) fn all() -> Vec<(&'static str, Arc<Spec>, u32)> {
+    let piped =
+        |credits: Vec<u32>, schedule, ordered| Pipeline { micro_batches: 6, credits, schedule, ordered }.build();
+    let plans = [
+        ("gpipe", piped(vec![6; 3], Schedule::Gpipe, false), 2),
+        ("gpipe, ordered", piped(vec![6; 3], Schedule::Gpipe, true), 2),
+        ("1f1b", piped(vec![4, 3, 2, 1], Schedule::OneForwardOneBackward, false), 2),
+        ("1f1b, ordered", piped(vec![7, 5, 3, 1], Schedule::OneForwardOneBackward, true), 2),
+        ("data parallel", data_parallel(), 3),
+        ("skip connection", skip_connection(), 4),
+        ("accumulation", accumulation(), 4),
+        ("fan", fan(), 5),
+        ("gangs", gangs(), 3),
+    ];
+    plans.into_iter().map(|(name, spec, steps)| (name, Arc::new(spec), steps)).collect()
+}
+
+/// Two replicas; the backward publishes two gradient buckets early, each reduced by a collective actor of its device while
+/// the backward goes on; then both replicas update their parameters in place.
+pub(crate) fn data_parallel() -> Spec {
+    let mut b = Builder::new();
+    for d in 0..2 {
+        let compute = b.actor(format!("device{d}.compute"), d, Firing::Credit);
+        let forward = b.external(compute, "forward", 2);
+        let backward = b.action(compute, "backward", 2);
+        b.action_mut(backward).priority = -1;
+        b.edge(format!("device{d}.stash"), 2, forward, backward);
+        let update = b.action(compute, "update", 1);
+        let parameters = b.register(format!("device{d}.parameters"), 1, update, 1);
+        b.register_mut(parameters).initial = true;
+        b.read(parameters, forward, 2);
+        b.read(parameters, backward, 2);
+        let reduce = b.actor(format!("device{d}.reduce"), d, Firing::Credit);
+        b.actor_mut(reduce).stream = StreamKind::Communication;
+        // Both devices must reduce the buckets in one order.
+        let list: Vec<u32> = vec![0, 1];
+        b.actor_mut(reduce).firing = Firing::Ordered(list);
+        for bucket in 0..2 {
+            let gradient = b.register(format!("device{d}.gradient{bucket}"), 1, backward, 2);
+            b.early(gradient);
+            let all_reduce = b.action(reduce, format!("all-reduce{bucket}"), 1);
+            b.action_mut(all_reduce).gangs = vec![0];
+            b.read(gradient, all_reduce, 1);
+            b.edge(format!("device{d}.reduced{bucket}"), 1, all_reduce, update);
+        }
+    }
+    b.build()
+}
+
+/// A stage whose output goes to the next stage and around it to the last.
+fn skip_connection() -> Spec {
+    let mut b = Builder::new();
+    let actors: Vec<_> = (0..3).map(|s| b.actor(format!("stage{s}"), s, Firing::Credit)).collect();
+    let first = b.external(actors[0], "forward", 4);
+    let (middle, last) = (b.action(actors[1], "forward", 4), b.action(actors[2], "forward", 4));
+    let back = b.action(actors[0], "backward", 4);
+    let h = b.register("h", 3, first, 1);
+    b.read(h, middle, 1);
+    b.read(h, last, 1);
+    b.edge("around", 2, middle, last);
+    b.edge("gradient", 1, last, back);
+    b.edge("stash", 3, first, back);
+    b.build()
+}
+
+/// Four micro-batches add to one gradient; one update a step writes the parameters in place.
+pub(crate) fn accumulation() -> Spec {
+    let mut b = Builder::new();
+    let host = b.actor("host", 0, Firing::Credit);
+    let shard = b.actor("shard", 0, Firing::Credit);
+    let feed = b.external(host, "feed", 4);
+    let train = b.action(shard, "train", 4);
+    let update = b.action(shard, "update", 1);
+    b.edge("batch", 2, feed, train);
+    let gradient = b.register("gradient", 1, train, 4);
+    b.read(gradient, update, 1);
+    let parameters = b.register("parameters", 1, update, 1);
+    b.register_mut(parameters).initial = true;
+    b.read(parameters, train, 4);
+    let metric = b.register("loss", 1, train, 4);
+    let log = b.action(host, "log", 1);
+    b.read(metric, log, 1);
+    b.build()
+}
+
+/// One source, three workers, one sink that needs them all, and a register that nobody reads.
+pub(crate) fn fan() -> Spec {
+    let mut b = Builder::new();
+    let source = b.actor("source", 0, Firing::Credit);
+    let split = b.external(source, "split", 3);
+    let sink = b.actor("sink", 4, Firing::Credit);
+    let join = b.action(sink, "join", 3);
+    let whole = b.register("whole", 2, split, 1);
+    b.register("unread", 1, join, 1);
+    for w in 0..3 {
+        let actor = b.actor(format!("worker{w}"), w + 1, Firing::Credit);
+        let work = b.action(actor, "work", 3);
+        b.read(whole, work, 1);
+        b.edge(format!("part{w}"), w as u32 + 1, work, join);
+    }
+    b.build()
+}
+
+/// Two tensor-parallel shards whose forward and backward contain collectives, in an ordered list, over two stages.
+pub(crate) fn gangs() -> Spec {
+    let mut b = Builder::new();
+    let mut stages: Vec<Vec<(Reader, Reader)>> = Vec::new();
+    for stage in 0..2u32 {
+        let list = if stage == 0 { vec![0, 0, 1, 0, 1, 1] } else { vec![0, 1, 0, 1, 0, 1] };
+        let mut shards = Vec::new();
+        for shard in 0..2 {
+            let device = stage as usize * 2 + shard;
+            let actor = b.actor(format!("stage{stage}.shard{shard}"), device, Firing::Ordered(list.clone()));
+            let (forward, backward) = (b.action(actor, "forward", 3), b.action(actor, "backward", 3));
+            b.action_mut(forward).external = stage == 0;
+            b.action_mut(forward).gangs = vec![stage];
+            b.action_mut(backward).gangs = vec![stage];
+            b.edge(format!("stage{stage}.shard{shard}.stash"), 2, forward, backward);
+            shards.push((forward, backward));
+        }
+        stages.push(shards);
+    }
+    for (shard, (first, second)) in stages[0].iter().zip(&stages[1]).enumerate() {
+        b.edge(format!("activation{shard}"), 2, first.0, second.0);
+        b.edge(format!("gradient{shard}"), 2, second.1, first.1);
+    }
+    b.build()
+}

@@ -1,0 +1,269 @@
+//! The simulator against known schedules, and the protocol against random timing and seeded faults.
+
+use super::*;
+use crate::credits;
+use crate::pipeline::{Pipeline, Schedule, timing};
+
+/// What a bad network, or a bad protocol, does to the n-th message.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Fault {
+    Lose(u64),
+    Repeat(u64),
+    NextPiece(u64),
+}
+
+impl Fault {
+    pub(crate) fn apply(self, nth: u64, message: Message) -> Vec<Message> {
+        match self {
+            Fault::Lose(n) if n == nth => vec![],
+            Fault::Repeat(n) if n == nth => vec![message, message],
+            Fault::NextPiece(n) if n == nth => vec![next_piece(message)],
+            _ => vec![message],
+        }
+    }
+}
+
+fn next_piece(message: Message) -> Message {
+    match message {
+        Message::Filled { register, reader, slot, piece } => {
+            Message::Filled { register, reader, slot, piece: piece + 1 }
+        }
+        Message::Released { register, reader, slot, piece } => {
+            Message::Released { register, reader, slot, piece: piece + 1 }
+        }
+    }
+}
+
+fn pipeline(m: u32, credits: Vec<u32>, schedule: Schedule, ordered: bool) -> Arc<Spec> {
+    Arc::new(Pipeline { micro_batches: m, credits, schedule, ordered }.build())
+}
+
+fn makespan(spec: &Arc<Spec>, timing: &Timing) -> u64 {
+    simulate(spec, timing, &Options::steps(1)).unwrap().makespan
+}
+
+fn stash_peaks(spec: &Spec, run: &Run) -> Vec<u32> {
+    let registers = spec.registers.iter().zip(&run.slots_peak);
+    registers.filter(|(r, _)| r.name.ends_with("stash")).map(|(_, &peak)| peak).collect()
+}
+
+#[test]
+fn gpipe_and_1f1b_reach_the_optimum() {
+    let (p, m) = (4, 8);
+    for ordered in [false, true] {
+        let gpipe = pipeline(m, vec![m; p], Schedule::Gpipe, ordered);
+        let run = simulate(&gpipe, &timing(p, 1, 2, 0), &Options::steps(1)).unwrap();
+        assert_eq!((run.makespan, stash_peaks(&gpipe, &run)), (33, vec![m; p]), "ordered: {ordered}");
+        let credits: Vec<u32> = (0..p as u32).map(|s| p as u32 - s).collect();
+        let alternating = pipeline(m, credits.clone(), Schedule::OneForwardOneBackward, ordered);
+        let run = simulate(&alternating, &timing(p, 1, 2, 0), &Options::steps(1)).unwrap();
+        assert_eq!((run.makespan, stash_peaks(&alternating, &run)), (33, credits), "ordered: {ordered}");
+    }
+}
+
+#[test]
+fn latency_needs_more_credits_than_stages_left() {
+    let (p, m) = (8, 32);
+    let half_ticks = timing(p, 2, 4, 1);
+    let few = (0..p as u32).map(|s| p as u32 - s).collect();
+    let enough: Vec<u32> = (0..p as u32).map(|s| 2 * (p as u32 - s) - 1).collect();
+    let computed: Vec<u32> = (0..p as u32).map(|s| credits::pipeline(p as u32, s, m, 2, 4, 1)).collect();
+    assert_eq!(enough, computed);
+    assert_eq!(makespan(&pipeline(m, few, Schedule::OneForwardOneBackward, false), &half_ticks), 2 * 151);
+    assert_eq!(makespan(&pipeline(m, enough, Schedule::OneForwardOneBackward, false), &half_ticks), 2 * 124);
+}
+
+#[test]
+fn fewer_credits_only_slow_down() {
+    let (p, m) = (6u32, 24);
+    for (f, b, c) in [(2, 4, 1), (1, 1, 3), (3, 2, 0), (2, 5, 7)] {
+        let clock = timing(p as usize, f, b, c);
+        let full: Vec<u32> = (0..p).map(|s| credits::pipeline(p, s, m, f, b, c)).collect();
+        let mut last = 0;
+        for fewer in 0..full[0] {
+            let credits = full.iter().map(|w| w.saturating_sub(fewer).max(1)).collect();
+            let span = makespan(&pipeline(m, credits, Schedule::OneForwardOneBackward, false), &clock);
+            assert!(span >= last, "F {f} B {b} c {c}: {fewer} credits fewer take {span}, one more takes {last}");
+            last = span;
+        }
+        assert!(last > makespan(&pipeline(m, full, Schedule::OneForwardOneBackward, false), &clock));
+    }
+}
+
+proptest::proptest! {
+    #![proptest_config(proptest::test_runner::Config { failure_persistence: None, ..Default::default() })]
+
+    /// The computed credits lose nothing against unlimited ones.
+    #[test]
+    fn computed_credits_are_enough(p in 1u32..9, m in 1u32..40, f in 1u64..9, b in 1u64..12, c in 0u64..20) {
+        let clock = timing(p as usize, f, b, c);
+        let computed: Vec<u32> = (0..p).map(|s| credits::pipeline(p, s, m, f, b, c)).collect();
+        let unlimited = pipeline(m, vec![m; p as usize], Schedule::OneForwardOneBackward, false);
+        let limited = pipeline(m, computed.clone(), Schedule::OneForwardOneBackward, false);
+        let (limited, unlimited) = (makespan(&limited, &clock), makespan(&unlimited, &clock));
+        proptest::prop_assert!(limited <= unlimited, "{:?}: {} > {}", computed, limited, unlimited);
+    }
+}
+
+/// Runs with random durations and delays; every plan, many seeds.
+fn shuffled(seed: u64, steps: u32) -> Options {
+    // Long and short delays both, so that messages overtake firings as well as the other way round.
+    let (action_ticks_max, hop_ticks_max) = [(5, 5), (1, 20), (20, 1), (0, 3)][seed as usize % 4];
+    Options { jitter: Some(Jitter { seed, action_ticks_max, hop_ticks_max }), ..Options::steps(steps) }
+}
+
+#[test]
+fn interleavings_end_equal_and_break_nothing() {
+    let mut runs = 0;
+    for (name, spec, steps) in plans::all() {
+        let clock = Timing::uniform(&spec, 2, 1);
+        let exact = simulate(&spec, &clock, &Options::steps(steps)).unwrap_or_else(|e| panic!("{name}: {e}"));
+        let mut timelines = std::collections::HashSet::new();
+        for seed in 0..1200 {
+            let run = simulate(&spec, &clock, &shuffled(seed, steps)).unwrap_or_else(|e| panic!("{name} {seed}: {e}"));
+            assert_eq!(run.digest, exact.digest, "{name}, seed {seed}");
+            for (register, &peak) in spec.registers.iter().zip(&run.slots_peak) {
+                assert!(peak <= register.slots, "{name}, seed {seed}, {}", register.name);
+            }
+            timelines.insert(run.timeline.iter().map(|f| (f.actor, f.action, f.firing)).collect::<Vec<_>>());
+            runs += 1;
+        }
+        assert!(timelines.len() > 100, "{name}: only {} different orders were seen", timelines.len());
+    }
+    assert!(runs >= 10_000);
+}
+
+#[test]
+fn the_digest_sees_data() {
+    // Other tokens, other data: the digest is no constant.
+    let spec = Arc::new(plans::fan());
+    let digest = |steps| simulate(&spec, &Timing::uniform(&spec, 1, 0), &Options::steps(steps)).unwrap().digest;
+    assert_ne!(digest(1), digest(2));
+}
+
+#[test]
+fn faulty_messages_are_caught() {
+    for (name, spec, steps) in plans::all() {
+        let clock = Timing::uniform(&spec, 2, 1);
+        let count = {
+            let Run { timeline, .. } = simulate(&spec, &clock, &Options::steps(steps)).unwrap();
+            timeline.len() as u64
+        };
+        let mut caught = 0;
+        for nth in 0..count / 2 {
+            for fault in [Fault::Lose(nth), Fault::Repeat(nth), Fault::NextPiece(nth)] {
+                let options = Options { fault: Some(fault), ..shuffled(nth, steps) };
+                let result = simulate(&spec, &clock, &options);
+                assert!(result.is_err(), "{name}: {fault:?} went unseen");
+                caught += 1;
+            }
+        }
+        assert!(caught > 10, "{name}: {caught} faults tried");
+    }
+}
+
+#[test]
+fn one_credit_too_many_is_caught() {
+    let mut caught = 0;
+    for (name, spec, steps) in plans::all() {
+        let clock = Timing::uniform(&spec, 2, 7);
+        let mut faulty = 0;
+        for seed in 0..20 {
+            let protocols = (0..spec.actors.len()).map(|a| {
+                let mut protocol = Protocol::new(&spec, ActorId(a as u32));
+                protocol.overdraw();
+                protocol
+            });
+            let result = run(&spec, &clock, &shuffled(seed, steps), protocols.collect());
+            faulty += u32::from(result.is_err());
+        }
+        // Where all micro-batches have a slot, or a list holds the forwards back, the credits never run out.
+        let listed = |a: &crate::spec::ActorSpec| matches!(a.firing, crate::spec::Firing::Ordered(_));
+        let never_full = name.starts_with("gpipe") || spec.actors.iter().all(listed);
+        assert!(faulty > 0 || never_full, "{name}: {faulty} of 20 caught");
+        caught += faulty;
+    }
+    assert!(caught >= 80);
+}
+
+#[test]
+fn too_few_credits_for_a_cycle_are_refused_with_the_cycle() {
+    // The list wants two forwards before the first backward; the stash has one slot.
+    let mut spec =
+        Pipeline { micro_batches: 2, credits: vec![2, 1], schedule: Schedule::Gpipe, ordered: false }.build();
+    spec.actors[0].firing = crate::spec::Firing::Ordered(vec![0, 0, 1, 1]);
+    let stash = spec.registers.iter_mut().find(|r| r.name == "stage0.stash").unwrap();
+    stash.slots = 1;
+    let spec = Arc::new(spec);
+    let error = simulate(&spec, &Timing::uniform(&spec, 1, 0), &Options::steps(1)).unwrap_err();
+    expect_test::expect!["deadlock: stage0.compute forward waits for a credit of register 'stage0.stash' (1 of 1 slots held by stage0.compute backward); stage0.compute backward waits for its turn after stage0.compute forward; which closes the cycle"].assert_eq(&error.to_string());
+    let SimulationError::Stuck(stuck) = error else { panic!("{error}") };
+    assert_eq!(stuck.cycle.len(), 2);
+}
+
+#[test]
+fn gangs_in_opposite_orders_are_refused_with_the_cycle() {
+    let mut spec = plans::data_parallel();
+    // Device 1 reduces in the other order, as two groups.
+    for actor in spec.actors.iter_mut().filter(|a| a.name.ends_with("reduce")) {
+        for (bucket, action) in actor.actions.iter_mut().enumerate() {
+            action.gangs = vec![bucket as u32];
+        }
+    }
+    spec.actors[3].firing = crate::spec::Firing::Ordered(vec![1, 0]);
+    let spec = Arc::new(spec);
+    let error = simulate(&spec, &Timing::uniform(&spec, 1, 0), &Options::steps(1)).unwrap_err();
+    expect_test::expect!["deadlock: device0.reduce all-reduce0 waits for device1.reduce to join group 0; device1.reduce all-reduce0 waits for device1.reduce all-reduce1, which is in flight; device1.reduce all-reduce1 waits for device0.reduce to join group 1; device0.reduce all-reduce1 waits for device0.reduce all-reduce0, which is in flight; which closes the cycle"].assert_eq(&error.to_string());
+}
+
+#[test]
+fn missing_tokens_are_starvation_and_no_deadlock() {
+    let spec = Arc::new(plans::accumulation());
+    let feed = Reader { actor: ActorId(0), action: 0 };
+    let options = Options { tokens: Some(vec![(feed, 3)]), ..Options::steps(1) };
+    let error = simulate(&spec, &Timing::uniform(&spec, 1, 0), &options).unwrap_err();
+    expect_test::expect!["starved: host feed waits for a token of the host"].assert_eq(&error.to_string());
+}
+
+#[test]
+fn early_publication_overlaps() {
+    let mut late = plans::data_parallel();
+    let early = Arc::new(late.clone());
+    for action in late.actors.iter_mut().flat_map(|a| &mut a.actions) {
+        action.outputs.iter_mut().for_each(|o| o.early = false);
+    }
+    let late = Arc::new(late);
+    let clock = Timing::uniform(&early, 6, 0);
+    assert!(makespan(&early, &clock) < makespan(&late, &clock));
+}
+
+#[test]
+fn a_gang_ends_after_its_last_member_has_started() {
+    let spec = Arc::new(plans::gangs());
+    let mut clock = Timing::uniform(&spec, 4, 0);
+    // Stage 0's second shard is slow, so its partner waits in every collective.
+    clock.action_ticks[1] = vec![4, 9];
+    let run = simulate(&spec, &clock, &Options::steps(1)).unwrap();
+    let of = |actor| run.timeline.iter().filter(move |f| f.actor == ActorId(actor));
+    for (a, b) in of(0).zip(of(1)) {
+        assert_eq!((a.action, a.firing), (b.action, b.firing));
+        assert!(a.end >= b.start + clock.action_ticks[0][a.action as usize]);
+        assert!(b.end >= a.start + clock.action_ticks[1][b.action as usize]);
+    }
+}
+
+#[test]
+fn steps_overlap_only_where_registers_let_them() {
+    // The parameters' one slot keeps step 2's first training after step 1's update.
+    let spec = Arc::new(plans::accumulation());
+    let run = simulate(&spec, &Timing::uniform(&spec, 3, 1), &Options::steps(3)).unwrap();
+    let end = |actor, action, firing| {
+        let mut fired = run.timeline.iter().filter(|f| (f.actor.0, f.action, f.firing) == (actor, action, firing));
+        fired.next().copied().unwrap()
+    };
+    for step in 1..3 {
+        assert!(end(1, 0, 4 * step).start >= end(1, 1, step - 1).end);
+        // The host feeds ahead, into the batch register's second slot.
+        assert!(end(0, 0, 4 * step).start < end(1, 1, step - 1).end);
+    }
+}

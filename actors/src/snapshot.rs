@@ -1,0 +1,50 @@
+//! What an actor shows of itself while it runs. Imports `protocol` and `spec`.
+
+use crate::protocol::{Protocol, Waiting};
+use crate::spec::{ActorId, RegisterId};
+
+/// The state of one actor at one moment.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ActorSnapshot {
+    /// Who.
+    pub actor: ActorId,
+    /// Firings begun since the start, by action.
+    pub firings: Vec<u64>,
+    /// Time from launch to the end as this actor saw them, summed over the ended firings, by action.
+    pub busy_ns: Vec<u64>,
+    /// Why it does not fire.
+    pub waiting: Waiting,
+    /// The registers that it produces.
+    pub registers: Vec<RegisterUse>,
+}
+
+/// Slots of a register.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RegisterUse {
+    /// The register.
+    pub register: RegisterId,
+    /// All its slots.
+    pub slots: u32,
+    /// Slots written or filled now.
+    pub slots_held: u32,
+    /// Most slots held at once since the start.
+    pub slots_peak: u32,
+}
+
+impl ActorSnapshot {
+    pub(crate) fn of(actor: ActorId, protocol: &Protocol, busy_ns: &[u64]) -> Self {
+        let uses = protocol.rings().map(|(register, ring)| RegisterUse {
+            register,
+            slots: ring.slots(),
+            slots_held: ring.held(),
+            slots_peak: ring.peak(),
+        });
+        Self {
+            actor,
+            firings: (0..busy_ns.len() as u32).map(|a| protocol.fired(a)).collect(),
+            busy_ns: busy_ns.to_vec(),
+            waiting: protocol.waiting(),
+            registers: uses.collect(),
+        }
+    }
+}

@@ -1,0 +1,228 @@
+//! The first cause ends a session: it is kept, collectives are aborted, all actors stop. Imports `bus`, `error`, `spec`,
+//! `snapshot`, kernels and ractor.
+
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::{Receiver, Sender, bounded};
+use ractor::{Actor, ActorProcessingErr, ActorRef, SupervisionEvent};
+use shardflow_kernels::collective::Collective;
+use shardflow_kernels::stream::Stream;
+
+use crate::bus::Bus;
+use crate::error::Failure;
+use crate::message::Cast;
+use crate::snapshot::ActorSnapshot;
+use crate::spec::{ActorId, Spec};
+
+/// How long a state is waited for; actors never block, so only an actor that is gone takes longer.
+const SNAPSHOT_TIMEOUT: Duration = Duration::from_secs(2);
+
+const IDLE: u32 = u32::MAX;
+
+/// What all parts of a running session share.
+#[derive(Debug)]
+pub(crate) struct Session {
+    pub(crate) spec: Arc<Spec>,
+    pub(crate) bus: Bus,
+    /// By actor. Kept here so that they end only after the collectives in them were aborted.
+    pub(crate) streams: Vec<Stream>,
+    engine: Arc<dyn Collective>,
+    /// Counts every event that an actor takes in.
+    progress: AtomicU64,
+    /// Index of the action in flight, or `IDLE`; by actor.
+    in_flight: Vec<AtomicU32>,
+    /// Firings ended, of all actors.
+    completed: AtomicU64,
+    /// Firings that the steps given so far add up to.
+    target: AtomicU64,
+    /// Guards nothing but the wait for `completed` or a failure.
+    settled: Condvar,
+    state: Mutex<State>,
+    failed: Sender<Failure>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    first: Option<Failure>,
+    /// Actors by their id in ractor.
+    children: Vec<(ractor::ActorId, ActorId)>,
+    /// Last state of the actors that have stopped.
+    finals: Vec<ActorSnapshot>,
+}
+
+impl Session {
+    pub(crate) fn new(
+        spec: Arc<Spec>,
+        streams: Vec<Stream>,
+        engine: Arc<dyn Collective>,
+    ) -> (Arc<Self>, Receiver<Failure>) {
+        let (failed, failures) = bounded(1);
+        let session = Self {
+            bus: Bus::new(&spec),
+            progress: AtomicU64::new(0),
+            in_flight: spec.actors.iter().map(|_| AtomicU32::new(IDLE)).collect(),
+            completed: AtomicU64::new(0),
+            target: AtomicU64::new(0),
+            settled: Condvar::new(),
+            state: Mutex::default(),
+            spec,
+            streams,
+            engine,
+            failed,
+        };
+        (Arc::new(session), failures)
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Ends the session. Only the first cause is kept; the others follow from it.
+    pub(crate) fn fail(&self, failure: Failure) {
+        {
+            let mut state = self.state();
+            if state.first.is_some() {
+                return;
+            }
+            state.first = Some(failure.clone());
+        }
+        tracing::error!(%failure, "session ends");
+        self.engine.abort(&failure.to_string());
+        self.bus.stop();
+        // The channel has room for the one message it ever gets.
+        let _ = self.failed.try_send(failure);
+        self.settled.notify_all();
+    }
+
+    pub(crate) fn first_failure(&self) -> Option<Failure> {
+        self.state().first.clone()
+    }
+
+    pub(crate) fn progressed(&self) {
+        self.progress.fetch_add(1, Ordering::Relaxed);
+    }
+
+    pub(crate) fn progress(&self) -> u64 {
+        self.progress.load(Ordering::Relaxed)
+    }
+
+    pub(crate) fn launched(&self, actor: ActorId, action: u32) {
+        self.in_flight[actor.0 as usize].store(action, Ordering::Relaxed);
+    }
+
+    /// A firing has ended.
+    pub(crate) fn completed(&self, actor: ActorId) {
+        self.in_flight[actor.0 as usize].store(IDLE, Ordering::Relaxed);
+        let completed = self.completed.fetch_add(1, Ordering::AcqRel) + 1;
+        if completed >= self.target.load(Ordering::Acquire) {
+            // Taken so that nobody can look before the count and wait after the notification.
+            drop(self.state());
+            self.settled.notify_all();
+        }
+    }
+
+    pub(crate) fn set_target(&self, firings: u64) {
+        self.target.store(firings, Ordering::Release);
+    }
+
+    /// True while the steps given have firings left.
+    pub(crate) fn outstanding(&self) -> bool {
+        self.completed.load(Ordering::Acquire) < self.target.load(Ordering::Acquire)
+    }
+
+    /// True when a stream is still working for an actor.
+    pub(crate) fn any_in_flight(&self) -> bool {
+        self.in_flight.iter().any(|a| a.load(Ordering::Relaxed) != IDLE)
+    }
+
+    /// Waits until no firing is left of the steps given; false when the time is over.
+    pub(crate) fn quiesce(&self, timeout: Duration) -> Result<bool, Failure> {
+        let deadline = Instant::now() + timeout;
+        let mut state = self.state();
+        loop {
+            if let Some(first) = &state.first {
+                return Err(first.clone());
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            if !self.outstanding() || left.is_zero() {
+                return Ok(!self.outstanding());
+            }
+            state = self.settled.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+
+    pub(crate) fn abort_collectives(&self, cause: &str) {
+        self.engine.abort(cause);
+    }
+
+    pub(crate) fn keep_final(&self, snapshot: ActorSnapshot) {
+        self.state().finals.push(snapshot);
+    }
+
+    /// States of all actors, by id; those that cannot be had (an actor that panicked) are left out.
+    pub(crate) fn snapshot(&self) -> Vec<ActorSnapshot> {
+        let (reply, replies) = bounded(self.spec.actors.len());
+        for actor in 0..self.spec.actors.len() as u32 {
+            self.bus.send(ActorId(actor), Cast::Snapshot(reply.clone()));
+        }
+        drop(reply);
+        let deadline = Instant::now() + SNAPSHOT_TIMEOUT;
+        let mut snapshots = Vec::new();
+        while let Ok(snapshot) = replies.recv_deadline(deadline) {
+            snapshots.push(snapshot);
+        }
+        let answered = |s: &ActorSnapshot| snapshots.iter().any(|t| t.actor == s.actor);
+        let finals: Vec<_> = self.state().finals.iter().filter(|s| !answered(s)).cloned().collect();
+        snapshots.extend(finals);
+        snapshots.sort_by_key(|s| s.actor);
+        snapshots
+    }
+
+    /// Who waits for which register of whom, and who has a launch in flight.
+    pub(crate) fn report(&self) -> String {
+        let texts = self.snapshot().into_iter().map(|s| s.waiting.describe(&self.spec));
+        texts.filter(|t| !t.is_empty()).collect::<Vec<_>>().join("\n")
+    }
+
+    /// Lets a panic be told by the actor's name.
+    pub(crate) fn adopt(&self, child: ractor::ActorId, actor: ActorId) {
+        self.state().children.push((child, actor));
+    }
+
+    fn panicked(&self, child: ractor::ActorId, message: String) {
+        let found = self.state().children.iter().find(|c| c.0 == child).map(|c| c.1);
+        let Some((id, own)) = found.and_then(|a| Some((a, self.spec.actors.get(a.0 as usize)?))) else {
+            return self.fail(Failure::Panic { actor: format!("actor {child}"), device: 0, action: None, message });
+        };
+        let action = self.in_flight[id.0 as usize].load(Ordering::Relaxed);
+        let action = own.actions.get(action as usize).map(|a| a.name.clone());
+        self.fail(Failure::Panic { actor: own.name.clone(), device: own.device, action, message });
+    }
+}
+
+/// One for each device; the default of ractor would end with the first child that stops, orderly or not.
+pub(crate) struct Supervisor;
+
+impl Actor for Supervisor {
+    type Msg = ();
+    type State = Arc<Session>;
+    type Arguments = Arc<Session>;
+
+    async fn pre_start(&self, _: ActorRef<()>, session: Arc<Session>) -> Result<Arc<Session>, ActorProcessingErr> {
+        Ok(session)
+    }
+
+    async fn handle_supervisor_evt(
+        &self,
+        _: ActorRef<()>,
+        event: SupervisionEvent,
+        session: &mut Arc<Session>,
+    ) -> Result<(), ActorProcessingErr> {
+        if let SupervisionEvent::ActorFailed(child, cause) = event {
+            session.panicked(child.get_id(), cause.to_string());
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,390 @@
+//! The command line of `gpt`: flags, their checks, and the exit codes. Imports nothing of this crate.
+//!
+//! What is checked here are the flags against each other; whether a plan exists and fits is `compile`'s to say.
+
+use std::fmt::Display;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::str::FromStr;
+
+/// Exit code of a flag or data file that cannot be used; clap's own errors end with it too.
+pub const EXIT_USAGE: u8 = 2;
+/// Exit code of a plan that was refused: a layout, liveness or memory check failed (`EX_CONFIG` of sysexits).
+pub const EXIT_REFUSED: u8 = 78;
+
+/// Prints `error:` and `hint:` lines to stderr and gives the exit code to return from `main`.
+pub fn fail(code: u8, error: impl Display, hint: &str) -> ExitCode {
+    eprintln!("error: {error}");
+    if !hint.is_empty() {
+        eprintln!("hint: {hint}");
+    }
+    ExitCode::from(code)
+}
+
+/// Train a small GPT on a text, on a mesh of devices inside this process.
+#[derive(Clone, Debug, clap::Parser)]
+#[command(name = "gpt", version)]
+pub struct GptArgs {
+    /// Text to train on; without it, this repository's own sources and docs.
+    #[arg(long, value_name = "FILE")]
+    pub data: Option<PathBuf>,
+    /// Devices along each mesh axis, such as data=2,stage=2,tensor=2; an axis not named has one.
+    #[arg(long, value_name = "AXIS=N,..", default_value = "data=1,stage=1,tensor=1")]
+    pub mesh: MeshArg,
+    /// Order of forward and backward work in a pipeline.
+    #[arg(long, value_enum, default_value_t = ScheduleArg::OneFOneB)]
+    pub schedule: ScheduleArg,
+    /// Micro-batches in a step.
+    #[arg(long, value_name = "M", default_value_t = 1)]
+    pub micro_batches: usize,
+    /// CPU threads of each device; without it, the machine's cores shared out evenly.
+    #[arg(long, value_name = "N")]
+    pub threads_per_device: Option<usize>,
+    /// Transformer layers.
+    #[arg(long, value_name = "N", default_value_t = 4)]
+    pub layers: usize,
+    /// Attention heads.
+    #[arg(long, value_name = "N", default_value_t = 4)]
+    pub heads: usize,
+    /// Width of the residual stream.
+    #[arg(long, value_name = "N", default_value_t = 128)]
+    pub width: usize,
+    /// Tokens of a sample.
+    #[arg(long, value_name = "N", default_value_t = 64)]
+    pub context: usize,
+    /// Samples of a step, all micro-batches and data shards together.
+    #[arg(long, value_name = "N", default_value_t = 12)]
+    pub batch: usize,
+    /// Training steps.
+    #[arg(long, value_name = "N", default_value_t = 300)]
+    pub steps: u64,
+    /// Learning rate of AdamW.
+    #[arg(long, value_name = "X", default_value_t = 1e-3)]
+    pub lr: f32,
+    /// Largest norm of the whole gradient; without it, no clipping.
+    #[arg(long, value_name = "NORM")]
+    pub clip: Option<f32>,
+    /// Probability of dropping an activation.
+    #[arg(long, value_name = "P", default_value_t = 0.0)]
+    pub dropout: f32,
+    /// Seed of the initial weights and of dropout.
+    #[arg(long, value_name = "N", default_value_t = 1337)]
+    pub seed: u64,
+    /// Characters to write with the trained model at the end; 0 for none.
+    #[arg(long, value_name = "N", default_value_t = 200)]
+    pub sample: usize,
+    /// Write one JSON object for each step to this file.
+    #[arg(long, value_name = "FILE")]
+    pub log_json: Option<PathBuf>,
+    /// Print the plan (layouts, boxing, schedule, memory) and stop before training.
+    #[arg(long)]
+    pub explain: bool,
+    /// Write the trained parameters to this file.
+    #[arg(long, value_name = "FILE.safetensors")]
+    pub save: Option<PathBuf>,
+    /// Start from the parameters in this file.
+    #[arg(long, value_name = "FILE.safetensors")]
+    pub init_from: Option<PathBuf>,
+}
+
+/// Pipeline schedules by name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum ScheduleArg {
+    /// All forwards, then all backwards: Huang et al. 2018, <https://arxiv.org/abs/1811.06965>.
+    #[value(name = "gpipe")]
+    GPipe,
+    /// One forward, one backward: Narayanan et al. 2019, <https://arxiv.org/abs/1806.03377>.
+    #[value(name = "1f1b")]
+    OneFOneB,
+}
+
+/// Devices along each mesh axis; at least one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MeshArg {
+    /// Data parallel shards of the batch.
+    pub data: usize,
+    /// Pipeline stages.
+    pub stage: usize,
+    /// Tensor parallel shards of each layer.
+    pub tensor: usize,
+}
+
+impl MeshArg {
+    /// Devices in all.
+    pub fn devices(&self) -> usize {
+        self.data * self.stage * self.tensor
+    }
+
+    /// Names and sizes.
+    pub fn axes(&self) -> [(&'static str, usize); 3] {
+        [("data", self.data), ("stage", self.stage), ("tensor", self.tensor)]
+    }
+}
+
+/// Devices that one process may be asked for: each costs threads and arenas, and a slip such as `data=1000000` should
+/// be told apart from a wish.
+pub const DEVICES_MAX: usize = 256;
+
+impl FromStr for MeshArg {
+    type Err = ArgsError;
+
+    fn from_str(text: &str) -> Result<Self, ArgsError> {
+        let syntax = || ArgsError::MeshSyntax { text: text.into() };
+        let mut sizes: [(&str, Option<usize>); 3] = [("data", None), ("stage", None), ("tensor", None)];
+        for part in text.split(',') {
+            let (axis, size) = part.split_once('=').ok_or_else(syntax)?;
+            let (axis, size) = (axis.trim(), size.trim().parse::<usize>().map_err(|_| syntax())?);
+            let entry = sizes
+                .iter_mut()
+                .find(|(name, _)| *name == axis)
+                .ok_or_else(|| ArgsError::UnknownAxis { axis: axis.into() })?;
+            if size == 0 {
+                return Err(ArgsError::Zero { flag: format!("--mesh {axis}") });
+            }
+            if entry.1.replace(size).is_some() {
+                return Err(ArgsError::AxisTwice { axis: axis.into() });
+            }
+        }
+        let [data, stage, tensor] = sizes.map(|(_, size)| size.unwrap_or(1));
+        match data.checked_mul(stage).and_then(|n| n.checked_mul(tensor)) {
+            Some(devices) if devices <= DEVICES_MAX => Ok(Self { data, stage, tensor }),
+            _ => Err(ArgsError::TooManyDevices { text: text.into() }),
+        }
+    }
+}
+
+/// Flags that cannot be used.
+#[derive(Clone, Debug, PartialEq, thiserror::Error)]
+pub enum ArgsError {
+    /// Not a list of `axis=size`.
+    #[error("mesh {text:?} is not a list of axis=size, such as data=2,stage=2,tensor=2")]
+    MeshSyntax {
+        /// What was given.
+        text: String,
+    },
+    /// An axis that `gpt` does not know.
+    #[error("unknown mesh axis {axis:?}: expected data, stage or tensor")]
+    UnknownAxis {
+        /// Its name.
+        axis: String,
+    },
+    /// An axis is given twice.
+    #[error("mesh axis {axis} is given twice")]
+    AxisTwice {
+        /// Its name.
+        axis: String,
+    },
+    /// More devices than one process takes.
+    #[error("mesh {text:?} has more than {DEVICES_MAX} devices")]
+    TooManyDevices {
+        /// What was given.
+        text: String,
+    },
+    /// A size of zero.
+    #[error("{flag} must be at least 1, got 0")]
+    Zero {
+        /// The flag.
+        flag: String,
+    },
+    /// Heads must have equal widths.
+    #[error("--width {width} is not a multiple of --heads {heads}")]
+    WidthHeads {
+        /// Width given.
+        width: usize,
+        /// Heads given.
+        heads: usize,
+    },
+    /// Micro-batches must have equal sizes.
+    #[error("--batch {batch} is not a multiple of --micro-batches {micro_batches}")]
+    BatchMicroBatches {
+        /// Batch given.
+        batch: usize,
+        /// Micro-batches given.
+        micro_batches: usize,
+    },
+    /// A stage without a layer.
+    #[error("--mesh stage={stages} has more stages than --layers {layers}")]
+    StagesLayers {
+        /// Stages given.
+        stages: usize,
+        /// Layers given.
+        layers: usize,
+    },
+    /// A number outside its range.
+    #[error("{flag} must be {expected}, got {got}")]
+    Range {
+        /// The flag.
+        flag: &'static str,
+        /// The range.
+        expected: &'static str,
+        /// The number.
+        got: f32,
+    },
+}
+
+impl ArgsError {
+    /// What the user can change.
+    pub fn hint(&self) -> String {
+        match self {
+            Self::WidthHeads { width, heads } => {
+                let below = width / heads * heads;
+                let (above, head_width) = (below + heads, width / heads + 1);
+                if below == 0 {
+                    format!("--width {above} gives {heads} heads of {head_width}")
+                } else {
+                    format!("try --width {below} or --width {above}")
+                }
+            }
+            Self::BatchMicroBatches { batch, micro_batches } => {
+                let divisors: Vec<String> =
+                    (1..=(*batch).min(4096)).filter(|m| batch % m == 0).take(16).map(|m| m.to_string()).collect();
+                let above = batch.div_ceil(*micro_batches).saturating_mul(*micro_batches);
+                format!("try --batch {above}, or --micro-batches out of {}", divisors.join(", "))
+            }
+            Self::StagesLayers { layers, .. } => format!("use at most stage={layers}, or more --layers"),
+            _ => "`gpt --help` lists the flags with their defaults".into(),
+        }
+    }
+}
+
+impl GptArgs {
+    /// Checks the flags against each other.
+    ///
+    /// # Errors
+    /// The first flag that cannot be used, with its number.
+    pub fn check(&self) -> Result<(), ArgsError> {
+        let at_least_one = [
+            ("--micro-batches", self.micro_batches),
+            ("--threads-per-device", self.threads_per_device.unwrap_or(1)),
+            ("--layers", self.layers),
+            ("--heads", self.heads),
+            ("--width", self.width),
+            ("--context", self.context),
+            ("--batch", self.batch),
+        ];
+        if let Some((flag, _)) = at_least_one.iter().find(|(_, size)| *size == 0) {
+            return Err(ArgsError::Zero { flag: (*flag).into() });
+        }
+        let range = |flag, expected, got| Err(ArgsError::Range { flag, expected, got });
+        if !(self.lr.is_finite() && self.lr >= 0.0) {
+            return range("--lr", "finite and not negative", self.lr);
+        }
+        // Written so that a NaN fails too.
+        if !(0.0..1.0).contains(&self.dropout) {
+            return range("--dropout", "at least 0 and less than 1", self.dropout);
+        }
+        if let Some(clip) = self.clip.filter(|clip| clip.is_nan() || *clip <= 0.0) {
+            return range("--clip", "more than 0", clip);
+        }
+        let (width, heads) = (self.width, self.heads);
+        if !width.is_multiple_of(heads) {
+            return Err(ArgsError::WidthHeads { width, heads });
+        }
+        let (batch, micro_batches) = (self.batch, self.micro_batches);
+        if !batch.is_multiple_of(micro_batches) {
+            return Err(ArgsError::BatchMicroBatches { batch, micro_batches });
+        }
+        if self.mesh.stage > self.layers {
+            return Err(ArgsError::StagesLayers { stages: self.mesh.stage, layers: self.layers });
+        }
+        Ok(())
+    }
+
+    /// Threads of each device: as given, or an even share of `cores`, and one at least.
+    pub fn threads(&self, cores: usize) -> usize {
+        self.threads_per_device.unwrap_or(cores / self.mesh.devices()).max(1)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+    use clap::error::ErrorKind;
+
+    use super::*;
+
+    fn parse(flags: &[&str]) -> Result<GptArgs, clap::Error> {
+        GptArgs::try_parse_from(std::iter::once(&"gpt").chain(flags))
+    }
+
+    fn check(flags: &[&str]) -> Result<(), String> {
+        let args = parse(flags).map_err(|e| e.to_string())?;
+        args.check().map_err(|e| format!("{e} | {}", e.hint()))
+    }
+
+    #[test]
+    fn defaults_are_usable() {
+        let args = parse(&[]).unwrap();
+        assert_eq!(args.check(), Ok(()));
+        assert_eq!((args.layers, args.heads, args.width, args.context, args.batch), (4, 4, 128, 64, 12));
+        assert_eq!(args.mesh, MeshArg { data: 1, stage: 1, tensor: 1 });
+        assert_eq!((args.threads(2), args.threads(0)), (2, 1));
+    }
+
+    #[test]
+    fn a_mesh_and_a_schedule() {
+        let args = parse(&["--mesh", "tensor=2, data=3", "--schedule", "gpipe"]).unwrap();
+        assert_eq!(args.mesh, MeshArg { data: 3, stage: 1, tensor: 2 });
+        assert_eq!((args.mesh.devices(), args.schedule, args.threads(16)), (6, ScheduleArg::GPipe, 2));
+    }
+
+    #[test]
+    fn bad_meshes_are_usage_errors() {
+        for (mesh, expected) in [
+            ("data", "is not a list of axis=size"),
+            ("data=x", "is not a list of axis=size"),
+            ("", "is not a list of axis=size"),
+            ("expert=2", "unknown mesh axis \"expert\""),
+            ("data=0", "--mesh data must be at least 1"),
+            ("data=2,data=2", "mesh axis data is given twice"),
+            ("data=1000", "more than 256 devices"),
+            ("data=9223372036854775808,tensor=2", "more than 256 devices"),
+        ] {
+            let error = parse(&["--mesh", mesh]).unwrap_err();
+            assert_eq!(
+                (error.kind(), error.exit_code()),
+                (ErrorKind::ValueValidation, i32::from(EXIT_USAGE)),
+                "{mesh}"
+            );
+            assert!(error.to_string().contains(expected), "{mesh}: {error}");
+        }
+    }
+
+    #[test]
+    fn flags_are_checked_against_each_other() {
+        for (flags, expected) in [
+            (&["--width", "130"][..], "--width 130 is not a multiple of --heads 4 | try --width 128 or --width 132"),
+            (&["--width", "3"], "--width 3 is not a multiple of --heads 4 | --width 4 gives 4 heads of 1"),
+            (
+                &["--micro-batches", "5"],
+                "--batch 12 is not a multiple of --micro-batches 5 | try --batch 15, or --micro-batches out of 1, 2, 3, 4, 6, 12",
+            ),
+            (
+                &["--mesh", "stage=5"],
+                "--mesh stage=5 has more stages than --layers 4 | use at most stage=4, or more --layers",
+            ),
+        ] {
+            assert_eq!(check(flags), Err(expected.into()));
+        }
+        for flag in ["layers", "heads", "width", "context", "batch", "micro-batches", "threads-per-device"] {
+            let error = check(&[&format!("--{flag}"), "0"]).unwrap_err();
+            assert!(error.starts_with(&format!("--{flag} must be at least 1, got 0")), "{error}");
+        }
+        for (flag, value) in [
+            ("--lr", "NaN"),
+            ("--lr", "inf"),
+            ("--dropout", "1"),
+            ("--dropout", "NaN"),
+            ("--clip", "0"),
+            ("--clip", "NaN"),
+        ] {
+            let error = check(&[flag, value]).unwrap_err();
+            assert!(error.starts_with(&format!("{flag} must be ")), "{error}");
+        }
+    }
+
+    #[test]
+    fn the_definition_is_sound() {
+        <GptArgs as clap::CommandFactory>::command().debug_assert();
+    }
+}

@@ -1,0 +1,237 @@
+//! Text as training data: bytes numbered by rank, and batches chosen by counter, so that every layout and every number
+//! of micro-batches sees the same samples. Imports `shardflow::init` (the hash) only.
+
+use std::path::{Path, PathBuf};
+
+use shardflow::init::mix;
+
+/// Sample `k` of a run starts at `mix(DATA_SEED + k) % (train length - context)`.
+const DATA_SEED: u64 = 4242;
+
+/// Why a text cannot be trained on.
+#[derive(Debug, thiserror::Error)]
+pub enum DataError {
+    /// The file cannot be read.
+    #[error("cannot read data file {path}: {cause}")]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// What the system says.
+        cause: std::io::Error,
+    },
+    /// The file holds nothing.
+    #[error("data file {path} is empty")]
+    Empty {
+        /// The file.
+        path: PathBuf,
+    },
+    /// The training part does not hold a single sample.
+    #[error(
+        "{path} is too short: {bytes} bytes, of which the first nine tenths ({train}) train, but one sample of \
+         --context {context} takes {}", context + 1
+    )]
+    TooShort {
+        /// The file.
+        path: PathBuf,
+        /// Bytes in all.
+        bytes: usize,
+        /// Bytes that train.
+        train: usize,
+        /// Tokens of one sample.
+        context: usize,
+    },
+    /// The default text is this repository, which is not there.
+    #[error("no source or documentation files under {root}, which is the default text")]
+    NoSources {
+        /// Where they were looked for.
+        root: PathBuf,
+    },
+}
+
+impl DataError {
+    /// What the user can change.
+    pub fn hint(&self) -> &'static str {
+        match self {
+            Self::Read { .. } => "check the path given with --data; without --data, this repository's own text is used",
+            Self::Empty { .. } => "give a text file with --data",
+            Self::TooShort { .. } => "give a longer file with --data, or a smaller --context",
+            Self::NoSources { .. } => "the program has been moved away from its checkout: give a text file with --data",
+        }
+    }
+}
+
+/// A text as token ids. A token is a byte, numbered by its rank among the bytes that occur.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Text {
+    /// Byte of each token id.
+    vocabulary: Vec<u8>,
+    /// First nine tenths of the text.
+    train: Vec<i32>,
+}
+
+impl Text {
+    /// Reads a file, or the default text when `path` is `None`; it must hold a sample of `context` tokens.
+    ///
+    /// # Errors
+    /// A missing, empty or too short file.
+    pub fn load(path: Option<&Path>, context: usize) -> Result<Self, DataError> {
+        match path {
+            Some(path) => {
+                let bytes = std::fs::read(path).map_err(|cause| DataError::Read { path: path.into(), cause })?;
+                Self::from_bytes(path, &bytes, context)
+            }
+            None => {
+                let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
+                let root = root.canonicalize().unwrap_or(root);
+                Self::from_bytes(&root, &repository_text(&root)?, context)
+            }
+        }
+    }
+
+    /// The text of some bytes; `path` is where they come from, for errors.
+    ///
+    /// # Errors
+    /// No bytes, or too few for one sample.
+    pub fn from_bytes(path: &Path, bytes: &[u8], context: usize) -> Result<Self, DataError> {
+        if bytes.is_empty() {
+            return Err(DataError::Empty { path: path.into() });
+        }
+        // Targets are one further on, so a sample needs context + 1 tokens.
+        let train = bytes.len() * 9 / 10;
+        if train <= context {
+            return Err(DataError::TooShort { path: path.into(), bytes: bytes.len(), train, context });
+        }
+        let mut occurs = [false; 256];
+        bytes.iter().for_each(|b| occurs[usize::from(*b)] = true);
+        let vocabulary: Vec<u8> = (0..=255).filter(|b| occurs[usize::from(*b)]).collect();
+        let mut ids = [0; 256];
+        (0..).zip(&vocabulary).for_each(|(id, byte)| ids[usize::from(*byte)] = id);
+        let train = bytes[..train].iter().map(|b| ids[usize::from(*b)]).collect();
+        Ok(Self { vocabulary, train })
+    }
+
+    /// Number of different tokens.
+    pub fn vocab(&self) -> usize {
+        self.vocabulary.len()
+    }
+
+    /// Tokens that train.
+    pub fn train_len(&self) -> usize {
+        self.train.len()
+    }
+
+    /// The samples of `step` (from 0): token ids and targets, each `[batch, context]`, row-major.
+    ///
+    /// # Panics
+    /// When `context` is not shorter than the training part, which [`Text::load`] has checked.
+    pub fn batch(&self, step: u64, batch: usize, context: usize) -> (Vec<i32>, Vec<i32>) {
+        let places = (self.train.len() - context) as u64;
+        let (mut ids, mut targets) = (Vec::with_capacity(batch * context), Vec::with_capacity(batch * context));
+        for row in 0..batch as u64 {
+            let sample = step.wrapping_mul(batch as u64).wrapping_add(row);
+            let start = (mix(DATA_SEED.wrapping_add(sample)) % places) as usize;
+            ids.extend(&self.train[start..start + context]);
+            targets.extend(&self.train[start + 1..start + 1 + context]);
+        }
+        (ids, targets)
+    }
+
+    /// Token ids of `text`; `None` for a byte outside the vocabulary.
+    pub fn encode(&self, text: &[u8]) -> Option<Vec<i32>> {
+        text.iter().map(|b| self.vocabulary.binary_search(b).ok().map(|id| id as i32)).collect()
+    }
+
+    /// The text of token ids; ids outside the vocabulary and bytes that are not UTF-8 show as U+FFFD.
+    pub fn decode(&self, ids: &[i32]) -> String {
+        let byte = |id: &i32| usize::try_from(*id).ok().and_then(|id| self.vocabulary.get(id).copied());
+        let bytes: Vec<u8> = ids.iter().map(|id| byte(id).unwrap_or(0xFF)).collect();
+        String::from_utf8_lossy(&bytes).into_owned()
+    }
+}
+
+/// The `*.rs`, `*.md` and `*.toml` files under `root`, one after the other, sorted by path.
+fn repository_text(root: &Path) -> Result<Vec<u8>, DataError> {
+    let mut files = Vec::new();
+    let mut folders = vec![root.to_path_buf()];
+    // Bounded by the number of folders: links are not followed.
+    while let Some(folder) = folders.pop() {
+        let entries = std::fs::read_dir(&folder).map_err(|cause| DataError::Read { path: folder.clone(), cause })?;
+        for entry in entries {
+            let read = |cause| DataError::Read { path: folder.clone(), cause };
+            let entry = entry.map_err(read)?;
+            let kind = entry.file_type().map_err(read)?;
+            let path = entry.path();
+            let hidden = entry.file_name().to_string_lossy().starts_with('.');
+            if kind.is_dir() && !hidden && entry.file_name() != "target" {
+                folders.push(path);
+            } else if kind.is_file() && path.extension().is_some_and(|e| e == "rs" || e == "md" || e == "toml") {
+                files.push(path);
+            }
+        }
+    }
+    files.sort();
+    let mut text = Vec::new();
+    for path in &files {
+        text.extend(std::fs::read(path).map_err(|cause| DataError::Read { path: path.clone(), cause })?);
+    }
+    if text.is_empty() { Err(DataError::NoSources { root: root.into() }) } else { Ok(text) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn text(bytes: &[u8], context: usize) -> Result<Text, DataError> {
+        Text::from_bytes(Path::new("some.txt"), bytes, context)
+    }
+
+    #[test]
+    fn tokens_are_ranks_of_bytes() {
+        let t = text(b"hello world, hello world!!!!!", 4).unwrap();
+        assert_eq!(t.vocab(), b" !,dehlorw".len());
+        assert_eq!(t.encode(b"he w"), Some(vec![5, 4, 0, 9]));
+        assert_eq!(t.encode(b"z"), None);
+        assert_eq!(t.decode(&[5, 4, 0, 9]), "he w");
+        assert_eq!(t.decode(&[-1, 5, 99]), "\u{FFFD}h\u{FFFD}");
+    }
+
+    /// `mix(4242 + k) % 86` for k = 6, 7, 8 (step 2 of batch 3), computed in numpy.
+    #[test]
+    fn batches_follow_the_counter() {
+        let bytes: Vec<u8> = (0..100).collect();
+        let t = text(&bytes, 4).unwrap();
+        assert_eq!((t.vocab(), t.train_len()), (100, 90));
+        let (ids, targets) = t.batch(2, 3, 4);
+        for (row, start) in [36, 84, 43].into_iter().enumerate() {
+            assert_eq!(ids[row * 4..row * 4 + 4], [start, start + 1, start + 2, start + 3]);
+            assert_eq!(targets[row * 4..row * 4 + 4], [start + 1, start + 2, start + 3, start + 4]);
+        }
+    }
+
+    #[test]
+    fn the_shortest_text_has_one_sample() {
+        // Nine tenths of 6 bytes are 5: a sample of 4 and its targets.
+        assert_eq!(text(b"abcdef", 4).unwrap().batch(7, 1, 4), (vec![0, 1, 2, 3], vec![1, 2, 3, 4]));
+        let error = text(b"abcdef", 5).unwrap_err().to_string();
+        assert_eq!(
+            error,
+            "some.txt is too short: 6 bytes, of which the first nine tenths (5) train, but one sample of --context 5 takes 6"
+        );
+    }
+
+    #[test]
+    fn missing_and_empty_files_are_named() {
+        let error = Text::load(Some(Path::new("no/such/file.txt")), 4).unwrap_err();
+        assert!(error.to_string().starts_with("cannot read data file no/such/file.txt: "), "{error}");
+        assert_eq!(text(b"", 4).unwrap_err().to_string(), "data file some.txt is empty");
+        let error = repository_text(Path::new("no/such/folder")).unwrap_err();
+        assert!(error.to_string().contains("no/such/folder"), "{error}");
+    }
+
+    #[test]
+    fn the_default_text_is_this_repository() {
+        let t = Text::load(None, 64).unwrap();
+        let encoded = t.encode(b"//! Text as training data").expect("the sources hold these bytes");
+        assert!(t.train.windows(encoded.len()).any(|w| w == encoded));
+    }
+}

@@ -1,0 +1,456 @@
+//! Checks how the repository is laid out and written: import arrows, purity of the protocol, file headers and lengths,
+//! `unsafe`, sleeps in tests, links of the docs. Imports nothing of Shardflow.
+//!
+//! Rules are pure functions of file texts, so each is tested on a small bad input below.
+
+use std::fmt;
+use std::path::Path;
+
+/// Each crate's folder, its name in code, and the crates that it may import.
+const CRATES: &[(&str, &str, &[&str])] = &[
+    ("kernels", "shardflow_kernels", &[]),
+    ("actors", "shardflow_actors", &["shardflow_kernels"]),
+    ("runtime", "shardflow", &["shardflow_kernels", "shardflow_actors"]),
+    ("examples", "shardflow_examples", &["shardflow_kernels", "shardflow_actors", "shardflow"]),
+    ("integration-tests", "shardflow_integration_tests", &["shardflow_kernels", "shardflow_actors", "shardflow"]),
+];
+
+/// Modules of `actors` that run things. Every other one is pure: it can be simulated, fuzzed and replayed.
+const ACTORS_IMPURE: &[&str] = &["lib", "error", "shell", "bus", "transport", "supervisor", "watchdog", "message"];
+/// What pure modules of `actors` may not mention.
+const IMPURE_PATHS: &[&str] =
+    &["tokio", "ractor", "crossbeam_channel", "shardflow_kernels", "std::time", "std::thread", "Instant", "SystemTime"];
+
+/// Files that may hold `unsafe`.
+const UNSAFE_FILES: &[&str] = &[
+    "kernels/src/collective/in_process.rs",
+    "kernels/src/cpu/launch.rs",
+    "kernels/src/cpu/pool.rs",
+    "kernels/src/memory.rs",
+];
+
+const LINES_MAX: usize = 700;
+const SAFETY_LINES_MAX: usize = 6;
+
+/// A file: its path from the repository's root, with `/`, and its text.
+struct Source<'a> {
+    path: &'a str,
+    text: &'a str,
+}
+
+/// A broken rule.
+#[derive(Debug, PartialEq)]
+struct Finding {
+    path: String,
+    /// From 1.
+    line: usize,
+    rule: &'static str,
+    todo: String,
+}
+
+impl fmt::Display for Finding {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}:{}: {}: {}", self.path, self.line, self.rule, self.todo)
+    }
+}
+
+fn finding(source: &Source, line: usize, rule: &'static str, todo: impl Into<String>) -> Finding {
+    Finding { path: source.path.into(), line, rule, todo: todo.into() }
+}
+
+/// The text with comments and the insides of literals blanked, line by line as before.
+fn code_only(text: &str) -> String {
+    let chars: Vec<char> = text.chars().collect();
+    let mut out = String::with_capacity(text.len());
+    let at = |i: usize| chars.get(i).copied().unwrap_or('\0');
+    let is_name = |c: char| c.is_alphanumeric() || c == '_';
+    let mut i = 0;
+    while i < chars.len() {
+        let raw_hashes = (at(i) == 'r' && (i == 0 || !is_name(at(i - 1)) || at(i - 1) == 'b'))
+            .then(|| chars[i + 1..].iter().take_while(|c| **c == '#').count())
+            .filter(|hashes| at(i + 1 + hashes) == '"');
+        let end = if at(i) == '/' && at(i + 1) == '/' {
+            (i..chars.len()).find(|j| at(*j) == '\n').unwrap_or(chars.len())
+        } else if at(i) == '/' && at(i + 1) == '*' {
+            block_comment_end(&chars, i)
+        } else if let Some(hashes) = raw_hashes {
+            let closes = |j: &usize| at(*j) == '"' && (1..=hashes).all(|k| at(j + k) == '#');
+            (i + hashes + 2..chars.len()).find(closes).map_or(chars.len(), |j| j + hashes + 1)
+        } else if at(i) == '"' {
+            literal_end(&chars, i)
+        } else if at(i) == '\'' && (at(i + 1) == '\\' || at(i + 2) == '\'') {
+            // Not a lifetime.
+            literal_end(&chars, i)
+        } else {
+            out.push(at(i));
+            i += 1;
+            continue;
+        };
+        out.extend(chars[i..end].iter().map(|c| if *c == '\n' { '\n' } else { ' ' }));
+        i = end;
+    }
+    out
+}
+
+fn block_comment_end(chars: &[char], start: usize) -> usize {
+    let (mut depth, mut i) = (0, start);
+    while i + 1 < chars.len() {
+        match (chars[i], chars[i + 1]) {
+            ('/', '*') => depth += 1,
+            ('*', '/') => depth -= 1,
+            _ => {
+                i += 1;
+                continue;
+            }
+        }
+        i += 2;
+        if depth == 0 {
+            return i;
+        }
+    }
+    chars.len()
+}
+
+/// One past the quote that closes the one at `start`.
+fn literal_end(chars: &[char], start: usize) -> usize {
+    let mut i = start + 1;
+    while i < chars.len() && chars[i] != chars[start] {
+        i += if chars[i] == '\\' { 2 } else { 1 };
+    }
+    (i + 1).min(chars.len())
+}
+
+/// Names (identifiers and keywords) of a line of code, each with what follows it.
+fn names(line: &str) -> impl Iterator<Item = (&str, &str)> {
+    let is_name = |c: char| c.is_alphanumeric() || c == '_';
+    line.char_indices().filter_map(move |(start, c)| {
+        let begins = is_name(c) && !line[..start].ends_with(is_name);
+        let end = line[start..].find(|c| !is_name(c)).map_or(line.len(), |n| start + n);
+        begins.then(|| (&line[start..end], &line[end..]))
+    })
+}
+
+/// Line (from 0) where a file's tests begin; its end when it has none. A file may be all tests.
+fn tests_start(source: &Source) -> usize {
+    if source.path.contains("/tests/") || source.path.ends_with("/tests.rs") {
+        return 0;
+    }
+    source.text.lines().position(|l| l.trim() == "#[cfg(test)]").unwrap_or(usize::MAX)
+}
+
+fn check_header(source: &Source) -> Vec<Finding> {
+    let mut found = Vec::new();
+    if !source.text.starts_with("//!") {
+        found.push(finding(source, 1, "header", "open with `//!`: the file's one job, and whom it may import"));
+    }
+    if source.path.ends_with("/mod.rs") {
+        found.push(finding(source, 1, "mod.rs", "name the file after its module, beside the module's folder"));
+    }
+    let (tests, lines) = (tests_start(source), source.text.lines().count());
+    if tests.min(lines) > LINES_MAX {
+        let todo = format!(
+            "{} lines before the tests, of {LINES_MAX} at most: split off a part with one job",
+            tests.min(lines)
+        );
+        found.push(finding(source, LINES_MAX + 1, "length", todo));
+    }
+    found
+}
+
+fn check_macros_and_sleeps(source: &Source) -> Vec<Finding> {
+    let (code, tests) = (code_only(source.text), tests_start(source));
+    let mut found = Vec::new();
+    for (i, line) in code.lines().enumerate() {
+        for (name, rest) in names(line) {
+            if ["todo", "unimplemented", "dbg"].contains(&name) && rest.starts_with('!') {
+                found.push(finding(source, i + 1, "unfinished", format!("finish the code and remove `{name}!`")));
+            }
+            if name == "sleep" && rest.starts_with('(') && i >= tests {
+                let todo = "tests do not sleep: use virtual time, or wait for the event with a time-out";
+                found.push(finding(source, i + 1, "sleep", todo));
+            }
+        }
+    }
+    found
+}
+
+fn check_unsafe(source: &Source) -> Vec<Finding> {
+    let (code, original) = (code_only(source.text), source.text.lines().collect::<Vec<_>>());
+    let code: Vec<&str> = code.lines().collect();
+    let mut found = Vec::new();
+    for (i, line) in code.iter().enumerate() {
+        for (_, rest) in names(line).filter(|(name, _)| *name == "unsafe") {
+            let next = if rest.trim().is_empty() { code.get(i + 1).copied().unwrap_or("") } else { rest }.trim_start();
+            // The type of a function pointer does nothing unsafe; an attribute such as `unsafe(no_mangle)` does.
+            if next.strip_prefix("fn").is_some_and(|after| after.trim_start().starts_with('(')) {
+                continue;
+            }
+            if !UNSAFE_FILES.contains(&source.path) {
+                let todo = "use safe code, or add this file to UNSAFE_FILES in tidy.rs and say why in the review";
+                found.push(finding(source, i + 1, "unsafe", todo));
+            }
+            let above = &original[i.saturating_sub(SAFETY_LINES_MAX)..=i];
+            if !above.iter().any(|l| l.contains("SAFETY:") || l.contains("# Safety")) {
+                let todo = format!(
+                    "state the fact that makes it sound, as `// SAFETY: ..`, at most {SAFETY_LINES_MAX} lines above"
+                );
+                found.push(finding(source, i + 1, "safety comment", todo));
+            }
+        }
+    }
+    found
+}
+
+fn check_imports(source: &Source) -> Vec<Finding> {
+    let Some((folder, own, allowed)) = CRATES.iter().find(|c| source.path.split('/').next() == Some(c.0)) else {
+        return Vec::new();
+    };
+    let mut found = Vec::new();
+    for (i, line) in code_only(source.text).lines().enumerate() {
+        for (name, rest) in names(line) {
+            let is_crate = CRATES.iter().any(|c| c.1 == name) && rest.trim_start().starts_with("::");
+            if is_crate && name != *own && !allowed.contains(&name) {
+                let todo =
+                    format!("{folder} may not import {name}: the arrows run kernels <- actors <- runtime <- the rest");
+                found.push(finding(source, i + 1, "arrows", todo));
+            }
+        }
+    }
+    found
+}
+
+fn check_manifest(source: &Source) -> Vec<Finding> {
+    let Some((folder, _, allowed)) = CRATES.iter().find(|c| source.path == format!("{}/Cargo.toml", c.0)) else {
+        return Vec::new();
+    };
+    let (mut found, mut in_dependencies) = (Vec::new(), false);
+    for (i, line) in source.text.lines().enumerate() {
+        if line.starts_with('[') {
+            in_dependencies = line.contains("dependencies");
+        }
+        let name = line.split(['.', '=', ' ']).next().unwrap_or("").replace('-', "_");
+        if in_dependencies && CRATES.iter().any(|c| c.1 == name) && !allowed.contains(&name.as_str()) {
+            let todo =
+                format!("{folder} may not depend on {name}: the arrows run kernels <- actors <- runtime <- the rest");
+            found.push(finding(source, i + 1, "arrows", todo));
+        }
+    }
+    found
+}
+
+fn check_purity(source: &Source) -> Vec<Finding> {
+    let Some(module) = source.path.strip_prefix("actors/src/") else { return Vec::new() };
+    let module = module.split(['/', '.']).next().unwrap_or("");
+    if ACTORS_IMPURE.contains(&module) {
+        return Vec::new();
+    }
+    let mut found = Vec::new();
+    for (i, line) in code_only(source.text).lines().enumerate().take(tests_start(source)) {
+        let mentions = |path: &&&str| {
+            names(line).any(|(name, rest)| match path.split_once("::") {
+                // `std::time`, and `std::{.., time::..}` too.
+                Some((first, second)) => {
+                    let part = rest.strip_prefix("::").unwrap_or("");
+                    name == first
+                        && names(part).any(|(n, _)| n == second)
+                        && (part.starts_with('{') || part.starts_with(second))
+                }
+                None => name == **path,
+            })
+        };
+        if let Some(path) = IMPURE_PATHS.iter().find(mentions) {
+            let todo = format!("{path} in a pure module: move it to the shell, and pass what it gives as an event");
+            found.push(finding(source, i + 1, "purity", todo));
+        }
+    }
+    found
+}
+
+/// Targets of the links in a Markdown text, with their lines; code is skipped.
+fn links(text: &str) -> Vec<(usize, String)> {
+    let (mut found, mut in_code) = (Vec::new(), false);
+    for (i, line) in text.lines().enumerate() {
+        if line.trim_start().starts_with("```") {
+            in_code = !in_code;
+        }
+        if in_code {
+            continue;
+        }
+        // Inline code stands at the odd places between backticks.
+        let prose: String =
+            line.split('`').enumerate().map(|(n, part)| if n % 2 == 0 { part } else { "code" }).collect();
+        for after in prose.split("](").skip(1) {
+            if let Some((target, _)) = after.split_once(')') {
+                found.push((i + 1, target.split('#').next().unwrap_or("").to_string()));
+            }
+        }
+    }
+    found
+}
+
+/// The path that `link` in the file `from` leads to, from the repository's root.
+fn resolve(from: &str, link: &str) -> String {
+    let mut parts: Vec<&str> = from.split('/').collect();
+    parts.pop();
+    for part in link.split('/') {
+        match part {
+            "." | "" => {}
+            ".." if parts.last().is_some_and(|p| *p != "..") => drop(parts.pop()),
+            part => parts.push(part),
+        }
+    }
+    parts.join("/")
+}
+
+fn check_links(source: &Source, exists: impl Fn(&str) -> bool) -> Vec<Finding> {
+    let is_file = |link: &str| !link.is_empty() && !link.contains("://") && !link.starts_with("mailto:");
+    let broken = |(line, link): (usize, String)| {
+        let target = resolve(source.path, &link);
+        (is_file(&link) && !exists(&target))
+            .then(|| finding(source, line, "links", format!("{target} does not exist: correct the link")))
+    };
+    links(source.text).into_iter().filter_map(broken).collect()
+}
+
+/// Every page under `docs/` stands in the book's summary.
+fn check_summary(summary: &Source, pages: &[&str]) -> Vec<Finding> {
+    let linked: Vec<String> = links(summary.text).iter().map(|(_, link)| resolve(summary.path, link)).collect();
+    let missing = pages.iter().filter(|page| **page != summary.path && !linked.iter().any(|l| l == *page));
+    missing.map(|page| finding(summary, 1, "summary", format!("{page} is not in the book: link it here"))).collect()
+}
+
+/// Paths from the root of all files with one of these endings, sorted. Hidden folders and `target` are skipped.
+fn files(root: &Path, endings: &[&str]) -> Vec<String> {
+    let (mut found, mut folders) = (Vec::new(), vec![root.to_path_buf()]);
+    while let Some(folder) = folders.pop() {
+        for entry in std::fs::read_dir(&folder).expect("a readable folder") {
+            let entry = entry.expect("a readable folder");
+            let (path, name) = (entry.path(), entry.file_name().to_string_lossy().into_owned());
+            if entry.file_type().expect("a file's type").is_dir() {
+                if !name.starts_with('.') && name != "target" {
+                    folders.push(path);
+                }
+            } else if endings.iter().any(|e| name.ends_with(e)) {
+                let relative = path.strip_prefix(root).expect("below the root");
+                let parts: Vec<_> = relative.iter().map(|p| p.to_string_lossy()).collect();
+                found.push(parts.join("/"));
+            }
+        }
+    }
+    found.sort();
+    found
+}
+
+#[test]
+fn the_repository_is_tidy() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("the crate lies in the repository");
+    let paths = files(root, &[".rs", ".md", "Cargo.toml"]);
+    let pages: Vec<&str> =
+        paths.iter().map(String::as_str).filter(|p| p.starts_with("docs/") && p.ends_with(".md")).collect();
+    assert!(
+        pages.contains(&"docs/SUMMARY.md") && paths.iter().any(|p| p == "kernels/src/lib.rs"),
+        "wrong root {root:?}"
+    );
+    let mut found = Vec::new();
+    for path in &paths {
+        let text = std::fs::read_to_string(root.join(path)).expect("a readable file of UTF-8");
+        let source = Source { path, text: &text };
+        if path.ends_with(".rs") {
+            found.extend(check_header(&source));
+            found.extend(check_macros_and_sleeps(&source));
+            found.extend(check_unsafe(&source));
+            found.extend(check_imports(&source));
+            found.extend(check_purity(&source));
+        } else if path.ends_with(".md") {
+            found.extend(check_links(&source, |target| root.join(target).exists()));
+        } else {
+            found.extend(check_manifest(&source));
+        }
+        if path == "docs/SUMMARY.md" {
+            found.extend(check_summary(&source, &pages));
+        }
+    }
+    let lines: Vec<String> = found.iter().map(Finding::to_string).collect();
+    assert!(lines.is_empty(), "{} findings:\n{}", lines.len(), lines.join("\n"));
+}
+
+/// `line rule` of what a check finds.
+fn found(findings: Vec<Finding>) -> Vec<String> {
+    findings.into_iter().map(|f| format!("{} {}", f.line, f.rule)).collect()
+}
+
+fn rust<'a>(path: &'a str, text: &'a str) -> Source<'a> {
+    Source { path, text }
+}
+
+#[test]
+fn code_is_told_from_comments_and_literals() {
+    let text = "a // b\nc /* d /* e */ f\n g */ h \"i \\\" j\" k r#\"l \" m\"# n '\"' o 'p q '\\'' r";
+    let code = code_only(text);
+    let words: Vec<&str> = code.split_whitespace().collect();
+    assert_eq!(words, ["a", "c", "h", "k", "n", "o", "'p", "q", "r"]);
+    assert_eq!(code.lines().count(), text.lines().count());
+}
+
+#[test]
+fn headers_and_lengths() {
+    assert_eq!(found(check_header(&rust("a/src/mod.rs", "use b;\n"))), ["1 header", "1 mod.rs"]);
+    let long = format!("//! Long.\n{}", "fn f() {}\n".repeat(LINES_MAX));
+    assert_eq!(found(check_header(&rust("a/src/b.rs", &long))), [format!("{} length", LINES_MAX + 1)]);
+    assert_eq!(found(check_header(&rust("a/src/b/tests.rs", &long))), [""; 0]);
+    let tested = format!("//! Short.\n#[cfg(test)]\n{}", "fn f() {}\n".repeat(LINES_MAX));
+    assert_eq!(found(check_header(&rust("a/src/b.rs", &tested))), [""; 0]);
+}
+
+#[test]
+fn unfinished_code_and_sleeping_tests() {
+    let text = "fn f() { todo!() } // dbg!(x)\nfn g() { dbg!(1); thread::sleep(t) }\n#[cfg(test)]\nfn h() { sleep(t) }";
+    assert_eq!(found(check_macros_and_sleeps(&rust("a/src/b.rs", text))), ["1 unfinished", "2 unfinished", "4 sleep"]);
+    assert_eq!(found(check_macros_and_sleeps(&rust("a/tests/b.rs", "tokio::time::sleep(t).await"))), ["1 sleep"]);
+}
+
+#[test]
+fn unsafe_code_is_listed_and_explained() {
+    let text = "unsafe fn f() {}\ntype F = unsafe fn(u8);\n// unsafe { }\n#![allow(unsafe_code)]";
+    assert_eq!(found(check_unsafe(&rust("a/src/b.rs", text))), ["1 unsafe", "1 safety comment"]);
+    let near = "// SAFETY: the slot is ours until it is published\n\n\n\n\n\nunsafe { go() }";
+    assert_eq!(found(check_unsafe(&rust(UNSAFE_FILES[0], near))), [""; 0]);
+    let far = format!("// SAFETY: far away\n\n{}", near.split_once('\n').unwrap().1);
+    assert_eq!(found(check_unsafe(&rust(UNSAFE_FILES[0], &far))), ["8 safety comment"]);
+}
+
+#[test]
+fn imports_follow_the_arrows() {
+    let text = "use shardflow_kernels::op;\n// shardflow::graph\nuse shardflow::graph;\nlet shardflow = 1;";
+    assert_eq!(found(check_imports(&rust("actors/src/a.rs", text))), ["3 arrows"]);
+    assert_eq!(found(check_imports(&rust("kernels/src/a.rs", text))), ["3 arrows"]);
+    assert_eq!(found(check_imports(&rust("kernels/src/a.rs", "use shardflow_actors::spec;"))), ["1 arrows"]);
+    assert_eq!(found(check_imports(&rust("examples/src/a.rs", text))), [""; 0]);
+    let manifest = "[package]\nname = \"shardflow-kernels\"\n[dev-dependencies]\nshardflow-actors.workspace = true\n";
+    assert_eq!(found(check_manifest(&rust("kernels/Cargo.toml", manifest))), ["4 arrows"]);
+    assert_eq!(found(check_manifest(&rust("runtime/Cargo.toml", manifest))), [""; 0]);
+}
+
+#[test]
+fn the_protocol_stays_pure() {
+    let text = "//! No tokio.\nuse tokio::sync;\nuse std::collections::BTreeMap;\nuse std::{fmt, time::Duration};\n\
+                let t = std::time::Duration::ZERO;\nlet time = std::cmp::max(thread, 1);";
+    assert_eq!(found(check_purity(&rust("actors/src/protocol.rs", text))), ["2 purity", "4 purity", "5 purity"]);
+    assert_eq!(found(check_purity(&rust("actors/src/protocol/step.rs", "use shardflow_kernels::op;"))), ["1 purity"]);
+    assert_eq!(found(check_purity(&rust("actors/src/shell/queue.rs", text))), [""; 0]);
+}
+
+#[test]
+fn links_lead_somewhere() {
+    let text = "[a](b.md) [c](../d.md#e) `[f](g.md)`\n```\n[h](i.md)\n```\n[j](https://k) [l](#m) [draft]()";
+    let source = rust("docs/adr/x.md", text);
+    let findings = check_links(&source, |path| path == "docs/d.md");
+    assert_eq!(
+        findings.iter().map(Finding::to_string).collect::<Vec<_>>(),
+        ["docs/adr/x.md:1: links: docs/adr/b.md does not exist: correct the link"]
+    );
+    let summary = rust("docs/SUMMARY.md", "- [a](a.md)\n  - [b](adr/b.md)");
+    let pages = ["docs/SUMMARY.md", "docs/a.md", "docs/adr/b.md", "docs/c.md"];
+    assert_eq!(check_summary(&summary, &pages)[0].todo, "docs/c.md is not in the book: link it here");
+    assert_eq!(check_summary(&summary, &pages[..3]), []);
+}

@@ -1,0 +1,256 @@
+//! The suite that every backend must pass. A test gives [`run`] a maker of devices and asserts that nothing comes back.
+//! Each op is compared with a plain f64 reference on awkward sizes, in memory poisoned with NaN and fenced by canaries.
+//! Imports the public API of this crate; its parts are `conformance/`.
+
+use std::fmt;
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, channel};
+use std::time::Duration;
+
+use crate::device::Device;
+use crate::error::KernelError;
+use crate::memory::{Arena, Base};
+use crate::op::{Buffer, Launch, Op, Program};
+use crate::stream::{Notice, Stream, Submission};
+use crate::tensor::{DType, HostData, HostTensor, element_count};
+
+mod collectives;
+mod ops;
+mod reference;
+mod streams;
+
+/// Longest wait for anything on a device.
+const TIMEOUT: Duration = Duration::from_secs(60);
+
+/// Space between buffers, filled with canaries.
+const FENCE_BYTES: usize = 64;
+
+const CANARY: i32 = 0x5afe_c0de;
+
+/// One thing that a backend gets wrong.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Failure {
+    /// Which check, with its sizes.
+    pub check: String,
+    /// Expected and got.
+    pub what: String,
+}
+
+impl fmt::Display for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: {}", self.check, self.what)
+    }
+}
+
+/// Runs the whole suite. `make(n)` gives n devices with ranks `0..n` that share one fresh collective engine.
+pub fn run(make: &dyn Fn(usize) -> Vec<Device>) -> Vec<Failure> {
+    let mut report = Report::default();
+    if let Some(device) = make(1).first() {
+        ops::run(&mut report, device);
+        streams::run(&mut report, device);
+    }
+    collectives::run(&mut report, make);
+    report.failures
+}
+
+/// What went wrong so far.
+#[derive(Default)]
+struct Report {
+    failures: Vec<Failure>,
+}
+
+impl Report {
+    fn fail(&mut self, check: &str, what: impl fmt::Display) {
+        self.failures.push(Failure { check: check.to_owned(), what: what.to_string() });
+    }
+
+    fn expect(&mut self, check: &str, holds: bool, what: impl fmt::Display) {
+        if !holds {
+            self.fail(check, what);
+        }
+    }
+
+    /// Compares with a reference: `|got - expected| <= tolerance * (1 + |expected|)`; NaN never passes.
+    fn close(&mut self, check: &str, got: &HostTensor, expected: &[f64], tolerance: f64) {
+        let Some(got) = got.as_f32() else { return self.fail(check, "the result is not of floats") };
+        if got.len() != expected.len() {
+            return self.fail(check, format!("{} elements, expected {}", got.len(), expected.len()));
+        }
+        let wrong = |(got, expected): (&f32, &f64)| {
+            let (got, expected) = (f64::from(*got), *expected);
+            let close = (got - expected).abs() <= tolerance * (1.0 + expected.abs()) || got == expected;
+            !close
+        };
+        if let Some(i) = got.iter().zip(expected).position(wrong) {
+            self.fail(check, format!("element {i} of {}: expected {}, got {}", got.len(), expected[i], got[i]));
+        }
+    }
+}
+
+/// What a launch's write holds before it.
+#[derive(Clone)]
+enum Initial {
+    /// NaN, or a number no index has.
+    Poison(Vec<usize>),
+    /// These values: updated in place, or added to.
+    Values(HostTensor),
+    /// The memory of this read: the op works in place.
+    Read(usize),
+}
+
+/// One launch to try.
+struct Trial<'a> {
+    op: Op,
+    reads: &'a [HostTensor],
+    writes: &'a [Initial],
+    accumulate: bool,
+    repeat: bool,
+}
+
+impl<'a> Trial<'a> {
+    fn new(op: Op, reads: &'a [HostTensor], writes: &'a [Initial]) -> Self {
+        Self { op, reads, writes, accumulate: false, repeat: false }
+    }
+
+    /// Lays the buffers out in a fresh arena between canaries, launches, and returns what the writes hold.
+    fn launch(&self, device: &Device) -> Result<Vec<HostTensor>, String> {
+        let stream = device.stream("conformance", device.threads_per_stream()).map_err(|error| error.to_string())?;
+        let mut layout = Layout::default();
+        let reads: Vec<Buffer> = self.reads.iter().map(|read| layout.place(&read.shape, read.dtype())).collect();
+        let place_write = |write: &Initial| match write {
+            Initial::Poison(shape) => layout.place(shape, DType::F32),
+            Initial::Values(values) => layout.place(&values.shape, values.dtype()),
+            Initial::Read(read) => reads[*read].clone(),
+        };
+        let writes: Vec<Buffer> = self.writes.iter().map(place_write).collect();
+        let shapes: Vec<&[usize]> = self.reads.iter().map(|read| &read.shape[..]).collect();
+        let workspace_bytes = self.op.workspace_bytes(&shapes, stream.threads());
+        let workspace = (workspace_bytes > 0).then(|| layout.place(&[workspace_bytes / 4], DType::F32));
+        let arena = layout.arena(device).map_err(|error| error.to_string())?;
+        for (buffer, tensor) in reads.iter().zip(self.reads) {
+            arena.write_host(buffer.offset, tensor).map_err(|error| error.to_string())?;
+        }
+        for (buffer, write) in writes.iter().zip(self.writes) {
+            let elements = element_count(&buffer.shape);
+            let initial = match write {
+                Initial::Poison(shape) => HostTensor::f32(shape, vec![f32::NAN; elements]),
+                Initial::Values(values) => values.clone(),
+                Initial::Read(_) => continue,
+            };
+            arena.write_host(buffer.offset, &initial).map_err(|error| error.to_string())?;
+        }
+        if let Some(buffer) = &workspace {
+            let poison = HostTensor::f32(&buffer.shape, vec![f32::NAN; element_count(&buffer.shape)]);
+            arena.write_host(buffer.offset, &poison).map_err(|error| error.to_string())?;
+        }
+        let launch =
+            Launch { op: self.op.clone(), reads, writes: writes.clone(), accumulate: self.accumulate, workspace };
+        run_program(&stream, vec![launch], &[&arena], self.repeat).map_err(|error| error.to_string())?;
+        layout.check_fences(&arena)?;
+        writes
+            .iter()
+            .map(|buffer| arena.read_host(buffer.offset, &buffer.shape, buffer.dtype).map_err(|e| e.to_string()))
+            .collect()
+    }
+}
+
+/// Buffers one after another, with fences between.
+#[derive(Default)]
+struct Layout {
+    fences: Vec<usize>,
+    end: usize,
+}
+
+impl Layout {
+    fn place(&mut self, shape: &[usize], dtype: DType) -> Buffer {
+        self.fences.push(self.end);
+        let offset = self.end + FENCE_BYTES;
+        self.end = offset + element_count(shape) * dtype.bytes();
+        Buffer { base: 0, offset, shape: shape.to_vec(), dtype }
+    }
+
+    fn fence() -> HostTensor {
+        let words = FENCE_BYTES / DType::I32.bytes();
+        HostTensor::i32(&[words], vec![CANARY; words])
+    }
+
+    /// An arena of this layout, its fences set.
+    fn arena(&mut self, device: &Device) -> Result<Arena, KernelError> {
+        self.fences.push(self.end);
+        let arena = device.arena(self.end + FENCE_BYTES)?;
+        self.fences.iter().try_for_each(|&fence| arena.write_host(fence, &Self::fence()))?;
+        Ok(arena)
+    }
+
+    fn check_fences(&self, arena: &Arena) -> Result<(), String> {
+        for &fence in &self.fences {
+            let expected = Self::fence();
+            let got = arena.read_host(fence, &expected.shape, DType::I32).map_err(|error| error.to_string())?;
+            if got != expected {
+                return Err(format!("wrote outside its buffers, into the {FENCE_BYTES} bytes from {fence}"));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Submits launches as one program, base i being arena i, and waits for its end.
+fn run_program(stream: &Stream, launches: Vec<Launch>, arenas: &[&Arena], repeat: bool) -> Result<(), KernelError> {
+    let notices =
+        submit(stream, Program { name: "conformance".to_owned(), launches, signals: vec![] }, arenas, repeat)?;
+    wait(&notices)
+}
+
+/// Submits a program, base i being arena i.
+fn submit(stream: &Stream, program: Program, arenas: &[&Arena], repeat: bool) -> Result<Receiver<Notice>, KernelError> {
+    let (sender, notices) = channel();
+    let bases = arenas.iter().map(|&arena| Base { arena: arena.clone(), offset: 0 }).collect();
+    let notify = Box::new(move |notice| drop(sender.send(notice)));
+    stream.submit(Submission { program: Arc::new(program), bases, repeat, notify })?;
+    Ok(notices)
+}
+
+/// Waits for the end of a submission.
+fn wait(notices: &Receiver<Notice>) -> Result<(), KernelError> {
+    loop {
+        match notices.recv_timeout(TIMEOUT) {
+            Ok(Notice::Signal(_)) => {}
+            Ok(Notice::Done) => return Ok(()),
+            Ok(Notice::Failed(error)) => return Err(error),
+            Err(cause) => return Err(KernelError::Aborted { cause: format!("no end of the program: {cause}") }),
+        }
+    }
+}
+
+/// Numbers that look random and are the same in every run.
+struct Numbers(u64);
+
+impl Numbers {
+    fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut x = self.0;
+        x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        x ^ (x >> 31)
+    }
+
+    /// Uniform in `-size .. size`.
+    fn tensor(&mut self, shape: &[usize], size: f32) -> HostTensor {
+        let unit = |bits: u64| (bits >> 40) as f32 / (1u64 << 23) as f32 - 1.0;
+        HostTensor::f32(shape, (0..element_count(shape)).map(|_| size * unit(self.next())).collect())
+    }
+
+    /// Indices below `below`.
+    fn indices(&mut self, shape: &[usize], below: usize) -> HostTensor {
+        let data = (0..element_count(shape)).map(|_| (self.next() % below as u64) as i32).collect();
+        HostTensor::i32(shape, data)
+    }
+}
+
+/// A tensor's floats in f64; integers too.
+fn wide(tensor: &HostTensor) -> Vec<f64> {
+    match &tensor.data {
+        HostData::F32(values) => values.iter().map(|&value| f64::from(value)).collect(),
+        HostData::I32(values) => values.iter().map(|&value| f64::from(value)).collect(),
+    }
+}

@@ -1,0 +1,425 @@
+//! Collectives of one to four devices: results to the bit, bytes counted, disagreement, abort.
+//! Imports `conformance` and the public API.
+
+use std::sync::Arc;
+
+use super::{Numbers, Report, run_program, submit, wait};
+use crate::collective::{CollectiveCall, CollectiveKind, Group, ReduceOp};
+use crate::device::Device;
+use crate::error::KernelError;
+use crate::memory::Arena;
+use crate::op::{Buffer, Launch, Op, Program};
+use crate::stream::Stream;
+use crate::tensor::{DType, HostTensor, Region, element_count, split_range};
+
+/// One device with a stream, and an arena that holds x at 0 and y behind it.
+struct Member {
+    device: Device,
+    stream: Stream,
+    arena: Arena,
+}
+
+/// Bytes of a member's arena: x takes the first half at most.
+const ARENA_BYTES: usize = 1 << 16;
+
+/// Where y lies.
+const Y: usize = ARENA_BYTES / 2;
+
+/// What one member brings, and what it should get.
+struct Role {
+    x: HostTensor,
+    y_shape: Vec<usize>,
+    in_place: bool,
+    expected: Vec<f32>,
+    bytes: usize,
+}
+
+pub(super) fn run(report: &mut Report, make: &dyn Fn(usize) -> Vec<Device>) {
+    for n in 1..=4 {
+        let members = match members(make, n) {
+            Ok(members) => members,
+            Err(error) => return report.fail("collectives", error),
+        };
+        let mut suite = Suite { report, members: &members, numbers: Numbers(n as u64), group: 0 };
+        suite.all_reduces();
+        suite.moves();
+        suite.reduce_scatters();
+        suite.point_to_point();
+        suite.broadcasts();
+    }
+    disagreements(report, make);
+    aborts(report, make);
+}
+
+fn members(make: &dyn Fn(usize) -> Vec<Device>, n: usize) -> Result<Vec<Member>, KernelError> {
+    let member = |device: Device| {
+        Ok(Member { stream: device.stream("collective", 1)?, arena: device.arena(ARENA_BYTES)?, device })
+    };
+    make(n).into_iter().map(member).collect()
+}
+
+fn launch(call: CollectiveCall, x: Option<&HostTensor>, y: Option<(&[usize], usize, DType)>) -> Launch {
+    let buffer = |offset, shape: &[usize], dtype| Buffer { base: 0, offset, shape: shape.to_vec(), dtype };
+    Launch {
+        op: Op::Collective(call),
+        reads: x.map(|x| buffer(0, &x.shape, x.dtype())).into_iter().collect(),
+        writes: y.map(|(shape, offset, dtype)| buffer(offset, shape, dtype)).into_iter().collect(),
+        accumulate: false,
+        workspace: None,
+    }
+}
+
+struct Suite<'a> {
+    report: &'a mut Report,
+    members: &'a [Member],
+    numbers: Numbers,
+    group: u32,
+}
+
+/// The even, the uneven and the empty splits of a dim, and blocks of two dims.
+fn splits(shape: &[usize], n: usize) -> Vec<Vec<Region>> {
+    let mut all = Vec::new();
+    for dim in 0..shape.len() {
+        let part = |i: usize| {
+            let range = split_range(shape[dim], n, i);
+            let mut region = Region::whole(shape);
+            (region.start[dim], region.size[dim]) = (range.start, range.len());
+            region
+        };
+        all.push((0..n).map(part).collect());
+    }
+    // All on the last member.
+    let mut parts = vec![Region { start: vec![0; shape.len()], size: vec![0; shape.len()] }; n];
+    parts[n - 1] = Region::whole(shape);
+    all.push(parts);
+    all
+}
+
+/// The elements of a region of a whole tensor.
+fn cut(whole: &[f32], shape: &[usize], region: &Region) -> Vec<f32> {
+    let place = |mut index: usize| {
+        let (mut place, mut stride) = (0, 1);
+        for d in (0..shape.len()).rev() {
+            place += (region.start[d] + index % region.size[d]) * stride;
+            index /= region.size[d];
+            stride *= shape[d];
+        }
+        place
+    };
+    (0..region.element_count()).map(|index| whole[place(index)]).collect()
+}
+
+/// Member 0 first, in f32: the order that every engine must keep.
+fn combine(op: ReduceOp, wholes: &[Vec<f32>]) -> Vec<f32> {
+    let mut sum = wholes[0].clone();
+    for whole in &wholes[1..] {
+        for (a, b) in sum.iter_mut().zip(whole) {
+            *a = match op {
+                ReduceOp::Sum => *a + b,
+                ReduceOp::Max => a.max(*b),
+            };
+        }
+    }
+    sum
+}
+
+impl Suite<'_> {
+    fn values(&mut self, elements: usize) -> Vec<f32> {
+        self.numbers.tensor(&[elements], 1.0).as_f32().unwrap_or_default().to_vec()
+    }
+
+    /// Runs one collective on all members twice, and compares bits and bytes.
+    fn check(&mut self, kind: CollectiveKind, roles: &[Role]) {
+        let members = self.members;
+        self.group += 1;
+        let group = Arc::new(Group { id: self.group, ranks: (0..members.len()).collect() });
+        let check = format!("{kind:?} of {} members", members.len());
+        for _ in 0..2 {
+            if let Err(error) = self.exchange(&check, &group, &kind, roles) {
+                self.report.fail(&check, error);
+            }
+        }
+    }
+
+    fn exchange(
+        &mut self,
+        check: &str,
+        group: &Arc<Group>,
+        kind: &CollectiveKind,
+        roles: &[Role],
+    ) -> Result<(), KernelError> {
+        let received = |member: &Member| member.device.engine().bytes_received(member.device.rank());
+        let before: Vec<u64> = self.members.iter().map(received).collect();
+        let mut ends = Vec::new();
+        for (i, (member, role)) in self.members.iter().zip(roles).enumerate() {
+            member.arena.write_host(0, &role.x)?;
+            let poison = vec![f32::NAN; element_count(&role.y_shape) + 1];
+            member.arena.write_host(Y, &HostTensor::f32(&[poison.len()], poison))?;
+            let y = (&role.y_shape[..], if role.in_place { 0 } else { Y }, role.x.dtype());
+            let call = CollectiveCall { group: group.clone(), member: i, kind: kind.clone() };
+            let launches = vec![launch(call, Some(&role.x), Some(y))];
+            let program = Program { name: check.to_owned(), launches, signals: vec![] };
+            ends.push((member, role, submit(&member.stream, program, &[&member.arena], false)?));
+        }
+        for (i, (member, role, end)) in ends.into_iter().enumerate() {
+            wait(&end)?;
+            let offset = if role.in_place { 0 } else { Y };
+            let got = member.arena.read_host(offset, &role.y_shape, role.x.dtype())?;
+            let bits = |values: &[f32]| values.iter().map(|v| v.to_bits()).collect::<Vec<_>>();
+            let same = got.as_f32().map(bits) == Some(bits(&role.expected));
+            let check = format!("{check}, member {i}, x {:?}, in place {}", role.x.shape, role.in_place);
+            self.report.expect(&check, same, format!("expected {:?}, got {:?}", role.expected, got.as_f32()));
+            let after = member.arena.read_host(Y + 4 * element_count(&role.y_shape), &[1], DType::F32)?;
+            let untouched = after.as_f32().is_some_and(|after| after[0].is_nan());
+            self.report.expect(&check, untouched, "wrote behind y");
+            let bytes = received(member) - before[i];
+            self.report.expect(
+                &check,
+                bytes == role.bytes as u64,
+                format!("counted {bytes} bytes, not {}", role.bytes),
+            );
+        }
+        Ok(())
+    }
+
+    fn all_reduces(&mut self) {
+        let n = self.members.len();
+        for (elements, op) in
+            [(0, ReduceOp::Sum), (1, ReduceOp::Sum), (3, ReduceOp::Max), (17, ReduceOp::Sum), (5003, ReduceOp::Sum)]
+        {
+            for in_place in [false, true] {
+                let xs: Vec<_> = (0..n).map(|_| self.values(elements)).collect();
+                let sum = combine(op, &xs);
+                let role = |(i, x): (usize, &Vec<f32>)| {
+                    let own = split_range(elements, n, i).len();
+                    Role {
+                        x: HostTensor::f32(&[elements], x.clone()),
+                        y_shape: vec![elements],
+                        in_place,
+                        expected: sum.clone(),
+                        bytes: 4 * ((n - 1) * own + elements - own),
+                    }
+                };
+                let roles: Vec<_> = xs.iter().enumerate().map(role).collect();
+                self.check(CollectiveKind::AllReduce { op }, &roles);
+            }
+        }
+    }
+
+    /// All-gather and all-to-all between every pair of splits.
+    fn moves(&mut self) {
+        let n = self.members.len();
+        for shape in [vec![5, 7], vec![4, 3, 2], vec![1], vec![0, 3]] {
+            let whole = self.values(element_count(&shape));
+            let x = |region: &Region| HostTensor::f32(&region.size, cut(&whole, &shape, region));
+            for sources in splits(&shape, n) {
+                let role = |part: &Region| Role {
+                    x: x(part),
+                    y_shape: shape.clone(),
+                    in_place: false,
+                    expected: whole.clone(),
+                    bytes: 4 * (whole.len() - part.element_count()),
+                };
+                let roles: Vec<_> = sources.iter().map(role).collect();
+                self.check(CollectiveKind::AllGather { parts: sources.clone() }, &roles);
+                for targets in splits(&shape, n) {
+                    let role = |(source, target): (&Region, &Region)| {
+                        let own = source.intersect(target).map_or(0, |common| common.element_count());
+                        Role {
+                            x: x(source),
+                            y_shape: target.size.clone(),
+                            in_place: false,
+                            expected: cut(&whole, &shape, target),
+                            bytes: 4 * (target.element_count() - own),
+                        }
+                    };
+                    let roles: Vec<_> = sources.iter().zip(&targets).map(role).collect();
+                    self.check(CollectiveKind::AllToAll { sources: sources.clone(), targets }, &roles);
+                }
+            }
+            // Everybody has everything: nothing moves.
+            let everything = vec![Region::whole(&shape); n];
+            for targets in splits(&shape, n) {
+                let role = |target: &Region| Role {
+                    x: x(&everything[0]),
+                    y_shape: target.size.clone(),
+                    in_place: false,
+                    expected: cut(&whole, &shape, target),
+                    bytes: 0,
+                };
+                let roles: Vec<_> = targets.iter().map(role).collect();
+                self.check(CollectiveKind::AllToAll { sources: everything.clone(), targets }, &roles);
+            }
+        }
+    }
+
+    fn reduce_scatters(&mut self) {
+        let n = self.members.len();
+        for shape in [vec![5, 7], vec![4, 3, 2], vec![0, 3]] {
+            for parts in splits(&shape, n) {
+                let xs: Vec<_> = (0..n).map(|_| self.values(element_count(&shape))).collect();
+                let sum = combine(ReduceOp::Sum, &xs);
+                let role = |(x, part): (&Vec<f32>, &Region)| Role {
+                    x: HostTensor::f32(&shape, x.clone()),
+                    y_shape: part.size.clone(),
+                    in_place: false,
+                    expected: cut(&sum, &shape, part),
+                    bytes: 4 * (n - 1) * part.element_count(),
+                };
+                let roles: Vec<_> = xs.iter().zip(&parts).map(role).collect();
+                self.check(CollectiveKind::ReduceScatter { op: ReduceOp::Sum, parts: parts.clone() }, &roles);
+            }
+        }
+    }
+
+    fn broadcasts(&mut self) {
+        let n = self.members.len();
+        for root in 0..n {
+            for in_place in [false, true] {
+                let xs: Vec<_> = (0..n).map(|_| self.values(33)).collect();
+                let role = |(i, x): (usize, &Vec<f32>)| Role {
+                    x: HostTensor::f32(&[3, 11], x.clone()),
+                    y_shape: vec![3, 11],
+                    in_place,
+                    expected: xs[root].clone(),
+                    bytes: if i == root { 0 } else { 4 * 33 },
+                };
+                let roles: Vec<_> = xs.iter().enumerate().map(role).collect();
+                self.check(CollectiveKind::Broadcast { root }, &roles);
+            }
+        }
+    }
+
+    /// A ring in two rounds: messages between two members arrive in the order in which they were sent.
+    fn point_to_point(&mut self) {
+        let n = self.members.len();
+        if n < 2 {
+            return;
+        }
+        if let Err(error) = self.chain(n) {
+            self.report.fail(&format!("send and receive along {n} members"), error);
+        }
+    }
+
+    fn chain(&mut self, n: usize) -> Result<(), KernelError> {
+        self.group += 1;
+        let group = Arc::new(Group { id: self.group, ranks: (0..n).collect() });
+        let call = |member, kind| CollectiveCall { group: group.clone(), member, kind };
+        let x = HostTensor::i32(&[2], vec![41, 42]);
+        self.members[0].arena.write_host(0, &x)?;
+        let mut ends = Vec::new();
+        for (i, member) in self.members.iter().enumerate() {
+            let buffer = |offset| Buffer { base: 0, offset, shape: vec![1], dtype: DType::I32 };
+            let mut launches = Vec::new();
+            for offset in [0, 4] {
+                let mut push = |kind, reads, writes| {
+                    launches.push(Launch {
+                        op: Op::Collective(call(i, kind)),
+                        reads,
+                        writes,
+                        accumulate: false,
+                        workspace: None,
+                    });
+                };
+                if i > 0 {
+                    push(CollectiveKind::Receive { from: i - 1 }, vec![], vec![buffer(offset)]);
+                }
+                if i + 1 < n {
+                    push(CollectiveKind::Send { to: i + 1 }, vec![buffer(offset)], vec![]);
+                }
+            }
+            let program = Program { name: "chain".to_owned(), launches, signals: vec![] };
+            ends.push(submit(&member.stream, program, &[&member.arena], false)?);
+        }
+        ends.iter().try_for_each(wait)?;
+        let got = self.members[n - 1].arena.read_host(0, &[2], DType::I32)?;
+        self.report.expect("send and receive", got == x, format!("expected {x:?}, got {got:?}"));
+        Ok(())
+    }
+}
+
+/// Members that call different things all learn of it.
+fn disagreements(report: &mut Report, make: &dyn Fn(usize) -> Vec<Device>) {
+    let sum = || CollectiveKind::AllReduce { op: ReduceOp::Sum };
+    let max = || CollectiveKind::AllReduce { op: ReduceOp::Max };
+    let gather = || CollectiveKind::AllGather { parts: splits(&[6], 3).swap_remove(0) };
+    let cases = [
+        ("another op", sum(), max(), [6, 6], [6, 6]),
+        ("another shape", sum(), sum(), [6, 6], [5, 5]),
+        ("another kind", sum(), gather(), [6, 6], [2, 6]),
+        ("buffers that do not fit", sum(), sum(), [6, 6], [6, 5]),
+        ("a send", sum(), CollectiveKind::Send { to: 0 }, [6, 6], [6, 0]),
+        ("a receive", sum(), CollectiveKind::Receive { from: 0 }, [6, 6], [0, 6]),
+    ];
+    for (what, usual, odd, usual_shape, odd_shape) in cases {
+        // Whoever comes first: everybody has to be told.
+        for odd_member in 0..3 {
+            let check = format!("member {odd_member} of 3 calls {what}");
+            if odd_member == 0 && matches!(odd, CollectiveKind::Send { to: 0 } | CollectiveKind::Receive { from: 0 }) {
+                continue;
+            }
+            let result = members(make, 3).and_then(|members| {
+                let group = Arc::new(Group { id: 1, ranks: vec![0, 1, 2] });
+                let mut ends = Vec::new();
+                for (i, member) in members.iter().enumerate() {
+                    let (kind, [x, y]) = if i == odd_member { (&odd, odd_shape) } else { (&usual, usual_shape) };
+                    let call = CollectiveCall { group: group.clone(), member: i, kind: kind.clone() };
+                    let x = HostTensor::f32(&[x], vec![1.0; x]);
+                    let reads = (!matches!(kind, CollectiveKind::Receive { .. })).then_some(&x);
+                    let y = [y];
+                    let writes = (!matches!(kind, CollectiveKind::Send { .. })).then_some((&y[..], Y, DType::F32));
+                    let program =
+                        Program { name: check.clone(), launches: vec![launch(call, reads, writes)], signals: vec![] };
+                    ends.push(submit(&member.stream, program, &[&member.arena], false)?);
+                }
+                Ok(ends.iter().map(wait).collect::<Vec<_>>())
+            });
+            let told = |result: &Result<(), KernelError>| {
+                matches!(result, Err(KernelError::CollectiveMismatch { .. } | KernelError::Arguments { .. }))
+            };
+            let all_told = result.as_ref().is_ok_and(|results| results.iter().all(told));
+            report.expect(&check, all_told, format!("{result:?}"));
+        }
+    }
+}
+
+/// An abort wakes whoever waits, and refuses whoever comes later.
+fn aborts(report: &mut Report, make: &dyn Fn(usize) -> Vec<Device>) {
+    let kinds = [
+        CollectiveKind::AllReduce { op: ReduceOp::Sum },
+        CollectiveKind::Send { to: 1 },
+        CollectiveKind::Receive { from: 1 },
+    ];
+    for kind in kinds {
+        let check = format!("abort of {kind:?}");
+        if let Err(error) = abort(report, &check, make, kind) {
+            report.fail(&check, error);
+        }
+    }
+}
+
+fn abort(
+    report: &mut Report,
+    check: &str,
+    make: &dyn Fn(usize) -> Vec<Device>,
+    kind: CollectiveKind,
+) -> Result<(), KernelError> {
+    let members = members(make, 2)?;
+    let group = Arc::new(Group { id: 1, ranks: vec![0, 1] });
+    let x = HostTensor::f32(&[2], vec![1.0; 2]);
+    let call = CollectiveCall { group, member: 0, kind };
+    let reads = (!matches!(call.kind, CollectiveKind::Receive { .. })).then_some(&x);
+    let writes = (!matches!(call.kind, CollectiveKind::Send { .. })).then_some((&[2][..], Y, DType::F32));
+    let launch = launch(call, reads, writes);
+    let program = Program { name: check.to_owned(), launches: vec![launch.clone()], signals: vec![(0, 1)] };
+    let waiting = submit(&members[0].stream, program, &[&members[0].arena], false)?;
+    // The signal says that the stream has come to the collective.
+    let begun = waiting.recv_timeout(super::TIMEOUT).is_ok();
+    members[1].device.engine().abort("the test says so");
+    members[1].device.engine().abort("a later cause");
+    let expected = Err(KernelError::Aborted { cause: "the test says so".to_owned() });
+    let first = wait(&waiting);
+    let later = run_program(&members[0].stream, vec![launch], &[&members[0].arena], false);
+    report.expect(check, begun && first == expected && later == expected, format!("{first:?}, then {later:?}"));
+    Ok(())
+}

@@ -1,0 +1,499 @@
+//! Every op against its f64 reference. Imports `conformance` and its `reference`, and the public API.
+
+use super::reference as exact;
+use super::{Initial, Numbers, Report, Trial, wide};
+use crate::device::Device;
+use crate::op::{Einsum, Op};
+use crate::tensor::{HostData, HostTensor, Region, element_count, split_range};
+
+/// Flat sizes: none, one, around a vector's width, and enough for several threads.
+const SIZES: [usize; 8] = [0, 1, 3, 16, 17, 65, 1000, 70_003];
+
+/// What single-precision kernels reach on values of about 1.
+const CLOSE: f64 = 2e-6;
+
+/// The same for long sums.
+const CLOSE_SUM: f64 = 2e-5;
+
+pub(super) fn run(report: &mut Report, device: &Device) {
+    let mut suite = Suite { report, device, numbers: Numbers(1) };
+    suite.elementwise();
+    suite.copies();
+    suite.sums();
+    suite.einsums();
+    suite.embeddings();
+    suite.layer_norms();
+    suite.attentions();
+    suite.cross_entropies();
+    suite.optimizers();
+    suite.dropouts();
+    suite.refusals();
+}
+
+struct Suite<'a> {
+    report: &'a mut Report,
+    device: &'a Device,
+    numbers: Numbers,
+}
+
+/// A write's shape and what it should hold.
+type Expected = (Vec<usize>, Vec<f64>);
+
+impl Suite<'_> {
+    /// Launches over poison; and, where the op can accumulate, over values, with `repeat` (adds) and without (does not).
+    fn check(&mut self, what: &str, op: Op, reads: &[HostTensor], expected: &[Expected], tolerance: f64) {
+        let shapes: Vec<_> = reads.iter().map(|read| &read.shape).collect();
+        let check = format!("{} {what} {shapes:?}", op.name());
+        let poison: Vec<Initial> = expected.iter().map(|(shape, _)| Initial::Poison(shape.clone())).collect();
+        self.compare(&check, &Trial::new(op.clone(), reads, &poison), expected, tolerance);
+        let Some(sum) = op.can_accumulate() else { return };
+        let before = self.numbers.tensor(&expected[sum].0, 1.0);
+        let mut writes = poison;
+        writes[sum] = Initial::Values(before.clone());
+        let trial = Trial { accumulate: true, ..Trial::new(op, reads, &writes) };
+        self.compare(&format!("{check}, first of a sum"), &trial, expected, tolerance);
+        let mut added = expected.to_vec();
+        added[sum].1.iter_mut().zip(wide(&before)).for_each(|(sum, before)| *sum += before);
+        self.compare(&format!("{check}, added"), &Trial { repeat: true, ..trial }, &added, tolerance);
+    }
+
+    fn compare(&mut self, check: &str, trial: &Trial<'_>, expected: &[Expected], tolerance: f64) {
+        match trial.launch(self.device) {
+            Err(error) => self.report.fail(check, error),
+            Ok(got) => {
+                for (i, (got, (_, expected))) in got.iter().zip(expected).enumerate() {
+                    self.report.close(&format!("{check}, write {i}"), got, expected, tolerance);
+                }
+            }
+        }
+    }
+
+    /// As `check` for one result of read 0's shape; and again for each read whose memory the result may take.
+    fn check_in_place(&mut self, op: Op, reads: &[HostTensor], in_place: &[usize], expected: Vec<f64>, tolerance: f64) {
+        let expected = [(reads[in_place[0]].shape.clone(), expected)];
+        self.check("", op.clone(), reads, &expected, tolerance);
+        for &read in in_place {
+            let check = format!("{} in place of read {read}, {:?}", op.name(), reads[read].shape);
+            self.compare(&check, &Trial::new(op.clone(), reads, &[Initial::Read(read)]), &expected, tolerance);
+        }
+    }
+
+    fn launch(&mut self, check: &str, op: Op, reads: &[HostTensor], writes: &[Initial]) -> Option<Vec<HostTensor>> {
+        let result = Trial::new(op, reads, writes).launch(self.device);
+        result.map_err(|error| self.report.fail(check, error)).ok()
+    }
+
+    fn elementwise(&mut self) {
+        for n in SIZES {
+            // Large enough to reach both tails of GELU.
+            let x = self.numbers.tensor(&[n], 8.0);
+            let dy = self.numbers.tensor(&[n], 2.0);
+            let (x_wide, dy_wide) = (wide(&x), wide(&dy));
+            self.check("", Op::Fill { value: -1.5 }, &[], &[(vec![n], vec![-1.5; n])], 0.0);
+            let scaled = x_wide.iter().map(|x| -0.3 * x).collect();
+            self.check_in_place(Op::Scale { factor: -0.3 }, &[x.clone()], &[0], scaled, CLOSE);
+            let gelu = x_wide.iter().map(|&x| exact::gelu(x)).collect();
+            self.check_in_place(Op::Gelu, &[x.clone()], &[0], gelu, CLOSE);
+            let slope = |(dy, x): (&f64, &f64)| dy * exact::derivative(exact::gelu, *x);
+            let gelu_grad = dy_wide.iter().zip(&x_wide).map(slope).collect();
+            self.check_in_place(Op::GeluGrad, &[dy.clone(), x.clone()], &[0, 1], gelu_grad, CLOSE);
+            let sum = x_wide.iter().zip(&dy_wide).map(|(a, b)| a + b).collect();
+            self.check_in_place(Op::Add, &[x, dy], &[0, 1], sum, CLOSE);
+        }
+        for (leading, suffix) in
+            [(3, vec![]), (3, vec![5]), (1, vec![2, 17]), (0, vec![4]), (4, vec![0]), (700, vec![65])]
+        {
+            let a = self.numbers.tensor(&[&[leading], &suffix[..]].concat(), 1.0);
+            let b = self.numbers.tensor(&suffix, 1.0);
+            let repeated = wide(&b).into_iter().cycle();
+            let sum = wide(&a).into_iter().zip(repeated).map(|(a, b)| a + b).collect();
+            self.check_in_place(Op::Add, &[a, b], &[0], sum, CLOSE);
+        }
+    }
+
+    fn copies(&mut self) {
+        for n in SIZES {
+            let x = self.numbers.tensor(&[n], 1.0);
+            let expected = [(vec![1, n], wide(&x))];
+            self.check("", Op::Copy, &[x], &expected, 1e-7);
+            let x = self.numbers.indices(&[n], 99);
+            let writes = [Initial::Values(HostTensor::i32(&[n], vec![-7; n]))];
+            if let Some(got) = self.launch("copy of integers", Op::Copy, std::slice::from_ref(&x), &writes) {
+                self.report.expect("copy of integers", got[0] == x, "the copy differs");
+            }
+        }
+        let boxes = [
+            (vec![5, 7], vec![1, 2], vec![3, 4], vec![6, 4], vec![2, 0]),
+            (vec![5, 7], vec![1, 0], vec![3, 7], vec![4, 7], vec![1, 0]),
+            (vec![2, 3, 4], vec![0, 1, 3], vec![2, 2, 1], vec![2, 2, 2], vec![0, 0, 1]),
+            (vec![3], vec![1], vec![0], vec![2], vec![2]),
+            (vec![], vec![], vec![], vec![], vec![]),
+        ];
+        for (from_shape, from, size, to_shape, to) in boxes {
+            let (x, y) = (self.numbers.tensor(&from_shape, 1.0), self.numbers.tensor(&to_shape, 1.0));
+            let (src, dst) = (Region { start: from, size: size.clone() }, Region { start: to, size });
+            let op = Op::CopyRegion { src: src.clone(), dst: dst.clone() };
+            for (accumulate, repeat) in [(false, false), (true, true), (true, false)] {
+                let mut expected = wide(&y);
+                for index in 0..src.element_count() {
+                    let (from, to) = (flat(index, &src, &from_shape), flat(index, &dst, &to_shape));
+                    let kept = if accumulate && repeat { expected[to] } else { 0.0 };
+                    expected[to] = kept + wide(&x)[from];
+                }
+                let check = format!("copy_region {src:?} {dst:?} accumulate {accumulate} repeat {repeat}");
+                let (reads, writes) = ([x.clone()], [Initial::Values(y.clone())]);
+                let trial = Trial { accumulate, repeat, ..Trial::new(op.clone(), &reads, &writes) };
+                self.compare(&check, &trial, &[(to_shape.clone(), expected)], 1e-6);
+            }
+        }
+    }
+
+    fn sums(&mut self) {
+        for (rows, width) in [(0, 3), (1, 1), (3, 17), (65, 1), (33, 65), (900, 130), (5, 0)] {
+            let x = self.numbers.tensor(&[rows, width], 1.0);
+            let mut sums = vec![0.0; width];
+            wide(&x).iter().enumerate().for_each(|(i, x)| sums[i % width] += x);
+            self.check("", Op::SumLeading, std::slice::from_ref(&x), &[(vec![width], sums)], CLOSE_SUM);
+            let total = wide(&x).iter().sum();
+            self.check("to a scalar", Op::SumLeading, &[x], &[(vec![], vec![total])], CLOSE_SUM);
+        }
+    }
+
+    fn einsums(&mut self) {
+        let cases: [(&str, &[usize], &[usize]); 15] = [
+            ("mk,kn->mn", &[1, 1], &[1, 1]),
+            ("mk,kn->mn", &[3, 17], &[17, 65]),
+            ("mk,nk->mn", &[65, 3], &[17, 3]),
+            ("km,kn->mn", &[17, 65], &[17, 3]),
+            ("km,nk->mn", &[17, 3], &[65, 17]),
+            ("mk,kn->nm", &[17, 3], &[3, 65]),
+            ("km,nk->nm", &[3, 65], &[17, 3]),
+            ("mk,kn->mn", &[129, 67], &[67, 131]),
+            ("mk,nk->mn", &[33, 65], &[300, 65]),
+            ("mk,kn->mn", &[0, 3], &[3, 5]),
+            ("mk,kn->mn", &[4, 0], &[0, 5]),
+            ("mk,kn->mn", &[4, 3], &[3, 0]),
+            ("btc,hdc->bthd", &[2, 3, 5], &[2, 4, 5]),
+            ("bthd,btc->hdc", &[2, 3, 2, 4], &[2, 3, 5]),
+            ("k,k->", &[65], &[65]),
+        ];
+        for (text, a_shape, b_shape) in cases {
+            let (a, b) = (self.numbers.tensor(a_shape, 1.0), self.numbers.tensor(b_shape, 1.0));
+            let parsed = Einsum::parse(text).and_then(|einsum| {
+                Ok((einsum.gemm_dims(a_shape, b_shape)?, einsum.output_shape(a_shape, b_shape)?, einsum))
+            });
+            let (dims, shape, einsum) = match parsed {
+                Ok(parsed) => parsed,
+                Err(error) => {
+                    self.report.fail(text, error);
+                    continue;
+                }
+            };
+            let (m, n, k) = (dims.m, dims.n, dims.k);
+            let a_plain = if dims.a_transposed { exact::transpose(&wide(&a), k, m) } else { wide(&a) };
+            let b_plain = if dims.b_transposed { exact::transpose(&wide(&b), n, k) } else { wide(&b) };
+            let product = exact::matmul(&a_plain, &b_plain, (m, n, k));
+            let product = if dims.out_transposed { exact::transpose(&product, m, n) } else { product };
+            self.check(text, Op::Einsum(einsum), &[a, b], &[(shape, product)], CLOSE_SUM);
+        }
+    }
+
+    fn embeddings(&mut self) {
+        for (tokens, vocab, width, start) in
+            [(0, 3, 2, 0), (1, 1, 1, 0), (17, 5, 3, 0), (17, 5, 3, 4), (65, 0, 3, 2), (9, 3, 0, 0), (1000, 65, 65, 20)]
+        {
+            let ids = self.numbers.indices(&[1, tokens], 100.min(start + vocab + 2));
+            let table = self.numbers.tensor(&[vocab, width], 1.0);
+            let dy = self.numbers.tensor(&[1, tokens, width], 1.0);
+            let (mut y, mut dtable) = (vec![0.0; tokens * width], vec![0.0; vocab * width]);
+            for (token, id) in wide(&ids).into_iter().enumerate() {
+                let Some(row) = (id as usize).checked_sub(start).filter(|&row| row < vocab) else { continue };
+                for c in 0..width {
+                    y[token * width + c] = wide(&table)[row * width + c];
+                    dtable[row * width + c] += wide(&dy)[token * width + c];
+                }
+            }
+            let op = Op::Embedding { vocab_start: start };
+            self.check("", op, &[ids.clone(), table], &[(vec![1, tokens, width], y)], 0.0);
+            let op = Op::EmbeddingGrad { vocab_start: start };
+            self.check("", op, &[ids, dy], &[(vec![vocab, width], dtable)], CLOSE_SUM);
+        }
+    }
+
+    fn layer_norms(&mut self) {
+        let eps = 1e-5;
+        for (rows, width) in [(0, 5), (1, 1), (3, 17), (65, 3), (2, 65), (5, 16), (701, 65)] {
+            let x = self.numbers.tensor(&[1, rows, width], 3.0);
+            let weight = self.numbers.tensor(&[width], 2.0);
+            let dy = self.numbers.tensor(&[1, rows, width], 1.0);
+            let [y, mean, rstd] = exact::layer_norm(&wide(&x), &wide(&weight), eps);
+            let leading = vec![1, rows];
+            let expected = [(x.shape.clone(), y), (leading.clone(), mean.clone()), (leading.clone(), rstd.clone())];
+            let op = Op::LayerNorm { eps: eps as f32 };
+            // A row of one element has no variance: its rstd is 316 and amplifies rounding.
+            let tolerance = if width == 1 { 1e-4 } else { CLOSE_SUM };
+            self.check("", op, &[x.clone(), weight.clone()], &expected, tolerance);
+            let [dx, dweight] = exact::layer_norm_grad(&wide(&dy), &wide(&x), &wide(&weight), eps);
+            let narrow = |values: Vec<f64>| HostTensor::f32(&leading, values.iter().map(|&v| v as f32).collect());
+            let reads = [dy, x.clone(), weight, narrow(mean), narrow(rstd)];
+            let expected = [(x.shape, dx), (vec![width], dweight)];
+            self.check("", Op::LayerNormGrad, &reads, &expected, 10.0 * tolerance);
+        }
+    }
+
+    fn attentions(&mut self) {
+        let shapes = [
+            [1, 1, 1, 1],
+            [2, 3, 2, 5],
+            [1, 17, 3, 1],
+            [1, 65, 1, 17],
+            [3, 70, 2, 16],
+            [1, 200, 2, 8],
+            [0, 3, 1, 2],
+            [2, 0, 1, 2],
+            [1, 3, 0, 2],
+        ];
+        for shape in shapes {
+            let [q, k, v, d_o] = [2.0, 2.0, 1.0, 1.0].map(|size| self.numbers.tensor(&shape, size));
+            let scale = 0.6;
+            let [o, lse] = exact::attention(&wide(&q), &wide(&k), &wide(&v), shape, scale);
+            let [batch, time, heads, _] = shape;
+            let lse_shape = vec![batch, heads, time];
+            let expected = [(shape.to_vec(), o.clone()), (lse_shape.clone(), lse.clone())];
+            let op = Op::Attention { scale: scale as f32 };
+            self.check("", op, &[q.clone(), k.clone(), v.clone()], &expected, CLOSE_SUM);
+            let grads = exact::attention_grad(&wide(&d_o), [&wide(&q), &wide(&k), &wide(&v)], shape, scale);
+            let narrow =
+                |shape: &[usize], values: &[f64]| HostTensor::f32(shape, values.iter().map(|&v| v as f32).collect());
+            let reads = [d_o, q, k, v, narrow(&shape, &o), narrow(&lse_shape, &lse)];
+            let expected = grads.map(|grad| (shape.to_vec(), grad));
+            self.check("", Op::AttentionGrad { scale: scale as f32 }, &reads, &expected, CLOSE_SUM);
+        }
+    }
+
+    /// Whole vocabularies, and vocabularies split over two shards whose parts are put together here.
+    fn cross_entropies(&mut self) {
+        for (tokens, vocab) in [(0, 3), (1, 1), (3, 17), (17, 5), (65, 65), (600, 130)] {
+            let logits = self.numbers.tensor(&[tokens, vocab], 5.0);
+            let targets = self.numbers.indices(&[tokens], vocab);
+            let scale = 1.0 / tokens.max(1) as f64;
+            let target_columns: Vec<usize> = wide(&targets).iter().map(|&target| target as usize).collect();
+            let loss = exact::cross_entropy(&wide(&logits), &target_columns, scale);
+            for shards in [1, 2] {
+                self.cross_entropy(&logits, &targets, scale, shards, loss);
+            }
+        }
+        // A shard without columns.
+        let empty = HostTensor::f32(&[3, 0], vec![]);
+        let minus_infinity = vec![f64::NEG_INFINITY; 3];
+        self.check("no columns", Op::RowMax, std::slice::from_ref(&empty), &[(vec![3], minus_infinity)], 0.0);
+        let reads = [empty, self.numbers.tensor(&[3], 1.0), self.numbers.indices(&[3], 9)];
+        let zeros = (vec![3], vec![0.0; 3]);
+        self.check("no columns", Op::SumExpTarget { vocab_start: 4 }, &reads, &[zeros.clone(), zeros], 0.0);
+    }
+
+    fn cross_entropy(&mut self, logits: &HostTensor, targets: &HostTensor, scale: f64, shards: usize, loss: f64) {
+        let (tokens, vocab) = (logits.shape[0], logits.shape[1]);
+        let check = format!("cross entropy of {tokens} tokens, {vocab} words, {shards} shards");
+        let columns = |shard: usize| split_range(vocab, shards, shard);
+        let part = |shard: usize| {
+            let data = logits.as_f32().into_iter().flat_map(|data| data.chunks_exact(vocab));
+            let data = data.flat_map(|row| row[columns(shard)].to_vec()).collect();
+            HostTensor::f32(&[tokens, columns(shard).len()], data)
+        };
+        let poison = || Initial::Poison(vec![tokens]);
+        let combine = |parts: Vec<HostTensor>, f: fn(f32, f32) -> f32| {
+            let parts: Vec<&[f32]> = parts.iter().filter_map(HostTensor::as_f32).collect();
+            let at = |i: usize| parts.iter().map(|part| part[i]).reduce(f).unwrap_or_default();
+            HostTensor::f32(&[tokens], (0..tokens).map(at).collect())
+        };
+        let mut maxima = Vec::new();
+        for shard in 0..shards {
+            let Some(mut got) = self.launch(&check, Op::RowMax, &[part(shard)], &[poison()]) else { return };
+            maxima.append(&mut got);
+        }
+        let max = combine(maxima, f32::max);
+        let (mut sums, mut chosen) = (Vec::new(), Vec::new());
+        for shard in 0..shards {
+            let op = Op::SumExpTarget { vocab_start: columns(shard).start };
+            let reads = [part(shard), max.clone(), targets.clone()];
+            let Some(mut got) = self.launch(&check, op, &reads, &[poison(), poison()]) else { return };
+            chosen.extend(got.pop());
+            sums.extend(got.pop());
+        }
+        let (sum, target) = (combine(sums, |a, b| a + b), combine(chosen, |a, b| a + b));
+        let op = Op::TokenLoss { scale: scale as f32 };
+        self.check(&check, op, &[max.clone(), sum.clone(), target], &[(vec![], vec![loss])], CLOSE_SUM);
+        for shard in 0..shards {
+            let op = Op::CrossEntropyGrad { vocab_start: columns(shard).start, scale: scale as f32 };
+            let reads = [HostTensor::f32(&[], vec![0.7]), part(shard), max.clone(), sum.clone(), targets.clone()];
+            let expected = softmax_grad(&wide(logits), &wide(targets), vocab, 0.7 * scale);
+            let expected = expected.chunks_exact(vocab).flat_map(|row| row[columns(shard)].to_vec()).collect();
+            self.check_in_place(op, &reads, &[1], expected, CLOSE);
+        }
+    }
+
+    fn optimizers(&mut self) {
+        for n in SIZES {
+            let x = self.numbers.tensor(&[n], 1.0);
+            let squares: f64 = wide(&x).iter().map(|x| x * x).sum();
+            let before = Initial::Values(HostTensor::f32(&[3], vec![1.0, 2.0, 3.0]));
+            let reads = [x];
+            let trial = Trial::new(Op::SumSquares { index: 1 }, &reads, std::slice::from_ref(&before));
+            let expected = [(vec![3], vec![1.0, 2.0 + squares, 3.0])];
+            self.compare(&format!("sum_squares of {n}"), &trial, &expected, 1e-6);
+            self.adamw(n);
+        }
+        let sums = HostTensor::f32(&[3], vec![9.0, 16.0, 0.0]);
+        for (max_norm, scale) in [(1.0, 1.0 / (5.0 + 1e-6)), (6.0, 1.0), (f32::INFINITY, 1.0)] {
+            let expected = [(vec![], vec![scale]), (vec![], vec![5.0])];
+            self.check("", Op::ClipScale { max_norm }, std::slice::from_ref(&sums), &expected, CLOSE);
+        }
+    }
+
+    fn adamw(&mut self, n: usize) {
+        let (beta1, beta2, eps, decay, rate, scale) = (0.9, 0.95, 1e-3, 0.1, 0.02, 0.5);
+        let start = self.numbers.tensor(&[n], 1.0);
+        let zeros = HostTensor::f32(&[n], vec![0.0; n]);
+        let mut state = vec![start.clone(), zeros.clone(), zeros];
+        let [mut p, mut m, mut v] = [wide(&start), vec![0.0; n], vec![0.0; n]];
+        for step in 1..=3 {
+            let grad = self.numbers.tensor(&[n], 1.0);
+            for (i, grad) in wide(&grad).into_iter().enumerate() {
+                let g: f64 = scale * grad;
+                p[i] *= 1.0 - rate * decay;
+                m[i] = beta1 * m[i] + (1.0 - beta1) * g;
+                v[i] = beta2 * v[i] + (1.0 - beta2) * g * g;
+                let (m_hat, v_hat) = (m[i] / (1.0 - beta1.powi(step)), v[i] / (1.0 - beta2.powi(step)));
+                p[i] -= rate * m_hat / (v_hat.sqrt() + eps);
+            }
+            let hyper = HostTensor::f32(&[2], vec![rate as f32, step as f32]);
+            let reads = [grad, hyper, HostTensor::f32(&[], vec![scale as f32])];
+            let op =
+                Op::AdamW { beta1: beta1 as f32, beta2: beta2 as f32, eps: eps as f32, weight_decay: decay as f32 };
+            let check = format!("adamw of {n}, step {step}");
+            let writes: Vec<Initial> = state.iter().cloned().map(Initial::Values).collect();
+            let Some(got) = self.launch(&check, op, &reads, &writes) else { return };
+            for (got, expected) in got.iter().zip([&p, &m, &v]) {
+                self.report.close(&check, got, expected, CLOSE);
+            }
+            state = got;
+        }
+    }
+
+    fn dropout(
+        &mut self,
+        x: &HostTensor,
+        p: f32,
+        seed: u64,
+        rng: [i32; 2],
+        shape: &[usize],
+        start: &[usize],
+    ) -> Vec<f32> {
+        let op = Op::Dropout { p, seed, shape: shape.to_vec(), start: start.to_vec() };
+        let reads = [x.clone(), HostTensor::i32(&[2], rng.to_vec())];
+        let writes = [Initial::Poison(x.shape.clone())];
+        let check = format!("dropout {p} of {:?} at {start:?} in {shape:?}", x.shape);
+        let got = self.launch(&check, op.clone(), &reads, &writes).unwrap_or_default();
+        let in_place = self.launch(&check, op, &reads, &[Initial::Read(0)]).unwrap_or_default();
+        self.report.expect(&check, got == in_place, "in place gives another result");
+        match got.into_iter().next() {
+            Some(HostTensor { data: HostData::F32(values), .. }) => values,
+            _ => vec![],
+        }
+    }
+
+    fn dropouts(&mut self) {
+        let (shape, p) = ([6, 70, 33], 0.3f32);
+        let ones = HostTensor::f32(&shape, vec![1.0; element_count(&shape)]);
+        let whole = self.dropout(&ones, p, 7, [5, 0], &shape, &[0, 0, 0]);
+        let kept_value = 1.0 / (1.0 - p);
+        let kept = whole.iter().filter(|&&y| y == kept_value).count();
+        let zeros = whole.iter().filter(|&&y| y == 0.0).count();
+        self.report.expect("dropout", kept + zeros == whole.len(), "a value is neither 0 nor x / (1 - p)");
+        // Five standard deviations of a binomial count.
+        let (n, q) = (whole.len() as f64, f64::from(1.0 - p));
+        let far = (kept as f64 - n * q).abs() > 5.0 * (n * q * (1.0 - q)).sqrt();
+        self.report.expect("dropout", !far, format!("kept {kept} of {n} at p = {p}"));
+        let regions =
+            [([0, 0, 0], [6, 70, 17]), ([2, 0, 0], [3, 70, 33]), ([1, 13, 5], [4, 50, 28]), ([0, 3, 0], [6, 0, 33])];
+        for (start, size) in regions {
+            let region = Region { start: start.to_vec(), size: size.to_vec() };
+            let part = HostTensor::f32(&size, vec![1.0; element_count(&size)]);
+            let got = self.dropout(&part, p, 7, [5, 0], &shape, &start);
+            let expected: Vec<f32> = (0..got.len()).map(|i| whole[flat(i, &region, &shape)]).collect();
+            self.report.expect(
+                &format!("dropout of {region:?}"),
+                got == expected,
+                "differs from that part of the whole",
+            );
+        }
+        // The second of two micro-batches of 3 rows.
+        let half = HostTensor::f32(&[3, 70, 33], vec![1.0; 3 * 70 * 33]);
+        let got = self.dropout(&half, p, 7, [5, 3], &[3, 70, 33], &[0, 0, 0]);
+        self.report.expect(
+            "dropout of a micro-batch",
+            got == whole[3 * 70 * 33..],
+            "differs from those rows of the batch",
+        );
+        for (what, seed, step) in [("seed", 8, 5), ("step", 7, 6)] {
+            let other = self.dropout(&ones, p, seed, [step, 0], &shape, &[0, 0, 0]);
+            let same = other.iter().zip(&whole).filter(|(a, b)| a == b).count() as f64 / n;
+            let expected = q * q + (1.0 - q) * (1.0 - q);
+            self.report.expect(
+                &format!("dropout with another {what}"),
+                (same - expected).abs() < 0.03,
+                format!("{same} of the mask is the same, expected {expected}"),
+            );
+        }
+        let x = self.numbers.tensor(&[5], 1.0);
+        let got = self.dropout(&x, 0.0, 1, [1, 0], &[5], &[0]);
+        self.report.expect("dropout of nothing", Some(&got[..]) == x.as_f32(), "changes x");
+        let got = self.dropout(&x, 1.0, 1, [1, 0], &[5], &[0]);
+        self.report.expect("dropout of all", got == [0.0; 5], "keeps something");
+    }
+
+    /// What no backend may accept.
+    fn refusals(&mut self) {
+        let x = self.numbers.tensor(&[2, 3], 1.0);
+        let ids = HostTensor::i32(&[2], vec![1, -1]);
+        let poison = |shape: &[usize]| Initial::Poison(shape.to_vec());
+        let einsum = Einsum { a: "mk".to_owned(), b: "kn".to_owned(), out: "mn".to_owned() };
+        let cases: Vec<(&str, Op, Vec<HostTensor>, Vec<Initial>)> = vec![
+            ("a read too few", Op::Add, vec![x.clone()], vec![poison(&[2, 3])]),
+            ("shapes that differ", Op::Gelu, vec![x.clone()], vec![poison(&[2, 4])]),
+            ("integers", Op::Gelu, vec![ids.clone()], vec![poison(&[2])]),
+            ("inner extents that differ", Op::Einsum(einsum), vec![x.clone(), x.clone()], vec![poison(&[2, 3])]),
+            ("a negative id", Op::Embedding { vocab_start: 0 }, vec![ids, x.clone()], vec![poison(&[2, 3])]),
+            ("a reduction in place", Op::RowMax, vec![x.clone()], vec![Initial::Read(0)]),
+        ];
+        for (what, op, reads, writes) in cases {
+            let accepted = Trial::new(op.clone(), &reads, &writes).launch(self.device).is_ok();
+            self.report.expect(&format!("{} refuses {what}", op.name()), !accepted, "accepted");
+        }
+        let (reads, writes) = ([x], [poison(&[2, 3])]);
+        let trial = Trial { accumulate: true, ..Trial::new(Op::Gelu, &reads, &writes) };
+        self.report.expect("gelu refuses to accumulate", trial.launch(self.device).is_err(), "accepted");
+    }
+}
+
+/// Flat place in a tensor of `shape` of the element `index` (counted inside the region) of `region`.
+fn flat(mut index: usize, region: &Region, shape: &[usize]) -> usize {
+    let (mut place, mut stride) = (0, 1);
+    for d in (0..shape.len()).rev() {
+        place += (region.start[d] + index % region.size[d]) * stride;
+        index /= region.size[d];
+        stride *= shape[d];
+    }
+    place
+}
+
+fn softmax_grad(logits: &[f64], targets: &[f64], vocab: usize, factor: f64) -> Vec<f64> {
+    let row_grad = |(row, target): (&[f64], &f64)| {
+        let max = row.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+        let sum: f64 = row.iter().map(|logit| (logit - max).exp()).sum();
+        let hit = |column: usize| if column as f64 == *target { 1.0 } else { 0.0 };
+        row.iter().enumerate().map(|(i, l)| factor * ((l - max).exp() / sum - hit(i))).collect::<Vec<_>>()
+    };
+    logits.chunks_exact(vocab).zip(targets).flat_map(row_grad).collect()
+}

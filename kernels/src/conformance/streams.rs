@@ -1,0 +1,262 @@
+//! Streams, events, signals, contained failures, memory. Imports `conformance` and the public API.
+
+use std::sync::Arc;
+use std::sync::Mutex;
+use std::sync::mpsc::{Receiver, Sender, channel};
+
+use super::{Report, TIMEOUT, run_program, submit, wait};
+use crate::device::Device;
+use crate::error::KernelError;
+use crate::memory::Arena;
+use crate::op::{Buffer, CpuArgs, CpuSlice, CpuSliceMut, CustomKernel, Launch, Op, Program};
+use crate::stream::{Notice, Stream};
+use crate::tensor::{DType, HostTensor};
+
+/// A kernel that waits until the test opens it.
+#[derive(Debug)]
+struct Gate(Mutex<Receiver<()>>);
+
+impl CustomKernel for Gate {
+    fn name(&self) -> &str {
+        "gate"
+    }
+
+    fn run_cpu(&self, _: CpuArgs<'_>) -> Result<(), KernelError> {
+        let opened = self.0.lock().map(|receiver| receiver.recv_timeout(TIMEOUT).is_ok());
+        if opened.unwrap_or(false) {
+            return Ok(());
+        }
+        Err(KernelError::Custom { name: "gate".to_owned(), message: "never opened".to_owned() })
+    }
+}
+
+fn gate() -> (Sender<()>, Launch) {
+    let (open, receiver) = channel();
+    (open, launch(Op::Custom(Arc::new(Gate(Mutex::new(receiver)))), &[], &[]))
+}
+
+#[derive(Debug)]
+struct Panics;
+
+impl CustomKernel for Panics {
+    fn name(&self) -> &str {
+        "panics"
+    }
+
+    fn run_cpu(&self, _: CpuArgs<'_>) -> Result<(), KernelError> {
+        panic!("on purpose")
+    }
+}
+
+/// Adds an integer and a float.
+#[derive(Debug)]
+struct Mixed;
+
+impl CustomKernel for Mixed {
+    fn name(&self) -> &str {
+        "mixed"
+    }
+
+    fn run_cpu(&self, mut args: CpuArgs<'_>) -> Result<(), KernelError> {
+        if let ([a, b], [y]) = (&args.reads[..], &mut args.writes[..])
+            && let (CpuSlice::F32(a), CpuSlice::I32(b), CpuSliceMut::F32(y)) = (&a.data, &b.data, &mut y.data)
+        {
+            y[0] = a[0] + b[0] as f32;
+            return Ok(());
+        }
+        Err(KernelError::Custom { name: "mixed".to_owned(), message: "other arguments".to_owned() })
+    }
+}
+
+fn floats(base: usize, offset: usize, shape: &[usize]) -> Buffer {
+    Buffer { base, offset, shape: shape.to_vec(), dtype: DType::F32 }
+}
+
+fn launch(op: Op, reads: &[Buffer], writes: &[Buffer]) -> Launch {
+    Launch { op, reads: reads.to_vec(), writes: writes.to_vec(), accumulate: false, workspace: None }
+}
+
+fn fill(value: f32, buffer: Buffer) -> Launch {
+    launch(Op::Fill { value }, &[], &[buffer])
+}
+
+pub(super) fn run(report: &mut Report, device: &Device) {
+    let checks: [(&str, fn(&Device) -> Result<(), String>); 7] = [
+        ("stream order", order),
+        ("events", events),
+        ("signals", signals),
+        ("contained failures", failures),
+        ("refused buffers", refused_buffers),
+        ("custom kernels", custom),
+        ("memory", memory),
+    ];
+    for (check, f) in checks {
+        if let Err(what) = f(device) {
+            report.fail(check, what);
+        }
+    }
+}
+
+fn text(error: impl ToString) -> String {
+    error.to_string()
+}
+
+fn make(device: &Device, bytes: usize) -> Result<(Stream, Arena), String> {
+    Ok((device.stream("conformance", device.threads_per_stream()).map_err(text)?, device.arena(bytes).map_err(text)?))
+}
+
+fn expect_floats(arena: &Arena, offset: usize, expected: &[f32]) -> Result<(), String> {
+    let got = arena.read_host(offset, &[expected.len()], DType::F32).map_err(text)?;
+    if got.as_f32() == Some(expected) { Ok(()) } else { Err(format!("expected {expected:?}, got {got:?}")) }
+}
+
+fn ensure(holds: bool, what: &str) -> Result<(), String> {
+    if holds { Ok(()) } else { Err(what.to_owned()) }
+}
+
+/// Submissions follow each other, and so do launches; `synchronize` waits for all.
+fn order(device: &Device) -> Result<(), String> {
+    let (stream, arena) = make(device, 128)?;
+    let mut ends = Vec::new();
+    for i in 0..50 {
+        let launches = vec![
+            launch(Op::Add, &[floats(0, 0, &[4]), floats(0, 64, &[4])], &[floats(0, 0, &[4])]),
+            fill((i + 1) as f32, floats(0, 64, &[4])),
+        ];
+        let program = Program { name: "order".to_owned(), launches, signals: vec![] };
+        ends.push(submit(&stream, program, &[&arena], false).map_err(text)?);
+    }
+    stream.synchronize().map_err(text)?;
+    for end in &ends {
+        ensure(end.try_recv() == Ok(Notice::Done), "synchronize returned before the end")?;
+    }
+    expect_floats(&arena, 0, &[1225.0; 4])
+}
+
+/// Work behind another stream's event waits for it.
+fn events(device: &Device) -> Result<(), String> {
+    let (first, arena) = make(device, 128)?;
+    let (second, _) = make(device, 0)?;
+    let (open, wait_for_gate) = gate();
+    let program = |launches| Program { name: "events".to_owned(), launches, signals: vec![] };
+    let producer =
+        submit(&first, program(vec![wait_for_gate, fill(3.0, floats(0, 0, &[2]))]), &[&arena], false).map_err(text)?;
+    let event = first.record();
+    second.wait_for(&event).map_err(text)?;
+    let copy = launch(Op::Copy, &[floats(0, 0, &[2])], &[floats(0, 64, &[2])]);
+    let consumer = submit(&second, program(vec![copy]), &[&arena], false).map_err(text)?;
+    let after = second.record();
+    ensure(!event.query() && !after.query(), "an event was set before the work in front of it")?;
+    ensure(consumer.try_recv().is_err(), "work behind an event did not wait")?;
+    open.send(()).map_err(text)?;
+    wait(&producer).map_err(text)?;
+    wait(&consumer).map_err(text)?;
+    after.synchronize();
+    ensure(event.query() && after.query(), "an event was not set")?;
+    expect_floats(&arena, 64, &[3.0, 3.0])
+}
+
+/// A signal comes when the launches before it are done, and before those after it.
+fn signals(device: &Device) -> Result<(), String> {
+    let (stream, arena) = make(device, 64)?;
+    let (open, wait_for_gate) = gate();
+    let launches = vec![fill(1.0, floats(0, 0, &[1])), wait_for_gate, fill(2.0, floats(0, 0, &[1]))];
+    let program = Program { name: "signals".to_owned(), launches, signals: vec![(0, 7), (1, 8), (1, 9), (3, 10)] };
+    let notices = submit(&stream, program, &[&arena], false).map_err(text)?;
+    for tag in [7, 8, 9] {
+        let notice = notices.recv_timeout(TIMEOUT).map_err(text)?;
+        ensure(notice == Notice::Signal(tag), &format!("expected signal {tag}, got {notice:?}"))?;
+    }
+    // The gate is closed, so nobody writes.
+    expect_floats(&arena, 0, &[1.0])?;
+    open.send(()).map_err(text)?;
+    for expected in [Notice::Signal(10), Notice::Done] {
+        let notice = notices.recv_timeout(TIMEOUT).map_err(text)?;
+        ensure(notice == expected, &format!("expected {expected:?}, got {notice:?}"))?;
+    }
+    ensure(notices.recv_timeout(TIMEOUT).is_err(), "something came after the end")?;
+    expect_floats(&arena, 0, &[2.0])
+}
+
+/// A kernel that panics ends its program, and nothing else.
+fn failures(device: &Device) -> Result<(), String> {
+    let (stream, arena) = make(device, 64)?;
+    let bad = vec![
+        fill(1.0, floats(0, 0, &[1])),
+        launch(Op::Custom(Arc::new(Panics)), &[], &[]),
+        fill(2.0, floats(0, 0, &[1])),
+    ];
+    let program = Program { name: "bad".to_owned(), launches: bad, signals: vec![(1, 1), (2, 2)] };
+    let first = submit(&stream, program, &[&arena], false).map_err(text)?;
+    let copy = vec![launch(Op::Copy, &[floats(0, 0, &[1])], &[floats(0, 4, &[1])])];
+    let second = submit(&stream, Program { launches: copy, ..Program::default() }, &[&arena], false).map_err(text)?;
+    let expected = KernelError::Panic {
+        launch: "1 (panics)".to_owned(),
+        program: "bad".to_owned(),
+        message: "on purpose".to_owned(),
+    };
+    for expected in [Notice::Signal(1), Notice::Failed(expected)] {
+        let notice = first.recv_timeout(TIMEOUT).map_err(text)?;
+        ensure(notice == expected, &format!("expected {expected:?}, got {notice:?}"))?;
+    }
+    ensure(first.recv_timeout(TIMEOUT).is_err(), "something came after the failure")?;
+    wait(&second).map_err(|error| format!("the next program failed too: {error}"))?;
+    expect_floats(&arena, 0, &[1.0, 1.0])
+}
+
+/// Buffers that do not fit their bases are an error, never a crash.
+fn refused_buffers(device: &Device) -> Result<(), String> {
+    let (stream, arena) = make(device, 64)?;
+    let cases = [
+        ("beyond the end", fill(0.0, floats(0, 4, &[16]))),
+        ("an overflow", fill(0.0, floats(0, usize::MAX - 3, &[1]))),
+        ("a huge shape", fill(0.0, floats(0, 0, &[usize::MAX, 8]))),
+        ("an unknown base", fill(0.0, floats(1, 0, &[1]))),
+        ("a misaligned offset", fill(0.0, floats(0, 2, &[1]))),
+        ("an overlap", launch(Op::Copy, &[floats(0, 0, &[4])], &[floats(0, 4, &[4])])),
+        (
+            "two writes that overlap",
+            launch(Op::ClipScale { max_norm: 1.0 }, &[floats(0, 8, &[1])], &[floats(0, 0, &[]), floats(0, 0, &[])]),
+        ),
+    ];
+    for (what, launch) in cases {
+        let result = run_program(&stream, vec![launch], &[&arena], false);
+        ensure(matches!(result, Err(KernelError::Arguments { .. })), &format!("{what} gave {result:?}"))?;
+    }
+    let outside = arena.write_host(32, &HostTensor::f32(&[9], vec![0.0; 9])).is_err();
+    ensure(outside && arena.read_host(64, &[1], DType::F32).is_err(), "host copies outside the arena")?;
+    expect_floats(&arena, 0, &[0.0; 16])
+}
+
+fn custom(device: &Device) -> Result<(), String> {
+    let (stream, arena) = make(device, 64)?;
+    arena.write_host(0, &HostTensor::f32(&[1], vec![1.5])).map_err(text)?;
+    arena.write_host(4, &HostTensor::i32(&[1], vec![2])).map_err(text)?;
+    let integer = Buffer { dtype: DType::I32, ..floats(0, 4, &[1]) };
+    let mixed = launch(Op::Custom(Arc::new(Mixed)), &[floats(0, 0, &[1]), integer], &[floats(0, 8, &[1])]);
+    run_program(&stream, vec![mixed], &[&arena], false).map_err(text)?;
+    expect_floats(&arena, 8, &[3.5])
+}
+
+/// Arenas are counted, zeroed, kept alive by submissions, and nothing else is ever allocated.
+fn memory(device: &Device) -> Result<(), String> {
+    let (bytes_before, count_before) = (device.bytes_allocated(), device.allocation_count());
+    let (stream, arena) = make(device, 1 << 20)?;
+    ensure(device.bytes_allocated() == bytes_before + (1 << 20), "bytes_allocated does not count the arena")?;
+    ensure(device.bytes_peak() >= device.bytes_allocated(), "bytes_peak is below what is allocated")?;
+    expect_floats(&arena, 0, &[0.0; 1024])?;
+    for _ in 0..20 {
+        run_program(&stream, vec![fill(1.0, floats(0, 0, &[1000]))], &[&arena], false).map_err(text)?;
+    }
+    ensure(device.allocation_count() == count_before + 1, "running a program allocated device memory")?;
+    let (open, wait_for_gate) = gate();
+    let launches = vec![wait_for_gate, fill(2.0, floats(0, 0, &[1000]))];
+    let notices = submit(&stream, Program { launches, ..Program::default() }, &[&arena], false).map_err(text)?;
+    drop(arena);
+    ensure(device.bytes_allocated() == bytes_before + (1 << 20), "an arena died under a submission")?;
+    open.send(()).map_err(text)?;
+    wait(&notices).map_err(text)?;
+    drop(stream);
+    ensure(device.bytes_allocated() == bytes_before, "an arena outlived its last user")?;
+    ensure(device.arena(usize::MAX / 2).is_err(), "memory without end was given")
+}

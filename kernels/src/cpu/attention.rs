@@ -1,0 +1,249 @@
+//! Causal attention and its gradient: each (batch, head) is one thread's, in blocks of query rows, whose scores live
+//! in the thread's share of the workspace. Only keys up to a block's last row are looked at.
+//! Dao et al. 2022, <https://arxiv.org/abs/2205.14135>, without the online softmax: a block's whole rows fit in L2.
+//! Imports `cpu::{launch, matmul, pool, simd}`, `op`.
+#![allow(unsafe_code)]
+
+use crate::cpu::launch::Args;
+use crate::cpu::matmul::{Matrix, SharedMatrix, product};
+use crate::cpu::pool::{Pieces, Pool};
+use crate::cpu::simd::{Operand, dispatch, each, exp, exp_sum, fold, map, max};
+use crate::error::KernelError;
+use crate::op::ATTENTION_BLOCK;
+use crate::tensor::split_range;
+
+/// Extents of `[b, t, h, d]`.
+#[derive(Clone, Copy)]
+struct Dims {
+    batch: usize,
+    time: usize,
+    heads: usize,
+    depth: usize,
+}
+
+impl Dims {
+    fn of(args: &Args<'_>, read: usize) -> Result<Self, KernelError> {
+        let shape = args.read_shape(read);
+        let &[batch, time, heads, depth] = shape else {
+            return Err(args.refused(&format!("shape of read {read}"), "[b, t, h, d]", format!("{shape:?}")));
+        };
+        Ok(Self { batch, time, heads, depth })
+    }
+
+    fn lse_shape(self) -> [usize; 3] {
+        [self.batch, self.heads, self.time]
+    }
+
+    /// The `[t, d]` matrix of one (batch, head) of a tensor that starts at `start`.
+    fn matrix(self, start: *const f32, item: usize) -> Matrix {
+        let (batch, head) = (item / self.heads, item % self.heads);
+        let row = self.heads * self.depth;
+        Matrix { start: start.wrapping_add(batch * self.time * row + head * self.depth), row, column: 1 }
+    }
+
+    /// Query blocks as `(first row, end)`, the last first.
+    fn blocks(self) -> impl Iterator<Item = (usize, usize)> {
+        let time = self.time;
+        (0..time).step_by(ATTENTION_BLOCK).rev().map(move |first| (first, (first + ATTENTION_BLOCK).min(time)))
+    }
+
+    /// Calls `work(item, workspace)` for each (batch, head), a fixed share of them on each thread.
+    fn for_each_item(self, pool: &Pool, workspace: &mut [f32], work: impl Fn(usize, &mut [f32]) + Sync) {
+        let items = self.batch * self.heads;
+        let share = workspace.len() / pool.threads();
+        let workspace = Pieces::new(workspace);
+        let scores = items * self.time * self.time;
+        let parts = pool.parts_for(scores * self.depth.max(1) / 8).min(items);
+        pool.run(parts, &|part| {
+            // SAFETY: the parts' shares are disjoint, and each part runs once.
+            let workspace = unsafe { workspace.range(part * share..(part + 1) * share) };
+            for item in split_range(items, parts, part) {
+                work(item, workspace);
+            }
+        });
+    }
+}
+
+/// A plain row-major matrix in a slice.
+fn plain(slice: &mut [f32], columns: usize) -> Matrix {
+    Matrix { start: slice.as_mut_ptr(), row: columns, column: 1 }
+}
+
+/// Row `row` of a matrix whose columns are adjacent.
+///
+/// # Safety
+/// The row's `len` elements are in live memory and nobody writes them for `'a`.
+unsafe fn row<'a>(matrix: Matrix, row: usize, len: usize) -> &'a [f32] {
+    // SAFETY: by the contract.
+    unsafe { std::slice::from_raw_parts(matrix.at(row, 0).start, len) }
+}
+
+pub(crate) fn attention(args: &mut Args<'_>, pool: &Pool, scale: f32) -> Result<(), KernelError> {
+    let dims = Dims::of(args, 0)?;
+    for read in [1, 2] {
+        args.expect_read(read, args.read_shape(0))?;
+    }
+    args.expect_write(0, args.read_shape(0))?;
+    args.expect_write(1, &dims.lse_shape())?;
+    let [q, k, v] = [args.f32(0)?, args.f32(1)?, args.f32(2)?].map(|slice| place(slice.as_ptr()));
+    let o = place(args.out(0)?.as_mut_ptr());
+    let lse = Pieces::new(args.out(1)?);
+    let workspace = args.take_workspace()?;
+    dims.for_each_item(pool, workspace, |item, scores| {
+        let [q, k, v, o] = [q, k, v, o].map(|tensor| dims.matrix(tensor.get().start, item));
+        // SAFETY: items are disjoint rows of lse, and each is one thread's.
+        let lse = unsafe { lse.range(item * dims.time..(item + 1) * dims.time) };
+        for (first, end) in dims.blocks() {
+            let (rows, depth) = (end - first, dims.depth);
+            let scores = &mut scores[..rows * end];
+            // SAFETY: matrices of this item lie inside their slices (shapes were checked) and outlive the job; only
+            // this item's thread writes its rows of `o`; the scores are this thread's share.
+            unsafe {
+                product((rows, end, depth), plain(scores, end), false, scale, q.at(first, 0), k.transposed());
+            }
+            let lse = &mut lse[first..end];
+            dispatch(
+                #[inline(always)]
+                || softmax_block(scores, lse, first, end),
+            );
+            // SAFETY: as above.
+            unsafe { product((rows, depth, end), o.at(first, 0), false, 1.0, plain(scores, end), v) };
+        }
+    });
+    Ok(())
+}
+
+/// The place of a whole tensor, to be sent to the pool's threads.
+fn place(start: *const f32) -> SharedMatrix {
+    SharedMatrix(Matrix { start, row: 1, column: 1 })
+}
+
+/// Turns a block's scores into probabilities, zeros where the key is in the future, and notes each row's log-sum-exp.
+#[inline(always)]
+fn softmax_block(scores: &mut [f32], lse: &mut [f32], first: usize, end: usize) {
+    for (i, (row, lse)) in scores.chunks_exact_mut(end).zip(lse).enumerate() {
+        let (past, future) = row.split_at_mut(first + i + 1);
+        let largest = max(past);
+        let sum = exp_sum(past, largest);
+        let inverse = 1.0 / sum;
+        map(
+            [Operand::Same],
+            past,
+            #[inline(always)]
+            |values| {
+                each(
+                    values,
+                    #[inline(always)]
+                    |[p]| p * inverse,
+                )
+            },
+        );
+        future.fill(0.0);
+        *lse = largest + sum.ln();
+    }
+}
+
+pub(crate) fn attention_grad(args: &mut Args<'_>, pool: &Pool, scale: f32) -> Result<(), KernelError> {
+    let dims = Dims::of(args, 0)?;
+    for read in 1..5 {
+        args.expect_read(read, args.read_shape(0))?;
+    }
+    args.expect_read(5, &dims.lse_shape())?;
+    for write in 0..3 {
+        args.expect_write(write, args.read_shape(0))?;
+    }
+    let mut inputs = [place(std::ptr::null()); 5];
+    for (i, input) in inputs.iter_mut().enumerate() {
+        *input = place(args.f32(i)?.as_ptr());
+    }
+    let lse = args.f32(5)?;
+    let outputs =
+        [place(args.out(0)?.as_mut_ptr()), place(args.out(1)?.as_mut_ptr()), place(args.out(2)?.as_mut_ptr())];
+    let workspace = args.take_workspace()?;
+    dims.for_each_item(pool, workspace, |item, workspace| {
+        let inputs = inputs.map(|tensor| dims.matrix(tensor.get().start, item));
+        let outputs = outputs.map(|tensor| dims.matrix(tensor.get().start, item));
+        let lse = &lse[item * dims.time..(item + 1) * dims.time];
+        for (first, end) in dims.blocks() {
+            // The last block comes first: it overwrites all of dk and dv, and the earlier ones add to their beginning.
+            let accumulate = end < dims.time;
+            grad_block(dims, scale, (first, end), accumulate, inputs, outputs, lse, workspace);
+        }
+    });
+    Ok(())
+}
+
+/// One block of query rows: `p = e^(s - lse)`, `dv += p' do`, `dp = do v'`, `ds = p (dp - rowsum(do o))`,
+/// `dq = scale ds k`, `dk += scale ds' q`.
+#[allow(clippy::too_many_arguments)]
+fn grad_block(
+    dims: Dims,
+    scale: f32,
+    (first, end): (usize, usize),
+    accumulate: bool,
+    [d_o, q, k, v, o]: [Matrix; 5],
+    [dq, dk, dv]: [Matrix; 3],
+    lse: &[f32],
+    workspace: &mut [f32],
+) {
+    let (rows, depth) = (end - first, dims.depth);
+    let (p, rest) = workspace.split_at_mut(rows * end);
+    let ds = &mut rest[..rows * end];
+    let (d_o, q, o, dq) = (d_o.at(first, 0), q.at(first, 0), o.at(first, 0), dq.at(first, 0));
+    // SAFETY: here and below, matrices of this item lie inside their slices (shapes were checked) and outlive the
+    // job; only this item's thread writes its rows of dq, dk, dv; p and ds are this thread's share of the workspace.
+    unsafe {
+        product((rows, end, depth), plain(p, end), false, scale, q, k.transposed());
+        product((rows, end, depth), plain(ds, end), false, 1.0, d_o, v.transposed());
+    }
+    dispatch(
+        #[inline(always)]
+        || {
+            for i in 0..rows {
+                let (past, future) = p[i * end..(i + 1) * end].split_at_mut(first + i + 1);
+                let (ds_past, ds_future) = ds[i * end..(i + 1) * end].split_at_mut(first + i + 1);
+                let lse = lse[first + i];
+                // SAFETY: as above; both are only read.
+                let delta = unsafe {
+                    fold(
+                        [row(d_o, i, depth), row(o, i, depth)],
+                        #[inline(always)]
+                        |[d_o, o]| d_o * o,
+                    )
+                };
+                map(
+                    [Operand::Same],
+                    past,
+                    #[inline(always)]
+                    |values| {
+                        each(
+                            values,
+                            #[inline(always)]
+                            |[score]| exp(score - lse),
+                        )
+                    },
+                );
+                map(
+                    [Operand::Same, Operand::Other(past)],
+                    ds_past,
+                    #[inline(always)]
+                    |values| {
+                        each(
+                            values,
+                            #[inline(always)]
+                            |[dp, p]| p * (dp - delta),
+                        )
+                    },
+                );
+                future.fill(0.0);
+                ds_future.fill(0.0);
+            }
+        },
+    );
+    // SAFETY: as above.
+    unsafe {
+        product((end, depth, rows), dv, accumulate, 1.0, plain(p, end).transposed(), d_o);
+        product((rows, depth, end), dq, false, scale, plain(ds, end), k);
+        product((end, depth, rows), dk, accumulate, scale, plain(ds, end).transposed(), q);
+    }
+}

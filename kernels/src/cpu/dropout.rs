@@ -1,0 +1,97 @@
+//! Dropout whose mask is a function of the element's place in the whole tensor. Imports `cpu::{launch, pool, simd}`.
+
+use crate::cpu::launch::Args;
+use crate::cpu::pool::Pool;
+use crate::cpu::simd::{LANES, dispatch, map_indexed};
+use crate::error::KernelError;
+use crate::region::check_inside;
+use crate::tensor::{Region, element_count};
+
+/// SplitMix64's finalizer: Steele, Lea and Flood 2014, <https://doi.org/10.1145/2714064.2660195>.
+fn mix64(mut x: u64) -> u64 {
+    x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    x ^ (x >> 31)
+}
+
+/// `lowbias32`, a 32-bit mixer that vectorises: <https://github.com/skeeto/hash-prospector>.
+#[inline(always)]
+fn mix32(mut x: u32) -> u32 {
+    x = (x ^ (x >> 16)).wrapping_mul(0x7feb_352d);
+    x = (x ^ (x >> 15)).wrapping_mul(0x846c_a68b);
+    x ^ (x >> 16)
+}
+
+pub(crate) fn dropout(
+    args: &mut Args<'_>,
+    pool: &Pool,
+    p: f32,
+    seed: u64,
+    shape: &[usize],
+    start: &[usize],
+) -> Result<(), KernelError> {
+    let local = args.read_shape(0);
+    args.expect_write(0, local)?;
+    args.expect_read(1, &[2])?;
+    check_inside("dropout", "x in the whole tensor", &Region { start: start.to_vec(), size: local.to_vec() }, shape)?;
+    if !(0.0..=1.0).contains(&p) {
+        return Err(args.refused("p", "0 to 1", p.to_string()));
+    }
+    let (x, rng) = (args.operand(0, 0)?, args.i32(1)?);
+    let (step, first_row) = (rng[0] as u32, rng[1] as u32);
+    let key = mix64(seed.wrapping_add(mix64(u64::from(step).wrapping_add(0x9e37_79b9_7f4a_7c15))));
+    let threshold = (f64::from(p) * 4_294_967_296.0) as u64;
+    let factor = if p < 1.0 { 1.0 / (1.0 - p) } else { 0.0 };
+    let row_elements: usize = shape.iter().skip(1).product();
+    let batch_start = u64::from(first_row) * row_elements as u64;
+    let width = local.last().copied().unwrap_or(1);
+    let y = args.out(0)?;
+    let (rows, weight) = (y.len().checked_div(width).unwrap_or(0), 2 * y.len());
+    pool.rows(rows, weight, [y], &mut [], |range, [y], _| {
+        for (i, row) in range.clone().enumerate() {
+            let place = batch_start + place_of_row(row, local, shape, start) as u64;
+            let x = x.range(row * width..(row + 1) * width);
+            dispatch(
+                #[inline(always)]
+                || {
+                    map_indexed(
+                        [x],
+                        &mut y[i * width..(i + 1) * width],
+                        #[inline(always)]
+                        |index, [x]| {
+                            let first = place + index as u64;
+                            let (low, carry_at) = (first as u32, u32::MAX - first as u32);
+                            let mut out = [0.0; LANES];
+                            for j in 0..LANES as u32 {
+                                // The place's high half goes into the key; it grows where the low half wraps.
+                                let high = (first >> 32) as u32 + u32::from(j > carry_at);
+                                let bits = mix32(low.wrapping_add(j) ^ key as u32);
+                                let bits = mix32(bits.wrapping_add((key >> 32) as u32).wrapping_add(high));
+                                let keep = u64::from(bits) >= threshold;
+                                out[j as usize] = if keep { x[j as usize] * factor } else { 0.0 };
+                            }
+                            out
+                        },
+                    );
+                },
+            );
+        }
+    });
+    Ok(())
+}
+
+/// Index in the whole tensor of the first element of a row (along the last dim) of the local one.
+fn place_of_row(mut row: usize, local: &[usize], shape: &[usize], start: &[usize]) -> usize {
+    let rank = local.len();
+    if rank == 0 {
+        return 0;
+    }
+    let (mut place, mut stride) = (start[rank - 1], shape[rank - 1]);
+    for d in (0..rank - 1).rev() {
+        place += (start[d] + row % local[d]) * stride;
+        row /= local[d];
+        stride *= shape[d];
+    }
+    debug_assert!(place < element_count(shape));
+    place
+}

@@ -1,0 +1,130 @@
+//! Softmax cross entropy in pieces, so that a vocabulary may be split over devices between them.
+//! Imports `cpu::{launch, pool, simd}`.
+
+use crate::cpu::launch::Args;
+use crate::cpu::pool::Pool;
+use crate::cpu::simd::{dispatch, each, exp, fold, map, max};
+use crate::error::KernelError;
+use crate::tensor::element_count;
+
+pub(crate) fn row_max(args: &mut Args<'_>, pool: &Pool) -> Result<(), KernelError> {
+    let (leading, width) = args.rows_of(0)?;
+    args.expect_write(0, leading)?;
+    let (logits, out) = (args.f32(0)?, args.out(0)?);
+    pool.rows(element_count(leading), logits.len(), [out], &mut [], |rows, [out], _| {
+        dispatch(
+            #[inline(always)]
+            || {
+                for (out, row) in out.iter_mut().zip(rows.clone()) {
+                    *out = max(&logits[row * width..(row + 1) * width]);
+                }
+            },
+        );
+    });
+    Ok(())
+}
+
+/// The targets, none negative.
+fn checked_targets<'a>(args: &Args<'a>, read: usize) -> Result<&'a [i32], KernelError> {
+    let targets = args.i32(read)?;
+    match targets.iter().position(|&target| target < 0) {
+        None => Ok(targets),
+        Some(place) => Err(args.bad_data(format!("target {} at position {place} is negative", targets[place]))),
+    }
+}
+
+/// The target's column in this shard, if it is here.
+fn column(target: i32, vocab_start: usize, width: usize) -> Option<usize> {
+    (target as usize).checked_sub(vocab_start).filter(|&column| column < width)
+}
+
+pub(crate) fn sum_exp_target(args: &mut Args<'_>, pool: &Pool, vocab_start: usize) -> Result<(), KernelError> {
+    let (leading, width) = args.rows_of(0)?;
+    for read in [1, 2] {
+        args.expect_read(read, leading)?;
+    }
+    for write in [0, 1] {
+        args.expect_write(write, leading)?;
+    }
+    let (logits, maxima, targets) = (args.f32(0)?, args.f32(1)?, checked_targets(args, 2)?);
+    let outs = [args.out(0)?, args.out(1)?];
+    pool.rows(element_count(leading), 4 * logits.len(), outs, &mut [], |rows, [sums, chosen], _| {
+        dispatch(
+            #[inline(always)]
+            || {
+                for (i, row) in rows.clone().enumerate() {
+                    let logits = &logits[row * width..(row + 1) * width];
+                    let max = maxima[row];
+                    sums[i] = fold(
+                        [logits],
+                        #[inline(always)]
+                        |[logit]| exp(logit - max),
+                    );
+                    chosen[i] = column(targets[row], vocab_start, width).map_or(0.0, |column| logits[column]);
+                }
+            },
+        );
+    });
+    Ok(())
+}
+
+pub(crate) fn token_loss(args: &mut Args<'_>, scale: f32) -> Result<(), KernelError> {
+    for read in [1, 2] {
+        args.expect_read(read, args.read_shape(0))?;
+    }
+    args.expect_write(0, &[])?;
+    let (maxima, sums, chosen) = (args.f32(0)?, args.f32(1)?, args.f32(2)?);
+    let tokens = maxima.iter().zip(sums).zip(chosen);
+    let loss: f64 =
+        tokens.map(|((&max, &sum), &target)| f64::from(max) + f64::from(sum).ln() - f64::from(target)).sum();
+    let loss = (f64::from(scale) * loss) as f32;
+    let accumulate = args.accumulate;
+    let out = &mut args.out(0)?[0];
+    *out = if accumulate { *out + loss } else { loss };
+    Ok(())
+}
+
+pub(crate) fn cross_entropy_grad(
+    args: &mut Args<'_>,
+    pool: &Pool,
+    vocab_start: usize,
+    scale: f32,
+) -> Result<(), KernelError> {
+    let (leading, width) = args.rows_of(1)?;
+    args.expect_read(0, &[])?;
+    for read in [2, 3, 4] {
+        args.expect_read(read, leading)?;
+    }
+    args.expect_write(0, args.read_shape(1))?;
+    let (logits, factor) = (args.operand(1, 0)?, args.f32(0)?[0] * scale);
+    let (maxima, sums, targets) = (args.f32(2)?, args.f32(3)?, checked_targets(args, 4)?);
+    let dlogits = args.out(0)?;
+    let weight = 4 * dlogits.len();
+    pool.rows(element_count(leading), weight, [dlogits], &mut [], |rows, [dlogits], _| {
+        dispatch(
+            #[inline(always)]
+            || {
+                for (i, row) in rows.clone().enumerate() {
+                    let (max, factor_row) = (maxima[row], factor / sums[row]);
+                    let dlogits = &mut dlogits[i * width..(i + 1) * width];
+                    map(
+                        [logits.range(row * width..(row + 1) * width)],
+                        dlogits,
+                        #[inline(always)]
+                        |values| {
+                            each(
+                                values,
+                                #[inline(always)]
+                                |[logit]| factor_row * exp(logit - max),
+                            )
+                        },
+                    );
+                    if let Some(column) = column(targets[row], vocab_start, width) {
+                        dlogits[column] -= factor;
+                    }
+                }
+            },
+        );
+    });
+    Ok(())
+}

@@ -1,0 +1,137 @@
+//! Products of matrices, by the `gemm` crate on one thread for each slice of the result.
+//! Imports `cpu::{launch, pool}`, `op`.
+#![allow(unsafe_code)]
+
+use crate::cpu::launch::Args;
+use crate::cpu::pool::{Pieces, Pool};
+use crate::error::KernelError;
+use crate::op::Einsum;
+use crate::tensor::split_range;
+
+/// Multiply-adds that are worth a thread: about 2 us of work.
+const FORK_MULTIPLIES: usize = 128 * 1024;
+
+/// Rows or columns that slices are multiples of, so that micro-kernels stay full.
+const GRAIN: usize = 16;
+
+/// A matrix in memory by its strides, in elements.
+#[derive(Clone, Copy)]
+pub(crate) struct Matrix {
+    pub(crate) start: *const f32,
+    pub(crate) row: usize,
+    pub(crate) column: usize,
+}
+
+impl Matrix {
+    pub(crate) fn transposed(self) -> Self {
+        Self { start: self.start, row: self.column, column: self.row }
+    }
+
+    /// The part that begins at this row and column.
+    pub(crate) fn at(self, row: usize, column: usize) -> Self {
+        Self { start: self.start.wrapping_add(row * self.row + column * self.column), ..self }
+    }
+}
+
+/// `out = factor * a b`, or `out += factor * a b`; `out` is `[m, n]`, `a` is `[m, k]`.
+///
+/// # Safety
+/// All elements of the three matrices are in live memory; `out` overlaps neither `a` nor `b`, is writable, and is
+/// touched by nobody else; nobody writes `a` and `b`.
+pub(crate) unsafe fn product(
+    (m, n, k): (usize, usize, usize),
+    out: Matrix,
+    accumulate: bool,
+    factor: f32,
+    a: Matrix,
+    b: Matrix,
+) {
+    if m == 0 || n == 0 {
+        return;
+    }
+    let destination = out.start.cast_mut();
+    if k == 0 {
+        if !accumulate {
+            for place in (0..m).flat_map(|i| (0..n).map(move |j| i * out.row + j * out.column)) {
+                // SAFETY: an element of `out`.
+                unsafe { *destination.add(place) = 0.0 };
+            }
+        }
+        return;
+    }
+    // SAFETY: the contract is `gemm`'s own: valid matrices, an exclusive destination.
+    unsafe {
+        gemm::gemm(
+            m,
+            n,
+            k,
+            destination,
+            out.column as isize,
+            out.row as isize,
+            accumulate,
+            a.start,
+            a.column as isize,
+            a.row as isize,
+            b.start,
+            b.column as isize,
+            b.row as isize,
+            1.0f32,
+            factor,
+            false,
+            false,
+            false,
+            gemm::Parallelism::None,
+        );
+    }
+}
+
+/// A whole matrix, stored plainly or transposed.
+fn stored(start: *const f32, rows: usize, columns: usize, transposed: bool) -> Matrix {
+    if transposed { Matrix { start, row: 1, column: rows } } else { Matrix { start, row: columns, column: 1 } }
+}
+
+pub(crate) fn einsum(args: &mut Args<'_>, pool: &Pool, einsum: &Einsum) -> Result<(), KernelError> {
+    let dims = einsum.gemm_dims(args.read_shape(0), args.read_shape(1))?;
+    args.expect_write(0, &einsum.output_shape(args.read_shape(0), args.read_shape(1))?)?;
+    let (a, b, out, accumulate) = (args.f32(0)?, args.f32(1)?, args.out(0)?, args.accumulate);
+    let (m, n, k) = (dims.m, dims.n, dims.k);
+    assert!(a.len() == m * k && b.len() == k * n && out.len() == m * n, "einsum's dims cover its operands");
+    let a = SharedMatrix(stored(a.as_ptr(), m, k, dims.a_transposed));
+    let b = SharedMatrix(stored(b.as_ptr(), k, n, dims.b_transposed));
+    let pieces = Pieces::new(out);
+    let out = SharedMatrix(stored(pieces.start(), m, n, dims.out_transposed));
+    let by_rows = m >= n;
+    let grains = if by_rows { m } else { n }.div_ceil(GRAIN);
+    let worth = (m * n).saturating_mul(k) / FORK_MULTIPLIES;
+    let parts = worth.clamp(1, pool.threads()).min(grains);
+    pool.run(parts, &|part| {
+        let (a, b, out) = (a.get(), b.get(), out.get());
+        let grains = split_range(grains, parts, part);
+        let (start, end) = (grains.start * GRAIN, grains.end * GRAIN);
+        // SAFETY: the assertion above holds all three inside their slices, which outlive this call; the parts' rows
+        // (or columns) of `out` are disjoint, and `Args` gave `out` exclusively.
+        unsafe {
+            if by_rows {
+                product((end.min(m) - start, n, k), out.at(start, 0), accumulate, 1.0, a.at(start, 0), b);
+            } else {
+                product((m, end.min(n) - start, k), out.at(0, start), accumulate, 1.0, a, b.at(0, start));
+            }
+        }
+    });
+    Ok(())
+}
+
+/// A matrix that the pool's threads see.
+#[derive(Clone, Copy)]
+pub(crate) struct SharedMatrix(pub(crate) Matrix);
+
+// SAFETY: it is only a place; `product`'s contract rules who may touch what is there.
+unsafe impl Sync for SharedMatrix {}
+// SAFETY: as for `Sync`.
+unsafe impl Send for SharedMatrix {}
+
+impl SharedMatrix {
+    pub(crate) fn get(&self) -> Matrix {
+        self.0
+    }
+}

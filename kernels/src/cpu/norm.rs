@@ -1,0 +1,124 @@
+//! Layer norm and its gradient, row by row. Imports `cpu::{launch, pool, simd}`.
+
+use crate::cpu::launch::Args;
+use crate::cpu::pool::Pool;
+use crate::cpu::simd::{Operand, dispatch, each, fold, map};
+use crate::error::KernelError;
+use crate::tensor::element_count;
+
+pub(crate) fn layer_norm(args: &mut Args<'_>, pool: &Pool, eps: f32) -> Result<(), KernelError> {
+    let (leading, width) = args.rows_of(0)?;
+    args.expect_read(1, &[width])?;
+    args.expect_write(0, args.read_shape(0))?;
+    args.expect_write(1, leading)?;
+    args.expect_write(2, leading)?;
+    let (x, weight) = (args.f32(0)?, args.f32(1)?);
+    let outs = [args.out(0)?, args.out(1)?, args.out(2)?];
+    pool.rows(element_count(leading), 2 * x.len(), outs, &mut [], |rows, [y, means, rstds], _| {
+        dispatch(
+            #[inline(always)]
+            || {
+                for (i, row) in rows.clone().enumerate() {
+                    let x = &x[row * width..(row + 1) * width];
+                    let y = &mut y[i * width..(i + 1) * width];
+                    let mean = fold(
+                        [x],
+                        #[inline(always)]
+                        |[x]| x,
+                    ) / width as f32;
+                    let variance = fold(
+                        [x],
+                        #[inline(always)]
+                        |[x]| (x - mean) * (x - mean),
+                    ) / width as f32;
+                    let rstd = 1.0 / (variance + eps).sqrt();
+                    map(
+                        [Operand::Other(x), Operand::Other(weight)],
+                        y,
+                        #[inline(always)]
+                        |values| {
+                            each(
+                                values,
+                                #[inline(always)]
+                                |[x, weight]| (x - mean) * rstd * weight,
+                            )
+                        },
+                    );
+                    (means[i], rstds[i]) = (mean, rstd);
+                }
+            },
+        );
+    });
+    Ok(())
+}
+
+/// `dx = rstd (g - mean(g) - xhat mean(g xhat))` with `g = dy weight` and `xhat = (x - mean) rstd`;
+/// `dweight = sum over rows of dy xhat`, each thread summing its rows in its share of the workspace.
+pub(crate) fn layer_norm_grad(args: &mut Args<'_>, pool: &Pool) -> Result<(), KernelError> {
+    let (leading, width) = args.rows_of(0)?;
+    args.expect_read(1, args.read_shape(0))?;
+    args.expect_read(2, &[width])?;
+    args.expect_read(3, leading)?;
+    args.expect_read(4, leading)?;
+    args.expect_write(0, args.read_shape(0))?;
+    args.expect_write(1, &[width])?;
+    let (dy, x, weight) = (args.f32(0)?, args.f32(1)?, args.f32(2)?);
+    let (means, rstds) = (args.f32(3)?, args.f32(4)?);
+    let (dx, dweight, accumulate) = (args.out(0)?, args.out(1)?, args.accumulate);
+    let workspace = &mut args.take_workspace()?[..pool.threads() * width];
+    let parts = pool.rows(element_count(leading), 4 * x.len(), [dx], workspace, |rows, [dx], partial| {
+        partial.fill(0.0);
+        dispatch(
+            #[inline(always)]
+            || {
+                for (i, row) in rows.clone().enumerate() {
+                    let (dy, x) = (&dy[row * width..(row + 1) * width], &x[row * width..(row + 1) * width]);
+                    let (mean, rstd) = (means[row], rstds[row]);
+                    let g_mean = fold(
+                        [dy, weight],
+                        #[inline(always)]
+                        |[dy, weight]| dy * weight,
+                    ) / width as f32;
+                    let gx_mean = fold(
+                        [dy, weight, x],
+                        #[inline(always)]
+                        |[dy, weight, x]| dy * weight * ((x - mean) * rstd),
+                    );
+                    let gx_mean = gx_mean / width as f32;
+                    let inputs = [dy, weight, x].map(Operand::Other);
+                    map(
+                        inputs,
+                        &mut dx[i * width..(i + 1) * width],
+                        #[inline(always)]
+                        |values| {
+                            each(
+                                values,
+                                #[inline(always)]
+                                |[dy, weight, x]| rstd * (dy * weight - g_mean - (x - mean) * rstd * gx_mean),
+                            )
+                        },
+                    );
+                    map(
+                        [Operand::Same, Operand::Other(dy), Operand::Other(x)],
+                        partial,
+                        #[inline(always)]
+                        |values| {
+                            each(
+                                values,
+                                #[inline(always)]
+                                |[sum, dy, x]| sum + dy * ((x - mean) * rstd),
+                            )
+                        },
+                    );
+                }
+            },
+        );
+    });
+    if !accumulate {
+        dweight.fill(0.0);
+    }
+    for partial in workspace.chunks_exact(width.max(1)).take(parts) {
+        dweight.iter_mut().zip(partial).for_each(|(sum, value)| *sum += value);
+    }
+    Ok(())
+}

@@ -1,0 +1,118 @@
+//! AdamW, and the global norm that clips gradients. Imports `cpu::{launch, pool, simd}`.
+
+use crate::cpu::THREADS_MAX;
+use crate::cpu::launch::Args;
+use crate::cpu::pool::Pool;
+use crate::cpu::simd::{LANES, dispatch};
+use crate::error::KernelError;
+use crate::tensor::split_range;
+
+/// The attributes of [`crate::op::Op::AdamW`].
+#[derive(Clone, Copy)]
+pub(crate) struct AdamW {
+    pub(crate) beta1: f32,
+    pub(crate) beta2: f32,
+    pub(crate) eps: f32,
+    pub(crate) weight_decay: f32,
+}
+
+pub(crate) fn sum_squares(args: &mut Args<'_>, pool: &Pool, index: usize) -> Result<(), KernelError> {
+    let x = args.f32(0)?;
+    let out_shape = args.write_shape(0);
+    if out_shape.len() != 1 || index >= out_shape[0] {
+        return Err(args.refused("shape of write 0", format!("[n] with n > {index}"), format!("{out_shape:?}")));
+    }
+    // One partial sum for each part, added in order.
+    let mut partial = [0f64; THREADS_MAX];
+    let parts = pool.parts_for(x.len());
+    pool.ranges(&mut partial[..parts], 1, x.len(), |range, partial| {
+        for (part, partial) in range.zip(partial) {
+            let x = &x[split_range(x.len(), parts, part)];
+            *partial = dispatch(
+                #[inline(always)]
+                || squares(x),
+            );
+        }
+    });
+    let sum: f64 = partial[..parts].iter().sum();
+    args.out(0)?[index] += sum as f32;
+    Ok(())
+}
+
+#[inline(always)]
+fn squares(x: &[f32]) -> f64 {
+    let (blocks, tail) = x.as_chunks::<LANES>();
+    let mut sums = [0f64; LANES];
+    for block in blocks {
+        for j in 0..LANES {
+            let value = f64::from(block[j]);
+            sums[j] += value * value;
+        }
+    }
+    let tail: f64 = tail.iter().map(|&value| f64::from(value) * f64::from(value)).sum();
+    sums.iter().sum::<f64>() + tail
+}
+
+pub(crate) fn clip_scale(args: &mut Args<'_>, max_norm: f32) -> Result<(), KernelError> {
+    args.expect_write(0, &[])?;
+    args.expect_write(1, &[])?;
+    let norm = args.f32(0)?.iter().map(|&sum| f64::from(sum)).sum::<f64>().sqrt();
+    args.out(0)?[0] = (f64::from(max_norm) / (norm + 1e-6)).min(1.0) as f32;
+    args.out(1)?[0] = norm as f32;
+    Ok(())
+}
+
+/// What is the same for all elements of one update.
+#[derive(Clone, Copy)]
+struct Update {
+    rates: AdamW,
+    scale: f32,
+    keep: f32,
+    step_size: f32,
+    root_correction: f32,
+}
+
+impl Update {
+    #[inline(always)]
+    fn apply(self, grad: f32, param: &mut f32, m: &mut f32, v: &mut f32) {
+        let AdamW { beta1, beta2, eps, .. } = self.rates;
+        let g = self.scale * grad;
+        *m = beta1 * *m + (1.0 - beta1) * g;
+        *v = beta2 * *v + (1.0 - beta2) * g * g;
+        *param = *param * self.keep - self.step_size * *m / (v.sqrt() * self.root_correction + eps);
+    }
+}
+
+pub(crate) fn adamw(args: &mut Args<'_>, pool: &Pool, rates: AdamW) -> Result<(), KernelError> {
+    let shape = args.read_shape(0);
+    args.expect_read(1, &[2])?;
+    args.expect_read(2, &[])?;
+    for write in 0..3 {
+        args.expect_write(write, shape)?;
+    }
+    let (grad, hyper, scale) = (args.f32(0)?, args.f32(1)?, args.f32(2)?[0]);
+    let (learning_rate, step) = (hyper[0], f64::from(hyper[1]));
+    let outs = [args.out(0)?, args.out(1)?, args.out(2)?];
+    let correction = |beta: f32| 1.0 - f64::from(beta).powf(step);
+    let update = Update {
+        rates,
+        scale,
+        keep: 1.0 - learning_rate * rates.weight_decay,
+        step_size: (f64::from(learning_rate) / correction(rates.beta1)) as f32,
+        root_correction: (1.0 / correction(rates.beta2).sqrt()) as f32,
+    };
+    pool.rows(grad.len(), 2 * grad.len(), outs, &mut [], |range, [params, ms, vs], _| {
+        let grad = &grad[range];
+        dispatch(
+            #[inline(always)]
+            || {
+                let values = grad.iter().zip(params.iter_mut()).zip(ms.iter_mut()).zip(vs.iter_mut());
+                values.for_each(
+                    #[inline(always)]
+                    |(((&grad, param), m), v)| update.apply(grad, param, m, v),
+                );
+            },
+        );
+    });
+    Ok(())
+}

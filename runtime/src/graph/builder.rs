@@ -1,0 +1,413 @@
+//! The methods by which a user writes a [`Graph`]. None fails: errors are recorded with the caller's line.
+//! Imports `graph` and `placement`.
+
+use std::panic::Location;
+use std::sync::Arc;
+
+use shardflow_kernels::op::{Einsum, Op};
+use shardflow_kernels::tensor::DType;
+
+use super::{AdamW, CustomOp, Graph, GraphError, Node, NodeId, NodeOp, Output, Phase, Rate, TensorInfo, Var, ops};
+use crate::init::Init;
+use crate::layout_error::LayoutError;
+use crate::placement::{Mesh, Placement};
+use crate::sbp::rule::Rule;
+use crate::sbp::{NdSbp, Sbp};
+
+/// A layout in user words: for some mesh axes, what happens to the tensor along them; along all others it is
+/// broadcast. `Layout::split("data", 0).and_split("tensor", 2)`.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Layout(Vec<(String, Sbp)>);
+
+impl Layout {
+    /// The same copy on every device.
+    pub fn broadcast() -> Self {
+        Self::default()
+    }
+
+    /// Split along a dim over a mesh axis, broadcast along the other axes.
+    pub fn split(axis: &str, dim: usize) -> Self {
+        Self::broadcast().and_split(axis, dim)
+    }
+
+    /// Also split along a dim over another mesh axis.
+    pub fn and_split(mut self, axis: &str, dim: usize) -> Self {
+        self.0.push((axis.to_string(), Sbp::Split(dim)));
+        self
+    }
+}
+
+impl Graph {
+    /// An empty program for this mesh. Nodes are placed on the whole mesh until [`Graph::place`] says otherwise.
+    pub fn new(mesh: &Mesh) -> Self {
+        Self {
+            mesh: mesh.clone(),
+            placements: vec![mesh.whole()],
+            nodes: Vec::new(),
+            tensors: Vec::new(),
+            outputs: Vec::new(),
+            errors: Vec::new(),
+            objective: None,
+            current: 0,
+            phase: Phase::Forward,
+            origin: None,
+        }
+    }
+
+    /// Builds a layer of several nodes: what goes wrong inside is told with `location`, the line of whoever asked for the
+    /// layer. The outermost layer's line counts.
+    pub fn layer<T>(&mut self, location: &'static Location<'static>, build: impl FnOnce(&mut Self) -> T) -> T {
+        let outer = self.origin;
+        self.origin = Some(outer.unwrap_or(location));
+        let out = build(self);
+        self.origin = outer;
+        out
+    }
+
+    /// Places the nodes that follow.
+    pub fn place(&mut self, placement: Placement) {
+        self.current = self.placements.iter().position(|p| *p == placement).unwrap_or_else(|| {
+            self.placements.push(placement);
+            self.placements.len() - 1
+        });
+    }
+
+    /// Places the nodes that follow on the devices at `index` of the mesh axis `axis`.
+    #[track_caller]
+    pub fn place_at(&mut self, axis: &str, index: usize) {
+        match self.mesh.at(axis, index) {
+            Ok(placement) => self.place(placement),
+            Err(e) => self.error("placement", e.to_string(), Location::caller()),
+        }
+    }
+
+    /// A tensor that the host feeds. Its first dim is the batch: a session's `step` takes the whole of it, and
+    /// micro-batches are parts of it.
+    #[track_caller]
+    pub fn input(&mut self, name: &str, shape: &[usize], dtype: DType, layout: Layout) -> Var {
+        self.source(name, NodeOp::Input, shape, dtype, Rate::MicroBatch, layout, Location::caller())
+    }
+
+    /// A tensor that the host feeds once a step, without micro-batches.
+    #[track_caller]
+    pub fn step_input(&mut self, name: &str, shape: &[usize], dtype: DType) -> Var {
+        self.source(name, NodeOp::Input, shape, dtype, Rate::Step, Layout::broadcast(), Location::caller())
+    }
+
+    /// A trained tensor. Names are unique; they are those of the checkpoint.
+    #[track_caller]
+    pub fn parameter(&mut self, name: &str, shape: &[usize], init: Init, layout: Layout) -> Var {
+        let location = Location::caller();
+        let duplicate = |n: &Node| matches!(n.op, NodeOp::Parameter { .. }) && n.name == name;
+        if self.nodes.iter().any(duplicate) {
+            let message = "a parameter of this name is there already; give each its own name".to_string();
+            self.error(name, message, location);
+        }
+        self.source(name, NodeOp::Parameter { init }, shape, DType::F32, Rate::Step, layout, location)
+    }
+
+    /// Saves a parameter under another shape of as many elements: `[heads * head_dim, width]`, say, for a tensor that the
+    /// program sees as `[heads, head_dim, width]`.
+    #[track_caller]
+    pub fn saved_as(&mut self, parameter: Var, shape: &[usize]) {
+        let own = self.shape(parameter).to_vec();
+        if own.iter().product::<usize>() != shape.iter().product::<usize>() {
+            let message = format!("shape {own:?} cannot be saved as {shape:?}: the numbers of elements differ");
+            self.error("saved_as", message, Location::caller());
+        }
+        self.tensors[parameter.index()].saved_shape = Some(shape.to_vec());
+    }
+
+    /// Rows of `table [v, c]` by `ids [..]`: `[.., c]`.
+    #[track_caller]
+    pub fn embedding(&mut self, ids: Var, table: Var) -> Var {
+        self.kernel("embedding", Op::Embedding { vocab_start: 0 }, &[ids, table], Location::caller())[0]
+    }
+
+    /// `a + b`, b's shape being a suffix of a's.
+    #[track_caller]
+    pub fn add(&mut self, a: Var, b: Var) -> Var {
+        let (shape_a, shape_b) = (self.shape(a).to_vec(), self.shape(b).to_vec());
+        let location = Location::caller();
+        if !shape_a.ends_with(&shape_b) && !self.is_poisoned(&[a, b]) {
+            let message =
+                format!("cannot add {shape_b:?} to {shape_a:?}: the second shape must be a suffix of the first");
+            self.error("add", message, location);
+            return self.poison(&shape_a);
+        }
+        self.kernel("add", Op::Add, &[a, b], location)[0]
+    }
+
+    /// A product over named indices, such as `"btc,hdc->bthd"`; see [`Einsum`] for what is allowed.
+    #[track_caller]
+    pub fn einsum(&mut self, spec: &str, a: Var, b: Var) -> Var {
+        let location = Location::caller();
+        match Einsum::parse(spec) {
+            Ok(e) => self.kernel("einsum", Op::Einsum(e), &[a, b], location)[0],
+            Err(e) => {
+                self.error("einsum", e.to_string(), location);
+                self.poison(&[])
+            }
+        }
+    }
+
+    /// Layer norm over the last dim, with a weight and no bias.
+    #[track_caller]
+    pub fn layer_norm(&mut self, x: Var, weight: Var, eps: f32) -> Var {
+        self.kernel("layer_norm", Op::LayerNorm { eps }, &[x, weight], Location::caller())[0]
+    }
+
+    /// Exact (erf) GELU.
+    #[track_caller]
+    pub fn gelu(&mut self, x: Var) -> Var {
+        self.kernel("gelu", Op::Gelu, &[x], Location::caller())[0]
+    }
+
+    /// `factor * x`.
+    #[track_caller]
+    pub fn scale(&mut self, x: Var, factor: f32) -> Var {
+        self.kernel("scale", Op::Scale { factor }, &[x], Location::caller())[0]
+    }
+
+    /// Causal attention of `[batch, time, head, dim]` tensors, scores scaled by `1/sqrt(dim)`.
+    #[track_caller]
+    pub fn attention(&mut self, q: Var, k: Var, v: Var) -> Var {
+        let scale = 1.0 / (*self.shape(q).last().unwrap_or(&1) as f32).sqrt();
+        self.kernel("attention", Op::Attention { scale }, &[q, k, v], Location::caller())[0]
+    }
+
+    /// Zeroes elements with probability `p` and scales the others up, in training; the same elements under every
+    /// layout. `seed` must differ for each dropout of a model.
+    #[track_caller]
+    pub fn dropout(&mut self, x: Var, p: f32, seed: u64) -> Var {
+        let location = Location::caller();
+        if !(0.0..1.0).contains(&p) {
+            self.error("dropout", format!("p is {p}: it must be at least 0 and below 1"), location);
+        }
+        let rng = self.rng(location);
+        let op = Op::Dropout { p, seed, shape: Vec::new(), start: Vec::new() };
+        self.kernel("dropout", op, &[x, rng], location)[0]
+    }
+
+    /// Mean over all tokens of a step of the cross-entropy between `logits [.., v]` and `targets [..]` (i32): `[]`.
+    /// The vocabulary may be split.
+    #[track_caller]
+    pub fn cross_entropy(&mut self, logits: Var, targets: Var) -> Var {
+        let location = Location::caller();
+        let tokens: usize = self.shape(targets).iter().product();
+        let scale = 1.0 / tokens.max(1) as f32;
+        let max = self.kernel("row_max", Op::RowMax, &[logits], location)[0];
+        let op = Op::SumExpTarget { vocab_start: 0 };
+        let stats = self.kernel("sum_exp", op, &[logits, max, targets], location);
+        self.kernel("loss", Op::TokenLoss { scale }, &[max, stats[0], stats[1]], location)[0]
+    }
+
+    /// Changes the layout; the value stays.
+    #[track_caller]
+    pub fn relayout(&mut self, x: Var, layout: Layout) -> Var {
+        let location = Location::caller();
+        let (shape, dtype, rate) = (self.shape(x).to_vec(), self.tensor(x).dtype, self.tensor(x).rate);
+        let out = self.push("relayout", NodeOp::Relayout, &[x], &[(shape, dtype, rate)], location)[0];
+        self.tensors[out.index()].layout = self.resolve("relayout", &layout, out, location);
+        out
+    }
+
+    /// An op from outside.
+    #[track_caller]
+    pub fn custom(&mut self, op: Arc<dyn CustomOp>, inputs: &[Var]) -> Vec<Var> {
+        let (rule, location) = (op.rule(), Location::caller());
+        let name = op.name().to_string();
+        self.node_by_rule(&name, NodeOp::Custom(op), rule, inputs, None, location)
+    }
+
+    /// Trains every parameter to make `loss` (a scalar) small.
+    #[track_caller]
+    pub fn minimize(&mut self, loss: Var, optimizer: AdamW) {
+        if !self.shape(loss).is_empty() && !self.is_poisoned(&[loss]) {
+            let message = format!("the loss has shape {:?}: only a scalar can be minimised", self.shape(loss));
+            self.error("minimize", message, Location::caller());
+        }
+        self.objective = Some((loss, optimizer));
+        self.output("loss", loss);
+    }
+
+    /// Lets the host fetch a tensor by this name after each step.
+    pub fn output(&mut self, name: &str, tensor: Var) {
+        self.outputs.push(Output { name: name.to_string(), tensor });
+    }
+
+    // ---- what the methods above and the passes share ----
+
+    pub(crate) fn error(&mut self, what: &str, message: String, location: &'static Location<'static>) {
+        let location = self.origin.unwrap_or(location);
+        self.errors.push(GraphError { what: what.to_string(), message, location });
+    }
+
+    fn is_poisoned(&self, vars: &[Var]) -> bool {
+        vars.iter().any(|v| self.tensors[v.index()].poisoned)
+    }
+
+    fn poison(&mut self, shape: &[usize]) -> Var {
+        let node = NodeOp::Kernel(Op::Fill { value: f32::NAN });
+        let out = self.push("error", node, &[], &[(shape.to_vec(), DType::F32, Rate::MicroBatch)], Location::caller());
+        self.tensors[out[0].index()].poisoned = true;
+        out[0]
+    }
+
+    /// The `[step, first row]` input of dropout on the current placement.
+    fn rng(&mut self, location: &'static Location<'static>) -> Var {
+        let here = self.current;
+        let found = self.nodes.iter().find(|n| n.name == RNG_INPUT && n.placement == here).map(|n| n.outputs[0]);
+        found.unwrap_or_else(|| {
+            let layout = Layout::broadcast();
+            self.source(RNG_INPUT, NodeOp::Input, &[2], DType::I32, Rate::MicroBatch, layout, location)
+        })
+    }
+
+    #[allow(clippy::too_many_arguments)]
+    fn source(
+        &mut self,
+        name: &str,
+        op: NodeOp,
+        shape: &[usize],
+        dtype: DType,
+        rate: Rate,
+        layout: Layout,
+        location: &'static Location<'static>,
+    ) -> Var {
+        let out = self.push(name, op, &[], &[(shape.to_vec(), dtype, rate)], location)[0];
+        self.tensors[out.index()].name = name.to_string();
+        self.tensors[out.index()].layout = self.resolve(name, &layout, out, location);
+        out
+    }
+
+    /// The layout on the tensor's placement; axes of one device count as broadcast.
+    fn resolve(
+        &mut self,
+        what: &str,
+        layout: &Layout,
+        var: Var,
+        location: &'static Location<'static>,
+    ) -> Option<NdSbp> {
+        let placement = self.placements[self.placement_of(var)].clone();
+        let rank = self.shape(var).len();
+        let mut out = vec![Sbp::Broadcast; placement.axes().len()];
+        for (axis, sbp) in &layout.0 {
+            let Some(position) = placement.axes().iter().position(|a| a.name == *axis) else {
+                let known: Vec<&str> = placement.axes().iter().map(|a| a.name.as_str()).collect();
+                let message = format!("layout names the mesh axis `{axis}`, but the placement has {known:?}");
+                self.error(what, message, location);
+                return None;
+            };
+            if let Sbp::Split(dim) = sbp
+                && *dim >= rank
+            {
+                let message = format!(
+                    "layout splits dim {dim} over `{axis}`, but the shape {:?} has {rank} dims",
+                    self.shape(var)
+                );
+                self.error(what, message, location);
+                return None;
+            }
+            if placement.axes()[position].size > 1 {
+                out[position] = *sbp;
+            }
+        }
+        Some(NdSbp(out))
+    }
+
+    /// Adds a kernel node, shapes by its rule.
+    pub(crate) fn kernel(
+        &mut self,
+        name: &str,
+        op: Op,
+        inputs: &[Var],
+        location: &'static Location<'static>,
+    ) -> Vec<Var> {
+        let shapes: Vec<Vec<usize>> = inputs.iter().map(|v| self.shape(*v).to_vec()).collect();
+        let shapes: Vec<&[usize]> = shapes.iter().map(Vec::as_slice).collect();
+        let rule = ops::rule(&op, &shapes);
+        self.node_by_rule(name, NodeOp::Kernel(op), rule, inputs, None, location)
+    }
+
+    /// Adds a node whose output shapes are given (by `shapes`) or follow from the rule.
+    pub(crate) fn node_by_rule(
+        &mut self,
+        name: &str,
+        op: NodeOp,
+        rule: Result<Rule, LayoutError>,
+        inputs: &[Var],
+        shapes: Option<Vec<Vec<usize>>>,
+        location: &'static Location<'static>,
+    ) -> Vec<Var> {
+        let rate = inputs.iter().map(|v| self.tensor(*v)).filter(|t| t.rate == Rate::MicroBatch).count();
+        let rate = if rate > 0 || self.phase != Phase::Update { Rate::MicroBatch } else { Rate::Step };
+        let outputs = rule.as_ref().map_or(1, Rule::output_count);
+        let inferred = rule.and_then(|rule| match shapes {
+            Some(shapes) => Ok(shapes),
+            None => {
+                let given: Vec<&[usize]> = inputs.iter().map(|v| self.shape(*v)).collect();
+                rule.infer_shapes(&given)
+            }
+        });
+        match inferred {
+            Ok(shapes) => {
+                let dtypes: Vec<DType> = inputs.iter().map(|v| self.tensor(*v).dtype).collect();
+                let dtypes = match &op {
+                    NodeOp::Kernel(op) => ops::output_dtypes(op, &dtypes, outputs),
+                    _ => vec![DType::F32; outputs],
+                };
+                let facts: Vec<_> = shapes.into_iter().zip(dtypes).map(|(s, d)| (s, d, rate)).collect();
+                self.push(name, op, inputs, &facts, location)
+            }
+            Err(e) => {
+                if !self.is_poisoned(inputs) {
+                    self.error(name, e.to_string(), location);
+                }
+                (0..outputs).map(|_| self.poison(&[])).collect()
+            }
+        }
+    }
+
+    /// Adds a node at the end, on the current placement and in the current phase.
+    pub(crate) fn push(
+        &mut self,
+        name: &str,
+        op: NodeOp,
+        inputs: &[Var],
+        outputs: &[(Vec<usize>, DType, Rate)],
+        location: &'static Location<'static>,
+    ) -> Vec<Var> {
+        let producer = NodeId(self.nodes.len() as u32);
+        let poisoned = self.is_poisoned(inputs);
+        let mut made = Vec::new();
+        for (shape, dtype, rate) in outputs {
+            made.push(Var(self.tensors.len() as u32));
+            self.tensors.push(TensorInfo {
+                name: format!("{name}.{}", producer.0),
+                shape: shape.clone(),
+                dtype: *dtype,
+                producer,
+                rate: *rate,
+                layout: None,
+                saved_shape: None,
+                poisoned,
+            });
+        }
+        self.nodes.push(Node {
+            name: name.to_string(),
+            op,
+            inputs: inputs.to_vec(),
+            outputs: made.clone(),
+            updates: Vec::new(),
+            placement: self.current,
+            phase: self.phase,
+            location: self.origin.unwrap_or(location),
+            signature: None,
+        });
+        made
+    }
+}
+
+/// Name of the input that dropout reads: `[step, first row of the micro-batch]`; the session feeds it.
+pub const RNG_INPUT: &str = "rng";

@@ -1,0 +1,122 @@
+//! What the planner must know of each kernel op: its factor rule, its output types, and its attributes on one shard.
+//! One function each; a new op is added here, in `passes::autodiff` and in the kernels crate, and nowhere else.
+//! Imports `sbp::rule` and the kernels' `Op`.
+
+use shardflow_kernels::collective::ReduceOp;
+use shardflow_kernels::op::Op;
+use shardflow_kernels::tensor::{DType, Region};
+
+use crate::layout_error::LayoutError;
+use crate::sbp::rule::Rule;
+
+/// Letters for `n` leading dims that an op treats alike; the letters that rules below use by name are not among them.
+fn leading(n: usize) -> String {
+    "abefgijlmnopqrsuxyz".chars().take(n).collect()
+}
+
+/// The factor rule of a kernel op whose inputs have these shapes. `extents` gives the sizes of output-only factors.
+///
+/// Notation: letters are factors; a factor of the inputs that is missing in the outputs is contracted.
+pub fn rule(op: &Op, shapes: &[&[usize]]) -> Result<Rule, LayoutError> {
+    let rank = |i: usize| shapes.get(i).map_or(0, |s| s.len());
+    let lead = |n: usize| leading(n.max(1) - 1);
+    match op {
+        Op::Fill { .. } => Rule::new(&[] as &[&str], &[""]),
+        Op::Copy | Op::Scale { .. } => {
+            let x = leading(rank(0));
+            Rule::parse(&format!("{x}->{x}"))?.linear(&[&[0]])
+        }
+        Op::Add => {
+            let (x, n) = (leading(rank(0)), rank(0) - rank(1).min(rank(0)));
+            Rule::parse(&format!("{x},{}->{x}", &x[n..]))?.linear(&[&[0, 1]])
+        }
+        Op::Einsum(e) => Rule::parse(&format!("{},{}->{}", e.a, e.b, e.out))?.linear(&[&[0], &[1]]),
+        Op::Embedding { .. } => {
+            let x = leading(rank(0));
+            Rule::parse(&format!("{x},vc->{x}c"))?.linear(&[&[1]])
+        }
+        Op::EmbeddingGrad { .. } => {
+            let x = leading(rank(0));
+            Rule::parse(&format!("{x},{x}c->vc"))?.linear(&[&[1]])
+        }
+        Op::LayerNorm { .. } => {
+            let x = lead(rank(0));
+            Rule::parse(&format!("{x}c,c->{x}c,{x},{x}"))?.fixed("c")
+        }
+        Op::LayerNormGrad => {
+            let x = lead(rank(0));
+            Rule::parse(&format!("{x}c,{x}c,c,{x},{x}->{x}c,c"))?.fixed("c")?.linear(&[&[0]])
+        }
+        Op::Gelu => {
+            let x = leading(rank(0));
+            Rule::parse(&format!("{x}->{x}"))
+        }
+        Op::GeluGrad => {
+            let x = leading(rank(0));
+            Rule::parse(&format!("{x},{x}->{x}"))?.linear(&[&[0]])
+        }
+        Op::Attention { .. } => Rule::parse("bthd,bthd,bthd->bthd,bht")?.fixed("td"),
+        Op::AttentionGrad { .. } => {
+            Rule::parse("bthd,bthd,bthd,bthd,bthd,bht->bthd,bthd,bthd")?.fixed("td")?.linear(&[&[0]])
+        }
+        Op::RowMax => {
+            let x = lead(rank(0));
+            Rule::parse(&format!("{x}v->{x}"))?.reduce('v', ReduceOp::Max)
+        }
+        Op::SumExpTarget { .. } => {
+            let x = lead(rank(0));
+            Rule::parse(&format!("{x}v,{x},{x}->{x},{x}"))
+        }
+        Op::TokenLoss { .. } => {
+            let x = leading(rank(0));
+            Rule::parse(&format!("{x},{x},{x}->"))
+        }
+        Op::CrossEntropyGrad { .. } => {
+            let x = lead(rank(1));
+            Rule::parse(&format!(",{x}v,{x},{x},{x}->{x}v"))?.linear(&[&[0]])
+        }
+        Op::Dropout { .. } => {
+            let x = leading(rank(0));
+            Rule::parse(&format!("{x},r->{x}"))?.fixed("r")?.linear(&[&[0]])
+        }
+        // AdamW reads (gradient, hyper-parameters, scale) and updates (parameter, m, v): elementwise in the four.
+        Op::AdamW { .. } => {
+            let x = leading(rank(0));
+            Rule::parse(&format!("{x},h,->{x},{x},{x}"))?.fixed("h")
+        }
+        // Sums of leading dims: the output's rank is not known from the inputs, see `sum_leading`.
+        Op::SumLeading | Op::CopyRegion { .. } | Op::SumSquares { .. } | Op::ClipScale { .. } => Rule::parse("->"),
+        Op::Collective(_) | Op::Custom(_) => Rule::parse("->"),
+    }
+}
+
+/// The rule of `SumLeading` from a tensor of rank `from` to one of rank `to`.
+pub fn sum_leading(from: usize, to: usize) -> Result<Rule, LayoutError> {
+    let x = leading(from);
+    Rule::parse(&format!("{x}->{}", &x[from - to..]))?.linear(&[&[0]])
+}
+
+/// Element types of the outputs.
+pub fn output_dtypes(op: &Op, inputs: &[DType], outputs: usize) -> Vec<DType> {
+    match op {
+        Op::Copy => vec![inputs[0]; outputs],
+        _ => vec![DType::F32; outputs],
+    }
+}
+
+/// The op as one shard runs it: attributes that depend on which region of the whole tensors the shard works on.
+/// `whole` is the shape of the whole first input.
+pub fn localize(op: &Op, inputs: &[Region], outputs: &[Region], whole: &[usize]) -> Op {
+    match op {
+        Op::Embedding { .. } => Op::Embedding { vocab_start: inputs[1].start[0] },
+        Op::EmbeddingGrad { .. } => Op::EmbeddingGrad { vocab_start: outputs[0].start[0] },
+        Op::SumExpTarget { .. } => Op::SumExpTarget { vocab_start: *inputs[0].start.last().unwrap_or(&0) },
+        Op::CrossEntropyGrad { scale, .. } => {
+            Op::CrossEntropyGrad { vocab_start: *inputs[1].start.last().unwrap_or(&0), scale: *scale }
+        }
+        Op::Dropout { p, seed, .. } => {
+            Op::Dropout { p: *p, seed: *seed, shape: whole.to_vec(), start: inputs[0].start.clone() }
+        }
+        other => other.clone(),
+    }
+}

@@ -1,0 +1,155 @@
+//! Initial weights by counter: an element depends on the seed, on the parameter's name and on its place in the whole
+//! parameter, so every shard makes its own part and every layout starts from the same bits.
+//! Imports `shardflow_kernels::tensor` only.
+
+use shardflow_kernels::tensor::{Region, element_count};
+
+/// How a parameter starts.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Init {
+    /// Normal with mean 0.
+    Normal {
+        /// Standard deviation. In f64, so that 0.02 is the nearest double to it and not the nearest float.
+        std: f64,
+    },
+    /// Ones.
+    Ones,
+    /// Zeros.
+    Zeros,
+}
+
+/// The output function of SplitMix64: counter to 64 well-mixed bits.
+/// Steele, Lea and Flood 2014, <https://doi.org/10.1145/2660193.2660195>.
+pub fn mix(counter: u64) -> u64 {
+    let mut z = counter.wrapping_add(0x9E37_79B9_7F4A_7C15);
+    z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+    z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+    z ^ (z >> 31)
+}
+
+/// The 64-bit FNV-1a hash of the bytes of `text`. <https://datatracker.ietf.org/doc/html/draft-eastlake-fnv>
+pub fn fnv1a(text: &str) -> u64 {
+    text.bytes().fold(0xCBF2_9CE4_8422_2325, |h, byte| (h ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01B3))
+}
+
+/// Element `index` of the standard normal numbers of `key`: Box and Muller's cosine branch on the counters `2 index`
+/// and `2 index + 1`. <https://doi.org/10.1214/aoms/1177706645>
+fn standard_normal(key: u64, index: u64) -> f64 {
+    let counter = key.wrapping_add(index.wrapping_mul(2));
+    let unit = 1.0 / (1u64 << 53) as f64;
+    // The half keeps u1 above 0, where the logarithm has no value.
+    let u1 = ((mix(counter) >> 11) as f64 + 0.5) * unit;
+    let u2 = (mix(counter.wrapping_add(1)) >> 11) as f64 * unit;
+    (-2.0 * u1.ln()).sqrt() * (2.0 * std::f64::consts::PI * u2).cos()
+}
+
+/// Writes the part `region` of the parameter `name`, row-major, to `out`. `shape` is the whole parameter's; an element's
+/// number is its row-major index there, so `[heads, head_dim, width]` and `[heads * head_dim, width]` start alike.
+///
+/// # Panics
+/// When `region` does not lie in `shape`, or `out` does not hold `region.element_count()` elements.
+pub fn fill(init: Init, seed: u64, name: &str, shape: &[usize], region: &Region, out: &mut [f32]) {
+    assert_eq!(out.len(), region.element_count(), "{name}: region {region:?} and number of elements differ");
+    assert!(
+        shape.len() == region.start.len()
+            && shape.len() == region.size.len()
+            && (0..shape.len()).all(|d| region.start[d] + region.size[d] <= shape[d]),
+        "{name}: region {region:?} is not inside shape {shape:?}"
+    );
+    let std = match init {
+        Init::Normal { std } => std,
+        Init::Ones => return out.fill(1.0),
+        Init::Zeros => return out.fill(0.0),
+    };
+    if region.is_empty() {
+        return;
+    }
+    let key = mix(seed ^ fnv1a(name));
+    let row_len = region.size.last().copied().unwrap_or(1);
+    for (row, values) in out.chunks_exact_mut(row_len).enumerate() {
+        let first = row_start(shape, region, row) as u64;
+        for (column, value) in values.iter_mut().enumerate() {
+            *value = (standard_normal(key, first + column as u64) * std) as f32;
+        }
+    }
+}
+
+/// Index in the whole tensor of the first element of the region's row `row`, rows being runs along the last dim.
+fn row_start(shape: &[usize], region: &Region, mut row: usize) -> usize {
+    let Some(last) = shape.len().checked_sub(1) else { return 0 };
+    let mut index = region.start[last];
+    for d in (0..last).rev() {
+        let coordinate = region.start[d] + row % region.size[d];
+        row /= region.size[d];
+        index += coordinate * element_count(&shape[d + 1..]);
+    }
+    index
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn normal(name: &str, shape: &[usize], region: &Region) -> Vec<f32> {
+        let mut out = vec![f32::NAN; region.element_count()];
+        fill(Init::Normal { std: 0.02 }, 1337, name, shape, region, &mut out);
+        out
+    }
+
+    #[test]
+    fn known_hashes() {
+        assert_eq!(mix(0), 0xE220_A839_7B1D_CDAF);
+        assert_eq!(fnv1a(""), 0xCBF2_9CE4_8422_2325);
+        assert_eq!(fnv1a("wte.weight"), 0x61D3_A46D_83BC_4189);
+    }
+
+    /// The values are those of the same rules written in numpy.
+    #[test]
+    fn values_of_numpy() {
+        let shape = [65, 128];
+        let all = normal("wte.weight", &shape, &Region::whole(&shape));
+        let expected = [-0.020_832_26_f32, -0.002_899_026, 0.015_812_693, 0.008_699_37];
+        for (got, want) in all.iter().zip(expected) {
+            // The last bit may differ where the platform's `ln` and `cos` do.
+            assert!((got - want).abs() <= want.abs() * f32::EPSILON, "{got} {want}");
+        }
+        let mean = all.iter().map(|v| f64::from(*v)).sum::<f64>() / all.len() as f64;
+        let square = all.iter().map(|v| f64::from(*v).powi(2)).sum::<f64>() / all.len() as f64;
+        assert!(mean.abs() < 0.001 && (square.sqrt() - 0.02).abs() < 0.001, "mean {mean}, std {}", square.sqrt());
+    }
+
+    #[test]
+    fn a_region_is_the_same_part_of_the_whole() {
+        let shape = [3, 4, 5];
+        let all = normal("w", &shape, &Region::whole(&shape));
+        let region = Region { start: vec![1, 2, 1], size: vec![2, 2, 3] };
+        let part = normal("w", &shape, &region);
+        let mut expected = Vec::new();
+        for i in 1..3 {
+            for j in 2..4 {
+                expected.extend((1..4).map(|k| all[(i * 4 + j) * 5 + k]));
+            }
+        }
+        assert_eq!(part, expected);
+        // Merged leading dims keep the row-major order, and with it the values.
+        assert_eq!(all, normal("w", &[12, 5], &Region::whole(&[12, 5])));
+        assert_ne!(all, normal("w2", &shape, &Region::whole(&shape)));
+    }
+
+    #[test]
+    fn small_and_constant_parameters() {
+        assert_eq!(normal("s", &[], &Region::whole(&[])).len(), 1);
+        assert!(normal("e", &[2, 3], &Region { start: vec![2, 0], size: vec![0, 3] }).is_empty());
+        let mut out = [f32::NAN; 2];
+        fill(Init::Ones, 1, "v", &[4], &Region { start: vec![1], size: vec![2] }, &mut out);
+        assert_eq!(out, [1.0, 1.0]);
+        fill(Init::Zeros, 1, "v", &[4], &Region { start: vec![1], size: vec![2] }, &mut out);
+        assert_eq!(out, [0.0, 0.0]);
+    }
+
+    #[test]
+    #[should_panic(expected = "is not inside shape")]
+    fn a_region_outside_is_refused() {
+        normal("w", &[2, 2], &Region { start: vec![1, 0], size: vec![2, 2] });
+    }
+}

@@ -1,0 +1,179 @@
+//! Layers that users expect, each a few calls of the graph builder. Names of parameters are those of the checkpoint.
+//! Imports `graph` and `init`.
+
+use std::panic::Location;
+
+use shardflow_kernels::tensor::DType;
+
+use crate::graph::builder::Layout;
+use crate::graph::{Graph, Var};
+use crate::init::Init;
+
+/// How a layer's weight lies on the `tensor` axis, in Megatron's words (Shoeybi et al. 2019,
+/// <https://arxiv.org/abs/1909.08053>).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Parallel<'a> {
+    /// The same weight everywhere.
+    #[default]
+    Replicated,
+    /// Output features are split over this mesh axis; the output is split likewise.
+    Column(&'a str),
+    /// Input features are split over this mesh axis; the output is a partial sum, all-reduced when it is needed whole.
+    Row(&'a str),
+}
+
+impl Parallel<'_> {
+    /// The weight's layout, `out` and `inner` being the dims of output and input features that are split.
+    fn layout(self, out: usize, inner: usize) -> Layout {
+        match self {
+            Self::Replicated => Layout::broadcast(),
+            Self::Column(axis) => Layout::split(axis, out),
+            Self::Row(axis) => Layout::split(axis, inner),
+        }
+    }
+}
+
+/// Standard deviation of initial weights, as GPT-2's.
+pub const INIT_STD: f64 = 0.02;
+
+/// `x [b, t, c] -> [b, t, out]`: `x W^T` with `W [out, c]`, without bias. The weight is `NAME.weight`.
+#[track_caller]
+pub fn linear(g: &mut Graph, name: &str, x: Var, out: usize, parallel: Parallel<'_>) -> Var {
+    g.layer(Location::caller(), |g| {
+        let width = g.shape(x).last().copied().unwrap_or(0);
+        let init = Init::Normal { std: INIT_STD };
+        let weight = g.parameter(&format!("{name}.weight"), &[out, width], init, parallel.layout(0, 1));
+        g.einsum("btc,oc->bto", x, weight)
+    })
+}
+
+/// Layer norm over the last dim with a weight and no bias, eps 1e-5. The weight is `NAME.weight`.
+#[track_caller]
+pub fn layer_norm(g: &mut Graph, name: &str, x: Var) -> Var {
+    g.layer(Location::caller(), |g| {
+        let width = g.shape(x).last().copied().unwrap_or(0);
+        let weight = g.parameter(&format!("{name}.weight"), &[width], Init::Ones, Layout::broadcast());
+        g.layer_norm(x, weight, 1e-5)
+    })
+}
+
+/// `ids [b, t] -> [b, t, width]` from a table `[rows, width]`, whose rows may be split over a mesh axis
+/// (vocabulary-parallel). The table is `NAME.weight`.
+#[track_caller]
+pub fn embedding(g: &mut Graph, name: &str, ids: Var, rows: usize, width: usize, parallel: Parallel<'_>) -> Var {
+    g.layer(Location::caller(), |g| {
+        let (init, layout) = (Init::Normal { std: INIT_STD }, parallel.layout(0, 1));
+        let table = g.parameter(&format!("{name}.weight"), &[rows, width], init, layout);
+        g.embedding(ids, table)
+    })
+}
+
+/// Multi-head causal self-attention of `x [b, t, c]`, heads split over `axis` if one is given: `q`, `k` and `v` by column,
+/// `proj` by row. Parameters `NAME.{q,k,v}.weight [heads, head_dim, c]` and `NAME.proj.weight [c, heads, head_dim]`, in
+/// files `[c, c]`.
+#[track_caller]
+pub fn attention(g: &mut Graph, name: &str, x: Var, heads: usize, axis: Option<&str>) -> Var {
+    g.layer(Location::caller(), |g| {
+        let width = g.shape(x).last().copied().unwrap_or(0);
+        if heads == 0 || width % heads != 0 {
+            let message =
+                format!("a width of {width} does not divide into {heads} heads; choose a multiple of {heads}");
+            g.error(name, message, Location::caller());
+            return x;
+        }
+        let head_dim = width / heads;
+        let init = Init::Normal { std: INIT_STD };
+        let layout = |dim: usize| axis.map_or(Layout::broadcast(), |axis| Layout::split(axis, dim));
+        let project = |g: &mut Graph, which: &str| {
+            let weight = g.parameter(&format!("{name}.{which}.weight"), &[heads, head_dim, width], init, layout(0));
+            g.saved_as(weight, &[width, width]);
+            g.einsum("btc,hdc->bthd", x, weight)
+        };
+        let (q, k, v) = (project(g, "q"), project(g, "k"), project(g, "v"));
+        let out = g.attention(q, k, v);
+        let weight = g.parameter(&format!("{name}.proj.weight"), &[width, heads, head_dim], init, layout(1));
+        g.saved_as(weight, &[width, width]);
+        g.einsum("bthd,chd->btc", out, weight)
+    })
+}
+
+/// Sizes of a [`gpt`].
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct GptConfig {
+    /// Tokens of the vocabulary.
+    pub vocabulary: usize,
+    /// Transformer layers.
+    pub layers: usize,
+    /// Attention heads; they divide `width`.
+    pub heads: usize,
+    /// Features of a token.
+    pub width: usize,
+    /// Tokens of a sequence.
+    pub context: usize,
+    /// Sequences in a step, over all data shards.
+    pub batch: usize,
+    /// Probability of dropout after the embedding and in each residual branch.
+    pub dropout: f32,
+}
+
+/// A GPT without biases. Where the mesh has these axes: layers are spread evenly over `stage`, the batch over `data`;
+/// heads, hidden features and the vocabulary over `tensor`. Gives the logits `[b, t, vocabulary]`; they stay on the last
+/// stage. The host feeds `ids`, i32 `[batch, context]`.
+#[track_caller]
+pub fn gpt(g: &mut Graph, config: &GptConfig) -> Var {
+    g.layer(Location::caller(), |g| build_gpt(g, config))
+}
+
+fn build_gpt(g: &mut Graph, config: &GptConfig) -> Var {
+    let stages = g.mesh().axis("stage").map_or(1, |axis| g.mesh().axes()[axis].size);
+    if config.layers % stages != 0 {
+        let message = format!(
+            "{} layers do not divide over {stages} stages; choose a number of layers that is a multiple of {stages}",
+            config.layers
+        );
+        g.error("gpt", message, Location::caller());
+    }
+    let tensor = g.mesh().axis("tensor").ok().map(|_| "tensor");
+    let (column, row) = tensor.map_or_else(Default::default, |axis| (Parallel::Column(axis), Parallel::Row(axis)));
+    let batch_layout = batch_layout(g);
+    let per_stage = config.layers.div_ceil(stages).max(1);
+    place_stage(g, 0);
+    let ids = g.input("ids", &[config.batch, config.context], DType::I32, batch_layout);
+    let mut x = embedding(g, "wte", ids, config.vocabulary, config.width, column);
+    let init = Init::Normal { std: INIT_STD };
+    let positions = g.parameter("wpe.weight", &[config.context, config.width], init, Layout::broadcast());
+    x = g.add(x, positions);
+    x = dropout(g, x, config.dropout, 0);
+    for layer in 0..config.layers {
+        place_stage(g, layer / per_stage);
+        let name = format!("h.{layer}");
+        let normed = layer_norm(g, &format!("{name}.ln1"), x);
+        let branch = attention(g, &format!("{name}.attn"), normed, config.heads, tensor);
+        let branch = dropout(g, branch, config.dropout, 2 * layer as u64 + 1);
+        x = g.add(x, branch);
+        let normed = layer_norm(g, &format!("{name}.ln2"), x);
+        let hidden = linear(g, &format!("{name}.mlp.fc"), normed, 4 * config.width, column);
+        let hidden = g.gelu(hidden);
+        let branch = linear(g, &format!("{name}.mlp.proj"), hidden, config.width, row);
+        let branch = dropout(g, branch, config.dropout, 2 * layer as u64 + 2);
+        x = g.add(x, branch);
+    }
+    let normed = layer_norm(g, "lnf", x);
+    linear(g, "head", normed, config.vocabulary, column)
+}
+
+/// The layout of a batch: split over `data`, where the mesh has that axis.
+pub fn batch_layout(g: &Graph) -> Layout {
+    if g.mesh().axis("data").is_ok() { Layout::split("data", 0) } else { Layout::broadcast() }
+}
+
+/// Places what follows on a stage, where the mesh has stages.
+fn place_stage(g: &mut Graph, stage: usize) {
+    if let Ok(placement) = g.mesh().at("stage", stage) {
+        g.place(placement);
+    }
+}
+
+fn dropout(g: &mut Graph, x: Var, p: f32, seed: u64) -> Var {
+    if p > 0.0 { g.dropout(x, p, seed) } else { x }
+}

@@ -1,0 +1,133 @@
+//! From the user's graph to a plan: THE ordered list of passes is in [`compile`].
+//! Imports `graph`, `boxing`, `plan`.
+
+use crate::boxing::CostModel;
+use crate::graph::{Graph, GraphError};
+use crate::plan::lower::{Setting, lower};
+use crate::plan::slots::StageCosts;
+use crate::plan::validate::{PlanError, validate};
+use crate::plan::{Plan, Schedule};
+
+pub mod autodiff;
+pub mod boxing;
+pub mod bucket;
+pub mod layout;
+pub mod micro_batch;
+pub mod optimizer;
+
+/// What becomes of forward layout changes that the user did not write.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Boxing {
+    /// They are made, and listed by `explain`.
+    #[default]
+    Automatic,
+    /// They are errors, but for reductions of partial sums, which a `row` layout asks for.
+    Explicit,
+}
+
+/// How a graph is compiled.
+#[derive(Clone, Debug)]
+pub struct CompileOptions {
+    /// Micro-batches in a step.
+    pub micro_batches: usize,
+    /// The schedule of the pipeline.
+    pub schedule: Schedule,
+    /// Threads that a kernel of a layer shard runs on.
+    pub threads_per_device: usize,
+    /// Devices that there are.
+    pub devices: usize,
+    /// Memory of one device, bytes; a plan that needs more is refused.
+    pub memory_bytes: Option<usize>,
+    /// Gradients are all-reduced in buckets of about this many bytes.
+    pub bucket_bytes: usize,
+    /// What collectives cost.
+    pub cost_model: CostModel,
+    /// Durations that credits are computed from.
+    pub stage_costs: StageCosts,
+    /// What becomes of layout changes that the user did not write.
+    pub boxing: Boxing,
+}
+
+/// CPU devices that one process offers.
+pub const CPU_DEVICES_MAX: usize = 64;
+
+impl Default for CompileOptions {
+    fn default() -> Self {
+        Self {
+            micro_batches: 1,
+            schedule: Schedule::OneFOneB,
+            threads_per_device: 1,
+            devices: CPU_DEVICES_MAX,
+            memory_bytes: None,
+            bucket_bytes: 1 << 20,
+            cost_model: CostModel::default(),
+            stage_costs: StageCosts::default(),
+            boxing: Boxing::default(),
+        }
+    }
+}
+
+/// Why there is no plan.
+#[derive(Clone, Debug, thiserror::Error)]
+pub enum CompileError {
+    /// The program is wrong; every place is named.
+    #[error("{}", list(.0))]
+    Graph(Vec<GraphError>),
+    /// The mesh has more devices than there are.
+    #[error("mesh {mesh} needs {needed} devices, but there are {available}; choose a smaller mesh")]
+    Devices {
+        /// The mesh.
+        mesh: String,
+        /// Its devices.
+        needed: usize,
+        /// Devices there are.
+        available: usize,
+    },
+    /// The plan was made and refused.
+    #[error(transparent)]
+    Plan(#[from] PlanError),
+}
+
+fn list(errors: &[GraphError]) -> String {
+    errors.iter().map(GraphError::to_string).collect::<Vec<_>>().join("\n")
+}
+
+/// Compiles a program. The plan is a pure function of the graph and the options.
+///
+/// # Errors
+/// All that is wrong with the graph, together; or the reason why the plan was refused.
+pub fn compile(mut graph: Graph, options: &CompileOptions) -> Result<Plan, CompileError> {
+    let needed = graph.mesh().device_count();
+    if needed > options.devices {
+        let mesh = graph.mesh().to_string();
+        return Err(CompileError::Devices { mesh, needed, available: options.devices });
+    }
+    // The passes, in order. Each leaves a graph that the next can rely on.
+    micro_batch::divide(&mut graph, options.micro_batches);
+    checked(&graph)?;
+    if let Some((loss, adamw)) = graph.objective {
+        let grads = autodiff::backward(&mut graph, loss);
+        let total = optimizer::accumulate(&mut graph, loss);
+        graph.outputs.iter_mut().filter(|o| o.tensor == loss).for_each(|o| o.tensor = total);
+        optimizer::add_update(&mut graph, &grads, adamw);
+        checked(&graph)?;
+    }
+    layout::choose(&mut graph, &options.cost_model);
+    checked(&graph)?;
+    boxing::insert(&mut graph, &options.cost_model, options.boxing);
+    checked(&graph)?;
+    bucket::gather(&mut graph, options.bucket_bytes);
+    let setting = Setting {
+        micro_batches: options.micro_batches,
+        schedule: options.schedule,
+        threads_per_device: options.threads_per_device,
+        costs: options.stage_costs,
+    };
+    let plan = lower(graph, setting);
+    validate(&plan, options.memory_bytes)?;
+    Ok(plan)
+}
+
+fn checked(graph: &Graph) -> Result<(), CompileError> {
+    if graph.errors.is_empty() { Ok(()) } else { Err(CompileError::Graph(graph.errors.clone())) }
+}

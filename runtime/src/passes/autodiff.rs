@@ -1,0 +1,183 @@
+//! Reverse-mode differentiation on the graph: adds the backward nodes of the objective, each on the placement of the
+//! node it comes from. Contributions to one tensor are added in reverse program order, so the order is fixed.
+//! Imports `graph`.
+
+use std::collections::BTreeMap;
+use std::panic::Location;
+
+use shardflow_kernels::op::{Einsum, Op};
+
+use crate::graph::{Graph, Node, NodeOp, Phase, Var, ops};
+
+/// Gradient of `loss` for each tensor that needs one and is a parameter, by parameter.
+///
+/// The gradients are those of one micro-batch, not yet accumulated.
+pub fn backward(graph: &mut Graph, loss: Var) -> BTreeMap<Var, Var> {
+    let needed = needs_gradient(graph);
+    let mut grads = Gradients::default();
+    let saved = graph.phase;
+    graph.phase = Phase::Backward;
+
+    graph.current = graph.placement_of(loss);
+    let here = graph.producer(loss).location;
+    let one = graph.kernel("dloss", Op::Fill { value: 1.0 }, &[], here)[0];
+    grads.add(loss, one);
+
+    for index in (0..graph.nodes.len()).rev() {
+        let node = graph.nodes[index].clone();
+        if node.phase != Phase::Forward || !node.outputs.iter().any(|o| needed[o.index()]) {
+            continue;
+        }
+        if matches!(node.op, NodeOp::Parameter { .. } | NodeOp::Input) {
+            continue;
+        }
+        let outputs: Vec<Option<Var>> = node.outputs.iter().map(|o| grads.total(graph, *o, node.location)).collect();
+        graph.current = node.placement;
+        for (input, grad) in node_backward(graph, &node, &outputs) {
+            if needed[input.index()] {
+                grads.add(input, grad);
+            }
+        }
+    }
+    let mut out = BTreeMap::new();
+    for parameter in graph.parameters() {
+        let location = graph.producer(parameter).location;
+        if let Some(grad) = grads.total(graph, parameter, location) {
+            out.insert(parameter, grad);
+        }
+    }
+    graph.phase = saved;
+    out
+}
+
+/// For each tensor: does it depend on a parameter?
+fn needs_gradient(graph: &Graph) -> Vec<bool> {
+    let mut needed = vec![false; graph.tensors.len()];
+    for node in &graph.nodes {
+        let parameter = matches!(node.op, NodeOp::Parameter { .. });
+        let any = parameter || node.inputs.iter().any(|i| needed[i.index()]);
+        for output in &node.outputs {
+            needed[output.index()] = any;
+        }
+    }
+    needed
+}
+
+/// Contributions to the gradient of each tensor, with the placement they were made on.
+#[derive(Default)]
+struct Gradients {
+    parts: BTreeMap<Var, Vec<Var>>,
+}
+
+impl Gradients {
+    fn add(&mut self, of: Var, part: Var) {
+        self.parts.entry(of).or_default().push(part);
+    }
+
+    /// The sum of all contributions. Those made on one placement are added there, so that one tensor travels.
+    fn total(&mut self, graph: &mut Graph, of: Var, location: &'static Location<'static>) -> Option<Var> {
+        let parts = self.parts.remove(&of)?;
+        let mut by_placement: Vec<(usize, Var)> = Vec::new();
+        for part in parts {
+            let placement = graph.placement_of(part);
+            match by_placement.iter_mut().find(|(p, _)| *p == placement) {
+                Some((_, sum)) => {
+                    graph.current = placement;
+                    *sum = graph.kernel("grad_sum", Op::Add, &[*sum, part], location)[0];
+                }
+                None => by_placement.push((placement, part)),
+            }
+        }
+        let mut sums = by_placement.into_iter().map(|(_, sum)| sum);
+        let mut total = sums.next()?;
+        graph.current = graph.placement_of(of);
+        for sum in sums {
+            total = graph.kernel("grad_sum", Op::Add, &[total, sum], location)[0];
+        }
+        Some(total)
+    }
+}
+
+/// Gradients of a node's inputs from those of its outputs.
+fn node_backward(graph: &mut Graph, node: &Node, grads: &[Option<Var>]) -> Vec<(Var, Var)> {
+    let name = format!("{}_grad", node.name);
+    let inputs = &node.inputs;
+    if let NodeOp::Custom(op) = &node.op {
+        let parts = op.clone().backward(graph, inputs, &node.outputs, grads);
+        return inputs.iter().zip(parts).filter_map(|(i, g)| g.map(|g| (*i, g))).collect();
+    }
+    // Only the loss node's gradient goes around its direct inputs; every other op here needs the first output's.
+    let Some(dy) = grads[0] else { return Vec::new() };
+    match &node.op {
+        // The gradient of a change of layout is the gradient; its own layout is chosen by cost.
+        NodeOp::Relayout => vec![(inputs[0], dy)],
+        NodeOp::Kernel(op) => kernel_backward(graph, node, op, dy, &name),
+        _ => Vec::new(),
+    }
+}
+
+fn kernel_backward(graph: &mut Graph, node: &Node, op: &Op, dy: Var, name: &str) -> Vec<(Var, Var)> {
+    let (inputs, outputs, at) = (&node.inputs, &node.outputs, node.location);
+    match op {
+        Op::Add => {
+            let (rank, rank_b) = (graph.shape(inputs[0]).len(), graph.shape(inputs[1]).len());
+            let db = if rank == rank_b {
+                dy
+            } else {
+                let shape = graph.shape(inputs[1]).to_vec();
+                let rule = ops::sum_leading(rank, rank_b);
+                let op = NodeOp::Kernel(Op::SumLeading);
+                graph.node_by_rule(name, op, rule, &[dy], Some(vec![shape]), at)[0]
+            };
+            vec![(inputs[0], dy), (inputs[1], db)]
+        }
+        Op::Einsum(e) => {
+            // d/da of a,b->out is out,b->a; likewise for b.
+            let for_a = Einsum { a: e.out.clone(), b: e.b.clone(), out: e.a.clone() };
+            let for_b = Einsum { a: e.out.clone(), b: e.a.clone(), out: e.b.clone() };
+            let da = graph.kernel(name, Op::Einsum(for_a), &[dy, inputs[1]], at)[0];
+            let db = graph.kernel(name, Op::Einsum(for_b), &[dy, inputs[0]], at)[0];
+            vec![(inputs[0], da), (inputs[1], db)]
+        }
+        Op::Embedding { .. } => {
+            let shape = graph.shape(inputs[1]).to_vec();
+            let shapes: Vec<Vec<usize>> = vec![graph.shape(inputs[0]).to_vec(), graph.shape(dy).to_vec()];
+            let op = Op::EmbeddingGrad { vocab_start: 0 };
+            let rule = ops::rule(&op, &[&shapes[0], &shapes[1]]);
+            let args = [inputs[0], dy];
+            let grad = graph.node_by_rule(name, NodeOp::Kernel(op), rule, &args, Some(vec![shape]), at)[0];
+            vec![(inputs[1], grad)]
+        }
+        Op::LayerNorm { .. } => {
+            let args = [dy, inputs[0], inputs[1], outputs[1], outputs[2]];
+            let made = graph.kernel(name, Op::LayerNormGrad, &args, at);
+            vec![(inputs[0], made[0]), (inputs[1], made[1])]
+        }
+        Op::Gelu => vec![(inputs[0], graph.kernel(name, Op::GeluGrad, &[dy, inputs[0]], at)[0])],
+        Op::Scale { factor } => {
+            vec![(inputs[0], graph.kernel(name, Op::Scale { factor: *factor }, &[dy], at)[0])]
+        }
+        Op::Attention { scale } => {
+            let args = [dy, inputs[0], inputs[1], inputs[2], outputs[0], outputs[1]];
+            let made = graph.kernel(name, Op::AttentionGrad { scale: *scale }, &args, at);
+            vec![(inputs[0], made[0]), (inputs[1], made[1]), (inputs[2], made[2])]
+        }
+        Op::Dropout { .. } => {
+            let made = graph.kernel(name, op.clone(), &[dy, inputs[1]], at);
+            vec![(inputs[0], made[0])]
+        }
+        Op::TokenLoss { scale } => {
+            // The gradient of the whole cross-entropy goes straight to the logits that its sums were made of.
+            let stats = graph.producer(inputs[1]).clone();
+            let op = Op::CrossEntropyGrad { vocab_start: 0, scale: *scale };
+            let args = [dy, stats.inputs[0], inputs[0], inputs[1], stats.inputs[2]];
+            vec![(stats.inputs[0], graph.kernel(name, op, &args, at)[0])]
+        }
+        Op::Copy => vec![(inputs[0], dy)],
+        other => {
+            let message = format!("no gradient is known for {}; write it as a custom op with a backward", other.name());
+            graph.error(&node.name, message, at);
+            Vec::new()
+        }
+    }
+}

@@ -1,0 +1,149 @@
+//! Makes every change of layout or placement a node: for each node whose signature wants an input otherwise than it is,
+//! the steps of the cheapest boxing plan. A version of a tensor that is there already is used again.
+//! Imports `graph` and `boxing`.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use shardflow_kernels::op::Op;
+
+use crate::boxing::step::{BoxingStep, StepKind};
+use crate::boxing::{self, CostModel};
+use crate::graph::{Graph, Node, NodeId, NodeOp, Phase, Rate, TensorInfo, Var};
+use crate::passes::Boxing;
+use crate::sbp::Layout;
+
+/// Inserts the steps. Every tensor must have its layout, and every kernel its signature. Where no sequence of
+/// collectives leads to a layout, or `mode` forbids it, an error is recorded in the graph.
+pub fn insert(graph: &mut Graph, model: &CostModel, mode: Boxing) {
+    let mut pass = Pass { model, mode, graph, made: Vec::new(), versions: BTreeMap::new() };
+    for index in 0..pass.graph.nodes.len() {
+        let mut node = pass.graph.nodes[index].clone();
+        let placement = pass.graph.placements[node.placement].clone();
+        for (port, sbp) in required(pass.graph, &node) {
+            let want = Layout { placement: placement.clone(), sbp };
+            match pass.version(node.inputs[port], &want, &node) {
+                Ok(var) => node.inputs[port] = var,
+                Err(message) => pass.graph.error(&node.name, message, node.location),
+            }
+        }
+        pass.push(node);
+    }
+    let made = std::mem::take(&mut pass.made);
+    graph.nodes = made;
+}
+
+/// The layouts that a node wants its inputs in: `(input, layout)`.
+fn required(graph: &Graph, node: &Node) -> Vec<(usize, crate::sbp::NdSbp)> {
+    let axes = graph.placements[node.placement].axes().len();
+    let layout = |var: Var| graph.tensor(var).layout.clone().unwrap_or_else(|| crate::sbp::NdSbp::broadcast(axes));
+    match &node.op {
+        NodeOp::Relayout => vec![(0, layout(node.outputs[0]))],
+        NodeOp::Kernel(Op::AdamW { .. }) => vec![(0, layout(node.updates[0]))],
+        NodeOp::NormSums { indices } => {
+            let parameters = graph.parameters();
+            indices.iter().enumerate().map(|(port, p)| (port, layout(parameters[*p]))).collect()
+        }
+        _ => match &node.signature {
+            Some(signature) => signature.inputs.iter().cloned().enumerate().collect(),
+            None => Vec::new(),
+        },
+    }
+}
+
+struct Pass<'a> {
+    model: &'a CostModel,
+    mode: Boxing,
+    graph: &'a mut Graph,
+    /// The nodes so far, in their new order.
+    made: Vec<Node>,
+    /// Versions of each original tensor: itself first.
+    versions: BTreeMap<Var, Vec<Var>>,
+}
+
+impl Pass<'_> {
+    fn push(&mut self, node: Node) {
+        let id = NodeId(self.made.len() as u32);
+        for output in &node.outputs {
+            self.graph.tensors[output.index()].producer = id;
+        }
+        self.made.push(node);
+    }
+
+    fn layout(&self, var: Var) -> Layout {
+        let info = self.graph.tensor(var);
+        let placement = self.graph.placements[self.made[info.producer.index()].placement].clone();
+        let axes = placement.axes().len();
+        Layout { placement, sbp: info.layout.clone().unwrap_or_else(|| crate::sbp::NdSbp::broadcast(axes)) }
+    }
+
+    /// The version of `var` in this layout, made for `reader` if it is not there yet.
+    fn version(&mut self, var: Var, want: &Layout, reader: &Node) -> Result<Var, String> {
+        let versions = self.versions.entry(var).or_insert_with(|| vec![var]).clone();
+        if let Some(found) = versions.iter().find(|v| self.layout(**v) == *want) {
+            return Ok(*found);
+        }
+        let info = self.graph.tensor(var).clone();
+        let mut best: Option<(Var, boxing::BoxingPlan)> = None;
+        for version in versions {
+            let plan = boxing::plan(&info.shape, info.dtype, &self.layout(version), want, self.model)
+                .map_err(|e| e.to_string())?;
+            if best.as_ref().is_none_or(|b| plan.cost_seconds < b.1.cost_seconds) {
+                best = Some((version, plan));
+            }
+        }
+        let Some((mut current, plan)) = best else { return Ok(var) };
+        if self.mode == Boxing::Explicit && reader.phase == Phase::Forward && !matches!(reader.op, NodeOp::Relayout) {
+            let unwritten = |s: &&BoxingStep| {
+                !matches!(
+                    s.kind,
+                    StepKind::AllReduce(_) | StepKind::ReduceScatter(_) | StepKind::Slice | StepKind::Transfer
+                )
+            };
+            if let Some(step) = plan.steps.iter().find(unwritten) {
+                let name = &info.name;
+                return Err(format!(
+                    "{name} would need a change of layout that the program does not write: {step}; write it with `relayout`, or compile with `Boxing::Automatic`"
+                ));
+            }
+        }
+        let transfer = plan.steps.iter().position(|s| s.kind == StepKind::Transfer);
+        let source_phase = self.made[self.graph.tensor(current).producer.index()].phase;
+        for (position, step) in plan.steps.into_iter().enumerate() {
+            // Before it travels, a tensor is changed where and when it was made.
+            let before = transfer.is_some_and(|t| position < t) && info.rate == Rate::MicroBatch;
+            let phase = if before { source_phase } else { reader.phase };
+            current = self.step(current, &info, step, phase, reader);
+            self.versions.entry(var).or_default().push(current);
+        }
+        Ok(current)
+    }
+
+    fn step(&mut self, input: Var, info: &TensorInfo, step: BoxingStep, phase: Phase, reader: &Node) -> Var {
+        let find = |p: &&crate::placement::Placement| **p == step.to.placement;
+        let position = self.graph.placements.iter().position(|p| find(&p));
+        let placement = position.unwrap_or_else(|| {
+            self.graph.placements.push(step.to.placement.clone());
+            self.graph.placements.len() - 1
+        });
+        let out = Var(self.graph.tensors.len() as u32);
+        let layout = Some(step.to.sbp.clone());
+        let name = info.name.clone();
+        // A parameter that is changed for a micro-batch's use is changed again for the next.
+        let rate = if phase == Phase::Update { Rate::Step } else { Rate::MicroBatch };
+        self.graph.tensors.push(TensorInfo { layout, rate, saved_shape: None, ..info.clone() });
+        let node = Node {
+            name,
+            op: NodeOp::Boxing(Arc::new(step)),
+            inputs: vec![input],
+            outputs: vec![out],
+            updates: Vec::new(),
+            placement,
+            phase,
+            location: reader.location,
+            signature: None,
+        };
+        self.push(node);
+        out
+    }
+}

@@ -1,0 +1,92 @@
+//! Gathers all-reduces of gradients into buckets: one call for several gradients, on the communication stream, begun
+//! while backward still makes the others. Imports `graph` and `boxing`.
+//!
+//! Li et al. 2020, <https://arxiv.org/abs/2006.15704>, section 3.2.
+
+use std::collections::BTreeMap;
+
+use shardflow_kernels::collective::ReduceOp;
+use shardflow_kernels::tensor::element_count;
+
+use crate::boxing::step::{BoxingStep, StepKind};
+use crate::graph::{Graph, Node, NodeId, NodeOp, Phase, Var};
+use crate::plan::memory::local_shape;
+
+/// Replaces the all-reduces of accumulated gradients by buckets of about `bucket_bytes` on each device.
+///
+/// An all-reduce can be bucketed when it reads an accumulated gradient that nobody else reads; buckets join those of one
+/// placement over the same axes, in the order in which backward makes the gradients.
+pub fn gather(graph: &mut Graph, bucket_bytes: usize) {
+    let mut readers: BTreeMap<Var, usize> = BTreeMap::new();
+    for input in graph.nodes.iter().flat_map(|n| &n.inputs) {
+        *readers.entry(*input).or_default() += 1;
+    }
+    let mut buckets: Vec<(usize, Vec<usize>, usize, Vec<usize>)> = Vec::new();
+    let mut candidates: Vec<usize> =
+        (0..graph.nodes.len()).filter(|i| reducible(graph, &graph.nodes[*i], &readers)).collect();
+    // The id of the accumulated gradient is its place in backward.
+    candidates.sort_by_key(|i| graph.nodes[*i].inputs[0]);
+    for index in candidates {
+        let node = &graph.nodes[index];
+        let NodeOp::Boxing(step) = &node.op else { continue };
+        let Some(axes) = all_reduce_axes(step) else { continue };
+        let device = graph.placements[node.placement].devices()[0];
+        let bytes = element_count(&local_shape(graph, node.inputs[0], device)) * 4;
+        let open = buckets.iter_mut().rfind(|b| b.0 == node.placement && b.1 == axes);
+        match open {
+            Some(bucket) if bucket.2 < bucket_bytes => {
+                bucket.2 += bytes;
+                bucket.3.push(index);
+            }
+            _ => buckets.push((node.placement, axes, bytes, vec![index])),
+        }
+    }
+    replace(graph, buckets);
+}
+
+/// The axes that a step sums over, if that is all it does.
+fn all_reduce_axes(step: &BoxingStep) -> Option<Vec<usize>> {
+    (step.kind == StepKind::AllReduce(ReduceOp::Sum)).then(|| step.axes.clone())
+}
+
+fn reducible(graph: &Graph, node: &Node, readers: &BTreeMap<Var, usize>) -> bool {
+    let NodeOp::Boxing(step) = &node.op else { return false };
+    let input = node.inputs.first();
+    all_reduce_axes(step).is_some()
+        && input.is_some_and(|v| matches!(graph.producer(*v).op, NodeOp::Accumulate) && readers[v] == 1)
+        && input
+            .is_some_and(|v| graph.producer(*v).phase == Phase::Backward && graph.placement_of(*v) == node.placement)
+}
+
+/// Puts each bucket's node where its first member stood and turns the others into nothing.
+fn replace(graph: &mut Graph, buckets: Vec<(usize, Vec<usize>, usize, Vec<usize>)>) {
+    for (number, (_, axes, _, members)) in buckets.into_iter().enumerate() {
+        let inputs: Vec<Var> = members.iter().map(|i| graph.nodes[*i].inputs[0]).collect();
+        let outputs: Vec<Var> = members.iter().map(|i| graph.nodes[*i].outputs[0]).collect();
+        let home = *members.iter().min().expect("a bucket has a member");
+        for output in &outputs {
+            graph.tensors[output.index()].producer = NodeId(home as u32);
+        }
+        for member in members {
+            graph.nodes[member].inputs.clear();
+            graph.nodes[member].outputs.clear();
+            graph.nodes[member].op = NodeOp::Relayout;
+        }
+        let node = &mut graph.nodes[home];
+        node.name = format!("bucket {number}");
+        node.op = NodeOp::Bucket { axes };
+        (node.inputs, node.outputs) = (inputs, outputs);
+    }
+    remove_empty(graph);
+}
+
+/// Drops the nodes that buckets replaced, and renumbers.
+fn remove_empty(graph: &mut Graph) {
+    let keep = |n: &Node| !(matches!(n.op, NodeOp::Relayout) && n.outputs.is_empty());
+    graph.nodes.retain(keep);
+    for (index, node) in graph.nodes.iter().enumerate() {
+        for output in &node.outputs {
+            graph.tensors[output.index()].producer = NodeId(index as u32);
+        }
+    }
+}

@@ -1,0 +1,263 @@
+//! Chooses a signature for every kernel, and so a layout for every tensor, by cost: states the graph as a problem of
+//! `sbp::choose` and writes the answer into it. Imports `graph` and `sbp::choose`.
+//!
+//! What may be chosen is bounded by what the user wrote:
+//! - LAY-1: parameters and inputs are read in the layout that they were given;
+//! - LAY-2: a split comes from a split. A kernel may split a factor over an axis only where one of its inputs can be
+//!   split so, because a parameter, an input or a `relayout` was; or where it makes the parts from whole inputs;
+//! - LAY-3: a tensor that can only be split stays split for a kernel that can work on its parts.
+//!
+//! Cost decides among what is left. Without these bounds it would, on small models, gather weights or invent sequence
+//! parallelism, and nobody could tell from a program what it will do.
+
+use std::collections::BTreeSet;
+use std::panic::Location;
+
+use shardflow_kernels::op::Op;
+use shardflow_kernels::tensor::element_count;
+
+use crate::boxing::CostModel;
+use crate::graph::{Graph, Node, NodeOp, Phase, Var, ops};
+use crate::layout_error::LayoutError;
+use crate::passes::optimizer::owner_sums;
+use crate::placement::Placement;
+use crate::sbp::choose::{Candidate, NodeSpec, Problem, TensorSpec, choose as choose_layouts};
+use crate::sbp::rule::{NdSignature, Rule};
+use crate::sbp::{Layout, NdSbp, Sbp};
+
+/// Rates by which compute is weighed against messages; only their ratio to the cost model's matters.
+const FLOPS_PER_SECOND: f64 = 1e11;
+const BYTES_PER_SECOND: f64 = 1e10;
+
+/// Gives every node its signature and every tensor its layout; records an error where none is possible.
+pub fn choose(graph: &mut Graph, model: &CostModel) {
+    settle_update(graph);
+    let mut problem = Problem { tensors: tensors(graph), nodes: Vec::new() };
+    let mut splits = Splits::new(&problem.tensors);
+    let mut node_of = Vec::new();
+    for (index, node) in graph.nodes.iter().enumerate() {
+        match spec(graph, node, &problem.tensors) {
+            Ok(Some(mut spec)) => {
+                if node.phase != Phase::Update {
+                    splits.bound(graph, node, &mut spec);
+                }
+                problem.nodes.push(spec);
+                node_of.push(index);
+            }
+            Ok(None) => {}
+            Err(e) => {
+                let (name, location) = (node.name.clone(), node.location);
+                return graph.error(&name, e.to_string(), location);
+            }
+        }
+    }
+    match choose_layouts(&problem, model) {
+        Ok(choice) => {
+            for ((spec, index), candidate) in problem.nodes.iter().zip(node_of).zip(choice.candidates) {
+                graph.nodes[index].signature = Some(spec.candidates[candidate].signature.clone());
+            }
+            for (tensor, layout) in graph.tensors.iter_mut().zip(choice.layouts) {
+                tensor.layout = Some(layout.sbp);
+            }
+            follow_accumulation(graph);
+        }
+        Err(e) => {
+            let location = where_it_was(graph, &e);
+            graph.error("layout", e.to_string(), location);
+        }
+    }
+}
+
+/// The source line of the node that an error of the choice names.
+fn where_it_was(graph: &Graph, error: &LayoutError) -> &'static Location<'static> {
+    let found = match error {
+        LayoutError::Choice { node, .. } => graph.nodes.iter().find(|n| n.name == *node),
+        _ => None,
+    };
+    found.or(graph.nodes.first()).map_or(Location::caller(), |n| n.location)
+}
+
+/// Layouts that are not chosen: what the update makes.
+fn settle_update(graph: &mut Graph) {
+    for index in 0..graph.nodes.len() {
+        let node = graph.nodes[index].clone();
+        if node.phase != Phase::Update {
+            continue;
+        }
+        let axes = graph.placements[node.placement].axes().len();
+        let layout = match node.op {
+            NodeOp::NormSums { .. } => owner_sums(&graph.placements[node.placement]),
+            _ => NdSbp::broadcast(axes),
+        };
+        for output in node.outputs {
+            graph.tensors[output.index()].layout.get_or_insert_with(|| layout.clone());
+        }
+    }
+}
+
+/// An accumulated tensor lies as the one that is accumulated.
+fn follow_accumulation(graph: &mut Graph) {
+    for index in 0..graph.nodes.len() {
+        if let (NodeOp::Accumulate, input) = (&graph.nodes[index].op, graph.nodes[index].inputs.first().copied())
+            && let Some(input) = input
+        {
+            let (output, layout) = (graph.nodes[index].outputs[0], graph.tensor(input).layout.clone());
+            graph.tensors[output.index()].layout = layout;
+        }
+    }
+}
+
+fn tensors(graph: &Graph) -> Vec<TensorSpec> {
+    let outputs: Vec<Var> = graph.outputs.iter().map(|o| source(graph, o.tensor)).collect();
+    let spec = |index: usize| {
+        let info = &graph.tensors[index];
+        let placement = graph.placements[graph.placement_of(Var(index as u32))].clone();
+        // What an accumulation makes is not part of the problem: its input stands for it.
+        let accumulated = source(graph, Var(index as u32)).index() != index;
+        let axes = placement.axes().len();
+        let pinned = info.layout.clone().or(accumulated.then(|| NdSbp::broadcast(axes)));
+        TensorSpec {
+            name: info.name.clone(),
+            shape: info.shape.clone(),
+            dtype: info.dtype,
+            pinned: pinned.map(|sbp| Layout { placement, sbp }),
+            is_output: outputs.contains(&Var(index as u32)),
+        }
+    };
+    (0..graph.tensors.len()).map(spec).collect()
+}
+
+/// The tensor itself, or what it accumulates.
+fn source(graph: &Graph, var: Var) -> Var {
+    let node = graph.producer(var);
+    if matches!(node.op, NodeOp::Accumulate) { node.inputs[0] } else { var }
+}
+
+/// The node as the problem sees it; `None` for those that leave nothing to choose.
+fn spec(graph: &Graph, node: &Node, tensors: &[TensorSpec]) -> Result<Option<NodeSpec>, LayoutError> {
+    let placement = &graph.placements[node.placement];
+    let indices = |vars: &[Var]| -> Vec<usize> { vars.iter().map(|v| source(graph, *v).index()).collect() };
+    let shapes: Vec<&[usize]> = node.inputs.iter().map(|v| graph.shape(*v)).collect();
+    let rule = match &node.op {
+        NodeOp::Kernel(Op::AdamW { .. }) => {
+            // The gradient must lie as the parameter.
+            let want = graph
+                .tensor(node.updates[0])
+                .layout
+                .clone()
+                .unwrap_or_else(|| NdSbp::broadcast(placement.axes().len()));
+            let signature = NdSignature { inputs: vec![want], outputs: Vec::new() };
+            let candidates = vec![Candidate { signature, compute_seconds: 0.0 }];
+            let inputs = indices(&node.inputs[..1]);
+            let (name, placement) = (node.name.clone(), placement.clone());
+            return Ok(Some(NodeSpec { name, placement, inputs, outputs: Vec::new(), candidates }));
+        }
+        NodeOp::Kernel(_) if node.phase == Phase::Update => return Ok(None),
+        NodeOp::Kernel(Op::SumLeading) => ops::sum_leading(shapes[0].len(), graph.shape(node.outputs[0]).len())?,
+        NodeOp::Kernel(op @ Op::EmbeddingGrad { .. }) => {
+            ops::rule(op, &shapes)?.size('v', graph.shape(node.outputs[0])[0])?
+        }
+        NodeOp::Kernel(op) => ops::rule(op, &shapes)?,
+        NodeOp::Custom(op) => op.rule()?,
+        NodeOp::Relayout => {
+            let x: String = ('a'..='z').take(shapes[0].len()).collect();
+            Rule::parse(&format!("{x}->{x}"))?
+        }
+        _ => return Ok(None),
+    };
+    let (inputs, outputs) = (indices(&node.inputs), node.outputs.iter().map(|v| v.index()).collect());
+    let seconds = whole_seconds(graph, node);
+    let mut spec = NodeSpec::of_rule(&node.name, placement, &rule, tensors, inputs, outputs, seconds)?;
+    spec.candidates.retain(|c| one_name(&c.signature, placement));
+    if let NodeOp::Relayout = node.op {
+        let want = tensors[node.outputs[0].index()].pinned.as_ref().map(|l| &l.sbp);
+        spec.candidates.retain(|c| c.signature.outputs.first() == want);
+    }
+    Ok(Some(spec))
+}
+
+/// For each tensor, the entries that its layout may have along each axis.
+struct Splits(Vec<Vec<BTreeSet<Sbp>>>);
+
+impl Splits {
+    fn new(tensors: &[TensorSpec]) -> Self {
+        let entries = |t: &TensorSpec| match &t.pinned {
+            Some(layout) => layout.sbp.0.iter().map(|s| BTreeSet::from([*s])).collect(),
+            None => Vec::new(),
+        };
+        Self(tensors.iter().map(entries).collect())
+    }
+
+    /// Keeps the candidates that LAY-1 and LAY-2 allow, and notes what their outputs may be.
+    fn bound(&mut self, graph: &Graph, node: &Node, spec: &mut NodeSpec) {
+        let given = |input: &Var| matches!(graph.producer(*input).op, NodeOp::Parameter { .. } | NodeOp::Input);
+        let as_given = |c: &Candidate| {
+            let mut inputs = node.inputs.iter().zip(&spec.inputs).zip(&c.signature.inputs);
+            inputs.all(|((var, tensor), want)| !given(var) || self.holds(*tensor, want))
+        };
+        let axes = spec.placement.axes().len();
+        let comes_from_a_split = |c: &Candidate| (0..axes).all(|axis| self.split_exists(spec, &c.signature, axis));
+        let stays_split = |c: &Candidate| (0..axes).all(|axis| self.stays_split(spec, &c.signature, axis));
+        let allowed = |c: &&Candidate| as_given(c) && comes_from_a_split(c) && stays_split(c);
+        let kept: Vec<Candidate> = spec.candidates.iter().filter(allowed).cloned().collect();
+        // An op that cannot take its parameter as it lies gets it changed; `explain` tells.
+        if !kept.is_empty() {
+            spec.candidates = kept;
+        }
+        for candidate in &spec.candidates {
+            for (tensor, layout) in spec.outputs.iter().zip(&candidate.signature.outputs) {
+                self.0[*tensor].resize(axes, BTreeSet::new());
+                self.0[*tensor].iter_mut().zip(&layout.0).for_each(|(entries, sbp)| {
+                    entries.insert(*sbp);
+                });
+            }
+        }
+    }
+
+    fn holds(&self, tensor: usize, layout: &NdSbp) -> bool {
+        self.0[tensor].iter().zip(&layout.0).all(|(entries, sbp)| entries.contains(sbp))
+    }
+
+    /// LAY-2: false when a signature takes parts of an input along the axis and no input can come so.
+    fn split_exists(&self, spec: &NodeSpec, signature: &NdSignature, axis: usize) -> bool {
+        let mut inputs = spec.inputs.iter().zip(&signature.inputs).filter(|(_, want)| is_split(want, axis)).peekable();
+        inputs.peek().is_none()
+            || inputs.any(|(t, want)| self.0[*t].get(axis).is_some_and(|e| e.contains(&want.0[axis])))
+    }
+
+    /// LAY-3: false when a signature wants an input otherwise that can only be split, and another takes it split.
+    fn stays_split(&self, spec: &NodeSpec, signature: &NdSignature, axis: usize) -> bool {
+        (0..spec.inputs.len()).all(|input| {
+            let only = self.0[spec.inputs[input]].get(axis).filter(|e| e.len() == 1).and_then(|e| e.first());
+            let Some(entry @ Sbp::Split(_)) = only else { return true };
+            let takes_it = |c: &Candidate| c.signature.inputs[input].0[axis] == *entry;
+            signature.inputs[input].0[axis] == *entry || !spec.candidates.iter().any(takes_it)
+        })
+    }
+}
+
+fn is_split(layout: &NdSbp, axis: usize) -> bool {
+    matches!(layout.0[axis], Sbp::Split(_))
+}
+
+/// Along an axis of one device all layouts are the same; it is called `Broadcast`.
+fn one_name(signature: &NdSignature, placement: &Placement) -> bool {
+    let fine = |layout: &NdSbp| layout.0.iter().zip(placement.axes()).all(|(s, a)| a.size > 1 || *s == Sbp::Broadcast);
+    signature.inputs.iter().chain(&signature.outputs).all(fine)
+}
+
+/// What the op takes on one device, roughly.
+fn whole_seconds(graph: &Graph, node: &Node) -> f64 {
+    let elements = |v: &Var| element_count(graph.shape(*v)) as f64;
+    let bytes: f64 = node.inputs.iter().chain(&node.outputs).map(elements).sum::<f64>() * 4.0;
+    let flops = match &node.op {
+        NodeOp::Kernel(Op::Einsum(e)) => {
+            // Every index once: the result's, times those that are summed.
+            let a = graph.shape(node.inputs[0]);
+            let summed = e.a.chars().zip(a).filter(|(letter, _)| !e.out.contains(*letter)).map(|(_, n)| *n as f64);
+            2.0 * elements(&node.outputs[0]) * summed.product::<f64>()
+        }
+        _ => 0.0,
+    };
+    flops / FLOPS_PER_SECOND + bytes / BYTES_PER_SECOND
+}

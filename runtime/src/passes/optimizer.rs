@@ -1,0 +1,102 @@
+//! Adds the step's end: gradients are summed over the micro-batches, their global norm is taken, AdamW updates.
+//! Imports `graph`.
+
+use std::collections::BTreeMap;
+use std::panic::Location;
+
+use shardflow_kernels::collective::ReduceOp;
+use shardflow_kernels::op::Op;
+use shardflow_kernels::tensor::DType;
+
+use crate::graph::{AdamW, Graph, NodeOp, Phase, Rate, Var};
+use crate::placement::{Axis, Placement};
+use crate::sbp::{NdSbp, Sbp};
+
+/// Name of the step input `[learning rate, step counted from 1]`; the session feeds it.
+pub const HYPER_INPUT: &str = "hyper";
+/// Name of the output that holds each parameter's sum of squared gradients.
+pub const GRAD_SQUARES_OUTPUT: &str = "grad_squares";
+
+/// Sums `var` over the micro-batches of a step, where it is made.
+pub fn accumulate(graph: &mut Graph, var: Var) -> Var {
+    let (producer, info) = (graph.producer(var).clone(), graph.tensor(var).clone());
+    let saved = (graph.phase, graph.current);
+    (graph.phase, graph.current) = (producer.phase, producer.placement);
+    let name = format!("{}.sum", producer.name);
+    let out =
+        graph.push(&name, NodeOp::Accumulate, &[var], &[(info.shape, info.dtype, Rate::Step)], producer.location)[0];
+    (graph.phase, graph.current) = saved;
+    out
+}
+
+/// Adds the update of every parameter that has a gradient.
+pub fn add_update(graph: &mut Graph, grads: &BTreeMap<Var, Var>, adamw: AdamW) {
+    let parameters = graph.parameters();
+    let index_of: BTreeMap<Var, usize> = parameters.iter().enumerate().map(|(i, p)| (*p, i)).collect();
+    // Accumulated in program order of the gradients, which is the order in which backward makes them.
+    let mut summed: Vec<(Var, Var)> = grads.iter().map(|(p, g)| (*p, *g)).collect();
+    summed.sort_by_key(|(_, g)| *g);
+    let summed: Vec<(Var, Var)> = summed.into_iter().map(|(p, g)| (p, accumulate(graph, g))).collect();
+
+    graph.phase = Phase::Update;
+    let mut squares = Vec::new();
+    for placement in 0..graph.placements.len() {
+        let here: Vec<(Var, Var)> =
+            summed.iter().copied().filter(|(p, _)| graph.placement_of(*p) == placement).collect();
+        if here.is_empty() {
+            continue;
+        }
+        graph.current = placement;
+        let at = graph.producer(here[0].0).location;
+        let indices = here.iter().map(|(p, _)| index_of[p]).collect();
+        let inputs: Vec<Var> = here.iter().map(|(_, g)| *g).collect();
+        let shape = vec![parameters.len()];
+        let sums =
+            graph.push("grad_squares", NodeOp::NormSums { indices }, &inputs, &[(shape, DType::F32, Rate::Step)], at)
+                [0];
+        squares.push((placement, sums));
+    }
+    for (placement, sums) in squares {
+        graph.current = placement;
+        let here: Vec<(Var, Var)> =
+            summed.iter().copied().filter(|(p, _)| graph.placement_of(*p) == placement).collect();
+        update_placement(graph, sums, &here, adamw);
+        graph.output(GRAD_SQUARES_OUTPUT, sums);
+    }
+    graph.phase = Phase::Forward;
+}
+
+/// The layout of `NormSums`: each device adds what it is the first to hold.
+pub fn owner_sums(placement: &Placement) -> NdSbp {
+    let partial = |axis: &Axis| if axis.size > 1 { Sbp::Partial(ReduceOp::Sum) } else { Sbp::Broadcast };
+    NdSbp(placement.axes().iter().map(partial).collect())
+}
+
+fn update_placement(graph: &mut Graph, sums: Var, parameters: &[(Var, Var)], adamw: AdamW) {
+    let at: &'static Location<'static> = graph.producer(parameters[0].0).location;
+    let hyper = graph.step_input(HYPER_INPUT, &[2], DType::F32);
+    let scalar = (Vec::new(), DType::F32, Rate::Step);
+    let scale = if adamw.max_norm.is_finite() {
+        let op = NodeOp::ClipScale { max_norm: adamw.max_norm };
+        graph.push("clip", op, &[sums], &[scalar.clone(), scalar], at)[0]
+    } else {
+        graph.push("no_clip", NodeOp::Kernel(Op::Fill { value: 1.0 }), &[], &[scalar], at)[0]
+    };
+    for (parameter, grad) in parameters {
+        let (name, shape) = (graph.tensor(*parameter).name.clone(), graph.shape(*parameter).to_vec());
+        let layout = graph.tensor(*parameter).layout.clone();
+        let mut moments = Vec::new();
+        for moment in ["m", "v"] {
+            let name = format!("adamw.{moment}/{name}");
+            let state = graph.push(&name, NodeOp::State, &[], &[(shape.clone(), DType::F32, Rate::Step)], at)[0];
+            graph.tensors[state.index()].name = name;
+            graph.tensors[state.index()].layout = layout.clone();
+            moments.push(state);
+        }
+        let weight_decay = if shape.len() >= 2 { adamw.weight_decay } else { 0.0 };
+        let op = Op::AdamW { beta1: adamw.betas.0, beta2: adamw.betas.1, eps: adamw.eps, weight_decay };
+        graph.push(&format!("{name}.update"), NodeOp::Kernel(op), &[*grad, hyper, scale], &[], at);
+        let last = graph.nodes.len() - 1;
+        graph.nodes[last].updates = vec![*parameter, moments[0], moments[1]];
+    }
+}

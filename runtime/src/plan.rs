@@ -1,0 +1,172 @@
+//! The compiled program: actors with their registers and credits, each action's launches, each device's memory map.
+//! Plain data; a session loads it. Imports `graph` and the layers below.
+
+use std::collections::BTreeMap;
+
+use shardflow_actors::spec::{ActionSpec, ActorId, RegisterId, Spec};
+use shardflow_kernels::op::{Buffer, Launch};
+use shardflow_kernels::tensor::{DType, Region};
+
+use crate::graph::{Graph, NodeId, Phase, Rate, Var};
+
+pub mod assign;
+pub mod collective_order;
+pub mod emit;
+pub mod explain;
+pub mod lower;
+pub mod memory;
+pub mod slots;
+pub mod validate;
+
+/// Which schedule orders the micro-batches of a pipeline.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Schedule {
+    /// All forwards, then all backwards. Huang et al. 2019, <https://arxiv.org/abs/1811.06965>.
+    GPipe,
+    /// One forward, one backward, with as few micro-batches in flight as keep every stage busy.
+    /// Narayanan et al. 2019, <https://arxiv.org/abs/1806.03377>.
+    OneFOneB,
+}
+
+/// An action of a device, before actors are numbered.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum ActionKey {
+    /// The host's tensors come in.
+    Feed(Rate),
+    /// One transfer from another placement: the boxing node.
+    Pull(NodeId),
+    /// Layer shards, forward.
+    Forward,
+    /// Layer shards, backward.
+    Backward,
+    /// One bucket of gradients is reduced: the bucket node.
+    Bucket(NodeId),
+    /// The optimizer.
+    Update,
+    /// The host gets outputs.
+    Fetch(Rate),
+}
+
+impl ActionKey {
+    /// The action of the compute actor that runs nodes of this phase.
+    pub fn of_phase(phase: Phase) -> Self {
+        match phase {
+            Phase::Forward => Self::Forward,
+            Phase::Backward => Self::Backward,
+            Phase::Update => Self::Update,
+        }
+    }
+}
+
+/// Where an action's program counts a buffer from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum BaseKey {
+    /// The device's arena, at its start: tensors that stay where they are.
+    Fixed,
+    /// The stream's scratch.
+    Scratch,
+    /// The current slot of an input port.
+    Input(usize),
+    /// The current slot of an output port.
+    Output(usize),
+}
+
+/// A host transfer at the end of a `Feed` or `Fetch` action: the session supplies the kernel.
+#[derive(Clone, Debug, PartialEq)]
+pub struct HostPort {
+    /// The tensors, in the order of `buffers`.
+    pub vars: Vec<Var>,
+    /// Where they lie.
+    pub buffers: Vec<Buffer>,
+}
+
+/// One action as planned.
+#[derive(Clone, Debug)]
+pub struct ActionPlan {
+    /// What it is.
+    pub key: ActionKey,
+    /// Shown in plans and errors.
+    pub name: String,
+    /// In order.
+    pub launches: Vec<Launch>,
+    /// `(launches done, output port)`.
+    pub signals: Vec<(usize, u32)>,
+    /// What each base index of the launches' buffers is.
+    pub bases: Vec<BaseKey>,
+    /// What the host gives or gets.
+    pub host: Option<HostPort>,
+}
+
+/// Where a register's slots lie.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RegisterPlace {
+    /// The device whose arena holds it.
+    pub device: usize,
+    /// Offset of slot 0 in the arena, bytes.
+    pub offset: usize,
+    /// Bytes from one slot to the next.
+    pub stride: usize,
+}
+
+/// A parameter or a state on one device.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ResidentTensor {
+    /// The tensor.
+    pub var: Var,
+    /// Which part of it.
+    pub region: Region,
+    /// Element type.
+    pub dtype: DType,
+    /// Offset in the device's arena, bytes.
+    pub offset: usize,
+}
+
+/// One device's memory.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct DeviceMemory {
+    /// Tensors that stay where they are (moments, untrained parameters), bytes.
+    pub fixed_bytes: usize,
+    /// Register slots, parameters and gradients among them, bytes.
+    pub register_bytes: usize,
+    /// For each stream of the device: scratch offset and bytes, by actor.
+    pub scratch: BTreeMap<ActorId, (usize, usize)>,
+    /// The whole arena, bytes: the planned peak.
+    pub total_bytes: usize,
+    /// Parameters and states.
+    pub residents: Vec<ResidentTensor>,
+}
+
+/// What a session needs to know beyond actors: the program it came from and its setting.
+#[derive(Clone, Debug)]
+pub struct Plan {
+    /// The graph after all passes.
+    pub graph: Graph,
+    /// Actors and registers.
+    pub spec: Spec,
+    /// `[actor][action]`.
+    pub actions: Vec<Vec<ActionPlan>>,
+    /// By register.
+    pub registers: Vec<RegisterPlace>,
+    /// By device rank.
+    pub memory: Vec<DeviceMemory>,
+    /// Micro-batches in a step.
+    pub micro_batches: usize,
+    /// The schedule.
+    pub schedule: Schedule,
+    /// Threads of a compute stream.
+    pub threads_per_device: usize,
+    /// Forward micro-batches that each placement may have in flight.
+    pub in_flight: Vec<u32>,
+}
+
+impl Plan {
+    /// The action's specification for the protocol.
+    pub fn action_spec(&self, actor: ActorId, action: usize) -> &ActionSpec {
+        &self.spec.actors[actor.0 as usize].actions[action]
+    }
+
+    /// Register by id.
+    pub fn register_place(&self, id: RegisterId) -> RegisterPlace {
+        self.registers[id.0 as usize]
+    }
+}

@@ -1,0 +1,202 @@
+//! Which action of which device runs each node, and where each tensor's local part lies: in an action's scratch when
+//! nobody else reads it, in a register when others do, fixed in memory when nothing ever replaces it.
+//! Tensors of one action with the same readers share a register; so the stash, activations on their way to another
+//! stage, gradients and parameters are all the same thing. Imports `graph` and `plan`.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use crate::boxing::step::{LocalStep, StepKind};
+use crate::graph::{Graph, Node, NodeId, NodeOp, Rate, Var};
+use crate::placement::Placement;
+use crate::plan::ActionKey;
+
+/// An action of a device.
+pub type Site = (usize, ActionKey);
+
+/// A tensor's part on one device.
+pub type Local = (usize, Var);
+
+/// Where a local tensor lies.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Home {
+    /// Scratch of the one action that makes and reads it.
+    Scratch,
+    /// A register, by index into [`Assignment::registers`].
+    Register(usize),
+    /// At a fixed place for the whole session.
+    Fixed,
+}
+
+/// A register before memory and slots are known.
+#[derive(Clone, Debug)]
+pub struct RegisterPlan {
+    /// Who writes it.
+    pub producer: Site,
+    /// Who reads it, sorted.
+    pub readers: Vec<Site>,
+    /// Pieces in a step.
+    pub rate: Rate,
+    /// Holds piece 0 from the start (parameters).
+    pub initial: bool,
+    /// The local tensors in a slot, in order; none for a register that only signals.
+    pub tensors: Vec<Var>,
+}
+
+/// The outcome.
+#[derive(Clone, Debug, Default)]
+pub struct Assignment {
+    /// Nodes of each action, in graph order.
+    pub actions: BTreeMap<Site, Vec<NodeId>>,
+    /// Home of each local tensor.
+    pub homes: BTreeMap<Local, Home>,
+    /// The registers.
+    pub registers: Vec<RegisterPlan>,
+    /// Tensors that are another's memory: relayouts that change nothing, and reduced buckets.
+    pub alias: BTreeMap<Var, Var>,
+}
+
+impl Assignment {
+    /// The tensor whose memory `var` is.
+    pub fn storage(&self, var: Var) -> Var {
+        let mut var = var;
+        while let Some(next) = self.alias.get(&var) {
+            var = *next;
+        }
+        var
+    }
+}
+
+/// The action that runs a node on the devices of its placement; `None` for parameters and states, which do not run.
+pub fn action_of(graph: &Graph, id: NodeId, node: &Node) -> Option<ActionKey> {
+    match &node.op {
+        NodeOp::Parameter { .. } | NodeOp::State => None,
+        NodeOp::Input => Some(ActionKey::Feed(graph.tensor(node.outputs[0]).rate)),
+        NodeOp::Boxing(step) if step.kind == StepKind::Transfer => Some(ActionKey::Pull(id)),
+        NodeOp::Bucket { .. } => Some(ActionKey::Bucket(id)),
+        _ => Some(ActionKey::of_phase(node.phase)),
+    }
+}
+
+/// Assigns every node and tensor.
+pub fn assign(graph: &Graph) -> Assignment {
+    let mut out = Assignment::default();
+    let mut producer: BTreeMap<Local, Site> = BTreeMap::new();
+    let mut readers: BTreeMap<Local, BTreeSet<Site>> = BTreeMap::new();
+    let mut bucket_of: BTreeMap<Var, NodeId> = BTreeMap::new();
+    for (index, node) in graph.nodes.iter().enumerate() {
+        let id = NodeId(index as u32);
+        match node.op {
+            NodeOp::Relayout => drop(out.alias.insert(node.outputs[0], node.inputs[0])),
+            NodeOp::Boxing(ref step) if step.kind != StepKind::Transfer => {
+                let devices = graph.placements[node.placement].device_count();
+                if (0..devices).all(|device| step.local(device) == LocalStep::Keep) {
+                    out.alias.insert(node.outputs[0], node.inputs[0]);
+                }
+            }
+            NodeOp::Bucket { .. } => {
+                out.alias.extend(node.outputs.iter().copied().zip(node.inputs.iter().copied()));
+                bucket_of.extend(node.outputs.iter().map(|o| (*o, id)));
+            }
+            _ => {}
+        }
+    }
+    let mut signalled: BTreeSet<(usize, NodeId)> = BTreeSet::new();
+    for (index, node) in graph.nodes.iter().enumerate() {
+        let id = NodeId(index as u32);
+        let placement = &graph.placements[node.placement];
+        let Some(key) = action_of(graph, id, node) else { continue };
+        for (position, &device) in placement.devices().iter().enumerate() {
+            let site = (device, key);
+            out.actions.entry(site).or_default().push(id);
+            for output in &node.outputs {
+                if out.storage(*output) == *output {
+                    producer.insert((device, *output), site);
+                }
+            }
+            for updated in &node.updates {
+                producer.insert((device, *updated), site);
+            }
+            for input in &node.inputs {
+                for from in source_devices(node, placement, position) {
+                    readers.entry((from, out.storage(*input))).or_default().insert(site);
+                }
+                if let Some(bucket) = bucket_of.get(input)
+                    && key != ActionKey::Bucket(*bucket)
+                    && signalled.insert((device, *bucket))
+                {
+                    let signal = RegisterPlan {
+                        producer: (device, ActionKey::Bucket(*bucket)),
+                        readers: vec![site],
+                        rate: Rate::Step,
+                        initial: false,
+                        tensors: Vec::new(),
+                    };
+                    out.registers.push(signal);
+                }
+            }
+        }
+    }
+    for output in &graph.outputs {
+        let (var, rate) = (out.storage(output.tensor), graph.tensor(output.tensor).rate);
+        for &device in graph.placements[graph.placement_of(output.tensor)].devices() {
+            let site = (device, ActionKey::Fetch(rate));
+            readers.entry((device, var)).or_default().insert(site);
+            out.actions.entry(site).or_default();
+        }
+    }
+    group_registers(graph, &mut out, &producer, &readers);
+    out
+}
+
+/// The devices whose part of a node's input is read by the device at `position` of its placement.
+fn source_devices(node: &Node, placement: &Placement, position: usize) -> Vec<usize> {
+    if let NodeOp::Boxing(step) = &node.op
+        && let LocalStep::Pull(pulls) = step.local(position)
+    {
+        let devices: BTreeSet<usize> = pulls.iter().map(|p| p.from_device).collect();
+        return devices.into_iter().collect();
+    }
+    vec![placement.devices()[position]]
+}
+
+/// Gives each local tensor its home; those of one producer with the same readers and rate share a register.
+fn group_registers(
+    graph: &Graph,
+    out: &mut Assignment,
+    producer: &BTreeMap<Local, Site>,
+    readers: &BTreeMap<Local, BTreeSet<Site>>,
+) {
+    let mut found: BTreeMap<(Site, Vec<Site>, Rate, bool), usize> = BTreeMap::new();
+    // In the order of the tensors, so that a bucket's gradients lie in the order in which backward makes them.
+    for index in 0..graph.tensors.len() {
+        let var = Var(index as u32);
+        if out.storage(var) != var {
+            continue;
+        }
+        for &device in graph.placements[graph.placement_of(var)].devices() {
+            let local = (device, var);
+            let made_by = graph.producer(var);
+            let resident = matches!(made_by.op, NodeOp::Parameter { .. } | NodeOp::State);
+            let Some(site) = producer.get(&local).copied() else {
+                out.homes.insert(local, Home::Fixed);
+                continue;
+            };
+            let others = readers.get(&local).into_iter().flatten().filter(|r| **r != site);
+            let others: Vec<Site> = others.copied().collect();
+            if others.is_empty() {
+                out.homes.insert(local, if resident { Home::Fixed } else { Home::Scratch });
+                continue;
+            }
+            let rate = graph.tensor(var).rate;
+            let key = (site, others.clone(), rate, resident);
+            let register = *found.entry(key).or_insert_with(|| {
+                let plan =
+                    RegisterPlan { producer: site, readers: others, rate, initial: resident, tensors: Vec::new() };
+                out.registers.push(plan);
+                out.registers.len() - 1
+            });
+            out.registers[register].tensors.push(var);
+            out.homes.insert(local, Home::Register(register));
+        }
+    }
+}

@@ -1,0 +1,161 @@
+//! A plan as text, for people: layouts, layout changes with their bytes and source lines, actors, registers, memory.
+//! Imports `plan` and `graph`.
+
+use std::fmt::{self, Write};
+
+use shardflow_actors::spec::Firing;
+
+use crate::graph::{NodeOp, Phase};
+use crate::plan::{Plan, Schedule};
+
+impl Plan {
+    /// The plan as text.
+    pub fn explain(&self) -> String {
+        let mut out = String::new();
+        // Writing to a String cannot fail.
+        let _ = self.write_all(&mut out);
+        out
+    }
+
+    fn write_all(&self, out: &mut String) -> fmt::Result {
+        let schedule = match self.schedule {
+            Schedule::GPipe => "gpipe",
+            Schedule::OneFOneB => "1f1b",
+        };
+        let mesh = self.graph.mesh();
+        let (devices, count) = (mesh.device_count(), self.micro_batches);
+        writeln!(out, "mesh {mesh}: {devices} devices; {schedule}, {count} micro-batches a step")?;
+        self.write_placements(out)?;
+        self.write_parameters(out)?;
+        self.write_boxing(out)?;
+        self.write_actors(out)?;
+        self.write_registers(out)?;
+        self.write_memory(out)
+    }
+
+    fn write_placements(&self, out: &mut String) -> fmt::Result {
+        for (index, placement) in self.graph.placements().iter().enumerate() {
+            if self.graph.nodes().iter().any(|n| n.placement == index) {
+                let flight = self.in_flight.get(index).copied().unwrap_or(1);
+                let axes = placement.axes_text();
+                let shape = if axes.is_empty() { String::new() } else { format!(" as {axes}") };
+                writeln!(
+                    out,
+                    "placement {index}: devices {:?}{shape}, {flight} micro-batches in flight",
+                    placement.devices()
+                )?;
+            }
+        }
+        Ok(())
+    }
+
+    fn write_parameters(&self, out: &mut String) -> fmt::Result {
+        writeln!(out, "\nparameters")?;
+        for var in self.graph.parameters() {
+            let info = self.graph.tensor(var);
+            let layout = info.layout.as_ref().map(ToString::to_string).unwrap_or_default();
+            let placement = self.graph.placement_of(var);
+            writeln!(out, "  {:<24} {:<16} {layout} on placement {placement}", info.name, format!("{:?}", info.shape))?;
+        }
+        Ok(())
+    }
+
+    /// Every change of layout or placement, in order, with the most bytes that a device takes in for it.
+    fn write_boxing(&self, out: &mut String) -> fmt::Result {
+        writeln!(out, "\nlayout changes (bytes into the busiest device; per micro-batch, in update per step)")?;
+        for node in self.graph.nodes() {
+            let phase = match node.phase {
+                Phase::Forward => "forward",
+                Phase::Backward => "backward",
+                Phase::Update => "update",
+            };
+            let (file, line) = (node.location.file(), node.location.line());
+            match &node.op {
+                NodeOp::Boxing(step) => writeln!(out, "  {phase:<8} {}: {step}  ({file}:{line})", node.name)?,
+                NodeOp::Bucket { axes } => {
+                    let placement = &self.graph.placements()[node.placement];
+                    let names: Vec<&str> = axes.iter().map(|a| placement.axes()[*a].name.as_str()).collect();
+                    let tensors = node.inputs.len();
+                    let over = names.join("+");
+                    writeln!(
+                        out,
+                        "  {phase:<8} {}: all-reduce of {tensors} gradients over {over}, while backward runs",
+                        node.name
+                    )?;
+                }
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
+    fn write_actors(&self, out: &mut String) -> fmt::Result {
+        writeln!(out, "\nactors")?;
+        for (actor, plans) in self.spec.actors.iter().zip(&self.actions) {
+            let order = match &actor.firing {
+                Firing::Credit => "by credit".to_string(),
+                Firing::Ordered(list) => {
+                    let names: Vec<&str> = list.iter().map(|i| actor.actions[*i as usize].name.as_str()).collect();
+                    format!("in order: {}", runs(&names))
+                }
+            };
+            writeln!(out, "  {}, {order}", actor.name)?;
+            for (action, plan) in actor.actions.iter().zip(plans) {
+                let (inputs, outputs) = (action.inputs.len(), action.outputs.len());
+                let launches = plan.launches.len() + usize::from(plan.host.is_some());
+                let times = action.per_step;
+                writeln!(
+                    out,
+                    "    {}: {times} a step, {launches} launches, reads {inputs} registers, writes {outputs}",
+                    action.name
+                )?;
+            }
+        }
+        Ok(())
+    }
+
+    fn write_registers(&self, out: &mut String) -> fmt::Result {
+        writeln!(out, "\nregisters (slots x bytes)")?;
+        for register in &self.spec.registers {
+            let readers: Vec<String> = register
+                .readers
+                .iter()
+                .map(|r| {
+                    let actor = &self.spec.actors[r.actor.0 as usize];
+                    format!("{} {}", actor.name, actor.actions[r.action as usize].name)
+                })
+                .collect();
+            writeln!(
+                out,
+                "  {}: {} x {} -> {}",
+                register.name,
+                register.slots,
+                register.slot_bytes,
+                readers.join(", ")
+            )?;
+        }
+        Ok(())
+    }
+
+    fn write_memory(&self, out: &mut String) -> fmt::Result {
+        writeln!(out, "\nmemory (bytes)")?;
+        for (device, memory) in self.memory.iter().enumerate() {
+            let scratch: usize = memory.scratch.values().map(|s| s.1).sum();
+            let (total, fixed, registers) = (memory.total_bytes, memory.fixed_bytes, memory.register_bytes);
+            writeln!(out, "  device {device}: {total} = {fixed} fixed + {registers} in registers + {scratch} scratch")?;
+        }
+        Ok(())
+    }
+}
+
+/// `a a b` as `2 a, b`.
+fn runs(names: &[&str]) -> String {
+    let mut out: Vec<String> = Vec::new();
+    let mut rest = names;
+    while let Some(first) = rest.first() {
+        let count = rest.iter().take_while(|n| n == &first).count();
+        out.push(if count > 1 { format!("{count} {first}") } else { (*first).to_string() });
+        rest = &rest[count..];
+    }
+    out.join(", ")
+}

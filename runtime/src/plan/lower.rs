@@ -1,0 +1,245 @@
+//! From a graph whose layouts are settled to a plan: actors, registers, programs, memory.
+//! Imports the rest of `plan`, `graph` and the actors' `spec`.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use shardflow_actors::spec::{
+    ActionSpec, ActorId, ActorSpec, Firing, InputSpec, OutputSpec, Reader, RegisterId, RegisterSpec, Spec, StreamKind,
+};
+use shardflow_kernels::collective::Group;
+
+use crate::graph::{Graph, Rate};
+use crate::plan::assign::{Assignment, RegisterPlan, Site, assign};
+use crate::plan::emit::{Context, Emitted, action_name, emit, fuse_accumulation};
+use crate::plan::memory::{align, lay_out};
+use crate::plan::slots::{StageCosts, in_flight, slots, stages};
+use crate::plan::{ActionKey, Plan, Schedule};
+
+/// What a plan is made for, beside the graph.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Setting {
+    /// Micro-batches in a step.
+    pub micro_batches: usize,
+    /// The schedule of the pipeline.
+    pub schedule: Schedule,
+    /// Threads of a compute stream.
+    pub threads_per_device: usize,
+    /// Durations that credits are computed from.
+    pub costs: StageCosts,
+}
+
+/// The stream that an action runs on.
+pub fn stream_of(key: ActionKey) -> StreamKind {
+    match key {
+        ActionKey::Forward | ActionKey::Backward | ActionKey::Update => StreamKind::Compute,
+        ActionKey::Bucket(_) => StreamKind::Communication,
+        ActionKey::Feed(_) | ActionKey::Pull(_) | ActionKey::Fetch(_) => StreamKind::Copy,
+    }
+}
+
+/// Lowers a graph that the layout, boxing and bucket passes have been over.
+pub fn lower(graph: Graph, setting: Setting) -> Plan {
+    let assignment = assign(&graph);
+    let flight = in_flight(&graph, setting.schedule, setting.micro_batches, setting.costs);
+    let counts = slots(&graph, &assignment, &flight, setting.micro_batches);
+    let (places, mut memory, fixed) = lay_out(&graph, &assignment, &counts, graph.mesh.device_count());
+
+    let actors = number_actors(&assignment);
+    let fused = fuse_accumulation(&graph);
+    let mut groups = Groups::default();
+    let mut emitted: BTreeMap<Site, Emitted> = BTreeMap::new();
+    for (site, nodes) in &assignment.actions {
+        let stream = stream_of(site.1);
+        let threads = if stream == StreamKind::Compute { setting.threads_per_device } else { 1 };
+        let context = Context { graph: &graph, assignment: &assignment, fixed: &fixed, fused: &fused, threads };
+        let made = emit(&context, *site, nodes, &mut |ranks| groups.communicator(stream, ranks));
+        emitted.insert(*site, made);
+    }
+
+    let mut spec = Spec::default();
+    let mut actions = Vec::new();
+    for (index, (device, stream, sites)) in actors.iter().enumerate() {
+        let mut specs = Vec::new();
+        let mut plans = Vec::new();
+        let mut scratch_bytes = 0;
+        for site in sites {
+            let made = &emitted[site];
+            specs.push(action_spec(&assignment, *site, made, &setting, &mut groups));
+            scratch_bytes = scratch_bytes.max(made.scratch_bytes);
+            plans.push(made.plan.clone());
+        }
+        let total = &mut memory[*device].total_bytes;
+        let start = *total;
+        *total += align(scratch_bytes);
+        memory[*device].scratch.insert(ActorId(index as u32), (start, scratch_bytes));
+        let limit =
+            stages(&graph).iter().find(|p| graph.placements[**p].index_of(*device).is_some()).map_or(1, |p| flight[*p]);
+        let firing = firing(sites, &specs, &setting, limit as usize);
+        let name = format!("device {device} {}", stream_name(*stream));
+        spec.actors.push(ActorSpec { name, device: *device, stream: *stream, firing, actions: specs });
+        actions.push(plans);
+    }
+    let reader = |site: &Site| {
+        let (actor, action) = locate(&actors, *site);
+        Reader { actor, action }
+    };
+    for (index, register) in assignment.registers.iter().enumerate() {
+        spec.registers.push(RegisterSpec {
+            name: register_name(&graph, register),
+            producer: locate(&actors, register.producer).0,
+            slots: counts[index],
+            slot_bytes: places[index].stride,
+            initial: register.initial,
+            readers: register.readers.iter().map(reader).collect(),
+        });
+    }
+    Plan {
+        graph,
+        spec,
+        actions,
+        registers: places,
+        memory,
+        micro_batches: setting.micro_batches,
+        schedule: setting.schedule,
+        threads_per_device: setting.threads_per_device,
+        in_flight: flight,
+    }
+}
+
+type Actors = Vec<(usize, StreamKind, Vec<Site>)>;
+
+/// One actor for each stream that a device uses, in order of device and stream.
+fn number_actors(assignment: &Assignment) -> Actors {
+    let mut actors: BTreeMap<(usize, StreamKind), Vec<Site>> = BTreeMap::new();
+    for site in assignment.actions.keys() {
+        actors.entry((site.0, stream_of(site.1))).or_default().push(*site);
+    }
+    actors.into_iter().map(|((device, stream), sites)| (device, stream, sites)).collect()
+}
+
+fn locate(actors: &Actors, site: Site) -> (ActorId, u32) {
+    let stream = stream_of(site.1);
+    let actor = actors.iter().position(|a| (a.0, a.1) == (site.0, stream)).expect("every site has an actor");
+    let action = actors[actor].2.iter().position(|s| *s == site).expect("every site is an action of its actor");
+    (ActorId(actor as u32), action as u32)
+}
+
+fn stream_name(stream: StreamKind) -> &'static str {
+    match stream {
+        StreamKind::Compute => "compute",
+        StreamKind::Communication => "communication",
+        StreamKind::Copy => "copy",
+    }
+}
+
+fn register_name(graph: &Graph, register: &RegisterPlan) -> String {
+    let (device, key) = register.producer;
+    let first = register.tensors.first().map_or("done".to_string(), |v| graph.tensor(*v).name.clone());
+    let more = register.tensors.len().saturating_sub(1);
+    let rest = if more > 0 { format!(" (+{more})") } else { String::new() };
+    if register.initial {
+        return format!("device {device} parameters/{first}{rest}");
+    }
+    format!("device {device} {}/{first}{rest}", action_name(graph, key))
+}
+
+/// Firings of an action in one step.
+fn per_step(graph_rate: Rate, micro_batches: usize) -> u32 {
+    match graph_rate {
+        Rate::MicroBatch => micro_batches as u32,
+        Rate::Step => 1,
+    }
+}
+
+fn rate_of(assignment: &Assignment, site: Site) -> Rate {
+    match site.1 {
+        ActionKey::Feed(rate) | ActionKey::Fetch(rate) => rate,
+        ActionKey::Forward | ActionKey::Backward => Rate::MicroBatch,
+        ActionKey::Update | ActionKey::Bucket(_) => Rate::Step,
+        ActionKey::Pull(_) => {
+            let made = assignment.registers.iter().find(|r| r.producer == site);
+            made.map_or(Rate::MicroBatch, |r| r.rate)
+        }
+    }
+}
+
+fn action_spec(
+    assignment: &Assignment,
+    site: Site,
+    made: &Emitted,
+    setting: &Setting,
+    groups: &mut Groups,
+) -> ActionSpec {
+    let firings = per_step(rate_of(assignment, site), setting.micro_batches);
+    let pieces = |register: usize| per_step(assignment.registers[register].rate, setting.micro_batches);
+    let inputs = made
+        .inputs
+        .iter()
+        .map(|r| InputSpec { register: RegisterId(*r as u32), firings_per_piece: firings / pieces(*r) });
+    let outputs = made.outputs.iter().enumerate().map(|(port, r)| OutputSpec {
+        register: RegisterId(*r as u32),
+        firings_per_piece: firings / pieces(*r),
+        early: made.plan.signals.iter().any(|s| s.1 == port as u32),
+    });
+    let forward_first = setting.schedule == Schedule::GPipe;
+    let priority = match site.1 {
+        ActionKey::Forward => i32::from(!forward_first),
+        ActionKey::Backward => i32::from(forward_first),
+        _ => 0,
+    };
+    let gangs = made.groups.iter().map(|ranks| groups.gang(site.1, ranks)).collect();
+    ActionSpec {
+        name: made.plan.name.clone(),
+        priority,
+        per_step: firings,
+        inputs: inputs.collect(),
+        outputs: outputs.collect(),
+        external: matches!(site.1, ActionKey::Feed(_)),
+        gangs,
+    }
+}
+
+/// The order in which an actor fires. Where collectives run inside actions, all members of a group must fire in one
+/// order whatever the timing, so the schedule is written out; elsewhere credits decide.
+fn firing(sites: &[Site], specs: &[ActionSpec], setting: &Setting, in_flight: usize) -> Firing {
+    if specs.iter().all(|s| s.gangs.is_empty()) {
+        return Firing::Credit;
+    }
+    let index = |key: ActionKey| sites.iter().position(|s| s.1 == key).map(|i| i as u32);
+    let mut list = Vec::new();
+    let (forward, backward) = (index(ActionKey::Forward), index(ActionKey::Backward));
+    let count = setting.micro_batches;
+    let ahead = if backward.is_some() { in_flight.min(count) } else { count };
+    list.extend((0..ahead).filter_map(|_| forward));
+    for micro_batch in 0..count {
+        list.extend(backward);
+        if micro_batch + ahead < count {
+            list.extend(forward);
+        }
+    }
+    // Buckets, then the update; on the copy stream nothing has a gang.
+    let others = sites.iter().enumerate().filter(|(_, s)| !matches!(s.1, ActionKey::Forward | ActionKey::Backward));
+    list.extend(others.flat_map(|(i, _)| std::iter::repeat_n(i as u32, specs[i].per_step as usize)));
+    Firing::Ordered(list)
+}
+
+/// Ids of communicators (by stream and members) and of gangs (by action and members).
+#[derive(Default)]
+struct Groups {
+    communicators: BTreeMap<(StreamKind, Vec<usize>), Arc<Group>>,
+    gangs: BTreeMap<(ActionKey, Vec<usize>), u32>,
+}
+
+impl Groups {
+    fn communicator(&mut self, stream: StreamKind, ranks: &[usize]) -> Arc<Group> {
+        let id = self.communicators.len() as u32;
+        let make = || Arc::new(Group { id, ranks: ranks.to_vec() });
+        self.communicators.entry((stream, ranks.to_vec())).or_insert_with(make).clone()
+    }
+
+    fn gang(&mut self, key: ActionKey, ranks: &[usize]) -> u32 {
+        let id = self.gangs.len() as u32;
+        *self.gangs.entry((key, ranks.to_vec())).or_insert(id)
+    }
+}

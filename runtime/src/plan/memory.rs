@@ -1,0 +1,169 @@
+//! Static memory: where in a device's arena each register, resident tensor and scratch buffer lies, to the byte.
+//! Imports `plan::assign` and `graph`.
+
+use std::collections::BTreeMap;
+
+use shardflow_kernels::memory::ALIGNMENT;
+use shardflow_kernels::tensor::element_count;
+
+use crate::graph::{Graph, NodeOp, Var};
+use crate::plan::assign::{Assignment, Home};
+use crate::plan::{DeviceMemory, RegisterPlace, ResidentTensor};
+use crate::sbp::local_region;
+
+/// Rounds up to the alignment of every tensor.
+pub fn align(bytes: usize) -> usize {
+    bytes.next_multiple_of(ALIGNMENT)
+}
+
+/// Shape of a tensor's part on one device.
+pub fn local_shape(graph: &Graph, var: Var, device: usize) -> Vec<usize> {
+    local_part(graph, var, device).size
+}
+
+/// A tensor's part on one device.
+pub fn local_part(graph: &Graph, var: Var, device: usize) -> shardflow_kernels::tensor::Region {
+    let placement = &graph.placements[graph.placement_of(var)];
+    let info = graph.tensor(var);
+    let layout = info.layout.as_ref().expect("the layout pass gives every tensor a layout");
+    let index = placement.index_of(device).expect("asked only for devices of the tensor's placement");
+    local_region(&info.shape, layout, placement, index)
+}
+
+/// Bytes of a tensor's part on one device.
+pub fn local_bytes(graph: &Graph, var: Var, device: usize) -> usize {
+    element_count(&local_shape(graph, var, device)) * graph.tensor(var).dtype.bytes()
+}
+
+/// Offset of each tensor in a register's slot, and the slot's bytes.
+pub fn slot_offsets(graph: &Graph, tensors: &[Var], device: usize) -> (BTreeMap<Var, usize>, usize) {
+    let mut offsets = BTreeMap::new();
+    let mut end = 0;
+    for var in tensors {
+        offsets.insert(*var, end);
+        end = align(end + local_bytes(graph, *var, device));
+    }
+    (offsets, end)
+}
+
+/// A buffer that lives from one launch to another of the same program.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Interval {
+    /// Size, bytes.
+    pub bytes: usize,
+    /// First launch that touches it.
+    pub first: usize,
+    /// Last launch that touches it.
+    pub last: usize,
+}
+
+/// Offsets for buffers such that no two that live at the same launch overlap, and the bytes that all take.
+///
+/// Larger buffers first, each at the lowest offset that is free for its lifetime (Pisarchyk and Lee 2020,
+/// <https://arxiv.org/abs/2001.03288>, "greedy by size").
+pub fn pack(intervals: &[Interval]) -> (Vec<usize>, usize) {
+    let mut order: Vec<usize> = (0..intervals.len()).collect();
+    order.sort_by_key(|i| (std::cmp::Reverse(intervals[*i].bytes), intervals[*i].first, *i));
+    let mut offsets = vec![0; intervals.len()];
+    let mut placed: Vec<usize> = Vec::new();
+    let mut total = 0;
+    for index in order {
+        let this = intervals[index];
+        let overlaps = |other: &&usize| intervals[**other].first <= this.last && this.first <= intervals[**other].last;
+        let mut busy: Vec<(usize, usize)> =
+            placed.iter().filter(overlaps).map(|o| (offsets[*o], offsets[*o] + intervals[*o].bytes)).collect();
+        busy.sort_unstable();
+        let mut offset = 0;
+        for (start, end) in busy {
+            if align(this.bytes) + offset <= start {
+                break;
+            }
+            offset = offset.max(align(end));
+        }
+        offsets[index] = offset;
+        total = total.max(align(offset + this.bytes));
+        placed.push(index);
+    }
+    (offsets, total)
+}
+
+/// Lays out every device's arena but for scratch, which comes after: registers' places, and fixed tensors' offsets.
+pub fn lay_out(
+    graph: &Graph,
+    assignment: &Assignment,
+    slots: &[u32],
+    devices: usize,
+) -> (Vec<RegisterPlace>, Vec<DeviceMemory>, BTreeMap<(usize, Var), usize>) {
+    let mut memory = vec![DeviceMemory::default(); devices];
+    let mut fixed = BTreeMap::new();
+    for ((device, var), home) in &assignment.homes {
+        if *home == Home::Fixed {
+            let total = &mut memory[*device].total_bytes;
+            fixed.insert((*device, *var), *total);
+            *total = align(*total + local_bytes(graph, *var, *device));
+            memory[*device].fixed_bytes = *total;
+        }
+    }
+    let mut places = Vec::new();
+    for (register, slots) in assignment.registers.iter().zip(slots) {
+        let device = register.producer.0;
+        let (_, stride) = slot_offsets(graph, &register.tensors, device);
+        let memory = &mut memory[device];
+        places.push(RegisterPlace { device, offset: memory.total_bytes, stride });
+        memory.total_bytes += stride * *slots as usize;
+        memory.register_bytes += stride * *slots as usize;
+    }
+    for ((device, var), home) in &assignment.homes {
+        if !matches!(graph.producer(*var).op, NodeOp::Parameter { .. } | NodeOp::State) {
+            continue;
+        }
+        let offset = match home {
+            Home::Fixed => fixed[&(*device, *var)],
+            Home::Register(index) => {
+                let (offsets, _) = slot_offsets(graph, &assignment.registers[*index].tensors, *device);
+                places[*index].offset + offsets[var]
+            }
+            Home::Scratch => continue,
+        };
+        let region = local_part(graph, *var, *device);
+        let dtype = graph.tensor(*var).dtype;
+        memory[*device].residents.push(ResidentTensor { var: *var, region, dtype, offset });
+    }
+    (places, memory, fixed)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// No two buffers alive at one launch share a byte, and the total is no more than their sum and no less than the
+    /// largest sum alive at once.
+    #[test]
+    fn packed_buffers_never_meet() {
+        let mut seed = 1u64;
+        let mut next = |n: u64| {
+            seed = crate::init::mix(seed);
+            seed % n
+        };
+        for _ in 0..200 {
+            let intervals: Vec<Interval> = (0..next(30) + 1)
+                .map(|_| {
+                    let first = next(20) as usize;
+                    Interval { bytes: next(1000) as usize, first, last: first + next(6) as usize }
+                })
+                .collect();
+            let (offsets, total) = pack(&intervals);
+            for (i, a) in intervals.iter().enumerate() {
+                assert!(offsets[i] % ALIGNMENT == 0 && offsets[i] + a.bytes <= total);
+                for (j, b) in intervals.iter().enumerate().skip(i + 1) {
+                    let alive = a.first <= b.last && b.first <= a.last && a.bytes > 0 && b.bytes > 0;
+                    let meet = offsets[i] < offsets[j] + b.bytes && offsets[j] < offsets[i] + a.bytes;
+                    assert!(!(alive && meet), "{a:?} at {} meets {b:?} at {}", offsets[i], offsets[j]);
+                }
+            }
+            let alive = |t: usize| intervals.iter().filter(|i| i.first <= t && t <= i.last).map(|i| i.bytes).sum();
+            assert!(total >= (0..30).map(alive).max().unwrap_or(0usize));
+            assert!(total <= intervals.iter().map(|i| align(i.bytes)).sum());
+        }
+    }
+}

@@ -1,0 +1,92 @@
+//! How many slots each register gets: the credits that keep a pipeline busy and no more.
+//! Imports `plan::assign` and the actors' `credits`.
+
+use std::collections::BTreeMap;
+
+use shardflow_actors::credits;
+
+use crate::graph::{Graph, NodeOp, Phase, Rate};
+use crate::plan::assign::{Assignment, RegisterPlan};
+use crate::plan::{ActionKey, Schedule};
+
+/// Relative durations that credits are computed from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct StageCosts {
+    /// One micro-batch forward through one stage.
+    pub forward: u64,
+    /// One micro-batch backward.
+    pub backward: u64,
+    /// From the end of an action to the start of the one on the next stage that waits for it.
+    pub hop: u64,
+}
+
+impl Default for StageCosts {
+    /// Backward takes twice as long as forward; a hop takes a tenth of a forward.
+    fn default() -> Self {
+        Self { forward: 10, backward: 20, hop: 1 }
+    }
+}
+
+/// The order of placements along the pipeline: those with forward work, as the graph meets them.
+pub fn stages(graph: &Graph) -> Vec<usize> {
+    let mut stages = Vec::new();
+    for node in &graph.nodes {
+        let works = matches!(node.op, NodeOp::Kernel(_) | NodeOp::Custom(_)) && node.phase == Phase::Forward;
+        if works && !stages.contains(&node.placement) {
+            stages.push(node.placement);
+        }
+    }
+    stages
+}
+
+/// Forward micro-batches that each placement may have in flight, by placement.
+pub fn in_flight(graph: &Graph, schedule: Schedule, micro_batches: usize, costs: StageCosts) -> Vec<u32> {
+    let stages = stages(graph);
+    let mut out = vec![1; graph.placements.len()];
+    for (position, placement) in stages.iter().enumerate() {
+        let count = match schedule {
+            Schedule::GPipe => micro_batches as u32,
+            Schedule::OneFOneB => {
+                let (stages, position, count) = (stages.len() as u32, position as u32, micro_batches as u32);
+                credits::pipeline(stages, position, count, costs.forward, costs.backward, costs.hop)
+            }
+        };
+        out[*placement] = count.clamp(1, micro_batches.max(1) as u32);
+    }
+    out
+}
+
+/// Slots of each register.
+pub fn slots(graph: &Graph, assignment: &Assignment, in_flight: &[u32], micro_batches: usize) -> Vec<u32> {
+    let mut placement_of: BTreeMap<usize, usize> = BTreeMap::new();
+    for placement in stages(graph) {
+        placement_of.extend(graph.placements[placement].devices().iter().map(|d| (*d, placement)));
+    }
+    let count = |register: &RegisterPlan| {
+        if register.initial || register.rate == Rate::Step {
+            return 1;
+        }
+        let device = register.producer.0;
+        let waits_for_backward = register.readers.contains(&(device, ActionKey::Backward));
+        let made_by = register.producer.1;
+        let flight = placement_of.get(&device).map_or(1, |p| in_flight[*p]);
+        let count = match (waits_for_backward && !is_backward(graph, made_by), made_by) {
+            // The stash: one slot for each micro-batch in flight.
+            (true, ActionKey::Forward) => flight,
+            // What arrived for forward and stays until backward: one more, so that the next can arrive meanwhile.
+            (true, _) => flight + 1,
+            // One being filled while the other is read.
+            (false, _) => 2,
+        };
+        count.min(micro_batches.max(1) as u32)
+    };
+    assignment.registers.iter().map(count).collect()
+}
+
+fn is_backward(graph: &Graph, key: ActionKey) -> bool {
+    match key {
+        ActionKey::Backward => true,
+        ActionKey::Pull(id) => graph.nodes[id.index()].phase == Phase::Backward,
+        _ => false,
+    }
+}

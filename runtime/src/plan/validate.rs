@@ -1,0 +1,117 @@
+//! Refuses a plan that would deadlock, disagree on collectives, overlap in memory or not fit. Imports `plan` and the
+//! actors' simulator, which runs the very protocol that the session will.
+
+use std::sync::Arc;
+
+use shardflow_actors::simulate::{Options, SimulationError, Timing, simulate};
+use shardflow_kernels::op::Launch;
+use shardflow_kernels::tensor::element_count;
+
+use crate::plan::collective_order::{self, Disagreement};
+use crate::plan::{BaseKey, Plan};
+
+/// Why a plan is refused.
+#[derive(Clone, Debug, thiserror::Error)]
+pub enum PlanError {
+    /// It would stop for ever, or breaks a rule of the protocol.
+    #[error("the plan cannot run to its end: {0}")]
+    Liveness(String),
+    /// Members of a group would wait for each other in different collectives.
+    #[error(
+        "devices {} and {} disagree on the collectives of group {}: {} against {}",
+        .0.first.0, .0.second.0, .0.group, .0.first.1, .0.second.1
+    )]
+    CollectiveOrder(Disagreement),
+    /// It needs more memory than a device has.
+    #[error(
+        "the plan does not fit: a device has {budget} bytes\n{table}reduce the batch, use more micro-batches or more devices"
+    )]
+    Memory {
+        /// Bytes of one device.
+        budget: usize,
+        /// Bytes needed, by device.
+        table: String,
+    },
+    /// A buffer lies outside its register, scratch or arena: a bug of the planner.
+    #[error("{action}: launch {launch} ({op}): a buffer ends at byte {end} of {size}")]
+    Bounds {
+        /// The action.
+        action: String,
+        /// Position in its program.
+        launch: usize,
+        /// The op.
+        op: String,
+        /// End of the buffer.
+        end: usize,
+        /// Bytes there are.
+        size: usize,
+    },
+}
+
+/// Steps of the token game: enough for every register to go round.
+const STEPS: u32 = 2;
+
+/// Checks liveness, the order of collectives, bounds and memory.
+///
+/// # Errors
+/// The first that fails.
+pub fn validate(plan: &Plan, memory_bytes: Option<usize>) -> Result<(), PlanError> {
+    collective_order::check(plan).map_err(PlanError::CollectiveOrder)?;
+    bounds(plan)?;
+    memory(plan, memory_bytes)?;
+    let spec = Arc::new(plan.spec.clone());
+    let liveness = |e: SimulationError| PlanError::Liveness(e.to_string());
+    simulate(&spec, &Timing::uniform(&spec, 1, 0), &Options::steps(STEPS)).map_err(liveness)?;
+    Ok(())
+}
+
+fn memory(plan: &Plan, memory_bytes: Option<usize>) -> Result<(), PlanError> {
+    let Some(budget) = memory_bytes else { return Ok(()) };
+    if plan.memory.iter().all(|m| m.total_bytes <= budget) {
+        return Ok(());
+    }
+    let row = |(device, m): (usize, &crate::plan::DeviceMemory)| {
+        let scratch: usize = m.scratch.values().map(|s| s.1).sum();
+        format!(
+            "  device {device}: {} bytes = {} fixed + {} in registers + {scratch} scratch\n",
+            m.total_bytes, m.fixed_bytes, m.register_bytes
+        )
+    };
+    Err(PlanError::Memory { budget, table: plan.memory.iter().enumerate().map(row).collect() })
+}
+
+/// Every buffer lies within what its base names.
+fn bounds(plan: &Plan) -> Result<(), PlanError> {
+    for (index, (actor, actions)) in plan.spec.actors.iter().zip(&plan.actions).enumerate() {
+        for (action, spec) in actions.iter().zip(&actor.actions) {
+            let memory = &plan.memory[actor.device];
+            let size = |base: usize| match action.bases[base] {
+                BaseKey::Fixed => memory.total_bytes,
+                BaseKey::Scratch => {
+                    let id = shardflow_actors::spec::ActorId(index as u32);
+                    memory.scratch.get(&id).map_or(0, |s| s.1)
+                }
+                BaseKey::Input(port) => plan.register_place(spec.inputs[port].register).stride,
+                BaseKey::Output(port) => plan.register_place(spec.outputs[port].register).stride,
+            };
+            for (position, launch) in action.launches.iter().enumerate() {
+                let Launch { op, reads, writes, workspace, .. } = launch;
+                for buffer in reads.iter().chain(writes).chain(workspace) {
+                    let end = buffer.offset + element_count(&buffer.shape) * buffer.dtype.bytes();
+                    let size = size(buffer.base);
+                    if end > size {
+                        let name = format!("{} {}", actor.name, action.name);
+                        return Err(PlanError::Bounds {
+                            action: name,
+                            launch: position,
+                            op: op.name().into(),
+                            end,
+                            size,
+                        });
+                    }
+                }
+            }
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,459 @@
+//! A running plan: devices, arenas and actors; steps, results, parameters, metrics and the end.
+//! Imports `plan`, `session::*`, and the actors' shell.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use crossbeam_channel::{Receiver, Sender, select, unbounded};
+use shardflow_actors::error::{ActorError, Failure};
+use shardflow_actors::shell::{ActionProgram, BaseRef, Loaded, RegisterMemory, Running, start};
+use shardflow_actors::spec::{ActorId, StreamKind};
+use shardflow_actors::watchdog::WatchdogOptions;
+use shardflow_kernels::collective::Collective;
+use shardflow_kernels::collective::in_process::InProcess;
+use shardflow_kernels::device::Device;
+use shardflow_kernels::error::KernelError;
+use shardflow_kernels::memory::{Arena, Base};
+use shardflow_kernels::op::{Launch, Op, Program};
+use shardflow_kernels::tensor::{HostData, HostTensor, Region};
+
+use crate::graph::builder::RNG_INPUT;
+use crate::graph::{NodeOp, Rate, Var};
+use crate::init;
+use crate::layout_error::LayoutError;
+use crate::passes::optimizer::{GRAD_SQUARES_OUTPUT, HYPER_INPUT};
+use crate::plan::memory::local_part;
+use crate::plan::{ActionKey, ActionPlan, BaseKey, Plan};
+use crate::sbp::gather;
+use crate::sbp::region::take_box;
+
+pub mod checkpoint;
+pub mod host;
+pub mod metrics;
+
+use checkpoint::CheckpointError;
+use host::{Fetched, HostIn, HostOut};
+
+/// What a session can fail with.
+#[derive(Debug, thiserror::Error)]
+pub enum SessionError {
+    /// An actor, kernel or collective failed; the first cause.
+    #[error("{0}")]
+    Failed(#[from] Failure),
+    /// The actors could not be started or told.
+    #[error(transparent)]
+    Actors(#[from] ActorError),
+    /// Devices or memory could not be had.
+    #[error(transparent)]
+    Kernel(#[from] KernelError),
+    /// What devices gave back does not fit together.
+    #[error(transparent)]
+    Layout(#[from] LayoutError),
+    /// A file.
+    #[error(transparent)]
+    Checkpoint(#[from] CheckpointError),
+    /// `step` was called with tensors that are not what the program's inputs say.
+    #[error("input {name}: expected {expected}, got {got}")]
+    Input {
+        /// Name of the input.
+        name: String,
+        /// What the graph says.
+        expected: String,
+        /// What was given.
+        got: String,
+    },
+}
+
+/// How a session is started.
+#[derive(Clone, Debug)]
+pub struct SessionOptions {
+    /// Initial weights are made of it.
+    pub seed: u64,
+    /// When and how to tell of a stall.
+    pub watchdog: WatchdogOptions,
+}
+
+impl Default for SessionOptions {
+    fn default() -> Self {
+        Self { seed: 1337, watchdog: WatchdogOptions::default() }
+    }
+}
+
+/// What a step brought.
+#[derive(Clone, Debug)]
+pub struct StepReport {
+    /// Steps done before this one.
+    pub step: u64,
+    /// The loss, if the program minimises one.
+    pub loss: Option<f32>,
+    /// Global norm of the gradients before clipping, if there are any.
+    pub grad_norm: Option<f64>,
+    /// Every output by name, whole; those made once a micro-batch joined along their first dim.
+    pub outputs: BTreeMap<String, HostTensor>,
+}
+
+struct FeedPort {
+    actor: ActorId,
+    action: u32,
+    device: usize,
+    rate: Rate,
+    vars: Vec<Var>,
+    sender: Sender<Vec<HostTensor>>,
+}
+
+/// A running plan. Dropping it shuts it down.
+pub struct Session {
+    plan: Plan,
+    devices: Vec<Device>,
+    arenas: Vec<Arena>,
+    engine: Arc<dyn Collective>,
+    running: Option<Running>,
+    feeds: Vec<FeedPort>,
+    fetched: Receiver<Fetched>,
+    /// Fetches in a step.
+    fetches: usize,
+    steps: u64,
+    seed: u64,
+}
+
+impl Session {
+    /// Allocates each device's arena, makes the initial weights and starts the actors.
+    ///
+    /// # Errors
+    /// When memory or threads cannot be had.
+    pub fn start(plan: Plan, options: &SessionOptions) -> Result<Self, SessionError> {
+        let engine: Arc<dyn Collective> = Arc::new(InProcess::new());
+        let mut devices = Vec::new();
+        let mut arenas = Vec::new();
+        for (rank, memory) in plan.memory.iter().enumerate() {
+            let device = Device::cpu(rank, plan.threads_per_device, engine.clone());
+            arenas.push(device.arena(memory.total_bytes)?);
+            devices.push(device);
+        }
+        let (sender, fetched) = unbounded();
+        let mut loader = Loader { plan: &plan, arenas: &arenas, feeds: Vec::new(), fetches: 0, sender };
+        let programs = loader.programs();
+        let (feeds, fetches) = (loader.feeds, loader.fetches);
+        let memory = plan.registers.iter().map(|place| RegisterMemory {
+            base: Base { arena: arenas[place.device].clone(), offset: place.offset },
+            stride: place.stride,
+        });
+        let mut streams = Vec::new();
+        for actor in &plan.spec.actors {
+            let threads = if actor.stream == StreamKind::Compute { plan.threads_per_device } else { 1 };
+            streams.push(devices[actor.device].stream(&actor.name, threads)?);
+        }
+        let loaded = Loaded {
+            spec: Arc::new(plan.spec.clone()),
+            programs,
+            memory: memory.collect(),
+            streams,
+            engine: engine.clone(),
+        };
+        let mut session = Self {
+            plan,
+            devices,
+            arenas,
+            engine,
+            running: None,
+            feeds,
+            fetched,
+            fetches,
+            steps: 0,
+            seed: options.seed,
+        };
+        session.initialise()?;
+        session.running = Some(start(loaded, options.watchdog.clone())?);
+        Ok(session)
+    }
+
+    /// Makes each device's part of each parameter.
+    fn initialise(&self) -> Result<(), SessionError> {
+        for (device, memory) in self.plan.memory.iter().enumerate() {
+            for resident in &memory.residents {
+                let NodeOp::Parameter { init } = self.plan.graph.producer(resident.var).op else { continue };
+                let info = self.plan.graph.tensor(resident.var);
+                let mut data = vec![0.0; resident.region.element_count()];
+                init::fill(init, self.seed, &info.name, &info.shape, &resident.region, &mut data);
+                let part = HostTensor::f32(&resident.region.size, data);
+                self.arenas[device].write_host(resident.offset, &part)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// The plan that runs.
+    pub fn plan(&self) -> &Plan {
+        &self.plan
+    }
+
+    /// Steps done, those before a restored checkpoint included.
+    pub fn steps(&self) -> u64 {
+        self.steps
+    }
+
+    /// One step: feeds the whole batch, runs all micro-batches, updates, and gives what the program outputs.
+    /// When it returns, no device works any more. `learning_rate` is not used by a program that minimises nothing.
+    ///
+    /// # Errors
+    /// When an input is missing, unknown or of the wrong shape or type (nothing was run then), or the session failed.
+    pub fn step(&mut self, inputs: &[(&str, HostTensor)], learning_rate: f32) -> Result<StepReport, SessionError> {
+        self.check_inputs(inputs)?;
+        let by_name: BTreeMap<&str, &HostTensor> = inputs.iter().map(|(name, tensor)| (*name, tensor)).collect();
+        let running = self.running.as_ref().ok_or(KernelError::Closed { device: 0 })?;
+        for feed in &self.feeds {
+            let firings = if feed.rate == Rate::Step { 1 } else { self.plan.micro_batches };
+            for micro_batch in 0..firings {
+                let parts =
+                    feed.vars.iter().map(|var| self.part(*var, feed.device, micro_batch, &by_name, learning_rate));
+                let _ = feed.sender.send(parts.collect());
+            }
+            running.give(feed.actor, feed.action, firings as u32)?;
+        }
+        let mut results: BTreeMap<(usize, Rate), Vec<Vec<HostTensor>>> = BTreeMap::new();
+        for _ in 0..self.fetches {
+            select! {
+                recv(self.fetched) -> message => if let Ok(message) = message {
+                    results.entry((message.device, message.rate)).or_default().push(message.tensors);
+                },
+                recv(running.failures()) -> failure => match failure {
+                    Ok(failure) => return Err(failure.into()),
+                    Err(_) => return Err(KernelError::Closed { device: 0 }.into()),
+                },
+            }
+        }
+        let report = self.report(results)?;
+        self.steps += 1;
+        Ok(report)
+    }
+
+    fn check_inputs(&self, inputs: &[(&str, HostTensor)]) -> Result<(), SessionError> {
+        let graph = &self.plan.graph;
+        let nodes = graph.nodes().iter().filter(|n| matches!(n.op, NodeOp::Input));
+        let expected: BTreeMap<&str, Var> = nodes
+            .filter(|n| n.name != RNG_INPUT && n.name != HYPER_INPUT)
+            .map(|n| (n.name.as_str(), n.outputs[0]))
+            .collect();
+        let wrong =
+            |name: &str, expected: String, got: String| SessionError::Input { name: name.into(), expected, got };
+        for (name, _) in inputs {
+            if !expected.contains_key(name) {
+                let known: Vec<&str> = expected.keys().copied().collect();
+                return Err(wrong(name, format!("one of {known:?}"), "an unknown name".into()));
+            }
+        }
+        for (name, var) in expected {
+            let info = graph.tensor(var);
+            let mut shape = info.shape.clone();
+            if info.rate == Rate::MicroBatch
+                && let Some(rows) = shape.first_mut()
+            {
+                *rows *= self.plan.micro_batches;
+            }
+            let want = format!("{:?} {shape:?}", info.dtype);
+            match inputs.iter().find(|i| i.0 == name) {
+                None => return Err(wrong(name, want, "nothing".into())),
+                Some((_, t)) if t.shape != shape || t.dtype() != info.dtype => {
+                    return Err(wrong(name, want, format!("{:?} {:?}", t.dtype(), t.shape)));
+                }
+                Some(_) => {}
+            }
+        }
+        Ok(())
+    }
+
+    /// A device's part of an input for one micro-batch.
+    fn part(
+        &self,
+        var: Var,
+        device: usize,
+        micro_batch: usize,
+        inputs: &BTreeMap<&str, &HostTensor>,
+        learning_rate: f32,
+    ) -> HostTensor {
+        let graph = &self.plan.graph;
+        let name = graph.producer(var).name.as_str();
+        let info = graph.tensor(var);
+        match name {
+            RNG_INPUT => HostTensor::i32(&[2], vec![self.steps as i32, (micro_batch * self.rows()) as i32]),
+            HYPER_INPUT => HostTensor::f32(&[2], vec![learning_rate, (self.steps + 1) as f32]),
+            _ => {
+                let mut region = local_part(graph, var, device);
+                if info.rate == Rate::MicroBatch
+                    && let Some(start) = region.start.first_mut()
+                {
+                    *start += micro_batch * info.shape[0];
+                }
+                take_box(inputs[name], &region)
+            }
+        }
+    }
+
+    /// Rows of a micro-batch.
+    fn rows(&self) -> usize {
+        let inputs = self.plan.graph.nodes().iter().filter(|n| matches!(n.op, NodeOp::Input) && n.name != RNG_INPUT);
+        let rows = inputs.map(|n| self.plan.graph.tensor(n.outputs[0])).find(|t| t.rate == Rate::MicroBatch);
+        rows.and_then(|t| t.shape.first().copied()).unwrap_or(0)
+    }
+
+    /// Puts the devices' parts together.
+    fn report(&self, results: BTreeMap<(usize, Rate), Vec<Vec<HostTensor>>>) -> Result<StepReport, SessionError> {
+        let graph = &self.plan.graph;
+        let mut outputs: BTreeMap<String, HostTensor> = BTreeMap::new();
+        let mut squares: Vec<f64> = Vec::new();
+        for output in &graph.outputs {
+            let info = graph.tensor(output.tensor);
+            let placement = &graph.placements[graph.placement_of(output.tensor)];
+            let layout = info.layout.as_ref().expect("the layout pass gives every tensor a layout");
+            let firings = if info.rate == Rate::Step { 1 } else { self.plan.micro_batches };
+            let mut pieces = Vec::new();
+            for firing in 0..firings {
+                let shards: Vec<HostTensor> = placement
+                    .devices()
+                    .iter()
+                    .map(|device| {
+                        let port = self.fetch_port(*device, info.rate, output.tensor);
+                        results[&(*device, info.rate)][firing][port].clone()
+                    })
+                    .collect();
+                pieces.push(gather(&shards, &info.shape, layout, placement)?);
+            }
+            let whole = join(pieces);
+            if output.name == GRAD_SQUARES_OUTPUT {
+                let values = whole.as_f32().unwrap_or_default();
+                squares.resize(values.len(), 0.0);
+                squares.iter_mut().zip(values).for_each(|(sum, v)| *sum += f64::from(*v));
+            } else {
+                outputs.insert(output.name.clone(), whole);
+            }
+        }
+        let loss = outputs.get("loss").and_then(|t| t.as_f32()).and_then(|v| v.first().copied());
+        let grad_norm = (!squares.is_empty()).then(|| squares.iter().sum::<f64>().sqrt());
+        Ok(StepReport { step: self.steps, loss, grad_norm, outputs })
+    }
+
+    /// Position of a tensor among those that a device's fetch brings.
+    fn fetch_port(&self, device: usize, rate: Rate, var: Var) -> usize {
+        let graph = &self.plan.graph;
+        let here = |v: &Var| {
+            graph.tensor(*v).rate == rate && graph.placements[graph.placement_of(*v)].index_of(device).is_some()
+        };
+        graph.outputs.iter().map(|o| o.tensor).filter(here).position(|v| v == var).unwrap_or(0)
+    }
+
+    /// Ends the session: waits for what runs, then stops all actors.
+    ///
+    /// # Errors
+    /// The first cause, if the session had failed.
+    pub fn shutdown(mut self) -> Result<(), SessionError> {
+        match self.running.take() {
+            Some(running) => Ok(running.shutdown().map(drop)?),
+            None => Ok(()),
+        }
+    }
+
+    /// The collective engine, for its counters.
+    pub fn engine(&self) -> &Arc<dyn Collective> {
+        &self.engine
+    }
+}
+
+impl Drop for Session {
+    fn drop(&mut self) {
+        if let Some(running) = self.running.take() {
+            // A failure was told by the call that met it.
+            let _ = running.shutdown();
+        }
+    }
+}
+
+/// Joins tensors along their first dim; a scalar is the last one's.
+fn join(mut pieces: Vec<HostTensor>) -> HostTensor {
+    let last = pieces.pop().unwrap_or_else(|| HostTensor::f32(&[0], Vec::new()));
+    if pieces.is_empty() || last.shape.is_empty() {
+        return last;
+    }
+    pieces.push(last);
+    let mut shape = pieces[0].shape.clone();
+    shape[0] = pieces.iter().map(|p| p.shape[0]).sum();
+    let floats: Option<Vec<&[f32]>> = pieces.iter().map(|p| p.as_f32()).collect();
+    let data = match floats {
+        Some(parts) => HostData::F32(parts.concat()),
+        None => HostData::I32(pieces.iter().filter_map(|p| p.as_i32()).flatten().copied().collect()),
+    };
+    HostTensor { shape, data }
+}
+
+/// Makes the shell's programs of a plan's.
+struct Loader<'a> {
+    plan: &'a Plan,
+    arenas: &'a [Arena],
+    feeds: Vec<FeedPort>,
+    fetches: usize,
+    sender: Sender<Fetched>,
+}
+
+impl Loader<'_> {
+    fn programs(&mut self) -> Vec<Vec<ActionProgram>> {
+        let actors = self.plan.actions.iter().enumerate();
+        actors
+            .map(|(actor, actions)| {
+                let actor = ActorId(actor as u32);
+                (0..actions.len()).map(|action| self.program(actor, action)).collect()
+            })
+            .collect()
+    }
+
+    fn program(&mut self, actor: ActorId, index: usize) -> ActionProgram {
+        let action = &self.plan.actions[actor.0 as usize][index];
+        let device = self.plan.spec.actors[actor.0 as usize].device;
+        let mut launches = action.launches.clone();
+        launches.extend(self.host_launch(actor, index, device, action));
+        let name = format!("{} {}", self.plan.spec.actors[actor.0 as usize].name, action.name);
+        let program = Program { name, launches, signals: action.signals.clone() };
+        let fixed = |offset: usize| BaseRef::Fixed(Base { arena: self.arenas[device].clone(), offset });
+        let scratch = self.plan.memory[device].scratch.get(&actor).map_or(0, |s| s.0);
+        let bases = action.bases.iter().map(|base| match base {
+            BaseKey::Fixed => fixed(0),
+            BaseKey::Scratch => fixed(scratch),
+            BaseKey::Input(port) => BaseRef::Input(*port),
+            BaseKey::Output(port) => BaseRef::Output(*port),
+        });
+        ActionProgram { bases: bases.collect(), program: Arc::new(program) }
+    }
+
+    fn host_launch(&mut self, actor: ActorId, index: usize, device: usize, action: &ActionPlan) -> Option<Launch> {
+        let port = action.host.as_ref()?;
+        let launch = |kernel, reads, writes| Launch {
+            op: Op::Custom(kernel),
+            reads,
+            writes,
+            accumulate: false,
+            workspace: None,
+        };
+        match action.key {
+            ActionKey::Feed(rate) => {
+                let (sender, receiver) = unbounded();
+                let vars = port.vars.clone();
+                self.feeds.push(FeedPort { actor, action: index as u32, device, rate, vars, sender });
+                Some(launch(Arc::new(HostIn { receiver }), Vec::new(), port.buffers.clone()))
+            }
+            ActionKey::Fetch(rate) => {
+                self.fetches += self.plan.spec.actors[actor.0 as usize].actions[index].per_step as usize;
+                let kernel = HostOut { device, rate, sender: self.sender.clone() };
+                Some(launch(Arc::new(kernel), port.buffers.clone(), Vec::new()))
+            }
+            _ => None,
+        }
+    }
+}
+
+/// A resident tensor's part on each device of its placement, in the placement's order.
+pub(crate) fn resident_parts(plan: &Plan, var: Var) -> Vec<(usize, usize, Region)> {
+    let placement = &plan.graph.placements[plan.graph.placement_of(var)];
+    let part = |device: &usize| {
+        let resident = plan.memory[*device].residents.iter().find(|r| r.var == var)?;
+        Some((*device, resident.offset, resident.region.clone()))
+    };
+    placement.devices().iter().filter_map(part).collect()
+}

@@ -1,0 +1,216 @@
+//! Parameters and optimizer state to and from one safetensors file: whole tensors, whatever the mesh, so that any mesh
+//! loads any other's. A file is written beside its place and moved there when it is complete.
+//! Imports `session` and `plan`.
+
+use std::collections::{BTreeMap, HashMap};
+use std::path::{Path, PathBuf};
+
+use safetensors::tensor::{Dtype, SafeTensors, TensorView};
+use shardflow_kernels::tensor::HostTensor;
+
+use super::{Session, SessionError, resident_parts};
+use crate::graph::{NodeOp, Var};
+use crate::sbp::gather;
+use crate::sbp::region::take_box;
+
+/// What is wrong with a file.
+#[derive(Debug, thiserror::Error)]
+pub enum CheckpointError {
+    /// It cannot be read or written.
+    #[error("{path}: {source}")]
+    Io {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// It is not a safetensors file.
+    #[error("{path}: not a complete safetensors file: {message}")]
+    Format {
+        /// The file.
+        path: PathBuf,
+        /// What the reader says.
+        message: String,
+    },
+    /// A tensor that the program has is not in the file.
+    #[error("{path}: has no tensor {name}; it was saved by another model")]
+    Missing {
+        /// The file.
+        path: PathBuf,
+        /// The tensor.
+        name: String,
+    },
+    /// A tensor of another shape or type.
+    #[error("{path}: tensor {name}: expected {expected}, got {got}; it was saved by a model of other sizes")]
+    Shape {
+        /// The file.
+        path: PathBuf,
+        /// The tensor.
+        name: String,
+        /// What the program has.
+        expected: String,
+        /// What the file has.
+        got: String,
+    },
+}
+
+/// Key of the number of steps in the file's metadata.
+const STEPS: &str = "shardflow.steps";
+
+impl Session {
+    /// Every parameter by name, whole, in the shape it is saved in.
+    ///
+    /// # Errors
+    /// When copies on different devices differ, which only a bug of a kernel can cause.
+    pub fn parameters(&self) -> Result<BTreeMap<String, HostTensor>, SessionError> {
+        self.tensors(|op| matches!(op, NodeOp::Parameter { .. }))
+    }
+
+    fn tensors(&self, wanted: impl Fn(&NodeOp) -> bool) -> Result<BTreeMap<String, HostTensor>, SessionError> {
+        let graph = &self.plan.graph;
+        let mut out = BTreeMap::new();
+        for node in graph.nodes().iter().filter(|n| wanted(&n.op)) {
+            let var = node.outputs[0];
+            let info = graph.tensor(var);
+            let mut shards = Vec::new();
+            for (device, offset, region) in resident_parts(&self.plan, var) {
+                shards.push(self.arenas[device].read_host(offset, &region.size, info.dtype)?);
+            }
+            let layout = info.layout.as_ref().expect("residents have a layout");
+            let placement = &graph.placements[graph.placement_of(var)];
+            let mut whole = gather(&shards, &info.shape, layout, placement)?;
+            whole.shape = self.saved_shape(var);
+            out.insert(info.name.clone(), whole);
+        }
+        Ok(out)
+    }
+
+    fn saved_shape(&self, var: Var) -> Vec<usize> {
+        let info = self.plan.graph.tensor(var);
+        info.saved_shape.clone().unwrap_or_else(|| info.shape.clone())
+    }
+
+    /// Writes parameters, optimizer state and the number of steps to one safetensors file. The file appears when it is
+    /// complete, or not at all.
+    ///
+    /// # Errors
+    /// [`CheckpointError::Io`].
+    pub fn save(&self, path: &Path) -> Result<(), SessionError> {
+        let tensors = self.tensors(|op| matches!(op, NodeOp::Parameter { .. } | NodeOp::State))?;
+        let bytes: Vec<(String, Vec<usize>, Vec<u8>)> = tensors
+            .into_iter()
+            .map(|(name, t)| {
+                (name, t.shape.clone(), t.as_f32().map(|v| bytemuck::cast_slice(v).to_vec()).unwrap_or_default())
+            })
+            .collect();
+        let format =
+            |e: safetensors::SafeTensorError| CheckpointError::Format { path: path.into(), message: e.to_string() };
+        let views: Vec<(String, TensorView<'_>)> = bytes
+            .iter()
+            .map(|(name, shape, data)| Ok((name.clone(), TensorView::new(Dtype::F32, shape.clone(), data)?)))
+            .collect::<Result<_, _>>()
+            .map_err(format)?;
+        let metadata = HashMap::from([(STEPS.to_string(), self.steps.to_string())]);
+        let file = safetensors::serialize(views, Some(metadata)).map_err(format)?;
+        write_whole(path, &file).map_err(|source| CheckpointError::Io { path: path.into(), source })?;
+        Ok(())
+    }
+
+    /// Loads what [`Session::save`] wrote, under any mesh: the next step is the one after the saved ones.
+    ///
+    /// # Errors
+    /// [`CheckpointError`]; nothing was changed then.
+    pub fn restore(&mut self, path: &Path) -> Result<(), SessionError> {
+        let bytes = std::fs::read(path).map_err(|source| CheckpointError::Io { path: path.into(), source })?;
+        self.load(path, &bytes, |op| matches!(op, NodeOp::Parameter { .. } | NodeOp::State))?;
+        let format =
+            |e: safetensors::SafeTensorError| CheckpointError::Format { path: path.into(), message: e.to_string() };
+        let (_, metadata) = SafeTensors::read_metadata(&bytes).map_err(format)?;
+        let steps = metadata.metadata().as_ref().and_then(|m| m.get(STEPS)).and_then(|s| s.parse().ok());
+        self.steps = steps.unwrap_or(0);
+        Ok(())
+    }
+
+    /// Loads parameters only, from any safetensors file that has them; optimizer state and steps start anew.
+    ///
+    /// # Errors
+    /// [`CheckpointError`]; nothing was changed then.
+    pub fn init_from(&mut self, path: &Path) -> Result<(), SessionError> {
+        let bytes = std::fs::read(path).map_err(|source| CheckpointError::Io { path: path.into(), source })?;
+        self.load(path, &bytes, |op| matches!(op, NodeOp::Parameter { .. }))
+    }
+
+    /// Sets parameters from whole tensors in memory, as [`Session::parameters`] gives them; other names are left out.
+    ///
+    /// # Errors
+    /// [`CheckpointError::Shape`] for a tensor of another shape; nothing was changed then.
+    pub fn set_parameters(&mut self, tensors: &BTreeMap<String, HostTensor>) -> Result<(), SessionError> {
+        let path = Path::new("(memory)");
+        let mut found = Vec::new();
+        for var in self.plan.graph.parameters() {
+            let name = &self.plan.graph.tensor(var).name;
+            let tensor =
+                tensors.get(name).ok_or_else(|| CheckpointError::Missing { path: path.into(), name: name.clone() })?;
+            found.push((var, self.fitting(path, var, tensor.clone())?));
+        }
+        self.write_all(found)
+    }
+
+    fn load(&self, path: &Path, bytes: &[u8], wanted: impl Fn(&NodeOp) -> bool) -> Result<(), SessionError> {
+        let format =
+            |e: safetensors::SafeTensorError| CheckpointError::Format { path: path.into(), message: e.to_string() };
+        let file = SafeTensors::deserialize(bytes).map_err(format)?;
+        let graph = &self.plan.graph;
+        let mut found = Vec::new();
+        for node in graph.nodes().iter().filter(|n| wanted(&n.op)) {
+            let var = node.outputs[0];
+            let name = &graph.tensor(var).name;
+            let missing = |_| CheckpointError::Missing { path: path.into(), name: name.clone() };
+            let view = file.tensor(name).map_err(missing)?;
+            if view.dtype() != Dtype::F32 {
+                let (expected, got) = ("F32".to_string(), format!("{:?}", view.dtype()));
+                return Err(CheckpointError::Shape { path: path.into(), name: name.clone(), expected, got }.into());
+            }
+            // Files need not be aligned for f32.
+            let chunks = view.data().chunks_exact(4);
+            let values: Vec<f32> = chunks.map(|c| f32::from_le_bytes([c[0], c[1], c[2], c[3]])).collect();
+            found.push((var, self.fitting(path, var, HostTensor::f32(view.shape(), values))?));
+        }
+        self.write_all(found)
+    }
+
+    /// The tensor in the program's own shape, if it has the saved one.
+    fn fitting(&self, path: &Path, var: Var, mut tensor: HostTensor) -> Result<HostTensor, SessionError> {
+        let (info, expected) = (self.plan.graph.tensor(var), self.saved_shape(var));
+        if tensor.shape != expected && tensor.shape != info.shape {
+            let (expected, got) = (format!("{expected:?}"), format!("{:?}", tensor.shape));
+            return Err(CheckpointError::Shape { path: path.into(), name: info.name.clone(), expected, got }.into());
+        }
+        tensor.shape = info.shape.clone();
+        Ok(tensor)
+    }
+
+    fn write_all(&self, tensors: Vec<(Var, HostTensor)>) -> Result<(), SessionError> {
+        for (var, whole) in tensors {
+            for (device, offset, region) in resident_parts(&self.plan, var) {
+                self.arenas[device].write_host(offset, &take_box(&whole, &region))?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Writes beside `path`, syncs, and moves into place.
+fn write_whole(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
+    use std::io::Write;
+    let mut name = path.file_name().unwrap_or_default().to_os_string();
+    name.push(format!(".{}.part", std::process::id()));
+    let part = path.with_file_name(name);
+    let write = || {
+        let mut file = std::fs::File::create(&part)?;
+        file.write_all(bytes)?;
+        file.sync_all()?;
+        std::fs::rename(&part, path)
+    };
+    write().inspect_err(|_| drop(std::fs::remove_file(&part)))
+}
