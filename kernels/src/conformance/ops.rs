@@ -91,9 +91,9 @@ impl Suite<'_> {
             let (x_wide, dy_wide) = (wide(&x), wide(&dy));
             self.check("", Op::Fill { value: -1.5 }, &[], &[(vec![n], vec![-1.5; n])], 0.0);
             let scaled = x_wide.iter().map(|x| -0.3 * x).collect();
-            self.check_in_place(Op::Scale { factor: -0.3 }, &[x.clone()], &[0], scaled, CLOSE);
+            self.check_in_place(Op::Scale { factor: -0.3 }, std::slice::from_ref(&x), &[0], scaled, CLOSE);
             let gelu = x_wide.iter().map(|&x| exact::gelu(x)).collect();
-            self.check_in_place(Op::Gelu, &[x.clone()], &[0], gelu, CLOSE);
+            self.check_in_place(Op::Gelu, std::slice::from_ref(&x), &[0], gelu, CLOSE);
             let slope = |(dy, x): (&f64, &f64)| dy * exact::derivative(exact::gelu, *x);
             let gelu_grad = dy_wide.iter().zip(&x_wide).map(slope).collect();
             self.check_in_place(Op::GeluGrad, &[dy.clone(), x.clone()], &[0, 1], gelu_grad, CLOSE);

@@ -3,7 +3,7 @@
 
 use crate::cpu::launch::Args;
 use crate::cpu::pool::Pool;
-use crate::cpu::simd::{dispatch, each, exp, fold, map, max};
+use crate::cpu::simd::{dispatch, exp, fold, map_operand, max};
 use crate::error::KernelError;
 use crate::tensor::element_count;
 
@@ -107,17 +107,12 @@ pub(crate) fn cross_entropy_grad(
                 for (i, row) in rows.clone().enumerate() {
                     let (max, factor_row) = (maxima[row], factor / sums[row]);
                     let dlogits = &mut dlogits[i * width..(i + 1) * width];
-                    map(
-                        [logits.range(row * width..(row + 1) * width)],
+                    let logits = logits.range(row * width..(row + 1) * width);
+                    map_operand(
+                        logits,
                         dlogits,
                         #[inline(always)]
-                        |values| {
-                            each(
-                                values,
-                                #[inline(always)]
-                                |[logit]| factor_row * exp(logit - max),
-                            )
-                        },
+                        |logit| factor_row * exp(logit - max),
                     );
                     if let Some(column) = column(targets[row], vocab_start, width) {
                         dlogits[column] -= factor;
