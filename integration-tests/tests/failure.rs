@@ -205,8 +205,9 @@ fn a_token_outside_the_vocabulary_is_named() {
                     batch[place].1 = HostTensor::i32(&[model.batch, model.context], values);
                     let text = session.step(&batch, LEARNING_RATE).expect_err("no such token").to_string();
                     let vocabulary = vocabulary();
-                    let want =
-                        format!("input {input}: expected tokens of a vocabulary of {vocabulary}, got token {bad} at [1, 5]");
+                    let want = format!(
+                        "input {input}: expected tokens of a vocabulary of {vocabulary}, got token {bad} at [1, 5]"
+                    );
                     assert_eq!(text, want, "mesh {mesh}");
                 }
             }
