@@ -283,7 +283,13 @@ impl Simulator<'_> {
                 let flight = self.flights[actor.0 as usize].take().expect("a flight ends once");
                 self.data.settle(self.spec, protocol, flight)?;
                 self.timeline.push(Fired { end: self.now, ..flight });
-                self.apply(actor, Event::Done { action })
+                self.apply(actor, Event::Done { action })?;
+                let ports = &self.spec.actors[actor.0 as usize].actions[action as usize];
+                let registers = ports.inputs.iter().map(|i| i.register);
+                for register in registers.chain(ports.outputs.iter().map(|o| o.register)) {
+                    self.conserved(register, false)?;
+                }
+                Ok(())
             }
         }
     }
