@@ -455,16 +455,14 @@ fn a_failure_frees_members_that_wait_in_a_collective_and_stays_the_first_cause()
     running.give(ActorId(0), 0, 1).unwrap();
     begins.recv_timeout(PATIENCE).unwrap();
     running.give(ActorId(1), 0, 1).unwrap();
-    let session = running.session.clone();
-    let failure = first_failure(running);
     let expected =
         Failure::Kernel { actor: "a1".into(), device: 1, action: "reduce".into(), cause: Box::new(cause.clone()) };
-    assert_eq!(failure, expected);
+    assert_eq!(running.failures().recv_timeout(PATIENCE), Ok(expected.clone()));
     // The stream comes free only if the collective was aborted.
-    let (waits, (free, freed)) = (session.clone(), bounded(1));
+    let (waits, (free, freed)) = (running.session.clone(), bounded(1));
     std::thread::spawn(move || free.send(waits.streams[0].synchronize()));
     assert_eq!(freed.recv_timeout(PATIENCE), Ok(Ok(())));
     let late = Failure::Panic { actor: "a0".into(), device: 0, action: None, message: "later".into() };
-    session.fail(late);
-    assert_eq!(session.first_failure(), Some(expected));
+    running.session.fail(late);
+    assert_eq!(running.shutdown(), Err(expected));
 }
