@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::time::Instant;
 
 use crossbeam_channel::{Receiver, Sender, select, unbounded};
 use shardflow_actors::error::{ActorError, Failure};
@@ -33,6 +34,7 @@ pub mod metrics;
 
 use checkpoint::CheckpointError;
 use host::{Fetched, HostIn, HostOut};
+use metrics::StepMetrics;
 
 /// What a session can fail with.
 #[derive(Debug, thiserror::Error)]
@@ -114,6 +116,7 @@ pub struct Session {
     fetches: usize,
     steps: u64,
     seed: u64,
+    step_metrics: StepMetrics,
 }
 
 impl Session {
@@ -161,6 +164,7 @@ impl Session {
             fetches,
             steps: 0,
             seed: options.seed,
+            step_metrics: StepMetrics::new(),
         };
         session.initialise()?;
         session.running = Some(start(loaded, options.watchdog.clone())?);
@@ -198,6 +202,7 @@ impl Session {
     /// # Errors
     /// When an input is missing, unknown or of the wrong shape or type (nothing was run then), or the session failed.
     pub fn step(&mut self, inputs: &[(&str, HostTensor)], learning_rate: f32) -> Result<StepReport, SessionError> {
+        let begin = Instant::now();
         self.check_inputs(inputs)?;
         let by_name: BTreeMap<&str, &HostTensor> = inputs.iter().map(|(name, tensor)| (*name, tensor)).collect();
         let running = self.running.as_ref().ok_or(KernelError::Closed { device: 0 })?;
@@ -224,6 +229,7 @@ impl Session {
         }
         let report = self.report(results)?;
         self.steps += 1;
+        self.step_metrics.record(&report, begin.elapsed());
         Ok(report)
     }
 
