@@ -215,8 +215,6 @@ impl GptError {
 
     /// What the user can change.
     fn hint(&self) -> String {
-        const SMALLER: &str = "smaller --batch, --context or --width, more --micro-batches or a larger --mesh need less \
-                               memory on each device; --memory-mib sets what a device has";
         match self {
             Self::Args(error) => error.hint(),
             Self::Data(error) => error.hint().into(),
@@ -225,7 +223,9 @@ impl GptError {
                 "a mesh has as many devices as its sizes multiply to".into()
             }
             Self::Compile(CompileError::Plan(PlanError::Memory { .. }))
-            | Self::Session(SessionError::Kernel(KernelError::OutOfMemory { .. })) => SMALLER.into(),
+            | Self::Session(SessionError::Kernel(KernelError::OutOfMemory { .. })) => {
+                "--memory-mib sets what a device has; without it, the machine's free memory is shared out evenly".into()
+            }
             Self::Compile(CompileError::Graph(_)) => "change the flag that gives this size; see `gpt --help`".into(),
             Self::InitFrom(SessionError::Checkpoint(
                 CheckpointError::Missing { .. } | CheckpointError::Shape { .. },
