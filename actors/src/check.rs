@@ -164,3 +164,72 @@ fn bounded(spec: &Spec) -> Result<(), SpecError> {
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::builder::Builder;
+    use crate::simulate::plans;
+
+    type Change = fn(&mut Spec);
+
+    fn refuse(change: impl FnOnce(&mut Spec)) -> String {
+        let mut spec = plans::accumulation();
+        change(&mut spec);
+        check(&spec).unwrap_err().to_string()
+    }
+
+    #[test]
+    fn plans_of_every_shape_pass() {
+        for (name, spec, _) in plans::all() {
+            assert_eq!(check(&spec), Ok(()), "{name}");
+        }
+    }
+
+    #[test]
+    fn parts_that_do_not_fit_are_refused() {
+        let faults: [(&str, Change); 9] = [
+            ("register 'batch': slots is 0, at least 1 is needed", |s| s.registers[0].slots = 0),
+            ("register 'batch': no actor has index 9", |s| s.registers[0].producer = ActorId(9)),
+            ("register 'batch': no action has index 9", |s| s.registers[0].readers[0].action = 9),
+            ("host feed: per_step is 0, at least 1 is needed", |s| s.actors[0].actions[0].per_step = 0),
+            ("register 'batch': 2 pieces a step are written, shard train reads 4", |s| {
+                s.actors[0].actions[0].per_step = 2
+            }),
+            ("shard train fires 4 times a step, which 3 firings a piece of 'gradient' do not divide", |s| {
+                s.actors[1].actions[0].outputs[0].firings_per_piece = 3
+            }),
+            ("shard train accumulates over 4 firings in one output and over 2 in another", |s| {
+                s.actors[1].actions[0].outputs[1].firings_per_piece = 2
+            }),
+            ("shard train stands 1 times in its actor's ordered list but fires 4 times a step", |s| {
+                s.actors[1].firing = Firing::Ordered(vec![0, 1])
+            }),
+            ("register 'batch' and shard train disagree: 2 entries in its readers, 1 input ports", |s| {
+                let reader = s.registers[0].readers[0];
+                s.registers[0].readers.push(reader);
+            }),
+        ];
+        for (text, change) in faults {
+            assert_eq!(refuse(change), text);
+        }
+        let writers = "register 'batch' is written by 0 output ports, exactly 1 is needed, of actor host";
+        assert_eq!(refuse(|s| s.actors[0].actions[0].outputs.clear()), writers);
+        let disagree = "register 'batch' and shard train disagree: 1 entries in its readers, 0 input ports";
+        assert_eq!(refuse(|s| s.actors[1].actions[0].inputs[0].register = RegisterId(77)), disagree);
+    }
+
+    #[test]
+    fn what_the_host_cannot_bound_is_refused() {
+        let text =
+            "host feed can fire without end: it is not external and none of its inputs follows from an external action";
+        assert_eq!(refuse(|s| s.actors[0].actions[0].external = false), text);
+        // A ring that feeds itself from its initial piece.
+        let mut b = Builder::new();
+        let actor = b.actor("ring", 0, Firing::Credit);
+        let turn = b.action(actor, "turn", 1);
+        let register = b.edge("state", 2, turn, turn);
+        b.register_mut(register).initial = true;
+        assert!(matches!(check(&b.build()), Err(SpecError::Unbounded { .. })));
+    }
+}

@@ -36,7 +36,7 @@ pub struct RegisterSpec {
 }
 
 /// One reading action of a register.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Reader {
     /// Who reads.
     pub actor: ActorId,

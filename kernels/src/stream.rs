@@ -42,8 +42,8 @@ impl fmt::Debug for Submission {
     }
 }
 
-/// A queue of work on one device, done in order. Dropping it lets queued work finish first, without blocking the
-/// dropping thread when that is the stream's own.
+/// A queue of work on one device, done in order. Dropping it waits for queued work to finish (unless the stream's own
+/// thread drops it), so abort the collective engine first when members may be missing.
 #[derive(Debug)]
 pub enum Stream {
     /// A thread of this process, with helpers.

@@ -8,6 +8,7 @@
 
 pub mod interpret;
 pub mod step;
+pub mod table;
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -255,16 +256,13 @@ impl<'a> Space<'a> {
 }
 
 /// Layouts that a path may pass on this placement, whose ends here are `ends`. New partial terms are made only where an
-/// end has them, as making them elsewhere could only be undone; dims of size 1 are split only where an end does.
+/// end has them, as making them elsewhere could only be undone.
 fn layouts_between(shape: &[usize], placement: &Placement, ends: &[&NdSbp]) -> Vec<NdSbp> {
     let mut layouts = vec![NdSbp(Vec::new())];
     for axis in 0..placement.axes().len() {
         let at_ends = || ends.iter().map(|end| end.0[axis]);
         let mut entries = vec![Sbp::Broadcast];
-        entries.extend((0..shape.len()).map(Sbp::Split).filter(|&s| {
-            let Sbp::Split(dim) = s else { return false };
-            shape[dim] > 1 || ends.iter().any(|end| end.0.contains(&s))
-        }));
+        entries.extend((0..shape.len()).map(Sbp::Split));
         entries.extend(at_ends().filter(|s| s.is_partial()));
         entries.dedup();
         let extended = layouts

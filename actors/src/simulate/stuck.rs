@@ -1,5 +1,6 @@
 //! Why a plan got stuck: the cycle of actions that wait for each other. Imports `protocol::waiting` and `spec`.
 
+use std::collections::HashSet;
 use std::fmt;
 
 use super::Gangs;
@@ -64,7 +65,8 @@ impl Wait {
 
 /// Finds a cycle among the actions that have firings left.
 pub(super) fn explain(spec: &Spec, protocols: &[Protocol], gangs: &Gangs, steps: u32) -> Stuck {
-    let mut search = Search { spec, protocols, gangs, path: Vec::new(), seen: Vec::new() };
+    let search = Search { spec, protocols, gangs };
+    let mut seen = HashSet::new();
     let mut chain = Vec::new();
     for (a, actor) in spec.actors.iter().enumerate() {
         for (x, action) in actor.actions.iter().enumerate() {
@@ -73,7 +75,7 @@ pub(super) fn explain(spec: &Spec, protocols: &[Protocol], gangs: &Gangs, steps:
                 continue;
             }
             let at = Reader { actor: ActorId(a as u32), action: x as u32 };
-            if let Some(cycle) = search.visit(at) {
+            if let Some(cycle) = search.cycle(at, &mut seen) {
                 let text = format!("deadlock: {}; which closes the cycle", sentences(spec, &cycle));
                 return Stuck { cycle, chain: Vec::new(), text };
             }
@@ -98,30 +100,37 @@ struct Search<'a> {
     spec: &'a Spec,
     protocols: &'a [Protocol],
     gangs: &'a Gangs,
-    path: Vec<Link>,
-    seen: Vec<Reader>,
 }
 
 impl Search<'_> {
-    /// Depth-first; depth is bounded by the number of actions, since none is visited twice.
-    fn visit(&mut self, at: Reader) -> Option<Vec<Link>> {
-        if let Some(start) = self.path.iter().position(|l| l.action == at) {
-            return Some(self.path[start..].to_vec());
-        }
-        if self.seen.contains(&at) {
-            return None;
-        }
-        self.seen.push(at);
-        for (wait, next) in self.waits(at) {
-            self.path.push(Link { action: at, wait });
-            for next in next {
-                if let Some(cycle) = self.visit(next) {
-                    return Some(cycle);
-                }
+    /// Depth-first from an action; none is visited twice over all calls that share `seen`.
+    fn cycle(&self, at: Reader, seen: &mut HashSet<Reader>) -> Option<Vec<Link>> {
+        // The path from `at`: each action, and the waits that are left to follow.
+        let mut path: Vec<(Link, std::vec::IntoIter<(Wait, Reader)>)> = Vec::new();
+        let mut next = seen.insert(at).then_some(at);
+        loop {
+            if let Some(action) = next.take() {
+                // Overwritten with each wait that is followed.
+                let wait = Wait::Missing(Missing::Token);
+                path.push((Link { action, wait }, self.steps(action).into_iter()));
             }
-            self.path.pop();
+            let (link, left) = path.last_mut()?;
+            let Some((wait, to)) = left.next() else {
+                path.pop();
+                continue;
+            };
+            link.wait = wait;
+            if let Some(start) = path.iter().position(|p| p.0.action == to) {
+                return Some(path.drain(start..).map(|p| p.0).collect());
+            }
+            next = seen.insert(to).then_some(to);
         }
-        None
+    }
+
+    /// All waits of an action, one for each action that could end it.
+    fn steps(&self, at: Reader) -> Vec<(Wait, Reader)> {
+        let each = |(wait, next): (Wait, Vec<Reader>)| next.into_iter().map(move |n| (wait.clone(), n));
+        self.waits(at).into_iter().flat_map(each).collect()
     }
 
     /// From an action to what it waits for in the end, where there is no cycle; so no action comes twice.

@@ -47,6 +47,9 @@ pub(super) fn run(report: &mut Report, make: &dyn Fn(usize) -> Vec<Device>) {
         suite.point_to_point();
         suite.broadcasts();
     }
+    if let Err(error) = concurrent(report, make) {
+        report.fail("groups in flight at once", error);
+    }
     disagreements(report, make);
     aborts(report, make);
 }
@@ -336,6 +339,44 @@ impl Suite<'_> {
         self.report.expect("send and receive", got == x, format!("expected {x:?}, got {got:?}"));
         Ok(())
     }
+}
+
+/// Two groups over the same devices, on streams of their own, many rounds deep and submitted in opposite orders.
+fn concurrent(report: &mut Report, make: &dyn Fn(usize) -> Vec<Device>) -> Result<(), KernelError> {
+    const ROUNDS: usize = 200;
+    let [n, elements] = [3, 100];
+    let devices = make(n);
+    let mut ends = Vec::new();
+    let mut streams = Vec::new();
+    for (i, device) in devices.iter().enumerate() {
+        for group in if i % 2 == 0 { [1, 2] } else { [2, 1] } {
+            let (stream, arena) = (device.stream("collective", 1)?, device.arena(ARENA_BYTES)?);
+            arena.write_host(0, &HostTensor::f32(&[elements], vec![(i + 1) as f32; elements]))?;
+            let ranks = (0..n).collect();
+            let group = Arc::new(Group { id: group, ranks });
+            let kind = CollectiveKind::AllReduce { op: ReduceOp::Sum };
+            let x = Buffer { base: 0, offset: 0, shape: vec![elements], dtype: DType::F32 };
+            let reduce = Launch {
+                op: Op::Collective(CollectiveCall { group, member: i, kind }),
+                reads: vec![x.clone()],
+                writes: vec![x.clone()],
+                accumulate: false,
+                workspace: None,
+            };
+            // Each round multiplies the sum by n; dividing keeps it the same.
+            let scale = Launch { op: Op::Scale { factor: 1.0 / n as f32 }, writes: vec![x], ..reduce.clone() };
+            let launches = (0..ROUNDS).flat_map(|_| [reduce.clone(), scale.clone()]).collect();
+            let program = Program { name: "rounds".to_owned(), launches, signals: vec![] };
+            ends.push((submit(&stream, program, &[&arena], false)?, arena));
+            streams.push(stream);
+        }
+    }
+    for (end, arena) in &ends {
+        wait(end)?;
+        let got = arena.read_host(0, &[elements], DType::F32)?;
+        report.close("groups in flight at once", &got, &vec![2.0; elements], 1e-4);
+    }
+    Ok(())
 }
 
 /// Members that call different things all learn of it.

@@ -80,8 +80,11 @@ fn fill(value: f32, buffer: Buffer) -> Launch {
     launch(Op::Fill { value }, &[], &[buffer])
 }
 
+/// What is wrong, if anything.
+type Check = fn(&Device) -> Result<(), String>;
+
 pub(super) fn run(report: &mut Report, device: &Device) {
-    let checks: [(&str, fn(&Device) -> Result<(), String>); 7] = [
+    let checks: [(&str, Check); 7] = [
         ("stream order", order),
         ("events", events),
         ("signals", signals),

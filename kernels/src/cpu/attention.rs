@@ -7,7 +7,7 @@
 use crate::cpu::launch::Args;
 use crate::cpu::matmul::{Matrix, SharedMatrix, product};
 use crate::cpu::pool::{Pieces, Pool};
-use crate::cpu::simd::{Operand, dispatch, each, exp, exp_sum, fold, map, max};
+use crate::cpu::simd::{dispatch, exp, fold, max, sum, update};
 use crate::error::KernelError;
 use crate::op::ATTENTION_BLOCK;
 use crate::tensor::split_range;
@@ -124,19 +124,19 @@ fn softmax_block(scores: &mut [f32], lse: &mut [f32], first: usize, end: usize) 
     for (i, (row, lse)) in scores.chunks_exact_mut(end).zip(lse).enumerate() {
         let (past, future) = row.split_at_mut(first + i + 1);
         let largest = max(past);
-        let sum = exp_sum(past, largest);
-        let inverse = 1.0 / sum;
-        map(
-            [Operand::Same],
+        update(
             past,
+            [],
             #[inline(always)]
-            |values| {
-                each(
-                    values,
-                    #[inline(always)]
-                    |[p]| p * inverse,
-                )
-            },
+            |score, []| exp(score - largest),
+        );
+        let sum = sum(past);
+        let inverse = 1.0 / sum;
+        update(
+            past,
+            [],
+            #[inline(always)]
+            |p, []| p * inverse,
         );
         future.fill(0.0);
         *lse = largest + sum.ln();
@@ -211,29 +211,17 @@ fn grad_block(
                         |[d_o, o]| d_o * o,
                     )
                 };
-                map(
-                    [Operand::Same],
+                update(
                     past,
+                    [],
                     #[inline(always)]
-                    |values| {
-                        each(
-                            values,
-                            #[inline(always)]
-                            |[score]| exp(score - lse),
-                        )
-                    },
+                    |score, []| exp(score - lse),
                 );
-                map(
-                    [Operand::Same, Operand::Other(past)],
+                update(
                     ds_past,
+                    [past],
                     #[inline(always)]
-                    |values| {
-                        each(
-                            values,
-                            #[inline(always)]
-                            |[dp, p]| p * (dp - delta),
-                        )
-                    },
+                    |dp, [p]| p * (dp - delta),
                 );
                 future.fill(0.0);
                 ds_future.fill(0.0);

@@ -2,7 +2,7 @@
 
 use crate::cpu::launch::Args;
 use crate::cpu::pool::Pool;
-use crate::cpu::simd::{LANES, dispatch, map_indexed};
+use crate::cpu::simd::{Operand, dispatch};
 use crate::error::KernelError;
 use crate::region::check_inside;
 use crate::tensor::{Region, element_count};
@@ -20,6 +20,26 @@ fn mix32(mut x: u32) -> u32 {
     x = (x ^ (x >> 16)).wrapping_mul(0x7feb_352d);
     x = (x ^ (x >> 15)).wrapping_mul(0x846c_a68b);
     x ^ (x >> 16)
+}
+
+/// What is the same for all elements of one launch.
+#[derive(Clone, Copy)]
+struct Mask {
+    key: u64,
+    threshold: u32,
+    kept: f32,
+}
+
+impl Mask {
+    /// Element `place + index` of the step's batch, which is `x`, kept or dropped.
+    #[inline(always)]
+    fn apply(self, place: u64, index: u32, x: f32) -> f32 {
+        let (low, carry) = (place as u32).overflowing_add(index);
+        let high = ((place >> 32) as u32).wrapping_add(u32::from(carry));
+        let bits = mix32(low ^ self.key as u32);
+        let bits = mix32(bits.wrapping_add((self.key >> 32) as u32).wrapping_add(high));
+        if bits >= self.threshold { x * self.kept } else { 0.0 }
+    }
 }
 
 pub(crate) fn dropout(
@@ -40,8 +60,9 @@ pub(crate) fn dropout(
     let (x, rng) = (args.operand(0, 0)?, args.i32(1)?);
     let (step, first_row) = (rng[0] as u32, rng[1] as u32);
     let key = mix64(seed.wrapping_add(mix64(u64::from(step).wrapping_add(0x9e37_79b9_7f4a_7c15))));
-    let threshold = (f64::from(p) * 4_294_967_296.0) as u64;
-    let factor = if p < 1.0 { 1.0 / (1.0 - p) } else { 0.0 };
+    // At p = 1 the threshold is past every number, and the factor is 0 for the one that a u32 cannot tell.
+    let threshold = (f64::from(p) * 4_294_967_296.0).min(f64::from(u32::MAX)) as u32;
+    let mask = Mask { key, threshold, kept: if p < 1.0 { 1.0 / (1.0 - p) } else { 0.0 } };
     let row_elements: usize = shape.iter().skip(1).product();
     let batch_start = u64::from(first_row) * row_elements as u64;
     let width = local.last().copied().unwrap_or(1);
@@ -51,28 +72,20 @@ pub(crate) fn dropout(
         for (i, row) in range.clone().enumerate() {
             let place = batch_start + place_of_row(row, local, shape, start) as u64;
             let x = x.range(row * width..(row + 1) * width);
+            let y = &mut y[i * width..(i + 1) * width];
             dispatch(
                 #[inline(always)]
-                || {
-                    map_indexed(
-                        [x],
-                        &mut y[i * width..(i + 1) * width],
+                || match x {
+                    Operand::Same => (0u32..).zip(y.iter_mut()).for_each(
                         #[inline(always)]
-                        |index, [x]| {
-                            let first = place + index as u64;
-                            let (low, carry_at) = (first as u32, u32::MAX - first as u32);
-                            let mut out = [0.0; LANES];
-                            for j in 0..LANES as u32 {
-                                // The place's high half goes into the key; it grows where the low half wraps.
-                                let high = (first >> 32) as u32 + u32::from(j > carry_at);
-                                let bits = mix32(low.wrapping_add(j) ^ key as u32);
-                                let bits = mix32(bits.wrapping_add((key >> 32) as u32).wrapping_add(high));
-                                let keep = u64::from(bits) >= threshold;
-                                out[j as usize] = if keep { x[j as usize] * factor } else { 0.0 };
-                            }
-                            out
-                        },
-                    );
+                        |(j, y)| *y = mask.apply(place, j, *y),
+                    ),
+                    Operand::Other(x) => {
+                        (0u32..).zip(y.iter_mut().zip(x)).for_each(
+                            #[inline(always)]
+                            |(j, (y, x))| *y = mask.apply(place, j, *x),
+                        );
+                    }
                 },
             );
         }

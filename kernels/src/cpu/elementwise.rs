@@ -2,25 +2,37 @@
 
 use crate::cpu::launch::Args;
 use crate::cpu::pool::Pool;
-use crate::cpu::simd::{LANES, Lanes, Operand, dispatch, each, map, normal};
+use crate::cpu::simd::{LANES, Operand, dispatch, map_operand, map_operands, normal};
 use crate::error::KernelError;
 use crate::region::{check_inside, for_each_run};
 use crate::tensor::{DType, Region, element_count};
 
-/// `y[i] = f(inputs[0][i], ..)` on the pool's threads.
-fn parallel_map<const N: usize>(
+/// `y[i] = f(x[i])` on the pool's threads; an element costs `weight` times what adding does.
+fn parallel_map(pool: &Pool, x: Operand<'_>, y: &mut [f32], weight: usize, f: impl Fn(f32) -> f32 + Sync) {
+    let elements = y.len();
+    pool.ranges(y, LANES, elements * weight, |range, y| {
+        let x = x.range(range);
+        dispatch(
+            #[inline(always)]
+            || map_operand(x, y, &f),
+        );
+    });
+}
+
+/// `y[i] = f(a[i], b[i])` on the pool's threads.
+fn parallel_map_two(
     pool: &Pool,
-    inputs: [Operand<'_>; N],
+    [a, b]: [Operand<'_>; 2],
     y: &mut [f32],
     weight: usize,
-    f: impl Fn([Lanes; N]) -> Lanes + Sync + Copy,
+    f: impl Fn(f32, f32) -> f32 + Sync,
 ) {
     let elements = y.len();
     pool.ranges(y, LANES, elements * weight, |range, y| {
-        let inputs = inputs.map(|input| input.range(range.clone()));
+        let (a, b) = (a.range(range.clone()), b.range(range));
         dispatch(
             #[inline(always)]
-            || map(inputs, y, f),
+            || map_operands(a, b, y, &f),
         );
     });
 }
@@ -93,19 +105,13 @@ pub(crate) fn add(args: &mut Args<'_>, pool: &Pool) -> Result<(), KernelError> {
     let (a, width) = (args.operand(0, 0)?, element_count(b_shape));
     if a_shape == b_shape {
         let b = args.operand(1, 0)?;
-        parallel_map(
+        parallel_map_two(
             pool,
             [a, b],
             args.out(0)?,
             1,
             #[inline(always)]
-            |values| {
-                each(
-                    values,
-                    #[inline(always)]
-                    |[a, b]| a + b,
-                )
-            },
+            |a, b| a + b,
         );
         return Ok(());
     }
@@ -118,17 +124,12 @@ pub(crate) fn add(args: &mut Args<'_>, pool: &Pool) -> Result<(), KernelError> {
             dispatch(
                 #[inline(always)]
                 || {
-                    map(
-                        [a, Operand::Other(b)],
+                    map_operands(
+                        a,
+                        Operand::Other(b),
                         y,
                         #[inline(always)]
-                        |values| {
-                            each(
-                                values,
-                                #[inline(always)]
-                                |[a, b]| a + b,
-                            )
-                        },
+                        |a, b| a + b,
                     )
                 },
             );
@@ -142,17 +143,11 @@ pub(crate) fn scale(args: &mut Args<'_>, pool: &Pool, factor: f32) -> Result<(),
     let x = args.operand(0, 0)?;
     parallel_map(
         pool,
-        [x],
+        x,
         args.out(0)?,
         1,
         #[inline(always)]
-        |values| {
-            each(
-                values,
-                #[inline(always)]
-                |[x]| factor * x,
-            )
-        },
+        |x| factor * x,
     );
     Ok(())
 }
@@ -186,17 +181,11 @@ pub(crate) fn gelu(args: &mut Args<'_>, pool: &Pool) -> Result<(), KernelError> 
     let x = args.operand(0, 0)?;
     parallel_map(
         pool,
-        [x],
+        x,
         args.out(0)?,
         4,
         #[inline(always)]
-        |values| {
-            each(
-                values,
-                #[inline(always)]
-                |[x]| x * normal(x).0,
-            )
-        },
+        |x| x * normal(x).0,
     );
     Ok(())
 }
@@ -204,22 +193,16 @@ pub(crate) fn gelu(args: &mut Args<'_>, pool: &Pool) -> Result<(), KernelError> 
 pub(crate) fn gelu_grad(args: &mut Args<'_>, pool: &Pool) -> Result<(), KernelError> {
     args.expect_same_count(0, 0)?;
     args.expect_same_count(1, 0)?;
-    let (dy, x) = (args.operand(0, 0)?, args.operand(1, 0)?);
-    parallel_map(
+    let inputs = [args.operand(0, 0)?, args.operand(1, 0)?];
+    parallel_map_two(
         pool,
-        [dy, x],
+        inputs,
         args.out(0)?,
         4,
         #[inline(always)]
-        |values| {
-            each(
-                values,
-                #[inline(always)]
-                |[dy, x]| {
-                    let (cdf, pdf) = normal(x);
-                    dy * x.mul_add(pdf, cdf)
-                },
-            )
+        |dy, x| {
+            let (cdf, pdf) = normal(x);
+            dy * x.mul_add(pdf, cdf)
         },
     );
     Ok(())

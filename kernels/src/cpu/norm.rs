@@ -2,7 +2,7 @@
 
 use crate::cpu::launch::Args;
 use crate::cpu::pool::Pool;
-use crate::cpu::simd::{Operand, dispatch, each, fold, map};
+use crate::cpu::simd::{dispatch, fold, map, sum, update};
 use crate::error::KernelError;
 use crate::tensor::element_count;
 
@@ -21,11 +21,7 @@ pub(crate) fn layer_norm(args: &mut Args<'_>, pool: &Pool, eps: f32) -> Result<(
                 for (i, row) in rows.clone().enumerate() {
                     let x = &x[row * width..(row + 1) * width];
                     let y = &mut y[i * width..(i + 1) * width];
-                    let mean = fold(
-                        [x],
-                        #[inline(always)]
-                        |[x]| x,
-                    ) / width as f32;
+                    let mean = sum(x) / width as f32;
                     let variance = fold(
                         [x],
                         #[inline(always)]
@@ -33,16 +29,10 @@ pub(crate) fn layer_norm(args: &mut Args<'_>, pool: &Pool, eps: f32) -> Result<(
                     ) / width as f32;
                     let rstd = 1.0 / (variance + eps).sqrt();
                     map(
-                        [Operand::Other(x), Operand::Other(weight)],
+                        [x, weight],
                         y,
                         #[inline(always)]
-                        |values| {
-                            each(
-                                values,
-                                #[inline(always)]
-                                |[x, weight]| (x - mean) * rstd * weight,
-                            )
-                        },
+                        |[x, weight]| (x - mean) * rstd * weight,
                     );
                     (means[i], rstds[i]) = (mean, rstd);
                 }
@@ -67,6 +57,7 @@ pub(crate) fn layer_norm_grad(args: &mut Args<'_>, pool: &Pool) -> Result<(), Ke
     let (dx, dweight, accumulate) = (args.out(0)?, args.out(1)?, args.accumulate);
     let workspace = &mut args.take_workspace()?[..pool.threads() * width];
     let parts = pool.rows(element_count(leading), 4 * x.len(), [dx], workspace, |rows, [dx], partial| {
+        let partial = &mut partial[..width];
         partial.fill(0.0);
         dispatch(
             #[inline(always)]
@@ -85,30 +76,17 @@ pub(crate) fn layer_norm_grad(args: &mut Args<'_>, pool: &Pool) -> Result<(), Ke
                         |[dy, weight, x]| dy * weight * ((x - mean) * rstd),
                     );
                     let gx_mean = gx_mean / width as f32;
-                    let inputs = [dy, weight, x].map(Operand::Other);
                     map(
-                        inputs,
+                        [dy, weight, x],
                         &mut dx[i * width..(i + 1) * width],
                         #[inline(always)]
-                        |values| {
-                            each(
-                                values,
-                                #[inline(always)]
-                                |[dy, weight, x]| rstd * (dy * weight - g_mean - (x - mean) * rstd * gx_mean),
-                            )
-                        },
+                        |[dy, weight, x]| rstd * (dy * weight - g_mean - (x - mean) * rstd * gx_mean),
                     );
-                    map(
-                        [Operand::Same, Operand::Other(dy), Operand::Other(x)],
+                    update(
                         partial,
+                        [dy, x],
                         #[inline(always)]
-                        |values| {
-                            each(
-                                values,
-                                #[inline(always)]
-                                |[sum, dy, x]| sum + dy * ((x - mean) * rstd),
-                            )
-                        },
+                        |sum, [dy, x]| sum + dy * ((x - mean) * rstd),
                     );
                 }
             },

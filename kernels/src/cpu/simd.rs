@@ -1,12 +1,12 @@
-//! Vector loops: plain Rust over blocks of 16 floats, compiled for AVX-512, AVX2 and the baseline by `pulp`, which
-//! picks one at run time. A tail is padded to a block, so an element's value does not depend on where it stands.
+//! Vector loops: plain Rust, compiled for AVX-512, AVX2 and the baseline by `pulp`, which picks one at run time.
+//! Loops are over single elements, which compilers vectorise best; an element's value does not depend on its place.
 //! Imports nothing of this crate.
 
-/// Floats worked on at once.
+/// Chains of additions that a sum keeps apart, so that it can be vectorised: element i goes into chain i mod 16.
 pub(crate) const LANES: usize = 16;
 
-/// A block of floats.
-pub(crate) type Lanes = [f32; LANES];
+/// Elements that a fold computes before it adds them up: they stay in L1.
+const BLOCK: usize = 256;
 
 /// What an elementwise kernel reads.
 #[derive(Clone, Copy)]
@@ -44,131 +44,149 @@ pub(crate) fn dispatch<R>(work: impl FnMut() -> R) -> R {
     pulp::Arch::new().dispatch(Inlined(work))
 }
 
-/// `y[i] = f(inputs[0][i], ..)`, block by block. To be called inside [`dispatch`].
+/// `y[i] = f([inputs[0][i], ..])`. To be called inside [`dispatch`].
 #[inline(always)]
-pub(crate) fn map<const N: usize>(inputs: [Operand<'_>; N], y: &mut [f32], f: impl Fn([Lanes; N]) -> Lanes) {
-    map_indexed(
-        inputs,
-        y,
-        #[inline(always)]
-        |_, values| f(values),
-    );
-}
-
-/// As [`map`], `f` being told the index of the block's first element too.
-#[inline(always)]
-pub(crate) fn map_indexed<const N: usize>(
-    inputs: [Operand<'_>; N],
-    y: &mut [f32],
-    f: impl Fn(usize, [Lanes; N]) -> Lanes,
-) {
+pub(crate) fn map<const N: usize>(inputs: [&[f32]; N], y: &mut [f32], f: impl Fn([f32; N]) -> f32) {
     let len = y.len();
-    for input in inputs {
-        if let Operand::Other(slice) = input {
-            assert_eq!(slice.len(), len);
-        }
-    }
-    let (blocks, tail) = y.as_chunks_mut::<LANES>();
-    for (i, block) in blocks.iter_mut().enumerate() {
-        let values = inputs.map(
+    let inputs = inputs.map(
+        #[inline(always)]
+        |input| &input[..len],
+    );
+    for i in 0..len {
+        y[i] = f(inputs.map(
             #[inline(always)]
-            |input| match input {
-                Operand::Same => *block,
-                Operand::Other(slice) => load(&slice[i * LANES..]),
-            },
-        );
-        *block = f(i * LANES, values);
-    }
-    if !tail.is_empty() {
-        let start = len - tail.len();
-        let values = inputs.map(
-            #[inline(always)]
-            |input| match input {
-                Operand::Same => load_tail(tail),
-                Operand::Other(slice) => load_tail(&slice[start..]),
-            },
-        );
-        tail.copy_from_slice(&f(start, values)[..tail.len()]);
-    }
-}
-
-/// Applies `f` to each lane.
-#[inline(always)]
-pub(crate) fn each<const N: usize>(values: [Lanes; N], f: impl Fn([f32; N]) -> f32) -> Lanes {
-    let mut out = [0.0; LANES];
-    for j in 0..LANES {
-        out[j] = f(values.map(
-            #[inline(always)]
-            |value| value[j],
+            |input| input[i],
         ));
     }
-    out
 }
 
-/// The first 16 floats of a slice that has as many.
+/// `y[i] = f(y[i], [inputs[0][i], ..])`. To be called inside [`dispatch`].
 #[inline(always)]
-pub(crate) fn load(slice: &[f32]) -> Lanes {
-    *slice.first_chunk().expect("a whole block")
+pub(crate) fn update<const N: usize>(y: &mut [f32], inputs: [&[f32]; N], f: impl Fn(f32, [f32; N]) -> f32) {
+    let len = y.len();
+    let inputs = inputs.map(
+        #[inline(always)]
+        |input| &input[..len],
+    );
+    for i in 0..len {
+        y[i] = f(
+            y[i],
+            inputs.map(
+                #[inline(always)]
+                |input| input[i],
+            ),
+        );
+    }
 }
 
-/// Up to 16 floats, padded with zeros.
+/// [`map`] of one input, which may be `y` itself. To be called inside [`dispatch`].
 #[inline(always)]
-pub(crate) fn load_tail(slice: &[f32]) -> Lanes {
-    let mut lanes = [0.0; LANES];
-    lanes[..slice.len()].copy_from_slice(slice);
-    lanes
+pub(crate) fn map_operand(x: Operand<'_>, y: &mut [f32], f: impl Fn(f32) -> f32) {
+    match x {
+        Operand::Same => update(
+            y,
+            [],
+            #[inline(always)]
+            |x, []| f(x),
+        ),
+        Operand::Other(x) => map(
+            [x],
+            y,
+            #[inline(always)]
+            |[x]| f(x),
+        ),
+    }
 }
 
-/// Sum of a block in a fixed tree.
+/// [`map`] of two inputs, which may be `y` itself. To be called inside [`dispatch`].
 #[inline(always)]
-pub(crate) fn sum(mut v: Lanes) -> f32 {
+pub(crate) fn map_operands(a: Operand<'_>, b: Operand<'_>, y: &mut [f32], f: impl Fn(f32, f32) -> f32) {
+    match (a, b) {
+        (Operand::Same, Operand::Same) => update(
+            y,
+            [],
+            #[inline(always)]
+            |x, []| f(x, x),
+        ),
+        (Operand::Same, Operand::Other(b)) => update(
+            y,
+            [b],
+            #[inline(always)]
+            |a, [b]| f(a, b),
+        ),
+        (Operand::Other(a), Operand::Same) => update(
+            y,
+            [a],
+            #[inline(always)]
+            |b, [a]| f(a, b),
+        ),
+        (Operand::Other(a), Operand::Other(b)) => map(
+            [a, b],
+            y,
+            #[inline(always)]
+            |[a, b]| f(a, b),
+        ),
+    }
+}
+
+/// Adds the elements to their chains.
+#[inline(always)]
+fn add_to_chains(sums: &mut [f32; LANES], x: &[f32]) {
+    let (blocks, tail) = x.as_chunks::<LANES>();
+    for block in blocks {
+        for j in 0..LANES {
+            sums[j] += block[j];
+        }
+    }
+    for (sum, x) in sums.iter_mut().zip(tail) {
+        *sum += x;
+    }
+}
+
+/// Sum of the chains in a fixed tree.
+#[inline(always)]
+fn sum_chains(mut sums: [f32; LANES]) -> f32 {
     let mut width = LANES / 2;
     while width > 0 {
         for j in 0..width {
-            v[j] += v[j + width];
+            sums[j] += sums[j + width];
         }
         width /= 2;
     }
-    v[0]
+    sums[0]
 }
 
-/// Sum over `f` of all elements, in a fixed order that depends on the length alone. To be called inside [`dispatch`].
+/// Sum of all elements, in an order that depends on their number alone. To be called inside [`dispatch`].
+#[inline(always)]
+pub(crate) fn sum(x: &[f32]) -> f32 {
+    let mut sums = [0.0; LANES];
+    add_to_chains(&mut sums, x);
+    sum_chains(sums)
+}
+
+/// Sum of `f([inputs[0][i], ..])`, in an order that depends on the number of elements alone. To be called inside
+/// [`dispatch`].
 #[inline(always)]
 pub(crate) fn fold<const N: usize>(inputs: [&[f32]; N], f: impl Fn([f32; N]) -> f32) -> f32 {
     let len = inputs[0].len();
-    let blocks = len / LANES;
-    // Two chains of additions, to hide their latency.
-    let mut sums = [[0f32; LANES]; 2];
-    for i in 0..blocks {
-        let value = each(
+    let mut sums = [0.0; LANES];
+    let mut values = [0.0; BLOCK];
+    let mut start = 0;
+    while start < len {
+        let end = (start + BLOCK).min(len);
+        let values = &mut values[..end - start];
+        map(
             inputs.map(
                 #[inline(always)]
-                |input| load(&input[i * LANES..]),
+                |input| &input[start..end],
             ),
+            values,
             &f,
         );
-        let sum = &mut sums[i % 2];
-        for j in 0..LANES {
-            sum[j] += value[j];
-        }
+        add_to_chains(&mut sums, values);
+        start = end;
     }
-    let valid = len % LANES;
-    if valid > 0 {
-        let value = each(
-            inputs.map(
-                #[inline(always)]
-                |input| load_tail(&input[blocks * LANES..len]),
-            ),
-            &f,
-        );
-        for j in 0..LANES {
-            sums[0][j] += if j < valid { value[j] } else { 0.0 };
-        }
-    }
-    for j in 0..LANES {
-        sums[0][j] += sums[1][j];
-    }
-    sum(sums[0])
+    sum_chains(sums)
 }
 
 /// The largest element; `-inf` of none. To be called inside [`dispatch`].
@@ -183,28 +201,6 @@ pub(crate) fn max(x: &[f32]) -> f32 {
         }
     }
     best.into_iter().chain(tail.iter().copied()).fold(f32::NEG_INFINITY, larger)
-}
-
-/// `row = e^(row - max)`; returns the sum. To be called inside [`dispatch`].
-#[inline(always)]
-pub(crate) fn exp_sum(row: &mut [f32], max: f32) -> f32 {
-    map(
-        [Operand::Same],
-        row,
-        #[inline(always)]
-        |values| {
-            each(
-                values,
-                #[inline(always)]
-                |[x]| exp(x - max),
-            )
-        },
-    );
-    fold(
-        [row],
-        #[inline(always)]
-        |[x]| x,
-    )
 }
 
 /// `e^x`, relative error below 2e-7; 0 below -87.3, infinity above 88.7, NaN for NaN.
@@ -239,14 +235,14 @@ pub(crate) fn exp(x: f32) -> f32 {
 #[inline(always)]
 pub(crate) fn normal(x: f32) -> (f32, f32) {
     const P: [f32; 9] = [
-        0.028_988_641,
-        -0.126_661_245,
-        0.170_233_535,
-        -0.069_816_084,
+        0.028_988_64,
+        -0.126_661_24,
+        0.170_233_53,
+        -0.069_816_08,
         0.108_303_25,
         0.071_824_397,
         0.101_872_48,
-        0.107_533_847,
+        0.107_533_85,
         0.107_721_191,
     ];
     let z = x.abs();
@@ -258,7 +254,7 @@ pub(crate) fn normal(x: f32) -> (f32, f32) {
     }
     let lower = e * t * p;
     let cumulative = if x < 0.0 { lower } else { 1.0 - lower };
-    (cumulative, e * 0.398_942_28)
+    (cumulative, e * 0.398_942_3)
 }
 
 #[cfg(test)]
@@ -308,7 +304,7 @@ mod tests {
         let x: Vec<f32> = (0..100).map(|i| (i as f32 * 0.7).sin()).collect();
         let square = |x: &[f32]| {
             let mut y = vec![0.0; x.len()];
-            dispatch(|| map([Operand::Other(x)], &mut y, |values| each(values, |[x]| exp(x) * x)));
+            dispatch(|| map([x], &mut y, |[x]| exp(x) * x));
             y
         };
         let whole = square(&x);

@@ -9,6 +9,7 @@ use shardflow_kernels::tensor::HostTensor;
 
 use super::interpret::interpret;
 use super::step::LocalStep;
+use super::table::{CostTable, all_layouts};
 use super::*;
 use crate::sbp::region::same_bits;
 use crate::sbp::{gather, scatter_random_terms};
@@ -154,11 +155,7 @@ fn exhaustive(space: &Space<'_>, path: &mut Vec<usize>, steps: usize, cost: f64,
     }
 }
 
-/// Every layout there is, also those that `layouts_between` leaves out.
-fn all_layouts(_: &[usize], placement: &Placement, _: &[&NdSbp]) -> Vec<NdSbp> {
-    layouts(placement).into_iter().map(|l| l.sbp).collect()
-}
-
+/// `all_layouts` has also those that `layouts_between` leaves out.
 fn check_least(shape: &[usize], from: &Layout, to: &Layout, model: &CostModel, steps: usize) {
     let planned = plan(shape, DType::F32, from, to, model).unwrap();
     let space = Space::new(shape, DType::F32, from, to, model, all_layouts);
@@ -174,9 +171,15 @@ const BANDWIDTH_BOUND: CostModel = CostModel {
     across: Link { alpha_seconds: 2.0, seconds_per_byte: 3.0 },
 };
 
+/// Latencies are high, but not so high that one step is always best.
+const LATENCY_MATTERS: CostModel = CostModel {
+    within: Link { alpha_seconds: 140.0, seconds_per_byte: 1.0 },
+    across: Link { alpha_seconds: 20.0, seconds_per_byte: 3.0 },
+};
+
 #[test]
 fn no_path_costs_less_than_the_plan() {
-    for (shape, model) in [([5, 7], BANDWIDTH_BOUND), ([6, 4], CostModel::default())] {
+    for (shape, model) in [([5, 7], BANDWIDTH_BOUND), ([5, 7], LATENCY_MATTERS), ([6, 4], CostModel::default())] {
         for (source, target) in [(line(0, 3), line(0, 3)), (line(0, 2), line(1, 4))] {
             for from in layouts(&source) {
                 layouts(&target).iter().for_each(|to| check_least(&shape, &from, to, &model, usize::MAX));
@@ -190,6 +193,20 @@ fn no_short_path_on_a_grid_costs_less_than_the_plan() {
     let (source, target) = (grid(0, 2, 2), grid(0, 2, 2));
     for from in layouts(&source) {
         layouts(&target).iter().for_each(|to| check_least(&[5, 7], &from, to, &BANDWIDTH_BOUND, 3));
+    }
+}
+
+#[test]
+fn the_table_says_what_the_planner_says() {
+    let place = grid(0, 2, 3);
+    for (shape, dtype) in [([5, 7], DType::F32), ([1, 2], DType::F32), ([5, 7], DType::I32)] {
+        let mut table = CostTable::new(&shape, dtype, &place, &BANDWIDTH_BOUND);
+        for (from, to) in layouts(&place).iter().flat_map(|a| layouts(&place).into_iter().map(move |b| (a.clone(), b)))
+        {
+            let planned = plan(&shape, dtype, &from, &to, &BANDWIDTH_BOUND).map_or(f64::INFINITY, |p| p.cost_seconds);
+            let said = table.seconds(&from.sbp, &to.sbp);
+            assert!(said == planned || (said - planned).abs() < 1e-9 * planned, "{from} -> {to}: {said}, {planned}");
+        }
     }
 }
 

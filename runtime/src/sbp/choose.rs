@@ -8,8 +8,8 @@
 //!
 //! The search is a beam in topological order, in which assignments that leave the same layouts to later ops are merged
 //! (so it is exact while the beam is wide enough), then sweeps that change one op at a time while that helps. The beam
-//! ranks by what is paid and what is **pending**: reducing `Partial` tensors that nobody has reduced yet, and gathering
-//! what was sliced out of a `Broadcast` tensor, so that nothing is sliced just because the gather comes later.
+//! ranks by what is paid and what is **pending**: reducing `Partial` tensors that nobody has reduced yet. (A pending cost
+//! for gathering what was sliced out of a `Broadcast` tensor was tried: answers were the same or worse.)
 
 use std::collections::HashSet;
 
@@ -17,13 +17,13 @@ use shardflow_kernels::tensor::DType;
 
 use super::cost::{Costs, compute_seconds};
 use super::rule::{NdSignature, Rule};
-use super::{Layout, NdSbp, Sbp};
+use super::{Layout, NdSbp};
 use crate::boxing::CostModel;
 use crate::layout_error::LayoutError;
 use crate::placement::Placement;
 
 /// Assignments that the beam keeps after each op, at least.
-const BEAM_WIDTH_MIN: usize = 8;
+const BEAM_WIDTH_MIN: usize = 16;
 
 /// The beam is as wide as gives this many extensions of a node: wide where there are few candidates.
 const EXTENSIONS: usize = 512;
@@ -112,7 +112,7 @@ impl NodeSpec {
     /// A node whose candidates are a rule's signatures on this placement. `whole_seconds` is what the op would take unsharded.
     ///
     /// # Errors
-    /// When the shapes of the inputs do not fit the rule.
+    /// When an input is not among the tensors, or the inputs' shapes do not fit the rule.
     pub fn of_rule(
         name: &str,
         placement: &Placement,
@@ -122,7 +122,9 @@ impl NodeSpec {
         outputs: Vec<usize>,
         whole_seconds: f64,
     ) -> Result<Self, LayoutError> {
-        let input_shapes: Vec<Vec<usize>> = inputs.iter().map(|&t| tensors[t].shape.clone()).collect();
+        let missing = |t: usize| LayoutError::Choice { node: name.into(), why: format!("no tensor {t}") };
+        let shape = |&t: &usize| tensors.get(t).map(|tensor| tensor.shape.clone()).ok_or_else(|| missing(t));
+        let input_shapes = inputs.iter().map(shape).collect::<Result<Vec<_>, _>>()?;
         let output_shapes = rule.infer_shapes(&input_shapes)?;
         let candidate = |signature: NdSignature| {
             let seconds = compute_seconds(whole_seconds, &signature, &input_shapes, &output_shapes, placement);
@@ -174,8 +176,6 @@ struct Held {
     layout: usize,
     /// Layouts that it was converted to and paid for, sorted.
     paid: Vec<usize>,
-    /// Bits of the axes along which it is a slice of what was `Broadcast`.
-    sliced: u32,
     pending_seconds: f64,
 }
 
@@ -214,9 +214,14 @@ impl<'a> Chooser<'a> {
         }
         let shapes = problem.tensors.iter().map(|t| costs.shape_id(&t.shape, t.dtype)).collect();
         let mut pinned = Vec::new();
-        for tensor in &problem.tensors {
-            if let Some(layout) = &tensor.pinned {
-                layout.sbp.check(&tensor.shape, &layout.placement)?;
+        for (tensor, producer) in problem.tensors.iter().zip(&producers) {
+            match &tensor.pinned {
+                Some(layout) => layout.sbp.check(&tensor.shape, &layout.placement)?,
+                None if producer.is_some() => {}
+                None => {
+                    let why = "neither produced nor given a layout".into();
+                    return Err(LayoutError::Choice { node: tensor.name.clone(), why });
+                }
             }
             pinned.push(tensor.pinned.clone().map(|layout| costs.layout_id(layout)));
         }
@@ -236,8 +241,8 @@ impl<'a> Chooser<'a> {
         if !self.is_used_after(tensor) {
             return 0.0;
         }
-        let settled = self.costs.settled(layout, 0);
-        self.boxing(tensor, layout, settled)
+        let reduced = self.costs.reduced(layout);
+        self.boxing(tensor, layout, reduced)
     }
 
     fn beam(&mut self) -> Result<Vec<usize>, LayoutError> {
@@ -257,7 +262,7 @@ impl<'a> Chooser<'a> {
             let (mut next, mut seen) = (Vec::new(), HashSet::new());
             for Extension { mut assignment, way, .. } in extensions {
                 // What later nodes can see. Equal ones have equal pending costs, so the first has paid least.
-                let leaves = |h: &Held| (h.tensor, h.layout, h.sliced, h.paid.clone());
+                let leaves = |h: &Held| (h.tensor, h.layout, h.paid.clone());
                 if next.len() < width && seen.insert(assignment.held.iter().map(leaves).collect::<Vec<_>>()) {
                     choices.push((assignment.last, way));
                     assignment.last = Some(choices.len() - 1);
@@ -285,14 +290,14 @@ impl<'a> Chooser<'a> {
         let node = &self.problem.nodes[n];
         let mut held = assignment.held.clone();
         let mut paid_seconds = assignment.paid_seconds + self.ways[n][way].seconds;
-        let (mut converted, mut sliced) = (0, 0);
+        let mut converted = 0;
         for (i, &tensor) in node.inputs.iter().enumerate() {
             let required = self.ways[n][way].inputs[i];
             let position = held.iter().position(|h| h.tensor == tensor).unwrap_or(held.len());
             if position == held.len() {
                 // Not produced by a node: it is held from its first reader to its last.
                 let layout = self.pinned[tensor]?;
-                held.push(Held { tensor, layout, paid: Vec::new(), sliced: 0, pending_seconds: 0.0 });
+                held.push(Held { tensor, layout, paid: Vec::new(), pending_seconds: 0.0 });
             }
             let source = &mut held[position];
             if source.layout != required {
@@ -303,35 +308,22 @@ impl<'a> Chooser<'a> {
                     source.pending_seconds = 0.0;
                 }
             }
-            sliced |= self.slices(source.layout, required, source.sliced);
         }
         for (i, &tensor) in node.outputs.iter().enumerate() {
             let made = self.ways[n][way].outputs[i];
             let layout = self.pinned[tensor].unwrap_or(made);
-            let output_seconds = self.output_seconds(tensor, layout);
-            paid_seconds += self.boxing(tensor, made, layout) + output_seconds;
+            paid_seconds += self.boxing(tensor, made, layout) + self.output_seconds(tensor, layout);
             if !self.readers[tensor].is_empty() {
-                let sliced = if layout == made { sliced } else { 0 };
-                let settled = self.costs.settled(layout, sliced);
-                let settle = if self.pinned[tensor].is_some() { 0.0 } else { self.boxing(tensor, layout, settled) };
-                let pending_seconds = (settle - output_seconds).max(0.0);
-                held.push(Held { tensor, layout, paid: Vec::new(), sliced, pending_seconds });
+                let is_settled = self.is_used_after(tensor) || self.pinned[tensor].is_some();
+                let reduced = self.costs.reduced(layout);
+                let pending_seconds = if is_settled { 0.0 } else { self.boxing(tensor, layout, reduced) };
+                held.push(Held { tensor, layout, paid: Vec::new(), pending_seconds });
             }
         }
         held.retain(|h| self.readers[h.tensor].last().is_some_and(|last| last.0 > n));
         let rank_seconds = paid_seconds + held.iter().map(|h| h.pending_seconds).sum::<f64>();
         let assignment = Assignment { paid_seconds, held, last: assignment.last };
         rank_seconds.is_finite().then_some(Extension { assignment, way, rank_seconds, converted })
-    }
-
-    /// Bits of the axes along which `to` is a slice of what was `Broadcast`, now or (`before`) earlier.
-    fn slices(&self, from: usize, to: usize, before: u32) -> u32 {
-        let (from, to) = (&self.costs.layout(from).sbp.0, &self.costs.layout(to).sbp.0);
-        let is_slice = |a: &usize| {
-            let was = before >> a & 1 == 1 || from.get(*a) == Some(&Sbp::Broadcast);
-            was && matches!(to[*a], Sbp::Split(_))
-        };
-        (0..to.len()).filter(is_slice).fold(0, |bits, a| bits | 1 << a)
     }
 
     /// The layout in which readers find a tensor, and the one in which it is made.

@@ -7,6 +7,7 @@ use shardflow_kernels::tensor::{DType, element_count};
 
 use super::rule::NdSignature;
 use super::{Layout, NdSbp, local_region};
+use crate::boxing::table::CostTable;
 use crate::boxing::{CostModel, plan};
 use crate::placement::Placement;
 
@@ -34,10 +35,12 @@ pub(super) struct Costs {
     model: CostModel,
     layouts: Vec<Layout>,
     layout_ids: HashMap<Layout, usize>,
+    /// For each layout, its [`NdSbp::reduced`] one.
+    reduced: Vec<usize>,
     shapes: Vec<(Vec<usize>, DType)>,
-    /// By shape, layout before and layout after; not a number where not planned yet.
+    tables: HashMap<(usize, Placement), CostTable>,
+    /// By shape, layout before and layout after; not a number where not asked for yet.
     seconds: Vec<Vec<Vec<f64>>>,
-    settled: HashMap<(usize, u32), usize>,
 }
 
 impl Costs {
@@ -46,9 +49,10 @@ impl Costs {
             model,
             layouts: Vec::new(),
             layout_ids: HashMap::new(),
+            reduced: Vec::new(),
             shapes: Vec::new(),
+            tables: HashMap::new(),
             seconds: Vec::new(),
-            settled: HashMap::new(),
         }
     }
 
@@ -56,13 +60,22 @@ impl Costs {
         if let Some(&id) = self.layout_ids.get(&layout) {
             return id;
         }
+        let id = self.layouts.len();
         self.layouts.push(layout.clone());
-        self.layout_ids.insert(layout, self.layouts.len() - 1);
-        self.layouts.len() - 1
+        self.layout_ids.insert(layout.clone(), id);
+        self.reduced.push(id);
+        let sbp = layout.sbp.reduced();
+        self.reduced[id] = self.layout_id(Layout { sbp, ..layout });
+        id
     }
 
     pub(super) fn layout(&self, id: usize) -> &Layout {
         &self.layouts[id]
+    }
+
+    /// The layout that reducing leaves.
+    pub(super) fn reduced(&self, id: usize) -> usize {
+        self.reduced[id]
     }
 
     pub(super) fn shape_id(&mut self, shape: &[usize], dtype: DType) -> usize {
@@ -82,9 +95,7 @@ impl Costs {
         if let Some(&seconds) = known.filter(|s| !s.is_nan()) {
             return seconds;
         }
-        let (dims, dtype) = &self.shapes[shape];
-        let planned = plan(dims, *dtype, &self.layouts[from], &self.layouts[to], &self.model);
-        let seconds = planned.map_or(f64::INFINITY, |p| p.cost_seconds);
+        let seconds = self.planned_seconds(shape, from, to);
         self.seconds.resize_with(self.shapes.len(), Vec::new);
         self.seconds[shape].resize_with(self.layouts.len(), Vec::new);
         self.seconds[shape][from].resize(self.layouts.len(), f64::NAN);
@@ -92,17 +103,12 @@ impl Costs {
         seconds
     }
 
-    /// The layout with `Broadcast` on each axis of which `axes` has a bit, and on each `Partial` one.
-    pub(super) fn settled(&mut self, layout: usize, axes: u32) -> usize {
-        if let Some(&id) = self.settled.get(&(layout, axes)) {
-            return id;
+    fn planned_seconds(&mut self, shape: usize, from: usize, to: usize) -> f64 {
+        let (from, to, (dims, dtype)) = (&self.layouts[from], &self.layouts[to], &self.shapes[shape]);
+        if from.placement != to.placement {
+            return plan(dims, *dtype, from, to, &self.model).map_or(f64::INFINITY, |p| p.cost_seconds);
         }
-        let Layout { placement, sbp } = self.layouts[layout].clone();
-        let mut sbp = sbp.reduced();
-        let sliced = (0..sbp.0.len()).filter(|a| axes >> a & 1 == 1);
-        sliced.for_each(|a| sbp.0[a] = super::Sbp::Broadcast);
-        let id = self.layout_id(Layout { placement, sbp });
-        self.settled.insert((layout, axes), id);
-        id
+        let new = || CostTable::new(dims, *dtype, &from.placement, &self.model);
+        self.tables.entry((shape, from.placement.clone())).or_insert_with(new).seconds(&from.sbp, &to.sbp)
     }
 }

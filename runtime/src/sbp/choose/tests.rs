@@ -283,6 +283,7 @@ fn malformed_problems_are_refused() {
         choose(&problem, &CostModel::default()).unwrap_err().to_string()
     };
     assert!(why(|p| p.tensors[0].pinned = None).contains("reads x, which has no layout yet"));
+    assert!(why(|p| p.nodes.clear()).contains("y: neither produced nor given a layout"));
     assert!(why(|p| p.nodes[0].candidates.clear()).contains("no candidates"));
     assert!(why(|p| p.nodes[0].inputs = vec![9]).contains("no tensor 9"));
     assert!(why(|p| p.nodes[0].inputs.clear()).contains("another number of operands"));
