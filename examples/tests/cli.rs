@@ -76,6 +76,8 @@ impl Folder {
         let run = self.gpt(&format!("{flags} --log-json log"));
         assert_eq!(run.code, 0, "{flags}: {}", run.stderr);
         let text = std::fs::read_to_string(self.0.join("log")).unwrap();
+        // So that no later run can be taken for this one.
+        std::fs::remove_file(self.0.join("log")).unwrap();
         text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
     }
 
@@ -213,7 +215,6 @@ fn saved_parameters_are_where_another_run_starts() {
     let again = folder.losses("--init-from model --seed 1");
     assert!((again[0] - second[0]).abs() < 1e-4, "{} {}", again[0], second[0]);
 
-    std::fs::remove_file(folder.0.join("log")).unwrap();
     std::fs::rename(folder.0.join("model"), folder.0.join("good")).unwrap();
     let bytes = std::fs::read(folder.0.join("good")).unwrap();
     std::fs::write(folder.0.join("cut"), &bytes[..bytes.len() / 2]).unwrap();
