@@ -109,7 +109,7 @@ fn introduce(args: &GptArgs, text: &Text, plan: &Plan) {
     let (devices, threads) = (args.mesh.devices(), plan.threads_per_device);
     let named = args.data.as_deref().map_or("this repository".into(), |path| path.display().to_string());
     say(format!("text      {named}: {} tokens to train on, {} different", text.train_len(), text.vocab()));
-    say(format!("model     {} layers, {} wide, {weights} weights", args.layers, args.width));
+    say(format!("model     {}, {} wide, {weights} weights", count(args.layers, "layer"), args.width));
     say(format!("mesh      {}: {} of {}", plan.graph.mesh(), count(devices, "device"), count(threads, "thread")));
     let batches = count(plan.micro_batches, "micro-batch");
     say(format!("step      {} samples of {} tokens, in {batches}", args.batch, args.context));
