@@ -312,18 +312,15 @@ impl Session {
             let placement = &graph.placements[graph.placement_of(output.tensor)];
             let layout = info.layout.as_ref().expect("the layout pass gives every tensor a layout");
             let firings = if info.rate == Rate::Step { 1 } else { self.plan.micro_batches };
-            let mut pieces = Vec::new();
-            for firing in 0..firings {
-                let shards: Vec<HostTensor> = placement
-                    .devices()
-                    .iter()
-                    .map(|device| {
-                        let port = self.fetch_port(*device, info.rate, output.tensor);
-                        results[&(*device, info.rate)][firing][port].clone()
-                    })
-                    .collect();
-                pieces.push(gather(&shards, &info.shape, layout, placement)?);
-            }
+            let shard = |device: &usize, firing: usize| {
+                let port = self.fetch_port(*device, info.rate, output.tensor);
+                results[&(*device, info.rate)][firing][port].clone()
+            };
+            let piece = |firing| {
+                let shards: Vec<HostTensor> = placement.devices().iter().map(|d| shard(d, firing)).collect();
+                gather(&shards, &info.shape, layout, placement)
+            };
+            let pieces = (0..firings).map(piece).collect::<Result<_, _>>()?;
             let whole = join(pieces);
             if output.name == GRAD_SQUARES_OUTPUT {
                 let values = whole.as_f32().unwrap_or_default();
