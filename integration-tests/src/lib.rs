@@ -1,3 +1,4 @@
 //! References and helpers for the tests of this crate.
 
 pub mod reference;
+pub mod training;

@@ -31,6 +31,7 @@ use crate::sbp::region::take_box;
 pub mod checkpoint;
 pub mod host;
 pub mod metrics;
+mod tokens;
 
 use checkpoint::CheckpointError;
 use host::{Fetched, HostIn, HostOut};
@@ -114,6 +115,8 @@ pub struct Session {
     fetched: Receiver<Fetched>,
     /// Fetches in a step.
     fetches: usize,
+    /// Inputs that hold token ids, and how many tokens there are.
+    vocabularies: BTreeMap<String, usize>,
     steps: u64,
     seed: u64,
     step_metrics: StepMetrics,
@@ -154,6 +157,7 @@ impl Session {
             engine: engine.clone(),
         };
         let mut session = Self {
+            vocabularies: tokens::vocabularies(&plan.graph),
             plan,
             devices,
             arenas,
@@ -200,7 +204,8 @@ impl Session {
     /// When it returns, no device works any more. `learning_rate` is not used by a program that minimises nothing.
     ///
     /// # Errors
-    /// When an input is missing, unknown or of the wrong shape or type (nothing was run then), or the session failed.
+    /// When an input is missing, unknown, of the wrong shape or type, or holds a token outside the vocabulary (nothing was
+    /// run then), or the session failed.
     pub fn step(&mut self, inputs: &[(&str, HostTensor)], learning_rate: f32) -> Result<StepReport, SessionError> {
         let begin = Instant::now();
         self.check_inputs(inputs)?;
@@ -262,7 +267,11 @@ impl Session {
                 Some((_, t)) if t.shape != shape || t.dtype() != info.dtype => {
                     return Err(wrong(name, want, format!("{:?} {:?}", t.dtype(), t.shape)));
                 }
-                Some(_) => {}
+                Some((_, t)) => {
+                    if let Some(tokens) = self.vocabularies.get(name) {
+                        tokens::check(name, t, *tokens)?;
+                    }
+                }
             }
         }
         Ok(())

@@ -107,6 +107,11 @@ pub fn assign(graph: &Graph) -> Assignment {
         let Some(key) = action_of(graph, id, node) else { continue };
         for (position, &device) in placement.devices().iter().enumerate() {
             let site = (device, key);
+            // A device whose shard is empty has nothing to fetch: no action, and no bytes wherever its shard lies.
+            let sources = source_devices(node, placement, position);
+            if sources.is_empty() {
+                continue;
+            }
             out.actions.entry(site).or_default().push(id);
             for output in &node.outputs {
                 if out.storage(*output) == *output {
@@ -117,8 +122,8 @@ pub fn assign(graph: &Graph) -> Assignment {
                 producer.insert((device, *updated), site);
             }
             for input in &node.inputs {
-                for from in source_devices(node, placement, position) {
-                    readers.entry((from, out.storage(*input))).or_default().insert(site);
+                for from in &sources {
+                    readers.entry((*from, out.storage(*input))).or_default().insert(site);
                 }
                 if let Some(bucket) = bucket_of.get(input)
                     && key != ActionKey::Bucket(*bucket)

@@ -1,0 +1,105 @@
+//! The bytes that collectives bring into each device in a step are those that the plan says.
+
+use std::collections::BTreeMap;
+
+use shardflow::boxing::step::StepKind;
+use shardflow::graph::{NodeOp, Phase, Rate};
+use shardflow::plan::{BaseKey, Plan};
+use shardflow_integration_tests::training::{Model, ONE, options, within};
+use shardflow_kernels::collective::CollectiveKind;
+use shardflow_kernels::op::Op;
+use shardflow_kernels::tensor::{element_count, split_range};
+
+/// Bytes into each device in a step, by the graph's changes of layout and the sizes of the buckets; what clipping takes in
+/// comes on top.
+fn predicted(plan: &Plan) -> Vec<u64> {
+    let mut bytes = vec![0; plan.memory.len()];
+    for node in plan.graph.nodes() {
+        let NodeOp::Boxing(step) = &node.op else { continue };
+        if step.kind == StepKind::Transfer {
+            // Copies by the reader's own stream, not collectives.
+            continue;
+        }
+        let firings = if node.phase == Phase::Update { 1 } else { plan.micro_batches as u64 };
+        assert!(node.phase != Phase::Update || plan.graph.tensor(node.outputs[0]).rate == Rate::Step);
+        for (device, received) in step.to.placement.devices().iter().zip(&step.bytes_received) {
+            bytes[*device] += firings * *received as u64;
+        }
+    }
+    for (device, received) in buckets(plan) {
+        bytes[device] += received;
+    }
+    bytes
+}
+
+/// The all-reduces of whole gradient slots: each of n members takes in `(n - 1) * own chunk + (all - own chunk)`.
+fn buckets(plan: &Plan) -> BTreeMap<usize, u64> {
+    let mut bytes = BTreeMap::new();
+    for (actor, actions) in plan.spec.actors.iter().zip(&plan.actions) {
+        for (action, spec) in actions.iter().zip(&actor.actions).filter(|a| a.0.name.starts_with("all-reduce")) {
+            assert_eq!(spec.per_step, 1);
+            for launch in &action.launches {
+                let Op::Collective(call) = &launch.op else { panic!("a bucket is one collective") };
+                assert!(matches!(call.kind, CollectiveKind::AllReduce { .. }), "{call:?}");
+                let BaseKey::Input(port) = action.bases[launch.reads[0].base] else { panic!("a bucket reads a slot") };
+                let slot = plan.register_place(spec.inputs[port].register).stride;
+                assert_eq!(slot, element_count(&launch.reads[0].shape) * 4, "the bucket is the whole slot");
+                let (all, members) = (slot / 4, call.group.ranks.len());
+                let chunk = split_range(all, members, call.member).len();
+                *bytes.entry(actor.device).or_default() += 4 * ((members - 1) * chunk + all - chunk) as u64;
+            }
+        }
+    }
+    bytes
+}
+
+fn check(mesh: &'static str, micro_batches: usize) -> Vec<u64> {
+    within(60, move || {
+        let model = Model::default();
+        let mut session = model.session(mesh, &options(micro_batches, shardflow::plan::Schedule::OneFOneB));
+        let want = predicted(session.plan());
+        let counted =
+            |s: &shardflow::session::Session| s.metrics().devices.iter().map(|d| d.collective_bytes).collect::<Vec<_>>();
+        for step in 1..=3 {
+            model.step(&mut session);
+            let want: Vec<u64> = want.iter().map(|b| b * step).collect();
+            assert_eq!(counted(&session), want, "mesh {mesh}, after {step} steps");
+        }
+        want
+    })
+}
+
+#[test]
+fn one_device_and_a_pipeline_of_single_devices_call_no_collective() {
+    assert_eq!(check(ONE, 2), [0]);
+    assert_eq!(check("stage=2", 2), [0, 0]);
+}
+
+/// Gradients are reduced once a step, whatever the micro-batches; half of them come in twice.
+#[test]
+fn data_parallel_takes_in_the_gradients_once_a_step() {
+    let bytes = check("data=2", 1);
+    assert_eq!(bytes, check("data=2", 4));
+    let model = Model::default();
+    let parameters: usize = {
+        let plan = model.plan(ONE, &options(1, shardflow::plan::Schedule::OneFOneB));
+        plan.graph.parameters().iter().map(|p| element_count(plan.graph.shape(*p))).sum()
+    };
+    for device in bytes {
+        assert!(device >= 4 * parameters as u64 && device < 4 * parameters as u64 + 4096, "{device} of {parameters}");
+    }
+}
+
+#[test]
+fn tensor_parallel_takes_in_activations_for_each_micro_batch() {
+    let bytes = check("tensor=2", 2);
+    assert!(bytes.iter().all(|b| *b > 0));
+    check("tensor=3", 1);
+}
+
+#[test]
+fn data_and_tensor_parallel_take_in_both() {
+    check("data=2,tensor=2", 1);
+    check("data=2,tensor=2", 3);
+    check("data=2,stage=2,tensor=2", 2);
+}

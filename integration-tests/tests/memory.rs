@@ -1,0 +1,82 @@
+//! Memory is static and as planned: nothing is allocated on a device after the start, the measured peak is within the planned
+//! one and close to it, and a plan that does not fit is refused before anything runs.
+
+use shardflow::passes::{CompileError, CompileOptions, compile};
+use shardflow::plan::Schedule::{GPipe, OneFOneB};
+use shardflow::plan::validate::PlanError;
+use shardflow_integration_tests::training::{Model, ONE, options, within};
+
+const MESHES: &[&str] = &[ONE, "data=2", "tensor=2", "stage=2", "stage=4", "data=2,stage=2,tensor=2", "data=3"];
+
+fn model() -> Model {
+    Model { batch: 24, max_norm: 1.0, ..Model::default() }
+}
+
+#[test]
+fn a_running_session_allocates_nothing_on_devices() {
+    within(120, || {
+        for mesh in MESHES {
+            let mut session = model().session(mesh, &options(4, OneFOneB));
+            let allocated = |session: &shardflow::session::Session| -> Vec<(usize, usize)> {
+                session.metrics().devices.iter().map(|d| (d.allocations, d.allocated_bytes)).collect()
+            };
+            let before = allocated(&session);
+            assert!(before.iter().all(|d| d.0 > 0 && d.1 > 0), "mesh {mesh}: {before:?}");
+            (0..10).for_each(|_| drop(model().step(&mut session)));
+            assert_eq!(allocated(&session), before, "mesh {mesh}");
+        }
+    });
+}
+
+#[test]
+fn the_measured_peak_is_the_planned_one_within_a_tenth() {
+    within(180, || {
+        for mesh in MESHES {
+            for (schedule, micro_batches) in [(GPipe, 1), (GPipe, 8), (OneFOneB, 1), (OneFOneB, 8)] {
+                let mut session = model().session(mesh, &options(micro_batches, schedule));
+                (0..5).for_each(|_| drop(model().step(&mut session)));
+                let metrics = session.metrics();
+                for device in &metrics.devices {
+                    let (measured, planned) = (device.measured_peak_bytes, device.planned_peak_bytes);
+                    let idle: Vec<String> = metrics
+                        .registers
+                        .iter()
+                        .filter(|r| r.slots_peak < r.slots && r.name.starts_with(&format!("device {} ", device.device)))
+                        .map(|r| format!("{}: {} of {} x {}", r.name, r.slots_peak, r.slots, r.slot_bytes))
+                        .collect();
+                    let what = format!("mesh {mesh}, {schedule:?}, {micro_batches} micro-batches, {device:?}: {idle:#?}");
+                    assert!(measured <= planned && measured * 10 >= planned * 9, "{what}");
+                }
+            }
+        }
+    });
+}
+
+#[test]
+fn one_f_one_b_needs_less_than_gpipe() {
+    let bytes = |schedule| {
+        let plan = model().plan("stage=4", &options(8, schedule));
+        plan.memory.iter().map(|m| m.total_bytes).collect::<Vec<_>>()
+    };
+    let (gpipe, one) = (bytes(GPipe), bytes(OneFOneB));
+    // The first stage has 7 of 8 micro-batches in flight (with a hop's latency), the last 1.
+    assert!(one.iter().zip(&gpipe).all(|(a, b)| a < b), "{one:?} against {gpipe:?}");
+    assert!(one[3] * 3 < gpipe[3] * 2, "{one:?} against {gpipe:?}");
+}
+
+#[test]
+fn a_plan_that_does_not_fit_is_refused_with_the_numbers() {
+    let needed = model().plan("data=2", &options(1, OneFOneB)).memory.iter().map(|m| m.total_bytes).max();
+    let needed = needed.expect("two devices");
+    let compile_in = |bytes| {
+        let options = CompileOptions { memory_bytes: Some(bytes), ..options(1, OneFOneB) };
+        compile(model().graph("data=2"), &options)
+    };
+    assert!(compile_in(needed).is_ok());
+    let error = compile_in(needed - 1).expect_err("a byte is missing");
+    assert!(matches!(error, CompileError::Plan(PlanError::Memory { .. })), "{error}");
+    let text = error.to_string();
+    for part in [&format!("a device has {} bytes", needed - 1), "device 0: ", "device 1: ", &format!("{needed} bytes = ")] {
+        assert!(text.contains(part), "no {part:?} in: {text}");
+    }
+}

@@ -1,0 +1,55 @@
+//! Token ids that a step is given are within the vocabulary: a shard of a split table cannot tell an id that another shard
+//! holds from one that nobody does. Imports `session`, `graph` and `plan`.
+
+use std::collections::BTreeMap;
+
+use shardflow_kernels::op::Op;
+use shardflow_kernels::tensor::HostTensor;
+
+use super::SessionError;
+use crate::graph::{Graph, NodeOp, Var};
+
+/// For each input that is read as token ids, by name: the rows of the smallest table that it is looked up in.
+pub(super) fn vocabularies(graph: &Graph) -> BTreeMap<String, usize> {
+    let mut out = BTreeMap::new();
+    for node in graph.nodes() {
+        let NodeOp::Kernel(op) = &node.op else { continue };
+        let (ids, tokens) = match op {
+            Op::Embedding { .. } => (node.inputs[0], graph.shape(node.inputs[1]).first()),
+            Op::SumExpTarget { .. } => (node.inputs[2], graph.shape(node.inputs[0]).last()),
+            _ => continue,
+        };
+        if let (Some(name), Some(&tokens)) = (input_name(graph, ids), tokens) {
+            out.entry(name).and_modify(|least: &mut usize| *least = tokens.min(*least)).or_insert(tokens);
+        }
+    }
+    out
+}
+
+/// Name of the input whose value this is, in whatever layout.
+fn input_name(graph: &Graph, mut var: Var) -> Option<String> {
+    loop {
+        let node = graph.producer(var);
+        match node.op {
+            NodeOp::Input => return Some(node.name.clone()),
+            NodeOp::Relayout | NodeOp::Boxing(_) => var = node.inputs[0],
+            _ => return None,
+        }
+    }
+}
+
+/// Refuses an id below 0, or of `tokens` or more.
+pub(super) fn check(name: &str, ids: &HostTensor, tokens: usize) -> Result<(), SessionError> {
+    let values = ids.as_i32().unwrap_or_default();
+    let Some(position) = values.iter().position(|id| usize::try_from(*id).map_or(true, |id| id >= tokens)) else {
+        return Ok(());
+    };
+    let mut place = vec![0; ids.shape.len()];
+    let mut rest = position;
+    for (index, extent) in place.iter_mut().zip(&ids.shape).rev() {
+        *index = rest % extent;
+        rest /= extent;
+    }
+    let got = format!("token {} at {place:?}", values[position]);
+    Err(SessionError::Input { name: name.into(), expected: format!("tokens of a vocabulary of {tokens}"), got })
+}
