@@ -70,7 +70,7 @@ pub enum SessionError {
 /// How a session is started.
 #[derive(Clone, Debug)]
 pub struct SessionOptions {
-    /// Initial weights are made of it.
+    /// Initial weights and dropout masks are made of it.
     pub seed: u64,
     /// When and how to tell of a stall.
     pub watchdog: WatchdogOptions,
@@ -290,7 +290,11 @@ impl Session {
         let name = graph.producer(var).name.as_str();
         let info = graph.tensor(var);
         match name {
-            RNG_INPUT => HostTensor::i32(&[2], vec![self.steps as i32, (micro_batch * self.rows()) as i32]),
+            RNG_INPUT => {
+                // The session's seed moves the counter, so that seeds give different masks and meshes the same.
+                let step = (init::mix(self.seed) as i32).wrapping_add(self.steps as i32);
+                HostTensor::i32(&[2], vec![step, (micro_batch * self.rows()) as i32])
+            }
             HYPER_INPUT => HostTensor::f32(&[2], vec![learning_rate, (self.steps + 1) as f32]),
             _ => {
                 let mut region = local_part(graph, var, device);
