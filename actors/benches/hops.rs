@@ -1,6 +1,7 @@
 //! What a register hop costs: the protocol alone, raw casts of ractor, the protocol over ractor, and a firing through a CPU
 //! stream. Two actors, `ping` and `pong`, pass pieces to and fro; a number is for one message or one firing.
 
+use std::collections::VecDeque;
 use std::hint::black_box;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -31,9 +32,9 @@ fn spec() -> Arc<Spec> {
 
 /// Runs `pieces` pieces through both protocols, every launch ending at once.
 fn protocol_only(protocols: &mut [Protocol; 2], pieces: u32) {
-    let (mut effects, mut queue) = (Vec::new(), Vec::new());
-    queue.push((PING, Event::Token { action: 0, count: pieces }));
-    while let Some((actor, event)) = queue.pop() {
+    let (mut effects, mut queue) = (Vec::new(), VecDeque::new());
+    queue.push_back((PING, Event::Token { action: 0, count: pieces }));
+    while let Some((actor, event)) = queue.pop_front() {
         protocols[actor.0 as usize].handle(event, &mut effects).expect("correct peers");
         queue.extend(effects.drain(..).map(|effect| match effect {
             Effect::Launch { action, .. } => (actor, Event::Done { action }),

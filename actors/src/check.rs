@@ -171,6 +171,8 @@ mod tests {
     use crate::builder::Builder;
     use crate::simulate::plans;
 
+    type Change = fn(&mut Spec);
+
     fn refuse(change: impl FnOnce(&mut Spec)) -> String {
         let mut spec = plans::accumulation();
         change(&mut spec);
@@ -186,7 +188,7 @@ mod tests {
 
     #[test]
     fn parts_that_do_not_fit_are_refused() {
-        let faults: [(&str, fn(&mut Spec)); 9] = [
+        let faults: [(&str, Change); 9] = [
             ("register 'batch': slots is 0, at least 1 is needed", |s| s.registers[0].slots = 0),
             ("register 'batch': no actor has index 9", |s| s.registers[0].producer = ActorId(9)),
             ("register 'batch': no action has index 9", |s| s.registers[0].readers[0].action = 9),

@@ -283,7 +283,13 @@ impl Simulator<'_> {
                 let flight = self.flights[actor.0 as usize].take().expect("a flight ends once");
                 self.data.settle(self.spec, protocol, flight)?;
                 self.timeline.push(Fired { end: self.now, ..flight });
-                self.apply(actor, Event::Done { action })
+                self.apply(actor, Event::Done { action })?;
+                let ports = &self.spec.actors[actor.0 as usize].actions[action as usize];
+                let registers = ports.inputs.iter().map(|i| i.register);
+                for register in registers.chain(ports.outputs.iter().map(|o| o.register)) {
+                    self.conserved(register, false)?;
+                }
+                Ok(())
             }
         }
     }
@@ -397,9 +403,7 @@ impl Simulator<'_> {
             let (filled, released) = protocol.input_pieces(reader.action, port);
             let (credited, published) = (ring.released(index), ring.published());
             let in_order = credited <= released && released <= filled && filled <= published;
-            // The last piece of an initial register stays, for a step that does not come.
-            let unread = u64::from(register.initial);
-            let at_rest = credited == released && filled == published && filled == released + unread;
+            let at_rest = credited == released && filled == published;
             if !in_order || (settled && !at_rest) {
                 let numbers =
                     format!("credited {credited}, released {released}, filled {filled}, published {published}");

@@ -11,6 +11,8 @@ use std::str::FromStr;
 pub const EXIT_USAGE: u8 = 2;
 /// Exit code of a plan that was refused: a layout, liveness or memory check failed (`EX_CONFIG` of sysexits).
 pub const EXIT_REFUSED: u8 = 78;
+/// Exit code of a run that failed though its flags, files and plan were good (`EX_SOFTWARE` of sysexits).
+pub const EXIT_FAILED: u8 = 70;
 
 /// Prints `error:` and `hint:` lines to stderr and gives the exit code to return from `main`.
 pub fn fail(code: u8, error: impl Display, hint: &str) -> ExitCode {
@@ -40,6 +42,9 @@ pub struct GptArgs {
     /// CPU threads of each device; without it, the machine's cores shared out evenly.
     #[arg(long, value_name = "N")]
     pub threads_per_device: Option<usize>,
+    /// Memory of each device in MiB, which a plan must fit; without it, the machine's free memory shared out evenly.
+    #[arg(long, value_name = "MIB")]
+    pub memory_mib: Option<usize>,
     /// Transformer layers.
     #[arg(long, value_name = "N", default_value_t = 4)]
     pub layers: usize,
@@ -67,7 +72,7 @@ pub struct GptArgs {
     /// Probability of dropping an activation.
     #[arg(long, value_name = "P", default_value_t = 0.0)]
     pub dropout: f32,
-    /// Seed of the initial weights and of dropout.
+    /// Seed of the initial weights and of the text that is written at the end.
     #[arg(long, value_name = "N", default_value_t = 1337)]
     pub seed: u64,
     /// Characters to write with the trained model at the end; 0 for none.
@@ -121,9 +126,12 @@ impl MeshArg {
     }
 }
 
-/// Devices that one process may be asked for: each costs threads and arenas, and a slip such as `data=1000000` should
-/// be told apart from a wish.
-pub const DEVICES_MAX: usize = 256;
+/// Devices that a mesh may name, so that a slip such as `data=1000000000` is told at once. How many devices there are is
+/// for `compile` to say.
+pub const DEVICES_MAX: usize = 4096;
+
+/// Threads that a device may be asked for; its streams refuse more.
+pub const THREADS_MAX: usize = 64;
 
 impl FromStr for MeshArg {
     type Err = ArgsError;
@@ -202,13 +210,19 @@ pub enum ArgsError {
         /// Micro-batches given.
         micro_batches: usize,
     },
-    /// A stage without a layer.
-    #[error("--mesh stage={stages} has more stages than --layers {layers}")]
-    StagesLayers {
+    /// Stages must have equally many layers.
+    #[error("--layers {layers} is not a multiple of --mesh stage={stages}")]
+    LayersStages {
         /// Stages given.
         stages: usize,
         /// Layers given.
         layers: usize,
+    },
+    /// More threads than a device takes.
+    #[error("--threads-per-device must be at most {THREADS_MAX}, got {threads}")]
+    TooManyThreads {
+        /// Threads given.
+        threads: usize,
     },
     /// A number outside its range.
     #[error("{flag} must be {expected}, got {got}")]
@@ -236,15 +250,29 @@ impl ArgsError {
                 }
             }
             Self::BatchMicroBatches { batch, micro_batches } => {
-                let divisors: Vec<String> =
-                    (1..=(*batch).min(4096)).filter(|m| batch % m == 0).take(16).map(|m| m.to_string()).collect();
                 let above = batch.div_ceil(*micro_batches).saturating_mul(*micro_batches);
-                format!("try --batch {above}, or --micro-batches out of {}", divisors.join(", "))
+                format!("try --batch {above}, or --micro-batches out of {}", divisors(*batch))
             }
-            Self::StagesLayers { layers, .. } => format!("use at most stage={layers}, or more --layers"),
+            Self::LayersStages { stages, layers } => {
+                format!("try --layers {}, or stage out of {}", layers.div_ceil(*stages) * stages, divisors(*layers))
+            }
             _ => "`gpt --help` lists the flags with their defaults".into(),
         }
     }
+
+    /// Sizes that no pipeline can have are refused as a plan would be; all else is wrong usage.
+    pub fn exit_code(&self) -> u8 {
+        match self {
+            Self::BatchMicroBatches { .. } | Self::LayersStages { .. } => EXIT_REFUSED,
+            _ => EXIT_USAGE,
+        }
+    }
+}
+
+/// The first divisors of `n`.
+fn divisors(n: usize) -> String {
+    let divisors = (1..=n.min(4096)).filter(|m| n.is_multiple_of(*m)).take(16);
+    divisors.map(|m| m.to_string()).collect::<Vec<_>>().join(", ")
 }
 
 impl GptArgs {
@@ -256,6 +284,7 @@ impl GptArgs {
         let at_least_one = [
             ("--micro-batches", self.micro_batches),
             ("--threads-per-device", self.threads_per_device.unwrap_or(1)),
+            ("--memory-mib", self.memory_mib.unwrap_or(1)),
             ("--layers", self.layers),
             ("--heads", self.heads),
             ("--width", self.width),
@@ -284,15 +313,27 @@ impl GptArgs {
         if !batch.is_multiple_of(micro_batches) {
             return Err(ArgsError::BatchMicroBatches { batch, micro_batches });
         }
-        if self.mesh.stage > self.layers {
-            return Err(ArgsError::StagesLayers { stages: self.mesh.stage, layers: self.layers });
+        let (layers, stages) = (self.layers, self.mesh.stage);
+        if !layers.is_multiple_of(stages) {
+            return Err(ArgsError::LayersStages { stages, layers });
+        }
+        if let Some(threads) = self.threads_per_device.filter(|threads| *threads > THREADS_MAX) {
+            return Err(ArgsError::TooManyThreads { threads });
         }
         Ok(())
     }
 
     /// Threads of each device: as given, or an even share of `cores`, and one at least.
     pub fn threads(&self, cores: usize) -> usize {
-        self.threads_per_device.unwrap_or(cores / self.mesh.devices()).max(1)
+        self.threads_per_device.unwrap_or(cores / self.mesh.devices()).clamp(1, THREADS_MAX)
+    }
+
+    /// Bytes of each device: as given, or an even share of the machine's free memory, where the system tells it.
+    pub fn memory_bytes(&self, free: Option<usize>) -> Option<usize> {
+        match self.memory_mib {
+            Some(mib) => Some(mib.saturating_mul(1 << 20)),
+            None => free.map(|bytes| bytes / self.mesh.devices()),
+        }
     }
 }
 
@@ -319,6 +360,7 @@ mod tests {
         assert_eq!((args.layers, args.heads, args.width, args.context, args.batch), (4, 4, 128, 64, 12));
         assert_eq!(args.mesh, MeshArg { data: 1, stage: 1, tensor: 1 });
         assert_eq!((args.threads(2), args.threads(0)), (2, 1));
+        assert_eq!((args.memory_bytes(Some(7)), args.memory_bytes(None)), (Some(7), None));
     }
 
     #[test]
@@ -337,8 +379,8 @@ mod tests {
             ("expert=2", "unknown mesh axis \"expert\""),
             ("data=0", "--mesh data must be at least 1"),
             ("data=2,data=2", "mesh axis data is given twice"),
-            ("data=1000", "more than 256 devices"),
-            ("data=9223372036854775808,tensor=2", "more than 256 devices"),
+            ("data=5000", "more than 4096 devices"),
+            ("data=9223372036854775808,tensor=2", "more than 4096 devices"),
         ] {
             let error = parse(&["--mesh", mesh]).unwrap_err();
             assert_eq!(
@@ -361,12 +403,18 @@ mod tests {
             ),
             (
                 &["--mesh", "stage=5"],
-                "--mesh stage=5 has more stages than --layers 4 | use at most stage=4, or more --layers",
+                "--layers 4 is not a multiple of --mesh stage=5 | try --layers 5, or stage out of 1, 2, 4",
+            ),
+            (
+                &["--threads-per-device", "65"],
+                "--threads-per-device must be at most 64, got 65 | `gpt --help` lists the flags with their defaults",
             ),
         ] {
             assert_eq!(check(flags), Err(expected.into()));
         }
-        for flag in ["layers", "heads", "width", "context", "batch", "micro-batches", "threads-per-device"] {
+        for flag in
+            ["layers", "heads", "width", "context", "batch", "micro-batches", "threads-per-device", "memory-mib"]
+        {
             let error = check(&[&format!("--{flag}"), "0"]).unwrap_err();
             assert!(error.starts_with(&format!("--{flag} must be at least 1, got 0")), "{error}");
         }

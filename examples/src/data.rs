@@ -136,6 +136,11 @@ impl Text {
         (ids, targets)
     }
 
+    /// What a written text may start from: a line's end, or the first token of a text without lines.
+    pub fn prompt(&self) -> Vec<i32> {
+        self.encode(b"\n").unwrap_or_else(|| self.train[..1].to_vec())
+    }
+
     /// Token ids of `text`; `None` for a byte outside the vocabulary.
     pub fn encode(&self, text: &[u8]) -> Option<Vec<i32>> {
         text.iter().map(|b| self.vocabulary.binary_search(b).ok().map(|id| id as i32)).collect()
@@ -191,6 +196,8 @@ mod tests {
         assert_eq!(t.vocab(), b" !,dehlorw".len());
         assert_eq!(t.encode(b"he w"), Some(vec![5, 4, 0, 9]));
         assert_eq!(t.encode(b"z"), None);
+        assert_eq!(t.prompt(), [5]);
+        assert_eq!(text(b"ab\nab\nab\n", 4).unwrap().prompt(), [0]);
         assert_eq!(t.decode(&[5, 4, 0, 9]), "he w");
         assert_eq!(t.decode(&[-1, 5, 99]), "\u{FFFD}h\u{FFFD}");
     }

@@ -1,6 +1,7 @@
-//! What the example programs share.
-//! `data`, `args` and `log` do not know each other; programs import them all.
+//! What the example programs share. The modules do not know each other; programs import them all.
 
 pub mod args;
 pub mod data;
+pub mod files;
 pub mod log;
+pub mod sample;

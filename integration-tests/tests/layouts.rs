@@ -118,7 +118,7 @@ fn cases(runner: &Runner) -> Vec<Case> {
         case(Op::Add, vec![values(&btc, 1), values(&[t, c], 2)]),
         case(Op::Gelu, vec![values(&btc, 1)]),
         case(Op::GeluGrad, vec![values(&btc, 1), values(&btc, 2)]),
-        case(Op::Embedding { vocab_start: 0 }, vec![targets(), values(&[v, c], 2)]),
+        case(Op::Embedding { vocab_start: 0, vocab: v }, vec![targets(), values(&[v, c], 2)]),
         einsum("btc,oc->bto", &btc, &[6, c]),
         einsum("btc,hdc->bthd", &btc, &[h, d, c]),
         einsum("bthd,chd->btc", &bthd, &[c, h, d]),
@@ -155,7 +155,7 @@ fn cases(runner: &Runner) -> Vec<Case> {
     let row_max = case(Op::RowMax, vec![logits.clone()]);
     let max = runner.run(&row_max.op, &row_max.inputs, row_max.before.clone()).remove(0);
     all.push(row_max);
-    let sums = case(Op::SumExpTarget { vocab_start: 0 }, vec![logits.clone(), max.clone(), targets()]);
+    let sums = case(Op::SumExpTarget { vocab_start: 0, vocab: v }, vec![logits.clone(), max.clone(), targets()]);
     let stats = runner.run(&sums.op, &sums.inputs, sums.before.clone());
     all.push(sums);
     all.push(case(Op::TokenLoss { scale: 0.25 }, vec![max.clone(), stats[0].clone(), stats[1].clone()]));

@@ -133,7 +133,7 @@ impl Bench {
         let mut ends = self.linear("head", rows, c, vocab);
         let logits = [rows, vocab];
         ends += self.light("row max", Op::RowMax, &[&logits], &[&rows1]);
-        let sum_exp = Op::SumExpTarget { vocab_start: 0 };
+        let sum_exp = Op::SumExpTarget { vocab_start: 0, vocab };
         let integers = [(&logits[..], DType::F32), (&rows1, DType::F32), (&rows1, DType::I32)];
         ends += self.measure(sum_exp, &integers, &[&rows1, &rows1]);
         let grad = Op::CrossEntropyGrad { vocab_start: 0, scale: 1.0 };

@@ -50,6 +50,8 @@ pub enum Op {
     Embedding {
         /// First row of the whole table that this shard holds.
         vocab_start: usize,
+        /// Rows of the whole table; an id outside is an error, on every shard.
+        vocab: usize,
     },
     /// `(ids [..], dy [.., c]) -> (dtable [v, c])`. Accumulates (rows are added in the order of the ids).
     EmbeddingGrad {
@@ -87,6 +89,8 @@ pub enum Op {
     SumExpTarget {
         /// First column of the whole vocabulary that this shard holds.
         vocab_start: usize,
+        /// Columns of the whole vocabulary; a target outside is an error, on every shard.
+        vocab: usize,
     },
     /// `(max [..], sum_exp [..], target [..]) -> (loss [])`: `scale * sum(max + ln(sum_exp) - target)`. Accumulates.
     TokenLoss {

@@ -12,3 +12,38 @@ pub mod placement;
 pub mod plan;
 pub mod sbp;
 pub mod session;
+
+/// What a program that trains, or brings an op of its own, needs: `use shardflow::prelude::*`.
+///
+/// ```
+/// use shardflow::prelude::*;
+///
+/// let mut g = Graph::new(&Mesh::parse("data=2")?);
+/// let ids = g.input("ids", &[4, 8], DType::I32, Layout::split("data", 0));
+/// let x = nn::embedding(&mut g, "embedding", ids, 16, 16, Parallel::Replicated);
+/// let loss = g.cross_entropy(x, ids);
+/// g.minimize(loss, AdamW::default());
+/// let mut session = Session::start(compile(g, &CompileOptions::default())?, &SessionOptions::default())?;
+/// let report = session.step(&[("ids", HostTensor::i32(&[4, 8], vec![3; 32]))], 1e-3)?;
+/// assert!((report.loss.unwrap() - 16f32.ln()).abs() < 0.1);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+pub mod prelude {
+    pub use shardflow_kernels::error::KernelError;
+    pub use shardflow_kernels::op::{CpuArgs, CpuRead, CpuSlice, CpuSliceMut, CpuWrite, CustomKernel};
+    pub use shardflow_kernels::tensor::{DType, HostData, HostTensor, Region};
+
+    pub use crate::graph::builder::Layout;
+    pub use crate::graph::{AdamW, CustomOp, Graph, GraphError, Var};
+    pub use crate::init::Init;
+    pub use crate::layout_error::LayoutError;
+    pub use crate::nn::{self, GptConfig, Parallel};
+    pub use crate::passes::{Boxing, CompileError, CompileOptions, compile};
+    pub use crate::placement::Mesh;
+    pub use crate::plan::validate::PlanError;
+    pub use crate::plan::{Plan, Schedule};
+    pub use crate::sbp::rule::Rule;
+    pub use crate::session::checkpoint::CheckpointError;
+    pub use crate::session::metrics::{DeviceMetrics, Metrics};
+    pub use crate::session::{Session, SessionError, SessionOptions, StepReport};
+}

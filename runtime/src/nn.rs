@@ -126,7 +126,7 @@ pub fn gpt(g: &mut Graph, config: &GptConfig) -> Var {
 
 fn build_gpt(g: &mut Graph, config: &GptConfig) -> Var {
     let stages = g.mesh().axis("stage").map_or(1, |axis| g.mesh().axes()[axis].size);
-    if config.layers % stages != 0 {
+    if !config.layers.is_multiple_of(stages) {
         let message = format!(
             "{} layers do not divide over {stages} stages; choose a number of layers that is a multiple of {stages}",
             config.layers

@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::time::Instant;
 
 use crossbeam_channel::{Receiver, Sender, select, unbounded};
 use shardflow_actors::error::{ActorError, Failure};
@@ -34,6 +35,7 @@ mod tokens;
 
 use checkpoint::CheckpointError;
 use host::{Fetched, HostIn, HostOut};
+use metrics::StepMetrics;
 
 /// What a session can fail with.
 #[derive(Debug, thiserror::Error)]
@@ -68,7 +70,7 @@ pub enum SessionError {
 /// How a session is started.
 #[derive(Clone, Debug)]
 pub struct SessionOptions {
-    /// Initial weights are made of it.
+    /// Initial weights and dropout masks are made of it.
     pub seed: u64,
     /// When and how to tell of a stall.
     pub watchdog: WatchdogOptions,
@@ -117,6 +119,7 @@ pub struct Session {
     vocabularies: BTreeMap<String, usize>,
     steps: u64,
     seed: u64,
+    step_metrics: StepMetrics,
 }
 
 impl Session {
@@ -165,6 +168,7 @@ impl Session {
             fetches,
             steps: 0,
             seed: options.seed,
+            step_metrics: StepMetrics::new(),
         };
         session.initialise()?;
         session.running = Some(start(loaded, options.watchdog.clone())?);
@@ -203,6 +207,7 @@ impl Session {
     /// When an input is missing, unknown, of the wrong shape or type, or holds a token outside the vocabulary (nothing was
     /// run then), or the session failed.
     pub fn step(&mut self, inputs: &[(&str, HostTensor)], learning_rate: f32) -> Result<StepReport, SessionError> {
+        let begin = Instant::now();
         self.check_inputs(inputs)?;
         let by_name: BTreeMap<&str, &HostTensor> = inputs.iter().map(|(name, tensor)| (*name, tensor)).collect();
         let running = self.running.as_ref().ok_or(KernelError::Closed { device: 0 })?;
@@ -229,6 +234,7 @@ impl Session {
         }
         let report = self.report(results)?;
         self.steps += 1;
+        self.step_metrics.record(&report, begin.elapsed());
         Ok(report)
     }
 
@@ -284,7 +290,11 @@ impl Session {
         let name = graph.producer(var).name.as_str();
         let info = graph.tensor(var);
         match name {
-            RNG_INPUT => HostTensor::i32(&[2], vec![self.steps as i32, (micro_batch * self.rows()) as i32]),
+            RNG_INPUT => {
+                // The session's seed moves the counter, so that seeds give different masks and meshes the same.
+                let step = (init::mix(self.seed) as i32).wrapping_add(self.steps as i32);
+                HostTensor::i32(&[2], vec![step, (micro_batch * self.rows()) as i32])
+            }
             HYPER_INPUT => HostTensor::f32(&[2], vec![learning_rate, (self.steps + 1) as f32]),
             _ => {
                 let mut region = local_part(graph, var, device);
@@ -315,18 +325,15 @@ impl Session {
             let placement = &graph.placements[graph.placement_of(output.tensor)];
             let layout = info.layout.as_ref().expect("the layout pass gives every tensor a layout");
             let firings = if info.rate == Rate::Step { 1 } else { self.plan.micro_batches };
-            let mut pieces = Vec::new();
-            for firing in 0..firings {
-                let shards: Vec<HostTensor> = placement
-                    .devices()
-                    .iter()
-                    .map(|device| {
-                        let port = self.fetch_port(*device, info.rate, output.tensor);
-                        results[&(*device, info.rate)][firing][port].clone()
-                    })
-                    .collect();
-                pieces.push(gather(&shards, &info.shape, layout, placement)?);
-            }
+            let shard = |device: &usize, firing: usize| {
+                let port = self.fetch_port(*device, info.rate, output.tensor);
+                results[&(*device, info.rate)][firing][port].clone()
+            };
+            let piece = |firing| {
+                let shards: Vec<HostTensor> = placement.devices().iter().map(|d| shard(d, firing)).collect();
+                gather(&shards, &info.shape, layout, placement)
+            };
+            let pieces = (0..firings).map(piece).collect::<Result<_, _>>()?;
             let whole = join(pieces);
             if output.name == GRAD_SQUARES_OUTPUT {
                 let values = whole.as_f32().unwrap_or_default();

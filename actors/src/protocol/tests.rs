@@ -142,6 +142,8 @@ fn an_initial_register_of_one_slot_is_updated_after_its_readers() {
     let parameters = b.register("parameters", 1, update, 1);
     b.register_mut(parameters).initial = true;
     b.read(parameters, train, 2);
+    // It would go first, if it could.
+    b.action_mut(update).priority = -1;
     let spec = Arc::new(b.build());
     crate::check::check(&spec).unwrap();
     let mut shard = Protocol::new(&spec, actor);

@@ -18,7 +18,7 @@ use crate::spec::{Firing, Reader, RegisterId};
 const PATIENCE: Duration = Duration::from_secs(20);
 
 fn mix(a: i32, b: i32) -> i32 {
-    (a ^ b).wrapping_mul(0x5bd1_e995).rotate_left(11).wrapping_add(b)
+    (a.rotate_left(7) ^ b).wrapping_mul(0x5bd1_e995).rotate_left(11).wrapping_add(b)
 }
 
 /// What a firing computes from what it reads.
@@ -121,7 +121,9 @@ fn mix_program(spec: &Spec, a: usize, x: usize, history: Base) -> ActionProgram 
     let mut bases: Vec<BaseRef> = (0..action.inputs.len()).map(BaseRef::Input).collect();
     bases.extend((0..action.outputs.len()).map(BaseRef::Output));
     bases.push(BaseRef::Fixed(history));
-    let reads: Vec<Buffer> = (0..action.inputs.len()).map(cell).collect();
+    // The history is read too, so that no two firings compute the same.
+    let own = bases.len() - 1;
+    let reads: Vec<Buffer> = (0..action.inputs.len()).chain([own]).map(cell).collect();
     let mut program = Program { name: action.name.clone(), ..Program::default() };
     for (port, output) in action.outputs.iter().enumerate() {
         let register = &spec.registers[output.register.0 as usize];
@@ -134,7 +136,8 @@ fn mix_program(spec: &Spec, a: usize, x: usize, history: Base) -> ActionProgram 
         }
     }
     let op = Op::Custom(Arc::new(Mix { seed: seed(a, x, 99), keep: true }));
-    program.launches.push(launch(op, reads, vec![cell(bases.len() - 1)], false));
+    let inputs = (0..action.inputs.len()).map(cell).collect();
+    program.launches.push(launch(op, inputs, vec![cell(own)], false));
     ActionProgram { program: Arc::new(program), bases }
 }
 
@@ -184,7 +187,9 @@ fn expected(spec: &Spec, steps: u32) -> Vec<Vec<i32>> {
             let (register, slot) = place(i.register, fired.firing / u64::from(i.firings_per_piece));
             slots[register][slot]
         };
-        let reads: Vec<i32> = action.inputs.iter().map(read).collect();
+        let inputs: Vec<i32> = action.inputs.iter().map(read).collect();
+        let mut reads = inputs.clone();
+        reads.push(histories[a][x]);
         for (port, output) in action.outputs.iter().enumerate() {
             let initial = spec.registers[output.register.0 as usize].initial;
             let every = u64::from(output.firings_per_piece);
@@ -194,7 +199,7 @@ fn expected(spec: &Spec, steps: u32) -> Vec<Vec<i32>> {
             let cell = &mut slots[register][slot];
             *cell = if keep { mix(*cell, value) } else { value };
         }
-        histories[a][x] = mix(histories[a][x], value(seed(a, x, 99), &reads));
+        histories[a][x] = mix(histories[a][x], value(seed(a, x, 99), &inputs));
     }
     histories
 }
@@ -428,4 +433,36 @@ fn only_external_actions_take_tokens() {
     assert!(running.give(ActorId(9), 9, 1).is_err());
     running.give(ActorId(0), 0, 3).unwrap();
     assert!(running.quiesce(PATIENCE).unwrap());
+}
+
+#[test]
+fn a_failure_frees_members_that_wait_in_a_collective_and_stays_the_first_cause() {
+    let kind = CollectiveKind::AllReduce { op: ReduceOp::Sum };
+    let mut loaded = collective([kind.clone(), kind]);
+    let cause = KernelError::Custom { name: "act".into(), message: "no".into() };
+    let (fails, (begun, begins)) = (cause.clone(), bounded(1));
+    // Device 1 fails instead of joining, once device 0's collective is under way.
+    let launches = vec![launch(act(move || Err(fails.clone())), vec![], vec![], false)];
+    let program = Arc::new(Program { name: "reduce".into(), launches, signals: vec![] });
+    loaded.programs[1] = vec![ActionProgram { program, bases: vec![] }];
+    let first = Arc::make_mut(&mut loaded.programs[0][0].program);
+    let begin = act(move || {
+        let _ = begun.try_send(());
+        Ok(())
+    });
+    first.launches.insert(0, launch(begin, vec![], vec![], false));
+    let running = start(loaded, WatchdogOptions::default()).unwrap();
+    running.give(ActorId(0), 0, 1).unwrap();
+    begins.recv_timeout(PATIENCE).unwrap();
+    running.give(ActorId(1), 0, 1).unwrap();
+    let expected =
+        Failure::Kernel { actor: "a1".into(), device: 1, action: "reduce".into(), cause: Box::new(cause.clone()) };
+    assert_eq!(running.failures().recv_timeout(PATIENCE), Ok(expected.clone()));
+    // The stream comes free only if the collective was aborted.
+    let (waits, (free, freed)) = (running.session.clone(), bounded(1));
+    std::thread::spawn(move || free.send(waits.streams[0].synchronize()));
+    assert_eq!(freed.recv_timeout(PATIENCE), Ok(Ok(())));
+    let late = Failure::Panic { actor: "a0".into(), device: 0, action: None, message: "later".into() };
+    running.session.fail(late);
+    assert_eq!(running.shutdown(), Err(expected));
 }

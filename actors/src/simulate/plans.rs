@@ -18,6 +18,7 @@ pub(crate) fn all() -> Vec<(&'static str, Arc<Spec>, u32)> {
         ("data parallel", data_parallel(), 3),
         ("skip connection", skip_connection(), 4),
         ("accumulation", accumulation(), 4),
+        ("stale", stale(), 5),
         ("fan", fan(), 5),
         ("gangs", gangs(), 3),
     ];
@@ -89,6 +90,22 @@ pub(crate) fn accumulation() -> Spec {
     let metric = b.register("loss", 1, train, 4);
     let log = b.action(host, "log", 1);
     b.read(metric, log, 1);
+    b.build()
+}
+
+/// Versioned, boundedly stale state: an initial register of two slots, each version read by two firings in a row, and
+/// written from another actor's results while the version before is still read.
+fn stale() -> Spec {
+    let mut b = Builder::new();
+    let (worker, server) = (b.actor("worker", 0, Firing::Credit), b.actor("server", 1, Firing::Credit));
+    let work = b.external(worker, "work", 4);
+    let update = b.external(server, "update", 2);
+    let state = b.register("state", 2, update, 1);
+    b.register_mut(state).initial = true;
+    b.read(state, work, 2);
+    let report = b.action(server, "report", 2);
+    let result = b.register("result", 2, work, 2);
+    b.read(result, report, 1);
     b.build()
 }
 

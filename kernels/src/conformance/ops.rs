@@ -213,7 +213,7 @@ impl Suite<'_> {
                     dtable[row * width + c] += wide(&dy)[token * width + c];
                 }
             }
-            let op = Op::Embedding { vocab_start: start };
+            let op = Op::Embedding { vocab_start: start, vocab: 100 };
             self.check("", op, &[ids.clone(), table], &[(vec![1, tokens, width], y)], 0.0);
             let op = Op::EmbeddingGrad { vocab_start: start };
             self.check("", op, &[ids, dy], &[(vec![vocab, width], dtable)], CLOSE_SUM);
@@ -289,7 +289,7 @@ impl Suite<'_> {
         self.check("no columns", Op::RowMax, std::slice::from_ref(&empty), &[(vec![3], minus_infinity)], 0.0);
         let reads = [empty, self.numbers.tensor(&[3], 1.0), self.numbers.indices(&[3], 9)];
         let zeros = (vec![3], vec![0.0; 3]);
-        self.check("no columns", Op::SumExpTarget { vocab_start: 4 }, &reads, &[zeros.clone(), zeros], 0.0);
+        self.check("no columns", Op::SumExpTarget { vocab_start: 4, vocab: 9 }, &reads, &[zeros.clone(), zeros], 0.0);
     }
 
     fn cross_entropy(&mut self, logits: &HostTensor, targets: &HostTensor, scale: f64, shards: usize, loss: f64) {
@@ -315,7 +315,7 @@ impl Suite<'_> {
         let max = combine(maxima, f32::max);
         let (mut sums, mut chosen) = (Vec::new(), Vec::new());
         for shard in 0..shards {
-            let op = Op::SumExpTarget { vocab_start: columns(shard).start };
+            let op = Op::SumExpTarget { vocab_start: columns(shard).start, vocab };
             let reads = [part(shard), max.clone(), targets.clone()];
             let Some(mut got) = self.launch(&check, op, &reads, &[poison(), poison()]) else { return };
             chosen.extend(got.pop());
@@ -457,6 +457,7 @@ impl Suite<'_> {
     fn refusals(&mut self) {
         let x = self.numbers.tensor(&[2, 3], 1.0);
         let ids = HostTensor::i32(&[2], vec![1, -1]);
+        let far = HostTensor::i32(&[2], vec![1, 2]);
         let poison = |shape: &[usize]| Initial::Poison(shape.to_vec());
         let einsum = Einsum { a: "mk".to_owned(), b: "kn".to_owned(), out: "mn".to_owned() };
         let cases: Vec<(&str, Op, Vec<HostTensor>, Vec<Initial>)> = vec![
@@ -464,7 +465,14 @@ impl Suite<'_> {
             ("shapes that differ", Op::Gelu, vec![x.clone()], vec![poison(&[2, 4])]),
             ("integers", Op::Gelu, vec![ids.clone()], vec![poison(&[2])]),
             ("inner extents that differ", Op::Einsum(einsum), vec![x.clone(), x.clone()], vec![poison(&[2, 3])]),
-            ("a negative id", Op::Embedding { vocab_start: 0 }, vec![ids, x.clone()], vec![poison(&[2, 3])]),
+            ("a negative id", Op::Embedding { vocab_start: 0, vocab: 2 }, vec![ids, x.clone()], vec![poison(&[2, 3])]),
+            // It may not pass for another shard's, which would give zeros.
+            (
+                "an id outside the table",
+                Op::Embedding { vocab_start: 0, vocab: 2 },
+                vec![far, x.clone()],
+                vec![poison(&[2, 3])],
+            ),
             ("a reduction in place", Op::RowMax, vec![x.clone()], vec![Initial::Read(0)]),
         ];
         for (what, op, reads, writes) in cases {

@@ -5,26 +5,17 @@ use crate::cpu::pool::Pool;
 use crate::error::KernelError;
 use crate::tensor::element_count;
 
-/// The ids, none negative.
-fn checked_ids<'a>(args: &Args<'a>, read: usize) -> Result<&'a [i32], KernelError> {
-    let ids = args.i32(read)?;
-    match ids.iter().position(|&id| id < 0) {
-        None => Ok(ids),
-        Some(place) => Err(args.bad_data(format!("id {} at position {place} is negative", ids[place]))),
-    }
-}
-
-pub(crate) fn embedding(args: &mut Args<'_>, pool: &Pool, vocab_start: usize) -> Result<(), KernelError> {
-    let (&[vocab, width], ids_shape) = (args.read_shape(1), args.read_shape(0)) else {
+pub(crate) fn embedding(args: &mut Args<'_>, pool: &Pool, vocab_start: usize, vocab: usize) -> Result<(), KernelError> {
+    let (&[held, width], ids_shape) = (args.read_shape(1), args.read_shape(0)) else {
         return Err(args.refused("shape of read 1", "[v, c]", format!("{:?}", args.read_shape(1))));
     };
     args.expect_write(0, &[ids_shape, &[width]].concat())?;
-    let (ids, table, y) = (checked_ids(args, 0)?, args.f32(1)?, args.out(0)?);
+    let (ids, table, y) = (args.indices(0, vocab)?, args.f32(1)?, args.out(0)?);
     let elements = y.len();
     pool.rows(element_count(ids_shape), elements, [y], &mut [], |rows, [y], _| {
         for (i, row) in rows.enumerate() {
             let y = &mut y[i * width..(i + 1) * width];
-            match (ids[row] as usize).checked_sub(vocab_start).filter(|&id| id < vocab) {
+            match (ids[row] as usize).checked_sub(vocab_start).filter(|&id| id < held) {
                 Some(id) => y.copy_from_slice(&table[id * width..(id + 1) * width]),
                 None => y.fill(0.0),
             }
@@ -39,7 +30,7 @@ pub(crate) fn embedding_grad(args: &mut Args<'_>, pool: &Pool, vocab_start: usiz
         return Err(args.refused("shape of write 0", "[v, c]", format!("{:?}", args.write_shape(0))));
     };
     args.expect_read(1, &[ids_shape, &[width]].concat())?;
-    let (ids, dy, accumulate) = (checked_ids(args, 0)?, args.f32(1)?, args.accumulate);
+    let (ids, dy, accumulate) = (args.i32(0)?, args.f32(1)?, args.accumulate);
     let dtable = args.out(0)?;
     let weight = dy.len() + if accumulate { 0 } else { dtable.len() };
     pool.rows(vocab, weight, [dtable], &mut [], |rows, [dtable], _| {
@@ -47,6 +38,7 @@ pub(crate) fn embedding_grad(args: &mut Args<'_>, pool: &Pool, vocab_start: usiz
             dtable.fill(0.0);
         }
         for (i, &id) in ids.iter().enumerate() {
+            // The forward kernel has refused ids outside the table.
             let Some(id) = (id as usize).checked_sub(vocab_start).filter(|id| rows.contains(id)) else { continue };
             let row = id - rows.start;
             let sums = &mut dtable[row * width..(row + 1) * width];

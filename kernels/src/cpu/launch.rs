@@ -40,7 +40,7 @@ pub(crate) fn run_launch(
         Op::SumLeading => elementwise::sum_leading(&mut args, pool),
         Op::Scale { factor } => elementwise::scale(&mut args, pool, *factor),
         Op::Einsum(einsum) => matmul::einsum(&mut args, pool, einsum),
-        Op::Embedding { vocab_start } => embedding::embedding(&mut args, pool, *vocab_start),
+        Op::Embedding { vocab_start, vocab } => embedding::embedding(&mut args, pool, *vocab_start, *vocab),
         Op::EmbeddingGrad { vocab_start } => embedding::embedding_grad(&mut args, pool, *vocab_start),
         Op::LayerNorm { eps } => norm::layer_norm(&mut args, pool, *eps),
         Op::LayerNormGrad => norm::layer_norm_grad(&mut args, pool),
@@ -49,7 +49,7 @@ pub(crate) fn run_launch(
         Op::Attention { scale } => attention::attention(&mut args, pool, *scale),
         Op::AttentionGrad { scale } => attention::attention_grad(&mut args, pool, *scale),
         Op::RowMax => loss::row_max(&mut args, pool),
-        Op::SumExpTarget { vocab_start } => loss::sum_exp_target(&mut args, pool, *vocab_start),
+        Op::SumExpTarget { vocab_start, vocab } => loss::sum_exp_target(&mut args, pool, *vocab_start, *vocab),
         Op::TokenLoss { scale } => loss::token_loss(&mut args, *scale),
         Op::CrossEntropyGrad { vocab_start, scale } => loss::cross_entropy_grad(&mut args, pool, *vocab_start, *scale),
         Op::Dropout { p, seed, shape, start } => dropout::dropout(&mut args, pool, *p, *seed, shape, start),
@@ -187,6 +187,18 @@ impl<'a> Args<'a> {
     /// Fails with the numbers that no valid program produces.
     pub(crate) fn bad_data(&self, what: String) -> KernelError {
         KernelError::Data { op: self.name.to_owned(), what }
+    }
+
+    /// Read `i` as indices, all of them below `limit`.
+    pub(crate) fn indices(&self, i: usize, limit: usize) -> Result<&'a [i32], KernelError> {
+        let indices = self.i32(i)?;
+        let inside = |index: &i32| usize::try_from(*index).is_ok_and(|index| index < limit);
+        match indices.iter().position(|index| !inside(index)) {
+            None => Ok(indices),
+            Some(place) => {
+                Err(self.bad_data(format!("index {} at position {place} is not in 0..{limit}", indices[place])))
+            }
+        }
     }
 
     /// Splits read `i`'s shape into its leading dims and its last one.

@@ -24,21 +24,17 @@ pub(crate) fn row_max(args: &mut Args<'_>, pool: &Pool) -> Result<(), KernelErro
     Ok(())
 }
 
-/// The targets, none negative.
-fn checked_targets<'a>(args: &Args<'a>, read: usize) -> Result<&'a [i32], KernelError> {
-    let targets = args.i32(read)?;
-    match targets.iter().position(|&target| target < 0) {
-        None => Ok(targets),
-        Some(place) => Err(args.bad_data(format!("target {} at position {place} is negative", targets[place]))),
-    }
-}
-
 /// The target's column in this shard, if it is here.
 fn column(target: i32, vocab_start: usize, width: usize) -> Option<usize> {
     (target as usize).checked_sub(vocab_start).filter(|&column| column < width)
 }
 
-pub(crate) fn sum_exp_target(args: &mut Args<'_>, pool: &Pool, vocab_start: usize) -> Result<(), KernelError> {
+pub(crate) fn sum_exp_target(
+    args: &mut Args<'_>,
+    pool: &Pool,
+    vocab_start: usize,
+    vocab: usize,
+) -> Result<(), KernelError> {
     let (leading, width) = args.rows_of(0)?;
     for read in [1, 2] {
         args.expect_read(read, leading)?;
@@ -46,7 +42,7 @@ pub(crate) fn sum_exp_target(args: &mut Args<'_>, pool: &Pool, vocab_start: usiz
     for write in [0, 1] {
         args.expect_write(write, leading)?;
     }
-    let (logits, maxima, targets) = (args.f32(0)?, args.f32(1)?, checked_targets(args, 2)?);
+    let (logits, maxima, targets) = (args.f32(0)?, args.f32(1)?, args.indices(2, vocab)?);
     let outs = [args.out(0)?, args.out(1)?];
     pool.rows(element_count(leading), 4 * logits.len(), outs, &mut [], |rows, [sums, chosen], _| {
         dispatch(
@@ -97,7 +93,7 @@ pub(crate) fn cross_entropy_grad(
     }
     args.expect_write(0, args.read_shape(1))?;
     let (logits, factor) = (args.operand(1, 0)?, args.f32(0)?[0] * scale);
-    let (maxima, sums, targets) = (args.f32(2)?, args.f32(3)?, checked_targets(args, 4)?);
+    let (maxima, sums, targets) = (args.f32(2)?, args.f32(3)?, args.i32(4)?);
     let dlogits = args.out(0)?;
     let weight = 4 * dlogits.len();
     pool.rows(element_count(leading), weight, [dlogits], &mut [], |rows, [dlogits], _| {

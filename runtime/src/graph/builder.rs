@@ -121,7 +121,8 @@ impl Graph {
     /// Rows of `table [v, c]` by `ids [..]`: `[.., c]`.
     #[track_caller]
     pub fn embedding(&mut self, ids: Var, table: Var) -> Var {
-        self.kernel("embedding", Op::Embedding { vocab_start: 0 }, &[ids, table], Location::caller())[0]
+        let vocab = self.shape(table).first().copied().unwrap_or(0);
+        self.kernel("embedding", Op::Embedding { vocab_start: 0, vocab }, &[ids, table], Location::caller())[0]
     }
 
     /// `a + b`, b's shape being a suffix of a's.
@@ -198,7 +199,8 @@ impl Graph {
         let tokens: usize = self.shape(targets).iter().product();
         let scale = 1.0 / tokens.max(1) as f32;
         let max = self.kernel("row_max", Op::RowMax, &[logits], location)[0];
-        let op = Op::SumExpTarget { vocab_start: 0 };
+        let vocab = self.shape(logits).last().copied().unwrap_or(0);
+        let op = Op::SumExpTarget { vocab_start: 0, vocab };
         let stats = self.kernel("sum_exp", op, &[logits, max, targets], location);
         self.kernel("loss", Op::TokenLoss { scale }, &[max, stats[0], stats[1]], location)[0]
     }

@@ -108,9 +108,11 @@ pub fn output_dtypes(op: &Op, inputs: &[DType], outputs: usize) -> Vec<DType> {
 /// `whole` is the shape of the whole first input.
 pub fn localize(op: &Op, inputs: &[Region], outputs: &[Region], whole: &[usize]) -> Op {
     match op {
-        Op::Embedding { .. } => Op::Embedding { vocab_start: inputs[1].start[0] },
+        Op::Embedding { vocab, .. } => Op::Embedding { vocab_start: inputs[1].start[0], vocab: *vocab },
         Op::EmbeddingGrad { .. } => Op::EmbeddingGrad { vocab_start: outputs[0].start[0] },
-        Op::SumExpTarget { .. } => Op::SumExpTarget { vocab_start: *inputs[0].start.last().unwrap_or(&0) },
+        Op::SumExpTarget { vocab, .. } => {
+            Op::SumExpTarget { vocab_start: *inputs[0].start.last().unwrap_or(&0), vocab: *vocab }
+        }
         Op::CrossEntropyGrad { scale, .. } => {
             Op::CrossEntropyGrad { vocab_start: *inputs[1].start.last().unwrap_or(&0), scale: *scale }
         }

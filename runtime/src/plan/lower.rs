@@ -12,7 +12,7 @@ use shardflow_kernels::collective::Group;
 use crate::graph::{Graph, Rate};
 use crate::plan::assign::{Assignment, RegisterPlan, Site, assign};
 use crate::plan::emit::{Context, Emitted, action_name, emit, fuse_accumulation};
-use crate::plan::memory::{align, lay_out};
+use crate::plan::memory::{ArenaMap, align, lay_out};
 use crate::plan::slots::{StageCosts, in_flight, slots, stages};
 use crate::plan::{ActionKey, Plan, Schedule};
 
@@ -43,7 +43,8 @@ pub fn lower(graph: Graph, setting: Setting) -> Plan {
     let assignment = assign(&graph);
     let flight = in_flight(&graph, setting.schedule, setting.micro_batches, setting.costs);
     let counts = slots(&graph, &assignment, &flight, setting.micro_batches);
-    let (places, mut memory, fixed) = lay_out(&graph, &assignment, &counts, graph.mesh.device_count());
+    let ArenaMap { registers: places, devices: mut memory, fixed } =
+        lay_out(&graph, &assignment, &counts, graph.mesh.device_count());
 
     let actors = number_actors(&assignment);
     let fused = fuse_accumulation(&graph);

@@ -87,13 +87,19 @@ pub fn pack(intervals: &[Interval]) -> (Vec<usize>, usize) {
     (offsets, total)
 }
 
+/// Where everything but scratch lies.
+#[derive(Clone, Debug)]
+pub struct ArenaMap {
+    /// By register.
+    pub registers: Vec<RegisterPlace>,
+    /// By device.
+    pub devices: Vec<DeviceMemory>,
+    /// Offset of each fixed tensor's part, by device.
+    pub fixed: BTreeMap<(usize, Var), usize>,
+}
+
 /// Lays out every device's arena but for scratch, which comes after: registers' places, and fixed tensors' offsets.
-pub fn lay_out(
-    graph: &Graph,
-    assignment: &Assignment,
-    slots: &[u32],
-    devices: usize,
-) -> (Vec<RegisterPlace>, Vec<DeviceMemory>, BTreeMap<(usize, Var), usize>) {
+pub fn lay_out(graph: &Graph, assignment: &Assignment, slots: &[u32], devices: usize) -> ArenaMap {
     let mut memory = vec![DeviceMemory::default(); devices];
     let mut fixed = BTreeMap::new();
     for ((device, var), home) in &assignment.homes {
@@ -129,7 +135,7 @@ pub fn lay_out(
         let dtype = graph.tensor(*var).dtype;
         memory[*device].residents.push(ResidentTensor { var: *var, region, dtype, offset });
     }
-    (places, memory, fixed)
+    ArenaMap { registers: places, devices: memory, fixed }
 }
 
 #[cfg(test)]

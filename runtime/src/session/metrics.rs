@@ -1,6 +1,44 @@
-//! A typed snapshot of a running session. Imports `session`, `plan` and the actors' shell.
+//! What a session tells of itself: a typed snapshot, and the counters of each step on the `metrics` facade, which cost
+//! nothing until a program installs a recorder. Imports `session`, `plan` and the actors' shell.
+//!
+//! | metric | kind | meaning |
+//! |---|---|---|
+//! | `shardflow_steps_total` | counter | steps done |
+//! | `shardflow_step_duration_seconds` | histogram | wall time of a step |
+//! | `shardflow_loss` | gauge | loss of the last step |
+//! | `shardflow_gradient_norm` | gauge | global norm of the last step's gradients, before clipping |
 
-use super::Session;
+use std::time::Duration;
+
+use metrics::{Counter, Gauge, Histogram, counter, gauge, histogram};
+
+use super::{Session, StepReport};
+
+/// Handles of the step's metrics.
+pub(super) struct StepMetrics {
+    steps: Counter,
+    duration: Histogram,
+    loss: Gauge,
+    gradient_norm: Gauge,
+}
+
+impl StepMetrics {
+    pub(super) fn new() -> Self {
+        Self {
+            steps: counter!("shardflow_steps_total"),
+            duration: histogram!("shardflow_step_duration_seconds"),
+            loss: gauge!("shardflow_loss"),
+            gradient_norm: gauge!("shardflow_gradient_norm"),
+        }
+    }
+
+    pub(super) fn record(&self, report: &StepReport, took: Duration) {
+        self.steps.increment(1);
+        self.duration.record(took);
+        report.loss.iter().for_each(|loss| self.loss.set(*loss));
+        report.grad_norm.iter().for_each(|norm| self.gradient_norm.set(*norm));
+    }
+}
 
 /// One device's memory and messages.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -1,0 +1,240 @@
+//! Trains a small GPT on a text, on any mesh of devices inside this process, and writes a text with it at the end.
+//! Imports `shardflow::prelude` and what the examples share.
+
+use std::fmt::Display;
+use std::io::Write;
+use std::process::ExitCode;
+use std::time::Instant;
+
+use clap::Parser;
+use shardflow::prelude::*;
+use shardflow_examples::args::{ArgsError, EXIT_FAILED, EXIT_REFUSED, EXIT_USAGE, GptArgs, ScheduleArg, fail};
+use shardflow_examples::data::{DataError, Text};
+use shardflow_examples::files::{PlaceError, check_writable, free_memory_bytes};
+use shardflow_examples::log::{DeviceMemory, JsonLog, LogError, Progress, StepRecord, Totals};
+use shardflow_examples::sample::Sampler;
+
+fn main() -> ExitCode {
+    match run(&GptArgs::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => fail(error.exit_code(), &error, &error.hint()),
+    }
+}
+
+/// All that can be wrong is found before the first step; files are made only then.
+fn run(args: &GptArgs) -> Result<(), GptError> {
+    args.check()?;
+    let text = Text::load(args.data.as_deref(), args.context)?;
+    let model = model(args, &text);
+    let options = options(args);
+    let plan = compile(build(args, &model)?, &options)?;
+    if args.explain {
+        say(plan.explain().trim_end());
+        return Ok(());
+    }
+    let sampler = sampler(args, &model)?;
+    if let Some(path) = &args.save {
+        check_writable(path)?;
+    }
+    introduce(args, &text, &plan);
+    let mut session = Session::start(plan, &SessionOptions { seed: args.seed, ..SessionOptions::default() })?;
+    if let Some(path) = &args.init_from {
+        session.init_from(path).map_err(GptError::InitFrom)?;
+    }
+    let log = args.log_json.as_deref().map(JsonLog::create).transpose()?;
+    train(args, &text, &mut session, log)?;
+    if let Some(path) = &args.save {
+        session.save(path).map_err(GptError::Save)?;
+        say(format!("parameters saved to {}", path.display()));
+    }
+    let parameters = session.parameters()?;
+    // Its threads end before those of the sampler start.
+    session.shutdown()?;
+    if let Some(sampler) = sampler {
+        let written = sampler.run(&parameters, &text.prompt(), args.sample, args.seed)?;
+        say(format!("\n{} characters written by the model:\n{}", args.sample, text.decode(&written)));
+    }
+    Ok(())
+}
+
+/// The model's sizes; those of the vocabulary are the text's.
+fn model(args: &GptArgs, text: &Text) -> GptConfig {
+    GptConfig {
+        vocabulary: text.vocab(),
+        layers: args.layers,
+        heads: args.heads,
+        width: args.width,
+        context: args.context,
+        batch: args.batch,
+        dropout: args.dropout,
+    }
+}
+
+fn options(args: &GptArgs) -> CompileOptions {
+    CompileOptions {
+        micro_batches: args.micro_batches,
+        schedule: match args.schedule {
+            ScheduleArg::GPipe => Schedule::GPipe,
+            ScheduleArg::OneFOneB => Schedule::OneFOneB,
+        },
+        threads_per_device: args.threads(cores()),
+        memory_bytes: args.memory_bytes(free_memory_bytes()),
+        ..CompileOptions::default()
+    }
+}
+
+fn cores() -> usize {
+    std::thread::available_parallelism().map_or(1, usize::from)
+}
+
+/// The program that is trained: written once, whatever the mesh.
+fn build(args: &GptArgs, model: &GptConfig) -> Result<Graph, GptError> {
+    let mut g = Graph::new(&Mesh::new(&args.mesh.axes())?);
+    let logits = nn::gpt(&mut g, model);
+    let layout = nn::batch_layout(&g);
+    let targets = g.input("targets", &[model.batch, model.context], DType::I32, layout);
+    let loss = g.cross_entropy(logits, targets);
+    g.minimize(loss, AdamW { max_norm: args.clip.unwrap_or(f32::INFINITY), ..AdamW::default() });
+    Ok(g)
+}
+
+/// The program that writes text, if any is wanted.
+fn sampler(args: &GptArgs, model: &GptConfig) -> Result<Option<Sampler>, GptError> {
+    let options = CompileOptions { threads_per_device: args.threads(cores()), ..CompileOptions::default() };
+    Ok((args.sample > 0).then(|| Sampler::compile(model, &options)).transpose()?)
+}
+
+fn introduce(args: &GptArgs, text: &Text, plan: &Plan) {
+    let weights: usize = plan.graph.parameters().iter().map(|v| plan.graph.shape(*v).iter().product::<usize>()).sum();
+    let (devices, threads) = (args.mesh.devices(), plan.threads_per_device);
+    let named = args.data.as_deref().map_or("this repository".into(), |path| path.display().to_string());
+    say(format!("text      {named}: {} tokens to train on, {} different", text.train_len(), text.vocab()));
+    say(format!("model     {}, {} wide, {weights} weights", count(args.layers, "layer"), args.width));
+    say(format!("mesh      {}: {} of {}", plan.graph.mesh(), count(devices, "device"), count(threads, "thread")));
+    let batches = count(plan.micro_batches, "micro-batch");
+    say(format!("step      {} samples of {} tokens, in {batches}", args.batch, args.context));
+}
+
+fn count(n: usize, thing: &str) -> String {
+    match (n, thing.ends_with("ch")) {
+        (1, _) => format!("1 {thing}"),
+        (n, true) => format!("{n} {thing}es"),
+        (n, false) => format!("{n} {thing}s"),
+    }
+}
+
+fn train(args: &GptArgs, text: &Text, session: &mut Session, mut log: Option<JsonLog>) -> Result<(), GptError> {
+    let mut progress = Progress::new(args.steps);
+    let (shape, step_tokens) = ([args.batch, args.context], (args.batch * args.context) as u64);
+    let (mut seconds, mut final_loss) = (0.0, None);
+    for step in 0..args.steps {
+        let (ids, targets) = text.batch(step, args.batch, args.context);
+        let inputs = [("ids", HostTensor::i32(&shape, ids)), ("targets", HostTensor::i32(&shape, targets))];
+        let start = Instant::now();
+        let report = session.step(&inputs, args.lr)?;
+        let step_seconds = start.elapsed().as_secs_f64();
+        let loss = report.loss.map_or(f64::NAN, f64::from);
+        let tokens_per_second = step_tokens as f64 / step_seconds;
+        let record = StepRecord { step, loss, grad_norm: report.grad_norm, step_seconds, tokens_per_second };
+        progress.step(&record);
+        if let Some(log) = &mut log {
+            log.step(&record)?;
+        }
+        if !loss.is_finite() && final_loss.is_none_or(f64::is_finite) {
+            eprintln!("warning: the loss is {loss} at step {}: try a lower --lr, or --clip 1", step + 1);
+        }
+        (seconds, final_loss) = (seconds + step_seconds, Some(loss));
+    }
+    let totals = totals(args.steps, step_tokens, seconds, final_loss, session);
+    summarise(&totals);
+    log.map_or(Ok(()), |log| log.finish(&totals)).map_err(GptError::from)
+}
+
+fn totals(steps: u64, step_tokens: u64, train_seconds: f64, final_loss: Option<f64>, session: &Session) -> Totals {
+    let tokens = steps.saturating_mul(step_tokens);
+    let device = |d: DeviceMetrics| DeviceMemory {
+        device: d.device,
+        planned_peak_bytes: d.planned_peak_bytes,
+        measured_peak_bytes: d.measured_peak_bytes,
+    };
+    let devices = session.metrics().devices.into_iter().map(device).collect();
+    Totals { steps, tokens, train_seconds, tokens_per_second: tokens as f64 / train_seconds, final_loss, devices }
+}
+
+fn summarise(totals: &Totals) {
+    if totals.steps > 0 {
+        let (seconds, rate) = (totals.train_seconds, totals.tokens_per_second);
+        say(format!("{} steps in {seconds:.1} s, {rate:.0} tokens/s", totals.steps));
+    }
+    let mib = |bytes: usize| bytes as f64 / (1 << 20) as f64;
+    for d in &totals.devices {
+        let (planned, measured) = (mib(d.planned_peak_bytes), mib(d.measured_peak_bytes));
+        say(format!("device {:<2} memory at most {measured:.2} MiB, planned {planned:.2} MiB", d.device));
+    }
+}
+
+/// Prints a line. A closed pipe, `gpt --explain | head`, is no failure.
+fn say(line: impl Display) {
+    let _ = writeln!(std::io::stdout(), "{line}");
+}
+
+/// Why the program ends early.
+#[derive(Debug, thiserror::Error)]
+enum GptError {
+    #[error(transparent)]
+    Args(#[from] ArgsError),
+    #[error(transparent)]
+    Data(#[from] DataError),
+    #[error(transparent)]
+    Place(#[from] PlaceError),
+    #[error(transparent)]
+    Log(#[from] LogError),
+    #[error("--mesh: {0}")]
+    Mesh(#[from] LayoutError),
+    #[error(transparent)]
+    Compile(#[from] CompileError),
+    #[error("--init-from {0}")]
+    InitFrom(SessionError),
+    #[error("--save {0}")]
+    Save(SessionError),
+    #[error(transparent)]
+    Session(#[from] SessionError),
+}
+
+impl GptError {
+    fn exit_code(&self) -> u8 {
+        use SessionError::{Checkpoint, Kernel};
+        match self {
+            Self::Args(error) => error.exit_code(),
+            Self::Data(_) | Self::Place(_) | Self::Log(_) | Self::Mesh(_) => EXIT_USAGE,
+            Self::InitFrom(Checkpoint(_)) | Self::Save(Checkpoint(_)) => EXIT_USAGE,
+            Self::Compile(_) | Self::Session(Kernel(KernelError::OutOfMemory { .. })) => EXIT_REFUSED,
+            Self::InitFrom(_) | Self::Save(_) | Self::Session(_) => EXIT_FAILED,
+        }
+    }
+
+    /// What the user can change.
+    fn hint(&self) -> String {
+        match self {
+            Self::Args(error) => error.hint(),
+            Self::Data(error) => error.hint().into(),
+            Self::Place(_) | Self::Log(_) => "give a file in a folder that exists and may be written to".into(),
+            Self::Mesh(_) | Self::Compile(CompileError::Devices { .. }) => {
+                "a mesh has as many devices as its sizes multiply to".into()
+            }
+            Self::Compile(CompileError::Plan(PlanError::Memory { .. }))
+            | Self::Session(SessionError::Kernel(KernelError::OutOfMemory { .. })) => {
+                "--memory-mib sets what a device has; without it, the machine's free memory is shared out evenly".into()
+            }
+            Self::Compile(CompileError::Graph(_)) => "change the flag that gives this size; see `gpt --help`".into(),
+            Self::InitFrom(SessionError::Checkpoint(
+                CheckpointError::Missing { .. } | CheckpointError::Shape { .. },
+            )) => "give the --data, --layers, --heads, --width and --context that the file was saved with".into(),
+            Self::InitFrom(_) => "give a file that `gpt --save` wrote".into(),
+            Self::Save(_) => "the parameters are lost; see that there is room, and train again".into(),
+            Self::Compile(CompileError::Plan(_)) | Self::Session(_) => {
+                "this is a fault of the program: please report it with the command and this text".into()
+            }
+        }
+    }
+}

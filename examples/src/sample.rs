@@ -1,0 +1,118 @@
+//! Writes text with a trained model: one token after the other, each drawn from what the model expects after the last
+//! `context` tokens. Imports `shardflow`.
+
+use std::collections::BTreeMap;
+
+use shardflow::init::mix;
+use shardflow::prelude::*;
+
+/// Logits are divided by this before a token is drawn: below 1, likely tokens become likelier.
+const TEMPERATURE: f64 = 0.8;
+
+/// Draws tokens of one model, forward only, on one device.
+pub struct Sampler {
+    plan: Plan,
+    context: usize,
+}
+
+impl Sampler {
+    /// Compiles the forward program of this model for one sequence at a time; `config.batch` and `config.dropout` are
+    /// those of training and not used.
+    ///
+    /// # Errors
+    /// As [`compile`].
+    pub fn compile(config: &GptConfig, options: &CompileOptions) -> Result<Self, CompileError> {
+        let mut g = Graph::new(&Mesh::new(&[("data", 1)]).expect("one axis of one device is a mesh"));
+        let logits = nn::gpt(&mut g, &GptConfig { batch: 1, dropout: 0.0, ..*config });
+        g.output("logits", logits);
+        Ok(Self { plan: compile(g, options)?, context: config.context })
+    }
+
+    /// `count` tokens that follow `prompt`, which holds one token at least. The same seed draws the same tokens.
+    ///
+    /// # Errors
+    /// The parameters are not this model's, or a kernel failed.
+    pub fn run(
+        self,
+        parameters: &BTreeMap<String, HostTensor>,
+        prompt: &[i32],
+        count: usize,
+        seed: u64,
+    ) -> Result<Vec<i32>, SessionError> {
+        let mut session = Session::start(self.plan, &SessionOptions::default())?;
+        session.set_parameters(parameters)?;
+        let mut tokens = prompt.to_vec();
+        for drawn in 0..count {
+            let seen = &tokens[tokens.len().saturating_sub(self.context)..];
+            // Attention is causal, so what stands behind the last real token changes nothing before it.
+            let mut ids = seen.to_vec();
+            ids.resize(self.context, 0);
+            let report = session.step(&[("ids", HostTensor::i32(&[1, self.context], ids))], 0.0)?;
+            let logits = report.outputs["logits"].as_f32().unwrap_or_default();
+            let vocabulary = logits.len() / self.context;
+            let row = seen.len().saturating_sub(1) * vocabulary;
+            tokens.push(draw(&logits[row..row + vocabulary], uniform(seed, drawn as u64)) as i32);
+        }
+        session.shutdown()?;
+        Ok(tokens.split_off(prompt.len()))
+    }
+}
+
+/// Number `index` of the stream of `seed`, in `0 .. 1`.
+fn uniform(seed: u64, index: u64) -> f64 {
+    (mix(mix(seed).wrapping_add(index)) >> 11) as f64 / (1u64 << 53) as f64
+}
+
+/// The token at which the running sum of the softmax of `logits / TEMPERATURE` passes `u` (in `0 .. 1`). Logits that are
+/// no numbers, as a diverged model's, count as impossible.
+fn draw(logits: &[f32], u: f64) -> usize {
+    let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let weight = |logit: &f32| {
+        let weight = (f64::from(logit - max) / TEMPERATURE).exp();
+        if weight.is_nan() { 0.0 } else { weight }
+    };
+    let mut left = u * logits.iter().map(weight).sum::<f64>();
+    for (token, logit) in logits.iter().enumerate() {
+        left -= weight(logit);
+        if left < 0.0 {
+            return token;
+        }
+    }
+    logits.len().saturating_sub(1)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tokens_are_drawn_by_their_probability() {
+        // At temperature 0.8 these are 0, 1/4 and 3/4.
+        let logits = [f32::NEG_INFINITY, 0.0, 0.8 * 3f32.ln()];
+        let tokens: Vec<usize> = [0.0, 0.24, 0.26, 0.99].iter().map(|u| draw(&logits, *u)).collect();
+        assert_eq!(tokens, [1, 1, 2, 2]);
+        let drawn = (0..4000).filter(|i| draw(&logits, uniform(7, *i)) == 1).count();
+        assert!((900..1100).contains(&drawn), "{drawn} of 4000");
+        assert_eq!(draw(&[f32::NAN, 1.0], 0.5), 1);
+        assert!(draw(&[f32::NAN; 2], 0.5) < 2);
+    }
+
+    #[test]
+    fn the_window_slides_and_the_seed_decides() {
+        let config = GptConfig { vocabulary: 5, layers: 1, heads: 1, width: 4, context: 3, batch: 9, dropout: 0.5 };
+        let run = |prompt: &[i32], seed| {
+            let sampler = Sampler::compile(&config, &CompileOptions::default()).unwrap();
+            let names = sampler.plan.graph.parameters();
+            let shapes = names.iter().map(|v| sampler.plan.graph.tensor(*v));
+            let zeros = |i: &[usize]| HostTensor::f32(i, vec![0.0; i.iter().product()]);
+            let parameters = shapes.map(|t| (t.name.clone(), zeros(&t.shape))).collect();
+            sampler.run(&parameters, prompt, 8, seed).unwrap()
+        };
+        let drawn = run(&[1], 1);
+        assert!(drawn.len() == 8 && drawn.iter().all(|t| (0..5).contains(t)), "{drawn:?}");
+        assert_eq!(run(&[1], 1), drawn);
+        assert_ne!(run(&[1], 2), drawn);
+        // A model of zeros expects every token alike, whatever came before: a prompt longer than the context, too.
+        assert_eq!(run(&[1, 2, 3, 4], 1), drawn);
+    }
+}

@@ -1,0 +1,281 @@
+//! Runs the built programs as a user would: their errors, what they print, and what they leave on disk.
+//! Imports nothing of this crate.
+
+use std::io::Read;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::sync::mpsc::channel;
+use std::thread;
+use std::time::Duration;
+
+use serde_json::Value;
+
+const GPT: &str = env!("CARGO_BIN_EXE_gpt");
+/// A model and a batch as small as they may be.
+const TINY: &str = "--layers 2 --heads 2 --width 16 --context 8 --batch 4 --steps 4 --sample 0 --threads-per-device 1";
+/// Longer than any of these runs, by far.
+const TIMEOUT: Duration = Duration::from_secs(120);
+
+/// How a program ended.
+struct Run {
+    code: i32,
+    stdout: String,
+    stderr: String,
+}
+
+/// Runs a program in a folder until it ends; kills it at the time-out.
+fn run(program: &str, folder: &Path, args: &[&str]) -> Run {
+    let mut command = Command::new(program);
+    command.args(args).current_dir(folder).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut child = command.spawn().expect("a program that was built");
+    let (sender, receiver) = channel();
+    let read = |mut pipe: Box<dyn Read + Send>, index: usize| {
+        let sender = sender.clone();
+        thread::spawn(move || {
+            let mut text = String::new();
+            let _ = pipe.read_to_string(&mut text);
+            let _ = sender.send((index, text));
+        });
+    };
+    read(Box::new(child.stdout.take().expect("piped")), 0);
+    read(Box::new(child.stderr.take().expect("piped")), 1);
+    let mut texts = [String::new(), String::new()];
+    for _ in 0..2 {
+        let Ok((index, text)) = receiver.recv_timeout(TIMEOUT) else {
+            let _ = child.kill();
+            panic!("{program} {args:?} did not end within {TIMEOUT:?}");
+        };
+        texts[index] = text;
+    }
+    let code = child.wait().expect("a child that ends").code().unwrap_or(-1);
+    let [stdout, stderr] = texts;
+    Run { code, stdout, stderr }
+}
+
+/// A folder of one test with a text in it; removed at the end.
+struct Folder(PathBuf);
+
+impl Folder {
+    fn new(name: &str) -> Self {
+        let path = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("cli-{name}-{}", std::process::id()));
+        std::fs::create_dir_all(&path).unwrap();
+        std::fs::write(path.join("text"), "the quick brown fox jumps over the lazy dog.\n".repeat(40)).unwrap();
+        Self(path)
+    }
+
+    /// Runs `gpt` here: the tiny model on the text, `flags` overriding what is their own. No path here has a space.
+    fn gpt(&self, flags: &str) -> Run {
+        let own: Vec<&str> = flags.split_whitespace().collect();
+        let defaults: Vec<&str> = TINY.split_whitespace().chain(["--data", "text"]).collect();
+        let kept = defaults.chunks(2).filter(|pair| !own.contains(&pair[0])).flatten().copied();
+        run(GPT, &self.0, &kept.chain(own.iter().copied()).collect::<Vec<_>>())
+    }
+
+    /// Runs `gpt`, which must succeed, and gives its JSON log.
+    fn log(&self, flags: &str) -> Vec<Value> {
+        let run = self.gpt(&format!("{flags} --log-json log"));
+        assert_eq!(run.code, 0, "{flags}: {}", run.stderr);
+        let text = std::fs::read_to_string(self.0.join("log")).unwrap();
+        // So that no later run can be taken for this one.
+        std::fs::remove_file(self.0.join("log")).unwrap();
+        text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+    }
+
+    /// The losses of a run, which must succeed. A float's JSON is exact, so equal numbers are equal bits.
+    fn losses(&self, flags: &str) -> Vec<f64> {
+        self.log(flags).iter().filter_map(|line| line["loss"].as_f64()).collect()
+    }
+
+    fn files(&self) -> Vec<String> {
+        let entries = std::fs::read_dir(&self.0).unwrap();
+        let mut names: Vec<String> = entries.map(|e| e.unwrap().file_name().to_string_lossy().into_owned()).collect();
+        names.sort();
+        names
+    }
+}
+
+impl Drop for Folder {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
+}
+
+/// Each run must end with this code before it trains, with an `error: ` line that holds the first text and more help that
+/// holds the second, and leave no file, though it was to write a log and parameters.
+fn check_errors(folder: &Folder, code: i32, cases: &[(&str, &str, &str)]) {
+    let before = folder.files();
+    for (flags, error, help) in cases {
+        let saves = [("--save", "--save model"), ("--log-json", "--log-json log")];
+        let saves = saves.iter().filter(|(flag, _)| !flags.contains(flag)).map(|(_, all)| *all);
+        let run = folder.gpt(&format!("{flags} {}", saves.collect::<Vec<_>>().join(" ")));
+        assert_eq!(run.code, code, "{flags}: {}", run.stderr);
+        let (first, rest) = run.stderr.split_once('\n').unwrap();
+        assert!(first.starts_with("error: ") && first.contains(error), "{flags}: {first}");
+        assert!(rest.contains(help), "{flags}: {rest}");
+        assert!(!run.stdout.contains("loss"), "{flags}: {}", run.stdout);
+        assert_eq!(folder.files(), before, "{flags}");
+    }
+}
+
+#[test]
+fn flags_and_files_that_cannot_be_used() {
+    let folder = Folder::new("usage");
+    std::fs::write(folder.0.join("empty"), "").unwrap();
+    std::fs::write(folder.0.join("short"), "too short").unwrap();
+    std::fs::create_dir(folder.0.join("folder")).unwrap();
+    check_errors(
+        &folder,
+        2,
+        &[
+            ("--data missing", "cannot read data file missing", "--data"),
+            ("--data folder", "cannot read data file folder", "--data"),
+            ("--data empty", "data file empty is empty", "--data"),
+            ("--data short", "short is too short: 9 bytes", "smaller --context"),
+            ("--layer 3", "--layer", "'--layers'"),
+            ("--layers three", "'three' for '--layers", "--help"),
+            ("--lr NaN", "--lr must be finite", "--help"),
+            ("--width 15", "--width 15 is not a multiple of --heads 2", "--width 16"),
+            ("--mesh expert=2", "unknown mesh axis \"expert\": expected data, stage or tensor", "--help"),
+            ("--mesh data", "is not a list of axis=size", "--help"),
+            ("--schedule zigzag", "'zigzag' for '--schedule", "gpipe, 1f1b"),
+            ("--threads-per-device 65", "--threads-per-device must be at most 64, got 65", "--help"),
+            ("--save no/such/model", "cannot write no/such/model", "a folder that exists"),
+            ("--save folder", "cannot write folder", "a folder that exists"),
+            ("--log-json no/such/log", "cannot write log no/such/log", "a folder that exists"),
+            ("--init-from missing", "--init-from missing", "gpt --save"),
+            ("--init-from text", "text: not a complete safetensors file", "gpt --save"),
+        ],
+    );
+}
+
+#[test]
+fn plans_that_are_refused() {
+    check_errors(
+        &Folder::new("refused"),
+        78,
+        &[
+            ("--layers 3 --mesh stage=2", "--layers 3 is not a multiple of --mesh stage=2", "--layers 4"),
+            ("--batch 4 --micro-batches 3", "--batch 4 is not a multiple of --micro-batches 3", "--batch 6"),
+            ("--mesh data=65", "needs 65 devices, but there are 64", "mesh"),
+            ("--memory-mib 1 --width 64", "does not fit: a device has 1048576 bytes", "device 0: "),
+            // 13 TB at least.
+            ("--width 262144", "does not fit", "--memory-mib"),
+        ],
+    );
+}
+
+#[test]
+fn explain_prints_the_plan_and_stops() {
+    let folder = Folder::new("explain");
+    let run = folder.gpt("--explain --mesh stage=2 --micro-batches 2 --save model --log-json log");
+    assert_eq!((run.code, run.stderr.as_str()), (0, ""));
+    for part in
+        ["mesh data=1,stage=2,tensor=1: 2 devices; 1f1b, 2 micro-batches", "h.1.mlp.fc.weight", "memory (bytes)"]
+    {
+        assert!(run.stdout.contains(part), "no {part:?} in {}", run.stdout);
+    }
+    assert!(!run.stdout.contains("step 1/"), "{}", run.stdout);
+    assert_eq!(folder.files(), ["text"]);
+}
+
+#[test]
+fn the_log_tells_every_step_and_the_totals() {
+    let folder = Folder::new("log");
+    let log = folder.log("--steps 30 --lr 1e-2 --mesh data=2 --micro-batches 2");
+    assert_eq!(log.len(), 31);
+    for (step, line) in log[..30].iter().enumerate() {
+        assert_eq!(line["step"], step);
+        for key in ["loss", "grad_norm", "step_seconds", "tokens_per_second"] {
+            assert!(line[key].as_f64().is_some_and(|n| n > 0.0), "{key} in {line}");
+        }
+    }
+    let loss = |step: usize| log[step]["loss"].as_f64().unwrap();
+    // At first each of the 29 different letters is as likely.
+    assert!((loss(0) - 29f64.ln()).abs() < 0.2 && loss(29) < 0.8 * loss(0), "{} {}", loss(0), loss(29));
+    let totals = &log[30]["totals"];
+    assert_eq!((&totals["steps"], &totals["tokens"]), (&30.into(), &(30 * 4 * 8).into()));
+    assert_eq!(totals["final_loss"], log[29]["loss"]);
+    let devices = totals["devices"].as_array().unwrap();
+    assert_eq!(devices.len(), 2);
+    for (rank, device) in devices.iter().enumerate() {
+        let bytes = |key: &str| device[key].as_u64().unwrap();
+        let (planned, measured) = (bytes("planned_peak_bytes"), bytes("measured_peak_bytes"));
+        assert_eq!(device["device"], rank);
+        assert!(measured > 0 && measured <= planned, "{measured} of {planned} bytes");
+    }
+}
+
+#[test]
+fn saved_parameters_are_where_another_run_starts() {
+    let folder = Folder::new("save");
+    let first = folder.losses("--steps 30 --lr 1e-2 --save model");
+    // Files are whole tensors, so another mesh reads them.
+    let second = folder.losses("--init-from model --mesh data=2,tensor=2");
+    assert!(second[0] < 0.8 * first[0], "{} then {}", first[0], second[0]);
+    let again = folder.losses("--init-from model --seed 1");
+    assert!((again[0] - second[0]).abs() < 1e-4, "{} {}", again[0], second[0]);
+
+    std::fs::rename(folder.0.join("model"), folder.0.join("good")).unwrap();
+    let bytes = std::fs::read(folder.0.join("good")).unwrap();
+    std::fs::write(folder.0.join("cut"), &bytes[..bytes.len() / 2]).unwrap();
+    check_errors(
+        &folder,
+        2,
+        &[
+            ("--init-from good --width 32", "expected [29, 32], got [29, 16]", "--width"),
+            ("--init-from good --layers 3", "no tensor h.2", "--layers"),
+            ("--init-from cut", "cut: not a complete safetensors file", "gpt --save"),
+        ],
+    );
+}
+
+#[test]
+fn a_run_is_the_same_bits_again() {
+    let folder = Folder::new("bits");
+    let mesh = "--mesh data=2,stage=2,tensor=2 --micro-batches 2";
+    let first = folder.losses(mesh);
+    assert_eq!(first.len(), 4);
+    assert_eq!(folder.losses(mesh), first);
+    assert_eq!(folder.losses(&format!("{mesh} --schedule gpipe")), first);
+    assert_ne!(folder.losses(&format!("{mesh} --seed 1")), first);
+    let one = folder.losses("");
+    assert!(one.iter().zip(&first).all(|(a, b)| (a - b).abs() < 1e-4), "{one:?} {first:?}");
+    let pipeline = folder.losses("--mesh stage=2 --micro-batches 2");
+    assert_eq!(folder.losses("--micro-batches 2"), pipeline);
+    let dropped = folder.losses("--dropout 0.2 --clip 0.5");
+    assert_ne!(dropped, one);
+    assert!(dropped.iter().all(|loss| loss.is_finite()));
+}
+
+#[test]
+fn the_trained_model_writes() {
+    let folder = Folder::new("sample");
+    let written = |flags: &str| {
+        let run = folder.gpt(flags);
+        assert_eq!(run.code, 0, "{}", run.stderr);
+        assert!(run.stdout.contains(" 100/100  loss "), "{}", run.stdout);
+        let (_, text) = run.stdout.split_once("90 characters written by the model:\n").unwrap();
+        text.to_string()
+    };
+    let flags = "--steps 100 --lr 2e-2 --sample 90";
+    let text = written(flags);
+    assert_eq!(text.len(), 91, "{text}");
+    // The text is one sentence of nine words, over and over.
+    let words = "the quick brown fox jumps over the lazy dog.";
+    let known = text.split_whitespace().filter(|word| words.split(' ').any(|w| w == *word)).count();
+    assert!(known >= 6, "{known} words of the text in {text}");
+    assert_eq!(written(flags), text);
+}
+
+#[test]
+fn the_other_programs_run() {
+    let folder = Folder::new("others");
+    for (program, last) in [
+        (env!("CARGO_BIN_EXE_first_steps"), "step 100  loss 0.6"),
+        (env!("CARGO_BIN_EXE_custom_kernel"), "mesh data=2,tensor=2: the same losses"),
+    ] {
+        let run = run(program, &folder.0, &[]);
+        assert_eq!((run.code, run.stderr.as_str()), (0, ""), "{program}");
+        assert!(run.stdout.lines().last().is_some_and(|line| line.starts_with(last)), "{}", run.stdout);
+    }
+}

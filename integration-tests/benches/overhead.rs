@@ -1,0 +1,109 @@
+//! The share of a training step that is spent outside kernels: a step through the session, beside the same launches run
+//! straight on one stream, in turn. `cargo bench -p shardflow-integration-tests --bench overhead [-- THREADS]`.
+
+use std::sync::Arc;
+use std::sync::mpsc::channel;
+use std::time::Instant;
+
+use shardflow::graph::{AdamW, Graph};
+use shardflow::nn::{self, GptConfig};
+use shardflow::passes::{CompileOptions, compile};
+use shardflow::placement::Mesh;
+use shardflow::plan::{ActionKey, BaseKey, Plan};
+use shardflow::session::{Session, SessionOptions};
+use shardflow_kernels::collective::in_process::InProcess;
+use shardflow_kernels::device::Device;
+use shardflow_kernels::memory::{Arena, Base};
+use shardflow_kernels::op::Program;
+use shardflow_kernels::stream::{Notice, Stream, Submission};
+use shardflow_kernels::tensor::{DType, HostTensor};
+
+const CONFIG: GptConfig =
+    GptConfig { vocabulary: 65, layers: 4, heads: 4, width: 128, context: 64, batch: 12, dropout: 0.0 };
+const ROUNDS: usize = 60;
+
+fn plan(threads_per_device: usize) -> Plan {
+    let mesh = Mesh::parse("data=1").expect("a mesh");
+    let mut graph = Graph::new(&mesh);
+    let logits = nn::gpt(&mut graph, &CONFIG);
+    let layout = nn::batch_layout(&graph);
+    let targets = graph.input("targets", &[CONFIG.batch, CONFIG.context], DType::I32, layout);
+    let loss = graph.cross_entropy(logits, targets);
+    graph.minimize(loss, AdamW::default());
+    compile(graph, &CompileOptions { threads_per_device, ..CompileOptions::default() }).expect("a plan")
+}
+
+/// The compute actor's programs with their bases, every register having one slot.
+fn bound(plan: &Plan, arena: &Arena) -> Vec<(Arc<Program>, Vec<Base>)> {
+    let mut out = Vec::new();
+    for (index, (actor, actions)) in plan.spec.actors.iter().zip(&plan.actions).enumerate() {
+        for (action, spec) in actions.iter().zip(&actor.actions) {
+            if !matches!(action.key, ActionKey::Forward | ActionKey::Backward | ActionKey::Update) {
+                continue;
+            }
+            let scratch = plan.memory[0].scratch.iter().find(|(id, _)| id.0 as usize == index).map_or(0, |(_, s)| s.0);
+            let offset = |base: &BaseKey| match base {
+                BaseKey::Fixed => 0,
+                BaseKey::Scratch => scratch,
+                BaseKey::Input(port) => plan.register_place(spec.inputs[*port].register).offset,
+                BaseKey::Output(port) => plan.register_place(spec.outputs[*port].register).offset,
+            };
+            let bases = action.bases.iter().map(|b| Base { arena: arena.clone(), offset: offset(b) }).collect();
+            let program = Program { name: action.name.clone(), launches: action.launches.clone(), signals: Vec::new() };
+            out.push((Arc::new(program), bases));
+        }
+    }
+    out
+}
+
+/// One step's launches with nobody between them.
+fn direct(stream: &Stream, programs: &[(Arc<Program>, Vec<Base>)]) -> f64 {
+    let begin = Instant::now();
+    let (sender, receiver) = channel();
+    for (program, bases) in programs {
+        let (program, bases, sender) = (program.clone(), bases.clone(), sender.clone());
+        let notify = Box::new(move |notice| drop(sender.send(notice)));
+        stream.submit(Submission { program, bases, repeat: false, notify }).expect("the stream is open");
+    }
+    for _ in programs {
+        assert_eq!(receiver.recv(), Ok(Notice::Done));
+    }
+    begin.elapsed().as_secs_f64()
+}
+
+fn median(mut seconds: Vec<f64>) -> f64 {
+    seconds.sort_by(f64::total_cmp);
+    seconds[seconds.len() / 2]
+}
+
+fn main() {
+    let threads = std::env::args().skip(1).find_map(|a| a.parse().ok()).unwrap_or(1);
+    let plan = plan(threads);
+    let device = Device::cpu(0, threads, Arc::new(InProcess::new()));
+    let stream = device.stream("direct", threads).expect("a thread");
+    let arena = device.arena(plan.memory[0].total_bytes).expect("memory");
+    let programs = bound(&plan, &arena);
+    let mut session = Session::start(plan, &SessionOptions::default()).expect("a session");
+    let tokens = CONFIG.batch * CONFIG.context;
+    let ids = HostTensor::i32(&[CONFIG.batch, CONFIG.context], (0..tokens).map(|i| (i * 7 % 65) as i32).collect());
+    let mut step = || {
+        let begin = Instant::now();
+        session.step(&[("ids", ids.clone()), ("targets", ids.clone())], 1e-3).expect("a step");
+        begin.elapsed().as_secs_f64()
+    };
+    let (mut through, mut straight) = (Vec::new(), Vec::new());
+    for round in 0..ROUNDS + 5 {
+        let pair = (step(), direct(&stream, &programs));
+        if round >= 5 {
+            through.push(pair.0);
+            straight.push(pair.1);
+        }
+    }
+    let (through, straight) = (median(through), median(straight));
+    println!(
+        "{threads} threads: a step takes {:.2} ms, its kernels {:.2} ms: {:.1} % outside kernels",
+        through * 1e3,
+        straight * 1e3,
+        100.0 * (1.0 - straight / through)
+    );
+}
