@@ -117,7 +117,7 @@ fn disjoint(plan: &Plan) -> Result<(), PlanError> {
     for (device, mut parts) in parts.into_iter().enumerate() {
         parts.retain(|part| part.0 < part.1);
         parts.sort();
-        for pair in parts.windows(2).filter(|pair| pair[0].1 > pair[1].0) {
+        if let Some(pair) = parts.windows(2).find(|pair| pair[0].1 > pair[1].0) {
             let (first, second) = (pair[0].2.clone(), pair[1].2.clone());
             return Err(PlanError::Overlap { device, first, end: pair[0].1, second, start: pair[1].0 });
         }
