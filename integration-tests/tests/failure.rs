@@ -145,6 +145,11 @@ fn check(mesh: &'static str, schedule: Schedule, devices: &'static [usize], how:
             Err(SessionError::Failed(again)) => assert_eq!(again, first),
             other => panic!("mesh {mesh}: {other:?}"),
         }
+        // Half a step is in the parameters: they are not to be had, and no file is replaced by them.
+        assert_eq!(failure(session.parameters().expect_err("the session had failed")), first, "mesh {mesh}");
+        let path = std::env::temp_dir().join(format!("shardflow-failed-{}-{mesh}", std::process::id()));
+        assert_eq!(failure(session.save(&path).expect_err("the session had failed")), first, "mesh {mesh}");
+        assert!(!path.exists());
         let end = failure(session.shutdown().expect_err("the session had failed"));
         assert_eq!(end, first, "mesh {mesh}");
     });
@@ -205,8 +210,9 @@ fn a_token_outside_the_vocabulary_is_named() {
                     batch[place].1 = HostTensor::i32(&[model.batch, model.context], values);
                     let text = session.step(&batch, LEARNING_RATE).expect_err("no such token").to_string();
                     let vocabulary = vocabulary();
-                    let want =
-                        format!("input {input}: expected tokens of a vocabulary of {vocabulary}, got token {bad} at [1, 5]");
+                    let want = format!(
+                        "input {input}: expected tokens of a vocabulary of {vocabulary}, got token {bad} at [1, 5]"
+                    );
                     assert_eq!(text, want, "mesh {mesh}");
                 }
             }

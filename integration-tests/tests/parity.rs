@@ -6,7 +6,9 @@ use std::collections::BTreeMap;
 use shardflow::passes::CompileOptions;
 use shardflow::plan::Schedule::{GPipe, OneFOneB};
 use shardflow_integration_tests::reference;
-use shardflow_integration_tests::training::{Model, ONE, Scratch, TEXT, Trained, options, relative, vocabulary, within};
+use shardflow_integration_tests::training::{
+    Model, ONE, Scratch, TEXT, Trained, options, relative, vocabulary, within,
+};
 
 const STEPS: usize = 20;
 /// Relative difference of losses between layouts, at the first step and over all.
@@ -86,7 +88,7 @@ fn a_batch_need_not_divide_over_data() {
 /// A micro-batch of one sample on three devices.
 #[test]
 fn devices_may_have_nothing_to_do() {
-    check_meshes(Model { batch: 2, ..Model::default() }, &["data=3", "data=3,stage=2"], 2);
+    check_meshes(Model { batch: 2, ..Model::default() }, &["data=3", "data=3,stage=2", "data=3,stage=4"], 2);
 }
 
 #[test]
@@ -169,7 +171,9 @@ fn gradients_are_those_of_the_float64_reference() {
         let model = Model::default();
         let (_, want) = reference::first_step(&model.reference(), TEXT.as_bytes());
         let norm = want.values().flatten().map(|g| g * g).sum::<f64>().sqrt();
-        for (mesh, micro_batches) in [(ONE, 1), (ONE, 4), ("data=3", 2), ("tensor=3", 2), ("data=2,stage=2,tensor=2", 2)] {
+        for (mesh, micro_batches) in
+            [(ONE, 1), (ONE, 4), ("data=3", 2), ("tensor=3", 2), ("data=2,stage=2,tensor=2", 2)]
+        {
             let (got, reported) = first_gradients(&model, mesh, &options(micro_batches, OneFOneB));
             assert!(relative(reported, norm) < 1e-5, "mesh {mesh:?}: norm {reported} against {norm}");
             assert_eq!(got.keys().collect::<Vec<_>>(), want.keys().collect::<Vec<_>>());
