@@ -58,8 +58,9 @@ fn check(mesh: &'static str, micro_batches: usize) -> Vec<u64> {
         let model = Model::default();
         let mut session = model.session(mesh, &options(micro_batches, shardflow::plan::Schedule::OneFOneB));
         let want = predicted(session.plan());
-        let counted =
-            |s: &shardflow::session::Session| s.metrics().devices.iter().map(|d| d.collective_bytes).collect::<Vec<_>>();
+        let counted = |s: &shardflow::session::Session| {
+            s.metrics().devices.iter().map(|d| d.collective_bytes).collect::<Vec<_>>()
+        };
         for step in 1..=3 {
             model.step(&mut session);
             let want: Vec<u64> = want.iter().map(|b| b * step).collect();

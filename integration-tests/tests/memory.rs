@@ -44,7 +44,8 @@ fn the_measured_peak_is_the_planned_one_within_a_tenth() {
                         .filter(|r| r.slots_peak < r.slots && r.name.starts_with(&format!("device {} ", device.device)))
                         .map(|r| format!("{}: {} of {} x {}", r.name, r.slots_peak, r.slots, r.slot_bytes))
                         .collect();
-                    let what = format!("mesh {mesh}, {schedule:?}, {micro_batches} micro-batches, {device:?}: {idle:#?}");
+                    let what =
+                        format!("mesh {mesh}, {schedule:?}, {micro_batches} micro-batches, {device:?}: {idle:#?}");
                     assert!(measured <= planned && measured * 10 >= planned * 9, "{what}");
                 }
             }
@@ -76,7 +77,9 @@ fn a_plan_that_does_not_fit_is_refused_with_the_numbers() {
     let error = compile_in(needed - 1).expect_err("a byte is missing");
     assert!(matches!(error, CompileError::Plan(PlanError::Memory { .. })), "{error}");
     let text = error.to_string();
-    for part in [&format!("a device has {} bytes", needed - 1), "device 0: ", "device 1: ", &format!("{needed} bytes = ")] {
+    for part in
+        [&format!("a device has {} bytes", needed - 1), "device 0: ", "device 1: ", &format!("{needed} bytes = ")]
+    {
         assert!(text.contains(part), "no {part:?} in: {text}");
     }
 }

@@ -262,3 +262,6 @@ impl Graph {
         self.nodes.iter().filter(is_parameter).map(|n| n.outputs[0]).collect()
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -170,3 +170,6 @@ impl Plan {
         self.registers[id.0 as usize]
     }
 }
+
+#[cfg(test)]
+mod tests;

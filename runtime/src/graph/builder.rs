@@ -148,7 +148,8 @@ impl Graph {
         match Einsum::parse(spec) {
             Ok(e) => self.kernel("einsum", Op::Einsum(e), &[a, b], location)[0],
             Err(e) => {
-                self.error("einsum", e.to_string(), location);
+                let text = e.to_string();
+                self.error("einsum", text.strip_prefix("einsum: ").unwrap_or(&text).to_string(), location);
                 self.poison(&[])
             }
         }
@@ -408,7 +409,8 @@ impl Graph {
             }
             Err(e) => {
                 if !self.is_poisoned(inputs) {
-                    self.error(name, e.to_string(), location);
+                    let shapes: Vec<String> = inputs.iter().map(|v| format!("{:?}", self.shape(*v))).collect();
+                    self.error(name, format!("{e}; the inputs have shapes {}", shapes.join(", ")), location);
                 }
                 (0..outputs).map(|_| self.poison(&[])).collect()
             }

@@ -30,7 +30,7 @@ fn signature(call: &CollectiveCall) -> String {
 /// Checks the whole plan: for each group and action, the calls of every member in launch order. That the actions come in
 /// one order on all members is the ordered firing's part, and is checked with it.
 pub fn check(plan: &Plan) -> Result<(), Disagreement> {
-    let mut seen: BTreeMap<(u32, ActionKey), (usize, String)> = BTreeMap::new();
+    let mut seen: BTreeMap<(u32, ActionKey), (usize, Vec<String>)> = BTreeMap::new();
     for (actor, actions) in plan.spec.actors.iter().zip(&plan.actions) {
         for action in actions {
             let mut calls: BTreeMap<u32, Vec<String>> = BTreeMap::new();
@@ -40,10 +40,15 @@ pub fn check(plan: &Plan) -> Result<(), Disagreement> {
                 }
             }
             for (group, calls) in calls {
-                let mine = (actor.device, format!("{} {}", action.name, calls.join(", ")));
-                let first = seen.entry((group, action.key)).or_insert_with(|| mine.clone());
-                if first.1 != mine.1 {
-                    return Err(Disagreement { group, first: first.clone(), second: mine });
+                let first = seen.entry((group, action.key)).or_insert_with(|| (actor.device, calls.clone()));
+                let longest = first.1.len().max(calls.len());
+                if let Some(at) = (0..longest).find(|i| first.1.get(*i) != calls.get(*i)) {
+                    let call = |calls: &[String]| {
+                        let call = calls.get(at).map_or("nothing", String::as_str);
+                        format!("{call} as call {at} of {}", action.name)
+                    };
+                    let (first, second) = ((first.0, call(&first.1)), (actor.device, call(&calls)));
+                    return Err(Disagreement { group, first, second });
                 }
             }
         }

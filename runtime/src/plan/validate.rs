@@ -8,7 +8,7 @@ use shardflow_kernels::op::Launch;
 use shardflow_kernels::tensor::element_count;
 
 use crate::plan::collective_order::{self, Disagreement};
-use crate::plan::{BaseKey, Plan};
+use crate::plan::{BaseKey, DeviceMemory, Plan};
 
 /// Why a plan is refused.
 #[derive(Clone, Debug, thiserror::Error)]
@@ -46,6 +46,20 @@ pub enum PlanError {
         /// Bytes there are.
         size: usize,
     },
+    /// Two parts of a device's arena share bytes: a bug of the planner.
+    #[error("device {device}: {first} ends at byte {end}, past the start of {second} at byte {start}")]
+    Overlap {
+        /// Rank of the device.
+        device: usize,
+        /// The part that begins first.
+        first: String,
+        /// Its end.
+        end: usize,
+        /// The next part, or the end of the arena.
+        second: String,
+        /// Its start.
+        start: usize,
+    },
 }
 
 /// Steps of the token game: enough for every register to go round.
@@ -58,6 +72,7 @@ const STEPS: u32 = 2;
 pub fn validate(plan: &Plan, memory_bytes: Option<usize>) -> Result<(), PlanError> {
     collective_order::check(plan).map_err(PlanError::CollectiveOrder)?;
     bounds(plan)?;
+    disjoint(plan)?;
     memory(plan, memory_bytes)?;
     let spec = Arc::new(plan.spec.clone());
     let liveness = |e: SimulationError| PlanError::Liveness(e.to_string());
@@ -70,7 +85,7 @@ fn memory(plan: &Plan, memory_bytes: Option<usize>) -> Result<(), PlanError> {
     if plan.memory.iter().all(|m| m.total_bytes <= budget) {
         return Ok(());
     }
-    let row = |(device, m): (usize, &crate::plan::DeviceMemory)| {
+    let row = |(device, m): (usize, &DeviceMemory)| {
         let scratch: usize = m.scratch.values().map(|s| s.1).sum();
         format!(
             "  device {device}: {} bytes = {} fixed + {} in registers + {scratch} scratch\n",
@@ -78,6 +93,36 @@ fn memory(plan: &Plan, memory_bytes: Option<usize>) -> Result<(), PlanError> {
         )
     };
     Err(PlanError::Memory { budget, table: plan.memory.iter().enumerate().map(row).collect() })
+}
+
+/// Fixed tensors, slots and scratch of a device share no byte, and end within its arena.
+fn disjoint(plan: &Plan) -> Result<(), PlanError> {
+    let ends = |m: &DeviceMemory| {
+        vec![
+            (0, m.fixed_bytes, "fixed tensors".to_string()),
+            (m.total_bytes, usize::MAX, "the end of the arena".into()),
+        ]
+    };
+    let mut parts: Vec<Vec<(usize, usize, String)>> = plan.memory.iter().map(ends).collect();
+    for (place, register) in plan.registers.iter().zip(&plan.spec.registers) {
+        let end = place.offset + place.stride * register.slots as usize;
+        parts[place.device].push((place.offset, end, format!("register '{}'", register.name)));
+    }
+    for (memory, parts) in plan.memory.iter().zip(&mut parts) {
+        let scratch = memory.scratch.iter().map(|(actor, (start, bytes))| {
+            (*start, start + bytes, format!("scratch of {}", plan.spec.actors[actor.0 as usize].name))
+        });
+        parts.extend(scratch);
+    }
+    for (device, mut parts) in parts.into_iter().enumerate() {
+        parts.retain(|part| part.0 < part.1);
+        parts.sort();
+        if let Some(pair) = parts.windows(2).find(|pair| pair[0].1 > pair[1].0) {
+            let (first, second) = (pair[0].2.clone(), pair[1].2.clone());
+            return Err(PlanError::Overlap { device, first, end: pair[0].1, second, start: pair[1].0 });
+        }
+    }
+    Ok(())
 }
 
 /// Every buffer lies within what its base names.

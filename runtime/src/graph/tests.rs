@@ -1,0 +1,413 @@
+//! What users are told about programs that cannot be, with their own lines; and plans explained.
+//! Locations are shown as the source line that they name, so that a wrong one shows and a moved one does not.
+
+use expect_test::{Expect, expect};
+use shardflow_kernels::tensor::DType;
+
+use super::builder::Layout;
+use super::{AdamW, Graph, Var};
+use crate::init::Init;
+use crate::nn::{self, GptConfig, Parallel};
+use crate::passes::{Boxing, CompileOptions, compile};
+use crate::placement::Mesh;
+use crate::plan::Schedule;
+
+/// Puts the source line in the place of every `tests.rs:LINE`.
+fn with_source_lines(text: &str) -> String {
+    let source: Vec<&str> = include_str!("tests.rs").lines().collect();
+    let mut parts = text.split("runtime/src/graph/tests.rs:");
+    let mut out = parts.next().unwrap_or_default().to_string();
+    for part in parts {
+        let digits = part.chars().take_while(char::is_ascii_digit).count();
+        let line: usize = part[..digits].parse().expect("a line number follows");
+        out.push_str(&format!("`{}`{}", source[line - 1].trim(), &part[digits..]));
+    }
+    out
+}
+
+fn compiled(mesh: &str, options: &CompileOptions, build: impl FnOnce(&mut Graph)) -> String {
+    let mut g = Graph::new(&Mesh::parse(mesh).expect("a mesh"));
+    build(&mut g);
+    match compile(g, options) {
+        Ok(_) => "it compiles".into(),
+        Err(e) => with_source_lines(&e.to_string()),
+    }
+}
+
+fn check_with(mesh: &str, options: &CompileOptions, build: impl FnOnce(&mut Graph), expect: Expect) {
+    expect.assert_eq(&compiled(mesh, options, build));
+}
+
+fn check(mesh: &str, build: impl FnOnce(&mut Graph), expect: Expect) {
+    check_with(mesh, &CompileOptions::default(), build, expect);
+}
+
+#[track_caller]
+fn floats(g: &mut Graph, name: &str, shape: &[usize]) -> Var {
+    g.input(name, shape, DType::F32, Layout::broadcast())
+}
+
+const GPT: GptConfig = GptConfig { vocabulary: 8, layers: 2, heads: 2, width: 4, context: 3, batch: 4, dropout: 0.0 };
+
+#[test]
+fn shapes_that_do_not_fit() {
+    check(
+        "data=1",
+        |g| {
+            let (a, b) = (floats(g, "a", &[4, 6]), floats(g, "b", &[4]));
+            g.add(a, b);
+        },
+        expect![[r#"
+            add: cannot add [4] to [4, 6]: the second shape must be a suffix of the first
+              at `g.add(a, b);`"#]],
+    );
+    check(
+        "data=1",
+        |g| {
+            let (a, b) = (floats(g, "a", &[4, 6]), floats(g, "b", &[5, 7]));
+            g.einsum("ik,kj->ij", a, b);
+        },
+        expect![[r#"
+            einsum: rule ik,kj->ij: k is 5 in input 1 but 6 in input 0; the inputs have shapes [4, 6], [5, 7]
+              at `g.einsum("ik,kj->ij", a, b);`"#]],
+    );
+    check(
+        "data=1",
+        |g| {
+            let (a, b) = (floats(g, "a", &[4, 6]), floats(g, "b", &[6, 7]));
+            g.einsum("ik,kj>ij", a, b);
+        },
+        expect![[r#"
+            einsum: subscripts: expected a,b->out, got ik,kj>ij
+              at `g.einsum("ik,kj>ij", a, b);`"#]],
+    );
+    check(
+        "data=1",
+        |g| {
+            let (x, weight) = (floats(g, "x", &[4, 6]), floats(g, "weight", &[5]));
+            g.layer_norm(x, weight, 1e-5);
+        },
+        expect![[r#"
+            layer_norm: rule ac,c->ac,a,a: c is 5 in input 1 but 6 in input 0; the inputs have shapes [4, 6], [5]
+              at `g.layer_norm(x, weight, 1e-5);`"#]],
+    );
+    check(
+        "data=1",
+        |g| {
+            let (logits, targets) = (floats(g, "logits", &[4, 6]), floats(g, "targets", &[3]));
+            g.cross_entropy(logits, targets);
+        },
+        expect![[r#"
+            sum_exp: rule av,a,a->a,a: a is 3 in input 2 but 4 in input 0; the inputs have shapes [4, 6], [4], [3]
+              at `g.cross_entropy(logits, targets);`"#]],
+    );
+}
+
+/// Errors inside layers name the line that asked for the layer.
+#[test]
+fn layers_name_the_line_that_asked_for_them() {
+    check(
+        "data=1",
+        |g| {
+            let x = floats(g, "x", &[4, 6]);
+            nn::linear(g, "head", x, 3, Parallel::Replicated);
+        },
+        expect![[r#"
+            einsum: rule btc,oc->bto: input 0 is "btc", 3 dims, got shape [4, 6]; the inputs have shapes [4, 6], [3, 6]
+              at `nn::linear(g, "head", x, 3, Parallel::Replicated);`"#]],
+    );
+    check(
+        "data=1",
+        |g| {
+            let x = floats(g, "x", &[2, 3, 6]);
+            nn::attention(g, "h.0.attn", x, 4, None);
+        },
+        expect![[r#"
+            h.0.attn: a width of 6 does not divide into 4 heads; choose a multiple of 4
+              at `nn::attention(g, "h.0.attn", x, 4, None);`"#]],
+    );
+    check(
+        "stage=3",
+        |g| {
+            nn::gpt(g, &GptConfig { layers: 4, ..GPT });
+        },
+        expect![[r#"
+            gpt: 4 layers do not divide over 3 stages; choose a number of layers that is a multiple of 3
+              at `nn::gpt(g, &GptConfig { layers: 4, ..GPT });`"#]],
+    );
+    check(
+        "data=1",
+        |g| {
+            nn::gpt(g, &GptConfig { heads: 3, layers: 1, ..GPT });
+        },
+        expect![[r#"
+            h.0.attn: a width of 4 does not divide into 3 heads; choose a multiple of 3
+              at `nn::gpt(g, &GptConfig { heads: 3, layers: 1, ..GPT });`"#]],
+    );
+}
+
+#[test]
+fn layouts_that_do_not_fit() {
+    check(
+        "data=2",
+        |g| {
+            g.input("x", &[4, 6], DType::F32, Layout::split("tensor", 0));
+        },
+        expect![[r#"
+            x: layout names the mesh axis `tensor`, but the placement has ["data"]
+              at `g.input("x", &[4, 6], DType::F32, Layout::split("tensor", 0));`"#]],
+    );
+    check(
+        "data=2",
+        |g| {
+            g.parameter("weight", &[4, 6], Init::Ones, Layout::split("data", 2));
+        },
+        expect![[r#"
+            weight: layout splits dim 2 over `data`, but the shape [4, 6] has 2 dims
+              at `g.parameter("weight", &[4, 6], Init::Ones, Layout::split("data", 2));`"#]],
+    );
+    check(
+        "data=2",
+        |g| {
+            let x = floats(g, "x", &[4, 6]);
+            g.relayout(x, Layout::split("data", 0).and_split("tensor", 1));
+        },
+        expect![[r#"
+            relayout: layout names the mesh axis `tensor`, but the placement has ["data"]
+              at `g.relayout(x, Layout::split("data", 0).and_split("tensor", 1));`"#]],
+    );
+    check(
+        "data=2",
+        |g| {
+            g.place_at("stage", 1);
+            g.place_at("data", 2);
+        },
+        expect![[r#"
+            placement: no mesh axis stage; there are: data
+              at `g.place_at("stage", 1);`
+            placement: mesh axis data has size 2, no coordinate 2
+              at `g.place_at("data", 2);`"#]],
+    );
+}
+
+#[test]
+fn programs_that_make_no_sense() {
+    check(
+        "data=1",
+        |g| {
+            g.parameter("weight", &[4], Init::Ones, Layout::broadcast());
+            g.parameter("weight", &[5], Init::Ones, Layout::broadcast());
+        },
+        expect![[r#"
+            weight: a parameter of this name is there already; give each its own name
+              at `g.parameter("weight", &[5], Init::Ones, Layout::broadcast());`"#]],
+    );
+    check(
+        "data=1",
+        |g| {
+            let x = floats(g, "x", &[4]);
+            g.minimize(x, AdamW::default());
+        },
+        expect![[r#"
+            minimize: the loss has shape [4]: only a scalar can be minimised
+              at `g.minimize(x, AdamW::default());`"#]],
+    );
+    check(
+        "data=1",
+        |g| {
+            let weight = g.parameter("weight", &[4, 6], Init::Ones, Layout::broadcast());
+            g.saved_as(weight, &[5, 5]);
+            g.dropout(weight, 1.0, 0);
+        },
+        expect![[r#"
+            saved_as: shape [4, 6] cannot be saved as [5, 5]: the numbers of elements differ
+              at `g.saved_as(weight, &[5, 5]);`
+            dropout: p is 1: it must be at least 0 and below 1
+              at `g.dropout(weight, 1.0, 0);`"#]],
+    );
+    check_with(
+        "data=1",
+        &CompileOptions { micro_batches: 3, ..CompileOptions::default() },
+        |g| {
+            floats(g, "x", &[4, 6]);
+        },
+        expect![[r#"
+            x: a batch of 4 does not divide into 3 micro-batches; choose a batch that is a multiple of 3
+              at `floats(g, "x", &[4, 6]);`"#]],
+    );
+    check_with(
+        "data=2,tensor=4",
+        &CompileOptions { devices: 4, ..CompileOptions::default() },
+        |g| {
+            floats(g, "x", &[4, 6]);
+        },
+        expect!["mesh data=2,tensor=4 needs 8 devices, but there are 4; choose a smaller mesh"],
+    );
+}
+
+/// One compile tells all; what follows from an error is not told again.
+#[test]
+fn errors_are_told_together_and_once() {
+    check(
+        "data=2",
+        |g| {
+            let (a, b) = (floats(g, "a", &[4, 6]), floats(g, "b", &[4]));
+            let wrong = g.add(a, b);
+            let wrong = g.gelu(wrong);
+            g.layer_norm(wrong, b, 1e-5);
+            g.parameter("weight", &[4, 6], Init::Ones, Layout::split("tensor", 0));
+            let loss = g.einsum("ij,ij->i", a, a);
+            g.minimize(loss, AdamW::default());
+        },
+        expect![[r#"
+            add: cannot add [4] to [4, 6]: the second shape must be a suffix of the first
+              at `let wrong = g.add(a, b);`
+            weight: layout names the mesh axis `tensor`, but the placement has ["data"]
+              at `g.parameter("weight", &[4, 6], Init::Ones, Layout::split("tensor", 0));`
+            einsum: subscripts: expected index i in exactly two of the three terms, got ij,ij->i
+              at `let loss = g.einsum("ij,ij->i", a, a);`"#]],
+    );
+}
+
+/// The weight of a norm is needed whole: under `Explicit` that must be written, else it is made and listed.
+#[test]
+fn a_layout_that_no_rule_allows() {
+    let build = |g: &mut Graph| {
+        let x = floats(g, "x", &[2, 3, 4]);
+        let weight = g.parameter("norm.weight", &[4], Init::Ones, Layout::split("tensor", 0));
+        let x = g.layer_norm(x, weight, 1e-5);
+        g.output("y", x);
+    };
+    check_with(
+        "tensor=2",
+        &CompileOptions { boxing: Boxing::Explicit, ..CompileOptions::default() },
+        build,
+        expect![[r#"
+        layer_norm: norm.weight would need a change of layout that the program does not write: all-gather over tensor: (S0) -> (B), 8 bytes; write it with `relayout`, or compile with `Boxing::Automatic`
+          at `let x = g.layer_norm(x, weight, 1e-5);`"#]],
+    );
+    let explained = explain("tensor=2", &CompileOptions::default(), build);
+    let changes = explained.lines().skip_while(|l| !l.starts_with("layout changes")).take_while(|l| !l.is_empty());
+    expect![[r#"
+        layout changes (bytes into the busiest device; per micro-batch, in update per step)
+          forward  x: slice over tensor: (B) -> (S0), 0 bytes  (`let x = g.layer_norm(x, weight, 1e-5);`)
+          forward  norm.weight: all-gather over tensor: (S0) -> (B), 8 bytes  (`let x = g.layer_norm(x, weight, 1e-5);`)"#]].assert_eq(&changes.collect::<Vec<_>>().join("\n"));
+}
+
+fn explain(mesh: &str, options: &CompileOptions, build: impl FnOnce(&mut Graph)) -> String {
+    let mut g = Graph::new(&Mesh::parse(mesh).expect("a mesh"));
+    build(&mut g);
+    with_source_lines(&compile(g, options).unwrap_or_else(|e| panic!("{e}")).explain())
+}
+
+/// A classifier of two layers, by column and by row where there is a tensor axis.
+fn classifier(g: &mut Graph) {
+    let tensor = g.mesh().axis("tensor").is_ok();
+    let parallel = |p| if tensor { p } else { Parallel::Replicated };
+    let layout = nn::batch_layout(g);
+    let ids = g.input("ids", &[8, 3], DType::I32, layout.clone());
+    let x = nn::embedding(g, "table", ids, 5, 4, Parallel::Replicated);
+    let x = nn::linear(g, "up", x, 16, parallel(Parallel::Column("tensor")));
+    let x = g.gelu(x);
+    let logits = nn::linear(g, "down", x, 5, parallel(Parallel::Row("tensor")));
+    let targets = g.input("targets", &[8, 3], DType::I32, layout);
+    let loss = g.cross_entropy(logits, targets);
+    g.minimize(loss, AdamW::default());
+}
+
+#[test]
+fn explain_on_one_device() {
+    expect![[r#"
+        mesh data=1: 1 devices; 1f1b, 1 micro-batches a step
+        placement 0: devices [0] as data=1, 1 micro-batches in flight
+
+        parameters
+          table.weight             [5, 4]           (B) on placement 0
+          up.weight                [16, 4]          (B) on placement 0
+          down.weight              [5, 16]          (B) on placement 0
+
+        layout changes (bytes into the busiest device; per micro-batch, in update per step)
+
+        actors
+          device 0 compute, by credit
+            forward: 1 a step, 7 launches, reads 3 registers, writes 2
+            backward: 1 a step, 8 launches, reads 3 registers, writes 1
+            update: 1 a step, 8 launches, reads 2 registers, writes 3
+          device 0 copy, by credit
+            feed (MicroBatch): 1 a step, 1 launches, reads 0 registers, writes 1
+            feed (Step): 1 a step, 1 launches, reads 0 registers, writes 1
+            fetch (Step): 1 a step, 1 launches, reads 2 registers, writes 0
+
+        registers (slots x bytes)
+          device 0 feed (MicroBatch)/ids (+1): 1 x 256 -> device 0 compute forward, device 0 compute backward
+          device 0 parameters/table.weight: 1 x 128 -> device 0 compute forward
+          device 0 forward/embedding.2 (+5): 1 x 4224 -> device 0 compute backward
+          device 0 parameters/up.weight (+1): 1 x 576 -> device 0 compute forward, device 0 compute backward
+          device 0 forward/loss.sum.20: 1 x 64 -> device 0 copy fetch (Step)
+          device 0 backward/einsum_grad.sum.21 (+2): 1 x 704 -> device 0 compute update
+          device 0 update/grad_squares.24: 1 x 64 -> device 0 copy fetch (Step)
+          device 0 feed (Step)/hyper: 1 x 64 -> device 0 compute update
+
+        memory (bytes)
+          device 0: 10560 = 1408 fixed + 6080 in registers + 3072 scratch
+    "#]]
+    .assert_eq(&explain("data=1", &CompileOptions::default(), classifier));
+}
+
+#[test]
+fn explain_on_data_and_tensor_parallel_devices() {
+    let options = CompileOptions { micro_batches: 2, schedule: Schedule::GPipe, ..CompileOptions::default() };
+    let text = explain("data=2,tensor=2", &options, classifier);
+    // Devices 1 to 3 are like device 0, and what an actor does stands under it, further in.
+    let is_other = |line: &str| ["device 1", "device 2", "device 3"].iter().any(|d| line.trim_start().starts_with(d));
+    let mut shown: Vec<&str> = Vec::new();
+    let mut hidden = false;
+    for line in text.lines() {
+        hidden = if line.starts_with("    ") { hidden } else { is_other(line) };
+        if !hidden {
+            shown.push(line);
+        }
+    }
+    expect![[r#"
+        mesh data=2,tensor=2: 4 devices; gpipe, 2 micro-batches a step
+        placement 0: devices [0, 1, 2, 3] as data=2,tensor=2, 2 micro-batches in flight
+
+        parameters
+          table.weight             [5, 4]           (B, B) on placement 0
+          up.weight                [16, 4]          (B, S0) on placement 0
+          down.weight              [5, 16]          (B, S1) on placement 0
+
+        layout changes (bytes into the busiest device; per micro-batch, in update per step)
+          forward  einsum.7: all-reduce over tensor: (S0, P) -> (S0, B), 120 bytes  (`let loss = g.cross_entropy(logits, targets);`)
+          update   bucket 0: all-reduce of 2 gradients over data, while backward runs
+          update   bucket 1: all-reduce of 1 gradients over data+tensor, while backward runs
+
+        actors
+          device 0 compute, in order: 2 forward, 2 backward, update
+            forward: 2 a step, 8 launches, reads 3 registers, writes 2
+            backward: 2 a step, 8 launches, reads 3 registers, writes 2
+            update: 1 a step, 8 launches, reads 5 registers, writes 3
+          device 0 communication, in order: all-reduce bucket 0, all-reduce bucket 1
+            all-reduce bucket 0: 1 a step, 1 launches, reads 1 registers, writes 1
+            all-reduce bucket 1: 1 a step, 1 launches, reads 1 registers, writes 1
+          device 0 copy, by credit
+            feed (MicroBatch): 2 a step, 1 launches, reads 0 registers, writes 1
+            feed (Step): 1 a step, 1 launches, reads 0 registers, writes 1
+            fetch (Step): 1 a step, 1 launches, reads 2 registers, writes 0
+
+        registers (slots x bytes)
+          device 0 all-reduce bucket 0/done: 1 x 0 -> device 0 compute update
+          device 0 all-reduce bucket 1/done: 1 x 0 -> device 0 compute update
+          device 0 feed (MicroBatch)/ids (+1): 2 x 128 -> device 0 compute forward, device 0 compute backward
+          device 0 parameters/table.weight: 1 x 128 -> device 0 compute forward
+          device 0 forward/embedding.2 (+5): 2 x 768 -> device 0 compute backward
+          device 0 parameters/up.weight (+1): 1 x 320 -> device 0 compute forward, device 0 compute backward
+          device 0 forward/loss.sum.20: 1 x 64 -> device 0 copy fetch (Step)
+          device 0 backward/einsum_grad.sum.21 (+1): 1 x 320 -> device 0 communication all-reduce bucket 0, device 0 compute update
+          device 0 backward/embedding_grad.sum.23: 1 x 128 -> device 0 communication all-reduce bucket 1, device 0 compute update
+          device 0 update/grad_squares.24: 1 x 64 -> device 0 copy fetch (Step)
+          device 0 feed (Step)/hyper: 1 x 64 -> device 0 compute update
+
+        memory (bytes)
+          device 0: 4160 = 896 fixed + 2880 in registers + 384 scratch"#]].assert_eq(&shown.join("\n"));
+}

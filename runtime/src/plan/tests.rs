@@ -1,0 +1,254 @@
+//! Good plans of many meshes pass validation, plans broken in one place are refused with that place named, and the
+//! schedules take the time that they should.
+
+use std::sync::Arc;
+
+use expect_test::{Expect, expect};
+use shardflow_actors::simulate::{Jitter, Options, Run, Timing, simulate};
+use shardflow_actors::spec::{Firing, RegisterSpec, Spec, StreamKind};
+use shardflow_kernels::collective::{CollectiveKind, ReduceOp};
+use shardflow_kernels::op::Op;
+use shardflow_kernels::tensor::DType;
+
+use super::validate::validate;
+use super::{ActionKey, Plan, Schedule};
+use crate::graph::{AdamW, Graph};
+use crate::nn::{self, GptConfig};
+use crate::passes::{CompileError, CompileOptions, compile};
+use crate::placement::Mesh;
+
+const SCHEDULES: [Schedule; 2] = [Schedule::GPipe, Schedule::OneFOneB];
+
+fn try_gpt(mesh: &str, micro_batches: usize, schedule: Schedule) -> Result<Plan, CompileError> {
+    let mut g = Graph::new(&Mesh::parse(mesh).expect("a mesh"));
+    let config = GptConfig { vocabulary: 7, layers: 4, heads: 4, width: 8, context: 3, batch: 8, dropout: 0.1 };
+    let logits = nn::gpt(&mut g, &config);
+    let layout = nn::batch_layout(&g);
+    let targets = g.input("targets", &[config.batch, config.context], DType::I32, layout);
+    let loss = g.cross_entropy(logits, targets);
+    g.minimize(loss, AdamW::default());
+    compile(g, &CompileOptions { micro_batches, schedule, ..CompileOptions::default() })
+}
+
+fn gpt(mesh: &str, micro_batches: usize, schedule: Schedule) -> Plan {
+    try_gpt(mesh, micro_batches, schedule).unwrap_or_else(|e| panic!("mesh {mesh}, {micro_batches}: {e}"))
+}
+
+/// The plan is a pure function of its inputs, and valid, on every mesh.
+#[test]
+fn plans_of_many_meshes_are_valid_and_always_the_same() {
+    let meshes = [
+        "data=1",
+        "data=2",
+        "data=3",
+        "tensor=2",
+        "tensor=3",
+        "stage=2",
+        "stage=4",
+        "data=2,tensor=2",
+        "data=3,stage=2",
+        "stage=2,tensor=2",
+        "data=2,stage=2,tensor=2",
+    ];
+    for mesh in meshes {
+        for micro_batches in [1, 4] {
+            for schedule in SCHEDULES {
+                let plan = gpt(mesh, micro_batches, schedule);
+                validate(&plan, None).unwrap_or_else(|e| panic!("mesh {mesh}, {micro_batches}: {e}"));
+            }
+        }
+        let (plan, again) = (gpt(mesh, 2, Schedule::OneFOneB), gpt(mesh, 2, Schedule::OneFOneB));
+        assert!(plan.spec == again.spec && plan.memory == again.memory, "mesh {mesh}");
+        assert_eq!(format!("{:?}", plan.actions), format!("{:?}", again.actions), "mesh {mesh}");
+        assert_eq!(plan.explain(), again.explain());
+    }
+}
+
+/// Breaks a good plan and shows why it is refused.
+fn refused(mesh: &str, schedule: Schedule, break_it: impl FnOnce(&mut Plan), expect: Expect) {
+    let mut plan = gpt(mesh, 4, schedule);
+    break_it(&mut plan);
+    let error = validate(&plan, None).expect_err("the plan is broken");
+    expect.assert_eq(&error.to_string());
+}
+
+/// The register that holds what backward needs of forward.
+fn stash(plan: &Plan) -> usize {
+    let is_stash = |r: &RegisterSpec| r.name.starts_with("device 0 forward/") && r.slots > 1;
+    plan.spec.registers.iter().position(is_stash).expect("forward stashes")
+}
+
+/// All forwards first, with room for one.
+#[test]
+fn a_register_with_too_few_slots_is_refused_with_the_cycle() {
+    let lower = |plan: &mut Plan| {
+        let stash = stash(plan);
+        plan.spec.registers[stash].slots = 1;
+    };
+    refused(
+        "tensor=2",
+        Schedule::GPipe,
+        lower,
+        expect![
+            "the plan cannot run to its end: deadlock: device 0 compute forward waits for a credit of register 'device 0 forward/dropout.6 (+66)' (1 of 1 slots held by device 0 compute backward); device 0 compute backward waits for its turn after device 0 compute forward; which closes the cycle"
+        ],
+    );
+    let lower = |plan: &mut Plan| {
+        let stash = stash(plan);
+        plan.spec.registers[stash].slots = 0;
+    };
+    refused(
+        "tensor=2",
+        Schedule::GPipe,
+        lower,
+        expect![
+            "the plan cannot run to its end: register 'device 0 forward/dropout.6 (+66)': slots is 0, at least 1 is needed"
+        ],
+    );
+}
+
+#[test]
+fn another_order_on_one_device_is_refused_with_the_group() {
+    let reorder = |plan: &mut Plan| {
+        let compute = plan.spec.actors.iter_mut().find(|a| (a.device, a.stream) == (1, StreamKind::Compute));
+        let Some(Firing::Ordered(list)) = compute.map(|a| &mut a.firing) else { panic!("fires in order") };
+        list.swap(3, 4);
+    };
+    refused(
+        "tensor=2",
+        Schedule::GPipe,
+        reorder,
+        expect![
+            "devices 0 and 1 disagree on the collectives of group 0: forward forward forward forward backward backward backward backward against forward forward forward backward forward backward backward backward"
+        ],
+    );
+}
+
+#[test]
+fn another_collective_on_one_device_is_refused_with_the_group() {
+    let change = |plan: &mut Plan| {
+        let actor = plan.spec.actors.iter().position(|a| (a.device, a.stream) == (1, StreamKind::Compute));
+        let launches = plan.actions[actor.expect("computes")].iter_mut().flat_map(|a| &mut a.launches);
+        let sum = CollectiveKind::AllReduce { op: ReduceOp::Sum };
+        let call = launches.filter_map(|l| if let Op::Collective(call) = &mut l.op { Some(call) } else { None });
+        let call = call.into_iter().find(|c| c.kind == sum).expect("sums activations");
+        call.kind = CollectiveKind::AllReduce { op: ReduceOp::Max };
+    };
+    refused(
+        "tensor=2",
+        Schedule::OneFOneB,
+        change,
+        expect![
+            "devices 0 and 1 disagree on the collectives of group 0: AllReduce { op: Sum } as call 0 of forward against AllReduce { op: Max } as call 0 of forward"
+        ],
+    );
+}
+
+#[test]
+fn a_register_that_is_too_small_is_refused_with_the_buffer() {
+    let shrink = |plan: &mut Plan| {
+        let stash = stash(plan);
+        plan.registers[stash].stride -= 256;
+    };
+    refused(
+        "stage=2",
+        Schedule::OneFOneB,
+        shrink,
+        expect!["device 0 compute forward: launch 27 (gelu): a buffer ends at byte 6912 of 6656"],
+    );
+}
+
+#[test]
+fn parts_of_an_arena_that_overlap_are_refused() {
+    let grow = |plan: &mut Plan| {
+        let stash = stash(plan);
+        plan.spec.registers[stash].slots += 1;
+    };
+    refused(
+        "stage=2",
+        Schedule::OneFOneB,
+        grow,
+        expect![
+            "device 0: register 'device 0 forward/dropout.6 (+29)' ends at byte 42112, past the start of register 'device 0 parameters/h.0.ln1.weight (+15)' at byte 35200"
+        ],
+    );
+    let cut = |plan: &mut Plan| plan.memory[1].total_bytes -= 64;
+    refused(
+        "stage=2",
+        Schedule::OneFOneB,
+        cut,
+        expect![
+            "device 1: scratch of device 1 compute ends at byte 38272, past the start of the end of the arena at byte 38208"
+        ],
+    );
+}
+
+const FORWARD: u64 = 10;
+const BACKWARD: u64 = 20;
+
+/// Forward and backward take time, all else is free but for the hops.
+fn timing(plan: &Plan, hop_ticks: u64) -> Timing {
+    let ticks = |key: ActionKey| match key {
+        ActionKey::Forward => FORWARD,
+        ActionKey::Backward => BACKWARD,
+        _ => 0,
+    };
+    let action_ticks = plan.actions.iter().map(|a| a.iter().map(|a| ticks(a.key)).collect()).collect();
+    Timing { action_ticks, hop_ticks, ..Timing::default() }
+}
+
+fn run(plan: &Plan, slots_max: u32, hop_ticks: u64, jitter: Option<Jitter>) -> Run {
+    let mut spec: Spec = plan.spec.clone();
+    spec.registers.iter_mut().for_each(|r| r.slots = r.slots.min(slots_max));
+    let options = Options { jitter, ..Options::steps(1) };
+    simulate(&Arc::new(spec), &timing(plan, hop_ticks), &options).unwrap_or_else(|e| panic!("{e}"))
+}
+
+/// `(micro-batches + stages - 1) (forward + backward)` is the least that a synchronous pipeline without interleaving takes.
+#[test]
+fn both_schedules_of_a_pipeline_take_the_least_time() {
+    for schedule in SCHEDULES {
+        for micro_batches in [4, 8] {
+            let plan = gpt("stage=4", micro_batches, schedule);
+            let free = run(&plan, u32::MAX, 0, None);
+            assert_eq!(free.makespan, (micro_batches as u64 + 3) * (FORWARD + BACKWARD), "{schedule:?}");
+            assert_eq!(run(&plan, u32::MAX, 0, None), free, "exact runs are alike");
+        }
+    }
+    // A hop's latency costs a pipeline's fill and drain, not each micro-batch.
+    let makespan = |schedule| run(&gpt("stage=4", 8, schedule), u32::MAX, 1, None).makespan;
+    expect!["gpipe 344, 1f1b 344"].assert_eq(&format!(
+        "gpipe {}, 1f1b {}",
+        makespan(Schedule::GPipe),
+        makespan(Schedule::OneFOneB)
+    ));
+}
+
+#[test]
+fn fewer_credits_take_more_time_and_give_the_same() {
+    for schedule in SCHEDULES {
+        let plan = gpt("stage=4", 8, schedule);
+        let all = run(&plan, u32::MAX, 1, None);
+        let mut last = all.makespan;
+        for slots_max in (1..8).rev() {
+            let fewer = run(&plan, slots_max, 1, None);
+            assert_eq!(fewer.digest, all.digest, "{schedule:?}, {slots_max} slots");
+            assert!(fewer.makespan >= last, "{schedule:?}, {slots_max} slots: {} < {last}", fewer.makespan);
+            last = fewer.makespan;
+        }
+        assert!(last > 2 * all.makespan, "{schedule:?}: one slot cannot overlap stages: {last}");
+    }
+}
+
+#[test]
+fn delays_change_no_value() {
+    for mesh in ["stage=4", "data=2,stage=2,tensor=2"] {
+        let plan = gpt(mesh, 4, Schedule::OneFOneB);
+        let exact = run(&plan, u32::MAX, 1, None);
+        for seed in 0..20 {
+            let jitter = Jitter { seed, action_ticks_max: 30, hop_ticks_max: 15 };
+            let late = run(&plan, u32::MAX, 1, Some(jitter));
+            assert_eq!(late.digest, exact.digest, "mesh {mesh}, seed {seed}");
+        }
+    }
+}
