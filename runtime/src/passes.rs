@@ -128,6 +128,7 @@ pub fn compile(mut graph: Graph, options: &CompileOptions) -> Result<Plan, Compi
     // The passes, in order. Each leaves a graph that the next can rely on.
     micro_batch::divide(&mut graph, options.micro_batches);
     check_sizes(&mut graph);
+    checked(&graph)?;
     check_outputs(&mut graph);
     checked(&graph)?;
     if let Some((loss, adamw)) = graph.objective {
