@@ -76,6 +76,51 @@ fn skipping(g: &mut Graph) -> Var {
     g.cross_entropy(logits, targets)
 }
 
+/// Two parameters lie on all devices, the others on one stage each: a device's update then has two placements.
+fn partly_everywhere(g: &mut Graph) -> Var {
+    let table = g.parameter("table", &[TOKENS, WIDTH], WEIGHTS, Layout::broadcast());
+    let last = g.parameter("last", &[LENGTH, WIDTH], WEIGHTS, Layout::broadcast());
+    place(g, 0);
+    let ids = input(g, "ids");
+    let mut x = g.embedding(ids, table);
+    for quarter in 0..STAGES {
+        place(g, quarter);
+        x = layer(g, &format!("layer {quarter}"), x);
+    }
+    x = g.add(x, last);
+    let logits = nn::linear(g, "head", x, TOKENS, Parallel::Replicated);
+    let targets = input(g, "targets");
+    g.cross_entropy(logits, targets)
+}
+
+/// All gradients are clipped by one norm. AdamW hides a gradient's scale, its moments do not.
+#[test]
+fn clipping_takes_the_norm_over_all_placements() {
+    within(60, || {
+        let moments = |mesh: &str| {
+            let mut g = graph(mesh);
+            let loss = partly_everywhere(&mut g);
+            g.minimize(loss, AdamW { max_norm: 0.01, ..AdamW::default() });
+            let plan = compile(g, &CompileOptions::default()).unwrap_or_else(|e| panic!("{mesh}: {e}"));
+            let mut session = Session::start(plan, &SessionOptions::default()).expect("can start");
+            session.step(&[("ids", tokens(0)), ("targets", tokens(1))], 1e-2).unwrap_or_else(|e| panic!("{mesh}: {e}"));
+            let path = std::env::temp_dir().join(format!("shardflow-clip-{mesh}-{}", std::process::id()));
+            session.save(&path).expect("can be saved");
+            let bytes = std::fs::read(&path).expect("was saved");
+            std::fs::remove_file(&path).expect("was saved");
+            let file = safetensors::SafeTensors::deserialize(&bytes).expect("whole");
+            let data = file.tensor("adamw.m/table").expect("is trained").data().to_vec();
+            data.chunks_exact(4).map(|c| f32::from_le_bytes([c[0], c[1], c[2], c[3]])).collect::<Vec<_>>()
+        };
+        let want = moments("data=1");
+        assert!(want.iter().any(|m| m.abs() > 1e-5));
+        for mesh in ["stage=2", "stage=4"] {
+            let got = moments(mesh);
+            assert!(got.iter().zip(&want).all(|(a, b)| (a - b).abs() < 1e-7), "{mesh}: {got:?} against {want:?}");
+        }
+    });
+}
+
 fn train(build: fn(&mut Graph) -> Var, mesh: &str, micro_batches: usize, schedule: Schedule) -> (Vec<f32>, Vec<f64>) {
     let mut g = Graph::new(&Mesh::parse(mesh).expect("a mesh"));
     let loss = build(&mut g);
