@@ -29,6 +29,7 @@ pub mod session;
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 pub mod prelude {
+    pub use shardflow_actors::watchdog::WatchdogOptions;
     pub use shardflow_kernels::error::KernelError;
     pub use shardflow_kernels::op::{CpuArgs, CpuRead, CpuSlice, CpuSliceMut, CpuWrite, CustomKernel};
     pub use shardflow_kernels::tensor::{DType, HostData, HostTensor, Region};

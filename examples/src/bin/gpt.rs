@@ -4,6 +4,7 @@
 use std::fmt::Display;
 use std::io::Write;
 use std::process::ExitCode;
+use std::sync::Arc;
 use std::time::Instant;
 
 use clap::Parser;
@@ -37,7 +38,7 @@ fn run(args: &GptArgs) -> Result<(), GptError> {
         check_writable(path)?;
     }
     introduce(args, &text, &plan);
-    let mut session = Session::start(plan, &SessionOptions { seed: args.seed, ..SessionOptions::default() })?;
+    let mut session = Session::start(plan, &session_options(args))?;
     if let Some(path) = &args.init_from {
         session.init_from(path).map_err(GptError::InitFrom)?;
     }
@@ -81,6 +82,12 @@ fn options(args: &GptArgs) -> CompileOptions {
         memory_bytes: args.memory_bytes(free_memory_bytes()),
         ..CompileOptions::default()
     }
+}
+
+/// A step that does not move for a minute is told on the screen: who waits on which register of whom.
+fn session_options(args: &GptArgs) -> SessionOptions {
+    let tell: Arc<dyn Fn(&str) + Send + Sync> = Arc::new(|report| eprintln!("warning: {report}"));
+    SessionOptions { seed: args.seed, watchdog: WatchdogOptions { on_stall: Some(tell), ..WatchdogOptions::default() } }
 }
 
 fn cores() -> usize {
