@@ -224,6 +224,16 @@ pub enum ArgsError {
         /// Threads given.
         threads: usize,
     },
+    /// One file for two uses, of which one would destroy what the other needs.
+    #[error("{first} and {second} are the same file {path}")]
+    SameFile {
+        /// A flag.
+        first: &'static str,
+        /// Another.
+        second: &'static str,
+        /// What both name.
+        path: PathBuf,
+    },
     /// A number outside its range.
     #[error("{flag} must be {expected}, got {got}")]
     Range {
@@ -256,6 +266,7 @@ impl ArgsError {
             Self::LayersStages { stages, layers } => {
                 format!("try --layers {}, or stage out of {}", layers.div_ceil(*stages) * stages, divisors(*layers))
             }
+            Self::SameFile { second, .. } => format!("give another file with {second}"),
             _ => "`gpt --help` lists the flags with their defaults".into(),
         }
     }
@@ -305,6 +316,7 @@ impl GptArgs {
         if let Some(clip) = self.clip.filter(|clip| clip.is_nan() || *clip <= 0.0) {
             return range("--clip", "more than 0", clip);
         }
+        self.check_files()?;
         let (width, heads) = (self.width, self.heads);
         if !width.is_multiple_of(heads) {
             return Err(ArgsError::WidthHeads { width, heads });
@@ -319,6 +331,24 @@ impl GptArgs {
         }
         if let Some(threads) = self.threads_per_device.filter(|threads| *threads > THREADS_MAX) {
             return Err(ArgsError::TooManyThreads { threads });
+        }
+        Ok(())
+    }
+
+    /// No file is written that is also read or written for another use. To start from a file and save to it is fine.
+    fn check_files(&self) -> Result<(), ArgsError> {
+        let (data, log) = (("--data", &self.data), ("--log-json", &self.log_json));
+        let (save, init) = (("--save", &self.save), ("--init-from", &self.init_from));
+        for ((first, a), (second, b)) in [(data, log), (data, save), (init, log), (save, log)] {
+            let (Some(a), Some(b)) = (a, b) else { continue };
+            let same = match (a.canonicalize(), b.canonicalize()) {
+                (Ok(a), Ok(b)) => a == b,
+                // At least one is not there yet.
+                _ => a == b,
+            };
+            if same {
+                return Err(ArgsError::SameFile { first, second, path: b.clone() });
+            }
         }
         Ok(())
     }

@@ -28,7 +28,7 @@ pub enum DataError {
     /// The training part does not hold a single sample.
     #[error(
         "{path} is too short: {bytes} bytes, of which the first nine tenths ({train}) train, but one sample of \
-         --context {context} takes {}", context + 1
+         --context {context} takes {}", context.saturating_add(1)
     )]
     TooShort {
         /// The file.

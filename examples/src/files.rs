@@ -22,6 +22,10 @@ pub fn check_writable(path: &Path) -> Result<(), PlaceError> {
     if path.is_dir() {
         return Err(error(io::ErrorKind::IsADirectory.into()));
     }
+    // Saving moves a new file to this place, which would take that of a device or a pipe: `--save /dev/null`, say.
+    if path.exists() && !path.is_file() {
+        return Err(error(io::Error::new(io::ErrorKind::InvalidInput, "neither a file nor a free place for one")));
+    }
     let mut name = path.file_name().ok_or_else(|| error(io::ErrorKind::InvalidInput.into()))?.to_os_string();
     name.push(format!(".{}.probe", std::process::id()));
     let probe = path.with_file_name(name);
@@ -57,6 +61,10 @@ mod tests {
             assert!(error.starts_with(&format!("cannot write {}: ", wrong.display())), "{error}");
         }
         assert_eq!(std::fs::read_dir(&folder).unwrap().count(), 1);
+        // As `/dev/null` is, which nobody should risk here.
+        let socket = folder.join("socket");
+        let _listener = std::os::unix::net::UnixListener::bind(&socket).unwrap();
+        assert!(check_writable(&socket).unwrap_err().to_string().contains("neither a file nor a free place"));
         std::fs::remove_dir_all(&folder).unwrap();
     }
 

@@ -145,6 +145,11 @@ fn check(mesh: &'static str, schedule: Schedule, devices: &'static [usize], how:
             Err(SessionError::Failed(again)) => assert_eq!(again, first),
             other => panic!("mesh {mesh}: {other:?}"),
         }
+        // Half a step is in the parameters: they are not to be had, and no file is replaced by them.
+        assert_eq!(failure(session.parameters().expect_err("the session had failed")), first, "mesh {mesh}");
+        let path = std::env::temp_dir().join(format!("shardflow-failed-{}-{mesh}", std::process::id()));
+        assert_eq!(failure(session.save(&path).expect_err("the session had failed")), first, "mesh {mesh}");
+        assert!(!path.exists());
         let end = failure(session.shutdown().expect_err("the session had failed"));
         assert_eq!(end, first, "mesh {mesh}");
     });

@@ -88,7 +88,7 @@ fn a_batch_need_not_divide_over_data() {
 /// A micro-batch of one sample on three devices.
 #[test]
 fn devices_may_have_nothing_to_do() {
-    check_meshes(Model { batch: 2, ..Model::default() }, &["data=3", "data=3,stage=2"], 2);
+    check_meshes(Model { batch: 2, ..Model::default() }, &["data=3", "data=3,stage=2", "data=3,stage=4"], 2);
 }
 
 #[test]

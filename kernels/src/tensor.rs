@@ -124,6 +124,14 @@ impl HostTensor {
         }
     }
 
+    /// Elements in `data`; another number than the shape's makes a tensor that nothing accepts.
+    pub fn elements_held(&self) -> usize {
+        match &self.data {
+            HostData::F32(v) => v.len(),
+            HostData::I32(v) => v.len(),
+        }
+    }
+
     /// The elements, when they are floats.
     pub fn as_f32(&self) -> Option<&[f32]> {
         match &self.data {

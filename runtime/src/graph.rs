@@ -188,6 +188,21 @@ impl Default for AdamW {
     }
 }
 
+impl AdamW {
+    /// What is wrong with the settings, if anything is.
+    pub(crate) fn wrong(&self) -> Option<String> {
+        let Self { betas: (beta1, beta2), eps, weight_decay, max_norm } = *self;
+        // Written so that a NaN fails too.
+        let fine = [
+            ((0.0..1.0).contains(&beta1) && (0.0..1.0).contains(&beta2), "betas must be at least 0 and below 1"),
+            (eps >= 0.0 && eps.is_finite(), "eps must be finite and not negative"),
+            (weight_decay >= 0.0 && weight_decay.is_finite(), "weight_decay must be finite and not negative"),
+            (max_norm > 0.0, "max_norm must be above 0; infinity means no clipping"),
+        ];
+        fine.iter().find(|(fine, _)| !fine).map(|(_, rule)| format!("{rule}: got {self:?}"))
+    }
+}
+
 /// The logical program under construction. See [`builder`] for the methods that add to it.
 #[derive(Clone, Debug)]
 pub struct Graph {

@@ -17,6 +17,14 @@ pub enum LayoutError {
         /// The axis.
         axis: String,
     },
+    /// More devices than any mesh may name.
+    #[error("mesh {mesh} has more than {max} devices")]
+    TooManyDevices {
+        /// The mesh as written.
+        mesh: String,
+        /// The most there may be.
+        max: usize,
+    },
     /// Two mesh axes of one name.
     #[error("mesh axis {axis} is named twice")]
     DuplicateAxis {

@@ -2,7 +2,7 @@
 //! Imports `graph`, `boxing`, `plan`.
 
 use crate::boxing::CostModel;
-use crate::graph::{Graph, GraphError};
+use crate::graph::{Graph, GraphError, NodeOp};
 use crate::plan::lower::{Setting, lower};
 use crate::plan::slots::StageCosts;
 use crate::plan::validate::{PlanError, validate};
@@ -51,6 +51,12 @@ pub struct CompileOptions {
 /// CPU devices that one process offers.
 pub const CPU_DEVICES_MAX: usize = 64;
 
+/// Micro-batches that a step may have; the check that a plan runs plays each of them.
+pub const MICRO_BATCHES_MAX: usize = 1 << 14;
+
+/// Threads that a device may have.
+pub const THREADS_MAX: usize = 64;
+
 impl Default for CompileOptions {
     fn default() -> Self {
         Self {
@@ -83,6 +89,16 @@ pub enum CompileError {
         /// Devices there are.
         available: usize,
     },
+    /// A count that is 0 or too large.
+    #[error("{name} is {got}; it must be from 1 to {max}")]
+    Range {
+        /// The field of [`CompileOptions`].
+        name: &'static str,
+        /// What it is.
+        got: usize,
+        /// The most it may be.
+        max: usize,
+    },
     /// The plan was made and refused.
     #[error(transparent)]
     Plan(#[from] PlanError),
@@ -102,8 +118,18 @@ pub fn compile(mut graph: Graph, options: &CompileOptions) -> Result<Plan, Compi
         let mesh = graph.mesh().to_string();
         return Err(CompileError::Devices { mesh, needed, available: options.devices });
     }
+    let counts = [
+        ("micro_batches", options.micro_batches, MICRO_BATCHES_MAX),
+        ("threads_per_device", options.threads_per_device, THREADS_MAX),
+    ];
+    if let Some((name, got, max)) = counts.into_iter().find(|(_, got, max)| !(1..=*max).contains(got)) {
+        return Err(CompileError::Range { name, got, max });
+    }
     // The passes, in order. Each leaves a graph that the next can rely on.
     micro_batch::divide(&mut graph, options.micro_batches);
+    check_sizes(&mut graph);
+    checked(&graph)?;
+    check_outputs(&mut graph);
     checked(&graph)?;
     if let Some((loss, adamw)) = graph.objective {
         let grads = autodiff::backward(&mut graph, loss);
@@ -126,6 +152,43 @@ pub fn compile(mut graph: Graph, options: &CompileOptions) -> Result<Plan, Compi
     let plan = lower(graph, setting);
     validate(&plan, options.memory_bytes)?;
     Ok(plan)
+}
+
+/// Every tensor's bytes can be counted, with room for sums of many of them.
+fn check_sizes(graph: &mut Graph) {
+    const ELEMENTS_MAX: usize = 1 << 48;
+    for index in 0..graph.nodes.len() {
+        let node = &graph.nodes[index];
+        let fits = |shape: &[usize]| {
+            let extents = shape.iter().filter(|extent| **extent > 0);
+            extents.copied().try_fold(1usize, |n, extent| n.checked_mul(extent)).is_some_and(|n| n <= ELEMENTS_MAX)
+        };
+        if let Some(out) = node.outputs.iter().find(|out| !fits(graph.shape(**out))) {
+            let message = format!("shape {:?} has more elements than any device can hold", graph.shape(*out));
+            let (name, location) = (node.name.clone(), node.location);
+            return graph.error(&name, message, location);
+        }
+    }
+}
+
+/// The host waits for outputs, so there must be one; and a trained tensor is not one.
+fn check_outputs(graph: &mut Graph) {
+    if let Some(node) = graph.nodes.last()
+        && graph.outputs.is_empty()
+    {
+        let location = node.location;
+        let message = "nothing of the program reaches the host; call `minimize` or `output`".to_string();
+        return graph.error("program", message, location);
+    }
+    for index in 0..graph.outputs.len() {
+        let node = graph.producer(graph.outputs[index].tensor);
+        if graph.objective.is_some() && matches!(node.op, NodeOp::Parameter { .. }) {
+            let (name, location) = (node.name.clone(), node.location);
+            let message =
+                "an output cannot be what is trained in place; read it with `Session::parameters`".to_string();
+            graph.error(&name, message, location);
+        }
+    }
 }
 
 fn checked(graph: &Graph) -> Result<(), CompileError> {

@@ -5,6 +5,9 @@ use std::fmt;
 
 use crate::layout_error::LayoutError;
 
+/// Devices that a mesh may name, so that a slip of the pen is told and not counted out.
+pub const MESH_DEVICES_MAX: usize = 1 << 20;
+
 /// One axis of a mesh.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Axis {
@@ -26,7 +29,12 @@ impl Mesh {
     /// # Errors
     /// When there is no axis, an axis has size 0, or a name is empty or occurs twice.
     pub fn new(axes: &[(&str, usize)]) -> Result<Self, LayoutError> {
-        let devices = (0..axes.iter().map(|a| a.1).product()).collect();
+        let count = axes.iter().try_fold(1usize, |count, axis| count.checked_mul(axis.1));
+        let Some(count) = count.filter(|count| *count <= MESH_DEVICES_MAX) else {
+            let mesh = axes.iter().map(|(name, size)| format!("{name}={size}")).collect::<Vec<_>>().join(",");
+            return Err(LayoutError::TooManyDevices { mesh, max: MESH_DEVICES_MAX });
+        };
+        let devices = (0..count).collect();
         if axes.is_empty() {
             return Err(LayoutError::MeshSyntax { text: String::new(), part: String::new() });
         }

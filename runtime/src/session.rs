@@ -16,13 +16,13 @@ use shardflow_kernels::device::Device;
 use shardflow_kernels::error::KernelError;
 use shardflow_kernels::memory::{Arena, Base};
 use shardflow_kernels::op::{Launch, Op, Program};
-use shardflow_kernels::tensor::{HostData, HostTensor, Region};
+use shardflow_kernels::tensor::{HostData, HostTensor, Region, element_count};
 
-use crate::graph::builder::RNG_INPUT;
+use crate::graph::builder::{HYPER_INPUT, RNG_INPUT};
 use crate::graph::{NodeOp, Rate, Var};
 use crate::init;
 use crate::layout_error::LayoutError;
-use crate::passes::optimizer::{GRAD_SQUARES_OUTPUT, HYPER_INPUT};
+use crate::passes::optimizer::GRAD_SQUARES_OUTPUT;
 use crate::plan::memory::local_part;
 use crate::plan::{ActionKey, ActionPlan, BaseKey, Plan};
 use crate::sbp::gather;
@@ -112,7 +112,11 @@ pub struct Session {
     engine: Arc<dyn Collective>,
     running: Option<Running>,
     feeds: Vec<FeedPort>,
+    /// External actions that are fed nothing, each with its firings in a step.
+    gates: Vec<(ActorId, u32, u32)>,
     fetched: Receiver<Fetched>,
+    /// Why a step failed; what devices hold is worth nothing then, and may still change.
+    failed: Option<Failure>,
     /// Fetches in a step.
     fetches: usize,
     /// Inputs that hold token ids, and how many tokens there are.
@@ -140,6 +144,7 @@ impl Session {
         let mut loader = Loader { plan: &plan, arenas: &arenas, feeds: Vec::new(), fetches: 0, sender };
         let programs = loader.programs();
         let (feeds, fetches) = (loader.feeds, loader.fetches);
+        let gates = gates(&plan);
         let memory = plan.registers.iter().map(|place| RegisterMemory {
             base: Base { arena: arenas[place.device].clone(), offset: place.offset },
             stride: place.stride,
@@ -163,8 +168,10 @@ impl Session {
             arenas,
             engine,
             running: None,
+            gates,
             feeds,
             fetched,
+            failed: None,
             fetches,
             steps: 0,
             seed: options.seed,
@@ -188,6 +195,11 @@ impl Session {
             }
         }
         Ok(())
+    }
+
+    /// The failure of an earlier step, if there was one.
+    fn check_alive(&self) -> Result<(), SessionError> {
+        self.failed.clone().map_or(Ok(()), |failure| Err(failure.into()))
     }
 
     /// The plan that runs.
@@ -220,6 +232,9 @@ impl Session {
             }
             running.give(feed.actor, feed.action, firings as u32)?;
         }
+        for (actor, action, firings) in &self.gates {
+            running.give(*actor, *action, *firings)?;
+        }
         let mut results: BTreeMap<(usize, Rate), Vec<Vec<HostTensor>>> = BTreeMap::new();
         for _ in 0..self.fetches {
             select! {
@@ -227,7 +242,10 @@ impl Session {
                     results.entry((message.device, message.rate)).or_default().push(message.tensors);
                 },
                 recv(running.failures()) -> failure => match failure {
-                    Ok(failure) => return Err(failure.into()),
+                    Ok(failure) => {
+                        self.failed = Some(failure.clone());
+                        return Err(failure.into());
+                    }
                     Err(_) => return Err(KernelError::Closed { device: 0 }.into()),
                 },
             }
@@ -247,7 +265,14 @@ impl Session {
             .collect();
         let wrong =
             |name: &str, expected: String, got: String| SessionError::Input { name: name.into(), expected, got };
-        for (name, _) in inputs {
+        for (index, (name, tensor)) in inputs.iter().enumerate() {
+            if inputs[..index].iter().any(|other| other.0 == *name) {
+                return Err(wrong(name, "one tensor".into(), "two".into()));
+            }
+            let (elements, held) = (element_count(&tensor.shape), tensor.elements_held());
+            if elements != held {
+                return Err(wrong(name, format!("{elements} elements for {:?}", tensor.shape), held.to_string()));
+            }
             if !expected.contains_key(name) {
                 let known: Vec<&str> = expected.keys().copied().collect();
                 return Err(wrong(name, format!("one of {known:?}"), "an unknown name".into()));
@@ -381,6 +406,19 @@ impl Drop for Session {
             let _ = running.shutdown();
         }
     }
+}
+
+/// The external actions beside feeds.
+fn gates(plan: &Plan) -> Vec<(ActorId, u32, u32)> {
+    let mut out = Vec::new();
+    for (actor, (spec, plans)) in plan.spec.actors.iter().zip(&plan.actions).enumerate() {
+        for (index, (action, plan)) in spec.actions.iter().zip(plans).enumerate() {
+            if action.external && !matches!(plan.key, ActionKey::Feed(_)) {
+                out.push((ActorId(actor as u32), index as u32, action.per_step));
+            }
+        }
+    }
+    out
 }
 
 /// Joins tensors along their first dim; a scalar is the last one's.

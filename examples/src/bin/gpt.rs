@@ -233,7 +233,9 @@ impl GptError {
             | Self::Session(SessionError::Kernel(KernelError::OutOfMemory { .. })) => {
                 "--memory-mib sets what a device has; without it, the machine's free memory is shared out evenly".into()
             }
-            Self::Compile(CompileError::Graph(_)) => "change the flag that gives this size; see `gpt --help`".into(),
+            Self::Compile(CompileError::Graph(_) | CompileError::Range { .. }) => {
+                "change the flag that gives this size; see `gpt --help`".into()
+            }
             Self::InitFrom(SessionError::Checkpoint(
                 CheckpointError::Missing { .. } | CheckpointError::Shape { .. },
             )) => "give the --data, --layers, --heads, --width and --context that the file was saved with".into(),

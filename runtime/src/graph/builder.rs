@@ -85,12 +85,14 @@ impl Graph {
     /// micro-batches are parts of it.
     #[track_caller]
     pub fn input(&mut self, name: &str, shape: &[usize], dtype: DType, layout: Layout) -> Var {
+        self.check_input(name, shape, dtype, Rate::MicroBatch, Location::caller());
         self.source(name, NodeOp::Input, shape, dtype, Rate::MicroBatch, layout, Location::caller())
     }
 
     /// A tensor that the host feeds once a step, without micro-batches.
     #[track_caller]
     pub fn step_input(&mut self, name: &str, shape: &[usize], dtype: DType) -> Var {
+        self.check_input(name, shape, dtype, Rate::Step, Location::caller());
         self.source(name, NodeOp::Input, shape, dtype, Rate::Step, Layout::broadcast(), Location::caller())
     }
 
@@ -196,7 +198,8 @@ impl Graph {
     #[track_caller]
     pub fn cross_entropy(&mut self, logits: Var, targets: Var) -> Var {
         let location = Location::caller();
-        let tokens: usize = self.shape(targets).iter().product();
+        // A product past the end is refused at `compile`.
+        let tokens = self.shape(targets).iter().fold(1usize, |n, extent| n.saturating_mul(*extent));
         let scale = 1.0 / tokens.max(1) as f32;
         let max = self.kernel("row_max", Op::RowMax, &[logits], location)[0];
         let vocab = self.shape(logits).last().copied().unwrap_or(0);
@@ -226,6 +229,13 @@ impl Graph {
     /// Trains every parameter to make `loss` (a scalar) small.
     #[track_caller]
     pub fn minimize(&mut self, loss: Var, optimizer: AdamW) {
+        if self.objective.is_some() {
+            let message = "the program minimises a loss already; add the losses and minimise their sum".to_string();
+            self.error("minimize", message, Location::caller());
+        }
+        if let Some(message) = optimizer.wrong() {
+            self.error("minimize", message, Location::caller());
+        }
         if !self.shape(loss).is_empty() && !self.is_poisoned(&[loss]) {
             let message = format!("the loss has shape {:?}: only a scalar can be minimised", self.shape(loss));
             self.error("minimize", message, Location::caller());
@@ -257,6 +267,30 @@ impl Graph {
         out[0]
     }
 
+    /// Several inputs of one name are one tensor of the host's, fed to several placements; so they must be alike.
+    fn check_input(
+        &mut self,
+        name: &str,
+        shape: &[usize],
+        dtype: DType,
+        rate: Rate,
+        location: &'static Location<'static>,
+    ) {
+        if name == RNG_INPUT || name == HYPER_INPUT {
+            self.error(name, "the session feeds an input of this name itself; choose another".to_string(), location);
+        }
+        let others = self.nodes.iter().filter(|n| matches!(n.op, NodeOp::Input) && n.name == name);
+        let facts =
+            |n: &Node| (self.shape(n.outputs[0]), self.tensor(n.outputs[0]).dtype, self.tensor(n.outputs[0]).rate);
+        let Some((other_shape, other_dtype, _)) = others.map(facts).find(|other| *other != (shape, dtype, rate)) else {
+            return;
+        };
+        let message = format!(
+            "an input of this name is {other_dtype:?} {other_shape:?}, this one {dtype:?} {shape:?}; inputs of one name are one tensor of the host"
+        );
+        self.error(name, message, location);
+    }
+
     /// The `[step, first row]` input of dropout on the current placement.
     fn rng(&mut self, location: &'static Location<'static>) -> Var {
         let here = self.current;
@@ -268,7 +302,7 @@ impl Graph {
     }
 
     #[allow(clippy::too_many_arguments)]
-    fn source(
+    pub(crate) fn source(
         &mut self,
         name: &str,
         op: NodeOp,
@@ -302,6 +336,10 @@ impl Graph {
                 self.error(what, message, location);
                 return None;
             };
+            if layout.0.iter().filter(|(other, _)| other == axis).count() > 1 {
+                self.error(what, format!("layout names the mesh axis `{axis}` twice"), location);
+                return None;
+            }
             if let Sbp::Split(dim) = sbp
                 && *dim >= rank
             {
@@ -353,6 +391,12 @@ impl Graph {
                 rule.infer_shapes(&given)
             }
         });
+        if let (NodeOp::Kernel(op), Ok(_)) = (&op, &inferred)
+            && let Some(message) = self.wrong_dtype(op, inputs)
+            && !self.is_poisoned(inputs)
+        {
+            self.error(name, message, location);
+        }
         match inferred {
             Ok(shapes) => {
                 let dtypes: Vec<DType> = inputs.iter().map(|v| self.tensor(*v).dtype).collect();
@@ -371,6 +415,14 @@ impl Graph {
                 (0..outputs).map(|_| self.poison(&[])).collect()
             }
         }
+    }
+
+    fn wrong_dtype(&self, op: &Op, inputs: &[Var]) -> Option<String> {
+        inputs.iter().enumerate().find_map(|(port, input)| {
+            let (want, got) = (ops::input_dtype(op, port)?, self.tensor(*input).dtype);
+            let name = &self.tensor(*input).name;
+            (want != got).then(|| format!("input {port} ({name}) is {got:?}, but must be {want:?}"))
+        })
     }
 
     /// Adds a node at the end, on the current placement and in the current phase.
@@ -415,3 +467,5 @@ impl Graph {
 
 /// Name of the input that dropout reads: `[step, first row of the micro-batch]`; the session feeds it.
 pub const RNG_INPUT: &str = "rng";
+/// Name of the step input `[learning rate, step counted from 1]` that the update reads; the session feeds it.
+pub const HYPER_INPUT: &str = "hyper";

@@ -96,6 +96,16 @@ pub fn sum_leading(from: usize, to: usize) -> Result<Rule, LayoutError> {
     Rule::parse(&format!("{x}->{}", &x[from - to..]))?.linear(&[&[0]])
 }
 
+/// Element type that an input must have; `None` where any will do.
+pub fn input_dtype(op: &Op, port: usize) -> Option<DType> {
+    match (op, port) {
+        (Op::Copy | Op::CopyRegion { .. } | Op::Collective(_) | Op::Custom(_), _) => None,
+        (Op::Embedding { .. } | Op::EmbeddingGrad { .. }, 0) => Some(DType::I32),
+        (Op::SumExpTarget { .. }, 2) | (Op::CrossEntropyGrad { .. }, 4) | (Op::Dropout { .. }, 1) => Some(DType::I32),
+        _ => Some(DType::F32),
+    }
+}
+
 /// Element types of the outputs.
 pub fn output_dtypes(op: &Op, inputs: &[DType], outputs: usize) -> Vec<DType> {
     match op {

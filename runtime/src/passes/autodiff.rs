@@ -104,6 +104,10 @@ fn node_backward(graph: &mut Graph, node: &Node, grads: &[Option<Var>]) -> Vec<(
     let inputs = &node.inputs;
     if let NodeOp::Custom(op) = &node.op {
         let parts = op.clone().backward(graph, inputs, &node.outputs, grads);
+        if let Some(message) = wrong_gradients(graph, inputs, &parts) {
+            graph.error(&node.name, message, node.location);
+            return Vec::new();
+        }
         return inputs.iter().zip(parts).filter_map(|(i, g)| g.map(|g| (*i, g))).collect();
     }
     // Only the loss node's gradient goes around its direct inputs; every other op here needs the first output's.
@@ -114,6 +118,22 @@ fn node_backward(graph: &mut Graph, node: &Node, grads: &[Option<Var>]) -> Vec<(
         NodeOp::Kernel(op) => kernel_backward(graph, node, op, dy, &name),
         _ => Vec::new(),
     }
+}
+
+/// What is wrong with what a custom op gave for its inputs.
+fn wrong_gradients(graph: &Graph, inputs: &[Var], parts: &[Option<Var>]) -> Option<String> {
+    if parts.len() != inputs.len() {
+        return Some(format!(
+            "backward must give one gradient for each of {} inputs, got {}",
+            inputs.len(),
+            parts.len()
+        ));
+    }
+    inputs.iter().zip(parts).enumerate().find_map(|(port, (input, grad))| {
+        let (want, got) = (graph.shape(*input), graph.shape((*grad)?));
+        (want != got)
+            .then(|| format!("backward: the gradient of input {port} must have its shape {want:?}, got {got:?}"))
+    })
 }
 
 fn kernel_backward(graph: &mut Graph, node: &Node, op: &Op, dy: Var, name: &str) -> Vec<(Var, Var)> {

@@ -18,6 +18,12 @@ pub fn divide(graph: &mut Graph, count: usize) {
                     continue;
                 }
                 let rows = graph.tensors[out].shape.first().copied().unwrap_or(0);
+                if graph.tensors[out].shape.is_empty() && count > 1 {
+                    let message =
+                        "a scalar has no dim to divide into micro-batches; feed it with `step_input`".to_string();
+                    graph.error(&node.name, message, node.location);
+                    continue;
+                }
                 if count == 0 || rows % count != 0 {
                     let message = format!(
                         "a batch of {rows} does not divide into {count} micro-batches; choose a batch that is a multiple of {count}"

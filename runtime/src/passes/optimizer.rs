@@ -8,12 +8,11 @@ use shardflow_kernels::collective::ReduceOp;
 use shardflow_kernels::op::Op;
 use shardflow_kernels::tensor::DType;
 
+use crate::graph::builder::{HYPER_INPUT, Layout};
 use crate::graph::{AdamW, Graph, NodeOp, Phase, Rate, Var};
 use crate::placement::{Axis, Placement};
 use crate::sbp::{NdSbp, Sbp};
 
-/// Name of the step input `[learning rate, step counted from 1]`; the session feeds it.
-pub const HYPER_INPUT: &str = "hyper";
 /// Name of the output that holds each parameter's sum of squared gradients.
 pub const GRAD_SQUARES_OUTPUT: &str = "grad_squares";
 
@@ -74,7 +73,7 @@ pub fn owner_sums(placement: &Placement) -> NdSbp {
 
 fn update_placement(graph: &mut Graph, sums: Var, parameters: &[(Var, Var)], adamw: AdamW) {
     let at: &'static Location<'static> = graph.producer(parameters[0].0).location;
-    let hyper = graph.step_input(HYPER_INPUT, &[2], DType::F32);
+    let hyper = graph.source(HYPER_INPUT, NodeOp::Input, &[2], DType::F32, Rate::Step, Layout::broadcast(), at);
     let scalar = (Vec::new(), DType::F32, Rate::Step);
     let scale = if adamw.max_norm.is_finite() {
         let op = NodeOp::ClipScale { max_norm: adamw.max_norm };

@@ -86,6 +86,7 @@ pub fn emit(
         scratch_of: BTreeMap::new(),
         written: BTreeMap::new(),
         groups: BTreeSet::new(),
+        norm_total: None,
         group_ids,
     };
     let mut host = None;
@@ -140,6 +141,8 @@ struct Emitter<'a> {
     /// Output port to the number of launches after which it is complete.
     written: BTreeMap<usize, usize>,
     groups: BTreeSet<Vec<usize>>,
+    /// Where the squares of all gradients' norms are, once they are summed.
+    norm_total: Option<Buffer>,
     group_ids: &'a mut dyn FnMut(&[usize]) -> Arc<Group>,
 }
 
@@ -344,14 +347,38 @@ impl Emitter<'_> {
         let graph = self.context.graph;
         let mut ranks: Vec<usize> = (0..graph.mesh.device_count()).collect();
         ranks.retain(|rank| self.context.assignment.actions.contains_key(&(*rank, ActionKey::Update)));
-        let mut sums = self.buffer(node.inputs[0]);
+        let total = match self.norm_total.take() {
+            Some(total) => total,
+            None => self.norm_total(&ranks),
+        };
+        let writes = node.outputs.iter().map(|v| self.buffer(*v)).collect();
+        self.launch(Op::ClipScale { max_norm }, vec![total.clone()], writes, false);
+        self.norm_total = Some(total);
+    }
+
+    /// The sums of all devices and all placements. A device in several placements adds its own first, so that every device
+    /// joins one all-reduce.
+    fn norm_total(&mut self, ranks: &[usize]) -> Buffer {
+        let graph = self.context.graph;
+        let here = |n: &&Node| {
+            matches!(n.op, NodeOp::NormSums { .. }) && graph.placements[n.placement].index_of(self.site.0).is_some()
+        };
+        let parts: Vec<Var> = graph.nodes.iter().filter(here).map(|n| n.outputs[0]).collect();
+        let mut sums = self.buffer(parts[0]);
+        if parts.len() > 1 {
+            let own = self.scratch_buffer(&sums.shape);
+            for (index, part) in parts.into_iter().enumerate() {
+                let part = self.buffer(part);
+                self.launch(Op::Copy, vec![part], vec![own.clone()], index > 0);
+            }
+            sums = own;
+        }
         if ranks.len() > 1 {
             let total = self.scratch_buffer(&sums.shape);
-            self.collective(&ranks, CollectiveKind::AllReduce { op: ReduceOp::Sum }, vec![sums], vec![total.clone()]);
+            self.collective(ranks, CollectiveKind::AllReduce { op: ReduceOp::Sum }, vec![sums], vec![total.clone()]);
             sums = total;
         }
-        let writes = node.outputs.iter().map(|v| self.buffer(*v)).collect();
-        self.launch(Op::ClipScale { max_norm }, vec![sums], writes, false);
+        sums
     }
 
     /// Where the tensors that the host gives or gets lie.

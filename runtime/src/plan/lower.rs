@@ -165,6 +165,12 @@ fn rate_of(assignment: &Assignment, site: Site) -> Rate {
     }
 }
 
+/// Nothing of a step leads to a feed, nor to an action that reads only parameters (a transfer of tied weights, or a device
+/// whose part of the batch is empty): the host has to let these fire, or they would run ahead into the next step.
+fn begins_a_step(assignment: &Assignment, site: Site, inputs: &[usize]) -> bool {
+    matches!(site.1, ActionKey::Feed(_)) || inputs.iter().all(|r| assignment.registers[*r].initial)
+}
+
 fn action_spec(
     assignment: &Assignment,
     site: Site,
@@ -196,7 +202,7 @@ fn action_spec(
         per_step: firings,
         inputs: inputs.collect(),
         outputs: outputs.collect(),
-        external: matches!(site.1, ActionKey::Feed(_)),
+        external: begins_a_step(assignment, site, &made.inputs),
         gangs,
     }
 }

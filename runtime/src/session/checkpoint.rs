@@ -6,7 +6,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
 
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
-use shardflow_kernels::tensor::HostTensor;
+use shardflow_kernels::tensor::{HostTensor, element_count};
 
 use super::{Session, SessionError, resident_parts};
 use crate::graph::{NodeOp, Var};
@@ -61,12 +61,13 @@ impl Session {
     /// Every parameter by name, whole, in the shape it is saved in.
     ///
     /// # Errors
-    /// When copies on different devices differ, which only a bug of a kernel can cause.
+    /// The failure of an earlier step; or when copies on different devices differ, which only a bug of a kernel can cause.
     pub fn parameters(&self) -> Result<BTreeMap<String, HostTensor>, SessionError> {
         self.tensors(|op| matches!(op, NodeOp::Parameter { .. }))
     }
 
     fn tensors(&self, wanted: impl Fn(&NodeOp) -> bool) -> Result<BTreeMap<String, HostTensor>, SessionError> {
+        self.check_alive()?;
         let graph = &self.plan.graph;
         let mut out = BTreeMap::new();
         for node in graph.nodes().iter().filter(|n| wanted(&n.op)) {
@@ -94,7 +95,7 @@ impl Session {
     /// complete, or not at all.
     ///
     /// # Errors
-    /// [`CheckpointError::Io`].
+    /// [`CheckpointError::Io`], or the failure of an earlier step: a good file is not replaced by half a step's tensors.
     pub fn save(&self, path: &Path) -> Result<(), SessionError> {
         let tensors = self.tensors(|op| matches!(op, NodeOp::Parameter { .. } | NodeOp::State))?;
         let bytes: Vec<(String, Vec<usize>, Vec<u8>)> = tensors
@@ -186,11 +187,19 @@ impl Session {
             let (expected, got) = (format!("{expected:?}"), format!("{:?}", tensor.shape));
             return Err(CheckpointError::Shape { path: path.into(), name: info.name.clone(), expected, got }.into());
         }
+        let whole = tensor.dtype() == info.dtype && tensor.elements_held() == element_count(&info.shape);
+        if !whole {
+            let (name, path) = (info.name.clone(), path.into());
+            let expected = format!("{} elements, {:?}", element_count(&info.shape), info.dtype);
+            let got = format!("{} elements, {:?}", tensor.elements_held(), tensor.dtype());
+            return Err(CheckpointError::Shape { path, name, expected, got }.into());
+        }
         tensor.shape = info.shape.clone();
         Ok(tensor)
     }
 
     fn write_all(&self, tensors: Vec<(Var, HostTensor)>) -> Result<(), SessionError> {
+        self.check_alive()?;
         for (var, whole) in tensors {
             for (device, offset, region) in resident_parts(&self.plan, var) {
                 self.arenas[device].write_host(offset, &take_box(&whole, &region))?;
@@ -203,6 +212,10 @@ impl Session {
 /// Writes beside `path`, syncs, and moves into place.
 fn write_whole(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
     use std::io::Write;
+    if path.exists() && !path.is_file() {
+        // Moving a file to the place of a folder fails anyhow; to that of a device or a pipe it would not.
+        return Err(std::io::Error::new(std::io::ErrorKind::InvalidInput, "neither a file nor a free place for one"));
+    }
     let mut name = path.file_name().unwrap_or_default().to_os_string();
     name.push(format!(".{}.part", std::process::id()));
     let part = path.with_file_name(name);

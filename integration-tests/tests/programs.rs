@@ -1,0 +1,414 @@
+//! Programs that are no plain chain of layers: tensors that skip stages, one parameter used twice, devices without data,
+//! outputs that need no input; and programs that are wrong, which `compile` and `step` tell with the user's line.
+
+use shardflow::prelude::*;
+use shardflow_integration_tests::training::{relative, within};
+
+const BATCH: usize = 6;
+const LENGTH: usize = 3;
+const TOKENS: usize = 11;
+const WIDTH: usize = 6;
+const STAGES: usize = 4;
+const WEIGHTS: Init = Init::Normal { std: 0.3 };
+
+fn tokens(which: usize) -> HostTensor {
+    let token = |i: usize| ((i * 7 + i * i * 3 + which * i) % TOKENS) as i32;
+    HostTensor::i32(&[BATCH, LENGTH], (0..BATCH * LENGTH).map(token).collect())
+}
+
+/// Places what follows on the stage that the `quarter`th of four parts of the model is on.
+fn place(g: &mut Graph, quarter: usize) {
+    let stages = g.mesh().axis("stage").map(|axis| g.mesh().axes()[axis].size);
+    if let Ok(stages) = stages {
+        g.place_at("stage", quarter * stages / STAGES);
+    }
+}
+
+fn split_rows(g: &Graph) -> Layout {
+    if g.mesh().axis("tensor").is_ok() { Layout::split("tensor", 0) } else { Layout::broadcast() }
+}
+
+fn input(g: &mut Graph, name: &str) -> Var {
+    let layout = nn::batch_layout(g);
+    g.input(name, &[BATCH, LENGTH], DType::I32, layout)
+}
+
+fn layer(g: &mut Graph, name: &str, x: Var) -> Var {
+    let h = nn::linear(g, name, x, WIDTH, Parallel::Replicated);
+    let h = g.gelu(h);
+    g.add(x, h)
+}
+
+/// One table is the embedding on the first stage and the head on the last.
+fn tied(g: &mut Graph) -> Var {
+    place(g, 0);
+    let ids = input(g, "ids");
+    let layout = split_rows(g);
+    let table = g.parameter("table", &[TOKENS, WIDTH], WEIGHTS, layout);
+    let mut x = g.embedding(ids, table);
+    for quarter in 0..STAGES {
+        place(g, quarter);
+        x = layer(g, &format!("layer {quarter}"), x);
+    }
+    let logits = g.einsum("btc,vc->btv", x, table);
+    let targets = input(g, "targets");
+    g.cross_entropy(logits, targets)
+}
+
+/// What the first two stages make is read again by the last two; ids and targets are fed to the first stage alone.
+fn skipping(g: &mut Graph) -> Var {
+    place(g, 0);
+    let (ids, targets) = (input(g, "ids"), input(g, "targets"));
+    let table = g.parameter("table", &[TOKENS, WIDTH], WEIGHTS, Layout::broadcast());
+    let mut x = g.embedding(ids, table);
+    let mut made = vec![x];
+    for quarter in 0..STAGES {
+        place(g, quarter);
+        x = layer(g, &format!("layer {quarter}"), x);
+        if quarter >= 2 {
+            x = g.add(x, made[quarter - 2]);
+        }
+        made.push(x);
+    }
+    let again = nn::embedding(g, "again", ids, TOKENS, WIDTH, Parallel::Replicated);
+    let x = g.add(x, again);
+    let logits = nn::linear(g, "head", x, TOKENS, Parallel::Replicated);
+    g.cross_entropy(logits, targets)
+}
+
+/// Two parameters lie on all devices, the others on one stage each: a device's update then has two placements.
+fn partly_everywhere(g: &mut Graph) -> Var {
+    let table = g.parameter("table", &[TOKENS, WIDTH], WEIGHTS, Layout::broadcast());
+    let last = g.parameter("last", &[LENGTH, WIDTH], WEIGHTS, Layout::broadcast());
+    place(g, 0);
+    let ids = input(g, "ids");
+    let mut x = g.embedding(ids, table);
+    for quarter in 0..STAGES {
+        place(g, quarter);
+        x = layer(g, &format!("layer {quarter}"), x);
+    }
+    x = g.add(x, last);
+    let logits = nn::linear(g, "head", x, TOKENS, Parallel::Replicated);
+    let targets = input(g, "targets");
+    g.cross_entropy(logits, targets)
+}
+
+/// All gradients are clipped by one norm. AdamW hides a gradient's scale, its moments do not.
+#[test]
+fn clipping_takes_the_norm_over_all_placements() {
+    within(60, || {
+        let moments = |mesh: &str| {
+            let mut g = graph(mesh);
+            let loss = partly_everywhere(&mut g);
+            g.minimize(loss, AdamW { max_norm: 0.01, ..AdamW::default() });
+            let plan = compile(g, &CompileOptions::default()).unwrap_or_else(|e| panic!("{mesh}: {e}"));
+            let mut session = Session::start(plan, &SessionOptions::default()).expect("can start");
+            session.step(&[("ids", tokens(0)), ("targets", tokens(1))], 1e-2).unwrap_or_else(|e| panic!("{mesh}: {e}"));
+            let path = std::env::temp_dir().join(format!("shardflow-clip-{mesh}-{}", std::process::id()));
+            session.save(&path).expect("can be saved");
+            let bytes = std::fs::read(&path).expect("was saved");
+            std::fs::remove_file(&path).expect("was saved");
+            let file = safetensors::SafeTensors::deserialize(&bytes).expect("whole");
+            let data = file.tensor("adamw.m/table").expect("is trained").data().to_vec();
+            data.chunks_exact(4).map(|c| f32::from_le_bytes([c[0], c[1], c[2], c[3]])).collect::<Vec<_>>()
+        };
+        let want = moments("data=1");
+        assert!(want.iter().any(|m| m.abs() > 1e-5));
+        for mesh in ["stage=2", "stage=4"] {
+            let got = moments(mesh);
+            assert!(got.iter().zip(&want).all(|(a, b)| (a - b).abs() < 1e-7), "{mesh}: {got:?} against {want:?}");
+        }
+    });
+}
+
+fn train(build: fn(&mut Graph) -> Var, mesh: &str, micro_batches: usize, schedule: Schedule) -> (Vec<f32>, Vec<f64>) {
+    let mut g = Graph::new(&Mesh::parse(mesh).expect("a mesh"));
+    let loss = build(&mut g);
+    g.minimize(loss, AdamW { max_norm: 0.2, ..AdamW::default() });
+    let options = CompileOptions { micro_batches, schedule, ..CompileOptions::default() };
+    let what = format!("mesh {mesh}, {micro_batches} micro-batches, {schedule:?}");
+    let plan = compile(g, &options).unwrap_or_else(|e| panic!("{what}: {e}"));
+    let mut session = Session::start(plan, &SessionOptions::default()).unwrap_or_else(|e| panic!("{what}: {e}"));
+    let mut step = |_| {
+        let inputs = [("ids", tokens(0)), ("targets", tokens(1))];
+        session.step(&inputs, 1e-2).unwrap_or_else(|e| panic!("{what}: {e}"))
+    };
+    let reports: Vec<StepReport> = (0..5).map(&mut step).collect();
+    let losses = reports.iter().filter_map(|r| r.loss).collect();
+    let norms = reports.iter().filter_map(|r| r.grad_norm).collect();
+    session.shutdown().unwrap_or_else(|e| panic!("{what}: {e}"));
+    (losses, norms)
+}
+
+/// With 6 micro-batches of one sample, half of the devices of `data=2` have no data at all, on any stage.
+fn check_program(build: fn(&mut Graph) -> Var, same_bits: bool) {
+    within(120, move || {
+        for micro_batches in [1, 3, 6] {
+            let (losses, norms) = train(build, "data=1", micro_batches, Schedule::OneFOneB);
+            assert!(losses[4] < losses[0] - 0.05 && norms[0] > 0.2, "{losses:?} {norms:?}");
+            for mesh in ["stage=2", "stage=4", "data=2,stage=4", "stage=4,tensor=2", "data=2,stage=2,tensor=2"] {
+                for schedule in [Schedule::GPipe, Schedule::OneFOneB] {
+                    let got = train(build, mesh, micro_batches, schedule);
+                    let what = format!("mesh {mesh}, {micro_batches} micro-batches, {schedule:?}");
+                    if same_bits && !mesh.contains(',') {
+                        assert_eq!(got, (losses.clone(), norms.clone()), "{what}");
+                    }
+                    for (a, b) in got.0.iter().zip(&losses) {
+                        assert!(relative((*a).into(), (*b).into()) < 1e-4, "{what}: {:?} against {losses:?}", got.0);
+                    }
+                    for (a, b) in got.1.iter().zip(&norms) {
+                        assert!(relative(*a, *b) < 1e-3, "{what}: {:?} against {norms:?}", got.1);
+                    }
+                }
+            }
+        }
+    });
+}
+
+#[test]
+fn a_table_is_used_on_the_first_and_the_last_stage() {
+    check_program(tied, true);
+}
+
+#[test]
+fn tensors_and_inputs_skip_stages() {
+    // Parts of a gradient that are made on one stage are added there, so three of them add up in another order.
+    check_program(skipping, false);
+}
+
+fn graph(mesh: &str) -> Graph {
+    Graph::new(&Mesh::parse(mesh).expect("a mesh"))
+}
+
+/// Three steps; the outputs of the last.
+fn run(g: Graph, inputs: &[(&str, HostTensor)]) -> StepReport {
+    let options = CompileOptions { micro_batches: 2, ..CompileOptions::default() };
+    let plan = compile(g, &options).unwrap_or_else(|e| panic!("{e}"));
+    let mut session = Session::start(plan, &SessionOptions::default()).unwrap_or_else(|e| panic!("{e}"));
+    let mut reports = (0..3).map(|_| session.step(inputs, 1e-2).unwrap_or_else(|e| panic!("{e}")));
+    reports.by_ref().take(2).for_each(drop);
+    reports.next().expect("three steps")
+}
+
+/// What no input leads to runs once a step all the same, and not ahead of it.
+#[test]
+fn outputs_need_no_input() {
+    within(60, || {
+        let mut g = graph("stage=2");
+        g.place_at("stage", 0);
+        let x = g.input("x", &[4, 2], DType::F32, Layout::broadcast());
+        let y = g.scale(x, 2.0);
+        g.output("y", y);
+        g.place_at("stage", 1);
+        let w = g.parameter("w", &[2, 2], Init::Ones, Layout::broadcast());
+        let z = g.scale(w, 3.0);
+        g.output("z", z);
+        g.output("w", w);
+        let report = run(g, &[("x", HostTensor::f32(&[4, 2], vec![1.0; 8]))]);
+        assert_eq!(report.outputs["y"], HostTensor::f32(&[4, 2], vec![2.0; 8]));
+        assert_eq!(report.outputs["w"], HostTensor::f32(&[2, 2], vec![1.0; 4]));
+        // Made once a micro-batch, of which there are two.
+        assert_eq!(report.outputs["z"], HostTensor::f32(&[4, 2], vec![3.0; 8]));
+    });
+}
+
+#[test]
+fn a_loss_needs_no_parameter() {
+    within(60, || {
+        let mut g = graph("data=2");
+        let x = g.input("x", &[4, 5], DType::F32, Layout::split("data", 0));
+        let t = g.input("t", &[4], DType::I32, Layout::split("data", 0));
+        let loss = g.cross_entropy(x, t);
+        g.minimize(loss, AdamW::default());
+        let report =
+            run(g, &[("x", HostTensor::f32(&[4, 5], vec![1.0; 20])), ("t", HostTensor::i32(&[4], vec![1; 4]))]);
+        assert!((report.loss.expect("a loss") - 5f32.ln()).abs() < 1e-5 && report.grad_norm.is_none());
+    });
+}
+
+#[derive(Debug)]
+struct Gradients(&'static str);
+
+impl CustomOp for Gradients {
+    fn name(&self) -> &str {
+        "gradients"
+    }
+
+    fn rule(&self) -> Result<Rule, LayoutError> {
+        Rule::parse("btc->btc")
+    }
+
+    fn kernel(&self, _: &[Region], _: &[Region]) -> std::sync::Arc<dyn CustomKernel> {
+        unreachable!("the program is refused")
+    }
+
+    fn backward(&self, g: &mut Graph, _: &[Var], _: &[Var], grads: &[Option<Var>]) -> Vec<Option<Var>> {
+        match (self.0, grads[0]) {
+            ("small", Some(dy)) => vec![Some(g.einsum("btc,btd->cd", dy, dy))],
+            _ => Vec::new(),
+        }
+    }
+}
+
+fn with_gradients(g: &mut Graph, how: &'static str) {
+    let ids = input(g, "ids");
+    let x = nn::embedding(g, "table", ids, TOKENS, WIDTH, Parallel::Replicated);
+    let x = g.custom(std::sync::Arc::new(Gradients(how)), &[x])[0];
+    let targets = input(g, "targets");
+    let loss = g.cross_entropy(x, targets);
+    g.minimize(loss, AdamW::default());
+}
+
+/// A program that is wrong, and what must be said of it.
+type Wrong = (fn(&mut Graph), &'static str);
+
+/// Each is refused at `compile`, with a line of this file.
+#[test]
+fn wrong_programs_are_told_at_compile() {
+    let cases: &[Wrong] = &[
+        (|g| _ = g.input("x", &[4], DType::F32, Layout::broadcast()), "nothing of the program reaches the host"),
+        (
+            |g| {
+                let x = g.input("x", &[], DType::F32, Layout::broadcast());
+                g.output("x", x)
+            },
+            "`step_input`",
+        ),
+        (
+            |g| {
+                let x = g.input("rng", &[4], DType::F32, Layout::broadcast());
+                g.output("x", x)
+            },
+            "choose another",
+        ),
+        (
+            |g| {
+                let x = g.step_input("hyper", &[4], DType::F32);
+                g.output("x", x)
+            },
+            "choose another",
+        ),
+        (
+            |g| {
+                input(g, "x");
+                let x = g.input("x", &[4], DType::F32, Layout::broadcast());
+                g.output("x", x)
+            },
+            "one tensor of the host",
+        ),
+        (
+            |g| {
+                let l = Layout::split("data", 0).and_split("data", 1);
+                let x = g.input("x", &[4, 4], DType::F32, l);
+                g.output("x", x)
+            },
+            "`data` twice",
+        ),
+        (
+            |g| {
+                let x = input(g, "ids");
+                let y = g.gelu(x);
+                g.output("y", y)
+            },
+            "input 0 (ids) is I32, but must be F32",
+        ),
+        (
+            |g| {
+                let x = g.input("x", &[4], DType::F32, Layout::broadcast());
+                let y = nn::embedding(g, "table", x, 3, 2, Parallel::Replicated);
+                g.output("y", y)
+            },
+            "input 0 (x) is F32, but must be I32",
+        ),
+        (
+            |g| {
+                let l = tied(g);
+                g.minimize(l, AdamW::default());
+                g.minimize(l, AdamW::default())
+            },
+            "minimise their sum",
+        ),
+        (
+            |g| {
+                let l = tied(g);
+                g.minimize(l, AdamW { max_norm: -1.0, ..AdamW::default() })
+            },
+            "max_norm must be above 0",
+        ),
+        (
+            |g| {
+                let l = tied(g);
+                g.minimize(l, AdamW { betas: (0.9, f32::NAN), ..AdamW::default() })
+            },
+            "betas must be",
+        ),
+        (
+            |g| {
+                let l = tied(g);
+                let w = g.parameters()[0];
+                g.output("w", w);
+                g.minimize(l, AdamW::default())
+            },
+            "`Session::parameters`",
+        ),
+        (
+            |g| {
+                let w = g.parameter("w", &[1 << 40, 1 << 40], Init::Ones, Layout::broadcast());
+                g.output("w", w)
+            },
+            "more elements than any device",
+        ),
+        (|g| with_gradients(g, "none"), "one gradient for each of 1 inputs, got 0"),
+        (|g| with_gradients(g, "small"), "must have its shape [3, 3, 6], got [6, 6]"),
+    ];
+    for (build, want) in cases {
+        let mut g = graph("data=2");
+        build(&mut g);
+        let options = CompileOptions { micro_batches: 2, ..CompileOptions::default() };
+        let Err(error) = compile(g, &options) else { panic!("not refused: {want}") };
+        let CompileError::Graph(errors) = &error else { panic!("{want}: {error}") };
+        let text = error.to_string();
+        assert!(text.contains(want) && text.contains("programs.rs:"), "expected {want:?}, got: {text}");
+        assert_eq!(errors.len(), 1, "{text}");
+    }
+}
+
+#[test]
+fn counts_out_of_range_are_told() {
+    for (micro_batches, threads_per_device, want) in [
+        (0, 1, "micro_batches is 0"),
+        (1 << 20, 1, "micro_batches is 1048576"),
+        (2, 0, "threads_per_device is 0"),
+        (2, 65, "threads_per_device is 65"),
+    ] {
+        let options = CompileOptions { micro_batches, threads_per_device, ..CompileOptions::default() };
+        let text = compile(graph("data=2"), &options).map(drop).expect_err("out of range").to_string();
+        assert!(text.contains(want), "{text}");
+    }
+    for mesh in ["data=100000000000", "data=4294967296,tensor=4294967296"] {
+        let text = Mesh::parse(mesh).map(drop).expect_err("too many").to_string();
+        assert!(text.contains(&format!("mesh {mesh} has more than")), "{text}");
+    }
+}
+
+/// A step's tensors are checked before anything runs.
+#[test]
+fn tensors_of_a_step_are_each_given_once_and_whole() {
+    within(60, || {
+        let mut g = graph("data=2");
+        let x = g.input("x", &[4, 2], DType::F32, Layout::split("data", 0));
+        let y = g.scale(x, 2.0);
+        g.output("y", y);
+        let plan = compile(g, &CompileOptions::default()).expect("a program");
+        let mut session = Session::start(plan, &SessionOptions::default()).expect("can start");
+        let good = HostTensor::f32(&[4, 2], vec![1.0; 8]);
+        let short = HostTensor { shape: vec![4, 2], data: HostData::F32(vec![1.0; 3]) };
+        for (inputs, want) in [
+            (vec![("x", good.clone()), ("x", short.clone())], "input x: expected one tensor, got two"),
+            (vec![("x", short)], "input x: expected 8 elements for [4, 2], got 3"),
+        ] {
+            assert_eq!(session.step(&inputs, 0.0).expect_err("wrong").to_string(), want);
+        }
+        assert_eq!(session.step(&[("x", good)], 0.0).expect("good").outputs["y"].as_f32(), Some(&[2.0; 8][..]));
+    });
+}
