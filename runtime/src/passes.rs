@@ -14,6 +14,7 @@ pub mod bucket;
 pub mod layout;
 pub mod micro_batch;
 pub mod optimizer;
+pub mod stages;
 
 /// What becomes of forward layout changes that the user did not write.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -130,6 +131,7 @@ pub fn compile(mut graph: Graph, options: &CompileOptions) -> Result<Plan, Compi
     check_sizes(&mut graph);
     checked(&graph)?;
     check_outputs(&mut graph);
+    stages::check(&mut graph);
     checked(&graph)?;
     if let Some((loss, adamw)) = graph.objective {
         let grads = autodiff::backward(&mut graph, loss);

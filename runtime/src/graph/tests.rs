@@ -411,3 +411,58 @@ fn explain_on_data_and_tensor_parallel_devices() {
         memory (bytes)
           device 0: 4160 = 896 fixed + 2880 in registers + 384 scratch"#]].assert_eq(&shown.join("\n"));
 }
+
+#[test]
+fn placements_must_form_a_pipeline() {
+    let input = |g: &mut Graph| g.input("x", &[4, 3, 8], DType::F32, Layout::broadcast());
+    check_with(
+        "stage=2",
+        &CompileOptions::default(),
+        |g| {
+            let x = input(g);
+            let x = g.gelu(x);
+            g.place_at("stage", 1);
+            let y = g.scale(x, 2.0);
+            g.output("y", y);
+        },
+        expect![[r#"
+            scale: reads gelu.1 of devices [0, 1] on devices [1], which share device 1; place what follows on the same devices, or on none of them
+              at `let y = g.scale(x, 2.0);`"#]],
+    );
+    check_with(
+        "stage=2",
+        &CompileOptions::default(),
+        |g| {
+            g.place_at("stage", 0);
+            let x = input(g);
+            let x = g.gelu(x);
+            g.place_at("stage", 1);
+            let x = g.gelu(x);
+            g.place_at("stage", 0);
+            let y = g.scale(x, 2.0);
+            g.output("y", y);
+        },
+        expect![[r#"
+            scale: reads gelu.2 of devices [1] on devices [0], which those already wait for; place layers in the order in which they run, each stage once
+              at `let y = g.scale(x, 2.0);`"#]],
+    );
+    check_with(
+        "stage=2",
+        &CompileOptions::default(),
+        |g| {
+            g.place_at("stage", 1);
+            let table = g.parameter("table", &[16, 8], Init::Ones, Layout::broadcast());
+            g.place_at("stage", 0);
+            let ids = g.input("ids", &[4, 3], DType::I32, Layout::broadcast());
+            let x = g.embedding(ids, table);
+            g.place_at("stage", 1);
+            let logits = g.einsum("btc,vc->btv", x, table);
+            let targets = g.input("targets", &[4, 3], DType::I32, Layout::broadcast());
+            let loss = g.cross_entropy(logits, targets);
+            g.minimize(loss, AdamW::default());
+        },
+        expect![[r#"
+            embedding: uses the parameter table of devices [1] on devices [0]; place a shared parameter on the first stage that uses it
+              at `let x = g.embedding(ids, table);`"#]],
+    );
+}

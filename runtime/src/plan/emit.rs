@@ -11,7 +11,7 @@ use shardflow_kernels::tensor::{DType, element_count};
 use crate::boxing::step::LocalStep;
 use crate::graph::{Graph, Node, NodeId, NodeOp, Var, ops};
 use crate::plan::assign::{Assignment, Home, Site};
-use crate::plan::memory::{Interval, local_part, local_shape, pack, slot_offsets};
+use crate::plan::memory::{ArenaMap, Interval, local_part, local_shape, pack};
 use crate::plan::{ActionKey, ActionPlan, BaseKey, HostPort};
 use crate::sbp::Sbp;
 
@@ -21,8 +21,8 @@ pub struct Context<'a> {
     pub graph: &'a Graph,
     /// Actions and homes.
     pub assignment: &'a Assignment,
-    /// Offsets of fixed tensors.
-    pub fixed: &'a BTreeMap<(usize, Var), usize>,
+    /// Where everything but scratch lies.
+    pub arenas: &'a ArenaMap,
     /// Accumulations that the producing kernel does itself: value to sum.
     pub fused: &'a BTreeMap<Var, Var>,
     /// Threads that each kernel of the action's stream runs on.
@@ -165,12 +165,8 @@ impl Emitter<'_> {
         let dtype = context.graph.tensor(var).dtype;
         let home = context.assignment.homes.get(&(device, var)).copied().unwrap_or(Home::Scratch);
         let (base, offset) = match home {
-            Home::Fixed => (0, context.fixed[&(device, var)]),
-            Home::Register(register) => {
-                let tensors = &context.assignment.registers[register].tensors;
-                let (offsets, _) = slot_offsets(context.graph, tensors, device);
-                (self.port_base(register), offsets[&var])
-            }
+            Home::Fixed => (0, context.arenas.fixed[&(device, var)]),
+            Home::Register(register) => (self.port_base(register), context.arenas.slot_offsets[register][&var]),
             Home::Scratch => (SCRATCH, self.scratch_index(var, element_count(&shape) * dtype.bytes())),
         };
         Buffer { base, offset, shape, dtype }
@@ -319,8 +315,7 @@ impl Emitter<'_> {
         else {
             return;
         };
-        let tensors = &self.context.assignment.registers[register].tensors;
-        let (_, bytes) = slot_offsets(graph, tensors, self.device());
+        let bytes = self.context.arenas.registers[register].stride;
         let slot = Buffer { base: first.base, offset: 0, shape: vec![bytes / 4], dtype: DType::F32 };
         self.collective(&ranks, CollectiveKind::AllReduce { op: ReduceOp::Sum }, vec![slot.clone()], vec![slot]);
     }

@@ -43,8 +43,7 @@ pub fn lower(graph: Graph, setting: Setting) -> Plan {
     let assignment = assign(&graph);
     let flight = in_flight(&graph, setting.schedule, setting.micro_batches, setting.costs);
     let counts = slots(&graph, &assignment, &flight, setting.micro_batches);
-    let ArenaMap { registers: places, devices: mut memory, fixed } =
-        lay_out(&graph, &assignment, &counts, graph.mesh.device_count());
+    let arenas = lay_out(&graph, &assignment, &counts, graph.mesh.device_count());
 
     let actors = number_actors(&assignment);
     let fused = fuse_accumulation(&graph);
@@ -53,11 +52,12 @@ pub fn lower(graph: Graph, setting: Setting) -> Plan {
     for (site, nodes) in &assignment.actions {
         let stream = stream_of(site.1);
         let threads = if stream == StreamKind::Compute { setting.threads_per_device } else { 1 };
-        let context = Context { graph: &graph, assignment: &assignment, fixed: &fixed, fused: &fused, threads };
+        let context = Context { graph: &graph, assignment: &assignment, arenas: &arenas, fused: &fused, threads };
         let made = emit(&context, *site, nodes, &mut |ranks| groups.communicator(stream, ranks));
         emitted.insert(*site, made);
     }
 
+    let ArenaMap { registers: places, devices: mut memory, .. } = arenas;
     let mut spec = Spec::default();
     let mut actions = Vec::new();
     for (index, (device, stream, sites)) in actors.iter().enumerate() {

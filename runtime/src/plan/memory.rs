@@ -36,7 +36,7 @@ pub fn local_bytes(graph: &Graph, var: Var, device: usize) -> usize {
 }
 
 /// Offset of each tensor in a register's slot, and the slot's bytes.
-pub fn slot_offsets(graph: &Graph, tensors: &[Var], device: usize) -> (BTreeMap<Var, usize>, usize) {
+fn slot_offsets(graph: &Graph, tensors: &[Var], device: usize) -> (BTreeMap<Var, usize>, usize) {
     let mut offsets = BTreeMap::new();
     let mut end = 0;
     for var in tensors {
@@ -92,6 +92,8 @@ pub fn pack(intervals: &[Interval]) -> (Vec<usize>, usize) {
 pub struct ArenaMap {
     /// By register.
     pub registers: Vec<RegisterPlace>,
+    /// By register: offset of each of its tensors in a slot.
+    pub slot_offsets: Vec<BTreeMap<Var, usize>>,
     /// By device.
     pub devices: Vec<DeviceMemory>,
     /// Offset of each fixed tensor's part, by device.
@@ -110,10 +112,11 @@ pub fn lay_out(graph: &Graph, assignment: &Assignment, slots: &[u32], devices: u
             memory[*device].fixed_bytes = *total;
         }
     }
-    let mut places = Vec::new();
+    let (mut places, mut offsets) = (Vec::new(), Vec::new());
     for (register, slots) in assignment.registers.iter().zip(slots) {
         let device = register.producer.0;
-        let (_, stride) = slot_offsets(graph, &register.tensors, device);
+        let (within_slot, stride) = slot_offsets(graph, &register.tensors, device);
+        offsets.push(within_slot);
         let memory = &mut memory[device];
         places.push(RegisterPlace { device, offset: memory.total_bytes, stride });
         memory.total_bytes += stride * *slots as usize;
@@ -125,17 +128,14 @@ pub fn lay_out(graph: &Graph, assignment: &Assignment, slots: &[u32], devices: u
         }
         let offset = match home {
             Home::Fixed => fixed[&(*device, *var)],
-            Home::Register(index) => {
-                let (offsets, _) = slot_offsets(graph, &assignment.registers[*index].tensors, *device);
-                places[*index].offset + offsets[var]
-            }
+            Home::Register(index) => places[*index].offset + offsets[*index][var],
             Home::Scratch => continue,
         };
         let region = local_part(graph, *var, *device);
         let dtype = graph.tensor(*var).dtype;
         memory[*device].residents.push(ResidentTensor { var: *var, region, dtype, offset });
     }
-    ArenaMap { registers: places, devices: memory, fixed }
+    ArenaMap { registers: places, slot_offsets: offsets, devices: memory, fixed }
 }
 
 #[cfg(test)]

@@ -216,6 +216,8 @@ fn write_whole(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
         // Moving a file to the place of a folder fails anyhow; to that of a device or a pipe it would not.
         return Err(std::io::Error::new(std::io::ErrorKind::InvalidInput, "neither a file nor a free place for one"));
     }
+    // A link stays, and what it points to is replaced.
+    let path = &path.canonicalize().unwrap_or_else(|_| path.into());
     let mut name = path.file_name().unwrap_or_default().to_os_string();
     name.push(format!(".{}.part", std::process::id()));
     let part = path.with_file_name(name);
