@@ -79,28 +79,9 @@ pub fn action_of(graph: &Graph, id: NodeId, node: &Node) -> Option<ActionKey> {
 
 /// Assigns every node and tensor.
 pub fn assign(graph: &Graph) -> Assignment {
-    let mut out = Assignment::default();
+    let mut out = Assignment { alias: aliases(graph), ..Assignment::default() };
     let mut producer: BTreeMap<Local, Site> = BTreeMap::new();
     let mut readers: BTreeMap<Local, BTreeSet<Site>> = BTreeMap::new();
-    let mut bucket_of: BTreeMap<Var, NodeId> = BTreeMap::new();
-    for (index, node) in graph.nodes.iter().enumerate() {
-        let id = NodeId(index as u32);
-        match node.op {
-            NodeOp::Relayout => drop(out.alias.insert(node.outputs[0], node.inputs[0])),
-            NodeOp::Boxing(ref step) if step.kind != StepKind::Transfer => {
-                let devices = graph.placements[node.placement].device_count();
-                if (0..devices).all(|device| step.local(device) == LocalStep::Keep) {
-                    out.alias.insert(node.outputs[0], node.inputs[0]);
-                }
-            }
-            NodeOp::Bucket { .. } => {
-                out.alias.extend(node.outputs.iter().copied().zip(node.inputs.iter().copied()));
-                bucket_of.extend(node.outputs.iter().map(|o| (*o, id)));
-            }
-            _ => {}
-        }
-    }
-    let mut signalled: BTreeSet<(usize, NodeId)> = BTreeSet::new();
     for (index, node) in graph.nodes.iter().enumerate() {
         let id = NodeId(index as u32);
         let placement = &graph.placements[node.placement];
@@ -113,30 +94,11 @@ pub fn assign(graph: &Graph) -> Assignment {
                 continue;
             }
             out.actions.entry(site).or_default().push(id);
-            for output in &node.outputs {
-                if out.storage(*output) == *output {
-                    producer.insert((device, *output), site);
-                }
-            }
-            for updated in &node.updates {
-                producer.insert((device, *updated), site);
-            }
+            let made = node.outputs.iter().filter(|o| out.storage(**o) == **o).chain(&node.updates);
+            producer.extend(made.map(|var| ((device, *var), site)));
             for input in &node.inputs {
                 for from in &sources {
                     readers.entry((*from, out.storage(*input))).or_default().insert(site);
-                }
-                if let Some(bucket) = bucket_of.get(input)
-                    && key != ActionKey::Bucket(*bucket)
-                    && signalled.insert((device, *bucket))
-                {
-                    let signal = RegisterPlan {
-                        producer: (device, ActionKey::Bucket(*bucket)),
-                        readers: vec![site],
-                        rate: Rate::Step,
-                        initial: false,
-                        tensors: Vec::new(),
-                    };
-                    out.registers.push(signal);
                 }
             }
         }
@@ -149,8 +111,50 @@ pub fn assign(graph: &Graph) -> Assignment {
             out.actions.entry(site).or_default();
         }
     }
+    out.registers = bucket_signals(graph, &out.actions);
     group_registers(graph, &mut out, &producer, &readers);
     out
+}
+
+/// Tensors that are another's memory.
+fn aliases(graph: &Graph) -> BTreeMap<Var, Var> {
+    let mut alias = BTreeMap::new();
+    for node in &graph.nodes {
+        let same_memory = match &node.op {
+            NodeOp::Relayout | NodeOp::Bucket { .. } => true,
+            NodeOp::Boxing(step) if step.kind != StepKind::Transfer => {
+                let devices = graph.placements[node.placement].device_count();
+                (0..devices).all(|device| step.local(device) == LocalStep::Keep)
+            }
+            _ => false,
+        };
+        if same_memory {
+            alias.extend(node.outputs.iter().copied().zip(node.inputs.iter().copied()));
+        }
+    }
+    alias
+}
+
+/// A bucket is reduced in place, so whoever reads it reads the register that backward wrote; that the reduction is done is
+/// told by a register without bytes, from each bucket to each action that reads what it reduced.
+fn bucket_signals(graph: &Graph, actions: &BTreeMap<Site, Vec<NodeId>>) -> Vec<RegisterPlan> {
+    let mut waits: BTreeSet<(Site, Site)> = BTreeSet::new();
+    for (site, nodes) in actions {
+        for input in nodes.iter().flat_map(|id| &graph.nodes[id.index()].inputs) {
+            if let NodeOp::Bucket { .. } = graph.producer(*input).op {
+                let bucket = ActionKey::Bucket(graph.tensor(*input).producer);
+                waits.insert(((site.0, bucket), *site));
+            }
+        }
+    }
+    let signal = |(producer, reader)| RegisterPlan {
+        producer,
+        readers: vec![reader],
+        rate: Rate::Step,
+        initial: false,
+        tensors: Vec::new(),
+    };
+    waits.into_iter().map(signal).collect()
 }
 
 /// The devices whose part of a node's input is read by the device at `position` of its placement.
