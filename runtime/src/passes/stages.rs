@@ -61,8 +61,7 @@ fn parameters(
                 continue;
             }
             let (source, target) = (&graph.placements[owner], &graph.placements[user]);
-            let shares = source.devices().iter().any(|d| target.devices().contains(d));
-            if shares || reaches(reads, owner, user) {
+            if reaches(reads, owner, user) {
                 let message = format!(
                     "uses the parameter {} of devices {:?} on devices {:?}; place a shared parameter on the first stage that uses it",
                     graph.tensor(*input).name,
