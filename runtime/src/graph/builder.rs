@@ -105,6 +105,10 @@ impl Graph {
             let message = "a parameter of this name is there already; give each its own name".to_string();
             self.error(name, message, location);
         }
+        if name.starts_with(STATE_PREFIX) {
+            let message = format!("names that begin with `{STATE_PREFIX}` are the optimizer's; choose another");
+            self.error(name, message, location);
+        }
         self.source(name, NodeOp::Parameter { init }, shape, DType::F32, Rate::Step, layout, location)
     }
 
@@ -115,6 +119,10 @@ impl Graph {
         let own = self.shape(parameter).to_vec();
         if own.iter().product::<usize>() != shape.iter().product::<usize>() {
             let message = format!("shape {own:?} cannot be saved as {shape:?}: the numbers of elements differ");
+            self.error("saved_as", message, Location::caller());
+        }
+        if !matches!(self.producer(parameter).op, NodeOp::Parameter { .. }) && !self.is_poisoned(&[parameter]) {
+            let message = format!("{} is not a parameter, so it is not saved", self.tensor(parameter).name);
             self.error("saved_as", message, Location::caller());
         }
         self.tensors[parameter.index()].saved_shape = Some(shape.to_vec());
@@ -465,6 +473,8 @@ impl Graph {
     }
 }
 
+/// How the names of the optimizer's state begin, in checkpoints.
+pub const STATE_PREFIX: &str = "adamw.";
 /// Name of the input that dropout reads: `[step, first row of the micro-batch]`; the session feeds it.
 pub const RNG_INPUT: &str = "rng";
 /// Name of the step input `[learning rate, step counted from 1]` that the update reads; the session feeds it.

@@ -466,3 +466,22 @@ fn placements_must_form_a_pipeline() {
               at `let x = g.embedding(ids, table);`"#]],
     );
 }
+
+#[test]
+fn what_is_saved_has_a_name_of_its_own() {
+    check_with(
+        "data=1",
+        &CompileOptions::default(),
+        |g| {
+            let w = g.parameter("adamw.m/w", &[2, 2], Init::Ones, Layout::broadcast());
+            let y = g.gelu(w);
+            g.saved_as(y, &[4]);
+            g.output("y", y);
+        },
+        expect![[r#"
+            adamw.m/w: names that begin with `adamw.` are the optimizer's; choose another
+              at `let w = g.parameter("adamw.m/w", &[2, 2], Init::Ones, Layout::broadcast());`
+            saved_as: gelu.1 is not a parameter, so it is not saved
+              at `g.saved_as(y, &[4]);`"#]],
+    );
+}

@@ -8,7 +8,7 @@ use shardflow_kernels::collective::ReduceOp;
 use shardflow_kernels::op::Op;
 use shardflow_kernels::tensor::DType;
 
-use crate::graph::builder::{HYPER_INPUT, Layout};
+use crate::graph::builder::{HYPER_INPUT, Layout, STATE_PREFIX};
 use crate::graph::{AdamW, Graph, NodeOp, Phase, Rate, Var};
 use crate::placement::{Axis, Placement};
 use crate::sbp::{NdSbp, Sbp};
@@ -86,7 +86,7 @@ fn update_placement(graph: &mut Graph, sums: Var, parameters: &[(Var, Var)], ada
         let layout = graph.tensor(*parameter).layout.clone();
         let mut moments = Vec::new();
         for moment in ["m", "v"] {
-            let name = format!("adamw.{moment}/{name}");
+            let name = format!("{STATE_PREFIX}{moment}/{name}");
             let state = graph.push(&name, NodeOp::State, &[], &[(shape.clone(), DType::F32, Rate::Step)], at)[0];
             graph.tensors[state.index()].name = name;
             graph.tensors[state.index()].layout = layout.clone();
