@@ -113,10 +113,13 @@ fn clipping_takes_the_norm_over_all_placements() {
             data.chunks_exact(4).map(|c| f32::from_le_bytes([c[0], c[1], c[2], c[3]])).collect::<Vec<_>>()
         };
         let want = moments("data=1");
-        assert!(want.iter().any(|m| m.abs() > 1e-5));
+        let largest = want.iter().fold(0.0f32, |most, m| most.max(m.abs()));
+        assert!(largest > 1e-5);
         for mesh in ["stage=2", "stage=4"] {
             let got = moments(mesh);
-            assert!(got.iter().zip(&want).all(|(a, b)| (a - b).abs() < 1e-7), "{mesh}: {got:?} against {want:?}");
+            // Close enough that a norm without one of the placements shows.
+            let apart = got.iter().zip(&want).fold(0.0f32, |most, (a, b)| most.max((a - b).abs())) / largest;
+            assert!(apart < 1e-5, "{mesh}: {apart} of the largest apart");
         }
     });
 }

@@ -360,13 +360,10 @@ impl Emitter<'_> {
         };
         let parts: Vec<Var> = graph.nodes.iter().filter(here).map(|n| n.outputs[0]).collect();
         let mut sums = self.buffer(parts[0]);
-        if parts.len() > 1 {
-            let own = self.scratch_buffer(&sums.shape);
-            for (index, part) in parts.into_iter().enumerate() {
-                let part = self.buffer(part);
-                self.launch(Op::Copy, vec![part], vec![own.clone()], index > 0);
-            }
-            sums = own;
+        for part in &parts[1..] {
+            let (part, both) = (self.buffer(*part), self.scratch_buffer(&sums.shape));
+            self.launch(Op::Add, vec![sums, part], vec![both.clone()], false);
+            sums = both;
         }
         if ranks.len() > 1 {
             let total = self.scratch_buffer(&sums.shape);
