@@ -12,7 +12,7 @@ use crate::error::KernelError;
 use crate::memory::{Arena, Base};
 use crate::op::{Buffer, Launch, Op, Program};
 use crate::stream::{Notice, Stream, Submission};
-use crate::tensor::{DType, HostData, HostTensor, element_count};
+use crate::tensor::{DType, HostData, HostTensor, Region, element_count};
 
 mod collectives;
 mod ops;
@@ -253,4 +253,15 @@ fn wide(tensor: &HostTensor) -> Vec<f64> {
         HostData::F32(values) => values.iter().map(|&value| f64::from(value)).collect(),
         HostData::I32(values) => values.iter().map(|&value| f64::from(value)).collect(),
     }
+}
+
+/// Flat place in a tensor of `shape` of the element `index` (counted inside the region) of `region`.
+fn flat(mut index: usize, region: &Region, shape: &[usize]) -> usize {
+    let (mut place, mut stride) = (0, 1);
+    for d in (0..shape.len()).rev() {
+        place += (region.start[d] + index % region.size[d]) * stride;
+        index /= region.size[d];
+        stride *= shape[d];
+    }
+    place
 }

@@ -61,6 +61,16 @@ pub enum Rate {
     Step,
 }
 
+impl Rate {
+    /// Values in a step of so many micro-batches.
+    pub fn per_step(self, micro_batches: usize) -> usize {
+        match self {
+            Self::MicroBatch => micro_batches,
+            Self::Step => 1,
+        }
+    }
+}
+
 /// What a node does.
 #[derive(Clone, Debug)]
 pub enum NodeOp {

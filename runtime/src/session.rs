@@ -117,8 +117,8 @@ pub struct Session {
     fetched: Receiver<Fetched>,
     /// Why a step failed; what devices hold is worth nothing then, and may still change.
     failed: Option<Failure>,
-    /// Fetches in a step.
-    fetches: usize,
+    /// What each device's fetches bring, in order.
+    fetches: BTreeMap<(usize, Rate), Vec<Var>>,
     /// Inputs that hold token ids, and how many tokens there are.
     vocabularies: BTreeMap<String, usize>,
     steps: u64,
@@ -141,7 +141,7 @@ impl Session {
             devices.push(device);
         }
         let (sender, fetched) = unbounded();
-        let mut loader = Loader { plan: &plan, arenas: &arenas, feeds: Vec::new(), fetches: 0, sender };
+        let mut loader = Loader { plan: &plan, arenas: &arenas, feeds: Vec::new(), fetches: BTreeMap::new(), sender };
         let programs = loader.programs();
         let (feeds, fetches) = (loader.feeds, loader.fetches);
         let gates = gates(&plan);
@@ -224,7 +224,7 @@ impl Session {
         let by_name: BTreeMap<&str, &HostTensor> = inputs.iter().map(|(name, tensor)| (*name, tensor)).collect();
         let running = self.running.as_ref().ok_or(KernelError::Closed { device: 0 })?;
         for feed in &self.feeds {
-            let firings = if feed.rate == Rate::Step { 1 } else { self.plan.micro_batches };
+            let firings = feed.rate.per_step(self.plan.micro_batches);
             for micro_batch in 0..firings {
                 let parts =
                     feed.vars.iter().map(|var| self.part(*var, feed.device, micro_batch, &by_name, learning_rate));
@@ -236,7 +236,8 @@ impl Session {
             running.give(*actor, *action, *firings)?;
         }
         let mut results: BTreeMap<(usize, Rate), Vec<Vec<HostTensor>>> = BTreeMap::new();
-        for _ in 0..self.fetches {
+        let fetches: usize = self.fetches.keys().map(|(_, rate)| rate.per_step(self.plan.micro_batches)).sum();
+        for _ in 0..fetches {
             select! {
                 recv(self.fetched) -> message => if let Ok(message) = message {
                     results.entry((message.device, message.rate)).or_default().push(message.tensors);
@@ -349,10 +350,11 @@ impl Session {
             let info = graph.tensor(output.tensor);
             let placement = &graph.placements[graph.placement_of(output.tensor)];
             let layout = info.layout.as_ref().expect("the layout pass gives every tensor a layout");
-            let firings = if info.rate == Rate::Step { 1 } else { self.plan.micro_batches };
+            let firings = info.rate.per_step(self.plan.micro_batches);
             let shard = |device: &usize, firing: usize| {
-                let port = self.fetch_port(*device, info.rate, output.tensor);
-                results[&(*device, info.rate)][firing][port].clone()
+                let key = (*device, info.rate);
+                let port = self.fetches[&key].iter().position(|v| *v == output.tensor);
+                results[&key][firing][port.expect("a device fetches the outputs that it holds")].clone()
             };
             let piece = |firing| {
                 let shards: Vec<HostTensor> = placement.devices().iter().map(|d| shard(d, firing)).collect();
@@ -373,15 +375,6 @@ impl Session {
         Ok(StepReport { step: self.steps, loss, grad_norm, outputs })
     }
 
-    /// Position of a tensor among those that a device's fetch brings.
-    fn fetch_port(&self, device: usize, rate: Rate, var: Var) -> usize {
-        let graph = &self.plan.graph;
-        let here = |v: &Var| {
-            graph.tensor(*v).rate == rate && graph.placements[graph.placement_of(*v)].index_of(device).is_some()
-        };
-        graph.outputs.iter().map(|o| o.tensor).filter(here).position(|v| v == var).unwrap_or(0)
-    }
-
     /// Ends the session: waits for what runs, then stops all actors.
     ///
     /// # Errors
@@ -391,11 +384,6 @@ impl Session {
             Some(running) => Ok(running.shutdown().map(drop)?),
             None => Ok(()),
         }
-    }
-
-    /// The collective engine, for its counters.
-    pub fn engine(&self) -> &Arc<dyn Collective> {
-        &self.engine
     }
 }
 
@@ -443,7 +431,7 @@ struct Loader<'a> {
     plan: &'a Plan,
     arenas: &'a [Arena],
     feeds: Vec<FeedPort>,
-    fetches: usize,
+    fetches: BTreeMap<(usize, Rate), Vec<Var>>,
     sender: Sender<Fetched>,
 }
 
@@ -493,7 +481,7 @@ impl Loader<'_> {
                 Some(launch(Arc::new(HostIn { receiver }), Vec::new(), port.buffers.clone()))
             }
             ActionKey::Fetch(rate) => {
-                self.fetches += self.plan.spec.actors[actor.0 as usize].actions[index].per_step as usize;
+                self.fetches.insert((device, rate), port.vars.clone());
                 let kernel = HostOut { device, rate, sender: self.sender.clone() };
                 Some(launch(Arc::new(kernel), port.buffers.clone(), Vec::new()))
             }

@@ -3,7 +3,7 @@
 
 use std::sync::Arc;
 
-use super::{Numbers, Report, run_program, submit, wait};
+use super::{Numbers, Report, flat, run_program, submit, wait};
 use crate::collective::{CollectiveCall, CollectiveKind, Group, ReduceOp};
 use crate::device::Device;
 use crate::error::KernelError;
@@ -100,16 +100,7 @@ fn splits(shape: &[usize], n: usize) -> Vec<Vec<Region>> {
 
 /// The elements of a region of a whole tensor.
 fn cut(whole: &[f32], shape: &[usize], region: &Region) -> Vec<f32> {
-    let place = |mut index: usize| {
-        let (mut place, mut stride) = (0, 1);
-        for d in (0..shape.len()).rev() {
-            place += (region.start[d] + index % region.size[d]) * stride;
-            index /= region.size[d];
-            stride *= shape[d];
-        }
-        place
-    };
-    (0..region.element_count()).map(|index| whole[place(index)]).collect()
+    (0..region.element_count()).map(|index| whole[flat(index, region, shape)]).collect()
 }
 
 /// Member 0 first, in f32: the order that every engine must keep.

@@ -1,7 +1,7 @@
 //! Every op against its f64 reference. Imports `conformance` and its `reference`, and the public API.
 
 use super::reference as exact;
-use super::{Initial, Numbers, Report, Trial, wide};
+use super::{Initial, Numbers, Report, Trial, flat, wide};
 use crate::device::Device;
 use crate::op::{Einsum, Op};
 use crate::tensor::{HostData, HostTensor, Region, element_count, split_range};
@@ -483,17 +483,6 @@ impl Suite<'_> {
         let trial = Trial { accumulate: true, ..Trial::new(Op::Gelu, &reads, &writes) };
         self.report.expect("gelu refuses to accumulate", trial.launch(self.device).is_err(), "accepted");
     }
-}
-
-/// Flat place in a tensor of `shape` of the element `index` (counted inside the region) of `region`.
-fn flat(mut index: usize, region: &Region, shape: &[usize]) -> usize {
-    let (mut place, mut stride) = (0, 1);
-    for d in (0..shape.len()).rev() {
-        place += (region.start[d] + index % region.size[d]) * stride;
-        index /= region.size[d];
-        stride *= shape[d];
-    }
-    place
 }
 
 fn softmax_grad(logits: &[f64], targets: &[f64], vocab: usize, factor: f64) -> Vec<f64> {

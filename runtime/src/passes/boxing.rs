@@ -120,8 +120,7 @@ impl Pass<'_> {
     }
 
     fn step(&mut self, input: Var, info: &TensorInfo, step: BoxingStep, phase: Phase, reader: &Node) -> Var {
-        let find = |p: &&crate::placement::Placement| **p == step.to.placement;
-        let position = self.graph.placements.iter().position(|p| find(&p));
+        let position = self.graph.placements.iter().position(|p| *p == step.to.placement);
         let placement = position.unwrap_or_else(|| {
             self.graph.placements.push(step.to.placement.clone());
             self.graph.placements.len() - 1

@@ -12,6 +12,16 @@ use crate::boxing::step::{BoxingStep, StepKind};
 use crate::graph::{Graph, Node, NodeId, NodeOp, Phase, Var};
 use crate::plan::memory::local_shape;
 
+/// All-reduces that become one.
+struct Bucket {
+    placement: usize,
+    axes: Vec<usize>,
+    /// On each device.
+    bytes: usize,
+    /// Indices of the all-reduces' nodes.
+    members: Vec<usize>,
+}
+
 /// Replaces the all-reduces of accumulated gradients by buckets of about `bucket_bytes` on each device.
 ///
 /// An all-reduce can be bucketed when it reads an accumulated gradient that nobody else reads; buckets join those of one
@@ -21,7 +31,7 @@ pub fn gather(graph: &mut Graph, bucket_bytes: usize) {
     for input in graph.nodes.iter().flat_map(|n| &n.inputs) {
         *readers.entry(*input).or_default() += 1;
     }
-    let mut buckets: Vec<(usize, Vec<usize>, usize, Vec<usize>)> = Vec::new();
+    let mut buckets: Vec<Bucket> = Vec::new();
     let mut candidates: Vec<usize> =
         (0..graph.nodes.len()).filter(|i| reducible(graph, &graph.nodes[*i], &readers)).collect();
     // The id of the accumulated gradient is its place in backward.
@@ -32,13 +42,13 @@ pub fn gather(graph: &mut Graph, bucket_bytes: usize) {
         let Some(axes) = all_reduce_axes(step) else { continue };
         let device = graph.placements[node.placement].devices()[0];
         let bytes = element_count(&local_shape(graph, node.inputs[0], device)) * 4;
-        let open = buckets.iter_mut().rfind(|b| b.0 == node.placement && b.1 == axes);
+        let open = buckets.iter_mut().rfind(|b| b.placement == node.placement && b.axes == axes);
         match open {
-            Some(bucket) if bucket.2 < bucket_bytes => {
-                bucket.2 += bytes;
-                bucket.3.push(index);
+            Some(bucket) if bucket.bytes < bucket_bytes => {
+                bucket.bytes += bytes;
+                bucket.members.push(index);
             }
-            _ => buckets.push((node.placement, axes, bytes, vec![index])),
+            _ => buckets.push(Bucket { placement: node.placement, axes, bytes, members: vec![index] }),
         }
     }
     replace(graph, buckets);
@@ -59,14 +69,11 @@ fn reducible(graph: &Graph, node: &Node, readers: &BTreeMap<Var, usize>) -> bool
 }
 
 /// Puts each bucket's node where its first member stood and turns the others into nothing.
-fn replace(graph: &mut Graph, buckets: Vec<(usize, Vec<usize>, usize, Vec<usize>)>) {
-    for (number, (_, axes, _, members)) in buckets.into_iter().enumerate() {
+fn replace(graph: &mut Graph, buckets: Vec<Bucket>) {
+    for (number, Bucket { axes, members, .. }) in buckets.into_iter().enumerate() {
         let inputs: Vec<Var> = members.iter().map(|i| graph.nodes[*i].inputs[0]).collect();
         let outputs: Vec<Var> = members.iter().map(|i| graph.nodes[*i].outputs[0]).collect();
         let home = *members.iter().min().expect("a bucket has a member");
-        for output in &outputs {
-            graph.tensors[output.index()].producer = NodeId(home as u32);
-        }
         for member in members {
             graph.nodes[member].inputs.clear();
             graph.nodes[member].outputs.clear();

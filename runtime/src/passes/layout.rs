@@ -98,10 +98,9 @@ fn settle_update(graph: &mut Graph) {
 /// An accumulated tensor lies as the one that is accumulated.
 fn follow_accumulation(graph: &mut Graph) {
     for index in 0..graph.nodes.len() {
-        if let (NodeOp::Accumulate, input) = (&graph.nodes[index].op, graph.nodes[index].inputs.first().copied())
-            && let Some(input) = input
-        {
-            let (output, layout) = (graph.nodes[index].outputs[0], graph.tensor(input).layout.clone());
+        let node = &graph.nodes[index];
+        if matches!(node.op, NodeOp::Accumulate) {
+            let (output, layout) = (node.outputs[0], graph.tensor(node.inputs[0]).layout.clone());
             graph.tensors[output.index()].layout = layout;
         }
     }

@@ -145,14 +145,6 @@ fn register_name(graph: &Graph, register: &RegisterPlan) -> String {
     format!("device {device} {}/{first}{rest}", action_name(graph, key))
 }
 
-/// Firings of an action in one step.
-fn per_step(graph_rate: Rate, micro_batches: usize) -> u32 {
-    match graph_rate {
-        Rate::MicroBatch => micro_batches as u32,
-        Rate::Step => 1,
-    }
-}
-
 fn rate_of(assignment: &Assignment, site: Site) -> Rate {
     match site.1 {
         ActionKey::Feed(rate) | ActionKey::Fetch(rate) => rate,
@@ -178,8 +170,9 @@ fn action_spec(
     setting: &Setting,
     groups: &mut Groups,
 ) -> ActionSpec {
-    let firings = per_step(rate_of(assignment, site), setting.micro_batches);
-    let pieces = |register: usize| per_step(assignment.registers[register].rate, setting.micro_batches);
+    let per_step = |rate: Rate| rate.per_step(setting.micro_batches) as u32;
+    let firings = per_step(rate_of(assignment, site));
+    let pieces = |register: usize| per_step(assignment.registers[register].rate);
     let inputs = made
         .inputs
         .iter()

@@ -5,6 +5,7 @@
 use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
 
+use safetensors::SafeTensorError;
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 use shardflow_kernels::tensor::{HostTensor, element_count};
 
@@ -104,16 +105,14 @@ impl Session {
                 (name, t.shape.clone(), t.as_f32().map(|v| bytemuck::cast_slice(v).to_vec()).unwrap_or_default())
             })
             .collect();
-        let format =
-            |e: safetensors::SafeTensorError| CheckpointError::Format { path: path.into(), message: e.to_string() };
         let views: Vec<(String, TensorView<'_>)> = bytes
             .iter()
             .map(|(name, shape, data)| Ok((name.clone(), TensorView::new(Dtype::F32, shape.clone(), data)?)))
             .collect::<Result<_, _>>()
-            .map_err(format)?;
+            .map_err(|e| not_whole(path, &e))?;
         let metadata = HashMap::from([(STEPS.to_string(), self.steps.to_string())]);
-        let file = safetensors::serialize(views, Some(metadata)).map_err(format)?;
-        write_whole(path, &file).map_err(|source| CheckpointError::Io { path: path.into(), source })?;
+        let file = safetensors::serialize(views, Some(metadata)).map_err(|e| not_whole(path, &e))?;
+        write_whole(path, &file).map_err(|e| io(path, e))?;
         Ok(())
     }
 
@@ -122,11 +121,9 @@ impl Session {
     /// # Errors
     /// [`CheckpointError`]; nothing was changed then.
     pub fn restore(&mut self, path: &Path) -> Result<(), SessionError> {
-        let bytes = std::fs::read(path).map_err(|source| CheckpointError::Io { path: path.into(), source })?;
+        let bytes = std::fs::read(path).map_err(|e| io(path, e))?;
         self.load(path, &bytes, |op| matches!(op, NodeOp::Parameter { .. } | NodeOp::State))?;
-        let format =
-            |e: safetensors::SafeTensorError| CheckpointError::Format { path: path.into(), message: e.to_string() };
-        let (_, metadata) = SafeTensors::read_metadata(&bytes).map_err(format)?;
+        let (_, metadata) = SafeTensors::read_metadata(&bytes).map_err(|e| not_whole(path, &e))?;
         let steps = metadata.metadata().as_ref().and_then(|m| m.get(STEPS)).and_then(|s| s.parse().ok());
         self.steps = steps.unwrap_or(0);
         Ok(())
@@ -137,7 +134,7 @@ impl Session {
     /// # Errors
     /// [`CheckpointError`]; nothing was changed then.
     pub fn init_from(&mut self, path: &Path) -> Result<(), SessionError> {
-        let bytes = std::fs::read(path).map_err(|source| CheckpointError::Io { path: path.into(), source })?;
+        let bytes = std::fs::read(path).map_err(|e| io(path, e))?;
         self.load(path, &bytes, |op| matches!(op, NodeOp::Parameter { .. }))
     }
 
@@ -158,9 +155,7 @@ impl Session {
     }
 
     fn load(&self, path: &Path, bytes: &[u8], wanted: impl Fn(&NodeOp) -> bool) -> Result<(), SessionError> {
-        let format =
-            |e: safetensors::SafeTensorError| CheckpointError::Format { path: path.into(), message: e.to_string() };
-        let file = SafeTensors::deserialize(bytes).map_err(format)?;
+        let file = SafeTensors::deserialize(bytes).map_err(|e| not_whole(path, &e))?;
         let graph = &self.plan.graph;
         let mut found = Vec::new();
         for node in graph.nodes().iter().filter(|n| wanted(&n.op)) {
@@ -207,6 +202,14 @@ impl Session {
         }
         Ok(())
     }
+}
+
+fn io(path: &Path, source: std::io::Error) -> CheckpointError {
+    CheckpointError::Io { path: path.into(), source }
+}
+
+fn not_whole(path: &Path, error: &SafeTensorError) -> CheckpointError {
+    CheckpointError::Format { path: path.into(), message: error.to_string() }
 }
 
 /// Writes beside `path`, syncs, and moves into place.
