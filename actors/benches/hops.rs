@@ -180,12 +180,13 @@ fn firing(b: &mut criterion::Bencher<'_>) {
     let device = Device::cpu(0, 1, engine.clone());
     let empty = || vec![ActionProgram { program: Arc::default(), bases: Vec::new() }];
     let arena = device.arena(64).expect("64 bytes");
+    let hosted = |name| Hosted { stream: device.stream(name, 1).expect("a thread"), programs: empty() };
     let loaded = Loaded {
         spec: spec(),
-        programs: vec![empty(), empty()],
-        memory: vec![RegisterMemory { base: Base { arena, offset: 0 }, stride: 4 }],
-        streams: vec![device.stream("ping", 1).expect("a thread"), device.stream("pong", 1).expect("a thread")],
+        hosted: [(PING, hosted("ping")), (ActorId(1), hosted("pong"))].into(),
+        memory: [(RegisterId(0), RegisterMemory { base: Base { arena, offset: 0 }, stride: 4 })].into(),
         engine,
+        peers: Peers::default(),
     };
     let running = start(loaded, WatchdogOptions::default()).expect("fits");
     b.iter_custom(|n| {

@@ -1,4 +1,4 @@
-//! Who is where: from an actor's id to its mailbox. Imports `message`, `spec` and ractor.
+//! Who is where: from an actor's id to its mailbox, or to the peer that hosts it. Imports `message`, `spec`, `remote` and ractor.
 //!
 //! Mailboxes of ractor have no bound, so the bus counts what lies in each and compares it with what credits allow: one
 //! entry for each slot of each input (CR-3), one for each slot and reader of each output, and those of one firing.
@@ -11,12 +11,15 @@ use ractor::ActorRef;
 use crate::error::ProtocolError;
 use crate::message::Cast;
 use crate::protocol::Event;
+use crate::remote::Remote;
 use crate::spec::{ActorId, Spec};
 
 /// The mailboxes of a session.
 #[derive(Debug)]
 pub(crate) struct Bus {
-    refs: OnceLock<Vec<ActorRef<Cast>>>,
+    /// By actor; none for those of other processes.
+    refs: OnceLock<Vec<Option<ActorRef<Cast>>>>,
+    remote: Remote,
     /// By actor.
     boxes: Vec<Depth>,
 }
@@ -29,25 +32,43 @@ struct Depth {
 
 impl Bus {
     /// Before the actors are known.
-    pub(crate) fn new(spec: &Spec) -> Self {
+    pub(crate) fn new(spec: &Spec, remote: Remote) -> Self {
         let boxes = (0..spec.actors.len() as u32)
             .map(|a| Depth { entries: Default::default(), bound: mailbox_bound(spec, ActorId(a)) });
-        Self { refs: OnceLock::new(), boxes: boxes.collect() }
+        Self { refs: OnceLock::new(), remote, boxes: boxes.collect() }
     }
 
-    /// Fills in the actors, by id; once.
-    pub(crate) fn connect(&self, refs: Vec<ActorRef<Cast>>) {
+    /// Fills in the actors of this process; once.
+    pub(crate) fn connect(&self, actors: Vec<(ActorId, ActorRef<Cast>)>) {
+        let mut refs = vec![None; self.boxes.len()];
+        actors.into_iter().for_each(|(id, actor)| refs[id.0 as usize] = Some(actor));
         // A second call would be a bug of `start`; the first one's actors stay.
         let _ = self.refs.set(refs);
     }
 
-    /// Queues an entry. False when the actor has stopped, or is not there yet.
+    /// What goes to peers.
+    pub(crate) fn remote(&self) -> &Remote {
+        &self.remote
+    }
+
+    /// Queues an entry; a message for a peer's actor goes on its way. False when the actor has stopped, or is not there yet.
     pub(crate) fn send(&self, to: ActorId, cast: Cast) -> bool {
-        let Some(actor) = self.refs.get().and_then(|r| r.get(to.0 as usize)) else { return false };
+        let Some(actor) = self.refs.get().and_then(|r| r.get(to.0 as usize)?.as_ref()) else {
+            return match cast {
+                Cast::Event(Event::Message(message)) => self.remote.send(to, message),
+                _ => false,
+            };
+        };
         if counted(&cast) {
             self.boxes[to.0 as usize].entries.fetch_add(1, Ordering::Relaxed);
         }
         actor.cast(cast).is_ok()
+    }
+
+    /// True when a mailbox holds more than credits allow. What a peer tells is let in only below that.
+    pub(crate) fn overfull(&self, actor: ActorId) -> bool {
+        let Depth { entries, bound } = &self.boxes[actor.0 as usize];
+        entries.load(Ordering::Relaxed) > *bound
     }
 
     /// An entry was taken out of an actor's mailbox.
@@ -69,7 +90,7 @@ impl Bus {
 
     /// Ends all actors; what lies in their mailboxes is dropped.
     pub(crate) fn stop(&self) {
-        for actor in self.refs.get().into_iter().flatten() {
+        for actor in self.refs.get().into_iter().flatten().flatten() {
             actor.stop(None);
         }
     }

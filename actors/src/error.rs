@@ -1,8 +1,9 @@
-//! The errors of this crate. Imports `spec` (ids) and `kernels::error`.
+//! The errors of this crate. Imports `spec` (ids), `transport::frame`'s error and `kernels::error`.
 
 use shardflow_kernels::error::KernelError;
 
 use crate::spec::{ActorId, RegisterId};
+use crate::transport::frame::FrameError;
 
 /// A plan whose parts do not fit together; found by [`crate::check::check`] before anything runs.
 #[derive(Clone, Debug, thiserror::Error, PartialEq, Eq)]
@@ -250,6 +251,14 @@ pub enum Failure {
         /// The panic's text.
         message: String,
     },
+    /// A peer, or the way to it.
+    #[error("rank {process}: {cause}")]
+    Peer {
+        /// Number of the process.
+        process: u32,
+        /// What it did, or what became of it.
+        cause: PeerError,
+    },
     /// Nothing moved although there was work; the report says who waits for whom.
     #[error("no progress for {idle_ms} ms\n{report}")]
     Stalled {
@@ -258,6 +267,46 @@ pub enum Failure {
         /// Who waits for which register of whom.
         report: String,
     },
+}
+
+/// What a peer process can do wrong.
+#[derive(Clone, Debug, thiserror::Error, PartialEq)]
+pub enum PeerError {
+    /// The connection ended or broke.
+    #[error("connection lost: {message}")]
+    Lost {
+        /// What the system says.
+        message: String,
+    },
+    /// It sent what is no frame of ours.
+    #[error("sent what cannot be read: {0}")]
+    Frame(#[from] FrameError),
+    /// It sent what no process that runs the same plan sends.
+    #[error("sent {what}, which the plan does not allow")]
+    Unexpected {
+        /// What it sent.
+        what: String,
+    },
+    /// It did not get as far as the others.
+    #[error("not ready after {seconds} s")]
+    Late {
+        /// How long it was waited for.
+        seconds: u64,
+    },
+    /// It failed, and says why.
+    #[error("{cause}")]
+    Failed {
+        /// Its first cause.
+        cause: String,
+        /// The exit code that it ends with.
+        exit: u8,
+    },
+}
+
+impl From<std::io::Error> for PeerError {
+    fn from(error: std::io::Error) -> Self {
+        Self::Lost { message: error.to_string() }
+    }
 }
 
 /// What `start` and `give` refuse.

@@ -1,5 +1,5 @@
 //! Actors that own streams and exchange registers: the protocol, its simulator and its shell.
-//! Layers: `spec <- check, builder, register <- protocol <- simulate, snapshot, message <- bus <- supervisor <- watchdog, shell`.
+//! Layers: `spec <- check, builder, register <- protocol <- simulate, snapshot, message <- transport, remote, bus, supervisor <- watchdog, shell`.
 
 pub mod builder;
 mod bus;
@@ -10,9 +10,11 @@ mod message;
 pub mod pipeline;
 pub mod protocol;
 pub mod register;
+pub mod remote;
 pub mod shell;
 pub mod simulate;
 pub mod snapshot;
 pub mod spec;
 mod supervisor;
+pub mod transport;
 pub mod watchdog;

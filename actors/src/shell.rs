@@ -1,5 +1,5 @@
-//! Runs a loaded plan: one thread for each device hosts its actors. Imports `shell::shard`, `supervisor`, `watchdog`, `check`,
-//! kernels, ractor and tokio.
+//! Runs a loaded plan: one thread for each device hosts its actors. Imports `shell::shard`, `supervisor`, `remote`, `watchdog`,
+//! `check`, kernels, ractor and tokio.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -17,8 +17,9 @@ use crate::check::check;
 use crate::error::{ActorError, Failure};
 use crate::message::Cast;
 use crate::protocol::Event;
+use crate::remote::{Connections, HostPiece, Peers, Remote, serve};
 use crate::snapshot::ActorSnapshot;
-use crate::spec::{ActorId, Spec};
+use crate::spec::{ActorId, RegisterId, Spec};
 use crate::supervisor::{Session, Supervisor};
 use crate::watchdog::{Watchdog, WatchdogOptions};
 
@@ -56,19 +57,29 @@ pub struct RegisterMemory {
     pub stride: usize,
 }
 
-/// A plan with all that it runs on.
+/// What an actor of this process runs on.
+#[derive(Debug)]
+pub struct Hosted {
+    /// Its own.
+    pub stream: Stream,
+    /// By action.
+    pub programs: Vec<ActionProgram>,
+}
+
+/// A plan with all that this process's part of it runs on.
 #[derive(Debug)]
 pub struct Loaded {
-    /// The plan.
+    /// The whole plan.
     pub spec: Arc<Spec>,
-    /// By actor and action.
-    pub programs: Vec<Vec<ActionProgram>>,
-    /// By register.
-    pub memory: Vec<RegisterMemory>,
-    /// By actor.
-    pub streams: Vec<Stream>,
+    /// The actors of this process: all, or those that no peer hosts.
+    pub hosted: BTreeMap<ActorId, Hosted>,
+    /// The registers that they write or read. One that a peer produces lies in the peer's memory, mapped here, or in a
+    /// mirror that the peer fills.
+    pub memory: BTreeMap<RegisterId, RegisterMemory>,
     /// Aborted when the session fails.
     pub engine: Arc<dyn Collective>,
+    /// The other processes; none where this one hosts all actors.
+    pub peers: Peers,
 }
 
 /// What a session leaves behind.
@@ -89,27 +100,39 @@ pub struct Running {
     /// Dropping it ends the watchdog's thread.
     watching: Option<Sender<()>>,
     threads: Vec<JoinHandle<()>>,
+    connections: Connections,
+    /// Refreshes so far.
+    rounds: u64,
 }
+
+/// How long peers may take to start their actors, once all are connected.
+const READY_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// Starts the actors of a loaded plan. They fire as soon as the host gives tokens.
 ///
 /// # Errors
-/// [`ActorError::Spec`] or [`ActorError::Loaded`] when the parts do not fit, [`ActorError::Thread`] without threads.
+/// [`ActorError::Spec`] or [`ActorError::Loaded`] when the parts do not fit, [`ActorError::Thread`] without threads,
+/// [`ActorError::Ended`] when a peer does not start its actors too.
 pub fn start(loaded: Loaded, options: WatchdogOptions) -> Result<Running, ActorError> {
     check(&loaded.spec)?;
     loaded::check(&loaded)?;
-    let Loaded { spec, programs, memory, streams, engine } = loaded;
-    let (session, failures) = Session::new(spec.clone(), streams, engine);
-    let memory: Arc<[RegisterMemory]> = memory.into();
-    let mut devices: BTreeMap<usize, Vec<(ActorId, Shard)>> = BTreeMap::new();
-    for (index, programs) in programs.into_iter().enumerate() {
-        let id = ActorId(index as u32);
-        let shard = Shard::new(id, session.clone(), programs, memory.clone());
-        devices.entry(spec.actors[index].device).or_default().push((id, shard));
+    let Loaded { spec, hosted, memory, engine, peers } = loaded;
+    let (mut streams, mut programs) = (BTreeMap::new(), Vec::new());
+    for (id, own) in hosted {
+        streams.insert(id, own.stream);
+        programs.push((id, own.programs));
     }
-    let external = spec.actors.iter().enumerate().flat_map(|(a, actor)| {
-        let external = actor.actions.iter().enumerate().filter(|(_, x)| x.external);
-        external.map(move |(x, _)| ((ActorId(a as u32), x as u32), 0))
+    let (remote, ends) = Remote::new(&spec, peers);
+    let (session, failures) = Session::new(spec.clone(), streams, engine, remote);
+    let memory = Arc::new(memory);
+    let mut devices: BTreeMap<usize, Vec<(ActorId, Shard)>> = BTreeMap::new();
+    for (id, programs) in programs {
+        let shard = Shard::new(id, session.clone(), programs, memory.clone());
+        devices.entry(spec.actors[id.0 as usize].device).or_default().push((id, shard));
+    }
+    let external = session.streams.keys().flat_map(|&a| {
+        let external = spec.actors[a.0 as usize].actions.iter().enumerate().filter(|(_, x)| x.external);
+        external.map(move |(x, _)| ((a, x as u32), 0))
     });
     let mut running = Running {
         failures,
@@ -117,12 +140,18 @@ pub fn start(loaded: Loaded, options: WatchdogOptions) -> Result<Running, ActorE
         watchdog: Arc::new(Mutex::new(Watchdog::new(options.clone()))),
         watching: None,
         threads: Vec::new(),
+        connections: Connections::default(),
+        rounds: 0,
         session: session.clone(),
     };
     let actors = spawn(devices, &session, &mut running.threads)?;
     session.bus.connect(actors);
-    for actor in 0..spec.actors.len() as u32 {
-        session.bus.send(ActorId(actor), Cast::Event(Event::Start));
+    // Only now, so that a message of a peer finds its actor.
+    let connections = serve(&session, ends, &memory);
+    running.connections = connections.map_err(|e| ActorError::Thread { device: 0, message: e.to_string() })?;
+    running.refresh(READY_TIMEOUT).map_err(|failure| ActorError::Ended { cause: failure.to_string() })?;
+    for actor in session.streams.keys() {
+        session.bus.send(*actor, Cast::Event(Event::Start));
     }
     if let Some(every) = options.check_every {
         running.watch(every)?;
@@ -135,7 +164,7 @@ fn spawn(
     devices: BTreeMap<usize, Vec<(ActorId, Shard)>>,
     session: &Arc<Session>,
     threads: &mut Vec<JoinHandle<()>>,
-) -> Result<Vec<ActorRef<Cast>>, ActorError> {
+) -> Result<Vec<(ActorId, ActorRef<Cast>)>, ActorError> {
     let mut actors = Vec::new();
     let mut fault = None;
     for (device, shards) in devices {
@@ -149,13 +178,11 @@ fn spawn(
             Err(e) => fault = Some(e),
         }
     }
-    actors.sort_by_key(|a| a.0);
-    let actors: Vec<_> = actors.into_iter().map(|a| a.1).collect();
     match fault {
         None => Ok(actors),
         Some(fault) => {
             // Their threads end with them.
-            actors.iter().for_each(|a| a.stop(None));
+            actors.iter().for_each(|a| a.1.stop(None));
             Err(fault)
         }
     }
@@ -221,7 +248,7 @@ impl Running {
             return Err(ActorError::NotExternal { actor, action });
         };
         *count += u64::from(tokens);
-        self.session.set_target(firings(&self.session.spec, &given));
+        self.session.set_target(firings(&self.session, &given));
         drop(given);
         let event = Event::Token { action, count: tokens };
         if self.session.bus.send(actor, Cast::Event(event)) {
@@ -238,6 +265,32 @@ impl Running {
     /// The first cause, when the session has failed.
     pub fn quiesce(&self, timeout: Duration) -> Result<bool, Failure> {
         self.session.quiesce(timeout)
+    }
+
+    /// Sends the bytes of the registers that hold a piece from the start to the peers that read them, and waits until all
+    /// peers have done so: to be called by all processes when such a register was written outside the plan, with no work in
+    /// flight.
+    ///
+    /// # Errors
+    /// The first cause, if the session fails meanwhile; a peer that does not come within `timeout`.
+    pub fn refresh(&mut self, timeout: Duration) -> Result<(), Failure> {
+        self.rounds += 1;
+        self.session.bus.remote().refresh(self.rounds, timeout, || self.session.first_failure())
+    }
+
+    /// Gives tensors to the programs of all other processes, by a port of this process.
+    pub fn give_host(&self, piece: HostPiece) {
+        self.session.bus.remote().give(piece);
+    }
+
+    /// Ends the session for a cause from outside it. Only the first cause is kept.
+    pub fn fail(&self, failure: Failure) {
+        self.session.fail(failure);
+    }
+
+    /// A peer ends in order: what breaks with it is no failure.
+    pub fn peer_left(&self, process: u32) {
+        self.session.peer_left(process);
     }
 
     /// Gets the first cause, once, when the session fails.
@@ -280,9 +333,12 @@ impl Running {
             // A panic of these threads would be outside any actor; there is nothing left to stop.
             let _ = thread.join();
         }
-        if self.session.first_failure().is_none() {
+        let in_order = self.session.first_failure().is_none();
+        self.session.bus.remote().end();
+        self.connections.close(in_order);
+        if in_order {
             // What runs last may still use the arenas. A failed session may be failed because this would not end.
-            for stream in &self.session.streams {
+            for stream in self.session.streams.values() {
                 // A stream that has ended has done all it had.
                 let _ = stream.synchronize();
             }
@@ -316,12 +372,12 @@ impl Drop for Running {
     }
 }
 
-/// Firings of the whole steps that these tokens are enough for.
-fn firings(spec: &Spec, given: &BTreeMap<(ActorId, u32), u64>) -> u64 {
-    let per_step =
-        |&(actor, action): &(ActorId, u32)| u64::from(spec.actors[actor.0 as usize].actions[action as usize].per_step);
+/// Firings, in this process, of the whole steps that these tokens are enough for.
+fn firings(session: &Session, given: &BTreeMap<(ActorId, u32), u64>) -> u64 {
+    let actor = |id: &ActorId| &session.spec.actors[id.0 as usize];
+    let per_step = |(id, action): &(ActorId, u32)| u64::from(actor(id).actions[*action as usize].per_step);
     let steps = given.iter().map(|(at, count)| count / per_step(at)).min().unwrap_or(0);
-    let all = spec.actors.iter().flat_map(|a| &a.actions).map(|a| u64::from(a.per_step)).sum::<u64>();
+    let all = session.streams.keys().flat_map(|id| &actor(id).actions).map(|a| u64::from(a.per_step)).sum::<u64>();
     steps * all
 }
 

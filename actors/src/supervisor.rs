@@ -1,6 +1,7 @@
 //! The first cause ends a session: it is kept, collectives are aborted, all actors stop. Imports `bus`, `error`, `spec`,
 //! `snapshot`, kernels and ractor.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -11,8 +12,9 @@ use shardflow_kernels::collective::Collective;
 use shardflow_kernels::stream::Stream;
 
 use crate::bus::Bus;
-use crate::error::Failure;
+use crate::error::{Failure, PeerError};
 use crate::message::Cast;
+use crate::remote::Remote;
 use crate::snapshot::ActorSnapshot;
 use crate::spec::{ActorId, Spec};
 
@@ -26,8 +28,8 @@ const IDLE: u32 = u32::MAX;
 pub(crate) struct Session {
     pub(crate) spec: Arc<Spec>,
     pub(crate) bus: Bus,
-    /// By actor. Kept here so that they end only after the collectives in them were aborted.
-    pub(crate) streams: Vec<Stream>,
+    /// Of the actors of this process. Kept here so that they end only after the collectives in them were aborted.
+    pub(crate) streams: BTreeMap<ActorId, Stream>,
     engine: Arc<dyn Collective>,
     /// Counts every event that an actor takes in.
     progress: AtomicU64,
@@ -50,17 +52,20 @@ struct State {
     children: Vec<(ractor::ActorId, ActorId)>,
     /// Last state of the actors that have stopped.
     finals: Vec<ActorSnapshot>,
+    /// Peers that have ended in order; what breaks with them is no failure.
+    left: BTreeSet<u32>,
 }
 
 impl Session {
     pub(crate) fn new(
         spec: Arc<Spec>,
-        streams: Vec<Stream>,
+        streams: BTreeMap<ActorId, Stream>,
         engine: Arc<dyn Collective>,
+        remote: Remote,
     ) -> (Arc<Self>, Receiver<Failure>) {
         let (failed, failures) = bounded(1);
         let session = Self {
-            bus: Bus::new(&spec),
+            bus: Bus::new(&spec, remote),
             progress: AtomicU64::new(0),
             in_flight: spec.actors.iter().map(|_| AtomicU32::new(IDLE)).collect(),
             completed: AtomicU64::new(0),
@@ -94,6 +99,18 @@ impl Session {
         // The channel has room for the one message it ever gets.
         let _ = self.failed.try_send(failure);
         self.settled.notify_all();
+    }
+
+    /// A peer has ended in order.
+    pub(crate) fn peer_left(&self, process: u32) {
+        self.state().left.insert(process);
+    }
+
+    /// The connection to a peer broke: a failure, unless the peer has left.
+    pub(crate) fn peer_lost(&self, process: u32, message: String) {
+        if !self.state().left.contains(&process) {
+            self.fail(Failure::Peer { process, cause: PeerError::Lost { message } });
+        }
     }
 
     pub(crate) fn first_failure(&self) -> Option<Failure> {
@@ -161,11 +178,11 @@ impl Session {
         self.state().finals.push(snapshot);
     }
 
-    /// States of all actors, by id; those that cannot be had (an actor that panicked) are left out.
+    /// States of this process's actors, by id; those that cannot be had (an actor that panicked) are left out.
     pub(crate) fn snapshot(&self) -> Vec<ActorSnapshot> {
-        let (reply, replies) = bounded(self.spec.actors.len());
-        for actor in 0..self.spec.actors.len() as u32 {
-            self.bus.send(ActorId(actor), Cast::Snapshot(reply.clone()));
+        let (reply, replies) = bounded(self.streams.len());
+        for actor in self.streams.keys() {
+            self.bus.send(*actor, Cast::Snapshot(reply.clone()));
         }
         drop(reply);
         let deadline = Instant::now() + SNAPSHOT_TIMEOUT;

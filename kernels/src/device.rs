@@ -39,7 +39,22 @@ impl Device {
     /// [`KernelError::Closed`] when the system gives no thread; [`KernelError::Arguments`] for too many of them.
     pub fn stream(&self, name: &str, threads: usize) -> Result<Stream, KernelError> {
         match self {
-            Device::Cpu(device) => Ok(Stream::Cpu(device.stream(name, threads)?)),
+            Device::Cpu(device) => Ok(Stream::Cpu(device.stream(name, threads, device.engine().clone())?)),
+        }
+    }
+
+    /// As [`Device::stream`], with another engine: one that could be made only when the device's memory was there.
+    ///
+    /// # Errors
+    /// As `stream`.
+    pub fn stream_with(
+        &self,
+        name: &str,
+        threads: usize,
+        engine: Arc<dyn Collective>,
+    ) -> Result<Stream, KernelError> {
+        match self {
+            Device::Cpu(device) => Ok(Stream::Cpu(device.stream(name, threads, engine)?)),
         }
     }
 

@@ -1,6 +1,6 @@
 //! Device memory: arenas, and the typed views that kernels and collectives are handed. Imports `error`, `tensor`, `op`.
 //!
-//! This is the one file that turns memory into slices. Why that is sound:
+//! This file, and `raw_io` for bytes, turn memory into slices. Why that is sound:
 //! - MEM-1: a view lies inside its arena and is aligned for its element type; [`View::resolve`] checks both.
 //! - MEM-2: within a launch no write overlaps another buffer, unless the op may work in place and the buffers are
 //!   identical; `cpu::stream` checks that before a kernel runs, and the kernel then gets one slice for the two.
@@ -16,6 +16,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use crate::error::KernelError;
 use crate::op::Buffer;
 use crate::tensor::{DType, HostData, HostTensor, element_count};
+
+mod raw_io;
 
 /// Every arena starts at a multiple of this many bytes.
 pub const ALIGNMENT: usize = 64;

@@ -1,5 +1,7 @@
 //! Boxes of row-major tensors as contiguous runs of elements. Imports `tensor` and `error`.
 
+use std::ops::Range;
+
 use crate::error::KernelError;
 use crate::tensor::Region;
 
@@ -30,6 +32,16 @@ pub(crate) fn for_each_run(
         let Some(d) = (0..inner).rev().find(|&d| index[d] + 1 < size[d]) else { return };
         index[d] += 1;
         index[d + 1..].fill(0);
+    }
+}
+
+impl Region {
+    /// The contiguous runs of elements, in order, that the region is in a row-major tensor of this shape, which holds it.
+    pub fn runs(&self, shape: &[usize]) -> Vec<Range<usize>> {
+        let mut runs = Vec::new();
+        let zeros = vec![0; shape.len()];
+        for_each_run((shape, &self.start), (&self.size, &zeros), &self.size, |from, _, len| runs.push(from..from + len));
+        runs
     }
 }
 

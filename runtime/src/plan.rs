@@ -13,6 +13,7 @@ pub mod assign;
 pub mod collective_order;
 pub mod emit;
 pub mod explain;
+mod hash;
 pub mod lower;
 pub mod memory;
 pub mod slots;

@@ -2,39 +2,47 @@
 //! Imports `plan`, `session::*`, and the actors' shell.
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
-use std::time::Instant;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
-use crossbeam_channel::{Receiver, Sender, select, unbounded};
+use crossbeam_channel::{Receiver, select, unbounded};
 use shardflow_actors::error::{ActorError, Failure};
-use shardflow_actors::shell::{ActionProgram, BaseRef, Loaded, RegisterMemory, Running, start};
-use shardflow_actors::spec::{ActorId, StreamKind};
+use shardflow_actors::remote::HostPiece;
+use shardflow_actors::shell::{Hosted, Loaded, RegisterMemory, Running, start};
+use shardflow_actors::spec::{ActorId, RegisterId, StreamKind};
 use shardflow_actors::watchdog::WatchdogOptions;
 use shardflow_kernels::collective::Collective;
 use shardflow_kernels::collective::in_process::InProcess;
 use shardflow_kernels::device::Device;
 use shardflow_kernels::error::KernelError;
 use shardflow_kernels::memory::{Arena, Base};
-use shardflow_kernels::op::{Launch, Op, Program};
-use shardflow_kernels::tensor::{HostData, HostTensor, Region, element_count};
+use shardflow_kernels::tensor::{HostData, HostTensor, element_count};
 
+use crate::cluster::world::{Ways, World};
+use crate::cluster::{Cluster, ClusterError};
 use crate::graph::builder::{HYPER_INPUT, RNG_INPUT};
 use crate::graph::{NodeOp, Rate, Var};
 use crate::init;
 use crate::layout_error::LayoutError;
 use crate::passes::optimizer::GRAD_SQUARES_OUTPUT;
 use crate::plan::memory::local_part;
-use crate::plan::{ActionKey, ActionPlan, BaseKey, Plan};
+use crate::plan::{Plan, ResidentTensor};
 use crate::sbp::gather;
 use crate::sbp::region::take_box;
 
 pub mod checkpoint;
+mod exchange;
 pub mod host;
+pub mod hosting;
+mod load;
 pub mod metrics;
 mod tokens;
 
 use checkpoint::CheckpointError;
-use host::{Fetched, HostIn, HostOut};
+use exchange::Inbox;
+use host::Fetched;
+use hosting::{HostPorts, Hosting};
+use load::{FeedPort, Loader, fetches, gates};
 use metrics::StepMetrics;
 
 /// What a session can fail with.
@@ -52,6 +60,9 @@ pub enum SessionError {
     /// What devices gave back does not fit together.
     #[error(transparent)]
     Layout(#[from] LayoutError),
+    /// The other processes could not be joined.
+    #[error(transparent)]
+    Cluster(#[from] ClusterError),
     /// A file.
     #[error(transparent)]
     Checkpoint(#[from] CheckpointError),
@@ -74,11 +85,13 @@ pub struct SessionOptions {
     pub seed: u64,
     /// When and how to tell of a stall.
     pub watchdog: WatchdogOptions,
+    /// The processes that run the plan together.
+    pub cluster: Cluster,
 }
 
 impl Default for SessionOptions {
     fn default() -> Self {
-        Self { seed: 1337, watchdog: WatchdogOptions::default() }
+        Self { seed: 1337, watchdog: WatchdogOptions::default(), cluster: Cluster::local() }
     }
 }
 
@@ -95,29 +108,25 @@ pub struct StepReport {
     pub outputs: BTreeMap<String, HostTensor>,
 }
 
-struct FeedPort {
-    actor: ActorId,
-    action: u32,
-    device: usize,
-    rate: Rate,
-    vars: Vec<Var>,
-    sender: Sender<Vec<HostTensor>>,
-}
-
-/// A running plan. Dropping it shuts it down.
+/// A running plan, or this process's part of one. Dropping it shuts it down.
 pub struct Session {
     plan: Plan,
+    hosting: Hosting,
+    /// Of this process.
     devices: Vec<Device>,
-    arenas: Vec<Arena>,
+    /// By device; of this process, and of peers whose memory is mapped here.
+    arenas: BTreeMap<usize, Arena>,
     engine: Arc<dyn Collective>,
     running: Option<Running>,
+    world: Option<World>,
     feeds: Vec<FeedPort>,
     /// External actions that are fed nothing, each with its firings in a step.
     gates: Vec<(ActorId, u32, u32)>,
     fetched: Receiver<Fetched>,
+    inbox: Mutex<Inbox>,
     /// Why a step failed; what devices hold is worth nothing then, and may still change.
     failed: Option<Failure>,
-    /// What each device's fetches bring, in order.
+    /// What each device's fetches bring, in order; of all devices.
     fetches: BTreeMap<(usize, Rate), Vec<Var>>,
     /// Inputs that hold token ids, and how many tokens there are.
     vocabularies: BTreeMap<String, usize>,
@@ -126,72 +135,102 @@ pub struct Session {
     step_metrics: StepMetrics,
 }
 
+/// How long a session that ends waits for firings that are under way.
+const QUIESCE_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// How long peers may take to give what all are to have, between steps.
+const EXCHANGE_TIMEOUT: Duration = Duration::from_secs(60);
+
 impl Session {
-    /// Allocates each device's arena, makes the initial weights and starts the actors.
+    /// Joins the other processes, if there are any; allocates each device's arena, makes the initial weights and starts the
+    /// actors. All processes call it with the same plan.
     ///
     /// # Errors
-    /// When memory or threads cannot be had.
+    /// When memory, threads or peers cannot be had.
     pub fn start(plan: Plan, options: &SessionOptions) -> Result<Self, SessionError> {
-        let engine: Arc<dyn Collective> = Arc::new(InProcess::new());
-        let mut devices = Vec::new();
-        let mut arenas = Vec::new();
-        for (rank, memory) in plan.memory.iter().enumerate() {
-            let device = Device::cpu(rank, plan.threads_per_device, engine.clone());
-            arenas.push(device.arena(memory.total_bytes)?);
+        let mut world = World::join(&options.cluster, &plan)?;
+        let hosting = world.as_ref().map_or(Hosting::alone(plan.memory.len()), |w| w.hosting());
+        let in_process: Arc<dyn Collective> = Arc::new(InProcess::new());
+        let (mut devices, mut arenas) = (Vec::new(), BTreeMap::new());
+        for rank in hosting.own() {
+            let device = Device::cpu(rank, plan.threads_per_device, in_process.clone());
+            let bytes = plan.memory[rank].total_bytes;
+            let shared = world.as_ref().is_some_and(World::shares_memory);
+            arenas.insert(rank, if shared { device.shared_arena(bytes)? } else { device.arena(bytes)? });
             devices.push(device);
         }
+        let ports = HostPorts::of(&plan, &hosting);
+        let (host_pieces, pieces) = unbounded();
+        let ways = match &mut world {
+            Some(world) => world.connect(&plan, &arenas, in_process)?,
+            None => Ways::alone(in_process),
+        };
+        arenas.extend(ways.mapped);
         let (sender, fetched) = unbounded();
-        let mut loader = Loader { plan: &plan, arenas: &arenas, feeds: Vec::new(), fetches: BTreeMap::new(), sender };
-        let programs = loader.programs();
-        let (feeds, fetches) = (loader.feeds, loader.fetches);
-        let gates = gates(&plan);
-        let memory = plan.registers.iter().map(|place| RegisterMemory {
-            base: Base { arena: arenas[place.device].clone(), offset: place.offset },
-            stride: place.stride,
-        });
-        let mut streams = Vec::new();
-        for actor in &plan.spec.actors {
+        let mut loader = Loader { plan: &plan, arenas: &arenas, feeds: Vec::new(), sender };
+        let own = hosting.actors_of(&plan, hosting.process);
+        let mut hosted = BTreeMap::new();
+        for id in &own {
+            let actor = &plan.spec.actors[id.0 as usize];
+            let device = &devices[actor.device - hosting.own().start];
             let threads = if actor.stream == StreamKind::Compute { plan.threads_per_device } else { 1 };
-            streams.push(devices[actor.device].stream(&actor.name, threads)?);
+            let stream = device.stream_with(&actor.name, threads, ways.engine.clone())?;
+            hosted.insert(*id, Hosted { stream, programs: loader.programs(*id) });
+        }
+        let feeds = loader.feeds;
+        let mut memory = ways.mirrors;
+        for (index, place) in plan.registers.iter().enumerate() {
+            let Some(arena) = arenas.get(&place.device) else { continue };
+            let base = Base { arena: arena.clone(), offset: place.offset };
+            memory.insert(RegisterId(index as u32), RegisterMemory { base, stride: place.stride });
         }
         let loaded = Loaded {
             spec: Arc::new(plan.spec.clone()),
-            programs,
-            memory: memory.collect(),
-            streams,
-            engine: engine.clone(),
+            hosted,
+            memory,
+            engine: ways.engine.clone(),
+            peers: ways.peers,
+            host_ports: ports.ports.clone(),
+            host_pieces,
         };
         let mut session = Self {
             vocabularies: tokens::vocabularies(&plan.graph),
+            gates: gates(&plan, &own),
+            fetches: fetches(&plan),
             plan,
+            hosting,
             devices,
             arenas,
-            engine,
+            engine: ways.engine,
             running: None,
-            gates,
+            world,
             feeds,
             fetched,
+            inbox: Mutex::new(Inbox::new(ports, pieces)),
             failed: None,
-            fetches,
             steps: 0,
             seed: options.seed,
             step_metrics: StepMetrics::new(),
         };
         session.initialise()?;
-        session.running = Some(start(loaded, options.watchdog.clone())?);
+        let running = start(loaded, options.watchdog.clone())?;
+        if let Some(world) = &session.world {
+            world.watch(&running);
+        }
+        session.running = Some(running);
         Ok(session)
     }
 
     /// Makes each device's part of each parameter.
     fn initialise(&self) -> Result<(), SessionError> {
-        for (device, memory) in self.plan.memory.iter().enumerate() {
-            for resident in &memory.residents {
+        for device in self.hosting.own() {
+            for resident in &self.plan.memory[device].residents {
                 let NodeOp::Parameter { init } = self.plan.graph.producer(resident.var).op else { continue };
                 let info = self.plan.graph.tensor(resident.var);
                 let mut data = vec![0.0; resident.region.element_count()];
                 init::fill(init, self.seed, &info.name, &info.shape, &resident.region, &mut data);
                 let part = HostTensor::f32(&resident.region.size, data);
-                self.arenas[device].write_host(resident.offset, &part)?;
+                self.arenas[&device].write_host(resident.offset, &part)?;
             }
         }
         Ok(())
@@ -235,26 +274,58 @@ impl Session {
         for (actor, action, firings) in &self.gates {
             running.give(*actor, *action, *firings)?;
         }
-        let mut results: BTreeMap<(usize, Rate), Vec<Vec<HostTensor>>> = BTreeMap::new();
-        let fetches: usize = self.fetches.keys().map(|(_, rate)| rate.per_step(self.plan.micro_batches)).sum();
-        for _ in 0..fetches {
-            select! {
-                recv(self.fetched) -> message => if let Ok(message) = message {
-                    results.entry((message.device, message.rate)).or_default().push(message.tensors);
-                },
-                recv(running.failures()) -> failure => match failure {
-                    Ok(failure) => {
-                        self.failed = Some(failure.clone());
-                        return Err(failure.into());
-                    }
-                    Err(_) => return Err(KernelError::Closed { device: 0 }.into()),
-                },
-            }
-        }
+        let micro_batches = self.plan.micro_batches;
+        let ports = &self.lock_inbox().ports.fetches.clone();
+        let wanted: Vec<_> = ports.iter().map(|((_, rate), port)| (*port, rate.per_step(micro_batches))).collect();
+        self.receive(&wanted).map_err(|failure| self.fail(failure))?;
+        let mut inbox = self.lock_inbox();
+        let results = ports.iter().zip(&wanted).map(|((key, port), (_, count))| (*key, inbox.take(*port, *count)));
+        let results = results.collect();
+        drop(inbox);
         let report = self.report(results)?;
         self.steps += 1;
         self.step_metrics.record(&report, begin.elapsed());
         Ok(report)
+    }
+
+    fn lock_inbox(&self) -> MutexGuard<'_, Inbox> {
+        self.inbox.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Waits until all these pieces have come, and passes on those of this process's fetches.
+    fn receive(&self, wanted: &[(u32, usize)]) -> Result<(), Failure> {
+        let ended = || Failure::Stalled { idle_ms: 0, report: "the session has ended".into() };
+        let running = self.running.as_ref().ok_or_else(ended)?;
+        let mut inbox = self.lock_inbox();
+        let pieces = inbox.pieces.clone();
+        while !inbox.has(wanted) {
+            select! {
+                recv(self.fetched) -> message => {
+                    let Fetched { device, rate, tensors } = message.map_err(|_| ended())?;
+                    let piece = HostPiece { port: inbox.ports.fetches[&(device, rate)], tensors };
+                    if self.hosting.processes > 1 {
+                        running.give_host(piece.clone());
+                    }
+                    inbox.put(piece);
+                },
+                recv(pieces) -> piece => inbox.put(piece.map_err(|_| ended())?),
+                recv(running.failures()) -> failure => return Err(failure.unwrap_or_else(|_| ended())),
+            }
+        }
+        Ok(())
+    }
+
+    /// Gives peers the parameters that they read, after they were written here; all processes call it.
+    fn refresh(&mut self) -> Result<(), SessionError> {
+        let Some(running) = &mut self.running else { return Ok(()) };
+        running.refresh(EXCHANGE_TIMEOUT).map_err(|failure| self.fail(failure))
+    }
+
+    /// The first cause of a failure, once all processes have said what they saw.
+    fn fail(&mut self, failure: Failure) -> SessionError {
+        let first = self.world.as_ref().map_or(failure.clone(), |world| world.settle(failure));
+        self.failed = Some(first.clone());
+        first.into()
     }
 
     fn check_inputs(&self, inputs: &[(&str, HostTensor)]) -> Result<(), SessionError> {
@@ -380,33 +451,27 @@ impl Session {
     /// # Errors
     /// The first cause, if the session had failed.
     pub fn shutdown(mut self) -> Result<(), SessionError> {
-        match self.running.take() {
-            Some(running) => Ok(running.shutdown().map(drop)?),
-            None => Ok(()),
+        Ok(self.end()?)
+    }
+
+    fn end(&mut self) -> Result<(), Failure> {
+        let Some(running) = self.running.take() else { return Ok(()) };
+        if self.failed.is_none() && self.world.is_some() {
+            // Peers may still need what is under way here.
+            running.quiesce(QUIESCE_TIMEOUT)?;
         }
+        if let Some(world) = &self.world {
+            world.leave();
+        }
+        running.shutdown().map(drop)
     }
 }
 
 impl Drop for Session {
     fn drop(&mut self) {
-        if let Some(running) = self.running.take() {
-            // A failure was told by the call that met it.
-            let _ = running.shutdown();
-        }
+        // A failure was told by the call that met it.
+        let _ = self.end();
     }
-}
-
-/// The external actions beside feeds.
-fn gates(plan: &Plan) -> Vec<(ActorId, u32, u32)> {
-    let mut out = Vec::new();
-    for (actor, (spec, plans)) in plan.spec.actors.iter().zip(&plan.actions).enumerate() {
-        for (index, (action, plan)) in spec.actions.iter().zip(plans).enumerate() {
-            if action.external && !matches!(plan.key, ActionKey::Feed(_)) {
-                out.push((ActorId(actor as u32), index as u32, action.per_step));
-            }
-        }
-    }
-    out
 }
 
 /// Joins tensors along their first dim; a scalar is the last one's.
@@ -426,76 +491,13 @@ fn join(mut pieces: Vec<HostTensor>) -> HostTensor {
     HostTensor { shape, data }
 }
 
-/// Makes the shell's programs of a plan's.
-struct Loader<'a> {
-    plan: &'a Plan,
-    arenas: &'a [Arena],
-    feeds: Vec<FeedPort>,
-    fetches: BTreeMap<(usize, Rate), Vec<Var>>,
-    sender: Sender<Fetched>,
-}
-
-impl Loader<'_> {
-    fn programs(&mut self) -> Vec<Vec<ActionProgram>> {
-        let actors = self.plan.actions.iter().enumerate();
-        actors
-            .map(|(actor, actions)| {
-                let actor = ActorId(actor as u32);
-                (0..actions.len()).map(|action| self.program(actor, action)).collect()
-            })
-            .collect()
-    }
-
-    fn program(&mut self, actor: ActorId, index: usize) -> ActionProgram {
-        let action = &self.plan.actions[actor.0 as usize][index];
-        let device = self.plan.spec.actors[actor.0 as usize].device;
-        let mut launches = action.launches.clone();
-        launches.extend(self.host_launch(actor, index, device, action));
-        let name = format!("{} {}", self.plan.spec.actors[actor.0 as usize].name, action.name);
-        let program = Program { name, launches, signals: action.signals.clone() };
-        let fixed = |offset: usize| BaseRef::Fixed(Base { arena: self.arenas[device].clone(), offset });
-        let scratch = self.plan.memory[device].scratch.get(&actor).map_or(0, |s| s.0);
-        let bases = action.bases.iter().map(|base| match base {
-            BaseKey::Fixed => fixed(0),
-            BaseKey::Scratch => fixed(scratch),
-            BaseKey::Input(port) => BaseRef::Input(*port),
-            BaseKey::Output(port) => BaseRef::Output(*port),
-        });
-        ActionProgram { bases: bases.collect(), program: Arc::new(program) }
-    }
-
-    fn host_launch(&mut self, actor: ActorId, index: usize, device: usize, action: &ActionPlan) -> Option<Launch> {
-        let port = action.host.as_ref()?;
-        let launch = |kernel, reads, writes| Launch {
-            op: Op::Custom(kernel),
-            reads,
-            writes,
-            accumulate: false,
-            workspace: None,
-        };
-        match action.key {
-            ActionKey::Feed(rate) => {
-                let (sender, receiver) = unbounded();
-                let vars = port.vars.clone();
-                self.feeds.push(FeedPort { actor, action: index as u32, device, rate, vars, sender });
-                Some(launch(Arc::new(HostIn { receiver }), Vec::new(), port.buffers.clone()))
-            }
-            ActionKey::Fetch(rate) => {
-                self.fetches.insert((device, rate), port.vars.clone());
-                let kernel = HostOut { device, rate, sender: self.sender.clone() };
-                Some(launch(Arc::new(kernel), port.buffers.clone(), Vec::new()))
-            }
-            _ => None,
-        }
-    }
-}
-
-/// A resident tensor's part on each device of its placement, in the placement's order.
-pub(crate) fn resident_parts(plan: &Plan, var: Var) -> Vec<(usize, usize, Region)> {
+/// A resident tensor's part on each device of its placement, in the placement's order, with its index among the device's.
+pub(crate) fn resident_parts(plan: &Plan, var: Var) -> Vec<(usize, usize, &ResidentTensor)> {
     let placement = &plan.graph.placements[plan.graph.placement_of(var)];
     let part = |device: &usize| {
-        let resident = plan.memory[*device].residents.iter().find(|r| r.var == var)?;
-        Some((*device, resident.offset, resident.region.clone()))
+        let mut residents = plan.memory[*device].residents.iter().enumerate();
+        let (index, resident) = residents.find(|(_, r)| r.var == var)?;
+        Some((*device, index, resident))
     };
     placement.devices().iter().filter_map(part).collect()
 }

@@ -10,16 +10,28 @@ use crate::spec::{ActionSpec, ActorId};
 /// The first part that does not fit.
 pub(super) fn check(loaded: &Loaded) -> Result<(), ActorError> {
     let spec = &loaded.spec;
-    same("the session", "actors with programs", spec.actors.len(), loaded.programs.len())?;
-    same("the session", "streams", spec.actors.len(), loaded.streams.len())?;
-    same("the session", "registers with memory", spec.registers.len(), loaded.memory.len())?;
-    for (a, (actor, programs)) in spec.actors.iter().zip(&loaded.programs).enumerate() {
-        same(&actor.name, "actions with programs", actor.actions.len(), programs.len())?;
-        for (x, (action, program)) in actor.actions.iter().zip(programs).enumerate() {
-            action_program(&spec.action_name(ActorId(a as u32), x as u32), action, program)?;
+    for (a, actor) in spec.actors.iter().enumerate() {
+        let id = ActorId(a as u32);
+        let hosts = loaded.peers.peers.iter().filter(|peer| peer.actors.contains(&id)).count();
+        let Some(own) = loaded.hosted.get(&id) else {
+            same(&actor.name, "processes that host it", 1, hosts)?;
+            continue;
+        };
+        same(&actor.name, "peers that host it too", 0, hosts)?;
+        same(&actor.name, "actions with programs", actor.actions.len(), own.programs.len())?;
+        for (x, (action, program)) in actor.actions.iter().zip(&own.programs).enumerate() {
+            let at = spec.action_name(id, x as u32);
+            action_program(&at, action, program)?;
+            let ports = action.inputs.iter().map(|i| i.register).chain(action.outputs.iter().map(|o| o.register));
+            for register in ports.filter(|register| !loaded.memory.contains_key(register)) {
+                return fault(&at, "memory of a register", spec.register_name(register), "nothing");
+            }
         }
     }
-    for (register, memory) in spec.registers.iter().zip(&loaded.memory) {
+    for (id, memory) in &loaded.memory {
+        let Some(register) = spec.registers.get(id.0 as usize) else {
+            return fault("the session", "register with memory", format!("below {}", spec.registers.len()), id.0);
+        };
         // One slot needs no stride.
         if register.slots > 1 && memory.stride < register.slot_bytes {
             return fault(&register.name, "stride of slots", format!("{} or more", register.slot_bytes), memory.stride);

@@ -1,6 +1,7 @@
 //! One shard as a ractor actor: its protocol, its stream, and the way from effects to launches and casts.
 //! Imports `protocol`, `supervisor`'s session, `message`, kernels and ractor.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -27,7 +28,7 @@ pub(crate) struct Shard {
     protocol: Protocol,
     /// By action.
     programs: Vec<ActionProgram>,
-    memory: Arc<[RegisterMemory]>,
+    memory: Arc<BTreeMap<RegisterId, RegisterMemory>>,
     busy_ns: Vec<u64>,
     launched: Option<Instant>,
     /// Reused, so that an event allocates nothing.
@@ -39,7 +40,7 @@ impl Shard {
         me: ActorId,
         session: Arc<Session>,
         programs: Vec<ActionProgram>,
-        memory: Arc<[RegisterMemory]>,
+        memory: Arc<BTreeMap<RegisterId, RegisterMemory>>,
     ) -> Self {
         let protocol = Protocol::new(&session.spec, me);
         let busy_ns = vec![0; programs.len()];
@@ -89,7 +90,7 @@ impl Shard {
         let spec = &self.session.spec.actors[self.me.0 as usize].actions[action as usize];
         let program = &self.programs[action as usize];
         let slot = |register: RegisterId, slot: u32| {
-            let memory = &self.memory[register.0 as usize];
+            let memory = &self.memory[&register];
             let offset = memory.base.offset + slot as usize * memory.stride;
             Base { arena: memory.base.arena.clone(), offset }
         };
@@ -104,7 +105,7 @@ impl Shard {
         self.launched = Some(Instant::now());
         let notify = notify(self.session.clone(), self.me, action);
         let submission = Submission { program: program.program.clone(), bases, repeat, notify };
-        self.session.streams[self.me.0 as usize].submit(submission).map_err(|cause| self.failed(cause))
+        self.session.streams[&self.me].submit(submission).map_err(|cause| self.failed(cause))
     }
 
     fn snapshot(&self) -> ActorSnapshot {

@@ -101,18 +101,19 @@ fn bench(spec: Spec) -> Bench {
         let device = &devices[spec.actors[register.producer.0 as usize].device];
         let arena = device.arena(4 * register.slots as usize).unwrap();
         arena.write_host(0, &HostTensor::i32(&[1], vec![r as i32])).unwrap();
-        RegisterMemory { base: Base { arena, offset: 0 }, stride: 4 }
+        (RegisterId(r as u32), RegisterMemory { base: Base { arena, offset: 0 }, stride: 4 })
     });
     let memory = memory.collect();
     let arena = |a: &crate::spec::ActorSpec| devices[a.device].arena(4 * a.actions.len()).unwrap();
     let histories: Vec<Arena> = spec.actors.iter().map(arena).collect();
-    let mut programs = Vec::new();
+    let mut hosted = BTreeMap::new();
     for (a, actor) in spec.actors.iter().enumerate() {
         let program = |x: usize| mix_program(&spec, a, x, Base { arena: histories[a].clone(), offset: 4 * x });
-        programs.push((0..actor.actions.len()).map(program).collect());
+        let programs = (0..actor.actions.len()).map(program).collect();
+        let stream = devices[actor.device].stream(&actor.name, 1).unwrap();
+        hosted.insert(ActorId(a as u32), Hosted { stream, programs });
     }
-    let streams = spec.actors.iter().map(|a| devices[a.device].stream(&a.name, 1).unwrap()).collect();
-    let loaded = Loaded { spec: Arc::new(spec), programs, memory, streams, engine };
+    let loaded = Loaded { spec: Arc::new(spec), hosted, memory, engine, peers: Peers::default() };
     Bench { loaded, histories }
 }
 
@@ -239,10 +240,10 @@ fn chain(ops: Vec<Op>) -> Loaded {
         last = Some(action);
     }
     let mut loaded = bench(b.build()).loaded;
-    for (programs, op) in loaded.programs.iter_mut().zip(ops) {
+    for (own, op) in loaded.hosted.values_mut().zip(ops) {
         let launches = vec![launch(op, vec![], vec![], false)];
         let program = Program { name: "work".into(), launches, signals: vec![] };
-        programs[0] = ActionProgram { program: Arc::new(program), bases: vec![] };
+        own.programs[0] = ActionProgram { program: Arc::new(program), bases: vec![] };
     }
     loaded
 }
@@ -299,6 +300,10 @@ fn a_stray_message_is_the_first_cause() {
     assert_eq!(failure.to_string(), "a1 on device 1: CR-4 register 'wire1': filled carries piece 1, expected 0");
 }
 
+fn programs(loaded: &mut Loaded, actor: u32) -> &mut Vec<ActionProgram> {
+    &mut loaded.hosted.get_mut(&ActorId(actor)).unwrap().programs
+}
+
 /// Two actors that meet in a collective.
 fn collective(kinds: [CollectiveKind; 2]) -> Loaded {
     let mut b = Builder::new();
@@ -314,7 +319,7 @@ fn collective(kinds: [CollectiveKind; 2]) -> Loaded {
         let launches = vec![launch(op, vec![buffer.clone()], vec![buffer], false)];
         let program = Arc::new(Program { name: "reduce".into(), launches, signals: vec![] });
         let bases = vec![BaseRef::Fixed(Base { arena: histories[member].clone(), offset: 0 })];
-        loaded.programs[member] = vec![ActionProgram { program, bases }];
+        *programs(&mut loaded, member as u32) = vec![ActionProgram { program, bases }];
     }
     loaded
 }
@@ -412,16 +417,16 @@ fn parts_that_do_not_fit_are_refused() {
     let fresh = || bench(plans::data_parallel()).loaded;
     let refuse = |loaded| start(loaded, WatchdogOptions::default()).unwrap_err().to_string();
     let mut loaded = fresh();
-    loaded.streams.pop();
-    assert_eq!(refuse(loaded), "the session: streams: expected 4, got 3");
+    loaded.hosted.pop_last();
+    assert!(refuse(loaded).ends_with("processes that host it: expected 1, got 0"));
     let mut loaded = fresh();
-    loaded.programs[0][1].program = Arc::default();
+    programs(&mut loaded, 0)[1].program = Arc::default();
     assert!(refuse(loaded).contains("tags of the program's signals: expected the early outputs [0, 1], got []"));
     let mut loaded = fresh();
-    loaded.programs[0][0].bases.push(BaseRef::Input(7));
+    programs(&mut loaded, 0)[0].bases.push(BaseRef::Input(7));
     assert!(refuse(loaded).contains("input port of a base"));
     let mut loaded = fresh();
-    loaded.memory[0].base.offset = 1 << 20;
+    loaded.memory.get_mut(&RegisterId(0)).unwrap().base.offset = 1 << 20;
     assert!(refuse(loaded).contains("end of its slots"));
 }
 
@@ -444,8 +449,8 @@ fn a_failure_frees_members_that_wait_in_a_collective_and_stays_the_first_cause()
     // Device 1 fails instead of joining, once device 0's collective is under way.
     let launches = vec![launch(act(move || Err(fails.clone())), vec![], vec![], false)];
     let program = Arc::new(Program { name: "reduce".into(), launches, signals: vec![] });
-    loaded.programs[1] = vec![ActionProgram { program, bases: vec![] }];
-    let first = Arc::make_mut(&mut loaded.programs[0][0].program);
+    *programs(&mut loaded, 1) = vec![ActionProgram { program, bases: vec![] }];
+    let first = Arc::make_mut(&mut programs(&mut loaded, 0)[0].program);
     let begin = act(move || {
         let _ = begun.try_send(());
         Ok(())
@@ -460,7 +465,7 @@ fn a_failure_frees_members_that_wait_in_a_collective_and_stays_the_first_cause()
     assert_eq!(running.failures().recv_timeout(PATIENCE), Ok(expected.clone()));
     // The stream comes free only if the collective was aborted.
     let (waits, (free, freed)) = (running.session.clone(), bounded(1));
-    std::thread::spawn(move || free.send(waits.streams[0].synchronize()));
+    std::thread::spawn(move || free.send(waits.streams[&ActorId(0)].synchronize()));
     assert_eq!(freed.recv_timeout(PATIENCE), Ok(Ok(())));
     let late = Failure::Panic { actor: "a0".into(), device: 0, action: None, message: "later".into() };
     running.session.fail(late);

@@ -26,8 +26,13 @@ impl CpuDevice {
         Arena::host(self.rank, bytes, &self.tally)
     }
 
-    pub(crate) fn stream(&self, name: &str, threads: usize) -> Result<CpuStream, KernelError> {
-        CpuStream::start(name, self.rank, threads, self.engine.clone())
+    pub(crate) fn stream(
+        &self,
+        name: &str,
+        threads: usize,
+        engine: Arc<dyn Collective>,
+    ) -> Result<CpuStream, KernelError> {
+        CpuStream::start(name, self.rank, threads, engine)
     }
 
     pub(crate) fn rank(&self) -> usize {

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 
 use safetensors::SafeTensorError;
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
+use shardflow_actors::remote::HostPiece;
 use shardflow_kernels::tensor::{HostTensor, element_count};
 
 use super::{Session, SessionError, resident_parts};
@@ -59,7 +60,7 @@ pub enum CheckpointError {
 const STEPS: &str = "shardflow.steps";
 
 impl Session {
-    /// Every parameter by name, whole, in the shape it is saved in.
+    /// Every parameter by name, whole, in the shape it is saved in. Where several processes run the plan, all have to call it.
     ///
     /// # Errors
     /// The failure of an earlier step; or when copies on different devices differ, which only a bug of a kernel can cause.
@@ -70,14 +71,12 @@ impl Session {
     fn tensors(&self, wanted: impl Fn(&NodeOp) -> bool) -> Result<BTreeMap<String, HostTensor>, SessionError> {
         self.check_alive()?;
         let graph = &self.plan.graph;
+        let vars: Vec<Var> = graph.nodes().iter().filter(|n| wanted(&n.op)).map(|n| n.outputs[0]).collect();
+        let mut parts = self.parts(&vars)?.into_iter();
         let mut out = BTreeMap::new();
-        for node in graph.nodes().iter().filter(|n| wanted(&n.op)) {
-            let var = node.outputs[0];
+        for var in vars {
             let info = graph.tensor(var);
-            let mut shards = Vec::new();
-            for (device, offset, region) in resident_parts(&self.plan, var) {
-                shards.push(self.arenas[device].read_host(offset, &region.size, info.dtype)?);
-            }
+            let shards: Vec<HostTensor> = parts.by_ref().take(resident_parts(&self.plan, var).len()).collect();
             let layout = info.layout.as_ref().expect("residents have a layout");
             let placement = &graph.placements[graph.placement_of(var)];
             let mut whole = gather(&shards, &info.shape, layout, placement)?;
@@ -87,18 +86,45 @@ impl Session {
         Ok(out)
     }
 
+    /// All devices' parts of these tensors, in order; those of other processes come from there, so all have to ask.
+    fn parts(&self, vars: &[Var]) -> Result<Vec<HostTensor>, SessionError> {
+        let all = || vars.iter().flat_map(|var| resident_parts(&self.plan, *var));
+        let port = |device, index| self.lock_inbox().ports.residents[&(device, index)];
+        let own = self.hosting.own();
+        let mut wanted = Vec::new();
+        for (device, index, resident) in all() {
+            let port = port(device, index);
+            if own.contains(&device) {
+                let part =
+                    self.arenas[&device].read_host(resident.offset, &resident.region.size, resident.dtype)?;
+                let piece = HostPiece { port, tensors: vec![part] };
+                if let Some(running) = self.running.as_ref().filter(|_| self.hosting.processes > 1) {
+                    running.give_host(piece.clone());
+                }
+                self.lock_inbox().put(piece);
+            }
+            wanted.push((port, 1));
+        }
+        self.receive(&wanted)?;
+        let mut inbox = self.lock_inbox();
+        Ok(wanted.into_iter().flat_map(|(port, count)| inbox.take(port, count)).flatten().collect())
+    }
+
     fn saved_shape(&self, var: Var) -> Vec<usize> {
         let info = self.plan.graph.tensor(var);
         info.saved_shape.clone().unwrap_or_else(|| info.shape.clone())
     }
 
     /// Writes parameters, optimizer state and the number of steps to one safetensors file. The file appears when it is
-    /// complete, or not at all.
+    /// complete, or not at all. Where several processes run the plan, all have to call it, and the first one writes.
     ///
     /// # Errors
     /// [`CheckpointError::Io`], or the failure of an earlier step: a good file is not replaced by half a step's tensors.
     pub fn save(&self, path: &Path) -> Result<(), SessionError> {
         let tensors = self.tensors(|op| matches!(op, NodeOp::Parameter { .. } | NodeOp::State))?;
+        if self.hosting.process != 0 {
+            return Ok(());
+        }
         let bytes: Vec<(String, Vec<usize>, Vec<u8>)> = tensors
             .into_iter()
             .map(|(name, t)| {
@@ -154,7 +180,7 @@ impl Session {
         self.write_all(found)
     }
 
-    fn load(&self, path: &Path, bytes: &[u8], wanted: impl Fn(&NodeOp) -> bool) -> Result<(), SessionError> {
+    fn load(&mut self, path: &Path, bytes: &[u8], wanted: impl Fn(&NodeOp) -> bool) -> Result<(), SessionError> {
         let file = SafeTensors::deserialize(bytes).map_err(|e| not_whole(path, &e))?;
         let graph = &self.plan.graph;
         let mut found = Vec::new();
@@ -193,14 +219,16 @@ impl Session {
         Ok(tensor)
     }
 
-    fn write_all(&self, tensors: Vec<(Var, HostTensor)>) -> Result<(), SessionError> {
+    fn write_all(&mut self, tensors: Vec<(Var, HostTensor)>) -> Result<(), SessionError> {
         self.check_alive()?;
         for (var, whole) in tensors {
-            for (device, offset, region) in resident_parts(&self.plan, var) {
-                self.arenas[device].write_host(offset, &take_box(&whole, &region))?;
+            for (device, _, resident) in resident_parts(&self.plan, var) {
+                if self.hosting.own().contains(&device) {
+                    self.arenas[&device].write_host(resident.offset, &take_box(&whole, &resident.region))?;
+                }
             }
         }
-        Ok(())
+        self.refresh()
     }
 }
 

@@ -89,9 +89,9 @@ pub struct RegisterMetrics {
 pub struct Metrics {
     /// Steps done.
     pub steps: u64,
-    /// By rank.
+    /// Those of this process, by rank.
     pub devices: Vec<DeviceMetrics>,
-    /// In the plan's order.
+    /// Those of this process, in the plan's order.
     pub actors: Vec<ActorMetrics>,
     /// In the plan's order.
     pub registers: Vec<RegisterMetrics>,
@@ -133,11 +133,10 @@ impl Session {
                 waiting: snapshot.waiting.describe(spec),
             });
         }
-        let devices = self.devices.iter().zip(&self.plan.memory).zip(measured);
-        let devices = devices.map(|((device, memory), measured_peak_bytes)| DeviceMetrics {
+        let devices = self.devices.iter().map(|device| DeviceMetrics {
             device: device.rank(),
-            planned_peak_bytes: memory.total_bytes,
-            measured_peak_bytes,
+            planned_peak_bytes: self.plan.memory[device.rank()].total_bytes,
+            measured_peak_bytes: measured[device.rank()],
             allocated_bytes: device.bytes_allocated(),
             allocations: device.allocation_count(),
             collective_bytes: self.engine.bytes_received(device.rank()),

@@ -1,0 +1,189 @@
+//! Registers between processes. What an actor tells one that a peer hosts goes to the peer's outbox, which one thread writes to
+//! a connection; another thread (both in `connections`) reads what the peer's actors tell, and casts it. Imports `protocol`,
+//! `spec`, `error` and `transport`.
+//!
+//! A slot's bytes travel at most once to a process, ahead of the `Filled` that tells of them, into the slot of the same number
+//! of a mirror. The mirror has the register's own credits, so it needs no bound of its own: the producer cannot write the slot
+//! again before all readers have released it. Between processes that share memory nothing travels but ids.
+//!
+//! - **RM-1**: what comes from a peer is checked against the plan before it is believed: who hosts the register's producer and
+//!   reader, how many bytes a slot sends, which piece and slot are due.
+//! - **RM-2**: an outbox holds no more than credits allow of the peer's actors (CR-3), and what the host puts there in a step.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::{Receiver, Sender, unbounded};
+use shardflow_kernels::tensor::{DType, HostTensor};
+
+use crate::error::{Failure, PeerError};
+use crate::protocol::Message;
+use crate::spec::{ActorId, RegisterId, Spec};
+use crate::transport::Link;
+
+mod connections;
+pub(crate) use connections::{Connections, serve};
+
+/// How often a wait for peers looks whether the session has failed.
+const LOOK: Duration = Duration::from_millis(50);
+
+/// A contiguous part of a slot.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Run {
+    /// Bytes from the slot's start.
+    pub offset: usize,
+    /// Its length.
+    pub bytes: usize,
+}
+
+/// What the actors of another process and those of this one exchange. Both ends make it of the same plan.
+#[derive(Debug)]
+pub struct Peer {
+    /// Its number.
+    pub process: u32,
+    /// Whom it hosts.
+    pub actors: Vec<ActorId>,
+    /// The connection.
+    pub link: Link,
+    /// Registers produced here whose bytes the peer's readers cannot reach, with what they read of a slot.
+    pub pushes: BTreeMap<RegisterId, Vec<Run>>,
+    /// Registers produced there whose bytes come here, likewise.
+    pub mirrors: BTreeMap<RegisterId, Vec<Run>>,
+}
+
+/// Tensors that the program at one process gives to the programs at all others.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct HostPort {
+    /// Who gives.
+    pub process: u32,
+    /// Shape and element type of each.
+    pub tensors: Vec<(Vec<usize>, DType)>,
+}
+
+/// All that a process has to do with others.
+#[derive(Debug, Default)]
+pub struct Peers {
+    /// The processes that host the other actors.
+    pub peers: Vec<Peer>,
+    /// What the programs of all processes give each other beside the plan.
+    pub host_ports: Vec<HostPort>,
+    /// Gets what comes from peers for the ports.
+    pub host_pieces: Option<Sender<HostPiece>>,
+}
+
+/// What came for a port.
+#[derive(Clone, Debug, PartialEq)]
+pub struct HostPiece {
+    /// Index of the port.
+    pub port: u32,
+    /// As the port says.
+    pub tensors: Vec<HostTensor>,
+}
+
+#[derive(Debug)]
+pub(crate) enum Outgoing {
+    Message(Message),
+    Host(Arc<HostPiece>),
+    /// The current bytes of initial registers, then `Ready`.
+    Refresh(u64),
+    End,
+}
+
+/// The outboxes of a session, and how far its peers are.
+#[derive(Debug)]
+pub(crate) struct Remote {
+    /// By actor: index of the peer that hosts it.
+    peer_of: Vec<Option<usize>>,
+    outboxes: Vec<(u32, Sender<Outgoing>)>,
+    host_ports: Vec<HostPort>,
+    host_pieces: Option<Sender<HostPiece>>,
+    /// By peer: the last `Ready` that came.
+    ready: Mutex<Vec<u64>>,
+    changed: Condvar,
+}
+
+/// The end that the threads of a peer take.
+#[derive(Debug)]
+pub(crate) struct PeerEnd {
+    peer: Peer,
+    index: usize,
+    outgoing: Receiver<Outgoing>,
+}
+
+impl Remote {
+    /// Nothing runs yet; [`serve`] starts the threads.
+    pub(crate) fn new(spec: &Spec, peers: Peers) -> (Self, Vec<PeerEnd>) {
+        let Peers { peers, host_ports, host_pieces } = peers;
+        let mut peer_of = vec![None; spec.actors.len()];
+        let (mut outboxes, mut ends) = (Vec::new(), Vec::new());
+        for (index, peer) in peers.into_iter().enumerate() {
+            peer.actors.iter().for_each(|actor| peer_of[actor.0 as usize] = Some(index));
+            let (sender, outgoing) = unbounded();
+            outboxes.push((peer.process, sender));
+            ends.push(PeerEnd { peer, index, outgoing });
+        }
+        let ready = Mutex::new(vec![0; ends.len()]);
+        (Self { peer_of, outboxes, host_ports, host_pieces, ready, changed: Condvar::new() }, ends)
+    }
+
+    /// True when a peer hosts the actor, and the message is on its way.
+    pub(crate) fn send(&self, to: ActorId, message: Message) -> bool {
+        let Some(peer) = self.peer_of.get(to.0 as usize).copied().flatten() else { return false };
+        // A peer whose writer has ended is lost, which its reader tells.
+        let _ = self.outboxes[peer].1.send(Outgoing::Message(message));
+        true
+    }
+
+    /// Gives a piece of this process to all others.
+    pub(crate) fn give(&self, piece: HostPiece) {
+        let piece = Arc::new(piece);
+        self.outboxes.iter().for_each(|(_, outbox)| drop(outbox.send(Outgoing::Host(piece.clone()))));
+    }
+
+    /// Ends the writers, after what is queued.
+    pub(crate) fn end(&self) {
+        self.outboxes.iter().for_each(|(_, outbox)| drop(outbox.send(Outgoing::End)));
+    }
+
+    fn ready(&self) -> MutexGuard<'_, Vec<u64>> {
+        self.ready.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A peer has sent the initial registers' bytes of this round.
+    fn is_ready(&self, peer: usize, round: u64) {
+        self.ready()[peer] = round;
+        self.changed.notify_all();
+    }
+
+    /// True when the actor is one of this process.
+    fn is_here(&self, actor: ActorId) -> bool {
+        self.peer_of.get(actor.0 as usize).is_some_and(Option::is_none)
+    }
+
+    /// Sends the initial registers' bytes and waits until all peers have done so too, `round` times since the start.
+    ///
+    /// # Errors
+    /// The first cause, if the session fails meanwhile; [`PeerError::Late`] with the peer that is missing.
+    pub(crate) fn refresh(
+        &self,
+        round: u64,
+        timeout: Duration,
+        failure: impl Fn() -> Option<Failure>,
+    ) -> Result<(), Failure> {
+        self.outboxes.iter().for_each(|(_, outbox)| drop(outbox.send(Outgoing::Refresh(round))));
+        let deadline = Instant::now() + timeout;
+        let mut ready = self.ready();
+        while let Some(late) = ready.iter().position(|r| *r < round) {
+            if let Some(first) = failure() {
+                return Err(first);
+            }
+            if Instant::now() >= deadline {
+                let cause = PeerError::Late { seconds: timeout.as_secs() };
+                return Err(Failure::Peer { process: self.outboxes[late].0, cause });
+            }
+            ready = self.changed.wait_timeout(ready, LOOK).unwrap_or_else(PoisonError::into_inner).0;
+        }
+        Ok(())
+    }
+}

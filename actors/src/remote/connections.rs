@@ -1,0 +1,280 @@
+//! The threads of the connections to peers: one writes what is in an outbox, one reads what the peer tells. Imports `remote`,
+//! `supervisor`'s session, `message`, `transport` and the kernels' memory.
+
+use std::collections::BTreeMap;
+use std::io::{self, BufReader, BufWriter, Read, Write};
+use std::sync::Arc;
+use std::thread::{self, JoinHandle};
+
+use crossbeam_channel::{Receiver, Sender};
+use shardflow_kernels::tensor::{DType, HostData, HostTensor, element_count};
+
+use super::{HostPiece, Outgoing, Peer, PeerEnd, Run};
+use crate::error::{Failure, PeerError};
+use crate::message::Cast;
+use crate::protocol::{Event, Message};
+use crate::shell::RegisterMemory;
+use crate::spec::RegisterId;
+use crate::supervisor::Session;
+use crate::transport::Link;
+use crate::transport::frame::{FRAME_BYTES, Frame};
+
+/// Bytes that are gathered before they are written; longer runs go straight from the slot to the connection.
+const BUFFER_BYTES: usize = 1 << 16;
+
+/// Host pieces that may wait to be taken; a step's worth of a large mesh, and far less than what would hurt.
+const HOST_PIECES_MAX: usize = 1 << 16;
+
+/// Starts two threads for each peer. They end after [`Remote::end`], when the links are shut down.
+pub(crate) fn serve(
+    session: &Arc<Session>,
+    ends: Vec<PeerEnd>,
+    memory: &Arc<BTreeMap<RegisterId, RegisterMemory>>,
+) -> io::Result<Connections> {
+    let mut connections = Connections::default();
+    for PeerEnd { peer, index, outgoing } in ends {
+        let Peer { process, link, pushes, mirrors, .. } = peer;
+        let (out, back) = (link.try_clone()?, link.try_clone()?);
+        connections.links.push(link);
+        let initial = pushes.keys().filter(|r| session.spec.registers[r.0 as usize].initial).copied().collect();
+        let mut writer =
+            Writer { sink: BufWriter::with_capacity(BUFFER_BYTES, out), memory: memory.clone(), pushes, initial, pushed: BTreeMap::new() };
+        let reporter = session.clone();
+        let write = move || {
+            if let Err(cause) = writer.run(&outgoing) {
+                reporter.peer_lost(process, cause.to_string());
+            }
+        };
+        connections.writers.push(thread::Builder::new().name(format!("to rank {process}")).spawn(write)?);
+        let source = BufReader::with_capacity(BUFFER_BYTES, back);
+        let reader = Reader { source, session: session.clone(), memory: memory.clone(), process, index, mirrors, pieces: BTreeMap::new() };
+        let read = move || reader.run();
+        connections.readers.push(thread::Builder::new().name(format!("from rank {process}")).spawn(read)?);
+    }
+    Ok(connections)
+}
+
+/// The threads and connections of all peers.
+#[derive(Debug, Default)]
+pub(crate) struct Connections {
+    links: Vec<Link>,
+    writers: Vec<JoinHandle<()>>,
+    readers: Vec<JoinHandle<()>>,
+}
+
+impl Connections {
+    /// Ends all threads. In order, what is queued is written first; a failed session waits for nobody.
+    pub(crate) fn close(&mut self, in_order: bool) {
+        if !in_order {
+            self.links.iter().for_each(Link::shutdown);
+        }
+        // A panic of these threads would be a bug of this file; there is nothing left to stop.
+        self.writers.drain(..).for_each(|thread| drop(thread.join()));
+        self.links.iter().for_each(Link::shutdown);
+        self.readers.drain(..).for_each(|thread| drop(thread.join()));
+        self.links.clear();
+    }
+}
+
+struct Writer {
+    sink: BufWriter<Link>,
+    memory: Arc<BTreeMap<RegisterId, RegisterMemory>>,
+    pushes: BTreeMap<RegisterId, Vec<Run>>,
+    initial: Vec<RegisterId>,
+    /// The last piece whose bytes were sent.
+    pushed: BTreeMap<RegisterId, u64>,
+}
+
+impl Writer {
+    /// Writes until [`Outgoing::End`]; flushes whenever nothing is queued.
+    fn run(&mut self, outgoing: &Receiver<Outgoing>) -> io::Result<()> {
+        while let Ok(first) = outgoing.recv() {
+            for out in std::iter::once(first).chain(outgoing.try_iter()) {
+                match out {
+                    Outgoing::Message(message) => self.message(message)?,
+                    Outgoing::Host(piece) => self.host(&piece)?,
+                    Outgoing::Refresh(round) => {
+                        for register in self.initial.clone() {
+                            self.slot(register, 0, 0)?;
+                        }
+                        self.frame(Frame::Ready { round })?;
+                    }
+                    Outgoing::End => {
+                        self.frame(Frame::Bye)?;
+                        return self.sink.flush();
+                    }
+                }
+            }
+            self.sink.flush()?;
+        }
+        Ok(())
+    }
+
+    fn frame(&mut self, frame: Frame) -> io::Result<()> {
+        self.sink.write_all(&frame.encode())
+    }
+
+    fn message(&mut self, message: Message) -> io::Result<()> {
+        if let Message::Filled { register, slot, piece, .. } = message
+            && self.pushes.contains_key(&register)
+            && self.pushed.insert(register, piece) != Some(piece)
+        {
+            self.slot(register, slot, piece)?;
+        }
+        self.frame(Frame::Message(message))
+    }
+
+    /// The bytes that the peer reads of a slot, run after run.
+    fn slot(&mut self, register: RegisterId, slot: u32, piece: u64) -> io::Result<()> {
+        let runs = &self.pushes[&register];
+        let bytes = runs.iter().map(|run| run.bytes as u64).sum();
+        let frame = Frame::Data { register, slot, piece, bytes };
+        self.sink.write_all(&frame.encode())?;
+        let memory = &self.memory[&register];
+        let start = memory.base.offset + slot as usize * memory.stride;
+        runs.iter().try_for_each(|run| memory.base.arena.write_to(start + run.offset, run.bytes, &mut self.sink))
+    }
+
+    fn host(&mut self, piece: &HostPiece) -> io::Result<()> {
+        let bytes: usize = piece.tensors.iter().map(|t| t.elements_held() * t.dtype().bytes()).sum();
+        self.frame(Frame::Host { port: piece.port, bytes: bytes as u64 })?;
+        for tensor in &piece.tensors {
+            match &tensor.data {
+                HostData::F32(values) => values.iter().try_for_each(|v| self.sink.write_all(&v.to_le_bytes()))?,
+                HostData::I32(values) => values.iter().try_for_each(|v| self.sink.write_all(&v.to_le_bytes()))?,
+            }
+        }
+        Ok(())
+    }
+}
+
+struct Reader {
+    source: BufReader<Link>,
+    session: Arc<Session>,
+    memory: Arc<BTreeMap<RegisterId, RegisterMemory>>,
+    process: u32,
+    index: usize,
+    mirrors: BTreeMap<RegisterId, Vec<Run>>,
+    /// Pieces whose bytes have come, by register.
+    pieces: BTreeMap<RegisterId, u64>,
+}
+
+impl Reader {
+    fn run(mut self) {
+        loop {
+            match self.next() {
+                Ok(true) => {}
+                Ok(false) => return,
+                Err(PeerError::Lost { message }) => return self.session.peer_lost(self.process, message),
+                Err(cause) => return self.session.fail(Failure::Peer { process: self.process, cause }),
+            }
+        }
+    }
+
+    /// Takes one frame in; false after the last one.
+    fn next(&mut self) -> Result<bool, PeerError> {
+        let mut header = [0; FRAME_BYTES];
+        self.source.read_exact(&mut header)?;
+        match Frame::decode(&header)? {
+            Frame::Bye => {
+                self.session.peer_left(self.process);
+                return Ok(false);
+            }
+            Frame::Ready { round } => self.session.bus.remote().is_ready(self.index, round),
+            Frame::Message(message) => self.message(message)?,
+            Frame::Data { register, slot, piece, bytes } => self.data(register, slot, piece, bytes)?,
+            Frame::Host { port, bytes } => self.host(port, bytes)?,
+        }
+        Ok(true)
+    }
+
+    fn unexpected(&self, what: String) -> PeerError {
+        PeerError::Unexpected { what }
+    }
+
+    /// RM-1 of a message: the peer hosts who sends it, and this process whom it is for.
+    fn message(&mut self, message: Message) -> Result<(), PeerError> {
+        let (Message::Filled { register, reader, piece, .. } | Message::Released { register, reader, piece, .. }) = message;
+        let remote = self.session.bus.remote();
+        let ends = self.session.spec.registers.get(register.0 as usize);
+        let ends = ends.and_then(|r| Some((r.producer, r.readers.get(reader as usize)?.actor)));
+        let Some((producer, reader_actor)) = ends else {
+            return Err(self.unexpected(format!("a message about reader {reader} of register {}", register.0)));
+        };
+        let (from, to) = match message {
+            Message::Filled { .. } => (producer, reader_actor),
+            Message::Released { .. } => (reader_actor, producer),
+        };
+        if remote.peer_of[from.0 as usize] != Some(self.index) || !remote.is_here(to) {
+            let name = self.session.spec.register_name(register);
+            return Err(self.unexpected(format!("a message about register '{name}' between actors {from:?} and {to:?}")));
+        }
+        if matches!(message, Message::Filled { .. })
+            && self.mirrors.contains_key(&register)
+            && self.pieces.get(&register).is_none_or(|due| piece >= *due)
+        {
+            let name = self.session.spec.register_name(register);
+            return Err(self.unexpected(format!("piece {piece} of register '{name}' without its bytes")));
+        }
+        if self.session.bus.overfull(to) {
+            return Err(self.unexpected("more messages than credits allow".into()));
+        }
+        self.session.bus.send(to, Cast::Event(Event::Message(message)));
+        Ok(())
+    }
+
+    /// RM-1 of a slot's bytes. The bytes of an initial register's piece 0 may come again (a refresh).
+    fn data(&mut self, register: RegisterId, slot: u32, piece: u64, bytes: u64) -> Result<(), PeerError> {
+        let name = || self.session.spec.register_name(register);
+        let (Some(runs), Some(memory)) = (self.mirrors.get(&register), self.memory.get(&register)) else {
+            return Err(self.unexpected(format!("bytes of register '{}'", name())));
+        };
+        let spec = &self.session.spec.registers[register.0 as usize];
+        let due = self.pieces.get(&register).copied().unwrap_or(u64::from(spec.initial));
+        let refresh = spec.initial && (slot, piece) == (0, 0);
+        if !refresh && (piece != due || u64::from(slot) != piece % u64::from(spec.slots)) {
+            let what = format!("bytes of piece {piece} of register '{}' for slot {slot}, piece {due} being due", name());
+            return Err(self.unexpected(what));
+        }
+        let expected: u64 = runs.iter().map(|run| run.bytes as u64).sum();
+        if bytes != expected {
+            return Err(self.unexpected(format!("{bytes} bytes for a slot of register '{}', not {expected}", name())));
+        }
+        let arena: &Arena = &memory.base.arena;
+        let start = memory.base.offset + slot as usize * memory.stride;
+        for run in runs {
+            arena.read_from(start + run.offset, run.bytes, &mut self.source)?;
+        }
+        if !refresh {
+            self.pieces.insert(register, due + 1);
+        }
+        Ok(())
+    }
+
+    fn host(&mut self, port: u32, bytes: u64) -> Result<(), PeerError> {
+        let remote = self.session.bus.remote();
+        let Some(own) = remote.host_ports.get(port as usize).filter(|p| p.process == self.process) else {
+            return Err(self.unexpected(format!("tensors for port {port}, which is not its own")));
+        };
+        let expected: usize = own.tensors.iter().map(|(shape, dtype)| element_count(shape) * dtype.bytes()).sum();
+        let queued = remote.host_pieces.as_ref().map_or(0, Sender::len);
+        if bytes != expected as u64 || queued > HOST_PIECES_MAX {
+            return Err(self.unexpected(format!("{bytes} bytes for port {port}, not {expected}, or too many pieces")));
+        }
+        let mut tensors = Vec::new();
+        for (shape, dtype) in own.tensors.clone() {
+            let mut raw = vec![0; element_count(&shape) * dtype.bytes()];
+            self.source.read_exact(&mut raw)?;
+            let words = raw.chunks_exact(4).map(|c| [c[0], c[1], c[2], c[3]]);
+            tensors.push(match dtype {
+                DType::F32 => HostTensor::f32(&shape, words.map(f32::from_le_bytes).collect()),
+                DType::I32 => HostTensor::i32(&shape, words.map(i32::from_le_bytes).collect()),
+            });
+        }
+        if let Some(pieces) = &self.session.bus.remote().host_pieces {
+            // A program that has ended needs nothing.
+            let _ = pieces.send(HostPiece { port, tensors });
+        }
+        Ok(())
+    }
+}

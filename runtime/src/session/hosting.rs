@@ -1,0 +1,193 @@
+//! Which process hosts which device, and what of a plan crosses processes: bytes of registers, what hosts give each other,
+//! groups of collectives. All of it follows from the plan and the number of processes, so every process knows it of all.
+//! Imports `plan`.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Range;
+use std::sync::Arc;
+
+use shardflow_actors::remote::{HostPort, Run};
+use shardflow_actors::spec::{ActorId, RegisterId};
+use shardflow_kernels::collective::Group;
+use shardflow_kernels::op::{Buffer, Launch, Op};
+use shardflow_kernels::tensor::{element_count, split_range};
+
+use crate::graph::Rate;
+use crate::plan::{ActionKey, BaseKey, Plan};
+
+/// This process among those that run a plan.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Hosting {
+    /// Its number.
+    pub process: u32,
+    /// How many there are.
+    pub processes: u32,
+    /// Devices of the mesh.
+    pub devices: usize,
+}
+
+impl Hosting {
+    /// One process that hosts all.
+    pub fn alone(devices: usize) -> Self {
+        Self { process: 0, processes: 1, devices }
+    }
+
+    /// Devices that a process hosts: its part of the mesh's ranks, in order.
+    pub fn devices_of(&self, process: u32) -> Range<usize> {
+        split_range(self.devices, self.processes as usize, process as usize)
+    }
+
+    /// Devices of this process.
+    pub fn own(&self) -> Range<usize> {
+        self.devices_of(self.process)
+    }
+
+    /// Who hosts a device.
+    pub fn process_of(&self, device: usize) -> u32 {
+        let hosts = |process: &u32| self.devices_of(*process).contains(&device);
+        (0..self.processes).find(hosts).unwrap_or_default()
+    }
+
+    /// The other processes.
+    pub fn peers(&self) -> impl Iterator<Item = u32> + use<> {
+        let own = self.process;
+        (0..self.processes).filter(move |process| *process != own)
+    }
+
+    /// Actors that a process hosts.
+    pub fn actors_of(&self, plan: &Plan, process: u32) -> Vec<ActorId> {
+        let devices = self.devices_of(process);
+        let actors = plan.spec.actors.iter().enumerate().filter(|(_, actor)| devices.contains(&actor.device));
+        actors.map(|(index, _)| ActorId(index as u32)).collect()
+    }
+
+    /// Registers that `from` produces and actions of `to` read, with the runs of a slot that they read.
+    pub fn crossing(&self, plan: &Plan, from: u32, to: u32) -> BTreeMap<RegisterId, Vec<Run>> {
+        let (producers, readers) = (self.devices_of(from), self.devices_of(to));
+        let device = |actor: ActorId| plan.spec.actors[actor.0 as usize].device;
+        let mut out = BTreeMap::new();
+        for (index, register) in plan.spec.registers.iter().enumerate() {
+            let there = register.readers.iter().filter(|r| readers.contains(&device(r.actor)));
+            if producers.contains(&device(register.producer)) {
+                let id = RegisterId(index as u32);
+                let ranges: Vec<_> = there.flat_map(|r| read_of(plan, r.actor, r.action as usize, id)).collect();
+                if register.readers.iter().any(|r| readers.contains(&device(r.actor))) {
+                    out.insert(id, merge(ranges));
+                }
+            }
+        }
+        out
+    }
+
+    /// Groups whose members several processes host, in order of id; of all processes.
+    pub fn crossing_groups(&self, plan: &Plan) -> Vec<Arc<Group>> {
+        let mut out = BTreeMap::new();
+        for launch in plan.actions.iter().flatten().flat_map(|action| &action.launches) {
+            let Op::Collective(call) = &launch.op else { continue };
+            if !out.contains_key(&call.group.id) && self.processes_of(&call.group).len() > 1 {
+                out.insert(call.group.id, call.group.clone());
+            }
+        }
+        out.into_values().collect()
+    }
+
+    /// Processes that host a group's members.
+    pub fn processes_of(&self, group: &Group) -> BTreeSet<u32> {
+        group.ranks.iter().map(|rank| self.process_of(*rank)).collect()
+    }
+}
+
+/// Bytes of a register's slot that an action reads.
+fn read_of(plan: &Plan, actor: ActorId, action: usize, register: RegisterId) -> Vec<Range<usize>> {
+    let (spec, own) = (plan.action_spec(actor, action), &plan.actions[actor.0 as usize][action]);
+    let here = |buffer: &&Buffer| match own.bases[buffer.base] {
+        BaseKey::Input(port) => spec.inputs[port].register == register,
+        _ => false,
+    };
+    own.launches.iter().flat_map(|launch| launch.reads.iter().filter(here).flat_map(|b| bytes_of(launch, b))).collect()
+}
+
+/// Bytes, from its base, of a buffer that a launch reads.
+fn bytes_of(launch: &Launch, buffer: &Buffer) -> Vec<Range<usize>> {
+    let elements = match &launch.op {
+        Op::CopyRegion { src, .. } => src.runs(&buffer.shape),
+        _ => vec![0..element_count(&buffer.shape)],
+    };
+    let size = buffer.dtype.bytes();
+    elements.into_iter().map(|r| buffer.offset + r.start * size..buffer.offset + r.end * size).collect()
+}
+
+/// Ranges in order, those that meet joined.
+fn merge(mut ranges: Vec<Range<usize>>) -> Vec<Run> {
+    ranges.retain(|range| !range.is_empty());
+    ranges.sort_by_key(|range| range.start);
+    let mut out: Vec<Range<usize>> = Vec::new();
+    for range in ranges {
+        match out.last_mut() {
+            Some(last) if range.start <= last.end => last.end = last.end.max(range.end),
+            _ => out.push(range),
+        }
+    }
+    out.into_iter().map(|range| Run { offset: range.start, bytes: range.len() }).collect()
+}
+
+/// What the programs of all processes give each other: what each device's fetches bring, and each resident tensor.
+#[derive(Clone, Debug, Default)]
+pub struct HostPorts {
+    /// By number.
+    pub ports: Vec<HostPort>,
+    /// Of a device's fetch.
+    pub fetches: BTreeMap<(usize, Rate), u32>,
+    /// Of a device's resident tensor, by its index.
+    pub residents: BTreeMap<(usize, usize), u32>,
+}
+
+impl HostPorts {
+    /// Those of a plan.
+    pub fn of(plan: &Plan, hosting: &Hosting) -> Self {
+        let mut out = Self::default();
+        for (actor, actions) in plan.spec.actors.iter().zip(&plan.actions) {
+            for action in actions {
+                if let (ActionKey::Fetch(rate), Some(host)) = (action.key, &action.host) {
+                    let tensors = host.buffers.iter().map(|b| (b.shape.clone(), b.dtype)).collect();
+                    out.fetches.insert((actor.device, rate), out.ports.len() as u32);
+                    out.ports.push(HostPort { process: hosting.process_of(actor.device), tensors });
+                }
+            }
+        }
+        for (device, memory) in plan.memory.iter().enumerate() {
+            for (index, resident) in memory.residents.iter().enumerate() {
+                out.residents.insert((device, index), out.ports.len() as u32);
+                let tensors = vec![(resident.region.size.clone(), resident.dtype)];
+                out.ports.push(HostPort { process: hosting.process_of(device), tensors });
+            }
+        }
+        out
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ranges_that_meet_are_one_run() {
+        let runs = merge(vec![8..12, 0..4, 4..6, 20..20, 10..16, 30..31]);
+        let expected = [(0, 6), (8, 8), (30, 1)].map(|(offset, bytes)| Run { offset, bytes });
+        assert_eq!(runs, expected);
+    }
+
+    #[test]
+    fn every_device_has_one_host() {
+        for devices in 1..9 {
+            for processes in 1..=devices as u32 {
+                let hosting = Hosting { process: 0, processes, devices };
+                for device in 0..devices {
+                    let hosts = (0..processes).filter(|p| hosting.devices_of(*p).contains(&device)).collect::<Vec<_>>();
+                    assert_eq!(hosts, [hosting.process_of(device)], "{device} of {devices} over {processes}");
+                }
+                assert!((0..processes).all(|p| !hosting.devices_of(p).is_empty()));
+            }
+        }
+    }
+}
