@@ -466,20 +466,23 @@ fn check_covered(name: &str, sources: &[Region], target: &Region) -> Result<(), 
     }
 }
 
-/// `out = members' values combined, member 0 first`, all from `start[i]` for `len` elements.
+/// Member `owner`'s `out`, from `out_start`, becomes all members' values from `start` on for `len` elements, combined in
+/// the order of [`crate::collective::Group`]: the member after the owner first, the owner last.
 ///
 /// # Safety
 /// Ranges are inside; nobody else touches `out`'s, and of the inputs only `out`'s own memory is written.
-unsafe fn reduce(op: ReduceOp, inputs: &[Post], start: usize, len: usize, out: &Posted, out_start: usize) {
+unsafe fn reduce(op: ReduceOp, posts: &[Post], owner: usize, start: usize, len: usize, out_start: usize) {
+    let out = &posts[owner].writes[0];
     let mut sum = [0f32; BLOCK];
     for block in (0..len).step_by(BLOCK) {
         let block_len = BLOCK.min(len - block);
         let sum = &mut sum[..block_len];
-        for (i, input) in inputs.iter().enumerate() {
+        for i in 1..=posts.len() {
+            let member = (owner + i) % posts.len();
             // SAFETY: inside by the contract; `out` is written only after this block was read from everyone.
-            let values = unsafe { input.reads[0].floats(start + block, block_len) };
+            let values = unsafe { posts[member].reads[0].floats(start + block, block_len) };
             match op {
-                _ if i == 0 => sum.copy_from_slice(values),
+                _ if i == 1 => sum.copy_from_slice(values),
                 ReduceOp::Sum => sum.iter_mut().zip(values).for_each(|(a, b)| *a += b),
                 ReduceOp::Max => sum.iter_mut().zip(values).for_each(|(a, b)| *a = a.max(*b)),
             }
@@ -524,7 +527,7 @@ fn exchange(meeting: &Meeting, call: &CollectiveCall, posts: &[Post]) -> usize {
             let chunk = split_range(all, members, member);
             // SAFETY: each member writes only its own chunk of its own memory, which others do not read in this phase
             // (they read their chunks of it).
-            unsafe { reduce(*op, posts, chunk.start, chunk.len(), &own.writes[0], chunk.start) };
+            unsafe { reduce(*op, posts, member, chunk.start, chunk.len(), chunk.start) };
             meeting.barrier(members);
             for (other, post) in posts.iter().enumerate().filter(|(other, _)| *other != member) {
                 let theirs = split_range(all, members, other);
@@ -540,7 +543,7 @@ fn exchange(meeting: &Meeting, call: &CollectiveCall, posts: &[Post]) -> usize {
             let (from, to) = ((&own.reads[0].shape[..], &part.start[..]), (&part.size[..], &zeros[..]));
             for_each_run(from, to, &part.size, |from, to, len| {
                 // SAFETY: inside, since the part was checked; y overlaps no x (checked), and only this member writes it.
-                unsafe { reduce(*op, posts, from, len, &own.writes[0], to) };
+                unsafe { reduce(*op, posts, member, from, len, to) };
             });
             others * part.element_count()
         }
