@@ -8,6 +8,7 @@ use crate::error::KernelError;
 use crate::memory::View;
 use crate::tensor::Region;
 
+pub(crate) mod exchange;
 pub mod in_process;
 
 /// An engine that runs collectives: within a process, by NCCL, by MPI. Each member's stream calls [`Collective::run`]
@@ -63,7 +64,7 @@ pub struct CollectiveCall {
 
 /// What a collective does. Regions are of the whole tensor that the group shares, one for each member, in order;
 /// they may be empty or uneven, and split any dim.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum CollectiveKind {
     /// `(x) -> (y)`, same shape everywhere; may be in place. Every member gets the same bits.
     /// Member `c` combines chunk `c` of the flat tensor ([`crate::tensor::split_range`]), in the order of [`Group`], so
