@@ -8,6 +8,7 @@ use crate::error::KernelError;
 use crate::memory::View;
 use crate::tensor::Region;
 
+pub(crate) mod exchange;
 pub mod in_process;
 
 /// An engine that runs collectives: within a process, by NCCL, by MPI. Each member's stream calls [`Collective::run`]
@@ -37,7 +38,11 @@ pub enum ReduceOp {
     Max,
 }
 
-/// An ordered set of devices that call collectives together. Reductions go in this order: member 0 first.
+/// An ordered set of devices that call collectives together.
+///
+/// The order fixes the bits of every reduction, in every engine: what member `c` owns (chunk `c` of an all-reduce, part
+/// `c` of a reduce-scatter) is combined as `((x[c+1] + x[c+2]) + ...) + x[c]`, members counted modulo their number. So a
+/// ring brings the values round, the owner's last.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Group {
     /// Unique in a plan.
@@ -59,11 +64,11 @@ pub struct CollectiveCall {
 
 /// What a collective does. Regions are of the whole tensor that the group shares, one for each member, in order;
 /// they may be empty or uneven, and split any dim.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum CollectiveKind {
     /// `(x) -> (y)`, same shape everywhere; may be in place. Every member gets the same bits.
-    /// Each of n members takes in `(n-1) * own chunk + (all - own chunk)` elements, chunks being
-    /// [`crate::tensor::split_range`] of the flat tensor.
+    /// Member `c` combines chunk `c` of the flat tensor ([`crate::tensor::split_range`]), in the order of [`Group`], so
+    /// each of n members takes in `(n-1) * own chunk + (all - own chunk)` elements.
     AllReduce {
         /// How values are combined.
         op: ReduceOp,
@@ -73,7 +78,7 @@ pub enum CollectiveKind {
         /// What each member brings.
         parts: Vec<Region>,
     },
-    /// `(whole) -> (part)`: each member gets its region, combined over all members.
+    /// `(whole) -> (part)`: each member gets its region, combined over all members in the order of [`Group`].
     ReduceScatter {
         /// How values are combined.
         op: ReduceOp,

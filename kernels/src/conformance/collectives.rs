@@ -103,11 +103,13 @@ fn cut(whole: &[f32], shape: &[usize], region: &Region) -> Vec<f32> {
     (0..region.element_count()).map(|index| whole[flat(index, region, shape)]).collect()
 }
 
-/// Member 0 first, in f32: the order that every engine must keep.
-fn combine(op: ReduceOp, wholes: &[Vec<f32>]) -> Vec<f32> {
-    let mut sum = wholes[0].clone();
-    for whole in &wholes[1..] {
-        for (a, b) in sum.iter_mut().zip(whole) {
+/// What `owner` owns, in f32 and in the order that every engine must keep: the member after the owner first, the owner
+/// last.
+fn combine(op: ReduceOp, owner: usize, members: &[Vec<f32>]) -> Vec<f32> {
+    let n = members.len();
+    let mut sum = members[(owner + 1) % n].clone();
+    for i in 2..=n {
+        for (a, b) in sum.iter_mut().zip(&members[(owner + i) % n]) {
             *a = match op {
                 ReduceOp::Sum => *a + b,
                 ReduceOp::Max => a.max(*b),
@@ -183,7 +185,8 @@ impl Suite<'_> {
         {
             for in_place in [false, true] {
                 let xs: Vec<_> = (0..n).map(|_| self.values(elements)).collect();
-                let sum = combine(op, &xs);
+                let chunk = |owner| combine(op, owner, &xs)[split_range(elements, n, owner)].to_vec();
+                let sum: Vec<f32> = (0..n).flat_map(chunk).collect();
                 let role = |(i, x): (usize, &Vec<f32>)| {
                     let own = split_range(elements, n, i).len();
                     Role {
@@ -252,15 +255,14 @@ impl Suite<'_> {
         for shape in [vec![5, 7], vec![4, 3, 2], vec![0, 3]] {
             for parts in splits(&shape, n) {
                 let xs: Vec<_> = (0..n).map(|_| self.values(element_count(&shape))).collect();
-                let sum = combine(ReduceOp::Sum, &xs);
-                let role = |(x, part): (&Vec<f32>, &Region)| Role {
-                    x: HostTensor::f32(&shape, x.clone()),
+                let role = |(owner, part): (usize, &Region)| Role {
+                    x: HostTensor::f32(&shape, xs[owner].clone()),
                     y_shape: part.size.clone(),
                     in_place: false,
-                    expected: cut(&sum, &shape, part),
+                    expected: cut(&combine(ReduceOp::Sum, owner, &xs), &shape, part),
                     bytes: 4 * (n - 1) * part.element_count(),
                 };
-                let roles: Vec<_> = xs.iter().zip(&parts).map(role).collect();
+                let roles: Vec<_> = parts.iter().enumerate().map(role).collect();
                 self.check(CollectiveKind::ReduceScatter { op: ReduceOp::Sum, parts: parts.clone() }, &roles);
             }
         }

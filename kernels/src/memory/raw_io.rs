@@ -21,8 +21,12 @@ impl Arena {
     /// work in flight, that nobody else uses the range meanwhile.
     ///
     /// # Errors
-    /// `InvalidInput` when the range is out of bounds; whatever `source` fails with, or `UnexpectedEof`.
+    /// `InvalidInput` when the range is out of bounds or the arena is only to be read; whatever `source` fails with, or
+    /// `UnexpectedEof`.
     pub fn read_from(&self, offset: usize, bytes: usize, source: &mut impl Read) -> io::Result<()> {
+        if !self.is_writable() {
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, "the arena is another process's"));
+        }
         let start = self.checked(offset, bytes)?;
         // SAFETY: in bounds (just checked), initialised since arenas start zeroed, used by nobody else by the contract.
         source.read_exact(unsafe { std::slice::from_raw_parts_mut(start, bytes) })
