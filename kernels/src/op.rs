@@ -124,7 +124,8 @@ pub enum Op {
         /// Which element of `out`.
         index: usize,
     },
-    /// `(sums [n]) -> (scale [], norm [])`: `norm = sqrt(sum(sums))` (in order, f64), `scale = min(1, max_norm / (norm + 1e-6))`.
+    /// `(sums [n]) -> (scale [], norm [])`: `norm = sqrt(sum(sums))` (in order, f64), `scale = min(1, max_norm / (norm + 1e-6))`;
+    /// `scale` is NaN where the norm is not finite.
     ClipScale {
         /// Largest norm that is let through unscaled; infinity turns clipping off and leaves `scale` 1.
         max_norm: f32,
@@ -132,6 +133,7 @@ pub enum Op {
     /// AdamW with decoupled decay, <https://arxiv.org/abs/1711.05101>. All of one shape but `hyper` and `scale`.
     /// `(grad, hyper [2] = [learning rate, step counted from 1], scale []) -> (param, m, v)`, the writes being updated in place.
     /// `g = scale * grad; p *= 1 - lr * decay; m, v as usual; p -= lr / (1 - b1^t) * m / (sqrt(v / (1 - b2^t)) + eps)`.
+    /// Nothing is changed where `scale` is not finite.
     AdamW {
         /// Decay rate of the first moment.
         beta1: f32,

@@ -57,7 +57,9 @@ pub(crate) fn clip_scale(args: &mut Args<'_>, max_norm: f32) -> Result<(), Kerne
     args.expect_write(0, &[])?;
     args.expect_write(1, &[])?;
     let norm = args.f32(0)?.iter().map(|&sum| f64::from(sum)).sum::<f64>().sqrt();
-    args.out(0)?[0] = (f64::from(max_norm) / (norm + 1e-6)).min(1.0) as f32;
+    // `f64::min` would make 1 of a norm that is no number.
+    let scale = if norm.is_finite() { (f64::from(max_norm) / (norm + 1e-6)).min(1.0) } else { f64::NAN };
+    args.out(0)?[0] = scale as f32;
     args.out(1)?[0] = norm as f32;
     Ok(())
 }
@@ -93,6 +95,9 @@ pub(crate) fn adamw(args: &mut Args<'_>, pool: &Pool, rates: AdamW) -> Result<()
     let (grad, hyper, scale) = (args.f32(0)?, args.f32(1)?, args.f32(2)?[0]);
     let (learning_rate, step) = (hyper[0], f64::from(hyper[1]));
     let outs = [args.out(0)?, args.out(1)?, args.out(2)?];
+    if !scale.is_finite() {
+        return Ok(());
+    }
     let correction = |beta: f32| 1.0 - f64::from(beta).powf(step);
     let update = Update {
         rates,
