@@ -15,4 +15,5 @@ pub mod simulate;
 pub mod snapshot;
 pub mod spec;
 mod supervisor;
+pub mod transport;
 pub mod watchdog;
