@@ -1,0 +1,141 @@
+//! The dialling side: connects, proves itself, tries again until a deadline. Imports `link` and `handshake`.
+
+use std::io::{self, Read, Write};
+use std::net::{SocketAddr, TcpStream, ToSocketAddrs};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use rustix::net;
+
+use super::handshake::{Dialler, HANDSHAKE_BYTES_MAX, HandshakeError};
+use super::{Address, Hello, Link, Secret, TransportError, secret};
+
+/// Waits between attempts: doubled from the first to the last.
+const WAIT_MIN: Duration = Duration::from_millis(5);
+const WAIT_MAX: Duration = Duration::from_millis(250);
+/// One attempt, at most: a peer that takes us and says nothing does not use up the whole deadline.
+const ATTEMPT_MAX: Duration = Duration::from_secs(5);
+
+/// Connects to the process `hello.to` and proves to it, and has it prove, that both belong to the same job. Peers that are
+/// absent, refuse, have not started yet or hang up are tried again until `deadline`; at least one attempt is made.
+///
+/// # Errors
+/// [`TransportError::Handshake`] at once when the peer does not believe us or we do not believe it;
+/// [`TransportError::Unreachable`] at the deadline.
+pub fn connect(address: &Address, secret: &Secret, hello: &Hello, deadline: Instant) -> Result<Link, TransportError> {
+    let (begin, mut wait, mut attempts, mut last) = (Instant::now(), WAIT_MIN, 0, None);
+    loop {
+        attempts += 1;
+        let error = match attempt(address, secret, hello, deadline.min(Instant::now() + ATTEMPT_MAX)) {
+            Err(error) if is_passing(&error) => error,
+            settled => return settled,
+        };
+        let left = deadline.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            // The last attempt was cut short by the deadline; the one before says more.
+            let last = Box::new(last.unwrap_or(error));
+            let (to, address, purpose) = (hello.to, address.clone(), hello.purpose);
+            let waited_ms = begin.elapsed().as_millis() as u64;
+            return Err(TransportError::Unreachable { to, address, purpose, attempts, waited_ms, last });
+        }
+        last = Some(error);
+        std::thread::sleep(wait.min(left));
+        wait = (wait * 2).min(WAIT_MAX);
+    }
+}
+
+/// True when another attempt may succeed.
+fn is_passing(error: &TransportError) -> bool {
+    match error {
+        // Not there yet, or the line was cut: an acceptor with too many strangers drops the oldest of them.
+        TransportError::Io { .. } => true,
+        TransportError::Handshake { cause: HandshakeError::Echo, .. } => true,
+        TransportError::Handshake { cause: HandshakeError::Refused(refusal), .. } => refusal.is_passing(),
+        _ => false,
+    }
+}
+
+fn attempt(address: &Address, secret: &Secret, hello: &Hello, deadline: Instant) -> Result<Link, TransportError> {
+    let link = open(address, deadline).map_err(|cause| TransportError::io("connecting to", address, cause))?;
+    let failed = |cause| TransportError::Handshake { peer: address.to_string(), cause };
+    let broken = |cause: io::Error| match cause.kind() {
+        io::ErrorKind::InvalidData => failed(HandshakeError::Magic),
+        _ => TransportError::io("shaking hands with", address, cause),
+    };
+
+    let (dialler, greeting) = Dialler::new(&secret::random()?);
+    write_part(&link, &greeting, deadline).map_err(broken)?;
+    let theirs = read_part(&link, deadline).map_err(broken)?;
+    let (proved, proof) = dialler.prove(secret, hello, &theirs).map_err(failed)?;
+    write_part(&link, &proof, deadline).map_err(broken)?;
+    let verdict = read_part(&link, deadline).map_err(broken)?;
+    proved.finish(secret, &verdict).map_err(failed)?;
+    link.settle().map_err(broken)?;
+    Ok(link)
+}
+
+/// A bare connection.
+fn open(address: &Address, deadline: Instant) -> io::Result<Link> {
+    match address {
+        Address::Unix(path) => open_unix(path, deadline).map(Link::Unix),
+        Address::Tcp(name) => {
+            let mut last = io::Error::new(io::ErrorKind::NotFound, "the name has no address");
+            for target in name.to_socket_addrs()? {
+                match open_tcp(target, deadline) {
+                    Ok(stream) => return Ok(Link::Tcp(stream)),
+                    Err(error) => last = error,
+                }
+            }
+            Err(last)
+        }
+    }
+}
+
+fn left_until(deadline: Instant) -> Duration {
+    deadline.saturating_duration_since(Instant::now()).max(Duration::from_millis(1))
+}
+
+/// Connects at once, or waits while the acceptor's backlog is full: a frozen one must not hold us for ever.
+fn open_unix(path: &Path, deadline: Instant) -> io::Result<UnixStream> {
+    let socket = net::socket_with(net::AddressFamily::UNIX, net::SocketType::STREAM, net::SocketFlags::CLOEXEC, None)?;
+    net::sockopt::set_socket_timeout(&socket, net::sockopt::Timeout::Send, Some(left_until(deadline)))?;
+    net::connect(&socket, &net::SocketAddrUnix::new(path)?)?;
+    Ok(socket.into())
+}
+
+fn open_tcp(target: SocketAddr, deadline: Instant) -> io::Result<TcpStream> {
+    let stream = TcpStream::connect_timeout(&target, left_until(deadline))?;
+    // With nobody listening, a port of the ephemeral range can be connected to itself.
+    if stream.local_addr()? == stream.peer_addr()? {
+        return Err(io::ErrorKind::ConnectionRefused.into());
+    }
+    stream.set_nodelay(true)?;
+    Ok(stream)
+}
+
+fn write_part(link: &Link, part: &[u8], deadline: Instant) -> io::Result<()> {
+    link.until(deadline).write_all(&with_length(part))
+}
+
+fn read_part(link: &Link, deadline: Instant) -> io::Result<Vec<u8>> {
+    let mut length = [0; 2];
+    let mut from = link.until(deadline);
+    from.read_exact(&mut length)?;
+    let bytes = usize::from(u16::from_le_bytes(length));
+    if bytes > HANDSHAKE_BYTES_MAX {
+        return Err(io::ErrorKind::InvalidData.into());
+    }
+    let mut part = vec![0; bytes];
+    from.read_exact(&mut part)?;
+    Ok(part)
+}
+
+/// A part of a handshake behind its length.
+pub(super) fn with_length(part: &[u8]) -> Vec<u8> {
+    debug_assert!(part.len() <= HANDSHAKE_BYTES_MAX);
+    let mut bytes = Vec::with_capacity(2 + part.len());
+    bytes.extend_from_slice(&(part.len() as u16).to_le_bytes());
+    bytes.extend_from_slice(part);
+    bytes
+}

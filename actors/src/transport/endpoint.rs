@@ -1,0 +1,295 @@
+//! The accepting side: one thread that polls the listeners and every stranger, and a shelf of authenticated connections that
+//! wait to be claimed. Imports `link` and `handshake`.
+//!
+//! - **EP-1**: strangers (connections that have not proved themselves) number `strangers_max` at most; one more drops the
+//!   oldest. Each holds at most one message of a handshake in memory, and lives `handshake_timeout` at most.
+//! - **EP-2**: nothing that a stranger sends or leaves out makes the thread wait.
+//! - **EP-3**: unclaimed connections number `unclaimed_max` at most; a further dialler is told to come again.
+
+use std::collections::VecDeque;
+use std::fs;
+use std::io;
+use std::net::{SocketAddr, TcpListener};
+use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use super::handshake::{Gate, World};
+use super::{Address, Link, Purpose, Secret, TransportError};
+
+mod serve;
+
+/// Limits of an endpoint.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct EndpointOptions {
+    /// Connections that have not proved themselves, at most.
+    pub strangers_max: usize,
+    /// Time to prove oneself.
+    pub handshake_timeout: Duration,
+    /// Authenticated connections that nobody has asked for, at most.
+    pub unclaimed_max: usize,
+}
+
+impl Default for EndpointOptions {
+    fn default() -> Self {
+        Self { strangers_max: 64, handshake_timeout: Duration::from_secs(5), unclaimed_max: 1024 }
+    }
+}
+
+/// Where to listen.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Listen {
+    /// On an address of this node; port 0 takes a free one.
+    Tcp(SocketAddr),
+    /// On a path. Its folder is made, for this user only, where it is missing; a socket that a killed process left is
+    /// replaced.
+    Unix(PathBuf),
+    /// On a socket in a new folder that only this user can enter; it goes with the endpoint.
+    PrivateUnix,
+}
+
+/// Connections that an endpoint did not let in, by reason. They only grow.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Refusals {
+    /// Dropped to make room for a newer stranger.
+    pub crowded_out: u64,
+    /// Had not proved themselves in time.
+    pub too_slow: u64,
+    /// Hung up before the end.
+    pub hung_up: u64,
+    /// Not our protocol: wrong magic, a message of a wrong length.
+    pub malformed: u64,
+    /// Another version of the protocol.
+    pub version: u64,
+    /// A wrong MAC: another secret, a replay, tampering.
+    pub proof: u64,
+    /// Another session.
+    pub session: u64,
+    /// An older epoch, or a process that comes late for a running one.
+    pub old_epoch: u64,
+    /// A newer epoch than this process's own.
+    pub new_epoch: u64,
+    /// A process number that does not exist, or a call for another process.
+    pub process: u64,
+    /// A hello that cannot be read.
+    pub unreadable: u64,
+    /// Told to come again: not started yet, or too many unclaimed connections.
+    pub again: u64,
+}
+
+impl Refusals {
+    /// All of them.
+    pub fn total(&self) -> u64 {
+        let strangers = self.crowded_out + self.too_slow + self.hung_up + self.malformed + self.version + self.proof;
+        strangers + self.session + self.old_epoch + self.new_epoch + self.process + self.unreadable + self.again
+    }
+}
+
+/// An authenticated connection that waits to be claimed.
+#[derive(Debug)]
+struct Unclaimed {
+    from: u32,
+    purpose: Purpose,
+    link: Link,
+}
+
+/// What the thread and the owner share.
+#[derive(Debug)]
+struct State {
+    gate: Gate,
+    unclaimed: VecDeque<Unclaimed>,
+    refusals: Refusals,
+    closed: bool,
+}
+
+#[derive(Debug)]
+struct Shared {
+    state: Mutex<State>,
+    arrived: Condvar,
+}
+
+impl Shared {
+    fn state(&self) -> MutexGuard<'_, State> {
+        // No code panics while it holds the lock half-way through a change.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn close(&self) {
+        let mut state = self.state();
+        state.closed = true;
+        state.unclaimed.clear();
+        self.arrived.notify_all();
+    }
+}
+
+/// Listens for the other processes of the job. It closes when it is dropped.
+#[derive(Debug)]
+pub struct Endpoint {
+    addresses: Vec<Address>,
+    shared: Arc<Shared>,
+    /// Closing it ends the thread.
+    wake: Option<UnixStream>,
+    thread: Option<JoinHandle<()>>,
+    /// Sockets to be unlinked.
+    paths: Vec<PathBuf>,
+    _folders: Vec<tempfile::TempDir>,
+}
+
+/// A listening socket that does not block.
+#[derive(Debug)]
+enum Listener {
+    Tcp(TcpListener),
+    Unix(UnixListener),
+}
+
+impl Endpoint {
+    /// Listens as `process`. Until [`Endpoint::begin`] it lets in [`Purpose::Rendezvous`] only.
+    ///
+    /// # Errors
+    /// [`TransportError::Listen`].
+    pub fn listen(
+        process: u32,
+        secret: Secret,
+        listen: &[Listen],
+        options: EndpointOptions,
+    ) -> Result<Self, TransportError> {
+        let (mut addresses, mut listeners, mut paths, mut folders) = (vec![], vec![], vec![], vec![]);
+        for place in listen {
+            let (address, listener) = match place {
+                Listen::Tcp(address) => listen_tcp(*address)?,
+                Listen::Unix(path) => listen_unix(path)?,
+                Listen::PrivateUnix => {
+                    let folder = tempfile::Builder::new().prefix("shardflow-").tempdir();
+                    let folder = folder.map_err(listen_failed(Address::Unix(std::env::temp_dir())))?;
+                    let path = folder.path().join(format!("{process}.sock"));
+                    folders.push(folder);
+                    listen_unix(&path)?
+                }
+            };
+            if let Address::Unix(path) = &address {
+                paths.push(path.clone());
+            }
+            addresses.push(address);
+            listeners.push(listener);
+        }
+        let gate = Gate { process, world: None };
+        let state = State { gate, unclaimed: VecDeque::new(), refusals: Refusals::default(), closed: false };
+        let shared = Arc::new(Shared { state: Mutex::new(state), arrived: Condvar::new() });
+        let thread_failed = |cause| TransportError::io("starting the accepting thread of", &"this process", cause);
+        let (wake, sleeper) = UnixStream::pair().map_err(thread_failed)?;
+        let server = serve::Server::new(listeners, sleeper, secret, options, Arc::clone(&shared));
+        let thread = std::thread::Builder::new().name("accept".into()).spawn(move || server.run());
+        let thread = Some(thread.map_err(thread_failed)?);
+        Ok(Self { addresses, shared, wake: Some(wake), thread, paths, _folders: folders })
+    }
+
+    /// Where others reach it, in the order in which it was told to listen.
+    pub fn addresses(&self) -> &[Address] {
+        &self.addresses
+    }
+
+    /// Who this process is, in which session and epoch. From now on it lets the members in, and nobody else.
+    pub fn begin(&self, world: World) {
+        let mut state = self.shared.state();
+        state.gate.world = Some(world);
+        // Who came late gets hung up on, comes again, and is told.
+        state.unclaimed.retain(|u| u.purpose != Purpose::Rendezvous);
+    }
+
+    /// The connection that process `from` dialled for `purpose`; waits for it. Of two, the newer.
+    ///
+    /// # Errors
+    /// [`TransportError::Missing`] at the deadline, [`TransportError::Closed`].
+    pub fn wait(&self, from: u32, purpose: Purpose, deadline: Instant) -> Result<Link, TransportError> {
+        self.claim(Some(from), purpose, deadline).map(|(_, link)| link)
+    }
+
+    /// The oldest connection that anybody dialled for `purpose`, and who; waits for one.
+    ///
+    /// # Errors
+    /// As [`Endpoint::wait`].
+    pub fn wait_any(&self, purpose: Purpose, deadline: Instant) -> Result<(u32, Link), TransportError> {
+        self.claim(None, purpose, deadline)
+    }
+
+    fn claim(&self, from: Option<u32>, purpose: Purpose, deadline: Instant) -> Result<(u32, Link), TransportError> {
+        let begin = Instant::now();
+        let mut state = self.shared.state();
+        loop {
+            let wanted = |u: &Unclaimed| u.purpose == purpose && from.is_none_or(|from| from == u.from);
+            if let Some(found) = state.unclaimed.iter().position(wanted).and_then(|i| state.unclaimed.remove(i)) {
+                return Ok((found.from, found.link));
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            if state.closed {
+                return Err(TransportError::Closed);
+            } else if left.is_zero() {
+                let (waited_ms, refused) = (begin.elapsed().as_millis() as u64, state.refusals.total());
+                return Err(TransportError::Missing { from, purpose, waited_ms, refused });
+            }
+            state = self.shared.arrived.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+
+    /// Connections that were not let in so far.
+    pub fn refused(&self) -> Refusals {
+        self.shared.state().refusals
+    }
+
+    /// Lets nobody in any more and ends every [`Endpoint::wait`], from any thread. Connections that were claimed live on.
+    pub fn close(&self) {
+        self.shared.close();
+        if let Some(wake) = &self.wake {
+            let _ = wake.shutdown(std::net::Shutdown::Both);
+        }
+    }
+}
+
+impl Drop for Endpoint {
+    fn drop(&mut self) {
+        self.close();
+        if let Some(thread) = self.thread.take() {
+            // A panic there has been reported by the panic hook.
+            let _ = thread.join();
+        }
+        for path in &self.paths {
+            let _ = fs::remove_file(path);
+        }
+    }
+}
+
+fn listen_failed(address: Address) -> impl Fn(io::Error) -> TransportError {
+    move |cause| TransportError::Listen { address: address.clone(), cause }
+}
+
+fn listen_tcp(address: SocketAddr) -> Result<(Address, Listener), TransportError> {
+    let failed = listen_failed(Address::Tcp(address.to_string()));
+    let listener = TcpListener::bind(address).map_err(&failed)?;
+    listener.set_nonblocking(true).map_err(&failed)?;
+    let address = listener.local_addr().map_err(&failed)?;
+    Ok((Address::Tcp(address.to_string()), Listener::Tcp(listener)))
+}
+
+fn listen_unix(path: &Path) -> Result<(Address, Listener), TransportError> {
+    let failed = listen_failed(Address::Unix(path.into()));
+    if let Some(folder) = path.parent().filter(|folder| !folder.as_os_str().is_empty()) {
+        fs::DirBuilder::new().recursive(true).mode(0o700).create(folder).map_err(&failed)?;
+    }
+    let listener = match UnixListener::bind(path) {
+        // Nobody answers there: its owner was killed.
+        Err(error) if error.kind() == io::ErrorKind::AddrInUse && UnixStream::connect(path).is_err() => {
+            fs::remove_file(path).and_then(|()| UnixListener::bind(path))
+        }
+        bound => bound,
+    }
+    .map_err(&failed)?;
+    fs::set_permissions(path, fs::Permissions::from_mode(0o600)).map_err(&failed)?;
+    listener.set_nonblocking(true).map_err(&failed)?;
+    Ok((Address::Unix(path.into()), Listener::Unix(listener)))
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,192 @@
+//! The handshake without sockets: what passes, and that nothing else does.
+
+use proptest::prelude::*;
+
+use super::*;
+use crate::transport::Purpose;
+
+fn secret() -> Secret {
+    Secret::from_text("a secret of these tests").unwrap()
+}
+
+fn hello() -> Hello {
+    let purpose = Purpose::Group { group: 3, member: 1, peer: 2 };
+    Hello { session: SessionId([7; 16]), epoch: 4, from: 1, to: 2, purpose }
+}
+
+/// The four messages of a handshake, each passed through `change` with its index on its way, and what each side concludes.
+fn shake(
+    ours: &Secret,
+    theirs: &Secret,
+    nonces: [Nonce; 2],
+    verdict: Result<(), Refusal>,
+    mut change: impl FnMut(usize, Vec<u8>) -> Vec<u8>,
+) -> (Result<(), HandshakeError>, Result<Hello, HandshakeError>) {
+    let (dialler, first) = Dialler::new(&nonces[0]);
+    let first = change(0, first.to_vec());
+    let acceptor = Acceptor::new(&nonces[1], &first);
+    let second = change(1, greeting(&nonces[1]).to_vec());
+    let (proved, third) = match dialler.prove(ours, &hello(), &second) {
+        Ok(proved) => proved,
+        Err(error) => return (Err(error), Err(HandshakeError::Proof)),
+    };
+    let third = change(2, third);
+    let accepted = acceptor.and_then(|acceptor| acceptor.believe(theirs, third));
+    let (fourth, accepted) = match accepted {
+        Ok((believed, hello)) => (believed.answer(theirs, &verdict).unwrap(), hello.map_err(HandshakeError::Refused)),
+        Err(error) => (Vec::new(), Err(error)),
+    };
+    (proved.finish(ours, &change(3, fourth)), accepted)
+}
+
+fn nonces() -> [Nonce; 2] {
+    [[1; 32], [2; 32]]
+}
+
+#[test]
+fn both_sides_agree() {
+    let (dialler, acceptor) = shake(&secret(), &secret(), nonces(), Ok(()), |_, message| {
+        assert!(message.len() <= HANDSHAKE_BYTES_MAX);
+        message
+    });
+    dialler.unwrap();
+    assert_eq!(acceptor.unwrap(), hello());
+}
+
+#[test]
+fn another_secret_is_denied() {
+    let other = Secret::from_text("another secret of these tests").unwrap();
+    let (dialler, acceptor) = shake(&other, &secret(), nonces(), Ok(()), |_, message| message);
+    assert!(matches!(dialler, Err(HandshakeError::Denied)), "{dialler:?}");
+    assert!(matches!(acceptor, Err(HandshakeError::Proof)), "{acceptor:?}");
+}
+
+/// An acceptor without the secret cannot make up a verdict, whatever it sends back.
+#[test]
+fn an_acceptor_that_only_echoes_is_not_believed() {
+    let (dialler, theirs) = Dialler::new(&[1; 32]);
+    assert!(matches!(dialler.prove(&secret(), &hello(), &theirs), Err(HandshakeError::Echo)));
+    let mut proof = Vec::new();
+    let (dialler, _) = shake(&secret(), &secret(), nonces(), Ok(()), |i, message| {
+        if i == 2 {
+            proof = message.clone();
+        }
+        if i == 3 { proof.clone() } else { message }
+    });
+    assert!(matches!(dialler, Err(HandshakeError::Proof)), "{dialler:?}");
+}
+
+#[test]
+fn a_recorded_handshake_is_refused_by_either_side() {
+    let mut recorded = Vec::new();
+    let _ = shake(&secret(), &secret(), nonces(), Ok(()), |_, message| {
+        recorded.push(message.clone());
+        message
+    });
+    // To an acceptor, by a dialler that knows no secret.
+    let acceptor = Acceptor::new(&[3; 32], &recorded[0]).unwrap();
+    assert!(matches!(acceptor.believe(&secret(), recorded[2].clone()), Err(HandshakeError::Proof)));
+    // To a dialler, by an acceptor that knows none.
+    let (dialler, _) = Dialler::new(&[4; 32]);
+    let (proved, _) = dialler.prove(&secret(), &hello(), &recorded[1]).unwrap();
+    assert!(matches!(proved.finish(&secret(), &recorded[3]), Err(HandshakeError::Proof)));
+}
+
+#[test]
+fn any_flipped_bit_is_noticed() {
+    let mut lengths = Vec::new();
+    let verdict = || Err(Refusal::OldEpoch { ours: 5, theirs: 4 });
+    let _ = shake(&secret(), &secret(), nonces(), verdict(), |_, message| {
+        lengths.push(message.len());
+        message
+    });
+    assert_eq!(lengths.len(), 4);
+    for (index, bytes) in lengths.into_iter().enumerate() {
+        for bit in 0..bytes * 8 {
+            let (dialler, acceptor) = shake(&secret(), &secret(), nonces(), verdict(), |i, mut message| {
+                if i == index {
+                    message[bit / 8] ^= 1 << (bit % 8);
+                }
+                message
+            });
+            let at = format!("message {index}, bit {bit}: {dialler:?}, {acceptor:?}");
+            // The verdict is the last word: the acceptor has said it by then.
+            assert!(index == 3 || acceptor.is_err(), "{at}");
+            // What was tampered with is never taken for the acceptor's own refusal.
+            assert!(!matches!(dialler, Ok(()) | Err(HandshakeError::Refused(_))), "{at}");
+        }
+    }
+}
+
+#[test]
+fn versions_are_told_on_both_sides() {
+    let newer = |i: usize| {
+        move |index: usize, mut message: Vec<u8>| {
+            if index == i {
+                message[4..6].copy_from_slice(&(PROTOCOL_VERSION + 1).to_le_bytes());
+                message.extend_from_slice(b"what version 2 adds");
+            }
+            message
+        }
+    };
+    let (_, acceptor) = shake(&secret(), &secret(), nonces(), Ok(()), newer(0));
+    let (dialler, _) = shake(&secret(), &secret(), nonces(), Ok(()), newer(1));
+    for error in [acceptor.unwrap_err(), dialler.unwrap_err()] {
+        assert!(matches!(error, HandshakeError::Version { ours: 1, theirs: 2 }), "{error}");
+    }
+}
+
+/// Proved by a dialler that knows a purpose more: refused under a MAC, so that it hears why.
+#[test]
+fn an_unknown_purpose_is_refused_after_the_proof() {
+    let mut body = wire::encode(&hello()).unwrap();
+    let place = body.len() - 4;
+    body[place] = 200;
+    let greetings = nonces().map(|nonce| greeting(&nonce));
+    let mac = secret().mac(DIALLER, &[&greetings[0], &greetings[1], &body]);
+    body.extend_from_slice(mac.as_bytes());
+    let acceptor = Acceptor::new(&nonces()[1], &greetings[0]).unwrap();
+    let (_, hello) = acceptor.believe(&secret(), body).unwrap();
+    assert_eq!(hello, Err(Refusal::Unreadable));
+}
+
+#[test]
+fn the_gate_lets_in_members_of_this_epoch_only() {
+    let world = World { session: SessionId([7; 16]), epoch: 4, processes: 3 };
+    let (before, running) = (Gate { process: 2, world: None }, Gate { process: 2, world: Some(world) });
+    let session = SessionId([8; 16]);
+    let rendezvous = Hello { session: SessionId::default(), purpose: Purpose::Rendezvous, ..hello() };
+    for (gate, hello, expected) in [
+        (before, rendezvous, Ok(())),
+        (before, hello(), Err(Refusal::NotStarted)),
+        (before, Hello { from: PROCESSES_MAX, ..rendezvous }, Err(Refusal::Process { process: 4096, processes: 4096 })),
+        (running, hello(), Ok(())),
+        (running, Hello { to: 1, ..hello() }, Err(Refusal::NotMe { wanted: 1, me: 2 })),
+        (running, Hello { from: 3, ..hello() }, Err(Refusal::Process { process: 3, processes: 3 })),
+        (running, Hello { session, ..hello() }, Err(Refusal::Session { ours: world.session, theirs: session })),
+        (running, Hello { session, epoch: 3, ..hello() }, Err(Refusal::OldEpoch { ours: 4, theirs: 3 })),
+        (running, Hello { session, epoch: 5, ..hello() }, Err(Refusal::NewEpoch { ours: 4, theirs: 5 })),
+        (running, rendezvous, Err(Refusal::Late { epoch: 4 })),
+        (running, Hello { epoch: 0, ..rendezvous }, Err(Refusal::Late { epoch: 4 })),
+        (running, Hello { epoch: 5, ..rendezvous }, Err(Refusal::NewEpoch { ours: 4, theirs: 5 })),
+    ] {
+        assert_eq!(gate.admit(&hello), expected, "{gate:?} {hello:?}");
+    }
+}
+
+proptest! {
+    /// Bytes from anywhere never pass for a message, and never panic.
+    #[test]
+    fn other_bytes_are_refused(mut bytes in prop::collection::vec(any::<u8>(), 0..200), magic in any::<bool>()) {
+        if magic && bytes.len() >= 6 {
+            bytes[..6].copy_from_slice(&greeting(&[0; 32])[..6]);
+        }
+        let greeted = Acceptor::new(&[2; 32], &bytes);
+        prop_assert_eq!(greeted.is_ok(), bytes.len() == GREETING_BYTES && magic);
+        let acceptor = Acceptor::new(&[2; 32], &greeting(&[1; 32])).unwrap();
+        prop_assert!(acceptor.believe(&secret(), bytes.clone()).is_err());
+        let (dialler, _) = Dialler::new(&[1; 32]);
+        let (proved, _) = dialler.prove(&secret(), &hello(), &greeting(&[2; 32])).unwrap();
+        prop_assert!(proved.finish(&secret(), &bytes).is_err());
+    }
+}

@@ -1,0 +1,262 @@
+//! One connection, over TCP or a Unix socket, and addresses of either. Imports `error`.
+
+use std::fmt;
+use std::io::{self, IoSlice, Read, Write};
+use std::net::{Shutdown, TcpStream};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::str::FromStr;
+use std::time::{Duration, Instant};
+
+use rustix::net::sockopt;
+use serde::{Deserialize, Serialize};
+
+use super::TransportError;
+
+/// How long a write may wait for a peer that takes nothing, unless [`Link::set_send_timeout`] says otherwise.
+pub const SEND_TIMEOUT: Duration = Duration::from_secs(10);
+/// A silent TCP connection is probed after this long, and then again and again.
+const KEEPALIVE_IDLE: Duration = Duration::from_secs(10);
+const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(3);
+const KEEPALIVE_PROBES: u32 = 3;
+/// Zero means "no time-out" to the system, so a passed deadline waits this long instead.
+const TIMEOUT_MIN: Duration = Duration::from_millis(1);
+
+/// Where a process listens. Written `HOST:PORT` or `unix:PATH`.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+pub enum Address {
+    /// `HOST:PORT`; an IPv6 host stands in brackets. Names are looked up at each attempt to connect.
+    Tcp(String),
+    /// Path of a Unix socket.
+    Unix(PathBuf),
+}
+
+impl fmt::Display for Address {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Tcp(address) => f.write_str(address),
+            Self::Unix(path) => write!(f, "unix:{}", path.display()),
+        }
+    }
+}
+
+impl FromStr for Address {
+    type Err = TransportError;
+
+    fn from_str(text: &str) -> Result<Self, TransportError> {
+        if let Some(path) = text.strip_prefix("unix:").filter(|path| !path.is_empty()) {
+            return Ok(Self::Unix(path.into()));
+        }
+        let is_port = |(host, port): (&str, &str)| !host.is_empty() && port.parse::<u16>().is_ok();
+        match text.rsplit_once(':').is_some_and(is_port) {
+            true => Ok(Self::Tcp(text.into())),
+            false => Err(TransportError::Address { text: text.into() }),
+        }
+    }
+}
+
+/// A connected socket. Blocking; reads wait without end unless [`Link::set_read_timeout`] says otherwise.
+#[derive(Debug)]
+pub enum Link {
+    /// To another node, or over loopback.
+    Tcp(TcpStream),
+    /// Within a node.
+    Unix(UnixStream),
+}
+
+/// Does the same to either kind of socket.
+macro_rules! each {
+    ($link:expr, $stream:ident => $call:expr) => {
+        match $link {
+            Link::Tcp($stream) => $call,
+            Link::Unix($stream) => $call,
+        }
+    };
+}
+
+impl Link {
+    /// A second handle to the same connection, for another thread.
+    ///
+    /// # Errors
+    /// Those of the system.
+    pub fn try_clone(&self) -> io::Result<Self> {
+        Ok(match self {
+            Self::Tcp(stream) => Self::Tcp(stream.try_clone()?),
+            Self::Unix(stream) => Self::Unix(stream.try_clone()?),
+        })
+    }
+
+    /// Ends both directions for all handles: a read that waits returns 0 bytes.
+    ///
+    /// # Errors
+    /// Those of the system; an unconnected socket for one.
+    pub fn shutdown(&self) -> io::Result<()> {
+        each!(self, stream => stream.shutdown(Shutdown::Both))
+    }
+
+    /// A read that waits longer fails with `WouldBlock`. `None`: for ever.
+    ///
+    /// # Errors
+    /// Those of the system.
+    pub fn set_read_timeout(&self, timeout: Option<Duration>) -> io::Result<()> {
+        each!(self, stream => stream.set_read_timeout(timeout))
+    }
+
+    /// A write that gets rid of nothing for longer fails with `WouldBlock`; where the peer's machine has not confirmed
+    /// bytes for so long, the TCP connection ends with `TimedOut`, waiting or not. A peer that lives but reads nothing for so
+    /// long is ended too, so whoever receives must always read on.
+    ///
+    /// # Errors
+    /// Those of the system.
+    pub fn set_send_timeout(&self, timeout: Duration) -> io::Result<()> {
+        let timeout = timeout.max(TIMEOUT_MIN);
+        if let Self::Tcp(stream) = self {
+            sockopt::set_tcp_user_timeout(stream, timeout.as_millis().min(u32::MAX.into()) as u32)?;
+        }
+        each!(self, stream => stream.set_write_timeout(Some(timeout)))
+    }
+
+    /// Whether reads and writes return at once. A new link blocks.
+    ///
+    /// # Errors
+    /// Those of the system.
+    pub fn set_nonblocking(&self, nonblocking: bool) -> io::Result<()> {
+        each!(self, stream => stream.set_nonblocking(nonblocking))
+    }
+
+    /// True for a Unix socket, which can pass descriptors.
+    pub fn is_unix(&self) -> bool {
+        matches!(self, Self::Unix(_))
+    }
+
+    /// The other side, for messages.
+    pub fn peer(&self) -> String {
+        match self {
+            Self::Tcp(stream) => stream.peer_addr().map_or_else(|_| "a closed connection".into(), |a| a.to_string()),
+            Self::Unix(stream) => {
+                let address = stream.peer_addr().ok();
+                let path = address.as_ref().and_then(|a| a.as_pathname());
+                path.map_or_else(|| "a local process".into(), |path| Address::Unix(path.into()).to_string())
+            }
+        }
+    }
+
+    /// True when the peer has closed the connection, or it broke, and nothing is left to read. Waits for nothing.
+    pub fn is_closed(&self) -> bool {
+        use rustix::net::RecvFlags;
+        let flags = RecvFlags::PEEK | RecvFlags::DONTWAIT;
+        match rustix::net::recv(self, &mut [0u8; 1][..], flags) {
+            Ok((bytes, _)) => bytes == 0,
+            Err(error) => error != rustix::io::Errno::AGAIN && error != rustix::io::Errno::INTR,
+        }
+    }
+
+    /// Reads and writes that all end by a deadline.
+    pub fn until(&self, deadline: Instant) -> Until<'_> {
+        Until { link: self, deadline }
+    }
+
+    /// What every authenticated link has: no delay, probes of a silent peer, an end to writes.
+    pub(super) fn settle(&self) -> io::Result<()> {
+        if let Self::Tcp(stream) = self {
+            stream.set_nodelay(true)?;
+            sockopt::set_socket_keepalive(stream, true)?;
+            sockopt::set_tcp_keepidle(stream, KEEPALIVE_IDLE)?;
+            sockopt::set_tcp_keepintvl(stream, KEEPALIVE_INTERVAL)?;
+            sockopt::set_tcp_keepcnt(stream, KEEPALIVE_PROBES)?;
+        }
+        self.set_nonblocking(false)?;
+        self.set_read_timeout(None)?;
+        self.set_send_timeout(SEND_TIMEOUT)
+    }
+}
+
+impl Read for &Link {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        each!(self, stream => (&*stream).read(buffer))
+    }
+}
+
+impl Write for &Link {
+    fn write(&mut self, buffer: &[u8]) -> io::Result<usize> {
+        each!(self, stream => (&*stream).write(buffer))
+    }
+
+    fn write_vectored(&mut self, buffers: &[IoSlice<'_>]) -> io::Result<usize> {
+        each!(self, stream => (&*stream).write_vectored(buffers))
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+impl Read for Link {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        (&*self).read(buffer)
+    }
+}
+
+impl Write for Link {
+    fn write(&mut self, buffer: &[u8]) -> io::Result<usize> {
+        (&*self).write(buffer)
+    }
+
+    fn write_vectored(&mut self, buffers: &[IoSlice<'_>]) -> io::Result<usize> {
+        (&*self).write_vectored(buffers)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+impl AsFd for Link {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        each!(self, stream => stream.as_fd())
+    }
+}
+
+/// Reads and writes of a link that fail with `TimedOut` once a deadline has passed, however slowly bytes drip in. It leaves
+/// the link's time-outs changed.
+#[derive(Debug)]
+pub struct Until<'a> {
+    link: &'a Link,
+    deadline: Instant,
+}
+
+impl Until<'_> {
+    fn left(&self) -> io::Result<Option<Duration>> {
+        match self.deadline.saturating_duration_since(Instant::now()) {
+            Duration::ZERO => Err(io::ErrorKind::TimedOut.into()),
+            left => Ok(Some(left.max(TIMEOUT_MIN))),
+        }
+    }
+}
+
+/// The system says `WouldBlock` when a time-out passes.
+fn timed_out(error: io::Error) -> io::Error {
+    if error.kind() == io::ErrorKind::WouldBlock { io::ErrorKind::TimedOut.into() } else { error }
+}
+
+impl Read for Until<'_> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        self.link.set_read_timeout(self.left()?)?;
+        let mut link = self.link;
+        link.read(buffer).map_err(timed_out)
+    }
+}
+
+impl Write for Until<'_> {
+    fn write(&mut self, buffer: &[u8]) -> io::Result<usize> {
+        let left = self.left()?;
+        each!(self.link, stream => stream.set_write_timeout(left))?;
+        let mut link = self.link;
+        link.write(buffer).map_err(timed_out)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
