@@ -57,12 +57,7 @@ impl Device {
     ///
     /// # Errors
     /// As `stream`.
-    pub fn stream_with(
-        &self,
-        name: &str,
-        threads: usize,
-        engine: Arc<dyn Collective>,
-    ) -> Result<Stream, KernelError> {
+    pub fn stream_with(&self, name: &str, threads: usize, engine: Arc<dyn Collective>) -> Result<Stream, KernelError> {
         match self {
             Device::Cpu(device) => Ok(Stream::Cpu(device.stream(name, threads, engine)?)),
         }

@@ -40,7 +40,9 @@ impl Region {
     pub fn runs(&self, shape: &[usize]) -> Vec<Range<usize>> {
         let mut runs = Vec::new();
         let zeros = vec![0; shape.len()];
-        for_each_run((shape, &self.start), (&self.size, &zeros), &self.size, |from, _, len| runs.push(from..from + len));
+        for_each_run((shape, &self.start), (&self.size, &zeros), &self.size, |from, _, len| {
+            runs.push(from..from + len)
+        });
         runs
     }
 }

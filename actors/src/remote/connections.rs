@@ -37,8 +37,13 @@ pub(crate) fn serve(
         let (out, back) = (link.try_clone()?, link.try_clone()?);
         connections.links.push(link);
         let initial = pushes.keys().filter(|r| session.spec.registers[r.0 as usize].initial).copied().collect();
-        let mut writer =
-            Writer { sink: BufWriter::with_capacity(BUFFER_BYTES, out), memory: memory.clone(), pushes, initial, pushed: BTreeMap::new() };
+        let mut writer = Writer {
+            sink: BufWriter::with_capacity(BUFFER_BYTES, out),
+            memory: memory.clone(),
+            pushes,
+            initial,
+            pushed: BTreeMap::new(),
+        };
         let reporter = session.clone();
         let write = move || {
             if let Err(cause) = writer.run(&outgoing) {
@@ -47,7 +52,15 @@ pub(crate) fn serve(
         };
         connections.writers.push(thread::Builder::new().name(format!("to rank {process}")).spawn(write)?);
         let source = BufReader::with_capacity(BUFFER_BYTES, back);
-        let reader = Reader { source, session: session.clone(), memory: memory.clone(), process, index, mirrors, pieces: BTreeMap::new() };
+        let reader = Reader {
+            source,
+            session: session.clone(),
+            memory: memory.clone(),
+            process,
+            index,
+            mirrors,
+            pieces: BTreeMap::new(),
+        };
         let read = move || reader.run();
         connections.readers.push(thread::Builder::new().name(format!("from rank {process}")).spawn(read)?);
     }
@@ -65,12 +78,14 @@ pub(crate) struct Connections {
 impl Connections {
     /// Ends all threads. In order, what is queued is written first; a failed session waits for nobody.
     pub(crate) fn close(&mut self, in_order: bool) {
+        // A link that cannot be shut down is down.
+        let down = |links: &[Link]| links.iter().for_each(|link| drop(link.shutdown()));
         if !in_order {
-            self.links.iter().for_each(Link::shutdown);
+            down(&self.links);
         }
         // A panic of these threads would be a bug of this file; there is nothing left to stop.
         self.writers.drain(..).for_each(|thread| drop(thread.join()));
-        self.links.iter().for_each(Link::shutdown);
+        down(&self.links);
         self.readers.drain(..).for_each(|thread| drop(thread.join()));
         self.links.clear();
     }
@@ -194,7 +209,8 @@ impl Reader {
 
     /// RM-1 of a message: the peer hosts who sends it, and this process whom it is for.
     fn message(&mut self, message: Message) -> Result<(), PeerError> {
-        let (Message::Filled { register, reader, piece, .. } | Message::Released { register, reader, piece, .. }) = message;
+        let (Message::Filled { register, reader, piece, .. } | Message::Released { register, reader, piece, .. }) =
+            message;
         let remote = self.session.bus.remote();
         let ends = self.session.spec.registers.get(register.0 as usize);
         let ends = ends.and_then(|r| Some((r.producer, r.readers.get(reader as usize)?.actor)));
@@ -207,7 +223,9 @@ impl Reader {
         };
         if remote.peer_of[from.0 as usize] != Some(self.index) || !remote.is_here(to) {
             let name = self.session.spec.register_name(register);
-            return Err(self.unexpected(format!("a message about register '{name}' between actors {from:?} and {to:?}")));
+            return Err(
+                self.unexpected(format!("a message about register '{name}' between actors {from:?} and {to:?}"))
+            );
         }
         if matches!(message, Message::Filled { .. })
             && self.mirrors.contains_key(&register)
@@ -233,14 +251,15 @@ impl Reader {
         let due = self.pieces.get(&register).copied().unwrap_or(u64::from(spec.initial));
         let refresh = spec.initial && (slot, piece) == (0, 0);
         if !refresh && (piece != due || u64::from(slot) != piece % u64::from(spec.slots)) {
-            let what = format!("bytes of piece {piece} of register '{}' for slot {slot}, piece {due} being due", name());
+            let what =
+                format!("bytes of piece {piece} of register '{}' for slot {slot}, piece {due} being due", name());
             return Err(self.unexpected(what));
         }
         let expected: u64 = runs.iter().map(|run| run.bytes as u64).sum();
         if bytes != expected {
             return Err(self.unexpected(format!("{bytes} bytes for a slot of register '{}', not {expected}", name())));
         }
-        let arena: &Arena = &memory.base.arena;
+        let arena = &memory.base.arena;
         let start = memory.base.offset + slot as usize * memory.stride;
         for run in runs {
             arena.read_from(start + run.offset, run.bytes, &mut self.source)?;

@@ -22,8 +22,8 @@ pub(super) fn check(loaded: &Loaded) -> Result<(), ActorError> {
         for (x, (action, program)) in actor.actions.iter().zip(&own.programs).enumerate() {
             let at = spec.action_name(id, x as u32);
             action_program(&at, action, program)?;
-            let ports = action.inputs.iter().map(|i| i.register).chain(action.outputs.iter().map(|o| o.register));
-            for register in ports.filter(|register| !loaded.memory.contains_key(register)) {
+            let mut ports = action.inputs.iter().map(|i| i.register).chain(action.outputs.iter().map(|o| o.register));
+            if let Some(register) = ports.find(|register| !loaded.memory.contains_key(register)) {
                 return fault(&at, "memory of a register", spec.register_name(register), "nothing");
             }
         }

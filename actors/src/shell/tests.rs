@@ -12,7 +12,7 @@ use shardflow_kernels::tensor::{DType, HostTensor};
 use super::*;
 use crate::builder::Builder;
 use crate::simulate::{self, Options, Timing, plans};
-use crate::spec::{Firing, Reader, RegisterId};
+use crate::spec::{Firing, Reader};
 
 /// Far more than any run here takes; ends a test that hangs.
 const PATIENCE: Duration = Duration::from_secs(20);

@@ -1,10 +1,10 @@
 //! The header of the register connection: what goes before a register's bytes, and the messages that have none. Imports
 //! `spec` (ids) and `protocol`'s message.
 //!
-//! [`FRAME_BYTES`] bytes, little-endian; bytes that a kind does not use are zero, so a frame is written in one way only:
+//! [`FRAME_BYTES`] bytes, little-endian; fields that a kind does not use are zero, so a frame is written in one way only:
 //!
 //! ```text
-//! 0 magic "SF" │ 2 version │ 3 kind │ 4 register │ 8 reader │ 12 slot │ 16 piece │ 24 offset │ 32 bytes
+//! 0 magic "SF" │ 2 version │ 3 kind │ 4 register │ 8 reader │ 12 slot │ 16 piece │ 24 bytes
 //! ```
 //!
 //! Session and epoch are not in it: a connection belongs to one of each, from its handshake on.
@@ -13,7 +13,7 @@ use crate::protocol::Message;
 use crate::spec::RegisterId;
 
 /// Bytes of every frame, without what follows it.
-pub const FRAME_BYTES: usize = 40;
+pub const FRAME_BYTES: usize = 32;
 /// Goes up with any change to the layout.
 pub const FRAME_VERSION: u8 = 1;
 
@@ -21,34 +21,16 @@ const MAGIC: [u8; 2] = *b"SF";
 const FILLED: u8 = 1;
 const RELEASED: u8 = 2;
 const DATA: u8 = 3;
-const BYE: u8 = 4;
+const HOST: u8 = 4;
+const READY: u8 = 5;
+const BYE: u8 = 6;
 
 /// One message on a register connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Frame {
-    /// [`Message::Filled`]: its bytes have all been sent, or lie in shared memory.
-    Filled {
-        /// The register.
-        register: RegisterId,
-        /// Index in the register's readers.
-        reader: u32,
-        /// Where the piece lies.
-        slot: u32,
-        /// Its number.
-        piece: u64,
-    },
-    /// [`Message::Released`].
-    Released {
-        /// The register.
-        register: RegisterId,
-        /// Index in the register's readers.
-        reader: u32,
-        /// Where the piece lies.
-        slot: u32,
-        /// Its number.
-        piece: u64,
-    },
-    /// `bytes` raw bytes follow, to be put at `offset` into the slot.
+    /// Of an actor to another. The bytes of a piece that is filled have all been sent, or lie in shared memory.
+    Message(Message),
+    /// `bytes` raw bytes follow: the runs of the slot that the receiver's readers read, one after the other.
     Data {
         /// The register.
         register: RegisterId,
@@ -56,10 +38,20 @@ pub enum Frame {
         slot: u32,
         /// Its number.
         piece: u64,
-        /// Place in the slot, in bytes.
-        offset: u64,
         /// Bytes that follow.
         bytes: u64,
+    },
+    /// `bytes` raw bytes follow: the tensors of a host port, one after the other.
+    Host {
+        /// Index of the port.
+        port: u32,
+        /// Bytes that follow.
+        bytes: u64,
+    },
+    /// The sender has sent the bytes of its initial registers for the `round`th time.
+    Ready {
+        /// Counted from 1.
+        round: u64,
     },
     /// Nothing will follow: the sender ends the connection in order.
     Bye,
@@ -86,18 +78,6 @@ pub enum FrameError {
         /// The kind.
         kind: u8,
     },
-    /// More bytes than a slot of this connection can hold.
-    #[error("register {register}: {bytes} bytes at offset {offset}, a slot has {bytes_max} at most")]
-    TooLong {
-        /// The register.
-        register: u32,
-        /// Place in the slot.
-        offset: u64,
-        /// Bytes announced.
-        bytes: u64,
-        /// Bytes of the largest slot.
-        bytes_max: u64,
-    },
     /// A field that this kind does not have is not zero.
     #[error("frame kind {kind}: field '{field}' is {value}, expected 0")]
     Unused {
@@ -113,12 +93,17 @@ pub enum FrameError {
 impl Frame {
     /// The header's bytes.
     pub fn encode(&self) -> [u8; FRAME_BYTES] {
-        // kind, register, reader, slot, piece, offset, bytes
-        let (kind, register, reader, slot, piece, offset, bytes) = match *self {
-            Self::Filled { register, reader, slot, piece } => (FILLED, register.0, reader, slot, piece, 0, 0),
-            Self::Released { register, reader, slot, piece } => (RELEASED, register.0, reader, slot, piece, 0, 0),
-            Self::Data { register, slot, piece, offset, bytes } => (DATA, register.0, 0, slot, piece, offset, bytes),
-            Self::Bye => (BYE, 0, 0, 0, 0, 0, 0),
+        let (kind, register, reader, slot, piece, bytes) = match *self {
+            Self::Message(Message::Filled { register, reader, slot, piece }) => {
+                (FILLED, register.0, reader, slot, piece, 0)
+            }
+            Self::Message(Message::Released { register, reader, slot, piece }) => {
+                (RELEASED, register.0, reader, slot, piece, 0)
+            }
+            Self::Data { register, slot, piece, bytes } => (DATA, register.0, 0, slot, piece, bytes),
+            Self::Host { port, bytes } => (HOST, port, 0, 0, 0, bytes),
+            Self::Ready { round } => (READY, 0, 0, 0, round, 0),
+            Self::Bye => (BYE, 0, 0, 0, 0, 0),
         };
         let mut frame = [0; FRAME_BYTES];
         frame[..2].copy_from_slice(&MAGIC);
@@ -128,17 +113,16 @@ impl Frame {
         frame[8..12].copy_from_slice(&reader.to_le_bytes());
         frame[12..16].copy_from_slice(&slot.to_le_bytes());
         frame[16..24].copy_from_slice(&piece.to_le_bytes());
-        frame[24..32].copy_from_slice(&offset.to_le_bytes());
-        frame[32..].copy_from_slice(&bytes.to_le_bytes());
+        frame[24..].copy_from_slice(&bytes.to_le_bytes());
         frame
     }
 
-    /// The frame that these bytes are. Data must end within `bytes_max`, the size of the largest slot; that the register and
-    /// the slot exist, and have room, is for the caller to check.
+    /// The frame that these bytes are. That registers, slots and ports exist, and that what follows has the right length, is
+    /// for the caller to check.
     ///
     /// # Errors
     /// The first thing that is wrong with it.
-    pub fn decode(frame: &[u8; FRAME_BYTES], bytes_max: u64) -> Result<Self, FrameError> {
+    pub fn decode(frame: &[u8; FRAME_BYTES]) -> Result<Self, FrameError> {
         let magic = [frame[0], frame[1]];
         if magic != MAGIC {
             return Err(FrameError::Magic { got: magic });
@@ -146,56 +130,25 @@ impl Frame {
         if frame[2] != FRAME_VERSION {
             return Err(FrameError::Version { theirs: frame[2] });
         }
-        let (kind, register, reader, slot) = (frame[3], u32_at(frame, 4), u32_at(frame, 8), u32_at(frame, 12));
-        let (piece, offset, bytes) = (u64_at(frame, 16), u64_at(frame, 24), u64_at(frame, 32));
-        let unused = |fields: &[(&'static str, u64)]| match fields.iter().find(|(_, value)| *value != 0) {
-            Some(&(field, value)) => Err(FrameError::Unused { kind, field, value }),
-            None => Ok(()),
+        let (kind, id, reader, slot) = (frame[3], u32_at(frame, 4), u32_at(frame, 8), u32_at(frame, 12));
+        let (piece, bytes, register) = (u64_at(frame, 16), u64_at(frame, 24), RegisterId(id));
+        let decoded = match kind {
+            FILLED => Self::Message(Message::Filled { register, reader, slot, piece }),
+            RELEASED => Self::Message(Message::Released { register, reader, slot, piece }),
+            DATA => Self::Data { register, slot, piece, bytes },
+            HOST => Self::Host { port: id, bytes },
+            READY => Self::Ready { round: piece },
+            BYE => Self::Bye,
+            kind => return Err(FrameError::Kind { kind }),
         };
-        let id = RegisterId(register);
-        match kind {
-            FILLED => {
-                unused(&[("offset", offset), ("bytes", bytes)])?;
-                Ok(Self::Filled { register: id, reader, slot, piece })
+        let used = decoded.encode();
+        let fields = [("register", 4..8), ("reader", 8..12), ("slot", 12..16), ("piece", 16..24), ("bytes", 24..32)];
+        match fields.into_iter().find(|(_, at)| used[at.clone()] != frame[at.clone()]) {
+            None => Ok(decoded),
+            Some((field, at)) => {
+                let value = if at.len() == 8 { u64_at(frame, at.start) } else { u32_at(frame, at.start).into() };
+                Err(FrameError::Unused { kind, field, value })
             }
-            RELEASED => {
-                unused(&[("offset", offset), ("bytes", bytes)])?;
-                Ok(Self::Released { register: id, reader, slot, piece })
-            }
-            DATA => {
-                unused(&[("reader", reader.into())])?;
-                if offset.checked_add(bytes).is_none_or(|end| end > bytes_max) {
-                    return Err(FrameError::TooLong { register, offset, bytes, bytes_max });
-                }
-                Ok(Self::Data { register: id, slot, piece, offset, bytes })
-            }
-            BYE => {
-                let ids = [("register", register), ("reader", reader), ("slot", slot)];
-                unused(&ids.map(|(field, value)| (field, value.into())))?;
-                unused(&[("piece", piece), ("offset", offset), ("bytes", bytes)])?;
-                Ok(Self::Bye)
-            }
-            kind => Err(FrameError::Kind { kind }),
-        }
-    }
-
-    /// The protocol's message that this frame carries; `None` for data and the end.
-    pub fn message(&self) -> Option<Message> {
-        match *self {
-            Self::Filled { register, reader, slot, piece } => Some(Message::Filled { register, reader, slot, piece }),
-            Self::Released { register, reader, slot, piece } => {
-                Some(Message::Released { register, reader, slot, piece })
-            }
-            Self::Data { .. } | Self::Bye => None,
-        }
-    }
-}
-
-impl From<Message> for Frame {
-    fn from(message: Message) -> Self {
-        match message {
-            Message::Filled { register, reader, slot, piece } => Self::Filled { register, reader, slot, piece },
-            Message::Released { register, reader, slot, piece } => Self::Released { register, reader, slot, piece },
         }
     }
 }
@@ -215,13 +168,15 @@ mod tests {
     use super::*;
 
     fn frames() -> impl Strategy<Value = Frame> {
-        let ids = (any::<u32>(), any::<u32>(), any::<u32>(), any::<u64>(), any::<u64>(), any::<u64>());
-        (0..4, ids).prop_map(|(kind, (register, reader, slot, piece, offset, bytes))| {
-            let register = RegisterId(register);
+        let ids = (any::<u32>(), any::<u32>(), any::<u32>(), any::<u64>(), any::<u64>());
+        (0..6, ids).prop_map(|(kind, (id, reader, slot, piece, bytes))| {
+            let register = RegisterId(id);
             match kind {
-                0 => Frame::Filled { register, reader, slot, piece },
-                1 => Frame::Released { register, reader, slot, piece },
-                2 => Frame::Data { register, slot, piece, offset, bytes: bytes.min(u64::MAX - offset) },
+                0 => Frame::Message(Message::Filled { register, reader, slot, piece }),
+                1 => Frame::Message(Message::Released { register, reader, slot, piece }),
+                2 => Frame::Data { register, slot, piece, bytes },
+                3 => Frame::Host { port: id, bytes },
+                4 => Frame::Ready { round: piece },
                 _ => Frame::Bye,
             }
         })
@@ -230,56 +185,36 @@ mod tests {
     proptest! {
         #[test]
         fn a_frame_comes_back(frame in frames()) {
-            prop_assert_eq!(Frame::decode(&frame.encode(), u64::MAX), Ok(frame));
-            if let Some(message) = frame.message() {
-                prop_assert_eq!(Frame::from(message), frame);
-            }
+            prop_assert_eq!(Frame::decode(&frame.encode()), Ok(frame));
         }
 
         /// One way only to write a frame: whatever decodes, encodes to the same bytes.
         #[test]
         fn any_bytes_are_that_frame_or_an_error(
-            mut bytes in prop::array::uniform32(any::<u8>()), tail in any::<u64>(), kind in 0u8..6, limit in any::<u64>(),
-            zeroed in 0usize..32,
+            mut frame in prop::array::uniform32(any::<u8>()), kind in 0u8..8, zeroed in 0usize..32,
         ) {
-            bytes[..4].copy_from_slice(&[b'S', b'F', FRAME_VERSION, kind]);
-            bytes[zeroed.max(4)..].fill(0);
-            let mut frame = [0; FRAME_BYTES];
-            frame[..32].copy_from_slice(&bytes);
-            frame[32..].copy_from_slice(&(if zeroed % 2 == 0 { 0 } else { tail }).to_le_bytes());
-            match Frame::decode(&frame, limit) {
-                Ok(decoded) => {
-                    prop_assert_eq!(decoded.encode(), frame);
-                    if let Frame::Data { offset, bytes, .. } = decoded {
-                        prop_assert!(offset + bytes <= limit);
-                    }
-                }
-                Err(FrameError::Kind { kind: got }) => prop_assert!(got == kind && !(1..=4).contains(&kind)),
-                Err(error) => {
-                    let expected = matches!(error, FrameError::TooLong { .. } | FrameError::Unused { .. });
-                    prop_assert!(expected, "{error}");
-                }
+            frame[..4].copy_from_slice(&[b'S', b'F', FRAME_VERSION, kind]);
+            frame[zeroed.max(4)..].fill(0);
+            match Frame::decode(&frame) {
+                Ok(decoded) => prop_assert_eq!(decoded.encode(), frame),
+                Err(FrameError::Kind { kind: got }) => prop_assert!(got == kind && !(1..=6).contains(&kind)),
+                Err(error) => prop_assert!(matches!(error, FrameError::Unused { .. }), "{error}"),
             }
         }
     }
 
     #[test]
     fn what_is_wrong_is_said() {
-        let data = |offset, bytes| Frame::Data { register: RegisterId(3), slot: 1, piece: 9, offset, bytes };
         let check = |frame: Frame, change: fn(&mut [u8; FRAME_BYTES])| {
             let mut bytes = frame.encode();
             change(&mut bytes);
-            Frame::decode(&bytes, 100).unwrap_err()
+            Frame::decode(&bytes).unwrap_err()
         };
+        let data = Frame::Data { register: RegisterId(3), slot: 1, piece: 9, bytes: 8 };
         assert_eq!(check(Frame::Bye, |b| b[0] = b'X'), FrameError::Magic { got: [b'X', b'F'] });
         assert_eq!(check(Frame::Bye, |b| b[2] = 9), FrameError::Version { theirs: 9 });
         assert_eq!(check(Frame::Bye, |b| b[3] = 77), FrameError::Kind { kind: 77 });
         assert_eq!(check(Frame::Bye, |b| b[16] = 5), FrameError::Unused { kind: BYE, field: "piece", value: 5 });
-        assert_eq!(check(data(0, 8), |b| b[8] = 2), FrameError::Unused { kind: DATA, field: "reader", value: 2 });
-        let too_long = |offset, bytes| FrameError::TooLong { register: 3, offset, bytes, bytes_max: 100 };
-        assert_eq!(check(data(60, 41), |_| {}), too_long(60, 41));
-        // The sum wraps round.
-        assert_eq!(check(data(u64::MAX, 2), |_| {}), too_long(u64::MAX, 2));
-        assert!(Frame::decode(&data(60, 40).encode(), 100).is_ok());
+        assert_eq!(check(data, |b| b[8] = 2), FrameError::Unused { kind: DATA, field: "reader", value: 2 });
     }
 }

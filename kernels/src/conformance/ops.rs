@@ -358,7 +358,11 @@ impl Suite<'_> {
             let sums = HostTensor::f32(&[2], vec![1.0, bad]);
             let outs = [Initial::Poison(vec![]), Initial::Poison(vec![])];
             let got = self.launch("clip_scale", Op::ClipScale { max_norm: 1.0 }, &[sums], &outs).unwrap_or_default();
-            self.report.expect("clip_scale", got.first().is_some_and(|scale| wide(scale)[0].is_nan()), "a scale for no norm");
+            self.report.expect(
+                "clip_scale",
+                got.first().is_some_and(|scale| wide(scale)[0].is_nan()),
+                "a scale for no norm",
+            );
             let reads = [&[2][..], &[2], &[]].map(|shape| HostTensor::f32(shape, vec![bad; shape.iter().product()]));
             let op = Op::AdamW { beta1: 0.9, beta2: 0.9, eps: 1e-8, weight_decay: 0.1 };
             let state = [1.0f32, 2.0, 3.0].map(|v| Initial::Values(HostTensor::f32(&[2], vec![v, -v])));

@@ -95,8 +95,7 @@ impl Session {
         for (device, index, resident) in all() {
             let port = port(device, index);
             if own.contains(&device) {
-                let part =
-                    self.arenas[&device].read_host(resident.offset, &resident.region.size, resident.dtype)?;
+                let part = self.arenas[&device].read_host(resident.offset, &resident.region.size, resident.dtype)?;
                 let piece = HostPiece { port, tensors: vec![part] };
                 if let Some(running) = self.running.as_ref().filter(|_| self.hosting.processes > 1) {
                     running.give_host(piece.clone());

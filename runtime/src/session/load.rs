@@ -42,7 +42,6 @@ pub(super) fn fetches(plan: &Plan) -> BTreeMap<(usize, Rate), Vec<Var>> {
     out
 }
 
-
 /// Makes the shell's programs of a plan's.
 pub(super) struct Loader<'a> {
     pub(super) plan: &'a Plan,
