@@ -8,8 +8,10 @@ use crate::error::KernelError;
 use crate::memory::View;
 use crate::tensor::Region;
 
+pub mod board;
 pub(crate) mod exchange;
 pub mod in_process;
+pub mod on_node;
 
 /// An engine that runs collectives: within a process, by NCCL, by MPI. Each member's stream calls [`Collective::run`]
 /// and blocks in it; calls of one group come in the same order on all members.

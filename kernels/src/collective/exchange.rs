@@ -42,6 +42,9 @@ pub(crate) struct Met<'a> {
     /// Shape of this member's y.
     pub(crate) y_shape: &'a [usize],
     pub(crate) xs: &'a [Posted],
+    /// This member's.
+    pub(crate) y: &'a Posted,
+    /// For an all-reduce; others need not read each other's y.
     pub(crate) ys: &'a [Posted],
 }
 
@@ -319,7 +322,7 @@ fn gather(met: &Met<'_>, sources: &[Region], target: &Region) -> usize {
             for_each_run(from, to, &common.size, |from, to, len| {
                 // SAFETY: inside, since shapes were checked against regions; only this member writes its target, and
                 // nobody writes sources until all have left.
-                unsafe { copy_elements(&met.xs[other], from, &met.ys[member], to, len) };
+                unsafe { copy_elements(&met.xs[other], from, met.y, to, len) };
             });
         }
         rest = rest.iter().flat_map(|region| subtract(region, source)).collect();
@@ -331,7 +334,7 @@ fn gather(met: &Met<'_>, sources: &[Region], target: &Region) -> usize {
 /// `barrier` waits for all members.
 pub(crate) fn exchange(met: &Met<'_>, barrier: &dyn Fn() -> Result<(), KernelError>) -> Result<usize, KernelError> {
     let (call, member, members) = (met.call, met.call.member, met.xs.len());
-    let (x, y) = (&met.xs[member], &met.ys[member]);
+    let (x, y) = (&met.xs[member], met.y);
     let foreign = match &call.kind {
         CollectiveKind::AllReduce { op } => {
             let own = split_range(y.elements, members, member);
@@ -381,7 +384,7 @@ fn all_reduce_foreign(elements: usize, members: usize, member: usize) -> usize {
 /// barrier. Counts as if it took from them what [`exchange`] does.
 pub(crate) fn exchange_copies(met: &Met<'_>) -> Result<usize, KernelError> {
     let CollectiveKind::AllReduce { op } = &met.call.kind else { return exchange(met, &|| Ok(())) };
-    let (members, y) = (met.xs.len(), &met.ys[met.call.member]);
+    let (members, y) = (met.xs.len(), met.y);
     for owner in 0..members {
         let chunk = split_range(y.elements, members, owner);
         // SAFETY: inside; y is this member's alone, and no x is y's memory.

@@ -243,7 +243,7 @@ impl InProcess {
         };
         let posts = self.meet(meeting, post)?;
         let (xs, ys): (Vec<_>, Vec<_>) = posts.iter().map(|post| (post.x.clone(), post.y.clone())).unzip();
-        let met = Met { call, x_shape: x.shape(), y_shape: y.shape(), xs: &xs, ys: &ys };
+        let met = Met { call, x_shape: x.shape(), y_shape: y.shape(), xs: &xs, y: &ys[call.member], ys: &ys };
         let barrier = || {
             meeting.barrier(xs.len());
             Ok(())
