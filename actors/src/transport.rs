@@ -26,7 +26,7 @@ pub use dial::connect;
 pub use endpoint::{Endpoint, EndpointOptions, Listen, Refusals};
 pub use error::TransportError;
 pub use frame::{FRAME_BYTES, Frame, FrameError};
-pub use handshake::{HandshakeError, PROTOCOL_VERSION, Refusal};
+pub use handshake::{Gate, HandshakeError, PROTOCOL_VERSION, Refusal, World};
 pub use link::{Address, Link, SEND_TIMEOUT, Until};
 pub use secret::{SECRET_BYTES_MIN, Secret};
 

@@ -10,7 +10,8 @@ use std::collections::VecDeque;
 use std::fs;
 use std::io;
 use std::net::{SocketAddr, TcpListener};
-use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
+use std::os::fd::AsFd;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -21,6 +22,9 @@ use super::handshake::{Gate, World};
 use super::{Address, Link, Purpose, Secret, TransportError};
 
 mod serve;
+
+/// Connections that the system keeps for the thread; without this a burst of strangers costs a good peer a second.
+const BACKLOG: i32 = 1024;
 
 /// Limits of an endpoint.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -133,8 +137,8 @@ pub struct Endpoint {
     /// Closing it ends the thread.
     wake: Option<UnixStream>,
     thread: Option<JoinHandle<()>>,
-    /// Sockets to be unlinked.
-    paths: Vec<PathBuf>,
+    /// Sockets to be unlinked, with their inodes: by then the path may be a successor's.
+    paths: Vec<(PathBuf, u64)>,
     _folders: Vec<tempfile::TempDir>,
 }
 
@@ -170,7 +174,7 @@ impl Endpoint {
                 }
             };
             if let Address::Unix(path) = &address {
-                paths.push(path.clone());
+                paths.extend(inode(path).map(|inode| (path.clone(), inode)));
             }
             addresses.push(address);
             listeners.push(listener);
@@ -255,7 +259,7 @@ impl Drop for Endpoint {
             // A panic there has been reported by the panic hook.
             let _ = thread.join();
         }
-        for path in &self.paths {
+        for (path, _) in self.paths.iter().filter(|(path, bound)| inode(path) == Some(*bound)) {
             let _ = fs::remove_file(path);
         }
     }
@@ -268,6 +272,7 @@ fn listen_failed(address: Address) -> impl Fn(io::Error) -> TransportError {
 fn listen_tcp(address: SocketAddr) -> Result<(Address, Listener), TransportError> {
     let failed = listen_failed(Address::Tcp(address.to_string()));
     let listener = TcpListener::bind(address).map_err(&failed)?;
+    deepen(&listener).map_err(&failed)?;
     listener.set_nonblocking(true).map_err(&failed)?;
     let address = listener.local_addr().map_err(&failed)?;
     Ok((Address::Tcp(address.to_string()), Listener::Tcp(listener)))
@@ -286,9 +291,19 @@ fn listen_unix(path: &Path) -> Result<(Address, Listener), TransportError> {
         bound => bound,
     }
     .map_err(&failed)?;
+    deepen(&listener).map_err(&failed)?;
     fs::set_permissions(path, fs::Permissions::from_mode(0o600)).map_err(&failed)?;
     listener.set_nonblocking(true).map_err(&failed)?;
     Ok((Address::Unix(path.into()), Listener::Unix(listener)))
+}
+
+fn inode(path: &Path) -> Option<u64> {
+    fs::symlink_metadata(path).ok().map(|metadata| metadata.ino())
+}
+
+/// The standard library asks for a backlog of 128; a second call changes it.
+fn deepen(listener: &impl AsFd) -> io::Result<()> {
+    Ok(rustix::net::listen(listener, BACKLOG)?)
 }
 
 #[cfg(test)]

@@ -1,0 +1,166 @@
+//! How the processes of a world find each other: process 0 listens, all others introduce themselves to it, it compares them,
+//! and they start together. Imports `actors::transport`.
+//!
+//! ```text
+//! process 0                     process p
+//!    ◄── (authenticated) Introduction ── who, where, version, binary, plan, mesh, restarts
+//!    ... until all are here, or the deadline
+//!    ── Roster: session, epoch, members ──►   p lets the members in
+//!    ◄────────────── Ready ──
+//!    ... from all
+//!    ── Start ──►
+//! ```
+//!
+//! - **RV-1**: nobody starts unless all are ready: whoever starts can be dialled by every member.
+//! - **RV-2**: a refusal goes to all, names who differs from whom, and gives both values.
+//! - **RV-3**: a process that comes again while others wait takes its own place: if its old connection is dead, if it says
+//!   that it was restarted more often, or if it is the same process.
+
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, ToSocketAddrs, UdpSocket};
+use std::time::{Duration, Instant};
+
+use shardflow_actors::transport::{Address, Endpoint, EndpointOptions, Listen, Secret, TransportError};
+
+mod coordinator;
+mod join;
+mod messages;
+
+pub use messages::{Aspect, Conflict, Identity, Introduction, Member, RendezvousError, Roster, Verdict, Waiting, Who};
+
+/// What one process needs to know to meet the others.
+#[derive(Clone, Debug)]
+pub struct RendezvousConfig {
+    /// Its rank, below `processes`.
+    pub process: u32,
+    /// Processes of the world.
+    pub processes: u32,
+    /// How often it has been restarted; the world's epoch is the most of all.
+    pub restart: u64,
+    /// Where process 0 listens; the same text for all.
+    pub coordinator: Address,
+    /// The job's secret.
+    pub secret: Secret,
+    /// Which program it is.
+    pub identity: Identity,
+    /// Hash of its plan.
+    pub plan: [u8; 32],
+    /// Its mesh, as the user wrote it.
+    pub mesh: String,
+    /// Where it hears heartbeats (UDP); [`local_ip`] says on which of this node's addresses to listen.
+    pub heartbeat: SocketAddr,
+    /// Address of this node to listen on. Without it, the one by which process 0 is reached: loopback when it is on loopback.
+    pub interface: Option<IpAddr>,
+    /// How long to wait for all others.
+    pub timeout: Duration,
+    /// How often to say who is missing.
+    pub report_every: Duration,
+    /// How long to try again at a world that runs already: it may be about to end, because this process died in it.
+    pub late_grace: Duration,
+    /// After processes that do not fit together were found, how long to wait for others, so as to tell them too.
+    pub conflict_grace: Duration,
+    /// Limits of the endpoint.
+    pub endpoint: EndpointOptions,
+}
+
+impl RendezvousConfig {
+    /// A world of one process, to be filled in: five minutes to meet, a report every three seconds.
+    pub fn new(coordinator: Address, secret: Secret, identity: Identity) -> Self {
+        Self {
+            process: 0,
+            processes: 1,
+            restart: 0,
+            coordinator,
+            secret,
+            identity,
+            plan: [0; 32],
+            mesh: String::new(),
+            heartbeat: (Ipv4Addr::LOCALHOST, 0).into(),
+            interface: None,
+            timeout: Duration::from_secs(300),
+            report_every: Duration::from_secs(3),
+            late_grace: Duration::from_secs(10),
+            conflict_grace: Duration::from_secs(2),
+            endpoint: EndpointOptions::default(),
+        }
+    }
+}
+
+/// Meets the other processes. All get the same roster; each gets its own endpoint, which lets in the members of the roster.
+/// `on_waiting` hears, every `report_every`, who is still missing.
+///
+/// # Errors
+/// See [`RendezvousError`]; a process outlives `timeout` by a few seconds at most.
+pub fn rendezvous(
+    config: &RendezvousConfig,
+    mut on_waiting: impl FnMut(&Waiting),
+) -> Result<(Roster, Endpoint), RendezvousError> {
+    let deadline = Instant::now() + config.timeout;
+    let (process, processes) = (config.process, config.processes);
+    if process >= processes || processes > shardflow_actors::transport::PROCESSES_MAX {
+        return Err(RendezvousError::Rank { process, processes });
+    }
+    if process == 0 {
+        coordinator::lead(config, deadline, &mut on_waiting)
+    } else {
+        join::follow(config, deadline, &mut on_waiting)
+    }
+}
+
+/// The address of this node on which to listen: `interface`, or the one by which the coordinator is reached. Loopback for a
+/// Unix socket.
+///
+/// # Errors
+/// When the coordinator's name has no address (yet), or there is no way there.
+pub fn local_ip(coordinator: &Address, interface: Option<IpAddr>) -> io::Result<IpAddr> {
+    let Address::Tcp(name) = coordinator else { return Ok(interface.unwrap_or(Ipv4Addr::LOCALHOST.into())) };
+    if let Some(interface) = interface {
+        return Ok(interface);
+    }
+    let mut last = io::Error::new(io::ErrorKind::NotFound, "the name has no address");
+    for target in name.to_socket_addrs()? {
+        // Connecting a UDP socket sends nothing; it makes the system choose the way and so the address.
+        let any: IpAddr = if target.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
+        match UdpSocket::bind((any, 0)).and_then(|s| s.connect(target).and_then(|()| s.local_addr())) {
+            Ok(local) => return Ok(local.ip()),
+            Err(error) => last = error,
+        }
+    }
+    Err(last)
+}
+
+/// What this process says of itself.
+fn introduction(config: &RendezvousConfig, addresses: Vec<Address>) -> Result<Introduction, RendezvousError> {
+    let Identity { version, binary, node, host, pid } = config.identity.clone();
+    let (process, restart, heartbeat) = (config.process, config.restart, config.heartbeat);
+    let member = Member { process, node, host, pid, restart, addresses, heartbeat };
+    let (processes, plan, mesh) = (config.processes, config.plan, config.mesh.clone());
+    let introduction = Introduction { member, processes, version, binary, plan, mesh };
+    introduction.check()?;
+    Ok(introduction)
+}
+
+/// The endpoint of a process other than 0: on TCP for other nodes, and on a Unix socket for this one. Tries until the
+/// deadline, because a name may appear later than the process.
+fn endpoint(config: &RendezvousConfig, deadline: Instant) -> Result<Endpoint, RendezvousError> {
+    let ip = loop {
+        match local_ip(&config.coordinator, config.interface) {
+            Ok(ip) => break ip,
+            Err(_) if Instant::now() < deadline => std::thread::sleep(RETRY),
+            Err(cause) => return Err(RendezvousError::NoWay { coordinator: config.coordinator.clone(), cause }),
+        }
+    };
+    let listen = [Listen::Tcp((ip, 0).into()), Listen::PrivateUnix];
+    Ok(Endpoint::listen(config.process, config.secret.clone(), &listen, config.endpoint)?)
+}
+
+/// Pause between attempts at what has no time-out of its own.
+const RETRY: Duration = Duration::from_millis(50);
+
+/// True for an address that another process holds.
+fn is_in_use(error: &TransportError) -> bool {
+    matches!(error, TransportError::Listen { cause, .. } if cause.kind() == io::ErrorKind::AddrInUse)
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,256 @@
+//! Process 0 at rendezvous: gathers the introductions, compares them, starts all together. Imports `actors::transport` and
+//! `messages`.
+
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, ToSocketAddrs};
+use std::time::{Duration, Instant};
+
+use shardflow_actors::transport::wire::{self, MESSAGE_BYTES_MAX};
+use shardflow_actors::transport::{Address, Endpoint, Link, Listen, Purpose, SessionId, TransportError};
+
+use super::messages::{Answer, INTRODUCTION_BYTES_MAX, Ready};
+use super::{Conflict, Introduction, RendezvousConfig, RendezvousError, Roster, Verdict, Waiting, Who};
+use super::{RETRY, introduction, is_in_use, join};
+
+/// A connected process says who it is, takes an answer, and confirms, each within this.
+const REPLY_TIMEOUT: Duration = Duration::from_secs(5);
+/// Conflicts that are kept; the first says enough.
+const CONFLICTS_MAX: usize = 64;
+
+/// A process that has introduced itself.
+struct Seat {
+    introduction: Introduction,
+    link: Link,
+}
+
+/// Who is here.
+struct Hall {
+    own: Introduction,
+    /// By rank, from rank 1.
+    seats: Vec<Option<Seat>>,
+    conflicts: Vec<Conflict>,
+    /// Processes without a seat, to be told why.
+    turned_away: Vec<Link>,
+}
+
+pub(super) fn lead(
+    config: &RendezvousConfig,
+    deadline: Instant,
+    on_waiting: &mut dyn FnMut(&Waiting),
+) -> Result<(Roster, Endpoint), RendezvousError> {
+    let begin = Instant::now();
+    let endpoint = listen(config, deadline)?;
+    let seats = (1..config.processes).map(|_| None).collect();
+    let own = introduction(config, published(config, &endpoint))?;
+    let mut hall = Hall { own, seats, conflicts: Vec::new(), turned_away: Vec::new() };
+    if let Err(error) = hall.gather(config, &endpoint, deadline, on_waiting) {
+        return Err(error.into());
+    }
+    if !hall.conflicts.is_empty() {
+        return Err(hall.refuse(Verdict::Conflicts(hall.conflicts.clone())));
+    }
+    let missing = hall.missing();
+    if !missing.is_empty() {
+        let (processes, waited_ms) = (config.processes, begin.elapsed().as_millis() as u64);
+        let refused = endpoint.refused().total();
+        return Err(hall.refuse(Verdict::Missing { missing, processes, waited_ms, refused }));
+    }
+    let roster = hall.roster()?;
+    endpoint.begin(roster.world());
+    match hall.start(&roster) {
+        Ok(()) => Ok((roster, endpoint)),
+        Err(lost) => Err(hall.refuse(Verdict::Lost(lost))),
+    }
+}
+
+/// Listens where the others look for process 0, and where only they look once they know it.
+fn listen(config: &RendezvousConfig, deadline: Instant) -> Result<Endpoint, RendezvousError> {
+    let open = |listen: &[Listen]| Endpoint::listen(0, config.secret.clone(), listen, config.endpoint);
+    let loopback: IpAddr = Ipv4Addr::LOCALHOST.into();
+    let give_up = deadline.min(Instant::now() + config.late_grace);
+    loop {
+        let opened = match &config.coordinator {
+            Address::Unix(path) => {
+                open(&[Listen::Unix(path.clone()), Listen::Tcp((config.interface.unwrap_or(loopback), 0).into())])
+            }
+            Address::Tcp(name) => open_tcp(config, name, &open),
+        };
+        match opened {
+            // A rank 0 that is about to end may still be there.
+            Err(error) if is_in_use(&error) && Instant::now() < give_up => std::thread::sleep(RETRY),
+            Err(error) if is_in_use(&error) => return Err(occupied(config, error)),
+            opened => return Ok(opened?),
+        }
+    }
+}
+
+fn open_tcp(
+    config: &RendezvousConfig,
+    name: &str,
+    open: &dyn Fn(&[Listen]) -> Result<Endpoint, TransportError>,
+) -> Result<Endpoint, TransportError> {
+    let failed = |cause| TransportError::Listen { address: config.coordinator.clone(), cause };
+    let mut last = failed(io::Error::new(io::ErrorKind::NotFound, "the name has no address"));
+    for target in name.to_socket_addrs().map_err(failed)? {
+        let address = SocketAddr::new(config.interface.unwrap_or(target.ip()), target.port());
+        match open(&[Listen::Tcp(address), Listen::PrivateUnix]) {
+            // The name is an address in front of this node, such as a service's: listen on all that it has.
+            Err(TransportError::Listen { cause, .. })
+                if cause.kind() == io::ErrorKind::AddrNotAvailable && !target.ip().is_loopback() =>
+            {
+                let any: IpAddr = match target {
+                    SocketAddr::V4(_) => Ipv4Addr::UNSPECIFIED.into(),
+                    SocketAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
+                };
+                return open(&[Listen::Tcp((any, target.port()).into()), Listen::PrivateUnix]);
+            }
+            Err(error) => last = error,
+            opened => return opened,
+        }
+    }
+    Err(last)
+}
+
+/// Another process holds the address. Is it a second rank 0? Then it, and all others, should hear of it.
+fn occupied(config: &RendezvousConfig, error: TransportError) -> RendezvousError {
+    let brief = RendezvousConfig { timeout: REPLY_TIMEOUT, late_grace: Duration::ZERO, ..config.clone() };
+    match join::follow(&brief, Instant::now() + REPLY_TIMEOUT, &mut |_| {}) {
+        Err(refused @ (RendezvousError::Refused(_) | RendezvousError::Late { .. })) => refused,
+        _ => error.into(),
+    }
+}
+
+/// Where others reach process 0: by the name that they know, not by the address that it stands for here.
+fn published(config: &RendezvousConfig, endpoint: &Endpoint) -> Vec<Address> {
+    let others = endpoint.addresses().iter().skip(1).cloned();
+    std::iter::once(config.coordinator.clone()).chain(others).collect()
+}
+
+impl Hall {
+    fn missing(&self) -> Vec<u32> {
+        (1u32..).zip(&self.seats).filter(|(_, seat)| seat.is_none()).map(|(rank, _)| rank).collect()
+    }
+
+    /// Until all are here; until the deadline; or until a little after a conflict.
+    fn gather(
+        &mut self,
+        config: &RendezvousConfig,
+        endpoint: &Endpoint,
+        deadline: Instant,
+        on_waiting: &mut dyn FnMut(&Waiting),
+    ) -> Result<(), TransportError> {
+        let (mut deadline, mut report_at) = (deadline, Instant::now() + config.report_every);
+        loop {
+            // Whoever died while it waited has to come again.
+            for seat in &mut self.seats {
+                seat.take_if(|seat| seat.link.is_closed());
+            }
+            let now = Instant::now();
+            if !self.conflicts.is_empty() {
+                deadline = deadline.min(now + config.conflict_grace);
+            }
+            let missing = self.missing();
+            if missing.is_empty() || now >= deadline {
+                return Ok(());
+            }
+            if now >= report_at {
+                on_waiting(&Waiting::Ranks { missing, processes: config.processes });
+                report_at = now + config.report_every;
+            }
+            match endpoint.wait_any(Purpose::Rendezvous, deadline.min(report_at)) {
+                Ok((from, link)) => self.welcome(from, link),
+                Err(TransportError::Missing { .. }) => {}
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
+    /// Reads an introduction and gives it its seat.
+    fn welcome(&mut self, from: u32, link: Link) {
+        let mut reader = link.until(Instant::now() + REPLY_TIMEOUT);
+        let read = wire::read_message::<Introduction>(&mut reader, INTRODUCTION_BYTES_MAX);
+        let introduction = match read {
+            Ok(introduction) if introduction.member.process == from && introduction.check().is_ok() => introduction,
+            // It holds the secret, so this is a bug or a dying process; it may come again.
+            read => {
+                tracing::warn!(from, error = ?read.err(), "an introduction that cannot be read");
+                return;
+            }
+        };
+        if let Some(conflict) = self.own.conflict(&introduction) {
+            self.object(conflict);
+        }
+        let Some(seat) = from.checked_sub(1).and_then(|seat| self.seats.get_mut(seat as usize)) else {
+            // Rank 0 is taken; a rank beyond the world has another number of processes, which was noted.
+            if from == 0 {
+                self.object(Conflict::Duplicate { first: self.own.member.who(), second: introduction.member.who() });
+            }
+            self.turned_away.push(link);
+            return;
+        };
+        let Some(sitting) = seat else {
+            *seat = Some(Seat { introduction, link });
+            return;
+        };
+        let (old, new) = (&sitting.introduction.member, &introduction.member);
+        let (first, second) = (old.who(), new.who());
+        if sitting.link.is_closed() || new.restart > old.restart || first == second {
+            // RV-3
+            *seat = Some(Seat { introduction, link });
+        } else if new.restart < old.restart {
+            // A leftover of the past concerns nobody else.
+            tell(&link, &Answer::Refused(Verdict::Conflicts(vec![Conflict::Duplicate { first, second }])));
+        } else {
+            self.object(Conflict::Duplicate { first, second });
+            self.turned_away.push(link);
+        }
+    }
+
+    fn object(&mut self, conflict: Conflict) {
+        if self.conflicts.len() < CONFLICTS_MAX && !self.conflicts.contains(&conflict) {
+            self.conflicts.push(conflict);
+        }
+    }
+
+    fn roster(&self) -> Result<Roster, RendezvousError> {
+        let seated = self.seats.iter().flatten().map(|seat| seat.introduction.member.clone());
+        let members: Vec<_> = std::iter::once(self.own.member.clone()).chain(seated).collect();
+        let epoch = members.iter().map(|m| m.restart).max().unwrap_or(0);
+        Ok(Roster { session: SessionId::random()?, epoch, members })
+    }
+
+    /// RV-1. Gives back who went away.
+    fn start(&self, roster: &Roster) -> Result<(), Who> {
+        let lost = |seat: &Seat| seat.introduction.member.who();
+        let answer = Answer::Roster(roster.clone());
+        for seat in self.seats.iter().flatten() {
+            tell(&seat.link, &answer).then_some(()).ok_or_else(|| lost(seat))?;
+        }
+        let deadline = Instant::now() + REPLY_TIMEOUT;
+        for seat in self.seats.iter().flatten() {
+            match wire::read_message::<Ready>(&mut seat.link.until(deadline), INTRODUCTION_BYTES_MAX) {
+                Ok(ready) if ready.session == roster.session => {}
+                _ => return Err(lost(seat)),
+            }
+        }
+        for seat in self.seats.iter().flatten() {
+            tell(&seat.link, &Answer::Start).then_some(()).ok_or_else(|| lost(seat))?;
+        }
+        Ok(())
+    }
+
+    /// RV-2.
+    fn refuse(&self, verdict: Verdict) -> RendezvousError {
+        let answer = Answer::Refused(verdict.clone());
+        for link in self.seats.iter().flatten().map(|seat| &seat.link).chain(&self.turned_away) {
+            tell(link, &answer);
+        }
+        RendezvousError::Refused(verdict)
+    }
+}
+
+/// False when the process did not take it.
+fn tell(link: &Link, answer: &Answer) -> bool {
+    let mut writer = link.until(Instant::now() + REPLY_TIMEOUT);
+    wire::write_message(&mut writer, answer, MESSAGE_BYTES_MAX).is_ok()
+}

@@ -1,0 +1,115 @@
+//! Every process but 0 at rendezvous: finds process 0, introduces itself, waits for the roster. Imports `actors::transport`
+//! and `messages`.
+
+use std::time::{Duration, Instant};
+
+use shardflow_actors::transport::wire::{self, MESSAGE_BYTES_MAX, WireError};
+use shardflow_actors::transport::{Endpoint, Hello, Link, Purpose, Refusal, SessionId, TransportError, connect};
+
+use super::messages::{Answer, INTRODUCTION_BYTES_MAX, Ready, Verdict};
+use super::{Introduction, RETRY, RendezvousConfig, RendezvousError, Roster, Waiting, endpoint, introduction};
+
+/// Process 0 says at the deadline who is missing; it has this much longer to say so.
+const MARGIN: Duration = Duration::from_secs(5);
+/// Once all are here, they are ready within this.
+const START_TIMEOUT: Duration = Duration::from_secs(30);
+
+pub(super) fn follow(
+    config: &RendezvousConfig,
+    deadline: Instant,
+    on_waiting: &mut dyn FnMut(&Waiting),
+) -> Result<(Roster, Endpoint), RendezvousError> {
+    let endpoint = endpoint(config, deadline)?;
+    let own = introduction(config, endpoint.addresses().to_vec())?;
+    loop {
+        let link = find(config, deadline, on_waiting)?;
+        match meet(config, &own, &endpoint, &link, deadline) {
+            // Process 0 went away while all waited: it was restarted, or it has put a newer one in this one's place.
+            Err(RendezvousError::Transport(error)) if is_hangup(&error) && Instant::now() < deadline => {
+                tracing::warn!(%error, "lost rank 0 at rendezvous; looking for it again");
+                std::thread::sleep(RETRY);
+            }
+            met => return met.map(|roster| (roster, endpoint)),
+        }
+    }
+}
+
+/// An authenticated connection to process 0.
+fn find(
+    config: &RendezvousConfig,
+    deadline: Instant,
+    on_waiting: &mut dyn FnMut(&Waiting),
+) -> Result<Link, RendezvousError> {
+    let (session, purpose) = (SessionId::default(), Purpose::Rendezvous);
+    let hello = Hello { session, epoch: config.restart, from: config.process, to: 0, purpose };
+    let late_until = deadline.min(Instant::now() + config.late_grace);
+    let mut report_at = Instant::now() + config.report_every;
+    loop {
+        let error = match connect(&config.coordinator, &config.secret, &hello, deadline.min(report_at)) {
+            Ok(link) => return Ok(link),
+            Err(error) => error,
+        };
+        let now = Instant::now();
+        match (&error, error.refusal()) {
+            (_, Some(Refusal::Late { .. })) if now < late_until => std::thread::sleep(RETRY),
+            (_, Some(Refusal::Late { epoch })) => {
+                let (process, epoch, coordinator) = (config.process, *epoch, config.coordinator.clone());
+                return Err(RendezvousError::Late { process, epoch, coordinator });
+            }
+            (TransportError::Unreachable { .. }, _) if now < deadline => {}
+            _ => return Err(error.into()),
+        }
+        if now >= report_at {
+            on_waiting(&Waiting::Coordinator { address: config.coordinator.clone() });
+            report_at = now + config.report_every;
+        }
+    }
+}
+
+/// From the introduction to the start.
+fn meet(
+    config: &RendezvousConfig,
+    own: &Introduction,
+    endpoint: &Endpoint,
+    link: &Link,
+    deadline: Instant,
+) -> Result<Roster, RendezvousError> {
+    let peer = || format!("rank 0 at {}", config.coordinator);
+    let broken = |cause| RendezvousError::Transport(TransportError::Wire { peer: peer(), cause });
+    let unexpected = |what| RendezvousError::Unexpected { coordinator: config.coordinator.clone(), what };
+    let hear = |deadline| wire::read_message::<Answer>(&mut link.until(deadline), MESSAGE_BYTES_MAX).map_err(broken);
+
+    let begin = Instant::now();
+    wire::write_message(&mut link.until(deadline + MARGIN), own, INTRODUCTION_BYTES_MAX).map_err(broken)?;
+    let roster = match hear(deadline + MARGIN) {
+        Ok(Answer::Roster(roster)) => roster,
+        Ok(Answer::Refused(verdict)) => return Err(RendezvousError::Refused(verdict)),
+        Ok(Answer::Start) => return Err(unexpected("a start before the roster")),
+        Err(RendezvousError::Transport(TransportError::Wire { cause, .. })) if cause.is_timeout() => {
+            let (coordinator, waited_ms) = (config.coordinator.clone(), begin.elapsed().as_millis() as u64);
+            return Err(RendezvousError::NoAnswer { coordinator, waited_ms });
+        }
+        Err(error) => return Err(error),
+    };
+    let in_order = (0u32..).zip(&roster.members).all(|(rank, member)| member.process == rank);
+    let me = roster.members.get(config.process as usize);
+    if !in_order || roster.members.len() != config.processes as usize || me != Some(&own.member) {
+        return Err(unexpected("a roster of another world"));
+    }
+    endpoint.begin(roster.world());
+    // From here on there is no way back to waiting: if process 0 goes, this start has failed. If it went already, it may have
+    // said why; so a confirmation that cannot be sent is no reason not to listen.
+    let ready = Ready { session: roster.session };
+    let deadline = Instant::now() + START_TIMEOUT;
+    let _ = wire::write_message(&mut link.until(deadline), &ready, INTRODUCTION_BYTES_MAX);
+    match hear(deadline) {
+        Ok(Answer::Start) => Ok(roster),
+        Ok(Answer::Refused(verdict)) => Err(RendezvousError::Refused(verdict)),
+        Ok(Answer::Roster(_)) => Err(unexpected("a second roster")),
+        Err(_) => Err(RendezvousError::Refused(Verdict::Lost(roster.members[0].who()))),
+    }
+}
+
+fn is_hangup(error: &TransportError) -> bool {
+    matches!(error, TransportError::Wire { cause: cause @ WireError::Io(_), .. } if !cause.is_timeout())
+}

@@ -1,0 +1,424 @@
+//! What processes say at rendezvous, and why they do not start. Imports `actors::transport`.
+
+use std::fmt;
+use std::fs::File;
+use std::io;
+use std::net::SocketAddr;
+
+use serde::{Deserialize, Serialize};
+use shardflow_actors::transport::{Address, SessionId, TransportError, World};
+
+/// Bytes of an introduction, at most.
+pub(super) const INTRODUCTION_BYTES_MAX: usize = 16 << 10;
+const VERSION_BYTES_MAX: usize = 64;
+const NAME_BYTES_MAX: usize = 256;
+const MESH_BYTES_MAX: usize = 1024;
+const ADDRESSES_MAX: usize = 8;
+const ADDRESS_BYTES_MAX: usize = 512;
+/// Ranks, or conflicts, that a message lists before it says how many more there are.
+const LISTED_MAX: usize = 16;
+
+/// Which program a process runs, and where.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Identity {
+    /// Version of this crate.
+    pub version: String,
+    /// BLAKE3 of the executable.
+    pub binary: [u8; 32],
+    /// The same for all processes that can share memory: the boot of a kernel, and the host name.
+    pub node: String,
+    /// Host name, for messages.
+    pub host: String,
+    /// Process id, for messages.
+    pub pid: u32,
+}
+
+impl Identity {
+    /// Of the running process. Reads the whole executable.
+    ///
+    /// # Errors
+    /// [`RendezvousError::Identity`].
+    pub fn of_this_process() -> Result<Self, RendezvousError> {
+        let failed = |what| move |cause| RendezvousError::Identity { what, cause };
+        // The link of the kernel leads to the file that runs, even when another has been put in its place.
+        let executable = File::open("/proc/self/exe");
+        let executable = executable.or_else(|_| std::env::current_exe().and_then(File::open));
+        let mut hasher = blake3::Hasher::new();
+        executable.and_then(|file| hasher.update_reader(file).map(drop)).map_err(failed("executable"))?;
+        let read = |path| std::fs::read_to_string(path).map(|text| text.trim().to_string());
+        let host = read("/proc/sys/kernel/hostname").map_err(failed("host name"))?;
+        let boot = read("/proc/sys/kernel/random/boot_id").map_err(failed("boot id"))?;
+        let (version, pid) = (env!("CARGO_PKG_VERSION").into(), std::process::id());
+        Ok(Self { version, binary: *hasher.finalize().as_bytes(), node: format!("{boot} {host}"), host, pid })
+    }
+}
+
+/// One process of a world, as all others know it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Member {
+    /// Its rank.
+    pub process: u32,
+    /// See [`Identity::node`].
+    pub node: String,
+    /// See [`Identity::host`].
+    pub host: String,
+    /// See [`Identity::pid`].
+    pub pid: u32,
+    /// How often it has been restarted.
+    pub restart: u64,
+    /// Where its endpoint listens.
+    pub addresses: Vec<Address>,
+    /// Where it hears heartbeats (UDP).
+    pub heartbeat: SocketAddr,
+}
+
+impl Member {
+    /// Who, for messages.
+    pub fn who(&self) -> Who {
+        Who { process: self.process, host: self.host.clone(), pid: self.pid }
+    }
+
+    /// Where to dial it from another node.
+    pub fn tcp(&self) -> Option<&Address> {
+        self.addresses.iter().find(|a| matches!(a, Address::Tcp(_)))
+    }
+
+    /// Where to dial it from its own node.
+    pub fn unix(&self) -> Option<&Address> {
+        self.addresses.iter().find(|a| matches!(a, Address::Unix(_)))
+    }
+}
+
+/// What a process says of itself.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Introduction {
+    /// Who and where.
+    pub member: Member,
+    /// Processes that it expects.
+    pub processes: u32,
+    /// Version of this crate.
+    pub version: String,
+    /// BLAKE3 of the executable.
+    pub binary: [u8; 32],
+    /// Hash of the plan.
+    pub plan: [u8; 32],
+    /// The mesh.
+    pub mesh: String,
+}
+
+impl Introduction {
+    /// Whether every part is of a reasonable size.
+    ///
+    /// # Errors
+    /// [`RendezvousError::TooLong`].
+    pub fn check(&self) -> Result<(), RendezvousError> {
+        let member = &self.member;
+        let longest = member.addresses.iter().map(|a| a.to_string().len()).max().unwrap_or(0);
+        for (what, length, length_max) in [
+            ("version", self.version.len(), VERSION_BYTES_MAX),
+            ("mesh", self.mesh.len(), MESH_BYTES_MAX),
+            ("node", member.node.len(), NAME_BYTES_MAX),
+            ("host name", member.host.len(), NAME_BYTES_MAX),
+            ("list of addresses", member.addresses.len(), ADDRESSES_MAX),
+            ("address", longest, ADDRESS_BYTES_MAX),
+        ] {
+            if length > length_max {
+                return Err(RendezvousError::TooLong { who: member.who(), what, length, length_max });
+            }
+        }
+        Ok(())
+    }
+
+    /// The first thing in which another process differs such that the two cannot work together.
+    pub(super) fn conflict(&self, other: &Self) -> Option<Conflict> {
+        let hex = |bytes: &[u8; 32]| blake3::Hash::from_bytes(*bytes).to_hex().to_string();
+        let differs = |aspect, ours: String, theirs: String| {
+            let (first, second) = (self.member.who(), other.member.who());
+            (ours != theirs).then_some(Conflict::Differs { aspect, first, ours, second, theirs })
+        };
+        // What comes first explains what comes after it.
+        differs(Aspect::Version, self.version.clone(), other.version.clone())
+            .or_else(|| differs(Aspect::Binary, hex(&self.binary), hex(&other.binary)))
+            .or_else(|| differs(Aspect::Processes, self.processes.to_string(), other.processes.to_string()))
+            .or_else(|| differs(Aspect::Mesh, self.mesh.clone(), other.mesh.clone()))
+            .or_else(|| differs(Aspect::Plan, hex(&self.plan), hex(&other.plan)))
+    }
+}
+
+/// The members of a world that starts.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Roster {
+    /// Random; the same for all.
+    pub session: SessionId,
+    /// The most restarts of any member.
+    pub epoch: u64,
+    /// By rank.
+    pub members: Vec<Member>,
+}
+
+impl Roster {
+    /// What an endpoint needs of it.
+    pub fn world(&self) -> World {
+        World { session: self.session, epoch: self.epoch, processes: self.members.len() as u32 }
+    }
+}
+
+/// From process 0.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) enum Answer {
+    /// All are here: let them in, and say [`Ready`].
+    Roster(Roster),
+    /// All are ready.
+    Start,
+    /// There is no world.
+    Refused(Verdict),
+}
+
+/// To process 0: the members of this session can be let in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Ready {
+    pub session: SessionId,
+}
+
+/// A process, for messages.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Who {
+    /// Its rank.
+    pub process: u32,
+    /// Its host.
+    pub host: String,
+    /// Its id there.
+    pub pid: u32,
+}
+
+impl fmt::Display for Who {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "rank {} (host {}, pid {})", self.process, self.host, self.pid)
+    }
+}
+
+/// In what two processes can differ.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Aspect {
+    /// Version of this crate.
+    Version,
+    /// BLAKE3 of the executable.
+    Binary,
+    /// Number of processes.
+    Processes,
+    /// The mesh.
+    Mesh,
+    /// Hash of the plan.
+    Plan,
+}
+
+impl Aspect {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Version => "version",
+            Self::Binary => "binary",
+            Self::Processes => "number of processes",
+            Self::Mesh => "mesh",
+            Self::Plan => "plan",
+        }
+    }
+
+    fn advice(self) -> &'static str {
+        match self {
+            Self::Version | Self::Binary => "start the same build on every node",
+            Self::Processes => "give every launcher the same numbers of nodes and processes",
+            Self::Mesh => "give every rank the same mesh",
+            Self::Plan => "give every rank the same arguments and configuration",
+        }
+    }
+}
+
+/// Two processes that cannot be in one world.
+#[derive(Clone, Debug, thiserror::Error, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Conflict {
+    /// They do not run the same thing.
+    #[error(
+        "{first} and {second} differ in their {}: {ours} and {theirs}; {}", .aspect.name(), .aspect.advice()
+    )]
+    Differs {
+        /// In what.
+        aspect: Aspect,
+        /// One; rank 0.
+        first: Who,
+        /// What it has.
+        ours: String,
+        /// The other.
+        second: Who,
+        /// What it has.
+        theirs: String,
+    },
+    /// They claim the same rank.
+    #[error("two processes claim one rank: {first} and {second}; give each its own")]
+    Duplicate {
+        /// The one that came first.
+        first: Who,
+        /// The other.
+        second: Who,
+    },
+}
+
+/// Why there is no world; all processes that can be reached are told the same.
+#[derive(Clone, Debug, thiserror::Error, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Verdict {
+    /// Some do not fit together.
+    #[error("the ranks do not fit together: {}", list(.0))]
+    Conflicts(Vec<Conflict>),
+    /// Some did not come.
+    #[error(
+        "{} did not come in {waited_ms} ms: {} of {processes} were here{}",
+        ranks(.missing), here(.missing, *.processes), turned_away(*.refused)
+    )]
+    Missing {
+        /// Their ranks, at least one.
+        missing: Vec<u32>,
+        /// Processes of the world.
+        processes: u32,
+        /// Milliseconds waited.
+        waited_ms: u64,
+        /// Connections that rank 0 did not let in meanwhile.
+        refused: u64,
+    },
+    /// One went away, or froze, after all had come.
+    #[error("{0} was here and is gone; see its log")]
+    Lost(Who),
+}
+
+/// Who is not here yet.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Waiting {
+    /// At process 0.
+    Ranks {
+        /// Their ranks.
+        missing: Vec<u32>,
+        /// Processes of the world.
+        processes: u32,
+    },
+    /// Elsewhere: process 0 cannot be reached yet.
+    Coordinator {
+        /// Where it should be.
+        address: Address,
+    },
+}
+
+impl fmt::Display for Waiting {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Ranks { missing, processes } => {
+                write!(f, "waiting for {}: {} of {processes} here", ranks(missing), here(missing, *processes))
+            }
+            Self::Coordinator { address } => write!(f, "waiting for rank 0 at {address}"),
+        }
+    }
+}
+
+fn here(missing: &[u32], processes: u32) -> usize {
+    (processes as usize).saturating_sub(missing.len())
+}
+
+fn ranks(ranks: &[u32]) -> String {
+    let word = if ranks.len() == 1 { "rank" } else { "ranks" };
+    let listed: Vec<String> = ranks.iter().take(LISTED_MAX).map(u32::to_string).collect();
+    format!("{word} {}{}", listed.join(", "), more(ranks.len()))
+}
+
+fn turned_away(connections: u64) -> String {
+    match connections {
+        0 => String::new(),
+        n => format!("; rank 0 refused {n} connections: another secret or version on some rank, or strangers"),
+    }
+}
+
+fn list(conflicts: &[Conflict]) -> String {
+    let listed: Vec<String> = conflicts.iter().take(LISTED_MAX).map(Conflict::to_string).collect();
+    format!("{}{}", listed.join("; "), more(conflicts.len()))
+}
+
+fn more(count: usize) -> String {
+    if count > LISTED_MAX { format!(" and {} more", count - LISTED_MAX) } else { String::new() }
+}
+
+/// Why a process did not get into a world.
+#[derive(Debug, thiserror::Error)]
+pub enum RendezvousError {
+    /// A connection could not be made, or broke.
+    #[error(transparent)]
+    Transport(#[from] TransportError),
+    /// There is no world, for anybody.
+    #[error("no start: {0}")]
+    Refused(Verdict),
+    /// There is one, without this process.
+    #[error(
+        "rank {process} came too late: epoch {epoch} runs at {coordinator}; \
+         end it there, or restart all ranks together"
+    )]
+    Late {
+        /// This process.
+        process: u32,
+        /// The epoch that runs.
+        epoch: u64,
+        /// Where.
+        coordinator: Address,
+    },
+    /// A rank that its world does not have.
+    #[error("rank {process} of a world of {processes}: expected 1 to 4096 processes, and ranks below their number")]
+    Rank {
+        /// The rank.
+        process: u32,
+        /// Processes of the world.
+        processes: u32,
+    },
+    /// Something that a process says of itself is too long.
+    #[error("{who}: {what} of length {length}, at most {length_max} is allowed")]
+    TooLong {
+        /// Of whom.
+        who: Who,
+        /// What.
+        what: &'static str,
+        /// Its length.
+        length: usize,
+        /// The most.
+        length_max: usize,
+    },
+    /// The process cannot say what it is.
+    #[error("cannot read this process's {what}: {cause}")]
+    Identity {
+        /// What.
+        what: &'static str,
+        /// What the system says.
+        #[source]
+        cause: io::Error,
+    },
+    /// The coordinator's name or network is not known here.
+    #[error("no way from here to {coordinator}: {cause}")]
+    NoWay {
+        /// Where rank 0 should be.
+        coordinator: Address,
+        /// What the system says.
+        #[source]
+        cause: io::Error,
+    },
+    /// Process 0 took the introduction, and then said nothing.
+    #[error(
+        "rank 0 at {coordinator} neither started nor gave up in {waited_ms} ms: \
+         it is frozen, or waits for ranks that start much later"
+    )]
+    NoAnswer {
+        /// Where it is.
+        coordinator: Address,
+        /// Milliseconds waited.
+        waited_ms: u64,
+    },
+    /// Process 0 said something that it cannot say: a bug.
+    #[error("rank 0 at {coordinator} sent {what}")]
+    Unexpected {
+        /// Where it is.
+        coordinator: Address,
+        /// What.
+        what: &'static str,
+    },
+}
