@@ -50,6 +50,8 @@ enum Cast {
     Event(Event),
 }
 
+impl ractor::Message for Cast {}
+
 struct Peer;
 
 struct PeerState {

@@ -16,7 +16,8 @@ const CRATES: &[(&str, &str, &[&str])] = &[
 ];
 
 /// Modules of `actors` that run things. Every other one is pure: it can be simulated, fuzzed and replayed.
-const ACTORS_IMPURE: &[&str] = &["lib", "error", "shell", "bus", "transport", "supervisor", "watchdog", "message"];
+const ACTORS_IMPURE: &[&str] =
+    &["lib", "error", "shell", "bus", "transport", "supervisor", "watchdog", "message", "membership"];
 /// What pure modules of `actors` may not mention.
 const IMPURE_PATHS: &[&str] =
     &["tokio", "ractor", "crossbeam_channel", "shardflow_kernels", "std::time", "std::thread", "Instant", "SystemTime"];
