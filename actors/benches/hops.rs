@@ -51,6 +51,8 @@ enum Cast {
     Event(Event),
 }
 
+impl ractor::Message for Cast {}
+
 struct Peer;
 
 struct PeerState {

@@ -1,11 +1,13 @@
 //! Actors that own streams and exchange registers: the protocol, its simulator and its shell.
-//! Layers: `spec <- check, builder, register <- protocol <- simulate, snapshot, message <- transport, remote, bus, supervisor <- watchdog, shell`.
+//! Layers: `spec <- check, builder, register <- protocol <- simulate, snapshot, message <- transport, remote, bus, supervisor
+//! <- watchdog, shell`; `membership` stands beside them.
 
 pub mod builder;
 mod bus;
 pub mod check;
 pub mod credits;
 pub mod error;
+pub mod membership;
 mod message;
 pub mod pipeline;
 pub mod protocol;

@@ -20,3 +20,6 @@ pub(crate) enum Cast {
     #[cfg(test)]
     Panic,
 }
+
+/// Stays within the process: ractor sends only messages that say they can be serialized.
+impl ractor::Message for Cast {}

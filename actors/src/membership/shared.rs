@@ -1,0 +1,456 @@
+//! What the threads of one membership share: who is there, what they said, and what the session ends for. Imports the pure
+//! parts, `letter` and ractor's references.
+
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::Sender;
+use ractor::ActorRef;
+
+use super::cause::{Arbiter, FirstCause, Kind, Report};
+use super::datagram::{Beat, Refusal};
+use super::detector::{Detector, Event};
+use super::letter::{Body, Letter, Mail, bounded};
+use super::window::{Count, Inbox, Outbox};
+use super::{Counters, MESSAGE_BYTES_MAX, MembershipError, Notice, PeerStatus, exit};
+
+/// Messages of peers that the application has not taken yet, at most.
+pub(crate) const NOTICES_MAX: usize = 4096;
+
+/// Where the control connection to a peer stands.
+#[derive(Debug)]
+enum Link {
+    Opening,
+    /// The peer's member actor, mirrored here.
+    Open(ActorRef<Mail>),
+    Closed,
+}
+
+#[derive(Debug)]
+struct Peer {
+    link: Link,
+    left: bool,
+    outbox: Outbox,
+    inbox: Inbox,
+    /// Letters other than `Told` and `Taken`: sent, known to have arrived, and taken in from the peer.
+    urgent_sent: u64,
+    urgent_arrived: u64,
+    urgent_taken: u64,
+    /// What was last told to the peer of its own messages.
+    told: Count,
+    step: u64,
+}
+
+#[derive(Debug)]
+struct State {
+    peers: BTreeMap<u32, Peer>,
+    arbiter: Arbiter,
+    /// From the moment that all peers are connected.
+    detector: Option<Detector>,
+    first: Option<FirstCause>,
+    left: bool,
+}
+
+/// Of one membership; any thread may call.
+#[derive(Debug)]
+pub(crate) struct Shared {
+    pub(crate) own: u32,
+    pub(crate) processes: u32,
+    pub(crate) epoch: u64,
+    start: Instant,
+    step: AtomicU64,
+    state: Mutex<State>,
+    /// Told of connections, answers and the end.
+    changed: Condvar,
+    notices: Sender<Notice>,
+    counters: Mutex<Counters>,
+}
+
+impl Shared {
+    pub(crate) fn new(own: u32, processes: u32, epoch: u64, grace: Duration, notices: Sender<Notice>) -> Self {
+        let peer = |process| {
+            let peer = Peer {
+                link: Link::Opening,
+                left: false,
+                outbox: Outbox::default(),
+                inbox: Inbox::default(),
+                urgent_sent: 0,
+                urgent_arrived: 0,
+                urgent_taken: 0,
+                told: Count::default(),
+                step: 0,
+            };
+            (process, peer)
+        };
+        let state = State {
+            peers: (0..processes).filter(|p| *p != own).map(peer).collect(),
+            arbiter: Arbiter::new(own, processes, grace),
+            detector: None,
+            first: None,
+            left: false,
+        };
+        Self {
+            own,
+            processes,
+            epoch,
+            start: Instant::now(),
+            step: AtomicU64::new(0),
+            state: Mutex::new(state),
+            changed: Condvar::new(),
+            notices,
+            counters: Mutex::default(),
+        }
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn count(&self, add: impl FnOnce(&mut Counters)) {
+        add(&mut self.counters.lock().unwrap_or_else(PoisonError::into_inner));
+    }
+
+    pub(crate) fn counters(&self) -> Counters {
+        *self.counters.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn now(&self) -> Duration {
+        self.start.elapsed()
+    }
+
+    /// Waits until `done` says something of the state, or gives up with `None`.
+    fn wait<T>(&self, timeout: Duration, mut done: impl FnMut(&mut State) -> Option<T>) -> Option<T> {
+        let until = Instant::now() + timeout;
+        let mut state = self.state();
+        loop {
+            if let Some(found) = done(&mut state) {
+                return Some(found);
+            }
+            let left = until.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return None;
+            }
+            state = self.changed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+
+    /// The control connection to a peer is ready.
+    pub(crate) fn connected(&self, process: u32, member: ActorRef<Mail>) {
+        if let Some(peer) = self.state().peers.get_mut(&process) {
+            peer.link = Link::Open(member);
+        }
+        self.changed.notify_all();
+    }
+
+    /// The control connection to a peer has ended; a symptom, unless the peer has left.
+    pub(crate) fn disconnected(&self, process: u32) {
+        let mut state = self.state();
+        if let Some(peer) = state.peers.get_mut(&process) {
+            peer.link = Link::Closed;
+            if state.detector.is_some() {
+                self.lost(&mut state, process, "its control connection closed".into());
+            }
+        }
+        self.changed.notify_all();
+    }
+
+    /// Blocks until all peers are connected, and begins to watch them.
+    pub(crate) fn wait_for_peers(&self, within: Duration, deadline: Duration) -> Result<(), MembershipError> {
+        let with = |state: &State, wanted: fn(&Link) -> bool| -> Vec<u32> {
+            state.peers.iter().filter(|(_, p)| wanted(&p.link)).map(|(p, _)| *p).collect()
+        };
+        let ended = self.wait(within, |state| {
+            if let Some(&process) = with(state, |l| matches!(l, Link::Closed)).first() {
+                return Some(Err(MembershipError::Refused { process }));
+            }
+            if !with(state, |l| matches!(l, Link::Opening)).is_empty() {
+                return None;
+            }
+            state.detector = Some(Detector::new(state.peers.keys().copied(), deadline, self.now()));
+            Some(Ok(()))
+        });
+        ended.unwrap_or_else(|| {
+            let processes = with(&self.state(), |l| matches!(l, Link::Opening));
+            Err(MembershipError::Missing { processes, seconds: within.as_secs_f64() })
+        })
+    }
+
+    pub(crate) fn set_step(&self, step: u64) {
+        self.step.store(step, Ordering::Relaxed);
+    }
+
+    /// The step to tell in a heartbeat; `None` when the session has ended, which silence then tells too.
+    pub(crate) fn beat(&self) -> Option<u64> {
+        self.state().first.is_none().then(|| self.step.load(Ordering::Relaxed))
+    }
+
+    /// A heartbeat was received.
+    pub(crate) fn heard(&self, beat: Beat) {
+        let mut state = self.state();
+        if let Some(peer) = state.peers.get_mut(&beat.process) {
+            peer.step = beat.step;
+        }
+        let now = self.now();
+        if let Some(detector) = &mut state.detector {
+            detector.heard(beat.process, now);
+        }
+    }
+
+    /// A datagram was refused.
+    pub(crate) fn refused(&self, refusal: Refusal) {
+        self.count(|c| {
+            let counter = match refusal {
+                Refusal::Format => &mut c.bad_format,
+                Refusal::Mac => &mut c.bad_mac,
+                Refusal::OldEpoch => &mut c.old_epoch,
+                Refusal::NewerEpoch => &mut c.newer_epoch,
+                Refusal::Session => &mut c.other_session,
+                Refusal::Replay => &mut c.replays,
+            };
+            *counter += 1;
+        });
+        if refusal == Refusal::NewerEpoch {
+            self.fenced();
+        }
+    }
+
+    fn fenced(&self) {
+        let cause = format!("fenced: it belongs to epoch {}, and a newer one has begun", self.epoch);
+        self.fail(cause, exit::RETRY);
+    }
+
+    /// Looks at heartbeats and at the grace window.
+    pub(crate) fn tick(&self) {
+        let mut state = self.state();
+        let now = self.now();
+        let events = state.detector.as_mut().map(|d| d.tick(now)).unwrap_or_default();
+        for event in events {
+            match event {
+                Event::Suspect { process, silent } => {
+                    tracing::warn!(process, silent_ms = silent.as_millis() as u64, "no heartbeat for a while");
+                }
+                Event::Returned { process } => tracing::info!(process, "heartbeats are back"),
+                Event::Lost { process, silent } => {
+                    self.lost(&mut state, process, format!("no heartbeat for {:.1} s", silent.as_secs_f64()));
+                }
+                Event::Paused { pause } => {
+                    tracing::warn!(pause_ms = pause.as_millis() as u64, "this process did not run");
+                }
+            }
+        }
+        self.decide(&mut state);
+    }
+
+    fn decide(&self, state: &mut State) {
+        let Some(first) = state.arbiter.tick(self.now()) else { return };
+        tracing::error!(process = first.process, exit = first.exit, cause = %first.cause, "session ends");
+        state.first = Some(first.clone());
+        // Room is kept for it: see `told`.
+        let _ = self.notices.try_send(Notice::Ended(first));
+        self.changed.notify_all();
+    }
+
+    /// This process failed by itself.
+    pub(crate) fn fail(&self, cause: String, exit: u8) {
+        let mut state = self.state();
+        self.fail_locked(&mut state, cause, exit);
+    }
+
+    fn fail_locked(&self, state: &mut State, cause: String, exit: u8) {
+        let cause = bounded(cause);
+        let report = state.arbiter.own_failure(cause.clone(), exit);
+        let body = Body::Failed { follows: report.follows, cause, exit };
+        if state.arbiter.report(self.now(), report) {
+            self.broadcast(state, &body);
+        }
+        self.decide(state);
+    }
+
+    /// A connection to a peer broke: a symptom.
+    pub(crate) fn suspect(&self, process: u32, cause: String) {
+        let mut state = self.state();
+        self.lost(&mut state, process, cause);
+        self.decide(&mut state);
+    }
+
+    fn lost(&self, state: &mut State, about: u32, cause: String) {
+        if state.peers.get(&about).is_none_or(|p| p.left) {
+            return;
+        }
+        let cause = bounded(cause);
+        let report = state.arbiter.own_symptom(about, cause.clone(), exit::UNAVAILABLE);
+        let body = Body::Lost { about, follows: report.follows, cause: cause.clone(), exit: report.exit };
+        if state.arbiter.report(self.now(), report) {
+            tracing::warn!(process = about, cause, "peer lost");
+            self.broadcast(state, &body);
+        }
+    }
+
+    /// Sends an urgent letter to all peers that are connected.
+    fn broadcast(&self, state: &mut State, body: &Body) {
+        for peer in state.peers.values_mut() {
+            let Link::Open(member) = &peer.link else { continue };
+            // An error means that the connection has just ended, which is told otherwise.
+            if member.cast(self.mail(body.clone(), Vec::new())).is_ok() {
+                peer.urgent_sent += 1;
+            }
+        }
+    }
+
+    fn mail(&self, body: Body, payload: Vec<u8>) -> Mail {
+        Mail::Letter(Letter { epoch: self.epoch, from: self.own, body, payload })
+    }
+
+    /// The member actor got something.
+    pub(crate) fn take(&self, mail: Mail) {
+        let letter = match mail {
+            Mail::Letter(letter) => letter,
+            Mail::Garbled(why) => {
+                tracing::warn!(why, "a letter was refused");
+                return self.count(|c| c.garbled += 1);
+            }
+        };
+        if letter.epoch < self.epoch {
+            return self.count(|c| c.old_epoch += 1);
+        }
+        if letter.epoch > self.epoch {
+            self.count(|c| c.newer_epoch += 1);
+            return self.fenced();
+        }
+        let mut state = self.state();
+        if state.peers.contains_key(&letter.from) {
+            self.take_locked(&mut state, letter);
+            self.decide(&mut state);
+            self.changed.notify_all();
+        } else {
+            self.count(|c| c.garbled += 1);
+        }
+    }
+
+    fn take_locked(&self, state: &mut State, letter: Letter) {
+        let Letter { from: by, body, payload, .. } = letter;
+        let Some(peer) = state.peers.get_mut(&by) else { return };
+        match body {
+            Body::Taken { messages, bytes, urgent } => {
+                let possible = peer.outbox.taken(Count { messages, bytes }) && urgent <= peer.urgent_sent;
+                if possible {
+                    peer.urgent_arrived = urgent;
+                } else {
+                    self.count(|c| c.garbled += 1);
+                }
+                return;
+            }
+            Body::Told { topic } => {
+                if let Some(taken) = peer.inbox.take(payload.len()) {
+                    peer.told = taken;
+                    self.answer(peer);
+                }
+                return self.told(state, Notice::Told { from: by, topic, bytes: payload });
+            }
+            Body::Leaving => {
+                peer.left = true;
+                if let Some(detector) = &mut state.detector {
+                    detector.forget(by);
+                }
+                // Room is kept for one of each peer: see `told`.
+                let _ = self.notices.try_send(Notice::Left { process: by });
+            }
+            Body::Failed { follows, cause, exit } => {
+                let report = Report { by, about: by, kind: Kind::Failed, follows, cause, exit };
+                state.arbiter.report(self.now(), report);
+            }
+            Body::Lost { about, follows, cause, exit } => {
+                let report = Report { by, about, kind: Kind::Lost, follows, cause, exit };
+                state.arbiter.report(self.now(), report);
+            }
+        }
+        if let Some(peer) = state.peers.get_mut(&by) {
+            peer.urgent_taken += 1;
+            self.answer(peer);
+        }
+    }
+
+    /// Tells a peer what we have taken of its letters. No answer is answered, so there are no more of them than of letters.
+    fn answer(&self, peer: &Peer) {
+        let Link::Open(member) = &peer.link else { return };
+        let Count { messages, bytes } = peer.told;
+        let _ = member.cast(self.mail(Body::Taken { messages, bytes, urgent: peer.urgent_taken }, Vec::new()));
+    }
+
+    fn told(&self, state: &mut State, notice: Notice) {
+        if self.notices.len() < NOTICES_MAX {
+            // The channel has room for more, kept for `Left` and `Ended`.
+            let _ = self.notices.try_send(notice);
+        } else {
+            let cause = format!("{NOTICES_MAX} messages of peers wait, and nobody takes them");
+            self.fail_locked(state, cause, exit::INTERNAL);
+        }
+    }
+
+    pub(crate) fn tell(&self, to: u32, topic: u16, bytes: Vec<u8>) -> Result<(), MembershipError> {
+        if bytes.len() > MESSAGE_BYTES_MAX {
+            return Err(MembershipError::TooLarge { bytes: bytes.len() });
+        }
+        let mut state = self.state();
+        if let Some(first) = &state.first {
+            return Err(MembershipError::Ended { cause: first.to_string() });
+        }
+        if state.left {
+            return Err(MembershipError::Ended { cause: "this process has left".into() });
+        }
+        let Some(peer) = state.peers.get_mut(&to) else {
+            return Err(MembershipError::NoPeer { process: to, processes: self.processes });
+        };
+        let (Link::Open(member), false) = (&peer.link, peer.left) else {
+            return Err(MembershipError::Gone { process: to });
+        };
+        let backlog =
+            |waiting: Count| MembershipError::Backlog { process: to, messages: waiting.messages, bytes: waiting.bytes };
+        peer.outbox.send(bytes.len()).map_err(backlog)?;
+        member.cast(self.mail(Body::Told { topic }, bytes)).map_err(|_| MembershipError::Gone { process: to })
+    }
+
+    /// Ends in order: peers are told, and from now on nothing is a failure of this process's session.
+    pub(crate) fn leave(&self) {
+        let mut state = self.state();
+        if state.first.is_none() && !state.left {
+            state.left = true;
+            state.arbiter.close();
+            self.broadcast(&mut state, &Body::Leaving);
+        }
+    }
+
+    /// True when the session has ended, in order or not.
+    pub(crate) fn is_over(&self) -> bool {
+        let state = self.state();
+        state.left || state.first.is_some()
+    }
+
+    pub(crate) fn first_cause(&self) -> Option<FirstCause> {
+        self.state().first.clone()
+    }
+
+    /// Waits until all peers that are connected have our urgent letters, and with them all that was sent before; false when
+    /// one does not answer.
+    pub(crate) fn settle(&self, timeout: Duration) -> bool {
+        let arrived = |p: &Peer| !matches!(p.link, Link::Open(_)) || p.urgent_arrived == p.urgent_sent;
+        self.wait(timeout, |state| state.peers.values().all(arrived).then_some(())).is_some()
+    }
+
+    pub(crate) fn peers(&self) -> Vec<PeerStatus> {
+        let (state, now) = (self.state(), self.now());
+        let status = |(&process, peer): (&u32, &Peer)| {
+            let health = state.detector.as_ref().and_then(|d| d.health(process, now));
+            PeerStatus {
+                process,
+                left: peer.left,
+                step: peer.step,
+                health: health.map(|h| h.0),
+                silent: health.map(|h| h.1),
+            }
+        };
+        state.peers.iter().map(status).collect()
+    }
+}

@@ -1,0 +1,400 @@
+//! Memberships of several processes in one, over socket pairs and loopback. Real processes: `tests/membership_processes.rs`.
+
+use std::io::{Read, Write};
+use std::net::Ipv4Addr;
+use std::os::unix::net::UnixStream;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::Instant;
+
+use super::letter::{Body, Letter, Mail};
+use super::*;
+
+const KEY: [u8; 32] = [5; 32];
+const SESSION: [u8; 16] = [6; 16];
+const EPOCH: u64 = 3;
+/// For what should come at once, on a machine that does much else.
+const SOON: Duration = Duration::from_secs(20);
+
+fn ms(ms: u64) -> Duration {
+    Duration::from_millis(ms)
+}
+
+/// A session's number of its own, so that tests in one process stay apart.
+fn session(test: u8) -> [u8; 16] {
+    let mut session = SESSION;
+    session[0] = test;
+    session
+}
+
+/// Configurations of `processes` that reach each other.
+fn configs(test: u8, processes: u32) -> Vec<Config> {
+    let loopback = IpAddr::V4(Ipv4Addr::LOCALHOST);
+    let config = |p| Config::new(p, processes, session(test), EPOCH, KEY, bind(loopback).expect("loopback"));
+    let mut configs: Vec<Config> = (0..processes).map(config).collect();
+    let addresses: Vec<_> = configs.iter().map(|c| c.heartbeat.local_addr().expect("bound")).collect();
+    for a in 0..processes {
+        for b in 0..a {
+            let (to_b, to_a) = UnixStream::pair().expect("a pair");
+            configs[a as usize].links.insert(b, to_b.into());
+            configs[b as usize].links.insert(a, to_a.into());
+            configs[a as usize].addresses.insert(b, addresses[b as usize]);
+            configs[b as usize].addresses.insert(a, addresses[a as usize]);
+        }
+    }
+    configs
+}
+
+fn start(configs: Vec<Config>) -> Vec<Membership> {
+    let threads: Vec<_> = configs.into_iter().map(|c| thread::spawn(move || Membership::start(c))).collect();
+    threads.into_iter().map(|t| t.join().expect("no panic").expect("joins")).collect()
+}
+
+fn world(test: u8, processes: u32) -> Vec<Membership> {
+    start(configs(test, processes))
+}
+
+/// The first cause, which must come next but for messages and farewells.
+fn ended(membership: &Membership) -> FirstCause {
+    let until = Instant::now() + SOON;
+    loop {
+        match membership.notices().recv_deadline(until).expect("an end") {
+            Notice::Ended(first) => return first,
+            Notice::Told { .. } | Notice::Left { .. } => {}
+        }
+    }
+}
+
+fn told(membership: &Membership) -> (u32, u16, Vec<u8>) {
+    match membership.notices().recv_timeout(SOON).expect("a message") {
+        Notice::Told { from, topic, bytes } => (from, topic, bytes),
+        other => panic!("{other:?}"),
+    }
+}
+
+/// All end in order, together.
+fn leave(members: Vec<Membership>) {
+    thread::scope(|s| {
+        for member in members {
+            s.spawn(move || {
+                assert!(member.leave(), "peers answer");
+                assert_eq!(member.first_cause(), None);
+            });
+        }
+    });
+}
+
+#[test]
+fn messages_arrive_in_order() {
+    let members = world(1, 3);
+    for i in 0..2000u32 {
+        // More than a window, in pieces that the receiver takes.
+        members[0].tell(1, 7, i.to_le_bytes().to_vec()).expect("it keeps up");
+        assert_eq!(told(&members[1]), (0, 7, i.to_le_bytes().to_vec()));
+    }
+    members[2].tell_all(9, &vec![1; MESSAGE_BYTES_MAX]).expect("fits");
+    for receiver in &members[..2] {
+        assert_eq!(told(receiver), (2, 9, vec![1; MESSAGE_BYTES_MAX]));
+    }
+    let too_large = members[0].tell(1, 0, vec![0; MESSAGE_BYTES_MAX + 1]).expect_err("too large");
+    assert!(matches!(too_large, MembershipError::TooLarge { .. }));
+    assert!(matches!(members[0].tell(3, 0, vec![]), Err(MembershipError::NoPeer { process: 3, processes: 3 })));
+    assert!(matches!(members[0].tell(0, 0, vec![]), Err(MembershipError::NoPeer { .. })));
+    leave(members);
+}
+
+#[test]
+fn a_world_of_one() {
+    leave(world(2, 1));
+}
+
+#[test]
+fn a_failure_is_named_everywhere_with_its_code() {
+    let members = world(3, 3);
+    members[1].fail("out of memory: 12 GiB", 71);
+    let first = FirstCause { process: 1, cause: "out of memory: 12 GiB".into(), exit: 71 };
+    for member in &members {
+        assert_eq!(ended(member), first);
+        assert!(member.notices().try_recv().is_err(), "told once");
+        assert!(matches!(member.tell(0, 0, vec![]), Err(MembershipError::Ended { .. })));
+    }
+}
+
+#[test]
+fn a_dropped_membership_is_a_failure() {
+    let mut members = world(4, 3);
+    drop(members.remove(1));
+    for member in &members {
+        let first = ended(member);
+        assert_eq!((first.process, first.exit), (1, 70));
+        assert!(first.cause.contains("without leaving"), "{first}");
+    }
+}
+
+#[test]
+fn who_leaves_in_order_is_not_lost() {
+    let mut configs = configs(5, 3);
+    configs.iter_mut().for_each(|c| (c.every, c.deadline) = (ms(50), ms(1000)));
+    let mut members = start(configs);
+    let gone = members.remove(2);
+    gone.tell(0, 1, b"last word".to_vec()).expect("open");
+    assert!(gone.leave());
+    drop(gone);
+    assert_eq!(told(&members[0]), (2, 1, b"last word".to_vec()));
+    for member in &members {
+        assert_eq!(member.notices().recv_timeout(SOON), Ok(Notice::Left { process: 2 }));
+        assert!(matches!(member.tell(2, 0, vec![]), Err(MembershipError::Gone { process: 2 })));
+        // Longer than the deadline: its silence, too, is no failure; nor is a suspicion that comes late.
+        member.suspect(2, "connection reset");
+        assert!(member.notices().recv_timeout(ms(1700)).is_err());
+    }
+    members[0].tell(1, 2, b"on".to_vec()).expect("the others go on");
+    assert_eq!(told(&members[1]), (0, 2, b"on".to_vec()));
+    leave(members);
+}
+
+#[test]
+fn a_late_cause_wins_within_the_grace_window() {
+    let members = world(6, 4);
+    // Both connections of process 3 break first, as seen by others; then it tells why.
+    members[0].suspect(3, "connection reset");
+    members[1].suspect(3, "connection reset");
+    members[2].fail("loss is not a number at step 9", 80);
+    for member in &members {
+        let first = ended(member);
+        assert_eq!((first.process, first.exit), (2, 80), "{first}");
+    }
+}
+
+#[test]
+fn a_suspicion_alone_ends_the_session() {
+    let members = world(7, 3);
+    members[0].suspect(2, "connection reset by peer");
+    for member in &members {
+        let first = ended(member);
+        assert_eq!((first.process, first.exit), (2, 69));
+        let seen = if std::ptr::eq(member, &members[0]) { "seen by this process, 0" } else { "seen by process 0" };
+        assert_eq!(first.cause, format!("connection reset by peer ({seen})"));
+    }
+}
+
+#[test]
+fn a_one_way_partition_ends_both_sides() {
+    let mut configs = configs(8, 2);
+    configs.iter_mut().for_each(|c| (c.every, c.deadline) = (ms(50), ms(1000)));
+    // What process 0 sends to 1 gets lost; 1 is heard by 0.
+    let nowhere = bind(IpAddr::V4(Ipv4Addr::LOCALHOST)).expect("loopback");
+    configs[0].addresses.insert(1, nowhere.local_addr().expect("bound"));
+    for member in &start(configs) {
+        let first = ended(member);
+        assert_eq!((first.process, first.exit), (0, 69));
+        assert!(first.cause.contains("no heartbeat for 1."), "{first}");
+    }
+}
+
+#[test]
+fn datagrams_that_are_not_ours_are_refused_and_counted() {
+    let mut configs = configs(9, 2);
+    // No beat of the real peer takes the sequence numbers below.
+    configs[1].every = Duration::from_secs(1);
+    let target = configs[0].heartbeat.local_addr().expect("bound");
+    let members = start(configs);
+    let sender = bind(IpAddr::V4(Ipv4Addr::LOCALHOST)).expect("loopback");
+    let good = Codec::new(&KEY, session(9), EPOCH, 2);
+    let replayed = good.write(1, 1_000_000, 42);
+    let datagrams = [
+        replayed,
+        replayed,
+        good.write(1, 999_999, 43),
+        Codec::new(&[0; 32], session(9), EPOCH, 2).write(1, 2_000_000, 44),
+        Codec::new(&KEY, session(9), EPOCH - 1, 2).write(1, 2_000_000, 45),
+        Codec::new(&KEY, SESSION, EPOCH, 2).write(1, 2_000_000, 46),
+    ];
+    for datagram in datagrams {
+        sender.send_to(&datagram, target).expect("sent");
+    }
+    sender.send_to(b"hello", target).expect("sent");
+    let until = Instant::now() + SOON;
+    while members[0].counters().bad_format == 0 {
+        assert!(Instant::now() < until, "{:?}", members[0].counters());
+        thread::yield_now();
+    }
+    let counters = members[0].counters();
+    // The real peer's own beats come after sequence 1 000 000 here, so they are replays, too.
+    assert!(counters.replays >= 2, "{counters:?}");
+    let Counters { bad_format, bad_mac, other_session, old_epoch, newer_epoch, garbled, .. } = counters;
+    assert_eq!((bad_format, bad_mac, other_session, old_epoch, newer_epoch, garbled), (1, 1, 1, 1, 0, 0));
+    assert_eq!(members[0].peers()[0].step, 42, "only the good one was taken");
+    leave(members);
+}
+
+#[test]
+fn a_newer_epoch_fences_the_old_one() {
+    let configs = configs(10, 2);
+    let target = configs[0].heartbeat.local_addr().expect("bound");
+    let members = start(configs);
+    let sender = bind(IpAddr::V4(Ipv4Addr::LOCALHOST)).expect("loopback");
+    let newer = Codec::new(&KEY, session(10), EPOCH + 1, 2).write(1, 1, 0);
+    sender.send_to(&newer, target).expect("sent");
+    for member in &members {
+        let first = ended(member);
+        assert_eq!((first.process, first.exit), (0, 75));
+    }
+}
+
+#[test]
+fn letters_of_other_epochs_and_strangers_are_refused() {
+    let (sender, notices) = bounded(8);
+    let shared = Shared::new(0, 2, EPOCH, ms(0), sender);
+    let letter = |epoch, from, body| Mail::Letter(Letter { epoch, from, body, payload: vec![] });
+    shared.take(letter(EPOCH - 1, 1, Body::Failed { follows: false, cause: "old".into(), exit: 70 }));
+    shared.take(letter(EPOCH, 0, Body::Leaving));
+    shared.take(letter(EPOCH, 2, Body::Leaving));
+    shared.take(letter(EPOCH, 1, Body::Taken { messages: 1, bytes: 0, urgent: 0 }));
+    shared.take(Mail::Garbled("noise"));
+    let counters = shared.counters();
+    assert_eq!((counters.old_epoch, counters.garbled), (1, 4));
+    assert!(notices.try_recv().is_err());
+    shared.take(letter(EPOCH, 1, Body::Told { topic: 1 }));
+    assert!(matches!(notices.try_recv(), Ok(Notice::Told { from: 1, .. })));
+    shared.take(letter(EPOCH + 1, 1, Body::Leaving));
+    assert!(matches!(notices.try_recv(), Ok(Notice::Ended(FirstCause { process: 0, exit: 75, .. }))));
+}
+
+#[test]
+fn messages_that_nobody_takes_end_the_session() {
+    let (sender, notices) = bounded(NOTICES_MAX + 2);
+    let shared = Shared::new(0, 2, EPOCH, ms(0), sender);
+    for _ in 0..NOTICES_MAX + 10 {
+        let body = Body::Told { topic: 1 };
+        shared.take(Mail::Letter(Letter { epoch: EPOCH, from: 1, body, payload: vec![] }));
+    }
+    let all: Vec<_> = notices.try_iter().collect();
+    assert_eq!(all.len(), NOTICES_MAX + 1);
+    let Some(Notice::Ended(first)) = all.last() else { panic!("{:?}", all.last()) };
+    assert_eq!((first.process, first.exit), (0, 70));
+}
+
+/// Hands bytes on between two streams until `cut`, then takes no more and closes nothing: what a frozen peer looks like.
+fn proxy(cut: Arc<AtomicBool>) -> (UnixStream, UnixStream) {
+    let (a, inner_a) = UnixStream::pair().expect("a pair");
+    let (inner_b, b) = UnixStream::pair().expect("a pair");
+    for (from, to) in [(&inner_a, &inner_b), (&inner_b, &inner_a)] {
+        let (mut from, mut to) = (from.try_clone().expect("a handle"), to.try_clone().expect("a handle"));
+        let cut = cut.clone();
+        thread::spawn(move || {
+            let mut bytes = [0; 4096];
+            while !cut.load(Ordering::Relaxed) {
+                match from.read(&mut bytes) {
+                    Ok(read) if read > 0 => to.write_all(&bytes[..read]).expect("both ends live"),
+                    _ => return,
+                }
+            }
+            // Holds both streams open until the process ends.
+            loop {
+                thread::park();
+            }
+        });
+    }
+    (a, b)
+}
+
+#[test]
+fn a_peer_that_does_not_read_costs_a_window_and_no_more() {
+    let mut configs = configs(11, 2);
+    let cut = Arc::new(AtomicBool::new(false));
+    let (a, b) = proxy(cut.clone());
+    configs[0].links.insert(1, a.into());
+    configs[1].links.insert(0, b.into());
+    let mut members = start(configs);
+    cut.store(true, Ordering::Relaxed);
+    let (mut sent, mut refused) = (0u64, 0);
+    for _ in 0..100_000 {
+        match members[0].tell(1, 0, vec![0; 100]) {
+            Ok(()) => sent += 1,
+            Err(MembershipError::Backlog { process: 1, messages, .. }) => {
+                assert!(messages <= window::MESSAGES_MAX);
+                refused += 1;
+            }
+            Err(other) => panic!("{other}"),
+        }
+    }
+    // The proxy lets some through before it sees the cut; acknowledgements come in quarters of a window.
+    assert!(sent <= 2 * window::MESSAGES_MAX && sent + refused == 100_000, "{sent} were sent");
+    let start = Instant::now();
+    drop(members.remove(0));
+    assert!(start.elapsed() < Duration::from_secs(4), "{:?}", start.elapsed());
+}
+
+#[test]
+fn peers_that_do_not_join_are_named() {
+    let mut configs = configs(12, 3);
+    let mut config = configs.remove(0);
+    config.join_within = ms(300);
+    // Process 1 and 2 hold their ends open and say nothing.
+    let error = Membership::start(config).expect_err("nobody came");
+    assert_eq!(error.to_string(), "processes [1, 2] did not join within 0.3 s: look at their logs");
+    assert_eq!(error.exit(), 69);
+}
+
+#[test]
+fn another_secret_or_epoch_is_refused() {
+    for change in [(|c: &mut Config| c.key = [1; 32]) as fn(&mut Config), |c| c.epoch += 1] {
+        let mut configs = configs(13, 2);
+        change(&mut configs[1]);
+        let threads: Vec<_> = configs.into_iter().map(|c| thread::spawn(move || Membership::start(c))).collect();
+        for (own, thread) in threads.into_iter().enumerate() {
+            let error = thread.join().expect("no panic").expect_err("refused");
+            let MembershipError::Refused { process } = error else { panic!("{error}") };
+            assert_eq!((process, error.exit()), (1 - own as u32, 76));
+        }
+    }
+}
+
+#[test]
+fn wrong_configurations_are_refused() {
+    let message = |change: &dyn Fn(&mut Config)| {
+        let mut config = configs(14, 2).remove(0);
+        change(&mut config);
+        Membership::start(config).expect_err("wrong").to_string()
+    };
+    assert!(message(&|c| c.process = 2).contains("numbered 0 to 1"));
+    assert!(message(&|c| c.links.clear()).contains("control connections to []"));
+    assert!(message(&|c| c.addresses.clear()).contains("heartbeat addresses of []"));
+    assert!(message(&|c| c.deadline = ms(999)).contains("give it 4 beats or more"));
+}
+
+#[test]
+fn heartbeats_tell_the_step() {
+    let mut configs = configs(15, 2);
+    configs.iter_mut().for_each(|c| c.every = ms(20));
+    let members = start(configs);
+    members[1].set_step(12);
+    let until = Instant::now() + SOON;
+    while members[0].peers()[0].step != 12 {
+        assert!(Instant::now() < until);
+        thread::yield_now();
+    }
+    let peer = members[0].peers()[0];
+    assert_eq!((peer.process, peer.left, peer.health), (1, false, Some(Health::Alive)));
+    leave(members);
+}
+
+/// How long a small message takes there and back; printed, since a shared machine's times are no pass or fail.
+#[test]
+fn round_trip() {
+    let members = world(16, 2);
+    let mut times: Vec<Duration> = (0..300)
+        .map(|_| {
+            let start = Instant::now();
+            members[0].tell(1, 1, vec![0; 16]).expect("open");
+            told(&members[1]);
+            members[1].tell(0, 1, vec![0; 16]).expect("open");
+            told(&members[0]);
+            start.elapsed()
+        })
+        .collect();
+    times.sort();
+    println!("round trip: median {:?}, 90th {:?}, max {:?}", times[150], times[270], times[299]);
+    leave(members);
+}
