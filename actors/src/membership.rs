@@ -115,19 +115,21 @@ pub enum MembershipError {
         process: u32,
     },
     /// The session is over.
-    #[error("the session has ended: {cause}")]
-    Ended {
-        /// The first cause.
-        cause: String,
-    },
+    #[error("the session has ended: {0}")]
+    Ended(FirstCause),
+    /// This process has left the session.
+    #[error("this process has left the session")]
+    Left,
 }
 
 impl MembershipError {
     /// The exit code that goes with it.
     pub fn exit(&self) -> u8 {
         match self {
-            Self::Config { .. } | Self::Io { .. } | Self::TooLarge { .. } | Self::NoPeer { .. } => exit::INTERNAL,
-            Self::Missing { .. } | Self::Backlog { .. } | Self::Gone { .. } | Self::Ended { .. } => exit::UNAVAILABLE,
+            Self::Config { .. } | Self::Io { .. } => exit::INTERNAL,
+            Self::TooLarge { .. } | Self::NoPeer { .. } | Self::Left => exit::INTERNAL,
+            Self::Missing { .. } | Self::Backlog { .. } | Self::Gone { .. } => exit::UNAVAILABLE,
+            Self::Ended(first) => first.exit,
             Self::Refused { .. } => exit::PROTOCOL,
         }
     }
@@ -292,8 +294,8 @@ impl Membership {
     /// Joins: blocks until all peers have.
     ///
     /// # Errors
-    /// [`MembershipError::Config`], [`MembershipError::Io`], or which peers are [`MembershipError::Missing`] or
-    /// [`MembershipError::Refused`].
+    /// [`MembershipError::Config`], [`MembershipError::Io`], which peers are [`MembershipError::Missing`] or
+    /// [`MembershipError::Refused`], or [`MembershipError::Ended`] when a peer failed meanwhile.
     pub fn start(config: Config) -> Result<Self, MembershipError> {
         config.check()?;
         let Config { process, processes, session, epoch, key, .. } = config;
@@ -309,7 +311,11 @@ impl Membership {
         let control = control::start(shared.clone(), config.links, &key, format!("{hex}.{epoch}"))?;
         // From here on a failure ends both threads.
         let membership = Self { shared: shared.clone(), notices, heartbeat: Some(heartbeat), control: Some(control) };
-        shared.wait_for_peers(config.join_within, config.deadline)?;
+        if let Err(error) = shared.wait_for_peers(config.join_within, config.deadline) {
+            // Those that did connect are told why we give up.
+            shared.fail(error.to_string(), error.exit());
+            return Err(error);
+        }
         Ok(membership)
     }
 
@@ -323,7 +329,7 @@ impl Membership {
     ///
     /// # Errors
     /// [`MembershipError::TooLarge`], [`MembershipError::NoPeer`], [`MembershipError::Backlog`] when the peer does not take
-    /// what it was told, [`MembershipError::Gone`], [`MembershipError::Ended`].
+    /// what it was told, [`MembershipError::Gone`], [`MembershipError::Ended`], [`MembershipError::Left`].
     pub fn tell(&self, to: u32, topic: u16, bytes: Vec<u8>) -> Result<(), MembershipError> {
         self.shared.tell(to, topic, bytes)
     }

@@ -23,3 +23,9 @@ pub(crate) enum Cast {
 
 /// Stays within the process: ractor sends only messages that say they can be serialized.
 impl ractor::Message for Cast {}
+
+/// For actors that get no messages. Not `()`, which ractor can serialize: it would show the actor to all other processes.
+#[derive(Debug)]
+pub(crate) enum Never {}
+
+impl ractor::Message for Never {}

@@ -13,7 +13,7 @@ use shardflow_kernels::stream::Stream;
 
 use crate::bus::Bus;
 use crate::error::{Failure, PeerError};
-use crate::message::Cast;
+use crate::message::{Cast, Never};
 use crate::remote::Remote;
 use crate::snapshot::ActorSnapshot;
 use crate::spec::{ActorId, Spec};
@@ -223,17 +223,17 @@ impl Session {
 pub(crate) struct Supervisor;
 
 impl Actor for Supervisor {
-    type Msg = ();
+    type Msg = Never;
     type State = Arc<Session>;
     type Arguments = Arc<Session>;
 
-    async fn pre_start(&self, _: ActorRef<()>, session: Arc<Session>) -> Result<Arc<Session>, ActorProcessingErr> {
+    async fn pre_start(&self, _: ActorRef<Never>, session: Arc<Session>) -> Result<Arc<Session>, ActorProcessingErr> {
         Ok(session)
     }
 
     async fn handle_supervisor_evt(
         &self,
-        _: ActorRef<()>,
+        _: ActorRef<Never>,
         event: SupervisionEvent,
         session: &mut Arc<Session>,
     ) -> Result<(), ActorProcessingErr> {

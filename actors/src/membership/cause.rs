@@ -108,6 +108,11 @@ impl Arbiter {
         true
     }
 
+    /// True while a grace window is open.
+    pub(crate) fn is_deciding(&self) -> bool {
+        self.decide_at.is_some() && !self.closed
+    }
+
     /// The first cause, once, when the grace window is over.
     pub(crate) fn tick(&mut self, now: Duration) -> Option<FirstCause> {
         if self.closed || now < self.decide_at? {

@@ -140,6 +140,10 @@ impl Shared {
     pub(crate) fn connected(&self, process: u32, member: ActorRef<Mail>) {
         if let Some(peer) = self.state().peers.get_mut(&process) {
             peer.link = Link::Open(member);
+            // Letters may have come before we could answer them.
+            if peer.urgent_taken > 0 {
+                self.answer(peer);
+            }
         }
         self.changed.notify_all();
     }
@@ -162,6 +166,12 @@ impl Shared {
             state.peers.iter().filter(|(_, p)| wanted(&p.link)).map(|(p, _)| *p).collect()
         };
         let ended = self.wait(within, |state| {
+            if let Some(first) = &state.first {
+                return Some(Err(MembershipError::Ended(first.clone())));
+            }
+            if state.arbiter.is_deciding() {
+                return None;
+            }
             if let Some(&process) = with(state, |l| matches!(l, Link::Closed)).first() {
                 return Some(Err(MembershipError::Refused { process }));
             }
@@ -395,10 +405,10 @@ impl Shared {
         }
         let mut state = self.state();
         if let Some(first) = &state.first {
-            return Err(MembershipError::Ended { cause: first.to_string() });
+            return Err(MembershipError::Ended(first.clone()));
         }
         if state.left {
-            return Err(MembershipError::Ended { cause: "this process has left".into() });
+            return Err(MembershipError::Left);
         }
         let Some(peer) = state.peers.get_mut(&to) else {
             return Err(MembershipError::NoPeer { process: to, processes: self.processes });

@@ -116,7 +116,7 @@ fn a_failure_is_named_everywhere_with_its_code() {
     for member in &members {
         assert_eq!(ended(member), first);
         assert!(member.notices().try_recv().is_err(), "told once");
-        assert!(matches!(member.tell(0, 0, vec![]), Err(MembershipError::Ended { .. })));
+        assert!(matches!(member.tell(0, 0, vec![]), Err(MembershipError::Ended(_))));
     }
 }
 
@@ -338,15 +338,43 @@ fn peers_that_do_not_join_are_named() {
 }
 
 #[test]
-fn another_secret_or_epoch_is_refused() {
-    for change in [(|c: &mut Config| c.key = [1; 32]) as fn(&mut Config), |c| c.epoch += 1] {
-        let mut configs = configs(13, 2);
-        change(&mut configs[1]);
-        let threads: Vec<_> = configs.into_iter().map(|c| thread::spawn(move || Membership::start(c))).collect();
-        for (own, thread) in threads.into_iter().enumerate() {
-            let error = thread.join().expect("no panic").expect_err("refused");
-            let MembershipError::Refused { process } = error else { panic!("{error}") };
-            assert_eq!((process, error.exit()), (1 - own as u32, 76));
+fn who_gives_up_joining_says_why() {
+    let mut configs = configs(17, 3);
+    // Process 2 never comes; 0 gives up first.
+    let absent = configs.pop().expect("three");
+    configs[0].join_within = ms(1000);
+    let threads: Vec<_> = configs.into_iter().map(|c| thread::spawn(move || Membership::start(c))).collect();
+    let errors: Vec<_> =
+        threads.into_iter().map(|t| t.join().expect("no panic").expect_err("incomplete").to_string()).collect();
+    assert!(errors[0].contains("processes [2] did not join within 1.0 s"), "{errors:?}");
+    assert!(errors[1].contains("process 0: processes [2] did not join within 1.0 s"), "{errors:?}");
+    drop(absent);
+}
+
+/// Starts two processes that do not fit together.
+fn refused(change: impl Fn(&mut Config)) -> Vec<MembershipError> {
+    let mut configs = configs(13, 2);
+    change(&mut configs[1]);
+    let threads: Vec<_> = configs.into_iter().map(|c| thread::spawn(move || Membership::start(c))).collect();
+    threads.into_iter().map(|t| t.join().expect("no panic").expect_err("refused")).collect()
+}
+
+#[test]
+fn another_secret_is_refused() {
+    for (own, error) in refused(|c| c.key = [1; 32]).iter().enumerate() {
+        let MembershipError::Refused { process } = error else { panic!("{error}") };
+        assert_eq!((*process, error.exit()), (1 - own as u32, 76));
+    }
+}
+
+#[test]
+fn another_epoch_is_refused() {
+    // The older one may also learn first, from a heartbeat, that it is the older one.
+    for (own, error) in refused(|c| c.epoch += 1).iter().enumerate() {
+        match (own, error) {
+            (0, MembershipError::Ended(first)) => assert_eq!((first.process, error.exit()), (0, 75)),
+            (_, MembershipError::Refused { process }) => assert_eq!((*process, error.exit()), (1 - own as u32, 76)),
+            (own, error) => panic!("process {own}: {error}"),
         }
     }
 }
