@@ -3,8 +3,11 @@
 //! `graph::builder -> passes -> plan::lower -> actors::spec -> actors::shell -> actors::protocol -> kernels::op`
 
 pub mod boxing;
+pub mod cluster;
+pub mod exit;
 pub mod graph;
 pub mod init;
+pub mod launcher;
 pub mod layout_error;
 pub mod nn;
 pub mod passes;
