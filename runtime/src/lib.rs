@@ -4,8 +4,10 @@
 
 pub mod boxing;
 pub mod cluster;
+pub mod exit;
 pub mod graph;
 pub mod init;
+pub mod launcher;
 pub mod layout_error;
 pub mod nn;
 pub mod passes;

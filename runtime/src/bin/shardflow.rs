@@ -1,0 +1,2 @@
+//! The command `shardflow`.
+fn main() {}

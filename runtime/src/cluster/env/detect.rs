@@ -1,0 +1,293 @@
+//! Reads each source's variables. Imports `env`.
+
+use std::fmt::Display;
+use std::str::FromStr;
+
+use super::slurm::{first_host, tasks_per_node};
+use super::{Endpoint, EnvError, Launch, SecretSource, Source, Variables, World, get};
+use crate::init::fnv1a;
+
+/// First of the ports that are derived from a job's name, and their number: below those that Linux gives to clients
+/// (32768 on) and those that Kubernetes gives to services (30000 on).
+const DERIVED_PORT_FIRST: u16 = 20000;
+const DERIVED_PORTS: u64 = 10000;
+
+/// How a process with these variables was started.
+///
+/// # Errors
+/// Variables that are half set, contradict each other or cannot be read; several processes without a secret.
+pub fn detect(variables: &Variables) -> Result<Launch, EnvError> {
+    let Some((source, found)) = source(variables) else { return Ok(Launch::Local) };
+    let vars = Reader { variables, found };
+    let place = place(source, &vars)?;
+    // One process needs no meeting and no secret; our own launcher gives both in any case, with the number of restarts.
+    if place.processes == 1 && source != Source::Shardflow {
+        return Ok(Launch::Local);
+    }
+    let endpoint = match vars.get("SHARDFLOW_ENDPOINT") {
+        Some(text) => {
+            Endpoint::parse(text).map_err(|e| invalid("SHARDFLOW_ENDPOINT", text, &format!("must be {e}")))?
+        }
+        None => own_endpoint(source, &vars, &place)?,
+    };
+    if matches!(endpoint, Endpoint::Unix(_)) && place.local_processes < place.processes {
+        let rule = "a Unix socket reaches the processes of one node only: use tcp://HOST:PORT";
+        return Err(contradiction(("SHARDFLOW_ENDPOINT", endpoint), (place.processes_name, place.processes), rule));
+    }
+    let Some(secret) = SecretSource::find(variables)? else {
+        let how = source.how_to_give_a_secret();
+        return Err(EnvError::NoSecret { source_name: source.name(), processes: place.processes, how });
+    };
+    let (restart, run_id) = (restart(source, &vars)?, run_id(source, &vars));
+    let Place { process, processes, local_process, local_processes, node, .. } = place;
+    let world =
+        World { process, processes, local_process, local_processes, node, endpoint, secret, restart, source, run_id };
+    Ok(Launch::World(world))
+}
+
+/// Variables that show a source, the first of which stands in messages.
+fn marks(source: Source) -> &'static [&'static str] {
+    match source {
+        Source::Shardflow => {
+            &["SHARDFLOW_RANK", "SHARDFLOW_WORLD_SIZE", "SHARDFLOW_LOCAL_RANK", "SHARDFLOW_LOCAL_WORLD_SIZE"]
+        }
+        Source::Torchrun => &["RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"],
+        Source::OpenMpi => &["OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"],
+        Source::Slurm => &["SLURM_STEP_ID"],
+        Source::Kubernetes => &["JOB_COMPLETION_INDEX"],
+    }
+}
+
+/// The innermost launcher that left its mark, and the mark.
+///
+/// OpenMPI comes before Slurm: in a Slurm job `mpirun` starts its helpers on other nodes by `srun`, so its processes have
+/// the variables of both, and those of Slurm are the helper's.
+fn source(variables: &Variables) -> Option<(Source, &'static str)> {
+    let sources = [Source::Shardflow, Source::Torchrun, Source::OpenMpi, Source::Slurm, Source::Kubernetes];
+    sources.into_iter().find_map(|source| {
+        let mark = marks(source).iter().find(|name| get(variables, name).is_some())?;
+        // A script of sbatch is in no step; the shell of an interactive step is one task.
+        let is_step = || get(variables, "SLURM_PROCID").is_some() && slurm_tasks(variables).1 != "1";
+        (source != Source::Slurm || is_step()).then_some((source, *mark))
+    })
+}
+
+/// The variable with the number of a step's tasks, and its value. `SLURM_NTASKS` may be the whole job's.
+fn slurm_tasks(variables: &Variables) -> (&'static str, &str) {
+    let names = ["SLURM_STEP_NUM_TASKS", "SLURM_NTASKS"];
+    names.into_iter().find_map(|name| Some((name, get(variables, name)?))).unwrap_or(("SLURM_NTASKS", "1"))
+}
+
+/// Variables of a source that showed itself by one of them.
+struct Reader<'a> {
+    variables: &'a Variables,
+    found: &'static str,
+}
+
+impl<'a> Reader<'a> {
+    fn get(&self, name: &str) -> Option<&'a str> {
+        get(self.variables, name)
+    }
+
+    fn need(&self, name: &'static str, meaning: &'static str) -> Result<&'a str, EnvError> {
+        self.get(name).ok_or_else(|| self.missing(name, meaning))
+    }
+
+    fn missing(&self, missing: &'static str, meaning: &'static str) -> EnvError {
+        let value = self.get(self.found).unwrap_or("").into();
+        EnvError::HalfSet { found: self.found, value, missing, meaning }
+    }
+
+    fn number(&self, name: &'static str, meaning: &'static str) -> Result<u32, EnvError> {
+        parse(name, self.need(name, meaning)?)
+    }
+
+    fn optional<T: FromStr>(&self, name: &'static str) -> Result<Option<T>, EnvError> {
+        self.get(name).map(|text| parse(name, text)).transpose()
+    }
+}
+
+fn parse<T: FromStr>(name: &'static str, text: &str) -> Result<T, EnvError> {
+    text.parse().map_err(|_| invalid(name, text, "must be a whole number, not negative"))
+}
+
+fn invalid(variable: &'static str, value: &str, expected: &str) -> EnvError {
+    EnvError::Invalid { variable, value: value.into(), expected: expected.into() }
+}
+
+fn contradiction(
+    (variable, value): (&'static str, impl Display),
+    (other, other_value): (&'static str, impl Display),
+    rule: &'static str,
+) -> EnvError {
+    EnvError::Contradiction { variable, value: value.to_string(), other, other_value: other_value.to_string(), rule }
+}
+
+/// Numbers of a process, and the variable that said how many there are.
+struct Place {
+    process: u32,
+    processes: u32,
+    processes_name: &'static str,
+    local_process: u32,
+    local_processes: u32,
+    node: Option<u32>,
+}
+
+fn place(source: Source, vars: &Reader) -> Result<Place, EnvError> {
+    match source {
+        Source::Shardflow => {
+            let names =
+                ["SHARDFLOW_RANK", "SHARDFLOW_WORLD_SIZE", "SHARDFLOW_LOCAL_RANK", "SHARDFLOW_LOCAL_WORLD_SIZE"];
+            checked_place(names, vars, vars.optional("SHARDFLOW_NODE_RANK")?)
+        }
+        Source::Torchrun => {
+            let names = ["RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"];
+            checked_place(names, vars, vars.optional("GROUP_RANK")?)
+        }
+        Source::OpenMpi => {
+            let names = [
+                "OMPI_COMM_WORLD_RANK",
+                "OMPI_COMM_WORLD_SIZE",
+                "OMPI_COMM_WORLD_LOCAL_RANK",
+                "OMPI_COMM_WORLD_LOCAL_SIZE",
+            ];
+            checked_place(names, vars, None)
+        }
+        Source::Slurm => slurm_place(vars),
+        Source::Kubernetes => kubernetes_place(vars),
+    }
+}
+
+fn checked_place(names: [&'static str; 4], vars: &Reader, node: Option<u32>) -> Result<Place, EnvError> {
+    let [rank, size, local_rank, local_size] = names;
+    let process = vars.number(rank, "the number of this process, from 0")?;
+    let processes = vars.number(size, "the number of processes")?;
+    let local_process = vars.number(local_rank, "the number of this process on its node, from 0")?;
+    let local_processes = vars.number(local_size, "the number of processes on this node")?;
+    let below = "numbers begin at 0 and end below the number of processes";
+    if process >= processes {
+        return Err(contradiction((rank, process), (size, processes), below));
+    }
+    if local_process >= local_processes {
+        return Err(contradiction((local_rank, local_process), (local_size, local_processes), below));
+    }
+    if local_processes > processes {
+        let rule = "a node cannot have more processes than there are";
+        return Err(contradiction((local_size, local_processes), (size, processes), rule));
+    }
+    Ok(Place { process, processes, processes_name: size, local_process, local_processes, node })
+}
+
+fn slurm_place(vars: &Reader) -> Result<Place, EnvError> {
+    let process = vars.number("SLURM_PROCID", "the number of this task: start it by srun")?;
+    let (processes_name, text) = slurm_tasks(vars.variables);
+    let processes = parse(processes_name, text)?;
+    let local_process = vars.number("SLURM_LOCALID", "the number of this task on its node: start it by srun")?;
+    let node = vars.number("SLURM_NODEID", "the number of this node: start it by srun")?;
+    let below = "numbers begin at 0 and end below the number of tasks";
+    if process >= processes {
+        return Err(contradiction(("SLURM_PROCID", process), (processes_name, processes), below));
+    }
+    const PER_NODE: [&str; 2] = ["SLURM_STEP_TASKS_PER_NODE", "SLURM_TASKS_PER_NODE"];
+    let per_node_name = PER_NODE.into_iter().find(|name| vars.get(name).is_some()).unwrap_or(PER_NODE[0]);
+    let list = vars.need(per_node_name, "the tasks of each node, such as 2(x3),1: start it by srun")?;
+    let tasks = tasks_per_node(list).map_err(|e| invalid(per_node_name, list, e))?;
+    if tasks.iter().map(|count| u64::from(*count)).sum::<u64>() != u64::from(processes) {
+        let rule = "the tasks of all nodes must add up to the number of tasks";
+        return Err(contradiction((per_node_name, list), (processes_name, processes), rule));
+    }
+    let Some(&local_processes) = tasks.get(node as usize) else {
+        let rule = "the node's number must be below the number of nodes";
+        return Err(contradiction(("SLURM_NODEID", node), (per_node_name, list), rule));
+    };
+    if local_process >= local_processes {
+        return Err(contradiction(("SLURM_LOCALID", local_process), (per_node_name, list), below));
+    }
+    Ok(Place { process, processes, processes_name, local_process, local_processes, node: Some(node) })
+}
+
+/// One process a pod. A pod with several runs `shardflow launch`.
+fn kubernetes_place(vars: &Reader) -> Result<Place, EnvError> {
+    let process = vars.number("JOB_COMPLETION_INDEX", "the number of this pod")?;
+    let meaning = "the number of pods of the job (or to 1, if each pod trains on its own)";
+    let processes = vars.number("SHARDFLOW_NNODES", meaning)?;
+    // Pods that train on their own keep their index, and none of them is process 1 of 1.
+    if process >= processes && processes != 1 {
+        let rule = "the index of a pod is below the number of pods";
+        return Err(contradiction(("JOB_COMPLETION_INDEX", process), ("SHARDFLOW_NNODES", processes), rule));
+    }
+    let processes_name = "SHARDFLOW_NNODES";
+    Ok(Place { process, processes, processes_name, local_process: 0, local_processes: 1, node: Some(process) })
+}
+
+/// Where process 0 listens, as the source says it. Only called without `SHARDFLOW_ENDPOINT`.
+fn own_endpoint(source: Source, vars: &Reader, place: &Place) -> Result<Endpoint, EnvError> {
+    let missing = |meaning| Err(vars.missing("SHARDFLOW_ENDPOINT", meaning));
+    match source {
+        Source::Shardflow => missing("tcp://HOST:PORT or unix:PATH"),
+        Source::Torchrun => master(vars),
+        Source::OpenMpi if vars.get("MASTER_ADDR").is_some() || vars.get("MASTER_PORT").is_some() => master(vars),
+        Source::OpenMpi if place.local_processes == place.processes => {
+            let job = ["PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid"].into_iter().find_map(|name| vars.get(name));
+            Ok(Endpoint::Tcp { host: "127.0.0.1".into(), port: derived_port(job.unwrap_or("")) })
+        }
+        Source::OpenMpi => missing("tcp://HOST:PORT of the node of process 0, by `mpirun -x SHARDFLOW_ENDPOINT=..`"),
+        Source::Slurm => slurm_endpoint(vars, place),
+        Source::Kubernetes => missing("tcp://HOST:PORT, with the name that the job's first pod has in its service"),
+    }
+}
+
+fn master(vars: &Reader) -> Result<Endpoint, EnvError> {
+    let host = vars.need("MASTER_ADDR", "the host of process 0")?;
+    let port = vars.need("MASTER_PORT", "a free port on the host of process 0")?;
+    match port.parse::<u16>() {
+        Ok(port) if port > 0 => {
+            // An IPv6 address stands bare in MASTER_ADDR.
+            let text =
+                if host.contains(':') { format!("tcp://[{host}]:{port}") } else { format!("tcp://{host}:{port}") };
+            Endpoint::parse(&text).map_err(|e| invalid("MASTER_ADDR", host, &format!("must be {e}")))
+        }
+        _ => Err(invalid("MASTER_PORT", port, "must be a port from 1 to 65535")),
+    }
+}
+
+fn slurm_endpoint(vars: &Reader, place: &Place) -> Result<Endpoint, EnvError> {
+    let job = vars.need("SLURM_JOB_ID", "the job's number: start it by srun")?;
+    let port = derived_port(&run_id(Source::Slurm, vars));
+    let _: u64 = parse("SLURM_JOB_ID", job)?;
+    if place.local_processes == place.processes {
+        return Ok(Endpoint::Tcp { host: "127.0.0.1".into(), port });
+    }
+    const LISTS: [&str; 2] = ["SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST"];
+    let name = LISTS.into_iter().find(|name| vars.get(name).is_some()).unwrap_or(LISTS[0]);
+    let list = vars.need(name, "the step's nodes: start it by srun")?;
+    let host = first_host(list).map_err(|e| invalid(name, list, &format!("not a list of hosts: {e}")))?;
+    Ok(Endpoint::Tcp { host, port })
+}
+
+/// A port that all processes of a job find without asking, and two jobs on a node rarely share.
+fn derived_port(job: &str) -> u16 {
+    DERIVED_PORT_FIRST + (fnv1a(job) % DERIVED_PORTS) as u16
+}
+
+fn restart(source: Source, vars: &Reader) -> Result<u64, EnvError> {
+    let name = match source {
+        Source::Shardflow => "SHARDFLOW_RESTART_COUNT",
+        Source::Torchrun => "TORCHELASTIC_RESTART_COUNT",
+        Source::Slurm => "SLURM_RESTART_COUNT",
+        // Neither counts: `mpirun` does not restart, and a pod does not learn how often it was.
+        Source::OpenMpi | Source::Kubernetes => return Ok(0),
+    };
+    Ok(vars.optional(name)?.unwrap_or(0))
+}
+
+fn run_id(source: Source, vars: &Reader) -> String {
+    let named = |name: &str| vars.get(name).unwrap_or("none").to_string();
+    match source {
+        Source::Shardflow => named("SHARDFLOW_RUN_ID"),
+        Source::Torchrun => named("TORCHELASTIC_RUN_ID"),
+        Source::OpenMpi => named("PMIX_NAMESPACE"),
+        Source::Slurm => format!("{}.{}", named("SLURM_JOB_ID"), named("SLURM_STEP_ID")),
+        Source::Kubernetes => named("SHARDFLOW_RUN_ID"),
+    }
+}

@@ -1,0 +1,157 @@
+//! The two little languages of Slurm's variables: host lists and tasks per node. Imports nothing of Shardflow.
+
+/// Largest number of nodes that is believed.
+const NODES_MAX: usize = 1 << 16;
+
+/// The first host of a list such as `node[01-03,7],other`; the whole list is checked.
+///
+/// # Errors
+/// What is wrong with the list.
+pub fn first_host(list: &str) -> Result<String, &'static str> {
+    let (mut first, mut start, mut in_brackets) = (None, 0, false);
+    for (i, byte) in list.bytes().chain([b',']).enumerate() {
+        match byte {
+            b'[' if in_brackets => return Err("a bracket inside of a bracket"),
+            b'[' => in_brackets = true,
+            b']' if !in_brackets => return Err("a bracket that closes nothing"),
+            b']' => in_brackets = false,
+            b',' if !in_brackets => {
+                let host = first_of_item(&list[start..i])?;
+                first.get_or_insert(host);
+                start = i + 1;
+            }
+            _ => {}
+        }
+    }
+    match first {
+        _ if in_brackets => Err("a bracket that does not close"),
+        Some(host) => Ok(host),
+        None => Err("no host"),
+    }
+}
+
+/// The first host of an item without outer commas, such as `rack[1-2]node[01-03,7]`.
+fn first_of_item(item: &str) -> Result<String, &'static str> {
+    let (mut host, mut rest) = (String::new(), item);
+    while let Some((before, after)) = rest.split_once('[') {
+        let (ranges, after) = after.split_once(']').ok_or("a bracket that does not close")?;
+        host += before;
+        let mut lows = Vec::new();
+        for range in ranges.split(',') {
+            lows.push(low_of_range(range)?);
+        }
+        host += lows[0];
+        rest = after;
+    }
+    host += rest;
+    if host.is_empty() {
+        return Err("an empty name");
+    }
+    let is_part = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.');
+    if host.bytes().all(is_part) { Ok(host) } else { Err("a name with other than letters, digits, dots and dashes") }
+}
+
+/// `01` of `01-03` or `01`. Its zeros are part of the name.
+fn low_of_range(range: &str) -> Result<&str, &'static str> {
+    let number = |text: &str| match text.parse::<u64>() {
+        Ok(value) if text.bytes().all(|b| b.is_ascii_digit()) => Ok(value),
+        _ => Err("a range that is not NUMBER or NUMBER-NUMBER"),
+    };
+    let (low, high) = range.split_once('-').unwrap_or((range, range));
+    if number(low)? > number(high)? {
+        return Err("a range that ends before it begins");
+    }
+    Ok(low)
+}
+
+/// Tasks of each node, from a list such as `2(x3),1`.
+///
+/// # Errors
+/// What is wrong with the list.
+pub fn tasks_per_node(list: &str) -> Result<Vec<u32>, &'static str> {
+    const FORM: &str = "tasks that are not written as 2(x3),1";
+    let mut tasks = Vec::new();
+    for item in list.split(',') {
+        let (count, nodes) = match item.split_once("(x") {
+            Some((count, nodes)) => (count, nodes.strip_suffix(')').ok_or(FORM)?),
+            None => (item, "1"),
+        };
+        let (count, nodes): (u32, usize) = (count.parse().map_err(|_| FORM)?, nodes.parse().map_err(|_| FORM)?);
+        if nodes == 0 || nodes > NODES_MAX - tasks.len() {
+            return Err("a number of nodes from 1 to 65536");
+        }
+        tasks.resize(tasks.len() + nodes, count);
+    }
+    Ok(tasks)
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn host_lists() {
+        for (list, first) in [
+            ("node1", "node1"),
+            ("node[01-03,7],other", "node01"),
+            ("node[7,01-03]", "node7"),
+            ("other,node[1-2]", "other"),
+            ("rack[2-3]n[009-010]-ib,x", "rack2n009-ib"),
+            ("[1-3]", "1"),
+            ("a.b-c_d", "a.b-c_d"),
+        ] {
+            assert_eq!(first_host(list).as_deref(), Ok(first), "{list}");
+        }
+        for bad in
+            ["", ",", "a,", ",a", "a[", "a]", "a[1", "a[]", "a[1-]", "a[-1]", "a[2-1]", "a[[1]]", "a[1,]", "a[x]"]
+        {
+            assert!(first_host(bad).is_err(), "{bad}");
+        }
+        for bad in ["a b", "a;b", "ok,a[+1]", "ok,b[3-2]", "a[1-2-3]", "n\u{e4}", "a[99999999999999999999]"] {
+            assert!(first_host(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn tasks() {
+        assert_eq!(tasks_per_node("2(x3),1"), Ok(vec![2, 2, 2, 1]));
+        assert_eq!(tasks_per_node("4"), Ok(vec![4]));
+        for bad in ["", "x", "2(x", "2(x0)", "2(x3", "2,", "2(x65537)", "-1", "1(x65536),1"] {
+            assert!(tasks_per_node(bad).is_err(), "{bad}");
+        }
+    }
+
+    /// An item as its parts: text, then ranges (low, how many more, width).
+    fn item() -> impl Strategy<Value = Vec<(String, Vec<(u64, u64, usize)>)>> {
+        let range = (0u64..1000, 0u64..20, 1usize..5);
+        prop::collection::vec(("[a-z][a-z0-9.-]{0,4}", prop::collection::vec(range, 0..4)), 1..3)
+    }
+
+    proptest! {
+        #[test]
+        fn the_first_of_any_list(items in prop::collection::vec(item(), 1..5)) {
+            let written = |item: &Vec<(String, Vec<(u64, u64, usize)>)>| {
+                item.iter().map(|(text, ranges)| {
+                    let ranges: Vec<String> = ranges.iter().map(|(low, more, width)| match more {
+                        0 => format!("{low:0width$}"),
+                        more => format!("{low:0width$}-{:0width$}", low + more),
+                    }).collect();
+                    if ranges.is_empty() { text.clone() } else { format!("{text}[{}]", ranges.join(",")) }
+                }).collect::<String>()
+            };
+            let list = items.iter().map(written).collect::<Vec<_>>().join(",");
+            let first: String = items[0].iter().map(|(text, ranges)| match ranges.first() {
+                Some((low, _, width)) => format!("{text}{low:0width$}"),
+                None => text.clone(),
+            }).collect();
+            prop_assert_eq!(first_host(&list), Ok(first));
+        }
+
+        #[test]
+        fn no_text_breaks_it(text in "[a0-9\\[\\],\\-(x)]{0,12}") {
+            let _ = (first_host(&text), tasks_per_node(&text));
+        }
+    }
+}
