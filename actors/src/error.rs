@@ -293,6 +293,9 @@ pub enum PeerError {
         /// How long it was waited for.
         seconds: u64,
     },
+    /// It has ended in order, though this process still needs it.
+    #[error("it has ended the session, and this process has not: do all make the same steps?")]
+    Ended,
     /// It failed, and says why.
     #[error("{cause}")]
     Failed {

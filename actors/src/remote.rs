@@ -69,7 +69,19 @@ pub struct Peers {
     /// What the programs of all processes give each other beside the plan.
     pub host_ports: Vec<HostPort>,
     /// Gets what comes from peers for the ports.
-    pub host_pieces: Option<Sender<HostPiece>>,
+    pub host: Option<Sender<FromPeer>>,
+}
+
+/// What the program hears from the programs of other processes.
+#[derive(Clone, Debug, PartialEq)]
+pub enum FromPeer {
+    /// Tensors.
+    Piece(HostPiece),
+    /// The process has ended in order: nothing more comes from it.
+    Ended {
+        /// Which.
+        process: u32,
+    },
 }
 
 /// What came for a port.
@@ -97,7 +109,7 @@ pub(crate) struct Remote {
     peer_of: Vec<Option<usize>>,
     outboxes: Vec<(u32, Sender<Outgoing>)>,
     host_ports: Vec<HostPort>,
-    host_pieces: Option<Sender<HostPiece>>,
+    host: Option<Sender<FromPeer>>,
     /// By peer: the last `Ready` that came.
     ready: Mutex<Vec<u64>>,
     changed: Condvar,
@@ -114,7 +126,7 @@ pub(crate) struct PeerEnd {
 impl Remote {
     /// Nothing runs yet; [`serve`] starts the threads.
     pub(crate) fn new(spec: &Spec, peers: Peers) -> (Self, Vec<PeerEnd>) {
-        let Peers { peers, host_ports, host_pieces } = peers;
+        let Peers { peers, host_ports, host } = peers;
         let mut peer_of = vec![None; spec.actors.len()];
         let (mut outboxes, mut ends) = (Vec::new(), Vec::new());
         for (index, peer) in peers.into_iter().enumerate() {
@@ -124,7 +136,7 @@ impl Remote {
             ends.push(PeerEnd { peer, index, outgoing });
         }
         let ready = Mutex::new(vec![0; ends.len()]);
-        (Self { peer_of, outboxes, host_ports, host_pieces, ready, changed: Condvar::new() }, ends)
+        (Self { peer_of, outboxes, host_ports, host, ready, changed: Condvar::new() }, ends)
     }
 
     /// True when a peer hosts the actor, and the message is on its way.

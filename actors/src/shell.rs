@@ -2,7 +2,7 @@
 //! `check`, kernels, ractor and tokio.
 
 use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
@@ -20,7 +20,7 @@ use crate::protocol::Event;
 use crate::remote::{Connections, HostPiece, Peers, Remote, serve};
 use crate::snapshot::ActorSnapshot;
 use crate::spec::{ActorId, RegisterId, Spec};
-use crate::supervisor::{Session, Supervisor};
+use crate::supervisor::{OnFailure, Session, Supervisor};
 use crate::watchdog::{Watchdog, WatchdogOptions};
 
 mod loaded;
@@ -283,14 +283,9 @@ impl Running {
         self.session.bus.remote().give(piece);
     }
 
-    /// Ends the session for a cause from outside it. Only the first cause is kept.
-    pub fn fail(&self, failure: Failure) {
-        self.session.fail(failure);
-    }
-
-    /// A peer ends in order: what breaks with it is no failure.
-    pub fn peer_left(&self, process: u32) {
-        self.session.peer_left(process);
+    /// For whoever watches the other processes; it does not keep the session alive.
+    pub fn control(&self) -> Control {
+        Control(Arc::downgrade(&self.session))
     }
 
     /// Gets the first cause, once, when the session fails.
@@ -363,6 +358,29 @@ impl Running {
     #[cfg(test)]
     pub(crate) fn cast(&self, actor: ActorId, cast: Cast) -> bool {
         self.session.bus.send(actor, cast)
+    }
+}
+
+/// A handle on a session for whoever watches its peers. Does nothing once the session is gone.
+#[derive(Clone, Debug)]
+pub struct Control(Weak<Session>);
+
+impl Control {
+    /// Ends the session for a cause from outside it. Only the first cause is kept.
+    pub fn fail(&self, failure: Failure) {
+        self.0.upgrade().into_iter().for_each(|session| session.fail(failure.clone()));
+    }
+
+    /// A peer ends in order: what breaks with it is no failure.
+    pub fn peer_left(&self, process: u32) {
+        self.0.upgrade().into_iter().for_each(|session| session.peer_left(process));
+    }
+
+    /// Has the first cause told to `tell`, before anything is stopped for it; once for each session.
+    pub fn on_failure(&self, tell: impl Fn(&Failure) + Send + Sync + 'static) {
+        if let Some(session) = self.0.upgrade() {
+            session.on_failure(OnFailure(Box::new(tell)));
+        }
     }
 }
 

@@ -3,7 +3,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender, bounded};
@@ -43,6 +43,17 @@ pub(crate) struct Session {
     settled: Condvar,
     state: Mutex<State>,
     failed: Sender<Failure>,
+    /// Told of the first cause before anything is stopped.
+    on_failure: OnceLock<OnFailure>,
+}
+
+/// Hears of the first cause.
+pub(crate) struct OnFailure(pub(crate) Box<dyn Fn(&Failure) + Send + Sync>);
+
+impl std::fmt::Debug for OnFailure {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("OnFailure")
+    }
 }
 
 #[derive(Debug, Default)]
@@ -76,6 +87,7 @@ impl Session {
             streams,
             engine,
             failed,
+            on_failure: OnceLock::new(),
         };
         (Arc::new(session), failures)
     }
@@ -94,11 +106,23 @@ impl Session {
             state.first = Some(failure.clone());
         }
         tracing::error!(%failure, "session ends");
+        if let Some(OnFailure(tell)) = self.on_failure.get() {
+            tell(&failure);
+        }
         self.engine.abort(&failure.to_string());
         self.bus.stop();
         // The channel has room for the one message it ever gets.
         let _ = self.failed.try_send(failure);
         self.settled.notify_all();
+    }
+
+    /// Has the first cause told to `tell`, at once if there is one already.
+    pub(crate) fn on_failure(&self, tell: OnFailure) {
+        // Both orders of this and `fail` may tell twice; a cause told again changes nothing.
+        let _ = self.on_failure.set(tell);
+        if let (Some(first), Some(OnFailure(tell))) = (self.first_failure(), self.on_failure.get()) {
+            tell(&first);
+        }
     }
 
     /// A peer has ended in order.

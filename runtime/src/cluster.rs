@@ -1,5 +1,5 @@
-//! The processes that run a plan together: where a program finds out that it is one of several, and how they meet.
-//! Imports the actors' transport and membership.
+//! The processes that run a plan together: where a program finds out that it is one of several, and how it wants to meet the
+//! others. Imports `exit` and the actors' transport and membership.
 //!
 //! ```no_run
 //! use shardflow::prelude::*;
@@ -11,6 +11,242 @@
 //! # }
 //! ```
 
+use std::fmt;
+use std::net::IpAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use shardflow_actors::membership::MembershipError;
+use shardflow_actors::transport::TransportError;
+use shardflow_kernels::error::KernelError;
+
+use crate::exit::Exit;
+
 pub mod env;
 pub mod rendezvous;
+pub(crate) mod roads;
 pub(crate) mod world;
+
+use env::{EnvError, Launch};
+use rendezvous::{RendezvousError, Verdict};
+
+/// Variable that chooses the [`Transport`]: `auto`, `shared-memory`, `unix` or `tcp`; the same for all processes.
+pub const TRANSPORT: &str = "SHARDFLOW_TRANSPORT";
+/// Variable with the address of this node that the process listens on.
+pub const INTERFACE: &str = "SHARDFLOW_INTERFACE";
+
+/// What carries tensors from process to process.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Transport {
+    /// Shared memory between processes of one node, TCP between nodes.
+    #[default]
+    Auto,
+    /// Shared memory; processes on other nodes are reached by TCP.
+    SharedMemory,
+    /// Unix sockets on one node, TCP between nodes.
+    Unix,
+    /// TCP, on one node too.
+    Tcp,
+}
+
+impl Transport {
+    fn parse(text: &str) -> Result<Self, ClusterError> {
+        match text {
+            "auto" | "" => Ok(Self::Auto),
+            "shared-memory" => Ok(Self::SharedMemory),
+            "unix" => Ok(Self::Unix),
+            "tcp" => Ok(Self::Tcp),
+            _ => Err(ClusterError::Variable {
+                name: TRANSPORT,
+                value: text.into(),
+                expected: "auto, shared-memory, unix or tcp",
+            }),
+        }
+    }
+}
+
+/// Called with a line that says who is missing, while processes wait for each other.
+pub type OnWaiting = Arc<dyn Fn(&str) + Send + Sync>;
+
+/// How processes meet and watch each other; the same for all.
+#[derive(Clone)]
+pub struct ClusterOptions {
+    /// What carries tensors.
+    pub transport: Transport,
+    /// Address of this node to listen on; without it, the one by which process 0 is reached, loopback if it is on loopback.
+    pub interface: Option<IpAddr>,
+    /// How long to wait until all have come.
+    pub meet_within: Duration,
+    /// How long connections may take to be made, once all have come.
+    pub connect_within: Duration,
+    /// Time between heartbeats.
+    pub heartbeat_every: Duration,
+    /// Silence after which a process counts as failed.
+    pub heartbeat_deadline: Duration,
+    /// Hears who is missing, besides the log.
+    pub on_waiting: Option<OnWaiting>,
+}
+
+impl Default for ClusterOptions {
+    fn default() -> Self {
+        Self {
+            transport: Transport::Auto,
+            interface: None,
+            meet_within: Duration::from_secs(300),
+            connect_within: Duration::from_secs(60),
+            heartbeat_every: Duration::from_millis(250),
+            heartbeat_deadline: Duration::from_secs(4),
+            on_waiting: None,
+        }
+    }
+}
+
+impl fmt::Debug for ClusterOptions {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { transport, interface, meet_within, connect_within, heartbeat_every, heartbeat_deadline, .. } = self;
+        f.debug_struct("ClusterOptions")
+            .field("transport", transport)
+            .field("interface", interface)
+            .field("meet_within", meet_within)
+            .field("connect_within", connect_within)
+            .field("heartbeat", &(heartbeat_every, heartbeat_deadline))
+            .finish_non_exhaustive()
+    }
+}
+
+/// This process, and what it knows of the others before it meets them.
+#[derive(Clone, Debug)]
+pub struct Cluster {
+    launch: Launch,
+    /// How to meet them.
+    pub options: ClusterOptions,
+}
+
+impl Cluster {
+    /// One process, alone.
+    pub fn local() -> Self {
+        Self { launch: Launch::Local, options: ClusterOptions::default() }
+    }
+
+    /// As the environment says: the launcher's variables, torchrun's, Slurm's, OpenMPI's, a Kubernetes indexed job's; alone
+    /// where there are none. Nothing is connected yet: processes meet when a session starts.
+    ///
+    /// # Errors
+    /// An environment that contradicts itself, with the variable and what to set.
+    pub fn from_env() -> Result<Self, ClusterError> {
+        let variables = env::process_variables();
+        let mut options = ClusterOptions::default();
+        if let Some(text) = variables.get(TRANSPORT) {
+            options.transport = Transport::parse(text)?;
+        }
+        if let Some(text) = variables.get(INTERFACE).filter(|text| !text.is_empty()) {
+            let wrong = |_| ClusterError::Variable { name: INTERFACE, value: text.clone(), expected: "an IP address" };
+            options.interface = Some(text.parse().map_err(wrong)?);
+        }
+        Ok(Self { launch: env::detect(&variables)?, options })
+    }
+
+    /// Number of this process: its rank, as torchrun calls it.
+    pub fn process(&self) -> u32 {
+        match &self.launch {
+            Launch::Local => 0,
+            Launch::World(world) => world.process,
+        }
+    }
+
+    /// How many processes there are.
+    pub fn processes(&self) -> u32 {
+        match &self.launch {
+            Launch::Local => 1,
+            Launch::World(world) => world.processes,
+        }
+    }
+
+    /// How many of them share this node, and its cores.
+    pub fn local_processes(&self) -> u32 {
+        match &self.launch {
+            Launch::Local => 1,
+            Launch::World(world) => world.local_processes,
+        }
+    }
+
+    /// True for the one process that speaks for all: rank 0.
+    pub fn is_first(&self) -> bool {
+        self.process() == 0
+    }
+}
+
+/// Why the processes do not come together.
+#[derive(Debug, thiserror::Error)]
+pub enum ClusterError {
+    /// The environment contradicts itself.
+    #[error(transparent)]
+    Env(#[from] EnvError),
+    /// A variable of ours has a value that it cannot have.
+    #[error("{name} is {value:?}, expected {expected}")]
+    Variable {
+        /// The variable.
+        name: &'static str,
+        /// Its value.
+        value: String,
+        /// What it may be.
+        expected: &'static str,
+    },
+    /// There are more processes than devices for them.
+    #[error("a mesh of {devices} devices cannot be spread over {processes} processes: start at most {devices}")]
+    TooManyProcesses {
+        /// Devices of the mesh.
+        devices: usize,
+        /// Processes.
+        processes: u32,
+    },
+    /// They did not meet.
+    #[error(transparent)]
+    Rendezvous(#[from] RendezvousError),
+    /// A connection could not be made.
+    #[error(transparent)]
+    Transport(#[from] TransportError),
+    /// They met, and one was lost before the session began.
+    #[error(transparent)]
+    Membership(#[from] MembershipError),
+    /// A process that cannot be reached from here.
+    #[error("rank {process} on {host} listens on no address that can be reached from here; set {INTERFACE} there")]
+    NoAddress {
+        /// The process.
+        process: u32,
+        /// Its host.
+        host: String,
+    },
+    /// Memory or a collective engine could not be had.
+    #[error(transparent)]
+    Kernel(#[from] KernelError),
+    /// The system failed a call.
+    #[error("cannot {what}: {cause}")]
+    System {
+        /// What was tried.
+        what: &'static str,
+        /// What the system says.
+        cause: std::io::Error,
+    },
+}
+
+impl ClusterError {
+    /// The code that a program ends with because of it.
+    pub fn exit(&self) -> Exit {
+        match self {
+            Self::Env(error) => error.exit(),
+            Self::Variable { .. } | Self::TooManyProcesses { .. } | Self::NoAddress { .. } => Exit::Refused,
+            Self::Rendezvous(RendezvousError::Refused(Verdict::Conflicts(_))) => Exit::Refused,
+            Self::Rendezvous(RendezvousError::Transport(error)) | Self::Transport(error) => transport_exit(error),
+            Self::Rendezvous(RendezvousError::TooLong { .. } | RendezvousError::Rank { .. }) => Exit::Refused,
+            Self::Rendezvous(_) => Exit::PeerUnavailable,
+            Self::Membership(error) => Exit::from_code(error.exit()),
+            Self::Kernel(KernelError::OutOfMemory { .. }) => Exit::OutOfMemory,
+            Self::Kernel(_) | Self::System { .. } => Exit::Internal,
+        }
+    }
+}
+
+fn transport_exit(error: &TransportError) -> Exit {
+    if error.is_authentication() { Exit::Protocol } else { Exit::PeerUnavailable }
+}

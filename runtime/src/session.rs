@@ -6,8 +6,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, select, unbounded};
-use shardflow_actors::error::{ActorError, Failure};
-use shardflow_actors::remote::HostPiece;
+use shardflow_actors::error::{ActorError, Failure, PeerError};
+use shardflow_actors::remote::{HostPiece, Peers};
 use shardflow_actors::shell::{Hosted, Loaded, RegisterMemory, Running, start};
 use shardflow_actors::spec::{ActorId, RegisterId, StreamKind};
 use shardflow_actors::watchdog::WatchdogOptions;
@@ -18,7 +18,8 @@ use shardflow_kernels::error::KernelError;
 use shardflow_kernels::memory::{Arena, Base};
 use shardflow_kernels::tensor::{HostData, HostTensor, element_count};
 
-use crate::cluster::world::{Ways, World};
+use crate::cluster::roads::Ways;
+use crate::cluster::world::World;
 use crate::cluster::{Cluster, ClusterError};
 use crate::graph::builder::{HYPER_INPUT, RNG_INPUT};
 use crate::graph::{NodeOp, Rate, Var};
@@ -31,6 +32,7 @@ use crate::sbp::gather;
 use crate::sbp::region::take_box;
 
 pub mod checkpoint;
+pub(crate) mod ending;
 mod exchange;
 pub mod host;
 pub mod hosting;
@@ -148,7 +150,7 @@ impl Session {
     /// # Errors
     /// When memory, threads or peers cannot be had.
     pub fn start(plan: Plan, options: &SessionOptions) -> Result<Self, SessionError> {
-        let mut world = World::join(&options.cluster, &plan)?;
+        let world = World::join(&options.cluster, &plan, options.seed)?;
         let hosting = world.as_ref().map_or(Hosting::alone(plan.memory.len()), |w| w.hosting());
         let in_process: Arc<dyn Collective> = Arc::new(InProcess::new());
         let (mut devices, mut arenas) = (Vec::new(), BTreeMap::new());
@@ -160,9 +162,9 @@ impl Session {
             devices.push(device);
         }
         let ports = HostPorts::of(&plan, &hosting);
-        let (host_pieces, pieces) = unbounded();
-        let ways = match &mut world {
-            Some(world) => world.connect(&plan, &arenas, in_process)?,
+        let (host, from_peers) = unbounded();
+        let ways = match &world {
+            Some(world) => world.connect(&plan, &devices, &arenas, in_process)?,
             None => Ways::alone(in_process),
         };
         arenas.extend(ways.mapped);
@@ -189,9 +191,7 @@ impl Session {
             hosted,
             memory,
             engine: ways.engine.clone(),
-            peers: ways.peers,
-            host_ports: ports.ports.clone(),
-            host_pieces,
+            peers: Peers { peers: ways.peers, host_ports: ports.ports.clone(), host: Some(host) },
         };
         let mut session = Self {
             vocabularies: tokens::vocabularies(&plan.graph),
@@ -206,7 +206,7 @@ impl Session {
             world,
             feeds,
             fetched,
-            inbox: Mutex::new(Inbox::new(ports, pieces)),
+            inbox: Mutex::new(Inbox::new(ports, from_peers)),
             failed: None,
             steps: 0,
             seed: options.seed,
@@ -215,7 +215,7 @@ impl Session {
         session.initialise()?;
         let running = start(loaded, options.watchdog.clone())?;
         if let Some(world) = &session.world {
-            world.watch(&running);
+            world.watch(&running)?;
         }
         session.running = Some(running);
         Ok(session)
@@ -297,8 +297,13 @@ impl Session {
         let ended = || Failure::Stalled { idle_ms: 0, report: "the session has ended".into() };
         let running = self.running.as_ref().ok_or_else(ended)?;
         let mut inbox = self.lock_inbox();
-        let pieces = inbox.pieces.clone();
+        let peers = inbox.peers.clone();
         while !inbox.has(wanted) {
+            if let Some(process) = inbox.never(wanted) {
+                let failure = Failure::Peer { process, cause: PeerError::Ended };
+                running.control().fail(failure.clone());
+                return Err(failure);
+            }
             select! {
                 recv(self.fetched) -> message => {
                     let Fetched { device, rate, tensors } = message.map_err(|_| ended())?;
@@ -308,7 +313,7 @@ impl Session {
                     }
                     inbox.put(piece);
                 },
-                recv(pieces) -> piece => inbox.put(piece.map_err(|_| ended())?),
+                recv(peers) -> said => inbox.hear(said.map_err(|_| ended())?),
                 recv(running.failures()) -> failure => return Err(failure.unwrap_or_else(|_| ended())),
             }
         }

@@ -9,7 +9,7 @@ use std::thread::{self, JoinHandle};
 use crossbeam_channel::{Receiver, Sender};
 use shardflow_kernels::tensor::{DType, HostData, HostTensor, element_count};
 
-use super::{HostPiece, Outgoing, Peer, PeerEnd, Run};
+use super::{FromPeer, HostPiece, Outgoing, Peer, PeerEnd, Run};
 use crate::error::{Failure, PeerError};
 use crate::message::Cast;
 use crate::protocol::{Event, Message};
@@ -193,6 +193,7 @@ impl Reader {
         match Frame::decode(&header)? {
             Frame::Bye => {
                 self.session.peer_left(self.process);
+                self.tell_host(FromPeer::Ended { process: self.process });
                 return Ok(false);
             }
             Frame::Ready { round } => self.session.bus.remote().is_ready(self.index, round),
@@ -201,6 +202,13 @@ impl Reader {
             Frame::Host { port, bytes } => self.host(port, bytes)?,
         }
         Ok(true)
+    }
+
+    fn tell_host(&self, said: FromPeer) {
+        if let Some(host) = &self.session.bus.remote().host {
+            // A program that has ended needs nothing.
+            let _ = host.send(said);
+        }
     }
 
     fn unexpected(&self, what: String) -> PeerError {
@@ -276,7 +284,7 @@ impl Reader {
             return Err(self.unexpected(format!("tensors for port {port}, which is not its own")));
         };
         let expected: usize = own.tensors.iter().map(|(shape, dtype)| element_count(shape) * dtype.bytes()).sum();
-        let queued = remote.host_pieces.as_ref().map_or(0, Sender::len);
+        let queued = remote.host.as_ref().map_or(0, Sender::len);
         if bytes != expected as u64 || queued > HOST_PIECES_MAX {
             return Err(self.unexpected(format!("{bytes} bytes for port {port}, not {expected}, or too many pieces")));
         }
@@ -290,10 +298,7 @@ impl Reader {
                 DType::I32 => HostTensor::i32(&shape, words.map(i32::from_le_bytes).collect()),
             });
         }
-        if let Some(pieces) = &self.session.bus.remote().host_pieces {
-            // A program that has ended needs nothing.
-            let _ = pieces.send(HostPiece { port, tensors });
-        }
+        self.tell_host(FromPeer::Piece(HostPiece { port, tensors }));
         Ok(())
     }
 }

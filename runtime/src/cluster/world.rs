@@ -1,216 +1,232 @@
-//! A session's place among the processes that run its plan: joins them, and makes the ways that registers and collectives
-//! take between them. Imports `cluster`'s rendezvous, `session::hosting`, the actors' transport and membership, and kernels.
+//! A session's place among the processes that run its plan: joins them, hears of their failures, tells them of its own.
+//! Imports `cluster`, `exit`, `session::hosting`, `plan` and the actors' transport and membership.
 
-use std::collections::{BTreeMap, BTreeSet};
-use std::os::fd::BorrowedFd;
-use std::os::unix::net::UnixStream;
-use std::sync::Arc;
-use std::time::Instant;
+use std::collections::BTreeMap;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
 
-use shardflow_actors::remote::Peer;
-use shardflow_actors::shell::RegisterMemory;
-use shardflow_actors::spec::RegisterId;
-use shardflow_actors::transport::{self, Address, Endpoint, Hello, Link, Purpose, Secret};
-use shardflow_kernels::collective::on_node::{Board, OnNode};
-use shardflow_kernels::collective::routed::Routed;
-use shardflow_kernels::collective::wire::{self, Channel, Wire};
-use shardflow_kernels::collective::{Collective, Group};
+use shardflow_actors::error::{Failure, PeerError};
+use shardflow_actors::membership::{self, FirstCause, Membership, Notice};
+use shardflow_actors::shell::{Control, Running};
+use shardflow_actors::transport::{Address, Endpoint, Link, Purpose, Secret};
+use shardflow_kernels::collective::Collective;
 use shardflow_kernels::device::Device;
-use shardflow_kernels::memory::{Access, Arena, Base};
+use shardflow_kernels::error::KernelError;
+use shardflow_kernels::memory::Arena;
 
-use super::rendezvous::{Member, Roster};
-use super::{ClusterError, ClusterOptions, Transport};
+use super::env::{self, Launch};
+use super::rendezvous::{Identity, RendezvousConfig, Roster, local_ip, rendezvous};
+use super::roads::{Roads, Ways};
+use super::{Cluster, ClusterError, ClusterOptions};
 use crate::plan::Plan;
+use crate::session::ending::exit_of;
 use crate::session::hosting::Hosting;
 
-/// How a session's registers and collectives get from process to process.
-pub(crate) struct Ways {
-    /// Runs every group's collectives.
-    pub(crate) engine: Arc<dyn Collective>,
-    /// Arenas of peers' devices that are mapped here.
-    pub(crate) mapped: BTreeMap<usize, Arena>,
-    /// Registers of peers whose slots are copied here.
-    pub(crate) mirrors: BTreeMap<RegisterId, RegisterMemory>,
-    /// The connections that register messages take.
-    pub(crate) peers: Vec<Peer>,
+/// How long a failed session waits to hear what the others say, beyond the membership's own grace.
+const SETTLE_TIMEOUT: Duration = Duration::from_secs(3);
+
+/// What a running session has to do with the other processes.
+pub(crate) struct World {
+    hosting: Hosting,
+    roster: Roster,
+    endpoint: Endpoint,
+    secret: Secret,
+    options: ClusterOptions,
+    membership: Arc<Membership>,
+    first: Arc<First>,
 }
 
-impl Ways {
-    /// Of a session that has no peers.
-    pub(crate) fn alone(engine: Arc<dyn Collective>) -> Self {
-        Self { engine, mapped: BTreeMap::new(), mirrors: BTreeMap::new(), peers: Vec::new() }
+/// The cause that the processes agreed on, once there is one.
+#[derive(Default)]
+struct First {
+    cause: Mutex<Option<FirstCause>>,
+    known: Condvar,
+}
+
+impl First {
+    fn lock(&self) -> MutexGuard<'_, Option<FirstCause>> {
+        self.cause.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-/// Everything that the ways are made with.
-pub(crate) struct Roads<'a> {
-    pub(crate) hosting: Hosting,
-    pub(crate) roster: &'a Roster,
-    pub(crate) endpoint: &'a Endpoint,
-    pub(crate) secret: &'a Secret,
-    pub(crate) options: &'a ClusterOptions,
-    pub(crate) deadline: Instant,
-}
-
-impl Roads<'_> {
-    fn member(&self, process: u32) -> &Member {
-        &self.roster.members[process as usize]
-    }
-
-    /// True when the process runs on this node and could open a Unix socket of ours.
-    fn is_near(&self, process: u32) -> bool {
-        let (own, peer) = (self.member(self.hosting.process), self.member(process));
-        own.node == peer.node && peer.addresses.iter().any(|a| matches!(a, Address::Unix(_)))
-    }
-
-    /// True when memory is shared with that process.
-    pub(crate) fn shares_memory(&self, process: u32) -> bool {
-        let wanted = matches!(self.options.transport, Transport::Auto | Transport::SharedMemory);
-        wanted && self.is_near(process)
-    }
-
-    /// The connection to a peer for a purpose: of two processes the one of the higher number dials.
-    pub(crate) fn link(&self, peer: u32, purpose: Purpose) -> Result<Link, ClusterError> {
-        if self.hosting.process < peer {
-            let purpose = match purpose {
-                Purpose::Group { group, member, peer } => Purpose::Group { group, member: peer, peer: member },
-                same => same,
-            };
-            return Ok(self.endpoint.wait(peer, purpose, self.deadline)?);
+impl World {
+    /// Meets the other processes; `None` where there are none.
+    pub(crate) fn join(cluster: &Cluster, plan: &Plan, seed: u64) -> Result<Option<Self>, ClusterError> {
+        let Launch::World(world) = &cluster.launch else { return Ok(None) };
+        let (devices, processes) = (plan.memory.len(), world.processes);
+        if processes as usize > devices {
+            return Err(ClusterError::TooManyProcesses { devices, processes });
         }
-        let (session, epoch) = (self.roster.session, self.roster.epoch);
-        let hello = Hello { session, epoch, from: self.hosting.process, to: peer, purpose };
-        Ok(transport::connect(self.address(peer, purpose)?, self.secret, &hello, self.deadline)?)
+        if processes == 1 {
+            return Ok(None);
+        }
+        let options = cluster.options.clone();
+        let secret = Secret::from_text(world.secret.read()?.text())?;
+        let coordinator = address(&world.endpoint);
+        let system = |what| move |cause| ClusterError::System { what, cause };
+        let ip = local_ip(&coordinator, options.interface).map_err(system("find the way to rank 0"))?;
+        let heartbeat = membership::bind(ip).map_err(system("listen for heartbeats"))?;
+        let config = RendezvousConfig {
+            process: world.process,
+            processes,
+            restart: world.restart,
+            plan: fingerprint(plan, seed, &options),
+            mesh: plan.graph.mesh().to_string(),
+            heartbeat: heartbeat.local_addr().map_err(system("listen for heartbeats"))?,
+            interface: options.interface,
+            timeout: options.meet_within,
+            ..RendezvousConfig::new(coordinator, secret.clone(), Identity::of_this_process()?)
+        };
+        let (roster, endpoint) = rendezvous(&config, |waiting| {
+            tracing::warn!("{waiting}");
+            if let Some(tell) = &options.on_waiting {
+                tell(&waiting.to_string());
+            }
+        })?;
+        let hosting = Hosting { process: world.process, processes, devices };
+        let mut joining = membership::Config::new(
+            world.process,
+            processes,
+            roster.session.0,
+            roster.epoch,
+            *secret.mac("membership", &[]).as_bytes(),
+            heartbeat,
+        );
+        (joining.every, joining.deadline) = (options.heartbeat_every, options.heartbeat_deadline);
+        let roads = roads(&hosting, &roster, &endpoint, &secret, &options);
+        for process in hosting.peers() {
+            let link = match roads.link(process, Purpose::Control)? {
+                Link::Tcp(stream) => stream.into(),
+                Link::Unix(stream) => stream.into(),
+            };
+            joining.links.insert(process, link);
+            joining.addresses.insert(process, roster.members[process as usize].heartbeat);
+        }
+        let membership = Arc::new(Membership::start(joining)?);
+        let first = Arc::default();
+        Ok(Some(Self { hosting, roster, endpoint, secret, options, membership, first }))
     }
 
-    fn address(&self, peer: u32, purpose: Purpose) -> Result<&Address, ClusterError> {
-        let addresses = &self.member(peer).addresses;
-        let unix = addresses.iter().find(|a| matches!(a, Address::Unix(_)));
-        let tcp = addresses.iter().find(|a| matches!(a, Address::Tcp(_)));
-        let by_tcp = self.options.transport == Transport::Tcp && purpose != Purpose::Memory;
-        let chosen = if self.is_near(peer) && !by_tcp { unix.or(tcp) } else { tcp };
-        chosen.ok_or_else(|| ClusterError::NoAddress { process: peer, host: self.member(peer).host.clone() })
+    /// Which devices are whose.
+    pub(crate) fn hosting(&self) -> Hosting {
+        self.hosting
     }
 
-    /// Makes all ways of a session whose devices have these arenas.
-    pub(crate) fn make(
+    fn roads(&self) -> Roads<'_> {
+        roads(&self.hosting, &self.roster, &self.endpoint, &self.secret, &self.options)
+    }
+
+    /// True when devices' memory is to be shared with other processes.
+    pub(crate) fn shares_memory(&self) -> bool {
+        self.hosting.peers().any(|process| self.roads().shares_memory(process))
+    }
+
+    /// Makes all ways between the processes.
+    pub(crate) fn connect(
         &self,
         plan: &Plan,
         devices: &[Device],
         arenas: &BTreeMap<usize, Arena>,
         in_process: Arc<dyn Collective>,
     ) -> Result<Ways, ClusterError> {
-        let near: BTreeSet<u32> =
-            (0..self.hosting.processes).filter(|p| *p == self.hosting.process || self.shares_memory(*p)).collect();
-        let on_node = |group: &Arc<Group>| self.hosting.processes_of(group).is_subset(&near);
-        let (on_board, mut on_wire): (Vec<_>, Vec<_>) = self.hosting.crossing_groups(plan).into_iter().partition(on_node);
-        on_wire.retain(|group| self.hosting.processes_of(group).contains(&self.hosting.process));
-        let (mapped, board) = self.share(on_board, plan, devices, arenas, &near)?;
-        let mut engines: BTreeMap<u32, Arc<dyn Collective>> = BTreeMap::new();
-        if let Some((board, groups)) = board {
-            let all = arenas.iter().chain(&mapped).map(|(device, arena)| (*device, arena.clone())).collect();
-            let engine: Arc<dyn Collective> = Arc::new(OnNode::new(board, &groups, all)?);
-            groups.iter().for_each(|group| drop(engines.insert(group.id, engine.clone())));
-        }
-        if !on_wire.is_empty() {
-            let engine: Arc<dyn Collective> = Arc::new(Wire::new(self.channels(&on_wire)?, transport::SEND_TIMEOUT));
-            on_wire.iter().for_each(|group| drop(engines.insert(group.id, engine.clone())));
-        }
-        let (mirrors, peers) = self.peers(plan, devices)?;
-        let engine: Arc<dyn Collective> =
-            if engines.is_empty() { in_process } else { Arc::new(Routed::new(engines, in_process)) };
-        Ok(Ways { engine, mapped, mirrors, peers })
-    }
-}
-
-/// Memory of peers of this node, by device; and the board of groups that meet on this node, with the groups.
-type Shared = (BTreeMap<usize, Arena>, Option<(Arena, Vec<Arc<Group>>)>);
-
-impl Roads<'_> {
-    /// Maps the arenas of the peers of this node, and gives them this process's.
-    fn share(
-        &self,
-        groups: Vec<Arc<Group>>,
-        plan: &Plan,
-        devices: &[Device],
-        arenas: &BTreeMap<usize, Arena>,
-        near: &BTreeSet<u32>,
-    ) -> Result<Shared, ClusterError> {
-        let own = self.hosting.process;
-        let first = near.first().copied().unwrap_or(own);
-        let bytes = Board::bytes(&groups);
-        let mut board = if first == own && near.len() > 1 { Some(devices[0].shared_arena(bytes)?) } else { None };
-        let mut mapped = BTreeMap::new();
-        for peer in near.iter().copied().filter(|peer| *peer != own) {
-            let link = self.link(peer, Purpose::Memory)?;
-            let given: Vec<BorrowedFd<'_>> = arenas.values().chain(&board).filter_map(Arena::descriptor).collect();
-            let given = if own == first { &given[..] } else { &given[..arenas.len()] };
-            transport::send_descriptors(&link, given)?;
-            let theirs = self.hosting.devices_of(peer);
-            let count = theirs.len() + usize::from(peer == first);
-            let mut taken = transport::receive_descriptors(&link, count)?.into_iter();
-            for (device, descriptor) in theirs.zip(taken.by_ref()) {
-                let arena = Arena::map_peer(descriptor, plan.memory[device].total_bytes, Access::Read)?;
-                mapped.insert(device, arena);
-            }
-            if let Some(descriptor) = taken.next() {
-                board = Some(Arena::map_peer(descriptor, bytes, Access::ReadWrite)?);
-            }
-        }
-        Ok((mapped, board.map(|board| (board, groups))))
+        self.roads().make(plan, devices, arenas, in_process)
     }
 
-    /// Channels of this process's members to the members that they talk to.
-    fn channels(&self, groups: &[Arc<Group>]) -> Result<BTreeMap<(u32, usize, usize), Channel>, ClusterError> {
-        let own = self.hosting.own();
-        let mut channels = BTreeMap::new();
-        for group in groups {
-            for member in (0..group.ranks.len()).filter(|m| own.contains(&group.ranks[*m])) {
-                for peer in wire::peers(group, member) {
-                    let at = |from: usize, to: usize| (group.id, from, to);
-                    if !own.contains(&group.ranks[peer]) {
-                        let (member_id, peer_id) = (member as u32, peer as u32);
-                        let purpose = Purpose::Group { group: group.id, member: member_id, peer: peer_id };
-                        let link = self.link(self.hosting.process_of(group.ranks[peer]), purpose)?;
-                        channels.insert(at(member, peer), channel(link));
-                    } else if member < peer {
-                        let pair = UnixStream::pair().map_err(ClusterError::Pair)?;
-                        channels.insert(at(member, peer), Channel::Unix(pair.0));
-                        channels.insert(at(peer, member), Channel::Unix(pair.1));
-                    }
+    /// From now on a failure here ends the session everywhere, and one elsewhere ends it here.
+    pub(crate) fn watch(&self, running: &Running) -> Result<(), ClusterError> {
+        let (membership, hosting) = (self.membership.clone(), self.hosting);
+        let control = running.control();
+        control.on_failure(move |failure| tell(&membership, &hosting, failure));
+        let (notices, first) = (self.membership.notices().clone(), self.first.clone());
+        let listen = move || {
+            for notice in notices {
+                match notice {
+                    Notice::Told { .. } => {}
+                    Notice::Left { process } => control.peer_left(process),
+                    Notice::Ended(cause) => return ended(&control, &first, hosting.process, cause),
                 }
             }
-        }
-        Ok(channels)
+        };
+        // It ends with the last sender of notices, which the membership holds.
+        let thread = thread::Builder::new().name("membership".into()).spawn(listen);
+        thread.map(drop).map_err(|cause| ClusterError::System { what: "start a thread", cause })
     }
 
-    /// A connection to each peer for the registers, and a mirror of each register whose bytes come by it.
-    fn peers(&self, plan: &Plan, devices: &[Device]) -> Result<(Mirrors, Vec<Peer>), ClusterError> {
-        let own = self.hosting.process;
-        let (mut memory, mut peers) = (Mirrors::new(), Vec::new());
-        for process in self.hosting.peers() {
-            let (mut pushes, mut mirrors) = (BTreeMap::new(), BTreeMap::new());
-            if !self.shares_memory(process) {
-                pushes = self.hosting.crossing(plan, own, process);
-                mirrors = self.hosting.crossing(plan, process, own);
+    /// What the session ended for, after a failure here: the first cause of all processes, as far as they say it in time.
+    pub(crate) fn settle(&self, failure: Failure) -> Failure {
+        let deadline = Instant::now() + SETTLE_TIMEOUT;
+        let mut first = self.first.lock();
+        while first.is_none() {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return failure;
             }
-            for register in mirrors.keys() {
-                let spec = &plan.spec.registers[register.0 as usize];
-                let arena = devices[0].arena(spec.slots as usize * spec.slot_bytes)?;
-                memory.insert(*register, RegisterMemory { base: Base { arena, offset: 0 }, stride: spec.slot_bytes });
-            }
-            let link = self.link(process, Purpose::Registers { lane: 0 })?;
-            peers.push(Peer { process, actors: self.hosting.actors_of(plan, process), link, pushes, mirrors });
+            first = self.first.known.wait_timeout(first, left).unwrap_or_else(PoisonError::into_inner).0;
         }
-        Ok((memory, peers))
+        match &*first {
+            Some(cause) if cause.process != self.hosting.process => peer_failure(cause),
+            // A symptom that nobody else explains stays what it is.
+            _ => failure,
+        }
+    }
+
+    /// Tells the others that this process ends in order.
+    pub(crate) fn leave(&self) {
+        self.membership.leave();
     }
 }
 
-type Mirrors = BTreeMap<RegisterId, RegisterMemory>;
+fn roads<'a>(
+    hosting: &Hosting,
+    roster: &'a Roster,
+    endpoint: &'a Endpoint,
+    secret: &'a Secret,
+    options: &'a ClusterOptions,
+) -> Roads<'a> {
+    let deadline = Instant::now() + options.connect_within;
+    Roads { hosting: *hosting, roster, endpoint, secret, options, deadline }
+}
 
-fn channel(link: Link) -> Channel {
-    match link {
-        Link::Tcp(stream) => Channel::Tcp(stream),
-        Link::Unix(stream) => Channel::Unix(stream),
+fn address(endpoint: &env::Endpoint) -> Address {
+    match endpoint {
+        env::Endpoint::Tcp { host, port } if host.contains(':') => Address::Tcp(format!("[{host}]:{port}")),
+        env::Endpoint::Tcp { host, port } => Address::Tcp(format!("{host}:{port}")),
+        env::Endpoint::Unix(path) => Address::Unix(path.clone()),
+    }
+}
+
+/// What all processes must agree on beside the binary: the plan, the seed, and what carries tensors.
+fn fingerprint(plan: &Plan, seed: u64, options: &ClusterOptions) -> [u8; 32] {
+    let mut hash = blake3::Hasher::new();
+    hash.update(plan.hash().as_bytes()).update(&seed.to_le_bytes());
+    hash.update(format!("{:?}", options.transport).as_bytes());
+    *hash.finalize().as_bytes()
+}
+
+fn peer_failure(cause: &FirstCause) -> Failure {
+    Failure::Peer { process: cause.process, cause: PeerError::Failed { cause: cause.cause.clone(), exit: cause.exit } }
+}
+
+/// The processes agree on why the session ends.
+fn ended(control: &Control, first: &First, own: u32, cause: FirstCause) {
+    if cause.process != own {
+        control.fail(peer_failure(&cause));
+    }
+    *first.lock() = Some(cause);
+    first.known.notify_all();
+}
+
+/// Tells the others of a failure here: of a symptom that they may explain, or of a cause.
+fn tell(membership: &Membership, hosting: &Hosting, failure: &Failure) {
+    match failure {
+        // The membership told us.
+        Failure::Peer { cause: PeerError::Failed { .. }, .. } => {}
+        Failure::Peer { process, cause } => membership.suspect(*process, cause.to_string()),
+        Failure::Kernel { cause, .. } => match &**cause {
+            KernelError::Link { peer, .. } => membership.suspect(hosting.process_of(*peer), failure.to_string()),
+            _ => membership.fail(failure.to_string(), exit_of(failure).code()),
+        },
+        _ => membership.fail(failure.to_string(), exit_of(failure).code()),
     }
 }

@@ -1,0 +1,217 @@
+//! The ways that a session's registers and collectives take from process to process: memory that is mapped, connections that
+//! are dialled. All processes make them in the same order. Imports `cluster`'s rendezvous, `session::hosting`, `plan`, the
+//! actors' transport and kernels.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::os::fd::BorrowedFd;
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::time::Instant;
+
+use shardflow_actors::remote::Peer;
+use shardflow_actors::shell::RegisterMemory;
+use shardflow_actors::spec::RegisterId;
+use shardflow_actors::transport::{self, Address, Endpoint, Hello, Link, Purpose, Secret};
+use shardflow_kernels::collective::board::Board;
+use shardflow_kernels::collective::on_node::OnNode;
+use shardflow_kernels::collective::routed::Routed;
+use shardflow_kernels::collective::wire::{self, Channel, Wire};
+use shardflow_kernels::collective::{Collective, Group};
+use shardflow_kernels::device::Device;
+use shardflow_kernels::memory::{Access, Arena, Base};
+
+use super::rendezvous::{Member, Roster};
+use super::{ClusterError, ClusterOptions, Transport};
+use crate::plan::Plan;
+use crate::session::hosting::Hosting;
+
+/// How a session's registers and collectives get from process to process.
+pub(crate) struct Ways {
+    /// Runs every group's collectives.
+    pub(crate) engine: Arc<dyn Collective>,
+    /// Arenas of peers' devices that are mapped here.
+    pub(crate) mapped: BTreeMap<usize, Arena>,
+    /// Registers of peers whose slots are copied here.
+    pub(crate) mirrors: BTreeMap<RegisterId, RegisterMemory>,
+    /// The connections that register messages take.
+    pub(crate) peers: Vec<Peer>,
+}
+
+impl Ways {
+    /// Of a session that has no peers.
+    pub(crate) fn alone(engine: Arc<dyn Collective>) -> Self {
+        Self { engine, mapped: BTreeMap::new(), mirrors: BTreeMap::new(), peers: Vec::new() }
+    }
+}
+
+/// Everything that the ways are made with.
+pub(crate) struct Roads<'a> {
+    pub(crate) hosting: Hosting,
+    pub(crate) roster: &'a Roster,
+    pub(crate) endpoint: &'a Endpoint,
+    pub(crate) secret: &'a Secret,
+    pub(crate) options: &'a ClusterOptions,
+    pub(crate) deadline: Instant,
+}
+
+impl Roads<'_> {
+    fn member(&self, process: u32) -> &Member {
+        &self.roster.members[process as usize]
+    }
+
+    /// True when the process runs on this node and could open a Unix socket of ours.
+    fn is_near(&self, process: u32) -> bool {
+        let (own, peer) = (self.member(self.hosting.process), self.member(process));
+        own.node == peer.node && own.unix().is_some() && peer.unix().is_some()
+    }
+
+    /// True when memory is shared with that process.
+    pub(crate) fn shares_memory(&self, process: u32) -> bool {
+        let wanted = matches!(self.options.transport, Transport::Auto | Transport::SharedMemory);
+        wanted && self.is_near(process)
+    }
+
+    /// The connection to a peer for a purpose: of two processes the one of the higher number dials.
+    pub(crate) fn link(&self, peer: u32, purpose: Purpose) -> Result<Link, ClusterError> {
+        if self.hosting.process < peer {
+            let purpose = match purpose {
+                Purpose::Group { group, member, peer } => Purpose::Group { group, member: peer, peer: member },
+                same => same,
+            };
+            return Ok(self.endpoint.wait(peer, purpose, self.deadline)?);
+        }
+        let (session, epoch) = (self.roster.session, self.roster.epoch);
+        let hello = Hello { session, epoch, from: self.hosting.process, to: peer, purpose };
+        Ok(transport::connect(self.address(peer)?, self.secret, &hello, self.deadline)?)
+    }
+
+    fn address(&self, peer: u32) -> Result<&Address, ClusterError> {
+        let member = self.member(peer);
+        let by_tcp = self.options.transport == Transport::Tcp;
+        let chosen = if self.is_near(peer) && !by_tcp { member.unix() } else { member.tcp() };
+        chosen.ok_or_else(|| ClusterError::NoAddress { process: peer, host: member.host.clone() })
+    }
+
+    /// Makes all ways of a session whose devices have these arenas.
+    pub(crate) fn make(
+        &self,
+        plan: &Plan,
+        devices: &[Device],
+        arenas: &BTreeMap<usize, Arena>,
+        in_process: Arc<dyn Collective>,
+    ) -> Result<Ways, ClusterError> {
+        let near: BTreeSet<u32> =
+            (0..self.hosting.processes).filter(|p| *p == self.hosting.process || self.shares_memory(*p)).collect();
+        let on_node = |group: &Arc<Group>| self.hosting.processes_of(group).is_subset(&near);
+        let (on_board, mut on_wire): (Vec<_>, Vec<_>) =
+            self.hosting.crossing_groups(plan).into_iter().partition(on_node);
+        on_wire.retain(|group| self.hosting.processes_of(group).contains(&self.hosting.process));
+        let (mapped, board) = self.share(on_board, plan, arenas, &near)?;
+        let mut engines: BTreeMap<u32, Arc<dyn Collective>> = BTreeMap::new();
+        if let Some((board, groups)) = board {
+            let all = arenas.iter().chain(&mapped).map(|(device, arena)| (*device, arena.clone())).collect();
+            let engine: Arc<dyn Collective> = Arc::new(OnNode::new(board, &groups, all)?);
+            groups.iter().for_each(|group| drop(engines.insert(group.id, engine.clone())));
+        }
+        if !on_wire.is_empty() {
+            let engine: Arc<dyn Collective> = Arc::new(Wire::new(self.channels(&on_wire)?, transport::SEND_TIMEOUT));
+            on_wire.iter().for_each(|group| drop(engines.insert(group.id, engine.clone())));
+        }
+        let (mirrors, peers) = self.peers(plan, devices)?;
+        let engine: Arc<dyn Collective> =
+            if engines.is_empty() { in_process } else { Arc::new(Routed::new(engines, in_process)) };
+        Ok(Ways { engine, mapped, mirrors, peers })
+    }
+}
+
+/// Memory of peers of this node, by device; and the board of groups that meet on this node, with the groups.
+type Shared = (BTreeMap<usize, Arena>, Option<(Arena, Vec<Arc<Group>>)>);
+
+impl Roads<'_> {
+    /// Maps the arenas of the peers of this node, and gives them this process's.
+    fn share(
+        &self,
+        groups: Vec<Arc<Group>>,
+        plan: &Plan,
+        arenas: &BTreeMap<usize, Arena>,
+        near: &BTreeSet<u32>,
+    ) -> Result<Shared, ClusterError> {
+        let own = self.hosting.process;
+        let first = near.first().copied().unwrap_or(own);
+        let bytes = Board::bytes(&groups);
+        let mut board = if first == own && near.len() > 1 { Some(Board::create(&groups)?) } else { None };
+        let mut mapped = BTreeMap::new();
+        for peer in near.iter().copied().filter(|peer| *peer != own) {
+            let link = self.link(peer, Purpose::Memory)?;
+            let given: Vec<BorrowedFd<'_>> = arenas.values().chain(&board).filter_map(Arena::descriptor).collect();
+            let given = if own == first { &given[..] } else { &given[..arenas.len()] };
+            transport::send_descriptors(&link, given)?;
+            let theirs = self.hosting.devices_of(peer);
+            let count = theirs.len() + usize::from(peer == first);
+            let mut taken = transport::receive_descriptors(&link, count)?.into_iter();
+            for (device, descriptor) in theirs.zip(taken.by_ref()) {
+                let arena = Arena::map_peer(descriptor, plan.memory[device].total_bytes, Access::Read)?;
+                mapped.insert(device, arena);
+            }
+            if let Some(descriptor) = taken.next() {
+                board = Some(Arena::map_peer(descriptor, bytes, Access::ReadWrite)?);
+            }
+        }
+        Ok((mapped, board.map(|board| (board, groups))))
+    }
+
+    /// Channels of this process's members to the members that they talk to.
+    fn channels(&self, groups: &[Arc<Group>]) -> Result<BTreeMap<(u32, usize, usize), Channel>, ClusterError> {
+        let own = self.hosting.own();
+        let mut channels = BTreeMap::new();
+        for group in groups {
+            for member in (0..group.ranks.len()).filter(|m| own.contains(&group.ranks[*m])) {
+                for peer in wire::peers(group, member) {
+                    let at = |from: usize, to: usize| (group.id, from, to);
+                    if !own.contains(&group.ranks[peer]) {
+                        let (member_id, peer_id) = (member as u32, peer as u32);
+                        let purpose = Purpose::Group { group: group.id, member: member_id, peer: peer_id };
+                        let link = self.link(self.hosting.process_of(group.ranks[peer]), purpose)?;
+                        channels.insert(at(member, peer), channel(link));
+                    } else if member < peer {
+                        let pair = UnixStream::pair()
+                            .map_err(|cause| ClusterError::System { what: "make a pair of sockets", cause })?;
+                        channels.insert(at(member, peer), Channel::Unix(pair.0));
+                        channels.insert(at(peer, member), Channel::Unix(pair.1));
+                    }
+                }
+            }
+        }
+        Ok(channels)
+    }
+
+    /// A connection to each peer for the registers, and a mirror of each register whose bytes come by it.
+    fn peers(&self, plan: &Plan, devices: &[Device]) -> Result<(Mirrors, Vec<Peer>), ClusterError> {
+        let own = self.hosting.process;
+        let (mut memory, mut peers) = (Mirrors::new(), Vec::new());
+        for process in self.hosting.peers() {
+            let (mut pushes, mut mirrors) = (BTreeMap::new(), BTreeMap::new());
+            if !self.shares_memory(process) {
+                pushes = self.hosting.crossing(plan, own, process);
+                mirrors = self.hosting.crossing(plan, process, own);
+            }
+            for register in mirrors.keys() {
+                let spec = &plan.spec.registers[register.0 as usize];
+                let arena = devices[0].arena(spec.slots as usize * spec.slot_bytes)?;
+                memory.insert(*register, RegisterMemory { base: Base { arena, offset: 0 }, stride: spec.slot_bytes });
+            }
+            let link = self.link(process, Purpose::Registers { lane: 0 })?;
+            peers.push(Peer { process, actors: self.hosting.actors_of(plan, process), link, pushes, mirrors });
+        }
+        Ok((memory, peers))
+    }
+}
+
+type Mirrors = BTreeMap<RegisterId, RegisterMemory>;
+
+fn channel(link: Link) -> Channel {
+    match link {
+        Link::Tcp(stream) => Channel::Tcp(stream),
+        Link::Unix(stream) => Channel::Unix(stream),
+    }
+}

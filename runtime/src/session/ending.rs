@@ -1,0 +1,57 @@
+//! With which code a program ends because of an error, and whom the error blames. Imports `exit` and the errors.
+
+use shardflow_actors::error::{Failure, PeerError};
+use shardflow_kernels::error::KernelError;
+
+use super::SessionError;
+use crate::exit::Exit;
+
+/// The code that goes with the first cause of a session's end.
+pub(crate) fn exit_of(failure: &Failure) -> Exit {
+    match failure {
+        Failure::Kernel { cause, .. } => exit_of_kernel(cause),
+        Failure::Protocol { .. } | Failure::Panic { .. } => Exit::Internal,
+        Failure::Stalled { .. } => Exit::Hang,
+        Failure::Peer { cause, .. } => match cause {
+            PeerError::Lost { .. } | PeerError::Late { .. } => Exit::PeerUnavailable,
+            PeerError::Frame(_) | PeerError::Unexpected { .. } => Exit::Protocol,
+            PeerError::Ended => Exit::Internal,
+            // Where starting again cannot help, no launcher may try: it sees only its own node's processes.
+            PeerError::Failed { exit, .. } => match Exit::from_code(*exit) {
+                exit if exit.worth_a_retry() => Exit::PeerUnavailable,
+                exit => exit,
+            },
+        },
+    }
+}
+
+fn exit_of_kernel(cause: &KernelError) -> Exit {
+    match cause {
+        KernelError::OutOfMemory { .. } => Exit::OutOfMemory,
+        KernelError::Link { .. } | KernelError::Aborted { .. } => Exit::PeerUnavailable,
+        KernelError::Data { .. } => Exit::BadData,
+        _ => Exit::Internal,
+    }
+}
+
+impl SessionError {
+    /// The code that a program ends with because of it.
+    pub fn exit(&self) -> Exit {
+        match self {
+            Self::Failed(failure) => exit_of(failure),
+            Self::Kernel(cause) => exit_of_kernel(cause),
+            Self::Cluster(error) => error.exit(),
+            Self::Checkpoint(_) => Exit::BadData,
+            Self::Input { .. } => Exit::Usage,
+            Self::Actors(_) | Self::Layout(_) => Exit::Internal,
+        }
+    }
+
+    /// The process that failed, where it was another one.
+    pub fn first_cause_rank(&self) -> Option<u32> {
+        match self {
+            Self::Failed(Failure::Peer { process, .. }) => Some(*process),
+            _ => None,
+        }
+    }
+}
