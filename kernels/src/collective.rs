@@ -9,6 +9,8 @@ use crate::memory::View;
 use crate::tensor::Region;
 
 pub mod in_process;
+pub mod routed;
+pub mod wire;
 
 /// An engine that runs collectives: within a process, by NCCL, by MPI. Each member's stream calls [`Collective::run`]
 /// and blocks in it; calls of one group come in the same order on all members.
@@ -63,7 +65,7 @@ pub struct CollectiveCall {
 
 /// What a collective does. Regions are of the whole tensor that the group shares, one for each member, in order;
 /// they may be empty or uneven, and split any dim.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum CollectiveKind {
     /// `(x) -> (y)`, same shape everywhere; may be in place. Every member gets the same bits.
     /// Member `c` combines chunk `c` of the flat tensor ([`crate::tensor::split_range`]), in the order of [`Group`], so
@@ -97,7 +99,7 @@ pub enum CollectiveKind {
         /// Member that gives.
         root: usize,
     },
-    /// `(x) -> ()`: point to point; returns when the receiver has it.
+    /// `(x) -> ()`: point to point; returns when the receiver has it, or is in its call and x may be overwritten.
     Send {
         /// Member that receives.
         to: usize,

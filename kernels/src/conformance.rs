@@ -53,6 +53,13 @@ pub fn run(make: &dyn Fn(usize) -> Vec<Device>) -> Vec<Failure> {
     report.failures
 }
 
+/// Runs the part of the suite that a collective engine must pass, with devices as [`run`] wants them.
+pub fn run_collectives(make: &dyn Fn(usize) -> Vec<Device>) -> Vec<Failure> {
+    let mut report = Report::default();
+    collectives::run(&mut report, make);
+    report.failures
+}
+
 /// What went wrong so far.
 #[derive(Default)]
 struct Report {

@@ -380,7 +380,7 @@ fn disagreement(state: &State, post: &Post) -> Option<KernelError> {
 }
 
 /// Whether one member's buffers fit its call.
-fn check_buffers(call: &CollectiveCall, reads: &[View<'_>], writes: &[View<'_>]) -> Result<(), KernelError> {
+pub(crate) fn check_buffers(call: &CollectiveCall, reads: &[View<'_>], writes: &[View<'_>]) -> Result<(), KernelError> {
     let name = call.name();
     let members = call.group.ranks.len();
     let refused = |what: &str, expected: String, got: String| Err(KernelError::arguments(name, what, expected, got));
