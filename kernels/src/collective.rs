@@ -12,6 +12,8 @@ pub mod board;
 pub(crate) mod exchange;
 pub mod in_process;
 pub mod on_node;
+pub mod routed;
+pub mod wire;
 
 /// An engine that runs collectives: within a process, by NCCL, by MPI. Each member's stream calls [`Collective::run`]
 /// and blocks in it; calls of one group come in the same order on all members.
@@ -100,7 +102,7 @@ pub enum CollectiveKind {
         /// Member that gives.
         root: usize,
     },
-    /// `(x) -> ()`: point to point; returns when the receiver has it.
+    /// `(x) -> ()`: point to point; returns when the receiver has it, or is in its call and x may be overwritten.
     Send {
         /// Member that receives.
         to: usize,

@@ -45,6 +45,18 @@ pub enum KernelError {
         /// What this one calls.
         got: String,
     },
+    /// A connection between two members of a group failed, or what came over it is no message of ours.
+    #[error("group {group}: link of device {rank} to device {peer} failed: {cause}")]
+    Link {
+        /// Group id.
+        group: u32,
+        /// Rank of the device that noticed.
+        rank: usize,
+        /// Rank of the device at the other end: the likely culprit.
+        peer: usize,
+        /// What happened.
+        cause: String,
+    },
     /// The session was aborted while this was waiting.
     #[error("aborted: {cause}")]
     Aborted {

@@ -234,6 +234,27 @@ pub struct View<'a> {
     dtype: DType,
 }
 
+/// What a member of a collective reads and writes, as words of 4 bytes. Only the values of an `F32` may be computed with.
+#[derive(Debug)]
+pub(crate) struct Words<'a> {
+    /// `None` when the call is in place: x is y.
+    x: Option<&'a [f32]>,
+    /// Empty when nothing is written.
+    pub(crate) y: &'a mut [f32],
+}
+
+impl Words<'_> {
+    /// What is read, as it now is.
+    pub(crate) fn x(&self) -> &[f32] {
+        self.x.unwrap_or(self.y)
+    }
+
+    /// What is read, when it lies apart from what is written, and what is written.
+    pub(crate) fn split(&mut self) -> (Option<&[f32]>, &mut [f32]) {
+        (self.x, self.y)
+    }
+}
+
 impl<'a> View<'a> {
     /// The tensor of this shape at `offset` bytes in `arena`. `user` names who asks, for the error.
     ///
@@ -330,6 +351,32 @@ impl<'a> View<'a> {
             && self.offset == other.offset
             && self.bytes() == other.bytes()
             && self.dtype == other.dtype
+    }
+
+    /// The buffers of a collective of one member, as words of 4 bytes whatever the dtype.
+    ///
+    /// Sound as long as the caller holds to MEM-3 for `'a`, like [`Arena::read_host`] and [`Arena::write_host`]; MEM-2
+    /// is checked here.
+    ///
+    /// # Errors
+    /// [`KernelError::Arguments`] for more than one buffer on a side, and for an overlap that is not the same memory.
+    pub(crate) fn words(op: &str, reads: &[View<'a>], writes: &[View<'a>]) -> Result<Words<'a>, KernelError> {
+        if reads.len() > 1 || writes.len() > 1 {
+            let got = format!("{} read, {} written", reads.len(), writes.len());
+            return Err(KernelError::arguments(op, "buffers", "at most one on a side", got));
+        }
+        let (x, y) = (reads.first(), writes.first());
+        let in_place = x.zip(y).is_some_and(|(x, y)| x.same_memory(y));
+        if !in_place && x.zip(y).is_some_and(|(x, y)| x.overlaps(y)) {
+            return Err(KernelError::arguments(op, "buffers", "no overlap of x and y", "an overlap"));
+        }
+        // SAFETY: in bounds and aligned by MEM-1 (every dtype has 4 bytes, and all bits are floats), exclusive by MEM-3.
+        let written =
+            |y: &View<'a>| unsafe { std::slice::from_raw_parts_mut(y.start().cast::<f32>(), y.element_count()) };
+        // SAFETY: as above; read and written memory do not overlap, which was checked.
+        let read = |x: &View<'a>| unsafe { std::slice::from_raw_parts(x.start().cast::<f32>(), x.element_count()) };
+        let y = y.map(written).unwrap_or_default();
+        Ok(if in_place { Words { x: None, y } } else { Words { x: Some(x.map(read).unwrap_or_default()), y } })
     }
 
     /// Where the first element lies.

@@ -47,6 +47,78 @@ impl Region {
     }
 }
 
+/// A box of a row-major tensor as runs of equal length, so that a part of it can be found without walking it all.
+/// The box's elements are counted in row-major order.
+#[derive(Clone, Debug)]
+pub(crate) struct Runs {
+    /// Where the first element lies.
+    start: usize,
+    /// Elements of a run; 0 when the box is empty.
+    len: usize,
+    /// Extent, and elements from one index to the next, of the dims that runs do not cover; innermost first.
+    outer: Vec<(usize, usize)>,
+}
+
+impl Runs {
+    /// The box `region`, which lies inside a tensor of `shape`.
+    pub(crate) fn new(shape: &[usize], region: &Region) -> Self {
+        let mut inner = shape.len().saturating_sub(1);
+        while inner > 0 && region.size[inner] == shape[inner] {
+            inner -= 1;
+        }
+        let (mut start, mut stride, mut outer) = (0, 1, Vec::new());
+        for d in (0..shape.len()).rev() {
+            start += region.start[d] * stride;
+            if d < inner {
+                outer.push((region.size[d], stride));
+            }
+            stride *= shape[d];
+        }
+        let len = if region.is_empty() { 0 } else { region.size[inner.min(shape.len())..].iter().product() };
+        Self { start, len, outer }
+    }
+
+    /// A range of a flat tensor.
+    pub(crate) fn flat(range: Range<usize>) -> Self {
+        Self { start: range.start, len: range.len(), outer: Vec::new() }
+    }
+
+    /// Elements of the box.
+    pub(crate) fn element_count(&self) -> usize {
+        self.outer.iter().fold(self.len, |all, (size, _)| all * size)
+    }
+
+    /// Where run `index` begins.
+    fn at(&self, mut index: usize) -> usize {
+        self.outer.iter().fold(self.start, |place, (size, stride)| {
+            let here = index % size;
+            index /= size;
+            place + here * stride
+        })
+    }
+
+    /// Calls `run(place in the tensor, elements after range.start, len)` for the pieces of a range of the box.
+    pub(crate) fn for_each(&self, range: Range<usize>, mut run: impl FnMut(usize, usize, usize)) {
+        let mut next = range.start;
+        while next < range.end {
+            let inside = next % self.len;
+            let len = (self.len - inside).min(range.end - next);
+            run(self.at(next / self.len) + inside, next - range.start, len);
+            next += len;
+        }
+    }
+
+    /// Where a range of the box lies, when it lies in one piece.
+    pub(crate) fn contiguous(&self, range: &Range<usize>) -> Option<Range<usize>> {
+        if range.is_empty() {
+            return Some(0..0);
+        }
+        let (run, inside) = (range.start / self.len, range.start % self.len);
+        let start = self.at(run) + inside;
+        (inside + range.len() <= self.len).then(|| start..start + range.len())
+    }
+}
+
 /// # Errors
 /// [`KernelError::Arguments`] when `region` does not lie in a tensor of this shape.
 pub(crate) fn check_inside(op: &str, what: &str, region: &Region, shape: &[usize]) -> Result<(), KernelError> {
@@ -101,6 +173,40 @@ mod tests {
         assert_eq!(runs((&[2, 2, 3], &[0, 1, 0]), (&[2, 1, 3], &[0, 0, 0]), &[2, 1, 3]), [(3, 0, 3), (9, 3, 3)]);
         assert_eq!(runs((&[], &[]), (&[], &[]), &[]), [(0, 0, 1)]);
         assert_eq!(runs((&[3], &[0]), (&[0], &[0]), &[0]), []);
+    }
+
+    #[test]
+    fn a_part_of_a_box_is_found_without_walking_it() {
+        for (shape, start, size) in [
+            (vec![4, 6], vec![1, 2], vec![2, 3]),
+            (vec![2, 3, 4], vec![0, 1, 0], vec![2, 2, 4]),
+            (vec![5], vec![1], vec![3]),
+            (vec![], vec![], vec![]),
+            (vec![3, 2], vec![1, 0], vec![0, 2]),
+        ] {
+            let region = Region { start, size };
+            let zeros = vec![0; shape.len()];
+            let mut places = Vec::new();
+            for_each_run((&shape, &region.start), (&region.size, &zeros), &region.size, |from, _, len| {
+                places.extend(from..from + len);
+            });
+            let runs = Runs::new(&shape, &region);
+            assert_eq!(runs.element_count(), places.len());
+            for from in 0..places.len() {
+                for to in from..=places.len() {
+                    let mut found = Vec::new();
+                    runs.for_each(from..to, |place, at, len| {
+                        assert_eq!(at, found.len());
+                        found.extend(place..place + len);
+                    });
+                    assert_eq!(found, places[from..to], "{shape:?} {region:?} {from} {to}");
+                    let in_one_piece =
+                        runs.contiguous(&(from..to)).is_some_and(|range| range.eq(found.iter().copied()));
+                    let neighbours = found.windows(2).all(|pair| pair[0] + 1 == pair[1]);
+                    assert!(!in_one_piece || neighbours);
+                }
+            }
+        }
     }
 
     #[test]

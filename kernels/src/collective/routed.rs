@@ -1,0 +1,48 @@
+//! The engine that asks another one, by group: some groups live within a process, some on a node, some on many.
+//! Imports `collective`, `memory`, `error`.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use crate::collective::{Collective, CollectiveCall};
+use crate::error::KernelError;
+use crate::memory::View;
+
+/// Sends each group's calls to the engine that it was given.
+#[derive(Debug)]
+pub struct Routed {
+    by_group: BTreeMap<u32, Arc<dyn Collective>>,
+    default: Arc<dyn Collective>,
+}
+
+impl Routed {
+    /// `engines` by group id; groups that are not in it go to `default`. One engine may have many groups.
+    pub fn new(engines: BTreeMap<u32, Arc<dyn Collective>>, default: Arc<dyn Collective>) -> Self {
+        Self { by_group: engines, default }
+    }
+
+    /// Each engine once.
+    fn engines(&self) -> Vec<&Arc<dyn Collective>> {
+        let mut all: Vec<&Arc<dyn Collective>> = Vec::new();
+        for engine in self.by_group.values().chain([&self.default]) {
+            if !all.iter().any(|other| Arc::ptr_eq(other, engine)) {
+                all.push(engine);
+            }
+        }
+        all
+    }
+}
+
+impl Collective for Routed {
+    fn run(&self, call: &CollectiveCall, reads: &[View<'_>], writes: &[View<'_>]) -> Result<(), KernelError> {
+        self.by_group.get(&call.group.id).unwrap_or(&self.default).run(call, reads, writes)
+    }
+
+    fn abort(&self, cause: &str) {
+        self.engines().into_iter().for_each(|engine| engine.abort(cause));
+    }
+
+    fn bytes_received(&self, rank: usize) -> u64 {
+        self.engines().into_iter().map(|engine| engine.bytes_received(rank)).sum()
+    }
+}

@@ -1,0 +1,325 @@
+//! Collectives between processes over sockets, by ring and by tree. Imports `collective`, `memory`, `region`, `error`,
+//! `tensor`; its parts are `wire/`, in layers: `channel, frame <- link <- port <- flow <- ring, tree, pairs`.
+//!
+//! - WIRE-1: a member reads and writes only its own buffers. All that it learns of others comes over channels, and is
+//!   checked: a peer can give wrong numbers, but make this process neither allocate nor read more than the call says.
+//! - WIRE-2: who takes part in a call agrees on it: each transfer's header has a hash of the call and the number of
+//!   calls that its two ends have had in common. Whoever disagrees or waits in another call is found (see `port`).
+//! - WIRE-3: every wait ends: with an abort, with a failure of the group, with the end of a connection, and where this
+//!   member has bytes to send, after the write time-out. A group that has failed stays so.
+//!
+//! Memory: a member of a group holds [`SCRATCH_BYTES`], and about 17 KiB for each other member, from its first call on;
+//! and for a Unix socket the kernel holds 1 MiB at most each way.
+
+use std::collections::{BTreeMap, HashMap};
+use std::fmt;
+use std::hash::{Hash, Hasher};
+use std::io;
+use std::net::Shutdown;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::Duration;
+
+use crate::collective::exchange::check_buffers;
+use crate::collective::{Collective, CollectiveCall, CollectiveKind, Group};
+use crate::error::KernelError;
+use crate::memory::{View, Words};
+use crate::region::Runs;
+use crate::tensor::{Region, split_range};
+
+mod channel;
+mod flow;
+mod frame;
+mod link;
+mod pairs;
+mod port;
+mod ring;
+#[cfg(test)]
+mod tests;
+mod tree;
+
+pub use channel::Channel;
+use link::{Context, Link};
+use port::{Port, Stop};
+
+/// Bytes that a member of a group holds for what passes through.
+pub const SCRATCH_BYTES: usize = flow::SLOTS * flow::PIECE_WORDS * size_of::<f32>();
+
+/// An all-reduce goes by tree when all members' values together have at most so many bytes, else by ring.
+pub const TREE_BYTES_MAX: usize = 128 << 10;
+
+/// `(group id, member, peer)`: whose end of which connection.
+pub type ChannelKey = (u32, usize, usize);
+
+/// Makes the channel from a member of a group (the first number) to another (the second). Called once for each.
+pub type Connect = dyn Fn(&Group, usize, usize) -> io::Result<Channel> + Send + Sync;
+
+/// The members that `member` needs a channel to; symmetric. These are all others: any two may exchange tensors.
+pub fn peers(group: &Group, member: usize) -> Vec<usize> {
+    (0..group.ranks.len()).filter(|&peer| peer != member).collect()
+}
+
+/// The engine of devices in several processes that talk over sockets. A process has one, for all of its members.
+pub struct Wire {
+    /// Channels that no call has used yet.
+    made: Mutex<BTreeMap<ChannelKey, Channel>>,
+    /// Asked when `made` has none.
+    connect: Option<Box<Connect>>,
+    groups: Mutex<Groups>,
+    received: Mutex<HashMap<usize, u64>>,
+    aborted: Arc<OnceLock<KernelError>>,
+    write_timeout: Duration,
+    tree_bytes_max: AtomicUsize,
+}
+
+#[derive(Default)]
+struct Groups {
+    members: HashMap<(u32, usize), Arc<Mutex<Member>>>,
+    stops: HashMap<u32, Arc<Stop>>,
+    /// All channels in use, so that an abort can end them.
+    channels: Vec<Arc<Channel>>,
+}
+
+/// A member of a group, in this process.
+struct Member {
+    port: Port,
+    scratch: Vec<f32>,
+}
+
+impl fmt::Debug for Wire {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Wire").field("write_timeout", &self.write_timeout).finish_non_exhaustive()
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Wire {
+    /// An engine over connections that are made and authenticated: one to each of [`peers`], for each member of each
+    /// group that lives in this process.
+    ///
+    /// A write that makes no progress for `write_timeout` fails the group. A member may be late to a call, and those
+    /// that send to it then stall, so this must be longer than members of a step are ever apart.
+    pub fn new(channels: BTreeMap<ChannelKey, Channel>, write_timeout: Duration) -> Self {
+        Self {
+            made: Mutex::new(channels),
+            connect: None,
+            groups: Mutex::default(),
+            received: Mutex::default(),
+            aborted: Arc::default(),
+            write_timeout,
+            tree_bytes_max: AtomicUsize::new(TREE_BYTES_MAX),
+        }
+    }
+
+    /// An engine that makes its connections when a group's member is first called.
+    pub fn with_connector(connect: Box<Connect>, write_timeout: Duration) -> Self {
+        Self { connect: Some(connect), ..Self::new(BTreeMap::new(), write_timeout) }
+    }
+
+    /// Sets where all-reduces switch from tree to ring, in the unit of [`TREE_BYTES_MAX`], up to [`SCRATCH_BYTES`]. For
+    /// measurements and tests; must be the same on all members.
+    pub fn set_tree_bytes_max(&self, bytes: usize) {
+        self.tree_bytes_max.store(bytes.min(SCRATCH_BYTES), Ordering::Relaxed);
+    }
+
+    fn channel(&self, group: &Group, member: usize, peer: usize) -> io::Result<Channel> {
+        let made = lock(&self.made).remove(&(group.id, member, peer));
+        match (made, &self.connect) {
+            (Some(channel), _) => Ok(channel),
+            (None, Some(connect)) => connect(group, member, peer),
+            (None, None) => Err(io::Error::other("no channel was made")),
+        }
+    }
+
+    /// The member's state; its links are set up at its first call.
+    fn member(&self, call: &CollectiveCall) -> Result<(Arc<Mutex<Member>>, Arc<Stop>), KernelError> {
+        let (group, member) = (&call.group, call.member);
+        let mut groups = lock(&self.groups);
+        let new_stop = || Arc::new(Stop { aborted: self.aborted.clone(), failed: OnceLock::new() });
+        let stop = groups.stops.entry(group.id).or_insert_with(new_stop).clone();
+        stop.check()?;
+        if let Some(found) = groups.members.get(&(group.id, member)) {
+            return Ok((found.clone(), stop));
+        }
+        let context = Context { group: group.clone(), member, digest: 0, text: String::new(), peer: None };
+        let mut links: Vec<Option<Link>> = group.ranks.iter().map(|_| None).collect();
+        for peer in peers(group, member) {
+            let failed = |error: io::Error| context.link_error(peer, format!("cannot connect: {error}"));
+            let channel = Arc::new(self.channel(group, member, peer).map_err(failed)?);
+            channel.prepare().map_err(failed)?;
+            groups.channels.push(channel.clone());
+            links[peer] = Some(Link::new(channel, peer));
+        }
+        let port = Port::new(context, links, stop.clone(), self.write_timeout);
+        let made = Arc::new(Mutex::new(Member { port, scratch: vec![0.0; SCRATCH_BYTES / size_of::<f32>()] }));
+        groups.members.insert((group.id, member), made.clone());
+        Ok((made, stop))
+    }
+}
+
+impl Member {
+    /// Runs a call whose buffers were checked; returns the bytes that it took in from others, as `CollectiveKind` counts.
+    fn run(
+        &mut self,
+        call: &CollectiveCall,
+        words: &mut Words<'_>,
+        (x_shape, y_shape): (&[usize], &[usize]),
+        tree_bytes_max: usize,
+    ) -> Result<usize, KernelError> {
+        let Self { port, scratch } = self;
+        let (member, n) = (call.member, call.group.ranks.len());
+        let all = words.y.len();
+        match &call.kind {
+            CollectiveKind::AllReduce { op } => {
+                let own = split_range(all, n, member).len();
+                if n * size_of_val(words.y) <= tree_bytes_max {
+                    tree::all_reduce(port, words, scratch, *op)?;
+                } else if n > 1 {
+                    ring::all_reduce(port, words, scratch, *op)?;
+                } else if let (Some(x), y) = words.split() {
+                    y.copy_from_slice(x);
+                }
+                Ok((n - 1) * own + all - own)
+            }
+            CollectiveKind::ReduceScatter { parts, .. } if n == 1 => {
+                let (x, y) = words.split();
+                let part = Runs::new(x_shape, &parts[0]);
+                if let Some(x) = x {
+                    part.for_each(0..all, |place, at, len| y[at..][..len].copy_from_slice(&x[place..][..len]));
+                }
+                Ok(0)
+            }
+            CollectiveKind::ReduceScatter { op, parts } => {
+                ring::reduce_scatter(port, words, scratch, *op, (x_shape, parts))?;
+                Ok((n - 1) * all)
+            }
+            CollectiveKind::AllGather { parts } => {
+                let disjoint = parts.iter().map(Region::element_count).sum::<usize>() == all;
+                if disjoint && n > 1 {
+                    ring::all_gather(port, words, scratch, (y_shape, parts))?;
+                    return Ok(all - parts[member].element_count());
+                }
+                let targets = vec![Region::whole(y_shape); n];
+                pairs::all_to_all(port, words, scratch, parts, &targets)
+            }
+            CollectiveKind::AllToAll { sources, targets } => pairs::all_to_all(port, words, scratch, sources, targets),
+            CollectiveKind::Broadcast { root } => {
+                tree::broadcast(port, words, *root)?;
+                Ok(if member == *root { 0 } else { all })
+            }
+            CollectiveKind::Send { to } => pairs::send(port, words, *to).map(|()| 0),
+            CollectiveKind::Receive { from } => pairs::receive(port, words, *from).map(|()| all),
+        }
+    }
+}
+
+impl Collective for Wire {
+    fn run(&self, call: &CollectiveCall, reads: &[View<'_>], writes: &[View<'_>]) -> Result<(), KernelError> {
+        let members = call.group.ranks.len();
+        let peer = match call.kind {
+            CollectiveKind::Send { to: peer } | CollectiveKind::Receive { from: peer } => Some(peer),
+            _ => None,
+        };
+        if call.member >= members || peer.is_some_and(|peer| peer >= members || peer == call.member) {
+            let got = format!("member {}, peer {peer:?}", call.member);
+            return Err(KernelError::arguments(call.name(), "member", format!("two below {members}"), got));
+        }
+        let (member, stop) = self.member(call)?;
+        let mut member = lock(&member);
+        stop.check()?;
+        let (digest, text) = agreement(call, reads, writes);
+        (member.port.context.digest, member.port.context.text, member.port.context.peer) = (digest, text, peer);
+        let checked = check_buffers(call, reads, writes).and_then(|()| View::words(call.name(), reads, writes));
+        let mut words = match checked {
+            Ok(words) => words,
+            Err(error) => {
+                // The others are told that this member could not join.
+                let expected = "buffers that fit the call".to_owned();
+                let got = format!("{} ({error})", member.port.context.text);
+                let (group, at) = (call.group.id, call.member);
+                member.port.give_up(KernelError::CollectiveMismatch { group, member: at, expected, got });
+                return Err(error);
+            }
+        };
+        let shape = |views: &[View<'_>]| views.first().map_or(Vec::new(), |view| view.shape().to_vec());
+        let shapes = (shape(reads), shape(writes));
+        let limit = self.tree_bytes_max.load(Ordering::Relaxed);
+        match member.run(call, &mut words, (&shapes.0, &shapes.1), limit) {
+            Ok(taken) => {
+                member.port.finish_call();
+                *lock(&self.received).entry(call.group.ranks[call.member]).or_default() +=
+                    (taken * size_of::<f32>()) as u64;
+                Ok(())
+            }
+            Err(error) => Err(member.port.give_up(error)),
+        }
+    }
+
+    fn abort(&self, cause: &str) {
+        if self.aborted.set(KernelError::Aborted { cause: cause.to_owned() }).is_err() {
+            return;
+        }
+        // Whoever sets up links holds this lock, and looks for an abort before it takes it again.
+        lock(&self.groups).channels.iter().for_each(|channel| channel.shutdown(Shutdown::Both));
+        lock(&self.made).values().for_each(|channel| channel.shutdown(Shutdown::Both));
+    }
+
+    fn bytes_received(&self, rank: usize) -> u64 {
+        lock(&self.received).get(&rank).copied().unwrap_or(0)
+    }
+}
+
+/// What all who take part in a call must agree on, as a hash and as text. What regions tell is left to them.
+fn agreement(call: &CollectiveCall, reads: &[View<'_>], writes: &[View<'_>]) -> (u64, String) {
+    let view = match call.kind {
+        CollectiveKind::AllGather { .. } | CollectiveKind::Receive { .. } => writes.first(),
+        _ => reads.first(),
+    };
+    let shape = view.map(|view| view.shape());
+    let dtype = view.map(|view| view.dtype());
+    let shown = match call.kind {
+        CollectiveKind::AllToAll { .. } => None,
+        _ => shape,
+    };
+    let mut hash = Fnv::default();
+    (&call.group.ranks, dtype, shown).hash(&mut hash);
+    let ranks = |from: usize, to: usize| (call.group.ranks[from], call.group.ranks[to]);
+    match &call.kind {
+        // The two sides of a transfer.
+        CollectiveKind::Send { to } => ("transfer", ranks(call.member, *to)).hash(&mut hash),
+        CollectiveKind::Receive { from } => ("transfer", ranks(*from, call.member)).hash(&mut hash),
+        kind => kind.hash(&mut hash),
+    }
+    let detail = match &call.kind {
+        CollectiveKind::AllReduce { op } | CollectiveKind::ReduceScatter { op, .. } => format!(" {op:?}"),
+        CollectiveKind::Broadcast { root } => format!(" from member {root}"),
+        CollectiveKind::Send { to } => format!(" to member {to}"),
+        CollectiveKind::Receive { from } => format!(" from member {from}"),
+        _ => String::new(),
+    };
+    let dtype = dtype.map_or("nothing".to_owned(), |dtype| format!("{dtype:?}"));
+    let shown = shown.map_or(String::new(), |shape| format!(" {shape:?}"));
+    (hash.finish(), format!("{}{detail} of {dtype}{shown}", call.name()))
+}
+
+/// FNV-1a: the same in every process, as the standard library's hasher promises not to be.
+struct Fnv(u64);
+
+impl Default for Fnv {
+    fn default() -> Self {
+        Self(0xcbf2_9ce4_8422_2325)
+    }
+}
+
+impl Hasher for Fnv {
+    fn write(&mut self, bytes: &[u8]) {
+        self.0 = bytes.iter().fold(self.0, |hash, byte| (hash ^ u64::from(*byte)).wrapping_mul(0x100_0000_01b3));
+    }
+
+    fn finish(&self) -> u64 {
+        self.0
+    }
+}

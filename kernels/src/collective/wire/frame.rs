@@ -1,0 +1,163 @@
+//! The header in front of every transfer: what it says, and its bytes. Pure; what comes in is not trusted. Imports
+//! nothing of this crate.
+//!
+//! ```text
+//! offset  0  magic u32         8  group u32       16  sequence u64     32  length u64
+//!         4  version u16      12  sender u32      24  digest u64       40  text (UTF-8)
+//!         6  kind u8, text's length u8                                     (all little-endian)
+//! ```
+
+/// First bytes of every header.
+const MAGIC: u32 = u32::from_le_bytes(*b"sfwr");
+
+/// Grows with every change of what is sent.
+const VERSION: u16 = 1;
+
+/// Bytes of a header without its text.
+const FIXED_BYTES: usize = 40;
+
+/// The most bytes of text that a header carries.
+pub(super) const TEXT_BYTES_MAX: usize = 200;
+
+/// The most bytes of a header.
+pub(super) const HEADER_BYTES_MAX: usize = FIXED_BYTES + TEXT_BYTES_MAX;
+
+/// What a header announces.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Kind {
+    /// `length` bytes of a call follow; the text describes the call.
+    Data = 1,
+    /// The sender has waited long in the call that is described. Nothing follows.
+    Waiting = 2,
+    /// The sender has given up: member `length` calls something else. The text is `expected`, newline, `got`.
+    Mismatch = 3,
+    /// The sender has given up: the link of the device of rank `digest` to that of rank `length` failed, as the text says.
+    LinkLost = 4,
+    /// The sender has given up for the reason in the text.
+    Stopped = 5,
+}
+
+/// A header without its text.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Header {
+    pub(super) kind: Kind,
+    /// Group id.
+    pub(super) group: u32,
+    /// Member that sends.
+    pub(super) sender: u32,
+    /// Calls that sender and receiver have had in common before this one.
+    pub(super) sequence: u64,
+    /// What the two must agree on, as a hash.
+    pub(super) digest: u64,
+    pub(super) length: u64,
+}
+
+impl Header {
+    /// Appends the header's bytes; the text is cut to what fits.
+    pub(super) fn encode(&self, text: &str, out: &mut Vec<u8>) {
+        let text = &text[..text.floor_char_boundary(TEXT_BYTES_MAX)];
+        out.extend(MAGIC.to_le_bytes());
+        out.extend(VERSION.to_le_bytes());
+        out.extend([self.kind as u8, text.len() as u8]);
+        out.extend(self.group.to_le_bytes());
+        out.extend(self.sender.to_le_bytes());
+        out.extend(self.sequence.to_le_bytes());
+        out.extend(self.digest.to_le_bytes());
+        out.extend(self.length.to_le_bytes());
+        out.extend(text.as_bytes());
+    }
+
+    /// The header at the start of `bytes`, and its text; `None` when there are too few bytes yet.
+    ///
+    /// # Errors
+    /// What is wrong, when this is no header of ours.
+    pub(super) fn decode(bytes: &[u8]) -> Result<Option<(Self, &[u8])>, String> {
+        let Some((fixed, rest)) = bytes.split_first_chunk::<FIXED_BYTES>() else {
+            // Garbage is refused as soon as it shows, not when enough of it has come.
+            let seen = bytes.len().min(4);
+            return if bytes[..seen] == MAGIC.to_le_bytes()[..seen] { Ok(None) } else { Err(bad_magic(bytes)) };
+        };
+        let u32_at = |at: usize| u32::from_le_bytes([fixed[at], fixed[at + 1], fixed[at + 2], fixed[at + 3]]);
+        let u64_at = |at: usize| u64::from(u32_at(at)) | u64::from(u32_at(at + 4)) << 32;
+        if u32_at(0) != MAGIC {
+            return Err(bad_magic(bytes));
+        }
+        let version = u16::from_le_bytes([fixed[4], fixed[5]]);
+        if version != VERSION {
+            return Err(format!("a header of version {version}, expected {VERSION}: run one binary on all ranks"));
+        }
+        let kind = match fixed[6] {
+            1 => Kind::Data,
+            2 => Kind::Waiting,
+            3 => Kind::Mismatch,
+            4 => Kind::LinkLost,
+            5 => Kind::Stopped,
+            other => return Err(format!("a header of unknown kind {other}")),
+        };
+        let text_len = usize::from(fixed[7]);
+        if text_len > TEXT_BYTES_MAX {
+            return Err(format!("a header with {text_len} bytes of text, at most {TEXT_BYTES_MAX} are allowed"));
+        }
+        let Some(text) = rest.get(..text_len) else { return Ok(None) };
+        let header = Self {
+            kind,
+            group: u32_at(8),
+            sender: u32_at(12),
+            sequence: u64_at(16),
+            digest: u64_at(24),
+            length: u64_at(32),
+        };
+        Ok(Some((header, text)))
+    }
+
+    /// Bytes of a header with this text.
+    pub(super) fn bytes(text: &[u8]) -> usize {
+        FIXED_BYTES + text.len()
+    }
+}
+
+fn bad_magic(bytes: &[u8]) -> String {
+    format!("no header of ours, but bytes {:02x?}", &bytes[..bytes.len().min(8)])
+}
+
+/// Text of a peer as it may be shown: control characters are replaced.
+pub(super) fn readable(text: &[u8]) -> String {
+    String::from_utf8_lossy(text).chars().map(|c| if c.is_control() { '?' } else { c }).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const HEADER: Header =
+        Header { kind: Kind::LinkLost, group: 7, sender: 3, sequence: 1 << 40, digest: u64::MAX - 1, length: 12 };
+
+    #[test]
+    fn what_is_encoded_is_decoded() {
+        for text in ["", "all_reduce of 3", &"ü".repeat(150)] {
+            let mut bytes = Vec::new();
+            HEADER.encode(text, &mut bytes);
+            assert!(bytes.len() <= HEADER_BYTES_MAX);
+            for cut in 0..bytes.len() {
+                assert_eq!(Header::decode(&bytes[..cut]), Ok(None), "{cut}");
+            }
+            let (header, read) = Header::decode(&bytes).unwrap().unwrap();
+            assert_eq!(header, HEADER);
+            assert!(text.as_bytes().starts_with(read) && Header::bytes(read) == bytes.len());
+            bytes.push(0);
+            assert_eq!(Header::decode(&bytes).unwrap().unwrap().1.len(), bytes.len() - 1 - FIXED_BYTES);
+        }
+    }
+
+    #[test]
+    fn what_is_no_header_is_refused() {
+        let mut bytes = Vec::new();
+        HEADER.encode("text", &mut bytes);
+        for (at, value) in [(0, b'x'), (4, 9), (6, 0), (6, 6), (7, 201)] {
+            let mut bad = bytes.clone();
+            bad[at] = value;
+            assert!(Header::decode(&bad).is_err(), "byte {at} = {value}");
+        }
+        assert!(Header::decode(b"GE").is_err());
+    }
+}

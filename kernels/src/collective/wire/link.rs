@@ -1,0 +1,345 @@
+//! One member's end of a channel: transfers and their headers, in and out, without ever waiting. Imports `channel`,
+//! `frame`, `collective`, `error`.
+//!
+//! - LINK-1: a transfer is one header and the `length` bytes it announces. Both ends know the length beforehand; a
+//!   header that says otherwise is refused, so what a peer says never decides how much is read or allocated.
+//! - LINK-2: between transfers either end may put in a header that announces nothing (`Waiting`, or why it gave up).
+//! - LINK-3: what a link holds is bounded: [`INBOX_BYTES`] read ahead, and at most two headers not yet sent.
+
+use std::io;
+use std::net::Shutdown;
+use std::sync::Arc;
+use std::time::Instant;
+
+use super::channel::Channel;
+use super::frame::{HEADER_BYTES_MAX, Header, Kind, readable};
+use crate::collective::Group;
+use crate::error::KernelError;
+
+/// Bytes that are read ahead while a header is expected: small transfers come whole with their header.
+const INBOX_BYTES: usize = 16 << 10;
+
+/// What one member is about.
+#[derive(Debug)]
+pub(super) struct Context {
+    pub(super) group: Arc<Group>,
+    pub(super) member: usize,
+    /// What all who take part in the call must agree on, as a hash and as text.
+    pub(super) digest: u64,
+    pub(super) text: String,
+    /// The other side of a point-to-point call; `None` when all members take part.
+    pub(super) peer: Option<usize>,
+}
+
+impl Context {
+    pub(super) fn link_error(&self, peer: usize, cause: impl Into<String>) -> KernelError {
+        let ranks = &self.group.ranks;
+        KernelError::Link { group: self.group.id, rank: ranks[self.member], peer: ranks[peer], cause: cause.into() }
+    }
+
+    /// True when member `peer` takes part in the call.
+    pub(super) fn involves(&self, peer: usize) -> bool {
+        self.peer.is_none_or(|other| other == peer)
+    }
+}
+
+/// What is expected from the peer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Incoming {
+    Nothing,
+    /// The header of a transfer of so many bytes.
+    Header(u64),
+    /// The rest of a transfer.
+    Body(u64),
+}
+
+/// See the module.
+#[derive(Debug)]
+pub(super) struct Link {
+    pub(super) channel: Arc<Channel>,
+    peer: usize,
+    inbox: Box<[u8]>,
+    /// The part of the inbox that holds bytes.
+    unread: std::ops::Range<usize>,
+    incoming: Incoming,
+    /// Headers on their way out, and how much of them is gone.
+    outbox: Vec<u8>,
+    outbox_sent: usize,
+    /// Bytes of the outgoing transfer that are still to be sent.
+    out_left: u64,
+    /// Calls that the two ends have finished together.
+    pub(super) sequence: u64,
+    /// True once the peer was told, in this call, what this member waits in.
+    announced: bool,
+    /// The peer sends nothing any more.
+    ended: bool,
+    /// Since when the kernel takes nothing.
+    pub(super) stalled: Option<Instant>,
+}
+
+impl Link {
+    pub(super) fn new(channel: Arc<Channel>, peer: usize) -> Self {
+        Self {
+            channel,
+            peer,
+            inbox: vec![0; INBOX_BYTES].into(),
+            unread: 0..0,
+            incoming: Incoming::Nothing,
+            outbox: Vec::with_capacity(2 * HEADER_BYTES_MAX),
+            outbox_sent: 0,
+            out_left: 0,
+            sequence: 0,
+            announced: false,
+            ended: false,
+            stalled: None,
+        }
+    }
+
+    /// A call in which both ends took part is over.
+    pub(super) fn finish_call(&mut self) {
+        self.sequence += 1;
+        self.announced = false;
+    }
+
+    fn push_header(&mut self, context: &Context, header: Header, text: &str) {
+        debug_assert!(self.outbox.len() <= HEADER_BYTES_MAX, "LINK-3");
+        debug_assert!(header.group == context.group.id);
+        header.encode(text, &mut self.outbox);
+    }
+
+    fn header(&self, context: &Context, kind: Kind, length: u64) -> Header {
+        Header {
+            kind,
+            group: context.group.id,
+            sender: context.member as u32,
+            sequence: self.sequence,
+            digest: context.digest,
+            length,
+        }
+    }
+
+    /// Begins to send a transfer; its bytes go through [`Link::send`].
+    pub(super) fn begin_out(&mut self, context: &Context, bytes: u64) {
+        debug_assert!(self.out_left == 0);
+        self.push_header(context, self.header(context, Kind::Data, bytes), &context.text);
+        self.out_left = bytes;
+    }
+
+    /// Begins to receive a transfer; its bytes come through [`Link::receive`].
+    pub(super) fn begin_in(&mut self, bytes: u64) {
+        debug_assert!(self.in_done());
+        self.incoming = Incoming::Header(bytes);
+    }
+
+    /// True when the outgoing transfer has been handed over, with its header.
+    pub(super) fn out_done(&self) -> bool {
+        self.out_left == 0 && self.outbox.is_empty()
+    }
+
+    /// True when no header waits to be sent.
+    pub(super) fn flushed(&self) -> bool {
+        self.outbox.is_empty()
+    }
+
+    /// True when the incoming transfer has been read to its end.
+    pub(super) fn in_done(&self) -> bool {
+        self.incoming == Incoming::Nothing
+    }
+
+    /// True when the peer can still say something between transfers.
+    pub(super) fn may_speak(&self) -> bool {
+        !self.ended && !matches!(self.incoming, Incoming::Body(_))
+    }
+
+    /// Hands over as much of `data` as the kernel takes, after the header; returns how much.
+    pub(super) fn send(&mut self, context: &Context, data: &[u8]) -> Result<usize, KernelError> {
+        let header = &self.outbox[self.outbox_sent..];
+        if header.is_empty() && data.is_empty() {
+            return Ok(0);
+        }
+        let sent = match self.channel.send(header, data) {
+            Ok(sent) => sent,
+            Err(error) => return Err(self.write_error(context, &error)),
+        };
+        self.stalled = if sent == 0 { self.stalled.or_else(|| Some(Instant::now())) } else { None };
+        let of_header = sent.min(header.len());
+        self.outbox_sent += of_header;
+        if self.outbox_sent == self.outbox.len() {
+            self.outbox.clear();
+            self.outbox_sent = 0;
+        }
+        let of_data = sent - of_header;
+        self.out_left = self.out_left.saturating_sub(of_data as u64);
+        Ok(of_data)
+    }
+
+    /// A peer that gave up has said why before it hung up, if it could.
+    fn write_error(&mut self, context: &Context, error: &io::Error) -> KernelError {
+        let said = self.hear(context).err();
+        said.unwrap_or_else(|| context.link_error(self.peer, format!("cannot write: {error}")))
+    }
+
+    /// Takes what has come of the transfer, as far as it fits `into`; returns how much. The header is read and checked
+    /// first.
+    pub(super) fn receive(&mut self, context: &Context, into: &mut [u8]) -> Result<usize, KernelError> {
+        if let Incoming::Header(expected) = self.incoming {
+            self.hear(context)?;
+            let Some((header, text)) = self.peek(context)? else { return Ok(0) };
+            if header.sequence != self.sequence || header.digest != context.digest {
+                return Err(self.mismatch(context, text));
+            }
+            if header.length != expected {
+                let cause = format!("a transfer of {} bytes was announced, expected {expected}", header.length);
+                return Err(context.link_error(self.peer, cause));
+            }
+            self.unread.start += Header::bytes(text);
+            self.incoming = if expected == 0 { Incoming::Nothing } else { Incoming::Body(expected) };
+        }
+        let Incoming::Body(left) = self.incoming else { return Ok(0) };
+        let wanted = into.len().min(usize::try_from(left).unwrap_or(usize::MAX));
+        let into = &mut into[..wanted];
+        let mut got = self.unread.len().min(wanted);
+        into[..got].copy_from_slice(&self.inbox[self.unread.start..][..got]);
+        self.unread.start += got;
+        if got < wanted {
+            match self.channel.receive(&mut into[got..]) {
+                Ok(Some(0)) => return Err(self.closed(context)),
+                Ok(more) => got += more.unwrap_or(0),
+                Err(error) => return Err(context.link_error(self.peer, format!("cannot read: {error}"))),
+            }
+        }
+        self.incoming = if left == got as u64 { Incoming::Nothing } else { Incoming::Body(left - got as u64) };
+        Ok(got)
+    }
+
+    fn closed(&mut self, context: &Context) -> KernelError {
+        self.ended = true;
+        context.link_error(self.peer, format!("closed by the peer during {}", context.text))
+    }
+
+    /// Reads what has come between transfers, up to the header of a transfer.
+    ///
+    /// # Errors
+    /// Why the peer gave up, or [`KernelError::CollectiveMismatch`] when it waits in another call.
+    pub(super) fn hear(&mut self, context: &Context) -> Result<(), KernelError> {
+        while self.may_speak() {
+            if let Some((header, text)) = self.peek(context)? {
+                let bytes = Header::bytes(text);
+                match header.kind {
+                    Kind::Data | Kind::Waiting => {
+                        let common = context.involves(self.peer) && header.sequence == self.sequence;
+                        if common && header.digest != context.digest {
+                            return Err(self.mismatch(context, text));
+                        }
+                        if header.kind == Kind::Data {
+                            return Ok(());
+                        }
+                    }
+                    _ => return Err(self.why_peer_stopped(context, &header, text)),
+                }
+                self.unread.start += bytes;
+                continue;
+            }
+            self.inbox.copy_within(self.unread.clone(), 0);
+            self.unread = 0..self.unread.len();
+            match self.channel.receive(&mut self.inbox[self.unread.end..]) {
+                Ok(None) => return Ok(()),
+                Ok(Some(0)) if matches!(self.incoming, Incoming::Header(_)) => return Err(self.closed(context)),
+                Ok(Some(0)) => self.ended = true,
+                Ok(Some(bytes)) => self.unread.end += bytes,
+                Err(error) => {
+                    self.ended = true;
+                    return Err(context.link_error(self.peer, format!("cannot read: {error}")));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// The next header, when all of it is in the inbox.
+    fn peek(&self, context: &Context) -> Result<Option<(Header, &[u8])>, KernelError> {
+        let found = Header::decode(&self.inbox[self.unread.clone()]);
+        let found = found.map_err(|cause| context.link_error(self.peer, cause))?;
+        if let Some((header, _)) = &found
+            && (header.group, header.sender) != (context.group.id, self.peer as u32)
+        {
+            let cause = format!(
+                "a header of member {} in group {}, expected member {} in group {}",
+                header.sender, header.group, self.peer, context.group.id
+            );
+            return Err(context.link_error(self.peer, cause));
+        }
+        Ok(found)
+    }
+
+    fn mismatch(&self, context: &Context, text: &[u8]) -> KernelError {
+        let mut got = readable(text);
+        if got == context.text {
+            got += " with other parts, ranks or order";
+        }
+        KernelError::CollectiveMismatch {
+            group: context.group.id,
+            member: self.peer,
+            expected: context.text.clone(),
+            got,
+        }
+    }
+
+    fn why_peer_stopped(&self, context: &Context, header: &Header, text: &[u8]) -> KernelError {
+        let as_rank = |number: u64| {
+            let ranks = &context.group.ranks;
+            ranks.iter().copied().find(|rank| *rank as u64 == number).unwrap_or(ranks[self.peer])
+        };
+        match header.kind {
+            Kind::Mismatch => {
+                let mut parts = text.splitn(2, |byte| *byte == b'\n').map(readable);
+                let (expected, got) = (parts.next().unwrap_or_default(), parts.next().unwrap_or_default());
+                let member = usize::try_from(header.length).unwrap_or(usize::MAX).min(context.group.ranks.len() - 1);
+                KernelError::CollectiveMismatch { group: context.group.id, member, expected, got }
+            }
+            Kind::LinkLost => KernelError::Link {
+                group: context.group.id,
+                rank: as_rank(header.digest),
+                peer: as_rank(header.length),
+                cause: readable(text),
+            },
+            _ => context.link_error(self.peer, format!("the peer gave up: {}", readable(text))),
+        }
+    }
+
+    /// Tells the peer what this member waits in, once in a call and only between transfers.
+    pub(super) fn announce(&mut self, context: &Context) -> Result<(), KernelError> {
+        if self.announced || !self.out_done() || !context.involves(self.peer) {
+            return Ok(());
+        }
+        self.announced = true;
+        self.push_header(context, self.header(context, Kind::Waiting, 0), &context.text);
+        self.send(context, &[]).map(|_| ())
+    }
+
+    /// Tells the peer why this member gives up, if it is between transfers, and ends the outgoing direction.
+    pub(super) fn give_up(&mut self, context: &Context, error: &KernelError) {
+        if self.out_left == 0 && self.outbox.len() <= HEADER_BYTES_MAX {
+            let mut header = self.header(context, Kind::Stopped, 0);
+            let text = match error {
+                KernelError::CollectiveMismatch { member, expected, got, .. } => {
+                    (header.kind, header.length) = (Kind::Mismatch, *member as u64);
+                    // Each gets half of the text.
+                    let half =
+                        |text: &str| text[..text.floor_char_boundary(super::frame::TEXT_BYTES_MAX / 2 - 1)].to_owned();
+                    format!("{}\n{}", half(expected), half(got))
+                }
+                KernelError::Link { rank, peer, cause, .. } => {
+                    (header.kind, header.digest, header.length) = (Kind::LinkLost, *rank as u64, *peer as u64);
+                    cause.clone()
+                }
+                other => other.to_string(),
+            };
+            self.push_header(context, header, &text);
+            let (header, sent) = (&self.outbox[self.outbox_sent..], self.outbox_sent);
+            // Nobody is left to tell of a failure to tell.
+            self.outbox_sent = sent + self.channel.send(header, &[]).unwrap_or(0);
+        }
+        self.channel.shutdown(Shutdown::Write);
+    }
+}

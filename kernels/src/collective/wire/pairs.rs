@@ -1,0 +1,111 @@
+//! What goes straight from member to member: all-to-all, gathers whose parts overlap, send and receive. Imports `flow`,
+//! `port`, `collective`, `memory`, `region`, `tensor`, `error`.
+
+use super::flow::{Flow, In, Out, PIECE_WORDS, Part, Source, Target};
+use super::port::Port;
+use crate::collective::ReduceOp;
+use crate::error::KernelError;
+use crate::memory::Words;
+use crate::region::{Runs, for_each_run, subtract};
+use crate::tensor::Region;
+
+/// The most bytes that are sent before the receiver is known to be in its call: they fit into the kernel's buffers.
+const EAGER_BYTES_MAX: usize = 64 << 10;
+
+/// Boxes that `target` takes from each member, in the order in which members are asked: itself, then 0, 1, ...
+/// What one has given is not asked of a later one.
+pub(super) fn taken(member: usize, sources: &[Region], target: &Region) -> Vec<(usize, Vec<Region>)> {
+    let mut rest = vec![target.clone()];
+    let own_first = std::iter::once(member).chain((0..sources.len()).filter(|&other| other != member));
+    let mut all = Vec::new();
+    for other in own_first {
+        let source = &sources[other];
+        let boxes: Vec<Region> = rest.iter().filter_map(|region| region.intersect(source)).collect();
+        rest = rest.iter().flat_map(|region| subtract(region, source)).collect();
+        if !boxes.is_empty() {
+            all.push((other, boxes));
+        }
+    }
+    all
+}
+
+/// Member i brings `sources[i]` and gets `targets[i]`. Returns the elements that this one took from others.
+pub(super) fn all_to_all(
+    port: &mut Port,
+    words: &mut Words<'_>,
+    slots: &mut [f32],
+    sources: &[Region],
+    targets: &[Region],
+) -> Result<usize, KernelError> {
+    let (member, n) = (port.member(), port.members());
+    let (source, target) = (&sources[member], &targets[member]);
+    let mine = taken(member, sources, target);
+    if let (Some((_, boxes)), (Some(x), y)) = (mine.iter().find(|(from, _)| *from == member), words.split()) {
+        for common in boxes {
+            let from = (&source.size[..], &common.relative_to(source).start[..]);
+            let to = (&target.size[..], &common.relative_to(target).start[..]);
+            for_each_run(from, to, &common.size, |from, to, len| {
+                y[to..][..len].copy_from_slice(&x[from..][..len]);
+            });
+        }
+    }
+    for step in 1..n {
+        let (to, from) = ((member + step) % n, (member + n - step) % n);
+        let mut flow = Flow::new(ReduceOp::Sum);
+        for (_, boxes) in taken(to, sources, &targets[to]).iter().filter(|(giver, _)| *giver == member) {
+            boxes.iter().for_each(|common| push_out(&mut flow, source, common));
+        }
+        for (_, boxes) in mine.iter().filter(|(giver, _)| *giver == from) {
+            boxes.iter().for_each(|common| push_in(&mut flow, target, common));
+        }
+        let (sends, receives) = (!flow.outs.is_empty(), !flow.ins.is_empty());
+        flow.run(port, words, slots, Some(to).filter(|_| sends), Some(from).filter(|_| receives))?;
+    }
+    let foreign = mine.iter().filter(|(from, _)| *from != member);
+    Ok(foreign.flat_map(|(_, boxes)| boxes).map(Region::element_count).sum())
+}
+
+/// The box `common`, of which `held` is what a tensor holds, in parts of one piece each.
+fn parts(flow: &mut Flow, held: &Region, common: &Region) -> Vec<Part> {
+    let runs = flow.add_box(Runs::new(&held.size, &common.relative_to(held)));
+    let all = common.element_count();
+    let part = |start: usize| Part { runs, range: start..all.min(start + PIECE_WORDS) };
+    (0..all).step_by(PIECE_WORDS).map(part).collect()
+}
+
+fn push_out(flow: &mut Flow, source: &Region, common: &Region) {
+    for part in parts(flow, source, common) {
+        let words = part.range.len();
+        let from = flow.contiguous(&part).map_or_else(|| Source::Pack(part), Source::X);
+        flow.outs.push(Out { from, words, passes_on: false });
+    }
+}
+
+fn push_in(flow: &mut Flow, target: &Region, common: &Region) {
+    for part in parts(flow, target, common) {
+        let words = part.range.len();
+        let to = flow.contiguous(&part).map_or_else(|| Target::Unpack(part), Target::Y);
+        flow.ins.push(In { to, words });
+    }
+}
+
+/// Sends x. Returns when the receiver is in its call and the kernel has all bytes.
+pub(super) fn send(port: &mut Port, words: &Words<'_>, to: usize) -> Result<(), KernelError> {
+    let data: &[u8] = bytemuck::cast_slice(words.x());
+    port.begin_in(to, 0)?;
+    port.begin_out(to, data.len())?;
+    if data.len() <= EAGER_BYTES_MAX {
+        return port.exchange(Some((to, data)), Some((to, &mut [])));
+    }
+    // So a receiver that is late is waited for without a time-out, and a write that stalls is a fault.
+    port.exchange(None, Some((to, &mut [])))?;
+    port.exchange(Some((to, data)), None)
+}
+
+/// Receives y, after having told the sender that this member is here.
+pub(super) fn receive(port: &mut Port, words: &mut Words<'_>, from: usize) -> Result<(), KernelError> {
+    let into: &mut [u8] = bytemuck::cast_slice_mut(words.y);
+    port.begin_out(from, 0)?;
+    port.begin_in(from, into.len())?;
+    port.exchange(Some((from, &[])), Some((from, into)))
+}

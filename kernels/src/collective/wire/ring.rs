@@ -1,0 +1,137 @@
+//! Rings: each member sends to the next and receives from the one before. Reductions go once round, gathers too, an
+//! all-reduce twice. Imports `flow`, `port`, `collective`, `memory`, `region`, `tensor`, `error`.
+//!
+//! What member c owns starts at member c+1, and each adds its own on the way to c: the order of
+//! [`crate::collective::Group`]. It is cut into rounds, so that what passes through stays in cache and in two slots.
+
+use super::flow::{Flow, In, Out, PIECE_WORDS, Part, Source, Target};
+use super::port::Port;
+use crate::collective::ReduceOp;
+use crate::error::KernelError;
+use crate::memory::Words;
+use crate::region::Runs;
+use crate::tensor::{Region, split_range};
+
+/// What goes round, by owner.
+struct Ring {
+    flow: Flow,
+    member: usize,
+    members: usize,
+    /// Places of what each owns in the tensor that all share.
+    boxes: Vec<usize>,
+}
+
+/// Ring all-reduce.
+pub(super) fn all_reduce(
+    port: &mut Port,
+    words: &mut Words<'_>,
+    slots: &mut [f32],
+    op: ReduceOp,
+) -> Result<(), KernelError> {
+    let (all, n) = (words.y.len(), port.members());
+    let mut ring = Ring::new(port, op, (0..n).map(|owner| Runs::flat(split_range(all, n, owner))));
+    let own = split_range(all, n, port.member()).start;
+    for round in 0..ring.rounds() {
+        ring.reduce(round, own);
+        ring.gather(round, true);
+    }
+    ring.run(port, words, slots)
+}
+
+/// Ring reduce-scatter; x has the shape `whole`.
+pub(super) fn reduce_scatter(
+    port: &mut Port,
+    words: &mut Words<'_>,
+    slots: &mut [f32],
+    op: ReduceOp,
+    (whole, parts): (&[usize], &[Region]),
+) -> Result<(), KernelError> {
+    let mut ring = Ring::new(port, op, parts.iter().map(|part| Runs::new(whole, part)));
+    for round in 0..ring.rounds() {
+        ring.reduce(round, 0);
+    }
+    ring.run(port, words, slots)
+}
+
+/// Ring all-gather of parts that do not overlap; y has the shape `whole`.
+pub(super) fn all_gather(
+    port: &mut Port,
+    words: &mut Words<'_>,
+    slots: &mut [f32],
+    (whole, parts): (&[usize], &[Region]),
+) -> Result<(), KernelError> {
+    // Nothing is combined.
+    let mut ring = Ring::new(port, ReduceOp::Sum, parts.iter().map(|part| Runs::new(whole, part)));
+    let own = Runs::new(whole, &parts[port.member()]);
+    let (x, y) = words.split();
+    if let Some(x) = x {
+        own.for_each(0..x.len(), |place, at, len| y[place..][..len].copy_from_slice(&x[at..][..len]));
+    }
+    for round in 0..ring.rounds() {
+        ring.gather(round, false);
+    }
+    ring.run(port, words, slots)
+}
+
+impl Ring {
+    fn new(port: &Port, op: ReduceOp, boxes: impl Iterator<Item = Runs>) -> Self {
+        let mut flow = Flow::new(op);
+        let boxes = boxes.map(|runs| flow.add_box(runs)).collect();
+        Self { flow, member: port.member(), members: port.members(), boxes }
+    }
+
+    /// Rounds that the largest part needs.
+    fn rounds(&self) -> usize {
+        let largest = self.flow.boxes.iter().map(Runs::element_count).max().unwrap_or(0);
+        largest.div_ceil(PIECE_WORDS)
+    }
+
+    /// What the member `back` places before this one owns, as far as this round takes it.
+    fn part(&self, back: usize, round: usize) -> Part {
+        let owner = (self.member + 2 * self.members - back) % self.members;
+        let runs = self.boxes[owner];
+        let all = self.flow.boxes[runs].element_count();
+        Part { runs, range: all.min(round * PIECE_WORDS)..all.min((round + 1) * PIECE_WORDS) }
+    }
+
+    fn push_out(&mut self, from: Source, part: &Part, passes_on: bool) {
+        self.flow.outs.push(Out { from, words: part.range.len(), passes_on });
+    }
+
+    fn push_in(&mut self, to: Target, part: &Part) {
+        self.flow.ins.push(In { to, words: part.range.len() });
+    }
+
+    /// One round of a reduction; the result lies in y from `own_start` on.
+    fn reduce(&mut self, round: usize, own_start: usize) {
+        for step in 0..self.members - 1 {
+            let (gone, come) = (self.part(step + 1, round), self.part(step + 2, round));
+            let first = self.flow.contiguous(&gone).map_or_else(|| Source::Pack(gone.clone()), Source::X);
+            self.push_out(if step == 0 { first } else { Source::Slot }, &gone, step > 0);
+            let start = own_start + come.range.start;
+            let is_own = step + 2 == self.members;
+            let to = if is_own { Target::Finish(come.clone(), start) } else { Target::Combine(come.clone()) };
+            self.push_in(to, &come);
+        }
+    }
+
+    /// One round of a gather. What this member owns lies in y when it was `reduced` there, else it is x.
+    fn gather(&mut self, round: usize, reduced: bool) {
+        for step in 0..self.members - 1 {
+            let (gone, come) = (self.part(step, round), self.part(step + 1, round));
+            let from = match self.flow.contiguous(&gone) {
+                _ if step == 0 && !reduced => Source::X(gone.range.clone()),
+                Some(place) => Source::Y(place),
+                None => Source::Slot,
+            };
+            self.push_out(from, &gone, step > 0 || reduced);
+            let to = self.flow.contiguous(&come).map_or_else(|| Target::Unpack(come.clone()), Target::Y);
+            self.push_in(to, &come);
+        }
+    }
+
+    fn run(&self, port: &mut Port, words: &mut Words<'_>, slots: &mut [f32]) -> Result<(), KernelError> {
+        let (next, before) = ((self.member + 1) % self.members, (self.member + self.members - 1) % self.members);
+        self.flow.run(port, words, slots, Some(next), Some(before))
+    }
+}

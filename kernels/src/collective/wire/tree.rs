@@ -1,0 +1,139 @@
+//! Trees, for what is small or goes from one to all: member r's neighbours are those that differ in one of its trailing
+//! zero bits, or its lowest one bit (members counted from the root). Imports `port`, `flow`, `collective`, `memory`,
+//! `tensor`, `error`.
+
+use super::flow::{PIECE_WORDS, combine};
+use super::port::Port;
+use crate::collective::ReduceOp;
+use crate::error::KernelError;
+use crate::memory::Words;
+use crate::tensor::split_range;
+
+/// A member's place in a binomial tree.
+struct Tree {
+    root: usize,
+    members: usize,
+    /// Number counted from the root.
+    place: usize,
+}
+
+impl Tree {
+    fn new(port: &Port, root: usize) -> Self {
+        let members = port.members();
+        Self { root, members, place: (port.member() + members - root) % members }
+    }
+
+    fn member(&self, place: usize) -> usize {
+        (self.root + place) % self.members
+    }
+
+    fn parent(&self) -> Option<usize> {
+        (self.place != 0).then(|| self.member(self.place & (self.place - 1)))
+    }
+
+    /// Children, nearest first: the member, and the number of places from this one to it.
+    fn children(&self) -> impl DoubleEndedIterator<Item = (usize, usize)> {
+        let bits = if self.place == 0 { usize::BITS } else { self.place.trailing_zeros() };
+        let distances = (0..bits.min(usize::BITS - 1)).map(|bit| 1usize << bit);
+        let below: Vec<_> = distances.take_while(|distance| self.place + distance < self.members).collect();
+        below.into_iter().map(|distance| (self.member(self.place + distance), distance))
+    }
+
+    /// Members of the subtree whose root is so many places further.
+    fn subtree(&self, distance: usize) -> usize {
+        distance.min(self.members - self.place - distance)
+    }
+}
+
+/// All-reduce of few bytes. Two members give each other what they have; more gather all values at member 0, which
+/// combines them and sends the result round. `blocks` has room for every member's values.
+pub(super) fn all_reduce(
+    port: &mut Port,
+    words: &mut Words<'_>,
+    blocks: &mut [f32],
+    op: ReduceOp,
+) -> Result<(), KernelError> {
+    let (len, n) = (words.y.len(), port.members());
+    if n == 2 {
+        let (peer, bytes) = (1 - port.member(), size_of_val(words.x()));
+        let (first, second) = blocks[..2 * len].split_at_mut(len);
+        let (own, other) = if peer == 1 { (first, second) } else { (second, first) };
+        port.begin_out(peer, bytes)?;
+        port.begin_in(peer, bytes)?;
+        own.copy_from_slice(words.x());
+        let into = bytemuck::cast_slice_mut(other);
+        port.exchange(Some((peer, bytemuck::cast_slice(own))), Some((peer, into)))?;
+        combine_blocks(op, blocks, n, words.y);
+        return Ok(());
+    }
+    let tree = Tree::new(port, 0);
+    blocks[..len].copy_from_slice(words.x());
+    for (child, distance) in tree.children() {
+        let into = &mut blocks[distance * len..][..tree.subtree(distance) * len];
+        port.begin_in(child, size_of_val(into))?;
+        port.exchange(None, Some((child, bytemuck::cast_slice_mut(into))))?;
+    }
+    if let Some(parent) = tree.parent() {
+        let held = 1 + tree.children().map(|(_, distance)| tree.subtree(distance)).sum::<usize>();
+        let data = bytemuck::cast_slice(&blocks[..held * len]);
+        port.begin_out(parent, data.len())?;
+        port.exchange(Some((parent, data)), None)?;
+    } else {
+        combine_blocks(op, blocks, n, words.y);
+    }
+    spread(port, &tree, words.y)
+}
+
+/// Combines the members' values, block i being member i's, in the order of [`crate::collective::Group`].
+fn combine_blocks(op: ReduceOp, blocks: &[f32], n: usize, y: &mut [f32]) {
+    let len = y.len();
+    for owner in 0..n {
+        let chunk = split_range(len, n, owner);
+        let of = |member: usize| &blocks[member % n * len..][chunk.clone()];
+        let sum = &mut y[chunk.clone()];
+        sum.copy_from_slice(of(owner + 1));
+        (2..=n).for_each(|i| combine(op, sum, of(owner + i)));
+    }
+}
+
+/// Broadcast from member `root`.
+pub(super) fn broadcast(port: &mut Port, words: &mut Words<'_>, root: usize) -> Result<(), KernelError> {
+    if port.member() == root
+        && let (Some(x), y) = words.split()
+    {
+        y.copy_from_slice(x);
+    }
+    spread(port, &Tree::new(port, root), words.y)
+}
+
+/// Every member gets the root's `y`, piece by piece: while one comes from the parent, the one before goes to the child
+/// with the largest subtree.
+fn spread(port: &mut Port, tree: &Tree, y: &mut [f32]) -> Result<(), KernelError> {
+    let parent = tree.parent();
+    let children: Vec<usize> = tree.children().rev().map(|(child, _)| child).collect();
+    if let Some(parent) = parent {
+        port.begin_in(parent, size_of_val(y))?;
+    }
+    for &child in &children {
+        port.begin_out(child, size_of_val(y))?;
+    }
+    // A transfer of nothing is its header: there is one piece at least.
+    let pieces = y.len().div_ceil(PIECE_WORDS).max(1);
+    let all = y.len();
+    let end = |piece: usize| all.min(piece * PIECE_WORDS);
+    for piece in 0..=pieces {
+        let (done, rest) = y.split_at_mut(end(piece));
+        let come = parent.filter(|_| piece < pieces);
+        let into = come.map(|from| (from, bytemuck::cast_slice_mut(&mut rest[..end(piece + 1) - end(piece)])));
+        let Some(before) = piece.checked_sub(1) else {
+            port.exchange(None, into)?;
+            continue;
+        };
+        let gone: &[u8] = bytemuck::cast_slice(&done[end(before)..]);
+        port.exchange(children.first().map(|&child| (child, gone)), into)?;
+        for &child in children.iter().skip(1) {
+            port.exchange(Some((child, gone)), None)?;
+        }
+    }
+    Ok(())
+}
