@@ -269,6 +269,13 @@ pub enum Failure {
     },
 }
 
+impl Failure {
+    /// True when another process failed, and not this one.
+    pub fn is_of_a_peer(&self) -> bool {
+        matches!(self, Self::Peer { .. })
+    }
+}
+
 /// What a peer process can do wrong.
 #[derive(Clone, Debug, thiserror::Error, PartialEq)]
 pub enum PeerError {

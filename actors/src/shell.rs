@@ -329,6 +329,7 @@ impl Running {
             let _ = thread.join();
         }
         let in_order = self.session.first_failure().is_none();
+        self.session.leave();
         self.session.bus.remote().end();
         self.connections.close(in_order);
         if in_order {

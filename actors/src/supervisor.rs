@@ -65,6 +65,8 @@ struct State {
     finals: Vec<ActorSnapshot>,
     /// Peers that have ended in order; what breaks with them is no failure.
     left: BTreeSet<u32>,
+    /// This process has ended in order.
+    leaving: bool,
 }
 
 impl Session {
@@ -130,9 +132,18 @@ impl Session {
         self.state().left.insert(process);
     }
 
-    /// The connection to a peer broke: a failure, unless the peer has left.
+    /// This process ends in order: what breaks with any peer is no failure from now on.
+    pub(crate) fn leave(&self) {
+        self.state().leaving = true;
+    }
+
+    /// The connection to a peer broke: a failure, unless one of the two has left.
     pub(crate) fn peer_lost(&self, process: u32, message: String) {
-        if !self.state().left.contains(&process) {
+        let expected = {
+            let state = self.state();
+            state.leaving || state.left.contains(&process)
+        };
+        if !expected {
             self.fail(Failure::Peer { process, cause: PeerError::Lost { message } });
         }
     }

@@ -11,8 +11,6 @@ use std::str::FromStr;
 pub const EXIT_USAGE: u8 = 2;
 /// Exit code of a plan that was refused: a layout, liveness or memory check failed (`EX_CONFIG` of sysexits).
 pub const EXIT_REFUSED: u8 = 78;
-/// Exit code of a run that failed though its flags, files and plan were good (`EX_SOFTWARE` of sysexits).
-pub const EXIT_FAILED: u8 = 70;
 
 /// Prints `error:` and `hint:` lines to stderr and gives the exit code to return from `main`.
 pub fn fail(code: u8, error: impl Display, hint: &str) -> ExitCode {
@@ -353,16 +351,16 @@ impl GptArgs {
         Ok(())
     }
 
-    /// Threads of each device: as given, or an even share of `cores`, and one at least.
-    pub fn threads(&self, cores: usize) -> usize {
-        self.threads_per_device.unwrap_or(cores / self.mesh.devices()).clamp(1, THREADS_MAX)
+    /// Threads of each device: as given, or an even share of `cores` for the devices on this machine, and one at least.
+    pub fn threads(&self, cores: usize, devices_here: usize) -> usize {
+        self.threads_per_device.unwrap_or(cores / devices_here.max(1)).clamp(1, THREADS_MAX)
     }
 
     /// Bytes of each device: as given, or an even share of the machine's free memory, where the system tells it.
-    pub fn memory_bytes(&self, free: Option<usize>) -> Option<usize> {
+    pub fn memory_bytes(&self, free: Option<usize>, devices_here: usize) -> Option<usize> {
         match self.memory_mib {
             Some(mib) => Some(mib.saturating_mul(1 << 20)),
-            None => free.map(|bytes| bytes / self.mesh.devices()),
+            None => free.map(|bytes| bytes / devices_here.max(1)),
         }
     }
 }
@@ -389,15 +387,15 @@ mod tests {
         assert_eq!(args.check(), Ok(()));
         assert_eq!((args.layers, args.heads, args.width, args.context, args.batch), (4, 4, 128, 64, 12));
         assert_eq!(args.mesh, MeshArg { data: 1, stage: 1, tensor: 1 });
-        assert_eq!((args.threads(2), args.threads(0)), (2, 1));
-        assert_eq!((args.memory_bytes(Some(7)), args.memory_bytes(None)), (Some(7), None));
+        assert_eq!((args.threads(2, 1), args.threads(0, 1)), (2, 1));
+        assert_eq!((args.memory_bytes(Some(7), 1), args.memory_bytes(None, 1)), (Some(7), None));
     }
 
     #[test]
     fn a_mesh_and_a_schedule() {
         let args = parse(&["--mesh", "tensor=2, data=3", "--schedule", "gpipe"]).unwrap();
         assert_eq!(args.mesh, MeshArg { data: 3, stage: 1, tensor: 2 });
-        assert_eq!((args.mesh.devices(), args.schedule, args.threads(16)), (6, ScheduleArg::GPipe, 2));
+        assert_eq!((args.mesh.devices(), args.schedule, args.threads(16, 6)), (6, ScheduleArg::GPipe, 2));
     }
 
     #[test]

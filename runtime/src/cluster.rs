@@ -170,6 +170,12 @@ impl Cluster {
         }
     }
 
+    /// How many of a mesh's devices are on this node at most, and so share its cores and memory.
+    pub fn devices_here(&self, devices: usize) -> usize {
+        let each = devices.div_ceil(self.processes() as usize);
+        (each * self.local_processes() as usize).min(devices)
+    }
+
     /// True for the one process that speaks for all: rank 0.
     pub fn is_first(&self) -> bool {
         self.process() == 0

@@ -9,7 +9,7 @@ use std::time::Instant;
 
 use clap::Parser;
 use shardflow::prelude::*;
-use shardflow_examples::args::{ArgsError, EXIT_FAILED, EXIT_REFUSED, EXIT_USAGE, GptArgs, ScheduleArg, fail};
+use shardflow_examples::args::{ArgsError, EXIT_REFUSED, EXIT_USAGE, GptArgs, ScheduleArg, fail};
 use shardflow_examples::data::{DataError, Text};
 use shardflow_examples::files::{PlaceError, check_writable, free_memory_bytes};
 use shardflow_examples::log::{DeviceMemory, JsonLog, LogError, Progress, StepRecord, Totals};
@@ -22,36 +22,46 @@ fn main() -> ExitCode {
     }
 }
 
-/// All that can be wrong is found before the first step; files are made only then.
+/// All that can be wrong is found before the first step; files are made only then. Where the program runs as several
+/// processes, each runs all of this; the first one speaks.
 fn run(args: &GptArgs) -> Result<(), GptError> {
     args.check()?;
+    let mut cluster = Cluster::from_env()?;
+    cluster.options.on_waiting = Some(Arc::new(|missing| eprintln!("{missing}")));
     let text = Text::load(args.data.as_deref(), args.context)?;
     let model = model(args, &text);
-    let options = options(args);
+    let options = options(args, &cluster);
     let plan = compile(build(args, &model)?, &options)?;
+    let speaks = cluster.is_first();
     if args.explain {
-        say(plan.explain().trim_end());
+        if speaks {
+            say(plan.explain().trim_end());
+        }
         return Ok(());
     }
-    let sampler = sampler(args, &model)?;
-    if let Some(path) = &args.save {
+    let sampler = sampler(args, &model, &cluster)?;
+    if let Some(path) = args.save.as_deref().filter(|_| speaks) {
         check_writable(path)?;
     }
-    introduce(args, &text, &plan);
-    let mut session = Session::start(plan, &session_options(args))?;
+    if speaks {
+        introduce(args, &text, &plan, &cluster);
+    }
+    let mut session = Session::start(plan, &session_options(args, cluster))?;
     if let Some(path) = &args.init_from {
         session.init_from(path).map_err(GptError::InitFrom)?;
     }
-    let log = args.log_json.as_deref().map(JsonLog::create).transpose()?;
-    train(args, &text, &mut session, log)?;
+    let log = args.log_json.as_deref().filter(|_| speaks).map(JsonLog::create).transpose()?;
+    train(args, &text, &mut session, log, speaks)?;
     if let Some(path) = &args.save {
         session.save(path).map_err(GptError::Save)?;
-        say(format!("parameters saved to {}", path.display()));
+        if speaks {
+            say(format!("parameters saved to {}", path.display()));
+        }
     }
     let parameters = session.parameters()?;
     // Its threads end before those of the sampler start.
     session.shutdown()?;
-    if let Some(sampler) = sampler {
+    if let Some(sampler) = sampler.filter(|_| speaks) {
         let written = sampler.run(&parameters, &text.prompt(), args.sample, args.seed)?;
         say(format!("\n{} characters written by the model:\n{}", args.sample, text.decode(&written)));
     }
@@ -71,23 +81,25 @@ fn model(args: &GptArgs, text: &Text) -> GptConfig {
     }
 }
 
-fn options(args: &GptArgs) -> CompileOptions {
+fn options(args: &GptArgs, cluster: &Cluster) -> CompileOptions {
+    let here = cluster.devices_here(args.mesh.devices());
     CompileOptions {
         micro_batches: args.micro_batches,
         schedule: match args.schedule {
             ScheduleArg::GPipe => Schedule::GPipe,
             ScheduleArg::OneFOneB => Schedule::OneFOneB,
         },
-        threads_per_device: args.threads(cores()),
-        memory_bytes: args.memory_bytes(free_memory_bytes()),
+        threads_per_device: args.threads(cores(), here),
+        memory_bytes: args.memory_bytes(free_memory_bytes(), here),
         ..CompileOptions::default()
     }
 }
 
 /// A step that does not move for a minute is told on the screen: who waits on which register of whom.
-fn session_options(args: &GptArgs) -> SessionOptions {
+fn session_options(args: &GptArgs, cluster: Cluster) -> SessionOptions {
     let tell: Arc<dyn Fn(&str) + Send + Sync> = Arc::new(|report| eprintln!("warning: {report}"));
-    SessionOptions { seed: args.seed, watchdog: WatchdogOptions { on_stall: Some(tell), ..WatchdogOptions::default() } }
+    let watchdog = WatchdogOptions { on_stall: Some(tell), ..WatchdogOptions::default() };
+    SessionOptions { seed: args.seed, watchdog, cluster }
 }
 
 fn cores() -> usize {
@@ -106,18 +118,24 @@ fn build(args: &GptArgs, model: &GptConfig) -> Result<Graph, GptError> {
 }
 
 /// The program that writes text, if any is wanted.
-fn sampler(args: &GptArgs, model: &GptConfig) -> Result<Option<Sampler>, GptError> {
-    let options = CompileOptions { threads_per_device: args.threads(cores()), ..CompileOptions::default() };
-    Ok((args.sample > 0).then(|| Sampler::compile(model, &options)).transpose()?)
+fn sampler(args: &GptArgs, model: &GptConfig, cluster: &Cluster) -> Result<Option<Sampler>, GptError> {
+    let here = cluster.devices_here(args.mesh.devices());
+    let options = CompileOptions { threads_per_device: args.threads(cores(), here), ..CompileOptions::default() };
+    Ok((args.sample > 0 && cluster.is_first()).then(|| Sampler::compile(model, &options)).transpose()?)
 }
 
-fn introduce(args: &GptArgs, text: &Text, plan: &Plan) {
+fn introduce(args: &GptArgs, text: &Text, plan: &Plan, cluster: &Cluster) {
     let weights: usize = plan.graph.parameters().iter().map(|v| plan.graph.shape(*v).iter().product::<usize>()).sum();
     let (devices, threads) = (args.mesh.devices(), plan.threads_per_device);
     let named = args.data.as_deref().map_or("this repository".into(), |path| path.display().to_string());
     say(format!("text      {named}: {} tokens to train on, {} different", text.train_len(), text.vocab()));
     say(format!("model     {}, {} wide, {weights} weights", count(args.layers, "layer"), args.width));
-    say(format!("mesh      {}: {} of {}", plan.graph.mesh(), count(devices, "device"), count(threads, "thread")));
+    let over = match cluster.processes() {
+        1 => String::new(),
+        many => format!(", in {many} processes"),
+    };
+    let (devices, threads) = (count(devices, "device"), count(threads, "thread"));
+    say(format!("mesh      {}: {devices} of {threads}{over}", plan.graph.mesh()));
     let batches = count(plan.micro_batches, "micro-batch");
     say(format!("step      {} samples of {} tokens, in {batches}", args.batch, args.context));
 }
@@ -130,8 +148,14 @@ fn count(n: usize, thing: &str) -> String {
     }
 }
 
-fn train(args: &GptArgs, text: &Text, session: &mut Session, mut log: Option<JsonLog>) -> Result<(), GptError> {
-    let mut progress = Progress::new(args.steps);
+fn train(
+    args: &GptArgs,
+    text: &Text,
+    session: &mut Session,
+    mut log: Option<JsonLog>,
+    speaks: bool,
+) -> Result<(), GptError> {
+    let mut progress = speaks.then(|| Progress::new(args.steps));
     let (shape, step_tokens) = ([args.batch, args.context], (args.batch * args.context) as u64);
     let (mut seconds, mut final_loss) = (0.0, None);
     for step in 0..args.steps {
@@ -143,7 +167,9 @@ fn train(args: &GptArgs, text: &Text, session: &mut Session, mut log: Option<Jso
         let loss = report.loss.map_or(f64::NAN, f64::from);
         let tokens_per_second = step_tokens as f64 / step_seconds;
         let record = StepRecord { step, loss, grad_norm: report.grad_norm, step_seconds, tokens_per_second };
-        progress.step(&record);
+        if let Some(progress) = &mut progress {
+            progress.step(&record);
+        }
         if let Some(log) = &mut log {
             log.step(&record)?;
         }
@@ -153,7 +179,9 @@ fn train(args: &GptArgs, text: &Text, session: &mut Session, mut log: Option<Jso
         (seconds, final_loss) = (seconds + step_seconds, Some(loss));
     }
     let totals = totals(args.steps, step_tokens, seconds, final_loss, session);
-    summarise(&totals);
+    if speaks {
+        summarise(&totals);
+    }
     log.map_or(Ok(()), |log| log.finish(&totals)).map_err(GptError::from)
 }
 
@@ -191,6 +219,8 @@ enum GptError {
     #[error(transparent)]
     Args(#[from] ArgsError),
     #[error(transparent)]
+    Cluster(#[from] ClusterError),
+    #[error(transparent)]
     Data(#[from] DataError),
     #[error(transparent)]
     Place(#[from] PlaceError),
@@ -213,10 +243,11 @@ impl GptError {
         use SessionError::{Checkpoint, Kernel};
         match self {
             Self::Args(error) => error.exit_code(),
+            Self::Cluster(error) => error.exit().code(),
             Self::Data(_) | Self::Place(_) | Self::Log(_) | Self::Mesh(_) => EXIT_USAGE,
             Self::InitFrom(Checkpoint(_)) | Self::Save(Checkpoint(_)) => EXIT_USAGE,
             Self::Compile(_) | Self::Session(Kernel(KernelError::OutOfMemory { .. })) => EXIT_REFUSED,
-            Self::InitFrom(_) | Self::Save(_) | Self::Session(_) => EXIT_FAILED,
+            Self::InitFrom(error) | Self::Save(error) | Self::Session(error) => error.exit().code(),
         }
     }
 
@@ -241,6 +272,12 @@ impl GptError {
             )) => "give the --data, --layers, --heads, --width and --context that the file was saved with".into(),
             Self::InitFrom(_) => "give a file that `gpt --save` wrote".into(),
             Self::Save(_) => "the parameters are lost; see that there is room, and train again".into(),
+            Self::Cluster(_) | Self::Session(SessionError::Cluster(_)) => {
+                "see that all ranks are started, with the same program and flags, and can reach rank 0".into()
+            }
+            Self::Session(SessionError::Failed(failure)) if failure.is_of_a_peer() => {
+                "see the log of that rank; started again, the run goes on from its last checkpoint".into()
+            }
             Self::Compile(CompileError::Plan(_)) | Self::Session(_) => {
                 "this is a fault of the program: please report it with the command and this text".into()
             }
