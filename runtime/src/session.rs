@@ -31,6 +31,7 @@ use crate::sbp::region::take_box;
 pub mod checkpoint;
 pub mod host;
 pub mod metrics;
+pub mod snapshot;
 mod tokens;
 
 use checkpoint::CheckpointError;
