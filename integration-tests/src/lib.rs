@@ -1,4 +1,5 @@
 //! References and helpers for the tests of this crate.
 
 pub mod reference;
+pub mod together;
 pub mod training;

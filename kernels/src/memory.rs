@@ -204,15 +204,35 @@ impl Arena {
     /// # Errors
     /// [`KernelError::Arguments`] when the range is out of bounds or not aligned.
     pub fn read_host(&self, offset: usize, shape: &[usize], dtype: DType) -> Result<HostTensor, KernelError> {
-        let view = View::new("read_host", self, offset, shape, dtype)?;
-        // SAFETY: MEM-1 was checked by `View::new`; the caller guarantees MEM-3.
-        let data = unsafe {
-            match dtype {
-                DType::F32 => HostData::F32(view.f32().to_vec()),
-                DType::I32 => HostData::I32(view.i32().to_vec()),
-            }
+        let data = match dtype {
+            DType::F32 => HostData::F32(Vec::new()),
+            DType::I32 => HostData::I32(Vec::new()),
         };
-        Ok(HostTensor { shape: shape.to_vec(), data })
+        let mut tensor = HostTensor { shape: shape.to_vec(), data };
+        self.read_host_into(offset, &mut tensor)?;
+        Ok(tensor)
+    }
+
+    /// As [`Arena::read_host`], into a tensor of the wanted shape and type; the memory of its elements is used again.
+    ///
+    /// # Errors
+    /// [`KernelError::Arguments`] when the range is out of bounds or not aligned.
+    pub fn read_host_into(&self, offset: usize, tensor: &mut HostTensor) -> Result<(), KernelError> {
+        let view = View::new("read_host", self, offset, &tensor.shape, tensor.dtype())?;
+        // SAFETY: MEM-1 was checked by `View::new`; the caller guarantees MEM-3.
+        unsafe {
+            match &mut tensor.data {
+                HostData::F32(data) => {
+                    data.clear();
+                    data.extend_from_slice(view.f32());
+                }
+                HostData::I32(data) => {
+                    data.clear();
+                    data.extend_from_slice(view.i32());
+                }
+            }
+        }
+        Ok(())
     }
 }
 

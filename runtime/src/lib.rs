@@ -3,6 +3,7 @@
 //! `graph::builder -> passes -> plan::lower -> actors::spec -> actors::shell -> actors::protocol -> kernels::op`
 
 pub mod boxing;
+pub mod checkpoint;
 pub mod cluster;
 pub mod exit;
 pub mod graph;

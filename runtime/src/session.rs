@@ -2,6 +2,7 @@
 //! Imports `plan`, `session::*`, and the actors' shell.
 
 use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -38,10 +39,11 @@ pub mod host;
 pub mod hosting;
 mod load;
 pub mod metrics;
+pub mod snapshot;
 mod tokens;
 
 use checkpoint::CheckpointError;
-use exchange::Inbox;
+use exchange::{Inbox, Word, tensor_of};
 use host::Fetched;
 use hosting::{HostPorts, Hosting};
 use load::{FeedPort, Loader, fetches, gates};
@@ -89,11 +91,13 @@ pub struct SessionOptions {
     pub watchdog: WatchdogOptions,
     /// The processes that run the plan together.
     pub cluster: Cluster,
+    /// Set from outside, by a signal for instance, to have all processes told by [`StepReport::stop`] after the next step.
+    pub stop: Option<Arc<AtomicBool>>,
 }
 
 impl Default for SessionOptions {
     fn default() -> Self {
-        Self { seed: 1337, watchdog: WatchdogOptions::default(), cluster: Cluster::local() }
+        Self { seed: 1337, watchdog: WatchdogOptions::default(), cluster: Cluster::local(), stop: None }
     }
 }
 
@@ -108,6 +112,8 @@ pub struct StepReport {
     pub grad_norm: Option<f64>,
     /// Every output by name, whole; those made once a micro-batch joined along their first dim.
     pub outputs: BTreeMap<String, HostTensor>,
+    /// Some process had been asked to stop before this step: the same for all.
+    pub stop: bool,
 }
 
 /// A running plan, or this process's part of one. Dropping it shuts it down.
@@ -134,6 +140,7 @@ pub struct Session {
     vocabularies: BTreeMap<String, usize>,
     steps: u64,
     seed: u64,
+    stop: Option<Arc<AtomicBool>>,
     step_metrics: StepMetrics,
 }
 
@@ -210,6 +217,7 @@ impl Session {
             failed: None,
             steps: 0,
             seed: options.seed,
+            stop: options.stop.clone(),
             step_metrics: StepMetrics::new(),
         };
         session.initialise()?;
@@ -274,18 +282,41 @@ impl Session {
         for (actor, action, firings) in &self.gates {
             running.give(*actor, *action, *firings)?;
         }
+        let stop = self.stop.as_ref().is_some_and(|stop| stop.load(Ordering::Relaxed));
+        self.say([u64::from(stop), 0]);
         let micro_batches = self.plan.micro_batches;
         let ports = &self.lock_inbox().ports.fetches.clone();
-        let wanted: Vec<_> = ports.iter().map(|((_, rate), port)| (*port, rate.per_step(micro_batches))).collect();
+        let mut wanted: Vec<_> = ports.iter().map(|((_, rate), port)| (*port, rate.per_step(micro_batches))).collect();
+        wanted.extend(self.lock_inbox().words_wanted());
         self.receive(&wanted).map_err(|failure| self.fail(failure))?;
         let mut inbox = self.lock_inbox();
         let results = ports.iter().zip(&wanted).map(|((key, port), (_, count))| (*key, inbox.take(*port, *count)));
         let results = results.collect();
+        let stop = inbox.take_words().iter().any(|word| word[0] != 0);
         drop(inbox);
-        let report = self.report(results)?;
+        let report = StepReport { stop, ..self.report(results)? };
         self.steps += 1;
         self.step_metrics.record(&report, begin.elapsed());
         Ok(report)
+    }
+
+    /// Gives this process's word to all.
+    fn say(&self, word: Word) {
+        let mut inbox = self.lock_inbox();
+        let port = inbox.ports.words[self.hosting.process as usize];
+        let piece = HostPiece { port, tensors: vec![tensor_of(word)] };
+        if let Some(running) = self.running.as_ref().filter(|_| self.hosting.processes > 1) {
+            running.give_host(piece.clone());
+        }
+        inbox.put(piece);
+    }
+
+    /// Every process's word, by its number, when all have given one: between steps, in the same order on all.
+    fn exchange(&mut self, word: Word) -> Result<Vec<Word>, SessionError> {
+        self.say(word);
+        let wanted: Vec<_> = self.lock_inbox().words_wanted().collect();
+        self.receive(&wanted).map_err(|failure| self.fail(failure))?;
+        Ok(self.lock_inbox().take_words())
     }
 
     fn lock_inbox(&self) -> MutexGuard<'_, Inbox> {
@@ -448,7 +479,7 @@ impl Session {
         }
         let loss = outputs.get("loss").and_then(|t| t.as_f32()).and_then(|v| v.first().copied());
         let grad_norm = (!squares.is_empty()).then(|| squares.iter().sum::<f64>().sqrt());
-        Ok(StepReport { step: self.steps, loss, grad_norm, outputs })
+        Ok(StepReport { step: self.steps, loss, grad_norm, outputs, stop: false })
     }
 
     /// Ends the session: waits for what runs, then stops all actors.

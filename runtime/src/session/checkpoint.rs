@@ -1,9 +1,11 @@
 //! Parameters and optimizer state to and from one safetensors file: whole tensors, whatever the mesh, so that any mesh
 //! loads any other's. A file is written beside its place and moved there when it is complete.
-//! Imports `session` and `plan`.
+//! Imports `session`, `plan` and `checkpoint`.
 
 use std::collections::{BTreeMap, HashMap};
-use std::path::{Path, PathBuf};
+use std::fs::File;
+use std::io::{BufWriter, Write};
+use std::path::Path;
 
 use safetensors::SafeTensorError;
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
@@ -11,53 +13,11 @@ use shardflow_actors::remote::HostPiece;
 use shardflow_kernels::tensor::{HostTensor, element_count};
 
 use super::{Session, SessionError, resident_parts};
+pub use crate::checkpoint::error::CheckpointError;
+use crate::checkpoint::shard::STEPS;
 use crate::graph::{NodeOp, Var};
 use crate::sbp::gather;
 use crate::sbp::region::take_box;
-
-/// What is wrong with a file.
-#[derive(Debug, thiserror::Error)]
-pub enum CheckpointError {
-    /// It cannot be read or written.
-    #[error("{path}: {source}")]
-    Io {
-        /// The file.
-        path: PathBuf,
-        /// Why.
-        source: std::io::Error,
-    },
-    /// It is not a safetensors file.
-    #[error("{path}: not a complete safetensors file: {message}")]
-    Format {
-        /// The file.
-        path: PathBuf,
-        /// What the reader says.
-        message: String,
-    },
-    /// A tensor that the program has is not in the file.
-    #[error("{path}: has no tensor {name}; it was saved by another model")]
-    Missing {
-        /// The file.
-        path: PathBuf,
-        /// The tensor.
-        name: String,
-    },
-    /// A tensor of another shape or type.
-    #[error("{path}: tensor {name}: expected {expected}, got {got}; it was saved by a model of other sizes")]
-    Shape {
-        /// The file.
-        path: PathBuf,
-        /// The tensor.
-        name: String,
-        /// What the program has.
-        expected: String,
-        /// What the file has.
-        got: String,
-    },
-}
-
-/// Key of the number of steps in the file's metadata.
-const STEPS: &str = "shardflow.steps";
 
 impl Session {
     /// Every parameter by name, whole, in the shape it is saved in. Where several processes run the plan, all have to call it.
@@ -109,7 +69,7 @@ impl Session {
         Ok(wanted.into_iter().flat_map(|(port, count)| inbox.take(port, count)).flatten().collect())
     }
 
-    fn saved_shape(&self, var: Var) -> Vec<usize> {
+    pub(super) fn saved_shape(&self, var: Var) -> Vec<usize> {
         let info = self.plan.graph.tensor(var);
         info.saved_shape.clone().unwrap_or_else(|| info.shape.clone())
     }
@@ -137,7 +97,7 @@ impl Session {
             .map_err(|e| not_whole(path, &e))?;
         let metadata = HashMap::from([(STEPS.to_string(), self.steps.to_string())]);
         let file = safetensors::serialize(views, Some(metadata)).map_err(|e| not_whole(path, &e))?;
-        write_whole(path, &file).map_err(|e| io(path, e))?;
+        write_whole(path, |out| out.write_all(&file)).map_err(|e| io(path, e))?;
         Ok(())
     }
 
@@ -240,11 +200,14 @@ fn not_whole(path: &Path, error: &SafeTensorError) -> CheckpointError {
 }
 
 /// Writes beside `path`, syncs, and moves into place.
-fn write_whole(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
-    use std::io::Write;
+pub(crate) fn write_whole<E: From<std::io::Error>>(
+    path: &Path,
+    content: impl FnOnce(&mut BufWriter<File>) -> Result<(), E>,
+) -> Result<(), E> {
     if path.exists() && !path.is_file() {
         // Moving a file to the place of a folder fails anyhow; to that of a device or a pipe it would not.
-        return Err(std::io::Error::new(std::io::ErrorKind::InvalidInput, "neither a file nor a free place for one"));
+        let kind = std::io::ErrorKind::InvalidInput;
+        return Err(std::io::Error::new(kind, "neither a file nor a free place for one").into());
     }
     // A link stays, and what it points to is replaced.
     let path = &path.canonicalize().unwrap_or_else(|_| path.into());
@@ -252,10 +215,11 @@ fn write_whole(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
     name.push(format!(".{}.part", std::process::id()));
     let part = path.with_file_name(name);
     let write = || {
-        let mut file = std::fs::File::create(&part)?;
-        file.write_all(bytes)?;
-        file.sync_all()?;
-        std::fs::rename(&part, path)
+        let mut file = BufWriter::new(File::create(&part)?);
+        content(&mut file)?;
+        file.flush()?;
+        file.get_ref().sync_all()?;
+        Ok(std::fs::rename(&part, path)?)
     };
     write().inspect_err(|_| drop(std::fs::remove_file(&part)))
 }

@@ -10,7 +10,7 @@ use shardflow_actors::remote::{HostPort, Run};
 use shardflow_actors::spec::{ActorId, RegisterId};
 use shardflow_kernels::collective::Group;
 use shardflow_kernels::op::{Buffer, Launch, Op};
-use shardflow_kernels::tensor::{element_count, split_range};
+use shardflow_kernels::tensor::{DType, element_count, split_range};
 
 use crate::graph::Rate;
 use crate::plan::{ActionKey, BaseKey, Plan};
@@ -131,6 +131,9 @@ fn merge(mut ranges: Vec<Range<usize>>) -> Vec<Run> {
     out.into_iter().map(|range| Run { offset: range.start, bytes: range.len() }).collect()
 }
 
+/// Two numbers of 64 bits.
+pub const WORD_INTEGERS: usize = 4;
+
 /// What the programs of all processes give each other: what each device's fetches bring, and each resident tensor.
 #[derive(Clone, Debug, Default)]
 pub struct HostPorts {
@@ -140,6 +143,8 @@ pub struct HostPorts {
     pub fetches: BTreeMap<(usize, Rate), u32>,
     /// Of a device's resident tensor, by its index.
     pub residents: BTreeMap<(usize, usize), u32>,
+    /// Of a process's own word, see `Session::exchange`.
+    pub words: Vec<u32>,
 }
 
 impl HostPorts {
@@ -161,6 +166,10 @@ impl HostPorts {
                 let tensors = vec![(resident.region.size.clone(), resident.dtype)];
                 out.ports.push(HostPort { process: hosting.process_of(device), tensors });
             }
+        }
+        for process in 0..hosting.processes {
+            out.words.push(out.ports.len() as u32);
+            out.ports.push(HostPort { process, tensors: vec![(vec![WORD_INTEGERS], DType::I32)] });
         }
         out
     }

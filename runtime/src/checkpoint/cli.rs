@@ -1,0 +1,184 @@
+//! The commands on checkpoints: `ls`, `verify`, `reshard` and `export`. Imports `checkpoint::*`.
+
+use std::fmt::Write;
+use std::path::PathBuf;
+
+use clap::{Args, Subcommand};
+
+use super::convert::{export, reshard};
+use super::error::CheckpointError;
+use super::manifest::Manifest;
+use super::read::Reader;
+use super::store::Store;
+
+/// `checkpoint ls|verify|reshard|export DIR`.
+#[derive(Args, Clone, Debug)]
+pub struct CheckpointArgs {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: CheckpointCommand,
+}
+
+/// What can be done with the checkpoints of a store. DIR is a folder, or a URL such as s3://bucket/path where that is
+/// built in.
+#[derive(Subcommand, Clone, Debug)]
+pub enum CheckpointCommand {
+    /// List the committed checkpoints, oldest first
+    Ls {
+        /// Folder or URL of the checkpoints
+        dir: String,
+    },
+    /// Read every byte and compare checksums; names the first damaged file of each checkpoint
+    Verify {
+        /// Folder or URL of the checkpoints
+        dir: String,
+        /// Only this step's checkpoint
+        #[arg(long)]
+        step: Option<u64>,
+    },
+    /// Write a checkpoint to another place, in another number of shards
+    Reshard {
+        /// Folder or URL of the checkpoints
+        dir: String,
+        /// Folder or URL to write to
+        #[arg(long)]
+        to: String,
+        /// Number of shards
+        #[arg(long)]
+        shards: u32,
+        /// The step; the newest complete one if not given
+        #[arg(long)]
+        step: Option<u64>,
+    },
+    /// Write a checkpoint as one safetensors file
+    Export {
+        /// Folder or URL of the checkpoints
+        dir: String,
+        /// The file
+        file: PathBuf,
+        /// The step; the newest complete one if not given
+        #[arg(long)]
+        step: Option<u64>,
+    },
+}
+
+/// What a command fails with.
+#[derive(Debug, thiserror::Error)]
+pub enum CheckpointCliError {
+    /// One checkpoint or place is no good.
+    #[error(transparent)]
+    Checkpoint(#[from] CheckpointError),
+    /// A file that was to be written.
+    #[error("{path}: {source}")]
+    Output {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// `verify` found damage.
+    #[error("{text}{damaged} of {checked} checkpoints damaged")]
+    Damaged {
+        /// A line for each checkpoint.
+        text: String,
+        /// How many are damaged.
+        damaged: usize,
+        /// How many there are.
+        checked: usize,
+    },
+}
+
+impl CheckpointCliError {
+    /// The exit code: 2 usage, 65 no such checkpoint or a damaged one, 73 cannot write.
+    pub fn exit_code(&self) -> u8 {
+        match self {
+            Self::Checkpoint(error) => error.exit_code(),
+            Self::Output { .. } => 73,
+            Self::Damaged { .. } => 65,
+        }
+    }
+}
+
+/// Runs a command; gives what is to be printed.
+///
+/// # Errors
+/// [`CheckpointCliError`], one or several lines to print, with an exit code.
+pub fn run(args: &CheckpointArgs) -> Result<String, CheckpointCliError> {
+    match &args.command {
+        CheckpointCommand::Ls { dir } => list(&Store::open(dir)?),
+        CheckpointCommand::Verify { dir, step } => verify(&Store::open(dir)?, *step),
+        CheckpointCommand::Reshard { dir, to, shards, step } => {
+            let (reader, mut text) = pick(&Store::open(dir)?, *step)?;
+            let target = Store::open(to)?;
+            reshard(&reader, &target, *shards)?;
+            let from = reader.manifest().shards.len();
+            let _ = writeln!(text, "step {}: {from} -> {shards} shards in {to}", reader.manifest().step);
+            Ok(text)
+        }
+        CheckpointCommand::Export { dir, file, step } => {
+            let (reader, mut text) = pick(&Store::open(dir)?, *step)?;
+            export(&reader, file).map_err(|error| match error {
+                CheckpointError::Io { path, source } => CheckpointCliError::Output { path, source },
+                error => error.into(),
+            })?;
+            let tensors = reader.manifest().tensors.len();
+            let _ = writeln!(text, "step {}: {tensors} tensors in {}", reader.manifest().step, file.display());
+            Ok(text)
+        }
+    }
+}
+
+/// The checkpoint of this step, or the newest complete one with a line for each that was passed over.
+fn pick(store: &Store, step: Option<u64>) -> Result<(Reader, String), CheckpointError> {
+    if let Some(step) = step {
+        return Ok((store.read(step)?, String::new()));
+    }
+    let newest = store.newest()?;
+    let passed_over = newest.damaged.iter().fold(String::new(), |text, error| format!("{text}warning: {error}\n"));
+    let absent = || CheckpointError::Absent { place: store.place().into(), step: None };
+    Ok((newest.reader.ok_or_else(absent)?, passed_over))
+}
+
+/// The steps to look at: at least one.
+fn steps(store: &Store, step: Option<u64>) -> Result<Vec<u64>, CheckpointError> {
+    let steps = step.map_or_else(|| store.steps(), |step| Ok(vec![step]))?;
+    if steps.is_empty() {
+        return Err(CheckpointError::Absent { place: store.place().into(), step: None });
+    }
+    Ok(steps)
+}
+
+fn list(store: &Store) -> Result<String, CheckpointCliError> {
+    let mut text = format!("{:>12}  {:>6}  {:>6}  {:>14}  {}\n", "step", "epoch", "shards", "bytes", "mesh");
+    for step in steps(store, None)? {
+        let _ = match store.read(step) {
+            Ok(reader) => {
+                let Manifest { epoch, mesh, shards, .. } = reader.manifest();
+                let bytes = reader.manifest().bytes();
+                writeln!(text, "{step:>12}  {epoch:>6}  {:>6}  {bytes:>14}  {mesh}", shards.len())
+            }
+            Err(error) if error.is_damage() => writeln!(text, "{step:>12}  {error}"),
+            Err(error) => return Err(error.into()),
+        };
+    }
+    Ok(text)
+}
+
+fn verify(store: &Store, step: Option<u64>) -> Result<String, CheckpointCliError> {
+    let (mut text, mut damaged) = (String::new(), 0);
+    let steps = steps(store, step)?;
+    for step in &steps {
+        let _ = match store.read(*step).and_then(|reader| reader.verify().map(|()| reader)) {
+            Ok(reader) => {
+                let bytes = reader.manifest().bytes();
+                writeln!(text, "step {step}: ok, {} shards, {bytes} bytes", reader.manifest().shards.len())
+            }
+            Err(error) if error.is_damage() => {
+                damaged += 1;
+                writeln!(text, "step {step}: {error}")
+            }
+            Err(error) => return Err(error.into()),
+        };
+    }
+    if damaged > 0 { Err(CheckpointCliError::Damaged { text, damaged, checked: steps.len() }) } else { Ok(text) }
+}

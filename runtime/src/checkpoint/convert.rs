@@ -1,0 +1,139 @@
+//! Checkpoints into other forms: one safetensors file, or another number of shards. One piece at a time is in memory.
+//! Imports `checkpoint::*` and the session's way to write a file.
+
+use std::borrow::Cow;
+use std::io::Write;
+use std::path::Path;
+
+use shardflow_kernels::tensor::{Region, split_range};
+
+use super::agree::{SaveId, Saved};
+use super::error::CheckpointError;
+use super::manifest::{Manifest, Piece, SHARDS_MAX, Tensor};
+use super::read::Reader;
+use super::save::{commit_manifest, shard_file};
+use super::shard::{self, Entry, bytes_of, entry_name, header};
+use super::store::Store;
+use crate::session::checkpoint::write_whole;
+
+/// Writes a checkpoint as one safetensors file of whole tensors, byte for byte what `Session::save` writes. The file
+/// appears when it is complete, or not at all.
+///
+/// # Errors
+/// [`CheckpointError`]: of the checkpoint, or [`CheckpointError::Io`] of the file.
+pub fn export(reader: &Reader, path: &Path) -> Result<(), CheckpointError> {
+    let mut tensors: Vec<&Tensor> = reader.manifest().tensors.iter().collect();
+    tensors.sort_by(|a, b| a.info.name.cmp(&b.info.name));
+    let entry = |t: &&Tensor| Entry {
+        name: t.info.name.clone(),
+        dtype: t.info.dtype.into(),
+        shape: t.info.saved_shape.clone(),
+    };
+    let header = header(&tensors.iter().map(entry).collect::<Vec<_>>(), reader.manifest().step)?;
+    let written = write_whole(path, |out| {
+        out.write_all(&header)?;
+        for tensor in &tensors {
+            let whole = reader.tensor(&tensor.info.name, &Region::whole(&tensor.info.shape))?;
+            out.write_all(bytes_of(&whole))?;
+        }
+        Ok::<(), ExportError>(())
+    });
+    written.map_err(|error| match error {
+        ExportError::Checkpoint(error) => error,
+        ExportError::Io(source) => CheckpointError::Io { path: path.into(), source },
+    })
+}
+
+/// Either side of an export.
+enum ExportError {
+    Checkpoint(CheckpointError),
+    Io(std::io::Error),
+}
+
+impl From<std::io::Error> for ExportError {
+    fn from(error: std::io::Error) -> Self {
+        Self::Io(error)
+    }
+}
+
+impl From<CheckpointError> for ExportError {
+    fn from(error: CheckpointError) -> Self {
+        Self::Checkpoint(error)
+    }
+}
+
+/// Writes a checkpoint to another store in `shards` shards: each tensor is split over them along its first dim, as the
+/// layout `S0` on the mesh `shard=<shards>` does. Nothing else is changed, and any mesh can load it.
+///
+/// # Errors
+/// [`CheckpointError`]; [`CheckpointError::Exists`] when the target has the step already.
+pub fn reshard(reader: &Reader, target: &Store, shards: u32) -> Result<(), CheckpointError> {
+    if shards == 0 || shards as usize > SHARDS_MAX {
+        return Err(CheckpointError::Refused(format!("{shards} shards; there can be 1 to {SHARDS_MAX}")));
+    }
+    let source = reader.manifest();
+    let exists = || CheckpointError::Exists { file: target.manifest_name(source.step), step: source.step };
+    if target.is_committed(source.step)? {
+        return Err(exists());
+    }
+    let mesh = format!("shard={shards}");
+    let mut manifest = Manifest { mesh: mesh.clone(), shards: Vec::new(), tensors: Vec::new(), ..source.clone() };
+    for tensor in &source.tensors {
+        let mut info = tensor.info.clone();
+        info.layout = if info.shape.is_empty() { "(B)" } else { "(S0)" }.into();
+        (info.axes, info.devices) = (mesh.clone(), (0..shards as usize).collect());
+        manifest.tensors.push(Tensor { info, pieces: Vec::new() });
+    }
+    for index in 0..shards {
+        write_part(reader, target, &mut manifest, index, shards)?;
+    }
+    match commit_manifest(target, &manifest)? {
+        Saved::Committed => Ok(()),
+        Saved::AlreadyThere => Err(exists()),
+    }
+}
+
+/// Writes one shard of a resharded checkpoint, and puts it into the manifest.
+fn write_part(
+    reader: &Reader,
+    target: &Store,
+    manifest: &mut Manifest,
+    index: u32,
+    shards: u32,
+) -> Result<(), CheckpointError> {
+    let mut parts: Vec<(usize, Region)> = Vec::new();
+    for (tensor, Tensor { info, .. }) in manifest.tensors.iter().enumerate() {
+        let mut region = Region::whole(&info.shape);
+        match region.size.first().copied() {
+            Some(rows) => {
+                let rows = split_range(rows, shards as usize, index as usize);
+                (region.start[0], region.size[0]) = (rows.start, rows.len());
+            }
+            // A scalar lies in the first shard.
+            None if index > 0 => continue,
+            None => {}
+        }
+        if !region.is_empty() {
+            parts.push((tensor, region));
+        }
+    }
+    let entry = |(tensor, region): &(usize, Region)| {
+        let info = &manifest.tensors[*tensor].info;
+        let name = entry_name(&info.name, &info.shape, region);
+        Entry { name, dtype: info.dtype.into(), shape: region.size.clone() }
+    };
+    let entries: Vec<Entry> = parts.iter().map(entry).collect();
+    let file = shard_file(SaveId { epoch: manifest.epoch, step: manifest.step, attempt: 0 }, index, shards);
+    let content = |part: usize| {
+        let (tensor, region) = &parts[part];
+        Ok(Cow::Owned(reader.tensor(&manifest.tensors[*tensor].info.name, region)?))
+    };
+    let written = shard::write(target, manifest.step, &file, &entries, content)?;
+    for ((tensor, region), (offset, blake3)) in parts.into_iter().zip(written.entries) {
+        let Region { start, size } = region;
+        let piece = Piece { shard: index as usize, offset, start, size, blake3 };
+        manifest.tensors[tensor].pieces.push(piece);
+    }
+    manifest.shards.push(written.shard);
+    Ok(())
+}

@@ -1,0 +1,163 @@
+//! What can be wrong with a checkpoint, or with the place it lies in. Imports nothing of this crate.
+
+use std::fmt;
+use std::path::PathBuf;
+
+/// What was being done with a store when it failed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Doing {
+    /// Reading a file, or asking for its size.
+    Read,
+    /// Writing or committing.
+    Write,
+    /// Listing a folder.
+    List,
+    /// Deleting what is no longer needed.
+    Delete,
+}
+
+impl fmt::Display for Doing {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Read => "read",
+            Self::Write => "write",
+            Self::List => "list",
+            Self::Delete => "delete",
+        })
+    }
+}
+
+/// What is wrong with a checkpoint or a file.
+#[derive(Debug, thiserror::Error)]
+pub enum CheckpointError {
+    /// A local file cannot be read or written.
+    #[error("{path}: {source}")]
+    Io {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// It is not a safetensors file.
+    #[error("{path}: not a complete safetensors file: {message}")]
+    Format {
+        /// The file.
+        path: PathBuf,
+        /// What the reader says.
+        message: String,
+    },
+    /// A tensor that the program has is not in the file.
+    #[error("{path}: has no tensor {name}; it was saved by another model")]
+    Missing {
+        /// The file.
+        path: PathBuf,
+        /// The tensor.
+        name: String,
+    },
+    /// A tensor of another shape or type.
+    #[error("{path}: tensor {name}: expected {expected}, got {got}; it was saved by a model of other sizes")]
+    Shape {
+        /// The file.
+        path: PathBuf,
+        /// The tensor.
+        name: String,
+        /// What the program has.
+        expected: String,
+        /// What the file has.
+        got: String,
+    },
+    /// Checkpoints cannot lie here.
+    #[error("{place}: not a place for checkpoints: {why}")]
+    Place {
+        /// What was given.
+        place: String,
+        /// Why not.
+        why: String,
+    },
+    /// The store failed.
+    #[error("{file}: cannot {doing}: {source}")]
+    Store {
+        /// The file or folder.
+        file: String,
+        /// What was being done.
+        doing: Doing,
+        /// What the store says.
+        source: Box<object_store::Error>,
+    },
+    /// The store did not answer.
+    #[error("{file}: cannot {doing}: no answer from the store within {seconds} s; a disk or server may have stalled")]
+    Stalled {
+        /// The file or folder.
+        file: String,
+        /// What was being done.
+        doing: Doing,
+        /// How long it was waited for.
+        seconds: f64,
+    },
+    /// A file of a committed checkpoint is missing, short, altered or not what it should be.
+    #[error("{file}: damaged: {why}")]
+    Damaged {
+        /// The file.
+        file: String,
+        /// What is wrong, with the tensor and the numbers.
+        why: String,
+    },
+    /// There is no committed checkpoint.
+    #[error("{place}: no complete checkpoint{}", step.map(|s| format!(" of step {s}")).unwrap_or_default())]
+    Absent {
+        /// The store.
+        place: String,
+        /// The step that was asked for; `None` for any.
+        step: Option<u64>,
+    },
+    /// The step has a checkpoint already.
+    #[error("{file}: step {step} is committed already; committed checkpoints are never overwritten")]
+    Exists {
+        /// The manifest that is there.
+        file: String,
+        /// The step.
+        step: u64,
+    },
+    /// Another process, or the agreement with the others, failed, so that nothing was committed.
+    #[error("checkpoint of step {step} not committed: {source}")]
+    Others {
+        /// The step.
+        step: u64,
+        /// Who, and why.
+        source: AgreeError,
+    },
+    /// What was asked for cannot be done.
+    #[error("{0}")]
+    Refused(String),
+}
+
+/// Why processes did not agree.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{}{why}", process.map(|p| format!("rank {p}: ")).unwrap_or_default())]
+pub struct AgreeError {
+    /// The process that failed, where it is known.
+    pub process: Option<u32>,
+    /// What it says.
+    pub why: String,
+}
+
+impl CheckpointError {
+    /// True when a checkpoint itself is no good, so that an older one may help; false for a store that does not answer,
+    /// or a program that the checkpoint does not fit.
+    pub fn is_damage(&self) -> bool {
+        matches!(self, Self::Damaged { .. })
+    }
+
+    /// The exit code of a program that ends by this: 2 usage, 65 bad data, 73 cannot write.
+    pub fn exit_code(&self) -> u8 {
+        match self {
+            Self::Place { .. } | Self::Refused(_) => 2,
+            Self::Store { doing, .. } | Self::Stalled { doing, .. } => match doing {
+                Doing::Read | Doing::List => 65,
+                Doing::Write | Doing::Delete => 73,
+            },
+            Self::Exists { .. } | Self::Others { .. } => 73,
+            _ => 65,
+        }
+    }
+}

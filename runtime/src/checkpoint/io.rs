@@ -1,0 +1,213 @@
+//! Operations on an object store, each with a deadline, for callers that are not async: a store that does not answer is an
+//! error, never a wait without end. Imports `checkpoint::error`.
+
+use std::future::Future;
+use std::sync::Arc;
+use std::sync::mpsc::{RecvTimeoutError, sync_channel};
+use std::time::Duration;
+
+use object_store::path::Path;
+use object_store::{MultipartUpload, ObjectStore, ObjectStoreExt, PutMode, PutOptions};
+use tokio::runtime::{Builder, Runtime};
+
+use super::error::{CheckpointError, Doing};
+use super::manifest::Checksum;
+
+/// How long one operation may take unless told otherwise. The longest is the last one of a large local file, which waits
+/// for the disk to have it all.
+pub const DEADLINE: Duration = Duration::from_secs(120);
+/// Bytes that are sent at once unless told otherwise; the memory that writing takes. Cloud stores ask for 5 MiB or more.
+pub const PART_BYTES: usize = 16 << 20;
+/// Parts of one upload, at most: a little under what cloud stores allow.
+const PARTS_MAX: u64 = 9_000;
+/// Threads that may be stuck in a local file system, at most.
+const BLOCKED_THREADS_MAX: usize = 8;
+
+/// The threads on which operations run. They are left behind, not waited for, when this is dropped.
+#[derive(Debug)]
+pub(crate) struct Io(Option<Runtime>);
+
+impl Io {
+    pub(crate) fn new(place: &str) -> Result<Self, CheckpointError> {
+        let runtime = Builder::new_multi_thread()
+            .worker_threads(1)
+            .max_blocking_threads(BLOCKED_THREADS_MAX)
+            .thread_name("checkpoint-io")
+            .enable_all()
+            .build();
+        let runtime = runtime.map_err(|source| CheckpointError::Io { path: place.into(), source })?;
+        Ok(Self(Some(runtime)))
+    }
+
+    fn runtime(&self) -> &Runtime {
+        self.0.as_ref().expect("only drop takes it")
+    }
+}
+
+impl Drop for Io {
+    fn drop(&mut self) {
+        if let Some(runtime) = self.0.take() {
+            runtime.shutdown_background();
+        }
+    }
+}
+
+/// A store with what an operation on it needs.
+#[derive(Clone, Debug)]
+pub(crate) struct Operations {
+    pub(crate) backend: Arc<dyn ObjectStore>,
+    pub(crate) io: Arc<Io>,
+    pub(crate) deadline: Duration,
+    pub(crate) part_bytes: usize,
+}
+
+impl Operations {
+    /// Runs an operation on a thread of its own; `file` is what it works on, as told in errors.
+    pub(crate) fn run<T: Send + 'static>(
+        &self,
+        file: &str,
+        doing: Doing,
+        work: impl Future<Output = object_store::Result<T>> + Send + 'static,
+    ) -> Result<T, CheckpointError> {
+        let (sender, receiver) = sync_channel(1);
+        let task = self.io.runtime().spawn(async move {
+            // Nobody waits any more after the deadline.
+            let _ = sender.send(work.await);
+        });
+        match receiver.recv_timeout(self.deadline) {
+            Ok(result) => result.map_err(|e| CheckpointError::Store { file: file.into(), doing, source: Box::new(e) }),
+            Err(RecvTimeoutError::Timeout) => {
+                task.abort();
+                Err(CheckpointError::Stalled { file: file.into(), doing, seconds: self.deadline.as_secs_f64() })
+            }
+            Err(RecvTimeoutError::Disconnected) => {
+                let source = object_store::Error::Generic { store: "checkpoint", source: "it panicked".into() };
+                Err(CheckpointError::Store { file: file.into(), doing, source: Box::new(source) })
+            }
+        }
+    }
+
+    /// Size of a file; `None` when it is not there.
+    pub(crate) fn size(&self, file: &str, path: &Path) -> Result<Option<u64>, CheckpointError> {
+        let (backend, path) = (self.backend.clone(), path.clone());
+        self.run(file, Doing::Read, async move {
+            match backend.head(&path).await {
+                Ok(meta) => Ok(Some(meta.size)),
+                Err(object_store::Error::NotFound { .. }) => Ok(None),
+                Err(e) => Err(e),
+            }
+        })
+    }
+
+    /// A file of at most `bytes_max`; `None` when it is not there.
+    pub(crate) fn get(&self, file: &str, path: &Path, bytes_max: u64) -> Result<Option<Vec<u8>>, CheckpointError> {
+        let (backend, path) = (self.backend.clone(), path.clone());
+        let got = self.run(file, Doing::Read, async move {
+            match backend.get(&path).await {
+                Ok(found) if found.meta.size > bytes_max => Ok(Some(Err(found.meta.size))),
+                Ok(found) => Ok(Some(Ok(found.bytes().await?.to_vec()))),
+                Err(object_store::Error::NotFound { .. }) => Ok(None),
+                Err(e) => Err(e),
+            }
+        })?;
+        let too_large = |size| CheckpointError::Damaged {
+            file: file.into(),
+            why: format!("{size} bytes, at most {bytes_max} are allowed"),
+        };
+        got.transpose().map_err(too_large)
+    }
+
+    /// A range of a file that has it.
+    pub(crate) fn get_range(&self, file: &str, path: &Path, from: u64, bytes: u64) -> Result<Vec<u8>, CheckpointError> {
+        let (backend, path) = (self.backend.clone(), path.clone());
+        self.run(file, Doing::Read, async move { Ok(backend.get_range(&path, from..from + bytes).await?.to_vec()) })
+    }
+
+    /// Writes a small file whole: over one that is there, or, for [`PutMode::Create`], only if none is.
+    pub(crate) fn put(&self, file: &str, path: &Path, bytes: Vec<u8>, mode: PutMode) -> Result<(), CheckpointError> {
+        let (backend, path) = (self.backend.clone(), path.clone());
+        self.run(file, Doing::Write, async move {
+            backend.put_opts(&path, bytes.into(), PutOptions::from(mode)).await.map(drop)
+        })
+    }
+
+    /// Begins a file of `total` bytes.
+    pub(crate) fn upload(&self, file: String, path: Path, total: u64) -> Upload<'_> {
+        let part = (self.part_bytes as u64).max(total.div_ceil(PARTS_MAX)).min(total.max(1)) as usize;
+        let hasher = blake3::Hasher::new();
+        Upload { operations: self, file, path, total, part, buffer: Vec::new(), multipart: None, hasher }
+    }
+}
+
+/// A file that is being written, in parts of equal size. It appears when it is finished.
+pub(crate) struct Upload<'a> {
+    operations: &'a Operations,
+    file: String,
+    path: Path,
+    total: u64,
+    part: usize,
+    buffer: Vec<u8>,
+    multipart: Option<Box<dyn MultipartUpload>>,
+    hasher: blake3::Hasher,
+}
+
+impl Upload<'_> {
+    /// Appends bytes.
+    pub(crate) fn push(&mut self, mut bytes: &[u8]) -> Result<(), CheckpointError> {
+        self.hasher.update(bytes);
+        while !bytes.is_empty() {
+            if self.buffer.len() == self.part {
+                self.send()?;
+            }
+            if self.buffer.capacity() == 0 {
+                self.buffer.reserve_exact(self.part);
+            }
+            let (now, later) = bytes.split_at(bytes.len().min(self.part - self.buffer.len()));
+            self.buffer.extend_from_slice(now);
+            bytes = later;
+        }
+        Ok(())
+    }
+
+    fn send(&mut self) -> Result<(), CheckpointError> {
+        let mut multipart = match self.multipart.take() {
+            Some(multipart) => multipart,
+            None => {
+                let (backend, path) = (self.operations.backend.clone(), self.path.clone());
+                let begin = async move { backend.put_multipart(&path).await };
+                self.operations.run(&self.file, Doing::Write, begin)?
+            }
+        };
+        let part = multipart.put_part(std::mem::take(&mut self.buffer).into());
+        self.multipart = Some(multipart);
+        self.operations.run(&self.file, Doing::Write, part)
+    }
+
+    /// Sends the rest; gives the checksum of all. When it returns, the file is where it belongs and will stay there.
+    pub(crate) fn finish(mut self) -> Result<Checksum, CheckpointError> {
+        let sum = Checksum::from(self.hasher.finalize());
+        debug_assert_eq!(self.hasher.count(), self.total, "{}: another size than was said", self.file);
+        if self.multipart.is_none() {
+            let bytes = std::mem::take(&mut self.buffer);
+            self.operations.put(&self.file, &self.path, bytes, PutMode::Overwrite)?;
+            return Ok(sum);
+        }
+        if !self.buffer.is_empty() {
+            self.send()?;
+        }
+        if let Some(mut multipart) = self.multipart.take() {
+            let complete = async move { multipart.complete().await.map(drop) };
+            self.operations.run(&self.file, Doing::Write, complete)?;
+        }
+        Ok(sum)
+    }
+}
+
+impl Drop for Upload<'_> {
+    fn drop(&mut self) {
+        if let Some(mut multipart) = self.multipart.take() {
+            // On the store's thread: giving up may block as long as the writing did.
+            self.operations.io.runtime().spawn(async move { multipart.abort().await });
+        }
+    }
+}

@@ -1,0 +1,366 @@
+//! The manifest: what a checkpoint is made of. Its text form, sealed by a checksum, and the checks that make a manifest
+//! from anywhere safe to use. Imports `checkpoint::error` and the kernels' tensors.
+//!
+//! A manifest is untrusted input. Its invariants, all checked by [`Manifest::decode`]:
+//! - MF-1: it is as it was written (checksum), of a version that is known, and within the limits below.
+//! - MF-2: every region lies inside its tensor, and a tensor's pieces cover each element exactly once.
+//! - MF-3: every piece lies inside its shard, and every shard inside the checkpoint's folder.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+use serde_json::value::RawValue;
+use shardflow_kernels::tensor::{DType, Region};
+
+/// Version of the format.
+const VERSION: u32 = 1;
+/// Bytes of a manifest, at most.
+pub const MANIFEST_BYTES_MAX: u64 = 256 << 20;
+/// Tensors of a checkpoint, at most.
+pub const TENSORS_MAX: usize = 1 << 18;
+/// Shards of a checkpoint, at most.
+pub const SHARDS_MAX: usize = 1 << 16;
+/// Pieces of one tensor, at most: each is compared with each.
+pub const TENSOR_PIECES_MAX: usize = 1 << 12;
+/// Pieces of a checkpoint, at most.
+pub const PIECES_MAX: usize = 1 << 20;
+/// Dims of a tensor, at most.
+pub const DIMS_MAX: usize = 32;
+/// Bytes of a name or of another text, at most.
+pub const TEXT_BYTES_MAX: usize = 1 << 12;
+/// Entries of a cursor, at most.
+pub const CURSOR_ENTRIES_MAX: usize = 1 << 10;
+
+/// What the user's program needs to go on where it was, beside the number of steps: whatever it puts here.
+pub type Cursor = BTreeMap<String, String>;
+
+/// What a tensor is to the training.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Kind {
+    /// A parameter.
+    Parameter,
+    /// A state of the optimizer.
+    State,
+}
+
+/// Element type as written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Element {
+    /// [`DType::F32`], little-endian.
+    F32,
+    /// [`DType::I32`], little-endian.
+    I32,
+}
+
+impl From<DType> for Element {
+    fn from(dtype: DType) -> Self {
+        match dtype {
+            DType::F32 => Self::F32,
+            DType::I32 => Self::I32,
+        }
+    }
+}
+
+impl From<Element> for DType {
+    fn from(element: Element) -> Self {
+        match element {
+            Element::F32 => Self::F32,
+            Element::I32 => Self::I32,
+        }
+    }
+}
+
+/// BLAKE3 of some bytes.
+#[derive(Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct Checksum([u8; 32]);
+
+impl Checksum {
+    /// Of these bytes.
+    pub fn of(bytes: &[u8]) -> Self {
+        Self(*blake3::hash(bytes).as_bytes())
+    }
+}
+
+impl From<blake3::Hash> for Checksum {
+    fn from(hash: blake3::Hash) -> Self {
+        Self(*hash.as_bytes())
+    }
+}
+
+impl From<Checksum> for String {
+    fn from(sum: Checksum) -> Self {
+        blake3::Hash::from_bytes(sum.0).to_hex().to_string()
+    }
+}
+
+impl TryFrom<String> for Checksum {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        let hash = blake3::Hash::from_hex(&text).map_err(|_| format!("{text:?} is no BLAKE3 checksum"))?;
+        // One spelling only, so that no other byte of a file is as good as the one written.
+        let sum = Self::from(hash);
+        if String::from(sum) == text { Ok(sum) } else { Err(format!("{text:?} is not in lower case")) }
+    }
+}
+
+impl std::fmt::Debug for Checksum {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&String::from(*self))
+    }
+}
+
+/// A file of pieces.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Shard {
+    /// Path in the checkpoint's folder: `e<epoch>-<attempt>/shard-<process>-of-<processes>.safetensors`.
+    pub file: String,
+    /// Its size.
+    pub bytes: u64,
+    /// BLAKE3 of the whole file.
+    pub blake3: Checksum,
+}
+
+/// A box of a tensor, in a shard.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Piece {
+    /// Which shard.
+    pub shard: usize,
+    /// First byte of its elements in the shard.
+    pub offset: u64,
+    /// First index in each dim of the tensor.
+    pub start: Vec<usize>,
+    /// Extent in each dim.
+    pub size: Vec<usize>,
+    /// BLAKE3 of its elements' bytes.
+    pub blake3: Checksum,
+}
+
+impl Piece {
+    /// The box.
+    pub fn region(&self) -> Region {
+        Region { start: self.start.clone(), size: self.size.clone() }
+    }
+}
+
+/// What is known of a tensor, whichever process asks.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TensorInfo {
+    /// Its name, unique in the checkpoint.
+    pub name: String,
+    /// What it is.
+    pub kind: Kind,
+    /// Element type.
+    pub dtype: Element,
+    /// Shape in the program; regions count in it.
+    pub shape: Vec<usize>,
+    /// Shape in an exported file, with as many elements.
+    pub saved_shape: Vec<usize>,
+    /// SBP along each axis of the placement, such as `(S0, B)`.
+    pub layout: String,
+    /// Axes of the placement, such as `data=2,tensor=2`.
+    pub axes: String,
+    /// Ranks of the placement's devices, row-major over its axes.
+    pub devices: Vec<usize>,
+}
+
+impl TensorInfo {
+    /// Elements, if the number can be one.
+    fn elements(&self) -> Option<usize> {
+        let bytes = DType::from(self.dtype).bytes();
+        let bytes = self.shape.iter().try_fold(bytes, |product, extent| product.checked_mul(*extent))?;
+        (bytes <= isize::MAX as usize).then_some(bytes / DType::from(self.dtype).bytes())
+    }
+}
+
+/// A tensor and where its elements lie.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Tensor {
+    /// What it is.
+    pub info: TensorInfo,
+    /// Its elements.
+    pub pieces: Vec<Piece>,
+}
+
+/// A whole checkpoint.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Manifest {
+    /// Steps done.
+    pub step: u64,
+    /// The incarnation of the job that wrote it.
+    pub epoch: u64,
+    /// The mesh that wrote it; any other can load it.
+    pub mesh: String,
+    /// Initial weights and dropout masks come of it: with `step`, the whole state of random numbers.
+    pub seed: u64,
+    /// The user's own.
+    pub cursor: Cursor,
+    /// Version of Shardflow that wrote it.
+    pub writer: String,
+    /// Hash of the plan that wrote it, if it was given.
+    pub plan: Option<String>,
+    /// The files.
+    pub shards: Vec<Shard>,
+    /// Parameters and states of the optimizer.
+    pub tensors: Vec<Tensor>,
+}
+
+impl Manifest {
+    /// Reads and checks a manifest.
+    ///
+    /// # Errors
+    /// What is wrong, with the tensor and the numbers.
+    pub fn decode(text: &[u8]) -> Result<Self, String> {
+        let manifest: Self = open_sealed("shardflow-checkpoint", text)?;
+        manifest.check()?;
+        Ok(manifest)
+    }
+
+    /// The text, as [`Manifest::decode`] reads it.
+    ///
+    /// # Errors
+    /// When the manifest breaks one of its invariants.
+    pub fn encode(&self) -> Result<Vec<u8>, String> {
+        self.check()?;
+        seal("shardflow-checkpoint", self)
+    }
+
+    /// Bytes of all shards.
+    pub fn bytes(&self) -> u64 {
+        self.shards.iter().map(|s| s.bytes).fold(0, u64::saturating_add)
+    }
+
+    /// MF-1's limits, MF-2 and MF-3.
+    fn check(&self) -> Result<(), String> {
+        limit("tensors", self.tensors.len(), TENSORS_MAX)?;
+        limit("shards", self.shards.len(), SHARDS_MAX)?;
+        limit("pieces", self.tensors.iter().map(|t| t.pieces.len()).sum(), PIECES_MAX)?;
+        limit("entries of the cursor", self.cursor.len(), CURSOR_ENTRIES_MAX)?;
+        let texts = self.cursor.iter().flat_map(|(key, value)| [key, value]);
+        for text in texts.chain([&self.mesh, &self.writer]).chain(self.plan.iter()) {
+            limit("bytes of a text", text.len(), TEXT_BYTES_MAX)?;
+        }
+        for shard in &self.shards {
+            check_file(&shard.file)?;
+        }
+        let mut names = BTreeSet::new();
+        for tensor in &self.tensors {
+            if !names.insert(&tensor.info.name) {
+                return Err(format!("two tensors {}", tensor.info.name));
+            }
+            check_tensor(tensor, &self.shards).map_err(|why| format!("tensor {}: {why}", tensor.info.name))?;
+        }
+        Ok(())
+    }
+}
+
+fn limit(what: &str, got: usize, max: usize) -> Result<(), String> {
+    if got > max { Err(format!("{got} {what}, at most {max} are allowed")) } else { Ok(()) }
+}
+
+/// MF-3: a folder and a file of plain names.
+fn check_file(file: &str) -> Result<(), String> {
+    let plain = |part: &str| {
+        let allowed = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-');
+        !part.is_empty() && part.len() <= 128 && !part.starts_with('.') && part.chars().all(allowed)
+    };
+    match file.split_once('/') {
+        Some((folder, name)) if plain(folder) && plain(name) => Ok(()),
+        _ => Err(format!("{file:?} is no name of a shard")),
+    }
+}
+
+fn check_tensor(tensor: &Tensor, shards: &[Shard]) -> Result<(), String> {
+    let info = &tensor.info;
+    limit("bytes of its name", info.name.len(), TEXT_BYTES_MAX)?;
+    limit("bytes of its layout", info.layout.len() + info.axes.len(), TEXT_BYTES_MAX)?;
+    limit("dims", info.shape.len().max(info.saved_shape.len()), DIMS_MAX)?;
+    limit("pieces", tensor.pieces.len(), TENSOR_PIECES_MAX)?;
+    let elements = info.elements().ok_or_else(|| format!("shape {:?} has too many elements", info.shape))?;
+    let saved = TensorInfo { shape: info.saved_shape.clone(), ..info.clone() };
+    if saved.elements() != Some(elements) {
+        return Err(format!("shapes {:?} and {:?} differ in elements", info.shape, info.saved_shape));
+    }
+    let mut covered = 0usize;
+    for (index, piece) in tensor.pieces.iter().enumerate() {
+        check_piece(piece, info, shards)?;
+        // No overflow: each piece is a part of a tensor whose bytes can be counted, and there are few pieces.
+        covered = covered.saturating_add(piece.region().element_count());
+        let meets = |other: &&Piece| other.region().intersect(&piece.region()).is_some();
+        if let Some(other) = tensor.pieces[..index].iter().find(meets) {
+            return Err(format!("pieces at {:?} and {:?} overlap", other.start, piece.start));
+        }
+    }
+    if covered != elements {
+        return Err(format!("its pieces have {covered} of {elements} elements"));
+    }
+    Ok(())
+}
+
+fn check_piece(piece: &Piece, info: &TensorInfo, shards: &[Shard]) -> Result<(), String> {
+    let Piece { shard, offset, start, size, .. } = piece;
+    let dims = info.shape.len();
+    let inside = |d: usize| size[d] > 0 && start[d].checked_add(size[d]).is_some_and(|end| end <= info.shape[d]);
+    if start.len() != dims || size.len() != dims || !(0..dims).all(inside) {
+        return Err(format!("piece {size:?} at {start:?} is not inside shape {:?}", info.shape));
+    }
+    let file = shards.get(*shard).ok_or_else(|| format!("a piece in shard {shard} of {}", shards.len()))?;
+    let bytes = piece.region().element_count() as u64 * DType::from(info.dtype).bytes() as u64;
+    if offset.checked_add(bytes).is_none_or(|end| end > file.bytes) {
+        return Err(format!("{bytes} bytes at {offset} of {}, which has {}", file.file, file.bytes));
+    }
+    Ok(())
+}
+
+/// What stands around a text that was sealed.
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Sealed<'a> {
+    format: String,
+    version: u32,
+    blake3: Checksum,
+    #[serde(borrow)]
+    body: &'a RawValue,
+}
+
+/// `body` as JSON, with a checksum of its very bytes before it.
+pub(crate) fn seal<T: Serialize>(format: &str, body: &T) -> Result<Vec<u8>, String> {
+    let body = serde_json::value::to_raw_value(body).map_err(|e| e.to_string())?;
+    let blake3 = Checksum::of(body.get().as_bytes());
+    let sealed = Sealed { format: format.into(), version: VERSION, blake3, body: &body };
+    let text = serde_json::to_vec(&sealed).map_err(|e| e.to_string())?;
+    if text.len() as u64 > MANIFEST_BYTES_MAX {
+        return Err(format!("{} bytes of {format}, at most {MANIFEST_BYTES_MAX} are allowed", text.len()));
+    }
+    Ok(text)
+}
+
+/// What was sealed, if it is as it was.
+pub(crate) fn open_sealed<T: DeserializeOwned>(format: &str, text: &[u8]) -> Result<T, String> {
+    if text.len() as u64 > MANIFEST_BYTES_MAX {
+        return Err(format!("{} bytes, at most {MANIFEST_BYTES_MAX} are allowed", text.len()));
+    }
+    let sealed: Sealed<'_> = serde_json::from_slice(text).map_err(|e| format!("not a {format} file: {e}"))?;
+    if sealed.format != format {
+        return Err(format!("format {:?}, expected {format}", sealed.format));
+    }
+    if sealed.version != VERSION {
+        return Err(format!("version {} of the format; this program reads version {VERSION}", sealed.version));
+    }
+    let sum = Checksum::of(sealed.body.get().as_bytes());
+    if sum != sealed.blake3 {
+        return Err(format!("checksum: expected {:?}, got {sum:?}", sealed.blake3));
+    }
+    serde_json::from_str(sealed.body.get()).map_err(|e| format!("not a {format} file: {e}"))
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,148 @@
+//! Tensors of a committed checkpoint: just the pieces that are asked for, each checked before it is used.
+//! Imports `checkpoint::{error, manifest, store}` and `sbp::region`.
+
+use std::collections::BTreeMap;
+
+use object_store::path::Path;
+use shardflow_kernels::tensor::{HostTensor, Region};
+
+use super::error::CheckpointError;
+use super::manifest::{Checksum, Manifest, Piece, Shard, Tensor};
+use super::shard::tensor_of;
+use super::store::Store;
+use crate::sbp::region::{contains, copy_box, filled};
+
+/// A committed checkpoint, open for reading. See [`Store::read`].
+#[derive(Debug)]
+pub struct Reader {
+    store: Store,
+    manifest: Manifest,
+    by_name: BTreeMap<String, usize>,
+}
+
+impl Reader {
+    pub(crate) fn new(store: Store, manifest: Manifest) -> Self {
+        let names = manifest.tensors.iter().enumerate();
+        let by_name = names.map(|(index, tensor)| (tensor.info.name.clone(), index)).collect();
+        Self { store, manifest, by_name }
+    }
+
+    /// What the checkpoint is made of.
+    pub fn manifest(&self) -> &Manifest {
+        &self.manifest
+    }
+
+    /// How the checkpoint is called in errors.
+    pub fn name(&self) -> String {
+        self.store.manifest_name(self.manifest.step)
+    }
+
+    /// What is known of a tensor.
+    pub fn find(&self, name: &str) -> Option<&Tensor> {
+        self.by_name.get(name).map(|index| &self.manifest.tensors[*index])
+    }
+
+    /// A box of a tensor. Takes the memory of the box and of one piece.
+    ///
+    /// # Errors
+    /// As [`Reader::tensors`].
+    pub fn tensor(&self, name: &str, region: &Region) -> Result<HostTensor, CheckpointError> {
+        Ok(self.tensors(name, std::slice::from_ref(region))?.swap_remove(0))
+    }
+
+    /// Boxes of a tensor, in its program's shape; each piece is read once at most.
+    ///
+    /// # Errors
+    /// [`CheckpointError::Missing`] or [`CheckpointError::Shape`] when there is no such tensor or box;
+    /// [`CheckpointError::Damaged`], with the shard, when the bytes are not those that were written.
+    pub fn tensors(&self, name: &str, regions: &[Region]) -> Result<Vec<HostTensor>, CheckpointError> {
+        let missing = || CheckpointError::Missing { path: self.name().into(), name: name.into() };
+        let tensor = self.find(name).ok_or_else(missing)?;
+        let (whole, dtype) = (Region::whole(&tensor.info.shape), tensor.info.dtype.into());
+        let mut out = Vec::with_capacity(regions.len());
+        for region in regions {
+            if region.start.len() != whole.size.len() || !contains(&whole, region) {
+                let (expected, got) = (format!("{region:?}"), format!("shape {:?}", whole.size));
+                return Err(CheckpointError::Shape { path: self.name().into(), name: name.into(), expected, got });
+            }
+            out.push(filled(&region.size, dtype, 0.0));
+        }
+        for piece in &tensor.pieces {
+            let from = piece.region();
+            let common = |region: &Region| if region.is_empty() { None } else { from.intersect(region) };
+            let wanted: Vec<Option<Region>> = regions.iter().map(common).collect();
+            if wanted.iter().all(Option::is_none) {
+                continue;
+            }
+            let elements = self.piece(tensor, piece)?;
+            for ((out, region), common) in out.iter_mut().zip(regions).zip(wanted) {
+                if let Some(common) = common {
+                    copy_box(&elements, &common.relative_to(&from), out, &common.relative_to(region));
+                }
+            }
+        }
+        Ok(out)
+    }
+
+    fn shard_path(&self, shard: &Shard) -> (String, Path) {
+        let step = self.manifest.step;
+        (self.store.name(step, &shard.file), self.store.path(step, &shard.file))
+    }
+
+    fn piece(&self, tensor: &Tensor, piece: &Piece) -> Result<HostTensor, CheckpointError> {
+        let shard = &self.manifest.shards[piece.shard];
+        let (file, path) = self.shard_path(shard);
+        let dtype = tensor.info.dtype.into();
+        let bytes = (piece.region().element_count() * shardflow_kernels::tensor::DType::bytes(dtype)) as u64;
+        let got = self.range(shard, &file, &path, piece.offset, bytes)?;
+        if Checksum::of(&got) != piece.blake3 {
+            let why =
+                format!("tensor {}: checksum of {bytes} bytes at {} is not as written", tensor.info.name, piece.offset);
+            return Err(CheckpointError::Damaged { file, why });
+        }
+        Ok(tensor_of(dtype, &piece.size, &got))
+    }
+
+    /// Bytes of a shard. A shard that is not as long as it was is damaged, not a failing store.
+    fn range(&self, shard: &Shard, file: &str, path: &Path, from: u64, bytes: u64) -> Result<Vec<u8>, CheckpointError> {
+        let operations = &self.store.operations;
+        match operations.get_range(file, path, from, bytes) {
+            Ok(got) if got.len() as u64 == bytes => Ok(got),
+            result => {
+                let why = match operations.size(file, path)? {
+                    Some(size) if size == shard.bytes => match result {
+                        Err(error) => return Err(error),
+                        Ok(got) => format!("got {} of {bytes} bytes at {from}", got.len()),
+                    },
+                    Some(size) => format!("{size} bytes long, expected {}", shard.bytes),
+                    None => "the file is missing".into(),
+                };
+                Err(CheckpointError::Damaged { file: file.into(), why })
+            }
+        }
+    }
+
+    /// Reads every shard and compares its checksum.
+    ///
+    /// # Errors
+    /// [`CheckpointError::Damaged`] with the first shard that is not as written.
+    pub fn verify(&self) -> Result<(), CheckpointError> {
+        self.manifest.shards.iter().try_for_each(|shard| self.verify_shard(shard))
+    }
+
+    fn verify_shard(&self, shard: &Shard) -> Result<(), CheckpointError> {
+        let (file, path) = self.shard_path(shard);
+        let (mut hasher, mut at) = (blake3::Hasher::new(), 0);
+        while at < shard.bytes {
+            let bytes = (shard.bytes - at).min(self.store.operations.part_bytes as u64);
+            hasher.update(&self.range(shard, &file, &path, at, bytes)?);
+            at += bytes;
+        }
+        let got = Checksum::from(hasher.finalize());
+        if got == shard.blake3 {
+            return Ok(());
+        }
+        let why = format!("checksum: expected {:?}, got {got:?}", shard.blake3);
+        Err(CheckpointError::Damaged { file, why })
+    }
+}

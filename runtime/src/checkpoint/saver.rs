@@ -1,0 +1,186 @@
+//! The saver: writes snapshots on a thread of its own while training goes on, one at a time.
+//! Imports `checkpoint::{agree, save, snapshot, store}` and the session.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
+
+use super::agree::{Agree, Member};
+use super::error::{CheckpointError, Doing};
+use super::manifest::Cursor;
+use super::save::{SaveReport, Settings, check_member, save};
+use super::snapshot::Snapshot;
+use super::store::Store;
+use crate::session::{Session, SessionError};
+
+/// What a save does while another is going on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Busy {
+    /// It waits for the other.
+    Wait,
+    /// It is left out. Only for a job of one process: several must leave out the same saves.
+    Skip,
+}
+
+/// How a saver saves.
+#[derive(Clone, Debug)]
+pub struct SaverOptions {
+    /// Which process this is.
+    pub member: Member,
+    /// Complete checkpoints that are kept, 1 or more.
+    pub keep: usize,
+    /// What a save does while another is going on.
+    pub busy: Busy,
+    /// Hash of the plan, for the manifest.
+    pub plan: Option<String>,
+}
+
+impl Default for SaverOptions {
+    fn default() -> Self {
+        Self { member: Member::ALONE, keep: 3, busy: Busy::Wait, plan: None }
+    }
+}
+
+/// What [`Saver::save`] did.
+#[derive(Debug)]
+pub enum Begun {
+    /// The snapshot is taken and being written.
+    Started {
+        /// How the one before went, if it had not been told yet.
+        before: Option<Box<SaveReport>>,
+    },
+    /// Another save is going on, and [`Busy::Skip`] says not to wait.
+    Skipped,
+}
+
+struct Job {
+    attempt: u32,
+    snapshot: Snapshot,
+}
+
+/// Saves in the background. At most one save is going on, and at most two snapshots are in memory. Dropping it waits for
+/// nothing: a save that goes on may still be committed while the process lives.
+pub struct Saver {
+    jobs: Sender<Job>,
+    reports: Receiver<(SaveReport, Snapshot)>,
+    /// A save whose report has not come yet.
+    is_busy: bool,
+    /// The buffers of the last snapshot.
+    spare: Option<Snapshot>,
+    next_attempt: u32,
+    busy: Busy,
+    place: String,
+}
+
+impl Saver {
+    /// Starts the thread.
+    ///
+    /// # Errors
+    /// When the options do not go together, or no thread can be had.
+    pub fn new(store: Store, agree: Arc<dyn Agree>, options: SaverOptions) -> Result<Self, CheckpointError> {
+        let SaverOptions { member, keep, busy, plan } = options;
+        check_member(member)?;
+        if busy == Busy::Skip && member.processes > 1 {
+            let why = "processes that skip saves on their own do not skip the same ones; use Busy::Wait";
+            return Err(CheckpointError::Refused(why.into()));
+        }
+        let place = store.place().to_string();
+        let (jobs, work) = bounded::<Job>(1);
+        let (done, reports) = bounded(1);
+        let settings = Settings { member, keep, plan };
+        let run = move || {
+            for Job { attempt, snapshot } in work {
+                let report = save(&store, &snapshot, &settings, attempt, &*agree);
+                if done.send((report, snapshot)).is_err() {
+                    return;
+                }
+            }
+        };
+        let thread = std::thread::Builder::new().name("checkpoint".into()).spawn(run);
+        thread.map_err(|source| CheckpointError::Io { path: place.clone().into(), source })?;
+        Ok(Self { jobs, reports, is_busy: false, spare: None, next_attempt: 0, busy, place })
+    }
+
+    /// Takes a snapshot of the session between two steps and begins to write it. In a job of several processes all call
+    /// this after the same steps.
+    ///
+    /// # Errors
+    /// When the session has failed, or the saver's thread has. How the writing goes is told later.
+    pub fn save(&mut self, session: &Session, cursor: Cursor) -> Result<Begun, SessionError> {
+        let spare = self.spare.take();
+        // While a save goes on, its snapshot is the only one there is, and this is the second.
+        let busy_before = self.is_busy && self.reports.is_empty();
+        if busy_before && self.busy == Busy::Skip {
+            self.spare = spare;
+            return Ok(Begun::Skipped);
+        }
+        let mut snapshot = session.snapshot(spare)?;
+        snapshot.cursor = cursor;
+        Ok(Begun::Started { before: self.submit(snapshot)?.map(Box::new) })
+    }
+
+    /// As [`Saver::save`], of a snapshot that was taken before; waits while another save goes on. Gives the report of the
+    /// one before, if it had not been told yet.
+    ///
+    /// # Errors
+    /// When the saver's thread has failed.
+    pub fn submit(&mut self, snapshot: Snapshot) -> Result<Option<SaveReport>, CheckpointError> {
+        let mut before = None;
+        if self.is_busy {
+            let (report, spare) = self.reports.recv().map_err(|_| self.panicked())?;
+            (before, self.spare) = (Some(report), Some(spare));
+        }
+        self.jobs.send(Job { attempt: self.next_attempt, snapshot }).map_err(|_| self.panicked())?;
+        self.next_attempt += 1;
+        self.is_busy = true;
+        Ok(before)
+    }
+
+    fn panicked(&self) -> CheckpointError {
+        CheckpointError::Refused(format!("{}: the thread that saves has panicked", self.place))
+    }
+
+    /// The report of the last save, once, when it is done; never waits.
+    pub fn poll(&mut self) -> Option<SaveReport> {
+        let (report, spare) = self.reports.try_recv().ok()?;
+        (self.is_busy, self.spare) = (false, Some(spare));
+        Some(report)
+    }
+
+    /// Waits for the save that goes on; gives its report, or `None` when there is none.
+    ///
+    /// # Errors
+    /// [`CheckpointError::Stalled`] when it takes longer than `limit`; it goes on.
+    pub fn wait(&mut self, limit: Duration) -> Result<Option<SaveReport>, CheckpointError> {
+        if !self.is_busy {
+            return Ok(None);
+        }
+        let stalled =
+            || CheckpointError::Stalled { file: self.place.clone(), doing: Doing::Write, seconds: limit.as_secs_f64() };
+        match self.reports.recv_timeout(limit) {
+            Ok((report, spare)) => {
+                (self.is_busy, self.spare) = (false, Some(spare));
+                Ok(Some(report))
+            }
+            Err(RecvTimeoutError::Timeout) => Err(stalled()),
+            Err(RecvTimeoutError::Disconnected) => Err(self.panicked()),
+        }
+    }
+}
+
+/// Saves a snapshot now and waits for the outcome: what a [`Saver`] does on its thread.
+///
+/// # Errors
+/// When the options do not go together. How the writing went is in the report.
+pub fn save_now(
+    store: &Store,
+    snapshot: &Snapshot,
+    agree: &dyn Agree,
+    options: &SaverOptions,
+    attempt: u32,
+) -> Result<SaveReport, CheckpointError> {
+    check_member(options.member)?;
+    let settings = Settings { member: options.member, keep: options.keep, plan: options.plan.clone() };
+    Ok(save(store, snapshot, &settings, attempt, agree))
+}

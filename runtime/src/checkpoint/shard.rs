@@ -1,0 +1,142 @@
+//! Shards: safetensors files of pieces, written as a stream, and the sidecar that tells process 0 what is in one.
+//! Imports `checkpoint::{error, io, manifest, store}` and the kernels' tensors.
+
+use std::borrow::Cow;
+use std::collections::HashMap;
+
+use safetensors::tensor::{Dtype, Metadata, TensorInfo as View};
+use serde::{Deserialize, Serialize};
+use shardflow_kernels::tensor::{DType, HostData, HostTensor, Region, element_count};
+
+use super::error::CheckpointError;
+use super::manifest::{Checksum, Shard};
+use super::store::Store;
+
+/// Key of the number of steps in a file's metadata.
+pub(crate) const STEPS: &str = "shardflow.steps";
+/// Bytes of a sidecar, at most.
+pub(crate) const SIDECAR_BYTES_MAX: u64 = super::manifest::MANIFEST_BYTES_MAX;
+
+// Elements are written as they lie in memory.
+const _: () = assert!(cfg!(target_endian = "little"), "checkpoints are written by little-endian machines");
+
+/// A tensor that goes into a file.
+#[derive(Clone, Debug)]
+pub(crate) struct Entry {
+    pub(crate) name: String,
+    pub(crate) dtype: DType,
+    pub(crate) shape: Vec<usize>,
+}
+
+impl Entry {
+    pub(crate) fn bytes(&self) -> u64 {
+        (element_count(&self.shape) * self.dtype.bytes()) as u64
+    }
+}
+
+/// What a piece is called in a shard: its tensor's name, with the box where it is not all of it.
+pub(crate) fn entry_name(tensor: &str, shape: &[usize], region: &Region) -> String {
+    if region.size == shape {
+        return tensor.into();
+    }
+    let range = |(start, size): (&usize, &usize)| format!("{start}:{}", start + size);
+    let ranges: Vec<String> = region.start.iter().zip(&region.size).map(range).collect();
+    format!("{tensor}[{}]", ranges.join(","))
+}
+
+/// Elements as bytes.
+pub(crate) fn bytes_of(tensor: &HostTensor) -> &[u8] {
+    match &tensor.data {
+        HostData::F32(data) => bytemuck::cast_slice(data),
+        HostData::I32(data) => bytemuck::cast_slice(data),
+    }
+}
+
+/// A tensor of bytes, which need not be aligned. There must be as many as the shape says.
+pub(crate) fn tensor_of(dtype: DType, shape: &[usize], bytes: &[u8]) -> HostTensor {
+    let chunks = bytes.chunks_exact(4).map(|c| [c[0], c[1], c[2], c[3]]);
+    match dtype {
+        DType::F32 => HostTensor::f32(shape, chunks.map(f32::from_le_bytes).collect()),
+        DType::I32 => HostTensor::i32(shape, chunks.map(i32::from_le_bytes).collect()),
+    }
+}
+
+/// What comes before the tensors in a safetensors file, byte for byte as that crate writes it for entries of one type
+/// in the order of their names.
+pub(crate) fn header(entries: &[Entry], steps: u64) -> Result<Vec<u8>, CheckpointError> {
+    let mut end = 0;
+    let view = |entry: &Entry| {
+        let start = end;
+        end += entry.bytes() as usize;
+        let dtype = match entry.dtype {
+            DType::F32 => Dtype::F32,
+            DType::I32 => Dtype::I32,
+        };
+        (entry.name.clone(), View { dtype, shape: entry.shape.clone(), data_offsets: (start, end) })
+    };
+    let views = entries.iter().map(view).collect();
+    let metadata = Metadata::new(Some(HashMap::from([(STEPS.to_string(), steps.to_string())])), views);
+    let refused = |why: String| CheckpointError::Refused(format!("cannot be a safetensors file: {why}"));
+    let metadata = metadata.map_err(|e| refused(e.to_string()))?;
+    let mut text = serde_json::to_vec(&metadata).map_err(|e| refused(e.to_string()))?;
+    text.resize(text.len().next_multiple_of(8), b' ');
+    let mut header = (text.len() as u64).to_le_bytes().to_vec();
+    header.extend(text);
+    Ok(header)
+}
+
+/// A shard that was written: the file, and offset and checksum of each entry.
+pub(crate) struct Written {
+    pub(crate) shard: Shard,
+    pub(crate) entries: Vec<(u64, Checksum)>,
+}
+
+/// Writes a shard; `content` gives the elements of each entry in turn, so that one at a time is in memory.
+pub(crate) fn write<'a>(
+    store: &Store,
+    step: u64,
+    file: &str,
+    entries: &[Entry],
+    mut content: impl FnMut(usize) -> Result<Cow<'a, HostTensor>, CheckpointError>,
+) -> Result<Written, CheckpointError> {
+    let header = header(entries, step)?;
+    let mut offset = header.len() as u64;
+    let bytes = offset + entries.iter().map(Entry::bytes).sum::<u64>();
+    let mut upload = store.operations.upload(store.name(step, file), store.path(step, file), bytes);
+    upload.push(&header)?;
+    let mut written = Vec::with_capacity(entries.len());
+    for (index, entry) in entries.iter().enumerate() {
+        let tensor = content(index)?;
+        let elements = bytes_of(&tensor);
+        assert_eq!(elements.len() as u64, entry.bytes(), "{}: an entry of another size", entry.name);
+        upload.push(elements)?;
+        written.push((offset, Checksum::of(elements)));
+        offset += entry.bytes();
+    }
+    let blake3 = upload.finish()?;
+    Ok(Written { shard: Shard { file: file.into(), bytes, blake3 }, entries: written })
+}
+
+/// What a process wrote, for process 0.
+#[derive(Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Sidecar {
+    pub(crate) step: u64,
+    pub(crate) epoch: u64,
+    pub(crate) attempt: u32,
+    pub(crate) process: u32,
+    pub(crate) processes: u32,
+    pub(crate) shard: Shard,
+    pub(crate) pieces: Vec<SidecarPiece>,
+}
+
+/// A piece of a sidecar's shard.
+#[derive(Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct SidecarPiece {
+    pub(crate) tensor: String,
+    pub(crate) offset: u64,
+    pub(crate) start: Vec<usize>,
+    pub(crate) size: Vec<usize>,
+    pub(crate) blake3: Checksum,
+}

@@ -1,0 +1,229 @@
+//! A session's part of a checkpoint: taken between two steps, and loaded again under any mesh.
+//! Imports `session`, `plan` and `checkpoint`.
+
+use std::ops::Range;
+
+use shardflow_kernels::tensor::{DType, HostData, HostTensor, Region};
+
+use super::{Session, SessionError, resident_parts};
+use crate::checkpoint::error::CheckpointError;
+use crate::checkpoint::manifest::{Cursor, Kind, TensorInfo};
+use crate::checkpoint::read::Reader;
+use crate::checkpoint::snapshot::{Snapshot, SnapshotPiece};
+use crate::checkpoint::store::{Newest, Store};
+use crate::graph::{NodeOp, Var};
+
+/// What [`Session::restore_newest`] found.
+#[derive(Debug)]
+pub struct Restored {
+    /// Step and cursor of the checkpoint that was loaded; `None` when there is none, and the session is as it was.
+    pub found: Option<(u64, Cursor)>,
+    /// What is wrong with newer ones, which were passed over.
+    pub damaged: Vec<CheckpointError>,
+}
+
+/// What the first process found in a store.
+struct Found {
+    reader: Result<Option<Reader>, CheckpointError>,
+    damaged: Vec<CheckpointError>,
+    /// The step, or one of the words below.
+    lookup: u64,
+}
+
+/// What processes tell each other while they look for a checkpoint. Steps are below all of them.
+const GOOD: u64 = u64::MAX - 3;
+const DAMAGED: u64 = u64::MAX - 2;
+const NONE: u64 = u64::MAX - 1;
+const FAILED: u64 = u64::MAX;
+
+impl Session {
+    /// What a checkpoint is made of, with its kind.
+    fn residents(&self) -> impl Iterator<Item = (Var, Kind)> {
+        self.plan.graph.nodes().iter().filter_map(|node| match node.op {
+            NodeOp::Parameter { .. } => Some((node.outputs[0], Kind::Parameter)),
+            NodeOp::State => Some((node.outputs[0], Kind::State)),
+            _ => None,
+        })
+    }
+
+    /// Ranks of the devices that this process hosts.
+    fn hosted(&self) -> Range<usize> {
+        self.hosting.own()
+    }
+
+    /// Copies the hosted devices' parameters and optimizer state to host memory: into `spare`, a snapshot that is no
+    /// longer needed, if there is one. The cursor is empty. Call it between steps.
+    ///
+    /// # Errors
+    /// The failure of an earlier step.
+    pub fn snapshot(&self, spare: Option<Snapshot>) -> Result<Snapshot, SessionError> {
+        self.snapshot_of(self.hosted(), spare)
+    }
+
+    /// As [`Session::snapshot`], for these devices alone. A part that several devices of the mesh hold is in the snapshot
+    /// of the first of them, in the order of the placement.
+    ///
+    /// # Errors
+    /// The failure of an earlier step.
+    pub fn snapshot_of(&self, devices: Range<usize>, spare: Option<Snapshot>) -> Result<Snapshot, SessionError> {
+        self.check_alive()?;
+        let mut spare = spare.map(|s| s.pieces).unwrap_or_default().into_iter();
+        let (mut tensors, mut pieces) = (Vec::new(), Vec::new());
+        for (var, kind) in self.residents() {
+            let mut written: Vec<Region> = Vec::new();
+            for (device, _, resident) in resident_parts(&self.plan, var) {
+                let region = &resident.region;
+                if region.is_empty() || written.contains(region) {
+                    continue;
+                }
+                written.push(region.clone());
+                if devices.contains(&device) {
+                    let mut data = again(spare.next(), resident.dtype, region);
+                    self.arenas[&device].read_host_into(resident.offset, &mut data)?;
+                    pieces.push(SnapshotPiece { tensor: tensors.len(), region: region.clone(), data });
+                }
+            }
+            tensors.push(self.tensor_info(var, kind));
+        }
+        let (mesh, cursor) = (self.plan.graph.mesh().to_string(), Cursor::new());
+        Ok(Snapshot { step: self.steps, seed: self.seed, mesh, cursor, tensors, pieces })
+    }
+
+    fn tensor_info(&self, var: Var, kind: Kind) -> TensorInfo {
+        let graph = &self.plan.graph;
+        let info = graph.tensor(var);
+        let placement = &graph.placements[graph.placement_of(var)];
+        TensorInfo {
+            name: info.name.clone(),
+            kind,
+            dtype: info.dtype.into(),
+            shape: info.shape.clone(),
+            saved_shape: self.saved_shape(var),
+            layout: info.layout.as_ref().map(ToString::to_string).unwrap_or_default(),
+            axes: placement.axes_text(),
+            devices: placement.devices().to_vec(),
+        }
+    }
+
+    /// Loads a checkpoint that any mesh wrote: each hosted device reads just its part. The next step is the one after the
+    /// checkpoint's, and the session takes the checkpoint's seed in place of its own, so that dropout goes on as it was.
+    ///
+    /// # Errors
+    /// [`CheckpointError`], with the file; nothing was changed then.
+    pub fn restore_checkpoint(&mut self, reader: &Reader) -> Result<(), SessionError> {
+        self.check_alive()?;
+        let mut found: Vec<(usize, usize, HostTensor)> = Vec::new();
+        for (var, _) in self.residents() {
+            self.check_fits(reader, var)?;
+            let hosted = self.hosted();
+            let parts = resident_parts(&self.plan, var).into_iter().filter(|part| hosted.contains(&part.0));
+            // Each region is read once, and goes to every device that holds it.
+            let mut regions: Vec<Region> = Vec::new();
+            let mut places: Vec<(usize, usize, usize)> = Vec::new();
+            for (device, _, resident) in parts {
+                let index = regions.iter().position(|r| *r == resident.region).unwrap_or(regions.len());
+                if index == regions.len() {
+                    regions.push(resident.region.clone());
+                }
+                places.push((device, resident.offset, index));
+            }
+            let tensors = reader.tensors(&self.plan.graph.tensor(var).name, &regions)?;
+            found.extend(places.into_iter().map(|(device, offset, index)| (device, offset, tensors[index].clone())));
+        }
+        for (device, offset, tensor) in found {
+            self.arenas[&device].write_host(offset, &tensor)?;
+        }
+        (self.steps, self.seed) = (reader.manifest().step, reader.manifest().seed);
+        Ok(())
+    }
+
+    /// Loads the newest checkpoint of the store that is good to the last byte; damaged ones are passed over and told. Where
+    /// several processes run the plan, all call it, and all load the same one.
+    ///
+    /// # Errors
+    /// When the store cannot be asked, or its newest good checkpoint does not fit the program, here or elsewhere.
+    pub fn restore_newest(&mut self, store: &Store) -> Result<Restored, SessionError> {
+        let (mut before, mut all) = (None, Vec::new());
+        loop {
+            let Found { reader, damaged, lookup } = self.look(store, before);
+            all.extend(damaged);
+            // The first process has looked; the others take its word for which step it is.
+            let said = self.exchange([lookup, 0])?[0][0];
+            let step = match said {
+                NONE => return Ok(Restored { found: None, damaged: all }),
+                FAILED => {
+                    let elsewhere = || CheckpointError::Refused(format!("{}: rank 0 cannot read it", store.place()));
+                    return Err(reader.err().unwrap_or_else(elsewhere).into());
+                }
+                step => step,
+            };
+            let loaded = match reader {
+                Ok(Some(reader)) => self.restore_checkpoint(&reader).map(|()| reader.manifest().cursor.clone()),
+                Ok(None) => match store.read(step) {
+                    Ok(reader) => self.restore_checkpoint(&reader).map(|()| reader.manifest().cursor.clone()),
+                    Err(error) => Err(error.into()),
+                },
+                Err(error) => Err(error.into()),
+            };
+            let mine = match &loaded {
+                Ok(_) => GOOD,
+                Err(SessionError::Checkpoint(error)) if error.is_damage() => DAMAGED,
+                Err(_) => FAILED,
+            };
+            let worst = self.exchange([mine, 0])?.iter().enumerate().map(|(p, said)| (said[0], p)).max();
+            let (worst, process) = worst.unwrap_or((FAILED, 0));
+            match (loaded, worst) {
+                (Ok(cursor), GOOD) => {
+                    self.refresh()?;
+                    return Ok(Restored { found: Some((step, cursor)), damaged: all });
+                }
+                (Err(SessionError::Checkpoint(error)), DAMAGED) => all.push(error),
+                (Ok(_), DAMAGED) => {}
+                (Err(error), _) => return Err(error),
+                (Ok(_), _) => {
+                    let why = format!("{}: step {step} cannot be loaded on rank {process}; see its log", store.place());
+                    return Err(CheckpointError::Refused(why).into());
+                }
+            }
+            before = Some(step);
+        }
+    }
+
+    /// What the first process finds in the store; the others find nothing, and do not ask.
+    fn look(&self, store: &Store, before: Option<u64>) -> Found {
+        if self.hosting.process != 0 {
+            return Found { reader: Ok(None), damaged: Vec::new(), lookup: NONE };
+        }
+        match store.newest_before(before) {
+            Ok(Newest { reader, damaged }) => {
+                let lookup = reader.as_ref().map_or(NONE, |r| r.manifest().step);
+                Found { reader: Ok(reader), damaged, lookup }
+            }
+            Err(error) => Found { reader: Err(error), damaged: Vec::new(), lookup: FAILED },
+        }
+    }
+
+    fn check_fits(&self, reader: &Reader, var: Var) -> Result<(), CheckpointError> {
+        let info = self.plan.graph.tensor(var);
+        let (path, name) = (reader.name(), info.name.clone());
+        let there = reader.find(&name);
+        let there = there.ok_or_else(|| CheckpointError::Missing { path: path.clone().into(), name: name.clone() })?;
+        let dtype: DType = there.info.dtype.into();
+        if there.info.shape == info.shape && dtype == info.dtype {
+            return Ok(());
+        }
+        let text = |dtype: DType, shape: &[usize]| format!("{dtype:?} {shape:?}");
+        let (expected, got) = (text(info.dtype, &info.shape), text(dtype, &there.info.shape));
+        Err(CheckpointError::Shape { path: path.into(), name, expected, got })
+    }
+}
+
+/// A tensor to read into: a piece that is not needed any more, if it has the right type.
+fn again(spare: Option<SnapshotPiece>, dtype: DType, region: &Region) -> HostTensor {
+    let data = spare.map(|piece| piece.data).filter(|data| data.dtype() == dtype).map(|data| data.data);
+    let data = data.unwrap_or(match dtype {
+        DType::F32 => HostData::F32(Vec::new()),
+        DType::I32 => HostData::I32(Vec::new()),
+    });
+    HostTensor { shape: region.size.clone(), data }
+}
