@@ -1,5 +1,6 @@
 //! References and helpers for the tests of this crate.
 
+pub mod faulty;
 pub mod reference;
 pub mod together;
 pub mod training;

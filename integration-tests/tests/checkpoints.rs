@@ -6,22 +6,27 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use shardflow::checkpoint::cli::{CheckpointArgs, CheckpointCommand, run};
-use shardflow::checkpoint::convert::{export, reshard};
+use shardflow::checkpoint::convert::export;
 use shardflow::checkpoint::{
-    Agree, Alone, Begun, CheckpointError, Cursor, Member, Saved, Saver, SaverOptions, Snapshot, Store, save_now,
+    Agree, Alone, Begun, Busy, CheckpointError, Cursor, Member, Saved, Saver, SaverOptions, Snapshot, Store, save_now,
 };
+use shardflow::passes::CompileOptions;
 use shardflow::plan::Schedule::OneFOneB;
-use shardflow::session::{Session, SessionError, SessionOptions};
+use shardflow::session::{Session, SessionOptions};
 use shardflow_integration_tests::together::save_together;
 use shardflow_integration_tests::training::{Model, ONE, Scratch, options, within};
-use shardflow_kernels::tensor::split_range;
+use shardflow_kernels::tensor::{HostTensor, split_range};
 
 fn model() -> Model {
     Model { dropout: 0.1, max_norm: 1.0, ..Model::default() }
 }
 
+fn compile_options() -> CompileOptions {
+    options(2, OneFOneB)
+}
+
 fn session(mesh: &str) -> Session {
-    model().session(mesh, &options(2, OneFOneB))
+    model().session(mesh, &compile_options())
 }
 
 fn store(folder: &Path) -> Store {
@@ -90,4 +95,214 @@ fn every_mesh_loads_every_other_meshs_checkpoint() {
             assert_eq!(store.steps().expect("can be listed"), [next.steps()], "one is kept");
         }
     });
+}
+
+fn saver(store: &Store, epoch: u64, busy: Busy) -> Saver {
+    let member = Member { epoch, ..Member::ALONE };
+    Saver::new(store.clone(), Arc::new(Alone), SaverOptions { member, keep: 2, busy, plan: Some("plan".into()) })
+        .expect("a thread can be had")
+}
+
+fn cursor(step: u64) -> Cursor {
+    Cursor::from([("sample".into(), (12 * step).to_string()), ("file".into(), "sonnets.txt".into())])
+}
+
+/// The saver writes while steps go on; what comes after the resumed step has the bits it would have had.
+#[test]
+fn a_resumed_training_gives_the_losses_of_one_that_was_not_interrupted() {
+    within(60, || {
+        for (mesh, then) in [(ONE, ONE), ("data=2,stage=2", "data=2,stage=2"), ("stage=2", "stage=4")] {
+            let scratch = Scratch::new(&format!("checkpoints-resume-{mesh}"));
+            let store = store(scratch.path());
+            let mut whole = session(mesh);
+            let mut saver = saver(&store, 0, Busy::Wait);
+            let mut losses = Vec::new();
+            for step in 0..6 {
+                if step > 0 && step % 2 == 0 {
+                    let begun = saver.save(&whole, cursor(step)).expect("the session lives");
+                    assert!(matches!(begun, Begun::Started { .. }));
+                }
+                losses.push(model().step(&mut whole).loss.map(f32::to_bits));
+            }
+            let last = saver.wait(Duration::from_secs(20)).expect("in time").expect("one was begun");
+            assert_eq!((last.step, last.result.expect("can be saved")), (4, Saved::Committed));
+            assert!(saver.wait(Duration::ZERO).expect("nothing goes on").is_none());
+            // Another seed, and steps of its own: all of it must be replaced.
+            let options = SessionOptions { seed: 7, ..SessionOptions::default() };
+            let plan = model().plan(then, &compile_options());
+            let mut resumed = Session::start(plan, &options).expect("can be started");
+            model().step(&mut resumed);
+            for from in [2u64, 4] {
+                let reader = store.read(from).expect("two are kept");
+                assert_eq!(reader.manifest().cursor, cursor(from));
+                assert_eq!(reader.manifest().plan.as_deref(), Some("plan"));
+                resumed.restore_checkpoint(&reader).expect("the same model");
+                let again: Vec<_> = (from..6).map(|_| model().step(&mut resumed).loss.map(f32::to_bits)).collect();
+                assert_eq!(again, losses[from as usize..], "{mesh}, then {then}, from step {from}");
+            }
+        }
+    });
+}
+
+#[test]
+fn a_checkpoint_that_does_not_fit_is_refused_and_changes_nothing() {
+    within(60, || {
+        let scratch = Scratch::new("checkpoints-refused");
+        let store = store(&scratch.path().join("run"));
+        let mut here = session("tensor=2");
+        assert!(here.restore_newest(&store).expect("an empty store is no error").found.is_none());
+        let small = Model { width: 16, ..model() }.session(ONE, &options(1, OneFOneB));
+        save_all(&store, &small, 1);
+        model().step(&mut here);
+        let before = saved(&here, scratch.path());
+        let error = here.restore_newest(&store).expect_err("another model").to_string();
+        assert!(error.contains("manifest.json: tensor") && error.contains("expected F32"), "{error}");
+        assert!(saved(&here, scratch.path()) == before, "changed by: {error}");
+        let other = Model { layers: 5, width: 16, ..model() };
+        let mut here = other.session(ONE, &options(1, OneFOneB));
+        let error = here.restore_newest(&store).expect_err("another model").to_string();
+        assert!(error.contains("has no tensor"), "{error}");
+    });
+}
+
+/// Resharded checkpoints are the same checkpoint; the commands do what they say, with their exit codes.
+#[test]
+fn the_commands_list_verify_reshard_and_export() {
+    within(60, || {
+        let scratch = Scratch::new("checkpoints-commands");
+        let place = |name: &str| scratch.path().join(name).to_str().expect("a path of UTF-8").to_string();
+        let command = |command| run(&CheckpointArgs { command });
+        let missing = command(CheckpointCommand::Ls { dir: place("run") }).expect_err("nothing is there");
+        assert_eq!((missing.exit_code(), missing.to_string().contains("no complete checkpoint")), (65, true));
+        assert!(!scratch.path().join("run").exists(), "looking makes no folder");
+
+        let store = store(&scratch.path().join("run"));
+        let mut here = session("data=2,tensor=2");
+        for _ in 0..2 {
+            model().step(&mut here);
+            let reports = save_together(&store, &parts(&here, 4), 0, 5);
+            assert!(reports.iter().all(|r| r.result.is_ok()));
+        }
+        let whole = saved(&here, scratch.path());
+        let listed = command(CheckpointCommand::Ls { dir: place("run") }).expect("two are there");
+        assert!(listed.lines().count() == 3 && listed.lines().all(|l| !l.contains("damaged")), "{listed}");
+        assert!(
+            listed.lines().nth(2).is_some_and(|l| l.trim_start().starts_with('2') && l.ends_with("data=2,tensor=2"))
+        );
+
+        let mut from = "run".to_string();
+        for shards in [2, 8, 1] {
+            let to = format!("resharded-{shards}");
+            let reshard = CheckpointCommand::Reshard { dir: place(&from), to: place(&to), shards, step: None };
+            command(reshard.clone()).expect("can be resharded");
+            assert_eq!(command(reshard).expect_err("is there already").exit_code(), 73);
+            let next = Store::open(&place(&to)).expect("a folder");
+            assert_eq!(next.read(2).expect("was committed").manifest().shards.len(), shards as usize);
+            assert!(command(CheckpointCommand::Verify { dir: place(&to), step: None }).is_ok());
+            let file = scratch.path().join("model.safetensors");
+            let export = CheckpointCommand::Export { dir: place(&to), file: file.clone(), step: Some(2) };
+            command(export).expect("can be exported");
+            assert!(std::fs::read(&file).expect("was exported") == whole, "{shards} shards: other tensors");
+            let mut there = session("tensor=3");
+            assert_eq!(there.restore_newest(&next).expect("any mesh loads it").found.map(|f| f.0), Some(2));
+            assert!(saved(&there, scratch.path()) == whole);
+            from = to;
+        }
+
+        let export = |file| CheckpointCommand::Export { dir: place("run"), file, step: None };
+        let nowhere = command(export(scratch.path().join("no/such/folder"))).expect_err("no folder");
+        assert_eq!(nowhere.exit_code(), 73);
+        let zero = CheckpointCommand::Reshard { dir: place("run"), to: place("zero"), shards: 0, step: None };
+        assert_eq!(command(zero).expect_err("no shards").exit_code(), 2);
+        let absent = CheckpointCommand::Verify { dir: place("run"), step: Some(7) };
+        assert_eq!(command(absent).expect_err("no such step").exit_code(), 65);
+        assert_eq!(command(CheckpointCommand::Ls { dir: "ftp://host/x".into() }).expect_err("what?").exit_code(), 2);
+
+        // Damage in the newest: named by `verify`, seen by `ls` where the length shows it, and passed over by `export`.
+        let shard = scratch.path().join("run/step-000000000002/e0-0/shard-2-of-4.safetensors");
+        let bytes = std::fs::read(&shard).expect("a shard");
+        std::fs::write(&shard, &bytes[..bytes.len() - 1]).expect("can be written");
+        let error = command(CheckpointCommand::Verify { dir: place("run"), step: None }).expect_err("damaged");
+        let text = error.to_string();
+        assert!(text.contains("step 1: ok") && text.contains("e0-0/shard-2-of-4.safetensors: damaged"), "{text}");
+        assert_eq!(error.exit_code(), 65);
+        assert!(command(CheckpointCommand::Ls { dir: place("run") }).expect("listed").contains("shard-2-of-4"));
+        let told = command(export(scratch.path().join("model.safetensors"))).expect("the older one");
+        assert!(told.contains("warning") && told.contains("step 1:"), "{told}");
+    });
+}
+
+/// A step is committed once: not by a second save, not by a process of an older epoch that wakes up.
+#[test]
+fn a_committed_step_is_never_committed_again() {
+    within(60, || {
+        let scratch = Scratch::new("checkpoints-once");
+        let store = store(scratch.path());
+        let mut here = session("stage=2");
+        model().step(&mut here);
+        save_all(&store, &here, 2);
+        let before = exported(&store, 1, scratch.path());
+        // Other tensors under the same step.
+        let mut other = parts(&here, 2);
+        other[0].pieces[0].data = filled(&other[0].pieces[0].region.size, 3.0);
+        for epoch in [0, 1] {
+            for report in save_together(&store, &other, epoch, 1) {
+                assert_eq!(report.result.expect("is no error"), Saved::AlreadyThere);
+            }
+        }
+        assert!(exported(&store, 1, scratch.path()) == before);
+        // Unless it was set aside, as a damaged one is.
+        store.set_aside(1).expect("can be renamed");
+        assert!(store.steps().expect("can be listed").is_empty());
+        assert!(save_together(&store, &other, 2, 1).iter().all(|r| matches!(r.result, Ok(Saved::Committed))));
+        assert!(exported(&store, 1, scratch.path()) != before);
+        assert!(!scratch.path().join("step-000000000001/e0-0").exists(), "what other attempts left is deleted");
+    });
+}
+
+fn filled(shape: &[usize], value: f32) -> HostTensor {
+    HostTensor::f32(shape, vec![value; shape.iter().product()])
+}
+
+/// A process that cannot write is named to all, and nothing is committed.
+#[test]
+fn all_processes_write_or_none_is_heard_of() {
+    within(60, || {
+        let scratch = Scratch::new("checkpoints-all");
+        let store = store(scratch.path());
+        let mut here = session("stage=2");
+        model().step(&mut here);
+        let parts = parts(&here, 2);
+        // A file stands where the attempt's folder should go.
+        std::fs::create_dir_all(scratch.path().join("step-000000000001")).expect("can be made");
+        std::fs::write(scratch.path().join("step-000000000001/e0-0"), "").expect("can be made");
+        for report in save_together(&store, &parts, 0, 1) {
+            let error = report.result.expect_err("no folder can be made");
+            assert_eq!(error.exit_code(), 73);
+            assert!(error.to_string().contains("step-000000000001/e0-0/shard-"), "{error}");
+        }
+        assert!(store.newest().expect("can be listed").reader.is_none());
+        assert!(save_together(&store, &parts, 1, 1).iter().all(|r| matches!(r.result, Ok(Saved::Committed))));
+        // What one process says it wrote, but did not, is no checkpoint.
+        model().step(&mut here);
+        let part = here.snapshot(None).expect("nothing failed");
+        let member = Member { process: 0, processes: 2, epoch: 1 };
+        let options = SaverOptions { member, ..SaverOptions::default() };
+        let report = save_now(&store, &part, &Alone, &options, 0).expect("good options");
+        let text = report.result.expect_err("the other wrote nothing").to_string();
+        assert!(text.contains("e1-0/shard-1-of-2.json: damaged: the file is missing"), "{text}");
+        assert_eq!(store.steps().expect("can be listed"), [1]);
+    });
+}
+
+#[test]
+fn options_that_do_not_go_together_are_refused() {
+    let store = Store::open("memory:///run").expect("a store in memory");
+    let alone: Arc<dyn Agree> = Arc::new(Alone);
+    let member = Member { process: 1, processes: 1, epoch: 0 };
+    let wrong = |options| Saver::new(store.clone(), alone.clone(), options).err().map(|e| e.exit_code());
+    assert_eq!(wrong(SaverOptions { member, ..SaverOptions::default() }), Some(2));
+    let member = Member { process: 1, processes: 2, epoch: 0 };
+    assert_eq!(wrong(SaverOptions { member, busy: Busy::Skip, ..SaverOptions::default() }), Some(2));
+    assert!(matches!(Store::open("s3://bucket/x"), Err(CheckpointError::Place { .. })), "needs a cargo feature");
 }

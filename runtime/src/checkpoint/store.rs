@@ -326,7 +326,36 @@ impl Store {
         for attempt in attempts.iter().filter_map(|path| path.filename()).filter(|attempt| !is_used(attempt)) {
             self.delete_folder(step, attempt)?;
         }
-        Ok(())
+        self.delete_torn_manifests(step)
+    }
+
+    /// Deletes what processes that were killed in the middle of a commit left, which the object store does not list.
+    fn delete_torn_manifests(&self, step: u64) -> Result<(), CheckpointError> {
+        let Some(local) = &self.local else { return Ok(()) };
+        let folder = local.join(Self::folder_name(step));
+        let remove = move || {
+            for entry in std::fs::read_dir(folder)? {
+                let entry = entry?;
+                if entry.file_name().to_string_lossy().starts_with(&format!("{MANIFEST}#")) {
+                    std::fs::remove_file(entry.path())?;
+                }
+            }
+            Ok(())
+        };
+        self.delete_local(step, "", remove)
+    }
+
+    /// Deletes by way of the local file system; it may block as long as the disk does.
+    fn delete_local(
+        &self,
+        step: u64,
+        folder: &str,
+        work: impl FnOnce() -> std::io::Result<()> + Send + 'static,
+    ) -> Result<(), CheckpointError> {
+        self.operations.run(&self.name(step, folder), Doing::Delete, async move {
+            let failed = |e| object_store::Error::Generic { store: "checkpoint", source: Box::new(e) };
+            tokio::task::spawn_blocking(work).await?.map_err(failed)
+        })
     }
 
     /// Deletes a folder of a step's, or all of it.
@@ -335,11 +364,7 @@ impl Store {
         if let Some(local) = &self.local {
             // With it go the parts of files that a killed process left; the object store does not list those.
             let local = local.join(Self::folder_name(step)).join(folder);
-            let remove = async move {
-                let removed = tokio::task::spawn_blocking(move || std::fs::remove_dir_all(local)).await?;
-                removed.map_err(|e| object_store::Error::Generic { store: "checkpoint", source: Box::new(e) })
-            };
-            return self.operations.run(&self.name(step, folder), Doing::Delete, remove);
+            return self.delete_local(step, folder, move || std::fs::remove_dir_all(local));
         }
         let path = self.path(step, folder);
         self.operations.run(&self.name(step, folder), Doing::Delete, async move {

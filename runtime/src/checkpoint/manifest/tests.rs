@@ -1,1 +1,123 @@
-//! x
+//! Manifests from anywhere: what is not as it was written, or does not fit together, is refused with the reason.
+
+use serde_json::Value;
+
+use super::*;
+
+fn piece(shard: usize, offset: u64, start: [usize; 2], size: [usize; 2]) -> Piece {
+    Piece { shard, offset, start: start.to_vec(), size: size.to_vec(), blake3: Checksum::of(b"") }
+}
+
+/// A tensor of 4 x 6 in two pieces, a scalar, and an empty one.
+fn good() -> Manifest {
+    let info = |name: &str, shape: &[usize]| TensorInfo {
+        name: name.into(),
+        kind: Kind::Parameter,
+        dtype: Element::F32,
+        shape: shape.to_vec(),
+        saved_shape: shape.to_vec(),
+        layout: "(S0)".into(),
+        axes: "data=2".into(),
+        devices: vec![0, 1],
+    };
+    let shard = |p| Shard { file: format!("e0-0/shard-{p}-of-2.safetensors"), bytes: 200, blake3: Checksum::of(b"") };
+    let wide = vec![piece(0, 8, [0, 0], [3, 6]), piece(1, 8, [3, 0], [1, 6])];
+    let scalar = Piece { shard: 1, offset: 196, start: Vec::new(), size: Vec::new(), blake3: Checksum::of(b"") };
+    Manifest {
+        step: 7,
+        epoch: 0,
+        mesh: "data=2".into(),
+        seed: u64::MAX,
+        cursor: Cursor::from([("file".into(), "a \"quoted\" name".into())]),
+        writer: "0.1.0".into(),
+        plan: None,
+        shards: vec![shard(0), shard(1)],
+        tensors: vec![
+            Tensor { info: info("wide", &[4, 6]), pieces: wide },
+            Tensor { info: info("scalar", &[]), pieces: vec![scalar] },
+            Tensor { info: info("empty", &[0, 6]), pieces: Vec::new() },
+        ],
+    }
+}
+
+#[test]
+fn what_is_written_is_read_again() {
+    let text = good().encode().unwrap();
+    assert_eq!(Manifest::decode(&text).unwrap(), good());
+    assert_eq!(serde_json::from_slice::<Value>(&text).unwrap()["body"]["step"], 7, "it is JSON");
+}
+
+/// Every single bit counts, and so does the length.
+#[test]
+fn no_altered_manifest_is_read() {
+    let text = good().encode().unwrap();
+    for at in 0..text.len() {
+        assert!(Manifest::decode(&text[..at]).is_err(), "cut at {at}");
+        for bit in 0..8 {
+            let mut other = text.clone();
+            other[at] ^= 1 << bit;
+            assert!(Manifest::decode(&other).is_err(), "bit {bit} of byte {at}");
+        }
+    }
+}
+
+/// Manifests with a right checksum that nobody of ours wrote.
+#[test]
+fn what_does_not_fit_together_is_refused() {
+    type Edit = fn(&mut Manifest);
+    let cases: &[(&str, Edit)] = &[
+        ("tensor wide: its pieces have 18 of 24 elements", |m| drop(m.tensors[0].pieces.pop())),
+        ("tensor wide: pieces at [0, 0] and [2, 0] overlap", |m| m.tensors[0].pieces[1].start[0] = 2),
+        ("tensor wide: piece [1, 6] at [4, 0] is not inside shape [4, 6]", |m| m.tensors[0].pieces[1].start[0] = 4),
+        ("is not inside shape", |m| m.tensors[0].pieces[1].start[0] = usize::MAX),
+        ("is not inside shape", |m| m.tensors[0].pieces[0].size[0] = 0),
+        ("is not inside shape", |m| m.tensors[0].pieces[0].size.push(1)),
+        ("is not inside shape", |m| m.tensors[0].pieces[0].start.clear()),
+        ("a piece in shard 2 of 2", |m| m.tensors[0].pieces[0].shard = 2),
+        ("72 bytes at 129 of e0-0/shard-0-of-2.safetensors, which has 200", |m| m.tensors[0].pieces[0].offset = 129),
+        ("which has 200", |m| m.tensors[0].pieces[0].offset = u64::MAX),
+        ("tensor scalar: its pieces have 0 of 1 elements", |m| m.tensors[1].pieces.clear()),
+        ("overlap", |m| {
+            let scalar = m.tensors[1].pieces[0].clone();
+            m.tensors[1].pieces.push(scalar);
+        }),
+        ("too many elements", |m| m.tensors[2].info.shape = vec![usize::MAX, 2]),
+        ("too many elements", |m| m.tensors[2].info.shape = vec![1 << 32, 1 << 30]),
+        ("differ in elements", |m| m.tensors[0].info.saved_shape = vec![25]),
+        ("differ in elements", |m| m.tensors[0].info.saved_shape = vec![usize::MAX; 3]),
+        ("33 dims, at most 32", |m| m.tensors[1].info.saved_shape = vec![1; 33]),
+        ("two tensors wide", |m| m.tensors[1].info.name = "wide".into()),
+        ("5000 bytes of its name, at most 4096", |m| m.tensors[1].info.name = "n".repeat(5000)),
+        ("5000 bytes of a text", |m| m.mesh = "m".repeat(5000)),
+        ("5000 bytes of a text", |m| drop(m.cursor.insert("key".into(), "c".repeat(5000)))),
+        ("is no name of a shard", |m| m.shards[0].file = "../../etc/passwd".into()),
+        ("is no name of a shard", |m| m.shards[0].file = "/shard".into()),
+        ("is no name of a shard", |m| m.shards[0].file = "e0/..".into()),
+        ("is no name of a shard", |m| m.shards[0].file = "shard".into()),
+        ("is no name of a shard", |m| m.shards[0].file = "e0/a/b".into()),
+        ("4097 pieces, at most 4096", |m| {
+            m.tensors[0].pieces = vec![piece(0, 8, [0, 0], [1, 1]); TENSOR_PIECES_MAX + 1];
+        }),
+    ];
+    for (expected, edit) in cases {
+        let mut manifest = good();
+        edit(&mut manifest);
+        assert_eq!(manifest.encode().unwrap_err(), manifest.check().unwrap_err());
+        let why = Manifest::decode(&seal("shardflow-checkpoint", &manifest).unwrap()).unwrap_err();
+        assert!(why.contains(expected), "expected {expected}, got {why}");
+    }
+}
+
+#[test]
+fn other_texts_are_refused() {
+    let decode = |text: &str| Manifest::decode(text.as_bytes()).unwrap_err();
+    assert!(decode("").contains("not a shardflow-checkpoint file"));
+    assert!(decode("{}").contains("missing field"));
+    assert!(decode(&"[".repeat(100_000)).contains("not a shardflow-checkpoint file"));
+    let text = String::from_utf8(good().encode().unwrap()).unwrap();
+    assert!(decode(&text.replace("\"version\":1", "\"version\":2")).contains("version 2"));
+    let other = seal("shardflow-shard", &good()).unwrap();
+    assert!(Manifest::decode(&other).unwrap_err().contains("expected shardflow-checkpoint"));
+    let unknown = seal("shardflow-checkpoint", &serde_json::json!({"step": 1, "more": 2})).unwrap();
+    assert!(Manifest::decode(&unknown).unwrap_err().contains("unknown field"));
+}

@@ -1,0 +1,429 @@
+//! Checkpoints where things go wrong: a process killed at each operation of a save, files altered and cut, a full disk, a
+//! stalled one. The newest complete checkpoint always loads, a torn one never, and training goes on.
+
+use std::collections::BTreeMap;
+use std::os::unix::process::ExitStatusExt;
+use std::path::Path;
+use std::process::Command;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use futures_util::TryStreamExt;
+use object_store::local::LocalFileSystem;
+use object_store::memory::InMemory;
+use object_store::{ObjectStore, ObjectStoreExt};
+use shardflow::checkpoint::manifest::{Kind, TensorInfo};
+use shardflow::checkpoint::snapshot::SnapshotPiece;
+use shardflow::checkpoint::{
+    Alone, Begun, Busy, CheckpointError, Member, Reader, SaveId, SaveReport, Saved, Saver, SaverOptions, Snapshot,
+    Store, save_now,
+};
+use shardflow::init::mix;
+use shardflow::plan::Schedule::OneFOneB;
+use shardflow::session::Session;
+use shardflow_integration_tests::faulty::{Fault, Faulty};
+use shardflow_integration_tests::together::{Together, save_together};
+use shardflow_integration_tests::training::{Model, Scratch, options, within};
+use shardflow_kernels::tensor::{HostTensor, Region, split_range};
+
+/// Rows and columns of the tensor that is saved where no session is needed.
+const SHAPE: [usize; 2] = [40, 16];
+
+/// Parts that two processes write at a step: values that only this step has.
+fn parts(step: u64) -> Vec<Snapshot> {
+    let info = TensorInfo {
+        name: "weight".into(),
+        kind: Kind::Parameter,
+        dtype: shardflow_kernels::tensor::DType::F32.into(),
+        shape: SHAPE.to_vec(),
+        saved_shape: SHAPE.to_vec(),
+        layout: "(S0)".into(),
+        axes: "data=2".into(),
+        devices: vec![0, 1],
+    };
+    let part = |process| {
+        let rows = split_range(SHAPE[0], 2, process);
+        let region = Region { start: vec![rows.start, 0], size: vec![rows.len(), SHAPE[1]] };
+        let value = |i: usize| (step as f32) + ((rows.start * SHAPE[1] + i) as f32) / 4096.0;
+        let data = HostTensor::f32(&region.size, (0..region.element_count()).map(value).collect());
+        Snapshot {
+            step,
+            seed: 1,
+            mesh: "data=2".into(),
+            cursor: BTreeMap::new(),
+            tensors: vec![info.clone()],
+            pieces: vec![SnapshotPiece { tensor: 0, region, data }],
+        }
+    };
+    (0..2).map(part).collect()
+}
+
+/// The checkpoint holds what its step wrote, to the last bit.
+fn check_contents(reader: &Reader) {
+    let step = reader.manifest().step;
+    let whole = reader.tensor("weight", &Region::whole(&SHAPE)).expect("it was found good");
+    let expected = |i: usize| (step as f32) + (i as f32) / 4096.0;
+    assert!(whole.as_f32().expect("floats").iter().enumerate().all(|(i, v)| *v == expected(i)), "step {step}");
+}
+
+/// Parts so small that a shard takes several.
+fn small_parts(store: Store) -> Store {
+    store.with_part_bytes(512)
+}
+
+/// Saves the step as two processes, of which 1 is done before 0 begins: so operations have an order.
+fn save_in_order(store: &Store, step: u64, epoch: u64) -> Vec<SaveReport> {
+    let (together, parts) = (Together::new(2), parts(step));
+    let save = |process: u32| {
+        let options =
+            SaverOptions { member: Member { process, processes: 2, epoch }, keep: 2, ..SaverOptions::default() };
+        save_now(store, &parts[process as usize], &together, &options, 0).expect("good options")
+    };
+    std::thread::scope(|scope| {
+        let other = scope.spawn(|| save(1));
+        together.wait_for_another(SaveId { epoch, step, attempt: 0 });
+        vec![save(0), other.join().expect("does not panic")]
+    })
+}
+
+const CHILD: &str = "SHARDFLOW_TEST_CHECKPOINT_KILL";
+
+/// What the processes of the next test run; by itself it does nothing.
+#[test]
+fn child_that_saves_until_it_is_killed() {
+    let Ok(told) = std::env::var(CHILD) else { return };
+    let (folder, at) = told.split_once(' ').expect("a folder and a number");
+    let inner = LocalFileSystem::new_with_prefix(folder).expect("the folder is there").with_fsync(true);
+    let faulty = Faulty::new(Arc::new(inner), Fault::Kill, at.parse().expect("a number"), Some(folder.into()));
+    let store = small_parts(Store::with(Arc::new(faulty), "").expect("a store"));
+    let reports = save_in_order(&store, 4, 1);
+    assert!(reports.iter().all(|r| r.result.is_ok() && r.prune.is_none()));
+}
+
+/// Runs the child above; true when it was killed before it was done.
+fn killed_at(folder: &Path, at: usize) -> bool {
+    let mut child = Command::new(std::env::current_exe().expect("this program"));
+    child.args(["--exact", "child_that_saves_until_it_is_killed"]);
+    child.env(CHILD, format!("{} {at}", folder.display()));
+    let status = child.stdout(std::process::Stdio::null()).status().expect("can be started");
+    assert!(status.success() || status.signal() == Some(9), "operation {at}: {status}");
+    !status.success()
+}
+
+fn committed(folder: &Path) -> Vec<u64> {
+    let store = open(folder);
+    store.steps().expect("can be listed")
+}
+
+fn open(folder: &Path) -> Store {
+    small_parts(Store::open(folder.to_str().expect("a path of UTF-8")).expect("a folder"))
+}
+
+/// kill -9 before each operation of a save by two processes, writes being half done: what is listed is whole, the commit
+/// is all or nothing, and the next incarnation saves and cleans up.
+#[test]
+fn killed_at_any_operation_a_save_is_there_or_not() {
+    within(120, || {
+        let scratch = Scratch::new("checkpoint-kill");
+        let (mut at, mut seen) = (0, [0, 0]);
+        loop {
+            let folder = scratch.path().join(at.to_string());
+            std::fs::create_dir(&folder).expect("can be made");
+            for step in [1, 2] {
+                save_in_order(&open(&folder), step, 0);
+            }
+            let is_killed = killed_at(&folder, at);
+            let newest = open(&folder).newest_verified().expect("can be listed");
+            assert!(newest.damaged.is_empty(), "operation {at}: {:?}", newest.damaged);
+            let reader = newest.reader.expect("at least the one before");
+            check_contents(&reader);
+            assert!([2, 4].contains(&reader.manifest().step), "operation {at}");
+            for step in committed(&folder) {
+                let whole = open(&folder).read(step).and_then(|reader| reader.verify());
+                whole.unwrap_or_else(|e| panic!("operation {at}: step {step} is listed, but not whole: {e}"));
+            }
+            seen[usize::from(reader.manifest().step == 4)] += 1;
+            // The next incarnation: it may reach the same step again, and goes on.
+            for (step, epoch) in [(4, 2), (6, 2)] {
+                for report in save_in_order(&open(&folder), step, epoch) {
+                    assert!(report.result.is_ok() && report.prune.is_none(), "operation {at}: {report:?}");
+                }
+            }
+            assert_eq!(committed(&folder), [4, 6], "operation {at}");
+            check_contents(&open(&folder).read(4).expect("is kept"));
+            assert_eq!(files(&folder), 2 * 5, "operation {at}: leftovers are deleted, torn files too");
+            if !is_killed {
+                break;
+            }
+            at += 1;
+        }
+        // Each of: shards in parts, sidecars, manifest, and deleting.
+        assert!(at > 30 && seen[0] > 15 && seen[1] > 10, "{at} operations, {seen:?}");
+    });
+}
+
+/// A job is frozen before each operation of a save while its successor commits the same step; then it thaws. What was
+/// committed first stays, whole, and nobody else is told that the step is his.
+#[test]
+fn a_frozen_job_that_thaws_commits_nothing_twice() {
+    within(60, || {
+        for at in 0.. {
+            let memory: Arc<dyn ObjectStore> = Arc::new(InMemory::new());
+            let healthy = small_parts(Store::with(memory.clone(), "run").expect("a store"));
+            let (successor, (sender, told)) = (healthy.clone(), std::sync::mpsc::channel());
+            let work = move || {
+                let reports = save_in_order(&successor, 4, 2);
+                let _ = sender.send(reports.into_iter().map(|r| r.result.expect("nothing fails")).collect::<Vec<_>>());
+            };
+            let faulty = Arc::new(Faulty::meanwhile(memory, at, Box::new(work)));
+            let store = small_parts(Store::with(faulty, "run").expect("a store"));
+            let frozen = save_in_order(&store, 4, 1);
+            let Ok(saved) = told.try_recv() else {
+                assert!(at > 20, "{at} operations");
+                return;
+            };
+            let reader = healthy.read(4).expect("was committed");
+            reader.verify().unwrap_or_else(|e| panic!("operation {at}: {e}"));
+            check_contents(&reader);
+            let winner = if saved[0] == Saved::Committed { 2 } else { 1 };
+            assert_eq!(reader.manifest().epoch, winner, "operation {at}: {saved:?}, {frozen:?}");
+            for report in frozen {
+                // What the successor deleted as left behind is told as missing.
+                let is_winner = matches!(report.result, Ok(Saved::Committed));
+                assert_eq!(is_winner, winner == 1, "operation {at}: {:?}", report.result);
+            }
+        }
+    });
+}
+
+/// Files below a folder.
+fn files(folder: &Path) -> usize {
+    let entries = std::fs::read_dir(folder).expect("a folder").map(|e| e.expect("an entry").path());
+    entries.map(|path| if path.is_dir() { files(&path) } else { 1 }).sum()
+}
+
+/// A full disk at each operation of a save: the file is named, nothing is listed, and when there is room again all is well.
+#[test]
+fn a_full_disk_fails_the_save_and_nothing_else() {
+    within(60, || {
+        let mut at = 0;
+        loop {
+            let faulty = Faulty::new(Arc::new(InMemory::new()), Fault::Full, usize::MAX, None);
+            let healthy = small_parts(Store::with(Arc::new(faulty.clone()), "run").expect("a store"));
+            assert!(save_in_order(&healthy, 2, 0).iter().all(|r| r.result.is_ok()));
+            let before = faulty.operations();
+            let failing = Faulty::new(Arc::new(faulty.clone()), Fault::Full, at, None);
+            let store = small_parts(Store::with(Arc::new(failing.clone()), "run").expect("a store"));
+            let reports = save_in_order(&store, 4, 0);
+            let is_committed = healthy.steps().expect("can be listed").contains(&4);
+            for report in &reports {
+                match &report.result {
+                    Ok(saved) => assert!(is_committed && *saved == Saved::Committed),
+                    Err(error) => {
+                        let text = error.to_string();
+                        assert!(!is_committed && error.exit_code() == 73, "{text}");
+                        assert!(
+                            text.contains("No space left on device") && text.contains("/step-000000000004/"),
+                            "{text}"
+                        );
+                    }
+                }
+            }
+            check_contents(&healthy.newest_verified().expect("can be listed").reader.expect("one is there"));
+            failing.heal();
+            assert!(save_in_order(&store, 6, 0).iter().all(|r| r.result.is_ok()));
+            check_contents(&store.read(6).expect("was committed"));
+            assert!(faulty.operations() > before);
+            if is_committed {
+                break;
+            }
+            at += 1;
+        }
+        assert!(at > 15, "{at} operations");
+    });
+}
+
+/// A store that answers nothing from some operation on: each save ends by its deadline, with the file, and what was
+/// committed before loads.
+#[test]
+fn a_stalled_store_ends_the_save_by_its_deadline() {
+    within(60, || {
+        let count = |store: Faulty| {
+            save_in_order(&small_parts(Store::with(Arc::new(store.clone()), "run").expect("a store")), 4, 0);
+            store.operations()
+        };
+        let operations = count(Faulty::new(Arc::new(InMemory::new()), Fault::Stall, usize::MAX, None));
+        assert!(operations > 20, "{operations}");
+        // All at once: they only wait.
+        let stall_at = |at| {
+            let memory: Arc<dyn ObjectStore> = Arc::new(InMemory::new());
+            let healthy = Store::with(memory.clone(), "run").expect("a store");
+            save_in_order(&healthy, 2, 0);
+            let faulty = Arc::new(Faulty::new(memory, Fault::Stall, at, None));
+            let deadline = Duration::from_millis(800);
+            let store = small_parts(Store::with(faulty, "run").expect("a store").with_deadline(deadline));
+            let reports = save_in_order(&store, 4, 0);
+            let is_committed = healthy.steps().expect("can be listed").contains(&4);
+            for report in reports {
+                let stalled = report.result.err().map(|e| e.to_string());
+                assert_eq!(stalled.is_none(), is_committed, "operation {at}: {stalled:?}");
+                let named = stalled.iter().all(|t| t.contains("/step-000000000004/") && t.contains("no answer"));
+                assert!(named, "operation {at}: {stalled:?}");
+                let pruned = report.prune.map(|e| e.to_string());
+                assert!(pruned.iter().all(|text| text.contains("no answer")), "operation {at}: {pruned:?}");
+            }
+            check_contents(&healthy.newest_verified().expect("can be listed").reader.expect("one is there"));
+            is_committed
+        };
+        std::thread::scope(|scope| {
+            let threads: Vec<_> = (0..operations).map(|at| scope.spawn(move || stall_at(at))).collect();
+            let committed = threads.into_iter().map(|t| t.join().expect("no assertion failed"));
+            let committed: Vec<bool> = committed.collect();
+            assert!(committed.is_sorted(), "a save is committed from one operation on: {committed:?}");
+            assert!(!committed[0] && committed[operations - 1]);
+        });
+    });
+}
+
+fn model() -> Model {
+    Model { layers: 1, heads: 2, width: 8, context: 8, batch: 4, dropout: 0.1, ..Model::default() }
+}
+
+fn session(mesh: &str) -> Session {
+    model().session(mesh, &options(1, OneFOneB))
+}
+
+/// The disk fills up, then stalls, while a training runs: no step waits for it, and the losses are those they would be.
+#[test]
+fn training_goes_on_while_saves_fail() {
+    within(60, || {
+        let mut undisturbed = session("data=2");
+        let losses: Vec<_> = (0..30).map(|_| model().step(&mut undisturbed).loss.map(f32::to_bits)).collect();
+        for (fault, what) in [(Fault::Full, "No space left"), (Fault::Stall, "no answer")] {
+            let faulty = Faulty::new(Arc::new(InMemory::new()), fault, 12, None);
+            let store = Store::with(Arc::new(faulty.clone()), "run").expect("a store");
+            let store = store.with_deadline(Duration::from_secs(2));
+            let options = SaverOptions { busy: Busy::Skip, ..SaverOptions::default() };
+            let mut saver = Saver::new(store.clone(), Arc::new(Alone), options).expect("a thread can be had");
+            let mut here = session("data=2");
+            let (mut failed, mut skipped, mut again) = (None, 0, Vec::new());
+            for step in 0..30 {
+                let begun = saver.save(&here, BTreeMap::new()).expect("the session lives");
+                skipped += usize::from(matches!(begun, Begun::Skipped));
+                if let Begun::Started { before: Some(report) } = begun {
+                    failed = failed.or(report.result.err());
+                }
+                again.push(model().step(&mut here).loss.map(f32::to_bits));
+                failed = failed.or(saver.poll().and_then(|report| report.result.err()));
+                assert!(step < 29 || fault == Fault::Full || skipped > 0, "a save that stalls is not waited for");
+            }
+            assert_eq!(again, losses);
+            if failed.is_none() {
+                let report = saver.wait(Duration::from_secs(20)).expect("it ends").expect("one goes on");
+                failed = report.result.err();
+            }
+            let error = failed.expect("the store failed").to_string();
+            assert!(error.contains(what) && error.contains("faulty://run/step-0000"), "{error}");
+            let begin = Instant::now();
+            drop(saver);
+            assert!(begin.elapsed() < Duration::from_secs(1), "dropping waits for nothing");
+            faulty.heal();
+            let report = save_now(&store, &here.snapshot(None).expect("lives"), &Alone, &SaverOptions::default(), 99);
+            assert_eq!(report.expect("good options").result.expect("all is well again"), Saved::Committed);
+            let mut resumed = session("stage=1");
+            assert_eq!(resumed.restore_newest(&store).expect("loads").found.map(|f| f.0), Some(30));
+        }
+    });
+}
+
+/// All files of a store.
+fn all_files(memory: &InMemory) -> BTreeMap<object_store::path::Path, Vec<u8>> {
+    let list = async {
+        let metas: Vec<_> = memory.list(None).try_collect().await.expect("can be listed");
+        let mut files = BTreeMap::new();
+        for meta in metas {
+            let bytes = memory.get(&meta.location).await.expect("is there").bytes().await.expect("is there");
+            files.insert(meta.location, bytes.to_vec());
+        }
+        files
+    };
+    blocking(list)
+}
+
+fn blocking<T>(work: impl Future<Output = T>) -> T {
+    tokio::runtime::Builder::new_current_thread().build().expect("a runtime").block_on(work)
+}
+
+/// Bits of parameters and optimizer state.
+fn state(session: &Session) -> Vec<Vec<u32>> {
+    let pieces = session.snapshot(None).expect("lives").pieces;
+    pieces.iter().map(|p| p.data.as_f32().expect("floats").iter().map(|v| v.to_bits()).collect()).collect()
+}
+
+/// A byte flipped, or a file cut, at 200 places each: what loads has the right bits, and what was passed over is named.
+#[test]
+fn altered_and_cut_files_are_found_and_named() {
+    within(120, || {
+        let memory = Arc::new(InMemory::new());
+        let store = Store::with(memory.clone(), "").expect("a store");
+        let mut writer = session("data=2,stage=1,tensor=2");
+        let mut expected = BTreeMap::new();
+        for step in [1u64, 2] {
+            model().step(&mut writer);
+            let parts: Vec<Snapshot> = (0..4).map(|d| writer.snapshot_of(d..d + 1, None).expect("lives")).collect();
+            assert!(save_together(&store, &parts, 0, 2).iter().all(|r| r.result.is_ok()));
+            let mut reader = session("tensor=2");
+            reader.restore_checkpoint(&store.read(step).expect("was committed")).expect("fits");
+            expected.insert(step, state(&reader));
+        }
+        let files = all_files(&memory);
+        let newest: Vec<_> =
+            files.keys().filter(|path| path.as_ref().starts_with("step-000000000002")).cloned().collect();
+        assert_eq!(newest.len(), 4 + 4 + 1, "shards, sidecars, manifest");
+        let mut reader = session("tensor=2");
+        let (mut seed, mut passed_over) = (1, 0);
+        let mut random = |below: usize| {
+            seed = mix(seed);
+            (seed % below as u64) as usize
+        };
+        for case in 0..400 {
+            let path = &newest[random(newest.len())];
+            let mut bytes = files[path].clone();
+            let at = random(bytes.len());
+            if case % 2 == 0 {
+                bytes[at] ^= 1 << random(8)
+            } else {
+                bytes.truncate(at)
+            }
+            blocking(memory.put(path, bytes.into())).expect("can be put");
+
+            let matters = !path.as_ref().contains("shard-") || !path.as_ref().ends_with(".json");
+            let text = format!("case {case}: {path} at {at}");
+            let verified = store.newest_verified().expect("can be listed");
+            let found = verified.reader.expect("the older one is good").manifest().step;
+            assert_eq!(found, if matters { 1 } else { 2 }, "{text}");
+            assert!(
+                verified.damaged.iter().all(|e| e.to_string().contains(path.as_ref())),
+                "{text}: {:?}",
+                verified.damaged
+            );
+            assert_eq!(verified.damaged.len(), usize::from(matters), "{text}");
+
+            let restored = reader.restore_newest(&store).unwrap_or_else(|e| panic!("{text}: {e}"));
+            let step = restored.found.expect("the older one is good").0;
+            assert!(state(&reader) == expected[&step], "{text}: wrong bits of step {step}");
+            assert_eq!(restored.damaged.len(), usize::from(step == 1), "{text}");
+            let named = |e: &CheckpointError| e.is_damage() && e.to_string().contains(path.as_ref());
+            assert!(restored.damaged.iter().all(named), "{text}: {:?}", restored.damaged);
+            passed_over += usize::from(step == 1);
+            blocking(memory.put(path, files[path].clone().into())).expect("can be put");
+        }
+        assert!(passed_over > 150, "{passed_over} of 400 were passed over");
+        // Nothing of either left: an error would be no help, an empty answer is.
+        for path in files.keys().filter(|path| path.as_ref().ends_with("safetensors")) {
+            blocking(memory.delete(path)).expect("can be deleted");
+        }
+        let nothing = reader.restore_newest(&store).expect("no error");
+        assert_eq!((nothing.found.is_none(), nothing.damaged.len()), (true, 2));
+    });
+}
