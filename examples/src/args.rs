@@ -88,6 +88,15 @@ pub struct GptArgs {
     /// Start from the parameters in this file.
     #[arg(long, value_name = "FILE.safetensors")]
     pub init_from: Option<PathBuf>,
+    /// Keep checkpoints here, and go on from the newest one that is there.
+    #[arg(long, value_name = "DIR")]
+    pub checkpoint: Option<String>,
+    /// Steps between two checkpoints.
+    #[arg(long, value_name = "N", default_value_t = 100)]
+    pub checkpoint_every: u64,
+    /// Checkpoints that are kept.
+    #[arg(long, value_name = "N", default_value_t = 3)]
+    pub checkpoint_keep: usize,
 }
 
 /// Pipeline schedules by name.
@@ -299,6 +308,8 @@ impl GptArgs {
             ("--width", self.width),
             ("--context", self.context),
             ("--batch", self.batch),
+            ("--checkpoint-every", usize::try_from(self.checkpoint_every).unwrap_or(usize::MAX)),
+            ("--checkpoint-keep", self.checkpoint_keep),
         ];
         if let Some((flag, _)) = at_least_one.iter().find(|(_, size)| *size == 0) {
             return Err(ArgsError::Zero { flag: (*flag).into() });

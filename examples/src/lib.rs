@@ -1,6 +1,7 @@
-//! What the example programs share. The modules do not know each other; programs import them all.
+//! What the example programs share. The modules do not know each other, but for `checkpoints`, which reads `args`.
 
 pub mod args;
+pub mod checkpoints;
 pub mod data;
 pub mod files;
 pub mod log;

@@ -22,6 +22,7 @@ use shardflow_kernels::error::KernelError;
 
 use crate::exit::Exit;
 
+mod agree;
 pub mod env;
 pub mod rendezvous;
 pub(crate) mod roads;

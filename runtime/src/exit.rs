@@ -5,6 +5,8 @@ use std::fmt;
 use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
 use std::process::{ExitCode, ExitStatus};
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use std::time::{SystemTime, UNIX_EPOCH};
 use std::{env, fs, io};
 
@@ -232,6 +234,16 @@ pub fn progress(step: u64) -> io::Result<()> {
 /// The step in a progress file; nothing when none was committed yet.
 pub fn read_progress(path: &Path) -> Option<u64> {
     fs::read_to_string(path).ok()?.trim().parse().ok()
+}
+
+/// A flag that SIGTERM sets: the wish that the program ends in order, after a checkpoint, with [`Exit::Signal`] of 15.
+///
+/// # Errors
+/// The handler cannot be installed.
+pub fn on_terminate() -> io::Result<Arc<AtomicBool>> {
+    let flag = Arc::new(AtomicBool::new(false));
+    signal_hook::flag::register(signal_hook::consts::SIGTERM, flag.clone())?;
+    Ok(flag)
 }
 
 /// Now, in nanoseconds since 1970; 0 when the clock stands before that.

@@ -5,11 +5,14 @@ use std::fmt::Display;
 use std::io::Write;
 use std::process::ExitCode;
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use std::time::Instant;
 
 use clap::Parser;
+use shardflow::exit;
 use shardflow::prelude::*;
 use shardflow_examples::args::{ArgsError, EXIT_REFUSED, EXIT_USAGE, GptArgs, ScheduleArg, fail};
+use shardflow_examples::checkpoints::{Checkpoints, CheckpointsError};
 use shardflow_examples::data::{DataError, Text};
 use shardflow_examples::files::{PlaceError, check_writable, free_memory_bytes};
 use shardflow_examples::log::{DeviceMemory, JsonLog, LogError, Progress, StepRecord, Totals};
@@ -18,7 +21,12 @@ use shardflow_examples::sample::Sampler;
 fn main() -> ExitCode {
     match run(&GptArgs::parse()) {
         Ok(()) => ExitCode::SUCCESS,
-        Err(error) => fail(error.exit_code(), &error, &error.hint()),
+        Err(error) => {
+            // The launcher, if there is one, prints the first cause of all processes last.
+            let told = exit::report(Exit::from_code(error.exit_code()), &error.to_string(), error.first_cause_rank());
+            told.unwrap_or_else(|e| eprintln!("warning: cannot tell the launcher: {e}"));
+            fail(error.exit_code(), &error, &error.hint())
+        }
     }
 }
 
@@ -46,12 +54,14 @@ fn run(args: &GptArgs) -> Result<(), GptError> {
     if speaks {
         introduce(args, &text, &plan, &cluster);
     }
-    let mut session = Session::start(plan, &session_options(args, cluster))?;
+    let terminated = exit::on_terminate().map_err(GptError::Signals)?;
+    let mut session = Session::start(plan, &session_options(args, cluster, terminated))?;
     if let Some(path) = &args.init_from {
         session.init_from(path).map_err(GptError::InitFrom)?;
     }
+    let checkpoints = args.checkpoint.as_deref().map(|place| Checkpoints::open(place, args, speaks, &mut session));
     let log = args.log_json.as_deref().filter(|_| speaks).map(JsonLog::create).transpose()?;
-    train(args, &text, &mut session, log, speaks)?;
+    train(args, &text, &mut session, log, checkpoints.transpose()?, speaks)?;
     if let Some(path) = &args.save {
         session.save(path).map_err(GptError::Save)?;
         if speaks {
@@ -96,10 +106,10 @@ fn options(args: &GptArgs, cluster: &Cluster) -> CompileOptions {
 }
 
 /// A step that does not move for a minute is told on the screen: who waits on which register of whom.
-fn session_options(args: &GptArgs, cluster: Cluster) -> SessionOptions {
+fn session_options(args: &GptArgs, cluster: Cluster, terminated: Arc<AtomicBool>) -> SessionOptions {
     let tell: Arc<dyn Fn(&str) + Send + Sync> = Arc::new(|report| eprintln!("warning: {report}"));
     let watchdog = WatchdogOptions { on_stall: Some(tell), ..WatchdogOptions::default() };
-    SessionOptions { seed: args.seed, watchdog, cluster }
+    SessionOptions { seed: args.seed, watchdog, cluster, stop: Some(terminated) }
 }
 
 fn cores() -> usize {
@@ -153,12 +163,14 @@ fn train(
     text: &Text,
     session: &mut Session,
     mut log: Option<JsonLog>,
+    mut checkpoints: Option<Checkpoints>,
     speaks: bool,
 ) -> Result<(), GptError> {
     let mut progress = speaks.then(|| Progress::new(args.steps));
     let (shape, step_tokens) = ([args.batch, args.context], (args.batch * args.context) as u64);
     let (mut seconds, mut final_loss) = (0.0, None);
-    for step in 0..args.steps {
+    let begin = session.steps();
+    for step in begin..args.steps {
         let (ids, targets) = text.batch(step, args.batch, args.context);
         let inputs = [("ids", HostTensor::i32(&shape, ids)), ("targets", HostTensor::i32(&shape, targets))];
         let start = Instant::now();
@@ -177,8 +189,15 @@ fn train(
             eprintln!("warning: the loss is {loss} at step {}: try a lower --lr, or --clip 1", step + 1);
         }
         (seconds, final_loss) = (seconds + step_seconds, Some(loss));
+        let is_last = step + 1 == args.steps || report.stop;
+        if let Some(checkpoints) = &mut checkpoints {
+            checkpoints.after_step(session, is_last)?;
+        }
+        if report.stop {
+            return Err(GptError::Terminated { steps: session.steps() });
+        }
     }
-    let totals = totals(args.steps, step_tokens, seconds, final_loss, session);
+    let totals = totals(args.steps.saturating_sub(begin), step_tokens, seconds, final_loss, session);
     if speaks {
         summarise(&totals);
     }
@@ -236,6 +255,12 @@ enum GptError {
     Save(SessionError),
     #[error(transparent)]
     Session(#[from] SessionError),
+    #[error(transparent)]
+    Checkpoints(#[from] CheckpointsError),
+    #[error("cannot listen for SIGTERM: {0}")]
+    Signals(std::io::Error),
+    #[error("terminated after step {steps}")]
+    Terminated { steps: u64 },
 }
 
 impl GptError {
@@ -244,10 +269,21 @@ impl GptError {
         match self {
             Self::Args(error) => error.exit_code(),
             Self::Cluster(error) => error.exit().code(),
+            Self::Checkpoints(error) => error.exit().code(),
+            Self::Signals(_) => Exit::Internal.code(),
+            Self::Terminated { .. } => Exit::Signal(15).code(),
             Self::Data(_) | Self::Place(_) | Self::Log(_) | Self::Mesh(_) => EXIT_USAGE,
             Self::InitFrom(Checkpoint(_)) | Self::Save(Checkpoint(_)) => EXIT_USAGE,
             Self::Compile(_) | Self::Session(Kernel(KernelError::OutOfMemory { .. })) => EXIT_REFUSED,
             Self::InitFrom(error) | Self::Save(error) | Self::Session(error) => error.exit().code(),
+        }
+    }
+
+    /// The process that failed, where it was another one.
+    fn first_cause_rank(&self) -> Option<u32> {
+        match self {
+            Self::InitFrom(error) | Self::Save(error) | Self::Session(error) => error.first_cause_rank(),
+            _ => None,
         }
     }
 
@@ -272,6 +308,9 @@ impl GptError {
             )) => "give the --data, --layers, --heads, --width and --context that the file was saved with".into(),
             Self::InitFrom(_) => "give a file that `gpt --save` wrote".into(),
             Self::Save(_) => "the parameters are lost; see that there is room, and train again".into(),
+            Self::Checkpoints(error) => error.hint().into(),
+            Self::Terminated { .. } => "the same command with --checkpoint goes on from there".into(),
+            Self::Signals(_) => String::new(),
             Self::Cluster(_) | Self::Session(SessionError::Cluster(_)) => {
                 "see that all ranks are started, with the same program and flags, and can reach rank 0".into()
             }

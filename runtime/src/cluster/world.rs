@@ -6,6 +6,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use crossbeam_channel::{Sender, bounded};
 use shardflow_actors::error::{Failure, PeerError};
 use shardflow_actors::membership::{self, FirstCause, Membership, Notice};
 use shardflow_actors::shell::{Control, Running};
@@ -15,10 +16,12 @@ use shardflow_kernels::device::Device;
 use shardflow_kernels::error::KernelError;
 use shardflow_kernels::memory::Arena;
 
+use super::agree::{self, Heard, Together};
 use super::env::{self, Launch};
 use super::rendezvous::{Identity, RendezvousConfig, Roster, local_ip, rendezvous};
 use super::roads::{Roads, Ways};
 use super::{Cluster, ClusterError, ClusterOptions};
+use crate::checkpoint::{self, Agree};
 use crate::plan::Plan;
 use crate::session::ending::exit_of;
 use crate::session::hosting::Hosting;
@@ -35,7 +38,13 @@ pub(crate) struct World {
     options: ClusterOptions,
     membership: Arc<Membership>,
     first: Arc<First>,
+    /// Ends with the listener.
+    to_agree: Sender<Heard>,
+    together: Arc<Together>,
 }
+
+/// Messages about checkpoints that may wait to be taken.
+const HEARD_MAX: usize = 1 << 12;
 
 /// The cause that the processes agreed on, once there is one.
 #[derive(Default)]
@@ -104,8 +113,10 @@ impl World {
             joining.addresses.insert(process, roster.members[process as usize].heartbeat);
         }
         let membership = Arc::new(Membership::start(joining)?);
-        let first = Arc::default();
-        Ok(Some(Self { hosting, roster, endpoint, secret, options, membership, first }))
+        let (to_agree, heard) = bounded(HEARD_MAX);
+        let together = Together::new(world.process, processes, membership.clone(), heard);
+        let (first, together) = (Arc::default(), Arc::new(together));
+        Ok(Some(Self { hosting, roster, endpoint, secret, options, membership, first, to_agree, together }))
     }
 
     /// Which devices are whose.
@@ -139,9 +150,12 @@ impl World {
         let control = running.control();
         control.on_failure(move |failure| tell(&membership, &hosting, failure));
         let (notices, first) = (self.membership.notices().clone(), self.first.clone());
+        let to_agree = self.to_agree.clone();
         let listen = move || {
             for notice in notices {
                 match notice {
+                    // One that does not take what it is told runs into its deadline.
+                    Notice::Told { topic: agree::TOPIC, from, bytes } => drop(to_agree.try_send(Heard { from, bytes })),
                     Notice::Told { .. } => {}
                     Notice::Left { process } => control.peer_left(process),
                     Notice::Ended(cause) => return ended(&control, &first, hosting.process, cause),
@@ -169,6 +183,12 @@ impl World {
             // A symptom that nobody else explains stays what it is.
             _ => failure,
         }
+    }
+
+    /// The agreement on checkpoints, and who this process is in it.
+    pub(crate) fn agree(&self) -> (Arc<dyn Agree>, checkpoint::Member) {
+        let Hosting { process, processes, .. } = self.hosting;
+        (self.together.clone(), checkpoint::Member { process, processes, epoch: self.roster.epoch })
     }
 
     /// Tells the others that this process ends in order.

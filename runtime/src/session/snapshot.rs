@@ -2,15 +2,18 @@
 //! Imports `session`, `plan` and `checkpoint`.
 
 use std::ops::Range;
+use std::sync::Arc;
 
 use shardflow_kernels::tensor::{DType, HostData, HostTensor, Region};
 
 use super::{Session, SessionError, resident_parts};
+use crate::checkpoint::agree::{Agree, Alone, Member};
 use crate::checkpoint::error::CheckpointError;
 use crate::checkpoint::manifest::{Cursor, Kind, TensorInfo};
 use crate::checkpoint::read::Reader;
 use crate::checkpoint::snapshot::{Snapshot, SnapshotPiece};
 use crate::checkpoint::store::{Newest, Store};
+use crate::cluster::world::World;
 use crate::graph::{NodeOp, Var};
 
 /// What [`Session::restore_newest`] found.
@@ -44,6 +47,11 @@ impl Session {
             NodeOp::State => Some((node.outputs[0], Kind::State)),
             _ => None,
         })
+    }
+
+    /// What a [`crate::checkpoint::Saver`] of this session needs: how its processes agree, and which of them this one is.
+    pub fn agreement(&self) -> (Arc<dyn Agree>, Member) {
+        self.world.as_ref().map_or_else(|| (Arc::new(Alone) as Arc<dyn Agree>, Member::ALONE), World::agree)
     }
 
     /// Ranks of the devices that this process hosts.
