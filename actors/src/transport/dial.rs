@@ -139,3 +139,79 @@ pub(super) fn with_length(part: &[u8]) -> Vec<u8> {
     bytes.extend_from_slice(part);
     bytes
 }
+
+#[cfg(test)]
+mod tests {
+    use std::net::{Ipv4Addr, TcpListener};
+
+    use super::*;
+    use crate::transport::handshake::greeting;
+    use crate::transport::{Purpose, SEND_TIMEOUT, SessionId};
+
+    fn dial(address: SocketAddr, deadline: Instant) -> Result<Link, TransportError> {
+        let hello = Hello { session: SessionId::default(), epoch: 0, from: 1, to: 0, purpose: Purpose::Control };
+        let secret = Secret::from_text("a secret of these tests")?;
+        connect(&Address::Tcp(address.to_string()), &secret, &hello, deadline)
+    }
+
+    /// What a dialler makes of an acceptor that sends `answer` to each connection and reads on.
+    fn answered(answer: &[u8], deadline: Instant) -> TransportError {
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+        let address = listener.local_addr().unwrap();
+        std::thread::scope(|scope| {
+            let acceptor = scope.spawn(|| {
+                let (mut stream, _) = listener.accept().unwrap();
+                stream.write_all(answer).unwrap();
+                // Until the dialler gives up.
+                let _ = io::copy(&mut stream, &mut io::sink());
+            });
+            let error = dial(address, deadline).unwrap_err();
+            acceptor.join().unwrap();
+            error
+        })
+    }
+
+    #[test]
+    fn a_silent_acceptor_costs_no_more_than_the_deadline() {
+        let begin = Instant::now();
+        let newest = with_length(&greeting(&[1; 32]));
+        for answer in [&[][..], &newest[..1], &newest[..9], &newest] {
+            let error = answered(answer, Instant::now() + Duration::from_millis(50));
+            assert!(matches!(error, TransportError::Unreachable { attempts: 1, .. }), "{error}");
+        }
+        assert!(begin.elapsed() < Duration::from_secs(3));
+    }
+
+    #[test]
+    fn what_is_no_acceptor_is_recognised_at_once() {
+        let deadline = Instant::now() + Duration::from_secs(20);
+        let proved = [with_length(&greeting(&[1; 32])), with_length(&[7; 40])].concat();
+        let magic: fn(&HandshakeError) -> bool = |e| matches!(e, HandshakeError::Magic);
+        let proof: fn(&HandshakeError) -> bool = |e| matches!(e, HandshakeError::Proof);
+        for (answer, expected) in
+            [(&b"HTTP/1.1 400 Bad Request"[..], magic), (&[3, 0, 1, 2, 3], magic), (&proved, proof)]
+        {
+            let error = answered(answer, deadline);
+            assert!(matches!(&error, TransportError::Handshake { cause, .. } if expected(cause)), "{error}");
+            assert!(error.is_authentication());
+        }
+    }
+
+    /// The peer lives and reads nothing.
+    #[test]
+    fn a_write_that_gets_rid_of_nothing_ends() {
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+        let link = Link::Tcp(TcpStream::connect(listener.local_addr().unwrap()).unwrap());
+        let (_deaf, _) = listener.accept().unwrap();
+        link.settle().unwrap();
+        let timeout_ms = |link: &Link| net::sockopt::tcp_user_timeout(link).unwrap();
+        assert_eq!(u128::from(timeout_ms(&link)), SEND_TIMEOUT.as_millis());
+        link.set_send_timeout(Duration::from_millis(100)).unwrap();
+        assert_eq!(timeout_ms(&link), 100);
+        let begin = Instant::now();
+        let mut writer = &link;
+        let error = std::iter::from_fn(|| Some(writer.write(&[0; 1 << 16]))).find_map(Result::err).unwrap();
+        assert!(matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut), "{error}");
+        assert!(begin.elapsed() < Duration::from_secs(5));
+    }
+}

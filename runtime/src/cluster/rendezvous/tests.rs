@@ -281,7 +281,7 @@ fn a_process_that_dies_while_it_waits_is_missing_again() {
         until_said(&said, "waiting for ranks 1, 2: 1 of 3 here");
         let others = [1, 2].map(|process| spawn(s, config(&address, process, 3)));
         lead.join().unwrap().unwrap();
-        others.map(|met| met.join().unwrap().unwrap());
+        let _ = others.map(|met| met.join().unwrap().unwrap());
     });
 }
 
