@@ -4,6 +4,7 @@
 
 pub mod boxing;
 pub mod cluster;
+pub mod doctor;
 pub mod exit;
 pub mod graph;
 pub mod init;

@@ -2,12 +2,14 @@
 //! the library's.
 
 use std::ffi::OsString;
+use std::io::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
 use shardflow::cluster::env::{Endpoint, Secret};
+use shardflow::doctor;
 use shardflow::exit::Exit;
 use shardflow::launcher::{LaunchOptions, become_program, guard, launch};
 
@@ -23,6 +25,12 @@ enum Command {
     /// Start a program as several processes, on this node and on others.
     Launch(LaunchArgs),
     // `shardflow checkpoint ..` goes here: one variant with its arguments, and one line in `main`.
+    /// Tell what is here, what is missing, and how to get it. Code 78 when something that every job needs does not work
+    Doctor {
+        /// One JSON object
+        #[arg(long)]
+        json: bool,
+    },
     /// Print a new secret for `SHARDFLOW_SECRET`.
     Secret,
     /// For the launcher only: kills what is left when it is killed.
@@ -97,6 +105,7 @@ fn main() -> ExitCode {
     // A usage error ends with code 2, by clap.
     let exit = match Cli::parse().command {
         Command::Launch(args) => run_launch(args),
+        Command::Doctor { json } => run_doctor(json),
         Command::Secret => print_secret(),
         Command::Guard { folder } => guard(&folder, std::io::stdin().lock()),
         Command::Child { parent, command } => become_program(parent, command[0].clone().into(), &command[1..]),
@@ -131,12 +140,23 @@ fn run_launch(args: LaunchArgs) -> Exit {
     launch(&options).unwrap_or_else(|error| fail(error.exit(), error))
 }
 
+fn run_doctor(json: bool) -> Exit {
+    let findings = doctor::examine();
+    let text = if json { serde_json::to_string_pretty(&findings) } else { Ok(findings.to_string()) };
+    match text {
+        Ok(text) => print(text.trim_end()).unwrap_or_else(|| findings.exit()),
+        Err(error) => fail(Exit::Internal, error),
+    }
+}
+
+/// Prints; gives an exit only when that fails, as into a pipe that nobody reads.
+fn print(text: &str) -> Option<Exit> {
+    writeln!(std::io::stdout(), "{text}").err().map(|error| fail(Exit::Internal, error))
+}
+
 fn print_secret() -> Exit {
     match Secret::random() {
-        Ok(secret) => {
-            println!("{}", secret.text());
-            Exit::Done
-        }
+        Ok(secret) => print(secret.text()).unwrap_or(Exit::Done),
         Err(error) => fail(Exit::Internal, error),
     }
 }
