@@ -1,1 +1,322 @@
-//! x
+//! `shardflow launch`: starts a node's processes, passes signals on, and starts them again after a failure that is worth it.
+//! Imports `cluster::env` and `exit`.
+//!
+//! Each node has its own launcher, and launchers do not talk to each other: when a process fails, those on other nodes notice
+//! it and end too, and each launcher starts its own again.
+
+use std::ffi::OsString;
+use std::fs::Permissions;
+use std::os::unix::fs::PermissionsExt;
+use std::path::PathBuf;
+use std::time::Duration;
+use std::{env, fs, io, thread};
+
+use crossbeam_channel::{Receiver, Sender};
+use tempfile::TempDir;
+
+use crate::cluster::env::{Endpoint, EnvError, Secret, SecretSource, process_variables};
+use crate::exit::{Exit, read_progress, unix_ns};
+use cause::{Restarts, Verdict, exit_when_asked, first_cause};
+use guard::{FOLDER_PREFIX, Guard};
+
+mod attempt;
+mod cause;
+mod children;
+mod guard;
+mod logs;
+
+pub use guard::{become_program, guard};
+
+/// Events that wait to be handled. Who has more waits: a process that ended stays ended.
+const EVENTS_MAX: usize = 64;
+
+/// What to start, and how.
+#[derive(Clone, Debug)]
+pub struct LaunchOptions {
+    /// The program: a path, or a name that is looked for in `PATH`.
+    pub program: OsString,
+    /// Its arguments.
+    pub args: Vec<OsString>,
+    /// The `shardflow` binary, which provides the hidden commands `guard` and `child`.
+    pub helper: PathBuf,
+    /// Processes on this node, at least 1. The same on every node.
+    pub local_processes: u32,
+    /// Nodes, at least 1.
+    pub nodes: u32,
+    /// Number of this node, below `nodes`.
+    pub node: u32,
+    /// Where process 0 listens. On one node a Unix socket in a private folder, when absent.
+    pub endpoint: Option<Endpoint>,
+    /// Name of the job, of letters, digits, `.`, `-` and `_`. A fresh one when absent.
+    pub run_id: Option<String>,
+    /// Restarts, at most.
+    pub restarts_max: u64,
+    /// Logs go to `<log_dir>/<run id>/attempt-<n>/rank-<r>.log`.
+    pub log_dir: PathBuf,
+    /// Time between SIGTERM, or the signal that is passed on, and SIGKILL.
+    pub grace: Duration,
+    /// Time that processes have to end by themselves after one failed.
+    pub failure_wait: Duration,
+}
+
+/// Why nothing was started, or not all.
+#[derive(Debug, thiserror::Error)]
+pub enum LaunchError {
+    /// Flags that do not fit together.
+    #[error("{what}")]
+    Usage {
+        /// What and why.
+        what: String,
+    },
+    /// There is no such program.
+    #[error("program {program} not found{place}")]
+    NoProgram {
+        /// As it was given.
+        program: String,
+        /// Where it was looked for.
+        place: &'static str,
+    },
+    /// The file is there but is no program.
+    #[error("{path} cannot be run: it is {what}")]
+    NotRunnable {
+        /// The file.
+        path: PathBuf,
+        /// What it is instead.
+        what: &'static str,
+    },
+    /// Several nodes need a secret that the launcher cannot make up.
+    #[error(
+        "{nodes} nodes need a secret: set SHARDFLOW_SECRET to the same text of at least 16 characters on each; \
+         make one by: export SHARDFLOW_SECRET=$(shardflow secret)"
+    )]
+    NoSecret {
+        /// How many.
+        nodes: u32,
+    },
+    /// The secret cannot be used.
+    #[error(transparent)]
+    Env(#[from] EnvError),
+    /// A file, process or thread that could not be made.
+    #[error("cannot {what}: {source}")]
+    Io {
+        /// What was tried.
+        what: String,
+        /// Why not.
+        source: io::Error,
+    },
+}
+
+impl LaunchError {
+    /// How the launcher ends for it.
+    pub fn exit(&self) -> Exit {
+        match self {
+            LaunchError::Usage { .. } | LaunchError::NoProgram { .. } | LaunchError::NotRunnable { .. } => Exit::Usage,
+            LaunchError::NoSecret { .. } => Exit::Refused,
+            LaunchError::Env(error) => error.exit(),
+            LaunchError::Io { .. } => Exit::Internal,
+        }
+    }
+
+    fn io(what: impl Into<String>) -> impl FnOnce(io::Error) -> LaunchError {
+        |source| LaunchError::Io { what: what.into(), source }
+    }
+}
+
+/// What the launcher waits for.
+enum Event {
+    /// The process with this local number ended, and was not waited for yet.
+    Ended(usize),
+    /// Somebody sent this signal.
+    Signal(u8),
+}
+
+/// What stays the same in all attempts.
+struct Job<'a> {
+    options: &'a LaunchOptions,
+    /// Resolved.
+    program: PathBuf,
+    run_id: String,
+    secret: Secret,
+    /// Private; removed in the end.
+    folder: TempDir,
+    events: (Sender<Event>, Receiver<Event>),
+    guard: Guard,
+}
+
+/// Starts the processes and stays until they have ended for good. Says on standard error what goes wrong, the first cause
+/// last.
+///
+/// Must be called by a thread that lives as long as the launcher, such as the main one: the processes are killed with it.
+///
+/// # Errors
+/// What keeps processes from being started. A process that fails is no error: see the exit that is returned.
+pub fn launch(options: &LaunchOptions) -> Result<Exit, LaunchError> {
+    let mut job = Job::prepare(options)?;
+    let mut restarts = Restarts::new(options.restarts_max);
+    loop {
+        let outcome = attempt::run(&mut job, restarts.made)?;
+        outcome.show_errors();
+        if let Some(signal) = outcome.asked {
+            let (exit, failed) = exit_when_asked(&outcome.ended, signal);
+            if let Some(failed) = failed {
+                eprintln!("error: {}", outcome.describe(failed));
+            }
+            return Ok(exit);
+        }
+        let Some(cause) = first_cause(&outcome.ended) else { return Ok(Exit::Done) };
+        let verdict = if outcome.abandoned {
+            // What cannot be killed still holds the node's devices and files.
+            Verdict::NotWorthIt
+        } else {
+            restarts.next(cause.exit, read_progress(&job.progress_file()))
+        };
+        match verdict {
+            Verdict::Restart => {
+                notice(&outcome.describe(cause));
+                let from = restarts.committed.map_or("the start".into(), |step| format!("step {step}"));
+                notice(&format!("restart {} of at most {}, from {from}", restarts.made, restarts.max));
+                continue;
+            }
+            Verdict::NotWorthIt if options.restarts_max > 0 => notice("a restart would not help"),
+            Verdict::Exhausted if options.restarts_max > 0 => {
+                notice(&format!("gave up after {} restarts", restarts.made));
+            }
+            Verdict::NoProgress => notice(&format!(
+                "gave up: {} restarts in a row ended without a committed step {}",
+                cause::RESTARTS_WITHOUT_PROGRESS_MAX,
+                restarts.committed.map_or("at all".into(), |step| format!("above {step}")),
+            )),
+            Verdict::NotWorthIt | Verdict::Exhausted => {}
+        }
+        eprintln!("error: {}", outcome.describe(cause));
+        return Ok(cause.exit);
+    }
+}
+
+/// A line of the launcher's own on the screen.
+fn notice(text: &str) {
+    eprintln!("shardflow: {text}");
+}
+
+impl<'a> Job<'a> {
+    fn prepare(options: &'a LaunchOptions) -> Result<Job<'a>, LaunchError> {
+        check(options)?;
+        let program = find_program(options)?;
+        let secret = match SecretSource::find(&process_variables())? {
+            Some(source) => source.read()?,
+            None if options.nodes > 1 => return Err(LaunchError::NoSecret { nodes: options.nodes }),
+            None => random_secret()?,
+        };
+        let run_id = match &options.run_id {
+            Some(name) => name.clone(),
+            // Seconds, so that logs sort by time, and some letters, so that two jobs of one second differ.
+            None => format!("{}-{}", unix_ns() / 1_000_000_000, &random_secret()?.text()[..6]),
+        };
+        let folder = tempfile::Builder::new()
+            .prefix(FOLDER_PREFIX)
+            .permissions(Permissions::from_mode(0o700))
+            .tempdir()
+            .map_err(LaunchError::io(format!("make a folder in {}", env::temp_dir().display())))?;
+        let events = crossbeam_channel::bounded(EVENTS_MAX);
+        watch_signals(events.0.clone()).map_err(LaunchError::io("watch for signals"))?;
+        let guard = Guard::start(&options.helper, folder.path()).map_err(LaunchError::io("start the guard"))?;
+        Ok(Job { options, program, run_id, secret, folder, events, guard })
+    }
+
+    fn progress_file(&self) -> PathBuf {
+        self.folder.path().join("progress")
+    }
+
+    /// Where the processes of an attempt meet. A Unix socket is another one in each: what is left of an old one is not in
+    /// the way.
+    fn endpoint(&self, attempt: u64) -> Result<Endpoint, LaunchError> {
+        match &self.options.endpoint {
+            Some(endpoint) => Ok(endpoint.clone()),
+            None => {
+                let path = self.folder.path().join(format!("meet-{attempt}"));
+                Endpoint::parse(&format!("unix:{}", path.display())).map_err(|expected| LaunchError::Usage {
+                    what: format!(
+                        "cannot meet at {}: expected {expected}; set TMPDIR to a shorter path",
+                        path.display()
+                    ),
+                })
+            }
+        }
+    }
+}
+
+fn random_secret() -> Result<Secret, LaunchError> {
+    Secret::random().map_err(|e| LaunchError::Io { what: "make a secret".into(), source: io::Error::other(e) })
+}
+
+fn check(options: &LaunchOptions) -> Result<(), LaunchError> {
+    let usage = |what: String| Err(LaunchError::Usage { what });
+    let LaunchOptions { local_processes, nodes, node, endpoint, run_id, .. } = options;
+    if *local_processes == 0 || *nodes == 0 {
+        return usage(format!("--nnodes {nodes} --nproc-per-node {local_processes}: at least 1 of each is needed"));
+    }
+    if local_processes.checked_mul(*nodes).is_none() {
+        return usage(format!("--nnodes {nodes} --nproc-per-node {local_processes}: too many processes"));
+    }
+    if node >= nodes {
+        return usage(format!("--node-rank {node} with --nnodes {nodes}: nodes are numbered from 0 to {}", nodes - 1));
+    }
+    if *nodes > 1 && !matches!(endpoint, Some(Endpoint::Tcp { .. })) {
+        return usage(format!("--nnodes {nodes} needs --rdzv-endpoint HOST:PORT, of node 0, the same on all nodes"));
+    }
+    let is_name = |name: &String| {
+        let allowed = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'-' | b'_');
+        (1..=100).contains(&name.len()) && name.bytes().all(allowed) && !name.starts_with('.')
+    };
+    match run_id {
+        Some(name) if !is_name(name) => {
+            usage(format!("--rdzv-id {name}: letters, digits, dots and dashes are allowed"))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// The file that `program` means, so that a wrong name is told once, before anything is started.
+fn find_program(options: &LaunchOptions) -> Result<PathBuf, LaunchError> {
+    let program = PathBuf::from(&options.program);
+    let runnable =
+        |path: &PathBuf| fs::metadata(path).is_ok_and(|m| m.is_file() && m.permissions().mode() & 0o111 != 0);
+    if program.components().count() == 1 && !options.program.to_string_lossy().contains('/') {
+        let paths = env::var_os("PATH").unwrap_or_default();
+        let found = env::split_paths(&paths).map(|folder| folder.join(&program)).find(runnable);
+        let place =
+            if program.is_file() { " in PATH; for the file in this folder write ./ before it" } else { " in PATH" };
+        return found.ok_or(LaunchError::NoProgram { program: options.program.to_string_lossy().into(), place });
+    }
+    match fs::metadata(&program) {
+        Err(_) => Err(LaunchError::NoProgram { program: options.program.to_string_lossy().into(), place: "" }),
+        Ok(data) if !data.is_file() => Err(LaunchError::NotRunnable { path: program, what: "no file" }),
+        Ok(_) if !runnable(&program) => Err(LaunchError::NotRunnable { path: program, what: "not executable" }),
+        Ok(_) => Ok(program),
+    }
+}
+
+/// Sends the signals by which somebody asks the launcher to end. One that was ignored when it started, as under `nohup`,
+/// stays so, but for SIGTERM.
+fn watch_signals(events: Sender<Event>) -> io::Result<()> {
+    use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM};
+    let ignored = ignored_signals();
+    let wanted = [SIGHUP, SIGINT, SIGQUIT, SIGTERM].into_iter();
+    let wanted = wanted.filter(|signal| *signal == SIGTERM || ignored >> (signal - 1) & 1 == 0);
+    let mut signals = signal_hook::iterator::Signals::new(wanted)?;
+    let forward = move || {
+        for signal in signals.forever() {
+            if events.send(Event::Signal(signal as u8)).is_err() {
+                return;
+            }
+        }
+    };
+    thread::Builder::new().name("signals".into()).spawn(forward).map(drop)
+}
+
+/// Bit n - 1 stands for signal n. None when the kernel does not tell.
+fn ignored_signals() -> u64 {
+    let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
+    mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok()).unwrap_or(0)
+}

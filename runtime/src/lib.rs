@@ -5,6 +5,7 @@
 pub mod boxing;
 pub mod checkpoint;
 pub mod cluster;
+pub mod doctor;
 pub mod exit;
 pub mod graph;
 pub mod init;

@@ -1,2 +1,162 @@
-//! The command `shardflow`.
-fn main() {}
+//! The command `shardflow`: starts programs on many processes, and looks at what is here. Reads the arguments; the work is
+//! the library's.
+
+use std::ffi::OsString;
+use std::io::Write;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use clap::{Args, Parser, Subcommand};
+use shardflow::cluster::env::{Endpoint, Secret};
+use shardflow::doctor;
+use shardflow::exit::Exit;
+use shardflow::launcher::{LaunchOptions, become_program, guard, launch};
+
+#[derive(Parser)]
+#[command(name = "shardflow", version, about = "An actor-based dataflow runtime for training neural networks")]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Start a program as several processes, on this node and on others.
+    Launch(LaunchArgs),
+    // `shardflow checkpoint ..` goes here: one variant with its arguments, and one line in `main`.
+    /// Tell what is here, what is missing, and how to get it. Code 78 when something that every job needs does not work
+    Doctor {
+        /// One JSON object
+        #[arg(long)]
+        json: bool,
+    },
+    /// Print a new secret for `SHARDFLOW_SECRET`.
+    Secret,
+    /// For the launcher only: kills what is left when it is killed.
+    #[command(hide = true)]
+    Guard {
+        #[arg(long)]
+        folder: PathBuf,
+    },
+    /// For the launcher only: becomes a program that is killed with it.
+    #[command(hide = true)]
+    Child {
+        #[arg(long)]
+        parent: u32,
+        #[arg(last = true, required = true)]
+        command: Vec<OsString>,
+    },
+}
+
+/// Flags are torchrun's, with `-` or `_`.
+#[derive(Args)]
+struct LaunchArgs {
+    /// Processes on this node; the same on all nodes
+    #[arg(long, alias = "nproc_per_node", value_name = "N", default_value_t = 1)]
+    nproc_per_node: u32,
+    /// Nodes. Each runs this command, with its own --node-rank
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    nnodes: u32,
+    /// Number of this node, from 0. Needed when there are several
+    #[arg(long, alias = "node_rank", value_name = "N")]
+    node_rank: Option<u32>,
+    /// HOST:PORT on node 0. One node needs none
+    #[arg(long, alias = "rdzv_endpoint", value_name = "HOST:PORT", value_parser = endpoint)]
+    rdzv_endpoint: Option<Endpoint>,
+    /// Name of the job, for its logs
+    #[arg(long, alias = "rdzv_id", value_name = "NAME")]
+    rdzv_id: Option<String>,
+    /// Restarts after a failure that is worth one, at most
+    #[arg(long, alias = "max_restarts", value_name = "N", default_value_t = 0)]
+    max_restarts: u64,
+    /// Accepted for torchrun's sake: the end of a process is noticed at once
+    #[arg(long, alias = "monitor_interval", value_name = "SECONDS", hide = true)]
+    #[allow(dead_code)]
+    monitor_interval: Option<f64>,
+    /// Folder for logs: DIR/<job>/attempt-<n>/rank-<r>.log
+    #[arg(long, alias = "log_dir", value_name = "DIR", default_value = "shardflow-logs")]
+    log_dir: PathBuf,
+    /// From the signal that tells processes to end until they are killed
+    #[arg(long, value_name = "SECONDS", default_value = "30", value_parser = seconds)]
+    grace: Duration,
+    /// From the first failure until the other processes are told to end
+    #[arg(long, alias = "failure_wait", value_name = "SECONDS", default_value = "15", value_parser = seconds)]
+    failure_wait: Duration,
+    /// The program and its arguments
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true, required = true, value_name = "PROGRAM ARGS")]
+    command: Vec<OsString>,
+}
+
+fn endpoint(text: &str) -> Result<Endpoint, String> {
+    Endpoint::parse_rendezvous(text).map_err(|expected| format!("expected {expected}"))
+}
+
+fn seconds(text: &str) -> Result<Duration, String> {
+    let seconds = text.parse().map_err(|_| "expected a number of seconds".to_string())?;
+    // A day: longer waits are mistakes, and `Instant` stays far from its end.
+    if !(0.0..=86400.0).contains(&seconds) {
+        return Err("expected 0 to 86400 seconds".into());
+    }
+    Ok(Duration::from_secs_f64(seconds))
+}
+
+fn main() -> ExitCode {
+    // A usage error ends with code 2, by clap.
+    let exit = match Cli::parse().command {
+        Command::Launch(args) => run_launch(args),
+        Command::Doctor { json } => run_doctor(json),
+        Command::Secret => print_secret(),
+        Command::Guard { folder } => guard(&folder, std::io::stdin().lock()),
+        Command::Child { parent, command } => become_program(parent, command[0].clone().into(), &command[1..]),
+    };
+    exit.into()
+}
+
+fn fail(exit: Exit, error: impl std::fmt::Display) -> Exit {
+    eprintln!("error: {error}");
+    exit
+}
+
+fn run_launch(args: LaunchArgs) -> Exit {
+    let Some(node) = args.node_rank.or((args.nnodes <= 1).then_some(0)) else {
+        return fail(Exit::Usage, format!("--nnodes {} needs --node-rank, another one on each node", args.nnodes));
+    };
+    let options = LaunchOptions {
+        program: args.command[0].clone(),
+        args: args.command[1..].to_vec(),
+        // Also when the file was replaced by another build meanwhile.
+        helper: "/proc/self/exe".into(),
+        local_processes: args.nproc_per_node,
+        nodes: args.nnodes,
+        node,
+        endpoint: args.rdzv_endpoint,
+        run_id: args.rdzv_id,
+        restarts_max: args.max_restarts,
+        log_dir: args.log_dir,
+        grace: args.grace,
+        failure_wait: args.failure_wait,
+    };
+    launch(&options).unwrap_or_else(|error| fail(error.exit(), error))
+}
+
+fn run_doctor(json: bool) -> Exit {
+    let findings = doctor::examine();
+    let text = if json { serde_json::to_string_pretty(&findings) } else { Ok(findings.to_string()) };
+    match text {
+        Ok(text) => print(text.trim_end()).unwrap_or_else(|| findings.exit()),
+        Err(error) => fail(Exit::Internal, error),
+    }
+}
+
+/// Prints; gives an exit only when that fails, as into a pipe that nobody reads.
+fn print(text: &str) -> Option<Exit> {
+    writeln!(std::io::stdout(), "{text}").err().map(|error| fail(Exit::Internal, error))
+}
+
+fn print_secret() -> Exit {
+    match Secret::random() {
+        Ok(secret) => print(secret.text()).unwrap_or(Exit::Done),
+        Err(error) => fail(Exit::Internal, error),
+    }
+}

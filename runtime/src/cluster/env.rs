@@ -9,8 +9,9 @@ use std::path::PathBuf;
 
 use crate::exit::Exit;
 
+pub(crate) use detect::DERIVED_PORTS;
 pub use detect::detect;
-pub use endpoint::Endpoint;
+pub use endpoint::{Endpoint, PORT_DEFAULT};
 pub use secret::{SECRET_CHARS_MIN, Secret, SecretSource};
 
 mod detect;

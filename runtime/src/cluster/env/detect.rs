@@ -1,16 +1,16 @@
 //! Reads each source's variables. Imports `env`.
 
 use std::fmt::Display;
+use std::ops::Range;
 use std::str::FromStr;
 
 use super::slurm::{first_host, tasks_per_node};
 use super::{Endpoint, EnvError, Launch, SecretSource, Source, Variables, World, get};
 use crate::init::fnv1a;
 
-/// First of the ports that are derived from a job's name, and their number: below those that Linux gives to clients
-/// (32768 on) and those that Kubernetes gives to services (30000 on).
-const DERIVED_PORT_FIRST: u16 = 20000;
-const DERIVED_PORTS: u64 = 10000;
+/// Ports that are derived from a job's name: below those that Linux gives to clients (32768 on) and those that Kubernetes
+/// gives to services (30000 on).
+pub(crate) const DERIVED_PORTS: Range<u16> = 20000..30000;
 
 /// How a process with these variables was started.
 ///
@@ -267,7 +267,8 @@ fn slurm_endpoint(vars: &Reader, place: &Place) -> Result<Endpoint, EnvError> {
 
 /// A port that all processes of a job find without asking, and two jobs on a node rarely share.
 fn derived_port(job: &str) -> u16 {
-    DERIVED_PORT_FIRST + (fnv1a(job) % DERIVED_PORTS) as u16
+    let Range { start, end } = DERIVED_PORTS;
+    start + (fnv1a(job) % u64::from(end - start)) as u16
 }
 
 fn restart(source: Source, vars: &Reader) -> Result<u64, EnvError> {

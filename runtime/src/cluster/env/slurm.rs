@@ -124,7 +124,9 @@ mod tests {
     }
 
     /// An item as its parts: text, then ranges (low, how many more, width).
-    fn item() -> impl Strategy<Value = Vec<(String, Vec<(u64, u64, usize)>)>> {
+    type Item = Vec<(String, Vec<(u64, u64, usize)>)>;
+
+    fn item() -> impl Strategy<Value = Item> {
         let range = (0u64..1000, 0u64..20, 1usize..5);
         prop::collection::vec(("[a-z][a-z0-9.-]{0,4}", prop::collection::vec(range, 0..4)), 1..3)
     }
@@ -132,7 +134,7 @@ mod tests {
     proptest! {
         #[test]
         fn the_first_of_any_list(items in prop::collection::vec(item(), 1..5)) {
-            let written = |item: &Vec<(String, Vec<(u64, u64, usize)>)>| {
+            let written = |item: &Item| {
                 item.iter().map(|(text, ranges)| {
                     let ranges: Vec<String> = ranges.iter().map(|(low, more, width)| match more {
                         0 => format!("{low:0width$}"),

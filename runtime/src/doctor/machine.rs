@@ -1,0 +1,180 @@
+//! Cores, memory, limits and kernel, from `/proc` and `/sys`. Imports `doctor`.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::thread::available_parallelism;
+
+use super::{Finding, Status, size};
+
+/// Shared memory below which registers between processes of one node may not fit, in bytes.
+const SHM_BYTES_MIN: u64 = 1 << 30;
+/// Open files below which many processes may not all connect.
+const FILES_MIN: u64 = 4096;
+/// The kernel that has all that is used: `pidfd_open` came in 5.3, `memfd_create` in 3.17.
+const KERNEL_MIN: (u32, u32) = (5, 3);
+
+pub(super) fn examine() -> Vec<Finding> {
+    let mut found = vec![cores(), vector_units()];
+    found.extend([memory(), memory_limit(), huge_pages(), shared_memory(), open_files(), kernel()]);
+    found
+}
+
+fn ok(name: &'static str, value: impl Into<String>) -> Finding {
+    Finding::new("machine", name, Status::Ok, value)
+}
+
+fn poor(name: &'static str, value: impl Into<String>, hint: &str) -> Finding {
+    Finding::new("machine", name, Status::Poor, value).hint(hint)
+}
+
+fn text(path: impl AsRef<Path>) -> Option<String> {
+    fs::read_to_string(path).ok()
+}
+
+fn cores() -> Finding {
+    let usable = available_parallelism().map_or(1, usize::from);
+    let info = text("/proc/cpuinfo").unwrap_or_default();
+    let all = info.lines().filter(|line| line.starts_with("processor")).count();
+    let model = info.lines().find_map(|line| line.strip_prefix("model name")?.split_once(": "));
+    let model = model.map_or("unknown model", |(_, name)| name);
+    ok("cores", format!("{usable} usable of {} ({model})", all.max(usable)))
+}
+
+fn vector_units() -> Finding {
+    #[cfg(target_arch = "x86_64")]
+    {
+        let units = [
+            ("avx2", is_x86_feature_detected!("avx2")),
+            ("fma", is_x86_feature_detected!("fma")),
+            ("avx512f", is_x86_feature_detected!("avx512f")),
+            ("avx512bf16", is_x86_feature_detected!("avx512bf16")),
+            ("avx512vnni", is_x86_feature_detected!("avx512vnni")),
+        ];
+        let names: Vec<&str> = units.iter().filter(|unit| unit.1).map(|unit| unit.0).collect();
+        if units[0].1 && units[1].1 {
+            return ok("vector units", names.join(" "));
+        }
+        poor("vector units", format!("only {names:?}"), "kernels are several times faster with avx2 and fma")
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    ok("vector units", format!("those of {}", std::env::consts::ARCH))
+}
+
+/// A value of `/proc/meminfo`, in bytes.
+fn meminfo(info: &str, key: &str) -> Option<u64> {
+    let value = info.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix(':'))?.trim();
+    let (number, unit) = value.split_once(' ').unwrap_or((value, ""));
+    Some(number.parse::<u64>().ok()? * if unit == "kB" { 1024 } else { 1 })
+}
+
+fn memory() -> Finding {
+    let info = text("/proc/meminfo").unwrap_or_default();
+    match (meminfo(&info, "MemTotal"), meminfo(&info, "MemAvailable")) {
+        (Some(total), Some(available)) => ok("memory", format!("{} available of {}", size(available), size(total))),
+        _ => poor("memory", "unknown", "mount /proc"),
+    }
+}
+
+fn memory_limit() -> Finding {
+    match cgroup_limit(&text("/proc/self/cgroup").unwrap_or_default(), Path::new("/sys/fs/cgroup")) {
+        Some(bytes) => ok("memory limit", format!("{}, of the cgroup", size(bytes))),
+        None => ok("memory limit", "none of a cgroup"),
+    }
+}
+
+/// The lowest memory limit of the cgroups that `/proc/self/cgroup` lists, up to the root.
+fn cgroup_limit(cgroups: &str, root: &Path) -> Option<u64> {
+    let limit = |line: &str| {
+        let (controllers, path) = line.split_once(':')?.1.split_once(':')?;
+        let (root, file) = match controllers {
+            "" => (root.to_path_buf(), "memory.max"),
+            "memory" => (root.join("memory"), "memory.limit_in_bytes"),
+            _ => return None,
+        };
+        let folder: PathBuf = root.join(path.trim_start_matches('/'));
+        let folders = folder.ancestors().take_while(|folder| folder.starts_with(&root));
+        let limits = folders.filter_map(|folder| text(folder.join(file))?.trim().parse().ok());
+        // The first version writes "none" as nearly 2^63.
+        limits.filter(|bytes: &u64| *bytes < 1 << 60).min()
+    };
+    cgroups.lines().filter_map(limit).min()
+}
+
+fn huge_pages() -> Finding {
+    let info = text("/proc/meminfo").unwrap_or_default();
+    let reserved = meminfo(&info, "HugePages_Total").unwrap_or(0);
+    let transparent = text("/sys/kernel/mm/transparent_hugepage/enabled").unwrap_or_default();
+    let transparent = transparent.split_once('[').and_then(|(_, rest)| rest.split_once(']')).map_or("absent", |t| t.0);
+    ok("huge pages", format!("{reserved} reserved; transparent: {transparent}"))
+}
+
+fn shared_memory() -> Finding {
+    const HINT: &str =
+        "in a container give more: docker run --shm-size=8g, or an emptyDir of medium Memory at /dev/shm";
+    match rustix::fs::statvfs("/dev/shm") {
+        Ok(found) => {
+            let free = found.f_bavail.saturating_mul(found.f_frsize);
+            let value = format!("{} free in /dev/shm", size(free));
+            if free < SHM_BYTES_MIN { poor("shared memory", value, HINT) } else { ok("shared memory", value) }
+        }
+        Err(error) => poor("shared memory", format!("/dev/shm: {error}"), HINT),
+    }
+}
+
+fn open_files() -> Finding {
+    let limits = text("/proc/self/limits").unwrap_or_default();
+    let line = limits.lines().find_map(|line| line.strip_prefix("Max open files")).unwrap_or("");
+    let mut words = line.split_whitespace();
+    let (soft, hard) = (words.next().unwrap_or("unknown"), words.next().unwrap_or("unknown"));
+    let value = format!("{soft}, can be raised to {hard}");
+    match soft.parse::<u64>() {
+        Ok(number) if number < FILES_MIN => poor("open files", value, "ulimit -n 65536 before the launch"),
+        _ => ok("open files", value),
+    }
+}
+
+fn kernel() -> Finding {
+    let release = text("/proc/sys/kernel/osrelease").unwrap_or_default();
+    let release = release.trim();
+    match version(release) {
+        Some(found) if found >= KERNEL_MIN => ok("kernel", release),
+        _ => poor("kernel", release, &format!("Linux {}.{} or newer is expected", KERNEL_MIN.0, KERNEL_MIN.1)),
+    }
+}
+
+fn version(release: &str) -> Option<(u32, u32)> {
+    let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map(str::parse);
+    Some((numbers.next()?.ok()?, numbers.next()?.ok()?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_lowest_limit_of_all_cgroups_counts() {
+        let root = tempfile::tempdir().unwrap();
+        let write = |path: &str, text: &str| {
+            let path = root.path().join(path);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(path, text).unwrap();
+        };
+        write("a/b/memory.max", "max\n");
+        write("a/memory.max", "5000\n");
+        write("memory/c/memory.limit_in_bytes", "9223372036854771712\n");
+        write("memory/memory.limit_in_bytes", "7000\n");
+        assert_eq!(cgroup_limit("0::/a/b\n", root.path()), Some(5000));
+        assert_eq!(cgroup_limit("4:cpu:/x\n3:memory:/c\n", root.path()), Some(7000));
+        assert_eq!(cgroup_limit("3:memory:/c\n0::/a/b\n", root.path()), Some(5000));
+        assert_eq!(cgroup_limit("0::/gone\nbroken\n", root.path()), None);
+    }
+
+    #[test]
+    fn texts_of_the_kernel() {
+        assert_eq!(meminfo("MemTotal:   2 kB\nHugePages_Total:  3\n", "MemTotal"), Some(2048));
+        assert_eq!(meminfo("MemTotal:   2 kB\nHugePages_Total:  3\n", "HugePages_Total"), Some(3));
+        assert_eq!(meminfo("MemTotalX: 2 kB", "MemTotal"), None);
+        assert_eq!(version("6.1.0-13-amd64"), Some((6, 1)));
+        assert!(version("4.19.0") < Some(KERNEL_MIN) && version("x").is_none());
+    }
+}

@@ -1,0 +1,142 @@
+//! Libraries and programs that some runs need, found by their file names: nothing is loaded or run. Imports `doctor`.
+
+use std::path::{Path, PathBuf};
+use std::{env, fs};
+
+use super::{Finding, Status};
+
+/// A library or program, and how to get it.
+struct Wanted {
+    group: &'static str,
+    name: &'static str,
+    /// Beginnings of file names, any of which will do.
+    files: &'static [&'static str],
+    hint: &'static str,
+}
+
+const LIBRARIES: &[Wanted] = &[
+    Wanted {
+        group: "gpu",
+        name: "libcuda",
+        files: &["libcuda.so"],
+        hint: "comes with NVIDIA's driver: apt install nvidia-driver (Debian), or run the container with --gpus all",
+    },
+    Wanted {
+        group: "gpu",
+        name: "libnccl",
+        files: &["libnccl.so"],
+        hint: "apt install libnccl2 (NVIDIA's repository), or pip install nvidia-nccl-cu13",
+    },
+    Wanted {
+        group: "gpu",
+        name: "libcublasLt",
+        files: &["libcublasLt.so"],
+        hint: "apt install libcublas-13-0 (NVIDIA's repository), or pip install nvidia-cublas",
+    },
+    Wanted {
+        group: "gpu",
+        name: "libnvrtc",
+        files: &["libnvrtc.so"],
+        hint: "apt install cuda-nvrtc-13-0 (NVIDIA's repository), or pip install nvidia-cuda-nvrtc",
+    },
+    Wanted { group: "cluster", name: "libmpi", files: &["libmpi.so"], hint: "apt install libopenmpi-dev" },
+];
+
+const PROGRAMS: &[Wanted] = &[
+    Wanted { group: "cluster", name: "mpirun", files: &["mpirun"], hint: "apt install openmpi-bin" },
+    Wanted { group: "cluster", name: "srun", files: &["srun"], hint: "apt install slurm-client" },
+    Wanted {
+        group: "cluster",
+        name: "kubectl",
+        files: &["kubectl"],
+        hint: "see https://kubernetes.io/docs/tasks/tools",
+    },
+];
+
+pub(super) fn examine() -> Vec<Finding> {
+    let folders = library_folders();
+    let mut found = vec![gpus()];
+    found.extend(LIBRARIES.iter().map(|wanted| finding(wanted, find_library(wanted, &folders))));
+    let paths = env::var_os("PATH").unwrap_or_default();
+    let programs: Vec<PathBuf> = env::split_paths(&paths).collect();
+    let find_program = |wanted: &Wanted| programs.iter().map(|f| f.join(wanted.files[0])).find(|path| path.is_file());
+    found.extend(PROGRAMS.iter().map(|wanted| finding(wanted, find_program(wanted))));
+    found
+}
+
+fn finding(wanted: &Wanted, path: Option<PathBuf>) -> Finding {
+    match path {
+        Some(path) => Finding::new(wanted.group, wanted.name, Status::Ok, path.display().to_string()),
+        None => Finding::new(wanted.group, wanted.name, Status::Absent, "not found").hint(wanted.hint),
+    }
+}
+
+/// The devices that the driver made.
+fn gpus() -> Finding {
+    let is_gpu = |name: &str| {
+        name.strip_prefix("nvidia").is_some_and(|n| !n.is_empty() && n.bytes().all(|b| b.is_ascii_digit()))
+    };
+    let count = names(Path::new("/dev")).iter().filter(|name| is_gpu(name)).count();
+    match count {
+        0 => Finding::new("gpu", "devices", Status::Absent, "no /dev/nvidia0").hint("needs a GPU and NVIDIA's driver"),
+        count => Finding::new("gpu", "devices", Status::Ok, format!("{count} of NVIDIA")),
+    }
+}
+
+/// Names in a folder, sorted; none when it cannot be read.
+fn names(folder: &Path) -> Vec<String> {
+    let entries = fs::read_dir(folder).into_iter().flatten().flatten();
+    let mut names: Vec<String> = entries.map(|entry| entry.file_name().to_string_lossy().into_owned()).collect();
+    names.sort();
+    names
+}
+
+/// Where the dynamic linker looks, and where CUDA is usually put.
+fn library_folders() -> Vec<PathBuf> {
+    let mut folders: Vec<PathBuf> =
+        env::var_os("LD_LIBRARY_PATH").map(|paths| env::split_paths(&paths).collect()).unwrap_or_default();
+    for home in ["CUDA_HOME", "CUDA_PATH"] {
+        folders.extend(env::var_os(home).map(|home| Path::new(&home).join("lib64")));
+    }
+    let configured = Path::new("/etc/ld.so.conf.d");
+    for name in names(configured).iter().filter(|name| name.ends_with(".conf")) {
+        folders.extend(configured_folders(&fs::read_to_string(configured.join(name)).unwrap_or_default()));
+    }
+    let usual = ["/usr/local/cuda/lib64", "/usr/local/lib", "/lib64", "/usr/lib64", "/lib", "/usr/lib"];
+    folders.extend(usual.map(PathBuf::from));
+    folders.extend(["/lib", "/usr/lib"].map(|lib| Path::new(lib).join(format!("{}-linux-gnu", env::consts::ARCH))));
+    folders
+}
+
+/// Folders in a file of `/etc/ld.so.conf.d`.
+fn configured_folders(text: &str) -> Vec<PathBuf> {
+    let line = |line: &str| line.split('#').next().unwrap_or("").trim().to_string();
+    text.lines().map(line).filter(|line| line.starts_with('/')).map(PathBuf::from).collect()
+}
+
+fn find_library(wanted: &Wanted, folders: &[PathBuf]) -> Option<PathBuf> {
+    let is_it = |name: &String| {
+        let rest = wanted.files.iter().find_map(|file| name.strip_prefix(file));
+        rest.is_some_and(|rest| rest.is_empty() || rest.starts_with('.'))
+    };
+    folders.iter().find_map(|folder| names(folder).iter().find(|name| is_it(name)).map(|name| folder.join(name)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn libraries_are_found_by_name() {
+        let folder = tempfile::tempdir().unwrap();
+        let folders = [folder.path().join("none"), folder.path().to_path_buf()];
+        let find = || find_library(&LIBRARIES[0], &folders);
+        fs::write(folder.path().join("libcudart.so.13"), "").unwrap();
+        fs::write(folder.path().join("libcuda.socket"), "").unwrap();
+        assert_eq!(find(), None);
+        fs::write(folder.path().join("libcuda.so.1"), "").unwrap();
+        assert_eq!(find(), Some(folder.path().join("libcuda.so.1")));
+        let text = "# a\n/usr/local/cuda/lib64 # b\ninclude x\n\n/opt/lib\n";
+        assert_eq!(configured_folders(text), ["/usr/local/cuda/lib64", "/opt/lib"].map(PathBuf::from));
+    }
+}

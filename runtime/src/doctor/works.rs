@@ -1,0 +1,83 @@
+//! Tries what processes of a job do with each other. Imports `doctor` and `cluster::env`.
+
+use std::fs::{self, File};
+use std::io::{self, Read, Write};
+use std::net::{Ipv4Addr, TcpListener, TcpStream};
+use std::os::unix::net::{UnixListener, UnixStream};
+
+use rustix::fs::MemfdFlags;
+
+use super::{Finding, Status};
+use crate::cluster::env::{DERIVED_PORTS, PORT_DEFAULT};
+
+pub(super) fn examine() -> Vec<Finding> {
+    let tries = [
+        ("loopback", loopback(), "bring up the interface: ip link set lo up"),
+        (
+            "unix sockets",
+            unix_sockets(),
+            "make the temporary folder writable, or set TMPDIR to a short path of one that is",
+        ),
+        ("memfd", memfd(), "allow memfd_create in the container's seccomp profile, and mount /proc"),
+    ];
+    let mut found: Vec<Finding> = tries.into_iter().map(|(name, result, hint)| finding(name, result, hint)).collect();
+    found.extend([default_port(), derived_ports()]);
+    found
+}
+
+fn finding(name: &'static str, result: io::Result<()>, hint: &str) -> Finding {
+    match result {
+        Ok(()) => Finding::new("works", name, Status::Ok, "works"),
+        Err(error) => Finding::new("works", name, Status::Broken, error.to_string()).hint(hint),
+    }
+}
+
+/// One byte there. Both ends are in this thread: the kernel holds it meanwhile.
+fn exchange(mut from: impl Write, mut to: impl Read) -> io::Result<()> {
+    from.write_all(b"x")?;
+    to.read_exact(&mut [0])
+}
+
+fn loopback() -> io::Result<()> {
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
+    let from = TcpStream::connect(listener.local_addr()?)?;
+    exchange(from, listener.accept()?.0)
+}
+
+fn unix_sockets() -> io::Result<()> {
+    let folder = tempfile::Builder::new().prefix("shardflow-doctor-").tempdir()?;
+    let path = folder.path().join("meet-0");
+    let listener = UnixListener::bind(&path)?;
+    let from = UnixStream::connect(&path)?;
+    exchange(from, listener.accept()?.0)
+}
+
+fn memfd() -> io::Result<()> {
+    let mut file = File::from(rustix::fs::memfd_create("shardflow-doctor", MemfdFlags::CLOEXEC)?);
+    file.set_len(4096)?;
+    file.write_all(b"x")
+}
+
+fn default_port() -> Finding {
+    let finding = |status, value: String| Finding::new("works", "default port", status, value);
+    match TcpListener::bind((Ipv4Addr::UNSPECIFIED, PORT_DEFAULT)) {
+        Ok(_) => finding(Status::Ok, format!("{PORT_DEFAULT} is free")),
+        Err(error) => finding(Status::Poor, format!("{PORT_DEFAULT}: {error}"))
+            .hint("on several nodes choose another port: --rdzv-endpoint HOST:PORT"),
+    }
+}
+
+/// Ports of jobs under Slurm and OpenMPI should not be given to clients.
+fn derived_ports() -> Finding {
+    let range = fs::read_to_string("/proc/sys/net/ipv4/ip_local_port_range").unwrap_or_default();
+    let mut numbers = range.split_whitespace().map_while(|word| word.parse::<u16>().ok());
+    let value = format!("{} to {} for jobs of Slurm and OpenMPI", DERIVED_PORTS.start, DERIVED_PORTS.end - 1);
+    match (numbers.next(), numbers.next()) {
+        (Some(low), Some(high)) if low < DERIVED_PORTS.end && high >= DERIVED_PORTS.start => {
+            let value = format!("{value}; the kernel gives {low} to {high} to clients");
+            let hint = "sysctl net.ipv4.ip_local_port_range='32768 60999', or set SHARDFLOW_ENDPOINT";
+            Finding::new("works", "derived ports", Status::Poor, value).hint(hint)
+        }
+        _ => Finding::new("works", "derived ports", Status::Ok, value),
+    }
+}

@@ -1,0 +1,115 @@
+//! Log files of the processes: written by the processes themselves, but for the node's first, whose lines also go to the
+//! screen. Imports nothing of Shardflow.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, BufRead, BufReader, Read, Seek, SeekFrom, Write};
+use std::path::{Path, PathBuf};
+
+/// Longest piece of a line that is passed on at once, in bytes.
+const LINE_BYTES_MAX: u64 = 64 << 10;
+/// How much of a log's end is searched for errors, in bytes.
+const TAIL_BYTES: u64 = 64 << 10;
+/// Most lines of errors that are shown of a process, and the longest, in characters.
+const ERROR_LINES_MAX: usize = 5;
+const ERROR_CHARS_MAX: usize = 500;
+
+/// The log of one process in one attempt.
+pub(super) struct Log {
+    /// Where it is.
+    pub(super) path: PathBuf,
+    /// For appending.
+    pub(super) file: File,
+    /// What an earlier job of the same name left in it.
+    before_bytes: u64,
+}
+
+impl Log {
+    /// Opens `rank-<rank>.log` in `folder`, which is made.
+    pub(super) fn open(folder: &Path, rank: u32) -> io::Result<Log> {
+        fs::create_dir_all(folder)?;
+        let path = folder.join(format!("rank-{rank}.log"));
+        let file = OpenOptions::new().append(true).create(true).open(&path)?;
+        let before_bytes = file.metadata()?.len();
+        Ok(Log { path, file, before_bytes })
+    }
+
+    /// The last lines that begin with `error:`. A log that cannot be read has none.
+    pub(super) fn errors(&self) -> Vec<String> {
+        self.tail().map(|tail| error_lines(&tail)).unwrap_or_default()
+    }
+
+    fn tail(&self) -> io::Result<Vec<u8>> {
+        let mut file = File::open(&self.path)?;
+        let start = self.before_bytes.max(file.metadata()?.len().saturating_sub(TAIL_BYTES));
+        file.seek(SeekFrom::Start(start))?;
+        let mut tail = Vec::new();
+        file.take(TAIL_BYTES).read_to_end(&mut tail)?;
+        Ok(tail)
+    }
+}
+
+fn error_lines(tail: &[u8]) -> Vec<String> {
+    let text = String::from_utf8_lossy(tail);
+    let lines: Vec<&str> = text.lines().filter(|line| line.starts_with("error:")).collect();
+    let shown = &lines[lines.len().saturating_sub(ERROR_LINES_MAX)..];
+    shown.iter().map(|line| line.chars().take(ERROR_CHARS_MAX).collect()).collect()
+}
+
+/// Which of the launcher's own streams a line goes to.
+#[derive(Clone, Copy)]
+pub(super) enum Screen {
+    /// Standard output.
+    Out,
+    /// Standard error.
+    Err,
+}
+
+/// Copies `from` to the log and to the screen, line by line, until it ends. A log or screen that takes no more is left out:
+/// the process must not stop for it.
+pub(super) fn pump(from: impl Read, mut log: File, screen: Screen) {
+    let (mut from, mut line) = (BufReader::new(from), Vec::new());
+    let (mut log_works, mut screen_works) = (true, true);
+    loop {
+        line.clear();
+        match from.by_ref().take(LINE_BYTES_MAX).read_until(b'\n', &mut line) {
+            Ok(0) | Err(_) => return,
+            Ok(_) => {}
+        }
+        log_works = log_works && log.write_all(&line).is_ok();
+        screen_works = screen_works && show(&line, screen).is_ok();
+    }
+}
+
+fn show(line: &[u8], screen: Screen) -> io::Result<()> {
+    match screen {
+        Screen::Out => {
+            let mut out = io::stdout().lock();
+            out.write_all(line)?;
+            out.flush()
+        }
+        Screen::Err => io::stderr().lock().write_all(line),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_last_errors_of_this_attempt() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut log = Log::open(folder.path(), 3).unwrap();
+        log.file.write_all(b"error: of an earlier job\n").unwrap();
+        let mut log = Log::open(folder.path(), 3).unwrap();
+        assert_eq!(log.errors(), [""; 0]);
+        log.file.write_all(b"fine\nerror: a\nnot an error: b\nerror: c \xff").unwrap();
+        assert_eq!(log.errors(), ["error: a", "error: c \u{fffd}"]);
+        log.file.write_all(&[b'x'; TAIL_BYTES as usize]).unwrap();
+        assert_eq!(log.errors(), [""; 0], "what is far from the end is not searched");
+        let many: String = (0..9).map(|i| format!("\nerror: {i} {}", "y".repeat(ERROR_CHARS_MAX))).collect();
+        log.file.write_all(many.as_bytes()).unwrap();
+        let errors = log.errors();
+        assert_eq!(errors.len(), ERROR_LINES_MAX);
+        assert!(errors[0].starts_with("error: 4 y") && errors[0].len() == ERROR_CHARS_MAX);
+    }
+}

@@ -1,0 +1,363 @@
+//! The launcher with real processes: scripts of `sh` as ranks, told apart by their variables. Scripts say that they are
+//! ready through a named pipe, and ends of processes are awaited, so nothing sleeps here.
+
+#[path = "launcher/harness.rs"]
+mod harness;
+
+use std::collections::BTreeMap;
+use std::fs;
+
+use harness::{Job, at_most};
+use rustix::process::Signal;
+use shardflow::cluster::env::{Launch, Source, detect};
+
+/// The variables that a script wrote by `env`.
+fn variables(log: &str) -> BTreeMap<String, String> {
+    log.lines().filter_map(|line| line.split_once('=')).map(|(name, value)| (name.into(), value.into())).collect()
+}
+
+#[test]
+fn each_process_is_told_who_it_is() {
+    let job = Job::new();
+    let ended = job.sh(&["--nproc_per_node", "3", "--max-restarts=2", "--rdzv-id", "x"], "env").end();
+    assert_eq!((ended.code, ended.err.as_str()), (0, ""));
+    for rank in 0..3 {
+        let vars = variables(&job.log("x", 0, rank));
+        let Ok(Launch::World(world)) = detect(&vars) else { panic!("{vars:?}") };
+        assert_eq!((world.process, world.processes, world.local_process, world.local_processes), (rank, 3, rank, 3));
+        assert_eq!(
+            (world.node, world.restart, world.source, world.run_id.as_str()),
+            (Some(0), 0, Source::Shardflow, "x")
+        );
+        let number = rank.to_string();
+        for (name, value) in [
+            ("RANK", number.as_str()),
+            ("LOCAL_RANK", &number),
+            ("WORLD_SIZE", "3"),
+            ("LOCAL_WORLD_SIZE", "3"),
+            ("GROUP_RANK", "0"),
+            ("MASTER_ADDR", "127.0.0.1"),
+            ("TORCHELASTIC_RESTART_COUNT", "0"),
+            ("TORCHELASTIC_MAX_RESTARTS", "2"),
+            ("TORCHELASTIC_RUN_ID", "x"),
+        ] {
+            assert_eq!(vars[name], value, "{name} of rank {rank}");
+        }
+        assert!(vars["MASTER_PORT"].parse::<u16>().unwrap() > 0);
+        assert_eq!(vars["SHARDFLOW_SECRET"].len(), 64);
+        assert!(vars.contains_key("SHARDFLOW_ERROR_FILE"));
+        assert_eq!(vars.contains_key("SHARDFLOW_PROGRESS_FILE"), rank == 0);
+        let folder = vars["SHARDFLOW_ENDPOINT"].strip_prefix("unix:").unwrap().rsplit_once('/').unwrap().0;
+        assert!(!fs::exists(folder).unwrap(), "{folder} is removed in the end");
+    }
+}
+
+#[test]
+fn processes_of_other_nodes_are_counted() {
+    let job = Job::new();
+    let flags = ["--nproc-per-node=2", "--nnodes=3", "--node-rank=1", "--rdzv-endpoint=host:5", "--rdzv-id=x"];
+    let ended = job.sh_with(&[("SHARDFLOW_SECRET", "0123456789abcdef")], &flags, "env").end();
+    assert_eq!(ended.code, 0, "{}", ended.err);
+    let vars = variables(&job.log("x", 0, 3));
+    let Ok(Launch::World(world)) = detect(&vars) else { panic!("{vars:?}") };
+    assert_eq!((world.process, world.processes, world.local_process, world.node), (3, 6, 1, Some(1)));
+    assert_eq!((world.endpoint.to_string().as_str(), vars["MASTER_PORT"].as_str()), ("tcp://host:5", "5"));
+    assert_eq!(world.secret.read().unwrap().text(), "0123456789abcdef");
+
+    let ended = job.sh(&flags, "true").end();
+    assert_eq!(ended.code, 78, "{}", ended.err);
+    assert!(ended.err.contains("export SHARDFLOW_SECRET=$(shardflow secret)"), "{}", ended.err);
+}
+
+#[test]
+fn the_first_process_is_on_the_screen_as_it_writes() {
+    let job = Job::new();
+    let script = "printf 'a \\377\\n'; echo b >&2; read line < $WAIT; echo $line; printf end";
+    let running = job.sh(&["--nproc-per-node=2", "--rdzv-id=x"], script);
+    // Both are seen while the process still waits.
+    assert_eq!(running.out.recv_timeout(at_most(10)).unwrap(), b"a \xff\n");
+    assert_eq!(running.err.recv_timeout(at_most(10)).unwrap(), b"b\n");
+    job.write("go\ngo\n");
+    assert_eq!(running.out.recv_timeout(at_most(10)).unwrap(), b"go\n");
+    let ended = running.end();
+    assert_eq!((ended.code, ended.out.as_str(), ended.err.as_str()), (0, "end", ""));
+    for rank in 0..2 {
+        let log = job.log("x", 0, rank);
+        assert!(log.contains("a \u{fffd}\n") && log.contains("b\n") && log.ends_with("go\nend"), "{rank}: {log}");
+    }
+}
+
+#[test]
+fn the_first_cause_is_printed_last() {
+    let job = Job::new();
+    // Ranks 0, 1 and 3 accuse rank 2, most likely before it ends.
+    let script = "[ $RANK = 2 ] && { read line < $WAIT; kill -9 $$; }
+        echo error: rank 2 is gone >&2; [ $RANK = 3 ] && echo ready > $READY; exit 69";
+    let running = job.sh(&["--nproc-per-node=4", "--rdzv-id=x"], script);
+    job.ready();
+    job.write("go\n");
+    let ended = running.end();
+    assert_eq!(ended.code, 137);
+    let lines: Vec<&str> = ended.err.lines().collect();
+    assert!(lines.contains(&"rank 1: error: rank 2 is gone") && lines.contains(&"rank 3: error: rank 2 is gone"));
+    let last = "error: rank 2: killed by a signal (code 137: SIGKILL); its log: shardflow-logs/x/attempt-0/rank-2.log";
+    assert_eq!(*lines.last().unwrap(), last);
+}
+
+#[test]
+fn a_report_says_more_than_a_code() {
+    let job = Job::new();
+    let script = r#"
+        report() { echo "{\"rank\":$RANK,\"time_unix_ns\":$1,\"exit\":$2,\"cause\":\"$3\",\"first_cause_rank\":$4}" \
+            > $SHARDFLOW_ERROR_FILE.new; mv $SHARDFLOW_ERROR_FILE.new $SHARDFLOW_ERROR_FILE; exit $2; }
+        [ $RANK = 1 ] && report 5 80 'loss is not finite' 1
+        report 4 80 'rank 1 ended' 1"#;
+    let ended = job.sh(&["--nproc-per-node=3"], script).end();
+    assert_eq!(ended.code, 80);
+    let last = ended.err.lines().last().unwrap();
+    assert!(last.starts_with("error: rank 1: loss is not finite (code 80: numerics); its log: "), "{last}");
+}
+
+#[test]
+fn restarts_go_on_while_there_is_progress() {
+    let job = Job::new();
+    let script = "n=$SHARDFLOW_RESTART_COUNT; [ $TORCHELASTIC_RESTART_COUNT = $n ] || exit 65
+        [ $RANK = 0 ] && echo 1$n > $SHARDFLOW_PROGRESS_FILE; [ $n = 3 ] || exit 75";
+    let ended = job.sh(&["--nproc-per-node=2", "--max-restarts=3", "--rdzv-id=x"], script).end();
+    assert_eq!(ended.code, 0, "{}", ended.err);
+    assert!(ended.err.contains("shardflow: restart 3 of at most 3, from step 12\n"), "{}", ended.err);
+    assert_eq!(job.attempts("x"), 4);
+
+    let ended = job.sh(&["--nproc-per-node=2", "--max-restarts=2", "--rdzv-id=y"], script).end();
+    assert_eq!((ended.code, job.attempts("y")), (75, 3));
+    assert!(ended.err.contains("shardflow: gave up after 2 restarts\nerror: rank "), "{}", ended.err);
+}
+
+#[test]
+fn restarts_without_progress_end_early() {
+    let job = Job::new();
+    let script = "[ $RANK = 0 ] && echo 7 > $SHARDFLOW_PROGRESS_FILE; kill -9 $$";
+    let ended = job.sh(&["--nproc-per-node=2", "--max-restarts=9", "--rdzv-id=x"], script).end();
+    assert_eq!((ended.code, job.attempts("x")), (137, 3));
+    let gave_up = "shardflow: gave up: 2 restarts in a row ended without a committed step above 7\n";
+    assert!(ended.err.contains(gave_up), "{}", ended.err);
+    assert!(ended.err.lines().last().unwrap().starts_with("error: rank "), "{}", ended.err);
+}
+
+#[test]
+fn a_code_that_is_not_worth_a_retry_ends_at_once() {
+    let job = Job::new();
+    for (code, tries) in [(78, 1), (65, 1), (80, 1), (2, 1), (70, 3), (1, 3)] {
+        let name = format!("x{code}");
+        let script = format!("exit {code}");
+        let ended = job.sh(&["--max-restarts=9", "--rdzv-id", &name], &script).end();
+        assert_eq!((ended.code, job.attempts(&name)), (code, tries), "{}", ended.err);
+    }
+}
+
+#[test]
+fn sigterm_is_passed_on_and_answered_by_143() {
+    let job = Job::new();
+    for (script, code) in [
+        // Saves and ends as documented; by the signal itself; with a checkpoint that cannot be written; done anyhow.
+        ("trap 'echo saved; exit 143' TERM; echo ready > $READY; while :; do read line < $WAIT; done", 143),
+        ("echo ready > $READY; exec sleep 600", 143),
+        ("trap 'exit 73' TERM; echo ready > $READY; while :; do read line < $WAIT; done", 73),
+        ("trap 'exit 0' TERM; echo ready > $READY; while :; do read line < $WAIT; done", 0),
+    ] {
+        let running = job.sh(&["--nproc-per-node=2", "--max-restarts=9"], script);
+        job.ready();
+        job.ready();
+        running.signal(Signal::TERM);
+        let ended = running.end();
+        assert_eq!(ended.code, code, "{script}: {}", ended.err);
+        assert_eq!(ended.out.contains("saved"), script.contains("saved"));
+    }
+}
+
+#[test]
+fn other_signals_are_passed_on_too() {
+    let job = Job::new();
+    for (signal, code) in [(Signal::INT, 130), (Signal::HUP, 129), (Signal::QUIT, 131)] {
+        let running = job.sh(&[], "echo ready > $READY; exec sleep 600");
+        job.ready();
+        running.signal(signal);
+        assert_eq!(running.end().code, code);
+    }
+}
+
+#[test]
+fn under_nohup_a_hangup_is_ignored() {
+    let job = Job::new();
+    let running = job.sh_ignoring_hup(&[], "trap 'exit 143' TERM; echo ready > $READY; read line < $WAIT");
+    job.ready();
+    running.signal(Signal::HUP);
+    running.signal(Signal::TERM);
+    assert_eq!(running.end().code, 143, "129 would be the hangup");
+}
+
+#[test]
+fn who_hangs_at_shutdown_is_killed() {
+    let job = Job::new();
+    let script = "trap '' TERM; [ $RANK = 1 ] || trap 'exit 143' TERM; echo ready > $READY
+        while :; do read line < $WAIT; done";
+    let running = job.sh(&["--nproc-per-node=2", "--grace=0.2"], script);
+    job.ready();
+    job.ready();
+    running.signal(Signal::TERM);
+    let ended = running.end();
+    assert_eq!(ended.code, 143);
+    assert_eq!(ended.err, "shardflow: killing rank 1: not ended 200ms after it was told to\n");
+}
+
+#[test]
+fn a_second_interrupt_kills_at_once() {
+    let job = Job::new();
+    let script = "trap 'echo asked > $READY' INT; echo ready > $READY; while :; do read line < $WAIT; done";
+    let running = job.sh(&["--grace=600"], script);
+    assert_eq!(job.ready(), "ready");
+    running.signal(Signal::INT);
+    assert_eq!(job.ready(), "asked");
+    running.signal(Signal::INT);
+    let ended = running.end();
+    assert_eq!(ended.code, 130);
+    assert!(ended.err.contains("interrupted again"), "{}", ended.err);
+}
+
+#[test]
+fn others_are_told_to_end_after_a_failure() {
+    let job = Job::new();
+    let script = "[ $RANK = 0 ] && { read line < $WAIT; exit 70; }
+        trap 'echo told > $READY; exit 143' TERM; echo ready > $READY; while :; do read line < $WAIT.none; done";
+    let running = job.sh(&["--nproc-per-node=2", "--failure-wait=0.1"], script);
+    assert_eq!(job.ready(), "ready");
+    job.write("go\n");
+    assert_eq!(job.ready(), "told");
+    let ended = running.end();
+    assert_eq!(ended.code, 70);
+    assert!(ended.err.contains("telling rank 1 to end"), "{}", ended.err);
+    assert!(ended.err.lines().last().unwrap().starts_with("error: rank 0: "), "{}", ended.err);
+}
+
+#[test]
+fn a_frozen_process_that_the_others_accuse_is_killed_soon() {
+    let job = Job::new();
+    let script = r#"[ $RANK = 1 ] && { echo ready > $READY; kill -STOP $$; }; read line < $WAIT
+        echo '{"rank":0,"time_unix_ns":1,"exit":69,"cause":"rank 1 does not answer","first_cause_rank":1}' \
+            > $SHARDFLOW_ERROR_FILE; exit 69"#;
+    // Both waits are far longer than the test.
+    let running = job.sh(&["--nproc-per-node=2", "--failure-wait=600", "--grace=600"], script);
+    job.ready();
+    job.write("go\n");
+    let ended = running.end();
+    assert_eq!(ended.code, 69, "{}", ended.err);
+    let last = ended.err.lines().last().unwrap();
+    assert!(last.starts_with("error: rank 0: rank 1 does not answer (code 69: peer unavailable)"), "{last}");
+}
+
+#[test]
+fn nobody_outlives_a_launcher_that_is_killed() {
+    let job = Job::new();
+    // Rank 0 ends when it is told to, rank 1 does not, and both have a child of their own that does not.
+    let script = "[ $RANK = 1 ] && trap '' TERM HUP INT; sh -c 'trap \"\" TERM HUP INT; echo $$ > $READY
+        while :; do sleep 600; done' & echo $$ > $READY; env > env-$RANK; echo $SHARDFLOW_ENDPOINT > $READY; wait";
+    let running = job.sh(&["--nproc-per-node=2"], script);
+    let (mut pids, mut endpoints) = (Vec::new(), Vec::new());
+    while pids.len() + endpoints.len() < 6 {
+        let line = job.ready();
+        match line.parse() {
+            Ok(pid) => pids.push(pid),
+            Err(_) => endpoints.push(line),
+        }
+    }
+    assert_eq!((pids.len(), endpoints.len()), (4, 2));
+    let processes: Vec<_> = pids.into_iter().map(harness::Process::open).collect();
+    let guard = harness::guard_of(running.pid());
+    let guard = harness::Process::open(guard);
+    running.signal(Signal::KILL);
+    let deadline = std::time::Instant::now() + at_most(5);
+    for process in processes {
+        assert!(process.ends_before(deadline), "process {} is alive after 5 s", process.pid);
+    }
+    assert!(guard.ends_before(deadline), "the guard is alive after 5 s");
+    let folder = endpoints[0].strip_prefix("unix:").unwrap().rsplit_once('/').unwrap().0.to_string();
+    assert!(!fs::exists(&folder).unwrap(), "{folder} is left");
+    running.end();
+}
+
+#[test]
+fn processes_die_with_the_launcher_even_without_the_guard() {
+    let job = Job::new();
+    let running = job.sh(&["--nproc-per-node=2"], "trap '' TERM HUP; echo $$ > $READY; read line < $WAIT");
+    let open = |line: String| harness::Process::open(line.parse().unwrap());
+    let processes = [open(job.ready()), open(job.ready())];
+    let guard = harness::Process::open(harness::guard_of(running.pid()));
+    guard.kill();
+    running.signal(Signal::KILL);
+    let deadline = std::time::Instant::now() + at_most(5);
+    for process in processes {
+        assert!(process.ends_before(deadline), "process {} is alive after 5 s", process.pid);
+    }
+    running.end();
+}
+
+#[test]
+fn what_a_process_leaves_behind_is_killed() {
+    let job = Job::new();
+    let running = job.sh(&[], "sleep 600 & echo $! > $READY; read line < $WAIT");
+    let left = harness::Process::open(job.ready().parse().unwrap());
+    job.write("go\n");
+    assert_eq!(running.end().code, 0);
+    assert!(left.ends_before(std::time::Instant::now() + at_most(5)));
+}
+
+#[test]
+fn flags_that_cannot_be_used() {
+    let job = Job::new();
+    for (args, says) in [
+        ("launch", "PROGRAM"),
+        ("launch --nproc-per-node", "nproc-per-node"),
+        ("launch --nproc-per-node 0 true", "at least 1"),
+        ("launch --nproc-per-node x true", "invalid"),
+        ("launch --nnodes 1:2 true", "invalid"),
+        ("launch --nnodes 2 true", "needs --node-rank"),
+        ("launch --nnodes 2 --node-rank 0 true", "needs --rdzv-endpoint"),
+        ("launch --nnodes 2 --node-rank 2 --rdzv-endpoint a:5 true", "numbered from 0 to 1"),
+        ("launch --node-rank 1 true", "numbered from 0 to 0"),
+        ("launch --rdzv-endpoint a:0 true", "port from 1"),
+        ("launch --rdzv-id ../x true", "--rdzv-id ../x"),
+        ("launch --grace -1 true", "grace"),
+        ("launch --no-such-flag true", "no-such-flag"),
+        ("launch -- no-such-program", "program no-such-program not found in PATH"),
+        ("launch -- ./no-such-program a b", "program ./no-such-program not found"),
+        ("launch -- /", "no file"),
+        ("no-such-command", "no-such-command"),
+    ] {
+        let ended = job.run(&args.split(' ').collect::<Vec<_>>()).end();
+        assert_eq!(ended.code, 2, "{args}: {}", ended.err);
+        assert!(ended.err.contains(says) && ended.err.starts_with("error: "), "{args}: {}", ended.err);
+    }
+    assert!(!fs::exists(job.folder().join("shardflow-logs")).unwrap(), "nothing was started");
+}
+
+#[test]
+fn a_program_that_the_kernel_refuses() {
+    let job = Job::new();
+    fs::write(job.folder().join("broken"), "#!/no/such/interpreter\n").unwrap();
+    let ended = job.run(&["launch", "--", "./broken"]).end();
+    assert_eq!(ended.code, 2, "{}", ended.err);
+    assert!(ended.err.starts_with("error: ./broken cannot be run: it is not executable"), "{}", ended.err);
+
+    harness::make_executable(&job.folder().join("broken"));
+    let ended = job.run(&["launch", "--nproc-per-node=2", "--max-restarts=9", "--", "./broken"]).end();
+    assert_eq!(ended.code, 2, "{}", ended.err);
+    let last = ended.err.lines().last().unwrap();
+    assert!(last.contains(": cannot run ./broken: ") && last.contains("code 2: usage"), "{}", ended.err);
+}
+
+#[test]
+fn secrets_differ() {
+    let job = Job::new();
+    let (one, other) = (job.run(&["secret"]).end(), job.run(&["secret"]).end());
+    assert!(one.code == 0 && one.out.trim().len() == 64 && one.out != other.out);
+}

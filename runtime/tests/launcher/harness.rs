@@ -1,0 +1,208 @@
+//! Starts the binary in a folder of its own, talks with its scripts through two named pipes, and waits for processes, all
+//! with time-outs. Imports nothing of Shardflow.
+
+use std::fs::{self, File, OpenOptions, Permissions};
+use std::io::{BufRead, BufReader, Read, Write};
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::process::ExitStatusExt;
+use std::path::Path;
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::mpsc::{Receiver, channel};
+use std::time::{Duration, Instant};
+use std::{env, thread};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::fs::{CWD, FileType, Mode, mknodat};
+use rustix::process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open};
+
+/// A time-out: the event is expected long before.
+pub fn at_most(seconds: u64) -> Duration {
+    Duration::from_secs(seconds)
+}
+
+/// A folder for launchers, with the pipes `READY`, from the scripts, and `WAIT`, to them.
+pub struct Job {
+    folder: tempfile::TempDir,
+    ready: Receiver<Vec<u8>>,
+    wait: File,
+}
+
+impl Job {
+    pub fn new() -> Job {
+        let folder = tempfile::tempdir().unwrap();
+        // Opened for both, a pipe neither ends nor blocks who opens it. `WAIT.none` never has anything to read.
+        let pipe = |name: &str| {
+            let path = folder.path().join(name);
+            mknodat(CWD, &path, FileType::Fifo, Mode::RUSR | Mode::WUSR, 0).unwrap();
+            OpenOptions::new().read(true).write(true).open(path).unwrap()
+        };
+        let (ready, wait) = (lines(pipe("ready")), pipe("wait"));
+        pipe("wait.none");
+        Job { folder, ready, wait }
+    }
+
+    pub fn folder(&self) -> &Path {
+        self.folder.path()
+    }
+
+    /// `shardflow launch FLAGS -- sh -c SCRIPT`.
+    pub fn sh(&self, flags: &[&str], script: &str) -> Running {
+        self.sh_with(&[], flags, script)
+    }
+
+    pub fn sh_with(&self, variables: &[(&str, &str)], flags: &[&str], script: &str) -> Running {
+        let mut command = self.command(env!("CARGO_BIN_EXE_shardflow"));
+        command.arg("launch").args(flags).args(["--", "sh", "-c", script]).envs(variables.iter().copied());
+        Running::start(command)
+    }
+
+    /// As [`Job::sh`], under `nohup`'s conditions.
+    pub fn sh_ignoring_hup(&self, flags: &[&str], script: &str) -> Running {
+        let mut command = self.command("sh");
+        command.args(["-c", "trap '' HUP; exec \"$@\"", "sh", env!("CARGO_BIN_EXE_shardflow"), "launch"]);
+        command.args(flags).args(["--", "sh", "-c", script]);
+        Running::start(command)
+    }
+
+    /// `shardflow ARGS`.
+    pub fn run(&self, args: &[&str]) -> Running {
+        let mut command = self.command(env!("CARGO_BIN_EXE_shardflow"));
+        command.args(args);
+        Running::start(command)
+    }
+
+    fn command(&self, program: &str) -> Command {
+        let mut command = Command::new(program);
+        command.current_dir(self.folder()).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        command.env("READY", self.folder().join("ready")).env("WAIT", self.folder().join("wait"));
+        command.env_remove("SHARDFLOW_SECRET").env_remove("SHARDFLOW_SECRET_FILE");
+        command
+    }
+
+    /// The next line that a script wrote to `READY`.
+    pub fn ready(&self) -> String {
+        let line = self.ready.recv_timeout(at_most(20)).expect("a script is ready");
+        String::from_utf8(line).unwrap().trim().into()
+    }
+
+    /// Gives scripts that read `WAIT` something to read.
+    pub fn write(&self, text: &str) {
+        (&self.wait).write_all(text.as_bytes()).unwrap();
+    }
+
+    pub fn log(&self, id: &str, attempt: u64, rank: u32) -> String {
+        let path = self.folder().join(format!("shardflow-logs/{id}/attempt-{attempt}/rank-{rank}.log"));
+        String::from_utf8_lossy(&fs::read(&path).unwrap()).into()
+    }
+
+    /// How many attempts have logs.
+    pub fn attempts(&self, id: &str) -> usize {
+        fs::read_dir(self.folder().join("shardflow-logs").join(id)).unwrap().count()
+    }
+}
+
+/// A launcher that runs.
+pub struct Running {
+    pid: Pid,
+    status: Receiver<ExitStatus>,
+    /// Its lines.
+    pub out: Receiver<Vec<u8>>,
+    pub err: Receiver<Vec<u8>>,
+}
+
+/// What is left of it.
+pub struct Ended {
+    /// 128 + n for signal n.
+    pub code: i32,
+    /// What was not read before.
+    pub out: String,
+    pub err: String,
+}
+
+impl Running {
+    fn start(mut command: Command) -> Running {
+        let mut child = command.spawn().unwrap();
+        let (out, err) = (lines(child.stdout.take().unwrap()), lines(child.stderr.take().unwrap()));
+        let pid = Pid::from_child(&child);
+        let (send, status) = channel();
+        thread::spawn(move || send.send(Child::wait(&mut child).unwrap()));
+        Running { pid, status, out, err }
+    }
+
+    pub fn pid(&self) -> Pid {
+        self.pid
+    }
+
+    pub fn signal(&self, signal: Signal) {
+        kill_process(self.pid, signal).unwrap();
+    }
+
+    pub fn end(self) -> Ended {
+        let Ok(status) = self.status.recv_timeout(at_most(30)) else {
+            // Its processes end with it.
+            self.signal(Signal::KILL);
+            let err: Vec<u8> = self.err.iter().flatten().collect();
+            panic!("the launcher has not ended: {}", String::from_utf8_lossy(&err));
+        };
+        let text = |lines: &Receiver<Vec<u8>>| {
+            let all: Vec<u8> = lines.iter().flatten().collect();
+            String::from_utf8_lossy(&all).into_owned()
+        };
+        let code = status.code().unwrap_or_else(|| 128 + status.signal().unwrap());
+        Ended { code, out: text(&self.out), err: text(&self.err) }
+    }
+}
+
+/// Lines, until the end.
+fn lines(from: impl Read + Send + 'static) -> Receiver<Vec<u8>> {
+    let (send, lines) = channel();
+    thread::spawn(move || {
+        let mut from = BufReader::new(from);
+        let mut line = Vec::new();
+        while from.read_until(b'\n', &mut line).is_ok_and(|bytes| bytes > 0) {
+            if send.send(std::mem::take(&mut line)).is_err() {
+                return;
+            }
+        }
+    });
+    lines
+}
+
+/// A process that is no child of ours, held so that its number cannot come to mean another.
+pub struct Process {
+    pub pid: i32,
+    handle: OwnedFd,
+}
+
+impl Process {
+    pub fn open(pid: i32) -> Process {
+        let handle = pidfd_open(Pid::from_raw(pid).unwrap(), PidfdFlags::empty());
+        Process { pid, handle: handle.unwrap_or_else(|error| panic!("process {pid}: {error}")) }
+    }
+
+    pub fn kill(&self) {
+        kill_process(Pid::from_raw(self.pid).unwrap(), Signal::KILL).unwrap();
+    }
+
+    pub fn ends_before(&self, deadline: Instant) -> bool {
+        let left = Timespec::try_from(deadline.saturating_duration_since(Instant::now())).unwrap();
+        poll(&mut [PollFd::new(&self.handle, PollFlags::IN)], Some(&left)).unwrap() == 1
+    }
+}
+
+/// The guard of a launcher: its child with that command.
+pub fn guard_of(launcher: Pid) -> i32 {
+    let launcher = launcher.as_raw_pid();
+    let children = fs::read_to_string(format!("/proc/{launcher}/task/{launcher}/children")).unwrap();
+    let is_guard = |pid: &&str| fs::read(format!("/proc/{pid}/cmdline")).is_ok_and(|args| find(&args, b"\0guard\0"));
+    children.split_whitespace().find(is_guard).expect("a guard").parse().unwrap()
+}
+
+fn find(text: &[u8], part: &[u8]) -> bool {
+    text.windows(part.len()).any(|window| window == part)
+}
+
+pub fn make_executable(path: &Path) {
+    fs::set_permissions(path, Permissions::from_mode(0o755)).unwrap();
+}
