@@ -8,7 +8,10 @@ use crate::error::KernelError;
 use crate::memory::View;
 use crate::tensor::Region;
 
+pub mod board;
+pub(crate) mod exchange;
 pub mod in_process;
+pub mod on_node;
 pub mod routed;
 pub mod wire;
 

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, channel};
 use std::time::Duration;
 
+use crate::collective::Group;
 use crate::device::Device;
 use crate::error::KernelError;
 use crate::memory::{Arena, Base};
@@ -49,15 +50,26 @@ pub fn run(make: &dyn Fn(usize) -> Vec<Device>) -> Vec<Failure> {
         ops::run(&mut report, device);
         streams::run(&mut report, device);
     }
+    let with_arena = |device: Device| device.arena(collectives::ARENA_BYTES).map(|arena| (device, arena));
+    collectives::run(&mut report, &|n| make(n).into_iter().map(with_arena).collect());
+    report.failures
+}
+
+/// Runs the collectives' part of the suite, for engines that must know all memory and all groups beforehand.
+/// `make(n)` gives n devices with ranks `0..n` and for each an arena of [`COLLECTIVES_ARENA_BYTES`], on fresh engines
+/// that know [`collectives_groups`] of n.
+pub fn run_collectives(make: &dyn Fn(usize) -> Result<Vec<(Device, Arena)>, KernelError>) -> Vec<Failure> {
+    let mut report = Report::default();
     collectives::run(&mut report, make);
     report.failures
 }
 
-/// Runs the part of the suite that a collective engine must pass, with devices as [`run`] wants them.
-pub fn run_collectives(make: &dyn Fn(usize) -> Vec<Device>) -> Vec<Failure> {
-    let mut report = Report::default();
-    collectives::run(&mut report, make);
-    report.failures
+/// Bytes of each arena that [`run_collectives`] needs.
+pub const COLLECTIVES_ARENA_BYTES: usize = collectives::ARENA_BYTES;
+
+/// The groups that [`run_collectives`] calls on n devices.
+pub fn collectives_groups(n: usize) -> Vec<Arc<Group>> {
+    (1..=collectives::GROUPS_MAX).map(|id| Arc::new(Group { id, ranks: (0..n).collect() })).collect()
 }
 
 /// What went wrong so far.

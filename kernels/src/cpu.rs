@@ -12,7 +12,7 @@ mod matmul;
 mod norm;
 mod optimizer;
 pub(crate) mod pool;
-mod simd;
+pub(crate) mod simd;
 pub mod stream;
 
 /// The most threads that one stream may be given.

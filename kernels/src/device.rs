@@ -32,6 +32,16 @@ impl Device {
         }
     }
 
+    /// Memory of `bytes` bytes, zeroed, that other processes of the node can map ([`Arena::descriptor`]).
+    ///
+    /// # Errors
+    /// [`KernelError::OutOfMemory`].
+    pub fn shared_arena(&self, bytes: usize) -> Result<Arena, KernelError> {
+        match self {
+            Device::Cpu(device) => device.shared_arena(bytes),
+        }
+    }
+
     /// A stream with `threads` threads for each kernel (at least 1, at most [`crate::cpu::THREADS_MAX`]); `name` is
     /// that of its thread.
     ///

@@ -6,9 +6,11 @@
 //!   identical; `cpu::stream` checks that before a kernel runs, and the kernel then gets one slice for the two.
 //! - MEM-3: across streams nobody reads a range while another writes it. That is the register protocol's promise (a
 //!   slot is written only while it is free, and read only while it is filled); it cannot be checked here.
+//! - MEM-4: what is mapped only to be read is never a write: [`Arena::write_host`], launches and collectives check it.
 #![allow(unsafe_code)]
 
 use std::alloc::{Layout, alloc_zeroed, dealloc};
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -16,6 +18,11 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use crate::error::KernelError;
 use crate::op::Buffer;
 use crate::tensor::{DType, HostData, HostTensor, element_count};
+
+mod shared;
+
+pub use shared::Access;
+use shared::Mapping;
 
 /// Every arena starts at a multiple of this many bytes.
 pub const ALIGNMENT: usize = 64;
@@ -36,7 +43,8 @@ impl Tally {
     }
 }
 
-/// A fixed piece of one device's memory, zeroed when made, freed when the last clone is dropped.
+/// A fixed piece of one device's memory, zeroed when made, freed when the last clone is dropped. It may be shared with
+/// other processes of the node, or be such a process's.
 #[derive(Clone, Debug)]
 pub struct Arena(Arc<Storage>);
 
@@ -44,6 +52,20 @@ pub struct Arena(Arc<Storage>);
 #[derive(Debug)]
 enum Storage {
     Host(HostMemory),
+    /// A memfd that peers can map, or that a peer has made.
+    Shared {
+        mapping: Mapping,
+        /// Of the device whose memory it is; a peer's is counted by the peer.
+        tally: Option<Arc<Tally>>,
+    },
+}
+
+impl Drop for Storage {
+    fn drop(&mut self) {
+        if let Storage::Shared { mapping, tally: Some(tally) } = self {
+            tally.bytes.fetch_sub(mapping.bytes(), Ordering::Relaxed);
+        }
+    }
 }
 
 #[derive(Debug)]
@@ -89,29 +111,82 @@ impl Arena {
         Ok(Self(Arc::new(Storage::Host(HostMemory { start, bytes, tally: tally.clone() }))))
     }
 
-    /// Size in bytes.
-    pub fn bytes(&self) -> usize {
-        let Storage::Host(memory) = &*self.0;
-        memory.bytes
+    /// Memory that other processes of the node can map, counted in `tally`.
+    pub(crate) fn shared(device: usize, bytes: usize, tally: &Arc<Tally>) -> Result<Self, KernelError> {
+        let mapping = Mapping::create(bytes).map_err(|_| KernelError::OutOfMemory { device, bytes })?;
+        tally.add(bytes);
+        Ok(Self(Arc::new(Storage::Shared { mapping, tally: Some(tally.clone()) })))
     }
 
-    /// True when both are clones of one arena.
+    /// Memory that other processes of the node can map and that is no device's.
+    ///
+    /// # Errors
+    /// [`KernelError::Arguments`] when the system gives none.
+    pub fn shared_by_processes(bytes: usize) -> Result<Self, KernelError> {
+        let refused = |cause: std::io::Error| {
+            KernelError::arguments("shared memory", "size", format!("{bytes} bytes of memory"), cause.to_string())
+        };
+        let mapping = Mapping::create(bytes).map_err(refused)?;
+        Ok(Self(Arc::new(Storage::Shared { mapping, tally: None })))
+    }
+
+    /// Maps what a peer's [`Arena::descriptor`] gave, which must be of this size.
+    ///
+    /// # Errors
+    /// [`KernelError::Arguments`] when it is no memfd of this size, when its size is not sealed, or when the system
+    /// refuses to map it.
+    pub fn map_peer(file: OwnedFd, bytes: usize, access: Access) -> Result<Self, KernelError> {
+        let mapping = Mapping::of_peer(file, bytes, access)?;
+        Ok(Self(Arc::new(Storage::Shared { mapping, tally: None })))
+    }
+
+    /// The descriptor with which a peer can map it, to be passed over a Unix socket; `None` when it is not shared.
+    pub fn descriptor(&self) -> Option<BorrowedFd<'_>> {
+        match &*self.0 {
+            Storage::Host(_) => None,
+            Storage::Shared { mapping, .. } => Some(mapping.descriptor()),
+        }
+    }
+
+    /// Size in bytes.
+    pub fn bytes(&self) -> usize {
+        match &*self.0 {
+            Storage::Host(memory) => memory.bytes,
+            Storage::Shared { mapping, .. } => mapping.bytes(),
+        }
+    }
+
+    /// True when both are clones of one arena. Two mappings of one memfd are two arenas.
     pub fn same(&self, other: &Arena) -> bool {
         Arc::ptr_eq(&self.0, &other.0)
     }
 
+    /// Whether it may be written (MEM-4).
+    pub fn is_writable(&self) -> bool {
+        match &*self.0 {
+            Storage::Host(_) => true,
+            Storage::Shared { mapping, .. } => mapping.access() == Access::ReadWrite,
+        }
+    }
+
     /// Where the first byte lies.
     pub(crate) fn host_start(&self) -> *mut u8 {
-        let Storage::Host(memory) = &*self.0;
-        memory.start.as_ptr()
+        match &*self.0 {
+            Storage::Host(memory) => memory.start.as_ptr(),
+            Storage::Shared { mapping, .. } => mapping.start().as_ptr(),
+        }
     }
 
     /// Copies a host tensor to `offset` (bytes). The caller guarantees, by the register protocol or by having no work
     /// in flight, that nobody else uses the range meanwhile.
     ///
     /// # Errors
-    /// [`KernelError::Arguments`] when the range is out of bounds or not aligned.
+    /// [`KernelError::Arguments`] when the range is out of bounds or not aligned, or the memory is only to be read.
     pub fn write_host(&self, offset: usize, tensor: &HostTensor) -> Result<(), KernelError> {
+        if !self.is_writable() {
+            let got = "a peer's, mapped to be read";
+            return Err(KernelError::arguments("write_host", "memory", "memory that may be written", got));
+        }
         let view = View::new("write_host", self, offset, &tensor.shape, tensor.dtype())?;
         // SAFETY: MEM-1 was checked by `View::new`; the caller guarantees MEM-3.
         unsafe {
@@ -290,6 +365,9 @@ impl<'a> View<'a> {
             return Err(KernelError::arguments(op, "buffers", "at most one on a side", got));
         }
         let (x, y) = (reads.first(), writes.first());
+        if y.is_some_and(|y| !y.arena.is_writable()) {
+            return Err(KernelError::arguments(op, "y", "memory that may be written", "a peer's, mapped to be read"));
+        }
         let in_place = x.zip(y).is_some_and(|(x, y)| x.same_memory(y));
         if !in_place && x.zip(y).is_some_and(|(x, y)| x.overlaps(y)) {
             return Err(KernelError::arguments(op, "buffers", "no overlap of x and y", "an overlap"));

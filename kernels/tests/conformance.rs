@@ -1,17 +1,26 @@
-//! The CPU backend passes the suite of every backend, with one thread and with several.
+//! The CPU backend passes the suite of every backend, with one thread and with several; the engine of several processes
+//! passes that of collectives, each device having mappings of its own, as if it were a process.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use shardflow_kernels::collective::board::Board;
 use shardflow_kernels::collective::in_process::InProcess;
-use shardflow_kernels::conformance;
+use shardflow_kernels::collective::on_node::OnNode;
+use shardflow_kernels::conformance::{self, Failure};
 use shardflow_kernels::device::Device;
+use shardflow_kernels::error::KernelError;
+use shardflow_kernels::memory::{Access, Arena};
 
 fn check(threads: usize) {
     let make = |n| {
         let engine = Arc::new(InProcess::new());
         (0..n).map(|rank| Device::cpu(rank, threads, engine.clone())).collect()
     };
-    let failures = conformance::run(&make);
+    report(&conformance::run(&make));
+}
+
+fn report(failures: &[Failure]) {
     let lines: Vec<String> = failures.iter().take(20).map(ToString::to_string).collect();
     assert!(failures.is_empty(), "{} failures:\n{}", failures.len(), lines.join("\n"));
 }
@@ -29,4 +38,41 @@ fn cpu_with_two_threads() {
 #[test]
 fn cpu_with_five_threads() {
     check(5);
+}
+
+fn mapped(arena: &Arena, access: Access) -> Result<Arena, KernelError> {
+    let file = arena.descriptor().and_then(|file| file.try_clone_to_owned().ok()).expect("a shared arena");
+    Arena::map_peer(file, arena.bytes(), access)
+}
+
+/// Devices of as many processes, or of half as many.
+fn on_node(n: usize, devices_of_a_process: usize) -> Result<Vec<(Device, Arena)>, KernelError> {
+    let groups = conformance::collectives_groups(n);
+    let board = Board::create(&groups)?;
+    // Only so that memory can be had before there are engines.
+    let maker = Device::cpu(0, 1, Arc::new(InProcess::new()));
+    let arenas = (0..n).map(|_| maker.shared_arena(conformance::COLLECTIVES_ARENA_BYTES));
+    let arenas = arenas.collect::<Result<Vec<_>, _>>()?;
+    let mut devices = Vec::new();
+    for first in (0..n).step_by(devices_of_a_process) {
+        let own = first..n.min(first + devices_of_a_process);
+        let mut all = BTreeMap::new();
+        for (rank, arena) in arenas.iter().enumerate() {
+            let arena = if own.contains(&rank) { arena.clone() } else { mapped(arena, Access::Read)? };
+            all.insert(rank, arena);
+        }
+        let engine = Arc::new(OnNode::new(mapped(&board, Access::ReadWrite)?, &groups, all)?);
+        devices.extend(own.map(|rank| (Device::cpu(rank, 1, engine.clone()), arenas[rank].clone())));
+    }
+    Ok(devices)
+}
+
+#[test]
+fn on_node_with_a_device_in_each_process() {
+    report(&conformance::run_collectives(&|n| on_node(n, 1)));
+}
+
+#[test]
+fn on_node_with_two_devices_in_each_process() {
+    report(&conformance::run_collectives(&|n| on_node(n, 2)));
 }

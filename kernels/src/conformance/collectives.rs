@@ -20,7 +20,16 @@ struct Member {
 }
 
 /// Bytes of a member's arena: x takes the first half at most.
-const ARENA_BYTES: usize = 1 << 16;
+pub(super) const ARENA_BYTES: usize = 1 << 18;
+
+/// Makes so many devices with ranks from 0, each with an arena of [`ARENA_BYTES`], on a fresh engine.
+pub(super) type Make<'a> = dyn Fn(usize) -> Result<Vec<(Device, Arena)>, KernelError> + 'a;
+
+/// Groups that are called on one set of devices, with ids from 1.
+pub(super) const GROUPS_MAX: u32 = 200;
+
+/// A shape that no engine takes for a small one.
+const LARGE: [usize; 2] = [101, 203];
 
 /// Where y lies.
 const Y: usize = ARENA_BYTES / 2;
@@ -34,7 +43,7 @@ struct Role {
     bytes: usize,
 }
 
-pub(super) fn run(report: &mut Report, make: &dyn Fn(usize) -> Vec<Device>) {
+pub(super) fn run(report: &mut Report, make: &Make<'_>) {
     for n in 1..=4 {
         let members = match members(make, n) {
             Ok(members) => members,
@@ -54,11 +63,10 @@ pub(super) fn run(report: &mut Report, make: &dyn Fn(usize) -> Vec<Device>) {
     aborts(report, make);
 }
 
-fn members(make: &dyn Fn(usize) -> Vec<Device>, n: usize) -> Result<Vec<Member>, KernelError> {
-    let member = |device: Device| {
-        Ok(Member { stream: device.stream("collective", 1)?, arena: device.arena(ARENA_BYTES)?, device })
-    };
-    make(n).into_iter().map(member).collect()
+fn members(make: &Make<'_>, n: usize) -> Result<Vec<Member>, KernelError> {
+    let member =
+        |(device, arena): (Device, Arena)| Ok(Member { stream: device.stream("collective", 1)?, arena, device });
+    make(n)?.into_iter().map(member).collect()
 }
 
 fn launch(call: CollectiveCall, x: Option<&HostTensor>, y: Option<(&[usize], usize, DType)>) -> Launch {
@@ -180,9 +188,14 @@ impl Suite<'_> {
 
     fn all_reduces(&mut self) {
         let n = self.members.len();
-        for (elements, op) in
-            [(0, ReduceOp::Sum), (1, ReduceOp::Sum), (3, ReduceOp::Max), (17, ReduceOp::Sum), (5003, ReduceOp::Sum)]
-        {
+        for (elements, op) in [
+            (0, ReduceOp::Sum),
+            (1, ReduceOp::Sum),
+            (3, ReduceOp::Max),
+            (17, ReduceOp::Sum),
+            (5003, ReduceOp::Sum),
+            (5003, ReduceOp::Max),
+        ] {
             for in_place in [false, true] {
                 let xs: Vec<_> = (0..n).map(|_| self.values(elements)).collect();
                 let chunk = |owner| combine(op, owner, &xs)[split_range(elements, n, owner)].to_vec();
@@ -206,7 +219,7 @@ impl Suite<'_> {
     /// All-gather and all-to-all between every pair of splits.
     fn moves(&mut self) {
         let n = self.members.len();
-        for shape in [vec![5, 7], vec![4, 3, 2], vec![1], vec![0, 3]] {
+        for shape in [vec![5, 7], vec![4, 3, 2], vec![1], vec![0, 3], LARGE.to_vec()] {
             let whole = self.values(element_count(&shape));
             let x = |region: &Region| HostTensor::f32(&region.size, cut(&whole, &shape, region));
             for sources in splits(&shape, n) {
@@ -252,7 +265,7 @@ impl Suite<'_> {
 
     fn reduce_scatters(&mut self) {
         let n = self.members.len();
-        for shape in [vec![5, 7], vec![4, 3, 2], vec![0, 3]] {
+        for shape in [vec![5, 7], vec![4, 3, 2], vec![0, 3], LARGE.to_vec()] {
             for parts in splits(&shape, n) {
                 let xs: Vec<_> = (0..n).map(|_| self.values(element_count(&shape))).collect();
                 let role = |(owner, part): (usize, &Region)| Role {
@@ -335,20 +348,20 @@ impl Suite<'_> {
 }
 
 /// Two groups over the same devices, on streams of their own, many rounds deep and submitted in opposite orders.
-fn concurrent(report: &mut Report, make: &dyn Fn(usize) -> Vec<Device>) -> Result<(), KernelError> {
+fn concurrent(report: &mut Report, make: &Make<'_>) -> Result<(), KernelError> {
     const ROUNDS: usize = 200;
     let [n, elements] = [3, 100];
-    let devices = make(n);
+    let devices = make(n)?;
     let mut ends = Vec::new();
     let mut streams = Vec::new();
-    for (i, device) in devices.iter().enumerate() {
+    for (i, (device, arena)) in devices.iter().enumerate() {
         for group in if i % 2 == 0 { [1, 2] } else { [2, 1] } {
-            let (stream, arena) = (device.stream("collective", 1)?, device.arena(ARENA_BYTES)?);
-            arena.write_host(0, &HostTensor::f32(&[elements], vec![(i + 1) as f32; elements]))?;
+            let (stream, offset) = (device.stream("collective", 1)?, (group as usize - 1) * Y);
+            arena.write_host(offset, &HostTensor::f32(&[elements], vec![(i + 1) as f32; elements]))?;
             let ranks = (0..n).collect();
             let group = Arc::new(Group { id: group, ranks });
             let kind = CollectiveKind::AllReduce { op: ReduceOp::Sum };
-            let x = Buffer { base: 0, offset: 0, shape: vec![elements], dtype: DType::F32 };
+            let x = Buffer { base: 0, offset, shape: vec![elements], dtype: DType::F32 };
             let reduce = Launch {
                 op: Op::Collective(CollectiveCall { group, member: i, kind }),
                 reads: vec![x.clone()],
@@ -360,20 +373,20 @@ fn concurrent(report: &mut Report, make: &dyn Fn(usize) -> Vec<Device>) -> Resul
             let scale = Launch { op: Op::Scale { factor: 1.0 / n as f32 }, writes: vec![x], ..reduce.clone() };
             let launches = (0..ROUNDS).flat_map(|_| [reduce.clone(), scale.clone()]).collect();
             let program = Program { name: "rounds".to_owned(), launches, signals: vec![] };
-            ends.push((submit(&stream, program, &[&arena], false)?, arena));
+            ends.push((submit(&stream, program, &[arena], false)?, arena, offset));
             streams.push(stream);
         }
     }
-    for (end, arena) in &ends {
+    for (end, arena, offset) in &ends {
         wait(end)?;
-        let got = arena.read_host(0, &[elements], DType::F32)?;
+        let got = arena.read_host(*offset, &[elements], DType::F32)?;
         report.close("groups in flight at once", &got, &vec![2.0; elements], 1e-4);
     }
     Ok(())
 }
 
 /// Members that call different things all learn of it.
-fn disagreements(report: &mut Report, make: &dyn Fn(usize) -> Vec<Device>) {
+fn disagreements(report: &mut Report, make: &Make<'_>) {
     let sum = || CollectiveKind::AllReduce { op: ReduceOp::Sum };
     let max = || CollectiveKind::AllReduce { op: ReduceOp::Max };
     let gather = || CollectiveKind::AllGather { parts: splits(&[6], 3).swap_remove(0) };
@@ -418,7 +431,7 @@ fn disagreements(report: &mut Report, make: &dyn Fn(usize) -> Vec<Device>) {
 }
 
 /// An abort wakes whoever waits, and refuses whoever comes later.
-fn aborts(report: &mut Report, make: &dyn Fn(usize) -> Vec<Device>) {
+fn aborts(report: &mut Report, make: &Make<'_>) {
     let kinds = [
         CollectiveKind::AllReduce { op: ReduceOp::Sum },
         CollectiveKind::Send { to: 1 },
@@ -432,12 +445,7 @@ fn aborts(report: &mut Report, make: &dyn Fn(usize) -> Vec<Device>) {
     }
 }
 
-fn abort(
-    report: &mut Report,
-    check: &str,
-    make: &dyn Fn(usize) -> Vec<Device>,
-    kind: CollectiveKind,
-) -> Result<(), KernelError> {
+fn abort(report: &mut Report, check: &str, make: &Make<'_>, kind: CollectiveKind) -> Result<(), KernelError> {
     let members = members(make, 2)?;
     let group = Arc::new(Group { id: 1, ranks: vec![0, 1] });
     let x = HostTensor::f32(&[2], vec![1.0; 2]);

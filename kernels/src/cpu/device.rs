@@ -26,6 +26,10 @@ impl CpuDevice {
         Arena::host(self.rank, bytes, &self.tally)
     }
 
+    pub(crate) fn shared_arena(&self, bytes: usize) -> Result<Arena, KernelError> {
+        Arena::shared(self.rank, bytes, &self.tally)
+    }
+
     pub(crate) fn stream(&self, name: &str, threads: usize) -> Result<CpuStream, KernelError> {
         CpuStream::start(name, self.rank, threads, self.engine.clone())
     }

@@ -103,7 +103,7 @@ impl<'a> Args<'a> {
         Ok(args)
     }
 
-    /// Numbers of buffers, overlap (MEM-2), accumulation and workspace.
+    /// Numbers of buffers, what may be written (MEM-4), overlap (MEM-2), accumulation and workspace.
     fn check(&self, op: &Op, accumulate: bool, threads: usize) -> Result<(), KernelError> {
         let counts = (self.reads.len(), self.writes.len());
         if let Some(arity) = op.arity()
@@ -114,6 +114,9 @@ impl<'a> Args<'a> {
         }
         if accumulate && op.can_accumulate().is_none() && !matches!(op, Op::Custom(_)) {
             return Err(self.refused("accumulate", "an op that can accumulate", self.name));
+        }
+        if self.writes.iter().chain(&self.workspace).any(|write| !write.arena().is_writable()) {
+            return Err(self.refused("write", "memory that may be written", "a peer's, mapped to be read"));
         }
         for (i, write) in self.writes.iter().enumerate() {
             let clash = self.reads.iter().any(|read| write.overlaps(read) && !write.same_memory(read))

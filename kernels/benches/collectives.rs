@@ -1,0 +1,241 @@
+//! Speed of collectives between processes of one node. Starts as many processes of itself as a world has, and prints one
+//! line of JSON for each (collective, world, bytes).
+//!
+//! `cargo bench -p shardflow-kernels --bench collectives -- [--engine on-node] [--worlds 2,4] [--sizes 1024,4096]
+//! [--ops all_reduce,send]`
+//!
+//! `bytes`: of floats that a rank puts in (gets out, for `all_gather`). `us`: median. `busbw_GBps`: as nccl-tests count
+//! it, `algbw_GBps` times 2(n-1)/n for `all_reduce`, 1 for `send` (half a ping-pong), (n-1)/n for the others.
+
+use std::collections::BTreeMap;
+use std::os::fd::AsRawFd;
+use std::process::Command;
+use std::sync::Arc;
+use std::time::Instant;
+
+use shardflow_kernels::collective::board::Board;
+use shardflow_kernels::collective::in_process::InProcess;
+use shardflow_kernels::collective::on_node::OnNode;
+use shardflow_kernels::collective::{Collective, CollectiveCall, CollectiveKind, Group, ReduceOp};
+use shardflow_kernels::device::Device;
+use shardflow_kernels::memory::{Access, Arena, View};
+use shardflow_kernels::tensor::{DType, HostTensor, Region, split_range};
+
+const OPS: [&str; 5] = ["all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send"];
+
+/// Tells a process which rank it is and where its peers' memory is: `RANK PARENT BOARD,ARENA,ARENA..`.
+const PLACE: &str = "SHARDFLOW_BENCH_PLACE";
+
+type Error = Box<dyn std::error::Error>;
+
+struct Options {
+    engine: String,
+    worlds: Vec<usize>,
+    sizes: Vec<usize>,
+    ops: Vec<String>,
+}
+
+/// One process of a world.
+struct Rank {
+    rank: usize,
+    group: Arc<Group>,
+    engine: Box<dyn Collective>,
+    engine_name: String,
+    arena: Arena,
+    /// Where y lies.
+    y: usize,
+}
+
+fn options() -> Result<Options, Error> {
+    let mut options = Options {
+        engine: "on-node".to_owned(),
+        worlds: vec![2, 4],
+        sizes: (10..=26).step_by(2).map(|log| 1 << log).collect(),
+        ops: OPS.map(str::to_owned).to_vec(),
+    };
+    let mut args = std::env::args().skip(1).filter(|arg| arg != "--bench");
+    while let Some(flag) = args.next() {
+        let value = args.next().ok_or_else(|| format!("{flag} needs a value"))?;
+        let numbers = || value.split(',').map(str::parse).collect::<Result<Vec<usize>, _>>();
+        match flag.as_str() {
+            "--engine" => options.engine = value,
+            "--worlds" => options.worlds = numbers()?,
+            "--sizes" => options.sizes = numbers()?,
+            "--ops" => options.ops = value.split(',').map(str::to_owned).collect(),
+            _ => return Err(format!("unknown flag {flag}: there are --engine, --worlds, --sizes and --ops").into()),
+        }
+    }
+    Ok(options)
+}
+
+fn group(world: usize) -> Arc<Group> {
+    Arc::new(Group { id: 0, ranks: (0..world).collect() })
+}
+
+/// Starts a world and waits for its end.
+fn launch(options: &Options, world: usize) -> Result<(), Error> {
+    let size = options.sizes.iter().copied().max().unwrap_or(0);
+    let device = Device::cpu(0, 1, Arc::new(InProcess::new()));
+    let mut memory = vec![Board::create(&[group(world)])?];
+    for _ in 0..world {
+        memory.push(device.shared_arena(2 * size)?);
+    }
+    let files: Vec<String> =
+        memory.iter().filter_map(Arena::descriptor).map(|file| file.as_raw_fd().to_string()).collect();
+    let mut children = Vec::new();
+    for rank in 0..world {
+        let place = format!("{rank} {} {}", std::process::id(), files.join(","));
+        let command = Command::new(std::env::current_exe()?).args(std::env::args().skip(1)).env(PLACE, place).spawn();
+        children.push(command?);
+    }
+    for mut child in children {
+        let status = child.wait()?;
+        if !status.success() {
+            return Err(format!("a process of the world of {world} ended with {status}").into());
+        }
+    }
+    Ok(())
+}
+
+/// Another engine is made here, and needs nothing else in this file.
+fn join(options: &Options, place: &str) -> Result<Rank, Error> {
+    let [rank, parent, files] = place.split(' ').collect::<Vec<_>>()[..] else { return Err("a bad place".into()) };
+    let rank: usize = rank.parse()?;
+    let size = options.sizes.iter().copied().max().unwrap_or(0);
+    let map = |file: &str, bytes, access| -> Result<Arena, Error> {
+        // The parent has it open until we end.
+        let path = format!("/proc/{parent}/fd/{file}");
+        let file = std::fs::OpenOptions::new().read(true).write(true).open(path)?;
+        Ok(Arena::map_peer(file.into(), bytes, access)?)
+    };
+    let files: Vec<&str> = files.split(',').collect();
+    let group = group(files.len() - 1);
+    let mut arenas = BTreeMap::new();
+    for (i, file) in files[1..].iter().enumerate() {
+        let access = if i == rank { Access::ReadWrite } else { Access::Read };
+        arenas.insert(i, map(file, 2 * size, access)?);
+    }
+    let arena = arenas[&rank].clone();
+    let engine: Box<dyn Collective> = match options.engine.as_str() {
+        "on-node" => {
+            let board = map(files[0], Board::bytes(&[group.clone()]), Access::ReadWrite)?;
+            Box::new(OnNode::new(board, &[group.clone()], arenas)?)
+        }
+        other => return Err(format!("unknown engine {other}: there is on-node").into()),
+    };
+    Ok(Rank { rank, group, engine, engine_name: options.engine.clone(), arena, y: size })
+}
+
+impl Rank {
+    fn run(&self, kind: CollectiveKind, x: Option<(usize, usize)>, y: Option<(usize, usize)>) {
+        let call = CollectiveCall { group: self.group.clone(), member: self.rank, kind };
+        let shapes = [x, y].map(|buffer| [buffer.map_or(0, |(_, elements)| elements)]);
+        let view = |buffer: Option<(usize, usize)>, shape| {
+            buffer.map(|(offset, _)| View::new("bench", &self.arena, offset, shape, DType::F32).expect("inside"))
+        };
+        let (x, y) = (view(x, &shapes[0]), view(y, &shapes[1]));
+        self.engine.run(&call, x.as_slice(), y.as_slice()).expect("all members agree");
+    }
+
+    /// One call of a collective of `k` elements.
+    fn op(&self, op: &str, k: usize, parts: &[Region]) {
+        let (own, y) = (parts[self.rank].size[0], self.y);
+        match op {
+            "all_reduce" => self.run(CollectiveKind::AllReduce { op: ReduceOp::Sum }, Some((0, k)), Some((0, k))),
+            "all_gather" => self.run(CollectiveKind::AllGather { parts: parts.to_vec() }, Some((0, own)), Some((y, k))),
+            "reduce_scatter" => {
+                let kind = CollectiveKind::ReduceScatter { op: ReduceOp::Sum, parts: parts.to_vec() };
+                self.run(kind, Some((0, k)), Some((y, own)));
+            }
+            // Rank r has row r of a matrix of rows of k, and gets column block r of it.
+            "all_to_all" => {
+                let n = parts.len();
+                let row = |i| Region { start: vec![i, 0], size: vec![1, k] };
+                let column = |i: usize| Region { start: vec![0, parts[i].start[0]], size: vec![n, parts[i].size[0]] };
+                let (sources, targets) = ((0..n).map(row).collect(), (0..n).map(column).collect());
+                self.all_to_all(CollectiveKind::AllToAll { sources, targets }, k, own);
+            }
+            _ => {
+                let (send, receive) =
+                    (CollectiveKind::Send { to: 1 - self.rank }, CollectiveKind::Receive { from: 1 - self.rank });
+                if self.rank == 0 {
+                    self.run(send, Some((0, k)), None);
+                    self.run(receive, None, Some((y, k)));
+                } else {
+                    self.run(receive, None, Some((y, k)));
+                    self.run(send, Some((0, k)), None);
+                }
+            }
+        }
+    }
+
+    fn all_to_all(&self, kind: CollectiveKind, k: usize, own: usize) {
+        let call = CollectiveCall { group: self.group.clone(), member: self.rank, kind };
+        let (x, y) = ([1, k], [self.group.ranks.len(), own]);
+        let x = View::new("bench", &self.arena, 0, &x, DType::F32).expect("inside");
+        let y = View::new("bench", &self.arena, self.y, &y, DType::F32).expect("inside");
+        self.engine.run(&call, &[x], &[y]).expect("all members agree");
+    }
+
+    fn barrier(&self) {
+        self.run(CollectiveKind::AllReduce { op: ReduceOp::Sum }, Some((0, 0)), Some((0, 0)));
+    }
+
+    fn measure(&self, op: &str, bytes: usize) -> Result<(), Error> {
+        let n = self.group.ranks.len();
+        let k = bytes / 4 / n * n;
+        let part = |i| {
+            let range = split_range(k, n, i);
+            Region { start: vec![range.start], size: vec![range.len()] }
+        };
+        let parts: Vec<Region> = (0..n).map(part).collect();
+        self.arena.write_host(0, &HostTensor::f32(&[k], vec![1.0; k]))?;
+        (0..5).for_each(|_| self.op(op, k, &parts));
+        self.barrier();
+        let time = |_| {
+            let began = Instant::now();
+            self.op(op, k, &parts);
+            began.elapsed().as_secs_f64()
+        };
+        let mut times: Vec<f64> = (0..((1 << 27) / bytes.max(1)).clamp(12, 400)).map(time).collect();
+        self.barrier();
+        times.sort_by(f64::total_cmp);
+        let pair = if op == "send" { 2.0 } else { 1.0 };
+        let (median, p10) = (times[times.len() / 2] / pair, times[times.len() / 10] / pair);
+        let share = (n - 1) as f64 / n as f64;
+        let factor = if op == "all_reduce" {
+            2.0 * share
+        } else if op == "send" {
+            1.0
+        } else {
+            share
+        };
+        let bandwidth = bytes as f64 / median / 1e9;
+        if self.rank == 0 {
+            println!(
+                "{{\"bench\": \"collectives\", \"backend\": \"shardflow {}\", \"op\": \"{op}\", \"world\": {n}, \
+                 \"bytes\": {bytes}, \"us\": {:.2}, \"p10_us\": {:.2}, \"algbw_GBps\": {bandwidth:.4}, \
+                 \"busbw_GBps\": {:.4}}}",
+                self.engine_name,
+                median * 1e6,
+                p10 * 1e6,
+                bandwidth * factor
+            );
+        }
+        Ok(())
+    }
+}
+
+fn main() -> Result<(), Error> {
+    let options = options()?;
+    let Ok(place) = std::env::var(PLACE) else {
+        return options.worlds.iter().try_for_each(|&world| launch(&options, world));
+    };
+    let rank = join(&options, &place)?;
+    for &bytes in &options.sizes {
+        for op in options.ops.iter().filter(|op| op.as_str() != "send" || rank.group.ranks.len() == 2) {
+            rank.measure(op, bytes)?;
+        }
+    }
+    Ok(())
+}
