@@ -22,10 +22,10 @@ use crate::memory::Arena;
 /// Longest sleep without a look at whether to give up.
 pub(super) const TICK: Duration = Duration::from_millis(20);
 
-/// How long a member spins for the others before it sleeps, where every member of the group can have a core.
-const SPIN: Duration = Duration::from_micros(50);
+/// How long a member keeps its core while it looks for the others, where each can have a core.
+const SPIN: Duration = Duration::from_micros(5);
 
-/// The same where members share cores: each look then lets another thread run.
+/// How long it looks for them before it sleeps, letting other threads run between looks.
 const YIELD: Duration = Duration::from_micros(50);
 
 /// An x of at most so many bytes is copied to the board, so that its owner need not wait until others have read it.
@@ -161,18 +161,18 @@ impl Bell {
         if is_done() {
             return true;
         }
-        let (began, longest) = (Instant::now(), if crowded { YIELD } else { SPIN });
+        let (began, spin) = (Instant::now(), if crowded { Duration::ZERO } else { SPIN });
         loop {
-            if crowded {
+            let waited = began.elapsed();
+            if waited < spin {
+                (0..16).for_each(|_| std::hint::spin_loop());
+            } else if waited < YIELD {
                 std::thread::yield_now();
             } else {
-                (0..16).for_each(|_| std::hint::spin_loop());
+                return false;
             }
             if is_done() {
                 return true;
-            }
-            if began.elapsed() >= longest {
-                return false;
             }
         }
     }

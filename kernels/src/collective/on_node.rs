@@ -403,3 +403,6 @@ impl Collective for OnNode {
         self.received.get(&rank).map_or(0, |bytes| bytes.load(Ordering::Relaxed))
     }
 }
+
+#[cfg(test)]
+mod tests;

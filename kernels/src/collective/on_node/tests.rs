@@ -1,0 +1,145 @@
+//! What the board's readers do with what should not be there, and what an engine refuses.
+
+use std::sync::mpsc::{Receiver, channel};
+use std::thread;
+use std::time::Duration;
+
+use super::*;
+use crate::collective::ReduceOp;
+use crate::collective::in_process::InProcess;
+use crate::device::Device;
+use crate::memory::Access;
+use crate::tensor::{DType, HostTensor};
+
+const DEADLINE: Duration = Duration::from_secs(20);
+
+fn group(id: u32, ranks: &[usize]) -> Arc<Group> {
+    Arc::new(Group { id, ranks: ranks.to_vec() })
+}
+
+fn mapped(arena: &Arena, access: Access) -> Arena {
+    let file = arena.descriptor().unwrap().try_clone_to_owned().unwrap();
+    Arena::map_peer(file, arena.bytes(), access).unwrap()
+}
+
+fn arenas(n: usize, bytes: usize) -> BTreeMap<usize, Arena> {
+    let device = Device::cpu(0, 1, Arc::new(InProcess::new()));
+    (0..n).map(|rank| (rank, device.shared_arena(bytes).unwrap())).collect()
+}
+
+const SUM: CollectiveKind = CollectiveKind::AllReduce { op: ReduceOp::Sum };
+
+/// Member 0 of group 1 calls; the result comes over the channel.
+fn call(engine: &Arc<OnNode>, kind: CollectiveKind, elements: usize) -> Receiver<Result<(), KernelError>> {
+    let (sender, results) = channel();
+    let engine = engine.clone();
+    thread::spawn(move || {
+        let group = engine.groups[0].group.clone();
+        let arena = engine.arenas[&0].clone();
+        let shape = [elements];
+        let x = View::new("test", &arena, 0, &shape, DType::F32).unwrap();
+        let result = match &kind {
+            CollectiveKind::Receive { .. } => engine.run(&CollectiveCall { group, member: 0, kind }, &[], &[x]),
+            _ => engine.run(&CollectiveCall { group, member: 0, kind }, &[x], &[x]),
+        };
+        let _ = sender.send(result);
+    });
+    results
+}
+
+/// A peer that agrees with the call, but posts memory that is not in its arena, is refused.
+#[test]
+fn what_a_peer_posts_outside_its_memory_is_not_touched() {
+    // Too large to be copied, so that members read each other's arenas.
+    let elements = COPY_BYTES_MAX;
+    let bytes = elements * 4;
+    for (x, y) in [(4, 0), (0, 4), (u64::MAX, 0), (0, u64::MAX - 3), (1, 0), (u64::MAX / 2, 0), (bytes as u64, 0)] {
+        let groups = [group(1, &[0, 1])];
+        let engine = OnNode::new(Board::create(&groups).unwrap(), &groups, arenas(2, bytes)).unwrap();
+        let engine = Arc::new(engine);
+        let terms = CollectiveCall { group: groups[0].clone(), member: 0, kind: SUM };
+        let seat = engine.board.seat(0, 1);
+        let post = &seat.posts[1];
+        post.terms.store(digest(&Terms::of(&terms, &[elements], &[elements], DType::F32)), Ordering::Relaxed);
+        post.x.store(x, Ordering::Relaxed);
+        post.y.store(y, Ordering::Relaxed);
+        post.number.store(1, Ordering::Release);
+        engine.board.table(0).arrivals.value.fetch_add(1, Ordering::SeqCst);
+        let error = call(&engine, SUM, elements).recv_timeout(DEADLINE).unwrap().unwrap_err();
+        assert!(error.to_string().contains("member 1 calls 8192 elements at byte"), "{x} {y}: {error}");
+    }
+}
+
+#[test]
+fn what_a_peer_sends_from_outside_its_memory_is_not_touched() {
+    for x in [1, 4, 8, u64::MAX] {
+        let groups = [group(1, &[0, 1])];
+        let engine = OnNode::new(Board::create(&groups).unwrap(), &groups, arenas(2, 8)).unwrap();
+        let engine = Arc::new(engine);
+        let seat = engine.board.seat(0, 1);
+        seat.sent.terms.store(digest(&(DType::F32, &[2usize][..])), Ordering::Relaxed);
+        seat.sent.x.store(x, Ordering::Relaxed);
+        seat.offer.value.store(1, Ordering::SeqCst);
+        let error = call(&engine, CollectiveKind::Receive { from: 1 }, 2).recv_timeout(DEADLINE).unwrap().unwrap_err();
+        assert!(error.to_string().contains("2 elements at byte"), "{x}: {error}");
+    }
+}
+
+/// Whatever lies on the board, a call ends, at the latest by an abort.
+#[test]
+fn garbage_on_the_board_does_no_harm() {
+    let groups = [group(1, &[0, 1, 2])];
+    for seed in 0..40u64 {
+        let board = Board::create(&groups).unwrap();
+        let engine = OnNode::new(mapped(&board, Access::ReadWrite), &groups, arenas(3, 1 << 16)).unwrap();
+        let engine = Arc::new(engine);
+        let mut state = seed;
+        let mut word = || {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            // Small words, too: they pass for states and members.
+            if state >> 62 == 0 { (state >> 40) as i32 } else { (state >> 60 & 3) as i32 }
+        };
+        let words = board.bytes() / 4;
+        board.write_host(0, &HostTensor::i32(&[words], (0..words).map(|_| word()).collect())).unwrap();
+        for (kind, elements) in [(SUM, 10), (SUM, 1 << 14), (CollectiveKind::Receive { from: 2 }, 10)] {
+            let results = call(&engine, kind, elements);
+            let result = results.recv_timeout(Duration::from_millis(5)).or_else(|_| {
+                engine.abort("it waits");
+                results.recv_timeout(DEADLINE)
+            });
+            // Any end will do, even a sum of what the garbage seemed to post.
+            assert!(result.is_ok(), "seed {seed}: {result:?}");
+        }
+    }
+}
+
+#[test]
+fn what_does_not_belong_together_is_refused() {
+    let groups = [group(1, &[0, 1]), group(2, &[1, 2])];
+    let board = Board::create(&groups).unwrap();
+    let refused = |board: &Arena, groups: &[Arc<Group>], arenas| {
+        OnNode::new(mapped(board, Access::ReadWrite), groups, arenas).unwrap_err().to_string()
+    };
+    assert!(refused(&board, &groups, arenas(2, 8)).contains("none of rank 2"));
+    let same_id = [group(1, &[0, 1]), group(1, &[1, 2])];
+    assert!(refused(&Board::create(&same_id).unwrap(), &same_id, arenas(3, 8)).contains("1 ids of 2 groups"));
+    // The first process had these groups; the next has others.
+    let others = [group(1, &[0, 1]), group(2, &[0, 2])];
+    assert!(refused(&board, &others, arenas(3, 8)).contains("those of the other processes"));
+    assert!(refused(&board, &groups[..1], arenas(3, 8)).contains("bytes, shared"));
+    let read_only = OnNode::new(mapped(&board, Access::Read), &groups, arenas(3, 8)).unwrap_err();
+    assert!(read_only.to_string().contains("writable false"));
+
+    let engine = OnNode::new(board, &groups, arenas(3, 64)).unwrap();
+    let shape = [2];
+    let run = |group: Arc<Group>, arena: &Arena| {
+        let x = View::new("test", arena, 0, &shape, DType::F32).unwrap();
+        engine.run(&CollectiveCall { group, member: 0, kind: SUM }, &[x], &[x]).unwrap_err().to_string()
+    };
+    let own = engine.arenas[&0].clone();
+    assert!(run(group(3, &[0, 1]), &own).contains("one of this node's"));
+    assert!(run(group(1, &[0, 2]), &own).contains("one of this node's"));
+    // Another mapping of the same memory is not what the peers know; read-only ones cannot be written at all.
+    assert!(run(group(1, &[0, 1]), &mapped(&own, Access::ReadWrite)).contains("the shared arena of rank 0"));
+    assert!(run(group(2, &[1, 2]), &mapped(&own, Access::Read)).contains("memory that may be written"));
+}

@@ -1,0 +1,263 @@
+//! Collectives between real processes: this test binary starts itself again. Results have the bits of one process's,
+//! disagreement is told everywhere, and a member that is killed or frozen holds up nobody after an abort.
+
+use std::collections::BTreeMap;
+use std::io::{BufRead, BufReader, Write};
+use std::os::fd::AsRawFd;
+use std::process::{Child, ChildStdin, Command, Stdio};
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, channel};
+use std::thread;
+use std::time::Duration;
+
+use rustix::process::{Pid, Signal, kill_process};
+use shardflow_kernels::collective::board::Board;
+use shardflow_kernels::collective::in_process::InProcess;
+use shardflow_kernels::collective::on_node::OnNode;
+use shardflow_kernels::collective::{Collective, CollectiveCall, CollectiveKind, Group, ReduceOp};
+use shardflow_kernels::device::Device;
+use shardflow_kernels::error::KernelError;
+use shardflow_kernels::memory::{Access, Arena, View};
+use shardflow_kernels::tensor::{DType, HostTensor, Region, split_range};
+
+/// Tells a child what to do: `SCENARIO RANK PARENT BOARD,ARENA,ARENA..`, the last being descriptors of the parent.
+const PLACE: &str = "SHARDFLOW_TEST_PLACE";
+
+/// Longest wait for a child to do anything.
+const DEADLINE: Duration = Duration::from_secs(20);
+
+const ARENA_BYTES: usize = 8 << 20;
+
+/// More than any test lives to see.
+const ROUNDS_MAX: usize = 100_000_000;
+
+fn group(n: usize) -> Arc<Group> {
+    Arc::new(Group { id: 7, ranks: (0..n).collect() })
+}
+
+/// One collective of every member: kind, and the shapes of this member's x and y.
+type Step = (CollectiveKind, Vec<usize>, Vec<usize>);
+
+fn rows(shape: [usize; 2], n: usize, dim: usize) -> Vec<Region> {
+    let part = |i| {
+        let range = split_range(shape[dim], n, i);
+        let mut region = Region::whole(&shape);
+        (region.start[dim], region.size[dim]) = (range.start, range.len());
+        region
+    };
+    (0..n).map(part).collect()
+}
+
+/// Small and large, even and uneven.
+fn script(n: usize, member: usize) -> Vec<Step> {
+    let mut steps = Vec::new();
+    for shape in [[3, 5], [7, 33], [101, 203], [64, 1024]] {
+        let (rows, columns) = (rows(shape, n, 0), rows(shape, n, 1));
+        let (row, column) = (rows[member].size.clone(), columns[member].size.clone());
+        let whole = shape.to_vec();
+        for op in [ReduceOp::Sum, ReduceOp::Max] {
+            steps.push((CollectiveKind::AllReduce { op }, whole.clone(), whole.clone()));
+        }
+        let scatter = CollectiveKind::ReduceScatter { op: ReduceOp::Sum, parts: columns.clone() };
+        steps.push((scatter, whole.clone(), column.clone()));
+        steps.push((CollectiveKind::AllGather { parts: rows.clone() }, row.clone(), whole.clone()));
+        steps.push((CollectiveKind::AllToAll { sources: rows, targets: columns }, row, column));
+        steps.push((CollectiveKind::Broadcast { root: n - 1 }, whole.clone(), whole));
+    }
+    steps
+}
+
+/// Runs the script, x after y after x in the arena; returns how many bytes that takes.
+fn play(engine: &dyn Collective, arena: &Arena, n: usize, member: usize) -> Result<usize, KernelError> {
+    let mut end = 0;
+    for (kind, x_shape, y_shape) in script(n, member) {
+        let mut place = |shape: &[usize]| {
+            let offset = end;
+            end += shape.iter().product::<usize>() * 4;
+            offset
+        };
+        let (x, y) = (place(&x_shape), place(&y_shape));
+        let x = View::new("test", arena, x, &x_shape, DType::F32)?;
+        let y = View::new("test", arena, y, &y_shape, DType::F32)?;
+        engine.run(&CollectiveCall { group: group(n), member, kind }, &[x], &[y])?;
+    }
+    Ok(end)
+}
+
+fn sum(engine: &dyn Collective, arena: &Arena, n: usize, member: usize, op: ReduceOp) -> Result<(), KernelError> {
+    let x = View::new("test", arena, 0, &[10_000], DType::F32)?;
+    let call = CollectiveCall { group: group(n), member, kind: CollectiveKind::AllReduce { op } };
+    engine.run(&call, &[x], &[x])
+}
+
+fn join(rank: usize, parent: &str, files: &str) -> (OnNode, Arena, usize) {
+    let map = |file: &str, bytes, access| {
+        let path = format!("/proc/{parent}/fd/{file}");
+        let file = std::fs::OpenOptions::new().read(true).write(true).open(path).unwrap();
+        Arena::map_peer(file.into(), bytes, access).unwrap()
+    };
+    let files: Vec<&str> = files.split(',').collect();
+    let groups = [group(files.len() - 1)];
+    let board = map(files[0], Board::bytes(&groups), Access::ReadWrite);
+    let access = |i| if i == rank { Access::ReadWrite } else { Access::Read };
+    let arenas: BTreeMap<usize, Arena> =
+        files[1..].iter().enumerate().map(|(i, file)| (i, map(file, ARENA_BYTES, access(i)))).collect();
+    let arena = arenas[&rank].clone();
+    (OnNode::new(board, &groups, arenas).unwrap(), arena, groups[0].ranks.len())
+}
+
+/// What a child process does; in the parent, nothing. A line on standard input makes it abort, and so does its end: no
+/// child outlives the parent.
+#[test]
+fn child() {
+    let Ok(place) = std::env::var(PLACE) else { return };
+    let [scenario, rank, parent, files] = place.split(' ').collect::<Vec<_>>()[..] else { panic!("{place}") };
+    let rank: usize = rank.parse().unwrap();
+    let (engine, arena, n) = join(rank, parent, files);
+    let engine = Arc::new(engine);
+    let aborts = engine.clone();
+    thread::spawn(move || {
+        let mut line = String::new();
+        let _ = std::io::stdin().read_line(&mut line);
+        aborts.abort(if line.is_empty() { "the parent is gone" } else { line.trim() });
+    });
+    let result = match scenario {
+        "play" => play(&*engine, &arena, n, rank).map(drop),
+        "odd" => sum(&*engine, &arena, n, rank, if rank == 1 { ReduceOp::Max } else { ReduceOp::Sum }),
+        _ => (0..ROUNDS_MAX).try_for_each(|round| {
+            if round == 20 {
+                println!("\n> begun");
+            }
+            sum(&*engine, &arena, n, rank, ReduceOp::Sum)
+        }),
+    };
+    println!("\n> {}", result.map_or_else(|error| error.to_string(), |()| "done".to_owned()));
+}
+
+/// A child, and the lines behind `> ` that it prints.
+struct Process {
+    child: Child,
+    stdin: Option<ChildStdin>,
+    lines: Receiver<String>,
+}
+
+impl Process {
+    fn line(&self) -> String {
+        self.lines.recv_timeout(DEADLINE).unwrap_or_else(|error| error.to_string())
+    }
+
+    fn signal(&self, signal: Signal) {
+        kill_process(Pid::from_child(&self.child), signal).unwrap();
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// Memory of `n` ranks, filled with numbers of both signs and many sizes.
+fn memory(n: usize) -> Vec<Arena> {
+    let device = Device::cpu(0, 1, Arc::new(InProcess::new()));
+    let fill = |rank| {
+        let arena = device.shared_arena(ARENA_BYTES).unwrap();
+        let elements = ARENA_BYTES / 4;
+        let mut state = 1 + rank as u64;
+        let mut next = || {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            let unit = (state >> 40) as f32 / (1u64 << 23) as f32 - 1.0;
+            unit * (1 << (state >> 33 & 15)) as f32
+        };
+        arena.write_host(0, &HostTensor::f32(&[elements], (0..elements).map(|_| next()).collect())).unwrap();
+        arena
+    };
+    (0..n).map(fill).collect()
+}
+
+fn start(scenario: &str, board: &Arena, arenas: &[Arena]) -> Vec<Process> {
+    let number = |arena: &Arena| arena.descriptor().unwrap().as_raw_fd().to_string();
+    let files: Vec<String> = std::iter::once(board).chain(arenas).map(number).collect();
+    let one = |rank: usize| {
+        let mut child = Command::new(std::env::current_exe().unwrap())
+            .args(["child", "--exact", "--nocapture"])
+            .env(PLACE, format!("{scenario} {rank} {} {}", std::process::id(), files.join(",")))
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let (sender, lines) = channel();
+        let output = BufReader::new(child.stdout.take().unwrap());
+        thread::spawn(move || {
+            for line in output.lines().map_while(Result::ok) {
+                if let Some(line) = line.strip_prefix("> ") {
+                    let _ = sender.send(line.to_owned());
+                }
+            }
+        });
+        Process { stdin: child.stdin.take(), child, lines }
+    };
+    (0..arenas.len()).map(one).collect()
+}
+
+fn board(n: usize) -> Arena {
+    Board::create(&[group(n)]).unwrap()
+}
+
+#[test]
+fn processes_get_the_bits_of_one_process() {
+    for n in [2, 4] {
+        let (arenas, expected) = (memory(n), memory(n));
+        let engine = &InProcess::new();
+        let ends: Vec<usize> = thread::scope(|scope| {
+            let play = |(member, arena)| scope.spawn(move || play(engine, arena, n, member).unwrap());
+            let members: Vec<_> = expected.iter().enumerate().map(play).collect();
+            members.into_iter().map(|member| member.join().unwrap()).collect()
+        });
+        let board = board(n);
+        let processes = start("play", &board, &arenas);
+        for (rank, process) in processes.iter().enumerate() {
+            assert_eq!(process.line(), "done", "rank {rank} of {n}");
+        }
+        for rank in 0..n {
+            let end = ends[rank] / 4;
+            assert!(end * 4 < ARENA_BYTES);
+            // As integers: bits are compared, those of NaN too.
+            let bits = |arena: &Arena| arena.read_host(0, &[end], DType::I32).unwrap();
+            let (got, expected) = (bits(&arenas[rank]), bits(&expected[rank]));
+            let (got, expected) = (got.as_i32().unwrap(), expected.as_i32().unwrap());
+            assert_eq!(got.iter().zip(expected).position(|(a, b)| a != b), None, "rank {rank} of {n}");
+        }
+    }
+}
+
+#[test]
+fn a_disagreement_is_told_to_all_processes() {
+    for n in [3, 4] {
+        let (board, arenas) = (board(n), memory(n));
+        for (rank, process) in start("odd", &board, &arenas).iter().enumerate() {
+            let line = process.line();
+            let told = "collective mismatch in group 7: member 1 calls AllReduce { op: Max }";
+            assert!(line.starts_with(told) && line.contains("others call AllReduce { op: Sum }"), "{rank}: {line}");
+        }
+    }
+}
+
+/// One member is killed, or frozen, in the middle; one other learns of it and aborts; that ends all.
+#[test]
+fn an_abort_ends_all_who_wait_for_a_lost_member() {
+    for (n, signal) in [(2, Signal::KILL), (4, Signal::KILL), (4, Signal::STOP)] {
+        let (board, arenas) = (board(n), memory(n));
+        let mut processes = start("forever", &board, &arenas);
+        for process in &processes {
+            assert_eq!(process.line(), "begun");
+        }
+        let lost = processes.remove(n / 2);
+        lost.signal(signal);
+        writeln!(processes[0].stdin.as_mut().unwrap(), "rank {} is lost", n / 2).unwrap();
+        for process in &processes {
+            assert_eq!(process.line(), format!("aborted: rank {} is lost", n / 2));
+        }
+    }
+}
