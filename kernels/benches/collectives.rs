@@ -1,21 +1,26 @@
 //! Speed of collectives between processes of one node. Starts as many processes of itself as a world has, and prints one
 //! line of JSON for each (collective, world, bytes).
 //!
-//! `cargo bench -p shardflow-kernels --bench collectives -- [--engine on-node] [--worlds 2,4] [--sizes 1024,4096]
+//! `cargo bench -p shardflow-kernels --bench collectives -- [--engine on-node|unix|tcp] [--worlds 2,4] [--sizes 1024,4096]
 //! [--ops all_reduce,send]`
 //!
 //! `bytes`: of floats that a rank puts in (gets out, for `all_gather`). `us`: median. `busbw_GBps`: as nccl-tests count
 //! it, `algbw_GBps` times 2(n-1)/n for `all_reduce`, 1 for `send` (half a ping-pong), (n-1)/n for the others.
 
 use std::collections::BTreeMap;
+use std::io::{Read, Write};
+use std::net::{TcpListener, TcpStream};
 use std::os::fd::AsRawFd;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::Path;
 use std::process::Command;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use shardflow_kernels::collective::board::Board;
 use shardflow_kernels::collective::in_process::InProcess;
 use shardflow_kernels::collective::on_node::OnNode;
+use shardflow_kernels::collective::wire::{Channel, ChannelKey, Wire};
 use shardflow_kernels::collective::{Collective, CollectiveCall, CollectiveKind, Group, ReduceOp};
 use shardflow_kernels::device::Device;
 use shardflow_kernels::memory::{Access, Arena, View};
@@ -94,6 +99,8 @@ fn launch(options: &Options, world: usize) -> Result<(), Error> {
             return Err(format!("a process of the world of {world} ended with {status}").into());
         }
     }
+    // Only the engines over sockets leave a folder.
+    let _ = std::fs::remove_dir(std::env::temp_dir().join(format!("shardflow-bench-{}-{world}", std::process::id())));
     Ok(())
 }
 
@@ -121,9 +128,47 @@ fn join(options: &Options, place: &str) -> Result<Rank, Error> {
             let board = map(files[0], Board::bytes(&[group.clone()]), Access::ReadWrite)?;
             Box::new(OnNode::new(board, &[group.clone()], arenas)?)
         }
-        other => return Err(format!("unknown engine {other}: there is on-node").into()),
+        engine @ ("unix" | "tcp") => {
+            let folder = std::env::temp_dir().join(format!("shardflow-bench-{parent}-{}", group.ranks.len()));
+            let channels = connect(&folder, rank, group.ranks.len(), engine == "tcp")?;
+            Box::new(Wire::new(channels, Duration::from_secs(60)))
+        }
+        other => return Err(format!("unknown engine {other}: there are on-node, unix and tcp").into()),
     };
     Ok(Rank { rank, group, engine, engine_name: options.engine.clone(), arena, y: size })
+}
+
+/// Connects every two ranks by sockets in `folder`, over which they agree on a TCP connection if that is wanted.
+fn connect(folder: &Path, rank: usize, world: usize, tcp: bool) -> Result<BTreeMap<ChannelKey, Channel>, Error> {
+    std::fs::create_dir_all(folder)?;
+    let listener = UnixListener::bind(folder.join(rank.to_string()))?;
+    let mut channels = BTreeMap::new();
+    for peer in 0..rank {
+        let began = Instant::now();
+        let mut stream = loop {
+            match UnixStream::connect(folder.join(peer.to_string())) {
+                Ok(stream) => break stream,
+                Err(error) if began.elapsed() > Duration::from_secs(10) => return Err(error.into()),
+                Err(_) => std::thread::yield_now(),
+            }
+        };
+        stream.write_all(&[rank as u8])?;
+        let mut port = [0; 2];
+        stream.read_exact(&mut port)?;
+        let tcp = tcp.then(|| TcpStream::connect(("127.0.0.1", u16::from_le_bytes(port)))).transpose()?;
+        channels.insert((0, rank, peer), tcp.map_or_else(|| stream.into(), Channel::from));
+    }
+    for _ in rank + 1..world {
+        let (mut stream, _) = listener.accept()?;
+        let mut peer = [0];
+        stream.read_exact(&mut peer)?;
+        let socket = TcpListener::bind("127.0.0.1:0")?;
+        stream.write_all(&socket.local_addr()?.port().to_le_bytes())?;
+        let tcp = tcp.then(|| socket.accept()).transpose()?;
+        channels.insert((0, rank, peer[0].into()), tcp.map_or_else(|| stream.into(), |(tcp, _)| tcp.into()));
+    }
+    std::fs::remove_file(folder.join(rank.to_string()))?;
+    Ok(channels)
 }
 
 impl Rank {

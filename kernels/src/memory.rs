@@ -386,6 +386,9 @@ impl<'a> View<'a> {
             return Err(KernelError::arguments(op, "buffers", "at most one on a side", got));
         }
         let (x, y) = (reads.first(), writes.first());
+        if y.is_some_and(|y| !y.arena.is_writable()) {
+            return Err(KernelError::arguments(op, "y", "memory that may be written", "a peer's, mapped to be read"));
+        }
         let in_place = x.zip(y).is_some_and(|(x, y)| x.same_memory(y));
         if !in_place && x.zip(y).is_some_and(|(x, y)| x.overlaps(y)) {
             return Err(KernelError::arguments(op, "buffers", "no overlap of x and y", "an overlap"));

@@ -375,7 +375,7 @@ pub(crate) fn exchange(met: &Met<'_>, barrier: &dyn Fn() -> Result<(), KernelErr
     Ok(foreign)
 }
 
-fn all_reduce_foreign(elements: usize, members: usize, member: usize) -> usize {
+pub(crate) fn all_reduce_foreign(elements: usize, members: usize, member: usize) -> usize {
     let own = split_range(elements, members, member).len();
     (members - 1) * own + (elements - own)
 }

@@ -20,12 +20,12 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
-use crate::collective::exchange::check_buffers;
+use crate::collective::exchange::{Terms, all_reduce_foreign, check_buffers, check_members};
 use crate::collective::{Collective, CollectiveCall, CollectiveKind, Group};
 use crate::error::KernelError;
 use crate::memory::{View, Words};
 use crate::region::Runs;
-use crate::tensor::{Region, split_range};
+use crate::tensor::{DType, Region};
 
 mod channel;
 mod flow;
@@ -174,7 +174,6 @@ impl Member {
         let all = words.y.len();
         match &call.kind {
             CollectiveKind::AllReduce { op } => {
-                let own = split_range(all, n, member).len();
                 if n * size_of_val(words.y) <= tree_bytes_max {
                     tree::all_reduce(port, words, scratch, *op)?;
                 } else if n > 1 {
@@ -182,7 +181,7 @@ impl Member {
                 } else if let (Some(x), y) = words.split() {
                     y.copy_from_slice(x);
                 }
-                Ok((n - 1) * own + all - own)
+                Ok(all_reduce_foreign(all, n, member))
             }
             CollectiveKind::ReduceScatter { parts, .. } if n == 1 => {
                 let (x, y) = words.split();
@@ -218,14 +217,10 @@ impl Member {
 
 impl Collective for Wire {
     fn run(&self, call: &CollectiveCall, reads: &[View<'_>], writes: &[View<'_>]) -> Result<(), KernelError> {
-        let members = call.group.ranks.len();
-        let peer = match call.kind {
-            CollectiveKind::Send { to: peer } | CollectiveKind::Receive { from: peer } => Some(peer),
-            _ => None,
-        };
-        if call.member >= members || peer.is_some_and(|peer| peer >= members || peer == call.member) {
-            let got = format!("member {}, peer {peer:?}", call.member);
-            return Err(KernelError::arguments(call.name(), "member", format!("two below {members}"), got));
+        let peer = check_members(call)?;
+        if peer == Some(call.member) {
+            let got = format!("member {}", call.member);
+            return Err(KernelError::arguments(call.name(), "other side", "another member", got));
         }
         let (member, stop) = self.member(call)?;
         let mut member = lock(&member);
@@ -272,27 +267,20 @@ impl Collective for Wire {
     }
 }
 
-/// What all who take part in a call must agree on, as a hash and as text. What regions tell is left to them.
-fn agreement(call: &CollectiveCall, reads: &[View<'_>], writes: &[View<'_>]) -> (u64, String) {
-    let view = match call.kind {
-        CollectiveKind::AllGather { .. } | CollectiveKind::Receive { .. } => writes.first(),
-        _ => reads.first(),
-    };
-    let shape = view.map(|view| view.shape());
-    let dtype = view.map(|view| view.dtype());
-    let shown = match call.kind {
-        CollectiveKind::AllToAll { .. } => None,
-        _ => shape,
-    };
+/// What all who take part in a call must agree on, as a hash and as text. Buffers need not fit.
+fn agreement<'a>(call: &CollectiveCall, reads: &[View<'a>], writes: &[View<'a>]) -> (u64, String) {
+    let shape = |view: Option<&View<'a>>| view.map_or(&[][..], |view| view.shape());
+    let view = reads.iter().chain(writes).next();
+    let dtype = view.map_or(DType::F32, |view| view.dtype());
     let mut hash = Fnv::default();
-    (&call.group.ranks, dtype, shown).hash(&mut hash);
-    let ranks = |from: usize, to: usize| (call.group.ranks[from], call.group.ranks[to]);
+    let transfer = |from: usize, to: usize| ("transfer", from, to, dtype, view.map(|view| view.shape()));
     match &call.kind {
-        // The two sides of a transfer.
-        CollectiveKind::Send { to } => ("transfer", ranks(call.member, *to)).hash(&mut hash),
-        CollectiveKind::Receive { from } => ("transfer", ranks(*from, call.member)).hash(&mut hash),
-        kind => kind.hash(&mut hash),
+        // The two sides agree on the one thing that both see.
+        CollectiveKind::Send { to } => transfer(call.member, *to).hash(&mut hash),
+        CollectiveKind::Receive { from } => transfer(*from, call.member).hash(&mut hash),
+        _ => Terms::of(call, shape(reads.first()), shape(writes.first()), dtype).hash(&mut hash),
     }
+    call.group.ranks.hash(&mut hash);
     let detail = match &call.kind {
         CollectiveKind::AllReduce { op } | CollectiveKind::ReduceScatter { op, .. } => format!(" {op:?}"),
         CollectiveKind::Broadcast { root } => format!(" from member {root}"),
@@ -300,9 +288,8 @@ fn agreement(call: &CollectiveCall, reads: &[View<'_>], writes: &[View<'_>]) -> 
         CollectiveKind::Receive { from } => format!(" from member {from}"),
         _ => String::new(),
     };
-    let dtype = dtype.map_or("nothing".to_owned(), |dtype| format!("{dtype:?}"));
-    let shown = shown.map_or(String::new(), |shape| format!(" {shape:?}"));
-    (hash.finish(), format!("{}{detail} of {dtype}{shown}", call.name()))
+    let shown = shape(view);
+    (hash.finish(), format!("{}{detail} of {dtype:?} {shown:?}", call.name()))
 }
 
 /// FNV-1a: the same in every process, as the standard library's hasher promises not to be.

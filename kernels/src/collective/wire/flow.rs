@@ -1,6 +1,6 @@
 //! A pipeline of pieces: some go out to one peer while others come in from one, are combined with what the member has,
-//! and go on. Rings and pairwise exchanges are lists of pieces. Imports `port`, `collective`, `memory`, `region`,
-//! `error`.
+//! and go on. Rings and pairwise exchanges are lists of pieces. Imports `port`, `collective`, `exchange`,
+//! `memory`, `region`, `error`.
 //!
 //! - FLOW-1: pieces go out in order and come in in order; out piece t that passes on what in piece t-1 brought goes as
 //!   far as that has come.
@@ -12,6 +12,7 @@ use std::ops::Range;
 
 use super::port::Port;
 use crate::collective::ReduceOp;
+use crate::collective::exchange::{combine_into, combine_onto, combine_two};
 use crate::error::KernelError;
 use crate::memory::Words;
 use crate::region::Runs;
@@ -94,24 +95,6 @@ struct Place {
     bytes: usize,
     /// Words of it that can be passed on.
     words: usize,
-}
-
-/// `sum[i] = op(sum[i], x[i])`, in this order.
-pub(super) fn combine(op: ReduceOp, sum: &mut [f32], x: &[f32]) {
-    match op {
-        ReduceOp::Sum => sum.iter_mut().zip(x).for_each(|(a, b)| *a += b),
-        ReduceOp::Max => sum.iter_mut().zip(x).for_each(|(a, b)| *a = a.max(*b)),
-    }
-}
-
-/// `y[i] = op(sum[i], x[i])`, in this order; x is y when there is none.
-fn combine_into(op: ReduceOp, sum: &[f32], x: Option<&[f32]>, y: &mut [f32]) {
-    match (op, x) {
-        (ReduceOp::Sum, None) => y.iter_mut().zip(sum).for_each(|(y, a)| *y = a + *y),
-        (ReduceOp::Max, None) => y.iter_mut().zip(sum).for_each(|(y, a)| *y = a.max(*y)),
-        (ReduceOp::Sum, Some(x)) => y.iter_mut().zip(sum.iter().zip(x)).for_each(|(y, (a, b))| *y = a + b),
-        (ReduceOp::Max, Some(x)) => y.iter_mut().zip(sum.iter().zip(x)).for_each(|(y, (a, b))| *y = a.max(*b)),
-    }
 }
 
 impl Flow {
@@ -254,12 +237,18 @@ impl Run<'_> {
             Target::Y(_) => {}
             Target::Combine(part) => {
                 let x = words.x();
-                flow.for_each(part, come, |place, at, len| combine(op, &mut here[at..][..len], &x[place..][..len]));
+                flow.for_each(part, come, |place, at, len| {
+                    combine_into(op, &mut here[at..][..len], &x[place..][..len])
+                });
             }
             Target::Finish(part, start) => flow.for_each(part, come, |place, at, len| {
                 let (x, y) = words.split();
-                let x = x.map(|x| &x[place..][..len]);
-                combine_into(op, &here[at..][..len], x, &mut y[start + at..][..len]);
+                let (sum, y) = (&here[at..][..len], &mut y[start + at..][..len]);
+                match x {
+                    Some(x) => combine_two(op, sum, &x[place..][..len], y),
+                    // In place, y is still what x was.
+                    None => combine_onto(op, sum, y),
+                }
             }),
             Target::Unpack(part) => flow.for_each(part, come, |place, at, len| {
                 words.y[place..][..len].copy_from_slice(&here[at..][..len]);

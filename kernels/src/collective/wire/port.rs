@@ -20,8 +20,9 @@ const TICK: Duration = Duration::from_millis(50);
 /// How long nothing moves before a member tells the others what it waits in.
 const QUIET: Duration = Duration::from_millis(200);
 
-/// How long a failed member waits for others to say why: the one whose link broke is often not the first cause.
-const LAST_WORDS: Duration = Duration::from_millis(100);
+/// How long a member whose link broke waits for others to say why, since it is often not the first to know. Longer than
+/// those take who wait elsewhere, and look round only after [`QUIET`].
+const LAST_WORDS: Duration = Duration::from_millis(500);
 
 /// Why a group works no more; set once.
 #[derive(Debug, Default)]

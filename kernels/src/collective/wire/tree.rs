@@ -2,9 +2,10 @@
 //! zero bits, or its lowest one bit (members counted from the root). Imports `port`, `flow`, `collective`, `memory`,
 //! `tensor`, `error`.
 
-use super::flow::{PIECE_WORDS, combine};
+use super::flow::PIECE_WORDS;
 use super::port::Port;
 use crate::collective::ReduceOp;
+use crate::collective::exchange::{combine_into, combine_two};
 use crate::error::KernelError;
 use crate::memory::Words;
 use crate::tensor::split_range;
@@ -91,8 +92,12 @@ fn combine_blocks(op: ReduceOp, blocks: &[f32], n: usize, y: &mut [f32]) {
         let chunk = split_range(len, n, owner);
         let of = |member: usize| &blocks[member % n * len..][chunk.clone()];
         let sum = &mut y[chunk.clone()];
-        sum.copy_from_slice(of(owner + 1));
-        (2..=n).for_each(|i| combine(op, sum, of(owner + i)));
+        if n == 1 {
+            sum.copy_from_slice(of(0));
+            continue;
+        }
+        combine_two(op, of(owner + 1), of(owner + 2), sum);
+        (3..=n).for_each(|i| combine_into(op, sum, of(owner + i)));
     }
 }
 
