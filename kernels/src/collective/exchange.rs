@@ -15,12 +15,9 @@ use crate::tensor::{DType, Region, split_range};
 /// Elements that a reduction holds in L1 at once.
 const BLOCK: usize = 1024;
 
-/// A result of at least so many elements is written past the caches, which it would not fit in: measured, from 4 MiB on
-/// that takes half the time.
-const STREAM_ELEMENTS_MIN: usize = 1 << 20;
-
-/// The same for all-reduces, whose y is read by all before it is whole: at 4 MiB it is faster to leave it there.
-const STREAM_ALL_REDUCE_MIN: usize = 1 << 21;
+/// A result of at least so many elements is written past the caches, which it would not fit in. Measured with 2 and 4
+/// processes: from 8 MiB on that takes 0.3 to 0.9 of the time; at 4 MiB it depends on the number of processes.
+const STREAM_ELEMENTS_MIN: usize = 1 << 21;
 
 /// Shorter runs of one are copied in the usual way.
 const STREAM_RUN_MIN: usize = 256;
@@ -401,7 +398,7 @@ pub(crate) fn exchange(met: &Met<'_>, barrier: &dyn Fn() -> Result<(), KernelErr
             // (they read their chunks of it).
             unsafe { reduce(*op, met.xs, member, (own.start, own.len()), y, own.start) };
             barrier()?;
-            let large = y.elements >= STREAM_ALL_REDUCE_MIN;
+            let large = y.elements >= STREAM_ELEMENTS_MIN;
             for (other, theirs) in met.ys.iter().enumerate().filter(|(other, _)| *other != member) {
                 let chunk = split_range(y.elements, members, other);
                 // SAFETY: chunk `other` of its owner was written before the barrier and is only read from then on;
