@@ -125,8 +125,8 @@ fn join(options: &Options, place: &str) -> Result<Rank, Error> {
     let arena = arenas[&rank].clone();
     let engine: Box<dyn Collective> = match options.engine.as_str() {
         "on-node" => {
-            let board = map(files[0], Board::bytes(&[group.clone()]), Access::ReadWrite)?;
-            Box::new(OnNode::new(board, &[group.clone()], arenas)?)
+            let board = map(files[0], Board::bytes(std::slice::from_ref(&group)), Access::ReadWrite)?;
+            Box::new(OnNode::new(board, std::slice::from_ref(&group), arenas)?)
         }
         engine @ ("unix" | "tcp") => {
             let folder = std::env::temp_dir().join(format!("shardflow-bench-{parent}-{}", group.ranks.len()));
