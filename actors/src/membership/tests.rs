@@ -1,7 +1,7 @@
 //! Memberships of several processes in one, over socket pairs and loopback. Real processes: `tests/membership_processes.rs`.
 
 use std::io::{Read, Write};
-use std::net::Ipv4Addr;
+use std::net::{Ipv4Addr, Shutdown};
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
@@ -147,6 +147,8 @@ fn who_leaves_in_order_is_not_lost() {
         // Longer than the deadline: its silence, too, is no failure; nor is a suspicion that comes late.
         member.suspect(2, "connection reset");
         assert!(member.notices().recv_timeout(ms(1700)).is_err());
+        let status = member.peers().into_iter().find(|p| p.process == 2).expect("listed");
+        assert_eq!((status.left, status.health), (true, None));
     }
     members[0].tell(1, 2, b"on".to_vec()).expect("the others go on");
     assert_eq!(told(&members[1]), (0, 2, b"on".to_vec()));
@@ -275,7 +277,7 @@ fn messages_that_nobody_takes_end_the_session() {
     assert_eq!((first.process, first.exit), (0, 70));
 }
 
-/// Hands bytes on between two streams until `cut`, then takes no more and closes nothing: what a frozen peer looks like.
+/// Hands bytes on between two streams, but while `cut` it takes none and closes nothing: a frozen peer, or a cut cable.
 fn proxy(cut: Arc<AtomicBool>) -> (UnixStream, UnixStream) {
     let (a, inner_a) = UnixStream::pair().expect("a pair");
     let (inner_b, b) = UnixStream::pair().expect("a pair");
@@ -284,29 +286,78 @@ fn proxy(cut: Arc<AtomicBool>) -> (UnixStream, UnixStream) {
         let cut = cut.clone();
         thread::spawn(move || {
             let mut bytes = [0; 4096];
-            while !cut.load(Ordering::Relaxed) {
-                match from.read(&mut bytes) {
-                    Ok(read) if read > 0 => to.write_all(&bytes[..read]).expect("both ends live"),
-                    _ => return,
+            while let Ok(read @ 1..) = from.read(&mut bytes) {
+                while cut.load(Ordering::Relaxed) {
+                    thread::park_timeout(ms(10));
+                }
+                if to.write_all(&bytes[..read]).is_err() {
+                    break;
                 }
             }
-            // Holds both streams open until the process ends.
-            loop {
-                thread::park();
-            }
+            // As a peer's end does.
+            let _ = to.shutdown(Shutdown::Both);
         });
     }
     (a, b)
 }
 
-#[test]
-fn a_peer_that_does_not_read_costs_a_window_and_no_more() {
-    let mut configs = configs(11, 2);
+/// Hands datagrams on, but drops them while `cut`.
+fn relay(cut: Arc<AtomicBool>, to: SocketAddr) -> SocketAddr {
+    let socket = bind(IpAddr::V4(Ipv4Addr::LOCALHOST)).expect("loopback");
+    let address = socket.local_addr().expect("bound");
+    thread::spawn(move || {
+        let mut bytes = [0; 256];
+        while let Ok((length, _)) = socket.recv_from(&mut bytes) {
+            if !cut.load(Ordering::Relaxed) {
+                // The receiver may have ended.
+                let _ = socket.send_to(&bytes[..length], to);
+            }
+        }
+    });
+    address
+}
+
+/// Two processes whose network can be cut.
+fn with_network(test: u8, deadline: Duration) -> (Vec<Membership>, Arc<AtomicBool>) {
+    let mut configs = configs(test, 2);
     let cut = Arc::new(AtomicBool::new(false));
     let (a, b) = proxy(cut.clone());
-    configs[0].links.insert(1, a.into());
-    configs[1].links.insert(0, b.into());
-    let mut members = start(configs);
+    for (config, link) in configs.iter_mut().zip([a, b]) {
+        let peer = 1 - config.process;
+        config.links.insert(peer, link.into());
+        let address = relay(cut.clone(), config.addresses[&peer]);
+        config.addresses.insert(peer, address);
+        (config.every, config.deadline) = (ms(50), deadline);
+    }
+    (start(configs), cut)
+}
+
+#[test]
+fn a_flap_shorter_than_the_deadline_is_no_failure() {
+    let (members, cut) = with_network(18, ms(4000));
+    cut.store(true, Ordering::Relaxed);
+    members[0].tell(1, 1, b"through the cut".to_vec()).expect("open");
+    assert!(members[1].notices().recv_timeout(ms(3000)).is_err());
+    cut.store(false, Ordering::Relaxed);
+    assert_eq!(told(&members[1]), (0, 1, b"through the cut".to_vec()));
+    leave(members);
+}
+
+#[test]
+fn a_partition_ends_both_sides() {
+    let (members, cut) = with_network(19, ms(1000));
+    cut.store(true, Ordering::Relaxed);
+    for (own, member) in members.iter().enumerate() {
+        // Neither can hear of the other's view.
+        let first = ended(member);
+        assert_eq!((first.process, first.exit), (1 - own as u32, 69));
+        assert!(first.cause.contains("no heartbeat for 1."), "{first}");
+    }
+}
+
+#[test]
+fn a_peer_that_does_not_read_costs_a_window_and_no_more() {
+    let (mut members, cut) = with_network(11, SOON);
     cut.store(true, Ordering::Relaxed);
     let (mut sent, mut refused) = (0u64, 0);
     for _ in 0..100_000 {
