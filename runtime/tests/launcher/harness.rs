@@ -73,7 +73,9 @@ impl Job {
     }
 
     fn command(&self, program: &str) -> Command {
-        let mut command = Command::new(program);
+        // What runs the tests may ignore signals, as shells do for what they start in the background.
+        let mut command = Command::new("env");
+        command.args(["--default-signal=HUP,INT,QUIT,TERM", program]);
         command.current_dir(self.folder()).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         command.env("READY", self.folder().join("ready")).env("WAIT", self.folder().join("wait"));
         command.env_remove("SHARDFLOW_SECRET").env_remove("SHARDFLOW_SECRET_FILE");

@@ -238,3 +238,35 @@ proptest! {
         }
     }
 }
+
+/// What Slurm 22.05 set, on two nodes: in the script of `sbatch`, and in the last task of `srun -n 3` there.
+#[test]
+fn what_slurm_really_sets() {
+    let job = "SLURM_JOB_ID=1 SLURM_JOBID=1 SLURM_NNODES=2 SLURM_JOB_NODELIST=n[01-02] SLURM_NODELIST=n[01-02] \
+         SLURM_NTASKS_PER_NODE=2 SLURM_CPUS_ON_NODE=2 SLURM_JOB_CPUS_PER_NODE=2(x2)";
+    let script =
+        "SLURM_NTASKS=4 SLURM_NPROCS=4 SLURM_TASKS_PER_NODE=2(x2) SLURM_PROCID=0 SLURM_LOCALID=0 SLURM_NODEID=0";
+    assert_eq!(detect(&vars(&format!("{job} {script}"))).unwrap(), Launch::Local);
+    let task = "SLURM_NTASKS=3 SLURM_NPROCS=3 SLURM_STEP_NUM_TASKS=3 SLURM_TASKS_PER_NODE=2,1 SLURM_PROCID=2 \
+         SLURM_STEP_TASKS_PER_NODE=2,1 SLURM_STEP_NODELIST=n[01-02] SLURM_STEP_NUM_NODES=2 SLURM_STEP_ID=1 \
+         SLURM_STEPID=1 SLURM_LOCALID=0 SLURM_NODEID=1";
+    let summary = summary(&format!("{job} {task}"));
+    assert!(summary.starts_with("2/3 0/1 Some(1) tcp://n01:2") && summary.ends_with(" 0 1.1"), "{summary}");
+}
+
+#[test]
+fn half_of_slurm_is_refused_or_local() {
+    for gone in SLURM.split_whitespace() {
+        let name = gone.split('=').next().unwrap();
+        let left: Vec<&str> = SLURM.split_whitespace().filter(|pair| *pair != gone).collect();
+        match detect(&with_secret(&left.join(" "))) {
+            Ok(Launch::Local) => {
+                assert!(["SLURM_STEP_ID", "SLURM_PROCID", "SLURM_NTASKS"].contains(&name), "without {name}");
+            }
+            Err(EnvError::HalfSet { missing, .. }) => {
+                assert_eq!(missing.replace("STEP_TASKS", "TASKS").replace("STEP_NODE", "JOB_NODE"), name);
+            }
+            other => panic!("without {name}: {other:?}"),
+        }
+    }
+}
