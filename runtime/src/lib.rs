@@ -35,6 +35,7 @@ pub mod prelude {
     pub use shardflow_kernels::op::{CpuArgs, CpuRead, CpuSlice, CpuSliceMut, CpuWrite, CustomKernel};
     pub use shardflow_kernels::tensor::{DType, HostData, HostTensor, Region};
 
+    pub use crate::checkpoint::{Alone, Begun, Busy, Cursor, Saver, SaverOptions, Store};
     pub use crate::graph::builder::Layout;
     pub use crate::graph::{AdamW, CustomOp, Graph, GraphError, Var};
     pub use crate::init::Init;
