@@ -8,6 +8,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
+use shardflow::checkpoint::cli::{self, CheckpointArgs};
 use shardflow::cluster::env::{Endpoint, Secret};
 use shardflow::doctor;
 use shardflow::exit::Exit;
@@ -24,7 +25,8 @@ struct Cli {
 enum Command {
     /// Start a program as several processes, on this node and on others.
     Launch(LaunchArgs),
-    // `shardflow checkpoint ..` goes here: one variant with its arguments, and one line in `main`.
+    /// List, verify, reshard or export checkpoints.
+    Checkpoint(CheckpointArgs),
     /// Tell what is here, what is missing, and how to get it. Code 78 when something that every job needs does not work
     Doctor {
         /// One JSON object
@@ -105,6 +107,7 @@ fn main() -> ExitCode {
     // A usage error ends with code 2, by clap.
     let exit = match Cli::parse().command {
         Command::Launch(args) => run_launch(args),
+        Command::Checkpoint(args) => run_checkpoint(&args),
         Command::Doctor { json } => run_doctor(json),
         Command::Secret => print_secret(),
         Command::Guard { folder } => guard(&folder, std::io::stdin().lock()),
@@ -138,6 +141,13 @@ fn run_launch(args: LaunchArgs) -> Exit {
         failure_wait: args.failure_wait,
     };
     launch(&options).unwrap_or_else(|error| fail(error.exit(), error))
+}
+
+fn run_checkpoint(args: &CheckpointArgs) -> Exit {
+    match cli::run(args) {
+        Ok(text) => print(text.trim_end()).unwrap_or(Exit::Done),
+        Err(error) => fail(Exit::from_code(error.exit_code()), error),
+    }
 }
 
 fn run_doctor(json: bool) -> Exit {
