@@ -77,6 +77,15 @@ impl JsonLog {
         Ok(Self { path: path.into(), file })
     }
 
+    /// Opens the file of a run that goes on from a checkpoint: steps that were done again stand in it twice.
+    ///
+    /// # Errors
+    /// The file cannot be opened.
+    pub fn go_on(path: &Path) -> Result<Self, LogError> {
+        let file = File::options().append(true).create(true).open(path);
+        Ok(Self { path: path.into(), file: file.map_err(|cause| LogError { path: path.into(), cause })? })
+    }
+
     /// Adds a step.
     ///
     /// # Errors

@@ -60,8 +60,10 @@ fn run(args: &GptArgs) -> Result<(), GptError> {
         session.init_from(path).map_err(GptError::InitFrom)?;
     }
     let checkpoints = args.checkpoint.as_deref().map(|place| Checkpoints::open(place, args, speaks, &mut session));
-    let log = args.log_json.as_deref().filter(|_| speaks).map(JsonLog::create).transpose()?;
-    train(args, &text, &mut session, log, checkpoints.transpose()?, speaks)?;
+    let checkpoints = checkpoints.transpose()?;
+    let open = if session.steps() > 0 { JsonLog::go_on } else { JsonLog::create };
+    let log = args.log_json.as_deref().filter(|_| speaks).map(open).transpose()?;
+    train(args, &text, &mut session, log, checkpoints, speaks)?;
     if let Some(path) = &args.save {
         session.save(path).map_err(GptError::Save)?;
         if speaks {
