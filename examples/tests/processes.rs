@@ -171,7 +171,7 @@ fn a_worker_that_is_killed_or_frozen_is_named_and_survived() {
     let flags = "--mesh data=2,stage=2 --steps 400";
     assert_eq!(folder.start(0, "", &[], &format!("{flags} --log-json one")).end(), Some(0));
     let undisturbed = folder.losses("one");
-    for (rank, how, moment) in [(0, "KILL", 60), (1, "KILL", 80), (2, "KILL", 100), (3, "KILL", 120), (1, "STOP", 80)] {
+    for (rank, how, moment) in [(0, "KILL", 61), (1, "KILL", 81), (2, "KILL", 101), (3, "KILL", 121), (1, "STOP", 81)] {
         let flags = format!("{flags} --checkpoint ck-{rank}-{how} --checkpoint-every 20 --log-json log-{rank}-{how}");
         let mut run = folder.start(4, "--max-restarts 1", &[], &flags);
         run.until(&format!("step {moment:>3}/400"));

@@ -75,9 +75,12 @@ fn update_placement(graph: &mut Graph, sums: Var, parameters: &[(Var, Var)], ada
     let at: &'static Location<'static> = graph.producer(parameters[0].0).location;
     let hyper = graph.source(HYPER_INPUT, NodeOp::Input, &[2], DType::F32, Rate::Step, Layout::broadcast(), at);
     let scalar = (Vec::new(), DType::F32, Rate::Step);
-    // Without clipping the scale is 1, or no number: an update that would spoil the weights changes nothing.
-    let op = NodeOp::ClipScale { max_norm: adamw.max_norm };
-    let scale = graph.push("clip", op, &[sums], &[scalar.clone(), scalar], at)[0];
+    let scale = if adamw.max_norm.is_finite() {
+        let op = NodeOp::ClipScale { max_norm: adamw.max_norm };
+        graph.push("clip", op, &[sums], &[scalar.clone(), scalar], at)[0]
+    } else {
+        graph.push("no_clip", NodeOp::Kernel(Op::Fill { value: 1.0 }), &[], &[scalar], at)[0]
+    };
     for (parameter, grad) in parameters {
         let (name, shape) = (graph.tensor(*parameter).name.clone(), graph.shape(*parameter).to_vec());
         let layout = graph.tensor(*parameter).layout.clone();
