@@ -123,6 +123,7 @@ impl Link {
         debug_assert!(self.out_left == 0);
         self.push_header(context, self.header(context, Kind::Data, bytes), &context.text);
         self.out_left = bytes;
+        self.stalled = None;
     }
 
     /// Begins to receive a transfer; its bytes come through [`Link::receive`].

@@ -214,7 +214,9 @@ impl Port {
 
     /// The likeliest cause of `error`: what this process or another member already knows.
     fn first_cause(&mut self, error: KernelError) -> KernelError {
-        if !matches!(error, KernelError::Link { .. }) {
+        // What a peer said is of another rank, or is no failed link.
+        let own_rank = self.context.group.ranks[self.context.member];
+        if !matches!(error, KernelError::Link { rank, .. } if rank == own_rank) {
             return error;
         }
         let deadline = Instant::now() + LAST_WORDS;
@@ -242,8 +244,9 @@ impl Port {
     /// Ends the group for this member, and tells the others why. Returns the cause to report.
     pub(super) fn give_up(&mut self, error: KernelError) -> KernelError {
         let cause = self.first_cause(error);
-        let _ = self.stop.failed.set(cause);
-        let cause = self.stop.check().err().expect("the group has just failed");
+        // Another member of this process, or an abort, may have been first.
+        let failed = self.stop.failed.get_or_init(|| cause);
+        let cause = self.stop.aborted.get().unwrap_or(failed).clone();
         for link in self.links.iter_mut().flatten() {
             link.give_up(&self.context, &cause);
         }
