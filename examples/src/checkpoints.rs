@@ -17,13 +17,13 @@ const LAST_SAVE: Duration = Duration::from_secs(600);
 pub enum CheckpointsError {
     /// What is there cannot be loaded.
     #[error("--checkpoint {0}")]
-    Load(SessionError),
+    Load(Box<SessionError>),
     /// The place cannot be used.
     #[error("--checkpoint {0}")]
     Place(CheckpointError),
     /// A snapshot could not be taken.
     #[error(transparent)]
-    Snapshot(SessionError),
+    Snapshot(Box<SessionError>),
     /// The last checkpoint was not committed.
     #[error("the last checkpoint is lost: {0}")]
     Last(CheckpointError),
@@ -64,7 +64,7 @@ impl Checkpoints {
     /// A place that cannot be used, or a checkpoint of another model.
     pub fn open(place: &str, args: &GptArgs, speaks: bool, session: &mut Session) -> Result<Self, CheckpointsError> {
         let store = Store::open(place).map_err(CheckpointsError::Place)?;
-        let restored = session.restore_newest(&store).map_err(CheckpointsError::Load)?;
+        let restored = session.restore_newest(&store).map_err(|e| CheckpointsError::Load(Box::new(e)))?;
         if speaks {
             restored.damaged.iter().for_each(|error| eprintln!("warning: passed over: {error}"));
             if let Some((step, _)) = restored.found {
@@ -89,7 +89,7 @@ impl Checkpoints {
         if !is_last && !session.steps().is_multiple_of(self.every) {
             return Ok(());
         }
-        let begun = self.saver.save(session, Cursor::new()).map_err(CheckpointsError::Snapshot)?;
+        let begun = self.saver.save(session, Cursor::new()).map_err(|e| CheckpointsError::Snapshot(Box::new(e)))?;
         if let shardflow::checkpoint::Begun::Started { before: Some(report) } = begun {
             self.tell(&report);
         }

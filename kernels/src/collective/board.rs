@@ -3,7 +3,7 @@
 //!
 //! - BOARD-1: what lies here comes from other processes and may be wrong. So the board holds atomics and bytes only, and
 //!   whoever takes an offset from it checks it against the arena that it is of.
-//! - BOARD-2: every wait ends within [`TICK`] of an abort, whatever happened to the other processes.
+//! - BOARD-2: every wait ends within `TICK` of an abort, whatever happened to the other processes.
 //! - BOARD-3: a member has at most one call under way. Its posts alternate between two places, so that one may still be
 //!   read while the next is written: nobody comes to meeting k+2 before all have left meeting k.
 #![allow(unsafe_code)]

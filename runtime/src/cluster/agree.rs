@@ -46,11 +46,14 @@ struct Said {
     step: u64,
     attempt: u32,
     phase: Phase,
-    /// `true` where a commit found the step committed already.
-    result: Result<bool, (u32, String)>,
+    result: How,
 }
 
+/// Of a phase of a save, by a process.
 type Key = (u64, u64, u32, Phase, u32);
+
+/// How a phase went: `true` where a commit found the step committed already; or which process failed, and why.
+type How = Result<bool, (u32, String)>;
 
 /// The agreement of the processes of a session.
 pub(super) struct Together {
@@ -59,7 +62,7 @@ pub(super) struct Together {
     membership: Arc<Membership>,
     heard: Receiver<Heard>,
     /// What came before it was waited for.
-    early: Mutex<BTreeMap<Key, Result<bool, (u32, String)>>>,
+    early: Mutex<BTreeMap<Key, How>>,
 }
 
 impl Together {
@@ -71,7 +74,7 @@ impl Together {
         AgreeError { process: Some(process), why: why.to_string() }
     }
 
-    fn said(save: SaveId, phase: Phase, result: Result<bool, (u32, String)>) -> Vec<u8> {
+    fn said(save: SaveId, phase: Phase, result: How) -> Vec<u8> {
         let short = |why: String| why.chars().take(WHY_CHARS_MAX).collect();
         let result = result.map_err(|(process, why)| (process, short(why)));
         let said = Said { epoch: save.epoch, step: save.step, attempt: save.attempt, phase, result };
@@ -80,13 +83,7 @@ impl Together {
     }
 
     /// What a peer says of this phase of this save.
-    fn wait(
-        &self,
-        save: SaveId,
-        phase: Phase,
-        from: u32,
-        deadline: Instant,
-    ) -> Result<Result<bool, (u32, String)>, AgreeError> {
+    fn wait(&self, save: SaveId, phase: Phase, from: u32, deadline: Instant) -> Result<How, AgreeError> {
         let key = (save.epoch, save.step, save.attempt, phase, from);
         loop {
             let mut early = self.early.lock().unwrap_or_else(PoisonError::into_inner);

@@ -111,7 +111,7 @@ fn read_of(plan: &Plan, actor: ActorId, action: usize, register: RegisterId) -> 
 fn bytes_of(launch: &Launch, buffer: &Buffer) -> Vec<Range<usize>> {
     let elements = match &launch.op {
         Op::CopyRegion { src, .. } => src.runs(&buffer.shape),
-        _ => vec![0..element_count(&buffer.shape)],
+        _ => std::iter::once(0..element_count(&buffer.shape)).collect(),
     };
     let size = buffer.dtype.bytes();
     elements.into_iter().map(|r| buffer.offset + r.start * size..buffer.offset + r.end * size).collect()
