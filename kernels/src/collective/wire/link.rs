@@ -152,6 +152,11 @@ impl Link {
         !self.ended && !matches!(self.incoming, Incoming::Body(_))
     }
 
+    /// True when what the peer says next would be heard: no transfer stands before it.
+    pub(super) fn is_listening(&self) -> bool {
+        self.may_speak() && self.unread.is_empty()
+    }
+
     /// Hands over as much of `data` as the kernel takes, after the header; returns how much.
     pub(super) fn send(&mut self, context: &Context, data: &[u8]) -> Result<usize, KernelError> {
         let header = &self.outbox[self.outbox_sent..];

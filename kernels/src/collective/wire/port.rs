@@ -192,7 +192,7 @@ impl Port {
             self.quiet_since = None;
             return Ok(());
         }
-        let since = *self.quiet_since.get_or_insert_with(|| Instant::now() - TICK);
+        let since = *self.quiet_since.get_or_insert_with(Instant::now);
         if since.elapsed() >= QUIET { self.ask_around() } else { Ok(()) }
     }
 
@@ -232,7 +232,7 @@ impl Port {
                 }
             }
             let left = deadline.saturating_duration_since(Instant::now());
-            let listening = self.links.iter().flatten().filter(|link| link.may_speak());
+            let listening = self.links.iter().flatten().filter(|link| link.is_listening());
             let mut fds: Vec<_> =
                 listening.map(|link| PollFd::from_borrowed_fd(link.channel.as_fd(), PollFlags::IN)).collect();
             if fds.is_empty() || left.is_zero() || poll_for(&mut fds, left).is_err() {

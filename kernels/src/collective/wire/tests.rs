@@ -385,22 +385,35 @@ fn a_member_that_goes_is_named_by_all_others() {
     }
 }
 
-/// A tree's root waits for one who goes round the ring, and so on: nobody ever reads a header that tells.
-#[test]
-fn members_that_wait_for_each_other_in_different_calls_find_out() {
-    let wires = engines(4, PATIENT);
-    wires[2].set_tree_bytes_max(0);
-    let mut cases = all_reduces(4, [10, 11].into_iter());
-    let odd = cases.swap_remove(4);
-    let usual = cases.swap_remove(0);
+/// Member `odd_member` of 3 calls what the others do not.
+fn check_all_are_told(odd_member: usize, odd: &Case, usual: &Case, odd_tree_bytes_max: usize) {
+    let wires = engines(3, PATIENT);
+    wires[odd_member].set_tree_bytes_max(odd_tree_bytes_max);
     let results = thread::scope(|scope| {
-        let case_of = |member| if member == 2 { &odd } else { &usual };
+        let case_of = |member| if member == odd_member { odd } else { usual };
         let all = wires.iter().enumerate();
         let threads: Vec<_> = all.map(|(i, wire)| scope.spawn(move || play(wire, i, case_of(i)))).collect();
         threads.into_iter().map(|thread| thread.join().expect("no panic")).collect::<Vec<_>>()
     });
     for result in results {
         assert!(matches!(result, Err(KernelError::CollectiveMismatch { .. })), "{result:?}");
+    }
+}
+
+#[test]
+fn members_that_wait_for_each_other_in_different_calls_find_out() {
+    let cases = all_reduces(3, [10, 11].into_iter());
+    for odd_member in 0..3 {
+        // A tree's root waits for one that goes round the ring, and so on.
+        check_all_are_told(odd_member, &cases[4], &cases[0], 0);
+        // Two wait for each other, and neither has sent anything.
+        let broadcast = Case {
+            kind: CollectiveKind::Broadcast { root: usize::from(odd_member == 0) },
+            xs: (0..3).map(|_| HostTensor::f32(&[10], vec![0.0; 10])).collect(),
+            y_shapes: vec![vec![10]; 3],
+            in_place: false,
+        };
+        check_all_are_told(odd_member, &broadcast, &cases[0], TREE_BYTES_MAX);
     }
 }
 
