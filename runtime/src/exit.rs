@@ -1,5 +1,5 @@
-//! How a process ends: the exit codes, which of them are worth a restart, and the two files by which a process tells the
-//! launcher why it failed and how far it came. Imports nothing of Shardflow.
+//! How a process ends: the exit codes, which of them are worth a restart, and the two files by which a process tells
+//! the launcher why it failed and how far it came. Imports nothing of Shardflow.
 
 use std::fmt;
 use std::os::unix::process::ExitStatusExt;
@@ -14,7 +14,8 @@ use serde::{Deserialize, Serialize};
 
 /// Variable with the path of the file to which a process that fails writes its [`Report`].
 pub const ERROR_FILE: &str = "SHARDFLOW_ERROR_FILE";
-/// Variable with the path of the file to which the last committed step is written. Only the first process of a node has it.
+/// Variable with the path of the file to which the last committed step is written. Only the first process of a node has
+/// it.
 pub const PROGRESS_FILE: &str = "SHARDFLOW_PROGRESS_FILE";
 
 /// Largest report that is read, in bytes. What is longer was not written by [`report`].
@@ -112,8 +113,8 @@ impl Exit {
     }
 
     /// Whether to start again from the last commit may help. Signals by which somebody asks a process to end (SIGHUP,
-    /// SIGINT, SIGQUIT, SIGTERM) are a wish, not a failure; any other may have come from outside (the kernel that is out of
-    /// memory) or from a bug that does not always show.
+    /// SIGINT, SIGQUIT, SIGTERM) are a wish, not a failure; any other may have come from outside (the kernel that is
+    /// out of memory) or from a bug that does not always show.
     pub fn worth_a_retry(self) -> bool {
         match self {
             Exit::PeerUnavailable | Exit::Internal | Exit::OutOfMemory | Exit::Retry | Exit::Hang | Exit::Other(_) => {
@@ -202,8 +203,8 @@ impl Report {
     }
 }
 
-/// Tells the launcher why this process is about to end with `exit`. `first_cause_rank`: the process whose failure it was,
-/// where it was another one's. Does nothing when no launcher asked for it; the first report of a process stands.
+/// Tells the launcher why this process is about to end with `exit`. `first_cause_rank`: the process whose failure it
+/// was, where it was another one's. Does nothing when no launcher asked for it; the first report of a process stands.
 ///
 /// # Errors
 /// The report cannot be written.

@@ -1,8 +1,8 @@
-//! `shardflow launch`: starts a node's processes, passes signals on, and starts them again after a failure that is worth it.
-//! Imports `cluster::env` and `exit`.
+//! `shardflow launch`: starts a node's processes, passes signals on, and starts them again after a failure that is
+//! worth it. Imports `cluster::env` and `exit`.
 //!
-//! Each node has its own launcher, and launchers do not talk to each other: when a process fails, those on other nodes notice
-//! it and end too, and each launcher starts its own again.
+//! Each node has its own launcher, and launchers do not talk to each other: when a process fails, those on other nodes
+//! notice it and end too, and each launcher starts its own again.
 
 use std::ffi::OsString;
 use std::fs::Permissions;
@@ -143,10 +143,11 @@ struct Job<'a> {
     guard: Guard,
 }
 
-/// Starts the processes and stays until they have ended for good. Says on standard error what goes wrong, the first cause
-/// last.
+/// Starts the processes and stays until they have ended for good. Says on standard error what goes wrong, the first
+/// cause last.
 ///
-/// Must be called by a thread that lives as long as the launcher, such as the main one: the processes are killed with it.
+/// Must be called by a thread that lives as long as the launcher, such as the main one: the processes are killed with
+/// it.
 ///
 /// # Errors
 /// What keeps processes from being started. A process that fails is no error: see the exit that is returned.
@@ -227,8 +228,8 @@ impl<'a> Job<'a> {
         self.folder.path().join("progress")
     }
 
-    /// Where the processes of an attempt meet. A Unix socket is another one in each: what is left of an old one is not in
-    /// the way.
+    /// Where the processes of an attempt meet. A Unix socket is another one in each: what is left of an old one is not
+    /// in the way.
     fn endpoint(&self, attempt: u64) -> Result<Endpoint, LaunchError> {
         match &self.options.endpoint {
             Some(endpoint) => Ok(endpoint.clone()),
@@ -296,8 +297,8 @@ fn find_program(options: &LaunchOptions) -> Result<PathBuf, LaunchError> {
     }
 }
 
-/// Sends the signals by which somebody asks the launcher to end. One that was ignored when it started, as under `nohup`,
-/// stays so, but for SIGTERM.
+/// Sends the signals by which somebody asks the launcher to end. One that was ignored when it started, as under
+/// `nohup`, stays so, but for SIGTERM.
 fn watch_signals(events: Sender<Event>) -> io::Result<()> {
     use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM};
     let ignored = ignored_signals();

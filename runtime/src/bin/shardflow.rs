@@ -1,5 +1,5 @@
-//! The command `shardflow`: starts programs on many processes, and looks at what is here. Reads the arguments; the work is
-//! the library's.
+//! The command `shardflow`: starts programs on many processes, and looks at what is here. Reads the arguments; the work
+//! is the library's.
 
 use std::ffi::OsString;
 use std::io::Write;

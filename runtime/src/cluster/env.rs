@@ -1,5 +1,5 @@
-//! Who this process is, from its environment: a pure function of the variables that our launcher, torchrun, OpenMPI, Slurm
-//! or Kubernetes set, or a process on its own. Imports `exit`.
+//! Who this process is, from its environment: a pure function of the variables that our launcher, torchrun, OpenMPI,
+//! Slurm or Kubernetes set, or a process on its own. Imports `exit`.
 //!
 //! The sources are asked from the innermost to the outermost: a launcher that was started by another one has set its
 //! variables last, and the other's are still there. An empty variable counts as absent.

@@ -16,8 +16,8 @@ use super::children::{Child, Meeting};
 use super::{Event, Job, LaunchError, notice};
 use crate::exit::{Exit, unix_ns};
 
-/// Time that processes have which others that ended have accused, when no other is left. They may be about to say why they
-/// failed; more often they do not answer, and will not.
+/// Time that processes have which others that ended have accused, when no other is left. They may be about to say why
+/// they failed; more often they do not answer, and will not.
 const ACCUSED_WAIT: Duration = Duration::from_secs(2);
 /// Time until a process that was killed and does not end is left behind. Only the kernel can hold it up.
 const KILL_WAIT: Duration = Duration::from_secs(10);

@@ -45,15 +45,16 @@ impl Ended {
     }
 }
 
-/// The process with which the failure began: one that failed by itself before those that accuse another, and the earliest
-/// of these. None when all ended well.
+/// The process with which the failure began: one that failed by itself before those that accuse another, and the
+/// earliest of these. None when all ended well.
 pub(super) fn first_cause(ended: &[Ended]) -> Option<&Ended> {
     ended.iter().filter(|e| e.exit != Exit::Done).min_by_key(|e| (e.class(), e.time(), e.rank))
 }
 
 /// How the launcher ends after somebody asked it to by `signal`, and the process that says so when it is a failure.
 pub(super) fn exit_when_asked(ended: &[Ended], signal: u8) -> (Exit, Option<&Ended>) {
-    // To end by the signal, by the one that the launcher ends others with, or because the others end, is what was asked for.
+    // To end by the signal, by the one that the launcher ends others with, or because the others end, is what was asked
+    // for.
     let obeyed = |e: &&Ended| match e.exit {
         Exit::Done => true,
         Exit::Signal(by) => e.told || by == signal || by == 15,

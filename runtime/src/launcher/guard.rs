@@ -1,10 +1,10 @@
 //! What keeps children from outliving the launcher, in two hidden commands of the binary. Imports `exit`.
 //!
-//! A launcher that is killed by SIGKILL can do nothing any more. So each child asks the kernel to be killed with the thread
-//! that started it, before it becomes the program ([`become_program`]). That does not reach the child's own children: for
-//! them a guard, a process that does nothing but read a pipe from the launcher, knows all process groups, and kills those
-//! that are left when the pipe closes ([`guard`]). The first needs no other process alive, the second reaches everybody
-//! but who left the group by `setsid`.
+//! A launcher that is killed by SIGKILL can do nothing any more. So each child asks the kernel to be killed with the
+//! thread that started it, before it becomes the program ([`become_program`]). That does not reach the child's own
+//! children: for them a guard, a process that does nothing but read a pipe from the launcher, knows all process groups,
+//! and kills those that are left when the pipe closes ([`guard`]). The first needs no other process alive, the second
+//! reaches everybody but who left the group by `setsid`.
 
 use std::collections::HashSet;
 use std::ffi::OsString;
@@ -96,13 +96,14 @@ pub fn guard(folder: &Path, from: impl BufRead) -> Exit {
 pub(super) fn child_command(helper: &Path, program: &Path, args: &[OsString]) -> Command {
     let mut command = Command::new(helper);
     command.arg("child").arg("--parent").arg(std::process::id().to_string()).arg("--").arg(program).args(args);
-    // So that a signal reaches the program's own children too, and what a terminal sends reaches it once, by the launcher.
+    // So that a signal reaches the program's own children too, and what a terminal sends reaches it once, by the
+    // launcher.
     command.process_group(0);
     command
 }
 
-/// The command `shardflow child`: becomes `program`, to be killed when the thread that started this process ends. Comes back
-/// only when it cannot.
+/// The command `shardflow child`: becomes `program`, to be killed when the thread that started this process ends. Comes
+/// back only when it cannot.
 pub fn become_program(parent: u32, program: PathBuf, args: &[OsString]) -> Exit {
     if let Err(error) = set_parent_process_death_signal(Some(Signal::KILL)) {
         return fail(Exit::Internal, &format!("cannot ask to be killed with the launcher: {error}"));

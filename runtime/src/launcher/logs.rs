@@ -1,5 +1,5 @@
-//! Log files of the processes: written by the processes themselves, but for the node's first, whose lines also go to the
-//! screen. Imports nothing of Shardflow.
+//! Log files of the processes: written by the processes themselves, but for the node's first, whose lines also go to
+//! the screen. Imports nothing of Shardflow.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, BufRead, BufReader, Read, Seek, SeekFrom, Write};
@@ -64,8 +64,8 @@ pub(super) enum Screen {
     Err,
 }
 
-/// Copies `from` to the log and to the screen, line by line, until it ends. A log or screen that takes no more is left out:
-/// the process must not stop for it.
+/// Copies `from` to the log and to the screen, line by line, until it ends. A log or screen that takes no more is left
+/// out: the process must not stop for it.
 pub(super) fn pump(from: impl Read, mut log: File, screen: Screen) {
     let (mut from, mut line) = (BufReader::new(from), Vec::new());
     let (mut log_works, mut screen_works) = (true, true);

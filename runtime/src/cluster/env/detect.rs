@@ -8,8 +8,8 @@ use super::slurm::{first_host, tasks_per_node};
 use super::{Endpoint, EnvError, Launch, SecretSource, Source, Variables, World, get};
 use crate::init::fnv1a;
 
-/// Ports that are derived from a job's name: below those that Linux gives to clients (32768 on) and those that Kubernetes
-/// gives to services (30000 on).
+/// Ports that are derived from a job's name: below those that Linux gives to clients (32768 on) and those that
+/// Kubernetes gives to services (30000 on).
 pub(crate) const DERIVED_PORTS: Range<u16> = 20000..30000;
 
 /// How a process with these variables was started.
@@ -60,8 +60,8 @@ fn marks(source: Source) -> &'static [&'static str] {
 
 /// The innermost launcher that left its mark, and the mark.
 ///
-/// OpenMPI comes before Slurm: in a Slurm job `mpirun` starts its helpers on other nodes by `srun`, so its processes have
-/// the variables of both, and those of Slurm are the helper's.
+/// OpenMPI comes before Slurm: in a Slurm job `mpirun` starts its helpers on other nodes by `srun`, so its processes
+/// have the variables of both, and those of Slurm are the helper's.
 fn source(variables: &Variables) -> Option<(Source, &'static str)> {
     let sources = [Source::Shardflow, Source::Torchrun, Source::OpenMpi, Source::Slurm, Source::Kubernetes];
     sources.into_iter().find_map(|source| {

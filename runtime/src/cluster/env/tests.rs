@@ -116,8 +116,8 @@ fn one_process_needs_nothing() {
     }
 }
 
-/// Every part of what a source sets: nothing, all of it, or an error that names a variable that is there and one that is
-/// not.
+/// Every part of what a source sets: nothing, all of it, or an error that names a variable that is there and one that
+/// is not.
 #[test]
 fn half_of_a_source_is_refused() {
     for (whole, extras) in [
