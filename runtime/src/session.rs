@@ -131,6 +131,8 @@ pub struct Session {
     /// External actions that are fed nothing, each with its firings in a step.
     gates: Vec<(ActorId, u32, u32)>,
     fetched: Receiver<Fetched>,
+    /// What processes give each other; all know all of it.
+    ports: Arc<HostPorts>,
     inbox: Mutex<Inbox>,
     /// Why a step failed; what devices hold is worth nothing then, and may still change.
     failed: Option<Failure>,
@@ -168,7 +170,7 @@ impl Session {
             arenas.insert(rank, if shared { device.shared_arena(bytes)? } else { device.arena(bytes)? });
             devices.push(device);
         }
-        let ports = HostPorts::of(&plan, &hosting);
+        let ports = Arc::new(HostPorts::of(&plan, &hosting));
         let (host, from_peers) = unbounded();
         let ways = match &world {
             Some(world) => world.connect(&plan, &devices, &arenas, in_process)?,
@@ -213,7 +215,8 @@ impl Session {
             world,
             feeds,
             fetched,
-            inbox: Mutex::new(Inbox::new(ports, from_peers)),
+            inbox: Mutex::new(Inbox::new(ports.clone(), from_peers)),
+            ports,
             failed: None,
             steps: 0,
             seed: options.seed,
@@ -285,12 +288,14 @@ impl Session {
         let stop = self.stop.as_ref().is_some_and(|stop| stop.load(Ordering::Relaxed));
         self.say([u64::from(stop), 0]);
         let micro_batches = self.plan.micro_batches;
-        let ports = &self.lock_inbox().ports.fetches.clone();
-        let mut wanted: Vec<_> = ports.iter().map(|((_, rate), port)| (*port, rate.per_step(micro_batches))).collect();
-        wanted.extend(self.lock_inbox().words_wanted());
+        let ports = self.ports.clone();
+        let mut wanted: Vec<_> =
+            ports.fetches.iter().map(|((_, rate), port)| (*port, rate.per_step(micro_batches))).collect();
+        wanted.extend(ports.words_wanted());
         self.receive(&wanted).map_err(|failure| self.fail(failure))?;
         let mut inbox = self.lock_inbox();
-        let results = ports.iter().zip(&wanted).map(|((key, port), (_, count))| (*key, inbox.take(*port, *count)));
+        let results =
+            ports.fetches.iter().zip(&wanted).map(|((key, port), (_, count))| (*key, inbox.take(*port, *count)));
         let results = results.collect();
         let stop = inbox.take_words().iter().any(|word| word[0] != 0);
         drop(inbox);
@@ -302,9 +307,12 @@ impl Session {
 
     /// Gives this process's word to all.
     fn say(&self, word: Word) {
-        let mut inbox = self.lock_inbox();
-        let port = inbox.ports.words[self.hosting.process as usize];
-        let piece = HostPiece { port, tensors: vec![tensor_of(word)] };
+        let port = self.ports.words[self.hosting.process as usize];
+        self.give(&mut self.lock_inbox(), HostPiece { port, tensors: vec![tensor_of(word)] });
+    }
+
+    /// Gives a piece of this process to all, itself included.
+    fn give(&self, inbox: &mut Inbox, piece: HostPiece) {
         if let Some(running) = self.running.as_ref().filter(|_| self.hosting.processes > 1) {
             running.give_host(piece.clone());
         }
@@ -314,7 +322,7 @@ impl Session {
     /// Every process's word, by its number, when all have given one: between steps, in the same order on all.
     fn exchange(&mut self, word: Word) -> Result<Vec<Word>, SessionError> {
         self.say(word);
-        let wanted: Vec<_> = self.lock_inbox().words_wanted().collect();
+        let wanted: Vec<_> = self.ports.words_wanted().collect();
         self.receive(&wanted).map_err(|failure| self.fail(failure))?;
         Ok(self.lock_inbox().take_words())
     }
@@ -338,11 +346,8 @@ impl Session {
             select! {
                 recv(self.fetched) -> message => {
                     let Fetched { device, rate, tensors } = message.map_err(|_| ended())?;
-                    let piece = HostPiece { port: inbox.ports.fetches[&(device, rate)], tensors };
-                    if self.hosting.processes > 1 {
-                        running.give_host(piece.clone());
-                    }
-                    inbox.put(piece);
+                    let port = self.ports.fetches[&(device, rate)];
+                    self.give(&mut inbox, HostPiece { port, tensors });
                 },
                 recv(peers) -> said => inbox.hear(said.map_err(|_| ended())?),
                 recv(running.failures()) -> failure => return Err(failure.unwrap_or_else(|_| ended())),

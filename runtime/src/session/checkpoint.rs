@@ -49,18 +49,13 @@ impl Session {
     /// All devices' parts of these tensors, in order; those of other processes come from there, so all have to ask.
     fn parts(&self, vars: &[Var]) -> Result<Vec<HostTensor>, SessionError> {
         let all = || vars.iter().flat_map(|var| resident_parts(&self.plan, *var));
-        let port = |device, index| self.lock_inbox().ports.residents[&(device, index)];
         let own = self.hosting.own();
         let mut wanted = Vec::new();
         for (device, index, resident) in all() {
-            let port = port(device, index);
+            let port = self.ports.residents[&(device, index)];
             if own.contains(&device) {
                 let part = self.arenas[&device].read_host(resident.offset, &resident.region.size, resident.dtype)?;
-                let piece = HostPiece { port, tensors: vec![part] };
-                if let Some(running) = self.running.as_ref().filter(|_| self.hosting.processes > 1) {
-                    running.give_host(piece.clone());
-                }
-                self.lock_inbox().put(piece);
+                self.give(&mut self.lock_inbox(), HostPiece { port, tensors: vec![part] });
             }
             wanted.push((port, 1));
         }

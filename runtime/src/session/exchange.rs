@@ -2,6 +2,7 @@
 //! give. Imports `session::hosting` and the actors' `remote`.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::sync::Arc;
 
 use crossbeam_channel::Receiver;
 use shardflow_actors::remote::{FromPeer, HostPiece};
@@ -12,7 +13,7 @@ use super::hosting::{HostPorts, WORD_INTEGERS};
 /// Pieces that have come, of this process's own ports too.
 #[derive(Debug)]
 pub(super) struct Inbox {
-    pub(super) ports: HostPorts,
+    ports: Arc<HostPorts>,
     pub(super) peers: Receiver<FromPeer>,
     waiting: BTreeMap<u32, VecDeque<Vec<HostTensor>>>,
     /// Processes from which nothing more comes.
@@ -20,7 +21,7 @@ pub(super) struct Inbox {
 }
 
 impl Inbox {
-    pub(super) fn new(ports: HostPorts, peers: Receiver<FromPeer>) -> Self {
+    pub(super) fn new(ports: Arc<HostPorts>, peers: Receiver<FromPeer>) -> Self {
         Self { ports, peers, waiting: BTreeMap::new(), ended: BTreeSet::new() }
     }
 
@@ -37,13 +38,9 @@ impl Inbox {
 
     /// The oldest word of each process, by number.
     pub(super) fn take_words(&mut self) -> Vec<Word> {
-        let ports = self.ports.words.clone();
-        ports.into_iter().map(|port| self.take(port, 1).into_iter().flatten().next().map_or([0; 2], word_of)).collect()
-    }
-
-    /// What is wanted to have a word of each process.
-    pub(super) fn words_wanted(&self) -> impl Iterator<Item = (u32, usize)> {
-        self.ports.words.iter().map(|port| (*port, 1))
+        let ports = self.ports.clone();
+        let word = |port: &u32| self.take(*port, 1).into_iter().flatten().next().map_or([0; 2], word_of);
+        ports.words.iter().map(word).collect()
     }
 
     /// A process that has ended without giving what is wanted of it.

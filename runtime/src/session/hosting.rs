@@ -67,13 +67,11 @@ impl Hosting {
         let device = |actor: ActorId| plan.spec.actors[actor.0 as usize].device;
         let mut out = BTreeMap::new();
         for (index, register) in plan.spec.registers.iter().enumerate() {
-            let there = register.readers.iter().filter(|r| readers.contains(&device(r.actor)));
-            if producers.contains(&device(register.producer)) {
+            let there: Vec<_> = register.readers.iter().filter(|r| readers.contains(&device(r.actor))).collect();
+            if producers.contains(&device(register.producer)) && !there.is_empty() {
                 let id = RegisterId(index as u32);
-                let ranges: Vec<_> = there.flat_map(|r| read_of(plan, r.actor, r.action as usize, id)).collect();
-                if register.readers.iter().any(|r| readers.contains(&device(r.actor))) {
-                    out.insert(id, merge(ranges));
-                }
+                let ranges = there.into_iter().flat_map(|r| read_of(plan, r.actor, r.action as usize, id));
+                out.insert(id, merge(ranges.collect()));
             }
         }
         out
@@ -172,6 +170,11 @@ impl HostPorts {
             out.ports.push(HostPort { process, tensors: vec![(vec![WORD_INTEGERS], DType::I32)] });
         }
         out
+    }
+
+    /// What is wanted to have a word of each process.
+    pub fn words_wanted(&self) -> impl Iterator<Item = (u32, usize)> {
+        self.words.iter().map(|port| (*port, 1))
     }
 }
 
