@@ -1,4 +1,5 @@
-//! Who is in the session, who has failed, and what its end is put down to. Imports its own parts only.
+//! Who is in the session, who has failed, and what its end is put down to. Imports its own parts, and
+//! `transport`'s links.
 //! Layers: `detector, cause, window, datagram (pure), letter <- shared <- heartbeat, control <- this`.
 //!
 //! Each process holds one [`Membership`]. Heartbeats (datagrams) find peers that are silent; a control plane
@@ -23,10 +24,10 @@ mod shared;
 mod window;
 
 pub use cause::FirstCause;
-pub use control::ControlLink;
 pub use detector::Health;
 pub use letter::MESSAGE_BYTES_MAX;
 
+use crate::transport::Link;
 use datagram::Codec;
 use shared::{NOTICES_MAX, Shared};
 
@@ -208,7 +209,7 @@ pub struct Config {
     /// Where the peers' heartbeat sockets are bound.
     pub addresses: BTreeMap<u32, SocketAddr>,
     /// An authenticated connection to each peer, for control only.
-    pub links: BTreeMap<u32, ControlLink>,
+    pub links: BTreeMap<u32, Link>,
     /// Time between heartbeats.
     pub every: Duration,
     /// Silence after which a peer is lost.

@@ -1,4 +1,4 @@
-//! The command line of `gpt`: flags, their checks, and the exit codes. Imports nothing of this crate.
+//! The command line of `gpt`: flags and their checks. Imports nothing of this crate.
 //!
 //! What is checked here are the flags against each other; whether a plan exists and fits is `compile`'s to say.
 
@@ -7,10 +7,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::str::FromStr;
 
-/// Exit code of a flag or data file that cannot be used; clap's own errors end with it too.
-pub const EXIT_USAGE: u8 = 2;
-/// Exit code of a plan that was refused: a layout, liveness or memory check failed (`EX_CONFIG` of sysexits).
-pub const EXIT_REFUSED: u8 = 78;
+use shardflow::exit::Exit;
 
 /// Prints `error:` and `hint:` lines to stderr and gives the exit code to return from `main`.
 pub fn fail(code: u8, error: impl Display, hint: &str) -> ExitCode {
@@ -281,8 +278,8 @@ impl ArgsError {
     /// Sizes that no pipeline can have are refused as a plan would be; all else is wrong usage.
     pub fn exit_code(&self) -> u8 {
         match self {
-            Self::BatchMicroBatches { .. } | Self::LayersStages { .. } => EXIT_REFUSED,
-            _ => EXIT_USAGE,
+            Self::BatchMicroBatches { .. } | Self::LayersStages { .. } => Exit::Refused.code(),
+            _ => Exit::Usage.code(),
         }
     }
 }
@@ -424,7 +421,7 @@ mod tests {
             let error = parse(&["--mesh", mesh]).unwrap_err();
             assert_eq!(
                 (error.kind(), error.exit_code()),
-                (ErrorKind::ValueValidation, i32::from(EXIT_USAGE)),
+                (ErrorKind::ValueValidation, i32::from(Exit::Usage.code())),
                 "{mesh}"
             );
             assert!(error.to_string().contains(expected), "{mesh}: {error}");

@@ -3,7 +3,7 @@
 
 use std::time::Duration;
 
-use shardflow::checkpoint::{CheckpointError, Cursor, SaveReport, Saver, SaverOptions, Store};
+use shardflow::checkpoint::{Begun, CheckpointError, Cursor, SaveReport, Saver, SaverOptions, Store};
 use shardflow::exit;
 use shardflow::prelude::*;
 
@@ -90,7 +90,7 @@ impl Checkpoints {
             return Ok(());
         }
         let begun = self.saver.save(session, Cursor::new()).map_err(|e| CheckpointsError::Snapshot(Box::new(e)))?;
-        if let shardflow::checkpoint::Begun::Started { before: Some(report) } = begun {
+        if let Begun::Started { before: Some(report) } = begun {
             self.tell(&report);
         }
         if !is_last {

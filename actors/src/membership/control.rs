@@ -1,5 +1,5 @@
 //! The control plane: a node of ractor_cluster on a thread of its own, over connections that were authenticated before.
-//! Imports `letter`, `shared`, ractor, ractor_cluster and tokio.
+//! Imports `letter`, `shared`, `transport`'s links, ractor, ractor_cluster and tokio.
 //!
 //! ractor_cluster's own handshake, with a cookie, comes on top. Its sessions mirror every actor whose messages can be
 //! serialized, process-wide; ours is the only one. A mirror is found by its name below the session that it belongs to. Not by
@@ -8,8 +8,7 @@
 use std::collections::BTreeMap;
 use std::future::Future;
 use std::io;
-use std::net::{IpAddr, Ipv4Addr, TcpStream};
-use std::os::unix::net::UnixStream;
+use std::net::{IpAddr, Ipv4Addr};
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
@@ -26,6 +25,7 @@ use tokio::time::{Sleep, sleep, timeout};
 use super::letter::{MESSAGE_BYTES_MAX, Mail};
 use super::shared::Shared;
 use super::{MembershipError, exit};
+use crate::transport::Link;
 
 /// A frame of ractor_cluster: a letter with its envelope.
 const FRAME_BYTES_MAX: u64 = 2 * MESSAGE_BYTES_MAX as u64;
@@ -33,27 +33,6 @@ const FRAME_BYTES_MAX: u64 = 2 * MESSAGE_BYTES_MAX as u64;
 const END_DELAY: Duration = Duration::from_millis(50);
 /// How long actors may take to stop.
 const STOP_TIMEOUT: Duration = Duration::from_millis(500);
-
-/// A connected and authenticated stream to one peer, used for control only.
-#[derive(Debug)]
-pub enum ControlLink {
-    /// Between nodes.
-    Tcp(TcpStream),
-    /// On one node.
-    Unix(UnixStream),
-}
-
-impl From<TcpStream> for ControlLink {
-    fn from(stream: TcpStream) -> Self {
-        Self::Tcp(stream)
-    }
-}
-
-impl From<UnixStream> for ControlLink {
-    fn from(stream: UnixStream) -> Self {
-        Self::Unix(stream)
-    }
-}
 
 /// The running thread; dropping it ends it, within [`STOP_TIMEOUT`].
 #[derive(Debug)]
@@ -75,7 +54,7 @@ impl Drop for Control {
 /// Starts the node; connections become ready later. `scope` tells this session from all others.
 pub(crate) fn start(
     shared: Arc<Shared>,
-    links: BTreeMap<u32, ControlLink>,
+    links: BTreeMap<u32, Link>,
     key: &[u8; 32],
     scope: String,
 ) -> Result<Control, MembershipError> {
@@ -220,15 +199,15 @@ struct Stream {
 
 impl Stream {
     /// Within a runtime.
-    fn new(process: u32, link: ControlLink) -> io::Result<Self> {
+    fn new(process: u32, link: Link) -> io::Result<Self> {
         let (read, write): (BoxRead, BoxWrite) = match link {
-            ControlLink::Tcp(stream) => {
+            Link::Tcp(stream) => {
                 stream.set_nonblocking(true)?;
                 stream.set_nodelay(true)?;
                 let (read, write) = tokio::net::TcpStream::from_std(stream)?.into_split();
                 (Box::new(read), Box::new(write))
             }
-            ControlLink::Unix(stream) => {
+            Link::Unix(stream) => {
                 stream.set_nonblocking(true)?;
                 let (read, write) = tokio::net::UnixStream::from_std(stream)?.into_split();
                 (Box::new(read), Box::new(write))

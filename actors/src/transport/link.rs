@@ -65,6 +65,18 @@ pub enum Link {
     Unix(UnixStream),
 }
 
+impl From<TcpStream> for Link {
+    fn from(stream: TcpStream) -> Self {
+        Self::Tcp(stream)
+    }
+}
+
+impl From<UnixStream> for Link {
+    fn from(stream: UnixStream) -> Self {
+        Self::Unix(stream)
+    }
+}
+
 /// Does the same to either kind of socket.
 macro_rules! each {
     ($link:expr, $stream:ident => $call:expr) => {

@@ -11,7 +11,7 @@ use std::time::Instant;
 use clap::Parser;
 use shardflow::exit;
 use shardflow::prelude::*;
-use shardflow_examples::args::{ArgsError, EXIT_REFUSED, EXIT_USAGE, GptArgs, ScheduleArg, fail};
+use shardflow_examples::args::{ArgsError, GptArgs, ScheduleArg, fail};
 use shardflow_examples::checkpoints::{Checkpoints, CheckpointsError};
 use shardflow_examples::data::{DataError, Text};
 use shardflow_examples::files::{PlaceError, check_writable, free_memory_bytes};
@@ -274,9 +274,9 @@ impl GptError {
             Self::Checkpoints(error) => error.exit().code(),
             Self::Signals(_) => Exit::Internal.code(),
             Self::Terminated { .. } => Exit::Signal(15).code(),
-            Self::Data(_) | Self::Place(_) | Self::Log(_) | Self::Mesh(_) => EXIT_USAGE,
-            Self::InitFrom(Checkpoint(_)) | Self::Save(Checkpoint(_)) => EXIT_USAGE,
-            Self::Compile(_) | Self::Session(Kernel(KernelError::OutOfMemory { .. })) => EXIT_REFUSED,
+            Self::Data(_) | Self::Place(_) | Self::Log(_) | Self::Mesh(_) => Exit::Usage.code(),
+            Self::InitFrom(Checkpoint(_)) | Self::Save(Checkpoint(_)) => Exit::Usage.code(),
+            Self::Compile(_) | Self::Session(Kernel(KernelError::OutOfMemory { .. })) => Exit::Refused.code(),
             Self::InitFrom(error) | Self::Save(error) | Self::Session(error) => error.exit().code(),
         }
     }

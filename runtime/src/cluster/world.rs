@@ -10,7 +10,7 @@ use crossbeam_channel::{Sender, bounded};
 use shardflow_actors::error::{Failure, PeerError};
 use shardflow_actors::membership::{self, FirstCause, Membership, Notice};
 use shardflow_actors::shell::{Control, Running};
-use shardflow_actors::transport::{Address, Endpoint, Link, Purpose, Secret};
+use shardflow_actors::transport::{Address, Endpoint, Purpose, Secret};
 use shardflow_kernels::collective::Collective;
 use shardflow_kernels::device::Device;
 use shardflow_kernels::error::KernelError;
@@ -105,11 +105,7 @@ impl World {
         (joining.every, joining.deadline) = (options.heartbeat_every, options.heartbeat_deadline);
         let roads = roads(&hosting, &roster, &endpoint, &secret, &options);
         for process in hosting.peers() {
-            let link = match roads.link(process, Purpose::Control)? {
-                Link::Tcp(stream) => stream.into(),
-                Link::Unix(stream) => stream.into(),
-            };
-            joining.links.insert(process, link);
+            joining.links.insert(process, roads.link(process, Purpose::Control)?);
             joining.addresses.insert(process, roster.members[process as usize].heartbeat);
         }
         let membership = Arc::new(Membership::start(joining)?);

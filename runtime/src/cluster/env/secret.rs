@@ -1,7 +1,10 @@
-//! What all processes of a job know and nobody else. Imports `env`.
+//! What all processes of a job know and nobody else. Imports `env` and
+//! the actors' transport.
 
 use std::fmt;
 use std::path::PathBuf;
+
+use shardflow_actors::transport::{self, TransportError};
 
 use super::{EnvError, Variables, get};
 
@@ -39,10 +42,8 @@ impl Secret {
     ///
     /// # Errors
     /// The kernel has none to give.
-    pub fn random() -> Result<Secret, getrandom::Error> {
-        let mut bytes = [0u8; 32];
-        getrandom::fill(&mut bytes)?;
-        Ok(Secret(bytes.iter().map(|byte| format!("{byte:02x}")).collect()))
+    pub fn random() -> Result<Secret, TransportError> {
+        transport::Secret::random_text().map(Secret)
     }
 
     /// The text.
