@@ -18,7 +18,7 @@ use crate::error::{ActorError, Failure};
 use crate::message::Cast;
 use crate::protocol::Event;
 use crate::remote::{Connections, HostPiece, Peers, Remote, serve};
-use crate::snapshot::ActorSnapshot;
+use crate::snapshot::{ActorSnapshot, NotFinite};
 use crate::spec::{ActorId, RegisterId, Spec};
 use crate::supervisor::{OnFailure, Session, Supervisor};
 use crate::watchdog::{Watchdog, WatchdogOptions};
@@ -291,6 +291,16 @@ impl Running {
     /// Gets the first cause, once, when the session fails.
     pub fn failures(&self) -> &Receiver<Failure> {
         &self.failures
+    }
+
+    /// Has all streams look at the floats that each launch writes, from the next firing on, or no more. Slow.
+    pub fn check_finite(&self, on: bool) {
+        self.session.check_finite(on);
+    }
+
+    /// What streams that check have found since this was last called, at most one thing for each firing.
+    pub fn take_found(&self) -> Vec<NotFinite> {
+        self.session.take_found()
     }
 
     /// What each actor is doing.

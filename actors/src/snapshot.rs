@@ -31,6 +31,23 @@ pub struct RegisterUse {
     pub slots_peak: u32,
 }
 
+/// The first tensor of one firing that holds an infinity or no number.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct NotFinite {
+    /// Who made it.
+    pub actor: ActorId,
+    /// Index of the action.
+    pub action: u32,
+    /// Firings of the action before this one, since the start.
+    pub firing: u64,
+    /// Index of the launch in the action's program.
+    pub launch: usize,
+    /// Index among the launch's writes.
+    pub write: usize,
+    /// How many elements are not finite.
+    pub elements: usize,
+}
+
 impl ActorSnapshot {
     pub(crate) fn of(actor: ActorId, protocol: &Protocol, busy_ns: &[u64]) -> Self {
         let uses = protocol.rings().map(|(register, ring)| RegisterUse {

@@ -15,7 +15,7 @@ use crate::bus::Bus;
 use crate::error::{Failure, PeerError};
 use crate::message::{Cast, Never};
 use crate::remote::Remote;
-use crate::snapshot::ActorSnapshot;
+use crate::snapshot::{ActorSnapshot, NotFinite};
 use crate::spec::{ActorId, Spec};
 
 /// How long a state is waited for; actors never block, so only an actor that is gone takes longer.
@@ -42,6 +42,8 @@ pub(crate) struct Session {
     /// Guards nothing but the wait for `completed` or a failure.
     settled: Condvar,
     state: Mutex<State>,
+    /// What streams that check have found since it was last asked for.
+    found: Mutex<Vec<NotFinite>>,
     failed: Sender<Failure>,
     /// Told of the first cause before anything is stopped.
     on_failure: OnceLock<OnFailure>,
@@ -85,6 +87,7 @@ impl Session {
             target: AtomicU64::new(0),
             settled: Condvar::new(),
             state: Mutex::default(),
+            found: Mutex::default(),
             spec,
             streams,
             engine,
@@ -203,6 +206,24 @@ impl Session {
             }
             state = self.settled.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
         }
+    }
+
+    /// Has all streams look at the floats that they write, or no more.
+    pub(crate) fn check_finite(&self, on: bool) {
+        for stream in self.streams.values() {
+            // A stream that has ended finds nothing.
+            let _ = stream.check_finite(on);
+        }
+    }
+
+    /// A stream has found something.
+    pub(crate) fn found(&self, found: NotFinite) {
+        self.found.lock().unwrap_or_else(PoisonError::into_inner).push(found);
+    }
+
+    /// What streams have found since this was last called.
+    pub(crate) fn take_found(&self) -> Vec<NotFinite> {
+        std::mem::take(&mut *self.found.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
     pub(crate) fn abort_collectives(&self, cause: &str) {

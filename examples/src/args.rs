@@ -94,6 +94,20 @@ pub struct GptArgs {
     /// Checkpoints that are kept.
     #[arg(long, value_name = "N", default_value_t = 3)]
     pub checkpoint_keep: usize,
+    /// What a step does whose loss or gradients are not finite; it never changes a weight.
+    #[arg(long, value_enum, default_value_t = NonFiniteArg::Stop)]
+    pub on_non_finite: NonFiniteArg,
+}
+
+/// What becomes of steps that are not finite.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum NonFiniteArg {
+    /// The training ends with code 80, and names the tensor.
+    Stop,
+    /// The batch is passed over; the training ends if this does not help.
+    Skip,
+    /// Back to the newest checkpoint, and on from there with the batches that come after the bad one.
+    Rollback,
 }
 
 /// Pipeline schedules by name.
@@ -238,6 +252,9 @@ pub enum ArgsError {
         /// What both name.
         path: PathBuf,
     },
+    /// There is nothing to go back to.
+    #[error("--on-non-finite rollback needs --checkpoint")]
+    RollbackWhere,
     /// A number outside its range.
     #[error("{flag} must be {expected}, got {got}")]
     Range {
@@ -270,6 +287,7 @@ impl ArgsError {
             Self::LayersStages { stages, layers } => {
                 format!("try --layers {}, or stage out of {}", layers.div_ceil(*stages) * stages, divisors(*layers))
             }
+            Self::RollbackWhere => "give --checkpoint DIR, or --on-non-finite skip".into(),
             Self::SameFile { second, .. } => format!("give another file with {second}"),
             _ => "`gpt --help` lists the flags with their defaults".into(),
         }
@@ -321,6 +339,9 @@ impl GptArgs {
         }
         if let Some(clip) = self.clip.filter(|clip| clip.is_nan() || *clip <= 0.0) {
             return range("--clip", "more than 0", clip);
+        }
+        if self.on_non_finite == NonFiniteArg::Rollback && self.checkpoint.is_none() {
+            return Err(ArgsError::RollbackWhere);
         }
         self.check_files()?;
         let (width, heads) = (self.width, self.heads);

@@ -9,6 +9,12 @@ use shardflow::prelude::*;
 
 use crate::args::GptArgs;
 
+/// Where the cursor of a checkpoint tells of batches that were passed over before it.
+const PASSED_OVER: &str = "batches_passed_over";
+
+/// How often one checkpoint is gone back to before the training is given up.
+const ROLLBACKS_MAX: u32 = 3;
+
 /// How long the last save may take.
 const LAST_SAVE: Duration = Duration::from_secs(600);
 
@@ -24,6 +30,17 @@ pub enum CheckpointsError {
     /// A snapshot could not be taken.
     #[error(transparent)]
     Snapshot(Box<SessionError>),
+    /// A step was not finite, and there is nothing to go back to.
+    #[error("{0}, and there is no checkpoint yet")]
+    NoWayBack(NonFinite),
+    /// A step was not finite, again and again.
+    #[error("gone back to step {step} {ROLLBACKS_MAX} times, and again {found}")]
+    NoHelp {
+        /// The checkpoint's.
+        step: u64,
+        /// The last one.
+        found: NonFinite,
+    },
     /// The last checkpoint was not committed.
     #[error("the last checkpoint is lost: {0}")]
     Last(CheckpointError),
@@ -35,6 +52,7 @@ impl CheckpointsError {
         match self {
             Self::Load(error) | Self::Snapshot(error) => error.exit(),
             Self::Place(error) => Exit::from_code(error.exit_code()),
+            Self::NoWayBack(_) | Self::NoHelp { .. } => Exit::Numerics,
             Self::Last(_) => Exit::CannotWrite,
         }
     }
@@ -45,6 +63,7 @@ impl CheckpointsError {
             Self::Load(_) => "train with the flags that the checkpoint was made with, or give another --checkpoint",
             Self::Place(_) => "give a folder that can be written to",
             Self::Snapshot(_) => "",
+            Self::NoWayBack(_) | Self::NoHelp { .. } => "try a lower --lr, or --clip 1",
             Self::Last(_) => "see that there is room; the one before it is still there",
         }
     }
@@ -53,8 +72,13 @@ impl CheckpointsError {
 /// The checkpoints of one training.
 pub struct Checkpoints {
     saver: Saver,
+    store: Store,
     every: u64,
     speaks: bool,
+    /// Batches that are left out: step `s` trains on batch `s + passed_over`.
+    passed_over: u64,
+    /// The step that was gone back to last, and how often.
+    rollbacks: (u64, u32),
 }
 
 impl Checkpoints {
@@ -64,18 +88,39 @@ impl Checkpoints {
     /// A place that cannot be used, or a checkpoint of another model.
     pub fn open(place: &str, args: &GptArgs, speaks: bool, session: &mut Session) -> Result<Self, CheckpointsError> {
         let store = Store::open(place).map_err(CheckpointsError::Place)?;
-        let restored = session.restore_newest(&store).map_err(|e| CheckpointsError::Load(Box::new(e)))?;
-        if speaks {
-            restored.damaged.iter().for_each(|error| eprintln!("warning: passed over: {error}"));
-            if let Some((step, _)) = restored.found {
-                eprintln!("going on from step {step} in {place}");
-            }
-        }
+        let found = restore(&store, session, speaks)?;
+        let passed_over = found.map_or(0, |(_, passed_over)| passed_over);
         let (agree, member) = session.agreement();
         let plan = Some(session.plan().hash().to_string());
         let options = SaverOptions { member, keep: args.checkpoint_keep, plan, ..SaverOptions::default() };
-        let saver = Saver::new(store, agree, options).map_err(CheckpointsError::Place)?;
-        Ok(Self { saver, every: args.checkpoint_every, speaks })
+        let saver = Saver::new(store.clone(), agree, options).map_err(CheckpointsError::Place)?;
+        Ok(Self { saver, store, every: args.checkpoint_every, speaks, passed_over, rollbacks: (0, 0) })
+    }
+
+    /// The batch that a step trains on.
+    pub fn batch(&self, step: u64) -> u64 {
+        step + self.passed_over
+    }
+
+    /// Goes back to the newest checkpoint because of a step that was not finite; its batch, and those between, are not
+    /// trained on again. All processes call it.
+    ///
+    /// # Errors
+    /// When there is no checkpoint, or going back to it has not helped.
+    pub fn roll_back(&mut self, session: &mut Session, found: &NonFinite) -> Result<(), CheckpointsError> {
+        if let Some(report) = self.saver.wait(LAST_SAVE).ok().flatten() {
+            self.tell(&report);
+        }
+        let Some((step, _)) = restore(&self.store, session, self.speaks)? else {
+            return Err(CheckpointsError::NoWayBack(found.clone()));
+        };
+        let (last, times) = self.rollbacks;
+        self.rollbacks = (step, if last == step { times + 1 } else { 1 });
+        if self.rollbacks.1 > ROLLBACKS_MAX {
+            return Err(CheckpointsError::NoHelp { step, found: found.clone() });
+        }
+        self.passed_over = self.batch(found.step) + 1 - step;
+        Ok(())
     }
 
     /// Begins a save where one is due, and tells of those that have ended. The last one is waited for.
@@ -89,7 +134,8 @@ impl Checkpoints {
         if !is_last && !session.steps().is_multiple_of(self.every) {
             return Ok(());
         }
-        let begun = self.saver.save(session, Cursor::new()).map_err(|e| CheckpointsError::Snapshot(Box::new(e)))?;
+        let cursor = Cursor::from([(PASSED_OVER.to_string(), self.passed_over.to_string())]);
+        let begun = self.saver.save(session, cursor).map_err(|e| CheckpointsError::Snapshot(Box::new(e)))?;
         if let Begun::Started { before: Some(report) } = begun {
             self.tell(&report);
         }
@@ -117,4 +163,15 @@ impl Checkpoints {
             Err(_) => {}
         }
     }
+}
+
+/// Loads the newest good checkpoint: its step, and the batches that were passed over before it.
+fn restore(store: &Store, session: &mut Session, speaks: bool) -> Result<Option<(u64, u64)>, CheckpointsError> {
+    let restored = session.restore_newest(store).map_err(|e| CheckpointsError::Load(Box::new(e)))?;
+    let Some((step, cursor)) = restored.found else { return Ok(None) };
+    if speaks {
+        restored.damaged.iter().for_each(|error| eprintln!("warning: passed over: {error}"));
+        eprintln!("going on from step {step} in {}", store.place());
+    }
+    Ok(Some((step, cursor.get(PASSED_OVER).and_then(|count| count.parse().ok()).unwrap_or(0))))
 }

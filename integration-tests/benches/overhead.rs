@@ -38,7 +38,7 @@ fn bound(plan: &Plan, arena: &Arena) -> Vec<(Arc<Program>, Vec<Base>)> {
     let mut out = Vec::new();
     for (index, (actor, actions)) in plan.spec.actors.iter().zip(&plan.actions).enumerate() {
         for (action, spec) in actions.iter().zip(&actor.actions) {
-            if !matches!(action.key, ActionKey::Forward | ActionKey::Backward | ActionKey::Update) {
+            if !matches!(action.key, ActionKey::Forward | ActionKey::Backward | ActionKey::Norm | ActionKey::Update) {
                 continue;
             }
             let scratch = plan.memory[0].scratch.iter().find(|(id, _)| id.0 as usize == index).map_or(0, |(_, s)| s.0);

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use shardflow::boxing::step::StepKind;
-use shardflow::graph::{NodeOp, Phase, Rate};
+use shardflow::graph::NodeOp;
 use shardflow::plan::{BaseKey, Plan};
 use shardflow_integration_tests::training::{Model, ONE, options, within};
 use shardflow_kernels::collective::CollectiveKind;
@@ -20,8 +20,9 @@ fn predicted(plan: &Plan) -> Vec<u64> {
             // Copies by the reader's own stream, not collectives.
             continue;
         }
-        let firings = if node.phase == Phase::Update { 1 } else { plan.micro_batches as u64 };
-        assert!(node.phase != Phase::Update || plan.graph.tensor(node.outputs[0]).rate == Rate::Step);
+        let rate = node.phase.rate();
+        assert_eq!(plan.graph.tensor(node.outputs[0]).rate, rate);
+        let firings = rate.per_step(plan.micro_batches) as u64;
         for (device, received) in step.to.placement.devices().iter().zip(&step.bytes_received) {
             bytes[*device] += firings * *received as u64;
         }

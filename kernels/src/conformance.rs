@@ -233,7 +233,7 @@ fn submit(stream: &Stream, program: Program, arenas: &[&Arena], repeat: bool) ->
 fn wait(notices: &Receiver<Notice>) -> Result<(), KernelError> {
     loop {
         match notices.recv_timeout(TIMEOUT) {
-            Ok(Notice::Signal(_)) => {}
+            Ok(Notice::Signal(_) | Notice::NotFinite { .. }) => {}
             Ok(Notice::Done) => return Ok(()),
             Ok(Notice::Failed(error)) => return Err(error),
             Err(cause) => return Err(KernelError::Aborted { cause: format!("no end of the program: {cause}") }),

@@ -18,6 +18,15 @@ pub type Notify = Box<dyn FnMut(Notice) + Send>;
 pub enum Notice {
     /// The launches before a signal of the program are done; its tag.
     Signal(u32),
+    /// With [`Stream::check_finite`] on: the first write of the submission that holds an infinity or no number.
+    NotFinite {
+        /// Index of the launch in the program.
+        launch: usize,
+        /// Index among the launch's writes.
+        write: usize,
+        /// How many elements are not finite.
+        elements: usize,
+    },
     /// All is done. Exactly one of `Done` and `Failed` comes, and it comes last.
     Done,
     /// A launch failed; those after it were left out. The stream goes on with the next submission.
@@ -75,6 +84,17 @@ impl Stream {
     pub fn wait_for(&self, event: &Event) -> Result<(), KernelError> {
         match self {
             Stream::Cpu(stream) => stream.wait_for(event),
+        }
+    }
+
+    /// Has the floats that each launch writes looked at, from the next submission on, or no more. Slow: for whoever looks
+    /// for where an infinity came from.
+    ///
+    /// # Errors
+    /// [`KernelError::Closed`] when the stream has ended.
+    pub fn check_finite(&self, on: bool) -> Result<(), KernelError> {
+        match self {
+            Stream::Cpu(stream) => stream.check_finite(on),
         }
     }
 

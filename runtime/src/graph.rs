@@ -48,8 +48,20 @@ pub enum Phase {
     Forward,
     /// Once a micro-batch, after its forward.
     Backward,
-    /// Once a step, after all micro-batches.
+    /// Once a step, after all micro-batches: gradients come to lie as their parameters, and are measured.
+    Norm,
+    /// Once a step, when the host has seen the norm and decided.
     Update,
+}
+
+impl Phase {
+    /// How often its nodes run.
+    pub fn rate(self) -> Rate {
+        match self {
+            Self::Forward | Self::Backward => Rate::MicroBatch,
+            Self::Norm | Self::Update => Rate::Step,
+        }
+    }
 }
 
 /// How often a tensor gets a new value.

@@ -54,5 +54,6 @@ pub mod prelude {
     pub use crate::sbp::rule::Rule;
     pub use crate::session::checkpoint::CheckpointError;
     pub use crate::session::metrics::{DeviceMetrics, Metrics};
+    pub use crate::session::numerics::{NonFinite, OnNonFinite};
     pub use crate::session::{Session, SessionError, SessionOptions, StepReport};
 }

@@ -42,6 +42,10 @@ pub enum ActionKey {
     Backward,
     /// One bucket of gradients is reduced: the bucket node.
     Bucket(NodeId),
+    /// The gradients are measured.
+    Norm,
+    /// The host, which has seen loss and norm, gives the learning rate of the update.
+    Decide,
     /// The optimizer.
     Update,
     /// The host gets outputs.
@@ -54,6 +58,7 @@ impl ActionKey {
         match phase {
             Phase::Forward => Self::Forward,
             Phase::Backward => Self::Backward,
+            Phase::Norm => Self::Norm,
             Phase::Update => Self::Update,
         }
     }
@@ -90,6 +95,8 @@ pub struct ActionPlan {
     pub name: String,
     /// In order.
     pub launches: Vec<Launch>,
+    /// The node that each launch is made for.
+    pub nodes: Vec<NodeId>,
     /// `(launches done, output port)`.
     pub signals: Vec<(usize, u32)>,
     /// What each base index of the launches' buffers is.

@@ -2,9 +2,9 @@
 //! Imports `plan`, `session::*`, and the actors' shell.
 
 use std::collections::BTreeMap;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use crossbeam_channel::{Receiver, select, unbounded};
 use shardflow_actors::error::{ActorError, Failure, PeerError};
@@ -17,20 +17,15 @@ use shardflow_kernels::collective::in_process::InProcess;
 use shardflow_kernels::device::Device;
 use shardflow_kernels::error::KernelError;
 use shardflow_kernels::memory::{Arena, Base};
-use shardflow_kernels::tensor::{HostData, HostTensor, element_count};
+use shardflow_kernels::tensor::HostTensor;
 
 use crate::cluster::roads::Ways;
 use crate::cluster::world::World;
 use crate::cluster::{Cluster, ClusterError};
-use crate::graph::builder::{HYPER_INPUT, RNG_INPUT};
 use crate::graph::{NodeOp, Rate, Var};
 use crate::init;
 use crate::layout_error::LayoutError;
-use crate::passes::optimizer::GRAD_SQUARES_OUTPUT;
-use crate::plan::memory::local_part;
 use crate::plan::{Plan, ResidentTensor};
-use crate::sbp::gather;
-use crate::sbp::region::take_box;
 
 pub mod checkpoint;
 pub(crate) mod ending;
@@ -39,7 +34,9 @@ pub mod host;
 pub mod hosting;
 mod load;
 pub mod metrics;
+pub mod numerics;
 pub mod snapshot;
+mod step;
 mod tokens;
 
 use checkpoint::CheckpointError;
@@ -48,6 +45,7 @@ use host::Fetched;
 use hosting::{HostPorts, Hosting};
 use load::{FeedPort, Loader, fetches, gates};
 use metrics::StepMetrics;
+use numerics::{NonFinite, OnNonFinite};
 
 /// What a session can fail with.
 #[derive(Debug, thiserror::Error)]
@@ -70,6 +68,9 @@ pub enum SessionError {
     /// A file.
     #[error(transparent)]
     Checkpoint(#[from] CheckpointError),
+    /// A step was not finite.
+    #[error("{0}")]
+    NonFinite(Box<NonFinite>),
     /// `step` was called with tensors that are not what the program's inputs say.
     #[error("input {name}: expected {expected}, got {got}")]
     Input {
@@ -93,11 +94,14 @@ pub struct SessionOptions {
     pub cluster: Cluster,
     /// Set from outside, by a signal for instance, to have all processes told by [`StepReport::stop`] after the next step.
     pub stop: Option<Arc<AtomicBool>>,
+    /// What becomes of a step whose loss or gradients are not finite.
+    pub on_non_finite: OnNonFinite,
 }
 
 impl Default for SessionOptions {
     fn default() -> Self {
-        Self { seed: 1337, watchdog: WatchdogOptions::default(), cluster: Cluster::local(), stop: None }
+        let (watchdog, cluster) = (WatchdogOptions::default(), Cluster::local());
+        Self { seed: 1337, watchdog, cluster, stop: None, on_non_finite: OnNonFinite::default() }
     }
 }
 
@@ -114,6 +118,8 @@ pub struct StepReport {
     pub outputs: BTreeMap<String, HostTensor>,
     /// Some process had been asked to stop before this step: the same for all.
     pub stop: bool,
+    /// Loss or gradients were not finite, so nothing was updated, and [`SessionOptions::on_non_finite`] lets such a step pass.
+    pub non_finite: Option<NonFinite>,
 }
 
 /// A running plan, or this process's part of one. Dropping it shuts it down.
@@ -143,6 +149,8 @@ pub struct Session {
     steps: u64,
     seed: u64,
     stop: Option<Arc<AtomicBool>>,
+    on_non_finite: OnNonFinite,
+    skipped_in_a_row: u32,
     step_metrics: StepMetrics,
 }
 
@@ -221,6 +229,8 @@ impl Session {
             steps: 0,
             seed: options.seed,
             stop: options.stop.clone(),
+            on_non_finite: options.on_non_finite,
+            skipped_in_a_row: 0,
             step_metrics: StepMetrics::new(),
         };
         session.initialise()?;
@@ -262,49 +272,6 @@ impl Session {
         self.steps
     }
 
-    /// One step: feeds the whole batch, runs all micro-batches, updates, and gives what the program outputs.
-    /// When it returns, no device works any more. `learning_rate` is not used by a program that minimises nothing.
-    ///
-    /// # Errors
-    /// When an input is missing, unknown, of the wrong shape or type, or holds a token outside the vocabulary (nothing was
-    /// run then), or the session failed.
-    pub fn step(&mut self, inputs: &[(&str, HostTensor)], learning_rate: f32) -> Result<StepReport, SessionError> {
-        let begin = Instant::now();
-        self.check_inputs(inputs)?;
-        let by_name: BTreeMap<&str, &HostTensor> = inputs.iter().map(|(name, tensor)| (*name, tensor)).collect();
-        let running = self.running.as_ref().ok_or(KernelError::Closed { device: 0 })?;
-        for feed in &self.feeds {
-            let firings = feed.rate.per_step(self.plan.micro_batches);
-            for micro_batch in 0..firings {
-                let parts =
-                    feed.vars.iter().map(|var| self.part(*var, feed.device, micro_batch, &by_name, learning_rate));
-                let _ = feed.sender.send(parts.collect());
-            }
-            running.give(feed.actor, feed.action, firings as u32)?;
-        }
-        for (actor, action, firings) in &self.gates {
-            running.give(*actor, *action, *firings)?;
-        }
-        let stop = self.stop.as_ref().is_some_and(|stop| stop.load(Ordering::Relaxed));
-        self.say([u64::from(stop), 0]);
-        let micro_batches = self.plan.micro_batches;
-        let ports = self.ports.clone();
-        let mut wanted: Vec<_> =
-            ports.fetches.iter().map(|((_, rate), port)| (*port, rate.per_step(micro_batches))).collect();
-        wanted.extend(ports.words_wanted());
-        self.receive(&wanted).map_err(|failure| self.fail(failure))?;
-        let mut inbox = self.lock_inbox();
-        let results =
-            ports.fetches.iter().zip(&wanted).map(|((key, port), (_, count))| (*key, inbox.take(*port, *count)));
-        let results = results.collect();
-        let stop = inbox.take_words().iter().any(|word| word[0] != 0);
-        drop(inbox);
-        let report = StepReport { stop, ..self.report(results)? };
-        self.steps += 1;
-        self.step_metrics.record(&report, begin.elapsed());
-        Ok(report)
-    }
-
     /// Gives this process's word to all.
     fn say(&self, word: Word) {
         let port = self.ports.words[self.hosting.process as usize];
@@ -319,9 +286,14 @@ impl Session {
         inbox.put(piece);
     }
 
-    /// Every process's word, by its number, when all have given one: between steps, in the same order on all.
+    /// Every process's word, by its number, when all have given one: in the same order on all.
     fn exchange(&mut self, word: Word) -> Result<Vec<Word>, SessionError> {
         self.say(word);
+        self.words()
+    }
+
+    /// The words that all have said, by process.
+    fn words(&mut self) -> Result<Vec<Word>, SessionError> {
         let wanted: Vec<_> = self.ports.words_wanted().collect();
         self.receive(&wanted).map_err(|failure| self.fail(failure))?;
         Ok(self.lock_inbox().take_words())
@@ -369,124 +341,6 @@ impl Session {
         first.into()
     }
 
-    fn check_inputs(&self, inputs: &[(&str, HostTensor)]) -> Result<(), SessionError> {
-        let graph = &self.plan.graph;
-        let nodes = graph.nodes().iter().filter(|n| matches!(n.op, NodeOp::Input));
-        let expected: BTreeMap<&str, Var> = nodes
-            .filter(|n| n.name != RNG_INPUT && n.name != HYPER_INPUT)
-            .map(|n| (n.name.as_str(), n.outputs[0]))
-            .collect();
-        let wrong =
-            |name: &str, expected: String, got: String| SessionError::Input { name: name.into(), expected, got };
-        for (index, (name, tensor)) in inputs.iter().enumerate() {
-            if inputs[..index].iter().any(|other| other.0 == *name) {
-                return Err(wrong(name, "one tensor".into(), "two".into()));
-            }
-            let (elements, held) = (element_count(&tensor.shape), tensor.elements_held());
-            if elements != held {
-                return Err(wrong(name, format!("{elements} elements for {:?}", tensor.shape), held.to_string()));
-            }
-            if !expected.contains_key(name) {
-                let known: Vec<&str> = expected.keys().copied().collect();
-                return Err(wrong(name, format!("one of {known:?}"), "an unknown name".into()));
-            }
-        }
-        for (name, var) in expected {
-            let info = graph.tensor(var);
-            let mut shape = info.shape.clone();
-            if info.rate == Rate::MicroBatch
-                && let Some(rows) = shape.first_mut()
-            {
-                *rows *= self.plan.micro_batches;
-            }
-            let want = format!("{:?} {shape:?}", info.dtype);
-            match inputs.iter().find(|i| i.0 == name) {
-                None => return Err(wrong(name, want, "nothing".into())),
-                Some((_, t)) if t.shape != shape || t.dtype() != info.dtype => {
-                    return Err(wrong(name, want, format!("{:?} {:?}", t.dtype(), t.shape)));
-                }
-                Some((_, t)) => {
-                    if let Some(tokens) = self.vocabularies.get(name) {
-                        tokens::check(name, t, *tokens)?;
-                    }
-                }
-            }
-        }
-        Ok(())
-    }
-
-    /// A device's part of an input for one micro-batch.
-    fn part(
-        &self,
-        var: Var,
-        device: usize,
-        micro_batch: usize,
-        inputs: &BTreeMap<&str, &HostTensor>,
-        learning_rate: f32,
-    ) -> HostTensor {
-        let graph = &self.plan.graph;
-        let name = graph.producer(var).name.as_str();
-        let info = graph.tensor(var);
-        match name {
-            RNG_INPUT => {
-                // The session's seed moves the counter, so that seeds give different masks and meshes the same.
-                let step = (init::mix(self.seed) as i32).wrapping_add(self.steps as i32);
-                HostTensor::i32(&[2], vec![step, (micro_batch * self.rows()) as i32])
-            }
-            HYPER_INPUT => HostTensor::f32(&[2], vec![learning_rate, (self.steps + 1) as f32]),
-            _ => {
-                let mut region = local_part(graph, var, device);
-                if info.rate == Rate::MicroBatch
-                    && let Some(start) = region.start.first_mut()
-                {
-                    *start += micro_batch * info.shape[0];
-                }
-                take_box(inputs[name], &region)
-            }
-        }
-    }
-
-    /// Rows of a micro-batch.
-    fn rows(&self) -> usize {
-        let inputs = self.plan.graph.nodes().iter().filter(|n| matches!(n.op, NodeOp::Input) && n.name != RNG_INPUT);
-        let rows = inputs.map(|n| self.plan.graph.tensor(n.outputs[0])).find(|t| t.rate == Rate::MicroBatch);
-        rows.and_then(|t| t.shape.first().copied()).unwrap_or(0)
-    }
-
-    /// Puts the devices' parts together.
-    fn report(&self, results: BTreeMap<(usize, Rate), Vec<Vec<HostTensor>>>) -> Result<StepReport, SessionError> {
-        let graph = &self.plan.graph;
-        let mut outputs: BTreeMap<String, HostTensor> = BTreeMap::new();
-        let mut squares: Vec<f64> = Vec::new();
-        for output in &graph.outputs {
-            let info = graph.tensor(output.tensor);
-            let placement = &graph.placements[graph.placement_of(output.tensor)];
-            let layout = info.layout.as_ref().expect("the layout pass gives every tensor a layout");
-            let firings = info.rate.per_step(self.plan.micro_batches);
-            let shard = |device: &usize, firing: usize| {
-                let key = (*device, info.rate);
-                let port = self.fetches[&key].iter().position(|v| *v == output.tensor);
-                results[&key][firing][port.expect("a device fetches the outputs that it holds")].clone()
-            };
-            let piece = |firing| {
-                let shards: Vec<HostTensor> = placement.devices().iter().map(|d| shard(d, firing)).collect();
-                gather(&shards, &info.shape, layout, placement)
-            };
-            let pieces = (0..firings).map(piece).collect::<Result<_, _>>()?;
-            let whole = join(pieces);
-            if output.name == GRAD_SQUARES_OUTPUT {
-                let values = whole.as_f32().unwrap_or_default();
-                squares.resize(values.len(), 0.0);
-                squares.iter_mut().zip(values).for_each(|(sum, v)| *sum += f64::from(*v));
-            } else {
-                outputs.insert(output.name.clone(), whole);
-            }
-        }
-        let loss = outputs.get("loss").and_then(|t| t.as_f32()).and_then(|v| v.first().copied());
-        let grad_norm = (!squares.is_empty()).then(|| squares.iter().sum::<f64>().sqrt());
-        Ok(StepReport { step: self.steps, loss, grad_norm, outputs, stop: false })
-    }
-
     /// Ends the session: waits for what runs, then stops all actors.
     ///
     /// # Errors
@@ -513,23 +367,6 @@ impl Drop for Session {
         // A failure was told by the call that met it.
         let _ = self.end();
     }
-}
-
-/// Joins tensors along their first dim; a scalar is the last one's.
-fn join(mut pieces: Vec<HostTensor>) -> HostTensor {
-    let last = pieces.pop().unwrap_or_else(|| HostTensor::f32(&[0], Vec::new()));
-    if pieces.is_empty() || last.shape.is_empty() {
-        return last;
-    }
-    pieces.push(last);
-    let mut shape = pieces[0].shape.clone();
-    shape[0] = pieces.iter().map(|p| p.shape[0]).sum();
-    let floats: Option<Vec<&[f32]>> = pieces.iter().map(|p| p.as_f32()).collect();
-    let data = match floats {
-        Some(parts) => HostData::F32(parts.concat()),
-        None => HostData::I32(pieces.iter().filter_map(|p| p.as_i32()).flatten().copied().collect()),
-    };
-    HostTensor { shape, data }
 }
 
 /// A resident tensor's part on each device of its placement, in the placement's order, with its index among the device's.

@@ -14,7 +14,7 @@ use super::{ActionProgram, BaseRef, RegisterMemory};
 use crate::error::{Failure, ProtocolError};
 use crate::message::Cast;
 use crate::protocol::{Effect, Event, Protocol};
-use crate::snapshot::ActorSnapshot;
+use crate::snapshot::{ActorSnapshot, NotFinite};
 use crate::spec::{ActorId, RegisterId};
 use crate::supervisor::Session;
 
@@ -103,7 +103,7 @@ impl Shard {
         let repeat = (0..spec.outputs.len()).any(|port| self.protocol.repeats(action, port, firing));
         self.session.launched(self.me, action);
         self.launched = Some(Instant::now());
-        let notify = notify(self.session.clone(), self.me, action);
+        let notify = notify(self.session.clone(), self.me, action, firing);
         let submission = Submission { program: program.program.clone(), bases, repeat, notify };
         self.session.streams[&self.me].submit(submission).map_err(|cause| self.failed(cause))
     }
@@ -125,10 +125,13 @@ impl Shard {
 }
 
 /// Turns what the stream tells into casts; runs on the stream's thread and does not block.
-fn notify(session: Arc<Session>, me: ActorId, action: u32) -> Notify {
+fn notify(session: Arc<Session>, me: ActorId, action: u32, firing: u64) -> Notify {
     Box::new(move |notice| {
         let cast = match notice {
             Notice::Signal(output) => Cast::Event(Event::Signal { action, output }),
+            Notice::NotFinite { launch, write, elements } => {
+                return session.found(NotFinite { actor: me, action, firing, launch, write, elements });
+            }
             Notice::Done => Cast::Event(Event::Done { action }),
             Notice::Failed(cause) => Cast::Failed(cause),
         };

@@ -11,7 +11,7 @@ use std::time::Instant;
 use clap::Parser;
 use shardflow::exit;
 use shardflow::prelude::*;
-use shardflow_examples::args::{ArgsError, GptArgs, ScheduleArg, fail};
+use shardflow_examples::args::{ArgsError, GptArgs, NonFiniteArg, ScheduleArg, fail};
 use shardflow_examples::checkpoints::{Checkpoints, CheckpointsError};
 use shardflow_examples::data::{DataError, Text};
 use shardflow_examples::files::{PlaceError, check_writable, free_memory_bytes};
@@ -107,11 +107,18 @@ fn options(args: &GptArgs, cluster: &Cluster) -> CompileOptions {
     }
 }
 
+/// Steps one after another that may be passed over before the training is given up.
+const NON_FINITE_IN_A_ROW_MAX: u32 = 10;
+
 /// A step that does not move for a minute is told on the screen: who waits on which register of whom.
 fn session_options(args: &GptArgs, cluster: Cluster, terminated: Arc<AtomicBool>) -> SessionOptions {
     let tell: Arc<dyn Fn(&str) + Send + Sync> = Arc::new(|report| eprintln!("warning: {report}"));
     let watchdog = WatchdogOptions { on_stall: Some(tell), ..WatchdogOptions::default() };
-    SessionOptions { seed: args.seed, watchdog, cluster, stop: Some(terminated) }
+    let on_non_finite = match args.on_non_finite {
+        NonFiniteArg::Stop => OnNonFinite::Stop,
+        NonFiniteArg::Skip | NonFiniteArg::Rollback => OnNonFinite::Skip { in_a_row_max: NON_FINITE_IN_A_ROW_MAX },
+    };
+    SessionOptions { seed: args.seed, watchdog, cluster, stop: Some(terminated), on_non_finite }
 }
 
 fn cores() -> usize {
@@ -172,8 +179,10 @@ fn train(
     let (shape, step_tokens) = ([args.batch, args.context], (args.batch * args.context) as u64);
     let (mut seconds, mut final_loss) = (0.0, None);
     let begin = session.steps();
-    for step in begin..args.steps {
-        let (ids, targets) = text.batch(step, args.batch, args.context);
+    while session.steps() < args.steps {
+        let step = session.steps();
+        let batch = checkpoints.as_ref().map_or(step, |checkpoints| checkpoints.batch(step));
+        let (ids, targets) = text.batch(batch, args.batch, args.context);
         let inputs = [("ids", HostTensor::i32(&shape, ids)), ("targets", HostTensor::i32(&shape, targets))];
         let start = Instant::now();
         let report = session.step(&inputs, args.lr)?;
@@ -187,10 +196,16 @@ fn train(
         if let Some(log) = &mut log {
             log.step(&record)?;
         }
-        if !loss.is_finite() && final_loss.is_none_or(f64::is_finite) {
-            eprintln!("warning: the loss is {loss} at step {}: try a lower --lr, or --clip 1", step + 1);
-        }
         (seconds, final_loss) = (seconds + step_seconds, Some(loss));
+        if let Some(found) = &report.non_finite {
+            if speaks {
+                eprintln!("warning: {found}; nothing is updated");
+            }
+            if let Some(checkpoints) = checkpoints.as_mut().filter(|_| args.on_non_finite == NonFiniteArg::Rollback) {
+                checkpoints.roll_back(session, found)?;
+                continue;
+            }
+        }
         let is_last = step + 1 == args.steps || report.stop;
         if let Some(checkpoints) = &mut checkpoints {
             checkpoints.after_step(session, is_last)?;
@@ -313,6 +328,9 @@ impl GptError {
             Self::Checkpoints(error) => error.hint().into(),
             Self::Terminated { .. } => "the same command with --checkpoint goes on from there".into(),
             Self::Signals(_) => String::new(),
+            Self::Session(SessionError::NonFinite(_)) => {
+                "try a lower --lr, or --clip 1; --on-non-finite says what else to do".into()
+            }
             Self::Cluster(_) | Self::Session(SessionError::Cluster(_)) => {
                 "see that all ranks are started, with the same program and flags, and can reach rank 0".into()
             }

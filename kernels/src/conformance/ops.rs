@@ -352,7 +352,7 @@ impl Suite<'_> {
         self.update_is_guarded();
     }
 
-    /// A norm that is no finite number makes a scale that changes nothing.
+    /// A norm that is no finite number makes a scale that changes nothing; so does such a learning rate.
     fn update_is_guarded(&mut self) {
         for bad in [f32::NAN, f32::INFINITY] {
             let sums = HostTensor::f32(&[2], vec![1.0, bad]);
@@ -363,12 +363,15 @@ impl Suite<'_> {
                 got.first().is_some_and(|scale| wide(scale)[0].is_nan()),
                 "a scale for no norm",
             );
-            let reads = [&[2][..], &[2], &[]].map(|shape| HostTensor::f32(shape, vec![bad; shape.iter().product()]));
-            let op = Op::AdamW { beta1: 0.9, beta2: 0.9, eps: 1e-8, weight_decay: 0.1 };
-            let state = [1.0f32, 2.0, 3.0].map(|v| Initial::Values(HostTensor::f32(&[2], vec![v, -v])));
-            let got = self.launch("adamw", op, &reads, &state).unwrap_or_default();
-            let kept = got.iter().flat_map(wide).eq([1.0, -1.0, 2.0, -2.0, 3.0, -3.0]);
-            self.report.expect("adamw", kept, "gradients that are not finite change something");
+            for (rate, scale) in [(0.1, bad), (bad, 1.0)] {
+                let grad = HostTensor::f32(&[2], vec![bad, 1.0]);
+                let reads = [grad, HostTensor::f32(&[2], vec![rate, 1.0]), HostTensor::f32(&[], vec![scale])];
+                let op = Op::AdamW { beta1: 0.9, beta2: 0.9, eps: 1e-8, weight_decay: 0.1 };
+                let state = [1.0f32, 2.0, 3.0].map(|v| Initial::Values(HostTensor::f32(&[2], vec![v, -v])));
+                let got = self.launch("adamw", op, &reads, &state).unwrap_or_default();
+                let kept = got.iter().flat_map(wide).eq([1.0, -1.0, 2.0, -2.0, 3.0, -3.0]);
+                self.report.expect("adamw", kept, "an update that is called off changes something");
+            }
         }
     }
 

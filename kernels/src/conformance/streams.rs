@@ -10,7 +10,7 @@ use crate::error::KernelError;
 use crate::memory::Arena;
 use crate::op::{Buffer, CpuArgs, CpuSlice, CpuSliceMut, CustomKernel, Launch, Op, Program};
 use crate::stream::{Notice, Stream};
-use crate::tensor::{DType, HostTensor};
+use crate::tensor::{DType, HostTensor, Region};
 
 /// A kernel that waits until the test opens it.
 #[derive(Debug)]
@@ -84,10 +84,11 @@ fn fill(value: f32, buffer: Buffer) -> Launch {
 type Check = fn(&Device) -> Result<(), String>;
 
 pub(super) fn run(report: &mut Report, device: &Device) {
-    let checks: [(&str, Check); 7] = [
+    let checks: [(&str, Check); 8] = [
         ("stream order", order),
         ("events", events),
         ("signals", signals),
+        ("finite", finite),
         ("contained failures", failures),
         ("refused buffers", refused_buffers),
         ("custom kernels", custom),
@@ -179,6 +180,36 @@ fn signals(device: &Device) -> Result<(), String> {
     }
     ensure(notices.recv_timeout(TIMEOUT).is_err(), "something came after the end")?;
     expect_floats(&arena, 0, &[2.0])
+}
+
+/// A stream that checks tells of the first floats of a submission that are not finite, and of no others.
+fn finite(device: &Device) -> Result<(), String> {
+    let (stream, arena) = make(device, 64)?;
+    let (x, y) = (|| floats(0, 0, &[2]), || floats(0, 8, &[2]));
+    let one = Region { start: vec![0], size: vec![1] };
+    let region = Op::CopyRegion { src: one.clone(), dst: one };
+    let bad = |value| vec![fill(1.0, y()), fill(value, x()), launch(Op::Copy, &[x()], &[floats(0, 16, &[2])])];
+    let mixed = vec![
+        // Beside the box lies what was there before; the largest of no numbers is no fault.
+        launch(region, &[y()], &[x()]),
+        launch(Op::RowMax, &[floats(0, 24, &[2, 0])], &[floats(0, 24, &[2])]),
+        launch(Op::Copy, &[x()], &[floats(0, 16, &[2])]),
+    ];
+    for (on, launches, expected) in [
+        (true, bad(2.0), None),
+        (true, bad(f32::NEG_INFINITY), Some((1, 2))),
+        (false, bad(f32::NAN), None),
+        (true, mixed, Some((2, 1))),
+    ] {
+        stream.check_finite(on).map_err(text)?;
+        let notices = submit(&stream, Program { launches, ..Program::default() }, &[&arena], false).map_err(text)?;
+        let found = |(launch, elements)| Notice::NotFinite { launch, write: 0, elements };
+        for expected in expected.map(found).into_iter().chain([Notice::Done]) {
+            let notice = notices.recv_timeout(TIMEOUT).map_err(text)?;
+            ensure(notice == expected, &format!("expected {expected:?}, got {notice:?}"))?;
+        }
+    }
+    Ok(())
 }
 
 /// A kernel that panics ends its program, and nothing else.

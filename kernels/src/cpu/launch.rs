@@ -84,6 +84,30 @@ fn custom(kernel: &dyn CustomKernel, args: &mut Args<'_>) -> Result<(), KernelEr
     kernel.run_cpu(CpuArgs { reads, writes, accumulate: args.accumulate })
 }
 
+/// The first write of a launch that has run which holds an infinity or no number, and how many of them.
+pub(crate) fn not_finite(launch: &Launch, bases: &[Base], threads: usize) -> Option<(usize, usize)> {
+    let args = Args::resolve(launch, bases, false, threads).ok()?;
+    let bad = |value: &f32| match launch.op {
+        // The largest of no numbers.
+        Op::RowMax => !value.is_finite() && *value != f32::NEG_INFINITY,
+        _ => !value.is_finite(),
+    };
+    let count = |write: &View<'_>| {
+        if write.dtype() != DType::F32 {
+            return 0;
+        }
+        // SAFETY: floats; the launch that wrote them has ended, and this stream's next one has not begun; other streams: MEM-3.
+        let values = unsafe { write.f32() };
+        let runs = match &launch.op {
+            // Around the box is what was there before.
+            Op::CopyRegion { dst, .. } => dst.runs(write.shape()),
+            _ => vec![0..values.len()],
+        };
+        runs.into_iter().map(|run| values[run].iter().filter(|value| bad(value)).count()).sum()
+    };
+    args.writes.iter().map(count).enumerate().find(|(_, elements)| *elements > 0)
+}
+
 impl<'a> Args<'a> {
     fn resolve(launch: &'a Launch, bases: &'a [Base], repeat: bool, threads: usize) -> Result<Self, KernelError> {
         let name = launch.op.name();

@@ -95,7 +95,7 @@ pub(crate) fn adamw(args: &mut Args<'_>, pool: &Pool, rates: AdamW) -> Result<()
     let (grad, hyper, scale) = (args.f32(0)?, args.f32(1)?, args.f32(2)?[0]);
     let (learning_rate, step) = (hyper[0], f64::from(hyper[1]));
     let outs = [args.out(0)?, args.out(1)?, args.out(2)?];
-    if !scale.is_finite() {
+    if !scale.is_finite() || !learning_rate.is_finite() {
         return Ok(());
     }
     let correction = |beta: f32| 1.0 - f64::from(beta).powf(step);

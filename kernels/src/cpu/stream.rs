@@ -9,7 +9,7 @@ use crossbeam_channel::{Receiver, Sender, unbounded};
 
 use crate::collective::Collective;
 use crate::cpu::THREADS_MAX;
-use crate::cpu::launch::run_launch;
+use crate::cpu::launch::{not_finite, run_launch};
 use crate::cpu::pool::Pool;
 use crate::error::KernelError;
 use crate::event::Event;
@@ -29,6 +29,7 @@ enum Command {
     Run(Submission),
     Record(Event),
     Wait(Event),
+    CheckFinite(bool),
 }
 
 impl CpuStream {
@@ -77,6 +78,10 @@ impl CpuStream {
         self.send(Command::Wait(event.clone()))
     }
 
+    pub(crate) fn check_finite(&self, on: bool) -> Result<(), KernelError> {
+        self.send(Command::CheckFinite(on))
+    }
+
     pub(crate) fn synchronize(&self) -> Result<(), KernelError> {
         let event = Event::default();
         self.send(Command::Record(event.clone()))?;
@@ -102,9 +107,11 @@ impl Drop for CpuStream {
 }
 
 fn serve(commands: &Receiver<Command>, pool: &Pool, engine: &dyn Collective) {
+    let mut check = false;
     for command in commands {
         match command {
-            Command::Run(submission) => run(submission, pool, engine),
+            Command::CheckFinite(on) => check = on,
+            Command::Run(submission) => run(submission, check, pool, engine),
             Command::Record(event) => event.set(),
             Command::Wait(event) => event.synchronize(),
         }
@@ -112,7 +119,7 @@ fn serve(commands: &Receiver<Command>, pool: &Pool, engine: &dyn Collective) {
 }
 
 /// Runs one program. A panic of the submitter's own `notify` is swallowed: there is nobody to tell.
-fn run(submission: Submission, pool: &Pool, engine: &dyn Collective) {
+fn run(submission: Submission, mut check: bool, pool: &Pool, engine: &dyn Collective) {
     let Submission { program, bases, repeat, mut notify } = submission;
     let mut tell = |notice| drop(catch_unwind(AssertUnwindSafe(|| notify(notice))));
     let mut signals = program.signals.iter().peekable();
@@ -131,6 +138,11 @@ fn run(submission: Submission, pool: &Pool, engine: &dyn Collective) {
         });
         if let Err(error) = result {
             return tell(Notice::Failed(error));
+        }
+        if check && let Some((write, elements)) = not_finite(launch, &bases, pool.threads()) {
+            tell(Notice::NotFinite { launch: done, write, elements });
+            // What follows from it is of no interest.
+            check = false;
         }
     }
     tell(Notice::Done);

@@ -390,7 +390,7 @@ impl Graph {
         location: &'static Location<'static>,
     ) -> Vec<Var> {
         let rate = inputs.iter().map(|v| self.tensor(*v)).filter(|t| t.rate == Rate::MicroBatch).count();
-        let rate = if rate > 0 || self.phase != Phase::Update { Rate::MicroBatch } else { Rate::Step };
+        let rate = if rate > 0 || self.phase.rate() == Rate::MicroBatch { Rate::MicroBatch } else { Rate::Step };
         let outputs = rule.as_ref().map_or(1, Rule::output_count);
         let inferred = rule.and_then(|rule| match shapes {
             Some(shapes) => Ok(shapes),

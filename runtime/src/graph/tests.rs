@@ -289,7 +289,7 @@ fn a_layout_that_no_rule_allows() {
     let explained = explain("tensor=2", &CompileOptions::default(), build);
     let changes = explained.lines().skip_while(|l| !l.starts_with("layout changes")).take_while(|l| !l.is_empty());
     expect![[r#"
-        layout changes (bytes into the busiest device; per micro-batch, in update per step)
+        layout changes (bytes into the busiest device; per micro-batch, in norm and update per step)
           forward  x: slice over tensor: (B) -> (S0), 0 bytes  (`let x = g.layer_norm(x, weight, 1e-5);`)
           forward  norm.weight: all-gather over tensor: (S0) -> (B), 8 bytes  (`let x = g.layer_norm(x, weight, 1e-5);`)"#]].assert_eq(&changes.collect::<Vec<_>>().join("\n"));
 }
@@ -326,16 +326,17 @@ fn explain_on_one_device() {
           up.weight                [16, 4]          (B) on placement 0
           down.weight              [5, 16]          (B) on placement 0
 
-        layout changes (bytes into the busiest device; per micro-batch, in update per step)
+        layout changes (bytes into the busiest device; per micro-batch, in norm and update per step)
 
         actors
           device 0 compute, by credit
             forward: 1 a step, 7 launches, reads 3 registers, writes 2
             backward: 1 a step, 8 launches, reads 3 registers, writes 1
-            update: 1 a step, 8 launches, reads 2 registers, writes 3
+            norm: 1 a step, 4 launches, reads 1 registers, writes 1
+            update: 1 a step, 4 launches, reads 2 registers, writes 2
           device 0 copy, by credit
             feed (MicroBatch): 1 a step, 1 launches, reads 0 registers, writes 1
-            feed (Step): 1 a step, 1 launches, reads 0 registers, writes 1
+            decide: 1 a step, 1 launches, reads 0 registers, writes 1
             fetch (Step): 1 a step, 1 launches, reads 2 registers, writes 0
 
         registers (slots x bytes)
@@ -344,9 +345,9 @@ fn explain_on_one_device() {
           device 0 forward/embedding.2 (+5): 1 x 4224 -> device 0 compute backward
           device 0 parameters/up.weight (+1): 1 x 576 -> device 0 compute forward, device 0 compute backward
           device 0 forward/loss.sum.20: 1 x 64 -> device 0 copy fetch (Step)
-          device 0 backward/einsum_grad.sum.21 (+2): 1 x 704 -> device 0 compute update
-          device 0 update/grad_squares.24: 1 x 64 -> device 0 copy fetch (Step)
-          device 0 feed (Step)/hyper: 1 x 64 -> device 0 compute update
+          device 0 backward/einsum_grad.sum.21 (+2): 1 x 704 -> device 0 compute norm, device 0 compute update
+          device 0 norm/grad_squares.24: 1 x 64 -> device 0 copy fetch (Step)
+          device 0 decide/hyper: 1 x 64 -> device 0 compute update
 
         memory (bytes)
           device 0: 10560 = 1408 fixed + 6080 in registers + 3072 scratch
@@ -377,36 +378,39 @@ fn explain_on_data_and_tensor_parallel_devices() {
           up.weight                [16, 4]          (B, S0) on placement 0
           down.weight              [5, 16]          (B, S1) on placement 0
 
-        layout changes (bytes into the busiest device; per micro-batch, in update per step)
+        layout changes (bytes into the busiest device; per micro-batch, in norm and update per step)
           forward  einsum.7: all-reduce over tensor: (S0, P) -> (S0, B), 120 bytes  (`let loss = g.cross_entropy(logits, targets);`)
-          update   bucket 0: all-reduce of 2 gradients over data, while backward runs
-          update   bucket 1: all-reduce of 1 gradients over data+tensor, while backward runs
+          norm     bucket 0: all-reduce of 2 gradients over data, while backward runs
+          norm     bucket 1: all-reduce of 1 gradients over data+tensor, while backward runs
 
         actors
-          device 0 compute, in order: 2 forward, 2 backward, update
+          device 0 compute, in order: 2 forward, 2 backward, norm, update
             forward: 2 a step, 8 launches, reads 3 registers, writes 2
             backward: 2 a step, 8 launches, reads 3 registers, writes 2
-            update: 1 a step, 8 launches, reads 5 registers, writes 3
+            norm: 1 a step, 4 launches, reads 4 registers, writes 1
+            update: 1 a step, 4 launches, reads 5 registers, writes 2
           device 0 communication, in order: all-reduce bucket 0, all-reduce bucket 1
-            all-reduce bucket 0: 1 a step, 1 launches, reads 1 registers, writes 1
-            all-reduce bucket 1: 1 a step, 1 launches, reads 1 registers, writes 1
+            all-reduce bucket 0: 1 a step, 1 launches, reads 1 registers, writes 2
+            all-reduce bucket 1: 1 a step, 1 launches, reads 1 registers, writes 2
           device 0 copy, by credit
             feed (MicroBatch): 2 a step, 1 launches, reads 0 registers, writes 1
-            feed (Step): 1 a step, 1 launches, reads 0 registers, writes 1
+            decide: 1 a step, 1 launches, reads 0 registers, writes 1
             fetch (Step): 1 a step, 1 launches, reads 2 registers, writes 0
 
         registers (slots x bytes)
+          device 0 all-reduce bucket 0/done: 1 x 0 -> device 0 compute norm
           device 0 all-reduce bucket 0/done: 1 x 0 -> device 0 compute update
+          device 0 all-reduce bucket 1/done: 1 x 0 -> device 0 compute norm
           device 0 all-reduce bucket 1/done: 1 x 0 -> device 0 compute update
           device 0 feed (MicroBatch)/ids (+1): 2 x 128 -> device 0 compute forward, device 0 compute backward
           device 0 parameters/table.weight: 1 x 128 -> device 0 compute forward
           device 0 forward/embedding.2 (+5): 2 x 768 -> device 0 compute backward
           device 0 parameters/up.weight (+1): 1 x 320 -> device 0 compute forward, device 0 compute backward
           device 0 forward/loss.sum.20: 1 x 64 -> device 0 copy fetch (Step)
-          device 0 backward/einsum_grad.sum.21 (+1): 1 x 320 -> device 0 communication all-reduce bucket 0, device 0 compute update
-          device 0 backward/embedding_grad.sum.23: 1 x 128 -> device 0 communication all-reduce bucket 1, device 0 compute update
-          device 0 update/grad_squares.24: 1 x 64 -> device 0 copy fetch (Step)
-          device 0 feed (Step)/hyper: 1 x 64 -> device 0 compute update
+          device 0 backward/einsum_grad.sum.21 (+1): 1 x 320 -> device 0 communication all-reduce bucket 0, device 0 compute norm, device 0 compute update
+          device 0 backward/embedding_grad.sum.23: 1 x 128 -> device 0 communication all-reduce bucket 1, device 0 compute norm, device 0 compute update
+          device 0 norm/grad_squares.24: 1 x 64 -> device 0 copy fetch (Step)
+          device 0 decide/hyper: 1 x 64 -> device 0 compute update
 
         memory (bytes)
           device 0: 4160 = 896 fixed + 2880 in registers + 384 scratch"#]].assert_eq(&shown.join("\n"));

@@ -129,7 +129,7 @@ impl Pass<'_> {
         let layout = Some(step.to.sbp.clone());
         let name = info.name.clone();
         // A parameter that is changed for a micro-batch's use is changed again for the next.
-        let rate = if phase == Phase::Update { Rate::Step } else { Rate::MicroBatch };
+        let rate = phase.rate();
         self.graph.tensors.push(TensorInfo { layout, rate, saved_shape: None, ..info.clone() });
         let node = Node {
             name,

@@ -17,7 +17,7 @@ use shardflow_kernels::op::Op;
 use shardflow_kernels::tensor::element_count;
 
 use crate::boxing::CostModel;
-use crate::graph::{Graph, Node, NodeOp, Phase, Var, ops};
+use crate::graph::{Graph, Node, NodeOp, Rate, Var, ops};
 use crate::layout_error::LayoutError;
 use crate::passes::optimizer::owner_sums;
 use crate::placement::Placement;
@@ -38,7 +38,7 @@ pub fn choose(graph: &mut Graph, model: &CostModel) {
     for (index, node) in graph.nodes.iter().enumerate() {
         match spec(graph, node, &problem.tensors) {
             Ok(Some(mut spec)) => {
-                if node.phase != Phase::Update {
+                if node.phase.rate() == Rate::MicroBatch {
                     splits.bound(graph, node, &mut spec);
                 }
                 problem.nodes.push(spec);
@@ -81,7 +81,7 @@ fn where_it_was(graph: &Graph, error: &LayoutError) -> &'static Location<'static
 fn settle_update(graph: &mut Graph) {
     for index in 0..graph.nodes.len() {
         let node = graph.nodes[index].clone();
-        if node.phase != Phase::Update {
+        if node.phase.rate() == Rate::MicroBatch {
             continue;
         }
         let axes = graph.placements[node.placement].axes().len();
@@ -151,7 +151,7 @@ fn spec(graph: &Graph, node: &Node, tensors: &[TensorSpec]) -> Result<Option<Nod
             let (name, placement) = (node.name.clone(), placement.clone());
             return Ok(Some(NodeSpec { name, placement, inputs, outputs: Vec::new(), candidates }));
         }
-        NodeOp::Kernel(_) if node.phase == Phase::Update => return Ok(None),
+        NodeOp::Kernel(_) if node.phase.rate() == Rate::Step => return Ok(None),
         NodeOp::Kernel(Op::SumLeading) => ops::sum_leading(shapes[0].len(), graph.shape(node.outputs[0]).len())?,
         NodeOp::Kernel(op @ Op::EmbeddingGrad { .. }) => {
             ops::rule(op, &shapes)?.size('v', graph.shape(node.outputs[0])[0])?

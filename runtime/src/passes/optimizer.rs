@@ -37,7 +37,7 @@ pub fn add_update(graph: &mut Graph, grads: &BTreeMap<Var, Var>, adamw: AdamW) {
     summed.sort_by_key(|(_, g)| *g);
     let summed: Vec<(Var, Var)> = summed.into_iter().map(|(p, g)| (p, accumulate(graph, g))).collect();
 
-    graph.phase = Phase::Update;
+    graph.phase = Phase::Norm;
     let mut squares = Vec::new();
     for placement in 0..graph.placements.len() {
         let here: Vec<(Var, Var)> =
@@ -55,6 +55,7 @@ pub fn add_update(graph: &mut Graph, grads: &BTreeMap<Var, Var>, adamw: AdamW) {
                 [0];
         squares.push((placement, sums));
     }
+    graph.phase = Phase::Update;
     for (placement, sums) in squares {
         graph.current = placement;
         let here: Vec<(Var, Var)> =

@@ -6,7 +6,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use crate::boxing::step::{LocalStep, StepKind};
-use crate::graph::{Graph, Node, NodeId, NodeOp, Rate, Var};
+use crate::graph::{Graph, Node, NodeId, NodeOp, Phase, Rate, Var};
 use crate::placement::Placement;
 use crate::plan::ActionKey;
 
@@ -70,6 +70,7 @@ impl Assignment {
 pub fn action_of(graph: &Graph, id: NodeId, node: &Node) -> Option<ActionKey> {
     match &node.op {
         NodeOp::Parameter { .. } | NodeOp::State => None,
+        NodeOp::Input if node.phase == Phase::Update => Some(ActionKey::Decide),
         NodeOp::Input => Some(ActionKey::Feed(graph.tensor(node.outputs[0]).rate)),
         NodeOp::Boxing(step) if step.kind == StepKind::Transfer => Some(ActionKey::Pull(id)),
         NodeOp::Bucket { .. } => Some(ActionKey::Bucket(id)),

@@ -82,6 +82,8 @@ pub fn emit(
         inputs: &inputs,
         outputs: &outputs,
         launches: Vec::new(),
+        nodes: Vec::new(),
+        current: NodeId(0),
         scratch: Vec::new(),
         scratch_of: BTreeMap::new(),
         written: BTreeMap::new(),
@@ -91,7 +93,7 @@ pub fn emit(
     };
     let mut host = None;
     match site.1 {
-        ActionKey::Feed(_) => {
+        ActionKey::Feed(_) | ActionKey::Decide => {
             let vars: Vec<Var> = nodes.iter().map(|n| context.graph.nodes[n.index()].outputs[0]).collect();
             host = Some(emitter.host_port(vars));
         }
@@ -101,13 +103,16 @@ pub fn emit(
             let fetched = graph.outputs.iter().map(|o| o.tensor).filter(|v| graph.tensor(*v).rate == rate && here(v));
             host = Some(emitter.host_port(fetched.collect()));
         }
-        _ => nodes.iter().for_each(|id| emitter.node(&context.graph.nodes[id.index()])),
+        _ => nodes.iter().for_each(|id| {
+            emitter.current = *id;
+            emitter.node(&context.graph.nodes[id.index()]);
+        }),
     }
     let scratch_bytes = emitter.place_scratch();
     let signals = emitter.signals();
-    let (launches, groups) = (emitter.launches, emitter.groups);
+    let (launches, nodes, groups) = (emitter.launches, emitter.nodes, emitter.groups);
     let name = action_name(context.graph, site.1);
-    let plan = ActionPlan { key: site.1, name, launches, signals, bases, host };
+    let plan = ActionPlan { key: site.1, name, launches, nodes, signals, bases, host };
     Emitted { plan, inputs, outputs, scratch_bytes, groups }
 }
 
@@ -118,6 +123,8 @@ pub fn action_name(graph: &Graph, key: ActionKey) -> String {
         ActionKey::Fetch(rate) => format!("fetch ({rate:?})"),
         ActionKey::Forward => "forward".into(),
         ActionKey::Backward => "backward".into(),
+        ActionKey::Norm => "norm".into(),
+        ActionKey::Decide => "decide".into(),
         ActionKey::Update => "update".into(),
         ActionKey::Pull(id) => {
             let node = &graph.nodes[id.index()];
@@ -135,6 +142,10 @@ struct Emitter<'a> {
     inputs: &'a [usize],
     outputs: &'a [usize],
     launches: Vec<Launch>,
+    /// The node of each launch.
+    nodes: Vec<NodeId>,
+    /// The node that is emitted now.
+    current: NodeId,
     /// Lifetimes; until they are placed, a scratch buffer's offset is its index here.
     scratch: Vec<Interval>,
     scratch_of: BTreeMap<Var, usize>,
@@ -222,6 +233,7 @@ impl Emitter<'_> {
                 self.written.insert(port, index + 1);
             }
         }
+        self.nodes.push(self.current);
         self.launches.push(Launch { op, reads, writes, accumulate, workspace });
     }
 

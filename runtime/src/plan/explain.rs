@@ -62,11 +62,15 @@ impl Plan {
 
     /// Every change of layout or placement, in order, with the most bytes that a device takes in for it.
     fn write_boxing(&self, out: &mut String) -> fmt::Result {
-        writeln!(out, "\nlayout changes (bytes into the busiest device; per micro-batch, in update per step)")?;
+        writeln!(
+            out,
+            "\nlayout changes (bytes into the busiest device; per micro-batch, in norm and update per step)"
+        )?;
         for node in self.graph.nodes() {
             let phase = match node.phase {
                 Phase::Forward => "forward",
                 Phase::Backward => "backward",
+                Phase::Norm => "norm",
                 Phase::Update => "update",
             };
             let (file, line) = (node.location.file(), node.location.line());

@@ -32,9 +32,9 @@ pub struct Setting {
 /// The stream that an action runs on.
 pub fn stream_of(key: ActionKey) -> StreamKind {
     match key {
-        ActionKey::Forward | ActionKey::Backward | ActionKey::Update => StreamKind::Compute,
+        ActionKey::Forward | ActionKey::Backward | ActionKey::Norm | ActionKey::Update => StreamKind::Compute,
         ActionKey::Bucket(_) => StreamKind::Communication,
-        ActionKey::Feed(_) | ActionKey::Pull(_) | ActionKey::Fetch(_) => StreamKind::Copy,
+        ActionKey::Feed(_) | ActionKey::Pull(_) | ActionKey::Decide | ActionKey::Fetch(_) => StreamKind::Copy,
     }
 }
 
@@ -149,7 +149,7 @@ fn rate_of(assignment: &Assignment, site: Site) -> Rate {
     match site.1 {
         ActionKey::Feed(rate) | ActionKey::Fetch(rate) => rate,
         ActionKey::Forward | ActionKey::Backward => Rate::MicroBatch,
-        ActionKey::Update | ActionKey::Bucket(_) => Rate::Step,
+        ActionKey::Norm | ActionKey::Decide | ActionKey::Update | ActionKey::Bucket(_) => Rate::Step,
         ActionKey::Pull(_) => {
             let made = assignment.registers.iter().find(|r| r.producer == site);
             made.map_or(Rate::MicroBatch, |r| r.rate)
@@ -160,7 +160,7 @@ fn rate_of(assignment: &Assignment, site: Site) -> Rate {
 /// Nothing of a step leads to a feed, nor to an action that reads only parameters (a transfer of tied weights, or a device
 /// whose part of the batch is empty): the host has to let these fire, or they would run ahead into the next step.
 fn begins_a_step(assignment: &Assignment, site: Site, inputs: &[usize]) -> bool {
-    matches!(site.1, ActionKey::Feed(_)) || inputs.iter().all(|r| assignment.registers[*r].initial)
+    matches!(site.1, ActionKey::Feed(_) | ActionKey::Decide) || inputs.iter().all(|r| assignment.registers[*r].initial)
 }
 
 fn action_spec(
@@ -218,7 +218,7 @@ fn firing(sites: &[Site], specs: &[ActionSpec], setting: &Setting, in_flight: us
             list.extend(forward);
         }
     }
-    // Buckets, then the update; on the copy stream nothing has a gang.
+    // Buckets, then norm and update; on the copy stream nothing has a gang.
     let others = sites.iter().enumerate().filter(|(_, s)| !matches!(s.1, ActionKey::Forward | ActionKey::Backward));
     list.extend(others.flat_map(|(i, _)| std::iter::repeat_n(i as u32, specs[i].per_step as usize)));
     Firing::Ordered(list)

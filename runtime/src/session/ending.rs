@@ -42,6 +42,7 @@ impl SessionError {
             Self::Kernel(cause) => exit_of_kernel(cause),
             Self::Cluster(error) => error.exit(),
             Self::Checkpoint(_) => Exit::BadData,
+            Self::NonFinite(_) => Exit::Numerics,
             Self::Input { .. } => Exit::Usage,
             Self::Actors(_) | Self::Layout(_) => Exit::Internal,
         }

@@ -21,7 +21,7 @@ pub(super) fn gates(plan: &Plan, actors: &[ActorId]) -> Vec<(ActorId, u32, u32)>
     for actor in actors {
         let (spec, plans) = (&plan.spec.actors[actor.0 as usize], &plan.actions[actor.0 as usize]);
         for (index, (action, plan)) in spec.actions.iter().zip(plans).enumerate() {
-            if action.external && !matches!(plan.key, ActionKey::Feed(_)) {
+            if action.external && !matches!(plan.key, ActionKey::Feed(_) | ActionKey::Decide) {
                 out.push((*actor, index as u32, action.per_step));
             }
         }
@@ -58,6 +58,8 @@ pub(super) struct FeedPort {
     pub(super) action: u32,
     pub(super) device: usize,
     pub(super) rate: Rate,
+    /// Given when the host has seen the step's results.
+    pub(super) decides: bool,
     pub(super) vars: Vec<Var>,
     pub(super) sender: Sender<Vec<HostTensor>>,
 }
@@ -96,10 +98,12 @@ impl Loader<'_> {
             workspace: None,
         };
         match action.key {
-            ActionKey::Feed(rate) => {
+            ActionKey::Feed(_) | ActionKey::Decide => {
+                let rate = if let ActionKey::Feed(rate) = action.key { rate } else { Rate::Step };
+                let decides = action.key == ActionKey::Decide;
                 let (sender, receiver) = unbounded();
                 let vars = port.vars.clone();
-                self.feeds.push(FeedPort { actor, action: index as u32, device, rate, vars, sender });
+                self.feeds.push(FeedPort { actor, action: index as u32, device, rate, decides, vars, sender });
                 Some(launch(Arc::new(HostIn { receiver }), Vec::new(), port.buffers.clone()))
             }
             ActionKey::Fetch(rate) => {

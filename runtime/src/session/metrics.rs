@@ -4,6 +4,7 @@
 //! | metric | kind | meaning |
 //! |---|---|---|
 //! | `shardflow_steps_total` | counter | steps done |
+//! | `shardflow_steps_non_finite_total` | counter | steps whose loss or gradients were not finite: nothing was updated |
 //! | `shardflow_step_duration_seconds` | histogram | wall time of a step |
 //! | `shardflow_loss` | gauge | loss of the last step |
 //! | `shardflow_gradient_norm` | gauge | global norm of the last step's gradients, before clipping |
@@ -17,6 +18,7 @@ use super::{Session, StepReport};
 /// Handles of the step's metrics.
 pub(super) struct StepMetrics {
     steps: Counter,
+    non_finite: Counter,
     duration: Histogram,
     loss: Gauge,
     gradient_norm: Gauge,
@@ -26,10 +28,15 @@ impl StepMetrics {
     pub(super) fn new() -> Self {
         Self {
             steps: counter!("shardflow_steps_total"),
+            non_finite: counter!("shardflow_steps_non_finite_total"),
             duration: histogram!("shardflow_step_duration_seconds"),
             loss: gauge!("shardflow_loss"),
             gradient_norm: gauge!("shardflow_gradient_norm"),
         }
+    }
+
+    pub(super) fn non_finite(&self) {
+        self.non_finite.increment(1);
     }
 
     pub(super) fn record(&self, report: &StepReport, took: Duration) {

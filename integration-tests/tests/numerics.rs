@@ -1,0 +1,196 @@
+//! A step that is not finite changes no weight, on any mesh, and names the first tensor that is to blame: an input, an op in
+//! forward or in backward, a parameter.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use shardflow::graph::Phase;
+use shardflow::prelude::*;
+use shardflow::session::numerics::FirstNonFinite;
+use shardflow_integration_tests::training::{LEARNING_RATE, bits, options, within};
+
+const BATCH: usize = 8;
+const MICRO_BATCHES: usize = 4;
+const LENGTH: usize = 3;
+const TOKENS: usize = 5;
+const WIDTH: usize = 6;
+
+/// `(x, fault) -> (y)`: x, but no number where `fault` is above 1/2; its gradient, where `fault` is below -1/2.
+#[derive(Debug)]
+struct Faulty {
+    backward: bool,
+}
+
+impl CustomOp for Faulty {
+    fn name(&self) -> &str {
+        if self.backward { "faulty_grad" } else { "faulty" }
+    }
+
+    fn rule(&self) -> Result<Rule, LayoutError> {
+        Rule::parse("btc,btc->btc")
+    }
+
+    fn kernel(&self, _: &[Region], _: &[Region]) -> Arc<dyn CustomKernel> {
+        Arc::new(Self { backward: self.backward })
+    }
+
+    fn backward(&self, g: &mut Graph, inputs: &[Var], _: &[Var], grads: &[Option<Var>]) -> Vec<Option<Var>> {
+        let dx = grads[0].map(|dy| g.custom(Arc::new(Faulty { backward: true }), &[dy, inputs[1]])[0]);
+        vec![dx, None]
+    }
+}
+
+impl CustomKernel for Faulty {
+    fn name(&self) -> &str {
+        CustomOp::name(self)
+    }
+
+    fn run_cpu(&self, mut args: CpuArgs<'_>) -> Result<(), KernelError> {
+        let ([x, fault], [y]) = (&args.reads[..], &mut args.writes[..]) else { panic!("two reads, one write") };
+        let (CpuSlice::F32(x), CpuSlice::F32(fault), CpuSliceMut::F32(y)) = (&x.data, &fault.data, &mut y.data) else {
+            panic!("floats");
+        };
+        let sign = if self.backward { -1.0 } else { 1.0 };
+        for ((y, x), fault) in y.iter_mut().zip(*x).zip(*fault) {
+            *y = if sign * fault <= 0.5 { *x } else { f32::NAN };
+        }
+        Ok(())
+    }
+}
+
+/// Two linear layers, on two stages where there are stages, with the op between them.
+fn start(mesh: &str, max_norm: f32, on_non_finite: OnNonFinite) -> Session {
+    let mut g = Graph::new(&Mesh::parse(mesh).expect("a mesh"));
+    let staged = g.mesh().axis("stage").is_ok();
+    let layout = nn::batch_layout(&g);
+    if staged {
+        g.place_at("stage", 0);
+    }
+    let ids = g.input("ids", &[BATCH, LENGTH], DType::I32, layout.clone());
+    let x = nn::embedding(&mut g, "table", ids, TOKENS, WIDTH, Parallel::Replicated);
+    let x = nn::linear(&mut g, "first", x, WIDTH, Parallel::Replicated);
+    if staged {
+        g.place_at("stage", 1);
+    }
+    let fault = g.input("fault", &[BATCH, LENGTH, WIDTH], DType::F32, layout.clone());
+    let x = g.custom(Arc::new(Faulty { backward: false }), &[x, fault])[0];
+    let logits = nn::linear(&mut g, "last", x, TOKENS, Parallel::Replicated);
+    let targets = g.input("targets", &[BATCH, LENGTH], DType::I32, layout);
+    let loss = g.cross_entropy(logits, targets);
+    g.minimize(loss, AdamW { max_norm, ..AdamW::default() });
+    let plan = compile(g, &options(MICRO_BATCHES, Schedule::OneFOneB)).unwrap_or_else(|e| panic!("mesh {mesh}: {e}"));
+    let options = SessionOptions { on_non_finite, ..SessionOptions::default() };
+    Session::start(plan, &options).unwrap_or_else(|e| panic!("mesh {mesh}: {e}"))
+}
+
+/// A step in whose row of the batch every element of `fault` has this value.
+fn step(session: &mut Session, row: usize, value: f32) -> Result<StepReport, SessionError> {
+    let tokens = || HostTensor::i32(&[BATCH, LENGTH], (0..(BATCH * LENGTH) as i32).map(|i| i % 5).collect());
+    let mut fault = vec![0.0; BATCH * LENGTH * WIDTH];
+    fault[row * LENGTH * WIDTH..][..LENGTH * WIDTH].fill(value);
+    let fault = HostTensor::f32(&[BATCH, LENGTH, WIDTH], fault);
+    session.step(&[("ids", tokens()), ("targets", tokens()), ("fault", fault)], LEARNING_RATE)
+}
+
+fn first(error: Result<StepReport, SessionError>) -> FirstNonFinite {
+    let Err(SessionError::NonFinite(found)) = error else { panic!("{error:?}") };
+    found.first.unwrap_or_else(|| panic!("no first tensor"))
+}
+
+/// With what the mesh brings in: the device that works on a row of the batch, beyond the cut.
+fn device_of(mesh: &str, row: usize) -> usize {
+    let data = row % 2;
+    match mesh {
+        "data=1" => 0,
+        "data=2" => data,
+        "stage=2" => 1,
+        "data=2,stage=2" => 2 * data + 1,
+        other => panic!("{other}"),
+    }
+}
+
+const MESHES: [&str; 4] = ["data=1", "data=2", "stage=2", "data=2,stage=2"];
+
+/// All bits of the parameters after so many good steps.
+fn undisturbed(mesh: &str, max_norm: f32, steps: usize) -> BTreeMap<String, HostTensor> {
+    let mut session = start(mesh, max_norm, OnNonFinite::Stop);
+    (0..steps).for_each(|_| drop(step(&mut session, 0, 0.0).expect("a good step")));
+    session.parameters().expect("parameters")
+}
+
+#[test]
+fn a_step_that_is_not_finite_changes_nothing_and_names_the_first_tensor() {
+    within(120, || {
+        for (mesh, max_norm) in MESHES.iter().flat_map(|mesh| [(mesh, f32::INFINITY), (mesh, 1.0)]) {
+            let expected = undisturbed(mesh, max_norm, 2);
+            let mut session = start(mesh, max_norm, OnNonFinite::Stop);
+            step(&mut session, 0, 0.0).expect("a good step");
+            for row in [0, 3, BATCH - 1] {
+                for (value, tensor, op, phase) in [
+                    (f32::INFINITY, "fault", "input", Phase::Forward),
+                    (f32::NAN, "fault", "input", Phase::Forward),
+                    (1.0, "faulty", "custom kernel", Phase::Forward),
+                    (-1.0, "faulty_grad", "custom kernel", Phase::Backward),
+                ] {
+                    let case = format!("{mesh}, clipped to {max_norm}, row {row}, {value}");
+                    let error = step(&mut session, row, value);
+                    assert!(error.as_ref().is_err_and(|e| e.exit() == Exit::Numerics), "{case}: {error:?}");
+                    let found = first(error);
+                    assert_eq!(found.tensor.split('.').next(), Some(tensor), "{case}: {found}");
+                    assert_eq!((found.op.as_str(), found.phase), (op, phase), "{case}: {found}");
+                    assert_eq!(found.micro_batch, Some(row / 2), "{case}: {found}");
+                    assert_eq!(found.device, device_of(mesh, row), "{case}: {found}");
+                    assert_eq!(found.elements, (LENGTH * WIDTH) as u64, "{case}: {found}");
+                    assert!(found.location.starts_with("integration-tests/tests/numerics.rs:"), "{case}: {found}");
+                }
+            }
+            assert_eq!(session.steps(), 1, "{mesh}");
+            step(&mut session, 0, 0.0).expect("a good step");
+            let parameters = session.parameters().expect("parameters");
+            assert!(bits(&parameters) == bits(&expected), "{mesh}, clipped to {max_norm}: something was updated");
+        }
+    });
+}
+
+#[test]
+fn a_parameter_that_is_not_finite_is_named() {
+    within(60, || {
+        for mesh in MESHES {
+            let mut session = start(mesh, f32::INFINITY, OnNonFinite::Stop);
+            let mut parameters = session.parameters().expect("parameters");
+            let (name, weight) = parameters.iter_mut().find(|(name, _)| name.starts_with("first")).expect("a layer");
+            let HostData::F32(values) = &mut weight.data else { panic!("floats") };
+            values[1] = f32::INFINITY;
+            let name = name.clone();
+            session.set_parameters(&parameters).expect("set");
+            let found = first(step(&mut session, 0, 0.0));
+            assert_eq!((found.tensor, found.op.as_str(), found.elements), (name, "parameter", 1), "{mesh}");
+        }
+    });
+}
+
+#[test]
+fn a_step_may_be_passed_over_but_not_for_ever() {
+    within(60, || {
+        let mut session = start("data=2", f32::INFINITY, OnNonFinite::Skip { in_a_row_max: 2 });
+        for expected in [1, 2] {
+            let report = step(&mut session, 5, 1.0).expect("passed over");
+            let found = report.non_finite.expect("told");
+            assert_eq!((found.step + 1, session.steps()), (expected, expected));
+            assert!(found.to_string().starts_with(&format!("step {expected} is not finite, loss NaN, ")), "{found}");
+        }
+        let report = step(&mut session, 0, 0.0).expect("a good step");
+        assert_eq!(report.non_finite, None);
+        (0..2).for_each(|_| drop(step(&mut session, 5, 1.0).expect("passed over")));
+        assert_eq!(first(step(&mut session, 5, 1.0)).micro_batch, Some(2));
+        assert_eq!(session.steps(), 5);
+    });
+}
+
+#[test]
+fn a_learning_rate_that_is_no_number_is_refused() {
+    let mut session = start("data=1", f32::INFINITY, OnNonFinite::Stop);
+    let error = session.step(&[], f32::NAN);
+    assert!(matches!(&error, Err(SessionError::Input { .. })), "{error:?}");
+    step(&mut session, 0, 0.0).expect("nothing was begun");
+}

@@ -1,0 +1,236 @@
+//! One step of a session: the batch goes out to the devices, results come back, and the host decides on the update.
+//! Imports `session`, `session::numerics`, `plan` and `graph`.
+
+use std::collections::BTreeMap;
+use std::sync::atomic::Ordering;
+use std::time::Instant;
+
+use shardflow_kernels::error::KernelError;
+use shardflow_kernels::tensor::{HostData, HostTensor, element_count};
+
+use super::load::FeedPort;
+use super::{QUIESCE_TIMEOUT, Session, SessionError, StepReport, tokens};
+use crate::graph::builder::{HYPER_INPUT, RNG_INPUT};
+use crate::graph::{NodeOp, Rate, Var};
+use crate::init;
+use crate::passes::optimizer::GRAD_SQUARES_OUTPUT;
+use crate::plan::memory::local_part;
+use crate::sbp::gather;
+use crate::sbp::region::take_box;
+
+/// What a step is given, by name.
+pub(super) type Inputs<'a> = BTreeMap<&'a str, &'a HostTensor>;
+
+/// What the fetches of all devices brought: for each firing, a tensor a port.
+type Results = BTreeMap<(usize, Rate), Vec<Vec<HostTensor>>>;
+
+impl Session {
+    /// One step: feeds the whole batch, runs all micro-batches, and gives what the program outputs. The host sees loss and
+    /// gradient norm before anything is updated: where either is not finite, nothing is, see [`super::numerics`].
+    /// When it returns, no device works any more. `learning_rate` is not used by a program that minimises nothing.
+    ///
+    /// # Errors
+    /// When an input is missing, unknown, of the wrong shape or type, or holds a token outside the vocabulary (nothing was
+    /// run then); [`SessionError::NonFinite`] where the options say so (nothing was updated then); or the session failed.
+    pub fn step(&mut self, inputs: &[(&str, HostTensor)], learning_rate: f32) -> Result<StepReport, SessionError> {
+        let begin = Instant::now();
+        self.check_inputs(inputs)?;
+        if !learning_rate.is_finite() {
+            let (name, expected) = ("learning_rate".into(), "a finite number".into());
+            return Err(SessionError::Input { name, expected, got: learning_rate.to_string() });
+        }
+        let by_name: Inputs<'_> = inputs.iter().map(|(name, tensor)| (*name, tensor)).collect();
+        let stop = self.stop.as_ref().is_some_and(|stop| stop.load(Ordering::Relaxed));
+        self.say([u64::from(stop), 0]);
+        let results = self.run(&by_name)?;
+        let stop = self.words()?.iter().any(|word| word[0] != 0);
+        let mut report = StepReport { stop, ..self.report(results)? };
+        if report.is_finite() {
+            self.decide(learning_rate)?;
+            self.skipped_in_a_row = 0;
+        } else {
+            self.decide(f32::NAN)?;
+            report.non_finite = Some(self.trace(&by_name, &report)?);
+        }
+        if let Some(found) = &report.non_finite {
+            self.step_metrics.non_finite();
+            self.pass_over(found)?;
+        }
+        self.steps += 1;
+        self.step_metrics.record(&report, begin.elapsed());
+        Ok(report)
+    }
+
+    /// Feeds a batch, and gives what the devices of all processes bring back. Devices are left where the update begins.
+    pub(super) fn run(&mut self, inputs: &Inputs<'_>) -> Result<Results, SessionError> {
+        for feed in self.feeds.iter().filter(|feed| !feed.decides) {
+            self.feed(feed, |var, micro_batch| self.part(var, feed.device, micro_batch, inputs))?;
+        }
+        let running = self.running.as_ref().ok_or(KernelError::Closed { device: 0 })?;
+        for (actor, action, firings) in &self.gates {
+            running.give(*actor, *action, *firings)?;
+        }
+        let (ports, micro_batches) = (self.ports.clone(), self.plan.micro_batches);
+        let wanted: Vec<_> =
+            ports.fetches.iter().map(|((_, rate), port)| (*port, rate.per_step(micro_batches))).collect();
+        self.receive(&wanted).map_err(|failure| self.fail(failure))?;
+        let mut inbox = self.lock_inbox();
+        let brought = ports.fetches.iter().zip(&wanted);
+        Ok(brought.map(|((key, port), (_, count))| (*key, inbox.take(*port, *count))).collect())
+    }
+
+    /// Lets devices update with this learning rate, or change nothing if it is no number, and waits until they have ended.
+    pub(super) fn decide(&mut self, learning_rate: f32) -> Result<(), SessionError> {
+        let hyper = HostTensor::f32(&[2], vec![learning_rate, (self.steps + 1) as f32]);
+        for feed in self.feeds.iter().filter(|feed| feed.decides) {
+            self.feed(feed, |_, _| hyper.clone())?;
+        }
+        let running = self.running.as_ref().ok_or(KernelError::Closed { device: 0 })?;
+        // Whoever is slow is the watchdog's to tell.
+        let ended = loop {
+            match running.quiesce(QUIESCE_TIMEOUT) {
+                Ok(false) => {}
+                ended => break ended,
+            }
+        };
+        ended.map(drop).map_err(|failure| self.fail(failure))
+    }
+
+    /// Gives a feed its tensors for a step.
+    fn feed(&self, feed: &FeedPort, tensor: impl Fn(Var, usize) -> HostTensor) -> Result<(), SessionError> {
+        let running = self.running.as_ref().ok_or(KernelError::Closed { device: 0 })?;
+        let firings = feed.rate.per_step(self.plan.micro_batches);
+        for micro_batch in 0..firings {
+            // It is gone only with the stream, which the next line tells of.
+            let _ = feed.sender.send(feed.vars.iter().map(|var| tensor(*var, micro_batch)).collect());
+        }
+        Ok(running.give(feed.actor, feed.action, firings as u32)?)
+    }
+
+    fn check_inputs(&self, inputs: &[(&str, HostTensor)]) -> Result<(), SessionError> {
+        let graph = &self.plan.graph;
+        let nodes = graph.nodes().iter().filter(|n| matches!(n.op, NodeOp::Input));
+        let expected: BTreeMap<&str, Var> = nodes
+            .filter(|n| n.name != RNG_INPUT && n.name != HYPER_INPUT)
+            .map(|n| (n.name.as_str(), n.outputs[0]))
+            .collect();
+        let wrong =
+            |name: &str, expected: String, got: String| SessionError::Input { name: name.into(), expected, got };
+        for (index, (name, tensor)) in inputs.iter().enumerate() {
+            if inputs[..index].iter().any(|other| other.0 == *name) {
+                return Err(wrong(name, "one tensor".into(), "two".into()));
+            }
+            let (elements, held) = (element_count(&tensor.shape), tensor.elements_held());
+            if elements != held {
+                return Err(wrong(name, format!("{elements} elements for {:?}", tensor.shape), held.to_string()));
+            }
+            if !expected.contains_key(name) {
+                let known: Vec<&str> = expected.keys().copied().collect();
+                return Err(wrong(name, format!("one of {known:?}"), "an unknown name".into()));
+            }
+        }
+        for (name, var) in expected {
+            let info = graph.tensor(var);
+            let mut shape = info.shape.clone();
+            if info.rate == Rate::MicroBatch
+                && let Some(rows) = shape.first_mut()
+            {
+                *rows *= self.plan.micro_batches;
+            }
+            let want = format!("{:?} {shape:?}", info.dtype);
+            match inputs.iter().find(|i| i.0 == name) {
+                None => return Err(wrong(name, want, "nothing".into())),
+                Some((_, t)) if t.shape != shape || t.dtype() != info.dtype => {
+                    return Err(wrong(name, want, format!("{:?} {:?}", t.dtype(), t.shape)));
+                }
+                Some((_, t)) => {
+                    if let Some(tokens) = self.vocabularies.get(name) {
+                        tokens::check(name, t, *tokens)?;
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// A device's part of an input for one micro-batch.
+    fn part(&self, var: Var, device: usize, micro_batch: usize, inputs: &Inputs<'_>) -> HostTensor {
+        let graph = &self.plan.graph;
+        let name = graph.producer(var).name.as_str();
+        let info = graph.tensor(var);
+        match name {
+            RNG_INPUT => {
+                // The session's seed moves the counter, so that seeds give different masks and meshes the same.
+                let step = (init::mix(self.seed) as i32).wrapping_add(self.steps as i32);
+                HostTensor::i32(&[2], vec![step, (micro_batch * self.rows()) as i32])
+            }
+            _ => {
+                let mut region = local_part(graph, var, device);
+                if info.rate == Rate::MicroBatch
+                    && let Some(start) = region.start.first_mut()
+                {
+                    *start += micro_batch * info.shape[0];
+                }
+                take_box(inputs[name], &region)
+            }
+        }
+    }
+
+    /// Rows of a micro-batch.
+    fn rows(&self) -> usize {
+        let inputs = self.plan.graph.nodes().iter().filter(|n| matches!(n.op, NodeOp::Input) && n.name != RNG_INPUT);
+        let rows = inputs.map(|n| self.plan.graph.tensor(n.outputs[0])).find(|t| t.rate == Rate::MicroBatch);
+        rows.and_then(|t| t.shape.first().copied()).unwrap_or(0)
+    }
+
+    /// Puts the devices' parts together.
+    fn report(&self, results: Results) -> Result<StepReport, SessionError> {
+        let graph = &self.plan.graph;
+        let mut outputs: BTreeMap<String, HostTensor> = BTreeMap::new();
+        let mut squares: Vec<f64> = Vec::new();
+        for output in &graph.outputs {
+            let info = graph.tensor(output.tensor);
+            let placement = &graph.placements[graph.placement_of(output.tensor)];
+            let layout = info.layout.as_ref().expect("the layout pass gives every tensor a layout");
+            let firings = info.rate.per_step(self.plan.micro_batches);
+            let shard = |device: &usize, firing: usize| {
+                let key = (*device, info.rate);
+                let port = self.fetches[&key].iter().position(|v| *v == output.tensor);
+                results[&key][firing][port.expect("a device fetches the outputs that it holds")].clone()
+            };
+            let piece = |firing| {
+                let shards: Vec<HostTensor> = placement.devices().iter().map(|d| shard(d, firing)).collect();
+                gather(&shards, &info.shape, layout, placement)
+            };
+            let pieces = (0..firings).map(piece).collect::<Result<_, _>>()?;
+            let whole = join(pieces);
+            if output.name == GRAD_SQUARES_OUTPUT {
+                let values = whole.as_f32().unwrap_or_default();
+                squares.resize(values.len(), 0.0);
+                squares.iter_mut().zip(values).for_each(|(sum, v)| *sum += f64::from(*v));
+            } else {
+                outputs.insert(output.name.clone(), whole);
+            }
+        }
+        let loss = outputs.get("loss").and_then(|t| t.as_f32()).and_then(|v| v.first().copied());
+        let grad_norm = (!squares.is_empty()).then(|| squares.iter().sum::<f64>().sqrt());
+        Ok(StepReport { step: self.steps, loss, grad_norm, outputs, stop: false, non_finite: None })
+    }
+}
+
+/// Joins tensors along their first dim; a scalar is the last one's.
+fn join(mut pieces: Vec<HostTensor>) -> HostTensor {
+    let last = pieces.pop().unwrap_or_else(|| HostTensor::f32(&[0], Vec::new()));
+    if pieces.is_empty() || last.shape.is_empty() {
+        return last;
+    }
+    pieces.push(last);
+    let mut shape = pieces[0].shape.clone();
+    shape[0] = pieces.iter().map(|p| p.shape[0]).sum();
+    let floats: Option<Vec<&[f32]>> = pieces.iter().map(|p| p.as_f32()).collect();
+    let data = match floats {
+        Some(parts) => HostData::F32(parts.concat()),
+        None => HostData::I32(pieces.iter().filter_map(|p| p.as_i32()).flatten().copied().collect()),
+    };
+    HostTensor { shape, data }
+}
