@@ -285,3 +285,32 @@ fn the_other_programs_run() {
         assert!(run.stdout.lines().last().is_some_and(|line| line.starts_with(last)), "{}", run.stdout);
     }
 }
+
+/// With such a learning rate the first update leaves weights whose products no float can hold.
+#[test]
+fn a_training_that_blows_up_stops_or_skips_or_goes_back_and_names_the_tensor() {
+    let folder = Folder::new("blows-up");
+    let args = "--lr 1e30 --steps 100";
+    let first = "step 2 is not finite, loss ";
+    for (policy, expected, warnings) in [
+        ("", first, 0),
+        ("--on-non-finite skip", "step 12 is not finite", 10),
+        (
+            "--on-non-finite rollback --checkpoint ck --checkpoint-every 1",
+            "gone back to step 1 3 times, and again step 2",
+            4,
+        ),
+    ] {
+        let run = folder.gpt(&format!("{args} {policy}"));
+        assert_eq!(run.code, 80, "{policy}: {}", run.stderr);
+        let last = run.stderr.lines().find(|line| line.starts_with("error: ")).unwrap_or_default();
+        assert!(last.contains(expected), "{policy}: {}", run.stderr);
+        assert!(
+            last.contains("; first in layer_norm_grad") && last.contains("elements on device 0 ("),
+            "{policy}: {}",
+            run.stderr
+        );
+        let told = run.stderr.lines().filter(|line| line.starts_with("warning: step ")).count();
+        assert_eq!(told, warnings, "{policy}: {}", run.stderr);
+    }
+}

@@ -145,6 +145,15 @@ fn another_collective_on_one_device_is_refused_with_the_group() {
 }
 
 #[test]
+fn an_update_that_the_host_would_have_to_wait_for_is_refused() {
+    let late = |plan: &mut Plan| {
+        let norms = plan.actions.iter_mut().flatten().filter(|action| action.key == ActionKey::Norm);
+        norms.for_each(|norm| norm.key = ActionKey::Update);
+    };
+    refused("stage=2", Schedule::OneFOneB, late, expect!["the plan cannot run to its end: the host fetches register 'device 0 norm/grad_squares.237' of an update, which waits until the host has it"]);
+}
+
+#[test]
 fn a_register_that_is_too_small_is_refused_with_the_buffer() {
     let shrink = |plan: &mut Plan| {
         let stash = stash(plan);

@@ -4,11 +4,12 @@
 use std::sync::Arc;
 
 use shardflow_actors::simulate::{Options, SimulationError, Timing, simulate};
+use shardflow_actors::spec::ActorId;
 use shardflow_kernels::op::Launch;
 use shardflow_kernels::tensor::element_count;
 
 use crate::plan::collective_order::{self, Disagreement};
-use crate::plan::{BaseKey, DeviceMemory, Plan};
+use crate::plan::{ActionKey, BaseKey, DeviceMemory, Plan};
 
 /// Why a plan is refused.
 #[derive(Clone, Debug, thiserror::Error)]
@@ -73,10 +74,30 @@ pub fn validate(plan: &Plan, memory_bytes: Option<usize>) -> Result<(), PlanErro
     collective_order::check(plan).map_err(PlanError::CollectiveOrder)?;
     bounds(plan)?;
     disjoint(plan)?;
+    decisions(plan)?;
     memory(plan, memory_bytes)?;
     let spec = Arc::new(plan.spec.clone());
     let liveness = |e: SimulationError| PlanError::Liveness(e.to_string());
     simulate(&spec, &Timing::uniform(&spec, 1, 0), &Options::steps(STEPS)).map_err(liveness)?;
+    Ok(())
+}
+
+/// The host lets a step's updates fire when it has all that it fetches, so nothing that it fetches may come from an update.
+fn decisions(plan: &Plan) -> Result<(), PlanError> {
+    let key = |(actor, action): (ActorId, u32)| plan.actions[actor.0 as usize][action as usize].key;
+    for (index, actions) in plan.actions.iter().enumerate() {
+        let specs = &plan.spec.actors[index].actions;
+        let fetches = actions.iter().zip(specs).filter(|(action, _)| matches!(action.key, ActionKey::Fetch(_)));
+        for register in fetches.flat_map(|(_, spec)| spec.inputs.iter().map(|input| input.register)) {
+            let producer = plan.spec.registers[register.0 as usize].producer;
+            let writer = plan.spec.writer(register).map(|(action, _)| key((producer, action)));
+            if matches!(writer, Some(ActionKey::Decide | ActionKey::Update)) {
+                let name = plan.spec.register_name(register);
+                let why = format!("the host fetches register '{name}' of an update, which waits until the host has it");
+                return Err(PlanError::Liveness(why));
+            }
+        }
+    }
     Ok(())
 }
 
@@ -133,7 +154,7 @@ fn bounds(plan: &Plan) -> Result<(), PlanError> {
             let size = |base: usize| match action.bases[base] {
                 BaseKey::Fixed => memory.total_bytes,
                 BaseKey::Scratch => {
-                    let id = shardflow_actors::spec::ActorId(index as u32);
+                    let id = ActorId(index as u32);
                     memory.scratch.get(&id).map_or(0, |s| s.1)
                 }
                 BaseKey::Input(port) => plan.register_place(spec.inputs[port].register).stride,
