@@ -1,0 +1,131 @@
+#!/usr/bin/env python3
+"""Several processes of one machine beside PyTorch over gloo, in turn in one run, and prints markdown tables.
+
+    cargo build --release && cargo bench -p shardflow-kernels --bench collectives --no-run
+    python3 integration-tests/benches/beside_gloo.py --peers ../shared/peers --python VENV/bin/python [--rounds 3]
+        [--only collectives|training] [--engines on-node,unix,tcp] [--worlds 2,4] [--sizes 1024,..]
+
+--python must have torch and numpy; --peers holds `collectives.py`, `gpt_dp2.py`, `gpt_tp2.py` and `gpt_pp2.py`, which are not
+part of this repository. Machines are noisy: figures are medians of the rounds' medians, and only ratios carry over. Ends
+with 1 if a training is slower than its peer, or a collective slower than gloo or, from 1 MiB on, than half of gloo's time.
+"""
+import argparse, json, os, statistics, subprocess, sys, tempfile
+
+SIZES = ",".join(str(1 << log) for log in range(10, 27, 2))
+MODEL = dict(layers=4, heads=4, width=128, context=64)
+TRAININGS = [
+    ("data parallel, batch 12", ["--mesh", "data=2", "--batch", "12"], "gpt_dp2.py", []),
+    ("tensor parallel, batch 12", ["--mesh", "tensor=2", "--batch", "12"], "gpt_tp2.py", []),
+    ("pipeline, batch 96, 4 micro-batches", ["--mesh", "stage=2", "--batch", "96", "--micro-batches", "4"],
+     "gpt_pp2.py", ["--batch", "96", "--micro", "4"]),
+]
+
+
+def lines(command, **more):
+    ran = subprocess.run(command, capture_output=True, text=True, **more)
+    if ran.returncode != 0:
+        sys.exit(f"{' '.join(command)} ended with {ran.returncode}:\n{ran.stderr[-2000:]}")
+    return [json.loads(line) for line in ran.stdout.splitlines() if line.startswith("{")]
+
+
+def times(rows):
+    broken = [row for row in rows if "error" in row]
+    if broken:
+        sys.exit(f"a peer failed: {broken[0]}")
+    return {(row["op"], row["world"], row["bytes"]): row["us"] for row in rows}
+
+
+def bench(a, engine):
+    """One engine's times, by (op, world, bytes)."""
+    return times(lines(["cargo", "bench", "-q", "-p", "shardflow-kernels", "--bench", "collectives", "--", "--engine", engine,
+                        "--worlds", a.worlds, "--sizes", a.sizes]))
+
+
+def gloo(a):
+    return times(lines([a.python, "collectives.py", "--backend", "gloo", "--worlds", a.worlds, "--sizes", a.sizes],
+                       cwd=a.peers))
+
+
+def size(n):
+    return f"{n >> 20} MiB" if n >= 1 << 20 else f"{n >> 10} KiB"
+
+
+def collectives(a):
+    engines = a.engines.split(",")
+    rounds = []
+    for _ in range(a.rounds):
+        rounds.append({"gloo": gloo(a), **{engine: bench(a, engine) for engine in engines}})
+    behind = []
+    print("| | processes | bytes | gloo, us | " + " | ".join(engines) + " |")
+    print("|" + "---|" * (4 + len(engines)))
+    for key in sorted(rounds[0]["gloo"]):
+        op, world, count = key
+        theirs = statistics.median(r["gloo"][key] for r in rounds)
+        cells = []
+        for engine in engines:
+            mine = statistics.median(r[engine][key] for r in rounds)
+            # Within a round both ran under the same load.
+            ratio = statistics.median(r["gloo"][key] / r[engine][key] for r in rounds)
+            cells.append(f"{mine:.1f} ({ratio:.2f})")
+            if ratio < (2 if count >= 1 << 20 else 1):
+                behind.append(f"{engine} {op} of {world}, {size(count)}: {ratio:.2f} times gloo's speed")
+        print(f"| {op} | {world} | {size(count)} | {theirs:.1f} | " + " | ".join(cells) + " |")
+    return behind
+
+
+def ours(a, flags, steps):
+    with tempfile.TemporaryDirectory() as folder:
+        log = os.path.join(folder, "log.jsonl")
+        model = [x for k, v in MODEL.items() for x in (f"--{k}", str(v))]
+        command = [a.shardflow, "launch", "--nproc-per-node", "2", "--", a.binary, "--data", a.data, "--threads-per-device",
+                   "1", "--steps", str(steps), "--sample", "0", "--log-json", log, *model, *flags]
+        lines([os.path.abspath(x) if os.path.exists(x) else x for x in command], cwd=folder)
+        rows = [row for row in map(json.loads, open(log)) if "step" in row]
+    return statistics.median(row["step_seconds"] for row in rows[steps // 5:]) * 1e3, rows[0]["loss"]
+
+
+def torch(a, program, flags, steps):
+    command = [a.python, program, "--warmup", str(steps // 5), "--steps", str(steps - steps // 5), *flags]
+    last = lines(command, cwd=a.peers, env={**os.environ, "TINYSHAKESPEARE": os.path.abspath(a.data)})[-1]
+    return last["ms_per_step"]
+
+
+def training(a):
+    behind = []
+    print("| | Shardflow, ms a step | PyTorch over gloo, ms a step | speed over PyTorch |\n|---|---|---|---|")
+    for name, flags, program, their_flags in TRAININGS:
+        steps = 20 if "96" in flags else 60
+        pairs = [(ours(a, flags, steps)[0], torch(a, program, their_flags, steps)) for _ in range(a.rounds)]
+        mine, theirs = (statistics.median(side) for side in zip(*pairs))
+        ratio = statistics.median(y / x for x, y in pairs)
+        print(f"| {name} | {mine:.1f} | {theirs:.1f} | {ratio:.2f} |", flush=True)
+        if ratio < 1:
+            behind.append(f"{name}: {ratio:.2f} times PyTorch's speed")
+    return behind
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--peers", default="../shared/peers")
+    p.add_argument("--data", default="../shared/data/tinyshakespeare/input.txt")
+    p.add_argument("--python", default="python3")
+    p.add_argument("--binary", default="target/release/gpt")
+    p.add_argument("--shardflow", default="target/release/shardflow")
+    p.add_argument("--only", choices=["collectives", "training"])
+    p.add_argument("--engines", default="on-node,unix,tcp")
+    p.add_argument("--worlds", default="2,4")
+    p.add_argument("--sizes", default=SIZES)
+    p.add_argument("--rounds", type=int, default=3)
+    a = p.parse_args()
+    behind = []
+    if a.only != "collectives":
+        behind += training(a)
+        print()
+    if a.only != "training":
+        behind += collectives(a)
+    if behind:
+        sys.exit("\nbehind:\n  " + "\n  ".join(behind))
+
+
+if __name__ == "__main__":
+    main()
