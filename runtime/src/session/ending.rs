@@ -41,7 +41,7 @@ impl SessionError {
             Self::Failed(failure) => exit_of(failure),
             Self::Kernel(cause) => exit_of_kernel(cause),
             Self::Cluster(error) => error.exit(),
-            Self::Checkpoint(_) => Exit::BadData,
+            Self::Checkpoint(error) => Exit::from_code(error.exit_code()),
             Self::NonFinite(_) => Exit::Numerics,
             Self::Input { .. } => Exit::Usage,
             Self::Actors(_) | Self::Layout(_) => Exit::Internal,
