@@ -98,12 +98,12 @@ pub(crate) fn not_finite(launch: &Launch, bases: &[Base], threads: usize) -> Opt
         }
         // SAFETY: floats; the launch that wrote them has ended, and this stream's next one has not begun; other streams: MEM-3.
         let values = unsafe { write.f32() };
-        let runs = match &launch.op {
+        let faults = |values: &[f32]| values.iter().filter(|value| bad(value)).count();
+        match &launch.op {
             // Around the box is what was there before.
-            Op::CopyRegion { dst, .. } => dst.runs(write.shape()),
-            _ => vec![0..values.len()],
-        };
-        runs.into_iter().map(|run| values[run].iter().filter(|value| bad(value)).count()).sum()
+            Op::CopyRegion { dst, .. } => dst.runs(write.shape()).into_iter().map(|run| faults(&values[run])).sum(),
+            _ => faults(values),
+        }
     };
     args.writes.iter().map(count).enumerate().find(|(_, elements)| *elements > 0)
 }
