@@ -204,12 +204,17 @@ fn words() -> MPI_Datatype {
     unsafe { ffi::RSMPI_UINT32_T }
 }
 
+/// Where what is empty lies. OpenMPI takes a call whose two buffers begin at one place for one in place, even where one of
+/// them is empty, and then does something else than the other members.
+static NOTHING: [u64; 2] = [0; 2];
+
 fn start<T>(slice: &[T]) -> *const c_void {
-    slice.as_ptr().cast()
+    if slice.is_empty() { (&raw const NOTHING[0]).cast() } else { slice.as_ptr().cast() }
 }
 
+/// Nothing is written to what is empty.
 fn start_mut<T>(slice: &mut [T]) -> *mut c_void {
-    slice.as_mut_ptr().cast()
+    if slice.is_empty() { (&raw const NOTHING[1]).cast_mut().cast() } else { slice.as_mut_ptr().cast() }
 }
 
 /// Lengths were checked to fit ([`super::count`]).
