@@ -407,12 +407,7 @@ impl Call<'_> {
     }
 
     /// Member i brings `sources[i]` and gets `targets[i]`; returns the elements taken from others.
-    fn all_to_all(
-        &mut self,
-        words: &mut Words<'_>,
-        sources: &[Region],
-        targets: &[Region],
-    ) -> Result<usize, End> {
+    fn all_to_all(&mut self, words: &mut Words<'_>, sources: &[Region], targets: &[Region]) -> Result<usize, End> {
         let (member, n) = (self.call.member, sources.len());
         let (source, target) = (&sources[member], &targets[member]);
         let (x, y) = words.split();
@@ -477,7 +472,8 @@ fn unpack(from: &[f32], to: &mut [f32], shape: &[usize], region: &Region) {
 impl Call<'_> {
     /// Meets the others, also where the buffers do not fit, and does what all agree on.
     fn run(&mut self, peer: Option<usize>, reads: &[View<'_>], writes: &[View<'_>]) -> Result<usize, End> {
-        let checked = check_buffers(self.call, reads, writes).and_then(|()| View::words(self.call.name(), reads, writes));
+        let checked =
+            check_buffers(self.call, reads, writes).and_then(|()| View::words(self.call.name(), reads, writes));
         if let Err(error) = &checked {
             self.text = format!("{} ({error})", self.text);
         }

@@ -156,7 +156,8 @@ impl Suite<'_> {
     /// larger than 1.
     fn tolerance(&self, kind: &CollectiveKind) -> f32 {
         match kind {
-            CollectiveKind::AllReduce { op: ReduceOp::Sum } | CollectiveKind::ReduceScatter { op: ReduceOp::Sum, .. }
+            CollectiveKind::AllReduce { op: ReduceOp::Sum }
+            | CollectiveKind::ReduceScatter { op: ReduceOp::Sum, .. }
                 if self.sums == Sums::InAnyOrder =>
             {
                 ((self.n - 1) * self.n) as f32 * f32::EPSILON

@@ -20,8 +20,8 @@ use shardflow_kernels::collective::{Collective, Group};
 use shardflow_kernels::device::Device;
 use shardflow_kernels::memory::{Access, Arena, Base};
 
-use super::rendezvous::{Member, Roster};
 use super::by_mpi::ByMpi;
+use super::rendezvous::{Member, Roster};
 use super::{ClusterError, ClusterOptions, Collectives, Transport};
 use crate::plan::Plan;
 use crate::session::hosting::Hosting;

@@ -62,7 +62,8 @@ impl World {
         let (universe, given) = mpi::initialize_with_threading(Threading::Multiple)
             .ok_or_else(|| failed("MPI_Init_thread", "MPI was started before in this process"))?;
         if given != Threading::Multiple {
-            let cause = format!("this MPI gives {given:?}, and several threads call it: build it with MPI_THREAD_MULTIPLE");
+            let cause =
+                format!("this MPI gives {given:?}, and several threads call it: build it with MPI_THREAD_MULTIPLE");
             return Err(failed("MPI_Init_thread", &cause));
         }
         let world = universe.world();
@@ -174,18 +175,57 @@ pub(super) struct Places {
 pub(super) enum Transfer<'a> {
     Barrier,
     /// The largest of all members' numbers, each.
-    Largest { x: &'a [u64; 2], y: &'a mut [u64; 2] },
+    Largest {
+        x: &'a [u64; 2],
+        y: &'a mut [u64; 2],
+    },
     /// All members' records, one after the other.
-    Records { x: &'a [u8], y: &'a mut [u8] },
-    AllReduce { op: ReduceOp, x: &'a [f32], y: &'a mut [f32] },
+    Records {
+        x: &'a [u8],
+        y: &'a mut [u8],
+    },
+    AllReduce {
+        op: ReduceOp,
+        x: &'a [f32],
+        y: &'a mut [f32],
+    },
     /// Member i gets `counts[i]` of x, in order.
-    ReduceScatter { op: ReduceOp, x: &'a [f32], y: &'a mut [f32], counts: Vec<c_int> },
-    AllGather { x: &'a [f32], y: &'a mut [f32], places: Places },
-    AllToAll { x: &'a [f32], sent: Places, y: &'a mut [f32], taken: Places },
-    Broadcast { y: &'a mut [f32], root: usize },
-    Send { x: &'a [f32], to: usize, tag: c_int },
-    Receive { y: &'a mut [f32], from: usize, tag: c_int },
-    Post { x: Box<[u64; 2]>, to: usize, tag: c_int },
+    ReduceScatter {
+        op: ReduceOp,
+        x: &'a [f32],
+        y: &'a mut [f32],
+        counts: Vec<c_int>,
+    },
+    AllGather {
+        x: &'a [f32],
+        y: &'a mut [f32],
+        places: Places,
+    },
+    AllToAll {
+        x: &'a [f32],
+        sent: Places,
+        y: &'a mut [f32],
+        taken: Places,
+    },
+    Broadcast {
+        y: &'a mut [f32],
+        root: usize,
+    },
+    Send {
+        x: &'a [f32],
+        to: usize,
+        tag: c_int,
+    },
+    Receive {
+        y: &'a mut [f32],
+        from: usize,
+        tag: c_int,
+    },
+    Post {
+        x: Box<[u64; 2]>,
+        to: usize,
+        tag: c_int,
+    },
 }
 
 fn raw(op: ReduceOp) -> MPI_Op {
