@@ -8,7 +8,7 @@ use std::sync::mpsc::channel;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use rustix::process::{Signal, getpid, kill_process};
+use rustix::process::{Pid, Signal, getpid, kill_process};
 use shardflow_kernels::collective::mpi::{Mpi, World};
 use shardflow_kernels::collective::{Collective, CollectiveCall, CollectiveKind, Group, ReduceOp};
 use shardflow_kernels::conformance::{self, Sums};
@@ -136,6 +136,14 @@ fn lost(world: &Arc<World>) -> Result<String, KernelError> {
     Ok("nobody was lost".to_owned())
 }
 
+/// Process 0 is at its end while the others wait for it elsewhere.
+fn early_end(world: &Arc<World>) -> Result<String, KernelError> {
+    if world.rank() > 0 {
+        engine(world, &[group(1, world.size() as usize)])?;
+    }
+    Ok("passed".to_owned())
+}
+
 /// What is refused before anything runs.
 fn refusals(world: &Arc<World>) -> Result<String, KernelError> {
     let again = World::start().map(drop).map_err(|error| error.to_string());
@@ -164,6 +172,7 @@ fn child() {
         "same bits" => same_bits(&world),
         "aborts" => aborts(&world),
         "lost" => lost(&world),
+        "early end" => early_end(&world),
         _ => refusals(&world),
     };
     println!("\n> {} {}", world.rank(), result.unwrap_or_else(|error| error.to_string()));
@@ -194,7 +203,9 @@ fn play(scenario: &str, processes: usize) -> (Option<i32>, Vec<String>) {
         sender.send(text)
     });
     let Ok(text) = ended.recv_timeout(DEADLINE) else {
-        let _ = mpirun.kill();
+        // Not SIGKILL, which it could not pass on.
+        let _ = kill_process(Pid::from_child(&mpirun), Signal::TERM);
+        let _ = mpirun.wait();
         panic!("{scenario} of {processes} does not end");
     };
     let mut lines: Vec<String> = text.lines().filter_map(|line| line.strip_prefix("> ")).map(String::from).collect();
@@ -231,6 +242,14 @@ fn a_killed_process_ends_all_in_time_and_not_with_0() {
     let (code, lines) = play("lost", 4);
     assert!(code.is_some_and(|code| code != 0), "{code:?} {lines:?}");
     assert!(began.elapsed() < Duration::from_secs(20), "{:?}", began.elapsed());
+}
+
+#[test]
+fn a_process_that_ends_early_does_not_wait_for_ever() {
+    let began = Instant::now();
+    let (code, _) = play("early end", 3);
+    // Within the time that it waits for the others, plus the start.
+    assert!(code.is_some_and(|code| code != 0) && began.elapsed() < Duration::from_secs(20), "{code:?}");
 }
 
 #[test]

@@ -39,6 +39,8 @@ pub(super) type Trouble<'a> = dyn FnMut() -> Result<(), KernelError> + 'a;
 pub struct World {
     universe: Option<Ended>,
     comm: Comm,
+    /// For the meeting at the end alone: one that comes early meets nobody who is at something else.
+    end: Comm,
     rank: u32,
     size: u32,
     aborted: AtomicBool,
@@ -70,7 +72,11 @@ impl World {
         let (rank, size) = (world.rank() as u32, world.size() as u32);
         let comm = Comm { raw: world.as_raw() };
         comm.return_errors()?;
-        Ok(Arc::new(Self { universe: Some(Ended(universe)), comm, rank, size, aborted: AtomicBool::new(false) }))
+        let mut end = Comm { raw: comm.raw };
+        // SAFETY: the world is there, and all processes come here; MPI writes the handle.
+        check("MPI_Comm_dup", unsafe { ffi::MPI_Comm_dup(comm.raw, &mut end.raw) })?;
+        let (universe, aborted) = (Some(Ended(universe)), AtomicBool::new(false));
+        Ok(Arc::new(Self { universe, comm, end, rank, size, aborted }))
     }
 
     /// Number of this process, as MPI counts them.
@@ -90,6 +96,10 @@ impl World {
 
     /// Waits until all processes have come here.
     pub(super) fn meet(&self, within: Duration) -> Result<(), KernelError> {
+        self.meet_on(&self.comm, within)
+    }
+
+    fn meet_on(&self, comm: &Comm, within: Duration) -> Result<(), KernelError> {
         let until = Instant::now() + within;
         let come = Transfer::Barrier;
         let mut late = || {
@@ -97,7 +107,7 @@ impl World {
             if Instant::now() < until { Ok(()) } else { Err(failed("MPI_Ibarrier", &cause)) }
         };
         // SAFETY: a barrier has no buffers.
-        let met = unsafe { self.comm.run(come, &mut late) };
+        let met = unsafe { comm.run(come, &mut late) };
         met.inspect_err(|_| self.abort())
     }
 
@@ -125,8 +135,8 @@ impl World {
 
 impl Drop for World {
     fn drop(&mut self) {
-        let aborted = self.aborted.load(Ordering::Relaxed);
-        if aborted || self.meet(END_WITHIN).is_err() {
+        let aborted = self.aborted.load(Ordering::Relaxed) || std::thread::panicking();
+        if aborted || self.meet_on(&self.end, END_WITHIN).is_err() {
             mem::forget(self.universe.take());
         }
     }
