@@ -51,7 +51,7 @@ impl Folder {
 
     fn mpirun(&self, processes: u32, flags: &str) -> Running {
         let exports = "-x SHARDFLOW_SECRET -x SHARDFLOW_COLLECTIVES";
-        self.start(&format!("mpirun --oversubscribe -n {processes} {exports} {GPT} {MODEL} {flags}"), "mpi")
+        self.start(&format!("mpirun --quiet --oversubscribe -n {processes} {exports} {GPT} {MODEL} {flags}"), "mpi")
     }
 
     fn losses(&self, log: &str) -> Vec<f64> {

@@ -185,7 +185,7 @@ fn child() {
 /// Plays a scenario in so many processes; gives the exit code, and the lines behind `> `, sorted.
 fn play(scenario: &str, processes: usize) -> (Option<i32>, Vec<String>) {
     let mut mpirun = Command::new("mpirun")
-        .args(["--oversubscribe", "-n", &processes.to_string(), "-x", SCENARIO])
+        .args(["--quiet", "--oversubscribe", "-n", &processes.to_string(), "-x", SCENARIO])
         .arg(std::env::current_exe().expect("this program"))
         .args(["child", "--exact", "--nocapture"])
         .env(SCENARIO, scenario)

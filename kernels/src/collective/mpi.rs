@@ -522,7 +522,7 @@ impl Collective for Mpi {
             Err(End::GivenUp(error)) => {
                 reads.iter().chain(writes).for_each(|view| mem::forget(view.arena().clone()));
                 mem::forget(mem::take(memory));
-                mem::forget(comm.take());
+                *comm = None;
                 self.world.abort();
                 Err(failed.insert(error).clone())
             }
