@@ -108,7 +108,7 @@ fn aborts(world: &Arc<World>) -> Result<String, KernelError> {
         let arena = memory(&engine, 10, n)?;
         let (sender, ended) = channel();
         let (waits, call) = (engine.clone(), kind.clone());
-        thread::spawn(move || sender.send([(); 2].map(|()| run(&waits, &arena, call.clone(), 1, n, 10))));
+        thread::spawn(move || drop(sender.send([(); 2].map(|()| run(&waits, &arena, call.clone(), 1, n, 10)))));
         // Whether the call is waiting by now or has yet to begin: it ends.
         let early = ended.recv_timeout(Duration::from_millis(100));
         engine.abort("the test says so");
