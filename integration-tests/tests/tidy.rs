@@ -28,6 +28,8 @@ const UNSAFE_FILES: &[&str] = &[
     "kernels/src/collective/exchange.rs",
     "kernels/src/collective/exchange/tests.rs",
     "kernels/src/collective/in_process.rs",
+    "kernels/src/collective/mpi.rs",
+    "kernels/src/collective/mpi/calls.rs",
     "kernels/src/collective/on_node.rs",
     "kernels/src/cpu/attention.rs",
     "kernels/src/cpu/launch.rs",

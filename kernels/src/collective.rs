@@ -11,6 +11,8 @@ use crate::tensor::Region;
 pub mod board;
 pub(crate) mod exchange;
 pub mod in_process;
+#[cfg(feature = "mpi")]
+pub mod mpi;
 pub mod on_node;
 pub mod routed;
 pub mod wire;

@@ -20,6 +20,8 @@ mod ops;
 mod reference;
 mod streams;
 
+pub use collectives::Sums;
+
 /// Longest wait for anything on a device.
 const TIMEOUT: Duration = Duration::from_secs(60);
 
@@ -51,7 +53,8 @@ pub fn run(make: &dyn Fn(usize) -> Vec<Device>) -> Vec<Failure> {
         streams::run(&mut report, device);
     }
     let with_arena = |device: Device| device.arena(collectives::ARENA_BYTES).map(|arena| (device, arena));
-    collectives::run(&mut report, &|n| make(n).into_iter().map(with_arena).collect());
+    let make = |n| make(n).into_iter().map(with_arena).collect();
+    collectives::run(&mut report, &make, MEMBERS_MAX, Sums::InOrder, true);
     report.failures
 }
 
@@ -60,9 +63,25 @@ pub fn run(make: &dyn Fn(usize) -> Vec<Device>) -> Vec<Failure> {
 /// that know [`collectives_groups`] of n.
 pub fn run_collectives(make: &dyn Fn(usize) -> Result<Vec<(Device, Arena)>, KernelError>) -> Vec<Failure> {
     let mut report = Report::default();
-    collectives::run(&mut report, make);
+    collectives::run(&mut report, make, MEMBERS_MAX, Sums::InOrder, true);
     report.failures
 }
+
+/// Runs the collectives' part of the suite in one of several processes, all of which do so at once, each for its own
+/// members of groups of up to `members`; without aborts, which leave nothing to go on with. `make(n)` gives those of n
+/// devices that are in this process, maybe none, as for [`run_collectives`].
+pub fn run_collectives_apart(
+    make: &dyn Fn(usize) -> Result<Vec<(Device, Arena)>, KernelError>,
+    members: usize,
+    sums: Sums,
+) -> Vec<Failure> {
+    let mut report = Report::default();
+    collectives::run(&mut report, make, members, sums, false);
+    report.failures
+}
+
+/// Members of the largest groups where nothing else is said.
+const MEMBERS_MAX: usize = 4;
 
 /// Bytes of each arena that [`run_collectives`] needs.
 pub const COLLECTIVES_ARENA_BYTES: usize = collectives::ARENA_BYTES;

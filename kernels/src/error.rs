@@ -57,6 +57,14 @@ pub enum KernelError {
         /// What happened.
         cause: String,
     },
+    /// MPI cannot do what was asked.
+    #[error("{call}: {cause}")]
+    Mpi {
+        /// MPI's name of the call.
+        call: &'static str,
+        /// What MPI says.
+        cause: String,
+    },
     /// The session was aborted while this was waiting.
     #[error("aborted: {cause}")]
     Aborted {

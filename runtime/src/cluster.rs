@@ -23,16 +23,20 @@ use shardflow_kernels::error::KernelError;
 use crate::exit::Exit;
 
 mod agree;
+mod by_mpi;
 pub mod env;
 pub mod rendezvous;
 pub(crate) mod roads;
 pub(crate) mod world;
 
+use by_mpi::ByMpi;
 use env::{EnvError, Launch};
 use rendezvous::{RendezvousError, Verdict};
 
 /// Variable that chooses the [`Transport`]: `auto`, `shared-memory`, `unix` or `tcp`; the same for all processes.
 pub const TRANSPORT: &str = "SHARDFLOW_TRANSPORT";
+/// Variable that chooses the engine of [`Collectives`]: `own` or `mpi`; the same for all processes.
+pub const COLLECTIVES: &str = "SHARDFLOW_COLLECTIVES";
 /// Variable with the address of this node that the process listens on.
 pub const INTERFACE: &str = "SHARDFLOW_INTERFACE";
 
@@ -66,6 +70,28 @@ impl Transport {
     }
 }
 
+/// What runs collectives between processes. Registers go by the [`Transport`] in any case.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Collectives {
+    /// Shardflow's own engines, over the [`Transport`]: the same bits on any number of processes.
+    #[default]
+    Own,
+    /// MPI, where all members of a group are in different processes; the others as with `Own`. Sums agree with those of
+    /// `Own` within rounding. Needs the feature `mpi`, and processes that `mpirun` started.
+    Mpi,
+}
+
+impl Collectives {
+    fn parse(text: &str) -> Result<Self, ClusterError> {
+        match text {
+            "own" | "" => Ok(Self::Own),
+            "mpi" if cfg!(feature = "mpi") => Ok(Self::Mpi),
+            "mpi" => Err(ClusterError::MpiNotBuilt),
+            _ => Err(ClusterError::Variable { name: COLLECTIVES, value: text.into(), expected: "own or mpi" }),
+        }
+    }
+}
+
 /// Called with a line that says who is missing, while processes wait for each other.
 pub type OnWaiting = Arc<dyn Fn(&str) + Send + Sync>;
 
@@ -74,6 +100,8 @@ pub type OnWaiting = Arc<dyn Fn(&str) + Send + Sync>;
 pub struct ClusterOptions {
     /// What carries tensors.
     pub transport: Transport,
+    /// What runs collectives.
+    pub collectives: Collectives,
     /// Address of this node to listen on; without it, the one by which process 0 is reached, loopback if it is on loopback.
     pub interface: Option<IpAddr>,
     /// How long to wait until all have come.
@@ -92,6 +120,7 @@ impl Default for ClusterOptions {
     fn default() -> Self {
         Self {
             transport: Transport::Auto,
+            collectives: Collectives::Own,
             interface: None,
             meet_within: Duration::from_secs(300),
             connect_within: Duration::from_secs(60),
@@ -104,9 +133,11 @@ impl Default for ClusterOptions {
 
 impl fmt::Debug for ClusterOptions {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { transport, interface, meet_within, connect_within, heartbeat_every, heartbeat_deadline, .. } = self;
+        let Self { transport, collectives, interface, meet_within, connect_within, .. } = self;
+        let Self { heartbeat_every, heartbeat_deadline, .. } = self;
         f.debug_struct("ClusterOptions")
             .field("transport", transport)
+            .field("collectives", collectives)
             .field("interface", interface)
             .field("meet_within", meet_within)
             .field("connect_within", connect_within)
@@ -119,6 +150,7 @@ impl fmt::Debug for ClusterOptions {
 #[derive(Clone, Debug)]
 pub struct Cluster {
     launch: Launch,
+    by_mpi: ByMpi,
     /// How to meet them.
     pub options: ClusterOptions,
 }
@@ -126,7 +158,7 @@ pub struct Cluster {
 impl Cluster {
     /// One process, alone.
     pub fn local() -> Self {
-        Self { launch: Launch::Local, options: ClusterOptions::default() }
+        Self { launch: Launch::Local, by_mpi: ByMpi::default(), options: ClusterOptions::default() }
     }
 
     /// As the environment says: the launcher's variables, torchrun's, Slurm's, OpenMPI's, a Kubernetes indexed job's; alone
@@ -140,11 +172,14 @@ impl Cluster {
         if let Some(text) = variables.get(TRANSPORT) {
             options.transport = Transport::parse(text)?;
         }
+        if let Some(text) = variables.get(COLLECTIVES) {
+            options.collectives = Collectives::parse(text)?;
+        }
         if let Some(text) = variables.get(INTERFACE).filter(|text| !text.is_empty()) {
             let wrong = |_| ClusterError::Variable { name: INTERFACE, value: text.clone(), expected: "an IP address" };
             options.interface = Some(text.parse().map_err(wrong)?);
         }
-        Ok(Self { launch: env::detect(&variables)?, options })
+        Ok(Self { launch: env::detect(&variables)?, by_mpi: ByMpi::default(), options })
     }
 
     /// Number of this process: its rank, as torchrun calls it.
@@ -199,6 +234,32 @@ pub enum ClusterError {
         /// What it may be.
         expected: &'static str,
     },
+    /// MPI is asked for, and not there.
+    #[error(
+        "{COLLECTIVES}=mpi, but this program was built without MPI: build it with `--features mpi`, or set it to `own`"
+    )]
+    MpiNotBuilt,
+    /// MPI cannot be used.
+    #[error("{COLLECTIVES}=mpi, but MPI cannot be used: {cause}")]
+    Mpi {
+        /// What MPI says.
+        cause: KernelError,
+    },
+    /// MPI and we count processes differently.
+    #[error(
+        "{COLLECTIVES}=mpi, but to MPI this is rank {rank} of {size}, and to us rank {process} of {processes}: start the \
+         processes by `mpirun -n {processes}`, without another launcher"
+    )]
+    MpiPlace {
+        /// As MPI has it.
+        rank: u32,
+        /// As MPI has it.
+        size: u32,
+        /// As the environment says.
+        process: u32,
+        /// As the environment says.
+        processes: u32,
+    },
     /// There are more processes than devices for them.
     #[error("a mesh of {devices} devices cannot be spread over {processes} processes: start at most {devices}")]
     TooManyProcesses {
@@ -243,6 +304,8 @@ impl ClusterError {
         match self {
             Self::Env(error) => error.exit(),
             Self::Variable { .. } | Self::TooManyProcesses { .. } | Self::NoAddress { .. } => Exit::Refused,
+            Self::MpiNotBuilt | Self::Mpi { .. } | Self::MpiPlace { .. } => Exit::Refused,
+            Self::Kernel(KernelError::Mpi { .. }) => Exit::PeerUnavailable,
             Self::Rendezvous(RendezvousError::Refused(Verdict::Conflicts(_))) => Exit::Refused,
             Self::Rendezvous(RendezvousError::Transport(error)) | Self::Transport(error) => transport_exit(error),
             Self::Rendezvous(RendezvousError::TooLong { .. } | RendezvousError::Rank { .. }) => Exit::Refused,

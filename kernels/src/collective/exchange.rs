@@ -386,6 +386,23 @@ fn gather(met: &Met<'_>, sources: &[Region], target: &Region) -> usize {
     foreign
 }
 
+/// Boxes that `target` takes from each member, in the order in which members are asked: itself, then 0, 1, ...
+/// What one has given is not asked of a later one.
+pub(crate) fn taken(member: usize, sources: &[Region], target: &Region) -> Vec<(usize, Vec<Region>)> {
+    let mut rest = vec![target.clone()];
+    let own_first = std::iter::once(member).chain((0..sources.len()).filter(|&other| other != member));
+    let mut all = Vec::new();
+    for other in own_first {
+        let source = &sources[other];
+        let boxes: Vec<Region> = rest.iter().filter_map(|region| region.intersect(source)).collect();
+        rest = rest.iter().flat_map(|region| subtract(region, source)).collect();
+        if !boxes.is_empty() {
+            all.push((other, boxes));
+        }
+    }
+    all
+}
+
 /// What a member does between the meeting and the leaving of all; returns the elements that it took from others.
 /// `barrier` waits for all members.
 pub(crate) fn exchange(met: &Met<'_>, barrier: &dyn Fn() -> Result<(), KernelError>) -> Result<usize, KernelError> {

@@ -272,7 +272,7 @@ impl Collective for Wire {
 }
 
 /// What all who take part in a call must agree on, as a hash and as text. Buffers need not fit.
-fn agreement<'a>(call: &CollectiveCall, reads: &[View<'a>], writes: &[View<'a>]) -> (u64, String) {
+pub(super) fn agreement<'a>(call: &CollectiveCall, reads: &[View<'a>], writes: &[View<'a>]) -> (u64, String) {
     let shape = |view: Option<&View<'a>>| view.map_or(&[][..], |view| view.shape());
     let view = reads.iter().chain(writes).next();
     let dtype = view.map_or(DType::F32, |view| view.dtype());

@@ -20,8 +20,9 @@ use shardflow_kernels::collective::{Collective, Group};
 use shardflow_kernels::device::Device;
 use shardflow_kernels::memory::{Access, Arena, Base};
 
+use super::by_mpi::ByMpi;
 use super::rendezvous::{Member, Roster};
-use super::{ClusterError, ClusterOptions, Transport};
+use super::{ClusterError, ClusterOptions, Collectives, Transport};
 use crate::plan::Plan;
 use crate::session::hosting::Hosting;
 
@@ -51,6 +52,7 @@ pub(crate) struct Roads<'a> {
     pub(crate) endpoint: &'a Endpoint,
     pub(crate) secret: &'a Secret,
     pub(crate) options: &'a ClusterOptions,
+    pub(crate) by_mpi: &'a ByMpi,
     pub(crate) deadline: Instant,
 }
 
@@ -102,9 +104,11 @@ impl Roads<'_> {
     ) -> Result<Ways, ClusterError> {
         let near: BTreeSet<u32> =
             (0..self.hosting.processes).filter(|p| *p == self.hosting.process || self.shares_memory(*p)).collect();
+        let wants_mpi = self.options.collectives == Collectives::Mpi;
+        let takes_mpi = |group: &Arc<Group>| wants_mpi && ByMpi::takes(&self.hosting, group);
+        let (by_mpi, own): (Vec<_>, Vec<_>) = self.hosting.crossing_groups(plan).into_iter().partition(takes_mpi);
         let on_node = |group: &Arc<Group>| self.hosting.processes_of(group).is_subset(&near);
-        let (on_board, mut on_wire): (Vec<_>, Vec<_>) =
-            self.hosting.crossing_groups(plan).into_iter().partition(on_node);
+        let (on_board, mut on_wire): (Vec<_>, Vec<_>) = own.into_iter().partition(on_node);
         on_wire.retain(|group| self.hosting.processes_of(group).contains(&self.hosting.process));
         let (mapped, board) = self.share(on_board, plan, arenas, &near)?;
         let mut engines: BTreeMap<u32, Arc<dyn Collective>> = BTreeMap::new();
@@ -118,6 +122,11 @@ impl Roads<'_> {
             on_wire.iter().for_each(|group| drop(engines.insert(group.id, engine.clone())));
         }
         let (mirrors, peers) = self.peers(plan, devices)?;
+        if !by_mpi.is_empty() {
+            let within = self.deadline.saturating_duration_since(Instant::now());
+            let engine = self.by_mpi.engine(&self.hosting, &by_mpi, within)?;
+            by_mpi.iter().for_each(|group| drop(engines.insert(group.id, engine.clone())));
+        }
         let engine: Arc<dyn Collective> =
             if engines.is_empty() { in_process } else { Arc::new(Routed::new(engines, in_process)) };
         Ok(Ways { engine, mapped, mirrors, peers })

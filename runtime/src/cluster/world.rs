@@ -17,6 +17,7 @@ use shardflow_kernels::error::KernelError;
 use shardflow_kernels::memory::Arena;
 
 use super::agree::{self, Heard, Together};
+use super::by_mpi::ByMpi;
 use super::env::{self, Launch};
 use super::rendezvous::{Identity, RendezvousConfig, Roster, local_ip, rendezvous};
 use super::roads::{Roads, Ways};
@@ -36,6 +37,7 @@ pub(crate) struct World {
     endpoint: Endpoint,
     secret: Secret,
     options: ClusterOptions,
+    by_mpi: ByMpi,
     membership: Arc<Membership>,
     first: Arc<First>,
     /// Ends with the listener.
@@ -70,7 +72,7 @@ impl World {
         if processes == 1 {
             return Ok(None);
         }
-        let options = cluster.options.clone();
+        let (options, by_mpi) = (cluster.options.clone(), cluster.by_mpi.clone());
         let secret = Secret::from_text(world.secret.read()?.text())?;
         let coordinator = address(&world.endpoint);
         let system = |what| move |cause| ClusterError::System { what, cause };
@@ -103,7 +105,7 @@ impl World {
             heartbeat,
         );
         (joining.every, joining.deadline) = (options.heartbeat_every, options.heartbeat_deadline);
-        let roads = roads(&hosting, &roster, &endpoint, &secret, &options);
+        let roads = roads(&hosting, &roster, &endpoint, &secret, &options, &by_mpi);
         for process in hosting.peers() {
             joining.links.insert(process, roads.link(process, Purpose::Control)?);
             joining.addresses.insert(process, roster.members[process as usize].heartbeat);
@@ -112,7 +114,7 @@ impl World {
         let (to_agree, heard) = bounded(HEARD_MAX);
         let together = Together::new(world.process, processes, membership.clone(), heard);
         let (first, together) = (Arc::default(), Arc::new(together));
-        Ok(Some(Self { hosting, roster, endpoint, secret, options, membership, first, to_agree, together }))
+        Ok(Some(Self { hosting, roster, endpoint, secret, options, by_mpi, membership, first, to_agree, together }))
     }
 
     /// Which devices are whose.
@@ -121,7 +123,7 @@ impl World {
     }
 
     fn roads(&self) -> Roads<'_> {
-        roads(&self.hosting, &self.roster, &self.endpoint, &self.secret, &self.options)
+        roads(&self.hosting, &self.roster, &self.endpoint, &self.secret, &self.options, &self.by_mpi)
     }
 
     /// True when devices' memory is to be shared with other processes.
@@ -199,9 +201,10 @@ fn roads<'a>(
     endpoint: &'a Endpoint,
     secret: &'a Secret,
     options: &'a ClusterOptions,
+    by_mpi: &'a ByMpi,
 ) -> Roads<'a> {
     let deadline = Instant::now() + options.connect_within;
-    Roads { hosting: *hosting, roster, endpoint, secret, options, deadline }
+    Roads { hosting: *hosting, roster, endpoint, secret, options, by_mpi, deadline }
 }
 
 fn address(endpoint: &env::Endpoint) -> Address {
@@ -212,11 +215,11 @@ fn address(endpoint: &env::Endpoint) -> Address {
     }
 }
 
-/// What all processes must agree on beside the binary: the plan, the seed, and what carries tensors.
+/// What all processes must agree on beside the binary: the plan, the seed, what carries tensors and runs collectives.
 fn fingerprint(plan: &Plan, seed: u64, options: &ClusterOptions) -> [u8; 32] {
     let mut hash = blake3::Hasher::new();
     hash.update(plan.hash().as_bytes()).update(&seed.to_le_bytes());
-    hash.update(format!("{:?}", options.transport).as_bytes());
+    hash.update(format!("{:?} {:?}", options.transport, options.collectives).as_bytes());
     *hash.finalize().as_bytes()
 }
 

@@ -28,7 +28,7 @@ pub(crate) fn exit_of(failure: &Failure) -> Exit {
 fn exit_of_kernel(cause: &KernelError) -> Exit {
     match cause {
         KernelError::OutOfMemory { .. } => Exit::OutOfMemory,
-        KernelError::Link { .. } | KernelError::Aborted { .. } => Exit::PeerUnavailable,
+        KernelError::Link { .. } | KernelError::Mpi { .. } | KernelError::Aborted { .. } => Exit::PeerUnavailable,
         KernelError::Data { .. } => Exit::BadData,
         _ => Exit::Internal,
     }

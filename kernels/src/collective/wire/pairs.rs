@@ -4,30 +4,14 @@
 use super::flow::{Flow, In, Out, PIECE_WORDS, Part, Source, Target};
 use super::port::Port;
 use crate::collective::ReduceOp;
+use crate::collective::exchange::taken;
 use crate::error::KernelError;
 use crate::memory::Words;
-use crate::region::{Runs, for_each_run, subtract};
+use crate::region::{Runs, for_each_run};
 use crate::tensor::Region;
 
 /// The most bytes that are sent before the receiver is known to be in its call: they fit into the kernel's buffers.
 const EAGER_BYTES_MAX: usize = 64 << 10;
-
-/// Boxes that `target` takes from each member, in the order in which members are asked: itself, then 0, 1, ...
-/// What one has given is not asked of a later one.
-pub(super) fn taken(member: usize, sources: &[Region], target: &Region) -> Vec<(usize, Vec<Region>)> {
-    let mut rest = vec![target.clone()];
-    let own_first = std::iter::once(member).chain((0..sources.len()).filter(|&other| other != member));
-    let mut all = Vec::new();
-    for other in own_first {
-        let source = &sources[other];
-        let boxes: Vec<Region> = rest.iter().filter_map(|region| region.intersect(source)).collect();
-        rest = rest.iter().flat_map(|region| subtract(region, source)).collect();
-        if !boxes.is_empty() {
-            all.push((other, boxes));
-        }
-    }
-    all
-}
 
 /// Member i brings `sources[i]` and gets `targets[i]`. Returns the elements that this one took from others.
 pub(super) fn all_to_all(
