@@ -331,6 +331,9 @@ impl GptError {
             Self::Session(SessionError::NonFinite(_)) => {
                 "try a lower --lr, or --clip 1; --on-non-finite says what else to do".into()
             }
+            Self::Cluster(error) | Self::Session(SessionError::Cluster(error)) if error.exit() == Exit::Refused => {
+                String::new()
+            }
             Self::Cluster(_) | Self::Session(SessionError::Cluster(_)) => {
                 "see that all ranks are started, with the same program and flags, and can reach rank 0".into()
             }
