@@ -150,7 +150,14 @@ fn an_update_that_the_host_would_have_to_wait_for_is_refused() {
         let norms = plan.actions.iter_mut().flatten().filter(|action| action.key == ActionKey::Norm);
         norms.for_each(|norm| norm.key = ActionKey::Update);
     };
-    refused("stage=2", Schedule::OneFOneB, late, expect!["the plan cannot run to its end: the host fetches register 'device 0 norm/grad_squares.237' of an update, which waits until the host has it"]);
+    refused(
+        "stage=2",
+        Schedule::OneFOneB,
+        late,
+        expect![
+            "the plan cannot run to its end: the host fetches register 'device 0 norm/grad_squares.237' of an update, which waits until the host has it"
+        ],
+    );
 }
 
 #[test]
