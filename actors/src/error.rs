@@ -294,6 +294,9 @@ pub enum PeerError {
         /// What it sent.
         what: String,
     },
+    /// One of its actors sent what breaks the protocol.
+    #[error("sent what breaks the protocol: {0}")]
+    Protocol(ProtocolError),
     /// It did not get as far as the others.
     #[error("not ready after {seconds} s")]
     Late {

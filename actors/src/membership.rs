@@ -18,6 +18,9 @@ mod cause;
 mod control;
 mod datagram;
 mod detector;
+#[cfg(any(test, fuzzing))]
+#[doc(hidden)]
+pub mod fuzz;
 mod heartbeat;
 mod letter;
 mod shared;

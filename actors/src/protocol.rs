@@ -49,6 +49,19 @@ pub enum Message {
     },
 }
 
+impl Message {
+    /// Who sends it, and to whom; `None` for a register or a reader that the plan does not have.
+    pub fn ends(&self, spec: &Spec) -> Option<(ActorId, ActorId)> {
+        let (Self::Filled { register, reader, .. } | Self::Released { register, reader, .. }) = self;
+        let register = spec.registers.get(register.0 as usize)?;
+        let reader = register.readers.get(*reader as usize)?.actor;
+        Some(match self {
+            Self::Filled { .. } => (register.producer, reader),
+            Self::Released { .. } => (reader, register.producer),
+        })
+    }
+}
+
 /// What happens to an actor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Event {

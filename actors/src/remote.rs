@@ -168,6 +168,11 @@ impl Remote {
         self.changed.notify_all();
     }
 
+    /// The process that hosts the actor, if it is another one.
+    pub(crate) fn process_of(&self, actor: ActorId) -> Option<u32> {
+        self.peer_of.get(actor.0 as usize).copied().flatten().map(|peer| self.outboxes[peer].0)
+    }
+
     /// True when the actor is one of this process.
     fn is_here(&self, actor: ActorId) -> bool {
         self.peer_of.get(actor.0 as usize).is_some_and(Option::is_none)

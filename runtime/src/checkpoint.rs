@@ -10,6 +10,9 @@ pub mod agree;
 pub mod cli;
 pub mod convert;
 pub mod error;
+#[cfg(any(test, fuzzing))]
+#[doc(hidden)]
+pub mod fuzz;
 mod io;
 pub mod manifest;
 pub mod read;

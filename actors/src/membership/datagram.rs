@@ -68,9 +68,14 @@ impl Codec {
         out[32..36].copy_from_slice(&process.to_le_bytes());
         out[36..44].copy_from_slice(&sequence.to_le_bytes());
         out[44..SIGNED].copy_from_slice(&step.to_le_bytes());
-        let mac = self.mac(&out[..SIGNED]);
-        out[SIGNED..].copy_from_slice(&mac);
+        self.sign(&mut out);
         out
+    }
+
+    /// Puts the MAC of what is before it.
+    pub(crate) fn sign(&self, datagram: &mut [u8; BYTES]) {
+        let mac = self.mac(&datagram[..SIGNED]);
+        datagram[SIGNED..].copy_from_slice(&mac);
     }
 
     fn mac(&self, signed: &[u8]) -> [u8; MAC] {

@@ -51,7 +51,7 @@ pub(crate) enum Mail {
 }
 
 impl Letter {
-    fn write(&self) -> Result<Vec<u8>, BoxedDowncastErr> {
+    pub(crate) fn write(&self) -> Result<Vec<u8>, BoxedDowncastErr> {
         let mut bytes = vec![VERSION];
         let header = bincode::serde::encode_into_std_write(self, &mut bytes, CONFIG);
         header.map_err(|_| BoxedDowncastErr)?;
@@ -59,7 +59,7 @@ impl Letter {
         Ok(bytes)
     }
 
-    fn read(bytes: &[u8]) -> Result<Self, &'static str> {
+    pub(crate) fn read(bytes: &[u8]) -> Result<Self, &'static str> {
         let Some((&VERSION, rest)) = bytes.split_first() else {
             return Err("another version");
         };

@@ -220,14 +220,8 @@ impl Reader {
         let (Message::Filled { register, reader, piece, .. } | Message::Released { register, reader, piece, .. }) =
             message;
         let remote = self.session.bus.remote();
-        let ends = self.session.spec.registers.get(register.0 as usize);
-        let ends = ends.and_then(|r| Some((r.producer, r.readers.get(reader as usize)?.actor)));
-        let Some((producer, reader_actor)) = ends else {
+        let Some((from, to)) = message.ends(&self.session.spec) else {
             return Err(self.unexpected(format!("a message about reader {reader} of register {}", register.0)));
-        };
-        let (from, to) = match message {
-            Message::Filled { .. } => (producer, reader_actor),
-            Message::Released { .. } => (reader_actor, producer),
         };
         if remote.peer_of[from.0 as usize] != Some(self.index) || !remote.is_here(to) {
             let name = self.session.spec.register_name(register);

@@ -11,7 +11,7 @@ use shardflow_kernels::memory::Base;
 use shardflow_kernels::stream::{Notice, Notify, Submission};
 
 use super::{ActionProgram, BaseRef, RegisterMemory};
-use crate::error::{Failure, ProtocolError};
+use crate::error::{Failure, PeerError, ProtocolError};
 use crate::message::Cast;
 use crate::protocol::{Effect, Event, Protocol};
 use crate::snapshot::{ActorSnapshot, NotFinite};
@@ -66,7 +66,7 @@ impl Shard {
     fn event(&mut self, event: Event) -> Result<(), Failure> {
         self.session.progressed();
         let mut effects = std::mem::take(&mut self.effects);
-        self.protocol.apply(event, &mut effects).map_err(|e| self.broken(e))?;
+        self.protocol.apply(event, &mut effects).map_err(|e| self.refused(event, e))?;
         if let Event::Done { action } = event {
             let since = self.launched.take().map_or(0, |t| t.elapsed().as_nanos() as u64);
             self.busy_ns[action as usize] += since;
@@ -115,6 +115,18 @@ impl Shard {
     fn broken(&self, cause: ProtocolError) -> Failure {
         let own = &self.session.spec.actors[self.me.0 as usize];
         Failure::Protocol { actor: own.name.clone(), device: own.device, cause }
+    }
+
+    /// A message that breaks the protocol is the fault of whoever sent it: another process, or a bug here.
+    fn refused(&self, event: Event, cause: ProtocolError) -> Failure {
+        let sender = match event {
+            Event::Message(message) => message.ends(&self.session.spec),
+            _ => None,
+        };
+        match sender.and_then(|(from, _)| self.session.bus.remote().process_of(from)) {
+            Some(process) => Failure::Peer { process, cause: PeerError::Protocol(cause) },
+            None => self.broken(cause),
+        }
     }
 
     fn failed(&self, cause: KernelError) -> Failure {

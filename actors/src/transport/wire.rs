@@ -70,8 +70,14 @@ pub fn decode<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, WireError> {
     if bytes.len() > MESSAGE_BYTES_MAX {
         return Err(WireError::TooLong { bytes: bytes.len(), bytes_max: MESSAGE_BYTES_MAX });
     }
-    let (value, used) = bincode::serde::decode_from_slice(bytes, CONFIG)
-        .map_err(|e| WireError::Malformed { message: e.to_string() })?;
+    // A text is allocated at the length that it claims, before its bytes are looked at. So short messages have lower limits:
+    // sixteen times their bytes, for a number of one byte counts as eight.
+    let decoded = match bytes.len() {
+        0..=0x1000 => bincode::serde::decode_from_slice(bytes, CONFIG.with_limit::<0x1_0000>()),
+        0x1001..=0x1_0000 => bincode::serde::decode_from_slice(bytes, CONFIG.with_limit::<0x10_0000>()),
+        _ => bincode::serde::decode_from_slice(bytes, CONFIG),
+    };
+    let (value, used) = decoded.map_err(|e| WireError::Malformed { message: e.to_string() })?;
     if used != bytes.len() {
         return Err(WireError::Trailing { bytes: used, left: bytes.len() - used });
     }
@@ -151,6 +157,11 @@ mod tests {
         bytes.extend_from_slice(&(u64::MAX / 2).to_le_bytes());
         assert!(matches!(decode::<String>(&bytes), Err(WireError::Malformed { .. })));
         assert!(matches!(decode::<Vec<u64>>(&bytes), Err(WireError::Malformed { .. })));
+        // Or a few MiB, in a message of a few bytes.
+        let bytes = [&[252][..], &(5u32 << 20).to_le_bytes()].concat();
+        assert!(matches!(decode::<String>(&bytes), Err(WireError::Malformed { message }) if message.contains("Limit")));
+        let numbers: Vec<u64> = vec![1; 4000];
+        assert_eq!(decode::<Vec<u64>>(&encode(&numbers).unwrap()).unwrap(), numbers);
         let mut bytes = encode(&sample()).unwrap();
         bytes.push(0);
         assert!(matches!(decode::<Sample>(&bytes), Err(WireError::Trailing { left: 1, .. })));

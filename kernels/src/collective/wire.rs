@@ -30,6 +30,9 @@ use crate::tensor::{DType, Region};
 mod channel;
 mod flow;
 mod frame;
+#[cfg(any(test, fuzzing))]
+#[doc(hidden)]
+pub mod fuzz;
 mod link;
 mod pairs;
 mod port;

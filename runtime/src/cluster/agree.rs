@@ -31,7 +31,7 @@ pub(super) struct Heard {
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
-enum Phase {
+pub(super) enum Phase {
     /// To process 0: how writing went here.
     Written,
     /// From process 0: how it went everywhere.
@@ -40,8 +40,9 @@ enum Phase {
     Outcome,
 }
 
-#[derive(Serialize, Deserialize)]
-struct Said {
+/// A message.
+#[derive(PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Said {
     epoch: u64,
     step: u64,
     attempt: u32,

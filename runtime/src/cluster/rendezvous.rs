@@ -23,6 +23,9 @@ use std::time::{Duration, Instant};
 use shardflow_actors::transport::{Address, Endpoint, EndpointOptions, Listen, Secret, TransportError};
 
 mod coordinator;
+#[cfg(any(test, fuzzing))]
+#[doc(hidden)]
+pub mod fuzz;
 mod join;
 mod messages;
 

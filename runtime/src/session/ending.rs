@@ -14,7 +14,7 @@ pub(crate) fn exit_of(failure: &Failure) -> Exit {
         Failure::Stalled { .. } => Exit::Hang,
         Failure::Peer { cause, .. } => match cause {
             PeerError::Lost { .. } | PeerError::Late { .. } => Exit::PeerUnavailable,
-            PeerError::Frame(_) | PeerError::Unexpected { .. } => Exit::Protocol,
+            PeerError::Frame(_) | PeerError::Unexpected { .. } | PeerError::Protocol(_) => Exit::Protocol,
             PeerError::Ended => Exit::Internal,
             // Where starting again cannot help, no launcher may try: it sees only its own node's processes.
             PeerError::Failed { exit, .. } => match Exit::from_code(*exit) {

@@ -1,0 +1,208 @@
+//! A peer that holds the job's key and lies once it is let in: whatever it sends that the plan does not allow ends the session
+//! with an error that names the peer and what was wrong. Imports the public API.
+
+use std::collections::BTreeMap;
+use std::io::Write;
+use std::net::Ipv4Addr;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use shardflow_actors::builder::Builder;
+use shardflow_actors::error::{Failure, PeerError};
+use shardflow_actors::protocol::Message;
+use shardflow_actors::remote::{HostPort, Peer, Peers, Run};
+use shardflow_actors::shell::{ActionProgram, Hosted, Loaded, RegisterMemory, Running, start};
+use shardflow_actors::spec::{ActorId, Firing, RegisterId, Spec};
+use shardflow_actors::transport::{
+    Endpoint, EndpointOptions, Frame, FrameError, Hello, Link, Listen, Purpose, Secret, SessionId, World, connect,
+};
+use shardflow_actors::watchdog::WatchdogOptions;
+use shardflow_kernels::collective::in_process::InProcess;
+use shardflow_kernels::device::Device;
+use shardflow_kernels::memory::Base;
+use shardflow_kernels::op::Program;
+use shardflow_kernels::tensor::DType;
+
+const PATIENCE: Duration = Duration::from_secs(20);
+const WORLD: World = World { session: SessionId([3; 16]), epoch: 2, processes: 8 };
+/// The liar.
+const LIAR: u32 = 7;
+/// Of the liar to this process; 2 slots of 8 bytes, of which 4 are sent.
+const IN: RegisterId = RegisterId(0);
+/// Of this process to the liar.
+const OUT: RegisterId = RegisterId(1);
+/// Between two actors of the liar.
+const THEIRS: RegisterId = RegisterId(2);
+
+/// `source (liar) -> middle (here) -> sink (liar) -> end (liar)`.
+fn spec() -> Spec {
+    let mut b = Builder::new();
+    let actors = ["source", "middle", "sink", "end"].map(|name| b.actor(name, 0, Firing::Credit));
+    let source = b.external(actors[0], "work", 1);
+    let [middle, sink, end] = [1, 2, 3].map(|a| b.action(actors[a], "work", 1));
+    for (name, writer, reader) in [("in", source, middle), ("out", middle, sink), ("theirs", sink, end)] {
+        let register = b.edge(name, 2, writer, reader);
+        b.register_mut(register).slot_bytes = 8;
+    }
+    b.build()
+}
+
+/// A connection on which both sides have proved the key, as [`connect`] and [`Endpoint::wait`] give it: here, and the liar's.
+fn authenticated() -> (Link, Link) {
+    let secret = Secret::from_text("a secret of these tests").unwrap();
+    let listen = [Listen::Tcp((Ipv4Addr::LOCALHOST, 0).into())];
+    let endpoint = Endpoint::listen(0, secret.clone(), &listen, EndpointOptions::default()).unwrap();
+    endpoint.begin(WORLD);
+    let (deadline, purpose) = (Instant::now() + PATIENCE, Purpose::Registers { lane: 0 });
+    let hello = Hello { session: WORLD.session, epoch: WORLD.epoch, from: LIAR, to: 0, purpose };
+    let liar = connect(&endpoint.addresses()[0], &secret, &hello, deadline).unwrap();
+    (endpoint.wait(LIAR, purpose, deadline).unwrap(), liar)
+}
+
+/// This process's part, up and running, and the liar's end of the connection.
+fn running() -> (Running, Link) {
+    let (link, mut liar) = authenticated();
+    let engine = Arc::new(InProcess::new());
+    let device = Device::cpu(0, 1, engine.clone());
+    let memory = [IN, OUT].map(|register| {
+        let arena = device.arena(16).unwrap();
+        (register, RegisterMemory { base: Base { arena, offset: 0 }, stride: 8 })
+    });
+    let program = Program { name: "work".into(), ..Program::default() };
+    let programs = vec![ActionProgram { program: Arc::new(program), bases: Vec::new() }];
+    let hosted = BTreeMap::from([(ActorId(1), Hosted { stream: device.stream("middle", 1).unwrap(), programs })]);
+    let half = || vec![Run { offset: 0, bytes: 4 }];
+    let peer = Peer {
+        process: LIAR,
+        actors: [0, 2, 3].map(ActorId).into(),
+        link,
+        pushes: BTreeMap::from([(OUT, half())]),
+        mirrors: BTreeMap::from([(IN, half())]),
+    };
+    let host_ports = [LIAR, 0].map(|process| HostPort { process, tensors: vec![(vec![2], DType::F32)] }).into();
+    let peers = Peers { peers: vec![peer], host_ports, host: None };
+    liar.write_all(&Frame::Ready { round: 1 }.encode()).unwrap();
+    let loaded = Loaded { spec: Arc::new(spec()), hosted, memory: memory.into(), engine, peers };
+    (start(loaded, WatchdogOptions::default()).unwrap(), liar)
+}
+
+/// How the session ends when the liar sends this and says no more.
+fn after(lie: &[u8]) -> PeerError {
+    let (running, mut liar) = running();
+    liar.write_all(lie).unwrap();
+    let failure = running.failures().recv_timeout(PATIENCE).expect("it is refused");
+    let Failure::Peer { process: LIAR, cause } = failure else { panic!("another is blamed: {failure}") };
+    cause
+}
+
+/// The lie comes after what is right, and is refused with this text.
+fn check(right: &[Vec<u8>], lie: Frame, expected: &str) {
+    match after(&[right.concat(), lie.encode().to_vec()].concat()) {
+        PeerError::Unexpected { what } => assert_eq!(what, expected, "{lie:?}"),
+        PeerError::Protocol(cause) => assert_eq!(cause.to_string(), expected, "{lie:?}"),
+        other => panic!("{lie:?}: {other}"),
+    }
+}
+
+fn data(register: RegisterId, slot: u32, piece: u64, bytes: u64) -> Frame {
+    Frame::Data { register, slot, piece, bytes }
+}
+
+fn filled(register: RegisterId, reader: u32, slot: u32, piece: u64) -> Frame {
+    Frame::Message(Message::Filled { register, reader, slot, piece })
+}
+
+fn released(register: RegisterId, reader: u32, slot: u32, piece: u64) -> Frame {
+    Frame::Message(Message::Released { register, reader, slot, piece })
+}
+
+/// A piece with its bytes, as an honest peer sends it.
+fn honest(slot: u32, piece: u64) -> Vec<u8> {
+    [&data(IN, slot, piece, 4).encode()[..], &[1, 2, 3, 4], &filled(IN, 0, slot, piece).encode()].concat()
+}
+
+#[test]
+fn honest_pieces_are_taken() {
+    let (running, mut liar) = running();
+    liar.write_all(&[honest(0, 0), honest(1, 1)].concat()).unwrap();
+    liar.write_all(&Frame::Bye.encode()).unwrap();
+    let deadline = Instant::now() + PATIENCE;
+    // Both are worked on as credits allow: `out` has two slots.
+    while running.snapshot()[0].firings != [2] {
+        assert!(Instant::now() < deadline, "{:?}", running.snapshot());
+        std::thread::yield_now();
+    }
+    running.shutdown().unwrap();
+}
+
+#[test]
+fn lies_about_shapes_are_refused() {
+    check(&[], data(IN, 0, 0, 8), "8 bytes for a slot of register 'in', not 4");
+    check(&[], data(IN, 0, 0, 0), "0 bytes for a slot of register 'in', not 4");
+    check(&[], data(IN, 0, 0, u64::MAX), "18446744073709551615 bytes for a slot of register 'in', not 4");
+    // Two values of another element type, or of another shape.
+    check(&[], Frame::Host { port: 0, bytes: 4 }, "4 bytes for port 0, not 8, or too many pieces");
+    check(&[], Frame::Host { port: 0, bytes: 1 << 40 }, "1099511627776 bytes for port 0, not 8, or too many pieces");
+}
+
+#[test]
+fn lies_about_whose_register_it_is_are_refused() {
+    check(&[], data(OUT, 0, 0, 4), "bytes of register 'out'");
+    check(&[], data(THEIRS, 0, 0, 4), "bytes of register 'theirs'");
+    check(&[], data(RegisterId(99), 0, 0, 4), "bytes of register 'register 99'");
+    check(&[], filled(RegisterId(99), 0, 0, 0), "a message about reader 0 of register 99");
+    check(&[], filled(IN, 1, 0, 0), "a message about reader 1 of register 0");
+    // It is not the producer of this one, nor the reader of that one.
+    let between = |name, from, to| {
+        format!("a message about register '{name}' between actors {:?} and {:?}", ActorId(from), ActorId(to))
+    };
+    check(&[], filled(OUT, 0, 0, 0), &between("out", 1, 2));
+    check(&[], released(IN, 0, 0, 0), &between("in", 1, 0));
+    check(&[], filled(THEIRS, 0, 0, 0), &between("theirs", 2, 3));
+    check(&[], Frame::Host { port: 1, bytes: 8 }, "tensors for port 1, which is not its own");
+    check(&[], Frame::Host { port: 2, bytes: 8 }, "tensors for port 2, which is not its own");
+}
+
+#[test]
+fn lies_about_slots_and_pieces_are_refused() {
+    let due =
+        |piece, slot, due| format!("bytes of piece {piece} of register 'in' for slot {slot}, piece {due} being due");
+    check(&[], data(IN, 1, 0, 4), &due(0, 1, 0));
+    check(&[], data(IN, 2, 0, 4), &due(0, 2, 0));
+    check(&[], data(IN, 1, 1, 4), &due(1, 1, 0));
+    check(&[honest(0, 0)], data(IN, 0, 0, 4), &due(0, 0, 1));
+    check(&[], filled(IN, 0, 0, 0), "piece 0 of register 'in' without its bytes");
+    check(&[honest(0, 0)], filled(IN, 0, 1, 1), "piece 1 of register 'in' without its bytes");
+    let twice = "CR-4 register 'in': filled carries piece 0, expected 1";
+    check(&[honest(0, 0)], filled(IN, 0, 0, 0), twice);
+    let early = "CR-1 register 'out': sink work released piece 0, only 0 were published";
+    check(&[], released(OUT, 0, 0, 0), early);
+}
+
+#[test]
+fn frames_that_are_none_are_refused() {
+    let frame = |at: usize, value: u8| {
+        let mut bytes = Frame::Ready { round: 2 }.encode();
+        bytes[at] = value;
+        match after(&bytes) {
+            PeerError::Frame(error) => error,
+            other => panic!("{other}"),
+        }
+    };
+    assert_eq!(frame(0, b'X'), FrameError::Magic { got: [b'X', b'F'] });
+    assert_eq!(frame(2, 9), FrameError::Version { theirs: 9 });
+    assert_eq!(frame(3, 77), FrameError::Kind { kind: 77 });
+    assert!(matches!(frame(8, 1), FrameError::Unused { field: "reader", value: 1, .. }));
+}
+
+/// Half a frame, or half of a piece's bytes, and then the end.
+#[test]
+fn what_is_cut_short_is_a_lost_peer() {
+    for lie in [&Frame::Bye.encode()[..20], &[&data(IN, 0, 0, 4).encode()[..], &[1, 2]].concat()] {
+        let (running, mut liar) = running();
+        liar.write_all(lie).unwrap();
+        drop(liar);
+        let failure = running.failures().recv_timeout(PATIENCE).expect("it is noticed");
+        assert!(matches!(failure, Failure::Peer { process: LIAR, cause: PeerError::Lost { .. } }), "{failure}");
+    }
+}

@@ -1,0 +1,11 @@
+//! Headers of collectives over sockets from any bytes. Imports `kernels::collective::wire`.
+#![no_main]
+
+use libfuzzer_sys::{fuzz_mutator, fuzz_target};
+use shardflow_kernels::collective::wire::fuzz::{check, samples};
+
+fuzz_target!(|bytes: &[u8]| check(bytes));
+
+fuzz_mutator!(|data: &mut [u8], size: usize, max_size: usize, seed: u32| {
+    shardflow_fuzz::mutate(data, size, max_size, seed, samples())
+});

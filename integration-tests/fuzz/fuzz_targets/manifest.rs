@@ -1,0 +1,11 @@
+//! Manifests and sidecars of checkpoints from any body under a right checksum. Imports `shardflow::checkpoint`.
+#![no_main]
+
+use libfuzzer_sys::{fuzz_mutator, fuzz_target};
+use shardflow::checkpoint::fuzz::{check, samples};
+
+fuzz_target!(|bytes: &[u8]| check(bytes));
+
+fuzz_mutator!(|data: &mut [u8], size: usize, max_size: usize, seed: u32| {
+    shardflow_fuzz::mutate(data, size, max_size, seed, samples())
+});

@@ -1,0 +1,14 @@
+//! Heartbeats and letters of the control plane from any bytes. Imports `actors::membership`.
+#![no_main]
+
+use libfuzzer_sys::{fuzz_mutator, fuzz_target};
+use shardflow_actors::membership::fuzz::{check_datagram, check_letter, samples};
+
+fuzz_target!(|bytes: &[u8]| {
+    check_datagram(bytes);
+    check_letter(bytes);
+});
+
+fuzz_mutator!(|data: &mut [u8], size: usize, max_size: usize, seed: u32| {
+    shardflow_fuzz::mutate(data, size, max_size, seed, samples())
+});

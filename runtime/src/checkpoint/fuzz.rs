@@ -1,0 +1,121 @@
+//! What must hold for the decoders of manifests and sidecars, whatever lies in the store; for fuzzing and for tests. Imports
+//! `manifest`, `shard`.
+
+use serde_json::value::RawValue;
+
+use super::manifest::{Checksum, Cursor, Element, Kind, Manifest, Piece, Shard, Tensor, TensorInfo, open_sealed, seal};
+use super::shard::{Sidecar, SidecarPiece};
+
+/// Tensors of so many elements at most are looked at element by element.
+const ELEMENTS_MAX: usize = 1 << 12;
+
+/// Bodies of manifests and of a sidecar as processes write them: what the seal goes around.
+pub fn samples() -> Vec<Vec<u8>> {
+    let sum = Checksum::of(b"");
+    let shard = Shard { file: "e0-0/shard-0-of-1.safetensors".into(), bytes: 200, blake3: sum };
+    let piece = |at: usize, rows: usize| {
+        let (start, size) = (vec![at, 0], vec![rows, 6]);
+        Piece { shard: 0, offset: 8, start, size, blake3: sum }
+    };
+    let info = TensorInfo {
+        name: "w".into(),
+        kind: Kind::Parameter,
+        dtype: Element::F32,
+        shape: vec![4, 6],
+        saved_shape: vec![24],
+        layout: "(S0)".into(),
+        axes: "data=2".into(),
+        devices: vec![0, 1],
+    };
+    let manifest = Manifest {
+        step: 7,
+        epoch: 0,
+        mesh: "data=2".into(),
+        seed: 1,
+        cursor: Cursor::from([("place".into(), "9".into())]),
+        writer: "0.1.0".into(),
+        plan: None,
+        shards: vec![shard.clone()],
+        tensors: vec![Tensor { info, pieces: vec![piece(0, 3), piece(3, 1)] }],
+    };
+    let piece = SidecarPiece { tensor: "w".into(), offset: 8, start: vec![0, 0], size: vec![3, 6], blake3: sum };
+    let sidecar = Sidecar { step: 7, epoch: 0, attempt: 1, process: 0, processes: 1, shard, pieces: vec![piece] };
+    [serde_json::to_vec(&manifest), serde_json::to_vec(&sidecar)].map(Result::unwrap_or_default).into()
+}
+
+/// Bytes that are not sealed are refused; under a right seal, a manifest that is taken comes back from its own text, and
+/// keeps its invariants, which are looked at another way here than [`Manifest::decode`] does.
+///
+/// # Panics
+/// When one of these does not hold.
+pub fn check(body: &[u8]) {
+    let _ = Manifest::decode(body);
+    let Ok(raw) = serde_json::from_slice::<&RawValue>(body) else { return };
+    if let Ok(text) = seal("shardflow-checkpoint", &raw)
+        && let Ok(manifest) = Manifest::decode(&text)
+    {
+        let again = manifest.encode().and_then(|text| Manifest::decode(&text));
+        assert_eq!(again.as_ref(), Ok(&manifest));
+        manifest.tensors.iter().for_each(|tensor| check_tensor(tensor, &manifest.shards));
+    }
+    if let Ok(text) = seal("shardflow-shard", &raw)
+        && let Ok(sidecar) = open_sealed::<Sidecar>("shardflow-shard", &text)
+    {
+        let again = seal("shardflow-shard", &sidecar).and_then(|text| open_sealed("shardflow-shard", &text));
+        assert_eq!(again.as_ref(), Ok(&sidecar));
+    }
+}
+
+/// MF-2 and MF-3 for small tensors.
+fn check_tensor(tensor: &Tensor, shards: &[Shard]) {
+    let shape = &tensor.info.shape;
+    for piece in &tensor.pieces {
+        let elements: u128 = piece.size.iter().map(|size| *size as u128).product();
+        assert!(u128::from(piece.offset) + 4 * elements <= u128::from(shards[piece.shard].bytes), "{piece:?}");
+    }
+    let elements: u128 = shape.iter().map(|extent| *extent as u128).product();
+    if elements > ELEMENTS_MAX as u128 {
+        return;
+    }
+    for element in 0..elements as usize {
+        let covers = |piece: &&Piece| {
+            let mut rest = element;
+            (0..shape.len()).rev().all(|dim| {
+                let index = rest % shape[dim];
+                rest /= shape[dim];
+                index >= piece.start[dim] && index - piece.start[dim] < piece.size[dim]
+            })
+        };
+        assert_eq!(tensor.pieces.iter().filter(covers).count(), 1, "element {element} of {tensor:?}");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn samples_are_what_they_say() {
+        let open = |index: usize, format: &str| {
+            let body: Box<RawValue> = serde_json::from_slice(&samples()[index]).unwrap();
+            seal(format, &body).unwrap()
+        };
+        assert!(Manifest::decode(&open(0, "shardflow-checkpoint")).is_ok());
+        assert!(open_sealed::<Sidecar>("shardflow-shard", &open(1, "shardflow-shard")).is_ok());
+    }
+
+    proptest! {
+        #[test]
+        fn holds_for_samples_with_changes(
+            index in 0usize..2, at in any::<prop::sample::Index>(), text in "[0-9\"{}\\[\\],:a-z]{0,3}",
+        ) {
+            let mut changed = samples().swap_remove(index);
+            let at = at.index(changed.len());
+            let end = (at + text.len()).min(changed.len());
+            changed.splice(at..end, text.into_bytes());
+            check(&changed);
+        }
+    }
+}
