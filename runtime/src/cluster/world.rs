@@ -78,14 +78,17 @@ impl World {
         let system = |what| move |cause| ClusterError::System { what, cause };
         let ip = local_ip(&coordinator, options.interface).map_err(system("find the way to rank 0"))?;
         let heartbeat = membership::bind(ip).map_err(system("listen for heartbeats"))?;
+        let bound = heartbeat.local_addr();
+        let outside = bound.and_then(|bound| options.advertise.as_ref().map_or(Ok(bound), |a| a.heartbeats(bound)));
         let config = RendezvousConfig {
             process: world.process,
             processes,
             restart: world.restart,
             plan: fingerprint(plan, seed, &options),
             mesh: plan.graph.mesh().to_string(),
-            heartbeat: heartbeat.local_addr().map_err(system("listen for heartbeats"))?,
+            heartbeat: outside.map_err(system("listen for heartbeats"))?,
             interface: options.interface,
+            advertise: options.advertise.clone(),
             timeout: options.meet_within,
             ..RendezvousConfig::new(coordinator, secret.clone(), Identity::of_this_process()?)
         };
