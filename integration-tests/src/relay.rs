@@ -173,8 +173,7 @@ impl Shared {
                     self.stall(time);
                 }
                 if to.write_all(piece).is_err() {
-                    // Both ends see it; what is broken already cannot be shut down.
-                    drop((from.shutdown(), to.shutdown()));
+                    // Nobody takes it any more; what was sent the other way before is still to be delivered.
                     return;
                 }
                 let passed = &mut self.state().passed;
