@@ -1,5 +1,5 @@
 //! Actors that own streams and exchange registers: the protocol, its simulator and its shell.
-//! Layers: `spec <- check, builder, register <- protocol <- simulate, snapshot, message <- transport, remote, bus, supervisor
+//! Layers: `spec <- check, builder, register <- protocol <- simulate, snapshot, slow, message <- transport, remote, bus, supervisor
 //! <- watchdog, shell`; `membership` stands beside them.
 
 pub mod builder;
@@ -15,6 +15,7 @@ pub mod register;
 pub mod remote;
 pub mod shell;
 pub mod simulate;
+mod slow;
 pub mod snapshot;
 pub mod spec;
 mod supervisor;

@@ -15,6 +15,7 @@ use crate::bus::Bus;
 use crate::error::{Failure, PeerError};
 use crate::message::{Cast, Never};
 use crate::remote::Remote;
+use crate::slow::{self, Sample};
 use crate::snapshot::{ActorSnapshot, NotFinite};
 use crate::spec::{ActorId, Spec};
 
@@ -257,6 +258,17 @@ impl Session {
     pub(crate) fn report(&self) -> String {
         let texts = self.snapshot().into_iter().map(|s| s.waiting.describe(&self.spec));
         texts.filter(|t| !t.is_empty()).collect::<Vec<_>>().join("\n")
+    }
+
+    /// The other processes that this one waits for now, and what for; none while any stream works.
+    pub(crate) fn waits(&self) -> Sample {
+        let collectives: Vec<_> = self.engine.waits().into_iter().map(|w| (w.group, w.rank, w.peer)).collect();
+        slow::sample(&self.spec, &self.snapshot(), &collectives, |actor| self.bus.remote().process_of(actor))
+    }
+
+    /// True when other processes host some of the actors.
+    pub(crate) fn has_peers(&self) -> bool {
+        self.streams.len() < self.spec.actors.len()
     }
 
     /// Lets a panic be told by the actor's name.

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::error::Failure;
+use crate::slow::{Slow, Tally};
 use crate::supervisor::Session;
 
 /// Called with a report, on the thread that looks; it must not call [`crate::shell::Running::tick`].
@@ -22,6 +23,10 @@ pub struct WatchdogOptions {
     pub abort_on_stall: bool,
     /// Gets the report, besides the log.
     pub on_stall: Option<OnStall>,
+    /// Gets a line, besides the log, about another process that this one waits for most of the time: at 8 of the last 10
+    /// looks no stream of this process had anything to do, for want of what that process, or the way to it, brings late.
+    /// Told again every 60 looks.
+    pub on_slow: Option<OnStall>,
 }
 
 impl Default for WatchdogOptions {
@@ -31,13 +36,14 @@ impl Default for WatchdogOptions {
             check_every: Some(Duration::from_secs(1)),
             abort_on_stall: false,
             on_stall: None,
+            on_slow: None,
         }
     }
 }
 
 impl fmt::Debug for WatchdogOptions {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { stall_after, check_every, abort_on_stall, on_stall: _ } = self;
+        let Self { stall_after, check_every, abort_on_stall, .. } = self;
         write!(f, "WatchdogOptions {{ {stall_after:?}, {check_every:?}, abort_on_stall: {abort_on_stall} }}")
     }
 }
@@ -49,11 +55,12 @@ pub(crate) struct Watchdog {
     progress: u64,
     since: Duration,
     reported: bool,
+    tally: Tally,
 }
 
 impl Watchdog {
     pub(crate) fn new(options: WatchdogOptions) -> Self {
-        Self { options, progress: 0, since: Duration::ZERO, reported: false }
+        Self { options, progress: 0, since: Duration::ZERO, reported: false, tally: Tally::default() }
     }
 
     /// How long nothing has moved, the first time that this is too long.
@@ -72,6 +79,10 @@ impl Watchdog {
 
     /// Looks once; `now` counts from the session's start. Returns the report when the session has just stalled.
     pub(crate) fn tick(&mut self, now: Duration, session: &Session) -> Option<String> {
+        if session.has_peers() && session.outstanding() {
+            let slow = self.tally.add(session.waits());
+            slow.iter().for_each(|slow| self.tell_slow(slow));
+        }
         let idle = self.observe(now, session.progress(), session.outstanding())?;
         let report = session.report();
         let idle_ms = idle.as_millis() as u64;
@@ -83,6 +94,14 @@ impl Watchdog {
             session.fail(Failure::Stalled { idle_ms, report: report.clone() });
         }
         Some(report)
+    }
+
+    fn tell_slow(&self, Slow { process, waits, of, what }: &Slow) {
+        let text = format!("waiting for rank {process} at {waits} of the last {of} looks, now for {what}");
+        tracing::warn!("{text}");
+        if let Some(callback) = &self.options.on_slow {
+            callback(&text);
+        }
     }
 }
 

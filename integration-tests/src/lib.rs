@@ -2,5 +2,6 @@
 
 pub mod faulty;
 pub mod reference;
+pub mod relay;
 pub mod together;
 pub mod training;

@@ -31,8 +31,25 @@ pub trait Collective: Debug + Send + Sync {
     /// Ends every call that waits, and every later one, with [`KernelError::Aborted`]. The first cause is kept.
     fn abort(&self, cause: &str);
 
+    /// Which members, run by this process, wait for which others now. An engine whose members are all of this process
+    /// need not know.
+    fn waits(&self) -> Vec<Wait> {
+        Vec::new()
+    }
+
     /// Bytes that the device of this rank has taken in from other members since the engine was made.
     fn bytes_received(&self, rank: usize) -> u64;
+}
+
+/// A member that waits for another in a collective.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Wait {
+    /// Id of the group.
+    pub group: u32,
+    /// Rank of the device that waits.
+    pub rank: usize,
+    /// Rank of the device that it waits for.
+    pub peer: usize,
 }
 
 /// How partial values are combined.

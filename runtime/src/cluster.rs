@@ -12,12 +12,13 @@
 //! ```
 
 use std::fmt;
-use std::net::IpAddr;
+use std::io;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 
 use shardflow_actors::membership::MembershipError;
-use shardflow_actors::transport::TransportError;
+use shardflow_actors::transport::{Address, TransportError};
 use shardflow_kernels::error::KernelError;
 
 use crate::exit::Exit;
@@ -95,6 +96,22 @@ impl Collectives {
 /// Called with a line that says who is missing, while processes wait for each other.
 pub type OnWaiting = Arc<dyn Fn(&str) + Send + Sync>;
 
+/// How the others reach what this process listens on, where that is not at the same address: through a proxy, or ports that
+/// are forwarded. Asked once for each address.
+pub trait Advertise: fmt::Debug + Send + Sync {
+    /// Where others connect to, for connections to arrive at `bound`.
+    ///
+    /// # Errors
+    /// When there is no such place; the process does not start then.
+    fn connections(&self, bound: &Address) -> io::Result<Address>;
+
+    /// Where others send heartbeats (UDP) to, for them to arrive at `bound`.
+    ///
+    /// # Errors
+    /// As [`Advertise::connections`].
+    fn heartbeats(&self, bound: SocketAddr) -> io::Result<SocketAddr>;
+}
+
 /// How processes meet and watch each other; the same for all.
 #[derive(Clone)]
 pub struct ClusterOptions {
@@ -104,6 +121,8 @@ pub struct ClusterOptions {
     pub collectives: Collectives,
     /// Address of this node to listen on; without it, the one by which process 0 is reached, loopback if it is on loopback.
     pub interface: Option<IpAddr>,
+    /// Where others reach this process; without it, at the addresses that it listens on.
+    pub advertise: Option<Arc<dyn Advertise>>,
     /// How long to wait until all have come.
     pub meet_within: Duration,
     /// How long connections may take to be made, once all have come.
@@ -122,6 +141,7 @@ impl Default for ClusterOptions {
             transport: Transport::Auto,
             collectives: Collectives::Own,
             interface: None,
+            advertise: None,
             meet_within: Duration::from_secs(300),
             connect_within: Duration::from_secs(60),
             heartbeat_every: Duration::from_millis(250),
@@ -133,15 +153,15 @@ impl Default for ClusterOptions {
 
 impl fmt::Debug for ClusterOptions {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { transport, collectives, interface, meet_within, connect_within, .. } = self;
-        let Self { heartbeat_every, heartbeat_deadline, .. } = self;
+        let Self { transport, collectives, interface, advertise, meet_within, connect_within, .. } = self;
         f.debug_struct("ClusterOptions")
             .field("transport", transport)
             .field("collectives", collectives)
             .field("interface", interface)
+            .field("advertise", advertise)
             .field("meet_within", meet_within)
             .field("connect_within", connect_within)
-            .field("heartbeat", &(heartbeat_every, heartbeat_deadline))
+            .field("heartbeat", &(self.heartbeat_every, self.heartbeat_deadline))
             .finish_non_exhaustive()
     }
 }
@@ -159,6 +179,11 @@ impl Cluster {
     /// One process, alone.
     pub fn local() -> Self {
         Self { launch: Launch::Local, by_mpi: ByMpi::default(), options: ClusterOptions::default() }
+    }
+
+    /// A process that was started as `launch` says.
+    pub fn new(launch: Launch, options: ClusterOptions) -> Self {
+        Self { launch, by_mpi: ByMpi::default(), options }
     }
 
     /// As the environment says: the launcher's variables, torchrun's, Slurm's, OpenMPI's, a Kubernetes indexed job's; alone
@@ -294,7 +319,7 @@ pub enum ClusterError {
         /// What was tried.
         what: &'static str,
         /// What the system says.
-        cause: std::io::Error,
+        cause: io::Error,
     },
 }
 

@@ -11,7 +11,7 @@ use ractor::ActorRef;
 
 use super::cause::{Arbiter, FirstCause, Kind, Report};
 use super::datagram::{Beat, Refusal};
-use super::detector::{Detector, Event};
+use super::detector::{Detector, Event, Health};
 use super::letter::{Body, Letter, Mail, bounded};
 use super::window::{Count, Inbox, Outbox};
 use super::{Counters, MESSAGE_BYTES_MAX, MembershipError, Notice, PeerStatus, exit};
@@ -443,10 +443,15 @@ impl Shared {
     }
 
     /// Waits until all peers that are connected have our urgent letters, and with them all that was sent before; false when
-    /// one does not answer.
+    /// one does not answer. One that has been silent for the whole deadline already is not waited for.
     pub(crate) fn settle(&self, timeout: Duration) -> bool {
         let arrived = |p: &Peer| !matches!(p.link, Link::Open(_)) || p.urgent_arrived == p.urgent_sent;
-        self.wait(timeout, |state| state.peers.values().all(arrived).then_some(())).is_some()
+        let is_lost = |state: &State, process: u32| {
+            let health = state.detector.as_ref().and_then(|d| d.health(process, self.now()));
+            health.is_some_and(|(health, _)| health == Health::Lost)
+        };
+        let done = |state: &State| state.peers.iter().all(|(process, peer)| arrived(peer) || is_lost(state, *process));
+        self.wait(timeout, |state| done(state).then_some(())).is_some()
     }
 
     pub(crate) fn peers(&self) -> Vec<PeerStatus> {

@@ -386,6 +386,7 @@ fn the_watchdog_says_who_waits_for_whom() {
         check_every: None,
         abort_on_stall: true,
         on_stall: Some(Arc::new(move |text: &str| seen.lock().unwrap().push(text.to_owned()))),
+        ..WatchdogOptions::default()
     };
     let running = start(chain(vec![act(|| Ok(())), kernel]), options).unwrap();
     assert_eq!(running.tick(Duration::from_secs(1000)), None, "nothing to do is no stall");

@@ -110,10 +110,11 @@ fn options(args: &GptArgs, cluster: &Cluster) -> CompileOptions {
 /// Steps one after another that may be passed over before the training is given up.
 const NON_FINITE_IN_A_ROW_MAX: u32 = 10;
 
-/// A step that does not move for a minute is told on the screen: who waits on which register of whom.
+/// A step that does not move for a minute is told: who waits on which register of whom. So is a process that the others wait
+/// for most of the time.
 fn session_options(args: &GptArgs, cluster: Cluster, terminated: Arc<AtomicBool>) -> SessionOptions {
     let tell: Arc<dyn Fn(&str) + Send + Sync> = Arc::new(|report| eprintln!("warning: {report}"));
-    let watchdog = WatchdogOptions { on_stall: Some(tell), ..WatchdogOptions::default() };
+    let watchdog = WatchdogOptions { on_stall: Some(tell.clone()), on_slow: Some(tell), ..WatchdogOptions::default() };
     let on_non_finite = match args.on_non_finite {
         NonFiniteArg::Stop => OnNonFinite::Stop,
         NonFiniteArg::Skip | NonFiniteArg::Rollback => OnNonFinite::Skip { in_a_row_max: NON_FINITE_IN_A_ROW_MAX },

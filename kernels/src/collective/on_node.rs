@@ -18,7 +18,7 @@ use crate::collective::board::{Board, COPY_BYTES_MAX, Post, Seat, TICK, Table};
 use crate::collective::exchange::{
     Met, Posted, Terms, check_buffers, check_members, copy_elements, describe_views, exchange, exchange_copies,
 };
-use crate::collective::{Collective, CollectiveCall, CollectiveKind, Group};
+use crate::collective::{Collective, CollectiveCall, CollectiveKind, Group, Wait};
 use crate::error::KernelError;
 use crate::memory::{Arena, View};
 
@@ -397,6 +397,25 @@ impl Collective for OnNode {
     fn abort(&self, cause: &str) {
         let _ = self.aborted.set(cause.to_owned());
         self.board.abort(cause, self.groups.iter().map(|known| known.group.ranks.len()));
+    }
+
+    /// A member that has posted for its next meeting waits for those that have not.
+    fn waits(&self) -> Vec<Wait> {
+        let mut waits = Vec::new();
+        for (index, Known { group, progress }) in self.groups.iter().enumerate() {
+            for (member, &rank) in group.ranks.iter().enumerate() {
+                let next = progress[member].meetings.load(Ordering::Relaxed).wrapping_add(1);
+                let posted = |member: usize| {
+                    let post = &self.board.seat(index, member).posts[(next % 2) as usize];
+                    post.number.load(Ordering::Relaxed) == next
+                };
+                if posted(member) {
+                    let absent = (0..group.ranks.len()).filter(|peer| !posted(*peer));
+                    waits.extend(absent.map(|peer| Wait { group: group.id, rank, peer: group.ranks[peer] }));
+                }
+            }
+        }
+        waits
     }
 
     fn bytes_received(&self, rank: usize) -> u64 {

@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use crate::collective::{Collective, CollectiveCall};
+use crate::collective::{Collective, CollectiveCall, Wait};
 use crate::error::KernelError;
 use crate::memory::View;
 
@@ -40,6 +40,10 @@ impl Collective for Routed {
 
     fn abort(&self, cause: &str) {
         self.engines().into_iter().for_each(|engine| engine.abort(cause));
+    }
+
+    fn waits(&self) -> Vec<Wait> {
+        self.engines().into_iter().flat_map(|engine| engine.waits()).collect()
     }
 
     fn bytes_received(&self, rank: usize) -> u64 {

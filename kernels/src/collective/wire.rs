@@ -21,7 +21,7 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
 use crate::collective::exchange::{Terms, all_reduce_foreign, check_buffers, check_members};
-use crate::collective::{Collective, CollectiveCall, CollectiveKind, Group};
+use crate::collective::{Collective, CollectiveCall, CollectiveKind, Group, Wait};
 use crate::error::KernelError;
 use crate::memory::{View, Words};
 use crate::region::Runs;
@@ -144,7 +144,7 @@ impl Wire {
     fn member(&self, call: &CollectiveCall) -> Result<(Arc<Mutex<Member>>, Arc<Stop>), KernelError> {
         let (group, member) = (&call.group, call.member);
         let mut groups = lock(&self.groups);
-        let new_stop = || Arc::new(Stop { aborted: self.aborted.clone(), failed: OnceLock::new() });
+        let new_stop = || Arc::new(Stop { aborted: self.aborted.clone(), ..Stop::default() });
         let stop = groups.stops.entry(group.id).or_insert_with(new_stop).clone();
         stop.check()?;
         if let Some(found) = groups.members.get(&(group.id, member)) {
@@ -267,6 +267,13 @@ impl Collective for Wire {
         // Whoever sets up links holds this lock, and looks for an abort before it takes it again.
         lock(&self.groups).channels.iter().for_each(|channel| channel.shutdown(Shutdown::Both));
         lock(&self.made).values().for_each(|channel| channel.shutdown(Shutdown::Both));
+    }
+
+    fn waits(&self) -> Vec<Wait> {
+        let of = |(group, stop): (&u32, &Arc<Stop>)| -> Vec<Wait> {
+            stop.waiting().iter().map(|(rank, peer)| Wait { group: *group, rank: *rank, peer: *peer }).collect()
+        };
+        lock(&self.groups).stops.iter().flat_map(of).collect()
     }
 
     fn bytes_received(&self, rank: usize) -> u64 {

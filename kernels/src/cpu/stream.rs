@@ -15,6 +15,9 @@ use crate::error::KernelError;
 use crate::event::Event;
 use crate::stream::{Notice, Submission};
 
+/// Target of the events, of level TRACE, that tell of each launch before it runs, on the stream's thread.
+const LAUNCH: &str = "shardflow::launch";
+
 /// See [`crate::stream::Stream`].
 #[derive(Debug)]
 pub struct CpuStream {
@@ -128,6 +131,8 @@ fn run(submission: Submission, mut check: bool, pool: &Pool, engine: &dyn Collec
             tell(Notice::Signal(*tag));
         }
         let Some(launch) = program.launches.get(done) else { break };
+        let (name, op, launches) = (program.name.as_str(), launch.op.name(), program.launches.len());
+        tracing::trace!(target: LAUNCH, program = name, op, index = done, launches);
         let result = catch_unwind(AssertUnwindSafe(|| run_launch(launch, &bases, repeat, pool, engine)));
         let result = result.unwrap_or_else(|panic| {
             Err(KernelError::Panic {

@@ -1,5 +1,5 @@
 //! How the processes of a world find each other: process 0 listens, all others introduce themselves to it, it compares them,
-//! and they start together. Imports `actors::transport`.
+//! and they start together. Imports `cluster`'s advertised addresses and `actors::transport`.
 //!
 //! ```text
 //! process 0                     process p
@@ -18,9 +18,12 @@
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, ToSocketAddrs, UdpSocket};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use shardflow_actors::transport::{Address, Endpoint, EndpointOptions, Listen, Secret, TransportError};
+
+use super::Advertise;
 
 mod coordinator;
 #[cfg(any(test, fuzzing))]
@@ -54,6 +57,8 @@ pub struct RendezvousConfig {
     pub heartbeat: SocketAddr,
     /// Address of this node to listen on. Without it, the one by which process 0 is reached: loopback when it is on loopback.
     pub interface: Option<IpAddr>,
+    /// Where others reach this process; without it, at the addresses that it listens on.
+    pub advertise: Option<Arc<dyn Advertise>>,
     /// How long to wait for all others.
     pub timeout: Duration,
     /// How often to say who is missing.
@@ -80,6 +85,7 @@ impl RendezvousConfig {
             mesh: String::new(),
             heartbeat: (Ipv4Addr::LOCALHOST, 0).into(),
             interface: None,
+            advertise: None,
             timeout: Duration::from_secs(300),
             report_every: Duration::from_secs(3),
             late_grace: Duration::from_secs(10),
@@ -141,6 +147,16 @@ fn introduction(config: &RendezvousConfig, addresses: Vec<Address>) -> Result<In
     let introduction = Introduction { member, processes, version, binary, plan, mesh };
     introduction.check()?;
     Ok(introduction)
+}
+
+/// Where others reach what listens at these addresses.
+fn advertised(config: &RendezvousConfig, bound: Vec<Address>) -> Result<Vec<Address>, RendezvousError> {
+    let Some(advertise) = &config.advertise else { return Ok(bound) };
+    let outside = |address: &Address| {
+        let failed = |cause| TransportError::Listen { address: address.clone(), cause };
+        advertise.connections(address).map_err(failed)
+    };
+    Ok(bound.iter().map(outside).collect::<Result<_, _>>()?)
 }
 
 /// The endpoint of a process other than 0: on TCP for other nodes, and on a Unix socket for this one. Tries until the

@@ -78,14 +78,17 @@ impl World {
         let system = |what| move |cause| ClusterError::System { what, cause };
         let ip = local_ip(&coordinator, options.interface).map_err(system("find the way to rank 0"))?;
         let heartbeat = membership::bind(ip).map_err(system("listen for heartbeats"))?;
+        let bound = heartbeat.local_addr();
+        let outside = bound.and_then(|bound| options.advertise.as_ref().map_or(Ok(bound), |a| a.heartbeats(bound)));
         let config = RendezvousConfig {
             process: world.process,
             processes,
             restart: world.restart,
             plan: fingerprint(plan, seed, &options),
             mesh: plan.graph.mesh().to_string(),
-            heartbeat: heartbeat.local_addr().map_err(system("listen for heartbeats"))?,
+            heartbeat: outside.map_err(system("listen for heartbeats"))?,
             interface: options.interface,
+            advertise: options.advertise.clone(),
             timeout: options.meet_within,
             ..RendezvousConfig::new(coordinator, secret.clone(), Identity::of_this_process()?)
         };
@@ -243,6 +246,8 @@ fn tell(membership: &Membership, hosting: &Hosting, failure: &Failure) {
         Failure::Peer { cause: PeerError::Failed { .. }, .. } => {}
         Failure::Peer { process, cause } => membership.suspect(*process, cause.to_string()),
         Failure::Kernel { cause, .. } => match &**cause {
+            // A peer ended the collectives that it shares with us; it has told all why, or will not live to.
+            KernelError::Aborted { .. } => {}
             KernelError::Link { peer, .. } => membership.suspect(hosting.process_of(*peer), failure.to_string()),
             _ => membership.fail(failure.to_string(), exit_of(failure).code()),
         },

@@ -122,6 +122,10 @@ impl Attempt<'_, '_> {
         let failed = child.ended.as_ref().is_some_and(|ended| ended.exit != Exit::Done);
         let now = Instant::now();
         if failed && self.phase == Phase::Running {
+            // What the first process says is on the screen.
+            if local > 0 {
+                child.ended.iter().for_each(|ended| notice(&format!("rank {}: {}", ended.rank, ended.story())));
+            }
             self.phase = Phase::Settling { until: now + self.job.options.failure_wait };
         }
         if let Phase::Settling { until } = self.phase

@@ -143,3 +143,18 @@ fn what_does_not_belong_together_is_refused() {
     assert!(run(group(1, &[0, 1]), &mapped(&own, Access::ReadWrite)).contains("the shared arena of rank 0"));
     assert!(run(group(2, &[1, 2]), &mapped(&own, Access::Read)).contains("memory that may be written"));
 }
+
+#[test]
+fn who_waits_for_whom_is_known() {
+    let groups = [group(1, &[0, 1])];
+    let engine = Arc::new(OnNode::new(Board::create(&groups).unwrap(), &groups, arenas(2, 64)).unwrap());
+    assert_eq!(engine.waits(), []);
+    let result = call(&engine, SUM, 4);
+    let until = Instant::now() + DEADLINE;
+    while engine.waits() != [Wait { group: 1, rank: 0, peer: 1 }] {
+        assert!(Instant::now() < until);
+        thread::yield_now();
+    }
+    engine.abort("the test says so");
+    assert!(result.recv_timeout(DEADLINE).unwrap().is_err());
+}

@@ -5,8 +5,9 @@
 //! who take part what it waits in, and listens to all. Of two members that wait in different calls, the one that came
 //! first hears of the other's.
 
+use std::collections::BTreeMap;
 use std::os::fd::AsFd;
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -31,6 +32,8 @@ pub(super) struct Stop {
     pub(super) aborted: Arc<OnceLock<KernelError>>,
     /// Of this group, as any of its members in this process found.
     pub(super) failed: OnceLock<KernelError>,
+    /// By rank of this process that waits: for which rank.
+    pub(super) waiting: Mutex<BTreeMap<usize, usize>>,
 }
 
 impl Stop {
@@ -39,6 +42,10 @@ impl Stop {
             Some(error) => Err(error.clone()),
             None => Ok(()),
         }
+    }
+
+    pub(super) fn waiting(&self) -> MutexGuard<'_, BTreeMap<usize, usize>> {
+        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -163,6 +170,17 @@ impl Port {
     /// [`KernelError::CollectiveMismatch`] when members wait in different calls.
     pub(super) fn wait(&mut self, to: Option<usize>, from: Option<usize>) -> Result<(), KernelError> {
         self.stop.check()?;
+        let ranks = &self.context.group.ranks;
+        let own = ranks[self.context.member];
+        if let Some(peer) = from.or(to).and_then(|peer| ranks.get(peer)) {
+            self.stop.waiting().insert(own, *peer);
+        }
+        let waited = self.wait_a_tick(to, from);
+        self.stop.waiting().remove(&own);
+        waited
+    }
+
+    fn wait_a_tick(&mut self, to: Option<usize>, from: Option<usize>) -> Result<(), KernelError> {
         let wants = |peer: usize| {
             let mut flags = PollFlags::empty();
             flags.set(PollFlags::OUT | PollFlags::RDHUP, to == Some(peer));

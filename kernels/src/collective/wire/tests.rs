@@ -437,3 +437,21 @@ fn calls_go_to_their_groups_engine() {
     let aborted = Err(KernelError::Aborted { cause: "the test says so".to_owned() });
     assert_eq!(play(&routed[0], 0, &cases[0]), aborted);
 }
+
+#[test]
+fn who_waits_for_whom_is_known() {
+    let wires = engines(2, PATIENT);
+    let case = &all_reduces(2, std::iter::once(6))[0];
+    thread::scope(|scope| {
+        let early = scope.spawn(|| play(&wires[0], 0, case));
+        let deadline = Instant::now() + PATIENT;
+        // It waits a tick at a time.
+        while wires[0].waits() != [Wait { group: 7, rank: 10, peer: 11 }] {
+            assert!(Instant::now() < deadline && !early.is_finished());
+            thread::yield_now();
+        }
+        assert_eq!(wires[1].waits(), []);
+        assert!(play(&wires[1], 1, case).is_ok() && early.join().expect("no panic").is_ok());
+    });
+    assert_eq!(wires[0].waits(), []);
+}

@@ -10,7 +10,7 @@ use shardflow_actors::transport::{Address, Endpoint, Link, Listen, Purpose, Sess
 
 use super::messages::{Answer, INTRODUCTION_BYTES_MAX, Ready};
 use super::{Conflict, Introduction, RendezvousConfig, RendezvousError, Roster, Verdict, Waiting, Who};
-use super::{RETRY, introduction, is_in_use, join};
+use super::{RETRY, advertised, introduction, is_in_use, join};
 
 /// A connected process says who it is, takes an answer, and confirms, each within this.
 const REPLY_TIMEOUT: Duration = Duration::from_secs(5);
@@ -41,7 +41,7 @@ pub(super) fn lead(
     let begin = Instant::now();
     let endpoint = listen(config, deadline)?;
     let seats = (1..config.processes).map(|_| None).collect();
-    let own = introduction(config, published(config, &endpoint))?;
+    let own = introduction(config, advertised(config, published(config, &endpoint))?)?;
     let mut hall = Hall { own, seats, conflicts: Vec::new(), turned_away: Vec::new() };
     if let Err(error) = hall.gather(config, &endpoint, deadline, on_waiting) {
         return Err(error.into());

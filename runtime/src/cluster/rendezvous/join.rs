@@ -7,7 +7,8 @@ use shardflow_actors::transport::wire::{self, MESSAGE_BYTES_MAX, WireError};
 use shardflow_actors::transport::{Endpoint, Hello, Link, Purpose, Refusal, SessionId, TransportError, connect};
 
 use super::messages::{Answer, INTRODUCTION_BYTES_MAX, Ready, Verdict};
-use super::{Introduction, RETRY, RendezvousConfig, RendezvousError, Roster, Waiting, endpoint, introduction};
+use super::{Introduction, RETRY, RendezvousConfig, RendezvousError, Roster, Waiting};
+use super::{advertised, endpoint, introduction};
 
 /// Process 0 says at the deadline who is missing; it has this much longer to say so.
 const MARGIN: Duration = Duration::from_secs(5);
@@ -20,7 +21,7 @@ pub(super) fn follow(
     on_waiting: &mut dyn FnMut(&Waiting),
 ) -> Result<(Roster, Endpoint), RendezvousError> {
     let endpoint = endpoint(config, deadline)?;
-    let own = introduction(config, endpoint.addresses().to_vec())?;
+    let own = introduction(config, advertised(config, endpoint.addresses().to_vec())?)?;
     loop {
         let link = find(config, deadline, on_waiting)?;
         match meet(config, &own, &endpoint, &link, deadline) {

@@ -1,0 +1,145 @@
+//! Processes of a job whose every connection goes through a relay that cuts, delays and stalls: the bits of the training are
+//! those of one process. The processes are threads of this test, each with a session of its own.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use shardflow::cluster::env::{Endpoint, Launch, Secret, SecretSource, Source, World};
+use shardflow::cluster::{Advertise, Cluster, ClusterOptions, Transport};
+use shardflow::plan::Schedule::OneFOneB;
+use shardflow::session::{Session, SessionOptions};
+use shardflow_actors::transport::Address;
+use shardflow_integration_tests::relay::{Passed, Relay, Weather};
+use shardflow_integration_tests::training::{Model, Scratch, options, within};
+
+const SEEDS: u64 = 200;
+const STEPS: usize = 3;
+/// Seeds that are at work at the same time: they mostly wait.
+const AT_ONCE: u64 = 3;
+/// Every so many seeds there is a long stall in each direction of each connection.
+const LONG_EVERY: u64 = 20;
+const HEARTBEAT_EVERY: Duration = Duration::from_millis(50);
+/// Longer than ten heartbeats' time, and below the deadline.
+const LONG: Duration = Duration::from_millis(600);
+const DEADLINE: Duration = Duration::from_secs(4);
+
+/// What differs from seed to seed.
+const CASES: [(&str, u32, Transport); 6] = [
+    ("data=2,stage=2", 4, Transport::Tcp),
+    ("data=2,stage=2", 2, Transport::Unix),
+    ("tensor=2", 2, Transport::Tcp),
+    ("data=2,stage=2", 4, Transport::Unix),
+    ("tensor=2", 2, Transport::Unix),
+    ("data=2,stage=2", 2, Transport::Tcp),
+];
+
+fn model() -> Model {
+    Model { layers: 2, heads: 2, width: 16, context: 8, batch: 4, dropout: 0.1, max_norm: 1.0 }
+}
+
+fn bits(losses: &[f32]) -> Vec<u32> {
+    losses.iter().map(|loss| loss.to_bits()).collect()
+}
+
+/// The losses as a process of so many sees them.
+fn train(mesh: &str, cluster: Cluster) -> Vec<u32> {
+    let model = model();
+    let rank = cluster.process();
+    let options = SessionOptions { cluster, ..SessionOptions::default() };
+    let plan = model.plan(mesh, &self::options(2, OneFOneB));
+    let mut session = Session::start(plan, &options).unwrap_or_else(|e| panic!("rank {rank}: {e}"));
+    let losses: Vec<f32> = (0..STEPS).map(|_| model.step(&mut session).loss.expect("it has a loss")).collect();
+    session.shutdown().unwrap_or_else(|e| panic!("rank {rank}: {e}"));
+    bits(&losses)
+}
+
+/// Process `process`, which others reach by the relay.
+fn cluster(process: u32, processes: u32, meet: &Path, relay: &Arc<Relay>, transport: Transport) -> Cluster {
+    let bound = Address::Unix(meet.into());
+    let front = relay.connections(&bound).expect("a relay");
+    let seen = if process == 0 { bound } else { front };
+    let Address::Unix(seen) = seen else { panic!("a relay of a Unix socket is one: {seen}") };
+    let world = World {
+        process,
+        processes,
+        local_process: process,
+        local_processes: processes,
+        node: Some(0),
+        endpoint: Endpoint::Unix(seen),
+        secret: SecretSource::Text(Secret::new("a secret of these tests", "this test").expect("long enough")),
+        restart: 0,
+        source: Source::Shardflow,
+        run_id: "delays".into(),
+    };
+    let options = ClusterOptions {
+        transport,
+        advertise: Some(relay.clone()),
+        heartbeat_every: HEARTBEAT_EVERY,
+        heartbeat_deadline: DEADLINE,
+        ..ClusterOptions::default()
+    };
+    Cluster::new(Launch::World(world), options)
+}
+
+/// Trains through a relay of this seed; all processes must see these losses.
+fn check(seed: u64, expected: &[(&str, Vec<u32>)]) -> Passed {
+    let (mesh, processes, transport) = CASES[seed as usize % CASES.len()];
+    let long_stall = (seed % LONG_EVERY == LONG_EVERY - 1).then_some((8, LONG));
+    let relay = Arc::new(Relay::new(Weather { seed, long_stall }));
+    let folder = Scratch::new(&format!("delays-{seed}"));
+    let meet = folder.path().join("meet.sock");
+    let losses: Vec<Vec<u32>> = thread::scope(|scope| {
+        let start = |process| {
+            let cluster = cluster(process, processes, &meet, &relay, transport);
+            scope.spawn(move || train(mesh, cluster))
+        };
+        let threads: Vec<_> = (0..processes).map(start).collect();
+        threads.into_iter().map(|t| t.join().unwrap_or_else(|_| panic!("seed {seed}: {transport:?}"))).collect()
+    });
+    let (_, expected) = expected.iter().find(|e| e.0 == mesh).expect("a case's mesh");
+    for (rank, losses) in losses.iter().enumerate() {
+        assert!(
+            losses == expected,
+            "seed {seed}, {mesh} on {processes} by {transport:?}: rank {rank} sees other losses"
+        );
+    }
+    let passed = relay.passed();
+    let (silences, stalls) = if long_stall.is_some() { (u64::from(processes), passed.stalls) } else { (0, 0) };
+    assert_eq!((passed.silences, passed.stalls), (silences, stalls), "seed {seed}");
+    passed
+}
+
+#[test]
+fn the_bits_are_the_same_whatever_delays_and_splits_what_goes_between_processes() {
+    within(600, || {
+        let begin = Instant::now();
+        let alone = |mesh| (mesh, train(mesh, Cluster::local()));
+        let expected = [alone("data=2,stage=2"), alone("tensor=2")];
+        let next = AtomicU64::new(0);
+        let work = || {
+            let mut all = Vec::new();
+            loop {
+                let seed = next.fetch_add(1, Ordering::Relaxed);
+                if seed >= SEEDS {
+                    return all;
+                }
+                all.push(check(seed, &expected));
+            }
+        };
+        let passed: Vec<Passed> = thread::scope(|scope| {
+            let threads: Vec<_> = (0..AT_ONCE).map(|_| scope.spawn(work)).collect();
+            threads.into_iter().flat_map(|t| t.join().expect("a seed that failed has said so")).collect()
+        });
+        let sum = |what: fn(&Passed) -> u64| passed.iter().map(what).sum::<u64>();
+        let (connections, pieces, bytes) = (sum(|p| p.connections), sum(|p| p.pieces), sum(|p| p.bytes));
+        println!(
+            "{SEEDS} seeds in {:.1} s: {connections} connections, {pieces} pieces, {bytes} bytes, {} long stalls",
+            begin.elapsed().as_secs_f64(),
+            sum(|p| p.stalls)
+        );
+        assert!(connections >= 5 * SEEDS && pieces >= 100 * SEEDS, "{connections} connections, {pieces} pieces");
+    });
+}
