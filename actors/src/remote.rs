@@ -139,12 +139,6 @@ impl Remote {
         (Self { peer_of, outboxes, host_ports, host, ready, changed: Condvar::new() }, ends)
     }
 
-    /// The other process that hosts the actor.
-    pub(crate) fn process_of(&self, actor: ActorId) -> Option<u32> {
-        let peer = self.peer_of.get(actor.0 as usize).copied().flatten()?;
-        Some(self.outboxes[peer].0)
-    }
-
     /// True when a peer hosts the actor, and the message is on its way.
     pub(crate) fn send(&self, to: ActorId, message: Message) -> bool {
         let Some(peer) = self.peer_of.get(to.0 as usize).copied().flatten() else { return false };

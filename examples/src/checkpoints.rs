@@ -32,14 +32,14 @@ pub enum CheckpointsError {
     Snapshot(Box<SessionError>),
     /// A step was not finite, and there is nothing to go back to.
     #[error("{0}, and there is no checkpoint yet")]
-    NoWayBack(NonFinite),
+    NoWayBack(Box<NonFinite>),
     /// A step was not finite, again and again.
     #[error("gone back to step {step} {ROLLBACKS_MAX} times, and again {found}")]
     NoHelp {
         /// The checkpoint's.
         step: u64,
         /// The last one.
-        found: NonFinite,
+        found: Box<NonFinite>,
     },
     /// The last checkpoint was not committed.
     #[error("the last checkpoint is lost: {0}")]
@@ -112,12 +112,12 @@ impl Checkpoints {
             self.tell(&report);
         }
         let Some((step, _)) = restore(&self.store, session, self.speaks)? else {
-            return Err(CheckpointsError::NoWayBack(found.clone()));
+            return Err(CheckpointsError::NoWayBack(Box::new(found.clone())));
         };
         let (last, times) = self.rollbacks;
         self.rollbacks = (step, if last == step { times + 1 } else { 1 });
         if self.rollbacks.1 > ROLLBACKS_MAX {
-            return Err(CheckpointsError::NoHelp { step, found: found.clone() });
+            return Err(CheckpointsError::NoHelp { step, found: Box::new(found.clone()) });
         }
         self.passed_over = self.batch(found.step) + 1 - step;
         Ok(())
