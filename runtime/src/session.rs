@@ -4,9 +4,9 @@
 use std::collections::BTreeMap;
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use crossbeam_channel::{Receiver, select, unbounded};
+use crossbeam_channel::{Receiver, after, never, select, unbounded};
 use shardflow_actors::error::{ActorError, Failure, PeerError};
 use shardflow_actors::remote::{HostPiece, Peers};
 use shardflow_actors::shell::{Hosted, Loaded, RegisterMemory, Running, start};
@@ -303,17 +303,25 @@ impl Session {
         self.inbox.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Waits until all these pieces have come, and passes on those of this process's fetches.
+    /// Waits until all these pieces have come, and passes on those of this process's fetches. A process that has ended
+    /// without giving its own fails the session.
     fn receive(&self, wanted: &[(u32, usize)]) -> Result<(), Failure> {
+        let received = self.receive_until(wanted, never());
+        if let (Err(failure @ Failure::Peer { .. }), Some(running)) = (&received, &self.running) {
+            running.control().fail(failure.clone());
+        }
+        received
+    }
+
+    /// As [`Session::receive`], but it gives up when `late` says so, and nothing fails by it.
+    fn receive_until(&self, wanted: &[(u32, usize)], late: Receiver<Instant>) -> Result<(), Failure> {
         let ended = || Failure::Stalled { idle_ms: 0, report: "the session has ended".into() };
         let running = self.running.as_ref().ok_or_else(ended)?;
         let mut inbox = self.lock_inbox();
         let peers = inbox.peers.clone();
         while !inbox.has(wanted) {
             if let Some(process) = inbox.never(wanted) {
-                let failure = Failure::Peer { process, cause: PeerError::Ended };
-                running.control().fail(failure.clone());
-                return Err(failure);
+                return Err(Failure::Peer { process, cause: PeerError::Ended });
             }
             select! {
                 recv(self.fetched) -> message => {
@@ -323,6 +331,7 @@ impl Session {
                 },
                 recv(peers) -> said => inbox.hear(said.map_err(|_| ended())?),
                 recv(running.failures()) -> failure => return Err(failure.unwrap_or_else(|_| ended())),
+                recv(late) -> _ => return Err(ended()),
             }
         }
         Ok(())
@@ -350,15 +359,26 @@ impl Session {
     }
 
     fn end(&mut self) -> Result<(), Failure> {
-        let Some(running) = self.running.take() else { return Ok(()) };
-        if self.failed.is_none() && self.world.is_some() {
-            // Peers may still need what is under way here.
-            running.quiesce(QUIESCE_TIMEOUT)?;
+        if self.failed.is_none() {
+            self.take_leave()?;
         }
+        let Some(running) = self.running.take() else { return Ok(()) };
         if let Some(world) = &self.world {
             world.leave();
         }
         running.shutdown().map(drop)
+    }
+
+    /// Ends the work that is under way here, and waits for the others to end theirs: what was sent to them last may be lost
+    /// with a connection that is closed before they have it.
+    fn take_leave(&self) -> Result<(), Failure> {
+        let (Some(running), Some(_)) = (&self.running, &self.world) else { return Ok(()) };
+        running.quiesce(QUIESCE_TIMEOUT)?;
+        self.say([0; 2]);
+        let wanted: Vec<_> = self.ports.words_wanted().collect();
+        // Whoever does not come in time, or has left, needs nothing.
+        let _ = self.receive_until(&wanted, after(QUIESCE_TIMEOUT));
+        Ok(())
     }
 }
 
