@@ -38,8 +38,10 @@ pub(crate) struct Session {
     in_flight: Vec<AtomicU32>,
     /// Firings ended, of all actors.
     completed: AtomicU64,
-    /// Firings that the steps given so far add up to.
+    /// Firings of the steps that all tokens were given for.
     target: AtomicU64,
+    /// Firings of the steps that some tokens were given for.
+    begun: AtomicU64,
     /// Guards nothing but the wait for `completed` or a failure.
     settled: Condvar,
     state: Mutex<State>,
@@ -86,6 +88,7 @@ impl Session {
             in_flight: spec.actors.iter().map(|_| AtomicU32::new(IDLE)).collect(),
             completed: AtomicU64::new(0),
             target: AtomicU64::new(0),
+            begun: AtomicU64::new(0),
             settled: Condvar::new(),
             state: Mutex::default(),
             found: Mutex::default(),
@@ -179,13 +182,15 @@ impl Session {
         }
     }
 
-    pub(crate) fn set_target(&self, firings: u64) {
-        self.target.store(firings, Ordering::Release);
+    /// Firings of the whole steps that tokens were given for, and of all steps that were begun.
+    pub(crate) fn set_target(&self, whole: u64, begun: u64) {
+        self.target.store(whole, Ordering::Release);
+        self.begun.store(begun, Ordering::Release);
     }
 
-    /// True while the steps given have firings left.
+    /// True while a step that was begun has firings left, be it for want of a token that the host gives late.
     pub(crate) fn outstanding(&self) -> bool {
-        self.completed.load(Ordering::Acquire) < self.target.load(Ordering::Acquire)
+        self.completed.load(Ordering::Acquire) < self.begun.load(Ordering::Acquire)
     }
 
     /// True when a stream is still working for an actor.
@@ -193,7 +198,7 @@ impl Session {
         self.in_flight.iter().any(|a| a.load(Ordering::Relaxed) != IDLE)
     }
 
-    /// Waits until no firing is left of the steps given; false when the time is over.
+    /// Waits until no firing is left of the whole steps given; false when the time is over.
     pub(crate) fn quiesce(&self, timeout: Duration) -> Result<bool, Failure> {
         let deadline = Instant::now() + timeout;
         let mut state = self.state();
@@ -202,8 +207,9 @@ impl Session {
                 return Err(first.clone());
             }
             let left = deadline.saturating_duration_since(Instant::now());
-            if !self.outstanding() || left.is_zero() {
-                return Ok(!self.outstanding());
+            let ended = self.completed.load(Ordering::Acquire) >= self.target.load(Ordering::Acquire);
+            if ended || left.is_zero() {
+                return Ok(ended);
             }
             state = self.settled.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
         }

@@ -413,6 +413,31 @@ fn the_watchdog_says_who_waits_for_whom() {
     drop(open);
 }
 
+/// A host may give some of a step's tokens when it has seen what the others brought.
+#[test]
+fn a_step_that_lacks_a_token_is_watched_too() {
+    let mut b = Builder::new();
+    let actors = ["first", "late"].map(|name| b.actor(name, 0, Firing::Credit));
+    let [first, late] = actors.map(|actor| b.external(actor, "work", 1));
+    b.edge("wire", 1, first, late);
+    let options =
+        WatchdogOptions { stall_after: Duration::from_secs(10), check_every: None, ..WatchdogOptions::default() };
+    let running = start(bench(b.build()).loaded, options).unwrap();
+    running.give(first.actor, 0, 1).unwrap();
+    let deadline = Instant::now() + PATIENCE;
+    while running.snapshot()[0].firings != [1] || running.session.any_in_flight() {
+        assert!(Instant::now() < deadline, "{:?}", running.snapshot());
+    }
+    let at = |seconds| running.tick(Duration::from_secs(seconds));
+    assert_eq!((at(1000), running.quiesce(PATIENCE)), (None, Ok(true)), "no step has all of its tokens");
+    let report = at(1010).expect("ten seconds without progress");
+    assert!(report.contains("late work waits for a token"), "{report}");
+    running.give(late.actor, 0, 1).unwrap();
+    assert_eq!(running.quiesce(PATIENCE), Ok(true));
+    assert_eq!((at(2000), at(3000)), (None, None), "a step that has ended is no stall");
+    running.shutdown().unwrap();
+}
+
 #[test]
 fn parts_that_do_not_fit_are_refused() {
     let fresh = || bench(plans::data_parallel()).loaded;
