@@ -200,13 +200,13 @@ impl Session {
 
     /// Waits until no firing is left of the whole steps given; false when the time is over.
     pub(crate) fn quiesce(&self, timeout: Duration) -> Result<bool, Failure> {
-        let deadline = Instant::now() + timeout;
+        let begin = Instant::now();
         let mut state = self.state();
         loop {
             if let Some(first) = &state.first {
                 return Err(first.clone());
             }
-            let left = deadline.saturating_duration_since(Instant::now());
+            let left = timeout.saturating_sub(begin.elapsed());
             let ended = self.completed.load(Ordering::Acquire) >= self.target.load(Ordering::Acquire);
             if ended || left.is_zero() {
                 return Ok(ended);

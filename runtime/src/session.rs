@@ -355,18 +355,19 @@ impl Session {
     /// # Errors
     /// The first cause, if the session had failed.
     pub fn shutdown(mut self) -> Result<(), SessionError> {
-        Ok(self.end()?)
+        self.end()
     }
 
-    fn end(&mut self) -> Result<(), Failure> {
-        if self.failed.is_none() {
-            self.take_leave()?;
-        }
+    fn end(&mut self) -> Result<(), SessionError> {
+        let left = if self.failed.is_none() { self.take_leave() } else { Ok(()) };
+        let left = left.map_err(|failure| self.fail(failure));
         let Some(running) = self.running.take() else { return Ok(()) };
         if let Some(world) = &self.world {
             world.leave();
         }
-        running.shutdown().map(drop)
+        let ended = running.shutdown();
+        left?;
+        Ok(ended.map(drop)?)
     }
 
     /// Ends the work that is under way here, and waits for the others to end theirs: what was sent to them last may be lost

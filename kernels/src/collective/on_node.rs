@@ -403,7 +403,9 @@ impl Collective for OnNode {
     fn waits(&self) -> Vec<Wait> {
         let mut waits = Vec::new();
         for (index, Known { group, progress }) in self.groups.iter().enumerate() {
-            for (member, &rank) in group.ranks.iter().enumerate() {
+            // Memory that may be written is of a device of this process.
+            let here = |(_, rank): &(usize, &usize)| self.arenas[*rank].is_writable();
+            for (member, &rank) in group.ranks.iter().enumerate().filter(here) {
                 let next = progress[member].meetings.load(Ordering::Relaxed).wrapping_add(1);
                 let posted = |member: usize| {
                     let post = &self.board.seat(index, member).posts[(next % 2) as usize];

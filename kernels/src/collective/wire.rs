@@ -144,7 +144,7 @@ impl Wire {
     fn member(&self, call: &CollectiveCall) -> Result<(Arc<Mutex<Member>>, Arc<Stop>), KernelError> {
         let (group, member) = (&call.group, call.member);
         let mut groups = lock(&self.groups);
-        let new_stop = || Arc::new(Stop { aborted: self.aborted.clone(), ..Stop::default() });
+        let new_stop = || Arc::new(Stop::new(group.clone(), self.aborted.clone()));
         let stop = groups.stops.entry(group.id).or_insert_with(new_stop).clone();
         stop.check()?;
         if let Some(found) = groups.members.get(&(group.id, member)) {
@@ -270,10 +270,7 @@ impl Collective for Wire {
     }
 
     fn waits(&self) -> Vec<Wait> {
-        let of = |(group, stop): (&u32, &Arc<Stop>)| -> Vec<Wait> {
-            stop.waiting().iter().map(|(rank, peer)| Wait { group: *group, rank: *rank, peer: *peer }).collect()
-        };
-        lock(&self.groups).stops.iter().flat_map(of).collect()
+        lock(&self.groups).stops.values().flat_map(|stop| stop.waits()).collect()
     }
 
     fn bytes_received(&self, rank: usize) -> u64 {

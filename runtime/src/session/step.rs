@@ -3,13 +3,13 @@
 
 use std::collections::BTreeMap;
 use std::sync::atomic::Ordering;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use shardflow_kernels::error::KernelError;
 use shardflow_kernels::tensor::{HostData, HostTensor, element_count};
 
 use super::load::FeedPort;
-use super::{QUIESCE_TIMEOUT, Session, SessionError, StepReport, tokens};
+use super::{Session, SessionError, StepReport, tokens};
 use crate::graph::builder::{HYPER_INPUT, RNG_INPUT};
 use crate::graph::{NodeOp, Rate, Var};
 use crate::init;
@@ -50,11 +50,9 @@ impl Session {
             self.skipped_in_a_row = 0;
         } else {
             self.decide(f32::NAN)?;
-            report.non_finite = Some(self.trace(&by_name, &report)?);
-        }
-        if let Some(found) = &report.non_finite {
             self.step_metrics.non_finite();
-            self.pass_over(found)?;
+            let found = self.trace(&by_name, &report)?;
+            report.non_finite = Some(self.pass_over(found)?);
         }
         self.steps += 1;
         self.step_metrics.record(&report, begin.elapsed());
@@ -87,13 +85,7 @@ impl Session {
         }
         let running = self.running.as_ref().ok_or(KernelError::Closed { device: 0 })?;
         // Whoever is slow is the watchdog's to tell.
-        let ended = loop {
-            match running.quiesce(QUIESCE_TIMEOUT) {
-                Ok(false) => {}
-                ended => break ended,
-            }
-        };
-        ended.map(drop).map_err(|failure| self.fail(failure))
+        running.quiesce(Duration::MAX).map(drop).map_err(|failure| self.fail(failure))
     }
 
     /// Gives a feed its tensors for a step.

@@ -5,14 +5,15 @@
 //! who take part what it waits in, and listens to all. Of two members that wait in different calls, the one that came
 //! first hears of the other's.
 
-use std::collections::BTreeMap;
 use std::os::fd::AsFd;
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::link::{Context, Link};
+use crate::collective::{Group, Wait};
 use crate::error::KernelError;
 
 /// Longest wait without looking whether the session was aborted.
@@ -25,18 +26,24 @@ const QUIET: Duration = Duration::from_millis(200);
 /// those take who wait elsewhere, and look round only after [`QUIET`].
 const LAST_WORDS: Duration = Duration::from_millis(500);
 
-/// Why a group works no more; set once.
-#[derive(Debug, Default)]
+/// What all members of a group in this process share: why it works no more, set once, and who of them waits.
+#[derive(Debug)]
 pub(super) struct Stop {
     /// Of all groups of the engine.
     pub(super) aborted: Arc<OnceLock<KernelError>>,
     /// Of this group, as any of its members in this process found.
     pub(super) failed: OnceLock<KernelError>,
-    /// By rank of this process that waits: for which rank.
-    pub(super) waiting: Mutex<BTreeMap<usize, usize>>,
+    group: Arc<Group>,
+    /// By member: 0, or one more than the member that it waits for.
+    waiting: Vec<AtomicUsize>,
 }
 
 impl Stop {
+    pub(super) fn new(group: Arc<Group>, aborted: Arc<OnceLock<KernelError>>) -> Self {
+        let waiting = group.ranks.iter().map(|_| AtomicUsize::new(0)).collect();
+        Self { aborted, failed: OnceLock::new(), group, waiting }
+    }
+
     pub(super) fn check(&self) -> Result<(), KernelError> {
         match self.aborted.get().or_else(|| self.failed.get()) {
             Some(error) => Err(error.clone()),
@@ -44,8 +51,13 @@ impl Stop {
         }
     }
 
-    pub(super) fn waiting(&self) -> MutexGuard<'_, BTreeMap<usize, usize>> {
-        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
+    /// The members of this process that wait now.
+    pub(super) fn waits(&self) -> impl Iterator<Item = Wait> {
+        let Group { id, ranks } = &*self.group;
+        self.waiting.iter().zip(ranks).filter_map(|(waiting, rank)| {
+            let peer = waiting.load(Ordering::Relaxed).checked_sub(1)?;
+            Some(Wait { group: *id, rank: *rank, peer: ranks[peer] })
+        })
     }
 }
 
@@ -170,13 +182,10 @@ impl Port {
     /// [`KernelError::CollectiveMismatch`] when members wait in different calls.
     pub(super) fn wait(&mut self, to: Option<usize>, from: Option<usize>) -> Result<(), KernelError> {
         self.stop.check()?;
-        let ranks = &self.context.group.ranks;
-        let own = ranks[self.context.member];
-        if let Some(peer) = from.or(to).and_then(|peer| ranks.get(peer)) {
-            self.stop.waiting().insert(own, *peer);
-        }
+        let member = self.context.member;
+        self.stop.waiting[member].store(from.or(to).map_or(0, |peer| peer + 1), Ordering::Relaxed);
         let waited = self.wait_a_tick(to, from);
-        self.stop.waiting().remove(&own);
+        self.stop.waiting[member].store(0, Ordering::Relaxed);
         waited
     }
 
