@@ -18,7 +18,7 @@ pub fn fail(code: u8, error: impl Display, hint: &str) -> ExitCode {
     ExitCode::from(code)
 }
 
-/// Train a small GPT on a text, on a mesh of devices inside this process.
+/// Train a small GPT on a text, on a mesh of devices, of this process or of several.
 #[derive(Clone, Debug, clap::Parser)]
 #[command(name = "gpt", version)]
 pub struct GptArgs {

@@ -57,6 +57,14 @@ impl CheckpointsError {
         }
     }
 
+    /// What became of the session meanwhile, if that is it.
+    pub fn session(&self) -> Option<&SessionError> {
+        match self {
+            Self::Load(error) | Self::Snapshot(error) => Some(error),
+            _ => None,
+        }
+    }
+
     /// What the user can change.
     pub fn hint(&self) -> &'static str {
         match self {

@@ -1,16 +1,19 @@
 //! Runs the built programs as a user would: their errors, what they print, and what they leave on disk.
-//! Imports nothing of this crate.
+//! Imports `support/programs`.
 
 use std::io::Read;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Command, Stdio};
 use std::sync::mpsc::channel;
 use std::thread;
 use std::time::Duration;
 
+use programs::GPT;
 use serde_json::Value;
 
-const GPT: &str = env!("CARGO_BIN_EXE_gpt");
+#[path = "support/programs.rs"]
+mod programs;
+
 /// A model and a batch as small as they may be.
 const TINY: &str = "--layers 2 --heads 2 --width 16 --context 8 --batch 4 --steps 4 --sample 0 --threads-per-device 1";
 /// Longer than any of these runs, by far.
@@ -52,15 +55,12 @@ fn run(program: &str, folder: &Path, args: &[&str]) -> Run {
     Run { code, stdout, stderr }
 }
 
-/// A folder of one test with a text in it; removed at the end.
-struct Folder(PathBuf);
+/// The folder of one test.
+struct Folder(programs::Folder);
 
 impl Folder {
     fn new(name: &str) -> Self {
-        let path = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("cli-{name}-{}", std::process::id()));
-        std::fs::create_dir_all(&path).unwrap();
-        std::fs::write(path.join("text"), "the quick brown fox jumps over the lazy dog.\n".repeat(40)).unwrap();
-        Self(path)
+        Self(programs::Folder::new(&format!("cli-{name}")))
     }
 
     /// Runs `gpt` here: the tiny model on the text, `flags` overriding what is their own. No path here has a space.
@@ -68,16 +68,16 @@ impl Folder {
         let own: Vec<&str> = flags.split_whitespace().collect();
         let defaults: Vec<&str> = TINY.split_whitespace().chain(["--data", "text"]).collect();
         let kept = defaults.chunks(2).filter(|pair| !own.contains(&pair[0])).flatten().copied();
-        run(GPT, &self.0, &kept.chain(own.iter().copied()).collect::<Vec<_>>())
+        run(GPT, self.0.path(), &kept.chain(own.iter().copied()).collect::<Vec<_>>())
     }
 
     /// Runs `gpt`, which must succeed, and gives its JSON log.
     fn log(&self, flags: &str) -> Vec<Value> {
         let run = self.gpt(&format!("{flags} --log-json log"));
         assert_eq!(run.code, 0, "{flags}: {}", run.stderr);
-        let text = std::fs::read_to_string(self.0.join("log")).unwrap();
+        let text = std::fs::read_to_string(self.0.path().join("log")).unwrap();
         // So that no later run can be taken for this one.
-        std::fs::remove_file(self.0.join("log")).unwrap();
+        std::fs::remove_file(self.0.path().join("log")).unwrap();
         text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
     }
 
@@ -87,16 +87,10 @@ impl Folder {
     }
 
     fn files(&self) -> Vec<String> {
-        let entries = std::fs::read_dir(&self.0).unwrap();
+        let entries = std::fs::read_dir(self.0.path()).unwrap();
         let mut names: Vec<String> = entries.map(|e| e.unwrap().file_name().to_string_lossy().into_owned()).collect();
         names.sort();
         names
-    }
-}
-
-impl Drop for Folder {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_dir_all(&self.0);
     }
 }
 
@@ -120,9 +114,9 @@ fn check_errors(folder: &Folder, code: i32, cases: &[(&str, &str, &str)]) {
 #[test]
 fn flags_and_files_that_cannot_be_used() {
     let folder = Folder::new("usage");
-    std::fs::write(folder.0.join("empty"), "").unwrap();
-    std::fs::write(folder.0.join("short"), "too short").unwrap();
-    std::fs::create_dir(folder.0.join("folder")).unwrap();
+    std::fs::write(folder.0.path().join("empty"), "").unwrap();
+    std::fs::write(folder.0.path().join("short"), "too short").unwrap();
+    std::fs::create_dir(folder.0.path().join("folder")).unwrap();
     check_errors(
         &folder,
         2,
@@ -221,9 +215,9 @@ fn saved_parameters_are_where_another_run_starts() {
     let again = folder.losses("--init-from model --seed 1");
     assert!((again[0] - second[0]).abs() < 1e-4, "{} {}", again[0], second[0]);
 
-    std::fs::rename(folder.0.join("model"), folder.0.join("good")).unwrap();
-    let bytes = std::fs::read(folder.0.join("good")).unwrap();
-    std::fs::write(folder.0.join("cut"), &bytes[..bytes.len() / 2]).unwrap();
+    std::fs::rename(folder.0.path().join("model"), folder.0.path().join("good")).unwrap();
+    let bytes = std::fs::read(folder.0.path().join("good")).unwrap();
+    std::fs::write(folder.0.path().join("cut"), &bytes[..bytes.len() / 2]).unwrap();
     check_errors(
         &folder,
         2,
@@ -280,7 +274,7 @@ fn the_other_programs_run() {
         (env!("CARGO_BIN_EXE_first_steps"), "step 100  loss 0.6"),
         (env!("CARGO_BIN_EXE_custom_kernel"), "mesh data=2,tensor=2: the same losses"),
     ] {
-        let run = run(program, &folder.0, &[]);
+        let run = run(program, folder.0.path(), &[]);
         assert_eq!((run.code, run.stderr.as_str()), (0, ""), "{program}");
         assert!(run.stdout.lines().last().is_some_and(|line| line.starts_with(last)), "{}", run.stdout);
     }

@@ -1,22 +1,25 @@
 //! Strangers at the doors of a training that runs: `gpt` as two processes over TCP, whose ports are flooded meanwhile. A test
-//! binary of its own, because it measures time. Imports the actors' transport, to speak as a stranger does.
+//! binary of its own, because it measures time. Imports `support/programs`, and the actors' transport to
+//! speak as a stranger does.
 
 use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::io::{Read, Write};
 use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
-use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, channel};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use programs::{Folder, GPT, launcher};
 use serde_json::Value;
 use shardflow_actors::transport::handshake::{Dialler, HandshakeError, Refusal, greeting};
 use shardflow_actors::transport::{Address, Hello, Purpose, Secret, SessionId, TransportError, connect};
 
-const GPT: &str = env!("CARGO_BIN_EXE_gpt");
+#[path = "support/programs.rs"]
+mod programs;
+
 const SECRET: &str = "a secret of this test";
 /// Longer than the run, by far.
 const TIMEOUT: Duration = Duration::from_secs(300);
@@ -37,7 +40,7 @@ const GROWTH_KB_MAX: usize = 16 << 10;
 
 /// A folder with a text in it, and the programs that run there; all gone at the end.
 struct Run {
-    folder: PathBuf,
+    folder: Folder,
     launcher: Option<Child>,
 }
 
@@ -48,54 +51,34 @@ impl Drop for Run {
             let _ = child.kill();
             let _ = child.wait();
         }
-        let _ = fs::remove_dir_all(&self.folder);
     }
 }
 
 impl Run {
     fn new() -> Self {
-        let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("hostile-{}", std::process::id()));
-        fs::create_dir_all(&folder).unwrap();
-        fs::write(folder.join("text"), "the quick brown fox jumps over the lazy dog.\n".repeat(40)).unwrap();
-        Self { folder, launcher: None }
+        Self { folder: Folder::new("hostile"), launcher: None }
     }
 
     /// Starts `gpt`, or with flags of the launcher several of it.
     fn start(&self, launch: &[&str], log: &str) -> Child {
-        // Cargo puts the programs of all packages into one folder.
-        let launcher = Path::new(GPT).with_file_name("shardflow");
-        assert!(launcher.is_file(), "{} is not there: build the workspace, not this package alone", launcher.display());
-        let mut command = Command::new(if launch.is_empty() { Path::new(GPT) } else { &launcher });
+        let mut command = Command::new(if launch.is_empty() { GPT.into() } else { launcher() });
         if !launch.is_empty() {
             command.args(["launch"]).args(launch).args(["--", GPT]);
         }
-        command.args(MODEL.split_whitespace()).args(["--log-json", log]).current_dir(&self.folder);
+        command.args(MODEL.split_whitespace()).args(["--log-json", log]).current_dir(self.folder.path());
         command.env("SHARDFLOW_SECRET", SECRET).env("SHARDFLOW_TRANSPORT", "tcp");
-        let errors = File::create(self.folder.join("errors")).unwrap();
+        let errors = File::create(self.folder.path().join("errors")).unwrap();
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(errors).spawn().expect("a program that was built")
     }
 
     fn errors(&self) -> String {
-        fs::read_to_string(self.folder.join("errors")).unwrap_or_default()
+        fs::read_to_string(self.folder.path().join("errors")).unwrap_or_default()
     }
 
     /// Loss, as bits, and seconds of each step that is logged so far.
     fn steps(&self, log: &str) -> Vec<(u64, f64)> {
-        let text = fs::read_to_string(self.folder.join(log)).unwrap_or_default();
-        let records = text.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
         let step = |r: Value| Some((r["loss"].as_f64()?.to_bits(), r["step_seconds"].as_f64()?));
-        records.filter_map(step).collect()
-    }
-
-    /// The processes that train here.
-    fn workers(&self) -> Vec<u32> {
-        let here = self.folder.canonicalize().unwrap();
-        let is_it = |pid: &u32| {
-            let link = |name: &str| fs::read_link(format!("/proc/{pid}/{name}")).unwrap_or_default();
-            link("cwd") == here && link("exe").file_name().is_some_and(|name| name == "gpt")
-        };
-        let all = fs::read_dir("/proc").unwrap().flatten();
-        all.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).filter(is_it).collect()
+        self.folder.records(log).into_iter().filter_map(step).collect()
     }
 
     /// Waits until so many steps are logged.
@@ -302,7 +285,7 @@ fn strangers_cost_a_training_little_and_change_nothing() {
     run.launcher = Some(run.start(&["--nproc-per-node=2", &format!("--rdzv-endpoint={free}")], "many"));
     run.until("many", 10, deadline);
 
-    let workers = run.workers();
+    let workers = run.folder.workers();
     assert_eq!(workers.len(), 2, "{}", run.errors());
     let all = |protocol| workers.iter().flat_map(|pid| ports(*pid, protocol)).collect::<Vec<_>>();
     let (tcp, udp) = (all("tcp"), all("udp"));

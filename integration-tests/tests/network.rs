@@ -305,33 +305,31 @@ fn pass(job: &mut Job, time: Duration) {
     job.look();
 }
 
-#[test]
-#[ignore = "needs root: run by .ci/run network"]
-fn a_partition_is_noticed_and_nothing_is_committed_twice() {
-    let Some(mut job) = Job::start("part", 600, "data=2") else { return };
+/// Cuts the nodes apart for 30 s: both name the other in time, and go on afterwards. Gives what they said.
+fn partition(name: &str, cut_by: impl Fn(&Net)) -> Option<String> {
+    let mut job = Job::start(name, 600, "data=2")?;
     let cut = Instant::now();
-    job.net.cut_all();
+    cut_by(&job.net);
     let noticed = job.named(cut, NOTICED_WITHIN);
     let left = Duration::from_secs(30).saturating_sub(cut.elapsed());
     pass(&mut job, left);
     job.net.heal();
     let said = job.finish();
+    println!("partition of 30 s ({name}): named by both sides after {noticed:.1} s");
+    Some(said)
+}
+
+#[test]
+#[ignore = "needs root: run by .ci/run network"]
+fn a_partition_is_noticed_and_nothing_is_committed_twice() {
+    let Some(said) = partition("part", Net::cut_all) else { return };
     assert!(said.contains("restart 1 of"), "{said}");
-    println!("partition of 30 s: named by both sides after {noticed:.1} s");
 }
 
 #[test]
 #[ignore = "needs root: run by .ci/run network"]
 fn a_one_way_partition_is_noticed_by_both() {
-    let Some(mut job) = Job::start("oneway", 600, "data=2") else { return };
-    let cut = Instant::now();
-    job.net.cut("output", "");
-    let noticed = job.named(cut, NOTICED_WITHIN);
-    let left = Duration::from_secs(30).saturating_sub(cut.elapsed());
-    pass(&mut job, left);
-    job.net.heal();
-    job.finish();
-    println!("one-way partition of 30 s: named by both sides after {noticed:.1} s");
+    partition("oneway", |net| net.cut("output", ""));
 }
 
 #[test]

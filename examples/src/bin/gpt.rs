@@ -1,4 +1,4 @@
-//! Trains a small GPT on a text, on any mesh of devices inside this process, and writes a text with it at the end.
+//! Trains a small GPT on a text, on any mesh of devices of one process or of several, and writes a text with it at the end.
 //! Imports `shardflow::prelude` and what the examples share.
 
 use std::fmt::Display;
@@ -301,6 +301,7 @@ impl GptError {
     fn first_cause_rank(&self) -> Option<u32> {
         match self {
             Self::InitFrom(error) | Self::Save(error) | Self::Session(error) => error.first_cause_rank(),
+            Self::Checkpoints(error) => error.session().and_then(SessionError::first_cause_rank),
             _ => None,
         }
     }
