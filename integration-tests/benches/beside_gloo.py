@@ -9,15 +9,17 @@
 part of this repository. Machines are noisy: figures are medians of the rounds' medians, and only ratios carry over. Ends
 with 1 if a training is slower than its peer, or a collective slower than gloo or, from 1 MiB on, than half of gloo's time.
 """
-import argparse, json, os, statistics, subprocess, sys, tempfile
+import json, os, statistics, subprocess, sys
+
+from peers import ours, parser
 
 SIZES = ",".join(str(1 << log) for log in range(10, 27, 2))
 MODEL = dict(layers=4, heads=4, width=128, context=64)
 TRAININGS = [
-    ("data parallel, batch 12", ["--mesh", "data=2", "--batch", "12"], "gpt_dp2.py", []),
-    ("tensor parallel, batch 12", ["--mesh", "tensor=2", "--batch", "12"], "gpt_tp2.py", []),
-    ("pipeline, batch 96, 4 micro-batches", ["--mesh", "stage=2", "--batch", "96", "--micro-batches", "4"],
-     "gpt_pp2.py", ["--batch", "96", "--micro", "4"]),
+    ("data parallel, batch 12", dict(mesh="data=2", batch=12), "gpt_dp2.py", []),
+    ("tensor parallel, batch 12", dict(mesh="tensor=2", batch=12), "gpt_tp2.py", []),
+    ("pipeline, batch 96, 4 micro-batches", dict(mesh="stage=2", batch=96, micro_batches=4), "gpt_pp2.py",
+     ["--batch", "96", "--micro", "4"]),
 ]
 
 
@@ -73,17 +75,6 @@ def collectives(a):
     return behind
 
 
-def ours(a, flags, steps):
-    with tempfile.TemporaryDirectory() as folder:
-        log = os.path.join(folder, "log.jsonl")
-        model = [x for k, v in MODEL.items() for x in (f"--{k}", str(v))]
-        command = [a.shardflow, "launch", "--nproc-per-node", "2", "--", a.binary, "--data", a.data, "--threads-per-device",
-                   "1", "--steps", str(steps), "--sample", "0", "--log-json", log, *model, *flags]
-        lines([os.path.abspath(x) if os.path.exists(x) else x for x in command], cwd=folder)
-        rows = [row for row in map(json.loads, open(log)) if "step" in row]
-    return statistics.median(row["step_seconds"] for row in rows[steps // 5:]) * 1e3, rows[0]["loss"]
-
-
 def torch(a, program, flags, steps):
     command = [a.python, program, "--warmup", str(steps // 5), "--steps", str(steps - steps // 5), *flags]
     last = lines(command, cwd=a.peers, env={**os.environ, "TINYSHAKESPEARE": os.path.abspath(a.data)})[-1]
@@ -92,30 +83,27 @@ def torch(a, program, flags, steps):
 
 def training(a):
     behind = []
+    launch = [a.shardflow, "launch", "--nproc-per-node", "2", "--", a.binary]
     print("| | Shardflow, ms a step | PyTorch over gloo, ms a step | speed over PyTorch |\n|---|---|---|---|")
     for name, flags, program, their_flags in TRAININGS:
-        steps = 20 if "96" in flags else 60
-        pairs = [(ours(a, flags, steps)[0], torch(a, program, their_flags, steps)) for _ in range(a.rounds)]
-        mine, theirs = (statistics.median(side) for side in zip(*pairs))
+        steps = 20 if flags["batch"] == 96 else 60
+        mine = lambda: ours(launch, a.data, steps, threads_per_device=1, **MODEL, **flags)[0]
+        pairs = [(mine(), torch(a, program, their_flags, steps)) for _ in range(a.rounds)]
+        ms, theirs = (statistics.median(side) for side in zip(*pairs))
         ratio = statistics.median(y / x for x, y in pairs)
-        print(f"| {name} | {mine:.1f} | {theirs:.1f} | {ratio:.2f} |", flush=True)
+        print(f"| {name} | {ms:.1f} | {theirs:.1f} | {ratio:.2f} |", flush=True)
         if ratio < 1:
             behind.append(f"{name}: {ratio:.2f} times PyTorch's speed")
     return behind
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--peers", default="../shared/peers")
-    p.add_argument("--data", default="../shared/data/tinyshakespeare/input.txt")
-    p.add_argument("--python", default="python3")
-    p.add_argument("--binary", default="target/release/gpt")
+    p = parser(__doc__)
     p.add_argument("--shardflow", default="target/release/shardflow")
     p.add_argument("--only", choices=["collectives", "training"])
     p.add_argument("--engines", default="on-node,unix,tcp")
     p.add_argument("--worlds", default="2,4")
     p.add_argument("--sizes", default=SIZES)
-    p.add_argument("--rounds", type=int, default=3)
     a = p.parse_args()
     behind = []
     if a.only != "collectives":

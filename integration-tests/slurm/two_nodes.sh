@@ -30,20 +30,15 @@ within() {
 }
 
 outside() {
-    local programs=$1 as_root=() folder code=0
+    local programs=$1 as_root=() folder program code=0
     if [ "$(id -u)" != 0 ]; then
         sudo -n true 2>/dev/null || skip "neither root nor sudo without a password"
         as_root=(sudo -n)
     fi
     PATH="$PATH:/usr/sbin:/sbin"
-    if ! command -v slurmctld slurmd munged srun >/dev/null; then
-        command -v apt-get >/dev/null || skip "slurm-wlm and munge are not installed, and there is no apt-get"
-        # Daemons that a package would start are not ours, and not wanted.
-        "${as_root[@]}" apt-get update -qq || true
-        "${as_root[@]}" env DEBIAN_FRONTEND=noninteractive RUNLEVEL=1 \
-            apt-get install -qq -y --no-install-recommends slurm-wlm munge >/dev/null ||
-            skip "apt-get cannot install slurm-wlm and munge"
-    fi
+    for program in slurmctld slurmd munged srun ip pgrep; do
+        command -v "$program" >/dev/null || skip "no $program: it needs Debian's slurm-wlm, munge, iproute2 and procps"
+    done
     "${as_root[@]}" unshare --mount --pid --net --uts --ipc --fork true 2>/dev/null || skip "no namespaces (unshare)"
     folder=$(mktemp -d)
     # While this process holds the pipe open, those inside may run: so they end with it, even when it is killed.
