@@ -248,8 +248,8 @@ impl Running {
             return Err(ActorError::NotExternal { actor, action });
         };
         *count += u64::from(tokens);
-        let (whole, begun) = firings(&self.session, &given);
-        self.session.set_target(whole, begun);
+        let (whole, begun) = steps(&self.session.spec, &given);
+        self.session.set_steps(whole, begun);
         drop(given);
         let event = Event::Token { action, count: tokens };
         if self.session.bus.send(actor, Cast::Event(event)) {
@@ -402,13 +402,11 @@ impl Drop for Running {
     }
 }
 
-/// Firings, in this process, of the steps that these tokens are enough for: of the whole ones, and of those begun too.
-fn firings(session: &Session, given: &BTreeMap<(ActorId, u32), u64>) -> (u64, u64) {
-    let actor = |id: &ActorId| &session.spec.actors[id.0 as usize];
-    let per_step = |(id, action): &(ActorId, u32)| u64::from(actor(id).actions[*action as usize].per_step);
-    let steps = || given.iter().map(|(at, count)| count / per_step(at));
-    let all = session.streams.keys().flat_map(|id| &actor(id).actions).map(|a| u64::from(a.per_step)).sum::<u64>();
-    (steps().min().unwrap_or(0) * all, steps().max().unwrap_or(0) * all)
+/// Steps that these tokens are enough for, and those that they are enough to begin.
+fn steps(spec: &Spec, given: &BTreeMap<(ActorId, u32), u64>) -> (u64, u64) {
+    let per_step = |(actor, action): &(ActorId, u32)| spec.actors[actor.0 as usize].actions[*action as usize].per_step;
+    let steps = || given.iter().map(|(at, count)| count / u64::from(per_step(at)));
+    (steps().min().unwrap_or(0), steps().max().unwrap_or(0))
 }
 
 #[cfg(test)]

@@ -36,13 +36,14 @@ pub(crate) struct Session {
     progress: AtomicU64,
     /// Index of the action in flight, or `IDLE`; by actor.
     in_flight: Vec<AtomicU32>,
-    /// Firings ended, of all actors.
-    completed: AtomicU64,
-    /// Firings of the steps that all tokens were given for.
-    target: AtomicU64,
-    /// Firings of the steps that some tokens were given for.
+    /// Firings ended, by actor and action. Counted one by one: what follows from a peer that is a step ahead fires early, and
+    /// must not be taken for what is late.
+    completed: Vec<Vec<AtomicU64>>,
+    /// Steps that all tokens were given for.
+    whole: AtomicU64,
+    /// Steps that some tokens were given for.
     begun: AtomicU64,
-    /// Guards nothing but the wait for `completed` or a failure.
+    /// Guards nothing but the wait for the end of a step or a failure.
     settled: Condvar,
     state: Mutex<State>,
     /// What streams that check have found since it was last asked for.
@@ -86,8 +87,8 @@ impl Session {
             bus: Bus::new(&spec, remote),
             progress: AtomicU64::new(0),
             in_flight: spec.actors.iter().map(|_| AtomicU32::new(IDLE)).collect(),
-            completed: AtomicU64::new(0),
-            target: AtomicU64::new(0),
+            completed: spec.actors.iter().map(|a| a.actions.iter().map(|_| AtomicU64::new(0)).collect()).collect(),
+            whole: AtomicU64::new(0),
             begun: AtomicU64::new(0),
             settled: Condvar::new(),
             state: Mutex::default(),
@@ -172,25 +173,36 @@ impl Session {
     }
 
     /// A firing has ended.
-    pub(crate) fn completed(&self, actor: ActorId) {
-        self.in_flight[actor.0 as usize].store(IDLE, Ordering::Relaxed);
-        let completed = self.completed.fetch_add(1, Ordering::AcqRel) + 1;
-        if completed >= self.target.load(Ordering::Acquire) {
+    pub(crate) fn completed(&self, actor: ActorId, action: u32) {
+        let (at, action) = (actor.0 as usize, action as usize);
+        self.in_flight[at].store(IDLE, Ordering::Relaxed);
+        let completed = self.completed[at][action].fetch_add(1, Ordering::AcqRel) + 1;
+        let whole = self.whole.load(Ordering::Acquire);
+        // The firing that ends a step is the last of its action's in it.
+        if completed == whole * u64::from(self.spec.actors[at].actions[action].per_step) && self.has_ended(whole) {
             // Taken so that nobody can look before the count and wait after the notification.
             drop(self.state());
             self.settled.notify_all();
         }
     }
 
-    /// Firings of the whole steps that tokens were given for, and of all steps that were begun.
-    pub(crate) fn set_target(&self, whole: u64, begun: u64) {
-        self.target.store(whole, Ordering::Release);
+    /// Steps that all tokens were given for, and that some were given for.
+    pub(crate) fn set_steps(&self, whole: u64, begun: u64) {
+        self.whole.store(whole, Ordering::Release);
         self.begun.store(begun, Ordering::Release);
+    }
+
+    /// True when every action of this process has done its firings of so many steps.
+    fn has_ended(&self, steps: u64) -> bool {
+        self.streams.keys().map(|actor| actor.0 as usize).all(|actor| {
+            let actions = self.completed[actor].iter().zip(&self.spec.actors[actor].actions);
+            actions.into_iter().all(|(done, action)| done.load(Ordering::Acquire) >= steps * u64::from(action.per_step))
+        })
     }
 
     /// True while a step that was begun has firings left, be it for want of a token that the host gives late.
     pub(crate) fn outstanding(&self) -> bool {
-        self.completed.load(Ordering::Acquire) < self.begun.load(Ordering::Acquire)
+        !self.has_ended(self.begun.load(Ordering::Acquire))
     }
 
     /// True when a stream is still working for an actor.
@@ -207,7 +219,7 @@ impl Session {
                 return Err(first.clone());
             }
             let left = timeout.saturating_sub(begin.elapsed());
-            let ended = self.completed.load(Ordering::Acquire) >= self.target.load(Ordering::Acquire);
+            let ended = self.has_ended(self.whole.load(Ordering::Acquire));
             if ended || left.is_zero() {
                 return Ok(ended);
             }

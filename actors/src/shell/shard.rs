@@ -70,7 +70,7 @@ impl Shard {
         if let Event::Done { action } = event {
             let since = self.launched.take().map_or(0, |t| t.elapsed().as_nanos() as u64);
             self.busy_ns[action as usize] += since;
-            self.session.completed(self.me);
+            self.session.completed(self.me, action);
         }
         self.protocol.fire(&mut effects);
         for effect in effects.drain(..) {

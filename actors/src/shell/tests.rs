@@ -438,6 +438,31 @@ fn a_step_that_lacks_a_token_is_watched_too() {
     running.shutdown().unwrap();
 }
 
+/// As when a peer is a step ahead, and what it sends is taken in before this process's own update has ended.
+#[test]
+fn what_fires_ahead_is_not_taken_for_what_is_late() {
+    let mut b = Builder::new();
+    let actors = ["ahead", "late"].map(|name| b.actor(name, 0, Firing::Credit));
+    let [ahead, late] = actors.map(|actor| b.external(actor, "work", 1));
+    let mut loaded = bench(b.build()).loaded;
+    let (kernel, begins, open) = gate();
+    let launches = vec![launch(kernel, vec![], vec![], false)];
+    let program = Program { name: "work".into(), launches, signals: vec![] };
+    programs(&mut loaded, late.actor.0)[0] = ActionProgram { program: Arc::new(program), bases: vec![] };
+    let running = start(loaded, WatchdogOptions::default()).unwrap();
+    running.give(ahead.actor, 0, 2).unwrap();
+    running.give(late.actor, 0, 1).unwrap();
+    begins.recv_timeout(PATIENCE).unwrap();
+    let deadline = Instant::now() + PATIENCE;
+    while running.snapshot()[0].firings != [2] || running.snapshot()[0].waiting.in_flight.is_some() {
+        assert!(Instant::now() < deadline, "{:?}", running.snapshot());
+    }
+    assert_eq!(running.quiesce(Duration::ZERO), Ok(false), "two firings ended, but not the late one");
+    drop(open);
+    assert_eq!(running.quiesce(PATIENCE), Ok(true));
+    running.shutdown().unwrap();
+}
+
 #[test]
 fn parts_that_do_not_fit_are_refused() {
     let fresh = || bench(plans::data_parallel()).loaded;
