@@ -23,9 +23,9 @@ mod programs;
 const SECRET: &str = "a secret of this test";
 /// Longer than the run, by far.
 const TIMEOUT: Duration = Duration::from_secs(300);
-const STEPS: usize = 700;
+const STEPS: usize = 2000;
 const MODEL: &str = "--layers 4 --heads 4 --width 64 --context 32 --batch 8 --sample 0 --threads-per-device 1 --data text \
-                     --micro-batches 2 --mesh data=2,stage=2 --steps 700";
+                     --micro-batches 2 --mesh data=2,stage=2 --steps 2000";
 /// Connections that are held open while the attack is on.
 const STRANGERS: usize = 500;
 /// Between two attacks of the thread that makes them: some hundred a second, so that they do not win by using up the

@@ -195,8 +195,8 @@ impl Shared {
             let Ok(bytes) = front.recv(&mut buffer) else { continue };
             self.pause(dice.delay());
             if let Some((_, time)) = long.take() {
-                self.stall(time);
                 self.state().passed.silences += 1;
+                self.stall(time);
             }
             if dice.next() % DATAGRAMS_TO_ONE_LOST != 0 {
                 // A process that has ended hears nothing.

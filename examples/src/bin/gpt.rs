@@ -179,7 +179,7 @@ fn train(
     let mut progress = speaks.then(|| Progress::new(args.steps));
     let (shape, step_tokens) = ([args.batch, args.context], (args.batch * args.context) as u64);
     let (mut seconds, mut final_loss) = (0.0, None);
-    let begin = session.steps();
+    let mut steps = 0;
     while session.steps() < args.steps {
         let step = session.steps();
         let batch = checkpoints.as_ref().map_or(step, |checkpoints| checkpoints.batch(step));
@@ -197,7 +197,7 @@ fn train(
         if let Some(log) = &mut log {
             log.step(&record)?;
         }
-        (seconds, final_loss) = (seconds + step_seconds, Some(loss));
+        (steps, seconds, final_loss) = (steps + 1, seconds + step_seconds, Some(loss));
         if let Some(found) = &report.non_finite {
             if speaks {
                 eprintln!("warning: {found}; nothing is updated");
@@ -215,7 +215,7 @@ fn train(
             return Err(GptError::Terminated { steps: session.steps() });
         }
     }
-    let totals = totals(args.steps.saturating_sub(begin), step_tokens, seconds, final_loss, session);
+    let totals = totals(steps, step_tokens, seconds, final_loss, session);
     if speaks {
         summarise(&totals);
     }

@@ -4,7 +4,7 @@
 //! - MPI-3: before a collective all members agree on it, by one small all-reduce of a digest; so nothing that MPI is then
 //!   given can fail to match. A member that waits in a send or receive for one that is in a collective is told so, and
 //!   joins that agreement to disagree.
-//! - MPI-4: every wait ends with an abort. The group then stays failed, and what was under way keeps its memory (MPI-2).
+//! - MPI-4: every wait of a call ends with an abort (starting MPI and making communicators block in MPI itself). The group then stays failed, and what was under way keeps its memory (MPI-2).
 //!
 //! Sums are in the order that MPI chooses, so they agree with other engines within rounding. MPI advises, but does not
 //! promise, that all members get the same bits of an all-reduce; OpenMPI's algorithms give them.

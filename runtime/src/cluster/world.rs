@@ -246,8 +246,9 @@ fn tell(membership: &Membership, hosting: &Hosting, failure: &Failure) {
         Failure::Peer { cause: PeerError::Failed { .. }, .. } => {}
         Failure::Peer { process, cause } => membership.suspect(*process, cause.to_string()),
         Failure::Kernel { cause, .. } => match &**cause {
-            // A peer ended the collectives that it shares with us; it has told all why, or will not live to.
-            KernelError::Aborted { .. } => {}
+            // A peer ended the collectives that it shares with us; it has told all why, or will not live to. MPI does not say
+            // who is at fault: whoever is gone is missed by its heartbeats.
+            KernelError::Aborted { .. } | KernelError::Mpi { .. } => {}
             KernelError::Link { peer, .. } => membership.suspect(hosting.process_of(*peer), failure.to_string()),
             _ => membership.fail(failure.to_string(), exit_of(failure).code()),
         },
