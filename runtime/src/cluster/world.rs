@@ -175,15 +175,26 @@ impl World {
         while first.is_none() {
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
-                return failure;
+                return self.named(failure);
             }
             first = self.first.known.wait_timeout(first, left).unwrap_or_else(PoisonError::into_inner).0;
         }
         match &*first {
             Some(cause) if cause.process != self.hosting.process => peer_failure(cause),
             // A symptom that nobody else explains stays what it is.
-            _ => failure,
+            _ => self.named(failure),
         }
+    }
+
+    /// A link to another process that broke, put down to that process.
+    fn named(&self, failure: Failure) -> Failure {
+        let Failure::Kernel { cause, .. } = &failure else { return failure };
+        let KernelError::Link { peer, .. } = &**cause else { return failure };
+        let (process, message) = (self.hosting.process_of(*peer), failure.to_string());
+        if process == self.hosting.process {
+            return failure;
+        }
+        Failure::Peer { process, cause: PeerError::Lost { message } }
     }
 
     /// The agreement on checkpoints, and who this process is in it.
