@@ -28,8 +28,10 @@ fn start(folder: &Folder, words: &str, engine: &str) -> Running {
     let mut command = Command::new(words.next().expect("a program"));
     command.args(words).env("SHARDFLOW_COLLECTIVES", engine).env("SHARDFLOW_SECRET", "a secret of these tests alone");
     command.envs([("OMPI_ALLOW_RUN_AS_ROOT", "1"), ("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1")]);
+    let mut run = folder.start(&mut command);
     // Not SIGKILL, which `mpirun` cannot pass on.
-    Running { last_signal: "TERM", ..folder.start(&mut command) }
+    run.last_signal = "TERM";
+    run
 }
 
 fn mpirun(folder: &Folder, processes: u32, flags: &str) -> Running {
