@@ -24,6 +24,8 @@ const GROWTH_KIB_MAX: u64 = 8 << 10;
 /// How a slow process, or a slow way to it, is told of.
 const SLOW: &str = "waiting for rank";
 const NODES: [&str; 2] = ["a", "b"];
+/// What each says when it has lost the other.
+const EACH_OTHER: [&str; 2] = ["rank 1", "rank 0"];
 const SECRET: &str = "a secret of these tests only";
 
 fn run(command: &str) -> Result<(), String> {
@@ -268,11 +270,11 @@ impl Job {
         }
     }
 
-    /// Both nodes name the other's process; gives how long the later one took.
-    fn named(&mut self, since: Instant, within: Duration) -> f64 {
-        let at = [(0, "rank 1"), (1, "rank 0")].map(|(node, text)| {
+    /// Each node says that this process is lost; gives how long the later one took.
+    fn named(&mut self, since: Instant, within: Duration, said: [&str; 2]) -> f64 {
+        let at = [0, 1].map(|node| {
             let left = (since + within).saturating_duration_since(Instant::now());
-            self.nodes[node].until(text, left).duration_since(since)
+            self.nodes[node].until(said[node], left).duration_since(since)
         });
         self.look();
         at[0].max(at[1]).as_secs_f64()
@@ -305,12 +307,12 @@ fn pass(job: &mut Job, time: Duration) {
     job.look();
 }
 
-/// Cuts the nodes apart for 30 s: both name the other in time, and go on afterwards. Gives what they said.
-fn partition(name: &str, cut_by: impl Fn(&Net)) -> Option<String> {
+/// Cuts the nodes apart for 30 s: each says in time who is lost, and they go on afterwards. Gives what they said.
+fn partition(name: &str, cut_by: impl Fn(&Net), said: [&str; 2]) -> Option<String> {
     let mut job = Job::start(name, 600, "data=2")?;
     let cut = Instant::now();
     cut_by(&job.net);
-    let noticed = job.named(cut, NOTICED_WITHIN);
+    let noticed = job.named(cut, NOTICED_WITHIN, said);
     let left = Duration::from_secs(30).saturating_sub(cut.elapsed());
     pass(&mut job, left);
     job.net.heal();
@@ -322,14 +324,16 @@ fn partition(name: &str, cut_by: impl Fn(&Net)) -> Option<String> {
 #[test]
 #[ignore = "needs root: run by .ci/run network"]
 fn a_partition_is_noticed_and_nothing_is_committed_twice() {
-    let Some(said) = partition("part", Net::cut_all) else { return };
+    // Neither can hear of the other's view.
+    let Some(said) = partition("part", Net::cut_all, EACH_OTHER) else { return };
     assert!(said.contains("restart 1 of"), "{said}");
 }
 
 #[test]
 #[ignore = "needs root: run by .ci/run network"]
 fn a_one_way_partition_is_noticed_by_both() {
-    partition("oneway", |net| net.cut("output", ""));
+    // The one whose packets get lost hears from the other that they do.
+    partition("oneway", |net| net.cut("output", ""), ["rank 0: it is lost", "rank 0: no heartbeat"]);
 }
 
 #[test]
@@ -358,7 +362,7 @@ fn a_half_open_socket_fails_its_write_in_time() {
     // Heartbeats still come.
     job.net.cut("output", "meta l4proto tcp");
     job.net.cut("input", "meta l4proto tcp");
-    let noticed = job.named(cut, WRITE_FAILS_WITHIN);
+    let noticed = job.named(cut, WRITE_FAILS_WITHIN, EACH_OTHER);
     job.net.heal();
     let said = job.finish();
     assert!(said.contains("Connection timed out") || said.contains("takes no bytes"), "{said}");

@@ -52,9 +52,13 @@ pub(crate) struct Report {
     pub(crate) kind: Kind,
     /// The reporter knew of another report that may have led to this one.
     pub(crate) follows: bool,
+    /// Empty in one that came by a heartbeat, which has no room for it; a letter's takes its place.
     pub(crate) cause: String,
     pub(crate) exit: u8,
 }
+
+/// Stands for the cause of a report that only a heartbeat brought.
+const UNTOLD: &str = "it is lost; why did not get through";
 
 /// Collects reports and decides once.
 #[derive(Debug)]
@@ -91,6 +95,12 @@ impl Arbiter {
         Report { by: self.own, about, kind: Kind::Lost, follows, cause, exit }
     }
 
+    /// The process that this one has lost for no report that it knew of; the first by number.
+    pub(crate) fn lost_by_own(&self) -> Option<u32> {
+        let lost = self.reports.values().find(|r| r.by == self.own && r.kind == Kind::Lost && !r.follows);
+        lost.map(|r| r.about)
+    }
+
     /// Takes a report in; false for one that is known, comes after the decision, or makes no sense.
     pub(crate) fn report(&mut self, now: Duration, report: Report) -> bool {
         let names = report.by < self.processes && report.about < self.processes;
@@ -98,7 +108,10 @@ impl Arbiter {
             return false;
         }
         let key = (report.by, report.about, report.kind);
-        if self.reports.contains_key(&key) {
+        if let Some(known) = self.reports.get_mut(&key) {
+            if known.cause.is_empty() {
+                *known = report;
+            }
             return false;
         }
         let best_possible = report.by == self.own && report.kind == Kind::Failed && !report.follows;
@@ -120,10 +133,11 @@ impl Arbiter {
         }
         self.closed = true;
         let first = self.reports.values().min_by_key(|r| self.order(r))?;
+        let cause = if first.cause.is_empty() { UNTOLD } else { &first.cause };
         let cause = match (first.kind, first.by == self.own) {
-            (Kind::Failed, _) => first.cause.clone(),
-            (Kind::Lost, true) => format!("{} (seen by this process, {})", first.cause, first.by),
-            (Kind::Lost, false) => format!("{} (seen by process {})", first.cause, first.by),
+            (Kind::Failed, _) => cause.to_owned(),
+            (Kind::Lost, true) => format!("{cause} (seen by this process, {})", first.by),
+            (Kind::Lost, false) => format!("{cause} (seen by process {})", first.by),
         };
         Some(FirstCause { process: first.about, cause, exit: first.exit })
     }

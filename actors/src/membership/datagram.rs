@@ -1,6 +1,6 @@
 //! The heartbeat's datagram: fixed layout, little-endian, with a MAC. Pure. Imports blake3.
 //!
-//! `magic [4] | version u16 | zero u16 | session [16] | epoch u64 | process u32 | sequence u64 | step u64 | mac [16]`
+//! `magic [4] | version u16 | zero u16 | session [16] | epoch u64 | process u32 | lost u32 | sequence u64 | step u64 | mac [16]`
 
 use std::collections::BTreeMap;
 
@@ -8,10 +8,12 @@ use std::collections::BTreeMap;
 pub(crate) const BYTES: usize = SIGNED + MAC;
 
 const MAGIC: [u8; 4] = *b"SFHB";
-const VERSION: u16 = 1;
+const VERSION: u16 = 2;
 /// Bytes that the MAC covers.
-const SIGNED: usize = 52;
+const SIGNED: usize = 56;
 const MAC: usize = 16;
+/// What `lost` is when nobody is.
+const NOBODY: u32 = u32::MAX;
 
 /// What a heartbeat says.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -22,6 +24,8 @@ pub(crate) struct Beat {
     pub(crate) sequence: u64,
     /// The step that the process is at.
     pub(crate) step: u64,
+    /// The process that it has lost, and that it ends for.
+    pub(crate) lost: Option<u32>,
 }
 
 /// Why a datagram was not taken in.
@@ -59,15 +63,16 @@ impl Codec {
         Self { key, session, epoch, processes, heard: BTreeMap::new() }
     }
 
-    pub(crate) fn write(&self, process: u32, sequence: u64, step: u64) -> [u8; BYTES] {
+    pub(crate) fn write(&self, process: u32, sequence: u64, step: u64, lost: Option<u32>) -> [u8; BYTES] {
         let mut out = [0; BYTES];
         out[..4].copy_from_slice(&MAGIC);
         out[4..6].copy_from_slice(&VERSION.to_le_bytes());
         out[8..24].copy_from_slice(&self.session);
         out[24..32].copy_from_slice(&self.epoch.to_le_bytes());
         out[32..36].copy_from_slice(&process.to_le_bytes());
-        out[36..44].copy_from_slice(&sequence.to_le_bytes());
-        out[44..SIGNED].copy_from_slice(&step.to_le_bytes());
+        out[36..40].copy_from_slice(&lost.unwrap_or(NOBODY).to_le_bytes());
+        out[40..48].copy_from_slice(&sequence.to_le_bytes());
+        out[48..SIGNED].copy_from_slice(&step.to_le_bytes());
         self.sign(&mut out);
         out
     }
@@ -95,8 +100,9 @@ impl Codec {
             return Err(Refusal::Mac);
         }
         let number = |at: usize| bytes[at..at + 8].iter().rev().fold(0u64, |n, b| n << 8 | u64::from(*b));
-        let process = number(32) as u32;
-        let beat = Beat { epoch: number(24), process, sequence: number(36), step: number(44) };
+        let (process, lost) = (number(32) as u32, (number(32) >> 32) as u32);
+        let lost = (lost != NOBODY).then_some(lost);
+        let beat = Beat { epoch: number(24), process, sequence: number(40), step: number(48), lost };
         if beat.epoch < self.epoch {
             return Err(Refusal::OldEpoch);
         }
@@ -106,7 +112,7 @@ impl Codec {
         if beat.epoch > self.epoch {
             return Err(Refusal::NewerEpoch);
         }
-        if beat.process >= self.processes {
+        if beat.process >= self.processes || lost.is_some_and(|lost| lost >= self.processes || lost == process) {
             return Err(Refusal::Format);
         }
         let highest = self.heard.entry(beat.process).or_default();
@@ -132,29 +138,33 @@ mod tests {
     #[test]
     fn what_is_written_is_read_once() {
         let (sender, mut receiver) = (codec(3), codec(3));
-        let written = sender.write(2, 5, 77);
-        assert_eq!(receiver.read(&written), Ok(Beat { epoch: 3, process: 2, sequence: 5, step: 77 }));
+        let written = sender.write(2, 5, 77, None);
+        assert_eq!(receiver.read(&written), Ok(Beat { epoch: 3, process: 2, sequence: 5, step: 77, lost: None }));
         assert_eq!(receiver.read(&written), Err(Refusal::Replay));
-        assert_eq!(receiver.read(&sender.write(2, 4, 77)), Err(Refusal::Replay));
-        assert!(receiver.read(&sender.write(1, 4, 77)).is_ok(), "sequences are each process's own");
-        assert!(receiver.read(&sender.write(2, 6, 77)).is_ok());
+        assert_eq!(receiver.read(&sender.write(2, 4, 77, None)), Err(Refusal::Replay));
+        assert!(receiver.read(&sender.write(1, 4, 77, None)).is_ok(), "sequences are each process's own");
+        let accuses = receiver.read(&sender.write(2, 6, 77, Some(3))).expect("newer");
+        assert_eq!(accuses.lost, Some(3));
     }
 
     #[test]
     fn epochs_and_sessions() {
         let mut receiver = codec(3);
-        assert_eq!(receiver.read(&codec(2).write(2, 9, 0)), Err(Refusal::OldEpoch));
-        assert_eq!(receiver.read(&codec(4).write(2, 9, 0)), Err(Refusal::NewerEpoch));
+        assert_eq!(receiver.read(&codec(2).write(2, 9, 0, None)), Err(Refusal::OldEpoch));
+        assert_eq!(receiver.read(&codec(4).write(2, 9, 0, None)), Err(Refusal::NewerEpoch));
         let other = Codec::new(&KEY, [1; 16], 3, 4);
-        assert_eq!(receiver.read(&other.write(2, 9, 0)), Err(Refusal::Session));
-        assert_eq!(receiver.read(&codec(3).write(4, 9, 0)), Err(Refusal::Format));
+        assert_eq!(receiver.read(&other.write(2, 9, 0, None)), Err(Refusal::Session));
+        assert_eq!(receiver.read(&codec(3).write(4, 9, 0, None)), Err(Refusal::Format));
+        for nonsense in [2, 4, u32::MAX - 1] {
+            assert_eq!(receiver.read(&codec(3).write(2, 9, 0, Some(nonsense))), Err(Refusal::Format));
+        }
         // None of them took the sequence number.
-        assert!(receiver.read(&codec(3).write(2, 1, 0)).is_ok());
+        assert!(receiver.read(&codec(3).write(2, 1, 0, None)).is_ok());
     }
 
     #[test]
     fn every_changed_bit_and_length_is_refused() {
-        let good = codec(3).write(2, 5, 77);
+        let good = codec(3).write(2, 5, 77, None);
         for bit in 0..BYTES * 8 {
             let mut bad = good;
             bad[bit / 8] ^= 1 << (bit % 8);
@@ -165,7 +175,7 @@ mod tests {
             assert_eq!(codec(3).read(&good[..length]), Err(Refusal::Format));
         }
         assert_eq!(codec(3).read(&[&good[..], &[0]].concat()), Err(Refusal::Format));
-        let forged = Codec::new(&[8; 32], SESSION, 3, 4).write(2, 5, 77);
+        let forged = Codec::new(&[8; 32], SESSION, 3, 4).write(2, 5, 77, None);
         assert_eq!(codec(3).read(&forged), Err(Refusal::Mac));
     }
 }

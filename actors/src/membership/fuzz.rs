@@ -23,7 +23,7 @@ pub fn samples() -> Vec<Vec<u8>> {
     ];
     let letter = |body| Letter { epoch: EPOCH, from: 1, body, payload: Vec::new() };
     let letters = bodies.map(|body| letter(body).write().unwrap_or_default());
-    letters.into_iter().chain([codec(8).write(2, 5, 77).to_vec()]).collect()
+    letters.into_iter().chain([codec(8).write(2, 5, 77, Some(1)).to_vec()]).collect()
 }
 
 /// A datagram without the key is never taken. With it, what is taken is of this epoch, from a process that there is, is
@@ -39,7 +39,7 @@ pub fn check_datagram(bytes: &[u8]) {
     codec.sign(&mut datagram);
     if let Ok(beat) = codec.read(&datagram) {
         assert!(beat.epoch == EPOCH && beat.process < PROCESSES);
-        assert_eq!(codec.write(beat.process, beat.sequence, beat.step), datagram);
+        assert_eq!(codec.write(beat.process, beat.sequence, beat.step, beat.lost), datagram);
         assert_eq!(codec.read(&datagram), Err(Refusal::Replay));
     }
 }

@@ -79,9 +79,9 @@ impl Beating {
     }
 
     fn send(&mut self) {
-        let Some(step) = self.shared.beat() else { return };
+        let Some((step, lost)) = self.shared.beat() else { return };
         self.sequence += 1;
-        let datagram = self.codec.write(self.shared.own, self.sequence, step);
+        let datagram = self.codec.write(self.shared.own, self.sequence, step, lost);
         for address in &self.addresses {
             // A network that is down shows as silence on both sides; the next beat tries again.
             if let Err(error) = self.socket.send_to(&datagram, address) {

@@ -191,20 +191,33 @@ impl Shared {
         self.step.store(step, Ordering::Relaxed);
     }
 
-    /// The step to tell in a heartbeat; `None` when the session has ended, which silence then tells too.
-    pub(crate) fn beat(&self) -> Option<u64> {
-        self.state().first.is_none().then(|| self.step.load(Ordering::Relaxed))
+    /// The step to tell in a heartbeat, and the process that this one has lost; `None` when the session has ended for
+    /// something else, which silence then tells too.
+    pub(crate) fn beat(&self) -> Option<(u64, Option<u32>)> {
+        let state = self.state();
+        let lost = state.arbiter.lost_by_own();
+        (state.first.is_none() || lost.is_some()).then(|| (self.step.load(Ordering::Relaxed), lost))
     }
 
     /// A heartbeat was received.
     pub(crate) fn heard(&self, beat: Beat) {
         let mut state = self.state();
-        if let Some(peer) = state.peers.get_mut(&beat.process) {
+        let (now, by) = (self.now(), beat.process);
+        if let Some(about) = beat.lost {
+            // No sign of life: its sender is about to end. The letter that says the same, and why, may not get through: its
+            // connection needs the way back, and that may be what is cut.
+            let (cause, exit) = (String::new(), exit::UNAVAILABLE);
+            let report = Report { by, about, kind: Kind::Lost, follows: false, cause, exit };
+            if state.peers.get(&by).is_some_and(|peer| !peer.left) && state.arbiter.report(now, report) {
+                tracing::warn!(by, about, "a peer's heartbeat says that it has lost a process");
+            }
+            return self.decide(&mut state);
+        }
+        if let Some(peer) = state.peers.get_mut(&by) {
             peer.step = beat.step;
         }
-        let now = self.now();
         if let Some(detector) = &mut state.detector {
-            detector.heard(beat.process, now);
+            detector.heard(by, now);
         }
     }
 

@@ -203,14 +203,14 @@ fn datagrams_that_are_not_ours_are_refused_and_counted() {
     let members = start(configs);
     let sender = bind(IpAddr::V4(Ipv4Addr::LOCALHOST)).expect("loopback");
     let good = Codec::new(&KEY, session(9), EPOCH, 2);
-    let replayed = good.write(1, 1_000_000, 42);
+    let replayed = good.write(1, 1_000_000, 42, None);
     let datagrams = [
         replayed,
         replayed,
-        good.write(1, 999_999, 43),
-        Codec::new(&[0; 32], session(9), EPOCH, 2).write(1, 2_000_000, 44),
-        Codec::new(&KEY, session(9), EPOCH - 1, 2).write(1, 2_000_000, 45),
-        Codec::new(&KEY, SESSION, EPOCH, 2).write(1, 2_000_000, 46),
+        good.write(1, 999_999, 43, None),
+        Codec::new(&[0; 32], session(9), EPOCH, 2).write(1, 2_000_000, 44, None),
+        Codec::new(&KEY, session(9), EPOCH - 1, 2).write(1, 2_000_000, 45, None),
+        Codec::new(&KEY, SESSION, EPOCH, 2).write(1, 2_000_000, 46, None),
     ];
     for datagram in datagrams {
         sender.send_to(&datagram, target).expect("sent");
@@ -236,7 +236,7 @@ fn a_newer_epoch_fences_the_old_one() {
     let target = configs[0].heartbeat.local_addr().expect("bound");
     let members = start(configs);
     let sender = bind(IpAddr::V4(Ipv4Addr::LOCALHOST)).expect("loopback");
-    let newer = Codec::new(&KEY, session(10), EPOCH + 1, 2).write(1, 1, 0);
+    let newer = Codec::new(&KEY, session(10), EPOCH + 1, 2).write(1, 1, 0, None);
     sender.send_to(&newer, target).expect("sent");
     for member in &members {
         let first = ended(member);
@@ -317,16 +317,18 @@ fn relay(cut: Arc<AtomicBool>, to: SocketAddr) -> SocketAddr {
     address
 }
 
-/// Two processes whose network can be cut.
-fn with_network(test: u8, deadline: Duration) -> (Vec<Membership>, Arc<AtomicBool>) {
+/// Two processes whose network can be cut: their connection, and the heartbeats of those named.
+fn with_network(test: u8, deadline: Duration, silenced: &[u32]) -> (Vec<Membership>, Arc<AtomicBool>) {
     let mut configs = configs(test, 2);
     let cut = Arc::new(AtomicBool::new(false));
     let (a, b) = proxy(cut.clone());
     for (config, link) in configs.iter_mut().zip([a, b]) {
         let peer = 1 - config.process;
         config.links.insert(peer, link.into());
-        let address = relay(cut.clone(), config.addresses[&peer]);
-        config.addresses.insert(peer, address);
+        if silenced.contains(&config.process) {
+            let address = relay(cut.clone(), config.addresses[&peer]);
+            config.addresses.insert(peer, address);
+        }
         (config.every, config.deadline) = (ms(50), deadline);
     }
     (start(configs), cut)
@@ -334,7 +336,7 @@ fn with_network(test: u8, deadline: Duration) -> (Vec<Membership>, Arc<AtomicBoo
 
 #[test]
 fn a_flap_shorter_than_the_deadline_is_no_failure() {
-    let (members, cut) = with_network(18, ms(4000));
+    let (members, cut) = with_network(18, ms(4000), &[0, 1]);
     cut.store(true, Ordering::Relaxed);
     members[0].tell(1, 1, b"through the cut".to_vec()).expect("open");
     assert!(members[1].notices().recv_timeout(ms(3000)).is_err());
@@ -345,7 +347,7 @@ fn a_flap_shorter_than_the_deadline_is_no_failure() {
 
 #[test]
 fn a_partition_ends_both_sides() {
-    let (members, cut) = with_network(19, ms(1000));
+    let (members, cut) = with_network(19, ms(1000), &[0, 1]);
     cut.store(true, Ordering::Relaxed);
     for (own, member) in members.iter().enumerate() {
         // Neither can hear of the other's view.
@@ -356,8 +358,22 @@ fn a_partition_ends_both_sides() {
 }
 
 #[test]
+fn who_is_heard_by_nobody_is_told_by_heartbeats() {
+    // No letter gets through: a connection needs both ways. Only the heartbeats of process 1 arrive.
+    let (members, cut) = with_network(20, ms(1000), &[0]);
+    let begin = Instant::now();
+    cut.store(true, Ordering::Relaxed);
+    let causes: Vec<_> = members.iter().map(ended).collect();
+    assert_eq!((causes[0].process, causes[0].exit), (0, 69));
+    assert_eq!(causes[0].cause, "it is lost; why did not get through (seen by process 1)");
+    assert_eq!((causes[1].process, causes[1].exit), (0, 69));
+    // Not after a deadline of its own, which would begin when process 1 has ended.
+    assert!(begin.elapsed() < ms(2400), "{:?}", begin.elapsed());
+}
+
+#[test]
 fn a_peer_that_does_not_read_costs_a_window_and_no_more() {
-    let (mut members, cut) = with_network(11, SOON);
+    let (mut members, cut) = with_network(11, SOON, &[0, 1]);
     cut.store(true, Ordering::Relaxed);
     let (mut sent, mut refused) = (0u64, 0);
     for _ in 0..100_000 {

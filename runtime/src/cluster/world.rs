@@ -159,7 +159,7 @@ impl World {
                     Notice::Told { topic: agree::TOPIC, from, bytes } => drop(to_agree.try_send(Heard { from, bytes })),
                     Notice::Told { .. } => {}
                     Notice::Left { process } => control.peer_left(process),
-                    Notice::Ended(cause) => return ended(&control, &first, hosting.process, cause),
+                    Notice::Ended(cause) => return ended(&control, &first, cause),
                 }
             }
         };
@@ -242,10 +242,9 @@ fn peer_failure(cause: &FirstCause) -> Failure {
 }
 
 /// The processes agree on why the session ends.
-fn ended(control: &Control, first: &First, own: u32, cause: FirstCause) {
-    if cause.process != own {
-        control.fail(peer_failure(&cause));
-    }
+fn ended(control: &Control, first: &First, cause: FirstCause) {
+    // Where this process failed by itself, that is kept. Where others have lost it, it learns so here.
+    control.fail(peer_failure(&cause));
     *first.lock() = Some(cause);
     first.known.notify_all();
 }

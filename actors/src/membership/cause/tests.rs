@@ -92,6 +92,20 @@ fn senseless_and_repeated_reports_change_nothing() {
 }
 
 #[test]
+fn a_letter_tells_what_a_heartbeat_cannot() {
+    let untold = || Report { cause: String::new(), ..lost(1, 2, false) };
+    let told = |reports: [Report; 2]| {
+        let mut arbiter = Arbiter::new(0, 6, GRACE);
+        let new = reports.map(|report| arbiter.report(ms(0), report));
+        assert_eq!((new, arbiter.reports.len()), ([true, false], 1));
+        arbiter.tick(ms(500)).expect("over").cause
+    };
+    assert_eq!(told([untold(), lost(1, 2, false)]), "connection lost (seen by process 1)");
+    assert_eq!(told([lost(1, 2, false), untold()]), "connection lost (seen by process 1)");
+    assert_eq!(told([untold(), untold()]), format!("{UNTOLD} (seen by process 1)"));
+}
+
+#[test]
 fn nothing_is_a_failure_after_the_orderly_end() {
     let mut arbiter = Arbiter::new(0, 6, GRACE);
     arbiter.close();
