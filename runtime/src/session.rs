@@ -132,7 +132,7 @@ pub struct Session {
     arenas: BTreeMap<usize, Arena>,
     engine: Arc<dyn Collective>,
     running: Option<Running>,
-    world: Option<World>,
+    world: Option<Arc<World>>,
     feeds: Vec<FeedPort>,
     /// External actions that are fed nothing, each with its firings in a step.
     gates: Vec<(ActorId, u32, u32)>,
@@ -167,14 +167,21 @@ impl Session {
     /// # Errors
     /// When memory, threads or peers cannot be had.
     pub fn start(plan: Plan, options: &SessionOptions) -> Result<Self, SessionError> {
-        let world = World::join(&options.cluster, &plan, options.seed)?;
+        let world = World::join(&options.cluster, &plan, options.seed)?.map(Arc::new);
+        Self::start_among(plan, options, world.clone()).map_err(|error| match world {
+            Some(world) => world.cannot_start(error),
+            None => error,
+        })
+    }
+
+    fn start_among(plan: Plan, options: &SessionOptions, world: Option<Arc<World>>) -> Result<Self, SessionError> {
         let hosting = world.as_ref().map_or(Hosting::alone(plan.memory.len()), |w| w.hosting());
         let in_process: Arc<dyn Collective> = Arc::new(InProcess::new());
         let (mut devices, mut arenas) = (Vec::new(), BTreeMap::new());
         for rank in hosting.own() {
             let device = Device::cpu(rank, plan.threads_per_device, in_process.clone());
             let bytes = plan.memory[rank].total_bytes;
-            let shared = world.as_ref().is_some_and(World::shares_memory);
+            let shared = world.as_ref().is_some_and(|world| world.shares_memory());
             arenas.insert(rank, if shared { device.shared_arena(bytes)? } else { device.arena(bytes)? });
             devices.push(device);
         }
@@ -236,7 +243,7 @@ impl Session {
         session.initialise()?;
         let running = start(loaded, options.watchdog.clone())?;
         if let Some(world) = &session.world {
-            world.watch(&running)?;
+            world.watch(&running);
         }
         session.running = Some(running);
         Ok(session)

@@ -24,6 +24,20 @@ const ATTEMPT_MAX: Duration = Duration::from_secs(5);
 /// [`TransportError::Handshake`] at once when the peer does not believe us or we do not believe it;
 /// [`TransportError::Unreachable`] at the deadline.
 pub fn connect(address: &Address, secret: &Secret, hello: &Hello, deadline: Instant) -> Result<Link, TransportError> {
+    connect_unless(address, secret, hello, deadline, &|wait| {
+        std::thread::sleep(wait);
+        false
+    })
+}
+
+/// As [`connect`]. `pause` lets the time between two attempts pass; true gives up, with [`TransportError::Closed`].
+pub(super) fn connect_unless(
+    address: &Address,
+    secret: &Secret,
+    hello: &Hello,
+    deadline: Instant,
+    pause: &dyn Fn(Duration) -> bool,
+) -> Result<Link, TransportError> {
     let (begin, mut wait, mut attempts, mut last) = (Instant::now(), WAIT_MIN, 0, None);
     loop {
         attempts += 1;
@@ -40,7 +54,9 @@ pub fn connect(address: &Address, secret: &Secret, hello: &Hello, deadline: Inst
             return Err(TransportError::Unreachable { to, address, purpose, attempts, waited_ms, last });
         }
         last = Some(error);
-        std::thread::sleep(wait.min(left));
+        if pause(wait.min(left)) {
+            return Err(TransportError::Closed);
+        }
         wait = (wait * 2).min(WAIT_MAX);
     }
 }

@@ -1,5 +1,5 @@
 //! The accepting side: one thread that polls the listeners and every stranger, and a shelf of authenticated connections that
-//! wait to be claimed. Imports `link` and `handshake`.
+//! wait to be claimed. Imports `link`, `handshake` and `dial`.
 //!
 //! - **EP-1**: strangers (connections that have not proved themselves) number `strangers_max` at most; one more drops the
 //!   oldest. Each holds at most one message of a handshake in memory, and lives `handshake_timeout` at most.
@@ -18,8 +18,9 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use super::dial::connect_unless;
 use super::handshake::{Gate, World};
-use super::{Address, Link, Purpose, Secret, TransportError};
+use super::{Address, Hello, Link, Purpose, Secret, TransportError};
 
 mod serve;
 
@@ -238,12 +239,30 @@ impl Endpoint {
         }
     }
 
+    /// As [`super::connect`], until this endpoint is closed.
+    ///
+    /// # Errors
+    /// As there, and [`TransportError::Closed`].
+    pub fn dial(
+        &self,
+        address: &Address,
+        secret: &Secret,
+        hello: &Hello,
+        deadline: Instant,
+    ) -> Result<Link, TransportError> {
+        connect_unless(address, secret, hello, deadline, &|wait| {
+            let state = self.shared.state();
+            let waited = self.shared.arrived.wait_timeout_while(state, wait, |state| !state.closed);
+            waited.unwrap_or_else(PoisonError::into_inner).0.closed
+        })
+    }
+
     /// Connections that were not let in so far.
     pub fn refused(&self) -> Refusals {
         self.shared.state().refusals
     }
 
-    /// Lets nobody in any more and ends every [`Endpoint::wait`], from any thread. Connections that were claimed live on.
+    /// Lets nobody in any more and ends every [`Endpoint::wait`] and [`Endpoint::dial`], from any thread. Connections that were claimed live on.
     pub fn close(&self) {
         self.shared.close();
         if let Some(wake) = &self.wake {

@@ -8,11 +8,12 @@
 
 use std::fs::{self, OpenOptions};
 use std::io::Write;
+use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustix::process::{Signal, getpid, getppid, kill_process};
 use shardflow::exit;
@@ -25,9 +26,12 @@ use tracing::{Event, Metadata};
 
 const STEPS: u64 = 24;
 const SAVE_EVERY: u64 = 4;
-/// How long members that live come late to the collective in which another is to die, and when it does.
-const LATE: Duration = Duration::from_millis(400);
+/// How long the stream of who is to die has to get from its word into the collective, and to wait there. The others come only
+/// after the death, so it may take any time.
 const DIES_AFTER: Duration = Duration::from_millis(100);
+/// How long they wait for that, and how often they look. The signal follows the word at once; they leave it one more look.
+const DEATH_WITHIN: Duration = Duration::from_secs(10);
+const LOOK_EVERY: Duration = Duration::from_millis(20);
 
 type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
 
@@ -109,8 +113,6 @@ struct Watch {
     step: Arc<AtomicU64>,
     /// A collective of the fatal step has begun.
     begun: AtomicBool,
-    /// Its update has, so that all its collectives have ended.
-    past: Arc<AtomicBool>,
 }
 
 impl Watch {
@@ -129,23 +131,29 @@ impl Watch {
     }
 
     fn in_collective(&self, launch: &Launch) {
-        if launch.program.ends_with(" update") {
-            self.past.store(true, Ordering::Relaxed);
-        }
         if launch.op != "all_reduce" || self.begun.swap(true, Ordering::Relaxed) {
             return;
         }
         if !self.fate.mine {
-            return thread::sleep(LATE);
+            return wait_for_death();
         }
         // The stream goes on into the collective, and waits there.
-        let (fate, launch, past) = (self.fate.clone(), launch.clone(), self.past.clone());
+        let (fate, launch) = (self.fate.clone(), launch.clone());
         thread::spawn(move || {
             thread::sleep(DIES_AFTER);
-            assert!(!past.load(Ordering::Relaxed), "the collective ended without the members that come late");
             fate.strike(&launch);
         });
     }
+}
+
+/// Members that live come to the collective only when another has died in it.
+fn wait_for_death() {
+    let deadline = Instant::now() + DEATH_WITHIN;
+    while !Path::new("died").exists() {
+        assert!(Instant::now() < deadline, "nobody died within {DEATH_WITHIN:?}");
+        thread::sleep(LOOK_EVERY);
+    }
+    thread::sleep(LOOK_EVERY);
 }
 
 impl tracing::Subscriber for Watch {
@@ -185,7 +193,7 @@ fn run() -> Result<()> {
     let (rank, speaks) = (cluster.process(), cluster.is_first());
     let step = Arc::new(AtomicU64::new(u64::MAX));
     if let Some(fate) = Fate::read(rank)? {
-        let watch = Watch { fate, step: step.clone(), begun: AtomicBool::default(), past: Arc::default() };
+        let watch = Watch { fate, step: step.clone(), begun: AtomicBool::default() };
         tracing::subscriber::set_global_default(watch)?;
     }
     let model = Model { max_norm: 1.0, dropout: 0.1, ..Model::default() };

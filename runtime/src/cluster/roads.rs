@@ -6,7 +6,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::BorrowedFd;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use shardflow_actors::remote::Peer;
 use shardflow_actors::shell::RegisterMemory;
@@ -84,7 +84,7 @@ impl Roads<'_> {
         }
         let (session, epoch) = (self.roster.session, self.roster.epoch);
         let hello = Hello { session, epoch, from: self.hosting.process, to: peer, purpose };
-        Ok(transport::connect(self.address(peer)?, self.secret, &hello, self.deadline)?)
+        Ok(self.endpoint.dial(self.address(peer)?, self.secret, &hello, self.deadline)?)
     }
 
     fn address(&self, peer: u32) -> Result<&Address, ClusterError> {
@@ -152,6 +152,9 @@ impl Roads<'_> {
         let mut mapped = BTreeMap::new();
         for peer in near.iter().copied().filter(|peer| *peer != own) {
             let link = self.link(peer, Purpose::Memory)?;
+            let left = self.deadline.saturating_duration_since(Instant::now()).max(Duration::from_millis(1));
+            let limited = link.set_read_timeout(Some(left));
+            limited.map_err(|cause| ClusterError::System { what: "limit the time of a connection", cause })?;
             let given: Vec<BorrowedFd<'_>> = arenas.values().chain(&board).filter_map(Arena::descriptor).collect();
             let given = if own == first { &given[..] } else { &given[..arenas.len()] };
             transport::send_descriptors(&link, given)?;

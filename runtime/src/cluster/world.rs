@@ -2,15 +2,16 @@
 //! Imports `cluster`, `exit`, `session::hosting`, `plan` and the actors' transport and membership.
 
 use std::collections::BTreeMap;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::io;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::{Sender, bounded};
+use crossbeam_channel::{Receiver, Sender, bounded};
 use shardflow_actors::error::{Failure, PeerError};
 use shardflow_actors::membership::{self, FirstCause, Membership, Notice};
 use shardflow_actors::shell::{Control, Running};
-use shardflow_actors::transport::{Address, Endpoint, Purpose, Secret};
+use shardflow_actors::transport::{Address, Endpoint, Purpose, Secret, TransportError};
 use shardflow_kernels::collective::Collective;
 use shardflow_kernels::device::Device;
 use shardflow_kernels::error::KernelError;
@@ -24,6 +25,7 @@ use super::roads::{Roads, Ways};
 use super::{Cluster, ClusterError, ClusterOptions};
 use crate::checkpoint::{self, Agree};
 use crate::plan::Plan;
+use crate::session::SessionError;
 use crate::session::ending::exit_of;
 use crate::session::hosting::Hosting;
 
@@ -34,30 +36,99 @@ const SETTLE_TIMEOUT: Duration = Duration::from_secs(3);
 pub(crate) struct World {
     hosting: Hosting,
     roster: Roster,
-    endpoint: Endpoint,
+    endpoint: Arc<Endpoint>,
     secret: Secret,
     options: ClusterOptions,
     by_mpi: ByMpi,
     membership: Arc<Membership>,
     first: Arc<First>,
-    /// Ends with the listener.
-    to_agree: Sender<Heard>,
     together: Arc<Together>,
 }
 
 /// Messages about checkpoints that may wait to be taken.
 const HEARD_MAX: usize = 1 << 12;
 
-/// The cause that the processes agreed on, once there is one.
+/// The end of the session, once there is one, and what it ends here.
 #[derive(Default)]
 struct First {
-    cause: Mutex<Option<FirstCause>>,
+    state: Mutex<State>,
     known: Condvar,
 }
 
+#[derive(Default)]
+struct State {
+    /// What the processes agreed on.
+    cause: Option<FirstCause>,
+    /// Peers that have ended in order.
+    left: Vec<u32>,
+    /// Of the running session, once it runs.
+    control: Option<Control>,
+}
+
 impl First {
-    fn lock(&self) -> MutexGuard<'_, Option<FirstCause>> {
-        self.cause.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Hears what happens to others. The thread ends with the membership, or with the session.
+    fn listen(
+        self: &Arc<Self>,
+        notices: Receiver<Notice>,
+        endpoint: Weak<Endpoint>,
+        to_agree: Sender<Heard>,
+    ) -> io::Result<()> {
+        let first = self.clone();
+        let listen = move || {
+            for notice in notices {
+                match notice {
+                    // One that does not take what it is told runs into its deadline.
+                    Notice::Told { topic: agree::TOPIC, from, bytes } => drop(to_agree.try_send(Heard { from, bytes })),
+                    Notice::Told { .. } => {}
+                    Notice::Left { process } => first.left(process),
+                    Notice::Ended(cause) => return first.ended(cause, &endpoint),
+                }
+            }
+        };
+        thread::Builder::new().name("membership".into()).spawn(listen).map(drop)
+    }
+
+    fn left(&self, process: u32) {
+        let mut state = self.lock();
+        state.left.push(process);
+        let control = state.control.clone();
+        drop(state);
+        control.into_iter().for_each(|control| control.peer_left(process));
+    }
+
+    /// The processes agree on why the session ends. Where this process failed by itself, that is kept. Where others have
+    /// lost it, it learns so here.
+    fn ended(&self, cause: FirstCause, endpoint: &Weak<Endpoint>) {
+        let mut state = self.lock();
+        let control = state.control.clone();
+        state.cause = Some(cause.clone());
+        drop(state);
+        self.known.notify_all();
+        match control {
+            Some(control) => control.fail(peer_failure(&cause)),
+            // Nothing runs yet: nobody is to be waited for any more.
+            None => endpoint.upgrade().into_iter().for_each(|endpoint| endpoint.close()),
+        }
+    }
+
+    /// What happens from now on happens to a session that runs, and what has happened does.
+    fn attach(&self, control: Control) {
+        let mut state = self.lock();
+        state.control = Some(control.clone());
+        let (left, cause) = (state.left.clone(), state.cause.clone());
+        drop(state);
+        left.into_iter().for_each(|process| control.peer_left(process));
+        cause.into_iter().for_each(|cause| control.fail(peer_failure(&cause)));
+    }
+
+    /// The cause, if it is known in time.
+    fn wait(&self, within: Duration) -> Option<FirstCause> {
+        let waited = self.known.wait_timeout_while(self.lock(), within, |state| state.cause.is_none());
+        waited.unwrap_or_else(PoisonError::into_inner).0.cause.clone()
     }
 }
 
@@ -115,9 +186,11 @@ impl World {
         }
         let membership = Arc::new(Membership::start(joining)?);
         let (to_agree, heard) = bounded(HEARD_MAX);
-        let together = Together::new(world.process, processes, membership.clone(), heard);
-        let (first, together) = (Arc::default(), Arc::new(together));
-        Ok(Some(Self { hosting, roster, endpoint, secret, options, by_mpi, membership, first, to_agree, together }))
+        let together = Arc::new(Together::new(world.process, processes, membership.clone(), heard));
+        let (first, endpoint): (Arc<First>, _) = (Arc::default(), Arc::new(endpoint));
+        let listening = first.listen(membership.notices().clone(), Arc::downgrade(&endpoint), to_agree);
+        listening.map_err(system("start a thread"))?;
+        Ok(Some(Self { hosting, roster, endpoint, secret, options, by_mpi, membership, first, together }))
     }
 
     /// Which devices are whose.
@@ -146,43 +219,43 @@ impl World {
     }
 
     /// From now on a failure here ends the session everywhere, and one elsewhere ends it here.
-    pub(crate) fn watch(&self, running: &Running) -> Result<(), ClusterError> {
+    pub(crate) fn watch(&self, running: &Running) {
         let (membership, hosting) = (self.membership.clone(), self.hosting);
         let control = running.control();
         control.on_failure(move |failure| tell(&membership, &hosting, failure));
-        let (notices, first) = (self.membership.notices().clone(), self.first.clone());
-        let to_agree = self.to_agree.clone();
-        let listen = move || {
-            for notice in notices {
-                match notice {
-                    // One that does not take what it is told runs into its deadline.
-                    Notice::Told { topic: agree::TOPIC, from, bytes } => drop(to_agree.try_send(Heard { from, bytes })),
-                    Notice::Told { .. } => {}
-                    Notice::Left { process } => control.peer_left(process),
-                    Notice::Ended(cause) => return ended(&control, &first, cause),
-                }
-            }
-        };
-        // It ends with the last sender of notices, which the membership holds.
-        let thread = thread::Builder::new().name("membership".into()).spawn(listen);
-        thread.map(drop).map_err(|cause| ClusterError::System { what: "start a thread", cause })
+        self.first.attach(control);
     }
 
     /// What the session ended for, after a failure here: the first cause of all processes, as far as they say it in time.
     pub(crate) fn settle(&self, failure: Failure) -> Failure {
-        let deadline = Instant::now() + SETTLE_TIMEOUT;
-        let mut first = self.first.lock();
-        while first.is_none() {
-            let left = deadline.saturating_duration_since(Instant::now());
-            if left.is_zero() {
-                return self.named(failure);
-            }
-            first = self.first.known.wait_timeout(first, left).unwrap_or_else(PoisonError::into_inner).0;
-        }
-        match &*first {
-            Some(cause) if cause.process != self.hosting.process => peer_failure(cause),
+        match self.first.wait(SETTLE_TIMEOUT) {
+            Some(cause) if cause.process != self.hosting.process => peer_failure(&cause),
             // A symptom that nobody else explains stays what it is.
             _ => self.named(failure),
+        }
+    }
+
+    /// A session that cannot start here for `error`: the others are told. Gives what this process ends for, which is what
+    /// the others say where they failed first.
+    pub(crate) fn cannot_start(&self, error: SessionError) -> SessionError {
+        let fail = || self.membership.fail(format!("it cannot start: {error}"), error.exit().code());
+        match &error {
+            SessionError::Cluster(ClusterError::Transport(broken)) => match broken {
+                TransportError::Unreachable { to: late, .. } | TransportError::Missing { from: Some(late), .. } => {
+                    self.membership.suspect(*late, broken.to_string());
+                }
+                // Somebody ended what is shared with this process, and says why or is missed by all.
+                TransportError::Io { .. } | TransportError::Closed => {}
+                _ => fail(),
+            },
+            _ => fail(),
+        }
+        match self.first.wait(SETTLE_TIMEOUT) {
+            Some(cause) if cause.process != self.hosting.process => SessionError::Failed(peer_failure(&cause)),
+            _ => {
+                fail();
+                error
+            }
         }
     }
 
@@ -239,14 +312,6 @@ fn fingerprint(plan: &Plan, seed: u64, options: &ClusterOptions) -> [u8; 32] {
 
 fn peer_failure(cause: &FirstCause) -> Failure {
     Failure::Peer { process: cause.process, cause: PeerError::Failed { cause: cause.cause.clone(), exit: cause.exit } }
-}
-
-/// The processes agree on why the session ends.
-fn ended(control: &Control, first: &First, cause: FirstCause) {
-    // Where this process failed by itself, that is kept. Where others have lost it, it learns so here.
-    control.fail(peer_failure(&cause));
-    *first.lock() = Some(cause);
-    first.known.notify_all();
 }
 
 /// Tells the others of a failure here: of a symptom that they may explain, or of a cause.

@@ -13,7 +13,6 @@ use crate::checkpoint::manifest::{Cursor, Kind, TensorInfo};
 use crate::checkpoint::read::Reader;
 use crate::checkpoint::snapshot::{Snapshot, SnapshotPiece};
 use crate::checkpoint::store::{Newest, Store};
-use crate::cluster::world::World;
 use crate::graph::{NodeOp, Var};
 
 /// What [`Session::restore_newest`] found.
@@ -51,7 +50,7 @@ impl Session {
 
     /// What a [`crate::checkpoint::Saver`] of this session needs: how its processes agree, and which of them this one is.
     pub fn agreement(&self) -> (Arc<dyn Agree>, Member) {
-        self.world.as_ref().map_or_else(|| (Arc::new(Alone) as Arc<dyn Agree>, Member::ALONE), World::agree)
+        self.world.as_ref().map_or_else(|| (Arc::new(Alone) as Arc<dyn Agree>, Member::ALONE), |world| world.agree())
     }
 
     /// Ranks of the devices that this process hosts.
