@@ -2,6 +2,7 @@
 //! are killed, frozen or asked to end. Imports `support/programs`.
 
 use std::collections::BTreeMap;
+use std::net::TcpListener;
 use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -109,4 +110,37 @@ fn sigterm_leaves_a_checkpoint_and_ends_with_143() {
     signal(run.child.id(), "TERM");
     assert_eq!(run.end(TIMEOUT), Some(143), "{}", run.text());
     assert_eq!(std::fs::read_dir(folder.path().join("ck")).expect("a checkpoint").count(), 1);
+}
+
+/// Between the meeting and the first step too, a failure ends all at once, with its cause. Without a launcher, which would end
+/// the others itself.
+#[test]
+fn who_cannot_start_ends_the_others_with_its_cause() {
+    let folder = Folder::new("processes-start");
+    // Some gigabytes of parameters and what belongs to them, of which rank 1 may map a part.
+    let flags =
+        "--mesh data=2 --steps 1 --width 2048 --layers 4 --heads 4 --context 16 --batch 8 --sample 0 --data text";
+    let port =
+        TcpListener::bind("127.0.0.1:0").and_then(|free| free.local_addr()).expect("a free port").port().to_string();
+    let limits = ["true", "ulimit -v 1500000"];
+    let begin = Instant::now();
+    let mut runs = limits
+        .iter()
+        .enumerate()
+        .map(|(rank, limit)| {
+            let mut command = Command::new("sh");
+            command.args(["-c", &format!("{limit}; exec \"$@\""), "sh", GPT]);
+            command.args(flags.split_whitespace());
+            let rank = rank.to_string();
+            let variables =
+                [("RANK", rank.as_str()), ("LOCAL_RANK", &rank), ("WORLD_SIZE", "2"), ("LOCAL_WORLD_SIZE", "2")];
+            command.envs(variables).env("MASTER_ADDR", "127.0.0.1").env("MASTER_PORT", &port);
+            folder.start(command.env("SHARDFLOW_SECRET", "of this test only"))
+        })
+        .collect::<Vec<_>>();
+    let codes: Vec<_> = runs.iter_mut().map(|run| run.end(TIMEOUT)).collect();
+    let said: Vec<_> = runs.iter().map(Running::text).collect();
+    assert_eq!(codes, [Some(69), Some(78)], "{said:#?}");
+    assert!(said[0].contains("rank 1: it cannot start: device 1: cannot allocate"), "{said:#?}");
+    assert!(begin.elapsed() < Duration::from_secs(30), "after {:?}: {said:#?}", begin.elapsed());
 }
