@@ -144,6 +144,17 @@ fn early_end(world: &Arc<World>) -> Result<String, KernelError> {
     Ok("passed".to_owned())
 }
 
+/// Process 1 comes to the meeting, and then makes no communicator.
+fn half_made(world: &Arc<World>) -> Result<String, KernelError> {
+    if world.rank() > 0 {
+        return engine(world, &[]).map(|_| "passed".to_owned());
+    }
+    let made = Mpi::new(world.clone(), &[group(1, 2)], &|rank| rank as u32, Duration::from_secs(2));
+    let said = made.map(drop).map_err(|error| error.to_string());
+    let is_late = said.as_ref().is_err_and(|error| error.contains("not all members have come"));
+    Ok(if is_late { "passed".to_owned() } else { format!("{said:?}") })
+}
+
 /// What is refused before anything runs.
 fn refusals(world: &Arc<World>) -> Result<String, KernelError> {
     let again = World::start().map(drop).map_err(|error| error.to_string());
@@ -173,10 +184,11 @@ fn child() {
         "aborts" => aborts(&world),
         "lost" => lost(&world),
         "early end" => early_end(&world),
+        "half made" => half_made(&world),
         _ => refusals(&world),
     };
     println!("\n> {} {}", world.rank(), result.unwrap_or_else(|error| error.to_string()));
-    if world.rank() > 0 && ["aborts", "refusals"].contains(&scenario.as_str()) {
+    if world.rank() > 0 && ["aborts", "half made", "refusals"].contains(&scenario.as_str()) {
         // Until `mpirun` ends this one, because process 0 ended without the end of MPI.
         thread::park_timeout(DEADLINE);
     }
@@ -250,6 +262,14 @@ fn a_process_that_ends_early_does_not_wait_for_ever() {
     let (code, _) = play("early end", 3);
     // Within the time that it waits for the others, plus the start.
     assert!(code.is_some_and(|code| code != 0) && began.elapsed() < Duration::from_secs(20), "{code:?}");
+}
+
+#[test]
+fn a_communicator_that_a_member_does_not_make_has_a_deadline() {
+    let began = Instant::now();
+    let (code, lines) = play("half made", 2);
+    assert!(code.is_some_and(|code| code != 0) && lines.contains(&"0 passed".to_owned()), "{code:?} {lines:?}");
+    assert!(began.elapsed() < Duration::from_secs(20), "{:?}", began.elapsed());
 }
 
 #[test]

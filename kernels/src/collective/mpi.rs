@@ -4,7 +4,8 @@
 //! - MPI-3: before a collective all members agree on it, by one small all-reduce of a digest; so nothing that MPI is then
 //!   given can fail to match. A member that waits in a send or receive for one that is in a collective is told so, and
 //!   joins that agreement to disagree.
-//! - MPI-4: every wait of a call ends with an abort (starting MPI and making communicators block in MPI itself). The group then stays failed, and what was under way keeps its memory (MPI-2).
+//! - MPI-4: every wait of a call ends with an abort. The group then stays failed, and what was under way keeps its memory
+//!   (MPI-2). Making communicators has a deadline; starting MPI blocks in MPI itself, which `mpirun` watches over.
 //!
 //! Sums are in the order that MPI chooses, so they agree with other engines within rounding. MPI advises, but does not
 //! promise, that all members get the same bits of an all-reduce; OpenMPI's algorithms give them.
@@ -147,8 +148,9 @@ impl Mpi {
         process_of: &dyn Fn(usize) -> u32,
         within: Duration,
     ) -> Result<Self, KernelError> {
+        let until = Instant::now() + within;
         world.meet(within)?;
-        let mut known = BTreeMap::new();
+        let (mut own, mut wanted) = (Vec::new(), Vec::new());
         for (index, group) in groups.iter().enumerate() {
             let processes: Vec<c_int> = group.ranks.iter().map(|rank| process_of(*rank) as c_int).collect();
             let is_wrong = |(i, p): (usize, &c_int)| *p as u32 >= world.size() || processes[..i].contains(p);
@@ -157,10 +159,15 @@ impl Mpi {
                 return Err(KernelError::arguments("collectives by MPI", "group", expected, format!("{processes:?}")));
             }
             let Some(member) = processes.iter().position(|p| *p as u32 == world.rank()) else { continue };
-            let comm = world.comm(&processes, (index % TAGS as usize) as c_int)?;
-            let state = State { comm: Some(comm), memory: Memory::default(), collectives: 0, failed: None };
-            known.insert(group.id, Known { group: group.clone(), member, state: Mutex::new(state) });
+            own.push((group, member));
+            wanted.push((processes, (index % TAGS as usize) as c_int));
         }
+        let comms = world.comms(wanted, until.saturating_duration_since(Instant::now()))?;
+        let known = own.into_iter().zip(comms).map(|((group, member), comm)| {
+            let state = State { comm: Some(comm), memory: Memory::default(), collectives: 0, failed: None };
+            (group.id, Known { group: group.clone(), member, state: Mutex::new(state) })
+        });
+        let known = known.collect();
         Ok(Self { groups: known, received: Mutex::default(), aborted: OnceLock::new(), world })
     }
 

@@ -10,6 +10,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+use crossbeam_channel::bounded;
 use mpi::environment::Universe;
 use mpi::ffi::{self, MPI_Comm, MPI_Datatype, MPI_Op, MPI_Request};
 use mpi::topology::Communicator;
@@ -111,8 +112,32 @@ impl World {
         met.inspect_err(|_| self.abort())
     }
 
+    /// A communicator of each of these groups of processes, which have tags of their own. All members call this, with the
+    /// groups in the same order, and wait for each other in MPI itself: on a thread of its own, so that this waits `within`
+    /// at most.
+    pub(super) fn comms(
+        self: &Arc<Self>,
+        groups: Vec<(Vec<c_int>, c_int)>,
+        within: Duration,
+    ) -> Result<Vec<Comm>, KernelError> {
+        let (sender, made) = bounded(1);
+        let world = self.clone();
+        let make = move || {
+            let comms =
+                groups.iter().map(|(processes, tag)| world.comm(processes, *tag)).collect::<Result<Vec<_>, _>>();
+            // An error means that nobody waits any more.
+            let _ = sender.send(comms);
+        };
+        let call = "MPI_Comm_create_group";
+        std::thread::Builder::new().name("mpi".into()).spawn(make).map_err(|error| failed(call, &error.to_string()))?;
+        let late = format!("not all members have come within {} ms", within.as_millis());
+        let made = made.recv_timeout(within).unwrap_or_else(|_| Err(failed(call, &late)));
+        // What was made, or is being made, may wait for members that are gone.
+        made.inspect_err(|_| self.abort())
+    }
+
     /// A communicator of these processes. All of them call this, in the same order for all groups.
-    pub(super) fn comm(&self, processes: &[c_int], tag: c_int) -> Result<Comm, KernelError> {
+    fn comm(&self, processes: &[c_int], tag: c_int) -> Result<Comm, KernelError> {
         let mut comm = Comm { raw: self.comm.raw };
         let mut raw_group = mem::MaybeUninit::uninit();
         let mut group = mem::MaybeUninit::uninit();
