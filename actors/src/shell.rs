@@ -294,6 +294,11 @@ impl Running {
         &self.failures
     }
 
+    /// What the session has failed for, if it has.
+    pub fn first_failure(&self) -> Option<Failure> {
+        self.session.first_failure()
+    }
+
     /// Has all streams look at the floats that each launch writes, from the next firing on, or no more. Slow.
     pub fn check_finite(&self, on: bool) {
         self.session.check_finite(on);

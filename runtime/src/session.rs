@@ -322,8 +322,10 @@ impl Session {
 
     /// As [`Session::receive`], but it gives up when `late` says so, and nothing fails by it.
     fn receive_until(&self, wanted: &[(u32, usize)], late: Receiver<Instant>) -> Result<(), Failure> {
-        let ended = || Failure::Stalled { idle_ms: 0, report: "the session has ended".into() };
-        let running = self.running.as_ref().ok_or_else(ended)?;
+        let stopped = || Failure::Stalled { idle_ms: 0, report: "the session has ended".into() };
+        let running = self.running.as_ref().ok_or_else(stopped)?;
+        // Channels close because the session has failed: whichever is seen first, that failure is the answer.
+        let ended = || running.first_failure().unwrap_or_else(stopped);
         let mut inbox = self.lock_inbox();
         let peers = inbox.peers.clone();
         while !inbox.has(wanted) {
@@ -338,7 +340,7 @@ impl Session {
                 },
                 recv(peers) -> said => inbox.hear(said.map_err(|_| ended())?),
                 recv(running.failures()) -> failure => return Err(failure.unwrap_or_else(|_| ended())),
-                recv(late) -> _ => return Err(ended()),
+                recv(late) -> _ => return Err(stopped()),
             }
         }
         Ok(())
