@@ -3,19 +3,31 @@
 
 use std::ops::Range;
 
-/// Element type. Every kernel computes in f32; `I32` holds indices.
+use half::bf16;
+
+/// Element type. Every kernel computes in f32, whatever its operands are stored as; `I32` holds indices.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum DType {
     /// 32-bit IEEE float.
     F32,
     /// 32-bit signed integer, for token ids and other indices.
     I32,
+    /// The upper half of an `F32`: its range, 8 bits of precision. Rounded to nearest, ties to even.
+    BF16,
 }
 
 impl DType {
     /// Bytes of one element.
     pub const fn bytes(self) -> usize {
-        4
+        match self {
+            Self::F32 | Self::I32 => 4,
+            Self::BF16 => 2,
+        }
+    }
+
+    /// True for floats, of any precision.
+    pub const fn is_float(self) -> bool {
+        matches!(self, Self::F32 | Self::BF16)
     }
 }
 
@@ -86,6 +98,19 @@ pub enum HostData {
     F32(Vec<f32>),
     /// 32-bit integers.
     I32(Vec<i32>),
+    /// Floats of half the bytes.
+    BF16(Vec<bf16>),
+}
+
+impl HostData {
+    /// No elements, of this type.
+    pub fn empty(dtype: DType) -> Self {
+        match dtype {
+            DType::F32 => Self::F32(Vec::new()),
+            DType::I32 => Self::I32(Vec::new()),
+            DType::BF16 => Self::BF16(Vec::new()),
+        }
+    }
 }
 
 /// A row-major tensor in host memory.
@@ -116,11 +141,21 @@ impl HostTensor {
         Self { shape: shape.to_vec(), data: HostData::I32(data) }
     }
 
+    /// Floats of half the bytes, rounded to nearest.
+    ///
+    /// # Panics
+    /// When `data` does not hold `element_count(shape)` elements.
+    pub fn bf16(shape: &[usize], data: &[f32]) -> Self {
+        assert_eq!(element_count(shape), data.len(), "shape {shape:?} and number of elements differ");
+        Self { shape: shape.to_vec(), data: HostData::BF16(data.iter().copied().map(bf16::from_f32).collect()) }
+    }
+
     /// Element type.
     pub fn dtype(&self) -> DType {
         match self.data {
             HostData::F32(_) => DType::F32,
             HostData::I32(_) => DType::I32,
+            HostData::BF16(_) => DType::BF16,
         }
     }
 
@@ -129,13 +164,23 @@ impl HostTensor {
         match &self.data {
             HostData::F32(v) => v.len(),
             HostData::I32(v) => v.len(),
+            HostData::BF16(v) => v.len(),
         }
     }
 
-    /// The elements, when they are floats.
+    /// The elements, when they are of type `F32`.
     pub fn as_f32(&self) -> Option<&[f32]> {
         match &self.data {
             HostData::F32(v) => Some(v),
+            HostData::I32(_) | HostData::BF16(_) => None,
+        }
+    }
+
+    /// A copy of the elements, when they are floats of any precision.
+    pub fn to_f32(&self) -> Option<Vec<f32>> {
+        match &self.data {
+            HostData::F32(v) => Some(v.clone()),
+            HostData::BF16(v) => Some(v.iter().map(|x| x.to_f32()).collect()),
             HostData::I32(_) => None,
         }
     }
@@ -144,7 +189,7 @@ impl HostTensor {
     pub fn as_i32(&self) -> Option<&[i32]> {
         match &self.data {
             HostData::I32(v) => Some(v),
-            HostData::F32(_) => None,
+            HostData::F32(_) | HostData::BF16(_) => None,
         }
     }
 }
