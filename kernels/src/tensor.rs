@@ -150,6 +150,30 @@ impl HostTensor {
         Self { shape: shape.to_vec(), data: HostData::BF16(data.iter().copied().map(bf16::from_f32).collect()) }
     }
 
+    /// A tensor of its elements' bytes, little-endian, one after the other; they need not be aligned.
+    ///
+    /// # Panics
+    /// When they are not those of `element_count(shape)` elements.
+    pub fn from_le_bytes(dtype: DType, shape: &[usize], bytes: &[u8]) -> Self {
+        assert_eq!(element_count(shape) * dtype.bytes(), bytes.len(), "shape {shape:?} and number of bytes differ");
+        let words = bytes.chunks_exact(4).map(|c| [c[0], c[1], c[2], c[3]]);
+        let data = match dtype {
+            DType::F32 => HostData::F32(words.map(f32::from_le_bytes).collect()),
+            DType::I32 => HostData::I32(words.map(i32::from_le_bytes).collect()),
+            DType::BF16 => HostData::BF16(bytes.chunks_exact(2).map(|c| bf16::from_le_bytes([c[0], c[1]])).collect()),
+        };
+        Self { shape: shape.to_vec(), data }
+    }
+
+    /// The bytes of its elements, as this machine has them.
+    pub fn as_bytes(&self) -> &[u8] {
+        match &self.data {
+            HostData::F32(data) => bytemuck::cast_slice(data),
+            HostData::I32(data) => bytemuck::cast_slice(data),
+            HostData::BF16(data) => bytemuck::cast_slice(data),
+        }
+    }
+
     /// Element type.
     pub fn dtype(&self) -> DType {
         match self.data {

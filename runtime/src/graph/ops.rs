@@ -22,7 +22,7 @@ pub fn rule(op: &Op, shapes: &[&[usize]]) -> Result<Rule, LayoutError> {
     let lead = |n: usize| leading(n.max(1) - 1);
     match op {
         Op::Fill { .. } => Rule::new(&[] as &[&str], &[""]),
-        Op::Copy | Op::Scale { .. } => {
+        Op::Copy | Op::Cast | Op::Scale { .. } => {
             let x = leading(rank(0));
             Rule::parse(&format!("{x}->{x}"))?.linear(&[&[0]])
         }
