@@ -31,6 +31,9 @@ pub struct GptArgs {
     /// Order of forward and backward work in a pipeline.
     #[arg(long, value_enum, default_value_t = ScheduleArg::OneFOneB)]
     pub schedule: ScheduleArg,
+    /// How activations and their gradients are stored; weights, their gradients and the update are f32 in any case.
+    #[arg(long, value_enum, default_value_t = PrecisionArg::F32)]
+    pub precision: PrecisionArg,
     /// Micro-batches in a step.
     #[arg(long, value_name = "M", default_value_t = 1)]
     pub micro_batches: usize,
@@ -119,6 +122,17 @@ pub enum ScheduleArg {
     /// One forward, one backward: Narayanan et al. 2019, <https://arxiv.org/abs/1806.03377>.
     #[value(name = "1f1b")]
     OneFOneB,
+}
+
+/// Precisions by name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum PrecisionArg {
+    /// 32-bit floats.
+    #[value(name = "f32")]
+    F32,
+    /// 16-bit floats with the range of 32-bit ones; on CPUs a reference, and slower.
+    #[value(name = "bf16")]
+    BF16,
 }
 
 /// Devices along each mesh axis; at least one.

@@ -97,6 +97,7 @@ fn case(op: Op, inputs: Vec<HostTensor>) -> Case {
     let before = outputs.iter().zip(dtypes).map(|(shape, dtype)| match dtype {
         DType::F32 => poisoned(shape),
         DType::I32 => HostTensor::i32(shape, vec![-1; shape.iter().product()]),
+        DType::BF16 => HostTensor::bf16(shape, &vec![f32::NAN; shape.iter().product()]),
     });
     Case { before: before.collect(), op, rule, inputs }
 }

@@ -35,6 +35,7 @@ const UNSAFE_FILES: &[&str] = &[
     "kernels/src/cpu/launch.rs",
     "kernels/src/cpu/matmul.rs",
     "kernels/src/cpu/pool.rs",
+    "kernels/src/cpu/widen.rs",
     "kernels/src/memory.rs",
     "kernels/src/memory/raw_io.rs",
     "kernels/src/memory/shared.rs",

@@ -7,6 +7,8 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, channel};
 use std::time::Duration;
 
+use half::bf16;
+
 use crate::collective::Group;
 use crate::device::Device;
 use crate::error::KernelError;
@@ -91,6 +93,9 @@ pub fn collectives_groups(n: usize) -> Vec<Arc<Group>> {
     (1..=collectives::GROUPS_MAX).map(|id| Arc::new(Group { id, ranks: (0..n).collect() })).collect()
 }
 
+/// Half of the distance between neighbours of type BF16, relative to them.
+const BF16_ROUNDING: f64 = 1.0 / 256.0;
+
 /// What went wrong so far.
 #[derive(Default)]
 struct Report {
@@ -110,7 +115,9 @@ impl Report {
 
     /// Compares with a reference: `|got - expected| <= tolerance * (1 + |expected|)`; NaN never passes.
     fn close(&mut self, check: &str, got: &HostTensor, expected: &[f64], tolerance: f64) {
-        let Some(got) = got.as_f32() else { return self.fail(check, "the result is not of floats") };
+        let rounding = if got.dtype() == DType::BF16 { BF16_ROUNDING } else { 0.0 };
+        let tolerance = tolerance + rounding;
+        let Some(got) = got.to_f32() else { return self.fail(check, "the result is not of floats") };
         if got.len() != expected.len() {
             return self.fail(check, format!("{} elements, expected {}", got.len(), expected.len()));
         }
@@ -143,34 +150,45 @@ struct Trial<'a> {
     writes: &'a [Initial],
     accumulate: bool,
     repeat: bool,
+    /// Reads and poisoned writes are of type BF16, where the op lets them.
+    halves: bool,
 }
 
 impl<'a> Trial<'a> {
     fn new(op: Op, reads: &'a [HostTensor], writes: &'a [Initial]) -> Self {
-        Self { op, reads, writes, accumulate: false, repeat: false }
+        Self { op, reads, writes, accumulate: false, repeat: false, halves: false }
     }
 
     /// Lays the buffers out in a fresh arena between canaries, launches, and returns what the writes hold.
     fn launch(&self, device: &Device) -> Result<Vec<HostTensor>, String> {
         let stream = device.stream("conformance", device.threads_per_stream()).map_err(|error| error.to_string())?;
         let mut layout = Layout::default();
-        let reads: Vec<Buffer> = self.reads.iter().map(|read| layout.place(&read.shape, read.dtype())).collect();
-        let place_write = |write: &Initial| match write {
-            Initial::Poison(shape) => layout.place(shape, DType::F32),
+        let narrow = |(port, read): (usize, &HostTensor)| match read.as_f32() {
+            Some(values) if self.halves && self.op.reads_bf16(port) => HostTensor::bf16(&read.shape, values),
+            _ => read.clone(),
+        };
+        let values: Vec<HostTensor> = self.reads.iter().enumerate().map(narrow).collect();
+        let reads: Vec<Buffer> = values.iter().map(|read| layout.place(&read.shape, read.dtype())).collect();
+        let poisoned = |port| if self.halves && self.op.writes_bf16(port) { DType::BF16 } else { DType::F32 };
+        let place_write = |(port, write): (usize, &Initial)| match write {
+            Initial::Poison(shape) => layout.place(shape, poisoned(port)),
             Initial::Values(values) => layout.place(&values.shape, values.dtype()),
             Initial::Read(read) => reads[*read].clone(),
         };
-        let writes: Vec<Buffer> = self.writes.iter().map(place_write).collect();
+        let writes: Vec<Buffer> = self.writes.iter().enumerate().map(place_write).collect();
         let shapes: Vec<&[usize]> = self.reads.iter().map(|read| &read.shape[..]).collect();
         let workspace_bytes = self.op.workspace_bytes(&shapes, stream.threads());
         let workspace = (workspace_bytes > 0).then(|| layout.place(&[workspace_bytes / 4], DType::F32));
         let arena = layout.arena(device).map_err(|error| error.to_string())?;
-        for (buffer, tensor) in reads.iter().zip(self.reads) {
+        for (buffer, tensor) in reads.iter().zip(&values) {
             arena.write_host(buffer.offset, tensor).map_err(|error| error.to_string())?;
         }
         for (buffer, write) in writes.iter().zip(self.writes) {
             let elements = element_count(&buffer.shape);
             let initial = match write {
+                Initial::Poison(shape) if buffer.dtype == DType::BF16 => {
+                    HostTensor::bf16(shape, &vec![f32::NAN; elements])
+                }
                 Initial::Poison(shape) => HostTensor::f32(shape, vec![f32::NAN; elements]),
                 Initial::Values(values) => values.clone(),
                 Initial::Read(_) => continue,
@@ -203,7 +221,8 @@ impl Layout {
     fn place(&mut self, shape: &[usize], dtype: DType) -> Buffer {
         self.fences.push(self.end);
         let offset = self.end + FENCE_BYTES;
-        self.end = offset + element_count(shape) * dtype.bytes();
+        // The next fence is of words; the byte pairs before it are nobody's.
+        self.end = (offset + element_count(shape) * dtype.bytes()).next_multiple_of(DType::I32.bytes());
         Buffer { base: 0, offset, shape: shape.to_vec(), dtype }
     }
 
@@ -261,12 +280,17 @@ fn wait(notices: &Receiver<Notice>) -> Result<(), KernelError> {
 }
 
 /// Numbers that look random and are the same in every run.
-struct Numbers(u64);
+#[derive(Default)]
+struct Numbers {
+    state: u64,
+    /// Only those that BF16 has too.
+    halves: bool,
+}
 
 impl Numbers {
     fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut x = self.0;
+        self.state = self.state.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut x = self.state;
         x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
         x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
         x ^ (x >> 31)
@@ -275,7 +299,9 @@ impl Numbers {
     /// Uniform in `-size .. size`.
     fn tensor(&mut self, shape: &[usize], size: f32) -> HostTensor {
         let unit = |bits: u64| (bits >> 40) as f32 / (1u64 << 23) as f32 - 1.0;
-        HostTensor::f32(shape, (0..element_count(shape)).map(|_| size * unit(self.next())).collect())
+        let values: Vec<f32> = (0..element_count(shape)).map(|_| size * unit(self.next())).collect();
+        let rounded = |value: &f32| if self.halves { bf16::from_f32(*value).to_f32() } else { *value };
+        HostTensor::f32(shape, values.iter().map(rounded).collect())
     }
 
     /// Indices below `below`.
@@ -290,6 +316,7 @@ fn wide(tensor: &HostTensor) -> Vec<f64> {
     match &tensor.data {
         HostData::F32(values) => values.iter().map(|&value| f64::from(value)).collect(),
         HostData::I32(values) => values.iter().map(|&value| f64::from(value)).collect(),
+        HostData::BF16(values) => values.iter().map(|&value| f64::from(value)).collect(),
     }
 }
 

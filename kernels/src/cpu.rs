@@ -1,5 +1,5 @@
 //! The CPU backend, the embedded default. Nothing outside this crate imports it but through `device` and `stream`.
-//! Layers: `pool, simd <- kernels (one file for each family of ops) <- launch <- stream <- device`.
+//! Layers: `pool, simd <- kernels (one file for each family of ops) <- launch, widen <- stream <- device`.
 
 mod attention;
 pub mod device;
@@ -14,6 +14,7 @@ mod optimizer;
 pub(crate) mod pool;
 pub(crate) mod simd;
 pub mod stream;
+mod widen;
 
 /// The most threads that one stream may be given.
 pub const THREADS_MAX: usize = 64;

@@ -15,6 +15,8 @@ use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+use half::bf16;
+
 use crate::error::KernelError;
 use crate::op::Buffer;
 use crate::tensor::{DType, HostData, HostTensor, element_count};
@@ -194,6 +196,7 @@ impl Arena {
             match &tensor.data {
                 HostData::F32(data) => view.f32_mut().copy_from_slice(data),
                 HostData::I32(data) => view.i32_mut().copy_from_slice(data),
+                HostData::BF16(data) => view.bf16_mut().copy_from_slice(data),
             }
         }
         Ok(())
@@ -204,11 +207,7 @@ impl Arena {
     /// # Errors
     /// [`KernelError::Arguments`] when the range is out of bounds or not aligned.
     pub fn read_host(&self, offset: usize, shape: &[usize], dtype: DType) -> Result<HostTensor, KernelError> {
-        let data = match dtype {
-            DType::F32 => HostData::F32(Vec::new()),
-            DType::I32 => HostData::I32(Vec::new()),
-        };
-        let mut tensor = HostTensor { shape: shape.to_vec(), data };
+        let mut tensor = HostTensor { shape: shape.to_vec(), data: HostData::empty(dtype) };
         self.read_host_into(offset, &mut tensor)?;
         Ok(tensor)
     }
@@ -229,6 +228,10 @@ impl Arena {
                 HostData::I32(data) => {
                     data.clear();
                     data.extend_from_slice(view.i32());
+                }
+                HostData::BF16(data) => {
+                    data.clear();
+                    data.extend_from_slice(view.bf16());
                 }
             }
         }
@@ -389,11 +392,15 @@ impl<'a> View<'a> {
         if y.is_some_and(|y| !y.arena.is_writable()) {
             return Err(KernelError::arguments(op, "y", "memory that may be written", "a peer's, mapped to be read"));
         }
+        if let Some(half) = reads.iter().chain(writes).find(|view| view.dtype.bytes() != size_of::<f32>()) {
+            let got = format!("{:?}: cast it before and after", half.dtype);
+            return Err(KernelError::arguments(op, "dtype", "elements of 4 bytes", got));
+        }
         let in_place = x.zip(y).is_some_and(|(x, y)| x.same_memory(y));
         if !in_place && x.zip(y).is_some_and(|(x, y)| x.overlaps(y)) {
             return Err(KernelError::arguments(op, "buffers", "no overlap of x and y", "an overlap"));
         }
-        // SAFETY: in bounds and aligned by MEM-1 (every dtype has 4 bytes, and all bits are floats), exclusive by MEM-3.
+        // SAFETY: in bounds and aligned by MEM-1 (the dtype has 4 bytes, which was checked, and all bits are floats), exclusive by MEM-3.
         let written =
             |y: &View<'a>| unsafe { std::slice::from_raw_parts_mut(y.start().cast::<f32>(), y.element_count()) };
         // SAFETY: as above; read and written memory do not overlap, which was checked.
@@ -445,6 +452,27 @@ impl<'a> View<'a> {
     #[allow(clippy::mut_from_ref)]
     pub(crate) unsafe fn i32_mut(&self) -> &'a mut [i32] {
         debug_assert_eq!(self.dtype, DType::I32);
+        // SAFETY: as in `f32_mut`.
+        unsafe { std::slice::from_raw_parts_mut(self.start().cast(), self.element_count()) }
+    }
+
+    /// The elements as floats of half the bytes.
+    ///
+    /// # Safety
+    /// The dtype is `BF16`, and for `'a` nobody writes them (MEM-2, MEM-3).
+    pub(crate) unsafe fn bf16(&self) -> &'a [bf16] {
+        debug_assert_eq!(self.dtype, DType::BF16);
+        // SAFETY: as in `f32`.
+        unsafe { std::slice::from_raw_parts(self.start().cast(), self.element_count()) }
+    }
+
+    /// The elements as floats of half the bytes, to write.
+    ///
+    /// # Safety
+    /// The dtype is `BF16`, and for `'a` nobody else reads or writes them (MEM-2, MEM-3).
+    #[allow(clippy::mut_from_ref)]
+    pub(crate) unsafe fn bf16_mut(&self) -> &'a mut [bf16] {
+        debug_assert_eq!(self.dtype, DType::BF16);
         // SAFETY: as in `f32_mut`.
         unsafe { std::slice::from_raw_parts_mut(self.start().cast(), self.element_count()) }
     }

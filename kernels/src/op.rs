@@ -26,6 +26,8 @@ pub enum Op {
     },
     /// `(x) -> (y)`, same number of elements, any dtype; shapes may differ (a reshape). Accumulates (f32).
     Copy,
+    /// `(x) -> (y)`, same shape: floats of one type to floats of another, rounded to nearest, ties to even.
+    Cast,
     /// Copy `count`-shaped box out of `src` (a tensor of the read's shape) into `dst` (of the write's shape);
     /// elements outside are left as they are. `(x) -> (y)`, any dtype. Accumulates (f32).
     CopyRegion {

@@ -3,19 +3,31 @@
 
 use std::ops::Range;
 
-/// Element type. Every kernel computes in f32; `I32` holds indices.
+use half::bf16;
+
+/// Element type. Every kernel computes in f32, whatever its operands are stored as; `I32` holds indices.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum DType {
     /// 32-bit IEEE float.
     F32,
     /// 32-bit signed integer, for token ids and other indices.
     I32,
+    /// The upper half of an `F32`: its range, 8 bits of precision. Rounded to nearest, ties to even.
+    BF16,
 }
 
 impl DType {
     /// Bytes of one element.
     pub const fn bytes(self) -> usize {
-        4
+        match self {
+            Self::F32 | Self::I32 => 4,
+            Self::BF16 => 2,
+        }
+    }
+
+    /// True for floats, of any precision.
+    pub const fn is_float(self) -> bool {
+        matches!(self, Self::F32 | Self::BF16)
     }
 }
 
@@ -86,6 +98,19 @@ pub enum HostData {
     F32(Vec<f32>),
     /// 32-bit integers.
     I32(Vec<i32>),
+    /// Floats of half the bytes.
+    BF16(Vec<bf16>),
+}
+
+impl HostData {
+    /// No elements, of this type.
+    pub fn empty(dtype: DType) -> Self {
+        match dtype {
+            DType::F32 => Self::F32(Vec::new()),
+            DType::I32 => Self::I32(Vec::new()),
+            DType::BF16 => Self::BF16(Vec::new()),
+        }
+    }
 }
 
 /// A row-major tensor in host memory.
@@ -116,11 +141,45 @@ impl HostTensor {
         Self { shape: shape.to_vec(), data: HostData::I32(data) }
     }
 
+    /// Floats of half the bytes, rounded to nearest.
+    ///
+    /// # Panics
+    /// When `data` does not hold `element_count(shape)` elements.
+    pub fn bf16(shape: &[usize], data: &[f32]) -> Self {
+        assert_eq!(element_count(shape), data.len(), "shape {shape:?} and number of elements differ");
+        Self { shape: shape.to_vec(), data: HostData::BF16(data.iter().copied().map(bf16::from_f32).collect()) }
+    }
+
+    /// A tensor of its elements' bytes, little-endian, one after the other; they need not be aligned.
+    ///
+    /// # Panics
+    /// When they are not those of `element_count(shape)` elements.
+    pub fn from_le_bytes(dtype: DType, shape: &[usize], bytes: &[u8]) -> Self {
+        assert_eq!(element_count(shape) * dtype.bytes(), bytes.len(), "shape {shape:?} and number of bytes differ");
+        let words = bytes.chunks_exact(4).map(|c| [c[0], c[1], c[2], c[3]]);
+        let data = match dtype {
+            DType::F32 => HostData::F32(words.map(f32::from_le_bytes).collect()),
+            DType::I32 => HostData::I32(words.map(i32::from_le_bytes).collect()),
+            DType::BF16 => HostData::BF16(bytes.chunks_exact(2).map(|c| bf16::from_le_bytes([c[0], c[1]])).collect()),
+        };
+        Self { shape: shape.to_vec(), data }
+    }
+
+    /// The bytes of its elements, as this machine has them.
+    pub fn as_bytes(&self) -> &[u8] {
+        match &self.data {
+            HostData::F32(data) => bytemuck::cast_slice(data),
+            HostData::I32(data) => bytemuck::cast_slice(data),
+            HostData::BF16(data) => bytemuck::cast_slice(data),
+        }
+    }
+
     /// Element type.
     pub fn dtype(&self) -> DType {
         match self.data {
             HostData::F32(_) => DType::F32,
             HostData::I32(_) => DType::I32,
+            HostData::BF16(_) => DType::BF16,
         }
     }
 
@@ -129,13 +188,23 @@ impl HostTensor {
         match &self.data {
             HostData::F32(v) => v.len(),
             HostData::I32(v) => v.len(),
+            HostData::BF16(v) => v.len(),
         }
     }
 
-    /// The elements, when they are floats.
+    /// The elements, when they are of type `F32`.
     pub fn as_f32(&self) -> Option<&[f32]> {
         match &self.data {
             HostData::F32(v) => Some(v),
+            HostData::I32(_) | HostData::BF16(_) => None,
+        }
+    }
+
+    /// A copy of the elements, when they are floats of any precision.
+    pub fn to_f32(&self) -> Option<Vec<f32>> {
+        match &self.data {
+            HostData::F32(v) => Some(v.clone()),
+            HostData::BF16(v) => Some(v.iter().map(|x| x.to_f32()).collect()),
             HostData::I32(_) => None,
         }
     }
@@ -144,7 +213,7 @@ impl HostTensor {
     pub fn as_i32(&self) -> Option<&[i32]> {
         match &self.data {
             HostData::I32(v) => Some(v),
-            HostData::F32(_) => None,
+            HostData::F32(_) | HostData::BF16(_) => None,
         }
     }
 }

@@ -47,6 +47,7 @@ pub mod prelude {
     pub use crate::init::Init;
     pub use crate::layout_error::LayoutError;
     pub use crate::nn::{self, GptConfig, Parallel};
+    pub use crate::passes::precision::Precision;
     pub use crate::passes::{Boxing, CompileError, CompileOptions, compile};
     pub use crate::placement::Mesh;
     pub use crate::plan::validate::PlanError;

@@ -7,6 +7,7 @@ use crate::plan::lower::{Setting, lower};
 use crate::plan::slots::StageCosts;
 use crate::plan::validate::{PlanError, validate};
 use crate::plan::{Plan, Schedule};
+use precision::Precision;
 
 pub mod autodiff;
 pub mod boxing;
@@ -14,6 +15,7 @@ pub mod bucket;
 pub mod layout;
 pub mod micro_batch;
 pub mod optimizer;
+pub mod precision;
 pub mod stages;
 
 /// What becomes of forward layout changes that the user did not write.
@@ -47,6 +49,8 @@ pub struct CompileOptions {
     pub stage_costs: StageCosts,
     /// What becomes of layout changes that the user did not write.
     pub boxing: Boxing,
+    /// How activations and their gradients are stored.
+    pub precision: Precision,
 }
 
 /// CPU devices that one process offers.
@@ -70,6 +74,7 @@ impl Default for CompileOptions {
             cost_model: CostModel::default(),
             stage_costs: StageCosts::default(),
             boxing: Boxing::default(),
+            precision: Precision::default(),
         }
     }
 }
@@ -144,6 +149,9 @@ pub fn compile(mut graph: Graph, options: &CompileOptions) -> Result<Plan, Compi
     checked(&graph)?;
     boxing::insert(&mut graph, &options.cost_model, options.boxing);
     checked(&graph)?;
+    if options.precision == Precision::BF16 {
+        precision::narrow(&mut graph);
+    }
     bucket::gather(&mut graph, options.bucket_bytes);
     let setting = Setting {
         micro_batches: options.micro_batches,

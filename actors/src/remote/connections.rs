@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 
 use crossbeam_channel::{Receiver, Sender};
-use shardflow_kernels::tensor::{DType, HostData, HostTensor, element_count};
+use shardflow_kernels::tensor::{HostTensor, element_count};
 
 use super::{FromPeer, HostPiece, Outgoing, Peer, PeerEnd, Run};
 use crate::error::{Failure, PeerError};
@@ -154,10 +154,7 @@ impl Writer {
         let bytes: usize = piece.tensors.iter().map(|t| t.elements_held() * t.dtype().bytes()).sum();
         self.frame(Frame::Host { port: piece.port, bytes: bytes as u64 })?;
         for tensor in &piece.tensors {
-            match &tensor.data {
-                HostData::F32(values) => values.iter().try_for_each(|v| self.sink.write_all(&v.to_le_bytes()))?,
-                HostData::I32(values) => values.iter().try_for_each(|v| self.sink.write_all(&v.to_le_bytes()))?,
-            }
+            self.sink.write_all(tensor.as_bytes())?;
         }
         Ok(())
     }
@@ -286,11 +283,7 @@ impl Reader {
         for (shape, dtype) in own.tensors.clone() {
             let mut raw = vec![0; element_count(&shape) * dtype.bytes()];
             self.source.read_exact(&mut raw)?;
-            let words = raw.chunks_exact(4).map(|c| [c[0], c[1], c[2], c[3]]);
-            tensors.push(match dtype {
-                DType::F32 => HostTensor::f32(&shape, words.map(f32::from_le_bytes).collect()),
-                DType::I32 => HostTensor::i32(&shape, words.map(i32::from_le_bytes).collect()),
-            });
+            tensors.push(HostTensor::from_le_bytes(dtype, &shape, &raw));
         }
         self.tell_host(FromPeer::Piece(HostPiece { port, tensors }));
         Ok(())

@@ -11,7 +11,7 @@ use std::time::Instant;
 use clap::Parser;
 use shardflow::exit;
 use shardflow::prelude::*;
-use shardflow_examples::args::{ArgsError, GptArgs, NonFiniteArg, ScheduleArg, fail};
+use shardflow_examples::args::{ArgsError, GptArgs, NonFiniteArg, PrecisionArg, ScheduleArg, fail};
 use shardflow_examples::checkpoints::{Checkpoints, CheckpointsError};
 use shardflow_examples::data::{DataError, Text};
 use shardflow_examples::files::{PlaceError, check_writable, free_memory_bytes};
@@ -100,6 +100,10 @@ fn options(args: &GptArgs, cluster: &Cluster) -> CompileOptions {
         schedule: match args.schedule {
             ScheduleArg::GPipe => Schedule::GPipe,
             ScheduleArg::OneFOneB => Schedule::OneFOneB,
+        },
+        precision: match args.precision {
+            PrecisionArg::F32 => Precision::F32,
+            PrecisionArg::BF16 => Precision::BF16,
         },
         threads_per_device: args.threads(cores(), here),
         memory_bytes: args.memory_bytes(free_memory_bytes(), here),

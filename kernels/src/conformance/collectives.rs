@@ -61,7 +61,8 @@ pub(super) fn run(report: &mut Report, make: &Make<'_>, members_max: usize, sums
             Ok(members) => members,
             Err(error) => return report.fail("collectives", error),
         };
-        let mut suite = Suite { report, n, members: &members, numbers: Numbers(n as u64), group: 0, sums };
+        let mut suite =
+            Suite { report, n, members: &members, numbers: Numbers { state: n as u64, halves: false }, group: 0, sums };
         suite.all_reduces();
         suite.moves();
         suite.reduce_scatters();

@@ -2,9 +2,11 @@
 
 use super::reference as exact;
 use super::{Initial, Numbers, Report, Trial, flat, wide};
+use half::bf16;
+
 use crate::device::Device;
 use crate::op::{Einsum, Op};
-use crate::tensor::{HostData, HostTensor, Region, element_count, split_range};
+use crate::tensor::{HostTensor, Region, element_count, split_range};
 
 /// Flat sizes: none, one, around a vector's width, and enough for several threads.
 const SIZES: [usize; 8] = [0, 1, 3, 16, 17, 65, 1000, 70_003];
@@ -16,24 +18,32 @@ const CLOSE: f64 = 2e-6;
 const CLOSE_SUM: f64 = 2e-5;
 
 pub(super) fn run(report: &mut Report, device: &Device) {
-    let mut suite = Suite { report, device, numbers: Numbers(1) };
-    suite.elementwise();
-    suite.copies();
-    suite.sums();
-    suite.einsums();
-    suite.embeddings();
-    suite.layer_norms();
-    suite.attentions();
-    suite.cross_entropies();
-    suite.optimizers();
-    suite.dropouts();
-    suite.refusals();
+    for halves in [false, true] {
+        let mut suite = Suite { report, device, numbers: Numbers { state: 1, halves }, halves };
+        suite.elementwise();
+        suite.sums();
+        suite.einsums();
+        suite.embeddings();
+        suite.layer_norms();
+        suite.attentions();
+        suite.cross_entropies();
+        suite.dropouts();
+        suite.copies();
+        if halves {
+            suite.casts();
+        } else {
+            suite.optimizers();
+            suite.refusals();
+        }
+    }
 }
 
 struct Suite<'a> {
     report: &'a mut Report,
     device: &'a Device,
     numbers: Numbers,
+    /// Activations and their gradients are of type BF16.
+    halves: bool,
 }
 
 /// A write's shape and what it should hold.
@@ -43,18 +53,24 @@ impl Suite<'_> {
     /// Launches over poison; and, where the op can accumulate, over values, with `repeat` (adds) and without (does not).
     fn check(&mut self, what: &str, op: Op, reads: &[HostTensor], expected: &[Expected], tolerance: f64) {
         let shapes: Vec<_> = reads.iter().map(|read| &read.shape).collect();
-        let check = format!("{} {what} {shapes:?}", op.name());
+        let check = format!("{} {what} {shapes:?}{}", op.name(), if self.halves { " in BF16" } else { "" });
         let poison: Vec<Initial> = expected.iter().map(|(shape, _)| Initial::Poison(shape.clone())).collect();
-        self.compare(&check, &Trial::new(op.clone(), reads, &poison), expected, tolerance);
+        self.compare(&check, &self.trial(op.clone(), reads, &poison), expected, tolerance);
         let Some(sum) = op.can_accumulate() else { return };
         let before = self.numbers.tensor(&expected[sum].0, 1.0);
         let mut writes = poison;
         writes[sum] = Initial::Values(before.clone());
-        let trial = Trial { accumulate: true, ..Trial::new(op, reads, &writes) };
+        // A copy changes no type, and a sum is of type F32.
+        let halves = self.halves && !matches!(op, Op::Copy);
+        let trial = Trial { accumulate: true, halves, ..Trial::new(op, reads, &writes) };
         self.compare(&format!("{check}, first of a sum"), &trial, expected, tolerance);
         let mut added = expected.to_vec();
         added[sum].1.iter_mut().zip(wide(&before)).for_each(|(sum, before)| *sum += before);
         self.compare(&format!("{check}, added"), &Trial { repeat: true, ..trial }, &added, tolerance);
+    }
+
+    fn trial<'a>(&self, op: Op, reads: &'a [HostTensor], writes: &'a [Initial]) -> Trial<'a> {
+        Trial { halves: self.halves, ..Trial::new(op, reads, writes) }
     }
 
     fn compare(&mut self, check: &str, trial: &Trial<'_>, expected: &[Expected], tolerance: f64) {
@@ -74,12 +90,12 @@ impl Suite<'_> {
         self.check("", op.clone(), reads, &expected, tolerance);
         for &read in in_place {
             let check = format!("{} in place of read {read}, {:?}", op.name(), reads[read].shape);
-            self.compare(&check, &Trial::new(op.clone(), reads, &[Initial::Read(read)]), &expected, tolerance);
+            self.compare(&check, &self.trial(op.clone(), reads, &[Initial::Read(read)]), &expected, tolerance);
         }
     }
 
     fn launch(&mut self, check: &str, op: Op, reads: &[HostTensor], writes: &[Initial]) -> Option<Vec<HostTensor>> {
-        let result = Trial::new(op, reads, writes).launch(self.device);
+        let result = self.trial(op, reads, writes).launch(self.device);
         result.map_err(|error| self.report.fail(check, error)).ok()
     }
 
@@ -141,8 +157,14 @@ impl Suite<'_> {
                     expected[to] = kept + wide(&x)[from];
                 }
                 let check = format!("copy_region {src:?} {dst:?} accumulate {accumulate} repeat {repeat}");
-                let (reads, writes) = ([x.clone()], [Initial::Values(y.clone())]);
+                // A sum is of type F32, and so are then its terms.
+                let before = match y.as_f32() {
+                    Some(values) if self.halves && !accumulate => HostTensor::bf16(&y.shape, values),
+                    _ => y.clone(),
+                };
+                let (reads, writes) = ([x.clone()], [Initial::Values(before)]);
                 let trial = Trial { accumulate, repeat, ..Trial::new(op.clone(), &reads, &writes) };
+                let trial = Trial { halves: self.halves && !accumulate, ..trial };
                 self.compare(&check, &trial, &[(to_shape.clone(), expected)], 1e-6);
             }
         }
@@ -267,7 +289,9 @@ impl Suite<'_> {
                 |shape: &[usize], values: &[f64]| HostTensor::f32(shape, values.iter().map(|&v| v as f32).collect());
             let reads = [d_o, q, k, v, narrow(&shape, &o), narrow(&lse_shape, &lse)];
             let expected = grads.map(|grad| (shape.to_vec(), grad));
-            self.check("", Op::AttentionGrad { scale: scale as f32 }, &reads, &expected, CLOSE_SUM);
+            // What o loses by rounding, the gradients do too.
+            let tolerance = if self.halves { 0.02 } else { CLOSE_SUM };
+            self.check("", Op::AttentionGrad { scale: scale as f32 }, &reads, &expected, tolerance);
         }
     }
 
@@ -422,16 +446,54 @@ impl Suite<'_> {
         let in_place = self.launch(&check, op, &reads, &[Initial::Read(0)]).unwrap_or_default();
         self.report.expect(&check, got == in_place, "in place gives another result");
         match got.into_iter().next() {
-            Some(HostTensor { data: HostData::F32(values), .. }) => values,
-            _ => vec![],
+            Some(tensor) => tensor.to_f32().unwrap_or_default(),
+            None => vec![],
         }
+    }
+
+    /// To BF16 and back, with what is rounded up, down and to even; and what is not accepted.
+    fn casts(&mut self) {
+        let one_ulp = 2f32.powi(-7);
+        let cases = [
+            (0.0, 0.0),
+            (-1.5, -1.5),
+            (1.0 + one_ulp / 2.0, 1.0),
+            (1.0 + 1.5 * one_ulp, 1.0 + 2.0 * one_ulp),
+            (1.0 + 0.51 * one_ulp, 1.0 + one_ulp),
+            (-1.0 - 0.49 * one_ulp, -1.0),
+            (f32::MAX, f32::INFINITY),
+            (f32::NEG_INFINITY, f32::NEG_INFINITY),
+            (1e-40, f32::from_bits((1e-40f32.to_bits() + 0x8000) & 0xffff_0000)),
+        ];
+        for n in SIZES {
+            let (x, y): (Vec<f32>, Vec<f32>) = (0..n).map(|i| cases[i % cases.len()]).unzip();
+            let (x, y) = (HostTensor::f32(&[n], x), HostTensor::f32(&[n], y));
+            let halves = HostTensor::bf16(&[n], y.as_f32().unwrap_or_default());
+            let poison = [Initial::Values(HostTensor::bf16(&[n], &vec![f32::NAN; n]))];
+            let got = Trial::new(Op::Cast, std::slice::from_ref(&x), &poison).launch(self.device);
+            self.report.expect("cast to BF16", got.as_ref().is_ok_and(|got| got[0] == halves), format!("{got:?}"));
+            let got = Trial::new(Op::Cast, &[halves], &[Initial::Poison(vec![n])]).launch(self.device);
+            self.report.expect("cast to F32", got.as_ref().is_ok_and(|got| got[0] == y), format!("{got:?}"));
+        }
+        let nan = [HostTensor::f32(&[1], vec![f32::NAN])];
+        let zero = [Initial::Values(HostTensor::bf16(&[1], &[0.0]))];
+        let got = Trial::new(Op::Cast, &nan, &zero).launch(self.device);
+        let is_nan = got.as_ref().is_ok_and(|got| wide(&got[0])[0].is_nan());
+        self.report.expect("cast of NaN", is_nan, format!("{got:?}"));
+        let x = [HostTensor::bf16(&[2], &[1.0, 2.0])];
+        let half_sum = [Initial::Values(HostTensor::bf16(&[2], &[0.0; 2]))];
+        let trial = Trial { accumulate: true, ..Trial::new(Op::Copy, &x, &half_sum) };
+        self.report.expect("a sum in BF16", trial.launch(self.device).is_err(), "accepted");
+        let squares = [Initial::Values(HostTensor::f32(&[1], vec![0.0]))];
+        let trial = Trial::new(Op::SumSquares { index: 0 }, &x, &squares);
+        self.report.expect("a norm of BF16", trial.launch(self.device).is_err(), "accepted");
     }
 
     fn dropouts(&mut self) {
         let (shape, p) = ([6, 70, 33], 0.3f32);
         let ones = HostTensor::f32(&shape, vec![1.0; element_count(&shape)]);
         let whole = self.dropout(&ones, p, 7, [5, 0], &shape, &[0, 0, 0]);
-        let kept_value = 1.0 / (1.0 - p);
+        let kept_value = if self.halves { bf16::from_f32(1.0 / (1.0 - p)).to_f32() } else { 1.0 / (1.0 - p) };
         let kept = whole.iter().filter(|&&y| y == kept_value).count();
         let zeros = whole.iter().filter(|&&y| y == 0.0).count();
         self.report.expect("dropout", kept + zeros == whole.len(), "a value is neither 0 nor x / (1 - p)");

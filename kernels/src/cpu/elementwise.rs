@@ -1,5 +1,7 @@
 //! Ops on each element by itself, sums over leading dims, and copies. Imports `cpu::{launch, pool, simd}`, `region`.
 
+use half::bf16;
+
 use crate::cpu::launch::Args;
 use crate::cpu::pool::Pool;
 use crate::cpu::simd::{LANES, Operand, dispatch, map_operand, map_operands, normal};
@@ -46,13 +48,19 @@ pub(crate) fn fill(args: &mut Args<'_>, pool: &Pool, value: f32) -> Result<(), K
 
 pub(crate) fn copy(args: &mut Args<'_>, pool: &Pool) -> Result<(), KernelError> {
     args.expect_same_count(0, 0)?;
-    if args.write_dtype(0) == DType::I32 {
-        if args.accumulate {
-            return Err(args.refused("accumulate", "floats", "integers"));
+    match args.write_dtype(0) {
+        DType::F32 => {}
+        DType::BF16 => {
+            let x = args.bf16(0)?;
+            args.out_bf16(0)?.copy_from_slice(x);
+            return Ok(());
         }
-        let x = args.i32(0)?;
-        args.out_i32(0)?.copy_from_slice(x);
-        return Ok(());
+        DType::I32 if args.accumulate => return Err(args.refused("accumulate", "floats", "integers")),
+        DType::I32 => {
+            let x = args.i32(0)?;
+            args.out_i32(0)?.copy_from_slice(x);
+            return Ok(());
+        }
     }
     let x = args.operand(0, 0)?;
     let y = args.out(0)?;
@@ -64,6 +72,24 @@ pub(crate) fn copy(args: &mut Args<'_>, pool: &Pool) -> Result<(), KernelError> 
         Operand::Other(x) => put(y, x, accumulate),
     });
     Ok(())
+}
+
+pub(crate) fn cast(args: &mut Args<'_>) -> Result<(), KernelError> {
+    let shape = args.read_shape(0);
+    args.expect_write(0, shape)?;
+    match (args.read_dtype(0), args.write_dtype(0)) {
+        (DType::F32, DType::BF16) => {
+            let (x, y) = (args.f32(0)?, args.out_bf16(0)?);
+            y.iter_mut().zip(x).for_each(|(y, x)| *y = bf16::from_f32(*x));
+            Ok(())
+        }
+        (DType::BF16, DType::F32) => {
+            let (x, y) = (args.bf16(0)?, args.out(0)?);
+            y.iter_mut().zip(x).for_each(|(y, x)| *y = x.to_f32());
+            Ok(())
+        }
+        (from, to) => Err(args.refused("dtypes", "F32 to BF16 or BF16 to F32", format!("{from:?} to {to:?}"))),
+    }
 }
 
 /// Overwrites `y` with `x`, or adds to it.
@@ -83,13 +109,19 @@ pub(crate) fn copy_region(args: &mut Args<'_>, src: &Region, dst: &Region) -> Re
         return Err(args.refused("size of dst", format!("{:?}", src.size), format!("{:?}", dst.size)));
     }
     let (from, to) = ((from, &src.start[..]), (to, &dst.start[..]));
-    if args.write_dtype(0) == DType::I32 {
-        if args.accumulate {
-            return Err(args.refused("accumulate", "floats", "integers"));
+    match args.write_dtype(0) {
+        DType::F32 => {}
+        DType::BF16 => {
+            let (x, y) = (args.bf16(0)?, args.out_bf16(0)?);
+            for_each_run(from, to, &src.size, |from, to, len| y[to..to + len].copy_from_slice(&x[from..from + len]));
+            return Ok(());
         }
-        let (x, y) = (args.i32(0)?, args.out_i32(0)?);
-        for_each_run(from, to, &src.size, |from, to, len| y[to..to + len].copy_from_slice(&x[from..from + len]));
-        return Ok(());
+        DType::I32 if args.accumulate => return Err(args.refused("accumulate", "floats", "integers")),
+        DType::I32 => {
+            let (x, y) = (args.i32(0)?, args.out_i32(0)?);
+            for_each_run(from, to, &src.size, |from, to, len| y[to..to + len].copy_from_slice(&x[from..from + len]));
+            return Ok(());
+        }
     }
     let (x, y, accumulate) = (args.f32(0)?, args.out(0)?, args.accumulate);
     for_each_run(from, to, &src.size, |from, to, len| put(&mut y[to..to + len], &x[from..from + len], accumulate));

@@ -2,9 +2,12 @@
 //! Imports `op`, `memory`, `collective` and the kernels.
 #![allow(unsafe_code)]
 
+use half::bf16;
+
 use crate::collective::Collective;
 use crate::cpu::pool::Pool;
 use crate::cpu::simd::Operand;
+use crate::cpu::widen::{self, Wide};
 use crate::cpu::{attention, dropout, elementwise, embedding, loss, matmul, norm, optimizer};
 use crate::error::KernelError;
 use crate::memory::{Base, View};
@@ -29,12 +32,17 @@ pub(crate) fn run_launch(
     repeat: bool,
     pool: &Pool,
     engine: &dyn Collective,
+    wide: &mut Wide,
 ) -> Result<(), KernelError> {
+    if widen::is_for(launch) {
+        return widen::run(launch, bases, repeat, pool, engine, wide);
+    }
     let op = &launch.op;
     let mut args = Args::resolve(launch, bases, repeat, pool.threads())?;
     match op {
         Op::Fill { value } => elementwise::fill(&mut args, pool, *value),
         Op::Copy => elementwise::copy(&mut args, pool),
+        Op::Cast => elementwise::cast(&mut args),
         Op::CopyRegion { src, dst } => elementwise::copy_region(&mut args, src, dst),
         Op::Add => elementwise::add(&mut args, pool),
         Op::SumLeading => elementwise::sum_leading(&mut args, pool),
@@ -69,6 +77,7 @@ fn custom(kernel: &dyn CustomKernel, args: &mut Args<'_>) -> Result<(), KernelEr
         let data = match args.reads[i].dtype() {
             DType::F32 => CpuSlice::F32(args.f32(i)?),
             DType::I32 => CpuSlice::I32(args.i32(i)?),
+            DType::BF16 => return Err(args.refused(&format!("dtype of read {i}"), "F32 or I32", "BF16")),
         };
         Ok(CpuRead { shape: args.reads[i].shape(), data })
     });
@@ -78,6 +87,7 @@ fn custom(kernel: &dyn CustomKernel, args: &mut Args<'_>) -> Result<(), KernelEr
         let data = match args.writes[i].dtype() {
             DType::F32 => CpuSliceMut::F32(args.out(i)?),
             DType::I32 => CpuSliceMut::I32(args.out_i32(i)?),
+            DType::BF16 => return Err(args.refused(&format!("dtype of write {i}"), "F32 or I32", "BF16")),
         };
         writes.push(CpuWrite { shape: args.writes[i].shape(), data });
     }
@@ -93,11 +103,19 @@ pub(crate) fn not_finite(launch: &Launch, bases: &[Base], threads: usize) -> Opt
         _ => !value.is_finite(),
     };
     let count = |write: &View<'_>| {
-        if write.dtype() != DType::F32 {
-            return 0;
-        }
-        // SAFETY: floats; the launch that wrote them has ended, and this stream's next one has not begun; other streams: MEM-3.
-        let values = unsafe { write.f32() };
+        let widened: Vec<f32>;
+        // SAFETY: of the type; the launch that wrote them has ended, and this stream's next one has not begun; other streams:
+        // MEM-3.
+        let values = unsafe {
+            match write.dtype() {
+                DType::I32 => return 0,
+                DType::F32 => write.f32(),
+                DType::BF16 => {
+                    widened = write.bf16().iter().map(|half| half.to_f32()).collect();
+                    &widened
+                }
+            }
+        };
         let faults = |values: &[f32]| values.iter().filter(|value| bad(value)).count();
         match &launch.op {
             // Around the box is what was there before.
@@ -109,7 +127,12 @@ pub(crate) fn not_finite(launch: &Launch, bases: &[Base], threads: usize) -> Opt
 }
 
 impl<'a> Args<'a> {
-    fn resolve(launch: &'a Launch, bases: &'a [Base], repeat: bool, threads: usize) -> Result<Self, KernelError> {
+    pub(crate) fn resolve(
+        launch: &'a Launch,
+        bases: &'a [Base],
+        repeat: bool,
+        threads: usize,
+    ) -> Result<Self, KernelError> {
         let name = launch.op.name();
         let resolve = |buffer| View::resolve(name, buffer, bases);
         let reads = launch.reads.iter().map(resolve).collect::<Result<Vec<_>, _>>()?;
@@ -139,6 +162,19 @@ impl<'a> Args<'a> {
         if accumulate && op.can_accumulate().is_none() && !matches!(op, Op::Custom(_)) {
             return Err(self.refused("accumulate", "an op that can accumulate", self.name));
         }
+        let sum = op.can_accumulate().filter(|_| accumulate).and_then(|write| self.writes.get(write));
+        if sum.is_some_and(|sum| sum.dtype() == DType::BF16) {
+            return Err(self.refused("accumulate", "a sum of type F32, which keeps what is small", "BF16"));
+        }
+        let half = |views: &[View<'_>], may: &dyn Fn(usize) -> bool| {
+            views.iter().enumerate().position(|(i, view)| view.dtype() == DType::BF16 && !may(i))
+        };
+        if let Some(i) = half(&self.reads, &|i| op.reads_bf16(i)) {
+            return Err(self.refused(&format!("dtype of read {i}"), "F32 or I32", "BF16"));
+        }
+        if let Some(i) = half(&self.writes, &|i| op.writes_bf16(i)) {
+            return Err(self.refused(&format!("dtype of write {i}"), "F32 or I32", "BF16"));
+        }
         if self.writes.iter().chain(&self.workspace).any(|write| !write.arena().is_writable()) {
             return Err(self.refused("write", "memory that may be written", "a peer's, mapped to be read"));
         }
@@ -161,6 +197,16 @@ impl<'a> Args<'a> {
         Ok(())
     }
 
+    /// What the launch reads.
+    pub(crate) fn reads(&self) -> &[View<'a>] {
+        &self.reads
+    }
+
+    /// What it writes.
+    pub(crate) fn writes(&self) -> &[View<'a>] {
+        &self.writes
+    }
+
     pub(crate) fn refused(&self, what: &str, expected: impl Into<String>, got: impl Into<String>) -> KernelError {
         KernelError::arguments(self.name, what, expected, got)
     }
@@ -173,6 +219,11 @@ impl<'a> Args<'a> {
     /// Shape of write `i`.
     pub(crate) fn write_shape(&self, i: usize) -> &'a [usize] {
         self.writes[i].shape()
+    }
+
+    /// Dtype of read `i`.
+    pub(crate) fn read_dtype(&self, i: usize) -> DType {
+        self.reads[i].dtype()
     }
 
     /// Dtype of write `i`.
@@ -287,6 +338,21 @@ impl<'a> Args<'a> {
         // SAFETY: floats, taken once, no other write overlaps (checked in `check`), reads that overlap are never made
         // slices (`f32`, `i32`, `operand`); other streams: MEM-3.
         Ok(unsafe { self.writes[i].f32_mut() })
+    }
+
+    /// Read `i` as floats of half the bytes; it may not be a write too.
+    pub(crate) fn bf16(&self, i: usize) -> Result<&'a [bf16], KernelError> {
+        self.check_dtype("read", i, &self.reads[i], DType::BF16)?;
+        self.check_not_in_place(i)?;
+        // SAFETY: of this type, and no write of this launch overlaps it (just checked); other streams: MEM-3.
+        Ok(unsafe { self.reads[i].bf16() })
+    }
+
+    /// Write `i` as floats of half the bytes, once.
+    pub(crate) fn out_bf16(&mut self, i: usize) -> Result<&'a mut [bf16], KernelError> {
+        self.take(i, DType::BF16)?;
+        // SAFETY: as in `out`.
+        Ok(unsafe { self.writes[i].bf16_mut() })
     }
 
     /// Write `i` as integers, once.

@@ -1,5 +1,5 @@
 //! A CPU stream: one named thread that takes submissions from a queue and runs their launches in order.
-//! Imports `op`, `memory`, `event`, `collective`, `cpu::pool` and `cpu::launch`.
+//! Imports `op`, `memory`, `event`, `collective`, `cpu::pool`, `cpu::launch` and `cpu::widen`.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
@@ -11,6 +11,7 @@ use crate::collective::Collective;
 use crate::cpu::THREADS_MAX;
 use crate::cpu::launch::{not_finite, run_launch};
 use crate::cpu::pool::Pool;
+use crate::cpu::widen::Wide;
 use crate::error::KernelError;
 use crate::event::Event;
 use crate::stream::{Notice, Submission};
@@ -110,11 +111,11 @@ impl Drop for CpuStream {
 }
 
 fn serve(commands: &Receiver<Command>, pool: &Pool, engine: &dyn Collective) {
-    let mut check = false;
+    let (mut check, mut wide) = (false, Wide::default());
     for command in commands {
         match command {
             Command::CheckFinite(on) => check = on,
-            Command::Run(submission) => run(submission, check, pool, engine),
+            Command::Run(submission) => run(submission, check, pool, engine, &mut wide),
             Command::Record(event) => event.set(),
             Command::Wait(event) => event.synchronize(),
         }
@@ -122,7 +123,7 @@ fn serve(commands: &Receiver<Command>, pool: &Pool, engine: &dyn Collective) {
 }
 
 /// Runs one program. A panic of the submitter's own `notify` is swallowed: there is nobody to tell.
-fn run(submission: Submission, mut check: bool, pool: &Pool, engine: &dyn Collective) {
+fn run(submission: Submission, mut check: bool, pool: &Pool, engine: &dyn Collective, wide: &mut Wide) {
     let Submission { program, bases, repeat, mut notify } = submission;
     let mut tell = |notice| drop(catch_unwind(AssertUnwindSafe(|| notify(notice))));
     let mut signals = program.signals.iter().peekable();
@@ -133,7 +134,7 @@ fn run(submission: Submission, mut check: bool, pool: &Pool, engine: &dyn Collec
         let Some(launch) = program.launches.get(done) else { break };
         let (name, op, launches) = (program.name.as_str(), launch.op.name(), program.launches.len());
         tracing::trace!(target: LAUNCH, program = name, op, index = done, launches);
-        let result = catch_unwind(AssertUnwindSafe(|| run_launch(launch, &bases, repeat, pool, engine)));
+        let result = catch_unwind(AssertUnwindSafe(|| run_launch(launch, &bases, repeat, pool, engine, wide)));
         let result = result.unwrap_or_else(|panic| {
             Err(KernelError::Panic {
                 launch: format!("{done} ({})", launch.op.name()),

@@ -13,6 +13,7 @@ impl Op {
         match self {
             Op::Fill { .. } => "fill",
             Op::Copy => "copy",
+            Op::Cast => "cast",
             Op::CopyRegion { .. } => "copy_region",
             Op::Add => "add",
             Op::SumLeading => "sum_leading",
@@ -44,7 +45,7 @@ impl Op {
         Some(match self {
             Op::Fill { .. } => (0, 1),
             Op::Copy | Op::CopyRegion { .. } | Op::SumLeading | Op::Scale { .. } | Op::Gelu | Op::RowMax => (1, 1),
-            Op::SumSquares { .. } => (1, 1),
+            Op::Cast | Op::SumSquares { .. } => (1, 1),
             Op::Add | Op::Einsum(_) | Op::Embedding { .. } | Op::EmbeddingGrad { .. } | Op::GeluGrad => (2, 1),
             Op::Dropout { .. } => (2, 1),
             Op::LayerNorm { .. } => (2, 3),
@@ -77,6 +78,31 @@ impl Op {
             | Op::TokenLoss { .. } => Some(0),
             Op::LayerNormGrad => Some(1),
             _ => None,
+        }
+    }
+
+    /// True when read `port` may be of type [`crate::tensor::DType::BF16`]: an activation or its gradient. Parameters, statistics and sums
+    /// are [`crate::tensor::DType::F32`], but for the operands of a product.
+    pub fn reads_bf16(&self, port: usize) -> bool {
+        match self {
+            Op::Cast | Op::Copy | Op::CopyRegion { .. } | Op::Add | Op::SumLeading | Op::Scale { .. } => true,
+            Op::Einsum(_) | Op::Gelu | Op::GeluGrad | Op::Attention { .. } => true,
+            Op::LayerNorm { .. } | Op::RowMax | Op::SumExpTarget { .. } | Op::Dropout { .. } => port == 0,
+            Op::EmbeddingGrad { .. } | Op::CrossEntropyGrad { .. } => port == 1,
+            Op::LayerNormGrad => port < 2,
+            Op::AttentionGrad { .. } => port < 5,
+            _ => false,
+        }
+    }
+
+    /// True when write `port` may be of type [`crate::tensor::DType::BF16`]. What accumulates is [`crate::tensor::DType::F32`] in any case.
+    pub fn writes_bf16(&self, port: usize) -> bool {
+        match self {
+            Op::Fill { .. } | Op::Cast | Op::Copy | Op::CopyRegion { .. } | Op::Add | Op::SumLeading => true,
+            Op::Scale { .. } | Op::Einsum(_) | Op::Gelu | Op::GeluGrad | Op::Embedding { .. } => true,
+            Op::CrossEntropyGrad { .. } | Op::Dropout { .. } | Op::AttentionGrad { .. } => true,
+            Op::LayerNorm { .. } | Op::LayerNormGrad | Op::Attention { .. } => port == 0,
+            _ => false,
         }
     }
 

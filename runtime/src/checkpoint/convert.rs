@@ -12,7 +12,7 @@ use super::error::CheckpointError;
 use super::manifest::{Manifest, Piece, SHARDS_MAX, Tensor};
 use super::read::Reader;
 use super::save::{commit_manifest, shard_file};
-use super::shard::{self, Entry, bytes_of, entry_name, header};
+use super::shard::{self, Entry, entry_name, header};
 use super::store::Store;
 use crate::session::checkpoint::write_whole;
 
@@ -34,7 +34,7 @@ pub fn export(reader: &Reader, path: &Path) -> Result<(), CheckpointError> {
         out.write_all(&header)?;
         for tensor in &tensors {
             let whole = reader.tensor(&tensor.info.name, &Region::whole(&tensor.info.shape))?;
-            out.write_all(bytes_of(&whole))?;
+            out.write_all(whole.as_bytes())?;
         }
         Ok::<(), ExportError>(())
     });

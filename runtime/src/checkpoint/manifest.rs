@@ -52,6 +52,8 @@ pub enum Element {
     F32,
     /// [`DType::I32`], little-endian.
     I32,
+    /// [`DType::BF16`], little-endian.
+    BF16,
 }
 
 impl From<DType> for Element {
@@ -59,6 +61,7 @@ impl From<DType> for Element {
         match dtype {
             DType::F32 => Self::F32,
             DType::I32 => Self::I32,
+            DType::BF16 => Self::BF16,
         }
     }
 }
@@ -68,6 +71,7 @@ impl From<Element> for DType {
         match element {
             Element::F32 => Self::F32,
             Element::I32 => Self::I32,
+            Element::BF16 => Self::BF16,
         }
     }
 }

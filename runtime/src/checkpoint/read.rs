@@ -8,7 +8,6 @@ use shardflow_kernels::tensor::{HostTensor, Region};
 
 use super::error::CheckpointError;
 use super::manifest::{Checksum, Manifest, Piece, Shard, Tensor};
-use super::shard::tensor_of;
 use super::store::Store;
 use crate::sbp::region::{contains, copy_box, filled};
 
@@ -100,7 +99,7 @@ impl Reader {
                 format!("tensor {}: checksum of {bytes} bytes at {} is not as written", tensor.info.name, piece.offset);
             return Err(CheckpointError::Damaged { file, why });
         }
-        Ok(tensor_of(dtype, &piece.size, &got))
+        Ok(HostTensor::from_le_bytes(dtype, &piece.size, &got))
     }
 
     /// Bytes of a shard. A shard that is not as long as it was is damaged, not a failing store.

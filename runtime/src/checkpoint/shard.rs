@@ -6,7 +6,7 @@ use std::collections::HashMap;
 
 use safetensors::tensor::{Dtype, Metadata, TensorInfo as View};
 use serde::{Deserialize, Serialize};
-use shardflow_kernels::tensor::{DType, HostData, HostTensor, Region, element_count};
+use shardflow_kernels::tensor::{DType, HostTensor, Region, element_count};
 
 use super::error::CheckpointError;
 use super::manifest::{Checksum, Shard};
@@ -44,23 +44,6 @@ pub(crate) fn entry_name(tensor: &str, shape: &[usize], region: &Region) -> Stri
     format!("{tensor}[{}]", ranges.join(","))
 }
 
-/// Elements as bytes.
-pub(crate) fn bytes_of(tensor: &HostTensor) -> &[u8] {
-    match &tensor.data {
-        HostData::F32(data) => bytemuck::cast_slice(data),
-        HostData::I32(data) => bytemuck::cast_slice(data),
-    }
-}
-
-/// A tensor of bytes, which need not be aligned. There must be as many as the shape says.
-pub(crate) fn tensor_of(dtype: DType, shape: &[usize], bytes: &[u8]) -> HostTensor {
-    let chunks = bytes.chunks_exact(4).map(|c| [c[0], c[1], c[2], c[3]]);
-    match dtype {
-        DType::F32 => HostTensor::f32(shape, chunks.map(f32::from_le_bytes).collect()),
-        DType::I32 => HostTensor::i32(shape, chunks.map(i32::from_le_bytes).collect()),
-    }
-}
-
 /// What comes before the tensors in a safetensors file, byte for byte as that crate writes it for entries of one type
 /// in the order of their names.
 pub(crate) fn header(entries: &[Entry], steps: u64) -> Result<Vec<u8>, CheckpointError> {
@@ -71,6 +54,7 @@ pub(crate) fn header(entries: &[Entry], steps: u64) -> Result<Vec<u8>, Checkpoin
         let dtype = match entry.dtype {
             DType::F32 => Dtype::F32,
             DType::I32 => Dtype::I32,
+            DType::BF16 => Dtype::BF16,
         };
         (entry.name.clone(), View { dtype, shape: entry.shape.clone(), data_offsets: (start, end) })
     };
@@ -107,7 +91,7 @@ pub(crate) fn write<'a>(
     let mut written = Vec::with_capacity(entries.len());
     for (index, entry) in entries.iter().enumerate() {
         let tensor = content(index)?;
-        let elements = bytes_of(&tensor);
+        let elements = tensor.as_bytes();
         assert_eq!(elements.len() as u64, entry.bytes(), "{}: an entry of another size", entry.name);
         upload.push(elements)?;
         written.push((offset, Checksum::of(elements)));

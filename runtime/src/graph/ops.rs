@@ -86,6 +86,8 @@ pub fn rule(op: &Op, shapes: &[&[usize]]) -> Result<Rule, LayoutError> {
         }
         // Sums of leading dims: the output's rank is not known from the inputs, see `sum_leading`.
         Op::SumLeading | Op::CopyRegion { .. } | Op::SumSquares { .. } | Op::ClipScale { .. } => Rule::parse("->"),
+        // Put in when layouts are settled.
+        Op::Cast => Rule::parse("->"),
         Op::Collective(_) | Op::Custom(_) => Rule::parse("->"),
     }
 }

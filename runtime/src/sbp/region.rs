@@ -9,6 +9,7 @@ pub fn filled(shape: &[usize], dtype: DType, value: f32) -> HostTensor {
     match dtype {
         DType::F32 => HostTensor::f32(shape, vec![value; element_count(shape)]),
         DType::I32 => HostTensor::i32(shape, vec![value as i32; element_count(shape)]),
+        DType::BF16 => HostTensor::bf16(shape, &vec![value; element_count(shape)]),
     }
 }
 
@@ -34,6 +35,9 @@ pub fn copy_box(src: &HostTensor, from: &Region, dst: &mut HostTensor, to: &Regi
         (HostData::I32(s), HostData::I32(d)) => {
             rows.for_each(|(a, b)| d[b..b + width].copy_from_slice(&s[a..a + width]));
         }
+        (HostData::BF16(s), HostData::BF16(d)) => {
+            rows.for_each(|(a, b)| d[b..b + width].copy_from_slice(&s[a..a + width]));
+        }
         _ => panic!("tensors differ in type"),
     }
 }
@@ -55,6 +59,7 @@ pub fn same_bits(a: &HostTensor, b: &HostTensor) -> bool {
     let same = match (&a.data, &b.data) {
         (HostData::F32(a), HostData::F32(b)) => a.iter().map(|x| x.to_bits()).eq(b.iter().map(|x| x.to_bits())),
         (HostData::I32(a), HostData::I32(b)) => a == b,
+        (HostData::BF16(a), HostData::BF16(b)) => a.iter().map(|x| x.to_bits()).eq(b.iter().map(|x| x.to_bits())),
         _ => false,
     };
     same && a.shape == b.shape

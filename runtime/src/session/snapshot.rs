@@ -228,9 +228,6 @@ impl Session {
 /// A tensor to read into: a piece that is not needed any more, if it has the right type.
 fn again(spare: Option<SnapshotPiece>, dtype: DType, region: &Region) -> HostTensor {
     let data = spare.map(|piece| piece.data).filter(|data| data.dtype() == dtype).map(|data| data.data);
-    let data = data.unwrap_or(match dtype {
-        DType::F32 => HostData::F32(Vec::new()),
-        DType::I32 => HostData::I32(Vec::new()),
-    });
+    let data = data.unwrap_or(HostData::empty(dtype));
     HostTensor { shape: region.size.clone(), data }
 }
