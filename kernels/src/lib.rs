@@ -35,6 +35,7 @@
 pub mod collective;
 pub mod conformance;
 pub mod cpu;
+pub mod cuda;
 pub mod device;
 pub mod error;
 pub mod event;
