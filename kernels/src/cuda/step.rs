@@ -57,6 +57,9 @@ pub enum Arg {
     Null,
     /// The address of the stream's [`ErrorRecord`]. One for each stream, since only launches of one stream are ordered.
     ErrorRecord,
+    /// The address of a 64-bit counter, zeroed before: how many elements are not finite. Only in the steps that look for
+    /// them.
+    Counter,
     /// The launch's index in its program, as an `unsigned int`; the issuer knows it. It goes into the [`ErrorRecord`].
     LaunchIndex,
     /// `int`.
@@ -69,6 +72,8 @@ pub enum Arg {
     U64(u64),
     /// `float`.
     F32(f32),
+    /// `double`.
+    F64(f64),
 }
 
 /// A buffer of the launch.
