@@ -88,6 +88,30 @@ pub enum HostData {
     I32(Vec<i32>),
 }
 
+impl HostData {
+    /// The elements' bytes.
+    pub(crate) fn as_bytes(&self) -> &[u8] {
+        match self {
+            HostData::F32(values) => bytemuck::cast_slice(values),
+            HostData::I32(values) => bytemuck::cast_slice(values),
+        }
+    }
+
+    /// The bytes of as many elements, to be overwritten; the memory is used again.
+    pub(crate) fn resized(&mut self, elements: usize) -> &mut [u8] {
+        match self {
+            HostData::F32(values) => {
+                values.resize(elements, 0.0);
+                bytemuck::cast_slice_mut(values)
+            }
+            HostData::I32(values) => {
+                values.resize(elements, 0);
+                bytemuck::cast_slice_mut(values)
+            }
+        }
+    }
+}
+
 /// A row-major tensor in host memory.
 #[derive(Clone, Debug, PartialEq)]
 pub struct HostTensor {
