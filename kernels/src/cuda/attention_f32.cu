@@ -341,14 +341,14 @@ extern "C" __global__ void __launch_bounds__(256, 2)
     attention<96>(q, k, v, o, lse, time, heads, depth, blocks, scale);
 }
 
-extern "C" __global__ void __launch_bounds__(256, 2)
+extern "C" __global__ void __launch_bounds__(256, 1)
     attention_grad_keys_f32_d96(const float* d_o, const float* q, const float* k, const float* v, const float* lse,
                                 const float* delta, float* dk, float* dv, i64 time, int heads, int depth, i64 blocks,
                                 float scale) {
     attention_grad_keys<96>(d_o, q, k, v, lse, delta, dk, dv, time, heads, depth, blocks, scale);
 }
 
-extern "C" __global__ void __launch_bounds__(256, 2)
+extern "C" __global__ void __launch_bounds__(256, 1)
     attention_grad_queries_f32_d96(const float* d_o, const float* q, const float* k, const float* v,
                                    const float* lse, const float* delta, float* dq, i64 time, int heads, int depth,
                                    i64 blocks, float scale) {
@@ -361,14 +361,14 @@ extern "C" __global__ void __launch_bounds__(256, 2)
     attention<128>(q, k, v, o, lse, time, heads, depth, blocks, scale);
 }
 
-extern "C" __global__ void __launch_bounds__(256, 2)
+extern "C" __global__ void __launch_bounds__(256, 1)
     attention_grad_keys_f32_d128(const float* d_o, const float* q, const float* k, const float* v, const float* lse,
                                 const float* delta, float* dk, float* dv, i64 time, int heads, int depth, i64 blocks,
                                 float scale) {
     attention_grad_keys<128>(d_o, q, k, v, lse, delta, dk, dv, time, heads, depth, blocks, scale);
 }
 
-extern "C" __global__ void __launch_bounds__(256, 2)
+extern "C" __global__ void __launch_bounds__(256, 1)
     attention_grad_queries_f32_d128(const float* d_o, const float* q, const float* k, const float* v,
                                    const float* lse, const float* delta, float* dq, i64 time, int heads, int depth,
                                    i64 blocks, float scale) {
