@@ -118,9 +118,10 @@ def build(module, architecture, out):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=pathlib.Path, required=True)
-    parser.add_argument("--arch", nargs="*", default=ARCHITECTURES)
+    parser.add_argument("--arch", action="append", help=f"default: {ARCHITECTURES}")
     parser.add_argument("modules", nargs="*", default=sorted(path.stem for path in SOURCES.glob("*.cu")))
     args = parser.parse_args()
+    args.arch = args.arch or ARCHITECTURES
     args.out.mkdir(parents=True, exist_ok=True)
     failures, results = [], {}
     # One process for each core: NVRTC compiles on one thread.

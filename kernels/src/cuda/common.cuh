@@ -165,5 +165,8 @@ struct Box {
     }
 
     // Division of 64-bit numbers is slow.
-    INLINE u64 place(u64 index) const { return index >> 32 ? place_by<u64>(index) : place_by<u32>((u32)index); }
+    INLINE u64 place(u64 index) const {
+        const bool wide = ((index | size1 | size2 | size3) >> 32) != 0;
+        return wide ? place_by<u64>(index) : place_by<u32>((u32)index);
+    }
 };

@@ -95,10 +95,19 @@ extern "C" __global__ void __launch_bounds__(256)
     layer_norm_grad_weight(dy, x, means, rstds, out, rows, width, rows_per_part, accumulate);
 }
 
+// A double as two floats, because the workspace is of floats and may begin at any of them.
+INLINE void split_double(float* to, double value) {
+    const float high = (float)value;
+    const float low = (float)(value - (double)high);
+    to[0] = high;
+    // What is not finite has no remainder.
+    to[1] = fabsf(high) < -MINUS_INFINITY ? low : 0.0f;
+}
+
 // The sum of squares of each of gridDim.x parts of `per_part` elements, in double: to `partial`, or, with one part and
 // `partial` null, added to `out`.
 template <class T>
-INLINE void sum_squares(const T* x, double* partial, float* out, i64 n, i64 per_part) {
+INLINE void sum_squares(const T* x, float* partial, float* out, i64 n, i64 per_part) {
     constexpr int W = Width<T>::value;
     const i64 begin = (i64)blockIdx.x * per_part;
     const i64 end = begin + per_part < n ? begin + per_part : n;
@@ -115,26 +124,26 @@ INLINE void sum_squares(const T* x, double* partial, float* out, i64 n, i64 per_
     sum = block_sum(sum);
     if (threadIdx.x > 0) return;
     if (partial) {
-        partial[blockIdx.x] = sum;
+        split_double(partial + 2 * (i64)blockIdx.x, sum);
     } else {
         *out += (float)sum;
     }
 }
 
 extern "C" __global__ void __launch_bounds__(256)
-    sum_squares_f32(const float* x, double* partial, float* out, i64 n, i64 per_part) {
+    sum_squares_f32(const float* x, float* partial, float* out, i64 n, i64 per_part) {
     sum_squares(x, partial, out, n, per_part);
 }
 
 extern "C" __global__ void __launch_bounds__(256)
-    sum_squares_bf16(const bf16* x, double* partial, float* out, i64 n, i64 per_part) {
+    sum_squares_bf16(const bf16* x, float* partial, float* out, i64 n, i64 per_part) {
     sum_squares(x, partial, out, n, per_part);
 }
 
 // *out += the sum of the partial sums. One block.
-extern "C" __global__ void __launch_bounds__(256) add_partial_sums(const double* partial, float* out, i64 parts) {
+extern "C" __global__ void __launch_bounds__(256) add_partial_sums(const float* partial, float* out, i64 parts) {
     double sum = 0.0;
-    for (i64 i = threadIdx.x; i < parts; i += blockDim.x) sum += partial[i];
+    for (i64 i = threadIdx.x; i < parts; i += blockDim.x) sum += (double)partial[2 * i] + (double)partial[2 * i + 1];
     sum = block_sum(sum);
     if (threadIdx.x == 0) *out += (float)sum;
 }
