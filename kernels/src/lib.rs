@@ -32,6 +32,8 @@
 //! # }
 //! ```
 
+mod bound;
+pub mod clock;
 pub mod collective;
 pub mod conformance;
 pub mod cpu;

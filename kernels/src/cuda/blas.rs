@@ -265,7 +265,7 @@ impl Plan {
         let made = unsafe { sys::cublasLtMatmulDescCreate(&mut description, compute, scale) };
         check(made, "cublasLtMatmulDescCreate", place)?;
         let description = Raw(description);
-        let transposed = |yes| if yes { sys::cublasOperation_t::CUBLAS_OP_T } else { sys::cublasOperation_t::CUBLAS_OP_N };
+        let transposed = |yes| if yes { cudarc::cublas::sys::cublasOperation_t::CUBLAS_OP_T } else { cudarc::cublas::sys::cublasOperation_t::CUBLAS_OP_N };
         set(description, Attribute::CUBLASLT_MATMUL_DESC_TRANSA, &transposed(product.a_transposed), place)?;
         set(description, Attribute::CUBLASLT_MATMUL_DESC_TRANSB, &transposed(product.b_transposed), place)?;
         set(description, Attribute::CUBLASLT_MATMUL_DESC_EPILOGUE, &epilogue(&product.epilogue), place)?;
@@ -307,7 +307,7 @@ impl Plan {
         // SAFETY: live handles; values have the attributes' sizes (8 bytes, and 4 each); at most one result is written.
         let status = unsafe {
             let bytes = Preference::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES;
-            let mut set = |attribute, value: *const c_void, size| {
+            let set = |attribute, value: *const c_void, size| {
                 sys::cublasLtMatmulPreferenceSetAttribute(preference, attribute, value, size)
             };
             let mut status = set(bytes, (&raw const workspace).cast(), size_of::<usize>());

@@ -199,6 +199,7 @@ impl Issuer {
         bound.all().try_for_each(|view| self.check_on_this_gpu(bound.name, view))?;
         match (kind, &launch.op) {
             (Kind::Steps(steps), _) => {
+                check_in_place(launch, &bound)?;
                 steps.iter().try_for_each(|step| self.step(step, &bound, run.done))?;
                 Ok(None)
             }
@@ -233,6 +234,7 @@ impl Issuer {
                         Parameter::Bits(bits) => bits,
                         Parameter::LaunchIndex => index as u64,
                         Parameter::Record => self.record_address()?,
+                        Parameter::Counter => 0,
                     };
                 }
                 self.lane.launch(*function, how, &words[..parameters.len()])
@@ -309,4 +311,17 @@ impl Issuer {
         }
         Ok(())
     }
+}
+
+/// What MEM-2 leaves to the op: which reads may be the memory of the first write.
+fn check_in_place(launch: &Launch, bound: &Bound<'_>) -> Result<(), KernelError> {
+    for (w, write) in bound.writes.iter().enumerate() {
+        for (r, read) in bound.reads.iter().enumerate() {
+            if read.overlaps(write) && !(w == 0 && lower::in_place(launch).contains(&r)) {
+                let expected = "memory that is not written";
+                return Err(KernelError::arguments(bound.name, &format!("read {r}"), expected, "an op in place"));
+            }
+        }
+    }
+    Ok(())
 }

@@ -59,6 +59,7 @@ pub(crate) enum Ready {
 pub(crate) enum Parameter {
     Address(Place),
     Record,
+    Counter,
     LaunchIndex,
     /// As it is: the low bytes count.
     Bits(u64),
@@ -132,6 +133,8 @@ fn parameter(arg: &Arg) -> Parameter {
         Arg::I64(value) => Parameter::Bits(value as u64),
         Arg::U64(value) => Parameter::Bits(value),
         Arg::F32(value) => Parameter::Bits(u64::from(value.to_bits())),
+        Arg::F64(value) => Parameter::Bits(value.to_bits()),
+        Arg::Counter => Parameter::Counter,
     }
 }
 

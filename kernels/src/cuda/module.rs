@@ -14,7 +14,7 @@ use cudarc::nvrtc::sys as nvrtc;
 
 use super::context::{Context, Raw};
 use super::library::Library;
-use super::source;
+use super::source::{MODULES, Module};
 use super::step::SHARED_BYTES_DEFAULT;
 use crate::error::KernelError;
 
@@ -58,14 +58,15 @@ impl Modules {
         let mut function = match loaded.functions.get(name) {
             Some(function) => *function,
             None => {
-                let module = source::module_of(name).ok_or_else(|| {
+                let module = MODULES.iter().find(|module| module.functions().any(|function| function == name));
+                let module = module.ok_or_else(|| {
                     KernelError::arguments(name, "kernel", "one of the backend's modules", "an unknown name")
                 })?;
-                let handle = match loaded.modules.get(module) {
+                let handle = match loaded.modules.get(module.name) {
                     Some(handle) => *handle,
                     None => self.load(module)?,
                 };
-                loaded.modules.insert(module, handle);
+                loaded.modules.insert(module.name, handle);
                 let mut function = std::ptr::null_mut();
                 let c_name = CString::new(name).unwrap_or_default();
                 // SAFETY: a live module and a text that ends with 0; writes to a local.
@@ -85,9 +86,9 @@ impl Modules {
         Ok(function)
     }
 
-    fn load(&self, module: &'static str) -> Result<Raw<sys::CUmodule>, KernelError> {
+    fn load(&self, module: &Module) -> Result<Raw<sys::CUmodule>, KernelError> {
         let capability = self.context.capability();
-        for path in cubins(module, capability) {
+        for path in cubins(module.name, capability) {
             if let Ok(image) = fs::read(&path)
                 && let Ok(handle) = self.load_image(&image, &path.display().to_string())
             {
@@ -95,7 +96,7 @@ impl Modules {
             }
         }
         let image = compile(module, capability)?;
-        self.load_image(&image, module)
+        self.load_image(&image, module.name)
     }
 
     fn load_image(&self, image: &[u8], name: &str) -> Result<Raw<sys::CUmodule>, KernelError> {
@@ -150,10 +151,10 @@ fn includes() -> Vec<PathBuf> {
 }
 
 /// A cubin of a module, made at run time.
-fn compile(module: &str, (major, minor): (i32, i32)) -> Result<Vec<u8>, KernelError> {
+fn compile(module: &Module, (major, minor): (i32, i32)) -> Result<Vec<u8>, KernelError> {
     Library::Nvrtc.require()?;
-    let text = CString::new(source::text(module)).unwrap_or_default();
-    let (file, target) = (format!("{module}.cu"), format!("sm_{major}{minor}"));
+    let text = CString::new(module.text).unwrap_or_default();
+    let (file, target) = (format!("{}.cu", module.name), format!("sm_{major}{minor}"));
     let name = CString::new(file.clone()).unwrap_or_default();
     let mut options = vec![format!("--gpu-architecture={target}"), "--std=c++17".to_owned()];
     // Loads the library, so that its folder can be found.

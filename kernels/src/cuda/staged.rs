@@ -113,34 +113,20 @@ impl Staged {
     ) -> Result<Result<(), KernelError>, Box<dyn Any + Send>> {
         let run = || {
             self.run(bound, |reads, writes| {
-                let read = |view: &View<'_>| {
-                    // SAFETY: of the dtype that is asked for; the copy is ours, and its one writer, if it is in place, is
-                    // refused below.
-                    let data = unsafe {
-                        match view.dtype() {
-                            DType::F32 => CpuSlice::F32(view.f32()),
-                            DType::I32 => CpuSlice::I32(view.i32()),
-                        }
-                    };
-                    CpuRead { shape: view.shape(), data }
-                };
                 if writes.iter().any(|write| reads.iter().any(|read| read.overlaps(write))) {
                     let got = "an op in place";
                     return Err(KernelError::arguments(bound.name, "read", "memory that is not written", got));
                 }
-                let write = |view: &View<'_>| {
-                    // SAFETY: of the dtype that is asked for; the copy is ours, and no other view of it overlaps: reads
-                    // were checked above, writes by `bound`.
-                    let data = unsafe {
-                        match view.dtype() {
-                            DType::F32 => CpuSliceMut::F32(view.f32_mut()),
-                            DType::I32 => CpuSliceMut::I32(view.i32_mut()),
-                        }
-                    };
-                    CpuWrite { shape: view.shape(), data }
+                // SAFETY: copies of this stream's own; no read overlaps a write (just checked), and no two writes overlap
+                // (`bound` has checked that).
+                let args = unsafe {
+                    CpuArgs {
+                        reads: reads.iter().map(|view| read(view)).collect(),
+                        writes: writes.iter().map(|view| write(view)).collect(),
+                        accumulate,
+                    }
                 };
-                let reads = reads.iter().map(read).collect();
-                kernel.run_cpu(CpuArgs { reads, writes: writes.iter().map(write).collect(), accumulate })
+                kernel.run_cpu(args)
             })
         };
         catch_unwind(AssertUnwindSafe(run))
@@ -169,4 +155,30 @@ pub(crate) fn device_address(view: &View<'_>) -> Result<u64, KernelError> {
     let memory = view.arena().device_memory();
     let memory = memory.ok_or_else(|| KernelError::arguments("copy", "memory", "memory of a GPU", "the host's"))?;
     Ok(memory.address() + view.offset() as u64)
+}
+
+/// # Safety
+/// For `'a` nobody writes the elements.
+unsafe fn read<'a>(view: &View<'a>) -> CpuRead<'a> {
+    // SAFETY: of the dtype that is asked for; the rest is the contract.
+    let data = unsafe {
+        match view.dtype() {
+            DType::F32 => CpuSlice::F32(view.f32()),
+            DType::I32 => CpuSlice::I32(view.i32()),
+        }
+    };
+    CpuRead { shape: view.shape(), data }
+}
+
+/// # Safety
+/// For `'a` nobody else touches the elements.
+unsafe fn write<'a>(view: &View<'a>) -> CpuWrite<'a> {
+    // SAFETY: as in `read`.
+    let data = unsafe {
+        match view.dtype() {
+            DType::F32 => CpuSliceMut::F32(view.f32_mut()),
+            DType::I32 => CpuSliceMut::I32(view.i32_mut()),
+        }
+    };
+    CpuWrite { shape: view.shape(), data }
 }

@@ -1,0 +1,3 @@
+//! NCCL. Imports `cuda::nccl::api`.
+mod api;
+pub(crate) use api::Api;
