@@ -4,6 +4,7 @@
 //! <- gpu <- lane <- engine, lowered, staged <- issue <- stream <- device`; `nccl` and `local` are engines.
 
 pub(crate) mod blas;
+pub(crate) mod boxes;
 pub(crate) mod context;
 pub mod device;
 pub mod engine;
@@ -12,6 +13,7 @@ pub mod gpu;
 pub(crate) mod issue;
 pub(crate) mod lane;
 pub mod library;
+pub mod local;
 pub mod lower;
 pub(crate) mod lowered;
 pub(crate) mod memory;

@@ -234,7 +234,6 @@ impl Issuer {
                         Parameter::Bits(bits) => bits,
                         Parameter::LaunchIndex => index as u64,
                         Parameter::Record => self.record_address()?,
-                        Parameter::Counter => 0,
                     };
                 }
                 self.lane.launch(*function, how, &words[..parameters.len()])

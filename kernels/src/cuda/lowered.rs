@@ -59,7 +59,6 @@ pub(crate) enum Ready {
 pub(crate) enum Parameter {
     Address(Place),
     Record,
-    Counter,
     LaunchIndex,
     /// As it is: the low bytes count.
     Bits(u64),
@@ -125,16 +124,10 @@ fn ready(step: Step, gpu: &Gpu) -> Result<Ready, KernelError> {
 fn parameter(arg: &Arg) -> Parameter {
     match *arg {
         Arg::Pointer(place) => Parameter::Address(place),
-        Arg::Null => Parameter::Bits(0),
         Arg::ErrorRecord => Parameter::Record,
         Arg::LaunchIndex => Parameter::LaunchIndex,
-        Arg::I32(value) => Parameter::Bits(u64::from(value as u32)),
-        Arg::U32(value) => Parameter::Bits(u64::from(value)),
-        Arg::I64(value) => Parameter::Bits(value as u64),
-        Arg::U64(value) => Parameter::Bits(value),
-        Arg::F32(value) => Parameter::Bits(u64::from(value.to_bits())),
-        Arg::F64(value) => Parameter::Bits(value.to_bits()),
-        Arg::Counter => Parameter::Counter,
+        // Only steps that look for what is not finite have a counter, and those are not lowered here.
+        ref other => Parameter::Bits(other.bits().unwrap_or(0)),
     }
 }
 

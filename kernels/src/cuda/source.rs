@@ -17,10 +17,11 @@ macro_rules! module {
 }
 
 /// All modules.
-pub const MODULES: [Module; 10] = [
+pub const MODULES: [Module; 11] = [
     module!("attention_bf16"),
     module!("attention_f32"),
     module!("attention_plain"),
+    module!("collective"),
     module!("elementwise"),
     module!("embedding"),
     module!("loss"),

@@ -76,6 +76,22 @@ pub enum Arg {
     F64(f64),
 }
 
+impl Arg {
+    /// The value as 8 bytes, of which a kernel takes as many as its parameter has; `None` where the issuer knows the value.
+    pub fn bits(&self) -> Option<u64> {
+        Some(match *self {
+            Arg::Pointer(_) | Arg::ErrorRecord | Arg::Counter | Arg::LaunchIndex => return None,
+            Arg::Null => 0,
+            Arg::I32(value) => u64::from(value as u32),
+            Arg::U32(value) => u64::from(value),
+            Arg::I64(value) => value as u64,
+            Arg::U64(value) => value,
+            Arg::F32(value) => u64::from(value.to_bits()),
+            Arg::F64(value) => value.to_bits(),
+        })
+    }
+}
+
 /// A buffer of the launch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Operand {
