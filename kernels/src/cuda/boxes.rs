@@ -35,6 +35,25 @@ impl Boxed<'_> {
     }
 }
 
+/// A [`Boxed`] that borrows nothing.
+#[derive(Clone, Debug)]
+pub(crate) struct OwnBox {
+    pub(crate) address: u64,
+    pub(crate) shape: Vec<usize>,
+    pub(crate) region: Region,
+}
+
+impl OwnBox {
+    /// A tensor of this shape.
+    pub(crate) fn whole(address: u64, shape: &[usize]) -> Self {
+        Self { address, shape: shape.to_vec(), region: Region::whole(shape) }
+    }
+
+    pub(crate) fn boxed(&self) -> Boxed<'_> {
+        Boxed { address: self.address, shape: &self.shape, region: &self.region }
+    }
+}
+
 /// Copies a box onto another of the same size.
 pub(crate) fn copy_box(lane: &Lane, from: Boxed<'_>, to: Boxed<'_>, dtype: DType) -> Result<(), KernelError> {
     if from.region.is_empty() {
