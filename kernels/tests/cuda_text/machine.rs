@@ -92,7 +92,7 @@ pub struct Machine {
 
 impl Machine {
     /// Runs a step on memory.
-    pub fn run(&mut self, step: &Step, layout: &Layout, memory: &mut Vec<u8>) {
+    pub fn run(&mut self, step: &Step, layout: &Layout, memory: &mut [u8]) {
         match step {
             Step::Kernel(kernel) => self.kernel(kernel, layout, memory),
             Step::Product(product) => run_product(product, layout, memory),
@@ -107,7 +107,7 @@ impl Machine {
         }
     }
 
-    fn kernel(&mut self, kernel: &Kernel, layout: &Layout, memory: &mut Vec<u8>) {
+    fn kernel(&mut self, kernel: &Kernel, layout: &Layout, memory: &mut [u8]) {
         let name = kernel.function;
         let module = MODULES.iter().find(|module| module.functions().any(|function| function == name));
         let module = module.unwrap_or_else(|| panic!("no module has {name}"));

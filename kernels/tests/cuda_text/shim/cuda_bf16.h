@@ -128,12 +128,19 @@ inline void run_block() {
     std::fill(machine.dynamic.begin(), machine.dynamic.end(), 0xff);
     std::vector<size_t> order(threads);
     for (size_t i = 0; i < threads; i++) order[i] = i;
+    // One warp is held back until nothing else can go on: what waits for it by luck alone then does not.
+    const size_t warps = (threads + 31) / 32;
+    size_t held = next() % (warps + 1);
     for (;;) {
         for (size_t i = threads; i > 1; i--) std::swap(order[i - 1], order[next() % i]);
-        bool ran = false;
+        bool ran = false, holding = false;
         for (const size_t i : order) {
             const State state = machine.fibers[i].state;
             if (state != NEW && state != READY) continue;
+            if (i / 32 == held) {
+                holding = true;
+                continue;
+            }
             resume(i);
             ran = true;
         }
@@ -143,6 +150,10 @@ inline void run_block() {
         }
         released |= release(0, threads, AT_BLOCK);
         if (ran || released) continue;
+        if (holding) {
+            held = (held + 1 + next() % warps) % (warps + 1);
+            continue;
+        }
         for (size_t i = 0; i < threads; i++) {
             if (machine.fibers[i].state == DONE) continue;
             fprintf(stderr, "deadlock: thread %zu waits at a barrier that others never reach\n", i);
