@@ -3,7 +3,7 @@
 //!
 //! What depends on memory is the backend's: that writes overlap nothing (MEM-2) but what [`in_place`] allows.
 
-use crate::cuda::step::{Arg, Kernel, Place, Step};
+use crate::cuda::step::{Arg, Element, Kernel, Place, Step};
 use crate::error::KernelError;
 use crate::op::{Launch, Op};
 use crate::tensor::{DType, element_count};
@@ -17,8 +17,6 @@ mod norm;
 mod product;
 mod reduce;
 mod region;
-#[cfg(test)]
-mod tests;
 
 use args::Args;
 
@@ -67,6 +65,21 @@ pub fn lower(launch: &Launch, accumulate: bool) -> Result<Vec<Step>, KernelError
             Err(args.refused("op", "one with a CUDA kernel", "a custom kernel, which runs on the CPU only"))
         }
     }
+}
+
+/// The steps of causal attention on tensors of these elements and this shape `[b, t, h, d]`, or of its gradient; buffers
+/// are those of [`Op::Attention`] and [`Op::AttentionGrad`], with lse and workspace in floats whatever the elements are.
+///
+/// # Errors
+/// [`KernelError::Arguments`] for a shape that no grid holds.
+pub fn attention_steps(
+    element: Element,
+    [batch, time, heads, depth]: [usize; 4],
+    scale: f32,
+    gradient: bool,
+) -> Result<Vec<Step>, KernelError> {
+    let dims = attention::Dims { batch, time, heads, depth };
+    if gradient { attention::backward(element, dims, scale) } else { attention::forward(element, dims, scale) }
 }
 
 /// Bytes of scratch memory that a launch needs on a CUDA device, given the shapes that it reads. 0 for most ops, and for

@@ -5,6 +5,8 @@ use crate::error::KernelError;
 
 /// One call on a stream. The steps of a launch run in order, on the stream that they are issued on.
 #[derive(Clone, Debug, PartialEq)]
+// A program has some hundred of them, made once.
+#[allow(clippy::large_enum_variant)]
 pub enum Step {
     /// A kernel of one of the modules in `source`.
     Kernel(Kernel),

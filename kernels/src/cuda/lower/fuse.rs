@@ -70,7 +70,7 @@ fn add_layer_norm(
 ) -> Result<Option<Fused>, KernelError> {
     let weight = second.reads[1].clone();
     // The norm's results may take the memory of what was added, which the norm alone no longer needs.
-    if clash(&first.reads, &second.writes, overlap) || clash(&[weight.clone()], &first.writes, overlap) {
+    if clash(&first.reads, &second.writes, overlap) || clash(std::slice::from_ref(&weight), &first.writes, overlap) {
         return Ok(None);
     }
     let Some((&width, leading)) = first.writes[0].shape.split_last() else { return Ok(None) };
@@ -90,8 +90,9 @@ fn bias_gelu(
     overlap: &dyn Fn(&Buffer, &Buffer) -> bool,
 ) -> Result<Option<Fused>, KernelError> {
     let in_place = same_start(&first.writes[0], &second.writes[0]);
-    if clash(&first.reads, &second.writes, overlap) && !(in_place && !clash(&first.reads[1..], &second.writes, overlap))
-    {
+    // An element of x is read by the thread that writes it.
+    let [x_hit, bias_hit] = [0, 1].map(|i| clash(&first.reads[i..=i], &second.writes, overlap));
+    if bias_hit || x_hit && !in_place {
         return Ok(None);
     }
     let n = element_count(&first.writes[0].shape);

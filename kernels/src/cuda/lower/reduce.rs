@@ -162,7 +162,7 @@ mod tests {
                 let columns = Columns::new(rows, width);
                 let Columns { columns: across, parts, rows_per_part, threads: [x, y] } = columns;
                 assert!(across * x * PACK >= width && (across - 1) * x * PACK < width, "{columns:?}");
-                assert!(parts * rows_per_part >= rows && (parts - 1) * rows_per_part <= rows.max(1) - 1, "{columns:?}");
+                assert!(parts * rows_per_part >= rows && (parts - 1) * rows_per_part < rows.max(1), "{columns:?}");
                 assert!(x * y == THREADS && y.is_power_of_two() && parts <= BLOCKS);
                 let needed = columns.workspace_floats(width);
                 assert!(needed <= sum_workspace_floats(rows * width), "{rows} {width} {columns:?}");
