@@ -24,6 +24,7 @@ const IMPURE_PATHS: &[&str] =
 
 /// Files that may hold `unsafe`.
 const UNSAFE_FILES: &[&str] = &[
+    "kernels/src/clock.rs",
     "kernels/src/collective/board.rs",
     "kernels/src/collective/exchange.rs",
     "kernels/src/collective/exchange/tests.rs",
@@ -35,6 +36,18 @@ const UNSAFE_FILES: &[&str] = &[
     "kernels/src/cpu/launch.rs",
     "kernels/src/cpu/matmul.rs",
     "kernels/src/cpu/pool.rs",
+    "kernels/src/cuda/blas.rs",
+    "kernels/src/cuda/context.rs",
+    "kernels/src/cuda/event.rs",
+    "kernels/src/cuda/gpu.rs",
+    "kernels/src/cuda/lane.rs",
+    "kernels/src/cuda/library.rs",
+    "kernels/src/cuda/memory.rs",
+    "kernels/src/cuda/module.rs",
+    "kernels/src/cuda/nccl/api.rs",
+    "kernels/src/cuda/nccl/comm.rs",
+    "kernels/src/cuda/record.rs",
+    "kernels/src/cuda/staged.rs",
     "kernels/src/memory.rs",
     "kernels/src/memory/raw_io.rs",
     "kernels/src/memory/shared.rs",

@@ -3,6 +3,7 @@
 #![allow(unsafe_code)]
 
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::ffi::c_void;
 use std::sync::Arc;
 
@@ -90,9 +91,8 @@ fn check(status: cublasStatus_t, call: &'static str, place: &str) -> Result<(), 
         return Ok(());
     }
     // SAFETY: both give static texts.
-    let (name, text) = unsafe {
-        (static_text(sys::cublasLtGetStatusName(status)), static_text(sys::cublasLtGetStatusString(status)))
-    };
+    let (name, text) =
+        unsafe { (static_text(sys::cublasLtGetStatusName(status)), static_text(sys::cublasLtGetStatusString(status))) };
     Err(KernelError::Cuda { place: place.to_owned(), call, code: status as u32, name, text })
 }
 
@@ -131,11 +131,10 @@ impl Plans {
         place: &str,
     ) -> Result<(), KernelError> {
         let key = Key::of(product, at);
-        if !self.by_key.contains_key(&key) {
-            let plan = Plan::new(gpu.blas(), product, at, &key, place)?;
-            self.by_key.insert(key, plan);
-        }
-        let plan = &self.by_key[&key];
+        let plan = match self.by_key.entry(key) {
+            Entry::Occupied(known) => known.into_mut(),
+            Entry::Vacant(new) => new.insert(Plan::new(gpu.blas(), product, at, &key, place)?),
+        };
         use sys::cublasLtMatmulDescAttributes_t::{
             CUBLASLT_MATMUL_DESC_BIAS_POINTER as BIAS, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER as AUX,
         };
@@ -265,7 +264,13 @@ impl Plan {
         let made = unsafe { sys::cublasLtMatmulDescCreate(&mut description, compute, scale) };
         check(made, "cublasLtMatmulDescCreate", place)?;
         let description = Raw(description);
-        let transposed = |yes| if yes { cudarc::cublas::sys::cublasOperation_t::CUBLAS_OP_T } else { cudarc::cublas::sys::cublasOperation_t::CUBLAS_OP_N };
+        let transposed = |yes| {
+            if yes {
+                cudarc::cublas::sys::cublasOperation_t::CUBLAS_OP_T
+            } else {
+                cudarc::cublas::sys::cublasOperation_t::CUBLAS_OP_N
+            }
+        };
         set(description, Attribute::CUBLASLT_MATMUL_DESC_TRANSA, &transposed(product.a_transposed), place)?;
         set(description, Attribute::CUBLASLT_MATMUL_DESC_TRANSB, &transposed(product.b_transposed), place)?;
         set(description, Attribute::CUBLASLT_MATMUL_DESC_EPILOGUE, &epilogue(&product.epilogue), place)?;
@@ -295,12 +300,15 @@ impl Plan {
         let made = unsafe { sys::cublasLtMatmulPreferenceCreate(&mut preference) };
         check(made, "cublasLtMatmulPreferenceCreate", place)?;
         let [a, b, d] = key.alignment;
-        let (workspace, wanted) = (WORKSPACE_BYTES, [
-            (Preference::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, a),
-            (Preference::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, b),
-            (Preference::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, d),
-            (Preference::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, d),
-        ]);
+        let (workspace, wanted) = (
+            WORKSPACE_BYTES,
+            [
+                (Preference::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, a),
+                (Preference::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, b),
+                (Preference::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, d),
+                (Preference::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, d),
+            ],
+        );
         // SAFETY: a result of zeros is a valid one, to be overwritten.
         let mut found: sys::cublasLtMatmulHeuristicResult_t = unsafe { std::mem::zeroed() };
         let mut count = 0;
@@ -319,7 +327,16 @@ impl Plan {
                 let (handle, description) = (blas.handle.0, self.description.0);
                 let (a, b, d) = (self.a.0, self.b.0, self.d.0);
                 status = sys::cublasLtMatmulAlgoGetHeuristic(
-                    handle, description, a, b, d, d, preference, 1, &mut found, &mut count,
+                    handle,
+                    description,
+                    a,
+                    b,
+                    d,
+                    d,
+                    preference,
+                    1,
+                    &mut found,
+                    &mut count,
                 );
             }
             let _ = sys::cublasLtMatmulPreferenceDestroy(preference);

@@ -85,7 +85,8 @@ impl Context {
         let mut context =
             Self { ordinal, name, device, handle: Raw(handle), capability: (0, 0), lost: OnceLock::new() };
         use CUdevice_attribute::{
-            CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR as MAJOR, CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR as MINOR,
+            CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR as MAJOR,
+            CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR as MINOR,
         };
         context.capability = (context.attribute(MAJOR)?, context.attribute(MINOR)?);
         context.bind()?;
@@ -141,12 +142,7 @@ impl Context {
     }
 
     /// Turns a result into an error that names code, call and place.
-    pub(crate) fn check(
-        &self,
-        result: CUresult,
-        call: &'static str,
-        place: &dyn Display,
-    ) -> Result<(), KernelError> {
+    pub(crate) fn check(&self, result: CUresult, call: &'static str, place: &dyn Display) -> Result<(), KernelError> {
         match checked(result, call, place) {
             Err(error) if STICKY.contains(&result) => Err(self.lose(error)),
             checked => checked,

@@ -48,8 +48,6 @@ pub struct DeviceFacts {
     pub capability: (i32, i32),
     /// Memory, in bytes.
     pub bytes_total: usize,
-    /// Of it, what nobody uses; unknown when the device could not be opened.
-    pub bytes_free: Option<usize>,
 }
 
 /// The driver, started.
@@ -208,7 +206,7 @@ fn facts(ordinal: usize) -> Result<DeviceFacts, KernelError> {
         checked(sys::cuDeviceGetAttribute(&mut capability.1, MINOR, device), "cuDeviceGetAttribute", &place)?;
         super::context::static_text(name.as_ptr())
     };
-    Ok(DeviceFacts { name, capability, bytes_total, bytes_free: None })
+    Ok(DeviceFacts { name, capability, bytes_total })
 }
 
 #[cfg(test)]
@@ -225,7 +223,8 @@ mod tests {
     fn an_old_driver_is_named_with_what_is_needed() {
         assert_eq!(check_version(13_000), Ok(()));
         let told = check_version(12_080).unwrap_err().to_string();
-        let expected = "the CUDA driver is too old: it has CUDA 12.8, 13.0 is needed: install NVIDIA's driver of version 580";
+        let expected =
+            "the CUDA driver is too old: it has CUDA 12.8, 13.0 is needed: install NVIDIA's driver of version 580";
         assert!(told.starts_with(expected), "{told}");
     }
 

@@ -391,9 +391,7 @@ impl Enqueue for Local {
             Ok(Message { id: 0, from, to, sends, address, shape, dtype, lane: lane.clone(), ready: ready.clone() })
         };
         match (&call.kind, reads, writes) {
-            (CollectiveKind::Send { to }, [x], _) => {
-                self.0.message(meeting, call, message(x, call.member, *to, true)?)
-            }
+            (CollectiveKind::Send { to }, [x], _) => self.0.message(meeting, call, message(x, call.member, *to, true)?),
             (CollectiveKind::Receive { from }, _, [y]) => {
                 self.0.message(meeting, call, message(y, *from, call.member, false)?)
             }

@@ -20,7 +20,13 @@ const PROGRAMS_MAX: usize = 1024;
 #[derive(Debug, Default)]
 pub(crate) struct Cache {
     /// By address of the program, which is kept so that no other comes to lie there; for first and repeated submissions.
-    programs: HashMap<usize, (Arc<Program>, [Option<Arc<Lowered>>; 2])>,
+    programs: HashMap<usize, Known>,
+}
+
+#[derive(Debug)]
+struct Known {
+    program: Arc<Program>,
+    lowered: [Option<Arc<Lowered>>; 2],
 }
 
 /// A program, for submissions that repeat or for those that do not.
@@ -49,7 +55,7 @@ pub(crate) enum Kind {
 #[derive(Debug)]
 pub(crate) enum Ready {
     Kernel { function: Function, how: Geometry, parameters: Vec<Parameter> },
-    Product(Product),
+    Product(Box<Product>),
     Copy { from: Place, to: Place, bytes: usize },
     Fill { to: Place, word: u32, words: usize },
 }
@@ -71,7 +77,8 @@ impl Cache {
         if self.programs.len() >= PROGRAMS_MAX && !self.programs.contains_key(&key) {
             self.programs.clear();
         }
-        let (_, lowered) = self.programs.entry(key).or_insert_with(|| (program.clone(), [None, None]));
+        let new = || Known { program: program.clone(), lowered: [None, None] };
+        let Known { program, lowered } = self.programs.entry(key).or_insert_with(new);
         lowered[usize::from(repeat)].get_or_insert_with(|| Arc::new(Lowered::of(program, repeat, gpu))).clone()
     }
 }
@@ -115,7 +122,7 @@ fn ready(step: Step, gpu: &Gpu) -> Result<Ready, KernelError> {
             }
             Ready::Kernel { function, how, parameters: kernel.args.iter().map(parameter).collect() }
         }
-        Step::Product(product) => Ready::Product(product),
+        Step::Product(product) => Ready::Product(Box::new(product)),
         Step::Copy { from, to, bytes } => Ready::Copy { from, to, bytes },
         Step::Fill { to, word, words } => Ready::Fill { to, word, words },
     })

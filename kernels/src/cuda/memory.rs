@@ -43,7 +43,12 @@ impl DeviceMemory {
     ///
     /// # Errors
     /// [`KernelError::OutOfMemory`], [`KernelError::Cuda`].
-    pub(crate) fn new(gpu: &Arc<Gpu>, rank: usize, bytes: usize, tally: Option<&Arc<Tally>>) -> Result<Self, KernelError> {
+    pub(crate) fn new(
+        gpu: &Arc<Gpu>,
+        rank: usize,
+        bytes: usize,
+        tally: Option<&Arc<Tally>>,
+    ) -> Result<Self, KernelError> {
         let (mut address, place) = (0, gpu.place());
         if bytes > 0 {
             let transfer = gpu.transfer().lock().unwrap_or_else(PoisonError::into_inner);

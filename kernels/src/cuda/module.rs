@@ -139,11 +139,15 @@ fn cubins(module: &str, (major, minor): (i32, i32)) -> Vec<PathBuf> {
 
 /// Where the compiler's headers may be.
 fn includes() -> Vec<PathBuf> {
-    let mut folders: Vec<PathBuf> =
-        ["CUDA_HOME", "CUDA_PATH"].iter().filter_map(env::var_os).map(|home| Path::new(&home).join("include")).collect();
+    let mut folders: Vec<PathBuf> = ["CUDA_HOME", "CUDA_PATH"]
+        .iter()
+        .filter_map(env::var_os)
+        .map(|home| Path::new(&home).join("include"))
+        .collect();
     // Wheels and toolkits alike keep headers beside the folder of the library, which is loaded by now.
     let maps = fs::read_to_string("/proc/self/maps").unwrap_or_default();
-    let library = maps.lines().filter_map(|line| line.split_whitespace().last()).find(|path| path.contains("libnvrtc.so"));
+    let library =
+        maps.lines().filter_map(|line| line.split_whitespace().last()).find(|path| path.contains("libnvrtc.so"));
     folders.extend(library.and_then(|path| Some(Path::new(path).parent()?.parent()?.join("include"))));
     folders.push(PathBuf::from("/usr/local/cuda/include"));
     folders.retain(|folder| folder.join("cuda_bf16.h").is_file());

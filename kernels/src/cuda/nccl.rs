@@ -283,11 +283,15 @@ impl Member<'_> {
     fn moves(&self, sources: &[Region], targets: &[Region]) -> Result<Vec<Unpack>, KernelError> {
         let (me, dtype) = (self.call.member, self.dtype);
         let (source, target) = (&sources[me], &targets[me]);
-        let in_x = |common: &Region| {
-            OwnBox { address: self.x, shape: source.size.clone(), region: common.relative_to(source) }
+        let in_x = |common: &Region| OwnBox {
+            address: self.x,
+            shape: source.size.clone(),
+            region: common.relative_to(source),
         };
-        let in_y = |common: &Region| {
-            OwnBox { address: self.y, shape: target.size.clone(), region: common.relative_to(target) }
+        let in_y = |common: &Region| OwnBox {
+            address: self.y,
+            shape: target.size.clone(),
+            region: common.relative_to(target),
         };
         // By peer: whether they are sent, and which boxes.
         let mut messages: Vec<(usize, bool, Vec<Region>)> = Vec::new();

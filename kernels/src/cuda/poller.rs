@@ -168,8 +168,7 @@ impl Shared {
                 (since, sleep) = (Instant::now(), SLEEP_MIN);
             }
             let tracks = lock(&self.tracks).clone();
-            let progressed = tracks.iter().fold(false, |any, track| self.advance(track) || any);
-            if progressed {
+            if tracks.iter().filter(|track| self.advance(track)).count() > 0 {
                 (since, sleep) = (Instant::now(), SLEEP_MIN);
                 continue;
             }

@@ -227,7 +227,8 @@ impl Drop for CudaStream {
         if !self.inner.drain() {
             let place = self.inner.lane.place().to_owned();
             let text = format!("what was put on it has not ended within {} s of its end", DRAIN_WITHIN.as_secs());
-            let error = KernelError::Cuda { place, call: "cuStreamDestroy", code: 0, name: "no answer".to_owned(), text };
+            let error =
+                KernelError::Cuda { place, call: "cuStreamDestroy", code: 0, name: "no answer".to_owned(), text };
             let error = self.inner.lane.gpu().context().lose(error);
             poller.forget(&self.inner.track, &error);
         } else {

@@ -122,9 +122,8 @@ impl Api {
             return Ok(());
         }
         // SAFETY: both give static texts; the last error needs no communicator.
-        let (name, text) = unsafe {
-            (static_text((self.error_string)(code)), static_text((self.last_error)(std::ptr::null_mut())))
-        };
+        let (name, text) =
+            unsafe { (static_text((self.error_string)(code)), static_text((self.last_error)(std::ptr::null_mut()))) };
         Err(KernelError::Cuda { place: place.to_owned(), call, code, name, text })
     }
 }

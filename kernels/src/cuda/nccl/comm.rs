@@ -120,11 +120,7 @@ pub(super) fn join(seats: &[&Seat], deadline: Instant, within: Duration) -> Resu
 }
 
 /// Calls of NCCL as one.
-fn grouped(
-    api: &Api,
-    place: &str,
-    calls: impl FnOnce() -> Result<(), KernelError>,
-) -> Result<(), KernelError> {
+fn grouped(api: &Api, place: &str, calls: impl FnOnce() -> Result<(), KernelError>) -> Result<(), KernelError> {
     // SAFETY: needs nothing.
     api.check(unsafe { (api.group_start)() }, "ncclGroupStart", place)?;
     let called = calls();
