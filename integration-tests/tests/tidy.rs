@@ -24,6 +24,23 @@ const IMPURE_PATHS: &[&str] =
 
 /// Files that may hold `unsafe`.
 const UNSAFE_FILES: &[&str] = &[
+    "integration-tests/software-cuda/src/control.rs",
+    "integration-tests/software-cuda/src/cublaslt.rs",
+    "integration-tests/software-cuda/src/cublaslt/product.rs",
+    "integration-tests/software-cuda/src/driver/device.rs",
+    "integration-tests/software-cuda/src/driver/memory.rs",
+    "integration-tests/software-cuda/src/driver/module.rs",
+    "integration-tests/software-cuda/src/driver/stream.rs",
+    "integration-tests/software-cuda/src/exit.rs",
+    "integration-tests/software-cuda/src/export.rs",
+    "integration-tests/software-cuda/src/kernel.rs",
+    "integration-tests/software-cuda/src/memory.rs",
+    "integration-tests/software-cuda/src/nccl.rs",
+    "integration-tests/software-cuda/src/nccl/data.rs",
+    "integration-tests/software-cuda/src/nvrtc.rs",
+    "integration-tests/software-cuda/src/run.rs",
+    "integration-tests/software-cuda/src/shadow.rs",
+    "integration-tests/software-cuda/tests/gpu/api.rs",
     "kernels/src/collective/board.rs",
     "kernels/src/collective/exchange.rs",
     "kernels/src/collective/exchange/tests.rs",
