@@ -18,6 +18,8 @@ pub fn rewrite(text: &str) -> Result<(String, Vec<KernelName>), String> {
     let mut out = String::with_capacity(text.len() + 1024);
     let mut kernels: Vec<KernelName> = Vec::new();
     let mut in_dynamic = false;
+    // How many brackets are open in a declaration of static shared memory.
+    let mut in_static: Option<u32> = None;
     let mut bounds = None;
     let mut at = 0;
     while at < tokens.len() {
@@ -43,15 +45,23 @@ pub fn rewrite(text: &str) -> Result<(String, Vec<KernelName>), String> {
                 let before = tokens[..at].iter().rev().find(|t| !is_space(t)).copied();
                 if is_dynamic(&tokens, at) {
                     in_dynamic = true;
-                } else if before != Some("static") {
-                    out.push_str("static");
+                } else {
+                    if before != Some("static") {
+                        out.push_str("static");
+                    }
+                    in_static = Some(0);
                 }
             }
             ";" if in_dynamic => {
                 in_dynamic = false;
                 out.push_str(" __asm__(\"software_cuda_dynamic_shared\");");
             }
-            token => out.push_str(token),
+            token => {
+                if let Some(depth) = in_static {
+                    in_static = static_part(token, depth, &mut out);
+                }
+                out.push_str(token);
+            }
         }
         at += 1;
     }
@@ -65,6 +75,19 @@ pub fn rewrite(text: &str) -> Result<(String, Vec<KernelName>), String> {
         ));
     }
     Ok((out, kernels))
+}
+
+/// Initialises each variable of a declaration with constants: for arrays of classes g++ would otherwise write code, with a
+/// guard in shared memory. Returns how many brackets are open behind the token, or `None` behind the declaration.
+fn static_part(token: &str, depth: u32, out: &mut String) -> Option<u32> {
+    match token {
+        "(" | "[" | "{" | "<" => return Some(depth + 1),
+        ")" | "]" | "}" | ">" => return Some(depth.saturating_sub(1)),
+        "=" => return None,
+        "," | ";" if depth == 0 => out.push_str(" = {}"),
+        _ => {}
+    }
+    (token != ";").then_some(depth)
 }
 
 fn is_space(token: &str) -> bool {
@@ -181,8 +204,8 @@ mod tests {
 
     #[test]
     fn shared_memory_is_rewritten() {
-        check("{ __shared__ float a[4]; }", "{ static float a[4]; }", &[]);
-        check("{ static __shared__ float a[4]; }", "{ static  float a[4]; }", &[]);
+        check("{ __shared__ float a[4], b[N][2]; f(); }", "{ static float a[4] = {}, b[N][2] = {}; f(); }", &[]);
+        check("{ static __shared__ P<int, 2> a; }", "{ static  P<int, 2> a = {}; }", &[]);
         let alias = " __asm__(\"software_cuda_dynamic_shared\");";
         check("extern __shared__ float d[]; int x;", &format!("extern  float d[]{alias} int x;"), &[]);
         check(
