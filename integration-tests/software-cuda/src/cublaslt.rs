@@ -1,0 +1,3 @@
+//! cuBLASLt's functions.
+
+pub mod product;

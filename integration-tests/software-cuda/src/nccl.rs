@@ -1,0 +1,4 @@
+//! NCCL's functions.
+
+pub mod data;
+pub mod engine;
