@@ -219,6 +219,7 @@ fn embeddings() {
         (9, 3, 0, 0),
         (300, 65, 65, 20),
         (700, 9, 264, 0),
+        (1100, 97, 5, 0),
     ] {
         let ids = numbers.indices(&[1, tokens], 100.min(start + vocab + 2));
         let (table, dy) = (numbers.tensor(&[vocab, width], 1.0), numbers.tensor(&[1, tokens, width], 1.0));

@@ -18,6 +18,9 @@ mod product;
 mod reduce;
 mod region;
 
+#[cfg(test)]
+mod tests;
+
 use args::Args;
 
 pub use fuse::{Fused, fuse};

@@ -17,7 +17,7 @@ struct Update {
 // `hyper` is learning rate and step; `ln_beta1` and `ln_beta2` are the logarithms of the rates, of which the powers
 // 1 - beta^step follow. Nothing is changed where the scale or the learning rate is not finite. `copy`, unless null,
 // is the parameter in bf16 for products, and is then brought up to date as well.
-extern "C" __global__ void __launch_bounds__(256)
+extern "C" __global__ void __launch_bounds__(256, 4)
     adamw_f32(const float* grad, const float* hyper, const float* scale, float* param, float* m, float* v, bf16* copy,
               i64 n, float beta1, float beta2, double ln_beta1, double ln_beta2, float eps, float weight_decay) {
     constexpr int W = 4;
