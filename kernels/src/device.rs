@@ -6,8 +6,10 @@ use crate::collective::Collective;
 use crate::cpu::device::CpuDevice;
 use crate::cuda::device::CudaDevice;
 use crate::cuda::gpu::Gpu;
+use crate::cuda::lower;
 use crate::error::KernelError;
 use crate::memory::Arena;
+use crate::op::Op;
 use crate::stream::Stream;
 
 /// One device of a session's mesh. Clones are the same device.
@@ -94,6 +96,15 @@ impl Device {
                 let stream = device.stream(name, priority == Priority::High, engine)?;
                 Ok(Stream::Cuda(stream))
             }
+        }
+    }
+
+    /// Bytes of scratch memory that a launch needs on a stream of `threads` threads of this kind of device, given the shapes
+    /// that it reads.
+    pub fn workspace_bytes(&self, op: &Op, reads: &[&[usize]], threads: usize) -> usize {
+        match self {
+            Device::Cpu(_) => op.workspace_bytes(reads, threads),
+            Device::Cuda(_) => lower::workspace_bytes(op, reads),
         }
     }
 

@@ -32,6 +32,7 @@ pub(crate) struct Blas {
 #[derive(Debug)]
 pub(crate) struct Plans {
     by_key: HashMap<Key, Plan>,
+    blas: Arc<Blas>,
     workspace: DeviceMemory,
 }
 
@@ -117,14 +118,13 @@ impl Drop for Blas {
 
 impl Plans {
     pub(crate) fn new(gpu: &Arc<Gpu>, rank: usize, tally: &Arc<crate::memory::Tally>) -> Result<Self, KernelError> {
-        let workspace = DeviceMemory::new(gpu, rank, WORKSPACE_BYTES, Some(tally))?;
-        Ok(Self { by_key: HashMap::new(), workspace })
+        let workspace = DeviceMemory::uninitialised(gpu, rank, WORKSPACE_BYTES, tally)?;
+        Ok(Self { by_key: HashMap::new(), blas: gpu.blas()?, workspace })
     }
 
     /// Puts a product on a stream. The context is bound.
     pub(crate) fn issue(
         &mut self,
-        gpu: &Gpu,
         product: &Product,
         at: &Addresses,
         stream: Raw<cudarc::driver::sys::CUstream>,
@@ -133,7 +133,7 @@ impl Plans {
         let key = Key::of(product, at);
         let plan = match self.by_key.entry(key) {
             Entry::Occupied(known) => known.into_mut(),
-            Entry::Vacant(new) => new.insert(Plan::new(gpu.blas(), product, at, &key, place)?),
+            Entry::Vacant(new) => new.insert(Plan::new(&self.blas, product, at, &key, place)?),
         };
         use sys::cublasLtMatmulDescAttributes_t::{
             CUBLASLT_MATMUL_DESC_BIAS_POINTER as BIAS, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER as AUX,
@@ -147,7 +147,7 @@ impl Plans {
         // the launch has checked; alpha and beta are read before the call returns.
         let status = unsafe {
             sys::cublasLtMatmul(
-                gpu.blas().handle.0,
+                self.blas.handle.0,
                 plan.description.0,
                 (&raw const product.alpha).cast(),
                 at.a as *const c_void,

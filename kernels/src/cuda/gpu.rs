@@ -2,7 +2,7 @@
 //! mesh may share one. Imports the other files of `cuda` but `device`, `stream` and the engines.
 
 use std::fmt;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use cudarc::driver::sys;
 
@@ -20,7 +20,8 @@ pub struct Gpu {
     // In the order in which they end.
     poller: Poller,
     modules: Modules,
-    blas: Blas,
+    /// Made when the first product comes.
+    blas: Mutex<Option<Arc<Blas>>>,
     transfer: Mutex<Transfer>,
     events: Arc<Events>,
     /// Least and greatest; the greatest is the lower number.
@@ -47,7 +48,7 @@ impl Gpu {
         let gpu = Self {
             poller: Poller::start(&context)?,
             modules: Modules::new(&context),
-            blas: Blas::new(&context)?,
+            blas: Mutex::default(),
             transfer: Mutex::new(Transfer::new(&context)?),
             events,
             priorities: priorities(&context)?,
@@ -104,8 +105,13 @@ impl Gpu {
         &self.modules
     }
 
-    pub(crate) fn blas(&self) -> &Blas {
-        &self.blas
+    /// The context is bound.
+    pub(crate) fn blas(&self) -> Result<Arc<Blas>, KernelError> {
+        let mut blas = self.blas.lock().unwrap_or_else(PoisonError::into_inner);
+        match &*blas {
+            Some(blas) => Ok(blas.clone()),
+            None => Ok(blas.insert(Arc::new(Blas::new(&self.context)?)).clone()),
+        }
     }
 
     pub(crate) fn transfer(&self) -> &Mutex<Transfer> {

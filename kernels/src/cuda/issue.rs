@@ -258,7 +258,7 @@ impl Issuer {
                     Some(plans) => plans,
                     none => none.insert(Plans::new(lane.gpu(), lane.rank(), lane.tally())?),
                 };
-                plans.issue(lane.gpu(), product, &addresses, lane.stream(), lane.place())
+                plans.issue(product, &addresses, lane.stream(), lane.place())
             }
             Ready::Copy { from, to, bytes } => self.lane.copy(at(*to)?, at(*from)?, *bytes),
             Ready::Fill { to, word, words } => self.lane.fill(at(*to)?, *word, *words),

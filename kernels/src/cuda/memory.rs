@@ -20,7 +20,7 @@ use crate::memory::Tally;
 /// Bytes of the buffer by which the host's copies go.
 const PIECE_BYTES: usize = 4 << 20;
 
-/// A piece of a GPU's memory, zeroed when made.
+/// A piece of a GPU's memory.
 pub(crate) struct DeviceMemory {
     gpu: Arc<Gpu>,
     /// Of the device in the session's mesh.
@@ -39,7 +39,7 @@ impl fmt::Debug for DeviceMemory {
 }
 
 impl DeviceMemory {
-    /// Memory that is counted in `tally`, if there is one.
+    /// Zeroed memory that is counted in `tally`, if there is one.
     ///
     /// # Errors
     /// [`KernelError::OutOfMemory`], [`KernelError::Cuda`].
@@ -48,6 +48,26 @@ impl DeviceMemory {
         rank: usize,
         bytes: usize,
         tally: Option<&Arc<Tally>>,
+    ) -> Result<Self, KernelError> {
+        Self::made(gpu, rank, bytes, tally, true)
+    }
+
+    /// As [`DeviceMemory::new`], for whoever writes before reading.
+    pub(crate) fn uninitialised(
+        gpu: &Arc<Gpu>,
+        rank: usize,
+        bytes: usize,
+        tally: &Arc<Tally>,
+    ) -> Result<Self, KernelError> {
+        Self::made(gpu, rank, bytes, Some(tally), false)
+    }
+
+    fn made(
+        gpu: &Arc<Gpu>,
+        rank: usize,
+        bytes: usize,
+        tally: Option<&Arc<Tally>>,
+        zeroed: bool,
     ) -> Result<Self, KernelError> {
         let (mut address, place) = (0, gpu.place());
         if bytes > 0 {
@@ -59,9 +79,11 @@ impl DeviceMemory {
                 return Err(KernelError::OutOfMemory { device: rank, bytes });
             }
             gpu.context().check(result, "cuMemAllocAsync", &place)?;
-            // SAFETY: the range was just allocated, on this stream.
-            let result = unsafe { sys::cuMemsetD8Async(address, 0, bytes, transfer.stream.0) };
-            gpu.context().check(result, "cuMemsetD8Async", &place)?;
+            if zeroed {
+                // SAFETY: the range was just allocated, on this stream.
+                let result = unsafe { sys::cuMemsetD8Async(address, 0, bytes, transfer.stream.0) };
+                gpu.context().check(result, "cuMemsetD8Async", &place)?;
+            }
             transfer.wait(gpu.context())?;
         }
         if let Some(tally) = tally {
