@@ -122,6 +122,11 @@ pub struct Clique {
 }
 
 impl Clique {
+    /// One that its ranks have yet to join.
+    pub fn of(ranks: usize) -> Clique {
+        Clique { ranks: vec![None; ranks], ..Clique::default() }
+    }
+
     /// Whether all ranks are there.
     pub fn is_full(&self) -> bool {
         self.ranks.iter().all(Option::is_some)
