@@ -159,7 +159,7 @@ exports! { nccl;
     fn ncclCommDestroy(destroyed: ncclComm_t) -> ncclResult_t {
         comm(&world().state(), destroyed)?;
         let flushed = flush(destroyed as u64);
-        world().state().comms.comms.get_mut(&(destroyed as u64)).expect("it was looked up").is_closed = true;
+        world().state().comms.close(destroyed as u64);
         flushed
     }
 
@@ -168,7 +168,7 @@ exports! { nccl;
         let (rank, device) = comm(&state, aborted).map(|c| (c.rank, c.device))?;
         let is_excused = state.was_injected || state.is_stuck || condition(&state, comm(&state, aborted)?) != ncclResult_t::ncclSuccess;
         let dropped = abort(&mut state, aborted as u64);
-        state.comms.comms.get_mut(&(aborted as u64)).expect("it was looked up").is_closed = true;
+        state.comms.close(aborted as u64);
         state.is_stuck = false;
         world().submitted.notify_all();
         world().progressed.notify_all();
