@@ -153,3 +153,23 @@ template <class T> static inline __attribute__((always_inline)) void __stcs(T* p
 template <class T> static inline __attribute__((always_inline)) void __stcg(T* p, T v) { *p = v; }
 template <class T> static inline __attribute__((always_inline)) void __stwb(T* p, T v) { *p = v; }
 template <class T> static inline __attribute__((always_inline)) void __stwt(T* p, T v) { *p = v; }
+
+// Copies and fills of the C library are checked as a whole; small ones become plain loads and stores.
+extern "C" {
+void* memcpy(void*, const void*, size_t) noexcept;
+void* memset(void*, int, size_t) noexcept;
+}
+namespace software_cuda {
+SC_RAW static __attribute__((noinline)) void* copy_checked(void* to, const void* from, size_t bytes) {
+    touch<READ>(from, bytes);
+    touch<WRITE>(to, bytes);
+    return __builtin_memcpy(to, from, bytes);
+}
+SC_RAW static __attribute__((noinline)) void* fill_checked(void* to, int value, size_t bytes) {
+    touch<WRITE>(to, bytes);
+    return __builtin_memset(to, value, bytes);
+}
+} // namespace software_cuda
+#define memcpy(to, from, bytes)                                                                                        \
+    (__builtin_constant_p(bytes) && (bytes) <= 16 ? __builtin_memcpy(to, from, bytes) : software_cuda::copy_checked(to, from, bytes))
+#define memset(to, value, bytes) software_cuda::fill_checked(to, value, bytes)

@@ -16,7 +16,7 @@ pub fn as_host<T>(world: &World, name: &str, act: impl FnOnce(&mut Guest) -> T) 
     let mut shadow = lock(&world.shadow);
     let title = format!("{name} (host thread {agent})");
     let operation = shadow.operation(agent, knows.get(agent), title);
-    let running = Running { stream: 0, agent, device: 0, operation, clock: knows.padded(agents), knows };
+    let running = Running { agent, device: 0, operation, clock: knows.padded(agents), knows };
     act(&mut guest(&mut shadow, &world.registry, &world.findings, &running))
 }
 

@@ -16,8 +16,6 @@ use crate::world::{Kind, Op, Rows, Seen, State, World, lock, set_in_callback};
 
 /// An operation under way: who does it, and what is known to have ended before.
 pub struct Running {
-    /// The stream.
-    pub stream: u64,
     /// Its agent.
     pub agent: usize,
     /// Its device.
@@ -54,7 +52,7 @@ pub fn start(world: &World, state: &mut State, handle: u64, host: &Clock, name: 
     let title = format!("{name} ({}, operation {number} there)", state.stream_name(handle));
     state.streams.get_mut(&handle).expect("it was looked up").clock = clock.clone();
     let operation = lock(&world.shadow).operation(agent, number, title);
-    Running { stream: handle, agent, device, operation, clock: clock.padded(state.agents), knows: clock }
+    Running { agent, device, operation, clock: clock.padded(state.agents), knows: clock }
 }
 
 /// Does what the first operation of a stream says, or the next part of it. The lock is given up meanwhile.

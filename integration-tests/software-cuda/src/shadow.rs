@@ -418,7 +418,7 @@ impl<'a> Guest<'a> {
                 self.word_finding("race", at, &format!("writes what {reader} reads, with no order between them"));
             }
         }
-        if !(cell.reader == me) {
+        if cell.reader != me {
             cell.reader = 0;
         }
         let others = if cell.writer == me && same_bytes { cell.bits & 0xf << WRITTEN } else { 0 };

@@ -83,7 +83,7 @@ fn line(bytes: usize) -> Rows {
 fn fill(to: CUdeviceptr, pattern: u32, width: usize, count: usize, stream: CUstream) -> Result<(), CUresult> {
     let mut state = world().state();
     let handle = state.stream(stream as u64)?;
-    if to as usize % width != 0 {
+    if !(to as usize).is_multiple_of(width) {
         return Err(CUresult::CUDA_ERROR_INVALID_VALUE);
     }
     let kind = Kind::Fill { to: to as usize, pattern, width, count };

@@ -85,13 +85,12 @@ pub fn pass(world: &World, members: &[Member]) -> bool {
         if !guest.touch(member.call.send, sent * bytes, Access::Read) {
             return false;
         }
-        // SAFETY: the range was just checked.
-        inputs.push(
-            unsafe {
-                std::slice::from_raw_parts(member.call.send as *const u8, if sent == 0 { 0 } else { sent * bytes })
-            }
-            .to_vec(),
-        );
+        let mut input = Vec::new();
+        if sent > 0 {
+            // SAFETY: the range was just checked.
+            input.extend_from_slice(unsafe { std::slice::from_raw_parts(member.call.send as *const u8, sent * bytes) });
+        }
+        inputs.push(input);
     }
     let call = members[0].call;
     let whole = match call.kind {

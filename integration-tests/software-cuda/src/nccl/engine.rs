@@ -112,6 +112,8 @@ pub struct Clique {
     pub ranks: Vec<Option<u64>>,
     /// Devices, by rank.
     pub devices: Vec<usize>,
+    /// A rank of it was given up.
+    pub is_over: bool,
     /// Why it cannot be.
     pub error: Option<ncclResult_t>,
     /// Collectives issued, by device.
@@ -122,6 +124,11 @@ pub struct Clique {
 }
 
 impl Clique {
+    /// One that its ranks have yet to join.
+    pub fn of(ranks: usize) -> Clique {
+        Clique { ranks: vec![None; ranks], ..Clique::default() }
+    }
+
     /// Whether all ranks are there.
     pub fn is_full(&self) -> bool {
         self.ranks.iter().all(Option::is_some)
@@ -168,6 +175,13 @@ impl Comms {
         members.devices.push(device);
     }
 
+    /// A rank is given up.
+    pub fn close(&mut self, handle: u64) {
+        let comm = self.comms.get_mut(&handle).expect("it was looked up");
+        comm.is_closed = true;
+        self.cliques.get_mut(&comm.clique).expect("its clique exists").is_over = true;
+    }
+
     /// The tag of a communicator's next call, and what it breaks of NC-2.
     pub fn tag(&mut self, handle: u64, call: &Call) -> (Tag, Option<String>) {
         let comm = self.comms.get_mut(&handle).expect("it was looked up");
@@ -195,7 +209,7 @@ impl Comms {
         let before: BTreeMap<u64, u64> = self
             .cliques
             .iter()
-            .filter(|(other, c)| **other != own && c.devices.contains(&device))
+            .filter(|(other, c)| **other != own && !c.is_over && c.devices.contains(&device))
             .map(|(other, c)| (*other, c.issued.get(&device).copied().unwrap_or(0)))
             .collect();
         let ranks = self.cliques[&own].ranks.len();
@@ -203,7 +217,7 @@ impl Comms {
         let mut broken = None;
         if let Some((first, theirs, _)) = &known {
             for (other, count) in &before {
-                let is_shared = self.cliques[other].devices.contains(first);
+                let is_shared = theirs.contains_key(other) && self.cliques[other].devices.contains(first);
                 let there = theirs.get(other).copied().unwrap_or(0);
                 if is_shared && there != *count {
                     broken = Some(format!(

@@ -9,7 +9,6 @@ use cudarc::driver::sys::{self, CUevent, CUfunction, CUmodule, CUresult, CUstrea
 use cudarc::nvrtc::sys as nvrtc;
 
 /// Calls a function of the driver, which must do what it is asked.
-#[macro_export]
 macro_rules! cuda {
     ($name:ident($($arg:expr),* $(,)?)) => {{
         // SAFETY: pointers lead to values of the types that the function wants; handles come from the driver.
@@ -17,6 +16,8 @@ macro_rules! cuda {
         assert_eq!(code, cudarc::driver::sys::CUresult::CUDA_SUCCESS, "{}", stringify!($name));
     }};
 }
+
+pub(crate) use cuda;
 
 /// A symbol of the software device itself.
 pub fn control<F: Copy>(name: &str) -> F {
@@ -191,4 +192,50 @@ pub fn try_launch(f: CUfunction, dims: (u32, u32), shared: u32, stream: CUstream
 /// Launches `dims.0` blocks of `dims.1` threads.
 pub fn launch(f: CUfunction, dims: (u32, u32), shared: u32, stream: CUstream, args: &[Arg]) {
     assert_eq!(try_launch(f, dims, shared, stream, args), CUresult::CUDA_SUCCESS);
+}
+
+/// NCCL's functions by name, which must do what they are asked.
+macro_rules! nccl {
+    ($name:ident($($arg:expr),* $(,)?)) => {{
+        // SAFETY: pointers lead to values of the types that the function wants; handles come from the library.
+        let code = unsafe { cudarc::nccl::sys::$name($($arg),*) };
+        assert_eq!(code, cudarc::nccl::sys::ncclResult_t::ncclSuccess, "{}", stringify!($name));
+    }};
+}
+
+pub(crate) use nccl;
+
+/// A communicator of each of the first `ranks` devices.
+pub fn comms(ranks: usize) -> Vec<cudarc::nccl::sys::ncclComm_t> {
+    let mut comms = vec![std::ptr::null_mut(); ranks];
+    nccl!(ncclCommInitAll(comms.as_mut_ptr(), ranks as i32, std::ptr::null()));
+    comms
+}
+
+/// A host function that keeps the device from doing anything until the returned sender is dropped or sends.
+pub fn hold(stream: CUstream) -> std::sync::mpsc::Sender<()> {
+    unsafe extern "C" fn wait(receiver: *mut c_void) {
+        // SAFETY: the box was made below, for this call alone.
+        let receiver = unsafe { Box::from_raw(receiver.cast::<std::sync::mpsc::Receiver<()>>()) };
+        let _ = receiver.recv();
+    }
+    let (sender, receiver) = std::sync::mpsc::channel::<()>();
+    cuda!(cuLaunchHostFunc(stream, Some(wait), Box::into_raw(Box::new(receiver)).cast()));
+    sender
+}
+
+/// The calling thread reads or writes pinned memory, and says so.
+pub fn host_access(address: *mut f32, count: usize, is_write: bool) {
+    let access = control::<extern "C" fn(u64, u64, u32)>("software_cuda_host_access");
+    access(address as u64, count as u64 * 4, u32::from(is_write));
+}
+
+/// What the calling thread knows.
+pub fn capture() -> u64 {
+    control::<extern "C" fn() -> u64>("software_cuda_clock_capture")()
+}
+
+/// The calling thread learns what a token's thread knew.
+pub fn join(token: u64) {
+    control::<extern "C" fn(u64)>("software_cuda_clock_join")(token);
 }

@@ -20,7 +20,8 @@ fn halves(values: &[f32]) -> u64 {
     filled(&words)
 }
 
-fn check_kernels() {
+/// In the child.
+pub fn check_kernels() {
     api::use_device(0);
     let (module, s) = (api::module(), stream());
     let kernel = |name| function(module, name);
@@ -78,7 +79,8 @@ impl Bits for Vec<f32> {
     }
 }
 
-fn check_compiler() {
+/// In the child.
+pub fn check_compiler() {
     api::use_device(0);
     let log = api::compile("extern \"C\" __global__ void f(float* x) {\n  x[0] = undeclared;\n}\n", &[]).unwrap_err();
     assert!(log.contains("kernels.cu:2") && log.contains("undeclared"), "{log}");
@@ -94,9 +96,6 @@ fn check_compiler() {
     free(x);
     cuda!(cuStreamDestroy_v2(s));
 }
-
-/// What children run.
-pub const CASES: &[(&str, fn())] = &[("kernels", check_kernels), ("compiler", check_compiler)];
 
 #[test]
 fn kernels_give_the_right_values() {
