@@ -68,7 +68,7 @@ INLINE void load_shared(F& to, const bf16* from, u32 pitch) {
     } else {
         LOAD_SHARED("b.sync.aligned.col");
     }
-    memcpy(to.x, bits, sizeof(bits));
+    copy_bits(to.x, bits);
 #else
     load_matrix_sync(to, from, pitch);
 #endif
@@ -130,7 +130,7 @@ INLINE void load_tile(bf16* tile, const bf16* x, Item item, i64 begin, i64 time,
                         narrow(&values[j], 0.0f);
                     }
                 }
-                memcpy(&bits, values, sizeof(bits));
+                copy_bits(bits, values);
             }
         }
         *reinterpret_cast<uint4*>(tile + row * (D + PAD) + column) = bits;
