@@ -11,11 +11,10 @@ typedef unsigned long long u64;
 typedef unsigned int u32;
 typedef __nv_bfloat16 bf16;
 
-// The block's dynamic shared memory as a pointer; whoever compiles this for something else than a GPU defines it first.
+// The block's dynamic shared memory as a pointer; whoever compiles this for something else than a GPU may define it first.
 #ifndef DYN_SHARED
-#define DYN_SHARED(T, name)                                          \
-    extern __shared__ __align__(128) unsigned char name##_bytes[]; \
-    T* name = reinterpret_cast<T*>(name##_bytes)
+extern __shared__ __align__(128) unsigned char dynamic_shared[];
+#define DYN_SHARED(T, name) T* name = reinterpret_cast<T*>(dynamic_shared)
 #endif
 
 #define INLINE __device__ __forceinline__
