@@ -2,7 +2,7 @@
 //! what they leave is compared with the CPU backend. Sizes are odd, outputs poisoned, and fences stand around buffers.
 //! Imports the public API of kernels.
 
-use shardflow_kernels::cuda::step::ErrorRecord;
+use shardflow_kernels::cuda::step::{Arg, ErrorRecord, Kernel, Place, Step};
 use shardflow_kernels::op::{Einsum, Launch, Op};
 use shardflow_kernels::tensor::{HostTensor, Region, element_count};
 
@@ -12,7 +12,7 @@ mod machine;
 mod trial;
 
 use machine::{LAUNCH_INDEX, Machine, compiler};
-use trial::{Halves, Initial, Trial, assert_close};
+use trial::{Halves, Initial, Trial, assert_close, round_to_bf16};
 
 const SIZES: [usize; 7] = [0, 1, 3, 16, 65, 1000, 5003];
 const CLOSE: f64 = 2e-6;
@@ -524,6 +524,22 @@ fn fused_pairs_are_what_both_launches_are() {
         let sums = Trial::new(Op::Add, vec![a.clone(), b.clone()], vec![poison(&shape)]).on_cpu().expect("sums");
         let writes = [&shape[..], &row, &row].map(poison).to_vec();
         let normed = Trial::new(norm, vec![sums[0].clone(), w.clone()], writes.clone()).on_cpu().expect("norms");
+        let in_bf16 = |steps: &[Step]| -> Vec<Step> {
+            let renamed = |step: &Step| match step {
+                Step::Kernel(kernel) if kernel.function == "bias_gelu_f32" => {
+                    Step::Kernel(Kernel { function: "bias_gelu_bf16", ..kernel.clone() })
+                }
+                Step::Kernel(kernel) => Step::Kernel(Kernel { function: "add_layer_norm_bf16", ..kernel.clone() }),
+                other => other.clone(),
+            };
+            steps.iter().map(renamed).collect()
+        };
+        let mut halves_of_pairs = vec![];
+        // A variance of nothing but rounding is not the same in bf16.
+        if width > 1 {
+            let expected = [sums.clone(), normed.clone()].concat();
+            halves_of_pairs.push((in_bf16(&fused.steps), vec![a.clone(), b.clone(), w.clone()], expected));
+        }
         let trial = Trial::new(Op::Add, vec![a.clone(), b, w.clone()], [vec![poison(&shape)], writes].concat());
         for align in [64, 4] {
             let (got, _) = trial.run_steps(&mut machine, &fused.steps, align, FLOATS, 0).expect("it runs");
@@ -537,14 +553,109 @@ fn fused_pairs_are_what_both_launches_are() {
         let fused = fuse(&first, &second, &nothing).expect("steps").expect("a fused pair");
         let sums = Trial::new(Op::Add, vec![a.clone(), w.clone()], vec![poison(&shape)]).on_cpu().expect("sums");
         let active = Trial::new(Op::Gelu, vec![sums[0].clone()], vec![poison(&shape)]).on_cpu().expect("gelu");
+        let expected = [sums.clone(), active.clone()].concat();
+        halves_of_pairs.push((in_bf16(&fused.steps), vec![a.clone(), w.clone()], expected));
         let trial = Trial::new(Op::Add, vec![a, w], vec![poison(&shape), poison(&shape)]);
         for align in [64, 4] {
             let (got, _) = trial.run_steps(&mut machine, &fused.steps, align, FLOATS, 0).expect("it runs");
             assert_close("bias", &got[0], &sums[0], CLOSE);
             assert_close("bias and gelu", &got[1], &active[0], CLOSE);
         }
+        // The same kernels in bf16.
+        for (fused, reads, expected) in halves_of_pairs {
+            let half = |i: usize| if expected.len() == 4 && i > 1 { poison(&row) } else { poison(&shape) };
+            let writes = (0..expected.len()).map(half).collect();
+            let trial = Trial::new(Op::Add, reads, writes);
+            let halves = Halves { reads: &[0, 1, 2], writes: &[0, 1] };
+            let (got, _) = trial.run_steps(&mut machine, &fused, 64, halves, 0).expect("it runs");
+            for (got, expected) in got.iter().zip(&expected) {
+                assert_close("a pair in bf16", got, expected, 10.0 * CLOSE_HALF);
+            }
+        }
         // A result that takes memory which the first launch still reads.
         let clash = |a: &Buffer, b: &Buffer| (a.base, b.base) == (0, 3);
         assert!(fuse(&first, &second, &clash).expect("no error").is_none());
+    }
+}
+
+/// Kernels that no op is lowered to: casts, the copy of bf16 boxes, AdamW with a bf16 copy of the parameter.
+#[test]
+fn kernels_for_mixed_precision() {
+    if !compiler() {
+        return;
+    }
+    let (mut machine, mut numbers) = (Machine::default(), Numbers(13));
+    let step = |function, threads: usize, args: Vec<Arg>| {
+        let grid = [threads.div_ceil(256).max(1) as u32, 1, 1];
+        Step::Kernel(Kernel { function, grid, block: [256, 1, 1], shared_bytes: 0, args })
+    };
+    let (read, write) = (|i| Arg::Pointer(Place::read(i)), |i| Arg::Pointer(Place::write(i)));
+    for n in [1, 3, 16, 1003] {
+        let x = numbers.tensor(&[n], 2.0);
+        let rounded = HostTensor::f32(&[n], x.as_f32().expect("floats").iter().map(|&v| round_to_bf16(v)).collect());
+        let args = vec![read(0), write(0), Arg::I64(n as i64)];
+        let trial = Trial::new(Op::Copy, vec![x], vec![poison(&[n])]);
+        for (function, halves) in [
+            ("cast_f32_bf16", Halves { reads: &[], writes: &[0] }),
+            ("cast_bf16_f32", Halves { reads: &[0], writes: &[] }),
+        ] {
+            for align in [64, 4] {
+                let steps = [step(function, n, args.clone())];
+                let (got, _) = trial.run_steps(&mut machine, &steps, align, halves, 0).expect("it runs");
+                assert_close(function, &got[0], &rounded, 0.0);
+            }
+        }
+    }
+    // A box of 2 by 3 from [4, 5] at (1, 2) to [3, 7] at (0, 3).
+    let (x, y) = (numbers.tensor(&[4, 5], 1.0), numbers.tensor(&[3, 7], 1.0));
+    let at = |place: Place, elements: usize| Arg::Pointer(Place { offset_bytes: 2 * elements, ..place });
+    let sizes = [1, 2, 3, 0, 0, 5, 0, 0, 7].map(Arg::U64);
+    let args = [vec![at(Place::read(0), 7), at(Place::write(0), 3), Arg::I64(6)], sizes.to_vec()].concat();
+    let region = |start: &[usize]| Region { start: start.to_vec(), size: vec![2, 3] };
+    let op = Op::CopyRegion { src: region(&[1, 2]), dst: region(&[0, 3]) };
+    let round = |t: &HostTensor| {
+        HostTensor::f32(&t.shape, t.as_f32().expect("floats").iter().map(|&v| round_to_bf16(v)).collect())
+    };
+    let trial = Trial::new(op, vec![round(&x)], vec![Initial::Values(round(&y))]);
+    let halves = Halves { reads: &[0], writes: &[0] };
+    let steps = [step("copy_region_halves", 6, args)];
+    let (got, _) = trial.run_steps(&mut machine, &steps, 64, halves, 0).expect("it runs");
+    assert_close("copy_region_halves", &got[0], &trial.on_cpu().expect("the CPU's")[0], 0.0);
+    adamw_with_a_copy(&mut machine, &mut numbers);
+}
+
+fn adamw_with_a_copy(machine: &mut Machine, numbers: &mut Numbers) {
+    let n = 103;
+    let hyper = HostTensor::f32(&[2], vec![0.02, 3.0]);
+    let reads = vec![numbers.tensor(&[n], 1.0), hyper, HostTensor::f32(&[], vec![0.5])];
+    let state = [numbers.tensor(&[n], 1.0), numbers.tensor(&[n], 1.0), HostTensor::f32(&[n], vec![0.3; n])];
+    let writes: Vec<Initial> = state.map(Initial::Values).to_vec();
+    let op = Op::AdamW { beta1: 0.9, beta2: 0.95, eps: 1e-3, weight_decay: 0.1 };
+    let expected = Trial::new(op.clone(), reads.clone(), writes.clone()).on_cpu().expect("the CPU's");
+    let buffer = |shape: &[usize]| shardflow_kernels::op::Buffer {
+        base: 0,
+        offset: 0,
+        shape: shape.to_vec(),
+        dtype: shardflow_kernels::tensor::DType::F32,
+    };
+    let launch = Launch {
+        op: op.clone(),
+        reads: reads.iter().map(|t| buffer(&t.shape)).collect(),
+        writes: vec![buffer(&[n]); 3],
+        accumulate: false,
+        workspace: None,
+    };
+    let mut steps = shardflow_kernels::cuda::lower::lower(&launch, false).expect("steps");
+    let Step::Kernel(kernel) = &mut steps[0] else { panic!("{steps:?}") };
+    let place = kernel.args.iter().position(|arg| *arg == Arg::Null).expect("no copy is asked for");
+    kernel.args[place] = Arg::Pointer(Place::write(3));
+    let trial = Trial::new(op, reads, [writes, vec![poison(&[n])]].concat());
+    for align in [64, 4] {
+        let halves = Halves { reads: &[], writes: &[3] };
+        let (got, _) = trial.run_steps(machine, &steps, align, halves, 0).expect("it runs");
+        for (got, expected) in got.iter().zip(&expected) {
+            assert_close("adamw", got, expected, CLOSE);
+        }
+        assert_close("adamw's copy", &got[3], &expected[0], 4e-3);
     }
 }

@@ -41,6 +41,39 @@ typedef fragment<matrix_b, 16, 16, 16, bf16, col_major> RightTransposed;
 
 static_assert(Sums::num_elements == 8, "a warp holds 256 sums");
 
+template <class A, class B>
+struct IsSame {
+    static constexpr bool value = false;
+};
+template <class A>
+struct IsSame<A, A> {
+    static constexpr bool value = true;
+};
+
+// load_matrix_sync from shared memory. On a GPU by the very instruction that it stands for, with the address space that
+// NVRTC loses for bf16: without it each operand comes by four generic loads instead of one `ldmatrix`.
+template <class F>
+INLINE void load_shared(F& to, const bf16* from, u32 pitch) {
+#if defined(__CUDA_ARCH__) && !defined(SOFTWARE_CUDA)
+    static_assert(sizeof(to.x) == 16, "four registers");
+    u32 bits[4];
+    const u32 address = (u32)__cvta_generic_to_shared(from);
+#define LOAD_SHARED(which)                                                                                  \
+    asm volatile("wmma.load." which ".m16n16k16.shared.bf16 {%0, %1, %2, %3}, [%4], %5;"                  \
+                 : "=r"(bits[0]), "=r"(bits[1]), "=r"(bits[2]), "=r"(bits[3]) : "r"(address), "r"(pitch) : "memory")
+    if constexpr (IsSame<F, Left>::value) {
+        LOAD_SHARED("a.sync.aligned.row");
+    } else if constexpr (IsSame<F, Right>::value) {
+        LOAD_SHARED("b.sync.aligned.row");
+    } else {
+        LOAD_SHARED("b.sync.aligned.col");
+    }
+    copy_bits(to.x, bits);
+#else
+    load_matrix_sync(to, from, pitch);
+#endif
+}
+
 // Row and column of each of a lane's eight elements of a sum, four bits each.
 struct Map {
     u32 rows, columns;
@@ -97,7 +130,7 @@ INLINE void load_tile(bf16* tile, const bf16* x, Item item, i64 begin, i64 time,
                         narrow(&values[j], 0.0f);
                     }
                 }
-                memcpy(&bits, values, sizeof(bits));
+                copy_bits(bits, values);
             }
         }
         *reinterpret_cast<uint4*>(tile + row * (D + PAD) + column) = bits;
@@ -114,7 +147,7 @@ struct Rows {
     INLINE Rows(const bf16* tile) : from(tile) {
         if constexpr (KEPT) {
 #pragma unroll
-            for (int c = 0; c < D / 16; c++) load_matrix_sync(kept[c], tile + c * 16, D + PAD);
+            for (int c = 0; c < D / 16; c++) load_shared(kept[c], tile + c * 16, D + PAD);
         }
     }
 
@@ -124,12 +157,12 @@ struct Rows {
 #pragma unroll
         for (int c = 0; c < D / 16; c++) {
             RightTransposed right;
-            load_matrix_sync(right, tile + c * 16, D + PAD);
+            load_shared(right, tile + c * 16, D + PAD);
             if constexpr (KEPT) {
                 mma_sync(sums, kept[c], right, sums);
             } else {
                 Left left;
-                load_matrix_sync(left, from + c * 16, D + PAD);
+                load_shared(left, from + c * 16, D + PAD);
                 mma_sync(sums, left, right, sums);
             }
         }
@@ -142,7 +175,7 @@ INLINE void add_product(Sums (&sums)[D / 16], const Left& p, const bf16* tile) {
 #pragma unroll
     for (int c = 0; c < D / 16; c++) {
         Right right;
-        load_matrix_sync(right, tile + c * 16, D + PAD);
+        load_shared(right, tile + c * 16, D + PAD);
         mma_sync(sums[c], p, right, sums[c]);
     }
 }
@@ -175,7 +208,8 @@ struct Softmax {
         float values[8][4], most = best;
 #pragma unroll
         for (int k = 0; k < 8; k++) {
-            load<4>(values[k], scores + 8 * k + 4 * half);
+            // What lies wholly in the future was not computed.
+            if (8 * k + 4 * half < past) load<4>(values[k], scores + 8 * k + 4 * half);
 #pragma unroll
             for (int j = 0; j < 4; j++) {
                 const bool here = 8 * k + 4 * half + j < past;
@@ -226,7 +260,7 @@ INLINE void attention(const bf16* q, const bf16* k, const bf16* v, bf16* o, floa
     load_tile<D>(k_tile, q, item, begin, time, depth, whole);
     __syncthreads();
 #pragma unroll
-    for (int c = 0; c < D / 16; c++) load_matrix_sync(q_rows[c], k_tile + warp * 16 * PITCH + c * 16, PITCH);
+    for (int c = 0; c < D / 16; c++) load_shared(q_rows[c], k_tile + warp * 16 * PITCH + c * 16, PITCH);
     Sums sums[D / 16];
 #pragma unroll
     for (int c = 0; c < D / 16; c++) fill_fragment(sums[c], 0.0f);
@@ -236,14 +270,15 @@ INLINE void attention(const bf16* q, const bf16* k, const bf16* v, bf16* o, floa
         load_tile<D>(k_tile, k, item, key, time, depth, whole);
         load_tile<D>(v_tile, v, item, key, time, depth, whole);
         __syncthreads();
-#pragma unroll
-        for (int t = 0; t < 4; t++) {
+        // 16 columns each; those behind the warp's last query are left out.
+        const int tiles = own - key < 48 ? (int)(own - key) / 16 + 1 : 4;
+        for (int t = 0; t < tiles; t++) {
             Sums dots;
             fill_fragment(dots, 0.0f);
 #pragma unroll
             for (int c = 0; c < D / 16; c++) {
                 RightTransposed right;
-                load_matrix_sync(right, k_tile + t * 16 * PITCH + c * 16, PITCH);
+                load_shared(right, k_tile + t * 16 * PITCH + c * 16, PITCH);
                 mma_sync(dots, q_rows[c], right, dots);
             }
             nvcuda::wmma::store_matrix_sync(scores + t * 16, dots, S_PITCH, mem_row_major);
@@ -260,10 +295,9 @@ INLINE void attention(const bf16* q, const bf16* k, const bf16* v, bf16* o, floa
 #pragma unroll
             for (int c = 0; c < D / 16; c++) sums[c].x[e] *= factor;
         }
-#pragma unroll
-        for (int t = 0; t < 4; t++) {
+        for (int t = 0; t < tiles; t++) {
             Left left;
-            load_matrix_sync(left, p + t * 16, S_PITCH);
+            load_shared(left, p + t * 16, S_PITCH);
             add_product<D>(sums, left, v_tile + t * 16 * PITCH);
         }
         // Scores, probabilities and factors have been read.
@@ -341,9 +375,9 @@ INLINE void attention_grad_keys(const bf16* d_o, const bf16* q, const bf16* k, c
             }
             __syncwarp();
             Left left;
-            load_matrix_sync(left, p, P_PITCH);
+            load_shared(left, p, P_PITCH);
             add_product<D>(dv_sums, left, do_tile + t * 16 * PITCH);
-            load_matrix_sync(left, ds, P_PITCH);
+            load_shared(left, ds, P_PITCH);
             add_product<D>(dk_sums, left, q_tile + t * 16 * PITCH);
             // Probabilities have been read.
             __syncwarp();
@@ -402,7 +436,7 @@ INLINE void attention_grad_queries(const bf16* d_o, const bf16* q, const bf16* k
             }
             __syncwarp();
             Left left;
-            load_matrix_sync(left, ds, P_PITCH);
+            load_shared(left, ds, P_PITCH);
             add_product<D>(sums, left, k_tile + t * 16 * PITCH);
             // Probabilities have been read.
             __syncwarp();

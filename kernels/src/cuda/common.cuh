@@ -11,11 +11,10 @@ typedef unsigned long long u64;
 typedef unsigned int u32;
 typedef __nv_bfloat16 bf16;
 
-// The block's dynamic shared memory as a pointer; whoever compiles this for something else than a GPU defines it first.
+// The block's dynamic shared memory as a pointer; whoever compiles this for something else than a GPU may define it first.
 #ifndef DYN_SHARED
-#define DYN_SHARED(T, name)                                          \
-    extern __shared__ __align__(128) unsigned char name##_bytes[]; \
-    T* name = reinterpret_cast<T*>(name##_bytes)
+extern __shared__ __align__(128) unsigned char dynamic_shared[];
+#define DYN_SHARED(T, name) T* name = reinterpret_cast<T*>(dynamic_shared)
 #endif
 
 #define INLINE __device__ __forceinline__
@@ -27,6 +26,17 @@ INLINE float widen(bf16 x) { return __bfloat162float(x); }
 
 INLINE void narrow(float* to, float x) { *to = x; }
 INLINE void narrow(bf16* to, float x) { *to = __float2bfloat16_rn(x); }
+
+// The bits of one thing as another.
+template <class A, class B>
+INLINE void copy_bits(A& to, const B& from) {
+    static_assert(sizeof(to) == sizeof(from), "as many bits");
+#ifdef SOFTWARE_CUDA
+    __builtin_memcpy(&to, &from, sizeof(to));
+#else
+    memcpy(&to, &from, sizeof(to));
+#endif
+}
 
 // Elements that 16 bytes hold.
 template <class T>
@@ -42,10 +52,10 @@ INLINE void load(float (&values)[W], const T* from) {
     T raw[W];
     if constexpr (W * sizeof(T) == 16) {
         const uint4 bits = *reinterpret_cast<const uint4*>(from);
-        memcpy(raw, &bits, sizeof(raw));
+        copy_bits(raw, bits);
     } else if constexpr (W * sizeof(T) == 8) {
         const uint2 bits = *reinterpret_cast<const uint2*>(from);
-        memcpy(raw, &bits, sizeof(raw));
+        copy_bits(raw, bits);
     } else {
 #pragma unroll
         for (int j = 0; j < W; j++) raw[j] = from[j];
@@ -61,11 +71,11 @@ INLINE void store(T* to, const float (&values)[W]) {
     for (int j = 0; j < W; j++) narrow(&raw[j], values[j]);
     if constexpr (W * sizeof(T) == 16) {
         uint4 bits;
-        memcpy(&bits, raw, sizeof(raw));
+        copy_bits(bits, raw);
         *reinterpret_cast<uint4*>(to) = bits;
     } else if constexpr (W * sizeof(T) == 8) {
         uint2 bits;
-        memcpy(&bits, raw, sizeof(raw));
+        copy_bits(bits, raw);
         *reinterpret_cast<uint2*>(to) = bits;
     } else {
 #pragma unroll

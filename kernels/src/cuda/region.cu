@@ -13,12 +13,12 @@ INLINE void region(const T* x, T* y, i64 count, Box from, Box to) {
             uint4 bits = *reinterpret_cast<const uint4*>(x);
             if constexpr (ADD) {
                 T left[W], right[W];
-                memcpy(left, &bits, sizeof(left));
+                copy_bits(left, bits);
                 const uint4 there = *reinterpret_cast<const uint4*>(y);
-                memcpy(right, &there, sizeof(right));
+                copy_bits(right, there);
 #pragma unroll
                 for (int j = 0; j < W; j++) right[j] += left[j];
-                memcpy(&bits, right, sizeof(right));
+                copy_bits(bits, right);
             }
             *reinterpret_cast<uint4*>(y) = bits;
             return;

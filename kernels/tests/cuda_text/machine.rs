@@ -37,9 +37,9 @@ impl Layout {
 /// The index that launches are told they have.
 pub const LAUNCH_INDEX: u32 = 7;
 
-/// Builds a module's program, unless one of the same text is there. One at a time.
+/// Builds a module's program, unless one of the same text is there. Each by one test at a time.
 fn program(module: &Module) -> PathBuf {
-    static BUILDING: Mutex<()> = Mutex::new(());
+    static BUILDING: [Mutex<()>; MODULES.len()] = [const { Mutex::new(()) }; MODULES.len()];
     let kernels = module.functions().map(|name| {
         format!("{{\"{name}\", [](const uint64_t* a) {{ shim::call(&{name}, a); }}, shim::arity(&{name})}},\n")
     });
@@ -54,20 +54,24 @@ fn program(module: &Module) -> PathBuf {
     let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join("cuda_text");
     let name = format!("{}-{:016x}", module.name, hasher.finish());
     let program = folder.join(&name);
-    let _building = BUILDING.lock().unwrap_or_else(|poison| poison.into_inner());
+    let place = MODULES.iter().position(|other| other.name == module.name).unwrap_or_default();
+    let _building = BUILDING[place].lock().unwrap_or_else(|poison| poison.into_inner());
     if program.exists() {
         return program;
     }
     std::fs::create_dir_all(&folder).expect("a folder for programs");
+    // Beside the source, where its includes are looked for; other modules are built at the same time.
+    let sources = folder.join(format!("{name}.sources"));
+    std::fs::create_dir_all(&sources).expect("a folder for sources");
     for (name, text) in SHIM {
-        std::fs::write(folder.join(name), text).expect("the shim");
+        std::fs::write(sources.join(name), text).expect("the shim");
     }
-    let source = folder.join(format!("{name}.cpp"));
+    let source = sources.join("module.cpp");
     std::fs::write(&source, text).expect("the source");
     let unfinished = folder.join(format!("{name}.{}", std::process::id()));
     let result = Command::new("g++")
         .args(["-std=c++17", "-O1", "-fno-strict-aliasing", "-w", "-U_FORTIFY_SOURCE", "-I"])
-        .args([&folder, &source, Path::new("-o"), &unfinished])
+        .args([&sources, &source, Path::new("-o"), &unfinished])
         .output()
         .expect("g++ runs");
     assert!(result.status.success(), "{}: {}", module.name, String::from_utf8_lossy(&result.stderr));
