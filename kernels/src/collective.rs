@@ -1,9 +1,10 @@
 //! Collectives: what is asked for ([`CollectiveCall`]) and the one trait ([`Collective`]) that every engine stands behind.
-//! Engines live in `collective/`. Imports `tensor`, `error` and `memory` views only.
+//! Engines live in `collective/`, those of GPUs in `cuda/`. Imports `tensor`, `error`, `memory` views and `cuda::engine`.
 
 use std::fmt::Debug;
 use std::sync::Arc;
 
+use crate::cuda::engine::OnDevice;
 use crate::error::KernelError;
 use crate::memory::View;
 use crate::tensor::Region;
@@ -39,6 +40,19 @@ pub trait Collective: Debug + Send + Sync {
 
     /// Bytes that the device of this rank has taken in from other members since the engine was made.
     fn bytes_received(&self, rank: usize) -> u64;
+
+    /// The error that a call is answered with after [`Collective::abort`]. Only engines of GPUs need tell: what they were
+    /// doing seems done when it was broken off.
+    fn aborted(&self) -> Option<KernelError> {
+        None
+    }
+
+    /// For engines of GPUs: how this call is put on a CUDA stream. A stream has any other engine work on a copy in the host's
+    /// memory.
+    fn on_device(&self, call: &CollectiveCall) -> Option<OnDevice<'_>> {
+        let _ = call;
+        None
+    }
 }
 
 /// A member that waits for another in a collective.

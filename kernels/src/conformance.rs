@@ -4,11 +4,12 @@
 
 use std::fmt;
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, TryRecvError, channel};
 use std::time::Duration;
 
 use half::bf16;
 
+use crate::clock::Clock;
 use crate::collective::Group;
 use crate::device::Device;
 use crate::error::KernelError;
@@ -22,6 +23,7 @@ mod ops;
 mod reference;
 mod streams;
 
+use collectives::Demands;
 pub use collectives::Sums;
 
 /// Longest wait for anything on a device.
@@ -56,7 +58,15 @@ pub fn run(make: &dyn Fn(usize) -> Vec<Device>) -> Vec<Failure> {
     }
     let with_arena = |device: Device| device.arena(collectives::ARENA_BYTES).map(|arena| (device, arena));
     let make = |n| make(n).into_iter().map(with_arena).collect();
-    collectives::run(&mut report, &make, MEMBERS_MAX, Sums::InOrder, true);
+    collectives::run(&mut report, &make, &Demands::of(MEMBERS_MAX, Sums::InOrder));
+    report.failures
+}
+
+/// Runs the ops' and the streams' part of the suite, on one device.
+pub fn run_alone(device: &Device) -> Vec<Failure> {
+    let mut report = Report::default();
+    ops::run(&mut report, device);
+    streams::run(&mut report, device);
     report.failures
 }
 
@@ -65,7 +75,19 @@ pub fn run(make: &dyn Fn(usize) -> Vec<Device>) -> Vec<Failure> {
 /// that know [`collectives_groups`] of n.
 pub fn run_collectives(make: &dyn Fn(usize) -> Result<Vec<(Device, Arena)>, KernelError>) -> Vec<Failure> {
     let mut report = Report::default();
-    collectives::run(&mut report, make, MEMBERS_MAX, Sums::InOrder, true);
+    collectives::run(&mut report, make, &Demands::of(MEMBERS_MAX, Sums::InOrder));
+    report.failures
+}
+
+/// Runs the collectives' part of the suite for engines that add up in an order of their own, and do not compare what the
+/// members call; else as [`run_collectives`].
+pub fn run_collectives_unordered(
+    make: &dyn Fn(usize) -> Result<Vec<(Device, Arena)>, KernelError>,
+    members: usize,
+) -> Vec<Failure> {
+    let mut report = Report::default();
+    let demands = Demands { compares_calls: false, ..Demands::of(members, Sums::InAnyOrder) };
+    collectives::run(&mut report, make, &demands);
     report.failures
 }
 
@@ -78,7 +100,7 @@ pub fn run_collectives_apart(
     sums: Sums,
 ) -> Vec<Failure> {
     let mut report = Report::default();
-    collectives::run(&mut report, make, members, sums, false);
+    collectives::run(&mut report, make, &Demands { all_here: false, ..Demands::of(members, sums) });
     report.failures
 }
 
@@ -177,7 +199,7 @@ impl<'a> Trial<'a> {
         };
         let writes: Vec<Buffer> = self.writes.iter().enumerate().map(place_write).collect();
         let shapes: Vec<&[usize]> = self.reads.iter().map(|read| &read.shape[..]).collect();
-        let workspace_bytes = self.op.workspace_bytes(&shapes, stream.threads());
+        let workspace_bytes = device.workspace_bytes(&self.op, &shapes, stream.threads());
         let workspace = (workspace_bytes > 0).then(|| layout.place(&[workspace_bytes / 4], DType::F32));
         let arena = layout.arena(device).map_err(|error| error.to_string())?;
         for (buffer, tensor) in reads.iter().zip(&values) {
@@ -258,17 +280,35 @@ fn run_program(stream: &Stream, launches: Vec<Launch>, arenas: &[&Arena], repeat
     wait(&notices)
 }
 
+/// What a stream tells of a submission, as it comes from another thread.
+struct Notices(Receiver<(Clock, Notice)>);
+
+impl Notices {
+    fn recv_timeout(&self, timeout: Duration) -> Result<Notice, RecvTimeoutError> {
+        self.0.recv_timeout(timeout).map(Self::taken)
+    }
+
+    fn try_recv(&self) -> Result<Notice, TryRecvError> {
+        self.0.try_recv().map(Self::taken)
+    }
+
+    fn taken((clock, notice): (Clock, Notice)) -> Notice {
+        clock.join();
+        notice
+    }
+}
+
 /// Submits a program, base i being arena i.
-fn submit(stream: &Stream, program: Program, arenas: &[&Arena], repeat: bool) -> Result<Receiver<Notice>, KernelError> {
+fn submit(stream: &Stream, program: Program, arenas: &[&Arena], repeat: bool) -> Result<Notices, KernelError> {
     let (sender, notices) = channel();
     let bases = arenas.iter().map(|&arena| Base { arena: arena.clone(), offset: 0 }).collect();
-    let notify = Box::new(move |notice| drop(sender.send(notice)));
+    let notify = Box::new(move |notice| drop(sender.send((Clock::capture(), notice))));
     stream.submit(Submission { program: Arc::new(program), bases, repeat, notify })?;
-    Ok(notices)
+    Ok(Notices(notices))
 }
 
 /// Waits for the end of a submission.
-fn wait(notices: &Receiver<Notice>) -> Result<(), KernelError> {
+fn wait(notices: &Notices) -> Result<(), KernelError> {
     loop {
         match notices.recv_timeout(TIMEOUT) {
             Ok(Notice::Signal(_) | Notice::NotFinite { .. }) => {}

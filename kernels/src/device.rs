@@ -4,8 +4,12 @@ use std::sync::Arc;
 
 use crate::collective::Collective;
 use crate::cpu::device::CpuDevice;
+use crate::cuda::device::CudaDevice;
+use crate::cuda::gpu::Gpu;
+use crate::cuda::lower;
 use crate::error::KernelError;
 use crate::memory::Arena;
+use crate::op::Op;
 use crate::stream::Stream;
 
 /// One device of a session's mesh. Clones are the same device.
@@ -13,6 +17,18 @@ use crate::stream::Stream;
 pub enum Device {
     /// Some of this process's cores, with memory of their own.
     Cpu(Arc<CpuDevice>),
+    /// A GPU, or a share of one.
+    Cuda(Arc<CudaDevice>),
+}
+
+/// Which of a device's streams goes first where both could.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Priority {
+    /// Layers, and copies.
+    #[default]
+    Normal,
+    /// What others wait for: collectives that overlap compute. CPU streams know no priorities.
+    High,
 }
 
 impl Device {
@@ -22,23 +38,34 @@ impl Device {
         Device::Cpu(Arc::new(CpuDevice::new(rank, threads_per_stream, engine)))
     }
 
+    /// A device on a GPU, which other devices may share. Collectives launched on its streams go to `engine`: one for GPUs,
+    /// or any other, which then works on copies in the host's memory.
+    pub fn cuda(rank: usize, gpu: Arc<Gpu>, engine: Arc<dyn Collective>) -> Self {
+        Device::Cuda(Arc::new(CudaDevice::new(rank, gpu, engine)))
+    }
+
     /// Memory of `bytes` bytes, zeroed.
     ///
     /// # Errors
-    /// [`KernelError::OutOfMemory`].
+    /// [`KernelError::OutOfMemory`]; [`KernelError::Cuda`].
     pub fn arena(&self, bytes: usize) -> Result<Arena, KernelError> {
         match self {
             Device::Cpu(device) => device.arena(bytes),
+            Device::Cuda(device) => device.arena(bytes),
         }
     }
 
     /// Memory of `bytes` bytes, zeroed, that other processes of the node can map ([`Arena::descriptor`]).
     ///
     /// # Errors
-    /// [`KernelError::OutOfMemory`].
+    /// [`KernelError::OutOfMemory`]; [`KernelError::Arguments`] for a GPU's, which others cannot map.
     pub fn shared_arena(&self, bytes: usize) -> Result<Arena, KernelError> {
         match self {
             Device::Cpu(device) => device.shared_arena(bytes),
+            Device::Cuda(device) => {
+                let got = format!("memory of {}", device.gpu().place());
+                Err(KernelError::arguments("shared_arena", "memory", "memory that other processes can map", got))
+            }
         }
     }
 
@@ -48,18 +75,36 @@ impl Device {
     /// # Errors
     /// [`KernelError::Closed`] when the system gives no thread; [`KernelError::Arguments`] for too many of them.
     pub fn stream(&self, name: &str, threads: usize) -> Result<Stream, KernelError> {
-        match self {
-            Device::Cpu(device) => Ok(Stream::Cpu(device.stream(name, threads, device.engine().clone())?)),
-        }
+        self.stream_with(name, threads, self.engine().clone(), Priority::Normal)
     }
 
-    /// As [`Device::stream`], with another engine: one that could be made only when the device's memory was there.
+    /// As [`Device::stream`], of this priority and with another engine: one that could be made only when the device's memory
+    /// was there. A GPU's stream has no use for threads.
     ///
     /// # Errors
     /// As `stream`.
-    pub fn stream_with(&self, name: &str, threads: usize, engine: Arc<dyn Collective>) -> Result<Stream, KernelError> {
+    pub fn stream_with(
+        &self,
+        name: &str,
+        threads: usize,
+        engine: Arc<dyn Collective>,
+        priority: Priority,
+    ) -> Result<Stream, KernelError> {
         match self {
             Device::Cpu(device) => Ok(Stream::Cpu(device.stream(name, threads, engine)?)),
+            Device::Cuda(device) => {
+                let stream = device.stream(name, priority == Priority::High, engine)?;
+                Ok(Stream::Cuda(stream))
+            }
+        }
+    }
+
+    /// Bytes of scratch memory that a launch needs on a stream of `threads` threads of this kind of device, given the shapes
+    /// that it reads.
+    pub fn workspace_bytes(&self, op: &Op, reads: &[&[usize]], threads: usize) -> usize {
+        match self {
+            Device::Cpu(_) => op.workspace_bytes(reads, threads),
+            Device::Cuda(_) => lower::workspace_bytes(op, reads),
         }
     }
 
@@ -67,6 +112,7 @@ impl Device {
     pub fn rank(&self) -> usize {
         match self {
             Device::Cpu(device) => device.rank(),
+            Device::Cuda(device) => device.rank(),
         }
     }
 
@@ -74,6 +120,7 @@ impl Device {
     pub fn threads_per_stream(&self) -> usize {
         match self {
             Device::Cpu(device) => device.threads_per_stream(),
+            Device::Cuda(_) => 1,
         }
     }
 
@@ -81,6 +128,7 @@ impl Device {
     pub fn engine(&self) -> &Arc<dyn Collective> {
         match self {
             Device::Cpu(device) => device.engine(),
+            Device::Cuda(device) => device.engine(),
         }
     }
 
@@ -88,6 +136,7 @@ impl Device {
     pub fn bytes_allocated(&self) -> usize {
         match self {
             Device::Cpu(device) => device.bytes_allocated(),
+            Device::Cuda(device) => device.bytes_allocated(),
         }
     }
 
@@ -95,6 +144,7 @@ impl Device {
     pub fn bytes_peak(&self) -> usize {
         match self {
             Device::Cpu(device) => device.bytes_peak(),
+            Device::Cuda(device) => device.bytes_peak(),
         }
     }
 
@@ -102,6 +152,7 @@ impl Device {
     pub fn allocation_count(&self) -> usize {
         match self {
             Device::Cpu(device) => device.allocation_count(),
+            Device::Cuda(device) => device.allocation_count(),
         }
     }
 }

@@ -87,6 +87,38 @@ pub enum KernelError {
         /// What it says.
         message: String,
     },
+    /// A call of the CUDA driver, or of a library above it, failed.
+    #[error("{place}: {call} failed: {name} ({code}): {text}")]
+    Cuda {
+        /// Which device, and where there is one, which stream, program and launch.
+        place: String,
+        /// The library's name of the call.
+        call: &'static str,
+        /// The library's code.
+        code: u32,
+        /// The code's name.
+        name: String,
+        /// What the library says of it.
+        text: String,
+    },
+    /// CUDA C that the run-time compiler refuses.
+    #[error("{file} does not compile for {target}:\n{log}")]
+    Compile {
+        /// Name of the kernels' file.
+        file: String,
+        /// Architecture.
+        target: String,
+        /// What the compiler says.
+        log: String,
+    },
+    /// A driver, device or library that is needed is not on this machine, or is too old.
+    #[error("{what}: {hint}")]
+    Unavailable {
+        /// What is missing.
+        what: String,
+        /// How to get it.
+        hint: String,
+    },
     /// The stream has ended.
     #[error("stream of device {device} is closed")]
     Closed {
@@ -99,5 +131,11 @@ impl KernelError {
     /// An [`KernelError::Arguments`].
     pub fn arguments(op: &str, what: &str, expected: impl Into<String>, got: impl Into<String>) -> Self {
         Self::Arguments { op: op.to_owned(), what: what.to_owned(), expected: expected.into(), got: got.into() }
+    }
+}
+
+impl From<KernelError> for std::io::Error {
+    fn from(error: KernelError) -> Self {
+        Self::other(error)
     }
 }

@@ -32,9 +32,12 @@
 //! # }
 //! ```
 
+mod bound;
+pub mod clock;
 pub mod collective;
 pub mod conformance;
 pub mod cpu;
+pub mod cuda;
 pub mod device;
 pub mod error;
 pub mod event;

@@ -1,4 +1,5 @@
-//! Device memory: arenas, and the typed views that kernels and collectives are handed. Imports `error`, `tensor`, `op`.
+//! Device memory: arenas, and the typed views that kernels and collectives are handed. Imports `error`, `tensor`, `op`
+//! and `cuda::memory`.
 //!
 //! This file, and `raw_io` for bytes, turn memory into slices. Why that is sound:
 //! - MEM-1: a view lies inside its arena and is aligned for its element type; [`View::resolve`] checks both.
@@ -7,6 +8,7 @@
 //! - MEM-3: across streams nobody reads a range while another writes it. That is the register protocol's promise (a
 //!   slot is written only while it is free, and read only while it is filled); it cannot be checked here.
 //! - MEM-4: what is mapped only to be read is never a write: [`Arena::write_host`], launches and collectives check it.
+//! - MEM-5: a slice is made of host memory only; [`View::check_host`] refuses what lies on a GPU, before any is made.
 #![allow(unsafe_code)]
 
 use std::alloc::{Layout, alloc_zeroed, dealloc};
@@ -17,6 +19,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use half::bf16;
 
+use crate::cuda::memory::{DeviceMemory, Pinned};
 use crate::error::KernelError;
 use crate::op::Buffer;
 use crate::tensor::{DType, HostData, HostTensor, element_count};
@@ -39,7 +42,7 @@ pub(crate) struct Tally {
 }
 
 impl Tally {
-    fn add(&self, bytes: usize) {
+    pub(crate) fn add(&self, bytes: usize) {
         self.allocations.fetch_add(1, Ordering::Relaxed);
         let now = self.bytes.fetch_add(bytes, Ordering::Relaxed) + bytes;
         self.bytes_peak.fetch_max(now, Ordering::Relaxed);
@@ -51,7 +54,7 @@ impl Tally {
 #[derive(Clone, Debug)]
 pub struct Arena(Arc<Storage>);
 
-/// Where the bytes are; a CUDA allocation would be a second variant.
+/// Where the bytes are.
 #[derive(Debug)]
 enum Storage {
     Host(HostMemory),
@@ -61,6 +64,10 @@ enum Storage {
         /// Of the device whose memory it is; a peer's is counted by the peer.
         tally: Option<Arc<Tally>>,
     },
+    /// The host's, locked in its place so that GPUs can copy it.
+    Pinned(Pinned),
+    /// A GPU's.
+    Cuda(DeviceMemory),
 }
 
 impl Drop for Storage {
@@ -121,6 +128,32 @@ impl Arena {
         Ok(Self(Arc::new(Storage::Shared { mapping, tally: Some(tally.clone()) })))
     }
 
+    /// Memory of a GPU.
+    pub(crate) fn cuda(memory: DeviceMemory) -> Self {
+        Self(Arc::new(Storage::Cuda(memory)))
+    }
+
+    /// Page-locked memory of the host.
+    pub(crate) fn pinned(memory: Pinned) -> Self {
+        Self(Arc::new(Storage::Pinned(memory)))
+    }
+
+    /// The GPU's memory that it is, if it is.
+    pub(crate) fn device_memory(&self) -> Option<&DeviceMemory> {
+        match &*self.0 {
+            Storage::Cuda(memory) => Some(memory),
+            Storage::Host(_) | Storage::Shared { .. } | Storage::Pinned(_) => None,
+        }
+    }
+
+    /// # Errors
+    /// [`KernelError::Arguments`] for memory of a GPU, which the host cannot address (MEM-5).
+    pub(crate) fn check_host(&self, user: &str) -> Result<(), KernelError> {
+        let Some(memory) = self.device_memory() else { return Ok(()) };
+        let got = format!("memory of {}", memory.place());
+        Err(KernelError::arguments(user, "memory", "memory of the host", got))
+    }
+
     /// Memory that other processes of the node can map and that is no device's.
     ///
     /// # Errors
@@ -146,7 +179,7 @@ impl Arena {
     /// The descriptor with which a peer can map it, to be passed over a Unix socket; `None` when it is not shared.
     pub fn descriptor(&self) -> Option<BorrowedFd<'_>> {
         match &*self.0 {
-            Storage::Host(_) => None,
+            Storage::Host(_) | Storage::Pinned(_) | Storage::Cuda(_) => None,
             Storage::Shared { mapping, .. } => Some(mapping.descriptor()),
         }
     }
@@ -156,6 +189,8 @@ impl Arena {
         match &*self.0 {
             Storage::Host(memory) => memory.bytes,
             Storage::Shared { mapping, .. } => mapping.bytes(),
+            Storage::Pinned(memory) => memory.bytes(),
+            Storage::Cuda(memory) => memory.bytes(),
         }
     }
 
@@ -167,16 +202,21 @@ impl Arena {
     /// Whether it may be written (MEM-4).
     pub fn is_writable(&self) -> bool {
         match &*self.0 {
-            Storage::Host(_) => true,
+            Storage::Host(_) | Storage::Pinned(_) | Storage::Cuda(_) => true,
             Storage::Shared { mapping, .. } => mapping.access() == Access::ReadWrite,
         }
     }
 
     /// Where the first byte lies.
+    ///
+    /// # Panics
+    /// For memory of a GPU: whoever makes slices has checked (MEM-5).
     pub(crate) fn host_start(&self) -> *mut u8 {
         match &*self.0 {
             Storage::Host(memory) => memory.start.as_ptr(),
             Storage::Shared { mapping, .. } => mapping.start().as_ptr(),
+            Storage::Pinned(memory) => memory.start(),
+            Storage::Cuda(_) => panic!("a slice of a GPU's memory was asked for"),
         }
     }
 
@@ -184,13 +224,17 @@ impl Arena {
     /// in flight, that nobody else uses the range meanwhile.
     ///
     /// # Errors
-    /// [`KernelError::Arguments`] when the range is out of bounds or not aligned, or the memory is only to be read.
+    /// [`KernelError::Arguments`] when the range is out of bounds or not aligned, or the memory is only to be read;
+    /// [`KernelError::Cuda`] when a GPU fails.
     pub fn write_host(&self, offset: usize, tensor: &HostTensor) -> Result<(), KernelError> {
         if !self.is_writable() {
             let got = "a peer's, mapped to be read";
             return Err(KernelError::arguments("write_host", "memory", "memory that may be written", got));
         }
         let view = View::new("write_host", self, offset, &tensor.shape, tensor.dtype())?;
+        if let Some(memory) = self.device_memory() {
+            return memory.write(offset, tensor.data.as_bytes());
+        }
         // SAFETY: MEM-1 was checked by `View::new`; the caller guarantees MEM-3.
         unsafe {
             match &tensor.data {
@@ -205,7 +249,7 @@ impl Arena {
     /// Copies a tensor at `offset` (bytes) to the host. The caller guarantees that nobody writes the range meanwhile.
     ///
     /// # Errors
-    /// [`KernelError::Arguments`] when the range is out of bounds or not aligned.
+    /// [`KernelError::Arguments`] when the range is out of bounds or not aligned; [`KernelError::Cuda`] when a GPU fails.
     pub fn read_host(&self, offset: usize, shape: &[usize], dtype: DType) -> Result<HostTensor, KernelError> {
         let mut tensor = HostTensor { shape: shape.to_vec(), data: HostData::empty(dtype) };
         self.read_host_into(offset, &mut tensor)?;
@@ -218,6 +262,10 @@ impl Arena {
     /// [`KernelError::Arguments`] when the range is out of bounds or not aligned.
     pub fn read_host_into(&self, offset: usize, tensor: &mut HostTensor) -> Result<(), KernelError> {
         let view = View::new("read_host", self, offset, &tensor.shape, tensor.dtype())?;
+        if let Some(memory) = self.device_memory() {
+            let elements = view.element_count();
+            return memory.read(offset, tensor.data.resized(elements));
+        }
         // SAFETY: MEM-1 was checked by `View::new`; the caller guarantees MEM-3.
         unsafe {
             match &mut tensor.data {
@@ -349,6 +397,12 @@ impl<'a> View<'a> {
         self.offset
     }
 
+    /// # Errors
+    /// [`KernelError::Arguments`] for memory of a GPU, which the host cannot address (MEM-5).
+    pub(crate) fn check_host(&self, user: &str) -> Result<(), KernelError> {
+        self.arena.check_host(user)
+    }
+
     /// Number of elements.
     pub fn element_count(&self) -> usize {
         element_count(self.shape)
@@ -388,6 +442,7 @@ impl<'a> View<'a> {
             let got = format!("{} read, {} written", reads.len(), writes.len());
             return Err(KernelError::arguments(op, "buffers", "at most one on a side", got));
         }
+        reads.iter().chain(writes).try_for_each(|view| view.check_host(op))?;
         let (x, y) = (reads.first(), writes.first());
         if y.is_some_and(|y| !y.arena.is_writable()) {
             return Err(KernelError::arguments(op, "y", "memory that may be written", "a peer's, mapped to be read"));

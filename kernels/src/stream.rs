@@ -5,12 +5,13 @@ use std::fmt;
 use std::sync::Arc;
 
 use crate::cpu::stream::CpuStream;
+use crate::cuda::stream::CudaStream;
 use crate::error::KernelError;
 use crate::event::Event;
 use crate::memory::Base;
 use crate::op::Program;
 
-/// What the stream tells about a submission, on the stream's own thread; the call must not block.
+/// What the stream tells about a submission, on a thread of the backend's; the call must not block.
 pub type Notify = Box<dyn FnMut(Notice) + Send>;
 
 /// One thing that a stream tells about a submission.
@@ -57,6 +58,8 @@ impl fmt::Debug for Submission {
 pub enum Stream {
     /// A thread of this process, with helpers.
     Cpu(CpuStream),
+    /// A queue of a GPU.
+    Cuda(CudaStream),
 }
 
 impl Stream {
@@ -67,6 +70,7 @@ impl Stream {
     pub fn submit(&self, submission: Submission) -> Result<(), KernelError> {
         match self {
             Stream::Cpu(stream) => stream.submit(submission),
+            Stream::Cuda(stream) => stream.submit(submission),
         }
     }
 
@@ -74,6 +78,7 @@ impl Stream {
     pub fn record(&self) -> Event {
         match self {
             Stream::Cpu(stream) => stream.record(),
+            Stream::Cuda(stream) => stream.record(),
         }
     }
 
@@ -84,6 +89,7 @@ impl Stream {
     pub fn wait_for(&self, event: &Event) -> Result<(), KernelError> {
         match self {
             Stream::Cpu(stream) => stream.wait_for(event),
+            Stream::Cuda(stream) => stream.wait_for(event),
         }
     }
 
@@ -95,6 +101,7 @@ impl Stream {
     pub fn check_finite(&self, on: bool) -> Result<(), KernelError> {
         match self {
             Stream::Cpu(stream) => stream.check_finite(on),
+            Stream::Cuda(stream) => stream.check_finite(on),
         }
     }
 
@@ -105,6 +112,7 @@ impl Stream {
     pub fn synchronize(&self) -> Result<(), KernelError> {
         match self {
             Stream::Cpu(stream) => stream.synchronize(),
+            Stream::Cuda(stream) => stream.synchronize(),
         }
     }
 
@@ -112,6 +120,7 @@ impl Stream {
     pub fn threads(&self) -> usize {
         match self {
             Stream::Cpu(stream) => stream.threads(),
+            Stream::Cuda(_) => 1,
         }
     }
 }

@@ -111,6 +111,33 @@ impl HostData {
             DType::BF16 => Self::BF16(Vec::new()),
         }
     }
+
+    /// The elements' bytes.
+    pub(crate) fn as_bytes(&self) -> &[u8] {
+        match self {
+            HostData::F32(values) => bytemuck::cast_slice(values),
+            HostData::I32(values) => bytemuck::cast_slice(values),
+            HostData::BF16(values) => bytemuck::cast_slice(values),
+        }
+    }
+
+    /// The bytes of as many elements, to be overwritten; the memory is used again.
+    pub(crate) fn resized(&mut self, elements: usize) -> &mut [u8] {
+        match self {
+            HostData::F32(values) => {
+                values.resize(elements, 0.0);
+                bytemuck::cast_slice_mut(values)
+            }
+            HostData::I32(values) => {
+                values.resize(elements, 0);
+                bytemuck::cast_slice_mut(values)
+            }
+            HostData::BF16(values) => {
+                values.resize(elements, bf16::ZERO);
+                bytemuck::cast_slice_mut(values)
+            }
+        }
+    }
 }
 
 /// A row-major tensor in host memory.
@@ -167,11 +194,7 @@ impl HostTensor {
 
     /// The bytes of its elements, as this machine has them.
     pub fn as_bytes(&self) -> &[u8] {
-        match &self.data {
-            HostData::F32(data) => bytemuck::cast_slice(data),
-            HostData::I32(data) => bytemuck::cast_slice(data),
-            HostData::BF16(data) => bytemuck::cast_slice(data),
-        }
+        self.data.as_bytes()
     }
 
     /// Element type.

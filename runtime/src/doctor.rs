@@ -7,6 +7,7 @@ use serde::Serialize;
 
 use crate::exit::Exit;
 
+mod gpu;
 mod machine;
 mod software;
 mod works;
@@ -52,6 +53,7 @@ pub struct Findings {
 pub fn examine() -> Findings {
     let mut findings = machine::examine();
     findings.extend(works::examine());
+    findings.extend(gpu::examine());
     findings.extend(software::examine());
     Findings { findings }
 }

@@ -14,7 +14,7 @@ use shardflow_actors::spec::{ActorId, RegisterId, StreamKind};
 use shardflow_actors::watchdog::WatchdogOptions;
 use shardflow_kernels::collective::Collective;
 use shardflow_kernels::collective::in_process::InProcess;
-use shardflow_kernels::device::Device;
+use shardflow_kernels::device::{Device, Priority};
 use shardflow_kernels::error::KernelError;
 use shardflow_kernels::memory::{Arena, Base};
 use shardflow_kernels::tensor::HostTensor;
@@ -200,7 +200,9 @@ impl Session {
             let actor = &plan.spec.actors[id.0 as usize];
             let device = &devices[actor.device - hosting.own().start];
             let threads = if actor.stream == StreamKind::Compute { plan.threads_per_device } else { 1 };
-            let stream = device.stream_with(&actor.name, threads, ways.engine.clone())?;
+            let urgent = actor.stream == StreamKind::Communication;
+            let priority = if urgent { Priority::High } else { Priority::Normal };
+            let stream = device.stream_with(&actor.name, threads, ways.engine.clone(), priority)?;
             hosted.insert(*id, Hosted { stream, programs: loader.programs(*id) });
         }
         let feeds = loader.feeds;

@@ -186,8 +186,14 @@ pub(crate) fn check_members(call: &CollectiveCall) -> Result<Option<usize>, Kern
     Err(KernelError::arguments(call.name(), "member", format!("below {members}"), got))
 }
 
-/// Whether one member's buffers fit its call.
+/// Whether one member's buffers fit its call, and lie in the host's memory.
 pub(crate) fn check_buffers(call: &CollectiveCall, reads: &[View<'_>], writes: &[View<'_>]) -> Result<(), KernelError> {
+    reads.iter().chain(writes).try_for_each(|view| view.check_host(call.name()))?;
+    check_call(call, reads, writes)
+}
+
+/// Whether one member's buffers, wherever they lie, fit its call.
+pub(crate) fn check_call(call: &CollectiveCall, reads: &[View<'_>], writes: &[View<'_>]) -> Result<(), KernelError> {
     let name = call.name();
     let members = call.group.ranks.len();
     let refused = |what: &str, expected: String, got: String| Err(KernelError::arguments(name, what, expected, got));

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use crate::collective::{Collective, CollectiveCall, Wait};
+use crate::cuda::engine::OnDevice;
 use crate::error::KernelError;
 use crate::memory::View;
 
@@ -21,6 +22,10 @@ impl Routed {
         Self { by_group: engines, default }
     }
 
+    fn engine_of(&self, call: &CollectiveCall) -> &Arc<dyn Collective> {
+        self.by_group.get(&call.group.id).unwrap_or(&self.default)
+    }
+
     /// Each engine once.
     fn engines(&self) -> Vec<&Arc<dyn Collective>> {
         let mut all: Vec<&Arc<dyn Collective>> = Vec::new();
@@ -35,7 +40,7 @@ impl Routed {
 
 impl Collective for Routed {
     fn run(&self, call: &CollectiveCall, reads: &[View<'_>], writes: &[View<'_>]) -> Result<(), KernelError> {
-        self.by_group.get(&call.group.id).unwrap_or(&self.default).run(call, reads, writes)
+        self.engine_of(call).run(call, reads, writes)
     }
 
     fn abort(&self, cause: &str) {
@@ -44,6 +49,14 @@ impl Collective for Routed {
 
     fn waits(&self) -> Vec<Wait> {
         self.engines().into_iter().flat_map(|engine| engine.waits()).collect()
+    }
+
+    fn aborted(&self) -> Option<KernelError> {
+        self.engines().into_iter().find_map(|engine| engine.aborted())
+    }
+
+    fn on_device(&self, call: &CollectiveCall) -> Option<OnDevice<'_>> {
+        self.engine_of(call).on_device(call)
     }
 
     fn bytes_received(&self, rank: usize) -> u64 {

@@ -53,9 +53,26 @@ struct Role {
     bytes: usize,
 }
 
-/// All checks, with groups of up to so many members; without aborts where other processes have some of them, since what
-/// an abort leaves cannot be gone on with.
-pub(super) fn run(report: &mut Report, make: &Make<'_>, members_max: usize, sums: Sums, all_here: bool) {
+/// What is asked of an engine.
+pub(super) struct Demands {
+    /// Members of the largest groups.
+    pub(super) members_max: usize,
+    pub(super) sums: Sums,
+    /// No other process has members. Where some do there are no aborts, since what an abort leaves cannot be gone on with.
+    pub(super) all_here: bool,
+    /// Members that call different things are told.
+    pub(super) compares_calls: bool,
+}
+
+impl Demands {
+    pub(super) fn of(members_max: usize, sums: Sums) -> Self {
+        Self { members_max, sums, all_here: true, compares_calls: true }
+    }
+}
+
+/// All checks.
+pub(super) fn run(report: &mut Report, make: &Make<'_>, demands: &Demands) {
+    let Demands { members_max, sums, all_here, compares_calls } = *demands;
     for n in 1..=members_max {
         let members = match members(make, n) {
             Ok(members) => members,
@@ -73,6 +90,8 @@ pub(super) fn run(report: &mut Report, make: &Make<'_>, members_max: usize, sums
         if let Err(error) = concurrent(report, make) {
             report.fail("groups in flight at once", error);
         }
+    }
+    if members_max >= 3 && compares_calls {
         disagreements(report, make);
     }
     if all_here {

@@ -1,9 +1,10 @@
-//! One launch on the CPU: its buffers are resolved and checked (MEM-1, MEM-2), then its kernel is called.
-//! Imports `op`, `memory`, `collective` and the kernels.
+//! One launch on the CPU: its buffers are resolved and checked, then its kernel is called.
+//! Imports `bound`, `op`, `memory`, `collective` and the kernels.
 #![allow(unsafe_code)]
 
 use half::bf16;
 
+use crate::bound::Bound;
 use crate::collective::Collective;
 use crate::cpu::pool::Pool;
 use crate::cpu::simd::Operand;
@@ -97,11 +98,6 @@ fn custom(kernel: &dyn CustomKernel, args: &mut Args<'_>) -> Result<(), KernelEr
 /// The first write of a launch that has run which holds an infinity or no number, and how many of them.
 pub(crate) fn not_finite(launch: &Launch, bases: &[Base], threads: usize) -> Option<(usize, usize)> {
     let args = Args::resolve(launch, bases, false, threads).ok()?;
-    let bad = |value: &f32| match launch.op {
-        // The largest of no numbers.
-        Op::RowMax => !value.is_finite() && *value != f32::NEG_INFINITY,
-        _ => !value.is_finite(),
-    };
     let count = |write: &View<'_>| {
         let widened: Vec<f32>;
         // SAFETY: of the type; the launch that wrote them has ended, and this stream's next one has not begun; other streams:
@@ -116,85 +112,33 @@ pub(crate) fn not_finite(launch: &Launch, bases: &[Base], threads: usize) -> Opt
                 }
             }
         };
-        let faults = |values: &[f32]| values.iter().filter(|value| bad(value)).count();
-        match &launch.op {
-            // Around the box is what was there before.
-            Op::CopyRegion { dst, .. } => dst.runs(write.shape()).into_iter().map(|run| faults(&values[run])).sum(),
-            _ => faults(values),
-        }
+        faults(&launch.op, write.shape(), values)
     };
     args.writes.iter().map(count).enumerate().find(|(_, elements)| *elements > 0)
 }
 
-impl<'a> Args<'a> {
-    pub(crate) fn resolve(
-        launch: &'a Launch,
-        bases: &'a [Base],
-        repeat: bool,
-        threads: usize,
-    ) -> Result<Self, KernelError> {
-        let name = launch.op.name();
-        let resolve = |buffer| View::resolve(name, buffer, bases);
-        let reads = launch.reads.iter().map(resolve).collect::<Result<Vec<_>, _>>()?;
-        let writes = launch.writes.iter().map(resolve).collect::<Result<Vec<_>, _>>()?;
-        let workspace = launch.workspace.as_ref().map(resolve).transpose()?;
-        let args = Self {
-            name,
-            taken: vec![false; writes.len()],
-            reads,
-            writes,
-            workspace,
-            accumulate: launch.accumulate && repeat,
-        };
-        args.check(&launch.op, launch.accumulate, threads)?;
-        Ok(args)
+/// How many of the floats that an op has written are an infinity or no number and should not be.
+pub(crate) fn faults(op: &Op, shape: &[usize], values: &[f32]) -> usize {
+    let bad = |value: &f32| match op {
+        // The largest of no numbers.
+        Op::RowMax => !value.is_finite() && *value != f32::NEG_INFINITY,
+        _ => !value.is_finite(),
+    };
+    let count = |values: &[f32]| values.iter().filter(|value| bad(value)).count();
+    match op {
+        // Around the box is what was there before.
+        Op::CopyRegion { dst, .. } => dst.runs(shape).into_iter().map(|run| count(&values[run])).sum(),
+        _ => count(values),
     }
+}
 
-    /// Numbers of buffers, what may be written (MEM-4), overlap (MEM-2), accumulation and workspace.
-    fn check(&self, op: &Op, accumulate: bool, threads: usize) -> Result<(), KernelError> {
-        let counts = (self.reads.len(), self.writes.len());
-        if let Some(arity) = op.arity()
-            && arity != counts
-        {
-            let count = |(reads, writes)| format!("{reads} read, {writes} written");
-            return Err(self.refused("buffers", count(arity), count(counts)));
-        }
-        if accumulate && op.can_accumulate().is_none() && !matches!(op, Op::Custom(_)) {
-            return Err(self.refused("accumulate", "an op that can accumulate", self.name));
-        }
-        let sum = op.can_accumulate().filter(|_| accumulate).and_then(|write| self.writes.get(write));
-        if sum.is_some_and(|sum| sum.dtype() == DType::BF16) {
-            return Err(self.refused("accumulate", "a sum of type F32, which keeps what is small", "BF16"));
-        }
-        let half = |views: &[View<'_>], may: &dyn Fn(usize) -> bool| {
-            views.iter().enumerate().position(|(i, view)| view.dtype() == DType::BF16 && !may(i))
-        };
-        if let Some(i) = half(&self.reads, &|i| op.reads_bf16(i)) {
-            return Err(self.refused(&format!("dtype of read {i}"), "F32 or I32", "BF16"));
-        }
-        if let Some(i) = half(&self.writes, &|i| op.writes_bf16(i)) {
-            return Err(self.refused(&format!("dtype of write {i}"), "F32 or I32", "BF16"));
-        }
-        if self.writes.iter().chain(&self.workspace).any(|write| !write.arena().is_writable()) {
-            return Err(self.refused("write", "memory that may be written", "a peer's, mapped to be read"));
-        }
-        for (i, write) in self.writes.iter().enumerate() {
-            let clash = self.reads.iter().any(|read| write.overlaps(read) && !write.same_memory(read))
-                || self.writes[..i].iter().any(|other| write.overlaps(other))
-                || self.workspace.as_ref().is_some_and(|workspace| write.overlaps(workspace));
-            if clash {
-                return Err(self.refused(&format!("write {i}"), "memory of its own", "an overlap with another buffer"));
-            }
-        }
-        let shapes: Vec<&[usize]> = self.reads.iter().map(View::shape).collect();
-        let needed = op.workspace_bytes(&shapes, threads);
-        let given = self.workspace.as_ref().map_or(0, View::bytes);
-        let overlaps_read = |workspace: &View<'_>| self.reads.iter().any(|read| read.overlaps(workspace));
-        if needed > given || self.workspace.as_ref().is_some_and(overlaps_read) {
-            let expected = format!("{needed} bytes of its own for {threads} threads");
-            return Err(self.refused("workspace", expected, format!("{given} bytes")));
-        }
-        Ok(())
+impl<'a> Args<'a> {
+    pub(crate) fn resolve(launch: &'a Launch, bases: &'a [Base], repeat: bool, threads: usize) -> Result<Self, KernelError> {
+        let bound = Bound::resolve(launch, bases, |shapes| launch.op.workspace_bytes(shapes, threads))?;
+        bound.all().try_for_each(|view| view.check_host(bound.name))?;
+        let Bound { name, reads, writes, workspace } = bound;
+        let taken = vec![false; writes.len()];
+        Ok(Self { name, taken, reads, writes, workspace, accumulate: launch.accumulate && repeat })
     }
 
     /// What the launch reads.

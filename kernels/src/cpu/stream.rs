@@ -14,6 +14,7 @@ use crate::cpu::pool::Pool;
 use crate::cpu::widen::Wide;
 use crate::error::KernelError;
 use crate::event::Event;
+use crate::op::Program;
 use crate::stream::{Notice, Submission};
 
 /// Target of the events, of level TRACE, that tell of each launch before it runs, on the stream's thread.
@@ -132,8 +133,7 @@ fn run(submission: Submission, mut check: bool, pool: &Pool, engine: &dyn Collec
             tell(Notice::Signal(*tag));
         }
         let Some(launch) = program.launches.get(done) else { break };
-        let (name, op, launches) = (program.name.as_str(), launch.op.name(), program.launches.len());
-        tracing::trace!(target: LAUNCH, program = name, op, index = done, launches);
+        trace_launch(&program, done);
         let result = catch_unwind(AssertUnwindSafe(|| run_launch(launch, &bases, repeat, pool, engine, wide)));
         let result = result.unwrap_or_else(|panic| {
             Err(KernelError::Panic {
@@ -154,7 +154,15 @@ fn run(submission: Submission, mut check: bool, pool: &Pool, engine: &dyn Collec
     tell(Notice::Done);
 }
 
-fn panic_message(panic: &(dyn std::any::Any + Send)) -> String {
+/// Tells whoever traces that this launch of a program comes next.
+pub(crate) fn trace_launch(program: &Program, index: usize) {
+    let (name, launches) = (program.name.as_str(), program.launches.len());
+    let op = program.launches.get(index).map_or("none", |launch| launch.op.name());
+    tracing::trace!(target: LAUNCH, program = name, op, index, launches);
+}
+
+/// What a panic says.
+pub(crate) fn panic_message(panic: &(dyn std::any::Any + Send)) -> String {
     if let Some(text) = panic.downcast_ref::<&str>() {
         (*text).to_owned()
     } else if let Some(text) = panic.downcast_ref::<String>() {

@@ -1,4 +1,5 @@
-//! Bytes of an arena to and from a socket or a file, without a copy between. Imports `memory`.
+//! Bytes of an arena to and from a socket or a file, without a copy between (on a GPU by way of pinned
+//! memory). Imports `memory`.
 #![allow(unsafe_code)]
 
 use std::io::{self, Read, Write};
@@ -12,7 +13,11 @@ impl Arena {
     /// # Errors
     /// `InvalidInput` when the range is out of bounds; whatever `sink` fails with.
     pub fn write_to(&self, offset: usize, bytes: usize, sink: &mut impl Write) -> io::Result<()> {
-        let start = self.checked(offset, bytes)?;
+        self.check_inside(offset, bytes)?;
+        if let Some(memory) = self.device_memory() {
+            return memory.read_pieces(offset, bytes, |piece| sink.write_all(piece));
+        }
+        let start = self.host_start().wrapping_add(offset);
         // SAFETY: in bounds (just checked), initialised since arenas start zeroed, not written by the contract (MEM-3).
         sink.write_all(unsafe { std::slice::from_raw_parts(start, bytes) })
     }
@@ -27,17 +32,21 @@ impl Arena {
         if !self.is_writable() {
             return Err(io::Error::new(io::ErrorKind::InvalidInput, "the arena is another process's"));
         }
-        let start = self.checked(offset, bytes)?;
+        self.check_inside(offset, bytes)?;
+        if let Some(memory) = self.device_memory() {
+            return memory.write_pieces(offset, bytes, |piece| source.read_exact(piece));
+        }
+        let start = self.host_start().wrapping_add(offset);
         // SAFETY: in bounds (just checked), initialised since arenas start zeroed, used by nobody else by the contract.
         source.read_exact(unsafe { std::slice::from_raw_parts_mut(start, bytes) })
     }
 
-    fn checked(&self, offset: usize, bytes: usize) -> io::Result<*mut u8> {
+    fn check_inside(&self, offset: usize, bytes: usize) -> io::Result<()> {
         if offset.checked_add(bytes).is_none_or(|end| end > self.bytes()) {
             let message = format!("{bytes} bytes from byte {offset} on are not inside {} bytes", self.bytes());
             return Err(io::Error::new(io::ErrorKind::InvalidInput, message));
         }
-        Ok(self.host_start().wrapping_add(offset))
+        Ok(())
     }
 }
 

@@ -14,33 +14,8 @@ struct Wanted {
     hint: &'static str,
 }
 
-const LIBRARIES: &[Wanted] = &[
-    Wanted {
-        group: "gpu",
-        name: "libcuda",
-        files: &["libcuda.so"],
-        hint: "comes with NVIDIA's driver: apt install nvidia-driver (Debian), or run the container with --gpus all",
-    },
-    Wanted {
-        group: "gpu",
-        name: "libnccl",
-        files: &["libnccl.so"],
-        hint: "apt install libnccl2 (NVIDIA's repository), or pip install nvidia-nccl-cu13",
-    },
-    Wanted {
-        group: "gpu",
-        name: "libcublasLt",
-        files: &["libcublasLt.so"],
-        hint: "apt install libcublas-13-0 (NVIDIA's repository), or pip install nvidia-cublas",
-    },
-    Wanted {
-        group: "gpu",
-        name: "libnvrtc",
-        files: &["libnvrtc.so"],
-        hint: "apt install cuda-nvrtc-13-0 (NVIDIA's repository), or pip install nvidia-cuda-nvrtc",
-    },
-    Wanted { group: "cluster", name: "libmpi", files: &["libmpi.so"], hint: "apt install libopenmpi-dev" },
-];
+const LIBRARIES: &[Wanted] =
+    &[Wanted { group: "cluster", name: "libmpi", files: &["libmpi.so"], hint: "apt install libopenmpi-dev" }];
 
 const PROGRAMS: &[Wanted] = &[
     Wanted { group: "cluster", name: "mpirun", files: &["mpirun"], hint: "apt install openmpi-bin" },
@@ -55,8 +30,8 @@ const PROGRAMS: &[Wanted] = &[
 
 pub(super) fn examine() -> Vec<Finding> {
     let folders = library_folders();
-    let mut found = vec![gpus()];
-    found.extend(LIBRARIES.iter().map(|wanted| finding(wanted, find_library(wanted, &folders))));
+    let libraries = LIBRARIES.iter().map(|wanted| finding(wanted, find_library(wanted, &folders)));
+    let mut found: Vec<Finding> = libraries.collect();
     let paths = env::var_os("PATH").unwrap_or_default();
     let programs: Vec<PathBuf> = env::split_paths(&paths).collect();
     let find_program = |wanted: &Wanted| programs.iter().map(|f| f.join(wanted.files[0])).find(|path| path.is_file());
@@ -68,18 +43,6 @@ fn finding(wanted: &Wanted, path: Option<PathBuf>) -> Finding {
     match path {
         Some(path) => Finding::new(wanted.group, wanted.name, Status::Ok, path.display().to_string()),
         None => Finding::new(wanted.group, wanted.name, Status::Absent, "not found").hint(wanted.hint),
-    }
-}
-
-/// The devices that the driver made.
-fn gpus() -> Finding {
-    let is_gpu = |name: &str| {
-        name.strip_prefix("nvidia").is_some_and(|n| !n.is_empty() && n.bytes().all(|b| b.is_ascii_digit()))
-    };
-    let count = names(Path::new("/dev")).iter().filter(|name| is_gpu(name)).count();
-    match count {
-        0 => Finding::new("gpu", "devices", Status::Absent, "no /dev/nvidia0").hint("needs a GPU and NVIDIA's driver"),
-        count => Finding::new("gpu", "devices", Status::Ok, format!("{count} of NVIDIA")),
     }
 }
 
@@ -131,11 +94,11 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let folders = [folder.path().join("none"), folder.path().to_path_buf()];
         let find = || find_library(&LIBRARIES[0], &folders);
-        fs::write(folder.path().join("libcudart.so.13"), "").unwrap();
-        fs::write(folder.path().join("libcuda.socket"), "").unwrap();
+        fs::write(folder.path().join("libmpicxx.so.40"), "").unwrap();
+        fs::write(folder.path().join("libmpi.socket"), "").unwrap();
         assert_eq!(find(), None);
-        fs::write(folder.path().join("libcuda.so.1"), "").unwrap();
-        assert_eq!(find(), Some(folder.path().join("libcuda.so.1")));
+        fs::write(folder.path().join("libmpi.so.40"), "").unwrap();
+        assert_eq!(find(), Some(folder.path().join("libmpi.so.40")));
         let text = "# a\n/usr/local/cuda/lib64 # b\ninclude x\n\n/opt/lib\n";
         assert_eq!(configured_folders(text), ["/usr/local/cuda/lib64", "/opt/lib"].map(PathBuf::from));
     }

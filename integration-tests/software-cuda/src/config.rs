@@ -1,0 +1,147 @@
+//! What the environment says of the software device. Imports nothing of the crate but the error injection's parser.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+/// How the executor picks among streams that can go on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Policy {
+    /// In the order of submission: what a naive fake does.
+    InOrder,
+    /// In the order of submission, but only once the host waits or asks.
+    Lazy,
+    /// Any, by the seed, at once.
+    Random,
+    /// The stream whose head was submitted last, and only once the host waits or asks: consumers before producers.
+    Adversarial,
+    /// One fixed order of streams, by the seed: some starve as long as others have work.
+    Starve,
+}
+
+/// All policies, with the names that the environment uses.
+pub const POLICIES: &[(&str, Policy)] = &[
+    ("in-order", Policy::InOrder),
+    ("lazy", Policy::Lazy),
+    ("random", Policy::Random),
+    ("adversarial", Policy::Adversarial),
+    ("starve", Policy::Starve),
+];
+
+impl Policy {
+    /// The policy of a name.
+    pub fn named(name: &str) -> Option<Policy> {
+        POLICIES.iter().find(|p| p.0 == name).map(|p| p.1)
+    }
+
+    /// Whether work waits until the host does.
+    pub fn is_late(self) -> bool {
+        matches!(self, Policy::Lazy | Policy::Adversarial | Policy::Starve)
+    }
+}
+
+/// What is done to a device at its n-th launch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Fault {
+    /// Killed (an error that stays) or hung (a launch that never ends).
+    pub kind: FaultKind,
+    /// The device's number.
+    pub device: usize,
+    /// Which launch of that device, from 1.
+    pub launch: u64,
+}
+
+/// See [`Fault`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FaultKind {
+    /// From that launch on, each call answers with the same error.
+    Kill,
+    /// That launch never ends.
+    Hang,
+}
+
+impl Fault {
+    /// From `kill:DEVICE:LAUNCH` or `hang:DEVICE:LAUNCH`.
+    pub fn parse(text: &str) -> Option<Fault> {
+        let mut parts = text.split(':');
+        let kind = match parts.next()? {
+            "kill" => FaultKind::Kill,
+            "hang" => FaultKind::Hang,
+            _ => return None,
+        };
+        let fault = Fault { kind, device: parts.next()?.parse().ok()?, launch: parts.next()?.parse().ok()? };
+        parts.next().is_none().then_some(fault)
+    }
+}
+
+/// The environment's settings, read once.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// `SOFTWARE_CUDA_DEVICES`, 1 by default.
+    pub devices: usize,
+    /// `SOFTWARE_CUDA_POLICY`, `random` by default.
+    pub policy: Policy,
+    /// `SOFTWARE_CUDA_SEED`, 1 by default.
+    pub seed: u64,
+    /// `SOFTWARE_CUDA_MEMORY`: bytes of each device, 8 GiB by default.
+    pub memory_bytes: usize,
+    /// `SOFTWARE_CUDA_DEADLOCK_MS`: how long nothing may move while work is queued, 10 s by default.
+    pub deadlock: Duration,
+    /// `SOFTWARE_CUDA_HANG_MS`: how long a host call waits for a device that hangs, 60 s by default.
+    pub hang: Duration,
+    /// `SOFTWARE_CUDA_CACHE`: where compiled kernels are kept.
+    pub cache: PathBuf,
+    /// `SOFTWARE_CUDA_REPORT`: the file that is written at exit.
+    pub report: Option<PathBuf>,
+    /// `SOFTWARE_CUDA_HOST=global`: host threads count as one, for programs whose threads carry no clock tokens.
+    pub one_host: bool,
+    /// `SOFTWARE_CUDA_FAULT`.
+    pub fault: Option<Fault>,
+    /// `SOFTWARE_CUDA_TRACE=1`: each operation is printed as it is executed.
+    pub trace: bool,
+}
+
+fn number(name: &str, default: u64) -> u64 {
+    match std::env::var(name) {
+        Ok(text) => text.parse().unwrap_or_else(|_| panic!("{name} is not a number: {text}")),
+        Err(_) => default,
+    }
+}
+
+impl Config {
+    /// Reads the environment; a value that makes no sense ends the process, because a test would check nothing.
+    pub fn from_environment() -> Config {
+        let text = |name: &str| std::env::var(name).ok();
+        let policy = text("SOFTWARE_CUDA_POLICY")
+            .map(|name| Policy::named(&name).unwrap_or_else(|| panic!("SOFTWARE_CUDA_POLICY has no policy {name}")));
+        let fault = text("SOFTWARE_CUDA_FAULT").map(|f| {
+            Fault::parse(&f).unwrap_or_else(|| panic!("SOFTWARE_CUDA_FAULT is not kill|hang:DEVICE:LAUNCH: {f}"))
+        });
+        Config {
+            devices: number("SOFTWARE_CUDA_DEVICES", 1) as usize,
+            policy: policy.unwrap_or(Policy::Random),
+            seed: number("SOFTWARE_CUDA_SEED", 1),
+            memory_bytes: number("SOFTWARE_CUDA_MEMORY", 8 << 30) as usize,
+            deadlock: Duration::from_millis(number("SOFTWARE_CUDA_DEADLOCK_MS", 10_000)),
+            hang: Duration::from_millis(number("SOFTWARE_CUDA_HANG_MS", 60_000)),
+            cache: text("SOFTWARE_CUDA_CACHE")
+                .map_or_else(|| std::env::temp_dir().join("shardflow-software-cuda"), PathBuf::from),
+            report: text("SOFTWARE_CUDA_REPORT").map(PathBuf::from),
+            one_host: text("SOFTWARE_CUDA_HOST").as_deref() == Some("global"),
+            fault,
+            trace: text("SOFTWARE_CUDA_TRACE").as_deref() == Some("1"),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn faults_are_read() {
+        let fault = Fault { kind: FaultKind::Kill, device: 1, launch: 20 };
+        assert_eq!(Fault::parse("kill:1:20"), Some(fault));
+        assert_eq!(Fault::parse("hang:0:3").map(|f| f.kind), Some(FaultKind::Hang));
+        assert_eq!([Fault::parse("kill:1"), Fault::parse("burn:1:2"), Fault::parse("kill:1:2:3")], [None; 3]);
+    }
+}

@@ -1,0 +1,226 @@
+//! Allocations, copies and fills of the driver. Imports `world`, `scheduler`, `memory`, `host`.
+#![allow(unsafe_code, non_snake_case)]
+
+use std::ffi::{c_uchar, c_uint, c_ushort, c_void};
+
+use cudarc::driver::sys::{CUDA_MEMCPY2D, CUcontext, CUdeviceptr, CUmemorytype, CUresult, CUstream};
+
+use crate::driver::device::cuCtxSynchronize;
+use crate::export::exports;
+use crate::host::as_host;
+use crate::memory::Place;
+use crate::run::{digest, free};
+use crate::scheduler::synchronise;
+use crate::world::{Kind, Rows, Seen, lock, world};
+
+const NULL_STREAM: u64 = 0;
+
+fn ok(status: CUresult) -> Result<(), CUresult> {
+    if status == CUresult::CUDA_SUCCESS { Ok(()) } else { Err(status) }
+}
+
+fn allocate(place: Place, bytes: usize, unborn: bool) -> Result<usize, CUresult> {
+    if bytes == 0 {
+        return Err(CUresult::CUDA_ERROR_INVALID_VALUE);
+    }
+    let limit = world().config.memory_bytes;
+    lock(&world().registry).allocate(place, bytes, limit, unborn).ok_or(CUresult::CUDA_ERROR_OUT_OF_MEMORY)
+}
+
+/// Submits a copy; one that a pageable side makes synchronous is over when this returns.
+///
+/// # Safety
+///
+/// Pageable sides are readable and writable as far as `rows` says.
+unsafe fn copy(from: usize, to: usize, rows: Rows, stream: u64, what: &str) -> Result<(), CUresult> {
+    let bytes = rows.width * rows.height;
+    let mut state = world().state();
+    let handle = state.stream(stream)?;
+    if bytes == 0 {
+        return Ok(());
+    }
+    let mut registry = lock(&world().registry);
+    let (window, is_tight) = (registry.window, rows.height == 1);
+    if !window.contains(from) && !window.contains(to) {
+        return Err(CUresult::CUDA_ERROR_INVALID_VALUE);
+    }
+    let mut seen = None;
+    let source = registry.find(from).filter(|a| a.place == Place::Host && is_tight && a.pending.1 == 0);
+    if let Some(copies_in) = source.filter(|a| from + bytes <= a.base + a.bytes).map(|a| a.copies_in) {
+        // SAFETY: the bytes lie in a live allocation of pinned memory.
+        seen = Some(Seen { digest: unsafe { digest(from, bytes) }, copies_in });
+    }
+    if let Some(source) = registry.find_mut(from) {
+        source.pending.0 += 1;
+    }
+    if let Some(target) = registry.find_mut(to) {
+        let is_free = target.place == Place::Host && target.pending.0 == 0 && target.freed.is_none();
+        if is_free && is_tight && to + bytes <= target.base + target.bytes {
+            // What the host reads before the copy is over is a NaN in every type.
+            // SAFETY: the bytes lie in a live allocation of pinned memory, which nothing in a queue touches.
+            unsafe { std::ptr::write_bytes(to as *mut u8, 0xff, bytes) };
+        }
+        target.pending = (target.pending.0 + 1, target.pending.1 + 1);
+    }
+    drop(registry);
+    let staged = (!window.contains(from)).then(|| {
+        let row = |r: usize| {
+            // SAFETY: by the contract above.
+            unsafe { std::slice::from_raw_parts((from + r * rows.pitch.0) as *const u8, rows.width) }
+        };
+        (0..rows.height).flat_map(row).copied().collect::<Vec<u8>>()
+    });
+    let kind = Kind::Copy { from, to, rows, staged, seen };
+    state.submit(world(), handle, kind, format!("{what} of {bytes} bytes"));
+    drop(state);
+    if window.contains(to) { Ok(()) } else { synchronise(world(), handle) }
+}
+
+fn line(bytes: usize) -> Rows {
+    Rows { width: bytes, height: 1, pitch: (bytes, bytes) }
+}
+
+fn fill(to: CUdeviceptr, pattern: u32, width: usize, count: usize, stream: CUstream) -> Result<(), CUresult> {
+    let mut state = world().state();
+    let handle = state.stream(stream as u64)?;
+    if !(to as usize).is_multiple_of(width) {
+        return Err(CUresult::CUDA_ERROR_INVALID_VALUE);
+    }
+    let kind = Kind::Fill { to: to as usize, pattern, width, count };
+    state.submit(world(), handle, kind, format!("fill of {} bytes", width * count));
+    Ok(())
+}
+
+exports! { driver;
+    fn cuMemAlloc_v2(out: *mut CUdeviceptr, bytes: usize) -> CUresult {
+        let device = world().state().device()?;
+        *out = allocate(Place::Device(device), bytes, false)? as CUdeviceptr;
+        Ok(())
+    }
+
+    fn cuMemAllocAsync(out: *mut CUdeviceptr, bytes: usize, stream: CUstream) -> CUresult {
+        let mut state = world().state();
+        let handle = state.stream(stream as u64)?;
+        let base = allocate(Place::Device(state.streams[&handle].device), bytes, true)?;
+        state.submit(world(), handle, Kind::Alloc { base }, format!("allocation of {bytes} bytes"));
+        *out = base as CUdeviceptr;
+        Ok(())
+    }
+
+    fn cuMemFree_v2(address: CUdeviceptr) -> CUresult {
+        if address == 0 {
+            return Ok(());
+        }
+        ok(cuCtxSynchronize())?;
+        let mut state = world().state();
+        let handle = state.stream(NULL_STREAM)?;
+        state.submit(world(), handle, Kind::Free { base: address as usize }, "free".into());
+        drop(state);
+        synchronise(world(), NULL_STREAM)
+    }
+
+    fn cuMemFreeAsync(address: CUdeviceptr, stream: CUstream) -> CUresult {
+        let mut state = world().state();
+        let handle = state.stream(stream as u64)?;
+        state.submit(world(), handle, Kind::Free { base: address as usize }, "asynchronous free".into());
+        Ok(())
+    }
+
+    fn cuMemHostAlloc(out: *mut *mut c_void, bytes: usize, _flags: c_uint) -> CUresult {
+        world().state().device()?;
+        *out = allocate(Place::Host, bytes, false)? as *mut c_void;
+        Ok(())
+    }
+
+    fn cuMemFreeHost(address: *mut c_void) -> CUresult {
+        let base = address as usize;
+        let pending = lock(&world().registry).find(base).map(|a| a.pending.0);
+        match pending {
+            None => return Err(CUresult::CUDA_ERROR_INVALID_VALUE),
+            Some(0) => {}
+            Some(_) => world().find("use-after-free", "pinned", || {
+                format!("pinned memory at {base:#x} is freed while copies that use it are queued")
+            }),
+        }
+        as_host(world(), "free of pinned memory", |guest| free(guest, world(), base, "free of pinned memory"));
+        Ok(())
+    }
+
+    fn cuMemcpyHtoD_v2(to: CUdeviceptr, from: *const c_void, bytes: usize) -> CUresult {
+        copy(from as usize, to as usize, line(bytes), NULL_STREAM, "copy to the device")?;
+        synchronise(world(), NULL_STREAM)
+    }
+
+    fn cuMemcpyHtoDAsync_v2(to: CUdeviceptr, from: *const c_void, bytes: usize, stream: CUstream) -> CUresult {
+        copy(from as usize, to as usize, line(bytes), stream as u64, "copy to the device")
+    }
+
+    fn cuMemcpyDtoH_v2(to: *mut c_void, from: CUdeviceptr, bytes: usize) -> CUresult {
+        copy(from as usize, to as usize, line(bytes), NULL_STREAM, "copy to the host")?;
+        synchronise(world(), NULL_STREAM)
+    }
+
+    fn cuMemcpyDtoHAsync_v2(to: *mut c_void, from: CUdeviceptr, bytes: usize, stream: CUstream) -> CUresult {
+        copy(from as usize, to as usize, line(bytes), stream as u64, "copy to the host")
+    }
+
+    fn cuMemcpyDtoD_v2(to: CUdeviceptr, from: CUdeviceptr, bytes: usize) -> CUresult {
+        copy(from as usize, to as usize, line(bytes), NULL_STREAM, "copy")?;
+        synchronise(world(), NULL_STREAM)
+    }
+
+    fn cuMemcpyDtoDAsync_v2(to: CUdeviceptr, from: CUdeviceptr, bytes: usize, stream: CUstream) -> CUresult {
+        copy(from as usize, to as usize, line(bytes), stream as u64, "copy")
+    }
+
+    fn cuMemcpyAsync(to: CUdeviceptr, from: CUdeviceptr, bytes: usize, stream: CUstream) -> CUresult {
+        copy(from as usize, to as usize, line(bytes), stream as u64, "copy")
+    }
+
+    fn cuMemcpyPeerAsync(
+        to: CUdeviceptr,
+        to_context: CUcontext,
+        from: CUdeviceptr,
+        from_context: CUcontext,
+        bytes: usize,
+        stream: CUstream,
+    ) -> CUresult {
+        let is_there = |address: CUdeviceptr, context: CUcontext| {
+            let place = lock(&world().registry).owner(address as usize).map(|o| o.place);
+            place == Some(Place::Device((context as usize >> 8).wrapping_sub(1)))
+        };
+        if !is_there(to, to_context) || !is_there(from, from_context) {
+            return Err(CUresult::CUDA_ERROR_INVALID_VALUE);
+        }
+        copy(from as usize, to as usize, line(bytes), stream as u64, "copy between devices")
+    }
+
+    fn cuMemcpy2DAsync_v2(description: *const CUDA_MEMCPY2D, stream: CUstream) -> CUresult {
+        let d = &*description;
+        let base = |kind: CUmemorytype, host: usize, device: CUdeviceptr| match kind {
+            CUmemorytype::CU_MEMORYTYPE_HOST => Ok(host),
+            CUmemorytype::CU_MEMORYTYPE_DEVICE | CUmemorytype::CU_MEMORYTYPE_UNIFIED => Ok(device as usize),
+            _ => Err(CUresult::CUDA_ERROR_NOT_SUPPORTED),
+        };
+        let from = base(d.srcMemoryType, d.srcHost as usize, d.srcDevice)? + d.srcY * d.srcPitch + d.srcXInBytes;
+        let to = base(d.dstMemoryType, d.dstHost as usize, d.dstDevice)? + d.dstY * d.dstPitch + d.dstXInBytes;
+        let is_wrong = |pitch: usize| d.Height > 1 && pitch < d.WidthInBytes;
+        if is_wrong(d.srcPitch) || is_wrong(d.dstPitch) {
+            return Err(CUresult::CUDA_ERROR_INVALID_VALUE);
+        }
+        let rows = Rows { width: d.WidthInBytes, height: d.Height, pitch: (d.srcPitch, d.dstPitch) };
+        copy(from, to, rows, stream as u64, "copy of rows")
+    }
+
+    fn cuMemsetD8Async(to: CUdeviceptr, value: c_uchar, count: usize, stream: CUstream) -> CUresult {
+        fill(to, u32::from(value), 1, count, stream)
+    }
+
+    fn cuMemsetD16Async(to: CUdeviceptr, value: c_ushort, count: usize, stream: CUstream) -> CUresult {
+        fill(to, u32::from(value), 2, count, stream)
+    }
+
+    fn cuMemsetD32Async(to: CUdeviceptr, value: c_uint, count: usize, stream: CUstream) -> CUresult {
+        fill(to, value, 4, count, stream)
+    }
+}

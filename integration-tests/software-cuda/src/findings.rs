@@ -1,0 +1,160 @@
+//! What the checks found, what was called how often, and the report at exit. Imports nothing of the crate.
+
+use std::collections::{BTreeMap, HashMap};
+use std::io::Write;
+use std::path::Path;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+/// One thing that is wrong; the same one is kept once, with a count.
+#[derive(Clone, Debug, serde::Serialize, serde::Deserialize, PartialEq, Eq)]
+pub struct Finding {
+    /// Its class: `race`, `bounds`, `use-after-free`, ..: the list is in the crate's documentation.
+    pub kind: String,
+    /// What happened, where, and after what.
+    pub message: String,
+    /// How often.
+    pub count: u64,
+}
+
+/// Findings so far.
+#[derive(Default)]
+pub struct Findings {
+    list: Vec<Finding>,
+    seen: HashMap<String, usize>,
+}
+
+impl Findings {
+    /// Adds one; `key` tells which ones are the same.
+    pub fn add(&mut self, kind: &str, key: &str, message: impl FnOnce() -> String) {
+        let at = *self.seen.entry(format!("{kind} {key}")).or_insert(self.list.len());
+        match self.list.get_mut(at) {
+            Some(known) => known.count += 1,
+            None => {
+                let message = message();
+                eprintln!("software-cuda: {kind}: {message}");
+                self.list.push(Finding { kind: kind.into(), message, count: 1 });
+            }
+        }
+    }
+
+    /// All of them, in the order in which they were found.
+    pub fn list(&self) -> &[Finding] {
+        &self.list
+    }
+
+    /// Forgets them.
+    pub fn clear(&mut self) {
+        *self = Findings::default();
+    }
+}
+
+/// Counts the calls of one exported function.
+pub struct Counter {
+    name: &'static str,
+    calls: AtomicU64,
+    listed: AtomicBool,
+}
+
+static COUNTERS: Mutex<Vec<&'static Counter>> = Mutex::new(Vec::new());
+
+impl Counter {
+    /// For the function of that name.
+    pub const fn new(name: &'static str) -> Counter {
+        Counter { name, calls: AtomicU64::new(0), listed: AtomicBool::new(false) }
+    }
+
+    /// It was called.
+    pub fn hit(&'static self) {
+        self.calls.fetch_add(1, Ordering::Relaxed);
+        if !self.listed.swap(true, Ordering::Relaxed) {
+            COUNTERS.lock().unwrap_or_else(|e| e.into_inner()).push(self);
+        }
+    }
+}
+
+/// Calls by the name of the function.
+pub fn calls() -> BTreeMap<String, u64> {
+    let counters = COUNTERS.lock().unwrap_or_else(|e| e.into_inner());
+    counters.iter().map(|c| (c.name.to_string(), c.calls.load(Ordering::Relaxed))).collect()
+}
+
+/// Groups of calls that tests assert on.
+pub const CLASSES: &[(&str, &[&str])] = &[
+    ("allocations", &["cuMemAlloc_v2", "cuMemAllocAsync", "cuMemHostAlloc"]),
+    ("frees", &["cuMemFree_v2", "cuMemFreeAsync", "cuMemFreeHost"]),
+    (
+        "synchronisations",
+        &[
+            "cuCtxSynchronize",
+            "cuStreamSynchronize",
+            "cuEventSynchronize",
+            "cuMemAlloc_v2",
+            "cuMemFree_v2",
+            "cuMemFreeHost",
+            "cuMemcpyHtoD_v2",
+            "cuMemcpyDtoH_v2",
+            "cuMemcpyDtoD_v2",
+        ],
+    ),
+    ("event-tracking", &["cuEventCreate", "cuEventRecord", "cuStreamWaitEvent", "cuEventDestroy_v2"]),
+    ("launches", &["cuLaunchKernel", "cuLaunchKernelEx", "cublasLtMatmul"]),
+    ("queries", &["cuEventQuery", "cuStreamQuery"]),
+];
+
+/// Calls of one function, or of one of [`CLASSES`].
+pub fn count(name: &str) -> u64 {
+    let calls = calls();
+    match CLASSES.iter().find(|c| c.0 == name) {
+        Some((_, members)) => members.iter().filter_map(|m| calls.get(*m)).sum(),
+        None => calls.get(name).copied().unwrap_or(0),
+    }
+}
+
+/// What is written at exit.
+#[derive(Debug, Default, serde::Serialize, serde::Deserialize)]
+pub struct Report {
+    /// Everything found, leaks included.
+    pub findings: Vec<Finding>,
+    /// Calls by function.
+    pub calls: BTreeMap<String, u64>,
+    /// Calls by class.
+    pub classes: BTreeMap<String, u64>,
+    /// The most bytes that were allocated at once, by device.
+    pub peak_bytes: Vec<u64>,
+    /// Operations that were executed.
+    pub executed: u64,
+}
+
+impl Report {
+    /// Fills in the calls.
+    pub fn with_calls(mut self) -> Report {
+        self.calls = calls();
+        self.classes = CLASSES.iter().map(|(name, _)| (name.to_string(), count(name))).collect();
+        self
+    }
+
+    /// Writes it as JSON; the file appears whole or not at all.
+    pub fn write(&self, path: &Path) -> std::io::Result<()> {
+        let partial = path.with_extension(format!("partial-{}", std::process::id()));
+        let mut file = std::fs::File::create(&partial)?;
+        file.write_all(&serde_json::to_vec_pretty(self)?)?;
+        drop(file);
+        std::fs::rename(partial, path)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_same_finding_is_kept_once() {
+        let mut findings = Findings::default();
+        for key in ["a", "b", "a"] {
+            findings.add("race", key, || format!("about {key}"));
+        }
+        let counts: Vec<_> = findings.list().iter().map(|f| (f.message.as_str(), f.count)).collect();
+        assert_eq!(counts, [("about a", 2), ("about b", 1)]);
+    }
+}

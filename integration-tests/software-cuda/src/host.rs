@@ -1,0 +1,50 @@
+//! What host threads do to pinned memory, and the clock tokens that they hand each other. Imports `world`, `run`.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use crate::run::{Running, guest};
+use crate::shadow::{Access, Guest};
+use crate::world::{World, lock};
+
+/// Does something to memory as the calling thread, at once.
+pub fn as_host<T>(world: &World, name: &str, act: impl FnOnce(&mut Guest) -> T) -> T {
+    let mut state = world.state();
+    let agents = state.agents + 1;
+    let knows = state.host_clock(world.config.one_host);
+    let agent = state.host(world.config.one_host).agent;
+    drop(state);
+    let mut shadow = lock(&world.shadow);
+    let title = format!("{name} (host thread {agent})");
+    let operation = shadow.operation(agent, knows.get(agent), title);
+    let running = Running { agent, device: 0, operation, clock: knows.padded(agents), knows };
+    act(&mut guest(&mut shadow, &world.registry, &world.findings, &running))
+}
+
+/// The calling thread reads or writes pinned memory.
+pub fn touch(world: &World, address: usize, bytes: usize, is_write: bool) {
+    let (name, access) = if is_write { ("host write", Access::Write) } else { ("host read", Access::Read) };
+    as_host(world, name, |guest| guest.touch(address, bytes, access));
+}
+
+/// What the calling thread knows, to be sent with a message; never 0.
+pub fn capture(world: &World) -> u64 {
+    static NEXT: AtomicU64 = AtomicU64::new(1);
+    let token = NEXT.fetch_add(1, Ordering::Relaxed);
+    let mut state = world.state();
+    let clock = state.host_clock(world.config.one_host);
+    state.tokens.insert(token, clock);
+    token
+}
+
+/// The calling thread has received the message; a token may be joined by several.
+pub fn join(world: &World, token: u64) {
+    let mut state = world.state();
+    if let Some(clock) = state.tokens.get(&token).cloned() {
+        state.host(world.config.one_host).clock.join(&clock);
+    }
+}
+
+/// The message is no more.
+pub fn forget(world: &World, token: u64) {
+    world.state().tokens.remove(&token);
+}

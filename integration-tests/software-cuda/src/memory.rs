@@ -1,0 +1,316 @@
+//! Memory of the devices and pinned memory of the host: one window of addresses, who owns what of it, and the regions
+//! that programs name inside their allocations. Imports `clock`.
+//!
+//! Addresses are never used twice, so a late access meets a freed allocation and not a newer one. Each allocation starts
+//! on a page of its own and has a gap behind it.
+#![allow(unsafe_code)]
+
+use std::collections::{BTreeMap, HashMap, HashSet};
+
+/// Bytes of addresses that each place has.
+const PLACE_BYTES: usize = 64 << 30;
+const PAGE_BYTES: usize = 4096;
+/// The gap behind an allocation is as long as the allocation, within these bounds.
+const GAP_BYTES_MAX: usize = 1 << 20;
+/// Bytes that one word of the shadow describes.
+pub const WORD_BYTES: usize = 4;
+
+/// Where memory is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Place {
+    /// On a device.
+    Device(usize),
+    /// Pinned, on the host; every device reaches it.
+    Host,
+}
+
+impl std::fmt::Display for Place {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Place::Device(device) => write!(f, "device {device}"),
+            Place::Host => f.write_str("the host"),
+        }
+    }
+}
+
+/// Addresses that are reserved, and committed by the kernel as they are touched.
+#[derive(Clone, Copy, Debug)]
+pub struct Window {
+    /// First address.
+    pub base: usize,
+    /// Length.
+    pub bytes: usize,
+    /// Base of the shadow, a cell of `cell_bytes` for each word.
+    pub shadow: usize,
+    cell_bytes: usize,
+}
+
+fn reserve(bytes: usize) -> usize {
+    // SAFETY: a new anonymous mapping at an address of the kernel's choice overlaps nothing.
+    let at = unsafe {
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+        libc::mmap(std::ptr::null_mut(), bytes, libc::PROT_READ | libc::PROT_WRITE, flags, -1, 0)
+    };
+    assert_ne!(at, libc::MAP_FAILED, "cannot reserve {bytes} bytes of addresses: raise the limit of virtual memory");
+    at as usize
+}
+
+impl Window {
+    /// For that many places.
+    pub fn new(places: usize, cell_bytes: usize) -> Window {
+        let bytes = places * PLACE_BYTES;
+        Window { base: reserve(bytes), bytes, shadow: reserve(bytes / WORD_BYTES * cell_bytes), cell_bytes }
+    }
+
+    /// Whether the address lies in it.
+    pub fn contains(&self, address: usize) -> bool {
+        address.wrapping_sub(self.base) < self.bytes
+    }
+
+    /// Gives back the pages of an allocation and of its shadow: both read as zeros from now on.
+    pub fn drop_pages(&self, base: usize, bytes: usize) {
+        let shadow = self.shadow + (base - self.base) / WORD_BYTES * self.cell_bytes;
+        let shadow_bytes = bytes / WORD_BYTES * self.cell_bytes;
+        for (at, bytes) in [(base, bytes), (shadow, shadow_bytes)] {
+            // SAFETY: both ranges are whole pages of our own mappings; they stay mapped.
+            unsafe { libc::madvise(at as *mut libc::c_void, bytes.next_multiple_of(PAGE_BYTES), libc::MADV_DONTNEED) };
+        }
+    }
+}
+
+/// A part of an allocation that a program named.
+#[derive(Clone, Copy, Debug)]
+pub struct Region {
+    /// Its bytes.
+    pub bytes: usize,
+    /// Unique among regions and allocations.
+    pub id: u32,
+}
+
+/// One allocation, freed or not.
+#[derive(Debug)]
+pub struct Allocation {
+    /// First address.
+    pub base: usize,
+    /// As asked for.
+    pub bytes: usize,
+    /// Where.
+    pub place: Place,
+    /// Unique among regions and allocations; not 0.
+    pub id: u32,
+    /// The operation that freed it.
+    pub freed: Option<String>,
+    /// The operation that made it, once executed; `None` for one that exists at once.
+    pub born: Option<u32>,
+    /// Made on a stream, and not executed there yet.
+    pub unborn: bool,
+    /// Named parts, by their offset.
+    pub regions: BTreeMap<usize, Region>,
+    /// The last operation of each agent that touched it.
+    pub users: HashMap<usize, u32>,
+    /// Copies in queues that name it, and those of them that write it.
+    pub pending: (u32, u32),
+    /// Copies that have written it.
+    pub copies_in: u64,
+}
+
+impl Allocation {
+    /// The region that holds an offset: a named one, or the allocation itself.
+    pub fn region(&self, offset: usize) -> u32 {
+        match self.regions.range(..=offset).next_back() {
+            Some((start, region)) if offset < start + region.bytes => region.id,
+            _ => self.id,
+        }
+    }
+}
+
+/// What an address belongs to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Owner {
+    /// The allocation's base.
+    pub base: usize,
+    /// The allocation's length.
+    pub bytes: usize,
+    /// Named region or allocation.
+    pub region: u32,
+    /// Where it is.
+    pub place: Place,
+    /// Whether it was freed.
+    pub is_freed: bool,
+}
+
+/// All allocations.
+pub struct Registry {
+    /// The addresses.
+    pub window: Window,
+    allocations: BTreeMap<usize, Allocation>,
+    next: Vec<usize>,
+    next_id: u32,
+    live_bytes: Vec<usize>,
+    peak_bytes: Vec<usize>,
+    /// Pairs of devices, the first of which may touch memory of the second.
+    pub peers: HashSet<(usize, usize)>,
+}
+
+impl Registry {
+    /// For that many devices; the host is one place more.
+    pub fn new(devices: usize, cell_bytes: usize) -> Registry {
+        let places = devices + 1;
+        let window = Window::new(places, cell_bytes);
+        let next = (0..places).map(|p| window.base + p * PLACE_BYTES + PAGE_BYTES).collect();
+        Registry {
+            window,
+            allocations: BTreeMap::new(),
+            next,
+            next_id: 1,
+            live_bytes: vec![0; places],
+            peak_bytes: vec![0; places],
+            peers: HashSet::new(),
+        }
+    }
+
+    fn index(&self, place: Place) -> usize {
+        match place {
+            Place::Device(device) => device,
+            Place::Host => self.next.len() - 1,
+        }
+    }
+
+    /// A new allocation, filled with ones (a NaN in every type), or `None` when addresses or `limit` are used up.
+    pub fn allocate(&mut self, place: Place, bytes: usize, limit: usize, unborn: bool) -> Option<usize> {
+        let index = self.index(place);
+        let pages = bytes.max(1).checked_next_multiple_of(PAGE_BYTES)?;
+        let gap = pages.min(GAP_BYTES_MAX);
+        let base = self.next[index];
+        let end = base.checked_add(pages)?.checked_add(gap)?;
+        if end > self.window.base + (index + 1) * PLACE_BYTES || self.live_bytes[index].checked_add(bytes)? > limit {
+            return None;
+        }
+        self.next[index] = end;
+        self.live_bytes[index] += bytes;
+        self.peak_bytes[index] = self.peak_bytes[index].max(self.live_bytes[index]);
+        // SAFETY: the range lies in our window, and nobody knows its address yet.
+        unsafe { std::ptr::write_bytes(base as *mut u8, 0xff, bytes) };
+        let id = self.new_id();
+        let allocation = Allocation {
+            base,
+            bytes,
+            place,
+            id,
+            freed: None,
+            born: None,
+            unborn,
+            regions: BTreeMap::new(),
+            users: HashMap::new(),
+            pending: (0, 0),
+            copies_in: 0,
+        };
+        self.allocations.insert(base, allocation);
+        Some(base)
+    }
+
+    fn new_id(&mut self) -> u32 {
+        self.next_id += 1;
+        self.next_id - 1
+    }
+
+    /// The allocation, freed or not, that starts nearest below the address, gap included.
+    pub fn nearest(&self, address: usize) -> Option<&Allocation> {
+        self.allocations.range(..=address).next_back().map(|a| a.1).filter(|_| self.window.contains(address))
+    }
+
+    /// The allocation, freed or not, whose bytes hold the address.
+    pub fn find(&self, address: usize) -> Option<&Allocation> {
+        self.nearest(address).filter(|a| address < a.base + a.bytes.max(1))
+    }
+
+    /// As [`Registry::find`].
+    pub fn find_mut(&mut self, address: usize) -> Option<&mut Allocation> {
+        let found = self.allocations.range_mut(..=address).next_back().map(|a| a.1);
+        found.filter(|a| address < a.base + a.bytes.max(1))
+    }
+
+    /// What the address belongs to.
+    pub fn owner(&self, address: usize) -> Option<Owner> {
+        let a = self.find(address)?;
+        let region = a.region(address - a.base);
+        Some(Owner { base: a.base, bytes: a.bytes, region, place: a.place, is_freed: a.freed.is_some() })
+    }
+
+    /// Marks it as freed and gives its pages back.
+    pub fn free(&mut self, base: usize, by: String) {
+        let Some(allocation) = self.allocations.get_mut(&base) else { return };
+        allocation.freed = Some(by);
+        let (place, bytes) = (allocation.place, allocation.bytes);
+        let index = self.index(place);
+        self.live_bytes[index] -= bytes;
+        self.window.drop_pages(base, bytes.max(1).next_multiple_of(PAGE_BYTES));
+    }
+
+    /// Names a part of an allocation; parts do not overlap. Returns whether that could be.
+    pub fn name_region(&mut self, address: usize, bytes: usize) -> bool {
+        let id = self.new_id();
+        let window = self.window;
+        let Some(allocation) = self.find_mut(address) else { return false };
+        let offset = address - allocation.base;
+        let overlaps =
+            allocation.regions.range(..offset + bytes).next_back().is_some_and(|(s, r)| s + r.bytes > offset);
+        if overlaps || bytes == 0 || offset + bytes > allocation.bytes {
+            return false;
+        }
+        allocation.regions.insert(offset, Region { bytes, id });
+        if !allocation.users.is_empty() {
+            // Cells remember their region: those of this part have to ask again.
+            let cells = (window.shadow + (address - window.base) / WORD_BYTES * window.cell_bytes) as *mut u8;
+            // SAFETY: the shadow of a live allocation; the caller holds the lock of the shadow.
+            unsafe { std::ptr::write_bytes(cells, 0, bytes.div_ceil(WORD_BYTES) * window.cell_bytes) };
+        }
+        true
+    }
+
+    /// Bytes in use at a place.
+    pub fn live_bytes(&self, place: Place) -> usize {
+        self.live_bytes[self.index(place)]
+    }
+
+    /// The most bytes in use at once, by device, then the host.
+    pub fn peak_bytes(&self) -> &[usize] {
+        &self.peak_bytes
+    }
+
+    /// Allocations that were not freed.
+    pub fn leaks(&self) -> impl Iterator<Item = &Allocation> {
+        self.allocations.values().filter(|a| a.freed.is_none())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn addresses_are_found_and_never_used_twice() {
+        let mut registry = Registry::new(1, 32);
+        let a = registry.allocate(Place::Device(0), 100, 1000, false).unwrap();
+        assert_eq!(registry.owner(a + 99).map(|o| o.base), Some(a));
+        assert_eq!(registry.owner(a + 100), None);
+        assert_eq!(registry.nearest(a + 100).map(|n| n.base), Some(a));
+        assert_eq!(registry.allocate(Place::Device(0), 901, 1000, false), None);
+        registry.free(a, "a test".into());
+        let b = registry.allocate(Place::Device(0), 1000, 1000, false).unwrap();
+        assert!(b > a && registry.owner(a).unwrap().is_freed && !registry.owner(b).unwrap().is_freed);
+        assert_eq!(registry.peak_bytes(), [1000, 0]);
+    }
+
+    #[test]
+    fn regions_divide_an_allocation() {
+        let mut registry = Registry::new(1, 32);
+        let a = registry.allocate(Place::Device(0), 1024, 4096, false).unwrap();
+        assert!(registry.name_region(a + 256, 256) && registry.name_region(a + 512, 256));
+        assert!(
+            !registry.name_region(a + 300, 8) && !registry.name_region(a, 300) && !registry.name_region(a + 768, 512)
+        );
+        let region = |at| registry.owner(a + at).unwrap().region;
+        assert!(region(0) == region(1000) && region(256) == region(511) && region(511) != region(512));
+    }
+}

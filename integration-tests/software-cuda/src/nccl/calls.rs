@@ -1,0 +1,202 @@
+//! NCCL's collectives, messages and groups. Imports `world`, `nccl::{data, engine}`.
+//!
+//! Calls of a group are kept by their thread until the outermost group ends; then those of one communicator and stream
+//! become one operation.
+#![allow(unsafe_code, non_snake_case)]
+
+use std::cell::RefCell;
+use std::collections::HashMap;
+use std::ffi::{c_int, c_void};
+
+use cudarc::nccl::sys::{cudaStream_t, ncclComm_t, ncclDataType_t, ncclRedOp_t, ncclResult_t};
+
+use crate::export::exports;
+use crate::nccl::data::element_bytes;
+use crate::nccl::engine::{Call, CallKind, Group, Part, Tag};
+use crate::world::{Kind, State, world};
+
+/// What a thread has called inside a group.
+#[derive(Default)]
+struct Pending {
+    depth: u32,
+    calls: Vec<(u64, u64, Call)>,
+    /// The last collective that this thread issued on its own: clique, rank and number.
+    last: HashMap<u64, (usize, u64)>,
+}
+
+thread_local!(static PENDING: RefCell<Pending> = RefCell::default());
+
+/// Whether the calling thread is inside a group.
+pub fn in_group() -> bool {
+    PENDING.with_borrow(|p| p.depth > 0)
+}
+
+fn accept(handle: ncclComm_t, stream: cudaStream_t, call: Call) -> Result<(), ncclResult_t> {
+    let mut state = world().state();
+    let found = super::comm(&state, handle)?;
+    let (device, ranks) = (found.device, state.comms.cliques[&found.clique].ranks.len());
+    match super::condition(&state, found) {
+        ncclResult_t::ncclSuccess => {}
+        // A communicator that is not ready takes no calls.
+        ncclResult_t::ncclInProgress => return Err(ncclResult_t::ncclInvalidArgument),
+        error => return Err(error),
+    }
+    let stream = state.stream(stream as u64).map_err(|_| ncclResult_t::ncclUnhandledCudaError)?;
+    let reduces = matches!(call.kind, CallKind::AllReduce | CallKind::Reduce | CallKind::ReduceScatter);
+    let is_typed = element_bytes(call.dtype).is_some() && (!reduces || (call.dtype != 6 && call.dtype < 10));
+    let is_known = !reduces || call.reduction < 5;
+    if state.streams[&stream].device != device || !(0..ranks as i32).contains(&call.peer) || !is_typed || !is_known {
+        return Err(ncclResult_t::ncclInvalidArgument);
+    }
+    PENDING.with_borrow_mut(|pending| {
+        if pending.depth > 0 {
+            pending.calls.push((handle as u64, stream, call));
+        } else {
+            issue(&mut state, pending, vec![(handle as u64, stream, call)]);
+        }
+    });
+    Ok(())
+}
+
+/// Makes operations of calls, one for each communicator and stream, in the order of their first calls.
+fn issue(state: &mut State, pending: &mut Pending, calls: Vec<(u64, u64, Call)>) {
+    let is_alone = calls.len() == 1;
+    let mut groups: Vec<(u64, u64, Vec<Part>)> = Vec::new();
+    for (handle, stream, call) in calls {
+        let (tag, broken) = state.comms.tag(handle, &call);
+        if let Some(broken) = broken {
+            world().find("collective-order", &broken, || broken.clone());
+        }
+        let (clique, rank) = (state.comms.comms[&handle].clique, state.comms.comms[&handle].rank);
+        if let Tag::Collective(number) = tag {
+            let before = pending.last.insert(clique, (rank, number));
+            if is_alone && before.is_some_and(|(other, n)| other != rank && n == number) {
+                world().find("ungrouped", &format!("{clique}"), || {
+                    format!("one thread issues collective {number} of two ranks of a communicator outside of a group")
+                });
+            }
+        }
+        let part = Part { call, tag, is_done: false };
+        match groups.iter_mut().find(|g| g.0 == handle && g.1 == stream) {
+            Some(group) => group.2.push(part),
+            None => groups.push((handle, stream, vec![part])),
+        }
+    }
+    for (comm, stream, parts) in groups {
+        let rank = state.comms.comms[&comm].rank;
+        let names: Vec<String> =
+            parts.iter().map(|p| format!("{:?} of {} ({:?})", p.call.kind, p.call.count, p.tag)).collect();
+        let name = format!("NCCL rank {rank} of {:#x}: {}", state.comms.comms[&comm].clique, names.join(" and "));
+        state.submit(world(), stream, Kind::Nccl(Box::new(Group { comm, parts, started: None })), name);
+    }
+}
+
+fn collective(kind: CallKind, send: *const c_void, receive: *mut c_void, count: usize, dtype: ncclDataType_t) -> Call {
+    Call { kind, send: send as usize, receive: receive as usize, count, dtype: dtype as u32, reduction: 0, peer: 0 }
+}
+
+exports! { nccl;
+    fn ncclGroupStart() -> ncclResult_t {
+        PENDING.with_borrow_mut(|pending| pending.depth += 1);
+        Ok(())
+    }
+
+    fn ncclGroupEnd() -> ncclResult_t {
+        PENDING.with_borrow_mut(|pending| {
+            pending.depth = pending.depth.checked_sub(1).ok_or(ncclResult_t::ncclInvalidUsage)?;
+            if pending.depth == 0 {
+                let calls = std::mem::take(&mut pending.calls);
+                issue(&mut world().state(), pending, calls);
+            }
+            Ok(())
+        })
+    }
+
+    fn ncclAllReduce(
+        send: *const c_void,
+        receive: *mut c_void,
+        count: usize,
+        dtype: ncclDataType_t,
+        reduction: ncclRedOp_t,
+        comm: ncclComm_t,
+        stream: cudaStream_t,
+    ) -> ncclResult_t {
+        let call = collective(CallKind::AllReduce, send, receive, count, dtype);
+        accept(comm, stream, Call { reduction: reduction as u32, ..call })
+    }
+
+    fn ncclReduce(
+        send: *const c_void,
+        receive: *mut c_void,
+        count: usize,
+        dtype: ncclDataType_t,
+        reduction: ncclRedOp_t,
+        root: c_int,
+        comm: ncclComm_t,
+        stream: cudaStream_t,
+    ) -> ncclResult_t {
+        let call = collective(CallKind::Reduce, send, receive, count, dtype);
+        accept(comm, stream, Call { reduction: reduction as u32, peer: root, ..call })
+    }
+
+    fn ncclReduceScatter(
+        send: *const c_void,
+        receive: *mut c_void,
+        count: usize,
+        dtype: ncclDataType_t,
+        reduction: ncclRedOp_t,
+        comm: ncclComm_t,
+        stream: cudaStream_t,
+    ) -> ncclResult_t {
+        let call = collective(CallKind::ReduceScatter, send, receive, count, dtype);
+        accept(comm, stream, Call { reduction: reduction as u32, ..call })
+    }
+
+    fn ncclAllGather(
+        send: *const c_void,
+        receive: *mut c_void,
+        count: usize,
+        dtype: ncclDataType_t,
+        comm: ncclComm_t,
+        stream: cudaStream_t,
+    ) -> ncclResult_t {
+        accept(comm, stream, collective(CallKind::AllGather, send, receive, count, dtype))
+    }
+
+    fn ncclBroadcast(
+        send: *const c_void,
+        receive: *mut c_void,
+        count: usize,
+        dtype: ncclDataType_t,
+        root: c_int,
+        comm: ncclComm_t,
+        stream: cudaStream_t,
+    ) -> ncclResult_t {
+        let call = collective(CallKind::Broadcast, send, receive, count, dtype);
+        accept(comm, stream, Call { peer: root, ..call })
+    }
+
+    fn ncclSend(
+        send: *const c_void,
+        count: usize,
+        dtype: ncclDataType_t,
+        peer: c_int,
+        comm: ncclComm_t,
+        stream: cudaStream_t,
+    ) -> ncclResult_t {
+        let call = collective(CallKind::Send, send, std::ptr::null_mut(), count, dtype);
+        accept(comm, stream, Call { peer, ..call })
+    }
+
+    fn ncclRecv(
+        receive: *mut c_void,
+        count: usize,
+        dtype: ncclDataType_t,
+        peer: c_int,
+        comm: ncclComm_t,
+        stream: cudaStream_t,
+    ) -> ncclResult_t {
+        let call = collective(CallKind::Receive, std::ptr::null(), receive, count, dtype);
+        accept(comm, stream, Call { peer, ..call })
+    }
+}

@@ -1,0 +1,225 @@
+//! What collectives and messages do to memory. Imports `shadow`, `run`, `world`.
+//!
+//! Reductions go by rank, in f32 for floating-point types up to 32 bits, so that results do not depend on the schedule.
+#![allow(unsafe_code)]
+
+use crate::nccl::engine::{Call, CallKind};
+use crate::run::{Running, guest};
+use crate::shadow::Access;
+use crate::world::{World, lock};
+
+/// Bytes of an element, by the number of its type.
+const ELEMENT_BYTES: [usize; 12] = [1, 1, 4, 4, 8, 8, 2, 4, 8, 2, 1, 1];
+const AVERAGE: u32 = 4;
+
+/// A rank that takes part.
+pub struct Member {
+    /// What it called.
+    pub call: Call,
+    /// Its rank.
+    pub rank: usize,
+    /// Its operation.
+    pub running: Running,
+}
+
+/// Bytes of an element of a type, or `None` when there is no such type.
+pub fn element_bytes(dtype: u32) -> Option<usize> {
+    ELEMENT_BYTES.get(dtype as usize).copied()
+}
+
+/// Members whose data reaches the others.
+pub fn sources(members: &[Member]) -> Vec<usize> {
+    match members[0].call.kind {
+        CallKind::Send | CallKind::Receive => vec![0],
+        CallKind::Broadcast => vec![members[0].call.peer as usize],
+        _ => (0..members.len()).collect(),
+    }
+}
+
+/// Elements that a member sends and receives.
+fn lengths(call: &Call, rank: usize, ranks: usize) -> (usize, usize) {
+    let (n, is_root) = (call.count, call.peer as usize == rank);
+    match call.kind {
+        CallKind::AllReduce => (n, n),
+        CallKind::Broadcast => (if is_root { n } else { 0 }, n),
+        CallKind::Reduce => (n, if is_root { n } else { 0 }),
+        CallKind::AllGather => (n, n * ranks),
+        CallKind::ReduceScatter => (n * ranks, n),
+        CallKind::Send => (n, 0),
+        CallKind::Receive => (0, n),
+    }
+}
+
+fn mismatch(members: &[Member]) -> Option<String> {
+    let first = &members[0];
+    let is_message = matches!(first.call.kind, CallKind::Send | CallKind::Receive);
+    let facts = |call: &Call| {
+        let (kind, reduction, root) =
+            if is_message { (None, 0, 0) } else { (Some(call.kind), call.reduction, call.peer) };
+        (kind, call.count, call.dtype, reduction, root)
+    };
+    let other = members.iter().find(|m| facts(&m.call) != facts(&first.call))?;
+    let describe = |m: &Member| {
+        let c = &m.call;
+        format!(
+            "rank {} asks for {:?} of {} of type {}, reduction {}, root or peer {}",
+            m.rank, c.kind, c.count, c.dtype, c.reduction, c.peer
+        )
+    };
+    Some(format!("{}, but {}", describe(first), describe(other)))
+}
+
+/// Checks and makes one collective or message; `members` are by rank, or sender and receiver. True when they do not match.
+pub fn pass(world: &World, members: &[Member]) -> bool {
+    if let Some(what) = mismatch(members) {
+        world.find("collective-mismatch", &what, || what.clone());
+        return true;
+    }
+    let ranks = members.len();
+    let bytes = ELEMENT_BYTES[members[0].call.dtype as usize];
+    let mut shadow = lock(&world.shadow);
+    let mut inputs = Vec::new();
+    for member in members {
+        let (sent, _) = lengths(&member.call, member.rank, ranks);
+        let mut guest = guest(&mut shadow, &world.registry, &world.findings, &member.running);
+        if !guest.touch(member.call.send, sent * bytes, Access::Read) {
+            return false;
+        }
+        let mut input = Vec::new();
+        if sent > 0 {
+            // SAFETY: the range was just checked.
+            input.extend_from_slice(unsafe { std::slice::from_raw_parts(member.call.send as *const u8, sent * bytes) });
+        }
+        inputs.push(input);
+    }
+    let call = members[0].call;
+    let whole = match call.kind {
+        CallKind::AllReduce | CallKind::Reduce | CallKind::ReduceScatter => reduce(&inputs, &call),
+        CallKind::AllGather => inputs.concat(),
+        CallKind::Broadcast => inputs[call.peer as usize].clone(),
+        CallKind::Send | CallKind::Receive => inputs[0].clone(),
+    };
+    for member in members {
+        let (_, received) = lengths(&member.call, member.rank, ranks);
+        let mut guest = guest(&mut shadow, &world.registry, &world.findings, &member.running);
+        if received == 0 || !guest.touch(member.call.receive, received * bytes, Access::Write) {
+            continue;
+        }
+        let start = if call.kind == CallKind::ReduceScatter { member.rank * received * bytes } else { 0 };
+        // SAFETY: the range was just checked, and `whole` is as long.
+        unsafe {
+            let from = whole[start..start + received * bytes].as_ptr();
+            std::ptr::copy_nonoverlapping(from, member.call.receive as *mut u8, received * bytes);
+        }
+    }
+    false
+}
+
+fn reduce(inputs: &[Vec<u8>], call: &Call) -> Vec<u8> {
+    let (dtype, ranks) = (call.dtype, inputs.len());
+    let bytes = ELEMENT_BYTES[dtype as usize];
+    let mut out = vec![0; inputs[0].len()];
+    for at in (0..out.len()).step_by(bytes) {
+        let items = inputs.iter().map(|input| &input[at..at + bytes]);
+        let to = &mut out[at..at + bytes];
+        match dtype {
+            7 | 9 => {
+                let values = items.map(|i| load_f32(i, dtype));
+                let sum = fold(values, call.reduction, |a, b| a + b, |a, b| a * b, f32::max, f32::min);
+                let value = if call.reduction == AVERAGE { sum / ranks as f32 } else { sum };
+                store_f32(to, dtype, value);
+            }
+            8 => {
+                let values = items.map(|i| f64::from_ne_bytes(i.try_into().expect("eight bytes")));
+                let sum = fold(values, call.reduction, |a, b| a + b, |a, b| a * b, f64::max, f64::min);
+                let value = if call.reduction == AVERAGE { sum / ranks as f64 } else { sum };
+                to.copy_from_slice(&value.to_ne_bytes());
+            }
+            _ => {
+                let values = items.map(|i| load_i64(i, dtype));
+                let wrap = (i64::wrapping_add, i64::wrapping_mul);
+                let sum = fold(values, call.reduction, wrap.0, wrap.1, i64::max, i64::min);
+                let value = if call.reduction == AVERAGE { sum / ranks as i64 } else { sum };
+                to.copy_from_slice(&value.to_le_bytes()[..bytes]);
+            }
+        }
+    }
+    out
+}
+
+fn fold<T: Copy>(
+    mut values: impl Iterator<Item = T>,
+    reduction: u32,
+    sum: impl Fn(T, T) -> T,
+    product: impl Fn(T, T) -> T,
+    max: impl Fn(T, T) -> T,
+    min: impl Fn(T, T) -> T,
+) -> T {
+    let first = values.next().expect("one rank at least");
+    values.fold(first, |a, b| match reduction {
+        1 => product(a, b),
+        2 => max(a, b),
+        3 => min(a, b),
+        _ => sum(a, b),
+    })
+}
+
+fn load_f32(bytes: &[u8], dtype: u32) -> f32 {
+    if dtype == 9 {
+        return f32::from_bits(u32::from(u16::from_le_bytes(bytes.try_into().expect("two bytes"))) << 16);
+    }
+    f32::from_ne_bytes(bytes.try_into().expect("four bytes"))
+}
+
+fn store_f32(to: &mut [u8], dtype: u32, value: f32) {
+    if dtype == 9 {
+        to.copy_from_slice(&to_bf16(value).to_le_bytes());
+    } else {
+        to.copy_from_slice(&value.to_ne_bytes());
+    }
+}
+
+/// The nearest bf16, ties to even.
+pub fn to_bf16(value: f32) -> u16 {
+    let bits = value.to_bits();
+    if value.is_nan() {
+        return 0x7fff;
+    }
+    ((bits + 0x7fff + (bits >> 16 & 1)) >> 16) as u16
+}
+
+fn load_i64(bytes: &[u8], dtype: u32) -> i64 {
+    let mut wide = [0; 8];
+    let is_signed = matches!(dtype, 0 | 2 | 4);
+    if is_signed && bytes.last().is_some_and(|b| b & 0x80 != 0) {
+        wide = [0xff; 8];
+    }
+    wide[..bytes.len()].copy_from_slice(bytes);
+    i64::from_le_bytes(wide)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn call(kind: CallKind, dtype: u32, reduction: u32) -> Call {
+        Call { kind, send: 0, receive: 0, count: 2, dtype, reduction, peer: 0 }
+    }
+
+    #[test]
+    fn reductions_of_each_type() {
+        let floats = |v: [f32; 2]| v.iter().flat_map(|x| x.to_ne_bytes()).collect::<Vec<u8>>();
+        let inputs = [floats([1.0, -2.0]), floats([3.0, 4.0])];
+        assert_eq!(reduce(&inputs, &call(CallKind::AllReduce, 7, 0)), floats([4.0, 2.0]));
+        assert_eq!(reduce(&inputs, &call(CallKind::AllReduce, 7, AVERAGE)), floats([2.0, 1.0]));
+        assert_eq!(reduce(&inputs, &call(CallKind::AllReduce, 7, 2)), floats([3.0, 4.0]));
+        let bytes = [vec![255u8, 3], vec![1, 4]];
+        assert_eq!(reduce(&bytes, &call(CallKind::AllReduce, 0, 0)), [0, 7]);
+        assert_eq!(reduce(&bytes, &call(CallKind::AllReduce, 1, 2)), [255, 4]);
+        let halves = |v: [f32; 2]| v.iter().flat_map(|x| to_bf16(*x).to_le_bytes()).collect::<Vec<u8>>();
+        assert_eq!(
+            reduce(&[halves([1.0, 2.0]), halves([0.5, 0.25])], &call(CallKind::AllReduce, 9, 0)),
+            halves([1.5, 2.25])
+        );
+    }
+}

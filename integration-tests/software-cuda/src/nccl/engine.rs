@@ -1,0 +1,400 @@
+//! Communicators and what passes between their ranks: who meets whom, and in which order. Imports `world`, `run`,
+//! `nccl::data`.
+//!
+//! - NC-1: the n-th collective of a communicator is the same on all its ranks: kind, count, type, reduction and root.
+//! - NC-2: communicators that share devices issue their collectives in one order on all of these.
+//!
+//! Calls of a group on one communicator and stream are one operation. It starts when it is its stream's first; a part of
+//! it is done once its partners have started too, and the operation ends with its last part.
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::MutexGuard;
+
+use cudarc::nccl::sys::ncclResult_t;
+
+use crate::nccl::data;
+use crate::run::{Running, start};
+use crate::scheduler::Hold;
+use crate::world::{Kind, State, World};
+
+/// What a call asks for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum CallKind {
+    /// Sum or such of all, to all.
+    AllReduce,
+    /// The root's data, to all.
+    Broadcast,
+    /// Sum or such of all, to the root.
+    Reduce,
+    /// Everybody's data, to all.
+    AllGather,
+    /// A piece of the sum of all, to each.
+    ReduceScatter,
+    /// To a peer.
+    Send,
+    /// From a peer.
+    Receive,
+}
+
+/// A call.
+#[derive(Clone, Copy, Debug)]
+pub struct Call {
+    /// What.
+    pub kind: CallKind,
+    /// Address of what is sent.
+    pub send: usize,
+    /// Address of what is received.
+    pub receive: usize,
+    /// Elements, as the function of that name counts them.
+    pub count: usize,
+    /// Number of the type.
+    pub dtype: u32,
+    /// Number of the reduction.
+    pub reduction: u32,
+    /// Root or peer.
+    pub peer: i32,
+}
+
+/// What tells partners of a part.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Tag {
+    /// The n-th collective of the communicator.
+    Collective(u64),
+    /// The n-th message to a rank.
+    Send(usize, u64),
+    /// The n-th message from a rank.
+    Receive(usize, u64),
+}
+
+/// A call with its tag.
+pub struct Part {
+    /// The call.
+    pub call: Call,
+    /// Its tag.
+    pub tag: Tag,
+    /// Whether it is over.
+    pub is_done: bool,
+}
+
+/// Calls of one group on one communicator and stream.
+pub struct Group {
+    /// Handle of the communicator.
+    pub comm: u64,
+    /// Its calls.
+    pub parts: Vec<Part>,
+    /// Set once it is its stream's first.
+    pub started: Option<Running>,
+}
+
+/// A communicator of one rank.
+pub struct Comm {
+    /// All ranks together.
+    pub clique: u64,
+    /// This one.
+    pub rank: usize,
+    /// Its device.
+    pub device: usize,
+    /// Whether its calls wait.
+    pub is_blocking: bool,
+    /// Destroyed or aborted: later calls are refused.
+    pub is_closed: bool,
+    collectives: u64,
+    sent: HashMap<usize, u64>,
+    received: HashMap<usize, u64>,
+    /// What went wrong behind its back.
+    pub error: Option<ncclResult_t>,
+}
+
+/// The ranks of one unique id.
+#[derive(Default)]
+pub struct Clique {
+    /// Handles, by rank.
+    pub ranks: Vec<Option<u64>>,
+    /// Devices, by rank.
+    pub devices: Vec<usize>,
+    /// A rank of it was given up.
+    pub is_over: bool,
+    /// Why it cannot be.
+    pub error: Option<ncclResult_t>,
+    /// Collectives issued, by device.
+    issued: HashMap<usize, u64>,
+    /// For a collective that not all ranks have issued: who issued it first, what other cliques had issued there by then,
+    /// and how many ranks have not.
+    orders: HashMap<u64, (usize, BTreeMap<u64, u64>, usize)>,
+}
+
+impl Clique {
+    /// One that its ranks have yet to join.
+    pub fn of(ranks: usize) -> Clique {
+        Clique { ranks: vec![None; ranks], ..Clique::default() }
+    }
+
+    /// Whether all ranks are there.
+    pub fn is_full(&self) -> bool {
+        self.ranks.iter().all(Option::is_some)
+    }
+}
+
+/// All communicators.
+#[derive(Default)]
+pub struct Comms {
+    /// By handle.
+    pub comms: BTreeMap<u64, Comm>,
+    /// By their own handle.
+    pub cliques: BTreeMap<u64, Clique>,
+    /// Cliques by unique id.
+    pub ids: HashMap<u64, u64>,
+}
+
+impl Comms {
+    /// Communicators that were not closed.
+    pub fn leaks(&self) -> Vec<String> {
+        let open = self.comms.values().filter(|c| !c.is_closed);
+        open.map(|c| format!("communicator of rank {} on device {}", c.rank, c.device)).collect()
+    }
+
+    /// A new rank of a clique.
+    pub fn add(&mut self, handle: u64, clique: u64, rank: usize, device: usize, is_blocking: bool) {
+        let comm = Comm {
+            clique,
+            rank,
+            device,
+            is_blocking,
+            is_closed: false,
+            collectives: 0,
+            sent: HashMap::new(),
+            received: HashMap::new(),
+            error: None,
+        };
+        self.comms.insert(handle, comm);
+        let members = self.cliques.get_mut(&clique).expect("its clique exists");
+        if members.devices.contains(&device) {
+            members.error = Some(ncclResult_t::ncclInvalidUsage);
+        }
+        members.ranks[rank] = Some(handle);
+        members.devices.push(device);
+    }
+
+    /// A rank is given up.
+    pub fn close(&mut self, handle: u64) {
+        let comm = self.comms.get_mut(&handle).expect("it was looked up");
+        comm.is_closed = true;
+        self.cliques.get_mut(&comm.clique).expect("its clique exists").is_over = true;
+    }
+
+    /// The tag of a communicator's next call, and what it breaks of NC-2.
+    pub fn tag(&mut self, handle: u64, call: &Call) -> (Tag, Option<String>) {
+        let comm = self.comms.get_mut(&handle).expect("it was looked up");
+        let peer = call.peer.max(0) as usize;
+        let next = |counts: &mut HashMap<usize, u64>| {
+            let count = counts.entry(peer).or_insert(0);
+            *count += 1;
+            *count
+        };
+        let tag = match call.kind {
+            CallKind::Send => return (Tag::Send(peer, next(&mut comm.sent)), None),
+            CallKind::Receive => return (Tag::Receive(peer, next(&mut comm.received)), None),
+            _ => {
+                comm.collectives += 1;
+                Tag::Collective(comm.collectives)
+            }
+        };
+        let (own, device, number) = (comm.clique, comm.device, comm.collectives);
+        (tag, self.note_order(own, device, number))
+    }
+
+    /// NC-2: what `device` has issued of other communicators before the `number`-th collective of the clique `own` is
+    /// what the first device to issue it had issued.
+    fn note_order(&mut self, own: u64, device: usize, number: u64) -> Option<String> {
+        let before: BTreeMap<u64, u64> = self
+            .cliques
+            .iter()
+            .filter(|(other, c)| **other != own && !c.is_over && c.devices.contains(&device))
+            .map(|(other, c)| (*other, c.issued.get(&device).copied().unwrap_or(0)))
+            .collect();
+        let ranks = self.cliques[&own].ranks.len();
+        let known = self.cliques[&own].orders.get(&number).cloned();
+        let mut broken = None;
+        if let Some((first, theirs, _)) = &known {
+            for (other, count) in &before {
+                let is_shared = theirs.contains_key(other) && self.cliques[other].devices.contains(first);
+                let there = theirs.get(other).copied().unwrap_or(0);
+                if is_shared && there != *count {
+                    broken = Some(format!(
+                        "device {device} issues collective {number} of communicator {own:#x} after {count} of \
+                         communicator {other:#x}, device {first} after {there}: one order on all devices is needed"
+                    ));
+                }
+            }
+        }
+        let clique = self.cliques.get_mut(&own).expect("its clique exists");
+        *clique.issued.entry(device).or_insert(0) += 1;
+        let (first, theirs, left) = known.unwrap_or((device, before, ranks));
+        if left > 1 {
+            clique.orders.insert(number, (first, theirs, left - 1));
+        } else {
+            clique.orders.remove(&number);
+        }
+        broken
+    }
+}
+
+/// A part whose partners have all started: streams and places among their parts, by rank (sender first).
+pub struct Transfer {
+    /// Stream, part.
+    pub members: Vec<(u64, usize)>,
+}
+
+fn started_part(state: &State, comm: u64, tag: Tag) -> Option<(u64, usize)> {
+    state.streams.iter().find_map(|(handle, stream)| {
+        let Some(Kind::Nccl(group)) = stream.queue.front().map(|o| &o.kind) else { return None };
+        if group.comm != comm || group.started.is_none() || stream.is_busy || stream.is_hung {
+            return None;
+        }
+        let part = group.parts.iter().position(|p| p.tag == tag && !p.is_done)?;
+        Some((*handle, part))
+    })
+}
+
+/// Handles of partners of a part, with the tags that they know it by.
+fn partners(state: &State, comm: u64, tag: Tag) -> Vec<(usize, Option<u64>, Tag)> {
+    let own = &state.comms.comms[&comm];
+    let clique = &state.comms.cliques[&own.clique];
+    let handle = |rank: usize| clique.ranks.get(rank).copied().flatten();
+    match tag {
+        Tag::Collective(_) => (0..clique.ranks.len()).map(|rank| (rank, handle(rank), tag)).collect(),
+        Tag::Send(to, n) => vec![(to, handle(to), Tag::Receive(own.rank, n))],
+        Tag::Receive(from, n) => vec![(from, handle(from), Tag::Send(own.rank, n))],
+    }
+}
+
+/// A part of the first operation of a stream that can be done now.
+pub fn next_transfer(state: &State, handle: u64) -> Option<Transfer> {
+    let Some(Kind::Nccl(group)) = state.streams[&handle].queue.front().map(|o| &o.kind) else { return None };
+    group.started.as_ref()?;
+    for (index, part) in group.parts.iter().enumerate().filter(|(_, p)| !p.is_done) {
+        let found: Option<Vec<(u64, usize)>> = partners(state, group.comm, part.tag)
+            .into_iter()
+            .map(|(_, comm, tag)| started_part(state, comm?, tag))
+            .collect();
+        let Some(mut members) = found else { continue };
+        match part.tag {
+            Tag::Collective(_) => {}
+            Tag::Send(..) => members.insert(0, (handle, index)),
+            Tag::Receive(..) => members.push((handle, index)),
+        }
+        return Some(Transfer { members });
+    }
+    None
+}
+
+/// What a started operation waits for.
+pub fn holds(state: &State, own: u64, group: &Group) -> Vec<Hold> {
+    let mut holds = Vec::new();
+    for part in group.parts.iter().filter(|p| !p.is_done) {
+        for (rank, comm, tag) in partners(state, group.comm, part.tag) {
+            let Some(comm) = comm else {
+                holds.push(Hold::Missing(format!("rank {rank}, which never joined")));
+                continue;
+            };
+            if started_part(state, comm, tag).is_some() {
+                continue;
+            }
+            let queued = state.streams.iter().find(|(_, s)| {
+                s.queue.iter().any(|o| matches!(&o.kind, Kind::Nccl(g) if g.comm == comm && has(g, tag)))
+            });
+            match queued {
+                Some((other, _)) if *other != own => {
+                    holds.push(Hold::Stream(*other, format!("rank {rank} there has not come to it")));
+                }
+                Some(_) => holds.push(Hold::Stream(own, format!("rank {rank}, behind it on its own stream"))),
+                None => holds.push(Hold::Missing(format!("rank {rank}, which has not issued it"))),
+            }
+        }
+    }
+    holds
+}
+
+fn has(group: &Group, tag: Tag) -> bool {
+    group.parts.iter().any(|p| p.tag == tag && !p.is_done)
+}
+
+/// Starts the first operation of a stream, or does one part of it.
+pub fn advance<'a>(world: &'a World, mut state: MutexGuard<'a, State>, handle: u64) -> MutexGuard<'a, State> {
+    let op = &state.streams[&handle].queue[0];
+    let Kind::Nccl(group) = &op.kind else { return state };
+    if group.started.is_none() {
+        let (host, name) = (op.host.clone(), op.name.clone());
+        let running = start(world, &mut state, handle, &host, &name);
+        group_mut(&mut state, handle).started = Some(running);
+        return state;
+    }
+    let Some(transfer) = next_transfer(&state, handle) else { return state };
+    let mut members = Vec::new();
+    for (stream, part) in &transfer.members {
+        let queued = state.streams.get_mut(stream).expect("it was found");
+        queued.is_busy = true;
+        let group = group_mut(&mut state, *stream);
+        let call = group.parts[*part].call;
+        let running = group.started.as_ref().expect("it has started");
+        let running = Running { knows: running.knows.clone(), clock: running.clock.clone(), ..*running };
+        let comm = group.comm;
+        let rank = state.comms.comms[&comm].rank;
+        members.push(data::Member { call, rank, running });
+    }
+    drop(state);
+    let mismatch = data::pass(world, &members);
+    let mut state = world.state();
+    let sources = data::sources(&members);
+    for (stream, part) in &transfer.members {
+        let queued = state.streams.get_mut(stream).expect("streams stay while they are busy");
+        queued.is_busy = false;
+        // It was aborted meanwhile.
+        if !matches!(queued.queue.front().map(|o| &o.kind), Some(Kind::Nccl(g)) if g.started.is_some()) {
+            continue;
+        }
+        let group = group_mut(&mut state, *stream);
+        group.parts[*part].is_done = true;
+        let comm = group.comm;
+        let is_over = group.parts.iter().all(|p| p.is_done);
+        let running = group.started.as_mut().expect("it has started");
+        sources.iter().for_each(|source| running.knows.join(&members[*source].running.knows));
+        let knows = running.knows.clone();
+        if mismatch {
+            state.comms.comms.get_mut(&comm).expect("comms stay").error = Some(ncclResult_t::ncclInvalidUsage);
+        }
+        if is_over {
+            let queued = state.streams.get_mut(stream).expect("it was found");
+            queued.queue.pop_front();
+            queued.clock.join(&knows);
+            if queued.is_destroyed && queued.is_idle() {
+                state.streams.remove(stream);
+            }
+        }
+    }
+    state
+}
+
+fn group_mut(state: &mut State, handle: u64) -> &mut Group {
+    let queued = state.streams.get_mut(&handle).expect("it was found");
+    match &mut queued.queue[0].kind {
+        Kind::Nccl(group) => group,
+        _ => unreachable!("its first operation is a group"),
+    }
+}
+
+/// Takes a communicator's operations out of all queues. Returns how many there were.
+pub fn abort(state: &mut State, comm: u64) -> usize {
+    let mut dropped = 0;
+    for stream in state.streams.values_mut() {
+        let before = stream.queue.len();
+        stream.queue.retain(|o| !matches!(&o.kind, Kind::Nccl(g) if g.comm == comm));
+        dropped += before - stream.queue.len();
+    }
+    dropped
+}
+
+/// Whether a communicator has operations in queues.
+pub fn is_pending(state: &State, comm: u64) -> bool {
+    state.streams.values().any(|s| s.queue.iter().any(|o| matches!(&o.kind, Kind::Nccl(g) if g.comm == comm)))
+}

@@ -1,0 +1,46 @@
+//! What stands for PTX and cubins: a line that names a compiled library by its digest. Imports nothing.
+
+use std::path::{Path, PathBuf};
+
+const MARK: &str = "// software CUDA image ";
+const DIGEST_CHARS: usize = 32;
+
+/// The image of a library.
+pub fn image(digest: &str) -> String {
+    format!("{MARK}{digest}\n")
+}
+
+/// Where a library lies.
+pub fn path(digest: &str, cache: &Path) -> PathBuf {
+    cache.join(format!("{digest}.so"))
+}
+
+/// Where the library of an image lies, when it is one.
+pub fn library_path(text: &str, cache: &Path) -> Option<PathBuf> {
+    let digest = text.strip_prefix(MARK)?.get(..DIGEST_CHARS)?;
+    digest.bytes().all(|b| b.is_ascii_hexdigit()).then(|| path(digest, cache))
+}
+
+/// A digest of texts, as images carry it.
+pub fn digest(texts: &[&str]) -> String {
+    let mut hasher = blake3::Hasher::new();
+    for text in texts {
+        hasher.update(&(text.len() as u64).to_le_bytes()).update(text.as_bytes());
+    }
+    hasher.finalize().to_hex()[..DIGEST_CHARS].to_string()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn images_name_their_library() {
+        let digest = digest(&["a", "b"]);
+        assert_ne!(digest, super::digest(&["ab"]));
+        let expected = Path::new("/cache").join(format!("{digest}.so"));
+        assert_eq!(library_path(&image(&digest), Path::new("/cache")), Some(expected));
+        assert_eq!(library_path("// software CUDA image ../../x", Path::new("/cache")), None);
+        assert_eq!(library_path(".version 8.0", Path::new("/cache")), None);
+    }
+}

@@ -1,0 +1,87 @@
+//! What tests need to run a program on the software device. Imports `findings`.
+//!
+//! The dynamic linker reads its path when a process starts, so tests start a child: themselves with another argument, or
+//! a program. [`command`] sets it up, [`Report::read`](crate::Report::read) says what was found.
+
+use std::ffi::OsStr;
+use std::io;
+use std::os::unix::fs::symlink;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use crate::findings::Report;
+
+const LIBRARY: &str = "libshardflow_software_cuda.so";
+/// Names under which programs look for NVIDIA's libraries.
+const NAMES: &[&str] = &[
+    "libcuda.so",
+    "libcuda.so.1",
+    "libnvrtc.so",
+    "libnvrtc.so.13",
+    "libnccl.so",
+    "libnccl.so.2",
+    "libcublasLt.so",
+    "libcublasLt.so.13",
+];
+
+/// The built library: beside the running test or program, or where `SOFTWARE_CUDA_LIBRARY` says.
+pub fn library() -> io::Result<PathBuf> {
+    if let Some(path) = std::env::var_os("SOFTWARE_CUDA_LIBRARY") {
+        return Ok(path.into());
+    }
+    let program = std::env::current_exe()?;
+    let folders = program.ancestors().skip(1).take(3).flat_map(|f| [f.to_path_buf(), f.join("deps")]);
+    let found: Vec<PathBuf> = folders.map(|f| f.join(LIBRARY)).filter(|p| p.exists()).collect();
+    // Cargo leaves older ones in other folders.
+    let newest = found.into_iter().max_by_key(|p| p.metadata().and_then(|m| m.modified()).ok());
+    newest.ok_or_else(|| {
+        let what = format!("no {LIBRARY} near {}: cargo build -p shardflow-software-cuda", program.display());
+        io::Error::new(io::ErrorKind::NotFound, what)
+    })
+}
+
+/// Makes links in `folder` (which is made too) that put the library in the place of NVIDIA's.
+pub fn install(folder: &Path) -> io::Result<()> {
+    let library = library()?.canonicalize()?;
+    std::fs::create_dir_all(folder)?;
+    for name in NAMES {
+        let link = folder.join(name);
+        match std::fs::remove_file(&link) {
+            Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
+            _ => symlink(&library, &link)?,
+        }
+    }
+    Ok(())
+}
+
+/// A command that runs `program` on that many software devices, with a report at `folder/report.json`. The libraries are
+/// installed in `folder`.
+pub fn command(
+    program: impl AsRef<OsStr>,
+    folder: &Path,
+    devices: usize,
+    policy: &str,
+    seed: u64,
+) -> io::Result<Command> {
+    install(folder)?;
+    let mut command = Command::new(program);
+    command
+        .env("LD_LIBRARY_PATH", folder)
+        .env("SOFTWARE_CUDA_DEVICES", devices.to_string())
+        .env("SOFTWARE_CUDA_POLICY", policy)
+        .env("SOFTWARE_CUDA_SEED", seed.to_string())
+        .env("SOFTWARE_CUDA_REPORT", report_path(folder));
+    Ok(command)
+}
+
+/// Where [`command`] has the report written.
+pub fn report_path(folder: &Path) -> PathBuf {
+    folder.join("report.json")
+}
+
+impl Report {
+    /// Reads what [`command`]'s program left.
+    pub fn read(folder: &Path) -> io::Result<Report> {
+        Ok(serde_json::from_slice(&std::fs::read(report_path(folder))?)?)
+    }
+}

@@ -1,0 +1,61 @@
+//! The software device on its own: kernels, schedules, planted bugs. Imports its parts in `gpu`, and cudarc's `sys`.
+//!
+//! Each test starts this program again, so that the dynamic linker finds the device in the place of NVIDIA's libraries.
+#![allow(unsafe_code)]
+
+#[path = "gpu/api.rs"]
+mod api;
+#[path = "gpu/bugs.rs"]
+mod bugs;
+#[path = "gpu/bugs_kernel.rs"]
+mod bugs_kernel;
+#[path = "gpu/bugs_memory.rs"]
+mod bugs_memory;
+#[path = "gpu/bugs_nccl.rs"]
+mod bugs_nccl;
+#[path = "gpu/child.rs"]
+mod child;
+#[path = "gpu/faults.rs"]
+mod faults;
+#[path = "gpu/kernels.rs"]
+mod kernels;
+#[path = "gpu/products.rs"]
+mod products;
+
+use api::{cuda, nccl};
+
+/// What children run.
+const CASES: &[(&str, fn())] = &[
+    ("kernels", kernels::check_kernels),
+    ("compiler", kernels::check_compiler),
+    ("products", products::check),
+    ("killed", faults::check_killed),
+    ("hung", faults::check_hung),
+    ("leaks", faults::check_leaks),
+    ("counters", faults::check_counters),
+    ("rank threads", faults::check_rank_threads),
+    ("bugs of memory", bugs_memory::check),
+    ("bugs of kernels", bugs_kernel::check),
+    ("bugs of collectives", bugs_nccl::check),
+];
+
+#[test]
+#[ignore = "run by the other tests, on the software device"]
+fn child() {
+    child::run(CASES);
+}
+
+#[test]
+fn mistakes_of_streams_and_memory_are_found() {
+    bugs::expect_found("bugs of memory", 2);
+}
+
+#[test]
+fn mistakes_inside_kernels_are_found() {
+    bugs::expect_found("bugs of kernels", 1);
+}
+
+#[test]
+fn mistakes_of_collectives_are_found() {
+    bugs::expect_found("bugs of collectives", 2);
+}

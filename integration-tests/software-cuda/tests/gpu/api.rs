@@ -1,0 +1,241 @@
+//! A thin cover of cudarc's `sys` for the tests of the software device. Imports nothing of the crate.
+//!
+//! Objects are given back by hand: a test may forget to, on purpose.
+#![allow(unsafe_code)]
+
+use std::ffi::{CStr, CString, c_void};
+
+use cudarc::driver::sys::{self, CUevent, CUfunction, CUmodule, CUresult, CUstream};
+use cudarc::nvrtc::sys as nvrtc;
+
+/// Calls a function of the driver, which must do what it is asked.
+macro_rules! cuda {
+    ($name:ident($($arg:expr),* $(,)?)) => {{
+        // SAFETY: pointers lead to values of the types that the function wants; handles come from the driver.
+        let code = unsafe { cudarc::driver::sys::$name($($arg),*) };
+        assert_eq!(code, cudarc::driver::sys::CUresult::CUDA_SUCCESS, "{}", stringify!($name));
+    }};
+}
+
+pub(crate) use cuda;
+
+/// A symbol of the software device itself.
+pub fn control<F: Copy>(name: &str) -> F {
+    // SAFETY: callers name a symbol of the control interface with its own type.
+    unsafe { *sys::culib().get::<F>(name.as_bytes()).expect("the software device is loaded") }
+}
+
+/// Findings so far, once all is over.
+pub fn findings() -> Vec<(String, String)> {
+    let report = control::<extern "C" fn() -> *const std::ffi::c_char>("software_cuda_report")();
+    // SAFETY: the text ends in a zero, and lives as long as the process.
+    let report: serde_json::Value = serde_json::from_slice(unsafe { CStr::from_ptr(report) }.to_bytes()).unwrap();
+    let text = |f: &serde_json::Value, key: &str| f[key].as_str().unwrap().to_string();
+    report["findings"].as_array().unwrap().iter().map(|f| (text(f, "kind"), text(f, "message"))).collect()
+}
+
+/// Forgets findings and starts a schedule.
+pub fn begin(policy: &str, seed: u64) {
+    control::<extern "C" fn()>("software_cuda_forget_findings")();
+    let name = CString::new(policy).unwrap();
+    let schedule = control::<unsafe extern "C" fn(*const std::ffi::c_char, u64) -> u32>("software_cuda_schedule");
+    // SAFETY: the text ends in a zero.
+    assert_eq!(unsafe { schedule(name.as_ptr(), seed) }, 1);
+}
+
+/// Calls of a function or a class of them.
+pub fn calls(name: &str) -> u64 {
+    let name = CString::new(name).unwrap();
+    let count = control::<unsafe extern "C" fn(*const std::ffi::c_char) -> u64>("software_cuda_call_count");
+    // SAFETY: the text ends in a zero.
+    unsafe { count(name.as_ptr()) }
+}
+
+/// What NVRTC makes of a text: an image, or its log.
+pub fn compile(text: &str, options: &[&str]) -> Result<Vec<u8>, String> {
+    let (text, name) = (CString::new(text).unwrap(), c"kernels.cu");
+    let options: Vec<CString> = options.iter().map(|o| CString::new(*o).unwrap()).collect();
+    let options: Vec<_> = options.iter().map(|o| o.as_ptr()).collect();
+    let (mut program, mut bytes) = (std::ptr::null_mut(), 0);
+    // SAFETY: all texts end in a zero, and buffers are as long as NVRTC says.
+    unsafe {
+        nvrtc::nvrtcCreateProgram(&mut program, text.as_ptr(), name.as_ptr(), 0, std::ptr::null(), std::ptr::null());
+        let code = nvrtc::nvrtcCompileProgram(program, options.len() as i32, options.as_ptr());
+        if code != nvrtc::nvrtcResult::NVRTC_SUCCESS {
+            nvrtc::nvrtcGetProgramLogSize(program, &mut bytes);
+            let mut log = vec![0u8; bytes];
+            nvrtc::nvrtcGetProgramLog(program, log.as_mut_ptr().cast());
+            nvrtc::nvrtcDestroyProgram(&mut program);
+            return Err(String::from_utf8_lossy(&log).into_owned());
+        }
+        nvrtc::nvrtcGetCUBINSize(program, &mut bytes);
+        let mut image = vec![0u8; bytes];
+        nvrtc::nvrtcGetCUBIN(program, image.as_mut_ptr().cast());
+        nvrtc::nvrtcDestroyProgram(&mut program);
+        Ok(image)
+    }
+}
+
+/// Makes a device current on this thread.
+pub fn use_device(device: i32) {
+    let mut context = std::ptr::null_mut();
+    cuda!(cuInit(0));
+    cuda!(cuDevicePrimaryCtxRetain(&mut context, device));
+    cuda!(cuCtxSetCurrent(context));
+}
+
+/// The kernels of the tests, loaded on the current device.
+pub fn module() -> CUmodule {
+    let image =
+        compile(include_str!("kernels.cu"), &["--gpu-architecture=sm_90"]).unwrap_or_else(|log| panic!("{log}"));
+    let mut module = std::ptr::null_mut();
+    cuda!(cuModuleLoadData(&mut module, image.as_ptr().cast()));
+    module
+}
+
+/// A kernel.
+pub fn function(module: CUmodule, name: &str) -> CUfunction {
+    let (mut function, name) = (std::ptr::null_mut(), CString::new(name).unwrap());
+    cuda!(cuModuleGetFunction(&mut function, module, name.as_ptr()));
+    function
+}
+
+/// A stream that takes no notice of the NULL stream.
+pub fn stream() -> CUstream {
+    let mut stream = std::ptr::null_mut();
+    cuda!(cuStreamCreate(&mut stream, 1));
+    stream
+}
+
+/// An event without times.
+pub fn event() -> CUevent {
+    let mut event = std::ptr::null_mut();
+    cuda!(cuEventCreate(&mut event, 2));
+    event
+}
+
+/// `later` waits for what `earlier` was given so far.
+pub fn order(earlier: CUstream, later: CUstream) {
+    let event = event();
+    cuda!(cuEventRecord(event, earlier));
+    cuda!(cuStreamWaitEvent(later, event, 0));
+    cuda!(cuEventDestroy_v2(event));
+}
+
+/// Waits for a stream.
+pub fn wait(stream: CUstream) {
+    cuda!(cuStreamSynchronize(stream));
+}
+
+/// Device memory of that many f32.
+pub fn alloc(count: usize) -> u64 {
+    let mut address = 0;
+    cuda!(cuMemAlloc_v2(&mut address, count * 4));
+    address
+}
+
+/// Device memory with values in it.
+pub fn filled(values: &[f32]) -> u64 {
+    let address = alloc(values.len());
+    cuda!(cuMemcpyHtoD_v2(address, values.as_ptr().cast(), values.len() * 4));
+    address
+}
+
+/// Gives device memory back, after waiting for the device.
+pub fn free(address: u64) {
+    cuda!(cuMemFree_v2(address));
+}
+
+/// Values of device memory, by way of a stream that is waited for.
+pub fn read(address: u64, count: usize, stream: CUstream) -> Vec<f32> {
+    let mut values = vec![0.0f32; count];
+    cuda!(cuMemcpyDtoHAsync_v2(values.as_mut_ptr().cast(), address, count * 4, stream));
+    wait(stream);
+    values
+}
+
+/// Pinned memory of that many f32.
+pub fn pinned(count: usize) -> *mut f32 {
+    let mut address: *mut c_void = std::ptr::null_mut();
+    cuda!(cuMemHostAlloc(&mut address, count * 4, 0));
+    address.cast()
+}
+
+/// An argument of a kernel.
+#[derive(Clone, Copy)]
+pub enum Arg {
+    P(u64),
+    I(i32),
+    L(i64),
+    F(f32),
+}
+
+/// Launches, and says what the driver answers.
+pub fn try_launch(f: CUfunction, dims: (u32, u32), shared: u32, stream: CUstream, args: &[Arg]) -> CUresult {
+    let mut words: Vec<u64> = args
+        .iter()
+        .map(|arg| match *arg {
+            Arg::P(p) => p,
+            Arg::I(i) => u64::from(i as u32),
+            Arg::L(l) => l as u64,
+            Arg::F(x) => u64::from(x.to_bits()),
+        })
+        .collect();
+    let mut pointers: Vec<*mut c_void> = words.iter_mut().map(|w| std::ptr::from_mut(w).cast()).collect();
+    // SAFETY: there is a pointer for each argument, to a word that is as long as any of these.
+    unsafe {
+        let extra = std::ptr::null_mut();
+        sys::cuLaunchKernel(f, dims.0, 1, 1, dims.1, 1, 1, shared, stream, pointers.as_mut_ptr(), extra)
+    }
+}
+
+/// Launches `dims.0` blocks of `dims.1` threads.
+pub fn launch(f: CUfunction, dims: (u32, u32), shared: u32, stream: CUstream, args: &[Arg]) {
+    assert_eq!(try_launch(f, dims, shared, stream, args), CUresult::CUDA_SUCCESS);
+}
+
+/// NCCL's functions by name, which must do what they are asked.
+macro_rules! nccl {
+    ($name:ident($($arg:expr),* $(,)?)) => {{
+        // SAFETY: pointers lead to values of the types that the function wants; handles come from the library.
+        let code = unsafe { cudarc::nccl::sys::$name($($arg),*) };
+        assert_eq!(code, cudarc::nccl::sys::ncclResult_t::ncclSuccess, "{}", stringify!($name));
+    }};
+}
+
+pub(crate) use nccl;
+
+/// A communicator of each of the first `ranks` devices.
+pub fn comms(ranks: usize) -> Vec<cudarc::nccl::sys::ncclComm_t> {
+    let mut comms = vec![std::ptr::null_mut(); ranks];
+    nccl!(ncclCommInitAll(comms.as_mut_ptr(), ranks as i32, std::ptr::null()));
+    comms
+}
+
+/// A host function that keeps the device from doing anything until the returned sender is dropped or sends.
+pub fn hold(stream: CUstream) -> std::sync::mpsc::Sender<()> {
+    unsafe extern "C" fn wait(receiver: *mut c_void) {
+        // SAFETY: the box was made below, for this call alone.
+        let receiver = unsafe { Box::from_raw(receiver.cast::<std::sync::mpsc::Receiver<()>>()) };
+        let _ = receiver.recv();
+    }
+    let (sender, receiver) = std::sync::mpsc::channel::<()>();
+    cuda!(cuLaunchHostFunc(stream, Some(wait), Box::into_raw(Box::new(receiver)).cast()));
+    sender
+}
+
+/// The calling thread reads or writes pinned memory, and says so.
+pub fn host_access(address: *mut f32, count: usize, is_write: bool) {
+    let access = control::<extern "C" fn(u64, u64, u32)>("software_cuda_host_access");
+    access(address as u64, count as u64 * 4, u32::from(is_write));
+}
+
+/// What the calling thread knows.
+pub fn capture() -> u64 {
+    control::<extern "C" fn() -> u64>("software_cuda_clock_capture")()
+}
+
+/// The calling thread learns what a token's thread knew.
+pub fn join(token: u64) {
+    control::<extern "C" fn(u64)>("software_cuda_clock_join")(token);
+}

@@ -1,0 +1,34 @@
+//! Runs a case of a test in a child process, on the software device. Imports the crate's support.
+
+use std::process::Output;
+
+use shardflow_software_cuda::{Report, command};
+
+const CASE: &str = "SOFTWARE_CUDA_TEST_CASE";
+
+/// In the child: runs the case that the parent named.
+pub fn run(cases: &[(&str, fn())]) {
+    let name = std::env::var(CASE).expect("the parent names a case");
+    let (_, case) = cases.iter().find(|c| c.0 == name).expect("a case of that name");
+    case();
+}
+
+/// In the parent: runs a case, with settings, and gives what it printed and what the device reports.
+pub fn start(case: &str, devices: usize, policy: &str, seed: u64, settings: &[(&str, &str)]) -> (Output, Report) {
+    let folder = tempfile::tempdir().expect("a folder");
+    let program = std::env::current_exe().expect("this program");
+    let mut command = command(program, folder.path(), devices, policy, seed).expect("the software device is built");
+    command.args(["--exact", "child", "--ignored", "--nocapture"]).env(CASE, case).envs(settings.iter().copied());
+    let output = command.output().expect("this program starts");
+    let report = Report::read(folder.path()).unwrap_or_default();
+    (output, report)
+}
+
+/// In the parent: the case passes, and nothing is found.
+pub fn expect_clean(case: &str, devices: usize, policy: &str, seed: u64) {
+    let (output, report) = start(case, devices, policy, seed, &[]);
+    let text = String::from_utf8_lossy(&output.stdout) + String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{case} under {policy}, seed {seed}:\n{text}");
+    assert_eq!(report.findings, [], "{case} under {policy}, seed {seed}");
+    assert!(report.executed > 0, "{case} ran on the software device");
+}

@@ -1,0 +1,201 @@
+//! Lost devices, leaks, counters, and ranks in threads of their own. Imports `api`.
+
+use std::time::{Duration, Instant};
+
+use cudarc::driver::sys::{self, CUresult};
+use cudarc::nccl::sys::{ncclComm_t, ncclDataType_t, ncclRedOp_t, ncclResult_t};
+use shardflow_software_cuda::POLICIES;
+
+use crate::api::Arg::{I, P};
+use crate::api::{self, alloc, calls, event, filled, free, function, launch, pinned, stream, try_launch, wait};
+use crate::{child, cuda, nccl};
+
+/// In the child: device 1 dies at its third launch.
+pub fn check_killed() {
+    let mut devices = Vec::new();
+    for device in 0..2 {
+        api::use_device(device);
+        let (module, s, x) = (api::module(), stream(), filled(&[1.0; 64]));
+        devices.push((function(module, "add"), s, x));
+    }
+    let mut answers = Vec::new();
+    for _ in 0..6 {
+        for (device, (add, s, x)) in devices.iter().enumerate() {
+            api::use_device(device as i32);
+            let launched = try_launch(*add, (1, 64), 0, *s, &[P(*x), P(*x), P(*x), I(64)]);
+            // SAFETY: the stream comes from the driver.
+            let waited = unsafe { sys::cuStreamSynchronize(*s) };
+            answers.push((device, launched, waited));
+        }
+    }
+    let lost = CUresult::CUDA_ERROR_LAUNCH_FAILED;
+    let of = |device| answers.iter().filter(move |a| a.0 == device).map(|a| (a.1, a.2)).collect::<Vec<_>>();
+    assert_eq!(of(0), [(CUresult::CUDA_SUCCESS, CUresult::CUDA_SUCCESS); 6]);
+    assert_eq!(
+        of(1)[..3],
+        [
+            (CUresult::CUDA_SUCCESS, CUresult::CUDA_SUCCESS),
+            (CUresult::CUDA_SUCCESS, CUresult::CUDA_SUCCESS),
+            (CUresult::CUDA_SUCCESS, lost)
+        ]
+    );
+    assert_eq!(of(1)[3..], [(lost, lost); 3]);
+    let mut address = 0;
+    // SAFETY: a place for an address.
+    assert_eq!(unsafe { sys::cuMemAlloc_v2(&mut address, 4) }, lost, "the error stays");
+}
+
+/// In the child: the second launch never ends, and the rest goes on.
+pub fn check_hung() {
+    api::use_device(0);
+    let (add, s, other, x, e) = (function(api::module(), "add"), stream(), stream(), filled(&[1.0; 64]), event());
+    let add = |s| launch(add, (1, 64), 0, s, &[P(x), P(x), P(x), I(64)]);
+    add(s);
+    wait(s);
+    add(s);
+    cuda!(cuEventRecord(e, s));
+    cuda!(cuMemsetD8Async(alloc(64), 0, 256, other));
+    wait(other);
+    let until = Instant::now() + Duration::from_millis(50);
+    while Instant::now() < until {
+        // SAFETY: the event comes from the driver.
+        assert_eq!(unsafe { sys::cuEventQuery(e) }, CUresult::CUDA_ERROR_NOT_READY);
+    }
+    // SAFETY: the stream comes from the driver.
+    assert_eq!(
+        unsafe { sys::cuStreamSynchronize(s) },
+        CUresult::CUDA_ERROR_LAUNCH_TIMEOUT,
+        "after SOFTWARE_CUDA_HANG_MS"
+    );
+}
+
+/// In the child: leaves one of everything.
+pub fn check_leaks() {
+    api::use_device(0);
+    let made = (stream(), event(), alloc(10), pinned(10), api::comms(1));
+    assert_eq!(api::control::<extern "C" fn() -> u64>("software_cuda_leak_count")(), 5);
+    free(alloc(3));
+    std::mem::forget(made);
+}
+
+/// In the child: what a steady step calls.
+pub fn check_counters() {
+    api::use_device(0);
+    let (add, s, x) = (function(api::module(), "add"), stream(), filled(&[1.0; 64]));
+    let classes = ["launches", "allocations", "synchronisations", "event-tracking"];
+    let before = classes.map(calls);
+    for _ in 0..5 {
+        launch(add, (1, 64), 0, s, &[P(x), P(x), P(x), I(64)]);
+    }
+    let after = classes.map(calls);
+    assert_eq!(after.iter().zip(before).map(|(a, b)| a - b).collect::<Vec<_>>(), [5, 0, 0, 0]);
+    wait(s);
+    api::order(s, s);
+    free(x);
+    let (launches, allocations) = (calls("cuLaunchKernel"), calls("allocations") - after[1]);
+    assert_eq!((launches, allocations), (5, 0));
+    assert_eq!(calls("event-tracking") - after[3], 4, "created, recorded, awaited, destroyed");
+    assert_eq!(calls("cuMemFree_v2"), 1);
+    cuda!(cuStreamDestroy_v2(s));
+}
+
+/// A communicator made without blocking.
+fn join_ranks(id: cudarc::nccl::sys::ncclUniqueId, ranks: usize, rank: usize) -> ncclComm_t {
+    let mut comm: ncclComm_t = std::ptr::null_mut();
+    // SAFETY: a structure of numbers and pointers, all zero, but for the fields that are set.
+    let mut config: cudarc::nccl::sys::ncclConfig_t = unsafe { std::mem::zeroed() };
+    config.size = size_of_val(&config);
+    config.blocking = 0;
+    // SAFETY: the places that NCCL writes to and reads from are here.
+    let code =
+        unsafe { cudarc::nccl::sys::ncclCommInitRankConfig(&mut comm, ranks as i32, id, rank as i32, &mut config) };
+    assert!(matches!(code, ncclResult_t::ncclInProgress | ncclResult_t::ncclSuccess));
+    loop {
+        let mut state = ncclResult_t::ncclSuccess;
+        nccl!(ncclCommGetAsyncError(comm, &mut state));
+        if state != ncclResult_t::ncclInProgress {
+            assert_eq!(state, ncclResult_t::ncclSuccess);
+            return comm;
+        }
+        std::thread::yield_now();
+    }
+}
+
+/// In the child: four ranks, each in its own thread, make a communicator and use it.
+pub fn check_rank_threads() {
+    const RANKS: usize = 4;
+    let mut id = cudarc::nccl::sys::ncclUniqueId { internal: [0; 128] };
+    nccl!(ncclGetUniqueId(&mut id));
+    let sums: Vec<f32> = std::thread::scope(|scope| {
+        let threads: Vec<_> = (0..RANKS).map(|rank| scope.spawn(move || one_rank(id, rank))).collect();
+        threads.into_iter().map(|t| t.join().expect("a rank ends well")).collect()
+    });
+    // Ten averages of 1, 2, 3, 4 leave 2.5.
+    assert_eq!(sums, [2.5; RANKS]);
+
+    fn one_rank(id: cudarc::nccl::sys::ncclUniqueId, rank: usize) -> f32 {
+        api::use_device(rank as i32);
+        let (s, x, y) = (stream(), filled(&[rank as f32 + 1.0; 64]), alloc(64));
+        let comm = join_ranks(id, RANKS, rank);
+        let (mut count, mut own) = (0, 0);
+        nccl!(ncclCommCount(comm, &mut count));
+        nccl!(ncclCommUserRank(comm, &mut own));
+        assert_eq!((count, own), (RANKS as i32, rank as i32));
+        let f32_type = ncclDataType_t::ncclFloat32;
+        for _ in 0..10 {
+            nccl!(ncclAllReduce(x as _, x as _, 64, f32_type, ncclRedOp_t::ncclAvg, comm, s.cast()));
+            nccl!(ncclReduceScatter(x as _, y as _, 16, f32_type, ncclRedOp_t::ncclMax, comm, s.cast()));
+            nccl!(ncclAllGather(y as _, x as _, 16, f32_type, comm, s.cast()));
+        }
+        let (next, before) = ((rank + 1) % RANKS, (rank + RANKS - 1) % RANKS);
+        nccl!(ncclGroupStart());
+        nccl!(ncclSend(x as _, 64, f32_type, next as i32, comm, s.cast()));
+        nccl!(ncclRecv(y as _, 64, f32_type, before as i32, comm, s.cast()));
+        nccl!(ncclGroupEnd());
+        let value = api::read(y, 64, s)[63];
+        nccl!(ncclCommFinalize(comm));
+        nccl!(ncclCommDestroy(comm));
+        free(x);
+        free(y);
+        cuda!(cuStreamDestroy_v2(s));
+        value
+    }
+}
+
+#[test]
+fn a_killed_device_answers_with_its_error() {
+    let (output, report) = child::start("killed", 2, "random", 1, &[("SOFTWARE_CUDA_FAULT", "kill:1:3")]);
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    assert_eq!(report.findings, []);
+}
+
+#[test]
+fn a_hung_launch_holds_up_its_stream_alone() {
+    let settings = [("SOFTWARE_CUDA_FAULT", "hang:0:2"), ("SOFTWARE_CUDA_HANG_MS", "100")];
+    let (output, report) = child::start("hung", 1, "random", 1, &settings);
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    assert_eq!(report.findings, []);
+}
+
+#[test]
+fn leaks_are_told_at_exit() {
+    let (output, report) = child::start("leaks", 1, "lazy", 1, &[]);
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let kinds: Vec<&str> = report.findings.iter().map(|f| f.kind.as_str()).collect();
+    assert_eq!(kinds, ["leak"; 5], "{:?}", report.findings);
+    assert_eq!(report.classes["allocations"], 3);
+}
+
+#[test]
+fn calls_are_counted() {
+    child::expect_clean("counters", 1, "random", 1);
+}
+
+#[test]
+fn ranks_in_threads_of_their_own_meet() {
+    for (policy, _) in POLICIES {
+        for seed in 0..4 {
+            child::expect_clean("rank threads", 4, policy, seed);
+        }
+    }
+}

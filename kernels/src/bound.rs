@@ -1,0 +1,98 @@
+//! One launch with its buffers found in the submission's memory and checked (MEM-1, MEM-2, MEM-4): what every backend
+//! does before it runs one. Imports `op`, `memory`, `error`.
+
+use crate::error::KernelError;
+use crate::memory::{Base, View};
+use crate::op::{Launch, Op};
+use crate::tensor::DType;
+
+/// A launch's buffers.
+#[derive(Debug)]
+pub(crate) struct Bound<'a> {
+    pub(crate) name: &'a str,
+    pub(crate) reads: Vec<View<'a>>,
+    pub(crate) writes: Vec<View<'a>>,
+    pub(crate) workspace: Option<View<'a>>,
+}
+
+impl<'a> Bound<'a> {
+    /// Finds the buffers. `workspace_bytes` is what the backend needs beside them.
+    ///
+    /// # Errors
+    /// [`KernelError::Arguments`] for buffers that no kernel may be given.
+    pub(crate) fn resolve(
+        launch: &'a Launch,
+        bases: &'a [Base],
+        workspace_bytes: impl FnOnce(&[&[usize]]) -> usize,
+    ) -> Result<Self, KernelError> {
+        let name = launch.op.name();
+        let resolve = |buffer| View::resolve(name, buffer, bases);
+        let reads = launch.reads.iter().map(resolve).collect::<Result<Vec<_>, _>>()?;
+        let writes = launch.writes.iter().map(resolve).collect::<Result<Vec<_>, _>>()?;
+        let workspace = launch.workspace.as_ref().map(resolve).transpose()?;
+        let bound = Self { name, reads, writes, workspace };
+        bound.check(&launch.op, launch.accumulate, workspace_bytes)?;
+        Ok(bound)
+    }
+
+    /// Numbers of buffers, what may be written (MEM-4), overlap (MEM-2), accumulation and workspace.
+    fn check(
+        &self,
+        op: &Op,
+        accumulate: bool,
+        workspace_bytes: impl FnOnce(&[&[usize]]) -> usize,
+    ) -> Result<(), KernelError> {
+        let counts = (self.reads.len(), self.writes.len());
+        if let Some(arity) = op.arity()
+            && arity != counts
+        {
+            let count = |(reads, writes)| format!("{reads} read, {writes} written");
+            return Err(self.refused("buffers", count(arity), count(counts)));
+        }
+        if accumulate && op.can_accumulate().is_none() && !matches!(op, Op::Custom(_)) {
+            return Err(self.refused("accumulate", "an op that can accumulate", self.name));
+        }
+        let sum = op.can_accumulate().filter(|_| accumulate).and_then(|write| self.writes.get(write));
+        if sum.is_some_and(|sum| sum.dtype() == DType::BF16) {
+            return Err(self.refused("accumulate", "a sum of type F32, which keeps what is small", "BF16"));
+        }
+        let half = |views: &[View<'_>], may: &dyn Fn(usize) -> bool| {
+            views.iter().enumerate().position(|(i, view)| view.dtype() == DType::BF16 && !may(i))
+        };
+        let moves = matches!(op, Op::Collective(_));
+        if let Some(i) = half(&self.reads, &|i| moves || op.reads_bf16(i)) {
+            return Err(self.refused(&format!("dtype of read {i}"), "F32 or I32", "BF16"));
+        }
+        if let Some(i) = half(&self.writes, &|i| moves || op.writes_bf16(i)) {
+            return Err(self.refused(&format!("dtype of write {i}"), "F32 or I32", "BF16"));
+        }
+        if self.writes.iter().chain(&self.workspace).any(|write| !write.arena().is_writable()) {
+            return Err(self.refused("write", "memory that may be written", "a peer's, mapped to be read"));
+        }
+        for (i, write) in self.writes.iter().enumerate() {
+            let clash = self.reads.iter().any(|read| write.overlaps(read) && !write.same_memory(read))
+                || self.writes[..i].iter().any(|other| write.overlaps(other))
+                || self.workspace.as_ref().is_some_and(|workspace| write.overlaps(workspace));
+            if clash {
+                return Err(self.refused(&format!("write {i}"), "memory of its own", "an overlap with another buffer"));
+            }
+        }
+        let shapes: Vec<&[usize]> = self.reads.iter().map(View::shape).collect();
+        let needed = workspace_bytes(&shapes);
+        let given = self.workspace.as_ref().map_or(0, View::bytes);
+        let overlaps_read = |workspace: &View<'_>| self.reads.iter().any(|read| read.overlaps(workspace));
+        if needed > given || self.workspace.as_ref().is_some_and(overlaps_read) {
+            return Err(self.refused("workspace", format!("{needed} bytes of its own"), format!("{given} bytes")));
+        }
+        Ok(())
+    }
+
+    /// All buffers.
+    pub(crate) fn all(&self) -> impl Iterator<Item = &View<'a>> {
+        self.reads.iter().chain(&self.writes).chain(&self.workspace)
+    }
+
+    fn refused(&self, what: &str, expected: impl Into<String>, got: impl Into<String>) -> KernelError {
+        KernelError::arguments(self.name, what, expected, got)
+    }
+}

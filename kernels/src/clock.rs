@@ -1,0 +1,53 @@
+//! What a host thread hands over, beside the data, so that a software CUDA device can check that one thing happened before
+//! another. Without the feature `clock-token` it is nothing, and costs nothing. Imports nothing of this crate.
+#![cfg_attr(feature = "clock-token", allow(unsafe_code))]
+
+/// All that the thread knows to have happened when it captures one. Whoever sends a message between threads sends one
+/// along, and the receiver joins it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Clock(#[cfg(feature = "clock-token")] u64);
+
+impl Clock {
+    /// The calling thread's.
+    pub fn capture() -> Self {
+        #[cfg(feature = "clock-token")]
+        return Self(software::functions().map_or(0, |functions| (functions.capture)()));
+        #[cfg(not(feature = "clock-token"))]
+        Self()
+    }
+
+    /// The calling thread knows from now on what the one knew that captured it.
+    pub fn join(self) {
+        #[cfg(feature = "clock-token")]
+        if let (token @ 1.., Some(functions)) = (self.0, software::functions()) {
+            (functions.join)(token);
+        }
+    }
+}
+
+#[cfg(feature = "clock-token")]
+mod software {
+    use std::sync::OnceLock;
+
+    pub(super) struct Functions {
+        pub(super) capture: extern "C" fn() -> u64,
+        pub(super) join: extern "C" fn(u64),
+    }
+
+    /// Those of the software device; `None` with any other driver, and with none.
+    pub(super) fn functions() -> Option<&'static Functions> {
+        static FUNCTIONS: OnceLock<Option<Functions>> = OnceLock::new();
+        FUNCTIONS.get_or_init(find).as_ref()
+    }
+
+    fn find() -> Option<Functions> {
+        // SAFETY: loading the driver runs its initialisers only, and it stays loaded: `culib` keeps it for good.
+        let library = unsafe { cudarc::driver::sys::is_culib_present().then(|| cudarc::driver::sys::culib()) }?;
+        // SAFETY: the software device exports these two names with these types, and nobody else exports them.
+        unsafe {
+            let capture = library.get(b"software_cuda_clock_capture").ok().map(|symbol| *symbol)?;
+            let join = library.get(b"software_cuda_clock_join").ok().map(|symbol| *symbol)?;
+            Some(Functions { capture, join })
+        }
+    }
+}

@@ -1,0 +1,30 @@
+//! The CUDA backend. It is built without a toolkit: the driver and the libraries above it are loaded at run time, through
+//! cudarc's bindings, and a machine without them is told what is missing ([`library::probe`]).
+//! Layers: `step <- lower`, `source` (no FFI, and nothing of a GPU); `library <- context <- event, memory, module, blas <- poller, ticket, record
+//! <- gpu <- lane <- engine, lowered, staged <- issue <- stream <- device`; `nccl` and `local` are engines.
+
+pub(crate) mod blas;
+pub(crate) mod boxes;
+pub(crate) mod context;
+pub mod device;
+pub mod engine;
+pub(crate) mod event;
+pub mod gpu;
+pub(crate) mod issue;
+pub(crate) mod lane;
+pub mod library;
+pub mod local;
+pub mod lower;
+pub(crate) mod lowered;
+pub(crate) mod memory;
+pub mod module;
+pub mod nccl;
+pub(crate) mod poller;
+pub(crate) mod record;
+pub mod source;
+pub(crate) mod staged;
+pub mod step;
+pub mod stream;
+pub(crate) mod ticket;
+
+pub use library::probe;

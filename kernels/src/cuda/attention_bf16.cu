@@ -1,0 +1,526 @@
+// Causal attention and its gradient in bf16 on tensor cores: wmma 16x16x16 with sums in float. The same plan as
+// attention_f32.cu: no stored scores, and a gradient of two kernels whose sums have one owner and order each.
+//
+// A block is four warps with 16 rows of its 64 each. Where the elements of a sum lie in a fragment is not specified, so
+// each warp learns it once, by loading a matrix of numbered elements; that tells each element's row and column. Then
+// masks, exponentials and factors of rows need no detour through shared memory; only what crosses rows does (the
+// softmax's sums), and what becomes an operand again (probabilities).
+// D is the head's depth rounded up to what is compiled; the dims in between are zeros in shared memory.
+
+#include <mma.h>
+
+using nvcuda::wmma::accumulator;
+using nvcuda::wmma::col_major;
+using nvcuda::wmma::fill_fragment;
+using nvcuda::wmma::fragment;
+using nvcuda::wmma::load_matrix_sync;
+using nvcuda::wmma::matrix_a;
+using nvcuda::wmma::matrix_b;
+using nvcuda::wmma::mem_row_major;
+using nvcuda::wmma::mma_sync;
+using nvcuda::wmma::row_major;
+
+#define ROWS 64
+#define THREADS 128
+// Rows of a tile are this much longer than D: eight of them lie in different banks, and stay 16-byte aligned.
+#define PAD 8
+// Elements from row to row of the 16 columns of probabilities in the backward pass.
+#define P_PITCH 24
+// The same of a warp's 64 scores, and of its 64 probabilities, in the forward pass.
+#define S_PITCH 72
+#define LOG2_E 1.4426950408889634f
+#define LN_2 0.6931471805599453f
+
+typedef fragment<accumulator, 16, 16, 16, float> Sums;
+// Of a matrix whose rows are the product's rows.
+typedef fragment<matrix_a, 16, 16, 16, bf16, row_major> Left;
+// Of a matrix whose rows are the product's summed index.
+typedef fragment<matrix_b, 16, 16, 16, bf16, row_major> Right;
+// Of a matrix whose rows are the product's columns.
+typedef fragment<matrix_b, 16, 16, 16, bf16, col_major> RightTransposed;
+
+static_assert(Sums::num_elements == 8, "a warp holds 256 sums");
+
+template <class A, class B>
+struct IsSame {
+    static constexpr bool value = false;
+};
+template <class A>
+struct IsSame<A, A> {
+    static constexpr bool value = true;
+};
+
+// load_matrix_sync from shared memory. On a GPU by the very instruction that it stands for, with the address space that
+// NVRTC loses for bf16: without it each operand comes by four generic loads instead of one `ldmatrix`.
+template <class F>
+INLINE void load_shared(F& to, const bf16* from, u32 pitch) {
+#if defined(__CUDA_ARCH__) && !defined(SOFTWARE_CUDA)
+    static_assert(sizeof(to.x) == 16, "four registers");
+    u32 bits[4];
+    const u32 address = (u32)__cvta_generic_to_shared(from);
+#define LOAD_SHARED(which)                                                                                  \
+    asm volatile("wmma.load." which ".m16n16k16.shared.bf16 {%0, %1, %2, %3}, [%4], %5;"                  \
+                 : "=r"(bits[0]), "=r"(bits[1]), "=r"(bits[2]), "=r"(bits[3]) : "r"(address), "r"(pitch) : "memory")
+    if constexpr (IsSame<F, Left>::value) {
+        LOAD_SHARED("a.sync.aligned.row");
+    } else if constexpr (IsSame<F, Right>::value) {
+        LOAD_SHARED("b.sync.aligned.row");
+    } else {
+        LOAD_SHARED("b.sync.aligned.col");
+    }
+    copy_bits(to.x, bits);
+#else
+    load_matrix_sync(to, from, pitch);
+#endif
+}
+
+// Row and column of each of a lane's eight elements of a sum, four bits each.
+struct Map {
+    u32 rows, columns;
+
+    // `scratch` is 1 KiB of the warp's own, 32-byte aligned.
+    INLINE Map(float* scratch) {
+        for (int i = threadIdx.x % 32; i < 256; i += 32) scratch[i] = (float)i;
+        __syncwarp();
+        Sums numbers;
+        load_matrix_sync(numbers, scratch, 16, mem_row_major);
+        rows = columns = 0;
+#pragma unroll
+        for (int e = 0; e < 8; e++) {
+            const u32 number = (u32)numbers.x[e];
+            rows |= number / 16 << (4 * e);
+            columns |= number % 16 << (4 * e);
+        }
+        __syncwarp();
+    }
+
+    INLINE int row(int e) const { return rows >> (4 * e) & 15; }
+    INLINE int column(int e) const { return columns >> (4 * e) & 15; }
+};
+
+// Where the rows of one (batch, head) lie in a tensor [b, t, h, d].
+struct Item {
+    i64 first, step;
+
+    INLINE Item(i64 item, i64 time, int heads, int depth) {
+        const i64 batch = item / heads, head = item % heads;
+        step = (i64)heads * depth;
+        first = batch * time * step + head * depth;
+    }
+};
+
+// Rows begin.. of an item; zeros past the last row and past `depth`. `whole`: 16 bytes at a time.
+template <int D>
+INLINE void load_tile(bf16* tile, const bf16* x, Item item, i64 begin, i64 time, int depth, bool whole) {
+    constexpr int PACKS = D / 8;
+#pragma unroll
+    for (int p = threadIdx.x; p < ROWS * PACKS; p += THREADS) {
+        const int row = p / PACKS, column = p % PACKS * 8;
+        const bf16* from = x + item.first + (begin + row) * item.step + column;
+        uint4 bits = {0, 0, 0, 0};
+        if (begin + row < time) {
+            if (whole) {
+                if (column < depth) bits = *reinterpret_cast<const uint4*>(from);
+            } else {
+                bf16 values[8];
+                for (int j = 0; j < 8; j++) {
+                    if (column + j < depth) {
+                        values[j] = from[j];
+                    } else {
+                        narrow(&values[j], 0.0f);
+                    }
+                }
+                copy_bits(bits, values);
+            }
+        }
+        *reinterpret_cast<uint4*>(tile + row * (D + PAD) + column) = bits;
+    }
+}
+
+// A warp's 16 rows of a tile, as operands on the left: kept in registers, or loaded at each use where D makes them many.
+template <int D>
+struct Rows {
+    static constexpr bool KEPT = D <= 64;
+    Left kept[KEPT ? D / 16 : 1];
+    const bf16* from;
+
+    INLINE Rows(const bf16* tile) : from(tile) {
+        if constexpr (KEPT) {
+#pragma unroll
+            for (int c = 0; c < D / 16; c++) load_shared(kept[c], tile + c * 16, D + PAD);
+        }
+    }
+
+    // The products of these rows with 16 rows of a tile.
+    INLINE void dots(Sums& sums, const bf16* tile) const {
+        fill_fragment(sums, 0.0f);
+#pragma unroll
+        for (int c = 0; c < D / 16; c++) {
+            RightTransposed right;
+            load_shared(right, tile + c * 16, D + PAD);
+            if constexpr (KEPT) {
+                mma_sync(sums, kept[c], right, sums);
+            } else {
+                Left left;
+                load_shared(left, from + c * 16, D + PAD);
+                mma_sync(sums, left, right, sums);
+            }
+        }
+    }
+};
+
+// sums += p (16 by 16) times 16 rows of a tile.
+template <int D>
+INLINE void add_product(Sums (&sums)[D / 16], const Left& p, const bf16* tile) {
+#pragma unroll
+    for (int c = 0; c < D / 16; c++) {
+        Right right;
+        load_shared(right, tile + c * 16, D + PAD);
+        mma_sync(sums[c], p, right, sums[c]);
+    }
+}
+
+// Writes a warp's 16 rows from row `begin` on.
+template <int D, class F>
+INLINE void write_rows(bf16* out, const Sums (&sums)[D / 16], Item item, i64 begin, i64 time, int depth, Map map,
+                       F factor) {
+#pragma unroll
+    for (int e = 0; e < 8; e++) {
+        const i64 row = begin + map.row(e);
+        if (row >= time) continue;
+#pragma unroll
+        for (int c = 0; c < D / 16; c++) {
+            const int column = c * 16 + map.column(e);
+            if (column < depth) narrow(&out[item.first + row * item.step + column], sums[c].x[e] * factor(map.row(e)));
+        }
+    }
+}
+
+// The softmax of a warp's 16 rows of 64 scores so far: two lanes share a row, each with every other four columns.
+struct Softmax {
+    // In powers of two.
+    float best, total;
+
+    // Turns scores into probabilities over 2^best; `past` is how many of the columns are not in the future. What the
+    // sums before it are to be multiplied by is returned.
+    INLINE float add(const float* scores, bf16* p, float factor, i64 past) {
+        const int half = threadIdx.x % 2;
+        float values[8][4], most = best;
+#pragma unroll
+        for (int k = 0; k < 8; k++) {
+            // What lies wholly in the future was not computed.
+            if (8 * k + 4 * half < past) load<4>(values[k], scores + 8 * k + 4 * half);
+#pragma unroll
+            for (int j = 0; j < 4; j++) {
+                const bool here = 8 * k + 4 * half + j < past;
+                values[k][j] = here ? values[k][j] * factor : MINUS_INFINITY;
+                most = larger(most, values[k][j]);
+            }
+        }
+        most = larger(most, __shfl_xor_sync(ALL_LANES, most, 1));
+        // Of nothing but minus infinities there is no difference yet.
+        const float base = most == MINUS_INFINITY ? 0.0f : most;
+        const float correction = exp2f(best - base);
+        float sum = 0.0f;
+#pragma unroll
+        for (int k = 0; k < 8; k++) {
+#pragma unroll
+            for (int j = 0; j < 4; j++) {
+                values[k][j] = exp2f(values[k][j] - base);
+                sum += values[k][j];
+            }
+            store<4>(p + 8 * k + 4 * half, values[k]);
+        }
+        total = total * correction + sum + __shfl_xor_sync(ALL_LANES, sum, 1);
+        best = most;
+        return correction;
+    }
+};
+
+template <int D>
+INLINE void attention(const bf16* q, const bf16* k, const bf16* v, bf16* o, float* lse, i64 time, int heads, int depth,
+                      i64 blocks, float scale) {
+    constexpr int PITCH = D + PAD;
+    DYN_SHARED(unsigned char, shared);
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    bf16* k_tile = reinterpret_cast<bf16*>(shared);
+    bf16* v_tile = k_tile + ROWS * PITCH;
+    float* all_scores = reinterpret_cast<float*>(v_tile + ROWS * PITCH);
+    float* scores = all_scores + warp * 16 * S_PITCH;
+    bf16* p = reinterpret_cast<bf16*>(all_scores + ROWS * S_PITCH) + warp * 16 * S_PITCH;
+    float* factors = reinterpret_cast<float*>(reinterpret_cast<bf16*>(all_scores + ROWS * S_PITCH) + ROWS * S_PITCH);
+    factors += warp * 16;
+
+    const i64 number = blockIdx.x / blocks, begin = (blocks - 1 - blockIdx.x % blocks) * ROWS;
+    const i64 own = begin + warp * 16;
+    const Item item(number, time, heads, depth);
+    const bool whole = depth % 8 == 0 && aligned(q) && aligned(k) && aligned(v);
+    const Map map(scores);
+    Left q_rows[D / 16];
+    load_tile<D>(k_tile, q, item, begin, time, depth, whole);
+    __syncthreads();
+#pragma unroll
+    for (int c = 0; c < D / 16; c++) load_shared(q_rows[c], k_tile + warp * 16 * PITCH + c * 16, PITCH);
+    Sums sums[D / 16];
+#pragma unroll
+    for (int c = 0; c < D / 16; c++) fill_fragment(sums[c], 0.0f);
+    Softmax softmax = {MINUS_INFINITY, 0.0f};
+    for (i64 key = 0; key <= begin; key += ROWS) {
+        __syncthreads();
+        load_tile<D>(k_tile, k, item, key, time, depth, whole);
+        load_tile<D>(v_tile, v, item, key, time, depth, whole);
+        __syncthreads();
+        // 16 columns each; those behind the warp's last query are left out.
+        const int tiles = own - key < 48 ? (int)(own - key) / 16 + 1 : 4;
+        for (int t = 0; t < tiles; t++) {
+            Sums dots;
+            fill_fragment(dots, 0.0f);
+#pragma unroll
+            for (int c = 0; c < D / 16; c++) {
+                RightTransposed right;
+                load_shared(right, k_tile + t * 16 * PITCH + c * 16, PITCH);
+                mma_sync(dots, q_rows[c], right, dots);
+            }
+            nvcuda::wmma::store_matrix_sync(scores + t * 16, dots, S_PITCH, mem_row_major);
+        }
+        __syncwarp();
+        const int row = lane / 2;
+        const float correction =
+            softmax.add(scores + row * S_PITCH, p + row * S_PITCH, scale * LOG2_E, own + row + 1 - key);
+        if (lane % 2 == 0) factors[row] = correction;
+        __syncwarp();
+#pragma unroll
+        for (int e = 0; e < 8; e++) {
+            const float factor = factors[map.row(e)];
+#pragma unroll
+            for (int c = 0; c < D / 16; c++) sums[c].x[e] *= factor;
+        }
+        for (int t = 0; t < tiles; t++) {
+            Left left;
+            load_shared(left, p + t * 16, S_PITCH);
+            add_product<D>(sums, left, v_tile + t * 16 * PITCH);
+        }
+        // Scores, probabilities and factors have been read.
+        __syncwarp();
+    }
+    if (lane % 2 == 0) {
+        factors[lane / 2] = 1.0f / softmax.total;
+        const i64 row = own + lane / 2;
+        if (row < time) lse[number * time + row] = (softmax.best + log2f(softmax.total)) * LN_2;
+    }
+    __syncwarp();
+    write_rows<D>(o, sums, item, own, time, depth, map, [=](int row) { return factors[row]; });
+}
+
+// What the backward kernels have of each row of queries: lse in powers of two, and delta.
+INLINE void load_statistics(float2* statistics, const float* lse, const float* delta, i64 first, i64 begin, i64 time) {
+    for (int i = threadIdx.x; i < ROWS; i += THREADS) {
+        const i64 row = begin + i;
+        statistics[i] = {0.0f, 0.0f};
+        if (row < time) statistics[i] = {lse[first + row] * LOG2_E, delta[first + row]};
+    }
+}
+
+// dk = scale ds' q and dv = p' do of a block of keys. Tiles are transposed: a warp has 16 keys, and queries are columns.
+template <int D>
+INLINE void attention_grad_keys(const bf16* d_o, const bf16* q, const bf16* k, const bf16* v, const float* lse,
+                                const float* delta, bf16* dk, bf16* dv, i64 time, int heads, int depth, i64 blocks,
+                                float scale) {
+    constexpr int PITCH = D + PAD;
+    DYN_SHARED(unsigned char, shared);
+    const int warp = threadIdx.x / 32;
+    bf16* k_tile = reinterpret_cast<bf16*>(shared);
+    bf16* v_tile = k_tile + ROWS * PITCH;
+    bf16* q_tile = v_tile + ROWS * PITCH;
+    bf16* do_tile = q_tile + ROWS * PITCH;
+    bf16* p = do_tile + ROWS * PITCH + warp * 2 * 16 * P_PITCH;
+    bf16* ds = p + 16 * P_PITCH;
+    float2* statistics = reinterpret_cast<float2*>(do_tile + ROWS * PITCH + 4 * 2 * 16 * P_PITCH);
+
+    const i64 number = blockIdx.x / blocks, begin = blockIdx.x % blocks * ROWS;
+    const i64 own = begin + warp * 16;
+    const Item item(number, time, heads, depth);
+    const bool whole = depth % 8 == 0 && aligned(d_o) && aligned(q) && aligned(k) && aligned(v);
+    const Map map(reinterpret_cast<float*>(p));
+    load_tile<D>(k_tile, k, item, begin, time, depth, whole);
+    load_tile<D>(v_tile, v, item, begin, time, depth, whole);
+    __syncthreads();
+    const Rows<D> k_rows(k_tile + warp * 16 * PITCH), v_rows(v_tile + warp * 16 * PITCH);
+    Sums dk_sums[D / 16], dv_sums[D / 16];
+#pragma unroll
+    for (int c = 0; c < D / 16; c++) {
+        fill_fragment(dk_sums[c], 0.0f);
+        fill_fragment(dv_sums[c], 0.0f);
+    }
+    for (i64 query = begin; query < time; query += ROWS) {
+        __syncthreads();
+        load_tile<D>(q_tile, q, item, query, time, depth, whole);
+        load_tile<D>(do_tile, d_o, item, query, time, depth, whole);
+        load_statistics(statistics, lse, delta, number * time, query, time);
+        __syncthreads();
+        for (int t = 0; t < 4; t++) {
+            // The last of these queries comes before the first of these keys.
+            if (query + t * 16 + 15 < own) continue;
+            Sums scores, dp;
+            k_rows.dots(scores, q_tile + t * 16 * PITCH);
+            v_rows.dots(dp, do_tile + t * 16 * PITCH);
+#pragma unroll
+            for (int e = 0; e < 8; e++) {
+                const int column = t * 16 + map.column(e), place = map.row(e) * P_PITCH + map.column(e);
+                const float2 row = statistics[column];
+                const bool past = query + column < time && own + map.row(e) <= query + column;
+                const float probability = past ? exp2f(scores.x[e] * (scale * LOG2_E) - row.x) : 0.0f;
+                narrow(&p[place], probability);
+                narrow(&ds[place], past ? probability * (dp.x[e] - row.y) : 0.0f);
+            }
+            __syncwarp();
+            Left left;
+            load_shared(left, p, P_PITCH);
+            add_product<D>(dv_sums, left, do_tile + t * 16 * PITCH);
+            load_shared(left, ds, P_PITCH);
+            add_product<D>(dk_sums, left, q_tile + t * 16 * PITCH);
+            // Probabilities have been read.
+            __syncwarp();
+        }
+    }
+    write_rows<D>(dk, dk_sums, item, own, time, depth, map, [=](int) { return scale; });
+    write_rows<D>(dv, dv_sums, item, own, time, depth, map, [](int) { return 1.0f; });
+}
+
+// dq = scale ds k of a block of queries.
+template <int D>
+INLINE void attention_grad_queries(const bf16* d_o, const bf16* q, const bf16* k, const bf16* v, const float* lse,
+                                   const float* delta, bf16* dq, i64 time, int heads, int depth, i64 blocks,
+                                   float scale) {
+    constexpr int PITCH = D + PAD;
+    DYN_SHARED(unsigned char, shared);
+    const int warp = threadIdx.x / 32;
+    bf16* q_tile = reinterpret_cast<bf16*>(shared);
+    bf16* do_tile = q_tile + ROWS * PITCH;
+    bf16* k_tile = do_tile + ROWS * PITCH;
+    bf16* v_tile = k_tile + ROWS * PITCH;
+    bf16* ds = v_tile + ROWS * PITCH + warp * 2 * 16 * P_PITCH;
+    float2* statistics = reinterpret_cast<float2*>(v_tile + ROWS * PITCH + 4 * 2 * 16 * P_PITCH);
+
+    const i64 number = blockIdx.x / blocks, begin = (blocks - 1 - blockIdx.x % blocks) * ROWS;
+    const i64 own = begin + warp * 16;
+    const Item item(number, time, heads, depth);
+    const bool whole = depth % 8 == 0 && aligned(d_o) && aligned(q) && aligned(k) && aligned(v);
+    const Map map(reinterpret_cast<float*>(ds));
+    load_tile<D>(q_tile, q, item, begin, time, depth, whole);
+    load_tile<D>(do_tile, d_o, item, begin, time, depth, whole);
+    load_statistics(statistics, lse, delta, number * time, begin, time);
+    __syncthreads();
+    const Rows<D> q_rows(q_tile + warp * 16 * PITCH), do_rows(do_tile + warp * 16 * PITCH);
+    Sums sums[D / 16];
+#pragma unroll
+    for (int c = 0; c < D / 16; c++) fill_fragment(sums[c], 0.0f);
+    for (i64 key = 0; key <= begin; key += ROWS) {
+        __syncthreads();
+        load_tile<D>(k_tile, k, item, key, time, depth, whole);
+        load_tile<D>(v_tile, v, item, key, time, depth, whole);
+        __syncthreads();
+        for (int t = 0; t < 4; t++) {
+            // The first of these keys comes behind the last of these queries.
+            if (key + t * 16 > own + 15) break;
+            Sums scores, dp;
+            q_rows.dots(scores, k_tile + t * 16 * PITCH);
+            do_rows.dots(dp, v_tile + t * 16 * PITCH);
+#pragma unroll
+            for (int e = 0; e < 8; e++) {
+                const int row = map.row(e);
+                const float2 of_row = statistics[warp * 16 + row];
+                const bool past = key + t * 16 + map.column(e) <= own + row;
+                const float probability = exp2f(scores.x[e] * (scale * LOG2_E) - of_row.x);
+                narrow(&ds[row * P_PITCH + map.column(e)], past ? probability * (dp.x[e] - of_row.y) : 0.0f);
+            }
+            __syncwarp();
+            Left left;
+            load_shared(left, ds, P_PITCH);
+            add_product<D>(sums, left, k_tile + t * 16 * PITCH);
+            // Probabilities have been read.
+            __syncwarp();
+        }
+    }
+    write_rows<D>(dq, sums, item, own, time, depth, map, [=](int) { return scale; });
+}
+
+extern "C" __global__ void __launch_bounds__(128)
+    attention_bf16_d32(const bf16* q, const bf16* k, const bf16* v, bf16* o, float* lse, i64 time, int heads,
+                       int depth, i64 blocks, float scale) {
+    attention<32>(q, k, v, o, lse, time, heads, depth, blocks, scale);
+}
+
+extern "C" __global__ void __launch_bounds__(128)
+    attention_grad_keys_bf16_d32(const bf16* d_o, const bf16* q, const bf16* k, const bf16* v, const float* lse,
+                                 const float* delta, bf16* dk, bf16* dv, i64 time, int heads, int depth, i64 blocks,
+                                 float scale) {
+    attention_grad_keys<32>(d_o, q, k, v, lse, delta, dk, dv, time, heads, depth, blocks, scale);
+}
+
+extern "C" __global__ void __launch_bounds__(128)
+    attention_grad_queries_bf16_d32(const bf16* d_o, const bf16* q, const bf16* k, const bf16* v, const float* lse,
+                                    const float* delta, bf16* dq, i64 time, int heads, int depth, i64 blocks,
+                                    float scale) {
+    attention_grad_queries<32>(d_o, q, k, v, lse, delta, dq, time, heads, depth, blocks, scale);
+}
+
+extern "C" __global__ void __launch_bounds__(128)
+    attention_bf16_d64(const bf16* q, const bf16* k, const bf16* v, bf16* o, float* lse, i64 time, int heads,
+                       int depth, i64 blocks, float scale) {
+    attention<64>(q, k, v, o, lse, time, heads, depth, blocks, scale);
+}
+
+extern "C" __global__ void __launch_bounds__(128)
+    attention_grad_keys_bf16_d64(const bf16* d_o, const bf16* q, const bf16* k, const bf16* v, const float* lse,
+                                 const float* delta, bf16* dk, bf16* dv, i64 time, int heads, int depth, i64 blocks,
+                                 float scale) {
+    attention_grad_keys<64>(d_o, q, k, v, lse, delta, dk, dv, time, heads, depth, blocks, scale);
+}
+
+extern "C" __global__ void __launch_bounds__(128)
+    attention_grad_queries_bf16_d64(const bf16* d_o, const bf16* q, const bf16* k, const bf16* v, const float* lse,
+                                    const float* delta, bf16* dq, i64 time, int heads, int depth, i64 blocks,
+                                    float scale) {
+    attention_grad_queries<64>(d_o, q, k, v, lse, delta, dq, time, heads, depth, blocks, scale);
+}
+
+extern "C" __global__ void __launch_bounds__(128)
+    attention_bf16_d96(const bf16* q, const bf16* k, const bf16* v, bf16* o, float* lse, i64 time, int heads,
+                       int depth, i64 blocks, float scale) {
+    attention<96>(q, k, v, o, lse, time, heads, depth, blocks, scale);
+}
+
+extern "C" __global__ void __launch_bounds__(128)
+    attention_grad_keys_bf16_d96(const bf16* d_o, const bf16* q, const bf16* k, const bf16* v, const float* lse,
+                                 const float* delta, bf16* dk, bf16* dv, i64 time, int heads, int depth, i64 blocks,
+                                 float scale) {
+    attention_grad_keys<96>(d_o, q, k, v, lse, delta, dk, dv, time, heads, depth, blocks, scale);
+}
+
+extern "C" __global__ void __launch_bounds__(128)
+    attention_grad_queries_bf16_d96(const bf16* d_o, const bf16* q, const bf16* k, const bf16* v, const float* lse,
+                                    const float* delta, bf16* dq, i64 time, int heads, int depth, i64 blocks,
+                                    float scale) {
+    attention_grad_queries<96>(d_o, q, k, v, lse, delta, dq, time, heads, depth, blocks, scale);
+}
+
+extern "C" __global__ void __launch_bounds__(128)
+    attention_bf16_d128(const bf16* q, const bf16* k, const bf16* v, bf16* o, float* lse, i64 time, int heads,
+                       int depth, i64 blocks, float scale) {
+    attention<128>(q, k, v, o, lse, time, heads, depth, blocks, scale);
+}
+
+extern "C" __global__ void __launch_bounds__(128)
+    attention_grad_keys_bf16_d128(const bf16* d_o, const bf16* q, const bf16* k, const bf16* v, const float* lse,
+                                 const float* delta, bf16* dk, bf16* dv, i64 time, int heads, int depth, i64 blocks,
+                                 float scale) {
+    attention_grad_keys<128>(d_o, q, k, v, lse, delta, dk, dv, time, heads, depth, blocks, scale);
+}
+
+extern "C" __global__ void __launch_bounds__(128)
+    attention_grad_queries_bf16_d128(const bf16* d_o, const bf16* q, const bf16* k, const bf16* v, const float* lse,
+                                    const float* delta, bf16* dq, i64 time, int heads, int depth, i64 blocks,
+                                    float scale) {
+    attention_grad_queries<128>(d_o, q, k, v, lse, delta, dq, time, heads, depth, blocks, scale);
+}

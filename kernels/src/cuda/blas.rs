@@ -1,0 +1,409 @@
+//! Products on cuBLASLt. A product's descriptors and algorithm are made once for its shape and alignment, and kept by the
+//! stream that uses them; the workspace is the stream's too. Imports `cuda::step`, `cuda::context`, `cuda::library`.
+#![allow(unsafe_code)]
+
+use std::collections::HashMap;
+use std::collections::hash_map::Entry;
+use std::ffi::c_void;
+use std::sync::Arc;
+
+use cudarc::cublaslt::sys::{self, cublasStatus_t};
+
+use super::context::{Context, Raw, static_text};
+use super::gpu::Gpu;
+use super::memory::DeviceMemory;
+use super::step::{Element, Epilogue, Matrix, Product};
+use crate::error::KernelError;
+
+/// NVIDIA's advice for Hopper; older architectures ask for less, and none is refused for having more.
+pub(crate) const WORKSPACE_BYTES: usize = 32 << 20;
+
+/// Alignment that the fastest algorithms ask for.
+const ALIGNMENT_MAX: u32 = 16;
+
+/// The library's handle.
+#[derive(Debug)]
+pub(crate) struct Blas {
+    handle: Raw<sys::cublasLtHandle_t>,
+    context: Arc<Context>,
+}
+
+/// One stream's plans.
+#[derive(Debug)]
+pub(crate) struct Plans {
+    by_key: HashMap<Key, Plan>,
+    blas: Arc<Blas>,
+    workspace: DeviceMemory,
+}
+
+/// All of a product that its plan depends on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+struct Key {
+    dims: [u64; 3],
+    transposed: [bool; 2],
+    a: Shape,
+    b: Shape,
+    d: Shape,
+    batch: i32,
+    adds: bool,
+    epilogue: u8,
+    /// Of a, b and d, in bytes.
+    alignment: [u32; 3],
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+struct Shape {
+    element: Element,
+    rows: u64,
+    columns: u64,
+    leading: i64,
+    batch_stride: i64,
+}
+
+impl From<&Matrix> for Shape {
+    fn from(m: &Matrix) -> Self {
+        let Matrix { element, rows, columns, leading, batch_stride, .. } = *m;
+        Self { element, rows, columns, leading, batch_stride }
+    }
+}
+
+#[derive(Debug)]
+struct Plan {
+    description: Raw<sys::cublasLtMatmulDesc_t>,
+    a: Raw<sys::cublasLtMatrixLayout_t>,
+    b: Raw<sys::cublasLtMatrixLayout_t>,
+    d: Raw<sys::cublasLtMatrixLayout_t>,
+    algorithm: sys::cublasLtMatmulAlgo_t,
+}
+
+/// Where a product's operands lie on the device.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Addresses {
+    pub(crate) a: u64,
+    pub(crate) b: u64,
+    pub(crate) d: u64,
+    /// Of the epilogue, 0 where it has none.
+    pub(crate) bias: u64,
+    pub(crate) aux: u64,
+}
+
+fn check(status: cublasStatus_t, call: &'static str, place: &str) -> Result<(), KernelError> {
+    if status == cublasStatus_t::CUBLAS_STATUS_SUCCESS {
+        return Ok(());
+    }
+    // SAFETY: both give static texts.
+    let (name, text) =
+        unsafe { (static_text(sys::cublasLtGetStatusName(status)), static_text(sys::cublasLtGetStatusString(status))) };
+    Err(KernelError::Cuda { place: place.to_owned(), call, code: status as u32, name, text })
+}
+
+impl Blas {
+    /// The library is there, and the context is bound.
+    pub(crate) fn new(context: &Arc<Context>) -> Result<Self, KernelError> {
+        let mut handle = std::ptr::null_mut();
+        // SAFETY: writes a handle to a local.
+        check(unsafe { sys::cublasLtCreate(&mut handle) }, "cublasLtCreate", &context.place())?;
+        Ok(Self { handle: Raw(handle), context: context.clone() })
+    }
+}
+
+impl Drop for Blas {
+    fn drop(&mut self) {
+        if self.context.bind().is_ok() {
+            // SAFETY: made in `new`, destroyed once.
+            let _ = unsafe { sys::cublasLtDestroy(self.handle.0) };
+        }
+    }
+}
+
+impl Plans {
+    pub(crate) fn new(gpu: &Arc<Gpu>, rank: usize, tally: &Arc<crate::memory::Tally>) -> Result<Self, KernelError> {
+        let workspace = DeviceMemory::uninitialised(gpu, rank, WORKSPACE_BYTES, tally)?;
+        Ok(Self { by_key: HashMap::new(), blas: gpu.blas()?, workspace })
+    }
+
+    /// Puts a product on a stream. The context is bound.
+    pub(crate) fn issue(
+        &mut self,
+        product: &Product,
+        at: &Addresses,
+        stream: Raw<cudarc::driver::sys::CUstream>,
+        place: &str,
+    ) -> Result<(), KernelError> {
+        let key = Key::of(product, at);
+        let plan = match self.by_key.entry(key) {
+            Entry::Occupied(known) => known.into_mut(),
+            Entry::Vacant(new) => new.insert(Plan::new(&self.blas, product, at, &key, place)?),
+        };
+        use sys::cublasLtMatmulDescAttributes_t::{
+            CUBLASLT_MATMUL_DESC_BIAS_POINTER as BIAS, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER as AUX,
+        };
+        for (attribute, address) in [(BIAS, at.bias), (AUX, at.aux)] {
+            if address != 0 {
+                set(plan.description, attribute, &address, place)?;
+            }
+        }
+        // SAFETY: the plan's parts are live; addresses are of device memory that holds the matrices, which whoever binds
+        // the launch has checked; alpha and beta are read before the call returns.
+        let status = unsafe {
+            sys::cublasLtMatmul(
+                self.blas.handle.0,
+                plan.description.0,
+                (&raw const product.alpha).cast(),
+                at.a as *const c_void,
+                plan.a.0,
+                at.b as *const c_void,
+                plan.b.0,
+                (&raw const product.beta).cast(),
+                at.d as *const c_void,
+                plan.d.0,
+                at.d as *mut c_void,
+                plan.d.0,
+                &plan.algorithm,
+                self.workspace.address() as *mut c_void,
+                WORKSPACE_BYTES,
+                stream.0.cast(),
+            )
+        };
+        check(status, "cublasLtMatmul", place)
+    }
+}
+
+fn alignment(address: u64) -> u32 {
+    1 << address.trailing_zeros().min(ALIGNMENT_MAX.trailing_zeros())
+}
+
+impl Key {
+    fn of(product: &Product, at: &Addresses) -> Self {
+        Self {
+            dims: [product.m, product.n, product.k],
+            transposed: [product.a_transposed, product.b_transposed],
+            a: (&product.a).into(),
+            b: (&product.b).into(),
+            d: (&product.d).into(),
+            batch: product.batch,
+            adds: product.beta != 0.0,
+            epilogue: match product.epilogue {
+                Epilogue::None => 0,
+                Epilogue::Bias(_) => 1,
+                Epilogue::Gelu => 2,
+                Epilogue::GeluBias { aux: None, .. } => 3,
+                Epilogue::GeluBias { aux: Some(_), .. } => 4,
+                Epilogue::GeluGrad { .. } => 5,
+                Epilogue::BiasGrad(_) => 6,
+            },
+            alignment: [at.a, at.b, at.d].map(alignment),
+        }
+    }
+}
+
+fn data_type(element: Element) -> sys::cudaDataType {
+    match element {
+        Element::F32 => sys::cudaDataType_t::CUDA_R_32F,
+        Element::Bf16 => sys::cudaDataType_t::CUDA_R_16BF,
+    }
+}
+
+fn epilogue(epilogue: &Epilogue) -> sys::cublasLtEpilogue_t {
+    use sys::cublasLtEpilogue_t::{
+        CUBLASLT_EPILOGUE_BGRADB, CUBLASLT_EPILOGUE_BIAS, CUBLASLT_EPILOGUE_DEFAULT, CUBLASLT_EPILOGUE_DGELU,
+        CUBLASLT_EPILOGUE_GELU, CUBLASLT_EPILOGUE_GELU_AUX_BIAS, CUBLASLT_EPILOGUE_GELU_BIAS,
+    };
+    match epilogue {
+        Epilogue::None => CUBLASLT_EPILOGUE_DEFAULT,
+        Epilogue::Bias(_) => CUBLASLT_EPILOGUE_BIAS,
+        Epilogue::Gelu => CUBLASLT_EPILOGUE_GELU,
+        Epilogue::GeluBias { aux: None, .. } => CUBLASLT_EPILOGUE_GELU_BIAS,
+        Epilogue::GeluBias { aux: Some(_), .. } => CUBLASLT_EPILOGUE_GELU_AUX_BIAS,
+        Epilogue::GeluGrad { .. } => CUBLASLT_EPILOGUE_DGELU,
+        Epilogue::BiasGrad(_) => CUBLASLT_EPILOGUE_BGRADB,
+    }
+}
+
+fn set<T>(
+    description: Raw<sys::cublasLtMatmulDesc_t>,
+    attribute: sys::cublasLtMatmulDescAttributes_t,
+    value: &T,
+    place: &str,
+) -> Result<(), KernelError> {
+    // SAFETY: a live descriptor; `value` has the attribute's size, which the library checks.
+    let status = unsafe {
+        sys::cublasLtMatmulDescSetAttribute(description.0, attribute, (&raw const *value).cast(), size_of::<T>())
+    };
+    check(status, "cublasLtMatmulDescSetAttribute", place)
+}
+
+fn layout(matrix: &Matrix, batch: i32, place: &str) -> Result<Raw<sys::cublasLtMatrixLayout_t>, KernelError> {
+    use sys::cublasLtMatrixLayoutAttribute_t::{
+        CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT as COUNT, CUBLASLT_MATRIX_LAYOUT_STRIDED_BATCH_OFFSET as STRIDE,
+    };
+    let mut layout = std::ptr::null_mut();
+    let (element, leading) = (data_type(matrix.element), matrix.leading);
+    // SAFETY: writes a handle to a local.
+    let made = unsafe { sys::cublasLtMatrixLayoutCreate(&mut layout, element, matrix.rows, matrix.columns, leading) };
+    check(made, "cublasLtMatrixLayoutCreate", place)?;
+    if batch > 1 {
+        // SAFETY: a live layout; both values have the attributes' sizes, 4 and 8 bytes.
+        let status = unsafe {
+            let count = sys::cublasLtMatrixLayoutSetAttribute(layout, COUNT, (&raw const batch).cast(), 4);
+            let stride = (&raw const matrix.batch_stride).cast();
+            let stride = sys::cublasLtMatrixLayoutSetAttribute(layout, STRIDE, stride, 8);
+            if count == cublasStatus_t::CUBLAS_STATUS_SUCCESS { stride } else { count }
+        };
+        check(status, "cublasLtMatrixLayoutSetAttribute", place)?;
+    }
+    Ok(Raw(layout))
+}
+
+impl Plan {
+    fn new(blas: &Blas, product: &Product, at: &Addresses, key: &Key, place: &str) -> Result<Self, KernelError> {
+        use sys::cublasLtMatmulDescAttributes_t as Attribute;
+        let mut description = std::ptr::null_mut();
+        let (compute, scale) = (sys::cublasComputeType_t::CUBLAS_COMPUTE_32F, sys::cudaDataType_t::CUDA_R_32F);
+        // SAFETY: writes a handle to a local.
+        let made = unsafe { sys::cublasLtMatmulDescCreate(&mut description, compute, scale) };
+        check(made, "cublasLtMatmulDescCreate", place)?;
+        let description = Raw(description);
+        let transposed = |yes| {
+            if yes {
+                cudarc::cublas::sys::cublasOperation_t::CUBLAS_OP_T
+            } else {
+                cudarc::cublas::sys::cublasOperation_t::CUBLAS_OP_N
+            }
+        };
+        set(description, Attribute::CUBLASLT_MATMUL_DESC_TRANSA, &transposed(product.a_transposed), place)?;
+        set(description, Attribute::CUBLASLT_MATMUL_DESC_TRANSB, &transposed(product.b_transposed), place)?;
+        set(description, Attribute::CUBLASLT_MATMUL_DESC_EPILOGUE, &epilogue(&product.epilogue), place)?;
+        if at.bias != 0 {
+            set(description, Attribute::CUBLASLT_MATMUL_DESC_BIAS_POINTER, &at.bias, place)?;
+        }
+        if at.aux != 0 {
+            set(description, Attribute::CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER, &at.aux, place)?;
+            set(description, Attribute::CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD, &product.d.leading, place)?;
+        }
+        let mut plan = Self {
+            description,
+            a: layout(&product.a, product.batch, place)?,
+            b: layout(&product.b, product.batch, place)?,
+            d: layout(&product.d, product.batch, place)?,
+            algorithm: sys::cublasLtMatmulAlgo_t { data: [0; 8] },
+        };
+        plan.algorithm = plan.choose(blas, key, place)?;
+        Ok(plan)
+    }
+
+    /// The library's first choice.
+    fn choose(&self, blas: &Blas, key: &Key, place: &str) -> Result<sys::cublasLtMatmulAlgo_t, KernelError> {
+        use sys::cublasLtMatmulPreferenceAttributes_t as Preference;
+        let mut preference = std::ptr::null_mut();
+        // SAFETY: writes a handle to a local.
+        let made = unsafe { sys::cublasLtMatmulPreferenceCreate(&mut preference) };
+        check(made, "cublasLtMatmulPreferenceCreate", place)?;
+        let [a, b, d] = key.alignment;
+        let (workspace, wanted) = (
+            WORKSPACE_BYTES,
+            [
+                (Preference::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, a),
+                (Preference::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, b),
+                (Preference::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, d),
+                (Preference::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, d),
+            ],
+        );
+        // SAFETY: a result of zeros is a valid one, to be overwritten.
+        let mut found: sys::cublasLtMatmulHeuristicResult_t = unsafe { std::mem::zeroed() };
+        let mut count = 0;
+        // SAFETY: live handles; values have the attributes' sizes (8 bytes, and 4 each); at most one result is written.
+        let status = unsafe {
+            let bytes = Preference::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES;
+            let set = |attribute, value: *const c_void, size| {
+                sys::cublasLtMatmulPreferenceSetAttribute(preference, attribute, value, size)
+            };
+            let mut status = set(bytes, (&raw const workspace).cast(), size_of::<usize>());
+            for (attribute, value) in &wanted {
+                let next = set(*attribute, (&raw const *value).cast(), size_of::<u32>());
+                status = if status == cublasStatus_t::CUBLAS_STATUS_SUCCESS { next } else { status };
+            }
+            if status == cublasStatus_t::CUBLAS_STATUS_SUCCESS {
+                let (handle, description) = (blas.handle.0, self.description.0);
+                let (a, b, d) = (self.a.0, self.b.0, self.d.0);
+                status = sys::cublasLtMatmulAlgoGetHeuristic(
+                    handle,
+                    description,
+                    a,
+                    b,
+                    d,
+                    d,
+                    preference,
+                    1,
+                    &mut found,
+                    &mut count,
+                );
+            }
+            let _ = sys::cublasLtMatmulPreferenceDestroy(preference);
+            status
+        };
+        check(status, "cublasLtMatmulAlgoGetHeuristic", place)?;
+        if count == 0 {
+            check(cublasStatus_t::CUBLAS_STATUS_NOT_SUPPORTED, "cublasLtMatmulAlgoGetHeuristic", place)?;
+        }
+        Ok(found.algo)
+    }
+}
+
+impl Drop for Plan {
+    fn drop(&mut self) {
+        // SAFETY: made in `new`, destroyed once; calls under way have their own copies.
+        unsafe {
+            for layout in [self.a, self.b, self.d] {
+                let _ = sys::cublasLtMatrixLayoutDestroy(layout.0);
+            }
+            let _ = sys::cublasLtMatmulDescDestroy(self.description.0);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cuda::step::Place;
+
+    fn product(m: u64, n: u64, k: u64) -> Product {
+        let matrix = |operand: Place, rows, columns| Matrix {
+            place: operand,
+            element: Element::F32,
+            rows,
+            columns,
+            leading: rows as i64,
+            batch_stride: 0,
+        };
+        Product {
+            m,
+            n,
+            k,
+            a_transposed: false,
+            b_transposed: false,
+            a: matrix(Place::read(1), m, k),
+            b: matrix(Place::read(0), k, n),
+            d: matrix(Place::write(0), m, n),
+            batch: 1,
+            alpha: 1.0,
+            beta: 0.0,
+            epilogue: Epilogue::None,
+        }
+    }
+
+    #[test]
+    fn a_plan_is_used_again_for_the_same_shape_at_another_place_of_the_same_alignment() {
+        let at = |a| Addresses { a, b: 1 << 20, d: 1 << 21, bias: 0, aux: 0 };
+        let key = |product: &Product, a| Key::of(product, &at(a));
+        let base = product(8, 4, 2);
+        assert_eq!(key(&base, 4096), key(&base, 8192 + 256));
+        assert_ne!(key(&base, 4096), key(&base, 4096 + 4));
+        assert_ne!(key(&base, 4096), key(&product(8, 4, 3), 4096));
+        assert_ne!(key(&base, 4096), key(&Product { beta: 1.0, ..base }, 4096));
+        let moved = Matrix { place: Place::workspace(64), ..base.a };
+        assert_eq!(key(&base, 4096), key(&Product { a: moved, ..base }, 4096));
+        assert_ne!(key(&base, 4096), key(&Product { epilogue: Epilogue::Gelu, ..base }, 4096));
+        assert_eq!([0x100, 4, 2, 6].map(alignment), [16, 4, 2, 2]);
+    }
+}

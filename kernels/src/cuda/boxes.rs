@@ -1,0 +1,169 @@
+//! Boxes of tensors, copied from one address to another on a stream, and the parts of collectives that every engine of GPUs
+//! has: who gives what to whom, and how much that is. Imports `cuda::lane`, `cuda::lower`, `region`, `collective`.
+
+use super::lane::{Geometry, Lane, PARAMETERS_MAX};
+use super::lower;
+use super::step::{Arg, Operand, Step};
+use crate::collective::exchange::{all_reduce_foreign, taken};
+use crate::collective::{CollectiveCall, CollectiveKind, ReduceOp};
+use crate::error::KernelError;
+use crate::op::{Buffer, Launch, Op};
+use crate::region::for_each_run;
+use crate::tensor::{DType, Region, element_count};
+
+/// Members whose values one kernel combines.
+pub(crate) const MEMBERS_MAX: usize = 16;
+
+/// A tensor on the device, and a box of it.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Boxed<'a> {
+    pub(crate) address: u64,
+    pub(crate) shape: &'a [usize],
+    pub(crate) region: &'a Region,
+}
+
+impl Boxed<'_> {
+    /// Where the box lies when it lies in one piece: the address.
+    pub(crate) fn contiguous(&self) -> Option<u64> {
+        let zeros = vec![0; self.shape.len()];
+        let (mut runs, mut start) = (0, 0);
+        let own = (self.shape, &self.region.start[..]);
+        for_each_run(own, (&self.region.size, &zeros), &self.region.size, |from, _, _| {
+            (runs, start) = (runs + 1, from);
+        });
+        (runs <= 1).then(|| self.address + (start * DType::F32.bytes()) as u64)
+    }
+}
+
+/// A [`Boxed`] that borrows nothing.
+#[derive(Clone, Debug)]
+pub(crate) struct OwnBox {
+    pub(crate) address: u64,
+    pub(crate) shape: Vec<usize>,
+    pub(crate) region: Region,
+}
+
+impl OwnBox {
+    /// A tensor of this shape.
+    pub(crate) fn whole(address: u64, shape: &[usize]) -> Self {
+        Self { address, shape: shape.to_vec(), region: Region::whole(shape) }
+    }
+
+    pub(crate) fn boxed(&self) -> Boxed<'_> {
+        Boxed { address: self.address, shape: &self.shape, region: &self.region }
+    }
+}
+
+/// Copies a box onto another of the same size.
+pub(crate) fn copy_box(lane: &Lane, from: Boxed<'_>, to: Boxed<'_>, dtype: DType) -> Result<(), KernelError> {
+    if from.region.is_empty() {
+        return Ok(());
+    }
+    if let (Some(source), Some(target)) = (from.contiguous(), to.contiguous()) {
+        return lane.copy(target, source, from.region.element_count() * dtype.bytes());
+    }
+    let buffer = |shape: &[usize]| Buffer { base: 0, offset: 0, shape: shape.to_vec(), dtype };
+    let launch = Launch {
+        op: Op::CopyRegion { src: from.region.clone(), dst: to.region.clone() },
+        reads: vec![buffer(from.shape)],
+        writes: vec![buffer(to.shape)],
+        accumulate: false,
+        workspace: None,
+    };
+    lower::lower(&launch, false)?.iter().try_for_each(|step| issue(lane, step, from.address, to.address))
+}
+
+/// Issues a step that reads one buffer and writes one.
+fn issue(lane: &Lane, step: &Step, read: u64, write: u64) -> Result<(), KernelError> {
+    let refused = |got: String| KernelError::arguments("collective", "step", "a copy of a box", got);
+    let at = |place: &super::step::Place| match place.operand {
+        Operand::Read(0) => Ok(read + place.offset_bytes as u64),
+        Operand::Write(0) => Ok(write + place.offset_bytes as u64),
+        _ => Err(refused(format!("{place:?}"))),
+    };
+    match step {
+        Step::Copy { from, to, bytes } => lane.copy(at(to)?, at(from)?, *bytes),
+        Step::Kernel(kernel) if kernel.args.len() <= PARAMETERS_MAX => {
+            let function = lane.gpu().modules().function(kernel.function, kernel.shared_bytes)?;
+            let how = Geometry { grid: kernel.grid, block: kernel.block, shared_bytes: kernel.shared_bytes };
+            let mut words = [0; PARAMETERS_MAX];
+            for (word, arg) in words.iter_mut().zip(&kernel.args) {
+                *word = match arg {
+                    Arg::Pointer(place) => at(place)?,
+                    other => other.bits().ok_or_else(|| refused(format!("{other:?}")))?,
+                };
+            }
+            lane.launch(function, &how, &words[..kernel.args.len()])
+        }
+        other => Err(refused(format!("{other:?}"))),
+    }
+}
+
+/// `y = ((xs[0] + xs[1]) + ..) + xs[last]`, element by element; the last may be y.
+pub(crate) fn combine(lane: &Lane, op: ReduceOp, xs: &[u64], y: u64, elements: usize) -> Result<(), KernelError> {
+    const THREADS: usize = 256;
+    const BLOCKS_MAX: usize = 1024;
+    if elements == 0 {
+        return Ok(());
+    }
+    if let [x] = xs {
+        return lane.copy(y, *x, elements * DType::F32.bytes());
+    }
+    if xs.len() > MEMBERS_MAX {
+        let expected = format!("at most {MEMBERS_MAX}");
+        return Err(KernelError::arguments("reduce", "members on one GPU", expected, xs.len().to_string()));
+    }
+    let function = lane.gpu().modules().function("combine_members_f32", 0)?;
+    let mut words = [0; MEMBERS_MAX + 4];
+    words[0] = y;
+    words[1..=xs.len()].copy_from_slice(xs);
+    let largest = u64::from(op == ReduceOp::Max);
+    words[MEMBERS_MAX + 1..].copy_from_slice(&[xs.len() as u64, largest, elements as u64]);
+    let blocks = elements.div_ceil(THREADS).min(BLOCKS_MAX) as u32;
+    lane.launch(function, &Geometry { grid: [blocks, 1, 1], block: [THREADS as u32, 1, 1], shared_bytes: 0 }, &words)
+}
+
+/// What each member brings and gets, where regions tell; the whole's shape is the gathered tensor's.
+pub(crate) fn regions<'a>(kind: &'a CollectiveKind, y_shape: &[usize]) -> Option<(&'a [Region], Vec<Region>)> {
+    match kind {
+        CollectiveKind::AllGather { parts } => Some((parts, vec![Region::whole(y_shape); parts.len()])),
+        CollectiveKind::AllToAll { sources, targets } => Some((sources, targets.clone())),
+        _ => None,
+    }
+}
+
+/// Elements that a member takes from others in a call whose result has this shape.
+pub(crate) fn foreign_elements(call: &CollectiveCall, y_shape: &[usize]) -> usize {
+    let (members, member) = (call.group.ranks.len(), call.member);
+    if let Some((sources, targets)) = regions(&call.kind, y_shape) {
+        let boxes = taken(member, sources, &targets[member]);
+        let foreign = boxes.iter().filter(|(other, _)| *other != member);
+        return foreign.flat_map(|(_, boxes)| boxes).map(Region::element_count).sum();
+    }
+    let elements = element_count(y_shape);
+    match &call.kind {
+        CollectiveKind::AllReduce { .. } => all_reduce_foreign(elements, members, member),
+        CollectiveKind::ReduceScatter { parts, .. } => (members - 1) * parts[member].element_count(),
+        CollectiveKind::Broadcast { root } if *root != member => elements,
+        CollectiveKind::Receive { from } if *from != member => elements,
+        _ => 0,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_box_in_one_piece_is_found() {
+        let shape = [4, 6];
+        let at = |start: [usize; 2], size: [usize; 2]| {
+            let region = Region { start: start.to_vec(), size: size.to_vec() };
+            Boxed { address: 1000, shape: &shape, region: &region }.contiguous()
+        };
+        assert_eq!(at([1, 0], [2, 6]), Some(1000 + 24));
+        assert_eq!(at([2, 1], [1, 3]), Some(1000 + 52));
+        assert_eq!(at([0, 1], [2, 3]), None);
+        assert_eq!(at([0, 1], [0, 3]), Some(1000));
+    }
+}

@@ -1,0 +1,182 @@
+// What every module begins with: it is put before each `.cu` file's text. Element types, 16-byte accesses, reductions
+// in a fixed order, and the record of an index out of range.
+//
+// Rules for all kernels: sums are kept in float or double whatever the elements are; nothing depends on the order in
+// which blocks run, so no floating-point atomics; counts are 64-bit; a buffer may begin at any element.
+
+#include <cuda_bf16.h>
+
+typedef long long i64;
+typedef unsigned long long u64;
+typedef unsigned int u32;
+typedef __nv_bfloat16 bf16;
+
+// The block's dynamic shared memory as a pointer; whoever compiles this for something else than a GPU may define it first.
+#ifndef DYN_SHARED
+extern __shared__ __align__(128) unsigned char dynamic_shared[];
+#define DYN_SHARED(T, name) T* name = reinterpret_cast<T*>(dynamic_shared)
+#endif
+
+#define INLINE __device__ __forceinline__
+#define ALL_LANES 0xffffffffu
+#define MINUS_INFINITY __int_as_float((int)0xff800000)
+
+INLINE float widen(float x) { return x; }
+INLINE float widen(bf16 x) { return __bfloat162float(x); }
+
+INLINE void narrow(float* to, float x) { *to = x; }
+INLINE void narrow(bf16* to, float x) { *to = __float2bfloat16_rn(x); }
+
+// The bits of one thing as another.
+template <class A, class B>
+INLINE void copy_bits(A& to, const B& from) {
+    static_assert(sizeof(to) == sizeof(from), "as many bits");
+#ifdef SOFTWARE_CUDA
+    __builtin_memcpy(&to, &from, sizeof(to));
+#else
+    memcpy(&to, &from, sizeof(to));
+#endif
+}
+
+// Elements that 16 bytes hold.
+template <class T>
+struct Width {
+    static constexpr int value = 16 / sizeof(T);
+};
+
+INLINE bool aligned(const void* pointer) { return (reinterpret_cast<size_t>(pointer) & 15) == 0; }
+
+// W adjacent elements, as one access where W of them are 8 or 16 bytes: then the place must be aligned to that.
+template <int W, class T>
+INLINE void load(float (&values)[W], const T* from) {
+    T raw[W];
+    if constexpr (W * sizeof(T) == 16) {
+        const uint4 bits = *reinterpret_cast<const uint4*>(from);
+        copy_bits(raw, bits);
+    } else if constexpr (W * sizeof(T) == 8) {
+        const uint2 bits = *reinterpret_cast<const uint2*>(from);
+        copy_bits(raw, bits);
+    } else {
+#pragma unroll
+        for (int j = 0; j < W; j++) raw[j] = from[j];
+    }
+#pragma unroll
+    for (int j = 0; j < W; j++) values[j] = widen(raw[j]);
+}
+
+template <int W, class T>
+INLINE void store(T* to, const float (&values)[W]) {
+    T raw[W];
+#pragma unroll
+    for (int j = 0; j < W; j++) narrow(&raw[j], values[j]);
+    if constexpr (W * sizeof(T) == 16) {
+        uint4 bits;
+        copy_bits(bits, raw);
+        *reinterpret_cast<uint4*>(to) = bits;
+    } else if constexpr (W * sizeof(T) == 8) {
+        uint2 bits;
+        copy_bits(bits, raw);
+        *reinterpret_cast<uint2*>(to) = bits;
+    } else {
+#pragma unroll
+        for (int j = 0; j < W; j++) to[j] = raw[j];
+    }
+}
+
+// The larger one; a NaN in b never gets in, as on the CPU, where a row's sum of exponentials then shows it.
+INLINE float larger(float a, float b) { return b > a ? b : a; }
+
+template <class V>
+INLINE V warp_sum(V value) {
+#pragma unroll
+    for (int distance = 16; distance > 0; distance /= 2) value += __shfl_xor_sync(ALL_LANES, value, distance);
+    return value;
+}
+
+INLINE float warp_max(float value) {
+#pragma unroll
+    for (int distance = 16; distance > 0; distance /= 2) {
+        value = larger(value, __shfl_xor_sync(ALL_LANES, value, distance));
+    }
+    return value;
+}
+
+// Sum over the block, for each thread of it; the block is a whole number of warps in x.
+template <class V>
+__device__ V block_sum(V value) {
+    __shared__ V parts[32];
+    value = warp_sum(value);
+    // The parts of a call before this one have been read.
+    __syncthreads();
+    if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = value;
+    __syncthreads();
+    V total = parts[0];
+    for (u32 i = 1; i < blockDim.x / 32; i++) total += parts[i];
+    return total;
+}
+
+__device__ inline float block_max(float value) {
+    __shared__ float parts[32];
+    value = warp_max(value);
+    __syncthreads();
+    if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = value;
+    __syncthreads();
+    float best = parts[0];
+    for (u32 i = 1; i < blockDim.x / 32; i++) best = larger(best, parts[i]);
+    return best;
+}
+
+INLINE i64 global_thread() { return (i64)blockIdx.x * blockDim.x + threadIdx.x; }
+
+// Looks through all indices with one block, and notes the first that is not in 0..limit, unless the stream's record
+// holds an error already. Launches of a stream are ordered, so a record has one writer at a time. See ErrorRecord.
+__device__ inline void check_indices(const int* indices, i64 count, i64 limit, u32* record, u32 launch) {
+    __shared__ u64 firsts[32];
+    u64 first = ~0ull;
+    for (i64 i = threadIdx.x; i < count; i += blockDim.x) {
+        const int index = indices[i];
+        if (index < 0 || index >= limit) {
+            first = i;
+            break;
+        }
+    }
+    for (int distance = 16; distance > 0; distance /= 2) {
+        const u64 other = __shfl_xor_sync(ALL_LANES, first, distance);
+        first = other < first ? other : first;
+    }
+    if (threadIdx.x % 32 == 0) firsts[threadIdx.x / 32] = first;
+    __syncthreads();
+    if (threadIdx.x != 0) return;
+    for (u32 i = 1; i < blockDim.x / 32; i++) first = firsts[i] < first ? firsts[i] : first;
+    if (first == ~0ull || record[0] != 0) return;
+    record[1] = (u32)indices[first];
+    record[2] = (u32)first;
+    record[3] = (u32)(first >> 32);
+    record[4] = (u32)limit;
+    record[5] = (u32)((u64)limit >> 32);
+    record[0] = launch + 1;
+}
+
+// A box of up to four dims, whose last has adjacent elements: its index as a place in a larger tensor.
+struct Box {
+    // Extents of dims 1 to 3.
+    u64 size1, size2, size3;
+    // Elements from one index to the next in dims 0 to 2.
+    u64 step0, step1, step2;
+
+    template <class I>
+    INLINE u64 place_by(I index) const {
+        const I inner = index % (I)size3;
+        index /= (I)size3;
+        const I third = index % (I)size2;
+        index /= (I)size2;
+        const I second = index % (I)size1;
+        return (u64)(index / (I)size1) * step0 + second * step1 + third * step2 + inner;
+    }
+
+    // Division of 64-bit numbers is slow.
+    INLINE u64 place(u64 index) const {
+        const bool wide = ((index | size1 | size2 | size3) >> 32) != 0;
+        return wide ? place_by<u64>(index) : place_by<u32>((u32)index);
+    }
+};

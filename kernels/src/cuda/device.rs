@@ -1,0 +1,65 @@
+//! A device of a mesh on a GPU: its memory's tally, its engine, its streams. Several may share one GPU. Imports
+//! `cuda::gpu`, `cuda::stream`, `cuda::memory`, `memory`, `collective`.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use super::gpu::Gpu;
+use super::memory::DeviceMemory;
+use super::stream::CudaStream;
+use crate::collective::Collective;
+use crate::error::KernelError;
+use crate::memory::{Arena, Tally};
+
+/// See [`crate::device::Device`].
+#[derive(Debug)]
+pub struct CudaDevice {
+    rank: usize,
+    gpu: Arc<Gpu>,
+    engine: Arc<dyn Collective>,
+    tally: Arc<Tally>,
+}
+
+impl CudaDevice {
+    pub(crate) fn new(rank: usize, gpu: Arc<Gpu>, engine: Arc<dyn Collective>) -> Self {
+        Self { rank, gpu, engine, tally: Arc::default() }
+    }
+
+    pub(crate) fn arena(&self, bytes: usize) -> Result<Arena, KernelError> {
+        DeviceMemory::new(&self.gpu, self.rank, bytes, Some(&self.tally)).map(Arena::cuda)
+    }
+
+    pub(crate) fn stream(
+        &self,
+        name: &str,
+        urgent: bool,
+        engine: Arc<dyn Collective>,
+    ) -> Result<CudaStream, KernelError> {
+        CudaStream::start(&self.gpu, self.rank, name, urgent, engine, &self.tally)
+    }
+
+    /// The GPU that it is on.
+    pub fn gpu(&self) -> &Arc<Gpu> {
+        &self.gpu
+    }
+
+    pub(crate) fn rank(&self) -> usize {
+        self.rank
+    }
+
+    pub(crate) fn engine(&self) -> &Arc<dyn Collective> {
+        &self.engine
+    }
+
+    pub(crate) fn bytes_allocated(&self) -> usize {
+        self.tally.bytes.load(Ordering::Relaxed)
+    }
+
+    pub(crate) fn bytes_peak(&self) -> usize {
+        self.tally.bytes_peak.load(Ordering::Relaxed)
+    }
+
+    pub(crate) fn allocation_count(&self) -> usize {
+        self.tally.allocations.load(Ordering::Relaxed)
+    }
+}

@@ -1,0 +1,95 @@
+// Embedding tables and their gradients.
+
+// y's row i is row ids[i] - vocab_start of the table, or zeros where the table does not hold it.
+template <class T>
+INLINE void embedding(const int* ids, const T* table, T* y, i64 count, i64 held, i64 width, i64 vocab_start, i64 vocab,
+                      u32* record, u32 launch) {
+    constexpr int W = Width<T>::value;
+    if (blockIdx.x == 0) check_indices(ids, count, vocab, record, launch);
+    const i64 packs = (width + W - 1) / W;
+    const i64 place = global_thread();
+    if (place >= count * packs) return;
+    const i64 i = place / packs, column = place % packs * W;
+    const i64 row = (i64)ids[i] - vocab_start;
+    const bool here = row >= 0 && row < held;
+    const T* from = table + row * width + column;
+    T* to = y + i * width + column;
+    if (width % W == 0 && aligned(table) && aligned(y)) {
+        uint4 bits = {0, 0, 0, 0};
+        if (here) bits = *reinterpret_cast<const uint4*>(from);
+        *reinterpret_cast<uint4*>(to) = bits;
+        return;
+    }
+    for (int j = 0; j < W && column + j < width; j++) {
+        if (here) {
+            to[j] = from[j];
+        } else {
+            narrow(&to[j], 0.0f);
+        }
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(256)
+    embedding_f32(const int* ids, const float* table, float* y, i64 count, i64 held, i64 width, i64 vocab_start,
+                  i64 vocab, u32* record, u32 launch) {
+    embedding(ids, table, y, count, held, width, vocab_start, vocab, record, launch);
+}
+
+extern "C" __global__ void __launch_bounds__(256)
+    embedding_bf16(const int* ids, const bf16* table, bf16* y, i64 count, i64 held, i64 width, i64 vocab_start,
+                   i64 vocab, u32* record, u32 launch) {
+    embedding(ids, table, y, count, held, width, vocab_start, vocab, record, launch);
+}
+
+// Adds to each row of the table the rows of dy that have its id, in their order. A block stands for an id's place and
+// does its row if no place before has the same id; so a row has one writer, and no order depends on luck.
+template <class T>
+INLINE void embedding_grad(const int* ids, const T* dy, float* dtable, i64 count, i64 held, i64 width,
+                           i64 vocab_start) {
+    __shared__ int counts[8];
+    __shared__ int matches[256];
+    const i64 own = blockIdx.x;
+    const int id = ids[own];
+    const i64 row = (i64)id - vocab_start;
+    // The forward kernel has refused ids outside the table.
+    if (row < 0 || row >= held) return;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    float* sums = dtable + row * width;
+    for (i64 begin = 0; begin < count; begin += 256) {
+        const i64 place = begin + threadIdx.x;
+        const bool same = place < count && ids[place] == id;
+        const u32 votes = __ballot_sync(ALL_LANES, same);
+        if (lane == 0) counts[warp] = __popc(votes);
+        __syncthreads();
+        int total = 0, before = 0;
+        for (int i = 0; i < 8; i++) {
+            before += i < warp ? counts[i] : 0;
+            total += counts[i];
+        }
+        if (total > 0) {
+            if (same) matches[before + __popc(votes & ((1u << lane) - 1))] = threadIdx.x;
+            __syncthreads();
+            // The same for all threads of the block.
+            if (begin + matches[0] < own) return;
+            for (i64 column = threadIdx.x; column < width; column += 256) {
+                float sum = sums[column];
+                for (int i = 0; i < total; i++) sum += widen(dy[(begin + matches[i]) * width + column]);
+                sums[column] = sum;
+            }
+        }
+        // Counts and matches have been read.
+        __syncthreads();
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(256)
+    embedding_grad_f32(const int* ids, const float* dy, float* dtable, i64 count, i64 held, i64 width,
+                       i64 vocab_start) {
+    embedding_grad(ids, dy, dtable, count, held, width, vocab_start);
+}
+
+extern "C" __global__ void __launch_bounds__(256)
+    embedding_grad_bf16(const int* ids, const bf16* dy, float* dtable, i64 count, i64 held, i64 width,
+                        i64 vocab_start) {
+    embedding_grad(ids, dy, dtable, count, held, width, vocab_start);
+}

@@ -1,0 +1,133 @@
+//! A GPU that this process has opened: context, modules, products, the host's copies and the poller. Virtual devices of a
+//! mesh may share one. Imports the other files of `cuda` but `device`, `stream` and the engines.
+
+use std::fmt;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use cudarc::driver::sys;
+
+use super::blas::Blas;
+use super::context::Context;
+use super::event::Events;
+use super::library::Library;
+use super::memory::Transfer;
+use super::module::Modules;
+use super::poller::Poller;
+use crate::error::KernelError;
+
+/// See the module. Everything is given back when the last user lets go.
+pub struct Gpu {
+    // In the order in which they end.
+    poller: Poller,
+    modules: Modules,
+    /// Made when the first product comes.
+    blas: Mutex<Option<Arc<Blas>>>,
+    transfer: Mutex<Transfer>,
+    events: Arc<Events>,
+    /// Least and greatest; the greatest is the lower number.
+    priorities: (i32, i32),
+    context: Arc<Context>,
+}
+
+impl fmt::Debug for Gpu {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.context.fmt(f)
+    }
+}
+
+impl Gpu {
+    /// Opens the GPU of this ordinal.
+    ///
+    /// # Errors
+    /// [`KernelError::Unavailable`] where there is no driver, an old one, no such device or no library for products;
+    /// [`KernelError::Cuda`] for what the driver says.
+    pub fn open(ordinal: usize) -> Result<Arc<Self>, KernelError> {
+        let context = Arc::new(Context::open(ordinal)?);
+        Library::CublasLt.require()?;
+        let events = Arc::new(Events::new(context.clone()));
+        let gpu = Self {
+            poller: Poller::start(&context)?,
+            modules: Modules::new(&context),
+            blas: Mutex::default(),
+            transfer: Mutex::new(Transfer::new(&context)?),
+            events,
+            priorities: priorities(&context)?,
+            context,
+        };
+        Ok(Arc::new(gpu))
+    }
+
+    /// Where it is, for errors.
+    pub fn place(&self) -> String {
+        self.context.place()
+    }
+
+    /// As the driver calls it.
+    pub fn name(&self) -> &str {
+        self.context.name()
+    }
+
+    /// Compute capability, major and minor.
+    pub fn capability(&self) -> (i32, i32) {
+        self.context.capability()
+    }
+
+    /// How many GPUs the driver shows.
+    ///
+    /// # Errors
+    /// [`KernelError::Unavailable`] where there is no driver, or an old one.
+    pub fn count() -> Result<usize, KernelError> {
+        super::library::driver().map(|driver| driver.devices)
+    }
+
+    /// Bytes that nobody uses, and all bytes.
+    ///
+    /// # Errors
+    /// [`KernelError::Cuda`].
+    pub fn memory(&self) -> Result<(usize, usize), KernelError> {
+        self.context.bind()?;
+        super::memory::free_and_total(&self.context)
+    }
+
+    pub(crate) fn context(&self) -> &Arc<Context> {
+        &self.context
+    }
+
+    pub(crate) fn events(&self) -> &Arc<Events> {
+        &self.events
+    }
+
+    pub(crate) fn poller(&self) -> &Poller {
+        &self.poller
+    }
+
+    pub(crate) fn modules(&self) -> &Modules {
+        &self.modules
+    }
+
+    /// The context is bound.
+    pub(crate) fn blas(&self) -> Result<Arc<Blas>, KernelError> {
+        let mut blas = self.blas.lock().unwrap_or_else(PoisonError::into_inner);
+        match &*blas {
+            Some(blas) => Ok(blas.clone()),
+            None => Ok(blas.insert(Arc::new(Blas::new(&self.context)?)).clone()),
+        }
+    }
+
+    pub(crate) fn transfer(&self) -> &Mutex<Transfer> {
+        &self.transfer
+    }
+
+    pub(crate) fn priorities(&self) -> (i32, i32) {
+        self.priorities
+    }
+}
+
+#[allow(unsafe_code)]
+fn priorities(context: &Context) -> Result<(i32, i32), KernelError> {
+    let (mut least, mut greatest) = (0, 0);
+    // SAFETY: writes to locals.
+    let result = unsafe { sys::cuCtxGetStreamPriorityRange(&mut least, &mut greatest) };
+    context.check(result, "cuCtxGetStreamPriorityRange", &context.place())?;
+    Ok((least, greatest))
+}

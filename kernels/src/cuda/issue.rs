@@ -1,0 +1,326 @@
+//! Puts submissions on a CUDA stream: launches as their lowered steps, collectives by the engine, signals and ends as events
+//! that the poller tells of. Whoever calls says whether it may block; what would block otherwise is handed back.
+//! Imports `cuda::lowered`, `cuda::lane`, `cuda::poller`, `cuda::staged`, `bound`, `collective`.
+//!
+//! - ISSUE-1: memory that a step names lies on the stream's own GPU, in bounds: `bound` has checked the launch's buffers,
+//!   and here each is checked to be the GPU's. A submission keeps its arenas until its end is told.
+
+use std::sync::Arc;
+
+use super::blas::{Addresses, Plans};
+use super::engine::{Enqueued, Wait};
+use super::lane::{Lane, PARAMETERS_MAX};
+use super::lower;
+use super::lowered::{Kind, Lowered, Parameter, Ready, address};
+use super::poller::{Then, Track};
+use super::record::Records;
+use super::staged::Staged;
+use super::step::{Epilogue, Place};
+use super::ticket::Ticket;
+use crate::bound::Bound;
+use crate::collective::{Collective, CollectiveCall};
+use crate::cpu::stream::{panic_message, trace_launch};
+use crate::error::KernelError;
+use crate::event::Event;
+use crate::memory::{Base, View};
+use crate::op::{CustomKernel, Launch, Op};
+use crate::stream::{Notice, Submission};
+
+/// What a stream is told to do.
+pub(crate) enum Command {
+    Run(Run),
+    Record(Event),
+    Wait(Event),
+    CheckFinite(bool),
+}
+
+/// A submission that is being issued.
+pub(crate) struct Run {
+    ticket: Arc<Ticket>,
+    lowered: Arc<Lowered>,
+    bases: Vec<Base>,
+    /// Launches that are on the stream.
+    done: usize,
+    /// Signals that are on the stream.
+    signals: usize,
+    /// The collective that the next launch is, under way.
+    wait: Option<Wait>,
+    /// What follows from one fault is of no interest.
+    found: bool,
+}
+
+impl Command {
+    /// A submission.
+    pub(crate) fn run(submission: Submission, lowered: Arc<Lowered>, engine: &Arc<dyn Collective>) -> Self {
+        let Submission { program, bases, repeat, notify } = submission;
+        let engine = lowered.calls.then(|| engine.clone());
+        let ticket = Arc::new(Ticket::new(program, repeat, notify, engine));
+        Command::Run(Run { ticket, lowered, bases, done: 0, signals: 0, wait: None, found: false })
+    }
+}
+
+/// See the module.
+pub(crate) struct Issuer {
+    lane: Arc<Lane>,
+    track: Arc<Track>,
+    engine: Arc<dyn Collective>,
+    records: Option<Records>,
+    plans: Option<Plans>,
+    staged: Staged,
+    check: bool,
+}
+
+impl Issuer {
+    pub(crate) fn new(lane: &Arc<Lane>, track: &Arc<Track>, engine: Arc<dyn Collective>) -> Self {
+        Self {
+            lane: lane.clone(),
+            track: track.clone(),
+            engine,
+            records: None,
+            plans: None,
+            staged: Staged::new(lane, track),
+            check: false,
+        }
+    }
+
+    /// Does a command, or gives back what is left of it when that would block and must not.
+    pub(crate) fn go(&mut self, command: Command, may_block: bool) -> Option<Command> {
+        match command {
+            Command::CheckFinite(on) => self.check = on,
+            Command::Record(event) => self.record(event),
+            Command::Wait(event) => {
+                if event.query() {
+                    return None;
+                }
+                match event.recorded() {
+                    // A failure is one of the context, which the next submission meets.
+                    Some(recorded) => drop(self.lane.wait(recorded)),
+                    None if may_block => event.synchronize(),
+                    None => return Some(Command::Wait(event)),
+                }
+            }
+            Command::Run(mut run) => match self.advance(&mut run, may_block) {
+                Ok(true) => self.end(run, Ok(())),
+                Ok(false) => return Some(Command::Run(run)),
+                Err(error) => self.end(run, Err(error)),
+            },
+        }
+        None
+    }
+
+    fn record(&mut self, event: Event) {
+        match self.lane.record() {
+            Ok(recorded) => {
+                event.record(recorded.clone());
+                self.lane.gpu().poller().push(&self.track, recorded, Then::Set(event));
+            }
+            // A stream that has failed has done all it ever will.
+            Err(_) => event.set(),
+        }
+    }
+
+    /// Issues what is left of a program; false when it would block and must not.
+    fn advance(&mut self, run: &mut Run, may_block: bool) -> Result<bool, KernelError> {
+        self.lane.gpu().context().check_alive()?;
+        let (ticket, lowered) = (run.ticket.clone(), run.lowered.clone());
+        let program = &ticket.program;
+        loop {
+            self.signal(run)?;
+            let Some(launch) = program.launches.get(run.done) else { return Ok(true) };
+            let kind = lowered.launches[run.done].as_ref().map_err(Clone::clone)?;
+            if let Some(wait) = run.wait.take() {
+                if !may_block {
+                    run.wait = Some(wait);
+                    return Ok(false);
+                }
+                wait()?;
+            } else {
+                trace_launch(program, run.done);
+                let steps = matches!(kind, Kind::Steps(_));
+                let blocks = self.check || !steps && !self.is_on_device(launch);
+                if blocks && !may_block {
+                    return Ok(false);
+                }
+                if let Some(wait) = self.launch(launch, kind, run)? {
+                    run.wait = Some(wait);
+                    continue;
+                }
+            }
+            if self.check && !run.found {
+                self.look(launch, run)?;
+            }
+            run.done += 1;
+        }
+    }
+
+    /// Has the poller tell the signals that stand before the next launch.
+    fn signal(&mut self, run: &mut Run) -> Result<(), KernelError> {
+        let mut event = None;
+        while let Some((_, tag)) = run.ticket.program.signals.get(run.signals).filter(|(at, _)| *at <= run.done) {
+            let recorded = match &event {
+                Some(recorded) => Arc::clone(recorded),
+                None => event.insert(self.lane.record()?).clone(),
+            };
+            self.lane.gpu().poller().push(&self.track, recorded, Then::Signal(run.ticket.clone(), *tag));
+            run.signals += 1;
+        }
+        Ok(())
+    }
+
+    fn end(&mut self, run: Run, result: Result<(), KernelError>) {
+        let Run { ticket, lowered, bases, .. } = run;
+        let fetched = if lowered.uses_record { self.fetch_record(&ticket) } else { Ok(()) };
+        match fetched.and_then(|()| self.lane.record()) {
+            Ok(recorded) => self.lane.gpu().poller().push(&self.track, recorded, Then::End(ticket, bases, result)),
+            Err(error) => {
+                drop(bases);
+                ticket.end(Err(result.err().unwrap_or(error)));
+            }
+        }
+    }
+
+    fn fetch_record(&mut self, ticket: &Ticket) -> Result<(), KernelError> {
+        let Some(records) = &mut self.records else { return Ok(()) };
+        ticket.keep_record(records.fetch(self.lane.gpu(), self.lane.stream(), self.lane.place())?);
+        Ok(())
+    }
+
+    /// Whether a launch that is no steps is a collective of an engine that puts it on the stream.
+    fn is_on_device(&self, launch: &Launch) -> bool {
+        matches!(&launch.op, Op::Collective(call) if self.engine.on_device(call).is_some())
+    }
+
+    fn launch(&mut self, launch: &Launch, kind: &Kind, run: &Run) -> Result<Option<Wait>, KernelError> {
+        let needed = |shapes: &[&[usize]]| match kind {
+            Kind::Steps(_) => lower::workspace_bytes(&launch.op, shapes),
+            Kind::Collective | Kind::Custom => 0,
+        };
+        let bound = Bound::resolve(launch, &run.bases, needed)?;
+        bound.all().try_for_each(|view| self.check_on_this_gpu(bound.name, view))?;
+        match (kind, &launch.op) {
+            (Kind::Steps(steps), _) => {
+                check_in_place(launch, &bound)?;
+                steps.iter().try_for_each(|step| self.step(step, &bound, run.done))?;
+                Ok(None)
+            }
+            (_, Op::Collective(call)) => self.collective(call, &bound),
+            (_, Op::Custom(kernel)) => {
+                let accumulate = launch.accumulate && run.ticket.repeat;
+                self.custom(&**kernel, &bound, accumulate, run).map(|()| None)
+            }
+            _ => Ok(None),
+        }
+    }
+
+    /// ISSUE-1.
+    fn check_on_this_gpu(&self, name: &str, view: &View<'_>) -> Result<(), KernelError> {
+        let gpu = self.lane.gpu();
+        let got = match view.arena().device_memory() {
+            Some(memory) if Arc::ptr_eq(memory.gpu().context(), gpu.context()) => return Ok(()),
+            Some(memory) => format!("memory of {}", memory.place()),
+            None => "memory of the host".to_owned(),
+        };
+        Err(KernelError::arguments(name, "memory", format!("memory of {}", gpu.place()), got))
+    }
+
+    fn step(&mut self, step: &Ready, bound: &Bound<'_>, index: usize) -> Result<(), KernelError> {
+        let at = |place: Place| address(bound, place);
+        match step {
+            Ready::Kernel { function, how, parameters } => {
+                let mut words = [0; PARAMETERS_MAX];
+                for (word, parameter) in words.iter_mut().zip(parameters) {
+                    *word = match *parameter {
+                        Parameter::Address(place) => at(place)?,
+                        Parameter::Bits(bits) => bits,
+                        Parameter::LaunchIndex => index as u64,
+                        Parameter::Record => self.record_address()?,
+                    };
+                }
+                self.lane.launch(*function, how, &words[..parameters.len()])
+            }
+            Ready::Product(product) => {
+                let (bias, aux) = match product.epilogue {
+                    Epilogue::None | Epilogue::Gelu => (None, None),
+                    Epilogue::Bias(bias) | Epilogue::BiasGrad(bias) => (Some(bias), None),
+                    Epilogue::GeluBias { bias, aux } => (Some(bias), aux),
+                    Epilogue::GeluGrad { aux } => (None, Some(aux)),
+                };
+                let optional = |place: Option<Place>| place.map_or(Ok(0), at);
+                let addresses = Addresses {
+                    a: at(product.a.place)?,
+                    b: at(product.b.place)?,
+                    d: at(product.d.place)?,
+                    bias: optional(bias)?,
+                    aux: optional(aux)?,
+                };
+                let lane = self.lane.clone();
+                let plans = match &mut self.plans {
+                    Some(plans) => plans,
+                    none => none.insert(Plans::new(lane.gpu(), lane.rank(), lane.tally())?),
+                };
+                plans.issue(product, &addresses, lane.stream(), lane.place())
+            }
+            Ready::Copy { from, to, bytes } => self.lane.copy(at(*to)?, at(*from)?, *bytes),
+            Ready::Fill { to, word, words } => self.lane.fill(at(*to)?, *word, *words),
+        }
+    }
+
+    fn record_address(&mut self) -> Result<u64, KernelError> {
+        let lane = &self.lane;
+        let records = match &mut self.records {
+            Some(records) => records,
+            none => none.insert(Records::new(lane.gpu(), lane.rank())?),
+        };
+        Ok(records.address())
+    }
+
+    fn collective(&mut self, call: &CollectiveCall, bound: &Bound<'_>) -> Result<Option<Wait>, KernelError> {
+        if let Some(engine) = self.engine.on_device(call) {
+            return match engine.0.enqueue(call, &bound.reads, &bound.writes, &self.lane)? {
+                Enqueued::Issued => Ok(None),
+                Enqueued::Waits(wait) => Ok(Some(wait)),
+            };
+        }
+        let engine = self.engine.clone();
+        self.staged.run(bound, |reads, writes| engine.run(call, reads, writes))?;
+        Ok(None)
+    }
+
+    fn custom(
+        &mut self,
+        kernel: &dyn CustomKernel,
+        bound: &Bound<'_>,
+        accumulate: bool,
+        run: &Run,
+    ) -> Result<(), KernelError> {
+        let result = self.staged.custom(bound, kernel, accumulate);
+        result.unwrap_or_else(|panic| {
+            let message = panic_message(&*panic);
+            let (launch, program) = (format!("{} ({})", run.done, bound.name), run.ticket.program.name.clone());
+            Err(KernelError::Panic { launch, program, message })
+        })
+    }
+
+    /// Tells of what a launch has written that is not finite.
+    fn look(&mut self, launch: &Launch, run: &mut Run) -> Result<(), KernelError> {
+        let bound = Bound::resolve(launch, &run.bases, |_| 0)?;
+        if let Some((write, elements)) = self.staged.faults(&launch.op, &bound)? {
+            run.ticket.tell(Notice::NotFinite { launch: run.done, write, elements });
+            run.found = true;
+        }
+        Ok(())
+    }
+}
+
+/// What MEM-2 leaves to the op: which reads may be the memory of the first write.
+fn check_in_place(launch: &Launch, bound: &Bound<'_>) -> Result<(), KernelError> {
+    for (w, write) in bound.writes.iter().enumerate() {
+        for (r, read) in bound.reads.iter().enumerate() {
+            if read.overlaps(write) && !(w == 0 && lower::in_place(launch).contains(&r)) {
+                let expected = "memory that is not written";
+                return Err(KernelError::arguments(bound.name, &format!("read {r}"), expected, "an op in place"));
+            }
+        }
+    }
+    Ok(())
+}

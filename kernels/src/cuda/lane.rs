@@ -1,0 +1,187 @@
+//! A CUDA stream's own things, that whoever puts work on it uses: the handle, launches, copies, events, staging memory.
+//! Imports `cuda::gpu`, `cuda::event`, `cuda::memory`, `cuda::module`.
+#![allow(unsafe_code)]
+
+use std::ffi::c_void;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use cudarc::driver::sys;
+
+use super::context::Raw;
+use super::event::Recorded;
+use super::gpu::Gpu;
+use super::memory::{DeviceMemory, destroy_stream, new_stream};
+use super::module::Function;
+use crate::error::KernelError;
+use crate::memory::Tally;
+
+/// Parameters that a kernel may have.
+pub(crate) const PARAMETERS_MAX: usize = 32;
+
+/// See the module. The stream is destroyed with it.
+#[derive(Debug)]
+pub(crate) struct Lane {
+    gpu: Arc<Gpu>,
+    rank: usize,
+    stream: Raw<sys::CUstream>,
+    /// For errors.
+    place: String,
+    tally: Arc<Tally>,
+    /// The last is in use; those before may still be read by what is on the stream.
+    staging: Mutex<Vec<DeviceMemory>>,
+}
+
+/// How a kernel is launched.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Geometry {
+    pub(crate) grid: [u32; 3],
+    pub(crate) block: [u32; 3],
+    pub(crate) shared_bytes: u32,
+}
+
+impl Lane {
+    /// `urgent` gives it the greatest priority.
+    pub(crate) fn new(
+        gpu: &Arc<Gpu>,
+        rank: usize,
+        name: &str,
+        urgent: bool,
+        tally: &Arc<Tally>,
+    ) -> Result<Self, KernelError> {
+        let place = format!("stream {name} of device {rank} on {}", gpu.place());
+        gpu.context().bind()?;
+        let (least, greatest) = gpu.priorities();
+        let stream = new_stream(gpu.context(), if urgent { greatest } else { least }, &place)?;
+        Ok(Self { gpu: gpu.clone(), rank, stream, place, tally: tally.clone(), staging: Mutex::default() })
+    }
+
+    pub(crate) fn gpu(&self) -> &Arc<Gpu> {
+        &self.gpu
+    }
+
+    /// Of the device in the mesh.
+    pub(crate) fn rank(&self) -> usize {
+        self.rank
+    }
+
+    pub(crate) fn tally(&self) -> &Arc<Tally> {
+        &self.tally
+    }
+
+    pub(crate) fn stream(&self) -> Raw<sys::CUstream> {
+        self.stream
+    }
+
+    pub(crate) fn place(&self) -> &str {
+        &self.place
+    }
+
+    fn check(&self, result: sys::CUresult, call: &'static str) -> Result<(), KernelError> {
+        self.gpu.context().check(result, call, &self.place)
+    }
+
+    /// Launches a kernel. Each parameter is 8 bytes, of which the kernel takes as many as its own type has.
+    ///
+    /// The caller guarantees that the parameters are those that the kernel declares, and that addresses among them are of
+    /// device memory that lives until the launch is done.
+    pub(crate) fn launch(&self, function: Function, how: &Geometry, parameters: &[u64]) -> Result<(), KernelError> {
+        let mut pointers = [std::ptr::null_mut::<c_void>(); PARAMETERS_MAX];
+        debug_assert!(parameters.len() <= PARAMETERS_MAX);
+        for (pointer, parameter) in pointers.iter_mut().zip(parameters) {
+            *pointer = (&raw const *parameter).cast_mut().cast();
+        }
+        self.launch_with(function, how, &mut pointers[..parameters.len()])
+    }
+
+    /// As [`Lane::launch`], with a pointer to each parameter.
+    pub(crate) fn launch_with(
+        &self,
+        function: Function,
+        how: &Geometry,
+        pointers: &mut [*mut c_void],
+    ) -> Result<(), KernelError> {
+        let ([gx, gy, gz], [bx, by, bz]) = (how.grid, how.block);
+        // SAFETY: live handles; the driver copies as many parameters as the kernel has, which the caller answers for.
+        let result = unsafe {
+            sys::cuLaunchKernel(
+                function.handle.0,
+                gx,
+                gy,
+                gz,
+                bx,
+                by,
+                bz,
+                how.shared_bytes,
+                self.stream.0,
+                pointers.as_mut_ptr(),
+                std::ptr::null_mut(),
+            )
+        };
+        self.check(result, "cuLaunchKernel")
+    }
+
+    /// Copies on the device; both ranges are the caller's to answer for.
+    pub(crate) fn copy(&self, to: u64, from: u64, bytes: usize) -> Result<(), KernelError> {
+        if bytes == 0 || to == from {
+            return Ok(());
+        }
+        // SAFETY: ranges of device memory that live until the copy is done, by the caller.
+        self.check(unsafe { sys::cuMemcpyDtoDAsync_v2(to, from, bytes, self.stream.0) }, "cuMemcpyDtoDAsync")
+    }
+
+    /// Copies to pinned memory of the host, which nobody touches until the event behind it is done (PINNED-1).
+    pub(crate) fn copy_out(&self, to: *mut u8, from: u64, bytes: usize) -> Result<(), KernelError> {
+        if bytes == 0 {
+            return Ok(());
+        }
+        // SAFETY: both ranges live until the copy is done, by the caller.
+        self.check(unsafe { sys::cuMemcpyDtoHAsync_v2(to.cast(), from, bytes, self.stream.0) }, "cuMemcpyDtoHAsync")
+    }
+
+    /// Copies from pinned memory of the host, which nobody writes until the event behind it is done (PINNED-1).
+    pub(crate) fn copy_in(&self, to: u64, from: *const u8, bytes: usize) -> Result<(), KernelError> {
+        if bytes == 0 {
+            return Ok(());
+        }
+        // SAFETY: both ranges live until the copy is done, by the caller.
+        self.check(unsafe { sys::cuMemcpyHtoDAsync_v2(to, from.cast(), bytes, self.stream.0) }, "cuMemcpyHtoDAsync")
+    }
+
+    /// Sets words.
+    pub(crate) fn fill(&self, to: u64, word: u32, words: usize) -> Result<(), KernelError> {
+        if words == 0 {
+            return Ok(());
+        }
+        // SAFETY: a range of device memory that lives until the fill is done, by the caller.
+        self.check(unsafe { sys::cuMemsetD32Async(to, word, words, self.stream.0) }, "cuMemsetD32Async")
+    }
+
+    /// An event behind all that was put on the stream so far.
+    pub(crate) fn record(&self) -> Result<Arc<Recorded>, KernelError> {
+        self.gpu.events().record(self.stream, &self.place)
+    }
+
+    /// What is put on the stream from now on waits for the event.
+    pub(crate) fn wait(&self, event: &Recorded) -> Result<(), KernelError> {
+        event.wait_on(self.stream, &self.place)
+    }
+
+    /// Memory of at least so many bytes for whatever is being put on the stream; what was put on it before may have used it,
+    /// what is put on it behind may too.
+    pub(crate) fn staging(&self, bytes: usize) -> Result<u64, KernelError> {
+        let mut staging = self.staging.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(memory) = staging.last().filter(|memory| memory.bytes() >= bytes) {
+            return Ok(memory.address());
+        }
+        let memory = DeviceMemory::new(&self.gpu, self.rank, bytes.next_power_of_two(), Some(&self.tally))?;
+        let address = memory.address();
+        staging.push(memory);
+        Ok(address)
+    }
+}
+
+impl Drop for Lane {
+    fn drop(&mut self) {
+        destroy_stream(self.gpu.context(), self.stream);
+    }
+}

@@ -1,0 +1,442 @@
+//! Collectives between devices of a mesh that share one GPU, which NCCL refuses: members meet on the host, and whoever comes
+//! last puts all members' parts on their streams, ordered by events. No host waits for the GPU.
+//! Imports `collective`, `cuda::boxes`, `cuda::lane`, `cuda::engine`, `cuda::event`.
+//!
+//! - LOCAL-1: a member that is not the last waits on the host until the last has come: its stream's own thread does, so
+//!   nothing is put on its stream meanwhile but by the last.
+//! - LOCAL-2: on the streams a member touches another's memory only behind that member's `ready` event, and goes on only
+//!   behind all members' `done` events: as MEET-1, between streams.
+//! - LOCAL-3: a group whose members disagreed fails for good, so that nobody waits for a member that has left.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+
+use super::boxes::{Boxed, combine, copy_box, foreign_elements, regions};
+use super::engine::{Enqueue, Enqueued, OnDevice, Wait};
+use super::event::Recorded;
+use super::lane::Lane;
+use super::staged::device_address;
+use crate::collective::exchange::{Terms, check_call, check_members, describe, describe_views, taken};
+use crate::collective::{Collective, CollectiveCall, CollectiveKind, ReduceOp};
+use crate::error::KernelError;
+use crate::memory::View;
+use crate::tensor::{DType, Region, element_count, split_range};
+
+/// The engine of devices that share a GPU. One is shared by all of them.
+#[derive(Debug, Default)]
+pub struct Local(Arc<Inner>);
+
+#[derive(Debug, Default)]
+struct Inner {
+    groups: Mutex<HashMap<u32, Arc<Meeting>>>,
+    received: Mutex<HashMap<usize, u64>>,
+    aborted: Mutex<Option<String>>,
+}
+
+/// Where the members of one group meet.
+#[derive(Debug, Default)]
+struct Meeting {
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    /// Of the members that wait in a collective, by member.
+    posts: Vec<Option<Post>>,
+    /// Collectives that all have come to.
+    rounds: u64,
+    /// Of the members that wait in a point-to-point call, in their order.
+    messages: Vec<Message>,
+    next_message: u64,
+    failed: Option<KernelError>,
+}
+
+/// What a member brings.
+#[derive(Clone, Debug)]
+struct Post {
+    call: CollectiveCall,
+    /// Addresses.
+    x: u64,
+    y: u64,
+    x_shape: Vec<usize>,
+    y_shape: Vec<usize>,
+    dtype: DType,
+    lane: Arc<Lane>,
+    /// Behind all that the member's stream did before.
+    ready: Arc<Recorded>,
+}
+
+/// One side of a point-to-point transfer that waits for the other.
+#[derive(Debug)]
+struct Message {
+    id: u64,
+    from: usize,
+    to: usize,
+    /// Whether the sender waits, and not the receiver.
+    sends: bool,
+    address: u64,
+    shape: Vec<usize>,
+    dtype: DType,
+    lane: Arc<Lane>,
+    ready: Arc<Recorded>,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Post {
+    fn terms(&self) -> Terms<'_> {
+        Terms::of(&self.call, &self.x_shape, &self.y_shape, self.dtype)
+    }
+
+    fn describe(&self) -> String {
+        describe(&self.call, Some((self.dtype, &self.x_shape)))
+    }
+
+    fn x(&self, element: usize) -> u64 {
+        self.x + (element * self.dtype.bytes()) as u64
+    }
+
+    fn y(&self, element: usize) -> u64 {
+        self.y + (element * self.dtype.bytes()) as u64
+    }
+}
+
+impl Local {
+    /// An engine with no groups yet; they come with the calls.
+    pub fn new() -> Self {
+        Self::default()
+    }
+}
+
+impl Inner {
+    fn meeting(&self, group: u32) -> Arc<Meeting> {
+        lock(&self.groups).entry(group).or_default().clone()
+    }
+
+    fn why_aborted(&self) -> Option<KernelError> {
+        lock(&self.aborted).clone().map(|cause| KernelError::Aborted { cause })
+    }
+
+    /// What ends a call that comes or waits, if anything does.
+    fn ended(&self, state: &State) -> Option<KernelError> {
+        state.failed.clone().or_else(|| self.why_aborted())
+    }
+
+    fn count(&self, call: &CollectiveCall, y_shape: &[usize]) {
+        let bytes = foreign_elements(call, y_shape) * DType::F32.bytes();
+        *lock(&self.received).entry(call.group.ranks[call.member]).or_default() += bytes as u64;
+    }
+
+    /// Fails the group for good, and tells who waits.
+    fn fail(&self, meeting: &Meeting, state: &mut State, error: KernelError) -> KernelError {
+        let error = state.failed.get_or_insert(error).clone();
+        meeting.changed.notify_all();
+        error
+    }
+
+    fn collective(self: &Arc<Self>, meeting: Arc<Meeting>, post: Post) -> Result<Enqueued, KernelError> {
+        let (member, members) = (post.call.member, post.call.group.ranks.len());
+        let mut state = lock(&meeting.state);
+        if let Some(error) = self.ended(&state) {
+            return Err(error);
+        }
+        if let Some(error) = disagreement(&state, &post) {
+            return Err(self.fail(&meeting, &mut state, error));
+        }
+        state.posts.resize(members, None);
+        state.posts[member] = Some(post);
+        if state.posts.iter().all(Option::is_some) {
+            let posts: Vec<Post> = state.posts.iter_mut().filter_map(Option::take).collect();
+            if let Err(error) = issue(&posts) {
+                return Err(self.fail(&meeting, &mut state, error));
+            }
+            posts.iter().for_each(|post| self.count(&post.call, &post.y_shape));
+            state.rounds += 1;
+            meeting.changed.notify_all();
+            return Ok(Enqueued::Issued);
+        }
+        let (rounds, own) = (state.rounds, self.clone());
+        drop(state);
+        let come = move |state: &State| state.rounds != rounds;
+        let leave = move |state: &mut State| state.posts[member] = None;
+        Ok(Enqueued::Waits(own.wait(meeting, come, leave)))
+    }
+
+    /// Waits on the host until `come` holds, or the call has ended: then the member is taken away by `leave`.
+    fn wait(
+        self: Arc<Self>,
+        meeting: Arc<Meeting>,
+        come: impl Fn(&State) -> bool + Send + 'static,
+        leave: impl FnOnce(&mut State) + Send + 'static,
+    ) -> Wait {
+        Box::new(move || {
+            let mut state = lock(&meeting.state);
+            loop {
+                if come(&state) {
+                    return Ok(());
+                }
+                if let Some(error) = self.ended(&state) {
+                    leave(&mut state);
+                    return Err(error);
+                }
+                state = meeting.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+            }
+        })
+    }
+
+    fn message(
+        self: &Arc<Self>,
+        meeting: Arc<Meeting>,
+        call: &CollectiveCall,
+        mut message: Message,
+    ) -> Result<Enqueued, KernelError> {
+        let mut state = lock(&meeting.state);
+        if let Some(error) = self.ended(&state) {
+            return Err(error);
+        }
+        let peer = if message.sends { message.to } else { message.from };
+        if let Some(Some(waiting)) = state.posts.get(peer) {
+            let (expected, got) = (waiting.describe(), call.name().to_owned());
+            let (group, member) = (call.group.id, call.member);
+            let error = KernelError::CollectiveMismatch { group, member, expected, got };
+            return Err(self.fail(&meeting, &mut state, error));
+        }
+        let fits = |other: &Message| (other.from, other.to, other.sends) == (message.from, message.to, !message.sends);
+        if let Some(place) = state.messages.iter().position(fits) {
+            let other = state.messages.remove(place);
+            let (sender, receiver) = if message.sends { (&message, &other) } else { (&other, &message) };
+            if let Err(error) = transfer(call, sender, receiver) {
+                return Err(self.fail(&meeting, &mut state, error));
+            }
+            if sender.from != sender.to {
+                let (rank, bytes) = (call.group.ranks[sender.to], element_count(&sender.shape) * sender.dtype.bytes());
+                *lock(&self.received).entry(rank).or_default() += bytes as u64;
+            }
+            meeting.changed.notify_all();
+            return Ok(Enqueued::Issued);
+        }
+        let id = state.next_message;
+        state.next_message += 1;
+        message.id = id;
+        state.messages.push(message);
+        drop(state);
+        let come = move |state: &State| state.messages.iter().all(|message| message.id != id);
+        let leave = move |state: &mut State| state.messages.retain(|message| message.id != id);
+        Ok(Enqueued::Waits(self.clone().wait(meeting, come, leave)))
+    }
+}
+
+fn disagreement(state: &State, post: &Post) -> Option<KernelError> {
+    let mismatch = |expected: String| KernelError::CollectiveMismatch {
+        group: post.call.group.id,
+        member: post.call.member,
+        expected,
+        got: post.describe(),
+    };
+    let member = post.call.member;
+    if state.messages.iter().any(|m| m.sends && m.to == member) {
+        return Some(mismatch("receive".to_owned()));
+    }
+    if state.messages.iter().any(|m| !m.sends && m.from == member) {
+        return Some(mismatch("send".to_owned()));
+    }
+    if state.posts.get(member).is_some_and(Option::is_some) {
+        return Some(mismatch("one call of a member at a time".to_owned()));
+    }
+    let first = state.posts.iter().flatten().next()?;
+    if !Arc::ptr_eq(first.lane.gpu().context(), post.lane.gpu().context()) {
+        return Some(mismatch(format!("a member on {}", first.lane.gpu().place())));
+    }
+    (first.terms() != post.terms()).then(|| mismatch(first.describe()))
+}
+
+/// Puts a transfer on the receiver's stream; the sender's goes on behind it.
+fn transfer(call: &CollectiveCall, sender: &Message, receiver: &Message) -> Result<(), KernelError> {
+    if (&sender.shape, sender.dtype) != (&receiver.shape, receiver.dtype) {
+        return Err(KernelError::CollectiveMismatch {
+            group: call.group.id,
+            member: receiver.to,
+            expected: format!("send of {:?} {:?}", sender.dtype, sender.shape),
+            got: format!("receive of {:?} {:?}", receiver.dtype, receiver.shape),
+        });
+    }
+    let lane = &receiver.lane;
+    lane.gpu().context().bind()?;
+    lane.wait(&sender.ready)?;
+    lane.copy(receiver.address, sender.address, element_count(&sender.shape) * sender.dtype.bytes())?;
+    sender.lane.wait(&*lane.record()?)
+}
+
+/// Has each member's stream wait for an event of each other's.
+fn all_wait(posts: &[Post], events: &[Arc<Recorded>]) -> Result<(), KernelError> {
+    for (i, post) in posts.iter().enumerate() {
+        for (_, event) in events.iter().enumerate().filter(|(j, _)| *j != i) {
+            post.lane.wait(event)?;
+        }
+    }
+    Ok(())
+}
+
+/// Puts all members' parts on their streams (LOCAL-2).
+fn issue(posts: &[Post]) -> Result<(), KernelError> {
+    let Some(first) = posts.first() else { return Ok(()) };
+    first.lane.gpu().context().bind()?;
+    let ready: Vec<_> = posts.iter().map(|post| post.ready.clone()).collect();
+    let record = || posts.iter().map(|post| post.lane.record()).collect::<Result<Vec<_>, _>>();
+    all_wait(posts, &ready)?;
+    match &first.call.kind {
+        CollectiveKind::AllReduce { op } => {
+            for (i, post) in posts.iter().enumerate() {
+                let own = split_range(element_count(&post.y_shape), posts.len(), i);
+                let xs: Vec<u64> = (1..=posts.len()).map(|m| posts[(i + m) % posts.len()].x(own.start)).collect();
+                combine(&post.lane, *op, &xs, post.y(own.start), own.len())?;
+            }
+            all_wait(posts, &record()?)?;
+            for (i, post) in posts.iter().enumerate() {
+                for (j, other) in posts.iter().enumerate().filter(|(j, _)| *j != i) {
+                    let chunk = split_range(element_count(&post.y_shape), posts.len(), j);
+                    let bytes = chunk.len() * post.dtype.bytes();
+                    post.lane.copy(post.y(chunk.start), other.y(chunk.start), bytes)?;
+                }
+            }
+        }
+        CollectiveKind::ReduceScatter { op, parts } => {
+            for (i, part) in parts.iter().enumerate() {
+                reduce_part(posts, i, *op, part)?;
+            }
+        }
+        CollectiveKind::Broadcast { root } => {
+            for post in posts {
+                post.lane.copy(post.y, posts[*root].x, element_count(&post.y_shape) * post.dtype.bytes())?;
+            }
+        }
+        kind => {
+            for (i, post) in posts.iter().enumerate() {
+                if let Some((sources, targets)) = regions(kind, &post.y_shape) {
+                    gather(posts, i, sources, &targets[i])?;
+                }
+            }
+        }
+    }
+    all_wait(posts, &record()?)
+}
+
+/// What member `owner` gets of a reduce-scatter: where its part is not in one piece, each member's is brought together first.
+fn reduce_part(posts: &[Post], owner: usize, op: ReduceOp, part: &Region) -> Result<(), KernelError> {
+    let (own, elements) = (&posts[owner], part.element_count());
+    let bytes = elements * own.dtype.bytes();
+    let boxed = |post: &Post| Boxed { address: post.x, shape: &own.x_shape, region: part }.contiguous();
+    let mut xs = Vec::new();
+    for m in 1..=posts.len() {
+        let post = &posts[(owner + m) % posts.len()];
+        xs.push(match boxed(post) {
+            Some(address) => address,
+            None => {
+                let slot = own.lane.staging(posts.len() * bytes)? + ((m - 1) * bytes) as u64;
+                let from = Boxed { address: post.x, shape: &own.x_shape, region: part };
+                let whole = Region::whole(&part.size);
+                copy_box(&own.lane, from, Boxed { address: slot, shape: &part.size, region: &whole }, own.dtype)?;
+                slot
+            }
+        });
+    }
+    combine(&own.lane, op, &xs, own.y, elements)
+}
+
+/// Copies a member's target together from the members' sources.
+fn gather(posts: &[Post], member: usize, sources: &[Region], target: &Region) -> Result<(), KernelError> {
+    let own = &posts[member];
+    for (other, boxes) in taken(member, sources, target) {
+        let source = &sources[other];
+        for common in &boxes {
+            let (from, to) = (common.relative_to(source), common.relative_to(target));
+            let from = Boxed { address: posts[other].x, shape: &source.size, region: &from };
+            copy_box(&own.lane, from, Boxed { address: own.y, shape: &target.size, region: &to }, own.dtype)?;
+        }
+    }
+    Ok(())
+}
+
+impl Enqueue for Local {
+    fn enqueue(
+        &self,
+        call: &CollectiveCall,
+        reads: &[View<'_>],
+        writes: &[View<'_>],
+        lane: &Arc<Lane>,
+    ) -> Result<Enqueued, KernelError> {
+        check_members(call)?;
+        let meeting = self.0.meeting(call.group.id);
+        if let Err(error) = check_call(call, reads, writes) {
+            let mut state = lock(&meeting.state);
+            if let Some(earlier) = self.0.ended(&state) {
+                return Err(earlier);
+            }
+            let seen = describe_views(call, reads, writes);
+            let told = KernelError::CollectiveMismatch {
+                group: call.group.id,
+                member: call.member,
+                expected: "buffers that fit the call".to_owned(),
+                got: format!("{seen} ({error})"),
+            };
+            self.0.fail(&meeting, &mut state, told);
+            return Err(error);
+        }
+        let ready = lane.record()?;
+        let message = |view: &View<'_>, from, to, sends| {
+            let (address, shape, dtype) = (device_address(view)?, view.shape().to_vec(), view.dtype());
+            Ok(Message { id: 0, from, to, sends, address, shape, dtype, lane: lane.clone(), ready: ready.clone() })
+        };
+        match (&call.kind, reads, writes) {
+            (CollectiveKind::Send { to }, [x], _) => self.0.message(meeting, call, message(x, call.member, *to, true)?),
+            (CollectiveKind::Receive { from }, _, [y]) => {
+                self.0.message(meeting, call, message(y, *from, call.member, false)?)
+            }
+            (_, [x], [y]) => {
+                let post = Post {
+                    call: call.clone(),
+                    x: device_address(x)?,
+                    y: device_address(y)?,
+                    x_shape: x.shape().to_vec(),
+                    y_shape: y.shape().to_vec(),
+                    dtype: x.dtype(),
+                    lane: lane.clone(),
+                    ready,
+                };
+                self.0.collective(meeting, post)
+            }
+            _ => Ok(Enqueued::Issued),
+        }
+    }
+}
+
+impl Collective for Local {
+    fn run(&self, call: &CollectiveCall, _: &[View<'_>], _: &[View<'_>]) -> Result<(), KernelError> {
+        Err(KernelError::arguments(call.name(), "stream", "a stream of a GPU", "the host"))
+    }
+
+    fn abort(&self, cause: &str) {
+        lock(&self.0.aborted).get_or_insert_with(|| cause.to_owned());
+        let groups: Vec<_> = lock(&self.0.groups).values().cloned().collect();
+        for meeting in groups {
+            // Taken so that nobody can look for an abort before it and wait after the notification.
+            drop(lock(&meeting.state));
+            meeting.changed.notify_all();
+        }
+    }
+
+    fn aborted(&self) -> Option<KernelError> {
+        self.0.why_aborted()
+    }
+
+    fn on_device(&self, _: &CollectiveCall) -> Option<OnDevice<'_>> {
+        Some(OnDevice(self))
+    }
+
+    fn bytes_received(&self, rank: usize) -> u64 {
+        lock(&self.0.received).get(&rank).copied().unwrap_or(0)
+    }
+}

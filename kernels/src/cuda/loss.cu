@@ -1,0 +1,134 @@
+// Softmax cross entropy in pieces, so that a vocabulary may be split over devices between them. A block does a row;
+// rows of an odd vocabulary begin anywhere, so each has its elements before the first whole 16 bytes done one by one.
+
+// Elements of a row before the first whole 16 bytes, and the end of the last whole ones.
+struct Span {
+    i64 head, tail;
+
+    template <class T>
+    INLINE Span(const T* row, i64 width) {
+        constexpr int W = Width<T>::value;
+        const i64 before = (16 - reinterpret_cast<size_t>(row) % 16) % 16 / sizeof(T);
+        head = before < width ? before : width;
+        tail = width - (width - head) % W;
+    }
+};
+
+// Calls f(column, value) for this thread's share of a row.
+template <class T, class F>
+INLINE void for_each(const T* row, i64 width, F f) {
+    constexpr int W = Width<T>::value;
+    const Span span(row, width);
+    for (i64 i = threadIdx.x; i < span.head; i += blockDim.x) f(i, widen(row[i]));
+#pragma unroll 4
+    for (i64 i = span.head + (i64)threadIdx.x * W; i < span.tail; i += (i64)blockDim.x * W) {
+        float values[W];
+        load<W>(values, row + i);
+#pragma unroll
+        for (int j = 0; j < W; j++) f(i + j, values[j]);
+    }
+    for (i64 i = span.tail + threadIdx.x; i < width; i += blockDim.x) f(i, widen(row[i]));
+}
+
+// y[column] = f(column, x[column]); y may be x.
+template <class T, class F>
+INLINE void map_row(const T* x, T* y, i64 width, F f) {
+    constexpr int W = Width<T>::value;
+    if ((reinterpret_cast<size_t>(x) ^ reinterpret_cast<size_t>(y)) % 16 != 0) {
+        for (i64 i = threadIdx.x; i < width; i += blockDim.x) narrow(&y[i], f(i, widen(x[i])));
+        return;
+    }
+    const Span span(x, width);
+    for (i64 i = threadIdx.x; i < span.head; i += blockDim.x) narrow(&y[i], f(i, widen(x[i])));
+    for (i64 i = span.head + (i64)threadIdx.x * W; i < span.tail; i += (i64)blockDim.x * W) {
+        float values[W];
+        load<W>(values, x + i);
+#pragma unroll
+        for (int j = 0; j < W; j++) values[j] = f(i + j, values[j]);
+        store<W>(y + i, values);
+    }
+    for (i64 i = span.tail + threadIdx.x; i < width; i += blockDim.x) narrow(&y[i], f(i, widen(x[i])));
+}
+
+template <class T>
+INLINE void row_max(const T* logits, float* maxima, i64 width) {
+    const i64 row = blockIdx.x;
+    float best = MINUS_INFINITY;
+    for_each(logits + row * width, width, [&](i64, float logit) { best = larger(best, logit); });
+    best = block_max(best);
+    if (threadIdx.x == 0) maxima[row] = best;
+}
+
+extern "C" __global__ void __launch_bounds__(512) row_max_f32(const float* logits, float* maxima, i64 width) {
+    row_max(logits, maxima, width);
+}
+
+extern "C" __global__ void __launch_bounds__(512) row_max_bf16(const bf16* logits, float* maxima, i64 width) {
+    row_max(logits, maxima, width);
+}
+
+template <class T>
+INLINE void sum_exp_target(const T* logits, const float* maxima, const int* targets, float* sums, float* chosen,
+                           i64 rows, i64 width, i64 vocab_start, i64 vocab, u32* record, u32 launch) {
+    const i64 row = blockIdx.x;
+    if (row == 0) check_indices(targets, rows, vocab, record, launch);
+    const float max = maxima[row];
+    float sum = 0.0f;
+    for_each(logits + row * width, width, [&](i64, float logit) { sum += expf(logit - max); });
+    sum = block_sum(sum);
+    if (threadIdx.x > 0) return;
+    sums[row] = sum;
+    const i64 column = (i64)targets[row] - vocab_start;
+    chosen[row] = column >= 0 && column < width ? widen(logits[row * width + column]) : 0.0f;
+}
+
+extern "C" __global__ void __launch_bounds__(512)
+    sum_exp_target_f32(const float* logits, const float* maxima, const int* targets, float* sums, float* chosen,
+                       i64 rows, i64 width, i64 vocab_start, i64 vocab, u32* record, u32 launch) {
+    sum_exp_target(logits, maxima, targets, sums, chosen, rows, width, vocab_start, vocab, record, launch);
+}
+
+extern "C" __global__ void __launch_bounds__(512)
+    sum_exp_target_bf16(const bf16* logits, const float* maxima, const int* targets, float* sums, float* chosen,
+                        i64 rows, i64 width, i64 vocab_start, i64 vocab, u32* record, u32 launch) {
+    sum_exp_target(logits, maxima, targets, sums, chosen, rows, width, vocab_start, vocab, record, launch);
+}
+
+// One block: scale * sum(max + ln(sum) - target), in double.
+extern "C" __global__ void __launch_bounds__(1024)
+    token_loss(const float* maxima, const float* sums, const float* chosen, float* loss, i64 tokens, float scale,
+               int accumulate) {
+    double total = 0.0;
+    for (i64 i = threadIdx.x; i < tokens; i += blockDim.x) {
+        total += (double)maxima[i] + log((double)sums[i]) - (double)chosen[i];
+    }
+    total = block_sum(total);
+    if (threadIdx.x > 0) return;
+    const float value = (float)((double)scale * total);
+    *loss = accumulate ? *loss + value : value;
+}
+
+// dloss * scale * (exp(logit - max) / sum - [column == target])
+template <class T>
+INLINE void cross_entropy_grad(const float* dloss, const T* logits, const float* maxima, const float* sums,
+                               const int* targets, T* dlogits, i64 width, i64 vocab_start, float scale) {
+    const i64 row = blockIdx.x;
+    const float max = maxima[row], factor = *dloss * scale, row_factor = factor / sums[row];
+    const i64 target = (i64)targets[row] - vocab_start;
+    map_row(logits + row * width, dlogits + row * width, width, [=](i64 column, float logit) {
+        const float gradient = row_factor * expf(logit - max);
+        return column == target ? gradient - factor : gradient;
+    });
+}
+
+extern "C" __global__ void __launch_bounds__(512)
+    cross_entropy_grad_f32(const float* dloss, const float* logits, const float* maxima, const float* sums,
+                           const int* targets, float* dlogits, i64 width, i64 vocab_start, float scale) {
+    cross_entropy_grad(dloss, logits, maxima, sums, targets, dlogits, width, vocab_start, scale);
+}
+
+extern "C" __global__ void __launch_bounds__(512)
+    cross_entropy_grad_bf16(const float* dloss, const bf16* logits, const float* maxima, const float* sums,
+                            const int* targets, bf16* dlogits, i64 width, i64 vocab_start, float scale) {
+    cross_entropy_grad(dloss, logits, maxima, sums, targets, dlogits, width, vocab_start, scale);
+}

@@ -1,0 +1,163 @@
+//! A launch as the steps that do it on a CUDA device: which kernels, with what geometry, or which product.
+//! Pure: nothing here touches a device. Imports `op`, `region`, `tensor`, `error`, `cuda::step`; its parts are `lower/`.
+//!
+//! What depends on memory is the backend's: that writes overlap nothing (MEM-2) but what [`in_place`] allows.
+
+use crate::cuda::step::{Arg, Element, Kernel, Place, Step};
+use crate::error::KernelError;
+use crate::op::{Launch, Op};
+use crate::tensor::{DType, element_count};
+
+mod args;
+mod attention;
+mod elementwise;
+mod fuse;
+mod loss;
+mod norm;
+mod product;
+mod reduce;
+mod region;
+
+#[cfg(test)]
+mod tests;
+
+use args::Args;
+
+pub use fuse::{Fused, fuse};
+
+/// Threads of a block where nothing else is said.
+const THREADS: usize = 256;
+
+/// Elements that a thread of an elementwise kernel does: 16 bytes of floats.
+const PACK: usize = 4;
+
+/// The steps of a launch; none where there is nothing to write. `accumulate` is true when the launch is marked so and
+/// its submission has `repeat` set: then the op's accumulating write is added to.
+///
+/// # Errors
+/// [`KernelError::Arguments`] for buffers that the op cannot work on, for a workspace smaller than [`workspace_bytes`],
+/// for collectives, which the stream's engine does, and for custom kernels, which have no CUDA form.
+pub fn lower(launch: &Launch, accumulate: bool) -> Result<Vec<Step>, KernelError> {
+    let args = Args::new(launch, accumulate)?;
+    match &launch.op {
+        Op::Fill { value } => elementwise::fill(&args, *value),
+        Op::Copy => elementwise::copy(&args),
+        Op::Cast => elementwise::cast(&args),
+        Op::CopyRegion { src, dst } => region::copy_region(&args, src, dst),
+        Op::Add => elementwise::add(&args),
+        Op::SumLeading => reduce::sum_leading(&args),
+        Op::Scale { factor } => elementwise::scale(&args, *factor),
+        Op::Einsum(einsum) => product::einsum(&args, einsum),
+        Op::Embedding { vocab_start, vocab } => loss::embedding(&args, *vocab_start, *vocab),
+        Op::EmbeddingGrad { vocab_start } => loss::embedding_grad(&args, *vocab_start),
+        Op::LayerNorm { eps } => norm::layer_norm(&args, *eps),
+        Op::LayerNormGrad => norm::layer_norm_grad(&args),
+        Op::Gelu => elementwise::gelu(&args),
+        Op::GeluGrad => elementwise::gelu_grad(&args),
+        Op::Attention { scale } => attention::attention(&args, *scale),
+        Op::AttentionGrad { scale } => attention::attention_grad(&args, *scale),
+        Op::RowMax => loss::row_max(&args),
+        Op::SumExpTarget { vocab_start, vocab } => loss::sum_exp_target(&args, *vocab_start, *vocab),
+        Op::TokenLoss { scale } => loss::token_loss(&args, *scale),
+        Op::CrossEntropyGrad { vocab_start, scale } => loss::cross_entropy_grad(&args, *vocab_start, *scale),
+        Op::Dropout { p, seed, shape, start } => region::dropout(&args, *p, *seed, shape, start),
+        Op::SumSquares { index } => reduce::sum_squares(&args, *index),
+        Op::ClipScale { max_norm } => reduce::clip_scale(&args, *max_norm),
+        Op::AdamW { beta1, beta2, eps, weight_decay } => elementwise::adamw(&args, *beta1, *beta2, *eps, *weight_decay),
+        Op::Collective(_) => Err(args.refused("op", "one that is lowered", "a collective, which an engine does")),
+        Op::Custom(_) => {
+            Err(args.refused("op", "one with a CUDA kernel", "a custom kernel, which runs on the CPU only"))
+        }
+    }
+}
+
+/// The steps of causal attention on tensors of these elements and this shape `[b, t, h, d]`, or of its gradient; buffers
+/// are those of [`Op::Attention`] and [`Op::AttentionGrad`], with lse and workspace in floats whatever the elements are.
+///
+/// # Errors
+/// [`KernelError::Arguments`] for a shape that no grid holds.
+pub fn attention_steps(
+    element: Element,
+    [batch, time, heads, depth]: [usize; 4],
+    scale: f32,
+    gradient: bool,
+) -> Result<Vec<Step>, KernelError> {
+    let dims = attention::Dims { batch, time, heads, depth };
+    if gradient { attention::backward(element, dims, scale) } else { attention::forward(element, dims, scale) }
+}
+
+/// Bytes of scratch memory that a launch needs on a CUDA device, given the shapes that it reads. 0 for most ops, and for
+/// shapes that the op will refuse anyway.
+pub fn workspace_bytes(op: &Op, reads: &[&[usize]]) -> usize {
+    let floats = match (op, reads) {
+        (Op::LayerNormGrad, [dy, ..]) => norm::workspace_floats(dy),
+        (Op::AttentionGrad { .. }, [_, q, ..]) => attention::workspace_floats(q),
+        (Op::SumLeading, [x]) => reduce::sum_workspace_floats(element_count(x)),
+        (Op::SumSquares { .. }, [x]) => reduce::squares_workspace_floats(element_count(x)),
+        _ => 0,
+    };
+    floats * DType::F32.bytes()
+}
+
+/// The reads that may lie in the very memory of write 0: elementwise ops work in place. All other overlaps of a write,
+/// with a read, another write or the workspace, are errors.
+pub fn in_place(launch: &Launch) -> &'static [usize] {
+    match launch.op {
+        Op::Copy | Op::Scale { .. } | Op::Gelu | Op::Dropout { .. } => &[0],
+        Op::GeluGrad => &[0, 1],
+        Op::Add if launch.reads.first().map(|a| &a.shape) == launch.reads.get(1).map(|b| &b.shape) => &[0, 1],
+        Op::Add => &[0],
+        Op::CrossEntropyGrad { .. } => &[1],
+        _ => &[],
+    }
+}
+
+/// For each write of floats that is not empty, its index, and the step that adds to [`Arg::Counter`] how many of the
+/// elements that the launch wrote there are infinite or no number.
+pub fn count_not_finite(launch: &Launch) -> Result<Vec<(usize, Step)>, KernelError> {
+    let mut steps = Vec::new();
+    for (i, write) in launch.writes.iter().enumerate() {
+        if write.dtype == DType::F32 {
+            steps.extend(region::count_not_finite(launch, i)?.map(|step| (i, step)));
+        }
+    }
+    Ok(steps)
+}
+
+/// A kernel on blocks in x only.
+fn blocks(
+    function: &'static str,
+    blocks: usize,
+    threads: usize,
+    shared_bytes: usize,
+    args: Vec<Arg>,
+) -> Result<Step, KernelError> {
+    let narrow = |what: &str, value: usize, limit: usize| match u32::try_from(value) {
+        Ok(narrow) if value <= limit => Ok(narrow),
+        _ => Err(KernelError::arguments(function, what, format!("at most {limit}"), value.to_string())),
+    };
+    let grid = [narrow("blocks", blocks, i32::MAX as usize)?, 1, 1];
+    let block = [narrow("threads", threads, 1024)?, 1, 1];
+    let shared_bytes = narrow("bytes of shared memory", shared_bytes, 160 * 1024)?;
+    Ok(Step::Kernel(Kernel { function, grid, block, shared_bytes, args }))
+}
+
+/// A kernel on `threads` threads, in blocks of [`THREADS`].
+fn threads(function: &'static str, threads: usize, args: Vec<Arg>) -> Result<Step, KernelError> {
+    blocks(function, threads.div_ceil(THREADS), THREADS, 0, args)
+}
+
+/// The start of read `i`.
+fn read(i: usize) -> Arg {
+    Arg::Pointer(Place::read(i))
+}
+
+/// The start of write `i`.
+fn write(i: usize) -> Arg {
+    Arg::Pointer(Place::write(i))
+}
+
+/// A count, extent or index; no tensor has 2^63 elements.
+fn long(value: usize) -> Arg {
+    Arg::I64(value as i64)
+}

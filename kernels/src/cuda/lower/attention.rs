@@ -1,0 +1,167 @@
+//! Causal attention and its gradient: which kernel takes a head's depth, and what shared memory its tiles need.
+//! Imports `lower`, `cuda::step`.
+
+use super::args::Args;
+use super::norm::warps;
+use super::{blocks, long, read, write};
+use crate::cuda::step::{Arg, Element, Place, Step};
+use crate::error::KernelError;
+
+/// Rows of a block's own tile, of queries or of keys.
+const BLOCK_ROWS: usize = 64;
+
+/// The kernels of one depth, by what they do, and the shared memory of each.
+struct Tiled {
+    forward: (&'static str, usize),
+    keys: (&'static str, usize),
+    queries: (&'static str, usize),
+    threads: usize,
+}
+
+/// Depths that tiled kernels are compiled for; a head takes the first that holds it.
+const DEPTHS: [usize; 4] = [32, 64, 96, 128];
+
+macro_rules! names {
+    ($prefix:literal) => {
+        [concat!($prefix, "_d32"), concat!($prefix, "_d64"), concat!($prefix, "_d96"), concat!($prefix, "_d128")]
+    };
+}
+
+/// The tiled kernels for heads of this depth; `None` leaves it to the plain ones.
+fn tiled(element: Element, depth: usize) -> Option<Tiled> {
+    if depth == 0 {
+        return None;
+    }
+    let i = DEPTHS.iter().position(|&most| depth <= most)?;
+    let d = DEPTHS[i];
+    Some(match element {
+        // The constants of attention_f32.cu: 64 rows of the block's own and 32 of the others, padded by 4.
+        Element::F32 => Tiled {
+            forward: (names!("attention_f32")[i], 4 * ((64 + 2 * 32) * (d + 4) + 64 * 36)),
+            keys: (names!("attention_grad_keys_f32")[i], 4 * (2 * (64 + 32) * (d + 4) + 2 * 32 * 68)),
+            queries: (names!("attention_grad_queries_f32")[i], 4 * (2 * (64 + 32) * (d + 4) + 64 * 36)),
+            threads: 256,
+        },
+        // Those of attention_bf16.cu: tiles of 64 rows padded by 8.
+        Element::Bf16 => Tiled {
+            forward: (names!("attention_bf16")[i], 2 * 2 * 64 * (d + 8) + 64 * 72 * (4 + 2) + 64 * 4),
+            keys: (names!("attention_grad_keys_bf16")[i], 2 * (4 * 64 * (d + 8) + 4 * 2 * 16 * 24) + 64 * 8),
+            queries: (names!("attention_grad_queries_bf16")[i], 2 * (4 * 64 * (d + 8) + 4 * 2 * 16 * 24) + 64 * 8),
+            threads: 128,
+        },
+    })
+}
+
+/// Extents of `[b, t, h, d]`.
+#[derive(Clone, Copy)]
+pub(super) struct Dims {
+    pub(super) batch: usize,
+    pub(super) time: usize,
+    pub(super) heads: usize,
+    pub(super) depth: usize,
+}
+
+impl Dims {
+    fn of(args: &Args<'_>) -> Result<Self, KernelError> {
+        let &[batch, time, heads, depth] = args.read_shape(0) else {
+            return Err(args.refused("shape of read 0", "[b, t, h, d]", format!("{:?}", args.read_shape(0))));
+        };
+        Ok(Self { batch, time, heads, depth })
+    }
+
+    fn rows(self) -> usize {
+        self.batch * self.heads * self.time
+    }
+
+    /// The last arguments of a tiled kernel.
+    fn tiled_args(self, scale: f32) -> Vec<Arg> {
+        let blocks = self.time.div_ceil(BLOCK_ROWS);
+        // A depth that is tiled is at most 128; heads of more than 2^31 would not fit any memory.
+        let [heads, depth] = [self.heads, self.depth].map(|extent| Arg::I32(extent as i32));
+        vec![long(self.time), heads, depth, long(blocks), Arg::F32(scale)]
+    }
+
+    fn tiled_step(
+        self,
+        (function, shared_bytes): (&'static str, usize),
+        threads: usize,
+        buffers: Vec<Arg>,
+        scale: f32,
+    ) -> Result<Step, KernelError> {
+        let grid = self.batch * self.heads * self.time.div_ceil(BLOCK_ROWS);
+        blocks(function, grid, threads, shared_bytes, [buffers, self.tiled_args(scale)].concat())
+    }
+
+    fn plain_step(self, function: &'static str, buffers: Vec<Arg>, scale: Option<f32>) -> Result<Step, KernelError> {
+        let mut arguments = buffers;
+        arguments.extend([long(self.rows()), long(self.time), Arg::I32(self.heads as i32), long(self.depth)]);
+        arguments.extend(scale.map(Arg::F32));
+        warps(function, self.rows(), arguments)
+    }
+}
+
+fn pick(element: Element, f32: &'static str, bf16: &'static str) -> &'static str {
+    match element {
+        Element::F32 => f32,
+        Element::Bf16 => bf16,
+    }
+}
+
+pub(super) fn forward(element: Element, dims: Dims, scale: f32) -> Result<Vec<Step>, KernelError> {
+    if dims.rows() == 0 {
+        return Ok(vec![]);
+    }
+    let buffers = vec![read(0), read(1), read(2), write(0), write(1)];
+    let step = match tiled(element, dims.depth) {
+        Some(tiled) => dims.tiled_step(tiled.forward, tiled.threads, buffers, scale)?,
+        None => dims.plain_step(pick(element, "attention_plain_f32", "attention_plain_bf16"), buffers, Some(scale))?,
+    };
+    Ok(vec![step])
+}
+
+pub(super) fn backward(element: Element, dims: Dims, scale: f32) -> Result<Vec<Step>, KernelError> {
+    if dims.rows() * dims.depth == 0 {
+        return Ok(vec![]);
+    }
+    // Reads are do, q, k, v, o, lse.
+    let delta = Arg::Pointer(Place::workspace(0));
+    let name = pick(element, "attention_delta_f32", "attention_delta_bf16");
+    let rows = dims.plain_step(name, vec![read(0), read(4), delta], None)?;
+    let inputs = vec![read(0), read(1), read(2), read(3), read(5), delta];
+    let keys = [inputs.clone(), vec![write(1), write(2)]].concat();
+    let queries = [inputs, vec![write(0)]].concat();
+    if let Some(tiled) = tiled(element, dims.depth) {
+        let keys = dims.tiled_step(tiled.keys, tiled.threads, keys, scale)?;
+        return Ok(vec![rows, keys, dims.tiled_step(tiled.queries, tiled.threads, queries, scale)?]);
+    }
+    let name = pick(element, "attention_grad_keys_plain_f32", "attention_grad_keys_plain_bf16");
+    let keys = dims.plain_step(name, keys, Some(scale))?;
+    let name = pick(element, "attention_grad_queries_plain_f32", "attention_grad_queries_plain_bf16");
+    Ok(vec![rows, keys, dims.plain_step(name, queries, Some(scale))?])
+}
+
+pub(super) fn attention(args: &Args<'_>, scale: f32) -> Result<Vec<Step>, KernelError> {
+    let dims = Dims::of(args)?;
+    args.expect_floats(&[0, 1, 2])?;
+    args.expect_reads(&[1, 2], args.read_shape(0))?;
+    args.expect_writes(&[0], args.read_shape(0))?;
+    args.expect_writes(&[1], &[dims.batch, dims.heads, dims.time])?;
+    forward(Element::F32, dims, scale)
+}
+
+/// Floats of the row sums of do o.
+pub(super) fn workspace_floats(q: &[usize]) -> usize {
+    match q {
+        &[batch, time, heads, depth] if depth > 0 => batch * time * heads,
+        _ => 0,
+    }
+}
+
+pub(super) fn attention_grad(args: &Args<'_>, scale: f32) -> Result<Vec<Step>, KernelError> {
+    let dims = Dims::of(args)?;
+    args.expect_floats(&[0, 1, 2, 3, 4, 5])?;
+    args.expect_reads(&[1, 2, 3, 4], args.read_shape(0))?;
+    args.expect_reads(&[5], &[dims.batch, dims.heads, dims.time])?;
+    args.expect_writes(&[0, 1, 2], args.read_shape(0))?;
+    backward(Element::F32, dims, scale)
+}

@@ -1,0 +1,123 @@
+//! Ops on each element by itself. Imports `lower`, `cuda::step`, `tensor`.
+
+use super::args::Args;
+use super::{PACK, THREADS, blocks, long, read, threads, write};
+use crate::cuda::step::{Arg, Place, Step};
+use crate::error::KernelError;
+use crate::tensor::{DType, element_count};
+
+/// Packs of four that a thread of AdamW does: PACKS_PER_THREAD in optimizer.cu.
+const ADAMW_PACKS: usize = 4;
+
+/// One elementwise kernel on `n` elements, or nothing.
+fn over(function: &'static str, n: usize, args: Vec<Arg>) -> Result<Vec<Step>, KernelError> {
+    if n == 0 {
+        return Ok(vec![]);
+    }
+    Ok(vec![threads(function, n.div_ceil(PACK), args)?])
+}
+
+pub(super) fn fill(args: &Args<'_>, value: f32) -> Result<Vec<Step>, KernelError> {
+    args.expect_floats(&[])?;
+    let words = args.written(0);
+    let fill = Step::Fill { to: Place::write(0), word: value.to_bits(), words };
+    Ok(if words > 0 { vec![fill] } else { vec![] })
+}
+
+pub(super) fn copy(args: &Args<'_>) -> Result<Vec<Step>, KernelError> {
+    args.expect_same_count(0)?;
+    args.expect_same_dtype(0)?;
+    let n = args.written(0);
+    if args.accumulate {
+        if args.write_dtype(0) == DType::I32 {
+            return Err(args.refused("accumulate", "floats", "integers"));
+        }
+        return over("add_to_f32", n, vec![read(0), write(0), long(n)]);
+    }
+    let bytes = n * args.write_dtype(0).bytes();
+    let copy = Step::Copy { from: Place::read(0), to: Place::write(0), bytes };
+    Ok(if bytes > 0 { vec![copy] } else { vec![] })
+}
+
+pub(super) fn cast(args: &Args<'_>) -> Result<Vec<Step>, KernelError> {
+    args.expect_writes(&[0], args.read_shape(0))?;
+    let function = match (args.read_dtype(0), args.write_dtype(0)) {
+        (DType::F32, DType::BF16) => "cast_f32_bf16",
+        (DType::BF16, DType::F32) => "cast_bf16_f32",
+        (from, to) => return Err(args.refused("dtypes", "F32 to BF16 or BF16 to F32", format!("{from:?} to {to:?}"))),
+    };
+    let n = args.written(0);
+    over(function, n, vec![read(0), write(0), long(n)])
+}
+
+pub(super) fn add(args: &Args<'_>) -> Result<Vec<Step>, KernelError> {
+    let (a, b) = (args.read_shape(0), args.read_shape(1));
+    args.expect_floats(&[0, 1])?;
+    args.expect_writes(&[0], a)?;
+    if !a.ends_with(b) {
+        return Err(args.refused("shape of read 1", format!("a suffix of {a:?}"), format!("{b:?}")));
+    }
+    let n = args.written(0);
+    if a == b {
+        return over("add_f32", n, vec![read(0), read(1), write(0), long(n)]);
+    }
+    over("add_suffix_f32", n, vec![read(0), read(1), write(0), long(n), long(element_count(b))])
+}
+
+pub(super) fn scale(args: &Args<'_>, factor: f32) -> Result<Vec<Step>, KernelError> {
+    args.expect_same_count(0)?;
+    args.expect_floats(&[0])?;
+    let n = args.written(0);
+    over("scale_f32", n, vec![read(0), write(0), long(n), Arg::F32(factor)])
+}
+
+pub(super) fn gelu(args: &Args<'_>) -> Result<Vec<Step>, KernelError> {
+    args.expect_same_count(0)?;
+    args.expect_floats(&[0])?;
+    let n = args.written(0);
+    over("gelu_f32", n, vec![read(0), write(0), long(n)])
+}
+
+pub(super) fn gelu_grad(args: &Args<'_>) -> Result<Vec<Step>, KernelError> {
+    args.expect_same_count(0)?;
+    args.expect_same_count(1)?;
+    args.expect_floats(&[0, 1])?;
+    let n = args.written(0);
+    over("gelu_grad_f32", n, vec![read(0), read(1), write(0), long(n)])
+}
+
+pub(super) fn adamw(
+    args: &Args<'_>,
+    beta1: f32,
+    beta2: f32,
+    eps: f32,
+    weight_decay: f32,
+) -> Result<Vec<Step>, KernelError> {
+    args.expect_floats(&[0, 1, 2])?;
+    args.expect_reads(&[1], &[2])?;
+    args.expect_reads(&[2], &[])?;
+    args.expect_writes(&[0, 1, 2], args.read_shape(0))?;
+    let n = args.written(0);
+    if n == 0 {
+        return Ok(vec![]);
+    }
+    // 1 - beta^step = -expm1(step ln beta), which spares the device a power.
+    let logarithm = |beta: f32| Arg::F64(f64::from(beta).ln());
+    let arguments = vec![
+        read(0),
+        read(1),
+        read(2),
+        write(0),
+        write(1),
+        write(2),
+        Arg::Null,
+        long(n),
+        Arg::F32(beta1),
+        Arg::F32(beta2),
+        logarithm(beta1),
+        logarithm(beta2),
+        Arg::F32(eps),
+        Arg::F32(weight_decay),
+    ];
+    Ok(vec![blocks("adamw_f32", n.div_ceil(PACK * ADAMW_PACKS * THREADS), THREADS, 0, arguments)?])
+}

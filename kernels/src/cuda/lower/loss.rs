@@ -1,0 +1,127 @@
+//! What goes in and out by indices: embeddings, and softmax cross entropy in pieces. Imports `lower`, `cuda::step`,
+//! `tensor`.
+
+use super::args::Args;
+use super::{PACK, THREADS, blocks, long, read, threads, write};
+use crate::cuda::step::{Arg, Place, Step};
+use crate::error::KernelError;
+use crate::tensor::element_count;
+
+/// Threads of a block that does a row at most, and packs of four of each where there are that many.
+const ROW_THREADS_MAX: usize = 512;
+const ROW_PACKS: usize = 4;
+
+/// Threads of the one block that adds up the tokens' losses at most.
+const TOKEN_THREADS_MAX: usize = 1024;
+
+/// A power of two of threads for `work`, whole warps.
+fn threads_for(work: usize, most: usize) -> usize {
+    work.clamp(32, most).next_power_of_two()
+}
+
+/// A block for each row of `width` elements.
+fn rows(function: &'static str, rows: usize, width: usize, args: Vec<Arg>) -> Result<Vec<Step>, KernelError> {
+    if rows == 0 {
+        return Ok(vec![]);
+    }
+    Ok(vec![blocks(function, rows, threads_for(width.div_ceil(PACK * ROW_PACKS), ROW_THREADS_MAX), 0, args)?])
+}
+
+pub(super) fn embedding(args: &Args<'_>, vocab_start: usize, vocab: usize) -> Result<Vec<Step>, KernelError> {
+    let (&[held, width], ids) = (args.read_shape(1), args.read_shape(0)) else {
+        return Err(args.refused("shape of read 1", "[v, c]", format!("{:?}", args.read_shape(1))));
+    };
+    args.expect_floats(&[1])?;
+    args.expect_writes(&[0], &[ids, &[width]].concat())?;
+    let count = element_count(ids);
+    if count == 0 {
+        return Ok(vec![]);
+    }
+    let arguments = vec![
+        read(0),
+        read(1),
+        write(0),
+        long(count),
+        long(held),
+        long(width),
+        long(vocab_start),
+        long(vocab),
+        Arg::ErrorRecord,
+        Arg::LaunchIndex,
+    ];
+    // Indices are looked at even where no element is written.
+    Ok(vec![threads("embedding_f32", (count * width.div_ceil(PACK)).max(1), arguments)?])
+}
+
+pub(super) fn embedding_grad(args: &Args<'_>, vocab_start: usize) -> Result<Vec<Step>, KernelError> {
+    let (&[held, width], ids) = (args.write_shape(0), args.read_shape(0)) else {
+        return Err(args.refused("shape of write 0", "[v, c]", format!("{:?}", args.write_shape(0))));
+    };
+    args.expect_floats(&[1])?;
+    args.expect_reads(&[1], &[ids, &[width]].concat())?;
+    let (count, words) = (element_count(ids), held * width);
+    let mut steps = Vec::new();
+    if words == 0 {
+        return Ok(steps);
+    }
+    if !args.accumulate {
+        steps.push(Step::Fill { to: Place::write(0), word: 0, words });
+    }
+    if count > 0 {
+        let arguments = vec![read(0), read(1), write(0), long(count), long(held), long(width), long(vocab_start)];
+        steps.push(blocks("embedding_grad_f32", count, THREADS, 0, arguments)?);
+    }
+    Ok(steps)
+}
+
+pub(super) fn row_max(args: &Args<'_>) -> Result<Vec<Step>, KernelError> {
+    let (leading, count, width) = args.rows_of(0)?;
+    args.expect_floats(&[0])?;
+    args.expect_writes(&[0], leading)?;
+    rows("row_max_f32", count, width, vec![read(0), write(0), long(width)])
+}
+
+pub(super) fn sum_exp_target(args: &Args<'_>, vocab_start: usize, vocab: usize) -> Result<Vec<Step>, KernelError> {
+    let (leading, count, width) = args.rows_of(0)?;
+    args.expect_floats(&[0, 1])?;
+    args.expect_reads(&[1, 2], leading)?;
+    args.expect_writes(&[0, 1], leading)?;
+    let arguments = vec![
+        read(0),
+        read(1),
+        read(2),
+        write(0),
+        write(1),
+        long(count),
+        long(width),
+        long(vocab_start),
+        long(vocab),
+        Arg::ErrorRecord,
+        Arg::LaunchIndex,
+    ];
+    rows("sum_exp_target_f32", count, width, arguments)
+}
+
+pub(super) fn token_loss(args: &Args<'_>, scale: f32) -> Result<Vec<Step>, KernelError> {
+    args.expect_floats(&[0, 1, 2])?;
+    args.expect_reads(&[1, 2], args.read_shape(0))?;
+    args.expect_writes(&[0], &[])?;
+    let tokens = element_count(args.read_shape(0));
+    let accumulate = Arg::I32(i32::from(args.accumulate));
+    let arguments = vec![read(0), read(1), read(2), write(0), long(tokens), Arg::F32(scale), accumulate];
+    Ok(vec![blocks("token_loss", 1, threads_for(tokens, TOKEN_THREADS_MAX), 0, arguments)?])
+}
+
+pub(super) fn cross_entropy_grad(args: &Args<'_>, vocab_start: usize, scale: f32) -> Result<Vec<Step>, KernelError> {
+    let (leading, count, width) = args.rows_of(1)?;
+    args.expect_floats(&[0, 1, 2, 3])?;
+    args.expect_reads(&[0], &[])?;
+    args.expect_reads(&[2, 3, 4], leading)?;
+    args.expect_writes(&[0], args.read_shape(1))?;
+    if width == 0 {
+        return Ok(vec![]);
+    }
+    let inputs = [0, 1, 2, 3, 4].map(read).into_iter();
+    let rest = [write(0), long(width), long(vocab_start), Arg::F32(scale)];
+    rows("cross_entropy_grad_f32", count, width, inputs.chain(rest).collect())
+}

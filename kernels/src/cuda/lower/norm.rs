@@ -1,0 +1,58 @@
+//! Layer norm and its gradient. Imports `lower`, `cuda::step`, `tensor`.
+
+use super::args::Args;
+use super::reduce::{Columns, sum_columns};
+use super::{blocks, long, read, write};
+use crate::cuda::step::{Arg, Place, Step};
+use crate::error::KernelError;
+use crate::tensor::element_count;
+
+/// Threads of a block, whose warps do a row each.
+const ROW_THREADS: usize = 128;
+
+/// A kernel with a warp for each row.
+pub(super) fn warps(function: &'static str, rows: usize, args: Vec<Arg>) -> Result<Step, KernelError> {
+    blocks(function, rows.div_ceil(ROW_THREADS / 32), ROW_THREADS, 0, args)
+}
+
+pub(super) fn layer_norm(args: &Args<'_>, eps: f32) -> Result<Vec<Step>, KernelError> {
+    let (leading, rows, width) = args.rows_of(0)?;
+    args.expect_floats(&[0, 1])?;
+    args.expect_reads(&[1], &[width])?;
+    args.expect_writes(&[0], args.read_shape(0))?;
+    args.expect_writes(&[1, 2], leading)?;
+    if rows == 0 {
+        return Ok(vec![]);
+    }
+    let arguments = vec![read(0), read(1), write(0), write(1), write(2), long(rows), long(width), Arg::F32(eps)];
+    Ok(vec![warps("layer_norm_f32", rows, arguments)?])
+}
+
+/// Floats of the partial sums of dweight.
+pub(super) fn workspace_floats(dy: &[usize]) -> usize {
+    let Some((&width, leading)) = dy.split_last() else { return 0 };
+    Columns::new(element_count(leading), width).workspace_floats(width)
+}
+
+pub(super) fn layer_norm_grad(args: &Args<'_>) -> Result<Vec<Step>, KernelError> {
+    let (leading, rows, width) = args.rows_of(0)?;
+    args.expect_floats(&[0, 1, 2, 3, 4])?;
+    args.expect_reads(&[1], args.read_shape(0))?;
+    args.expect_reads(&[2], &[width])?;
+    args.expect_reads(&[3, 4], leading)?;
+    args.expect_writes(&[0], args.read_shape(0))?;
+    args.expect_writes(&[1], &[width])?;
+    let mut steps = Vec::new();
+    if width == 0 {
+        return Ok(steps);
+    }
+    if rows > 0 {
+        let inputs = [0, 1, 2, 3, 4].map(read).into_iter();
+        let arguments = inputs.chain([write(0), long(rows), long(width)]).collect();
+        steps.push(warps("layer_norm_grad_f32", rows, arguments)?);
+    }
+    let inputs = [0, 1, 3, 4].map(read).to_vec();
+    let sums = sum_columns("layer_norm_grad_weight_f32", inputs, Place::write(1), [rows, width], args.accumulate)?;
+    steps.extend(sums);
+    Ok(steps)
+}

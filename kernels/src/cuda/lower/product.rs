@@ -1,0 +1,101 @@
+//! An einsum as one product of cuBLASLt, whose matrices are column-major: a row-major matrix is the transpose of the
+//! column-major one in the same memory. Imports `lower`, `cuda::step`, `op`.
+
+use super::args::Args;
+use crate::cuda::step::{Element, Epilogue, Matrix, Place, Product, Step};
+use crate::error::KernelError;
+use crate::op::{Einsum, GemmDims};
+
+/// The column-major matrix in the memory of a row-major `[rows, columns]` one, or of its transpose where `transposed`.
+fn stored(place: Place, element: Element, rows: usize, columns: usize, transposed: bool) -> Matrix {
+    let (slow, fast) = if transposed { (columns, rows) } else { (rows, columns) };
+    Matrix { place, element, rows: fast as u64, columns: slow as u64, leading: fast as i64, batch_stride: 0 }
+}
+
+/// `out[m, n] = A[m, k] B[k, n]`, computed as `out' = B' A'` unless `out` is stored transposed.
+pub(super) fn product(dims: GemmDims, element: Element, beta: f32) -> Product {
+    let GemmDims { m, n, k, a_transposed, b_transposed, out_transposed } = dims;
+    let a = stored(Place::read(0), element, m, k, a_transposed);
+    let b = stored(Place::read(1), element, k, n, b_transposed);
+    let d = stored(Place::write(0), element, m, n, out_transposed);
+    let rest = Product {
+        m: m as u64,
+        n: n as u64,
+        k: k as u64,
+        // `a` in column-major is A' unless it is stored transposed.
+        a_transposed: !a_transposed,
+        b_transposed: !b_transposed,
+        a,
+        b,
+        d,
+        batch: 1,
+        alpha: 1.0,
+        beta,
+        epilogue: Epilogue::None,
+    };
+    if out_transposed {
+        return rest;
+    }
+    // The first operand is then B', which is what lies in the memory of a plain B.
+    Product { m: n as u64, n: m as u64, a: b, b: a, a_transposed: b_transposed, b_transposed: a_transposed, ..rest }
+}
+
+pub(super) fn einsum(args: &Args<'_>, einsum: &Einsum) -> Result<Vec<Step>, KernelError> {
+    let (a, b) = (args.read_shape(0), args.read_shape(1));
+    let dims = einsum.gemm_dims(a, b)?;
+    args.expect_writes(&[0], &einsum.output_shape(a, b)?)?;
+    args.expect_floats(&[0, 1])?;
+    let words = dims.m * dims.n;
+    if words == 0 {
+        return Ok(vec![]);
+    }
+    if dims.k == 0 {
+        // A sum of nothing, which cuBLASLt refuses.
+        let zeros = Step::Fill { to: Place::write(0), word: 0, words };
+        return Ok(if args.accumulate { vec![] } else { vec![zeros] });
+    }
+    Ok(vec![Step::Product(product(dims, Element::F32, if args.accumulate { 1.0 } else { 0.0 }))])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Element of `op(matrix)` in column-major memory.
+    fn at(memory: &[f32], matrix: &Matrix, transposed: bool, row: u64, column: u64) -> f32 {
+        let (row, column) = if transposed { (column, row) } else { (row, column) };
+        assert!(row < matrix.rows && column < matrix.columns);
+        memory[(row + column * matrix.leading as u64) as usize]
+    }
+
+    #[test]
+    fn every_way_of_storing_gives_the_same_product() {
+        let (m, n, k) = (2, 3, 4);
+        let a = |i: usize, l: usize| (i * 7 + l * 3) as f32 % 5.0;
+        let b = |l: usize, j: usize| (l * 5 + j * 2) as f32 % 7.0;
+        let lay = |rows: usize, columns: usize, transposed: bool, f: &dyn Fn(usize, usize) -> f32| -> Vec<f32> {
+            let (slow, fast) = if transposed { (columns, rows) } else { (rows, columns) };
+            let places = (0..slow).flat_map(|s| (0..fast).map(move |t| if transposed { (t, s) } else { (s, t) }));
+            places.map(|(row, column)| f(row, column)).collect()
+        };
+        let c = |i: usize, j: usize| (0..k).map(|l| a(i, l) * b(l, j)).sum::<f32>();
+        for case in 0..8 {
+            let [a_transposed, b_transposed, out_transposed] = [1, 2, 4].map(|bit| case & bit != 0);
+            let product = product(GemmDims { m, n, k, a_transposed, b_transposed, out_transposed }, Element::F32, 0.0);
+            let memory = [lay(m, k, a_transposed, &a), lay(k, n, b_transposed, &b)];
+            let of = |matrix: &Matrix| &memory[usize::from(matrix.place == Place::read(1))][..];
+            let mut d = vec![f32::NAN; m * n];
+            for column in 0..product.n {
+                for row in 0..product.m {
+                    let term = |l| {
+                        at(of(&product.a), &product.a, product.a_transposed, row, l)
+                            * at(of(&product.b), &product.b, product.b_transposed, l, column)
+                    };
+                    d[(row + column * product.d.leading as u64) as usize] = (0..product.k).map(term).sum();
+                }
+            }
+            assert_eq!((product.d.rows, product.d.columns), (product.m, product.n));
+            assert_eq!(d, lay(m, n, out_transposed, &c), "case {case}");
+        }
+    }
+}

@@ -1,0 +1,181 @@
+//! Sums over rows and over everything. How a sum is cut into parts follows from the shape alone.
+//! Imports `lower`, `cuda::step`, `tensor`.
+
+use super::args::Args;
+use super::{PACK, THREADS, blocks, long, read, write};
+use crate::cuda::step::{Arg, Kernel, Place, Step};
+use crate::error::KernelError;
+use crate::tensor::{DType, element_count};
+
+/// Blocks that fill a device several times over.
+const BLOCKS: usize = 512;
+
+/// Threads of a block that are side by side in a row: 512 bytes of it.
+const COLUMN_THREADS: usize = 32;
+
+/// Rows that make a thread worth its while.
+const ROWS_PER_THREAD: usize = 4;
+
+/// Elements that make a block of a sum of squares worth its while.
+const SQUARES_PER_BLOCK: usize = 64 * THREADS;
+
+/// Parts of a sum of squares at most: what one block adds up at once.
+const SQUARES_PARTS_MAX: usize = 4 * THREADS;
+
+/// How `rows` rows of `width` columns are summed.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) struct Columns {
+    /// Blocks side by side.
+    columns: usize,
+    /// Blocks behind one another; more than one leave their sums to a second pass.
+    pub(super) parts: usize,
+    rows_per_part: usize,
+    /// Threads in x and y.
+    threads: [usize; 2],
+}
+
+impl Columns {
+    pub(super) fn new(rows: usize, width: usize) -> Self {
+        let packs = width.div_ceil(PACK).max(1);
+        let x = packs.next_power_of_two().min(COLUMN_THREADS);
+        let (y, columns) = (THREADS / x, packs.div_ceil(x));
+        let parts = rows.div_ceil(y * ROWS_PER_THREAD).min(BLOCKS / columns).max(1);
+        let rows_per_part = rows.div_ceil(parts).max(1);
+        Self { columns, parts: rows.div_ceil(rows_per_part).max(1), rows_per_part, threads: [x, y] }
+    }
+
+    /// Floats that a sum in parts leaves for its second pass.
+    pub(super) fn workspace_floats(&self, width: usize) -> usize {
+        if self.parts > 1 { self.parts * width } else { 0 }
+    }
+
+    /// One pass: `arguments`, then the output, rows, width, rows of a part, and whether to add to the output.
+    fn pass(&self, function: &'static str, mut arguments: Vec<Arg>, rest: [Arg; 5]) -> Result<Step, KernelError> {
+        arguments.extend(rest);
+        let [x, y] = self.threads.map(|threads| threads as u32);
+        let Step::Kernel(kernel) = blocks(function, self.columns, THREADS, 0, arguments)? else { unreachable!() };
+        // At most BLOCKS of them.
+        Ok(Step::Kernel(Kernel { grid: [kernel.grid[0], self.parts as u32, 1], block: [x, y, 1], ..kernel }))
+    }
+}
+
+/// Sums of columns into `out`, in one pass or two.
+pub(super) fn sum_columns(
+    function: &'static str,
+    inputs: Vec<Arg>,
+    out: Place,
+    [rows, width]: [usize; 2],
+    accumulate: bool,
+) -> Result<Vec<Step>, KernelError> {
+    let first = Columns::new(rows, width);
+    let accumulate = Arg::I32(i32::from(accumulate));
+    let rest = |out, rows, of: &Columns, accumulate| {
+        [Arg::Pointer(out), long(rows), long(width), long(of.rows_per_part), accumulate]
+    };
+    if first.parts == 1 {
+        return Ok(vec![first.pass(function, inputs, rest(out, rows, &first, accumulate))?]);
+    }
+    let partial = Place::workspace(0);
+    let second = Columns { parts: 1, rows_per_part: first.parts, ..first };
+    Ok(vec![
+        first.pass(function, inputs, rest(partial, rows, &first, Arg::I32(0)))?,
+        second.pass("sum_leading_f32", vec![Arg::Pointer(partial)], rest(out, first.parts, &second, accumulate))?,
+    ])
+}
+
+/// What [`Columns::workspace_floats`] is at most, whatever the width.
+pub(super) fn sum_workspace_floats(elements: usize) -> usize {
+    // Fewer rows than this are one part.
+    if elements <= THREADS / COLUMN_THREADS * ROWS_PER_THREAD {
+        return 0;
+    }
+    elements.min(BLOCKS * COLUMN_THREADS * PACK)
+}
+
+pub(super) fn sum_leading(args: &Args<'_>) -> Result<Vec<Step>, KernelError> {
+    let (x, y) = (args.read_shape(0), args.write_shape(0));
+    if !x.ends_with(y) {
+        return Err(args.refused("shape of write 0", format!("a suffix of {x:?}"), format!("{y:?}")));
+    }
+    args.expect_floats(&[0])?;
+    let (rows, width) = (element_count(&x[..x.len() - y.len()]), element_count(y));
+    if width == 0 {
+        return Ok(vec![]);
+    }
+    sum_columns("sum_leading_f32", vec![read(0)], Place::write(0), [rows, width], args.accumulate)
+}
+
+/// Parts of a sum of squares, and elements of each.
+fn squares_parts(n: usize) -> (usize, usize) {
+    let parts = n.div_ceil(SQUARES_PER_BLOCK).clamp(1, SQUARES_PARTS_MAX);
+    // Whole 16 bytes, of bf16 too.
+    let per_part = n.div_ceil(parts).next_multiple_of(2 * PACK).max(2 * PACK);
+    (n.div_ceil(per_part).max(1), per_part)
+}
+
+/// Two floats for each part's double.
+pub(super) fn squares_workspace_floats(n: usize) -> usize {
+    let (parts, _) = squares_parts(n);
+    if parts > 1 { 2 * parts } else { 0 }
+}
+
+pub(super) fn sum_squares(args: &Args<'_>, index: usize) -> Result<Vec<Step>, KernelError> {
+    args.expect_floats(&[0])?;
+    let out = args.write_shape(0);
+    if out.len() != 1 || index >= out[0] {
+        return Err(args.refused("shape of write 0", format!("[n] with n > {index}"), format!("{out:?}")));
+    }
+    let n = element_count(args.read_shape(0));
+    if n == 0 {
+        return Ok(vec![]);
+    }
+    let out = Arg::Pointer(Place { offset_bytes: index * DType::F32.bytes(), ..Place::write(0) });
+    let (parts, per_part) = squares_parts(n);
+    if parts == 1 {
+        let arguments = vec![read(0), Arg::Null, out, long(n), long(per_part)];
+        return Ok(vec![blocks("sum_squares_f32", 1, THREADS, 0, arguments)?]);
+    }
+    let partial = Arg::Pointer(Place::workspace(0));
+    let arguments = vec![read(0), partial, Arg::Null, long(n), long(per_part)];
+    Ok(vec![
+        blocks("sum_squares_f32", parts, THREADS, 0, arguments)?,
+        blocks("add_partial_sums", 1, THREADS, 0, vec![partial, out, long(parts)])?,
+    ])
+}
+
+pub(super) fn clip_scale(args: &Args<'_>, max_norm: f32) -> Result<Vec<Step>, KernelError> {
+    args.expect_floats(&[0])?;
+    args.expect_writes(&[0, 1], &[])?;
+    let n = element_count(args.read_shape(0));
+    let arguments = vec![read(0), write(0), write(1), long(n), Arg::F32(max_norm)];
+    Ok(vec![blocks("clip_scale", 1, THREADS, 0, arguments)?])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn parts_cover_all_rows_and_their_sums_fit_the_workspace() {
+        for rows in (0..70).chain([127, 1000, 1023, 8192, 1 << 20, (1 << 31) + 7]) {
+            for width in [1, 3, 4, 5, 127, 128, 129, 768, 3072, 50_257, 1 << 22] {
+                let columns = Columns::new(rows, width);
+                let Columns { columns: across, parts, rows_per_part, threads: [x, y] } = columns;
+                assert!(across * x * PACK >= width && (across - 1) * x * PACK < width, "{columns:?}");
+                assert!(parts * rows_per_part >= rows && (parts - 1) * rows_per_part < rows.max(1), "{columns:?}");
+                assert!(x * y == THREADS && y.is_power_of_two() && parts <= BLOCKS);
+                let needed = columns.workspace_floats(width);
+                assert!(needed <= sum_workspace_floats(rows * width), "{rows} {width} {columns:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn parts_of_squares_cover_all_elements() {
+        for n in (1..100).chain([16_384, 16_385, 70_003, 1 << 24, (1 << 40) + 1]) {
+            let (parts, per_part) = squares_parts(n);
+            assert!(parts * per_part >= n && (parts - 1) * per_part < n && per_part.is_multiple_of(8), "{n}");
+            assert!(parts <= SQUARES_PARTS_MAX);
+        }
+    }
+}

@@ -1,0 +1,237 @@
+//! What works on boxes of larger tensors: as few dims as describe them, in kernels for up to four.
+//! Imports `lower`, `cuda::step`, `region`, `tensor`.
+
+use super::args::Args;
+use super::{PACK, THREADS, blocks, long, read, threads};
+use crate::cuda::step::{Arg, Operand, Place, Step};
+use crate::error::KernelError;
+use crate::op::{Launch, Op};
+use crate::region::check_inside;
+use crate::tensor::{DType, Region, element_count};
+
+/// Dims that a kernel takes; the outermost of more are a launch for each index.
+const DIMS: usize = 4;
+
+/// Elements that a thread of the search for numbers that are not finite looks at.
+const COUNTED_PER_THREAD: usize = 16;
+
+/// One dim of a box that lies in two tensors.
+#[derive(Clone, Copy, Debug, PartialEq)]
+struct Dim {
+    size: usize,
+    /// Elements from one index to the next, in each tensor.
+    steps: [usize; 2],
+}
+
+/// Elements from one index to the next in each dim of a row-major tensor.
+fn steps(shape: &[usize]) -> Vec<usize> {
+    (0..shape.len()).map(|d| shape[d + 1..].iter().product()).collect()
+}
+
+/// Place of an index.
+fn place(shape: &[usize], index: &[usize]) -> usize {
+    steps(shape).iter().zip(index).map(|(step, index)| step * index).sum()
+}
+
+/// The dims of a box of `size` in two tensors, those that follow on one another joined; at least one, the last of which
+/// has adjacent elements.
+fn join_dims(size: &[usize], shapes: [&[usize]; 2]) -> Vec<Dim> {
+    let [a, b] = shapes.map(steps);
+    let mut dims: Vec<Dim> = Vec::new();
+    for d in 0..size.len() {
+        let dim = Dim { size: size[d], steps: [a[d], b[d]] };
+        match dims.last_mut() {
+            _ if dim.size == 1 => {}
+            Some(outer) if outer.steps == dim.steps.map(|step| step * dim.size) => {
+                *outer = Dim { size: outer.size * dim.size, steps: dim.steps };
+            }
+            _ => dims.push(dim),
+        }
+    }
+    if dims.last().is_none_or(|dim| dim.steps != [1, 1]) {
+        dims.push(Dim { size: 1, steps: [1, 1] });
+    }
+    dims
+}
+
+/// Calls `run(offsets in both tensors, dims)` with four dims, for each index of the dims before them.
+fn for_each_box(
+    dims: &[Dim],
+    mut run: impl FnMut([usize; 2], [Dim; DIMS]) -> Result<(), KernelError>,
+) -> Result<(), KernelError> {
+    let (outer, inner) = dims.split_at(dims.len().saturating_sub(DIMS));
+    let mut last = [Dim { size: 1, steps: [0, 0] }; DIMS];
+    last[DIMS - inner.len()..].copy_from_slice(inner);
+    let count: usize = outer.iter().map(|dim| dim.size).product();
+    for mut index in 0..count {
+        let mut offsets = [0, 0];
+        for dim in outer.iter().rev() {
+            offsets = [0, 1].map(|t| offsets[t] + index % dim.size * dim.steps[t]);
+            index /= dim.size;
+        }
+        run(offsets, last)?;
+    }
+    Ok(())
+}
+
+/// A box's number of elements and sizes, as kernels take them, in units of `unit` elements.
+fn sizes(dims: &[Dim; DIMS], unit: usize) -> [usize; DIMS] {
+    let count: usize = dims.iter().map(|dim| dim.size).product();
+    [count / unit, dims[1].size, dims[2].size, dims[3].size / unit]
+}
+
+fn size_args(dims: &[Dim; DIMS], unit: usize) -> impl Iterator<Item = Arg> {
+    let [count, sizes @ ..] = sizes(dims, unit);
+    std::iter::once(long(count)).chain(sizes.map(|size| Arg::U64(size as u64)))
+}
+
+fn step_args(dims: &[Dim; DIMS], tensor: usize, unit: usize) -> impl Iterator<Item = Arg> {
+    dims[..DIMS - 1].iter().map(move |dim| Arg::U64((dim.steps[tensor] / unit) as u64))
+}
+
+pub(super) fn copy_region(args: &Args<'_>, src: &Region, dst: &Region) -> Result<Vec<Step>, KernelError> {
+    let (from, to) = (args.read_shape(0), args.write_shape(0));
+    check_inside("copy_region", "src", src, from)?;
+    check_inside("copy_region", "dst", dst, to)?;
+    if src.size != dst.size {
+        return Err(args.refused("size of dst", format!("{:?}", src.size), format!("{:?}", dst.size)));
+    }
+    args.expect_same_dtype(0)?;
+    if args.accumulate && args.write_dtype(0) == DType::I32 {
+        return Err(args.refused("accumulate", "floats", "integers"));
+    }
+    if src.is_empty() {
+        return Ok(vec![]);
+    }
+    let starts = [place(from, &src.start), place(to, &dst.start)];
+    let bytes = args.write_dtype(0).bytes();
+    let mut steps = Vec::new();
+    for_each_box(&join_dims(&src.size, [from, to]), |offsets, dims| {
+        let offsets = [0, 1].map(|t| starts[t] + offsets[t]);
+        let from = Place { operand: Operand::Read(0), offset_bytes: offsets[0] * bytes };
+        let to = Place { operand: Operand::Write(0), offset_bytes: offsets[1] * bytes };
+        let [count, ..] = sizes(&dims, 1);
+        if count == dims[DIMS - 1].size {
+            steps.push(if args.accumulate {
+                let arguments = vec![Arg::Pointer(from), Arg::Pointer(to), long(count)];
+                threads("add_to_f32", count.div_ceil(PACK), arguments)?
+            } else {
+                Step::Copy { from, to, bytes: count * bytes }
+            });
+            return Ok(());
+        }
+        let outer_steps = dims[..DIMS - 1].iter().flat_map(|dim| dim.steps);
+        let packs = outer_steps.chain(offsets).chain([dims[DIMS - 1].size]).all(|n| n.is_multiple_of(PACK));
+        let (function, unit) = match (args.accumulate, packs) {
+            (false, false) => ("copy_region_words", 1),
+            (false, true) => ("copy_region_packs", PACK),
+            (true, false) => ("add_region_words", 1),
+            (true, true) => ("add_region_packs", PACK),
+        };
+        let mut arguments = vec![Arg::Pointer(from), Arg::Pointer(to)];
+        arguments.extend(size_args(&dims, unit));
+        arguments.extend(step_args(&dims, 0, unit));
+        arguments.extend(step_args(&dims, 1, unit));
+        steps.push(threads(function, count / unit, arguments)?);
+        Ok(())
+    })?;
+    Ok(steps)
+}
+
+pub(super) fn dropout(
+    args: &Args<'_>,
+    p: f32,
+    seed: u64,
+    shape: &[usize],
+    start: &[usize],
+) -> Result<Vec<Step>, KernelError> {
+    let local = args.read_shape(0);
+    args.expect_floats(&[0])?;
+    args.expect_writes(&[0], local)?;
+    args.expect_reads(&[1], &[2])?;
+    check_inside("dropout", "x in the whole tensor", &Region { start: start.to_vec(), size: local.to_vec() }, shape)?;
+    if !(0.0..=1.0).contains(&p) {
+        return Err(args.refused("p", "0 to 1", p.to_string()));
+    }
+    if element_count(local) == 0 {
+        return Ok(vec![]);
+    }
+    // As on the CPU: at p = 1 the threshold is past every number, and the factor is 0 for the one that a u32 cannot tell.
+    let threshold = (f64::from(p) * 4_294_967_296.0).min(f64::from(u32::MAX)) as u32;
+    let kept = if p < 1.0 { 1.0 / (1.0 - p) } else { 0.0 };
+    let row: usize = shape.iter().skip(1).product();
+    let first = place(shape, start);
+    let mut steps = Vec::new();
+    for_each_box(&join_dims(local, [local, shape]), |[here, there], dims| {
+        let offset_bytes = here * DType::F32.bytes();
+        let at = |operand| Arg::Pointer(Place { operand, offset_bytes });
+        let mut arguments = vec![at(Operand::Read(0)), read(1), at(Operand::Write(0))];
+        arguments.extend(size_args(&dims, 1));
+        arguments.extend(step_args(&dims, 1, 1));
+        arguments.extend([(first + there) as u64, row as u64, seed].map(Arg::U64));
+        arguments.extend([Arg::U32(threshold), Arg::F32(kept)]);
+        let [count, ..] = sizes(&dims, 1);
+        steps.push(threads("dropout_f32", count.div_ceil(PACK), arguments)?);
+        Ok(())
+    })?;
+    Ok(steps)
+}
+
+/// The steps that count what is not finite in write `i`, or in the box of it that the launch wrote.
+pub(super) fn count_not_finite(launch: &Launch, i: usize) -> Result<impl Iterator<Item = Step> + use<>, KernelError> {
+    let shape = &launch.writes[i].shape[..];
+    let written = match &launch.op {
+        // Around the box is what was there before.
+        Op::CopyRegion { dst, .. } => dst.clone(),
+        _ => Region::whole(shape),
+    };
+    let mut steps = Vec::new();
+    if !written.is_empty() {
+        let first = place(shape, &written.start);
+        // The largest of no numbers is minus infinity.
+        let minus_infinity = i32::from(matches!(launch.op, Op::RowMax));
+        for_each_box(&join_dims(&written.size, [&written.size, shape]), |[_, there], dims| {
+            let offset_bytes = (first + there) * DType::F32.bytes();
+            let mut arguments = vec![Arg::Pointer(Place { operand: Operand::Write(i), offset_bytes }), Arg::Counter];
+            arguments.extend(size_args(&dims, 1));
+            arguments.extend(step_args(&dims, 1, 1));
+            arguments.push(Arg::I32(minus_infinity));
+            let [count, ..] = sizes(&dims, 1);
+            let grid = count.div_ceil(THREADS * COUNTED_PER_THREAD);
+            steps.push(blocks("count_not_finite_f32", grid, THREADS, 0, arguments)?);
+            Ok(())
+        })?;
+    }
+    Ok(steps.into_iter())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn dim(size: usize, a: usize, b: usize) -> Dim {
+        Dim { size, steps: [a, b] }
+    }
+
+    #[test]
+    fn dims_that_follow_on_one_another_are_one() {
+        assert_eq!(join_dims(&[3, 4], [&[5, 7], &[6, 4]]), [dim(3, 7, 4), dim(4, 1, 1)]);
+        assert_eq!(join_dims(&[3, 7], [&[5, 7], &[4, 7]]), [dim(21, 1, 1)]);
+        assert_eq!(join_dims(&[2, 2, 1], [&[2, 3, 4], &[2, 2, 2]]), [dim(2, 12, 4), dim(2, 4, 2), dim(1, 1, 1)]);
+        assert_eq!(join_dims(&[], [&[], &[]]), [dim(1, 1, 1)]);
+        assert_eq!(join_dims(&[1, 1], [&[3, 3], &[1, 1]]), [dim(1, 1, 1)]);
+    }
+
+    #[test]
+    fn more_dims_than_four_are_several_boxes() {
+        let dims = join_dims(&[2, 2, 2, 2, 2, 2], [&[3; 6], &[4; 6]]);
+        let mut offsets = Vec::new();
+        let collected = for_each_box(&dims, |at, inner| {
+            assert_eq!(inner.map(|dim| dim.size), [2; 4]);
+            offsets.push(at);
+            Ok(())
+        });
+        assert_eq!(collected, Ok(()));
+        assert_eq!(offsets, [[0, 0], [81, 256], [243, 1024], [324, 1280]]);
+    }
+}

@@ -1,0 +1,168 @@
+//! What every lowered launch must be: kernels that exist, called with what they take, in grids that the driver takes.
+
+use super::*;
+use crate::cuda::source::MODULES;
+use crate::cuda::step::{Operand, SHARED_BYTES_DEFAULT};
+use crate::op::{Buffer, Einsum};
+use crate::tensor::Region;
+
+/// A launch on buffers of these shapes; reads named in `ints` are integers.
+fn launch(op: Op, reads: &[&[usize]], ints: &[usize], writes: &[&[usize]]) -> Launch {
+    let mut offset = 0;
+    let mut buffer = |shape: &[usize], dtype| {
+        offset += 64;
+        Buffer { base: 0, offset, shape: shape.to_vec(), dtype }
+    };
+    let floats = workspace_bytes(&op, reads) / 4;
+    let dtype = |i| if ints.contains(&i) { DType::I32 } else { DType::F32 };
+    let reads = reads.iter().enumerate().map(|(i, shape)| buffer(shape, dtype(i))).collect();
+    let writes = writes.iter().map(|shape| buffer(shape, DType::F32)).collect();
+    let workspace = (floats > 0).then(|| buffer(&[floats], DType::F32));
+    Launch { op, reads, writes, accumulate: false, workspace }
+}
+
+/// A launch of each op on `rows` rows of `width` elements; attention has heads of that depth.
+fn launches(rows: usize, width: usize) -> Vec<Launch> {
+    let (x, row, line): (&[usize], &[usize], &[usize]) = (&[1, rows, width], &[1, rows], &[width]);
+    let (heads, lse): (&[usize], &[usize]) = (&[2, rows, 3, width], &[2, 3, rows]);
+    let (src, dst) = (Region::whole(x), Region { start: vec![1, 2, 3], size: x.to_vec() });
+    let larger: &[usize] = &[3, rows + 2, width + 5];
+    let product = |text: &str| Op::Einsum(Einsum::parse(text).expect("an einsum"));
+    let adamw = Op::AdamW { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1 };
+    let dropout = |start: &[usize]| Op::Dropout { p: 0.1, seed: 1, shape: larger.to_vec(), start: start.to_vec() };
+    vec![
+        launch(Op::Fill { value: 1.0 }, &[], &[], &[x]),
+        launch(Op::Copy, &[x], &[], &[x]),
+        launch(Op::CopyRegion { src, dst }, &[x], &[], &[larger]),
+        launch(Op::Add, &[x, x], &[], &[x]),
+        launch(Op::Add, &[x, line], &[], &[x]),
+        launch(Op::SumLeading, &[x], &[], &[line]),
+        launch(Op::SumLeading, &[x], &[], &[&[]]),
+        launch(Op::Scale { factor: 2.0 }, &[x], &[], &[x]),
+        launch(product("btc,cd->btd"), &[x, &[width, 7]], &[], &[&[1, rows, 7]]),
+        launch(Op::Embedding { vocab_start: 0, vocab: 9 }, &[row, &[9, width]], &[0], &[x]),
+        launch(Op::EmbeddingGrad { vocab_start: 0 }, &[row, x], &[0], &[&[9, width]]),
+        launch(Op::LayerNorm { eps: 1e-5 }, &[x, line], &[], &[x, row, row]),
+        launch(Op::LayerNormGrad, &[x, x, line, row, row], &[], &[x, line]),
+        launch(Op::Gelu, &[x], &[], &[x]),
+        launch(Op::GeluGrad, &[x, x], &[], &[x]),
+        launch(Op::Attention { scale: 0.1 }, &[heads; 3], &[], &[heads, lse]),
+        launch(Op::AttentionGrad { scale: 0.1 }, &[heads, heads, heads, heads, heads, lse], &[], &[heads; 3]),
+        launch(Op::RowMax, &[x], &[], &[row]),
+        launch(Op::SumExpTarget { vocab_start: 0, vocab: 9 }, &[x, row, row], &[2], &[row, row]),
+        launch(Op::TokenLoss { scale: 0.1 }, &[row; 3], &[], &[&[]]),
+        launch(Op::CrossEntropyGrad { vocab_start: 0, scale: 0.1 }, &[&[], x, row, row, row], &[4], &[x]),
+        launch(dropout(&[1, 2, 3]), &[x, &[2]], &[1], &[x]),
+        launch(Op::SumSquares { index: 1 }, &[x], &[], &[&[2]]),
+        launch(Op::ClipScale { max_norm: 1.0 }, &[row], &[], &[&[], &[]]),
+        launch(adamw, &[x, &[2], &[]], &[], &[x; 3]),
+    ]
+}
+
+/// The types of a kernel's parameters, from its text.
+fn parameters(function: &str) -> Vec<String> {
+    let head = format!(" {function}(");
+    let definitions: Vec<&str> =
+        MODULES.iter().filter_map(|module| module.text.split_once(&head)).map(|(_, after)| after).collect();
+    assert_eq!(definitions.len(), 1, "{function} is defined {} times", definitions.len());
+    let list = definitions[0].split_once(')').expect("a list of parameters").0;
+    let type_of = |parameter: &str| {
+        let words: Vec<&str> = parameter.split_whitespace().collect();
+        words[..words.len() - 1].join(" ")
+    };
+    list.split(',').map(type_of).collect()
+}
+
+fn fits(arg: &Arg, parameter: &str) -> bool {
+    match arg {
+        Arg::Pointer(place) => {
+            parameter.ends_with('*') && (parameter.starts_with("const ") || may_write(place.operand))
+        }
+        Arg::Null => parameter.ends_with('*'),
+        Arg::ErrorRecord => parameter == "u32*",
+        Arg::Counter => parameter == "u64*",
+        Arg::LaunchIndex | Arg::U32(_) => parameter == "u32",
+        Arg::I32(_) => parameter == "int",
+        Arg::I64(_) => parameter == "i64",
+        Arg::U64(_) => parameter == "u64",
+        Arg::F32(_) => parameter == "float",
+        Arg::F64(_) => parameter == "double",
+    }
+}
+
+fn may_write(operand: Operand) -> bool {
+    !matches!(operand, Operand::Read(_))
+}
+
+fn check(name: &str, step: &Step) {
+    let Step::Kernel(kernel) = step else { return };
+    let parameters = parameters(kernel.function);
+    assert_eq!(kernel.args.len(), parameters.len(), "{name}: {kernel:?} takes {parameters:?}");
+    for (arg, parameter) in kernel.args.iter().zip(&parameters) {
+        assert!(fits(arg, parameter), "{name}: {arg:?} of {} for {parameter}", kernel.function);
+    }
+    let [x, y, z] = kernel.grid;
+    assert!((1..=i32::MAX as u32).contains(&x) && (1..=65_535).contains(&y) && z == 1, "{name}: {kernel:?}");
+    let threads: u32 = kernel.block.iter().product();
+    assert!(threads.is_multiple_of(32) && threads <= 1024, "{name}: {kernel:?}");
+    let tiled = kernel.function.starts_with("attention");
+    // What an sm_80 has for one block, less what the driver keeps.
+    let shared_max = if tiled { 163 * 1024 } else { SHARED_BYTES_DEFAULT };
+    assert!(kernel.shared_bytes <= shared_max, "{name}: {kernel:?}");
+}
+
+#[test]
+fn steps_are_what_their_kernels_take() {
+    for rows in [0, 1, 3, 65, 1000, 1 << 20] {
+        for width in [0, 1, 5, 32, 64, 80, 128, 129, 768, 50_257] {
+            for launch in launches(rows, width) {
+                let name = format!("{} of {rows} by {width}", launch.op.name());
+                for accumulate in [false, true] {
+                    if accumulate && launch.op.can_accumulate().is_none() {
+                        continue;
+                    }
+                    let steps = lower(&launch, accumulate).unwrap_or_else(|error| panic!("{name}: {error}"));
+                    steps.iter().for_each(|step| check(&name, step));
+                }
+                let counts = count_not_finite(&launch).unwrap_or_else(|error| panic!("{name}: {error}"));
+                counts.iter().for_each(|(_, step)| check(&name, step));
+            }
+            for gradient in [false, true] {
+                let steps = attention_steps(Element::Bf16, [2, rows, 3, width], 0.1, gradient).expect("steps");
+                steps.iter().for_each(|step| check("attention in bf16", step));
+            }
+        }
+    }
+}
+
+#[test]
+fn elements_past_what_32_bits_count_are_covered() {
+    let n = (1 << 33) + 3;
+    let steps = lower(&launch(Op::Gelu, &[&[n]], &[], &[&[n]]), false).expect("steps");
+    let [Step::Kernel(kernel)] = &steps[..] else { panic!("{steps:?}") };
+    assert!(u64::from(kernel.grid[0]) * 256 * 4 >= n as u64);
+    // More blocks than a grid has are refused, not cut off.
+    let n = 1 << 44;
+    let error = lower(&launch(Op::Gelu, &[&[n]], &[], &[&[n]]), false).expect_err("too large");
+    assert_eq!(error.to_string(), "gelu_f32: blocks: expected at most 2147483647, got 17179869184");
+}
+
+#[test]
+fn launches_that_do_not_fit_are_refused() {
+    let refused = |launch: &Launch, accumulate| lower(launch, accumulate).expect_err("refused").to_string();
+    let gelu = |reads: &[&[usize]], writes: &[&[usize]]| launch(Op::Gelu, reads, &[], writes);
+    assert_eq!(refused(&gelu(&[&[2]], &[]), false), "gelu: buffers: expected 1 read, 1 written, got 1 read, 0 written");
+    assert_eq!(
+        refused(&gelu(&[&[2]], &[&[3]]), false),
+        "gelu: elements of write 0: expected as many as [2], got [3], 3"
+    );
+    assert_eq!(
+        refused(&gelu(&[&[2]], &[&[2]]), true),
+        "gelu: accumulate: expected an op that can accumulate, got gelu"
+    );
+    let ids = launch(Op::Gelu, &[&[2]], &[0], &[&[2]]);
+    assert_eq!(refused(&ids, false), "gelu: dtype of read 0: expected F32, got I32");
+    let mut grad = launch(Op::LayerNormGrad, &[&[900, 8], &[900, 8], &[8], &[900], &[900]], &[], &[&[900, 8], &[8]]);
+    grad.workspace = None;
+    assert_eq!(refused(&grad, false), "layer_norm_grad: workspace: expected 64 bytes, got 0 bytes");
+}

@@ -1,0 +1,170 @@
+//! Programs whose launches were turned to steps, once, with kernels found and parameters laid out: what is left at a
+//! submission is to put addresses in. Imports `cuda::lower`, `cuda::step`, `cuda::module`, `op`.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use super::gpu::Gpu;
+use super::lane::{Geometry, PARAMETERS_MAX};
+use super::lower;
+use super::module::Function;
+use super::step::{Arg, Operand, Place, Product, Step};
+use crate::bound::Bound;
+use crate::error::KernelError;
+use crate::op::{Launch, Op, Program};
+
+/// Programs that one stream keeps; far more than an actor has. Beyond that all are forgotten, and lowered again.
+const PROGRAMS_MAX: usize = 1024;
+
+/// One stream's programs.
+#[derive(Debug, Default)]
+pub(crate) struct Cache {
+    /// By address of the program, which is kept so that no other comes to lie there; for first and repeated submissions.
+    programs: HashMap<usize, Known>,
+}
+
+#[derive(Debug)]
+struct Known {
+    program: Arc<Program>,
+    lowered: [Option<Arc<Lowered>>; 2],
+}
+
+/// A program, for submissions that repeat or for those that do not.
+#[derive(Debug)]
+pub(crate) struct Lowered {
+    /// By launch; a launch that cannot be lowered fails when the program comes to it.
+    pub(crate) launches: Vec<Result<Kind, KernelError>>,
+    /// Whether any kernel writes the stream's record.
+    pub(crate) uses_record: bool,
+    /// Whether there are collectives.
+    pub(crate) calls: bool,
+}
+
+/// How a launch is run.
+#[derive(Debug)]
+pub(crate) enum Kind {
+    /// By these steps.
+    Steps(Vec<Ready>),
+    /// By the engine.
+    Collective,
+    /// By the host.
+    Custom,
+}
+
+/// A step that only lacks its addresses.
+#[derive(Debug)]
+pub(crate) enum Ready {
+    Kernel { function: Function, how: Geometry, parameters: Vec<Parameter> },
+    Product(Box<Product>),
+    Copy { from: Place, to: Place, bytes: usize },
+    Fill { to: Place, word: u32, words: usize },
+}
+
+/// One parameter of a kernel.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) enum Parameter {
+    Address(Place),
+    Record,
+    LaunchIndex,
+    /// As it is: the low bytes count.
+    Bits(u64),
+}
+
+impl Cache {
+    /// The program's steps.
+    pub(crate) fn get(&mut self, program: &Arc<Program>, repeat: bool, gpu: &Gpu) -> Arc<Lowered> {
+        let key = Arc::as_ptr(program).addr();
+        if self.programs.len() >= PROGRAMS_MAX && !self.programs.contains_key(&key) {
+            self.programs.clear();
+        }
+        let new = || Known { program: program.clone(), lowered: [None, None] };
+        let Known { program, lowered } = self.programs.entry(key).or_insert_with(new);
+        lowered[usize::from(repeat)].get_or_insert_with(|| Arc::new(Lowered::of(program, repeat, gpu))).clone()
+    }
+}
+
+impl Lowered {
+    fn of(program: &Program, repeat: bool, gpu: &Gpu) -> Self {
+        let launches: Vec<_> = program.launches.iter().map(|launch| kind(launch, repeat, gpu)).collect();
+        let records = |kind: &Result<Kind, KernelError>| match kind {
+            Ok(Kind::Steps(steps)) => steps.iter().any(|step| match step {
+                Ready::Kernel { parameters, .. } => parameters.contains(&Parameter::Record),
+                _ => false,
+            }),
+            _ => false,
+        };
+        let uses_record = launches.iter().any(records);
+        let calls = program.launches.iter().any(|launch| matches!(launch.op, Op::Collective(_)));
+        Self { launches, uses_record, calls }
+    }
+}
+
+fn kind(launch: &Launch, repeat: bool, gpu: &Gpu) -> Result<Kind, KernelError> {
+    match launch.op {
+        Op::Collective(_) => Ok(Kind::Collective),
+        Op::Custom(_) => Ok(Kind::Custom),
+        _ => {
+            let steps = lower::lower(launch, repeat)?;
+            Ok(Kind::Steps(steps.into_iter().map(|step| ready(step, gpu)).collect::<Result<_, _>>()?))
+        }
+    }
+}
+
+fn ready(step: Step, gpu: &Gpu) -> Result<Ready, KernelError> {
+    Ok(match step {
+        Step::Kernel(kernel) => {
+            let function = gpu.modules().function(kernel.function, kernel.shared_bytes)?;
+            let how = Geometry { grid: kernel.grid, block: kernel.block, shared_bytes: kernel.shared_bytes };
+            if kernel.args.len() > PARAMETERS_MAX {
+                let got = kernel.args.len().to_string();
+                let expected = format!("at most {PARAMETERS_MAX}");
+                return Err(KernelError::arguments(kernel.function, "parameters", expected, got));
+            }
+            Ready::Kernel { function, how, parameters: kernel.args.iter().map(parameter).collect() }
+        }
+        Step::Product(product) => Ready::Product(Box::new(product)),
+        Step::Copy { from, to, bytes } => Ready::Copy { from, to, bytes },
+        Step::Fill { to, word, words } => Ready::Fill { to, word, words },
+    })
+}
+
+fn parameter(arg: &Arg) -> Parameter {
+    match *arg {
+        Arg::Pointer(place) => Parameter::Address(place),
+        Arg::ErrorRecord => Parameter::Record,
+        Arg::LaunchIndex => Parameter::LaunchIndex,
+        // Only steps that look for what is not finite have a counter, and those are not lowered here.
+        ref other => Parameter::Bits(other.bits().unwrap_or(0)),
+    }
+}
+
+/// The address of a place of a bound launch, all of whose buffers lie on the device.
+pub(crate) fn address(bound: &Bound<'_>, place: Place) -> Result<u64, KernelError> {
+    let view = match place.operand {
+        Operand::Read(i) => bound.reads.get(i),
+        Operand::Write(i) => bound.writes.get(i),
+        Operand::Workspace => bound.workspace.as_ref(),
+    };
+    let missing = || KernelError::arguments(bound.name, "step", "a buffer of the launch", format!("{place:?}"));
+    let view = view.ok_or_else(missing)?;
+    let memory = view.arena().device_memory().ok_or_else(missing)?;
+    Ok(memory.address() + (view.offset() + place.offset_bytes) as u64)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn parameters_are_the_low_bytes_of_words() {
+        let bits = |arg| match parameter(&arg) {
+            Parameter::Bits(bits) => bits,
+            other => panic!("{other:?}"),
+        };
+        assert_eq!(bits(Arg::I32(-2)), 0xffff_fffe);
+        assert_eq!(bits(Arg::I64(-2)), u64::MAX - 1);
+        assert_eq!(bits(Arg::F32(1.0)), 0x3f80_0000);
+        assert_eq!(bits(Arg::Null), 0);
+        assert_eq!(parameter(&Arg::ErrorRecord), Parameter::Record);
+    }
+}

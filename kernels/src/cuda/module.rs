@@ -1,0 +1,225 @@
+//! Kernels by name: a module is loaded when its first kernel is asked for, from a cubin beside the program where there is
+//! one of the GPU's architecture, else from the text, compiled at run time. Imports `cuda::source`, `cuda::context`,
+//! `cuda::library`.
+#![allow(unsafe_code)]
+
+use std::collections::HashMap;
+use std::ffi::CString;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::{env, fs};
+
+use cudarc::driver::sys::{self, CUresult};
+use cudarc::nvrtc::sys as nvrtc;
+
+use super::context::{Context, Raw};
+use super::library::Library;
+use super::source::{MODULES, Module};
+use super::step::SHARED_BYTES_DEFAULT;
+use crate::error::KernelError;
+
+/// Names a folder of cubins, `NAME.ARCH.cubin`, that are looked at before those in `cubins` beside the program.
+pub const CUBINS: &str = "SHARDFLOW_CUBINS";
+
+/// The modules of one context.
+#[derive(Debug)]
+pub(crate) struct Modules {
+    context: Arc<Context>,
+    loaded: Mutex<Loaded>,
+}
+
+#[derive(Debug, Default)]
+struct Loaded {
+    modules: HashMap<&'static str, Raw<sys::CUmodule>>,
+    functions: HashMap<&'static str, Function>,
+}
+
+/// A kernel that can be launched.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Function {
+    pub(crate) handle: Raw<sys::CUfunction>,
+    /// Dynamic shared memory that it was allowed.
+    shared_bytes: u32,
+}
+
+impl Modules {
+    pub(crate) fn new(context: &Arc<Context>) -> Self {
+        Self { context: context.clone(), loaded: Mutex::default() }
+    }
+
+    /// The kernel of this name, which may have so much dynamic shared memory from now on. The context is bound.
+    ///
+    /// # Errors
+    /// [`KernelError::Compile`], [`KernelError::Unavailable`] when it must be compiled and there is no compiler,
+    /// [`KernelError::Cuda`].
+    pub(crate) fn function(&self, name: &'static str, shared_bytes: u32) -> Result<Function, KernelError> {
+        let mut loaded = self.loaded.lock().unwrap_or_else(PoisonError::into_inner);
+        let place = format!("kernel {name} on {}", self.context.place());
+        let mut function = match loaded.functions.get(name) {
+            Some(function) => *function,
+            None => {
+                let module = MODULES.iter().find(|module| module.functions().any(|function| function == name));
+                let module = module.ok_or_else(|| {
+                    KernelError::arguments(name, "kernel", "one of the backend's modules", "an unknown name")
+                })?;
+                let handle = match loaded.modules.get(module.name) {
+                    Some(handle) => *handle,
+                    None => self.load(module)?,
+                };
+                loaded.modules.insert(module.name, handle);
+                let mut function = std::ptr::null_mut();
+                let c_name = CString::new(name).unwrap_or_default();
+                // SAFETY: a live module and a text that ends with 0; writes to a local.
+                let result = unsafe { sys::cuModuleGetFunction(&mut function, handle.0, c_name.as_ptr()) };
+                self.context.check(result, "cuModuleGetFunction", &place)?;
+                Function { handle: Raw(function), shared_bytes: SHARED_BYTES_DEFAULT }
+            }
+        };
+        if shared_bytes > function.shared_bytes {
+            let attribute = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+            // SAFETY: a live function.
+            let result = unsafe { sys::cuFuncSetAttribute(function.handle.0, attribute, shared_bytes as i32) };
+            self.context.check(result, "cuFuncSetAttribute", &place)?;
+            function.shared_bytes = shared_bytes;
+        }
+        loaded.functions.insert(name, function);
+        Ok(function)
+    }
+
+    fn load(&self, module: &Module) -> Result<Raw<sys::CUmodule>, KernelError> {
+        let capability = self.context.capability();
+        for path in cubins(module.name, capability) {
+            if let Ok(image) = fs::read(&path)
+                && let Ok(handle) = self.load_image(&image, &path.display().to_string())
+            {
+                return Ok(handle);
+            }
+        }
+        let image = compile(module, capability)?;
+        self.load_image(&image, module.name)
+    }
+
+    fn load_image(&self, image: &[u8], name: &str) -> Result<Raw<sys::CUmodule>, KernelError> {
+        let mut handle = std::ptr::null_mut();
+        // PTX is text that has to end with 0.
+        let mut image = image.to_vec();
+        image.push(0);
+        // SAFETY: the image is a cubin, which tells its own size, or PTX, which ends with 0; writes to a local.
+        let result: CUresult = unsafe { sys::cuModuleLoadData(&mut handle, image.as_ptr().cast()) };
+        self.context.check(result, "cuModuleLoadData", &format!("module {name} on {}", self.context.place()))?;
+        Ok(Raw(handle))
+    }
+}
+
+impl Drop for Modules {
+    fn drop(&mut self) {
+        if self.context.bind().is_ok() {
+            for module in self.loaded.get_mut().unwrap_or_else(PoisonError::into_inner).modules.values() {
+                // SAFETY: loaded here, unloaded once; streams have ended.
+                let _ = unsafe { sys::cuModuleUnload(module.0) };
+            }
+        }
+    }
+}
+
+/// Where a cubin of a module may be, the best first. Those of an architecture with `a` run on that one only.
+fn cubins(module: &str, (major, minor): (i32, i32)) -> Vec<PathBuf> {
+    let mut folders: Vec<PathBuf> = env::var_os(CUBINS).map(PathBuf::from).into_iter().collect();
+    let beside = env::current_exe().ok().and_then(|path| Some(path.parent()?.join("cubins")));
+    folders.extend(beside);
+    let mut targets = vec![format!("sm_{major}{minor}a"), format!("sm_{major}{minor}")];
+    // A cubin runs on later minor revisions of its architecture, too.
+    targets.extend((0..minor).rev().map(|minor| format!("sm_{major}{minor}")));
+    let of = |folder: &PathBuf| {
+        let folder = folder.clone();
+        targets.iter().map(move |target| folder.join(format!("{module}.{target}.cubin"))).collect::<Vec<_>>()
+    };
+    folders.iter().flat_map(of).collect()
+}
+
+/// Where the compiler's headers may be.
+fn includes() -> Vec<PathBuf> {
+    let mut folders: Vec<PathBuf> = ["CUDA_HOME", "CUDA_PATH"]
+        .iter()
+        .filter_map(env::var_os)
+        .map(|home| Path::new(&home).join("include"))
+        .collect();
+    // Wheels and toolkits alike keep headers beside the folder of the library, which is loaded by now.
+    let maps = fs::read_to_string("/proc/self/maps").unwrap_or_default();
+    let library =
+        maps.lines().filter_map(|line| line.split_whitespace().last()).find(|path| path.contains("libnvrtc.so"));
+    folders.extend(library.and_then(|path| Some(Path::new(path).parent()?.parent()?.join("include"))));
+    folders.push(PathBuf::from("/usr/local/cuda/include"));
+    folders.retain(|folder| folder.join("cuda_bf16.h").is_file());
+    folders
+}
+
+/// A cubin of a module, made at run time.
+fn compile(module: &Module, (major, minor): (i32, i32)) -> Result<Vec<u8>, KernelError> {
+    Library::Nvrtc.require()?;
+    let text = CString::new(module.text).unwrap_or_default();
+    let (file, target) = (format!("{}.cu", module.name), format!("sm_{major}{minor}"));
+    let name = CString::new(file.clone()).unwrap_or_default();
+    let mut options = vec![format!("--gpu-architecture={target}"), "--std=c++17".to_owned()];
+    // Loads the library, so that its folder can be found.
+    // SAFETY: the library is there.
+    let _ = unsafe { nvrtc::nvrtcVersion(&mut 0, &mut 0) };
+    options.extend(includes().iter().take(1).map(|folder| format!("--include-path={}", folder.display())));
+    let options: Vec<CString> = options.into_iter().filter_map(|option| CString::new(option).ok()).collect();
+    let options: Vec<_> = options.iter().map(|option| option.as_ptr()).collect();
+    let failed = |result: nvrtc::nvrtcResult, call: &'static str| {
+        // SAFETY: a static text.
+        let text = unsafe { super::context::static_text(nvrtc::nvrtcGetErrorString(result)) };
+        let place = format!("{file} for {target}");
+        Err(KernelError::Cuda { place, call, code: result as u32, name: format!("{result:?}"), text })
+    };
+    const DONE: nvrtc::nvrtcResult = nvrtc::nvrtcResult::NVRTC_SUCCESS;
+    let mut program = std::ptr::null_mut();
+    let (none, no_names) = (std::ptr::null(), std::ptr::null());
+    // SAFETY: texts that end with 0 and outlive the call; no headers; writes to a local.
+    let made = unsafe { nvrtc::nvrtcCreateProgram(&mut program, text.as_ptr(), name.as_ptr(), 0, none, no_names) };
+    if made != DONE {
+        return failed(made, "nvrtcCreateProgram");
+    }
+    // SAFETY: a live program, options that end with 0; sizes are asked for before each buffer is filled; destroyed once.
+    unsafe {
+        let compiled = nvrtc::nvrtcCompileProgram(program, options.len() as i32, options.as_ptr());
+        let (mut size, mut image) = (0, Vec::new());
+        let result = if compiled == DONE {
+            let sized = nvrtc::nvrtcGetCUBINSize(program, &mut size);
+            image.resize(size, 0u8);
+            let got = if sized == DONE { nvrtc::nvrtcGetCUBIN(program, image.as_mut_ptr().cast()) } else { sized };
+            if got == DONE { Ok(image) } else { failed(got, "nvrtcGetCUBIN") }
+        } else {
+            let _ = nvrtc::nvrtcGetProgramLogSize(program, &mut size);
+            image.resize(size, 0u8);
+            if size > 0 {
+                let _ = nvrtc::nvrtcGetProgramLog(program, image.as_mut_ptr().cast());
+            }
+            let log = String::from_utf8_lossy(&image).trim_end_matches('\0').trim().to_owned();
+            let log = if log.is_empty() { format!("{compiled:?}") } else { log };
+            Err(KernelError::Compile { file: file.clone(), target: target.clone(), log })
+        };
+        let _ = nvrtc::nvrtcDestroyProgram(&mut program);
+        result
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn cubins_of_the_very_architecture_come_first() {
+        let names = |capability| {
+            let paths = cubins("norm", capability).into_iter().rev().take_while(|path| path.parent().is_some());
+            let mut names: Vec<_> =
+                paths.filter_map(|path| Some(path.file_name()?.to_string_lossy().into_owned())).collect();
+            names.reverse();
+            names
+        };
+        assert_eq!(names((9, 0)), ["norm.sm_90a.cubin", "norm.sm_90.cubin"]);
+        let expected = ["norm.sm_82a.cubin", "norm.sm_82.cubin", "norm.sm_81.cubin", "norm.sm_80.cubin"];
+        assert_eq!(names((8, 2)), expected);
+    }
+}

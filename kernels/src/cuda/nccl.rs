@@ -1,0 +1,415 @@
+//! Collectives between GPUs by NCCL: communicators that do not block, made within a deadline of a unique id that the caller
+//! has passed round; calls on the streams; errors looked for by the pollers; everything broken off when one fails.
+//! Imports `cuda::nccl::{api, comm}`, `cuda::boxes`, `cuda::lane`, `cuda::engine`, `collective`.
+//!
+//! - NCCL-1: calls of one communicator are made by one thread at a time, in the order that the plan fixes for all members.
+//! - NCCL-2: nothing is put on a stream behind a call until NCCL says that the call is on the stream.
+//! - NCCL-3: after an abort no call is made any more, and what seems done on a stream is not taken for done.
+//!
+//! Sums are added in NCCL's order, not in that of [`crate::collective::Group`]: right within rounding, the same bits on all
+//! members. Members that call different things are not told of it, since NCCL does not compare calls; the plan is checked
+//! before it runs.
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use super::boxes::{Boxed, OwnBox, copy_box, foreign_elements, regions};
+use super::engine::{Enqueue, Enqueued, OnDevice};
+use super::gpu::Gpu;
+use super::lane::Lane;
+use super::poller::Watched;
+use super::staged::device_address;
+use crate::collective::exchange::{check_call, check_members, taken};
+use crate::collective::{Collective, CollectiveCall, CollectiveKind, Group, ReduceOp};
+use crate::error::KernelError;
+use crate::memory::{ALIGNMENT, View};
+use crate::tensor::{DType, Region, element_count};
+
+mod api;
+mod comm;
+
+pub(crate) use api::Api;
+use comm::{Comm, Kind, Transfer};
+
+/// How long a stream's thread asks whether a call is on the stream before the stream's own thread goes on asking.
+const ISSUE_SPIN: Duration = Duration::from_micros(50);
+/// How often that one asks.
+const ISSUE_STEP: Duration = Duration::from_micros(20);
+/// How long members wait for each other at the end.
+const FINALIZE_WITHIN: Duration = Duration::from_secs(5);
+
+/// What the members of a group know each other by: made by one of them, passed to all.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct UniqueId(pub [u8; 128]);
+
+impl UniqueId {
+    /// A new one, which no other has.
+    ///
+    /// # Errors
+    /// [`KernelError::Unavailable`] where there is no NCCL; [`KernelError::Cuda`] when it finds no network interface.
+    pub fn new() -> Result<Self, KernelError> {
+        comm::unique_id().map(Self)
+    }
+}
+
+/// One member's place in one group.
+#[derive(Clone, Debug)]
+pub struct Seat {
+    /// The group.
+    pub group: Arc<Group>,
+    /// Index of the member.
+    pub member: usize,
+    /// The GPU of the member's device; no two members of a group share one.
+    pub gpu: Arc<Gpu>,
+    /// The group's.
+    pub id: UniqueId,
+}
+
+/// The engine of this process's devices.
+#[derive(Debug)]
+pub struct Nccl(Arc<Inner>);
+
+#[derive(Debug)]
+struct Inner {
+    /// By group and member; those of groups of one have none.
+    comms: HashMap<(u32, usize), Arc<Comm>>,
+    received: Mutex<HashMap<usize, u64>>,
+    aborted: Mutex<Option<String>>,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Nccl {
+    /// Joins the groups, in the order of their ids; all processes call it with all seats of their own devices.
+    ///
+    /// # Errors
+    /// [`KernelError::Unavailable`] without NCCL; [`KernelError::Cuda`] when members do not come within the time, and for
+    /// what NCCL says.
+    pub fn join(seats: &[Seat], within: Duration) -> Result<Self, KernelError> {
+        Api::get()?;
+        let deadline = Instant::now() + within;
+        let mut groups: BTreeMap<u32, Vec<&Seat>> = BTreeMap::new();
+        for seat in seats.iter().filter(|seat| seat.group.ranks.len() > 1) {
+            groups.entry(seat.group.id).or_default().push(seat);
+        }
+        let mut comms = HashMap::new();
+        for (id, seats) in groups {
+            for (seat, comm) in seats.iter().zip(comm::join(&seats, deadline, within)?) {
+                comms.insert((id, seat.member), Arc::new(comm));
+            }
+        }
+        let inner = Arc::new(Inner { comms, received: Mutex::default(), aborted: Mutex::default() });
+        for (i, seat) in seats.iter().enumerate() {
+            let known = seats[..i].iter().any(|other| Arc::ptr_eq(&other.gpu, &seat.gpu));
+            if !known {
+                let watched: Arc<dyn Watched> = inner.clone();
+                seat.gpu.poller().watch(Arc::downgrade(&watched));
+            }
+        }
+        Ok(Self(inner))
+    }
+}
+
+impl Inner {
+    fn why_aborted(&self) -> Option<KernelError> {
+        lock(&self.aborted).clone().map(|cause| KernelError::Aborted { cause })
+    }
+
+    fn abort(&self, cause: &str) {
+        {
+            let mut aborted = lock(&self.aborted);
+            if aborted.is_some() {
+                return;
+            }
+            *aborted = Some(cause.to_owned());
+        }
+        self.comms.values().for_each(|comm| comm.abort());
+    }
+
+    /// A comm failed: everything is broken off, for what others wait for would not come.
+    fn failed(&self, error: KernelError) -> KernelError {
+        if let Some(aborted) = self.why_aborted() {
+            return aborted;
+        }
+        self.abort(&error.to_string());
+        error
+    }
+
+    fn count(&self, call: &CollectiveCall, y_shape: &[usize]) {
+        let bytes = foreign_elements(call, y_shape) * DType::F32.bytes();
+        *lock(&self.received).entry(call.group.ranks[call.member]).or_default() += bytes as u64;
+    }
+
+    /// Waits until NCCL has put a call on its stream (NCCL-2); `None` when the time is over.
+    fn settle(&self, comm: &Comm, within: Option<Duration>) -> Option<Result<(), KernelError>> {
+        let began = Instant::now();
+        loop {
+            if let Some(error) = self.why_aborted() {
+                return Some(Err(error));
+            }
+            match comm.is_settled() {
+                Ok(true) => return Some(Ok(())),
+                Ok(false) => {}
+                Err(error) => return Some(Err(self.failed(error))),
+            }
+            match within {
+                Some(within) if began.elapsed() >= within => return None,
+                Some(_) => std::hint::spin_loop(),
+                None => std::thread::sleep(ISSUE_STEP),
+            }
+        }
+    }
+}
+
+impl Watched for Inner {
+    fn look(&self) {
+        if self.why_aborted().is_some() {
+            return;
+        }
+        if let Some(error) = self.comms.values().find_map(|comm| comm.is_settled().err()) {
+            self.failed(error);
+        }
+    }
+}
+
+impl Drop for Inner {
+    fn drop(&mut self) {
+        if self.why_aborted().is_none() {
+            let comms: Vec<_> = self.comms.values().collect();
+            comm::finalize(&comms, FINALIZE_WITHIN);
+        }
+    }
+}
+
+/// One member's call: its memory, and what puts it on the stream.
+struct Member<'a> {
+    call: &'a CollectiveCall,
+    /// Addresses; 0 where there is none.
+    x: u64,
+    y: u64,
+    x_shape: &'a [usize],
+    y_shape: &'a [usize],
+    dtype: DType,
+    lane: &'a Lane,
+    /// `None` in a group of one.
+    comm: Option<&'a Comm>,
+}
+
+/// A copy that is due when the call before it is on the stream (NCCL-2): from, to.
+type Unpack = (OwnBox, OwnBox);
+
+impl Member<'_> {
+    /// Puts the call on the stream; returns what is to be put behind it.
+    fn issue(&self) -> Result<Vec<Unpack>, KernelError> {
+        let elements = element_count(self.y_shape);
+        let nothing = |()| Vec::new();
+        match &self.call.kind {
+            CollectiveKind::AllReduce { op } => {
+                self.simple(Kind::AllReduce(*op), self.x, self.y, elements).map(nothing)
+            }
+            CollectiveKind::Broadcast { root } => {
+                self.simple(Kind::Broadcast(*root), self.x, self.y, elements).map(nothing)
+            }
+            CollectiveKind::ReduceScatter { op, parts } if self.are_rows(parts, self.x_shape) => {
+                self.simple(Kind::ReduceScatter(*op), self.x, self.y, elements).map(nothing)
+            }
+            CollectiveKind::ReduceScatter { op, parts } => self.reduce_parts(*op, parts),
+            CollectiveKind::AllGather { parts } if self.are_rows(parts, self.y_shape) => {
+                self.simple(Kind::AllGather, self.x, self.y, element_count(self.x_shape)).map(nothing)
+            }
+            CollectiveKind::Send { to } => {
+                let (address, elements, peer) = (self.x, element_count(self.x_shape), *to);
+                self.transfers(&[Transfer { sends: true, peer, address, elements }]).map(nothing)
+            }
+            CollectiveKind::Receive { from } => {
+                let (address, peer) = (self.y, *from);
+                self.transfers(&[Transfer { sends: false, peer, address, elements }]).map(nothing)
+            }
+            kind => match regions(kind, self.y_shape) {
+                Some((sources, targets)) => self.moves(sources, &targets),
+                None => Ok(Vec::new()),
+            },
+        }
+    }
+
+    /// A call of NCCL's own, or a copy where there are no others. `elements` are those of one member.
+    fn simple(&self, kind: Kind, x: u64, y: u64, elements: usize) -> Result<(), KernelError> {
+        match self.comm {
+            _ if elements == 0 => Ok(()),
+            None => self.lane.copy(y, x, elements * self.dtype.bytes()),
+            Some(comm) => comm.call(kind, x, y, elements, self.dtype, self.lane),
+        }
+    }
+
+    fn transfers(&self, transfers: &[Transfer]) -> Result<(), KernelError> {
+        match self.comm {
+            Some(comm) if transfers.iter().any(|t| t.elements > 0) => comm.transfer(transfers, self.dtype, self.lane),
+            _ => Ok(()),
+        }
+    }
+
+    /// Whether the parts are of one size and lie one after another in the whole, as NCCL wants them.
+    fn are_rows(&self, parts: &[Region], whole: &[usize]) -> bool {
+        let elements = parts.first().map_or(0, Region::element_count);
+        let in_place = |(i, part): (usize, &Region)| {
+            let boxed = Boxed { address: 0, shape: whole, region: part };
+            part.element_count() == elements && boxed.contiguous() == Some((i * elements * DType::F32.bytes()) as u64)
+        };
+        elements * parts.len() == element_count(whole) && parts.iter().enumerate().all(in_place)
+    }
+
+    /// Parts that are uneven, or not in one piece: each is brought to the beginning of a slot of its own. What is behind it
+    /// in the slot is added up, too, and not looked at; slots are zeroed when they are made, so it is always a number.
+    fn reduce_parts(&self, op: ReduceOp, parts: &[Region]) -> Result<Vec<Unpack>, KernelError> {
+        let longest = parts.iter().map(Region::element_count).max().unwrap_or(0);
+        let slot = longest * self.dtype.bytes();
+        let staging = self.lane.staging((parts.len() + 1) * slot)?;
+        for (i, part) in parts.iter().enumerate() {
+            let to = OwnBox::whole(staging + (i * slot) as u64, &part.size);
+            copy_box(self.lane, Boxed { address: self.x, shape: self.x_shape, region: part }, to.boxed(), self.dtype)?;
+        }
+        if element_count(self.y_shape) == longest {
+            return self.simple(Kind::ReduceScatter(op), staging, self.y, longest).map(|()| Vec::new());
+        }
+        let out = staging + (parts.len() * slot) as u64;
+        self.simple(Kind::ReduceScatter(op), staging, out, longest)?;
+        Ok(vec![(OwnBox::whole(out, self.y_shape), OwnBox::whole(self.y, self.y_shape))])
+    }
+
+    /// Boxes from everybody to everybody: each pair's in one message, packed where they do not lie in one piece.
+    fn moves(&self, sources: &[Region], targets: &[Region]) -> Result<Vec<Unpack>, KernelError> {
+        let (me, dtype) = (self.call.member, self.dtype);
+        let (source, target) = (&sources[me], &targets[me]);
+        let in_x = |common: &Region| OwnBox {
+            address: self.x,
+            shape: source.size.clone(),
+            region: common.relative_to(source),
+        };
+        let in_y = |common: &Region| OwnBox {
+            address: self.y,
+            shape: target.size.clone(),
+            region: common.relative_to(target),
+        };
+        // By peer: whether they are sent, and which boxes.
+        let mut messages: Vec<(usize, bool, Vec<Region>)> = Vec::new();
+        for (to, theirs) in targets.iter().enumerate().filter(|(to, _)| *to != me) {
+            let mine = taken(to, sources, theirs).into_iter().filter(|(from, _)| *from == me);
+            messages.extend(mine.map(|(_, boxes)| (to, true, boxes)));
+        }
+        for (from, boxes) in taken(me, sources, target) {
+            if from != me {
+                messages.push((from, false, boxes));
+                continue;
+            }
+            for common in &boxes {
+                copy_box(self.lane, in_x(common).boxed(), in_y(common).boxed(), dtype)?;
+            }
+        }
+        let bytes = |boxes: &[Region]| boxes.iter().map(|b| b.element_count() * dtype.bytes()).sum::<usize>();
+        let direct = |sends: bool, boxes: &[Region]| match boxes {
+            [common] if sends => in_x(common).boxed().contiguous(),
+            [common] => in_y(common).boxed().contiguous(),
+            _ => None,
+        };
+        let packed = messages.iter().filter(|(_, sends, boxes)| direct(*sends, boxes).is_none());
+        let packed: usize = packed.map(|(_, _, boxes)| bytes(boxes).next_multiple_of(ALIGNMENT)).sum();
+        let mut next = if packed > 0 { self.lane.staging(packed)? } else { 0 };
+        let (mut transfers, mut unpacks) = (Vec::new(), Vec::new());
+        for (peer, sends, boxes) in &messages {
+            let elements = bytes(boxes) / dtype.bytes();
+            let address = direct(*sends, boxes).unwrap_or(next);
+            transfers.push(Transfer { sends: *sends, peer: *peer, address, elements });
+            if direct(*sends, boxes).is_some() {
+                continue;
+            }
+            let mut place = next;
+            for common in boxes {
+                let piece = OwnBox::whole(place, &common.size);
+                if *sends {
+                    copy_box(self.lane, in_x(common).boxed(), piece.boxed(), dtype)?;
+                } else {
+                    unpacks.push((piece, in_y(common)));
+                }
+                place += (common.element_count() * dtype.bytes()) as u64;
+            }
+            next += bytes(boxes).next_multiple_of(ALIGNMENT) as u64;
+        }
+        self.transfers(&transfers)?;
+        Ok(unpacks)
+    }
+}
+
+impl Enqueue for Nccl {
+    fn enqueue(
+        &self,
+        call: &CollectiveCall,
+        reads: &[View<'_>],
+        writes: &[View<'_>],
+        lane: &Arc<Lane>,
+    ) -> Result<Enqueued, KernelError> {
+        check_members(call)?;
+        if let Some(error) = self.0.why_aborted() {
+            return Err(error);
+        }
+        // The others would wait for this member for ever.
+        check_call(call, reads, writes).map_err(|error| self.0.failed(error))?;
+        let comm = self.0.comms.get(&(call.group.id, call.member)).cloned();
+        if comm.is_none() && call.group.ranks.len() > 1 {
+            let got = format!("group {}, member {}", call.group.id, call.member);
+            return Err(KernelError::arguments(call.name(), "group", "one that was joined", got));
+        }
+        let Some(any) = reads.iter().chain(writes).next() else { return Ok(Enqueued::Issued) };
+        let address = |view: Option<&View<'_>>| view.map_or(Ok(0), device_address);
+        let shape = |view: Option<&View<'_>>| view.map_or(Vec::new(), |view| view.shape().to_vec());
+        let (x_shape, y_shape) = (shape(reads.first()), shape(writes.first()));
+        let member = Member {
+            call,
+            x: address(reads.first())?,
+            y: address(writes.first())?,
+            x_shape: &x_shape,
+            y_shape: &y_shape,
+            dtype: any.dtype(),
+            lane,
+            comm: comm.as_deref(),
+        };
+        // What NCCL has not accepted the others wait for in vain.
+        let unpacks = member.issue().map_err(|error| self.0.failed(error))?;
+        self.0.count(call, &y_shape);
+        let (lane, dtype) = (lane.clone(), any.dtype());
+        let unpack = move || unpacks.iter().try_for_each(|(from, to)| copy_box(&lane, from.boxed(), to.boxed(), dtype));
+        let Some(comm) = comm else { return unpack().map(|()| Enqueued::Issued) };
+        match self.0.settle(&comm, Some(ISSUE_SPIN)) {
+            Some(settled) => settled.and_then(|()| unpack()).map(|()| Enqueued::Issued),
+            None => {
+                let own = self.0.clone();
+                let wait = move || own.settle(&comm, None).unwrap_or(Ok(())).and_then(|()| unpack());
+                Ok(Enqueued::Waits(Box::new(wait)))
+            }
+        }
+    }
+}
+
+impl Collective for Nccl {
+    fn run(&self, call: &CollectiveCall, _: &[View<'_>], _: &[View<'_>]) -> Result<(), KernelError> {
+        Err(KernelError::arguments(call.name(), "stream", "a stream of a GPU", "the host"))
+    }
+
+    fn abort(&self, cause: &str) {
+        self.0.abort(cause);
+    }
+
+    fn aborted(&self) -> Option<KernelError> {
+        self.0.why_aborted()
+    }
+
+    fn on_device(&self, _: &CollectiveCall) -> Option<OnDevice<'_>> {
+        Some(OnDevice(self))
+    }
+
+    fn bytes_received(&self, rank: usize) -> u64 {
+        lock(&self.0.received).get(&rank).copied().unwrap_or(0)
+    }
+}

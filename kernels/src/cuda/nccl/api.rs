@@ -1,0 +1,129 @@
+//! NCCL's functions, loaded at run time: cudarc never tries `libnccl.so.2`, which is all that NVIDIA's packages hold.
+//! Types are cudarc's; codes are taken as numbers, since a newer library may have more of them than any list. Imports
+//! `error`, `cuda::library`.
+#![allow(unsafe_code)]
+
+use std::ffi::{c_char, c_int, c_void};
+use std::sync::OnceLock;
+
+use cudarc::nccl::sys::{ncclComm_t, ncclDataType_t, ncclRedOp_t, ncclUniqueId};
+use libloading::Library as Loaded;
+
+use crate::cuda::context::static_text;
+use crate::cuda::library::Library;
+use crate::error::KernelError;
+
+/// All is well.
+pub(crate) const SUCCESS: u32 = 0;
+/// A call of a communicator that does not block is still under way.
+pub(crate) const IN_PROGRESS: u32 = 7;
+
+/// A stream, as NCCL takes it.
+type Stream = *mut c_void;
+
+/// The beginning of `ncclConfig_t`, as of version 2.17: later versions take it from its `size` that the rest is missing.
+#[repr(C)]
+pub(crate) struct Config {
+    size: usize,
+    magic: u32,
+    version: u32,
+    blocking: c_int,
+    cga_cluster_size: c_int,
+    ctas_min: c_int,
+    ctas_max: c_int,
+    net_name: *const c_char,
+    split_share: c_int,
+}
+
+impl Config {
+    /// A communicator whose calls return at once.
+    pub(crate) fn not_blocking() -> Self {
+        const UNDEFINED: c_int = c_int::MIN;
+        Self {
+            size: size_of::<Self>(),
+            magic: 0xcafe_beef,
+            version: 21_700,
+            blocking: 0,
+            cga_cluster_size: UNDEFINED,
+            ctas_min: UNDEFINED,
+            ctas_max: UNDEFINED,
+            net_name: std::ptr::null(),
+            split_share: UNDEFINED,
+        }
+    }
+}
+
+macro_rules! api {
+    ($($(#[$meta:meta])* $field:ident: $symbol:literal = fn($($arg:ty),*) -> $out:ty;)*) => {
+        /// The functions.
+        pub(crate) struct Api {
+            $($(#[$meta])* pub(crate) $field: unsafe extern "C" fn($($arg),*) -> $out,)*
+            /// Kept so that the functions stay.
+            _library: Loaded,
+        }
+
+        impl Api {
+            fn load() -> Option<Self> {
+                // SAFETY: NVIDIA's initialisers are all that runs; the signatures are those of nccl.h.
+                unsafe {
+                    let library = ["libnccl.so.2", "libnccl.so"].iter().find_map(|name| Loaded::new(*name).ok())?;
+                    Some(Self {
+                        $($field: *library.get::<unsafe extern "C" fn($($arg),*) -> $out>($symbol).ok()?,)*
+                        _library: library,
+                    })
+                }
+            }
+        }
+    };
+}
+
+api! {
+    version: b"ncclGetVersion\0" = fn(*mut c_int) -> u32;
+    unique_id: b"ncclGetUniqueId\0" = fn(*mut ncclUniqueId) -> u32;
+    init: b"ncclCommInitRankConfig\0" = fn(*mut ncclComm_t, c_int, ncclUniqueId, c_int, *mut Config) -> u32;
+    async_error: b"ncclCommGetAsyncError\0" = fn(ncclComm_t, *mut u32) -> u32;
+    abort: b"ncclCommAbort\0" = fn(ncclComm_t) -> u32;
+    finalize: b"ncclCommFinalize\0" = fn(ncclComm_t) -> u32;
+    destroy: b"ncclCommDestroy\0" = fn(ncclComm_t) -> u32;
+    group_start: b"ncclGroupStart\0" = fn() -> u32;
+    group_end: b"ncclGroupEnd\0" = fn() -> u32;
+    all_reduce: b"ncclAllReduce\0"
+        = fn(*const c_void, *mut c_void, usize, ncclDataType_t, ncclRedOp_t, ncclComm_t, Stream) -> u32;
+    reduce_scatter: b"ncclReduceScatter\0"
+        = fn(*const c_void, *mut c_void, usize, ncclDataType_t, ncclRedOp_t, ncclComm_t, Stream) -> u32;
+    all_gather: b"ncclAllGather\0" = fn(*const c_void, *mut c_void, usize, ncclDataType_t, ncclComm_t, Stream) -> u32;
+    broadcast: b"ncclBroadcast\0"
+        = fn(*const c_void, *mut c_void, usize, ncclDataType_t, c_int, ncclComm_t, Stream) -> u32;
+    send: b"ncclSend\0" = fn(*const c_void, usize, ncclDataType_t, c_int, ncclComm_t, Stream) -> u32;
+    receive: b"ncclRecv\0" = fn(*mut c_void, usize, ncclDataType_t, c_int, ncclComm_t, Stream) -> u32;
+    error_string: b"ncclGetErrorString\0" = fn(u32) -> *const c_char;
+    last_error: b"ncclGetLastError\0" = fn(ncclComm_t) -> *const c_char;
+}
+
+impl Api {
+    /// # Errors
+    /// [`KernelError::Unavailable`] where there is no NCCL, or one without these functions.
+    pub(crate) fn get() -> Result<&'static Self, KernelError> {
+        static API: OnceLock<Option<Api>> = OnceLock::new();
+        API.get_or_init(Self::load).as_ref().ok_or_else(|| Library::Nccl.missing())
+    }
+
+    /// Such as `2.28.3`.
+    pub(crate) fn version(&self) -> Result<String, KernelError> {
+        let mut version = 0;
+        // SAFETY: writes to a local.
+        self.check(unsafe { (self.version)(&mut version) }, "ncclGetVersion", "nccl")?;
+        Ok(format!("{}.{}.{}", version / 10_000, version / 100 % 100, version % 100))
+    }
+
+    /// Turns a code into an error; a call that is under way is none.
+    pub(crate) fn check(&self, code: u32, call: &'static str, place: &str) -> Result<(), KernelError> {
+        if code == SUCCESS || code == IN_PROGRESS {
+            return Ok(());
+        }
+        // SAFETY: both give static texts; the last error needs no communicator.
+        let (name, text) =
+            unsafe { (static_text((self.error_string)(code)), static_text((self.last_error)(std::ptr::null_mut()))) };
+        Err(KernelError::Cuda { place: place.to_owned(), call, code, name, text })
+    }
+}

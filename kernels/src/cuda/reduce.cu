@@ -1,0 +1,173 @@
+// Sums over rows and over everything, in two passes where one block would take too long: the first leaves a partial
+// sum for each part in the workspace. How many parts there are follows from the shape alone, so sums are the same bits
+// on every device.
+
+// A block sums W * blockDim.x columns of the rows of part blockIdx.y; its threads in y, a power of two of them, take
+// turns at the rows. `value(row, column, values)` adds W adjacent values of which those past `width` do not count.
+template <class V>
+INLINE void column_sums(V value, float* out, i64 rows, i64 width, i64 rows_per_part, bool accumulate) {
+    constexpr int W = 4;
+    __shared__ float all[256 * W];
+    const i64 column = ((i64)blockIdx.x * blockDim.x + threadIdx.x) * W;
+    const i64 begin = (i64)blockIdx.y * rows_per_part;
+    const i64 end = begin + rows_per_part < rows ? begin + rows_per_part : rows;
+    float sums[W] = {};
+    if (column < width) {
+        for (i64 row = begin + threadIdx.y; row < end; row += blockDim.y) value(row, column, sums);
+    }
+    float* mine = all + (threadIdx.y * blockDim.x + threadIdx.x) * W;
+#pragma unroll
+    for (int j = 0; j < W; j++) mine[j] = sums[j];
+    for (u32 half = blockDim.y / 2; half > 0; half /= 2) {
+        __syncthreads();
+        if (threadIdx.y < half) {
+#pragma unroll
+            for (int j = 0; j < W; j++) mine[j] += mine[half * blockDim.x * W + j];
+        }
+    }
+    if (threadIdx.y > 0) return;
+    out += (i64)blockIdx.y * width;
+#pragma unroll
+    for (int j = 0; j < W; j++) {
+        if (column + j < width) out[column + j] = accumulate ? out[column + j] + mine[j] : mine[j];
+    }
+}
+
+// Four adjacent elements of a row of `width`; zeros past its end.
+template <class T>
+INLINE void load_four(float (&values)[4], const T* x, i64 row, i64 column, i64 width, bool whole) {
+    const T* from = x + row * width + column;
+    if (whole) {
+        load<4>(values, from);
+        return;
+    }
+#pragma unroll
+    for (int j = 0; j < 4; j++) values[j] = column + j < width ? widen(from[j]) : 0.0f;
+}
+
+template <class T>
+INLINE void sum_leading(const T* x, float* out, i64 rows, i64 width, i64 rows_per_part, int accumulate) {
+    const bool whole = width % 4 == 0 && aligned(x);
+    auto add = [=](i64 row, i64 column, float(&sums)[4]) {
+        float values[4];
+        load_four(values, x, row, column, width, whole);
+#pragma unroll
+        for (int j = 0; j < 4; j++) sums[j] += values[j];
+    };
+    column_sums(add, out, rows, width, rows_per_part, accumulate != 0);
+}
+
+extern "C" __global__ void __launch_bounds__(256)
+    sum_leading_f32(const float* x, float* out, i64 rows, i64 width, i64 rows_per_part, int accumulate) {
+    sum_leading(x, out, rows, width, rows_per_part, accumulate);
+}
+
+extern "C" __global__ void __launch_bounds__(256)
+    sum_leading_bf16(const bf16* x, float* out, i64 rows, i64 width, i64 rows_per_part, int accumulate) {
+    sum_leading(x, out, rows, width, rows_per_part, accumulate);
+}
+
+// Layer norm's dweight: the sum over rows of dy (x - mean) rstd.
+template <class T>
+INLINE void layer_norm_grad_weight(const T* dy, const T* x, const float* means, const float* rstds, float* out,
+                                   i64 rows, i64 width, i64 rows_per_part, int accumulate) {
+    const bool whole = width % 4 == 0 && aligned(dy) && aligned(x);
+    auto add = [=](i64 row, i64 column, float(&sums)[4]) {
+        float gradients[4], values[4];
+        load_four(gradients, dy, row, column, width, whole);
+        load_four(values, x, row, column, width, whole);
+        const float mean = means[row], rstd = rstds[row];
+#pragma unroll
+        for (int j = 0; j < 4; j++) sums[j] += gradients[j] * ((values[j] - mean) * rstd);
+    };
+    column_sums(add, out, rows, width, rows_per_part, accumulate != 0);
+}
+
+extern "C" __global__ void __launch_bounds__(256)
+    layer_norm_grad_weight_f32(const float* dy, const float* x, const float* means, const float* rstds, float* out,
+                               i64 rows, i64 width, i64 rows_per_part, int accumulate) {
+    layer_norm_grad_weight(dy, x, means, rstds, out, rows, width, rows_per_part, accumulate);
+}
+
+extern "C" __global__ void __launch_bounds__(256)
+    layer_norm_grad_weight_bf16(const bf16* dy, const bf16* x, const float* means, const float* rstds, float* out,
+                                i64 rows, i64 width, i64 rows_per_part, int accumulate) {
+    layer_norm_grad_weight(dy, x, means, rstds, out, rows, width, rows_per_part, accumulate);
+}
+
+// A double as two floats, because the workspace is of floats and may begin at any of them.
+INLINE void split_double(float* to, double value) {
+    const float high = (float)value;
+    const float low = (float)(value - (double)high);
+    to[0] = high;
+    // What is not finite has no remainder.
+    to[1] = fabsf(high) < -MINUS_INFINITY ? low : 0.0f;
+}
+
+// The sum of squares of each of gridDim.x parts of `per_part` elements, in double: to `partial`, or, with one part and
+// `partial` null, added to `out`.
+template <class T>
+INLINE void sum_squares(const T* x, float* partial, float* out, i64 n, i64 per_part) {
+    constexpr int W = Width<T>::value;
+    const i64 begin = (i64)blockIdx.x * per_part;
+    const i64 end = begin + per_part < n ? begin + per_part : n;
+    double sum = 0.0;
+    // Parts are whole packs long.
+    const i64 vector_end = aligned(x) ? end - (end - begin) % W : begin;
+    for (i64 i = begin + (i64)threadIdx.x * W; i < vector_end; i += (i64)blockDim.x * W) {
+        float values[W];
+        load<W>(values, x + i);
+#pragma unroll
+        for (int j = 0; j < W; j++) sum += (double)values[j] * (double)values[j];
+    }
+    for (i64 i = vector_end + threadIdx.x; i < end; i += blockDim.x) sum += (double)widen(x[i]) * (double)widen(x[i]);
+    sum = block_sum(sum);
+    if (threadIdx.x > 0) return;
+    if (partial) {
+        split_double(partial + 2 * (i64)blockIdx.x, sum);
+    } else {
+        *out += (float)sum;
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(256)
+    sum_squares_f32(const float* x, float* partial, float* out, i64 n, i64 per_part) {
+    sum_squares(x, partial, out, n, per_part);
+}
+
+extern "C" __global__ void __launch_bounds__(256)
+    sum_squares_bf16(const bf16* x, float* partial, float* out, i64 n, i64 per_part) {
+    sum_squares(x, partial, out, n, per_part);
+}
+
+// *out += the sum of the partial sums. One block.
+extern "C" __global__ void __launch_bounds__(256) add_partial_sums(const float* partial, float* out, i64 parts) {
+    double sum = 0.0;
+    for (i64 i = threadIdx.x; i < parts; i += blockDim.x) sum += (double)partial[2 * i] + (double)partial[2 * i + 1];
+    sum = block_sum(sum);
+    if (threadIdx.x == 0) *out += (float)sum;
+}
+
+// norm = sqrt(sum of sums), added in order by one thread; scale = min(1, max_norm / (norm + 1e-6)), NaN where the norm
+// is not finite. One block.
+extern "C" __global__ void __launch_bounds__(256)
+    clip_scale(const float* sums, float* scale, float* norm, i64 n, float max_norm) {
+    __shared__ float some[256];
+    double total = 0.0;
+    for (i64 begin = 0; begin < n; begin += 256) {
+        const int count = n - begin < 256 ? (int)(n - begin) : 256;
+        __syncthreads();
+        if (threadIdx.x < count) some[threadIdx.x] = sums[begin + threadIdx.x];
+        __syncthreads();
+        if (threadIdx.x == 0) {
+            for (int i = 0; i < count; i++) total += (double)some[i];
+        }
+    }
+    if (threadIdx.x > 0) return;
+    const double root = sqrt(total);
+    const double factor = (double)max_norm / (root + 1e-6);
+    const bool finite = root < (double)-MINUS_INFINITY;
+    // Any comparison with a max_norm that is no number is false: then nothing is clipped, as on the CPU.
+    *scale = !finite ? __int_as_float(0x7fffffff) : (float)(factor < 1.0 ? factor : 1.0);
+    *norm = (float)root;
+}

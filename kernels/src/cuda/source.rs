@@ -1,0 +1,71 @@
+//! The text of the CUDA modules, for whoever compiles them. Imports nothing.
+
+/// A module: one cubin, some kernels.
+#[derive(Clone, Copy, Debug)]
+pub struct Module {
+    /// Name of its `.cu` file, without the ending.
+    pub name: &'static str,
+    /// All that is compiled: CUDA C++17 that includes `cuda_bf16.h`, and `mma.h` where it uses tensor cores.
+    pub text: &'static str,
+}
+
+/// `common.cuh` stands before each module, as in kernels/cuda/build_cubins.py.
+macro_rules! module {
+    ($name:literal) => {
+        Module { name: $name, text: concat!(include_str!("common.cuh"), include_str!(concat!($name, ".cu"))) }
+    };
+}
+
+/// All modules.
+pub const MODULES: [Module; 11] = [
+    module!("attention_bf16"),
+    module!("attention_f32"),
+    module!("attention_plain"),
+    module!("collective"),
+    module!("elementwise"),
+    module!("embedding"),
+    module!("loss"),
+    module!("norm"),
+    module!("optimizer"),
+    module!("reduce"),
+    module!("region"),
+];
+
+impl Module {
+    /// Names of its kernels, as cuModuleGetFunction wants them.
+    pub fn functions(&self) -> impl Iterator<Item = &'static str> {
+        const KERNEL: &str = "extern \"C\" __global__ void ";
+        self.text.split(KERNEL).skip(1).filter_map(|after| {
+            let after = match after.strip_prefix("__launch_bounds__(") {
+                Some(bounded) => bounded.split_once(')')?.1.trim_start(),
+                None => after,
+            };
+            after.split_once('(').map(|(name, _)| name)
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn kernels_have_names_of_their_own() {
+        let mut names: Vec<_> = MODULES.iter().flat_map(Module::functions).collect();
+        let plain = |name: &&str| name.chars().all(|c| c.is_ascii_alphanumeric() || c == '_');
+        assert!(names.len() > 80 && names.iter().all(plain), "{names:?}");
+        let count = names.len();
+        names.sort_unstable();
+        names.dedup();
+        assert_eq!(names.len(), count);
+    }
+
+    #[test]
+    fn every_module_file_is_listed() {
+        let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/src/cuda");
+        let names = std::fs::read_dir(folder).expect("the sources").map(|entry| entry.expect("an entry").file_name());
+        let mut names: Vec<_> = names.filter_map(|name| Some(name.to_str()?.strip_suffix(".cu")?.to_owned())).collect();
+        names.sort();
+        assert_eq!(names, MODULES.map(|module| module.name));
+    }
+}

@@ -1,0 +1,190 @@
+//! Work of the host on a CUDA stream, in its order: buffers are copied to pinned memory, worked on there, and copied back.
+//! For custom kernels, for engines that know no GPU, and for the look at what a launch has written. Blocks, so only a
+//! stream's own thread calls it. Imports `cuda::lane`, `cuda::memory`, `cuda::poller`, `bound`, `cpu::launch`.
+#![allow(unsafe_code)]
+
+use std::any::Any;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+
+use super::lane::Lane;
+use super::memory::Pinned;
+use super::poller::{Then, Track};
+use crate::bound::Bound;
+use crate::cpu::launch::faults;
+use crate::error::KernelError;
+use crate::event::Event;
+use crate::memory::{ALIGNMENT, Arena, View};
+use crate::op::{CpuArgs, CpuRead, CpuSlice, CpuSliceMut, CpuWrite, CustomKernel, Op};
+use crate::tensor::DType;
+
+/// One stream's staging memory.
+#[derive(Debug)]
+pub(crate) struct Staged {
+    lane: Arc<Lane>,
+    track: Arc<Track>,
+    /// Grows to what the largest launch needs.
+    arena: Option<Arena>,
+    /// Set when what was copied back last is on the device (PINNED-1).
+    copied: Option<Event>,
+}
+
+impl Staged {
+    pub(crate) fn new(lane: &Arc<Lane>, track: &Arc<Track>) -> Self {
+        Self { lane: lane.clone(), track: track.clone(), arena: None, copied: None }
+    }
+
+    /// An event that is set when all that is on the stream so far is done.
+    fn record(&self) -> Result<Event, KernelError> {
+        let event = Event::default();
+        let recorded = self.lane.record()?;
+        self.lane.gpu().poller().push(&self.track, recorded, Then::Set(event.clone()));
+        Ok(event)
+    }
+
+    /// Waits for it; a lost device sets it, too.
+    fn wait(&self, event: &Event) -> Result<(), KernelError> {
+        event.synchronize();
+        self.lane.gpu().context().check_alive()
+    }
+
+    /// Staging memory of at least so many bytes, which nothing is being copied to or from.
+    fn arena(&mut self, bytes: usize) -> Result<Arena, KernelError> {
+        if let Some(copied) = self.copied.take() {
+            self.wait(&copied)?;
+        }
+        if let Some(arena) = self.arena.as_ref().filter(|arena| arena.bytes() >= bytes) {
+            return Ok(arena.clone());
+        }
+        let arena = Arena::pinned(Pinned::new(self.lane.gpu().context(), bytes.next_power_of_two())?);
+        self.arena = Some(arena.clone());
+        Ok(arena)
+    }
+
+    /// Runs `work` on copies of a launch's buffers, and copies back what it has written.
+    pub(crate) fn run(
+        &mut self,
+        bound: &Bound<'_>,
+        work: impl FnOnce(&[View<'_>], &[View<'_>]) -> Result<(), KernelError>,
+    ) -> Result<(), KernelError> {
+        // What is written in place of a read is one copy.
+        let twin = |write: &View<'_>| bound.reads.iter().position(|read| read.same_memory(write));
+        let (mut offsets, mut end) = (Vec::new(), 0);
+        let mut place = |view: &View<'_>| {
+            offsets.push(end);
+            end += view.bytes().next_multiple_of(ALIGNMENT);
+        };
+        bound.reads.iter().for_each(&mut place);
+        for write in &bound.writes {
+            place(write);
+        }
+        for (i, write) in bound.writes.iter().enumerate() {
+            if let Some(read) = twin(write) {
+                offsets[bound.reads.len() + i] = offsets[read];
+            }
+        }
+        let arena = self.arena(end)?;
+        let both = || bound.reads.iter().chain(&bound.writes).zip(&offsets);
+        for (view, offset) in both() {
+            // What is written is copied, too: a kernel may leave some of it, or add to it.
+            self.lane.copy_out(arena.host_start().wrapping_add(*offset), device_address(view)?, view.bytes())?;
+        }
+        let event = self.record()?;
+        self.wait(&event)?;
+        let views = both().map(|(view, offset)| View::new(bound.name, &arena, *offset, view.shape(), view.dtype()));
+        let views = views.collect::<Result<Vec<_>, _>>()?;
+        let (reads, writes) = views.split_at(bound.reads.len());
+        let worked = work(reads, writes);
+        if worked.is_ok() {
+            for (view, copy) in bound.writes.iter().zip(writes) {
+                self.lane.copy_in(device_address(view)?, copy.start(), view.bytes())?;
+            }
+            self.copied = Some(self.record()?);
+        }
+        worked
+    }
+
+    /// Runs a custom kernel; the outer error is what it panicked with.
+    pub(crate) fn custom(
+        &mut self,
+        bound: &Bound<'_>,
+        kernel: &dyn CustomKernel,
+        accumulate: bool,
+    ) -> Result<Result<(), KernelError>, Box<dyn Any + Send>> {
+        let run = || {
+            self.run(bound, |reads, writes| {
+                if writes.iter().any(|write| reads.iter().any(|read| read.overlaps(write))) {
+                    let got = "an op in place";
+                    return Err(KernelError::arguments(bound.name, "read", "memory that is not written", got));
+                }
+                // SAFETY: copies of this stream's own; no read overlaps a write (just checked), and no two writes overlap
+                // (`bound` has checked that).
+                let args = unsafe {
+                    CpuArgs {
+                        reads: reads.iter().map(|view| read(view)).collect::<Result<_, _>>()?,
+                        writes: writes.iter().map(|view| write(view)).collect::<Result<_, _>>()?,
+                        accumulate,
+                    }
+                };
+                kernel.run_cpu(args)
+            })
+        };
+        catch_unwind(AssertUnwindSafe(run))
+    }
+
+    /// The first of a launch's writes that holds an infinity or no number, and how many of them.
+    pub(crate) fn faults(&mut self, op: &Op, bound: &Bound<'_>) -> Result<Option<(usize, usize)>, KernelError> {
+        for (i, write) in bound.writes.iter().enumerate().filter(|(_, write)| write.dtype() == DType::F32) {
+            let arena = self.arena(write.bytes())?;
+            self.lane.copy_out(arena.host_start(), device_address(write)?, write.bytes())?;
+            let event = self.record()?;
+            self.wait(&event)?;
+            let copy = View::new(bound.name, &arena, 0, write.shape(), write.dtype())?;
+            // SAFETY: floats; the copy is ours, and done.
+            let elements = faults(op, write.shape(), unsafe { copy.f32() });
+            if elements > 0 {
+                return Ok(Some((i, elements)));
+            }
+        }
+        Ok(None)
+    }
+}
+
+/// Where a view's first element lies on the device.
+pub(crate) fn device_address(view: &View<'_>) -> Result<u64, KernelError> {
+    let memory = view.arena().device_memory();
+    let memory = memory.ok_or_else(|| KernelError::arguments("copy", "memory", "memory of a GPU", "the host's"))?;
+    Ok(memory.address() + view.offset() as u64)
+}
+
+/// # Safety
+/// For `'a` nobody writes the elements.
+unsafe fn read<'a>(view: &View<'a>) -> Result<CpuRead<'a>, KernelError> {
+    // SAFETY: of the dtype that is asked for; the rest is the contract.
+    let data = unsafe {
+        match view.dtype() {
+            DType::F32 => CpuSlice::F32(view.f32()),
+            DType::I32 => CpuSlice::I32(view.i32()),
+            DType::BF16 => return Err(half_refused()),
+        }
+    };
+    Ok(CpuRead { shape: view.shape(), data })
+}
+
+fn half_refused() -> KernelError {
+    KernelError::arguments("custom kernel", "dtype", "F32 or I32", "BF16")
+}
+
+/// # Safety
+/// For `'a` nobody else touches the elements.
+unsafe fn write<'a>(view: &View<'a>) -> Result<CpuWrite<'a>, KernelError> {
+    // SAFETY: as in `read`.
+    let data = unsafe {
+        match view.dtype() {
+            DType::F32 => CpuSliceMut::F32(view.f32_mut()),
+            DType::I32 => CpuSliceMut::I32(view.i32_mut()),
+            DType::BF16 => return Err(half_refused()),
+        }
+    };
+    Ok(CpuWrite { shape: view.shape(), data })
+}

@@ -1,0 +1,279 @@
+//! What a launch is on a CUDA device: kernels with their geometry and arguments, products for cuBLASLt, copies and fills.
+//! Plain data that `lower` makes and the backend's stream issues in order. Imports `error` only; no FFI.
+
+use crate::error::KernelError;
+
+/// One call on a stream. The steps of a launch run in order, on the stream that they are issued on.
+#[derive(Clone, Debug, PartialEq)]
+// A program has some hundred of them, made once.
+#[allow(clippy::large_enum_variant)]
+pub enum Step {
+    /// A kernel of one of the modules in `source`.
+    Kernel(Kernel),
+    /// A product on cuBLASLt.
+    Product(Product),
+    /// A copy on the device. Nothing is to be done where both places turn out to be one address.
+    Copy {
+        /// Source.
+        from: Place,
+        /// Destination.
+        to: Place,
+        /// Bytes to copy, more than 0.
+        bytes: usize,
+    },
+    /// Sets 32-bit words.
+    Fill {
+        /// First word.
+        to: Place,
+        /// The word's bits.
+        word: u32,
+        /// Number of words, more than 0.
+        words: usize,
+    },
+}
+
+/// A kernel's launch.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Kernel {
+    /// Name of the `extern "C"` function, the only one of that name in all modules.
+    pub function: &'static str,
+    /// Blocks in x, y, z; none is 0.
+    pub grid: [u32; 3],
+    /// Threads of a block in x, y, z.
+    pub block: [u32; 3],
+    /// Dynamic shared memory. More than [`SHARED_BYTES_DEFAULT`] must be allowed on the function first.
+    pub shared_bytes: u32,
+    /// In the order of the function's parameters.
+    pub args: Vec<Arg>,
+}
+
+/// Dynamic shared memory that a kernel may have without asking (`CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES`).
+pub const SHARED_BYTES_DEFAULT: u32 = 48 * 1024;
+
+/// One argument of a kernel.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Arg {
+    /// The address of a place.
+    Pointer(Place),
+    /// A null pointer: the kernel does without.
+    Null,
+    /// The address of the stream's [`ErrorRecord`]. One for each stream, since only launches of one stream are ordered.
+    ErrorRecord,
+    /// The address of a 64-bit counter, zeroed before: how many elements are not finite. Only in the steps that look for
+    /// them.
+    Counter,
+    /// The launch's index in its program, as an `unsigned int`; the issuer knows it. It goes into the [`ErrorRecord`].
+    LaunchIndex,
+    /// `int`.
+    I32(i32),
+    /// `unsigned int`.
+    U32(u32),
+    /// `long long`.
+    I64(i64),
+    /// `unsigned long long`.
+    U64(u64),
+    /// `float`.
+    F32(f32),
+    /// `double`.
+    F64(f64),
+}
+
+impl Arg {
+    /// The value as 8 bytes, of which a kernel takes as many as its parameter has; `None` where the issuer knows the value.
+    pub fn bits(&self) -> Option<u64> {
+        Some(match *self {
+            Arg::Pointer(_) | Arg::ErrorRecord | Arg::Counter | Arg::LaunchIndex => return None,
+            Arg::Null => 0,
+            Arg::I32(value) => u64::from(value as u32),
+            Arg::U32(value) => u64::from(value),
+            Arg::I64(value) => value as u64,
+            Arg::U64(value) => value,
+            Arg::F32(value) => u64::from(value.to_bits()),
+            Arg::F64(value) => value.to_bits(),
+        })
+    }
+}
+
+/// A buffer of the launch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Operand {
+    /// `launch.reads[i]`.
+    Read(usize),
+    /// `launch.writes[i]`.
+    Write(usize),
+    /// `launch.workspace`.
+    Workspace,
+}
+
+/// An address: bytes from the start of one of the launch's buffers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Place {
+    /// The buffer.
+    pub operand: Operand,
+    /// Bytes from its start.
+    pub offset_bytes: usize,
+}
+
+impl Place {
+    /// The start of read `i`.
+    pub const fn read(i: usize) -> Self {
+        Self { operand: Operand::Read(i), offset_bytes: 0 }
+    }
+
+    /// The start of write `i`.
+    pub const fn write(i: usize) -> Self {
+        Self { operand: Operand::Write(i), offset_bytes: 0 }
+    }
+
+    /// A place in the workspace.
+    pub const fn workspace(offset_bytes: usize) -> Self {
+        Self { operand: Operand::Workspace, offset_bytes }
+    }
+}
+
+/// Element type of a matrix or an activation on the device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Element {
+    /// 32-bit IEEE float.
+    F32,
+    /// bfloat16.
+    Bf16,
+}
+
+impl Element {
+    /// Bytes of one element.
+    pub const fn bytes(self) -> usize {
+        match self {
+            Element::F32 => 4,
+            Element::Bf16 => 2,
+        }
+    }
+}
+
+/// A cuBLASLt matrix, in its own terms: COLUMN-major, `rows` by `columns` as stored (before any transposition).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Matrix {
+    /// Where its first element lies.
+    pub place: Place,
+    /// Element type.
+    pub element: Element,
+    /// Extent of the dim whose elements are adjacent.
+    pub rows: u64,
+    /// Extent of the other dim.
+    pub columns: u64,
+    /// Elements from one column to the next, at least `rows`.
+    pub leading: i64,
+    /// Elements from one matrix of a batch to the next; 0 where `Product::batch` is 1.
+    pub batch_stride: i64,
+}
+
+/// `d = epilogue(alpha op(a) op(b) + beta d)` by `cublasLtMatmul` with `C = D`, computed and accumulated in f32
+/// (`CUBLAS_COMPUTE_32F`: TF32 is not allowed), all dims above 0. Everything but the places is a key for a plan's cache.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Product {
+    /// Rows of `op(a)` and of `d`.
+    pub m: u64,
+    /// Columns of `op(b)` and of `d`.
+    pub n: u64,
+    /// Columns of `op(a)`, rows of `op(b)`.
+    pub k: u64,
+    /// `op(a)` is the transpose of `a` as stored (`CUBLAS_OP_T`).
+    pub a_transposed: bool,
+    /// `op(b)` is the transpose of `b` as stored.
+    pub b_transposed: bool,
+    /// First operand of cuBLASLt, which need not be that of the einsum.
+    pub a: Matrix,
+    /// Second operand.
+    pub b: Matrix,
+    /// The result, `m` by `n`; read too where `beta` is not 0.
+    pub d: Matrix,
+    /// Products done at once (`CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT`).
+    pub batch: i32,
+    /// Factor of the product.
+    pub alpha: f32,
+    /// Factor of what `d` held: 1 to add to it, 0 to overwrite it unread.
+    pub beta: f32,
+    /// What is done to the result on its way out.
+    pub epilogue: Epilogue,
+}
+
+/// cuBLASLt's epilogues in use. The bias has one element for each row of the column-major `d`, that is for each last
+/// index of a row-major result. GELU's here is cuBLASLt's, the approximation by tanh, so a graph with the exact
+/// [`crate::op::Op::Gelu`] never gets one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Epilogue {
+    /// Nothing.
+    None,
+    /// Adds a bias (`CUBLASLT_EPILOGUE_BIAS`).
+    Bias(Place),
+    /// GELU (`CUBLASLT_EPILOGUE_GELU`).
+    Gelu,
+    /// Adds a bias, then GELU; with `aux`, what went into GELU is kept there, laid out as `d` (`.._GELU_AUX_BIAS`).
+    GeluBias {
+        /// The bias.
+        bias: Place,
+        /// Input of GELU, for the backward pass.
+        aux: Option<Place>,
+    },
+    /// Multiplies by GELU's derivative at `aux` (`CUBLASLT_EPILOGUE_DGELU`).
+    GeluGrad {
+        /// Input of GELU.
+        aux: Place,
+    },
+    /// Sums `b`'s gradient over the columns of `op(b)` too (`CUBLASLT_EPILOGUE_BGRADB`).
+    BiasGrad(Place),
+}
+
+/// What kernels leave in device memory about an index out of range: a stream's record is [`ErrorRecord::WORDS`] 32-bit
+/// words, zeroed before first use and after it was read with an error in it. Kernels write it only when it holds no
+/// error, so it tells of the stream's first one; the backend copies it to pinned memory behind each submission and
+/// decodes it before it reports the end. A kernel with a bad index goes on as if the index were another shard's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ErrorRecord {
+    /// Index in its program of the launch that found it.
+    pub launch: u32,
+    /// The index.
+    pub index: i32,
+    /// Where it stands among the launch's indices: the first that is out of range.
+    pub position: u64,
+    /// What it should have been below.
+    pub limit: u64,
+}
+
+impl ErrorRecord {
+    /// 32-bit words of a record on the device: launch + 1 (0: no error), index, position (low, high), limit (low, high),
+    /// and two unused.
+    pub const WORDS: usize = 8;
+
+    /// The error in a record, if there is one.
+    pub fn decode(words: [u32; Self::WORDS]) -> Option<Self> {
+        let wide = |low: u32, high: u32| u64::from(high) << 32 | u64::from(low);
+        let launch = words[0].checked_sub(1)?;
+        let (position, limit) = (wide(words[2], words[3]), wide(words[4], words[5]));
+        Some(Self { launch, index: words[1] as i32, position, limit })
+    }
+
+    /// The error of an op, in the CPU backend's words.
+    pub fn error(&self, op: &str) -> KernelError {
+        let Self { index, position, limit, .. } = self;
+        let what = format!("index {index} at position {position} is not in 0..{limit}");
+        KernelError::Data { op: op.to_owned(), what }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_record_of_zeros_holds_no_error() {
+        assert_eq!(ErrorRecord::decode([0; 8]), None);
+        let record = ErrorRecord::decode([3, -7i32 as u32, 5, 1, 9, 0, 0, 0]);
+        let expected = ErrorRecord { launch: 2, index: -7, position: (1 << 32) + 5, limit: 9 };
+        assert_eq!(record, Some(expected));
+        assert_eq!(
+            expected.error("embedding").to_string(),
+            "embedding: index -7 at position 4294967301 is not in 0..9"
+        );
+    }
+}
