@@ -199,7 +199,7 @@ impl<'a> Trial<'a> {
         };
         let writes: Vec<Buffer> = self.writes.iter().enumerate().map(place_write).collect();
         let shapes: Vec<&[usize]> = self.reads.iter().map(|read| &read.shape[..]).collect();
-        let workspace_bytes = device.workspace_bytes(&self.op, &shapes, stream.threads());
+        let workspace_bytes = device.kind().workspace_bytes(&self.op, &shapes, stream.threads());
         let workspace = (workspace_bytes > 0).then(|| layout.place(&[workspace_bytes / 4], DType::F32));
         let arena = layout.arena(device).map_err(|error| error.to_string())?;
         for (buffer, tensor) in reads.iter().zip(&values) {

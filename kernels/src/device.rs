@@ -21,6 +21,27 @@ pub enum Device {
     Cuda(Arc<CudaDevice>),
 }
 
+/// Kinds of devices; all devices of a plan are of one.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum DeviceKind {
+    /// Cores.
+    #[default]
+    Cpu,
+    /// GPUs.
+    Cuda,
+}
+
+impl DeviceKind {
+    /// Bytes of scratch memory that a launch needs on a stream of `threads` threads of such a device, given the shapes that
+    /// it reads.
+    pub fn workspace_bytes(self, op: &Op, reads: &[&[usize]], threads: usize) -> usize {
+        match self {
+            DeviceKind::Cpu => op.workspace_bytes(reads, threads),
+            DeviceKind::Cuda => lower::workspace_bytes(op, reads),
+        }
+    }
+}
+
 /// Which of a device's streams goes first where both could.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Priority {
@@ -99,12 +120,11 @@ impl Device {
         }
     }
 
-    /// Bytes of scratch memory that a launch needs on a stream of `threads` threads of this kind of device, given the shapes
-    /// that it reads.
-    pub fn workspace_bytes(&self, op: &Op, reads: &[&[usize]], threads: usize) -> usize {
+    /// Its kind.
+    pub fn kind(&self) -> DeviceKind {
         match self {
-            Device::Cpu(_) => op.workspace_bytes(reads, threads),
-            Device::Cuda(_) => lower::workspace_bytes(op, reads),
+            Device::Cpu(_) => DeviceKind::Cpu,
+            Device::Cuda(_) => DeviceKind::Cuda,
         }
     }
 

@@ -26,6 +26,7 @@ use crate::exit::Exit;
 mod agree;
 mod by_mpi;
 pub mod env;
+mod nccl_ids;
 pub mod rendezvous;
 pub(crate) mod roads;
 pub(crate) mod world;
@@ -220,6 +221,14 @@ impl Cluster {
         match &self.launch {
             Launch::Local => 1,
             Launch::World(world) => world.processes,
+        }
+    }
+
+    /// Number of this process among those of its node.
+    pub(crate) fn local_process(&self) -> u32 {
+        match &self.launch {
+            Launch::Local => 0,
+            Launch::World(world) => world.local_process,
         }
     }
 

@@ -57,4 +57,5 @@ pub mod prelude {
     pub use crate::session::metrics::{DeviceMetrics, Metrics};
     pub use crate::session::numerics::{NonFinite, OnNonFinite};
     pub use crate::session::{Session, SessionError, SessionOptions, StepReport};
+    pub use shardflow_kernels::device::DeviceKind;
 }

@@ -1,6 +1,8 @@
 //! From the user's graph to a plan: THE ordered list of passes is in [`compile`].
 //! Imports `graph`, `boxing`, `plan`.
 
+use shardflow_kernels::device::DeviceKind;
+
 use crate::boxing::CostModel;
 use crate::graph::{Graph, GraphError, NodeOp};
 use crate::plan::lower::{Setting, lower};
@@ -51,6 +53,8 @@ pub struct CompileOptions {
     pub boxing: Boxing,
     /// How activations and their gradients are stored.
     pub precision: Precision,
+    /// What the mesh's devices are.
+    pub device: DeviceKind,
 }
 
 /// CPU devices that one process offers.
@@ -75,6 +79,7 @@ impl Default for CompileOptions {
             stage_costs: StageCosts::default(),
             boxing: Boxing::default(),
             precision: Precision::default(),
+            device: DeviceKind::default(),
         }
     }
 }
@@ -158,6 +163,7 @@ pub fn compile(mut graph: Graph, options: &CompileOptions) -> Result<Plan, Compi
         schedule: options.schedule,
         threads_per_device: options.threads_per_device,
         costs: options.stage_costs,
+        device: options.device,
     };
     let plan = lower(graph, setting);
     validate(&plan, options.memory_bytes)?;

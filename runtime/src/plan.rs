@@ -4,6 +4,7 @@
 use std::collections::BTreeMap;
 
 use shardflow_actors::spec::{ActionSpec, ActorId, RegisterId, Spec};
+use shardflow_kernels::device::DeviceKind;
 use shardflow_kernels::op::{Buffer, Launch};
 use shardflow_kernels::tensor::{DType, Region};
 
@@ -163,6 +164,8 @@ pub struct Plan {
     pub schedule: Schedule,
     /// Threads of a compute stream.
     pub threads_per_device: usize,
+    /// What the devices are.
+    pub device: DeviceKind,
     /// Forward micro-batches that each placement may have in flight.
     pub in_flight: Vec<u32>,
 }

@@ -13,7 +13,6 @@ use shardflow_actors::shell::{Hosted, Loaded, RegisterMemory, Running, start};
 use shardflow_actors::spec::{ActorId, RegisterId, StreamKind};
 use shardflow_actors::watchdog::WatchdogOptions;
 use shardflow_kernels::collective::Collective;
-use shardflow_kernels::collective::in_process::InProcess;
 use shardflow_kernels::device::{Device, Priority};
 use shardflow_kernels::error::KernelError;
 use shardflow_kernels::memory::{Arena, Base};
@@ -28,6 +27,7 @@ use crate::layout_error::LayoutError;
 use crate::plan::{Plan, ResidentTensor};
 
 pub mod checkpoint;
+pub mod devices;
 pub(crate) mod ending;
 mod exchange;
 pub mod host;
@@ -40,6 +40,7 @@ mod step;
 mod tokens;
 
 use checkpoint::CheckpointError;
+use devices::OnNode;
 use exchange::{Inbox, Word, tensor_of};
 use host::Fetched;
 use hosting::{HostPorts, Hosting};
@@ -176,14 +177,18 @@ impl Session {
 
     fn start_among(plan: Plan, options: &SessionOptions, world: Option<Arc<World>>) -> Result<Self, SessionError> {
         let hosting = world.as_ref().map_or(Hosting::alone(plan.memory.len()), |w| w.hosting());
-        let in_process: Arc<dyn Collective> = Arc::new(InProcess::new());
-        let (mut devices, mut arenas) = (Vec::new(), BTreeMap::new());
-        for rank in hosting.own() {
-            let device = Device::cpu(rank, plan.threads_per_device, in_process.clone());
-            let bytes = plan.memory[rank].total_bytes;
-            let shared = world.as_ref().is_some_and(|world| world.shares_memory());
-            arenas.insert(rank, if shared { device.shared_arena(bytes)? } else { device.arena(bytes)? });
-            devices.push(device);
+        let cluster = &options.cluster;
+        let (process, processes) = (cluster.local_process() as usize, cluster.local_processes() as usize);
+        let (devices, in_process) =
+            devices::open(&plan, &hosting, OnNode { process, processes }, &|groups| match &world {
+                Some(world) => world.nccl_ids(groups),
+                None => devices::new_ids(groups),
+            })?;
+        let shared = world.as_ref().is_some_and(|world| world.shares_memory(plan.device));
+        let mut arenas = BTreeMap::new();
+        for device in &devices {
+            let bytes = plan.memory[device.rank()].total_bytes;
+            arenas.insert(device.rank(), if shared { device.shared_arena(bytes)? } else { device.arena(bytes)? });
         }
         let ports = Arc::new(HostPorts::of(&plan, &hosting));
         let (host, from_peers) = unbounded();

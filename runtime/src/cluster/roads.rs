@@ -17,7 +17,7 @@ use shardflow_kernels::collective::on_node::OnNode;
 use shardflow_kernels::collective::routed::Routed;
 use shardflow_kernels::collective::wire::{self, Channel, Wire};
 use shardflow_kernels::collective::{Collective, Group};
-use shardflow_kernels::device::Device;
+use shardflow_kernels::device::{Device, DeviceKind};
 use shardflow_kernels::memory::{Access, Arena, Base};
 
 use super::by_mpi::ByMpi;
@@ -47,6 +47,8 @@ impl Ways {
 
 /// Everything that the ways are made with.
 pub(crate) struct Roads<'a> {
+    /// What memory and collectives are of: a GPU's memory is shared with nobody, and its collectives are the GPU engine's.
+    pub(crate) device: DeviceKind,
     pub(crate) hosting: Hosting,
     pub(crate) roster: &'a Roster,
     pub(crate) endpoint: &'a Endpoint,
@@ -70,7 +72,7 @@ impl Roads<'_> {
     /// True when memory is shared with that process.
     pub(crate) fn shares_memory(&self, process: u32) -> bool {
         let wanted = matches!(self.options.transport, Transport::Auto | Transport::SharedMemory);
-        wanted && self.is_near(process)
+        wanted && self.device == DeviceKind::Cpu && self.is_near(process)
     }
 
     /// The connection to a peer for a purpose: of two processes the one of the higher number dials.
@@ -106,7 +108,9 @@ impl Roads<'_> {
             (0..self.hosting.processes).filter(|p| *p == self.hosting.process || self.shares_memory(*p)).collect();
         let wants_mpi = self.options.collectives == Collectives::Mpi;
         let takes_mpi = |group: &Arc<Group>| wants_mpi && ByMpi::takes(&self.hosting, group);
-        let (by_mpi, own): (Vec<_>, Vec<_>) = self.hosting.crossing_groups(plan).into_iter().partition(takes_mpi);
+        let mut crossing = self.hosting.crossing_groups(plan);
+        crossing.retain(|_| self.device == DeviceKind::Cpu);
+        let (by_mpi, own): (Vec<_>, Vec<_>) = crossing.into_iter().partition(takes_mpi);
         let on_node = |group: &Arc<Group>| self.hosting.processes_of(group).is_subset(&near);
         let (on_board, mut on_wire): (Vec<_>, Vec<_>) = own.into_iter().partition(on_node);
         on_wire.retain(|group| self.hosting.processes_of(group).contains(&self.hosting.process));

@@ -12,14 +12,16 @@ use shardflow_actors::error::{Failure, PeerError};
 use shardflow_actors::membership::{self, FirstCause, Membership, Notice};
 use shardflow_actors::shell::{Control, Running};
 use shardflow_actors::transport::{Address, Endpoint, Purpose, Secret, TransportError};
-use shardflow_kernels::collective::Collective;
-use shardflow_kernels::device::Device;
+use shardflow_kernels::collective::{Collective, Group};
+use shardflow_kernels::cuda::nccl::UniqueId;
+use shardflow_kernels::device::{Device, DeviceKind};
 use shardflow_kernels::error::KernelError;
 use shardflow_kernels::memory::Arena;
 
 use super::agree::{self, Heard, Together};
 use super::by_mpi::ByMpi;
 use super::env::{self, Launch};
+use super::nccl_ids;
 use super::rendezvous::{Identity, RendezvousConfig, Roster, local_ip, rendezvous};
 use super::roads::{Roads, Ways};
 use super::{Cluster, ClusterError, ClusterOptions};
@@ -43,6 +45,8 @@ pub(crate) struct World {
     membership: Arc<Membership>,
     first: Arc<First>,
     together: Arc<Together>,
+    /// What peers say that NCCL knows groups by.
+    ids: Receiver<Heard>,
 }
 
 /// Messages about checkpoints that may wait to be taken.
@@ -76,6 +80,7 @@ impl First {
         notices: Receiver<Notice>,
         endpoint: Weak<Endpoint>,
         to_agree: Sender<Heard>,
+        to_ids: Sender<Heard>,
     ) -> io::Result<()> {
         let first = self.clone();
         let listen = move || {
@@ -83,6 +88,9 @@ impl First {
                 match notice {
                     // One that does not take what it is told runs into its deadline.
                     Notice::Told { topic: agree::TOPIC, from, bytes } => drop(to_agree.try_send(Heard { from, bytes })),
+                    Notice::Told { topic: nccl_ids::TOPIC, from, bytes } => {
+                        drop(to_ids.try_send(Heard { from, bytes }))
+                    }
                     Notice::Told { .. } => {}
                     Notice::Left { process } => first.left(process),
                     Notice::Ended(cause) => return first.ended(cause, &endpoint),
@@ -179,7 +187,7 @@ impl World {
             heartbeat,
         );
         (joining.every, joining.deadline) = (options.heartbeat_every, options.heartbeat_deadline);
-        let roads = roads(&hosting, &roster, &endpoint, &secret, &options, &by_mpi);
+        let roads = roads(plan.device, &hosting, &roster, &endpoint, &secret, &options, &by_mpi);
         for process in hosting.peers() {
             joining.links.insert(process, roads.link(process, Purpose::Control)?);
             joining.addresses.insert(process, roster.members[process as usize].heartbeat);
@@ -188,9 +196,10 @@ impl World {
         let (to_agree, heard) = bounded(HEARD_MAX);
         let together = Arc::new(Together::new(world.process, processes, membership.clone(), heard));
         let (first, endpoint): (Arc<First>, _) = (Arc::default(), Arc::new(endpoint));
-        let listening = first.listen(membership.notices().clone(), Arc::downgrade(&endpoint), to_agree);
+        let (to_ids, ids) = bounded(HEARD_MAX);
+        let listening = first.listen(membership.notices().clone(), Arc::downgrade(&endpoint), to_agree, to_ids);
         listening.map_err(system("start a thread"))?;
-        Ok(Some(Self { hosting, roster, endpoint, secret, options, by_mpi, membership, first, together }))
+        Ok(Some(Self { hosting, roster, endpoint, secret, options, by_mpi, membership, first, together, ids }))
     }
 
     /// Which devices are whose.
@@ -198,13 +207,19 @@ impl World {
         self.hosting
     }
 
-    fn roads(&self) -> Roads<'_> {
-        roads(&self.hosting, &self.roster, &self.endpoint, &self.secret, &self.options, &self.by_mpi)
+    fn roads(&self, device: DeviceKind) -> Roads<'_> {
+        roads(device, &self.hosting, &self.roster, &self.endpoint, &self.secret, &self.options, &self.by_mpi)
     }
 
-    /// True when devices' memory is to be shared with other processes.
-    pub(crate) fn shares_memory(&self) -> bool {
-        self.hosting.peers().any(|process| self.roads().shares_memory(process))
+    /// True when the memory of such devices is to be shared with other processes.
+    pub(crate) fn shares_memory(&self, device: DeviceKind) -> bool {
+        self.hosting.peers().any(|process| self.roads(device).shares_memory(process))
+    }
+
+    /// What NCCL knows these groups by, which all processes ask for.
+    pub(crate) fn nccl_ids(&self, groups: &[Arc<Group>]) -> Result<Vec<UniqueId>, KernelError> {
+        let deadline = Instant::now() + self.options.connect_within;
+        nccl_ids::exchange(groups, &self.hosting, &self.membership, &self.ids, deadline)
     }
 
     /// Makes all ways between the processes.
@@ -215,7 +230,7 @@ impl World {
         arenas: &BTreeMap<usize, Arena>,
         in_process: Arc<dyn Collective>,
     ) -> Result<Ways, ClusterError> {
-        self.roads().make(plan, devices, arenas, in_process)
+        self.roads(plan.device).make(plan, devices, arenas, in_process)
     }
 
     /// From now on a failure here ends the session everywhere, and one elsewhere ends it here.
@@ -283,6 +298,7 @@ impl World {
 }
 
 fn roads<'a>(
+    device: DeviceKind,
     hosting: &Hosting,
     roster: &'a Roster,
     endpoint: &'a Endpoint,
@@ -291,7 +307,7 @@ fn roads<'a>(
     by_mpi: &'a ByMpi,
 ) -> Roads<'a> {
     let deadline = Instant::now() + options.connect_within;
-    Roads { hosting: *hosting, roster, endpoint, secret, options, by_mpi, deadline }
+    Roads { device, hosting: *hosting, roster, endpoint, secret, options, by_mpi, deadline }
 }
 
 fn address(endpoint: &env::Endpoint) -> Address {

@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use shardflow_kernels::collective::{CollectiveCall, CollectiveKind, Group, ReduceOp};
+use shardflow_kernels::device::DeviceKind;
 use shardflow_kernels::op::{Buffer, Launch, Op};
 use shardflow_kernels::tensor::{DType, element_count};
 
@@ -27,6 +28,8 @@ pub struct Context<'a> {
     pub fused: &'a BTreeMap<Var, Var>,
     /// Threads that each kernel of the action's stream runs on.
     pub threads: usize,
+    /// What it runs on.
+    pub device: DeviceKind,
 }
 
 /// An action's launches, and what they need.
@@ -220,7 +223,7 @@ impl Emitter<'_> {
             return;
         }
         let shapes: Vec<&[usize]> = reads.iter().map(|r| r.shape.as_slice()).collect();
-        let bytes = op.workspace_bytes(&shapes, self.context.threads);
+        let bytes = self.context.device.workspace_bytes(&op, &shapes, self.context.threads);
         let workspace = (bytes > 0).then(|| self.scratch_buffer(&[bytes.div_ceil(4)]));
         let index = self.launches.len();
         for buffer in reads.iter().chain(&writes).chain(&workspace) {

@@ -4,6 +4,7 @@
 use std::fmt::{self, Write};
 
 use shardflow_actors::spec::Firing;
+use shardflow_kernels::device::DeviceKind;
 use shardflow_kernels::tensor::DType;
 
 use crate::graph::{NodeOp, Phase};
@@ -25,9 +26,10 @@ impl Plan {
         };
         let mesh = self.graph.mesh();
         let (devices, count) = (mesh.device_count(), self.micro_batches);
+        let kind = if self.device == DeviceKind::Cuda { " on GPUs" } else { "" };
         let halves = self.graph.tensors.iter().filter(|tensor| tensor.dtype == DType::BF16).count();
         let precision = if halves > 0 { format!("; {halves} tensors in bf16") } else { String::new() };
-        writeln!(out, "mesh {mesh}: {devices} devices; {schedule}, {count} micro-batches a step{precision}")?;
+        writeln!(out, "mesh {mesh}: {devices} devices{kind}; {schedule}, {count} micro-batches a step{precision}")?;
         self.write_placements(out)?;
         self.write_parameters(out)?;
         self.write_boxing(out)?;

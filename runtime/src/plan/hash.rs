@@ -18,10 +18,10 @@ impl Plan {
     /// BLAKE3 of all that decides what actors do: actors, registers, launches, where every byte lies. Plans of one binary
     /// are equal if their hashes are; the text that is hashed may differ between compilers, as a binary's own hash does.
     pub fn hash(&self) -> blake3::Hash {
-        let Self { graph, spec, actions, registers, memory, micro_batches, schedule, threads_per_device, in_flight } =
-            self;
+        let Self { graph, spec, actions, registers, memory, micro_batches, schedule, .. } = self;
+        let Self { threads_per_device, device, in_flight, .. } = self;
         let mut text = Text(blake3::Hasher::new());
-        let all = (spec, actions, registers, memory, (micro_batches, schedule, threads_per_device, in_flight));
+        let all = (spec, actions, registers, memory, (micro_batches, schedule, threads_per_device, device, in_flight));
         // Writing to a hash cannot fail; a `Debug` of a custom kernel that does leaves a shorter text on all processes.
         let _ = write!(text, "{} {all:?}", graph.mesh());
         text.0.finalize()

@@ -8,6 +8,7 @@ use shardflow_actors::spec::{
     ActionSpec, ActorId, ActorSpec, Firing, InputSpec, OutputSpec, Reader, RegisterId, RegisterSpec, Spec, StreamKind,
 };
 use shardflow_kernels::collective::Group;
+use shardflow_kernels::device::DeviceKind;
 
 use crate::graph::{Graph, Rate};
 use crate::plan::assign::{Assignment, RegisterPlan, Site, assign};
@@ -27,6 +28,8 @@ pub struct Setting {
     pub threads_per_device: usize,
     /// Durations that credits are computed from.
     pub costs: StageCosts,
+    /// What the devices are.
+    pub device: DeviceKind,
 }
 
 /// The stream that an action runs on.
@@ -52,7 +55,8 @@ pub fn lower(graph: Graph, setting: Setting) -> Plan {
     for (site, nodes) in &assignment.actions {
         let stream = stream_of(site.1);
         let threads = if stream == StreamKind::Compute { setting.threads_per_device } else { 1 };
-        let context = Context { graph: &graph, assignment: &assignment, arenas: &arenas, fused: &fused, threads };
+        let (device, fused) = (setting.device, &fused);
+        let context = Context { graph: &graph, assignment: &assignment, arenas: &arenas, fused, threads, device };
         let made = emit(&context, *site, nodes, &mut |ranks| groups.communicator(stream, ranks));
         emitted.insert(*site, made);
     }
@@ -104,6 +108,7 @@ pub fn lower(graph: Graph, setting: Setting) -> Plan {
         micro_batches: setting.micro_batches,
         schedule: setting.schedule,
         threads_per_device: setting.threads_per_device,
+        device: setting.device,
         in_flight: flight,
     }
 }

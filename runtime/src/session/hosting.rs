@@ -79,20 +79,25 @@ impl Hosting {
 
     /// Groups whose members several processes host, in order of id; of all processes.
     pub fn crossing_groups(&self, plan: &Plan) -> Vec<Arc<Group>> {
-        let mut out = BTreeMap::new();
-        for launch in plan.actions.iter().flatten().flat_map(|action| &action.launches) {
-            let Op::Collective(call) = &launch.op else { continue };
-            if !out.contains_key(&call.group.id) && self.processes_of(&call.group).len() > 1 {
-                out.insert(call.group.id, call.group.clone());
-            }
-        }
-        out.into_values().collect()
+        let mut groups = groups(plan);
+        groups.retain(|group| self.processes_of(group).len() > 1);
+        groups
     }
 
     /// Processes that host a group's members.
     pub fn processes_of(&self, group: &Group) -> BTreeSet<u32> {
         group.ranks.iter().map(|rank| self.process_of(*rank)).collect()
     }
+}
+
+/// All groups of a plan, in order of id.
+pub fn groups(plan: &Plan) -> Vec<Arc<Group>> {
+    let mut out = BTreeMap::new();
+    for launch in plan.actions.iter().flatten().flat_map(|action| &action.launches) {
+        let Op::Collective(call) = &launch.op else { continue };
+        out.entry(call.group.id).or_insert_with(|| call.group.clone());
+    }
+    out.into_values().collect()
 }
 
 /// Bytes of a register's slot that an action reads.
