@@ -89,8 +89,7 @@ impl CudaStream {
 
     pub(crate) fn submit(&self, submission: Submission) -> Result<(), KernelError> {
         self.inner.lane.gpu().context().check_alive()?;
-        self.inner.lane.gpu().context().bind()?;
-        let lowered = lock(&self.inner.cache).get(&submission.program, submission.repeat, self.inner.lane.gpu());
+        let lowered = lock(&self.inner.cache).get(&submission.program, submission.repeat);
         self.inner.put(Command::run(submission, lowered, &self.inner.engine))
     }
 
