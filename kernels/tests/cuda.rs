@@ -3,9 +3,10 @@
 //! device finds wrong fails the test. Imports the kernels and the software device.
 
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, channel};
+use std::sync::mpsc::channel;
 use std::time::Duration;
 
+use shardflow_kernels::clock::Clock;
 use shardflow_kernels::collective::Collective;
 use shardflow_kernels::collective::in_process::InProcess;
 use shardflow_kernels::conformance::{self, Failure};
@@ -93,13 +94,17 @@ fn layer() -> (Arc<Program>, usize) {
     (Arc::new(program), place(20))
 }
 
-/// Submits a program and gives what the stream tells.
-fn submit(stream: &Stream, program: &Arc<Program>, arena: &Arena) -> Result<Receiver<Notice>, KernelError> {
+/// Runs a program and gives what the stream tells.
+fn submit(stream: &Stream, program: &Arc<Program>, arena: &Arena) -> Result<Vec<Notice>, KernelError> {
     let (sender, notices) = channel();
-    let notify = Box::new(move |notice| drop(sender.send(notice)));
+    let notify = Box::new(move |notice| drop(sender.send((Clock::capture(), notice))));
     let bases = vec![Base { arena: arena.clone(), offset: 0 }];
     stream.submit(Submission { program: program.clone(), bases, repeat: false, notify })?;
-    Ok(notices)
+    let told = |(clock, notice): (Clock, Notice)| {
+        clock.join();
+        notice
+    };
+    Ok(notices.iter().map(told).collect())
 }
 
 /// Runs a layer many times, as a training loop would.
@@ -108,7 +113,7 @@ fn steps(count: usize) {
     let (program, bytes) = layer();
     let (stream, arena) = (device.stream("compute", 1).expect("a stream"), device.arena(bytes).expect("memory"));
     for _ in 0..count {
-        let notices: Vec<Notice> = submit(&stream, &program, &arena).expect("a live stream").iter().collect();
+        let notices = submit(&stream, &program, &arena).expect("a live stream");
         assert_eq!(notices, [Notice::Signal(1), Notice::Done]);
     }
 }
@@ -122,7 +127,7 @@ fn lost() {
     let (mut ended, mut first) = (0, None);
     for _ in 0..20 {
         let Ok(notices) = submit(&stream, &program, &arena) else { break };
-        match notices.iter().last() {
+        match notices.into_iter().next_back() {
             Some(Notice::Done) => ended += 1,
             Some(Notice::Failed(error)) => {
                 first.get_or_insert(error);

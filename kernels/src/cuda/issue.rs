@@ -19,7 +19,7 @@ use super::staged::Staged;
 use super::step::{Epilogue, Place};
 use super::ticket::Ticket;
 use crate::bound::Bound;
-use crate::collective::{Collective, CollectiveCall};
+use crate::collective::{Collective, CollectiveCall, Outcome};
 use crate::cpu::stream::{panic_message, trace_launch};
 use crate::error::KernelError;
 use crate::event::Event;
@@ -54,10 +54,10 @@ pub(crate) struct Run {
 
 impl Command {
     /// A submission.
-    pub(crate) fn run(submission: Submission, lowered: Arc<Lowered>, engine: &Arc<dyn Collective>) -> Self {
+    pub(crate) fn run(submission: Submission, lowered: Arc<Lowered>, outcomes: &Arc<[Outcome]>) -> Self {
         let Submission { program, bases, repeat, notify } = submission;
-        let engine = lowered.calls.then(|| engine.clone());
-        let ticket = Arc::new(Ticket::new(program, repeat, notify, engine));
+        let outcomes = if lowered.calls { outcomes.clone() } else { Arc::default() };
+        let ticket = Arc::new(Ticket::new(program, repeat, notify, outcomes));
         Command::Run(Run { ticket, lowered, bases, done: 0, signals: 0, wait: None, uses_record: false, found: false })
     }
 }
