@@ -89,10 +89,10 @@ pub(super) fn run(report: &mut Report, make: &Make<'_>, demands: &Demands) {
         suite.point_to_point();
         suite.broadcasts();
     }
-    if members_max >= 3 {
-        if let Err(error) = concurrent(report, make, any_order) {
-            report.fail("groups in flight at once", error);
-        }
+    if members_max >= 3
+        && let Err(error) = concurrent(report, make, any_order)
+    {
+        report.fail("groups in flight at once", error);
     }
     if members_max >= 3 && compares_calls {
         disagreements(report, make);
