@@ -112,6 +112,11 @@ impl Context {
         format!("cuda device {} ({})", self.ordinal, self.name)
     }
 
+    /// As the driver knows it.
+    pub(crate) fn raw(&self) -> sys::CUcontext {
+        self.handle.0
+    }
+
     pub(crate) fn ordinal(&self) -> usize {
         self.ordinal
     }

@@ -5,6 +5,7 @@
 //! - ISSUE-1: memory that a step names lies on the stream's own GPU, in bounds: `bound` has checked the launch's buffers,
 //!   and here each is checked to be the GPU's. A submission keeps its arenas until its end is told.
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
 use super::blas::{Addresses, Plans};
@@ -14,17 +15,19 @@ use super::lower;
 use super::lowered::{Kind, Lowered, Parameter, Ready, address};
 use super::poller::{Then, Track};
 use super::record::Records;
-use super::staged::Staged;
+use super::staged::{Staged, device_address};
 use super::step::{Epilogue, Place};
 use super::ticket::Ticket;
 use crate::bound::Bound;
-use crate::collective::{Collective, CollectiveCall};
+use crate::collective::{Collective, CollectiveCall, Outcome};
 use crate::cpu::stream::{panic_message, trace_launch};
 use crate::error::KernelError;
 use crate::event::Event;
 use crate::memory::{Base, View};
-use crate::op::{CustomKernel, Launch, Op};
+use crate::region::{check_inside, for_each_run};
+use crate::op::{Launch, Op};
 use crate::stream::{Notice, Submission};
+use crate::tensor::Region;
 
 /// What a stream is told to do.
 pub(crate) enum Command {
@@ -45,17 +48,19 @@ pub(crate) struct Run {
     signals: usize,
     /// The collective that the next launch is, under way.
     wait: Option<Wait>,
+    /// Whether a kernel on the stream writes the stream's record.
+    uses_record: bool,
     /// What follows from one fault is of no interest.
     found: bool,
 }
 
 impl Command {
     /// A submission.
-    pub(crate) fn run(submission: Submission, lowered: Arc<Lowered>, engine: &Arc<dyn Collective>) -> Self {
+    pub(crate) fn run(submission: Submission, lowered: Arc<Lowered>, outcomes: &Arc<[Outcome]>) -> Self {
         let Submission { program, bases, repeat, notify } = submission;
-        let engine = lowered.calls.then(|| engine.clone());
-        let ticket = Arc::new(Ticket::new(program, repeat, notify, engine));
-        Command::Run(Run { ticket, lowered, bases, done: 0, signals: 0, wait: None, found: false })
+        let outcomes = if lowered.calls { outcomes.clone() } else { Arc::default() };
+        let ticket = Arc::new(Ticket::new(program, repeat, notify, outcomes));
+        Command::Run(Run { ticket, lowered, bases, done: 0, signals: 0, wait: None, uses_record: false, found: false })
     }
 }
 
@@ -122,12 +127,11 @@ impl Issuer {
     /// Issues what is left of a program; false when it would block and must not.
     fn advance(&mut self, run: &mut Run, may_block: bool) -> Result<bool, KernelError> {
         self.lane.gpu().context().check_alive()?;
-        let (ticket, lowered) = (run.ticket.clone(), run.lowered.clone());
+        let ticket = run.ticket.clone();
         let program = &ticket.program;
         loop {
             self.signal(run)?;
             let Some(launch) = program.launches.get(run.done) else { return Ok(true) };
-            let kind = lowered.launches[run.done].as_ref().map_err(Clone::clone)?;
             if let Some(wait) = run.wait.take() {
                 if !may_block {
                     run.wait = Some(wait);
@@ -136,12 +140,16 @@ impl Issuer {
                 wait()?;
             } else {
                 trace_launch(program, run.done);
-                let steps = matches!(kind, Kind::Steps(_));
-                let blocks = self.check || !steps && !self.is_on_device(launch);
-                if blocks && !may_block {
+                if !may_block && (self.check || self.blocks(launch)) {
                     return Ok(false);
                 }
-                if let Some(wait) = self.launch(launch, kind, run)? {
+                let launched = catch_unwind(AssertUnwindSafe(|| self.launch(launch, run)));
+                let launched = launched.unwrap_or_else(|panic| {
+                    let (index, program) = (run.done, program.name.clone());
+                    let (launch, message) = (format!("{index} ({})", launch.op.name()), panic_message(&*panic));
+                    Err(KernelError::Panic { launch, program, message })
+                });
+                if let Some(wait) = launched? {
                     run.wait = Some(wait);
                     continue;
                 }
@@ -168,8 +176,8 @@ impl Issuer {
     }
 
     fn end(&mut self, run: Run, result: Result<(), KernelError>) {
-        let Run { ticket, lowered, bases, .. } = run;
-        let fetched = if lowered.uses_record { self.fetch_record(&ticket) } else { Ok(()) };
+        let Run { ticket, bases, uses_record, .. } = run;
+        let fetched = if uses_record { self.fetch_record(&ticket) } else { Ok(()) };
         match fetched.and_then(|()| self.lane.record()) {
             Ok(recorded) => self.lane.gpu().poller().push(&self.track, recorded, Then::End(ticket, bases, result)),
             Err(error) => {
@@ -185,28 +193,37 @@ impl Issuer {
         Ok(())
     }
 
-    /// Whether a launch that is no steps is a collective of an engine that puts it on the stream.
-    fn is_on_device(&self, launch: &Launch) -> bool {
-        matches!(&launch.op, Op::Collective(call) if self.engine.on_device(call).is_some())
+    /// Whether a launch needs the host: a custom kernel, or a collective of an engine that does not put it on the stream.
+    fn blocks(&self, launch: &Launch) -> bool {
+        match &launch.op {
+            Op::Collective(call) => self.engine.on_device(call).is_none(),
+            Op::Custom(_) => true,
+            _ => false,
+        }
     }
 
-    fn launch(&mut self, launch: &Launch, kind: &Kind, run: &Run) -> Result<Option<Wait>, KernelError> {
-        let needed = |shapes: &[&[usize]]| match kind {
-            Kind::Steps(_) => lower::workspace_bytes(&launch.op, shapes),
-            Kind::Collective | Kind::Custom => 0,
-        };
+    fn launch(&mut self, launch: &Launch, run: &mut Run) -> Result<Option<Wait>, KernelError> {
+        let needed = |shapes: &[&[usize]]| lower::workspace_bytes(&launch.op, shapes);
         let bound = Bound::resolve(launch, &run.bases, needed)?;
+        if let ([read], Op::CopyRegion { src, dst }) = (&bound.reads[..], &launch.op)
+            && self.check_on_this_gpu(bound.name, read).is_err()
+        {
+            self.pull(read, src, &bound.writes[0], dst, launch.accumulate)?;
+            return Ok(None);
+        }
         bound.all().try_for_each(|view| self.check_on_this_gpu(bound.name, view))?;
+        let kind = run.lowered.kind(run.done, launch, self.lane.gpu())?;
         match (kind, &launch.op) {
-            (Kind::Steps(steps), _) => {
+            (Kind::Steps { steps, uses_record }, _) => {
                 check_in_place(launch, &bound)?;
+                run.uses_record |= uses_record;
                 steps.iter().try_for_each(|step| self.step(step, &bound, run.done))?;
                 Ok(None)
             }
             (_, Op::Collective(call)) => self.collective(call, &bound),
             (_, Op::Custom(kernel)) => {
                 let accumulate = launch.accumulate && run.ticket.repeat;
-                self.custom(&**kernel, &bound, accumulate, run).map(|()| None)
+                self.staged.custom(&bound, &**kernel, accumulate).map(|()| None)
             }
             _ => Ok(None),
         }
@@ -221,6 +238,39 @@ impl Issuer {
             None => "memory of the host".to_owned(),
         };
         Err(KernelError::arguments(name, "memory", format!("memory of {}", gpu.place()), got))
+    }
+
+    /// Fetches a box from another GPU's memory: a copy for each run of elements that lie together on both sides.
+    fn pull(
+        &self,
+        read: &View<'_>,
+        src: &Region,
+        write: &View<'_>,
+        dst: &Region,
+        accumulate: bool,
+    ) -> Result<(), KernelError> {
+        let name = "copy_region";
+        let source = read.arena().device_memory().map(|memory| memory.gpu().context().clone());
+        let (Some(source), false) = (source, accumulate || read.dtype() != write.dtype()) else {
+            let got = format!("{:?} to {:?}, accumulate {accumulate}", read.dtype(), write.dtype());
+            return Err(KernelError::arguments(name, "read 0", "a GPU's memory, to be copied as it is", got));
+        };
+        self.check_on_this_gpu(name, write)?;
+        check_inside(name, "src", src, read.shape())?;
+        check_inside(name, "dst", dst, write.shape())?;
+        if src.size != dst.size {
+            return Err(KernelError::arguments(name, "size of dst", format!("{:?}", src.size), format!("{:?}", dst.size)));
+        }
+        let (from, to) = (device_address(read)?, device_address(write)?);
+        let bytes = |elements: usize| elements * read.dtype().bytes();
+        let mut copied = Ok(());
+        for_each_run((read.shape(), &src.start), (write.shape(), &dst.start), &src.size, |at, there, elements| {
+            if copied.is_ok() {
+                let (from, to) = (from + bytes(at) as u64, to + bytes(there) as u64);
+                copied = self.lane.copy_from(to, &source, from, bytes(elements));
+            }
+        });
+        copied
     }
 
     fn step(&mut self, step: &Ready, bound: &Bound<'_>, index: usize) -> Result<(), KernelError> {
@@ -284,21 +334,6 @@ impl Issuer {
         let engine = self.engine.clone();
         self.staged.run(bound, |reads, writes| engine.run(call, reads, writes))?;
         Ok(None)
-    }
-
-    fn custom(
-        &mut self,
-        kernel: &dyn CustomKernel,
-        bound: &Bound<'_>,
-        accumulate: bool,
-        run: &Run,
-    ) -> Result<(), KernelError> {
-        let result = self.staged.custom(bound, kernel, accumulate);
-        result.unwrap_or_else(|panic| {
-            let message = panic_message(&*panic);
-            let (launch, program) = (format!("{} ({})", run.done, bound.name), run.ticket.program.name.clone());
-            Err(KernelError::Panic { launch, program, message })
-        })
     }
 
     /// Tells of what a launch has written that is not finite.

@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use cudarc::driver::sys;
 
-use super::context::Raw;
+use super::context::{Context, Raw};
 use super::event::Recorded;
 use super::gpu::Gpu;
 use super::memory::{DeviceMemory, destroy_stream, new_stream};
@@ -127,6 +127,17 @@ impl Lane {
         }
         // SAFETY: ranges of device memory that live until the copy is done, by the caller.
         self.check(unsafe { sys::cuMemcpyDtoDAsync_v2(to, from, bytes, self.stream.0) }, "cuMemcpyDtoDAsync")
+    }
+
+    /// Copies from memory of another GPU, directly or through the host's, as the driver can.
+    pub(crate) fn copy_from(&self, to: u64, source: &Context, from: u64, bytes: usize) -> Result<(), KernelError> {
+        if bytes == 0 {
+            return Ok(());
+        }
+        let own = self.gpu.context().raw();
+        // SAFETY: ranges of device memory of these contexts that live until the copy is done, by the caller.
+        let result = unsafe { sys::cuMemcpyPeerAsync(to, own, from, source.raw(), bytes, self.stream.0) };
+        self.check(result, "cuMemcpyPeerAsync")
     }
 
     /// Copies to pinned memory of the host, which nobody touches until the event behind it is done (PINNED-1).

@@ -2,7 +2,7 @@
 //! submission is to put addresses in. Imports `cuda::lower`, `cuda::step`, `cuda::module`, `op`.
 
 use std::collections::HashMap;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use super::gpu::Gpu;
 use super::lane::{Geometry, PARAMETERS_MAX};
@@ -32,10 +32,9 @@ struct Known {
 /// A program, for submissions that repeat or for those that do not.
 #[derive(Debug)]
 pub(crate) struct Lowered {
-    /// By launch; a launch that cannot be lowered fails when the program comes to it.
-    pub(crate) launches: Vec<Result<Kind, KernelError>>,
-    /// Whether any kernel writes the stream's record.
-    pub(crate) uses_record: bool,
+    /// By launch; lowered when the program first comes to it, behind the check of its buffers.
+    launches: Vec<OnceLock<Result<Kind, KernelError>>>,
+    repeat: bool,
     /// Whether there are collectives.
     pub(crate) calls: bool,
 }
@@ -44,7 +43,11 @@ pub(crate) struct Lowered {
 #[derive(Debug)]
 pub(crate) enum Kind {
     /// By these steps.
-    Steps(Vec<Ready>),
+    Steps {
+        steps: Vec<Ready>,
+        /// Whether any kernel writes the stream's record.
+        uses_record: bool,
+    },
     /// By the engine.
     Collective,
     /// By the host.
@@ -72,40 +75,44 @@ pub(crate) enum Parameter {
 
 impl Cache {
     /// The program's steps.
-    pub(crate) fn get(&mut self, program: &Arc<Program>, repeat: bool, gpu: &Gpu) -> Arc<Lowered> {
+    pub(crate) fn get(&mut self, program: &Arc<Program>, repeat: bool) -> Arc<Lowered> {
         let key = Arc::as_ptr(program).addr();
         if self.programs.len() >= PROGRAMS_MAX && !self.programs.contains_key(&key) {
             self.programs.clear();
         }
         let new = || Known { program: program.clone(), lowered: [None, None] };
         let Known { program, lowered } = self.programs.entry(key).or_insert_with(new);
-        lowered[usize::from(repeat)].get_or_insert_with(|| Arc::new(Lowered::of(program, repeat, gpu))).clone()
+        lowered[usize::from(repeat)].get_or_insert_with(|| Arc::new(Lowered::of(program, repeat))).clone()
     }
 }
 
 impl Lowered {
-    fn of(program: &Program, repeat: bool, gpu: &Gpu) -> Self {
-        let launches: Vec<_> = program.launches.iter().map(|launch| kind(launch, repeat, gpu)).collect();
-        let records = |kind: &Result<Kind, KernelError>| match kind {
-            Ok(Kind::Steps(steps)) => steps.iter().any(|step| match step {
-                Ready::Kernel { parameters, .. } => parameters.contains(&Parameter::Record),
-                _ => false,
-            }),
-            _ => false,
-        };
-        let uses_record = launches.iter().any(records);
+    fn of(program: &Program, repeat: bool) -> Self {
+        let launches = program.launches.iter().map(|_| OnceLock::new()).collect();
         let calls = program.launches.iter().any(|launch| matches!(launch.op, Op::Collective(_)));
-        Self { launches, uses_record, calls }
+        Self { launches, repeat, calls }
+    }
+
+    /// How launch `index` of the program is run, its buffers being in bounds.
+    pub(crate) fn kind(&self, index: usize, launch: &Launch, gpu: &Gpu) -> Result<&Kind, KernelError> {
+        let repeat = self.repeat && launch.accumulate;
+        self.launches[index].get_or_init(|| kind(launch, repeat, gpu)).as_ref().map_err(Clone::clone)
     }
 }
 
-fn kind(launch: &Launch, repeat: bool, gpu: &Gpu) -> Result<Kind, KernelError> {
+fn kind(launch: &Launch, accumulate: bool, gpu: &Gpu) -> Result<Kind, KernelError> {
     match launch.op {
         Op::Collective(_) => Ok(Kind::Collective),
         Op::Custom(_) => Ok(Kind::Custom),
         _ => {
-            let steps = lower::lower(launch, repeat)?;
-            Ok(Kind::Steps(steps.into_iter().map(|step| ready(step, gpu)).collect::<Result<_, _>>()?))
+            let steps = lower::lower(launch, accumulate)?.into_iter();
+            let steps = steps.map(|step| ready(step, gpu)).collect::<Result<Vec<_>, _>>()?;
+            let records = |step: &Ready| match step {
+                Ready::Kernel { parameters, .. } => parameters.contains(&Parameter::Record),
+                _ => false,
+            };
+            let uses_record = steps.iter().any(records);
+            Ok(Kind::Steps { steps, uses_record })
         }
     }
 }
