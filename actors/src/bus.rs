@@ -7,9 +7,10 @@ use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use ractor::ActorRef;
+use shardflow_kernels::clock::Clock;
 
 use crate::error::ProtocolError;
-use crate::message::Cast;
+use crate::message::{Cast, Mail};
 use crate::protocol::Event;
 use crate::remote::Remote;
 use crate::spec::{ActorId, Spec};
@@ -18,7 +19,7 @@ use crate::spec::{ActorId, Spec};
 #[derive(Debug)]
 pub(crate) struct Bus {
     /// By actor; none for those of other processes.
-    refs: OnceLock<Vec<Option<ActorRef<Cast>>>>,
+    refs: OnceLock<Vec<Option<ActorRef<Mail>>>>,
     remote: Remote,
     /// By actor.
     boxes: Vec<Depth>,
@@ -39,7 +40,7 @@ impl Bus {
     }
 
     /// Fills in the actors of this process; once.
-    pub(crate) fn connect(&self, actors: Vec<(ActorId, ActorRef<Cast>)>) {
+    pub(crate) fn connect(&self, actors: Vec<(ActorId, ActorRef<Mail>)>) {
         let mut refs = vec![None; self.boxes.len()];
         actors.into_iter().for_each(|(id, actor)| refs[id.0 as usize] = Some(actor));
         // A second call would be a bug of `start`; the first one's actors stay.
@@ -62,7 +63,7 @@ impl Bus {
         if counted(&cast) {
             self.boxes[to.0 as usize].entries.fetch_add(1, Ordering::Relaxed);
         }
-        actor.cast(cast).is_ok()
+        actor.cast(Mail { cast, clock: Clock::capture() }).is_ok()
     }
 
     /// True when a mailbox holds more than credits allow. What a peer tells is let in only below that.

@@ -1,6 +1,7 @@
 //! What a shard's mailbox carries. Imports `protocol`'s events and `kernels::error`.
 
 use crossbeam_channel::Sender;
+use shardflow_kernels::clock::Clock;
 use shardflow_kernels::error::KernelError;
 
 use crate::protocol::Event;
@@ -21,8 +22,15 @@ pub(crate) enum Cast {
     Panic,
 }
 
+/// What travels: an entry, and what its sender knew to have happened.
+#[derive(Debug)]
+pub(crate) struct Mail {
+    pub(crate) cast: Cast,
+    pub(crate) clock: Clock,
+}
+
 /// Stays within the process: ractor sends only messages that say they can be serialized.
-impl ractor::Message for Cast {}
+impl ractor::Message for Mail {}
 
 /// For actors that get no messages. Not `()`, which ractor can serialize: it would show the actor to all other processes.
 #[derive(Debug)]

@@ -15,7 +15,7 @@ use shardflow_kernels::stream::Stream;
 
 use crate::check::check;
 use crate::error::{ActorError, Failure};
-use crate::message::Cast;
+use crate::message::{Cast, Mail};
 use crate::protocol::Event;
 use crate::remote::{Connections, HostPiece, Peers, Remote, serve};
 use crate::snapshot::{ActorSnapshot, NotFinite};
@@ -164,7 +164,7 @@ fn spawn(
     devices: BTreeMap<usize, Vec<(ActorId, Shard)>>,
     session: &Arc<Session>,
     threads: &mut Vec<JoinHandle<()>>,
-) -> Result<Vec<(ActorId, ActorRef<Cast>)>, ActorError> {
+) -> Result<Vec<(ActorId, ActorRef<Mail>)>, ActorError> {
     let mut actors = Vec::new();
     let mut fault = None;
     for (device, shards) in devices {
@@ -188,7 +188,7 @@ fn spawn(
     }
 }
 
-type Started = Result<Vec<(ActorId, ActorRef<Cast>)>, ActorError>;
+type Started = Result<Vec<(ActorId, ActorRef<Mail>)>, ActorError>;
 
 /// Starts a device's thread, which runs its actors until all have stopped.
 fn host(

@@ -31,6 +31,9 @@ pub struct GptArgs {
     /// Order of forward and backward work in a pipeline.
     #[arg(long, value_enum, default_value_t = ScheduleArg::OneFOneB)]
     pub schedule: ScheduleArg,
+    /// What the mesh's devices are. A GPU may be several of them, in one process.
+    #[arg(long, value_enum, default_value_t = DeviceArg::Cpu)]
+    pub device: DeviceArg,
     /// How activations and their gradients are stored; weights, their gradients and the update are f32 in any case.
     #[arg(long, value_enum, default_value_t = PrecisionArg::F32)]
     pub precision: PrecisionArg,
@@ -40,7 +43,8 @@ pub struct GptArgs {
     /// CPU threads of each device; without it, the machine's cores shared out evenly.
     #[arg(long, value_name = "N")]
     pub threads_per_device: Option<usize>,
-    /// Memory of each device in MiB, which a plan must fit; without it, the machine's free memory shared out evenly.
+    /// Memory of each device in MiB, which a plan must fit; without it, what is free of the machine's memory, or of a GPU's,
+    /// shared out evenly.
     #[arg(long, value_name = "MIB")]
     pub memory_mib: Option<usize>,
     /// Transformer layers.
@@ -122,6 +126,15 @@ pub enum ScheduleArg {
     /// One forward, one backward: Narayanan et al. 2019, <https://arxiv.org/abs/1806.03377>.
     #[value(name = "1f1b")]
     OneFOneB,
+}
+
+/// Kinds of devices by name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum DeviceArg {
+    /// Threads of this machine.
+    Cpu,
+    /// NVIDIA's GPUs.
+    Cuda,
 }
 
 /// Precisions by name.
@@ -399,12 +412,9 @@ impl GptArgs {
         self.threads_per_device.unwrap_or(cores / devices_here.max(1)).clamp(1, THREADS_MAX)
     }
 
-    /// Bytes of each device: as given, or an even share of the machine's free memory, where the system tells it.
-    pub fn memory_bytes(&self, free: Option<usize>, devices_here: usize) -> Option<usize> {
-        match self.memory_mib {
-            Some(mib) => Some(mib.saturating_mul(1 << 20)),
-            None => free.map(|bytes| bytes / devices_here.max(1)),
-        }
+    /// Bytes of each device, as given.
+    pub fn memory_bytes(&self) -> Option<usize> {
+        self.memory_mib.map(|mib| mib.saturating_mul(1 << 20))
     }
 }
 
@@ -431,7 +441,7 @@ mod tests {
         assert_eq!((args.layers, args.heads, args.width, args.context, args.batch), (4, 4, 128, 64, 12));
         assert_eq!(args.mesh, MeshArg { data: 1, stage: 1, tensor: 1 });
         assert_eq!((args.threads(2, 1), args.threads(0, 1)), (2, 1));
-        assert_eq!((args.memory_bytes(Some(7), 1), args.memory_bytes(None, 1)), (Some(7), None));
+        assert_eq!((args.memory_bytes(), args.device), (None, DeviceArg::Cpu));
     }
 
     #[test]

@@ -54,6 +54,7 @@ pub mod prelude {
     pub use crate::plan::{Plan, Schedule};
     pub use crate::sbp::rule::Rule;
     pub use crate::session::checkpoint::CheckpointError;
+    pub use crate::session::devices::gpu_memory_bytes;
     pub use crate::session::metrics::{DeviceMetrics, Metrics};
     pub use crate::session::numerics::{NonFinite, OnNonFinite};
     pub use crate::session::{Session, SessionError, SessionOptions, StepReport};

@@ -341,7 +341,8 @@ impl Session {
             }
             select! {
                 recv(self.fetched) -> message => {
-                    let Fetched { device, rate, tensors } = message.map_err(|_| ended())?;
+                    let Fetched { device, rate, tensors, clock } = message.map_err(|_| ended())?;
+                    clock.join();
                     let port = self.ports.fetches[&(device, rate)];
                     self.give(&mut inbox, HostPiece { port, tensors });
                 },

@@ -12,7 +12,7 @@ use shardflow_kernels::stream::{Notice, Notify, Submission};
 
 use super::{ActionProgram, BaseRef, RegisterMemory};
 use crate::error::{Failure, PeerError, ProtocolError};
-use crate::message::Cast;
+use crate::message::{Cast, Mail};
 use crate::protocol::{Effect, Event, Protocol};
 use crate::snapshot::{ActorSnapshot, NotFinite};
 use crate::spec::{ActorId, RegisterId};
@@ -152,22 +152,23 @@ fn notify(session: Arc<Session>, me: ActorId, action: u32, firing: u64) -> Notif
 }
 
 impl Actor for ShardActor {
-    type Msg = Cast;
+    type Msg = Mail;
     type State = Shard;
     type Arguments = Shard;
 
-    async fn pre_start(&self, _: ActorRef<Cast>, shard: Shard) -> Result<Shard, ActorProcessingErr> {
+    async fn pre_start(&self, _: ActorRef<Mail>, shard: Shard) -> Result<Shard, ActorProcessingErr> {
         Ok(shard)
     }
 
-    async fn handle(&self, _: ActorRef<Cast>, cast: Cast, shard: &mut Shard) -> Result<(), ActorProcessingErr> {
-        if let Err(failure) = shard.take(cast) {
+    async fn handle(&self, _: ActorRef<Mail>, mail: Mail, shard: &mut Shard) -> Result<(), ActorProcessingErr> {
+        mail.clock.join();
+        if let Err(failure) = shard.take(mail.cast) {
             shard.session.fail(failure);
         }
         Ok(())
     }
 
-    async fn post_stop(&self, _: ActorRef<Cast>, shard: &mut Shard) -> Result<(), ActorProcessingErr> {
+    async fn post_stop(&self, _: ActorRef<Mail>, shard: &mut Shard) -> Result<(), ActorProcessingErr> {
         shard.session.keep_final(shard.snapshot());
         Ok(())
     }

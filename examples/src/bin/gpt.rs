@@ -11,7 +11,7 @@ use std::time::Instant;
 use clap::Parser;
 use shardflow::exit;
 use shardflow::prelude::*;
-use shardflow_examples::args::{ArgsError, GptArgs, NonFiniteArg, PrecisionArg, ScheduleArg, fail};
+use shardflow_examples::args::{ArgsError, DeviceArg, GptArgs, NonFiniteArg, PrecisionArg, ScheduleArg, fail};
 use shardflow_examples::checkpoints::{Checkpoints, CheckpointsError};
 use shardflow_examples::data::{DataError, Text};
 use shardflow_examples::files::{PlaceError, check_writable, free_memory_bytes};
@@ -38,7 +38,7 @@ fn run(args: &GptArgs) -> Result<(), GptError> {
     cluster.options.on_waiting = Some(Arc::new(|missing| eprintln!("{missing}")));
     let text = Text::load(args.data.as_deref(), args.context)?;
     let model = model(args, &text);
-    let options = options(args, &cluster);
+    let options = options(args, &cluster)?;
     let plan = compile(build(args, &model)?, &options)?;
     let speaks = cluster.is_first();
     if args.explain {
@@ -93,9 +93,22 @@ fn model(args: &GptArgs, text: &Text) -> GptConfig {
     }
 }
 
-fn options(args: &GptArgs, cluster: &Cluster) -> CompileOptions {
+fn options(args: &GptArgs, cluster: &Cluster) -> Result<CompileOptions, GptError> {
     let here = cluster.devices_here(args.mesh.devices());
-    CompileOptions {
+    let device = match args.device {
+        DeviceArg::Cpu => DeviceKind::Cpu,
+        DeviceArg::Cuda => DeviceKind::Cuda,
+    };
+    let memory_bytes = match (args.memory_bytes(), device) {
+        (Some(given), _) => Some(given),
+        // An even share of what is free, where the system tells it.
+        (None, DeviceKind::Cpu) => free_memory_bytes().map(|free| free / here.max(1)),
+        // A plan can be looked at where no GPU is.
+        (None, DeviceKind::Cuda) if args.explain => gpu_memory_bytes(here).ok(),
+        (None, DeviceKind::Cuda) => Some(gpu_memory_bytes(here).map_err(GptError::Device)?),
+    };
+    Ok(CompileOptions {
+        device,
         micro_batches: args.micro_batches,
         schedule: match args.schedule {
             ScheduleArg::GPipe => Schedule::GPipe,
@@ -106,9 +119,9 @@ fn options(args: &GptArgs, cluster: &Cluster) -> CompileOptions {
             PrecisionArg::BF16 => Precision::BF16,
         },
         threads_per_device: args.threads(cores(), here),
-        memory_bytes: args.memory_bytes(free_memory_bytes(), here),
+        memory_bytes,
         ..CompileOptions::default()
-    }
+    })
 }
 
 /// Steps one after another that may be passed over before the training is given up.
@@ -279,6 +292,8 @@ enum GptError {
     Session(#[from] SessionError),
     #[error(transparent)]
     Checkpoints(#[from] CheckpointsError),
+    #[error("--device cuda: {0}")]
+    Device(KernelError),
     #[error("cannot listen for SIGTERM: {0}")]
     Signals(std::io::Error),
     #[error("terminated after step {steps}")]
@@ -293,6 +308,7 @@ impl GptError {
             Self::Cluster(error) => error.exit().code(),
             Self::Checkpoints(error) => error.exit().code(),
             Self::Signals(_) => Exit::Internal.code(),
+            Self::Device(error) => SessionError::Kernel(error.clone()).exit().code(),
             Self::Terminated { .. } => Exit::Signal(15).code(),
             Self::Data(_) | Self::Place(_) | Self::Log(_) | Self::Mesh(_) => Exit::Usage.code(),
             Self::InitFrom(Checkpoint(_)) | Self::Save(Checkpoint(_)) => Exit::Usage.code(),
@@ -334,6 +350,10 @@ impl GptError {
             Self::Checkpoints(error) => error.hint().into(),
             Self::Terminated { .. } => "the same command with --checkpoint goes on from there".into(),
             Self::Signals(_) => String::new(),
+            // What to do is a part of it.
+            Self::Device(_) | Self::Session(SessionError::Kernel(KernelError::Unavailable { .. })) => {
+                "`shardflow doctor` tells what is here".into()
+            }
             Self::Session(SessionError::NonFinite(_)) => {
                 "try a lower --lr, or --clip 1; --on-non-finite says what else to do".into()
             }

@@ -24,8 +24,8 @@ use crate::cpu::stream::{panic_message, trace_launch};
 use crate::error::KernelError;
 use crate::event::Event;
 use crate::memory::{Base, View};
-use crate::region::{check_inside, for_each_run};
 use crate::op::{Launch, Op};
+use crate::region::{check_inside, for_each_run};
 use crate::stream::{Notice, Submission};
 use crate::tensor::Region;
 
@@ -259,7 +259,12 @@ impl Issuer {
         check_inside(name, "src", src, read.shape())?;
         check_inside(name, "dst", dst, write.shape())?;
         if src.size != dst.size {
-            return Err(KernelError::arguments(name, "size of dst", format!("{:?}", src.size), format!("{:?}", dst.size)));
+            return Err(KernelError::arguments(
+                name,
+                "size of dst",
+                format!("{:?}", src.size),
+                format!("{:?}", dst.size),
+            ));
         }
         let (from, to) = (device_address(read)?, device_address(write)?);
         let bytes = |elements: usize| elements * read.dtype().bytes();

@@ -30,6 +30,7 @@ fn exit_of_kernel(cause: &KernelError) -> Exit {
         KernelError::OutOfMemory { .. } => Exit::OutOfMemory,
         KernelError::Link { .. } | KernelError::Mpi { .. } | KernelError::Aborted { .. } => Exit::PeerUnavailable,
         KernelError::Data { .. } => Exit::BadData,
+        KernelError::Unavailable { .. } => Exit::Refused,
         _ => Exit::Internal,
     }
 }

@@ -3,6 +3,7 @@
 
 use crossbeam_channel::{Receiver, Sender};
 
+use shardflow_kernels::clock::Clock;
 use shardflow_kernels::error::KernelError;
 use shardflow_kernels::op::{CpuArgs, CpuSlice, CpuSliceMut, CustomKernel};
 use shardflow_kernels::tensor::{HostData, HostTensor};
@@ -25,6 +26,8 @@ pub struct Fetched {
     pub rate: Rate,
     /// One tensor a buffer.
     pub tensors: Vec<HostTensor>,
+    /// What had happened then.
+    pub clock: Clock,
 }
 
 /// Sends what it reads to the session.
@@ -71,7 +74,7 @@ impl CustomKernel for HostOut {
             CpuSlice::I32(values) => HostData::I32(values.to_vec()),
         };
         let tensors = args.reads.iter().map(|r| HostTensor { shape: r.shape.to_vec(), data: copy(&r.data) }).collect();
-        let message = Fetched { device: self.device, rate: self.rate, tensors };
+        let message = Fetched { device: self.device, rate: self.rate, tensors, clock: Clock::capture() };
         // A session that is gone needs no results.
         let _ = self.sender.send(message);
         Ok(())
