@@ -2,9 +2,10 @@
 //! what they leave is compared with the CPU backend. Sizes are odd, outputs poisoned, and fences stand around buffers.
 //! Imports the public API of kernels.
 
+use shardflow_kernels::cuda::lower::{fuse, lower};
 use shardflow_kernels::cuda::step::{Arg, ErrorRecord, Kernel, Place, Step};
-use shardflow_kernels::op::{Einsum, Launch, Op};
-use shardflow_kernels::tensor::{HostTensor, Region, element_count};
+use shardflow_kernels::op::{Buffer, Einsum, Launch, Op};
+use shardflow_kernels::tensor::{DType, HostTensor, Region, element_count};
 
 #[path = "cuda_text/machine.rs"]
 mod machine;
@@ -493,9 +494,6 @@ fn numbers_that_are_not_finite_are_counted() {
 
 #[test]
 fn fused_pairs_are_what_both_launches_are() {
-    use shardflow_kernels::cuda::lower::fuse;
-    use shardflow_kernels::op::Buffer;
-    use shardflow_kernels::tensor::DType;
     if !compiler() {
         return;
     }
@@ -578,6 +576,48 @@ fn fused_pairs_are_what_both_launches_are() {
     }
 }
 
+#[test]
+fn maximum_and_sum_of_a_row_in_one_pass() {
+    if !compiler() {
+        return;
+    }
+    let (mut machine, mut numbers) = (Machine::default(), Numbers(14));
+    let infinite = f32::INFINITY;
+    let mut odd = vec![-infinite; 7 * 5];
+    // A row of nothing but minus infinities, then: no number, infinity, both infinities, numbers behind and before.
+    (odd[7], odd[14], odd[21], odd[22], odd[34]) = (f32::NAN, infinite, infinite, 1.0, 3.0);
+    (odd[8], odd[13], odd[28]) = (1.0, 2.0, -infinite);
+    let mut cases = vec![HostTensor::f32(&[5, 7], odd)];
+    for (rows, width) in [(1, 1), (3, 0), (65, 17), (4, 3001), (9, 512)] {
+        cases.push(numbers.tensor(&[rows, width], 40.0));
+    }
+    for logits in cases {
+        let (rows, width) = (logits.shape[0], logits.shape[1]);
+        let targets = numbers.indices(&[rows], width + 9);
+        let second = Op::SumExpTarget { vocab_start: 4, vocab: width + 9 };
+        let buffer = |base, shape: &[usize], dtype| Buffer { base, offset: 0, shape: shape.to_vec(), dtype };
+        let [max, sum, chosen] = [2, 3, 4].map(|base| buffer(base, &[rows], DType::F32));
+        let reads = vec![buffer(0, &logits.shape, DType::F32)];
+        let launch = |op, reads, writes| Launch { op, reads, writes, accumulate: false, workspace: None };
+        let first = launch(Op::RowMax, reads.clone(), vec![max.clone()]);
+        let reads = [reads, vec![max, buffer(1, &[rows], DType::I32)]].concat();
+        let pair = fuse(&first, &launch(second.clone(), reads, vec![sum, chosen]), &|_, _| false);
+        let fused = pair.expect("steps").expect("a fused pair");
+        let none = || poison(&[rows]);
+        let mut expected = Trial::new(Op::RowMax, vec![logits.clone()], vec![none()]).on_cpu().expect("maxima");
+        let reads = vec![logits.clone(), expected[0].clone(), targets.clone()];
+        expected.extend(Trial::new(second, reads, vec![none(), none()]).on_cpu().expect("sums"));
+        let trial = Trial::new(Op::RowMax, vec![logits, targets], vec![none(), none(), none()]);
+        for align in [64, 4] {
+            let (got, record) = trial.run_steps(&mut machine, &fused.steps, align, FLOATS, 0).expect("it runs");
+            assert_eq!(record, None);
+            for (got, expected) in got.iter().zip(&expected) {
+                assert_close("maximum and sum", got, expected, CLOSE_SUM);
+            }
+        }
+    }
+}
+
 /// Kernels that no op is lowered to: casts, the copy of bf16 boxes, AdamW with a bf16 copy of the parameter.
 #[test]
 fn kernels_for_mixed_precision() {
@@ -632,12 +672,7 @@ fn adamw_with_a_copy(machine: &mut Machine, numbers: &mut Numbers) {
     let writes: Vec<Initial> = state.map(Initial::Values).to_vec();
     let op = Op::AdamW { beta1: 0.9, beta2: 0.95, eps: 1e-3, weight_decay: 0.1 };
     let expected = Trial::new(op.clone(), reads.clone(), writes.clone()).on_cpu().expect("the CPU's");
-    let buffer = |shape: &[usize]| shardflow_kernels::op::Buffer {
-        base: 0,
-        offset: 0,
-        shape: shape.to_vec(),
-        dtype: shardflow_kernels::tensor::DType::F32,
-    };
+    let buffer = |shape: &[usize]| Buffer { base: 0, offset: 0, shape: shape.to_vec(), dtype: DType::F32 };
     let launch = Launch {
         op: op.clone(),
         reads: reads.iter().map(|t| buffer(&t.shape)).collect(),
@@ -645,7 +680,7 @@ fn adamw_with_a_copy(machine: &mut Machine, numbers: &mut Numbers) {
         accumulate: false,
         workspace: None,
     };
-    let mut steps = shardflow_kernels::cuda::lower::lower(&launch, false).expect("steps");
+    let mut steps = lower(&launch, false).expect("steps");
     let Step::Kernel(kernel) = &mut steps[0] else { panic!("{steps:?}") };
     let place = kernel.args.iter().position(|arg| *arg == Arg::Null).expect("no copy is asked for");
     kernel.args[place] = Arg::Pointer(Place::write(3));
