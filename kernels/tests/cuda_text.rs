@@ -46,6 +46,12 @@ impl Numbers {
     }
 }
 
+/// The nearest values in bf16.
+fn rounded(tensor: &HostTensor) -> HostTensor {
+    let values = tensor.as_f32().expect("floats").iter();
+    HostTensor::f32(&tensor.shape, values.map(|&value| round_to_bf16(value)).collect())
+}
+
 fn poison(shape: &[usize]) -> Initial {
     Initial::Poison(shape.to_vec())
 }
@@ -591,7 +597,8 @@ fn maximum_and_sum_of_a_row_in_one_pass() {
     for (rows, width) in [(1, 1), (3, 0), (65, 17), (4, 3001), (9, 512)] {
         cases.push(numbers.tensor(&[rows, width], 40.0));
     }
-    for logits in cases {
+    for (logits, half) in cases.into_iter().flat_map(|logits| [(logits.clone(), false), (logits, true)]) {
+        let logits = if half { rounded(&logits) } else { logits };
         let (rows, width) = (logits.shape[0], logits.shape[1]);
         let targets = numbers.indices(&[rows], width + 9);
         let second = Op::SumExpTarget { vocab_start: 4, vocab: width + 9 };
@@ -602,14 +609,18 @@ fn maximum_and_sum_of_a_row_in_one_pass() {
         let first = launch(Op::RowMax, reads.clone(), vec![max.clone()]);
         let reads = [reads, vec![max, buffer(1, &[rows], DType::I32)]].concat();
         let pair = fuse(&first, &launch(second.clone(), reads, vec![sum, chosen]), &|_, _| false);
-        let fused = pair.expect("steps").expect("a fused pair");
+        let mut fused = pair.expect("steps").expect("a fused pair");
+        let halves = Halves { reads: if half { &[0] } else { &[] }, writes: &[] };
+        if let (Step::Kernel(kernel), true) = (&mut fused.steps[0], half) {
+            kernel.function = "row_max_sum_exp_target_bf16";
+        }
         let none = || poison(&[rows]);
         let mut expected = Trial::new(Op::RowMax, vec![logits.clone()], vec![none()]).on_cpu().expect("maxima");
         let reads = vec![logits.clone(), expected[0].clone(), targets.clone()];
         expected.extend(Trial::new(second, reads, vec![none(), none()]).on_cpu().expect("sums"));
         let trial = Trial::new(Op::RowMax, vec![logits, targets], vec![none(), none(), none()]);
         for align in [64, 4] {
-            let (got, record) = trial.run_steps(&mut machine, &fused.steps, align, FLOATS, 0).expect("it runs");
+            let (got, record) = trial.run_steps(&mut machine, &fused.steps, align, halves, 0).expect("it runs");
             assert_eq!(record, None);
             for (got, expected) in got.iter().zip(&expected) {
                 assert_close("maximum and sum", got, expected, CLOSE_SUM);
@@ -632,7 +643,7 @@ fn kernels_for_mixed_precision() {
     let (read, write) = (|i| Arg::Pointer(Place::read(i)), |i| Arg::Pointer(Place::write(i)));
     for n in [1, 3, 16, 1003] {
         let x = numbers.tensor(&[n], 2.0);
-        let rounded = HostTensor::f32(&[n], x.as_f32().expect("floats").iter().map(|&v| round_to_bf16(v)).collect());
+        let expected = rounded(&x);
         let args = vec![read(0), write(0), Arg::I64(n as i64)];
         let trial = Trial::new(Op::Copy, vec![x], vec![poison(&[n])]);
         for (function, halves) in [
@@ -642,7 +653,7 @@ fn kernels_for_mixed_precision() {
             for align in [64, 4] {
                 let steps = [step(function, n, args.clone())];
                 let (got, _) = trial.run_steps(&mut machine, &steps, align, halves, 0).expect("it runs");
-                assert_close(function, &got[0], &rounded, 0.0);
+                assert_close(function, &got[0], &expected, 0.0);
             }
         }
     }
@@ -653,14 +664,21 @@ fn kernels_for_mixed_precision() {
     let args = [vec![at(Place::read(0), 7), at(Place::write(0), 3), Arg::I64(6)], sizes.to_vec()].concat();
     let region = |start: &[usize]| Region { start: start.to_vec(), size: vec![2, 3] };
     let op = Op::CopyRegion { src: region(&[1, 2]), dst: region(&[0, 3]) };
-    let round = |t: &HostTensor| {
-        HostTensor::f32(&t.shape, t.as_f32().expect("floats").iter().map(|&v| round_to_bf16(v)).collect())
-    };
-    let trial = Trial::new(op, vec![round(&x)], vec![Initial::Values(round(&y))]);
+    let trial = Trial::new(op, vec![rounded(&x)], vec![Initial::Values(rounded(&y))]);
     let halves = Halves { reads: &[0], writes: &[0] };
     let steps = [step("copy_region_halves", 6, args)];
     let (got, _) = trial.run_steps(&mut machine, &steps, 64, halves, 0).expect("it runs");
     assert_close("copy_region_halves", &got[0], &trial.on_cpu().expect("the CPU's")[0], 0.0);
+    // Not finite are two of five; the count is a 64-bit number, here over two integers.
+    let odd = HostTensor::f32(&[5], vec![f32::NAN, f32::NEG_INFINITY, 1.0, f32::INFINITY, 0.0]);
+    let sizes = [1, 1, 5, 0, 0, 0].map(Arg::U64);
+    let args = [vec![read(0), write(0), Arg::I64(5)], sizes.to_vec(), vec![Arg::I32(1)]].concat();
+    let zeros = Initial::Values(HostTensor::i32(&[2], vec![0, 0]));
+    let trial = Trial::new(Op::Copy, vec![odd], vec![zeros]);
+    let halves = Halves { reads: &[0], writes: &[] };
+    let steps = [step("count_not_finite_bf16", 1, args)];
+    let (got, _) = trial.run_steps(&mut machine, &steps, 64, halves, 0).expect("it runs");
+    assert_eq!(got[0].as_i32(), Some(&[2, 0][..]));
     adamw_with_a_copy(&mut machine, &mut numbers);
 }
 
