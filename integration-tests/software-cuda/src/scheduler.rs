@@ -4,6 +4,7 @@
 //! it, its event was recorded, and (once started) its partners in a collective have started too.
 
 use std::sync::MutexGuard;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use crate::config::Policy;
@@ -50,7 +51,7 @@ pub fn holds(state: &State, handle: u64) -> Option<Vec<Hold>> {
         .collect();
     match &op.kind {
         Kind::Wait(signal) if signal.done.get().is_none() => {
-            holds.push(Hold::Stream(signal.stream, op.name.clone()));
+            holds.push(Hold::Stream(signal.stream, op.name.to_string()));
         }
         Kind::Nccl(group) if group.started.is_some() => holds.extend(engine::holds(state, handle, group)),
         _ => {}
@@ -111,13 +112,14 @@ pub fn execute(world: &'static World) {
 
 /// Finds a ring of streams that wait for each other, or, after a while in which nothing moved, waits that nobody ends.
 fn look_for_deadlock(world: &World, state: &mut State) {
+    let is_compiling = world.compiling.load(Ordering::Relaxed) > 0;
     if state.is_stuck || state.was_injected || state.streams.values().all(|s| s.queue.is_empty()) {
         return;
     }
     let stuck: Vec<(u64, Vec<Hold>)> =
         state.streams.keys().filter_map(|h| Some((*h, holds(state, *h)?))).filter(|(_, h)| !h.is_empty()).collect();
     let is_ring = stuck.iter().any(|(start, _)| reaches(&stuck, *start, *start));
-    if stuck.is_empty() || (!is_ring && state.last_move.elapsed() < world.config.deadlock) {
+    if stuck.is_empty() || (!is_ring && (is_compiling || state.last_move.elapsed() < world.config.deadlock)) {
         return;
     }
     state.is_stuck = true;
@@ -192,6 +194,24 @@ pub fn host_wait<'a>(
     };
     state.waiting_hosts -= 1;
     answer.map(|()| state)
+}
+
+/// Waits until a device has nothing left to do, and lets the calling thread know all that it did.
+pub fn synchronise_device(world: &World, device: usize) -> Result<(), Refused> {
+    let is_open = |s: &Stream| s.device == device && !s.is_destroyed;
+    let streams: Vec<u64> = world.state().streams.iter().filter(|(_, s)| is_open(s)).map(|(h, _)| *h).collect();
+    for stream in streams {
+        match synchronise(world, stream) {
+            // It was destroyed meanwhile, and is waited for below.
+            Err(Refused::CUDA_ERROR_INVALID_HANDLE) => {}
+            other => other?,
+        }
+    }
+    let is_over = |s: &State| s.streams.values().all(|x| x.device != device || !x.is_destroyed);
+    let mut state = host_wait(world, world.state(), device, is_over)?;
+    let ended = state.devices[device].ended.clone();
+    state.host(world.config.one_host).clock.join(&ended);
+    Ok(())
 }
 
 /// Waits until a stream is empty, and lets the calling thread know what it did.

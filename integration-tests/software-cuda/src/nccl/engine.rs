@@ -325,7 +325,7 @@ pub fn advance<'a>(world: &'a World, mut state: MutexGuard<'a, State>, handle: u
     let Kind::Nccl(group) = &op.kind else { return state };
     if group.started.is_none() {
         let (host, name) = (op.host.clone(), op.name.clone());
-        let running = start(world, &mut state, handle, &host, &name);
+        let running = start(world, &mut state, handle, &host, name);
         group_mut(&mut state, handle).started = Some(running);
         return state;
     }
@@ -367,9 +367,7 @@ pub fn advance<'a>(world: &'a World, mut state: MutexGuard<'a, State>, handle: u
             let queued = state.streams.get_mut(stream).expect("it was found");
             queued.queue.pop_front();
             queued.clock.join(&knows);
-            if queued.is_destroyed && queued.is_idle() {
-                state.streams.remove(stream);
-            }
+            state.remove_if_over(*stream);
         }
     }
     state

@@ -25,6 +25,7 @@ pub const BUGS: &[Bug] = &[
     Bug { name: "copy past the end", kinds: &["bounds"], run: copy_bounds },
     Bug { name: "kernel into another allocation", kinds: &["bounds"], run: stray },
     Bug { name: "kernel into the next slot of an arena", kinds: &["bounds"], run: slots },
+    Bug { name: "16 bytes at an odd address", kinds: &["alignment"], run: misaligned },
     Bug { name: "read of what nothing wrote", kinds: &["uninitialised"], run: uninitialised },
     Bug { name: "message sent at launch", kinds: &["race"], run: early_message },
     Bug { name: "message without its clock", kinds: &["race"], run: message_without_clock },
@@ -215,6 +216,13 @@ fn slots(lab: &Lab, planted: bool) {
     launch(lab.kernel("stray"), (1, 1), 0, d.s[0], &[P(arena + 1024 + 512), L(-128)]);
     d.close();
     free(arena);
+}
+
+fn misaligned(lab: &Lab, planted: bool) {
+    let d = Desk::new();
+    let from = d.a + 4 * u64::from(planted);
+    launch(lab.kernel("copy_wide"), (1, 64), 0, d.s[0], &[P(d.out), P(from), I(8)]);
+    d.close();
 }
 
 fn uninitialised(lab: &Lab, planted: bool) {
