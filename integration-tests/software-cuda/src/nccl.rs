@@ -40,7 +40,7 @@ fn condition(state: &State, comm: &Comm) -> ncclResult_t {
     }
 }
 
-/// Adds a rank, and waits for the others if it may.
+/// Adds a rank.
 fn join(id: &ncclUniqueId, ranks: c_int, rank: c_int, is_blocking: bool) -> Result<u64, ncclResult_t> {
     let mut state = world().state();
     let device = state.device().map_err(|_| ncclResult_t::ncclUnhandledCudaError)?;
@@ -65,7 +65,12 @@ fn join(id: &ncclUniqueId, ranks: c_int, rank: c_int, is_blocking: bool) -> Resu
     let handle = state.handle();
     state.comms.add(handle, clique, rank, device, is_blocking);
     world().progressed.notify_all();
-    drop(state);
+    Ok(handle)
+}
+
+/// As [`join`], and waits for the others if it may.
+fn join_and_wait(id: &ncclUniqueId, ranks: c_int, rank: c_int, is_blocking: bool) -> Result<u64, ncclResult_t> {
+    let handle = join(id, ranks, rank, is_blocking)?;
     if is_blocking && !calls::in_group() {
         wait_for_ranks(handle)?;
     }
@@ -114,7 +119,7 @@ exports! { nccl;
     }
 
     fn ncclCommInitRank(out: *mut ncclComm_t, ranks: c_int, id: ncclUniqueId, rank: c_int) -> ncclResult_t {
-        *out = join(&id, ranks, rank, true)? as ncclComm_t;
+        *out = join_and_wait(&id, ranks, rank, true)? as ncclComm_t;
         Ok(())
     }
 
@@ -127,7 +132,7 @@ exports! { nccl;
     ) -> ncclResult_t {
         // Only this field is read: callers of older versions pass a shorter structure.
         let is_blocking = config.is_null() || (&raw const (*config).blocking).read() != 0;
-        *out = join(&id, ranks, rank, is_blocking)? as ncclComm_t;
+        *out = join_and_wait(&id, ranks, rank, is_blocking)? as ncclComm_t;
         if is_blocking { Ok(()) } else { Err(ncclResult_t::ncclInProgress) }
     }
 
@@ -138,7 +143,7 @@ exports! { nccl;
         for rank in 0..count {
             let device = if devices.is_null() { rank } else { *devices.add(rank as usize) };
             crate::world::set_current_device(Some(device as usize));
-            let joined = join(&id, count, rank, false);
+            let joined = join(&id, count, rank, true);
             crate::world::set_current_device(before);
             *out.add(rank as usize) = joined? as ncclComm_t;
         }

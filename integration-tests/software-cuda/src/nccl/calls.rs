@@ -70,7 +70,11 @@ fn issue(state: &mut State, pending: &mut Pending, calls: Vec<(u64, u64, Call)>)
         let (clique, rank) = (state.comms.comms[&handle].clique, state.comms.comms[&handle].rank);
         if let Tag::Collective(number) = tag {
             let before = pending.last.insert(clique, (rank, number));
-            if is_alone && before.is_some_and(|(other, n)| other != rank && n == number) {
+            // Without blocking, a call cannot wait for what its own thread will only issue afterwards.
+            if is_alone
+                && state.comms.comms[&handle].is_blocking
+                && before.is_some_and(|(other, n)| other != rank && n == number)
+            {
                 world().find("ungrouped", &format!("{clique}"), || {
                     format!("one thread issues collective {number} of two ranks of a communicator outside of a group")
                 });
