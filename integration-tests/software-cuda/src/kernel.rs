@@ -36,6 +36,7 @@ pub struct Kernel {
     kinds: [u8; ARGUMENTS_MAX],
     static_shared_bytes: u32,
     threads_max: u32,
+    // SAFETY: a type; `launch` says why its call is sound.
     run: unsafe extern "C" fn(*const Kernel, *const *const u8, *const u32, usize, *mut Checker) -> i32,
 }
 

@@ -103,8 +103,10 @@ fn perform(world: &World, op: &Op, running: &Running, seed: u64) {
     if let Kind::Host { function, data } = &op.kind {
         world.state().host(world.config.one_host).clock.join(&running.knows);
         set_in_callback(true);
-        // SAFETY: the program gave both, to be called here.
-        unsafe { function(*data as *mut std::ffi::c_void) };
+        if let Some(function) = function {
+            // SAFETY: the program gave both, to be called here.
+            unsafe { function(*data as *mut std::ffi::c_void) };
+        }
         set_in_callback(false);
         return;
     }

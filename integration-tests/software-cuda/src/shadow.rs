@@ -78,6 +78,7 @@ pub struct Checker {
     /// Whether the block asked for a fence.
     pub fenced: u32,
     regions: [u32; 16],
+    // SAFETY: types of the two functions at the end of this file, which state what their callers promise.
     slow: unsafe extern "C" fn(*mut Checker, usize, usize, u32, u64) -> u32,
     report: unsafe extern "C" fn(*mut Checker, *const c_char, *const c_char),
     user: *mut Guest<'static>,

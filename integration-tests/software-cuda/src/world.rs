@@ -5,12 +5,11 @@
 
 use std::cell::Cell as ThreadCell;
 use std::collections::{BTreeMap, HashMap, VecDeque};
-use std::ffi::c_void;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, Once, OnceLock};
 use std::time::Instant;
 
-use cudarc::driver::sys::CUresult;
+use cudarc::driver::sys::{CUhostFn, CUresult};
 
 use crate::clock::Clock;
 use crate::config::{Config, Fault, FaultKind, Policy};
@@ -80,7 +79,7 @@ pub enum Kind {
     /// A wait for one.
     Wait(Arc<Signal>),
     /// A host function.
-    Host { function: unsafe extern "C" fn(*mut c_void), data: usize },
+    Host { function: CUhostFn, data: usize },
     /// Collectives and point-to-point calls of one group on one communicator.
     Nccl(Box<Group>),
     /// A product.

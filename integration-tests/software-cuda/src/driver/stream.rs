@@ -99,7 +99,9 @@ exports! { driver;
     fn cuLaunchHostFunc(stream: CUstream, function: CUhostFn, data: *mut c_void) -> CUresult {
         let mut state = world().state();
         let handle = state.stream(stream as u64)?;
-        let function = function.ok_or(CUresult::CUDA_ERROR_INVALID_VALUE)?;
+        if function.is_none() {
+            return Err(CUresult::CUDA_ERROR_INVALID_VALUE);
+        }
         state.submit(world(), handle, Kind::Host { function, data: data as usize }, "host function");
         Ok(())
     }

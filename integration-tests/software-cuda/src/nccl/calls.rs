@@ -64,8 +64,9 @@ fn issue(state: &mut State, pending: &mut Pending, calls: Vec<(u64, u64, Call)>)
     let mut groups: Vec<(u64, u64, Vec<Part>)> = Vec::new();
     for (handle, stream, call) in calls {
         let (tag, broken) = state.comms.tag(handle, &call);
-        if let Some(broken) = broken {
-            world().find("collective-order", &broken, || broken.clone());
+        if let Some((pair, broken)) = broken {
+            // Once for each pair of communicators: what follows is out of order too.
+            world().find("collective-order", &format!("{pair:?}"), || broken);
         }
         let (clique, rank) = (state.comms.comms[&handle].clique, state.comms.comms[&handle].rank);
         if let Tag::Collective(number) = tag {

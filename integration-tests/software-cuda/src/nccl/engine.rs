@@ -135,6 +135,9 @@ impl Clique {
     }
 }
 
+/// NC-2 broken: by which two cliques, and how.
+pub type Disorder = ((u64, u64), String);
+
 /// All communicators.
 #[derive(Default)]
 pub struct Comms {
@@ -183,7 +186,7 @@ impl Comms {
     }
 
     /// The tag of a communicator's next call, and what it breaks of NC-2.
-    pub fn tag(&mut self, handle: u64, call: &Call) -> (Tag, Option<String>) {
+    pub fn tag(&mut self, handle: u64, call: &Call) -> (Tag, Option<Disorder>) {
         let comm = self.comms.get_mut(&handle).expect("it was looked up");
         let peer = call.peer.max(0) as usize;
         let next = |counts: &mut HashMap<usize, u64>| {
@@ -205,7 +208,7 @@ impl Comms {
 
     /// NC-2: what `device` has issued of other communicators before the `number`-th collective of the clique `own` is
     /// what the first device to issue it had issued.
-    fn note_order(&mut self, own: u64, device: usize, number: u64) -> Option<String> {
+    fn note_order(&mut self, own: u64, device: usize, number: u64) -> Option<Disorder> {
         let before: BTreeMap<u64, u64> = self
             .cliques
             .iter()
@@ -220,10 +223,11 @@ impl Comms {
                 let is_shared = theirs.contains_key(other) && self.cliques[other].devices.contains(first);
                 let there = theirs.get(other).copied().unwrap_or(0);
                 if is_shared && there != *count {
-                    broken = Some(format!(
+                    let what = format!(
                         "device {device} issues collective {number} of communicator {own:#x} after {count} of \
                          communicator {other:#x}, device {first} after {there}: one order on all devices is needed"
-                    ));
+                    );
+                    broken = Some(((own.min(*other), own.max(*other)), what));
                 }
             }
         }

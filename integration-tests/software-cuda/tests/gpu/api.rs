@@ -38,6 +38,7 @@ pub fn findings() -> Vec<(String, String)> {
 pub fn begin(policy: &str, seed: u64) {
     control::<extern "C" fn()>("software_cuda_forget_findings")();
     let name = CString::new(policy).unwrap();
+    // SAFETY: the type of the function; the text ends in a zero.
     let schedule = control::<unsafe extern "C" fn(*const std::ffi::c_char, u64) -> u32>("software_cuda_schedule");
     // SAFETY: the text ends in a zero.
     assert_eq!(unsafe { schedule(name.as_ptr(), seed) }, 1);
@@ -46,6 +47,7 @@ pub fn begin(policy: &str, seed: u64) {
 /// Calls of a function or a class of them.
 pub fn calls(name: &str) -> u64 {
     let name = CString::new(name).unwrap();
+    // SAFETY: the type of the function; the text ends in a zero.
     let count = control::<unsafe extern "C" fn(*const std::ffi::c_char) -> u64>("software_cuda_call_count");
     // SAFETY: the text ends in a zero.
     unsafe { count(name.as_ptr()) }
@@ -214,6 +216,7 @@ pub fn comms(ranks: usize) -> Vec<cudarc::nccl::sys::ncclComm_t> {
 
 /// A host function that keeps the device from doing anything until the returned sender is dropped or sends.
 pub fn hold(stream: CUstream) -> std::sync::mpsc::Sender<()> {
+    // SAFETY: the driver calls it with what it was given below.
     unsafe extern "C" fn wait(receiver: *mut c_void) {
         // SAFETY: the box was made below, for this call alone.
         let receiver = unsafe { Box::from_raw(receiver.cast::<std::sync::mpsc::Receiver<()>>()) };

@@ -392,6 +392,7 @@ fn never_recorded(_: &Lab, planted: bool) {
 }
 
 fn waiting_callback(_: &Lab, planted: bool) {
+    // SAFETY: the driver calls it with what it was given below.
     unsafe extern "C" fn function(stream: *mut std::ffi::c_void) {
         if !stream.is_null() {
             // SAFETY: the stream comes from the driver, which refuses this call.
