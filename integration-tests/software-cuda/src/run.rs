@@ -118,6 +118,10 @@ fn perform(world: &World, op: &Op, running: &Running, seed: u64) {
         return;
     }
     let mut guest = guest(&mut shadow, &world.registry, &world.findings, running);
+    if matches!(op.kind, Kind::Copy { .. }) {
+        // Copies reach every device, with or without access enabled.
+        guest.reach_all();
+    }
     match &op.kind {
         Kind::Launch(launch) => kernel::launch(&mut guest, launch, seed),
         Kind::Product(product) => product::run(&mut guest, product),

@@ -247,6 +247,11 @@ impl<'a> Guest<'a> {
         Guest { shadow, registry, findings, operation, agent, device, clock, allowed: None, name }
     }
 
+    /// Memory of all devices may be touched.
+    pub fn reach_all(&mut self) {
+        self.device = None;
+    }
+
     /// Only the regions that these addresses point into may be touched.
     pub fn allow_only(&mut self, addresses: &[usize]) {
         let registry = self.registry.lock().unwrap_or_else(|e| e.into_inner());

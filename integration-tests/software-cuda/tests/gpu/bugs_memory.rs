@@ -15,6 +15,8 @@ pub const BUGS: &[Bug] = &[
     Bug { name: "read with no wait for the write", kinds: &["race"], run: read_after_write },
     Bug { name: "write with no wait for the read", kinds: &["race"], run: write_after_read },
     Bug { name: "write with no wait for the write", kinds: &["race"], run: write_after_write },
+    Bug { name: "few words read with no wait for the write", kinds: &["race"], run: few_read },
+    Bug { name: "few words written with no wait for the read", kinds: &["race"], run: few_written },
     Bug { name: "wait for an event recorded too early", kinds: &["race"], run: stale_event },
     Bug { name: "third stream reads, only one of two readers is awaited", kinds: &["race"], run: two_readers },
     Bug { name: "freed while another stream reads", kinds: &["race", "use-after-free"], run: early_free },
@@ -103,6 +105,27 @@ fn write_after_write(lab: &Lab, planted: bool) {
         order(d.s[0], d.s[1]);
     }
     cuda!(cuMemsetD32Async(d.out, 0, N, d.s[1]));
+    d.close();
+}
+
+/// Only the last words of a buffer are in question: the kernel's quick checks meet them, not its first look-ups.
+fn few_read(lab: &Lab, planted: bool) {
+    let d = Desk::new();
+    cuda!(cuMemsetD32Async(d.a + 4 * (N as u64 - 3), 0, 3, d.s[0]));
+    if !planted {
+        order(d.s[0], d.s[1]);
+    }
+    d.add(lab, 1, d.out, d.a, d.b);
+    d.close();
+}
+
+fn few_written(lab: &Lab, planted: bool) {
+    let d = Desk::new();
+    cuda!(cuMemcpyDtoDAsync_v2(d.out, d.a + 4 * (N as u64 - 3), 12, d.s[0]));
+    if !planted {
+        order(d.s[0], d.s[1]);
+    }
+    d.add(lab, 1, d.a, d.b, d.b);
     d.close();
 }
 
