@@ -29,13 +29,13 @@ fn comm(state: &State, handle: ncclComm_t) -> Result<&Comm, ncclResult_t> {
     Ok(comm)
 }
 
-/// What is the matter with a communicator: nothing, not all ranks there, or an error.
+/// What is the matter with a communicator: nothing, not all ranks there or a call in progress, or an error.
 fn condition(state: &State, comm: &Comm) -> ncclResult_t {
     let clique = &state.comms.cliques[&comm.clique];
     match comm.error.or(clique.error) {
         Some(error) => error,
         None if state.devices[comm.device].error.is_some() => ncclResult_t::ncclUnhandledCudaError,
-        None if clique.is_full() => ncclResult_t::ncclSuccess,
+        None if clique.is_full() && comm.deferred.is_empty() => ncclResult_t::ncclSuccess,
         None => ncclResult_t::ncclInProgress,
     }
 }
@@ -151,8 +151,10 @@ exports! { nccl;
     }
 
     fn ncclCommGetAsyncError(asked: ncclComm_t, error: *mut ncclResult_t) -> ncclResult_t {
-        let state = world().state();
-        *error = condition(&state, comm(&state, asked)?);
+        let mut state = world().state();
+        let found = condition(&state, comm(&state, asked)?);
+        let is_over = engine::ask(world(), &mut state, asked as u64);
+        *error = if is_over || found != ncclResult_t::ncclInProgress { condition(&state, comm(&state, asked)?) } else { found };
         Ok(())
     }
 

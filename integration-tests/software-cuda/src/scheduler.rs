@@ -91,6 +91,9 @@ pub fn execute(world: &'static World) {
     loop {
         let ready: Vec<u64> = state.streams.iter().filter(|(h, s)| is_ready(&state, **h, s)).map(|(h, _)| *h).collect();
         if ready.is_empty() {
+            if engine::settle_old(world, &mut state) {
+                continue;
+            }
             look_for_deadlock(world, &mut state);
             state = world.submitted.wait_timeout(state, IDLE_WAIT).unwrap_or_else(|e| e.into_inner()).0;
             continue;
@@ -113,7 +116,8 @@ pub fn execute(world: &'static World) {
 /// Finds a ring of streams that wait for each other, or, after a while in which nothing moved, waits that nobody ends.
 fn look_for_deadlock(world: &World, state: &mut State) {
     let is_compiling = world.compiling.load(Ordering::Relaxed) > 0;
-    if state.is_stuck || state.was_injected || state.streams.values().all(|s| s.queue.is_empty()) {
+    let is_deferred = state.comms.comms.values().any(|c| !c.deferred.is_empty());
+    if is_deferred || state.is_stuck || state.was_injected || state.streams.values().all(|s| s.queue.is_empty()) {
         return;
     }
     let stuck: Vec<(u64, Vec<Hold>)> =
@@ -233,7 +237,8 @@ pub fn drain(world: &World, limit: Duration) {
     let mut state = lock(&world.state);
     state.waiting_hosts += 1;
     loop {
-        let is_over = state.streams.iter().all(|(h, s)| !s.is_busy && !is_ready(&state, *h, s));
+        let is_over = state.streams.iter().all(|(h, s)| !s.is_busy && !is_ready(&state, *h, s))
+            && state.comms.comms.values().all(|c| c.deferred.is_empty());
         if is_over || start.elapsed() > limit {
             break;
         }

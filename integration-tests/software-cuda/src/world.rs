@@ -430,9 +430,16 @@ impl State {
     /// Puts an operation at the end of a stream's queue; `stream` comes from [`State::stream`].
     pub fn submit(&mut self, world: &World, stream: u64, kind: Kind, name: impl Into<Arc<str>>) {
         let host = self.host_clock(world.config.one_host);
+        self.submit_as(world, stream, kind, name, host);
+    }
+
+    /// As [`State::submit`], for a call that a host thread made when it knew `host`.
+    pub fn submit_as(&mut self, world: &World, stream: u64, kind: Kind, name: impl Into<Arc<str>>, host: Clock) {
         self.next_sequence += 1;
         let op = Op { kind, host, name: name.into(), sequence: self.next_sequence };
-        self.streams.get_mut(&stream).expect("a stream that was looked up").queue.push_back(op);
+        // A deferred call may find its stream gone.
+        let Some(queue) = self.streams.get_mut(&stream).map(|s| &mut s.queue) else { return };
+        queue.push_back(op);
         self.last_move = Instant::now();
         self.is_stuck = false;
         world.submitted.notify_all();

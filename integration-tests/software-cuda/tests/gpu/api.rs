@@ -242,3 +242,28 @@ pub fn capture() -> u64 {
 pub fn join(token: u64) {
     control::<extern "C" fn(u64)>("software_cuda_clock_join")(token);
 }
+
+/// A communicator that does not block, and may not be ready yet.
+pub fn join_ranks(id: cudarc::nccl::sys::ncclUniqueId, ranks: usize, rank: usize) -> cudarc::nccl::sys::ncclComm_t {
+    use cudarc::nccl::sys::{ncclCommInitRankConfig, ncclConfig_t, ncclResult_t};
+    let mut comm = std::ptr::null_mut();
+    // SAFETY: a structure of numbers and pointers, all zero, but for the fields that are set.
+    let mut config: ncclConfig_t = unsafe { std::mem::zeroed() };
+    config.size = size_of_val(&config);
+    config.blocking = 0;
+    // SAFETY: the places that NCCL writes to and reads from are here.
+    let code = unsafe { ncclCommInitRankConfig(&mut comm, ranks as i32, id, rank as i32, &mut config) };
+    assert!(matches!(code, ncclResult_t::ncclInProgress | ncclResult_t::ncclSuccess));
+    comm
+}
+
+/// Asks until a communicator's last call, which gave `code`, is over.
+pub fn settle(comm: cudarc::nccl::sys::ncclComm_t, code: cudarc::nccl::sys::ncclResult_t) {
+    use cudarc::nccl::sys::ncclResult_t;
+    let mut state = code;
+    while state == ncclResult_t::ncclInProgress {
+        std::thread::yield_now();
+        nccl!(ncclCommGetAsyncError(comm, &mut state));
+    }
+    assert_eq!(state, ncclResult_t::ncclSuccess);
+}

@@ -34,6 +34,7 @@ pub const BUGS: &[Bug] = &[
     Bug { name: "result of a collective, read too early", kinds: &["race"], run: early_result },
     Bug { name: "sent buffer overwritten under way", kinds: &["race"], run: early_overwrite },
     Bug { name: "another device's memory read before the collective", kinds: &["race"], run: before_collective },
+    Bug { name: "stream goes on while the call is in progress", kinds: &["race"], run: in_progress },
     Bug { name: "communicator aborted under way", kinds: &["aborted"], run: early_abort },
     Bug { name: "communicator used after its end", kinds: &["misuse"], run: closed },
 ];
@@ -268,6 +269,37 @@ fn before_collective(_: &Lab, planted: bool) {
     if !planted {
         copy();
     }
+    p.close();
+}
+
+/// Communicators that do not block: a call may come to its stream after what the host did next.
+fn in_progress(_: &Lab, planted: bool) {
+    let p = Pair::new();
+    let mut id = cudarc::nccl::sys::ncclUniqueId { internal: [0; 128] };
+    nccl!(ncclGetUniqueId(&mut id));
+    let comms = [0, 1].map(|rank| {
+        api::use_device(rank as i32);
+        api::join_ranks(id, 2, rank)
+    });
+    let in_progress = cudarc::nccl::sys::ncclResult_t::ncclInProgress;
+    comms.iter().for_each(|comm| api::settle(*comm, in_progress));
+    nccl!(ncclGroupStart());
+    for device in 0..2 {
+        let (x, s) = (p.x[device][0], p.s[device][0].cast());
+        nccl!(ncclAllReduce(x as _, x as _, N, F32, SUM, comms[device], s));
+    }
+    // SAFETY: ends the group that was begun above.
+    assert_eq!(unsafe { cudarc::nccl::sys::ncclGroupEnd() }, in_progress);
+    if !planted {
+        comms.iter().for_each(|comm| api::settle(*comm, in_progress));
+    }
+    for device in 0..2 {
+        api::use_device(device as i32);
+        order(p.s[device][0], p.s[device][1]);
+        cuda!(cuMemcpyDtoDAsync_v2(p.x[device][1], p.x[device][0], N * 4, p.s[device][1]));
+    }
+    comms.iter().for_each(|comm| api::settle(*comm, in_progress));
+    comms.iter().for_each(|comm| nccl!(ncclCommDestroy(*comm)));
     p.close();
 }
 
