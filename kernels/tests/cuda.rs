@@ -112,10 +112,35 @@ fn steps(count: usize) {
     let device = Device::cuda(0, Gpu::open(0).expect("a device"), Arc::new(Local::new()));
     let (program, bytes) = layer();
     let (stream, arena) = (device.stream("compute", 1).expect("a stream"), device.arena(bytes).expect("memory"));
+    stream.prepare(&program).expect("kernels and memory");
+    let allocations = device.allocation_count();
     for _ in 0..count {
         let notices = submit(&stream, &program, &arena).expect("a live stream");
         assert_eq!(notices, [Notice::Signal(1), Notice::Done]);
     }
+    assert_eq!(device.allocation_count(), allocations, "a prepared stream allocates");
+}
+
+/// A device that does not come to an end keeps nobody from ending: whoever drops its stream hears of it.
+fn hung() {
+    let device = Device::cuda(0, Gpu::open(0).expect("a device"), Arc::new(Local::new()));
+    let (program, bytes) = layer();
+    let (stream, arena) = (device.stream("compute", 1).expect("a stream"), device.arena(bytes).expect("memory"));
+    let (sender, notices) = channel();
+    for i in 0..5 {
+        let sender = sender.clone();
+        let notify = Box::new(move |notice| drop(sender.send((i, notice))));
+        let bases = vec![Base { arena: arena.clone(), offset: 0 }];
+        let submission = Submission { program: program.clone(), bases, repeat: false, notify };
+        stream.submit(submission).expect("a device that seems alive");
+    }
+    drop((sender, stream));
+    let failed: Vec<usize> =
+        notices.iter().filter(|(_, notice)| matches!(notice, Notice::Failed(_))).map(|n| n.0).collect();
+    assert!(failed.ends_with(&[3, 4]), "{failed:?}");
+    let told =
+        device.stream("next", 1).and_then(|stream| submit(&stream, &program, &arena)).expect_err("a lost device");
+    assert!(told.to_string().contains("has not ended within"), "{told}");
 }
 
 /// A device that is lost under way fails what is pending, with the driver's words, and everything from then on.
@@ -157,6 +182,7 @@ fn child() {
         Ok("staged") => shared(&|| Arc::new(InProcess::new())),
         Ok("nccl") => nccl(),
         Ok("lost") => lost(),
+        Ok("hung") => hung(),
         Ok(case) if case.starts_with("steps ") => steps(case[6..].parse().expect("a number")),
         other => panic!("no such case: {other:?}"),
     }
@@ -213,6 +239,11 @@ fn a_lost_device_ends_everything_with_the_first_cause() {
         // What is not freed on a device that answers no more is no leak of ours.
         run("lost", 1, "random", seed, Some("kill:0:20"), &["leak"]);
     }
+}
+
+#[test]
+fn a_hung_device_keeps_nobody_from_ending() {
+    run("hung", 1, "in-order", 1, Some("hang:0:8"), &["leak", "use-after-free", "deadlock"]);
 }
 
 /// What a step of the layer costs in calls of the driver: twice as many steps make no more of the others.

@@ -24,7 +24,7 @@ use crate::cpu::stream::{panic_message, trace_launch};
 use crate::error::KernelError;
 use crate::event::Event;
 use crate::memory::{Base, View};
-use crate::op::{Launch, Op};
+use crate::op::{Launch, Op, Program};
 use crate::region::{check_inside, for_each_run};
 use crate::stream::{Notice, Submission};
 use crate::tensor::Region;
@@ -85,6 +85,31 @@ impl Issuer {
             plans: None,
             staged: Staged::new(lane, track),
             check: false,
+        }
+    }
+
+    /// Finds the kernels of a program, and allocates what the stream needs for them beside the program's own buffers.
+    pub(crate) fn prepare(&mut self, program: &Program, lowered: &Lowered) -> Result<(), KernelError> {
+        for (index, launch) in program.launches.iter().enumerate() {
+            // What cannot be lowered fails when it is launched, with its buffers looked at first.
+            let lane = self.lane.clone();
+            let kind = catch_unwind(AssertUnwindSafe(|| lowered.kind(index, launch, lane.gpu())));
+            let Ok(Ok(Kind::Steps { steps, uses_record })) = kind else { continue };
+            if *uses_record {
+                self.record_address()?;
+            }
+            if steps.iter().any(|step| matches!(step, Ready::Product(_))) {
+                self.plans()?;
+            }
+        }
+        Ok(())
+    }
+
+    fn plans(&mut self) -> Result<&mut Plans, KernelError> {
+        let lane = &self.lane;
+        match &mut self.plans {
+            Some(plans) => Ok(plans),
+            none => Ok(none.insert(Plans::new(lane.gpu(), lane.rank(), lane.tally())?)),
         }
     }
 
@@ -309,11 +334,7 @@ impl Issuer {
                     aux: optional(aux)?,
                 };
                 let lane = self.lane.clone();
-                let plans = match &mut self.plans {
-                    Some(plans) => plans,
-                    none => none.insert(Plans::new(lane.gpu(), lane.rank(), lane.tally())?),
-                };
-                plans.issue(product, &addresses, lane.stream(), lane.place())
+                self.plans()?.issue(product, &addresses, lane.stream(), lane.place())
             }
             Ready::Copy { from, to, bytes } => self.lane.copy(at(*to)?, at(*from)?, *bytes),
             Ready::Fill { to, word, words } => self.lane.fill(at(*to)?, *word, *words),

@@ -9,6 +9,7 @@ use super::lane::Lane;
 use super::memory::Pinned;
 use super::poller::{Then, Track};
 use crate::bound::Bound;
+use crate::clock::host_access;
 use crate::cpu::launch::faults;
 use crate::error::KernelError;
 use crate::event::Event;
@@ -92,6 +93,8 @@ impl Staged {
         let views = both().map(|(view, offset)| View::new(bound.name, &arena, *offset, view.shape(), view.dtype()));
         let views = views.collect::<Result<Vec<_>, _>>()?;
         let (reads, writes) = views.split_at(bound.reads.len());
+        reads.iter().for_each(|view| host_access(view.start(), view.bytes(), false));
+        writes.iter().for_each(|view| host_access(view.start(), view.bytes(), true));
         let worked = work(reads, writes);
         if worked.is_ok() {
             for (view, copy) in bound.writes.iter().zip(writes) {

@@ -20,10 +20,11 @@ use crate::collective::{Collective, Outcome};
 use crate::error::KernelError;
 use crate::event::Event;
 use crate::memory::Tally;
+use crate::op::Program;
 use crate::stream::Submission;
 
 /// How long a stream that is dropped waits for a device that does not come to an end.
-const DRAIN_WITHIN: Duration = Duration::from_secs(10);
+const DRAIN_WITHIN: Duration = Duration::from_secs(5);
 
 /// How often it looks meanwhile.
 const DRAIN_STEP: Duration = Duration::from_micros(20);
@@ -93,6 +94,15 @@ impl CudaStream {
         self.inner.lane.gpu().context().check_alive()?;
         let lowered = lock(&self.inner.cache).get(&submission.program, submission.repeat);
         self.inner.put(Command::run(submission, lowered, &self.inner.outcomes))
+    }
+
+    pub(crate) fn prepare(&self, program: &Arc<Program>) -> Result<(), KernelError> {
+        let gpu = self.inner.lane.gpu();
+        gpu.context().check_alive()?;
+        gpu.context().bind()?;
+        let lowered = [false, true].map(|repeat| lock(&self.inner.cache).get(program, repeat));
+        let mut issuer = lock(&self.inner.issuer);
+        lowered.iter().try_for_each(|lowered| issuer.prepare(program, lowered))
     }
 
     pub(crate) fn record(&self) -> Event {

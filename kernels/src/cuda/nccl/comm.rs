@@ -215,7 +215,7 @@ impl Comm {
     pub(super) fn abort(&self) {
         let taken = self.handle.lock().unwrap_or_else(PoisonError::into_inner).take();
         if let Some(comm) = taken
-            && self.context.bind().is_ok()
+            && self.context.bind_to_drop()
         {
             // SAFETY: ours, and used no more. What it says no longer matters.
             let _ = unsafe { (self.api.0.abort)(comm.0) };
@@ -235,7 +235,7 @@ pub(super) fn finalize(comms: &[&Arc<Comm>], within: Duration) {
     let each = |what: &dyn Fn(&Comm, ncclComm_t) -> bool| {
         for comm in comms {
             let handle = *comm.handle.lock().unwrap_or_else(PoisonError::into_inner);
-            let went = handle.is_none_or(|handle| comm.context.bind().is_ok() && what(comm, handle.0));
+            let went = handle.is_none_or(|handle| comm.context.bind_to_drop() && what(comm, handle.0));
             if !went {
                 comm.abort();
             }
