@@ -22,6 +22,45 @@
 //!
 //! A kernel's text is compiled at run time by g++, with the headers in `shim/`; its threads are fibers. All is executed by
 //! one thread, one operation at a time, in an order that a policy and a seed give; the checks do not depend on it.
+//!
+//! # How a test uses it
+//!
+//! The dynamic linker reads its path when a process starts, so the test starts a child on the device and reads the report
+//! that it leaves:
+//!
+//! ```no_run
+//! let folder = std::env::temp_dir().join("a-test");
+//! let program = std::env::current_exe()?;
+//! let mut child = shardflow_software_cuda::command(program, &folder, 4, "adversarial", 7)?;
+//! assert!(child.args(["--exact", "child", "--ignored"]).status()?.success());
+//! assert_eq!(shardflow_software_cuda::Report::read(&folder)?.findings, []);
+//! # Ok::<(), std::io::Error>(())
+//! ```
+//!
+//! | environment | what | default |
+//! |---|---|---|
+//! | `SOFTWARE_CUDA_DEVICES` | devices | 1 |
+//! | `SOFTWARE_CUDA_POLICY` | `in-order`, `lazy`, `random`, `adversarial`, `starve`: see [`Policy`] | `random` |
+//! | `SOFTWARE_CUDA_SEED` | of the schedule, and of the order of blocks and threads | 1 |
+//! | `SOFTWARE_CUDA_MEMORY` | bytes of each device | 8 GiB |
+//! | `SOFTWARE_CUDA_REPORT` | the file of [`Report`], written at exit | none |
+//! | `SOFTWARE_CUDA_FAULT` | `kill:DEVICE:LAUNCH` or `hang:DEVICE:LAUNCH` | none |
+//! | `SOFTWARE_CUDA_HANG_MS` | how long a call waits for a launch that hangs | 60000 |
+//! | `SOFTWARE_CUDA_DEADLOCK_MS` | how long nothing may move while work is queued; rings are found at once | 10000 |
+//! | `SOFTWARE_CUDA_CACHE` | where compiled kernels are kept | the temporary folder |
+//! | `SOFTWARE_CUDA_HOST` | `global`: host threads count as one, where no message carries its clock | none |
+//! | `SOFTWARE_CUDA_TRACE` | `1`: prints each operation as it is executed | none |
+//!
+//! Symbols that begin with `software_cuda_` (in `control.rs`) give findings, counters and leaks at any time, change the
+//! schedule, inject faults, carry clocks between host threads, name the slots of an arena, and tell of the host's own
+//! accesses to pinned memory, which nobody sees otherwise.
+//!
+//! # What it does not show
+//!
+//! Speed, occupancy, the weak memory model, the numerics of the real libraries. Kernels that spin until another kernel
+//! writes never end. Static shared arrays have no bounds of their own. Two threads that share a word of four bytes, with
+//! two each, are told apart only by whoever touched it last. PTX, inline assembly, tensor cores other than by `wmma` in
+//! bf16, textures, graphs, cooperative groups and clusters are not there.
 
 mod clock;
 mod config;

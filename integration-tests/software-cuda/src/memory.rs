@@ -12,6 +12,8 @@ const PLACE_BYTES: usize = 64 << 30;
 const PAGE_BYTES: usize = 4096;
 /// The gap behind an allocation is as long as the allocation, within these bounds.
 const GAP_BYTES_MAX: usize = 1 << 20;
+/// How much of a new allocation is filled with ones; pages behind that are not touched until somebody does.
+const FILLED_BYTES_MAX: usize = 1 << 20;
 /// Bytes that one word of the shadow describes.
 pub const WORD_BYTES: usize = 4;
 
@@ -178,7 +180,7 @@ impl Registry {
         }
     }
 
-    /// A new allocation, filled with ones (a NaN in every type), or `None` when addresses or `limit` are used up.
+    /// A new allocation, its beginning filled with ones (a NaN in every type), or `None` when addresses or `limit` are used up.
     pub fn allocate(&mut self, place: Place, bytes: usize, limit: usize, unborn: bool) -> Option<usize> {
         let index = self.index(place);
         let pages = bytes.max(1).checked_next_multiple_of(PAGE_BYTES)?;
@@ -192,7 +194,7 @@ impl Registry {
         self.live_bytes[index] += bytes;
         self.peak_bytes[index] = self.peak_bytes[index].max(self.live_bytes[index]);
         // SAFETY: the range lies in our window, and nobody knows its address yet.
-        unsafe { std::ptr::write_bytes(base as *mut u8, 0xff, bytes) };
+        unsafe { std::ptr::write_bytes(base as *mut u8, 0xff, bytes.min(FILLED_BYTES_MAX)) };
         let id = self.new_id();
         let allocation = Allocation {
             base,

@@ -12,7 +12,7 @@ use crate::nccl::engine;
 use crate::run::run;
 use crate::world::{Kind, Refused, State, Stream, World, in_callback, lock};
 
-/// How long work waits for the host under the late policies, if the host neither waits nor asks.
+/// How long work waits for the host under the late policies, if the host neither waits nor asks nor submits more.
 const LATE_AFTER: Duration = Duration::from_millis(1);
 /// How often the host asks in vain before work goes on under the late policies.
 const LATE_POLLS: u64 = 3;
@@ -98,8 +98,9 @@ pub fn execute(world: &'static World) {
             state = world.submitted.wait_timeout(state, IDLE_WAIT).unwrap_or_else(|e| e.into_inner()).0;
             continue;
         }
-        let is_early = state.waiting_hosts == 0 && state.polls < LATE_POLLS && state.last_move.elapsed() < LATE_AFTER;
-        if state.policy.is_late() && is_early {
+        let is_asked = state.waiting_hosts > 0 || state.polls >= LATE_POLLS;
+        state.is_released |= is_asked || state.last_submission.elapsed() > LATE_AFTER;
+        if state.policy.is_late() && !state.is_released {
             let wait = Duration::from_micros(200);
             state = world.submitted.wait_timeout(state, wait).unwrap_or_else(|e| e.into_inner()).0;
             continue;
@@ -107,7 +108,6 @@ pub fn execute(world: &'static World) {
         let stream = pick(&mut state, &ready);
         state = run(world, state, stream);
         state.executed += 1;
-        state.polls = 0;
         state.last_move = Instant::now();
         world.progressed.notify_all();
     }

@@ -203,8 +203,12 @@ pub struct State {
     pub last_move: Instant,
     /// Host threads that wait.
     pub waiting_hosts: usize,
-    /// Queries answered with "not ready" since an operation was executed.
+    /// When something was last submitted.
+    pub last_submission: Instant,
+    /// Queries answered with "not ready" since then.
     pub polls: u64,
+    /// Under the late policies: the host has waited or asked, or was quiet, since it last submitted something.
+    pub is_released: bool,
     /// Nothing can go on, and it was reported.
     pub is_stuck: bool,
     /// Clocks captured and not joined yet.
@@ -299,7 +303,9 @@ impl World {
             executed: 0,
             last_move: Instant::now(),
             waiting_hosts: 0,
+            last_submission: Instant::now(),
             polls: 0,
+            is_released: false,
             is_stuck: false,
             tokens: HashMap::new(),
         };
@@ -441,6 +447,8 @@ impl State {
         let Some(queue) = self.streams.get_mut(&stream).map(|s| &mut s.queue) else { return };
         queue.push_back(op);
         self.last_move = Instant::now();
+        self.last_submission = self.last_move;
+        (self.is_released, self.polls) = (false, 0);
         self.is_stuck = false;
         world.submitted.notify_all();
     }

@@ -74,7 +74,7 @@ pub fn run_all(bugs: &[Bug], devices: i32) {
 
 /// In the parent: the child finds all, and its process ends well.
 pub fn expect_found(case: &str, devices: usize) {
-    let (output, report) = child::start(case, devices, "in-order", 1, &[("SOFTWARE_CUDA_DEADLOCK_MS", "100")]);
+    let (output, report) = child::start(case, devices, "in-order", 1, &[("SOFTWARE_CUDA_DEADLOCK_MS", "250")]);
     let text = String::from_utf8_lossy(&output.stdout) + String::from_utf8_lossy(&output.stderr);
     let tail: Vec<&str> = text.lines().filter(|l| !l.starts_with("software-cuda:") && !l.starts_with("  ")).collect();
     assert!(output.status.success(), "{case}:\n{}", tail.join("\n"));

@@ -253,9 +253,9 @@ fn early_overwrite(_: &Lab, planted: bool) {
 fn before_collective(_: &Lab, planted: bool) {
     let p = Pair::new();
     let mut contexts = [null_mut(); 2];
-    for device in 0..2 {
+    for (device, context) in contexts.iter_mut().enumerate() {
         api::use_device(device as i32);
-        cuda!(cuCtxGetCurrent(&mut contexts[device]));
+        cuda!(cuCtxGetCurrent(context));
     }
     cuda!(cuMemsetD8Async(p.x[0][1], 0, N * 4, p.s[0][0]));
     let copy = || {
@@ -284,9 +284,9 @@ fn in_progress(_: &Lab, planted: bool) {
     let in_progress = cudarc::nccl::sys::ncclResult_t::ncclInProgress;
     comms.iter().for_each(|comm| api::settle(*comm, in_progress));
     nccl!(ncclGroupStart());
-    for device in 0..2 {
+    for (device, comm) in comms.iter().enumerate() {
         let (x, s) = (p.x[device][0], p.s[device][0].cast());
-        nccl!(ncclAllReduce(x as _, x as _, N, F32, SUM, comms[device], s));
+        nccl!(ncclAllReduce(x as _, x as _, N, F32, SUM, *comm, s));
     }
     // SAFETY: ends the group that was begun above.
     assert_eq!(unsafe { cudarc::nccl::sys::ncclGroupEnd() }, in_progress);
