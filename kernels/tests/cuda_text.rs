@@ -2,9 +2,10 @@
 //! what they leave is compared with the CPU backend. Sizes are odd, outputs poisoned, and fences stand around buffers.
 //! Imports the public API of kernels.
 
+use shardflow_kernels::cuda::lower::{fuse, lower};
 use shardflow_kernels::cuda::step::{Arg, ErrorRecord, Kernel, Place, Step};
-use shardflow_kernels::op::{Einsum, Launch, Op};
-use shardflow_kernels::tensor::{HostTensor, Region, element_count};
+use shardflow_kernels::op::{Buffer, Einsum, Launch, Op};
+use shardflow_kernels::tensor::{DType, HostTensor, Region, element_count};
 
 #[path = "cuda_text/machine.rs"]
 mod machine;
@@ -43,6 +44,12 @@ impl Numbers {
     fn indices(&mut self, shape: &[usize], below: usize) -> HostTensor {
         HostTensor::i32(shape, (0..element_count(shape)).map(|_| (self.next() % below as u64) as i32).collect())
     }
+}
+
+/// The nearest values in bf16.
+fn rounded(tensor: &HostTensor) -> HostTensor {
+    let values = tensor.as_f32().expect("floats").iter();
+    HostTensor::f32(&tensor.shape, values.map(|&value| round_to_bf16(value)).collect())
 }
 
 fn poison(shape: &[usize]) -> Initial {
@@ -493,9 +500,6 @@ fn numbers_that_are_not_finite_are_counted() {
 
 #[test]
 fn fused_pairs_are_what_both_launches_are() {
-    use shardflow_kernels::cuda::lower::fuse;
-    use shardflow_kernels::op::Buffer;
-    use shardflow_kernels::tensor::DType;
     if !compiler() {
         return;
     }
@@ -578,6 +582,53 @@ fn fused_pairs_are_what_both_launches_are() {
     }
 }
 
+#[test]
+fn maximum_and_sum_of_a_row_in_one_pass() {
+    if !compiler() {
+        return;
+    }
+    let (mut machine, mut numbers) = (Machine::default(), Numbers(14));
+    let infinite = f32::INFINITY;
+    let mut odd = vec![-infinite; 7 * 5];
+    // A row of nothing but minus infinities, then: no number, infinity, both infinities, numbers behind and before.
+    (odd[7], odd[14], odd[21], odd[22], odd[34]) = (f32::NAN, infinite, infinite, 1.0, 3.0);
+    (odd[8], odd[13], odd[28]) = (1.0, 2.0, -infinite);
+    let mut cases = vec![HostTensor::f32(&[5, 7], odd)];
+    for (rows, width) in [(1, 1), (3, 0), (65, 17), (4, 3001), (9, 512)] {
+        cases.push(numbers.tensor(&[rows, width], 40.0));
+    }
+    for (logits, half) in cases.into_iter().flat_map(|logits| [(logits.clone(), false), (logits, true)]) {
+        let logits = if half { rounded(&logits) } else { logits };
+        let (rows, width) = (logits.shape[0], logits.shape[1]);
+        let targets = numbers.indices(&[rows], width + 9);
+        let second = Op::SumExpTarget { vocab_start: 4, vocab: width + 9 };
+        let buffer = |base, shape: &[usize], dtype| Buffer { base, offset: 0, shape: shape.to_vec(), dtype };
+        let [max, sum, chosen] = [2, 3, 4].map(|base| buffer(base, &[rows], DType::F32));
+        let reads = vec![buffer(0, &logits.shape, DType::F32)];
+        let launch = |op, reads, writes| Launch { op, reads, writes, accumulate: false, workspace: None };
+        let first = launch(Op::RowMax, reads.clone(), vec![max.clone()]);
+        let reads = [reads, vec![max, buffer(1, &[rows], DType::I32)]].concat();
+        let pair = fuse(&first, &launch(second.clone(), reads, vec![sum, chosen]), &|_, _| false);
+        let mut fused = pair.expect("steps").expect("a fused pair");
+        let halves = Halves { reads: if half { &[0] } else { &[] }, writes: &[] };
+        if let (Step::Kernel(kernel), true) = (&mut fused.steps[0], half) {
+            kernel.function = "row_max_sum_exp_target_bf16";
+        }
+        let none = || poison(&[rows]);
+        let mut expected = Trial::new(Op::RowMax, vec![logits.clone()], vec![none()]).on_cpu().expect("maxima");
+        let reads = vec![logits.clone(), expected[0].clone(), targets.clone()];
+        expected.extend(Trial::new(second, reads, vec![none(), none()]).on_cpu().expect("sums"));
+        let trial = Trial::new(Op::RowMax, vec![logits, targets], vec![none(), none(), none()]);
+        for align in [64, 4] {
+            let (got, record) = trial.run_steps(&mut machine, &fused.steps, align, halves, 0).expect("it runs");
+            assert_eq!(record, None);
+            for (got, expected) in got.iter().zip(&expected) {
+                assert_close("maximum and sum", got, expected, CLOSE_SUM);
+            }
+        }
+    }
+}
+
 /// Kernels that no op is lowered to: casts, the copy of bf16 boxes, AdamW with a bf16 copy of the parameter.
 #[test]
 fn kernels_for_mixed_precision() {
@@ -592,7 +643,7 @@ fn kernels_for_mixed_precision() {
     let (read, write) = (|i| Arg::Pointer(Place::read(i)), |i| Arg::Pointer(Place::write(i)));
     for n in [1, 3, 16, 1003] {
         let x = numbers.tensor(&[n], 2.0);
-        let rounded = HostTensor::f32(&[n], x.as_f32().expect("floats").iter().map(|&v| round_to_bf16(v)).collect());
+        let expected = rounded(&x);
         let args = vec![read(0), write(0), Arg::I64(n as i64)];
         let trial = Trial::new(Op::Copy, vec![x], vec![poison(&[n])]);
         for (function, halves) in [
@@ -602,7 +653,7 @@ fn kernels_for_mixed_precision() {
             for align in [64, 4] {
                 let steps = [step(function, n, args.clone())];
                 let (got, _) = trial.run_steps(&mut machine, &steps, align, halves, 0).expect("it runs");
-                assert_close(function, &got[0], &rounded, 0.0);
+                assert_close(function, &got[0], &expected, 0.0);
             }
         }
     }
@@ -613,14 +664,21 @@ fn kernels_for_mixed_precision() {
     let args = [vec![at(Place::read(0), 7), at(Place::write(0), 3), Arg::I64(6)], sizes.to_vec()].concat();
     let region = |start: &[usize]| Region { start: start.to_vec(), size: vec![2, 3] };
     let op = Op::CopyRegion { src: region(&[1, 2]), dst: region(&[0, 3]) };
-    let round = |t: &HostTensor| {
-        HostTensor::f32(&t.shape, t.as_f32().expect("floats").iter().map(|&v| round_to_bf16(v)).collect())
-    };
-    let trial = Trial::new(op, vec![round(&x)], vec![Initial::Values(round(&y))]);
+    let trial = Trial::new(op, vec![rounded(&x)], vec![Initial::Values(rounded(&y))]);
     let halves = Halves { reads: &[0], writes: &[0] };
     let steps = [step("copy_region_halves", 6, args)];
     let (got, _) = trial.run_steps(&mut machine, &steps, 64, halves, 0).expect("it runs");
     assert_close("copy_region_halves", &got[0], &trial.on_cpu().expect("the CPU's")[0], 0.0);
+    // Not finite are two of five; the count is a 64-bit number, here over two integers.
+    let odd = HostTensor::f32(&[5], vec![f32::NAN, f32::NEG_INFINITY, 1.0, f32::INFINITY, 0.0]);
+    let sizes = [1, 1, 5, 0, 0, 0].map(Arg::U64);
+    let args = [vec![read(0), write(0), Arg::I64(5)], sizes.to_vec(), vec![Arg::I32(1)]].concat();
+    let zeros = Initial::Values(HostTensor::i32(&[2], vec![0, 0]));
+    let trial = Trial::new(Op::Copy, vec![odd], vec![zeros]);
+    let halves = Halves { reads: &[0], writes: &[] };
+    let steps = [step("count_not_finite_bf16", 1, args)];
+    let (got, _) = trial.run_steps(&mut machine, &steps, 64, halves, 0).expect("it runs");
+    assert_eq!(got[0].as_i32(), Some(&[2, 0][..]));
     adamw_with_a_copy(&mut machine, &mut numbers);
 }
 
@@ -632,12 +690,7 @@ fn adamw_with_a_copy(machine: &mut Machine, numbers: &mut Numbers) {
     let writes: Vec<Initial> = state.map(Initial::Values).to_vec();
     let op = Op::AdamW { beta1: 0.9, beta2: 0.95, eps: 1e-3, weight_decay: 0.1 };
     let expected = Trial::new(op.clone(), reads.clone(), writes.clone()).on_cpu().expect("the CPU's");
-    let buffer = |shape: &[usize]| shardflow_kernels::op::Buffer {
-        base: 0,
-        offset: 0,
-        shape: shape.to_vec(),
-        dtype: shardflow_kernels::tensor::DType::F32,
-    };
+    let buffer = |shape: &[usize]| Buffer { base: 0, offset: 0, shape: shape.to_vec(), dtype: DType::F32 };
     let launch = Launch {
         op: op.clone(),
         reads: reads.iter().map(|t| buffer(&t.shape)).collect(),
@@ -645,7 +698,7 @@ fn adamw_with_a_copy(machine: &mut Machine, numbers: &mut Numbers) {
         accumulate: false,
         workspace: None,
     };
-    let mut steps = shardflow_kernels::cuda::lower::lower(&launch, false).expect("steps");
+    let mut steps = lower(&launch, false).expect("steps");
     let Step::Kernel(kernel) = &mut steps[0] else { panic!("{steps:?}") };
     let place = kernel.args.iter().position(|arg| *arg == Arg::Null).expect("no copy is asked for");
     kernel.args[place] = Arg::Pointer(Place::write(3));

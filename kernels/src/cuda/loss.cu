@@ -94,6 +94,45 @@ extern "C" __global__ void __launch_bounds__(512)
     sum_exp_target(logits, maxima, targets, sums, chosen, rows, width, vocab_start, vocab, record, launch);
 }
 
+// Both of the above in one pass over the logits, for a vocabulary that is not split: each thread's sum is over the
+// largest logit that it has met. What is not finite comes out as from two passes.
+template <class T>
+INLINE void row_max_sum_exp_target(const T* logits, const int* targets, float* maxima, float* sums, float* chosen,
+                                   i64 rows, i64 width, i64 vocab_start, i64 vocab, u32* record, u32 launch) {
+    const i64 row = blockIdx.x;
+    if (row == 0) check_indices(targets, rows, vocab, record, launch);
+    float best = MINUS_INFINITY, sum = 0.0f;
+    for_each(logits + row * width, width, [&](i64, float logit) {
+        if (logit > best) {
+            // No number for infinity, else 1.
+            sum = sum * expf(best - logit) + (logit - logit + 1.0f);
+            best = logit;
+        } else if (logit != MINUS_INFINITY) {
+            sum += expf(logit - best);
+        }
+    });
+    const float most = block_max(best);
+    sum = block_sum(best == MINUS_INFINITY ? sum : sum * expf(best - most));
+    if (threadIdx.x > 0) return;
+    maxima[row] = most;
+    // Of nothing but minus infinities there is no difference to the largest.
+    sums[row] = width > 0 && most == MINUS_INFINITY ? most - most : sum;
+    const i64 column = (i64)targets[row] - vocab_start;
+    chosen[row] = column >= 0 && column < width ? widen(logits[row * width + column]) : 0.0f;
+}
+
+extern "C" __global__ void __launch_bounds__(512)
+    row_max_sum_exp_target_f32(const float* logits, const int* targets, float* maxima, float* sums, float* chosen,
+                               i64 rows, i64 width, i64 vocab_start, i64 vocab, u32* record, u32 launch) {
+    row_max_sum_exp_target(logits, targets, maxima, sums, chosen, rows, width, vocab_start, vocab, record, launch);
+}
+
+extern "C" __global__ void __launch_bounds__(512)
+    row_max_sum_exp_target_bf16(const bf16* logits, const int* targets, float* maxima, float* sums, float* chosen,
+                                i64 rows, i64 width, i64 vocab_start, i64 vocab, u32* record, u32 launch) {
+    row_max_sum_exp_target(logits, targets, maxima, sums, chosen, rows, width, vocab_start, vocab, record, launch);
+}
+
 // One block: scale * sum(max + ln(sum) - target), in double.
 extern "C" __global__ void __launch_bounds__(1024)
     token_loss(const float* maxima, const float* sums, const float* chosen, float* loss, i64 tokens, float scale,

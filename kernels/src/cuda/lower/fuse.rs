@@ -1,7 +1,8 @@
 //! Two launches in a row as one kernel, where that spares a trip through memory: a residual sum and its layer norm, a
-//! bias and its GELU. The graph stays as it is: the backend asks for neighbours in a program.
+//! bias and its GELU, a row's maximum and its sum of exponentials. The graph stays as it is: the backend asks for neighbours in a program.
 //! Imports `lower`, `cuda::step`, `op`, `tensor`.
 
+use super::loss::rows;
 use super::norm::warps;
 use super::{PACK, long, lower, read, threads, write};
 use crate::cuda::step::{Arg, Step};
@@ -21,7 +22,8 @@ pub struct Fused {
 }
 
 /// One step for `first` and `second`, where there is one. `overlap` tells whether two buffers share memory other than
-/// by being the same memory. A signal between the two launches is then due behind both.
+/// by being the same memory. A signal between the two launches is then due behind both; an [`Arg::LaunchIndex`] is that of
+/// `second`.
 ///
 /// # Errors
 /// As [`lower`] of either.
@@ -30,15 +32,17 @@ pub fn fuse(
     second: &Launch,
     overlap: &dyn Fn(&Buffer, &Buffer) -> bool,
 ) -> Result<Option<Fused>, KernelError> {
-    if first.accumulate || second.accumulate || !matches!(first.op, Op::Add) {
-        return Ok(None);
-    }
-    if !matches!(second.op, Op::LayerNorm { .. } | Op::Gelu) {
+    let pair = (&first.op, &second.op);
+    let known = matches!(pair, (Op::Add, Op::LayerNorm { .. } | Op::Gelu) | (Op::RowMax, Op::SumExpTarget { .. }));
+    if first.accumulate || second.accumulate || !known {
         return Ok(None);
     }
     // Both must be what they should be on their own.
     lower(first, false)?;
     lower(second, false)?;
+    if let Op::SumExpTarget { vocab_start, vocab } = second.op {
+        return max_and_sum(first, second, [vocab_start, vocab], overlap);
+    }
     let (sums, x) = (&first.writes[0], &second.reads[0]);
     if sums != x || element_count(&sums.shape) == 0 {
         return Ok(None);
@@ -105,4 +109,26 @@ fn bias_gelu(
         writes: [&first.writes[..], &second.writes[..]].concat(),
         steps: vec![threads("bias_gelu_f32", n.div_ceil(PACK), arguments)?],
     }))
+}
+
+fn max_and_sum(
+    first: &Launch,
+    second: &Launch,
+    [vocab_start, vocab]: [usize; 2],
+    overlap: &dyn Fn(&Buffer, &Buffer) -> bool,
+) -> Result<Option<Fused>, KernelError> {
+    let (logits, max, targets) = (&first.reads[0], &first.writes[0], &second.reads[2]);
+    let same = second.reads[0] == *logits && second.reads[1] == *max;
+    let inputs = [logits.clone(), targets.clone()];
+    let writes = [&first.writes[..], &second.writes[..]].concat();
+    let Some((&width, leading)) = logits.shape.split_last() else { return Ok(None) };
+    let count = element_count(leading);
+    if !same || count == 0 || clash(&inputs, &writes, overlap) {
+        return Ok(None);
+    }
+    let mut arguments = vec![read(0), read(1), write(0), write(1), write(2)];
+    arguments.extend([count, width, vocab_start, vocab].map(long));
+    arguments.extend([Arg::ErrorRecord, Arg::LaunchIndex]);
+    let steps = rows("row_max_sum_exp_target_f32", count, width, arguments)?;
+    Ok(Some(Fused { reads: inputs.to_vec(), writes, steps }))
 }

@@ -20,7 +20,12 @@ fn threads_for(work: usize, most: usize) -> usize {
 }
 
 /// A block for each row of `width` elements.
-fn rows(function: &'static str, rows: usize, width: usize, args: Vec<Arg>) -> Result<Vec<Step>, KernelError> {
+pub(super) fn rows(
+    function: &'static str,
+    rows: usize,
+    width: usize,
+    args: Vec<Arg>,
+) -> Result<Vec<Step>, KernelError> {
     if rows == 0 {
         return Ok(vec![]);
     }
