@@ -133,7 +133,12 @@ pub(crate) fn faults(op: &Op, shape: &[usize], values: &[f32]) -> usize {
 }
 
 impl<'a> Args<'a> {
-    pub(crate) fn resolve(launch: &'a Launch, bases: &'a [Base], repeat: bool, threads: usize) -> Result<Self, KernelError> {
+    pub(crate) fn resolve(
+        launch: &'a Launch,
+        bases: &'a [Base],
+        repeat: bool,
+        threads: usize,
+    ) -> Result<Self, KernelError> {
         let bound = Bound::resolve(launch, bases, |shapes| launch.op.workspace_bytes(shapes, threads))?;
         bound.all().try_for_each(|view| view.check_host(bound.name))?;
         let Bound { name, reads, writes, workspace } = bound;

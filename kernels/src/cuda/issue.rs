@@ -11,7 +11,7 @@ use super::blas::{Addresses, Plans};
 use super::engine::{Enqueued, Wait};
 use super::lane::{Lane, PARAMETERS_MAX};
 use super::lower;
-use super::lowered::{Kind, Lowered, Parameter, Ready, address};
+use super::lowered::{Kind, Lowered, Pair, Parameter, Ready, address};
 use super::poller::{Then, Track};
 use super::record::Records;
 use super::staged::Staged;
@@ -128,6 +128,13 @@ impl Issuer {
             self.signal(run)?;
             let Some(launch) = program.launches.get(run.done) else { return Ok(true) };
             let kind = lowered.launches[run.done].as_ref().map_err(Clone::clone)?;
+            // What each launch has written is looked at behind it, which a pair does not let.
+            if let Some(pair) = lowered.pairs[run.done].as_ref().filter(|_| !self.check && run.wait.is_none())
+                && self.pair(pair, [launch, &program.launches[run.done + 1]], run)?
+            {
+                run.done += 2;
+                continue;
+            }
             if let Some(wait) = run.wait.take() {
                 if !may_block {
                     run.wait = Some(wait);
@@ -190,13 +197,41 @@ impl Issuer {
         matches!(&launch.op, Op::Collective(call) if self.engine.on_device(call).is_some())
     }
 
+    /// Issues two launches at once; false when they are to be issued one by one, as they lie in memory or with an error
+    /// that is theirs.
+    fn pair(&mut self, pair: &Pair, launches: [&Launch; 2], run: &Run) -> Result<bool, KernelError> {
+        for launch in launches {
+            // Neither needs a workspace.
+            let fits = self.bind(launch, run, |_| 0).and_then(|bound| check_in_place(launch, &bound));
+            if fits.is_err() {
+                return Ok(false);
+            }
+        }
+        let Some(bound) = pair.bind(launches[1].op.name(), &run.bases)? else { return Ok(false) };
+        trace_launch(&run.ticket.program, run.done);
+        trace_launch(&run.ticket.program, run.done + 1);
+        pair.steps.iter().try_for_each(|step| self.step(step, &bound, run.done + 1))?;
+        Ok(true)
+    }
+
+    /// A launch's buffers, all of them on this GPU.
+    fn bind<'a>(
+        &self,
+        launch: &'a Launch,
+        run: &'a Run,
+        workspace_bytes: impl FnOnce(&[&[usize]]) -> usize,
+    ) -> Result<Bound<'a>, KernelError> {
+        let bound = Bound::resolve(launch, &run.bases, workspace_bytes)?;
+        bound.all().try_for_each(|view| self.check_on_this_gpu(bound.name, view))?;
+        Ok(bound)
+    }
+
     fn launch(&mut self, launch: &Launch, kind: &Kind, run: &Run) -> Result<Option<Wait>, KernelError> {
         let needed = |shapes: &[&[usize]]| match kind {
             Kind::Steps(_) => lower::workspace_bytes(&launch.op, shapes),
             Kind::Collective | Kind::Custom => 0,
         };
-        let bound = Bound::resolve(launch, &run.bases, needed)?;
-        bound.all().try_for_each(|view| self.check_on_this_gpu(bound.name, view))?;
+        let bound = self.bind(launch, run, needed)?;
         match (kind, &launch.op) {
             (Kind::Steps(steps), _) => {
                 check_in_place(launch, &bound)?;

@@ -1,5 +1,6 @@
 //! Programs whose launches were turned to steps, once, with kernels found and parameters laid out: what is left at a
-//! submission is to put addresses in. Imports `cuda::lower`, `cuda::step`, `cuda::module`, `op`.
+//! submission is to put addresses in. Neighbours that one kernel does are found here, too.
+//! Imports `cuda::lower`, `cuda::step`, `cuda::module`, `bound`, `memory`, `op`, `tensor`.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -11,7 +12,9 @@ use super::module::Function;
 use super::step::{Arg, Operand, Place, Product, Step};
 use crate::bound::Bound;
 use crate::error::KernelError;
-use crate::op::{Launch, Op, Program};
+use crate::memory::{Base, View};
+use crate::op::{Buffer, Launch, Op, Program};
+use crate::tensor::element_count;
 
 /// Programs that one stream keeps; far more than an actor has. Beyond that all are forgotten, and lowered again.
 const PROGRAMS_MAX: usize = 1024;
@@ -34,10 +37,21 @@ struct Known {
 pub(crate) struct Lowered {
     /// By launch; a launch that cannot be lowered fails when the program comes to it.
     pub(crate) launches: Vec<Result<Kind, KernelError>>,
+    /// By launch: what does it and the next one at once, where something does. Not where a signal stands between them.
+    pub(crate) pairs: Vec<Option<Pair>>,
     /// Whether any kernel writes the stream's record.
     pub(crate) uses_record: bool,
     /// Whether there are collectives.
     pub(crate) calls: bool,
+}
+
+/// Two launches as one; each can be run by itself, too.
+#[derive(Debug)]
+pub(crate) struct Pair {
+    /// What the steps' places are counted in.
+    pub(crate) reads: Vec<Buffer>,
+    pub(crate) writes: Vec<Buffer>,
+    pub(crate) steps: Vec<Ready>,
 }
 
 /// How a launch is run.
@@ -95,7 +109,54 @@ impl Lowered {
         };
         let uses_record = launches.iter().any(records);
         let calls = program.launches.iter().any(|launch| matches!(launch.op, Op::Collective(_)));
-        Self { launches, uses_record, calls }
+        Self { launches, pairs: pairs(program, gpu), uses_record, calls }
+    }
+}
+
+/// Neighbours that are one kernel; a launch is in one pair at most.
+fn pairs(program: &Program, gpu: &Gpu) -> Vec<Option<Pair>> {
+    let mut pairs = Vec::new();
+    while let Some(first) = program.launches.get(pairs.len()) {
+        let next = pairs.len() + 1;
+        let signalled = program.signals.iter().any(|&(at, _)| at == next);
+        let second = program.launches.get(next).filter(|_| !signalled);
+        let found = second.and_then(|second| pair(first, second, gpu));
+        // Nobody asks for that of a pair's second launch.
+        let both = found.is_some();
+        pairs.push(found);
+        pairs.extend(both.then_some(None));
+    }
+    pairs
+}
+
+fn pair(first: &Launch, second: &Launch, gpu: &Gpu) -> Option<Pair> {
+    // What is wrong with a launch is told when it is run by itself.
+    let lower::Fused { reads, writes, steps } = lower::fuse(first, second, &overlap).ok()??;
+    let steps = steps.into_iter().map(|step| ready(step, gpu)).collect::<Result<_, _>>().ok()?;
+    Some(Pair { reads, writes, steps })
+}
+
+/// Whether buffers share memory without being the same, as far as that is known before bases are: see
+/// [`Pair::bind`].
+fn overlap(a: &Buffer, b: &Buffer) -> bool {
+    let bytes = |buffer: &Buffer| element_count(&buffer.shape) * buffer.dtype.bytes();
+    let (a_bytes, b_bytes) = (bytes(a), bytes(b));
+    let meet = a.offset < b.offset + b_bytes && b.offset < a.offset + a_bytes;
+    a.base == b.base && a_bytes > 0 && b_bytes > 0 && meet && (a.offset, a_bytes) != (b.offset, b_bytes)
+}
+
+impl Pair {
+    /// The pair's buffers, if what is written on one base lies apart from all that is on others: then `overlap` has told
+    /// the truth.
+    pub(crate) fn bind<'a>(&'a self, name: &'a str, bases: &'a [Base]) -> Result<Option<Bound<'a>>, KernelError> {
+        let resolve = |buffer| View::resolve(name, buffer, bases);
+        let reads = self.reads.iter().map(resolve).collect::<Result<Vec<_>, _>>()?;
+        let writes = self.writes.iter().map(resolve).collect::<Result<Vec<_>, _>>()?;
+        let is_apart = self.writes.iter().zip(&writes).all(|(buffer, write)| {
+            let all = self.reads.iter().chain(&self.writes).zip(reads.iter().chain(&writes));
+            all.filter(|(other, _)| other.base != buffer.base).all(|(_, other)| !write.overlaps(other))
+        });
+        Ok(is_apart.then_some(Bound { name, reads, writes, workspace: None }))
     }
 }
 
@@ -154,6 +215,19 @@ pub(crate) fn address(bound: &Bound<'_>, place: Place) -> Result<u64, KernelErro
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::tensor::DType;
+
+    #[test]
+    fn buffers_that_meet_overlap_and_the_same_memory_does_not() {
+        let buffer = |base, offset, elements| Buffer { base, offset, shape: vec![elements], dtype: DType::BF16 };
+        let one = buffer(0, 64, 8);
+        assert!(!overlap(&one, &one));
+        assert!(
+            overlap(&one, &buffer(0, 64, 9)) && overlap(&one, &buffer(0, 78, 1)) && overlap(&buffer(0, 60, 3), &one)
+        );
+        assert!(!overlap(&one, &buffer(0, 80, 8)) && !overlap(&one, &buffer(0, 62, 1)));
+        assert!(!overlap(&one, &buffer(1, 66, 8)) && !overlap(&one, &buffer(0, 66, 0)));
+    }
 
     #[test]
     fn parameters_are_the_low_bytes_of_words() {
