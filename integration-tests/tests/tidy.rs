@@ -47,6 +47,7 @@ const UNSAFE_FILES: &[&str] = &[
     "integration-tests/software-cuda/tests/gpu/bugs_nccl.rs",
     "integration-tests/software-cuda/tests/gpu/faults.rs",
     "integration-tests/software-cuda/tests/gpu/products.rs",
+    "integration-tests/software-cuda/tests/gpu/schedules.rs",
     "kernels/src/collective/board.rs",
     "kernels/src/collective/exchange.rs",
     "kernels/src/collective/exchange/tests.rs",

@@ -25,6 +25,16 @@ impl Clock {
     }
 }
 
+/// The calling thread reads or writes pinned memory by itself, which nothing else tells a software device.
+pub(crate) fn host_access(start: *const u8, bytes: usize, writes: bool) {
+    #[cfg(feature = "clock-token")]
+    if let Some(functions) = software::functions() {
+        (functions.access)(start.addr() as u64, bytes as u64, u32::from(writes));
+    }
+    #[cfg(not(feature = "clock-token"))]
+    let _ = (start, bytes, writes);
+}
+
 #[cfg(feature = "clock-token")]
 mod software {
     use std::sync::OnceLock;
@@ -32,6 +42,7 @@ mod software {
     pub(super) struct Functions {
         pub(super) capture: extern "C" fn() -> u64,
         pub(super) join: extern "C" fn(u64),
+        pub(super) access: extern "C" fn(u64, u64, u32),
     }
 
     /// Those of the software device; `None` with any other driver, and with none.
@@ -43,11 +54,12 @@ mod software {
     fn find() -> Option<Functions> {
         // SAFETY: loading the driver runs its initialisers only, and it stays loaded: `culib` keeps it for good.
         let library = unsafe { cudarc::driver::sys::is_culib_present().then(|| cudarc::driver::sys::culib()) }?;
-        // SAFETY: the software device exports these two names with these types, and nobody else exports them.
+        // SAFETY: the software device exports these names with these types, and nobody else exports them.
         unsafe {
             let capture = library.get(b"software_cuda_clock_capture").ok().map(|symbol| *symbol)?;
             let join = library.get(b"software_cuda_clock_join").ok().map(|symbol| *symbol)?;
-            Some(Functions { capture, join })
+            let access = library.get(b"software_cuda_host_access").ok().map(|symbol| *symbol)?;
+            Some(Functions { capture, join, access })
         }
     }
 }

@@ -2,7 +2,7 @@
 //! Engines live in `collective/`, those of GPUs in `cuda/`. Imports `tensor`, `error`, `memory` views and `cuda::engine`.
 
 use std::fmt::Debug;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::cuda::engine::OnDevice;
 use crate::error::KernelError;
@@ -41,10 +41,9 @@ pub trait Collective: Debug + Send + Sync {
     /// Bytes that the device of this rank has taken in from other members since the engine was made.
     fn bytes_received(&self, rank: usize) -> u64;
 
-    /// The error that a call is answered with after [`Collective::abort`]. Only engines of GPUs need tell: what they were
-    /// doing seems done when it was broken off.
-    fn aborted(&self) -> Option<KernelError> {
-        None
+    /// For engines of GPUs, whose calls seem done when they were broken off: what tells whether they were.
+    fn outcomes(&self) -> Vec<Outcome> {
+        Vec::new()
     }
 
     /// For engines of GPUs: how this call is put on a CUDA stream. A stream has any other engine work on a copy in the host's
@@ -52,6 +51,26 @@ pub trait Collective: Debug + Send + Sync {
     fn on_device(&self, call: &CollectiveCall) -> Option<OnDevice<'_>> {
         let _ = call;
         None
+    }
+}
+
+/// Whether an engine was aborted, and why. Clones tell of the same engine, and do not keep it alive.
+#[derive(Clone, Debug, Default)]
+pub struct Outcome(Arc<Mutex<Option<String>>>);
+
+impl Outcome {
+    /// Notes the cause, of which the first is kept; whether it is the first.
+    pub(crate) fn abort(&self, cause: &str) -> bool {
+        let mut aborted = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let first = aborted.is_none();
+        aborted.get_or_insert_with(|| cause.to_owned());
+        first
+    }
+
+    /// The error that calls are answered with after an abort.
+    pub(crate) fn aborted(&self) -> Option<KernelError> {
+        let aborted = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        aborted.clone().map(|cause| KernelError::Aborted { cause })
     }
 }
 

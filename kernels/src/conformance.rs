@@ -79,14 +79,14 @@ pub fn run_collectives(make: &dyn Fn(usize) -> Result<Vec<(Device, Arena)>, Kern
     report.failures
 }
 
-/// Runs the collectives' part of the suite for engines that add up in an order of their own, and do not compare what the
-/// members call; else as [`run_collectives`].
+/// Runs the collectives' part of the suite for engines that add up in an order of their own, do not compare what the members
+/// call, and ask that all members call all groups in one order; else as [`run_collectives`].
 pub fn run_collectives_unordered(
     make: &dyn Fn(usize) -> Result<Vec<(Device, Arena)>, KernelError>,
     members: usize,
 ) -> Vec<Failure> {
     let mut report = Report::default();
-    let demands = Demands { compares_calls: false, ..Demands::of(members, Sums::InAnyOrder) };
+    let demands = Demands { compares_calls: false, any_order: false, ..Demands::of(members, Sums::InAnyOrder) };
     collectives::run(&mut report, make, &demands);
     report.failures
 }

@@ -74,6 +74,18 @@ impl Stream {
         }
     }
 
+    /// Has everything made that the stream needs to run this program, so that no submission of it allocates anything: kernels
+    /// are loaded, or compiled, and scratch memory is allocated. Worth calling when a plan is loaded; nothing depends on it.
+    ///
+    /// # Errors
+    /// [`KernelError::OutOfMemory`], [`KernelError::Cuda`]; what is wrong with a launch is told when it is submitted.
+    pub fn prepare(&self, program: &Arc<Program>) -> Result<(), KernelError> {
+        match self {
+            Stream::Cpu(_) => Ok(()),
+            Stream::Cuda(stream) => stream.prepare(program),
+        }
+    }
+
     /// An event that is set when all that was submitted so far is done.
     pub fn record(&self) -> Event {
         match self {

@@ -124,6 +124,7 @@ template <u32 ACCESS> SC_RAW static __attribute__((noinline)) void shared_access
     for (size_t at = offset, end = offset + bytes; at < end;) {
         size_t stop = (at / 4 + 1) * 4 < end ? (at / 4 + 1) * 4 : end;
         u32 mask = ((1u << (stop - at)) - 1) << at % 4;
+        if (at >= 2u << 20) return;
         SharedCell& cell = ((SharedCell*)checker->shared_cells)[at / 4];
         at = stop;
         if (cell.generation != block_generation) cell = SharedCell{block_generation, 0, 0, 0, 0};
@@ -159,6 +160,13 @@ SC_RAW static __attribute__((noinline)) void shared_bounds(size_t offset, size_t
     fail();
 }
 
+// An access of a type that is as aligned as it is long; a GPU gives up where it is not.
+SC_RAW static inline __attribute__((always_inline)) void check_alignment(const void* address, size_t bytes) {
+    if (__builtin_expect((size_t)address % bytes == 0 || (size_t)checker < 4096, 1)) return;
+    checker->report(checker, "alignment", "a thread touches memory at an address that the access's length does not divide");
+    fail();
+}
+
 // Of one access by a kernel, wherever it leads.
 template <u32 ACCESS> SC_RAW static inline __attribute__((always_inline)) void touch(const void* address, size_t bytes) {
     if ((size_t)checker < 4096) return;
@@ -189,8 +197,8 @@ template <u32 ACCESS> SC_RAW static inline __attribute__((always_inline)) void t
 
 extern "C" {
 #define SC_HOOK(BYTES)                                                                                                 \
-    SC_RAW SC_USED inline void __tsan_read##BYTES(void* p) { software_cuda::touch<0>(p, BYTES); }                      \
-    SC_RAW SC_USED inline void __tsan_write##BYTES(void* p) { software_cuda::touch<1>(p, BYTES); }                     \
+    SC_RAW SC_USED inline void __tsan_read##BYTES(void* p) { software_cuda::check_alignment(p, BYTES); software_cuda::touch<0>(p, BYTES); } \
+    SC_RAW SC_USED inline void __tsan_write##BYTES(void* p) { software_cuda::check_alignment(p, BYTES); software_cuda::touch<1>(p, BYTES); } \
     SC_RAW SC_USED inline void __tsan_unaligned_read##BYTES(void* p) { software_cuda::touch<0>(p, BYTES); }            \
     SC_RAW SC_USED inline void __tsan_unaligned_write##BYTES(void* p) { software_cuda::touch<1>(p, BYTES); }           \
     SC_RAW SC_USED inline void __tsan_volatile_read##BYTES(void* p) { software_cuda::touch<0>(p, BYTES); }             \

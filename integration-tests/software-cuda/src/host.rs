@@ -3,7 +3,7 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::run::{Running, guest};
-use crate::shadow::{Access, Guest};
+use crate::shadow::{Access, Guest, Name};
 use crate::world::{World, lock};
 
 /// Does something to memory as the calling thread, at once.
@@ -14,8 +14,8 @@ pub fn as_host<T>(world: &World, name: &str, act: impl FnOnce(&mut Guest) -> T) 
     let agent = state.host(world.config.one_host).agent;
     drop(state);
     let mut shadow = lock(&world.shadow);
-    let title = format!("{name} (host thread {agent})");
-    let operation = shadow.operation(agent, knows.get(agent), title);
+    let name = Name { what: name.into(), whose: format!("host thread {agent}").into() };
+    let operation = shadow.operation(agent, knows.get(agent), name);
     let running = Running { agent, device: 0, operation, clock: knows.padded(agents), knows };
     act(&mut guest(&mut shadow, &world.registry, &world.findings, &running))
 }

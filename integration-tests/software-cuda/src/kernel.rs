@@ -6,7 +6,7 @@
 use std::collections::HashMap;
 use std::ffi::{CStr, CString, c_char, c_void};
 use std::path::Path;
-use std::sync::{Mutex, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock};
 
 use crate::shadow::{Checker, Guest};
 use crate::world::{Launch, lock};
@@ -17,7 +17,8 @@ pub const ARGUMENTS_MAX: usize = 64;
 pub const THREADS_MAX: u32 = 1024;
 /// Dynamic shared memory that a block can have; the shim's array is as large.
 pub const SHARED_BYTES_MAX: usize = 227 << 10;
-const STACK_BYTES: usize = 64 << 10;
+/// No power of two: stacks that lie a power of two apart share the same few lines of the cache.
+const STACK_BYTES: usize = (64 << 10) + 33 * 64;
 const SCRATCH_BYTES: usize = 32 * 4096;
 /// Bytes of shared memory, static and dynamic of one library, that are checked, and a cell's bytes for each word.
 const SHARED_CHECKED_BYTES: usize = 2 << 20;
@@ -35,6 +36,7 @@ pub struct Kernel {
     kinds: [u8; ARGUMENTS_MAX],
     static_shared_bytes: u32,
     threads_max: u32,
+    // SAFETY: a type; `launch` says why its call is sound.
     run: unsafe extern "C" fn(*const Kernel, *const *const u8, *const u32, usize, *mut Checker) -> i32,
 }
 
@@ -76,7 +78,7 @@ pub fn load(path: &Path) -> Result<Library, String> {
 /// A kernel with its name, and what the driver keeps of it.
 pub struct Function {
     /// Its name.
-    pub name: String,
+    pub name: Arc<str>,
     /// Its description.
     pub kernel: &'static Kernel,
     /// Dynamic shared memory that launches may ask for.

@@ -115,11 +115,11 @@ pub struct Allocation {
 }
 
 impl Allocation {
-    /// The region that holds an offset: a named one, or the allocation itself.
-    pub fn region(&self, offset: usize) -> u32 {
+    /// The region that holds an offset: a named one, or the allocation itself; and the offset where that ends.
+    pub fn region(&self, offset: usize) -> (u32, usize) {
         match self.regions.range(..=offset).next_back() {
-            Some((start, region)) if offset < start + region.bytes => region.id,
-            _ => self.id,
+            Some((start, region)) if offset < start + region.bytes => (region.id, start + region.bytes),
+            _ => (self.id, self.regions.range(offset..).next().map_or(self.bytes, |r| *r.0)),
         }
     }
 }
@@ -133,6 +133,8 @@ pub struct Owner {
     pub bytes: usize,
     /// Named region or allocation.
     pub region: u32,
+    /// The first address that is not of the region, or where a named region begins inside of it.
+    pub region_end: usize,
     /// Where it is.
     pub place: Place,
     /// Whether it was freed.
@@ -233,8 +235,9 @@ impl Registry {
     /// What the address belongs to.
     pub fn owner(&self, address: usize) -> Option<Owner> {
         let a = self.find(address)?;
-        let region = a.region(address - a.base);
-        Some(Owner { base: a.base, bytes: a.bytes, region, place: a.place, is_freed: a.freed.is_some() })
+        let (region, end) = a.region(address - a.base);
+        let region_end = a.base + end;
+        Some(Owner { base: a.base, bytes: a.bytes, region, region_end, place: a.place, is_freed: a.freed.is_some() })
     }
 
     /// Marks it as freed and gives its pages back.

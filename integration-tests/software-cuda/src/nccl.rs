@@ -29,18 +29,18 @@ fn comm(state: &State, handle: ncclComm_t) -> Result<&Comm, ncclResult_t> {
     Ok(comm)
 }
 
-/// What is the matter with a communicator: nothing, not all ranks there, or an error.
+/// What is the matter with a communicator: nothing, not all ranks there or a call in progress, or an error.
 fn condition(state: &State, comm: &Comm) -> ncclResult_t {
     let clique = &state.comms.cliques[&comm.clique];
     match comm.error.or(clique.error) {
         Some(error) => error,
         None if state.devices[comm.device].error.is_some() => ncclResult_t::ncclUnhandledCudaError,
-        None if clique.is_full() => ncclResult_t::ncclSuccess,
+        None if clique.is_full() && comm.deferred.is_empty() => ncclResult_t::ncclSuccess,
         None => ncclResult_t::ncclInProgress,
     }
 }
 
-/// Adds a rank, and waits for the others if it may.
+/// Adds a rank.
 fn join(id: &ncclUniqueId, ranks: c_int, rank: c_int, is_blocking: bool) -> Result<u64, ncclResult_t> {
     let mut state = world().state();
     let device = state.device().map_err(|_| ncclResult_t::ncclUnhandledCudaError)?;
@@ -65,7 +65,12 @@ fn join(id: &ncclUniqueId, ranks: c_int, rank: c_int, is_blocking: bool) -> Resu
     let handle = state.handle();
     state.comms.add(handle, clique, rank, device, is_blocking);
     world().progressed.notify_all();
-    drop(state);
+    Ok(handle)
+}
+
+/// As [`join`], and waits for the others if it may.
+fn join_and_wait(id: &ncclUniqueId, ranks: c_int, rank: c_int, is_blocking: bool) -> Result<u64, ncclResult_t> {
+    let handle = join(id, ranks, rank, is_blocking)?;
     if is_blocking && !calls::in_group() {
         wait_for_ranks(handle)?;
     }
@@ -114,7 +119,7 @@ exports! { nccl;
     }
 
     fn ncclCommInitRank(out: *mut ncclComm_t, ranks: c_int, id: ncclUniqueId, rank: c_int) -> ncclResult_t {
-        *out = join(&id, ranks, rank, true)? as ncclComm_t;
+        *out = join_and_wait(&id, ranks, rank, true)? as ncclComm_t;
         Ok(())
     }
 
@@ -127,7 +132,7 @@ exports! { nccl;
     ) -> ncclResult_t {
         // Only this field is read: callers of older versions pass a shorter structure.
         let is_blocking = config.is_null() || (&raw const (*config).blocking).read() != 0;
-        *out = join(&id, ranks, rank, is_blocking)? as ncclComm_t;
+        *out = join_and_wait(&id, ranks, rank, is_blocking)? as ncclComm_t;
         if is_blocking { Ok(()) } else { Err(ncclResult_t::ncclInProgress) }
     }
 
@@ -138,7 +143,7 @@ exports! { nccl;
         for rank in 0..count {
             let device = if devices.is_null() { rank } else { *devices.add(rank as usize) };
             crate::world::set_current_device(Some(device as usize));
-            let joined = join(&id, count, rank, false);
+            let joined = join(&id, count, rank, true);
             crate::world::set_current_device(before);
             *out.add(rank as usize) = joined? as ncclComm_t;
         }
@@ -146,8 +151,10 @@ exports! { nccl;
     }
 
     fn ncclCommGetAsyncError(asked: ncclComm_t, error: *mut ncclResult_t) -> ncclResult_t {
-        let state = world().state();
-        *error = condition(&state, comm(&state, asked)?);
+        let mut state = world().state();
+        let found = condition(&state, comm(&state, asked)?);
+        let is_over = engine::ask(world(), &mut state, asked as u64);
+        *error = if is_over || found != ncclResult_t::ncclInProgress { condition(&state, comm(&state, asked)?) } else { found };
         Ok(())
     }
 

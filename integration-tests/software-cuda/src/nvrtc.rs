@@ -7,6 +7,7 @@ pub mod source;
 
 use std::collections::HashMap;
 use std::ffi::{CString, c_char, c_int};
+use std::sync::atomic::Ordering;
 use std::sync::{Mutex, OnceLock};
 
 use cudarc::nvrtc::sys::{nvrtcProgram, nvrtcResult};
@@ -85,7 +86,10 @@ exports! { nvrtc;
         // Taken out meanwhile: compiling takes seconds, and other programs need not wait.
         let handle = program as u64;
         let mut unit = lock(units()).remove(&handle).ok_or(nvrtcResult::NVRTC_ERROR_INVALID_PROGRAM)?;
+        world().compiling.fetch_add(1, Ordering::Relaxed);
         let compiled = compile::compile(&unit.program, &options, &world().config.cache);
+        world().state().last_move = std::time::Instant::now();
+        world().compiling.fetch_sub(1, Ordering::Relaxed);
         let is_fine = compiled.is_ok();
         match compiled {
             Ok(image) => unit.image = Some(image),

@@ -1,7 +1,7 @@
 //! Executes one operation. Imports `world`, `shadow`, `kernel`, `nccl`, `cublaslt`.
 #![allow(unsafe_code)]
 
-use std::sync::MutexGuard;
+use std::sync::{Arc, MutexGuard};
 use std::time::Instant;
 
 use crate::clock::Clock;
@@ -11,7 +11,7 @@ use crate::findings::Findings;
 use crate::kernel;
 use crate::memory::Registry;
 use crate::nccl::engine;
-use crate::shadow::{Access, Guest, Shadow};
+use crate::shadow::{Access, Guest, Name, Shadow};
 use crate::world::{Kind, Op, Rows, Seen, State, World, lock, set_in_callback};
 
 /// An operation under way: who does it, and what is known to have ended before.
@@ -29,7 +29,7 @@ pub struct Running {
 }
 
 /// Starts an operation of a stream: joins what it knows, and gives it a number.
-pub fn start(world: &World, state: &mut State, handle: u64, host: &Clock, name: &str) -> Running {
+pub fn start(world: &World, state: &mut State, handle: u64, host: &Clock, what: Arc<str>) -> Running {
     let null = state.devices[state.streams[&handle].device].null_stream;
     let own = &state.streams[&handle];
     let mut clock = own.clock.clone();
@@ -49,9 +49,10 @@ pub fn start(world: &World, state: &mut State, handle: u64, host: &Clock, name: 
     }
     let (agent, device) = (own.agent, own.device);
     let number = clock.tick(agent);
-    let title = format!("{name} ({}, operation {number} there)", state.stream_name(handle));
-    state.streams.get_mut(&handle).expect("it was looked up").clock = clock.clone();
-    let operation = lock(&world.shadow).operation(agent, number, title);
+    let own = state.streams.get_mut(&handle).expect("it was looked up");
+    own.clock = clock.clone();
+    let name = Name { what, whose: own.name.clone() };
+    let operation = lock(&world.shadow).operation(agent, number, name);
     Running { agent, device, operation, clock: clock.padded(state.agents), knows: clock }
 }
 
@@ -80,7 +81,7 @@ pub fn run<'a>(world: &'a World, mut state: MutexGuard<'a, State>, handle: u64) 
         let op = &state.streams[&handle].queue[0];
         (op.host.clone(), op.name.clone())
     };
-    let running = start(world, &mut state, handle, &host, &name);
+    let running = start(world, &mut state, handle, &host, name);
     let seed = state.random();
     let stream = state.streams.get_mut(&handle).expect("it was picked");
     let op = stream.queue.pop_front().expect("it was picked");
@@ -94,9 +95,7 @@ pub fn run<'a>(world: &'a World, mut state: MutexGuard<'a, State>, handle: u64) 
     let mut state = world.state();
     let stream = state.streams.get_mut(&handle).expect("streams stay while they are busy");
     stream.is_busy = false;
-    if stream.is_destroyed && stream.is_idle() {
-        state.streams.remove(&handle);
-    }
+    state.remove_if_over(handle);
     state
 }
 
@@ -104,8 +103,10 @@ fn perform(world: &World, op: &Op, running: &Running, seed: u64) {
     if let Kind::Host { function, data } = &op.kind {
         world.state().host(world.config.one_host).clock.join(&running.knows);
         set_in_callback(true);
-        // SAFETY: the program gave both, to be called here.
-        unsafe { function(*data as *mut std::ffi::c_void) };
+        if let Some(function) = function {
+            // SAFETY: the program gave both, to be called here.
+            unsafe { function(*data as *mut std::ffi::c_void) };
+        }
         set_in_callback(false);
         return;
     }
@@ -117,6 +118,10 @@ fn perform(world: &World, op: &Op, running: &Running, seed: u64) {
         return;
     }
     let mut guest = guest(&mut shadow, &world.registry, &world.findings, running);
+    if matches!(op.kind, Kind::Copy { .. }) {
+        // Copies reach every device, with or without access enabled.
+        guest.reach_all();
+    }
     match &op.kind {
         Kind::Launch(launch) => kernel::launch(&mut guest, launch, seed),
         Kind::Product(product) => product::run(&mut guest, product),
@@ -193,8 +198,12 @@ fn fill(guest: &mut Guest, to: usize, pattern: u32, width: usize, count: usize) 
         return;
     }
     let pattern = &pattern.to_le_bytes()[..width];
+    let is_flat = pattern.iter().all(|b| *b == pattern[0]);
     // SAFETY: the range was checked, and only operations, which run one at a time, touch it.
     let bytes = unsafe { std::slice::from_raw_parts_mut(to as *mut u8, width * count) };
+    if is_flat {
+        return bytes.fill(pattern[0]);
+    }
     bytes.chunks_exact_mut(width).for_each(|chunk| chunk.copy_from_slice(pattern));
 }
 

@@ -4,6 +4,7 @@
 //! it, its event was recorded, and (once started) its partners in a collective have started too.
 
 use std::sync::MutexGuard;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use crate::config::Policy;
@@ -50,7 +51,7 @@ pub fn holds(state: &State, handle: u64) -> Option<Vec<Hold>> {
         .collect();
     match &op.kind {
         Kind::Wait(signal) if signal.done.get().is_none() => {
-            holds.push(Hold::Stream(signal.stream, op.name.clone()));
+            holds.push(Hold::Stream(signal.stream, op.name.to_string()));
         }
         Kind::Nccl(group) if group.started.is_some() => holds.extend(engine::holds(state, handle, group)),
         _ => {}
@@ -90,6 +91,9 @@ pub fn execute(world: &'static World) {
     loop {
         let ready: Vec<u64> = state.streams.iter().filter(|(h, s)| is_ready(&state, **h, s)).map(|(h, _)| *h).collect();
         if ready.is_empty() {
+            if engine::settle_old(world, &mut state) {
+                continue;
+            }
             look_for_deadlock(world, &mut state);
             state = world.submitted.wait_timeout(state, IDLE_WAIT).unwrap_or_else(|e| e.into_inner()).0;
             continue;
@@ -111,13 +115,15 @@ pub fn execute(world: &'static World) {
 
 /// Finds a ring of streams that wait for each other, or, after a while in which nothing moved, waits that nobody ends.
 fn look_for_deadlock(world: &World, state: &mut State) {
-    if state.is_stuck || state.was_injected || state.streams.values().all(|s| s.queue.is_empty()) {
+    let is_compiling = world.compiling.load(Ordering::Relaxed) > 0;
+    let is_deferred = state.comms.comms.values().any(|c| !c.deferred.is_empty());
+    if is_deferred || state.is_stuck || state.was_injected || state.streams.values().all(|s| s.queue.is_empty()) {
         return;
     }
     let stuck: Vec<(u64, Vec<Hold>)> =
         state.streams.keys().filter_map(|h| Some((*h, holds(state, *h)?))).filter(|(_, h)| !h.is_empty()).collect();
     let is_ring = stuck.iter().any(|(start, _)| reaches(&stuck, *start, *start));
-    if stuck.is_empty() || (!is_ring && state.last_move.elapsed() < world.config.deadlock) {
+    if stuck.is_empty() || (!is_ring && (is_compiling || state.last_move.elapsed() < world.config.deadlock)) {
         return;
     }
     state.is_stuck = true;
@@ -194,6 +200,24 @@ pub fn host_wait<'a>(
     answer.map(|()| state)
 }
 
+/// Waits until a device has nothing left to do, and lets the calling thread know all that it did.
+pub fn synchronise_device(world: &World, device: usize) -> Result<(), Refused> {
+    let is_open = |s: &Stream| s.device == device && !s.is_destroyed;
+    let streams: Vec<u64> = world.state().streams.iter().filter(|(_, s)| is_open(s)).map(|(h, _)| *h).collect();
+    for stream in streams {
+        match synchronise(world, stream) {
+            // It was destroyed meanwhile, and is waited for below.
+            Err(Refused::CUDA_ERROR_INVALID_HANDLE) => {}
+            other => other?,
+        }
+    }
+    let is_over = |s: &State| s.streams.values().all(|x| x.device != device || !x.is_destroyed);
+    let mut state = host_wait(world, world.state(), device, is_over)?;
+    let ended = state.devices[device].ended.clone();
+    state.host(world.config.one_host).clock.join(&ended);
+    Ok(())
+}
+
 /// Waits until a stream is empty, and lets the calling thread know what it did.
 pub fn synchronise(world: &World, stream: u64) -> Result<(), Refused> {
     let mut state = world.state();
@@ -213,7 +237,8 @@ pub fn drain(world: &World, limit: Duration) {
     let mut state = lock(&world.state);
     state.waiting_hosts += 1;
     loop {
-        let is_over = state.streams.iter().all(|(h, s)| !s.is_busy && !is_ready(&state, *h, s));
+        let is_over = state.streams.iter().all(|(h, s)| !s.is_busy && !is_ready(&state, *h, s))
+            && state.comms.comms.values().all(|c| c.deferred.is_empty());
         if is_over || start.elapsed() > limit {
             break;
         }

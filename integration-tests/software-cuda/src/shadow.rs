@@ -11,7 +11,7 @@
 
 use std::collections::HashMap;
 use std::ffi::{CStr, c_char};
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 
 use crate::findings::Findings;
 use crate::memory::{Place, Registry, WORD_BYTES};
@@ -31,11 +31,15 @@ pub struct Cell {
     reader_thread: u64,
 }
 
+/// All bytes of a word.
+const ALL: u32 = 0xf;
 const INIT: u32 = 4;
 const WRITTEN: u32 = 8;
 const READ: u32 = 12;
 const ATOMIC: u32 = 1 << 16;
 const SET: u32 = 1 << 31;
+/// Words that are looked up at once.
+const ADMITTED_WORDS: usize = 256;
 /// The block of a word that several blocks read.
 const MANY_BLOCKS: u64 = 0xfffff;
 const MANY_WARPS: u64 = 2047;
@@ -74,6 +78,7 @@ pub struct Checker {
     /// Whether the block asked for a fence.
     pub fenced: u32,
     regions: [u32; 16],
+    // SAFETY: types of the two functions at the end of this file, which state what their callers promise.
     slow: unsafe extern "C" fn(*mut Checker, usize, usize, u32, u64) -> u32,
     report: unsafe extern "C" fn(*mut Checker, *const c_char, *const c_char),
     user: *mut Guest<'static>,
@@ -105,10 +110,19 @@ pub struct Guest<'a> {
     name: String,
 }
 
+/// What an operation is called in messages: what it does, and whose it is.
+#[derive(Clone, Debug)]
+pub struct Name {
+    /// What it does: a kernel's name, a copy of so many bytes.
+    pub what: Arc<str>,
+    /// A stream or a host thread.
+    pub whose: Arc<str>,
+}
+
 /// History of all words.
 pub struct Shadow {
     entries: Vec<Entry>,
-    names: Vec<String>,
+    names: Vec<Name>,
     sets: Vec<Vec<u32>>,
     set_index: HashMap<Vec<u32>, u32>,
 }
@@ -161,13 +175,18 @@ impl Default for Shadow {
     fn default() -> Self {
         // Operation 0 is before everything.
         let first = Entry { agent: 0, number: 0 };
-        Shadow { entries: vec![first], names: vec!["nothing".into()], sets: Vec::new(), set_index: HashMap::new() }
+        Shadow {
+            entries: vec![first],
+            names: vec![Name { what: "nothing".into(), whose: "".into() }],
+            sets: Vec::new(),
+            set_index: HashMap::new(),
+        }
     }
 }
 
 impl Shadow {
     /// A new operation, the agent's `number`-th.
-    pub fn operation(&mut self, agent: usize, number: u32, name: String) -> u32 {
+    pub fn operation(&mut self, agent: usize, number: u32, name: Name) -> u32 {
         self.entries.push(Entry { agent: agent as u32, number });
         self.names.push(name);
         assert!(self.entries.len() < SET as usize, "too many operations");
@@ -175,8 +194,9 @@ impl Shadow {
     }
 
     /// An operation's name.
-    pub fn name(&self, operation: u32) -> &str {
-        &self.names[operation as usize]
+    pub fn name(&self, operation: u32) -> String {
+        let Name { what, whose } = &self.names[operation as usize];
+        format!("{what} ({whose}, operation {} there)", self.entries[operation as usize].number)
     }
 
     /// Whether a clock knows of an operation.
@@ -223,8 +243,13 @@ impl<'a> Guest<'a> {
         device: Option<usize>,
         clock: &'a [u32],
     ) -> Guest<'a> {
-        let name = shadow.name(operation).to_string();
+        let name = shadow.name(operation);
         Guest { shadow, registry, findings, operation, agent, device, clock, allowed: None, name }
+    }
+
+    /// Memory of all devices may be touched.
+    pub fn reach_all(&mut self) {
+        self.device = None;
     }
 
     /// Only the regions that these addresses point into may be touched.
@@ -286,6 +311,10 @@ impl<'a> Guest<'a> {
             // SAFETY: the address lies in the window, so its cell lies in the shadow, which only the holder of its lock
             // touches; `self` borrows what that lock guards.
             let cell = unsafe { &mut *checker.shadow.add((at - checker.base) / WORD_BYTES) };
+            if mask == ALL && thread == 0 && self.touch_whole(checker, cell, access) {
+                at = stop;
+                continue;
+            }
             let index = (cell.region & 15) as usize;
             if (cell.bits & mask != mask || checker.regions[index] != cell.region)
                 && !self.admit(checker, cell, at, stop - at, mask, (address, bytes, access))
@@ -296,6 +325,34 @@ impl<'a> Guest<'a> {
             at = stop;
         }
         true
+    }
+
+    /// The plain case of a whole word that is touched in order, by one who is no thread of a launch; false for all else.
+    fn touch_whole(&self, checker: &Checker, cell: &mut Cell, access: Access) -> bool {
+        let is_known = checker.regions[(cell.region & 15) as usize] == cell.region && cell.bits & ALL == ALL;
+        let me = self.operation;
+        let is_after = |operation: u32| operation == me || self.shadow.is_before(operation, self.clock);
+        if !is_known || cell.reader & SET != 0 || !is_after(cell.writer) || !is_after(cell.reader) {
+            return false;
+        }
+        match access {
+            Access::Read if cell.bits >> INIT & ALL == ALL => {
+                cell.reader = me;
+                cell.reader_thread = 0;
+                cell.bits |= ALL << READ;
+                true
+            }
+            Access::Write => {
+                if cell.reader != me {
+                    cell.reader = 0;
+                }
+                cell.writer = me;
+                cell.writer_thread = 0;
+                cell.bits = cell.bits & !ATOMIC | ALL << WRITTEN | ALL << INIT;
+                true
+            }
+            _ => false,
+        }
     }
 
     /// SH-3: the first touch of a word, or of its region by this operation.
@@ -360,6 +417,19 @@ impl<'a> Guest<'a> {
             cell.bits |= mask << INIT;
         }
         checker.regions[(owner.region & 15) as usize] = owner.region;
+        if owner.place != Place::Host {
+            // Whole words behind it are of the same region, and need not ask one by one.
+            let end = (owner.region_end - at) / WORD_BYTES;
+            let fresh = std::ptr::from_mut(cell);
+            for i in 1..end.min(ADMITTED_WORDS) {
+                // SAFETY: cells of the same allocation, which lie behind this one in the shadow.
+                let next = unsafe { &mut *fresh.add(i) };
+                if next.region == owner.region {
+                    break;
+                }
+                *next = Cell { region: owner.region, bits: ALL, ..Cell::default() };
+            }
+        }
         true
     }
 
@@ -384,7 +454,7 @@ impl<'a> Guest<'a> {
         let both_atomic = access == Access::Atomic && cell.bits & ATOMIC != 0;
         if cell.writer != me && !self.shadow.is_before(cell.writer, self.clock) {
             if same_bytes {
-                let writer = self.shadow.name(cell.writer).to_string();
+                let writer = self.shadow.name(cell.writer);
                 self.word_finding("race", at, &format!("{verb} what {writer} writes, with no order between them"));
             }
         } else if cell.writer == me && same_bytes && !both_atomic && conflict(cell.writer_thread, thread, fenced) {
@@ -414,7 +484,7 @@ impl<'a> Guest<'a> {
                     self.word_finding("race-in-launch", at, "a thread writes what another thread reads in one launch");
                 }
             } else if read_bytes && !self.shadow.is_before(reader, self.clock) {
-                let reader = self.shadow.name(reader).to_string();
+                let reader = self.shadow.name(reader);
                 self.word_finding("race", at, &format!("writes what {reader} reads, with no order between them"));
             }
         }
@@ -447,7 +517,7 @@ impl<'a> Guest<'a> {
     pub fn users_after(&self, users: &HashMap<usize, u32>) -> Option<String> {
         let mut late: Vec<u32> = users.values().copied().filter(|u| !self.shadow.is_before(*u, self.clock)).collect();
         late.sort_unstable();
-        late.first().map(|u| self.shadow.name(*u).to_string())
+        late.first().map(|u| self.shadow.name(*u))
     }
 }
 
@@ -507,11 +577,9 @@ mod tests {
     #[test]
     fn sets_of_readers_forget_those_before() {
         let mut shadow = Shadow::default();
-        let (a, b, c) = (
-            shadow.operation(0, 1, "a".into()),
-            shadow.operation(1, 1, "b".into()),
-            shadow.operation(2, 1, "c".into()),
-        );
+        let name = |what: &str| Name { what: what.into(), whose: "a stream".into() };
+        let mut add = |agent, what| shadow.operation(agent, 1, name(what));
+        let (a, b, c) = (add(0, "a"), add(1, "b"), add(2, "c"));
         let both = shadow.with_reader(a, b, &[0, 1, 0]);
         assert_eq!(shadow.readers(both), [a, b]);
         assert_eq!(shadow.with_reader(a, b, &[0, 1, 0]), both);

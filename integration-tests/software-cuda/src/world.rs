@@ -5,12 +5,11 @@
 
 use std::cell::Cell as ThreadCell;
 use std::collections::{BTreeMap, HashMap, VecDeque};
-use std::ffi::c_void;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, Once, OnceLock};
 use std::time::Instant;
 
-use cudarc::driver::sys::CUresult;
+use cudarc::driver::sys::{CUhostFn, CUresult};
 
 use crate::clock::Clock;
 use crate::config::{Config, Fault, FaultKind, Policy};
@@ -80,7 +79,7 @@ pub enum Kind {
     /// A wait for one.
     Wait(Arc<Signal>),
     /// A host function.
-    Host { function: unsafe extern "C" fn(*mut c_void), data: usize },
+    Host { function: CUhostFn, data: usize },
     /// Collectives and point-to-point calls of one group on one communicator.
     Nccl(Box<Group>),
     /// A product.
@@ -102,7 +101,7 @@ pub struct Op {
     /// What the host thread that submitted it knew.
     pub host: Clock,
     /// For messages.
-    pub name: String,
+    pub name: Arc<str>,
     /// Its place among all submissions.
     pub sequence: u64,
 }
@@ -117,6 +116,8 @@ pub struct Stream {
     pub priority: i32,
     /// Its agent among the clocks.
     pub agent: usize,
+    /// For messages.
+    pub name: Arc<str>,
     /// What is not executed yet.
     pub queue: VecDeque<Op>,
     /// What its last operation knew.
@@ -159,6 +160,8 @@ pub struct Device {
     pub retained: u64,
     /// Its NULL stream.
     pub null_stream: u64,
+    /// What its destroyed streams knew when they ended.
+    pub ended: Clock,
 }
 
 /// A host thread among the clocks.
@@ -224,6 +227,8 @@ pub struct World {
     pub registry: Mutex<Registry>,
     /// Findings.
     pub findings: Mutex<Findings>,
+    /// Programs that are being compiled: nothing moves meanwhile, and nothing is wrong.
+    pub compiling: AtomicU64,
 }
 
 thread_local!(static CONTEXT: ThreadCell<Option<usize>> = const { ThreadCell::new(None) });
@@ -310,6 +315,7 @@ impl World {
             shadow: Mutex::default(),
             registry: Mutex::new(registry),
             findings: Mutex::default(),
+            compiling: AtomicU64::new(0),
         }
     }
 
@@ -344,11 +350,14 @@ impl State {
     /// A new stream.
     pub fn add_stream(&mut self, device: usize, is_free: bool, priority: i32) -> u64 {
         let (handle, agent) = (self.handle(), self.agent());
+        let is_null = self.devices.len() == device;
+        let what = if is_null { "the NULL stream".to_string() } else { format!("stream {handle:#x}") };
         let stream = Stream {
             device,
             is_free,
             priority,
             agent,
+            name: format!("{what} of device {device}").into(),
             queue: VecDeque::new(),
             clock: Clock::default(),
             is_busy: false,
@@ -357,6 +366,13 @@ impl State {
         };
         self.streams.insert(handle, stream);
         handle
+    }
+
+    /// Removes a stream that was destroyed, once it has nothing left to do.
+    pub fn remove_if_over(&mut self, handle: u64) {
+        let Some(stream) = self.streams.get(&handle).filter(|s| s.is_destroyed && s.is_idle()) else { return };
+        self.devices[stream.device].ended.join(&stream.clock);
+        self.streams.remove(&handle);
     }
 
     /// The calling thread among the clocks.
@@ -412,11 +428,18 @@ impl State {
     }
 
     /// Puts an operation at the end of a stream's queue; `stream` comes from [`State::stream`].
-    pub fn submit(&mut self, world: &World, stream: u64, kind: Kind, name: String) {
+    pub fn submit(&mut self, world: &World, stream: u64, kind: Kind, name: impl Into<Arc<str>>) {
         let host = self.host_clock(world.config.one_host);
+        self.submit_as(world, stream, kind, name, host);
+    }
+
+    /// As [`State::submit`], for a call that a host thread made when it knew `host`.
+    pub fn submit_as(&mut self, world: &World, stream: u64, kind: Kind, name: impl Into<Arc<str>>, host: Clock) {
         self.next_sequence += 1;
-        let op = Op { kind, host, name, sequence: self.next_sequence };
-        self.streams.get_mut(&stream).expect("a stream that was looked up").queue.push_back(op);
+        let op = Op { kind, host, name: name.into(), sequence: self.next_sequence };
+        // A deferred call may find its stream gone.
+        let Some(queue) = self.streams.get_mut(&stream).map(|s| &mut s.queue) else { return };
+        queue.push_back(op);
         self.last_move = Instant::now();
         self.is_stuck = false;
         world.submitted.notify_all();
@@ -431,13 +454,7 @@ impl State {
 
     /// How a stream is named in messages.
     pub fn stream_name(&self, handle: u64) -> String {
-        match self.streams.get(&handle) {
-            Some(s) if self.devices[s.device].null_stream == handle => {
-                format!("the NULL stream of device {}", s.device)
-            }
-            Some(s) => format!("stream {handle:#x} of device {}", s.device),
-            None => format!("stream {handle:#x}"),
-        }
+        self.streams.get(&handle).map_or_else(|| format!("stream {handle:#x}"), |s| s.name.to_string())
     }
 
     /// Counts a launch of a device, and says which fault it meets.

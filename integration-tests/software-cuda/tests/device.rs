@@ -21,6 +21,8 @@ mod faults;
 mod kernels;
 #[path = "gpu/products.rs"]
 mod products;
+#[path = "gpu/schedules.rs"]
+mod schedules;
 
 use api::{cuda, nccl};
 
@@ -29,6 +31,7 @@ const CASES: &[(&str, fn())] = &[
     ("kernels", kernels::check_kernels),
     ("compiler", kernels::check_compiler),
     ("products", products::check),
+    ("schedules", schedules::check),
     ("killed", faults::check_killed),
     ("hung", faults::check_hung),
     ("leaks", faults::check_leaks),

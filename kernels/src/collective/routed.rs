@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use crate::collective::{Collective, CollectiveCall, Wait};
+use crate::collective::{Collective, CollectiveCall, Outcome, Wait};
 use crate::cuda::engine::OnDevice;
 use crate::error::KernelError;
 use crate::memory::View;
@@ -51,8 +51,8 @@ impl Collective for Routed {
         self.engines().into_iter().flat_map(|engine| engine.waits()).collect()
     }
 
-    fn aborted(&self) -> Option<KernelError> {
-        self.engines().into_iter().find_map(|engine| engine.aborted())
+    fn outcomes(&self) -> Vec<Outcome> {
+        self.engines().into_iter().flat_map(|engine| engine.outcomes()).collect()
     }
 
     fn on_device(&self, call: &CollectiveCall) -> Option<OnDevice<'_>> {

@@ -5,6 +5,7 @@ use std::sync::Mutex;
 use std::sync::mpsc::{Receiver, Sender, channel};
 
 use super::{Report, TIMEOUT, run_program, submit, wait};
+use crate::clock::Clock;
 use crate::device::Device;
 use crate::error::KernelError;
 use crate::memory::Arena;
@@ -14,7 +15,7 @@ use crate::tensor::{DType, HostTensor, Region};
 
 /// A kernel that waits until the test opens it.
 #[derive(Debug)]
-struct Gate(Mutex<Receiver<()>>);
+struct Gate(Mutex<Receiver<Clock>>);
 
 impl CustomKernel for Gate {
     fn name(&self) -> &str {
@@ -22,15 +23,17 @@ impl CustomKernel for Gate {
     }
 
     fn run_cpu(&self, _: CpuArgs<'_>) -> Result<(), KernelError> {
-        let opened = self.0.lock().map(|receiver| receiver.recv_timeout(TIMEOUT).is_ok());
-        if opened.unwrap_or(false) {
+        if let Ok(receiver) = self.0.lock()
+            && let Ok(clock) = receiver.recv_timeout(TIMEOUT)
+        {
+            clock.join();
             return Ok(());
         }
         Err(KernelError::Custom { name: "gate".to_owned(), message: "never opened".to_owned() })
     }
 }
 
-fn gate() -> (Sender<()>, Launch) {
+fn gate() -> (Sender<Clock>, Launch) {
     let (open, receiver) = channel();
     (open, launch(Op::Custom(Arc::new(Gate(Mutex::new(receiver)))), &[], &[]))
 }
@@ -152,7 +155,7 @@ fn events(device: &Device) -> Result<(), String> {
     let after = second.record();
     ensure(!event.query() && !after.query(), "an event was set before the work in front of it")?;
     ensure(consumer.try_recv().is_err(), "work behind an event did not wait")?;
-    open.send(()).map_err(text)?;
+    open.send(Clock::capture()).map_err(text)?;
     wait(&producer).map_err(text)?;
     wait(&consumer).map_err(text)?;
     after.synchronize();
@@ -173,7 +176,7 @@ fn signals(device: &Device) -> Result<(), String> {
     }
     // The gate is closed, so nobody writes.
     expect_floats(&arena, 0, &[1.0])?;
-    open.send(()).map_err(text)?;
+    open.send(Clock::capture()).map_err(text)?;
     for expected in [Notice::Signal(10), Notice::Done] {
         let notice = notices.recv_timeout(TIMEOUT).map_err(text)?;
         ensure(notice == expected, &format!("expected {expected:?}, got {notice:?}"))?;
@@ -288,7 +291,7 @@ fn memory(device: &Device) -> Result<(), String> {
     let notices = submit(&stream, Program { launches, ..Program::default() }, &[&arena], false).map_err(text)?;
     drop(arena);
     ensure(device.bytes_allocated() == bytes_before + (1 << 20), "an arena died under a submission")?;
-    open.send(()).map_err(text)?;
+    open.send(Clock::capture()).map_err(text)?;
     wait(&notices).map_err(text)?;
     drop(stream);
     ensure(device.bytes_allocated() == bytes_before, "an arena outlived its last user")?;

@@ -109,7 +109,7 @@ impl Blas {
 
 impl Drop for Blas {
     fn drop(&mut self) {
-        if self.context.bind().is_ok() {
+        if self.context.bind_to_drop() {
             // SAFETY: made in `new`, destroyed once.
             let _ = unsafe { sys::cublasLtDestroy(self.handle.0) };
         }

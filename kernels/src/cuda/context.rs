@@ -107,6 +107,12 @@ impl Context {
         self.check(unsafe { sys::cuCtxSetCurrent(self.handle.0) }, "cuCtxSetCurrent", &self.place())
     }
 
+    /// For whoever gives something back: makes it current, unless it is lost. Then the driver has nothing to give back, and a
+    /// device that does not answer may let no call return.
+    pub(crate) fn bind_to_drop(&self) -> bool {
+        self.lost().is_none() && self.bind().is_ok()
+    }
+
     /// Where it is, for errors.
     pub(crate) fn place(&self) -> String {
         format!("cuda device {} ({})", self.ordinal, self.name)
@@ -152,6 +158,9 @@ impl Context {
 
 impl Drop for Context {
     fn drop(&mut self) {
+        if self.lost().is_some() {
+            return;
+        }
         // SAFETY: retained once in `open`. An error leaves nothing to be done.
         let _ = unsafe { sys::cuDevicePrimaryCtxRelease_v2(self.device) };
     }

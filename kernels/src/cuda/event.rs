@@ -62,6 +62,9 @@ impl Events {
 
 impl Drop for Events {
     fn drop(&mut self) {
+        if !self.context.bind_to_drop() {
+            return;
+        }
         for event in self.free.get_mut().unwrap_or_else(PoisonError::into_inner).drain(..) {
             // SAFETY: made here, destroyed once; the driver keeps what is still recorded until it is done.
             let _ = unsafe { sys::cuEventDestroy_v2(event.0) };

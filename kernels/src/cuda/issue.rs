@@ -5,25 +5,26 @@
 //! - ISSUE-1: memory that a step names lies on the stream's own GPU, in bounds: `bound` has checked the launch's buffers,
 //!   and here each is checked to be the GPU's. A submission keeps its arenas until its end is told.
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
 use super::blas::{Addresses, Plans};
 use super::engine::{Enqueued, Wait};
 use super::lane::{Lane, PARAMETERS_MAX};
 use super::lower;
-use super::lowered::{Kind, Lowered, Pair, Parameter, Ready, address};
+use super::lowered::{Kind, Lowered, Parameter, Ready, address};
 use super::poller::{Then, Track};
 use super::record::Records;
 use super::staged::Staged;
 use super::step::{Epilogue, Place};
 use super::ticket::Ticket;
 use crate::bound::Bound;
-use crate::collective::{Collective, CollectiveCall};
+use crate::collective::{Collective, CollectiveCall, Outcome};
 use crate::cpu::stream::{panic_message, trace_launch};
 use crate::error::KernelError;
 use crate::event::Event;
 use crate::memory::{Base, View};
-use crate::op::{CustomKernel, Launch, Op};
+use crate::op::{Launch, Op, Program};
 use crate::stream::{Notice, Submission};
 
 /// What a stream is told to do.
@@ -45,17 +46,19 @@ pub(crate) struct Run {
     signals: usize,
     /// The collective that the next launch is, under way.
     wait: Option<Wait>,
+    /// Whether a kernel on the stream writes the stream's record.
+    uses_record: bool,
     /// What follows from one fault is of no interest.
     found: bool,
 }
 
 impl Command {
     /// A submission.
-    pub(crate) fn run(submission: Submission, lowered: Arc<Lowered>, engine: &Arc<dyn Collective>) -> Self {
+    pub(crate) fn run(submission: Submission, lowered: Arc<Lowered>, outcomes: &Arc<[Outcome]>) -> Self {
         let Submission { program, bases, repeat, notify } = submission;
-        let engine = lowered.calls.then(|| engine.clone());
-        let ticket = Arc::new(Ticket::new(program, repeat, notify, engine));
-        Command::Run(Run { ticket, lowered, bases, done: 0, signals: 0, wait: None, found: false })
+        let outcomes = if lowered.calls { outcomes.clone() } else { Arc::default() };
+        let ticket = Arc::new(Ticket::new(program, repeat, notify, outcomes));
+        Command::Run(Run { ticket, lowered, bases, done: 0, signals: 0, wait: None, uses_record: false, found: false })
     }
 }
 
@@ -80,6 +83,31 @@ impl Issuer {
             plans: None,
             staged: Staged::new(lane, track),
             check: false,
+        }
+    }
+
+    /// Finds the kernels of a program, and allocates what the stream needs for them beside the program's own buffers.
+    pub(crate) fn prepare(&mut self, program: &Program, lowered: &Lowered) -> Result<(), KernelError> {
+        for (index, launch) in program.launches.iter().enumerate() {
+            // What cannot be lowered fails when it is launched, with its buffers looked at first.
+            let lane = self.lane.clone();
+            let kind = catch_unwind(AssertUnwindSafe(|| lowered.kind(index, launch, lane.gpu())));
+            let Ok(Ok(Kind::Steps { steps, uses_record })) = kind else { continue };
+            if *uses_record {
+                self.record_address()?;
+            }
+            if steps.iter().any(|step| matches!(step, Ready::Product(_))) {
+                self.plans()?;
+            }
+        }
+        Ok(())
+    }
+
+    fn plans(&mut self) -> Result<&mut Plans, KernelError> {
+        let lane = &self.lane;
+        match &mut self.plans {
+            Some(plans) => Ok(plans),
+            none => Ok(none.insert(Plans::new(lane.gpu(), lane.rank(), lane.tally())?)),
         }
     }
 
@@ -122,19 +150,11 @@ impl Issuer {
     /// Issues what is left of a program; false when it would block and must not.
     fn advance(&mut self, run: &mut Run, may_block: bool) -> Result<bool, KernelError> {
         self.lane.gpu().context().check_alive()?;
-        let (ticket, lowered) = (run.ticket.clone(), run.lowered.clone());
+        let ticket = run.ticket.clone();
         let program = &ticket.program;
         loop {
             self.signal(run)?;
             let Some(launch) = program.launches.get(run.done) else { return Ok(true) };
-            let kind = lowered.launches[run.done].as_ref().map_err(Clone::clone)?;
-            // What each launch has written is looked at behind it, which a pair does not let.
-            if let Some(pair) = lowered.pairs[run.done].as_ref().filter(|_| !self.check && run.wait.is_none())
-                && self.pair(pair, [launch, &program.launches[run.done + 1]], run)?
-            {
-                run.done += 2;
-                continue;
-            }
             if let Some(wait) = run.wait.take() {
                 if !may_block {
                     run.wait = Some(wait);
@@ -143,15 +163,22 @@ impl Issuer {
                 wait()?;
             } else {
                 trace_launch(program, run.done);
-                let steps = matches!(kind, Kind::Steps(_));
-                let blocks = self.check || !steps && !self.is_on_device(launch);
-                if blocks && !may_block {
+                if !may_block && (self.check || self.blocks(launch)) {
                     return Ok(false);
                 }
-                if let Some(wait) = self.launch(launch, kind, run)? {
-                    run.wait = Some(wait);
+                let launched = catch_unwind(AssertUnwindSafe(|| self.next(run)));
+                let launched = launched.unwrap_or_else(|panic| {
+                    let (index, program) = (run.done, program.name.clone());
+                    let (launch, message) = (format!("{index} ({})", launch.op.name()), panic_message(&*panic));
+                    Err(KernelError::Panic { launch, program, message })
+                });
+                let (count, wait) = launched?;
+                if wait.is_some() {
+                    run.wait = wait;
                     continue;
                 }
+                // The last of them is counted below.
+                run.done += count - 1;
             }
             if self.check && !run.found {
                 self.look(launch, run)?;
@@ -175,8 +202,8 @@ impl Issuer {
     }
 
     fn end(&mut self, run: Run, result: Result<(), KernelError>) {
-        let Run { ticket, lowered, bases, .. } = run;
-        let fetched = if lowered.uses_record { self.fetch_record(&ticket) } else { Ok(()) };
+        let Run { ticket, bases, uses_record, .. } = run;
+        let fetched = if uses_record { self.fetch_record(&ticket) } else { Ok(()) };
         match fetched.and_then(|()| self.lane.record()) {
             Ok(recorded) => self.lane.gpu().poller().push(&self.track, recorded, Then::End(ticket, bases, result)),
             Err(error) => {
@@ -192,24 +219,50 @@ impl Issuer {
         Ok(())
     }
 
-    /// Whether a launch that is no steps is a collective of an engine that puts it on the stream.
-    fn is_on_device(&self, launch: &Launch) -> bool {
-        matches!(&launch.op, Op::Collective(call) if self.engine.on_device(call).is_some())
+    /// Whether a launch needs the host: a custom kernel, or a collective of an engine that does not put it on the stream.
+    fn blocks(&self, launch: &Launch) -> bool {
+        match &launch.op {
+            Op::Collective(call) => self.engine.on_device(call).is_none(),
+            Op::Custom(_) => true,
+            _ => false,
+        }
     }
 
-    /// Issues two launches at once; false when they are to be issued one by one, as they lie in memory or with an error
-    /// that is theirs.
-    fn pair(&mut self, pair: &Pair, launches: [&Launch; 2], run: &Run) -> Result<bool, KernelError> {
+    /// Issues the next launch, or the next two where one kernel does both; returns how many.
+    fn next(&mut self, run: &mut Run) -> Result<(usize, Option<Wait>), KernelError> {
+        let ticket = run.ticket.clone();
+        let launches = &ticket.program.launches;
+        // What each launch has written is looked at behind it, which a pair does not let; nor a signal between them.
+        let between = run.done + 1;
+        let signalled = || ticket.program.signals.iter().any(|&(at, _)| at == between);
+        if let Some(second) = launches.get(between)
+            && !self.check
+            && !signalled()
+            && self.pair([&launches[run.done], second], run)?
+        {
+            return Ok((2, None));
+        }
+        Ok((1, self.launch(&launches[run.done], run)?))
+    }
+
+    /// Issues two launches at once; false when they are to be issued one by one: no kernel does both, memory does not let
+    /// it, or there is an error, which is that of a launch.
+    fn pair(&mut self, launches: [&Launch; 2], run: &mut Run) -> Result<bool, KernelError> {
+        let lowered = run.lowered.clone();
+        if lowered.is_no_pair(run.done, launches) {
+            return Ok(false);
+        }
         for launch in launches {
-            // Neither needs a workspace.
-            let fits = self.bind(launch, run, |_| 0).and_then(|bound| check_in_place(launch, &bound));
+            // None that has a workspace is in a pair.
+            let fits = self.bind(launch, &run.bases, |_| 0).and_then(|bound| check_in_place(launch, &bound));
             if fits.is_err() {
                 return Ok(false);
             }
         }
+        let Some(pair) = lowered.pair(run.done, launches, self.lane.gpu()) else { return Ok(false) };
         let Some(bound) = pair.bind(launches[1].op.name(), &run.bases)? else { return Ok(false) };
-        trace_launch(&run.ticket.program, run.done);
         trace_launch(&run.ticket.program, run.done + 1);
+        run.uses_record |= pair.uses_record;
         pair.steps.iter().try_for_each(|step| self.step(step, &bound, run.done + 1))?;
         Ok(true)
     }
@@ -218,30 +271,29 @@ impl Issuer {
     fn bind<'a>(
         &self,
         launch: &'a Launch,
-        run: &'a Run,
+        bases: &'a [Base],
         workspace_bytes: impl FnOnce(&[&[usize]]) -> usize,
     ) -> Result<Bound<'a>, KernelError> {
-        let bound = Bound::resolve(launch, &run.bases, workspace_bytes)?;
+        let bound = Bound::resolve(launch, bases, workspace_bytes)?;
         bound.all().try_for_each(|view| self.check_on_this_gpu(bound.name, view))?;
         Ok(bound)
     }
 
-    fn launch(&mut self, launch: &Launch, kind: &Kind, run: &Run) -> Result<Option<Wait>, KernelError> {
-        let needed = |shapes: &[&[usize]]| match kind {
-            Kind::Steps(_) => lower::workspace_bytes(&launch.op, shapes),
-            Kind::Collective | Kind::Custom => 0,
-        };
-        let bound = self.bind(launch, run, needed)?;
+    fn launch(&mut self, launch: &Launch, run: &mut Run) -> Result<Option<Wait>, KernelError> {
+        let needed = |shapes: &[&[usize]]| lower::workspace_bytes(&launch.op, shapes);
+        let bound = self.bind(launch, &run.bases, needed)?;
+        let kind = run.lowered.kind(run.done, launch, self.lane.gpu())?;
         match (kind, &launch.op) {
-            (Kind::Steps(steps), _) => {
+            (Kind::Steps { steps, uses_record }, _) => {
                 check_in_place(launch, &bound)?;
+                run.uses_record |= uses_record;
                 steps.iter().try_for_each(|step| self.step(step, &bound, run.done))?;
                 Ok(None)
             }
             (_, Op::Collective(call)) => self.collective(call, &bound),
             (_, Op::Custom(kernel)) => {
                 let accumulate = launch.accumulate && run.ticket.repeat;
-                self.custom(&**kernel, &bound, accumulate, run).map(|()| None)
+                self.staged.custom(&bound, &**kernel, accumulate).map(|()| None)
             }
             _ => Ok(None),
         }
@@ -289,11 +341,7 @@ impl Issuer {
                     aux: optional(aux)?,
                 };
                 let lane = self.lane.clone();
-                let plans = match &mut self.plans {
-                    Some(plans) => plans,
-                    none => none.insert(Plans::new(lane.gpu(), lane.rank(), lane.tally())?),
-                };
-                plans.issue(product, &addresses, lane.stream(), lane.place())
+                self.plans()?.issue(product, &addresses, lane.stream(), lane.place())
             }
             Ready::Copy { from, to, bytes } => self.lane.copy(at(*to)?, at(*from)?, *bytes),
             Ready::Fill { to, word, words } => self.lane.fill(at(*to)?, *word, *words),
@@ -319,21 +367,6 @@ impl Issuer {
         let engine = self.engine.clone();
         self.staged.run(bound, |reads, writes| engine.run(call, reads, writes))?;
         Ok(None)
-    }
-
-    fn custom(
-        &mut self,
-        kernel: &dyn CustomKernel,
-        bound: &Bound<'_>,
-        accumulate: bool,
-        run: &Run,
-    ) -> Result<(), KernelError> {
-        let result = self.staged.custom(bound, kernel, accumulate);
-        result.unwrap_or_else(|panic| {
-            let message = panic_message(&*panic);
-            let (launch, program) = (format!("{} ({})", run.done, bound.name), run.ticket.program.name.clone());
-            Err(KernelError::Panic { launch, program, message })
-        })
     }
 
     /// Tells of what a launch has written that is not finite.

@@ -17,7 +17,7 @@ use super::event::Recorded;
 use super::lane::Lane;
 use super::staged::device_address;
 use crate::collective::exchange::{Terms, check_call, check_members, describe, describe_views, taken};
-use crate::collective::{Collective, CollectiveCall, CollectiveKind, ReduceOp};
+use crate::collective::{Collective, CollectiveCall, CollectiveKind, Outcome, ReduceOp};
 use crate::error::KernelError;
 use crate::memory::View;
 use crate::tensor::{DType, Region, element_count, split_range};
@@ -30,7 +30,7 @@ pub struct Local(Arc<Inner>);
 struct Inner {
     groups: Mutex<HashMap<u32, Arc<Meeting>>>,
     received: Mutex<HashMap<usize, u64>>,
-    aborted: Mutex<Option<String>>,
+    outcome: Outcome,
 }
 
 /// Where the members of one group meet.
@@ -116,13 +116,9 @@ impl Inner {
         lock(&self.groups).entry(group).or_default().clone()
     }
 
-    fn why_aborted(&self) -> Option<KernelError> {
-        lock(&self.aborted).clone().map(|cause| KernelError::Aborted { cause })
-    }
-
     /// What ends a call that comes or waits, if anything does.
     fn ended(&self, state: &State) -> Option<KernelError> {
-        state.failed.clone().or_else(|| self.why_aborted())
+        state.failed.clone().or_else(|| self.outcome.aborted())
     }
 
     fn count(&self, call: &CollectiveCall, y_shape: &[usize]) {
@@ -419,7 +415,7 @@ impl Collective for Local {
     }
 
     fn abort(&self, cause: &str) {
-        lock(&self.0.aborted).get_or_insert_with(|| cause.to_owned());
+        self.0.outcome.abort(cause);
         let groups: Vec<_> = lock(&self.0.groups).values().cloned().collect();
         for meeting in groups {
             // Taken so that nobody can look for an abort before it and wait after the notification.
@@ -428,8 +424,8 @@ impl Collective for Local {
         }
     }
 
-    fn aborted(&self) -> Option<KernelError> {
-        self.0.why_aborted()
+    fn outcomes(&self) -> Vec<Outcome> {
+        vec![self.0.outcome.clone()]
     }
 
     fn on_device(&self, _: &CollectiveCall) -> Option<OnDevice<'_>> {

@@ -23,7 +23,7 @@ mod tests;
 
 use args::Args;
 
-pub use fuse::{Fused, fuse};
+pub use fuse::{Fused, fuse, may_fuse};
 
 /// Threads of a block where nothing else is said.
 const THREADS: usize = 256;

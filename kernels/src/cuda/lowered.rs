@@ -3,7 +3,7 @@
 //! Imports `cuda::lower`, `cuda::step`, `cuda::module`, `bound`, `memory`, `op`, `tensor`.
 
 use std::collections::HashMap;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use super::gpu::Gpu;
 use super::lane::{Geometry, PARAMETERS_MAX};
@@ -35,12 +35,11 @@ struct Known {
 /// A program, for submissions that repeat or for those that do not.
 #[derive(Debug)]
 pub(crate) struct Lowered {
-    /// By launch; a launch that cannot be lowered fails when the program comes to it.
-    pub(crate) launches: Vec<Result<Kind, KernelError>>,
-    /// By launch: what does it and the next one at once, where something does. Not where a signal stands between them.
-    pub(crate) pairs: Vec<Option<Pair>>,
-    /// Whether any kernel writes the stream's record.
-    pub(crate) uses_record: bool,
+    /// By launch; lowered when the program first comes to it, behind the check of its buffers.
+    launches: Vec<OnceLock<Result<Kind, KernelError>>>,
+    /// By launch: what does it and the next one at once, where something does.
+    pairs: Vec<OnceLock<Option<Pair>>>,
+    repeat: bool,
     /// Whether there are collectives.
     pub(crate) calls: bool,
 }
@@ -52,13 +51,19 @@ pub(crate) struct Pair {
     pub(crate) reads: Vec<Buffer>,
     pub(crate) writes: Vec<Buffer>,
     pub(crate) steps: Vec<Ready>,
+    /// Whether any kernel writes the stream's record.
+    pub(crate) uses_record: bool,
 }
 
 /// How a launch is run.
 #[derive(Debug)]
 pub(crate) enum Kind {
     /// By these steps.
-    Steps(Vec<Ready>),
+    Steps {
+        steps: Vec<Ready>,
+        /// Whether any kernel writes the stream's record.
+        uses_record: bool,
+    },
     /// By the engine.
     Collective,
     /// By the host.
@@ -86,54 +91,51 @@ pub(crate) enum Parameter {
 
 impl Cache {
     /// The program's steps.
-    pub(crate) fn get(&mut self, program: &Arc<Program>, repeat: bool, gpu: &Gpu) -> Arc<Lowered> {
+    pub(crate) fn get(&mut self, program: &Arc<Program>, repeat: bool) -> Arc<Lowered> {
         let key = Arc::as_ptr(program).addr();
         if self.programs.len() >= PROGRAMS_MAX && !self.programs.contains_key(&key) {
             self.programs.clear();
         }
         let new = || Known { program: program.clone(), lowered: [None, None] };
         let Known { program, lowered } = self.programs.entry(key).or_insert_with(new);
-        lowered[usize::from(repeat)].get_or_insert_with(|| Arc::new(Lowered::of(program, repeat, gpu))).clone()
+        lowered[usize::from(repeat)].get_or_insert_with(|| Arc::new(Lowered::of(program, repeat))).clone()
     }
 }
 
 impl Lowered {
-    fn of(program: &Program, repeat: bool, gpu: &Gpu) -> Self {
-        let launches: Vec<_> = program.launches.iter().map(|launch| kind(launch, repeat, gpu)).collect();
-        let records = |kind: &Result<Kind, KernelError>| match kind {
-            Ok(Kind::Steps(steps)) => steps.iter().any(|step| match step {
-                Ready::Kernel { parameters, .. } => parameters.contains(&Parameter::Record),
-                _ => false,
-            }),
-            _ => false,
-        };
-        let uses_record = launches.iter().any(records);
+    fn of(program: &Program, repeat: bool) -> Self {
+        let launches = program.launches.iter().map(|_| OnceLock::new()).collect();
         let calls = program.launches.iter().any(|launch| matches!(launch.op, Op::Collective(_)));
-        Self { launches, pairs: pairs(program, gpu), uses_record, calls }
+        let pairs = program.launches.iter().map(|_| OnceLock::new()).collect();
+        Self { launches, pairs, repeat, calls }
+    }
+
+    /// How launch `index` of the program is run, its buffers being in bounds.
+    pub(crate) fn kind(&self, index: usize, launch: &Launch, gpu: &Gpu) -> Result<&Kind, KernelError> {
+        let repeat = self.repeat && launch.accumulate;
+        self.launches[index].get_or_init(|| kind(launch, repeat, gpu)).as_ref().map_err(Clone::clone)
+    }
+
+    /// True when it is known, without a look at buffers, that no kernel does launch `index` and the next one at once.
+    pub(crate) fn is_no_pair(&self, index: usize, [first, second]: [&Launch; 2]) -> bool {
+        match self.pairs[index].get() {
+            Some(pair) => pair.is_none(),
+            None => !lower::may_fuse(first, second),
+        }
+    }
+
+    /// What runs launch `index` and the next one at once, the buffers of both being in bounds.
+    pub(crate) fn pair(&self, index: usize, launches: [&Launch; 2], gpu: &Gpu) -> Option<&Pair> {
+        self.pairs[index].get_or_init(|| pair(launches, gpu)).as_ref()
     }
 }
 
-/// Neighbours that are one kernel; a launch is in one pair at most.
-fn pairs(program: &Program, gpu: &Gpu) -> Vec<Option<Pair>> {
-    let mut pairs = Vec::new();
-    while let Some(first) = program.launches.get(pairs.len()) {
-        let next = pairs.len() + 1;
-        let signalled = program.signals.iter().any(|&(at, _)| at == next);
-        let second = program.launches.get(next).filter(|_| !signalled);
-        let found = second.and_then(|second| pair(first, second, gpu));
-        // Nobody asks for that of a pair's second launch.
-        let both = found.is_some();
-        pairs.push(found);
-        pairs.extend(both.then_some(None));
-    }
-    pairs
-}
-
-fn pair(first: &Launch, second: &Launch, gpu: &Gpu) -> Option<Pair> {
+fn pair([first, second]: [&Launch; 2], gpu: &Gpu) -> Option<Pair> {
     // What is wrong with a launch is told when it is run by itself.
     let lower::Fused { reads, writes, steps } = lower::fuse(first, second, &overlap).ok()??;
-    let steps = steps.into_iter().map(|step| ready(step, gpu)).collect::<Result<_, _>>().ok()?;
-    Some(Pair { reads, writes, steps })
+    let steps = steps.into_iter().map(|step| ready(step, gpu)).collect::<Result<Vec<_>, _>>().ok()?;
+    let uses_record = uses_record(&steps);
+    Some(Pair { reads, writes, steps, uses_record })
 }
 
 /// Whether buffers share memory without being the same, as far as that is known before bases are: see
@@ -160,15 +162,24 @@ impl Pair {
     }
 }
 
-fn kind(launch: &Launch, repeat: bool, gpu: &Gpu) -> Result<Kind, KernelError> {
+fn kind(launch: &Launch, accumulate: bool, gpu: &Gpu) -> Result<Kind, KernelError> {
     match launch.op {
         Op::Collective(_) => Ok(Kind::Collective),
         Op::Custom(_) => Ok(Kind::Custom),
         _ => {
-            let steps = lower::lower(launch, repeat)?;
-            Ok(Kind::Steps(steps.into_iter().map(|step| ready(step, gpu)).collect::<Result<_, _>>()?))
+            let steps = lower::lower(launch, accumulate)?.into_iter();
+            let steps = steps.map(|step| ready(step, gpu)).collect::<Result<Vec<_>, _>>()?;
+            let uses_record = uses_record(&steps);
+            Ok(Kind::Steps { steps, uses_record })
         }
     }
+}
+
+fn uses_record(steps: &[Ready]) -> bool {
+    steps.iter().any(|step| match step {
+        Ready::Kernel { parameters, .. } => parameters.contains(&Parameter::Record),
+        _ => false,
+    })
 }
 
 fn ready(step: Step, gpu: &Gpu) -> Result<Ready, KernelError> {

@@ -13,7 +13,7 @@ use cudarc::driver::sys::{self, CUresult};
 
 use super::context::{Context, Raw};
 use super::gpu::Gpu;
-use crate::clock::Clock;
+use crate::clock::{Clock, host_access};
 use crate::error::KernelError;
 use crate::memory::Tally;
 
@@ -181,7 +181,7 @@ impl Drop for DeviceMemory {
         if let Some(tally) = &self.tally {
             tally.bytes.fetch_sub(self.bytes, Ordering::Relaxed);
         }
-        if self.bytes > 0 && self.gpu.context().bind().is_ok() {
+        if self.bytes > 0 && self.gpu.context().bind_to_drop() {
             let transfer = self.gpu.transfer().lock().unwrap_or_else(PoisonError::into_inner);
             // SAFETY: allocated in `new`, freed once. Whoever used it has waited for its end: submissions keep their arenas
             // until then. An error has been kept by the context, if it was one that lasts.
@@ -231,7 +231,7 @@ pub(crate) fn new_stream(context: &Context, priority: i32, place: &str) -> Resul
 
 /// Destroys what [`new_stream`] made; what is still on it is done all the same.
 pub(crate) fn destroy_stream(context: &Context, stream: Raw<sys::CUstream>) {
-    if context.bind().is_ok() {
+    if context.bind_to_drop() {
         // SAFETY: the caller made it, and uses it no more.
         let _ = unsafe { sys::cuStreamDestroy_v2(stream.0) };
     }
@@ -270,12 +270,14 @@ impl Pinned {
 
     /// Nothing is being copied to it (PINNED-1).
     pub(crate) fn slice(&self) -> &[u8] {
+        host_access(self.start.0, self.bytes, false);
         // SAFETY: `bytes` bytes from `start` on are ours, and initialised.
         unsafe { std::slice::from_raw_parts(self.start.0, self.bytes) }
     }
 
     /// Nothing is being copied to it or from it (PINNED-1).
     pub(crate) fn slice_mut(&mut self) -> &mut [u8] {
+        host_access(self.start.0, self.bytes, true);
         // SAFETY: as in `slice`.
         unsafe { std::slice::from_raw_parts_mut(self.start.0, self.bytes) }
     }
@@ -283,7 +285,7 @@ impl Pinned {
 
 impl Drop for Pinned {
     fn drop(&mut self) {
-        if self.context.bind().is_ok() {
+        if self.context.bind_to_drop() {
             // SAFETY: allocated in `new`, freed once.
             let _ = unsafe { sys::cuMemFreeHost(self.start.0.cast()) };
         }

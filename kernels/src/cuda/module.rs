@@ -113,7 +113,7 @@ impl Modules {
 
 impl Drop for Modules {
     fn drop(&mut self) {
-        if self.context.bind().is_ok() {
+        if self.context.bind_to_drop() {
             for module in self.loaded.get_mut().unwrap_or_else(PoisonError::into_inner).modules.values() {
                 // SAFETY: loaded here, unloaded once; streams have ended.
                 let _ = unsafe { sys::cuModuleUnload(module.0) };

@@ -21,7 +21,7 @@ use super::lane::Lane;
 use super::poller::Watched;
 use super::staged::device_address;
 use crate::collective::exchange::{check_call, check_members, taken};
-use crate::collective::{Collective, CollectiveCall, CollectiveKind, Group, ReduceOp};
+use crate::collective::{Collective, CollectiveCall, CollectiveKind, Group, Outcome, ReduceOp};
 use crate::error::KernelError;
 use crate::memory::{ALIGNMENT, View};
 use crate::tensor::{DType, Region, element_count};
@@ -75,7 +75,7 @@ struct Inner {
     /// By group and member; those of groups of one have none.
     comms: HashMap<(u32, usize), Arc<Comm>>,
     received: Mutex<HashMap<usize, u64>>,
-    aborted: Mutex<Option<String>>,
+    outcome: Outcome,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -101,7 +101,7 @@ impl Nccl {
                 comms.insert((id, seat.member), Arc::new(comm));
             }
         }
-        let inner = Arc::new(Inner { comms, received: Mutex::default(), aborted: Mutex::default() });
+        let inner = Arc::new(Inner { comms, received: Mutex::default(), outcome: Outcome::default() });
         for (i, seat) in seats.iter().enumerate() {
             let known = seats[..i].iter().any(|other| Arc::ptr_eq(&other.gpu, &seat.gpu));
             if !known {
@@ -114,24 +114,15 @@ impl Nccl {
 }
 
 impl Inner {
-    fn why_aborted(&self) -> Option<KernelError> {
-        lock(&self.aborted).clone().map(|cause| KernelError::Aborted { cause })
-    }
-
     fn abort(&self, cause: &str) {
-        {
-            let mut aborted = lock(&self.aborted);
-            if aborted.is_some() {
-                return;
-            }
-            *aborted = Some(cause.to_owned());
+        if self.outcome.abort(cause) {
+            self.comms.values().for_each(|comm| comm.abort());
         }
-        self.comms.values().for_each(|comm| comm.abort());
     }
 
     /// A comm failed: everything is broken off, for what others wait for would not come.
     fn failed(&self, error: KernelError) -> KernelError {
-        if let Some(aborted) = self.why_aborted() {
+        if let Some(aborted) = self.outcome.aborted() {
             return aborted;
         }
         self.abort(&error.to_string());
@@ -147,7 +138,7 @@ impl Inner {
     fn settle(&self, comm: &Comm, within: Option<Duration>) -> Option<Result<(), KernelError>> {
         let began = Instant::now();
         loop {
-            if let Some(error) = self.why_aborted() {
+            if let Some(error) = self.outcome.aborted() {
                 return Some(Err(error));
             }
             match comm.is_settled() {
@@ -166,7 +157,7 @@ impl Inner {
 
 impl Watched for Inner {
     fn look(&self) {
-        if self.why_aborted().is_some() {
+        if self.outcome.aborted().is_some() {
             return;
         }
         if let Some(error) = self.comms.values().find_map(|comm| comm.is_settled().err()) {
@@ -175,10 +166,11 @@ impl Watched for Inner {
     }
 }
 
-impl Drop for Inner {
+/// Not of `Inner`, which a poller may be looking at: it must not be the one that waits here.
+impl Drop for Nccl {
     fn drop(&mut self) {
-        if self.why_aborted().is_none() {
-            let comms: Vec<_> = self.comms.values().collect();
+        if self.0.outcome.aborted().is_none() {
+            let comms: Vec<_> = self.0.comms.values().collect();
             comm::finalize(&comms, FINALIZE_WITHIN);
         }
     }
@@ -351,7 +343,7 @@ impl Enqueue for Nccl {
         lane: &Arc<Lane>,
     ) -> Result<Enqueued, KernelError> {
         check_members(call)?;
-        if let Some(error) = self.0.why_aborted() {
+        if let Some(error) = self.0.outcome.aborted() {
             return Err(error);
         }
         // The others would wait for this member for ever.
@@ -401,8 +393,8 @@ impl Collective for Nccl {
         self.0.abort(cause);
     }
 
-    fn aborted(&self) -> Option<KernelError> {
-        self.0.why_aborted()
+    fn outcomes(&self) -> Vec<Outcome> {
+        vec![self.0.outcome.clone()]
     }
 
     fn on_device(&self, _: &CollectiveCall) -> Option<OnDevice<'_>> {

@@ -10,6 +10,7 @@ use super::context::Raw;
 use super::gpu::Gpu;
 use super::memory::{DeviceMemory, Pinned};
 use super::step::ErrorRecord;
+use crate::clock::host_access;
 use crate::error::KernelError;
 
 const BYTES: usize = ErrorRecord::WORDS * size_of::<u32>();
@@ -80,6 +81,7 @@ impl Slot {
     pub(crate) fn read(&self) -> Option<ErrorRecord> {
         let mut words = [0; ErrorRecord::WORDS];
         let start = self.block.pinned.start().wrapping_add(self.index * BYTES);
+        host_access(start, BYTES, false);
         // SAFETY: inside the pinned memory, which starts at a page; written only by the copy, which is done. Read so that
         // other slots, which may be being written, are not touched.
         unsafe { std::ptr::copy_nonoverlapping(start.cast::<u32>(), words.as_mut_ptr(), words.len()) };

@@ -3,14 +3,13 @@
 //! stream's own thread calls it. Imports `cuda::lane`, `cuda::memory`, `cuda::poller`, `bound`, `cpu::launch`.
 #![allow(unsafe_code)]
 
-use std::any::Any;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
 use super::lane::Lane;
 use super::memory::Pinned;
 use super::poller::{Then, Track};
 use crate::bound::Bound;
+use crate::clock::host_access;
 use crate::cpu::launch::faults;
 use crate::error::KernelError;
 use crate::event::Event;
@@ -94,6 +93,8 @@ impl Staged {
         let views = both().map(|(view, offset)| View::new(bound.name, &arena, *offset, view.shape(), view.dtype()));
         let views = views.collect::<Result<Vec<_>, _>>()?;
         let (reads, writes) = views.split_at(bound.reads.len());
+        reads.iter().for_each(|view| host_access(view.start(), view.bytes(), false));
+        writes.iter().for_each(|view| host_access(view.start(), view.bytes(), true));
         let worked = work(reads, writes);
         if worked.is_ok() {
             for (view, copy) in bound.writes.iter().zip(writes) {
@@ -104,32 +105,29 @@ impl Staged {
         worked
     }
 
-    /// Runs a custom kernel; the outer error is what it panicked with.
+    /// Runs a custom kernel.
     pub(crate) fn custom(
         &mut self,
         bound: &Bound<'_>,
         kernel: &dyn CustomKernel,
         accumulate: bool,
-    ) -> Result<Result<(), KernelError>, Box<dyn Any + Send>> {
-        let run = || {
-            self.run(bound, |reads, writes| {
-                if writes.iter().any(|write| reads.iter().any(|read| read.overlaps(write))) {
-                    let got = "an op in place";
-                    return Err(KernelError::arguments(bound.name, "read", "memory that is not written", got));
+    ) -> Result<(), KernelError> {
+        self.run(bound, |reads, writes| {
+            if writes.iter().any(|write| reads.iter().any(|read| read.overlaps(write))) {
+                let got = "an op in place";
+                return Err(KernelError::arguments(bound.name, "read", "memory that is not written", got));
+            }
+            // SAFETY: copies of this stream's own; no read overlaps a write (just checked), and no two writes overlap
+            // (`bound` has checked that).
+            let args = unsafe {
+                CpuArgs {
+                    reads: reads.iter().map(|view| read(view)).collect::<Result<_, _>>()?,
+                    writes: writes.iter().map(|view| write(view)).collect::<Result<_, _>>()?,
+                    accumulate,
                 }
-                // SAFETY: copies of this stream's own; no read overlaps a write (just checked), and no two writes overlap
-                // (`bound` has checked that).
-                let args = unsafe {
-                    CpuArgs {
-                        reads: reads.iter().map(|view| read(view)).collect::<Result<_, _>>()?,
-                        writes: writes.iter().map(|view| write(view)).collect::<Result<_, _>>()?,
-                        accumulate,
-                    }
-                };
-                kernel.run_cpu(args)
-            })
-        };
-        catch_unwind(AssertUnwindSafe(run))
+            };
+            kernel.run_cpu(args)
+        })
     }
 
     /// The first of a launch's writes that holds an infinity or no number, and how many of them.

@@ -16,14 +16,15 @@ use super::lane::Lane;
 use super::lowered::Cache;
 use super::poller::Track;
 use crate::clock::Clock;
-use crate::collective::Collective;
+use crate::collective::{Collective, Outcome};
 use crate::error::KernelError;
 use crate::event::Event;
 use crate::memory::Tally;
+use crate::op::Program;
 use crate::stream::Submission;
 
 /// How long a stream that is dropped waits for a device that does not come to an end.
-const DRAIN_WITHIN: Duration = Duration::from_secs(10);
+const DRAIN_WITHIN: Duration = Duration::from_secs(5);
 
 /// How often it looks meanwhile.
 const DRAIN_STEP: Duration = Duration::from_micros(20);
@@ -42,7 +43,8 @@ struct Inner {
     changed: Condvar,
     /// Lowers what is submitted. Not the issuer's, which its thread keeps while it waits.
     cache: Mutex<Cache>,
-    engine: Arc<dyn Collective>,
+    /// Of its engine.
+    outcomes: Arc<[Outcome]>,
     issuer: Mutex<Issuer>,
 }
 
@@ -81,17 +83,26 @@ impl CudaStream {
     ) -> Result<Self, KernelError> {
         let lane = Arc::new(Lane::new(gpu, rank, name, urgent, tally)?);
         let track = gpu.poller().track(lane.place());
-        let issuer = Mutex::new(Issuer::new(&lane, &track, engine.clone()));
+        let outcomes = engine.outcomes().into();
+        let issuer = Mutex::new(Issuer::new(&lane, &track, engine));
         let (queue, changed, cache) = (Mutex::default(), Condvar::new(), Mutex::default());
-        let inner = Inner { name: name.to_owned(), rank, lane, track, queue, changed, cache, engine, issuer };
+        let inner = Inner { name: name.to_owned(), rank, lane, track, queue, changed, cache, outcomes, issuer };
         Ok(Self { inner: Arc::new(inner) })
     }
 
     pub(crate) fn submit(&self, submission: Submission) -> Result<(), KernelError> {
         self.inner.lane.gpu().context().check_alive()?;
-        self.inner.lane.gpu().context().bind()?;
-        let lowered = lock(&self.inner.cache).get(&submission.program, submission.repeat, self.inner.lane.gpu());
-        self.inner.put(Command::run(submission, lowered, &self.inner.engine))
+        let lowered = lock(&self.inner.cache).get(&submission.program, submission.repeat);
+        self.inner.put(Command::run(submission, lowered, &self.inner.outcomes))
+    }
+
+    pub(crate) fn prepare(&self, program: &Arc<Program>) -> Result<(), KernelError> {
+        let gpu = self.inner.lane.gpu();
+        gpu.context().check_alive()?;
+        gpu.context().bind()?;
+        let lowered = [false, true].map(|repeat| lock(&self.inner.cache).get(program, repeat));
+        let mut issuer = lock(&self.inner.issuer);
+        lowered.iter().try_for_each(|lowered| issuer.prepare(program, lowered))
     }
 
     pub(crate) fn record(&self) -> Event {

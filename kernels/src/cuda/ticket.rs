@@ -5,7 +5,7 @@ use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use super::record::Slot;
-use crate::collective::Collective;
+use crate::collective::Outcome;
 use crate::error::KernelError;
 use crate::op::Program;
 use crate::stream::{Notice, Notify};
@@ -15,8 +15,8 @@ pub(crate) struct Ticket {
     pub(crate) program: Arc<Program>,
     pub(crate) repeat: bool,
     notify: Mutex<Notify>,
-    /// The engine, where the program calls collectives: one that was aborted has not done what it seems to have done.
-    engine: Option<Arc<dyn Collective>>,
+    /// Of the engine, where the program calls collectives: one that was aborted has not done what it seems to have done.
+    outcomes: Arc<[Outcome]>,
     /// Where the stream's record of an index out of range is copied to.
     slot: Mutex<Option<Slot>>,
 }
@@ -28,13 +28,8 @@ impl fmt::Debug for Ticket {
 }
 
 impl Ticket {
-    pub(crate) fn new(
-        program: Arc<Program>,
-        repeat: bool,
-        notify: Notify,
-        engine: Option<Arc<dyn Collective>>,
-    ) -> Self {
-        Self { program, repeat, notify: Mutex::new(notify), engine, slot: Mutex::default() }
+    pub(crate) fn new(program: Arc<Program>, repeat: bool, notify: Notify, outcomes: Arc<[Outcome]>) -> Self {
+        Self { program, repeat, notify: Mutex::new(notify), outcomes, slot: Mutex::default() }
     }
 
     pub(crate) fn tell(&self, notice: Notice) {
@@ -54,7 +49,7 @@ impl Ticket {
     }
 
     fn aborted(&self) -> Option<KernelError> {
-        self.engine.as_ref()?.aborted()
+        self.outcomes.iter().find_map(Outcome::aborted)
     }
 
     /// Everything on the stream is done, or has failed.

@@ -2,7 +2,7 @@
 //! Imports `doctor` and the kernels' `cuda`.
 
 use shardflow_kernels::cuda::gpu::Gpu;
-use shardflow_kernels::cuda::library::{DeviceFacts, Library};
+use shardflow_kernels::cuda::library::DeviceFacts;
 use shardflow_kernels::cuda::probe;
 use shardflow_kernels::error::KernelError;
 
@@ -61,6 +61,8 @@ fn refused(name: &'static str, error: &KernelError) -> Finding {
 
 #[cfg(test)]
 mod tests {
+    use shardflow_kernels::cuda::library::Library;
+
     use super::*;
 
     #[test]

@@ -7,7 +7,7 @@ use cudarc::driver::sys::{CUcontext, CUdevice, CUdevice_attribute, CUresult, CUu
 
 use crate::export::exports;
 use crate::memory::Place;
-use crate::scheduler::{host_wait, synchronise};
+use crate::scheduler::synchronise_device;
 use crate::world::{State, current_device, lock, set_current_device, world};
 
 const DRIVER_VERSION: c_int = 13000;
@@ -146,17 +146,8 @@ exports! { driver;
     }
 
     fn cuCtxSynchronize() -> CUresult {
-        let streams: Vec<u64> = {
-            let state = world().state();
-            let device = state.device()?;
-            state.streams.iter().filter(|(_, s)| s.device == device && !s.is_destroyed).map(|(h, _)| *h).collect()
-        };
-        streams.into_iter().try_for_each(|stream| synchronise(world(), stream))?;
-        // Streams that were destroyed with work in them have to end too.
-        let state = world().state();
-        let device = state.device()?;
-        let is_over = |s: &State| s.streams.values().all(|x| x.device != device || !x.is_destroyed);
-        host_wait(world(), state, device, is_over).map(drop)
+        let device = world().state().device()?;
+        synchronise_device(world(), device)
     }
 
     fn cuCtxGetStreamPriorityRange(least: *mut c_int, greatest: *mut c_int) -> CUresult {

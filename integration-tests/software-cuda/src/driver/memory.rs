@@ -5,19 +5,14 @@ use std::ffi::{c_uchar, c_uint, c_ushort, c_void};
 
 use cudarc::driver::sys::{CUDA_MEMCPY2D, CUcontext, CUdeviceptr, CUmemorytype, CUresult, CUstream};
 
-use crate::driver::device::cuCtxSynchronize;
 use crate::export::exports;
 use crate::host::as_host;
 use crate::memory::Place;
 use crate::run::{digest, free};
-use crate::scheduler::synchronise;
+use crate::scheduler::{synchronise, synchronise_device};
 use crate::world::{Kind, Rows, Seen, lock, world};
 
 const NULL_STREAM: u64 = 0;
-
-fn ok(status: CUresult) -> Result<(), CUresult> {
-    if status == CUresult::CUDA_SUCCESS { Ok(()) } else { Err(status) }
-}
 
 fn allocate(place: Place, bytes: usize, unborn: bool) -> Result<usize, CUresult> {
     if bytes == 0 {
@@ -111,18 +106,23 @@ exports! { driver;
         if address == 0 {
             return Ok(());
         }
-        ok(cuCtxSynchronize())?;
+        // Whichever device is current, the one that has the memory is waited for.
+        let device = match lock(&world().registry).owner(address as usize).map(|o| o.place) {
+            Some(Place::Device(device)) => device,
+            _ => return Err(CUresult::CUDA_ERROR_INVALID_VALUE),
+        };
+        synchronise_device(world(), device)?;
         let mut state = world().state();
-        let handle = state.stream(NULL_STREAM)?;
-        state.submit(world(), handle, Kind::Free { base: address as usize }, "free".into());
+        let handle = state.devices[device].null_stream;
+        state.submit(world(), handle, Kind::Free { base: address as usize }, "free");
         drop(state);
-        synchronise(world(), NULL_STREAM)
+        synchronise(world(), handle)
     }
 
     fn cuMemFreeAsync(address: CUdeviceptr, stream: CUstream) -> CUresult {
         let mut state = world().state();
         let handle = state.stream(stream as u64)?;
-        state.submit(world(), handle, Kind::Free { base: address as usize }, "asynchronous free".into());
+        state.submit(world(), handle, Kind::Free { base: address as usize }, "asynchronous free");
         Ok(())
     }
 

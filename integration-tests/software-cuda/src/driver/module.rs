@@ -3,7 +3,7 @@
 
 use std::collections::HashMap;
 use std::ffi::{c_char, c_int, c_uint, c_void};
-use std::sync::{Mutex, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock};
 
 use cudarc::driver::sys::{
     CUfunction, CUfunction_attribute, CUjit_option, CUlaunchConfig, CUmodule, CUresult, CUstream,
@@ -103,7 +103,7 @@ exports! { driver;
 
     fn cuModuleGetFunction(function: *mut CUfunction, module: CUmodule, name: *const c_char) -> CUresult {
         let library = lock(modules()).get(&(module as u64)).cloned().ok_or(CUresult::CUDA_ERROR_INVALID_HANDLE)?;
-        let name = text(name);
+        let name: Arc<str> = text(name).into();
         let kernel = library.kernel(&name).ok_or(CUresult::CUDA_ERROR_NOT_FOUND)?;
         let handle = world().state().handle();
         let shared_bytes_max = SHARED_BYTES_DEFAULT;

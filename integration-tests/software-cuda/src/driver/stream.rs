@@ -62,9 +62,7 @@ exports! { driver;
         let found = state.streams.get_mut(&(stream as u64)).filter(|s| !s.is_destroyed);
         let found = found.ok_or(CUresult::CUDA_ERROR_INVALID_HANDLE)?;
         found.is_destroyed = true;
-        if found.is_idle() {
-            state.streams.remove(&(stream as u64));
-        }
+        state.remove_if_over(stream as u64);
         Ok(())
     }
 
@@ -101,8 +99,10 @@ exports! { driver;
     fn cuLaunchHostFunc(stream: CUstream, function: CUhostFn, data: *mut c_void) -> CUresult {
         let mut state = world().state();
         let handle = state.stream(stream as u64)?;
-        let function = function.ok_or(CUresult::CUDA_ERROR_INVALID_VALUE)?;
-        state.submit(world(), handle, Kind::Host { function, data: data as usize }, "host function".into());
+        if function.is_none() {
+            return Err(CUresult::CUDA_ERROR_INVALID_VALUE);
+        }
+        state.submit(world(), handle, Kind::Host { function, data: data as usize }, "host function");
         Ok(())
     }
 

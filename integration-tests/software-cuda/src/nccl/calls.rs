@@ -12,7 +12,7 @@ use cudarc::nccl::sys::{cudaStream_t, ncclComm_t, ncclDataType_t, ncclRedOp_t, n
 
 use crate::export::exports;
 use crate::nccl::data::element_bytes;
-use crate::nccl::engine::{Call, CallKind, Group, Part, Tag};
+use crate::nccl::engine::{Call, CallKind, Group, Part, Tag, defer};
 use crate::world::{Kind, State, world};
 
 /// What a thread has called inside a group.
@@ -37,8 +37,12 @@ fn accept(handle: ncclComm_t, stream: cudaStream_t, call: Call) -> Result<(), nc
     let (device, ranks) = (found.device, state.comms.cliques[&found.clique].ranks.len());
     match super::condition(&state, found) {
         ncclResult_t::ncclSuccess => {}
-        // A communicator that is not ready takes no calls.
-        ncclResult_t::ncclInProgress => return Err(ncclResult_t::ncclInvalidArgument),
+        // A communicator that is not ready, or has a call in progress, takes no calls.
+        ncclResult_t::ncclInProgress => {
+            let key = format!("{handle:?} in progress");
+            world().find("misuse", &key, || "NCCL is called before the communicator's last call was over".into());
+            return Err(ncclResult_t::ncclInvalidArgument);
+        }
         error => return Err(error),
     }
     let stream = state.stream(stream as u64).map_err(|_| ncclResult_t::ncclUnhandledCudaError)?;
@@ -51,26 +55,30 @@ fn accept(handle: ncclComm_t, stream: cudaStream_t, call: Call) -> Result<(), nc
     PENDING.with_borrow_mut(|pending| {
         if pending.depth > 0 {
             pending.calls.push((handle as u64, stream, call));
-        } else {
-            issue(&mut state, pending, vec![(handle as u64, stream, call)]);
+            return Ok(());
         }
-    });
-    Ok(())
+        issue(&mut state, pending, vec![(handle as u64, stream, call)])
+    })
 }
 
 /// Makes operations of calls, one for each communicator and stream, in the order of their first calls.
-fn issue(state: &mut State, pending: &mut Pending, calls: Vec<(u64, u64, Call)>) {
+fn issue(state: &mut State, pending: &mut Pending, calls: Vec<(u64, u64, Call)>) -> Result<(), ncclResult_t> {
     let is_alone = calls.len() == 1;
     let mut groups: Vec<(u64, u64, Vec<Part>)> = Vec::new();
     for (handle, stream, call) in calls {
         let (tag, broken) = state.comms.tag(handle, &call);
-        if let Some(broken) = broken {
-            world().find("collective-order", &broken, || broken.clone());
+        if let Some((pair, broken)) = broken {
+            // Once for each pair of communicators: what follows is out of order too.
+            world().find("collective-order", &format!("{pair:?}"), || broken);
         }
         let (clique, rank) = (state.comms.comms[&handle].clique, state.comms.comms[&handle].rank);
         if let Tag::Collective(number) = tag {
             let before = pending.last.insert(clique, (rank, number));
-            if is_alone && before.is_some_and(|(other, n)| other != rank && n == number) {
+            // Without blocking, a call cannot wait for what its own thread will only issue afterwards.
+            if is_alone
+                && state.comms.comms[&handle].is_blocking
+                && before.is_some_and(|(other, n)| other != rank && n == number)
+            {
                 world().find("ungrouped", &format!("{clique}"), || {
                     format!("one thread issues collective {number} of two ranks of a communicator outside of a group")
                 });
@@ -82,13 +90,21 @@ fn issue(state: &mut State, pending: &mut Pending, calls: Vec<(u64, u64, Call)>)
             None => groups.push((handle, stream, vec![part])),
         }
     }
+    let mut answer = Ok(());
     for (comm, stream, parts) in groups {
         let rank = state.comms.comms[&comm].rank;
         let names: Vec<String> =
             parts.iter().map(|p| format!("{:?} of {} ({:?})", p.call.kind, p.call.count, p.tag)).collect();
         let name = format!("NCCL rank {rank} of {:#x}: {}", state.comms.comms[&comm].clique, names.join(" and "));
-        state.submit(world(), stream, Kind::Nccl(Box::new(Group { comm, parts, started: None })), name);
+        let group = Group { comm, parts, started: None };
+        if state.comms.comms[&comm].is_blocking {
+            state.submit(world(), stream, Kind::Nccl(Box::new(group)), name);
+        } else {
+            defer(world(), state, stream, group, name);
+            answer = Err(ncclResult_t::ncclInProgress);
+        }
     }
+    answer
 }
 
 fn collective(kind: CallKind, send: *const c_void, receive: *mut c_void, count: usize, dtype: ncclDataType_t) -> Call {
@@ -106,7 +122,7 @@ exports! { nccl;
             pending.depth = pending.depth.checked_sub(1).ok_or(ncclResult_t::ncclInvalidUsage)?;
             if pending.depth == 0 {
                 let calls = std::mem::take(&mut pending.calls);
-                issue(&mut world().state(), pending, calls);
+                return issue(&mut world().state(), pending, calls);
             }
             Ok(())
         })

@@ -5,13 +5,16 @@
 //! - NC-2: communicators that share devices issue their collectives in one order on all of these.
 //!
 //! Calls of a group on one communicator and stream are one operation. It starts when it is its stream's first; a part of
-//! it is done once its partners have started too, and the operation ends with its last part.
+//! it is done once its partners have started too, and the operation ends with its last part. Where the communicator does
+//! not block, the call answers "in progress", and the operation comes to its stream only when the host has asked.
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::MutexGuard;
+use std::time::{Duration, Instant};
 
 use cudarc::nccl::sys::ncclResult_t;
 
+use crate::clock::Clock;
 use crate::nccl::data;
 use crate::run::{Running, start};
 use crate::scheduler::Hold;
@@ -103,7 +106,23 @@ pub struct Comm {
     received: HashMap<usize, u64>,
     /// What went wrong behind its back.
     pub error: Option<ncclResult_t>,
+    /// Operations of calls that are still in progress: they come to their streams once the host has asked, or later.
+    pub deferred: Vec<Deferred>,
+    /// Whether the host has asked about them.
+    pub was_asked: bool,
 }
+
+/// An operation of a communicator that does not block, before it is in its stream's queue.
+pub struct Deferred {
+    stream: u64,
+    group: Box<Group>,
+    name: String,
+    host: Clock,
+    since: Instant,
+}
+
+/// How long operations stay deferred when the host never asks.
+const DEFERRED_FOR: Duration = Duration::from_millis(5);
 
 /// The ranks of one unique id.
 #[derive(Default)]
@@ -135,6 +154,9 @@ impl Clique {
     }
 }
 
+/// NC-2 broken: by which two cliques, and how.
+pub type Disorder = ((u64, u64), String);
+
 /// All communicators.
 #[derive(Default)]
 pub struct Comms {
@@ -165,6 +187,8 @@ impl Comms {
             sent: HashMap::new(),
             received: HashMap::new(),
             error: None,
+            deferred: Vec::new(),
+            was_asked: false,
         };
         self.comms.insert(handle, comm);
         let members = self.cliques.get_mut(&clique).expect("its clique exists");
@@ -183,7 +207,7 @@ impl Comms {
     }
 
     /// The tag of a communicator's next call, and what it breaks of NC-2.
-    pub fn tag(&mut self, handle: u64, call: &Call) -> (Tag, Option<String>) {
+    pub fn tag(&mut self, handle: u64, call: &Call) -> (Tag, Option<Disorder>) {
         let comm = self.comms.get_mut(&handle).expect("it was looked up");
         let peer = call.peer.max(0) as usize;
         let next = |counts: &mut HashMap<usize, u64>| {
@@ -205,7 +229,7 @@ impl Comms {
 
     /// NC-2: what `device` has issued of other communicators before the `number`-th collective of the clique `own` is
     /// what the first device to issue it had issued.
-    fn note_order(&mut self, own: u64, device: usize, number: u64) -> Option<String> {
+    fn note_order(&mut self, own: u64, device: usize, number: u64) -> Option<Disorder> {
         let before: BTreeMap<u64, u64> = self
             .cliques
             .iter()
@@ -220,10 +244,11 @@ impl Comms {
                 let is_shared = theirs.contains_key(other) && self.cliques[other].devices.contains(first);
                 let there = theirs.get(other).copied().unwrap_or(0);
                 if is_shared && there != *count {
-                    broken = Some(format!(
+                    let what = format!(
                         "device {device} issues collective {number} of communicator {own:#x} after {count} of \
                          communicator {other:#x}, device {first} after {there}: one order on all devices is needed"
-                    ));
+                    );
+                    broken = Some(((own.min(*other), own.max(*other)), what));
                 }
             }
         }
@@ -325,7 +350,7 @@ pub fn advance<'a>(world: &'a World, mut state: MutexGuard<'a, State>, handle: u
     let Kind::Nccl(group) = &op.kind else { return state };
     if group.started.is_none() {
         let (host, name) = (op.host.clone(), op.name.clone());
-        let running = start(world, &mut state, handle, &host, &name);
+        let running = start(world, &mut state, handle, &host, name);
         group_mut(&mut state, handle).started = Some(running);
         return state;
     }
@@ -367,9 +392,7 @@ pub fn advance<'a>(world: &'a World, mut state: MutexGuard<'a, State>, handle: u
             let queued = state.streams.get_mut(stream).expect("it was found");
             queued.queue.pop_front();
             queued.clock.join(&knows);
-            if queued.is_destroyed && queued.is_idle() {
-                state.streams.remove(stream);
-            }
+            state.remove_if_over(*stream);
         }
     }
     state
@@ -383,9 +406,48 @@ fn group_mut(state: &mut State, handle: u64) -> &mut Group {
     }
 }
 
+/// Keeps a communicator's operation back, as NCCL does when the communicator does not block: whoever goes on with the
+/// stream before the host was told that the call is over, overtakes it.
+pub fn defer(world: &World, state: &mut State, stream: u64, group: Group, name: String) {
+    let (host, comm) = (state.host_clock(world.config.one_host), group.comm);
+    let deferred = Deferred { stream, group: Box::new(group), name, host, since: Instant::now() };
+    let comm = state.comms.comms.get_mut(&comm).expect("it was looked up");
+    comm.deferred.push(deferred);
+    comm.was_asked = false;
+    state.last_move = Instant::now();
+}
+
+/// The host asks whether a communicator's calls are over: not yet, the first time.
+pub fn ask(world: &World, state: &mut State, comm: u64) -> bool {
+    let found = state.comms.comms.get_mut(&comm).expect("it was looked up");
+    if found.deferred.is_empty() {
+        return true;
+    }
+    if !std::mem::replace(&mut found.was_asked, true) {
+        return false;
+    }
+    settle(world, state, comm);
+    true
+}
+
+fn settle(world: &World, state: &mut State, comm: u64) {
+    let deferred = std::mem::take(&mut state.comms.comms.get_mut(&comm).expect("it was looked up").deferred);
+    for Deferred { stream, group, name, host, .. } in deferred {
+        state.submit_as(world, stream, Kind::Nccl(group), name, host);
+    }
+}
+
+/// Settles calls that the host does not ask about. True when there were any.
+pub fn settle_old(world: &World, state: &mut State) -> bool {
+    let is_old = |c: &Comm| c.deferred.iter().any(|d| d.since.elapsed() > DEFERRED_FOR);
+    let old: Vec<u64> = state.comms.comms.iter().filter(|(_, c)| is_old(c)).map(|(h, _)| *h).collect();
+    old.iter().for_each(|comm| settle(world, state, *comm));
+    !old.is_empty()
+}
+
 /// Takes a communicator's operations out of all queues. Returns how many there were.
 pub fn abort(state: &mut State, comm: u64) -> usize {
-    let mut dropped = 0;
+    let mut dropped = std::mem::take(&mut state.comms.comms.get_mut(&comm).expect("it was looked up").deferred).len();
     for stream in state.streams.values_mut() {
         let before = stream.queue.len();
         stream.queue.retain(|o| !matches!(&o.kind, Kind::Nccl(g) if g.comm == comm));
@@ -396,5 +458,7 @@ pub fn abort(state: &mut State, comm: u64) -> usize {
 
 /// Whether a communicator has operations in queues.
 pub fn is_pending(state: &State, comm: u64) -> bool {
-    state.streams.values().any(|s| s.queue.iter().any(|o| matches!(&o.kind, Kind::Nccl(g) if g.comm == comm)))
+    let is_deferred = state.comms.comms.get(&comm).is_some_and(|c| !c.deferred.is_empty());
+    is_deferred
+        || state.streams.values().any(|s| s.queue.iter().any(|o| matches!(&o.kind, Kind::Nccl(g) if g.comm == comm)))
 }

@@ -173,6 +173,12 @@ pub fn compile(program: &Program, options: &[String], cache: &Path) -> Result<St
     let digest = image::digest(&[&text, &shim_digest, standard, &FLAGS.join(" ")]);
     let library = image::path(&digest, cache);
     if !library.exists() {
+        // Processes that start together want the same kernels: one compiles each, the others wait for it.
+        let only_one = std::fs::File::create(library.with_extension("lock")).and_then(|f| f.lock().map(|()| f));
+        let _only_one = only_one.map_err(|e| format!("cannot lock {}: {e}", library.display()))?;
+        if library.exists() {
+            return Ok(image::image(&digest));
+        }
         let (rewritten, object, partial) = (own_name(cache, ".ii"), own_name(cache, ".o"), own_name(cache, ".so"));
         write(&rewritten, &text)?;
         let mut command = Command::new("g++");

@@ -38,6 +38,7 @@ pub fn findings() -> Vec<(String, String)> {
 pub fn begin(policy: &str, seed: u64) {
     control::<extern "C" fn()>("software_cuda_forget_findings")();
     let name = CString::new(policy).unwrap();
+    // SAFETY: the type of the function; the text ends in a zero.
     let schedule = control::<unsafe extern "C" fn(*const std::ffi::c_char, u64) -> u32>("software_cuda_schedule");
     // SAFETY: the text ends in a zero.
     assert_eq!(unsafe { schedule(name.as_ptr(), seed) }, 1);
@@ -46,6 +47,7 @@ pub fn begin(policy: &str, seed: u64) {
 /// Calls of a function or a class of them.
 pub fn calls(name: &str) -> u64 {
     let name = CString::new(name).unwrap();
+    // SAFETY: the type of the function; the text ends in a zero.
     let count = control::<unsafe extern "C" fn(*const std::ffi::c_char) -> u64>("software_cuda_call_count");
     // SAFETY: the text ends in a zero.
     unsafe { count(name.as_ptr()) }
@@ -214,6 +216,7 @@ pub fn comms(ranks: usize) -> Vec<cudarc::nccl::sys::ncclComm_t> {
 
 /// A host function that keeps the device from doing anything until the returned sender is dropped or sends.
 pub fn hold(stream: CUstream) -> std::sync::mpsc::Sender<()> {
+    // SAFETY: the driver calls it with what it was given below.
     unsafe extern "C" fn wait(receiver: *mut c_void) {
         // SAFETY: the box was made below, for this call alone.
         let receiver = unsafe { Box::from_raw(receiver.cast::<std::sync::mpsc::Receiver<()>>()) };
@@ -238,4 +241,29 @@ pub fn capture() -> u64 {
 /// The calling thread learns what a token's thread knew.
 pub fn join(token: u64) {
     control::<extern "C" fn(u64)>("software_cuda_clock_join")(token);
+}
+
+/// A communicator that does not block, and may not be ready yet.
+pub fn join_ranks(id: cudarc::nccl::sys::ncclUniqueId, ranks: usize, rank: usize) -> cudarc::nccl::sys::ncclComm_t {
+    use cudarc::nccl::sys::{ncclCommInitRankConfig, ncclConfig_t, ncclResult_t};
+    let mut comm = std::ptr::null_mut();
+    // SAFETY: a structure of numbers and pointers, all zero, but for the fields that are set.
+    let mut config: ncclConfig_t = unsafe { std::mem::zeroed() };
+    config.size = size_of_val(&config);
+    config.blocking = 0;
+    // SAFETY: the places that NCCL writes to and reads from are here.
+    let code = unsafe { ncclCommInitRankConfig(&mut comm, ranks as i32, id, rank as i32, &mut config) };
+    assert!(matches!(code, ncclResult_t::ncclInProgress | ncclResult_t::ncclSuccess));
+    comm
+}
+
+/// Asks until a communicator's last call, which gave `code`, is over.
+pub fn settle(comm: cudarc::nccl::sys::ncclComm_t, code: cudarc::nccl::sys::ncclResult_t) {
+    use cudarc::nccl::sys::ncclResult_t;
+    let mut state = code;
+    while state == ncclResult_t::ncclInProgress {
+        std::thread::yield_now();
+        nccl!(ncclCommGetAsyncError(comm, &mut state));
+    }
+    assert_eq!(state, ncclResult_t::ncclSuccess);
 }

@@ -12,7 +12,7 @@ const SEEDS: u64 = 4;
 pub struct Bug {
     /// For messages.
     pub name: &'static str,
-    /// Kinds of findings, one of which names the mistake.
+    /// Kinds of findings, one of which names the mistake; with a part of the message, after a colon, where that matters.
     pub kinds: &'static [&'static str],
     /// Runs it; true plants the mistake.
     pub run: fn(&Lab, bool),
@@ -54,7 +54,11 @@ pub fn run_all(bugs: &[Bug], devices: i32) {
                     api::begin(policy, seed * 7919 + 13);
                     (bug.run)(&lab, planted);
                     let found = findings();
-                    let names_it = found.iter().any(|(kind, _)| bug.kinds.contains(&kind.as_str()));
+                    let is_it = |wanted: &str, kind: &str, message: &str| match wanted.split_once(": ") {
+                        Some((wanted, says)) => wanted == kind && message.contains(says),
+                        None => wanted == kind,
+                    };
+                    let names_it = found.iter().any(|(kind, text)| bug.kinds.iter().any(|k| is_it(k, kind, text)));
                     let (name, what) = (bug.name, if planted { "with" } else { "without" });
                     assert!(
                         if planted { names_it } else { found.is_empty() },

@@ -11,6 +11,7 @@ pub const BUGS: &[Bug] = &[
     Bug { name: "__syncthreads missing around a tile", kinds: &["shared-race", "uninitialised"], run: tile },
     Bug { name: "__syncthreads missing in place, in global memory", kinds: &["race-in-launch"], run: in_place },
     Bug { name: "__syncwarp missing", kinds: &["shared-race", "uninitialised"], run: warp },
+    Bug { name: "shuffle in the place of __syncwarp", kinds: &["shared-race", "uninitialised"], run: shuffled },
     Bug { name: "shared memory that nothing wrote", kinds: &["uninitialised"], run: fresh_tile },
     Bug { name: "dynamic shared memory too small", kinds: &["bounds"], run: small_tile },
     Bug { name: "blocks add without atomics", kinds: &["race-in-launch"], run: blocks },
@@ -51,6 +52,11 @@ fn in_place(lab: &Lab, planted: bool) {
 
 fn warp(lab: &Lab, planted: bool) {
     let name = if planted { "rotate_no_barrier" } else { "rotate" };
+    with_buffers(64, |x, out, s| launch(lab.kernel(name), (1, 64), 0, s, &[P(out), P(x)]));
+}
+
+fn shuffled(lab: &Lab, planted: bool) {
+    let name = if planted { "rotate_shuffle" } else { "rotate" };
     with_buffers(64, |x, out, s| launch(lab.kernel(name), (1, 64), 0, s, &[P(out), P(x)]));
 }
 

@@ -15,6 +15,8 @@ pub const BUGS: &[Bug] = &[
     Bug { name: "read with no wait for the write", kinds: &["race"], run: read_after_write },
     Bug { name: "write with no wait for the read", kinds: &["race"], run: write_after_read },
     Bug { name: "write with no wait for the write", kinds: &["race"], run: write_after_write },
+    Bug { name: "few words read with no wait for the write", kinds: &["race"], run: few_read },
+    Bug { name: "few words written with no wait for the read", kinds: &["race"], run: few_written },
     Bug { name: "wait for an event recorded too early", kinds: &["race"], run: stale_event },
     Bug { name: "third stream reads, only one of two readers is awaited", kinds: &["race"], run: two_readers },
     Bug { name: "freed while another stream reads", kinds: &["race", "use-after-free"], run: early_free },
@@ -25,6 +27,7 @@ pub const BUGS: &[Bug] = &[
     Bug { name: "copy past the end", kinds: &["bounds"], run: copy_bounds },
     Bug { name: "kernel into another allocation", kinds: &["bounds"], run: stray },
     Bug { name: "kernel into the next slot of an arena", kinds: &["bounds"], run: slots },
+    Bug { name: "16 bytes at an odd address", kinds: &["alignment"], run: misaligned },
     Bug { name: "read of what nothing wrote", kinds: &["uninitialised"], run: uninitialised },
     Bug { name: "message sent at launch", kinds: &["race"], run: early_message },
     Bug { name: "message without its clock", kinds: &["race"], run: message_without_clock },
@@ -102,6 +105,27 @@ fn write_after_write(lab: &Lab, planted: bool) {
         order(d.s[0], d.s[1]);
     }
     cuda!(cuMemsetD32Async(d.out, 0, N, d.s[1]));
+    d.close();
+}
+
+/// Only the last words of a buffer are in question: the kernel's quick checks meet them, not its first look-ups.
+fn few_read(lab: &Lab, planted: bool) {
+    let d = Desk::new();
+    cuda!(cuMemsetD32Async(d.a + 4 * (N as u64 - 3), 0, 3, d.s[0]));
+    if !planted {
+        order(d.s[0], d.s[1]);
+    }
+    d.add(lab, 1, d.out, d.a, d.b);
+    d.close();
+}
+
+fn few_written(lab: &Lab, planted: bool) {
+    let d = Desk::new();
+    cuda!(cuMemcpyDtoDAsync_v2(d.out, d.a + 4 * (N as u64 - 3), 12, d.s[0]));
+    if !planted {
+        order(d.s[0], d.s[1]);
+    }
+    d.add(lab, 1, d.a, d.b, d.b);
     d.close();
 }
 
@@ -215,6 +239,13 @@ fn slots(lab: &Lab, planted: bool) {
     launch(lab.kernel("stray"), (1, 1), 0, d.s[0], &[P(arena + 1024 + 512), L(-128)]);
     d.close();
     free(arena);
+}
+
+fn misaligned(lab: &Lab, planted: bool) {
+    let d = Desk::new();
+    let from = d.a + 4 * u64::from(planted);
+    launch(lab.kernel("copy_wide"), (1, 64), 0, d.s[0], &[P(d.out), P(from), I(8)]);
+    d.close();
 }
 
 fn uninitialised(lab: &Lab, planted: bool) {
@@ -384,6 +415,7 @@ fn never_recorded(_: &Lab, planted: bool) {
 }
 
 fn waiting_callback(_: &Lab, planted: bool) {
+    // SAFETY: the driver calls it with what it was given below.
     unsafe extern "C" fn function(stream: *mut std::ffi::c_void) {
         if !stream.is_null() {
             // SAFETY: the stream comes from the driver, which refuses this call.

@@ -1,5 +1,7 @@
 //! Planted mistakes of collectives and messages. Imports `api`, `bugs`.
 
+use std::ptr::null_mut;
+
 use cudarc::driver::sys::CUstream;
 use cudarc::nccl::sys::{ncclComm_t, ncclDataType_t, ncclRedOp_t};
 
@@ -15,14 +17,24 @@ const SUM: ncclRedOp_t = ncclRedOp_t::ncclSum;
 pub const BUGS: &[Bug] = &[
     Bug { name: "collectives of different lengths", kinds: &["collective-mismatch"], run: lengths },
     Bug { name: "crossed collectives of one communicator", kinds: &["collective-mismatch"], run: kinds },
-    Bug { name: "crossed communicators on one stream each", kinds: &["deadlock"], run: crossed },
+    Bug {
+        name: "crossed communicators on one stream each",
+        kinds: &["deadlock: streams wait for each other"],
+        run: crossed,
+    },
     Bug { name: "communicators in another order on another device", kinds: &["collective-order"], run: another_order },
-    Bug { name: "a rank that never comes", kinds: &["deadlock"], run: missing_rank },
-    Bug { name: "messages that wait for each other", kinds: &["deadlock"], run: ungrouped_messages },
+    Bug { name: "a rank that never comes", kinds: &["deadlock: rank 1, which has not issued it"], run: missing_rank },
+    Bug {
+        name: "messages that wait for each other",
+        kinds: &["deadlock: streams wait for each other"],
+        run: ungrouped_messages,
+    },
     Bug { name: "one thread for two ranks, without a group", kinds: &["ungrouped"], run: ungrouped },
     Bug { name: "collective of what is still computed", kinds: &["race"], run: early_collective },
     Bug { name: "result of a collective, read too early", kinds: &["race"], run: early_result },
     Bug { name: "sent buffer overwritten under way", kinds: &["race"], run: early_overwrite },
+    Bug { name: "another device's memory read before the collective", kinds: &["race"], run: before_collective },
+    Bug { name: "stream goes on while the call is in progress", kinds: &["race"], run: in_progress },
     Bug { name: "communicator aborted under way", kinds: &["aborted"], run: early_abort },
     Bug { name: "communicator used after its end", kinds: &["misuse"], run: closed },
 ];
@@ -234,6 +246,60 @@ fn early_overwrite(_: &Lab, planted: bool) {
         order(p.s[0][0], p.s[0][1]);
     }
     cuda!(cuMemsetD8Async(p.x[0][0], 0, N * 4, p.s[0][1]));
+    p.close();
+}
+
+/// A collective orders what all ranks did before it and what they do after it.
+fn before_collective(_: &Lab, planted: bool) {
+    let p = Pair::new();
+    let mut contexts = [null_mut(); 2];
+    for device in 0..2 {
+        api::use_device(device as i32);
+        cuda!(cuCtxGetCurrent(&mut contexts[device]));
+    }
+    cuda!(cuMemsetD8Async(p.x[0][1], 0, N * 4, p.s[0][0]));
+    let copy = || {
+        let (to, from, s) = (p.x[1][1], p.x[0][1], p.s[1][0]);
+        cuda!(cuMemcpyPeerAsync(to, contexts[1], from, contexts[0], N * 4, s));
+    };
+    if planted {
+        copy();
+    }
+    p.sum_both(0, 0, 0);
+    if !planted {
+        copy();
+    }
+    p.close();
+}
+
+/// Communicators that do not block: a call may come to its stream after what the host did next.
+fn in_progress(_: &Lab, planted: bool) {
+    let p = Pair::new();
+    let mut id = cudarc::nccl::sys::ncclUniqueId { internal: [0; 128] };
+    nccl!(ncclGetUniqueId(&mut id));
+    let comms = [0, 1].map(|rank| {
+        api::use_device(rank as i32);
+        api::join_ranks(id, 2, rank)
+    });
+    let in_progress = cudarc::nccl::sys::ncclResult_t::ncclInProgress;
+    comms.iter().for_each(|comm| api::settle(*comm, in_progress));
+    nccl!(ncclGroupStart());
+    for device in 0..2 {
+        let (x, s) = (p.x[device][0], p.s[device][0].cast());
+        nccl!(ncclAllReduce(x as _, x as _, N, F32, SUM, comms[device], s));
+    }
+    // SAFETY: ends the group that was begun above.
+    assert_eq!(unsafe { cudarc::nccl::sys::ncclGroupEnd() }, in_progress);
+    if !planted {
+        comms.iter().for_each(|comm| api::settle(*comm, in_progress));
+    }
+    for device in 0..2 {
+        api::use_device(device as i32);
+        order(p.s[device][0], p.s[device][1]);
+        cuda!(cuMemcpyDtoDAsync_v2(p.x[device][1], p.x[device][0], N * 4, p.s[device][1]));
+    }
+    comms.iter().for_each(|comm| api::settle(*comm, in_progress));
+    comms.iter().for_each(|comm| nccl!(ncclCommDestroy(*comm)));
     p.close();
 }
 

@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use cudarc::driver::sys::{self, CUresult};
-use cudarc::nccl::sys::{ncclComm_t, ncclDataType_t, ncclRedOp_t, ncclResult_t};
+use cudarc::nccl::sys::{ncclDataType_t, ncclRedOp_t, ncclResult_t};
 use shardflow_software_cuda::POLICIES;
 
 use crate::api::Arg::{I, P};
@@ -99,28 +99,6 @@ pub fn check_counters() {
     cuda!(cuStreamDestroy_v2(s));
 }
 
-/// A communicator made without blocking.
-fn join_ranks(id: cudarc::nccl::sys::ncclUniqueId, ranks: usize, rank: usize) -> ncclComm_t {
-    let mut comm: ncclComm_t = std::ptr::null_mut();
-    // SAFETY: a structure of numbers and pointers, all zero, but for the fields that are set.
-    let mut config: cudarc::nccl::sys::ncclConfig_t = unsafe { std::mem::zeroed() };
-    config.size = size_of_val(&config);
-    config.blocking = 0;
-    // SAFETY: the places that NCCL writes to and reads from are here.
-    let code =
-        unsafe { cudarc::nccl::sys::ncclCommInitRankConfig(&mut comm, ranks as i32, id, rank as i32, &mut config) };
-    assert!(matches!(code, ncclResult_t::ncclInProgress | ncclResult_t::ncclSuccess));
-    loop {
-        let mut state = ncclResult_t::ncclSuccess;
-        nccl!(ncclCommGetAsyncError(comm, &mut state));
-        if state != ncclResult_t::ncclInProgress {
-            assert_eq!(state, ncclResult_t::ncclSuccess);
-            return comm;
-        }
-        std::thread::yield_now();
-    }
-}
-
 /// In the child: four ranks, each in its own thread, make a communicator and use it.
 pub fn check_rank_threads() {
     const RANKS: usize = 4;
@@ -136,22 +114,28 @@ pub fn check_rank_threads() {
     fn one_rank(id: cudarc::nccl::sys::ncclUniqueId, rank: usize) -> f32 {
         api::use_device(rank as i32);
         let (s, x, y) = (stream(), filled(&[rank as f32 + 1.0; 64]), alloc(64));
-        let comm = join_ranks(id, RANKS, rank);
+        let comm = api::join_ranks(id, RANKS, rank);
+        api::settle(comm, ncclResult_t::ncclInProgress);
         let (mut count, mut own) = (0, 0);
         nccl!(ncclCommCount(comm, &mut count));
         nccl!(ncclCommUserRank(comm, &mut own));
         assert_eq!((count, own), (RANKS as i32, rank as i32));
-        let f32_type = ncclDataType_t::ncclFloat32;
+        use cudarc::nccl::sys::{ncclAllGather, ncclAllReduce, ncclGroupEnd, ncclReduceScatter};
+        let (f32_type, average, max) = (ncclDataType_t::ncclFloat32, ncclRedOp_t::ncclAvg, ncclRedOp_t::ncclMax);
         for _ in 0..10 {
-            nccl!(ncclAllReduce(x as _, x as _, 64, f32_type, ncclRedOp_t::ncclAvg, comm, s.cast()));
-            nccl!(ncclReduceScatter(x as _, y as _, 16, f32_type, ncclRedOp_t::ncclMax, comm, s.cast()));
-            nccl!(ncclAllGather(y as _, x as _, 16, f32_type, comm, s.cast()));
+            // SAFETY: addresses of device memory that is long enough; handles come from the libraries.
+            api::settle(comm, unsafe { ncclAllReduce(x as _, x as _, 64, f32_type, average, comm, s.cast()) });
+            // SAFETY: as above.
+            api::settle(comm, unsafe { ncclReduceScatter(x as _, y as _, 16, f32_type, max, comm, s.cast()) });
+            // SAFETY: as above.
+            api::settle(comm, unsafe { ncclAllGather(y as _, x as _, 16, f32_type, comm, s.cast()) });
         }
         let (next, before) = ((rank + 1) % RANKS, (rank + RANKS - 1) % RANKS);
         nccl!(ncclGroupStart());
         nccl!(ncclSend(x as _, 64, f32_type, next as i32, comm, s.cast()));
         nccl!(ncclRecv(y as _, 64, f32_type, before as i32, comm, s.cast()));
-        nccl!(ncclGroupEnd());
+        // SAFETY: ends the group that was begun above.
+        api::settle(comm, unsafe { ncclGroupEnd() });
         let value = api::read(y, 64, s)[63];
         nccl!(ncclCommFinalize(comm));
         nccl!(ncclCommDestroy(comm));

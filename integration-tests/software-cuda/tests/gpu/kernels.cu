@@ -75,6 +75,15 @@ template <bool SYNC> __device__ void rotate_lanes(float* out, const float* x) {
 extern "C" __global__ void rotate(float* out, const float* x) { rotate_lanes<true>(out, x); }
 extern "C" __global__ void rotate_no_barrier(float* out, const float* x) { rotate_lanes<false>(out, x); }
 
+// A shuffle between brings lanes together, but orders no memory.
+extern "C" __global__ void rotate_shuffle(float* out, const float* x) {
+    __shared__ float hand[64];
+    int i = threadIdx.x;
+    hand[i] = x[i];
+    int next = __shfl_sync(0xffffffffu, (i & ~31) | ((i + 1) & 31), i & 31);
+    out[i] = hand[next];
+}
+
 // Half of the threads leave before a barrier that the rest waits at for a warp that never comes.
 extern "C" __global__ void half_barrier(float* out) {
     if (threadIdx.x < 32) {

@@ -21,6 +21,13 @@ pub struct Fused {
     pub steps: Vec<Step>,
 }
 
+/// Whether ops are of a kind for which there is one kernel.
+pub fn may_fuse(first: &Launch, second: &Launch) -> bool {
+    let pair = (&first.op, &second.op);
+    let known = matches!(pair, (Op::Add, Op::LayerNorm { .. } | Op::Gelu) | (Op::RowMax, Op::SumExpTarget { .. }));
+    known && !first.accumulate && !second.accumulate
+}
+
 /// One step for `first` and `second`, where there is one. `overlap` tells whether two buffers share memory other than
 /// by being the same memory. No signal may be due between the two; an [`Arg::LaunchIndex`] is that of `second`.
 ///
@@ -31,9 +38,7 @@ pub fn fuse(
     second: &Launch,
     overlap: &dyn Fn(&Buffer, &Buffer) -> bool,
 ) -> Result<Option<Fused>, KernelError> {
-    let pair = (&first.op, &second.op);
-    let known = matches!(pair, (Op::Add, Op::LayerNorm { .. } | Op::Gelu) | (Op::RowMax, Op::SumExpTarget { .. }));
-    if first.accumulate || second.accumulate || !known {
+    if !may_fuse(first, second) {
         return Ok(None);
     }
     // Both must be what they should be on their own.

@@ -1,4 +1,4 @@
-//! One member's communicator. Imports `cuda::nccl::api`, `cuda::lane`, `cuda::gpu`.
+//! One member's communicator. Imports `cuda::nccl::api`, `cuda::lane`, `cuda::context`.
 #![allow(unsafe_code)]
 
 use std::ffi::{c_int, c_void};
@@ -11,8 +11,7 @@ use cudarc::nccl::sys::{ncclComm_t, ncclDataType_t, ncclRedOp_t, ncclUniqueId};
 use super::Seat;
 use super::api::{Api, Config, IN_PROGRESS, SUCCESS};
 use crate::collective::ReduceOp;
-use crate::cuda::context::Raw;
-use crate::cuda::gpu::Gpu;
+use crate::cuda::context::{Context, Raw};
 use crate::cuda::lane::Lane;
 use crate::error::KernelError;
 use crate::tensor::DType;
@@ -26,7 +25,8 @@ pub(super) struct Comm {
     api: ApiRef,
     /// `None` after its end. Held while NCCL is called (NCCL-1).
     handle: Mutex<Option<Raw<ncclComm_t>>>,
-    gpu: Arc<Gpu>,
+    /// Not the GPU: a poller, which is a part of that, may be the last to let a communicator go.
+    context: Arc<Context>,
     place: String,
 }
 
@@ -98,13 +98,13 @@ pub(super) fn join(seats: &[&Seat], deadline: Instant, within: Duration) -> Resu
             // SAFETY: the handle's place is kept until the group has ended, which is when NCCL has written it.
             let code = unsafe { (api.init)(&mut *handle, n, id, member, &mut config) };
             api.check(code, "ncclCommInitRankConfig", &place)?;
-            comms.push((handle, seat.gpu.clone(), place));
+            comms.push((handle, seat.gpu.context().clone(), place));
         }
         Ok(())
     });
-    let comm = |(handle, gpu, place): (Box<ncclComm_t>, Arc<Gpu>, String)| {
+    let comm = |(handle, context, place): (Box<ncclComm_t>, Arc<Context>, String)| {
         let handle = Mutex::new((!handle.is_null()).then_some(Raw(*handle)));
-        Comm { api: ApiRef(api), handle, gpu, place }
+        Comm { api: ApiRef(api), handle, context, place }
     };
     let comms: Vec<Comm> = comms.into_iter().map(comm).collect();
     grouped?;
@@ -215,7 +215,7 @@ impl Comm {
     pub(super) fn abort(&self) {
         let taken = self.handle.lock().unwrap_or_else(PoisonError::into_inner).take();
         if let Some(comm) = taken
-            && self.gpu.context().bind().is_ok()
+            && self.context.bind_to_drop()
         {
             // SAFETY: ours, and used no more. What it says no longer matters.
             let _ = unsafe { (self.api.0.abort)(comm.0) };
@@ -235,7 +235,7 @@ pub(super) fn finalize(comms: &[&Arc<Comm>], within: Duration) {
     let each = |what: &dyn Fn(&Comm, ncclComm_t) -> bool| {
         for comm in comms {
             let handle = *comm.handle.lock().unwrap_or_else(PoisonError::into_inner);
-            let went = handle.is_none_or(|handle| comm.gpu.context().bind().is_ok() && what(comm, handle.0));
+            let went = handle.is_none_or(|handle| comm.context.bind_to_drop() && what(comm, handle.0));
             if !went {
                 comm.abort();
             }
