@@ -91,7 +91,12 @@ impl Issuer {
         for (index, launch) in program.launches.iter().enumerate() {
             // What cannot be lowered fails when it is launched, with its buffers looked at first.
             let lane = self.lane.clone();
-            let kind = catch_unwind(AssertUnwindSafe(|| lowered.kind(index, launch, lane.gpu())));
+            let kind = catch_unwind(AssertUnwindSafe(|| {
+                if let Some(second) = program.launches.get(index + 1) {
+                    lowered.pair(index, [launch, second], lane.gpu());
+                }
+                lowered.kind(index, launch, lane.gpu())
+            }));
             let Ok(Ok(Kind::Steps { steps, uses_record })) = kind else { continue };
             if *uses_record {
                 self.record_address()?;
