@@ -56,15 +56,9 @@ impl<'a> Bound<'a> {
         if sum.is_some_and(|sum| sum.dtype() == DType::BF16) {
             return Err(self.refused("accumulate", "a sum of type F32, which keeps what is small", "BF16"));
         }
-        let half = |views: &[View<'_>], may: &dyn Fn(usize) -> bool| {
-            views.iter().enumerate().position(|(i, view)| view.dtype() == DType::BF16 && !may(i))
-        };
-        let moves = matches!(op, Op::Collective(_));
-        if let Some(i) = half(&self.reads, &|i| moves || op.reads_bf16(i)) {
-            return Err(self.refused(&format!("dtype of read {i}"), "F32 or I32", "BF16"));
-        }
-        if let Some(i) = half(&self.writes, &|i| moves || op.writes_bf16(i)) {
-            return Err(self.refused(&format!("dtype of write {i}"), "F32 or I32", "BF16"));
+        let types = |views: &[View<'_>]| views.iter().map(View::dtype).collect::<Vec<_>>();
+        if let Some((what, expected, got)) = op.bf16_fault(&types(&self.reads), &types(&self.writes)) {
+            return Err(self.refused(&what, expected, got));
         }
         if self.writes.iter().chain(&self.workspace).any(|write| !write.arena().is_writable()) {
             return Err(self.refused("write", "memory that may be written", "a peer's, mapped to be read"));

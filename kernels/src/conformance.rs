@@ -165,6 +165,17 @@ enum Initial {
     Read(usize),
 }
 
+/// What types a launch's floats are of, where its op lets them be BF16.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Types {
+    /// All F32.
+    Floats,
+    /// Reads and poisoned writes are BF16.
+    Halves,
+    /// Reads are BF16, writes F32.
+    Widening,
+}
+
 /// One launch to try.
 struct Trial<'a> {
     op: Op,
@@ -172,13 +183,12 @@ struct Trial<'a> {
     writes: &'a [Initial],
     accumulate: bool,
     repeat: bool,
-    /// Reads and poisoned writes are of type BF16, where the op lets them.
-    halves: bool,
+    types: Types,
 }
 
 impl<'a> Trial<'a> {
     fn new(op: Op, reads: &'a [HostTensor], writes: &'a [Initial]) -> Self {
-        Self { op, reads, writes, accumulate: false, repeat: false, halves: false }
+        Self { op, reads, writes, accumulate: false, repeat: false, types: Types::Floats }
     }
 
     /// Lays the buffers out in a fresh arena between canaries, launches, and returns what the writes hold.
@@ -186,12 +196,15 @@ impl<'a> Trial<'a> {
         let stream = device.stream("conformance", device.threads_per_stream()).map_err(|error| error.to_string())?;
         let mut layout = Layout::default();
         let narrow = |(port, read): (usize, &HostTensor)| match read.as_f32() {
-            Some(values) if self.halves && self.op.reads_bf16(port) => HostTensor::bf16(&read.shape, values),
+            Some(values) if self.types != Types::Floats && self.op.reads_bf16(port) => {
+                HostTensor::bf16(&read.shape, values)
+            }
             _ => read.clone(),
         };
         let values: Vec<HostTensor> = self.reads.iter().enumerate().map(narrow).collect();
         let reads: Vec<Buffer> = values.iter().map(|read| layout.place(&read.shape, read.dtype())).collect();
-        let poisoned = |port| if self.halves && self.op.writes_bf16(port) { DType::BF16 } else { DType::F32 };
+        let is_half = |port| self.types == Types::Halves && self.op.writes_bf16(port);
+        let poisoned = |port| if is_half(port) { DType::BF16 } else { DType::F32 };
         let place_write = |(port, write): (usize, &Initial)| match write {
             Initial::Poison(shape) => layout.place(shape, poisoned(port)),
             Initial::Values(values) => layout.place(&values.shape, values.dtype()),

@@ -18,7 +18,7 @@ use shardflow_kernels::error::KernelError;
 use shardflow_kernels::memory::{Arena, Base};
 use shardflow_kernels::op::{Buffer, Einsum, Launch, Op, Program};
 use shardflow_kernels::stream::{Notice, Stream, Submission};
-use shardflow_kernels::tensor::{DType, element_count};
+use shardflow_kernels::tensor::{DType, HostTensor, element_count};
 use shardflow_software_cuda::{POLICIES, Report, command};
 
 /// Names what the child does.
@@ -121,6 +121,96 @@ fn steps(count: usize) {
     assert_eq!(device.allocation_count(), allocations, "a prepared stream allocates");
 }
 
+/// Neighbours that one kernel does: residual and norm, bias and GELU, maximum and sum of a row; with the places of what they
+/// write, and signals between all launches where they are to be `apart`.
+fn neighbours(dtype: DType, apart: bool) -> (Arc<Program>, Vec<Buffer>) {
+    const ROWS: [usize; 2] = [5, 72];
+    let place = |i: usize, shape: &[usize], dtype| Buffer { dtype, ..floats(2048 * i, shape) };
+    let x = |i| place(i, &ROWS, dtype);
+    let line = |i| place(i, &ROWS[..1], DType::F32);
+    let launch = |op, reads: &[Buffer], writes: &[Buffer]| {
+        let (reads, writes) = (reads.to_vec(), writes.to_vec());
+        Launch { op, reads, writes, accumulate: false, workspace: None }
+    };
+    let (weight, bias) = (place(2, &ROWS[1..], DType::F32), place(3, &ROWS[1..], dtype));
+    let targets = place(4, &ROWS[..1], DType::I32);
+    let launches = vec![
+        launch(Op::Add, &[x(0), x(1)], &[x(5)]),
+        launch(Op::LayerNorm { eps: 1e-5 }, &[x(5), weight], &[x(6), line(7), line(8)]),
+        launch(Op::Add, &[x(6), bias], &[x(9)]),
+        launch(Op::Gelu, &[x(9)], &[x(10)]),
+        launch(Op::RowMax, &[x(10)], &[line(11)]),
+        launch(Op::SumExpTarget { vocab_start: 0, vocab: 72 }, &[x(10), line(11), targets], &[line(12), line(13)]),
+    ];
+    let written = launches.iter().flat_map(|launch| launch.writes.clone()).collect();
+    let signals = (1..6).filter(|_| apart).map(|i| (i, i as u32)).collect();
+    (Arc::new(Program { name: "neighbours".to_owned(), launches, signals }), written)
+}
+
+/// Runs neighbours apart, and then `how`: together, apart once more, or with each launch looked at. It is the same but for
+/// the order in which a row's sum is added up.
+fn pairs(how: &str) {
+    let device = Device::cuda(0, Gpu::open(0).expect("a device"), Arc::new(Local::new()));
+    let (stream, arena) = (device.stream("compute", 1).expect("a stream"), device.arena(14 * 2048).expect("memory"));
+    let wave = |n: usize, step: f32| (0..n).map(|i| (i as f32 * step).sin()).collect::<Vec<f32>>();
+    for dtype in [DType::F32, DType::BF16] {
+        let put = |place: usize, shape: &[usize], values: Vec<f32>, dtype| {
+            let tensor =
+                if dtype == DType::BF16 { HostTensor::bf16(shape, &values) } else { HostTensor::f32(shape, values) };
+            arena.write_host(2048 * place, &tensor).expect("inside");
+        };
+        stream.check_finite(false).expect("a live stream");
+        put(0, &[5, 72], wave(360, 0.7), dtype);
+        put(1, &[5, 72], wave(360, 1.3), dtype);
+        put(2, &[72], wave(72, 0.4), DType::F32);
+        put(3, &[72], wave(72, 2.1), dtype);
+        arena.write_host(2048 * 4, &HostTensor::i32(&[5], vec![71, 0, 3, 20, 5])).expect("inside");
+        let (apart, written) = neighbours(dtype, true);
+        let read = || {
+            let read = |buffer: &Buffer| arena.read_host(buffer.offset, &buffer.shape, buffer.dtype).expect("inside");
+            written.iter().map(read).collect::<Vec<_>>()
+        };
+        assert_eq!(submit(&stream, &apart, &arena).expect("a live stream").last(), Some(&Notice::Done));
+        let expected = read();
+        for (buffer, place) in written.iter().zip(5..) {
+            put(buffer.offset / 2048, &buffer.shape, vec![place as f32; element_count(&buffer.shape)], buffer.dtype);
+        }
+        stream.check_finite(how == "looked at").expect("a live stream");
+        let (program, _) = neighbours(dtype, how == "apart");
+        assert_eq!(submit(&stream, &program, &arena).expect("a live stream").last(), Some(&Notice::Done));
+        for (i, (got, expected)) in read().iter().zip(&expected).enumerate() {
+            let close = |(got, expected): (&f32, &f32)| (got - expected).abs() <= 1e-6 * expected.abs();
+            let near = got.as_f32().zip(expected.as_f32()).is_some_and(|(a, b)| a.iter().zip(b).all(close));
+            // The sum of exponentials.
+            assert!(got == expected || i == 7 && near, "{dtype:?}, write {i}: {got:?} is not {expected:?}");
+        }
+    }
+}
+
+/// What is wrong in a pair is told of the launch that it belongs to.
+fn wrong_pairs() {
+    let device = Device::cuda(0, Gpu::open(0).expect("a device"), Arc::new(Local::new()));
+    let (stream, arena) = (device.stream("compute", 1).expect("a stream"), device.arena(14 * 2048).expect("memory"));
+    arena.write_host(0, &HostTensor::i32(&[14 * 512], vec![0; 14 * 512])).expect("inside");
+    for dtype in [DType::F32, DType::BF16] {
+        stream.check_finite(false).expect("a live stream");
+        let (program, _) = neighbours(dtype, false);
+        arena.write_host(2048 * 4, &HostTensor::i32(&[5], vec![1, 72, 3, 4, 5])).expect("inside");
+        let notices = submit(&stream, &program, &arena).expect("a live stream");
+        let [Notice::Failed(KernelError::Data { op, what })] = &notices[..] else { panic!("{notices:?}") };
+        assert_eq!((&op[..], &what[..]), ("sum_exp_target", "index 72 at position 1 is not in 0..72"));
+        arena.write_host(2048 * 4, &HostTensor::i32(&[5], vec![0; 5])).expect("inside");
+        let infinite = HostTensor::f32(&[1], vec![f32::INFINITY]);
+        let infinite = if dtype == DType::BF16 { HostTensor::bf16(&[1], &[f32::INFINITY]) } else { infinite };
+        // The bias, which the third launch adds in each of five rows.
+        arena.write_host(2048 * 3, &infinite).expect("inside");
+        stream.check_finite(true).expect("a live stream");
+        let notices = submit(&stream, &program, &arena).expect("a live stream");
+        assert_eq!(notices, [Notice::NotFinite { launch: 2, write: 0, elements: 5 }, Notice::Done]);
+        arena.write_host(2048 * 3, &HostTensor::i32(&[1], vec![0])).expect("inside");
+    }
+}
+
 /// A device that does not come to an end keeps nobody from ending: whoever drops its stream hears of it.
 fn hung() {
     let device = Device::cuda(0, Gpu::open(0).expect("a device"), Arc::new(Local::new()));
@@ -183,6 +273,8 @@ fn child() {
         Ok("nccl") => nccl(),
         Ok("lost") => lost(),
         Ok("hung") => hung(),
+        Ok("wrong pairs") => wrong_pairs(),
+        Ok(case) if case.starts_with("pairs ") => pairs(&case[6..]),
         Ok(case) if case.starts_with("steps ") => steps(case[6..].parse().expect("a number")),
         other => panic!("no such case: {other:?}"),
     }
@@ -259,4 +351,12 @@ fn a_step_allocates_nothing_and_waits_for_nothing() {
     // Norm, GELU and residual; the product; a signal and the end.
     let per_step = ["cuCtxSetCurrent", "cuLaunchKernel", "cublasLtMatmul", "cuEventRecord"].map(each);
     assert_eq!(per_step, [1.0, 3.0, 1.0, 2.0], "{exact:?}");
+}
+
+#[test]
+fn a_pair_of_launches_changes_nothing_but_the_number_of_kernels() {
+    let launches = |how: &str| run(&format!("pairs {how}"), 1, "random", 5, None, &[]).calls["cuLaunchKernel"];
+    // Twice six, in two types; three of the second six are spared.
+    assert_eq!(["apart", "together", "looked at"].map(launches), [24, 18, 24]);
+    run("wrong pairs", 1, "random", 6, None, &[]);
 }

@@ -1,7 +1,7 @@
 //! Every op against its f64 reference. Imports `conformance` and its `reference`, and the public API.
 
 use super::reference as exact;
-use super::{Initial, Numbers, Report, Trial, flat, wide};
+use super::{BF16_ROUNDING, Initial, Numbers, Report, Trial, Types, flat, wide};
 use half::bf16;
 
 use crate::device::Device;
@@ -18,18 +18,23 @@ const CLOSE: f64 = 2e-6;
 const CLOSE_SUM: f64 = 2e-5;
 
 pub(super) fn run(report: &mut Report, device: &Device) {
-    for halves in [false, true] {
-        let mut suite = Suite { report, device, numbers: Numbers { state: 1, halves }, halves };
+    for types in [Types::Floats, Types::Halves, Types::Widening] {
+        let numbers = Numbers { state: 1, halves: types != Types::Floats };
+        let mut suite = Suite { report, device, numbers, types };
         suite.elementwise();
         suite.sums();
         suite.einsums();
-        suite.embeddings();
         suite.layer_norms();
         suite.attentions();
         suite.cross_entropies();
+        if types == Types::Widening {
+            // The others change no type, or have been seen with all that they may have.
+            continue;
+        }
+        suite.embeddings();
         suite.dropouts();
         suite.copies();
-        if halves {
+        if types == Types::Halves {
             suite.casts();
         } else {
             suite.optimizers();
@@ -42,8 +47,8 @@ struct Suite<'a> {
     report: &'a mut Report,
     device: &'a Device,
     numbers: Numbers,
-    /// Activations and their gradients are of type BF16.
-    halves: bool,
+    /// Of activations and their gradients.
+    types: Types,
 }
 
 /// A write's shape and what it should hold.
@@ -53,7 +58,7 @@ impl Suite<'_> {
     /// Launches over poison; and, where the op can accumulate, over values, with `repeat` (adds) and without (does not).
     fn check(&mut self, what: &str, op: Op, reads: &[HostTensor], expected: &[Expected], tolerance: f64) {
         let shapes: Vec<_> = reads.iter().map(|read| &read.shape).collect();
-        let check = format!("{} {what} {shapes:?}{}", op.name(), if self.halves { " in BF16" } else { "" });
+        let check = format!("{} {what} {shapes:?}{}", op.name(), self.told());
         let poison: Vec<Initial> = expected.iter().map(|(shape, _)| Initial::Poison(shape.clone())).collect();
         self.compare(&check, &self.trial(op.clone(), reads, &poison), expected, tolerance);
         let Some(sum) = op.can_accumulate() else { return };
@@ -61,16 +66,25 @@ impl Suite<'_> {
         let mut writes = poison;
         writes[sum] = Initial::Values(before.clone());
         // A copy changes no type, and a sum is of type F32.
-        let halves = self.halves && !matches!(op, Op::Copy);
-        let trial = Trial { accumulate: true, halves, ..Trial::new(op, reads, &writes) };
+        let types = if matches!(op, Op::Copy) { Types::Floats } else { self.types };
+        let trial = Trial { accumulate: true, types, ..Trial::new(op, reads, &writes) };
         self.compare(&format!("{check}, first of a sum"), &trial, expected, tolerance);
         let mut added = expected.to_vec();
         added[sum].1.iter_mut().zip(wide(&before)).for_each(|(sum, before)| *sum += before);
         self.compare(&format!("{check}, added"), &Trial { repeat: true, ..trial }, &added, tolerance);
     }
 
+    /// Shown with a launch.
+    fn told(&self) -> &'static str {
+        match self.types {
+            Types::Floats => "",
+            Types::Halves => " in BF16",
+            Types::Widening => " from BF16",
+        }
+    }
+
     fn trial<'a>(&self, op: Op, reads: &'a [HostTensor], writes: &'a [Initial]) -> Trial<'a> {
-        Trial { halves: self.halves, ..Trial::new(op, reads, writes) }
+        Trial { types: self.types, ..Trial::new(op, reads, writes) }
     }
 
     fn compare(&mut self, check: &str, trial: &Trial<'_>, expected: &[Expected], tolerance: f64) {
@@ -88,6 +102,8 @@ impl Suite<'_> {
     fn check_in_place(&mut self, op: Op, reads: &[HostTensor], in_place: &[usize], expected: Vec<f64>, tolerance: f64) {
         let expected = [(reads[in_place[0]].shape.clone(), expected)];
         self.check("", op.clone(), reads, &expected, tolerance);
+        // Only what is of a read's type may take its memory.
+        let in_place = if self.types == Types::Widening { &[] } else { in_place };
         for &read in in_place {
             let check = format!("{} in place of read {read}, {:?}", op.name(), reads[read].shape);
             self.compare(&check, &self.trial(op.clone(), reads, &[Initial::Read(read)]), &expected, tolerance);
@@ -159,12 +175,12 @@ impl Suite<'_> {
                 let check = format!("copy_region {src:?} {dst:?} accumulate {accumulate} repeat {repeat}");
                 // A sum is of type F32, and so are then its terms.
                 let before = match y.as_f32() {
-                    Some(values) if self.halves && !accumulate => HostTensor::bf16(&y.shape, values),
+                    Some(values) if self.types == Types::Halves && !accumulate => HostTensor::bf16(&y.shape, values),
                     _ => y.clone(),
                 };
                 let (reads, writes) = ([x.clone()], [Initial::Values(before)]);
                 let trial = Trial { accumulate, repeat, ..Trial::new(op.clone(), &reads, &writes) };
-                let trial = Trial { halves: self.halves && !accumulate, ..trial };
+                let trial = Trial { types: if accumulate { Types::Floats } else { self.types }, ..trial };
                 self.compare(&check, &trial, &[(to_shape.clone(), expected)], 1e-6);
             }
         }
@@ -283,14 +299,16 @@ impl Suite<'_> {
             let lse_shape = vec![batch, heads, time];
             let expected = [(shape.to_vec(), o.clone()), (lse_shape.clone(), lse.clone())];
             let op = Op::Attention { scale: scale as f32 };
-            self.check("", op, &[q.clone(), k.clone(), v.clone()], &expected, CLOSE_SUM);
+            // Tensor cores take probabilities in BF16.
+            let tolerance = if self.types == Types::Floats { CLOSE_SUM } else { BF16_ROUNDING };
+            self.check("", op, &[q.clone(), k.clone(), v.clone()], &expected, tolerance);
             let grads = exact::attention_grad(&wide(&d_o), [&wide(&q), &wide(&k), &wide(&v)], shape, scale);
             let narrow =
                 |shape: &[usize], values: &[f64]| HostTensor::f32(shape, values.iter().map(|&v| v as f32).collect());
             let reads = [d_o, q, k, v, narrow(&shape, &o), narrow(&lse_shape, &lse)];
             let expected = grads.map(|grad| (shape.to_vec(), grad));
             // What o loses by rounding, the gradients do too.
-            let tolerance = if self.halves { 0.02 } else { CLOSE_SUM };
+            let tolerance = if self.types == Types::Floats { CLOSE_SUM } else { 0.02 };
             self.check("", Op::AttentionGrad { scale: scale as f32 }, &reads, &expected, tolerance);
         }
     }
@@ -493,7 +511,8 @@ impl Suite<'_> {
         let (shape, p) = ([6, 70, 33], 0.3f32);
         let ones = HostTensor::f32(&shape, vec![1.0; element_count(&shape)]);
         let whole = self.dropout(&ones, p, 7, [5, 0], &shape, &[0, 0, 0]);
-        let kept_value = if self.halves { bf16::from_f32(1.0 / (1.0 - p)).to_f32() } else { 1.0 / (1.0 - p) };
+        let kept_value =
+            if self.types == Types::Halves { bf16::from_f32(1.0 / (1.0 - p)).to_f32() } else { 1.0 / (1.0 - p) };
         let kept = whole.iter().filter(|&&y| y == kept_value).count();
         let zeros = whole.iter().filter(|&&y| y == 0.0).count();
         self.report.expect("dropout", kept + zeros == whole.len(), "a value is neither 0 nor x / (1 - p)");

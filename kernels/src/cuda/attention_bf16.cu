@@ -180,10 +180,10 @@ INLINE void add_product(Sums (&sums)[D / 16], const Left& p, const bf16* tile) {
     }
 }
 
-// Writes a warp's 16 rows from row `begin` on.
+// Writes a warp's 16 rows from row `begin` on, as floats where `wide`, which only what travels between devices is.
 template <int D, class F>
-INLINE void write_rows(bf16* out, const Sums (&sums)[D / 16], Item item, i64 begin, i64 time, int depth, Map map,
-                       F factor) {
+INLINE void write_rows(void* out, int wide, const Sums (&sums)[D / 16], Item item, i64 begin, i64 time, int depth,
+                       Map map, F factor) {
 #pragma unroll
     for (int e = 0; e < 8; e++) {
         const i64 row = begin + map.row(e);
@@ -191,7 +191,8 @@ INLINE void write_rows(bf16* out, const Sums (&sums)[D / 16], Item item, i64 beg
 #pragma unroll
         for (int c = 0; c < D / 16; c++) {
             const int column = c * 16 + map.column(e);
-            if (column < depth) narrow(&out[item.first + row * item.step + column], sums[c].x[e] * factor(map.row(e)));
+            if (column >= depth) continue;
+            narrow_at(out, wide != 0, item.first + row * item.step + column, sums[c].x[e] * factor(map.row(e)));
         }
     }
 }
@@ -238,8 +239,8 @@ struct Softmax {
 };
 
 template <int D>
-INLINE void attention(const bf16* q, const bf16* k, const bf16* v, bf16* o, float* lse, i64 time, int heads, int depth,
-                      i64 blocks, float scale) {
+INLINE void attention(const bf16* q, const bf16* k, const bf16* v, void* o, int o_wide, float* lse, i64 time,
+                      int heads, int depth, i64 blocks, float scale) {
     constexpr int PITCH = D + PAD;
     DYN_SHARED(unsigned char, shared);
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -309,7 +310,7 @@ INLINE void attention(const bf16* q, const bf16* k, const bf16* v, bf16* o, floa
         if (row < time) lse[number * time + row] = (softmax.best + log2f(softmax.total)) * LN_2;
     }
     __syncwarp();
-    write_rows<D>(o, sums, item, own, time, depth, map, [=](int row) { return factors[row]; });
+    write_rows<D>(o, o_wide, sums, item, own, time, depth, map, [=](int row) { return factors[row]; });
 }
 
 // What the backward kernels have of each row of queries: lse in powers of two, and delta.
@@ -324,8 +325,8 @@ INLINE void load_statistics(float2* statistics, const float* lse, const float* d
 // dk = scale ds' q and dv = p' do of a block of keys. Tiles are transposed: a warp has 16 keys, and queries are columns.
 template <int D>
 INLINE void attention_grad_keys(const bf16* d_o, const bf16* q, const bf16* k, const bf16* v, const float* lse,
-                                const float* delta, bf16* dk, bf16* dv, i64 time, int heads, int depth, i64 blocks,
-                                float scale) {
+                                const float* delta, void* dk, int dk_wide, void* dv, int dv_wide, i64 time, int heads,
+                                int depth, i64 blocks, float scale) {
     constexpr int PITCH = D + PAD;
     DYN_SHARED(unsigned char, shared);
     const int warp = threadIdx.x / 32;
@@ -383,15 +384,15 @@ INLINE void attention_grad_keys(const bf16* d_o, const bf16* q, const bf16* k, c
             __syncwarp();
         }
     }
-    write_rows<D>(dk, dk_sums, item, own, time, depth, map, [=](int) { return scale; });
-    write_rows<D>(dv, dv_sums, item, own, time, depth, map, [](int) { return 1.0f; });
+    write_rows<D>(dk, dk_wide, dk_sums, item, own, time, depth, map, [=](int) { return scale; });
+    write_rows<D>(dv, dv_wide, dv_sums, item, own, time, depth, map, [](int) { return 1.0f; });
 }
 
 // dq = scale ds k of a block of queries.
 template <int D>
 INLINE void attention_grad_queries(const bf16* d_o, const bf16* q, const bf16* k, const bf16* v, const float* lse,
-                                   const float* delta, bf16* dq, i64 time, int heads, int depth, i64 blocks,
-                                   float scale) {
+                                   const float* delta, void* dq, int dq_wide, i64 time, int heads, int depth,
+                                   i64 blocks, float scale) {
     constexpr int PITCH = D + PAD;
     DYN_SHARED(unsigned char, shared);
     const int warp = threadIdx.x / 32;
@@ -442,85 +443,85 @@ INLINE void attention_grad_queries(const bf16* d_o, const bf16* q, const bf16* k
             __syncwarp();
         }
     }
-    write_rows<D>(dq, sums, item, own, time, depth, map, [=](int) { return scale; });
+    write_rows<D>(dq, dq_wide, sums, item, own, time, depth, map, [=](int) { return scale; });
 }
 
 extern "C" __global__ void __launch_bounds__(128)
-    attention_bf16_d32(const bf16* q, const bf16* k, const bf16* v, bf16* o, float* lse, i64 time, int heads,
-                       int depth, i64 blocks, float scale) {
-    attention<32>(q, k, v, o, lse, time, heads, depth, blocks, scale);
+    attention_bf16_d32(const bf16* q, const bf16* k, const bf16* v, void* o, int o_wide, float* lse, i64 time,
+                       int heads, int depth, i64 blocks, float scale) {
+    attention<32>(q, k, v, o, o_wide, lse, time, heads, depth, blocks, scale);
 }
 
 extern "C" __global__ void __launch_bounds__(128)
     attention_grad_keys_bf16_d32(const bf16* d_o, const bf16* q, const bf16* k, const bf16* v, const float* lse,
-                                 const float* delta, bf16* dk, bf16* dv, i64 time, int heads, int depth, i64 blocks,
-                                 float scale) {
-    attention_grad_keys<32>(d_o, q, k, v, lse, delta, dk, dv, time, heads, depth, blocks, scale);
+                                 const float* delta, void* dk, int dk_wide, void* dv, int dv_wide, i64 time, int heads,
+                                 int depth, i64 blocks, float scale) {
+    attention_grad_keys<32>(d_o, q, k, v, lse, delta, dk, dk_wide, dv, dv_wide, time, heads, depth, blocks, scale);
 }
 
 extern "C" __global__ void __launch_bounds__(128)
     attention_grad_queries_bf16_d32(const bf16* d_o, const bf16* q, const bf16* k, const bf16* v, const float* lse,
-                                    const float* delta, bf16* dq, i64 time, int heads, int depth, i64 blocks,
-                                    float scale) {
-    attention_grad_queries<32>(d_o, q, k, v, lse, delta, dq, time, heads, depth, blocks, scale);
+                                    const float* delta, void* dq, int dq_wide, i64 time, int heads, int depth,
+                                    i64 blocks, float scale) {
+    attention_grad_queries<32>(d_o, q, k, v, lse, delta, dq, dq_wide, time, heads, depth, blocks, scale);
 }
 
 extern "C" __global__ void __launch_bounds__(128)
-    attention_bf16_d64(const bf16* q, const bf16* k, const bf16* v, bf16* o, float* lse, i64 time, int heads,
-                       int depth, i64 blocks, float scale) {
-    attention<64>(q, k, v, o, lse, time, heads, depth, blocks, scale);
+    attention_bf16_d64(const bf16* q, const bf16* k, const bf16* v, void* o, int o_wide, float* lse, i64 time,
+                       int heads, int depth, i64 blocks, float scale) {
+    attention<64>(q, k, v, o, o_wide, lse, time, heads, depth, blocks, scale);
 }
 
 extern "C" __global__ void __launch_bounds__(128)
     attention_grad_keys_bf16_d64(const bf16* d_o, const bf16* q, const bf16* k, const bf16* v, const float* lse,
-                                 const float* delta, bf16* dk, bf16* dv, i64 time, int heads, int depth, i64 blocks,
-                                 float scale) {
-    attention_grad_keys<64>(d_o, q, k, v, lse, delta, dk, dv, time, heads, depth, blocks, scale);
+                                 const float* delta, void* dk, int dk_wide, void* dv, int dv_wide, i64 time, int heads,
+                                 int depth, i64 blocks, float scale) {
+    attention_grad_keys<64>(d_o, q, k, v, lse, delta, dk, dk_wide, dv, dv_wide, time, heads, depth, blocks, scale);
 }
 
 extern "C" __global__ void __launch_bounds__(128)
     attention_grad_queries_bf16_d64(const bf16* d_o, const bf16* q, const bf16* k, const bf16* v, const float* lse,
-                                    const float* delta, bf16* dq, i64 time, int heads, int depth, i64 blocks,
-                                    float scale) {
-    attention_grad_queries<64>(d_o, q, k, v, lse, delta, dq, time, heads, depth, blocks, scale);
+                                    const float* delta, void* dq, int dq_wide, i64 time, int heads, int depth,
+                                    i64 blocks, float scale) {
+    attention_grad_queries<64>(d_o, q, k, v, lse, delta, dq, dq_wide, time, heads, depth, blocks, scale);
 }
 
 extern "C" __global__ void __launch_bounds__(128)
-    attention_bf16_d96(const bf16* q, const bf16* k, const bf16* v, bf16* o, float* lse, i64 time, int heads,
-                       int depth, i64 blocks, float scale) {
-    attention<96>(q, k, v, o, lse, time, heads, depth, blocks, scale);
+    attention_bf16_d96(const bf16* q, const bf16* k, const bf16* v, void* o, int o_wide, float* lse, i64 time,
+                       int heads, int depth, i64 blocks, float scale) {
+    attention<96>(q, k, v, o, o_wide, lse, time, heads, depth, blocks, scale);
 }
 
 extern "C" __global__ void __launch_bounds__(128)
     attention_grad_keys_bf16_d96(const bf16* d_o, const bf16* q, const bf16* k, const bf16* v, const float* lse,
-                                 const float* delta, bf16* dk, bf16* dv, i64 time, int heads, int depth, i64 blocks,
-                                 float scale) {
-    attention_grad_keys<96>(d_o, q, k, v, lse, delta, dk, dv, time, heads, depth, blocks, scale);
+                                 const float* delta, void* dk, int dk_wide, void* dv, int dv_wide, i64 time, int heads,
+                                 int depth, i64 blocks, float scale) {
+    attention_grad_keys<96>(d_o, q, k, v, lse, delta, dk, dk_wide, dv, dv_wide, time, heads, depth, blocks, scale);
 }
 
 extern "C" __global__ void __launch_bounds__(128)
     attention_grad_queries_bf16_d96(const bf16* d_o, const bf16* q, const bf16* k, const bf16* v, const float* lse,
-                                    const float* delta, bf16* dq, i64 time, int heads, int depth, i64 blocks,
-                                    float scale) {
-    attention_grad_queries<96>(d_o, q, k, v, lse, delta, dq, time, heads, depth, blocks, scale);
+                                    const float* delta, void* dq, int dq_wide, i64 time, int heads, int depth,
+                                    i64 blocks, float scale) {
+    attention_grad_queries<96>(d_o, q, k, v, lse, delta, dq, dq_wide, time, heads, depth, blocks, scale);
 }
 
 extern "C" __global__ void __launch_bounds__(128)
-    attention_bf16_d128(const bf16* q, const bf16* k, const bf16* v, bf16* o, float* lse, i64 time, int heads,
-                       int depth, i64 blocks, float scale) {
-    attention<128>(q, k, v, o, lse, time, heads, depth, blocks, scale);
+    attention_bf16_d128(const bf16* q, const bf16* k, const bf16* v, void* o, int o_wide, float* lse, i64 time,
+                        int heads, int depth, i64 blocks, float scale) {
+    attention<128>(q, k, v, o, o_wide, lse, time, heads, depth, blocks, scale);
 }
 
 extern "C" __global__ void __launch_bounds__(128)
     attention_grad_keys_bf16_d128(const bf16* d_o, const bf16* q, const bf16* k, const bf16* v, const float* lse,
-                                 const float* delta, bf16* dk, bf16* dv, i64 time, int heads, int depth, i64 blocks,
-                                 float scale) {
-    attention_grad_keys<128>(d_o, q, k, v, lse, delta, dk, dv, time, heads, depth, blocks, scale);
+                                  const float* delta, void* dk, int dk_wide, void* dv, int dv_wide, i64 time,
+                                  int heads, int depth, i64 blocks, float scale) {
+    attention_grad_keys<128>(d_o, q, k, v, lse, delta, dk, dk_wide, dv, dv_wide, time, heads, depth, blocks, scale);
 }
 
 extern "C" __global__ void __launch_bounds__(128)
     attention_grad_queries_bf16_d128(const bf16* d_o, const bf16* q, const bf16* k, const bf16* v, const float* lse,
-                                    const float* delta, bf16* dq, i64 time, int heads, int depth, i64 blocks,
-                                    float scale) {
-    attention_grad_queries<128>(d_o, q, k, v, lse, delta, dq, time, heads, depth, blocks, scale);
+                                     const float* delta, void* dq, int dq_wide, i64 time, int heads, int depth,
+                                     i64 blocks, float scale) {
+    attention_grad_queries<128>(d_o, q, k, v, lse, delta, dq, dq_wide, time, heads, depth, blocks, scale);
 }

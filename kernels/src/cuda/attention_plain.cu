@@ -1,5 +1,5 @@
 // Causal attention for heads of any depth, a warp for each row, and the row sums that every backward pass begins with.
-// Slow, and right: the tiled kernels take the depths that models have.
+// Slow, and right: the tiled kernels take the depths that models have. What they write is floats where `.._wide`, else bf16.
 
 // Where row `row` of item `item`, a (batch, head), begins in a tensor [b, t, h, d].
 INLINE i64 row_start(i64 item, i64 row, i64 time, int heads, i64 depth) {
@@ -26,19 +26,20 @@ INLINE void add_columns(float (&sums)[LANE_COLUMNS], float factor, const T* row,
     }
 }
 
-template <class T>
-INLINE void write_columns(T* row, const float (&sums)[LANE_COLUMNS], float factor, i64 begin, i64 depth) {
+// To the row that begins at element `start`.
+INLINE void write_columns(void* to, bool wide, i64 start, const float (&sums)[LANE_COLUMNS], float factor, i64 begin,
+                          i64 depth) {
 #pragma unroll
     for (int j = 0; j < LANE_COLUMNS; j++) {
         const i64 column = begin + threadIdx.x % 32 + 32 * j;
-        if (column < depth) narrow(&row[column], sums[j] * factor);
+        if (column < depth) narrow_at(to, wide, start + column, sums[j] * factor);
     }
 }
 
 // `rows` is batch * heads * time.
 template <class T>
-INLINE void attention_plain(const T* q, const T* k, const T* v, T* o, float* lse, i64 rows, i64 time, int heads,
-                            i64 depth, float scale) {
+INLINE void attention_plain(const T* q, const T* k, const T* v, void* o, bool o_wide, float* lse, i64 rows, i64 time,
+                            int heads, i64 depth, float scale) {
     const i64 warp = global_thread() / 32;
     if (warp >= rows) return;
     const i64 item = warp / time, query = warp % time;
@@ -58,14 +59,14 @@ INLINE void attention_plain(const T* q, const T* k, const T* v, T* o, float* lse
             const i64 start = row_start(item, key, time, heads, depth);
             add_columns(sums, expf(scale * warp_dot(q_row, k + start, depth) - best), v + start, begin, depth);
         }
-        write_columns(o + row_start(item, query, time, heads, depth), sums, 1.0f / total, begin, depth);
+        write_columns(o, o_wide, row_start(item, query, time, heads, depth), sums, 1.0f / total, begin, depth);
     }
 }
 
 template <class T>
 INLINE void attention_grad_keys_plain(const T* d_o, const T* q, const T* k, const T* v, const float* lse,
-                                      const float* delta, T* dk, T* dv, i64 rows, i64 time, int heads, i64 depth,
-                                      float scale) {
+                                      const float* delta, void* dk, bool dk_wide, void* dv, bool dv_wide, i64 rows,
+                                      i64 time, int heads, i64 depth, float scale) {
     const i64 warp = global_thread() / 32;
     if (warp >= rows) return;
     const i64 item = warp / time, key = warp % time, key_start = row_start(item, key, time, heads, depth);
@@ -78,15 +79,15 @@ INLINE void attention_grad_keys_plain(const T* d_o, const T* q, const T* k, cons
             add_columns(dv_sums, p, d_o + start, begin, depth);
             add_columns(dk_sums, ds, q + start, begin, depth);
         }
-        write_columns(dk + key_start, dk_sums, scale, begin, depth);
-        write_columns(dv + key_start, dv_sums, 1.0f, begin, depth);
+        write_columns(dk, dk_wide, key_start, dk_sums, scale, begin, depth);
+        write_columns(dv, dv_wide, key_start, dv_sums, 1.0f, begin, depth);
     }
 }
 
 template <class T>
 INLINE void attention_grad_queries_plain(const T* d_o, const T* q, const T* k, const T* v, const float* lse,
-                                         const float* delta, T* dq, i64 rows, i64 time, int heads, i64 depth,
-                                         float scale) {
+                                         const float* delta, void* dq, bool dq_wide, i64 rows, i64 time, int heads,
+                                         i64 depth, float scale) {
     const i64 warp = global_thread() / 32;
     if (warp >= rows) return;
     const i64 item = warp / time, query = warp % time, query_start = row_start(item, query, time, heads, depth);
@@ -98,7 +99,7 @@ INLINE void attention_grad_queries_plain(const T* d_o, const T* q, const T* k, c
             const float ds = p * (warp_dot(d_o + query_start, v + start, depth) - delta[warp]);
             add_columns(sums, ds, k + start, begin, depth);
         }
-        write_columns(dq + query_start, sums, scale, begin, depth);
+        write_columns(dq, dq_wide, query_start, sums, scale, begin, depth);
     }
 }
 
@@ -114,23 +115,23 @@ INLINE void attention_delta(const T* d_o, const T* o, float* delta, i64 rows, i6
 }
 
 extern "C" __global__ void __launch_bounds__(128)
-    attention_plain_f32(const float* q, const float* k, const float* v, float* o, float* lse, i64 rows, i64 time, int heads,
-                        i64 depth, float scale) {
-    attention_plain(q, k, v, o, lse, rows, time, heads, depth, scale);
+    attention_plain_f32(const float* q, const float* k, const float* v, float* o, float* lse, i64 rows, i64 time,
+                        int heads, i64 depth, float scale) {
+    attention_plain(q, k, v, o, true, lse, rows, time, heads, depth, scale);
 }
 
 extern "C" __global__ void __launch_bounds__(128)
     attention_grad_keys_plain_f32(const float* d_o, const float* q, const float* k, const float* v, const float* lse,
                                   const float* delta, float* dk, float* dv, i64 rows, i64 time, int heads, i64 depth,
                                   float scale) {
-    attention_grad_keys_plain(d_o, q, k, v, lse, delta, dk, dv, rows, time, heads, depth, scale);
+    attention_grad_keys_plain(d_o, q, k, v, lse, delta, dk, true, dv, true, rows, time, heads, depth, scale);
 }
 
 extern "C" __global__ void __launch_bounds__(128)
-    attention_grad_queries_plain_f32(const float* d_o, const float* q, const float* k, const float* v, const float* lse,
-                                     const float* delta, float* dq, i64 rows, i64 time, int heads, i64 depth,
-                                     float scale) {
-    attention_grad_queries_plain(d_o, q, k, v, lse, delta, dq, rows, time, heads, depth, scale);
+    attention_grad_queries_plain_f32(const float* d_o, const float* q, const float* k, const float* v,
+                                     const float* lse, const float* delta, float* dq, i64 rows, i64 time, int heads,
+                                     i64 depth, float scale) {
+    attention_grad_queries_plain(d_o, q, k, v, lse, delta, dq, true, rows, time, heads, depth, scale);
 }
 
 extern "C" __global__ void __launch_bounds__(128)
@@ -139,23 +140,24 @@ extern "C" __global__ void __launch_bounds__(128)
 }
 
 extern "C" __global__ void __launch_bounds__(128)
-    attention_plain_bf16(const bf16* q, const bf16* k, const bf16* v, bf16* o, float* lse, i64 rows, i64 time, int heads,
-                        i64 depth, float scale) {
-    attention_plain(q, k, v, o, lse, rows, time, heads, depth, scale);
+    attention_plain_bf16(const bf16* q, const bf16* k, const bf16* v, void* o, int o_wide, float* lse, i64 rows,
+                         i64 time, int heads, i64 depth, float scale) {
+    attention_plain(q, k, v, o, o_wide != 0, lse, rows, time, heads, depth, scale);
 }
 
 extern "C" __global__ void __launch_bounds__(128)
     attention_grad_keys_plain_bf16(const bf16* d_o, const bf16* q, const bf16* k, const bf16* v, const float* lse,
-                                  const float* delta, bf16* dk, bf16* dv, i64 rows, i64 time, int heads, i64 depth,
-                                  float scale) {
-    attention_grad_keys_plain(d_o, q, k, v, lse, delta, dk, dv, rows, time, heads, depth, scale);
+                                   const float* delta, void* dk, int dk_wide, void* dv, int dv_wide, i64 rows,
+                                   i64 time, int heads, i64 depth, float scale) {
+    attention_grad_keys_plain(d_o, q, k, v, lse, delta, dk, dk_wide != 0, dv, dv_wide != 0, rows, time, heads, depth,
+                              scale);
 }
 
 extern "C" __global__ void __launch_bounds__(128)
     attention_grad_queries_plain_bf16(const bf16* d_o, const bf16* q, const bf16* k, const bf16* v, const float* lse,
-                                     const float* delta, bf16* dq, i64 rows, i64 time, int heads, i64 depth,
-                                     float scale) {
-    attention_grad_queries_plain(d_o, q, k, v, lse, delta, dq, rows, time, heads, depth, scale);
+                                      const float* delta, void* dq, int dq_wide, i64 rows, i64 time, int heads,
+                                      i64 depth, float scale) {
+    attention_grad_queries_plain(d_o, q, k, v, lse, delta, dq, dq_wide != 0, rows, time, heads, depth, scale);
 }
 
 extern "C" __global__ void __launch_bounds__(128)

@@ -46,12 +46,37 @@ struct Width {
 
 INLINE bool aligned(const void* pointer) { return (reinterpret_cast<size_t>(pointer) & 15) == 0; }
 
-// W adjacent elements, as one access where W of them are 8 or 16 bytes: then the place must be aligned to that.
+// A float as it is after a trip through memory of this type.
+template <class T>
+INLINE float stored(float x) {
+    T there;
+    narrow(&there, x);
+    return widen(there);
+}
+
+// Writes element i of floats where `wide`, else of bf16.
+INLINE void narrow_at(void* to, bool wide, i64 i, float x) {
+    if (wide) {
+        static_cast<float*>(to)[i] = x;
+    } else {
+        narrow(static_cast<bf16*>(to) + i, x);
+    }
+}
+
+// Adjacent elements of which neither type has more than 16 bytes.
+template <class T, class U>
+struct Both {
+    static constexpr int value = Width<T>::value < Width<U>::value ? Width<T>::value : Width<U>::value;
+};
+
+// W adjacent elements, in accesses of 16 or 8 bytes where they are that many: then the place must be aligned to that.
 template <int W, class T>
 INLINE void load(float (&values)[W], const T* from) {
     T raw[W];
-    if constexpr (W * sizeof(T) == 16) {
-        const uint4 bits = *reinterpret_cast<const uint4*>(from);
+    if constexpr (W * sizeof(T) % 16 == 0) {
+        uint4 bits[W * sizeof(T) / 16];
+#pragma unroll
+        for (int j = 0; j < (int)(W * sizeof(T) / 16); j++) bits[j] = reinterpret_cast<const uint4*>(from)[j];
         copy_bits(raw, bits);
     } else if constexpr (W * sizeof(T) == 8) {
         const uint2 bits = *reinterpret_cast<const uint2*>(from);
@@ -69,10 +94,11 @@ INLINE void store(T* to, const float (&values)[W]) {
     T raw[W];
 #pragma unroll
     for (int j = 0; j < W; j++) narrow(&raw[j], values[j]);
-    if constexpr (W * sizeof(T) == 16) {
-        uint4 bits;
+    if constexpr (W * sizeof(T) % 16 == 0) {
+        uint4 bits[W * sizeof(T) / 16];
         copy_bits(bits, raw);
-        *reinterpret_cast<uint4*>(to) = bits;
+#pragma unroll
+        for (int j = 0; j < (int)(W * sizeof(T) / 16); j++) reinterpret_cast<uint4*>(to)[j] = bits[j];
     } else if constexpr (W * sizeof(T) == 8) {
         uint2 bits;
         copy_bits(bits, raw);

@@ -1,9 +1,10 @@
-// Ops on each element by itself; a thread does 16 bytes. A result may take the memory of an operand.
+// Ops on each element by itself; a thread does 16 bytes of the wider type. A result may take the memory of an
+// operand of its type. Kernels are named by the type of what they read, and of what they write where that is another.
 
 // y[i] = f(x[i])
 template <class T, class U, class F>
 INLINE void map1(const T* x, U* y, i64 n, F f) {
-    constexpr int W = Width<T>::value > Width<U>::value ? Width<U>::value : Width<T>::value;
+    constexpr int W = Both<T, U>::value;
     const i64 first = global_thread() * W;
     if (first + W <= n && aligned(x) && aligned(y)) {
         float values[W];
@@ -17,9 +18,9 @@ INLINE void map1(const T* x, U* y, i64 n, F f) {
 }
 
 // y[i] = f(a[i], b[i])
-template <class T, class F>
-INLINE void map2(const T* a, const T* b, T* y, i64 n, F f) {
-    constexpr int W = Width<T>::value;
+template <class T, class U, class F>
+INLINE void map2(const T* a, const T* b, U* y, i64 n, F f) {
+    constexpr int W = Both<T, U>::value;
     const i64 first = global_thread() * W;
     if (first + W <= n && aligned(a) && aligned(b) && aligned(y)) {
         float left[W], right[W];
@@ -38,10 +39,10 @@ INLINE float normal_cdf(float x) { return 0.5f * erfcf(x * -0.70710678f); }
 INLINE float gelu(float x) { return x * normal_cdf(x); }
 INLINE float gelu_slope(float x) { return fmaf(x, 0.39894228f * expf(-0.5f * x * x), normal_cdf(x)); }
 
-// y[row, j] = f(a[row, j] + b[j]), and the sums themselves in `sums` unless that is null.
-template <class T, class F>
-INLINE void map_suffix(const T* a, const T* b, T* sums, T* y, i64 n, i64 width, F f) {
-    constexpr int W = Width<T>::value;
+// y[row, j] = f(s) with s = a[row, j] + b[j] as its type keeps it, and the sums themselves in `sums` unless that is null.
+template <class T, class U, class F>
+INLINE void map_suffix(const T* a, const T* b, U* sums, U* y, i64 n, i64 width, F f) {
+    constexpr int W = Both<T, U>::value;
     const i64 first = global_thread() * W;
     if (first >= n) return;
     i64 column = first % width;
@@ -53,12 +54,12 @@ INLINE void map_suffix(const T* a, const T* b, T* sums, T* y, i64 n, i64 width, 
         for (int j = 0; j < W; j++) left[j] += right[j];
         if (sums) store<W>(sums + first, left);
 #pragma unroll
-        for (int j = 0; j < W; j++) left[j] = f(left[j]);
+        for (int j = 0; j < W; j++) left[j] = f(stored<U>(left[j]));
         store<W>(y + first, left);
         return;
     }
     for (i64 i = first; i < n && i < first + W; i++) {
-        const float sum = widen(a[i]) + widen(b[column]);
+        const float sum = stored<U>(widen(a[i]) + widen(b[column]));
         if (sums) narrow(&sums[i], sum);
         narrow(&y[i], f(sum));
         column = column + 1 == width ? 0 : column + 1;
@@ -73,6 +74,10 @@ extern "C" __global__ void __launch_bounds__(256) add_bf16(const bf16* a, const 
     map2(a, b, y, n, [](float a, float b) { return a + b; });
 }
 
+extern "C" __global__ void __launch_bounds__(256) add_bf16_f32(const bf16* a, const bf16* b, float* y, i64 n) {
+    map2(a, b, y, n, [](float a, float b) { return a + b; });
+}
+
 extern "C" __global__ void __launch_bounds__(256)
     add_suffix_f32(const float* a, const float* b, float* y, i64 n, i64 width) {
     map_suffix(a, b, (float*)nullptr, y, n, width, [](float x) { return x; });
@@ -81,6 +86,11 @@ extern "C" __global__ void __launch_bounds__(256)
 extern "C" __global__ void __launch_bounds__(256)
     add_suffix_bf16(const bf16* a, const bf16* b, bf16* y, i64 n, i64 width) {
     map_suffix(a, b, (bf16*)nullptr, y, n, width, [](float x) { return x; });
+}
+
+extern "C" __global__ void __launch_bounds__(256)
+    add_suffix_bf16_f32(const bf16* a, const bf16* b, float* y, i64 n, i64 width) {
+    map_suffix(a, b, (float*)nullptr, y, n, width, [](float x) { return x; });
 }
 
 // Bias and GELU at once: `sums` is what the backward pass wants.
@@ -107,11 +117,19 @@ extern "C" __global__ void __launch_bounds__(256) scale_bf16(const bf16* x, bf16
     map1(x, y, n, [factor](float x) { return factor * x; });
 }
 
+extern "C" __global__ void __launch_bounds__(256) scale_bf16_f32(const bf16* x, float* y, i64 n, float factor) {
+    map1(x, y, n, [factor](float x) { return factor * x; });
+}
+
 extern "C" __global__ void __launch_bounds__(256) gelu_f32(const float* x, float* y, i64 n) {
     map1(x, y, n, [](float x) { return gelu(x); });
 }
 
 extern "C" __global__ void __launch_bounds__(256) gelu_bf16(const bf16* x, bf16* y, i64 n) {
+    map1(x, y, n, [](float x) { return gelu(x); });
+}
+
+extern "C" __global__ void __launch_bounds__(256) gelu_bf16_f32(const bf16* x, float* y, i64 n) {
     map1(x, y, n, [](float x) { return gelu(x); });
 }
 
@@ -123,10 +141,27 @@ extern "C" __global__ void __launch_bounds__(256) gelu_grad_bf16(const bf16* dy,
     map2(dy, x, dx, n, [](float dy, float x) { return dy * gelu_slope(x); });
 }
 
+extern "C" __global__ void __launch_bounds__(256) gelu_grad_bf16_f32(const bf16* dy, const bf16* x, float* dx, i64 n) {
+    map2(dy, x, dx, n, [](float dy, float x) { return dy * gelu_slope(x); });
+}
+
 extern "C" __global__ void __launch_bounds__(256) cast_f32_bf16(const float* x, bf16* y, i64 n) {
     map1(x, y, n, [](float x) { return x; });
 }
 
 extern "C" __global__ void __launch_bounds__(256) cast_bf16_f32(const bf16* x, float* y, i64 n) {
     map1(x, y, n, [](float x) { return x; });
+}
+
+extern "C" __global__ void __launch_bounds__(256) fill_bf16(bf16* y, i64 n, float value) {
+    constexpr int W = Width<bf16>::value;
+    const i64 first = global_thread() * W;
+    if (first + W <= n && aligned(y)) {
+        float values[W];
+#pragma unroll
+        for (int j = 0; j < W; j++) values[j] = value;
+        store<W>(y + first, values);
+        return;
+    }
+    for (i64 i = first; i < n && i < first + W; i++) narrow(&y[i], value);
 }

@@ -1,10 +1,10 @@
 // Embedding tables and their gradients.
 
 // y's row i is row ids[i] - vocab_start of the table, or zeros where the table does not hold it.
-template <class T>
-INLINE void embedding(const int* ids, const T* table, T* y, i64 count, i64 held, i64 width, i64 vocab_start, i64 vocab,
-                      u32* record, u32 launch) {
-    constexpr int W = Width<T>::value;
+template <class U>
+INLINE void embedding(const int* ids, const float* table, U* y, i64 count, i64 held, i64 width, i64 vocab_start,
+                      i64 vocab, u32* record, u32 launch) {
+    constexpr int W = Width<float>::value;
     if (blockIdx.x == 0) check_indices(ids, count, vocab, record, launch);
     const i64 packs = (width + W - 1) / W;
     const i64 place = global_thread();
@@ -12,21 +12,15 @@ INLINE void embedding(const int* ids, const T* table, T* y, i64 count, i64 held,
     const i64 i = place / packs, column = place % packs * W;
     const i64 row = (i64)ids[i] - vocab_start;
     const bool here = row >= 0 && row < held;
-    const T* from = table + row * width + column;
-    T* to = y + i * width + column;
+    const float* from = table + row * width + column;
+    U* to = y + i * width + column;
     if (width % W == 0 && aligned(table) && aligned(y)) {
-        uint4 bits = {0, 0, 0, 0};
-        if (here) bits = *reinterpret_cast<const uint4*>(from);
-        *reinterpret_cast<uint4*>(to) = bits;
+        float values[W] = {};
+        if (here) load<W>(values, from);
+        store<W>(to, values);
         return;
     }
-    for (int j = 0; j < W && column + j < width; j++) {
-        if (here) {
-            to[j] = from[j];
-        } else {
-            narrow(&to[j], 0.0f);
-        }
-    }
+    for (int j = 0; j < W && column + j < width; j++) narrow(&to[j], here ? from[j] : 0.0f);
 }
 
 extern "C" __global__ void __launch_bounds__(256)
@@ -36,8 +30,8 @@ extern "C" __global__ void __launch_bounds__(256)
 }
 
 extern "C" __global__ void __launch_bounds__(256)
-    embedding_bf16(const int* ids, const bf16* table, bf16* y, i64 count, i64 held, i64 width, i64 vocab_start,
-                   i64 vocab, u32* record, u32 launch) {
+    embedding_f32_bf16(const int* ids, const float* table, bf16* y, i64 count, i64 held, i64 width, i64 vocab_start,
+                       i64 vocab, u32* record, u32 launch) {
     embedding(ids, table, y, count, held, width, vocab_start, vocab, record, launch);
 }
 

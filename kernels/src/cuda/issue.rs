@@ -93,7 +93,12 @@ impl Issuer {
         for (index, launch) in program.launches.iter().enumerate() {
             // What cannot be lowered fails when it is launched, with its buffers looked at first.
             let lane = self.lane.clone();
-            let kind = catch_unwind(AssertUnwindSafe(|| lowered.kind(index, launch, lane.gpu())));
+            let kind = catch_unwind(AssertUnwindSafe(|| {
+                if let Some(second) = program.launches.get(index + 1) {
+                    lowered.pair(index, [launch, second], lane.gpu());
+                }
+                lowered.kind(index, launch, lane.gpu())
+            }));
             let Ok(Ok(Kind::Steps { steps, uses_record })) = kind else { continue };
             if *uses_record {
                 self.record_address()?;
@@ -168,16 +173,19 @@ impl Issuer {
                 if !may_block && (self.check || self.blocks(launch)) {
                     return Ok(false);
                 }
-                let launched = catch_unwind(AssertUnwindSafe(|| self.launch(launch, run)));
+                let launched = catch_unwind(AssertUnwindSafe(|| self.next(run)));
                 let launched = launched.unwrap_or_else(|panic| {
                     let (index, program) = (run.done, program.name.clone());
                     let (launch, message) = (format!("{index} ({})", launch.op.name()), panic_message(&*panic));
                     Err(KernelError::Panic { launch, program, message })
                 });
-                if let Some(wait) = launched? {
-                    run.wait = Some(wait);
+                let (count, wait) = launched?;
+                if wait.is_some() {
+                    run.wait = wait;
                     continue;
                 }
+                // The last of them is counted below.
+                run.done += count - 1;
             }
             if self.check && !run.found {
                 self.look(launch, run)?;
@@ -225,6 +233,57 @@ impl Issuer {
             Op::Custom(_) => true,
             _ => false,
         }
+    }
+
+    /// Issues the next launch, or the next two where one kernel does both; returns how many.
+    fn next(&mut self, run: &mut Run) -> Result<(usize, Option<Wait>), KernelError> {
+        let ticket = run.ticket.clone();
+        let launches = &ticket.program.launches;
+        // What each launch has written is looked at behind it, which a pair does not let; nor a signal between them.
+        let between = run.done + 1;
+        let signalled = || ticket.program.signals.iter().any(|&(at, _)| at == between);
+        if let Some(second) = launches.get(between)
+            && !self.check
+            && !signalled()
+            && self.pair([&launches[run.done], second], run)?
+        {
+            return Ok((2, None));
+        }
+        Ok((1, self.launch(&launches[run.done], run)?))
+    }
+
+    /// Issues two launches at once; false when they are to be issued one by one: no kernel does both, memory does not let
+    /// it, or there is an error, which is that of a launch.
+    fn pair(&mut self, launches: [&Launch; 2], run: &mut Run) -> Result<bool, KernelError> {
+        let lowered = run.lowered.clone();
+        if lowered.is_no_pair(run.done, launches) {
+            return Ok(false);
+        }
+        for launch in launches {
+            // None that has a workspace is in a pair.
+            let fits = self.bind(launch, &run.bases, |_| 0).and_then(|bound| check_in_place(launch, &bound));
+            if fits.is_err() {
+                return Ok(false);
+            }
+        }
+        let Some(pair) = lowered.pair(run.done, launches, self.lane.gpu()) else { return Ok(false) };
+        let Some(bound) = pair.bind(launches[1].op.name(), &run.bases)? else { return Ok(false) };
+        trace_launch(&run.ticket.program, run.done + 1);
+        run.uses_record |= pair.uses_record;
+        pair.steps.iter().try_for_each(|step| self.step(step, &bound, run.done + 1))?;
+        Ok(true)
+    }
+
+    /// A launch's buffers, all of them on this GPU.
+    fn bind<'a>(
+        &self,
+        launch: &'a Launch,
+        bases: &'a [Base],
+        workspace_bytes: impl FnOnce(&[&[usize]]) -> usize,
+    ) -> Result<Bound<'a>, KernelError> {
+        let bound = Bound::resolve(launch, bases, workspace_bytes)?;
+        bound.all().try_for_each(|view| self.check_on_this_gpu(bound.name, view))?;
+        Ok(bound)
     }
 
     fn launch(&mut self, launch: &Launch, run: &mut Run) -> Result<Option<Wait>, KernelError> {

@@ -31,10 +31,10 @@ INLINE void for_each(const T* row, i64 width, F f) {
 }
 
 // y[column] = f(column, x[column]); y may be x.
-template <class T, class F>
-INLINE void map_row(const T* x, T* y, i64 width, F f) {
+template <class T, class U, class F>
+INLINE void map_row(const T* x, U* y, i64 width, F f) {
     constexpr int W = Width<T>::value;
-    if ((reinterpret_cast<size_t>(x) ^ reinterpret_cast<size_t>(y)) % 16 != 0) {
+    if (sizeof(T) != sizeof(U) || (reinterpret_cast<size_t>(x) ^ reinterpret_cast<size_t>(y)) % 16 != 0) {
         for (i64 i = threadIdx.x; i < width; i += blockDim.x) narrow(&y[i], f(i, widen(x[i])));
         return;
     }
@@ -148,9 +148,9 @@ extern "C" __global__ void __launch_bounds__(1024)
 }
 
 // dloss * scale * (exp(logit - max) / sum - [column == target])
-template <class T>
+template <class T, class U>
 INLINE void cross_entropy_grad(const float* dloss, const T* logits, const float* maxima, const float* sums,
-                               const int* targets, T* dlogits, i64 width, i64 vocab_start, float scale) {
+                               const int* targets, U* dlogits, i64 width, i64 vocab_start, float scale) {
     const i64 row = blockIdx.x;
     const float max = maxima[row], factor = *dloss * scale, row_factor = factor / sums[row];
     const i64 target = (i64)targets[row] - vocab_start;
@@ -169,5 +169,11 @@ extern "C" __global__ void __launch_bounds__(512)
 extern "C" __global__ void __launch_bounds__(512)
     cross_entropy_grad_bf16(const float* dloss, const bf16* logits, const float* maxima, const float* sums,
                             const int* targets, bf16* dlogits, i64 width, i64 vocab_start, float scale) {
+    cross_entropy_grad(dloss, logits, maxima, sums, targets, dlogits, width, vocab_start, scale);
+}
+
+extern "C" __global__ void __launch_bounds__(512)
+    cross_entropy_grad_bf16_f32(const float* dloss, const bf16* logits, const float* maxima, const float* sums,
+                                const int* targets, float* dlogits, i64 width, i64 vocab_start, float scale) {
     cross_entropy_grad(dloss, logits, maxima, sums, targets, dlogits, width, vocab_start, scale);
 }

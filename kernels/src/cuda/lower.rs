@@ -3,7 +3,7 @@
 //!
 //! What depends on memory is the backend's: that writes overlap nothing (MEM-2) but what [`in_place`] allows.
 
-use crate::cuda::step::{Arg, Element, Kernel, Place, Step};
+use crate::cuda::step::{Arg, Kernel, Place, Step};
 use crate::error::KernelError;
 use crate::op::{Launch, Op};
 use crate::tensor::{DType, element_count};
@@ -23,13 +23,16 @@ mod tests;
 
 use args::Args;
 
-pub use fuse::{Fused, fuse};
+pub use fuse::{Fused, fuse, may_fuse};
 
 /// Threads of a block where nothing else is said.
 const THREADS: usize = 256;
 
 /// Elements that a thread of an elementwise kernel does: 16 bytes of floats.
 const PACK: usize = 4;
+
+/// The same of bf16.
+const HALF_PACK: usize = 8;
 
 /// The steps of a launch; none where there is nothing to write. `accumulate` is true when the launch is marked so and
 /// its submission has `repeat` set: then the op's accumulating write is added to.
@@ -71,21 +74,6 @@ pub fn lower(launch: &Launch, accumulate: bool) -> Result<Vec<Step>, KernelError
     }
 }
 
-/// The steps of causal attention on tensors of these elements and this shape `[b, t, h, d]`, or of its gradient; buffers
-/// are those of [`Op::Attention`] and [`Op::AttentionGrad`], with lse and workspace in floats whatever the elements are.
-///
-/// # Errors
-/// [`KernelError::Arguments`] for a shape that no grid holds.
-pub fn attention_steps(
-    element: Element,
-    [batch, time, heads, depth]: [usize; 4],
-    scale: f32,
-    gradient: bool,
-) -> Result<Vec<Step>, KernelError> {
-    let dims = attention::Dims { batch, time, heads, depth };
-    if gradient { attention::backward(element, dims, scale) } else { attention::forward(element, dims, scale) }
-}
-
 /// Bytes of scratch memory that a launch needs on a CUDA device, given the shapes that it reads. 0 for most ops, and for
 /// shapes that the op will refuse anyway.
 pub fn workspace_bytes(op: &Op, reads: &[&[usize]]) -> usize {
@@ -117,12 +105,20 @@ pub fn in_place(launch: &Launch) -> &'static [usize] {
 pub fn count_not_finite(launch: &Launch) -> Result<Vec<(usize, Step)>, KernelError> {
     let mut steps = Vec::new();
     for (i, write) in launch.writes.iter().enumerate() {
-        if write.dtype == DType::F32 {
+        if write.dtype.is_float() {
             steps.extend(region::count_not_finite(launch, i)?.map(|step| (i, step)));
         }
     }
     Ok(steps)
 }
+
+/// The names of a kernel's variants: on floats, on bf16, and from bf16 to floats.
+macro_rules! variants {
+    ($name:literal) => {
+        [concat!($name, "_f32"), concat!($name, "_bf16"), concat!($name, "_bf16_f32")]
+    };
+}
+use variants;
 
 /// A kernel on blocks in x only.
 fn blocks(

@@ -1,5 +1,6 @@
 //! Programs whose launches were turned to steps, once, with kernels found and parameters laid out: what is left at a
-//! submission is to put addresses in. Imports `cuda::lower`, `cuda::step`, `cuda::module`, `op`.
+//! submission is to put addresses in. Neighbours that one kernel does are found here, too.
+//! Imports `cuda::lower`, `cuda::step`, `cuda::module`, `bound`, `memory`, `op`, `tensor`.
 
 use std::collections::HashMap;
 use std::sync::{Arc, OnceLock};
@@ -11,7 +12,9 @@ use super::module::Function;
 use super::step::{Arg, Operand, Place, Product, Step};
 use crate::bound::Bound;
 use crate::error::KernelError;
-use crate::op::{Launch, Op, Program};
+use crate::memory::{Base, View};
+use crate::op::{Buffer, Launch, Op, Program};
+use crate::tensor::element_count;
 
 /// Programs that one stream keeps; far more than an actor has. Beyond that all are forgotten, and lowered again.
 const PROGRAMS_MAX: usize = 1024;
@@ -34,9 +37,22 @@ struct Known {
 pub(crate) struct Lowered {
     /// By launch; lowered when the program first comes to it, behind the check of its buffers.
     launches: Vec<OnceLock<Result<Kind, KernelError>>>,
+    /// By launch: what does it and the next one at once, where something does.
+    pairs: Vec<OnceLock<Option<Pair>>>,
     repeat: bool,
     /// Whether there are collectives.
     pub(crate) calls: bool,
+}
+
+/// Two launches as one; each can be run by itself, too.
+#[derive(Debug)]
+pub(crate) struct Pair {
+    /// What the steps' places are counted in.
+    pub(crate) reads: Vec<Buffer>,
+    pub(crate) writes: Vec<Buffer>,
+    pub(crate) steps: Vec<Ready>,
+    /// Whether any kernel writes the stream's record.
+    pub(crate) uses_record: bool,
 }
 
 /// How a launch is run.
@@ -90,13 +106,59 @@ impl Lowered {
     fn of(program: &Program, repeat: bool) -> Self {
         let launches = program.launches.iter().map(|_| OnceLock::new()).collect();
         let calls = program.launches.iter().any(|launch| matches!(launch.op, Op::Collective(_)));
-        Self { launches, repeat, calls }
+        let pairs = program.launches.iter().map(|_| OnceLock::new()).collect();
+        Self { launches, pairs, repeat, calls }
     }
 
     /// How launch `index` of the program is run, its buffers being in bounds.
     pub(crate) fn kind(&self, index: usize, launch: &Launch, gpu: &Gpu) -> Result<&Kind, KernelError> {
         let repeat = self.repeat && launch.accumulate;
         self.launches[index].get_or_init(|| kind(launch, repeat, gpu)).as_ref().map_err(Clone::clone)
+    }
+
+    /// True when it is known, without a look at buffers, that no kernel does launch `index` and the next one at once.
+    pub(crate) fn is_no_pair(&self, index: usize, [first, second]: [&Launch; 2]) -> bool {
+        match self.pairs[index].get() {
+            Some(pair) => pair.is_none(),
+            None => !lower::may_fuse(first, second),
+        }
+    }
+
+    /// What runs launch `index` and the next one at once, the buffers of both being in bounds.
+    pub(crate) fn pair(&self, index: usize, launches: [&Launch; 2], gpu: &Gpu) -> Option<&Pair> {
+        self.pairs[index].get_or_init(|| pair(launches, gpu)).as_ref()
+    }
+}
+
+fn pair([first, second]: [&Launch; 2], gpu: &Gpu) -> Option<Pair> {
+    // What is wrong with a launch is told when it is run by itself.
+    let lower::Fused { reads, writes, steps } = lower::fuse(first, second, &overlap).ok()??;
+    let steps = steps.into_iter().map(|step| ready(step, gpu)).collect::<Result<Vec<_>, _>>().ok()?;
+    let uses_record = uses_record(&steps);
+    Some(Pair { reads, writes, steps, uses_record })
+}
+
+/// Whether buffers share memory without being the same, as far as that is known before bases are: see
+/// [`Pair::bind`].
+fn overlap(a: &Buffer, b: &Buffer) -> bool {
+    let bytes = |buffer: &Buffer| element_count(&buffer.shape) * buffer.dtype.bytes();
+    let (a_bytes, b_bytes) = (bytes(a), bytes(b));
+    let meet = a.offset < b.offset + b_bytes && b.offset < a.offset + a_bytes;
+    a.base == b.base && a_bytes > 0 && b_bytes > 0 && meet && (a.offset, a_bytes) != (b.offset, b_bytes)
+}
+
+impl Pair {
+    /// The pair's buffers, if what is written on one base lies apart from all that is on others: then `overlap` has told
+    /// the truth.
+    pub(crate) fn bind<'a>(&'a self, name: &'a str, bases: &'a [Base]) -> Result<Option<Bound<'a>>, KernelError> {
+        let resolve = |buffer| View::resolve(name, buffer, bases);
+        let reads = self.reads.iter().map(resolve).collect::<Result<Vec<_>, _>>()?;
+        let writes = self.writes.iter().map(resolve).collect::<Result<Vec<_>, _>>()?;
+        let is_apart = self.writes.iter().zip(&writes).all(|(buffer, write)| {
+            let all = self.reads.iter().chain(&self.writes).zip(reads.iter().chain(&writes));
+            all.filter(|(other, _)| other.base != buffer.base).all(|(_, other)| !write.overlaps(other))
+        });
+        Ok(is_apart.then_some(Bound { name, reads, writes, workspace: None }))
     }
 }
 
@@ -107,14 +169,17 @@ fn kind(launch: &Launch, accumulate: bool, gpu: &Gpu) -> Result<Kind, KernelErro
         _ => {
             let steps = lower::lower(launch, accumulate)?.into_iter();
             let steps = steps.map(|step| ready(step, gpu)).collect::<Result<Vec<_>, _>>()?;
-            let records = |step: &Ready| match step {
-                Ready::Kernel { parameters, .. } => parameters.contains(&Parameter::Record),
-                _ => false,
-            };
-            let uses_record = steps.iter().any(records);
+            let uses_record = uses_record(&steps);
             Ok(Kind::Steps { steps, uses_record })
         }
     }
+}
+
+fn uses_record(steps: &[Ready]) -> bool {
+    steps.iter().any(|step| match step {
+        Ready::Kernel { parameters, .. } => parameters.contains(&Parameter::Record),
+        _ => false,
+    })
 }
 
 fn ready(step: Step, gpu: &Gpu) -> Result<Ready, KernelError> {
@@ -161,6 +226,19 @@ pub(crate) fn address(bound: &Bound<'_>, place: Place) -> Result<u64, KernelErro
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::tensor::DType;
+
+    #[test]
+    fn buffers_that_meet_overlap_and_the_same_memory_does_not() {
+        let buffer = |base, offset, elements| Buffer { base, offset, shape: vec![elements], dtype: DType::BF16 };
+        let one = buffer(0, 64, 8);
+        assert!(!overlap(&one, &one));
+        assert!(
+            overlap(&one, &buffer(0, 64, 9)) && overlap(&one, &buffer(0, 78, 1)) && overlap(&buffer(0, 60, 3), &one)
+        );
+        assert!(!overlap(&one, &buffer(0, 80, 8)) && !overlap(&one, &buffer(0, 62, 1)));
+        assert!(!overlap(&one, &buffer(1, 66, 8)) && !overlap(&one, &buffer(0, 66, 0)));
+    }
 
     #[test]
     fn parameters_are_the_low_bytes_of_words() {

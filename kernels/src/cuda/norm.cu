@@ -1,5 +1,5 @@
 // Layer norm and its gradient: a warp does a row, of which it keeps the first packs in registers.
-// The gradient of the weight is in reduce.cu.
+// Weights and statistics are floats whatever x is. The gradient of the weight is in reduce.cu.
 
 // Packs of W elements that a lane keeps: 1024 elements a warp, where they are packs of 16 bytes.
 template <int W>
@@ -33,8 +33,8 @@ INLINE void keep_packs(const T* row, i64 width, float (&kept)[Kept<W>::packs][W]
 }
 
 // `x` holds the row already: with a residual, a pass before this one has added it up.
-template <int W, class T>
-INLINE void layer_norm_row(const T* x, const T* weight, T* y, float* mean, float* rstd, i64 width, float eps) {
+template <int W, class T, class U>
+INLINE void layer_norm_row(const T* x, const float* weight, U* y, float* mean, float* rstd, i64 width, float eps) {
     float kept[Kept<W>::packs][W];
     keep_packs<W>(x, width, kept);
     float sum = 0.0f;
@@ -75,8 +75,9 @@ INLINE void add_row(const T* a, const T* b, T* sums, i64 width) {
     }
 }
 
-template <class T>
-INLINE void layer_norm(const T* x, const T* weight, T* y, float* means, float* rstds, i64 rows, i64 width, float eps) {
+template <class T, class U>
+INLINE void layer_norm(const T* x, const float* weight, U* y, float* means, float* rstds, i64 rows, i64 width,
+                       float eps) {
     constexpr int W = Width<T>::value;
     const i64 row = global_thread() / 32;
     if (row >= rows) return;
@@ -88,8 +89,8 @@ INLINE void layer_norm(const T* x, const T* weight, T* y, float* means, float* r
 }
 
 template <class T>
-INLINE void add_layer_norm(const T* a, const T* b, const T* weight, T* sums, T* y, float* means, float* rstds, i64 rows,
-                           i64 width, float eps) {
+INLINE void add_layer_norm(const T* a, const T* b, const float* weight, T* sums, T* y, float* means, float* rstds,
+                           i64 rows, i64 width, float eps) {
     constexpr int W = Width<T>::value;
     const i64 row = global_thread() / 32, first = row * width;
     if (row >= rows) return;
@@ -109,8 +110,14 @@ extern "C" __global__ void __launch_bounds__(128)
 }
 
 extern "C" __global__ void __launch_bounds__(128)
-    layer_norm_bf16(const bf16* x, const bf16* weight, bf16* y, float* means, float* rstds, i64 rows, i64 width,
+    layer_norm_bf16(const bf16* x, const float* weight, bf16* y, float* means, float* rstds, i64 rows, i64 width,
                     float eps) {
+    layer_norm(x, weight, y, means, rstds, rows, width, eps);
+}
+
+extern "C" __global__ void __launch_bounds__(128)
+    layer_norm_bf16_f32(const bf16* x, const float* weight, float* y, float* means, float* rstds, i64 rows, i64 width,
+                        float eps) {
     layer_norm(x, weight, y, means, rstds, rows, width, eps);
 }
 
@@ -122,14 +129,15 @@ extern "C" __global__ void __launch_bounds__(128)
 }
 
 extern "C" __global__ void __launch_bounds__(128)
-    add_layer_norm_bf16(const bf16* a, const bf16* b, const bf16* weight, bf16* sums, bf16* y, float* means,
+    add_layer_norm_bf16(const bf16* a, const bf16* b, const float* weight, bf16* sums, bf16* y, float* means,
                         float* rstds, i64 rows, i64 width, float eps) {
     add_layer_norm(a, b, weight, sums, y, means, rstds, rows, width, eps);
 }
 
 // dx = rstd (g - mean(g) - xhat mean(g xhat)) with g = dy weight and xhat = (x - mean) rstd.
-template <int W, class T>
-INLINE void layer_norm_grad_row(const T* dy, const T* x, const T* weight, T* dx, float mean, float rstd, i64 width) {
+template <int W, class T, class U>
+INLINE void layer_norm_grad_row(const T* dy, const T* x, const float* weight, U* dx, float mean, float rstd,
+                                i64 width) {
     float kept[Kept<W>::packs][W];
     keep_packs<W>(x, width, kept);
     float g_sum = 0.0f, gx_sum = 0.0f;
@@ -158,9 +166,9 @@ INLINE void layer_norm_grad_row(const T* dy, const T* x, const T* weight, T* dx,
     });
 }
 
-template <class T>
-INLINE void layer_norm_grad(const T* dy, const T* x, const T* weight, const float* means, const float* rstds, T* dx,
-                            i64 rows, i64 width) {
+template <class T, class U>
+INLINE void layer_norm_grad(const T* dy, const T* x, const float* weight, const float* means, const float* rstds,
+                            U* dx, i64 rows, i64 width) {
     constexpr int W = Width<T>::value;
     const i64 row = global_thread() / 32, first = row * width;
     if (row >= rows) return;
@@ -178,7 +186,13 @@ extern "C" __global__ void __launch_bounds__(128)
 }
 
 extern "C" __global__ void __launch_bounds__(128)
-    layer_norm_grad_bf16(const bf16* dy, const bf16* x, const bf16* weight, const float* means, const float* rstds,
+    layer_norm_grad_bf16(const bf16* dy, const bf16* x, const float* weight, const float* means, const float* rstds,
                          bf16* dx, i64 rows, i64 width) {
+    layer_norm_grad(dy, x, weight, means, rstds, dx, rows, width);
+}
+
+extern "C" __global__ void __launch_bounds__(128)
+    layer_norm_grad_bf16_f32(const bf16* dy, const bf16* x, const float* weight, const float* means,
+                             const float* rstds, float* dx, i64 rows, i64 width) {
     layer_norm_grad(dy, x, weight, means, rstds, dx, rows, width);
 }

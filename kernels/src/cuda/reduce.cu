@@ -4,8 +4,8 @@
 
 // A block sums W * blockDim.x columns of the rows of part blockIdx.y; its threads in y, a power of two of them, take
 // turns at the rows. `value(row, column, values)` adds W adjacent values of which those past `width` do not count.
-template <class V>
-INLINE void column_sums(V value, float* out, i64 rows, i64 width, i64 rows_per_part, bool accumulate) {
+template <class V, class U>
+INLINE void column_sums(V value, U* out, i64 rows, i64 width, i64 rows_per_part, bool accumulate) {
     constexpr int W = 4;
     __shared__ float all[256 * W];
     const i64 column = ((i64)blockIdx.x * blockDim.x + threadIdx.x) * W;
@@ -29,7 +29,7 @@ INLINE void column_sums(V value, float* out, i64 rows, i64 width, i64 rows_per_p
     out += (i64)blockIdx.y * width;
 #pragma unroll
     for (int j = 0; j < W; j++) {
-        if (column + j < width) out[column + j] = accumulate ? out[column + j] + mine[j] : mine[j];
+        if (column + j < width) narrow(&out[column + j], accumulate ? widen(out[column + j]) + mine[j] : mine[j]);
     }
 }
 
@@ -45,8 +45,8 @@ INLINE void load_four(float (&values)[4], const T* x, i64 row, i64 column, i64 w
     for (int j = 0; j < 4; j++) values[j] = column + j < width ? widen(from[j]) : 0.0f;
 }
 
-template <class T>
-INLINE void sum_leading(const T* x, float* out, i64 rows, i64 width, i64 rows_per_part, int accumulate) {
+template <class T, class U>
+INLINE void sum_leading(const T* x, U* out, i64 rows, i64 width, i64 rows_per_part, int accumulate) {
     const bool whole = width % 4 == 0 && aligned(x);
     auto add = [=](i64 row, i64 column, float(&sums)[4]) {
         float values[4];
@@ -63,7 +63,18 @@ extern "C" __global__ void __launch_bounds__(256)
 }
 
 extern "C" __global__ void __launch_bounds__(256)
-    sum_leading_bf16(const bf16* x, float* out, i64 rows, i64 width, i64 rows_per_part, int accumulate) {
+    sum_leading_bf16(const bf16* x, bf16* out, i64 rows, i64 width, i64 rows_per_part, int accumulate) {
+    sum_leading(x, out, rows, width, rows_per_part, accumulate);
+}
+
+extern "C" __global__ void __launch_bounds__(256)
+    sum_leading_bf16_f32(const bf16* x, float* out, i64 rows, i64 width, i64 rows_per_part, int accumulate) {
+    sum_leading(x, out, rows, width, rows_per_part, accumulate);
+}
+
+// The second pass of a sum that is stored in bf16.
+extern "C" __global__ void __launch_bounds__(256)
+    sum_leading_f32_bf16(const float* x, bf16* out, i64 rows, i64 width, i64 rows_per_part, int accumulate) {
     sum_leading(x, out, rows, width, rows_per_part, accumulate);
 }
 
@@ -106,9 +117,9 @@ INLINE void split_double(float* to, double value) {
 
 // The sum of squares of each of gridDim.x parts of `per_part` elements, in double: to `partial`, or, with one part and
 // `partial` null, added to `out`.
-template <class T>
-INLINE void sum_squares(const T* x, float* partial, float* out, i64 n, i64 per_part) {
-    constexpr int W = Width<T>::value;
+extern "C" __global__ void __launch_bounds__(256)
+    sum_squares_f32(const float* x, float* partial, float* out, i64 n, i64 per_part) {
+    constexpr int W = Width<float>::value;
     const i64 begin = (i64)blockIdx.x * per_part;
     const i64 end = begin + per_part < n ? begin + per_part : n;
     double sum = 0.0;
@@ -120,7 +131,7 @@ INLINE void sum_squares(const T* x, float* partial, float* out, i64 n, i64 per_p
 #pragma unroll
         for (int j = 0; j < W; j++) sum += (double)values[j] * (double)values[j];
     }
-    for (i64 i = vector_end + threadIdx.x; i < end; i += blockDim.x) sum += (double)widen(x[i]) * (double)widen(x[i]);
+    for (i64 i = vector_end + threadIdx.x; i < end; i += blockDim.x) sum += (double)x[i] * (double)x[i];
     sum = block_sum(sum);
     if (threadIdx.x > 0) return;
     if (partial) {
@@ -128,16 +139,6 @@ INLINE void sum_squares(const T* x, float* partial, float* out, i64 n, i64 per_p
     } else {
         *out += (float)sum;
     }
-}
-
-extern "C" __global__ void __launch_bounds__(256)
-    sum_squares_f32(const float* x, float* partial, float* out, i64 n, i64 per_part) {
-    sum_squares(x, partial, out, n, per_part);
-}
-
-extern "C" __global__ void __launch_bounds__(256)
-    sum_squares_bf16(const bf16* x, float* partial, float* out, i64 n, i64 per_part) {
-    sum_squares(x, partial, out, n, per_part);
 }
 
 // *out += the sum of the partial sums. One block.

@@ -56,6 +56,13 @@ extern "C" __global__ void __launch_bounds__(256)
 }
 
 extern "C" __global__ void __launch_bounds__(256)
+    copy_region_half_packs(const unsigned short* x, unsigned short* y, i64 count, u64 size1, u64 size2, u64 size3,
+                           u64 x_step0, u64 x_step1, u64 x_step2, u64 y_step0, u64 y_step1, u64 y_step2) {
+    region<8, false>(x, y, count, {size1, size2, size3, x_step0, x_step1, x_step2},
+                     {size1, size2, size3, y_step0, y_step1, y_step2});
+}
+
+extern "C" __global__ void __launch_bounds__(256)
     add_region_words(const float* x, float* y, i64 count, u64 size1, u64 size2, u64 size3, u64 x_step0, u64 x_step1,
                      u64 x_step2, u64 y_step0, u64 y_step1, u64 y_step2) {
     region<1, true>(x, y, count, {size1, size2, size3, x_step0, x_step1, x_step2},
@@ -89,8 +96,8 @@ INLINE float kept_or_dropped(u64 key, u64 place, u32 threshold, float kept, floa
 }
 
 // `start` is the place of the first element in the whole tensor, `row` the elements of a row of the batch.
-template <class T>
-INLINE void dropout(const T* x, const int* rng, T* y, i64 count, Box box, u64 start, u64 row, u64 seed, u32 threshold,
+template <class T, class U>
+INLINE void dropout(const T* x, const int* rng, U* y, i64 count, Box box, u64 start, u64 row, u64 seed, u32 threshold,
                     float kept) {
     constexpr int W = 4;
     const i64 first = global_thread() * W;
@@ -120,6 +127,12 @@ extern "C" __global__ void __launch_bounds__(256)
 extern "C" __global__ void __launch_bounds__(256)
     dropout_bf16(const bf16* x, const int* rng, bf16* y, i64 count, u64 size1, u64 size2, u64 size3, u64 step0,
                  u64 step1, u64 step2, u64 start, u64 row, u64 seed, u32 threshold, float kept) {
+    dropout(x, rng, y, count, {size1, size2, size3, step0, step1, step2}, start, row, seed, threshold, kept);
+}
+
+extern "C" __global__ void __launch_bounds__(256)
+    dropout_bf16_f32(const bf16* x, const int* rng, float* y, i64 count, u64 size1, u64 size2, u64 size3, u64 step0,
+                     u64 step1, u64 step2, u64 start, u64 row, u64 seed, u32 threshold, float kept) {
     dropout(x, rng, y, count, {size1, size2, size3, step0, step1, step2}, start, row, seed, threshold, kept);
 }
 

@@ -132,14 +132,23 @@ impl Staged {
 
     /// The first of a launch's writes that holds an infinity or no number, and how many of them.
     pub(crate) fn faults(&mut self, op: &Op, bound: &Bound<'_>) -> Result<Option<(usize, usize)>, KernelError> {
-        for (i, write) in bound.writes.iter().enumerate().filter(|(_, write)| write.dtype() == DType::F32) {
+        for (i, write) in bound.writes.iter().enumerate().filter(|(_, write)| write.dtype().is_float()) {
             let arena = self.arena(write.bytes())?;
             self.lane.copy_out(arena.host_start(), device_address(write)?, write.bytes())?;
             let event = self.record()?;
             self.wait(&event)?;
             let copy = View::new(bound.name, &arena, 0, write.shape(), write.dtype())?;
-            // SAFETY: floats; the copy is ours, and done.
-            let elements = faults(op, write.shape(), unsafe { copy.f32() });
+            let widened: Vec<f32>;
+            // SAFETY: of the type; the copy is ours, and done.
+            let values = unsafe {
+                if write.dtype() == DType::BF16 {
+                    widened = copy.bf16().iter().map(|half| half.to_f32()).collect();
+                    &widened
+                } else {
+                    copy.f32()
+                }
+            };
+            let elements = faults(op, write.shape(), values);
             if elements > 0 {
                 return Ok(Some((i, elements)));
             }

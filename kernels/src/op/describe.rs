@@ -1,8 +1,9 @@
 //! What a planner asks of an op: its name, how many buffers it takes, which of them accumulates, how much scratch
-//! memory it needs. Imports `op` and `collective` only.
+//! memory it needs, which types it takes. Imports `op`, `collective` and `tensor` only.
 
 use crate::collective::{CollectiveCall, CollectiveKind};
 use crate::op::Op;
+use crate::tensor::DType;
 
 /// Query rows that attention works on at once.
 pub(crate) const ATTENTION_BLOCK: usize = 64;
@@ -81,8 +82,8 @@ impl Op {
         }
     }
 
-    /// True when read `port` may be of type [`crate::tensor::DType::BF16`]: an activation or its gradient. Parameters, statistics and sums
-    /// are [`crate::tensor::DType::F32`], but for the operands of a product.
+    /// True when read `port` may be of type [`DType::BF16`]: an activation or its gradient. Parameters, statistics and sums are
+    /// [`DType::F32`], but for the operands of a product. All such reads of a launch are of one type.
     pub fn reads_bf16(&self, port: usize) -> bool {
         match self {
             Op::Cast | Op::Copy | Op::CopyRegion { .. } | Op::Add | Op::SumLeading | Op::Scale { .. } => true,
@@ -95,7 +96,8 @@ impl Op {
         }
     }
 
-    /// True when write `port` may be of type [`crate::tensor::DType::BF16`]. What accumulates is [`crate::tensor::DType::F32`] in any case.
+    /// True when write `port` may be of type [`DType::BF16`], which it is only where the reads that may be are. What accumulates is
+    /// [`DType::F32`] in any case.
     pub fn writes_bf16(&self, port: usize) -> bool {
         match self {
             Op::Fill { .. } | Op::Cast | Op::Copy | Op::CopyRegion { .. } | Op::Add | Op::SumLeading => true,
@@ -104,6 +106,34 @@ impl Op {
             Op::LayerNorm { .. } | Op::LayerNormGrad | Op::Attention { .. } => port == 0,
             _ => false,
         }
+    }
+
+    /// What is wrong with a launch's types where BF16 is among them: which buffer, what it should be, what it is. Each port
+    /// takes BF16 by itself, and:
+    /// - the reads that may be BF16 are all of one type;
+    /// - where they are F32, so are the writes. Only a cast turns one into the other; where they are BF16, a write may be
+    ///   either, for sums and for what an engine of collectives adds up.
+    pub(crate) fn bf16_fault(&self, reads: &[DType], writes: &[DType]) -> Option<(String, &'static str, &'static str)> {
+        if matches!(self, Op::Collective(_)) {
+            return None;
+        }
+        let none = ("F32 or I32", "BF16");
+        let refused = |what: &str, i: usize, (expected, got)| Some((format!("dtype of {what} {i}"), expected, got));
+        let wrong = |types: &[DType], may: &dyn Fn(usize) -> bool| {
+            types.iter().enumerate().position(|(i, dtype)| *dtype == DType::BF16 && !may(i))
+        };
+        if let Some(i) = wrong(reads, &|i| self.reads_bf16(i)) {
+            return refused("read", i, none);
+        }
+        if let Some(i) = wrong(writes, &|i| self.writes_bf16(i)) {
+            return refused("write", i, none);
+        }
+        let wide = (0..reads.len()).find(|&i| reads[i] == DType::F32 && self.reads_bf16(i))?;
+        if reads.contains(&DType::BF16) {
+            return refused("read", wide, ("BF16, as the other reads", "F32"));
+        }
+        let half = writes.iter().position(|dtype| *dtype == DType::BF16 && !matches!(self, Op::Cast))?;
+        refused("write", half, ("F32, as what is read", "BF16"))
     }
 
     /// Bytes of scratch memory that a launch needs on a stream of `threads` threads, given the shapes that it reads.

@@ -8,8 +8,11 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::Mutex;
 
+use half::bf16;
 use shardflow_kernels::cuda::source::{MODULES, Module};
-use shardflow_kernels::cuda::step::{Arg, Epilogue, ErrorRecord, Kernel, Matrix, Operand, Place, Product, Step};
+use shardflow_kernels::cuda::step::{
+    Arg, Element, Epilogue, ErrorRecord, Kernel, Matrix, Operand, Place, Product, Step,
+};
 
 const SHIM: [(&str, &str); 2] =
     [("cuda_bf16.h", include_str!("shim/cuda_bf16.h")), ("mma.h", include_str!("shim/mma.h"))];
@@ -163,25 +166,37 @@ fn value(arg: Arg, layout: &Layout) -> (u64, u64) {
     }
 }
 
+/// An element of a matrix, as a float.
+fn float(memory: &[u8], at: usize, element: Element) -> f32 {
+    match element {
+        Element::F32 => f32::from_ne_bytes(memory[at..at + 4].try_into().expect("four bytes")),
+        Element::Bf16 => bf16::from_ne_bytes(memory[at..at + 2].try_into().expect("two bytes")).to_f32(),
+    }
+}
+
 /// The product of floats by its definition.
 fn run_product(product: &Product, layout: &Layout, memory: &mut [u8]) {
     assert!(product.batch == 1 && product.epilogue == Epilogue::None, "{product:?}");
     let at = |matrix: &Matrix, transposed: bool, row: u64, column: u64| {
         let (row, column) = if transposed { (column, row) } else { (row, column) };
         assert!(row < matrix.rows && column < matrix.columns, "{matrix:?}");
-        layout.place(matrix.place) + 4 * (row + column * matrix.leading as u64) as usize
+        layout.place(matrix.place) + matrix.element.bytes() * (row + column * matrix.leading as u64) as usize
     };
-    let float = |memory: &[u8], at: usize| f32::from_ne_bytes(memory[at..at + 4].try_into().expect("four bytes"));
     for column in 0..product.n {
         for row in 0..product.m {
             let term = |k| {
-                let a = float(memory, at(&product.a, product.a_transposed, row, k));
-                f64::from(a) * f64::from(float(memory, at(&product.b, product.b_transposed, k, column)))
+                let a = float(memory, at(&product.a, product.a_transposed, row, k), product.a.element);
+                let b = float(memory, at(&product.b, product.b_transposed, k, column), product.b.element);
+                f64::from(a) * f64::from(b)
             };
             let sum = f64::from(product.alpha) * (0..product.k).map(term).sum::<f64>();
             let place = at(&product.d, false, row, column);
-            let before = if product.beta == 0.0 { 0.0 } else { product.beta * float(memory, place) };
-            memory[place..place + 4].copy_from_slice(&(sum as f32 + before).to_ne_bytes());
+            let before = if product.beta == 0.0 { 0.0 } else { product.beta * float(memory, place, product.d.element) };
+            let result = sum as f32 + before;
+            match product.d.element {
+                Element::F32 => memory[place..place + 4].copy_from_slice(&result.to_ne_bytes()),
+                Element::Bf16 => memory[place..place + 2].copy_from_slice(&bf16::from_f32(result).to_ne_bytes()),
+            }
         }
     }
 }

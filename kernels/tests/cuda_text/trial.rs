@@ -6,13 +6,12 @@ use std::sync::mpsc::channel;
 
 use shardflow_kernels::collective::in_process::InProcess;
 use shardflow_kernels::cuda::lower::{self, count_not_finite, lower};
-use shardflow_kernels::cuda::source::MODULES;
-use shardflow_kernels::cuda::step::{Arg, ErrorRecord, Operand, Place, Step};
+use shardflow_kernels::cuda::step::{ErrorRecord, Step};
 use shardflow_kernels::device::Device;
 use shardflow_kernels::memory::Base;
 use shardflow_kernels::op::{Buffer, Launch, Op, Program};
 use shardflow_kernels::stream::{Notice, Submission};
-use shardflow_kernels::tensor::{DType, HostData, HostTensor, element_count};
+use shardflow_kernels::tensor::{DType, HostTensor, element_count};
 
 use crate::machine::{self, Layout, Machine};
 
@@ -36,51 +35,50 @@ pub struct Trial {
     pub accumulate: bool,
 }
 
-/// Which buffers are bf16 on the device; kernels of that name are then taken. The CPU sees the rounded values.
-#[derive(Clone, Copy, Default)]
-pub struct Halves {
-    pub reads: &'static [usize],
-    pub writes: &'static [usize],
+/// Which types the floats of a launch have, where its op lets them be bf16.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Types {
+    /// All f32.
+    Floats,
+    /// What may be bf16 is.
+    Halves,
+    /// What is read is bf16 where it may be, and f32 is written.
+    Widening,
 }
 
 /// Bytes of canaries between buffers.
 const FENCE: usize = 64;
 const CANARY: u8 = 0xa5;
 
-pub fn round_to_bf16(value: f32) -> f32 {
-    f32::from_bits(u32::from(bf16_bits(value)) << 16)
-}
-
-fn bf16_bits(value: f32) -> u16 {
-    let bits = value.to_bits();
-    if value.is_nan() { 0x7fff } else { ((bits + 0x7fff + (bits >> 16 & 1)) >> 16) as u16 }
-}
-
-fn bytes_of(tensor: &HostTensor, half: bool) -> Vec<u8> {
-    match &tensor.data {
-        HostData::F32(values) if half => values.iter().flat_map(|&v| bf16_bits(v).to_ne_bytes()).collect(),
-        HostData::F32(values) => values.iter().flat_map(|v| v.to_ne_bytes()).collect(),
-        HostData::I32(values) => values.iter().flat_map(|v| v.to_ne_bytes()).collect(),
-        HostData::BF16(values) => values.iter().flat_map(|v| v.to_ne_bytes()).collect(),
-    }
-}
-
-fn tensor_of(bytes: &[u8], shape: &[usize], dtype: DType, half: bool) -> HostTensor {
-    let words = || bytes.chunks_exact(4).map(|word| u32::from_ne_bytes(word.try_into().expect("four bytes")));
-    match dtype {
-        DType::F32 if half => {
-            let halves = bytes.chunks_exact(2).map(|h| u16::from_ne_bytes(h.try_into().expect("two bytes")));
-            HostTensor::f32(shape, halves.map(|h| f32::from_bits(u32::from(h) << 16)).collect())
-        }
-        DType::F32 => HostTensor::f32(shape, words().map(f32::from_bits).collect()),
-        DType::I32 => HostTensor::i32(shape, words().map(|word| word as i32).collect()),
-        DType::BF16 => HostTensor::from_le_bytes(dtype, shape, bytes),
-    }
+/// The nearest values in bf16.
+pub fn halved(tensor: &HostTensor) -> HostTensor {
+    HostTensor::bf16(&tensor.shape, &tensor.to_f32().expect("floats"))
 }
 
 impl Trial {
     pub fn new(op: Op, reads: Vec<HostTensor>, writes: Vec<Initial>) -> Self {
         Self { op, reads, writes, accumulate: false }
+    }
+
+    /// The same launch on these types. A sum that is added to stays f32.
+    pub fn typed(mut self, types: Types) -> Self {
+        if types == Types::Floats {
+            return self;
+        }
+        for (port, read) in self.reads.iter_mut().enumerate() {
+            if read.dtype() == DType::F32 && self.op.reads_bf16(port) {
+                *read = halved(read);
+            }
+        }
+        let sum = self.op.can_accumulate().filter(|_| self.accumulate);
+        for port in 0..self.writes.len() {
+            let initial = self.initial(&self.writes[port]);
+            let is_own = !matches!(self.writes[port], Initial::Read(_)) && initial.dtype() == DType::F32;
+            if types == Types::Halves && is_own && self.op.writes_bf16(port) && sum != Some(port) {
+                self.writes[port] = Initial::Values(halved(&initial));
+            }
+        }
+        self
     }
 
     fn initial(&self, write: &Initial) -> HostTensor {
@@ -94,7 +92,7 @@ impl Trial {
     /// The launch, its buffers `offsets(bytes)` from base 0, and a workspace of `workspace` bytes.
     fn launch(&self, mut place: impl FnMut(usize) -> usize, workspace: usize) -> Launch {
         let mut buffer = |tensor: &HostTensor| {
-            let offset = place(4 * element_count(&tensor.shape));
+            let offset = place(tensor.as_bytes().len());
             Buffer { base: 0, offset, shape: tensor.shape.clone(), dtype: tensor.dtype() }
         };
         let reads: Vec<Buffer> = self.reads.iter().map(&mut buffer).collect();
@@ -150,25 +148,16 @@ impl Trial {
         writes.iter().map(read).collect::<Result<_, _>>().map_err(|error| error.to_string())
     }
 
-    /// What the CUDA text makes of it, buffers lying at multiples of `align` and no more; and the record's error.
+    /// What the CUDA text makes of it, buffers lying at multiples of 64 bytes or of an element and no more; and the
+    /// record's error.
     pub fn on_device(
         &self,
         machine: &mut Machine,
-        align: usize,
-        halves: Halves,
+        aligned: bool,
     ) -> Result<(Vec<HostTensor>, Option<ErrorRecord>), String> {
         let workspace = lower::workspace_bytes(&self.op, &self.shapes());
-        let launch = self.launch(|_| 0, workspace);
-        let steps = match &self.op {
-            Op::Attention { scale } | Op::AttentionGrad { scale } if !halves.reads.is_empty() => {
-                let shape = self.reads[0].shape[..].try_into().expect("four dims");
-                let gradient = matches!(self.op, Op::AttentionGrad { .. });
-                lower::attention_steps(shardflow_kernels::cuda::step::Element::Bf16, shape, *scale, gradient)
-            }
-            _ => lower(&launch, self.accumulate).map(|steps| steps.into_iter().map(|s| halved(s, halves)).collect()),
-        };
-        let steps = steps.map_err(|error| error.to_string())?;
-        self.run_steps(machine, &steps, align, halves, workspace)
+        let steps = lower(&self.launch(|_| 0, workspace), self.accumulate).map_err(|error| error.to_string())?;
+        self.run_steps(machine, &steps, aligned, workspace)
     }
 
     /// As `on_device`, with steps of whatever origin.
@@ -176,34 +165,32 @@ impl Trial {
         &self,
         machine: &mut Machine,
         steps: &[Step],
-        align: usize,
-        halves: Halves,
+        aligned: bool,
         workspace: usize,
     ) -> Result<(Vec<HostTensor>, Option<ErrorRecord>), String> {
         let mut memory = Vec::new();
         let mut fences = Vec::new();
-        let mut put = |memory: &mut Vec<u8>, bytes: &[u8]| {
+        let mut put = |memory: &mut Vec<u8>, bytes: &[u8], element: usize| {
             fences.push(memory.len()..memory.len() + FENCE);
             memory.resize(memory.len() + FENCE, CANARY);
             // Never more aligned than that.
-            let place = memory.len().next_multiple_of(64) + if align < 64 { align } else { 0 };
+            let place = memory.len().next_multiple_of(64) + if aligned { 0 } else { element };
             memory.resize(place, CANARY);
             memory.extend_from_slice(bytes);
             place
         };
-        let half_read = |i: &usize| halves.reads.contains(i);
-        let reads: Vec<usize> =
-            self.reads.iter().enumerate().map(|(i, t)| put(&mut memory, &bytes_of(t, half_read(&i)))).collect();
+        let mut put_tensor = |memory: &mut Vec<u8>, t: &HostTensor| put(memory, t.as_bytes(), t.dtype().bytes());
+        let reads: Vec<usize> = self.reads.iter().map(|read| put_tensor(&mut memory, read)).collect();
         let mut writes = Vec::new();
-        for (i, write) in self.writes.iter().enumerate() {
+        for write in &self.writes {
             writes.push(match write {
                 Initial::Read(read) => reads[*read],
-                _ => put(&mut memory, &bytes_of(&self.initial(write), halves.writes.contains(&i))),
+                _ => put_tensor(&mut memory, &self.initial(write)),
             });
         }
         // Ones: a NaN for whoever reads before writing.
-        let workspace = put(&mut memory, &vec![0xff; workspace]);
-        let record = put(&mut memory, &[0; 4 * ErrorRecord::WORDS]);
+        let workspace = put(&mut memory, &vec![0xff; workspace], 4);
+        let record = put(&mut memory, &[0; 4 * ErrorRecord::WORDS], 4);
         let counter = memory.len().next_multiple_of(64);
         memory.resize(counter + 8, 0);
         let layout = Layout { reads, writes, workspace, record, counter };
@@ -215,15 +202,15 @@ impl Trial {
             return Err(format!("wrote into the fence at {fence:?}"));
         }
         for (i, read) in self.reads.iter().enumerate() {
-            let range = layout.reads[i]..layout.reads[i] + bytes_of(read, half_read(&i)).len();
+            let range = layout.reads[i]..layout.reads[i] + read.as_bytes().len();
             if !layout.writes.contains(&layout.reads[i]) && memory[range.clone()] != before[range] {
                 return Err(format!("wrote into read {i}"));
             }
         }
         let of_write = |(i, write): (usize, &Initial)| {
-            let (initial, half) = (self.initial(write), halves.writes.contains(&i));
-            let bytes = bytes_of(&initial, half).len();
-            tensor_of(&memory[layout.writes[i]..][..bytes], &initial.shape, initial.dtype(), half)
+            let initial = self.initial(write);
+            let bytes = &memory[layout.writes[i]..][..initial.as_bytes().len()];
+            HostTensor::from_le_bytes(initial.dtype(), &initial.shape, bytes)
         };
         let written = self.writes.iter().enumerate().map(of_write).collect();
         Ok((written, machine::record(&memory, &layout)))
@@ -240,7 +227,7 @@ impl Trial {
             .map(|write| {
                 let place = memory.len().next_multiple_of(64);
                 memory.resize(place, 0);
-                memory.extend(bytes_of(&self.initial(write), false));
+                memory.extend(self.initial(write).as_bytes());
                 place
             })
             .collect();
@@ -252,49 +239,29 @@ impl Trial {
     }
 
     /// Compares the device's results with the CPU's, for aligned and for odd places.
-    pub fn check(&self, machine: &mut Machine, tolerance: f64, halves: Halves) {
-        let mut rounded = self.clone();
-        for &i in halves.reads {
-            if let HostData::F32(values) = &mut rounded.reads[i].data {
-                values.iter_mut().for_each(|value| *value = round_to_bf16(*value));
-            }
-        }
-        let shapes: Vec<_> = self.reads.iter().map(|read| &read.shape).collect();
+    pub fn check(&self, machine: &mut Machine, tolerance: f64) {
+        let shapes: Vec<_> = self.reads.iter().map(|read| (read.dtype(), &read.shape)).collect();
         let name = format!("{:?} {shapes:?} accumulate {}", self.op, self.accumulate);
-        let expected = rounded.on_cpu().unwrap_or_else(|error| panic!("{name} on the CPU: {error}"));
-        for align in [64, if halves.reads.is_empty() { 4 } else { 2 }] {
-            let got = rounded.on_device(machine, align, halves);
-            let (got, record) = got.unwrap_or_else(|error| panic!("{name} at {align}: {error}"));
-            assert_eq!(record, None, "{name} at {align}");
+        let expected = self.on_cpu().unwrap_or_else(|error| panic!("{name} on the CPU: {error}"));
+        for aligned in [true, false] {
+            let got = self.on_device(machine, aligned);
+            let (got, record) = got.unwrap_or_else(|error| panic!("{name}, aligned {aligned}: {error}"));
+            assert_eq!(record, None, "{name}, aligned {aligned}");
             for (i, (got, expected)) in got.iter().zip(&expected).enumerate() {
-                assert_close(&format!("{name} at {align}, write {i}"), got, expected, tolerance);
+                assert_close(&format!("{name}, aligned {aligned}, write {i}"), got, expected, tolerance);
             }
         }
     }
-}
-
-/// The step on bf16: its kernel of that name, unless it works on the workspace, which is of floats.
-fn halved(step: Step, halves: Halves) -> Step {
-    let Step::Kernel(mut kernel) = step else { return step };
-    let from_workspace = matches!(kernel.args[0], Arg::Pointer(Place { operand: Operand::Workspace, .. }));
-    let name = kernel.function.replace("_f32", "_bf16");
-    let known = MODULES.iter().flat_map(|module| module.functions()).find(|function| *function == name);
-    if let Some(known) = known
-        && !halves.reads.is_empty()
-        && !from_workspace
-    {
-        kernel.function = known;
-    }
-    Step::Kernel(kernel)
 }
 
 /// `|got - expected| <= tolerance * (1 + |expected|)`, and no number only where the CPU has none.
 pub fn assert_close(name: &str, got: &HostTensor, expected: &HostTensor, tolerance: f64) {
     assert_eq!(got.shape, expected.shape, "{name}");
-    let (HostData::F32(got), HostData::F32(expected)) = (&got.data, &expected.data) else {
+    assert_eq!(got.dtype(), expected.dtype(), "{name}");
+    let (Some(got), Some(expected)) = (got.to_f32(), expected.to_f32()) else {
         return assert_eq!(got, expected, "{name}");
     };
-    for (i, (got, expected)) in got.iter().zip(expected).enumerate() {
+    for (i, (got, expected)) in got.iter().zip(&expected).enumerate() {
         let near = f64::from((got - expected).abs()) <= tolerance * (1.0 + f64::from(expected.abs()));
         let same = got == expected || got.is_nan() && expected.is_nan();
         assert!(near || same, "{name}: element {i} is {got}, on the CPU {expected}");

@@ -1,9 +1,17 @@
 //! A launch whose buffers are looked at: their number, shapes and types, as the CPU backend's `launch` does.
-//! Imports `op`, `tensor`, `error`, and `workspace_bytes`.
+//! Imports `op`, `tensor`, `error`, `cuda::step`, and `workspace_bytes`.
 
+use crate::cuda::step::Element;
 use crate::error::KernelError;
 use crate::op::{Buffer, Launch};
 use crate::tensor::{DType, element_count};
+
+fn element(dtype: DType) -> Element {
+    match dtype {
+        DType::BF16 => Element::Bf16,
+        DType::F32 | DType::I32 => Element::F32,
+    }
+}
 
 /// A launch, and whether it adds to its accumulating write.
 pub(super) struct Args<'a> {
@@ -23,6 +31,14 @@ impl<'a> Args<'a> {
         }
         if (accumulate || launch.accumulate) && launch.op.can_accumulate().is_none() {
             return Err(args.refused("accumulate", "an op that can accumulate", launch.op.name()));
+        }
+        let types = |buffers: &[Buffer]| buffers.iter().map(|buffer| buffer.dtype).collect::<Vec<_>>();
+        if let Some((what, expected, got)) = launch.op.bf16_fault(&types(&launch.reads), &types(&launch.writes)) {
+            return Err(args.refused(&what, expected, got));
+        }
+        let sum = launch.op.can_accumulate().filter(|_| accumulate || launch.accumulate);
+        if sum.is_some_and(|i| launch.writes[i].dtype == DType::BF16) {
+            return Err(args.refused("accumulate", "a sum of type F32, which keeps what is small", "BF16"));
         }
         let shapes: Vec<&[usize]> = launch.reads.iter().map(|read| &read.shape[..]).collect();
         let needed = super::workspace_bytes(&launch.op, &shapes);
@@ -65,13 +81,37 @@ impl<'a> Args<'a> {
         Err(self.refused(&format!("dtype of {what} {i}"), format!("{dtype:?}"), format!("{:?}", buffer.dtype)))
     }
 
-    /// Fails unless these reads, and all writes, are floats, and all other reads integers.
+    /// Fails unless these reads, and all writes, are floats, and all other reads integers. Which floats may be bf16 is
+    /// looked at in `new`.
     pub(super) fn expect_floats(&self, reads: &[usize]) -> Result<(), KernelError> {
         for (i, buffer) in self.launch.reads.iter().enumerate() {
-            let dtype = if reads.contains(&i) { DType::F32 } else { DType::I32 };
-            self.check_dtype("read", i, buffer, dtype)?;
+            match reads.contains(&i) {
+                true if buffer.dtype.is_float() => {}
+                true => self.check_dtype("read", i, buffer, DType::F32)?,
+                false => self.check_dtype("read", i, buffer, DType::I32)?,
+            }
         }
-        self.launch.writes.iter().enumerate().try_for_each(|(i, b)| self.check_dtype("write", i, b, DType::F32))
+        let mut integers = self.launch.writes.iter().enumerate().filter(|(_, buffer)| !buffer.dtype.is_float());
+        integers.try_for_each(|(i, buffer)| self.check_dtype("write", i, buffer, DType::F32))
+    }
+
+    /// Which of a kernel's variants, see [`variants`](super::variants), takes read `i` and makes write `w`.
+    pub(super) fn pick(&self, i: usize, w: usize, [floats, halves, widening]: [&'static str; 3]) -> &'static str {
+        match (self.read_dtype(i), self.write_dtype(w)) {
+            (DType::BF16, DType::BF16) => halves,
+            (DType::BF16, _) => widening,
+            _ => floats,
+        }
+    }
+
+    /// The element type of read `i`.
+    pub(super) fn read_element(&self, i: usize) -> Element {
+        element(self.read_dtype(i))
+    }
+
+    /// The element type of write `i`.
+    pub(super) fn write_element(&self, i: usize) -> Element {
+        element(self.write_dtype(i))
     }
 
     /// Fails unless read `i` is of the type of write 0.

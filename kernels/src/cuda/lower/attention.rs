@@ -54,11 +54,11 @@ fn tiled(element: Element, depth: usize) -> Option<Tiled> {
 
 /// Extents of `[b, t, h, d]`.
 #[derive(Clone, Copy)]
-pub(super) struct Dims {
-    pub(super) batch: usize,
-    pub(super) time: usize,
-    pub(super) heads: usize,
-    pub(super) depth: usize,
+struct Dims {
+    batch: usize,
+    time: usize,
+    heads: usize,
+    depth: usize,
 }
 
 impl Dims {
@@ -107,36 +107,47 @@ fn pick(element: Element, f32: &'static str, bf16: &'static str) -> &'static str
     }
 }
 
-pub(super) fn forward(element: Element, dims: Dims, scale: f32) -> Result<Vec<Step>, KernelError> {
+/// Write `i`; and, for kernels on bf16, whether it is of floats.
+fn result(operands: Element, i: usize, element: Element) -> Vec<Arg> {
+    match operands {
+        Element::F32 => vec![write(i)],
+        Element::Bf16 => vec![write(i), Arg::I32(i32::from(element == Element::F32))],
+    }
+}
+
+/// On operands of one type; `o` is the type of the result.
+fn forward(operands: Element, o: Element, dims: Dims, scale: f32) -> Result<Vec<Step>, KernelError> {
     if dims.rows() == 0 {
         return Ok(vec![]);
     }
-    let buffers = vec![read(0), read(1), read(2), write(0), write(1)];
-    let step = match tiled(element, dims.depth) {
+    let buffers = [vec![read(0), read(1), read(2)], result(operands, 0, o), vec![write(1)]].concat();
+    let step = match tiled(operands, dims.depth) {
         Some(tiled) => dims.tiled_step(tiled.forward, tiled.threads, buffers, scale)?,
-        None => dims.plain_step(pick(element, "attention_plain_f32", "attention_plain_bf16"), buffers, Some(scale))?,
+        None => dims.plain_step(pick(operands, "attention_plain_f32", "attention_plain_bf16"), buffers, Some(scale))?,
     };
     Ok(vec![step])
 }
 
-pub(super) fn backward(element: Element, dims: Dims, scale: f32) -> Result<Vec<Step>, KernelError> {
+/// On operands of one type; `grads` are the types of dq, dk and dv.
+fn backward(operands: Element, grads: [Element; 3], dims: Dims, scale: f32) -> Result<Vec<Step>, KernelError> {
     if dims.rows() * dims.depth == 0 {
         return Ok(vec![]);
     }
     // Reads are do, q, k, v, o, lse.
     let delta = Arg::Pointer(Place::workspace(0));
-    let name = pick(element, "attention_delta_f32", "attention_delta_bf16");
+    let name = pick(operands, "attention_delta_f32", "attention_delta_bf16");
     let rows = dims.plain_step(name, vec![read(0), read(4), delta], None)?;
     let inputs = vec![read(0), read(1), read(2), read(3), read(5), delta];
-    let keys = [inputs.clone(), vec![write(1), write(2)]].concat();
-    let queries = [inputs, vec![write(0)]].concat();
-    if let Some(tiled) = tiled(element, dims.depth) {
+    let [dq, dk, dv] = [0, 1, 2].map(|i| result(operands, i, grads[i]));
+    let keys = [inputs.clone(), dk, dv].concat();
+    let queries = [inputs, dq].concat();
+    if let Some(tiled) = tiled(operands, dims.depth) {
         let keys = dims.tiled_step(tiled.keys, tiled.threads, keys, scale)?;
         return Ok(vec![rows, keys, dims.tiled_step(tiled.queries, tiled.threads, queries, scale)?]);
     }
-    let name = pick(element, "attention_grad_keys_plain_f32", "attention_grad_keys_plain_bf16");
+    let name = pick(operands, "attention_grad_keys_plain_f32", "attention_grad_keys_plain_bf16");
     let keys = dims.plain_step(name, keys, Some(scale))?;
-    let name = pick(element, "attention_grad_queries_plain_f32", "attention_grad_queries_plain_bf16");
+    let name = pick(operands, "attention_grad_queries_plain_f32", "attention_grad_queries_plain_bf16");
     Ok(vec![rows, keys, dims.plain_step(name, queries, Some(scale))?])
 }
 
@@ -146,7 +157,7 @@ pub(super) fn attention(args: &Args<'_>, scale: f32) -> Result<Vec<Step>, Kernel
     args.expect_reads(&[1, 2], args.read_shape(0))?;
     args.expect_writes(&[0], args.read_shape(0))?;
     args.expect_writes(&[1], &[dims.batch, dims.heads, dims.time])?;
-    forward(Element::F32, dims, scale)
+    forward(args.read_element(0), args.write_element(0), dims, scale)
 }
 
 /// Floats of the row sums of do o.
@@ -163,5 +174,5 @@ pub(super) fn attention_grad(args: &Args<'_>, scale: f32) -> Result<Vec<Step>, K
     args.expect_reads(&[1, 2, 3, 4], args.read_shape(0))?;
     args.expect_reads(&[5], &[dims.batch, dims.heads, dims.time])?;
     args.expect_writes(&[0, 1, 2], args.read_shape(0))?;
-    backward(Element::F32, dims, scale)
+    backward(args.read_element(0), [0, 1, 2].map(|i| args.write_element(i)), dims, scale)
 }

@@ -1,7 +1,7 @@
 //! Ops on each element by itself. Imports `lower`, `cuda::step`, `tensor`.
 
 use super::args::Args;
-use super::{PACK, THREADS, blocks, long, read, threads, write};
+use super::{HALF_PACK, PACK, THREADS, blocks, long, read, threads, variants, write};
 use crate::cuda::step::{Arg, Place, Step};
 use crate::error::KernelError;
 use crate::tensor::{DType, element_count};
@@ -9,19 +9,37 @@ use crate::tensor::{DType, element_count};
 /// Packs of four that a thread of AdamW does: PACKS_PER_THREAD in optimizer.cu.
 const ADAMW_PACKS: usize = 4;
 
-/// One elementwise kernel on `n` elements, or nothing.
-fn over(function: &'static str, n: usize, args: Vec<Arg>) -> Result<Vec<Step>, KernelError> {
+/// One elementwise kernel on `n` elements, or nothing; a thread does `pack` of them.
+fn over(function: &'static str, n: usize, pack: usize, args: Vec<Arg>) -> Result<Vec<Step>, KernelError> {
     if n == 0 {
         return Ok(vec![]);
     }
-    Ok(vec![threads(function, n.div_ceil(PACK), args)?])
+    Ok(vec![threads(function, n.div_ceil(pack), args)?])
+}
+
+/// As `over`, for all that write 0 holds, by the variant that takes read 0.
+fn map(args: &Args<'_>, names: [&'static str; 3], arguments: Vec<Arg>) -> Result<Vec<Step>, KernelError> {
+    let halves = [args.read_dtype(0), args.write_dtype(0)] == [DType::BF16; 2];
+    let pack = if halves { HALF_PACK } else { PACK };
+    over(args.pick(0, 0, names), args.written(0), pack, arguments)
+}
+
+/// The steps that make write 0 all of one value.
+pub(super) fn filled(args: &Args<'_>, value: f32) -> Result<Vec<Step>, KernelError> {
+    let words = args.written(0);
+    if words == 0 {
+        return Ok(vec![]);
+    }
+    if args.write_dtype(0) == DType::BF16 {
+        // Two are a word, but they may begin in the middle of one.
+        return over("fill_bf16", words, HALF_PACK, vec![write(0), long(words), Arg::F32(value)]);
+    }
+    Ok(vec![Step::Fill { to: Place::write(0), word: value.to_bits(), words }])
 }
 
 pub(super) fn fill(args: &Args<'_>, value: f32) -> Result<Vec<Step>, KernelError> {
     args.expect_floats(&[])?;
-    let words = args.written(0);
-    let fill = Step::Fill { to: Place::write(0), word: value.to_bits(), words };
-    Ok(if words > 0 { vec![fill] } else { vec![] })
+    filled(args, value)
 }
 
 pub(super) fn copy(args: &Args<'_>) -> Result<Vec<Step>, KernelError> {
@@ -32,7 +50,7 @@ pub(super) fn copy(args: &Args<'_>) -> Result<Vec<Step>, KernelError> {
         if args.write_dtype(0) == DType::I32 {
             return Err(args.refused("accumulate", "floats", "integers"));
         }
-        return over("add_to_f32", n, vec![read(0), write(0), long(n)]);
+        return over("add_to_f32", n, PACK, vec![read(0), write(0), long(n)]);
     }
     let bytes = n * args.write_dtype(0).bytes();
     let copy = Step::Copy { from: Place::read(0), to: Place::write(0), bytes };
@@ -47,7 +65,7 @@ pub(super) fn cast(args: &Args<'_>) -> Result<Vec<Step>, KernelError> {
         (from, to) => return Err(args.refused("dtypes", "F32 to BF16 or BF16 to F32", format!("{from:?} to {to:?}"))),
     };
     let n = args.written(0);
-    over(function, n, vec![read(0), write(0), long(n)])
+    over(function, n, PACK, vec![read(0), write(0), long(n)])
 }
 
 pub(super) fn add(args: &Args<'_>) -> Result<Vec<Step>, KernelError> {
@@ -59,23 +77,23 @@ pub(super) fn add(args: &Args<'_>) -> Result<Vec<Step>, KernelError> {
     }
     let n = args.written(0);
     if a == b {
-        return over("add_f32", n, vec![read(0), read(1), write(0), long(n)]);
+        return map(args, variants!("add"), vec![read(0), read(1), write(0), long(n)]);
     }
-    over("add_suffix_f32", n, vec![read(0), read(1), write(0), long(n), long(element_count(b))])
+    map(args, variants!("add_suffix"), vec![read(0), read(1), write(0), long(n), long(element_count(b))])
 }
 
 pub(super) fn scale(args: &Args<'_>, factor: f32) -> Result<Vec<Step>, KernelError> {
     args.expect_same_count(0)?;
     args.expect_floats(&[0])?;
     let n = args.written(0);
-    over("scale_f32", n, vec![read(0), write(0), long(n), Arg::F32(factor)])
+    map(args, variants!("scale"), vec![read(0), write(0), long(n), Arg::F32(factor)])
 }
 
 pub(super) fn gelu(args: &Args<'_>) -> Result<Vec<Step>, KernelError> {
     args.expect_same_count(0)?;
     args.expect_floats(&[0])?;
     let n = args.written(0);
-    over("gelu_f32", n, vec![read(0), write(0), long(n)])
+    map(args, variants!("gelu"), vec![read(0), write(0), long(n)])
 }
 
 pub(super) fn gelu_grad(args: &Args<'_>) -> Result<Vec<Step>, KernelError> {
@@ -83,7 +101,7 @@ pub(super) fn gelu_grad(args: &Args<'_>) -> Result<Vec<Step>, KernelError> {
     args.expect_same_count(1)?;
     args.expect_floats(&[0, 1])?;
     let n = args.written(0);
-    over("gelu_grad_f32", n, vec![read(0), read(1), write(0), long(n)])
+    map(args, variants!("gelu_grad"), vec![read(0), read(1), write(0), long(n)])
 }
 
 pub(super) fn adamw(

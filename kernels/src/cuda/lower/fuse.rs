@@ -8,7 +8,7 @@ use super::{PACK, long, lower, read, threads, write};
 use crate::cuda::step::{Arg, Step};
 use crate::error::KernelError;
 use crate::op::{Buffer, Launch, Op};
-use crate::tensor::element_count;
+use crate::tensor::{DType, element_count};
 
 /// What does both launches. Places in its steps are counted in the buffers given here.
 #[derive(Clone, Debug)]
@@ -21,9 +21,15 @@ pub struct Fused {
     pub steps: Vec<Step>,
 }
 
+/// Whether ops are of a kind for which there is one kernel.
+pub fn may_fuse(first: &Launch, second: &Launch) -> bool {
+    let pair = (&first.op, &second.op);
+    let known = matches!(pair, (Op::Add, Op::LayerNorm { .. } | Op::Gelu) | (Op::RowMax, Op::SumExpTarget { .. }));
+    known && !first.accumulate && !second.accumulate
+}
+
 /// One step for `first` and `second`, where there is one. `overlap` tells whether two buffers share memory other than
-/// by being the same memory. A signal between the two launches is then due behind both; an [`Arg::LaunchIndex`] is that of
-/// `second`.
+/// by being the same memory. No signal may be due between the two; an [`Arg::LaunchIndex`] is that of `second`.
 ///
 /// # Errors
 /// As [`lower`] of either.
@@ -32,9 +38,7 @@ pub fn fuse(
     second: &Launch,
     overlap: &dyn Fn(&Buffer, &Buffer) -> bool,
 ) -> Result<Option<Fused>, KernelError> {
-    let pair = (&first.op, &second.op);
-    let known = matches!(pair, (Op::Add, Op::LayerNorm { .. } | Op::Gelu) | (Op::RowMax, Op::SumExpTarget { .. }));
-    if first.accumulate || second.accumulate || !known {
+    if !may_fuse(first, second) {
         return Ok(None);
     }
     // Both must be what they should be on their own.
@@ -66,6 +70,13 @@ fn same_start(a: &Buffer, b: &Buffer) -> bool {
     (a.base, a.offset) == (b.base, b.offset) && element_count(&a.shape).min(element_count(&b.shape)) > 0
 }
 
+/// The kernel for activations of one type throughout: what is added, the sum and what is made of it.
+fn of_one_type(first: &Launch, second: &Launch, floats: &'static str, halves: &'static str) -> Option<&'static str> {
+    let dtype = first.reads[0].dtype;
+    let same = [&first.reads[1], &first.writes[0], &second.writes[0]].iter().all(|buffer| buffer.dtype == dtype);
+    same.then_some(if dtype == DType::BF16 { halves } else { floats })
+}
+
 fn add_layer_norm(
     first: &Launch,
     second: &Launch,
@@ -78,13 +89,14 @@ fn add_layer_norm(
         return Ok(None);
     }
     let Some((&width, leading)) = first.writes[0].shape.split_last() else { return Ok(None) };
+    let Some(name) = of_one_type(first, second, "add_layer_norm_f32", "add_layer_norm_bf16") else { return Ok(None) };
     let rows = element_count(leading);
     let mut arguments = vec![read(0), read(1), read(2), write(0), write(1), write(2), write(3)];
     arguments.extend([long(rows), long(width), Arg::F32(eps)]);
     Ok(Some(Fused {
         reads: [&first.reads[..], &[weight]].concat(),
         writes: [&first.writes[..], &second.writes[..]].concat(),
-        steps: vec![warps("add_layer_norm_f32", rows, arguments)?],
+        steps: vec![warps(name, rows, arguments)?],
     }))
 }
 
@@ -99,6 +111,7 @@ fn bias_gelu(
     if bias_hit || x_hit && !in_place {
         return Ok(None);
     }
+    let Some(name) = of_one_type(first, second, "bias_gelu_f32", "bias_gelu_bf16") else { return Ok(None) };
     let n = element_count(&first.writes[0].shape);
     let width = element_count(&first.reads[1].shape);
     // GELU in place of the sums leaves nobody who reads them.
@@ -107,7 +120,7 @@ fn bias_gelu(
     Ok(Some(Fused {
         reads: first.reads.clone(),
         writes: [&first.writes[..], &second.writes[..]].concat(),
-        steps: vec![threads("bias_gelu_f32", n.div_ceil(PACK), arguments)?],
+        steps: vec![threads(name, n.div_ceil(PACK), arguments)?],
     }))
 }
 
@@ -129,6 +142,8 @@ fn max_and_sum(
     let mut arguments = vec![read(0), read(1), write(0), write(1), write(2)];
     arguments.extend([count, width, vocab_start, vocab].map(long));
     arguments.extend([Arg::ErrorRecord, Arg::LaunchIndex]);
-    let steps = rows("row_max_sum_exp_target_f32", count, width, arguments)?;
+    let half = logits.dtype == DType::BF16;
+    let name = if half { "row_max_sum_exp_target_bf16" } else { "row_max_sum_exp_target_f32" };
+    let steps = rows(name, count, width, arguments)?;
     Ok(Some(Fused { reads: inputs.to_vec(), writes, steps }))
 }

@@ -2,10 +2,10 @@
 //! `tensor`.
 
 use super::args::Args;
-use super::{PACK, THREADS, blocks, long, read, threads, write};
+use super::{PACK, THREADS, blocks, long, read, threads, variants, write};
 use crate::cuda::step::{Arg, Place, Step};
 use crate::error::KernelError;
-use crate::tensor::element_count;
+use crate::tensor::{DType, element_count};
 
 /// Threads of a block that does a row at most, and packs of four of each where there are that many.
 const ROW_THREADS_MAX: usize = 512;
@@ -17,6 +17,11 @@ const TOKEN_THREADS_MAX: usize = 1024;
 /// A power of two of threads for `work`, whole warps.
 fn threads_for(work: usize, most: usize) -> usize {
     work.clamp(32, most).next_power_of_two()
+}
+
+/// The kernel that reads activations, of floats or bf16, and writes floats.
+fn of_sums(args: &Args<'_>, read: usize, [floats, halves]: [&'static str; 2]) -> &'static str {
+    args.pick(read, 0, [floats, halves, halves])
 }
 
 /// A block for each row of `width` elements.
@@ -54,8 +59,9 @@ pub(super) fn embedding(args: &Args<'_>, vocab_start: usize, vocab: usize) -> Re
         Arg::ErrorRecord,
         Arg::LaunchIndex,
     ];
+    let name = if args.write_dtype(0) == DType::BF16 { "embedding_f32_bf16" } else { "embedding_f32" };
     // Indices are looked at even where no element is written.
-    Ok(vec![threads("embedding_f32", (count * width.div_ceil(PACK)).max(1), arguments)?])
+    Ok(vec![threads(name, (count * width.div_ceil(PACK)).max(1), arguments)?])
 }
 
 pub(super) fn embedding_grad(args: &Args<'_>, vocab_start: usize) -> Result<Vec<Step>, KernelError> {
@@ -74,7 +80,13 @@ pub(super) fn embedding_grad(args: &Args<'_>, vocab_start: usize) -> Result<Vec<
     }
     if count > 0 {
         let arguments = vec![read(0), read(1), write(0), long(count), long(held), long(width), long(vocab_start)];
-        steps.push(blocks("embedding_grad_f32", count, THREADS, 0, arguments)?);
+        steps.push(blocks(
+            of_sums(args, 1, ["embedding_grad_f32", "embedding_grad_bf16"]),
+            count,
+            THREADS,
+            0,
+            arguments,
+        )?);
     }
     Ok(steps)
 }
@@ -83,7 +95,7 @@ pub(super) fn row_max(args: &Args<'_>) -> Result<Vec<Step>, KernelError> {
     let (leading, count, width) = args.rows_of(0)?;
     args.expect_floats(&[0])?;
     args.expect_writes(&[0], leading)?;
-    rows("row_max_f32", count, width, vec![read(0), write(0), long(width)])
+    rows(of_sums(args, 0, ["row_max_f32", "row_max_bf16"]), count, width, vec![read(0), write(0), long(width)])
 }
 
 pub(super) fn sum_exp_target(args: &Args<'_>, vocab_start: usize, vocab: usize) -> Result<Vec<Step>, KernelError> {
@@ -104,7 +116,7 @@ pub(super) fn sum_exp_target(args: &Args<'_>, vocab_start: usize, vocab: usize) 
         Arg::ErrorRecord,
         Arg::LaunchIndex,
     ];
-    rows("sum_exp_target_f32", count, width, arguments)
+    rows(of_sums(args, 0, ["sum_exp_target_f32", "sum_exp_target_bf16"]), count, width, arguments)
 }
 
 pub(super) fn token_loss(args: &Args<'_>, scale: f32) -> Result<Vec<Step>, KernelError> {
@@ -128,5 +140,5 @@ pub(super) fn cross_entropy_grad(args: &Args<'_>, vocab_start: usize, scale: f32
     }
     let inputs = [0, 1, 2, 3, 4].map(read).into_iter();
     let rest = [write(0), long(width), long(vocab_start), Arg::F32(scale)];
-    rows("cross_entropy_grad_f32", count, width, inputs.chain(rest).collect())
+    rows(args.pick(1, 0, variants!("cross_entropy_grad")), count, width, inputs.chain(rest).collect())
 }

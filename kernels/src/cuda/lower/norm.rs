@@ -1,8 +1,8 @@
 //! Layer norm and its gradient. Imports `lower`, `cuda::step`, `tensor`.
 
 use super::args::Args;
-use super::reduce::{Columns, sum_columns};
-use super::{blocks, long, read, write};
+use super::reduce::{Columns, Passes, sum_columns};
+use super::{blocks, long, read, variants, write};
 use crate::cuda::step::{Arg, Place, Step};
 use crate::error::KernelError;
 use crate::tensor::element_count;
@@ -25,7 +25,7 @@ pub(super) fn layer_norm(args: &Args<'_>, eps: f32) -> Result<Vec<Step>, KernelE
         return Ok(vec![]);
     }
     let arguments = vec![read(0), read(1), write(0), write(1), write(2), long(rows), long(width), Arg::F32(eps)];
-    Ok(vec![warps("layer_norm_f32", rows, arguments)?])
+    Ok(vec![warps(args.pick(0, 0, variants!("layer_norm")), rows, arguments)?])
 }
 
 /// Floats of the partial sums of dweight.
@@ -49,10 +49,12 @@ pub(super) fn layer_norm_grad(args: &Args<'_>) -> Result<Vec<Step>, KernelError>
     if rows > 0 {
         let inputs = [0, 1, 2, 3, 4].map(read).into_iter();
         let arguments = inputs.chain([write(0), long(rows), long(width)]).collect();
-        steps.push(warps("layer_norm_grad_f32", rows, arguments)?);
+        steps.push(warps(args.pick(0, 0, variants!("layer_norm_grad")), rows, arguments)?);
     }
     let inputs = [0, 1, 3, 4].map(read).to_vec();
-    let sums = sum_columns("layer_norm_grad_weight_f32", inputs, Place::write(1), [rows, width], args.accumulate)?;
-    steps.extend(sums);
+    let [floats, halves] = ["layer_norm_grad_weight_f32", "layer_norm_grad_weight_bf16"];
+    let weight = args.pick(0, 1, [floats, halves, halves]);
+    let kernels = Passes { only: weight, first: weight, second: "sum_leading_f32" };
+    steps.extend(sum_columns(&kernels, inputs, Place::write(1), [rows, width], args.accumulate)?);
     Ok(steps)
 }

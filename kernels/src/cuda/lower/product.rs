@@ -2,6 +2,7 @@
 //! column-major one in the same memory. Imports `lower`, `cuda::step`, `op`.
 
 use super::args::Args;
+use super::elementwise::filled;
 use crate::cuda::step::{Element, Epilogue, Matrix, Place, Product, Step};
 use crate::error::KernelError;
 use crate::op::{Einsum, GemmDims};
@@ -13,11 +14,11 @@ fn stored(place: Place, element: Element, rows: usize, columns: usize, transpose
 }
 
 /// `out[m, n] = A[m, k] B[k, n]`, computed as `out' = B' A'` unless `out` is stored transposed.
-pub(super) fn product(dims: GemmDims, element: Element, beta: f32) -> Product {
+pub(super) fn product(dims: GemmDims, operands: Element, result: Element, beta: f32) -> Product {
     let GemmDims { m, n, k, a_transposed, b_transposed, out_transposed } = dims;
-    let a = stored(Place::read(0), element, m, k, a_transposed);
-    let b = stored(Place::read(1), element, k, n, b_transposed);
-    let d = stored(Place::write(0), element, m, n, out_transposed);
+    let a = stored(Place::read(0), operands, m, k, a_transposed);
+    let b = stored(Place::read(1), operands, k, n, b_transposed);
+    let d = stored(Place::write(0), result, m, n, out_transposed);
     let rest = Product {
         m: m as u64,
         n: n as u64,
@@ -45,16 +46,15 @@ pub(super) fn einsum(args: &Args<'_>, einsum: &Einsum) -> Result<Vec<Step>, Kern
     let dims = einsum.gemm_dims(a, b)?;
     args.expect_writes(&[0], &einsum.output_shape(a, b)?)?;
     args.expect_floats(&[0, 1])?;
-    let words = dims.m * dims.n;
-    if words == 0 {
+    if dims.m * dims.n == 0 {
         return Ok(vec![]);
     }
     if dims.k == 0 {
         // A sum of nothing, which cuBLASLt refuses.
-        let zeros = Step::Fill { to: Place::write(0), word: 0, words };
-        return Ok(if args.accumulate { vec![] } else { vec![zeros] });
+        return if args.accumulate { Ok(vec![]) } else { filled(args, 0.0) };
     }
-    Ok(vec![Step::Product(product(dims, Element::F32, if args.accumulate { 1.0 } else { 0.0 }))])
+    let beta = if args.accumulate { 1.0 } else { 0.0 };
+    Ok(vec![Step::Product(product(dims, args.read_element(0), args.write_element(0), beta))])
 }
 
 #[cfg(test)]
@@ -81,7 +81,12 @@ mod tests {
         let c = |i: usize, j: usize| (0..k).map(|l| a(i, l) * b(l, j)).sum::<f32>();
         for case in 0..8 {
             let [a_transposed, b_transposed, out_transposed] = [1, 2, 4].map(|bit| case & bit != 0);
-            let product = product(GemmDims { m, n, k, a_transposed, b_transposed, out_transposed }, Element::F32, 0.0);
+            let product = product(
+                GemmDims { m, n, k, a_transposed, b_transposed, out_transposed },
+                Element::F32,
+                Element::F32,
+                0.0,
+            );
             let memory = [lay(m, k, a_transposed, &a), lay(k, n, b_transposed, &b)];
             let of = |matrix: &Matrix| &memory[usize::from(matrix.place == Place::read(1))][..];
             let mut d = vec![f32::NAN; m * n];

@@ -2,7 +2,7 @@
 //! Imports `lower`, `cuda::step`, `tensor`.
 
 use super::args::Args;
-use super::{PACK, THREADS, blocks, long, read, write};
+use super::{PACK, THREADS, blocks, long, read, variants, write};
 use crate::cuda::step::{Arg, Kernel, Place, Step};
 use crate::error::KernelError;
 use crate::tensor::{DType, element_count};
@@ -59,9 +59,16 @@ impl Columns {
     }
 }
 
+/// The kernels of a sum of columns: the only pass, and the two where there are two.
+pub(super) struct Passes {
+    pub(super) only: &'static str,
+    pub(super) first: &'static str,
+    pub(super) second: &'static str,
+}
+
 /// Sums of columns into `out`, in one pass or two.
 pub(super) fn sum_columns(
-    function: &'static str,
+    kernels: &Passes,
     inputs: Vec<Arg>,
     out: Place,
     [rows, width]: [usize; 2],
@@ -73,13 +80,13 @@ pub(super) fn sum_columns(
         [Arg::Pointer(out), long(rows), long(width), long(of.rows_per_part), accumulate]
     };
     if first.parts == 1 {
-        return Ok(vec![first.pass(function, inputs, rest(out, rows, &first, accumulate))?]);
+        return Ok(vec![first.pass(kernels.only, inputs, rest(out, rows, &first, accumulate))?]);
     }
     let partial = Place::workspace(0);
     let second = Columns { parts: 1, rows_per_part: first.parts, ..first };
     Ok(vec![
-        first.pass(function, inputs, rest(partial, rows, &first, Arg::I32(0)))?,
-        second.pass("sum_leading_f32", vec![Arg::Pointer(partial)], rest(out, first.parts, &second, accumulate))?,
+        first.pass(kernels.first, inputs, rest(partial, rows, &first, Arg::I32(0)))?,
+        second.pass(kernels.second, vec![Arg::Pointer(partial)], rest(out, first.parts, &second, accumulate))?,
     ])
 }
 
@@ -102,14 +109,21 @@ pub(super) fn sum_leading(args: &Args<'_>) -> Result<Vec<Step>, KernelError> {
     if width == 0 {
         return Ok(vec![]);
     }
-    sum_columns("sum_leading_f32", vec![read(0)], Place::write(0), [rows, width], args.accumulate)
+    let [floats, _, widening] = variants!("sum_leading");
+    // Partial sums are floats.
+    let kernels = Passes {
+        only: args.pick(0, 0, variants!("sum_leading")),
+        first: args.pick(0, 0, [floats, widening, widening]),
+        second: if args.write_dtype(0) == DType::BF16 { "sum_leading_f32_bf16" } else { floats },
+    };
+    sum_columns(&kernels, vec![read(0)], Place::write(0), [rows, width], args.accumulate)
 }
 
 /// Parts of a sum of squares, and elements of each.
 fn squares_parts(n: usize) -> (usize, usize) {
     let parts = n.div_ceil(SQUARES_PER_BLOCK).clamp(1, SQUARES_PARTS_MAX);
-    // Whole 16 bytes, of bf16 too.
-    let per_part = n.div_ceil(parts).next_multiple_of(2 * PACK).max(2 * PACK);
+    // Whole 16 bytes.
+    let per_part = n.div_ceil(parts).next_multiple_of(PACK).max(PACK);
     (n.div_ceil(per_part).max(1), per_part)
 }
 
@@ -174,7 +188,7 @@ mod tests {
     fn parts_of_squares_cover_all_elements() {
         for n in (1..100).chain([16_384, 16_385, 70_003, 1 << 24, (1 << 40) + 1]) {
             let (parts, per_part) = squares_parts(n);
-            assert!(parts * per_part >= n && (parts - 1) * per_part < n && per_part.is_multiple_of(8), "{n}");
+            assert!(parts * per_part >= n && (parts - 1) * per_part < n && per_part.is_multiple_of(4), "{n}");
             assert!(parts <= SQUARES_PARTS_MAX);
         }
     }

@@ -2,7 +2,7 @@
 //! Imports `lower`, `cuda::step`, `region`, `tensor`.
 
 use super::args::Args;
-use super::{PACK, THREADS, blocks, long, read, threads};
+use super::{HALF_PACK, PACK, THREADS, blocks, long, read, threads, variants};
 use crate::cuda::step::{Arg, Operand, Place, Step};
 use crate::error::KernelError;
 use crate::op::{Launch, Op};
@@ -105,6 +105,7 @@ pub(super) fn copy_region(args: &Args<'_>, src: &Region, dst: &Region) -> Result
     }
     let starts = [place(from, &src.start), place(to, &dst.start)];
     let bytes = args.write_dtype(0).bytes();
+    let half = args.write_dtype(0) == DType::BF16;
     let mut steps = Vec::new();
     for_each_box(&join_dims(&src.size, [from, to]), |offsets, dims| {
         let offsets = [0, 1].map(|t| starts[t] + offsets[t]);
@@ -121,13 +122,18 @@ pub(super) fn copy_region(args: &Args<'_>, src: &Region, dst: &Region) -> Result
             return Ok(());
         }
         let outer_steps = dims[..DIMS - 1].iter().flat_map(|dim| dim.steps);
-        let packs = outer_steps.chain(offsets).chain([dims[DIMS - 1].size]).all(|n| n.is_multiple_of(PACK));
-        let (function, unit) = match (args.accumulate, packs) {
-            (false, false) => ("copy_region_words", 1),
-            (false, true) => ("copy_region_packs", PACK),
-            (true, false) => ("add_region_words", 1),
-            (true, true) => ("add_region_packs", PACK),
+        let pack = if half { HALF_PACK } else { PACK };
+        let packs = outer_steps.chain(offsets).chain([dims[DIMS - 1].size]).all(|n| n.is_multiple_of(pack));
+        let function = match (args.accumulate, half, packs) {
+            (false, false, false) => "copy_region_words",
+            (false, false, true) => "copy_region_packs",
+            (false, true, false) => "copy_region_halves",
+            (false, true, true) => "copy_region_half_packs",
+            // Sums are floats.
+            (true, _, false) => "add_region_words",
+            (true, _, true) => "add_region_packs",
         };
+        let unit = if packs { pack } else { 1 };
         let mut arguments = vec![Arg::Pointer(from), Arg::Pointer(to)];
         arguments.extend(size_args(&dims, unit));
         arguments.extend(step_args(&dims, 0, unit));
@@ -163,15 +169,15 @@ pub(super) fn dropout(
     let first = place(shape, start);
     let mut steps = Vec::new();
     for_each_box(&join_dims(local, [local, shape]), |[here, there], dims| {
-        let offset_bytes = here * DType::F32.bytes();
-        let at = |operand| Arg::Pointer(Place { operand, offset_bytes });
-        let mut arguments = vec![at(Operand::Read(0)), read(1), at(Operand::Write(0))];
+        let at = |operand, dtype: DType| Arg::Pointer(Place { operand, offset_bytes: here * dtype.bytes() });
+        let (x, y) = (at(Operand::Read(0), args.read_dtype(0)), at(Operand::Write(0), args.write_dtype(0)));
+        let mut arguments = vec![x, read(1), y];
         arguments.extend(size_args(&dims, 1));
         arguments.extend(step_args(&dims, 1, 1));
         arguments.extend([(first + there) as u64, row as u64, seed].map(Arg::U64));
         arguments.extend([Arg::U32(threshold), Arg::F32(kept)]);
         let [count, ..] = sizes(&dims, 1);
-        steps.push(threads("dropout_f32", count.div_ceil(PACK), arguments)?);
+        steps.push(threads(args.pick(0, 0, variants!("dropout")), count.div_ceil(PACK), arguments)?);
         Ok(())
     })?;
     Ok(steps)
@@ -188,17 +194,19 @@ pub(super) fn count_not_finite(launch: &Launch, i: usize) -> Result<impl Iterato
     let mut steps = Vec::new();
     if !written.is_empty() {
         let first = place(shape, &written.start);
+        let dtype = launch.writes[i].dtype;
+        let function = if dtype == DType::BF16 { "count_not_finite_bf16" } else { "count_not_finite_f32" };
         // The largest of no numbers is minus infinity.
         let minus_infinity = i32::from(matches!(launch.op, Op::RowMax));
         for_each_box(&join_dims(&written.size, [&written.size, shape]), |[_, there], dims| {
-            let offset_bytes = (first + there) * DType::F32.bytes();
+            let offset_bytes = (first + there) * dtype.bytes();
             let mut arguments = vec![Arg::Pointer(Place { operand: Operand::Write(i), offset_bytes }), Arg::Counter];
             arguments.extend(size_args(&dims, 1));
             arguments.extend(step_args(&dims, 1, 1));
             arguments.push(Arg::I32(minus_infinity));
             let [count, ..] = sizes(&dims, 1);
             let grid = count.div_ceil(THREADS * COUNTED_PER_THREAD);
-            steps.push(blocks("count_not_finite_f32", grid, THREADS, 0, arguments)?);
+            steps.push(blocks(function, grid, THREADS, 0, arguments)?);
             Ok(())
         })?;
     }

@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::cuda::source::MODULES;
-use crate::cuda::step::{Operand, SHARED_BYTES_DEFAULT};
+use crate::cuda::step::{Element, Operand, SHARED_BYTES_DEFAULT};
 use crate::op::{Buffer, Einsum};
 use crate::tensor::Region;
 
@@ -33,6 +33,7 @@ fn launches(rows: usize, width: usize) -> Vec<Launch> {
     vec![
         launch(Op::Fill { value: 1.0 }, &[], &[], &[x]),
         launch(Op::Copy, &[x], &[], &[x]),
+        launch(Op::Cast, &[x], &[], &[x]),
         launch(Op::CopyRegion { src, dst }, &[x], &[], &[larger]),
         launch(Op::Add, &[x, x], &[], &[x]),
         launch(Op::Add, &[x, line], &[], &[x]),
@@ -73,10 +74,26 @@ fn parameters(function: &str) -> Vec<String> {
     list.split(',').map(type_of).collect()
 }
 
-fn fits(arg: &Arg, parameter: &str) -> bool {
+/// What elements of a type may be for a kernel.
+fn element_fits(launch: &Launch, operand: Operand, element: &str) -> bool {
+    let dtype = match operand {
+        Operand::Read(i) => launch.reads[i].dtype,
+        Operand::Write(i) => launch.writes[i].dtype,
+        Operand::Workspace => DType::F32,
+    };
+    match dtype {
+        DType::F32 => ["float", "u32", "void"].contains(&element),
+        DType::I32 => ["int", "u32"].contains(&element),
+        DType::BF16 => ["bf16", "unsigned short", "void"].contains(&element),
+    }
+}
+
+fn fits(launch: &Launch, arg: &Arg, parameter: &str) -> bool {
     match arg {
         Arg::Pointer(place) => {
-            parameter.ends_with('*') && (parameter.starts_with("const ") || may_write(place.operand))
+            let element = parameter.strip_prefix("const ").unwrap_or(parameter).strip_suffix('*');
+            element.is_some_and(|element| element_fits(launch, place.operand, element))
+                && (parameter.starts_with("const ") || may_write(place.operand))
         }
         Arg::Null => parameter.ends_with('*'),
         Arg::ErrorRecord => parameter == "u32*",
@@ -94,12 +111,38 @@ fn may_write(operand: Operand) -> bool {
     !matches!(operand, Operand::Read(_))
 }
 
-fn check(name: &str, step: &Step) {
+/// The launch, and its mixtures of types: what may be bf16 is read so, and each result that may be is, or is not.
+fn mixtures(launch: Launch) -> Vec<Launch> {
+    let may: Vec<usize> = (0..launch.writes.len()).filter(|&i| launch.op.writes_bf16(i)).collect();
+    let mut half = launch.clone();
+    let reads: Vec<usize> = (0..launch.reads.len()).filter(|&i| launch.op.reads_bf16(i)).collect();
+    reads.iter().for_each(|&i| half.reads[i].dtype = DType::BF16);
+    let is_copy = matches!(launch.op, Op::Copy | Op::CopyRegion { .. });
+    let mut all = if matches!(launch.op, Op::Cast) { vec![] } else { vec![launch] };
+    for subset in 0..1 << may.len() {
+        let mut launch = half.clone();
+        let chosen = may.iter().enumerate().filter(|(bit, _)| subset & (1 << bit) != 0);
+        chosen.for_each(|(_, &i)| launch.writes[i].dtype = DType::BF16);
+        // A copy changes no type, and a cast does.
+        let same = launch.reads.first().map(|read| read.dtype) == Some(launch.writes[0].dtype);
+        let fitting = if is_copy { same } else { !same || !matches!(launch.op, Op::Cast) };
+        all.extend(fitting.then_some(launch));
+    }
+    all
+}
+
+fn check(name: &str, launch: &Launch, step: &Step) {
+    if let Step::Product(product) = step {
+        let element = |dtype| if dtype == DType::BF16 { Element::Bf16 } else { Element::F32 };
+        let operands = launch.reads.iter().map(|read| element(read.dtype));
+        assert!(operands.eq([product.a.element, product.b.element]), "{name}: {product:?}");
+        assert_eq!(product.d.element, element(launch.writes[0].dtype), "{name}");
+    }
     let Step::Kernel(kernel) = step else { return };
     let parameters = parameters(kernel.function);
     assert_eq!(kernel.args.len(), parameters.len(), "{name}: {kernel:?} takes {parameters:?}");
     for (arg, parameter) in kernel.args.iter().zip(&parameters) {
-        assert!(fits(arg, parameter), "{name}: {arg:?} of {} for {parameter}", kernel.function);
+        assert!(fits(launch, arg, parameter), "{name}: {arg:?} of {} for {parameter}", kernel.function);
     }
     let [x, y, z] = kernel.grid;
     assert!((1..=i32::MAX as u32).contains(&x) && (1..=65_535).contains(&y) && z == 1, "{name}: {kernel:?}");
@@ -115,21 +158,20 @@ fn check(name: &str, step: &Step) {
 fn steps_are_what_their_kernels_take() {
     for rows in [0, 1, 3, 65, 1000, 1 << 20] {
         for width in [0, 1, 5, 32, 64, 80, 128, 129, 768, 50_257] {
-            for launch in launches(rows, width) {
-                let name = format!("{} of {rows} by {width}", launch.op.name());
+            for launch in launches(rows, width).into_iter().flat_map(mixtures) {
+                let types = |buffers: &[Buffer]| buffers.iter().map(|buffer| buffer.dtype).collect::<Vec<_>>();
+                let types = (types(&launch.reads), types(&launch.writes));
+                let name = format!("{} of {rows} by {width}, {types:?}", launch.op.name());
                 for accumulate in [false, true] {
-                    if accumulate && launch.op.can_accumulate().is_none() {
+                    let sum = launch.op.can_accumulate().map(|i| launch.writes[i].dtype);
+                    if accumulate && sum != Some(DType::F32) {
                         continue;
                     }
                     let steps = lower(&launch, accumulate).unwrap_or_else(|error| panic!("{name}: {error}"));
-                    steps.iter().for_each(|step| check(&name, step));
+                    steps.iter().for_each(|step| check(&name, &launch, step));
                 }
                 let counts = count_not_finite(&launch).unwrap_or_else(|error| panic!("{name}: {error}"));
-                counts.iter().for_each(|(_, step)| check(&name, step));
-            }
-            for gradient in [false, true] {
-                let steps = attention_steps(Element::Bf16, [2, rows, 3, width], 0.1, gradient).expect("steps");
-                steps.iter().for_each(|step| check("attention in bf16", step));
+                counts.iter().for_each(|(_, step)| check(&name, &launch, step));
             }
         }
     }
@@ -162,6 +204,15 @@ fn launches_that_do_not_fit_are_refused() {
     );
     let ids = launch(Op::Gelu, &[&[2]], &[0], &[&[2]]);
     assert_eq!(refused(&ids, false), "gelu: dtype of read 0: expected F32, got I32");
+    let mut halves = launch(Op::Gelu, &[&[2]], &[], &[&[2]]);
+    halves.writes[0].dtype = DType::BF16;
+    assert_eq!(refused(&halves, false), "gelu: dtype of write 0: expected F32, as what is read, got BF16");
+    let mut sum = launch(Op::Add, &[&[2], &[2]], &[], &[&[2]]);
+    sum.reads[1].dtype = DType::BF16;
+    assert_eq!(refused(&sum, false), "add: dtype of read 0: expected BF16, as the other reads, got F32");
+    let mut table = launch(Op::Embedding { vocab_start: 0, vocab: 9 }, &[&[2], &[9, 3]], &[0], &[&[2, 3]]);
+    table.reads[1].dtype = DType::BF16;
+    assert_eq!(refused(&table, false), "embedding: dtype of read 1: expected F32 or I32, got BF16");
     let mut grad = launch(Op::LayerNormGrad, &[&[900, 8], &[900, 8], &[8], &[900], &[900]], &[], &[&[900, 8], &[8]]);
     grad.workspace = None;
     assert_eq!(refused(&grad, false), "layer_norm_grad: workspace: expected 64 bytes, got 0 bytes");
