@@ -35,8 +35,8 @@ pub(crate) struct Lowered {
     /// By launch; lowered when the program first comes to it, behind the check of its buffers.
     launches: Vec<OnceLock<Result<Kind, KernelError>>>,
     repeat: bool,
-    /// Whether there are collectives.
-    pub(crate) calls: bool,
+    /// The last launch that is a collective.
+    pub(crate) last_call: Option<usize>,
 }
 
 /// How a launch is run.
@@ -89,8 +89,8 @@ impl Cache {
 impl Lowered {
     fn of(program: &Program, repeat: bool) -> Self {
         let launches = program.launches.iter().map(|_| OnceLock::new()).collect();
-        let calls = program.launches.iter().any(|launch| matches!(launch.op, Op::Collective(_)));
-        Self { launches, repeat, calls }
+        let last_call = program.launches.iter().rposition(|launch| matches!(launch.op, Op::Collective(_)));
+        Self { launches, repeat, last_call }
     }
 
     /// How launch `index` of the program is run, its buffers being in bounds.
