@@ -5,6 +5,7 @@ use std::fmt::Debug;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::cuda::engine::OnDevice;
+use crate::cuda::turn::Turn;
 use crate::error::KernelError;
 use crate::memory::View;
 use crate::tensor::Region;
@@ -44,6 +45,13 @@ pub trait Collective: Debug + Send + Sync {
     /// For engines of GPUs, whose calls seem done when they were broken off: what tells whether they were.
     fn outcomes(&self) -> Vec<Outcome> {
         Vec::new()
+    }
+
+    /// For engines that ask for one order of calls on all devices: the turn of a submission to a stream of this device, taken
+    /// when it is submitted.
+    fn turn(&self, rank: usize) -> Option<Turn> {
+        let _ = rank;
+        None
     }
 
     /// For engines of GPUs: how this call is put on a CUDA stream. A stream has any other engine work on a copy in the host's

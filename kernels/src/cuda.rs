@@ -1,7 +1,7 @@
 //! The CUDA backend. It is built without a toolkit: the driver and the libraries above it are loaded at run time, through
 //! cudarc's bindings, and a machine without them is told what is missing ([`library::probe`]).
 //! Layers: `step <- lower`, `source` (no FFI, and nothing of a GPU); `library <- context <- event, memory, module, blas <- poller, ticket, record
-//! <- gpu <- lane <- engine, lowered, staged <- issue <- stream <- device`; `nccl` and `local` are engines.
+//! <- gpu <- lane <- engine, turn, lowered, staged <- issue <- stream <- device`; `nccl` and `local` are engines.
 
 pub(crate) mod blas;
 pub(crate) mod boxes;
@@ -26,5 +26,6 @@ pub(crate) mod staged;
 pub mod step;
 pub mod stream;
 pub(crate) mod ticket;
+pub mod turn;
 
 pub use library::probe;

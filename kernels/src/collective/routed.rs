@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use crate::collective::{Collective, CollectiveCall, Outcome, Wait};
 use crate::cuda::engine::OnDevice;
+use crate::cuda::turn::Turn;
 use crate::error::KernelError;
 use crate::memory::View;
 
@@ -53,6 +54,10 @@ impl Collective for Routed {
 
     fn outcomes(&self) -> Vec<Outcome> {
         self.engines().into_iter().flat_map(|engine| engine.outcomes()).collect()
+    }
+
+    fn turn(&self, rank: usize) -> Option<Turn> {
+        self.engines().into_iter().find_map(|engine| engine.turn(rank))
     }
 
     fn on_device(&self, call: &CollectiveCall) -> Option<OnDevice<'_>> {

@@ -18,6 +18,7 @@ use super::record::Records;
 use super::staged::{Staged, device_address};
 use super::step::{Epilogue, Place};
 use super::ticket::Ticket;
+use super::turn::Turn;
 use crate::bound::Bound;
 use crate::collective::{Collective, CollectiveCall, Outcome};
 use crate::cpu::stream::{panic_message, trace_launch};
@@ -48,6 +49,9 @@ pub(crate) struct Run {
     signals: usize,
     /// The collective that the next launch is, under way.
     wait: Option<Wait>,
+    /// Until its last collective is on the stream.
+    turn: Option<Turn>,
+    outcomes: Arc<[Outcome]>,
     /// Whether a kernel on the stream writes the stream's record.
     uses_record: bool,
     /// What follows from one fault is of no interest.
@@ -56,11 +60,27 @@ pub(crate) struct Run {
 
 impl Command {
     /// A submission.
-    pub(crate) fn run(submission: Submission, lowered: Arc<Lowered>, outcomes: &Arc<[Outcome]>) -> Self {
+    pub(crate) fn run(
+        submission: Submission,
+        lowered: Arc<Lowered>,
+        outcomes: &Arc<[Outcome]>,
+        turn: Option<Turn>,
+    ) -> Self {
         let Submission { program, bases, repeat, notify } = submission;
-        let outcomes = if lowered.calls { outcomes.clone() } else { Arc::default() };
-        let ticket = Arc::new(Ticket::new(program, repeat, notify, outcomes));
-        Command::Run(Run { ticket, lowered, bases, done: 0, signals: 0, wait: None, uses_record: false, found: false })
+        let outcomes = if lowered.last_call.is_some() { outcomes.clone() } else { Arc::default() };
+        let ticket = Arc::new(Ticket::new(program, repeat, notify, outcomes.clone()));
+        Command::Run(Run {
+            ticket,
+            lowered,
+            bases,
+            done: 0,
+            signals: 0,
+            wait: None,
+            turn,
+            outcomes,
+            uses_record: false,
+            found: false,
+        })
     }
 }
 
@@ -169,6 +189,12 @@ impl Issuer {
                 }
                 wait()?;
             } else {
+                if let Some(turn) = run.turn.as_ref().filter(|_| matches!(launch.op, Op::Collective(_))) {
+                    if !may_block && !turn.has_come() {
+                        return Ok(false);
+                    }
+                    turn.wait(&run.outcomes)?;
+                }
                 trace_launch(program, run.done);
                 if !may_block && (self.check || self.blocks(launch)) {
                     return Ok(false);
@@ -189,6 +215,9 @@ impl Issuer {
             }
             if self.check && !run.found {
                 self.look(launch, run)?;
+            }
+            if run.lowered.last_call == Some(run.done) {
+                run.turn = None;
             }
             run.done += 1;
         }

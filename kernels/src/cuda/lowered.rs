@@ -40,8 +40,8 @@ pub(crate) struct Lowered {
     /// By launch: what does it and the next one at once, where something does.
     pairs: Vec<OnceLock<Option<Pair>>>,
     repeat: bool,
-    /// Whether there are collectives.
-    pub(crate) calls: bool,
+    /// The last launch that is a collective.
+    pub(crate) last_call: Option<usize>,
 }
 
 /// Two launches as one; each can be run by itself, too.
@@ -105,9 +105,9 @@ impl Cache {
 impl Lowered {
     fn of(program: &Program, repeat: bool) -> Self {
         let launches = program.launches.iter().map(|_| OnceLock::new()).collect();
-        let calls = program.launches.iter().any(|launch| matches!(launch.op, Op::Collective(_)));
+        let last_call = program.launches.iter().rposition(|launch| matches!(launch.op, Op::Collective(_)));
         let pairs = program.launches.iter().map(|_| OnceLock::new()).collect();
-        Self { launches, pairs, repeat, calls }
+        Self { launches, pairs, repeat, last_call }
     }
 
     /// How launch `index` of the program is run, its buffers being in bounds.

@@ -144,7 +144,7 @@ impl DeviceMemory {
         self.gpu.context().bind()?;
         for at in (0..bytes).step_by(PIECE_BYTES) {
             let piece = PIECE_BYTES.min(bytes - at);
-            fill(&mut transfer.pinned.slice_mut()[..piece])?;
+            fill(transfer.pinned.first_mut(piece))?;
             let (to, from) = (self.address() + (offset + at) as u64, transfer.pinned.start.0);
             // SAFETY: the range is inside this memory and the pinned buffer holds the piece, which is waited for (PINNED-1).
             let result = unsafe { sys::cuMemcpyHtoDAsync_v2(to, from.cast(), piece, transfer.stream.0) };
@@ -170,7 +170,7 @@ impl DeviceMemory {
             let result = unsafe { sys::cuMemcpyDtoHAsync_v2(to.cast(), from, piece, transfer.stream.0) };
             self.gpu.context().check(result, "cuMemcpyDtoHAsync", &self.gpu.place())?;
             transfer.wait(self.gpu.context())?;
-            take(&transfer.pinned.slice()[..piece])?;
+            take(transfer.pinned.first(piece))?;
         }
         Ok(())
     }
@@ -268,18 +268,20 @@ impl Pinned {
         self.start.0
     }
 
-    /// Nothing is being copied to it (PINNED-1).
-    pub(crate) fn slice(&self) -> &[u8] {
-        host_access(self.start.0, self.bytes, false);
-        // SAFETY: `bytes` bytes from `start` on are ours, and initialised.
-        unsafe { std::slice::from_raw_parts(self.start.0, self.bytes) }
+    /// The first so many bytes, to which nothing is being copied (PINNED-1).
+    pub(crate) fn first(&self, bytes: usize) -> &[u8] {
+        let bytes = bytes.min(self.bytes);
+        host_access(self.start.0, bytes, false);
+        // SAFETY: at least so many bytes from `start` on are ours, and initialised.
+        unsafe { std::slice::from_raw_parts(self.start.0, bytes) }
     }
 
-    /// Nothing is being copied to it or from it (PINNED-1).
-    pub(crate) fn slice_mut(&mut self) -> &mut [u8] {
-        host_access(self.start.0, self.bytes, true);
-        // SAFETY: as in `slice`.
-        unsafe { std::slice::from_raw_parts_mut(self.start.0, self.bytes) }
+    /// The first so many bytes, to which and from which nothing is being copied (PINNED-1).
+    pub(crate) fn first_mut(&mut self, bytes: usize) -> &mut [u8] {
+        let bytes = bytes.min(self.bytes);
+        host_access(self.start.0, bytes, true);
+        // SAFETY: as in `first`.
+        unsafe { std::slice::from_raw_parts_mut(self.start.0, bytes) }
     }
 }
 

@@ -2,7 +2,8 @@
 //! has passed round; calls on the streams; errors looked for by the pollers; everything broken off when one fails.
 //! Imports `cuda::nccl::{api, comm}`, `cuda::boxes`, `cuda::lane`, `cuda::engine`, `collective`.
 //!
-//! - NCCL-1: calls of one communicator are made by one thread at a time, in the order that the plan fixes for all members.
+//! - NCCL-1: calls of one communicator are made by one thread at a time, in the order that the plan fixes for all members;
+//!   over all communicators of a device in the order of the submissions (TURN-1).
 //! - NCCL-2: nothing is put on a stream behind a call until NCCL says that the call is on the stream.
 //! - NCCL-3: after an abort no call is made any more, and what seems done on a stream is not taken for done.
 //!
@@ -20,6 +21,7 @@ use super::gpu::Gpu;
 use super::lane::Lane;
 use super::poller::Watched;
 use super::staged::device_address;
+use super::turn::{Order, Turn};
 use crate::collective::exchange::{check_call, check_members, taken};
 use crate::collective::{Collective, CollectiveCall, CollectiveKind, Group, Outcome, ReduceOp};
 use crate::error::KernelError;
@@ -75,6 +77,8 @@ struct Inner {
     /// By group and member; those of groups of one have none.
     comms: HashMap<(u32, usize), Arc<Comm>>,
     received: Mutex<HashMap<usize, u64>>,
+    /// By device.
+    orders: Mutex<HashMap<usize, Arc<Order>>>,
     outcome: Outcome,
 }
 
@@ -101,7 +105,12 @@ impl Nccl {
                 comms.insert((id, seat.member), Arc::new(comm));
             }
         }
-        let inner = Arc::new(Inner { comms, received: Mutex::default(), outcome: Outcome::default() });
+        let inner = Arc::new(Inner {
+            comms,
+            received: Mutex::default(),
+            orders: Mutex::default(),
+            outcome: Outcome::default(),
+        });
         for (i, seat) in seats.iter().enumerate() {
             let known = seats[..i].iter().any(|other| Arc::ptr_eq(&other.gpu, &seat.gpu));
             if !known {
@@ -395,6 +404,10 @@ impl Collective for Nccl {
 
     fn outcomes(&self) -> Vec<Outcome> {
         vec![self.0.outcome.clone()]
+    }
+
+    fn turn(&self, rank: usize) -> Option<Turn> {
+        Some(lock(&self.0.orders).entry(rank).or_default().turn())
     }
 
     fn on_device(&self, _: &CollectiveCall) -> Option<OnDevice<'_>> {

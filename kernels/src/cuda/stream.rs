@@ -43,6 +43,7 @@ struct Inner {
     changed: Condvar,
     /// Lowers what is submitted. Not the issuer's, which its thread keeps while it waits.
     cache: Mutex<Cache>,
+    engine: Arc<dyn Collective>,
     /// Of its engine.
     outcomes: Arc<[Outcome]>,
     issuer: Mutex<Issuer>,
@@ -84,16 +85,17 @@ impl CudaStream {
         let lane = Arc::new(Lane::new(gpu, rank, name, urgent, tally)?);
         let track = gpu.poller().track(lane.place());
         let outcomes = engine.outcomes().into();
-        let issuer = Mutex::new(Issuer::new(&lane, &track, engine));
+        let issuer = Mutex::new(Issuer::new(&lane, &track, engine.clone()));
         let (queue, changed, cache) = (Mutex::default(), Condvar::new(), Mutex::default());
-        let inner = Inner { name: name.to_owned(), rank, lane, track, queue, changed, cache, outcomes, issuer };
+        let inner = Inner { name: name.to_owned(), rank, lane, track, queue, changed, cache, engine, outcomes, issuer };
         Ok(Self { inner: Arc::new(inner) })
     }
 
     pub(crate) fn submit(&self, submission: Submission) -> Result<(), KernelError> {
         self.inner.lane.gpu().context().check_alive()?;
         let lowered = lock(&self.inner.cache).get(&submission.program, submission.repeat);
-        self.inner.put(Command::run(submission, lowered, &self.inner.outcomes))
+        let turn = lowered.last_call.and_then(|_| self.inner.engine.turn(self.inner.rank));
+        self.inner.put(Command::run(submission, lowered, &self.inner.outcomes, turn))
     }
 
     pub(crate) fn prepare(&self, program: &Arc<Program>) -> Result<(), KernelError> {
