@@ -1,7 +1,6 @@
 //! GPUs, their driver and its libraries, as the CUDA backend finds them: what it cannot use it says here in the same words.
 //! Imports `doctor` and the kernels' `cuda`.
 
-use shardflow_kernels::cuda::gpu::Gpu;
 use shardflow_kernels::cuda::library::DeviceFacts;
 use shardflow_kernels::cuda::probe;
 use shardflow_kernels::error::KernelError;
@@ -37,11 +36,8 @@ fn device(ordinal: usize, facts: &Result<DeviceFacts, KernelError>) -> Finding {
     match facts {
         Ok(facts) => {
             let DeviceFacts { name, capability: (major, minor), bytes_total } = facts;
-            let free = Gpu::open(ordinal).and_then(|gpu| gpu.memory()).map(|(free, _)| size(free as u64));
-            let memory = match free {
-                Ok(free) => format!("{free} free of {}", size(*bytes_total as u64)),
-                Err(_) => size(*bytes_total as u64),
-            };
+            // What is free of it only an open context tells, which takes memory itself, and longer than all the rest.
+            let memory = size(*bytes_total as u64);
             Finding::new("gpu", "device", Status::Ok, format!("{ordinal}: {name}, sm_{major}{minor}, {memory}"))
         }
         Err(error) => refused("device", error),

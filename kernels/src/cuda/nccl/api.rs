@@ -57,6 +57,7 @@ macro_rules! api {
     ($($(#[$meta:meta])* $field:ident: $symbol:literal = fn($($arg:ty),*) -> $out:ty;)*) => {
         /// The functions.
         pub(crate) struct Api {
+            // SAFETY: types of functions; each call says why it is sound.
             $($(#[$meta])* pub(crate) $field: unsafe extern "C" fn($($arg),*) -> $out,)*
             /// Kept so that the functions stay.
             _library: Loaded,
