@@ -417,18 +417,17 @@ impl<'a> Guest<'a> {
             cell.bits |= mask << INIT;
         }
         checker.regions[(owner.region & 15) as usize] = owner.region;
-        if owner.place != Place::Host {
-            // Whole words behind it are of the same region, and need not ask one by one.
-            let end = (owner.region_end - at) / WORD_BYTES;
-            let fresh = std::ptr::from_mut(cell);
-            for i in 1..end.min(ADMITTED_WORDS) {
-                // SAFETY: cells of the same allocation, which lie behind this one in the shadow.
-                let next = unsafe { &mut *fresh.add(i) };
-                if next.region == owner.region {
-                    break;
-                }
-                *next = Cell { region: owner.region, bits: ALL, ..Cell::default() };
+        // Whole words behind it are of the same region, and need not ask one by one.
+        let words = (owner.region_end - at) / WORD_BYTES;
+        let bits = if owner.place == Place::Host { ALL | ALL << INIT } else { ALL };
+        let first = std::ptr::from_mut(cell);
+        for i in 1..words.min(ADMITTED_WORDS) {
+            // SAFETY: cells of the same allocation, which lie behind this one in the shadow.
+            let next = unsafe { &mut *first.add(i) };
+            if next.region == owner.region {
+                break;
             }
+            *next = Cell { region: owner.region, bits, ..Cell::default() };
         }
         true
     }
