@@ -229,7 +229,8 @@ impl World {
     /// What the session ended for, after a failure here: the first cause of all processes, as far as they say it in time.
     pub(crate) fn settle(&self, failure: Failure) -> Failure {
         match self.first.wait(SETTLE_TIMEOUT) {
-            Some(cause) if cause.process != self.hosting.process => peer_failure(&cause),
+            // Of its own failure this process knows most. That others have lost it explains what broke here.
+            Some(cause) if cause.process != self.hosting.process || is_symptom(&failure) => peer_failure(&cause),
             // A symptom that nobody else explains stays what it is.
             _ => self.named(failure),
         }
@@ -312,6 +313,17 @@ fn fingerprint(plan: &Plan, seed: u64, options: &ClusterOptions) -> [u8; 32] {
 
 fn peer_failure(cause: &FirstCause) -> Failure {
     Failure::Peer { process: cause.process, cause: PeerError::Failed { cause: cause.cause.clone(), exit: cause.exit } }
+}
+
+/// True for a failure that another process may be the cause of.
+fn is_symptom(failure: &Failure) -> bool {
+    match failure {
+        Failure::Peer { .. } => true,
+        Failure::Kernel { cause, .. } => {
+            matches!(&**cause, KernelError::Aborted { .. } | KernelError::Mpi { .. } | KernelError::Link { .. })
+        }
+        _ => false,
+    }
 }
 
 /// Tells the others of a failure here: of a symptom that they may explain, or of a cause.
