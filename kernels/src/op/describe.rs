@@ -81,8 +81,8 @@ impl Op {
         }
     }
 
-    /// True when read `port` may be of type [`crate::tensor::DType::BF16`]: an activation or its gradient. Parameters, statistics and sums
-    /// are [`crate::tensor::DType::F32`], but for the operands of a product.
+    /// True when read `port` may be of type [`crate::tensor::DType::BF16`]: an activation, its gradient, or an operand of a
+    /// product or a sum. Statistics are f32.
     pub fn reads_bf16(&self, port: usize) -> bool {
         match self {
             Op::Cast | Op::Copy | Op::CopyRegion { .. } | Op::Add | Op::SumLeading | Op::Scale { .. } => true,
