@@ -37,7 +37,8 @@ pub(crate) fn start(
 ) -> io::Result<Heartbeat> {
     socket.set_nonblocking(true)?;
     let stop = Arc::new(AtomicBool::new(false));
-    let mut beating = Beating { shared, codec, socket, addresses, every, sequence: 0, stop: stop.clone() };
+    let mut beating =
+        Beating { shared, codec, socket, addresses, every, sequence: 0, accuses: false, stop: stop.clone() };
     let thread = thread::Builder::new().name("heartbeat".into()).spawn(move || beating.run())?;
     Ok(Heartbeat { stop, thread: Some(thread) })
 }
@@ -59,6 +60,8 @@ struct Beating {
     addresses: Vec<SocketAddr>,
     every: Duration,
     sequence: u64,
+    /// A beat has told whom this process has lost.
+    accuses: bool,
     stop: Arc<AtomicBool>,
 }
 
@@ -75,6 +78,11 @@ impl Beating {
             self.wait(TICK.min(next.saturating_duration_since(now)));
             self.drain();
             self.shared.tick();
+            if !self.accuses && self.shared.beat().is_some_and(|(_, lost)| lost.is_some()) {
+                // At once: this process may have ended before the next beat.
+                self.accuses = true;
+                self.send();
+            }
         }
     }
 

@@ -257,6 +257,11 @@ impl Endpoint {
         })
     }
 
+    /// True once it was closed.
+    pub fn is_closed(&self) -> bool {
+        self.shared.state().closed
+    }
+
     /// Connections that were not let in so far.
     pub fn refused(&self) -> Refusals {
         self.shared.state().refusals

@@ -302,7 +302,7 @@ enum GptError {
 
 impl GptError {
     fn exit_code(&self) -> u8 {
-        use SessionError::{Checkpoint, Kernel};
+        use SessionError::Checkpoint;
         match self {
             Self::Args(error) => error.exit_code(),
             Self::Cluster(error) => error.exit().code(),
@@ -312,7 +312,7 @@ impl GptError {
             Self::Terminated { .. } => Exit::Signal(15).code(),
             Self::Data(_) | Self::Place(_) | Self::Log(_) | Self::Mesh(_) => Exit::Usage.code(),
             Self::InitFrom(Checkpoint(_)) | Self::Save(Checkpoint(_)) => Exit::Usage.code(),
-            Self::Compile(_) | Self::Session(Kernel(KernelError::OutOfMemory { .. })) => Exit::Refused.code(),
+            Self::Compile(_) => Exit::Refused.code(),
             Self::InitFrom(error) | Self::Save(error) | Self::Session(error) => error.exit().code(),
         }
     }

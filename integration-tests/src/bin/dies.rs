@@ -8,7 +8,6 @@
 
 use std::fs::{self, OpenOptions};
 use std::io::Write;
-use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -29,7 +28,7 @@ const SAVE_EVERY: u64 = 4;
 /// How long the stream of who is to die has to get from its word into the collective, and to wait there. The others come only
 /// after the death, so it may take any time.
 const DIES_AFTER: Duration = Duration::from_millis(100);
-/// How long they wait for that, and how often they look. The signal follows the word at once; they leave it one more look.
+/// How long they wait for that, and how often they look.
 const DEATH_WITHIN: Duration = Duration::from_secs(10);
 const LOOK_EVERY: Duration = Duration::from_millis(20);
 
@@ -66,14 +65,15 @@ impl Fate {
     }
 
     fn strike(&self, launch: &Launch) {
-        let text = format!("{} {} {} {}\n", exit::unix_ns(), self.step, launch.program, launch.op);
-        let died = fs::write("died", text);
-        died.expect("the folder can be written to");
-        let sent = match self.who {
-            Who::Itself(signal) => kill_process(getpid(), signal),
-            Who::Launcher => kill_process(getppid().expect("a launcher"), Signal::KILL),
+        let (who, signal) = match self.who {
+            Who::Itself(signal) => (getpid(), signal),
+            Who::Launcher => (getppid().expect("a launcher"), Signal::KILL),
         };
-        sent.expect("a signal of ours");
+        let (step, pid) = (self.step, who.as_raw_nonzero());
+        let text = format!("{} {step} {} {} by {pid}\n", exit::unix_ns(), launch.program, launch.op);
+        // Whole, or not there.
+        fs::write("dies", text).and_then(|()| fs::rename("dies", "died")).expect("the folder can be written to");
+        kill_process(who, signal).expect("a signal of ours");
     }
 }
 
@@ -149,11 +149,19 @@ impl Watch {
 /// Members that live come to the collective only when another has died in it.
 fn wait_for_death() {
     let deadline = Instant::now() + DEATH_WITHIN;
-    while !Path::new("died").exists() {
+    while !is_dead() {
         assert!(Instant::now() < deadline, "nobody died within {DEATH_WITHIN:?}");
         thread::sleep(LOOK_EVERY);
     }
-    thread::sleep(LOOK_EVERY);
+}
+
+/// The process that the file names has ended, or does not run any more.
+fn is_dead() -> bool {
+    let Ok(text) = fs::read_to_string("died") else { return false };
+    let pid = text.trim_end().rsplit(' ').next().unwrap_or_default();
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+    let state = status.lines().find_map(|line| line.strip_prefix("State:")).map(str::trim_start);
+    state.is_none_or(|state| state.starts_with(['Z', 'T', 'X']))
 }
 
 impl tracing::Subscriber for Watch {

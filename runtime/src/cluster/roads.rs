@@ -3,7 +3,8 @@
 //! actors' transport and kernels.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::os::fd::BorrowedFd;
+use std::io::ErrorKind;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -11,7 +12,7 @@ use std::time::{Duration, Instant};
 use shardflow_actors::remote::Peer;
 use shardflow_actors::shell::RegisterMemory;
 use shardflow_actors::spec::RegisterId;
-use shardflow_actors::transport::{self, Address, Endpoint, Hello, Link, Purpose, Secret};
+use shardflow_actors::transport::{self, Address, Endpoint, Hello, Link, Purpose, Secret, TransportError};
 use shardflow_kernels::collective::board::Board;
 use shardflow_kernels::collective::on_node::OnNode;
 use shardflow_kernels::collective::routed::Routed;
@@ -25,6 +26,9 @@ use super::rendezvous::{Member, Roster};
 use super::{ClusterError, ClusterOptions, Collectives, Transport};
 use crate::plan::Plan;
 use crate::session::hosting::Hosting;
+
+/// How often a wait for a peer looks whether the session has ended.
+const LOOK: Duration = Duration::from_millis(100);
 
 /// How a session's registers and collectives get from process to process.
 pub(crate) struct Ways {
@@ -156,15 +160,12 @@ impl Roads<'_> {
         let mut mapped = BTreeMap::new();
         for peer in near.iter().copied().filter(|peer| *peer != own) {
             let link = self.link(peer, Purpose::Memory)?;
-            let left = self.deadline.saturating_duration_since(Instant::now()).max(Duration::from_millis(1));
-            let limited = link.set_read_timeout(Some(left));
-            limited.map_err(|cause| ClusterError::System { what: "limit the time of a connection", cause })?;
             let given: Vec<BorrowedFd<'_>> = arenas.values().chain(&board).filter_map(Arena::descriptor).collect();
             let given = if own == first { &given[..] } else { &given[..arenas.len()] };
             transport::send_descriptors(&link, given)?;
             let theirs = self.hosting.devices_of(peer);
             let count = theirs.len() + usize::from(peer == first);
-            let mut taken = transport::receive_descriptors(&link, count)?.into_iter();
+            let mut taken = self.receive_descriptors(&link, count)?.into_iter();
             for (device, descriptor) in theirs.zip(taken.by_ref()) {
                 let arena = Arena::map_peer(descriptor, plan.memory[device].total_bytes, Access::Read)?;
                 mapped.insert(device, arena);
@@ -174,6 +175,24 @@ impl Roads<'_> {
             }
         }
         Ok((mapped, board.map(|board| (board, groups))))
+    }
+
+    /// Waits for a peer's descriptors, until the deadline or the session's end.
+    fn receive_descriptors(&self, link: &Link, count: usize) -> Result<Vec<OwnedFd>, ClusterError> {
+        let limited = link.set_read_timeout(Some(LOOK));
+        limited.map_err(|cause| ClusterError::System { what: "limit the time of a connection", cause })?;
+        loop {
+            match transport::receive_descriptors(link, count) {
+                Err(TransportError::Io { cause, .. })
+                    if cause.kind() == ErrorKind::WouldBlock && Instant::now() < self.deadline =>
+                {
+                    if self.endpoint.is_closed() {
+                        return Err(TransportError::Closed.into());
+                    }
+                }
+                received => return Ok(received?),
+            }
+        }
     }
 
     /// Channels of this process's members to the members that they talk to.

@@ -244,7 +244,8 @@ impl World {
     /// What the session ended for, after a failure here: the first cause of all processes, as far as they say it in time.
     pub(crate) fn settle(&self, failure: Failure) -> Failure {
         match self.first.wait(SETTLE_TIMEOUT) {
-            Some(cause) if cause.process != self.hosting.process => peer_failure(&cause),
+            // Of its own failure this process knows most. That others have lost it explains what broke here.
+            Some(cause) if cause.process != self.hosting.process || is_symptom(&failure) => peer_failure(&cause),
             // A symptom that nobody else explains stays what it is.
             _ => self.named(failure),
         }
@@ -255,18 +256,17 @@ impl World {
     pub(crate) fn cannot_start(&self, error: SessionError) -> SessionError {
         let fail = || self.membership.fail(format!("it cannot start: {error}"), error.exit().code());
         match &error {
-            SessionError::Cluster(ClusterError::Transport(broken)) => match broken {
-                TransportError::Unreachable { to: late, .. } | TransportError::Missing { from: Some(late), .. } => {
-                    self.membership.suspect(*late, broken.to_string());
-                }
-                // Somebody ended what is shared with this process, and says why or is missed by all.
-                TransportError::Io { .. } | TransportError::Closed => {}
-                _ => fail(),
-            },
+            SessionError::Cluster(ClusterError::Transport(
+                late @ (TransportError::Unreachable { to: process, .. }
+                | TransportError::Missing { from: Some(process), .. }),
+            )) => self.membership.suspect(*process, late.to_string()),
+            error if breaks_off(error) => {}
             _ => fail(),
         }
         match self.first.wait(SETTLE_TIMEOUT) {
-            Some(cause) if cause.process != self.hosting.process => SessionError::Failed(peer_failure(&cause)),
+            Some(cause) if cause.process != self.hosting.process || breaks_off(&error) => {
+                SessionError::Failed(peer_failure(&cause))
+            }
             _ => {
                 fail();
                 error
@@ -328,6 +328,30 @@ fn fingerprint(plan: &Plan, seed: u64, options: &ClusterOptions) -> [u8; 32] {
 
 fn peer_failure(cause: &FirstCause) -> Failure {
     Failure::Peer { process: cause.process, cause: PeerError::Failed { cause: cause.cause.clone(), exit: cause.exit } }
+}
+
+/// True for an error by which a start breaks off because somebody else ended what is shared with this process. Whoever did
+/// says why, or is missed by all.
+fn breaks_off(error: &SessionError) -> bool {
+    let kernel = |cause: &KernelError| matches!(cause, KernelError::Aborted { .. } | KernelError::Mpi { .. });
+    match error {
+        SessionError::Cluster(ClusterError::Transport(broken)) => {
+            matches!(broken, TransportError::Io { .. } | TransportError::Closed)
+        }
+        SessionError::Cluster(ClusterError::Kernel(cause)) | SessionError::Kernel(cause) => kernel(cause),
+        _ => false,
+    }
+}
+
+/// True for a failure that another process may be the cause of.
+fn is_symptom(failure: &Failure) -> bool {
+    match failure {
+        Failure::Peer { .. } => true,
+        Failure::Kernel { cause, .. } => {
+            matches!(&**cause, KernelError::Aborted { .. } | KernelError::Mpi { .. } | KernelError::Link { .. })
+        }
+        _ => false,
+    }
 }
 
 /// Tells the others of a failure here: of a symptom that they may explain, or of a cause.

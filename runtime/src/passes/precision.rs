@@ -43,7 +43,7 @@ impl Asked {
 
 /// Gives tensors the type bf16, and puts in the casts that this needs.
 pub fn narrow(graph: &mut Graph) {
-    let classes = Classes::of(graph);
+    let (classes, given) = (Classes::of(graph), given(graph));
     let mut asked = vec![Asked::default(); graph.tensors.len()];
     // The host gets floats as it knows them.
     for output in &graph.outputs {
@@ -52,9 +52,13 @@ pub fn narrow(graph: &mut Graph) {
     // Backwards, so that what a node makes is settled before what it reads.
     for node in graph.nodes.iter().rev() {
         for (port, output) in node.outputs.iter().enumerate() {
-            asked[classes.root(*output)].whole |= !may_write_half(graph, node, port);
+            asked[classes.root(*output)].whole |= !may_write_half(graph, &given, node, port);
         }
-        let made_half = node.outputs.first().is_some_and(|output| asked[classes.root(*output)].is_half());
+        let half = |port: usize| asked[classes.root(node.outputs[port])].is_half();
+        let made_half = half_ports(node).next().is_some() && half_ports(node).all(half);
+        if matches!(how(graph, node), Reads::AsWritten) && !made_half {
+            half_ports(node).for_each(|port| asked[classes.root(node.outputs[port])].whole = true);
+        }
         for (port, input) in node.inputs.iter().enumerate() {
             let asked = &mut asked[classes.root(*input)];
             match reads(graph, node, port) {
@@ -66,30 +70,64 @@ pub fn narrow(graph: &mut Graph) {
         }
     }
     for index in 0..graph.tensors.len() {
-        if asked[classes.root(Var(index as u32))].is_half() {
-            graph.tensors[index].dtype = DType::BF16;
+        let tensor = &mut graph.tensors[index];
+        if tensor.dtype == DType::F32 && asked[classes.root(Var(index as u32))].is_half() {
+            tensor.dtype = DType::BF16;
         }
     }
     insert_casts(graph);
 }
 
-/// How a node reads an input.
+/// How a node reads its floats.
 enum Reads {
     /// What it makes is what it reads, or a part of it.
     InPlace,
-    /// In the type that it writes.
+    /// In the type that it writes: so a term of a sum that is in f32, be it over devices or over uses of a weight, is f32.
     AsWritten,
     Half,
     Whole,
 }
 
-fn reads(graph: &Graph, node: &Node, port: usize) -> Reads {
+fn how(graph: &Graph, node: &Node) -> Reads {
     match &node.op {
-        NodeOp::Kernel(op) if computes(graph, node) && op.reads_bf16(port) => Reads::Half,
+        NodeOp::Kernel(op) if computes(graph, node) => match op {
+            Op::Einsum(_) | Op::Attention { .. } | Op::LayerNorm { .. } => Reads::Half,
+            Op::RowMax | Op::SumExpTarget { .. } | Op::SumLeading | Op::EmbeddingGrad { .. } => Reads::Half,
+            _ => Reads::AsWritten,
+        },
         _ if stays_here(node) => Reads::InPlace,
         _ if is_transfer(node) => Reads::AsWritten,
         _ => Reads::Whole,
     }
+}
+
+fn reads(graph: &Graph, node: &Node, port: usize) -> Reads {
+    match &node.op {
+        NodeOp::Kernel(op) if !op.reads_bf16(port) => Reads::Whole,
+        _ => how(graph, node),
+    }
+}
+
+/// The outputs of a node that may be bf16.
+fn half_ports(node: &Node) -> impl Iterator<Item = usize> + '_ {
+    (0..node.outputs.len()).filter(|port| match &node.op {
+        NodeOp::Kernel(op) => op.writes_bf16(*port),
+        _ => true,
+    })
+}
+
+/// For each tensor: is it an input, a parameter, or what they are moved to? They are there before anything runs, and a cast would
+/// make whoever fetches them wait for it.
+fn given(graph: &Graph) -> Vec<bool> {
+    let mut given = vec![false; graph.tensors.len()];
+    for node in &graph.nodes {
+        let is_given = match &node.op {
+            NodeOp::Input | NodeOp::Parameter { .. } => true,
+            _ => (stays_here(node) || is_transfer(node)) && node.inputs.iter().all(|input| given[input.index()]),
+        };
+        node.outputs.iter().for_each(|output| given[output.index()] = is_given);
+    }
+    given
 }
 
 fn stays_here(node: &Node) -> bool {
@@ -110,10 +148,10 @@ fn computes(graph: &Graph, node: &Node) -> bool {
     node.phase.rate() == Rate::MicroBatch && !is_scalar
 }
 
-fn may_write_half(graph: &Graph, node: &Node, port: usize) -> bool {
+fn may_write_half(graph: &Graph, given: &[bool], node: &Node, port: usize) -> bool {
     match &node.op {
         NodeOp::Kernel(op) => computes(graph, node) && op.writes_bf16(port),
-        _ => stays_here(node) || is_transfer(node),
+        _ => (stays_here(node) || is_transfer(node)) && !given[node.outputs[port].index()],
     }
 }
 
@@ -153,7 +191,7 @@ fn insert_casts(graph: &mut Graph) {
             let has = graph.tensor(input).dtype;
             let wants_half = match reads(graph, &node, port) {
                 Reads::Half => true,
-                Reads::AsWritten => graph.tensor(node.outputs[0]).dtype == DType::BF16,
+                Reads::AsWritten => half_ports(&node).any(|p| graph.tensor(node.outputs[p]).dtype == DType::BF16),
                 Reads::InPlace | Reads::Whole => false,
             };
             if !wants_half || has != DType::F32 {

@@ -40,6 +40,8 @@ impl SessionError {
     pub fn exit(&self) -> Exit {
         match self {
             Self::Failed(failure) => exit_of(failure),
+            // Memory is had when a plan is loaded: it does not fit.
+            Self::Kernel(KernelError::OutOfMemory { .. }) => Exit::Refused,
             Self::Kernel(cause) => exit_of_kernel(cause),
             Self::Cluster(error) => error.exit(),
             Self::Checkpoint(error) => Exit::from_code(error.exit_code()),
