@@ -15,8 +15,8 @@ pub(crate) enum Cast {
     Event(Event),
     /// The firing in flight failed.
     Failed(KernelError),
-    /// Answer with the state.
-    Snapshot(Sender<ActorSnapshot>),
+    /// Answer with the state, and what had happened then.
+    Snapshot(Sender<(ActorSnapshot, Clock)>),
     /// A bug in the actor itself.
     #[cfg(test)]
     Panic,

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender, bounded};
 use ractor::{Actor, ActorProcessingErr, ActorRef, SupervisionEvent};
+use shardflow_kernels::clock::Clock;
 use shardflow_kernels::collective::Collective;
 use shardflow_kernels::stream::Stream;
 
@@ -33,6 +34,8 @@ pub(crate) struct Session {
     pub(crate) streams: BTreeMap<ActorId, Stream>,
     engine: Arc<dyn Collective>,
     /// Counts every event that an actor takes in.
+    /// By actor: what had happened when an action of it last did all its firings of a step.
+    clocks: Vec<Mutex<Clock>>,
     progress: AtomicU64,
     /// Index of the action in flight, or `IDLE`; by actor.
     in_flight: Vec<AtomicU32>,
@@ -86,6 +89,7 @@ impl Session {
         let session = Self {
             bus: Bus::new(&spec, remote),
             progress: AtomicU64::new(0),
+            clocks: spec.actors.iter().map(|_| Mutex::default()).collect(),
             in_flight: spec.actors.iter().map(|_| AtomicU32::new(IDLE)).collect(),
             completed: spec.actors.iter().map(|a| a.actions.iter().map(|_| AtomicU64::new(0)).collect()).collect(),
             whole: AtomicU64::new(0),
@@ -176,10 +180,15 @@ impl Session {
     pub(crate) fn completed(&self, actor: ActorId, action: u32) {
         let (at, action) = (actor.0 as usize, action as usize);
         self.in_flight[at].store(IDLE, Ordering::Relaxed);
+        let per_step = u64::from(self.spec.actors[at].actions[action].per_step);
+        // Only this actor counts here, and whoever sees the count is to know what was done before.
+        if (self.completed[at][action].load(Ordering::Relaxed) + 1).is_multiple_of(per_step) {
+            *self.clocks[at].lock().unwrap_or_else(PoisonError::into_inner) = Clock::capture();
+        }
         let completed = self.completed[at][action].fetch_add(1, Ordering::AcqRel) + 1;
         let whole = self.whole.load(Ordering::Acquire);
         // The firing that ends a step is the last of its action's in it.
-        if completed == whole * u64::from(self.spec.actors[at].actions[action].per_step) && self.has_ended(whole) {
+        if completed == whole * per_step && self.has_ended(whole) {
             // Taken so that nobody can look before the count and wait after the notification.
             drop(self.state());
             self.settled.notify_all();
@@ -221,6 +230,8 @@ impl Session {
             let left = timeout.saturating_sub(begin.elapsed());
             let ended = self.has_ended(self.whole.load(Ordering::Acquire));
             if ended || left.is_zero() {
+                let clocks = self.clocks.iter().map(|clock| *clock.lock().unwrap_or_else(PoisonError::into_inner));
+                clocks.for_each(Clock::join);
                 return Ok(ended);
             }
             state = self.settled.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
@@ -262,7 +273,8 @@ impl Session {
         drop(reply);
         let deadline = Instant::now() + SNAPSHOT_TIMEOUT;
         let mut snapshots = Vec::new();
-        while let Ok(snapshot) = replies.recv_deadline(deadline) {
+        while let Ok((snapshot, clock)) = replies.recv_deadline(deadline) {
+            clock.join();
             snapshots.push(snapshot);
         }
         let answered = |s: &ActorSnapshot| snapshots.iter().any(|t| t.actor == s.actor);

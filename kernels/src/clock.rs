@@ -2,6 +2,13 @@
 //! another. Without the feature `clock-token` it is nothing, and costs nothing. Imports nothing of this crate.
 #![cfg_attr(feature = "clock-token", allow(unsafe_code))]
 
+#[cfg(feature = "clock-token")]
+use std::{
+    collections::HashMap,
+    sync::{Mutex, PoisonError},
+    thread::{self, ThreadId},
+};
+
 /// All that the thread knows to have happened when it captures one. Whoever sends a message between threads sends one
 /// along, and the receiver joins it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -33,6 +40,24 @@ pub(crate) fn host_access(start: *const u8, bytes: usize, writes: bool) {
     }
     #[cfg(not(feature = "clock-token"))]
     let _ = (start, bytes, writes);
+}
+
+/// What each of many threads knew when it let go of something, for the one that is last.
+#[derive(Debug, Default)]
+pub struct Clocks(#[cfg(feature = "clock-token")] Mutex<HashMap<ThreadId, Clock>>);
+
+impl Clocks {
+    /// The calling thread lets go.
+    pub fn add(&self) {
+        #[cfg(feature = "clock-token")]
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).insert(thread::current().id(), Clock::capture());
+    }
+
+    /// The calling thread knows what they all knew.
+    pub fn join(&self) {
+        #[cfg(feature = "clock-token")]
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).values().for_each(|clock| clock.join());
+    }
 }
 
 #[cfg(feature = "clock-token")]

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use ractor::{Actor, ActorProcessingErr, ActorRef};
+use shardflow_kernels::clock::Clock;
 use shardflow_kernels::error::KernelError;
 use shardflow_kernels::memory::Base;
 use shardflow_kernels::stream::{Notice, Notify, Submission};
@@ -55,7 +56,7 @@ impl Shard {
             Cast::Failed(cause) => Err(self.failed(cause)),
             Cast::Snapshot(reply) => {
                 // Nobody waits any more if the reply cannot be sent.
-                let _ = reply.try_send(self.snapshot());
+                let _ = reply.try_send((self.snapshot(), Clock::capture()));
                 Ok(())
             }
             #[cfg(test)]

@@ -13,7 +13,7 @@ use cudarc::driver::sys::{self, CUresult};
 
 use super::context::{Context, Raw};
 use super::gpu::Gpu;
-use crate::clock::{Clock, host_access};
+use crate::clock::{Clock, Clocks, host_access};
 use crate::error::KernelError;
 use crate::memory::Tally;
 
@@ -30,6 +30,8 @@ pub(crate) struct DeviceMemory {
     tally: Option<Arc<Tally>>,
     /// When it was zeroed.
     made: Clock,
+    /// When submissions were done with it.
+    used: Clocks,
 }
 
 impl fmt::Debug for DeviceMemory {
@@ -39,6 +41,11 @@ impl fmt::Debug for DeviceMemory {
 }
 
 impl DeviceMemory {
+    /// A submission has done with it, as the calling thread knows.
+    pub(crate) fn let_go(&self) {
+        self.used.add();
+    }
+
     /// Zeroed memory that is counted in `tally`, if there is one.
     ///
     /// # Errors
@@ -89,7 +96,15 @@ impl DeviceMemory {
         if let Some(tally) = tally {
             tally.add(bytes);
         }
-        Ok(Self { gpu: gpu.clone(), rank, address, bytes, tally: tally.cloned(), made: Clock::capture() })
+        Ok(Self {
+            gpu: gpu.clone(),
+            rank,
+            address,
+            bytes,
+            tally: tally.cloned(),
+            made: Clock::capture(),
+            used: Clocks::default(),
+        })
     }
 
     pub(crate) fn bytes(&self) -> usize {
@@ -181,6 +196,7 @@ impl Drop for DeviceMemory {
         if let Some(tally) = &self.tally {
             tally.bytes.fetch_sub(self.bytes, Ordering::Relaxed);
         }
+        self.used.join();
         if self.bytes > 0 && self.gpu.context().bind_to_drop() {
             let transfer = self.gpu.transfer().lock().unwrap_or_else(PoisonError::into_inner);
             // SAFETY: allocated in `new`, freed once. Whoever used it has waited for its end: submissions keep their arenas

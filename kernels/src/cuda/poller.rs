@@ -17,6 +17,7 @@ use std::time::{Duration, Instant};
 
 use super::context::Context;
 use super::event::Recorded;
+use super::memory::DeviceMemory;
 use super::ticket::Ticket;
 use crate::error::KernelError;
 use crate::event::Event;
@@ -252,6 +253,8 @@ fn tell(then: Then, failed: Option<&KernelError>) {
         (Then::Signal(ticket, tag), None) => ticket.signal(tag),
         (Then::Signal(..), Some(_)) => {}
         (Then::End(ticket, bases, result), failed) => {
+            let memories = bases.iter().filter_map(|base| base.arena.device_memory());
+            memories.for_each(DeviceMemory::let_go);
             drop(bases);
             ticket.end(failed.map_or(result, |error| Err(error.clone())));
         }

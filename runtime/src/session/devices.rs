@@ -28,6 +28,9 @@ pub(crate) struct OnNode {
     pub(crate) processes: usize,
 }
 
+/// Gives what NCCL knows groups by.
+pub(crate) type Ids<'a> = &'a dyn Fn(&[Arc<Group>]) -> Result<Vec<UniqueId>, KernelError>;
+
 /// Memory that each of `devices` devices of this node may have of a GPU, as it is free now.
 ///
 /// # Errors
@@ -44,7 +47,7 @@ pub(crate) fn open(
     plan: &Plan,
     hosting: &Hosting,
     node: OnNode,
-    ids: &dyn Fn(&[Arc<Group>]) -> Result<Vec<UniqueId>, KernelError>,
+    ids: Ids<'_>,
 ) -> Result<(Vec<Device>, Arc<dyn Collective>), KernelError> {
     match plan.device {
         DeviceKind::Cpu => {
@@ -92,7 +95,7 @@ fn gpu_engine(
     plan: &Plan,
     hosting: &Hosting,
     gpus: &BTreeMap<usize, Arc<Gpu>>,
-    ids: &dyn Fn(&[Arc<Group>]) -> Result<Vec<UniqueId>, KernelError>,
+    ids: Ids<'_>,
 ) -> Result<Arc<dyn Collective>, KernelError> {
     let shares = gpus.iter().any(|(a, gpu)| gpus.iter().any(|(b, other)| a != b && Arc::ptr_eq(gpu, other)));
     if shares || hosting.devices == 1 {
