@@ -24,13 +24,11 @@ pub(crate) struct Staged {
     track: Arc<Track>,
     /// Grows to what the largest launch needs.
     arena: Option<Arena>,
-    /// Set when what was copied back last is on the device (PINNED-1).
-    copied: Option<Event>,
 }
 
 impl Staged {
     pub(crate) fn new(lane: &Arc<Lane>, track: &Arc<Track>) -> Self {
-        Self { lane: lane.clone(), track: track.clone(), arena: None, copied: None }
+        Self { lane: lane.clone(), track: track.clone(), arena: None }
     }
 
     /// An event that is set when all that is on the stream so far is done.
@@ -47,14 +45,15 @@ impl Staged {
         self.lane.gpu().context().check_alive()
     }
 
-    /// Staging memory of at least so many bytes, which nothing is being copied to or from.
+    /// Staging memory of at least so many bytes. What was copied back from it last may still be under way; the host touches it
+    /// only behind an event that comes after that (PINNED-1).
     fn arena(&mut self, bytes: usize) -> Result<Arena, KernelError> {
-        if let Some(copied) = self.copied.take() {
-            self.wait(&copied)?;
-        }
         if let Some(arena) = self.arena.as_ref().filter(|arena| arena.bytes() >= bytes) {
             return Ok(arena.clone());
         }
+        // The old memory goes.
+        let event = self.record()?;
+        self.wait(&event)?;
         let arena = Arena::pinned(Pinned::new(self.lane.gpu().context(), bytes.next_power_of_two())?);
         self.arena = Some(arena.clone());
         Ok(arena)
@@ -100,7 +99,6 @@ impl Staged {
             for (view, copy) in bound.writes.iter().zip(writes) {
                 self.lane.copy_in(device_address(view)?, copy.start(), view.bytes())?;
             }
-            self.copied = Some(self.record()?);
         }
         worked
     }
