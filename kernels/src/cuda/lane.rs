@@ -167,6 +167,12 @@ impl Lane {
         self.check(unsafe { sys::cuMemsetD32Async(to, word, words, self.stream.0) }, "cuMemsetD32Async")
     }
 
+    /// Waits for all that was put on the stream: for its end, when that has come already.
+    pub(crate) fn synchronize(&self) -> Result<(), KernelError> {
+        // SAFETY: the stream is there until this is dropped.
+        self.check(unsafe { sys::cuStreamSynchronize(self.stream.0) }, "cuStreamSynchronize")
+    }
+
     /// An event behind all that was put on the stream so far.
     pub(crate) fn record(&self) -> Result<Arc<Recorded>, KernelError> {
         self.gpu.events().record(self.stream, &self.place)

@@ -59,7 +59,7 @@ struct Queue {
     handed_over: bool,
     /// Nothing more is submitted.
     closed: bool,
-    thread: Option<JoinHandle<()>>,
+    thread: Option<JoinHandle<Clock>>,
 }
 
 impl fmt::Debug for CudaStream {
@@ -168,7 +168,11 @@ impl Inner {
         queue.handed_over = true;
         if queue.thread.is_none() {
             let own = self.clone();
-            let thread = thread::Builder::new().name(self.name.clone()).spawn(move || own.serve());
+            let serve = move || {
+                own.serve();
+                Clock::capture()
+            };
+            let thread = thread::Builder::new().name(self.name.clone()).spawn(serve);
             queue.thread = Some(thread.map_err(|_| KernelError::Closed { device: self.rank })?);
         }
         self.changed.notify_all();
@@ -246,10 +250,12 @@ impl Drop for CudaStream {
             poller.forget(&self.inner.track, &error);
         } else {
             poller.forget(&self.inner.track, &KernelError::Closed { device: self.inner.rank });
+            // It has ended; whoever frees what it used is to know that. A failure is one of the context.
+            let _ = self.inner.lane.synchronize();
         }
         if let Some(thread) = thread {
             // It catches every panic of others' code.
-            let _ = thread.join();
+            thread.join().into_iter().for_each(Clock::join);
         }
     }
 }

@@ -69,13 +69,11 @@ fn gpus(hosting: &Hosting, node: OnNode, count: usize) -> Result<BTreeMap<usize,
     let own = hosting.own();
     let each = hosting.devices.div_ceil(hosting.processes as usize);
     let needed = if node.processes > 1 { each * node.processes } else { own.len() };
-    if count == 0 || (hosting.processes > 1 && needed > count) {
-        let what = format!(
-            "{needed} devices of this node in {} processes need a GPU each, and it has {count}",
-            node.processes
-        );
-        let hint = "start one process for the node, whose devices may share GPUs, or choose a smaller mesh".to_owned();
-        return Err(KernelError::Unavailable { what, hint });
+    if count == 0 || (needed > count && (hosting.processes > 1 || count > 1)) {
+        let what = format!("{needed} devices of this node need a GPU each, and it has {count}");
+        let hint =
+            "choose a mesh of fewer devices; on one GPU (see CUDA_VISIBLE_DEVICES) the devices of one process share it";
+        return Err(KernelError::Unavailable { what, hint: hint.to_owned() });
     }
     let mut opened: BTreeMap<usize, Arc<Gpu>> = BTreeMap::new();
     let mut out = BTreeMap::new();
