@@ -8,7 +8,7 @@
 //! - MEM-3: across streams nobody reads a range while another writes it. That is the register protocol's promise (a
 //!   slot is written only while it is free, and read only while it is filled); it cannot be checked here.
 //! - MEM-4: what is mapped only to be read is never a write: [`Arena::write_host`], launches and collectives check it.
-//! - MEM-5: a slice is made of host memory only; [`View::check_host`] refuses what lies on a GPU, before any is made.
+//! - MEM-5: a slice is made of host memory only; `View::check_host` refuses what lies on a GPU, before any is made.
 #![allow(unsafe_code)]
 
 use std::alloc::{Layout, alloc_zeroed, dealloc};
