@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender, bounded};
 use ractor::{Actor, ActorProcessingErr, ActorRef, SupervisionEvent};
-use shardflow_kernels::clock::Clock;
+use shardflow_kernels::clock::Clocks;
 use shardflow_kernels::collective::Collective;
 use shardflow_kernels::stream::Stream;
 
@@ -34,8 +34,8 @@ pub(crate) struct Session {
     pub(crate) streams: BTreeMap<ActorId, Stream>,
     engine: Arc<dyn Collective>,
     /// Counts every event that an actor takes in.
-    /// By actor: what had happened when an action of it last did all its firings of a step.
-    clocks: Vec<Mutex<Clock>>,
+    /// What had happened when actions last did all their firings of a step.
+    clocks: Clocks,
     progress: AtomicU64,
     /// Index of the action in flight, or `IDLE`; by actor.
     in_flight: Vec<AtomicU32>,
@@ -89,7 +89,7 @@ impl Session {
         let session = Self {
             bus: Bus::new(&spec, remote),
             progress: AtomicU64::new(0),
-            clocks: spec.actors.iter().map(|_| Mutex::default()).collect(),
+            clocks: Clocks::default(),
             in_flight: spec.actors.iter().map(|_| AtomicU32::new(IDLE)).collect(),
             completed: spec.actors.iter().map(|a| a.actions.iter().map(|_| AtomicU64::new(0)).collect()).collect(),
             whole: AtomicU64::new(0),
@@ -183,7 +183,7 @@ impl Session {
         let per_step = u64::from(self.spec.actors[at].actions[action].per_step);
         // Only this actor counts here, and whoever sees the count is to know what was done before.
         if (self.completed[at][action].load(Ordering::Relaxed) + 1).is_multiple_of(per_step) {
-            *self.clocks[at].lock().unwrap_or_else(PoisonError::into_inner) = Clock::capture();
+            self.clocks.add();
         }
         let completed = self.completed[at][action].fetch_add(1, Ordering::AcqRel) + 1;
         let whole = self.whole.load(Ordering::Acquire);
@@ -230,8 +230,7 @@ impl Session {
             let left = timeout.saturating_sub(begin.elapsed());
             let ended = self.has_ended(self.whole.load(Ordering::Acquire));
             if ended || left.is_zero() {
-                let clocks = self.clocks.iter().map(|clock| *clock.lock().unwrap_or_else(PoisonError::into_inner));
-                clocks.for_each(Clock::join);
+                self.clocks.join();
                 return Ok(ended);
             }
             state = self.settled.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;

@@ -7,10 +7,8 @@ use shardflow::passes::precision::Precision;
 use shardflow::plan::Schedule::OneFOneB;
 use shardflow_integration_tests::training::{Model, options, relative};
 use shardflow_kernels::device::DeviceKind;
-use shardflow_software_cuda::{Report, command};
+use shardflow_software_cuda::{CASE, Ran, run_child};
 
-/// What the child trains: `MESH PRECISION`.
-const CASE: &str = "SHARDFLOW_TEST_CASE";
 const STEPS: usize = 3;
 /// Relative difference of losses from the CPU backend's: sums in another order, other roundings of exp and erf.
 const F32_MAX: f64 = 1e-4;
@@ -26,24 +24,15 @@ fn settings(device: DeviceKind, precision: Precision) -> CompileOptions {
 #[test]
 #[ignore = "started by the other tests, on software devices"]
 fn child() {
-    let mesh = std::env::var(CASE).expect("a case");
+    let mesh = std::env::var(CASE).expect("a mesh");
     let trained = model().train(&mesh, &settings(DeviceKind::Cuda, Precision::F32), STEPS);
     println!("\n> {:?}", trained.losses);
 }
 
 /// The losses of a training on so many GPUs.
 fn train(mesh: &str, gpus: usize, policy: &str, seed: u64) -> Vec<f64> {
-    let case = format!("{mesh} on {gpus} GPUs, {policy}, seed {seed}");
-    let folder = tempfile::tempdir().expect("a folder");
-    let program = std::env::current_exe().expect("this program");
-    let mut child = command(program, folder.path(), gpus, policy, seed).expect("the software device");
-    child.args(["--ignored", "--exact", "child", "--nocapture"]).env(CASE, mesh);
-    let output = child.output().expect("a child");
-    let (said, complained) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
-    let tail: Vec<&str> = complained.lines().rev().take(40).collect();
-    let found = Report::read(folder.path()).map(|report| format!("{:#?}", report.findings)).unwrap_or_default();
-    assert!(output.status.success(), "{case}: {:#?}\n{found}", tail.iter().rev().collect::<Vec<_>>());
-    assert_eq!(found, "[]", "{case}");
+    let Ran { stdout: said, report } = run_child(mesh, gpus, policy, seed, None);
+    assert!(report.findings.is_empty(), "{mesh} on {gpus} GPUs, {policy}, seed {seed}: {:#?}", report.findings);
     let line = said.lines().find_map(|line| line.strip_prefix("> [")).expect("losses").trim_end_matches(']');
     line.split(", ").map(|loss| loss.parse().expect("a number")).collect()
 }

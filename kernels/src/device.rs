@@ -1,6 +1,7 @@
 //! Devices: where arenas and streams come from. Imports `memory`, `stream`, `collective` and the backends.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use crate::collective::Collective;
 use crate::cpu::device::CpuDevice;
@@ -8,7 +9,7 @@ use crate::cuda::device::CudaDevice;
 use crate::cuda::gpu::Gpu;
 use crate::cuda::lower;
 use crate::error::KernelError;
-use crate::memory::Arena;
+use crate::memory::{Arena, Tally};
 use crate::op::Op;
 use crate::stream::Stream;
 
@@ -152,27 +153,25 @@ impl Device {
         }
     }
 
+    fn tally(&self) -> &Tally {
+        match self {
+            Device::Cpu(device) => device.tally(),
+            Device::Cuda(device) => device.tally(),
+        }
+    }
+
     /// Bytes in live arenas.
     pub fn bytes_allocated(&self) -> usize {
-        match self {
-            Device::Cpu(device) => device.bytes_allocated(),
-            Device::Cuda(device) => device.bytes_allocated(),
-        }
+        self.tally().bytes.load(Ordering::Relaxed)
     }
 
     /// The most bytes that were in live arenas at once.
     pub fn bytes_peak(&self) -> usize {
-        match self {
-            Device::Cpu(device) => device.bytes_peak(),
-            Device::Cuda(device) => device.bytes_peak(),
-        }
+        self.tally().bytes_peak.load(Ordering::Relaxed)
     }
 
     /// Arenas made so far; does not grow after a plan is loaded.
     pub fn allocation_count(&self) -> usize {
-        match self {
-            Device::Cpu(device) => device.allocation_count(),
-            Device::Cuda(device) => device.allocation_count(),
-        }
+        self.tally().allocations.load(Ordering::Relaxed)
     }
 }

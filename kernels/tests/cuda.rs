@@ -19,10 +19,7 @@ use shardflow_kernels::memory::{Arena, Base};
 use shardflow_kernels::op::{Buffer, Einsum, Launch, Op, Program};
 use shardflow_kernels::stream::{Notice, Stream, Submission};
 use shardflow_kernels::tensor::{DType, HostTensor, element_count};
-use shardflow_software_cuda::{POLICIES, Report, command};
-
-/// Names what the child does.
-const CASE: &str = "SHARDFLOW_TEST_CASE";
+use shardflow_software_cuda::{CASE, POLICIES, Report, run_child};
 
 /// For members of a group to join each other.
 const WITHIN: Duration = Duration::from_secs(30);
@@ -282,16 +279,7 @@ fn child() {
 
 /// Runs a case on software devices; kinds of findings that are not `expected` fail it.
 fn run(case: &str, devices: usize, policy: &str, seed: u64, fault: Option<&str>, expected: &[&str]) -> Report {
-    let folder = tempfile::tempdir().expect("a folder");
-    let program = std::env::current_exe().expect("this program");
-    let mut child = command(program, folder.path(), devices, policy, seed).expect("the software device");
-    child.args(["--ignored", "--exact", "child", "--nocapture"]).env(CASE, case);
-    child.envs(fault.map(|fault| ("SOFTWARE_CUDA_FAULT", fault)));
-    let output = child.output().expect("a child");
-    let text = String::from_utf8_lossy(&output.stderr);
-    let tail: String = text.lines().rev().take(60).collect::<Vec<_>>().into_iter().rev().collect::<Vec<_>>().join("\n");
-    assert!(output.status.success(), "{case}, {policy}, seed {seed}:\n{tail}");
-    let mut report = Report::read(folder.path()).expect("a report");
+    let mut report = run_child(case, devices, policy, seed, fault).report;
     report.findings.retain(|finding| !expected.contains(&finding.kind.as_str()));
     assert!(report.findings.is_empty(), "{case}, {policy}, seed {seed}: {:#?}", report.findings);
     report

@@ -83,4 +83,4 @@ mod world;
 
 pub use config::{POLICIES, Policy};
 pub use findings::{Finding, Report};
-pub use support::{command, install, library, report_path};
+pub use support::{CASE, Ran, command, install, library, report_path, run_child};

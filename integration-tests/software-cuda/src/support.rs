@@ -74,6 +74,37 @@ pub fn command(
     Ok(command)
 }
 
+/// Names to a test's child what it is to do.
+pub const CASE: &str = "SHARDFLOW_TEST_CASE";
+
+/// What came of a test's child.
+#[derive(Debug)]
+pub struct Ran {
+    /// What it printed.
+    pub stdout: String,
+    /// What the device found.
+    pub report: Report,
+}
+
+/// Runs this test program's ignored test `child` on so many software devices: [`CASE`] tells it `case`, and `fault`, if one is
+/// given, is injected.
+///
+/// # Panics
+/// When the child does not succeed, with the end of what it complained of; when it leaves no report.
+pub fn run_child(case: &str, devices: usize, policy: &str, seed: u64, fault: Option<&str>) -> Ran {
+    let folder = tempfile::tempdir().expect("a folder");
+    let program = std::env::current_exe().expect("this program");
+    let mut child = command(program, folder.path(), devices, policy, seed).expect("the software device");
+    child.args(["--ignored", "--exact", "child", "--nocapture"]).env(CASE, case);
+    child.envs(fault.map(|fault| ("SOFTWARE_CUDA_FAULT", fault)));
+    let output = child.output().expect("a child");
+    let text = String::from_utf8_lossy(&output.stderr);
+    let tail: String = text.lines().rev().take(60).collect::<Vec<_>>().into_iter().rev().collect::<Vec<_>>().join("\n");
+    assert!(output.status.success(), "{case}, {policy}, seed {seed}:\n{tail}");
+    let report = Report::read(folder.path()).expect("a report");
+    Ran { stdout: String::from_utf8_lossy(&output.stdout).into_owned(), report }
+}
+
 /// Where [`command`] has the report written.
 pub fn report_path(folder: &Path) -> PathBuf {
     folder.join("report.json")

@@ -1,7 +1,6 @@
 //! A CPU device: a memory tally and a maker of streams. Imports `memory`, `collective` and `cpu::stream`.
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 
 use crate::collective::Collective;
 use crate::cpu::stream::CpuStream;
@@ -51,15 +50,7 @@ impl CpuDevice {
         &self.engine
     }
 
-    pub(crate) fn bytes_allocated(&self) -> usize {
-        self.tally.bytes.load(Ordering::Relaxed)
-    }
-
-    pub(crate) fn bytes_peak(&self) -> usize {
-        self.tally.bytes_peak.load(Ordering::Relaxed)
-    }
-
-    pub(crate) fn allocation_count(&self) -> usize {
-        self.tally.allocations.load(Ordering::Relaxed)
+    pub(crate) fn tally(&self) -> &Tally {
+        &self.tally
     }
 }

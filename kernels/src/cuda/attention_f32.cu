@@ -113,20 +113,8 @@ INLINE void write_rows(float* out, const float (&values)[4][C], Item item, i64 b
     }
 }
 
-// Over the 16 threads that share a row.
-INLINE float row_sum(float value) {
-#pragma unroll
-    for (int distance = 8; distance > 0; distance /= 2) value += __shfl_xor_sync(ALL_LANES, value, distance);
-    return value;
-}
-
-INLINE float row_max(float value) {
-#pragma unroll
-    for (int distance = 8; distance > 0; distance /= 2) {
-        value = larger(value, __shfl_xor_sync(ALL_LANES, value, distance));
-    }
-    return value;
-}
+// Threads that share a row.
+constexpr int ROW_LANES = 16;
 
 template <int D>
 INLINE void attention(const float* q, const float* k, const float* v, float* o, float* lse, i64 time, int heads,
@@ -162,7 +150,7 @@ INLINE void attention(const float* q, const float* k, const float* v, float* o, 
                 scores[i][j] = past ? scale * scores[i][j] : MINUS_INFINITY;
                 best = larger(best, scores[i][j]);
             }
-            best = row_max(best);
+            best = warp_max<ROW_LANES>(best);
             // Of nothing but minus infinities there is no difference yet.
             const float base = best == MINUS_INFINITY ? 0.0f : best;
             const float correction = expf(maxima[i] - base);
@@ -174,7 +162,7 @@ INLINE void attention(const float* q, const float* k, const float* v, float* o, 
                 p_tile[(y * 4 + i) * P_PITCH + x + 16 * j] = p;
                 total += p;
             }
-            totals[i] = totals[i] * correction + row_sum(total);
+            totals[i] = totals[i] * correction + warp_sum<ROW_LANES>(total);
 #pragma unroll
             for (int j = 0; j < C; j++) sums[i][j] *= correction;
         }

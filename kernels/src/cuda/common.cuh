@@ -112,16 +112,18 @@ INLINE void store(T* to, const float (&values)[W]) {
 // The larger one; a NaN in b never gets in, as on the CPU, where a row's sum of exponentials then shows it.
 INLINE float larger(float a, float b) { return b > a ? b : a; }
 
-template <class V>
+// Over each LANES neighbouring threads of a warp, for each of them.
+template <int LANES = 32, class V>
 INLINE V warp_sum(V value) {
 #pragma unroll
-    for (int distance = 16; distance > 0; distance /= 2) value += __shfl_xor_sync(ALL_LANES, value, distance);
+    for (int distance = LANES / 2; distance > 0; distance /= 2) value += __shfl_xor_sync(ALL_LANES, value, distance);
     return value;
 }
 
+template <int LANES = 32>
 INLINE float warp_max(float value) {
 #pragma unroll
-    for (int distance = 16; distance > 0; distance /= 2) {
+    for (int distance = LANES / 2; distance > 0; distance /= 2) {
         value = larger(value, __shfl_xor_sync(ALL_LANES, value, distance));
     }
     return value;

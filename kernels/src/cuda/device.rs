@@ -2,7 +2,6 @@
 //! `cuda::gpu`, `cuda::stream`, `cuda::memory`, `memory`, `collective`.
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 
 use super::gpu::Gpu;
 use super::memory::DeviceMemory;
@@ -51,15 +50,7 @@ impl CudaDevice {
         &self.engine
     }
 
-    pub(crate) fn bytes_allocated(&self) -> usize {
-        self.tally.bytes.load(Ordering::Relaxed)
-    }
-
-    pub(crate) fn bytes_peak(&self) -> usize {
-        self.tally.bytes_peak.load(Ordering::Relaxed)
-    }
-
-    pub(crate) fn allocation_count(&self) -> usize {
-        self.tally.allocations.load(Ordering::Relaxed)
+    pub(crate) fn tally(&self) -> &Tally {
+        &self.tally
     }
 }

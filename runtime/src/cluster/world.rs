@@ -49,7 +49,7 @@ pub(crate) struct World {
     ids: Receiver<Heard>,
 }
 
-/// Messages about checkpoints that may wait to be taken.
+/// Messages of one topic that may wait to be taken.
 const HEARD_MAX: usize = 1 << 12;
 
 /// The end of the session, once there is one, and what it ends here.
@@ -333,23 +333,26 @@ fn peer_failure(cause: &FirstCause) -> Failure {
 /// True for an error by which a start breaks off because somebody else ended what is shared with this process. Whoever did
 /// says why, or is missed by all.
 fn breaks_off(error: &SessionError) -> bool {
-    let kernel = |cause: &KernelError| matches!(cause, KernelError::Aborted { .. } | KernelError::Mpi { .. });
     match error {
         SessionError::Cluster(ClusterError::Transport(broken)) => {
             matches!(broken, TransportError::Io { .. } | TransportError::Closed)
         }
-        SessionError::Cluster(ClusterError::Kernel(cause)) | SessionError::Kernel(cause) => kernel(cause),
+        SessionError::Cluster(ClusterError::Kernel(cause)) | SessionError::Kernel(cause) => is_of_others(cause),
         _ => false,
     }
+}
+
+/// True for a collective that somebody else ended: a peer, which has told all why, or will not live to. MPI does not say who is at
+/// fault: whoever is gone is missed by its heartbeats.
+fn is_of_others(cause: &KernelError) -> bool {
+    matches!(cause, KernelError::Aborted { .. } | KernelError::Mpi { .. })
 }
 
 /// True for a failure that another process may be the cause of.
 fn is_symptom(failure: &Failure) -> bool {
     match failure {
         Failure::Peer { .. } => true,
-        Failure::Kernel { cause, .. } => {
-            matches!(&**cause, KernelError::Aborted { .. } | KernelError::Mpi { .. } | KernelError::Link { .. })
-        }
+        Failure::Kernel { cause, .. } => is_of_others(cause) || matches!(&**cause, KernelError::Link { .. }),
         _ => false,
     }
 }
@@ -361,9 +364,7 @@ fn tell(membership: &Membership, hosting: &Hosting, failure: &Failure) {
         Failure::Peer { cause: PeerError::Failed { .. }, .. } => {}
         Failure::Peer { process, cause } => membership.suspect(*process, cause.to_string()),
         Failure::Kernel { cause, .. } => match &**cause {
-            // A peer ended the collectives that it shares with us; it has told all why, or will not live to. MPI does not say
-            // who is at fault: whoever is gone is missed by its heartbeats.
-            KernelError::Aborted { .. } | KernelError::Mpi { .. } => {}
+            cause if is_of_others(cause) => {}
             KernelError::Link { peer, .. } => membership.suspect(hosting.process_of(*peer), failure.to_string()),
             _ => membership.fail(failure.to_string(), exit_of(failure).code()),
         },
