@@ -259,11 +259,15 @@ pub enum Failure {
         /// What it did, or what became of it.
         cause: PeerError,
     },
-    /// Nothing moved although there was work; the report says who waits for whom.
-    #[error("no progress for {idle_ms} ms\n{report}")]
+    /// Nothing moved although there was work.
+    #[error("no progress for {idle_ms} ms: {cause}\n{report}")]
     Stalled {
         /// Milliseconds since the last progress.
         idle_ms: u64,
+        /// What everything waits for in the end, and how (see [`crate::hang`]).
+        cause: String,
+        /// The process that is waited for, where it is another one.
+        process: Option<u32>,
         /// Who waits for which register of whom.
         report: String,
     },
@@ -272,7 +276,7 @@ pub enum Failure {
 impl Failure {
     /// True when another process failed, and not this one.
     pub fn is_of_a_peer(&self) -> bool {
-        matches!(self, Self::Peer { .. })
+        matches!(self, Self::Peer { .. } | Self::Stalled { process: Some(_), .. })
     }
 }
 

@@ -1,5 +1,5 @@
 //! Actors that own streams and exchange registers: the protocol, its simulator and its shell.
-//! Layers: `spec <- check, builder, register <- protocol <- simulate, snapshot, slow, message <- transport, remote, bus, supervisor
+//! Layers: `spec <- check, builder, register <- protocol <- snapshot <- hang <- simulate, slow, message <- transport, remote, bus, supervisor
 //! <- watchdog, shell`; `membership` stands beside them.
 
 pub mod builder;
@@ -7,6 +7,7 @@ mod bus;
 pub mod check;
 pub mod credits;
 pub mod error;
+pub mod hang;
 pub mod membership;
 mod message;
 pub mod pipeline;

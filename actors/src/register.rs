@@ -93,6 +93,11 @@ impl SlotRing {
         self.released[reader]
     }
 
+    /// The same of all readers.
+    pub fn all_released(&self) -> &[u64] {
+        &self.released
+    }
+
     /// The slot of a piece.
     pub fn slot_of(&self, piece: u64) -> u32 {
         (piece % u64::from(self.slots)) as u32

@@ -1,5 +1,5 @@
 //! Runs a plan's protocols under virtual time: makespan, timeline, peaks; seeded delays and interleavings; data races; and
-//! when it gets stuck, the cycle. Imports `protocol`, `check` and `spec`.
+//! when it gets stuck, the cycle. Imports `protocol`, `check`, `hang` and `spec`.
 //!
 //! Data is symbolic: a slot holds a hash, a firing mixes those that it reads. Runs of one plan must end with equal digests
 //! whatever the delays, which is what "deterministic" means for the protocol.
@@ -10,14 +10,14 @@ use std::sync::Arc;
 
 use crate::check::check;
 use crate::error::{ProtocolError, SpecError};
+use crate::hang::{Hang, Scene, explain};
 use crate::protocol::{Effect, Event, Message, Protocol};
+use crate::snapshot::ActorSnapshot;
 use crate::spec::{ActorId, Reader, RegisterId, Spec};
 
 mod data;
-mod stuck;
 
 use data::{Data, Gangs, Rng};
-pub use stuck::{Link, Stuck, Wait};
 
 /// How long things take, in ticks of the caller's choice.
 #[derive(Clone, Debug, Default)]
@@ -115,7 +115,7 @@ pub enum SimulationError {
     Protocol(#[from] ProtocolError),
     /// Nothing can fire, with work left.
     #[error("{0}")]
-    Stuck(Box<Stuck>),
+    Stuck(Box<Hang>),
     /// CR-6: a message was lost, made twice or made up.
     #[error("CR-6 register '{register}' at reader {reader}: {numbers}")]
     Conservation {
@@ -241,16 +241,20 @@ impl Simulator<'_> {
         Ok(())
     }
 
-    fn finish(self) -> Result<Run, SimulationError> {
-        let left = |p: &Protocol, actor: &crate::spec::ActorSpec| {
-            let done = |(x, s): (usize, &crate::spec::ActionSpec)| {
-                p.completed(x as u32) == u64::from(s.per_step) * u64::from(self.options.steps)
-            };
-            !actor.actions.iter().enumerate().all(done)
+    /// What keeps actions with firings left from them, when nothing is under way any more.
+    fn stuck(&self) -> Option<Hang> {
+        let of = |(a, protocol): (usize, &Protocol)| {
+            let busy_ns = vec![0; self.spec.actors[a].actions.len()];
+            ActorSnapshot::of(ActorId(a as u32), protocol, &busy_ns)
         };
-        if self.protocols.iter().zip(&self.spec.actors).any(|(p, a)| left(p, a)) {
-            let stuck = stuck::explain(self.spec, &self.protocols, &self.gangs, self.options.steps);
-            return Err(SimulationError::Stuck(Box::new(stuck)));
+        let snapshots: Vec<_> = self.protocols.iter().enumerate().map(of).collect();
+        let scene = Scene { spec: self.spec, snapshots: &snapshots, collectives: &[], process_of: &|_| None };
+        explain(scene, u64::from(self.options.steps))
+    }
+
+    fn finish(self) -> Result<Run, SimulationError> {
+        if let Some(hang) = self.stuck() {
+            return Err(SimulationError::Stuck(Box::new(hang)));
         }
         for register in 0..self.spec.registers.len() as u32 {
             self.conserved(RegisterId(register), true)?;
@@ -335,6 +339,10 @@ impl Simulator<'_> {
 
     /// The kernels of a firing start to run: fixes its value and its end.
     fn proceed(&mut self, actor: ActorId, action: u32, firing: u64, shared: u64) {
+        #[cfg(test)]
+        if self.options.fault == Some(tests::Fault::Hang(Reader { actor, action }, firing)) {
+            return;
+        }
         self.data.compute(actor, shared);
         let random = self.options.jitter.map_or(0, |j| j.action_ticks_max);
         let ticks = self.timing.action_ticks[actor.0 as usize][action as usize] + self.random(random);
@@ -418,4 +426,4 @@ impl Simulator<'_> {
 #[cfg(test)]
 pub(crate) mod plans;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

@@ -1,8 +1,9 @@
 //! Whom a process waits for while nothing else is to be done in it, and who deserves to be named for it. Pure: samples come
-//! in at even intervals. Imports `spec`, `protocol`'s reasons and `snapshot`.
+//! in at even intervals. Imports `spec`, `protocol`'s reasons, `snapshot` and `hang`'s words.
 
 use std::collections::{BTreeMap, VecDeque};
 
+use crate::hang::CollectiveWait;
 use crate::protocol::Missing;
 use crate::snapshot::ActorSnapshot;
 use crate::spec::{ActorId, Reader, Spec};
@@ -17,9 +18,6 @@ const AGAIN: u64 = 60;
 
 /// What a process is waited for, by its number.
 pub(crate) type Sample = BTreeMap<u32, String>;
-
-/// A device of this process that waits for another in a collective: the group's id, and both ranks.
-pub(crate) type CollectiveWait = (u32, usize, usize);
 
 /// The other processes that this one waits for now; none while any stream of it works. `process_of` an actor gives the
 /// other process that hosts it.

@@ -19,7 +19,7 @@ pub struct ActorSnapshot {
 }
 
 /// Slots of a register.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RegisterUse {
     /// The register.
     pub register: RegisterId,
@@ -29,6 +29,10 @@ pub struct RegisterUse {
     pub slots_held: u32,
     /// Most slots held at once since the start.
     pub slots_peak: u32,
+    /// Pieces published since the start, the initial one included.
+    pub published: u64,
+    /// Pieces that each reader has released, as far as the producer knows, by index in the register's readers.
+    pub released: Vec<u64>,
 }
 
 /// The first tensor of one firing that holds an infinity or no number.
@@ -55,6 +59,8 @@ impl ActorSnapshot {
             slots: ring.slots(),
             slots_held: ring.held(),
             slots_peak: ring.peak(),
+            published: ring.published(),
+            released: ring.all_released().to_vec(),
         });
         Self {
             actor,
@@ -63,5 +69,16 @@ impl ActorSnapshot {
             waiting: protocol.waiting(),
             registers: uses.collect(),
         }
+    }
+
+    /// Firings of an action that have ended.
+    pub fn completed(&self, action: u32) -> u64 {
+        let begun = self.firings.get(action as usize).copied().unwrap_or(0);
+        begun - u64::from(self.waiting.in_flight == Some(action))
+    }
+
+    /// What it shows of a register that it produces.
+    pub fn register(&self, register: RegisterId) -> Option<&RegisterUse> {
+        self.registers.iter().find(|of| of.register == register)
     }
 }

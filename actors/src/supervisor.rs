@@ -1,5 +1,5 @@
 //! The first cause ends a session: it is kept, collectives are aborted, all actors stop. Imports `bus`, `error`, `spec`,
-//! `snapshot`, kernels and ractor.
+//! `snapshot`, `hang`, kernels and ractor.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
@@ -14,6 +14,7 @@ use shardflow_kernels::stream::Stream;
 
 use crate::bus::Bus;
 use crate::error::{Failure, PeerError};
+use crate::hang::{self, CollectiveWait, Hang, Scene};
 use crate::message::{Cast, Never};
 use crate::remote::Remote;
 use crate::slow::{self, Sample};
@@ -283,16 +284,25 @@ impl Session {
         snapshots
     }
 
-    /// Who waits for which register of whom, and who has a launch in flight.
-    pub(crate) fn report(&self) -> String {
-        let texts = self.snapshot().into_iter().map(|s| s.waiting.describe(&self.spec));
-        texts.filter(|t| !t.is_empty()).collect::<Vec<_>>().join("\n")
+    /// Why nothing moves; and who waits for which register of whom, and who has a launch in flight.
+    pub(crate) fn explain(&self) -> (Option<Hang>, String) {
+        let (snapshots, collectives) = (self.snapshot(), self.collective_waits());
+        let process_of = |actor| self.bus.remote().process_of(actor);
+        let scene =
+            Scene { spec: &self.spec, snapshots: &snapshots, collectives: &collectives, process_of: &process_of };
+        let hang = hang::explain(scene, self.begun.load(Ordering::Acquire));
+        let texts = snapshots.iter().map(|s| s.waiting.describe(&self.spec));
+        (hang, texts.filter(|t| !t.is_empty()).collect::<Vec<_>>().join("\n"))
+    }
+
+    fn collective_waits(&self) -> Vec<CollectiveWait> {
+        self.engine.waits().into_iter().map(|w| (w.group, w.rank, w.peer)).collect()
     }
 
     /// The other processes that this one waits for now, and what for; none while any stream works.
     pub(crate) fn waits(&self) -> Sample {
-        let collectives: Vec<_> = self.engine.waits().into_iter().map(|w| (w.group, w.rank, w.peer)).collect();
-        slow::sample(&self.spec, &self.snapshot(), &collectives, |actor| self.bus.remote().process_of(actor))
+        let process_of = |actor| self.bus.remote().process_of(actor);
+        slow::sample(&self.spec, &self.snapshot(), &self.collective_waits(), process_of)
     }
 
     /// True when other processes host some of the actors.

@@ -19,8 +19,9 @@ pub struct WatchdogOptions {
     pub stall_after: Duration,
     /// How often the watchdog's thread looks; `None` starts no thread, and [`crate::shell::Running::tick`] drives it.
     pub check_every: Option<Duration>,
-    /// Ends the session with [`Failure::Stalled`].
-    pub abort_on_stall: bool,
+    /// Ends the session with [`Failure::Stalled`] after so long without progress; `None` never does. As
+    /// [`WatchdogOptions::stall_after`], longer than any firing.
+    pub abort_after: Option<Duration>,
     /// Gets the report, besides the log.
     pub on_stall: Option<OnStall>,
     /// Gets a line, besides the log, about another process that this one waits for most of the time: at 8 of the last 10
@@ -34,7 +35,7 @@ impl Default for WatchdogOptions {
         Self {
             stall_after: Duration::from_secs(60),
             check_every: Some(Duration::from_secs(1)),
-            abort_on_stall: false,
+            abort_after: Some(Duration::from_secs(600)),
             on_stall: None,
             on_slow: None,
         }
@@ -43,9 +44,16 @@ impl Default for WatchdogOptions {
 
 impl fmt::Debug for WatchdogOptions {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { stall_after, check_every, abort_on_stall, .. } = self;
-        write!(f, "WatchdogOptions {{ {stall_after:?}, {check_every:?}, abort_on_stall: {abort_on_stall} }}")
+        let Self { stall_after, check_every, abort_after, .. } = self;
+        write!(f, "WatchdogOptions {{ {stall_after:?}, {check_every:?}, abort_after: {abort_after:?} }}")
     }
+}
+
+/// Nothing has moved for too long.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Stall {
+    idle: Duration,
+    aborts: bool,
 }
 
 /// The watchdog's memory. Time is what the caller says.
@@ -63,18 +71,19 @@ impl Watchdog {
         Self { options, progress: 0, since: Duration::ZERO, reported: false, tally: Tally::default() }
     }
 
-    /// How long nothing has moved, the first time that this is too long.
-    fn observe(&mut self, now: Duration, progress: u64, outstanding: bool) -> Option<Duration> {
+    /// How long nothing has moved, the first time that this is too long to be kept quiet, and when it is too long to go on.
+    fn observe(&mut self, now: Duration, progress: u64, outstanding: bool) -> Option<Stall> {
         if progress != self.progress || !outstanding {
             (self.progress, self.since, self.reported) = (progress, now, false);
             return None;
         }
         let idle = now.saturating_sub(self.since);
-        if self.reported || idle < self.options.stall_after {
+        let aborts = self.options.abort_after.is_some_and(|after| idle >= after);
+        if !aborts && (self.reported || idle < self.options.stall_after) {
             return None;
         }
         self.reported = true;
-        Some(idle)
+        Some(Stall { idle, aborts })
     }
 
     /// Looks once; `now` counts from the session's start. Returns the report when the session has just stalled.
@@ -83,17 +92,23 @@ impl Watchdog {
             let slow = self.tally.add(session.waits());
             slow.iter().for_each(|slow| self.tell_slow(slow));
         }
-        let idle = self.observe(now, session.progress(), session.outstanding())?;
-        let report = session.report();
+        let Stall { idle, aborts } = self.observe(now, session.progress(), session.outstanding())?;
+        if session.first_failure().is_some() {
+            return None;
+        }
+        let (hang, report) = session.explain();
+        let cause = hang.as_ref().map_or_else(|| "why is not known".to_owned(), ToString::to_string);
         let idle_ms = idle.as_millis() as u64;
-        tracing::error!(idle_ms, "no progress\n{report}");
+        let failure = Failure::Stalled { idle_ms, cause, process: hang.and_then(|hang| hang.process()), report };
+        let text = failure.to_string();
+        tracing::error!("{text}");
         if let Some(callback) = &self.options.on_stall {
-            callback(&report);
+            callback(&text);
         }
-        if self.options.abort_on_stall {
-            session.fail(Failure::Stalled { idle_ms, report: report.clone() });
+        if aborts {
+            session.fail(failure);
         }
-        Some(report)
+        Some(text)
     }
 
     fn tell_slow(&self, Slow { process, waits, of, what }: &Slow) {
@@ -112,18 +127,21 @@ mod tests {
     #[test]
     fn only_outstanding_work_that_does_not_move_is_a_stall_and_once() {
         let at = Duration::from_secs;
-        let mut dog = Watchdog::new(WatchdogOptions { stall_after: at(10), ..WatchdogOptions::default() });
+        let options = WatchdogOptions { stall_after: at(10), abort_after: Some(at(25)), ..WatchdogOptions::default() };
+        let mut dog = Watchdog::new(options);
+        let stall = |idle, aborts| Some(Stall { idle: at(idle), aborts });
         assert_eq!(dog.observe(at(0), 5, true), None);
         assert_eq!(dog.observe(at(9), 5, true), None);
-        assert_eq!(dog.observe(at(10), 5, true), Some(at(10)));
-        assert_eq!(dog.observe(at(30), 5, true), None, "said once");
+        assert_eq!(dog.observe(at(10), 5, true), stall(10, false));
+        assert_eq!(dog.observe(at(24), 5, true), None, "said once");
+        assert_eq!(dog.observe(at(30), 5, true), stall(30, true));
         assert_eq!(dog.observe(at(31), 6, true), None, "moves again");
         assert_eq!(dog.observe(at(40), 6, true), None);
-        assert_eq!(dog.observe(at(41), 6, true), Some(at(10)));
+        assert_eq!(dog.observe(at(41), 6, true), stall(10, false));
         // An idle session is no stall, however long.
         assert_eq!(dog.observe(at(42), 7, false), None);
         assert_eq!(dog.observe(at(99), 7, false), None);
         assert_eq!(dog.observe(at(108), 7, true), None, "counts from the end of idleness");
-        assert_eq!(dog.observe(at(109), 7, true), Some(at(10)));
+        assert_eq!(dog.observe(at(109), 7, true), stall(10, false));
     }
 }

@@ -104,6 +104,9 @@ pub struct GptArgs {
     /// What a step does whose loss or gradients are not finite; it never changes a weight.
     #[arg(long, value_enum, default_value_t = NonFiniteArg::Stop)]
     pub on_non_finite: NonFiniteArg,
+    /// A step in which nothing moves for so long ends the training with code 79, and the cause; it is told of after a minute.
+    #[arg(long, value_name = "SECONDS", default_value_t = 600)]
+    pub hang_timeout: u64,
 }
 
 /// What becomes of steps that are not finite.
@@ -352,6 +355,7 @@ impl GptArgs {
             ("--batch", self.batch),
             ("--checkpoint-every", usize::try_from(self.checkpoint_every).unwrap_or(usize::MAX)),
             ("--checkpoint-keep", self.checkpoint_keep),
+            ("--hang-timeout", usize::try_from(self.hang_timeout).unwrap_or(usize::MAX)),
         ];
         if let Some((flag, _)) = at_least_one.iter().find(|(_, size)| *size == 0) {
             return Err(ArgsError::Zero { flag: (*flag).into() });
@@ -493,9 +497,17 @@ mod tests {
         ] {
             assert_eq!(check(flags), Err(expected.into()));
         }
-        for flag in
-            ["layers", "heads", "width", "context", "batch", "micro-batches", "threads-per-device", "memory-mib"]
-        {
+        for flag in [
+            "layers",
+            "heads",
+            "width",
+            "context",
+            "batch",
+            "micro-batches",
+            "threads-per-device",
+            "memory-mib",
+            "hang-timeout",
+        ] {
             let error = check(&[&format!("--{flag}"), "0"]).unwrap_err();
             assert!(error.starts_with(&format!("--{flag} must be at least 1, got 0")), "{error}");
         }

@@ -329,7 +329,10 @@ impl Session {
 
     /// As [`Session::receive`], but it gives up when `late` says so, and nothing fails by it.
     fn receive_until(&self, wanted: &[(u32, usize)], late: Receiver<Instant>) -> Result<(), Failure> {
-        let stopped = || Failure::Stalled { idle_ms: 0, report: "the session has ended".into() };
+        let stopped = || {
+            let cause = "the session has ended".into();
+            Failure::Stalled { idle_ms: 0, cause, process: None, report: String::new() }
+        };
         let running = self.running.as_ref().ok_or_else(stopped)?;
         // Channels close because the session has failed: whichever is seen first, that failure is the answer.
         let ended = || running.first_failure().unwrap_or_else(stopped);

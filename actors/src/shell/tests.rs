@@ -384,7 +384,7 @@ fn the_watchdog_says_who_waits_for_whom() {
     let options = WatchdogOptions {
         stall_after: Duration::from_secs(10),
         check_every: None,
-        abort_on_stall: true,
+        abort_after: Some(Duration::from_secs(30)),
         on_stall: Some(Arc::new(move |text: &str| seen.lock().unwrap().push(text.to_owned()))),
         ..WatchdogOptions::default()
     };
@@ -407,8 +407,13 @@ fn the_watchdog_says_who_waits_for_whom() {
         assert!(report.contains(line), "{report}");
     }
     assert_eq!(*reports.lock().unwrap(), [report]);
+    assert!(running.failures().is_empty(), "it may still come");
+    let report = at(2030).expect("thirty seconds without progress");
     let failure = running.failures().recv_timeout(PATIENCE).unwrap();
-    assert!(matches!(failure, Failure::Stalled { .. }), "{failure}");
+    assert_eq!(failure.to_string(), report);
+    let Failure::Stalled { idle_ms: 30_000, cause, process: None, .. } = &failure else { panic!("{failure}") };
+    assert!(cause.starts_with("a1 work has not ended, and waits for nobody; so a0 work waits for "), "{cause}");
+    assert_eq!(at(2060), None, "the session has ended");
     assert_eq!(running.shutdown(), Err(failure));
     drop(open);
 }

@@ -185,14 +185,4 @@ impl Gangs {
         });
         ready
     }
-
-    /// Members for which a firing in flight waits: `(group, member)`.
-    pub(super) fn absent(&self, actor: ActorId) -> Vec<(u32, ActorId)> {
-        let Some((_, turns)) = self.waiting.iter().find(|w| w.0 == actor) else { return Vec::new() };
-        let missing = |t: &(u32, u64)| {
-            let late = self.begun[&t.0].iter().filter(|m| m.1 <= t.1);
-            late.map(|m| (t.0, m.0)).collect::<Vec<_>>()
-        };
-        turns.iter().flat_map(missing).collect()
-    }
 }

@@ -2,19 +2,34 @@
 
 use super::*;
 use crate::credits;
+use crate::hang::Root;
 use crate::pipeline::{Pipeline, Schedule, timing};
 
 /// What a bad network, or a bad protocol, does to the n-th message.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) enum Fault {
     Lose(u64),
     Repeat(u64),
     NextPiece(u64),
+    /// From this piece on, this reader (by its index) hears of none of a register.
+    Unheard(RegisterId, u32, u64),
+    /// From this piece on, the producer hears of no release by this reader.
+    Unreturned(RegisterId, u32, u64),
+    /// This firing, once begun, does not end.
+    Hang(Reader, u64),
 }
 
 impl Fault {
     pub(crate) fn apply(self, nth: u64, message: Message) -> Vec<Message> {
+        let is_lost = match (self, message) {
+            (Self::Unheard(of, to, from), Message::Filled { register, reader, piece, .. })
+            | (Self::Unreturned(of, to, from), Message::Released { register, reader, piece, .. }) => {
+                (register, reader) == (of, to) && piece >= from
+            }
+            _ => false,
+        };
         match self {
+            _ if is_lost => vec![],
             Fault::Lose(n) if n == nth => vec![],
             Fault::Repeat(n) if n == nth => vec![message, message],
             Fault::NextPiece(n) if n == nth => vec![next_piece(message)],
@@ -202,7 +217,7 @@ fn too_few_credits_for_a_cycle_are_refused_with_the_cycle() {
     let error = simulate(&spec, &Timing::uniform(&spec, 1, 0), &Options::steps(1)).unwrap_err();
     expect_test::expect!["deadlock: stage0.compute forward waits for a credit of register 'stage0.stash' (1 of 1 slots held by stage0.compute backward); stage0.compute backward waits for its turn after stage0.compute forward; which closes the cycle"].assert_eq(&error.to_string());
     let SimulationError::Stuck(stuck) = error else { panic!("{error}") };
-    assert_eq!(stuck.cycle.len(), 2);
+    assert_eq!((stuck.root, stuck.chain.len()), (Root::Cycle, 2));
 }
 
 #[test]

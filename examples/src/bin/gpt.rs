@@ -6,7 +6,7 @@ use std::io::Write;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use clap::Parser;
 use shardflow::exit;
@@ -127,11 +127,17 @@ fn options(args: &GptArgs, cluster: &Cluster) -> Result<CompileOptions, GptError
 /// Steps one after another that may be passed over before the training is given up.
 const NON_FINITE_IN_A_ROW_MAX: u32 = 10;
 
-/// A step that does not move for a minute is told: who waits on which register of whom. So is a process that the others wait
-/// for most of the time.
+/// A step that does not move for a minute is told: what everything waits for, and who on which register of whom. So is a
+/// process that the others wait for most of the time.
 fn session_options(args: &GptArgs, cluster: Cluster, terminated: Arc<AtomicBool>) -> SessionOptions {
     let tell: Arc<dyn Fn(&str) + Send + Sync> = Arc::new(|report| eprintln!("warning: {report}"));
-    let watchdog = WatchdogOptions { on_stall: Some(tell.clone()), on_slow: Some(tell), ..WatchdogOptions::default() };
+    let hang = Duration::from_secs(args.hang_timeout);
+    let watchdog = WatchdogOptions {
+        abort_after: Some(hang),
+        on_stall: Some(tell.clone()),
+        on_slow: Some(tell),
+        ..WatchdogOptions::default()
+    };
     let on_non_finite = match args.on_non_finite {
         NonFiniteArg::Stop => OnNonFinite::Stop,
         NonFiniteArg::Skip | NonFiniteArg::Rollback => OnNonFinite::Skip { in_a_row_max: NON_FINITE_IN_A_ROW_MAX },

@@ -351,7 +351,7 @@ fn is_of_others(cause: &KernelError) -> bool {
 /// True for a failure that another process may be the cause of.
 fn is_symptom(failure: &Failure) -> bool {
     match failure {
-        Failure::Peer { .. } => true,
+        Failure::Peer { .. } | Failure::Stalled { process: Some(_), .. } => true,
         Failure::Kernel { cause, .. } => is_of_others(cause) || matches!(&**cause, KernelError::Link { .. }),
         _ => false,
     }
@@ -363,6 +363,8 @@ fn tell(membership: &Membership, hosting: &Hosting, failure: &Failure) {
         // The membership told us.
         Failure::Peer { cause: PeerError::Failed { .. }, .. } => {}
         Failure::Peer { process, cause } => membership.suspect(*process, cause.to_string()),
+        // Its own report knows more.
+        Failure::Stalled { process: Some(process), .. } => membership.suspect(*process, failure.to_string()),
         Failure::Kernel { cause, .. } => match &**cause {
             cause if is_of_others(cause) => {}
             KernelError::Link { peer, .. } => membership.suspect(hosting.process_of(*peer), failure.to_string()),

@@ -54,7 +54,9 @@ impl SessionError {
     /// The process that failed, where it was another one.
     pub fn first_cause_rank(&self) -> Option<u32> {
         match self {
-            Self::Failed(Failure::Peer { process, .. }) => Some(*process),
+            Self::Failed(Failure::Peer { process, .. } | Failure::Stalled { process: Some(process), .. }) => {
+                Some(*process)
+            }
             _ => None,
         }
     }

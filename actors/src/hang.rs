@@ -1,0 +1,431 @@
+//! Why nothing moves: from an action with firings left to what everything waits for in the end. Pure: it looks at what actors
+//! show of themselves, live or simulated. Imports `spec`, `protocol`'s reasons and `snapshot`.
+//!
+//! Piece numbers tell what was lost: a reader that waits for a piece which its producer has published never heard of it, and a
+//! producer that waits for a slot which its reader has released never heard of that.
+
+use std::collections::{BTreeMap, HashSet};
+use std::fmt;
+
+use crate::protocol::{Missing, Waiting};
+use crate::snapshot::ActorSnapshot;
+use crate::spec::{ActorId, Reader, RegisterId, Spec};
+
+/// Roots of the same kind that a text names; a stuck device has a few.
+const NAMED_MAX: usize = 4;
+
+/// A member of a group that has come to a collective, and waits there for another: the group's id, its rank, the other's.
+pub type CollectiveWait = (u32, usize, usize);
+
+/// Why nothing moves.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Hang {
+    /// What everything waits for in the end.
+    pub root: Root,
+    /// From an action that has not fired enough to the root. In a cycle each waits for the next, and the last for the first.
+    pub chain: Vec<Link>,
+    text: String,
+}
+
+/// What others wait for, and which itself waits for nobody.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Root {
+    /// The producer has published a piece, and this reader never heard of it.
+    Unheard {
+        /// The register.
+        register: RegisterId,
+        /// Number of the piece.
+        piece: u64,
+        /// Who did not hear.
+        reader: Reader,
+    },
+    /// The reader has released a piece, and the register's producer never heard of it.
+    Unreturned {
+        /// The register.
+        register: RegisterId,
+        /// Number of the piece.
+        piece: u64,
+        /// Who released it.
+        reader: Reader,
+    },
+    /// A firing that has not ended though it waits for nobody: its kernels, its stream or its device.
+    Firing(Reader),
+    /// The same, but all members of a collective in it have begun, and which of them is late is not known.
+    Collective(Reader),
+    /// The actor does not answer.
+    Silent(ActorId),
+    /// Another process, which hosts the actor.
+    Process {
+        /// Its number.
+        process: u32,
+        /// Whom it hosts.
+        actor: ActorId,
+    },
+    /// Actions that wait for each other.
+    Cycle,
+    /// A token that the host has not given.
+    Token(Reader),
+}
+
+impl Root {
+    /// Where several are found, the least explains the others.
+    fn rank(&self) -> u8 {
+        match self {
+            Self::Unheard { .. } | Self::Unreturned { .. } => 0,
+            Self::Firing(_) => 1,
+            Self::Collective(_) => 2,
+            Self::Silent(_) => 3,
+            Self::Process { .. } => 4,
+            Self::Cycle => 5,
+            Self::Token(_) => 6,
+        }
+    }
+
+    fn describe(&self, spec: &Spec) -> String {
+        let name = |at: &Reader| spec.action_name(at.actor, at.action);
+        match self {
+            Self::Unheard { register, piece, reader } => {
+                let register = spec.register_name(*register);
+                format!("{} never heard of piece {piece} of register '{register}', which was published", name(reader))
+            }
+            Self::Unreturned { register, piece, reader } => {
+                let register = spec.register_name(*register);
+                format!(
+                    "the producer of register '{register}' never heard that {} released piece {piece}",
+                    name(reader)
+                )
+            }
+            Self::Firing(at) => format!("{} has not ended, and waits for nobody", name(at)),
+            Self::Collective(at) => format!("{} has not ended, in a collective that all members have begun", name(at)),
+            Self::Silent(actor) => format!("{} does not answer", spec.actors[actor.0 as usize].name),
+            Self::Process { process, actor } => {
+                format!("rank {process}, where {} runs, is waited for", spec.actors[actor.0 as usize].name)
+            }
+            Self::Cycle => "actions wait for each other".into(),
+            Self::Token(at) => format!("{} waits for a token of the host", name(at)),
+        }
+    }
+}
+
+/// One action that waits.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Link {
+    /// Who waits.
+    pub action: Reader,
+    /// For what.
+    pub wait: Wait,
+}
+
+/// What an action waits for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Wait {
+    /// Something of the protocol.
+    Missing(Missing),
+    /// In flight: another member of a group has not begun, or not come as far.
+    Gang {
+        /// The group.
+        group: u32,
+        /// The member.
+        member: ActorId,
+    },
+    /// Its actor's firing in flight.
+    Busy {
+        /// Index of the action in flight.
+        action: u32,
+    },
+}
+
+impl Wait {
+    fn describe(&self, spec: &Spec, actor: ActorId) -> String {
+        match self {
+            Wait::Missing(missing) => missing.describe(spec, actor),
+            Wait::Gang { group, member } => {
+                format!("{} to join group {group}", spec.actors[member.0 as usize].name)
+            }
+            Wait::Busy { action } => format!("{}, which is in flight", spec.action_name(actor, *action)),
+        }
+    }
+}
+
+impl Hang {
+    /// The process that is waited for, where the cause lies with another one.
+    pub fn process(&self) -> Option<u32> {
+        match self.root {
+            Root::Process { process, .. } => Some(process),
+            _ => None,
+        }
+    }
+}
+
+impl fmt::Display for Hang {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.text)
+    }
+}
+
+/// What is looked at.
+#[derive(Clone, Copy)]
+pub struct Scene<'a> {
+    /// The plan.
+    pub spec: &'a Spec,
+    /// States of this process's actors, taken while nothing moved.
+    pub snapshots: &'a [ActorSnapshot],
+    /// Who waits in which collective, as far as engines tell.
+    pub collectives: &'a [CollectiveWait],
+    /// The other process that hosts an actor.
+    pub process_of: &'a dyn Fn(ActorId) -> Option<u32>,
+}
+
+/// Why nothing moves in these steps, counted from the start; `None` when no action has firings left.
+pub fn explain(scene: Scene<'_>, steps: u64) -> Option<Hang> {
+    let mut search = Search::new(scene);
+    let spec = scene.spec;
+    let mut first: Option<Hang> = None;
+    let mut also = Vec::new();
+    for at in search.unfinished(steps) {
+        while let Some((root, chain)) = search.next_root(at) {
+            let rank = first.as_ref().map_or(u8::MAX, |hang| hang.root.rank());
+            if root.rank() < rank {
+                first = Some(Hang { root, chain, text: String::new() });
+                also.clear();
+            } else if root.rank() == rank && !also.contains(&root) {
+                also.push(root);
+            }
+        }
+    }
+    let mut hang = first?;
+    let sentences = sentences(spec, &hang.chain);
+    also.retain(|root| *root != hang.root);
+    hang.text = match hang.root {
+        Root::Cycle => format!("deadlock: {sentences}; which closes the cycle"),
+        Root::Token(_) => format!("starved: {sentences}"),
+        root => {
+            let others = also.iter().take(NAMED_MAX).map(|root| format!("; also {}", root.describe(spec)));
+            let chain = if sentences.is_empty() { sentences } else { format!("; so {sentences}") };
+            format!("{}{}{chain}", root.describe(spec), others.collect::<String>())
+        }
+    };
+    Some(hang)
+}
+
+fn sentences(spec: &Spec, links: &[Link]) -> String {
+    let sentence = |link: &Link| {
+        let name = spec.action_name(link.action.actor, link.action.action);
+        format!("{name} waits for {}", link.wait.describe(spec, link.action.actor))
+    };
+    links.iter().map(sentence).collect::<Vec<_>>().join("; ")
+}
+
+/// What ends a wait.
+enum Next {
+    Action(Reader),
+    Root(Root),
+}
+
+/// Depth-first over the actions; none is visited twice.
+struct Search<'a> {
+    scene: Scene<'a>,
+    snapshots: BTreeMap<ActorId, &'a ActorSnapshot>,
+    seen: HashSet<Reader>,
+    /// From where the search began: each action, and the waits that are left to follow.
+    path: Vec<(Link, std::vec::IntoIter<(Wait, Next)>)>,
+}
+
+impl<'a> Search<'a> {
+    fn new(scene: Scene<'a>) -> Self {
+        let snapshots = scene.snapshots.iter().map(|s| (s.actor, s)).collect();
+        Self { scene, snapshots, seen: HashSet::new(), path: Vec::new() }
+    }
+
+    /// Actions of this process with firings left.
+    fn unfinished(&self, steps: u64) -> Vec<Reader> {
+        let mut found = Vec::new();
+        for (&actor, snapshot) in &self.snapshots {
+            for (x, action) in self.scene.spec.actors[actor.0 as usize].actions.iter().enumerate() {
+                if snapshot.completed(x as u32) < u64::from(action.per_step) * steps {
+                    found.push(Reader { actor, action: x as u32 });
+                }
+            }
+        }
+        found
+    }
+
+    /// The next root that is reached from an action, with the chain to it.
+    fn next_root(&mut self, at: Reader) -> Option<(Root, Vec<Link>)> {
+        if self.path.is_empty() {
+            self.visit(at)?;
+        }
+        loop {
+            let (link, left) = self.path.last_mut()?;
+            let Some((wait, next)) = left.next() else {
+                self.path.pop();
+                continue;
+            };
+            link.wait = wait;
+            match next {
+                Next::Root(root) => return Some((root, self.chain(0, &root))),
+                Next::Action(to) => {
+                    if let Some(start) = self.path.iter().position(|(link, _)| link.action == to) {
+                        return Some((Root::Cycle, self.chain(start, &Root::Cycle)));
+                    }
+                    self.visit(to);
+                }
+            }
+        }
+    }
+
+    fn chain(&self, start: usize, root: &Root) -> Vec<Link> {
+        let mut links: Vec<Link> = self.path[start..].iter().map(|(link, _)| link.clone()).collect();
+        if matches!(root, Root::Firing(_) | Root::Collective(_) | Root::Silent(_)) {
+            // It waits for nobody.
+            links.pop();
+        }
+        links
+    }
+
+    fn visit(&mut self, at: Reader) -> Option<()> {
+        self.seen.insert(at).then(|| {
+            // Overwritten with each wait that is followed.
+            let wait = Wait::Missing(Missing::Token);
+            self.path.push((Link { action: at, wait }, self.waits(at).into_iter()));
+        })
+    }
+
+    /// All waits of an action, one for each of what could end it.
+    fn waits(&self, at: Reader) -> Vec<(Wait, Next)> {
+        let busy = |action| Wait::Busy { action };
+        let Some(snapshot) = self.snapshots.get(&at.actor) else {
+            return vec![(busy(at.action), Next::Root(Root::Silent(at.actor)))];
+        };
+        let Waiting { in_flight, actions, .. } = &snapshot.waiting;
+        if *in_flight == Some(at.action) {
+            return self.waits_in_flight(at, snapshot);
+        }
+        let mut waits = Vec::new();
+        for missing in actions.iter().filter(|w| w.action == at.action).flat_map(|w| &w.missing) {
+            waits.extend(self.ends(at, missing).into_iter().map(|next| (Wait::Missing(missing.clone()), next)));
+        }
+        if let Some(action) = *in_flight {
+            waits.push((busy(action), Next::Action(Reader { actor: at.actor, action })));
+        }
+        waits
+    }
+
+    /// A firing in flight waits for the members of its groups that have not come, or for its own stream.
+    fn waits_in_flight(&self, at: Reader, snapshot: &ActorSnapshot) -> Vec<(Wait, Next)> {
+        let gangs = &self.scene.spec.actors[at.actor.0 as usize].actions[at.action as usize].gangs;
+        let mut waits = Vec::new();
+        for &group in gangs {
+            let turn = self.begun(group, snapshot);
+            let late = |(member, actions): (ActorId, Vec<u32>)| {
+                let other = self.snapshots.get(&member);
+                let is_late = other.is_none_or(|other| self.begun(group, other) < turn);
+                (is_late && member != at.actor).then_some((member, actions))
+            };
+            for (member, actions) in self.members(group).into_iter().filter_map(late) {
+                let wait = Wait::Gang { group, member };
+                let next = actions.into_iter().map(|action| self.to(Reader { actor: member, action }));
+                waits.extend(next.map(|next| (wait.clone(), next)));
+            }
+        }
+        if waits.is_empty() {
+            waits = self.waits_in_collectives(at, gangs);
+        }
+        if waits.is_empty() {
+            let root = if gangs.is_empty() { Root::Firing(at) } else { Root::Collective(at) };
+            waits.push((Wait::Busy { action: at.action }, Next::Root(root)));
+        }
+        waits
+    }
+
+    /// All members have begun; engines may know who has come to the collective itself. Whoever the others wait for, and who
+    /// waits for nobody, has not come that far.
+    fn waits_in_collectives(&self, at: Reader, gangs: &[u32]) -> Vec<(Wait, Next)> {
+        let device = self.scene.spec.actors[at.actor.0 as usize].device;
+        let in_these = |wait: &&CollectiveWait| gangs.contains(&wait.0);
+        let of_these: Vec<_> = self.scene.collectives.iter().filter(in_these).collect();
+        if of_these.iter().any(|wait| wait.2 == device) && of_these.iter().all(|wait| wait.1 != device) {
+            return vec![(Wait::Busy { action: at.action }, Next::Root(Root::Firing(at)))];
+        }
+        let mut waits = Vec::new();
+        for &&(group, _, peer) in of_these.iter().filter(|wait| wait.1 == device) {
+            for (member, _) in self.members(group) {
+                let has_peer = self.scene.spec.actors[member.0 as usize].device == peer;
+                let flying = self.snapshots.get(&member).and_then(|other| other.waiting.in_flight);
+                if let (true, Some(action)) = (has_peer && member != at.actor, flying) {
+                    waits.push((Wait::Gang { group, member }, self.to(Reader { actor: member, action })));
+                }
+            }
+        }
+        waits
+    }
+
+    /// Firings that an actor has begun of the actions that take part in a group.
+    fn begun(&self, group: u32, snapshot: &ActorSnapshot) -> u64 {
+        let actions = &self.scene.spec.actors[snapshot.actor.0 as usize].actions;
+        let own = actions.iter().zip(&snapshot.firings).filter(|(action, _)| action.gangs.contains(&group));
+        own.map(|(_, firings)| firings).sum()
+    }
+
+    /// The members of a group, each with the actions by which it takes part.
+    fn members(&self, group: u32) -> Vec<(ActorId, Vec<u32>)> {
+        let mut found = Vec::new();
+        for (a, actor) in self.scene.spec.actors.iter().enumerate() {
+            let own = actor.actions.iter().enumerate().filter(|(_, x)| x.gangs.contains(&group));
+            let own: Vec<u32> = own.map(|(x, _)| x as u32).collect();
+            if !own.is_empty() {
+                found.push((ActorId(a as u32), own));
+            }
+        }
+        found
+    }
+
+    /// On to an action, unless another process has it.
+    fn to(&self, at: Reader) -> Next {
+        match (self.scene.process_of)(at.actor) {
+            Some(process) => Next::Root(Root::Process { process, actor: at.actor }),
+            None => Next::Action(at),
+        }
+    }
+
+    /// What could end this wait of `at`.
+    fn ends(&self, at: Reader, missing: &Missing) -> Vec<Next> {
+        match missing {
+            &Missing::Piece { register, piece, writer } => {
+                let known = self.snapshots.get(&writer.actor).and_then(|s| s.register(register));
+                if known.is_some_and(|of| of.published > piece) {
+                    return vec![Next::Root(Root::Unheard { register, piece, reader: at })];
+                }
+                vec![self.to(writer)]
+            }
+            Missing::Credit { register, holders, .. } => {
+                let released = self.snapshots.get(&at.actor).and_then(|s| s.register(*register));
+                let next = |reader: Reader| {
+                    let readers = &self.scene.spec.registers[register.0 as usize].readers;
+                    let index = readers.iter().position(|r| *r == reader);
+                    let told = index.zip(released).map(|(index, of)| of.released[index]);
+                    match told.zip(self.released_by(*register, reader)) {
+                        Some((piece, done)) if done > piece => {
+                            Next::Root(Root::Unreturned { register: *register, piece, reader })
+                        }
+                        _ => self.to(reader),
+                    }
+                };
+                holders.iter().map(|holder| next(holder.reader)).collect()
+            }
+            Missing::Token => vec![Next::Root(Root::Token(at))],
+            Missing::Turn { next } => vec![Next::Action(Reader { actor: at.actor, action: *next })],
+        }
+    }
+
+    /// Pieces of a register that a reader has released, as it sees it.
+    fn released_by(&self, register: RegisterId, reader: Reader) -> Option<u64> {
+        let snapshot = self.snapshots.get(&reader.actor)?;
+        let action = self.scene.spec.actors[reader.actor.0 as usize].actions.get(reader.action as usize)?;
+        let input = action.inputs.iter().find(|input| input.register == register)?;
+        Some(snapshot.completed(reader.action) / u64::from(input.firings_per_piece))
+    }
+}
+
+#[cfg(test)]
+mod tests;
