@@ -172,6 +172,8 @@ pub struct Scene<'a> {
     pub snapshots: &'a [ActorSnapshot],
     /// Who waits in which collective, as far as engines tell.
     pub collectives: &'a [CollectiveWait],
+    /// Whether these are all who wait in one.
+    pub knows_collectives: bool,
     /// The other process that hosts an actor.
     pub process_of: &'a dyn Fn(ActorId) -> Option<u32>,
 }
@@ -311,51 +313,36 @@ impl<'a> Search<'a> {
         waits
     }
 
-    /// A firing in flight waits for the members of its groups that have not come, or for its own stream.
+    /// A firing in flight waits for the members of its groups that have not come as far, or for its own stream.
     fn waits_in_flight(&self, at: Reader, snapshot: &ActorSnapshot) -> Vec<(Wait, Next)> {
-        let gangs = &self.scene.spec.actors[at.actor.0 as usize].actions[at.action as usize].gangs;
+        let Scene { spec, collectives, knows_collectives, .. } = self.scene;
+        let actor = &spec.actors[at.actor.0 as usize];
+        let gangs = &actor.actions[at.action as usize].gangs;
+        let is_own = |wait: &&CollectiveWait| gangs.contains(&wait.0) && wait.1 == actor.device;
+        let peers: Vec<(u32, usize)> = collectives.iter().filter(is_own).map(|wait| (wait.0, wait.2)).collect();
         let mut waits = Vec::new();
         for &group in gangs {
             let turn = self.begun(group, snapshot);
-            let late = |(member, actions): (ActorId, Vec<u32>)| {
-                let other = self.snapshots.get(&member);
-                let is_late = other.is_none_or(|other| self.begun(group, other) < turn);
-                (is_late && member != at.actor).then_some((member, actions))
-            };
-            for (member, actions) in self.members(group).into_iter().filter_map(late) {
-                let wait = Wait::Gang { group, member };
-                let next = actions.into_iter().map(|action| self.to(Reader { actor: member, action }));
-                waits.extend(next.map(|next| (wait.clone(), next)));
-            }
-        }
-        if waits.is_empty() {
-            waits = self.waits_in_collectives(at, gangs);
-        }
-        if waits.is_empty() {
-            let root = if gangs.is_empty() { Root::Firing(at) } else { Root::Collective(at) };
-            waits.push((Wait::Busy { action: at.action }, Next::Root(root)));
-        }
-        waits
-    }
-
-    /// All members have begun; engines may know who has come to the collective itself. Whoever the others wait for, and who
-    /// waits for nobody, has not come that far.
-    fn waits_in_collectives(&self, at: Reader, gangs: &[u32]) -> Vec<(Wait, Next)> {
-        let device = self.scene.spec.actors[at.actor.0 as usize].device;
-        let in_these = |wait: &&CollectiveWait| gangs.contains(&wait.0);
-        let of_these: Vec<_> = self.scene.collectives.iter().filter(in_these).collect();
-        if of_these.iter().any(|wait| wait.2 == device) && of_these.iter().all(|wait| wait.1 != device) {
-            return vec![(Wait::Busy { action: at.action }, Next::Root(Root::Firing(at)))];
-        }
-        let mut waits = Vec::new();
-        for &&(group, _, peer) in of_these.iter().filter(|wait| wait.1 == device) {
-            for (member, _) in self.members(group) {
-                let has_peer = self.scene.spec.actors[member.0 as usize].device == peer;
-                let flying = self.snapshots.get(&member).and_then(|other| other.waiting.in_flight);
-                if let (true, Some(action)) = (has_peer && member != at.actor, flying) {
-                    waits.push((Wait::Gang { group, member }, self.to(Reader { actor: member, action })));
+            for (member, actions) in self.members(group).into_iter().filter(|(member, _)| *member != at.actor) {
+                let is_waited_for = peers.contains(&(group, spec.actors[member.0 as usize].device));
+                let is_late = match self.snapshots.get(&member) {
+                    Some(other) => self.begun(group, other) < turn,
+                    None => !knows_collectives,
+                };
+                if !is_waited_for && !is_late {
+                    continue;
                 }
+                // One that has begun is in flight; of the others nobody knows by which of its actions it will come.
+                let flying = self.snapshots.get(&member).and_then(|other| other.waiting.in_flight);
+                let next = actions.iter().filter(|action| is_late || flying.is_none_or(|flying| flying == **action));
+                let next = next.map(|&action| self.to(Reader { actor: member, action }));
+                waits.extend(next.map(|next| (Wait::Gang { group, member }, next)));
             }
+        }
+        if waits.is_empty() {
+            let is_alone = gangs.is_empty() || knows_collectives;
+            let root = if is_alone { Root::Firing(at) } else { Root::Collective(at) };
+            waits.push((Wait::Busy { action: at.action }, Next::Root(root)));
         }
         waits
     }

@@ -248,7 +248,9 @@ impl Simulator<'_> {
             ActorSnapshot::of(ActorId(a as u32), protocol, &busy_ns)
         };
         let snapshots: Vec<_> = self.protocols.iter().enumerate().map(of).collect();
-        let scene = Scene { spec: self.spec, snapshots: &snapshots, collectives: &[], process_of: &|_| None };
+        let (collectives, knows_collectives) = (&[], false);
+        let scene =
+            Scene { spec: self.spec, snapshots: &snapshots, collectives, knows_collectives, process_of: &|_| None };
         explain(scene, u64::from(self.options.steps))
     }
 

@@ -288,8 +288,13 @@ impl Session {
     pub(crate) fn explain(&self) -> (Option<Hang>, String) {
         let (snapshots, collectives) = (self.snapshot(), self.collective_waits());
         let process_of = |actor| self.bus.remote().process_of(actor);
-        let scene =
-            Scene { spec: &self.spec, snapshots: &snapshots, collectives: &collectives, process_of: &process_of };
+        let scene = Scene {
+            spec: &self.spec,
+            snapshots: &snapshots,
+            collectives: &collectives,
+            knows_collectives: self.engine.knows_waits(),
+            process_of: &process_of,
+        };
         let hang = hang::explain(scene, self.begun.load(Ordering::Acquire));
         let texts = snapshots.iter().map(|s| s.waiting.describe(&self.spec));
         (hang, texts.filter(|t| !t.is_empty()).collect::<Vec<_>>().join("\n"))

@@ -70,6 +70,7 @@ const UNSAFE_FILES: &[&str] = &[
     "kernels/src/cuda/module.rs",
     "kernels/src/cuda/nccl/api.rs",
     "kernels/src/cuda/nccl/comm.rs",
+    "kernels/src/cuda/progress.rs",
     "kernels/src/cuda/record.rs",
     "kernels/src/cuda/staged.rs",
     "kernels/src/memory.rs",

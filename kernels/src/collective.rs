@@ -33,10 +33,12 @@ pub trait Collective: Debug + Send + Sync {
     /// Ends every call that waits, and every later one, with [`KernelError::Aborted`]. The first cause is kept.
     fn abort(&self, cause: &str);
 
-    /// Which members, run by this process, wait for which others now. An engine whose members are all of this process
-    /// need not know.
-    fn waits(&self) -> Vec<Wait> {
-        Vec::new()
+    /// Which members, run by this process, wait for which others now.
+    fn waits(&self) -> Vec<Wait>;
+
+    /// Whether [`Collective::waits`] knows of all waits: a member in a call that is not named there waits for nobody.
+    fn knows_waits(&self) -> bool {
+        true
     }
 
     /// Bytes that the device of this rank has taken in from other members since the engine was made.

@@ -1,7 +1,7 @@
 //! The CUDA backend. It is built without a toolkit: the driver and the libraries above it are loaded at run time, through
 //! cudarc's bindings, and a machine without them is told what is missing ([`library::probe`]).
 //! Layers: `step <- lower`, `source` (no FFI, and nothing of a GPU); `library <- context <- event, memory, module, blas <- poller, ticket, record
-//! <- gpu <- lane <- engine, turn, lowered, staged <- issue <- stream <- device`; `nccl` and `local` are engines.
+//! <- gpu <- lane, progress <- engine, turn, lowered, staged <- issue <- stream <- device`; `nccl` and `local` are engines.
 
 pub(crate) mod blas;
 pub(crate) mod boxes;
@@ -20,6 +20,7 @@ pub(crate) mod memory;
 pub mod module;
 pub mod nccl;
 pub(crate) mod poller;
+pub(crate) mod progress;
 pub(crate) mod record;
 pub mod source;
 pub(crate) mod staged;

@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use shardflow_kernels::collective::wire::{Channel, ChannelKey, Connect, Wire};
-use shardflow_kernels::collective::{Collective, CollectiveCall, Group};
+use shardflow_kernels::collective::{Collective, CollectiveCall, Group, Wait};
 use shardflow_kernels::conformance;
 use shardflow_kernels::device::Device;
 use shardflow_kernels::error::KernelError;
@@ -55,6 +55,10 @@ struct Process {
 impl Collective for Process {
     fn run(&self, call: &CollectiveCall, reads: &[View<'_>], writes: &[View<'_>]) -> Result<(), KernelError> {
         self.own.run(call, reads, writes)
+    }
+
+    fn waits(&self) -> Vec<Wait> {
+        self.own.waits()
     }
 
     fn abort(&self, cause: &str) {

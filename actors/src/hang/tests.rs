@@ -103,7 +103,16 @@ fn the_member_that_is_not_in_the_collective_is_the_cause() {
         let waits: Vec<CollectiveWait> =
             members.iter().filter(in_it).map(|m| (group, device(*m), device(*late))).collect();
         assert!(!waits.is_empty());
-        let scene = Scene { spec: &spec, snapshots: &snapshots, collectives: &waits, process_of: &|_| None };
+        // Members of other groups are not asked.
+        let mut snapshots = snapshots.clone();
+        snapshots.retain(|s| s.actor == *late || members.iter().filter(in_it).any(|m| *m == s.actor));
+        let scene = Scene {
+            spec: &spec,
+            snapshots: &snapshots,
+            collectives: &waits,
+            knows_collectives: true,
+            process_of: &|_| None,
+        };
         let hang = explain(scene, 9).expect("none has fired nine times");
         assert_eq!(hang.root, Root::Firing(Reader { actor: *late, action: action(*late) }), "{hang}");
     }
@@ -119,7 +128,8 @@ fn an_actor_that_does_not_answer_is_the_cause_here_and_its_process_is_elsewhere(
     // Device 0's reduce waits for gradients of its compute, which is left out.
     let mut silent = two_actors(&spec);
     silent.retain(|s| s.actor != ActorId(0));
-    let scene = |process_of| Scene { spec: &spec, snapshots: &silent, collectives: &[], process_of };
+    let scene =
+        |process_of| Scene { spec: &spec, snapshots: &silent, collectives: &[], knows_collectives: false, process_of };
     let hang = explain(scene(&|_| None), 1).expect("nothing has fired");
     assert_eq!(hang.root, Root::Silent(ActorId(0)), "{hang}");
     let hang = explain(scene(&|actor| (actor == ActorId(0)).then_some(7)), 1).expect("nothing has fired");

@@ -10,13 +10,13 @@
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use crate::collective::exchange::{
     Met, Posted, Terms, check_buffers, check_members, copy_elements, describe, describe_views, exchange,
 };
-use crate::collective::{Collective, CollectiveCall, CollectiveKind};
+use crate::collective::{Collective, CollectiveCall, CollectiveKind, Group, Wait};
 use crate::error::KernelError;
 use crate::memory::View;
 use crate::tensor::{DType, element_count};
@@ -39,6 +39,8 @@ struct Meeting {
     changed: Condvar,
     /// Grows whenever all have arrived, or the group fails. Read without the lock while spinning.
     round: AtomicU64,
+    /// Whose it is, once somebody has come.
+    group: OnceLock<Arc<Group>>,
 }
 
 #[derive(Debug, Default)]
@@ -142,8 +144,10 @@ impl InProcess {
         Self::default()
     }
 
-    fn meeting(&self, group: u32) -> Arc<Meeting> {
-        lock(&self.groups).entry(group).or_default().clone()
+    fn meeting(&self, group: &Arc<Group>) -> Arc<Meeting> {
+        let meeting = lock(&self.groups).entry(group.id).or_default().clone();
+        meeting.group.get_or_init(|| group.clone());
+        meeting
     }
 
     fn check_aborted(&self) -> Result<(), KernelError> {
@@ -357,7 +361,7 @@ fn disagreement(state: &State, post: &Post) -> Option<KernelError> {
 impl Collective for InProcess {
     fn run(&self, call: &CollectiveCall, reads: &[View<'_>], writes: &[View<'_>]) -> Result<(), KernelError> {
         check_members(call)?;
-        let meeting = self.meeting(call.group.id);
+        let meeting = self.meeting(&call.group);
         if let Err(error) = check_buffers(call, reads, writes) {
             return Err(self.refuse(&meeting, call, &describe_views(call, reads, writes), error));
         }
@@ -379,7 +383,78 @@ impl Collective for InProcess {
         }
     }
 
+    /// Who has posted waits for those that have not, and one side of a transfer for the other.
+    fn waits(&self) -> Vec<Wait> {
+        let meetings: Vec<_> = lock(&self.groups).values().cloned().collect();
+        let mut waits = Vec::new();
+        for meeting in meetings {
+            let Some(group) = meeting.group.get() else { continue };
+            let state = lock(&meeting.state);
+            let (here, absent): (Vec<usize>, Vec<usize>) =
+                (0..state.posts.len()).partition(|member| state.posts[*member].is_some());
+            let sends = state.transfers.iter().filter(|transfer| !transfer.taken).map(|t| (t.from, t.to));
+            let pairs = here.iter().flat_map(|member| absent.iter().map(|peer| (*member, *peer)));
+            let pairs = pairs.chain(sends).chain(state.receiving.iter().map(|(from, to)| (*to, *from)));
+            let wait = |(member, peer): (usize, usize)| Wait {
+                group: group.id,
+                rank: group.ranks[member],
+                peer: group.ranks[peer],
+            };
+            waits.extend(pairs.map(wait));
+        }
+        waits
+    }
+
     fn bytes_received(&self, rank: usize) -> u64 {
         lock(&self.received).get(&rank).copied().unwrap_or(0)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::thread;
+
+    use super::*;
+    use crate::memory::Arena;
+
+    /// Far more than any wait here takes.
+    const DEADLINE: Duration = Duration::from_secs(20);
+
+    fn expect(engine: &InProcess, wanted: &[Wait]) {
+        let until = Instant::now() + DEADLINE;
+        while engine.waits() != wanted {
+            assert!(Instant::now() < until, "{:?}", engine.waits());
+            thread::yield_now();
+        }
+    }
+
+    #[test]
+    fn who_waits_for_whom_is_known() {
+        let group = Arc::new(Group { id: 7, ranks: vec![4, 2, 9] });
+        for (kind, expected) in [
+            (CollectiveKind::AllReduce { op: crate::collective::ReduceOp::Sum }, vec![(4, 2), (4, 9)]),
+            (CollectiveKind::Send { to: 2 }, vec![(4, 9)]),
+            (CollectiveKind::Receive { from: 1 }, vec![(4, 2)]),
+        ] {
+            let engine = Arc::new(InProcess::new());
+            assert_eq!(engine.waits(), []);
+            let call = CollectiveCall { group: group.clone(), member: 0, kind };
+            let member = thread::spawn({
+                let engine = engine.clone();
+                move || {
+                    let arena = Arena::host(0, 256, &Arc::default()).expect("memory");
+                    let view = |offset| View::new("test", &arena, offset, &[4], DType::F32).expect("inside");
+                    let (x, y) = (view(0), view(128));
+                    let reads = if matches!(call.kind, CollectiveKind::Receive { .. }) { vec![] } else { vec![x] };
+                    let writes = if matches!(call.kind, CollectiveKind::Send { .. }) { vec![] } else { vec![y] };
+                    engine.run(&call, &reads, &writes)
+                }
+            });
+            let wait = |(rank, peer)| Wait { group: 7, rank, peer };
+            expect(&engine, &expected.into_iter().map(wait).collect::<Vec<_>>());
+            engine.abort("the test says so");
+            assert!(member.join().expect("no panic").is_err());
+            assert_eq!(engine.waits(), []);
+        }
     }
 }

@@ -541,6 +541,15 @@ impl Collective for Mpi {
         self.world.abort();
     }
 
+    /// MPI tells nothing of that.
+    fn waits(&self) -> Vec<Wait> {
+        Vec::new()
+    }
+
+    fn knows_waits(&self) -> bool {
+        false
+    }
+
     fn bytes_received(&self, rank: usize) -> u64 {
         lock(&self.received).get(&rank).copied().unwrap_or(0)
     }

@@ -52,6 +52,10 @@ impl Collective for Routed {
         self.engines().into_iter().flat_map(|engine| engine.waits()).collect()
     }
 
+    fn knows_waits(&self) -> bool {
+        self.engines().into_iter().all(|engine| engine.knows_waits())
+    }
+
     fn outcomes(&self) -> Vec<Outcome> {
         self.engines().into_iter().flat_map(|engine| engine.outcomes()).collect()
     }

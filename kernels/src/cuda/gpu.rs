@@ -13,6 +13,7 @@ use super::library::Library;
 use super::memory::Transfer;
 use super::module::Modules;
 use super::poller::Poller;
+use super::progress::Words;
 use crate::error::KernelError;
 
 /// See the module. Everything is given back when the last user lets go.
@@ -24,6 +25,7 @@ pub struct Gpu {
     blas: Mutex<Option<Arc<Blas>>>,
     transfer: Mutex<Transfer>,
     events: Arc<Events>,
+    words: Arc<Words>,
     /// Least and greatest; the greatest is the lower number.
     priorities: (i32, i32),
     context: Arc<Context>,
@@ -51,6 +53,7 @@ impl Gpu {
             blas: Mutex::default(),
             transfer: Mutex::new(Transfer::new(&context)?),
             events,
+            words: Words::new(&context)?,
             priorities: priorities(&context)?,
             context,
         };
@@ -95,6 +98,10 @@ impl Gpu {
 
     pub(crate) fn events(&self) -> &Arc<Events> {
         &self.events
+    }
+
+    pub(crate) fn words(&self) -> &Arc<Words> {
+        &self.words
     }
 
     pub(crate) fn poller(&self) -> &Poller {

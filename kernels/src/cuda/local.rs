@@ -12,12 +12,12 @@ use std::collections::HashMap;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 use super::boxes::{Boxed, combine, copy_box, foreign_elements, regions};
-use super::engine::{Enqueue, Enqueued, OnDevice, Wait};
+use super::engine::{self, Enqueue, Enqueued, OnDevice};
 use super::event::Recorded;
 use super::lane::Lane;
 use super::staged::device_address;
 use crate::collective::exchange::{Terms, check_call, check_members, describe, describe_views, taken};
-use crate::collective::{Collective, CollectiveCall, CollectiveKind, Outcome, ReduceOp};
+use crate::collective::{Collective, CollectiveCall, CollectiveKind, Outcome, ReduceOp, Wait};
 use crate::error::KernelError;
 use crate::memory::View;
 use crate::tensor::{DType, Region, element_count, split_range};
@@ -167,7 +167,7 @@ impl Inner {
         meeting: Arc<Meeting>,
         come: impl Fn(&State) -> bool + Send + 'static,
         leave: impl FnOnce(&mut State) + Send + 'static,
-    ) -> Wait {
+    ) -> engine::Wait {
         Box::new(move || {
             let mut state = lock(&meeting.state);
             loop {
@@ -422,6 +422,15 @@ impl Collective for Local {
             drop(lock(&meeting.state));
             meeting.changed.notify_all();
         }
+    }
+
+    /// Nothing is known of a member that waits on the GPU for another's stream.
+    fn waits(&self) -> Vec<Wait> {
+        Vec::new()
+    }
+
+    fn knows_waits(&self) -> bool {
+        false
     }
 
     fn outcomes(&self) -> Vec<Outcome> {

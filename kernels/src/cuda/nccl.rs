@@ -23,7 +23,7 @@ use super::poller::Watched;
 use super::staged::device_address;
 use super::turn::{Order, Turn};
 use crate::collective::exchange::{check_call, check_members, taken};
-use crate::collective::{Collective, CollectiveCall, CollectiveKind, Group, Outcome, ReduceOp};
+use crate::collective::{Collective, CollectiveCall, CollectiveKind, Group, Outcome, ReduceOp, Wait};
 use crate::error::KernelError;
 use crate::memory::{ALIGNMENT, View};
 use crate::tensor::{DType, Region, element_count};
@@ -74,6 +74,8 @@ pub struct Nccl(Arc<Inner>);
 
 #[derive(Debug)]
 struct Inner {
+    /// By id, those of several members.
+    groups: BTreeMap<u32, Arc<Group>>,
     /// By group and member; those of groups of one have none.
     comms: HashMap<(u32, usize), Arc<Comm>>,
     received: Mutex<HashMap<usize, u64>>,
@@ -106,6 +108,7 @@ impl Nccl {
             }
         }
         let inner = Arc::new(Inner {
+            groups: seats.iter().map(|seat| (seat.group.id, seat.group.clone())).collect(),
             comms,
             received: Mutex::default(),
             orders: Mutex::default(),
@@ -377,16 +380,22 @@ impl Enqueue for Nccl {
             comm: comm.as_deref(),
         };
         // What NCCL has not accepted the others wait for in vain.
+        if let Some(comm) = &comm {
+            comm.begin(lane)?;
+        }
         let unpacks = member.issue().map_err(|error| self.0.failed(error))?;
         self.0.count(call, &y_shape);
-        let (lane, dtype) = (lane.clone(), any.dtype());
-        let unpack = move || unpacks.iter().try_for_each(|(from, to)| copy_box(&lane, from.boxed(), to.boxed(), dtype));
-        let Some(comm) = comm else { return unpack().map(|()| Enqueued::Issued) };
+        let (lane, dtype, own) = (lane.clone(), any.dtype(), comm.clone());
+        let behind = move || {
+            own.map_or(Ok(()), |comm| comm.end(&lane))?;
+            unpacks.iter().try_for_each(|(from, to)| copy_box(&lane, from.boxed(), to.boxed(), dtype))
+        };
+        let Some(comm) = comm else { return behind().map(|()| Enqueued::Issued) };
         match self.0.settle(&comm, Some(ISSUE_SPIN)) {
-            Some(settled) => settled.and_then(|()| unpack()).map(|()| Enqueued::Issued),
+            Some(settled) => settled.and_then(|()| behind()).map(|()| Enqueued::Issued),
             None => {
                 let own = self.0.clone();
-                let wait = move || own.settle(&comm, None).unwrap_or(Ok(())).and_then(|()| unpack());
+                let wait = move || own.settle(&comm, None).unwrap_or(Ok(())).and_then(|()| behind());
                 Ok(Enqueued::Waits(Box::new(wait)))
             }
         }
@@ -400,6 +409,27 @@ impl Collective for Nccl {
 
     fn abort(&self, cause: &str) {
         self.0.abort(cause);
+    }
+
+    /// A stream that has come to a call and not left it waits for the members that have not come as far, and for those of
+    /// other processes, of which nothing is known here.
+    fn waits(&self) -> Vec<Wait> {
+        let mut waits = Vec::new();
+        for ((id, member), comm) in &self.0.comms {
+            let Some((reached, _)) = comm.reached_and_passed().filter(|(reached, passed)| reached != passed) else {
+                continue;
+            };
+            let Some(group) = self.0.groups.get(id) else { continue };
+            let is_late =
+                |peer: &usize| match self.0.comms.get(&(*id, *peer)).and_then(|comm| comm.reached_and_passed()) {
+                    // Numbers wrap round.
+                    Some((theirs, _)) => theirs != reached && reached.wrapping_sub(theirs) < u32::MAX / 2,
+                    None => true,
+                };
+            let late = (0..group.ranks.len()).filter(|peer| peer != member).filter(is_late);
+            waits.extend(late.map(|peer| Wait { group: *id, rank: group.ranks[*member], peer: group.ranks[peer] }));
+        }
+        waits
     }
 
     fn outcomes(&self) -> Vec<Outcome> {

@@ -223,4 +223,8 @@ exports! { driver;
     fn cuMemsetD32Async(to: CUdeviceptr, value: c_uint, count: usize, stream: CUstream) -> CUresult {
         fill(to, value, 4, count, stream)
     }
+
+    fn cuStreamWriteValue32_v2(stream: CUstream, to: CUdeviceptr, value: c_uint, _flags: c_uint) -> CUresult {
+        fill(to, value, 4, 1, stream)
+    }
 }

@@ -1,7 +1,8 @@
-//! One member's communicator. Imports `cuda::nccl::api`, `cuda::lane`, `cuda::context`.
+//! One member's communicator. Imports `cuda::nccl::api`, `cuda::lane`, `cuda::progress`, `cuda::context`.
 #![allow(unsafe_code)]
 
 use std::ffi::{c_int, c_void};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -13,6 +14,7 @@ use super::api::{Api, Config, IN_PROGRESS, SUCCESS};
 use crate::collective::ReduceOp;
 use crate::cuda::context::{Context, Raw};
 use crate::cuda::lane::Lane;
+use crate::cuda::progress::Word;
 use crate::error::KernelError;
 use crate::tensor::DType;
 
@@ -28,6 +30,17 @@ pub(super) struct Comm {
     /// Not the GPU: a poller, which is a part of that, may be the last to let a communicator go.
     context: Arc<Context>,
     place: String,
+    progress: Option<Progress>,
+}
+
+/// How far the member's stream has come in its calls, counted from 1.
+#[derive(Debug)]
+struct Progress {
+    issued: AtomicU32,
+    /// The call that the stream came to last.
+    reached: Word,
+    /// The call that it left last.
+    passed: Word,
 }
 
 #[derive(Clone, Copy)]
@@ -98,13 +111,19 @@ pub(super) fn join(seats: &[&Seat], deadline: Instant, within: Duration) -> Resu
             // SAFETY: the handle's place is kept until the group has ended, which is when NCCL has written it.
             let code = unsafe { (api.init)(&mut *handle, n, id, member, &mut config) };
             api.check(code, "ncclCommInitRankConfig", &place)?;
-            comms.push((handle, seat.gpu.context().clone(), place));
+            let words = seat.gpu.words();
+            let progress = words.word().zip(words.word());
+            let progress = progress.map(|(reached, passed)| Progress { issued: AtomicU32::new(0), reached, passed });
+            let context = seat.gpu.context().clone();
+            comms.push((handle, Comm { api: ApiRef(api), handle: Mutex::new(None), context, place, progress }));
         }
         Ok(())
     });
-    let comm = |(handle, context, place): (Box<ncclComm_t>, Arc<Context>, String)| {
-        let handle = Mutex::new((!handle.is_null()).then_some(Raw(*handle)));
-        Comm { api: ApiRef(api), handle, context, place }
+    // NCCL has written the handles of those that it has begun to make.
+    let comm = |(handle, mut comm): (Box<ncclComm_t>, Comm)| {
+        let made = (!handle.is_null()).then_some(Raw(*handle));
+        *comm.handle.get_mut().unwrap_or_else(PoisonError::into_inner) = made;
+        comm
     };
     let comms: Vec<Comm> = comms.into_iter().map(comm).collect();
     grouped?;
@@ -154,6 +173,23 @@ impl Comm {
         self.check(unsafe { (self.api.0.async_error)(comm.0, &mut state) }, "ncclCommGetAsyncError")?;
         self.check(state, "ncclCommGetAsyncError")?;
         Ok(state != IN_PROGRESS)
+    }
+
+    /// Puts word on the stream that a call is next.
+    pub(super) fn begin(&self, lane: &Lane) -> Result<(), KernelError> {
+        let Some(Progress { issued, reached, .. }) = &self.progress else { return Ok(()) };
+        reached.write(lane, issued.fetch_add(1, Ordering::Relaxed).wrapping_add(1))
+    }
+
+    /// Puts word on the stream that the call is over, behind which NCCL has put it (NCCL-2).
+    pub(super) fn end(&self, lane: &Lane) -> Result<(), KernelError> {
+        let Some(Progress { issued, passed, .. }) = &self.progress else { return Ok(()) };
+        passed.write(lane, issued.load(Ordering::Relaxed))
+    }
+
+    /// The call that the member's stream came to last, and the one that it left last; `None` where that is not known.
+    pub(super) fn reached_and_passed(&self) -> Option<(u32, u32)> {
+        self.progress.as_ref().map(|progress| (progress.reached.read(), progress.passed.read()))
     }
 
     /// Puts one of NCCL's own calls on the stream. `elements` are those of one member's part.
