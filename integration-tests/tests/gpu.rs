@@ -2,6 +2,7 @@
 //! with all devices on one, and nothing wrong in what the driver was asked; a device that dies or hangs ends the session with its
 //! cause. Each case runs in a child, so that the dynamic linker finds the software device in the place of NVIDIA's libraries.
 
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use shardflow::passes::CompileOptions;
@@ -11,7 +12,7 @@ use shardflow::session::{Session, SessionOptions};
 use shardflow_actors::watchdog::WatchdogOptions;
 use shardflow_integration_tests::training::{LEARNING_RATE, Model, options, relative};
 use shardflow_kernels::device::DeviceKind;
-use shardflow_software_cuda::{CASE, POLICIES, Ran, run_child};
+use shardflow_software_cuda::{CASE, POLICIES, Ran, Report, command, run_child};
 
 const STEPS: usize = 3;
 /// Relative difference of losses from the CPU backend's: sums in another order, other roundings of exp and erf.
@@ -127,6 +128,40 @@ fn in_bf16() {
     check("bf16", "data=1", 1, &[("random", 1)]);
     check("bf16", "data=2,stage=2", 4, &[("adversarial", 2)]);
     check("bf16", "tensor=2", 2, &[("random", 3)]);
+}
+
+/// The losses that `gpt` logs. Its threads carry no clock tokens, so they count as one to the software device.
+fn run_gpt(device: &str, mesh: &str, gpus: usize) -> Vec<f64> {
+    let folder = tempfile::tempdir().expect("a folder");
+    // Cargo puts the programs of all packages into one folder.
+    let gpt = Path::new(env!("CARGO_BIN_EXE_dies")).with_file_name("gpt");
+    assert!(gpt.is_file(), "{} is not there: cargo build -p shardflow-examples", gpt.display());
+    let mut command = command(gpt, folder.path(), gpus, "random", 1).expect("the software device");
+    command.env("SOFTWARE_CUDA_HOST", "global").args(["--device", device, "--mesh", mesh, "--log-json"]);
+    let log = folder.path().join("log");
+    command.arg(&log).args("--layers 4 --width 32 --heads 2 --context 16 --batch 8 --micro-batches 2".split(' '));
+    command.args("--steps 3 --sample 0 --clip 1 --memory-mib 64".split(' '));
+    let output = command.output().expect("gpt");
+    let (said, log) = (String::from_utf8_lossy(&output.stderr), std::fs::read_to_string(log).unwrap_or_default());
+    assert!(output.status.success(), "{device} {mesh}: {said}");
+    if device == "cuda" {
+        let report = Report::read(folder.path()).expect("a report");
+        assert!(report.findings.is_empty(), "{mesh} on {gpus} GPUs: {:#?}", report.findings);
+        assert!(report.classes["launches"] > 100, "{mesh}: it ran elsewhere");
+    }
+    let record = |line: &str| serde_json::from_str::<serde_json::Value>(line).expect("JSON");
+    log.lines().filter_map(|line| record(line).get("loss")?.as_f64()).collect()
+}
+
+#[test]
+fn the_program_that_users_start() {
+    for (mesh, gpus) in [("data=1", 1), ("tensor=2", 2), ("data=2,stage=2", 4), ("data=2,stage=2,tensor=2", 8)] {
+        let (got, want) = (run_gpt("cuda", mesh, gpus), run_gpt("cpu", mesh, gpus));
+        assert_eq!((got.len(), want.len()), (STEPS, STEPS), "{mesh}");
+        for (got, want) in got.iter().zip(&want) {
+            assert!(relative(*got, *want) <= F32_MAX, "{mesh}: {got} against {want}");
+        }
+    }
 }
 
 /// Every mesh in every order in which the software device does things.
