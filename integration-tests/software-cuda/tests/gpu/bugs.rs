@@ -5,8 +5,10 @@ use shardflow_software_cuda::POLICIES;
 use crate::api::{self, findings};
 use crate::{child, cuda};
 
-/// Seeds of each policy.
-const SEEDS: u64 = 4;
+/// Seeds of each policy: a few, or as many as `SOFTWARE_CUDA_TEST_SEEDS` says, for longer runs by hand.
+fn seeds() -> u64 {
+    std::env::var("SOFTWARE_CUDA_TEST_SEEDS").map_or(4, |seeds| seeds.parse().expect("a number of seeds"))
+}
 
 /// A program that can be run with a mistake in it.
 pub struct Bug {
@@ -48,7 +50,7 @@ pub fn run_all(bugs: &[Bug], devices: i32) {
     let lab = Lab::new(devices);
     for bug in bugs {
         for (policy, _) in POLICIES {
-            for seed in 0..SEEDS {
+            for seed in 0..seeds() {
                 for planted in [true, false] {
                     api::use_device(0);
                     api::begin(policy, seed * 7919 + 13);
