@@ -2,6 +2,7 @@
 //! with all devices on one, and nothing wrong in what the driver was asked; a device that dies or hangs ends the session with its
 //! cause. Each case runs in a child, so that the dynamic linker finds the software device in the place of NVIDIA's libraries.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -63,6 +64,12 @@ fn child() {
     let case = std::env::var(CASE).expect("what to do");
     match case.split_once(' ').expect("how, and the mesh") {
         ("fail", mesh) => fail(mesh),
+        ("count", rest) => {
+            let (steps, rest) = rest.split_once(' ').expect("steps");
+            let (layers, mesh) = rest.split_once(' ').expect("layers");
+            let [steps, layers] = [steps, layers].map(|n| n.parse().expect("a number"));
+            Model { layers, ..model() }.train(mesh, &settings(DeviceKind::Cuda, Precision::F32), steps);
+        }
         (name, mesh) => {
             let trained = model().train(mesh, &settings(DeviceKind::Cuda, precision(name)), STEPS);
             println!("\n> {:?}", trained.losses);
@@ -176,6 +183,40 @@ fn fifty_seeds_of_each_policy() {
             check("f32", mesh, gpus, &policies);
             println!("{mesh} on {gpus} GPUs, {policy}: {SEEDS} seeds");
         }
+    }
+}
+
+/// Calls of the driver and its libraries by class or name, that so many steps of so many layers take.
+fn calls(steps: u64, layers: u64, mesh: &str, gpus: usize) -> BTreeMap<String, u64> {
+    let Report { findings, calls, classes, .. } =
+        run_child(&format!("count {steps} {layers} {mesh}"), gpus, "in-order", 1, None).report;
+    assert!(findings.is_empty(), "{findings:#?}");
+    calls.into_iter().chain(classes).collect()
+}
+
+/// What a step costs once it runs, and what each of its layers does. docs/performance.md has the figures.
+#[test]
+fn a_step_allocates_nothing_and_waits_for_nothing() {
+    const MORE: u64 = 4;
+    for (mesh, gpus) in [("data=1", 1), ("data=2", 2), ("stage=2", 2), ("tensor=2", 2)] {
+        let each_step = |layers: u64| {
+            let [few, many] = [2, 2 + MORE].map(|steps| calls(steps, layers, mesh, gpus));
+            move |name: &str| (many.get(name).unwrap_or(&0) - few.get(name).unwrap_or(&0)) as f64 / MORE as f64
+        };
+        let shallow = each_step(4);
+        for name in ["allocations", "frees", "synchronisations", "cuEventCreate", "cuEventDestroy_v2"] {
+            assert_eq!(shallow(name), 0.0, "{mesh}: {name} in each step");
+        }
+        if gpus > 1 {
+            continue;
+        }
+        let deep = each_step(8);
+        let layer = |name: &str| (deep(name) - shallow(name)) / 4.0;
+        let names = ["cuLaunchKernel", "cublasLtMatmul", "cuEventRecord", "cuCtxSetCurrent"];
+        // Only actions and what crosses devices need events.
+        assert_eq!(names.map(layer), [56.0, 36.0, 0.0, 0.0], "two micro-batches and the update");
+        assert_eq!(names.map(&shallow), [257.0, 150.0, 14.0, 10.0]);
+        assert_eq!(shallow("cuStreamWaitEvent"), 0.0);
     }
 }
 
