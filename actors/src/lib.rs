@@ -1,5 +1,5 @@
 //! Actors that own streams and exchange registers: the protocol, its simulator and its shell.
-//! Layers: `spec <- check, builder, register <- protocol <- snapshot <- hang <- simulate, slow, message <- transport, remote, bus, supervisor
+//! Layers: `spec <- check, builder, register <- protocol <- trace <- snapshot <- hang <- simulate, slow, message <- transport, remote, bus, supervisor
 //! <- watchdog, shell`; `membership` stands beside them.
 
 pub mod builder;
@@ -20,5 +20,6 @@ mod slow;
 pub mod snapshot;
 pub mod spec;
 mod supervisor;
+pub mod trace;
 pub mod transport;
 pub mod watchdog;

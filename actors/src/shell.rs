@@ -1,5 +1,5 @@
 //! Runs a loaded plan: one thread for each device hosts its actors. Imports `shell::shard`, `supervisor`, `remote`, `watchdog`,
-//! `check`, kernels, ractor and tokio.
+//! `check`, `trace`, kernels, ractor and tokio.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
@@ -15,12 +15,14 @@ use shardflow_kernels::stream::Stream;
 
 use crate::check::check;
 use crate::error::{ActorError, Failure};
+use crate::hang::Hang;
 use crate::message::{Cast, Mail};
 use crate::protocol::Event;
 use crate::remote::{Connections, HostPiece, Peers, Remote, serve};
 use crate::snapshot::{ActorSnapshot, NotFinite};
 use crate::spec::{ActorId, RegisterId, Spec};
 use crate::supervisor::{OnFailure, Session, Supervisor};
+use crate::trace::Told;
 use crate::watchdog::{Watchdog, WatchdogOptions};
 
 mod loaded;
@@ -378,11 +380,37 @@ impl Running {
     }
 }
 
-/// A handle on a session for whoever watches its peers. Does nothing once the session is gone.
+/// A handle on a session for whoever watches it or its peers, from any thread. Does nothing once the session is gone.
 #[derive(Clone, Debug)]
 pub struct Control(Weak<Session>);
 
 impl Control {
+    /// What each actor of this process is doing; empty once the session is gone.
+    pub fn snapshot(&self) -> Vec<ActorSnapshot> {
+        self.0.upgrade().map_or_else(Vec::new, |session| session.snapshot())
+    }
+
+    /// Firings of an actor of this process that have ended, from the `from`-th on.
+    pub fn fired(&self, actor: ActorId, from: u64) -> Told {
+        let session = self.0.upgrade();
+        session.and_then(|session| Some(session.rings.get(&actor)?.read(from))).unwrap_or_default()
+    }
+
+    /// Nanoseconds since the session's start, which all times of firings count from.
+    pub fn now_ns(&self) -> Option<u64> {
+        self.0.upgrade().map(|session| session.now_ns())
+    }
+
+    /// Why nothing moves, if that is so; `None` when no step is under way, or the session is gone.
+    pub fn hang(&self) -> Option<Hang> {
+        self.0.upgrade()?.explain().0
+    }
+
+    /// What the session has failed for, if it has.
+    pub fn first_failure(&self) -> Option<Failure> {
+        self.0.upgrade()?.first_failure()
+    }
+
     /// Ends the session for a cause from outside it. Only the first cause is kept.
     pub fn fail(&self, failure: Failure) {
         self.0.upgrade().into_iter().for_each(|session| session.fail(failure.clone()));

@@ -139,6 +139,8 @@ mod tests {
             firings: vec![],
             busy_ns: vec![],
             waiting: Waiting { actor: ActorId(0), in_flight, actions: vec![ActionWaits { action: 0, missing }] },
+            idle: Default::default(),
+            idle_now_ns: 0,
             registers: vec![],
         };
         let elsewhere = |actor: ActorId| (actor == ActorId(1)).then_some(7);

@@ -1,7 +1,8 @@
-//! What an actor shows of itself while it runs. Imports `protocol` and `spec`.
+//! What an actor shows of itself while it runs. Imports `protocol`, `trace` and `spec`.
 
 use crate::protocol::{Protocol, Waiting};
 use crate::spec::{ActorId, RegisterId};
+use crate::trace::Idle;
 
 /// The state of one actor at one moment.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -14,6 +15,10 @@ pub struct ActorSnapshot {
     pub busy_ns: Vec<u64>,
     /// Why it does not fire.
     pub waiting: Waiting,
+    /// How long it has stood idle, up to its last launch.
+    pub idle: Idle,
+    /// How long it stands idle now; 0 while a firing is in flight, and before the session's start.
+    pub idle_now_ns: u64,
     /// The registers that it produces.
     pub registers: Vec<RegisterUse>,
 }
@@ -67,6 +72,8 @@ impl ActorSnapshot {
             firings: (0..busy_ns.len() as u32).map(|a| protocol.fired(a)).collect(),
             busy_ns: busy_ns.to_vec(),
             waiting: protocol.waiting(),
+            idle: Idle::default(),
+            idle_now_ns: 0,
             registers: uses.collect(),
         }
     }

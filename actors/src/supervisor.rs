@@ -1,5 +1,5 @@
 //! The first cause ends a session: it is kept, collectives are aborted, all actors stop. Imports `bus`, `error`, `spec`,
-//! `snapshot`, `hang`, kernels and ractor.
+//! `snapshot`, `hang`, `trace`, kernels and ractor.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
@@ -20,6 +20,7 @@ use crate::remote::Remote;
 use crate::slow::{self, Sample};
 use crate::snapshot::{ActorSnapshot, NotFinite};
 use crate::spec::{ActorId, Spec};
+use crate::trace::Ring;
 
 /// How long a state is waited for; actors never block, so only an actor that is gone takes longer.
 const SNAPSHOT_TIMEOUT: Duration = Duration::from_secs(2);
@@ -34,9 +35,12 @@ pub(crate) struct Session {
     /// Of the actors of this process. Kept here so that they end only after the collectives in them were aborted.
     pub(crate) streams: BTreeMap<ActorId, Stream>,
     engine: Arc<dyn Collective>,
-    /// Counts every event that an actor takes in.
+    /// What the actors of this process did.
+    pub(crate) rings: BTreeMap<ActorId, Ring>,
+    started: Instant,
     /// What had happened when actions last did all their firings of a step.
     clocks: Clocks,
+    /// Counts every event that an actor takes in.
     progress: AtomicU64,
     /// Index of the action in flight, or `IDLE`; by actor.
     in_flight: Vec<AtomicU32>,
@@ -89,6 +93,8 @@ impl Session {
         let (failed, failures) = bounded(1);
         let session = Self {
             bus: Bus::new(&spec, remote),
+            rings: streams.keys().map(|actor| (*actor, Ring::default())).collect(),
+            started: Instant::now(),
             progress: AtomicU64::new(0),
             clocks: Clocks::default(),
             in_flight: spec.actors.iter().map(|_| AtomicU32::new(IDLE)).collect(),
@@ -105,6 +111,11 @@ impl Session {
             on_failure: OnceLock::new(),
         };
         (Arc::new(session), failures)
+    }
+
+    /// Time since the start.
+    pub(crate) fn now_ns(&self) -> u64 {
+        self.started.elapsed().as_nanos() as u64
     }
 
     fn state(&self) -> MutexGuard<'_, State> {

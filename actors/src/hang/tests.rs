@@ -82,6 +82,8 @@ fn two_members() -> (Arc<Spec>, Vec<ActorSnapshot>) {
             in_flight: actor.actions.iter().position(|x| !x.gangs.is_empty()).map(|x| x as u32),
             actions: Vec::new(),
         },
+        idle: Default::default(),
+        idle_now_ns: 0,
         registers: Vec::new(),
     };
     let snapshots = spec.actors.iter().enumerate().map(flying).collect();

@@ -1,9 +1,8 @@
 //! One shard as a ractor actor: its protocol, its stream, and the way from effects to launches and casts.
-//! Imports `protocol`, `supervisor`'s session, `message`, kernels and ractor.
+//! Imports `protocol`, `supervisor`'s session, `message`, `trace`, kernels and ractor.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::time::Instant;
 
 use ractor::{Actor, ActorProcessingErr, ActorRef};
 use shardflow_kernels::clock::Clock;
@@ -18,6 +17,7 @@ use crate::protocol::{Effect, Event, Protocol};
 use crate::snapshot::{ActorSnapshot, NotFinite};
 use crate::spec::{ActorId, RegisterId};
 use crate::supervisor::Session;
+use crate::trace::{Cause, Fired, Idle};
 
 /// The behaviour; all state is in [`Shard`].
 pub(crate) struct ShardActor;
@@ -31,7 +31,11 @@ pub(crate) struct Shard {
     programs: Vec<ActionProgram>,
     memory: Arc<BTreeMap<RegisterId, RegisterMemory>>,
     busy_ns: Vec<u64>,
-    launched: Option<Instant>,
+    idle: Idle,
+    /// When the last firing ended, since the session's start.
+    idle_since_ns: u64,
+    /// The firing in flight; its end is not known yet.
+    flying: Option<Fired>,
     /// Reused, so that an event allocates nothing.
     effects: Vec<Effect>,
 }
@@ -45,7 +49,18 @@ impl Shard {
     ) -> Self {
         let protocol = Protocol::new(&session.spec, me);
         let busy_ns = vec![0; programs.len()];
-        Self { me, session, protocol, programs, memory, busy_ns, launched: None, effects: Vec::new() }
+        Self {
+            me,
+            session,
+            protocol,
+            programs,
+            memory,
+            busy_ns,
+            idle: Idle::default(),
+            idle_since_ns: 0,
+            flying: None,
+            effects: Vec::new(),
+        }
     }
 
     fn take(&mut self, cast: Cast) -> Result<(), Failure> {
@@ -66,17 +81,27 @@ impl Shard {
 
     fn event(&mut self, event: Event) -> Result<(), Failure> {
         self.session.progressed();
+        let now_ns = self.session.now_ns();
         let mut effects = std::mem::take(&mut self.effects);
         self.protocol.apply(event, &mut effects).map_err(|e| self.refused(event, e))?;
         if let Event::Done { action } = event {
-            let since = self.launched.take().map_or(0, |t| t.elapsed().as_nanos() as u64);
-            self.busy_ns[action as usize] += since;
+            if let Some(fired) = self.flying.take() {
+                self.busy_ns[action as usize] += now_ns - fired.launched_ns;
+                self.session.rings[&self.me].push(Fired { ended_ns: now_ns, ..fired });
+            }
+            self.idle_since_ns = now_ns;
             self.session.completed(self.me, action);
         }
         self.protocol.fire(&mut effects);
         for effect in effects.drain(..) {
             match effect {
-                Effect::Launch { action, firing } => self.launch(action, firing)?,
+                Effect::Launch { action, firing } => {
+                    let (idle_ns, cause) = (self.idle_since_ns, Cause::of(&event));
+                    self.idle.add(cause, now_ns - idle_ns);
+                    let launched_ns = now_ns;
+                    self.flying = Some(Fired { action, firing, idle_ns, launched_ns, ended_ns: 0, cause });
+                    self.launch(action, firing)?;
+                }
                 Effect::Send { to, message } => {
                     // An actor that has stopped does so because the session ends.
                     self.session.bus.send(to, Cast::Event(Event::Message(message)));
@@ -103,14 +128,15 @@ impl Shard {
         let bases = program.bases.iter().map(base).collect();
         let repeat = (0..spec.outputs.len()).any(|port| self.protocol.repeats(action, port, firing));
         self.session.launched(self.me, action);
-        self.launched = Some(Instant::now());
         let notify = notify(self.session.clone(), self.me, action, firing);
         let submission = Submission { program: program.program.clone(), bases, repeat, notify };
         self.session.streams[&self.me].submit(submission).map_err(|cause| self.failed(cause))
     }
 
     fn snapshot(&self) -> ActorSnapshot {
-        ActorSnapshot::of(self.me, &self.protocol, &self.busy_ns)
+        let idle_now_ns = if self.flying.is_some() { 0 } else { self.session.now_ns() - self.idle_since_ns };
+        let bare = ActorSnapshot::of(self.me, &self.protocol, &self.busy_ns);
+        ActorSnapshot { idle: self.idle.clone(), idle_now_ns, ..bare }
     }
 
     fn broken(&self, cause: ProtocolError) -> Failure {

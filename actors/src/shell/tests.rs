@@ -13,6 +13,7 @@ use super::*;
 use crate::builder::Builder;
 use crate::simulate::{self, Options, Timing, plans};
 use crate::spec::{Firing, Reader};
+use crate::trace::Cause;
 
 /// Far more than any run here takes; ends a test that hangs.
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -526,4 +527,39 @@ fn a_failure_frees_members_that_wait_in_a_collective_and_stays_the_first_cause()
     let late = Failure::Panic { actor: "a0".into(), device: 0, action: None, message: "later".into() };
     running.session.fail(late);
     assert_eq!(running.shutdown(), Err(expected));
+}
+
+/// What an actor did, and what it waited for, can be read while it runs, and again from where one left off.
+#[test]
+fn firings_are_traced_with_what_let_them_begin() {
+    let running = start(chain(vec![act(|| Ok(())), act(|| Ok(()))]), WatchdogOptions::default()).unwrap();
+    let control = running.control();
+    running.give(ActorId(0), 0, 3).unwrap();
+    assert_eq!(running.quiesce(PATIENCE), Ok(true));
+    let [first, second] = [0, 1].map(|actor| control.fired(ActorId(actor), 0));
+    let wire = RegisterId(running.session.spec.registers.iter().position(|r| r.name == "wire1").unwrap() as u32);
+    for (told, causes) in [(&first, [Cause::Host, Cause::Own]), (&second, [Cause::Input(wire), Cause::Own])] {
+        let numbers: Vec<u64> = told.firings.iter().map(|fired| fired.firing).collect();
+        assert_eq!((&numbers[..], told.next, told.lost), (&[0, 1, 2][..], 3, 0));
+        assert_eq!(told.firings[0].cause, causes[0]);
+        let mut before = 0;
+        for fired in &told.firings {
+            let credit = matches!(fired.cause, Cause::Credit(_));
+            assert!(causes.contains(&fired.cause) || credit, "{fired:?}");
+            let times = [before, fired.idle_ns, fired.launched_ns, fired.ended_ns, control.now_ns().unwrap()];
+            assert!(times.is_sorted(), "{times:?}");
+            before = fired.ended_ns;
+        }
+    }
+    let snapshots = control.snapshot();
+    let idle = &snapshots[1].idle;
+    let waited: u64 =
+        second.firings.iter().filter(|f| f.cause == Cause::Input(wire)).map(|f| f.launched_ns - f.idle_ns).sum();
+    assert_eq!((idle.input_ns.get(&wire), idle.host_ns), (Some(&waited), 0));
+    assert!(snapshots[0].idle.host_ns > 0 && snapshots[0].idle_now_ns > 0);
+    running.give(ActorId(0), 0, 1).unwrap();
+    assert_eq!(running.quiesce(PATIENCE), Ok(true));
+    assert_eq!(control.fired(ActorId(1), second.next).firings.iter().map(|f| f.firing).collect::<Vec<_>>(), [3]);
+    running.shutdown().unwrap();
+    assert_eq!((control.snapshot(), control.now_ns()), (vec![], None));
 }
