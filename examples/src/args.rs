@@ -3,6 +3,7 @@
 //! What is checked here are the flags against each other; whether a plan exists and fits is `compile`'s to say.
 
 use std::fmt::Display;
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::str::FromStr;
@@ -107,6 +108,15 @@ pub struct GptArgs {
     /// A step in which nothing moves for so long ends the training with code 79, and the cause; it is told of after a minute.
     #[arg(long, value_name = "SECONDS", default_value_t = 600)]
     pub hang_timeout: u64,
+    /// Serve metrics to Prometheus and the session's health here; process n of several on the n-th port from this one.
+    #[arg(long, value_name = "ADDRESS:PORT")]
+    pub listen: Option<SocketAddr>,
+    /// What one device could do at best, in 10^12 floating-point operations a second, to tell the part that is made use of.
+    #[arg(long, value_name = "N")]
+    pub peak_tflops: Option<f64>,
+    /// Write what each actor did to this file, for ui.perfetto.dev; process n of several to FILE.n.
+    #[arg(long, value_name = "FILE.json")]
+    pub trace: Option<PathBuf>,
 }
 
 /// What becomes of steps that are not finite.
@@ -371,6 +381,9 @@ impl GptArgs {
         if let Some(clip) = self.clip.filter(|clip| clip.is_nan() || *clip <= 0.0) {
             return range("--clip", "more than 0", clip);
         }
+        if let Some(peak) = self.peak_tflops.filter(|peak| !peak.is_finite() || *peak <= 0.0) {
+            return range("--peak-tflops", "finite and more than 0", peak as f32);
+        }
         if self.on_non_finite == NonFiniteArg::Rollback && self.checkpoint.is_none() {
             return Err(ArgsError::RollbackWhere);
         }
@@ -397,7 +410,10 @@ impl GptArgs {
     fn check_files(&self) -> Result<(), ArgsError> {
         let (data, log) = (("--data", &self.data), ("--log-json", &self.log_json));
         let (save, init) = (("--save", &self.save), ("--init-from", &self.init_from));
-        for ((first, a), (second, b)) in [(data, log), (data, save), (init, log), (save, log)] {
+        let trace = ("--trace", &self.trace);
+        let pairs = [(data, log), (data, save), (init, log), (save, log)];
+        let with_trace = [data, log, save, init].map(|other| (other, trace));
+        for ((first, a), (second, b)) in pairs.into_iter().chain(with_trace) {
             let (Some(a), Some(b)) = (a, b) else { continue };
             let same = match (a.canonicalize(), b.canonicalize()) {
                 (Ok(a), Ok(b)) => a == b,
@@ -518,6 +534,8 @@ mod tests {
             ("--dropout", "NaN"),
             ("--clip", "0"),
             ("--clip", "NaN"),
+            ("--peak-tflops", "0"),
+            ("--peak-tflops", "inf"),
         ] {
             let error = check(&[flag, value]).unwrap_err();
             assert!(error.starts_with(&format!("{flag} must be ")), "{error}");

@@ -42,6 +42,7 @@ pub mod device;
 pub mod error;
 pub mod event;
 pub mod memory;
+pub mod metrics;
 pub mod op;
 mod region;
 pub mod stream;

@@ -39,6 +39,8 @@ use rendezvous::{RendezvousError, Verdict};
 pub const TRANSPORT: &str = "SHARDFLOW_TRANSPORT";
 /// Variable that chooses the engine of [`Collectives`]: `own` or `mpi`; the same for all processes.
 pub const COLLECTIVES: &str = "SHARDFLOW_COLLECTIVES";
+/// Variable with the exit codes for which the launcher has started the job again, comma-separated.
+const RESTART_CAUSES: &str = "SHARDFLOW_RESTART_CAUSES";
 /// Variable with the address of this node that the process listens on.
 pub const INTERFACE: &str = "SHARDFLOW_INTERFACE";
 
@@ -174,17 +176,19 @@ pub struct Cluster {
     by_mpi: ByMpi,
     /// How to meet them.
     pub options: ClusterOptions,
+    /// The exit codes for which the launcher has started the job again so far.
+    pub restart_causes: Vec<u8>,
 }
 
 impl Cluster {
     /// One process, alone.
     pub fn local() -> Self {
-        Self { launch: Launch::Local, by_mpi: ByMpi::default(), options: ClusterOptions::default() }
+        Self::new(Launch::Local, ClusterOptions::default())
     }
 
     /// A process that was started as `launch` says.
     pub fn new(launch: Launch, options: ClusterOptions) -> Self {
-        Self { launch, by_mpi: ByMpi::default(), options }
+        Self { launch, by_mpi: ByMpi::default(), options, restart_causes: Vec::new() }
     }
 
     /// As the environment says: the launcher's variables, torchrun's, Slurm's, OpenMPI's, a Kubernetes indexed job's; alone
@@ -205,7 +209,11 @@ impl Cluster {
             let wrong = |_| ClusterError::Variable { name: INTERFACE, value: text.clone(), expected: "an IP address" };
             options.interface = Some(text.parse().map_err(wrong)?);
         }
-        Ok(Self { launch: env::detect(&variables)?, by_mpi: ByMpi::default(), options })
+        let launch = env::detect(&variables)?;
+        let causes = variables.get(RESTART_CAUSES).map_or("", |text| text.as_str());
+        // For metrics only: what makes no sense is left out.
+        let restart_causes = causes.split(',').filter_map(|code| code.parse().ok()).collect();
+        Ok(Self { launch, by_mpi: ByMpi::default(), options, restart_causes })
     }
 
     /// Number of this process: its rank, as torchrun calls it.

@@ -141,6 +141,8 @@ struct Job<'a> {
     folder: TempDir,
     events: (Sender<Event>, Receiver<Event>),
     guard: Guard,
+    /// The exit codes that attempts so far ended with.
+    causes: Vec<u8>,
 }
 
 /// Starts the processes and stays until they have ended for good. Says on standard error what goes wrong, the first
@@ -173,6 +175,7 @@ pub fn launch(options: &LaunchOptions) -> Result<Exit, LaunchError> {
         };
         match verdict {
             Verdict::Restart => {
+                job.causes.push(cause.exit.code());
                 notice(&outcome.describe(cause));
                 let from = restarts.committed.map_or("the start".into(), |step| format!("step {step}"));
                 notice(&format!("restart {} of at most {}, from {from}", restarts.made, restarts.max));
@@ -221,7 +224,7 @@ impl<'a> Job<'a> {
         let events = crossbeam_channel::bounded(EVENTS_MAX);
         watch_signals(events.0.clone()).map_err(LaunchError::io("watch for signals"))?;
         let guard = Guard::start(&options.helper, folder.path()).map_err(LaunchError::io("start the guard"))?;
-        Ok(Job { options, program, run_id, secret, folder, events, guard })
+        Ok(Job { options, program, run_id, secret, folder, events, guard, causes: Vec::new() })
     }
 
     fn progress_file(&self) -> PathBuf {

@@ -11,12 +11,16 @@ pub mod graph;
 pub mod init;
 pub mod launcher;
 pub mod layout_error;
+pub mod metrics;
 pub mod nn;
 pub mod passes;
 pub mod placement;
 pub mod plan;
 pub mod sbp;
 pub mod session;
+pub mod trace;
+#[cfg(feature = "watch")]
+pub mod watch;
 
 /// What a program that trains, or brings an op of its own, needs: `use shardflow::prelude::*`.
 ///

@@ -14,6 +14,7 @@ pub mod assign;
 pub mod collective_order;
 pub mod emit;
 pub mod explain;
+pub mod flops;
 mod hash;
 pub mod lower;
 pub mod memory;

@@ -11,7 +11,7 @@ use shardflow_actors::error::{ActorError, Failure, PeerError};
 use shardflow_actors::remote::{HostPiece, Peers};
 use shardflow_actors::shell::{Hosted, Loaded, RegisterMemory, Running, start};
 use shardflow_actors::spec::{ActorId, RegisterId, StreamKind};
-use shardflow_actors::watchdog::WatchdogOptions;
+use shardflow_actors::watchdog::{OnStall, WatchdogOptions};
 use shardflow_kernels::collective::Collective;
 use shardflow_kernels::device::{Device, Priority};
 use shardflow_kernels::error::KernelError;
@@ -24,6 +24,7 @@ use crate::cluster::{Cluster, ClusterError};
 use crate::graph::{NodeOp, Rate, Var};
 use crate::init;
 use crate::layout_error::LayoutError;
+use crate::metrics as names;
 use crate::plan::{Plan, ResidentTensor};
 
 pub mod checkpoint;
@@ -35,6 +36,7 @@ pub mod hosting;
 mod load;
 pub mod metrics;
 pub mod numerics;
+pub mod observer;
 pub mod snapshot;
 mod step;
 mod tokens;
@@ -45,8 +47,9 @@ use exchange::{Inbox, Word, tensor_of};
 use host::Fetched;
 use hosting::{HostPorts, Hosting};
 use load::{FeedPort, Loader, fetches, gates};
-use metrics::StepMetrics;
+use metrics::{Metrics, Snapshots, StepMetrics};
 use numerics::{NonFinite, OnNonFinite};
+use observer::Observer;
 
 /// What a session can fail with.
 #[derive(Debug, thiserror::Error)]
@@ -97,12 +100,14 @@ pub struct SessionOptions {
     pub stop: Option<Arc<AtomicBool>>,
     /// What becomes of a step whose loss or gradients are not finite.
     pub on_non_finite: OnNonFinite,
+    /// Floating-point operations that one device could do in a second, for [`crate::metrics::MFU`].
+    pub peak_flops: Option<f64>,
 }
 
 impl Default for SessionOptions {
     fn default() -> Self {
         let (watchdog, cluster) = (WatchdogOptions::default(), Cluster::local());
-        Self { seed: 1337, watchdog, cluster, stop: None, on_non_finite: OnNonFinite::default() }
+        Self { seed: 1337, watchdog, cluster, stop: None, on_non_finite: OnNonFinite::default(), peak_flops: None }
     }
 }
 
@@ -125,7 +130,7 @@ pub struct StepReport {
 
 /// A running plan, or this process's part of one. Dropping it shuts it down.
 pub struct Session {
-    plan: Plan,
+    plan: Arc<Plan>,
     hosting: Hosting,
     /// Of this process.
     devices: Vec<Device>,
@@ -153,6 +158,8 @@ pub struct Session {
     on_non_finite: OnNonFinite,
     skipped_in_a_row: u32,
     step_metrics: StepMetrics,
+    /// There while the actors run.
+    observer: Option<Arc<Observer>>,
 }
 
 /// How long a session that ends waits for firings that are under way.
@@ -211,6 +218,7 @@ impl Session {
             hosted.insert(*id, Hosted { stream, programs: loader.programs(*id) });
         }
         let feeds = loader.feeds;
+        let mirrored = ways.mirrors.keys().copied().collect();
         let mut memory = ways.mirrors;
         for (index, place) in plan.registers.iter().enumerate() {
             let Some(arena) = arenas.get(&place.device) else { continue };
@@ -224,6 +232,12 @@ impl Session {
             engine: ways.engine.clone(),
             peers: Peers { peers: ways.peers, host_ports: ports.ports.clone(), host: Some(host) },
         };
+        let plan = Arc::new(plan);
+        let step_tokens = tokens::in_a_step(&plan);
+        let step_metrics = StepMetrics::new(&plan, &hosting, step_tokens, options.peak_flops);
+        for code in &options.cluster.restart_causes {
+            ::metrics::counter!(names::RESTARTS, "cause" => code.to_string()).increment(1);
+        }
         let mut session = Self {
             vocabularies: tokens::vocabularies(&plan.graph),
             gates: gates(&plan, &own),
@@ -245,13 +259,18 @@ impl Session {
             stop: options.stop.clone(),
             on_non_finite: options.on_non_finite,
             skipped_in_a_row: 0,
-            step_metrics: StepMetrics::new(),
+            step_metrics,
+            observer: None,
         };
         session.initialise()?;
-        let running = start(loaded, options.watchdog.clone())?;
+        let running = start(loaded, counted(&options.watchdog))?;
         if let Some(world) = &session.world {
             world.watch(&running);
         }
+        let snapshots = Snapshots { devices: session.devices.clone(), engine: session.engine.clone() };
+        let (plan, world) = (session.plan.clone(), session.world.as_ref());
+        let observer = Observer::new(plan, session.hosting, running.control(), snapshots, world, mirrored);
+        session.observer = Some(Arc::new(observer));
         session.running = Some(running);
         Ok(session)
     }
@@ -279,6 +298,23 @@ impl Session {
     /// The plan that runs.
     pub fn plan(&self) -> &Plan {
         &self.plan
+    }
+
+    /// For whoever watches the session while it runs, from any thread; `None` once it has ended.
+    pub fn observer(&self) -> Option<&Arc<Observer>> {
+        self.observer.as_ref()
+    }
+
+    /// What the session has done and holds now. Cheap: nothing stops for it.
+    pub fn metrics(&self) -> Metrics {
+        let of_the_end = || {
+            let (devices, engine) = (self.devices.clone(), self.engine.clone());
+            Snapshots { devices, engine }.metrics(&self.plan, self.steps, &[])
+        };
+        self.observer.as_ref().map_or_else(of_the_end, |observer| {
+            observer.set_steps(self.steps);
+            observer.metrics()
+        })
     }
 
     /// Steps done, those before a restored checkpoint included.
@@ -382,6 +418,9 @@ impl Session {
         let left = if self.failed.is_none() { self.take_leave() } else { Ok(()) };
         let left = left.map_err(|failure| self.fail(failure));
         let Some(running) = self.running.take() else { return Ok(()) };
+        if let Some(observer) = self.observer.take() {
+            observer.sample();
+        }
         if let Some(world) = &self.world {
             world.leave();
         }
@@ -408,6 +447,16 @@ impl Drop for Session {
         // A failure was told by the call that met it.
         let _ = self.end();
     }
+}
+
+/// The same, with stalls counted.
+fn counted(options: &WatchdogOptions) -> WatchdogOptions {
+    let tell = options.on_stall.clone();
+    let on_stall: OnStall = Arc::new(move |report| {
+        ::metrics::counter!(names::STALLS).increment(1);
+        tell.iter().for_each(|tell| tell(report));
+    });
+    WatchdogOptions { on_stall: Some(on_stall), ..options.clone() }
 }
 
 /// A resident tensor's part on each device of its placement, in the placement's order, with its index among the device's.

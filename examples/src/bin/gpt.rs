@@ -3,6 +3,8 @@
 
 use std::fmt::Display;
 use std::io::Write;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
@@ -11,6 +13,8 @@ use std::time::{Duration, Instant};
 use clap::Parser;
 use shardflow::exit;
 use shardflow::prelude::*;
+use shardflow::trace::{TraceError, TraceFile};
+use shardflow::watch::{Watch, WatchError};
 use shardflow_examples::args::{ArgsError, DeviceArg, GptArgs, NonFiniteArg, PrecisionArg, ScheduleArg, fail};
 use shardflow_examples::checkpoints::{Checkpoints, CheckpointsError};
 use shardflow_examples::data::{DataError, Text};
@@ -55,7 +59,13 @@ fn run(args: &GptArgs) -> Result<(), GptError> {
         introduce(args, &text, &plan, &cluster);
     }
     let terminated = exit::on_terminate().map_err(GptError::Signals)?;
+    let process = cluster.process();
+    let watch = args.listen.map(|first| listen(first, process)).transpose()?;
+    let trace = args.trace.as_deref().map(|path| trace(path, &cluster)).transpose()?;
     let mut session = Session::start(plan, &session_options(args, cluster, terminated))?;
+    if let Some(watch) = &watch {
+        watch.show(&session);
+    }
     if let Some(path) = &args.init_from {
         session.init_from(path).map_err(GptError::InitFrom)?;
     }
@@ -63,7 +73,8 @@ fn run(args: &GptArgs) -> Result<(), GptError> {
     let checkpoints = checkpoints.transpose()?;
     let open = if session.steps() > 0 { JsonLog::go_on } else { JsonLog::create };
     let log = args.log_json.as_deref().filter(|_| speaks).map(open).transpose()?;
-    train(args, &text, &mut session, log, checkpoints, speaks)?;
+    let outputs = Outputs { log, checkpoints, trace };
+    train(args, &text, &mut session, outputs, speaks)?;
     if let Some(path) = &args.save {
         session.save(path).map_err(GptError::Save)?;
         if speaks {
@@ -142,7 +153,23 @@ fn session_options(args: &GptArgs, cluster: Cluster, terminated: Arc<AtomicBool>
         NonFiniteArg::Stop => OnNonFinite::Stop,
         NonFiniteArg::Skip | NonFiniteArg::Rollback => OnNonFinite::Skip { in_a_row_max: NON_FINITE_IN_A_ROW_MAX },
     };
-    SessionOptions { seed: args.seed, watchdog, cluster, stop: Some(terminated), on_non_finite }
+    let peak_flops = args.peak_tflops.map(|tera| tera * 1e12);
+    SessionOptions { seed: args.seed, watchdog, cluster, stop: Some(terminated), on_non_finite, peak_flops }
+}
+
+/// Each process on a port of its own.
+fn listen(first: SocketAddr, process: u32) -> Result<Watch, GptError> {
+    let port = u32::from(first.port()) + if first.port() == 0 { 0 } else { process };
+    let Ok(port) = u16::try_from(port) else { return Err(GptError::Port { first, process }) };
+    let watch = Watch::listen(SocketAddr::new(first.ip(), port))?;
+    eprintln!("metrics at http://{}/metrics", watch.address());
+    Ok(watch)
+}
+
+fn trace(path: &Path, cluster: &Cluster) -> Result<TraceFile, GptError> {
+    let of_process = || PathBuf::from(format!("{}.{}", path.display(), cluster.process()));
+    let path = if cluster.processes() > 1 { of_process() } else { path.to_owned() };
+    Ok(TraceFile::create(&path)?)
 }
 
 fn cores() -> usize {
@@ -191,14 +218,15 @@ fn count(n: usize, thing: &str) -> String {
     }
 }
 
-fn train(
-    args: &GptArgs,
-    text: &Text,
-    session: &mut Session,
-    mut log: Option<JsonLog>,
-    mut checkpoints: Option<Checkpoints>,
-    speaks: bool,
-) -> Result<(), GptError> {
+/// What a training writes beside what it prints.
+struct Outputs {
+    log: Option<JsonLog>,
+    checkpoints: Option<Checkpoints>,
+    trace: Option<TraceFile>,
+}
+
+fn train(args: &GptArgs, text: &Text, session: &mut Session, outputs: Outputs, speaks: bool) -> Result<(), GptError> {
+    let Outputs { mut log, mut checkpoints, mut trace } = outputs;
     let mut progress = speaks.then(|| Progress::new(args.steps));
     let (shape, step_tokens) = ([args.batch, args.context], (args.batch * args.context) as u64);
     let (mut seconds, mut final_loss) = (0.0, None);
@@ -220,6 +248,9 @@ fn train(
         if let Some(log) = &mut log {
             log.step(&record)?;
         }
+        if let Some(trace) = &mut trace {
+            trace.add(session)?;
+        }
         (steps, seconds, final_loss) = (steps + 1, seconds + step_seconds, Some(loss));
         if let Some(found) = &report.non_finite {
             if speaks {
@@ -237,6 +268,9 @@ fn train(
         if report.stop {
             return Err(GptError::Terminated { steps: session.steps() });
         }
+    }
+    if let Some(lost) = trace.map(TraceFile::finish).transpose()?.filter(|lost| *lost > 0) {
+        eprintln!("warning: the trace lacks {lost} firings, for steps have more of them than an actor keeps");
     }
     let totals = totals(steps, step_tokens, seconds, final_loss, session);
     if speaks {
@@ -300,6 +334,12 @@ enum GptError {
     Checkpoints(#[from] CheckpointsError),
     #[error("--device cuda: {0}")]
     Device(KernelError),
+    #[error("--listen {0}")]
+    Watch(#[from] WatchError),
+    #[error("--listen {first}: no port is left for process {process}")]
+    Port { first: SocketAddr, process: u32 },
+    #[error("--trace: {0}")]
+    Trace(#[from] TraceError),
     #[error("cannot listen for SIGTERM: {0}")]
     Signals(std::io::Error),
     #[error("terminated after step {steps}")]
@@ -317,6 +357,7 @@ impl GptError {
             Self::Device(error) => SessionError::Kernel(error.clone()).exit().code(),
             Self::Terminated { .. } => Exit::Signal(15).code(),
             Self::Data(_) | Self::Place(_) | Self::Log(_) | Self::Mesh(_) => Exit::Usage.code(),
+            Self::Watch(_) | Self::Port { .. } | Self::Trace(_) => Exit::Usage.code(),
             Self::InitFrom(Checkpoint(_)) | Self::Save(Checkpoint(_)) => Exit::Usage.code(),
             Self::Compile(_) => Exit::Refused.code(),
             Self::InitFrom(error) | Self::Save(error) | Self::Session(error) => error.exit().code(),
@@ -337,7 +378,10 @@ impl GptError {
         match self {
             Self::Args(error) => error.hint(),
             Self::Data(error) => error.hint().into(),
-            Self::Place(_) | Self::Log(_) => "give a file in a folder that exists and may be written to".into(),
+            Self::Watch(_) | Self::Port { .. } => "give an address of this machine, and ports that are free".into(),
+            Self::Place(_) | Self::Log(_) | Self::Trace(_) => {
+                "give a file in a folder that exists and may be written to".into()
+            }
             Self::Mesh(_) | Self::Compile(CompileError::Devices { .. }) => {
                 "a mesh has as many devices as its sizes multiply to".into()
             }

@@ -1,9 +1,10 @@
 //! A CPU stream: one named thread that takes submissions from a queue and runs their launches in order.
-//! Imports `op`, `memory`, `event`, `collective`, `cpu::pool`, `cpu::launch` and `cpu::widen`.
+//! Imports `op`, `memory`, `event`, `collective`, `cpu::pool`, `cpu::launch`, `cpu::widen` and `metrics`.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
+use std::time::Instant;
 
 use crossbeam_channel::{Receiver, Sender, unbounded};
 
@@ -14,7 +15,8 @@ use crate::cpu::pool::Pool;
 use crate::cpu::widen::Wide;
 use crate::error::KernelError;
 use crate::event::Event;
-use crate::op::Program;
+use crate::metrics::StreamMetrics;
+use crate::op::{Op, Program};
 use crate::stream::{Notice, Submission};
 
 /// Target of the events, of level TRACE, that tell of each launch before it runs, on the stream's thread.
@@ -51,9 +53,10 @@ impl CpuStream {
         }
         let pool = Pool::start(name, threads).map_err(|_| KernelError::Closed { device })?;
         let (queue, commands) = unbounded();
+        let stream = name.to_owned();
         let thread = thread::Builder::new()
             .name(name.to_owned())
-            .spawn(move || serve(&commands, &pool, &*engine))
+            .spawn(move || serve(&commands, &pool, &*engine, StreamMetrics::new(&stream)))
             .map_err(|_| KernelError::Closed { device })?;
         Ok(Self { queue: Some(queue), thread: Some(thread), device, threads })
     }
@@ -111,12 +114,12 @@ impl Drop for CpuStream {
     }
 }
 
-fn serve(commands: &Receiver<Command>, pool: &Pool, engine: &dyn Collective) {
+fn serve(commands: &Receiver<Command>, pool: &Pool, engine: &dyn Collective, mut metrics: StreamMetrics) {
     let (mut check, mut wide) = (false, Wide::default());
     for command in commands {
         match command {
             Command::CheckFinite(on) => check = on,
-            Command::Run(submission) => run(submission, check, pool, engine, &mut wide),
+            Command::Run(submission) => run(submission, check, pool, engine, &mut wide, &mut metrics),
             Command::Record(event) => event.set(),
             Command::Wait(event) => event.synchronize(),
         }
@@ -124,7 +127,14 @@ fn serve(commands: &Receiver<Command>, pool: &Pool, engine: &dyn Collective) {
 }
 
 /// Runs one program. A panic of the submitter's own `notify` is swallowed: there is nobody to tell.
-fn run(submission: Submission, mut check: bool, pool: &Pool, engine: &dyn Collective, wide: &mut Wide) {
+fn run(
+    submission: Submission,
+    mut check: bool,
+    pool: &Pool,
+    engine: &dyn Collective,
+    wide: &mut Wide,
+    metrics: &mut StreamMetrics,
+) {
     let Submission { program, bases, repeat, mut notify } = submission;
     let mut tell = |notice| drop(catch_unwind(AssertUnwindSafe(|| notify(notice))));
     let mut signals = program.signals.iter().peekable();
@@ -134,7 +144,11 @@ fn run(submission: Submission, mut check: bool, pool: &Pool, engine: &dyn Collec
         }
         let Some(launch) = program.launches.get(done) else { break };
         trace_launch(&program, done);
+        let call = if let Op::Collective(call) = &launch.op { Some((call, Instant::now())) } else { None };
         let result = catch_unwind(AssertUnwindSafe(|| run_launch(launch, &bases, repeat, pool, engine, wide)));
+        if let Some((call, began)) = call {
+            metrics.collective(call, began.elapsed());
+        }
         let result = result.unwrap_or_else(|panic| {
             Err(KernelError::Panic {
                 launch: format!("{done} ({})", launch.op.name()),

@@ -1,10 +1,11 @@
 //! The saver: writes snapshots on a thread of its own while training goes on, one at a time.
-//! Imports `checkpoint::{agree, save, snapshot, store}` and the session.
+//! Imports `checkpoint::{agree, save, snapshot, store}`, `metrics` and the session.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
+use metrics::{gauge, histogram};
 
 use super::agree::{Agree, Member};
 use super::error::{CheckpointError, Doing};
@@ -12,6 +13,7 @@ use super::manifest::Cursor;
 use super::save::{SaveReport, Settings, check_member, save};
 use super::snapshot::Snapshot;
 use super::store::Store;
+use crate::metrics as names;
 use crate::session::{Session, SessionError};
 
 /// What a save does while another is going on.
@@ -92,6 +94,7 @@ impl Saver {
         let run = move || {
             for Job { attempt, snapshot } in work {
                 let report = save(&store, &snapshot, &settings, attempt, &*agree);
+                count(&report);
                 if done.send((report, snapshot)).is_err() {
                     return;
                 }
@@ -182,5 +185,16 @@ pub fn save_now(
 ) -> Result<SaveReport, CheckpointError> {
     check_member(options.member)?;
     let settings = Settings { member: options.member, keep: options.keep, plan: options.plan.clone() };
-    Ok(save(store, snapshot, &settings, attempt, agree))
+    let report = save(store, snapshot, &settings, attempt, agree);
+    count(&report);
+    Ok(report)
+}
+
+/// Tells the `metrics` facade of a save.
+fn count(report: &SaveReport) {
+    let outcome = if report.result.is_ok() { "committed" } else { "failed" };
+    histogram!(names::CHECKPOINT_DURATION, "outcome" => outcome).record(report.seconds);
+    if let (true, Ok(now)) = (report.result.is_ok(), SystemTime::now().duration_since(UNIX_EPOCH)) {
+        gauge!(names::CHECKPOINT_LAST_SUCCESS).set(now.as_secs_f64());
+    }
 }

@@ -291,6 +291,20 @@ impl World {
         (self.together.clone(), checkpoint::Member { process, processes, epoch: self.roster.epoch })
     }
 
+    /// What of others was refused since the start, by reason.
+    pub(crate) fn refused(&self) -> [(&'static str, u64); 7] {
+        let counters = self.membership.counters();
+        [
+            ("bad_format", counters.bad_format),
+            ("bad_mac", counters.bad_mac),
+            ("replay", counters.replays),
+            ("other_session", counters.other_session),
+            ("old_epoch", counters.old_epoch),
+            ("newer_epoch", counters.newer_epoch),
+            ("garbled", counters.garbled),
+        ]
+    }
+
     /// Tells the others that this process ends in order.
     pub(crate) fn leave(&self) {
         self.membership.leave();

@@ -140,6 +140,7 @@ fn set_environment(command: &mut Command, job: &Job, meeting: &Meeting, local: u
     let (local, local_processes) = (local.to_string(), options.local_processes.to_string());
     let (node, nodes) = (options.node.to_string(), options.nodes.to_string());
     let (attempt, max) = (meeting.attempt.to_string(), options.restarts_max.to_string());
+    let causes = job.causes.iter().map(ToString::to_string).collect::<Vec<_>>().join(",");
     let variables = [
         ("SHARDFLOW_RANK", &rank),
         ("SHARDFLOW_WORLD_SIZE", &processes),
@@ -151,6 +152,7 @@ fn set_environment(command: &mut Command, job: &Job, meeting: &Meeting, local: u
         ("SHARDFLOW_RUN_ID", &job.run_id),
         ("SHARDFLOW_RESTART_COUNT", &attempt),
         ("SHARDFLOW_MAX_RESTARTS", &max),
+        ("SHARDFLOW_RESTART_CAUSES", &causes),
         ("RANK", &rank),
         ("WORLD_SIZE", &processes),
         ("LOCAL_RANK", &local),

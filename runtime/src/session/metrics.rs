@@ -1,49 +1,81 @@
-//! What a session tells of itself: a typed snapshot, and the counters of each step on the `metrics` facade, which cost
-//! nothing until a program installs a recorder. Imports `session`, `plan` and the actors' shell.
-//!
-//! | metric | kind | meaning |
-//! |---|---|---|
-//! | `shardflow_steps_total` | counter | steps done |
-//! | `shardflow_steps_non_finite_total` | counter | steps whose loss or gradients were not finite: nothing was updated |
-//! | `shardflow_step_duration_seconds` | histogram | wall time of a step |
-//! | `shardflow_loss` | gauge | loss of the last step |
-//! | `shardflow_gradient_norm` | gauge | global norm of the last step's gradients, before clipping |
+//! What a session tells of itself: a typed snapshot, and the numbers of each step on the `metrics` facade.
+//! Imports `metrics`, `plan` and the actors' snapshots.
 
-use std::time::Duration;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use metrics::{Counter, Gauge, Histogram, counter, gauge, histogram};
+use shardflow_actors::snapshot::ActorSnapshot;
+use shardflow_kernels::collective::Collective;
+use shardflow_kernels::device::Device;
 
-use super::{Session, StepReport};
+use super::StepReport;
+use super::hosting::Hosting;
+use crate::metrics as names;
+use crate::plan::{Plan, flops};
 
 /// Handles of the step's metrics.
 pub(super) struct StepMetrics {
     steps: Counter,
     non_finite: Counter,
+    tokens: Counter,
     duration: Histogram,
     loss: Gauge,
     gradient_norm: Gauge,
+    learning_rate: Gauge,
+    mfu: Option<Gauge>,
+    training_ratio: Gauge,
+    step_tokens: u64,
+    /// Operations that a step needs, over what all devices could do in a second.
+    step_seconds_min: f64,
+    started: Instant,
+    productive: Duration,
 }
 
 impl StepMetrics {
-    pub(super) fn new() -> Self {
+    /// `peak_flops` are those of one device.
+    pub(super) fn new(plan: &Plan, hosting: &Hosting, step_tokens: u64, peak_flops: Option<f64>) -> Self {
+        let step_flops = flops::step_flops(&plan.graph, plan.micro_batches) as f64;
+        gauge!(names::STEP_FLOPS).set(step_flops);
+        let labels = [
+            ("version", env!("CARGO_PKG_VERSION").to_owned()),
+            ("mesh", plan.graph.mesh().to_string()),
+            ("device", format!("{:?}", plan.device).to_lowercase()),
+            ("process", hosting.process.to_string()),
+        ];
+        gauge!(names::BUILD_INFO, &labels).set(1.0);
+        // So that they are there before the first of them happens.
+        counter!(names::STALLS).absolute(0);
         Self {
-            steps: counter!("shardflow_steps_total"),
-            non_finite: counter!("shardflow_steps_non_finite_total"),
-            duration: histogram!("shardflow_step_duration_seconds"),
-            loss: gauge!("shardflow_loss"),
-            gradient_norm: gauge!("shardflow_gradient_norm"),
+            steps: counter!(names::STEPS),
+            non_finite: counter!(names::STEPS_NON_FINITE),
+            tokens: counter!(names::TOKENS),
+            duration: histogram!(names::STEP_DURATION),
+            loss: gauge!(names::LOSS),
+            gradient_norm: gauge!(names::GRADIENT_NORM),
+            learning_rate: gauge!(names::LEARNING_RATE),
+            mfu: peak_flops.map(|_| gauge!(names::MFU)),
+            training_ratio: gauge!(names::TRAINING_RATIO),
+            step_tokens,
+            step_seconds_min: step_flops / (peak_flops.unwrap_or(1.0) * hosting.devices as f64),
+            started: Instant::now(),
+            productive: Duration::ZERO,
         }
     }
 
-    pub(super) fn non_finite(&self) {
-        self.non_finite.increment(1);
-    }
-
-    pub(super) fn record(&self, report: &StepReport, took: Duration) {
+    pub(super) fn record(&mut self, report: &StepReport, learning_rate: f32, took: Duration) {
         self.steps.increment(1);
+        self.tokens.increment(self.step_tokens);
         self.duration.record(took);
+        self.learning_rate.set(learning_rate);
         report.loss.iter().for_each(|loss| self.loss.set(*loss));
         report.grad_norm.iter().for_each(|norm| self.gradient_norm.set(*norm));
+        self.mfu.iter().for_each(|mfu| mfu.set(self.step_seconds_min / took.as_secs_f64()));
+        match report.non_finite {
+            Some(_) => self.non_finite.increment(1),
+            None => self.productive += took,
+        }
+        self.training_ratio.set(self.productive.as_secs_f64() / self.started.elapsed().as_secs_f64());
     }
 }
 
@@ -104,11 +136,16 @@ pub struct Metrics {
     pub registers: Vec<RegisterMetrics>,
 }
 
-impl Session {
-    /// What the session has done and holds now. Cheap: nothing stops for it.
-    pub fn metrics(&self) -> Metrics {
-        let spec = &self.plan.spec;
-        let snapshots = self.running.as_ref().map(|r| r.snapshot()).unwrap_or_default();
+/// What snapshots are made of, beside the actors' states.
+pub(super) struct Snapshots {
+    /// Of this process.
+    pub(super) devices: Vec<Device>,
+    pub(super) engine: Arc<dyn Collective>,
+}
+
+impl Snapshots {
+    pub(super) fn metrics(&self, plan: &Plan, steps: u64, snapshots: &[ActorSnapshot]) -> Metrics {
+        let spec = &plan.spec;
         let mut registers: Vec<RegisterMetrics> = spec
             .registers
             .iter()
@@ -120,9 +157,9 @@ impl Session {
                 slot_bytes: r.slot_bytes,
             })
             .collect();
-        let mut measured: Vec<usize> = self.plan.memory.iter().map(|m| m.fixed_bytes).collect();
+        let mut measured: Vec<usize> = plan.memory.iter().map(|m| m.fixed_bytes).collect();
         let mut actors = Vec::new();
-        for snapshot in &snapshots {
+        for snapshot in snapshots {
             let actor = &spec.actors[snapshot.actor.0 as usize];
             for used in &snapshot.registers {
                 let register = &mut registers[used.register.0 as usize];
@@ -130,7 +167,7 @@ impl Session {
                 measured[actor.device] += register.slot_bytes * used.slots_peak as usize;
             }
             if snapshot.firings.iter().any(|f| *f > 0) {
-                let scratch = self.plan.memory[actor.device].scratch.get(&snapshot.actor);
+                let scratch = plan.memory[actor.device].scratch.get(&snapshot.actor);
                 measured[actor.device] += scratch.map_or(0, |s| s.1);
             }
             let work = actor.actions.iter().zip(&snapshot.firings).zip(&snapshot.busy_ns);
@@ -142,12 +179,12 @@ impl Session {
         }
         let devices = self.devices.iter().map(|device| DeviceMetrics {
             device: device.rank(),
-            planned_peak_bytes: self.plan.memory[device.rank()].total_bytes,
+            planned_peak_bytes: plan.memory[device.rank()].total_bytes,
             measured_peak_bytes: measured[device.rank()],
             allocated_bytes: device.bytes_allocated(),
             allocations: device.allocation_count(),
             collective_bytes: self.engine.bytes_received(device.rank()),
         });
-        Metrics { steps: self.steps, devices: devices.collect(), actors, registers }
+        Metrics { steps, devices: devices.collect(), actors, registers }
     }
 }

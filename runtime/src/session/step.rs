@@ -50,12 +50,15 @@ impl Session {
             self.skipped_in_a_row = 0;
         } else {
             self.decide(f32::NAN)?;
-            self.step_metrics.non_finite();
             let found = self.trace(&by_name, &report)?;
             report.non_finite = Some(self.pass_over(found)?);
         }
         self.steps += 1;
-        self.step_metrics.record(&report, begin.elapsed());
+        self.step_metrics.record(&report, learning_rate, begin.elapsed());
+        if let Some(observer) = &self.observer {
+            observer.set_steps(self.steps);
+            observer.sample_now_and_then();
+        }
         Ok(report)
     }
 

@@ -4,10 +4,11 @@
 use std::collections::BTreeMap;
 
 use shardflow_kernels::op::Op;
-use shardflow_kernels::tensor::HostTensor;
+use shardflow_kernels::tensor::{HostTensor, element_count};
 
 use super::SessionError;
-use crate::graph::{Graph, NodeOp, Var};
+use crate::graph::{Graph, Node, NodeOp, Var};
+use crate::plan::Plan;
 
 /// For each input that is read as token ids, by name: the rows of the smallest table that it is looked up in.
 pub(super) fn vocabularies(graph: &Graph) -> BTreeMap<String, usize> {
@@ -24,6 +25,14 @@ pub(super) fn vocabularies(graph: &Graph) -> BTreeMap<String, usize> {
         }
     }
     out
+}
+
+/// Tokens that a step is given: those of its largest input of ids.
+pub(super) fn in_a_step(plan: &Plan) -> u64 {
+    let vocabularies = vocabularies(&plan.graph);
+    let inputs = plan.graph.nodes().iter().filter(|node| vocabularies.contains_key(&node.name));
+    let elements = |node: &Node| element_count(plan.graph.shape(node.outputs[0])) * plan.micro_batches;
+    inputs.map(elements).max().unwrap_or(0) as u64
 }
 
 /// Name of the input whose value this is, in whatever layout.

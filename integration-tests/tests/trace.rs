@@ -1,0 +1,48 @@
+//! Traces show every firing, and every piece's way from its writing to its reading.
+
+use std::collections::BTreeMap;
+
+use shardflow::plan::Schedule::OneFOneB;
+use shardflow::trace::TraceFile;
+use shardflow_integration_tests::training::{Model, Scratch, options};
+
+#[test]
+fn a_trace_shows_every_firing_and_every_piece() {
+    let model = Model::default();
+    let mut session = model.session("data=2,stage=2", &options(4, OneFOneB));
+    let scratch = Scratch::new("trace");
+    let path = scratch.path().join("trace.json");
+    let mut file = TraceFile::create(&path).expect("a file");
+    for _ in 0..3 {
+        model.step(&mut session);
+        file.add(&session).expect("room");
+    }
+    let metrics = session.metrics();
+    assert_eq!(file.finish().expect("room"), 0, "nothing was lost");
+    let text = std::fs::read_to_string(&path).expect("a trace");
+    let events: Vec<serde_json::Value> = serde_json::from_str(&text).expect("JSON");
+    let number =
+        |event: &serde_json::Value, key: &str| event[key].as_f64().unwrap_or_else(|| panic!("no {key}: {event}"));
+    let of = |phase: &'static str| events.iter().filter(move |event| event["ph"] == phase);
+    let tracks: BTreeMap<u64, &str> =
+        of("M").map(|e| (e["tid"].as_u64().expect("an id"), e["args"]["name"].as_str().expect("a name"))).collect();
+    assert_eq!(tracks.len(), metrics.actors.len());
+    for (tid, name) in &tracks {
+        let actor = metrics.actors.iter().find(|actor| actor.name == *name).expect("an actor");
+        let mut slices: Vec<_> = of("X").filter(|e| e["tid"].as_u64() == Some(*tid)).collect();
+        assert_eq!(slices.len() as u64, actor.actions.iter().map(|a| a.1).sum::<u64>(), "{name}");
+        slices.sort_by(|a, b| number(a, "ts").total_cmp(&number(b, "ts")));
+        let overlap = slices.windows(2).find(|w| number(w[0], "ts") + number(w[0], "dur") > number(w[1], "ts") + 1e-3);
+        assert_eq!(overlap, None, "{name}: an actor does one thing at a time");
+    }
+    let starts: BTreeMap<&str, f64> = of("s").map(|e| (e["id"].as_str().expect("an id"), number(e, "ts"))).collect();
+    assert_eq!(starts.len(), of("s").count(), "each piece is written once for each reader");
+    let mut ends = 0;
+    for end in of("f") {
+        let start = starts.get(end["id"].as_str().expect("an id")).unwrap_or_else(|| panic!("from nowhere: {end}"));
+        assert!(*start <= number(end, "ts"), "read before it was written: {end}");
+        ends += 1;
+    }
+    assert!(ends > 3 * 4 * 4, "{ends}");
+    assert!(starts.len() - ends <= metrics.registers.len(), "only what the next step reads is left");
+}

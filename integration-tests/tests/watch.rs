@@ -1,0 +1,157 @@
+//! What a running session shows: every metric that the documentation names, with the numbers that the session itself gives, in a
+//! form that Prometheus takes.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::io::{Read, Write};
+use std::net::{SocketAddr, TcpStream};
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use shardflow::checkpoint::{Alone, SaverOptions, Store, save_now};
+use shardflow::metrics as names;
+use shardflow::plan::Schedule::OneFOneB;
+use shardflow::plan::flops::step_flops;
+use shardflow::session::{Session, SessionOptions};
+use shardflow::watch::{Watch, WatchError};
+use shardflow_integration_tests::training::{LEARNING_RATE, Model, Scratch, options};
+
+const STEPS: u64 = 5;
+const PEAK: f64 = 1e12;
+
+fn get(address: SocketAddr, path: &str) -> (u16, String) {
+    let mut stream = TcpStream::connect(address).expect("a server");
+    stream.set_read_timeout(Some(Duration::from_secs(30))).expect("a time-out");
+    write!(stream, "GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").expect("a request");
+    let mut text = String::new();
+    stream.read_to_string(&mut text).expect("an answer");
+    let (head, body) = text.split_once("\r\n\r\n").expect("a head");
+    let status = head.split(' ').nth(1).and_then(|code| code.parse().ok()).expect("a status");
+    (status, body.to_owned())
+}
+
+/// Each line of Prometheus' text, by name and labels.
+fn values(text: &str) -> BTreeMap<String, f64> {
+    let lines = text.lines().filter(|line| !line.starts_with('#') && !line.is_empty());
+    let value = |line: &str| {
+        let (name, value) = line.rsplit_once(' ').expect("a value");
+        (name.to_owned(), value.parse().expect("a number"))
+    };
+    lines.map(value).collect()
+}
+
+/// The sum of all series of a name, with a part of their labels.
+fn sum(values: &BTreeMap<String, f64>, name: &str, labels: &str) -> f64 {
+    let of = |series: &&String| series.split('{').next() == Some(name) && series.contains(labels);
+    values.iter().filter(|(series, _)| of(series)).map(|(_, value)| value).sum()
+}
+
+/// One recorder can be installed in a process, so this is one test.
+#[test]
+fn metrics_are_those_of_the_session() {
+    let watch = Watch::listen("127.0.0.1:0".parse().expect("an address")).expect("a server");
+    assert!(watch.address().ip().is_loopback());
+    assert!(matches!(Watch::listen("127.0.0.1:0".parse().expect("an address")), Err(WatchError::Recorder)));
+    assert_eq!(get(watch.address(), "/healthz").0, 503, "no session yet");
+    let model = Model::default();
+    let plan = model.plan("data=2,stage=2", &options(2, OneFOneB));
+    let flops = step_flops(&plan.graph, 2) as f64;
+    let mut cluster = shardflow::cluster::Cluster::local();
+    cluster.restart_causes = vec![137, 75, 137];
+    let settings = SessionOptions { peak_flops: Some(PEAK), cluster, ..SessionOptions::default() };
+    let mut session = Session::start(plan, &settings).expect("a session");
+    watch.show(&session);
+    let reports: Vec<_> = (0..STEPS).map(|_| model.step(&mut session)).collect();
+    let scratch = Scratch::new("watch");
+    let store = Store::open(scratch.path().to_str().expect("text")).expect("a store");
+    let snapshot = session.snapshot(None).expect("a snapshot");
+    save_now(&store, &snapshot, &Alone, &SaverOptions::default(), 0).expect("options").result.expect("a checkpoint");
+
+    assert_eq!(get(watch.address(), "/healthz"), (200, format!("ok, {STEPS} steps\n")));
+    let (status, text) = get(watch.address(), "/metrics");
+    assert_eq!(status, 200);
+    let got = values(&text);
+    let value = |name: &str| got[name];
+    let (last, metrics) = (&reports[STEPS as usize - 1], session.metrics());
+    assert_eq!((value(names::STEPS), value(names::STEPS_NON_FINITE)), (STEPS as f64, 0.0));
+    assert_eq!(value(names::TOKENS), (STEPS as usize * model.batch * model.context) as f64);
+    assert_eq!(value(names::LOSS) as f32, last.loss.expect("a loss"));
+    assert_eq!(value(names::GRADIENT_NORM), last.grad_norm.expect("a norm"));
+    assert_eq!(value(names::LEARNING_RATE) as f32, LEARNING_RATE);
+    assert_eq!(value(names::STEP_FLOPS), flops);
+    assert_eq!(value("shardflow_step_duration_seconds_count"), STEPS as f64);
+    let mfu = value(names::MFU);
+    assert!(mfu > flops / PEAK / 4.0 / 60.0 && mfu < 1.0, "{mfu}");
+    let ratio = value(names::TRAINING_RATIO);
+    assert!(ratio > 0.0 && ratio <= 1.0, "{ratio}");
+    assert_eq!(sum(&got, names::BUILD_INFO, "mesh=\"data=2,stage=2\""), 1.0);
+    assert_eq!((sum(&got, names::RESTARTS, "137"), sum(&got, names::RESTARTS, "")), (2.0, 3.0));
+    assert_eq!(sum(&got, names::STALLS, ""), 0.0);
+    assert_eq!(value("shardflow_checkpoint_duration_seconds_count{outcome=\"committed\"}"), 1.0);
+    assert!(value(names::CHECKPOINT_LAST_SUCCESS) > 1.7e9);
+
+    for actor in &metrics.actors {
+        for (action, firings, seconds) in &actor.actions {
+            let labels = format!("{{actor=\"{}\",action=\"{action}\"}}", actor.name);
+            let (count, busy) =
+                (value(&format!("{}_count{labels}", names::FIRING)), value(&format!("{}_sum{labels}", names::FIRING)));
+            assert_eq!(count, *firings as f64, "{labels}");
+            assert!((busy - seconds).abs() < 1e-6, "{labels}: {busy} against {seconds}");
+        }
+    }
+    let firings: u64 = metrics.actors.iter().flat_map(|a| &a.actions).map(|a| a.1).sum();
+    assert_eq!(sum(&got, &format!("{}_count", names::WAIT), ""), firings as f64);
+    assert!(sum(&got, &format!("{}_sum", names::WAIT), "reason=\"host\"") > 0.0);
+    for register in &metrics.registers {
+        let of = |state: &str| value(&format!("{}{{register=\"{}\",state=\"{state}\"}}", names::SLOTS, register.name));
+        let slots = ["free", "writing", "filled"].map(of);
+        assert_eq!(slots.iter().sum::<f64>(), f64::from(register.slots), "{}", register.name);
+        assert_eq!(slots[1] + slots[2], f64::from(register.slots_held), "{}", register.name);
+    }
+    for device in &metrics.devices {
+        let of = |kind: &str| value(&format!("{}{{device=\"{}\",kind=\"{kind}\"}}", names::MEMORY, device.device));
+        let bytes = [device.planned_peak_bytes, device.allocated_bytes, device.measured_peak_bytes].map(|b| b as f64);
+        assert_eq!(["planned", "allocated", "peak"].map(of), bytes);
+        let collective = value(&format!("{}{{device=\"{}\"}}", names::COLLECTIVE_BYTES, device.device));
+        assert_eq!(collective, device.collective_bytes as f64);
+        assert!(collective > 0.0, "gradients are reduced");
+    }
+    // Activations of two micro-batches, to the next stage.
+    let rows = model.batch / 2 / 2 * model.context * model.width * 4;
+    let edge = sum(&got, names::EDGE_BYTES, "from=\"device 0 compute\",to=\"device 1 copy\",transport=\"process\"");
+    assert_eq!(edge, (rows * 2 * STEPS as usize) as f64);
+    assert!(sum(&got, "shardflow_collective_seconds_count", "kind=\"all_reduce\"") > 0.0);
+
+    assert_complete(&text);
+    promtool(&text);
+    session.shutdown().expect("an end in order");
+    assert_eq!(get(watch.address(), "/healthz").0, 503, "it has ended");
+    assert_eq!(get(watch.address(), "/nothing").0, 404);
+}
+
+/// All that is documented is there, but for what needs other processes; and nothing else.
+fn assert_complete(text: &str) {
+    let documented = include_str!("../../runtime/src/metrics.rs").lines();
+    let documented = documented.filter_map(|line| line.strip_prefix("//! | `shardflow_")?.split('`').next());
+    let mut documented: BTreeSet<&str> = documented.collect();
+    assert!(documented.len() > 15, "{documented:?}");
+    documented.insert("collective_seconds");
+    assert!(documented.remove("refused_total"));
+    let told = text.lines().filter_map(|line| line.strip_prefix("# TYPE shardflow_")?.split(' ').next());
+    assert_eq!(told.collect::<BTreeSet<&str>>(), documented);
+    for name in documented {
+        assert!(text.contains(&format!("# HELP shardflow_{name} ")), "{name} has no help");
+    }
+}
+
+/// Prometheus' own check, where its tool is installed.
+fn promtool(text: &str) {
+    let child =
+        Command::new("promtool").args(["check", "metrics"]).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn();
+    let Ok(mut child) = child else {
+        println!("SKIPPED: no promtool");
+        return;
+    };
+    child.stdin.take().expect("piped").write_all(text.as_bytes()).expect("it reads");
+    let output = child.wait_with_output().expect("promtool");
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stdout));
+}

@@ -1,0 +1,252 @@
+//! A running session as others see it, from any thread: snapshots, and samples of it on the `metrics` facade. It keeps nothing of
+//! the session alive that takes memory. Imports `plan`, `metrics`, `session::{hosting, metrics}` and the actors' shell.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::time::{Duration, Instant};
+
+use metrics::{Gauge, Histogram, counter, gauge, histogram};
+use shardflow_actors::protocol::Missing;
+use shardflow_actors::shell::Control;
+use shardflow_actors::snapshot::ActorSnapshot;
+use shardflow_actors::spec::{ActorId, RegisterId};
+use shardflow_actors::trace::{Cause, Fired};
+
+use super::hosting::Hosting;
+use super::metrics::{Metrics, Snapshots};
+use crate::cluster::world::World;
+use crate::metrics as names;
+use crate::plan::Plan;
+
+/// Samples are taken at the end of a step, and no more often than this.
+const SAMPLE_EVERY: Duration = Duration::from_secs(1);
+
+/// See the module.
+pub struct Observer {
+    plan: Arc<Plan>,
+    hosting: Hosting,
+    control: Control,
+    snapshots: Snapshots,
+    world: Weak<World>,
+    /// Registers of peers whose bytes come by sockets.
+    mirrored: BTreeSet<RegisterId>,
+    steps: AtomicU64,
+    facade: Mutex<Facade>,
+}
+
+/// What the facade was given so far.
+struct Facade {
+    sampled: Option<Instant>,
+    /// By actor: firings read.
+    read: BTreeMap<ActorId, u64>,
+    firings: HashMap<(ActorId, u32), Histogram>,
+    waits: HashMap<(ActorId, Cause), Histogram>,
+    slots: HashMap<RegisterId, [Gauge; 3]>,
+}
+
+/// How a session does.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Health {
+    /// It works, or waits for its program.
+    Well {
+        /// Steps done.
+        steps: u64,
+    },
+    /// It has failed, for this.
+    Failed(String),
+    /// It has ended.
+    Ended,
+}
+
+impl Observer {
+    pub(super) fn new(
+        plan: Arc<Plan>,
+        hosting: Hosting,
+        control: Control,
+        snapshots: Snapshots,
+        world: Option<&Arc<World>>,
+        mirrored: BTreeSet<RegisterId>,
+    ) -> Self {
+        let facade = Facade {
+            sampled: None,
+            read: BTreeMap::new(),
+            firings: HashMap::new(),
+            waits: HashMap::new(),
+            slots: HashMap::new(),
+        };
+        let world = world.map_or_else(Weak::new, Arc::downgrade);
+        Self {
+            plan,
+            hosting,
+            control,
+            snapshots,
+            world,
+            mirrored,
+            steps: AtomicU64::new(0),
+            facade: Mutex::new(facade),
+        }
+    }
+
+    /// The plan that runs.
+    pub fn plan(&self) -> &Plan {
+        &self.plan
+    }
+
+    /// Who hosts what.
+    pub fn hosting(&self) -> Hosting {
+        self.hosting
+    }
+
+    /// What the session has done and holds now. Cheap: nothing stops for it.
+    pub fn metrics(&self) -> Metrics {
+        self.snapshots.metrics(&self.plan, self.steps.load(Ordering::Relaxed), &self.control.snapshot())
+    }
+
+    /// Firings of an actor of this process that have ended, from the `from`-th on, in the order of their ends: the newest
+    /// [`shardflow_actors::trace::RING_FIRINGS`] are kept.
+    pub fn fired(&self, actor: ActorId, from: u64) -> shardflow_actors::trace::Told {
+        self.control.fired(actor, from)
+    }
+
+    /// How it does.
+    pub fn health(&self) -> Health {
+        match (self.control.first_failure(), self.control.now_ns()) {
+            (Some(failure), _) => Health::Failed(failure.to_string()),
+            (None, None) => Health::Ended,
+            (None, Some(_)) => Health::Well { steps: self.steps.load(Ordering::Relaxed) },
+        }
+    }
+
+    pub(super) fn set_steps(&self, steps: u64) {
+        self.steps.store(steps, Ordering::Relaxed);
+    }
+
+    /// A sample, if the last is old enough.
+    pub(super) fn sample_now_and_then(&self) {
+        let is_due = |facade: &Facade| facade.sampled.is_none_or(|at| at.elapsed() >= SAMPLE_EVERY);
+        if is_due(&self.facade.lock().unwrap_or_else(PoisonError::into_inner)) {
+            self.sample();
+        }
+    }
+
+    /// Brings the facade up to date.
+    pub fn sample(&self) {
+        let mut facade = self.facade.lock().unwrap_or_else(PoisonError::into_inner);
+        facade.sampled = Some(Instant::now());
+        let snapshots = self.control.snapshot();
+        if snapshots.is_empty() {
+            return;
+        }
+        for snapshot in &snapshots {
+            self.sample_firings(&mut facade, snapshot);
+            self.sample_slots(&mut facade, snapshot);
+        }
+        self.sample_edges(&snapshots);
+        for device in self.snapshots.metrics(&self.plan, 0, &snapshots).devices {
+            let rank = device.device.to_string();
+            let memory = [
+                ("planned", device.planned_peak_bytes),
+                ("allocated", device.allocated_bytes),
+                ("peak", device.measured_peak_bytes),
+            ];
+            for (kind, bytes) in memory {
+                gauge!(names::MEMORY, "device" => rank.clone(), "kind" => kind).set(bytes as f64);
+            }
+            counter!(names::COLLECTIVE_BYTES, "device" => rank).absolute(device.collective_bytes);
+        }
+        if let Some(world) = self.world.upgrade() {
+            for (reason, count) in world.refused() {
+                counter!(names::REFUSED, "reason" => reason).absolute(count);
+            }
+        }
+    }
+
+    fn sample_firings(&self, facade: &mut Facade, snapshot: &ActorSnapshot) {
+        let actor = snapshot.actor;
+        let next = facade.read.entry(actor).or_default();
+        let told = self.control.fired(actor, *next);
+        *next = told.next;
+        for Fired { action, idle_ns, launched_ns, ended_ns, cause, .. } in told.firings {
+            let spec = &self.plan.spec.actors[actor.0 as usize];
+            let firing = facade.firings.entry((actor, action)).or_insert_with(|| {
+                let action = spec.actions[action as usize].name.clone();
+                histogram!(names::FIRING, "actor" => spec.name.clone(), "action" => action)
+            });
+            firing.record(seconds(ended_ns - launched_ns));
+            let wait = facade.waits.entry((actor, cause)).or_insert_with(|| self.wait_of(actor, cause));
+            wait.record(seconds(launched_ns - idle_ns));
+        }
+    }
+
+    fn wait_of(&self, actor: ActorId, cause: Cause) -> Histogram {
+        let spec = &self.plan.spec;
+        let (reason, register) = match cause {
+            Cause::Input(register) => ("input", spec.register_name(register)),
+            Cause::Credit(register) => ("credit", spec.register_name(register)),
+            Cause::Host => ("host", String::new()),
+            Cause::Own => ("own", String::new()),
+        };
+        let actor = spec.actors[actor.0 as usize].name.clone();
+        histogram!(names::WAIT, "actor" => actor, "reason" => reason, "register" => register)
+    }
+
+    fn sample_slots(&self, facade: &mut Facade, snapshot: &ActorSnapshot) {
+        for used in &snapshot.registers {
+            let gauges = facade.slots.entry(used.register).or_insert_with(|| {
+                let register = self.plan.spec.register_name(used.register);
+                ["free", "writing", "filled"]
+                    .map(|state| gauge!(names::SLOTS, "register" => register.clone(), "state" => state))
+            });
+            let freed = used.released.iter().min().copied().unwrap_or(used.published);
+            let filled = (used.published - freed) as u32;
+            let counts = [used.slots.saturating_sub(used.slots_held), used.slots_held.saturating_sub(filled), filled];
+            gauges.iter().zip(counts).for_each(|(gauge, count)| gauge.set(f64::from(count)));
+        }
+    }
+
+    /// What this process's actors have released of others' registers.
+    fn sample_edges(&self, snapshots: &[ActorSnapshot]) {
+        let spec = &self.plan.spec;
+        let mut bytes: BTreeMap<(&str, &str, &'static str), u64> = BTreeMap::new();
+        for snapshot in snapshots {
+            let reader = &spec.actors[snapshot.actor.0 as usize];
+            for (index, action) in reader.actions.iter().enumerate() {
+                let completed = snapshot.completed(index as u32);
+                for input in &action.inputs {
+                    let register = &spec.registers[input.register.0 as usize];
+                    let producer = &spec.actors[register.producer.0 as usize];
+                    if register.producer == snapshot.actor || register.slot_bytes == 0 {
+                        continue;
+                    }
+                    let transport = match () {
+                        () if producer.device == reader.device => "device",
+                        () if self.hosting.own().contains(&producer.device) => "process",
+                        () if self.mirrored.contains(&input.register) => "socket",
+                        () => "shared_memory",
+                    };
+                    let pieces = completed / u64::from(input.firings_per_piece);
+                    *bytes.entry((&producer.name, &reader.name, transport)).or_default() +=
+                        pieces * register.slot_bytes as u64;
+                }
+            }
+        }
+        for ((from, to, transport), bytes) in bytes {
+            let labels = [("from", from.to_owned()), ("to", to.to_owned()), ("transport", transport.to_owned())];
+            counter!(names::EDGE_BYTES, &labels).absolute(bytes);
+        }
+    }
+
+    /// For each actor of this process that stands idle: for how long now, and what it lacks.
+    pub fn idle(&self) -> Vec<(ActorId, Duration, Vec<Missing>)> {
+        let idle = |s: ActorSnapshot| {
+            let missing = s.waiting.actions.into_iter().flat_map(|waits| waits.missing).collect();
+            (s.waiting.in_flight.is_none()).then_some((s.actor, Duration::from_nanos(s.idle_now_ns), missing))
+        };
+        self.control.snapshot().into_iter().filter_map(idle).collect()
+    }
+}
+
+fn seconds(ns: u64) -> f64 {
+    ns as f64 * 1e-9
+}

@@ -1,0 +1,165 @@
+//! What a session's actors did, as a file for <https://ui.perfetto.dev> or `chrome://tracing`: a track for each actor, and an arrow
+//! from each piece's writing to its reading. Imports `session` and `plan`.
+//!
+//! The format is the Trace Event Format's JSON
+//! (<https://docs.google.com/document/d/1CvAClvFfyA5R-PhYUmn5OOQtYMH4h6I0nSsKchNAySU>).
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::{self, BufWriter, Write};
+use std::path::{Path, PathBuf};
+
+use serde_json::json;
+use shardflow_actors::spec::{ActorId, Spec};
+use shardflow_actors::trace::{Cause, Fired};
+
+use crate::session::Session;
+
+/// A trace that is being written.
+pub struct TraceFile {
+    path: PathBuf,
+    out: BufWriter<File>,
+    /// By actor: firings read.
+    read: BTreeMap<ActorId, u64>,
+    lost: u64,
+    is_empty: bool,
+}
+
+/// What keeps a trace from being written.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot write the trace {path}: {source}")]
+pub struct TraceError {
+    path: PathBuf,
+    source: io::Error,
+}
+
+impl TraceFile {
+    /// An empty one, for a session's process.
+    ///
+    /// # Errors
+    /// When the file cannot be made.
+    pub fn create(path: &Path) -> Result<Self, TraceError> {
+        let failed = |source| TraceError { path: path.to_owned(), source };
+        let mut out = BufWriter::new(File::create(path).map_err(failed)?);
+        out.write_all(b"[\n").map_err(failed)?;
+        Ok(Self { path: path.to_owned(), out, read: BTreeMap::new(), lost: 0, is_empty: true })
+    }
+
+    /// Adds what actors did since it was last called: to be called after each step, before their rings are full.
+    ///
+    /// # Errors
+    /// When the file cannot be written.
+    pub fn add(&mut self, session: &Session) -> Result<(), TraceError> {
+        let Some(observer) = session.observer() else { return Ok(()) };
+        let (spec, process) = (&session.plan().spec, observer.hosting().process);
+        for actor in observer.hosting().actors_of(session.plan(), process) {
+            if !self.read.contains_key(&actor) {
+                self.event(&track(spec, actor))?;
+            }
+            let next = self.read.entry(actor).or_default();
+            let told = observer.fired(actor, *next);
+            *next = told.next;
+            self.lost += told.lost;
+            for fired in &told.firings {
+                self.firing(spec, actor, fired)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Ends the file. Gives how many firings were dropped before they were read.
+    ///
+    /// # Errors
+    /// When the file cannot be written.
+    pub fn finish(mut self) -> Result<u64, TraceError> {
+        let ended = self.out.write_all(b"\n]\n").and_then(|()| self.out.flush());
+        ended.map_err(|source| TraceError { path: self.path.clone(), source })?;
+        Ok(self.lost)
+    }
+
+    fn event(&mut self, event: &serde_json::Value) -> Result<(), TraceError> {
+        let separator = if std::mem::take(&mut self.is_empty) { "" } else { ",\n" };
+        let written = write!(self.out, "{separator}{event}");
+        written.map_err(|source| TraceError { path: self.path.clone(), source })
+    }
+
+    /// A slice, and the arrows that end and begin in it.
+    fn firing(&mut self, spec: &Spec, actor: ActorId, fired: &Fired) -> Result<(), TraceError> {
+        let own = &spec.actors[actor.0 as usize];
+        let action = &own.actions[fired.action as usize];
+        let (pid, tid) = (own.device, actor.0);
+        let waited = match fired.cause {
+            Cause::Input(register) => format!("a piece of {}", spec.register_name(register)),
+            Cause::Credit(register) => format!("a slot of {}", spec.register_name(register)),
+            Cause::Host => "the host".to_owned(),
+            Cause::Own => "itself".to_owned(),
+        };
+        self.event(&json!({
+            "name": action.name, "cat": category(&action.name), "ph": "X", "pid": pid, "tid": tid,
+            "ts": micros(fired.launched_ns), "dur": micros(fired.ended_ns - fired.launched_ns),
+            "args": { "firing": fired.firing, "waited_us": micros(fired.launched_ns - fired.idle_ns), "for": waited },
+        }))?;
+        for input in &action.inputs {
+            let register = &spec.registers[input.register.0 as usize];
+            if register.producer == actor || !fired.firing.is_multiple_of(u64::from(input.firings_per_piece)) {
+                continue;
+            }
+            let piece = fired.firing / u64::from(input.firings_per_piece);
+            let reader =
+                register.readers.iter().position(|r| (r.actor, r.action) == (actor, fired.action)).unwrap_or(0);
+            // An initial piece came from nowhere.
+            if piece > 0 || !register.initial {
+                let at = (pid, tid, micros(fired.launched_ns));
+                self.event(&arrow("f", register, (input.register.0, piece, reader), at))?;
+            }
+        }
+        for output in &action.outputs {
+            let register = &spec.registers[output.register.0 as usize];
+            if !(fired.firing + 1).is_multiple_of(u64::from(output.firings_per_piece)) {
+                continue;
+            }
+            let piece = fired.firing / u64::from(output.firings_per_piece) + u64::from(register.initial);
+            for (index, _) in register.readers.iter().enumerate().filter(|(_, reader)| reader.actor != actor) {
+                // Inside the slice, or it would bind to the next one. When an early output was ready is not known.
+                let ready_ns = if output.early { fired.launched_ns } else { fired.ended_ns.saturating_sub(1) };
+                let at = (pid, tid, micros(ready_ns.max(fired.launched_ns)));
+                self.event(&arrow("s", register, (output.register.0, piece, index), at))?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Names an actor's track, and its device's group of them.
+fn track(spec: &Spec, actor: ActorId) -> serde_json::Value {
+    let own = &spec.actors[actor.0 as usize];
+    json!({ "name": "thread_name", "ph": "M", "pid": own.device, "tid": actor.0, "args": { "name": own.name } })
+}
+
+/// One end of an arrow, of a register's piece to one of its readers.
+fn arrow(
+    phase: &str,
+    register: &shardflow_actors::spec::RegisterSpec,
+    (id, piece, reader): (u32, u64, usize),
+    (pid, tid, ts): (usize, u32, f64),
+) -> serde_json::Value {
+    json!({
+        "name": register.name, "cat": "register", "ph": phase, "bp": "e", "id": format!("{id}.{piece}.{reader}"),
+        "pid": pid, "tid": tid, "ts": ts,
+    })
+}
+
+/// What an action is of, for colours.
+pub fn category(action: &str) -> &'static str {
+    match action.split(' ').next().unwrap_or_default() {
+        "forward" => "forward",
+        "backward" => "backward",
+        "norm" | "update" => "update",
+        "feed" | "fetch" | "decide" => "host",
+        _ => "communication",
+    }
+}
+
+fn micros(ns: u64) -> f64 {
+    ns as f64 * 1e-3
+}

@@ -1,0 +1,166 @@
+//! A server that shows a running session: `/metrics` for Prometheus and `/healthz`. It only reads, and listens where it is told to,
+//! which should be the machine's own address unless a network is to be trusted. Imports `session`, `metrics`.
+//!
+//! ```no_run
+//! # use shardflow::prelude::*;
+//! # fn run(plan: Plan) -> Result<(), Box<dyn std::error::Error>> {
+//! let watch = shardflow::watch::Watch::listen("127.0.0.1:9400".parse()?)?;
+//! let session = Session::start(plan, &SessionOptions::default())?;
+//! watch.show(&session);
+//! # Ok(())
+//! # }
+//! ```
+
+use std::io;
+use std::net::{SocketAddr, TcpListener};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+
+use axum::Router;
+use axum::extract::State;
+use axum::http::{StatusCode, header};
+use axum::response::IntoResponse;
+use axum::routing::get;
+use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
+use tokio::sync::oneshot;
+
+use crate::metrics;
+use crate::session::Session;
+use crate::session::observer::{Health, Observer};
+
+/// How often samples of histograms that nobody asked for are put into their buckets.
+const UPKEEP_EVERY: Duration = Duration::from_secs(5);
+
+/// What keeps a server from starting.
+#[derive(Debug, thiserror::Error)]
+pub enum WatchError {
+    /// The address.
+    #[error("cannot listen on {address}: {source}")]
+    Listen {
+        /// Where.
+        address: SocketAddr,
+        /// What the system says.
+        source: io::Error,
+    },
+    /// The program, or a library of it, has installed a recorder of its own.
+    #[error("the program has a recorder of metrics already, so this one cannot be installed")]
+    Recorder,
+}
+
+/// A running server. It ends when this is dropped.
+#[derive(Debug)]
+pub struct Watch {
+    address: SocketAddr,
+    shown: Shown,
+    stop: Option<oneshot::Sender<()>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+/// The session that is shown.
+type Shown = Arc<Mutex<Weak<Observer>>>;
+
+#[derive(Clone)]
+struct Served {
+    shown: Shown,
+    prometheus: PrometheusHandle,
+}
+
+impl Watch {
+    /// Installs the recorder of all metrics and begins to listen. To be called before sessions start: what was told before is
+    /// lost. Port 0 is any free one.
+    ///
+    /// # Errors
+    /// When the address cannot be listened on, or there is a recorder.
+    pub fn listen(address: SocketAddr) -> Result<Self, WatchError> {
+        let failed = |source| WatchError::Listen { address, source };
+        let listener = TcpListener::bind(address).map_err(failed)?;
+        let bound = listener.local_addr().map_err(failed)?;
+        listener.set_nonblocking(true).map_err(failed)?;
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(failed)?;
+        let prometheus = install()?;
+        let shown = Shown::default();
+        let (stop, stopped) = oneshot::channel();
+        let served = Served { shown: shown.clone(), prometheus };
+        let serve = move || runtime.block_on(serve(listener, served, stopped));
+        let thread = thread::Builder::new().name("watch".into()).spawn(serve).map_err(failed)?;
+        Ok(Self { address: bound, shown, stop: Some(stop), thread: Some(thread) })
+    }
+
+    /// Where it listens.
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// Shows this session from now on, as long as it runs.
+    pub fn show(&self, session: &Session) {
+        let observer = session.observer().map_or_else(Weak::new, Arc::downgrade);
+        *self.shown.lock().unwrap_or_else(PoisonError::into_inner) = observer;
+    }
+}
+
+impl Drop for Watch {
+    fn drop(&mut self) {
+        drop(self.stop.take());
+        if let Some(thread) = self.thread.take() {
+            // It ends at once, whatever it is asked meanwhile, and has nothing to say.
+            let _ = thread.join();
+        }
+    }
+}
+
+fn install() -> Result<PrometheusHandle, WatchError> {
+    let mut builder = PrometheusBuilder::new();
+    for (name, bounds) in metrics::BUCKETS {
+        // An error is an empty list of bounds.
+        let matcher = Matcher::Full((*name).to_owned());
+        builder = builder.set_buckets_for_metric(matcher, bounds).map_err(|_| WatchError::Recorder)?;
+    }
+    let recorder = builder.build_recorder();
+    let handle = recorder.handle();
+    ::metrics::set_global_recorder(recorder).map_err(|_| WatchError::Recorder)?;
+    metrics::describe();
+    Ok(handle)
+}
+
+async fn serve(listener: TcpListener, served: Served, stopped: oneshot::Receiver<()>) {
+    // It was bound and is not blocking.
+    let Ok(listener) = tokio::net::TcpListener::from_std(listener) else { return };
+    let upkeep = served.prometheus.clone();
+    let router = Router::new().route("/metrics", get(prometheus)).route("/healthz", get(health)).with_state(served);
+    let upkeep = async {
+        let mut every = tokio::time::interval(UPKEEP_EVERY);
+        loop {
+            every.tick().await;
+            upkeep.run_upkeep();
+        }
+    };
+    let server = async { axum::serve(listener, router).await };
+    tokio::select! {
+        _ = server => {}
+        () = upkeep => {}
+        _ = stopped => {}
+    }
+}
+
+impl Served {
+    fn observer(&self) -> Option<Arc<Observer>> {
+        self.shown.lock().unwrap_or_else(PoisonError::into_inner).upgrade()
+    }
+}
+
+async fn prometheus(State(served): State<Served>) -> impl IntoResponse {
+    if let Some(observer) = served.observer() {
+        // It waits for what all actors answer.
+        let _ = tokio::task::spawn_blocking(move || observer.sample()).await;
+    }
+    ([(header::CONTENT_TYPE, "text/plain; version=0.0.4")], served.prometheus.render())
+}
+
+async fn health(State(served): State<Served>) -> impl IntoResponse {
+    match served.observer().map(|observer| observer.health()) {
+        Some(Health::Well { steps }) => (StatusCode::OK, format!("ok, {steps} steps\n")),
+        Some(Health::Failed(cause)) => (StatusCode::SERVICE_UNAVAILABLE, format!("failed: {cause}\n")),
+        Some(Health::Ended) | None => (StatusCode::SERVICE_UNAVAILABLE, "no session runs\n".to_owned()),
+    }
+}
