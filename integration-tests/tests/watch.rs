@@ -86,7 +86,10 @@ fn metrics_are_those_of_the_session() {
     assert_eq!(sum(&got, names::BUILD_INFO, "mesh=\"data=2,stage=2\""), 1.0);
     assert_eq!((sum(&got, names::RESTARTS, "137"), sum(&got, names::RESTARTS, "")), (2.0, 3.0));
     assert_eq!(sum(&got, names::STALLS, ""), 0.0);
-    assert_eq!(value("shardflow_checkpoint_duration_seconds_count{outcome=\"committed\"}"), 1.0);
+    assert_eq!(value("shardflow_checkpoint_duration_seconds_count"), 1.0);
+    let saves =
+        ["committed", "failed"].map(|outcome| value(&format!("{}{{outcome=\"{outcome}\"}}", names::CHECKPOINTS)));
+    assert_eq!(saves, [1.0, 0.0]);
     assert!(value(names::CHECKPOINT_LAST_SUCCESS) > 1.7e9);
 
     for actor in &metrics.actors {

@@ -21,7 +21,8 @@
 //! | `shardflow_edge_bytes_total` | counter | `from`, `to`, `transport` | bytes of registers' pieces that an actor has released of another's: over `device`, `process`, `shared_memory` or `socket` |
 //! | `shardflow_collective_bytes_total` | counter | `device` | bytes that collectives brought in from other devices |
 //! | `shardflow_memory_bytes` | gauge | `device`, `kind` | `planned` peak, `allocated` now, `peak` in use |
-//! | `shardflow_checkpoint_duration_seconds` | histogram | `outcome` | of a save, `committed` or `failed` |
+//! | `shardflow_checkpoints_total` | counter | `outcome` | saves that were `committed`, or `failed` |
+//! | `shardflow_checkpoint_duration_seconds` | histogram | | of a save, from the snapshot's end to the outcome |
 //! | `shardflow_checkpoint_last_success_timestamp_seconds` | gauge | | when the last one was committed, Unix time |
 //! | `shardflow_restarts_total` | counter | `cause` | restarts of the job before this session, by the exit code that caused them |
 //! | `shardflow_stalls_total` | counter | | times that nothing moved for too long |
@@ -66,6 +67,8 @@ pub const EDGE_BYTES: &str = "shardflow_edge_bytes_total";
 pub const COLLECTIVE_BYTES: &str = "shardflow_collective_bytes_total";
 /// See the module.
 pub const MEMORY: &str = "shardflow_memory_bytes";
+/// See the module.
+pub const CHECKPOINTS: &str = "shardflow_checkpoints_total";
 /// See the module.
 pub const CHECKPOINT_DURATION: &str = "shardflow_checkpoint_duration_seconds";
 /// See the module.
@@ -114,6 +117,7 @@ pub fn describe() {
     describe_counter!(EDGE_BYTES, "Bytes of registers' pieces that an actor has released of another's.");
     describe_counter!(COLLECTIVE_BYTES, "Bytes that collectives brought in from other devices.");
     describe_gauge!(MEMORY, Unit::Bytes, "A device's memory.");
+    describe_counter!(CHECKPOINTS, "Saves by outcome.");
     describe_histogram!(CHECKPOINT_DURATION, Unit::Seconds, "Time of a save.");
     describe_gauge!(CHECKPOINT_LAST_SUCCESS, Unit::Seconds, "When the last checkpoint was committed, Unix time.");
     describe_counter!(RESTARTS, "Restarts of the job before this session, by exit code.");

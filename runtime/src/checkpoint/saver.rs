@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
-use metrics::{gauge, histogram};
+use metrics::{Counter, counter, gauge, histogram};
 
 use super::agree::{Agree, Member};
 use super::error::{CheckpointError, Doing};
@@ -192,9 +192,18 @@ pub fn save_now(
 
 /// Tells the `metrics` facade of a save.
 fn count(report: &SaveReport) {
-    let outcome = if report.result.is_ok() { "committed" } else { "failed" };
-    histogram!(names::CHECKPOINT_DURATION, "outcome" => outcome).record(report.seconds);
-    if let (true, Ok(now)) = (report.result.is_ok(), SystemTime::now().duration_since(UNIX_EPOCH)) {
+    let [committed, failed] = outcomes();
+    histogram!(names::CHECKPOINT_DURATION).record(report.seconds);
+    if report.result.is_err() {
+        return failed.increment(1);
+    }
+    committed.increment(1);
+    if let Ok(now) = SystemTime::now().duration_since(UNIX_EPOCH) {
         gauge!(names::CHECKPOINT_LAST_SUCCESS).set(now.as_secs_f64());
     }
+}
+
+/// Counters of saves that were committed, and that failed. Both are there once either is asked for.
+fn outcomes() -> [Counter; 2] {
+    ["committed", "failed"].map(|outcome| counter!(names::CHECKPOINTS, "outcome" => outcome))
 }
