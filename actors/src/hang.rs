@@ -148,6 +148,20 @@ impl Wait {
 }
 
 impl Hang {
+    /// The root, in words.
+    pub fn cause(&self, spec: &Spec) -> String {
+        self.root.describe(spec)
+    }
+
+    /// The chain in words: who waits, and for what.
+    pub fn steps(&self, spec: &Spec) -> Vec<(String, String)> {
+        let words = |link: &Link| {
+            let Link { action, wait } = link;
+            (spec.action_name(action.actor, action.action), wait.describe(spec, action.actor))
+        };
+        self.chain.iter().map(words).collect()
+    }
+
     /// The process that is waited for, where the cause lies with another one.
     pub fn process(&self) -> Option<u32> {
         match self.root {

@@ -141,6 +141,7 @@ mod tests {
             waiting: Waiting { actor: ActorId(0), in_flight, actions: vec![ActionWaits { action: 0, missing }] },
             idle: Default::default(),
             idle_now_ns: 0,
+            flying_since_ns: None,
             registers: vec![],
         };
         let elsewhere = |actor: ActorId| (actor == ActorId(1)).then_some(7);

@@ -19,6 +19,8 @@ pub struct ActorSnapshot {
     pub idle: Idle,
     /// How long it stands idle now; 0 while a firing is in flight, and before the session's start.
     pub idle_now_ns: u64,
+    /// When the firing in flight was launched, since the session's start.
+    pub flying_since_ns: Option<u64>,
     /// The registers that it produces.
     pub registers: Vec<RegisterUse>,
 }
@@ -74,6 +76,7 @@ impl ActorSnapshot {
             waiting: protocol.waiting(),
             idle: Idle::default(),
             idle_now_ns: 0,
+            flying_since_ns: None,
             registers: uses.collect(),
         }
     }

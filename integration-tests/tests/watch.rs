@@ -12,7 +12,8 @@ use shardflow::metrics as names;
 use shardflow::plan::Schedule::OneFOneB;
 use shardflow::plan::flops::step_flops;
 use shardflow::session::{Session, SessionOptions};
-use shardflow::watch::{Watch, WatchError};
+use shardflow::watch::status::DeviceStatus;
+use shardflow::watch::{Watch, WatchError, client};
 use shardflow_integration_tests::training::{LEARNING_RATE, Model, Scratch, options};
 
 const STEPS: u64 = 5;
@@ -123,6 +124,17 @@ fn metrics_are_those_of_the_session() {
     let edge = sum(&got, names::EDGE_BYTES, "from=\"device 0 compute\",to=\"device 1 copy\",transport=\"process\"");
     assert_eq!(edge, (rows * 2 * STEPS as usize) as f64);
     assert!(sum(&got, "shardflow_collective_seconds_count", "kind=\"all_reduce\"") > 0.0);
+
+    let status = client::status(watch.address()).expect("a session");
+    assert_eq!((status.steps, status.loss, status.gradient_norm), (STEPS, last.loss, last.grad_norm));
+    assert_eq!((&*status.mesh, &*status.device, status.process, status.processes), ("data=2,stage=2", "cpu", 0, 1));
+    let memory = |d: &DeviceStatus| (d.device, d.planned_bytes, d.peak_bytes);
+    let expected = metrics.devices.iter().map(|d| (d.device, d.planned_peak_bytes, d.measured_peak_bytes));
+    assert_eq!(status.devices.iter().map(memory).collect::<Vec<_>>(), expected.collect::<Vec<_>>());
+    assert_eq!(status.actors.len(), metrics.actors.len());
+    assert!(status.actors.iter().all(|actor| (0.0..=1.0).contains(&actor.busy)), "{status}");
+    assert!(status.actors.iter().any(|actor| actor.busy > 0.0 && actor.now.contains("waits for")), "{status}");
+    assert!(!status.waits.is_empty() && status.to_string().lines().count() > 8, "{status}");
 
     assert_complete(&text);
     promtool(&text);

@@ -269,7 +269,7 @@ impl Session {
         }
         let snapshots = Snapshots { devices: session.devices.clone(), engine: session.engine.clone() };
         let (plan, world) = (session.plan.clone(), session.world.as_ref());
-        let observer = Observer::new(plan, session.hosting, running.control(), snapshots, world, mirrored);
+        let observer = Observer::new(plan, session.hosting, running.control(), snapshots, world, mirrored, step_tokens);
         session.observer = Some(Arc::new(observer));
         session.running = Some(running);
         Ok(session)

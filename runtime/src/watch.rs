@@ -1,4 +1,4 @@
-//! A server that shows a running session: `/metrics` for Prometheus and `/healthz`. It only reads, and listens where it is told to,
+//! A server that shows a running session: `/metrics` for Prometheus, `/healthz`, and as JSON `/status` and `/hang`. It only reads, and listens where it is told to,
 //! which should be the machine's own address unless a network is to be trusted. Imports `session`, `metrics`.
 //!
 //! ```no_run
@@ -17,17 +17,23 @@ use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
-use axum::Router;
 use axum::extract::State;
 use axum::http::{StatusCode, header};
 use axum::response::IntoResponse;
 use axum::routing::get;
+use axum::{Json, Router};
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
 use tokio::sync::oneshot;
 
 use crate::metrics;
 use crate::session::Session;
 use crate::session::observer::{Health, Observer};
+
+pub mod client;
+pub mod status;
+
+use client::HangReport;
+use status::Status;
 
 /// How often samples of histograms that nobody asked for are put into their buckets.
 const UPKEEP_EVERY: Duration = Duration::from_secs(5);
@@ -127,7 +133,12 @@ async fn serve(listener: TcpListener, served: Served, stopped: oneshot::Receiver
     // It was bound and is not blocking.
     let Ok(listener) = tokio::net::TcpListener::from_std(listener) else { return };
     let upkeep = served.prometheus.clone();
-    let router = Router::new().route("/metrics", get(prometheus)).route("/healthz", get(health)).with_state(served);
+    let router = Router::new()
+        .route("/metrics", get(prometheus))
+        .route("/healthz", get(health))
+        .route("/status", get(status))
+        .route("/hang", get(hang))
+        .with_state(served);
     let upkeep = async {
         let mut every = tokio::time::interval(UPKEEP_EVERY);
         loop {
@@ -163,4 +174,22 @@ async fn health(State(served): State<Served>) -> impl IntoResponse {
         Some(Health::Failed(cause)) => (StatusCode::SERVICE_UNAVAILABLE, format!("failed: {cause}\n")),
         Some(Health::Ended) | None => (StatusCode::SERVICE_UNAVAILABLE, "no session runs\n".to_owned()),
     }
+}
+
+/// An answer that takes what all actors say.
+async fn answer<T: serde::Serialize + Send + 'static>(
+    served: Served,
+    ask: impl FnOnce(&Observer) -> Option<T> + Send + 'static,
+) -> Result<Json<T>, StatusCode> {
+    let observer = served.observer().ok_or(StatusCode::SERVICE_UNAVAILABLE)?;
+    let answer = tokio::task::spawn_blocking(move || ask(&observer)).await;
+    answer.ok().flatten().map(Json).ok_or(StatusCode::SERVICE_UNAVAILABLE)
+}
+
+async fn status(State(served): State<Served>) -> impl IntoResponse {
+    answer(served, Status::of).await
+}
+
+async fn hang(State(served): State<Served>) -> impl IntoResponse {
+    answer(served, HangReport::of).await
 }

@@ -84,6 +84,7 @@ fn two_members() -> (Arc<Spec>, Vec<ActorSnapshot>) {
         },
         idle: Default::default(),
         idle_now_ns: 0,
+        flying_since_ns: None,
         registers: Vec::new(),
     };
     let snapshots = spec.actors.iter().enumerate().map(flying).collect();

@@ -3,6 +3,8 @@
 
 use std::ffi::OsString;
 use std::io::Write;
+#[cfg(feature = "watch")]
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
@@ -13,6 +15,8 @@ use shardflow::cluster::env::{Endpoint, Secret};
 use shardflow::doctor;
 use shardflow::exit::Exit;
 use shardflow::launcher::{LaunchOptions, become_program, guard, launch};
+#[cfg(feature = "watch")]
+use shardflow::watch::client;
 
 #[derive(Parser)]
 #[command(name = "shardflow", version, about = "An actor-based dataflow runtime for training neural networks")]
@@ -32,6 +36,23 @@ enum Command {
         /// One JSON object
         #[arg(long)]
         json: bool,
+    },
+    /// Tell on one screen how a process does that was started with `--listen`.
+    #[cfg(feature = "watch")]
+    Status {
+        /// Where it listens
+        #[arg(long, value_name = "ADDRESS:PORT", default_value = "127.0.0.1:9400")]
+        at: SocketAddr,
+        /// One JSON object
+        #[arg(long)]
+        json: bool,
+    },
+    /// Tell what a job waits for: who waits for whom, down to the cause. Follows it to other processes of this node.
+    #[cfg(feature = "watch")]
+    ExplainHang {
+        /// Where one of its processes listens
+        #[arg(long, value_name = "ADDRESS:PORT", default_value = "127.0.0.1:9400")]
+        at: SocketAddr,
     },
     /// Print a new secret for `SHARDFLOW_SECRET`.
     Secret,
@@ -109,6 +130,10 @@ fn main() -> ExitCode {
         Command::Launch(args) => run_launch(args),
         Command::Checkpoint(args) => run_checkpoint(&args),
         Command::Doctor { json } => run_doctor(json),
+        #[cfg(feature = "watch")]
+        Command::Status { at, json } => run_status(at, json),
+        #[cfg(feature = "watch")]
+        Command::ExplainHang { at } => run_explain_hang(at),
         Command::Secret => print_secret(),
         Command::Guard { folder } => guard(&folder, std::io::stdin().lock()),
         Command::Child { parent, command } => become_program(parent, command[0].clone().into(), &command[1..]),
@@ -156,6 +181,30 @@ fn run_doctor(json: bool) -> Exit {
     match text {
         Ok(text) => print(text.trim_end()).unwrap_or_else(|| findings.exit()),
         Err(error) => fail(Exit::Internal, error),
+    }
+}
+
+#[cfg(feature = "watch")]
+fn run_status(at: SocketAddr, json: bool) -> Exit {
+    let status = match client::status(at) {
+        Ok(status) => status,
+        Err(error) => return fail(error.exit(), error),
+    };
+    let text = if json { serde_json::to_string_pretty(&status) } else { Ok(status.to_string()) };
+    match text {
+        Ok(text) => print(text.trim_end()).unwrap_or(Exit::Done),
+        Err(error) => fail(Exit::Internal, error),
+    }
+}
+
+#[cfg(feature = "watch")]
+fn run_explain_hang(at: SocketAddr) -> Exit {
+    match client::explain_hang(at) {
+        Ok(reports) => {
+            let text: String = reports.iter().map(ToString::to_string).collect();
+            print(text.trim_end()).unwrap_or(Exit::Done)
+        }
+        Err(error) => fail(error.exit(), error),
     }
 }
 

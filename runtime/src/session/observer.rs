@@ -1,18 +1,19 @@
 //! A running session as others see it, from any thread: snapshots, and samples of it on the `metrics` facade. It keeps nothing of
 //! the session alive that takes memory. Imports `plan`, `metrics`, `session::{hosting, metrics}` and the actors' shell.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use metrics::{Gauge, Histogram, counter, gauge, histogram};
-use shardflow_actors::protocol::Missing;
+use shardflow_actors::hang::Hang;
 use shardflow_actors::shell::Control;
 use shardflow_actors::snapshot::ActorSnapshot;
 use shardflow_actors::spec::{ActorId, RegisterId};
 use shardflow_actors::trace::{Cause, Fired};
 
+use super::StepReport;
 use super::hosting::Hosting;
 use super::metrics::{Metrics, Snapshots};
 use crate::cluster::world::World;
@@ -32,7 +33,34 @@ pub struct Observer {
     /// Registers of peers whose bytes come by sockets.
     mirrored: BTreeSet<RegisterId>,
     steps: AtomicU64,
+    newest: Mutex<NewestSteps>,
     facade: Mutex<Facade>,
+}
+
+/// Durations of steps that are kept.
+const STEPS_KEPT: usize = 128;
+
+/// The newest steps.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct NewestSteps {
+    /// Of the last.
+    pub loss: Option<f32>,
+    /// Of the last, before clipping.
+    pub gradient_norm: Option<f64>,
+    /// Of each step.
+    pub tokens: u64,
+    /// Wall time of each, the newest last; at most 128.
+    pub seconds: VecDeque<f64>,
+}
+
+impl NewestSteps {
+    /// What a step's time is at most in this part of them.
+    pub fn quantile(&self, part: f64) -> Option<f64> {
+        let mut sorted: Vec<f64> = self.seconds.iter().copied().collect();
+        sorted.sort_by(f64::total_cmp);
+        let index = (part * sorted.len() as f64).ceil() as usize;
+        sorted.get(index.saturating_sub(1)).copied()
+    }
 }
 
 /// What the facade was given so far.
@@ -67,6 +95,7 @@ impl Observer {
         snapshots: Snapshots,
         world: Option<&Arc<World>>,
         mirrored: BTreeSet<RegisterId>,
+        step_tokens: u64,
     ) -> Self {
         let facade = Facade {
             sampled: None,
@@ -84,6 +113,7 @@ impl Observer {
             world,
             mirrored,
             steps: AtomicU64::new(0),
+            newest: Mutex::new(NewestSteps { tokens: step_tokens, ..NewestSteps::default() }),
             facade: Mutex::new(facade),
         }
     }
@@ -107,6 +137,36 @@ impl Observer {
     /// [`shardflow_actors::trace::RING_FIRINGS`] are kept.
     pub fn fired(&self, actor: ActorId, from: u64) -> shardflow_actors::trace::Told {
         self.control.fired(actor, from)
+    }
+
+    /// What each actor of this process is doing; empty once the session has ended.
+    pub fn snapshot(&self) -> Vec<ActorSnapshot> {
+        self.control.snapshot()
+    }
+
+    /// Nanoseconds since the session's start; `None` once it has ended.
+    pub fn now_ns(&self) -> Option<u64> {
+        self.control.now_ns()
+    }
+
+    /// What everything waits for now, if a step is under way.
+    pub fn hang(&self) -> Option<Hang> {
+        self.control.hang()
+    }
+
+    /// The newest steps.
+    pub fn newest_steps(&self) -> NewestSteps {
+        self.newest.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    pub(super) fn step_done(&self, steps: u64, report: &StepReport, took: Duration) {
+        self.set_steps(steps);
+        let mut newest = self.newest.lock().unwrap_or_else(PoisonError::into_inner);
+        (newest.loss, newest.gradient_norm) = (report.loss, report.grad_norm);
+        if newest.seconds.len() == STEPS_KEPT {
+            newest.seconds.pop_front();
+        }
+        newest.seconds.push_back(took.as_secs_f64());
     }
 
     /// How it does.
@@ -235,15 +295,6 @@ impl Observer {
             let labels = [("from", from.to_owned()), ("to", to.to_owned()), ("transport", transport.to_owned())];
             counter!(names::EDGE_BYTES, &labels).absolute(bytes);
         }
-    }
-
-    /// For each actor of this process that stands idle: for how long now, and what it lacks.
-    pub fn idle(&self) -> Vec<(ActorId, Duration, Vec<Missing>)> {
-        let idle = |s: ActorSnapshot| {
-            let missing = s.waiting.actions.into_iter().flat_map(|waits| waits.missing).collect();
-            (s.waiting.in_flight.is_none()).then_some((s.actor, Duration::from_nanos(s.idle_now_ns), missing))
-        };
-        self.control.snapshot().into_iter().filter_map(idle).collect()
     }
 }
 

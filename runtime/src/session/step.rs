@@ -54,9 +54,10 @@ impl Session {
             report.non_finite = Some(self.pass_over(found)?);
         }
         self.steps += 1;
-        self.step_metrics.record(&report, learning_rate, begin.elapsed());
+        let took = begin.elapsed();
+        self.step_metrics.record(&report, learning_rate, took);
         if let Some(observer) = &self.observer {
-            observer.set_steps(self.steps);
+            observer.step_done(self.steps, &report, took);
             observer.sample_now_and_then();
         }
         Ok(report)

@@ -1,0 +1,157 @@
+//! A step that stands still can be asked what it waits for, from outside, while it does.
+
+use std::sync::{Arc, Condvar, Mutex};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use shardflow::graph::builder::Layout;
+use shardflow::graph::{AdamW, CustomOp, Graph, Var};
+use shardflow::layout_error::LayoutError;
+use shardflow::nn::{self, Parallel};
+use shardflow::passes::compile;
+use shardflow::placement::Mesh;
+use shardflow::plan::Schedule::OneFOneB;
+use shardflow::sbp::rule::Rule;
+use shardflow::session::{Session, SessionOptions};
+use shardflow::watch::{Watch, client};
+use shardflow_integration_tests::training::{LEARNING_RATE, options, within};
+use shardflow_kernels::error::KernelError;
+use shardflow_kernels::op::{CpuArgs, CpuSlice, CpuSliceMut, CustomKernel};
+use shardflow_kernels::tensor::{DType, HostTensor, Region};
+
+const BATCH: usize = 8;
+/// Far more than any wait here takes.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// Closed, it holds up the kernels of one shard.
+#[derive(Debug, Default)]
+struct Gate {
+    closed: Mutex<bool>,
+    opened: Condvar,
+}
+
+impl Gate {
+    fn set(&self, closed: bool) {
+        *self.closed.lock().expect("no panic") = closed;
+        self.opened.notify_all();
+    }
+}
+
+/// Gives on what it reads; the shard whose rows start at `row` goes through the gate.
+#[derive(Debug)]
+struct Gated {
+    gate: Arc<Gate>,
+    row: usize,
+}
+
+#[derive(Debug)]
+struct GatedKernel(Option<Arc<Gate>>);
+
+impl CustomOp for Gated {
+    fn name(&self) -> &str {
+        "gated"
+    }
+
+    fn rule(&self) -> Result<Rule, LayoutError> {
+        Rule::parse("btc->btc")
+    }
+
+    fn kernel(&self, inputs: &[Region], _: &[Region]) -> Arc<dyn CustomKernel> {
+        Arc::new(GatedKernel((inputs[0].start[0] == self.row).then(|| self.gate.clone())))
+    }
+
+    fn backward(&self, _: &mut Graph, _: &[Var], _: &[Var], grads: &[Option<Var>]) -> Vec<Option<Var>> {
+        grads.to_vec()
+    }
+}
+
+impl CustomKernel for GatedKernel {
+    fn name(&self) -> &str {
+        "gated"
+    }
+
+    fn run_cpu(&self, mut args: CpuArgs<'_>) -> Result<(), KernelError> {
+        if let Some(gate) = &self.0 {
+            let closed = gate.closed.lock().expect("no panic");
+            drop(gate.opened.wait_while(closed, |closed| *closed).expect("no panic"));
+        }
+        let (CpuSlice::F32(from), CpuSliceMut::F32(to)) = (&args.reads[0].data, &mut args.writes[0].data) else {
+            return Err(KernelError::arguments("gated", "element type", "floats", "integers"));
+        };
+        to.copy_from_slice(from);
+        Ok(())
+    }
+}
+
+/// A linear layer, on two stages where there are stages, behind the gate.
+fn start(mesh: &str, op: Gated) -> Session {
+    let mut g = Graph::new(&Mesh::parse(mesh).expect("a mesh"));
+    let staged = g.mesh().axis("stage").is_ok();
+    let layout: Layout = nn::batch_layout(&g);
+    if staged {
+        g.place_at("stage", 0);
+    }
+    let ids = g.input("ids", &[BATCH, 3], DType::I32, layout.clone());
+    let x = nn::embedding(&mut g, "table", ids, 5, 4, Parallel::Replicated);
+    if staged {
+        g.place_at("stage", 1);
+    }
+    let x = g.custom(Arc::new(op), &[x])[0];
+    let logits = nn::linear(&mut g, "last", x, 5, Parallel::Replicated);
+    let targets = g.input("targets", &[BATCH, 3], DType::I32, layout);
+    let loss = g.cross_entropy(logits, targets);
+    g.minimize(loss, AdamW::default());
+    let plan = compile(g, &options(2, OneFOneB)).unwrap_or_else(|e| panic!("mesh {mesh}: {e}"));
+    Session::start(plan, &SessionOptions::default()).unwrap_or_else(|e| panic!("mesh {mesh}: {e}"))
+}
+
+fn step(session: &mut Session) {
+    let tokens = || HostTensor::i32(&[BATCH, 3], (0..BATCH as i32 * 3).map(|i| i % 5).collect());
+    session.step(&[("ids", tokens()), ("targets", tokens())], LEARNING_RATE).expect("a step");
+}
+
+#[test]
+fn whoever_asks_is_told_the_cause_and_the_way_to_it() {
+    within(120, || {
+        let watch = Watch::listen("127.0.0.1:0".parse().expect("an address")).expect("a server");
+        let ask = || client::explain_hang(watch.address()).expect("a session").pop().expect("a report");
+        assert!(client::explain_hang(watch.address()).expect_err("no session").to_string().contains("503"));
+        // Where the gate is: the mesh, the first row of the shard (of a micro-batch), and who is held up.
+        for (mesh, row, culprit) in [
+            ("data=1", 0, "device 0 compute forward"),
+            ("data=2", 2, "device 1 compute forward"),
+            ("stage=2", 0, "device 1 compute forward"),
+            ("data=2,stage=2", 2, "device 3 compute forward"),
+        ] {
+            let gate = Arc::new(Gate::default());
+            let mut session = start(mesh, Gated { gate: gate.clone(), row });
+            watch.show(&session);
+            step(&mut session);
+            assert_eq!(ask().cause, None, "{mesh}: between steps");
+            gate.set(true);
+            thread::scope(|scope| {
+                let stepping = scope.spawn(|| step(&mut session));
+                let (until, wanted) =
+                    (Instant::now() + PATIENCE, format!("{culprit} has not ended, and waits for nobody"));
+                // Until all else has come to its wait.
+                let report = loop {
+                    let report = ask();
+                    if report.cause.as_deref() == Some(&wanted) && report.idle_seconds > 0.2 {
+                        break report;
+                    }
+                    assert!(Instant::now() < until, "{mesh}: {report}");
+                    thread::yield_now();
+                };
+                assert_eq!((report.process, report.elsewhere), (0, None));
+                assert!(report.chain.last().is_none_or(|(_, what)| what.contains(&culprit[..8])), "{report}");
+                let status = client::status(watch.address()).expect("a session");
+                let held = status.actors.iter().find(|actor| culprit.starts_with(&actor.name)).expect("an actor");
+                assert_eq!(held.now, format!("{culprit} is in flight"));
+                assert!(held.now_seconds > 0.2 && status.idle_seconds > 0.2, "{status}");
+                gate.set(false);
+                stepping.join().expect("the step goes on");
+            });
+            session.shutdown().unwrap_or_else(|e| panic!("mesh {mesh}: {e}"));
+        }
+    });
+}
