@@ -128,6 +128,9 @@ fn flags_and_files_that_cannot_be_used() {
             ("--layer 3", "--layer", "'--layers'"),
             ("--layers three", "'three' for '--layers", "--help"),
             ("--lr NaN", "--lr must be finite", "--help"),
+            ("--listen 192.0.2.1:80", "--listen cannot listen on 192.0.2.1:80", "an address of this machine"),
+            ("--trace no/t.json", "cannot write no/t.json", "a folder that exists"),
+            ("--trace text", "--trace and --data", "another"),
             ("--width 15", "--width 15 is not a multiple of --heads 2", "--width 16"),
             ("--mesh expert=2", "unknown mesh axis \"expert\": expected data, stage or tensor", "--help"),
             ("--mesh data", "is not a list of axis=size", "--help"),
@@ -307,4 +310,24 @@ fn a_training_that_blows_up_stops_or_skips_or_goes_back_and_names_the_tensor() {
         let told = run.stderr.lines().filter(|line| line.starts_with("warning: step ")).count();
         assert_eq!(told, warnings, "{policy}: {}", run.stderr);
     }
+}
+
+#[test]
+fn what_a_training_does_can_be_watched_and_its_plan_be_seen() {
+    let folder = Folder::new("watched");
+    let run_ = folder.gpt("--listen 127.0.0.1:0 --trace trace.json --mesh data=2");
+    assert_eq!(run_.code, 0, "{}", run_.stderr);
+    assert!(run_.stderr.contains("metrics at http://127.0.0.1:"), "{}", run_.stderr);
+    let trace = std::fs::read_to_string(folder.0.path().join("trace.json")).unwrap();
+    let events: Vec<Value> = serde_json::from_str(&trace).unwrap();
+    let forwards = events.iter().filter(|event| event["ph"] == "X" && event["name"] == "forward").count();
+    assert_eq!(forwards, 2 * 4, "two devices, four steps");
+    // As `shardflow plan` starts it.
+    let page = folder.0.path().join("page.html");
+    let mut command = Command::new(GPT);
+    command.args(TINY.split_whitespace()).current_dir(folder.0.path()).env("SHARDFLOW_PLAN_HTML", &page);
+    let output = command.args(["--data", "text"]).output().unwrap();
+    assert_eq!((output.status.code(), output.stderr.len()), (Some(0), 0), "{output:?}");
+    assert!(!String::from_utf8_lossy(&output.stdout).contains("loss"), "it trained");
+    assert!(std::fs::read_to_string(page).unwrap().contains("device 0 compute"));
 }

@@ -18,6 +18,7 @@ pub mod flops;
 mod hash;
 pub mod lower;
 pub mod memory;
+pub mod picture;
 pub mod slots;
 pub mod validate;
 

@@ -2,6 +2,7 @@
 //! Imports `plan`, `session::*`, and the actors' shell.
 
 use std::collections::BTreeMap;
+use std::path::PathBuf;
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -37,6 +38,7 @@ mod load;
 pub mod metrics;
 pub mod numerics;
 pub mod observer;
+pub mod shown;
 pub mod snapshot;
 mod step;
 mod tokens;
@@ -72,6 +74,17 @@ pub enum SessionError {
     /// A file.
     #[error(transparent)]
     Checkpoint(#[from] CheckpointError),
+    /// The plan was written to files, as `shardflow plan` asks by variables; nothing was run.
+    #[error("the plan was written, and nothing was run, because {} or a variable like it is set", shown::PLAN_HTML)]
+    PlanShown,
+    /// A file for the plan.
+    #[error("cannot write the plan to {path}: {source}")]
+    PlanFile {
+        /// Which.
+        path: PathBuf,
+        /// What the system says.
+        source: std::io::Error,
+    },
     /// A step was not finite.
     #[error("{0}")]
     NonFinite(Box<NonFinite>),
@@ -175,6 +188,7 @@ impl Session {
     /// # Errors
     /// When memory, threads or peers cannot be had.
     pub fn start(plan: Plan, options: &SessionOptions) -> Result<Self, SessionError> {
+        shown::show(&plan)?;
         let world = World::join(&options.cluster, &plan, options.seed)?.map(Arc::new);
         Self::start_among(plan, options, world.clone()).map_err(|error| match world {
             Some(world) => world.cannot_start(error),

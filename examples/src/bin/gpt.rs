@@ -25,6 +25,8 @@ use shardflow_examples::sample::Sampler;
 fn main() -> ExitCode {
     match run(&GptArgs::parse()) {
         Ok(()) => ExitCode::SUCCESS,
+        // `shardflow plan` wanted no more.
+        Err(GptError::Session(SessionError::PlanShown)) => ExitCode::SUCCESS,
         Err(error) => {
             // The launcher, if there is one, prints the first cause of all processes last.
             let told = exit::report(Exit::from_code(error.exit_code()), &error.to_string(), error.first_cause_rank());
@@ -55,13 +57,14 @@ fn run(args: &GptArgs) -> Result<(), GptError> {
     if let Some(path) = args.save.as_deref().filter(|_| speaks) {
         check_writable(path)?;
     }
+    let trace_path = args.trace.as_deref().map(|path| trace_path(path, &cluster));
+    trace_path.as_deref().map_or(Ok(()), check_writable)?;
     if speaks {
         introduce(args, &text, &plan, &cluster);
     }
     let terminated = exit::on_terminate().map_err(GptError::Signals)?;
     let process = cluster.process();
     let watch = args.listen.map(|first| listen(first, process)).transpose()?;
-    let trace = args.trace.as_deref().map(|path| trace(path, &cluster)).transpose()?;
     let mut session = Session::start(plan, &session_options(args, cluster, terminated))?;
     if let Some(watch) = &watch {
         watch.show(&session);
@@ -73,6 +76,7 @@ fn run(args: &GptArgs) -> Result<(), GptError> {
     let checkpoints = checkpoints.transpose()?;
     let open = if session.steps() > 0 { JsonLog::go_on } else { JsonLog::create };
     let log = args.log_json.as_deref().filter(|_| speaks).map(open).transpose()?;
+    let trace = trace_path.map(|path| TraceFile::create(&path)).transpose()?;
     let outputs = Outputs { log, checkpoints, trace };
     train(args, &text, &mut session, outputs, speaks)?;
     if let Some(path) = &args.save {
@@ -166,10 +170,10 @@ fn listen(first: SocketAddr, process: u32) -> Result<Watch, GptError> {
     Ok(watch)
 }
 
-fn trace(path: &Path, cluster: &Cluster) -> Result<TraceFile, GptError> {
+/// Each process in a file of its own.
+fn trace_path(path: &Path, cluster: &Cluster) -> PathBuf {
     let of_process = || PathBuf::from(format!("{}.{}", path.display(), cluster.process()));
-    let path = if cluster.processes() > 1 { of_process() } else { path.to_owned() };
-    Ok(TraceFile::create(&path)?)
+    if cluster.processes() > 1 { of_process() } else { path.to_owned() }
 }
 
 fn cores() -> usize {

@@ -15,6 +15,7 @@ use shardflow::cluster::env::{Endpoint, Secret};
 use shardflow::doctor;
 use shardflow::exit::Exit;
 use shardflow::launcher::{LaunchOptions, become_program, guard, launch};
+use shardflow::session::shown::{PLAN_DOT, PLAN_HTML, PLAN_TEXT};
 #[cfg(feature = "watch")]
 use shardflow::watch::client;
 
@@ -36,6 +37,18 @@ enum Command {
         /// One JSON object
         #[arg(long)]
         json: bool,
+    },
+    /// Show the plan that a program would run, on no device: as text, or as pictures in files.
+    Plan {
+        /// Write a page with the graph, memory, layouts and boxing to this file
+        #[arg(long, value_name = "FILE")]
+        html: Option<PathBuf>,
+        /// Write Graphviz' DOT to this file
+        #[arg(long, value_name = "FILE")]
+        dot: Option<PathBuf>,
+        /// The program and its arguments
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true, required = true, value_name = "PROGRAM ARGS")]
+        command: Vec<OsString>,
     },
     /// Tell on one screen how a process does that was started with `--listen`.
     #[cfg(feature = "watch")]
@@ -134,6 +147,7 @@ fn main() -> ExitCode {
         Command::Status { at, json } => run_status(at, json),
         #[cfg(feature = "watch")]
         Command::ExplainHang { at } => run_explain_hang(at),
+        Command::Plan { html, dot, command } => run_plan(html, dot, &command),
         Command::Secret => print_secret(),
         Command::Guard { folder } => guard(&folder, std::io::stdin().lock()),
         Command::Child { parent, command } => become_program(parent, command[0].clone().into(), &command[1..]),
@@ -181,6 +195,38 @@ fn run_doctor(json: bool) -> Exit {
     match text {
         Ok(text) => print(text.trim_end()).unwrap_or_else(|| findings.exit()),
         Err(error) => fail(Exit::Internal, error),
+    }
+}
+
+/// Runs the program with the variables by which it writes its plan when it would start a session.
+fn run_plan(html: Option<PathBuf>, dot: Option<PathBuf>, command: &[OsString]) -> Exit {
+    let folder = match tempfile::tempdir() {
+        Ok(folder) => folder,
+        Err(error) => return fail(Exit::Internal, error),
+    };
+    let text = folder.path().join("plan");
+    let mut program = std::process::Command::new(&command[0]);
+    program.args(&command[1..]).env(PLAN_TEXT, &text);
+    for (variable, path) in [(PLAN_HTML, &html), (PLAN_DOT, &dot)] {
+        // The program may run elsewhere.
+        match path.as_deref().map(std::path::absolute).transpose() {
+            Ok(path) => drop(path.map(|path| program.env(variable, path))),
+            Err(error) => return fail(Exit::Usage, error),
+        }
+    }
+    let output = match program.output() {
+        Ok(output) => output,
+        Err(error) => return fail(Exit::Usage, format!("cannot start {}: {error}", command[0].display())),
+    };
+    match std::fs::read_to_string(&text) {
+        Ok(plan) if html.is_none() && dot.is_none() => print(plan.trim_end()).unwrap_or(Exit::Done),
+        Ok(_) => Exit::Done,
+        Err(_) => {
+            eprint!("{}", String::from_utf8_lossy(&output.stderr));
+            let what = format!("{} ended without starting a session, so there is no plan", command[0].display());
+            let code = output.status.code().and_then(|code| u8::try_from(code).ok());
+            fail(code.map(Exit::from_code).filter(|exit| *exit != Exit::Done).unwrap_or(Exit::Usage), what)
+        }
     }
 }
 

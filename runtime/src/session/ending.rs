@@ -46,7 +46,8 @@ impl SessionError {
             Self::Cluster(error) => error.exit(),
             Self::Checkpoint(error) => Exit::from_code(error.exit_code()),
             Self::NonFinite(_) => Exit::Numerics,
-            Self::Input { .. } => Exit::Usage,
+            Self::PlanShown => Exit::Done,
+            Self::Input { .. } | Self::PlanFile { .. } => Exit::Usage,
             Self::Actors(_) | Self::Layout(_) => Exit::Internal,
         }
     }

@@ -1,0 +1,29 @@
+//! For `shardflow plan`: a program whose environment says so writes the plan that it would run, and runs nothing. Imports `plan`.
+
+use std::path::PathBuf;
+
+use super::SessionError;
+use crate::plan::Plan;
+
+/// Variable with the file that the plan is written to, as text.
+pub const PLAN_TEXT: &str = "SHARDFLOW_PLAN_TEXT";
+/// The same, as a page.
+pub const PLAN_HTML: &str = "SHARDFLOW_PLAN_HTML";
+/// The same, for Graphviz.
+pub const PLAN_DOT: &str = "SHARDFLOW_PLAN_DOT";
+
+/// Writes the plan where the environment says so; then the session ends before it began.
+pub(super) fn show(plan: &Plan) -> Result<(), SessionError> {
+    let mut is_asked = false;
+    for variable in [PLAN_TEXT, PLAN_HTML, PLAN_DOT] {
+        let Some(path) = std::env::var_os(variable).map(PathBuf::from) else { continue };
+        let picture = match variable {
+            PLAN_HTML => plan.to_html(),
+            PLAN_DOT => plan.to_dot(),
+            _ => plan.explain(),
+        };
+        std::fs::write(&path, picture).map_err(|source| SessionError::PlanFile { path, source })?;
+        is_asked = true;
+    }
+    if is_asked { Err(SessionError::PlanShown) } else { Ok(()) }
+}

@@ -1,0 +1,31 @@
+//! `shardflow plan`: what the program writes where the variables say is shown; what the program says only when it wrote nothing.
+
+use std::process::{Command, Output};
+
+fn plan(flags: &[&str], script: &str) -> Output {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_shardflow"));
+    command.arg("plan").args(flags).args(["--", "sh", "-c", script]);
+    command.output().expect("shardflow")
+}
+
+#[test]
+fn the_plan_goes_to_the_screen_or_to_the_files() {
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    let output = plan(&[], "echo noise; echo a plan > $SHARDFLOW_PLAN_TEXT");
+    assert!(output.status.success());
+    assert_eq!(text(&output.stdout), "a plan\n");
+    let folder = tempfile::tempdir().expect("a folder");
+    let (html, dot) = (folder.path().join("p.html"), folder.path().join("p.dot"));
+    let flags = ["--html", html.to_str().expect("text"), "--dot", dot.to_str().expect("text")];
+    let script = "echo page > $SHARDFLOW_PLAN_HTML; echo graph > $SHARDFLOW_PLAN_DOT; echo x > $SHARDFLOW_PLAN_TEXT";
+    let output = plan(&flags, script);
+    assert!(output.status.success() && output.stdout.is_empty(), "{output:?}");
+    let read = |path| std::fs::read_to_string(path).expect("a file");
+    assert_eq!((read(html), read(dot)), ("page\n".to_owned(), "graph\n".to_owned()));
+    for (script, code) in [("echo why >&2; exit 78", 78), ("echo why >&2", 2)] {
+        let output = plan(&[], script);
+        let said = text(&output.stderr);
+        assert_eq!(output.status.code(), Some(code), "{said}");
+        assert!(said.starts_with("why\n") && said.contains("error: sh ended without starting a session"), "{said}");
+    }
+}
