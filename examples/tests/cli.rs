@@ -130,7 +130,7 @@ fn flags_and_files_that_cannot_be_used() {
             ("--lr NaN", "--lr must be finite", "--help"),
             ("--listen 192.0.2.1:80", "--listen cannot listen on 192.0.2.1:80", "an address of this machine"),
             ("--trace no/t.json", "cannot write no/t.json", "a folder that exists"),
-            ("--trace text", "--trace and --data", "another"),
+            ("--trace text", "--data and --trace are the same file text", ""),
             ("--width 15", "--width 15 is not a multiple of --heads 2", "--width 16"),
             ("--mesh expert=2", "unknown mesh axis \"expert\": expected data, stage or tensor", "--help"),
             ("--mesh data", "is not a list of axis=size", "--help"),
