@@ -3,7 +3,9 @@
 use std::collections::BTreeMap;
 
 use shardflow::plan::Schedule::OneFOneB;
+use shardflow::session::metrics::Metrics;
 use shardflow::trace::TraceFile;
+use shardflow::trace::summary::{Summary, SummaryError};
 use shardflow_integration_tests::training::{Model, Scratch, options};
 
 #[test]
@@ -24,8 +26,10 @@ fn a_trace_shows_every_firing_and_every_piece() {
     let number =
         |event: &serde_json::Value, key: &str| event[key].as_f64().unwrap_or_else(|| panic!("no {key}: {event}"));
     let of = |phase: &'static str| events.iter().filter(move |event| event["ph"] == phase);
-    let tracks: BTreeMap<u64, &str> =
-        of("M").map(|e| (e["tid"].as_u64().expect("an id"), e["args"]["name"].as_str().expect("a name"))).collect();
+    let tracks: BTreeMap<u64, &str> = of("M")
+        .filter(|e| e["name"] == "thread_name")
+        .map(|e| (e["tid"].as_u64().expect("an id"), e["args"]["name"].as_str().expect("a name")))
+        .collect();
     assert_eq!(tracks.len(), metrics.actors.len());
     for (tid, name) in &tracks {
         let actor = metrics.actors.iter().find(|actor| actor.name == *name).expect("an actor");
@@ -45,4 +49,31 @@ fn a_trace_shows_every_firing_and_every_piece() {
     }
     assert!(ends > 3 * 4 * 4, "{ends}");
     assert!(starts.len() - ends <= metrics.registers.len(), "only what the next step reads is left");
+    check_summary(&text, &metrics);
+}
+
+/// What the summary says fits together, and is that of the session.
+fn check_summary(text: &str, metrics: &Metrics) {
+    let summary = Summary::of(text).expect("a trace");
+    assert_eq!(summary.steps, 2, "the first is left out");
+    assert_eq!(summary.actors.len(), metrics.actors.len());
+    for actor in &summary.actors {
+        let parts = [actor.host, actor.credit, actor.link, actor.bubble, actor.imbalance, actor.other, actor.busy];
+        let all: f64 = parts.iter().sum();
+        assert!(parts.iter().all(|part| (0.0..=1.0).contains(part)) && (all - 1.0).abs() < 1e-6, "{actor:?}: {all}");
+    }
+    let computes = summary.actors.iter().filter(|actor| actor.name.ends_with("compute"));
+    assert!(computes.clone().all(|actor| actor.busy > 0.05), "{summary}");
+    // The simulator knows no waiting for cores, messages or the host.
+    let predicted = summary.predicted_seconds.expect("all actors are here");
+    assert!(predicted > summary.step_seconds * 0.1 && predicted < summary.step_seconds * 1.2, "{summary}");
+    assert!(
+        summary.edges.iter().any(|(cause, register, _)| cause == "input" && register.contains("pull")),
+        "{summary}"
+    );
+    let path: f64 = summary.path.iter().map(|(_, seconds)| seconds).sum();
+    assert!(path > summary.step_seconds * 0.3 && path < summary.step_seconds * 2.0, "{path}: {summary}");
+    assert!(summary.path.iter().any(|(action, _)| action.ends_with("compute backward")), "{summary}");
+    assert!(matches!(Summary::of("[]"), Err(SummaryError::NoStep)));
+    assert!(matches!(Summary::of("{}"), Err(SummaryError::Format(_))));
 }

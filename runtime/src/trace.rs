@@ -1,5 +1,6 @@
 //! What a session's actors did, as a file for <https://ui.perfetto.dev> or `chrome://tracing`: a track for each actor, and an arrow
-//! from each piece's writing to its reading. Imports `session` and `plan`.
+//! from each piece's writing to its reading. Imports `session`, `plan` and the
+//! actors' simulator.
 //!
 //! The format is the Trace Event Format's JSON
 //! (<https://docs.google.com/document/d/1CvAClvFfyA5R-PhYUmn5OOQtYMH4h6I0nSsKchNAySU>).
@@ -8,17 +9,28 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{self, BufWriter, Write};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use serde_json::json;
-use shardflow_actors::spec::{ActorId, Spec};
+use shardflow_actors::simulate::{Options, Timing, simulate};
+use shardflow_actors::spec::{ActorId, ActorSpec, Spec};
 use shardflow_actors::trace::{Cause, Fired};
 
 use crate::session::Session;
+
+pub mod summary;
+
+/// Name of the event with what the simulator says of a step.
+const PREDICTION: &str = "prediction";
 
 /// A trace that is being written.
 pub struct TraceFile {
     path: PathBuf,
     out: BufWriter<File>,
+    /// Of the session, once it is known.
+    spec: Option<Arc<Spec>>,
+    /// By actor and action: firings, and nanoseconds of all together.
+    spent: BTreeMap<(ActorId, u32), (u64, u64)>,
     /// By actor: firings read.
     read: BTreeMap<ActorId, u64>,
     lost: u64,
@@ -42,7 +54,8 @@ impl TraceFile {
         let failed = |source| TraceError { path: path.to_owned(), source };
         let mut out = BufWriter::new(File::create(path).map_err(failed)?);
         out.write_all(b"[\n").map_err(failed)?;
-        Ok(Self { path: path.to_owned(), out, read: BTreeMap::new(), lost: 0, is_empty: true })
+        let (read, spent) = (BTreeMap::new(), BTreeMap::new());
+        Ok(Self { path: path.to_owned(), out, spec: None, spent, read, lost: 0, is_empty: true })
     }
 
     /// Adds what actors did since it was last called: to be called after each step, before their rings are full.
@@ -51,20 +64,44 @@ impl TraceFile {
     /// When the file cannot be written.
     pub fn add(&mut self, session: &Session) -> Result<(), TraceError> {
         let Some(observer) = session.observer() else { return Ok(()) };
-        let (spec, process) = (&session.plan().spec, observer.hosting().process);
+        let spec = self.spec.get_or_insert_with(|| Arc::new(session.plan().spec.clone())).clone();
+        let process = observer.hosting().process;
         for actor in observer.hosting().actors_of(session.plan(), process) {
             if !self.read.contains_key(&actor) {
-                self.event(&track(spec, actor))?;
+                self.event(&track(&spec, actor))?;
             }
             let next = self.read.entry(actor).or_default();
             let told = observer.fired(actor, *next);
             *next = told.next;
             self.lost += told.lost;
             for fired in &told.firings {
-                self.firing(spec, actor, fired)?;
+                self.firing(&spec, actor, fired)?;
             }
         }
         Ok(())
+    }
+
+    /// What a step would take if each firing took its mean and nothing but the plan held it up: the simulator's answer, of whose
+    /// actors this process hosts all.
+    fn predict(&mut self) -> Result<(), TraceError> {
+        let Some(spec) = self.spec.clone().filter(|spec| spec.actors.len() == self.read.len()) else { return Ok(()) };
+        let mean = |actor: usize, action: usize| {
+            let (count, ns) = self.spent.get(&(ActorId(actor as u32), action as u32)).copied().unwrap_or_default();
+            ns / count.max(1)
+        };
+        let actions = |(a, actor): (usize, &ActorSpec)| (0..actor.actions.len()).map(|x| mean(a, x)).collect();
+        let action_ticks = spec.actors.iter().enumerate().map(actions).collect();
+        let timing = Timing { action_ticks, ..Timing::default() };
+        // A plan that ran gets stuck here no more than there.
+        let Ok(run) = simulate(&spec, &timing, &Options::steps(1)) else { return Ok(()) };
+        let mut busy: BTreeMap<&str, u64> = BTreeMap::new();
+        for fired in &run.timeline {
+            *busy.entry(&spec.actors[fired.actor.0 as usize].name).or_default() += fired.end - fired.start;
+        }
+        let idle = busy.into_iter().map(|(name, ns)| (name, micros(run.makespan - ns)));
+        let idle: serde_json::Map<String, serde_json::Value> = idle.map(|(n, us)| (n.to_owned(), us.into())).collect();
+        let args = json!({ "step_us": micros(run.makespan), "idle_us": idle });
+        self.event(&json!({ "name": PREDICTION, "ph": "M", "pid": 0, "args": args }))
     }
 
     /// Ends the file. Gives how many firings were dropped before they were read.
@@ -72,6 +109,7 @@ impl TraceFile {
     /// # Errors
     /// When the file cannot be written.
     pub fn finish(mut self) -> Result<u64, TraceError> {
+        self.predict()?;
         let ended = self.out.write_all(b"\n]\n").and_then(|()| self.out.flush());
         ended.map_err(|source| TraceError { path: self.path.clone(), source })?;
         Ok(self.lost)
@@ -85,19 +123,24 @@ impl TraceFile {
 
     /// A slice, and the arrows that end and begin in it.
     fn firing(&mut self, spec: &Spec, actor: ActorId, fired: &Fired) -> Result<(), TraceError> {
+        let spent = self.spent.entry((actor, fired.action)).or_default();
+        *spent = (spent.0 + 1, spent.1 + fired.ended_ns - fired.launched_ns);
         let own = &spec.actors[actor.0 as usize];
         let action = &own.actions[fired.action as usize];
         let (pid, tid) = (own.device, actor.0);
-        let waited = match fired.cause {
-            Cause::Input(register) => format!("a piece of {}", spec.register_name(register)),
-            Cause::Credit(register) => format!("a slot of {}", spec.register_name(register)),
-            Cause::Host => "the host".to_owned(),
-            Cause::Own => "itself".to_owned(),
+        let (cause, register) = match fired.cause {
+            Cause::Input(register) => ("input", spec.register_name(register)),
+            Cause::Credit(register) => ("credit", spec.register_name(register)),
+            Cause::Host => ("host", String::new()),
+            Cause::Own => ("own", String::new()),
         };
         self.event(&json!({
             "name": action.name, "cat": category(&action.name), "ph": "X", "pid": pid, "tid": tid,
             "ts": micros(fired.launched_ns), "dur": micros(fired.ended_ns - fired.launched_ns),
-            "args": { "firing": fired.firing, "waited_us": micros(fired.launched_ns - fired.idle_ns), "for": waited },
+            "args": {
+                "step": fired.firing / u64::from(action.per_step), "firing": fired.firing,
+                "waited_us": micros(fired.launched_ns - fired.idle_ns), "cause": cause, "register": register,
+            },
         }))?;
         for input in &action.inputs {
             let register = &spec.registers[input.register.0 as usize];

@@ -5,7 +5,7 @@ use std::ffi::OsString;
 use std::io::Write;
 #[cfg(feature = "watch")]
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -16,6 +16,7 @@ use shardflow::doctor;
 use shardflow::exit::Exit;
 use shardflow::launcher::{LaunchOptions, become_program, guard, launch};
 use shardflow::session::shown::{PLAN_DOT, PLAN_HTML, PLAN_TEXT};
+use shardflow::trace::summary::Summary;
 #[cfg(feature = "watch")]
 use shardflow::watch::client;
 
@@ -49,6 +50,11 @@ enum Command {
         /// The program and its arguments
         #[arg(trailing_var_arg = true, allow_hyphen_values = true, required = true, value_name = "PROGRAM ARGS")]
         command: Vec<OsString>,
+    },
+    /// Summarise a trace that `--trace` wrote: busy, idle and why, the critical path, beside the simulator's step.
+    Trace {
+        /// The file
+        file: PathBuf,
     },
     /// Tell on one screen how a process does that was started with `--listen`.
     #[cfg(feature = "watch")]
@@ -147,6 +153,7 @@ fn main() -> ExitCode {
         Command::Status { at, json } => run_status(at, json),
         #[cfg(feature = "watch")]
         Command::ExplainHang { at } => run_explain_hang(at),
+        Command::Trace { file } => run_trace(&file),
         Command::Plan { html, dot, command } => run_plan(html, dot, &command),
         Command::Secret => print_secret(),
         Command::Guard { folder } => guard(&folder, std::io::stdin().lock()),
@@ -195,6 +202,17 @@ fn run_doctor(json: bool) -> Exit {
     match text {
         Ok(text) => print(text.trim_end()).unwrap_or_else(|| findings.exit()),
         Err(error) => fail(Exit::Internal, error),
+    }
+}
+
+fn run_trace(file: &Path) -> Exit {
+    let text = match std::fs::read_to_string(file) {
+        Ok(text) => text,
+        Err(error) => return fail(Exit::Usage, format!("cannot read {}: {error}", file.display())),
+    };
+    match Summary::of(&text) {
+        Ok(summary) => print(summary.to_string().trim_end()).unwrap_or(Exit::Done),
+        Err(error) => fail(Exit::BadData, format!("{}: {error}", file.display())),
     }
 }
 
