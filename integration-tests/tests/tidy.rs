@@ -46,6 +46,7 @@ const UNSAFE_FILES: &[&str] = &[
     "integration-tests/software-cuda/tests/gpu/bugs_memory.rs",
     "integration-tests/software-cuda/tests/gpu/bugs_nccl.rs",
     "integration-tests/software-cuda/tests/gpu/faults.rs",
+    "integration-tests/software-cuda/tests/gpu/processes.rs",
     "integration-tests/software-cuda/tests/gpu/products.rs",
     "integration-tests/software-cuda/tests/gpu/schedules.rs",
     "kernels/src/collective/board.rs",

@@ -96,6 +96,8 @@ pub struct Config {
     pub one_host: bool,
     /// `SOFTWARE_CUDA_FAULT`.
     pub fault: Option<Fault>,
+    /// `SOFTWARE_CUDA_NODE`: devices of one number are the same in all processes of a node, for NCCL.
+    pub node: String,
     /// `SOFTWARE_CUDA_TRACE=1`: each operation is printed as it is executed.
     pub trace: bool,
 }
@@ -128,6 +130,7 @@ impl Config {
             report: text("SOFTWARE_CUDA_REPORT").map(PathBuf::from),
             one_host: text("SOFTWARE_CUDA_HOST").as_deref() == Some("global"),
             fault,
+            node: text("SOFTWARE_CUDA_NODE").unwrap_or_default(),
             trace: text("SOFTWARE_CUDA_TRACE").as_deref() == Some("1"),
         }
     }

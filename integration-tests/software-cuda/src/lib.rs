@@ -49,6 +49,7 @@
 //! | `SOFTWARE_CUDA_DEADLOCK_MS` | how long nothing may move while work is queued; rings are found at once | 10000 |
 //! | `SOFTWARE_CUDA_CACHE` | where compiled kernels are kept | the temporary folder |
 //! | `SOFTWARE_CUDA_HOST` | `global`: host threads count as one, where no message carries its clock | none |
+//! | `SOFTWARE_CUDA_NODE` | which node plays in this process: NCCL takes no two ranks on one device of a node | empty |
 //! | `SOFTWARE_CUDA_TRACE` | `1`: prints each operation as it is executed | none |
 //!
 //! Symbols that begin with `software_cuda_` (in `control.rs`) give findings, counters and leaks at any time, change the

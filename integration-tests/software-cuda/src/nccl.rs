@@ -1,9 +1,14 @@
 //! NCCL's functions: communicators here, calls in `calls`. Imports `world`, `scheduler`, and its parts.
+//!
+//! A unique id names a socket of the process that made it, where ranks of several processes meet: see `hub`.
 #![allow(unsafe_code, non_snake_case)]
 
+pub mod abroad;
 pub mod calls;
 pub mod data;
 pub mod engine;
+mod hub;
+pub mod wire;
 
 use std::ffi::{c_char, c_int};
 use std::time::Instant;
@@ -12,6 +17,7 @@ use cudarc::nccl::sys::{ncclComm_t, ncclConfig_t, ncclResult_t, ncclUniqueId};
 
 use crate::export::{exports, plain_exports};
 use crate::nccl::engine::{Clique, Comm, abort, is_pending};
+use crate::nccl::wire::{Joining, Said, Wire};
 use crate::nvrtc::lasting_text;
 use crate::scheduler::host_wait;
 use crate::world::{State, world};
@@ -48,19 +54,24 @@ fn join(id: &ncclUniqueId, ranks: c_int, rank: c_int, is_blocking: bool) -> Resu
     if rank >= ranks {
         return Err(ncclResult_t::ncclInvalidArgument);
     }
-    let key = u64::from_le_bytes(std::array::from_fn(|i| id.internal[i] as u8));
-    let clique = match state.comms.ids.get(&key) {
+    let name = wire::name_of(id);
+    let clique = match state.comms.ids.get(&name) {
         Some(clique) => *clique,
         None => {
             let handle = state.handle();
-            state.comms.ids.insert(key, handle);
-            state.comms.cliques.insert(handle, Clique::of(ranks));
+            let wire = Wire::connect(&name, handle).map_err(|_| ncclResult_t::ncclRemoteError)?;
+            state.comms.ids.insert(name.clone(), handle);
+            state.comms.cliques.insert(handle, Clique::of(ranks, wire));
             handle
         }
     };
-    let members = &state.comms.cliques[&clique].ranks;
-    if members.len() != ranks || members[rank].is_some() {
+    let members = &state.comms.cliques[&clique];
+    if members.ranks.len() != ranks || members.ranks[rank].is_some() {
         return Err(ncclResult_t::ncclInvalidUsage);
+    }
+    if let Some(wire) = &members.wire {
+        let (on, process) = ((world().config.node.clone(), device), std::process::id());
+        wire.say(&Said::Join(Joining { clique: name, ranks, rank, device: on, process }), &[]);
     }
     let handle = state.handle();
     state.comms.add(handle, clique, rank, device, is_blocking);
@@ -112,9 +123,7 @@ exports! { nccl;
 
     fn ncclGetUniqueId(id: *mut ncclUniqueId) -> ncclResult_t {
         let handle = world().state().handle();
-        let mut internal = [0; 128];
-        internal.iter_mut().zip(handle.to_le_bytes()).for_each(|(to, byte)| *to = byte as c_char);
-        (*id).internal = internal;
+        *id = wire::id_of(&hub::new_name(handle).map_err(|_| ncclResult_t::ncclSystemError)?);
         Ok(())
     }
 
@@ -166,7 +175,7 @@ exports! { nccl;
     fn ncclCommDestroy(destroyed: ncclComm_t) -> ncclResult_t {
         comm(&world().state(), destroyed)?;
         let flushed = flush(destroyed as u64);
-        world().state().comms.close(destroyed as u64);
+        world().state().comms.close(destroyed as u64, true);
         flushed
     }
 
@@ -175,7 +184,7 @@ exports! { nccl;
         let (rank, device) = comm(&state, aborted).map(|c| (c.rank, c.device))?;
         let is_excused = state.was_injected || state.is_stuck || condition(&state, comm(&state, aborted)?) != ncclResult_t::ncclSuccess;
         let dropped = abort(&mut state, aborted as u64);
-        state.comms.close(aborted as u64);
+        state.comms.close(aborted as u64, false);
         state.is_stuck = false;
         world().submitted.notify_all();
         world().progressed.notify_all();
@@ -212,6 +221,9 @@ plain_exports! { nccl;
     fn ncclGetLastError(asked: ncclComm_t) -> *const c_char {
         let state = world().state();
         let text = match state.comms.comms.get(&(asked as u64)) {
+            Some(found) if state.comms.cliques[&found.clique].error == Some(ncclResult_t::ncclRemoteError) => {
+                "another rank was given up, or its process is gone"
+            }
             Some(found) if state.comms.cliques[&found.clique].error.is_some() => "two ranks are on one device",
             Some(found) if found.error.is_some() => "the ranks' calls do not match",
             _ => "",

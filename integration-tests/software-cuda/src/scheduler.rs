@@ -8,7 +8,7 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use crate::config::Policy;
-use crate::nccl::engine;
+use crate::nccl::{abroad, engine};
 use crate::run::run;
 use crate::world::{Kind, Refused, State, Stream, World, in_callback, lock};
 
@@ -87,8 +87,9 @@ fn pick(state: &mut State, ready: &[u64]) -> u64 {
 
 /// The executor's thread.
 pub fn execute(world: &'static World) {
-    let mut state = world.state();
+    let (mut state, mut told) = (world.state(), Instant::now());
     loop {
+        state = abroad::tell_busy(world, state, &mut told, world.compiling.load(Ordering::Relaxed) > 0);
         let ready: Vec<u64> = state.streams.iter().filter(|(h, s)| is_ready(&state, **h, s)).map(|(h, _)| *h).collect();
         if ready.is_empty() {
             if engine::settle_old(world, &mut state) {
@@ -123,7 +124,8 @@ fn look_for_deadlock(world: &World, state: &mut State) {
     let stuck: Vec<(u64, Vec<Hold>)> =
         state.streams.keys().filter_map(|h| Some((*h, holds(state, *h)?))).filter(|(_, h)| !h.is_empty()).collect();
     let is_ring = stuck.iter().any(|(start, _)| reaches(&stuck, *start, *start));
-    if stuck.is_empty() || (!is_ring && (is_compiling || state.last_move.elapsed() < world.config.deadlock)) {
+    let quiet = state.last_move.elapsed().min(state.peers_moved.elapsed());
+    if stuck.is_empty() || (!is_ring && (is_compiling || quiet < world.config.deadlock)) {
         return;
     }
     state.is_stuck = true;

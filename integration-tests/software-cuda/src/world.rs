@@ -201,6 +201,8 @@ pub struct State {
     pub executed: u64,
     /// When something was last submitted or executed.
     pub last_move: Instant,
+    /// When another process that shares communicators last said that it moves.
+    pub peers_moved: Instant,
     /// Host threads that wait.
     pub waiting_hosts: usize,
     /// When something was last submitted.
@@ -302,6 +304,7 @@ impl World {
             next_sequence: 0,
             executed: 0,
             last_move: Instant::now(),
+            peers_moved: Instant::now(),
             waiting_hosts: 0,
             last_submission: Instant::now(),
             polls: 0,

@@ -19,6 +19,8 @@ mod child;
 mod faults;
 #[path = "gpu/kernels.rs"]
 mod kernels;
+#[path = "gpu/processes.rs"]
+mod processes;
 #[path = "gpu/products.rs"]
 mod products;
 #[path = "gpu/schedules.rs"]
@@ -37,6 +39,11 @@ const CASES: &[(&str, fn())] = &[
     ("leaks", faults::check_leaks),
     ("counters", faults::check_counters),
     ("rank threads", faults::check_rank_threads),
+    ("processes", processes::check_together),
+    ("processes disagree", processes::check_lengths),
+    ("processes on the same devices", processes::check_same_devices),
+    ("a process never calls", processes::check_missing),
+    ("a process dies", processes::check_gone),
     ("bugs of memory", bugs_memory::check),
     ("bugs of kernels", bugs_kernel::check),
     ("bugs of collectives", bugs_nccl::check),

@@ -12,7 +12,7 @@ use cudarc::nccl::sys::{cudaStream_t, ncclComm_t, ncclDataType_t, ncclRedOp_t, n
 
 use crate::export::exports;
 use crate::nccl::data::element_bytes;
-use crate::nccl::engine::{Call, CallKind, Group, Part, Tag, defer};
+use crate::nccl::engine::{Call, CallKind, Group, Part, Stage, Tag, defer};
 use crate::world::{Kind, State, world};
 
 /// What a thread has called inside a group.
@@ -84,7 +84,7 @@ fn issue(state: &mut State, pending: &mut Pending, calls: Vec<(u64, u64, Call)>)
                 });
             }
         }
-        let part = Part { call, tag, is_done: false };
+        let part = Part { call, tag, stage: Stage::Waiting };
         match groups.iter_mut().find(|g| g.0 == handle && g.1 == stream) {
             Some(group) => group.2.push(part),
             None => groups.push((handle, stream, vec![part])),

@@ -27,11 +27,13 @@ pub fn element_bytes(dtype: u32) -> Option<usize> {
     ELEMENT_BYTES.get(dtype as usize).copied()
 }
 
-/// Members whose data reaches the others.
+/// Members whose data reaches the others: of this process's, where others have members too.
 pub fn sources(members: &[Member]) -> Vec<usize> {
     match members[0].call.kind {
         CallKind::Send | CallKind::Receive => vec![0],
-        CallKind::Broadcast => vec![members[0].call.peer as usize],
+        CallKind::Broadcast => {
+            (0..members.len()).filter(|m| members[*m].rank == members[*m].call.peer as usize).collect()
+        }
         _ => (0..members.len()).collect(),
     }
 }
@@ -50,72 +52,89 @@ fn lengths(call: &Call, rank: usize, ranks: usize) -> (usize, usize) {
     }
 }
 
-fn mismatch(members: &[Member]) -> Option<String> {
-    let first = &members[0];
-    let is_message = matches!(first.call.kind, CallKind::Send | CallKind::Receive);
+/// What is wrong with ranks that call these things together.
+pub fn mismatch(calls: &[(usize, Call)]) -> Option<String> {
+    let first = &calls[0];
+    let is_message = matches!(first.1.kind, CallKind::Send | CallKind::Receive);
     let facts = |call: &Call| {
         let (kind, reduction, root) =
             if is_message { (None, 0, 0) } else { (Some(call.kind), call.reduction, call.peer) };
         (kind, call.count, call.dtype, reduction, root)
     };
-    let other = members.iter().find(|m| facts(&m.call) != facts(&first.call))?;
-    let describe = |m: &Member| {
-        let c = &m.call;
+    let other = calls.iter().find(|c| facts(&c.1) != facts(&first.1))?;
+    let describe = |(rank, c): &(usize, Call)| {
         format!(
-            "rank {} asks for {:?} of {} of type {}, reduction {}, root or peer {}",
-            m.rank, c.kind, c.count, c.dtype, c.reduction, c.peer
+            "rank {rank} asks for {:?} of {} of type {}, reduction {}, root or peer {}",
+            c.kind, c.count, c.dtype, c.reduction, c.peer
         )
     };
     Some(format!("{}, but {}", describe(first), describe(other)))
 }
 
-/// Checks and makes one collective or message; `members` are by rank, or sender and receiver. True when they do not match.
+/// Checks and makes one collective or message; `members` are all, by rank, or sender and receiver. True when they do not
+/// match.
 pub fn pass(world: &World, members: &[Member]) -> bool {
-    if let Some(what) = mismatch(members) {
+    let calls: Vec<(usize, Call)> = members.iter().map(|m| (m.rank, m.call)).collect();
+    if let Some(what) = mismatch(&calls) {
         world.find("collective-mismatch", &what, || what.clone());
         return true;
     }
-    let ranks = members.len();
-    let bytes = ELEMENT_BYTES[members[0].call.dtype as usize];
-    let mut shadow = lock(&world.shadow);
-    let mut inputs = Vec::new();
-    for member in members {
-        let (sent, _) = lengths(&member.call, member.rank, ranks);
-        let mut guest = guest(&mut shadow, &world.registry, &world.findings, &member.running);
-        if !guest.touch(member.call.send, sent * bytes, Access::Read) {
-            return false;
-        }
-        let mut input = Vec::new();
-        if sent > 0 {
-            // SAFETY: the range was just checked.
-            input.extend_from_slice(unsafe { std::slice::from_raw_parts(member.call.send as *const u8, sent * bytes) });
-        }
-        inputs.push(input);
-    }
-    let call = members[0].call;
-    let whole = match call.kind {
-        CallKind::AllReduce | CallKind::Reduce | CallKind::ReduceScatter => reduce(&inputs, &call),
-        CallKind::AllGather => inputs.concat(),
-        CallKind::Broadcast => inputs[call.peer as usize].clone(),
-        CallKind::Send | CallKind::Receive => inputs[0].clone(),
-    };
-    for member in members {
-        let (_, received) = lengths(&member.call, member.rank, ranks);
-        let mut guest = guest(&mut shadow, &world.registry, &world.findings, &member.running);
-        if received == 0 || !guest.touch(member.call.receive, received * bytes, Access::Write) {
-            continue;
-        }
-        let start = if call.kind == CallKind::ReduceScatter { member.rank * received * bytes } else { 0 };
-        // SAFETY: the range was just checked, and `whole` is as long.
-        unsafe {
-            let from = whole[start..start + received * bytes].as_ptr();
-            std::ptr::copy_nonoverlapping(from, member.call.receive as *mut u8, received * bytes);
-        }
-    }
+    let inputs: Option<Vec<Vec<u8>>> = members.iter().map(|m| take(world, m, members.len())).collect();
+    let Some(inputs) = inputs else { return false };
+    let whole = combine(&calls[0].1, &inputs.iter().map(|input| &input[..]).collect::<Vec<_>>());
+    members.iter().for_each(|member| put(world, member, members.len(), &whole));
     false
 }
 
-fn reduce(inputs: &[Vec<u8>], call: &Call) -> Vec<u8> {
+/// What a member of so many sends; `None` when it may not be read.
+pub fn take(world: &World, member: &Member, ranks: usize) -> Option<Vec<u8>> {
+    let bytes = sent_bytes(member, ranks);
+    let mut shadow = lock(&world.shadow);
+    let mut guest = guest(&mut shadow, &world.registry, &world.findings, &member.running);
+    if !guest.touch(member.call.send, bytes, Access::Read) {
+        return None;
+    }
+    let mut input = Vec::new();
+    if bytes > 0 {
+        // SAFETY: the range was just checked.
+        input.extend_from_slice(unsafe { std::slice::from_raw_parts(member.call.send as *const u8, bytes) });
+    }
+    Some(input)
+}
+
+/// How much a member of so many sends.
+pub fn sent_bytes(member: &Member, ranks: usize) -> usize {
+    lengths(&member.call, member.rank, ranks).0 * ELEMENT_BYTES[member.call.dtype as usize]
+}
+
+/// What comes of what all members send, of which each gets all or its part: see [`put`].
+pub fn combine(call: &Call, inputs: &[&[u8]]) -> Vec<u8> {
+    match call.kind {
+        CallKind::AllReduce | CallKind::Reduce | CallKind::ReduceScatter => reduce(inputs, call),
+        CallKind::AllGather => inputs.concat(),
+        CallKind::Broadcast => inputs[call.peer as usize].to_vec(),
+        CallKind::Send | CallKind::Receive => inputs[0].to_vec(),
+    }
+}
+
+/// Writes what a member of so many receives.
+pub fn put(world: &World, member: &Member, ranks: usize, whole: &[u8]) {
+    let (_, received) = lengths(&member.call, member.rank, ranks);
+    let bytes = received * ELEMENT_BYTES[member.call.dtype as usize];
+    let mut shadow = lock(&world.shadow);
+    let mut guest = guest(&mut shadow, &world.registry, &world.findings, &member.running);
+    if bytes == 0 || !guest.touch(member.call.receive, bytes, Access::Write) {
+        return;
+    }
+    let start = if member.call.kind == CallKind::ReduceScatter { member.rank * bytes } else { 0 };
+    // SAFETY: the range was just checked, and `whole` is as long.
+    unsafe {
+        let from = whole[start..start + bytes].as_ptr();
+        std::ptr::copy_nonoverlapping(from, member.call.receive as *mut u8, bytes);
+    }
+}
+
+fn reduce(inputs: &[&[u8]], call: &Call) -> Vec<u8> {
     let (dtype, ranks) = (call.dtype, inputs.len());
     let bytes = ELEMENT_BYTES[dtype as usize];
     let mut out = vec![0; inputs[0].len()];
@@ -209,16 +228,16 @@ mod tests {
     #[test]
     fn reductions_of_each_type() {
         let floats = |v: [f32; 2]| v.iter().flat_map(|x| x.to_ne_bytes()).collect::<Vec<u8>>();
-        let inputs = [floats([1.0, -2.0]), floats([3.0, 4.0])];
+        let inputs = [&floats([1.0, -2.0])[..], &floats([3.0, 4.0])];
         assert_eq!(reduce(&inputs, &call(CallKind::AllReduce, 7, 0)), floats([4.0, 2.0]));
         assert_eq!(reduce(&inputs, &call(CallKind::AllReduce, 7, AVERAGE)), floats([2.0, 1.0]));
         assert_eq!(reduce(&inputs, &call(CallKind::AllReduce, 7, 2)), floats([3.0, 4.0]));
-        let bytes = [vec![255u8, 3], vec![1, 4]];
+        let bytes = [&[255u8, 3][..], &[1, 4]];
         assert_eq!(reduce(&bytes, &call(CallKind::AllReduce, 0, 0)), [0, 7]);
         assert_eq!(reduce(&bytes, &call(CallKind::AllReduce, 1, 2)), [255, 4]);
         let halves = |v: [f32; 2]| v.iter().flat_map(|x| to_bf16(*x).to_le_bytes()).collect::<Vec<u8>>();
         assert_eq!(
-            reduce(&[halves([1.0, 2.0]), halves([0.5, 0.25])], &call(CallKind::AllReduce, 9, 0)),
+            reduce(&[&halves([1.0, 2.0])[..], &halves([0.5, 0.25])], &call(CallKind::AllReduce, 9, 0)),
             halves([1.5, 2.25])
         );
     }

@@ -1,5 +1,5 @@
 //! Communicators and what passes between their ranks: who meets whom, and in which order. Imports `world`, `run`,
-//! `nccl::data`.
+//! `nccl::{abroad, data, wire}`.
 //!
 //! - NC-1: the n-th collective of a communicator is the same on all its ranks: kind, count, type, reduction and root.
 //! - NC-2: communicators that share devices issue their collectives in one order on all of these.
@@ -7,21 +7,26 @@
 //! Calls of a group on one communicator and stream are one operation. It starts when it is its stream's first; a part of
 //! it is done once its partners have started too, and the operation ends with its last part. Where the communicator does
 //! not block, the call answers "in progress", and the operation comes to its stream only when the host has asked.
+//!
+//! Where other processes have ranks too, a part whose partners of this process have started is posted to the hub, and done
+//! when the hub's answer has come. Clocks do not cross processes, for neither do addresses.
 
 use std::collections::{BTreeMap, HashMap};
-use std::sync::MutexGuard;
+use std::sync::{Arc, MutexGuard};
 use std::time::{Duration, Instant};
 
 use cudarc::nccl::sys::ncclResult_t;
 
 use crate::clock::Clock;
+use crate::nccl::abroad::{Answer, post};
 use crate::nccl::data;
+use crate::nccl::wire::{Meeting, Said, Wire};
 use crate::run::{Running, start};
 use crate::scheduler::Hold;
 use crate::world::{Kind, State, World};
 
 /// What a call asks for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub enum CallKind {
     /// Sum or such of all, to all.
     AllReduce,
@@ -40,7 +45,7 @@ pub enum CallKind {
 }
 
 /// A call.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, serde::Serialize, serde::Deserialize)]
 pub struct Call {
     /// What.
     pub kind: CallKind,
@@ -75,8 +80,26 @@ pub struct Part {
     pub call: Call,
     /// Its tag.
     pub tag: Tag,
-    /// Whether it is over.
-    pub is_done: bool,
+    /// How far it is.
+    pub stage: Stage,
+}
+
+/// How far a part is.
+pub enum Stage {
+    /// Its partners of this process have not all started.
+    Waiting,
+    /// The hub knows of it.
+    Posted,
+    /// The hub has answered.
+    Answered(Arc<Answer>),
+    /// It is over.
+    Done,
+}
+
+impl Part {
+    fn is_done(&self) -> bool {
+        matches!(self.stage, Stage::Done)
+    }
 }
 
 /// Calls of one group on one communicator and stream.
@@ -133,24 +156,30 @@ pub struct Clique {
     pub devices: Vec<usize>,
     /// A rank of it was given up.
     pub is_over: bool,
-    /// Why it cannot be.
+    /// Why it cannot be, or can no longer.
     pub error: Option<ncclResult_t>,
+    /// To the hub, where ranks of all processes meet.
+    pub wire: Option<Arc<Wire>>,
+    /// All ranks are there, some of them in other processes.
+    pub is_abroad: bool,
+    /// The hub's process may end.
+    pub hub_left: bool,
     /// Collectives issued, by device.
     issued: HashMap<usize, u64>,
-    /// For a collective that not all ranks have issued: who issued it first, what other cliques had issued there by then,
-    /// and how many ranks have not.
+    /// For a collective that not all ranks of this process have issued: who issued it first, what other cliques had issued
+    /// there by then, and how many ranks have not.
     orders: HashMap<u64, (usize, BTreeMap<u64, u64>, usize)>,
 }
 
 impl Clique {
     /// One that its ranks have yet to join.
-    pub fn of(ranks: usize) -> Clique {
-        Clique { ranks: vec![None; ranks], ..Clique::default() }
+    pub fn of(ranks: usize, wire: Arc<Wire>) -> Clique {
+        Clique { ranks: vec![None; ranks], wire: Some(wire), ..Clique::default() }
     }
 
     /// Whether all ranks are there.
     pub fn is_full(&self) -> bool {
-        self.ranks.iter().all(Option::is_some)
+        self.is_abroad || self.ranks.iter().all(Option::is_some)
     }
 }
 
@@ -165,7 +194,7 @@ pub struct Comms {
     /// By their own handle.
     pub cliques: BTreeMap<u64, Clique>,
     /// Cliques by unique id.
-    pub ids: HashMap<u64, u64>,
+    pub ids: HashMap<String, u64>,
 }
 
 impl Comms {
@@ -199,11 +228,23 @@ impl Comms {
         members.devices.push(device);
     }
 
-    /// A rank is given up.
-    pub fn close(&mut self, handle: u64) {
+    /// A rank is given up, in order or not.
+    pub fn close(&mut self, handle: u64, in_order: bool) {
         let comm = self.comms.get_mut(&handle).expect("it was looked up");
         comm.is_closed = true;
-        self.cliques.get_mut(&comm.clique).expect("its clique exists").is_over = true;
+        let (number, rank) = (comm.clique, comm.rank);
+        let is_last = self.comms.values().all(|c| c.clique != number || c.is_closed);
+        let clique = self.cliques.get_mut(&number).expect("its clique exists");
+        clique.is_over = true;
+        if !in_order {
+            clique.error.get_or_insert(ncclResult_t::ncclRemoteError);
+        }
+        if let Some(wire) = &clique.wire {
+            wire.say(&Said::Leave { rank, in_order }, &[]);
+            if is_last {
+                wire.end();
+            }
+        }
     }
 
     /// The tag of a communicator's next call, and what it breaks of NC-2.
@@ -236,7 +277,7 @@ impl Comms {
             .filter(|(other, c)| **other != own && !c.is_over && c.devices.contains(&device))
             .map(|(other, c)| (*other, c.issued.get(&device).copied().unwrap_or(0)))
             .collect();
-        let ranks = self.cliques[&own].ranks.len();
+        let ranks = self.cliques[&own].devices.len();
         let known = self.cliques[&own].orders.get(&number).cloned();
         let mut broken = None;
         if let Some((first, theirs, _)) = &known {
@@ -264,10 +305,21 @@ impl Comms {
     }
 }
 
-/// A part whose partners have all started: streams and places among their parts, by rank (sender first).
+/// A part whose partners of this process have all started.
 pub struct Transfer {
-    /// Stream, part.
+    /// Stream, part: by rank, or sender first.
     pub members: Vec<(u64, usize)>,
+    /// What is to be done.
+    step: Step,
+}
+
+enum Step {
+    /// All of it.
+    Here,
+    /// The hub is to be told.
+    Post(Meeting),
+    /// The hub has answered.
+    Take(Arc<Answer>),
 }
 
 fn started_part(state: &State, comm: u64, tag: Tag) -> Option<(u64, usize)> {
@@ -276,12 +328,12 @@ fn started_part(state: &State, comm: u64, tag: Tag) -> Option<(u64, usize)> {
         if group.comm != comm || group.started.is_none() || stream.is_busy || stream.is_hung {
             return None;
         }
-        let part = group.parts.iter().position(|p| p.tag == tag && !p.is_done)?;
+        let part = group.parts.iter().position(|p| p.tag == tag && !p.is_done())?;
         Some((*handle, part))
     })
 }
 
-/// Handles of partners of a part, with the tags that they know it by.
+/// Handles of partners of a part, with the tags that they know it by; none for those of other processes.
 fn partners(state: &State, comm: u64, tag: Tag) -> Vec<(usize, Option<u64>, Tag)> {
     let own = &state.comms.comms[&comm];
     let clique = &state.comms.cliques[&own.clique];
@@ -297,18 +349,26 @@ fn partners(state: &State, comm: u64, tag: Tag) -> Vec<(usize, Option<u64>, Tag)
 pub fn next_transfer(state: &State, handle: u64) -> Option<Transfer> {
     let Some(Kind::Nccl(group)) = state.streams[&handle].queue.front().map(|o| &o.kind) else { return None };
     group.started.as_ref()?;
-    for (index, part) in group.parts.iter().enumerate().filter(|(_, p)| !p.is_done) {
-        let found: Option<Vec<(u64, usize)>> = partners(state, group.comm, part.tag)
-            .into_iter()
-            .map(|(_, comm, tag)| started_part(state, comm?, tag))
-            .collect();
+    let own = &state.comms.comms[&group.comm];
+    let is_abroad = state.comms.cliques[&own.clique].is_abroad;
+    for (index, part) in group.parts.iter().enumerate() {
+        let partners = partners(state, group.comm, part.tag);
+        let crosses = is_abroad && partners.iter().any(|p| p.1.is_none());
+        let step = match &part.stage {
+            Stage::Waiting if crosses => Step::Post(Meeting::of(own.rank, part.tag)),
+            Stage::Waiting => Step::Here,
+            Stage::Answered(answer) => Step::Take(answer.clone()),
+            Stage::Posted | Stage::Done => continue,
+        };
+        let here = partners.into_iter().filter(|p| p.1.is_some() || !crosses);
+        let found: Option<Vec<(u64, usize)>> = here.map(|(_, comm, tag)| started_part(state, comm?, tag)).collect();
         let Some(mut members) = found else { continue };
         match part.tag {
             Tag::Collective(_) => {}
             Tag::Send(..) => members.insert(0, (handle, index)),
             Tag::Receive(..) => members.push((handle, index)),
         }
-        return Some(Transfer { members });
+        return Some(Transfer { members, step });
     }
     None
 }
@@ -316,10 +376,12 @@ pub fn next_transfer(state: &State, handle: u64) -> Option<Transfer> {
 /// What a started operation waits for.
 pub fn holds(state: &State, own: u64, group: &Group) -> Vec<Hold> {
     let mut holds = Vec::new();
-    for part in group.parts.iter().filter(|p| !p.is_done) {
+    let is_abroad = state.comms.cliques[&state.comms.comms[&group.comm].clique].is_abroad;
+    for part in group.parts.iter().filter(|p| !p.is_done()) {
         for (rank, comm, tag) in partners(state, group.comm, part.tag) {
             let Some(comm) = comm else {
-                holds.push(Hold::Missing(format!("rank {rank}, which never joined")));
+                let why = if is_abroad { "of another process" } else { "which never joined" };
+                holds.push(Hold::Missing(format!("rank {rank}, {why}")));
                 continue;
             };
             if started_part(state, comm, tag).is_some() {
@@ -341,7 +403,7 @@ pub fn holds(state: &State, own: u64, group: &Group) -> Vec<Hold> {
 }
 
 fn has(group: &Group, tag: Tag) -> bool {
-    group.parts.iter().any(|p| p.tag == tag && !p.is_done)
+    group.parts.iter().any(|p| p.tag == tag && !p.is_done())
 }
 
 /// Starts the first operation of a stream, or does one part of it.
@@ -355,11 +417,16 @@ pub fn advance<'a>(world: &'a World, mut state: MutexGuard<'a, State>, handle: u
         return state;
     }
     let Some(transfer) = next_transfer(&state, handle) else { return state };
+    let ranks = state.comms.cliques[&state.comms.comms[&group.comm].clique].ranks.len();
+    let wire = state.comms.cliques[&state.comms.comms[&group.comm].clique].wire.clone();
     let mut members = Vec::new();
     for (stream, part) in &transfer.members {
         let queued = state.streams.get_mut(stream).expect("it was found");
         queued.is_busy = true;
         let group = group_mut(&mut state, *stream);
+        if matches!(transfer.step, Step::Post(_)) {
+            group.parts[*part].stage = Stage::Posted;
+        }
         let call = group.parts[*part].call;
         let running = group.started.as_ref().expect("it has started");
         let running = Running { knows: running.knows.clone(), clock: running.clock.clone(), ..*running };
@@ -368,20 +435,48 @@ pub fn advance<'a>(world: &'a World, mut state: MutexGuard<'a, State>, handle: u
         members.push(data::Member { call, rank, running });
     }
     drop(state);
-    let mismatch = data::pass(world, &members);
-    let mut state = world.state();
-    let sources = data::sources(&members);
-    for (stream, part) in &transfer.members {
-        let queued = state.streams.get_mut(stream).expect("streams stay while they are busy");
-        queued.is_busy = false;
+    let mismatch = match &transfer.step {
+        Step::Here => data::pass(world, &members),
+        Step::Post(meeting) => {
+            post(world, wire.as_deref(), *meeting, &members, ranks);
+            let mut state = world.state();
+            transfer.members.iter().for_each(|(stream, _)| rest(&mut state, *stream));
+            return state;
+        }
+        Step::Take(answer) => {
+            match &answer.mismatch {
+                Some(what) => world.find("collective-mismatch", what, || what.clone()),
+                None => members.iter().for_each(|member| data::put(world, member, ranks, &answer.bytes)),
+            }
+            answer.mismatch.is_some()
+        }
+    };
+    finish(world.state(), &transfer.members, &members, mismatch)
+}
+
+fn rest(state: &mut State, stream: u64) {
+    state.streams.get_mut(&stream).expect("streams stay while they are busy").is_busy = false;
+}
+
+/// Parts are done, and operations whose last they were.
+fn finish<'a>(
+    mut state: MutexGuard<'a, State>,
+    transferred: &[(u64, usize)],
+    members: &[data::Member],
+    mismatch: bool,
+) -> MutexGuard<'a, State> {
+    let sources = data::sources(members);
+    for (stream, part) in transferred {
+        rest(&mut state, *stream);
         // It was aborted meanwhile.
+        let queued = &state.streams[stream];
         if !matches!(queued.queue.front().map(|o| &o.kind), Some(Kind::Nccl(g)) if g.started.is_some()) {
             continue;
         }
         let group = group_mut(&mut state, *stream);
-        group.parts[*part].is_done = true;
+        group.parts[*part].stage = Stage::Done;
         let comm = group.comm;
-        let is_over = group.parts.iter().all(|p| p.is_done);
+        let is_over = group.parts.iter().all(Part::is_done);
         let running = group.started.as_mut().expect("it has started");
         sources.iter().for_each(|source| running.knows.join(&members[*source].running.knows));
         let knows = running.knows.clone();

@@ -1,8 +1,9 @@
 //! Runs a case of a test in a child process, on the software device. Imports the crate's support.
 
-use std::process::Output;
+use std::path::Path;
+use std::process::{Command, Output};
 
-use shardflow_software_cuda::{Report, command};
+use shardflow_software_cuda::Report;
 
 const CASE: &str = "SOFTWARE_CUDA_TEST_CASE";
 
@@ -13,13 +14,20 @@ pub fn run(cases: &[(&str, fn())]) {
     case();
 }
 
+/// In the parent: what runs a case, and leaves a report in the folder.
+pub fn command(case: &str, folder: &Path, devices: usize, policy: &str, seed: u64) -> Command {
+    let program = std::env::current_exe().expect("this program");
+    let command = shardflow_software_cuda::command(program, folder, devices, policy, seed);
+    let mut command = command.expect("the software device is built");
+    command.args(["--exact", "child", "--ignored", "--nocapture"]).env(CASE, case);
+    command
+}
+
 /// In the parent: runs a case, with settings, and gives what it printed and what the device reports.
 pub fn start(case: &str, devices: usize, policy: &str, seed: u64, settings: &[(&str, &str)]) -> (Output, Report) {
     let folder = tempfile::tempdir().expect("a folder");
-    let program = std::env::current_exe().expect("this program");
-    let mut command = command(program, folder.path(), devices, policy, seed).expect("the software device is built");
-    command.args(["--exact", "child", "--ignored", "--nocapture"]).env(CASE, case).envs(settings.iter().copied());
-    let output = command.output().expect("this program starts");
+    let mut command = command(case, folder.path(), devices, policy, seed);
+    let output = command.envs(settings.iter().copied()).output().expect("this program starts");
     let report = Report::read(folder.path()).unwrap_or_default();
     (output, report)
 }

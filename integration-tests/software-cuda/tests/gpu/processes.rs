@@ -1,0 +1,268 @@
+//! Ranks of one communicator in several processes. Imports `api`, `child`.
+
+use std::io::{BufRead, BufReader, Read, Write};
+use std::process::{Child, Stdio};
+use std::time::{Duration, Instant};
+
+use cudarc::driver::sys::CUstream;
+use cudarc::nccl::sys::{ncclComm_t, ncclDataType_t, ncclRedOp_t, ncclResult_t, ncclUniqueId};
+use shardflow_software_cuda::Report;
+
+use crate::api::{self, filled, free, read, stream};
+use crate::{child, cuda, nccl};
+
+const N: usize = 48;
+const F32: ncclDataType_t = ncclDataType_t::ncclFloat32;
+const SUM: ncclRedOp_t = ncclRedOp_t::ncclSum;
+/// Number of the process among them.
+const PROCESS: &str = "SOFTWARE_CUDA_TEST_PROCESS";
+/// Ranks of a process.
+const OWN: usize = 2;
+const RANKS: usize = 2 * OWN;
+const WITHIN: Duration = Duration::from_secs(60);
+
+/// One rank.
+struct Rank {
+    rank: usize,
+    device: usize,
+    comm: ncclComm_t,
+    s: CUstream,
+    x: u64,
+    y: u64,
+}
+
+fn process() -> usize {
+    std::env::var(PROCESS).expect("the parent numbers processes").parse().expect("a number")
+}
+
+/// The communicator's id, which the first process makes and the parent passes on.
+fn shared_id() -> ncclUniqueId {
+    let mut id = ncclUniqueId { internal: [0; 128] };
+    if process() == 0 {
+        nccl!(ncclGetUniqueId(&mut id));
+        println!("\n> {}", id.internal.iter().map(|byte| format!("{byte} ")).collect::<String>());
+        return id;
+    }
+    let mut line = String::new();
+    std::io::stdin().read_line(&mut line).expect("the parent's line");
+    for (to, byte) in id.internal.iter_mut().zip(line.split_whitespace()) {
+        *to = byte.parse().expect("a byte");
+    }
+    id
+}
+
+/// This process's ranks, on devices that begin with `first`.
+fn join(first: usize) -> Vec<Rank> {
+    let id = shared_id();
+    let rank = |i: usize| {
+        let (rank, device) = (process() * OWN + i, first + i);
+        api::use_device(device as i32);
+        let (x, y) = (filled(&[rank as f32 + 1.0; N]), filled(&[0.0; N]));
+        Rank { rank, device, comm: api::join_ranks(id, RANKS, rank), s: stream(), x, y }
+    };
+    (0..OWN).map(rank).collect()
+}
+
+fn settle_all(ranks: &[Rank]) {
+    ranks.iter().for_each(|rank| api::settle(rank.comm, ncclResult_t::ncclInProgress));
+}
+
+/// Has all ranks call something as one group.
+fn all(ranks: &[Rank], call: impl Fn(&Rank) -> ncclResult_t) {
+    nccl!(ncclGroupStart());
+    for rank in ranks {
+        let code = call(rank);
+        assert!(matches!(code, ncclResult_t::ncclSuccess | ncclResult_t::ncclInProgress), "{code:?}");
+    }
+    // SAFETY: ends the group that was begun above.
+    let code = unsafe { cudarc::nccl::sys::ncclGroupEnd() };
+    assert!(matches!(code, ncclResult_t::ncclSuccess | ncclResult_t::ncclInProgress), "{code:?}");
+}
+
+fn close(ranks: Vec<Rank>) {
+    for rank in ranks {
+        api::use_device(rank.device as i32);
+        nccl!(ncclCommFinalize(rank.comm));
+        nccl!(ncclCommDestroy(rank.comm));
+        [rank.x, rank.y].into_iter().for_each(free);
+        cuda!(cuStreamDestroy_v2(rank.s));
+    }
+}
+
+/// In a child: every kind of call.
+pub fn check_together() {
+    use cudarc::nccl::sys::*;
+    let ranks = join(process() * OWN);
+    settle_all(&ranks);
+    let expect = |ranks: &[Rank], y: bool, want: &dyn Fn(usize, usize) -> f32| {
+        for r in ranks {
+            let got = read(if y { r.y } else { r.x }, N, r.s);
+            let want: Vec<f32> = (0..N).map(|i| want(r.rank, i)).collect();
+            assert_eq!(got, want, "rank {}", r.rank);
+        }
+    };
+    let quarter = N / RANKS;
+    for _ in 0..3 {
+        // SAFETY: addresses of device memory that is long enough; handles come from the libraries.
+        all(&ranks, |r| unsafe { ncclAllReduce(r.x as _, r.y as _, N, F32, SUM, r.comm, r.s.cast()) });
+        settle_all(&ranks);
+    }
+    expect(&ranks, true, &|_, _| 10.0);
+    // SAFETY: as above.
+    all(&ranks, |r| unsafe { ncclAllGather(r.x as _, r.y as _, quarter, F32, r.comm, r.s.cast()) });
+    settle_all(&ranks);
+    expect(&ranks, true, &|_, i| (i / quarter) as f32 + 1.0);
+    // SAFETY: as above.
+    all(&ranks, |r| unsafe { ncclReduceScatter(r.y as _, r.y as _, quarter, F32, SUM, r.comm, r.s.cast()) });
+    settle_all(&ranks);
+    expect(&ranks, true, &|rank, i| if i < quarter { 4.0 * (rank as f32 + 1.0) } else { (i / quarter) as f32 + 1.0 });
+    // SAFETY: as above.
+    all(&ranks, |r| unsafe { ncclBroadcast(r.x as _, r.y as _, N, F32, 2, r.comm, r.s.cast()) });
+    settle_all(&ranks);
+    expect(&ranks, true, &|_, _| 3.0);
+    // To the next rank, which is of this process or of the other.
+    let neighbour = |rank: usize, by: usize| ((rank + by) % RANKS) as i32;
+    // SAFETY: as above.
+    all(&ranks, |r| unsafe {
+        let (next, before) = (neighbour(r.rank, 1), neighbour(r.rank, RANKS - 1));
+        ncclSend(r.x as _, N, F32, next, r.comm, r.s.cast());
+        ncclRecv(r.y as _, N, F32, before, r.comm, r.s.cast())
+    });
+    settle_all(&ranks);
+    expect(&ranks, true, &|rank, _| neighbour(rank, RANKS - 1) as f32 + 1.0);
+    close(ranks);
+}
+
+/// In a child: the processes do not agree on a length, and both are told.
+pub fn check_lengths() {
+    let ranks = join(process() * OWN);
+    settle_all(&ranks);
+    let count = N - process();
+    // SAFETY: addresses of device memory that is long enough; handles come from the libraries.
+    all(&ranks, |r| unsafe {
+        cudarc::nccl::sys::ncclAllReduce(r.x as _, r.y as _, count, F32, SUM, r.comm, r.s.cast())
+    });
+    ranks.iter().for_each(|rank| assert_eq!(error_of(rank), ncclResult_t::ncclInvalidUsage));
+    abort(&ranks);
+}
+
+/// In a child: the second process's end leaves the first with an error, and an abort frees it.
+pub fn check_gone() {
+    let ranks = join(process() * OWN);
+    settle_all(&ranks);
+    if process() == 1 {
+        // Not in order: nothing is given up, nothing is written.
+        std::process::abort();
+    }
+    // SAFETY: addresses of device memory that is long enough; handles come from the libraries.
+    all(&ranks, |r| unsafe { cudarc::nccl::sys::ncclAllReduce(r.x as _, r.y as _, N, F32, SUM, r.comm, r.s.cast()) });
+    ranks.iter().for_each(|rank| assert_eq!(error_of(rank), ncclResult_t::ncclRemoteError));
+    abort(&ranks);
+    ranks.iter().for_each(|rank| api::wait(rank.s));
+}
+
+/// In a child: both processes bring the same devices.
+pub fn check_same_devices() {
+    let ranks = join(0);
+    ranks.iter().for_each(|rank| assert_eq!(error_of(rank), ncclResult_t::ncclInvalidUsage));
+    abort(&ranks);
+}
+
+/// In a child: the second process never calls.
+pub fn check_missing() {
+    let ranks = join(process() * OWN);
+    settle_all(&ranks);
+    if process() == 0 {
+        // SAFETY: addresses of device memory that is long enough; handles come from the libraries.
+        all(&ranks, |r| unsafe {
+            cudarc::nccl::sys::ncclAllReduce(r.x as _, r.y as _, N, F32, SUM, r.comm, r.s.cast())
+        });
+        settle_all(&ranks);
+        // SAFETY: the stream comes from the driver.
+        let waited = unsafe { cudarc::driver::sys::cuStreamSynchronize(ranks[0].s) };
+        assert_ne!(waited, cudarc::driver::sys::CUresult::CUDA_SUCCESS);
+    } else {
+        // Until the other has aborted.
+        ranks.iter().for_each(|rank| assert_eq!(error_of(rank), ncclResult_t::ncclRemoteError));
+    }
+    abort(&ranks);
+}
+
+/// The error that a rank meets.
+fn error_of(rank: &Rank) -> ncclResult_t {
+    let (mut state, start) = (ncclResult_t::ncclSuccess, Instant::now());
+    while matches!(state, ncclResult_t::ncclSuccess | ncclResult_t::ncclInProgress) {
+        assert!(start.elapsed() < WITHIN, "no error comes to rank {}", rank.rank);
+        std::thread::yield_now();
+        nccl!(ncclCommGetAsyncError(rank.comm, &mut state));
+    }
+    state
+}
+
+fn abort(ranks: &[Rank]) {
+    ranks.iter().for_each(|rank| nccl!(ncclCommAbort(rank.comm)));
+}
+
+/// In the parent: runs a case in two processes, and gives what each printed and reports, and whether it ended well.
+fn start(case: &str, policy: &str, seed: u64) -> Vec<(bool, String, Report)> {
+    let folders = [(); 2].map(|()| tempfile::tempdir().expect("a folder"));
+    let start = |process: usize| -> Child {
+        let settings = [(PROCESS, process.to_string()), ("SOFTWARE_CUDA_DEADLOCK_MS", "1500".to_owned())];
+        let mut command = child::command(case, folders[process].path(), RANKS, policy, seed + process as u64);
+        command.envs(settings).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        command.spawn().expect("this program starts")
+    };
+    let mut children = [start(0), start(1)];
+    let mut said = BufReader::new(children[0].stdout.take().expect("piped"));
+    let mut line = String::new();
+    while !line.starts_with("> ") {
+        line.clear();
+        assert!(said.read_line(&mut line).expect("text") > 0, "{case}: the first process makes no id");
+    }
+    let to = children[1].stdin.take().expect("piped");
+    writeln!({ to }, "{}", line.trim_start_matches("> ").trim()).expect("the second process lives");
+    let ends = children.into_iter().zip(&folders).enumerate().map(|(process, (child, folder))| {
+        let mut text = String::new();
+        if process == 0 {
+            said.read_to_string(&mut text).expect("text");
+        }
+        let output = child.wait_with_output().expect("it ends");
+        text += &(String::from_utf8_lossy(&output.stdout) + String::from_utf8_lossy(&output.stderr));
+        (output.status.success(), text, Report::read(folder.path()).unwrap_or_default())
+    });
+    ends.collect()
+}
+
+#[test]
+fn ranks_of_several_processes_work_together() {
+    for (policy, seed) in [("random", 1), ("adversarial", 2), ("lazy", 3)] {
+        for (process, (is_well, text, report)) in start("processes", policy, seed).into_iter().enumerate() {
+            assert!(is_well, "process {process}, {policy}:\n{text}");
+            assert_eq!(report.findings, [], "process {process}, {policy}");
+        }
+    }
+}
+
+/// Both processes end well, and report findings of these kinds.
+fn expect_found(case: &str, kinds: [&[&str]; 2]) {
+    for (process, (is_well, text, report)) in start(case, "random", 1).into_iter().enumerate() {
+        assert!(is_well, "{case}, process {process}:\n{text}");
+        let found: Vec<&str> = report.findings.iter().map(|f| &f.kind[..]).filter(|kind| *kind != "leak").collect();
+        assert_eq!(found, kinds[process], "{case}, process {process}: {:#?}", report.findings);
+    }
+}
+
+#[test]
+fn mistakes_between_processes_are_found_in_both() {
+    expect_found("processes disagree", [&["collective-mismatch"]; 2]);
+    expect_found("processes on the same devices", [&[]; 2]);
+    expect_found("a process never calls", [&["deadlock"], &[]]);
+}
+
+#[test]
+fn a_process_that_dies_leaves_an_error() {
+    let ends = start("a process dies", "random", 1);
+    assert!(ends[0].0 && !ends[1].0, "{}\n{}", ends[0].1, ends[1].1);
+    let found: Vec<&str> = ends[0].2.findings.iter().map(|f| &f.kind[..]).filter(|kind| *kind != "leak").collect();
+    assert!(found.is_empty(), "{:#?}", ends[0].2.findings);
+}
