@@ -15,6 +15,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender, unbounded};
+use shardflow_kernels::clock::{Clock, Clocks};
 use shardflow_kernels::tensor::{DType, HostTensor};
 
 use crate::error::{Failure, PeerError};
@@ -95,10 +96,11 @@ pub struct HostPiece {
 
 #[derive(Debug)]
 pub(crate) enum Outgoing {
-    Message(Message),
+    /// With what its sender knew to have happened.
+    Message(Message, Clock),
     Host(Arc<HostPiece>),
     /// The current bytes of initial registers, then `Ready`.
-    Refresh(u64),
+    Refresh(u64, Clock),
     End,
 }
 
@@ -110,9 +112,11 @@ pub(crate) struct Remote {
     outboxes: Vec<(u32, Sender<Outgoing>)>,
     host_ports: Vec<HostPort>,
     host: Option<Sender<FromPeer>>,
-    /// By peer: the last `Ready` that came.
-    ready: Mutex<Vec<u64>>,
+    /// By peer: the last `Ready` that came, and what had happened then.
+    ready: Mutex<Vec<(u64, Clock)>>,
     changed: Condvar,
+    /// By register: what had happened here when peers were last told of it. What they tell of it later is behind that.
+    told: Vec<Clocks>,
 }
 
 /// The end that the threads of a peer take.
@@ -135,15 +139,16 @@ impl Remote {
             outboxes.push((peer.process, sender));
             ends.push(PeerEnd { peer, index, outgoing });
         }
-        let ready = Mutex::new(vec![0; ends.len()]);
-        (Self { peer_of, outboxes, host_ports, host, ready, changed: Condvar::new() }, ends)
+        let ready = Mutex::new(vec![(0, Clock::default()); ends.len()]);
+        let told = spec.registers.iter().map(|_| Clocks::default()).collect();
+        (Self { peer_of, outboxes, host_ports, host, ready, changed: Condvar::new(), told }, ends)
     }
 
     /// True when a peer hosts the actor, and the message is on its way.
     pub(crate) fn send(&self, to: ActorId, message: Message) -> bool {
         let Some(peer) = self.peer_of.get(to.0 as usize).copied().flatten() else { return false };
         // A peer whose writer has ended is lost, which its reader tells.
-        let _ = self.outboxes[peer].1.send(Outgoing::Message(message));
+        let _ = self.outboxes[peer].1.send(Outgoing::Message(message, Clock::capture()));
         true
     }
 
@@ -158,13 +163,13 @@ impl Remote {
         self.outboxes.iter().for_each(|(_, outbox)| drop(outbox.send(Outgoing::End)));
     }
 
-    fn ready(&self) -> MutexGuard<'_, Vec<u64>> {
+    fn ready(&self) -> MutexGuard<'_, Vec<(u64, Clock)>> {
         self.ready.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// A peer has sent the initial registers' bytes of this round.
     fn is_ready(&self, peer: usize, round: u64) {
-        self.ready()[peer] = round;
+        self.ready()[peer] = (round, Clock::capture());
         self.changed.notify_all();
     }
 
@@ -188,10 +193,12 @@ impl Remote {
         timeout: Duration,
         failure: impl Fn() -> Option<Failure>,
     ) -> Result<(), Failure> {
-        self.outboxes.iter().for_each(|(_, outbox)| drop(outbox.send(Outgoing::Refresh(round))));
+        self.told.iter().for_each(Clocks::add);
+        let refresh = |outbox: &Sender<Outgoing>| outbox.send(Outgoing::Refresh(round, Clock::capture()));
+        self.outboxes.iter().for_each(|(_, outbox)| drop(refresh(outbox)));
         let deadline = Instant::now() + timeout;
         let mut ready = self.ready();
-        while let Some(late) = ready.iter().position(|r| *r < round) {
+        while let Some(late) = ready.iter().position(|r| r.0 < round) {
             if let Some(first) = failure() {
                 return Err(first);
             }
@@ -201,6 +208,7 @@ impl Remote {
             }
             ready = self.changed.wait_timeout(ready, LOOK).unwrap_or_else(PoisonError::into_inner).0;
         }
+        ready.iter().for_each(|(_, clock)| clock.join());
         Ok(())
     }
 }

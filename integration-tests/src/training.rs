@@ -118,8 +118,13 @@ impl Model {
 
     /// A session that has done no step.
     pub fn session(&self, mesh: &str, options: &CompileOptions) -> Session {
+        self.session_among(mesh, options, &SessionOptions::default())
+    }
+
+    /// As [`Model::session`], with these options: as one process of several, for one.
+    pub fn session_among(&self, mesh: &str, options: &CompileOptions, among: &SessionOptions) -> Session {
         let plan = self.plan(mesh, options);
-        Session::start(plan, &SessionOptions::default()).unwrap_or_else(|e| panic!("mesh {mesh}: {e}"))
+        Session::start(plan, among).unwrap_or_else(|e| panic!("mesh {mesh}: {e}"))
     }
 
     /// The inputs of a step, by name.
@@ -140,7 +145,12 @@ impl Model {
 
     /// Trains from the initial weights for some steps.
     pub fn train(&self, mesh: &str, options: &CompileOptions, steps: usize) -> Trained {
-        let mut session = self.session(mesh, options);
+        self.train_among(mesh, options, steps, &SessionOptions::default())
+    }
+
+    /// As [`Model::train`], with these options.
+    pub fn train_among(&self, mesh: &str, options: &CompileOptions, steps: usize, among: &SessionOptions) -> Trained {
+        let mut session = self.session_among(mesh, options, among);
         let reports: Vec<StepReport> = (0..steps).map(|_| self.step(&mut session)).collect();
         let losses = reports.iter().map(|r| r.loss.expect("the program has a loss")).collect();
         let norms = reports.iter().map(|r| r.grad_norm.expect("the program has gradients")).collect();

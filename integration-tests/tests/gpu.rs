@@ -1,6 +1,7 @@
-//! Training on GPUs that software plays: on any mesh the losses of CPU devices within a tolerance, with a GPU for each device and
-//! with all devices on one, and nothing wrong in what the driver was asked; a device that dies or hangs ends the session with its
-//! cause. Each case runs in a child, so that the dynamic linker finds the software device in the place of NVIDIA's libraries.
+//! Training on GPUs that software plays: on any mesh the losses of CPU devices within a tolerance, with a GPU for each device,
+//! with all devices on one and with more devices than GPUs, and nothing wrong in what the driver was asked; a device that dies or
+//! hangs ends the session with its cause. Each case runs in a child, so that the dynamic linker finds the software device in the
+//! place of NVIDIA's libraries.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -258,4 +259,11 @@ fn a_hung_device_ends_the_session_with_its_cause() {
         assert!(action.starts_with(&format!("device {device} compute ")), "{mesh}: {text}");
         assert_eq!(said, "not ended, and waits for nobody", "{mesh}: {text}");
     }
+}
+
+#[test]
+fn devices_that_share_several_gpus() {
+    check("f32", "data=2,stage=2", 2, &[("adversarial", 8)]);
+    check("f32", "stage=2,tensor=2", 2, &[("random", 9)]);
+    check("f32", "data=3", 2, &[("lazy", 10)]);
 }

@@ -1,5 +1,5 @@
 //! The processes that run a plan together: where a program finds out that it is one of several, and how it wants to meet the
-//! others. Imports `exit` and the actors' transport and membership.
+//! others. Imports `exit`, `session::hosting` and the actors' transport and membership.
 //!
 //! ```no_run
 //! use shardflow::prelude::*;
@@ -22,6 +22,7 @@ use shardflow_actors::transport::{Address, TransportError};
 use shardflow_kernels::error::KernelError;
 
 use crate::exit::Exit;
+use crate::session::hosting::Hosting;
 
 mod agree;
 mod by_mpi;
@@ -232,14 +233,6 @@ impl Cluster {
         }
     }
 
-    /// Number of this process among those of its node.
-    pub(crate) fn local_process(&self) -> u32 {
-        match &self.launch {
-            Launch::Local => 0,
-            Launch::World(world) => world.local_process,
-        }
-    }
-
     /// How many of them share this node, and its cores.
     pub fn local_processes(&self) -> u32 {
         match &self.launch {
@@ -248,10 +241,14 @@ impl Cluster {
         }
     }
 
-    /// How many of a mesh's devices are on this node at most, and so share its cores and memory.
+    /// How many of a mesh's devices are on this node, and so share its cores and memory. Before the processes meet, so their
+    /// numbers on a node are taken to follow each other; where they do not, and devices do not divide evenly, it may be off by
+    /// one for each process.
     pub fn devices_here(&self, devices: usize) -> usize {
-        let each = devices.div_ceil(self.processes() as usize);
-        (each * self.local_processes() as usize).min(devices)
+        let Launch::World(world) = &self.launch else { return devices };
+        let first = world.process.saturating_sub(world.local_process);
+        let hosting = Hosting { process: world.process, processes: world.processes, devices };
+        hosting.on_node(first..(first + world.local_processes).min(world.processes), world.process).all
     }
 
     /// True for the one process that speaks for all: rank 0.

@@ -44,7 +44,6 @@ mod step;
 mod tokens;
 
 use checkpoint::CheckpointError;
-use devices::OnNode;
 use exchange::{Inbox, Word, tensor_of};
 use host::Fetched;
 use hosting::{HostPorts, Hosting};
@@ -198,13 +197,11 @@ impl Session {
 
     fn start_among(plan: Plan, options: &SessionOptions, world: Option<Arc<World>>) -> Result<Self, SessionError> {
         let hosting = world.as_ref().map_or(Hosting::alone(plan.memory.len()), |w| w.hosting());
-        let cluster = &options.cluster;
-        let (process, processes) = (cluster.local_process() as usize, cluster.local_processes() as usize);
-        let (devices, in_process) =
-            devices::open(&plan, &hosting, OnNode { process, processes }, &|groups| match &world {
-                Some(world) => world.nccl_ids(groups),
-                None => devices::new_ids(groups),
-            })?;
+        let on_node = world.as_ref().map_or(hosting.on_node(0..1, 0), |world| world.on_node());
+        let (devices, in_process) = devices::open(&plan, &hosting, on_node, &|groups| match &world {
+            Some(world) => world.nccl_ids(groups),
+            None => devices::new_ids(groups),
+        })?;
         let shared = world.as_ref().is_some_and(|world| world.shares_memory(plan.device));
         let mut arenas = BTreeMap::new();
         for device in &devices {

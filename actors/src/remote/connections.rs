@@ -39,6 +39,7 @@ pub(crate) fn serve(
         let initial = pushes.keys().filter(|r| session.spec.registers[r.0 as usize].initial).copied().collect();
         let mut writer = Writer {
             sink: BufWriter::with_capacity(BUFFER_BYTES, out),
+            session: session.clone(),
             memory: memory.clone(),
             pushes,
             initial,
@@ -93,6 +94,7 @@ impl Connections {
 
 struct Writer {
     sink: BufWriter<Link>,
+    session: Arc<Session>,
     memory: Arc<BTreeMap<RegisterId, RegisterMemory>>,
     pushes: BTreeMap<RegisterId, Vec<Run>>,
     initial: Vec<RegisterId>,
@@ -106,9 +108,13 @@ impl Writer {
         while let Ok(first) = outgoing.recv() {
             for out in std::iter::once(first).chain(outgoing.try_iter()) {
                 match out {
-                    Outgoing::Message(message) => self.message(message)?,
+                    Outgoing::Message(message, clock) => {
+                        clock.join();
+                        self.message(message)?;
+                    }
                     Outgoing::Host(piece) => self.host(&piece)?,
-                    Outgoing::Refresh(round) => {
+                    Outgoing::Refresh(round, clock) => {
+                        clock.join();
                         for register in self.initial.clone() {
                             self.slot(register, 0, 0)?;
                         }
@@ -136,6 +142,8 @@ impl Writer {
         {
             self.slot(register, slot, piece)?;
         }
+        let (Message::Filled { register, .. } | Message::Released { register, .. }) = message;
+        self.session.bus.remote().told[register.0 as usize].add();
         self.frame(Frame::Message(message))
     }
 
@@ -147,7 +155,10 @@ impl Writer {
         self.sink.write_all(&frame.encode())?;
         let memory = &self.memory[&register];
         let start = memory.base.offset + slot as usize * memory.stride;
-        runs.iter().try_for_each(|run| memory.base.arena.write_to(start + run.offset, run.bytes, &mut self.sink))
+        let write = |run: &Run| memory.base.arena.write_to(start + run.offset, run.bytes, &mut self.sink);
+        runs.iter().try_for_each(write)?;
+        self.session.bus.remote().told[register.0 as usize].add();
+        Ok(())
     }
 
     fn host(&mut self, piece: &HostPiece) -> io::Result<()> {
@@ -233,6 +244,7 @@ impl Reader {
             let name = self.session.spec.register_name(register);
             return Err(self.unexpected(format!("piece {piece} of register '{name}' without its bytes")));
         }
+        remote.told[register.0 as usize].join();
         if self.session.bus.overfull(to) {
             return Err(self.unexpected("more messages than credits allow".into()));
         }
@@ -258,6 +270,7 @@ impl Reader {
         if bytes != expected {
             return Err(self.unexpected(format!("{bytes} bytes for a slot of register '{}', not {expected}", name())));
         }
+        self.session.bus.remote().told[register.0 as usize].join();
         let arena = &memory.base.arena;
         let start = memory.base.offset + slot as usize * memory.stride;
         for run in runs {

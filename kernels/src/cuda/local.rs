@@ -1,6 +1,7 @@
-//! Collectives between devices of a mesh that share one GPU, which NCCL refuses: members meet on the host, and whoever comes
-//! last puts all members' parts on their streams, ordered by events. No host waits for the GPU.
-//! Imports `collective`, `cuda::boxes`, `cuda::lane`, `cuda::engine`, `cuda::event`.
+//! Collectives between devices of one process that share GPUs, which NCCL refuses: members meet on the host, and whoever comes
+//! last puts all members' parts on their streams, ordered by events. No host waits for a GPU. What lies on another GPU is
+//! copied over before a kernel reads it.
+//! Imports `collective`, `region`, `cuda::boxes`, `cuda::lane`, `cuda::engine`, `cuda::event`.
 //!
 //! - LOCAL-1: a member that is not the last waits on the host until the last has come: its stream's own thread does, so
 //!   nothing is put on its stream meanwhile but by the last.
@@ -20,6 +21,7 @@ use crate::collective::exchange::{Terms, check_call, check_members, describe, de
 use crate::collective::{Collective, CollectiveCall, CollectiveKind, Outcome, ReduceOp, Wait};
 use crate::error::KernelError;
 use crate::memory::View;
+use crate::region::for_each_run;
 use crate::tensor::{DType, Region, element_count, split_range};
 
 /// The engine of devices that share a GPU. One is shared by all of them.
@@ -95,10 +97,6 @@ impl Post {
         describe(&self.call, Some((self.dtype, &self.x_shape)))
     }
 
-    fn x(&self, element: usize) -> u64 {
-        self.x + (element * self.dtype.bytes()) as u64
-    }
-
     fn y(&self, element: usize) -> u64 {
         self.y + (element * self.dtype.bytes()) as u64
     }
@@ -146,7 +144,8 @@ impl Inner {
         state.posts[member] = Some(post);
         if state.posts.iter().all(Option::is_some) {
             let posts: Vec<Post> = state.posts.iter_mut().filter_map(Option::take).collect();
-            if let Err(error) = issue(&posts) {
+            // The caller's own context is bound again, whatever happened.
+            if let Err(error) = issue(&posts).and(bind(&posts[member].lane)) {
                 return Err(self.fail(&meeting, &mut state, error));
             }
             posts.iter().for_each(|post| self.count(&post.call, &post.y_shape));
@@ -204,7 +203,7 @@ impl Inner {
         if let Some(place) = state.messages.iter().position(fits) {
             let other = state.messages.remove(place);
             let (sender, receiver) = if message.sends { (&message, &other) } else { (&other, &message) };
-            if let Err(error) = transfer(call, sender, receiver) {
+            if let Err(error) = transfer(call, sender, receiver).and(bind(&message.lane)) {
                 return Err(self.fail(&meeting, &mut state, error));
             }
             if sender.from != sender.to {
@@ -243,9 +242,6 @@ fn disagreement(state: &State, post: &Post) -> Option<KernelError> {
         return Some(mismatch("one call of a member at a time".to_owned()));
     }
     let first = state.posts.iter().flatten().next()?;
-    if !Arc::ptr_eq(first.lane.gpu().context(), post.lane.gpu().context()) {
-        return Some(mismatch(format!("a member on {}", first.lane.gpu().place())));
-    }
     (first.terms() != post.terms()).then(|| mismatch(first.describe()))
 }
 
@@ -260,15 +256,50 @@ fn transfer(call: &CollectiveCall, sender: &Message, receiver: &Message) -> Resu
         });
     }
     let lane = &receiver.lane;
-    lane.gpu().context().bind()?;
+    bind(lane)?;
     lane.wait(&sender.ready)?;
-    lane.copy(receiver.address, sender.address, element_count(&sender.shape) * sender.dtype.bytes())?;
+    copy(lane, receiver.address, &sender.lane, sender.address, element_count(&sender.shape) * sender.dtype.bytes())?;
     sender.lane.wait(&*lane.record()?)
+}
+
+/// What is put on a stream is put there with its GPU's context bound.
+fn bind(lane: &Lane) -> Result<(), KernelError> {
+    lane.gpu().context().bind()
+}
+
+fn on_one_gpu(lane: &Lane, other: &Lane) -> bool {
+    Arc::ptr_eq(lane.gpu().context(), other.gpu().context())
+}
+
+/// Copies what lies on `source`'s GPU.
+fn copy(lane: &Lane, to: u64, source: &Lane, from: u64, bytes: usize) -> Result<(), KernelError> {
+    if on_one_gpu(lane, source) {
+        return lane.copy(to, from, bytes);
+    }
+    lane.copy_from(to, source.gpu().context(), from, bytes)
+}
+
+/// Copies a box of what lies on `source`'s GPU: from another, a copy for each run of elements that lie together on both sides.
+fn copy_boxed(lane: &Lane, source: &Lane, from: Boxed<'_>, to: Boxed<'_>, dtype: DType) -> Result<(), KernelError> {
+    if on_one_gpu(lane, source) {
+        return copy_box(lane, from, to, dtype);
+    }
+    let mut copied = Ok(());
+    let (read, write) = ((from.shape, &from.region.start[..]), (to.shape, &to.region.start[..]));
+    for_each_run(read, write, &from.region.size, |at, there, elements| {
+        let bytes = |elements: usize| (elements * dtype.bytes()) as u64;
+        if copied.is_ok() {
+            let (at, there) = (from.address + bytes(at), to.address + bytes(there));
+            copied = copy(lane, there, source, at, elements * dtype.bytes());
+        }
+    });
+    copied
 }
 
 /// Has each member's stream wait for an event of each other's.
 fn all_wait(posts: &[Post], events: &[Arc<Recorded>]) -> Result<(), KernelError> {
     for (i, post) in posts.iter().enumerate() {
+        bind(&post.lane)?;
         for (_, event) in events.iter().enumerate().filter(|(j, _)| *j != i) {
             post.lane.wait(event)?;
         }
@@ -276,70 +307,85 @@ fn all_wait(posts: &[Post], events: &[Arc<Recorded>]) -> Result<(), KernelError>
     Ok(())
 }
 
+fn record_all(posts: &[Post]) -> Result<Vec<Arc<Recorded>>, KernelError> {
+    posts.iter().map(|post| bind(&post.lane).and_then(|()| post.lane.record())).collect()
+}
+
 /// Puts all members' parts on their streams (LOCAL-2).
 fn issue(posts: &[Post]) -> Result<(), KernelError> {
     let Some(first) = posts.first() else { return Ok(()) };
-    first.lane.gpu().context().bind()?;
     let ready: Vec<_> = posts.iter().map(|post| post.ready.clone()).collect();
-    let record = || posts.iter().map(|post| post.lane.record()).collect::<Result<Vec<_>, _>>();
     all_wait(posts, &ready)?;
-    match &first.call.kind {
-        CollectiveKind::AllReduce { op } => {
-            for (i, post) in posts.iter().enumerate() {
+    for (i, post) in posts.iter().enumerate() {
+        bind(&post.lane)?;
+        match &first.call.kind {
+            CollectiveKind::AllReduce { op } => {
                 let own = split_range(element_count(&post.y_shape), posts.len(), i);
-                let xs: Vec<u64> = (1..=posts.len()).map(|m| posts[(i + m) % posts.len()].x(own.start)).collect();
-                combine(&post.lane, *op, &xs, post.y(own.start), own.len())?;
+                let chunk = Region { start: vec![own.start], size: vec![own.len()] };
+                reduce(posts, i, *op, (&[element_count(&post.y_shape)], &chunk), post.y(own.start))?;
             }
-            all_wait(posts, &record()?)?;
-            for (i, post) in posts.iter().enumerate() {
-                for (j, other) in posts.iter().enumerate().filter(|(j, _)| *j != i) {
-                    let chunk = split_range(element_count(&post.y_shape), posts.len(), j);
-                    let bytes = chunk.len() * post.dtype.bytes();
-                    post.lane.copy(post.y(chunk.start), other.y(chunk.start), bytes)?;
-                }
+            CollectiveKind::ReduceScatter { op, parts } => reduce(posts, i, *op, (&post.x_shape, &parts[i]), post.y)?,
+            CollectiveKind::Broadcast { root } => {
+                let (root, bytes) = (&posts[*root], element_count(&post.y_shape) * post.dtype.bytes());
+                copy(&post.lane, post.y, &root.lane, root.x, bytes)?;
             }
-        }
-        CollectiveKind::ReduceScatter { op, parts } => {
-            for (i, part) in parts.iter().enumerate() {
-                reduce_part(posts, i, *op, part)?;
-            }
-        }
-        CollectiveKind::Broadcast { root } => {
-            for post in posts {
-                post.lane.copy(post.y, posts[*root].x, element_count(&post.y_shape) * post.dtype.bytes())?;
-            }
-        }
-        kind => {
-            for (i, post) in posts.iter().enumerate() {
+            kind => {
                 if let Some((sources, targets)) = regions(kind, &post.y_shape) {
                     gather(posts, i, sources, &targets[i])?;
                 }
             }
         }
     }
-    all_wait(posts, &record()?)
+    if let CollectiveKind::AllReduce { .. } = first.call.kind {
+        all_wait(posts, &record_all(posts)?)?;
+        exchange_chunks(posts)?;
+    }
+    all_wait(posts, &record_all(posts)?)
 }
 
-/// What member `owner` gets of a reduce-scatter: where its part is not in one piece, each member's is brought together first.
-fn reduce_part(posts: &[Post], owner: usize, op: ReduceOp, part: &Region) -> Result<(), KernelError> {
+/// The second half of an all-reduce: everybody takes from each member the chunk that it has combined.
+fn exchange_chunks(posts: &[Post]) -> Result<(), KernelError> {
+    for (i, post) in posts.iter().enumerate() {
+        bind(&post.lane)?;
+        for (j, other) in posts.iter().enumerate().filter(|(j, _)| *j != i) {
+            let chunk = split_range(element_count(&post.y_shape), posts.len(), j);
+            let (to, from) = (post.y(chunk.start), other.y(chunk.start));
+            copy(&post.lane, to, &other.lane, from, chunk.len() * post.dtype.bytes())?;
+        }
+    }
+    Ok(())
+}
+
+/// Combines all members' boxes of `(shape, part)` to `y`, for member `owner`: a box that is not in one piece, or on another GPU,
+/// is brought to a slot of the owner's first.
+fn reduce(
+    posts: &[Post],
+    owner: usize,
+    op: ReduceOp,
+    (shape, part): (&[usize], &Region),
+    y: u64,
+) -> Result<(), KernelError> {
     let (own, elements) = (&posts[owner], part.element_count());
+    if elements == 0 {
+        return Ok(());
+    }
     let bytes = elements * own.dtype.bytes();
-    let boxed = |post: &Post| Boxed { address: post.x, shape: &own.x_shape, region: part }.contiguous();
     let mut xs = Vec::new();
     for m in 1..=posts.len() {
         let post = &posts[(owner + m) % posts.len()];
-        xs.push(match boxed(post) {
+        let boxed = Boxed { address: post.x, shape, region: part };
+        xs.push(match boxed.contiguous().filter(|_| on_one_gpu(&own.lane, &post.lane)) {
             Some(address) => address,
             None => {
                 let slot = own.lane.staging(posts.len() * bytes)? + ((m - 1) * bytes) as u64;
-                let from = Boxed { address: post.x, shape: &own.x_shape, region: part };
                 let whole = Region::whole(&part.size);
-                copy_box(&own.lane, from, Boxed { address: slot, shape: &part.size, region: &whole }, own.dtype)?;
+                let to = Boxed { address: slot, shape: &part.size, region: &whole };
+                copy_boxed(&own.lane, &post.lane, boxed, to, own.dtype)?;
                 slot
             }
         });
     }
-    combine(&own.lane, op, &xs, own.y, elements)
+    combine(&own.lane, op, &xs, y, elements)
 }
 
 /// Copies a member's target together from the members' sources.
@@ -350,7 +396,8 @@ fn gather(posts: &[Post], member: usize, sources: &[Region], target: &Region) ->
         for common in &boxes {
             let (from, to) = (common.relative_to(source), common.relative_to(target));
             let from = Boxed { address: posts[other].x, shape: &source.size, region: &from };
-            copy_box(&own.lane, from, Boxed { address: own.y, shape: &target.size, region: &to }, own.dtype)?;
+            let to = Boxed { address: own.y, shape: &target.size, region: &to };
+            copy_boxed(&own.lane, &posts[other].lane, from, to, own.dtype)?;
         }
     }
     Ok(())

@@ -157,6 +157,7 @@ impl DeviceMemory {
     ) -> Result<(), E> {
         let mut transfer = self.gpu.transfer().lock().unwrap_or_else(PoisonError::into_inner);
         self.gpu.context().bind()?;
+        transfer.handed.join();
         for at in (0..bytes).step_by(PIECE_BYTES) {
             let piece = PIECE_BYTES.min(bytes - at);
             fill(transfer.pinned.first_mut(piece))?;
@@ -166,6 +167,7 @@ impl DeviceMemory {
             self.gpu.context().check(result, "cuMemcpyHtoDAsync", &self.gpu.place())?;
             transfer.wait(self.gpu.context())?;
         }
+        transfer.handed = Clock::capture();
         Ok(())
     }
 
@@ -176,8 +178,9 @@ impl DeviceMemory {
         bytes: usize,
         mut take: impl FnMut(&[u8]) -> Result<(), E>,
     ) -> Result<(), E> {
-        let transfer = self.gpu.transfer().lock().unwrap_or_else(PoisonError::into_inner);
+        let mut transfer = self.gpu.transfer().lock().unwrap_or_else(PoisonError::into_inner);
         self.gpu.context().bind()?;
+        transfer.handed.join();
         for at in (0..bytes).step_by(PIECE_BYTES) {
             let piece = PIECE_BYTES.min(bytes - at);
             let (to, from) = (transfer.pinned.start.0, self.address() + (offset + at) as u64);
@@ -187,6 +190,7 @@ impl DeviceMemory {
             transfer.wait(self.gpu.context())?;
             take(transfer.pinned.first(piece))?;
         }
+        transfer.handed = Clock::capture();
         Ok(())
     }
 }
@@ -213,13 +217,20 @@ pub(crate) struct Transfer {
     context: Arc<Context>,
     stream: Raw<sys::CUstream>,
     pinned: Pinned,
+    /// When the last who used it was done.
+    handed: Clock,
 }
 
 impl Transfer {
     /// The context is bound.
     pub(crate) fn new(context: &Arc<Context>) -> Result<Self, KernelError> {
         let pinned = Pinned::new(context, PIECE_BYTES)?;
-        Ok(Self { context: context.clone(), stream: new_stream(context, 0, &context.place())?, pinned })
+        Ok(Self {
+            context: context.clone(),
+            stream: new_stream(context, 0, &context.place())?,
+            pinned,
+            handed: Clock::default(),
+        })
     }
 
     fn wait(&self, context: &Context) -> Result<(), KernelError> {
@@ -231,6 +242,7 @@ impl Transfer {
 
 impl Drop for Transfer {
     fn drop(&mut self) {
+        self.handed.join();
         destroy_stream(&self.context, self.stream);
     }
 }

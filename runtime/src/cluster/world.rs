@@ -29,7 +29,7 @@ use crate::checkpoint::{self, Agree};
 use crate::plan::Plan;
 use crate::session::SessionError;
 use crate::session::ending::exit_of;
-use crate::session::hosting::Hosting;
+use crate::session::hosting::{Hosting, OnNode};
 
 /// How long a failed session waits to hear what the others say, beyond the membership's own grace.
 const SETTLE_TIMEOUT: Duration = Duration::from_secs(3);
@@ -205,6 +205,14 @@ impl World {
     /// Which devices are whose.
     pub(crate) fn hosting(&self) -> Hosting {
         self.hosting
+    }
+
+    /// What this node's processes host.
+    pub(crate) fn on_node(&self) -> OnNode {
+        let own = self.hosting.process;
+        let node = |process: u32| &self.roster.members[process as usize].node;
+        let here = (0..self.hosting.processes).filter(|process| node(*process) == node(own));
+        self.hosting.on_node(here, own)
     }
 
     fn roads(&self, device: DeviceKind) -> Roads<'_> {

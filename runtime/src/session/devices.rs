@@ -13,20 +13,11 @@ use shardflow_kernels::cuda::nccl::{Nccl, Seat, UniqueId};
 use shardflow_kernels::device::{Device, DeviceKind};
 use shardflow_kernels::error::KernelError;
 
-use super::hosting::{Hosting, groups};
+use super::hosting::{Hosting, OnNode, groups};
 use crate::plan::Plan;
 
 /// How long members of a group may take to join each other.
 const JOIN_WITHIN: Duration = Duration::from_secs(60);
-
-/// Where a process stands among those of its node.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct OnNode {
-    /// Its number among them.
-    pub(crate) process: usize,
-    /// How many they are.
-    pub(crate) processes: usize,
-}
 
 /// Gives what NCCL knows groups by.
 pub(crate) type Ids<'a> = &'a dyn Fn(&[Arc<Group>]) -> Result<Vec<UniqueId>, KernelError>;
@@ -64,21 +55,11 @@ pub(crate) fn open(
     }
 }
 
-/// The GPU of each device: they are dealt out in the order of ranks, over all processes of the node.
+/// The GPU of each device.
 fn gpus(hosting: &Hosting, node: OnNode, count: usize) -> Result<BTreeMap<usize, Arc<Gpu>>, KernelError> {
-    let own = hosting.own();
-    let each = hosting.devices.div_ceil(hosting.processes as usize);
-    let needed = if node.processes > 1 { each * node.processes } else { own.len() };
-    if count == 0 || (needed > count && (hosting.processes > 1 || count > 1)) {
-        let what = format!("{needed} devices of this node need a GPU each, and it has {count}");
-        let hint =
-            "choose a mesh of fewer devices; on one GPU (see CUDA_VISIBLE_DEVICES) the devices of one process share it";
-        return Err(KernelError::Unavailable { what, hint: hint.to_owned() });
-    }
     let mut opened: BTreeMap<usize, Arc<Gpu>> = BTreeMap::new();
     let mut out = BTreeMap::new();
-    for (index, rank) in own.enumerate() {
-        let ordinal = (node.process * each + index) % count;
+    for (rank, ordinal) in hosting.own().zip(ordinals(hosting, node, count)?) {
         let gpu = match opened.get(&ordinal) {
             Some(gpu) => gpu.clone(),
             None => opened.entry(ordinal).or_insert(Gpu::open(ordinal)?).clone(),
@@ -88,7 +69,19 @@ fn gpus(hosting: &Hosting, node: OnNode, count: usize) -> Result<BTreeMap<usize,
     Ok(out)
 }
 
-/// NCCL where each device has a GPU of its own; it takes no two members on one.
+/// Which of so many GPUs each of this process's devices gets: they are dealt out in the order of ranks, over all processes of
+/// the node. Devices share GPUs only where one process hosts them all.
+fn ordinals(hosting: &Hosting, node: OnNode, count: usize) -> Result<Vec<usize>, KernelError> {
+    if count == 0 || (node.all > count && hosting.processes > 1) {
+        let what = format!("{} devices of this node need a GPU each, and it has {count}", node.all);
+        let hint = "choose a mesh of fewer devices, or more nodes; the devices of a job of one process share GPUs";
+        return Err(KernelError::Unavailable { what, hint: hint.to_owned() });
+    }
+    Ok((0..hosting.own().len()).map(|index| (node.before + index) % count).collect())
+}
+
+/// NCCL where each device has a GPU of its own; it takes no two members on one. Where devices share GPUs, all are this
+/// process's.
 fn gpu_engine(
     plan: &Plan,
     hosting: &Hosting,
@@ -114,4 +107,45 @@ fn gpu_engine(
 /// New ids, for groups whose members are all in this process.
 pub(crate) fn new_ids(groups: &[Arc<Group>]) -> Result<Vec<UniqueId>, KernelError> {
     groups.iter().map(|_| UniqueId::new()).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What each process of a node gets; `nodes` of as many processes each.
+    fn dealt(devices: usize, processes: u32, nodes: u32, count: usize) -> Result<Vec<Vec<usize>>, KernelError> {
+        let each = processes / nodes;
+        let of = |process: u32| {
+            let hosting = Hosting { process, processes, devices };
+            let first = process / each * each;
+            ordinals(&hosting, hosting.on_node(first..first + each, process), count)
+        };
+        (0..processes).map(of).collect()
+    }
+
+    #[test]
+    fn devices_of_a_node_get_a_gpu_each() {
+        assert_eq!(dealt(4, 2, 1, 4).unwrap(), [[0, 1], [2, 3]]);
+        assert_eq!(dealt(3, 2, 1, 3).unwrap(), [vec![0, 1], vec![2]], "uneven");
+        assert_eq!(dealt(7, 4, 2, 4).unwrap(), [vec![0, 1], vec![2, 3], vec![0, 1], vec![2]], "two nodes");
+        assert!(dealt(7, 4, 2, 3).is_err(), "the first node has four devices");
+        assert!(dealt(3, 2, 1, 2).is_err() && dealt(1, 1, 1, 0).is_err());
+    }
+
+    #[test]
+    fn devices_of_one_process_share_gpus() {
+        assert_eq!(dealt(4, 1, 1, 2).unwrap(), [[0, 1, 0, 1]]);
+        assert_eq!(dealt(3, 1, 1, 1).unwrap(), [[0, 0, 0]]);
+    }
+
+    #[test]
+    fn every_device_is_dealt_once() {
+        for devices in 1..10 {
+            for processes in 1..=devices as u32 {
+                let all: Vec<usize> = dealt(devices, processes, 1, devices).unwrap().concat();
+                assert_eq!(all, (0..devices).collect::<Vec<_>>(), "{devices} devices in {processes} processes");
+            }
+        }
+    }
 }

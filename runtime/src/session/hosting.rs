@@ -26,6 +26,15 @@ pub struct Hosting {
     pub devices: usize,
 }
 
+/// A process's devices among those of its node.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct OnNode {
+    /// Devices of the processes before it.
+    pub before: usize,
+    /// Devices of all processes.
+    pub all: usize,
+}
+
 impl Hosting {
     /// One process that hosts all.
     pub fn alone(devices: usize) -> Self {
@@ -46,6 +55,18 @@ impl Hosting {
     pub fn process_of(&self, device: usize) -> u32 {
         let hosts = |process: &u32| self.devices_of(*process).contains(&device);
         (0..self.processes).find(hosts).unwrap_or_default()
+    }
+
+    /// What the processes of one node host, given their numbers in order: how many devices those before `process` do, and how
+    /// many they all do.
+    pub fn on_node(&self, processes: impl Iterator<Item = u32>, process: u32) -> OnNode {
+        let mut out = OnNode::default();
+        for other in processes {
+            let devices = self.devices_of(other).len();
+            out.before += if other < process { devices } else { 0 };
+            out.all += devices;
+        }
+        out
     }
 
     /// The other processes.
