@@ -112,3 +112,8 @@ fn two_gpus_for_each_of_two_processes() {
     check("data=2,stage=2", 2, 4, "random", 40);
     check("stage=2,tensor=2", 2, 4, "adversarial", 50);
 }
+
+#[test]
+fn devices_that_do_not_divide_evenly() {
+    check("data=3", 2, 3, "random", 60);
+}

@@ -38,12 +38,12 @@ fn arenas(devices: impl Iterator<Item = Device>) -> Result<Vec<(Device, Arena)>,
     devices.map(with_arena).collect()
 }
 
-/// Several devices of a mesh on one GPU.
+/// Several devices of a mesh on each GPU.
 fn shared(engine: &dyn Fn() -> Arc<dyn Collective>) {
-    let gpu = Gpu::open(0).expect("a device");
+    let gpus = gpus();
     let make = |n| {
         let engine = engine();
-        arenas((0..n).map(|rank| Device::cuda(rank, gpu.clone(), engine.clone())))
+        arenas((0..n).map(|rank| Device::cuda(rank, gpus[rank % gpus.len()].clone(), engine.clone())))
     };
     report(&conformance::run_collectives(&make));
 }
@@ -286,12 +286,13 @@ fn run(case: &str, devices: usize, policy: &str, seed: u64, fault: Option<&str>,
 }
 
 /// A part of the suite, on how many devices, and which findings it must have.
-const SUITE: [(&str, usize, &[&str]); 4] = [
+const SUITE: [(&str, usize, &[&str]); 5] = [
     ("alone", 1, &[]),
     ("local", 1, &[]),
     ("staged", 1, &[]),
     // The suite breaks off collectives that are under way, and the software device says so.
     ("nccl", 4, &["aborted"]),
+    ("local", 2, &[]),
 ];
 
 fn run_part(part: usize, policy: &str, seed: u64) {
@@ -317,6 +318,11 @@ fn an_engine_of_the_host() {
 #[test]
 fn devices_with_a_gpu_each() {
     run_part(3, "adversarial", 4);
+}
+
+#[test]
+fn devices_that_share_two_gpus() {
+    run_part(4, "random", 5);
 }
 
 #[test]
