@@ -4,7 +4,8 @@
 //!
 //! A slot's bytes travel at most once to a process, ahead of the `Filled` that tells of them, into the slot of the same number
 //! of a mirror. The mirror has the register's own credits, so it needs no bound of its own: the producer cannot write the slot
-//! again before all readers have released it. Between processes that share memory nothing travels but ids.
+//! again before all readers have released it. Between processes that share memory nothing travels but ids. Between GPUs the
+//! bytes may take a pipe of their own: then the connection only announces them.
 //!
 //! - **RM-1**: what comes from a peer is checked against the plan before it is believed: who hosts the register's producer and
 //!   reader, how many bytes a slot sends, which piece and slot are due.
@@ -16,6 +17,7 @@ use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender, unbounded};
 use shardflow_kernels::clock::{Clock, Clocks};
+use shardflow_kernels::cuda::nccl::Pipe;
 use shardflow_kernels::tensor::{DType, HostTensor};
 
 use crate::error::{Failure, PeerError};
@@ -51,6 +53,8 @@ pub struct Peer {
     pub pushes: BTreeMap<RegisterId, Vec<Run>>,
     /// Registers produced there whose bytes come here, likewise.
     pub mirrors: BTreeMap<RegisterId, Vec<Run>>,
+    /// What the bytes of some of both take in place of the connection; one pipe may be that of several registers.
+    pub pipes: BTreeMap<RegisterId, Arc<Pipe>>,
 }
 
 /// Tensors that the program at one process gives to the programs at all others.

@@ -339,7 +339,9 @@ impl Running {
         drop(self.watching.take());
         self.session.bus.stop();
         if self.session.any_in_flight() {
-            // Its members may have stopped already, so a collective in flight would wait for ever.
+            // Its members may have stopped already, so a collective in flight would wait for ever. What breaks with it is no
+            // failure.
+            self.session.leave();
             self.session.abort_collectives("the session was shut down");
         }
         for thread in self.threads.drain(..) {

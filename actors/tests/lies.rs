@@ -78,6 +78,7 @@ fn running() -> (Running, Link) {
         link,
         pushes: BTreeMap::from([(OUT, half())]),
         mirrors: BTreeMap::from([(IN, half())]),
+        pipes: BTreeMap::new(),
     };
     let host_ports = [LIAR, 0].map(|process| HostPort { process, tensors: vec![(vec![2], DType::F32)] }).into();
     let peers = Peers { peers: vec![peer], host_ports, host: None };

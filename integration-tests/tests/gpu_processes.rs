@@ -4,10 +4,11 @@
 //! processes goes by the software NCCL's sockets, or by the program's own.
 
 use std::path::Path;
-use std::process::{Child, Stdio};
+use std::process::{Child, Output, Stdio};
+use std::time::{Duration, Instant};
 
 use shardflow::cluster::env::{Endpoint, Launch, Secret, SecretSource, Source, World};
-use shardflow::cluster::{Cluster, ClusterOptions};
+use shardflow::cluster::{Cluster, ClusterOptions, Transport};
 use shardflow::passes::CompileOptions;
 use shardflow::plan::Schedule::OneFOneB;
 use shardflow::session::SessionOptions;
@@ -18,6 +19,8 @@ use shardflow_software_cuda::{CASE, Report, command};
 const STEPS: usize = 3;
 /// Relative difference of losses from the CPU backend's: sums in another order, other roundings of exp and erf.
 const LOSS_MAX: f64 = 1e-4;
+/// Longer than two processes need to start, compile kernels, fail and say why, by far.
+const ENDS_WITHIN: Duration = Duration::from_secs(60);
 
 fn model() -> Model {
     Model { layers: 4, heads: 2, width: 16, context: 8, batch: 8, dropout: 0.1, max_norm: 1.0 }
@@ -28,7 +31,7 @@ fn settings(device: DeviceKind) -> CompileOptions {
 }
 
 /// A process of so many, which meet at a socket.
-fn cluster(process: u32, processes: u32, meet: &Path) -> Cluster {
+fn cluster(process: u32, processes: u32, meet: &Path, transport: Transport) -> Cluster {
     let world = World {
         process,
         processes,
@@ -41,23 +44,36 @@ fn cluster(process: u32, processes: u32, meet: &Path) -> Cluster {
         source: Source::Shardflow,
         run_id: "gpu_processes".into(),
     };
-    Cluster::new(Launch::World(world), ClusterOptions::default())
+    Cluster::new(Launch::World(world), ClusterOptions { transport, ..ClusterOptions::default() })
 }
 
 #[test]
 #[ignore = "started by the other tests, on software devices"]
 fn child() {
     let case = std::env::var(CASE).expect("a case");
-    let [mesh, process, processes, meet] = case.split(' ').collect::<Vec<_>>()[..] else { panic!("a case: {case}") };
+    let [mesh, process, processes, by, meet] = case.split(' ').collect::<Vec<_>>()[..] else {
+        panic!("a case: {case}")
+    };
     let number = |text: &str| text.parse().expect("a number");
-    let cluster = cluster(number(process), number(processes), Path::new(meet));
+    let transport = if by == "pipes" { Transport::Auto } else { Transport::Tcp };
+    let cluster = cluster(number(process), number(processes), Path::new(meet), transport);
     let options = SessionOptions { cluster, ..SessionOptions::default() };
     let trained = model().train_among(mesh, &settings(DeviceKind::Cuda), STEPS, &options);
     println!("\n> {:?}", trained.losses);
 }
 
-/// Trains in so many processes, on a node of so many GPUs; gives what each process saw.
-fn train(mesh: &str, processes: u32, gpus: usize, policy: &str, seed: u64) -> Vec<Vec<f64>> {
+/// A training in so many processes, on a node of so many GPUs, between which registers go by `pipes` or `connections`.
+#[derive(Clone, Copy, Debug)]
+struct Case {
+    mesh: &'static str,
+    processes: u32,
+    gpus: usize,
+    by: &'static str,
+}
+
+/// How the processes ended, and what they report, when the last of them meets a fault.
+fn run(case: Case, policy: &str, seed: u64, fault: Option<&str>) -> Vec<(Output, Option<Report>)> {
+    let Case { mesh, processes, gpus, by } = case;
     let scratch = Scratch::new(&format!("gpu-processes-{seed}"));
     let meet = scratch.path().join("meet.sock");
     let folder = |process: u32| scratch.path().join(process.to_string());
@@ -66,54 +82,114 @@ fn train(mesh: &str, processes: u32, gpus: usize, policy: &str, seed: u64) -> Ve
         let mut child = command(program, &folder(process), gpus, policy, seed + u64::from(process));
         let child = child.as_mut().expect("the software device");
         child.args(["--ignored", "--exact", "child", "--nocapture"]);
-        child.env(CASE, format!("{mesh} {process} {processes} {}", meet.display()));
+        child.env(CASE, format!("{mesh} {process} {processes} {by} {}", meet.display()));
+        child.envs(fault.filter(|_| process + 1 == processes).map(|fault| ("SOFTWARE_CUDA_FAULT", fault)));
         child.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("a child")
     };
     let children: Vec<Child> = (0..processes).map(start).collect();
     // All of them, before any is judged: the one that failed first says why.
-    let ended: Vec<_> = children.into_iter().map(|child| child.wait_with_output().expect("a child")).collect();
-    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
-    let said: String = ended.iter().map(|output| text(&output.stderr)).collect();
-    let losses = |(process, output): (u32, &std::process::Output)| {
-        let at = format!("{mesh}, process {process} of {processes}, {policy}, seed {seed}");
+    let outputs: Vec<_> = children.into_iter().map(|child| child.wait_with_output().expect("a child")).collect();
+    (0..).zip(outputs).map(|(process, output)| (output, Report::read(&folder(process)).ok())).collect()
+}
+
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes).into_owned()
+}
+
+/// What each process saw, and how often it called NCCL to send.
+fn train(case: Case, policy: &str, seed: u64) -> Vec<(Vec<f64>, u64)> {
+    let ended = run(case, policy, seed, None);
+    let said: String = ended.iter().map(|(output, _)| text(&output.stderr)).collect();
+    let losses = |(process, (output, report)): (u32, &(Output, Option<Report>))| {
+        let at = format!("{case:?}, process {process}, {policy}, seed {seed}");
         assert!(output.status.success(), "{at}:\n{said}");
-        let report = Report::read(&folder(process)).expect("a report");
+        let report = report.as_ref().expect("a report");
         assert!(report.findings.is_empty(), "{at}: {:#?}", report.findings);
         let said = text(&output.stdout);
         let line = said.lines().find_map(|line| line.strip_prefix("> [")).expect("losses").trim_end_matches(']');
-        line.split(", ").map(|loss| loss.parse().expect("a number")).collect()
+        let losses = line.split(", ").map(|loss| loss.parse().expect("a number")).collect();
+        (losses, report.calls.get("ncclSend").copied().unwrap_or(0))
     };
     (0..).zip(&ended).map(losses).collect()
 }
 
-fn check(mesh: &str, processes: u32, gpus: usize, policy: &str, seed: u64) {
+/// Gives the losses, and how often each process called NCCL to send.
+fn check(
+    mesh: &'static str,
+    processes: u32,
+    gpus: usize,
+    by: &'static str,
+    policy: &str,
+    seed: u64,
+) -> (Vec<f64>, Vec<u64>) {
     let cpu = model().train(mesh, &settings(DeviceKind::Cpu), STEPS);
-    let all = train(mesh, processes, gpus, policy, seed);
-    for (process, losses) in all.iter().enumerate() {
+    let all = train(Case { mesh, processes, gpus, by }, policy, seed);
+    for (process, (losses, _)) in all.iter().enumerate() {
         assert_eq!(losses.len(), STEPS);
-        assert_eq!(losses, &all[0], "all processes see the same");
+        assert_eq!(losses, &all[0].0, "all processes see the same");
         for (step, (got, want)) in losses.iter().zip(&cpu.losses).enumerate() {
             let difference = relative(*got, f64::from(*want));
             let at = format!("{mesh}, process {process} of {processes}, step {step}");
             assert!(difference <= LOSS_MAX, "{at}: {got} against {want}: {difference:e}");
         }
     }
+    (all[0].0.clone(), all.into_iter().map(|(_, sends)| sends).collect())
 }
 
 #[test]
 fn a_gpu_for_each_of_two_processes() {
-    check("data=2", 2, 2, "random", 10);
-    check("stage=2", 2, 2, "adversarial", 20);
-    check("tensor=2", 2, 2, "lazy", 30);
+    check("data=2", 2, 2, "pipes", "random", 10);
+    check("tensor=2", 2, 2, "pipes", "lazy", 20);
+}
+
+#[test]
+fn a_pipeline_over_two_processes() {
+    let (losses, sends) = check("stage=2", 2, 2, "connections", "lazy", 30);
+    assert_eq!(sends, [0, 0]);
+    for (policy, seed) in [("random", 32), ("adversarial", 34), ("starve", 36)] {
+        let (same, sends) = check("stage=2", 2, 2, "pipes", policy, seed);
+        assert!(same == losses && sends.iter().all(|sends| *sends > 0), "{same:?}, not {losses:?}; {sends:?}");
+    }
 }
 
 #[test]
 fn two_gpus_for_each_of_two_processes() {
-    check("data=2,stage=2", 2, 4, "random", 40);
-    check("stage=2,tensor=2", 2, 4, "adversarial", 50);
+    check("data=2,stage=2", 2, 4, "pipes", "random", 40);
+    check("data=2,stage=2", 2, 4, "connections", "random", 42);
+    check("stage=2,tensor=2", 2, 4, "pipes", "adversarial", 44);
 }
 
 #[test]
 fn devices_that_do_not_divide_evenly() {
-    check("data=3", 2, 3, "random", 60);
+    check("data=3", 2, 3, "pipes", "random", 60);
+}
+
+/// What a process that could go on complains of when the other meets a fault.
+fn complaint(mesh: &'static str, by: &'static str, seed: u64, fault: &str) -> String {
+    let started = Instant::now();
+    let ended = run(Case { mesh, processes: 2, gpus: 2, by }, "random", seed, Some(fault));
+    let said = text(&ended[0].0.stderr);
+    assert!(started.elapsed() < ENDS_WITHIN, "{mesh} by {by}, {fault}: {said}");
+    assert!(ended.iter().all(|(output, _)| !output.status.success()), "{mesh} by {by}, {fault}: {said}");
+    let report = ended[0].1.as_ref().expect("a report");
+    // What is under way is broken off when the other process says that it has failed, and the software device says so.
+    let found: Vec<_> = report.findings.iter().filter(|finding| finding.kind != "aborted").collect();
+    assert!(found.is_empty(), "{mesh} by {by}, {fault}: {found:#?}");
+    said
+}
+
+#[test]
+fn a_lost_gpu_ends_all_processes_with_its_cause() {
+    for (mesh, by, seed) in [("stage=2", "pipes", 70), ("stage=2", "connections", 72), ("data=2", "pipes", 74)] {
+        let said = complaint(mesh, by, seed, "kill:1:60");
+        assert!(said.contains("rank 1") && said.contains("CUDA_ERROR_LAUNCH_FAILED"), "{mesh} by {by}: {said}");
+    }
+}
+
+#[test]
+fn a_process_that_dies_is_named() {
+    for (mesh, seed) in [("stage=2", 80), ("data=2", 82)] {
+        let said = complaint(mesh, "pipes", seed, "die:1:60");
+        assert!(said.contains("rank 1"), "{mesh}: {said}");
+    }
 }

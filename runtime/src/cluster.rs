@@ -48,14 +48,14 @@ pub const INTERFACE: &str = "SHARDFLOW_INTERFACE";
 /// What carries tensors from process to process.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Transport {
-    /// Shared memory between processes of one node, TCP between nodes.
+    /// Shared memory between processes of one node, TCP between nodes; NCCL between GPUs.
     #[default]
     Auto,
-    /// Shared memory; processes on other nodes are reached by TCP.
+    /// Shared memory; processes on other nodes are reached by TCP. NCCL between GPUs.
     SharedMemory,
-    /// Unix sockets on one node, TCP between nodes.
+    /// Unix sockets on one node, TCP between nodes; by way of the host between GPUs, for what collectives do not do.
     Unix,
-    /// TCP, on one node too.
+    /// TCP, on one node too; between GPUs as `Unix`.
     Tcp,
 }
 

@@ -44,6 +44,7 @@ mod step;
 mod tokens;
 
 use checkpoint::CheckpointError;
+use devices::Opened;
 use exchange::{Inbox, Word, tensor_of};
 use host::Fetched;
 use hosting::{HostPorts, Hosting};
@@ -198,10 +199,12 @@ impl Session {
     fn start_among(plan: Plan, options: &SessionOptions, world: Option<Arc<World>>) -> Result<Self, SessionError> {
         let hosting = world.as_ref().map_or(Hosting::alone(plan.memory.len()), |w| w.hosting());
         let on_node = world.as_ref().map_or(hosting.on_node(0..1, 0), |world| world.on_node());
-        let (devices, in_process) = devices::open(&plan, &hosting, on_node, &|groups| match &world {
+        let takes_pipes = world.as_ref().is_some_and(|world| world.takes_pipes());
+        let ids: devices::Ids<'_> = &|groups| match &world {
             Some(world) => world.nccl_ids(groups),
             None => devices::new_ids(groups),
-        })?;
+        };
+        let Opened { devices, engine: in_process, pipes } = devices::open(&plan, &hosting, on_node, takes_pipes, ids)?;
         let shared = world.as_ref().is_some_and(|world| world.shares_memory(plan.device));
         let mut arenas = BTreeMap::new();
         for device in &devices {
@@ -211,7 +214,7 @@ impl Session {
         let ports = Arc::new(HostPorts::of(&plan, &hosting));
         let (host, from_peers) = unbounded();
         let ways = match &world {
-            Some(world) => world.connect(&plan, &devices, &arenas, in_process)?,
+            Some(world) => world.connect(&plan, &devices, &arenas, in_process, pipes)?,
             None => Ways::alone(in_process),
         };
         arenas.extend(ways.mapped);

@@ -3,10 +3,11 @@
 
 use std::collections::BTreeMap;
 use std::io::{self, BufReader, BufWriter, Read, Write};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 
 use crossbeam_channel::{Receiver, Sender};
+use shardflow_kernels::cuda::nccl::{Pipe, Sent};
 use shardflow_kernels::tensor::{HostTensor, element_count};
 
 use super::{FromPeer, HostPiece, Outgoing, Peer, PeerEnd, Run};
@@ -33,7 +34,8 @@ pub(crate) fn serve(
 ) -> io::Result<Connections> {
     let mut connections = Connections::default();
     for PeerEnd { peer, index, outgoing } in ends {
-        let Peer { process, link, pushes, mirrors, .. } = peer;
+        let Peer { process, link, pushes, mirrors, pipes, .. } = peer;
+        let (pipes, sent) = (Arc::new(pipes), Arc::<SentSlots>::default());
         let (out, back) = (link.try_clone()?, link.try_clone()?);
         connections.links.push(link);
         let initial = pushes.keys().filter(|r| session.spec.registers[r.0 as usize].initial).copied().collect();
@@ -41,6 +43,8 @@ pub(crate) fn serve(
             sink: BufWriter::with_capacity(BUFFER_BYTES, out),
             session: session.clone(),
             memory: memory.clone(),
+            pipes: pipes.clone(),
+            sent: sent.clone(),
             pushes,
             initial,
             pushed: BTreeMap::new(),
@@ -57,6 +61,8 @@ pub(crate) fn serve(
             source,
             session: session.clone(),
             memory: memory.clone(),
+            pipes,
+            sent,
             process,
             index,
             mirrors,
@@ -92,10 +98,15 @@ impl Connections {
     }
 }
 
+/// The last send of each slot that took a pipe: until it is over, the slot is not the producer's again.
+type SentSlots = Mutex<BTreeMap<(RegisterId, u32), Sent>>;
+
 struct Writer {
     sink: BufWriter<Link>,
     session: Arc<Session>,
     memory: Arc<BTreeMap<RegisterId, RegisterMemory>>,
+    pipes: Arc<BTreeMap<RegisterId, Arc<Pipe>>>,
+    sent: Arc<SentSlots>,
     pushes: BTreeMap<RegisterId, Vec<Run>>,
     initial: Vec<RegisterId>,
     /// The last piece whose bytes were sent.
@@ -147,16 +158,24 @@ impl Writer {
         self.frame(Frame::Message(message))
     }
 
-    /// The bytes that the peer reads of a slot, run after run.
+    /// The bytes that the peer reads of a slot, run after run: behind the frame, or through a pipe.
     fn slot(&mut self, register: RegisterId, slot: u32, piece: u64) -> io::Result<()> {
         let runs = &self.pushes[&register];
         let bytes = runs.iter().map(|run| run.bytes as u64).sum();
         let frame = Frame::Data { register, slot, piece, bytes };
-        self.sink.write_all(&frame.encode())?;
         let memory = &self.memory[&register];
-        let start = memory.base.offset + slot as usize * memory.stride;
-        let write = |run: &Run| memory.base.arena.write_to(start + run.offset, run.bytes, &mut self.sink);
-        runs.iter().try_for_each(write)?;
+        let (arena, start) = (&memory.base.arena, memory.base.offset + slot as usize * memory.stride);
+        if let Some(pipe) = self.pipes.get(&register) {
+            // PIPE-2: called, announced, and only then waited for.
+            pipe.send(arena, runs.iter().map(|run| (start + run.offset, run.bytes)))?;
+            self.sink.write_all(&frame.encode())?;
+            self.sink.flush()?;
+            let sent = pipe.settle(arena)?;
+            self.sent.lock().unwrap_or_else(PoisonError::into_inner).insert((register, slot), sent);
+        } else {
+            self.sink.write_all(&frame.encode())?;
+            runs.iter().try_for_each(|run| arena.write_to(start + run.offset, run.bytes, &mut self.sink))?;
+        }
         self.session.bus.remote().told[register.0 as usize].add();
         Ok(())
     }
@@ -175,6 +194,8 @@ struct Reader {
     source: BufReader<Link>,
     session: Arc<Session>,
     memory: Arc<BTreeMap<RegisterId, RegisterMemory>>,
+    pipes: Arc<BTreeMap<RegisterId, Arc<Pipe>>>,
+    sent: Arc<SentSlots>,
     process: u32,
     index: usize,
     mirrors: BTreeMap<RegisterId, Vec<Run>>,
@@ -244,12 +265,22 @@ impl Reader {
             let name = self.session.spec.register_name(register);
             return Err(self.unexpected(format!("piece {piece} of register '{name}' without its bytes")));
         }
+        if let Message::Released { register, slot, .. } = message {
+            self.end_of_send(register, slot)?;
+        }
         remote.told[register.0 as usize].join();
         if self.session.bus.overfull(to) {
             return Err(self.unexpected("more messages than credits allow".into()));
         }
         self.session.bus.send(to, Cast::Event(Event::Message(message)));
         Ok(())
+    }
+
+    /// A slot is released only once the send out of it is over here too; that the reader has the bytes, it has said.
+    fn end_of_send(&self, register: RegisterId, slot: u32) -> Result<(), PeerError> {
+        let Some(pipe) = self.pipes.get(&register) else { return Ok(()) };
+        let sent = self.sent.lock().unwrap_or_else(PoisonError::into_inner).get(&(register, slot)).cloned();
+        sent.map_or(Ok(()), |sent| pipe.wait(&sent)).map_err(|error| io::Error::from(error).into())
     }
 
     /// RM-1 of a slot's bytes. The bytes of an initial register's piece 0 may come again (a refresh).
@@ -273,8 +304,13 @@ impl Reader {
         self.session.bus.remote().told[register.0 as usize].join();
         let arena = &memory.base.arena;
         let start = memory.base.offset + slot as usize * memory.stride;
-        for run in runs {
-            arena.read_from(start + run.offset, run.bytes, &mut self.source)?;
+        if let Some(pipe) = self.pipes.get(&register) {
+            let received = pipe.receive(arena, runs.iter().map(|run| (start + run.offset, run.bytes)));
+            received.map_err(io::Error::from)?;
+        } else {
+            for run in runs {
+                arena.read_from(start + run.offset, run.bytes, &mut self.source)?;
+            }
         }
         if !refresh {
             self.pieces.insert(register, due + 1);

@@ -30,7 +30,8 @@ const BYE: u8 = 6;
 pub enum Frame {
     /// Of an actor to another. The bytes of a piece that is filled have all been sent, or lie in shared memory.
     Message(Message),
-    /// `bytes` raw bytes follow: the runs of the slot that the receiver's readers read, one after the other.
+    /// `bytes` raw bytes follow: the runs of the slot that the receiver's readers read, one after the other. Of a register
+    /// whose bytes take a pipe, nothing follows: they are on their way.
     Data {
         /// The register.
         register: RegisterId,

@@ -42,7 +42,7 @@ impl Policy {
 /// What is done to a device at its n-th launch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Fault {
-    /// Killed (an error that stays) or hung (a launch that never ends).
+    /// Killed (an error that stays), hung (a launch that never ends), or gone with its process.
     pub kind: FaultKind,
     /// The device's number.
     pub device: usize,
@@ -57,15 +57,18 @@ pub enum FaultKind {
     Kill,
     /// That launch never ends.
     Hang,
+    /// The process ends there, not in order.
+    Die,
 }
 
 impl Fault {
-    /// From `kill:DEVICE:LAUNCH` or `hang:DEVICE:LAUNCH`.
+    /// From `kill:DEVICE:LAUNCH`, `hang:DEVICE:LAUNCH` or `die:DEVICE:LAUNCH`.
     pub fn parse(text: &str) -> Option<Fault> {
         let mut parts = text.split(':');
         let kind = match parts.next()? {
             "kill" => FaultKind::Kill,
             "hang" => FaultKind::Hang,
+            "die" => FaultKind::Die,
             _ => return None,
         };
         let fault = Fault { kind, device: parts.next()?.parse().ok()?, launch: parts.next()?.parse().ok()? };
@@ -116,7 +119,7 @@ impl Config {
         let policy = text("SOFTWARE_CUDA_POLICY")
             .map(|name| Policy::named(&name).unwrap_or_else(|| panic!("SOFTWARE_CUDA_POLICY has no policy {name}")));
         let fault = text("SOFTWARE_CUDA_FAULT").map(|f| {
-            Fault::parse(&f).unwrap_or_else(|| panic!("SOFTWARE_CUDA_FAULT is not kill|hang:DEVICE:LAUNCH: {f}"))
+            Fault::parse(&f).unwrap_or_else(|| panic!("SOFTWARE_CUDA_FAULT is not kill|hang|die:DEVICE:LAUNCH: {f}"))
         });
         Config {
             devices: number("SOFTWARE_CUDA_DEVICES", 1) as usize,

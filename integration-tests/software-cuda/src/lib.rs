@@ -23,6 +23,9 @@
 //! A kernel's text is compiled at run time by g++, with the headers in `shim/`; its threads are fibers. All is executed by
 //! one thread, one operation at a time, in an order that a policy and a seed give; the checks do not depend on it.
 //!
+//! Ranks of one communicator may be in several processes, each with a software machine of its own: they meet at a socket of
+//! the process that made the communicator's id.
+//!
 //! # How a test uses it
 //!
 //! The dynamic linker reads its path when a process starts, so the test starts a child on the device and reads the report
@@ -44,7 +47,7 @@
 //! | `SOFTWARE_CUDA_SEED` | of the schedule, and of the order of blocks and threads | 1 |
 //! | `SOFTWARE_CUDA_MEMORY` | bytes of each device | 8 GiB |
 //! | `SOFTWARE_CUDA_REPORT` | the file of [`Report`], written at exit | none |
-//! | `SOFTWARE_CUDA_FAULT` | `kill:DEVICE:LAUNCH` or `hang:DEVICE:LAUNCH` | none |
+//! | `SOFTWARE_CUDA_FAULT` | `kill:DEVICE:LAUNCH`, `hang:DEVICE:LAUNCH`, or `die:DEVICE:LAUNCH`, which ends the process | none |
 //! | `SOFTWARE_CUDA_HANG_MS` | how long a call waits for a launch that hangs | 60000 |
 //! | `SOFTWARE_CUDA_DEADLOCK_MS` | how long nothing may move while work is queued; rings are found at once | 10000 |
 //! | `SOFTWARE_CUDA_CACHE` | where compiled kernels are kept | the temporary folder |

@@ -73,7 +73,7 @@ pub fn run<'a>(world: &'a World, mut state: MutexGuard<'a, State>, handle: u64) 
                 state.streams.get_mut(&handle).expect("it was picked").is_hung = true;
                 return state;
             }
-            Some(FaultKind::Kill) => return state,
+            Some(FaultKind::Kill | FaultKind::Die) => return state,
             None => {}
         }
     }

@@ -476,6 +476,7 @@ impl State {
         match fault.kind {
             FaultKind::Hang => self.devices[device].is_hung = true,
             FaultKind::Kill => self.kill(device, Refused::CUDA_ERROR_LAUNCH_FAILED),
+            FaultKind::Die => std::process::abort(),
         }
         Some(fault.kind)
     }

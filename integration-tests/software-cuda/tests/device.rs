@@ -43,6 +43,7 @@ const CASES: &[(&str, fn())] = &[
     ("processes disagree", processes::check_lengths),
     ("processes on the same devices", processes::check_same_devices),
     ("a process never calls", processes::check_missing),
+    ("a send is not announced", processes::check_unannounced),
     ("a process dies", processes::check_gone),
     ("bugs of memory", bugs_memory::check),
     ("bugs of kernels", bugs_kernel::check),

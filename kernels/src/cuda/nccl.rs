@@ -30,9 +30,11 @@ use crate::tensor::{DType, Region, element_count};
 
 mod api;
 mod comm;
+mod pipe;
 
 pub(crate) use api::Api;
 use comm::{Comm, Kind, Transfer};
+pub use pipe::{Pipe, Sent};
 
 /// How long a stream's thread asks whether a call is on the stream before the stream's own thread goes on asking.
 const ISSUE_SPIN: Duration = Duration::from_micros(50);
@@ -122,6 +124,23 @@ impl Nccl {
             }
         }
         Ok(Self(inner))
+    }
+
+    /// A member's end of a group of two that was joined to carry bytes between them, beside the collectives: its calls are in
+    /// no device's order of calls (TURN-1), but in that of its own stream. It ends with this engine.
+    ///
+    /// # Errors
+    /// [`KernelError::Arguments`] for a seat that was not joined; [`KernelError::Cuda`].
+    pub fn pipe(&self, seat: &Seat) -> Result<Pipe, KernelError> {
+        let comm = self.0.comms.get(&(seat.group.id, seat.member)).filter(|_| seat.group.ranks.len() == 2);
+        let Some(comm) = comm.cloned() else {
+            let got = format!("group {}, member {}", seat.group.id, seat.member);
+            return Err(KernelError::arguments("pipe", "group", "one of two that was joined", got));
+        };
+        let (rank, peer) = (seat.group.ranks[seat.member], 1 - seat.member);
+        let name = format!("{}{}", ["to ", "from "][seat.member], seat.group.ranks[peer]);
+        let lane = Lane::new(&seat.gpu, rank, &name, true, &Arc::default())?;
+        Ok(Pipe::new(self.0.clone(), comm, peer, lane))
     }
 }
 
@@ -250,7 +269,9 @@ impl Member<'_> {
 
     fn transfers(&self, transfers: &[Transfer]) -> Result<(), KernelError> {
         match self.comm {
-            Some(comm) if transfers.iter().any(|t| t.elements > 0) => comm.transfer(transfers, self.dtype, self.lane),
+            Some(comm) if transfers.iter().any(|t| t.elements > 0) => {
+                comm.transfer(transfers, Some(self.dtype), self.lane)
+            }
             _ => Ok(()),
         }
     }

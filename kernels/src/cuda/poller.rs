@@ -21,7 +21,7 @@ use super::memory::DeviceMemory;
 use super::ticket::Ticket;
 use crate::error::KernelError;
 use crate::event::Event;
-use crate::memory::Base;
+use crate::memory::{Arena, Base};
 
 /// How long the thread spins after the last progress.
 const SPIN: Duration = Duration::from_micros(20);
@@ -41,6 +41,8 @@ pub(crate) enum Then {
     End(Arc<Ticket>, Vec<Base>, Result<(), KernelError>),
     /// To whoever waits for the event.
     Set(Event),
+    /// The same, once memory that was in use is let go.
+    LetGo(Arena, Event),
 }
 
 /// Is asked now and then while something is pending: an engine that looks for errors of its own.
@@ -250,6 +252,11 @@ impl Shared {
 fn tell(then: Then, failed: Option<&KernelError>) {
     let tell = || match (then, failed) {
         (Then::Set(event), _) => event.set(),
+        (Then::LetGo(arena, event), _) => {
+            arena.device_memory().into_iter().for_each(DeviceMemory::let_go);
+            drop(arena);
+            event.set();
+        }
         (Then::Signal(ticket, tag), None) => ticket.signal(tag),
         (Then::Signal(..), Some(_)) => {}
         (Then::End(ticket, bases, result), failed) => {

@@ -10,7 +10,7 @@ use super::context::Raw;
 use super::gpu::Gpu;
 use super::memory::{DeviceMemory, Pinned};
 use super::step::ErrorRecord;
-use crate::clock::host_access;
+use crate::clock::{Clocks, host_access};
 use crate::error::KernelError;
 
 const BYTES: usize = ErrorRecord::WORDS * size_of::<u32>();
@@ -29,6 +29,14 @@ pub(crate) struct Records {
 struct Block {
     pinned: Pinned,
     free: Mutex<Vec<usize>>,
+    /// When slots were given back.
+    given_back: Clocks,
+}
+
+impl Drop for Block {
+    fn drop(&mut self) {
+        self.given_back.join();
+    }
 }
 
 /// A place for one record; given back when dropped.
@@ -51,13 +59,14 @@ impl Records {
     fn slot(&mut self, gpu: &Gpu) -> Result<Slot, KernelError> {
         let take = |block: &Arc<Block>| {
             let index = block.free.lock().unwrap_or_else(PoisonError::into_inner).pop()?;
+            block.given_back.join();
             Some(Slot { block: block.clone(), index })
         };
         if let Some(slot) = self.blocks.iter().find_map(take) {
             return Ok(slot);
         }
         let pinned = Pinned::new(gpu.context(), SLOTS * BYTES)?;
-        let block = Arc::new(Block { pinned, free: Mutex::new((1..SLOTS).collect()) });
+        let block = Arc::new(Block { pinned, free: Mutex::new((1..SLOTS).collect()), given_back: Clocks::default() });
         self.blocks.push(block.clone());
         Ok(Slot { block, index: 0 })
     }
@@ -91,6 +100,7 @@ impl Slot {
 
 impl Drop for Slot {
     fn drop(&mut self) {
+        self.block.given_back.add();
         self.block.free.lock().unwrap_or_else(PoisonError::into_inner).push(self.index);
     }
 }

@@ -25,6 +25,7 @@ use super::by_mpi::ByMpi;
 use super::rendezvous::{Member, Roster};
 use super::{ClusterError, ClusterOptions, Collectives, Transport};
 use crate::plan::Plan;
+use crate::session::devices::Pipes;
 use crate::session::hosting::Hosting;
 
 /// How often a wait for a peer looks whether the session has ended.
@@ -60,6 +61,8 @@ pub(crate) struct Roads<'a> {
     pub(crate) options: &'a ClusterOptions,
     pub(crate) by_mpi: &'a ByMpi,
     pub(crate) deadline: Instant,
+    /// Between GPUs, by the devices where bytes are made and land: what these take.
+    pub(crate) pipes: Pipes,
 }
 
 impl Roads<'_> {
@@ -232,11 +235,23 @@ impl Roads<'_> {
             }
             for register in mirrors.keys() {
                 let spec = &plan.spec.registers[register.0 as usize];
-                let arena = devices[0].arena(spec.slots as usize * spec.slot_bytes)?;
+                let landing = self.hosting.landing(plan, *register, own).unwrap_or(self.hosting.own().start);
+                let device = &devices[landing - self.hosting.own().start];
+                let arena = device.arena(spec.slots as usize * spec.slot_bytes)?;
                 memory.insert(*register, RegisterMemory { base: Base { arena, offset: 0 }, stride: spec.slot_bytes });
             }
             let link = self.link(process, Purpose::Registers { lane: 0 })?;
-            peers.push(Peer { process, actors: self.hosting.actors_of(plan, process), link, pushes, mirrors });
+            let crossing: BTreeSet<RegisterId> = pushes.keys().chain(mirrors.keys()).copied().collect();
+            let mut pipes = BTreeMap::new();
+            for (ends, registers) in self.hosting.crossing_pairs(plan) {
+                let Some(pipe) = self.pipes.get(&ends) else { continue };
+                // A register may go to several processes; at its end here it has one pipe for each.
+                let far = if self.hosting.process_of(ends.0) == own { ends.1 } else { ends.0 };
+                let here =
+                    registers.into_iter().filter(|r| self.hosting.process_of(far) == process && crossing.contains(r));
+                here.for_each(|register| drop(pipes.insert(register, pipe.clone())));
+            }
+            peers.push(Peer { process, actors: self.hosting.actors_of(plan, process), link, pushes, mirrors, pipes });
         }
         Ok((memory, peers))
     }

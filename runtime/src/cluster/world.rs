@@ -24,10 +24,11 @@ use super::env::{self, Launch};
 use super::nccl_ids;
 use super::rendezvous::{Identity, RendezvousConfig, Roster, local_ip, rendezvous};
 use super::roads::{Roads, Ways};
-use super::{Cluster, ClusterError, ClusterOptions};
+use super::{Cluster, ClusterError, ClusterOptions, Transport};
 use crate::checkpoint::{self, Agree};
 use crate::plan::Plan;
 use crate::session::SessionError;
+use crate::session::devices::Pipes;
 use crate::session::ending::exit_of;
 use crate::session::hosting::{Hosting, OnNode};
 
@@ -224,6 +225,11 @@ impl World {
         self.hosting.peers().any(|process| self.roads(device).shares_memory(process))
     }
 
+    /// Whether registers between GPUs take pipes of their own, and not the connections.
+    pub(crate) fn takes_pipes(&self) -> bool {
+        matches!(self.options.transport, Transport::Auto | Transport::SharedMemory)
+    }
+
     /// What NCCL knows these groups by, which all processes ask for.
     pub(crate) fn nccl_ids(&self, groups: &[Arc<Group>]) -> Result<Vec<UniqueId>, KernelError> {
         let deadline = Instant::now() + self.options.connect_within;
@@ -237,8 +243,9 @@ impl World {
         devices: &[Device],
         arenas: &BTreeMap<usize, Arena>,
         in_process: Arc<dyn Collective>,
+        pipes: Pipes,
     ) -> Result<Ways, ClusterError> {
-        self.roads(plan.device).make(plan, devices, arenas, in_process)
+        Roads { pipes, ..self.roads(plan.device) }.make(plan, devices, arenas, in_process)
     }
 
     /// From now on a failure here ends the session everywhere, and one elsewhere ends it here.
@@ -329,7 +336,8 @@ fn roads<'a>(
     by_mpi: &'a ByMpi,
 ) -> Roads<'a> {
     let deadline = Instant::now() + options.connect_within;
-    Roads { device, hosting: *hosting, roster, endpoint, secret, options, by_mpi, deadline }
+    let pipes = Pipes::new();
+    Roads { device, hosting: *hosting, roster, endpoint, secret, options, by_mpi, deadline, pipes }
 }
 
 fn address(endpoint: &env::Endpoint) -> Address {

@@ -9,7 +9,7 @@ use shardflow_kernels::collective::in_process::InProcess;
 use shardflow_kernels::collective::{Collective, Group};
 use shardflow_kernels::cuda::gpu::Gpu;
 use shardflow_kernels::cuda::local::Local;
-use shardflow_kernels::cuda::nccl::{Nccl, Seat, UniqueId};
+use shardflow_kernels::cuda::nccl::{Nccl, Pipe, Seat, UniqueId};
 use shardflow_kernels::device::{Device, DeviceKind};
 use shardflow_kernels::error::KernelError;
 
@@ -32,25 +32,38 @@ pub fn gpu_memory_bytes(devices: usize) -> Result<usize, KernelError> {
     Ok(free / devices.div_ceil(count).max(1))
 }
 
-/// The devices that this process hosts, in order of rank, and the engine of collectives among them; with GPUs also of those
-/// with other processes' devices, which `ids` are for: what NCCL knows each group by.
+/// What registers take from a GPU of one process to one of another, by the two devices: the ends that this process has.
+pub(crate) type Pipes = BTreeMap<(usize, usize), Arc<Pipe>>;
+
+/// A process's devices.
+pub(crate) struct Opened {
+    /// In order of rank.
+    pub(crate) devices: Vec<Device>,
+    /// Of collectives among them; with GPUs also of those with other processes' devices.
+    pub(crate) engine: Arc<dyn Collective>,
+    /// Where registers are to take them.
+    pub(crate) pipes: Pipes,
+}
+
+/// The devices that this process hosts; `ids` give what NCCL knows each group by.
 pub(crate) fn open(
     plan: &Plan,
     hosting: &Hosting,
     node: OnNode,
+    takes_pipes: bool,
     ids: Ids<'_>,
-) -> Result<(Vec<Device>, Arc<dyn Collective>), KernelError> {
+) -> Result<Opened, KernelError> {
     match plan.device {
         DeviceKind::Cpu => {
             let engine: Arc<dyn Collective> = Arc::new(InProcess::new());
             let make = |rank| Device::cpu(rank, plan.threads_per_device, engine.clone());
-            Ok((hosting.own().map(make).collect(), engine))
+            Ok(Opened { devices: hosting.own().map(make).collect(), engine, pipes: Pipes::new() })
         }
         DeviceKind::Cuda => {
             let gpus = gpus(hosting, node, Gpu::count()?)?;
-            let engine = gpu_engine(plan, hosting, &gpus, ids)?;
+            let (engine, pipes) = gpu_engine(plan, hosting, &gpus, takes_pipes, ids)?;
             let make = |(rank, gpu): (&usize, &Arc<Gpu>)| Device::cuda(*rank, gpu.clone(), engine.clone());
-            Ok((gpus.iter().map(make).collect(), engine))
+            Ok(Opened { devices: gpus.iter().map(make).collect(), engine, pipes })
         }
     }
 }
@@ -86,14 +99,20 @@ fn gpu_engine(
     plan: &Plan,
     hosting: &Hosting,
     gpus: &BTreeMap<usize, Arc<Gpu>>,
+    takes_pipes: bool,
     ids: Ids<'_>,
-) -> Result<Arc<dyn Collective>, KernelError> {
+) -> Result<(Arc<dyn Collective>, Pipes), KernelError> {
     let shares = gpus.iter().any(|(a, gpu)| gpus.iter().any(|(b, other)| a != b && Arc::ptr_eq(gpu, other)));
     if shares || hosting.devices == 1 {
-        return Ok(Arc::new(Local::new()));
+        return Ok((Arc::new(Local::new()), Pipes::new()));
     }
     let mut groups = groups(plan);
+    let pairs = if takes_pipes { hosting.crossing_pairs(plan) } else { BTreeMap::new() };
+    let first = groups.last().map_or(0, |group| group.id + 1);
     groups.retain(|group| group.ranks.len() > 1);
+    // Behind the plan's own, in the same order in all processes.
+    let pair = |(id, (from, to)): (u32, &(usize, usize))| Arc::new(Group { id, ranks: vec![*from, *to] });
+    groups.extend((first..).zip(pairs.keys()).map(pair));
     let mut seats = Vec::new();
     for (group, id) in groups.iter().zip(ids(&groups)?) {
         for (member, rank) in group.ranks.iter().enumerate() {
@@ -101,7 +120,12 @@ fn gpu_engine(
             seats.push(Seat { group: group.clone(), member, gpu: gpu.clone(), id });
         }
     }
-    Ok(Arc::new(Nccl::join(&seats, JOIN_WITHIN)?))
+    let engine = Nccl::join(&seats, JOIN_WITHIN)?;
+    let mut pipes = Pipes::new();
+    for seat in seats.iter().filter(|seat| seat.group.id >= first) {
+        pipes.insert((seat.group.ranks[0], seat.group.ranks[1]), Arc::new(engine.pipe(seat)?));
+    }
+    Ok((Arc::new(engine), pipes))
 }
 
 /// New ids, for groups whose members are all in this process.

@@ -98,6 +98,29 @@ impl Hosting {
         out
     }
 
+    /// The device of `to` at which bytes of a register land: that of the first reader there.
+    pub fn landing(&self, plan: &Plan, register: RegisterId, to: u32) -> Option<usize> {
+        let device = |actor: ActorId| plan.spec.actors[actor.0 as usize].device;
+        let readers = &plan.spec.registers[register.0 as usize].readers;
+        readers.iter().map(|reader| device(reader.actor)).find(|device| self.process_of(*device) == to)
+    }
+
+    /// The registers whose bytes cross processes, by the devices where they are made and land. Of all processes.
+    pub fn crossing_pairs(&self, plan: &Plan) -> BTreeMap<(usize, usize), Vec<RegisterId>> {
+        let mut out: BTreeMap<(usize, usize), Vec<RegisterId>> = BTreeMap::new();
+        for from in 0..self.processes {
+            for to in (0..self.processes).filter(|to| *to != from) {
+                for (id, runs) in self.crossing(plan, from, to) {
+                    let producer = plan.spec.registers[id.0 as usize].producer;
+                    let made = plan.spec.actors[producer.0 as usize].device;
+                    let landing = self.landing(plan, id, to).filter(|_| !runs.is_empty());
+                    landing.into_iter().for_each(|landing| out.entry((made, landing)).or_default().push(id));
+                }
+            }
+        }
+        out
+    }
+
     /// Groups whose members several processes host, in order of id; of all processes.
     pub fn crossing_groups(&self, plan: &Plan) -> Vec<Arc<Group>> {
         let mut groups = groups(plan);

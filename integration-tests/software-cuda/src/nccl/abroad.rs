@@ -42,6 +42,7 @@ pub fn deliver(world: &World, clique: u64, heard: Heard) {
         Heard::Other(Said::Full) => known.is_abroad = known.ranks.iter().any(Option::is_none),
         Heard::Other(Said::Refused) => known.error = Some(ncclResult_t::ncclInvalidUsage),
         Heard::Other(Said::Busy) => state.peers_moved = Instant::now(),
+        Heard::Other(Said::Call(direction)) => drop(known.called.insert(direction)),
         Heard::Other(Said::HubLeft) => known.hub_left = true,
         Heard::End if known.hub_left => {}
         Heard::Other(Said::Lost) | Heard::End => {

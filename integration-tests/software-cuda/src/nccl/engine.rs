@@ -8,10 +8,11 @@
 //! it is done once its partners have started too, and the operation ends with its last part. Where the communicator does
 //! not block, the call answers "in progress", and the operation comes to its stream only when the host has asked.
 //!
-//! Where other processes have ranks too, a part whose partners of this process have started is posted to the hub, and done
+//! Where other processes have ranks too, the first message between two ranks stays "in progress" until both have called, since
+//! NCCL connects them only then; a part whose partners of this process have started is posted to the hub, and done
 //! when the hub's answer has come. Clocks do not cross processes, for neither do addresses.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::{Arc, MutexGuard};
 use std::time::{Duration, Instant};
 
@@ -20,7 +21,7 @@ use cudarc::nccl::sys::ncclResult_t;
 use crate::clock::Clock;
 use crate::nccl::abroad::{Answer, post};
 use crate::nccl::data;
-use crate::nccl::wire::{Meeting, Said, Wire};
+use crate::nccl::wire::{Direction, Meeting, Said, Wire};
 use crate::run::{Running, start};
 use crate::scheduler::Hold;
 use crate::world::{Kind, State, World};
@@ -162,6 +163,8 @@ pub struct Clique {
     pub wire: Option<Arc<Wire>>,
     /// All ranks are there, some of them in other processes.
     pub is_abroad: bool,
+    /// First messages that ranks of other processes have called for.
+    pub called: HashSet<Direction>,
     /// The hub's process may end.
     pub hub_left: bool,
     /// Collectives issued, by device.
@@ -505,8 +508,12 @@ fn group_mut(state: &mut State, handle: u64) -> &mut Group {
 /// stream before the host was told that the call is over, overtakes it.
 pub fn defer(world: &World, state: &mut State, stream: u64, group: Group, name: String) {
     let (host, comm) = (state.host_clock(world.config.one_host), group.comm);
+    let first: Vec<Direction> = first_abroad(state, comm, &group).collect();
     let deferred = Deferred { stream, group: Box::new(group), name, host, since: Instant::now() };
     let comm = state.comms.comms.get_mut(&comm).expect("it was looked up");
+    if let Some(wire) = &state.comms.cliques[&comm.clique].wire {
+        first.into_iter().for_each(|direction| wire.say(&Said::Call(direction), &[]));
+    }
     comm.deferred.push(deferred);
     comm.was_asked = false;
     state.last_move = Instant::now();
@@ -518,11 +525,27 @@ pub fn ask(world: &World, state: &mut State, comm: u64) -> bool {
     if found.deferred.is_empty() {
         return true;
     }
-    if !std::mem::replace(&mut found.was_asked, true) {
+    if !std::mem::replace(&mut found.was_asked, true) || !is_connected(state, comm) {
         return false;
     }
     settle(world, state, comm);
     true
+}
+
+/// The first messages of a group to and from ranks of other processes.
+fn first_abroad(state: &State, comm: u64, group: &Group) -> impl Iterator<Item = Direction> {
+    let own = &state.comms.comms[&comm];
+    let ranks = &state.comms.cliques[&own.clique].ranks;
+    let first = group.parts.iter().filter_map(|part| Direction::of_first(own.rank, part.tag));
+    first.filter(|direction| ranks.get(direction.peer).is_some_and(Option::is_none))
+}
+
+/// Whether the other ends of a communicator's deferred messages have called too, where these are the first.
+fn is_connected(state: &State, comm: u64) -> bool {
+    let own = &state.comms.comms[&comm];
+    let called = &state.comms.cliques[&own.clique].called;
+    let deferred = own.deferred.iter().flat_map(|deferred| first_abroad(state, comm, &deferred.group));
+    deferred.map(Direction::other).all(|other| called.contains(&other))
 }
 
 fn settle(world: &World, state: &mut State, comm: u64) {
@@ -535,7 +558,17 @@ fn settle(world: &World, state: &mut State, comm: u64) {
 /// Settles calls that the host does not ask about. True when there were any.
 pub fn settle_old(world: &World, state: &mut State) -> bool {
     let is_old = |c: &Comm| c.deferred.iter().any(|d| d.since.elapsed() > DEFERRED_FOR);
-    let old: Vec<u64> = state.comms.comms.iter().filter(|(_, c)| is_old(c)).map(|(h, _)| *h).collect();
+    let is_left = |c: &Comm| c.deferred.iter().any(|d| d.since.elapsed() > world.config.deadlock);
+    let may = |(handle, comm): &(&u64, &Comm)| is_old(comm) && (is_connected(state, **handle) || is_left(comm));
+    let old: Vec<u64> = state.comms.comms.iter().filter(may).map(|(handle, _)| *handle).collect();
+    for comm in old.iter().filter(|comm| !is_connected(state, **comm)) {
+        let (rank, key) = (state.comms.comms[comm].rank, format!("{comm} connects"));
+        world.find("deadlock", &key, || {
+            format!(
+                "rank {rank} waits until its first message is on its stream, and the other end has not called for it"
+            )
+        });
+    }
     old.iter().for_each(|comm| settle(world, state, *comm));
     !old.is_empty()
 }

@@ -83,7 +83,7 @@ fn serve(connection: u64, stream: UnixStream) {
             }
             Said::Post { meeting, calls } => hall.post(connection, meeting, calls, &bytes),
             Said::Leave { rank, in_order } => hall.leave(connection, rank, in_order),
-            Said::Busy => hall.tell(Some(connection), &Said::Busy),
+            Said::Busy | Said::Call(_) => hall.tell(Some(connection), &said),
             _ => {}
         }
     }

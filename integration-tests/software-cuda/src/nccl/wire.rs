@@ -53,6 +53,33 @@ pub struct Joining {
     pub process: u32,
 }
 
+/// One end of the messages from a rank to another.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct Direction {
+    /// Whose end it is.
+    pub rank: usize,
+    /// The other.
+    pub peer: usize,
+    /// Whether it sends.
+    pub sends: bool,
+}
+
+impl Direction {
+    /// That of a rank's first message, if the call is for one.
+    pub fn of_first(rank: usize, tag: Tag) -> Option<Direction> {
+        match tag {
+            Tag::Send(peer, 1) => Some(Direction { rank, peer, sends: true }),
+            Tag::Receive(peer, 1) => Some(Direction { rank, peer, sends: false }),
+            _ => None,
+        }
+    }
+
+    /// The other end.
+    pub fn other(self) -> Direction {
+        Direction { rank: self.peer, peer: self.rank, sends: !self.sends }
+    }
+}
+
 /// What is said.
 #[derive(Debug, Serialize, Deserialize)]
 pub enum Said {
@@ -64,6 +91,8 @@ pub enum Said {
         /// Rank, call, bytes that it sends.
         calls: Vec<(usize, Call, usize)>,
     },
+    /// To the hub, and on to the others: a rank has called for its first message to a peer, or from it.
+    Call(Direction),
     /// To the hub: a rank is given up, in order or not.
     Leave { rank: usize, in_order: bool },
     /// To the hub, and on to the others: this process moves, or compiles.

@@ -150,12 +150,22 @@ pub fn check_lengths() {
 pub fn check_gone() {
     let ranks = join(process() * OWN);
     settle_all(&ranks);
+    api::use_device(ranks[0].device as i32);
+    let (s, other) = (stream(), filled(&[0.0; N]));
     if process() == 1 {
+        // SAFETY: addresses of device memory that is long enough; handles come from the libraries.
+        let code = unsafe { cudarc::nccl::sys::ncclRecv(other as _, N, F32, 0, ranks[0].comm, s.cast()) };
+        api::settle(ranks[0].comm, code);
+        api::wait(s);
         // Not in order: nothing is given up, nothing is written.
         std::process::abort();
     }
     // SAFETY: addresses of device memory that is long enough; handles come from the libraries.
     all(&ranks, |r| unsafe { cudarc::nccl::sys::ncclAllReduce(r.x as _, r.y as _, N, F32, SUM, r.comm, r.s.cast()) });
+    settle_all(&ranks);
+    // The other dies when it has this, and so while the sum is under way.
+    // SAFETY: as above.
+    let _ = unsafe { cudarc::nccl::sys::ncclSend(other as _, N, F32, OWN as i32, ranks[0].comm, s.cast()) };
     ranks.iter().for_each(|rank| assert_eq!(error_of(rank), ncclResult_t::ncclRemoteError));
     abort(&ranks);
     ranks.iter().for_each(|rank| api::wait(rank.s));
@@ -181,6 +191,22 @@ pub fn check_missing() {
         // SAFETY: the stream comes from the driver.
         let waited = unsafe { cudarc::driver::sys::cuStreamSynchronize(ranks[0].s) };
         assert_ne!(waited, cudarc::driver::sys::CUresult::CUDA_SUCCESS);
+    } else {
+        // Until the other has aborted.
+        ranks.iter().for_each(|rank| assert_eq!(error_of(rank), ncclResult_t::ncclRemoteError));
+    }
+    abort(&ranks);
+}
+
+/// In a child: the first process waits for its send to be on its stream before the second could know of it.
+pub fn check_unannounced() {
+    let ranks = join(process() * OWN);
+    settle_all(&ranks);
+    if process() == 0 {
+        let r = &ranks[0];
+        // SAFETY: addresses of device memory that is long enough; handles come from the libraries.
+        let code = unsafe { cudarc::nccl::sys::ncclSend(r.x as _, N, F32, OWN as i32, r.comm, r.s.cast()) };
+        api::settle(r.comm, code);
     } else {
         // Until the other has aborted.
         ranks.iter().for_each(|rank| assert_eq!(error_of(rank), ncclResult_t::ncclRemoteError));
@@ -257,6 +283,7 @@ fn mistakes_between_processes_are_found_in_both() {
     expect_found("processes disagree", [&["collective-mismatch"]; 2]);
     expect_found("processes on the same devices", [&[]; 2]);
     expect_found("a process never calls", [&["deadlock"], &[]]);
+    expect_found("a send is not announced", [&["deadlock", "aborted"], &[]]);
 }
 
 #[test]

@@ -225,11 +225,18 @@ impl Comm {
         self.check(code, name)
     }
 
-    /// Puts messages on the stream, all as one, so that no order among them matters.
-    pub(super) fn transfer(&self, transfers: &[Transfer], dtype: DType, lane: &Lane) -> Result<(), KernelError> {
+    /// Puts messages on the stream, all as one, so that no order among them matters but that between one pair. Elements
+    /// without a type are bytes.
+    pub(super) fn transfer(
+        &self,
+        transfers: &[Transfer],
+        dtype: Option<DType>,
+        lane: &Lane,
+    ) -> Result<(), KernelError> {
         let handle = self.handle.lock().unwrap_or_else(PoisonError::into_inner);
         let Some(comm) = handle.map(|handle| handle.0) else { return Ok(()) };
-        let (api, dtype, stream) = (self.api.0, data_type(dtype), lane.stream().0.cast::<c_void>());
+        let dtype = dtype.map_or(ncclDataType_t::ncclUint8, data_type);
+        let (api, stream) = (self.api.0, lane.stream().0.cast::<c_void>());
         grouped(api, &self.place, || {
             for transfer in transfers.iter().filter(|transfer| transfer.elements > 0) {
                 let (n, peer) = (transfer.elements, transfer.peer as c_int);
