@@ -132,8 +132,8 @@ impl Drop for Handle {
     }
 }
 
-/// The engine that adds up dq in one order, with the knobs that make it so: those of NVIDIA's cudnn-frontend 1.32, which tells from
-/// which versions they are there.
+/// The engine that adds up dq in one order without a matrix of scores in memory, with the knobs that make it so: those of NVIDIA's
+/// cudnn-frontend 1.32, which tells from which version they are there.
 fn ordered(capability: (i32, i32), version: usize) -> Option<Pin> {
     const HOPPER: &[(Knob, i64)] = &[
         (Knob::CUDNN_KNOB_TYPE_TILE_M, 2),
@@ -143,19 +143,7 @@ fn ordered(capability: (i32, i32), version: usize) -> Option<Pin> {
         (Knob::CUDNN_KNOB_TYPE_TILE_CGA_M, 0),
         (Knob::CUDNN_KNOB_TYPE_STAGES, 4),
     ];
-    const BLACKWELL: &[(Knob, i64)] = &[
-        (Knob::CUDNN_KNOB_TYPE_TILE_M, 3),
-        (Knob::CUDNN_KNOB_TYPE_TILE_N, 2),
-        (Knob::CUDNN_KNOB_TYPE_KERNEL_CFG, 2),
-        (Knob::CUDNN_KNOB_TYPE_STREAM_K, 0),
-        (Knob::CUDNN_KNOB_TYPE_TILE_CGA_M, 0),
-        (Knob::CUDNN_KNOB_TYPE_STAGES, 2),
-    ];
-    match capability {
-        (9, _) if version >= 92_500 => Some(Pin { engine: 6, knobs: HOPPER }),
-        (10, 0..=3) if version >= 92_300 => Some(Pin { engine: 5, knobs: BLACKWELL }),
-        _ => None,
-    }
+    (capability.0 == 9 && version >= 92_500).then_some(Pin { engine: 6, knobs: HOPPER })
 }
 
 impl Flashes {
@@ -198,7 +186,7 @@ impl Flashes {
         let pin = match (flash.pass, self.gpu.attention()) {
             (_, Attention::Own) => return Ok(None),
             (Pass::Forward, _) | (_, Attention::AnyOrder) => None,
-            (Pass::Backward, Attention::Ordered) => match ordered(self.gpu.capability(), handle.api.number()) {
+            (_, Attention::Ordered) => match ordered(self.gpu.capability(), handle.api.number()) {
                 Some(pin) => Some(pin),
                 None => {
                     let (expected, version) = ("an engine that adds up in one order", handle.api.version());

@@ -74,12 +74,27 @@ pub(crate) enum Kind {
 /// A step that only lacks its addresses.
 #[derive(Debug)]
 pub(crate) enum Ready {
-    Kernel { function: Function, how: Geometry, parameters: Vec<Parameter> },
+    Kernel {
+        function: Function,
+        how: Geometry,
+        parameters: Vec<Parameter>,
+    },
     Product(Box<Product>),
     /// Attention by cuDNN; by our own kernels where it turns out that cuDNN does not.
-    Flash { flash: Flash, own: Vec<Ready> },
-    Copy { from: Place, to: Place, bytes: usize },
-    Fill { to: Place, word: u32, words: usize },
+    Flash {
+        flash: Flash,
+        own: Vec<Ready>,
+    },
+    Copy {
+        from: Place,
+        to: Place,
+        bytes: usize,
+    },
+    Fill {
+        to: Place,
+        word: u32,
+        words: usize,
+    },
 }
 
 /// One parameter of a kernel.

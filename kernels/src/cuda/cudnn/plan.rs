@@ -270,14 +270,10 @@ impl Builder<'_> {
         let whole = [whole];
         let mut attributes = vec![
             (Attribute::CUDNN_ATTR_ENGINEHEUR_OPERATION_GRAPH, Values::Descriptors(&whole)),
-            (
-                Attribute::CUDNN_ATTR_ENGINEHEUR_MODE,
-                Values::Heuristic(cudnnBackendHeurMode_t::CUDNN_HEUR_MODE_A),
-            ),
+            (Attribute::CUDNN_ATTR_ENGINEHEUR_MODE, Values::Heuristic(cudnnBackendHeurMode_t::CUDNN_HEUR_MODE_A)),
         ];
         let device = target.device();
-        attributes
-            .extend(device.iter().map(|d| (Attribute::CUDNN_ATTR_ENGINEHEUR_DEVICEPROP, Values::Descriptors(d))));
+        attributes.extend(device.iter().map(|d| (Attribute::CUDNN_ATTR_ENGINEHEUR_DEVICEPROP, Values::Descriptors(d))));
         let heuristic = self.sealed(Kind::CUDNN_BACKEND_ENGINEHEUR_DESCRIPTOR, &attributes)?;
         let (name, kind) = (Attribute::CUDNN_ATTR_ENGINEHEUR_RESULTS, Kind::CUDNN_BACKEND_ENGINECFG_DESCRIPTOR);
         let found = heuristic.filled(name, kind, CONFIGURATIONS_MAX, self.place)?;
