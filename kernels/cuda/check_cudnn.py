@@ -10,6 +10,8 @@ run them. What it still calls of the driver is a stub here, made by the C compil
 crate, which asks for several architectures and shapes. The wheels take 1.5 GB.
 """
 
+import json
+import os
 import pathlib
 import re
 import subprocess
@@ -52,11 +54,13 @@ def main():
         folder = pathlib.Path(name)
         stub(libraries, folder)
         path = ":".join(str(part) for part in (cudnn, folder, root / "cu13" / "lib"))
-        build = ["cargo", "test", "-p", "shardflow-kernels", "--lib", "--no-run"]
-        subprocess.run(build, check=True)
+        build = ["cargo", "test", "-p", "shardflow-kernels", "--lib", "--no-run", "--message-format=json"]
+        told = subprocess.run(build, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()
+        program = next(found for line in told if (found := json.loads(line).get("executable")))
         # Only the test sees the stub.
-        run = ["cargo", "test", "-p", "shardflow-kernels", "--lib", "--config", f"env.LD_LIBRARY_PATH='{path}'"]
-        return subprocess.run([*run, "--", "--ignored", "--exact", "--nocapture", TEST]).returncode
+        environment = {**os.environ, "LD_LIBRARY_PATH": path}
+        arguments = [program, "--ignored", "--exact", "--nocapture", TEST]
+        return subprocess.run(arguments, env=environment).returncode
 
 
 if __name__ == "__main__":

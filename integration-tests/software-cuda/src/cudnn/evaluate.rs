@@ -2,6 +2,7 @@
 #![allow(unsafe_code)]
 
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::sync::Arc;
 
 use cudarc::cudnn::sys::cudnnPointwiseMode_t as Mode;
@@ -62,14 +63,13 @@ pub fn run(guest: &mut Guest, job: &Job) {
     for node in &job.graph.nodes {
         let (reads, write) = node.ids();
         for id in reads {
-            if !known.contains_key(&id) {
-                let values = match job.numbers.get(&id) {
-                    Some(number) => Some(vec![*number]),
-                    None => load(guest, job.addresses[&id], &job.graph.tensors[&id]),
-                };
-                let Some(values) = values else { return };
-                known.insert(id, values);
-            }
+            let Entry::Vacant(new) = known.entry(id) else { continue };
+            let values = match job.numbers.get(&id) {
+                Some(number) => Some(vec![*number]),
+                None => load(guest, job.addresses[&id], &job.graph.tensors[&id]),
+            };
+            let Some(values) = values else { return };
+            new.insert(values);
         }
         let to = &job.graph.tensors[&write];
         let mut made = evaluate(&job.graph, node, &known);

@@ -108,7 +108,7 @@ pub(super) fn check_tensor(descriptor: &Descriptor) -> Result<(), Answer> {
         if stride < end {
             return wrong("a tensor's elements lie over each other");
         }
-        end = stride * (extent - 1) + end;
+        end += stride * (extent - 1);
     }
     Ok(())
 }
