@@ -5,9 +5,9 @@
         nvidia-cudnn-cu13==9.28.1.4 nvidia-cublas==13.0.*
     VENV/bin/python kernels/cuda/check_cudnn.py
 
-cuDNN can be told of a GPU that is not there: it then chooses engines, compiles their kernels and finishes plans, all but to
-run them. What it still calls of the driver is a stub here, made by the C compiler. Runs an ignored test of the kernels'
-crate, which asks for several architectures and shapes. The wheels take 1.5 GB.
+cuDNN can be told of a GPU that is not there: it then chooses engines, compiles their kernels and finishes plans, all
+but to run them. What it still calls of the driver is a stub here, made by the C compiler. Runs an ignored test of the
+kernels' crate, which asks for several architectures and shapes. The wheels take 1.5 GB.
 """
 
 import json

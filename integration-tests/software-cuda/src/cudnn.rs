@@ -1,5 +1,6 @@
-//! The part of cuDNN that runs graphs of operations: descriptors, whose attributes are checked as they are set and when they are
-//! sealed; an engine for each graph that can be evaluated; its execution on a stream. Imports `world`, and its parts.
+//! The part of cuDNN that runs graphs of operations: descriptors, whose attributes are checked as they are set and
+//! when they are sealed; an engine for each graph that can be evaluated; its execution on a stream. Imports `world`,
+//! and its parts.
 //!
 //! What NVIDIA's library would refuse is refused, and is a finding, too, where a right program never asks for it.
 #![allow(unsafe_code, non_snake_case)]
@@ -266,12 +267,17 @@ exports! { cudnn;
     ) -> Answer {
         let mut objects = lock(objects());
         let found = objects.sealed(descriptor as i64, &format!("{name:?}"))?.kind;
-        use Attribute::{CUDNN_ATTR_ENGINEHEUR_RESULTS as RESULTS, CUDNN_ATTR_EXECUTION_PLAN_WORKSPACE_SIZE as WORKSPACE};
+        use Attribute::{
+            CUDNN_ATTR_ENGINEHEUR_RESULTS as RESULTS, CUDNN_ATTR_EXECUTION_PLAN_WORKSPACE_SIZE as WORKSPACE,
+        };
+        use DescriptorKind::{
+            CUDNN_BACKEND_ENGINEHEUR_DESCRIPTOR as HEURISTIC, CUDNN_BACKEND_EXECUTION_PLAN_DESCRIPTOR as PLAN,
+        };
         match (found, name, kind) {
-            (DescriptorKind::CUDNN_BACKEND_EXECUTION_PLAN_DESCRIPTOR, WORKSPACE, Type::CUDNN_TYPE_INT64) if wanted > 0 => {
+            (PLAN, WORKSPACE, Type::CUDNN_TYPE_INT64) if wanted > 0 => {
                 (*to.cast::<i64>(), *given) = (WORKSPACE_BYTES as i64, 1);
             }
-            (DescriptorKind::CUDNN_BACKEND_ENGINEHEUR_DESCRIPTOR, RESULTS, Type::CUDNN_TYPE_BACKEND_DESCRIPTOR) => {
+            (HEURISTIC, RESULTS, Type::CUDNN_TYPE_BACKEND_DESCRIPTOR) => {
                 let to = if wanted > 0 { std::slice::from_raw_parts(to.cast::<u64>(), wanted as usize) } else { &[] };
                 *given = objects.results(descriptor as u64, to)? as i64;
             }
@@ -289,7 +295,9 @@ exports! { cudnn;
         let stream = *objects.handles.get(&(handle as u64)).ok_or(Answer::CUDNN_STATUS_BAD_PARAM)?;
         let (plan, pack) = (objects.sealed(plan as i64, "a plan")?, objects.sealed(pack as i64, "a variant pack")?);
         let kinds = (plan.kind, pack.kind);
-        use DescriptorKind::{CUDNN_BACKEND_EXECUTION_PLAN_DESCRIPTOR as PLAN, CUDNN_BACKEND_VARIANT_PACK_DESCRIPTOR as PACK};
+        use DescriptorKind::{
+            CUDNN_BACKEND_EXECUTION_PLAN_DESCRIPTOR as PLAN, CUDNN_BACKEND_VARIANT_PACK_DESCRIPTOR as PACK,
+        };
         let Some(graph) = plan.graph.clone().filter(|_| kinds == (PLAN, PACK)) else {
             return misuse(Answer::CUDNN_STATUS_BAD_PARAM_DESCRIPTOR_TYPE, &format!("executes {kinds:?}"));
         };

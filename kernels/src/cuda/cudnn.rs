@@ -1,6 +1,7 @@
-//! cuDNN's fused attention, where it is there: one stream's handle, plans by shape, and their workspace. Whatever cuDNN refuses is left
-//! to the kernels of `attention_*.cu`, which do the same to rounding: forward and backward need not be of one kind, for both
-//! leave and take the same `lse`. Imports `cuda::gpu`, `cuda::step`, `cuda::memory`; its parts are `cudnn/`.
+//! cuDNN's fused attention, where it is there: one stream's handle, plans by shape, and their workspace. Whatever
+//! cuDNN refuses is left to the kernels of `attention_*.cu`, which do the same to rounding: forward and backward need
+//! not be of one kind, for both leave and take the same `lse`. Imports `cuda::gpu`, `cuda::step`, `cuda::memory`; its
+//! parts are `cudnn/`.
 #![allow(unsafe_code)]
 
 use std::collections::HashMap;
@@ -34,7 +35,8 @@ pub const ATTENTION_ENV: &str = "SHARDFLOW_ATTENTION";
 /// Workspace that a plan may need; more is left to our own kernels, which need none.
 const WORKSPACE_BYTES_MAX: usize = 256 << 20;
 
-/// Which attention a GPU's streams use. All processes of a job must be told the same, or their results differ by rounding.
+/// Which attention a GPU's streams use. All processes of a job must be told the same, or their results differ by
+/// rounding.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Attention {
     /// Our own kernels.
@@ -132,8 +134,8 @@ impl Drop for Handle {
     }
 }
 
-/// The engine that adds up dq in one order without a matrix of scores in memory, with the knobs that make it so: those of NVIDIA's
-/// cudnn-frontend 1.32, which tells from which version they are there.
+/// The engine that adds up dq in one order without a matrix of scores in memory, with the knobs that make it so: those
+/// of NVIDIA's cudnn-frontend 1.32, which tells from which version they are there.
 fn ordered(capability: (i32, i32), version: usize) -> Option<Pin> {
     const HOPPER: &[(Knob, i64)] = &[
         (Knob::CUDNN_KNOB_TYPE_TILE_M, 2),

@@ -1,5 +1,5 @@
-//! A graph of operations, read from descriptors and checked: shapes fit, ids are unique, what is nowhere is made before it is used.
-//! Imports `cudnn`.
+//! A graph of operations, read from descriptors and checked: shapes fit, ids are unique, what is nowhere is made
+//! before it is used. Imports `cudnn`.
 
 use std::collections::{HashMap, HashSet};
 

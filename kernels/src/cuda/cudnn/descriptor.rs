@@ -130,8 +130,8 @@ impl Descriptor {
 
     /// Runs a plan on the handle's stream.
     ///
-    /// The caller guarantees that the addresses in `pack` are of device memory that holds the plan's tensors and lives until
-    /// the stream has come past, and of numbers of the host that live until this returns.
+    /// The caller guarantees that the addresses in `pack` are of device memory that holds the plan's tensors and lives
+    /// until the stream has come past, and of numbers of the host that live until this returns.
     pub(super) fn execute(&self, handle: Raw<cudnnHandle_t>, pack: &Self, place: &str) -> Result<(), KernelError> {
         // SAFETY: live handle and descriptors; the rest is the caller's.
         let code = unsafe { (self.api.execute)(handle.0, self.raw.0, pack.raw.0) };

@@ -82,8 +82,8 @@ fn described(architecture: usize) -> String {
     )
 }
 
-/// NVIDIA's library, told of GPUs that are not there, finds engines for our graphs, compiles their kernels and makes plans.
-/// Every driver call is one of a stub; nothing runs.
+/// NVIDIA's library, told of GPUs that are not there, finds engines for our graphs, compiles their kernels and makes
+/// plans. Every driver call is one of a stub; nothing runs.
 #[test]
 #[ignore = "needs NVIDIA's cuDNN: run kernels/cuda/check_cudnn.py"]
 fn nvidias_library_makes_plans_for_our_graphs() {

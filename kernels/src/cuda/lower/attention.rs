@@ -1,5 +1,5 @@
-//! Causal attention and its gradient: which kernel takes a head's depth, what shared memory its tiles need, and what cuDNN may do
-//! in their place. Imports `lower`, `cuda::step`, `op`.
+//! Causal attention and its gradient: which kernel takes a head's depth, what shared memory its tiles need, and what
+//! cuDNN may do in their place. Imports `lower`, `cuda::step`, `op`.
 
 use super::args::Args;
 use super::norm::warps;
@@ -186,8 +186,8 @@ const FLASH_DEPTH_STEP: usize = 8;
 /// Below this cuDNN's heuristic for the gradient crashes (9.12 and 9.28, on a sequence of one position).
 const FLASH_TIME_MIN: usize = 2;
 
-/// The launch as cuDNN may do it, if it may: all activations and their gradients are bf16. The buffers are those that [`attention`] or
-/// [`attention_grad`] has taken.
+/// The launch as cuDNN may do it, if it may: all activations and their gradients are bf16. The buffers are those that
+/// [`attention`] or [`attention_grad`] has taken.
 pub(super) fn flash(launch: &Launch) -> Option<Flash> {
     let (pass, scale, half_reads, half_writes) = match launch.op {
         Op::Attention { scale } => (Pass::Forward, scale, 3, 1),
