@@ -1,5 +1,5 @@
-//! What a launch is on a CUDA device: kernels with their geometry and arguments, products for cuBLASLt, copies and
-//! fills. Plain data that `lower` makes and the backend's stream issues in order. Imports `error` only; no FFI.
+//! What a launch is on a CUDA device: kernels with their geometry and arguments, products for cuBLASLt, copies and fills.
+//! Plain data that `lower` makes and the backend's stream issues in order. Imports `error` only; no FFI.
 
 use crate::error::KernelError;
 
@@ -59,8 +59,8 @@ pub enum Arg {
     Null,
     /// The address of the stream's [`ErrorRecord`]. One for each stream, since only launches of one stream are ordered.
     ErrorRecord,
-    /// The address of a 64-bit counter, zeroed before: how many elements are not finite. Only in the steps that look
-    /// for them.
+    /// The address of a 64-bit counter, zeroed before: how many elements are not finite. Only in the steps that look for
+    /// them.
     Counter,
     /// The launch's index in its program, as an `unsigned int`; the issuer knows it. It goes into the [`ErrorRecord`].
     LaunchIndex,
@@ -79,8 +79,7 @@ pub enum Arg {
 }
 
 impl Arg {
-    /// The value as 8 bytes, of which a kernel takes as many as its parameter has; `None` where the issuer knows the
-    /// value.
+    /// The value as 8 bytes, of which a kernel takes as many as its parameter has; `None` where the issuer knows the value.
     pub fn bits(&self) -> Option<u64> {
         Some(match *self {
             Arg::Pointer(_) | Arg::ErrorRecord | Arg::Counter | Arg::LaunchIndex => return None,
@@ -169,8 +168,7 @@ pub struct Matrix {
 }
 
 /// `d = epilogue(alpha op(a) op(b) + beta d)` by `cublasLtMatmul` with `C = D`, computed and accumulated in f32
-/// (`CUBLAS_COMPUTE_32F`: TF32 is not allowed), all dims above 0. Everything but the places is a key for a plan's
-/// cache.
+/// (`CUBLAS_COMPUTE_32F`: TF32 is not allowed), all dims above 0. Everything but the places is a key for a plan's cache.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Product {
     /// Rows of `op(a)` and of `d`.
@@ -270,8 +268,8 @@ pub struct ErrorRecord {
 }
 
 impl ErrorRecord {
-    /// 32-bit words of a record on the device: launch + 1 (0: no error), index, position (low, high), limit (low,
-    /// high), and two unused.
+    /// 32-bit words of a record on the device: launch + 1 (0: no error), index, position (low, high), limit (low, high),
+    /// and two unused.
     pub const WORDS: usize = 8;
 
     /// The error in a record, if there is one.
