@@ -267,3 +267,16 @@ fn devices_that_share_several_gpus() {
     check("f32", "stage=2,tensor=2", 2, &[("random", 9)]);
     check("f32", "data=3", 2, &[("lazy", 10)]);
 }
+
+/// In bf16 attention is cuDNN's, forward and backward.
+#[test]
+fn attention_of_a_library() {
+    let executions = |case: &str| {
+        let report = run_child(case, 1, "random", 8, None).report;
+        assert!(report.findings.is_empty(), "{case}: {:#?}", report.findings);
+        report.calls.get("cudnnBackendExecute").copied().unwrap_or(0)
+    };
+    // Each step has two micro-batches.
+    assert_eq!(executions("bf16 data=1"), (STEPS * 2 * model().layers * 2) as u64);
+    assert_eq!(executions("f32 data=1"), 0);
+}

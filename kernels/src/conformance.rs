@@ -70,6 +70,13 @@ pub fn run_alone(device: &Device) -> Vec<Failure> {
     report.failures
 }
 
+/// Runs the part of the suite that is about attention, on one device, whose library for it may be one of several.
+pub fn run_attentions(device: &Device) -> Vec<Failure> {
+    let mut report = Report::default();
+    ops::run_attentions(&mut report, device);
+    report.failures
+}
+
 /// Runs the collectives' part of the suite, for engines that must know all memory and all groups beforehand.
 /// `make(n)` gives n devices with ranks `0..n` and for each an arena of [`COLLECTIVES_ARENA_BYTES`], on fresh engines
 /// that know [`collectives_groups`] of n.

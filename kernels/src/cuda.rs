@@ -1,11 +1,12 @@
 //! The CUDA backend. It is built without a toolkit: the driver and the libraries above it are loaded at run time, through
 //! cudarc's bindings, and a machine without them is told what is missing ([`library::probe`]).
 //! Layers: `step <- lower`, `source` (no FFI, and nothing of a GPU); `library <- context <- event, memory, module, blas <- poller, ticket, record
-//! <- gpu <- lane, progress <- engine, turn, lowered, staged <- issue <- stream <- device`; `nccl` and `local` are engines.
+//! <- gpu <- lane, progress, cudnn <- engine, turn, lowered, staged <- issue <- stream <- device`; `nccl` and `local` are engines.
 
 pub(crate) mod blas;
 pub(crate) mod boxes;
 pub(crate) mod context;
+pub mod cudnn;
 pub mod device;
 pub mod engine;
 pub(crate) mod event;

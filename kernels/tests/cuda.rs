@@ -10,6 +10,7 @@ use shardflow_kernels::clock::Clock;
 use shardflow_kernels::collective::Collective;
 use shardflow_kernels::collective::in_process::InProcess;
 use shardflow_kernels::conformance::{self, Failure};
+use shardflow_kernels::cuda::cudnn::Attention;
 use shardflow_kernels::cuda::gpu::Gpu;
 use shardflow_kernels::cuda::local::Local;
 use shardflow_kernels::cuda::nccl::{Nccl, Seat, UniqueId};
@@ -184,6 +185,58 @@ fn pairs(how: &str) {
     }
 }
 
+/// Attention, and its gradient, by a library or by ours.
+fn attentions(kind: &str) {
+    if kind == "absent" {
+        for folder in std::env::split_paths(&std::env::var_os("LD_LIBRARY_PATH").expect("where the device lies")) {
+            for name in ["libcudnn.so.9", "libcudnn.so"] {
+                drop(std::fs::remove_file(folder.join(name)));
+            }
+        }
+    }
+    let attention = match kind {
+        "own" => Attention::Own,
+        "any order" => Attention::AnyOrder,
+        _ => Attention::Ordered,
+    };
+    let gpu = Gpu::open_with(0, attention).expect("a device");
+    report(&conformance::run_attentions(&Device::cuda(0, gpu, Arc::new(Local::new()))));
+}
+
+/// Trains attention, so to say: forward and backward, in a prepared stream, many times.
+fn attention_steps(count: usize) {
+    const SHAPE: [usize; 4] = [2, 20, 2, 16];
+    const BYTES: usize = 4096;
+    let gpu = Gpu::open_with(0, Attention::Ordered).expect("a device");
+    let device = Device::cuda(0, gpu, Arc::new(Local::new()));
+    let place = |i: usize| Buffer { base: 0, offset: BYTES * i, shape: SHAPE.to_vec(), dtype: DType::BF16 };
+    let line = |i: usize| floats(BYTES * i, &[2, 2, 20]);
+    let grad = Op::AttentionGrad { scale: 0.25 };
+    let bytes = device.kind().workspace_bytes(&grad, &[&SHAPE[..]; 6], 1);
+    let workspace = Some(floats(BYTES * 10, &[bytes / 4]));
+    let launch = |op, reads, writes, workspace| Launch { op, reads, writes, accumulate: false, workspace };
+    let q_k_v = vec![place(0), place(1), place(2)];
+    let reads = vec![place(3), place(0), place(1), place(2), place(4), line(5)];
+    let launches = vec![
+        launch(Op::Attention { scale: 0.25 }, q_k_v, vec![place(4), line(5)], None),
+        launch(grad, reads, vec![place(6), place(7), place(8)], workspace),
+    ];
+    let program = Arc::new(Program { name: "attention".to_owned(), launches, signals: vec![] });
+    let (stream, arena) = (device.stream("compute", 1).expect("a stream"), device.arena(BYTES * 12).expect("memory"));
+    for i in 0..4 {
+        let values: Vec<f32> = (0..element_count(&SHAPE)).map(|j| ((i * 7 + j) as f32 * 0.37).sin()).collect();
+        arena.write_host(BYTES * i, &HostTensor::bf16(&SHAPE, &values)).expect("inside");
+    }
+    stream.prepare(&program).expect("plans and memory");
+    let (allocations, mut first) = (device.allocation_count(), None);
+    for _ in 0..count {
+        assert_eq!(submit(&stream, &program, &arena).expect("a live stream"), [Notice::Done]);
+        let dq = arena.read_host(BYTES * 6, &SHAPE, DType::BF16).expect("inside");
+        assert_eq!(*first.get_or_insert_with(|| dq.clone()), dq);
+    }
+    assert_eq!(device.allocation_count(), allocations, "a prepared stream allocates");
+}
+
 /// What is wrong in a pair is told of the launch that it belongs to.
 fn wrong_pairs() {
     let device = Device::cuda(0, Gpu::open(0).expect("a device"), Arc::new(Local::new()));
@@ -271,6 +324,8 @@ fn child() {
         Ok("lost") => lost(),
         Ok("hung") => hung(),
         Ok("wrong pairs") => wrong_pairs(),
+        Ok(case) if case.starts_with("attention steps ") => attention_steps(case[16..].parse().expect("a number")),
+        Ok(case) if case.starts_with("attention ") => attentions(&case[10..]),
         Ok(case) if case.starts_with("pairs ") => pairs(&case[6..]),
         Ok(case) if case.starts_with("steps ") => steps(case[6..].parse().expect("a number")),
         other => panic!("no such case: {other:?}"),
@@ -370,4 +425,30 @@ fn a_pair_of_launches_changes_nothing_but_the_number_of_kernels() {
     // Twice six, in two types; three of the second six are spared.
     assert_eq!(["apart", "together", "looked at"].map(launches), [24, 18, 24]);
     run("wrong pairs", 1, "random", 6, None, &[]);
+}
+
+/// How often cuDNN runs a graph in a case.
+fn executions(case: &str, seed: u64) -> u64 {
+    run(case, 1, "random", seed, None, &[]).calls.get("cudnnBackendExecute").copied().unwrap_or(0)
+}
+
+#[test]
+fn attention_by_our_kernels_and_by_cudnn_is_the_same_to_rounding() {
+    let [own, absent, ordered, any_order] =
+        ["own", "absent", "ordered", "any order"].map(|kind| executions(&format!("attention {kind}"), 7));
+    assert_eq!((own, absent), (0, 0));
+    // Four shapes of heads that 8 divides, in bf16: a forward of each, backward where all lies as it must; and no other.
+    assert_eq!((ordered, any_order), (8, 8));
+}
+
+#[test]
+fn a_step_of_attention_makes_no_new_plans() {
+    let descriptors = |steps: u64| {
+        let calls = run(&format!("attention steps {steps}"), 1, "in-order", 1, None, &[]).calls;
+        assert_eq!(calls["cudnnBackendExecute"], 2 * steps);
+        (calls["cudnnBackendCreateDescriptor"], calls["cudnnCreate"])
+    };
+    let ((few, _), (many, handles)) = (descriptors(5), descriptors(25));
+    // What binds addresses is a descriptor, too.
+    assert_eq!((many - few, handles), (2 * 20, 1));
 }

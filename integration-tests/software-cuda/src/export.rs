@@ -15,6 +15,9 @@ impl Status for cudarc::nvrtc::sys::nvrtcResult {
 impl Status for cudarc::nccl::sys::ncclResult_t {
     const OK: Self = Self::ncclSuccess;
 }
+impl Status for cudarc::cudnn::sys::cudnnStatus_t {
+    const OK: Self = Self::CUDNN_STATUS_SUCCESS;
+}
 impl Status for cudarc::cublaslt::sys::cublasStatus_t {
     const OK: Self = Self::CUBLAS_STATUS_SUCCESS;
 }

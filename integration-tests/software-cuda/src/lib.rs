@@ -1,6 +1,6 @@
-//! A CUDA driver, NVRTC, NCCL and cuBLASLt in software, for tests on machines without a GPU. Imports nothing of Shardflow.
+//! A CUDA driver, NVRTC, NCCL, cuBLASLt and cuDNN's graphs in software, for tests on machines without a GPU. Imports nothing of Shardflow.
 //!
-//! The library takes the place of NVIDIA's four: see [`install`] and [`command`]. What it finds wrong it keeps as
+//! The library takes the place of NVIDIA's five: see [`install`] and [`command`]. What it finds wrong it keeps as
 //! findings, by kind:
 //!
 //! | kind | what |
@@ -17,7 +17,7 @@
 //! | `alignment`, `trap` | fragments off their alignment; a kernel that gives up |
 //! | `collective-mismatch`, `collective-order`, `ungrouped`, `aborted` | NCCL's rules |
 //! | `deadlock` | who waits for whom, and nothing can go on |
-//! | `misuse` | waits inside host functions, waits for events never recorded |
+//! | `misuse` | waits inside host functions, waits for events never recorded; cuDNN's descriptors |
 //! | `leak` | what exists at exit |
 //!
 //! A kernel's text is compiled at run time by g++, with the headers in `shim/`; its threads are fibers. All is executed by
@@ -70,6 +70,7 @@ mod clock;
 mod config;
 mod control;
 mod cublaslt;
+mod cudnn;
 mod driver;
 mod exit;
 mod export;

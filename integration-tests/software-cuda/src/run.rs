@@ -1,4 +1,4 @@
-//! Executes one operation. Imports `world`, `shadow`, `kernel`, `nccl`, `cublaslt`.
+//! Executes one operation. Imports `world`, `shadow`, `kernel`, `nccl`, `cublaslt`, `cudnn`.
 #![allow(unsafe_code)]
 
 use std::sync::{Arc, MutexGuard};
@@ -7,6 +7,7 @@ use std::time::Instant;
 use crate::clock::Clock;
 use crate::config::FaultKind;
 use crate::cublaslt::product;
+use crate::cudnn::evaluate;
 use crate::findings::Findings;
 use crate::kernel;
 use crate::memory::Registry;
@@ -67,7 +68,7 @@ pub fn run<'a>(world: &'a World, mut state: MutexGuard<'a, State>, handle: u64) 
         return engine::advance(world, state, handle);
     }
     let device = stream.device;
-    if matches!(stream.queue[0].kind, Kind::Launch(_) | Kind::Product(_)) {
+    if matches!(stream.queue[0].kind, Kind::Launch(_) | Kind::Product(_) | Kind::Graph(_)) {
         match state.meet_fault(device) {
             Some(FaultKind::Hang) => {
                 state.streams.get_mut(&handle).expect("it was picked").is_hung = true;
@@ -125,6 +126,7 @@ fn perform(world: &World, op: &Op, running: &Running, seed: u64) {
     match &op.kind {
         Kind::Launch(launch) => kernel::launch(&mut guest, launch, seed),
         Kind::Product(product) => product::run(&mut guest, product),
+        Kind::Graph(job) => evaluate::run(&mut guest, job),
         Kind::Copy { from, to, rows, staged, seen } => {
             copy(&mut guest, world, (*from, *to), *rows, staged.as_deref(), *seen);
         }

@@ -22,6 +22,8 @@ const NAMES: &[&str] = &[
     "libnccl.so.2",
     "libcublasLt.so",
     "libcublasLt.so.13",
+    "libcudnn.so",
+    "libcudnn.so.9",
 ];
 
 /// The built library: beside the running test or program, or where `SOFTWARE_CUDA_LIBRARY` says.

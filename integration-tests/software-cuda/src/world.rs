@@ -1,5 +1,5 @@
 //! The state of the software machine: devices, streams, events, host threads, and the queues of operations. Imports
-//! `clock`, `config`, `findings`, `memory`, `shadow`, `nccl`, `cublaslt`.
+//! `clock`, `config`, `findings`, `memory`, `shadow`, `nccl`, `cublaslt`, `cudnn`.
 //!
 //! Three locks, taken in this order: `state`, `shadow` (held while an operation runs), then `registry` or `findings`.
 
@@ -14,6 +14,7 @@ use cudarc::driver::sys::{CUhostFn, CUresult};
 use crate::clock::Clock;
 use crate::config::{Config, Fault, FaultKind, Policy};
 use crate::cublaslt::product::Product;
+use crate::cudnn::evaluate::Job;
 use crate::findings::Findings;
 use crate::memory::Registry;
 use crate::nccl::engine::{Comms, Group};
@@ -84,6 +85,8 @@ pub enum Kind {
     Nccl(Box<Group>),
     /// A product.
     Product(Box<Product>),
+    /// A graph of cuDNN's.
+    Graph(Box<Job>),
 }
 
 /// One recording of an event.

@@ -17,6 +17,8 @@ mod bugs_nccl;
 mod child;
 #[path = "gpu/faults.rs"]
 mod faults;
+#[path = "gpu/graphs.rs"]
+mod graphs;
 #[path = "gpu/kernels.rs"]
 mod kernels;
 #[path = "gpu/processes.rs"]
@@ -33,6 +35,7 @@ const CASES: &[(&str, fn())] = &[
     ("kernels", kernels::check_kernels),
     ("compiler", kernels::check_compiler),
     ("products", products::check),
+    ("graphs", graphs::check),
     ("schedules", schedules::check),
     ("killed", faults::check_killed),
     ("hung", faults::check_hung),

@@ -43,6 +43,14 @@ pub(super) fn run(report: &mut Report, device: &Device) {
     }
 }
 
+/// Attention, in all types.
+pub(super) fn run_attentions(report: &mut Report, device: &Device) {
+    for types in [Types::Floats, Types::Halves, Types::Widening] {
+        let numbers = Numbers { state: 1, halves: types != Types::Floats };
+        Suite { report, device, numbers, types }.attentions();
+    }
+}
+
 struct Suite<'a> {
     report: &'a mut Report,
     device: &'a Device,
@@ -287,6 +295,8 @@ impl Suite<'_> {
             [1, 65, 1, 17],
             [3, 70, 2, 16],
             [1, 200, 2, 8],
+            [2, 34, 2, 24],
+            [1, 130, 2, 64],
             [0, 3, 1, 2],
             [2, 0, 1, 2],
             [1, 3, 0, 2],

@@ -8,6 +8,7 @@ use cudarc::driver::sys;
 
 use super::blas::Blas;
 use super::context::Context;
+use super::cudnn::Attention;
 use super::event::Events;
 use super::library::Library;
 use super::memory::Transfer;
@@ -28,6 +29,7 @@ pub struct Gpu {
     words: Arc<Words>,
     /// Least and greatest; the greatest is the lower number.
     priorities: (i32, i32),
+    attention: Attention,
     context: Arc<Context>,
 }
 
@@ -38,12 +40,20 @@ impl fmt::Debug for Gpu {
 }
 
 impl Gpu {
-    /// Opens the GPU of this ordinal.
+    /// Opens the GPU of this ordinal; which attention it uses the environment says ([`Attention::from_env`]).
     ///
     /// # Errors
-    /// [`KernelError::Unavailable`] where there is no driver, an old one, no such device or no library for products;
-    /// [`KernelError::Cuda`] for what the driver says.
+    /// [`KernelError::Unavailable`] where there is no driver, an old one, no such device or no library for products, and for
+    /// an attention that there is none of; [`KernelError::Cuda`] for what the driver says.
     pub fn open(ordinal: usize) -> Result<Arc<Self>, KernelError> {
+        Self::open_with(ordinal, Attention::from_env()?)
+    }
+
+    /// As [`Gpu::open`], with this attention.
+    ///
+    /// # Errors
+    /// As [`Gpu::open`].
+    pub fn open_with(ordinal: usize, attention: Attention) -> Result<Arc<Self>, KernelError> {
         let context = Arc::new(Context::open(ordinal)?);
         Library::CublasLt.require()?;
         let events = Arc::new(Events::new(context.clone()));
@@ -55,6 +65,7 @@ impl Gpu {
             events,
             words: Words::new(&context)?,
             priorities: priorities(&context)?,
+            attention,
             context,
         };
         Ok(Arc::new(gpu))
@@ -123,6 +134,10 @@ impl Gpu {
 
     pub(crate) fn transfer(&self) -> &Mutex<Transfer> {
         &self.transfer
+    }
+
+    pub(crate) fn attention(&self) -> Attention {
+        self.attention
     }
 
     pub(crate) fn priorities(&self) -> (i32, i32) {

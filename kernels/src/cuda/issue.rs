@@ -1,6 +1,6 @@
 //! Puts submissions on a CUDA stream: launches as their lowered steps, collectives by the engine, signals and ends as events
 //! that the poller tells of. Whoever calls says whether it may block; what would block otherwise is handed back.
-//! Imports `cuda::lowered`, `cuda::lane`, `cuda::poller`, `cuda::staged`, `bound`, `collective`.
+//! Imports `cuda::lowered`, `cuda::lane`, `cuda::cudnn`, `cuda::poller`, `cuda::staged`, `bound`, `collective`.
 //!
 //! - ISSUE-1: memory that a step names lies on the stream's own GPU, in bounds: `bound` has checked the launch's buffers,
 //!   and here each is checked to be the GPU's. A submission keeps its arenas until its end is told.
@@ -9,6 +9,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
 use super::blas::{Addresses, Plans};
+use super::cudnn::Flashes;
 use super::engine::{Enqueued, Wait};
 use super::lane::{Lane, PARAMETERS_MAX};
 use super::lower;
@@ -91,6 +92,7 @@ pub(crate) struct Issuer {
     engine: Arc<dyn Collective>,
     records: Option<Records>,
     plans: Option<Plans>,
+    flashes: Option<Flashes>,
     staged: Staged,
     check: bool,
 }
@@ -103,6 +105,7 @@ impl Issuer {
             engine,
             records: None,
             plans: None,
+            flashes: None,
             staged: Staged::new(lane, track),
             check: false,
         }
@@ -126,8 +129,20 @@ impl Issuer {
             if steps.iter().any(|step| matches!(step, Ready::Product(_))) {
                 self.plans()?;
             }
+            for step in steps {
+                if let Ready::Flash { flash, .. } = step {
+                    let lane = self.lane.clone();
+                    self.flashes().prepare(flash, lane.place());
+                }
+            }
         }
         Ok(())
+    }
+
+    fn flashes(&mut self) -> &mut Flashes {
+        let lane = &self.lane;
+        let new = || Flashes::new(lane.gpu(), lane.rank(), lane.tally(), lane.stream(), lane.place());
+        self.flashes.get_or_insert_with(new)
     }
 
     fn plans(&mut self) -> Result<&mut Plans, KernelError> {
@@ -423,6 +438,13 @@ impl Issuer {
                 };
                 let lane = self.lane.clone();
                 self.plans()?.issue(product, &addresses, lane.stream(), lane.place())
+            }
+            Ready::Flash { flash, own } => {
+                let lane = self.lane.clone();
+                if self.flashes().issue(flash, &at, lane.place())? {
+                    return Ok(());
+                }
+                own.iter().try_for_each(|step| self.step(step, bound, index))
             }
             Ready::Copy { from, to, bytes } => self.lane.copy(at(*to)?, at(*from)?, *bytes),
             Ready::Fill { to, word, words } => self.lane.fill(at(*to)?, *word, *words),

@@ -1,5 +1,6 @@
 //! Which CUDA libraries this machine has, and what to do about those that are missing: each is looked for before its first
-//! use, since a call into a missing one would panic. Imports `error`, `cuda::context` and `cuda::nccl`'s binding.
+//! use, since a call into a missing one would panic. Imports `error`, `cuda::context`, and the
+//! bindings of `cuda::nccl` and `cuda::cudnn`.
 #![allow(unsafe_code)]
 
 use std::fmt::{self, Display};
@@ -7,6 +8,7 @@ use std::fmt::{self, Display};
 use cudarc::{cublaslt, driver::sys, nvrtc};
 
 use super::context::checked;
+use super::cudnn::api::Api as Cudnn;
 use super::nccl::Api;
 use crate::error::KernelError;
 
@@ -26,6 +28,8 @@ pub enum Library {
     Nvrtc,
     /// Collectives between GPUs.
     Nccl,
+    /// Fused attention; without it our own kernels do that.
+    Cudnn,
 }
 
 /// What `shardflow doctor` tells of CUDA.
@@ -101,7 +105,7 @@ fn check_version(version: i32) -> Result<(), KernelError> {
 
 impl Library {
     /// All of them.
-    pub const ALL: [Library; 3] = [Library::CublasLt, Library::Nvrtc, Library::Nccl];
+    pub const ALL: [Library; 4] = [Library::CublasLt, Library::Nvrtc, Library::Nccl, Library::Cudnn];
 
     /// The file's name without its version.
     pub fn name(self) -> &'static str {
@@ -109,6 +113,7 @@ impl Library {
             Library::CublasLt => "libcublasLt",
             Library::Nvrtc => "libnvrtc",
             Library::Nccl => "libnccl",
+            Library::Cudnn => "libcudnn",
         }
     }
 
@@ -127,6 +132,10 @@ impl Library {
                 "apt install libnccl2 (NVIDIA's repository), or pip install nvidia-nccl-cu13 and add its lib folder to \
                  LD_LIBRARY_PATH"
             }
+            Library::Cudnn => {
+                "optional, for attention in bf16: apt install cudnn9-cuda-13 (NVIDIA's repository), or pip install \
+                 nvidia-cudnn-cu13 and add its lib folder to LD_LIBRARY_PATH"
+            }
         }
     }
 
@@ -139,6 +148,7 @@ impl Library {
                 Library::CublasLt => cublaslt::sys::is_culib_present(),
                 Library::Nvrtc => nvrtc::sys::is_culib_present(),
                 Library::Nccl => return Api::get().map(|_| ()),
+                Library::Cudnn => return Cudnn::get().map(|_| ()),
             }
         };
         if present { Ok(()) } else { Err(self.missing()) }
@@ -163,6 +173,7 @@ impl Library {
                 Err(unavailable("libnvrtc does not tell its version", self.hint()))
             }
             Library::Nccl => Api::get()?.version(),
+            Library::Cudnn => Ok(Cudnn::get()?.version()),
         }
     }
 }

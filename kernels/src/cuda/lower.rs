@@ -3,7 +3,7 @@
 //!
 //! What depends on memory is the backend's: that writes overlap nothing (MEM-2) but what [`in_place`] allows.
 
-use crate::cuda::step::{Arg, Kernel, Place, Step};
+use crate::cuda::step::{Arg, Flash, Kernel, Place, Step};
 use crate::error::KernelError;
 use crate::op::{Launch, Op};
 use crate::tensor::{DType, element_count};
@@ -85,6 +85,11 @@ pub fn workspace_bytes(op: &Op, reads: &[&[usize]]) -> usize {
         _ => 0,
     };
     floats * DType::F32.bytes()
+}
+
+/// A launch that [`lower`] takes as cuDNN may do it in place of its steps, which do without a library; `None` for most.
+pub fn flash(launch: &Launch) -> Option<Flash> {
+    attention::flash(launch)
 }
 
 /// The reads that may lie in the very memory of write 0: elementwise ops work in place. All other overlaps of a write,

@@ -1,15 +1,16 @@
 //! Programs whose launches were turned to steps, once, with kernels found and parameters laid out: what is left at a
 //! submission is to put addresses in. Neighbours that one kernel does are found here, too.
-//! Imports `cuda::lower`, `cuda::step`, `cuda::module`, `bound`, `memory`, `op`, `tensor`.
+//! Imports `cuda::lower`, `cuda::step`, `cuda::module`, `cuda::cudnn`, `bound`, `memory`, `op`, `tensor`.
 
 use std::collections::HashMap;
 use std::sync::{Arc, OnceLock};
 
+use super::cudnn::Attention;
 use super::gpu::Gpu;
 use super::lane::{Geometry, PARAMETERS_MAX};
 use super::lower;
 use super::module::Function;
-use super::step::{Arg, Operand, Place, Product, Step};
+use super::step::{Arg, Flash, Operand, Place, Product, Step};
 use crate::bound::Bound;
 use crate::error::KernelError;
 use crate::memory::{Base, View};
@@ -73,10 +74,27 @@ pub(crate) enum Kind {
 /// A step that only lacks its addresses.
 #[derive(Debug)]
 pub(crate) enum Ready {
-    Kernel { function: Function, how: Geometry, parameters: Vec<Parameter> },
+    Kernel {
+        function: Function,
+        how: Geometry,
+        parameters: Vec<Parameter>,
+    },
     Product(Box<Product>),
-    Copy { from: Place, to: Place, bytes: usize },
-    Fill { to: Place, word: u32, words: usize },
+    /// Attention by cuDNN; by our own kernels where it turns out that cuDNN does not.
+    Flash {
+        flash: Flash,
+        own: Vec<Ready>,
+    },
+    Copy {
+        from: Place,
+        to: Place,
+        bytes: usize,
+    },
+    Fill {
+        to: Place,
+        word: u32,
+        words: usize,
+    },
 }
 
 /// One parameter of a kernel.
@@ -170,6 +188,11 @@ fn kind(launch: &Launch, accumulate: bool, gpu: &Gpu) -> Result<Kind, KernelErro
             let steps = lower::lower(launch, accumulate)?.into_iter();
             let steps = steps.map(|step| ready(step, gpu)).collect::<Result<Vec<_>, _>>()?;
             let uses_record = uses_record(&steps);
+            let flash = lower::flash(launch).filter(|_| gpu.attention() != Attention::Own);
+            let steps = match flash {
+                Some(flash) => vec![Ready::Flash { flash, own: steps }],
+                None => steps,
+            };
             Ok(Kind::Steps { steps, uses_record })
         }
     }

@@ -224,6 +224,33 @@ pub enum Epilogue {
     BiasGrad(Place),
 }
 
+/// Causal attention, or its gradient, of bf16 activations `[batch, time, heads, depth]`, as cuDNN can do it; buffers
+/// are those of the launch, in the op's order. None of the extents is 0.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Flash {
+    /// Which of the two.
+    pub pass: Pass,
+    /// Sequences.
+    pub batch: usize,
+    /// Positions of a sequence.
+    pub time: usize,
+    /// Heads.
+    pub heads: usize,
+    /// Elements of a head.
+    pub depth: usize,
+    /// Scores are multiplied by this.
+    pub scale: f32,
+}
+
+/// The op, or its gradient.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Pass {
+    /// The op.
+    Forward,
+    /// Its gradient.
+    Backward,
+}
+
 /// What kernels leave in device memory about an index out of range: a stream's record is [`ErrorRecord::WORDS`] 32-bit
 /// words, zeroed before first use and after it was read with an error in it. Kernels write it only when it holds no
 /// error, so it tells of the stream's first one; the backend copies it to pinned memory behind each submission and

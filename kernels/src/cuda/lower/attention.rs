@@ -1,11 +1,13 @@
-//! Causal attention and its gradient: which kernel takes a head's depth, and what shared memory its tiles need.
-//! Imports `lower`, `cuda::step`.
+//! Causal attention and its gradient: which kernel takes a head's depth, what shared memory its tiles need, and what
+//! cuDNN may do in their place. Imports `lower`, `cuda::step`, `op`.
 
 use super::args::Args;
 use super::norm::warps;
 use super::{blocks, long, read, write};
-use crate::cuda::step::{Arg, Element, Place, Step};
+use crate::cuda::step::{Arg, Element, Flash, Pass, Place, Step};
 use crate::error::KernelError;
+use crate::op::{Launch, Op};
+use crate::tensor::DType;
 
 /// Rows of a block's own tile, of queries or of keys.
 const BLOCK_ROWS: usize = 64;
@@ -175,4 +177,31 @@ pub(super) fn attention_grad(args: &Args<'_>, scale: f32) -> Result<Vec<Step>, K
     args.expect_reads(&[5], &[dims.batch, dims.heads, dims.time])?;
     args.expect_writes(&[0, 1, 2], args.read_shape(0))?;
     backward(args.read_element(0), [0, 1, 2].map(|i| args.write_element(i)), dims, scale)
+}
+
+/// Heads of these depths cuDNN has engines for on all architectures.
+const FLASH_DEPTH_MAX: usize = 128;
+const FLASH_DEPTH_STEP: usize = 8;
+
+/// Below this cuDNN's heuristic for the gradient crashes (9.12 and 9.28, on a sequence of one position).
+const FLASH_TIME_MIN: usize = 2;
+
+/// The launch as cuDNN may do it, if it may: all activations and their gradients are bf16. The buffers are those that
+/// [`attention`] or [`attention_grad`] has taken.
+pub(super) fn flash(launch: &Launch) -> Option<Flash> {
+    let (pass, scale, half_reads, half_writes) = match launch.op {
+        Op::Attention { scale } => (Pass::Forward, scale, 3, 1),
+        Op::AttentionGrad { scale } => (Pass::Backward, scale, 5, 3),
+        _ => return None,
+    };
+    let halves = launch.reads.iter().take(half_reads).chain(launch.writes.iter().take(half_writes));
+    if halves.clone().any(|buffer| buffer.dtype != DType::BF16) {
+        return None;
+    }
+    let &[batch, time, heads, depth] = &launch.reads.first()?.shape[..] else { return None };
+    // cuDNN's own indices are 64 bits wide, but not all of them in every kernel.
+    let fits = [batch, time, heads].iter().all(|&extent| extent > 0) && batch * time * heads * depth < 1 << 31;
+    let deep = depth > 0 && depth <= FLASH_DEPTH_MAX && depth.is_multiple_of(FLASH_DEPTH_STEP);
+    let flash = Flash { pass, batch, time, heads, depth, scale };
+    (fits && deep && time >= FLASH_TIME_MIN).then_some(flash)
 }

@@ -1,0 +1,337 @@
+//! The part of cuDNN that runs graphs of operations: descriptors, whose attributes are checked as they are set and
+//! when they are sealed; an engine for each graph that can be evaluated; its execution on a stream. Imports `world`,
+//! and its parts.
+//!
+//! What NVIDIA's library would refuse is refused, and is a finding, too, where a right program never asks for it.
+#![allow(unsafe_code, non_snake_case)]
+
+pub mod evaluate;
+mod graph;
+mod schema;
+
+use std::collections::{BTreeMap, HashMap};
+use std::ffi::{c_char, c_void};
+use std::sync::{Arc, Mutex, OnceLock};
+
+use cudarc::cudnn::sys::{
+    cudaStream_t, cudnnBackendAttributeName_t as Attribute, cudnnBackendAttributeType_t as Type,
+    cudnnBackendDescriptor_t, cudnnBackendDescriptorType_t as DescriptorKind, cudnnHandle_t, cudnnStatus_t as Answer,
+};
+
+use crate::cudnn::evaluate::Job;
+use crate::cudnn::graph::Graph;
+use crate::export::{exports, plain_exports};
+use crate::nvrtc::lasting_text;
+use crate::world::{Kind, lock, world};
+
+const VERSION: usize = 92_801;
+/// What every plan asks for: enough that a workspace shared between streams is seen.
+const WORKSPACE_BYTES: usize = 256;
+/// Engines by their number: that of the heuristic, and the one that adds up in order.
+const ENGINES: [i64; 2] = [2, 6];
+
+/// A descriptor: its attributes' values, each as wide as the widest.
+pub struct Descriptor {
+    kind: DescriptorKind,
+    values: BTreeMap<Attribute, Vec<i64>>,
+    is_sealed: bool,
+    /// Of an operation graph, when it is sealed, and of what was made of it.
+    graph: Option<Arc<Graph>>,
+}
+
+impl Descriptor {
+    fn longs(&self, name: Attribute) -> &[i64] {
+        self.values.get(&name).map_or(&[], |values| values)
+    }
+
+    fn long(&self, name: Attribute) -> Option<i64> {
+        self.longs(name).first().copied()
+    }
+}
+
+#[derive(Default)]
+struct Objects {
+    /// The stream of each.
+    handles: HashMap<u64, u64>,
+    descriptors: HashMap<u64, Descriptor>,
+}
+
+fn objects() -> &'static Mutex<Objects> {
+    static OBJECTS: OnceLock<Mutex<Objects>> = OnceLock::new();
+    OBJECTS.get_or_init(Mutex::default)
+}
+
+/// Notes what a right program never asks for, and refuses it.
+fn misuse<T>(answer: Answer, what: &str) -> Result<T, Answer> {
+    world().find("misuse", what, || format!("cuDNN: {what}"));
+    Err(answer)
+}
+
+/// What NVIDIA's library has no engine for, either; or is not emulated.
+fn refuse<T>(what: &str) -> Result<T, Answer> {
+    eprintln!("software-cuda: cuDNN: not supported: {what}");
+    Err(Answer::CUDNN_STATUS_NOT_SUPPORTED)
+}
+
+impl Objects {
+    fn sealed(&self, handle: i64, by: &str) -> Result<&Descriptor, Answer> {
+        match self.descriptors.get(&(handle as u64)) {
+            None => misuse(Answer::CUDNN_STATUS_BAD_PARAM, &format!("{by}: refers to no descriptor")),
+            Some(found) if !found.is_sealed => {
+                let what = format!("{by}: refers to a {:?} that is not finalised", found.kind);
+                misuse(Answer::CUDNN_STATUS_BAD_PARAM_NOT_FINALIZED, &what)
+            }
+            Some(found) => Ok(found),
+        }
+    }
+
+    fn set(&mut self, handle: u64, name: Attribute, kind: Type, values: Vec<i64>) -> Result<(), Answer> {
+        let Some(descriptor) = self.descriptors.get(&handle) else {
+            return misuse(Answer::CUDNN_STATUS_BAD_PARAM, "sets an attribute of no descriptor");
+        };
+        let told = format!("{:?} of a {:?}", name, descriptor.kind);
+        if descriptor.is_sealed {
+            return misuse(Answer::CUDNN_STATUS_BAD_PARAM, &format!("sets {told}, which is finalised"));
+        }
+        let Some(known) = schema::of(descriptor.kind).iter().find(|known| known.name == name) else {
+            return misuse(Answer::CUDNN_STATUS_BAD_PARAM, &format!("sets {told}, which it does not have"));
+        };
+        if known.kind != kind || values.is_empty() || values.len() > known.count_max {
+            let what = format!("sets {told} to {} of {kind:?}; it takes {known:?}", values.len());
+            return misuse(Answer::CUDNN_STATUS_BAD_PARAM_ATTRIBUTE_TYPE, &what);
+        }
+        if kind == Type::CUDNN_TYPE_BACKEND_DESCRIPTOR {
+            values.iter().try_for_each(|&value| self.sealed(value, &told).map(|_| ()))?;
+        }
+        if kind == Type::CUDNN_TYPE_HANDLE && !self.handles.contains_key(&(values[0] as u64)) {
+            return misuse(Answer::CUDNN_STATUS_BAD_PARAM, &format!("sets {told} to no handle"));
+        }
+        self.descriptors.get_mut(&handle).expect("it was found").values.insert(name, values);
+        Ok(())
+    }
+
+    /// Checks a descriptor as a whole.
+    fn seal(&mut self, handle: u64) -> Result<(), Answer> {
+        let Some(descriptor) = self.descriptors.get(&handle) else {
+            return misuse(Answer::CUDNN_STATUS_BAD_PARAM, "finalises no descriptor");
+        };
+        let missing =
+            schema::of(descriptor.kind).iter().find(|k| k.is_needed && !descriptor.values.contains_key(&k.name));
+        if let Some(missing) = missing {
+            let what = format!("finalises a {:?} without {:?}", descriptor.kind, missing.name);
+            return misuse(Answer::CUDNN_STATUS_BAD_PARAM, &what);
+        }
+        let graph_of = |name: Attribute| {
+            let found = descriptor.long(name).and_then(|handle| self.descriptors.get(&(handle as u64)));
+            found.and_then(|found| found.graph.clone())
+        };
+        use DescriptorKind::*;
+        let graph = match descriptor.kind {
+            CUDNN_BACKEND_TENSOR_DESCRIPTOR => graph::check_tensor(descriptor).map(|()| None)?,
+            CUDNN_BACKEND_OPERATION_MATMUL_DESCRIPTOR
+            | CUDNN_BACKEND_OPERATION_POINTWISE_DESCRIPTOR
+            | CUDNN_BACKEND_OPERATION_REDUCTION_DESCRIPTOR
+            | CUDNN_BACKEND_OPERATION_RESHAPE_DESCRIPTOR => {
+                Graph::default().add(&self.descriptors, descriptor).map(|()| None)?
+            }
+            CUDNN_BACKEND_OPERATIONGRAPH_DESCRIPTOR => {
+                let mut whole = Graph::default();
+                for operation in descriptor.longs(Attribute::CUDNN_ATTR_OPERATIONGRAPH_OPS) {
+                    whole.add(&self.descriptors, &self.descriptors[&(*operation as u64)])?;
+                }
+                whole.check()?;
+                Some(Arc::new(whole))
+            }
+            CUDNN_BACKEND_ENGINEHEUR_DESCRIPTOR => graph_of(Attribute::CUDNN_ATTR_ENGINEHEUR_OPERATION_GRAPH),
+            CUDNN_BACKEND_ENGINE_DESCRIPTOR => {
+                let index = descriptor.long(Attribute::CUDNN_ATTR_ENGINE_GLOBAL_INDEX).unwrap_or(-1);
+                let graph = graph_of(Attribute::CUDNN_ATTR_ENGINE_OPERATION_GRAPH);
+                if !ENGINES.contains(&index) || graph.as_ref().is_none_or(|graph| !graph.has_engine()) {
+                    return refuse(&format!("engine {index} for this graph"));
+                }
+                graph
+            }
+            CUDNN_BACKEND_ENGINECFG_DESCRIPTOR => graph_of(Attribute::CUDNN_ATTR_ENGINECFG_ENGINE),
+            CUDNN_BACKEND_EXECUTION_PLAN_DESCRIPTOR => graph_of(Attribute::CUDNN_ATTR_EXECUTION_PLAN_ENGINE_CONFIG),
+            CUDNN_BACKEND_VARIANT_PACK_DESCRIPTOR => {
+                let count = |name| descriptor.longs(name).len();
+                let ids = count(Attribute::CUDNN_ATTR_VARIANT_PACK_UNIQUE_IDS);
+                if ids != count(Attribute::CUDNN_ATTR_VARIANT_PACK_DATA_POINTERS) {
+                    return misuse(Answer::CUDNN_STATUS_BAD_PARAM, "a variant pack has not as many ids as pointers");
+                }
+                None
+            }
+            _ => None,
+        };
+        let descriptor = self.descriptors.get_mut(&handle).expect("it was found");
+        (descriptor.is_sealed, descriptor.graph) = (true, graph);
+        Ok(())
+    }
+
+    /// Fills in what a heuristic thinks of; gives how many.
+    fn results(&mut self, heuristic: u64, to: &[u64]) -> Result<usize, Answer> {
+        let graph = self.sealed(heuristic as i64, "a heuristic's results")?.graph.clone();
+        let Some(graph) = graph.filter(|graph| graph.has_engine()) else { return Ok(0) };
+        let Some(first) = to.first().and_then(|first| self.descriptors.get_mut(first)) else { return Ok(0) };
+        if first.kind != DescriptorKind::CUDNN_BACKEND_ENGINECFG_DESCRIPTOR || first.is_sealed {
+            return misuse(Answer::CUDNN_STATUS_BAD_PARAM_DESCRIPTOR_TYPE, "results go to new engine configurations");
+        }
+        (first.is_sealed, first.graph) = (true, Some(graph));
+        Ok(1)
+    }
+}
+
+/// # Safety
+///
+/// `start` leads to so many values of the type.
+unsafe fn values(kind: Type, count: i64, start: *const c_void) -> Result<Vec<i64>, Answer> {
+    if start.is_null() || !(1..=1 << 20).contains(&count) {
+        return misuse(Answer::CUDNN_STATUS_BAD_PARAM, "sets an attribute to nothing");
+    }
+    let count = count as usize;
+    use Type::*;
+    // SAFETY: by the contract above.
+    Ok(unsafe {
+        match kind {
+            CUDNN_TYPE_INT64 | CUDNN_TYPE_HANDLE | CUDNN_TYPE_BACKEND_DESCRIPTOR | CUDNN_TYPE_VOID_PTR => {
+                std::slice::from_raw_parts(start.cast::<i64>(), count).to_vec()
+            }
+            CUDNN_TYPE_BOOLEAN | CUDNN_TYPE_CHAR => {
+                std::slice::from_raw_parts(start.cast::<u8>(), count).iter().map(|&byte| i64::from(byte)).collect()
+            }
+            _ => std::slice::from_raw_parts(start.cast::<i32>(), count).iter().map(|&word| i64::from(word)).collect(),
+        }
+    })
+}
+
+exports! { cudnn;
+    fn cudnnCreate(out: *mut cudnnHandle_t) -> Answer {
+        world().state().device().map_err(|_| Answer::CUDNN_STATUS_NOT_INITIALIZED)?;
+        let handle = world().state().handle();
+        lock(objects()).handles.insert(handle, 0);
+        *out = handle as cudnnHandle_t;
+        Ok(())
+    }
+
+    fn cudnnDestroy(handle: cudnnHandle_t) -> Answer {
+        lock(objects()).handles.remove(&(handle as u64)).map(|_| ()).ok_or(Answer::CUDNN_STATUS_BAD_PARAM)
+    }
+
+    fn cudnnSetStream(handle: cudnnHandle_t, stream: cudaStream_t) -> Answer {
+        world().state().stream(stream as u64).map_err(|_| Answer::CUDNN_STATUS_BAD_PARAM)?;
+        let mut objects = lock(objects());
+        *objects.handles.get_mut(&(handle as u64)).ok_or(Answer::CUDNN_STATUS_BAD_PARAM)? = stream as u64;
+        Ok(())
+    }
+
+    fn cudnnBackendCreateDescriptor(kind: DescriptorKind, out: *mut cudnnBackendDescriptor_t) -> Answer {
+        if schema::of(kind).is_empty() {
+            return refuse(&format!("{kind:?}"));
+        }
+        let handle = world().state().handle();
+        let descriptor = Descriptor { kind, values: BTreeMap::new(), is_sealed: false, graph: None };
+        lock(objects()).descriptors.insert(handle, descriptor);
+        *out = handle as cudnnBackendDescriptor_t;
+        Ok(())
+    }
+
+    fn cudnnBackendDestroyDescriptor(descriptor: cudnnBackendDescriptor_t) -> Answer {
+        match lock(objects()).descriptors.remove(&(descriptor as u64)) {
+            Some(_) => Ok(()),
+            None => misuse(Answer::CUDNN_STATUS_BAD_PARAM, "destroys no descriptor"),
+        }
+    }
+
+    fn cudnnBackendSetAttribute(
+        descriptor: cudnnBackendDescriptor_t,
+        name: Attribute,
+        kind: Type,
+        count: i64,
+        start: *const c_void,
+    ) -> Answer {
+        let values = values(kind, count, start)?;
+        lock(objects()).set(descriptor as u64, name, kind, values)
+    }
+
+    fn cudnnBackendFinalize(descriptor: cudnnBackendDescriptor_t) -> Answer {
+        lock(objects()).seal(descriptor as u64)
+    }
+
+    fn cudnnBackendGetAttribute(
+        descriptor: cudnnBackendDescriptor_t,
+        name: Attribute,
+        kind: Type,
+        wanted: i64,
+        given: *mut i64,
+        to: *mut c_void,
+    ) -> Answer {
+        let mut objects = lock(objects());
+        let found = objects.sealed(descriptor as i64, &format!("{name:?}"))?.kind;
+        use Attribute::{
+            CUDNN_ATTR_ENGINEHEUR_RESULTS as RESULTS, CUDNN_ATTR_EXECUTION_PLAN_WORKSPACE_SIZE as WORKSPACE,
+        };
+        use DescriptorKind::{
+            CUDNN_BACKEND_ENGINEHEUR_DESCRIPTOR as HEURISTIC, CUDNN_BACKEND_EXECUTION_PLAN_DESCRIPTOR as PLAN,
+        };
+        match (found, name, kind) {
+            (PLAN, WORKSPACE, Type::CUDNN_TYPE_INT64) if wanted > 0 => {
+                (*to.cast::<i64>(), *given) = (WORKSPACE_BYTES as i64, 1);
+            }
+            (HEURISTIC, RESULTS, Type::CUDNN_TYPE_BACKEND_DESCRIPTOR) => {
+                let to = if wanted > 0 { std::slice::from_raw_parts(to.cast::<u64>(), wanted as usize) } else { &[] };
+                *given = objects.results(descriptor as u64, to)? as i64;
+            }
+            other => return refuse(&format!("to get {other:?}")),
+        }
+        Ok(())
+    }
+
+    fn cudnnBackendExecute(
+        handle: cudnnHandle_t,
+        plan: cudnnBackendDescriptor_t,
+        pack: cudnnBackendDescriptor_t,
+    ) -> Answer {
+        let objects = lock(objects());
+        let stream = *objects.handles.get(&(handle as u64)).ok_or(Answer::CUDNN_STATUS_BAD_PARAM)?;
+        let (plan, pack) = (objects.sealed(plan as i64, "a plan")?, objects.sealed(pack as i64, "a variant pack")?);
+        let kinds = (plan.kind, pack.kind);
+        use DescriptorKind::{
+            CUDNN_BACKEND_EXECUTION_PLAN_DESCRIPTOR as PLAN, CUDNN_BACKEND_VARIANT_PACK_DESCRIPTOR as PACK,
+        };
+        let Some(graph) = plan.graph.clone().filter(|_| kinds == (PLAN, PACK)) else {
+            return misuse(Answer::CUDNN_STATUS_BAD_PARAM_DESCRIPTOR_TYPE, &format!("executes {kinds:?}"));
+        };
+        let workspace = pack.long(Attribute::CUDNN_ATTR_VARIANT_PACK_WORKSPACE).unwrap_or(0) as usize;
+        if workspace == 0 {
+            return misuse(Answer::CUDNN_STATUS_BAD_PARAM_NULL_POINTER, "executes a plan without its workspace");
+        }
+        let ids = pack.longs(Attribute::CUDNN_ATTR_VARIANT_PACK_UNIQUE_IDS);
+        let pointers = pack.longs(Attribute::CUDNN_ATTR_VARIANT_PACK_DATA_POINTERS);
+        let given: HashMap<i64, usize> = ids.iter().copied().zip(pointers.iter().map(|&p| p as usize)).collect();
+        // SAFETY: who executes a plan gives numbers of the host where the graph has them.
+        let job = unsafe { Job::new(graph, &given, (workspace, WORKSPACE_BYTES)) };
+        let job = job.or_else(|what| misuse(Answer::CUDNN_STATUS_BAD_PARAM, &what))?;
+        drop(objects);
+        let mut state = world().state();
+        let stream = state.stream(stream).map_err(|_| Answer::CUDNN_STATUS_EXECUTION_FAILED)?;
+        state.submit(world(), stream, Kind::Graph(Box::new(job)), "graph of cuDNN");
+        Ok(())
+    }
+}
+
+plain_exports! { cudnn;
+    fn cudnnGetVersion() -> usize {
+        VERSION
+    }
+
+    fn cudnnGetErrorString(status: Answer) -> *const c_char {
+        lasting_text(&format!("{status:?}"))
+    }
+
+    fn cudnnGetLastErrorString(message: *mut c_char, bytes: usize) -> () {
+        if bytes > 0 {
+            // SAFETY: the caller has room for so many bytes.
+            unsafe { *message = 0 };
+        }
+    }
+}

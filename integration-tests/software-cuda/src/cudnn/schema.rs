@@ -1,0 +1,116 @@
+//! Which attributes descriptors have, of which type, how many values at most, and which they must have. Imports
+//! nothing.
+
+use cudarc::cudnn::sys::cudnnBackendAttributeName_t::{self as Attribute, *};
+use cudarc::cudnn::sys::cudnnBackendAttributeType_t::{self as Type, *};
+use cudarc::cudnn::sys::cudnnBackendDescriptorType_t::{self as Kind, *};
+
+/// One attribute.
+#[derive(Clone, Copy, Debug)]
+pub struct Known {
+    /// Its name.
+    pub name: Attribute,
+    /// Type of its values.
+    pub kind: Type,
+    /// As many values at most.
+    pub count_max: usize,
+    /// Without it the descriptor is not whole.
+    pub is_needed: bool,
+}
+
+const fn known(name: Attribute, kind: Type, count_max: usize, is_needed: bool) -> Known {
+    Known { name, kind, count_max, is_needed }
+}
+
+const fn needed(name: Attribute, kind: Type) -> Known {
+    known(name, kind, 1, true)
+}
+
+const DESCRIPTOR: Type = CUDNN_TYPE_BACKEND_DESCRIPTOR;
+
+const TENSOR: &[Known] = &[
+    needed(CUDNN_ATTR_TENSOR_UNIQUE_ID, CUDNN_TYPE_INT64),
+    needed(CUDNN_ATTR_TENSOR_DATA_TYPE, CUDNN_TYPE_DATA_TYPE),
+    needed(CUDNN_ATTR_TENSOR_BYTE_ALIGNMENT, CUDNN_TYPE_INT64),
+    known(CUDNN_ATTR_TENSOR_DIMENSIONS, CUDNN_TYPE_INT64, 8, true),
+    known(CUDNN_ATTR_TENSOR_STRIDES, CUDNN_TYPE_INT64, 8, true),
+    known(CUDNN_ATTR_TENSOR_IS_VIRTUAL, CUDNN_TYPE_BOOLEAN, 1, false),
+    known(CUDNN_ATTR_TENSOR_IS_BY_VALUE, CUDNN_TYPE_BOOLEAN, 1, false),
+];
+const POINTWISE: &[Known] = &[
+    needed(CUDNN_ATTR_POINTWISE_MODE, CUDNN_TYPE_POINTWISE_MODE),
+    needed(CUDNN_ATTR_POINTWISE_MATH_PREC, CUDNN_TYPE_DATA_TYPE),
+    known(CUDNN_ATTR_POINTWISE_AXIS, CUDNN_TYPE_INT64, 1, false),
+];
+const OPERATION_POINTWISE: &[Known] = &[
+    needed(CUDNN_ATTR_OPERATION_POINTWISE_PW_DESCRIPTOR, DESCRIPTOR),
+    needed(CUDNN_ATTR_OPERATION_POINTWISE_XDESC, DESCRIPTOR),
+    needed(CUDNN_ATTR_OPERATION_POINTWISE_YDESC, DESCRIPTOR),
+    known(CUDNN_ATTR_OPERATION_POINTWISE_BDESC, DESCRIPTOR, 1, false),
+    known(CUDNN_ATTR_OPERATION_POINTWISE_TDESC, DESCRIPTOR, 1, false),
+];
+const REDUCTION: &[Known] = &[
+    needed(CUDNN_ATTR_REDUCTION_OPERATOR, CUDNN_TYPE_REDUCTION_OPERATOR_TYPE),
+    needed(CUDNN_ATTR_REDUCTION_COMP_TYPE, CUDNN_TYPE_DATA_TYPE),
+];
+const OPERATION_REDUCTION: &[Known] = &[
+    needed(CUDNN_ATTR_OPERATION_REDUCTION_DESC, DESCRIPTOR),
+    needed(CUDNN_ATTR_OPERATION_REDUCTION_XDESC, DESCRIPTOR),
+    needed(CUDNN_ATTR_OPERATION_REDUCTION_YDESC, DESCRIPTOR),
+];
+const OPERATION_MATMUL: &[Known] = &[
+    needed(CUDNN_ATTR_OPERATION_MATMUL_DESC, DESCRIPTOR),
+    needed(CUDNN_ATTR_OPERATION_MATMUL_ADESC, DESCRIPTOR),
+    needed(CUDNN_ATTR_OPERATION_MATMUL_BDESC, DESCRIPTOR),
+    needed(CUDNN_ATTR_OPERATION_MATMUL_CDESC, DESCRIPTOR),
+];
+const OPERATION_RESHAPE: &[Known] =
+    &[needed(CUDNN_ATTR_OPERATION_RESHAPE_XDESC, DESCRIPTOR), needed(CUDNN_ATTR_OPERATION_RESHAPE_YDESC, DESCRIPTOR)];
+const OPERATION_GRAPH: &[Known] = &[
+    needed(CUDNN_ATTR_OPERATIONGRAPH_HANDLE, CUDNN_TYPE_HANDLE),
+    known(CUDNN_ATTR_OPERATIONGRAPH_OPS, DESCRIPTOR, 100, true),
+];
+const HEURISTIC: &[Known] = &[
+    needed(CUDNN_ATTR_ENGINEHEUR_OPERATION_GRAPH, DESCRIPTOR),
+    needed(CUDNN_ATTR_ENGINEHEUR_MODE, CUDNN_TYPE_HEUR_MODE),
+];
+const ENGINE: &[Known] =
+    &[needed(CUDNN_ATTR_ENGINE_OPERATION_GRAPH, DESCRIPTOR), needed(CUDNN_ATTR_ENGINE_GLOBAL_INDEX, CUDNN_TYPE_INT64)];
+const KNOB_CHOICE: &[Known] = &[
+    needed(CUDNN_ATTR_KNOB_CHOICE_KNOB_TYPE, CUDNN_TYPE_KNOB_TYPE),
+    needed(CUDNN_ATTR_KNOB_CHOICE_KNOB_VALUE, CUDNN_TYPE_INT64),
+];
+const ENGINE_CONFIGURATION: &[Known] =
+    &[needed(CUDNN_ATTR_ENGINECFG_ENGINE, DESCRIPTOR), known(CUDNN_ATTR_ENGINECFG_KNOB_CHOICES, DESCRIPTOR, 64, false)];
+const PLAN: &[Known] = &[
+    needed(CUDNN_ATTR_EXECUTION_PLAN_HANDLE, CUDNN_TYPE_HANDLE),
+    needed(CUDNN_ATTR_EXECUTION_PLAN_ENGINE_CONFIG, DESCRIPTOR),
+];
+const VARIANT_PACK: &[Known] = &[
+    known(CUDNN_ATTR_VARIANT_PACK_UNIQUE_IDS, CUDNN_TYPE_INT64, 100, true),
+    known(CUDNN_ATTR_VARIANT_PACK_DATA_POINTERS, CUDNN_TYPE_VOID_PTR, 100, true),
+    known(CUDNN_ATTR_VARIANT_PACK_WORKSPACE, CUDNN_TYPE_VOID_PTR, 1, false),
+];
+const MATMUL: &[Known] = &[needed(CUDNN_ATTR_MATMUL_COMP_TYPE, CUDNN_TYPE_DATA_TYPE)];
+
+/// The attributes of a kind of descriptor; none where it is not emulated.
+pub fn of(kind: Kind) -> &'static [Known] {
+    match kind {
+        CUDNN_BACKEND_TENSOR_DESCRIPTOR => TENSOR,
+        CUDNN_BACKEND_POINTWISE_DESCRIPTOR => POINTWISE,
+        CUDNN_BACKEND_OPERATION_POINTWISE_DESCRIPTOR => OPERATION_POINTWISE,
+        CUDNN_BACKEND_REDUCTION_DESCRIPTOR => REDUCTION,
+        CUDNN_BACKEND_OPERATION_REDUCTION_DESCRIPTOR => OPERATION_REDUCTION,
+        CUDNN_BACKEND_MATMUL_DESCRIPTOR => MATMUL,
+        CUDNN_BACKEND_OPERATION_MATMUL_DESCRIPTOR => OPERATION_MATMUL,
+        CUDNN_BACKEND_OPERATION_RESHAPE_DESCRIPTOR => OPERATION_RESHAPE,
+        CUDNN_BACKEND_OPERATIONGRAPH_DESCRIPTOR => OPERATION_GRAPH,
+        CUDNN_BACKEND_ENGINEHEUR_DESCRIPTOR => HEURISTIC,
+        CUDNN_BACKEND_ENGINE_DESCRIPTOR => ENGINE,
+        CUDNN_BACKEND_KNOB_CHOICE_DESCRIPTOR => KNOB_CHOICE,
+        CUDNN_BACKEND_ENGINECFG_DESCRIPTOR => ENGINE_CONFIGURATION,
+        CUDNN_BACKEND_EXECUTION_PLAN_DESCRIPTOR => PLAN,
+        CUDNN_BACKEND_VARIANT_PACK_DESCRIPTOR => VARIANT_PACK,
+        _ => &[],
+    }
+}

@@ -1,0 +1,110 @@
+//! cuDNN's functions, loaded at run time, where there is a cuDNN. Types are cudarc's; codes are taken as numbers,
+//! since a newer library may have more of them than any list. Imports `error`, `cuda::context`, `cuda::library`.
+#![allow(unsafe_code)]
+
+use std::ffi::{CStr, c_char, c_void};
+use std::sync::OnceLock;
+
+use cudarc::cudnn::sys::{
+    cudnnBackendAttributeName_t as Attribute, cudnnBackendAttributeType_t as Type, cudnnBackendDescriptor_t as Raw,
+    cudnnBackendDescriptorType_t as Kind, cudnnHandle_t,
+};
+use libloading::Library as Loaded;
+
+use crate::cuda::context::static_text;
+use crate::cuda::library::{Library, unavailable};
+use crate::error::KernelError;
+
+/// The oldest library that takes the graphs, as far as was tried: `10000 * major + 100 * minor`.
+const VERSION_MIN: usize = 91_200;
+
+/// Bytes of the library's words on an error.
+const TEXT_BYTES: usize = 512;
+
+/// A stream, as cuDNN takes it.
+pub(super) type Stream = *mut c_void;
+
+macro_rules! api {
+    ($($field:ident: $symbol:literal = fn($($arg:ty),*) -> $out:ty;)*) => {
+        /// The functions.
+        pub(crate) struct Api {
+            // SAFETY: types of functions; each call says why it is sound.
+            $(pub(super) $field: unsafe extern "C" fn($($arg),*) -> $out,)*
+            /// Kept so that the functions stay.
+            _library: Loaded,
+        }
+
+        impl Api {
+            fn load() -> Option<Self> {
+                // SAFETY: NVIDIA's initialisers are all that runs; the signatures are those of cudnn_graph.h.
+                unsafe {
+                    let library = ["libcudnn.so.9", "libcudnn.so"].iter().find_map(|name| Loaded::new(*name).ok())?;
+                    Some(Self {
+                        $($field: *library.get::<unsafe extern "C" fn($($arg),*) -> $out>($symbol).ok()?,)*
+                        _library: library,
+                    })
+                }
+            }
+        }
+    };
+}
+
+api! {
+    version: b"cudnnGetVersion\0" = fn() -> usize;
+    error_string: b"cudnnGetErrorString\0" = fn(u32) -> *const c_char;
+    last_error: b"cudnnGetLastErrorString\0" = fn(*mut c_char, usize) -> ();
+    create: b"cudnnCreate\0" = fn(*mut cudnnHandle_t) -> u32;
+    destroy: b"cudnnDestroy\0" = fn(cudnnHandle_t) -> u32;
+    set_stream: b"cudnnSetStream\0" = fn(cudnnHandle_t, Stream) -> u32;
+    descriptor_create: b"cudnnBackendCreateDescriptor\0" = fn(Kind, *mut Raw) -> u32;
+    descriptor_destroy: b"cudnnBackendDestroyDescriptor\0" = fn(Raw) -> u32;
+    set_attribute: b"cudnnBackendSetAttribute\0" = fn(Raw, Attribute, Type, i64, *const c_void) -> u32;
+    get_attribute: b"cudnnBackendGetAttribute\0" = fn(Raw, Attribute, Type, i64, *mut i64, *mut c_void) -> u32;
+    finalize: b"cudnnBackendFinalize\0" = fn(Raw) -> u32;
+    execute: b"cudnnBackendExecute\0" = fn(cudnnHandle_t, Raw, Raw) -> u32;
+}
+
+impl Api {
+    /// # Errors
+    /// [`KernelError::Unavailable`] where there is no cuDNN, or an older one than is known to do.
+    pub(crate) fn get() -> Result<&'static Self, KernelError> {
+        static API: OnceLock<Option<Api>> = OnceLock::new();
+        let api = API.get_or_init(Self::load).as_ref().ok_or_else(|| Library::Cudnn.missing())?;
+        if api.number() < VERSION_MIN {
+            let what = format!("libcudnn is too old: it is {}, {} is needed", api.version(), dotted(VERSION_MIN));
+            return Err(unavailable(what, Library::Cudnn.hint()));
+        }
+        Ok(api)
+    }
+
+    /// `10000 * major + 100 * minor + patch`.
+    pub(super) fn number(&self) -> usize {
+        // SAFETY: needs nothing.
+        unsafe { (self.version)() }
+    }
+
+    /// Such as `9.12.0`.
+    pub(crate) fn version(&self) -> String {
+        dotted(self.number())
+    }
+
+    /// Turns a code into an error.
+    pub(super) fn check(&self, code: u32, call: &'static str, place: &str) -> Result<(), KernelError> {
+        if code == 0 {
+            return Ok(());
+        }
+        let mut text = [0; TEXT_BYTES];
+        // SAFETY: the first gives a static text; the second writes at most so many bytes, the last of which stays 0.
+        let (name, text) = unsafe {
+            (self.last_error)(text.as_mut_ptr(), TEXT_BYTES - 1);
+            (static_text((self.error_string)(code)), CStr::from_ptr(text.as_ptr()).to_string_lossy().trim().to_owned())
+        };
+        let text = if text.is_empty() { "no reason given".to_owned() } else { text };
+        Err(KernelError::Cuda { place: place.to_owned(), call, code, name, text })
+    }
+}
+
+/// `91200` as `9.12.0`.
+fn dotted(version: usize) -> String {
+    format!("{}.{}.{}", version / 10_000, version / 100 % 100, version % 100)
+}

@@ -1,0 +1,126 @@
+//! What is asked of cuDNN; and, by hand, what NVIDIA's library says to it.
+
+use cudarc::cudnn::sys::{cudnnBackendAttributeName_t as Attribute, cudnnBackendDescriptorType_t as Kind};
+
+use super::descriptor::{Descriptor, Values};
+use super::graph::{Data, Home, Mode, Node};
+use super::*;
+
+fn flash(pass: Pass, [batch, time, heads, depth]: [usize; 4]) -> Flash {
+    Flash { pass, batch, time, heads, depth, scale: 0.125 }
+}
+
+#[test]
+fn an_attention_is_asked_for_by_name() {
+    assert_eq!(Attention::parse(None), Ok(Attention::Ordered));
+    assert_eq!(Attention::parse(Some("own")), Ok(Attention::Own));
+    assert_eq!(Attention::parse(Some("cudnn-any-order")), Ok(Attention::AnyOrder));
+    let told = Attention::parse(Some("fast")).unwrap_err().to_string();
+    assert_eq!(told, "there is no attention \"fast\": set SHARDFLOW_ATTENTION to own, cudnn or cudnn-any-order");
+}
+
+#[test]
+fn only_some_architectures_add_up_in_one_order() {
+    let engine = |capability, version| ordered(capability, version).map(|pin| pin.engine);
+    assert_eq!([(9, 0), (10, 0), (8, 0)].map(|capability| engine(capability, 92_800)), [Some(6), None, None]);
+    assert_eq!(engine((9, 0), 92_400), None);
+}
+
+/// Every tensor that is nowhere is written once, before it is read; buffers are each in the graph once; what is in the
+/// workspace lies apart.
+#[test]
+fn graphs_are_in_order() {
+    for pass in [Pass::Forward, Pass::Backward] {
+        let graph = Graph::of(&flash(pass, [2, 3, 5, 8]));
+        let mut is_written = vec![false; graph.tensors.len()];
+        for node in &graph.nodes {
+            let (reads, write) = match node {
+                Node::Matmul { a, b, c } => (vec![*a, *b], *c),
+                Node::Pointwise { x, b, t, y, .. } => ([Some(*x), *b, *t].into_iter().flatten().collect(), *y),
+                Node::Reduce { x, y, .. } | Node::Transpose { x, y } => (vec![*x], *y),
+            };
+            let computed = |id: usize| matches!(graph.tensors[id].home, Home::Virtual | Home::Scratch(_));
+            assert!(reads.iter().all(|&id| is_written[id] || !computed(id)), "{node:?}");
+            assert!(!std::mem::replace(&mut is_written[write], true), "{node:?}");
+        }
+        let homes = |wanted: fn(&Home) -> bool| graph.tensors.iter().filter(move |tensor| wanted(&tensor.home));
+        assert!(graph.tensors.iter().zip(&is_written).all(|(t, written)| *written || t.home != Home::Virtual));
+        let buffers = if pass == Pass::Forward { 5 } else { 9 };
+        assert_eq!(homes(|home| matches!(home, Home::Buffer(_))).count(), buffers);
+        let masks = graph.nodes.iter().filter(|node| matches!(node, Node::Pointwise { mode: Mode::Select, .. }));
+        assert_eq!(masks.count(), 1);
+        let scores = homes(|home| *home != Home::Virtual).filter(|tensor| tensor.dims[2..] == [3, 3]);
+        assert_eq!(scores.count(), 0, "scores lie in memory");
+        let mut end = 0;
+        for tensor in homes(|home| matches!(home, Home::Scratch(_))) {
+            let Home::Scratch(start) = tensor.home else { continue };
+            assert!(start >= end && tensor.data == Data::F32);
+            end = start + 4 * tensor.dims.iter().product::<i64>() as usize;
+        }
+        assert!(end <= graph.scratch_bytes);
+    }
+}
+
+/// Architecture, and what NVIDIA's library is told of a GPU of it.
+fn described(architecture: usize) -> String {
+    let shared = match architecture {
+        80 => 166_912,
+        90 | 100 => 232_448,
+        _ => 101_376,
+    };
+    format!(
+        "{{\"deviceVer\":{},\"multiProcessorCount\":108,\"smCountOrigin\":0,\"warpSize\":32,\
+         \"maxSharedMemoryPerBlock\":49152,\"maxSharedMemoryPerBlockOptin\":{},\
+         \"reservedSharedMemoryPerBlock\":1024,\"oversizedSharedMemoryPerBlock\":0,\"memoryBusWidth\":5120,\
+         \"maxRegistersPerSM\":65536,\"maxCtasPerSM\":32,\"maxThreadsPerBlock\":1024,\"maxThreadsPerSM\":2048,\
+         \"regsPerBlock\":65536,\"totalGlobalMem\":42949672960,\"smClockRateKHz\":1410000,\"l2CacheSize\":41943040,\
+         \"maxBlockSize\":[1024,1024,64],\"memClockRateKHz\":1215000,\"maxGridSize\":[2147483647,65535,65535],\
+         \"supportCoopLaunch\":1,\"pciDeviceId\":0,\"isTccDriver\":0,\"cudaDeviceId\":0,\"driverVer\":13000,\
+         \"deviceName\":\"sm_{architecture}\"}}",
+        architecture * 10,
+        shared,
+    )
+}
+
+/// NVIDIA's library, told of GPUs that are not there, finds engines for our graphs, compiles their kernels and makes
+/// plans. Every driver call is one of a stub; nothing runs.
+#[test]
+#[ignore = "needs NVIDIA's cuDNN: run kernels/cuda/check_cudnn.py"]
+fn nvidias_library_makes_plans_for_our_graphs() {
+    const SHAPES: [[usize; 4]; 9] = [
+        [1, 2, 1, 8],
+        [2, 3, 2, 8],
+        [1, 17, 3, 16],
+        [1, 65, 1, 24],
+        [3, 70, 2, 16],
+        [1, 130, 2, 72],
+        [1, 1000, 12, 64],
+        [8, 1024, 12, 64],
+        [2, 2048, 16, 128],
+    ];
+    let api = Api::get().expect("NVIDIA's library");
+    println!("cuDNN {}", api.version());
+    for architecture in [80, 90, 100, 120] {
+        let text = described(architecture);
+        let attributes = [(Attribute::CUDNN_ATTR_DEVICEPROP_JSON_REPRESENTATION, Values::Text(text.as_bytes()))];
+        let device = Descriptor::sealed(api, Kind::CUDNN_BACKEND_DEVICEPROP_DESCRIPTOR, &attributes, "a device");
+        let device = device.expect("a device that is described");
+        let capability = (architecture as i32 / 10, architecture as i32 % 10);
+        let pins = [(Pass::Forward, None), (Pass::Backward, None)].into_iter();
+        for (pass, pin) in pins.chain(ordered(capability, api.number()).map(|pin| (Pass::Backward, Some(pin)))) {
+            let mut bytes = Vec::new();
+            for shape in SHAPES {
+                let graph = Graph::of(&flash(pass, shape));
+                let made = Plan::new(api, Target::Described(&device), graph, pin, WORKSPACE_BYTES_MAX, "a plan");
+                bytes.push(
+                    made.unwrap_or_else(|error| panic!("sm_{architecture}, {pass:?} {shape:?}: {error}")).bytes(),
+                );
+            }
+            let kind = if pin.is_some() { "in order" } else { "heuristic" };
+            println!("sm_{architecture} {pass:?} {kind}: workspace {bytes:?}");
+        }
+        let odd = Graph::of(&flash(Pass::Forward, [1, 64, 1, 12]));
+        let refused = Plan::new(api, Target::Described(&device), odd, None, WORKSPACE_BYTES_MAX, "heads of 12");
+        assert!(refused.is_err(), "sm_{architecture}: {refused:?}");
+    }
+}
