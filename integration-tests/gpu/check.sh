@@ -2,10 +2,11 @@
 # All that is checked on a machine with a GPU, in 8 minutes at most: one folder with `report.json`. It needs Python, and for what
 # is compared with PyTorch a PyTorch; no Rust, no network.
 #
-#     ./check.sh [--tiny] [--binaries FOLDER] [--deadline SECONDS] [--only "STAGE .."] [OUT]
+#     ./check.sh [--tiny] [--binaries FOLDER] [--deadline SECONDS] [--stage-seconds SECONDS] [--only "STAGE .."] [OUT]
 #
 # --binaries: where `gpu_check`, `conformance` and `cubins` are; this script's folder, unless it says so
 # --tiny:     sizes for a software device; PyTorch then runs on the CPU
+# --deadline: how long all of it may take; --stage-seconds: the most that a stage may
 # --only:     these stages and no others
 # OUT:        where results go, ./results by default; it is emptied
 # PYTHON:     the Python to use, python3 by default
@@ -13,15 +14,16 @@
 # Exit code: 0 when each stage passed or says why it was skipped, 1 when one did not, 2 for bad arguments.
 set -u
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-binaries=$here tiny="" only="" seconds_max=470 out=results
+binaries=$here tiny="" only="" seconds_max=470 stage_max=470 out=results
 while [ $# -gt 0 ]; do
     case $1 in
         --tiny) tiny=1 && shift ;;
-        --binaries | --deadline | --only)
+        --binaries | --deadline | --stage-seconds | --only)
             [ $# -ge 2 ] || { echo "error: $1 needs a value" >&2; exit 2; }
             case $1 in
                 --binaries) binaries=$2 ;;
                 --deadline) seconds_max=$2 ;;
+                --stage-seconds) stage_max=$2 ;;
                 --only) only=" $2 " ;;
             esac
             shift 2
@@ -43,12 +45,13 @@ fi
 mkdir -p "$out" && out=$(cd "$out" && pwd) || exit 2
 : >"$out/stages"
 scratch=$(mktemp -d) || exit 2
-child=""
 
 # The report is written whatever happens. What runs is ended first.
 finish() {
     trap - EXIT INT TERM HUP
-    [ -z "$child" ] || { kill "$child" && wait "$child"; } 2>/dev/null
+    local running
+    running=$(jobs -p)
+    [ -z "$running" ] || { kill "$running" && wait "$running"; } 2>/dev/null
     rm -rf "$scratch"
     printf 'seconds=%s\n' "$SECONDS" >>"$out/info"
     "$python" "$here/report.py" "$out"
@@ -85,6 +88,7 @@ stage() {
     shift 2
     [ -z "$only" ] || [[ $only == *" $name "* ]] || return 0
     echo "$name" >>"$out/stages"
+    [ "$limit" -le "$stage_max" ] || limit=$stage_max
     [ "$limit" -le "$left" ] || limit=$left
     if [ "$limit" -lt 1 ]; then
         echo "late nothing is left of $seconds_max s" >"$out/$name.status"
@@ -93,10 +97,8 @@ stage() {
     echo "running $limit" >"$out/$name.status"
     echo "== $name"
     timeout --kill-after=5 "$limit" "$@" >"$out/$name.out" 2>"$out/$name.err" </dev/null &
-    child=$!
-    wait "$child"
+    wait $!
     code=$?
-    child=""
     echo "ended $code $((SECONDS - begin)) $limit" >"$out/$name.status"
 }
 

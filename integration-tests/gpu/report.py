@@ -91,7 +91,7 @@ def best(results, kind):
     return max(rounds, key=lambda r: r["tokens_per_s"], default=None)
 
 
-def speed(results):
+def speed(results, info):
     """Tokens/s beside PyTorch's, and what part of the machine that is."""
     name, runs = "gpt2-speed", {kind: best(results, kind) for kind in ("ours", "eager", "compile")}
     ours = runs["ours"]
@@ -118,6 +118,8 @@ def speed(results):
         out.update(ms_per_step=ours["ms_per_step"], launches_ms_per_step=total, where_the_time_goes=[
             f"{row['ms_per_step']:.3f} ms, {row['ms_per_step'] / total:.0%}: {row['count']} x {row['op']} {row['spec'] or ''} "
             f"{[b['shape'] for b in row['reads']]}" for row in rows])
+    if info.get("sizes") == "tiny":
+        return derived(name, "skipped", "such sizes say nothing of speed", out)
     if "over_compile" not in over:
         return derived(name, "skipped", "torch.compile gave no figure to compare with", out)
     good = over["over_compile"] >= SPEED_MIN
@@ -128,15 +130,15 @@ def speed(results):
 def main():
     folder = pathlib.Path(sys.argv[1])
     stages = [stage(folder, name) for name in text(folder / "stages").split()]
+    info = dict(line.split("=", 1) for line in text(folder / "info").splitlines() if "=" in line)
     results = {s["name"]: s["results"] for s in stages}
     # What did not run whole has no figures to be compared.
     whole = {s["name"]: s["results"] for s in stages if s["state"] == "ok"}
     if any(name.startswith("gpt2-") for name in results):
         stages.append(losses("gpt2-losses-f32", whole.get("gpt2-f32-ours"), whole.get("gpt2-f32-eager"), "f32"))
         stages.append(losses("gpt2-losses-bf16", whole.get("gpt2-ours-1"), whole.get("gpt2-eager-1"), "bf16"))
-        stages.append(speed(dict(whole, versions=results.get("versions"))))
+        stages.append(speed(dict(whole, versions=results.get("versions")), info))
     bad = [s["name"] for s in stages if s["state"] not in ("ok", "skipped")]
-    info = dict(line.split("=", 1) for line in text(folder / "info").splitlines() if "=" in line)
     report = dict(when=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **info, passed=not bad, not_passed=bad, stages=stages)
     # Whoever reads it while it is written sees the old one.
     part = folder / "report.json.part"
