@@ -181,7 +181,7 @@ gpu_stage virtual 90 "$check" virtual "${delays[@]}"
 gpu_stage gpt2-ours-2 45 "$check" train "${sizes[@]}" "${batch[@]}" "${timed[@]}"
 torch_stage gpt2-eager-2 45 gpt2-ours-1 gpt2_torch.py "${timed[@]}"
 torch_stage gpt2-compile-2 90 gpt2-ours-1 gpt2_torch.py --compile "${timed[@]}"
-gpu_stage launches 60 "$check" launches "${sizes[@]}" "${batch[@]}"
+gpu_stage launches 75 "$check" launches "${sizes[@]}" "${batch[@]}"
 torch_stage launches-torch 45 launches launches_torch.py
 gpu_stage gpt2-f32-ours 45 "$check" train "${sizes[@]}" --precision f32 --batch 4 --timed 0
 torch_stage gpt2-f32-eager 45 gpt2-f32-ours gpt2_torch.py --timed 0

@@ -14,7 +14,8 @@ import sys
 import time
 
 # Relative difference of the first losses from PyTorch's: in f32 other orders of sums; in bf16 other places where it is rounded.
-LOSSES_MAX = {"f32": 1e-4, "bf16": 1e-2}
+# On CPUs, four steps of GPT-2 124M on 128 tokens, it was 9e-8 and 1.5e-4.
+LOSSES_MAX = {"f32": 1e-4, "bf16": 5e-3}
 # Of torch.compile's tokens/s.
 SPEED_MIN = 0.9
 TAIL_LINES, TAIL_CHARACTERS = 40, 6000

@@ -15,6 +15,9 @@ const CPU_MAX: f64 = 1e-4;
 
 const MESHES: [&str; 2] = ["data=2,stage=2", "data=2,tensor=2"];
 
+/// Which GPUs the driver shows.
+const VISIBLE: &str = "CUDA_VISIBLE_DEVICES";
+
 /// See [`run`].
 #[derive(Args, Clone, Debug)]
 pub struct VirtualArgs {
@@ -80,6 +83,9 @@ fn train(args: &VirtualArgs, mesh: &str, precision: &str, device: &str, spin: Op
     ]);
     child.args(["--width", &size, "--context", &size, "--vocabulary", "509", "--batch", "8", "--micro-batches", "2"]);
     child.args(["--dropout", "0.1", "--timed", "0", "--steps", &args.steps.to_string()]);
+    // On a machine of several GPUs, each device would have its own.
+    let visible = std::env::var(VISIBLE).ok().filter(|gpus| !gpus.is_empty());
+    child.env(VISIBLE, visible.as_deref().unwrap_or("0").split(',').next().unwrap_or("0"));
     child.envs(spin.map(|seed| (SPIN, format!("{seed}:{}", args.cycles))));
     let output = child.output()?;
     if !output.status.success() {
