@@ -45,6 +45,16 @@ def tail(folder, name):
     return "\n".join(both.splitlines()[-TAIL_LINES:])[-TAIL_CHARACTERS:]
 
 
+def reason(lines):
+    """The first error of a program, or what a test says behind the place where it panicked; else the last line."""
+    for place, line in enumerate(lines):
+        if line.startswith("error"):
+            return line
+        if "panicked at" in line and place + 1 < len(lines):
+            return lines[place + 1]
+    return lines[-1] if lines else "it gave no reason"
+
+
 def stage(folder, name):
     word, _, rest = text(folder / f"{name}.status").strip().partition(" ")
     out = dict(name=name, state="not-run", seconds=0)
@@ -58,7 +68,7 @@ def stage(folder, name):
         state = {0: "ok", 77: "skipped", 124: "timed-out", 137: "timed-out"}.get(code, "failed")
         out.update(state=state, seconds=seconds, limit_seconds=limit, exit_code=code)
         if state in ("skipped", "failed"):
-            out["why"] = (text(folder / f"{name}.err").strip().splitlines() or ["it gave no reason"])[-1]
+            out["why"] = reason(text(folder / f"{name}.err").strip().splitlines())
     out["results"] = figures(folder / f"{name}.out")
     if out["state"] not in ("ok", "skipped"):
         out["tail"] = tail(folder, name)
