@@ -152,6 +152,8 @@ export out
     echo "sizes=${tiny:+tiny}"
     echo "libraries=$ours"
     echo "deadline_seconds=$seconds_max"
+    gpus=("--query-gpu=name,driver_version,clocks.max.sm,power.limit" "--format=csv,noheader")
+    echo "nvidia_smi=$(timeout 10 nvidia-smi "${gpus[@]}" 2>/dev/null | paste -sd ';')"
 } >"$out/info"
 
 small=(--layers 2 --heads 2 --width 32 --context 16 --vocabulary 97)

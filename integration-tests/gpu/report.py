@@ -34,7 +34,8 @@ def figures(path):
     """The JSON in the last line, if there is some."""
     lines = text(path).strip().splitlines()
     try:
-        found = json.loads(lines[-1]) if lines else None
+        # What is no number has no place in a report.
+        found = json.loads(lines[-1], parse_constant=lambda _: None) if lines else None
     except ValueError:
         return None
     return found if isinstance(found, dict) else None
@@ -95,6 +96,14 @@ def losses(name, ours, theirs, precision):
     return derived(name, "ok" if good else "failed", None if good else "losses differ", results)
 
 
+def guarded(name, compute, *args):
+    """A comparison; figures that it cannot read fail it, and nothing else."""
+    try:
+        return compute(name, *args)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        return derived(name, "failed", f"figures that make no sense: {error!r}")
+
+
 def best(results, kind):
     """Of the rounds of a training, the one with the most tokens/s."""
     rounds = [results.get(f"gpt2-{kind}-{n}") for n in (1, 2)]
@@ -102,9 +111,9 @@ def best(results, kind):
     return max(rounds, key=lambda r: r["tokens_per_s"], default=None)
 
 
-def speed(results, info):
+def speed(name, results, info):
     """Tokens/s beside PyTorch's, and what part of the machine that is."""
-    name, runs = "gpt2-speed", {kind: best(results, kind) for kind in ("ours", "eager", "compile")}
+    runs = {kind: best(results, kind) for kind in ("ours", "eager", "compile")}
     ours = runs["ours"]
     if not ours:
         return derived(name, "skipped", "there is no training of ours")
@@ -146,9 +155,11 @@ def main():
     # What did not run whole has no figures to be compared.
     whole = {s["name"]: s["results"] for s in stages if s["state"] == "ok"}
     if any(name.startswith("gpt2-") for name in results):
-        stages.append(losses("gpt2-losses-f32", whole.get("gpt2-f32-ours"), whole.get("gpt2-f32-eager"), "f32"))
-        stages.append(losses("gpt2-losses-bf16", whole.get("gpt2-ours-1"), whole.get("gpt2-eager-1"), "bf16"))
-        stages.append(speed(dict(whole, versions=results.get("versions")), info))
+        pairs = [("f32", "gpt2-f32-ours", "gpt2-f32-eager"), ("bf16", "gpt2-ours-1", "gpt2-eager-1")]
+        for precision, ours, theirs in pairs:
+            pair = whole.get(ours), whole.get(theirs)
+            stages.append(guarded(f"gpt2-losses-{precision}", losses, *pair, precision))
+        stages.append(guarded("gpt2-speed", speed, dict(whole, versions=results.get("versions")), info))
     bad = [s["name"] for s in stages if s["state"] not in ("ok", "skipped")]
     report = dict(when=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **info, passed=not bad, not_passed=bad, stages=stages)
     # Whoever reads it while it is written sees the old one.
