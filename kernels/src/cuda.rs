@@ -1,6 +1,6 @@
 //! The CUDA backend. It is built without a toolkit: the driver and the libraries above it are loaded at run time, through
 //! cudarc's bindings, and a machine without them is told what is missing ([`library::probe`]).
-//! Layers: `step <- lower`, `source` (no FFI, and nothing of a GPU); `library <- context <- event, memory, module, blas <- poller, ticket, record
+//! Layers: `step <- lower`, `source` (no FFI, and nothing of a GPU); `library <- context <- event, memory, module, blas, spin <- poller, ticket, record
 //! <- gpu <- lane, progress, cudnn <- engine, turn, lowered, staged <- issue <- stream <- device`; `nccl` and `local` are engines.
 
 pub(crate) mod blas;
@@ -24,6 +24,7 @@ pub(crate) mod poller;
 pub(crate) mod progress;
 pub(crate) mod record;
 pub mod source;
+pub mod spin;
 pub(crate) mod staged;
 pub mod step;
 pub mod stream;

@@ -98,7 +98,7 @@ pub(super) fn run(report: &mut Report, make: &Make<'_>, demands: &Demands) {
     if members_max >= 3 && compares_calls {
         disagreements(report, make);
     }
-    if all_here {
+    if members_max >= 2 && all_here {
         aborts(report, make);
     }
 }

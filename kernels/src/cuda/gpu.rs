@@ -15,6 +15,7 @@ use super::memory::Transfer;
 use super::module::Modules;
 use super::poller::Poller;
 use super::progress::Words;
+use super::spin::Spins;
 use crate::error::KernelError;
 
 /// See the module. Everything is given back when the last user lets go.
@@ -27,6 +28,8 @@ pub struct Gpu {
     transfer: Mutex<Transfer>,
     events: Arc<Events>,
     words: Arc<Words>,
+    /// For tests.
+    spins: Option<Spins>,
     /// Least and greatest; the greatest is the lower number.
     priorities: (i32, i32),
     attention: Attention,
@@ -64,6 +67,7 @@ impl Gpu {
             transfer: Mutex::new(Transfer::new(&context)?),
             events,
             words: Words::new(&context)?,
+            spins: Spins::from_environment()?,
             priorities: priorities(&context)?,
             attention,
             context,
@@ -113,6 +117,10 @@ impl Gpu {
 
     pub(crate) fn words(&self) -> &Arc<Words> {
         &self.words
+    }
+
+    pub(crate) fn spins(&self) -> Option<&Spins> {
+        self.spins.as_ref()
     }
 
     pub(crate) fn poller(&self) -> &Poller {

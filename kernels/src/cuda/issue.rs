@@ -408,6 +408,7 @@ impl Issuer {
 
     fn step(&mut self, step: &Ready, bound: &Bound<'_>, index: usize) -> Result<(), KernelError> {
         let at = |place: Place| address(bound, place);
+        self.lane.spin()?;
         match step {
             Ready::Kernel { function, how, parameters } => {
                 let mut words = [0; PARAMETERS_MAX];
@@ -462,6 +463,7 @@ impl Issuer {
 
     fn collective(&mut self, call: &CollectiveCall, bound: &Bound<'_>) -> Result<Option<Wait>, KernelError> {
         if let Some(engine) = self.engine.on_device(call) {
+            self.lane.spin()?;
             return match engine.0.enqueue(call, &bound.reads, &bound.writes, &self.lane)? {
                 Enqueued::Issued => Ok(None),
                 Enqueued::Waits(wait) => Ok(Some(wait)),

@@ -1,5 +1,5 @@
 //! A CUDA stream's own things, that whoever puts work on it uses: the handle, launches, copies, events, staging memory.
-//! Imports `cuda::gpu`, `cuda::event`, `cuda::memory`, `cuda::module`.
+//! Imports `cuda::gpu`, `cuda::event`, `cuda::memory`, `cuda::module`, `cuda::spin`.
 #![allow(unsafe_code)]
 
 use std::ffi::c_void;
@@ -12,6 +12,7 @@ use super::event::Recorded;
 use super::gpu::Gpu;
 use super::memory::{DeviceMemory, destroy_stream, new_stream};
 use super::module::Function;
+use super::spin::Spins;
 use crate::error::KernelError;
 use crate::memory::Tally;
 
@@ -91,6 +92,13 @@ impl Lane {
             *pointer = (&raw const *parameter).cast_mut().cast();
         }
         self.launch_with(function, how, &mut pointers[..parameters.len()])
+    }
+
+    /// Lets time pass on the stream before the next step, where a test asked for that.
+    pub(crate) fn spin(&self) -> Result<(), KernelError> {
+        let Some(cycles) = self.gpu.spins().and_then(Spins::next) else { return Ok(()) };
+        let how = Geometry { grid: [1; 3], block: [1; 3], shared_bytes: 0 };
+        self.launch(self.gpu.modules().function("spin", 0)?, &how, &[cycles])
     }
 
     /// As [`Lane::launch`], with a pointer to each parameter.

@@ -17,7 +17,7 @@ macro_rules! module {
 }
 
 /// All modules.
-pub const MODULES: [Module; 11] = [
+pub const MODULES: [Module; 12] = [
     module!("attention_bf16"),
     module!("attention_f32"),
     module!("attention_plain"),
@@ -29,6 +29,7 @@ pub const MODULES: [Module; 11] = [
     module!("optimizer"),
     module!("reduce"),
     module!("region"),
+    module!("spin"),
 ];
 
 impl Module {

@@ -1,0 +1,192 @@
+#!/usr/bin/env bash
+# All that is checked on a machine with a GPU, in 8 minutes at most: one folder with `report.json`. It needs Python, and for what
+# is compared with PyTorch a PyTorch; no Rust, no network.
+#
+#     ./check.sh [--tiny] [--binaries FOLDER] [--deadline SECONDS] [--stage-seconds SECONDS] [--only "STAGE .."] [OUT]
+#
+# --binaries: where `gpu_check`, `conformance` and `cubins` are; this script's folder, unless it says so
+# --tiny:     sizes for a software device; PyTorch then runs on the CPU
+# --deadline: how long all of it may take; --stage-seconds: the most that a stage may
+# --only:     these stages and no others
+# OUT:        where results go, ./results by default; it is emptied
+# PYTHON:     the Python to use, python3 by default
+#
+# Exit code: 0 when each stage passed or says why it was skipped, 1 when one did not, 2 for bad arguments.
+set -u
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+binaries=$here tiny="" only="" seconds_max=470 stage_max=470 out=results
+while [ $# -gt 0 ]; do
+    case $1 in
+        --tiny) tiny=1 && shift ;;
+        --binaries | --deadline | --stage-seconds | --only)
+            [ $# -ge 2 ] || { echo "error: $1 needs a value" >&2; exit 2; }
+            case $1 in
+                --binaries) binaries=$2 ;;
+                --deadline) seconds_max=$2 ;;
+                --stage-seconds) stage_max=$2 ;;
+                --only) only=" $2 " ;;
+            esac
+            shift 2
+            ;;
+        -*) echo "error: unknown flag $1; see the head of $0" >&2; exit 2 ;;
+        *) out=$1 && shift ;;
+    esac
+done
+python=${PYTHON:-python3}
+command -v "$python" >/dev/null || { echo "error: no $python; name one by PYTHON=.." >&2; exit 2; }
+for needed in gpu_check conformance; do
+    [ -x "$binaries/$needed" ] || { echo "error: no program $binaries/$needed; pack.sh makes it" >&2; exit 2; }
+done
+# Results of an earlier run would pass for this one's; nothing else is removed.
+if [ -d "$out" ]; then
+    [ -f "$out/stages" ] || [ -z "$(ls -A "$out")" ] || { echo "error: $out holds other things" >&2; exit 2; }
+    rm -rf "$out"
+fi
+mkdir -p "$out" && out=$(cd "$out" && pwd) || exit 2
+: >"$out/stages"
+scratch=$(mktemp -d) || exit 2
+
+# The report is written whatever happens. What runs is ended first.
+finish() {
+    trap - EXIT INT TERM HUP
+    local running
+    running=$(jobs -p)
+    [ -z "$running" ] || { kill "$running" && wait "$running"; } 2>/dev/null
+    rm -rf "$scratch"
+    printf 'seconds=%s\n' "$SECONDS" >>"$out/info"
+    "$python" "$here/report.py" "$out"
+    local code=$?
+    echo "report: $out/report.json"
+    exit "$code"
+}
+trap finish EXIT
+trap 'exit 1' INT TERM HUP
+
+# The driver, where the linker does not know it, and the libraries of Python's packages, behind what the user has named.
+libraries() {
+    "$python" - <<'PYTHON'
+import ctypes, glob, os, sys
+
+folders = [folder for root in sys.path for folder in sorted(glob.glob(os.path.join(root, "nvidia", "*", "lib")))]
+try:
+    ctypes.CDLL("libcuda.so.1")
+except OSError:
+    known = ["/usr/local/nvidia/lib64", "/usr/lib/x86_64-linux-gnu", "/usr/lib64", "/usr/lib/wsl/lib"]
+    folders += [folder for folder in known if os.path.exists(os.path.join(folder, "libcuda.so.1"))][:1]
+print(":".join(dict.fromkeys(folders)))
+PYTHON
+}
+theirs=${LD_LIBRARY_PATH-}
+found=$(libraries)
+ours=$theirs${theirs:+${found:+:}}$found
+# The software device stands under the names of libraries that PyTorch needs.
+[ -z "$tiny" ] || theirs=""
+
+# stage NAME SECONDS COMMAND..: its output, and how it ended. Whatever it does, the next one is begun.
+stage() {
+    local name=$1 limit=$2 left=$((seconds_max - SECONDS)) begin=$SECONDS code
+    shift 2
+    [ -z "$only" ] || [[ $only == *" $name "* ]] || return 0
+    echo "$name" >>"$out/stages"
+    [ "$limit" -le "$stage_max" ] || limit=$stage_max
+    [ "$limit" -le "$left" ] || limit=$left
+    if [ "$limit" -lt 1 ]; then
+        echo "late nothing is left of $seconds_max s" >"$out/$name.status"
+        return
+    fi
+    echo "running $limit" >"$out/$name.status"
+    echo "== $name"
+    timeout --kill-after=5 "$limit" "$@" >"$out/$name.out" 2>"$out/$name.err" </dev/null &
+    wait $!
+    code=$?
+    echo "ended $code $((SECONDS - begin)) $limit" >"$out/$name.status"
+}
+
+# gpu_stage NAME SECONDS COMMAND..: one that needs a GPU of ours.
+gpu_stage() {
+    if [ -z "$gpu" ]; then
+        [ -z "$only" ] || [[ $only == *" $1 "* ]] || return 0
+        echo "$1" >>"$out/stages"
+        echo "skipped no GPU can be used: see the stage versions" >"$out/$1.status"
+        return
+    fi
+    stage "$1" "$2" env LD_LIBRARY_PATH="$ours" "${@:3}"
+}
+
+# torch_stage NAME SECONDS LIKE SCRIPT ARGS..: PyTorch beside what our stage LIKE printed.
+torch_stage() {
+    local name=$1 limit=$2 like=$3 script=$4
+    shift 4
+    if [ -z "$gpu" ] || ! grep -q '^ended 0 ' "$out/$like.status" 2>/dev/null; then
+        [ -z "$only" ] || [[ $only == *" $name "* ]] || return 0
+        echo "$name" >>"$out/stages"
+        echo "skipped there is nothing to compare with: see the stage $like" >"$out/$name.status"
+        return
+    fi
+    stage "$name" "$limit" env LD_LIBRARY_PATH="$theirs" TORCHINDUCTOR_CACHE_DIR="$scratch/inductor" \
+        "$python" "$here/$script" --like "$out/$like.out" "${torch_device[@]}" "$@"
+}
+
+# conformance CASE: a part of the suite that CI runs on the software device.
+conformance() {
+    gpu_stage "conformance-$1" "$2" env SHARDFLOW_TEST_CASE="${3:-$1}" "$binaries/conformance" --ignored --exact child --nocapture
+}
+
+# sanitized TOOL: a small training under compute-sanitizer, where that works.
+sanitized() {
+    local path code
+    path=$(PATH=$PATH:/usr/local/cuda/bin command -v compute-sanitizer) ||
+        { echo "compute-sanitizer is not on this machine" >&2; return 77; }
+    "$path" --tool "$1" --error-exitcode 9 "${@:2}"
+    code=$?
+    # It says so on its standard output, which the report shows too.
+    [ "$code" = 0 ] || ! grep -qi 'not supported' "$out/sanitizer-$1.out" ||
+        { echo "compute-sanitizer does not support this device" >&2; return 77; }
+    return "$code"
+}
+export -f sanitized
+export out
+
+{
+    echo "commit=$(cat "$here/COMMIT" 2>/dev/null || echo unknown)"
+    echo "sizes=${tiny:+tiny}"
+    echo "libraries=$ours"
+    echo "deadline_seconds=$seconds_max"
+    gpus=("--query-gpu=name,driver_version,clocks.max.sm,power.limit" "--format=csv,noheader")
+    echo "nvidia_smi=$(timeout 10 nvidia-smi "${gpus[@]}" 2>/dev/null | paste -sd ';')"
+} >"$out/info"
+
+small=(--layers 2 --heads 2 --width 32 --context 16 --vocabulary 97)
+# As many samples as fit.
+batch=(--batch 0) timed=(--timed 30) ceilings=() delays=() torch_device=() sizes=()
+if [ -n "$tiny" ]; then
+    batch=(--batch 4) timed=(--timed 5 --steps 3) torch_device=(--device cpu) sizes=("${small[@]}")
+    ceilings=(--copy-bytes 65536 --matrix 48) delays=(--seeds 1 --cycles 3000 --size 16 --steps 2)
+fi
+check=$binaries/gpu_check
+
+gpu=1
+gpu_stage versions 30 "$check" versions
+# It names devices even where a library is missing. A stage that was not asked for says nothing.
+[ ! -f "$out/versions.out" ] || grep -q '"capability"' "$out/versions.out" || gpu=""
+gpu_stage ceilings 40 "$check" ceilings "${ceilings[@]}"
+conformance alone 90
+conformance local 45
+conformance staged 45
+conformance nccl 45
+conformance pairs 20 "pairs together"
+gpu_stage gpt2-ours-1 60 "$check" train "${sizes[@]}" "${batch[@]}" "${timed[@]}"
+torch_stage gpt2-eager-1 60 gpt2-ours-1 gpt2_torch.py "${timed[@]}"
+torch_stage gpt2-compile-1 120 gpt2-ours-1 gpt2_torch.py --compile "${timed[@]}"
+gpu_stage compare 60 "$check" compare "${sizes[@]}" --batch 1
+gpu_stage virtual 90 "$check" virtual "${delays[@]}"
+gpu_stage gpt2-ours-2 45 "$check" train "${sizes[@]}" "${batch[@]}" "${timed[@]}"
+torch_stage gpt2-eager-2 45 gpt2-ours-1 gpt2_torch.py "${timed[@]}"
+torch_stage gpt2-compile-2 90 gpt2-ours-1 gpt2_torch.py --compile "${timed[@]}"
+gpu_stage launches 75 "$check" launches "${sizes[@]}" "${batch[@]}"
+torch_stage launches-torch 45 launches launches_torch.py
+gpu_stage gpt2-f32-ours 45 "$check" train "${sizes[@]}" --precision f32 --batch 4 --timed 0
+torch_stage gpt2-f32-eager 45 gpt2-f32-ours gpt2_torch.py --timed 0
+for tool in memcheck racecheck; do
+    gpu_stage "sanitizer-$tool" 60 bash -c 'sanitized "$@"' sanitized "$tool" "$check" train "${small[@]}" --batch 2 --steps 2 --timed 0
+done

@@ -1,0 +1,93 @@
+#!/usr/bin/env python3
+"""Times in PyTorch the products and attentions that `gpu_check launches` timed, and prints one line of JSON: for each, our
+milliseconds and PyTorch's.
+
+    python3 launches_torch.py --like LAUNCHES.json [--device cpu]
+
+Both go round in more memory than a cache holds. A product that we write in float32 from bf16 is written in bf16 by PyTorch.
+Exit code 77: it cannot run here, and the last line says why.
+"""
+
+import argparse
+import json
+import math
+import statistics
+import sys
+import time
+
+try:
+    import torch
+    import torch.nn.functional as F
+except ImportError as error:
+    print(f"this Python has no PyTorch: {error}", file=sys.stderr)
+    sys.exit(77)
+
+ROUND_BYTES, COPIES_MAX, ROUND_MS, ROUNDS, IN_A_ROW_MAX = 256 << 20, 8, 20.0, 5, 200
+TYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "i32": torch.int32}
+
+
+def calls(row, device, copies):
+    """Functions of no argument that do the row's work, each on tensors of its own."""
+    def tensors(kind):
+        return [(torch.rand(b["shape"], device=device) + 0.1).to(TYPES[b["type"]]) for b in row[kind]]
+
+    def call():
+        reads = tensors("reads")
+        if row["op"] == "einsum":
+            return lambda: torch.einsum(row["spec"], *reads)
+        # [b, t, h, d] as PyTorch has it: [b, h, t, d].
+        q, k, v = (x.transpose(1, 2) for x in (reads if row["op"] == "attention" else reads[1:4]))
+        if row["op"] == "attention":
+            return lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        inputs = [x.detach().requires_grad_() for x in (q, k, v)]
+        output = F.scaled_dot_product_attention(*inputs, is_causal=True)
+        gradient = reads[0].transpose(1, 2)
+        return lambda: torch.autograd.grad(output, inputs, gradient, retain_graph=True)
+
+    return [call() for _ in range(copies)]
+
+
+def measure(row, device):
+    """Milliseconds of one call."""
+    buffers = row["reads"] + row["writes"]
+    size = sum(math.prod(b["shape"]) * TYPES[b["type"]].itemsize for b in buffers)
+    copies = 1 if device == "cpu" else min(max(-(-ROUND_BYTES // max(size, 1)), 1), COPIES_MAX)
+    work = calls(row, device, copies)
+
+    def wait():
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    def milliseconds(count):
+        wait()
+        begin = time.perf_counter()
+        for i in range(count):
+            work[i % copies]()
+        wait()
+        return (time.perf_counter() - begin) * 1e3
+
+    milliseconds(copies)
+    count = min(max(math.ceil(ROUND_MS / max(milliseconds(1), 1e-3)), 1), IN_A_ROW_MAX)
+    return statistics.median(milliseconds(count) / count for _ in range(ROUNDS))
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--like", required=True, help="a file that `gpu_check launches` printed")
+    p.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
+    a = p.parse_args()
+    if a.device == "cuda" and not torch.cuda.is_available():
+        print("PyTorch sees no GPU", file=sys.stderr)
+        sys.exit(77)
+    with open(a.like) as file:
+        rows = [row for row in json.load(file)["launches"] if row["op"] in ("einsum", "attention", "attention_grad")]
+    out = []
+    for row in rows:
+        ms = measure(row, a.device)
+        out.append(dict(op=row["op"], spec=row["spec"], shapes=[b["shape"] for b in row["reads"]], count=row["count"],
+                        ms=row["ms"], torch_ms=ms, speed_over_torch=ms / row["ms"]))
+    print(json.dumps(dict(torch=torch.__version__, launches=out)))
+
+
+if __name__ == "__main__":
+    main()

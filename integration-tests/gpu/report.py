@@ -1,0 +1,175 @@
+#!/usr/bin/env python3
+"""Puts what check.sh's stages left in a folder into its `report.json`. Exit code 1 where a stage did not pass.
+
+    python3 report.py FOLDER
+
+For each name in FOLDER/stages: NAME.status is `running LIMIT`, or `ended CODE SECONDS LIMIT`, or `skipped REASON`, or `late REASON`;
+NAME.out ends with a line of JSON, where the stage has figures; NAME.err has what it complained of. Needs no package.
+"""
+
+import json
+import os
+import pathlib
+import sys
+import time
+
+# Relative difference of the first losses from PyTorch's: in f32 other orders of sums; in bf16 other places where it is rounded.
+# On CPUs, four steps of GPT-2 124M on 128 tokens, it was 9e-8 and 1.5e-4.
+LOSSES_MAX = {"f32": 1e-4, "bf16": 5e-3}
+# Of torch.compile's tokens/s.
+SPEED_MIN = 0.9
+TAIL_LINES, TAIL_CHARACTERS = 40, 6000
+# Dense bf16 TFLOP/s of NVIDIA's data sheets, by a part of the driver's name.
+DATASHEET = {"H200": 989.4, "H100 80GB HBM3": 989.4, "H100 PCIe": 756.0, "A100": 312.0, "L40S": 362.0}
+
+
+def text(path):
+    try:
+        return path.read_text(errors="replace")
+    except OSError:
+        return ""
+
+
+def figures(path):
+    """The JSON in the last line, if there is some."""
+    lines = text(path).strip().splitlines()
+    try:
+        # What is no number has no place in a report.
+        found = json.loads(lines[-1], parse_constant=lambda _: None) if lines else None
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def tail(folder, name):
+    both = text(folder / f"{name}.out") + text(folder / f"{name}.err")
+    return "\n".join(both.splitlines()[-TAIL_LINES:])[-TAIL_CHARACTERS:]
+
+
+def reason(lines):
+    """The first error of a program, or what a test says behind the place where it panicked; else the last line."""
+    for place, line in enumerate(lines):
+        if line.startswith("error"):
+            return line
+        if "panicked at" in line and place + 1 < len(lines):
+            return lines[place + 1]
+    return lines[-1] if lines else "it gave no reason"
+
+
+def stage(folder, name):
+    word, _, rest = text(folder / f"{name}.status").strip().partition(" ")
+    out = dict(name=name, state="not-run", seconds=0)
+    if word == "running":
+        out["state"] = "interrupted"
+    elif word in ("skipped", "late"):
+        out.update(state="skipped" if word == "skipped" else "timed-out", why=rest)
+    elif word == "ended":
+        code, seconds, limit = (int(number) for number in rest.split())
+        # 124: `timeout` ended it; 137: it had to be killed.
+        state = {0: "ok", 77: "skipped", 124: "timed-out", 137: "timed-out"}.get(code, "failed")
+        out.update(state=state, seconds=seconds, limit_seconds=limit, exit_code=code)
+        if state in ("skipped", "failed"):
+            out["why"] = reason(text(folder / f"{name}.err").strip().splitlines())
+    out["results"] = figures(folder / f"{name}.out")
+    if out["state"] not in ("ok", "skipped"):
+        out["tail"] = tail(folder, name)
+    return out
+
+
+def derived(name, state, why=None, results=None):
+    return dict(name=name, state=state, seconds=0, results=results, **({"why": why} if why else {}))
+
+
+def losses(name, ours, theirs, precision):
+    """Compares the first losses of two trainings."""
+    if not ours or not theirs:
+        return derived(name, "skipped", "there are not two trainings to compare")
+    if ours["weights"] != theirs["weights"]:
+        return derived(name, "failed", f"{ours['weights']} weights here, {theirs['weights']} there")
+    pairs = list(zip(ours["losses"], theirs["losses"]))
+    # A loss that is no number is null.
+    apart = [abs(a - b) / abs(b) if None not in (a, b) else float("inf") for a, b in pairs]
+    most = max(apart, default=float("inf"))
+    results = dict(ours=ours["losses"], torch=theirs["losses"], relative=most if most < float("inf") else None,
+                   allowed=LOSSES_MAX[precision])
+    good = most <= LOSSES_MAX[precision]
+    return derived(name, "ok" if good else "failed", None if good else "losses differ", results)
+
+
+def guarded(name, compute, *args):
+    """A comparison; figures that it cannot read fail it, and nothing else."""
+    try:
+        return compute(name, *args)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        return derived(name, "failed", f"figures that make no sense: {error!r}")
+
+
+def best(results, kind):
+    """Of the rounds of a training, the one with the most tokens/s."""
+    rounds = [results.get(f"gpt2-{kind}-{n}") for n in (1, 2)]
+    rounds = [r for r in rounds if r and r.get("tokens_per_s")]
+    return max(rounds, key=lambda r: r["tokens_per_s"], default=None)
+
+
+def speed(name, results, info):
+    """Tokens/s beside PyTorch's, and what part of the machine that is."""
+    runs = {kind: best(results, kind) for kind in ("ours", "eager", "compile")}
+    ours = runs["ours"]
+    if not ours:
+        return derived(name, "skipped", "there is no training of ours")
+    rate = {kind: run["tokens_per_s"] if run else None for kind, run in runs.items()}
+    over = {f"over_{kind}": rate["ours"] / rate[kind] for kind in ("eager", "compile") if rate[kind]}
+    m = ours["model"]
+    # The tables of the embedding are looked up in. Attention as PaLM counts it (Chowdhery et al. 2022), for all of the scores.
+    matrices = ours["weights"] - (m["vocabulary"] + m["context"]) * m["width"]
+    flops = 6 * matrices + 12 * m["layers"] * m["width"] * m["context"]
+    tflops = flops * rate["ours"] / 1e12
+    products = (results.get("ceilings") or {}).get("product_tflops", {}).get("bf16")
+    devices = (results.get("versions") or {}).get("devices") or [{}]
+    sheet = next((peak for part, peak in DATASHEET.items() if part in devices[0].get("name", "")), None)
+    out = dict(tokens_per_s=rate, **over, wanted_over_compile=SPEED_MIN, flops_per_token=flops, tflops=tflops,
+               mfu_of_measured_product=products and tflops / products, mfu_of_datasheet=sheet and tflops / sheet,
+               datasheet_tflops=sheet, memory={kind: run and run["memory"] for kind, run in runs.items()})
+    launches = results.get("launches")
+    if launches:
+        # One by one a launch is not paired with its neighbour, so the sum may be more than a step.
+        total = launches["sum_ms_per_step"]
+        rows = launches["launches"][:20]
+        out.update(ms_per_step=ours["ms_per_step"], launches_ms_per_step=total, where_the_time_goes=[
+            f"{row['ms_per_step']:.3f} ms, {row['ms_per_step'] / total:.0%}: {row['count']} x {row['op']} {row['spec'] or ''} "
+            f"{[b['shape'] for b in row['reads']]}" for row in rows])
+    if info.get("sizes") == "tiny":
+        return derived(name, "skipped", "such sizes say nothing of speed", out)
+    if "over_compile" not in over:
+        return derived(name, "skipped", "torch.compile gave no figure to compare with", out)
+    good = over["over_compile"] >= SPEED_MIN
+    why = None if good else f"{over['over_compile']:.2f} of torch.compile's tokens/s, {SPEED_MIN} is wanted"
+    return derived(name, "ok" if good else "failed", why, out)
+
+
+def main():
+    folder = pathlib.Path(sys.argv[1])
+    stages = [stage(folder, name) for name in text(folder / "stages").split()]
+    info = dict(line.split("=", 1) for line in text(folder / "info").splitlines() if "=" in line)
+    results = {s["name"]: s["results"] for s in stages}
+    # What did not run whole has no figures to be compared.
+    whole = {s["name"]: s["results"] for s in stages if s["state"] == "ok"}
+    if any(name.startswith("gpt2-") for name in results):
+        pairs = [("f32", "gpt2-f32-ours", "gpt2-f32-eager"), ("bf16", "gpt2-ours-1", "gpt2-eager-1")]
+        for precision, ours, theirs in pairs:
+            pair = whole.get(ours), whole.get(theirs)
+            stages.append(guarded(f"gpt2-losses-{precision}", losses, *pair, precision))
+        stages.append(guarded("gpt2-speed", speed, dict(whole, versions=results.get("versions")), info))
+    bad = [s["name"] for s in stages if s["state"] not in ("ok", "skipped")]
+    report = dict(when=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **info, passed=not bad, not_passed=bad, stages=stages)
+    # Whoever reads it while it is written sees the old one.
+    part = folder / "report.json.part"
+    part.write_text(json.dumps(report, indent=1, allow_nan=False))
+    os.replace(part, folder / "report.json")
+    for s in stages:
+        print(f"{s['name']:20} {s['state']:12} {s['seconds']:4} s  {s.get('why', '')[:150]}".rstrip())
+    return 1 if bad or not stages else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

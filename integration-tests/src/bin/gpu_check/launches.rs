@@ -1,0 +1,136 @@
+//! The launches of a training step one by one: how long each takes, and whether the device writes what the CPU backend writes.
+//! Imports `model`, `bench`, and `shardflow`'s plan.
+
+use std::collections::BTreeMap;
+
+use serde_json::{Value, json};
+use shardflow::plan::{ActionKey, Plan};
+use shardflow::prelude::{DType, DeviceKind};
+use shardflow_kernels::op::{Buffer, Launch, Op};
+use shardflow_kernels::tensor::element_count;
+
+use crate::bench::Bench;
+use crate::model::ModelArgs;
+use crate::{Found, Result};
+
+/// Relative to an element's size and to the mean of all: what sums in another order give.
+const CLOSE: f64 = 1e-4;
+/// The same where something is in bf16 on the way.
+const CLOSE_HALF: f64 = 2e-2;
+
+/// Each different launch of the devices' compute streams in a step, with how often it is there.
+fn distinct(plan: &Plan) -> Vec<(Launch, usize)> {
+    use ActionKey::{Backward, Forward, Norm, Update};
+    let mut found: BTreeMap<String, (Launch, usize)> = BTreeMap::new();
+    for action in plan.actions.iter().flatten() {
+        let times = match action.key {
+            Forward | Backward => plan.micro_batches,
+            Norm | Update => 1,
+            _ => continue,
+        };
+        for launch in &action.launches {
+            if matches!(launch.op, Op::Collective(_) | Op::Custom(_)) {
+                continue;
+            }
+            let typed = |buffers: &[Buffer]| buffers.iter().map(|b| (b.shape.clone(), b.dtype)).collect::<Vec<_>>();
+            let op = match &launch.op {
+                // Each parameter has a place of its own in the result.
+                Op::SumSquares { .. } => launch.op.name().to_owned(),
+                op => format!("{op:?}"),
+            };
+            let key = format!("{op} {:?} {:?}", typed(&launch.reads), typed(&launch.writes));
+            found.entry(key).or_insert_with(|| (launch.clone(), 0)).1 += times;
+        }
+    }
+    found.into_values().collect()
+}
+
+/// Floating-point operations; 0 for what only moves memory. Of attention, the causal half.
+fn flops(launch: &Launch) -> f64 {
+    let products = match &launch.op {
+        Op::Einsum(einsum) => {
+            let dims = einsum.gemm_dims(&launch.reads[0].shape, &launch.reads[1].shape);
+            return dims.map_or(0.0, |d| 2.0 * (d.m * d.n * d.k) as f64);
+        }
+        Op::Attention { .. } => 2.0,
+        Op::AttentionGrad { .. } => 5.0,
+        _ => return 0.0,
+    };
+    // [b, t, h, d]: q of the forward pass, do of the backward pass.
+    let shape = &launch.reads[0].shape;
+    products * (element_count(shape) * shape[1]) as f64
+}
+
+fn buffers(buffers: &[Buffer]) -> Value {
+    let one = |b: &Buffer| json!({ "shape": b.shape, "type": format!("{:?}", b.dtype).to_lowercase() });
+    buffers.iter().map(one).collect()
+}
+
+fn told(launch: &Launch) -> Value {
+    let spec = match &launch.op {
+        Op::Einsum(e) => format!("{},{}->{}", e.a, e.b, e.out).into(),
+        _ => Value::Null,
+    };
+    json!({ "op": launch.op.name(), "spec": spec, "reads": buffers(&launch.reads), "writes": buffers(&launch.writes) })
+}
+
+/// Times them, those first that a step spends most in.
+pub fn time(args: &ModelArgs) -> Result<Found> {
+    let (plan, batch) = args.compile()?;
+    let bench = Bench::open(plan.device)?;
+    let mut rows: Vec<(f64, Value)> = Vec::new();
+    for (launch, count) in distinct(&plan) {
+        let ms = bench.measure(&launch)?;
+        let all = launch.reads.iter().chain(&launch.writes);
+        let bytes: usize = all.map(|b| element_count(&b.shape) * b.dtype.bytes()).sum();
+        let mut row = told(&launch);
+        row["count"] = count.into();
+        row["ms"] = ms.into();
+        row["ms_per_step"] = (ms * count as f64).into();
+        row["gb_per_s"] = (bytes as f64 / ms / 1e6).into();
+        row["tflops"] = (flops(&launch) / ms / 1e9).into();
+        rows.push((ms * count as f64, row));
+    }
+    rows.sort_by(|a, b| b.0.total_cmp(&a.0));
+    let sum: f64 = rows.iter().map(|row| row.0).sum();
+    let launches: Vec<Value> = rows.into_iter().map(|row| row.1).collect();
+    Ok(json!({ "model": args.json(batch), "sum_ms_per_step": sum, "launches": launches }).into())
+}
+
+/// Runs each on both, from the same numbers.
+pub fn compare(args: &ModelArgs) -> Result<Found> {
+    let (plan, batch) = args.compile()?;
+    let (device, cpu) = (Bench::open(plan.device)?, Bench::open(DeviceKind::Cpu)?);
+    let (mut rows, mut wrong) = (Vec::new(), Vec::new());
+    for (launch, _) in distinct(&plan) {
+        let mut all = launch.reads.iter().chain(&launch.writes);
+        let close = if all.any(|buffer| buffer.dtype == DType::BF16) { CLOSE_HALF } else { CLOSE };
+        let (got, want) = (device.outputs(&launch)?, cpu.outputs(&launch)?);
+        let floats = got.iter().zip(&want).filter_map(|(got, want)| Some((got.to_f32()?, want.to_f32()?)));
+        let apart = floats.map(|(got, want)| farthest(&got, &want)).fold(0.0, worse);
+        let mut row = told(&launch);
+        row["relative"] = apart.into();
+        row["allowed"] = close.into();
+        // A NaN is no small number either.
+        if apart.is_nan() || apart > close {
+            wrong.push(format!("{row}"));
+        }
+        rows.push(row);
+    }
+    Ok(Found { json: json!({ "model": args.json(batch), "launches": rows }), wrong })
+}
+
+/// The larger one, or NaN if either is.
+fn worse(a: f64, b: f64) -> f64 {
+    if a.is_nan() || a > b { a } else { b }
+}
+
+/// The largest difference, relative to an element's size and to the mean of all.
+fn farthest(got: &[f32], want: &[f32]) -> f64 {
+    let mean = want.iter().map(|w| f64::from(w.abs())).sum::<f64>() / want.len().max(1) as f64;
+    let apart = |(got, want): (&f32, &f32)| {
+        let (got, want) = (f64::from(*got), f64::from(*want));
+        if got == want { 0.0 } else { (got - want).abs() / (want.abs() + mean) }
+    };
+    got.iter().zip(want).map(apart).fold(0.0, worse)
+}

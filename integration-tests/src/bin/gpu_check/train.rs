@@ -1,0 +1,70 @@
+//! A training of some steps: losses, speed, memory. Imports `model` and `shardflow`.
+
+use std::time::Instant;
+
+use clap::Args;
+use serde_json::json;
+use shardflow::prelude::*;
+use shardflow_kernels::cuda::gpu::Gpu;
+
+use crate::model::{ModelArgs, On};
+use crate::{Found, Result};
+
+/// See [`run`].
+#[derive(Args, Clone, Debug)]
+pub struct TrainArgs {
+    #[command(flatten)]
+    pub model: ModelArgs,
+    /// Steps whose losses are told; they warm the device up, too.
+    #[arg(long, default_value_t = 10)]
+    pub steps: u64,
+    /// Steps behind those, each of which is timed.
+    #[arg(long, default_value_t = 30)]
+    pub timed: usize,
+    #[arg(long, default_value_t = 3e-4)]
+    pub lr: f32,
+}
+
+/// Trains, and tells of it.
+pub fn run(args: &TrainArgs) -> Result<Found> {
+    let begin = Instant::now();
+    let model = &args.model;
+    // Opened here too, so that the context is part of what was free before.
+    let gpu = if model.device == On::Cuda { Some(Gpu::open(0)?) } else { None };
+    let free = || gpu.as_ref().map(|gpu| gpu.memory().map(|(free, _)| free)).transpose();
+    let free_before = free()?;
+    let (plan, batch) = model.compile()?;
+    let weights: usize = plan.graph.parameters().iter().map(|v| plan.graph.shape(*v).iter().product::<usize>()).sum();
+    let planned_bytes: usize = plan.memory.iter().map(|memory| memory.total_bytes).sum();
+    let mut session = Session::start(plan, &SessionOptions::default())?;
+    let started_s = begin.elapsed().as_secs_f64();
+    let mut losses = Vec::new();
+    for step in 0..args.steps {
+        losses.push(session.step(&model.batch(step, batch), args.lr)?.loss);
+    }
+    let mut ms = Vec::new();
+    for step in args.steps..args.steps + args.timed as u64 {
+        let inputs = model.batch(step, batch);
+        let begin = Instant::now();
+        session.step(&inputs, args.lr)?;
+        ms.push(begin.elapsed().as_secs_f64() * 1e3);
+    }
+    let driver_bytes = free_before.zip(free()?).map(|(before, now)| before.saturating_sub(now));
+    session.shutdown()?;
+    let median = median(ms);
+    let tokens_per_s = median.map(|ms| (batch * model.context) as f64 / ms * 1e3);
+    let wrong = losses.iter().position(|loss| !loss.is_some_and(f32::is_finite));
+    let wrong = wrong.map(|step| format!("the loss of step {step} is no number: {:?}", losses[step]));
+    let json = json!({
+        "program": "shardflow", "model": model.json(batch), "weights": weights, "lr": args.lr, "losses": losses,
+        "ms_per_step": median, "timed_steps": args.timed, "tokens_per_s": tokens_per_s, "started_s": started_s,
+        "memory": { "planned_bytes": planned_bytes, "driver_bytes": driver_bytes },
+    });
+    Ok(Found { json, wrong: wrong.into_iter().collect() })
+}
+
+/// The middle one, of any.
+pub fn median(mut values: Vec<f64>) -> Option<f64> {
+    values.sort_by(f64::total_cmp);
+    values.get(values.len() / 2).copied()
+}

@@ -1,0 +1,132 @@
+//! `gpu/check.sh` where there is no GPU: without one, on a GPU that software plays, with a stage that hangs, and broken off.
+//! Whatever happens, there is a report, and it says what happened. Needs Python; what is compared with PyTorch does not run.
+
+use std::fs;
+use std::io::{BufRead, BufReader};
+use std::os::unix::fs::{PermissionsExt, symlink};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use rustix::process::{Pid, Signal, kill_process};
+use serde_json::Value;
+use shardflow_integration_tests::training::Scratch;
+use shardflow_software_cuda::Report;
+
+/// A folder with our program, and a suite that hangs but for one case.
+fn binaries(scratch: &Scratch) -> PathBuf {
+    let folder = scratch.path().join("binaries");
+    fs::create_dir(&folder).expect("an empty folder");
+    symlink(env!("CARGO_BIN_EXE_gpu_check"), folder.join("gpu_check")).expect("an empty folder");
+    let suite = folder.join("conformance");
+    fs::write(&suite, "#!/bin/sh\n[ \"$SHARDFLOW_TEST_CASE\" = staged ] || exec tail -f /dev/null\n").expect("a file");
+    fs::set_permissions(&suite, fs::Permissions::from_mode(0o755)).expect("a file of ours");
+    folder
+}
+
+/// Says so where there is no Python, without which the script does nothing.
+fn has_python() -> bool {
+    let found = Command::new("python3").args(["-c", ""]).status().is_ok_and(|status| status.success());
+    if !found {
+        println!("SKIPPED: no python3");
+    }
+    found
+}
+
+fn script() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("gpu/check.sh")
+}
+
+/// The script on a software device.
+fn on_software(scratch: &Scratch) -> Command {
+    shardflow_software_cuda::command(script(), scratch.path(), 1, "random", 1).expect("the software device")
+}
+
+/// Adds its arguments, with tiny sizes.
+fn tiny(command: &mut Command, scratch: &Scratch, only: &str) {
+    command.arg("--tiny").arg("--binaries").arg(binaries(scratch)).args(["--only", only]);
+}
+
+/// What the report says of each stage, by name.
+fn states(out: &Path) -> Vec<(String, String)> {
+    let report: Value = serde_json::from_slice(&fs::read(out.join("report.json")).expect("a report")).expect("JSON");
+    let stages = report["stages"].as_array().expect("stages");
+    let text = |stage: &Value, key: &str| stage[key].as_str().expect("a text").to_owned();
+    for stage in stages.iter().filter(|stage| stage["state"] == "failed") {
+        println!("{stage:#}");
+    }
+    stages.iter().map(|stage| (text(stage, "name"), text(stage, "state"))).collect()
+}
+
+fn is(states: &[(String, String)], expected: &[(&str, &str)]) {
+    let states: Vec<_> = states.iter().map(|(name, state)| (&name[..], &state[..])).collect();
+    assert_eq!(states, expected);
+}
+
+#[test]
+fn without_a_gpu_each_stage_says_so() {
+    if !has_python() {
+        return;
+    }
+    let scratch = Scratch::new("gpu-script-none");
+    let out = scratch.path().join("out");
+    let mut script = Command::new(script());
+    // Where there is a GPU, it is hidden.
+    script.env("CUDA_VISIBLE_DEVICES", "").arg("--binaries").arg(binaries(&scratch)).arg(&out);
+    assert_eq!(script.status().expect("a shell").code(), Some(1));
+    let states = states(&out);
+    assert_eq!(states[0], ("versions".to_owned(), "failed".to_owned()));
+    assert!(states.len() > 20 && states[1..].iter().all(|(_, state)| state == "skipped"), "{states:?}");
+}
+
+#[test]
+fn our_side_runs_on_a_software_device() {
+    if !has_python() {
+        return;
+    }
+    let scratch = Scratch::new("gpu-script-ours");
+    let out = scratch.path().join("out");
+    let mut script = on_software(&scratch);
+    let stages = ["versions", "ceilings", "conformance-staged", "compare", "virtual", "launches", "gpt2-f32-ours"];
+    tiny(&mut script, &scratch, &stages.join(" "));
+    let status = script.arg(&out).status().expect("a shell");
+    // Nothing stands beside them.
+    let beside = ["gpt2-losses-f32", "gpt2-losses-bf16", "gpt2-speed"];
+    let expected = stages.map(|name| (name, "ok")).into_iter().chain(beside.map(|name| (name, "skipped")));
+    is(&states(&out), &expected.collect::<Vec<_>>());
+    assert!(status.success(), "{status}");
+    // Of the process that was last on the device: a training.
+    assert_eq!(Report::read(scratch.path()).expect("a report").findings, []);
+}
+
+#[test]
+fn a_stage_that_hangs_is_ended_and_the_next_one_runs() {
+    if !has_python() {
+        return;
+    }
+    let scratch = Scratch::new("gpu-script-hangs");
+    let out = scratch.path().join("out");
+    let mut script = on_software(&scratch);
+    tiny(&mut script, &scratch, "versions conformance-alone conformance-staged");
+    let script = script.args(["--stage-seconds", "5"]).arg(&out);
+    assert_eq!(script.status().expect("a shell").code(), Some(1));
+    is(&states(&out), &[("versions", "ok"), ("conformance-alone", "timed-out"), ("conformance-staged", "ok")]);
+}
+
+#[test]
+fn broken_off_it_reports_what_there_is() {
+    if !has_python() {
+        return;
+    }
+    let scratch = Scratch::new("gpu-script-ends");
+    let out = scratch.path().join("out");
+    let mut script = on_software(&scratch);
+    tiny(&mut script, &scratch, "versions conformance-alone conformance-staged");
+    let mut child = script.arg(&out).stdout(Stdio::piped()).spawn().expect("a shell");
+    let mut lines = BufReader::new(child.stdout.take().expect("a pipe")).lines().map_while(Result::ok);
+    // It tells of a stage before it starts it.
+    assert!(lines.any(|line| line == "== conformance-alone"), "the stage never begins");
+    kill_process(Pid::from_child(&child), Signal::TERM).expect("a child");
+    lines.for_each(drop);
+    assert_eq!(child.wait().expect("a child").code(), Some(1));
+    is(&states(&out), &[("versions", "ok"), ("conformance-alone", "interrupted")]);
+}
