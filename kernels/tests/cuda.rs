@@ -329,9 +329,9 @@ fn devices_that_share_two_gpus() {
 #[ignore = "takes an hour: run by hand"]
 fn fifty_seeds_of_each_policy() {
     for (policy, _) in POLICIES {
-        for part in 0..SUITE.len() {
+        for (part, (case, ..)) in SUITE.iter().enumerate() {
             (0..50).for_each(|seed| run_part(part, policy, seed));
-            println!("{}, {policy}: 50 seeds", SUITE[part].0);
+            println!("{case}, {policy}: 50 seeds");
         }
     }
 }
