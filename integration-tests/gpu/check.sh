@@ -88,6 +88,8 @@ stage() {
     shift 2
     [ -z "$only" ] || [[ $only == *" $name "* ]] || return 0
     echo "$name" >>"$out/stages"
+    # Software on a machine that has other things to do is slow.
+    [ -z "$tiny" ] || limit=$((limit * 4))
     [ "$limit" -le "$stage_max" ] || limit=$stage_max
     [ "$limit" -le "$left" ] || limit=$left
     if [ "$limit" -lt 1 ]; then

@@ -107,7 +107,7 @@ fn a_stage_that_hangs_is_ended_and_the_next_one_runs() {
     let out = scratch.path().join("out");
     let mut script = on_software(&scratch);
     tiny(&mut script, &scratch, "versions conformance-alone conformance-staged");
-    let script = script.args(["--stage-seconds", "5"]).arg(&out);
+    let script = script.args(["--stage-seconds", "15"]).arg(&out);
     assert_eq!(script.status().expect("a shell").code(), Some(1));
     is(&states(&out), &[("versions", "ok"), ("conformance-alone", "timed-out"), ("conformance-staged", "ok")]);
 }
