@@ -437,7 +437,7 @@ fn attention_by_our_kernels_and_by_cudnn_is_the_same_to_rounding() {
     let [own, absent, ordered, any_order] =
         ["own", "absent", "ordered", "any order"].map(|kind| executions(&format!("attention {kind}"), 7));
     assert_eq!((own, absent), (0, 0));
-    // Four shapes of heads that 8 divides, in bf16: a forward of each, backward where all lies as it must; and no other.
+    // Six shapes of heads that 8 divides, in bf16: a forward of each, backward of the four where all lies as it must.
     assert_eq!((ordered, any_order), (10, 10));
 }
 
