@@ -51,7 +51,7 @@ use hosting::{HostPorts, Hosting};
 use load::{FeedPort, Loader, fetches, gates};
 use metrics::{Metrics, Snapshots, StepMetrics};
 use numerics::{NonFinite, OnNonFinite};
-use observer::Observer;
+use observer::{NewestSteps, Observer};
 
 /// What a session can fail with.
 #[derive(Debug, thiserror::Error)]
@@ -115,12 +115,22 @@ pub struct SessionOptions {
     pub on_non_finite: OnNonFinite,
     /// Floating-point operations that one device could do in a second, for [`crate::metrics::MFU`].
     pub peak_flops: Option<f64>,
+    /// Steps that the program means to do in all, so that who watches it is told when it will be done.
+    pub steps_planned: Option<u64>,
 }
 
 impl Default for SessionOptions {
     fn default() -> Self {
         let (watchdog, cluster) = (WatchdogOptions::default(), Cluster::local());
-        Self { seed: 1337, watchdog, cluster, stop: None, on_non_finite: OnNonFinite::default(), peak_flops: None }
+        Self {
+            seed: 1337,
+            watchdog,
+            cluster,
+            stop: None,
+            on_non_finite: OnNonFinite::default(),
+            peak_flops: None,
+            steps_planned: None,
+        }
     }
 }
 
@@ -283,7 +293,8 @@ impl Session {
         }
         let snapshots = Snapshots { devices: session.devices.clone(), engine: session.engine.clone() };
         let (plan, world) = (session.plan.clone(), session.world.as_ref());
-        let observer = Observer::new(plan, session.hosting, running.control(), snapshots, world, mirrored, step_tokens);
+        let steps = NewestSteps { tokens: step_tokens, planned: options.steps_planned, ..NewestSteps::default() };
+        let observer = Observer::new(plan, session.hosting, running.control(), snapshots, world, mirrored, steps);
         session.observer = Some(Arc::new(observer));
         session.running = Some(running);
         Ok(session)

@@ -1,5 +1,7 @@
-//! A server that shows a running session: `/metrics` for Prometheus, `/healthz`, and as JSON `/status` and `/hang`. It only reads, and listens where it is told to,
-//! which should be the machine's own address unless a network is to be trusted. Imports `session`, `metrics`.
+//! A server that shows a running session: a page to look at under `/`, `/metrics` for Prometheus, `/healthz`, and as JSON `/status`
+//! and `/hang`. The page lives on `/plan`, `/predicted` and `/events`, whose form is between the two and may change. The server only
+//! reads, and listens where it is told to, which should be the machine's own address unless a network is to be trusted.
+//! Imports `session`, `metrics`.
 //!
 //! ```no_run
 //! # use shardflow::prelude::*;
@@ -23,16 +25,23 @@ use axum::response::IntoResponse;
 use axum::routing::get;
 use axum::{Json, Router};
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
-use tokio::sync::oneshot;
+use tokio::sync::{Semaphore, oneshot};
 
 use crate::metrics;
 use crate::session::Session;
 use crate::session::observer::{Health, Observer};
 
+mod bubble;
 pub mod client;
+mod events;
+mod page;
+mod shape;
 pub mod status;
+mod stream;
 
+use bubble::Prediction;
 use client::HangReport;
+use shape::Shape;
 use status::Status;
 
 /// How often samples of histograms that nobody asked for are put into their buckets.
@@ -70,6 +79,8 @@ type Shown = Arc<Mutex<Weak<Observer>>>;
 struct Served {
     shown: Shown,
     prometheus: PrometheusHandle,
+    /// Who may listen to events.
+    clients: Arc<Semaphore>,
 }
 
 impl Watch {
@@ -87,7 +98,8 @@ impl Watch {
         let prometheus = install()?;
         let shown = Shown::default();
         let (stop, stopped) = oneshot::channel();
-        let served = Served { shown: shown.clone(), prometheus };
+        let served =
+            Served { shown: shown.clone(), prometheus, clients: Arc::new(Semaphore::new(stream::CLIENTS_MAX)) };
         let serve = move || runtime.block_on(serve(listener, served, stopped));
         let thread = thread::Builder::new().name("watch".into()).spawn(serve).map_err(failed)?;
         Ok(Self { address: bound, shown, stop: Some(stop), thread: Some(thread) })
@@ -134,6 +146,11 @@ async fn serve(listener: TcpListener, served: Served, stopped: oneshot::Receiver
     let Ok(listener) = tokio::net::TcpListener::from_std(listener) else { return };
     let upkeep = served.prometheus.clone();
     let router = Router::new()
+        .route("/", get(page::index))
+        .route("/page/{file}", get(page::file))
+        .route("/plan", get(shape))
+        .route("/predicted", get(predicted))
+        .route("/events", get(stream::events))
         .route("/metrics", get(prometheus))
         .route("/healthz", get(health))
         .route("/status", get(status))
@@ -192,4 +209,12 @@ async fn status(State(served): State<Served>) -> impl IntoResponse {
 
 async fn hang(State(served): State<Served>) -> impl IntoResponse {
     answer(served, HangReport::of).await
+}
+
+async fn shape(State(served): State<Served>) -> impl IntoResponse {
+    answer(served, |observer| Some(Shape::of(observer))).await
+}
+
+async fn predicted(State(served): State<Served>) -> impl IntoResponse {
+    answer(served, Prediction::of).await
 }

@@ -158,7 +158,15 @@ fn session_options(args: &GptArgs, cluster: Cluster, terminated: Arc<AtomicBool>
         NonFiniteArg::Skip | NonFiniteArg::Rollback => OnNonFinite::Skip { in_a_row_max: NON_FINITE_IN_A_ROW_MAX },
     };
     let peak_flops = args.peak_tflops.map(|tera| tera * 1e12);
-    SessionOptions { seed: args.seed, watchdog, cluster, stop: Some(terminated), on_non_finite, peak_flops }
+    SessionOptions {
+        seed: args.seed,
+        watchdog,
+        cluster,
+        stop: Some(terminated),
+        on_non_finite,
+        peak_flops,
+        steps_planned: Some(args.steps),
+    }
 }
 
 /// Each process on a port of its own.
@@ -166,7 +174,7 @@ fn listen(first: SocketAddr, process: u32) -> Result<Watch, GptError> {
     let port = u32::from(first.port()) + if first.port() == 0 { 0 } else { process };
     let Ok(port) = u16::try_from(port) else { return Err(GptError::Port { first, process }) };
     let watch = Watch::listen(SocketAddr::new(first.ip(), port))?;
-    eprintln!("metrics at http://{}/metrics", watch.address());
+    eprintln!("watch it at http://{}, metrics at /metrics", watch.address());
     Ok(watch)
 }
 

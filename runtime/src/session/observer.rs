@@ -4,7 +4,7 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use metrics::{Gauge, Histogram, counter, gauge, histogram};
 use shardflow_actors::hang::Hang;
@@ -34,29 +34,66 @@ pub struct Observer {
     mirrored: BTreeSet<RegisterId>,
     steps: AtomicU64,
     newest: Mutex<NewestSteps>,
+    incidents: Mutex<Vec<Incident>>,
+    /// Unix time of the start in nanoseconds: no two sessions that one server shows have the same.
+    started: u64,
     facade: Mutex<Facade>,
 }
 
-/// Durations of steps that are kept.
-const STEPS_KEPT: usize = 128;
+/// Steps that are kept, and of them those whose durations speak for what a step takes now.
+const STEPS_KEPT: usize = 512;
+const STEPS_TIMED: usize = 128;
+/// Incidents that are kept: the first of them are the ones that explain the others.
+const INCIDENTS_MAX: usize = 32;
 
 /// The newest steps.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct NewestSteps {
-    /// Of the last.
-    pub loss: Option<f32>,
-    /// Of the last, before clipping.
-    pub gradient_norm: Option<f64>,
     /// Of each step.
     pub tokens: u64,
-    /// Wall time of each, the newest last; at most 128.
-    pub seconds: VecDeque<f64>,
+    /// Steps that the program means to do in all, where it has said so.
+    pub planned: Option<u64>,
+    /// Steps done by this session, whatever it had been restored from.
+    pub done: u64,
+    /// The newest last; at most 512.
+    pub steps: VecDeque<StepDone>,
+}
+
+/// One step.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct StepDone {
+    /// Steps done with this one.
+    pub steps: u64,
+    /// Its loss.
+    pub loss: Option<f32>,
+    /// Global norm of its gradients, before clipping.
+    pub gradient_norm: Option<f64>,
+    /// Its learning rate.
+    pub learning_rate: f32,
+    /// Its wall time.
+    pub seconds: f64,
+}
+
+/// Something that went wrong.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Incident {
+    /// When it was seen first, nanoseconds since the session's start.
+    pub at_ns: u64,
+    /// `not finite`, `stall` or `failure`.
+    pub kind: &'static str,
+    /// What happened, its cause first.
+    pub text: String,
 }
 
 impl NewestSteps {
-    /// What a step's time is at most in this part of them.
+    /// The last one.
+    pub fn last(&self) -> Option<&StepDone> {
+        self.steps.back()
+    }
+
+    /// What a step's time is at most in this part of the newest 128.
     pub fn quantile(&self, part: f64) -> Option<f64> {
-        let mut sorted: Vec<f64> = self.seconds.iter().copied().collect();
+        let mut sorted: Vec<f64> = self.steps.iter().rev().take(STEPS_TIMED).map(|step| step.seconds).collect();
         sorted.sort_by(f64::total_cmp);
         let index = (part * sorted.len() as f64).ceil() as usize;
         sorted.get(index.saturating_sub(1)).copied()
@@ -95,7 +132,7 @@ impl Observer {
         snapshots: Snapshots,
         world: Option<&Arc<World>>,
         mirrored: BTreeSet<RegisterId>,
-        step_tokens: u64,
+        steps: NewestSteps,
     ) -> Self {
         let facade = Facade {
             sampled: None,
@@ -105,6 +142,7 @@ impl Observer {
             slots: HashMap::new(),
         };
         let world = world.map_or_else(Weak::new, Arc::downgrade);
+        let since_1970 = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
         Self {
             plan,
             hosting,
@@ -113,7 +151,9 @@ impl Observer {
             world,
             mirrored,
             steps: AtomicU64::new(0),
-            newest: Mutex::new(NewestSteps { tokens: step_tokens, ..NewestSteps::default() }),
+            newest: Mutex::new(steps),
+            incidents: Mutex::default(),
+            started: since_1970.as_nanos() as u64,
             facade: Mutex::new(facade),
         }
     }
@@ -159,14 +199,41 @@ impl Observer {
         self.newest.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    pub(super) fn step_done(&self, steps: u64, report: &StepReport, took: Duration) {
-        self.set_steps(steps);
-        let mut newest = self.newest.lock().unwrap_or_else(PoisonError::into_inner);
-        (newest.loss, newest.gradient_norm) = (report.loss, report.grad_norm);
-        if newest.seconds.len() == STEPS_KEPT {
-            newest.seconds.pop_front();
+    /// Tells this session from others: Unix time of its start, nanoseconds.
+    pub fn started(&self) -> u64 {
+        self.started
+    }
+
+    /// What went wrong so far, the first first; at most 32.
+    pub fn incidents(&self) -> Vec<Incident> {
+        if let Some(failure) = self.control.first_failure() {
+            self.note("failure", failure.to_string());
         }
-        newest.seconds.push_back(took.as_secs_f64());
+        self.incidents.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Keeps an incident, unless the last one is the same.
+    pub fn note(&self, kind: &'static str, text: String) {
+        let at_ns = self.now_ns().unwrap_or_default();
+        let mut incidents = self.incidents.lock().unwrap_or_else(PoisonError::into_inner);
+        let is_known = incidents.last().is_some_and(|last| last.kind == kind && last.text == text);
+        if !is_known && incidents.len() < INCIDENTS_MAX {
+            incidents.push(Incident { at_ns, kind, text });
+        }
+    }
+
+    pub(super) fn step_done(&self, steps: u64, report: &StepReport, learning_rate: f32, took: Duration) {
+        self.set_steps(steps);
+        if let Some(found) = &report.non_finite {
+            self.note("not finite", format!("step {steps}: {found}"));
+        }
+        let mut newest = self.newest.lock().unwrap_or_else(PoisonError::into_inner);
+        newest.done += 1;
+        if newest.steps.len() == STEPS_KEPT {
+            newest.steps.pop_front();
+        }
+        let (loss, gradient_norm, seconds) = (report.loss, report.grad_norm, took.as_secs_f64());
+        newest.steps.push_back(StepDone { steps, loss, gradient_norm, learning_rate, seconds });
     }
 
     /// How it does.
@@ -265,6 +332,20 @@ impl Observer {
         }
     }
 
+    /// What a register's bytes go over to a reader: `device`, `process`, `shared_memory` or `socket`. Of an edge between two other
+    /// processes it is not known here, and said to be `shared_memory`.
+    pub fn transport(&self, register: RegisterId, reader: ActorId) -> &'static str {
+        let spec = &self.plan.spec;
+        let device = |actor: ActorId| spec.actors[actor.0 as usize].device;
+        let from = device(spec.registers[register.0 as usize].producer);
+        match () {
+            () if from == device(reader) => "device",
+            () if self.hosting.process_of(from) == self.hosting.process_of(device(reader)) => "process",
+            () if self.mirrored.contains(&register) => "socket",
+            () => "shared_memory",
+        }
+    }
+
     /// What this process's actors have released of others' registers.
     fn sample_edges(&self, snapshots: &[ActorSnapshot]) {
         let spec = &self.plan.spec;
@@ -279,12 +360,7 @@ impl Observer {
                     if register.producer == snapshot.actor || register.slot_bytes == 0 {
                         continue;
                     }
-                    let transport = match () {
-                        () if producer.device == reader.device => "device",
-                        () if self.hosting.own().contains(&producer.device) => "process",
-                        () if self.mirrored.contains(&input.register) => "socket",
-                        () => "shared_memory",
-                    };
+                    let transport = self.transport(input.register, snapshot.actor);
                     let pieces = completed / u64::from(input.firings_per_piece);
                     *bytes.entry((&producer.name, &reader.name, transport)).or_default() +=
                         pieces * register.slot_bytes as u64;

@@ -57,7 +57,7 @@ impl Session {
         let took = begin.elapsed();
         self.step_metrics.record(&report, learning_rate, took);
         if let Some(observer) = &self.observer {
-            observer.step_done(self.steps, &report, took);
+            observer.step_done(self.steps, &report, learning_rate, took);
             observer.sample_now_and_then();
         }
         Ok(report)

@@ -1,0 +1,148 @@
+//! A training to look at: `watched ADDRESS MESH gpipe|1f1b MICRO_BATCHES MILLISECONDS`. Every stage takes so long for a micro-batch,
+//! forward and backward alike, whatever else the machine does: its kernels wait for a timer. The line `close` on standard
+//! input holds up the last stage's forward until the line `open`; the end of input ends it. Imports `shardflow`.
+
+use std::io::BufRead;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Condvar, Mutex};
+use std::thread;
+use std::time::Duration;
+
+use shardflow::graph::{AdamW, CustomOp, Graph, Var};
+use shardflow::layout_error::LayoutError;
+use shardflow::nn::{self, Parallel};
+use shardflow::passes::compile;
+use shardflow::placement::Mesh;
+use shardflow::plan::Schedule;
+use shardflow::sbp::rule::Rule;
+use shardflow::session::{Session, SessionOptions};
+use shardflow::watch::Watch;
+use shardflow_integration_tests::training::{LEARNING_RATE, options};
+use shardflow_kernels::error::KernelError;
+use shardflow_kernels::op::{CpuArgs, CpuSlice, CpuSliceMut, CustomKernel};
+use shardflow_kernels::tensor::{DType, HostTensor, Region};
+
+const CONTEXT: usize = 3;
+const VOCABULARY: usize = 5;
+const WIDTH: usize = 4;
+
+/// Closed, it holds up who comes.
+#[derive(Debug, Default)]
+struct Gate {
+    closed: Mutex<bool>,
+    opened: Condvar,
+}
+
+impl Gate {
+    fn set(&self, closed: bool) {
+        *self.closed.lock().expect("no panic") = closed;
+        self.opened.notify_all();
+    }
+
+    fn pass(&self) {
+        let closed = self.closed.lock().expect("no panic");
+        drop(self.opened.wait_while(closed, |closed| *closed).expect("no panic"));
+    }
+}
+
+/// Gives on what it reads, after a time, and through the gate if there is one.
+#[derive(Clone, Debug)]
+struct Paced {
+    takes: Duration,
+    gate: Option<Arc<Gate>>,
+}
+
+impl CustomOp for Paced {
+    fn name(&self) -> &str {
+        "paced"
+    }
+
+    fn rule(&self) -> Result<Rule, LayoutError> {
+        Rule::parse("btc->btc")
+    }
+
+    fn kernel(&self, _: &[Region], _: &[Region]) -> Arc<dyn CustomKernel> {
+        Arc::new(self.clone())
+    }
+
+    fn backward(&self, g: &mut Graph, _: &[Var], _: &[Var], grads: &[Option<Var>]) -> Vec<Option<Var>> {
+        let back = Self { gate: None, ..self.clone() };
+        vec![grads[0].map(|grad| g.custom(Arc::new(back), &[grad])[0])]
+    }
+}
+
+impl CustomKernel for Paced {
+    fn name(&self) -> &str {
+        "paced"
+    }
+
+    fn run_cpu(&self, mut args: CpuArgs<'_>) -> Result<(), KernelError> {
+        self.gate.iter().for_each(|gate| gate.pass());
+        thread::sleep(self.takes);
+        let (CpuSlice::F32(from), CpuSliceMut::F32(to)) = (&args.reads[0].data, &mut args.writes[0].data) else {
+            return Err(KernelError::arguments("paced", "element type", "floats", "integers"));
+        };
+        to.copy_from_slice(from);
+        Ok(())
+    }
+}
+
+fn graph(mesh: &str, batch: usize, takes: Duration, gate: &Arc<Gate>) -> Graph {
+    let mut g = Graph::new(&Mesh::parse(mesh).expect("a mesh"));
+    let stages = g.mesh().axes().iter().find(|axis| axis.name == "stage").map_or(1, |axis| axis.size);
+    let layout = nn::batch_layout(&g);
+    let mut x = None;
+    for stage in 0..stages {
+        if stages > 1 {
+            g.place_at("stage", stage);
+        }
+        let from = x.unwrap_or_else(|| {
+            let ids = g.input("ids", &[batch, CONTEXT], DType::I32, layout.clone());
+            nn::embedding(&mut g, "table", ids, VOCABULARY, WIDTH, Parallel::Replicated)
+        });
+        let gate = (stage + 1 == stages).then(|| gate.clone());
+        x = Some(g.custom(Arc::new(Paced { takes, gate }), &[from])[0]);
+    }
+    let logits = nn::linear(&mut g, "last", x.expect("a stage"), VOCABULARY, Parallel::Replicated);
+    let targets = g.input("targets", &[batch, CONTEXT], DType::I32, layout);
+    let loss = g.cross_entropy(logits, targets);
+    g.minimize(loss, AdamW::default());
+    g
+}
+
+fn main() {
+    let args: Vec<String> = std::env::args().skip(1).collect();
+    let [address, mesh, schedule, micro_batches, milliseconds] = &args[..] else {
+        eprintln!("usage: watched ADDRESS MESH gpipe|1f1b MICRO_BATCHES MILLISECONDS");
+        std::process::exit(2);
+    };
+    let schedule = if schedule == "gpipe" { Schedule::GPipe } else { Schedule::OneFOneB };
+    let micro_batches: usize = micro_batches.parse().expect("a number of micro-batches");
+    let takes = Duration::from_millis(milliseconds.parse().expect("milliseconds"));
+    let batch = micro_batches * Mesh::parse(mesh).expect("a mesh").device_count();
+    let gate = Arc::new(Gate::default());
+    let plan = compile(graph(mesh, batch, takes, &gate), &options(micro_batches, schedule)).expect("a plan");
+    let watch = Watch::listen(address.parse().expect("an address")).expect("a server");
+    let mut session = Session::start(plan, &SessionOptions::default()).expect("a session");
+    watch.show(&session);
+    println!("{} actors", session.plan().spec.actors.len());
+    let ended = Arc::new(AtomicBool::new(false));
+    thread::spawn({
+        let ended = ended.clone();
+        move || {
+            for line in std::io::stdin().lock().lines().map_while(Result::ok) {
+                gate.set(line == "close");
+            }
+            gate.set(false);
+            ended.store(true, Ordering::Relaxed);
+        }
+    });
+    let tokens = || {
+        let count = (batch * CONTEXT) as i32;
+        HostTensor::i32(&[batch, CONTEXT], (0..count).map(|i| i % VOCABULARY as i32).collect())
+    };
+    while !ended.load(Ordering::Relaxed) {
+        session.step(&[("ids", tokens()), ("targets", tokens())], LEARNING_RATE).expect("a step");
+    }
+    session.shutdown().expect("an end in order");
+}

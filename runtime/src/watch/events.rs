@@ -1,0 +1,287 @@
+//! What has happened in a session since one client of the live page was last told: one value that is sent as JSON, of a size that
+//! does not grow with how much has happened. Imports `session`, `bubble` and the actors' states.
+
+use std::collections::HashMap;
+
+use serde::Serialize;
+use shardflow_actors::protocol::Missing;
+use shardflow_actors::snapshot::ActorSnapshot;
+use shardflow_actors::spec::{ActorId, RegisterId, Spec};
+use shardflow_actors::trace::{Cause, Fired};
+
+use super::bubble::Bubble;
+use crate::session::observer::{Health, NewestSteps, Observer, StepDone};
+
+/// Firings of one event. Where there were more, it has those of the newest step that has ended, and of these the newest.
+pub(super) const FIRINGS_MAX: usize = 12_000;
+/// Numbers that tell one firing.
+const FIRING_FIELDS: usize = 7;
+/// Waits and edges of one event.
+const BLOCKED_MAX: usize = 200;
+/// An edge that held an actor up for so long, with a step under way, is blocked.
+const BLOCKED_NS: u64 = 1_000_000_000;
+/// Nothing has moved for so long, or for so many of the longest steps: that is an incident.
+const STALL_SECONDS: f64 = 5.0;
+const STALL_STEPS: f64 = 5.0;
+/// Texts are cut off here.
+const TEXT_MAX: usize = 2_000;
+
+/// See the module. Times are since the session's start.
+#[derive(Debug, Default, Serialize)]
+pub(super) struct Event {
+    /// As in `/plan`; empty where no session runs, and then there is nothing else.
+    pub session: String,
+    /// `running`, `failed`, `ended` or `none`.
+    pub health: &'static str,
+    pub now_us: u64,
+    /// Since a firing began or ended.
+    pub idle_us: u64,
+    pub steps: u64,
+    /// Steps done before the session began, whose firings count from 0.
+    pub steps_before: u64,
+    /// Steps that the program means to do in all.
+    pub steps_planned: Option<u64>,
+    /// Of all steps of the session.
+    pub tokens: u64,
+    /// The median of the newest steps.
+    pub step_seconds: Option<f64>,
+    pub tokens_per_second: Option<f64>,
+    /// Newly done: steps done with it, loss, gradient norm, learning rate, seconds.
+    pub points: Vec<(u64, Option<f32>, Option<f64>, f32, f64)>,
+    /// Of each newly ended firing: actor, action, firing, launched (us), duration (us), what let it begin (0 input, 1 credit, 2 host,
+    /// 3 itself), and of which register.
+    pub firings: Vec<u64>,
+    /// Firings that are not told.
+    pub firings_left_out: u64,
+    /// Of each actor that has worked since: the actor, then us busy and us that it waited for inputs, credits, the host and itself, all
+    /// since the start.
+    pub busy: Vec<[u64; 6]>,
+    /// Of each register that changed: the register, slots held, pieces published, and pieces released by each reader.
+    pub registers: Vec<Vec<u64>>,
+    /// Of each device: bytes planned, at most in use so far, allocated.
+    pub memory: Vec<[usize; 4]>,
+    /// Measured.
+    pub bubble: Option<f64>,
+    /// Of each edge that holds an actor up: the register, the reader's actor, 0 where it waits for a piece and 1 where the producer waits
+    /// for a slot, for how long (us).
+    pub blocked: Vec<[u64; 4]>,
+    /// Of each actor that waits for long: what for.
+    pub waits: Vec<(u32, String)>,
+    /// The first first: when (us), what kind, what.
+    pub incidents: Vec<(u64, &'static str, String)>,
+}
+
+/// Up to where one client was told.
+#[derive(Debug, Default)]
+pub(super) struct Cursor {
+    session: u64,
+    step: u64,
+    /// By actor: firings read.
+    read: HashMap<ActorId, u64>,
+    busy: HashMap<ActorId, [u64; 6]>,
+    registers: HashMap<RegisterId, Vec<u64>>,
+    bubble: Option<Bubble>,
+}
+
+impl Cursor {
+    /// Where no session runs.
+    pub(super) fn none() -> Event {
+        Event { health: "none", ..Event::default() }
+    }
+
+    /// What is new since it was last called.
+    pub(super) fn next(&mut self, observer: &Observer) -> Event {
+        if self.session != observer.started() {
+            *self = Self { session: observer.started(), ..Self::default() };
+        }
+        let health = match observer.health() {
+            Health::Well { .. } => "running",
+            Health::Failed(_) => "failed",
+            Health::Ended => "ended",
+        };
+        // In this order: nothing in the states is later than now.
+        let (snapshots, now_ns) = (observer.snapshot(), observer.now_ns().unwrap_or_default());
+        let (metrics, steps) = (observer.metrics(), observer.newest_steps());
+        let idle_ns = snapshots.iter().map(|s| still_ns(s, now_ns)).min().unwrap_or_default();
+        let mut event = Event {
+            session: self.session.to_string(),
+            health,
+            now_us: now_ns / 1000,
+            idle_us: idle_ns / 1000,
+            steps: steps.last().map_or(metrics.steps, |step| step.steps),
+            steps_before: steps.last().map_or(0, |step| step.steps.saturating_sub(steps.done)),
+            steps_planned: steps.planned,
+            tokens: steps.done * steps.tokens,
+            step_seconds: steps.quantile(0.5),
+            tokens_per_second: steps.quantile(0.5).map(|seconds| steps.tokens as f64 / seconds),
+            memory: metrics
+                .devices
+                .iter()
+                .map(|d| [d.device, d.planned_peak_bytes, d.measured_peak_bytes, d.allocated_bytes])
+                .collect(),
+            ..Event::default()
+        };
+        self.points(&mut event, &steps);
+        self.firings(&mut event, observer, &snapshots);
+        for snapshot in &snapshots {
+            self.changed(&mut event, snapshot, now_ns);
+        }
+        look_for_trouble(&mut event, observer, &snapshots, idle_ns, &steps);
+        event
+    }
+
+    fn points(&mut self, event: &mut Event, steps: &NewestSteps) {
+        let point = |s: &StepDone| (s.steps, s.loss, s.gradient_norm, s.learning_rate, s.seconds);
+        // A training that was rolled back counts from there again.
+        let known = self.step;
+        let is_new = |s: &&StepDone| s.steps > known || known > event.steps;
+        event.points = steps.steps.iter().filter(is_new).map(point).collect();
+        self.step = event.steps;
+    }
+
+    fn firings(&mut self, event: &mut Event, observer: &Observer, snapshots: &[ActorSnapshot]) {
+        let (spec, own) = (&observer.plan().spec, observer.hosting().own());
+        let bubble = self.bubble.get_or_insert_with(|| Bubble::new(spec, |device| own.contains(&device)));
+        let mut fired: Vec<(ActorId, Fired)> = Vec::new();
+        for snapshot in snapshots {
+            let from = self.read.entry(snapshot.actor).or_default();
+            let is_first = *from == 0;
+            let told = observer.fired(snapshot.actor, *from);
+            *from = told.next;
+            // What was before a client came is no loss to it.
+            event.firings_left_out += if is_first { 0 } else { told.lost };
+            for one in told.firings {
+                bubble.add(spec, snapshot.actor, (one.action, one.firing), (one.launched_ns, one.ended_ns));
+                fired.push((snapshot.actor, one));
+            }
+        }
+        event.bubble = bubble.share();
+        let all = fired.len();
+        if all > FIRINGS_MAX {
+            // The newest step has hardly ended, the one before it has.
+            let steps = |(actor, one): &(ActorId, Fired)| step_of(spec, *actor, one);
+            let newest = fired.iter().map(steps).max().unwrap_or_default();
+            let told = fired.iter().map(steps).filter(|step| *step < newest).max().unwrap_or(newest);
+            fired.retain(|one| steps(one) == told);
+            fired.sort_by_key(|(_, one)| std::cmp::Reverse(one.ended_ns));
+            fired.truncate(FIRINGS_MAX);
+        }
+        event.firings_left_out += (all - fired.len()) as u64;
+        event.firings.reserve(fired.len() * FIRING_FIELDS);
+        for (actor, one) in fired {
+            let (cause, register) = match one.cause {
+                Cause::Input(register) => (0, register.0),
+                Cause::Credit(register) => (1, register.0),
+                Cause::Host => (2, 0),
+                Cause::Own => (3, 0),
+            };
+            let (launched, took) = (one.launched_ns / 1000, (one.ended_ns - one.launched_ns) / 1000);
+            let (actor, action) = (u64::from(actor.0), u64::from(one.action));
+            event.firings.extend([actor, action, one.firing, launched, took, cause, u64::from(register)]);
+        }
+    }
+
+    fn changed(&mut self, event: &mut Event, snapshot: &ActorSnapshot, now_ns: u64) {
+        let idle = &snapshot.idle;
+        let flying_ns = snapshot.flying_since_ns.map_or(0, |since| now_ns.saturating_sub(since));
+        let ns = [
+            u64::from(snapshot.actor.0) * 1000,
+            snapshot.busy_ns.iter().sum::<u64>() + flying_ns,
+            idle.input_ns.values().sum(),
+            idle.credit_ns.values().sum(),
+            idle.host_ns,
+            idle.own_ns,
+        ];
+        let now = ns.map(|ns| ns / 1000);
+        if self.busy.insert(snapshot.actor, now) != Some(now) {
+            event.busy.push(now);
+        }
+        for used in &snapshot.registers {
+            let mut now = vec![u64::from(used.register.0), u64::from(used.slots_held), used.published];
+            now.extend(&used.released);
+            if self.registers.get(&used.register) != Some(&now) {
+                self.registers.insert(used.register, now.clone());
+                event.registers.push(now);
+            }
+        }
+    }
+}
+
+fn step_of(spec: &Spec, actor: ActorId, fired: &Fired) -> u64 {
+    let per_step = spec.actors[actor.0 as usize].actions[fired.action as usize].per_step;
+    fired.firing / u64::from(per_step.max(1))
+}
+
+/// For how long an actor has done the same: what it does, or nothing.
+fn still_ns(snapshot: &ActorSnapshot, now_ns: u64) -> u64 {
+    snapshot.flying_since_ns.map_or(snapshot.idle_now_ns, |since| now_ns.saturating_sub(since))
+}
+
+/// Edges that are blocked, who waits for what, and all that went wrong so far.
+fn look_for_trouble(
+    event: &mut Event,
+    observer: &Observer,
+    snapshots: &[ActorSnapshot],
+    idle_ns: u64,
+    steps: &NewestSteps,
+) {
+    let waits_long = |s: &&ActorSnapshot| s.flying_since_ns.is_none() && s.idle_now_ns >= BLOCKED_NS;
+    let stalled_after = (steps.quantile(0.99).unwrap_or_default() * STALL_STEPS).max(STALL_SECONDS);
+    let is_still = idle_ns as f64 * 1e-9 > stalled_after;
+    let long: Vec<&ActorSnapshot> = snapshots.iter().filter(waits_long).collect();
+    // Between steps all actors wait, and nothing is wrong.
+    let hang = if long.is_empty() && !is_still { None } else { observer.hang() };
+    if let Some(hang) = hang {
+        let spec = &observer.plan().spec;
+        blocked(event, spec, snapshots, &long);
+        if is_still {
+            observer.note("stall", hang.to_string());
+        }
+    }
+    let cut = |mut text: String| {
+        let end = (0..=TEXT_MAX.min(text.len())).rev().find(|end| text.is_char_boundary(*end)).unwrap_or_default();
+        text.truncate(end);
+        text
+    };
+    event.incidents = observer.incidents().into_iter().map(|i| (i.at_ns / 1000, i.kind, cut(i.text))).collect();
+}
+
+fn blocked(event: &mut Event, spec: &Spec, snapshots: &[ActorSnapshot], long: &[&ActorSnapshot]) {
+    // The step that is under way.
+    let done =
+        |s: &ActorSnapshot, (action, per_step): (usize, u32)| s.firings[action].div_ceil(u64::from(per_step.max(1)));
+    let actions = |s: &ActorSnapshot| {
+        let of = &spec.actors[s.actor.0 as usize].actions;
+        of.iter().map(|action| action.per_step).enumerate().collect::<Vec<_>>()
+    };
+    let step =
+        snapshots.iter().flat_map(|s| actions(s).into_iter().map(move |at| done(s, at))).max().unwrap_or_default();
+    for snapshot in long {
+        let per_step = actions(snapshot);
+        let waited_us = snapshot.idle_now_ns / 1000;
+        let mut texts = Vec::new();
+        for waits in &snapshot.waiting.actions {
+            let of_step = u64::from(per_step[waits.action as usize].1) * step;
+            if snapshot.firings[waits.action as usize] >= of_step {
+                continue;
+            }
+            for missing in &waits.missing {
+                let actor = u64::from(snapshot.actor.0);
+                match missing {
+                    Missing::Piece { register, .. } => event.blocked.push([u64::from(register.0), actor, 0, waited_us]),
+                    Missing::Credit { register, holders, .. } => event.blocked.extend(
+                        holders.iter().map(|h| [u64::from(register.0), u64::from(h.reader.actor.0), 1, waited_us]),
+                    ),
+                    Missing::Token | Missing::Turn { .. } => continue,
+                }
+                texts.push(missing.describe(spec, snapshot.actor));
+            }
+        }
+        if !texts.is_empty() && event.waits.len() < BLOCKED_MAX {
+            event.waits.push((snapshot.actor.0, texts.join("; ")));
+        }
+    }
+    event.blocked.sort_by_key(|edge| std::cmp::Reverse(edge[3]));
+    event.blocked.dedup();
+    event.blocked.truncate(BLOCKED_MAX);
+}

@@ -1,0 +1,60 @@
+// Curves, drawn by uPlot. Imports `format`.
+
+import { at, colour } from './format.js';
+import UPlot from './uplot.js';
+
+const HEIGHT = 160;
+const charts = new Map();
+const dark = matchMedia('(prefers-color-scheme: dark)');
+
+// Draws `ys` over `xs` in the element `id`; makes the chart when it is first drawn.
+export function draw(id, name, xs, ys, colourName, xLabel) {
+  const element = at(id);
+  if (element.clientWidth === 0) return;
+  let chart = charts.get(id);
+  if (!chart) {
+    const [quiet, line] = [colour('quiet'), colour('line')];
+    const axis = { stroke: quiet, grid: { stroke: line, width: 1 }, ticks: { stroke: line, width: 1 }, size: 50 };
+    chart = new UPlot({
+      width: element.clientWidth,
+      height: HEIGHT,
+      legend: { show: false },
+      cursor: { drag: { x: false, y: false } },
+      scales: { x: { time: false } },
+      axes: [{ ...axis, size: 34, label: undefined }, axis],
+      series: [{ label: xLabel }, { label: name, stroke: colour(colourName), width: 1.5, points: { show: xs.length < 3 } }],
+    }, [xs, ys], element);
+    charts.set(id, chart);
+  } else {
+    chart.setData([xs, ys]);
+  }
+  element.setAttribute('role', 'img');
+  element.setAttribute('aria-label', `${name}: ${ys.length === 0 ? 'none yet' : `now ${ys[ys.length - 1]}`}`);
+}
+
+export function forget(id) {
+  charts.get(id)?.destroy();
+  charts.delete(id);
+}
+
+// Sizes and colours are the chart's own, so it is made anew where they change.
+export function onLook(redraw) {
+  const anew = () => {
+    [...charts.keys()].forEach(forget);
+    redraw();
+  };
+  dark.addEventListener('change', anew);
+  addEventListener('resize', anew);
+}
+
+export function showEvent(model) {
+  const { points, slots, event, plan } = model;
+  const steps = points.map((point) => point[0]);
+  const tokens = event.tokens_per_second && event.step_seconds ? event.tokens_per_second * event.step_seconds : 0;
+  draw('chart-loss', 'loss', steps, points.map((point) => point[1]), 'forward', 'step');
+  draw('chart-norm', 'gradient norm', steps, points.map((point) => point[2]), 'backward', 'step');
+  draw('chart-rate', 'tokens/s', steps, points.map((point) => tokens / point[4]), 'update', 'step');
+  const held = slots.map((sample) => sample.held.reduce((a, b) => a + b, 0));
+  draw('chart-slots', `slots held of ${plan.registers.reduce((sum, register) => sum + register.slots, 0)}`,
+    slots.map((sample) => sample.at), held, 'communication', 'seconds');
+}

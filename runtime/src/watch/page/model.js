@@ -1,0 +1,74 @@
+// What is known of the session: the plan, and all that events have told, as far back as is shown. Imports nothing.
+
+const STEPS_KEPT = 24;
+const POINTS_KEPT = 2000;
+const SAMPLES_KEPT = 300;
+const WINDOW_US = 10e6;
+const FIRING_FIELDS = 7;
+
+export class Model {
+  constructor(plan) {
+    this.plan = plan;
+    this.event = null;
+    this.points = [];
+    // By step: firings {actor, action, firing, from, took, cause, register} in microseconds.
+    this.steps = new Map();
+    // By register: [held, published, ...released]; and samples of the slots held, by time.
+    this.registers = new Map();
+    this.slots = [];
+    // By actor: samples {at, sums} of the last seconds.
+    this.busy = new Map();
+    this.prediction = null;
+    this.firingsPerStep = plan.actors
+      .filter((actor) => actor.is_here)
+      .reduce((sum, actor) => sum + actor.actions.reduce((s, action) => s + action.per_step, 0), 0);
+  }
+
+  take(event) {
+    this.event = event;
+    if (event.points.length > 0) {
+      // A training that was rolled back goes on from there.
+      this.points = this.points.filter((point) => point[0] < event.points[0][0]).concat(event.points).slice(-POINTS_KEPT);
+    }
+    this.takeFirings(event.firings);
+    for (const [register, ...state] of event.registers) this.registers.set(register, state);
+    const held = new Int32Array(this.plan.registers.length);
+    for (const [register, state] of this.registers) held[register] = state[0];
+    this.slots.push({ at: event.now_us / 1e6, held });
+    if (this.slots.length > SAMPLES_KEPT) this.slots.shift();
+    for (const [actor, ...sums] of event.busy) {
+      const samples = this.busy.get(actor) ?? [];
+      samples.push({ at: event.now_us, sums });
+      while (samples.length > 2 && samples[1].at < event.now_us - WINDOW_US) samples.shift();
+      this.busy.set(actor, samples);
+    }
+  }
+
+  takeFirings(flat) {
+    for (let i = 0; i < flat.length; i += FIRING_FIELDS) {
+      const [actor, action, firing, from, took, cause, register] = flat.slice(i, i + FIRING_FIELDS);
+      const step = Math.floor(firing / Math.max(1, this.plan.actors[actor].actions[action].per_step));
+      if (!this.steps.has(step)) this.steps.set(step, []);
+      this.steps.get(step).push({ actor, action, firing, from, took, cause, register });
+    }
+    const newest = [...this.steps.keys()].sort((a, b) => b - a);
+    for (const step of newest.slice(STEPS_KEPT)) this.steps.delete(step);
+  }
+
+  // Steps of which all firings are known, the oldest first.
+  wholeSteps() {
+    const whole = [...this.steps].filter(([, firings]) => firings.length >= this.firingsPerStep);
+    return whole.map(([step]) => step).sort((a, b) => a - b);
+  }
+
+  // Shares of the last seconds: busy, input, credit, host, own; what is left of 1 is a wait that has not ended.
+  shares(actor) {
+    const samples = this.busy.get(actor) ?? [];
+    if (samples.length === 0) return [0, 0, 0, 0, 0];
+    const [first, last] = [samples[0], samples[samples.length - 1]];
+    const elapsed = Math.max(1, this.event.now_us - first.at);
+    const parts = last.sums.map((sum, i) => Math.max(0, sum - first.sums[i]) / elapsed);
+    const sum = parts.reduce((a, b) => a + b, 0);
+    return sum > 1 ? parts.map((part) => part / sum) : parts;
+  }
+}

@@ -1,0 +1,101 @@
+//! What of a plan does not change while it runs, for the live page. Imports `session`, `plan` and `trace`'s categories.
+
+use serde::Serialize;
+use shardflow_actors::spec::{RegisterId, StreamKind};
+
+use crate::session::observer::Observer;
+use crate::trace::category;
+
+/// A plan's actors and registers.
+#[derive(Debug, Serialize)]
+pub(super) struct Shape {
+    /// Of [`Observer::started`], as text: a number of JavaScript does not hold it.
+    session: String,
+    mesh: String,
+    device: String,
+    schedule: String,
+    micro_batches: usize,
+    process: u32,
+    processes: u32,
+    /// By index in the plan, those of other processes too.
+    actors: Vec<Actor>,
+    registers: Vec<Register>,
+}
+
+#[derive(Debug, Serialize)]
+struct Actor {
+    name: String,
+    device: usize,
+    is_compute: bool,
+    /// Hosted by the process that tells this.
+    is_here: bool,
+    actions: Vec<Action>,
+}
+
+#[derive(Debug, Serialize)]
+struct Action {
+    name: String,
+    category: &'static str,
+    per_step: u32,
+}
+
+#[derive(Debug, Serialize)]
+struct Register {
+    name: String,
+    producer: u32,
+    slots: u32,
+    slot_bytes: usize,
+    readers: Vec<Reader>,
+}
+
+#[derive(Debug, Serialize)]
+struct Reader {
+    actor: u32,
+    pieces_per_step: u32,
+    transport: &'static str,
+}
+
+impl Shape {
+    pub(super) fn of(observer: &Observer) -> Self {
+        let (plan, hosting) = (observer.plan(), observer.hosting());
+        let action = |action: &shardflow_actors::spec::ActionSpec| Action {
+            name: action.name.clone(),
+            category: category(&action.name),
+            per_step: action.per_step,
+        };
+        let actor = |actor: &shardflow_actors::spec::ActorSpec| Actor {
+            name: actor.name.clone(),
+            device: actor.device,
+            is_compute: actor.stream == StreamKind::Compute,
+            is_here: hosting.own().contains(&actor.device),
+            actions: actor.actions.iter().map(action).collect(),
+        };
+        let reader = |id: RegisterId, at: &shardflow_actors::spec::Reader| {
+            let action = plan.action_spec(at.actor, at.action as usize);
+            let input = action.inputs.iter().find(|input| input.register == id);
+            Reader {
+                actor: at.actor.0,
+                pieces_per_step: input.map_or(0, |input| action.per_step / input.firings_per_piece),
+                transport: observer.transport(id, at.actor),
+            }
+        };
+        let register = |(id, register): (usize, &shardflow_actors::spec::RegisterSpec)| Register {
+            name: register.name.clone(),
+            producer: register.producer.0,
+            slots: register.slots,
+            slot_bytes: register.slot_bytes,
+            readers: register.readers.iter().map(|at| reader(RegisterId(id as u32), at)).collect(),
+        };
+        Self {
+            session: observer.started().to_string(),
+            mesh: plan.graph.mesh().to_string(),
+            device: format!("{:?}", plan.device).to_lowercase(),
+            schedule: format!("{:?}", plan.schedule),
+            micro_batches: plan.micro_batches,
+            process: hosting.process,
+            processes: hosting.processes,
+            actors: plan.spec.actors.iter().map(actor).collect(),
+            registers: plan.spec.registers.iter().enumerate().map(register).collect(),
+        }
+    }
+}
