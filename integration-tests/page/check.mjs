@@ -202,8 +202,8 @@ async function stall() {
   assert.equal(await page.locator('.edge.blocked').count(), 0);
   training.child.stdin.write('close\n');
   await until('a red edge', async () => (await page.locator('.edge.blocked').count()) > 0);
-  const red = await page.evaluate(() => getComputedStyle(document.querySelector('.edge.blocked path')).stroke);
-  assert.equal(red, 'rgb(198, 32, 28)');
+  const stroke = () => page.evaluate(() => getComputedStyle(document.querySelector('.edge.blocked path')).stroke);
+  await until('it is red', async () => (await stroke()) === 'rgb(198, 32, 28)');
   await until('who waits', async () => /waits for piece/.test(await text(page, 'breakdown')));
   await until('an incident', async () => /device 1 compute forward has not ended, and waits for nobody/.test(await text(page, 'incidents')));
   await page.locator('.edge.blocked').first().focus();
@@ -242,7 +242,7 @@ async function reconnects() {
 // Bytes of events in a second, of a plan with a thousand actors; and the page can show it.
 async function manyActors() {
   const port = await freePort();
-  const training = await watched(port, 'data=64,stage=4', '1f1b', 4, 0);
+  const training = await watched(port, 'data=100,stage=4', '1f1b', 2, 0);
   const plan = await (await fetch(`http://127.0.0.1:${port}/plan`)).json();
   assert.ok(plan.actors.length >= 1000, `${plan.actors.length} actors`);
   const { page, wrong, close } = await look(port);
