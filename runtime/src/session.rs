@@ -115,12 +115,22 @@ pub struct SessionOptions {
     pub on_non_finite: OnNonFinite,
     /// Floating-point operations that one device could do in a second, for [`crate::metrics::MFU`].
     pub peak_flops: Option<f64>,
+    /// Whether it tells the `metrics` facade of itself: one session of a process should.
+    pub tells_metrics: bool,
 }
 
 impl Default for SessionOptions {
     fn default() -> Self {
         let (watchdog, cluster) = (WatchdogOptions::default(), Cluster::local());
-        Self { seed: 1337, watchdog, cluster, stop: None, on_non_finite: OnNonFinite::default(), peak_flops: None }
+        Self {
+            seed: 1337,
+            watchdog,
+            cluster,
+            stop: None,
+            on_non_finite: OnNonFinite::default(),
+            peak_flops: None,
+            tells_metrics: true,
+        }
     }
 }
 
@@ -232,7 +242,9 @@ impl Session {
             hosted.insert(*id, Hosted { stream, programs: loader.programs(*id) });
         }
         let feeds = loader.feeds;
-        let mirrored = ways.mirrors.keys().copied().collect();
+        let piped = |register: &RegisterId| ways.peers.iter().any(|peer| peer.pipes.contains_key(register));
+        let how = |register: &RegisterId| (*register, if piped(register) { "nccl" } else { "socket" });
+        let mirrored = ways.mirrors.keys().map(how).collect();
         let mut memory = ways.mirrors;
         for (index, place) in plan.registers.iter().enumerate() {
             let Some(arena) = arenas.get(&place.device) else { continue };
@@ -248,8 +260,9 @@ impl Session {
         };
         let plan = Arc::new(plan);
         let step_tokens = tokens::in_a_step(&plan);
-        let step_metrics = StepMetrics::new(&plan, &hosting, step_tokens, options.peak_flops);
-        for code in &options.cluster.restart_causes {
+        let tells = options.tells_metrics;
+        let step_metrics = StepMetrics::new(&plan, &hosting, step_tokens, options);
+        for code in options.cluster.restart_causes.iter().filter(|_| tells) {
             ::metrics::counter!(names::RESTARTS, "cause" => code.to_string()).increment(1);
         }
         let mut session = Self {
@@ -283,8 +296,9 @@ impl Session {
         }
         let snapshots = Snapshots { devices: session.devices.clone(), engine: session.engine.clone() };
         let (plan, world) = (session.plan.clone(), session.world.as_ref());
+        let tells = options.tells_metrics;
         let observer = Observer::new(plan, session.hosting, running.control(), snapshots, world, mirrored, step_tokens);
-        session.observer = Some(Arc::new(observer));
+        session.observer = Some(Arc::new(observer.telling(tells)));
         session.running = Some(running);
         Ok(session)
     }
@@ -389,6 +403,7 @@ impl Session {
         let mut inbox = self.lock_inbox();
         let peers = inbox.peers.clone();
         while !inbox.has(wanted) {
+            running.host_waits_for(inbox.giver(wanted).filter(|giver| *giver != self.hosting.process));
             if let Some(process) = inbox.never(wanted) {
                 return Err(Failure::Peer { process, cause: PeerError::Ended });
             }
@@ -404,6 +419,7 @@ impl Session {
                 recv(late) -> _ => return Err(stopped()),
             }
         }
+        running.host_waits_for(None);
         Ok(())
     }
 

@@ -158,7 +158,8 @@ fn session_options(args: &GptArgs, cluster: Cluster, terminated: Arc<AtomicBool>
         NonFiniteArg::Skip | NonFiniteArg::Rollback => OnNonFinite::Skip { in_a_row_max: NON_FINITE_IN_A_ROW_MAX },
     };
     let peak_flops = args.peak_tflops.map(|tera| tera * 1e12);
-    SessionOptions { seed: args.seed, watchdog, cluster, stop: Some(terminated), on_non_finite, peak_flops }
+    let (seed, stop) = (args.seed, Some(terminated));
+    SessionOptions { seed, watchdog, cluster, stop, on_non_finite, peak_flops, tells_metrics: true }
 }
 
 /// Each process on a port of its own.

@@ -442,7 +442,7 @@ impl Issuer {
             }
             Ready::Flash { flash, own } => {
                 let lane = self.lane.clone();
-                if self.flashes().issue(flash, &at, lane.place())? {
+                if self.flashes().issue(flash, &at, &lane)? {
                     return Ok(());
                 }
                 own.iter().try_for_each(|step| self.step(step, bound, index))

@@ -1,7 +1,7 @@
 //! A running session as others see it, from any thread: snapshots, and samples of it on the `metrics` facade. It keeps nothing of
 //! the session alive that takes memory. Imports `plan`, `metrics`, `session::{hosting, metrics}` and the actors' shell.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
+use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::{Duration, Instant};
@@ -30,11 +30,13 @@ pub struct Observer {
     control: Control,
     snapshots: Snapshots,
     world: Weak<World>,
-    /// Registers of peers whose bytes come by sockets.
-    mirrored: BTreeSet<RegisterId>,
+    /// Registers of peers whose bytes are copied here, and how.
+    mirrored: BTreeMap<RegisterId, &'static str>,
     steps: AtomicU64,
     newest: Mutex<NewestSteps>,
     facade: Mutex<Facade>,
+    /// Whether the facade is told.
+    tells: bool,
 }
 
 /// Durations of steps that are kept.
@@ -94,7 +96,7 @@ impl Observer {
         control: Control,
         snapshots: Snapshots,
         world: Option<&Arc<World>>,
-        mirrored: BTreeSet<RegisterId>,
+        mirrored: BTreeMap<RegisterId, &'static str>,
         step_tokens: u64,
     ) -> Self {
         let facade = Facade {
@@ -115,7 +117,13 @@ impl Observer {
             steps: AtomicU64::new(0),
             newest: Mutex::new(NewestSteps { tokens: step_tokens, ..NewestSteps::default() }),
             facade: Mutex::new(facade),
+            tells: true,
         }
+    }
+
+    /// The same, which tells the facade, or does not.
+    pub(super) fn telling(self, tells: bool) -> Self {
+        Self { tells, ..self }
     }
 
     /// The plan that runs.
@@ -192,6 +200,9 @@ impl Observer {
 
     /// Brings the facade up to date.
     pub fn sample(&self) {
+        if !self.tells {
+            return;
+        }
         let mut facade = self.facade.lock().unwrap_or_else(PoisonError::into_inner);
         facade.sampled = Some(Instant::now());
         let snapshots = self.control.snapshot();
@@ -227,6 +238,9 @@ impl Observer {
         let next = facade.read.entry(actor).or_default();
         let told = self.control.fired(actor, *next);
         *next = told.next;
+        if told.lost > 0 {
+            counter!(names::FIRINGS_LOST).increment(told.lost);
+        }
         for Fired { action, idle_ns, launched_ns, ended_ns, cause, .. } in told.firings {
             let spec = &self.plan.spec.actors[actor.0 as usize];
             let firing = facade.firings.entry((actor, action)).or_insert_with(|| {
@@ -270,6 +284,8 @@ impl Observer {
         let spec = &self.plan.spec;
         let mut bytes: BTreeMap<(&str, &str, &'static str), u64> = BTreeMap::new();
         for snapshot in snapshots {
+            // Two actions of an actor may read a register; it crosses once.
+            let mut crossed: BTreeMap<RegisterId, (&str, &'static str, u64)> = BTreeMap::new();
             let reader = &spec.actors[snapshot.actor.0 as usize];
             for (index, action) in reader.actions.iter().enumerate() {
                 let completed = snapshot.completed(index as u32);
@@ -282,13 +298,16 @@ impl Observer {
                     let transport = match () {
                         () if producer.device == reader.device => "device",
                         () if self.hosting.own().contains(&producer.device) => "process",
-                        () if self.mirrored.contains(&input.register) => "socket",
-                        () => "shared_memory",
+                        () => self.mirrored.get(&input.register).copied().unwrap_or("shared_memory"),
                     };
                     let pieces = completed / u64::from(input.firings_per_piece);
-                    *bytes.entry((&producer.name, &reader.name, transport)).or_default() +=
-                        pieces * register.slot_bytes as u64;
+                    let (_, _, most) = crossed.entry(input.register).or_insert((&producer.name, transport, 0));
+                    *most = pieces.max(*most);
                 }
+            }
+            for (register, (from, transport, pieces)) in crossed {
+                let slot_bytes = spec.registers[register.0 as usize].slot_bytes as u64;
+                *bytes.entry((from, &reader.name, transport)).or_default() += pieces * slot_bytes;
             }
         }
         for ((from, to, transport), bytes) in bytes {
