@@ -438,7 +438,8 @@ impl Issuer {
                     aux: optional(aux)?,
                 };
                 let lane = self.lane.clone();
-                self.plans()?.issue(product, &addresses, lane.stream(), lane.place())
+                let issued = self.plans()?.issue(product, &addresses, lane.stream(), lane.place());
+                issued.map_err(|error| lane.why(error))
             }
             Ready::Flash { flash, own } => {
                 let lane = self.lane.clone();

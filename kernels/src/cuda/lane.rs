@@ -183,6 +183,13 @@ impl Lane {
         self.check(unsafe { sys::cuStreamWriteValue32_v2(self.stream.0, to, value, flags) }, "cuStreamWriteValue32")
     }
 
+    /// Why a library's call failed: the driver's error, where the device is lost.
+    pub(crate) fn why(&self, error: KernelError) -> KernelError {
+        // SAFETY: the stream is there until this is dropped.
+        let queried = self.check(unsafe { sys::cuStreamQuery(self.stream.0) }, "cuStreamQuery");
+        queried.err().filter(|_| self.gpu.context().lost().is_some()).unwrap_or(error)
+    }
+
     /// Waits for all that was put on the stream: for its end, when that has come already.
     pub(crate) fn synchronize(&self) -> Result<(), KernelError> {
         // SAFETY: the stream is there until this is dropped.
