@@ -37,6 +37,7 @@ impl Builder {
             outputs: Vec::new(),
             external: false,
             gangs: Vec::new(),
+            groups: Vec::new(),
         });
         Reader { actor, action: actions.len() as u32 - 1 }
     }

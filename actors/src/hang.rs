@@ -54,11 +54,11 @@ pub enum Root {
     Collective(Reader),
     /// The actor does not answer.
     Silent(ActorId),
-    /// Another process, which hosts the actor.
+    /// Another process.
     Process {
         /// Its number.
         process: u32,
-        /// Whom it hosts.
+        /// Whom it hosts, or whose host waits for it.
         actor: ActorId,
     },
     /// Actions that wait for each other.
@@ -99,7 +99,7 @@ impl Root {
             Self::Collective(at) => format!("{} has not ended, in a collective that all members have begun", name(at)),
             Self::Silent(actor) => format!("{} does not answer", spec.actors[actor.0 as usize].name),
             Self::Process { process, actor } => {
-                format!("rank {process}, where {} runs, is waited for", spec.actors[actor.0 as usize].name)
+                format!("rank {process} is waited for, by or for {}", spec.actors[actor.0 as usize].name)
             }
             Self::Cycle => "actions wait for each other".into(),
             Self::Token(at) => format!("{} waits for a token of the host", name(at)),
@@ -188,6 +188,8 @@ pub struct Scene<'a> {
     pub collectives: &'a [CollectiveWait],
     /// Whether these are all who wait in one.
     pub knows_collectives: bool,
+    /// The process whose part of a step the program waits for before it goes on.
+    pub host_waits_for: Option<u32>,
     /// The other process that hosts an actor.
     pub process_of: &'a dyn Fn(ActorId) -> Option<u32>,
 }
@@ -331,14 +333,17 @@ impl<'a> Search<'a> {
     fn waits_in_flight(&self, at: Reader, snapshot: &ActorSnapshot) -> Vec<(Wait, Next)> {
         let Scene { spec, collectives, knows_collectives, .. } = self.scene;
         let actor = &spec.actors[at.actor.0 as usize];
-        let gangs = &actor.actions[at.action as usize].gangs;
-        let is_own = |wait: &&CollectiveWait| gangs.contains(&wait.0) && wait.1 == actor.device;
+        let action = &actor.actions[at.action as usize];
+        let gangs = &action.gangs;
+        let is_own = |wait: &&CollectiveWait| action.groups.contains(&wait.0) && wait.1 == actor.device;
         let peers: Vec<(u32, usize)> = collectives.iter().filter(is_own).map(|wait| (wait.0, wait.2)).collect();
         let mut waits = Vec::new();
         for &group in gangs {
             let turn = self.begun(group, snapshot);
             for (member, actions) in self.members(group).into_iter().filter(|(member, _)| *member != at.actor) {
-                let is_waited_for = peers.contains(&(group, spec.actors[member.0 as usize].device));
+                let of_member = &spec.actors[member.0 as usize];
+                let calls = |id: &u32| actions.iter().any(|a| of_member.actions[*a as usize].groups.contains(id));
+                let is_waited_for = peers.iter().any(|(id, device)| *device == of_member.device && calls(id));
                 let is_late = match self.snapshots.get(&member) {
                     Some(other) => self.begun(group, other) < turn,
                     None => !knows_collectives,
@@ -414,7 +419,10 @@ impl<'a> Search<'a> {
                 };
                 holders.iter().map(|holder| next(holder.reader)).collect()
             }
-            Missing::Token => vec![Next::Root(Root::Token(at))],
+            Missing::Token => vec![Next::Root(match self.scene.host_waits_for {
+                Some(process) => Root::Process { process, actor: at.actor },
+                None => Root::Token(at),
+            })],
             Missing::Turn { next } => vec![Next::Action(Reader { actor: at.actor, action: *next })],
         }
     }

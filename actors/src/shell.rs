@@ -2,6 +2,7 @@
 //! `check`, `trace`, kernels, ractor and tokio.
 
 use std::collections::BTreeMap;
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
@@ -286,6 +287,11 @@ impl Running {
         self.session.bus.remote().give(piece);
     }
 
+    /// The program waits for another process's part of a step, or no more: for [`Running::tick`]'s reports.
+    pub fn host_waits_for(&self, process: Option<u32>) {
+        self.session.host_waits_for.store(process.map_or(-1, i64::from), Ordering::Relaxed);
+    }
+
     /// For whoever watches the other processes; it does not keep the session alive.
     pub fn control(&self) -> Control {
         Control(Arc::downgrade(&self.session))
@@ -351,7 +357,7 @@ impl Running {
         let in_order = self.session.first_failure().is_none();
         self.session.leave();
         self.session.bus.remote().end();
-        self.connections.close(in_order);
+        self.connections.close(in_order, || self.session.abort_collectives("a peer has not taken what is sent to it"));
         if in_order {
             // What runs last may still use the arenas. A failed session may be failed because this would not end.
             for stream in self.session.streams.values() {

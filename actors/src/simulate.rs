@@ -249,8 +249,14 @@ impl Simulator<'_> {
         };
         let snapshots: Vec<_> = self.protocols.iter().enumerate().map(of).collect();
         let (collectives, knows_collectives) = (&[], false);
-        let scene =
-            Scene { spec: self.spec, snapshots: &snapshots, collectives, knows_collectives, process_of: &|_| None };
+        let scene = Scene {
+            spec: self.spec,
+            snapshots: &snapshots,
+            collectives,
+            knows_collectives,
+            host_waits_for: None,
+            process_of: &|_| None,
+        };
         explain(scene, u64::from(self.options.steps))
     }
 

@@ -32,8 +32,8 @@ pub(crate) fn sample(
     for snapshot in snapshots {
         let actor = &spec.actors[snapshot.actor.0 as usize];
         if let Some(action) = snapshot.waiting.in_flight {
-            let gangs = &actor.actions[action as usize].gangs;
-            let is_its = |wait: &&CollectiveWait| wait.1 == actor.device && gangs.contains(&wait.0);
+            let groups = &actor.actions[action as usize].groups;
+            let is_its = |wait: &&CollectiveWait| wait.1 == actor.device && groups.contains(&wait.0);
             let peers: Vec<usize> = collectives.iter().filter(is_its).map(|wait| wait.2).collect();
             if peers.is_empty() {
                 return Sample::new();

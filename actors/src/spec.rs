@@ -98,6 +98,8 @@ pub struct ActionSpec {
     /// other action that names the group has started. Where several actions of one actor name a group (forward and
     /// backward, say), n counts the firings of all of them, in the order in which that actor makes them.
     pub gangs: Vec<u32>,
+    /// The engine's groups that those collectives are calls of, by id: what engines tell of waits is told by these.
+    pub groups: Vec<u32>,
 }
 
 /// An input port.

@@ -2,7 +2,7 @@
 //! `snapshot`, `hang`, `trace`, kernels and ractor.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicI64, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -38,6 +38,8 @@ pub(crate) struct Session {
     /// What the actors of this process did.
     pub(crate) rings: BTreeMap<ActorId, Ring>,
     started: Instant,
+    /// The process that the program waits for, or -1.
+    pub(crate) host_waits_for: AtomicI64,
     /// What had happened when actions last did all their firings of a step.
     clocks: Clocks,
     /// Counts every event that an actor takes in.
@@ -95,6 +97,7 @@ impl Session {
             bus: Bus::new(&spec, remote),
             rings: streams.keys().map(|actor| (*actor, Ring::default())).collect(),
             started: Instant::now(),
+            host_waits_for: AtomicI64::new(-1),
             progress: AtomicU64::new(0),
             clocks: Clocks::default(),
             in_flight: spec.actors.iter().map(|_| AtomicU32::new(IDLE)).collect(),
@@ -304,6 +307,7 @@ impl Session {
             snapshots: &snapshots,
             collectives: &collectives,
             knows_collectives: self.engine.knows_waits(),
+            host_waits_for: u32::try_from(self.host_waits_for.load(Ordering::Relaxed)).ok(),
             process_of: &process_of,
         };
         let hang = hang::explain(scene, self.begun.load(Ordering::Acquire));

@@ -7,7 +7,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use crate::protocol::{Event, Message};
 use crate::spec::RegisterId;
 
-/// Firings that a ring holds: minutes of a training with a few micro-batches.
+/// Firings that a ring holds.
 pub const RING_FIRINGS: usize = 4096;
 
 /// What let an actor that stood idle fire: whatever came last.
@@ -45,6 +45,8 @@ pub struct Fired {
     pub idle_ns: u64,
     /// When it was launched: what lies between, the actor waited for `cause`.
     pub launched_ns: u64,
+    /// When the actor heard that the first of its early outputs was written; its end, if it has none.
+    pub early_ns: u64,
     /// When the actor heard of its end.
     pub ended_ns: u64,
     /// Why it was not launched before.
@@ -128,7 +130,15 @@ mod tests {
     #[test]
     fn a_ring_keeps_the_newest_and_tells_what_was_lost() {
         let ring = Ring::default();
-        let fired = |firing| Fired { action: 0, firing, idle_ns: 0, launched_ns: 0, ended_ns: 0, cause: Cause::Own };
+        let fired = |firing| Fired {
+            action: 0,
+            firing,
+            idle_ns: 0,
+            launched_ns: 0,
+            early_ns: 0,
+            ended_ns: 0,
+            cause: Cause::Own,
+        };
         assert_eq!(ring.read(0), Told::default());
         (0..3).for_each(|n| ring.push(fired(n)));
         assert_eq!(ring.read(1), Told { firings: vec![fired(1), fired(2)], next: 3, lost: 0 });

@@ -54,6 +54,8 @@ impl fmt::Debug for WatchdogOptions {
 struct Stall {
     idle: Duration,
     aborts: bool,
+    /// Not told before.
+    is_new: bool,
 }
 
 /// The watchdog's memory. Time is what the caller says.
@@ -82,8 +84,8 @@ impl Watchdog {
         if !aborts && (self.reported || idle < self.options.stall_after) {
             return None;
         }
-        self.reported = true;
-        Some(Stall { idle, aborts })
+        let is_new = !std::mem::replace(&mut self.reported, true);
+        Some(Stall { idle, aborts, is_new })
     }
 
     /// Looks once; `now` counts from the session's start. Returns the report when the session has just stalled.
@@ -92,7 +94,7 @@ impl Watchdog {
             let slow = self.tally.add(session.waits());
             slow.iter().for_each(|slow| self.tell_slow(slow));
         }
-        let Stall { idle, aborts } = self.observe(now, session.progress(), session.outstanding())?;
+        let Stall { idle, aborts, is_new } = self.observe(now, session.progress(), session.outstanding())?;
         if session.first_failure().is_some() {
             return None;
         }
@@ -102,7 +104,7 @@ impl Watchdog {
         let failure = Failure::Stalled { idle_ms, cause, process: hang.and_then(|hang| hang.process()), report };
         let text = failure.to_string();
         tracing::error!("{text}");
-        if let Some(callback) = &self.options.on_stall {
+        if let Some(callback) = self.options.on_stall.as_ref().filter(|_| is_new) {
             callback(&text);
         }
         if aborts {
@@ -129,7 +131,7 @@ mod tests {
         let at = Duration::from_secs;
         let options = WatchdogOptions { stall_after: at(10), abort_after: Some(at(25)), ..WatchdogOptions::default() };
         let mut dog = Watchdog::new(options);
-        let stall = |idle, aborts| Some(Stall { idle: at(idle), aborts });
+        let stall = |idle, aborts| Some(Stall { idle: at(idle), aborts, is_new: !aborts });
         assert_eq!(dog.observe(at(0), 5, true), None);
         assert_eq!(dog.observe(at(9), 5, true), None);
         assert_eq!(dog.observe(at(10), 5, true), stall(10, false));

@@ -39,7 +39,9 @@ impl Sampler {
         count: usize,
         seed: u64,
     ) -> Result<Vec<i32>, SessionError> {
-        let mut session = Session::start(self.plan, &SessionOptions::default())?;
+        // What it does is not the training's.
+        let options = SessionOptions { tells_metrics: false, ..SessionOptions::default() };
+        let mut session = Session::start(self.plan, &options)?;
         session.set_parameters(parameters)?;
         let mut tokens = prompt.to_vec();
         for drawn in 0..count {

@@ -64,7 +64,8 @@ trap 'exit 1' INT TERM HUP
 
 # The driver, where the linker does not know it, and the libraries of Python's packages, behind what the user has named.
 libraries() {
-    "$python" - <<'PYTHON'
+    # A driver that does not answer must not keep the script from its report.
+    timeout 20 "$python" - <<'PYTHON'
 import ctypes, glob, os, sys
 
 folders = [folder for root in sys.path for folder in sorted(glob.glob(os.path.join(root, "nvidia", "*", "lib")))]

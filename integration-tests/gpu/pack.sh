@@ -24,6 +24,8 @@ cargo build --release -p shardflow-integration-tests --bin gpu_check
 conformance=$(cargo test --release -p shardflow-kernels --features clock-token --test cuda --no-run --message-format=json |
     sed -n 's/.*"kind":\["test"\].*"executable":"\([^"]*\)".*/\1/p')
 [ -x "$conformance" ] || { echo "error: cargo names no program of the test cuda: $conformance" >&2; exit 1; }
+# A name that no test has would run none, and pass.
+"$conformance" --list --ignored | grep -qx "child: test" || { echo "error: $conformance has no test named child" >&2; exit 1; }
 
 rm -rf "$out"
 mkdir -p "$out/cubins"

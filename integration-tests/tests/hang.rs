@@ -37,11 +37,13 @@ impl Gate {
     }
 }
 
-/// Gives on what it reads; the shard whose rows start at `row` goes through the gate.
-#[derive(Debug)]
+/// Gives on what it reads; the shard whose rows and columns start here goes through the gate, forward or backward.
+#[derive(Clone, Debug)]
 struct Gated {
     gate: Arc<Gate>,
     row: usize,
+    column: usize,
+    backward: bool,
 }
 
 #[derive(Debug)]
@@ -57,11 +59,14 @@ impl CustomOp for Gated {
     }
 
     fn kernel(&self, inputs: &[Region], _: &[Region]) -> Arc<dyn CustomKernel> {
-        Arc::new(GatedKernel((inputs[0].start[0] == self.row).then(|| self.gate.clone())))
+        let start = &inputs[0].start;
+        let is_here = !self.backward && (start[0], start[2]) == (self.row, self.column);
+        Arc::new(GatedKernel(is_here.then(|| self.gate.clone())))
     }
 
-    fn backward(&self, _: &mut Graph, _: &[Var], _: &[Var], grads: &[Option<Var>]) -> Vec<Option<Var>> {
-        grads.to_vec()
+    fn backward(&self, graph: &mut Graph, _: &[Var], _: &[Var], grads: &[Option<Var>]) -> Vec<Option<Var>> {
+        let op = Arc::new(Self { backward: !self.backward, ..self.clone() });
+        grads.iter().map(|grad| grad.map(|grad| graph.custom(op.clone(), &[grad])[0])).collect()
     }
 }
 
@@ -83,7 +88,7 @@ impl CustomKernel for GatedKernel {
     }
 }
 
-/// A linear layer, on two stages where there are stages, behind the gate.
+/// Two linear layers, on two stages where there are stages, and split where there is a tensor axis, with the gate between them.
 fn start(mesh: &str, op: Gated) -> Session {
     let mut g = Graph::new(&Mesh::parse(mesh).expect("a mesh"));
     let staged = g.mesh().axis("stage").is_ok();
@@ -96,8 +101,11 @@ fn start(mesh: &str, op: Gated) -> Session {
     if staged {
         g.place_at("stage", 1);
     }
+    let split = g.mesh().axis("tensor").is_ok();
+    let (column, row) = if split { (Parallel::Column("tensor"), Parallel::Row("tensor")) } else { Default::default() };
+    let x = nn::linear(&mut g, "first", x, 4, column);
     let x = g.custom(Arc::new(op), &[x])[0];
-    let logits = nn::linear(&mut g, "last", x, 5, Parallel::Replicated);
+    let logits = nn::linear(&mut g, "last", x, 5, row);
     let targets = g.input("targets", &[BATCH, 3], DType::I32, layout);
     let loss = g.cross_entropy(logits, targets);
     g.minimize(loss, AdamW::default());
@@ -116,15 +124,20 @@ fn whoever_asks_is_told_the_cause_and_the_way_to_it() {
         let watch = Watch::listen("127.0.0.1:0".parse().expect("an address")).expect("a server");
         let ask = || client::explain_hang(watch.address()).expect("a session").pop().expect("a report");
         assert!(client::explain_hang(watch.address()).expect_err("no session").to_string().contains("503"));
-        // Where the gate is: the mesh, the first row of the shard (of a micro-batch), and who is held up.
-        for (mesh, row, culprit) in [
-            ("data=1", 0, "device 0 compute forward"),
-            ("data=2", 2, "device 1 compute forward"),
-            ("stage=2", 0, "device 1 compute forward"),
-            ("data=2,stage=2", 2, "device 3 compute forward"),
+        // The mesh; where the shard's rows (of a micro-batch) and columns begin that the gate is in; and who is held up.
+        for (mesh, row, column, culprit) in [
+            ("data=1", 0, 0, "device 0 compute forward"),
+            ("data=2", 2, 0, "device 1 compute forward"),
+            ("stage=2", 0, 0, "device 1 compute backward"),
+            ("data=2,stage=2", 2, 0, "device 3 compute forward"),
+            // Its peer waits for it inside a collective, which both have begun the firing of.
+            ("tensor=2", 0, 2, "device 1 compute forward"),
+            ("tensor=2", 0, 2, "device 1 compute backward"),
+            ("tensor=2", 0, 0, "device 0 compute backward"),
         ] {
             let gate = Arc::new(Gate::default());
-            let mut session = start(mesh, Gated { gate: gate.clone(), row });
+            let mut session =
+                start(mesh, Gated { gate: gate.clone(), row, column, backward: culprit.ends_with("backward") });
             watch.show(&session);
             step(&mut session);
             assert_eq!(ask().cause, None, "{mesh}: between steps");

@@ -17,8 +17,9 @@
 //! | `shardflow_training_ratio` | gauge | | time in steps that changed the model, over all time since the session's start |
 //! | `shardflow_actor_firing_seconds` | histogram | `actor`, `action` | a firing from its launch to its end: its sum is how long the actor was busy |
 //! | `shardflow_actor_wait_seconds` | histogram | `actor`, `reason`, `register` | how long an actor stood idle before a firing, by what it waited for last: `input` or `credit` of a register, `host`, `own` |
+//! | `shardflow_firings_lost_total` | counter | | firings that no sample has seen: those of more than 4096 of an actor between two |
 //! | `shardflow_register_slots` | gauge | `register`, `state` | slots that are `free`, being written (`writing`), or `filled` and not released by all readers |
-//! | `shardflow_edge_bytes_total` | counter | `from`, `to`, `transport` | bytes of registers' pieces that an actor has released of another's: over `device`, `process`, `shared_memory` or `socket` |
+//! | `shardflow_edge_bytes_total` | counter | `from`, `to`, `transport` | bytes of registers' pieces that an actor has released of another's: over `device`, `process`, `shared_memory`, `socket` or `nccl` |
 //! | `shardflow_collective_bytes_total` | counter | `device` | bytes that collectives brought in from other devices |
 //! | `shardflow_memory_bytes` | gauge | `device`, `kind` | `planned` peak, `allocated` now, `peak` in use |
 //! | `shardflow_checkpoints_total` | counter | `outcome` | saves that were `committed`, or `failed` |
@@ -59,6 +60,8 @@ pub const TRAINING_RATIO: &str = "shardflow_training_ratio";
 pub const FIRING: &str = "shardflow_actor_firing_seconds";
 /// See the module.
 pub const WAIT: &str = "shardflow_actor_wait_seconds";
+/// See the module.
+pub const FIRINGS_LOST: &str = "shardflow_firings_lost_total";
 /// See the module.
 pub const SLOTS: &str = "shardflow_register_slots";
 /// See the module.
@@ -113,6 +116,7 @@ pub fn describe() {
         Unit::Seconds,
         "How long an actor stood idle before a firing, by what it waited for last."
     );
+    describe_counter!(FIRINGS_LOST, "Firings that no sample has seen.");
     describe_gauge!(SLOTS, "Slots of a register by state.");
     describe_counter!(EDGE_BYTES, "Bytes of registers' pieces that an actor has released of another's.");
     describe_counter!(COLLECTIVE_BYTES, "Bytes that collectives brought in from other devices.");

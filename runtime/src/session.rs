@@ -117,6 +117,8 @@ pub struct SessionOptions {
     pub peak_flops: Option<f64>,
     /// Steps that the program means to do in all, so that who watches it is told when it will be done.
     pub steps_planned: Option<u64>,
+    /// Whether it tells the `metrics` facade of itself: one session of a process should.
+    pub tells_metrics: bool,
 }
 
 impl Default for SessionOptions {
@@ -130,6 +132,7 @@ impl Default for SessionOptions {
             on_non_finite: OnNonFinite::default(),
             peak_flops: None,
             steps_planned: None,
+            tells_metrics: true,
         }
     }
 }
@@ -242,7 +245,9 @@ impl Session {
             hosted.insert(*id, Hosted { stream, programs: loader.programs(*id) });
         }
         let feeds = loader.feeds;
-        let mirrored = ways.mirrors.keys().copied().collect();
+        let piped = |register: &RegisterId| ways.peers.iter().any(|peer| peer.pipes.contains_key(register));
+        let how = |register: &RegisterId| (*register, if piped(register) { "nccl" } else { "socket" });
+        let mirrored = ways.mirrors.keys().map(how).collect();
         let mut memory = ways.mirrors;
         for (index, place) in plan.registers.iter().enumerate() {
             let Some(arena) = arenas.get(&place.device) else { continue };
@@ -258,8 +263,9 @@ impl Session {
         };
         let plan = Arc::new(plan);
         let step_tokens = tokens::in_a_step(&plan);
-        let step_metrics = StepMetrics::new(&plan, &hosting, step_tokens, options.peak_flops);
-        for code in &options.cluster.restart_causes {
+        let tells = options.tells_metrics;
+        let step_metrics = StepMetrics::new(&plan, &hosting, step_tokens, options);
+        for code in options.cluster.restart_causes.iter().filter(|_| tells) {
             ::metrics::counter!(names::RESTARTS, "cause" => code.to_string()).increment(1);
         }
         let mut session = Self {
@@ -295,7 +301,7 @@ impl Session {
         let (plan, world) = (session.plan.clone(), session.world.as_ref());
         let steps = NewestSteps { tokens: step_tokens, planned: options.steps_planned, ..NewestSteps::default() };
         let observer = Observer::new(plan, session.hosting, running.control(), snapshots, world, mirrored, steps);
-        session.observer = Some(Arc::new(observer));
+        session.observer = Some(Arc::new(observer.telling(options.tells_metrics)));
         session.running = Some(running);
         Ok(session)
     }
@@ -400,6 +406,7 @@ impl Session {
         let mut inbox = self.lock_inbox();
         let peers = inbox.peers.clone();
         while !inbox.has(wanted) {
+            running.host_waits_for(inbox.giver(wanted).filter(|giver| *giver != self.hosting.process));
             if let Some(process) = inbox.never(wanted) {
                 return Err(Failure::Peer { process, cause: PeerError::Ended });
             }
@@ -415,6 +422,7 @@ impl Session {
                 recv(late) -> _ => return Err(stopped()),
             }
         }
+        running.host_waits_for(None);
         Ok(())
     }
 

@@ -35,6 +35,7 @@ pub struct TraceFile {
     read: BTreeMap<ActorId, u64>,
     lost: u64,
     is_empty: bool,
+    has_ended: bool,
 }
 
 /// What keeps a trace from being written.
@@ -55,7 +56,7 @@ impl TraceFile {
         let mut out = BufWriter::new(File::create(path).map_err(failed)?);
         out.write_all(b"[\n").map_err(failed)?;
         let (read, spent) = (BTreeMap::new(), BTreeMap::new());
-        Ok(Self { path: path.to_owned(), out, spec: None, spent, read, lost: 0, is_empty: true })
+        Ok(Self { path: path.to_owned(), out, spec: None, spent, read, lost: 0, is_empty: true, has_ended: false })
     }
 
     /// Adds what actors did since it was last called: to be called after each step, before their rings are full.
@@ -109,10 +110,17 @@ impl TraceFile {
     /// # Errors
     /// When the file cannot be written.
     pub fn finish(mut self) -> Result<u64, TraceError> {
+        self.end()?;
+        Ok(self.lost)
+    }
+
+    fn end(&mut self) -> Result<(), TraceError> {
+        if std::mem::replace(&mut self.has_ended, true) {
+            return Ok(());
+        }
         self.predict()?;
         let ended = self.out.write_all(b"\n]\n").and_then(|()| self.out.flush());
-        ended.map_err(|source| TraceError { path: self.path.clone(), source })?;
-        Ok(self.lost)
+        ended.map_err(|source| TraceError { path: self.path.clone(), source })
     }
 
     fn event(&mut self, event: &serde_json::Value) -> Result<(), TraceError> {
@@ -163,8 +171,8 @@ impl TraceFile {
             }
             let piece = fired.firing / u64::from(output.firings_per_piece) + u64::from(register.initial);
             for (index, _) in register.readers.iter().enumerate().filter(|(_, reader)| reader.actor != actor) {
-                // Inside the slice, or it would bind to the next one. When an early output was ready is not known.
-                let ready_ns = if output.early { fired.launched_ns } else { fired.ended_ns.saturating_sub(1) };
+                // Inside the slice, or it would bind to the next one.
+                let ready_ns = if output.early { fired.early_ns } else { fired.ended_ns.saturating_sub(1) };
                 let at = (pid, tid, micros(ready_ns.max(fired.launched_ns)));
                 self.event(&arrow("s", register, (output.register.0, piece, index), at))?;
             }
@@ -173,7 +181,15 @@ impl TraceFile {
     }
 }
 
-/// Names an actor's track, and its device's group of them.
+/// A run that ends early has a trace, too.
+impl Drop for TraceFile {
+    fn drop(&mut self) {
+        // Nobody is left to be told.
+        let _ = self.end();
+    }
+}
+
+/// Names an actor's track.
 fn track(spec: &Spec, actor: ActorId) -> serde_json::Value {
     let own = &spec.actors[actor.0 as usize];
     json!({ "name": "thread_name", "ph": "M", "pid": own.device, "tid": actor.0, "args": { "name": own.name } })

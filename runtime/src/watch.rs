@@ -100,7 +100,11 @@ impl Watch {
         let (stop, stopped) = oneshot::channel();
         let served =
             Served { shown: shown.clone(), prometheus, clients: Arc::new(Semaphore::new(stream::CLIENTS_MAX)) };
-        let serve = move || runtime.block_on(serve(listener, served, stopped));
+        let serve = move || {
+            runtime.block_on(serve(listener, served, stopped));
+            // Nobody waits for an answer that is still being made.
+            runtime.shutdown_background();
+        };
         let thread = thread::Builder::new().name("watch".into()).spawn(serve).map_err(failed)?;
         Ok(Self { address: bound, shown, stop: Some(stop), thread: Some(thread) })
     }

@@ -72,7 +72,12 @@ fn a_firing_that_does_not_end_is_the_cause() {
 
 /// States of actors in the middle of a run that hangs.
 fn two_members() -> (Arc<Spec>, Vec<ActorSnapshot>) {
-    let spec = Arc::new(plans::gangs());
+    let mut spec = plans::gangs();
+    // The engine numbers its groups otherwise.
+    for action in spec.actors.iter_mut().flat_map(|actor| &mut actor.actions) {
+        action.groups = action.gangs.iter().map(|gang| gang + 10).collect();
+    }
+    let spec = Arc::new(spec);
     let flying = |(a, actor): (usize, &crate::spec::ActorSpec)| ActorSnapshot {
         actor: ActorId(a as u32),
         firings: actor.actions.iter().map(|_| 1).collect(),
@@ -98,10 +103,10 @@ fn the_member_that_is_not_in_the_collective_is_the_cause() {
     let device = |actor: ActorId| spec.actors[actor.0 as usize].device;
     let action = |actor: ActorId| snapshots[actor.0 as usize].waiting.in_flight.expect("a member");
     for late in &members {
-        let group = spec.actors[late.0 as usize].actions[action(*late) as usize].gangs[0];
+        let group = spec.actors[late.0 as usize].actions[action(*late) as usize].groups[0];
         let in_it = |m: &&ActorId| {
             let action = &spec.actors[m.0 as usize].actions[action(**m) as usize];
-            m != &late && action.gangs.contains(&group)
+            m != &late && action.groups.contains(&group)
         };
         let waits: Vec<CollectiveWait> =
             members.iter().filter(in_it).map(|m| (group, device(*m), device(*late))).collect();
@@ -114,6 +119,7 @@ fn the_member_that_is_not_in_the_collective_is_the_cause() {
             snapshots: &snapshots,
             collectives: &waits,
             knows_collectives: true,
+            host_waits_for: None,
             process_of: &|_| None,
         };
         let hang = explain(scene, 9).expect("none has fired nine times");
@@ -131,8 +137,14 @@ fn an_actor_that_does_not_answer_is_the_cause_here_and_its_process_is_elsewhere(
     // Device 0's reduce waits for gradients of its compute, which is left out.
     let mut silent = two_actors(&spec);
     silent.retain(|s| s.actor != ActorId(0));
-    let scene =
-        |process_of| Scene { spec: &spec, snapshots: &silent, collectives: &[], knows_collectives: false, process_of };
+    let scene = |process_of| Scene {
+        spec: &spec,
+        snapshots: &silent,
+        collectives: &[],
+        knows_collectives: false,
+        host_waits_for: None,
+        process_of,
+    };
     let hang = explain(scene(&|_| None), 1).expect("nothing has fired");
     assert_eq!(hang.root, Root::Silent(ActorId(0)), "{hang}");
     let hang = explain(scene(&|actor| (actor == ActorId(0)).then_some(7)), 1).expect("nothing has fired");

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use std::io::{self, BufReader, BufWriter, Read, Write};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender};
 use shardflow_kernels::cuda::nccl::{Pipe, Sent};
@@ -74,6 +75,11 @@ pub(crate) fn serve(
     Ok(connections)
 }
 
+/// How long what is queued may take to be written at the end.
+const CLOSE_WITHIN: Duration = Duration::from_secs(5);
+/// How often the threads are looked at meanwhile.
+const CLOSE_STEP: Duration = Duration::from_millis(1);
+
 /// The threads and connections of all peers.
 #[derive(Debug, Default)]
 pub(crate) struct Connections {
@@ -83,12 +89,22 @@ pub(crate) struct Connections {
 }
 
 impl Connections {
-    /// Ends all threads. In order, what is queued is written first; a failed session waits for nobody.
-    pub(crate) fn close(&mut self, in_order: bool) {
+    /// Ends all threads. In order, what is queued is written first, for [`CLOSE_WITHIN`] at most: then `give_up` ends what a peer
+    /// does not take. A failed session waits for nobody.
+    pub(crate) fn close(&mut self, in_order: bool, give_up: impl Fn()) {
         // A link that cannot be shut down is down.
         let down = |links: &[Link]| links.iter().for_each(|link| drop(link.shutdown()));
         if !in_order {
             down(&self.links);
+        }
+        let deadline = Instant::now() + CLOSE_WITHIN;
+        while self.writers.iter().any(|writer| !writer.is_finished()) {
+            if Instant::now() >= deadline {
+                give_up();
+                down(&self.links);
+                break;
+            }
+            thread::sleep(CLOSE_STEP);
         }
         // A panic of these threads would be a bug of this file; there is nothing left to stop.
         self.writers.drain(..).for_each(|thread| drop(thread.join()));

@@ -84,10 +84,14 @@ impl Shard {
         let now_ns = self.session.now_ns();
         let mut effects = std::mem::take(&mut self.effects);
         self.protocol.apply(event, &mut effects).map_err(|e| self.refused(event, e))?;
+        if let (Event::Signal { .. }, Some(fired)) = (event, &mut self.flying) {
+            fired.early_ns = if fired.early_ns > 0 { fired.early_ns } else { now_ns };
+        }
         if let Event::Done { action } = event {
             if let Some(fired) = self.flying.take() {
                 self.busy_ns[action as usize] += now_ns - fired.launched_ns;
-                self.session.rings[&self.me].push(Fired { ended_ns: now_ns, ..fired });
+                let early_ns = if fired.early_ns > 0 { fired.early_ns } else { now_ns };
+                self.session.rings[&self.me].push(Fired { ended_ns: now_ns, early_ns, ..fired });
             }
             self.idle_since_ns = now_ns;
             self.session.completed(self.me, action);
@@ -99,7 +103,7 @@ impl Shard {
                     let (idle_ns, cause) = (self.idle_since_ns, Cause::of(&event));
                     self.idle.add(cause, now_ns - idle_ns);
                     let launched_ns = now_ns;
-                    self.flying = Some(Fired { action, firing, idle_ns, launched_ns, ended_ns: 0, cause });
+                    self.flying = Some(Fired { action, firing, idle_ns, launched_ns, early_ns: 0, ended_ns: 0, cause });
                     self.launch(action, firing)?;
                 }
                 Effect::Send { to, message } => {

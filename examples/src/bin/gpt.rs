@@ -166,6 +166,7 @@ fn session_options(args: &GptArgs, cluster: Cluster, terminated: Arc<AtomicBool>
         on_non_finite,
         peak_flops,
         steps_planned: Some(args.steps),
+        tells_metrics: true,
     }
 }
 

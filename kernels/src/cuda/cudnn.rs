@@ -1,6 +1,6 @@
 //! cuDNN's fused attention, where it is there: one stream's handle, plans by shape, and their workspace. Whatever
 //! cuDNN refuses is left to the kernels of `attention_*.cu`, which do the same to rounding: forward and backward need
-//! not be of one kind, for both leave and take the same `lse`. Imports `cuda::gpu`, `cuda::step`, `cuda::memory`; its
+//! not be of one kind, for both leave and take the same `lse`. Imports `cuda::gpu`, `cuda::lane`, `cuda::step`, `cuda::memory`; its
 //! parts are `cudnn/`.
 #![allow(unsafe_code)]
 
@@ -12,6 +12,7 @@ use cudarc::cudnn::sys::{cudnnBackendKnobType_t as Knob, cudnnHandle_t};
 
 use super::context::{Context, Raw};
 use super::gpu::Gpu;
+use super::lane::Lane;
 use super::memory::DeviceMemory;
 use super::step::{Flash, Pass, Place};
 use crate::error::KernelError;
@@ -213,14 +214,15 @@ impl Flashes {
         &mut self,
         flash: &Flash,
         at: &dyn Fn(Place) -> Result<u64, KernelError>,
-        place: &str,
+        lane: &Lane,
     ) -> Result<bool, KernelError> {
+        let place = lane.place();
         self.prepare(flash, place);
         let Entry::Occupied(mut known) = self.by_key.entry(flash.into()) else { return Ok(false) };
         let (Some(plan), Some(handle), Some(workspace)) = (known.get(), &self.handle, self.workspaces.last()) else {
             return Ok(false);
         };
-        match plan.execute(handle.api, handle.raw, at, workspace.address(), &told(flash, place)) {
+        match plan.execute(handle.api, handle.raw, at, workspace.address(), lane, &told(flash, place)) {
             Ok(done) => Ok(done),
             Err(error) => {
                 // What our kernels write, they write whole. Where the device is lost they fail, too.

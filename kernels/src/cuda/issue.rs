@@ -438,11 +438,12 @@ impl Issuer {
                     aux: optional(aux)?,
                 };
                 let lane = self.lane.clone();
-                self.plans()?.issue(product, &addresses, lane.stream(), lane.place())
+                let issued = self.plans()?.issue(product, &addresses, lane.stream(), lane.place());
+                issued.map_err(|error| lane.why(error))
             }
             Ready::Flash { flash, own } => {
                 let lane = self.lane.clone();
-                if self.flashes().issue(flash, &at, lane.place())? {
+                if self.flashes().issue(flash, &at, &lane)? {
                     return Ok(());
                 }
                 own.iter().try_for_each(|step| self.step(step, bound, index))

@@ -175,11 +175,19 @@ impl Lane {
         self.check(unsafe { sys::cuMemsetD32Async(to, word, words, self.stream.0) }, "cuMemsetD32Async")
     }
 
-    /// Writes a word of pinned memory, as a whole, which the caller keeps. What was written before is not flushed for it.
+    /// Writes a word of pinned memory, as a whole, which the caller keeps.
     pub(crate) fn write_word(&self, to: u64, value: u32) -> Result<(), KernelError> {
-        let flags = sys::CUstreamWriteValue_flags::CU_STREAM_WRITE_VALUE_NO_MEMORY_BARRIER as u32;
+        // The call of today takes no other.
+        let flags = sys::CUstreamWriteValue_flags::CU_STREAM_WRITE_VALUE_DEFAULT as u32;
         // SAFETY: an aligned word of the host's pinned memory that lives until the stream ends, by the caller.
         self.check(unsafe { sys::cuStreamWriteValue32_v2(self.stream.0, to, value, flags) }, "cuStreamWriteValue32")
+    }
+
+    /// Why a library's call failed: the driver's error, where the device is lost.
+    pub(crate) fn why(&self, error: KernelError) -> KernelError {
+        // SAFETY: the stream is there until this is dropped.
+        let queried = self.check(unsafe { sys::cuStreamQuery(self.stream.0) }, "cuStreamQuery");
+        queried.err().filter(|_| self.gpu.context().lost().is_some()).unwrap_or(error)
     }
 
     /// Waits for all that was put on the stream: for its end, when that has come already.

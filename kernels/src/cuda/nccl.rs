@@ -402,7 +402,7 @@ impl Enqueue for Nccl {
         };
         // What NCCL has not accepted the others wait for in vain.
         if let Some(comm) = &comm {
-            comm.begin(lane)?;
+            comm.begin(lane).map_err(|error| self.0.failed(error))?;
         }
         let unpacks = member.issue().map_err(|error| self.0.failed(error))?;
         self.0.count(call, &y_shape);
@@ -441,12 +441,13 @@ impl Collective for Nccl {
                 continue;
             };
             let Some(group) = self.0.groups.get(id) else { continue };
-            let is_late =
-                |peer: &usize| match self.0.comms.get(&(*id, *peer)).and_then(|comm| comm.reached_and_passed()) {
-                    // Numbers wrap round.
-                    Some((theirs, _)) => theirs != reached && reached.wrapping_sub(theirs) < u32::MAX / 2,
-                    None => true,
-                };
+            let is_late = |peer: &usize| match self.0.comms.get(&(*id, *peer)).map(|comm| comm.reached_and_passed()) {
+                // Numbers wrap round.
+                Some(Some((theirs, _))) => theirs != reached && reached.wrapping_sub(theirs) < u32::MAX / 2,
+                // There were no words left for it.
+                Some(None) => false,
+                None => true,
+            };
             let late = (0..group.ranks.len()).filter(|peer| peer != member).filter(is_late);
             waits.extend(late.map(|peer| Wait { group: *id, rank: group.ranks[*member], peer: group.ranks[peer] }));
         }

@@ -83,6 +83,8 @@ impl Saver {
     pub fn new(store: Store, agree: Arc<dyn Agree>, options: SaverOptions) -> Result<Self, CheckpointError> {
         let SaverOptions { member, keep, busy, plan } = options;
         check_member(member)?;
+        // So that the first that fails is seen as one more.
+        outcomes().iter().for_each(|outcome| outcome.absolute(0));
         if busy == Busy::Skip && member.processes > 1 {
             let why = "processes that skip saves on their own do not skip the same ones; use Busy::Wait";
             return Err(CheckpointError::Refused(why.into()));

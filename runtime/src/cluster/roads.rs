@@ -227,6 +227,7 @@ impl Roads<'_> {
     fn peers(&self, plan: &Plan, devices: &[Device]) -> Result<(Mirrors, Vec<Peer>), ClusterError> {
         let own = self.hosting.process;
         let (mut memory, mut peers) = (Mirrors::new(), Vec::new());
+        let pairs = if self.pipes.is_empty() { BTreeMap::new() } else { self.hosting.crossing_pairs(plan) };
         for process in self.hosting.peers() {
             let (mut pushes, mut mirrors) = (BTreeMap::new(), BTreeMap::new());
             if !self.shares_memory(process) {
@@ -243,13 +244,12 @@ impl Roads<'_> {
             let link = self.link(process, Purpose::Registers { lane: 0 })?;
             let crossing: BTreeSet<RegisterId> = pushes.keys().chain(mirrors.keys()).copied().collect();
             let mut pipes = BTreeMap::new();
-            for (ends, registers) in self.hosting.crossing_pairs(plan) {
-                let Some(pipe) = self.pipes.get(&ends) else { continue };
+            for (ends, registers) in &pairs {
+                let Some(pipe) = self.pipes.get(ends) else { continue };
                 // A register may go to several processes; at its end here it has one pipe for each.
                 let far = if self.hosting.process_of(ends.0) == own { ends.1 } else { ends.0 };
-                let here =
-                    registers.into_iter().filter(|r| self.hosting.process_of(far) == process && crossing.contains(r));
-                here.for_each(|register| drop(pipes.insert(register, pipe.clone())));
+                let here = registers.iter().filter(|r| self.hosting.process_of(far) == process && crossing.contains(r));
+                here.for_each(|register| drop(pipes.insert(*register, pipe.clone())));
             }
             peers.push(Peer { process, actors: self.hosting.actors_of(plan, process), link, pushes, mirrors, pipes });
         }

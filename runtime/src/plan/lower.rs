@@ -1,7 +1,7 @@
 //! From a graph whose layouts are settled to a plan: actors, registers, programs, memory.
 //! Imports the rest of `plan`, `graph` and the actors' `spec`.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use shardflow_actors::spec::{
@@ -9,6 +9,7 @@ use shardflow_actors::spec::{
 };
 use shardflow_kernels::collective::Group;
 use shardflow_kernels::device::DeviceKind;
+use shardflow_kernels::op::{Launch, Op};
 
 use crate::graph::{Graph, Rate};
 use crate::plan::assign::{Assignment, RegisterPlan, Site, assign};
@@ -194,6 +195,7 @@ fn action_spec(
         _ => 0,
     };
     let gangs = made.groups.iter().map(|ranks| groups.gang(site.1, ranks)).collect();
+    let communicators: BTreeSet<u32> = made.plan.launches.iter().filter_map(group_of).collect();
     ActionSpec {
         name: made.plan.name.clone(),
         priority,
@@ -202,6 +204,7 @@ fn action_spec(
         outputs: outputs.collect(),
         external: begins_a_step(assignment, site, &made.inputs),
         gangs,
+        groups: communicators.into_iter().collect(),
     }
 }
 
@@ -227,6 +230,14 @@ fn firing(sites: &[Site], specs: &[ActionSpec], setting: &Setting, in_flight: us
     let others = sites.iter().enumerate().filter(|(_, s)| !matches!(s.1, ActionKey::Forward | ActionKey::Backward));
     list.extend(others.flat_map(|(i, _)| std::iter::repeat_n(i as u32, specs[i].per_step as usize)));
     Firing::Ordered(list)
+}
+
+/// The group of a launch that is a collective.
+fn group_of(launch: &Launch) -> Option<u32> {
+    match &launch.op {
+        Op::Collective(call) => Some(call.group.id),
+        _ => None,
+    }
 }
 
 /// Ids of communicators (by stream and members) and of gangs (by action and members).

@@ -40,6 +40,7 @@ impl Plan {
         let mut edges: BTreeMap<(u32, u32), Edge> = BTreeMap::new();
         for (index, register) in self.spec.registers.iter().enumerate() {
             let mut readers: Vec<u32> = register.readers.iter().map(|r| r.actor.0).collect();
+            readers.sort_unstable();
             readers.dedup();
             for reader in readers.into_iter().filter(|reader| *reader != register.producer.0) {
                 let pieces = register.readers.iter().filter(|r| r.actor.0 == reader).filter_map(|r| {
@@ -76,13 +77,13 @@ impl Plan {
     }
 
     fn write_html(&self, out: &mut String) -> fmt::Result {
-        let mesh = self.graph.mesh();
+        let (mesh, devices) = (escaped(&self.graph.mesh().to_string()), self.graph.mesh().device_count());
         writeln!(
             out,
             "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content=\"width=device-width\">\
              <title>Plan on {mesh}</title><style>{STYLE}</style><h1>Plan on {mesh}</h1>"
         )?;
-        let (devices, micro_batches) = (mesh.device_count(), self.micro_batches);
+        let micro_batches = self.micro_batches;
         writeln!(out, "<p>{devices} devices, {micro_batches} micro-batches a step, {:?}.</p>", self.schedule)?;
         writeln!(out, "<h2>Actors and registers</h2>")?;
         self.write_svg(out)?;

@@ -106,6 +106,7 @@ impl Session {
         let (_, metadata) = SafeTensors::read_metadata(&bytes).map_err(|e| not_whole(path, &e))?;
         let steps = metadata.metadata().as_ref().and_then(|m| m.get(STEPS)).and_then(|s| s.parse().ok());
         self.steps = steps.unwrap_or(0);
+        self.observer.iter().for_each(|observer| observer.set_steps(self.steps));
         Ok(())
     }
 

@@ -50,6 +50,12 @@ impl Inbox {
         wanted.iter().filter(missing).map(giver).find(|process| self.ended.contains(process))
     }
 
+    /// The first process of which something wanted has not come.
+    pub(super) fn giver(&self, wanted: &[(u32, usize)]) -> Option<u32> {
+        let missing = |(port, count): &&(u32, usize)| self.waiting.get(port).map_or(0, VecDeque::len) < *count;
+        wanted.iter().find(missing).map(|(port, _)| self.ports.ports[*port as usize].process)
+    }
+
     /// True when each port has as many pieces as are wanted of it.
     pub(super) fn has(&self, wanted: &[(u32, usize)]) -> bool {
         wanted.iter().all(|(port, count)| self.waiting.get(port).map_or(0, VecDeque::len) >= *count)

@@ -9,8 +9,8 @@ use shardflow_actors::snapshot::ActorSnapshot;
 use shardflow_kernels::collective::Collective;
 use shardflow_kernels::device::Device;
 
-use super::StepReport;
 use super::hosting::Hosting;
+use super::{SessionOptions, StepReport};
 use crate::metrics as names;
 use crate::plan::{Plan, flops};
 
@@ -33,8 +33,11 @@ pub(super) struct StepMetrics {
 }
 
 impl StepMetrics {
-    /// `peak_flops` are those of one device.
-    pub(super) fn new(plan: &Plan, hosting: &Hosting, step_tokens: u64, peak_flops: Option<f64>) -> Self {
+    pub(super) fn new(plan: &Plan, hosting: &Hosting, step_tokens: u64, options: &SessionOptions) -> Self {
+        let peak_flops = options.peak_flops;
+        if !options.tells_metrics {
+            return Self::silent();
+        }
         let step_flops = flops::step_flops(&plan.graph, plan.micro_batches) as f64;
         gauge!(names::STEP_FLOPS).set(step_flops);
         let labels = [
@@ -46,6 +49,7 @@ impl StepMetrics {
         gauge!(names::BUILD_INFO, &labels).set(1.0);
         // So that they are there before the first of them happens.
         counter!(names::STALLS).absolute(0);
+        counter!(names::FIRINGS_LOST).absolute(0);
         Self {
             steps: counter!(names::STEPS),
             non_finite: counter!(names::STEPS_NON_FINITE),
@@ -58,6 +62,24 @@ impl StepMetrics {
             training_ratio: gauge!(names::TRAINING_RATIO),
             step_tokens,
             step_seconds_min: step_flops / (peak_flops.unwrap_or(1.0) * hosting.devices as f64),
+            started: Instant::now(),
+            productive: Duration::ZERO,
+        }
+    }
+
+    fn silent() -> Self {
+        Self {
+            steps: Counter::noop(),
+            non_finite: Counter::noop(),
+            tokens: Counter::noop(),
+            duration: Histogram::noop(),
+            loss: Gauge::noop(),
+            gradient_norm: Gauge::noop(),
+            learning_rate: Gauge::noop(),
+            mfu: None,
+            training_ratio: Gauge::noop(),
+            step_tokens: 0,
+            step_seconds_min: 0.0,
             started: Instant::now(),
             productive: Duration::ZERO,
         }

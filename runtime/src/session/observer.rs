@@ -1,7 +1,7 @@
 //! A running session as others see it, from any thread: snapshots, and samples of it on the `metrics` facade. It keeps nothing of
 //! the session alive that takes memory. Imports `plan`, `metrics`, `session::{hosting, metrics}` and the actors' shell.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
+use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::{Duration, Instant, SystemTime};
@@ -30,14 +30,16 @@ pub struct Observer {
     control: Control,
     snapshots: Snapshots,
     world: Weak<World>,
-    /// Registers of peers whose bytes come by sockets.
-    mirrored: BTreeSet<RegisterId>,
+    /// Registers of peers whose bytes are copied here, and how.
+    mirrored: BTreeMap<RegisterId, &'static str>,
     steps: AtomicU64,
     newest: Mutex<NewestSteps>,
     incidents: Mutex<Vec<Incident>>,
     /// Unix time of the start in nanoseconds: no two sessions that one server shows have the same.
     started: u64,
     facade: Mutex<Facade>,
+    /// Whether the facade is told.
+    tells: bool,
 }
 
 /// Steps that are kept, and of them those whose durations speak for what a step takes now.
@@ -131,7 +133,7 @@ impl Observer {
         control: Control,
         snapshots: Snapshots,
         world: Option<&Arc<World>>,
-        mirrored: BTreeSet<RegisterId>,
+        mirrored: BTreeMap<RegisterId, &'static str>,
         steps: NewestSteps,
     ) -> Self {
         let facade = Facade {
@@ -155,7 +157,13 @@ impl Observer {
             incidents: Mutex::default(),
             started: since_1970.as_nanos() as u64,
             facade: Mutex::new(facade),
+            tells: true,
         }
+    }
+
+    /// The same, which tells the facade, or does not.
+    pub(super) fn telling(self, tells: bool) -> Self {
+        Self { tells, ..self }
     }
 
     /// The plan that runs.
@@ -259,6 +267,9 @@ impl Observer {
 
     /// Brings the facade up to date.
     pub fn sample(&self) {
+        if !self.tells {
+            return;
+        }
         let mut facade = self.facade.lock().unwrap_or_else(PoisonError::into_inner);
         facade.sampled = Some(Instant::now());
         let snapshots = self.control.snapshot();
@@ -294,6 +305,9 @@ impl Observer {
         let next = facade.read.entry(actor).or_default();
         let told = self.control.fired(actor, *next);
         *next = told.next;
+        if told.lost > 0 {
+            counter!(names::FIRINGS_LOST).increment(told.lost);
+        }
         for Fired { action, idle_ns, launched_ns, ended_ns, cause, .. } in told.firings {
             let spec = &self.plan.spec.actors[actor.0 as usize];
             let firing = facade.firings.entry((actor, action)).or_insert_with(|| {
@@ -341,8 +355,7 @@ impl Observer {
         match () {
             () if from == device(reader) => "device",
             () if self.hosting.process_of(from) == self.hosting.process_of(device(reader)) => "process",
-            () if self.mirrored.contains(&register) => "socket",
-            () => "shared_memory",
+            () => self.mirrored.get(&register).copied().unwrap_or("shared_memory"),
         }
     }
 
@@ -351,6 +364,8 @@ impl Observer {
         let spec = &self.plan.spec;
         let mut bytes: BTreeMap<(&str, &str, &'static str), u64> = BTreeMap::new();
         for snapshot in snapshots {
+            // Two actions of an actor may read a register; it crosses once.
+            let mut crossed: BTreeMap<RegisterId, (&str, &'static str, u64)> = BTreeMap::new();
             let reader = &spec.actors[snapshot.actor.0 as usize];
             for (index, action) in reader.actions.iter().enumerate() {
                 let completed = snapshot.completed(index as u32);
@@ -362,9 +377,13 @@ impl Observer {
                     }
                     let transport = self.transport(input.register, snapshot.actor);
                     let pieces = completed / u64::from(input.firings_per_piece);
-                    *bytes.entry((&producer.name, &reader.name, transport)).or_default() +=
-                        pieces * register.slot_bytes as u64;
+                    let (_, _, most) = crossed.entry(input.register).or_insert((&producer.name, transport, 0));
+                    *most = pieces.max(*most);
                 }
+            }
+            for (register, (from, transport, pieces)) in crossed {
+                let slot_bytes = spec.registers[register.0 as usize].slot_bytes as u64;
+                *bytes.entry((from, &reader.name, transport)).or_default() += pieces * slot_bytes;
             }
         }
         for ((from, to, transport), bytes) in bytes {

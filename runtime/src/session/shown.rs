@@ -15,7 +15,8 @@ pub const PLAN_DOT: &str = "SHARDFLOW_PLAN_DOT";
 /// Writes the plan where the environment says so; then the session ends before it began.
 pub(super) fn show(plan: &Plan) -> Result<(), SessionError> {
     let mut is_asked = false;
-    for variable in [PLAN_TEXT, PLAN_HTML, PLAN_DOT] {
+    // The text last: that it is there says that all is.
+    for variable in [PLAN_HTML, PLAN_DOT, PLAN_TEXT] {
         let Some(path) = std::env::var_os(variable).map(PathBuf::from) else { continue };
         let picture = match variable {
             PLAN_HTML => plan.to_html(),

@@ -26,6 +26,9 @@ const STALL_STEPS: f64 = 5.0;
 /// Texts are cut off here.
 const TEXT_MAX: usize = 2_000;
 
+/// A step: its number, loss, gradient norm, learning rate and seconds.
+pub type Point = (u64, Option<f32>, Option<f64>, f32, f64);
+
 /// See the module. Times are since the session's start.
 #[derive(Debug, Default, Serialize)]
 pub(super) struct Event {
@@ -47,7 +50,7 @@ pub(super) struct Event {
     pub step_seconds: Option<f64>,
     pub tokens_per_second: Option<f64>,
     /// Newly done: steps done with it, loss, gradient norm, learning rate, seconds.
-    pub points: Vec<(u64, Option<f32>, Option<f64>, f32, f64)>,
+    pub points: Vec<Point>,
     /// Of each newly ended firing: actor, action, firing, launched (us), duration (us), what let it begin (0 input, 1 credit, 2 host,
     /// 3 itself), and of which register.
     pub firings: Vec<u64>,

@@ -224,7 +224,11 @@ exports! { driver;
         fill(to, value, 4, count, stream)
     }
 
-    fn cuStreamWriteValue32_v2(stream: CUstream, to: CUdeviceptr, value: c_uint, _flags: c_uint) -> CUresult {
+    fn cuStreamWriteValue32_v2(stream: CUstream, to: CUdeviceptr, value: c_uint, flags: c_uint) -> CUresult {
+        // `cuda.h`: the second version of the call does without memory barriers only where a device cannot make them.
+        if flags != 0 {
+            return Err(CUresult::CUDA_ERROR_INVALID_VALUE);
+        }
         fill(to, value, 4, 1, stream)
     }
 }

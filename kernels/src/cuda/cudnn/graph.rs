@@ -83,6 +83,8 @@ pub(super) struct Graph {
     pub(super) nodes: Vec<Node>,
     /// Bytes of the tensors in the workspace.
     pub(super) scratch_bytes: usize,
+    /// The tensor in the workspace that parts are added to as they come, which has to be 0 before: where it begins, and floats.
+    pub(super) summed: Option<(usize, usize)>,
 }
 
 /// Tensors in the workspace start at multiples of this.
@@ -92,7 +94,8 @@ impl Graph {
     /// The graph of a launch.
     pub(super) fn of(flash: &Flash) -> Self {
         let sides = [flash.batch, flash.heads, flash.time, flash.depth].map(|extent| extent as i64);
-        let mut builder = Builder { graph: Graph { tensors: vec![], nodes: vec![], scratch_bytes: 0 }, sides };
+        let mut builder =
+            Builder { graph: Graph { tensors: vec![], nodes: vec![], scratch_bytes: 0, summed: None }, sides };
         match flash.pass {
             Pass::Forward => builder.forward(flash.scale),
             Pass::Backward => builder.backward(flash.scale),
@@ -246,6 +249,9 @@ impl Builder {
         let keys = self.activation(Home::Virtual);
         self.graph.nodes.push(Node::Transpose { x: k, y: keys });
         let room = self.scratch(b * h * t * d);
+        if let Home::Scratch(start) = room {
+            self.graph.summed = Some((start, (b * h * t * d) as usize));
+        }
         let sum = self.tensor([b, h, t, d], [h * t * d, t * d, d, 1], Data::F32, room);
         self.matmul(grads, keys, sum);
         self.to(dq, Mode::Identity, sum, None);

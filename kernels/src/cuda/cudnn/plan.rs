@@ -1,5 +1,5 @@
 //! A graph as cuDNN's plan: descriptors, an engine's configuration, and what each execution binds.
-//! Imports `cudnn::graph`, `cudnn::descriptor`, `error`; no unsafe code.
+//! Imports `cudnn::graph`, `cudnn::descriptor`, `cuda::lane`, `error`; no unsafe code.
 
 use cudarc::cudnn::sys::{
     cudnnBackendAttributeName_t as Attribute, cudnnBackendDescriptorType_t as Kind, cudnnBackendHeurMode_t,
@@ -10,6 +10,7 @@ use super::api::Api;
 use super::descriptor::{Descriptor, Values};
 use super::graph::{Data, Graph, Home, Mode, Node, Of, Tensor};
 use crate::cuda::context::Raw;
+use crate::cuda::lane::Lane;
 use crate::cuda::step::Place;
 use crate::error::KernelError;
 
@@ -105,6 +106,7 @@ impl Plan {
         handle: Raw<cudnnHandle_t>,
         at: &dyn Fn(Place) -> Result<u64, KernelError>,
         workspace: u64,
+        lane: &Lane,
         place: &str,
     ) -> Result<bool, KernelError> {
         let (mut ids, mut pointers) = (Vec::new(), Vec::new());
@@ -131,6 +133,9 @@ impl Plan {
             ),
         ];
         let pack = Descriptor::sealed(api, Kind::CUDNN_BACKEND_VARIANT_PACK_DESCRIPTOR, &attributes, place)?;
+        if let Some((start, floats)) = self.graph.summed {
+            lane.fill(workspace + start as u64, 0, floats)?;
+        }
         self.plan.execute(handle, &pack, place)?;
         Ok(true)
     }

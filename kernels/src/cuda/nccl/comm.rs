@@ -154,6 +154,11 @@ impl Comm {
         self.api.0.check(code, call, &self.place)
     }
 
+    /// It was ended, or broken off.
+    fn closed(&self) -> KernelError {
+        KernelError::Aborted { cause: format!("{} has ended", self.place) }
+    }
+
     fn late(&self, within: Duration) -> KernelError {
         let text = format!(
             "not all members came within {} s: look whether every process of the launch is alive and reaches the others; \
@@ -189,6 +194,7 @@ impl Comm {
 
     /// The call that the member's stream came to last, and the one that it left last; `None` where that is not known.
     pub(super) fn reached_and_passed(&self) -> Option<(u32, u32)> {
+        // In this order: what is passed between the two reads seems still to be waited for, and is told of once too often.
         self.progress.as_ref().map(|progress| (progress.reached.read(), progress.passed.read()))
     }
 
@@ -203,7 +209,7 @@ impl Comm {
         lane: &Lane,
     ) -> Result<(), KernelError> {
         let handle = self.handle.lock().unwrap_or_else(PoisonError::into_inner);
-        let Some(comm) = handle.map(|handle| handle.0) else { return Ok(()) };
+        let Some(comm) = handle.map(|handle| handle.0) else { return Err(self.closed()) };
         let (api, dtype, stream) = (self.api.0, data_type(dtype), lane.stream().0.cast::<c_void>());
         let (x, y) = (x as *const c_void, y as *mut c_void);
         // SAFETY: live communicator and stream of one context; memory of the right size that lives until the stream has done

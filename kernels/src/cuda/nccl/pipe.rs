@@ -8,7 +8,7 @@
 //! - PIPE-3: what is sent was written when the send is called, and where it is received nobody reads: the caller knows both
 //!   from the register protocol, so neither stream waits for another. Memory stays until the stream has done with it.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::comm::{Comm, Transfer};
@@ -33,6 +33,8 @@ pub struct Pipe {
     peer: usize,
     lane: Lane,
     track: Arc<Track>,
+    /// Of a call that was not settled: its memory must stay until the call is broken off.
+    open: Mutex<Option<Arena>>,
 }
 
 /// A send that NCCL has put on its stream.
@@ -42,7 +44,7 @@ pub struct Sent(Event);
 impl Pipe {
     pub(super) fn new(inner: Arc<Inner>, comm: Arc<Comm>, peer: usize, lane: Lane) -> Self {
         let track = lane.gpu().poller().track(lane.place());
-        Self { inner, comm, peer, lane, track }
+        Self { inner, comm, peer, lane, track, open: Mutex::default() }
     }
 
     /// Calls for a send of these ranges of an arena (offset and length in bytes), all as one. It has to be announced to the
@@ -64,6 +66,7 @@ impl Pipe {
         self.inner.settle(&self.comm, None).unwrap_or(Ok(()))?;
         let event = Event::default();
         self.lane.gpu().poller().push(&self.track, self.lane.record()?, Then::LetGo(arena.clone(), event.clone()));
+        *self.open() = None;
         Ok(Sent(event))
     }
 
@@ -125,14 +128,22 @@ impl Pipe {
             transfers.push(Transfer { sends, peer: self.peer, address, elements: bytes });
         }
         context.bind()?;
+        *self.open() = Some(arena.clone());
         // What NCCL has not accepted the other end waits for in vain.
         self.comm.transfer(&transfers, None, &self.lane).map_err(|error| self.inner.failed(error))
     }
 }
 
 impl Pipe {
+    fn open(&self) -> MutexGuard<'_, Option<Arena>> {
+        self.open.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Whether all is done in time.
     fn drains(&self) -> bool {
+        if self.open().is_some() {
+            return false;
+        }
         let (deadline, gpu) = (Instant::now() + DRAIN_WITHIN, self.lane.gpu());
         while !gpu.poller().is_idle(&self.track) && gpu.context().lost().is_none() {
             if Instant::now() > deadline {
