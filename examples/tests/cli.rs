@@ -317,7 +317,7 @@ fn what_a_training_does_can_be_watched_and_its_plan_be_seen() {
     let folder = Folder::new("watched");
     let run_ = folder.gpt("--listen 127.0.0.1:0 --trace trace.json --mesh data=2");
     assert_eq!(run_.code, 0, "{}", run_.stderr);
-    assert!(run_.stderr.contains("metrics at http://127.0.0.1:"), "{}", run_.stderr);
+    assert!(run_.stderr.contains("watch it at http://127.0.0.1:"), "{}", run_.stderr);
     let trace = std::fs::read_to_string(folder.0.path().join("trace.json")).unwrap();
     let events: Vec<Value> = serde_json::from_str(&trace).unwrap();
     let forwards = events.iter().filter(|event| event["ph"] == "X" && event["name"] == "forward").count();
