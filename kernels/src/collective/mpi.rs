@@ -23,7 +23,7 @@ use std::time::{Duration, Instant};
 
 use crate::collective::exchange::{all_reduce_foreign, check_buffers, check_members, taken};
 use crate::collective::wire::agreement;
-use crate::collective::{Collective, CollectiveCall, CollectiveKind, Group, ReduceOp};
+use crate::collective::{Collective, CollectiveCall, CollectiveKind, Group, ReduceOp, Wait};
 use crate::error::KernelError;
 use crate::memory::{View, Words};
 use crate::region::Runs;
