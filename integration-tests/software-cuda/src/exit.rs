@@ -1,10 +1,11 @@
-//! What is checked and written when the process ends. Imports `world`, `scheduler`, `findings`.
+//! What is checked and written when the process ends. Imports `world`, `scheduler`, `findings`, `nccl::hub`.
 #![allow(unsafe_code)]
 
 use std::time::Duration;
 
 use crate::findings::Report;
 use crate::memory::Place;
+use crate::nccl::hub;
 use crate::scheduler::drain;
 use crate::world::{World, lock, world};
 
@@ -16,6 +17,8 @@ pub fn report_at_exit() {
         let world = world();
         drain(world, DRAIN_MAX);
         find_leaks(world);
+        let left = world.state().comms.left();
+        hub::wait_until_left(&left, DRAIN_MAX);
         let Some(path) = &world.config.report else { return };
         if let Err(error) = report(world).write(path) {
             eprintln!("software-cuda: cannot write {}: {error}", path.display());

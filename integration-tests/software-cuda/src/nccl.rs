@@ -7,7 +7,7 @@ pub mod abroad;
 pub mod calls;
 pub mod data;
 pub mod engine;
-mod hub;
+pub mod hub;
 pub mod wire;
 
 use std::ffi::{c_char, c_int};

@@ -38,7 +38,7 @@ pub fn deliver(world: &World, clique: u64, heard: Heard) {
     let mut state = world.state();
     let known = state.comms.cliques.get_mut(&clique).expect("cliques stay");
     match heard {
-        Heard::Answer(meeting, answer) => answer_to(&mut state, clique, meeting, &answer),
+        Heard::Answer(meeting, answer) => answer_to(world, &mut state, clique, meeting, &answer),
         Heard::Other(Said::Full) => known.is_abroad = known.ranks.iter().any(Option::is_none),
         Heard::Other(Said::Refused) => known.error = Some(ncclResult_t::ncclInvalidUsage),
         Heard::Other(Said::Busy) => state.peers_moved = Instant::now(),
@@ -54,7 +54,12 @@ pub fn deliver(world: &World, clique: u64, heard: Heard) {
     world.progressed.notify_all();
 }
 
-fn answer_to(state: &mut State, clique: u64, meeting: Meeting, answer: &Arc<Answer>) {
+/// A mismatch is told here, and not where operations are executed: whoever hears of it elsewhere may give its rank up at once,
+/// and that must not come first.
+fn answer_to(world: &World, state: &mut State, clique: u64, meeting: Meeting, answer: &Arc<Answer>) {
+    if let Some(what) = &answer.mismatch {
+        world.find("collective-mismatch", what, || what.clone());
+    }
     let own: HashMap<u64, usize> =
         state.comms.comms.iter().filter(|(_, c)| c.clique == clique).map(|(handle, c)| (*handle, c.rank)).collect();
     for stream in state.streams.values_mut() {
@@ -63,6 +68,8 @@ fn answer_to(state: &mut State, clique: u64, meeting: Meeting, answer: &Arc<Answ
         for part in group.parts.iter_mut().filter(|p| Meeting::of(*rank, p.tag) == meeting) {
             if matches!(part.stage, Stage::Posted) {
                 part.stage = Stage::Answered(answer.clone());
+                let comm = state.comms.comms.get_mut(&group.comm).filter(|_| answer.mismatch.is_some());
+                comm.into_iter().for_each(|comm| comm.error = Some(ncclResult_t::ncclInvalidUsage));
             }
         }
     }

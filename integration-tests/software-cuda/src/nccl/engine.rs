@@ -207,6 +207,12 @@ impl Comms {
         open.map(|c| format!("communicator of rank {} on device {}", c.rank, c.device)).collect()
     }
 
+    /// Names of the communicators whose ranks in this process were all given up.
+    pub fn left(&self) -> Vec<String> {
+        let is_open = |clique: u64| self.comms.values().any(|c| c.clique == clique && !c.is_closed);
+        self.ids.iter().filter(|(_, clique)| !is_open(**clique)).map(|(name, _)| name.clone()).collect()
+    }
+
     /// A new rank of a clique.
     pub fn add(&mut self, handle: u64, clique: u64, rank: usize, device: usize, is_blocking: bool) {
         let comm = Comm {
@@ -447,9 +453,9 @@ pub fn advance<'a>(world: &'a World, mut state: MutexGuard<'a, State>, handle: u
             return state;
         }
         Step::Take(answer) => {
-            match &answer.mismatch {
-                Some(what) => world.find("collective-mismatch", what, || what.clone()),
-                None => members.iter().for_each(|member| data::put(world, member, ranks, &answer.bytes)),
+            // A mismatch was told when the answer came.
+            if answer.mismatch.is_none() {
+                members.iter().for_each(|member| data::put(world, member, ranks, &answer.bytes));
             }
             answer.mismatch.is_some()
         }

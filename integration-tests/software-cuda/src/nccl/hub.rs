@@ -7,8 +7,9 @@
 use std::collections::{BTreeMap, HashMap};
 use std::io::{self, BufReader};
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::sync::{Mutex, OnceLock};
+use std::sync::{Condvar, Mutex, OnceLock};
 use std::thread;
+use std::time::Duration;
 
 use crate::nccl::data;
 use crate::nccl::engine::Call;
@@ -17,6 +18,8 @@ use crate::world::lock;
 
 /// The communicators whose ids this process made, by name.
 static HALLS: Mutex<BTreeMap<String, Hall>> = Mutex::new(BTreeMap::new());
+/// A process has given up its ranks, or is gone.
+static LEFT: Condvar = Condvar::new();
 
 /// The processes of one communicator.
 #[derive(Default)]
@@ -62,6 +65,14 @@ fn listen(hub: &str) -> io::Result<()> {
     thread::Builder::new().name("software-nccl-hub".into()).spawn(listen).map(drop)
 }
 
+/// Waits until all have been told that this process has given up its ranks of these communicators in order: one that ends
+/// before would seem to have died.
+pub fn wait_until_left(cliques: &[String], limit: Duration) {
+    let is_here = |hall: &Hall| hall.connections.values().any(|connection| connection.is_own);
+    let waits = |halls: &mut BTreeMap<String, Hall>| cliques.iter().any(|name| halls.get(name).is_some_and(is_here));
+    drop(LEFT.wait_timeout_while(lock(&HALLS), limit, waits));
+}
+
 /// Hears one process out. It ends when the process does, or has given up its ranks.
 fn serve(connection: u64, stream: UnixStream) {
     let Ok(out) = stream.try_clone() else { return };
@@ -95,6 +106,7 @@ fn serve(connection: u64, stream: UnixStream) {
     if hall.connections.is_empty() {
         halls.remove(&name);
     }
+    LEFT.notify_all();
 }
 
 impl Hall {

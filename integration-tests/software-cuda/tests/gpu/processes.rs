@@ -1,5 +1,6 @@
 //! Ranks of one communicator in several processes. Imports `api`, `child`.
 
+use std::collections::BTreeSet;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::process::{Child, Stdio};
 use std::time::{Duration, Instant};
@@ -20,6 +21,8 @@ const PROCESS: &str = "SOFTWARE_CUDA_TEST_PROCESS";
 const OWN: usize = 2;
 const RANKS: usize = 2 * OWN;
 const WITHIN: Duration = Duration::from_secs(60);
+/// Cases in which processes wait for what never comes.
+const STUCK: [&str; 2] = ["a process never calls", "a send is not announced"];
 
 /// One rank.
 struct Rank {
@@ -233,9 +236,10 @@ fn abort(ranks: &[Rank]) {
 fn start(case: &str, policy: &str, seed: u64) -> Vec<(bool, String, Report)> {
     let folders = [(); 2].map(|()| tempfile::tempdir().expect("a folder"));
     let start = |process: usize| -> Child {
-        let settings = [(PROCESS, process.to_string()), ("SOFTWARE_CUDA_DEADLOCK_MS", "1500".to_owned())];
         let mut command = child::command(case, folders[process].path(), RANKS, policy, seed + process as u64);
-        command.envs(settings).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        // Where nothing is to get stuck, a loaded machine has the usual time.
+        command.envs(STUCK.contains(&case).then_some(("SOFTWARE_CUDA_DEADLOCK_MS", "1500")));
+        command.env(PROCESS, process.to_string()).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
         command.spawn().expect("this program starts")
     };
     let mut children = [start(0), start(1)];
@@ -269,12 +273,19 @@ fn ranks_of_several_processes_work_together() {
     }
 }
 
+/// Kinds of what was found, beside what an abort leaves: whether something is under way then is a matter of time, and so is
+/// how often somebody is found to wait.
+fn kinds(report: &Report) -> BTreeSet<&str> {
+    let kinds = report.findings.iter().map(|finding| &finding.kind[..]);
+    kinds.filter(|kind| !["leak", "aborted"].contains(kind)).collect()
+}
+
 /// Both processes end well, and report findings of these kinds.
-fn expect_found(case: &str, kinds: [&[&str]; 2]) {
+fn expect_found(case: &str, expected: [&[&str]; 2]) {
     for (process, (is_well, text, report)) in start(case, "random", 1).into_iter().enumerate() {
         assert!(is_well, "{case}, process {process}:\n{text}");
-        let found: Vec<&str> = report.findings.iter().map(|f| &f.kind[..]).filter(|kind| *kind != "leak").collect();
-        assert_eq!(found, kinds[process], "{case}, process {process}: {:#?}", report.findings);
+        let expected = expected[process].iter().copied().collect();
+        assert_eq!(kinds(&report), expected, "{case}, process {process}: {:#?}", report.findings);
     }
 }
 
@@ -283,13 +294,12 @@ fn mistakes_between_processes_are_found_in_both() {
     expect_found("processes disagree", [&["collective-mismatch"]; 2]);
     expect_found("processes on the same devices", [&[]; 2]);
     expect_found("a process never calls", [&["deadlock"], &[]]);
-    expect_found("a send is not announced", [&["deadlock", "aborted"], &[]]);
+    expect_found("a send is not announced", [&["deadlock"], &[]]);
 }
 
 #[test]
 fn a_process_that_dies_leaves_an_error() {
     let ends = start("a process dies", "random", 1);
     assert!(ends[0].0 && !ends[1].0, "{}\n{}", ends[0].1, ends[1].1);
-    let found: Vec<&str> = ends[0].2.findings.iter().map(|f| &f.kind[..]).filter(|kind| *kind != "leak").collect();
-    assert!(found.is_empty(), "{:#?}", ends[0].2.findings);
+    assert!(kinds(&ends[0].2).is_empty(), "{:#?}", ends[0].2.findings);
 }
