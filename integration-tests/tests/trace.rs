@@ -64,9 +64,10 @@ fn check_summary(text: &str, metrics: &Metrics) {
     }
     let computes = summary.actors.iter().filter(|actor| actor.name.ends_with("compute"));
     assert!(computes.clone().all(|actor| actor.busy > 0.05), "{summary}");
-    // The simulator knows no waiting for cores, messages or the host.
+    // The simulator knows no waiting for cores, messages or the host; and a step of means is no longer than the mean of steps, but
+    // for another order of the same firings.
     let predicted = summary.predicted_seconds.expect("all actors are here");
-    assert!(predicted > summary.step_seconds * 0.1 && predicted < summary.step_seconds * 1.2, "{summary}");
+    assert!(predicted > summary.step_seconds * 0.1 && predicted < summary.step_seconds * 1.5, "{summary}");
     assert!(
         summary.edges.iter().any(|(cause, register, _)| cause == "input" && register.contains("pull")),
         "{summary}"

@@ -131,10 +131,14 @@ impl TraceFile {
 
     /// A slice, and the arrows that end and begin in it.
     fn firing(&mut self, spec: &Spec, actor: ActorId, fired: &Fired) -> Result<(), TraceError> {
-        let spent = self.spent.entry((actor, fired.action)).or_default();
-        *spent = (spent.0 + 1, spent.1 + fired.ended_ns - fired.launched_ns);
         let own = &spec.actors[actor.0 as usize];
         let action = &own.actions[fired.action as usize];
+        let spent = self.spent.entry((actor, fired.action)).or_default();
+        // The first step warms up: it counts only while there is no other.
+        if fired.firing == u64::from(action.per_step) {
+            *spent = (0, 0);
+        }
+        *spent = (spent.0 + 1, spent.1 + fired.ended_ns - fired.launched_ns);
         let (pid, tid) = (own.device, actor.0);
         let (cause, register) = match fired.cause {
             Cause::Input(register) => ("input", spec.register_name(register)),
