@@ -451,4 +451,6 @@ fn steps(spec: &Spec, given: &BTreeMap<(ActorId, u32), u64>) -> (u64, u64) {
 }
 
 #[cfg(test)]
+mod stalls;
+#[cfg(test)]
 mod tests;
