@@ -436,6 +436,12 @@ impl Control {
         self.0.upgrade()?.first_failure()
     }
 
+    /// The same, and when, nanoseconds since the session's start.
+    pub fn failed_at(&self) -> Option<(u64, Failure)> {
+        let session = self.0.upgrade()?;
+        Some((session.failed_ns(), session.first_failure()?))
+    }
+
     /// Ends the session for a cause from outside it. Only the first cause is kept.
     pub fn fail(&self, failure: Failure) {
         self.0.upgrade().into_iter().for_each(|session| session.fail(failure.clone()));

@@ -50,6 +50,8 @@ pub(crate) struct Session {
     progress: AtomicU64,
     /// When it last did, nanoseconds from the start.
     progressed_ns: AtomicU64,
+    /// When it failed, nanoseconds from the start.
+    failed_ns: AtomicU64,
     /// Index of the action in flight, or `IDLE`; by actor.
     in_flight: Vec<AtomicU32>,
     /// Firings ended, by actor and action. Counted one by one: what follows from a peer that is a step ahead fires early, and
@@ -107,6 +109,7 @@ impl Session {
             step_p99_ns: AtomicU64::new(0),
             progress: AtomicU64::new(0),
             progressed_ns: AtomicU64::new(0),
+            failed_ns: AtomicU64::new(0),
             clocks: Clocks::default(),
             in_flight: spec.actors.iter().map(|_| AtomicU32::new(IDLE)).collect(),
             completed: spec.actors.iter().map(|a| a.actions.iter().map(|_| AtomicU64::new(0)).collect()).collect(),
@@ -141,6 +144,7 @@ impl Session {
                 return;
             }
             state.first = Some(failure.clone());
+            self.failed_ns.store(self.now_ns(), Ordering::Relaxed);
         }
         tracing::error!(%failure, "session ends");
         if let Some(OnFailure(tell)) = self.on_failure.get() {
@@ -195,6 +199,10 @@ impl Session {
     /// Nanoseconds since any actor took an event in.
     pub(crate) fn idle_ns(&self) -> u64 {
         self.now_ns().saturating_sub(self.progressed_ns.load(Ordering::Relaxed))
+    }
+
+    pub(crate) fn failed_ns(&self) -> u64 {
+        self.failed_ns.load(Ordering::Relaxed)
     }
 
     pub(crate) fn progress(&self) -> u64 {

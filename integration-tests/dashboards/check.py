@@ -109,13 +109,18 @@ def expressions():
             yield f"alerts.yaml, {rule['name']}", re.sub(r"(?<= )(>|<|==)(?= )", r"\1 bool", rule["query"])
 
 
+def is_nothing(result):
+    """Neither is a mean of no numbers something."""
+    return all(sample["value"][1] == "NaN" for sample in result)
+
+
 def empty():
     """The expressions that return nothing, and how many there are in all."""
     all_of_them = list(expressions())
     nothing = []
     for place, expr in all_of_them:
         try:
-            if not json.loads(get(PROMETHEUS, "/api/v1/query", query=expr))["data"]["result"]:
+            if is_nothing(json.loads(get(PROMETHEUS, "/api/v1/query", query=expr))["data"]["result"]):
                 nothing.append(f"{place}: {expr}")
         except urllib.error.HTTPError as error:
             nothing.append(f"{place}: {expr}: {error.read().decode()}")

@@ -11,13 +11,15 @@ use shardflow::checkpoint::{Alone, SaverOptions, Store, save_now};
 use shardflow::metrics as names;
 use shardflow::plan::Schedule::OneFOneB;
 use shardflow::plan::flops::step_flops;
-use shardflow::session::{Session, SessionOptions};
+use shardflow::session::{Session, SessionError, SessionOptions};
 use shardflow::watch::status::DeviceStatus;
 use shardflow::watch::{Watch, WatchError, client};
 use shardflow_integration_tests::training::{LEARNING_RATE, Model, Scratch, options};
 
 const STEPS: u64 = 5;
 const PEAK: f64 = 1e12;
+/// From the first stage to the second.
+const EDGE: &str = "from=\"device 0 compute\",to=\"device 1 copy\",transport=\"process\"";
 
 fn get(address: SocketAddr, path: &str) -> (u16, String) {
     let mut stream = TcpStream::connect(address).expect("a server");
@@ -74,6 +76,8 @@ fn metrics_are_those_of_the_session() {
     let value = |name: &str| got[name];
     let (last, metrics) = (&reports[STEPS as usize - 1], session.metrics());
     assert_eq!((value(names::STEPS), value(names::STEPS_NON_FINITE)), (STEPS as f64, 0.0));
+    assert_eq!(value(names::STEP), STEPS as f64);
+    assert!(value(names::START) > 1.7e9);
     assert_eq!(value(names::TOKENS), (STEPS as usize * model.batch * model.context) as f64);
     assert_eq!(value(names::LOSS) as f32, last.loss.expect("a loss"));
     assert_eq!(value(names::GRADIENT_NORM), last.grad_norm.expect("a norm"));
@@ -121,12 +125,14 @@ fn metrics_are_those_of_the_session() {
     }
     // Activations of two micro-batches, to the next stage.
     let rows = model.batch / 2 / 2 * model.context * model.width * 4;
-    let edge = sum(&got, names::EDGE_BYTES, "from=\"device 0 compute\",to=\"device 1 copy\",transport=\"process\"");
+    let edge = sum(&got, names::EDGE_BYTES, EDGE);
+    let collectives = session_collectives(&session);
     assert_eq!(edge, (rows * 2 * STEPS as usize) as f64);
     assert!(sum(&got, "shardflow_collective_seconds_count", "kind=\"all_reduce\"") > 0.0);
 
     let status = client::status(watch.address()).expect("a session");
-    assert_eq!((status.steps, status.loss, status.gradient_norm), (STEPS, last.loss, last.grad_norm));
+    assert_eq!((status.steps, status.gradient_norm), (STEPS, last.grad_norm));
+    assert_eq!(status.loss, last.loss.map(f64::from));
     assert_eq!((&*status.mesh, &*status.device, status.process, status.processes), ("data=2,stage=2", "cpu", 0, 1));
     let memory = |d: &DeviceStatus| (d.device, d.planned_bytes, d.peak_bytes);
     let expected = metrics.devices.iter().map(|d| (d.device, d.planned_peak_bytes, d.measured_peak_bytes));
@@ -141,6 +147,33 @@ fn metrics_are_those_of_the_session() {
     session.shutdown().expect("an end in order");
     assert_eq!(get(watch.address(), "/healthz").0, 503, "it has ended");
     assert_eq!(get(watch.address(), "/nothing").0, 404);
+    a_second_session_that_diverges(&watch, &model, edge, collectives);
+}
+
+/// What it does adds to what the first did; and the step that ends it is told.
+fn a_second_session_that_diverges(watch: &Watch, model: &Model, edge: f64, collectives: f64) {
+    let mut session = model.session("data=2,stage=2", &options(2, OneFOneB));
+    watch.show(&session);
+    session.step(&model.batch(0), 1e30).expect("weights are finite yet");
+    assert!(matches!(session.step(&model.batch(1), LEARNING_RATE), Err(SessionError::NonFinite(_))));
+    let got = values(&get(watch.address(), "/metrics").1);
+    assert_eq!((got[names::STEPS], got[names::STEPS_NON_FINITE]), (STEPS as f64 + 2.0, 1.0));
+    assert_eq!(got[names::STEP], 1.0, "the last one changed nothing");
+    // The last step was run again, to find what is to blame.
+    let edge_now = sum(&got, names::EDGE_BYTES, EDGE);
+    assert_eq!(edge_now, edge + edge / STEPS as f64 * 3.0);
+    assert_eq!(sum(&got, names::COLLECTIVE_BYTES, ""), collectives + session_collectives(&session));
+    assert_eq!(sum(&got, names::RESTARTS, ""), 3.0, "the process was started again, not the session");
+    let status = client::status(watch.address()).expect("a session");
+    let norm = status.gradient_norm.expect("a norm");
+    assert!(!norm.is_finite() && status.to_string().contains(&format!("gradient norm {norm}")), "{status}");
+    let incidents = session.observer().expect("it runs").incidents();
+    assert!(matches!(&incidents[..], [only] if only.kind == "not finite"), "{incidents:?}");
+    session.shutdown().expect("an end in order");
+}
+
+fn session_collectives(session: &Session) -> f64 {
+    session.metrics().devices.iter().map(|device| device.collective_bytes as f64).sum()
 }
 
 /// All that is documented is there, but for what needs other processes; and nothing else.

@@ -6,6 +6,8 @@
 //! |---|---|---|---|
 //! | `shardflow_build_info` | gauge | `version`, `mesh`, `device`, `process` | 1 |
 //! | `shardflow_steps_total` | counter | | steps done |
+//! | `shardflow_step` | gauge | | the step that the training has come to, those before a checkpoint that was loaded among them |
+//! | `shardflow_start_timestamp_seconds` | gauge | | when the session began, Unix time |
 //! | `shardflow_steps_non_finite_total` | counter | | steps whose loss or gradients were not finite: nothing was updated |
 //! | `shardflow_tokens_total` | counter | | tokens of these steps, of all processes together |
 //! | `shardflow_step_duration_seconds` | histogram | | wall time of a step |
@@ -38,6 +40,10 @@ use shardflow_kernels::metrics::COLLECTIVE_SECONDS;
 pub const BUILD_INFO: &str = "shardflow_build_info";
 /// See the module.
 pub const STEPS: &str = "shardflow_steps_total";
+/// See the module.
+pub const STEP: &str = "shardflow_step";
+/// See the module.
+pub const START: &str = "shardflow_start_timestamp_seconds";
 /// See the module.
 pub const STEPS_NON_FINITE: &str = "shardflow_steps_non_finite_total";
 /// See the module.
@@ -101,6 +107,8 @@ pub const BUCKETS: &[(&str, &[f64])] = &[
 pub fn describe() {
     describe_gauge!(BUILD_INFO, "What runs: always 1.");
     describe_counter!(STEPS, "Steps done.");
+    describe_gauge!(STEP, "The step that the training has come to.");
+    describe_gauge!(START, Unit::Seconds, "When the session began, Unix time.");
     describe_counter!(STEPS_NON_FINITE, "Steps whose loss or gradients were not finite.");
     describe_counter!(TOKENS, "Tokens trained on, by all processes together.");
     describe_histogram!(STEP_DURATION, Unit::Seconds, "Wall time of a step.");

@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::atomic::AtomicBool;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, Once, OnceLock, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, after, never, select, unbounded};
@@ -265,8 +265,11 @@ impl Session {
         let step_tokens = tokens::in_a_step(&plan);
         let tells = options.tells_metrics;
         let step_metrics = StepMetrics::new(&plan, &hosting, step_tokens, options);
-        for code in options.cluster.restart_causes.iter().filter(|_| tells) {
-            ::metrics::counter!(names::RESTARTS, "cause" => code.to_string()).increment(1);
+        if tells {
+            // They are of the process, however many sessions it has.
+            static RESTARTS: Once = Once::new();
+            let restart = |code: &u8| ::metrics::counter!(names::RESTARTS, "cause" => code.to_string()).increment(1);
+            RESTARTS.call_once(|| options.cluster.restart_causes.iter().for_each(restart));
         }
         let mut session = Self {
             vocabularies: tokens::vocabularies(&plan.graph),
@@ -293,7 +296,8 @@ impl Session {
             observer: None,
         };
         session.initialise()?;
-        let running = start(loaded, counted(&options.watchdog))?;
+        let seen = Arc::new(OnceLock::new());
+        let running = start(loaded, counted(&options.watchdog, seen.clone()))?;
         if let Some(world) = &session.world {
             world.watch(&running);
         }
@@ -301,7 +305,10 @@ impl Session {
         let (plan, world) = (session.plan.clone(), session.world.as_ref());
         let steps = NewestSteps { tokens: step_tokens, planned: options.steps_planned, ..NewestSteps::default() };
         let observer = Observer::new(plan, session.hosting, running.control(), snapshots, world, mirrored, steps);
-        session.observer = Some(Arc::new(observer.telling(options.tells_metrics)));
+        let observer = Arc::new(observer.telling(options.tells_metrics));
+        // It is set here only.
+        let _ = seen.set(Arc::downgrade(&observer));
+        session.observer = Some(observer);
         session.running = Some(running);
         Ok(session)
     }
@@ -482,11 +489,14 @@ impl Drop for Session {
     }
 }
 
-/// The same, with stalls counted.
-fn counted(options: &WatchdogOptions) -> WatchdogOptions {
+/// The same, with stalls counted, and kept as incidents.
+fn counted(options: &WatchdogOptions, seen: Arc<OnceLock<Weak<Observer>>>) -> WatchdogOptions {
     let tell = options.on_stall.clone();
     let on_stall: OnStall = Arc::new(move |report| {
         ::metrics::counter!(names::STALLS).increment(1);
+        if let Some(observer) = seen.get().and_then(Weak::upgrade) {
+            observer.note("stall", report.lines().next().unwrap_or_default().to_owned());
+        }
         tell.iter().for_each(|tell| tell(report));
     });
     WatchdogOptions { on_stall: Some(on_stall), ..options.clone() }

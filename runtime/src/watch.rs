@@ -65,6 +65,7 @@ pub enum WatchError {
 
 /// A running server. It ends when this is dropped.
 #[derive(Debug)]
+#[must_use = "it is served as long as this lives"]
 pub struct Watch {
     address: SocketAddr,
     shown: Shown,
@@ -96,6 +97,7 @@ impl Watch {
         listener.set_nonblocking(true).map_err(failed)?;
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(failed)?;
         let prometheus = install()?;
+        keep_up(prometheus.clone()).map_err(failed)?;
         let shown = Shown::default();
         let (stop, stopped) = oneshot::channel();
         let served =
@@ -145,10 +147,19 @@ fn install() -> Result<PrometheusHandle, WatchError> {
     Ok(handle)
 }
 
+/// As long as the program runs, for nobody can take the recorder away again: its histograms keep every number until they are
+/// looked at.
+fn keep_up(prometheus: PrometheusHandle) -> io::Result<()> {
+    let keep = move || loop {
+        thread::park_timeout(UPKEEP_EVERY);
+        prometheus.run_upkeep();
+    };
+    thread::Builder::new().name("metrics".into()).spawn(keep).map(drop)
+}
+
 async fn serve(listener: TcpListener, served: Served, stopped: oneshot::Receiver<()>) {
     // It was bound and is not blocking.
     let Ok(listener) = tokio::net::TcpListener::from_std(listener) else { return };
-    let upkeep = served.prometheus.clone();
     let router = Router::new()
         .route("/", get(page::index))
         .route("/page/{file}", get(page::file))
@@ -160,17 +171,9 @@ async fn serve(listener: TcpListener, served: Served, stopped: oneshot::Receiver
         .route("/status", get(status))
         .route("/hang", get(hang))
         .with_state(served);
-    let upkeep = async {
-        let mut every = tokio::time::interval(UPKEEP_EVERY);
-        loop {
-            every.tick().await;
-            upkeep.run_upkeep();
-        }
-    };
     let server = async { axum::serve(listener, router).await };
     tokio::select! {
         _ = server => {}
-        () = upkeep => {}
         _ = stopped => {}
     }
 }

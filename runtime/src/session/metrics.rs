@@ -2,7 +2,7 @@
 //! Imports `metrics`, `plan` and the actors' snapshots.
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use metrics::{Counter, Gauge, Histogram, counter, gauge, histogram};
 use shardflow_actors::snapshot::ActorSnapshot;
@@ -17,6 +17,7 @@ use crate::plan::{Plan, flops};
 /// Handles of the step's metrics.
 pub(super) struct StepMetrics {
     steps: Counter,
+    step: Gauge,
     non_finite: Counter,
     tokens: Counter,
     duration: Histogram,
@@ -47,11 +48,14 @@ impl StepMetrics {
             ("process", hosting.process.to_string()),
         ];
         gauge!(names::BUILD_INFO, &labels).set(1.0);
+        let since_1970 = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+        gauge!(names::START).set(since_1970.as_secs_f64());
         // So that they are there before the first of them happens.
         counter!(names::STALLS).absolute(0);
         counter!(names::FIRINGS_LOST).absolute(0);
         Self {
             steps: counter!(names::STEPS),
+            step: gauge!(names::STEP),
             non_finite: counter!(names::STEPS_NON_FINITE),
             tokens: counter!(names::TOKENS),
             duration: histogram!(names::STEP_DURATION),
@@ -70,6 +74,7 @@ impl StepMetrics {
     fn silent() -> Self {
         Self {
             steps: Counter::noop(),
+            step: Gauge::noop(),
             non_finite: Counter::noop(),
             tokens: Counter::noop(),
             duration: Histogram::noop(),
@@ -85,8 +90,10 @@ impl StepMetrics {
         }
     }
 
-    pub(super) fn record(&mut self, report: &StepReport, learning_rate: f32, took: Duration) {
+    /// A step has ended, `steps` being done by then.
+    pub(super) fn record(&mut self, steps: u64, report: &StepReport, learning_rate: f32, took: Duration) {
         self.steps.increment(1);
+        self.step.set(steps as f64);
         self.tokens.increment(self.step_tokens);
         self.duration.record(took);
         self.learning_rate.set(learning_rate);

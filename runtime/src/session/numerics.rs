@@ -147,11 +147,11 @@ impl Session {
     }
 
     /// Lets the step pass, or not.
-    pub(super) fn pass_over(&mut self, found: NonFinite) -> Result<NonFinite, SessionError> {
+    pub(super) fn pass_over(&mut self, found: &NonFinite) -> Result<(), SessionError> {
         self.skipped_in_a_row += 1;
         match self.on_non_finite {
-            OnNonFinite::Skip { in_a_row_max } if self.skipped_in_a_row <= in_a_row_max => Ok(found),
-            _ => Err(SessionError::NonFinite(Box::new(found))),
+            OnNonFinite::Skip { in_a_row_max } if self.skipped_in_a_row <= in_a_row_max => Ok(()),
+            _ => Err(SessionError::NonFinite(Box::new(found.clone()))),
         }
     }
 

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::{Duration, Instant, SystemTime};
 
-use metrics::{Gauge, Histogram, counter, gauge, histogram};
+use metrics::{Counter, Gauge, Histogram, counter, gauge, histogram};
 use shardflow_actors::hang::Hang;
 use shardflow_actors::shell::Control;
 use shardflow_actors::snapshot::ActorSnapshot;
@@ -79,7 +79,7 @@ pub struct StepDone {
 /// Something that went wrong.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Incident {
-    /// When it was seen first, nanoseconds since the session's start.
+    /// When it happened first, nanoseconds since the session's start.
     pub at_ns: u64,
     /// `not finite`, `stall` or `failure`.
     pub kind: &'static str,
@@ -110,6 +110,21 @@ struct Facade {
     firings: HashMap<(ActorId, u32), Histogram>,
     waits: HashMap<(ActorId, Cause), Histogram>,
     slots: HashMap<RegisterId, [Gauge; 3]>,
+    /// By name and labels: each counter, and what it was told of this session. Sessions of one program add up.
+    totals: HashMap<String, (Counter, u64)>,
+}
+
+impl Facade {
+    /// A counter's part that is this session's has come to `total`.
+    fn total(&mut self, name: &'static str, labels: &[(&'static str, &str)], total: u64) {
+        let key = labels.iter().fold(name.to_owned(), |key, (_, value)| key + "\n" + value);
+        let (counter, told) = self.totals.entry(key).or_insert_with(|| {
+            let labels: Vec<(&'static str, String)> = labels.iter().map(|(k, v)| (*k, (*v).to_owned())).collect();
+            (counter!(name, &labels), 0)
+        });
+        counter.increment(total.saturating_sub(*told));
+        *told = total.max(*told);
+    }
 }
 
 /// How a session does.
@@ -142,6 +157,7 @@ impl Observer {
             firings: HashMap::new(),
             waits: HashMap::new(),
             slots: HashMap::new(),
+            totals: HashMap::new(),
         };
         let world = world.map_or_else(Weak::new, Arc::downgrade);
         let since_1970 = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
@@ -224,22 +240,29 @@ impl Observer {
 
     /// What went wrong so far, the first first; at most 32.
     pub fn incidents(&self) -> Vec<Incident> {
-        if let Some(failure) = self.control.first_failure() {
-            self.note("failure", failure.to_string());
+        if let Some((at_ns, failure)) = self.control.failed_at() {
+            self.keep(Incident { at_ns, kind: "failure", text: failure.to_string() });
         }
-        self.incidents.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        let mut incidents = self.incidents.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        incidents.sort_by_key(|incident| incident.at_ns);
+        incidents
     }
 
-    /// Keeps an incident, unless the last one is the same.
+    /// Keeps an incident of now.
     pub fn note(&self, kind: &'static str, text: String) {
-        let at_ns = self.now_ns().unwrap_or_default();
+        self.keep(Incident { at_ns: self.now_ns().unwrap_or_default(), kind, text });
+    }
+
+    /// Unless it is there already, or too many are.
+    fn keep(&self, incident: Incident) {
         let mut incidents = self.incidents.lock().unwrap_or_else(PoisonError::into_inner);
-        let is_known = incidents.last().is_some_and(|last| last.kind == kind && last.text == text);
+        let is_known = incidents.iter().any(|known| known.kind == incident.kind && known.text == incident.text);
         if !is_known && incidents.len() < INCIDENTS_MAX {
-            incidents.push(Incident { at_ns, kind, text });
+            incidents.push(incident);
         }
     }
 
+    /// A step has ended, `steps` being done by then.
     pub(super) fn step_done(&self, steps: u64, report: &StepReport, learning_rate: f32, took: Duration) {
         self.set_steps(steps);
         if let Some(found) = &report.non_finite {
@@ -295,7 +318,7 @@ impl Observer {
             self.sample_firings(&mut facade, snapshot);
             self.sample_slots(&mut facade, snapshot);
         }
-        self.sample_edges(&snapshots);
+        self.sample_edges(&mut facade, &snapshots);
         for device in self.snapshots.metrics(&self.plan, 0, &snapshots).devices {
             let rank = device.device.to_string();
             let memory = [
@@ -306,11 +329,11 @@ impl Observer {
             for (kind, bytes) in memory {
                 gauge!(names::MEMORY, "device" => rank.clone(), "kind" => kind).set(bytes as f64);
             }
-            counter!(names::COLLECTIVE_BYTES, "device" => rank).absolute(device.collective_bytes);
+            facade.total(names::COLLECTIVE_BYTES, &[("device", &rank)], device.collective_bytes);
         }
         if let Some(world) = self.world.upgrade() {
             for (reason, count) in world.refused() {
-                counter!(names::REFUSED, "reason" => reason).absolute(count);
+                facade.total(names::REFUSED, &[("reason", reason)], count);
             }
         }
     }
@@ -375,7 +398,7 @@ impl Observer {
     }
 
     /// What this process's actors have released of others' registers.
-    fn sample_edges(&self, snapshots: &[ActorSnapshot]) {
+    fn sample_edges(&self, facade: &mut Facade, snapshots: &[ActorSnapshot]) {
         let spec = &self.plan.spec;
         let mut bytes: BTreeMap<(&str, &str, &'static str), u64> = BTreeMap::new();
         for snapshot in snapshots {
@@ -402,8 +425,7 @@ impl Observer {
             }
         }
         for ((from, to, transport), bytes) in bytes {
-            let labels = [("from", from.to_owned()), ("to", to.to_owned()), ("transport", transport.to_owned())];
-            counter!(names::EDGE_BYTES, &labels).absolute(bytes);
+            facade.total(names::EDGE_BYTES, &[("from", from), ("to", to), ("transport", transport)], bytes);
         }
     }
 }

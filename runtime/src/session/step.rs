@@ -45,22 +45,25 @@ impl Session {
         let results = self.run(&by_name)?;
         let stop = self.words()?.iter().any(|word| word[0] != 0);
         let mut report = StepReport { stop, ..self.report(results)? };
+        let mut passed = Ok(());
         if report.is_finite() {
             self.decide(learning_rate)?;
             self.skipped_in_a_row = 0;
         } else {
             self.decide(f32::NAN)?;
             let found = self.trace(&by_name, &report)?;
-            report.non_finite = Some(self.pass_over(found)?);
+            passed = self.pass_over(&found);
+            report.non_finite = Some(found);
         }
-        self.steps += 1;
+        self.steps += u64::from(passed.is_ok());
+        // A step that ends the training is told, too.
         let took = begin.elapsed();
-        self.step_metrics.record(&report, learning_rate, took);
+        self.step_metrics.record(self.steps, &report, learning_rate, took);
         if let Some(observer) = &self.observer {
             observer.step_done(self.steps, &report, learning_rate, took);
             observer.sample_now_and_then();
         }
-        Ok(report)
+        passed.map(|()| report)
     }
 
     /// Feeds a batch, and gives what the devices of all processes bring back. Devices are left where the update begins.
