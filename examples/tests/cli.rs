@@ -2,13 +2,14 @@
 //! Imports `support/programs`.
 
 use std::io::Read;
+use std::net::TcpListener;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::sync::mpsc::channel;
 use std::thread;
 use std::time::Duration;
 
-use programs::GPT;
+use programs::{GPT, launcher};
 use serde_json::Value;
 
 #[path = "support/programs.rs"]
@@ -322,12 +323,27 @@ fn what_a_training_does_can_be_watched_and_its_plan_be_seen() {
     let events: Vec<Value> = serde_json::from_str(&trace).unwrap();
     let forwards = events.iter().filter(|event| event["ph"] == "X" && event["name"] == "forward").count();
     assert_eq!(forwards, 2 * 4, "two devices, four steps");
-    // As `shardflow plan` starts it.
-    let page = folder.0.path().join("page.html");
-    let mut command = Command::new(GPT);
-    command.args(TINY.split_whitespace()).current_dir(folder.0.path()).env("SHARDFLOW_PLAN_HTML", &page);
-    let output = command.args(["--data", "text"]).output().unwrap();
-    assert_eq!((output.status.code(), output.stderr.len()), (Some(0), 0), "{output:?}");
-    assert!(!String::from_utf8_lossy(&output.stdout).contains("loss"), "it trained");
-    assert!(std::fs::read_to_string(page).unwrap().contains("device 0 compute"));
+    // With the command line of a job that runs, on a machine with none of what it runs on.
+    let taken = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = taken.local_addr().unwrap().to_string();
+    let mut program = vec!["--", GPT, "--data", "text"];
+    program.extend(TINY.split_whitespace());
+    program.extend(["--device", "cuda", "--mesh", "data=4", "--listen", &address]);
+    let plan = |flags: &[&str]| {
+        let args: Vec<&str> = ["plan"].iter().chain(flags).chain(&program).copied().collect();
+        let run_ = run(launcher().to_str().unwrap(), folder.0.path(), &args);
+        assert_eq!((run_.code, &*run_.stderr), (0, ""), "{}", run_.stdout);
+        run_.stdout
+    };
+    assert_eq!(plan(&["--html", "page.html", "--dot", "plan.dot"]), "");
+    assert!(plan(&[]).contains("device 3"));
+    for (file, part) in [("page.html", "device 0 compute"), ("plan.dot", "digraph")] {
+        assert!(std::fs::read_to_string(folder.0.path().join(file)).unwrap().contains(part), "{file}");
+    }
+    // Nobody is served there.
+    drop(taken);
+    for command in ["status", "explain-hang"] {
+        let run_ = run(launcher().to_str().unwrap(), folder.0.path(), &[command, "--at", &address]);
+        assert!(run_.code == 69 && run_.stderr.contains(&format!("nothing is served at {address}")), "{}", run_.stderr);
+    }
 }

@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 use clap::Parser;
 use shardflow::exit;
 use shardflow::prelude::*;
+use shardflow::session::shown;
 use shardflow::trace::{TraceError, TraceFile};
 use shardflow::watch::{Watch, WatchError};
 use shardflow_examples::args::{ArgsError, DeviceArg, GptArgs, NonFiniteArg, PrecisionArg, ScheduleArg, fail};
@@ -64,7 +65,7 @@ fn run(args: &GptArgs) -> Result<(), GptError> {
     }
     let terminated = exit::on_terminate().map_err(GptError::Signals)?;
     let process = cluster.process();
-    let watch = args.listen.map(|first| listen(first, process)).transpose()?;
+    let watch = args.listen.filter(|_| !shown::is_asked()).map(|first| listen(first, process)).transpose()?;
     let mut session = Session::start(plan, &session_options(args, cluster, terminated))?;
     if let Some(watch) = &watch {
         watch.show(&session);
@@ -116,6 +117,8 @@ fn options(args: &GptArgs, cluster: &Cluster) -> Result<CompileOptions, GptError
     };
     let memory_bytes = match (args.memory_bytes(), device) {
         (Some(given), _) => Some(given),
+        // A plan can be looked at anywhere.
+        (None, _) if shown::is_asked() => None,
         // An even share of what is free, where the system tells it.
         (None, DeviceKind::Cpu) => free_memory_bytes().map(|free| free / here.max(1)),
         // A plan can be looked at where no GPU is.

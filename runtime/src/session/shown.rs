@@ -12,9 +12,13 @@ pub const PLAN_HTML: &str = "SHARDFLOW_PLAN_HTML";
 /// The same, for Graphviz.
 pub const PLAN_DOT: &str = "SHARDFLOW_PLAN_DOT";
 
+/// True under `shardflow plan`: a session will not start, so that a program needs none of what it would run on.
+pub fn is_asked() -> bool {
+    [PLAN_HTML, PLAN_DOT, PLAN_TEXT].into_iter().any(|variable| std::env::var_os(variable).is_some())
+}
+
 /// Writes the plan where the environment says so; then the session ends before it began.
 pub(super) fn show(plan: &Plan) -> Result<(), SessionError> {
-    let mut is_asked = false;
     // The text last: that it is there says that all is.
     for variable in [PLAN_HTML, PLAN_DOT, PLAN_TEXT] {
         let Some(path) = std::env::var_os(variable).map(PathBuf::from) else { continue };
@@ -24,7 +28,6 @@ pub(super) fn show(plan: &Plan) -> Result<(), SessionError> {
             _ => plan.explain(),
         };
         std::fs::write(&path, picture).map_err(|source| SessionError::PlanFile { path, source })?;
-        is_asked = true;
     }
-    if is_asked { Err(SessionError::PlanShown) } else { Ok(()) }
+    if is_asked() { Err(SessionError::PlanShown) } else { Ok(()) }
 }
