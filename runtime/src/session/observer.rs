@@ -47,6 +47,7 @@ const STEPS_KEPT: usize = 512;
 const STEPS_TIMED: usize = 128;
 /// Incidents that are kept: the first of them are the ones that explain the others.
 const INCIDENTS_MAX: usize = 32;
+const REFUSED: &str = "refused";
 
 /// The newest steps.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -81,7 +82,7 @@ pub struct StepDone {
 pub struct Incident {
     /// When it was seen first, nanoseconds since the session's start.
     pub at_ns: u64,
-    /// `not finite`, `stall` or `failure`.
+    /// `restart`, `not finite`, `stall`, `refused` or `failure`.
     pub kind: &'static str,
     /// What happened, its cause first.
     pub text: String,
@@ -110,6 +111,21 @@ struct Facade {
     firings: HashMap<(ActorId, u32), Histogram>,
     waits: HashMap<(ActorId, Cause), Histogram>,
     slots: HashMap<RegisterId, [Gauge; 3]>,
+}
+
+/// Another process of the session.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Peer {
+    /// Its number.
+    pub process: u32,
+    /// Name of its machine.
+    pub host: String,
+    /// Its process id there.
+    pub pid: u32,
+    /// It shares this one's machine.
+    pub is_on_this_node: bool,
+    /// Since its last heartbeat; `None` when it has ended in order.
+    pub silent: Option<Duration>,
 }
 
 /// How a session does.
@@ -214,6 +230,15 @@ impl Observer {
 
     /// What went wrong so far, the first first; at most 32.
     pub fn incidents(&self) -> Vec<Incident> {
+        for (reason, count) in self.world.upgrade().map(|world| world.refused()).into_iter().flatten() {
+            // How often is told by the metric, and changes.
+            if count > 0 {
+                self.note(
+                    REFUSED,
+                    format!("datagrams or letters that are not of this job or of this attempt: {reason}"),
+                );
+            }
+        }
         if let Some(failure) = self.control.first_failure() {
             self.note("failure", failure.to_string());
         }
@@ -224,10 +249,17 @@ impl Observer {
     pub fn note(&self, kind: &'static str, text: String) {
         let at_ns = self.now_ns().unwrap_or_default();
         let mut incidents = self.incidents.lock().unwrap_or_else(PoisonError::into_inner);
-        let is_known = incidents.last().is_some_and(|last| last.kind == kind && last.text == text);
+        // What never ends is told once, whatever came between.
+        let known = if kind == REFUSED { incidents.len() } else { 1 };
+        let is_known = incidents.iter().rev().take(known).any(|other| other.kind == kind && other.text == text);
         if !is_known && incidents.len() < INCIDENTS_MAX {
             incidents.push(Incident { at_ns, kind, text });
         }
+    }
+
+    /// What is known of the other processes; nothing once the session has ended.
+    pub fn peers(&self) -> Vec<Peer> {
+        self.world.upgrade().map_or_else(Vec::new, |world| world.peers())
     }
 
     pub(super) fn step_done(&self, steps: u64, report: &StepReport, learning_rate: f32, took: Duration) {

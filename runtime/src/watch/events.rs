@@ -12,6 +12,9 @@ use shardflow_actors::trace::{Cause, Fired};
 use super::bubble::Bubble;
 use crate::session::observer::{Health, NewestSteps, Observer, StepDone};
 
+#[cfg(test)]
+mod tests;
+
 /// Firings of one event. Where there were more, it has those of the newest step that has ended, and of these the newest.
 pub(super) const FIRINGS_MAX: usize = 12_000;
 /// Numbers that tell one firing.
@@ -70,6 +73,8 @@ pub(super) struct Event {
     pub blocked: Vec<[u64; 4]>,
     /// Of each actor that waits for long: what for.
     pub waits: Vec<(u32, String)>,
+    /// Of each other process: its number, and us since its last heartbeat, which are none once it has ended.
+    pub peers: Vec<(u32, Option<u64>)>,
     /// The first first: when (us), what kind, what.
     pub incidents: Vec<(u64, &'static str, String)>,
 }
@@ -122,6 +127,7 @@ impl Cursor {
                 .iter()
                 .map(|d| [d.device, d.planned_peak_bytes, d.measured_peak_bytes, d.allocated_bytes])
                 .collect(),
+            peers: observer.peers().iter().map(|p| (p.process, p.silent.map(|s| s.as_micros() as u64))).collect(),
             ..Event::default()
         };
         self.points(&mut event, &steps);
@@ -160,15 +166,7 @@ impl Cursor {
         }
         event.bubble = bubble.share();
         let all = fired.len();
-        if all > FIRINGS_MAX {
-            // The newest step has hardly ended, the one before it has.
-            let steps = |(actor, one): &(ActorId, Fired)| step_of(spec, *actor, one);
-            let newest = fired.iter().map(steps).max().unwrap_or_default();
-            let told = fired.iter().map(steps).filter(|step| *step < newest).max().unwrap_or(newest);
-            fired.retain(|one| steps(one) == told);
-            fired.sort_by_key(|(_, one)| std::cmp::Reverse(one.ended_ns));
-            fired.truncate(FIRINGS_MAX);
-        }
+        cut(spec, &mut fired);
         event.firings_left_out += (all - fired.len()) as u64;
         event.firings.reserve(fired.len() * FIRING_FIELDS);
         for (actor, one) in fired {
@@ -208,6 +206,20 @@ impl Cursor {
             }
         }
     }
+}
+
+/// Where there are too many firings, leaves those of one step.
+fn cut(spec: &Spec, fired: &mut Vec<(ActorId, Fired)>) {
+    if fired.len() <= FIRINGS_MAX {
+        return;
+    }
+    // The newest step has hardly ended, the one before it has.
+    let steps = |(actor, one): &(ActorId, Fired)| step_of(spec, *actor, one);
+    let newest = fired.iter().map(steps).max().unwrap_or_default();
+    let told = fired.iter().map(steps).filter(|step| *step < newest).max().unwrap_or(newest);
+    fired.retain(|one| steps(one) == told);
+    fired.sort_by_key(|(_, one)| std::cmp::Reverse(one.ended_ns));
+    fired.truncate(FIRINGS_MAX);
 }
 
 fn step_of(spec: &Spec, actor: ActorId, fired: &Fired) -> u64 {
