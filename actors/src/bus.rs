@@ -23,6 +23,9 @@ pub(crate) struct Bus {
     remote: Remote,
     /// By actor.
     boxes: Vec<Depth>,
+    /// What a test does to messages.
+    #[cfg(test)]
+    fault: OnceLock<crate::simulate::tests::Fault>,
 }
 
 #[derive(Debug)]
@@ -36,7 +39,13 @@ impl Bus {
     pub(crate) fn new(spec: &Spec, remote: Remote) -> Self {
         let boxes = (0..spec.actors.len() as u32)
             .map(|a| Depth { entries: Default::default(), bound: mailbox_bound(spec, ActorId(a)) });
-        Self { refs: OnceLock::new(), remote, boxes: boxes.collect() }
+        Self {
+            refs: OnceLock::new(),
+            remote,
+            boxes: boxes.collect(),
+            #[cfg(test)]
+            fault: OnceLock::new(),
+        }
     }
 
     /// Fills in the actors of this process; once.
@@ -54,6 +63,10 @@ impl Bus {
 
     /// Queues an entry; a message for a peer's actor goes on its way. False when the actor has stopped, or is not there yet.
     pub(crate) fn send(&self, to: ActorId, cast: Cast) -> bool {
+        #[cfg(test)]
+        if self.is_lost(&cast) {
+            return true;
+        }
         let Some(actor) = self.refs.get().and_then(|r| r.get(to.0 as usize)?.as_ref()) else {
             return match cast {
                 Cast::Event(Event::Message(message)) => self.remote.send(to, message),
@@ -64,6 +77,18 @@ impl Bus {
             self.boxes[to.0 as usize].entries.fetch_add(1, Ordering::Relaxed);
         }
         actor.cast(Mail { cast, clock: Clock::capture() }).is_ok()
+    }
+
+    /// From now on messages suffer this; once.
+    #[cfg(test)]
+    pub(crate) fn break_with(&self, fault: crate::simulate::tests::Fault) {
+        self.fault.set(fault).expect("once");
+    }
+
+    #[cfg(test)]
+    fn is_lost(&self, cast: &Cast) -> bool {
+        let Cast::Event(Event::Message(message)) = cast else { return false };
+        self.fault.get().is_some_and(|fault| fault.apply(0, *message).is_empty())
     }
 
     /// True when a mailbox holds more than credits allow. What a peer tells is let in only below that.

@@ -76,8 +76,9 @@ impl Root {
             Self::Collective(_) => 2,
             Self::Silent(_) => 3,
             Self::Process { .. } => 4,
-            Self::Cycle => 5,
-            Self::Token(_) => 6,
+            // A plan that was checked has no cycle; what looks like one may be of a step that the host has not begun.
+            Self::Token(_) => 5,
+            Self::Cycle => 6,
         }
     }
 
@@ -196,11 +197,11 @@ pub struct Scene<'a> {
 
 /// Why nothing moves in these steps, counted from the start; `None` when no action has firings left.
 pub fn explain(scene: Scene<'_>, steps: u64) -> Option<Hang> {
-    let mut search = Search::new(scene);
+    let mut search = Search::new(scene, steps);
     let spec = scene.spec;
     let mut first: Option<Hang> = None;
     let mut also = Vec::new();
-    for at in search.unfinished(steps) {
+    for at in search.unfinished() {
         while let Some((root, chain)) = search.next_root(at) {
             let rank = first.as_ref().map_or(u8::MAX, |hang| hang.root.rank());
             if root.rank() < rank {
@@ -243,6 +244,8 @@ enum Next {
 /// Depth-first over the actions; none is visited twice.
 struct Search<'a> {
     scene: Scene<'a>,
+    /// That the host has begun, from the start.
+    steps: u64,
     snapshots: BTreeMap<ActorId, &'a ActorSnapshot>,
     seen: HashSet<Reader>,
     /// From where the search began: each action, and the waits that are left to follow.
@@ -250,22 +253,23 @@ struct Search<'a> {
 }
 
 impl<'a> Search<'a> {
-    fn new(scene: Scene<'a>) -> Self {
+    fn new(scene: Scene<'a>, steps: u64) -> Self {
         let snapshots = scene.snapshots.iter().map(|s| (s.actor, s)).collect();
-        Self { scene, snapshots, seen: HashSet::new(), path: Vec::new() }
+        Self { scene, steps, snapshots, seen: HashSet::new(), path: Vec::new() }
     }
 
     /// Actions of this process with firings left.
-    fn unfinished(&self, steps: u64) -> Vec<Reader> {
-        let mut found = Vec::new();
-        for (&actor, snapshot) in &self.snapshots {
-            for (x, action) in self.scene.spec.actors[actor.0 as usize].actions.iter().enumerate() {
-                if snapshot.completed(x as u32) < u64::from(action.per_step) * steps {
-                    found.push(Reader { actor, action: x as u32 });
-                }
-            }
-        }
-        found
+    fn unfinished(&self) -> Vec<Reader> {
+        let actions = |actor: &ActorId| 0..self.scene.spec.actors[actor.0 as usize].actions.len() as u32;
+        let all = self.snapshots.keys().flat_map(|&actor| actions(&actor).map(move |action| Reader { actor, action }));
+        all.filter(|at| self.is_unfinished(at)).collect()
+    }
+
+    /// Of another process's action nobody here knows.
+    fn is_unfinished(&self, at: &Reader) -> bool {
+        let per_step = self.scene.spec.actors[at.actor.0 as usize].actions[at.action as usize].per_step;
+        let completed = self.snapshots.get(&at.actor).map(|snapshot| snapshot.completed(at.action));
+        completed.is_none_or(|completed| completed < u64::from(per_step) * self.steps)
     }
 
     /// The next root that is reached from an action, with the chain to it.
@@ -354,8 +358,8 @@ impl<'a> Search<'a> {
                 // One that has begun is in flight; of the others nobody knows by which of its actions it will come.
                 let flying = self.snapshots.get(&member).and_then(|other| other.waiting.in_flight);
                 let next = actions.iter().filter(|action| is_late || flying.is_none_or(|flying| flying == **action));
-                let next = next.map(|&action| self.to(Reader { actor: member, action }));
-                waits.extend(next.map(|next| (Wait::Gang { group, member }, next)));
+                let next = next.map(|&action| Reader { actor: member, action }).filter(|at| self.is_unfinished(at));
+                waits.extend(next.map(|next| (Wait::Gang { group, member }, self.to(next))));
             }
         }
         if waits.is_empty() {
@@ -437,4 +441,4 @@ impl<'a> Search<'a> {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

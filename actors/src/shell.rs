@@ -409,6 +409,13 @@ impl Control {
         self.0.upgrade().map(|session| session.now_ns())
     }
 
+    /// 99 of 100 steps take so long at most, which tells the watchdog what is too long: [`WatchdogOptions::stall_after`].
+    pub fn steps_take(&self, p99: Duration) {
+        if let Some(session) = self.0.upgrade() {
+            session.step_p99_ns.store(p99.as_nanos() as u64, Ordering::Relaxed);
+        }
+    }
+
     /// Why nothing moves, if that is so; `None` when no step is under way, or the session is gone.
     pub fn hang(&self) -> Option<Hang> {
         self.0.upgrade()?.explain().0
@@ -450,5 +457,7 @@ fn steps(spec: &Spec, given: &BTreeMap<(ActorId, u32), u64>) -> (u64, u64) {
     (steps().min().unwrap_or(0), steps().max().unwrap_or(0))
 }
 
+#[cfg(test)]
+mod stalls;
 #[cfg(test)]
 mod tests;

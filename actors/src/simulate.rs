@@ -15,7 +15,7 @@ use crate::protocol::{Effect, Event, Message, Protocol};
 use crate::snapshot::ActorSnapshot;
 use crate::spec::{ActorId, Decision, Reader, RegisterId, Spec};
 
-mod data;
+pub(crate) mod data;
 
 use data::{Data, Gangs, Rng};
 

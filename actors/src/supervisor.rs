@@ -40,6 +40,8 @@ pub(crate) struct Session {
     started: Instant,
     /// The process that the program waits for, or -1.
     pub(crate) host_waits_for: AtomicI64,
+    /// Nanoseconds that 99 of 100 steps take at most; 0 until that is known.
+    pub(crate) step_p99_ns: AtomicU64,
     /// What had happened when actions last did all their firings of a step.
     clocks: Clocks,
     /// Counts every event that an actor takes in.
@@ -98,6 +100,7 @@ impl Session {
             rings: streams.keys().map(|actor| (*actor, Ring::default())).collect(),
             started: Instant::now(),
             host_waits_for: AtomicI64::new(-1),
+            step_p99_ns: AtomicU64::new(0),
             progress: AtomicU64::new(0),
             clocks: Clocks::default(),
             in_flight: spec.actors.iter().map(|_| AtomicU32::new(IDLE)).collect(),

@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use crate::error::Failure;
@@ -15,7 +16,8 @@ pub type OnStall = Arc<dyn Fn(&str) + Send + Sync>;
 #[derive(Clone)]
 pub struct WatchdogOptions {
     /// Time without progress, with firings outstanding, after which the session counts as stalled. It must be longer than
-    /// the longest firing, since a firing's kernels show no progress.
+    /// the longest firing, since a firing's kernels show no progress. Once it is known how long steps take
+    /// ([`crate::shell::Control::steps_take`]), five times as long, and at least 10 s, is enough, where that is sooner.
     pub stall_after: Duration,
     /// How often the watchdog's thread looks; `None` starts no thread, and [`crate::shell::Running::tick`] drives it.
     pub check_every: Option<Duration>,
@@ -49,6 +51,10 @@ impl fmt::Debug for WatchdogOptions {
     }
 }
 
+/// A stall is longer than so many steps, and at least so long.
+const STALL_STEPS: u32 = 5;
+const STALL_LEAST: Duration = Duration::from_secs(10);
+
 /// Nothing has moved for too long.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Stall {
@@ -73,15 +79,21 @@ impl Watchdog {
         Self { options, progress: 0, since: Duration::ZERO, reported: false, tally: Tally::default() }
     }
 
+    /// What is too long to be kept quiet.
+    fn stall_after(&self, step_p99: Duration) -> Duration {
+        let by_steps = if step_p99.is_zero() { Duration::MAX } else { (STALL_STEPS * step_p99).max(STALL_LEAST) };
+        by_steps.min(self.options.stall_after)
+    }
+
     /// How long nothing has moved, the first time that this is too long to be kept quiet, and when it is too long to go on.
-    fn observe(&mut self, now: Duration, progress: u64, outstanding: bool) -> Option<Stall> {
+    fn observe(&mut self, now: Duration, progress: u64, outstanding: bool, step_p99: Duration) -> Option<Stall> {
         if progress != self.progress || !outstanding {
             (self.progress, self.since, self.reported) = (progress, now, false);
             return None;
         }
         let idle = now.saturating_sub(self.since);
         let aborts = self.options.abort_after.is_some_and(|after| idle >= after);
-        if !aborts && (self.reported || idle < self.options.stall_after) {
+        if !aborts && (self.reported || idle < self.stall_after(step_p99)) {
             return None;
         }
         let is_new = !std::mem::replace(&mut self.reported, true);
@@ -94,7 +106,8 @@ impl Watchdog {
             let slow = self.tally.add(session.waits());
             slow.iter().for_each(|slow| self.tell_slow(slow));
         }
-        let Stall { idle, aborts, is_new } = self.observe(now, session.progress(), session.outstanding())?;
+        let step_p99 = Duration::from_nanos(session.step_p99_ns.load(Ordering::Relaxed));
+        let Stall { idle, aborts, is_new } = self.observe(now, session.progress(), session.outstanding(), step_p99)?;
         if session.first_failure().is_some() {
             return None;
         }
@@ -131,19 +144,32 @@ mod tests {
         let at = Duration::from_secs;
         let options = WatchdogOptions { stall_after: at(10), abort_after: Some(at(25)), ..WatchdogOptions::default() };
         let mut dog = Watchdog::new(options);
+        let mut observe = |now, progress, outstanding| dog.observe(now, progress, outstanding, Duration::ZERO);
         let stall = |idle, aborts| Some(Stall { idle: at(idle), aborts, is_new: !aborts });
-        assert_eq!(dog.observe(at(0), 5, true), None);
-        assert_eq!(dog.observe(at(9), 5, true), None);
-        assert_eq!(dog.observe(at(10), 5, true), stall(10, false));
-        assert_eq!(dog.observe(at(24), 5, true), None, "said once");
-        assert_eq!(dog.observe(at(30), 5, true), stall(30, true));
-        assert_eq!(dog.observe(at(31), 6, true), None, "moves again");
-        assert_eq!(dog.observe(at(40), 6, true), None);
-        assert_eq!(dog.observe(at(41), 6, true), stall(10, false));
+        assert_eq!(observe(at(0), 5, true), None);
+        assert_eq!(observe(at(9), 5, true), None);
+        assert_eq!(observe(at(10), 5, true), stall(10, false));
+        assert_eq!(observe(at(24), 5, true), None, "said once");
+        assert_eq!(observe(at(30), 5, true), stall(30, true));
+        assert_eq!(observe(at(31), 6, true), None, "moves again");
+        assert_eq!(observe(at(40), 6, true), None);
+        assert_eq!(observe(at(41), 6, true), stall(10, false));
         // An idle session is no stall, however long.
-        assert_eq!(dog.observe(at(42), 7, false), None);
-        assert_eq!(dog.observe(at(99), 7, false), None);
-        assert_eq!(dog.observe(at(108), 7, true), None, "counts from the end of idleness");
-        assert_eq!(dog.observe(at(109), 7, true), stall(10, false));
+        assert_eq!(observe(at(42), 7, false), None);
+        assert_eq!(observe(at(99), 7, false), None);
+        assert_eq!(observe(at(108), 7, true), None, "counts from the end of idleness");
+        assert_eq!(observe(at(109), 7, true), stall(10, false));
+    }
+
+    #[test]
+    fn what_is_too_long_follows_from_what_steps_take() {
+        let dog = Watchdog::new(WatchdogOptions::default());
+        let is_enough =
+            [(0, 60_000), (1, 10_000), (2_000, 10_000), (2_001, 10_005), (11_000, 55_000), (20_000, 60_000)];
+        for (step_ms, stall_ms) in is_enough {
+            assert_eq!(dog.stall_after(Duration::from_millis(step_ms)), Duration::from_millis(stall_ms));
+        }
+        let told = WatchdogOptions { stall_after: Duration::from_secs(3), ..WatchdogOptions::default() };
+        assert_eq!(Watchdog::new(told).stall_after(Duration::from_secs(1)), Duration::from_secs(3));
     }
 }

@@ -5,33 +5,16 @@ use std::sync::Arc;
 use std::sync::mpsc::channel;
 use std::time::Instant;
 
-use shardflow::graph::{AdamW, Graph};
-use shardflow::nn::{self, GptConfig};
-use shardflow::passes::{CompileOptions, compile};
-use shardflow::placement::Mesh;
 use shardflow::plan::{ActionKey, BaseKey, Plan};
 use shardflow::session::{Session, SessionOptions};
+use shardflow_integration_tests::default_model;
 use shardflow_kernels::collective::in_process::InProcess;
 use shardflow_kernels::device::Device;
 use shardflow_kernels::memory::{Arena, Base};
 use shardflow_kernels::op::Program;
 use shardflow_kernels::stream::{Notice, Stream, Submission};
-use shardflow_kernels::tensor::{DType, HostTensor};
 
-const CONFIG: GptConfig =
-    GptConfig { vocabulary: 65, layers: 4, heads: 4, width: 128, context: 64, batch: 12, dropout: 0.0 };
 const ROUNDS: usize = 60;
-
-fn plan(threads_per_device: usize) -> Plan {
-    let mesh = Mesh::parse("data=1").expect("a mesh");
-    let mut graph = Graph::new(&mesh);
-    let logits = nn::gpt(&mut graph, &CONFIG);
-    let layout = nn::batch_layout(&graph);
-    let targets = graph.input("targets", &[CONFIG.batch, CONFIG.context], DType::I32, layout);
-    let loss = graph.cross_entropy(logits, targets);
-    graph.minimize(loss, AdamW::default());
-    compile(graph, &CompileOptions { threads_per_device, ..CompileOptions::default() }).expect("a plan")
-}
 
 /// The compute actor's programs with their bases, every register having one slot.
 fn bound(plan: &Plan, arena: &Arena) -> Vec<(Arc<Program>, Vec<Base>)> {
@@ -78,17 +61,15 @@ fn median(mut seconds: Vec<f64>) -> f64 {
 
 fn main() {
     let threads = std::env::args().skip(1).find_map(|a| a.parse().ok()).unwrap_or(1);
-    let plan = plan(threads);
+    let plan = default_model::plan(threads);
     let device = Device::cpu(0, threads, Arc::new(InProcess::new()));
     let stream = device.stream("direct", threads).expect("a thread");
     let arena = device.arena(plan.memory[0].total_bytes).expect("memory");
     let programs = bound(&plan, &arena);
     let mut session = Session::start(plan, &SessionOptions::default()).expect("a session");
-    let tokens = CONFIG.batch * CONFIG.context;
-    let ids = HostTensor::i32(&[CONFIG.batch, CONFIG.context], (0..tokens).map(|i| (i * 7 % 65) as i32).collect());
     let mut step = || {
         let begin = Instant::now();
-        session.step(&[("ids", ids.clone()), ("targets", ids.clone())], 1e-3).expect("a step");
+        default_model::step(&mut session);
         begin.elapsed().as_secs_f64()
     };
     let (mut through, mut straight) = (Vec::new(), Vec::new());

@@ -20,8 +20,8 @@ fi
     { tail -n 20 "$CARGO_TARGET_DIR/cubins.log" >&2; exit 1; }
 
 cargo build --release -p shardflow-integration-tests --bin gpu_check
-# The test program that the CI's stage `cuda` runs on the software device.
-conformance=$(cargo test --release -p shardflow-kernels --features clock-token --test cuda --no-run --message-format=json |
+# The test program that the CI's stage `test` runs on the software device.
+conformance=$(cargo test -p shardflow-kernels --test cuda --no-run --message-format=json |
     sed -n 's/.*"kind":\["test"\].*"executable":"\([^"]*\)".*/\1/p')
 [ -x "$conformance" ] || { echo "error: cargo names no program of the test cuda: $conformance" >&2; exit 1; }
 # A name that no test has would run none, and pass.

@@ -1,5 +1,6 @@
 //! References and helpers for the tests of this crate.
 
+pub mod default_model;
 pub mod faulty;
 pub mod reference;
 pub mod relay;

@@ -1,8 +1,8 @@
 //! What a host thread hands over, beside the data, so that a software CUDA device can check that one thing happened before
-//! another. Without the feature `clock-token` it is nothing, and costs nothing. Imports nothing of this crate.
-#![cfg_attr(feature = "clock-token", allow(unsafe_code))]
+//! another. Without debug assertions, as in a release, it is nothing, and costs nothing. Imports nothing of this crate.
+#![cfg_attr(debug_assertions, allow(unsafe_code))]
 
-#[cfg(feature = "clock-token")]
+#[cfg(debug_assertions)]
 use std::{
     collections::HashMap,
     sync::{Mutex, PoisonError},
@@ -12,20 +12,20 @@ use std::{
 /// All that the thread knows to have happened when it captures one. Whoever sends a message between threads sends one
 /// along, and the receiver joins it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Clock(#[cfg(feature = "clock-token")] u64);
+pub struct Clock(#[cfg(debug_assertions)] u64);
 
 impl Clock {
     /// The calling thread's.
     pub fn capture() -> Self {
-        #[cfg(feature = "clock-token")]
+        #[cfg(debug_assertions)]
         return Self(software::functions().map_or(0, |functions| (functions.capture)()));
-        #[cfg(not(feature = "clock-token"))]
+        #[cfg(not(debug_assertions))]
         Self()
     }
 
     /// The calling thread knows from now on what the one knew that captured it.
     pub fn join(self) {
-        #[cfg(feature = "clock-token")]
+        #[cfg(debug_assertions)]
         if let (token @ 1.., Some(functions)) = (self.0, software::functions()) {
             (functions.join)(token);
         }
@@ -34,33 +34,35 @@ impl Clock {
 
 /// The calling thread reads or writes pinned memory by itself, which nothing else tells a software device.
 pub(crate) fn host_access(start: *const u8, bytes: usize, writes: bool) {
-    #[cfg(feature = "clock-token")]
+    #[cfg(debug_assertions)]
     if let Some(functions) = software::functions() {
         (functions.access)(start.addr() as u64, bytes as u64, u32::from(writes));
     }
-    #[cfg(not(feature = "clock-token"))]
+    #[cfg(not(debug_assertions))]
     let _ = (start, bytes, writes);
 }
 
 /// What each of many threads knew when it let go of something, for the one that is last.
 #[derive(Debug, Default)]
-pub struct Clocks(#[cfg(feature = "clock-token")] Mutex<HashMap<ThreadId, Clock>>);
+pub struct Clocks(#[cfg(debug_assertions)] Mutex<HashMap<ThreadId, Clock>>);
 
 impl Clocks {
     /// The calling thread lets go.
     pub fn add(&self) {
-        #[cfg(feature = "clock-token")]
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).insert(thread::current().id(), Clock::capture());
+        #[cfg(debug_assertions)]
+        if let clock @ Clock(1..) = Clock::capture() {
+            self.0.lock().unwrap_or_else(PoisonError::into_inner).insert(thread::current().id(), clock);
+        }
     }
 
     /// The calling thread knows what they all knew.
     pub fn join(&self) {
-        #[cfg(feature = "clock-token")]
+        #[cfg(debug_assertions)]
         self.0.lock().unwrap_or_else(PoisonError::into_inner).values().for_each(|clock| clock.join());
     }
 }
 
-#[cfg(feature = "clock-token")]
+#[cfg(debug_assertions)]
 mod software {
     use std::sync::OnceLock;
 

@@ -18,7 +18,7 @@ fn hang(spec: &Arc<Spec>, steps: u32, fault: Fault) -> Option<Hang> {
 }
 
 /// Pieces of a register in so many steps, each with its reader that is another actor.
-fn pieces(spec: &Spec, steps: u32) -> Vec<(RegisterId, u32, Reader, u64)> {
+pub(crate) fn pieces(spec: &Spec, steps: u32) -> Vec<(RegisterId, u32, Reader, u64)> {
     let mut found = Vec::new();
     for (register, r) in spec.registers.iter().zip(0..) {
         let id = RegisterId(r);

@@ -71,7 +71,7 @@ impl<F: Fn() -> Result<(), KernelError> + Send + Sync> CustomKernel for Act<F> {
     }
 }
 
-fn act(f: impl Fn() -> Result<(), KernelError> + Send + Sync + 'static) -> Op {
+pub(super) fn act(f: impl Fn() -> Result<(), KernelError> + Send + Sync + 'static) -> Op {
     Op::Custom(Arc::new(Act(f)))
 }
 
@@ -79,22 +79,22 @@ fn cell(base: usize) -> Buffer {
     Buffer { base, offset: 0, shape: vec![1], dtype: DType::I32 }
 }
 
-fn launch(op: Op, reads: Vec<Buffer>, writes: Vec<Buffer>, accumulate: bool) -> Launch {
+pub(super) fn launch(op: Op, reads: Vec<Buffer>, writes: Vec<Buffer>, accumulate: bool) -> Launch {
     Launch { op, reads, writes, accumulate, workspace: None }
 }
 
 /// A plan with [`Mix`] kernels: each action writes each output from all inputs, and its own history.
-struct Bench {
-    loaded: Loaded,
+pub(super) struct Bench {
+    pub(super) loaded: Loaded,
     /// By actor; one integer for each action.
-    histories: Vec<Arena>,
+    pub(super) histories: Vec<Arena>,
 }
 
 fn seed(actor: usize, action: usize, port: usize) -> i32 {
     (actor * 10_007 + action * 101 + port + 1) as i32
 }
 
-fn bench(spec: Spec) -> Bench {
+pub(super) fn bench(spec: Spec) -> Bench {
     let engine: Arc<dyn Collective> = Arc::new(InProcess::new());
     let devices: Vec<Device> =
         (0..=spec.actors.iter().map(|a| a.device).max().unwrap()).map(|d| Device::cpu(d, 1, engine.clone())).collect();
@@ -143,7 +143,7 @@ fn mix_program(spec: &Spec, a: usize, x: usize, history: Base) -> ActionProgram 
     ActionProgram { program: Arc::new(program), bases }
 }
 
-fn give_steps(running: &Running, spec: &Spec, steps: u32) {
+pub(super) fn give_steps(running: &Running, spec: &Spec, steps: u32) {
     for (a, actor) in spec.actors.iter().enumerate() {
         for (x, action) in actor.actions.iter().enumerate().filter(|(_, x)| x.external) {
             running.give(ActorId(a as u32), x as u32, action.per_step * steps).unwrap();
@@ -301,7 +301,7 @@ fn a_stray_message_is_the_first_cause() {
     assert_eq!(failure.to_string(), "a1 on device 1: CR-4 register 'wire1': filled carries piece 1, expected 0");
 }
 
-fn programs(loaded: &mut Loaded, actor: u32) -> &mut Vec<ActionProgram> {
+pub(super) fn programs(loaded: &mut Loaded, actor: u32) -> &mut Vec<ActionProgram> {
     &mut loaded.hosted.get_mut(&ActorId(actor)).unwrap().programs
 }
 

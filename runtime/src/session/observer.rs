@@ -274,6 +274,11 @@ impl Observer {
         }
         let (loss, gradient_norm, seconds) = (report.loss, report.grad_norm, took.as_secs_f64());
         newest.steps.push_back(StepDone { steps, loss, gradient_norm, learning_rate, seconds });
+        // Not after each step, for it sorts.
+        if newest.done.is_power_of_two() || newest.done.is_multiple_of(STEPS_TIMED as u64 / 2) {
+            let p99 = newest.quantile(0.99).unwrap_or_default();
+            self.control.steps_take(Duration::from_secs_f64(p99));
+        }
     }
 
     /// How it does.
