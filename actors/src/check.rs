@@ -15,6 +15,7 @@ pub fn check(spec: &Spec) -> Result<(), SpecError> {
     for index in 0..spec.actors.len() {
         actor(spec, ActorId(index as u32))?;
     }
+    decision(spec)?;
     rates(spec)?;
     bounded(spec)
 }
@@ -112,6 +113,18 @@ fn pieces(action: &str, register: &str, per_step: u32, firings_per_piece: u32) -
     Ok(per_step / firings_per_piece)
 }
 
+fn decision(spec: &Spec) -> Result<(), SpecError> {
+    for at in spec.decision.sees.iter().chain(&spec.decision.gives) {
+        let (index, what) = (at.actor.0 as usize, "the decision");
+        let actor = spec.actors.get(index).ok_or(SpecError::UnknownIndex { at: what.into(), what: "actor", index })?;
+        let index = at.action as usize;
+        if index >= actor.actions.len() {
+            return Err(SpecError::UnknownIndex { at: format!("{what}, {}", actor.name), what: "action", index });
+        }
+    }
+    Ok(())
+}
+
 /// Every reader reads in a step as many pieces as are written in it.
 fn rates(spec: &Spec) -> Result<(), SpecError> {
     for (index, register) in spec.registers.iter().enumerate() {
@@ -170,6 +183,7 @@ mod tests {
     use super::*;
     use crate::builder::Builder;
     use crate::simulate::plans;
+    use crate::spec::Reader;
 
     type Change = fn(&mut Spec);
 
@@ -188,7 +202,13 @@ mod tests {
 
     #[test]
     fn parts_that_do_not_fit_are_refused() {
-        let faults: [(&str, Change); 9] = [
+        let faults: [(&str, Change); 11] = [
+            ("the decision: no actor has index 9", |s| {
+                s.decision.sees.push(Reader { actor: ActorId(9), action: 0 });
+            }),
+            ("the decision, host: no action has index 9", |s| {
+                s.decision.gives.push(Reader { actor: ActorId(0), action: 9 });
+            }),
             ("register 'batch': slots is 0, at least 1 is needed", |s| s.registers[0].slots = 0),
             ("register 'batch': no actor has index 9", |s| s.registers[0].producer = ActorId(9)),
             ("register 'batch': no action has index 9", |s| s.registers[0].readers[0].action = 9),

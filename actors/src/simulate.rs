@@ -13,7 +13,7 @@ use crate::error::{ProtocolError, SpecError};
 use crate::hang::{Hang, Scene, explain};
 use crate::protocol::{Effect, Event, Message, Protocol};
 use crate::snapshot::ActorSnapshot;
-use crate::spec::{ActorId, Reader, RegisterId, Spec};
+use crate::spec::{ActorId, Decision, Reader, RegisterId, Spec};
 
 pub(crate) mod data;
 
@@ -36,6 +36,29 @@ impl Timing {
         let action_ticks = spec.actors.iter().map(|a| vec![action_ticks; a.actions.len()]).collect();
         Self { action_ticks, hop_ticks, hop_ticks_of: HashMap::new() }
     }
+
+    /// From what firings took, by actor and action, with no latency. Of actions that meet in collectives, those that come early
+    /// stand in their firing until the last one comes, which a run adds by itself: for those of one name stands the shortest.
+    pub fn measured(spec: &Spec, mut action_ticks: Vec<Vec<u64>>) -> Self {
+        let mut least: HashMap<(u32, &str), u64> = HashMap::new();
+        let all = || {
+            spec.actors
+                .iter()
+                .enumerate()
+                .flat_map(|(a, actor)| actor.actions.iter().enumerate().map(move |(x, s)| (a, x, s)))
+        };
+        for (a, x, action) in all() {
+            for gang in &action.gangs {
+                let least = least.entry((*gang, &action.name)).or_insert(u64::MAX);
+                *least = action_ticks[a][x].min(*least);
+            }
+        }
+        for (a, x, action) in all() {
+            let of_gangs = action.gangs.iter().map(|gang| least[&(*gang, action.name.as_str())]);
+            action_ticks[a][x] = of_gangs.fold(action_ticks[a][x], u64::min);
+        }
+        Self { action_ticks, ..Self::default() }
+    }
 }
 
 /// Random delays, from a seed.
@@ -56,7 +79,8 @@ pub struct Options {
     pub steps: u32,
     /// Random delays and ties; without it a run is exact, and simultaneous messages are all seen before firings are chosen.
     pub jitter: Option<Jitter>,
-    /// Tokens at the start, for each external action; `None` gives what the steps need.
+    /// Tokens at the start, for each external action, and none later; `None` gives what the steps need, and what the host
+    /// decides as soon as it has seen what it decides from.
     pub tokens: Option<Vec<(Reader, u32)>>,
     /// What to do to messages under way, for tests of the checks themselves.
     #[cfg(test)]
@@ -164,6 +188,8 @@ struct Simulator<'a> {
     gangs: Gangs,
     data: Data,
     timeline: Vec<Fired>,
+    /// Steps for which the host has decided.
+    decided: u32,
     #[cfg(test)]
     sent: u64,
 }
@@ -195,6 +221,7 @@ fn run(spec: &Arc<Spec>, timing: &Timing, options: &Options, protocols: Vec<Prot
         gangs: Gangs::new(spec),
         data: Data::new(spec),
         timeline: Vec::new(),
+        decided: if options.tokens.is_some() { options.steps } else { 0 },
         protocols,
         #[cfg(test)]
         sent: 0,
@@ -210,12 +237,15 @@ impl Simulator<'_> {
         let all = self.spec.actors.iter().enumerate().flat_map(|(a, actor)| {
             let externals = actor.actions.iter().enumerate().filter(|(_, x)| x.external);
             let actor = ActorId(a as u32);
-            externals.map(move |(x, s)| (Reader { actor, action: x as u32 }, s.per_step * steps))
+            let all = externals.map(move |(x, s)| (Reader { actor, action: x as u32 }, s.per_step * steps));
+            all.filter(|(at, _)| !self.spec.decision.gives.contains(at))
         });
         let tokens = self.options.tokens.clone().unwrap_or_else(|| all.collect());
         for (at, count) in tokens {
             self.apply(at.actor, Event::Token { action: at.action, count })?;
         }
+        // All fire below.
+        self.decide(&mut Vec::new())?;
         for actor in 0..self.spec.actors.len() as u32 {
             self.apply(ActorId(actor), Event::Start)?;
             self.fire(ActorId(actor))?;
@@ -230,6 +260,7 @@ impl Simulator<'_> {
             let (actor, arrival) = self.arrivals[index];
             self.arrive(actor, arrival)?;
             touched.push(actor);
+            self.decide(&mut touched)?;
             // An exact run sees all that comes at one tick before it chooses, so that priorities decide and not the queue.
             let more = self.queue.peek().is_some_and(|Reverse((next, ..))| *next == tick);
             if self.rng.is_some() || !more {
@@ -239,6 +270,30 @@ impl Simulator<'_> {
             }
         }
         Ok(())
+    }
+
+    /// Gives the tokens of each step that the host has seen enough of.
+    fn decide(&mut self, touched: &mut Vec<ActorId>) -> Result<(), SimulationError> {
+        let spec = self.spec;
+        let Decision { sees, gives } = &spec.decision;
+        let per_step = |at: &Reader| spec.actors[at.actor.0 as usize].actions[at.action as usize].per_step;
+        while self.decided < self.options.steps
+            && sees.iter().all(|at| self.ended(at) >= u64::from(self.decided + 1) * u64::from(per_step(at)))
+        {
+            self.decided += 1;
+            for at in gives {
+                self.apply(at.actor, Event::Token { action: at.action, count: per_step(at) })?;
+                touched.push(at.actor);
+            }
+        }
+        Ok(())
+    }
+
+    /// Firings that have ended.
+    fn ended(&self, at: &Reader) -> u64 {
+        let actor = at.actor.0 as usize;
+        let is_in_flight = self.flights[actor].is_some_and(|flight| flight.action == at.action);
+        self.protocols[actor].fired(at.action) - u64::from(is_in_flight)
     }
 
     /// What keeps actions with firings left from them, when nothing is under way any more.

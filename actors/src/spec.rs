@@ -16,6 +16,17 @@ pub struct Spec {
     pub actors: Vec<ActorSpec>,
     /// By [`RegisterId`].
     pub registers: Vec<RegisterSpec>,
+    /// What the host decides in each step.
+    pub decision: Decision,
+}
+
+/// What the host decides in a step from what it has seen of it. It gives all other external actions their tokens when a step begins.
+#[derive(Clone, Debug, PartialEq, Eq, Default)]
+pub struct Decision {
+    /// Actions that must all have fired for the step.
+    pub sees: Vec<Reader>,
+    /// External actions that get the step's tokens then.
+    pub gives: Vec<Reader>,
 }
 
 /// The channel from one producing actor to its readers.

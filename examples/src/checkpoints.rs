@@ -1,5 +1,5 @@
 //! The checkpoints of a training: go on from the newest, save in the background, tell how it went. Imports `shardflow` and
-//! `args`.
+//! `args`, `log`.
 
 use std::time::Duration;
 
@@ -8,6 +8,7 @@ use shardflow::exit;
 use shardflow::prelude::*;
 
 use crate::args::GptArgs;
+use crate::log::note;
 
 /// Where the cursor of a checkpoint tells of batches that were passed over before it.
 const PASSED_OVER: &str = "batches_passed_over";
@@ -164,10 +165,12 @@ impl Checkpoints {
             Ok(_) => {
                 // Tells the launcher that restarts get somewhere; without one it does nothing.
                 if let Err(error) = exit::progress(report.step) {
-                    eprintln!("warning: cannot tell the launcher of step {}: {error}", report.step);
+                    note(format!("warning: cannot tell the launcher of step {}: {error}", report.step));
                 }
             }
-            Err(error) if self.speaks => eprintln!("warning: no checkpoint of step {}: {error}", report.step),
+            Err(error) if self.speaks => {
+                note(format!("warning: no checkpoint of step {}: {error}", report.step));
+            }
             Err(_) => {}
         }
     }
@@ -178,8 +181,8 @@ fn restore(store: &Store, session: &mut Session, speaks: bool) -> Result<Option<
     let restored = session.restore_newest(store).map_err(|e| CheckpointsError::Load(Box::new(e)))?;
     let Some((step, cursor)) = restored.found else { return Ok(None) };
     if speaks {
-        restored.damaged.iter().for_each(|error| eprintln!("warning: passed over: {error}"));
-        eprintln!("going on from step {step} in {}", store.place());
+        restored.damaged.iter().for_each(|error| note(format!("warning: passed over: {error}")));
+        note(format!("going on from step {step} in {}", store.place()));
     }
     Ok(Some((step, cursor.get(PASSED_OVER).and_then(|count| count.parse().ok()).unwrap_or(0))))
 }

@@ -1,5 +1,6 @@
 //! What a training run says: JSON lines for programs, progress lines for people. Imports nothing of this crate.
 
+use std::fmt::Display;
 use std::fs::File;
 use std::io::{self, IsTerminal, Write};
 use std::path::{Path, PathBuf};
@@ -116,13 +117,20 @@ impl JsonLog {
     }
 }
 
-/// Progress lines on stdout: at most one a second on a terminal, every few steps elsewhere, and always the first and last.
+/// How a run does, on stdout: on a screen one line that is written anew, at most once a second; elsewhere a line every few steps. Always
+/// of the first and the last step.
 #[derive(Debug)]
 pub struct Progress {
     steps: u64,
     start: Instant,
     pace: Pace,
+    /// The screen's line has no end yet.
+    is_open: bool,
 }
+
+/// To the start of the screen's line, of which nothing is left; what does not fit into it is cut off and does not wrap.
+const ANEW: &str = "\r\x1b[K\x1b[?7l";
+const WRAP: &str = "\x1b[?7h";
 
 /// Which steps are shown.
 #[derive(Debug)]
@@ -151,18 +159,51 @@ impl Pace {
 impl Progress {
     /// Starts the clock of a run of `steps` steps.
     pub fn new(steps: u64) -> Self {
-        let terminal = io::stdout().is_terminal();
-        let pace = if terminal { Pace::Seconds(None) } else { Pace::Steps((steps / 20).max(1)) };
-        Self { steps, start: Instant::now(), pace }
+        let pace = if is_screen(&io::stdout()) { Pace::Seconds(None) } else { Pace::Steps((steps / 20).max(1)) };
+        Self { steps, start: Instant::now(), pace, is_open: false }
     }
 
     /// Shows a step, when it is time to.
     pub fn step(&mut self, record: &StepRecord) {
-        if self.pace.is_due(record.step, self.start.elapsed()) || record.step + 1 == self.steps {
-            // A closed pipe must not end the training.
-            let _ = writeln!(io::stdout(), "{}", progress_line(record, self.steps));
+        let text = self.text(record, self.start.elapsed());
+        // A closed pipe must not end the training.
+        let _ = io::stdout().write_all(text.as_bytes()).and_then(|()| io::stdout().flush());
+    }
+
+    fn text(&mut self, record: &StepRecord, now: Duration) -> String {
+        let is_last = record.step + 1 == self.steps;
+        if !self.pace.is_due(record.step, now) && !is_last {
+            return String::new();
+        }
+        let line = progress_line(record, self.steps);
+        match self.pace {
+            Pace::Steps(_) => format!("{line}\n"),
+            Pace::Seconds(_) => {
+                self.is_open = !is_last;
+                format!("{ANEW}{line}{WRAP}{}", if is_last { "\n" } else { "" })
+            }
         }
     }
+}
+
+/// What comes next stands on a line of its own.
+impl Drop for Progress {
+    fn drop(&mut self) {
+        if self.is_open {
+            let _ = writeln!(io::stdout());
+        }
+    }
+}
+
+/// Writes a line to stderr, in place of the progress on a screen, which is written anew below it.
+pub fn note(line: impl Display) {
+    let anew = if is_screen(&io::stderr()) { "\r\x1b[K" } else { "" };
+    eprintln!("{anew}{line}");
+}
+
+/// A terminal that knows escape codes.
+fn is_screen(stream: &impl IsTerminal) -> bool {
+    stream.is_terminal() && std::env::var_os("TERM").is_some_and(|name| name != "dumb")
 }
 
 fn progress_line(record: &StepRecord, steps: u64) -> String {
@@ -223,6 +264,21 @@ mod tests {
         assert!(
             steps.is_due(0, Duration::ZERO) && !steps.is_due(14, Duration::ZERO) && steps.is_due(15, Duration::ZERO)
         );
+    }
+
+    #[test]
+    fn a_screen_has_one_line_and_a_file_many() {
+        let texts = |pace| {
+            let mut progress = Progress { steps: 3, start: Instant::now(), pace, is_open: false };
+            let record = |step| StepRecord { step, ..RECORD };
+            let texts = [0, 1, 2].map(|step| progress.text(&record(step), Duration::from_secs(2 * step)));
+            assert!(!progress.is_open, "the last one ends");
+            texts.concat()
+        };
+        let line = |step| format!("step {step}/3  loss 2.5000  12.5 ms  61440 tokens/s");
+        let screen = |step| format!("\r\x1b[K\x1b[?7l{}\x1b[?7h", line(step));
+        assert_eq!(texts(Pace::Seconds(None)), format!("{}{}{}\n", screen(1), screen(2), screen(3)));
+        assert_eq!(texts(Pace::Steps(2)), format!("{}\n{}\n", line(1), line(3)));
     }
 
     #[test]

@@ -347,3 +347,28 @@ fn what_a_training_does_can_be_watched_and_its_plan_be_seen() {
         assert!(run_.code == 69 && run_.stderr.contains(&format!("nothing is served at {address}")), "{}", run_.stderr);
     }
 }
+
+#[test]
+fn progress_is_one_line_of_a_screen_and_lines_of_a_file() {
+    let folder = Folder::new("progress");
+    let flags = format!("{TINY} --data text --steps 50");
+    let last = |text: &str| text.lines().filter(|line| line.contains("step 50/50  loss ")).count();
+    let piped = run(GPT, folder.0.path(), &flags.split_whitespace().collect::<Vec<_>>());
+    assert!(!piped.stdout.contains(['\r', '\x1b']), "{:?}", piped.stdout);
+    let lines: Vec<&str> =
+        piped.stdout.lines().filter(|line| line.starts_with("step ") && line.contains("loss")).collect();
+    // Every second step, from the first, and the last.
+    assert_eq!((lines.len(), last(&piped.stdout)), (26, 1), "{}", piped.stdout);
+    // A terminal, as `script` makes one.
+    let on_terminal = |kind: &str| {
+        let command = format!("{GPT} {flags}");
+        run("env", folder.0.path(), &[&format!("TERM={kind}"), "script", "-qec", &command, "/dev/null"])
+    };
+    let screen = on_terminal("xterm");
+    assert_eq!((screen.code, last(&screen.stdout)), (0, 1), "{:?}", screen.stdout);
+    let shown: Vec<&str> = screen.stdout.lines().filter(|line| line.contains("loss")).collect();
+    let [shown] = shown[..] else { panic!("one line: {:?}", screen.stdout) };
+    assert!(shown.matches("\r\x1b[K").count() > 1 && shown.contains("step  1/50"), "{shown:?}");
+    let dumb = on_terminal("dumb");
+    assert!(!dumb.stdout.contains('\x1b') && dumb.stdout.contains("step  3/50"), "{:?}", dumb.stdout);
+}

@@ -1,7 +1,7 @@
 //! `gpt` as several processes under `shardflow launch`: the same bits as in one process, whatever carries them; processes that
 //! are killed, frozen or asked to end. Imports `support/programs`.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::TcpListener;
 use std::process::Command;
 use std::thread;
@@ -67,6 +67,49 @@ fn the_bits_are_the_same_in_one_process_and_in_many() {
         assert_eq!(run.end(TIMEOUT), Some(0), "{processes} by {transport}:\n{}", run.text());
         assert!(losses(&folder, "many") == one, "{processes} processes by {transport} give other bits");
     }
+}
+
+/// Each process writes a file of its own, and all of them are one trace.
+#[test]
+fn traces_of_all_processes_are_one() {
+    let folder = Folder::new("processes-trace");
+    let mut run = start(&folder, 2, "", &[], "--mesh data=2,stage=2 --steps 6 --clip 1 --trace trace.json");
+    assert_eq!(run.end(TIMEOUT), Some(0), "{}", run.text());
+    let trace = |args: &str| {
+        let mut command = Command::new(launcher());
+        let output = command.arg("trace").args(args.split(' ')).current_dir(folder.path()).output().expect("it runs");
+        let text = [output.stdout, output.stderr].map(|text| String::from_utf8_lossy(&text).into_owned());
+        (output.status.code(), text.concat())
+    };
+    let (code, all) = trace("trace.json.0 trace.json.1 --join all.json");
+    assert_eq!(code, Some(0), "{all}");
+    assert!((0..4).all(|device| all.contains(&format!("\ndevice {device} compute "))), "{all}");
+    let (code, of_one) = trace("trace.json.0");
+    assert!(code == Some(0) && !of_one.contains("\ndevice 2 compute "), "{of_one}");
+    let (code, twice) = trace("trace.json.0 trace.json.0");
+    assert!(code == Some(65) && twice.contains("files 1 and 2 both have 'device 0 "), "{code:?} {twice}");
+    // What one process wrote and the other read is in it, in that order, and each device is a process with a name.
+    let text = std::fs::read_to_string(folder.path().join("all.json")).expect("a file");
+    let events: Vec<serde_json::Value> = serde_json::from_str(&text).expect("JSON");
+    let of = |key: &'static str, value: &'static str| events.iter().filter(move |event| event[key] == value);
+    let names: BTreeMap<u64, &str> = of("name", "process_name")
+        .map(|event| (event["pid"].as_u64().expect("a pid"), event["args"]["name"].as_str().expect("a name")))
+        .collect();
+    let expected = ["device 0, rank 0", "device 1, rank 0", "device 2, rank 1", "device 3, rank 1"];
+    assert_eq!(names.into_values().collect::<Vec<_>>(), expected);
+    let pids: BTreeSet<_> = of("ph", "X").map(|event| event["pid"].as_u64()).collect();
+    assert_eq!(pids, (0..4).map(Some).collect());
+    let place = |event: &serde_json::Value| (event["pid"].as_u64() < Some(2), event["ts"].as_f64().expect("a time"));
+    let written: BTreeMap<_, _> = of("ph", "s").map(|event| (event["id"].as_str(), place(event))).collect();
+    let mut crossing = [0, 0];
+    for event in of("ph", "f") {
+        let (from, at) = written.get(&event["id"].as_str()).unwrap_or_else(|| panic!("from nowhere: {event}"));
+        let (to, read) = place(event);
+        assert!(*at <= read + 1e-3, "read before it was written: {event}");
+        crossing[usize::from(to)] += usize::from(*from != to);
+    }
+    // Two micro-batches of two replicas go forward, and back, in six steps.
+    assert!(crossing[0] >= 24 && crossing[1] >= 24, "{crossing:?}");
 }
 
 /// One after the other, each rank is killed, or frozen, at another moment.

@@ -2,12 +2,14 @@
 //
 //     node check.mjs PROGRAMS MODULES [PICTURES]
 //
-// PROGRAMS is the folder with `gpt` and `watched`, MODULES one where playwright-core is installed, and PICTURES, if given, where
+// PROGRAMS is the folder with `gpt`, `shardflow` and `watched`, MODULES one where playwright-core is installed, and PICTURES, if given, where
 // pictures of the page are put. CHROMIUM names the browser's program. Ends with 0, or with 1 and what was wrong.
 
 import assert from 'node:assert/strict';
 import { spawn } from 'node:child_process';
+import { createSocket } from 'node:dgram';
 import { once } from 'node:events';
+import { readdirSync, readFileSync, readlinkSync } from 'node:fs';
 import { createRequire } from 'node:module';
 import { createServer } from 'node:net';
 import path from 'node:path';
@@ -20,6 +22,7 @@ const DEADLINE_MS = 60_000;
 const LOOK_EVERY_MS = 20;
 const BYTES_A_SECOND_MAX = 1_000_000;
 const BUBBLES_APART_MAX = 0.05;
+const SHARES_APART_MAX = 0.15;
 
 const pause = (ms) => new Promise((resume) => setTimeout(resume, ms));
 
@@ -51,8 +54,8 @@ async function freePort() {
 const running = new Set();
 
 // A program that answers on `port`.
-async function start(program, args, port) {
-  const child = spawn(path.join(programs, program), args, { stdio: ['pipe', 'pipe', 'pipe'] });
+async function start(program, args, port, environment = {}) {
+  const child = spawn(path.join(programs, program), args, { stdio: ['pipe', 'pipe', 'pipe'], env: { ...process.env, ...environment } });
   running.add(child);
   let said = '';
   for (const stream of [child.stdout, child.stderr]) stream.on('data', (data) => (said = (said + data).slice(-4000)));
@@ -72,7 +75,8 @@ async function end({ child }, signal = 'SIGKILL') {
 const watched = (port, mesh, schedule, microBatches, ms) =>
   start('watched', [`127.0.0.1:${port}`, mesh, schedule, `${microBatches}`, `${ms}`], port);
 
-const gpt = (port, ...args) => start('gpt', [`--listen=127.0.0.1:${port}`, '--sample=0', '--steps=1000000', ...args], port);
+const gptArgs = (port, ...args) => [`--listen=127.0.0.1:${port}`, '--sample=0', '--steps=1000000', ...args];
+const SMALL = ['--mesh=stage=2', '--micro-batches=4', '--layers=2', '--width=32', '--heads=2', '--context=32', '--batch=8', '--clip=1'];
 
 let browser;
 
@@ -81,12 +85,16 @@ async function look(port, options = {}, mayBreak = false) {
   const context = await browser.newContext({ viewport: { width: 1200, height: 900 }, ...options });
   const page = await context.newPage();
   const wrong = [];
+  const origin = `http://127.0.0.1:${port}`;
+  page.on('request', (request) => {
+    if (new URL(request.url()).origin !== origin) wrong.push(`it loads ${request.url()} from elsewhere`);
+  });
   const isBroken = (text) => mayBreak && /net::ERR_|Failed to load resource/.test(text);
   page.on('pageerror', (error) => wrong.push(`${error}`));
   page.on('console', (message) => {
     if (['error', 'warning'].includes(message.type()) && !isBroken(message.text())) wrong.push(message.text());
   });
-  await page.goto(`http://127.0.0.1:${port}/`);
+  await page.goto(`${origin}/`);
   return { page, wrong, close: () => context.close() };
 }
 
@@ -100,23 +108,29 @@ async function metrics(port) {
   }));
 }
 
-// Step, loss, gradient norm, tokens and memory on the page are those of `/metrics` at the same step; rows for all actors.
+// All that the page shows of a training is what `/metrics` and `/plan` say at the same step.
 async function showsWhatMetricsSay() {
   const port = await freePort();
-  const training = await gpt(port, '--mesh=stage=2', '--micro-batches=4', '--layers=2', '--width=32', '--heads=2', '--context=32', '--batch=8', '--clip=1');
+  const training = await start('gpt', gptArgs(port, ...SMALL), port, { SHARDFLOW_RESTART_CAUSES: '137,75' });
   const { page, wrong, close } = await look(port);
   const told = new Map();
   const shown = await until('a step that both have told', async () => {
     const got = await metrics(port);
     told.set(got.get('shardflow_steps_total'), got);
-    const page_ = await page.evaluate(() => Object.fromEntries(['step', 'loss', 'norm', 'tokens'].map((id) => [id, document.getElementById(id).textContent])));
+    const page_ = await page.evaluate(() => ({
+      ...Object.fromEntries(['step', 'loss', 'norm', 'tokens'].map((id) => [id, document.getElementById(id).textContent])),
+      charts: ['loss', 'norm'].map((id) => document.getElementById(`chart-${id}`).getAttribute('aria-label')),
+    }));
     page_.got = told.get(Number(page_.step.split(' ')[0]));
     return page_.got && page_.loss !== '-' && page_;
   });
+  const busyBefore = [performance.now(), shown.got];
   assert.equal(shown.loss, shown.got.get('shardflow_loss').toFixed(4));
   assert.equal(shown.norm, shown.got.get('shardflow_gradient_norm').toFixed(4));
   assert.equal(Number(shown.tokens), shown.got.get('shardflow_tokens_total'));
   assert.match(shown.step, /^\d+ of 1000000$/);
+  assert.deepEqual(shown.charts.map((label) => Number(label.split('now ')[1]).toFixed(4)), [shown.loss, shown.norm], 'curves end where the training is');
+  assert.equal(await text(page, 'health'), 'running');
   const memory = await page.evaluate(() => [...document.querySelectorAll('#memory tbody tr')].map((row) => [row.dataset.planned, row.dataset.peak].map(Number)));
   assert.deepEqual(memory, [0, 1].map((device) => ['planned', 'peak'].map((kind) => shown.got.get(`shardflow_memory_bytes{device="${device}",kind="${kind}"}`))));
   const plan = await (await fetch(`http://127.0.0.1:${port}/plan`)).json();
@@ -124,19 +138,96 @@ async function showsWhatMetricsSay() {
   const rows = await page.locator('#rows button').allTextContents();
   assert.deepEqual([...rows].sort(), plan.actors.map((actor) => actor.name).sort());
   assert.equal(await page.locator('#breakdown tbody tr').count(), plan.actors.length);
-  assert.equal(await page.locator('.uplot').count(), 4, 'four charts');
+  assert.equal(await page.locator('#charts .uplot').count(), 4, 'four charts');
+  assert.ok(!(await page.locator('#processes-section').isVisible()), 'it is the only process');
+  await restarts(page, shown.got);
+  await widths(page, plan);
   await until('a prediction', async () => (await text(page, 'bubble-predicted')) !== '-');
   await until('a whole step', async () => /^\d+/.test(await text(page, 'timeline-step')));
   assert.ok(/ min | h | s$/.test(await text(page, 'eta')), 'time left');
-  await keyboard(page);
+  await colours(page);
+  await busy(page, port, busyBefore);
+  await keyboard(page, port);
   await fits(port);
+  await follows(page);
   assert.deepEqual(wrong, []);
   await close();
   await end(training);
 }
 
+// The attempts before this one stand among the incidents, the first one first.
+async function restarts(page, got) {
+  const incidents = await page.locator('#incidents li').allTextContents();
+  assert.match(incidents[0], /^restart after .*: attempt 0 of the job ended with code 137: SIGKILL$/);
+  assert.match(incidents[1], /^restart after .*: attempt 1 of the job ended with code 75: retry$/);
+  const counted = ['137', '75'].map((cause) => got.get(`shardflow_restarts_total{cause="${cause}"}`));
+  assert.deepEqual(counted, [1, 1]);
+}
+
+// The more bytes an edge carries in a step, the wider it is.
+async function widths(page, plan) {
+  const edges = await page.evaluate(() => [...document.querySelectorAll('.edge')].map((edge) => [
+    Number(edge.dataset.register), edge.getAttribute('aria-label'), Number(edge.querySelector('path').getAttribute('stroke-width')),
+  ]));
+  const sized = edges.map(([register, label, width]) => {
+    const { slot_bytes: size, readers } = plan.registers[register];
+    const reader = readers.filter((one) => label.endsWith(`read by ${plan.actors[one.actor].name}`));
+    return [size * Math.max(...reader.map((one) => one.pieces_per_step)), width];
+  });
+  const between = plan.registers.map((register) => new Set(register.readers.map((reader) => reader.actor).filter((actor) => actor !== register.producer)).size);
+  assert.equal(edges.length, between.reduce((sum, count) => sum + count, 0), 'an edge for each register and reader');
+  sized.sort(([a], [b]) => a - b);
+  for (const [i, [bytes, width]] of sized.entries()) assert.ok(i === 0 || width >= sized[i - 1][1], `${bytes} bytes: ${width}`);
+  assert.ok(sized[sized.length - 1][1] > 2 * sized[0][1], 'edges differ');
+}
+
+// In the row of an actor that computes: forward and backward in their colours, below what was predicted, which is paler.
+async function colours(page) {
+  const seen = await page.evaluate(() => {
+    const canvas = document.getElementById('gantt');
+    const scale = canvas.width / parseFloat(canvas.style.width);
+    const rows = [...document.querySelectorAll('#rows button')].map((row) => row.textContent);
+    const top = rows.findIndex((name) => name.endsWith('compute')) * 26;
+    // A copy, for the page's own canvas is not made to be read.
+    const copy = Object.assign(document.createElement('canvas'), { width: canvas.width, height: canvas.height }).getContext('2d', { willReadFrequently: true });
+    copy.drawImage(canvas, 0, 0);
+    const count = (from, tall) => {
+      const { data } = copy.getImageData(0, (top + from) * scale, canvas.width, tall * scale);
+      const found = { full: 0, pale: 0, forward: 0, backward: 0 };
+      for (let i = 0; i < data.length; i += 4) {
+        const [r, g, b, alpha] = data.slice(i, i + 4);
+        found.full += alpha === 255;
+        found.pale += alpha > 110 && alpha < 145;
+        found.forward += r === 0x2f && g === 0x6f && b === 0xd0;
+        found.backward += r === 0xd9 && g === 0x82 && b === 0x2b;
+      }
+      return found;
+    };
+    return { predicted: count(5, 5), measured: count(13, 9) };
+  });
+  assert.ok(seen.measured.forward > 20 && seen.measured.backward > 20, JSON.stringify(seen));
+  assert.ok(seen.predicted.pale > 20 && seen.predicted.full === 0, JSON.stringify(seen));
+}
+
+// For how much of the last seconds each actor was busy, by its bar and by `/metrics`.
+async function busy(page, port, [before, then]) {
+  await until('seconds', () => performance.now() - before > 4000);
+  const bars = await page.evaluate(() => [...document.querySelectorAll('#breakdown tbody tr')].map((row) => [
+    row.cells[0].textContent, [...row.querySelectorAll('i')].map((part) => parseFloat(part.style.width) / 100),
+  ]));
+  const [now, seconds] = [await metrics(port), (performance.now() - before) / 1000];
+  for (const [name, parts] of bars) {
+    const spent = (at) => [...at].filter(([key]) => key.startsWith(`shardflow_actor_firing_seconds_sum{actor="${name}"`)).reduce((sum, [, value]) => sum + value, 0);
+    const expected = (spent(now) - spent(then)) / seconds;
+    assert.ok(Math.abs(parts[0] - expected) < SHARES_APART_MAX, `${name}: busy ${parts[0]} on the page, ${expected.toFixed(3)} by /metrics`);
+    const all = parts.reduce((a, b) => a + b, 0);
+    assert.ok(all > 0.7 && all < 1.02, `${name}: ${parts}`);
+  }
+  assert.ok(bars.some(([name, parts]) => name.endsWith('compute') && parts[0] > 0.1), 'somebody works');
+}
+
 // Rows and edges are reached by the Tab key, steps by arrows, a register by Enter.
-async function keyboard(page) {
+async function keyboard(page, port) {
   await page.locator('#timeline').focus();
   await page.keyboard.press('Tab');
   assert.equal(await page.evaluate(() => document.activeElement.textContent), await page.locator('#rows button').first().textContent());
@@ -150,25 +241,107 @@ async function keyboard(page) {
   await page.locator('.edge').first().focus();
   await page.keyboard.press('Enter');
   assert.ok(await page.locator('#register').isVisible());
-  assert.match(await text(page, 'register-facts'), /slots\d+ held of \d+/);
+  const [facts, name] = [await text(page, 'register-facts'), await text(page, 'register-name')];
+  const [, held, slots] = /slots(\d+) held of (\d+)/.exec(facts).map(Number);
+  const got = await metrics(port);
+  assert.equal(slots, ['free', 'writing', 'filled'].reduce((sum, state) => sum + got.get(`shardflow_register_slots{register="${name}",state="${state}"}`), 0), name);
+  assert.ok(held <= slots);
+  assert.match(facts, /pieces published[1-9]/);
+  assert.equal(await page.locator('#register-slots .uplot').count(), 1, 'slots over time');
   await page.keyboard.press('Escape');
   assert.ok(!(await page.locator('#register').isVisible()));
 }
+
+const looks = (page) => page.evaluate(() => ({
+  width: document.documentElement.scrollWidth,
+  ground: getComputedStyle(document.body).backgroundColor,
+  moves: [...document.querySelectorAll('*')].some((element) => parseFloat(getComputedStyle(element).transitionDuration) > 0),
+}));
+const LIGHT = 'rgb(255, 255, 255)';
+const DARK = 'rgb(20, 23, 28)';
 
 // Nothing stands out of a narrow window; dark is dark; nothing moves for who wants no motion.
 async function fits(port) {
   const { page, wrong, close } = await look(port, { viewport: { width: 360, height: 700 }, colorScheme: 'dark', reducedMotion: 'reduce' });
   await until('an event', async () => (await text(page, 'step')) !== '-');
-  const [width, ground, moves] = await page.evaluate(() => [
-    document.documentElement.scrollWidth,
-    getComputedStyle(document.body).backgroundColor,
-    [...document.querySelectorAll('*')].some((element) => parseFloat(getComputedStyle(element).transitionDuration) > 0),
-  ]);
+  await until('all charts', async () => (await page.locator('#charts .uplot').count()) === 4);
+  const { width, ground, moves } = await looks(page);
   assert.ok(width <= 360, `${width} pixels`);
-  assert.equal(ground, 'rgb(20, 23, 28)');
+  assert.equal(ground, DARK);
   assert.ok(!moves);
   assert.deepEqual(wrong, []);
   await close();
+}
+
+// A page that is open follows the system's colours and the window's width.
+async function follows(page) {
+  const before = await looks(page);
+  assert.deepEqual([before.ground, before.moves], [LIGHT, true]);
+  const axis = () => page.evaluate(() => document.querySelector('#chart-loss canvas').toDataURL());
+  const light = await axis();
+  await page.emulateMedia({ colorScheme: 'dark' });
+  await until('dark', async () => (await looks(page)).ground === DARK && (await axis()) !== light);
+  await page.setViewportSize({ width: 700, height: 900 });
+  await until('narrower charts', () => page.evaluate(() => [...document.querySelectorAll('#charts .chart')].every((chart) => chart.firstChild.offsetWidth <= chart.clientWidth)));
+  assert.ok((await looks(page)).width <= 700);
+}
+
+// Of several processes each has a page with its own actors, which names the others and leads to theirs.
+async function processes() {
+  const port = await twoPorts();
+  const launched = ['launch', '--nproc-per-node=2', `--log-dir=${path.join(modules, 'logs')}`, '--', path.join(programs, 'gpt')];
+  const training = await start('shardflow', [...launched, ...gptArgs(port, ...SMALL)], port);
+  const { page, wrong, close } = await look(port);
+  await until('steps', async () => Number((await text(page, 'step')).split(' ')[0]) > 2);
+  assert.match(await text(page, 'what'), /rank 0 of 2/);
+  const names = () => page.locator('#rows button').allTextContents();
+  assert.ok((await names()).every((name) => name.startsWith('device 0')));
+  const row = (rank) => page.locator('#processes tbody tr').nth(rank).locator('td').allTextContents();
+  assert.deepEqual(await row(0), ['0', '0', '', 'this one', '']);
+  await until('a heartbeat', async () => / ago$/.test((await row(1))[4]));
+  const [rank, devices, on, link] = await row(1);
+  assert.deepEqual([rank, devices, link], ['1', '1', `port ${port + 1}`]);
+  const pid = Number(/^the same machine, process (\d+)$/.exec(on)[1]);
+  assert.match(readFileSync(`/proc/${pid}/cmdline`, 'utf8'), /gpt/);
+  assert.equal(await page.locator('#incidents li').count(), 0);
+  // Rank 0's process, which rank 1 tells.
+  const { peers } = await (await fetch(`http://127.0.0.1:${port + 1}/plan`)).json();
+  await sendNonsense(peers[0].pid);
+  await until('a refusal', async () => /refused after .*: .* bad_format/.test(await text(page, 'incidents')));
+  assert.ok((await metrics(port)).get('shardflow_refused_total{reason="bad_format"}') >= 1);
+  assert.deepEqual(wrong, []);
+  await page.locator('#processes a').click();
+  await until('the other page', async () => /rank 1 of 2/.test(await text(page, 'what')));
+  await until('its actors', async () => (await names()).length > 0 && (await names()).every((name) => name.startsWith('device 1')));
+  await until('its steps', async () => Number((await text(page, 'step')).split(' ')[0]) > 2);
+  await close();
+  await end(training, 'SIGTERM');
+}
+
+async function twoPorts() {
+  return until('two ports', async () => {
+    const port = await freePort();
+    const next = createServer().listen(port + 1, '127.0.0.1');
+    await once(next, 'listening');
+    next.close();
+    await once(next, 'close');
+    return port;
+  });
+}
+
+// To each UDP port of a process.
+async function sendNonsense(pid) {
+  const links = readdirSync(`/proc/${pid}/fd`).map((fd) => readlinkSync(`/proc/${pid}/fd/${fd}`));
+  const lines = readFileSync(`/proc/${pid}/net/udp`, 'utf8').split('\n').slice(1).map((line) => line.trim().split(/\s+/));
+  const own = lines.filter((fields) => links.includes(`socket:[${fields[9]}]`));
+  assert.ok(own.length > 0, 'it hears heartbeats');
+  const socket = createSocket('udp4');
+  for (const [, local] of own) {
+    const [address, port] = local.split(':');
+    const host = address.match(/../g).reverse().map((byte) => parseInt(byte, 16)).join('.');
+    await new Promise((resume) => socket.send('nonsense', parseInt(port, 16), host, resume));
+  }
+  socket.close();
 }
 
 // What part of a step four evenly loaded stages stand idle: as predicted, and as the schedules' authors say.
@@ -178,16 +351,20 @@ async function bubble(schedule) {
   const { page, wrong, close } = await look(port);
   const shares = () => page.evaluate(() => ['bubble', 'bubble-predicted'].map((id) => Number(document.getElementById(id).dataset.share)));
   await until('a prediction', async () => (await shares()).every((share) => share > 0));
-  // So that the first steps, which are slower, are not among those counted.
-  await until('16 steps', async () => Number(await text(page, 'step')) >= 16);
-  const [measured, predicted] = await until('both again', async () => {
-    const both = await shares();
-    return both.every((share) => share > 0) && both;
-  });
   const expected = (stages - 1) / (microBatches + stages - 1);
-  console.log(`${schedule}: bubble ${measured.toFixed(3)}, predicted ${predicted.toFixed(3)}, by the formula ${expected.toFixed(3)}`);
-  assert.ok(Math.abs(measured - predicted) <= BUBBLES_APART_MAX, 'the prediction is off');
-  assert.ok(Math.abs(predicted - expected) <= BUBBLES_APART_MAX, 'the schedule is not what it is called');
+  // Where others use the machine, a step is longer now and then: so it has to agree in three events in a row.
+  let [seen, inARow, both] = ['', 0, []];
+  await until('bubbles that agree', async () => {
+    const now = await text(page, 'step');
+    if (now === seen) return false;
+    [seen, both] = [now, await shares()];
+    const [measured, predicted] = both;
+    const agree = Math.abs(measured - predicted) <= BUBBLES_APART_MAX && Math.abs(predicted - expected) <= BUBBLES_APART_MAX;
+    inARow = agree ? inARow + 1 : 0;
+    if (!agree) throw new Error(`measured ${measured}, predicted ${predicted}, by the formula ${expected}`);
+    return inARow === 3;
+  });
+  console.log(`${schedule}: bubble ${both[0].toFixed(3)}, predicted ${both[1].toFixed(3)}, by the formula ${expected.toFixed(3)}`);
   assert.deepEqual(wrong, []);
   await close();
   await end(training);
@@ -204,6 +381,7 @@ async function stall() {
   await until('a red edge', async () => (await page.locator('.edge.blocked').count()) > 0);
   const stroke = () => page.evaluate(() => getComputedStyle(document.querySelector('.edge.blocked path')).stroke);
   await until('it is red', async () => (await stroke()) === 'rgb(198, 32, 28)');
+  await until('health', async () => (await text(page, 'health')) === 'running, edges are blocked');
   await until('who waits', async () => /waits for piece/.test(await text(page, 'breakdown')));
   await until('an incident', async () => /device 1 compute forward has not ended, and waits for nobody/.test(await text(page, 'incidents')));
   await page.locator('.edge.blocked').first().focus();
@@ -212,6 +390,7 @@ async function stall() {
   await page.keyboard.press('Escape');
   training.child.stdin.write('open\n');
   await until('no red edge', async () => (await page.locator('.edge.blocked').count()) === 0);
+  await until('health', async () => (await text(page, 'health')) === 'running');
   assert.deepEqual(wrong, []);
   await close();
   await end(training);
@@ -270,7 +449,7 @@ async function manyActors() {
 // Light and dark pictures of a training.
 async function takePictures() {
   const port = await freePort();
-  const training = await gpt(port, '--mesh=stage=4', '--micro-batches=8', '--threads-per-device=1', '--layers=4', '--width=64', '--heads=4', '--context=64', '--batch=32', '--clip=1');
+  const training = await start('gpt', gptArgs(port, '--mesh=stage=4', '--micro-batches=8', '--threads-per-device=1', '--layers=4', '--width=64', '--heads=4', '--context=64', '--batch=32', '--clip=1'), port);
   for (const colorScheme of ['light', 'dark']) {
     const { page, close } = await look(port, { colorScheme, viewport: { width: 1120, height: 1000 } });
     await until('a prediction', async () => (await text(page, 'bubble-predicted')) !== '-');
@@ -282,8 +461,8 @@ async function takePictures() {
 }
 
 // Root has no sandbox.
-const args = process.getuid() === 0 ? ['--no-sandbox', '--disable-gpu'] : ['--disable-gpu'];
-const checks = [showsWhatMetricsSay, bubble.bind(null, 'gpipe'), bubble.bind(null, '1f1b'), stall, reconnects, manyActors];
+const args = process.getuid() === 0 ? ['--no-sandbox', '--disable-gpu', '--disable-dev-shm-usage'] : ['--disable-gpu', '--disable-dev-shm-usage'];
+const checks = [showsWhatMetricsSay, processes, bubble.bind(null, 'gpipe'), bubble.bind(null, '1f1b'), stall, reconnects, manyActors];
 let failed = 0;
 try {
   browser = await chromium.launch({ executablePath: process.env.CHROMIUM ?? '/usr/bin/chromium', args });

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use shardflow::plan::Schedule::OneFOneB;
 use shardflow::session::metrics::Metrics;
 use shardflow::trace::TraceFile;
+use shardflow::trace::join::{JoinError, Joined};
 use shardflow::trace::summary::{Summary, SummaryError};
 use shardflow_integration_tests::training::{Model, Scratch, options};
 
@@ -54,7 +55,8 @@ fn a_trace_shows_every_firing_and_every_piece() {
 
 /// What the summary says fits together, and is that of the session.
 fn check_summary(text: &str, metrics: &Metrics) {
-    let summary = Summary::of(text).expect("a trace");
+    let of = |text: &str| Summary::of(Joined::of(&[text.to_owned()]).expect("a file of ours"));
+    let summary = of(text).expect("a trace");
     assert_eq!(summary.steps, 2, "the first is left out");
     assert_eq!(summary.actors.len(), metrics.actors.len());
     for actor in &summary.actors {
@@ -75,6 +77,6 @@ fn check_summary(text: &str, metrics: &Metrics) {
     let path: f64 = summary.path.iter().map(|(_, seconds)| seconds).sum();
     assert!(path > summary.step_seconds * 0.3 && path < summary.step_seconds * 2.0, "{path}: {summary}");
     assert!(summary.path.iter().any(|(action, _)| action.ends_with("compute backward")), "{summary}");
-    assert!(matches!(Summary::of("[]"), Err(SummaryError::NoStep)));
-    assert!(matches!(Summary::of("{}"), Err(SummaryError::Format(_))));
+    assert!(matches!(of("[]"), Err(SummaryError::NoStep)));
+    assert!(matches!(Joined::of(&["[]".into(), "{}".into()]), Err(JoinError::Format { file: 2, .. })));
 }

@@ -22,6 +22,7 @@ use shardflow_kernels::tensor::HostTensor;
 use crate::cluster::roads::Ways;
 use crate::cluster::world::World;
 use crate::cluster::{Cluster, ClusterError};
+use crate::exit::Exit;
 use crate::graph::{NodeOp, Rate, Var};
 use crate::init;
 use crate::layout_error::LayoutError;
@@ -305,6 +306,9 @@ impl Session {
         let (plan, world) = (session.plan.clone(), session.world.as_ref());
         let steps = NewestSteps { tokens: step_tokens, planned: options.steps_planned, ..NewestSteps::default() };
         let observer = Observer::new(plan, session.hosting, running.control(), snapshots, world, mirrored, steps);
+        for (index, code) in options.cluster.restart_causes.iter().enumerate() {
+            observer.note("restart", format!("attempt {index} of the job ended with {}", Exit::from_code(*code)));
+        }
         let observer = Arc::new(observer.telling(options.tells_metrics));
         // It is set here only.
         let _ = seen.set(Arc::downgrade(&observer));

@@ -10,6 +10,7 @@ use std::fs::File;
 use std::io::{self, BufWriter, Write};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use serde_json::json;
 use shardflow_actors::simulate::{Options, Timing, simulate};
@@ -17,11 +18,15 @@ use shardflow_actors::spec::{ActorId, ActorSpec, Spec};
 use shardflow_actors::trace::{Cause, Fired};
 
 use crate::session::Session;
+use crate::session::observer::Observer;
 
+pub mod join;
 pub mod summary;
 
 /// Name of the event with what the simulator says of a step.
 const PREDICTION: &str = "prediction";
+/// Name of the event with the Unix time at which a file's times begin.
+const CLOCK: &str = "clock";
 
 /// A trace that is being written.
 pub struct TraceFile {
@@ -65,6 +70,9 @@ impl TraceFile {
     /// When the file cannot be written.
     pub fn add(&mut self, session: &Session) -> Result<(), TraceError> {
         let Some(observer) = session.observer() else { return Ok(()) };
+        if self.spec.is_none() {
+            self.begin(observer)?;
+        }
         let spec = self.spec.get_or_insert_with(|| Arc::new(session.plan().spec.clone())).clone();
         let process = observer.hosting().process;
         for actor in observer.hosting().actors_of(session.plan(), process) {
@@ -82,6 +90,24 @@ impl TraceFile {
         Ok(())
     }
 
+    /// Tells the clock, and names the devices: a viewer shows each as a process.
+    fn begin(&mut self, observer: &Observer) -> Result<(), TraceError> {
+        let (hosting, pid) = (observer.hosting(), observer.hosting().own().start);
+        if let (Some(now_ns), Ok(unix)) = (observer.now_ns(), SystemTime::now().duration_since(UNIX_EPOCH)) {
+            let args = json!({ "unix_ns": unix.as_nanos() as u64 - now_ns });
+            self.event(&json!({ "name": CLOCK, "ph": "M", "pid": pid, "args": args }))?;
+        }
+        for device in hosting.own() {
+            let name = format!("device {device}, rank {}", hosting.process);
+            let named = json!({ "name": "process_name", "ph": "M", "pid": device, "args": { "name": name } });
+            self.event(&named)?;
+            let sorted =
+                json!({ "name": "process_sort_index", "ph": "M", "pid": device, "args": { "sort_index": device } });
+            self.event(&sorted)?;
+        }
+        Ok(())
+    }
+
     /// What a step would take if each firing took its mean and nothing but the plan held it up: the simulator's answer, of whose
     /// actors this process hosts all.
     fn predict(&mut self) -> Result<(), TraceError> {
@@ -91,8 +117,7 @@ impl TraceFile {
             ns / count.max(1)
         };
         let actions = |(a, actor): (usize, &ActorSpec)| (0..actor.actions.len()).map(|x| mean(a, x)).collect();
-        let action_ticks = spec.actors.iter().enumerate().map(actions).collect();
-        let timing = Timing { action_ticks, ..Timing::default() };
+        let timing = Timing::measured(&spec, spec.actors.iter().enumerate().map(actions).collect());
         // A plan that ran gets stuck here no more than there.
         let Ok(run) = simulate(&spec, &timing, &Options::steps(1)) else { return Ok(()) };
         let mut busy: BTreeMap<&str, u64> = BTreeMap::new();

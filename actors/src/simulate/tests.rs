@@ -1,9 +1,11 @@
 //! The simulator against known schedules, and the protocol against random timing and seeded faults.
 
 use super::*;
+use crate::builder::Builder;
 use crate::credits;
 use crate::hang::Root;
 use crate::pipeline::{Pipeline, Schedule, timing};
+use crate::spec::Firing;
 
 /// What a bad network, or a bad protocol, does to the n-th message.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -245,6 +247,36 @@ fn missing_tokens_are_starvation_and_no_deadlock() {
 }
 
 #[test]
+fn the_host_decides_when_it_has_seen_what_it_decides_from() {
+    let mut b = Builder::new();
+    let [host, shard] = ["host", "shard"].map(|name| b.actor(name, 0, Firing::Credit));
+    let (feed, log) = (b.external(host, "feed", 2), b.action(host, "log", 2));
+    let (train, update) = (b.action(shard, "train", 2), b.external(shard, "update", 1));
+    b.edge("batch", 4, feed, train);
+    b.edge("loss", 4, train, log);
+    let mut spec = b.build();
+    let starts = |spec: &Spec| {
+        let spec = Arc::new(spec.clone());
+        let run = simulate(&spec, &Timing::uniform(&spec, 5, 1), &Options::steps(2)).unwrap();
+        let of = |at: Reader| run.timeline.iter().filter(move |f| (f.actor, f.action) == (at.actor, at.action));
+        let (updates, logs): (Vec<_>, Vec<_>) =
+            (of(update).map(|f| f.start).collect(), of(log).map(|f| f.end).collect());
+        (updates, [logs[1], logs[3]])
+    };
+    assert_eq!(starts(&spec).0[0], 0, "nothing holds it up");
+    spec.decision = Decision { sees: vec![log], gives: vec![update] };
+    let (updates, logged) = starts(&spec);
+    // It may find its actor busy.
+    assert!(updates[0] >= logged[0] && updates[1] >= logged[1], "{updates:?} {logged:?}");
+    assert!(updates[0] < logged[0] + 5, "{updates:?} {logged:?}");
+    // What the host sees after the update it can never decide from.
+    spec.decision.sees.push(update);
+    let spec = Arc::new(spec);
+    let error = simulate(&spec, &Timing::uniform(&spec, 5, 1), &Options::steps(1)).unwrap_err();
+    assert_eq!(error.to_string(), "starved: shard update waits for a token of the host");
+}
+
+#[test]
 fn early_publication_overlaps() {
     let mut late = plans::data_parallel();
     let early = Arc::new(late.clone());
@@ -269,6 +301,19 @@ fn a_gang_ends_after_its_last_member_has_started() {
         assert!(a.end >= b.start + clock.action_ticks[0][a.action as usize]);
         assert!(b.end >= a.start + clock.action_ticks[1][b.action as usize]);
     }
+}
+
+#[test]
+fn waits_for_a_gang_are_not_counted_twice() {
+    let spec = Arc::new(plans::gangs());
+    let truth = Timing::uniform(&spec, 4, 0);
+    let mut seen = truth.action_ticks.clone();
+    // The second shard came late to the forwards, so the first one's took longer.
+    (seen[0][0], seen[0][1], seen[1][1]) = (9, 6, 6);
+    let timing = Timing::measured(&spec, seen);
+    // A backward is no forward, though both are of the gang.
+    assert_eq!(timing.action_ticks[..2], [vec![4, 6], vec![4, 6]]);
+    assert_eq!(timing.action_ticks[2..], truth.action_ticks[2..]);
 }
 
 #[test]

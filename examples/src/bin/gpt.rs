@@ -20,7 +20,7 @@ use shardflow_examples::args::{ArgsError, DeviceArg, GptArgs, NonFiniteArg, Prec
 use shardflow_examples::checkpoints::{Checkpoints, CheckpointsError};
 use shardflow_examples::data::{DataError, Text};
 use shardflow_examples::files::{PlaceError, check_writable, free_memory_bytes};
-use shardflow_examples::log::{DeviceMemory, JsonLog, LogError, Progress, StepRecord, Totals};
+use shardflow_examples::log::{DeviceMemory, JsonLog, LogError, Progress, StepRecord, Totals, note};
 use shardflow_examples::sample::Sampler;
 
 fn main() -> ExitCode {
@@ -42,7 +42,7 @@ fn main() -> ExitCode {
 fn run(args: &GptArgs) -> Result<(), GptError> {
     args.check()?;
     let mut cluster = Cluster::from_env()?;
-    cluster.options.on_waiting = Some(Arc::new(|missing| eprintln!("{missing}")));
+    cluster.options.on_waiting = Some(Arc::new(|missing| note(missing)));
     let text = Text::load(args.data.as_deref(), args.context)?;
     let model = model(args, &text);
     let options = options(args, &cluster)?;
@@ -148,7 +148,7 @@ const NON_FINITE_IN_A_ROW_MAX: u32 = 10;
 /// A step that does not move for a minute is told: what everything waits for, and who on which register of whom. So is a
 /// process that the others wait for most of the time.
 fn session_options(args: &GptArgs, cluster: Cluster, terminated: Arc<AtomicBool>) -> SessionOptions {
-    let tell: Arc<dyn Fn(&str) + Send + Sync> = Arc::new(|report| eprintln!("warning: {report}"));
+    let tell: Arc<dyn Fn(&str) + Send + Sync> = Arc::new(|report| note(format!("warning: {report}")));
     let hang = Duration::from_secs(args.hang_timeout);
     let watchdog = WatchdogOptions {
         abort_after: Some(hang),
@@ -270,7 +270,7 @@ fn train(args: &GptArgs, text: &Text, session: &mut Session, outputs: Outputs, s
         (steps, seconds, final_loss) = (steps + 1, seconds + step_seconds, Some(loss));
         if let Some(found) = &report.non_finite {
             if speaks {
-                eprintln!("warning: {found}; nothing is updated");
+                note(format!("warning: {found}; nothing is updated"));
             }
             if let Some(checkpoints) = checkpoints.as_mut().filter(|_| args.on_non_finite == NonFiniteArg::Rollback) {
                 checkpoints.roll_back(session, found)?;
@@ -286,7 +286,7 @@ fn train(args: &GptArgs, text: &Text, session: &mut Session, outputs: Outputs, s
         }
     }
     if let Some(lost) = trace.map(TraceFile::finish).transpose()?.filter(|lost| *lost > 0) {
-        eprintln!("warning: the trace lacks {lost} firings, for steps have more of them than an actor keeps");
+        note(format!("warning: the trace lacks {lost} firings, for steps have more of them than an actor keeps"));
     }
     let totals = totals(steps, step_tokens, seconds, final_loss, session);
     if speaks {

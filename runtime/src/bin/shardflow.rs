@@ -2,7 +2,8 @@
 //! is the library's.
 
 use std::ffi::OsString;
-use std::io::Write;
+use std::fs::File;
+use std::io::{BufWriter, Write};
 #[cfg(feature = "watch")]
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -16,6 +17,7 @@ use shardflow::doctor;
 use shardflow::exit::Exit;
 use shardflow::launcher::{LaunchOptions, become_program, guard, launch};
 use shardflow::session::shown::{PLAN_DOT, PLAN_HTML, PLAN_TEXT};
+use shardflow::trace::join::Joined;
 use shardflow::trace::summary::Summary;
 #[cfg(feature = "watch")]
 use shardflow::watch::client;
@@ -53,8 +55,12 @@ enum Command {
     },
     /// Summarise a trace that `--trace` wrote: busy, idle and why, the critical path, beside the simulator's step.
     Trace {
-        /// The file
-        file: PathBuf,
+        /// The file; of several processes, those of all
+        #[arg(required = true, value_name = "FILE")]
+        files: Vec<PathBuf>,
+        /// Write one file of all, on one clock
+        #[arg(long, value_name = "FILE")]
+        join: Option<PathBuf>,
     },
     /// Tell on one screen how a process does that was started with `--listen`.
     #[cfg(feature = "watch")]
@@ -153,7 +159,7 @@ fn main() -> ExitCode {
         Command::Status { at, json } => run_status(at, json),
         #[cfg(feature = "watch")]
         Command::ExplainHang { at } => run_explain_hang(at),
-        Command::Trace { file } => run_trace(&file),
+        Command::Trace { files, join } => run_trace(&files, join.as_deref()),
         Command::Plan { html, dot, command } => run_plan(html, dot, &command),
         Command::Secret => print_secret(),
         Command::Guard { folder } => guard(&folder, std::io::stdin().lock()),
@@ -205,14 +211,27 @@ fn run_doctor(json: bool) -> Exit {
     }
 }
 
-fn run_trace(file: &Path) -> Exit {
-    let text = match std::fs::read_to_string(file) {
-        Ok(text) => text,
-        Err(error) => return fail(Exit::Usage, format!("cannot read {}: {error}", file.display())),
+fn run_trace(files: &[PathBuf], join: Option<&Path>) -> Exit {
+    let mut texts = Vec::new();
+    for file in files {
+        match std::fs::read_to_string(file) {
+            Ok(text) => texts.push(text),
+            Err(error) => return fail(Exit::Usage, format!("cannot read {}: {error}", file.display())),
+        }
+    }
+    let joined = match Joined::of(&texts) {
+        Ok(joined) => joined,
+        Err(error) => return fail(Exit::BadData, error),
     };
-    match Summary::of(&text) {
+    if let Some(path) = join {
+        let written = File::create(path).and_then(|file| joined.write(&texts, BufWriter::new(file)));
+        if let Err(error) = written {
+            return fail(Exit::Usage, format!("cannot write {}: {error}", path.display()));
+        }
+    }
+    match Summary::of(joined) {
         Ok(summary) => print(summary.to_string().trim_end()).unwrap_or(Exit::Done),
-        Err(error) => fail(Exit::BadData, format!("{}: {error}", file.display())),
+        Err(error) => fail(Exit::BadData, error),
     }
 }
 

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender, bounded};
 use shardflow_actors::error::{Failure, PeerError};
-use shardflow_actors::membership::{self, FirstCause, Membership, Notice};
+use shardflow_actors::membership::{self, FirstCause, Membership, Notice, PeerStatus};
 use shardflow_actors::shell::{Control, Running};
 use shardflow_actors::transport::{Address, Endpoint, Purpose, Secret, TransportError};
 use shardflow_kernels::collective::{Collective, Group};
@@ -22,7 +22,7 @@ use super::agree::{self, Heard, Together};
 use super::by_mpi::ByMpi;
 use super::env::{self, Launch};
 use super::nccl_ids;
-use super::rendezvous::{Identity, RendezvousConfig, Roster, local_ip, rendezvous};
+use super::rendezvous::{Identity, Member, RendezvousConfig, Roster, local_ip, rendezvous};
 use super::roads::{Roads, Ways};
 use super::{Cluster, ClusterError, ClusterOptions, Transport};
 use crate::checkpoint::{self, Agree};
@@ -31,6 +31,7 @@ use crate::session::SessionError;
 use crate::session::devices::Pipes;
 use crate::session::ending::exit_of;
 use crate::session::hosting::{Hosting, OnNode};
+use crate::session::observer::Peer;
 
 /// How long a failed session waits to hear what the others say, beyond the membership's own grace.
 const SETTLE_TIMEOUT: Duration = Duration::from_secs(3);
@@ -318,6 +319,18 @@ impl World {
             ("newer_epoch", counters.newer_epoch),
             ("garbled", counters.garbled),
         ]
+    }
+
+    /// What is known of the other processes.
+    pub(crate) fn peers(&self) -> Vec<Peer> {
+        let member = |process: u32| &self.roster.members[process as usize];
+        let own = member(self.hosting.process);
+        let peer = |status: PeerStatus| {
+            let Member { process, node, host, pid, .. } = member(status.process);
+            let (process, host, pid, is_on_this_node) = (*process, host.clone(), *pid, *node == own.node);
+            Peer { process, host, pid, is_on_this_node, silent: status.silent }
+        };
+        self.membership.peers().into_iter().map(peer).collect()
     }
 
     /// Tells the others that this process ends in order.

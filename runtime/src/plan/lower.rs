@@ -5,7 +5,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use shardflow_actors::spec::{
-    ActionSpec, ActorId, ActorSpec, Firing, InputSpec, OutputSpec, Reader, RegisterId, RegisterSpec, Spec, StreamKind,
+    ActionSpec, ActorId, ActorSpec, Decision, Firing, InputSpec, OutputSpec, Reader, RegisterId, RegisterSpec, Spec,
+    StreamKind,
 };
 use shardflow_kernels::collective::Group;
 use shardflow_kernels::device::DeviceKind;
@@ -100,6 +101,11 @@ pub fn lower(graph: Graph, setting: Setting) -> Plan {
             readers: register.readers.iter().map(reader).collect(),
         });
     }
+    let with = |of: fn(&ActionKey) -> bool| emitted.keys().filter(|site| of(&site.1)).map(reader).collect();
+    spec.decision = Decision {
+        sees: with(|key| matches!(key, ActionKey::Fetch(_))),
+        gives: with(|key| matches!(key, ActionKey::Decide)),
+    };
     Plan {
         graph,
         spec,

@@ -81,7 +81,7 @@ pub struct StepDone {
 pub struct Incident {
     /// When it happened first, nanoseconds since the session's start.
     pub at_ns: u64,
-    /// `not finite`, `stall` or `failure`.
+    /// `restart`, `not finite`, `stall`, `refused` or `failure`.
     pub kind: &'static str,
     /// What happened, its cause first.
     pub text: String,
@@ -125,6 +125,21 @@ impl Facade {
         counter.increment(total.saturating_sub(*told));
         *told = total.max(*told);
     }
+}
+
+/// Another process of the session.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Peer {
+    /// Its number.
+    pub process: u32,
+    /// Name of its machine.
+    pub host: String,
+    /// Its process id there.
+    pub pid: u32,
+    /// It shares this one's machine.
+    pub is_on_this_node: bool,
+    /// Since its last heartbeat; `None` when it has ended in order.
+    pub silent: Option<Duration>,
 }
 
 /// How a session does.
@@ -240,6 +255,13 @@ impl Observer {
 
     /// What went wrong so far, the first first; at most 32.
     pub fn incidents(&self) -> Vec<Incident> {
+        for (reason, count) in self.world.upgrade().map(|world| world.refused()).into_iter().flatten() {
+            // How often is told by the metric, and changes.
+            if count > 0 {
+                let text = format!("datagrams or letters that are not of this job or of this attempt: {reason}");
+                self.note("refused", text);
+            }
+        }
         if let Some((at_ns, failure)) = self.control.failed_at() {
             self.keep(Incident { at_ns, kind: "failure", text: failure.to_string() });
         }
@@ -260,6 +282,11 @@ impl Observer {
         if !is_known && incidents.len() < INCIDENTS_MAX {
             incidents.push(incident);
         }
+    }
+
+    /// What is known of the other processes; nothing once the session has ended.
+    pub fn peers(&self) -> Vec<Peer> {
+        self.world.upgrade().map_or_else(Vec::new, |world| world.peers())
     }
 
     /// A step has ended, `steps` being done by then.

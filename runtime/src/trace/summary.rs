@@ -1,5 +1,5 @@
 //! What a trace says, on one screen: how busy each actor was, what it waited for, the way through firings that a step could not have
-//! been shorter than, and a step beside the simulator's. Imports the file's events only.
+//! been shorter than, and a step beside the simulator's. Imports `join`'s events only.
 //!
 //! Time that an actor stands idle within a step is put down to
 //!
@@ -13,9 +13,8 @@
 use std::collections::{BTreeMap, HashMap};
 use std::fmt;
 
-use serde::Deserialize;
-
 use super::PREDICTION;
+use super::join::{Event, Joined};
 
 /// Actions of the critical path that are shown.
 const PATH_SHOWN: usize = 6;
@@ -25,40 +24,9 @@ const EDGES_SHOWN: usize = 8;
 /// What is wrong with a file.
 #[derive(Debug, thiserror::Error)]
 pub enum SummaryError {
-    /// It is none of ours.
-    #[error("it is no trace that Shardflow wrote: {0}")]
-    Format(#[from] serde_json::Error),
     /// It has no whole step.
     #[error("it holds no step but the first; trace at least two")]
     NoStep,
-}
-
-/// An event of the file; those of all kinds.
-#[derive(Debug, Deserialize)]
-struct Event {
-    name: String,
-    ph: String,
-    #[serde(default)]
-    tid: u32,
-    #[serde(default)]
-    ts: f64,
-    #[serde(default)]
-    dur: f64,
-    #[serde(default)]
-    id: String,
-    #[serde(default)]
-    args: Args,
-}
-
-#[derive(Debug, Default, Deserialize)]
-struct Args {
-    name: Option<String>,
-    step: Option<u64>,
-    waited_us: Option<f64>,
-    cause: Option<String>,
-    register: Option<String>,
-    step_us: Option<f64>,
-    idle_us: Option<BTreeMap<String, f64>>,
 }
 
 /// One firing. Times are microseconds.
@@ -130,12 +98,12 @@ struct Reading {
 }
 
 impl Summary {
-    /// Of a trace's text.
+    /// Of the files of all processes of a run, or of some.
     ///
     /// # Errors
     /// [`SummaryError`].
-    pub fn of(text: &str) -> Result<Self, SummaryError> {
-        let reading = Reading::new(serde_json::from_str(text)?);
+    pub fn of(trace: Joined) -> Result<Self, SummaryError> {
+        let reading = Reading::new(trace.events);
         // The first step warms up.
         let spans: Vec<&(f64, f64)> = reading.spans.range(1..).map(|(_, span)| span).collect();
         let Some((&last, _)) = reading.spans.range(1..).next_back() else { return Err(SummaryError::NoStep) };
@@ -167,7 +135,7 @@ impl Reading {
             let Event { name, ph, tid, ts, dur, id, args } = event;
             match ph.as_str() {
                 "M" if name == PREDICTION => predicted = args.step_us.zip(args.idle_us),
-                "M" => drop(names.insert(tid, args.name.unwrap_or_default())),
+                "M" if name == "thread_name" => drop(names.insert(tid, args.name.unwrap_or_default())),
                 "X" => slices.push(Slice {
                     actor: tid,
                     action: name,

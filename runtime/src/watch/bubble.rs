@@ -92,13 +92,15 @@ pub(super) struct Prediction {
 impl Prediction {
     /// `None` before each action has fired, and where the process hosts a part of the plan only: it knows no durations of the others.
     pub(super) fn of(observer: &Observer) -> Option<Self> {
-        let spec = &observer.plan().spec;
         if observer.hosting().processes > 1 {
             return None;
         }
-        let action_ticks = durations_ns(observer)?;
-        let timing = Timing { action_ticks, ..Timing::default() };
-        let run = simulate(&Arc::new(spec.clone()), &timing, &Options::steps(1)).ok()?;
+        let spec = Arc::new(observer.plan().spec.clone());
+        Self::from(&spec, durations_ns(observer)?, observer.started().to_string())
+    }
+
+    fn from(spec: &Arc<Spec>, durations_ns: Vec<Vec<u64>>, session: String) -> Option<Self> {
+        let run = simulate(spec, &Timing::measured(spec, durations_ns), &Options::steps(1)).ok()?;
         let mut bubble = Bubble::new(spec, |_| true);
         let mut firings = Vec::with_capacity(run.timeline.len() * 5);
         for fired in &run.timeline {
@@ -106,16 +108,13 @@ impl Prediction {
             let (actor, action) = (u64::from(fired.actor.0), u64::from(fired.action));
             firings.extend([actor, action, fired.firing, fired.start / 1000, (fired.end - fired.start) / 1000]);
         }
-        let session = observer.started().to_string();
         Some(Self { session, step_us: run.makespan / 1000, bubble: bubble.share(), firings })
     }
 }
 
-/// By actor and action. Of actions that meet in a collective, those that come early wait in their firing for the last one, which
-/// the simulator adds by itself: for all of them stands the shortest.
+/// By actor and action: the mean.
 fn durations_ns(observer: &Observer) -> Option<Vec<Vec<u64>>> {
     let spec = &observer.plan().spec;
-    let mut of_gang: BTreeMap<u32, u64> = BTreeMap::new();
     let mut all = Vec::with_capacity(spec.actors.len());
     for (index, actor) in spec.actors.iter().enumerate() {
         let id = ActorId(index as u32);
@@ -124,23 +123,94 @@ fn durations_ns(observer: &Observer) -> Option<Vec<Vec<u64>>> {
         let mut own = Vec::with_capacity(actor.actions.len());
         for (action, spec) in actor.actions.iter().enumerate() {
             let mine = || told.iter().filter(|fired| fired.action == action as u32);
-            let newest = mine().map(|fired| fired.firing).max();
-            let newest = if spec.per_step == 0 { 0 } else { newest? };
+            let newest = mine().map(|fired| fired.firing).max()?;
             let from = newest.saturating_sub(STEPS_TIMED * u64::from(spec.per_step));
             let timed: Vec<u64> = mine().filter(|f| f.firing >= from).map(|f| f.ended_ns - f.launched_ns).collect();
-            let mean = timed.iter().sum::<u64>() / timed.len().max(1) as u64;
-            for gang in &spec.gangs {
-                let least = of_gang.entry(*gang).or_insert(mean);
-                *least = mean.min(*least);
-            }
-            own.push(mean);
+            own.push(timed.iter().sum::<u64>() / timed.len().max(1) as u64);
         }
         all.push(own);
     }
-    for (ticks, actor) in all.iter_mut().zip(&spec.actors) {
-        for (tick, action) in ticks.iter_mut().zip(&actor.actions) {
-            *tick = action.gangs.iter().filter_map(|gang| of_gang.get(gang)).copied().fold(*tick, u64::min);
+    Some(all)
+}
+
+#[cfg(test)]
+mod tests {
+    use shardflow_actors::pipeline::{Pipeline, Schedule};
+
+    use super::*;
+
+    const MS: u64 = 1_000_000;
+
+    fn pipeline(stages: u32, micro_batches: u32, schedule: Schedule) -> Spec {
+        let credits = match schedule {
+            Schedule::Gpipe => vec![micro_batches; stages as usize],
+            Schedule::OneForwardOneBackward => (1..=stages).rev().collect(),
+        };
+        Pipeline { micro_batches, credits, schedule, ordered: false }.build()
+    }
+
+    #[test]
+    fn predicted_bubbles_are_those_of_the_formula() {
+        for schedule in [Schedule::Gpipe, Schedule::OneForwardOneBackward] {
+            let spec = Arc::new(pipeline(4, 8, schedule));
+            let durations = vec![vec![MS, 2 * MS]; 4];
+            let predicted = Prediction::from(&spec, durations, "7".into()).expect("it does not get stuck");
+            assert_eq!((predicted.session.as_str(), predicted.step_us), ("7", 33_000), "{schedule:?}");
+            assert!((predicted.bubble.expect("a step") - 3.0 / 11.0).abs() < 1e-9, "{schedule:?}: {predicted:?}");
+            assert_eq!(predicted.firings.len(), 5 * 4 * 2 * 8);
+            let last = predicted.firings.chunks(5).map(|firing| firing[3] + firing[4]).max();
+            assert_eq!(last, Some(33_000), "{schedule:?}");
         }
     }
-    Some(all)
+
+    /// One micro-batch through two stages: forward takes 10, backward 20, and each stage stands idle while the other works.
+    const STEP: [(u32, u32, u64, u64); 4] = [(0, 0, 0, 10), (1, 0, 10, 20), (1, 1, 20, 40), (0, 1, 40, 60)];
+
+    fn add(bubble: &mut Bubble, spec: &Spec, step: u64, firings: &[(u32, u32, u64, u64)]) {
+        for (actor, action, from, to) in firings {
+            bubble.add(spec, ActorId(*actor), (*action, step), (*from, *to));
+        }
+    }
+
+    #[test]
+    fn a_step_counts_when_it_is_whole() {
+        let spec = pipeline(2, 1, Schedule::Gpipe);
+        let mut bubble = Bubble::new(&spec, |_| true);
+        // As actors tell: one after the other, so that steps mix.
+        add(&mut bubble, &spec, 0, &STEP[..3]);
+        add(&mut bubble, &spec, 1, &[(0, 0, 0, 10), (1, 0, 0, 10), (0, 1, 10, 20)]);
+        assert_eq!(bubble.share(), None);
+        add(&mut bubble, &spec, 0, &STEP[3..]);
+        assert_eq!(bubble.share(), Some(0.5));
+        add(&mut bubble, &spec, 1, &[(1, 1, 10, 20)]);
+        assert_eq!(bubble.share(), Some(0.25), "the mean of one that is half idle and one that is not at all");
+        for step in 2..10 {
+            add(&mut bubble, &spec, step, &[(0, 0, 0, 10), (1, 0, 0, 10), (0, 1, 10, 20), (1, 1, 10, 20)]);
+        }
+        assert_eq!(bubble.share(), Some(0.0), "of the newest eight");
+    }
+
+    #[test]
+    fn steps_with_lost_firings_are_forgotten() {
+        let spec = pipeline(2, 1, Schedule::Gpipe);
+        let mut bubble = Bubble::new(&spec, |_| true);
+        for step in 0..200 {
+            add(&mut bubble, &spec, step, &STEP[1..]);
+        }
+        assert_eq!((bubble.share(), bubble.open.len()), (None, STEPS_OPEN_MAX));
+        add(&mut bubble, &spec, 200, &STEP);
+        assert_eq!(bubble.share(), Some(0.5));
+    }
+
+    #[test]
+    fn only_actors_that_compute_here_count() {
+        let mut spec = pipeline(2, 1, Schedule::Gpipe);
+        let mut own = Bubble::new(&spec, |device| device == 0);
+        add(&mut own, &spec, 0, &[STEP[0], STEP[3]]);
+        assert_eq!(own.share(), Some(0.5), "30 of 60");
+        spec.actors[1].stream = StreamKind::Communication;
+        let mut computing = Bubble::new(&spec, |_| true);
+        add(&mut computing, &spec, 0, &STEP);
+        assert_eq!(computing.share(), Some(0.5));
+    }
 }

@@ -12,6 +12,9 @@ use shardflow_actors::trace::{Cause, Fired};
 use super::bubble::Bubble;
 use crate::session::observer::{Health, NewestSteps, Observer, StepDone};
 
+#[cfg(test)]
+mod tests;
+
 /// Firings of one event. Where there were more, it has those of the newest step that has ended, and of these the newest.
 pub(super) const FIRINGS_MAX: usize = 12_000;
 /// Numbers that tell one firing.
@@ -20,9 +23,6 @@ const FIRING_FIELDS: usize = 7;
 const BLOCKED_MAX: usize = 200;
 /// An edge that held an actor up for so long, with a step under way, is blocked.
 const BLOCKED_NS: u64 = 1_000_000_000;
-/// Nothing has moved for so long, or for so many of the longest steps: that is an incident.
-const STALL_SECONDS: f64 = 5.0;
-const STALL_STEPS: f64 = 5.0;
 /// Texts are cut off here.
 const TEXT_MAX: usize = 2_000;
 
@@ -70,6 +70,8 @@ pub(super) struct Event {
     pub blocked: Vec<[u64; 4]>,
     /// Of each actor that waits for long: what for.
     pub waits: Vec<(u32, String)>,
+    /// Of each other process: its number, and us since its last heartbeat, which are none once it has ended.
+    pub peers: Vec<(u32, Option<u64>)>,
     /// The first first: when (us), what kind, what.
     pub incidents: Vec<(u64, &'static str, String)>,
 }
@@ -122,6 +124,7 @@ impl Cursor {
                 .iter()
                 .map(|d| [d.device, d.planned_peak_bytes, d.measured_peak_bytes, d.allocated_bytes])
                 .collect(),
+            peers: observer.peers().iter().map(|p| (p.process, p.silent.map(|s| s.as_micros() as u64))).collect(),
             ..Event::default()
         };
         self.points(&mut event, &steps);
@@ -129,7 +132,7 @@ impl Cursor {
         for snapshot in &snapshots {
             self.changed(&mut event, snapshot, now_ns);
         }
-        look_for_trouble(&mut event, observer, &snapshots, idle_ns, &steps);
+        look_for_trouble(&mut event, observer, &snapshots);
         event
     }
 
@@ -160,15 +163,7 @@ impl Cursor {
         }
         event.bubble = bubble.share();
         let all = fired.len();
-        if all > FIRINGS_MAX {
-            // The newest step has hardly ended, the one before it has.
-            let steps = |(actor, one): &(ActorId, Fired)| step_of(spec, *actor, one);
-            let newest = fired.iter().map(steps).max().unwrap_or_default();
-            let told = fired.iter().map(steps).filter(|step| *step < newest).max().unwrap_or(newest);
-            fired.retain(|one| steps(one) == told);
-            fired.sort_by_key(|(_, one)| std::cmp::Reverse(one.ended_ns));
-            fired.truncate(FIRINGS_MAX);
-        }
+        cut(spec, &mut fired);
         event.firings_left_out += (all - fired.len()) as u64;
         event.firings.reserve(fired.len() * FIRING_FIELDS);
         for (actor, one) in fired {
@@ -210,6 +205,20 @@ impl Cursor {
     }
 }
 
+/// Where there are too many firings, leaves those of one step.
+fn cut(spec: &Spec, fired: &mut Vec<(ActorId, Fired)>) {
+    if fired.len() <= FIRINGS_MAX {
+        return;
+    }
+    // The newest step has hardly ended, the one before it has.
+    let steps = |(actor, one): &(ActorId, Fired)| step_of(spec, *actor, one);
+    let newest = fired.iter().map(steps).max().unwrap_or_default();
+    let told = fired.iter().map(steps).filter(|step| *step < newest).max().unwrap_or(newest);
+    fired.retain(|one| steps(one) == told);
+    fired.sort_by_key(|(_, one)| std::cmp::Reverse(one.ended_ns));
+    fired.truncate(FIRINGS_MAX);
+}
+
 fn step_of(spec: &Spec, actor: ActorId, fired: &Fired) -> u64 {
     let per_step = spec.actors[actor.0 as usize].actions[fired.action as usize].per_step;
     fired.firing / u64::from(per_step.max(1))
@@ -221,25 +230,12 @@ fn still_ns(snapshot: &ActorSnapshot, now_ns: u64) -> u64 {
 }
 
 /// Edges that are blocked, who waits for what, and all that went wrong so far.
-fn look_for_trouble(
-    event: &mut Event,
-    observer: &Observer,
-    snapshots: &[ActorSnapshot],
-    idle_ns: u64,
-    steps: &NewestSteps,
-) {
+fn look_for_trouble(event: &mut Event, observer: &Observer, snapshots: &[ActorSnapshot]) {
     let waits_long = |s: &&ActorSnapshot| s.flying_since_ns.is_none() && s.idle_now_ns >= BLOCKED_NS;
-    let stalled_after = (steps.quantile(0.99).unwrap_or_default() * STALL_STEPS).max(STALL_SECONDS);
-    let is_still = idle_ns as f64 * 1e-9 > stalled_after;
     let long: Vec<&ActorSnapshot> = snapshots.iter().filter(waits_long).collect();
     // Between steps all actors wait, and nothing is wrong.
-    let hang = if long.is_empty() && !is_still { None } else { observer.hang() };
-    if let Some(hang) = hang {
-        let spec = &observer.plan().spec;
-        blocked(event, spec, snapshots, &long);
-        if is_still {
-            observer.note("stall", hang.to_string());
-        }
+    if observer.is_under_way() {
+        blocked(event, &observer.plan().spec, snapshots, &long);
     }
     let cut = |mut text: String| {
         let end = (0..=TEXT_MAX.min(text.len())).rev().find(|end| text.is_char_boundary(*end)).unwrap_or_default();

@@ -28,6 +28,7 @@ const FILES: &[(&str, &str, &str)] = &[
     ("graph.js", SCRIPT, include_str!("page/graph.js")),
     ("breakdown.js", SCRIPT, include_str!("page/breakdown.js")),
     ("charts.js", SCRIPT, include_str!("page/charts.js")),
+    ("processes.js", SCRIPT, include_str!("page/processes.js")),
     ("incidents.js", SCRIPT, include_str!("page/incidents.js")),
     // uPlot 1.6.32, as published; its licence is served beside it.
     ("uplot.js", SCRIPT, include_str!("page/uplot.js")),

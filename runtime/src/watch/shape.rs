@@ -17,9 +17,21 @@ pub(super) struct Shape {
     micro_batches: usize,
     process: u32,
     processes: u32,
+    /// First device of this process, and how many it hosts.
+    devices: [usize; 2],
+    peers: Vec<Peer>,
     /// By index in the plan, those of other processes too.
     actors: Vec<Actor>,
     registers: Vec<Register>,
+}
+
+#[derive(Debug, Serialize)]
+struct Peer {
+    process: u32,
+    devices: [usize; 2],
+    host: String,
+    pid: u32,
+    is_on_this_node: bool,
 }
 
 #[derive(Debug, Serialize)]
@@ -86,6 +98,14 @@ impl Shape {
             slot_bytes: register.slot_bytes,
             readers: register.readers.iter().map(|at| reader(RegisterId(id as u32), at)).collect(),
         };
+        let devices = |process: u32| {
+            let range = hosting.devices_of(process);
+            [range.start, range.len()]
+        };
+        let peer = |peer: crate::session::observer::Peer| {
+            let crate::session::observer::Peer { process, host, pid, is_on_this_node, .. } = peer;
+            Peer { process, devices: devices(process), host, pid, is_on_this_node }
+        };
         Self {
             session: observer.started().to_string(),
             mesh: plan.graph.mesh().to_string(),
@@ -94,6 +114,8 @@ impl Shape {
             micro_batches: plan.micro_batches,
             process: hosting.process,
             processes: hosting.processes,
+            devices: devices(hosting.process),
+            peers: observer.peers().into_iter().map(peer).collect(),
             actors: plan.spec.actors.iter().map(actor).collect(),
             registers: plan.spec.registers.iter().enumerate().map(register).collect(),
         }

@@ -7,6 +7,7 @@ import * as graph from './graph.js';
 import * as header from './header.js';
 import { showIncidents, showMemory } from './incidents.js';
 import { Model } from './model.js';
+import * as processes from './processes.js';
 import * as timeline from './timeline.js';
 
 const PREDICT_EVERY_MS = 5000;
@@ -19,6 +20,7 @@ function onPlan(plan) {
   header.showPlan(plan);
   breakdown.showPlan(plan);
   graph.showPlan(model);
+  processes.showPlan(plan);
   timeline.showPlan(model);
 }
 
@@ -31,6 +33,7 @@ function onEvent(event) {
   header.showEvent(model);
   showIncidents(event);
   showMemory(event);
+  processes.showEvent(event);
   breakdown.showEvent(model);
   charts.showEvent(model);
   graph.showEvent();

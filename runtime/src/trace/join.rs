@@ -1,0 +1,224 @@
+//! Traces of all processes of a job on one clock. Imports the events' form.
+//!
+//! Each file tells the Unix time at which its times begin, so files of one machine agree to the microsecond, and those of several
+//! as well as their clocks do. Where that would have a piece read before it was written, the reader's file is moved by what is
+//! missing, and no file further than that.
+
+use std::collections::{BTreeMap, HashMap};
+use std::io::{self, Write};
+
+use serde::Deserialize;
+
+use super::CLOCK;
+
+/// Why files do not make one trace.
+#[derive(Debug, thiserror::Error)]
+pub enum JoinError {
+    /// One is none of ours.
+    #[error("file {file} is no trace that Shardflow wrote: {source}")]
+    Format {
+        /// Counted from 1.
+        file: usize,
+        /// What is wrong with it.
+        source: serde_json::Error,
+    },
+    /// One does not tell when it began.
+    #[error("file {file} does not tell its clock, so it cannot be put beside others")]
+    Clock {
+        /// Counted from 1.
+        file: usize,
+    },
+    /// Two tell of one actor.
+    #[error("files {first} and {second} both have '{actor}': give the files of all processes of one run")]
+    Twice {
+        /// Counted from 1.
+        first: usize,
+        /// Counted from 1.
+        second: usize,
+        /// Its name.
+        actor: String,
+    },
+}
+
+/// An event of a file; those of all kinds.
+#[derive(Clone, Debug, Deserialize)]
+pub(super) struct Event {
+    pub name: String,
+    pub ph: String,
+    #[serde(default)]
+    pub tid: u32,
+    #[serde(default)]
+    pub ts: f64,
+    #[serde(default)]
+    pub dur: f64,
+    #[serde(default)]
+    pub id: String,
+    #[serde(default)]
+    pub args: Args,
+}
+
+#[derive(Clone, Debug, Default, Deserialize)]
+pub(super) struct Args {
+    pub name: Option<String>,
+    pub step: Option<u64>,
+    pub waited_us: Option<f64>,
+    pub cause: Option<String>,
+    pub register: Option<String>,
+    pub step_us: Option<f64>,
+    pub idle_us: Option<BTreeMap<String, f64>>,
+    pub unix_ns: Option<u64>,
+}
+
+/// The events of all files.
+#[derive(Debug)]
+pub struct Joined {
+    pub(super) events: Vec<Event>,
+    /// By file: what its times are moved by, microseconds.
+    shifts_us: Vec<f64>,
+}
+
+impl Joined {
+    /// Of the files' texts.
+    ///
+    /// # Errors
+    /// [`JoinError`].
+    pub fn of(texts: &[String]) -> Result<Self, JoinError> {
+        let parse = |(index, text): (usize, &String)| {
+            serde_json::from_str(text).map_err(|source| JoinError::Format { file: index + 1, source })
+        };
+        let mut files: Vec<Vec<Event>> = texts.iter().enumerate().map(parse).collect::<Result<_, _>>()?;
+        once(&files)?;
+        let shifts_us = if files.len() > 1 { shifts(&files)? } else { vec![0.0; files.len()] };
+        for (events, shift) in files.iter_mut().zip(&shifts_us) {
+            events.iter_mut().for_each(|event| event.ts += shift);
+        }
+        Ok(Self { events: files.into_iter().flatten().collect(), shifts_us })
+    }
+
+    /// Writes one file of them, in the form of each; from the same texts.
+    ///
+    /// # Errors
+    /// When it cannot be written.
+    pub fn write(&self, texts: &[String], mut out: impl Write) -> io::Result<()> {
+        let mut separator = "[\n";
+        for (text, shift) in texts.iter().zip(&self.shifts_us) {
+            for mut event in serde_json::from_str::<Vec<serde_json::Value>>(text)? {
+                if let Some(ts) = event["ts"].as_f64() {
+                    event["ts"] = (ts + shift).into();
+                }
+                write!(out, "{separator}{event}")?;
+                separator = ",\n";
+            }
+        }
+        out.write_all(b"\n]\n")?;
+        out.flush()
+    }
+}
+
+/// No two files have an actor in common.
+fn once(files: &[Vec<Event>]) -> Result<(), JoinError> {
+    let mut known = HashMap::new();
+    for (index, events) in files.iter().enumerate() {
+        for event in events.iter().filter(|event| event.name == "thread_name") {
+            let first = *known.entry(event.tid).or_insert(index + 1);
+            if first != index + 1 {
+                let actor = event.args.name.clone().unwrap_or_default();
+                return Err(JoinError::Twice { first, second: index + 1, actor });
+            }
+        }
+    }
+    Ok(())
+}
+
+/// By file: what brings its times, microseconds, to those of the one that began first.
+fn shifts(files: &[Vec<Event>]) -> Result<Vec<f64>, JoinError> {
+    let clock = |(index, events): (usize, &Vec<Event>)| {
+        let told = events.iter().find(|event| event.name == CLOCK).and_then(|event| event.args.unix_ns);
+        told.ok_or(JoinError::Clock { file: index + 1 })
+    };
+    let began = files.iter().enumerate().map(clock).collect::<Result<Vec<u64>, _>>()?;
+    let first = began.iter().min().copied().unwrap_or_default();
+    let mut shifts: Vec<f64> = began.iter().map(|ns| (ns - first) as f64 * 1e-3).collect();
+    let mut written: HashMap<&str, (usize, f64)> = HashMap::new();
+    for (index, events) in files.iter().enumerate() {
+        written.extend(events.iter().filter(|e| e.ph == "s").map(|e| (e.id.as_str(), (index, e.ts))));
+    }
+    // By writing and reading file: the least time between a piece's writing and its reading, as the files have it.
+    let mut least: BTreeMap<(usize, usize), f64> = BTreeMap::new();
+    for (index, events) in files.iter().enumerate() {
+        for event in events.iter().filter(|e| e.ph == "f") {
+            if let Some((from, at)) = written.get(event.id.as_str()).filter(|(from, _)| *from != index) {
+                let least = least.entry((*from, index)).or_insert(f64::INFINITY);
+                *least = least.min(event.ts - at);
+            }
+        }
+    }
+    // A file that is moved may move another, and so on through all of them.
+    for _ in 0..files.len() {
+        for ((from, to), least) in &least {
+            shifts[*to] = shifts[*to].max(shifts[*from] - least);
+        }
+    }
+    Ok(shifts)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A file of one actor that began at a second, with the ends of arrows that it has.
+    fn file(actor: u32, unix_s: u64, ends: &[(&str, &str, f64)]) -> String {
+        let unix_ns = unix_s * 1_000_000_000;
+        let named = format!(r#"{{"name":"thread_name","ph":"M","pid":0,"tid":{actor},"args":{{"name":"a{actor}"}}}}"#);
+        let clock = format!(r#"{{"name":"clock","ph":"M","pid":0,"args":{{"unix_ns":{unix_ns}}}}}"#);
+        let end = |(phase, id, ts): &(&str, &str, f64)| {
+            format!(r#"{{"name":"r","ph":"{phase}","id":"{id}","pid":0,"tid":{actor},"ts":{ts}}}"#)
+        };
+        format!("[{clock},{named},{}]", ends.iter().map(end).collect::<Vec<_>>().join(","))
+    }
+
+    fn shifts_of(files: &[String]) -> Vec<f64> {
+        Joined::of(files).unwrap().shifts_us
+    }
+
+    #[test]
+    fn files_are_put_on_one_clock() {
+        // The second file began a second later, and reads what the first wrote half a second before.
+        let files =
+            [file(0, 7, &[("s", "1", 1.5e6), ("f", "2", 3e6)]), file(1, 8, &[("f", "1", 1e6), ("s", "2", 1.1e6)])];
+        assert_eq!(shifts_of(&files), [0.0, 1e6]);
+        let joined = Joined::of(&files).unwrap();
+        let mut out = Vec::new();
+        joined.write(&files, &mut out).unwrap();
+        let written = String::from_utf8(out).unwrap();
+        let times: Vec<f64> =
+            Joined::of(&[written]).unwrap().events.iter().map(|e| e.ts).filter(|ts| *ts > 0.0).collect();
+        assert_eq!(times, [1.5e6, 3e6, 2e6, 2.1e6]);
+        assert!(joined.events.iter().map(|e| e.ts).filter(|ts| *ts > 1e6).eq(times), "a summary sees what is written");
+    }
+
+    #[test]
+    fn no_piece_is_read_before_it_is_written() {
+        // The clock of the second machine is ten seconds behind, and the third has its pieces from there.
+        let files = [
+            file(0, 20, &[("s", "1", 5e6)]),
+            file(1, 10, &[("f", "1", 5e6), ("s", "2", 6e6)]),
+            file(2, 20, &[("f", "2", 4e6)]),
+        ];
+        assert_eq!(shifts_of(&files), [10e6, 10e6, 12e6]);
+        // In whatever order they are given.
+        let turned: Vec<String> = files.iter().rev().cloned().collect();
+        assert_eq!(shifts_of(&turned), [12e6, 10e6, 10e6]);
+    }
+
+    #[test]
+    fn what_does_not_fit_together_is_refused() {
+        let refused = |files: &[String]| Joined::of(files).unwrap_err().to_string();
+        let (a, b) = (file(0, 1, &[]), file(0, 2, &[]));
+        let text = "files 1 and 2 both have 'a0': give the files of all processes of one run";
+        assert_eq!(refused(&[a.clone(), b]), text);
+        let text = "file 2 does not tell its clock, so it cannot be put beside others";
+        assert_eq!(refused(&[a.clone(), "[]".into()]), text);
+        assert!(refused(&[a, "[".into()]).starts_with("file 2 is no trace that Shardflow wrote: "));
+    }
+}
