@@ -71,16 +71,17 @@ pub enum Root {
 
 impl Root {
     /// Where several are found, the least explains the others.
-    fn rank(&self) -> u8 {
+    fn rank(&self, is_checked: bool) -> u8 {
         match self {
             Self::Unheard { .. } | Self::Unreturned { .. } => 0,
             Self::Firing(_) => 1,
             Self::Collective(_) => 2,
             Self::Silent(_) => 3,
             Self::Process { .. } => 4,
-            // A plan that was checked has no cycle; what looks like one may be of a step that the host has not begun.
-            Self::Token(_) => 5,
-            Self::Cycle => 6,
+            // What looks like a cycle in a plan that has none is one of several ways by which a member may come.
+            Self::Cycle if is_checked => 7,
+            Self::Cycle => 5,
+            Self::Token(_) => 6,
         }
     }
 
@@ -204,6 +205,8 @@ pub struct Scene<'a> {
     pub collectives: &'a [CollectiveWait],
     /// Whether these are all who wait in one.
     pub knows_collectives: bool,
+    /// Whether the plan was played through, so that it has no cycle.
+    pub is_checked: bool,
     /// The process whose part of a step the program waits for before it goes on.
     pub host_waits_for: Option<u32>,
     /// The other process that hosts an actor.
@@ -218,11 +221,12 @@ pub fn explain(scene: Scene<'_>, steps: u64) -> Option<Hang> {
     let mut also = Vec::new();
     for at in search.unfinished() {
         while let Some((root, chain)) = search.next_root(at) {
-            let rank = first.as_ref().map_or(u8::MAX, |hang| hang.root.rank());
-            if root.rank() < rank {
+            let rank = |root: &Root| root.rank(scene.is_checked);
+            let least = first.as_ref().map_or(u8::MAX, |hang| rank(&hang.root));
+            if rank(&root) < least {
                 first = Some(Hang { root, also: Vec::new(), chain, text: String::new() });
                 also.clear();
-            } else if root.rank() == rank && !also.contains(&root) {
+            } else if rank(&root) == least && !also.contains(&root) {
                 also.push(root);
             }
         }

@@ -309,6 +309,7 @@ impl Simulator<'_> {
             snapshots: &snapshots,
             collectives,
             knows_collectives,
+            is_checked: false,
             host_waits_for: None,
             process_of: &|_| None,
         };

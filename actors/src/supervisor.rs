@@ -338,6 +338,7 @@ impl Session {
             snapshots: &snapshots,
             collectives: &collectives,
             knows_collectives: self.engine.knows_waits(),
+            is_checked: true,
             host_waits_for: u32::try_from(self.host_waits_for.load(Ordering::Relaxed)).ok(),
             process_of: &process_of,
         };

@@ -119,6 +119,7 @@ fn the_member_that_is_not_in_the_collective_is_the_cause() {
             snapshots: &snapshots,
             collectives: &waits,
             knows_collectives: true,
+            is_checked: true,
             host_waits_for: None,
             process_of: &|_| None,
         };
@@ -142,6 +143,7 @@ fn an_actor_that_does_not_answer_is_the_cause_here_and_its_process_is_elsewhere(
         snapshots: &silent,
         collectives: &[],
         knows_collectives: false,
+        is_checked: true,
         host_waits_for: None,
         process_of,
     };
