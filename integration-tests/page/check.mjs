@@ -422,7 +422,7 @@ async function reconnects() {
   assert.equal(await page.locator('#rows button').count(), (await (await fetch(`http://127.0.0.1:${port}/plan`)).json()).actors.length);
   // A server that stands still is no broken connection at first, but what it told gets old.
   training.child.kill('SIGSTOP');
-  await until('stale', async () => /^(stale|reconnecting)/.test(await text(page, 'fresh')));
+  await until('stale', async () => /^stale, /.test(await text(page, 'fresh')));
   training.child.kill('SIGCONT');
   await until('fresh again', async () => /^\d\.\d s ago$/.test(await text(page, 'fresh')));
   assert.deepEqual(wrong, []);
