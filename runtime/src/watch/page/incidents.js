@@ -24,8 +24,6 @@ export function showMemory(event) {
     bar.append(used);
     cell.append(bar);
     row.append(cell);
-    row.dataset.planned = planned;
-    row.dataset.peak = peak;
     return row;
   });
   at('memory').tBodies[0].replaceChildren(...rows);
