@@ -140,6 +140,16 @@ fn ordered(capability: (i32, i32), version: usize) -> Option<Pin> {
     (capability.0 == 9 && version >= 92_500).then_some(Pin { engine: 6, knobs: HOPPER })
 }
 
+/// Plans are destroyed with the context current; where it is lost, not at all.
+impl Drop for Flashes {
+    fn drop(&mut self) {
+        let plans = std::mem::take(&mut self.by_key);
+        if !self.gpu.context().bind_to_drop() {
+            std::mem::forget(plans);
+        }
+    }
+}
+
 impl Flashes {
     /// For a stream; the context is bound. Says why where cuDNN is not used.
     pub(crate) fn new(gpu: &Arc<Gpu>, stream: Raw<cudarc::driver::sys::CUstream>, place: &str) -> Self {

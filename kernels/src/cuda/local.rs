@@ -262,7 +262,9 @@ fn transfer(call: &CollectiveCall, sender: &Message, receiver: &Message) -> Resu
     bind(lane)?;
     lane.wait(&sender.ready)?;
     copy(lane, receiver.address, &sender.lane, sender.address, element_count(&sender.shape) * sender.dtype.bytes())?;
-    sender.lane.wait(&*lane.record()?)
+    let done = lane.record()?;
+    bind(&sender.lane)?;
+    sender.lane.wait(&done)
 }
 
 /// What is put on a stream is put there with its GPU's context bound.

@@ -3,7 +3,8 @@
 
 use cudarc::cudnn::sys::{
     cudnnBackendAttributeName_t as Attribute, cudnnBackendDescriptorType_t as Kind, cudnnBackendHeurMode_t,
-    cudnnBackendKnobType_t as Knob, cudnnDataType_t, cudnnHandle_t, cudnnPointwiseMode_t, cudnnReduceTensorOp_t,
+    cudnnBackendKnobType_t as Knob, cudnnBackendTensorReordering_t, cudnnDataType_t, cudnnHandle_t,
+    cudnnPointwiseMode_t, cudnnReduceTensorOp_t,
 };
 
 use super::api::Api;
@@ -57,7 +58,8 @@ impl Plan {
         place: &str,
     ) -> Result<Self, KernelError> {
         let mut builder = Builder { api, place, parts: Vec::new() };
-        let tensors = graph.tensors.iter().enumerate().map(|(i, tensor)| builder.tensor(i, tensor));
+        let is_summed = |tensor: &Tensor| graph.summed.is_some_and(|(start, _)| tensor.home == Home::Scratch(start));
+        let tensors = graph.tensors.iter().enumerate().map(|(i, tensor)| builder.tensor(i, tensor, is_summed(tensor)));
         let tensors = tensors.collect::<Result<Vec<_>, _>>()?;
         let nodes = graph.nodes.iter().map(|node| builder.node(node, &tensors)).collect::<Result<Vec<_>, _>>()?;
         let operations: Vec<&Descriptor> = nodes.iter().collect();
@@ -151,7 +153,8 @@ impl Builder<'_> {
         Descriptor::sealed(self.api, kind, attributes, self.place)
     }
 
-    fn tensor(&self, index: usize, tensor: &Tensor) -> Result<Descriptor, KernelError> {
+    /// `summed` in the layout that NVIDIA's frontend gives the sums of dq, which only cuDNN's own kernels read.
+    fn tensor(&self, index: usize, tensor: &Tensor, summed: bool) -> Result<Descriptor, KernelError> {
         let id = [id(index)];
         let data = match tensor.data {
             Data::Bf16 => cudnnDataType_t::CUDNN_DATA_BFLOAT16,
@@ -159,7 +162,7 @@ impl Builder<'_> {
             Data::I32 => cudnnDataType_t::CUDNN_DATA_INT32,
             Data::Bool => cudnnDataType_t::CUDNN_DATA_BOOLEAN,
         };
-        let attributes = [
+        let mut attributes = vec![
             (Attribute::CUDNN_ATTR_TENSOR_UNIQUE_ID, Values::Longs(&id)),
             (Attribute::CUDNN_ATTR_TENSOR_DATA_TYPE, Values::Data(data)),
             (Attribute::CUDNN_ATTR_TENSOR_BYTE_ALIGNMENT, Values::Longs(&[ALIGNMENT as i64])),
@@ -168,6 +171,8 @@ impl Builder<'_> {
             (Attribute::CUDNN_ATTR_TENSOR_IS_VIRTUAL, Values::Bool(tensor.home == Home::Virtual)),
             (Attribute::CUDNN_ATTR_TENSOR_IS_BY_VALUE, Values::Bool(matches!(tensor.home, Home::Number(_)))),
         ];
+        let order = Values::Reordering(cudnnBackendTensorReordering_t::CUDNN_TENSOR_REORDERING_F16x16);
+        attributes.extend(summed.then_some((Attribute::CUDNN_ATTR_TENSOR_REORDERING_MODE, order)));
         self.sealed(Kind::CUDNN_BACKEND_TENSOR_DESCRIPTOR, &attributes)
     }
 
