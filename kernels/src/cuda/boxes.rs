@@ -4,7 +4,7 @@
 use super::lane::{Geometry, Lane, PARAMETERS_MAX};
 use super::lower;
 use super::lower::collective::{MEMBERS_MAX, regions, start_of_piece};
-use super::step::{Arg, Operand, Step};
+use super::step::{Arg, Operand, SHARED_BYTES_DEFAULT, Step};
 use crate::collective::exchange::{all_reduce_foreign, taken};
 use crate::collective::{CollectiveCall, CollectiveKind, ReduceOp};
 use crate::error::KernelError;
@@ -61,7 +61,9 @@ pub(crate) fn copy_box(lane: &Lane, from: Boxed<'_>, to: Boxed<'_>, dtype: DType
         accumulate: false,
         workspace: None,
     };
-    lower::lower(&launch, false)?.iter().try_for_each(|step| issue(lane, step, from.address, to.address))
+    lower::lower(&launch, false, SHARED_BYTES_DEFAULT as usize)?
+        .iter()
+        .try_for_each(|step| issue(lane, step, from.address, to.address))
 }
 
 /// Issues a step that reads one buffer and writes one.

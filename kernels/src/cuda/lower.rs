@@ -40,12 +40,13 @@ const HALF_PACK: usize = 8;
 const LIBRARY_ALIGNMENT: usize = 256;
 
 /// The steps of a launch; none where there is nothing to write. `accumulate` is true when the launch is marked so and
-/// its submission has `repeat` set: then the op's accumulating write is added to.
+/// its submission has `repeat` set: then the op's accumulating write is added to. No kernel takes more than
+/// `shared_bytes_max` bytes of dynamic shared memory, which the device tells; [`SHARED_BYTES_DEFAULT`](crate::cuda::step::SHARED_BYTES_DEFAULT) at least.
 ///
 /// # Errors
 /// [`KernelError::Arguments`] for buffers that the op cannot work on, for a workspace smaller than [`workspace_bytes`],
 /// for collectives, which the stream's engine does, and for custom kernels, which have no CUDA form.
-pub fn lower(launch: &Launch, accumulate: bool) -> Result<Vec<Step>, KernelError> {
+pub fn lower(launch: &Launch, accumulate: bool, shared_bytes_max: usize) -> Result<Vec<Step>, KernelError> {
     let args = Args::new(launch, accumulate)?;
     match &launch.op {
         Op::Fill { value } => elementwise::fill(&args, *value),
@@ -62,8 +63,8 @@ pub fn lower(launch: &Launch, accumulate: bool) -> Result<Vec<Step>, KernelError
         Op::LayerNormGrad => norm::layer_norm_grad(&args),
         Op::Gelu => elementwise::gelu(&args),
         Op::GeluGrad => elementwise::gelu_grad(&args),
-        Op::Attention { scale } => attention::attention(&args, *scale),
-        Op::AttentionGrad { scale } => attention::attention_grad(&args, *scale),
+        Op::Attention { scale } => attention::attention(&args, *scale, shared_bytes_max),
+        Op::AttentionGrad { scale } => attention::attention_grad(&args, *scale, shared_bytes_max),
         Op::RowMax => loss::row_max(&args),
         Op::SumExpTarget { vocab_start, vocab } => loss::sum_exp_target(&args, *vocab_start, *vocab),
         Op::TokenLoss { scale } => loss::token_loss(&args, *scale),

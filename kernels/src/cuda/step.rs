@@ -263,8 +263,6 @@ pub struct Flash {
 impl Flash {
     /// What the tensors of cuDNN's graphs in the workspace are aligned to, bytes.
     pub(crate) const ALIGNMENT: usize = 256;
-    /// Of a workspace, what cuDNN may use as it likes: NVIDIA's engines ask for no more. An engine that does is not used.
-    pub(crate) const LIBRARY_BYTES: usize = 1 << 20;
 
     /// Bytes of workspace that cuDNN may use. For the gradient with the sums of do o and dq, in floats.
     pub fn workspace_bytes(&self) -> usize {
@@ -274,7 +272,17 @@ impl Flash {
             Pass::Backward => vec![rows, rows * self.depth],
         };
         let bytes = |floats: usize| (floats * size_of::<f32>()).next_multiple_of(Self::ALIGNMENT);
-        tensors.into_iter().map(bytes).sum::<usize>() + Self::LIBRARY_BYTES
+        tensors.into_iter().map(bytes).sum::<usize>() + self.library_bytes()
+    }
+
+    /// What of it cuDNN may use as it likes. NVIDIA's engines ask for some KiB, those of the gradient on sm_80 and sm_120 for
+    /// room for dq in floats beside (9.28.1, `kernels/cuda/check_cudnn.py`); one that asks for more is not used.
+    pub(crate) fn library_bytes(&self) -> usize {
+        const ANYTHING: usize = 1 << 16;
+        match self.pass {
+            Pass::Forward => ANYTHING,
+            Pass::Backward => ANYTHING + self.batch * self.heads * self.time * self.depth * size_of::<f32>(),
+        }
     }
 }
 
