@@ -312,6 +312,7 @@ impl Session {
         };
         let hang = hang::explain(scene, self.begun.load(Ordering::Acquire));
         let texts = snapshots.iter().map(|s| s.waiting.describe(&self.spec));
+        let texts = texts.chain(hang::pipes(&self.spec, &collectives));
         (hang, texts.filter(|t| !t.is_empty()).collect::<Vec<_>>().join("\n"))
     }
 

@@ -13,6 +13,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use super::boxes::{Boxed, OwnBox, copy_box, foreign_elements};
@@ -23,6 +24,7 @@ use super::lower::collective::{are_rows, messages, regions};
 use super::poller::Watched;
 use super::staged::device_address;
 use super::turn::{Order, Turn};
+use crate::clock::Clock;
 use crate::collective::exchange::{check_call, check_members, taken};
 use crate::collective::{Collective, CollectiveCall, CollectiveKind, Group, Outcome, ReduceOp, Wait};
 use crate::error::KernelError;
@@ -85,6 +87,8 @@ struct Inner {
     /// By device.
     orders: Mutex<HashMap<usize, Arc<Order>>>,
     outcome: Outcome,
+    /// Breaks communicators off, where a poller has found the error.
+    aborting: Mutex<Option<JoinHandle<()>>>,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -116,6 +120,7 @@ impl Nccl {
             received: Mutex::default(),
             orders: Mutex::default(),
             outcome: Outcome::default(),
+            aborting: Mutex::default(),
         });
         for (i, seat) in seats.iter().enumerate() {
             let known = seats[..i].iter().any(|other| Arc::ptr_eq(&other.gpu, &seat.gpu));
@@ -128,7 +133,7 @@ impl Nccl {
     }
 
     /// A member's end of a group of two that was joined to carry bytes between them, beside the collectives: its calls are in
-    /// no device's order of calls (TURN-1), but in that of its own stream. It ends with this engine.
+    /// no device's order of calls (TURN-1), but in that of its own stream. It ends with this engine. See [`Pipe::connect`].
     ///
     /// # Errors
     /// [`KernelError::Arguments`] for a seat that was not joined; [`KernelError::Cuda`].
@@ -178,23 +183,33 @@ impl Inner {
                 Ok(false) => {}
                 Err(error) => return Some(Err(self.failed(error))),
             }
+            let took = began.elapsed();
             match within {
-                Some(within) if began.elapsed() >= within => return None,
-                Some(_) => std::hint::spin_loop(),
-                None => std::thread::sleep(ISSUE_STEP),
+                Some(within) if took >= within => return None,
+                Some(_) if took < ISSUE_SPIN => std::hint::spin_loop(),
+                _ => thread::sleep(ISSUE_STEP),
             }
         }
     }
 }
 
 impl Watched for Inner {
-    fn look(&self) {
+    /// An abort waits for threads of NCCL's and for the device, so it has a thread of its own.
+    fn look(self: Arc<Self>) {
         if self.outcome.aborted().is_some() {
             return;
         }
-        if let Some(error) = self.comms.values().find_map(|comm| comm.is_settled().err()) {
-            self.failed(error);
+        let Some(error) = self.comms.values().find_map(|comm| comm.is_settled().err()) else { return };
+        let mut aborting = lock(&self.aborting);
+        if aborting.is_some() {
+            return;
         }
+        let (own, clock) = (self.clone(), Clock::capture());
+        let abort = move || {
+            clock.join();
+            own.failed(error);
+        };
+        *aborting = thread::Builder::new().name("nccl abort".to_owned()).spawn(abort).ok();
     }
 }
 
@@ -204,6 +219,11 @@ impl Drop for Nccl {
         if self.0.outcome.aborted().is_none() {
             let comms: Vec<_> = self.0.comms.values().collect();
             comm::finalize(&comms, FINALIZE_WITHIN);
+        }
+        let aborting = lock(&self.0.aborting).take();
+        let began = Instant::now();
+        while aborting.as_ref().is_some_and(|thread| !thread.is_finished()) && began.elapsed() < FINALIZE_WITHIN {
+            thread::sleep(ISSUE_STEP);
         }
     }
 }
