@@ -247,6 +247,17 @@ pub fn explain(scene: Scene<'_>, steps: u64) -> Option<Hang> {
     Some(hang)
 }
 
+/// What groups of no action wait for: the pipes that carry registers between devices of two processes.
+pub(crate) fn pipes(spec: &Spec, waits: &[CollectiveWait]) -> Vec<String> {
+    let of_actions: HashSet<u32> =
+        spec.actors.iter().flat_map(|actor| &actor.actions).flat_map(|action| action.groups.iter().copied()).collect();
+    let carries = waits.iter().filter(|(group, ..)| !of_actions.contains(group));
+    let text = |(_, rank, peer): &CollectiveWait| {
+        format!("device {rank}: a transfer of registers with device {peer} is under way on the GPU, and does not end")
+    };
+    carries.map(text).collect()
+}
+
 fn sentences(spec: &Spec, links: &[Link]) -> String {
     let sentence = |link: &Link| {
         let name = spec.action_name(link.action.actor, link.action.action);

@@ -32,6 +32,9 @@ while [ $# -gt 0 ]; do
         *) out=$1 && shift ;;
     esac
 done
+for given in "--deadline $seconds_max" "--stage-seconds $stage_max"; do
+    [[ ${given#* } =~ ^[1-9][0-9]{0,5}$ ]] || { echo "error: ${given%% *} takes seconds, not '${given#* }'" >&2; exit 2; }
+done
 python=${PYTHON:-python3}
 command -v "$python" >/dev/null || { echo "error: no $python; name one by PYTHON=.." >&2; exit 2; }
 for needed in gpu_check conformance; do

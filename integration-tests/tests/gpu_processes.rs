@@ -11,7 +11,7 @@ use shardflow::cluster::env::{Endpoint, Launch, Secret, SecretSource, Source, Wo
 use shardflow::cluster::{Cluster, ClusterOptions, Transport};
 use shardflow::passes::CompileOptions;
 use shardflow::plan::Schedule::OneFOneB;
-use shardflow::session::SessionOptions;
+use shardflow::session::{DeviceMetrics, SessionOptions};
 use shardflow_integration_tests::training::{Model, Scratch, options, relative};
 use shardflow_kernels::device::DeviceKind;
 use shardflow_software_cuda::{CASE, Report, command};
@@ -51,15 +51,19 @@ fn cluster(process: u32, processes: u32, meet: &Path, transport: Transport) -> C
 #[ignore = "started by the other tests, on software devices"]
 fn child() {
     let case = std::env::var(CASE).expect("a case");
-    let [mesh, process, processes, by, meet] = case.split(' ').collect::<Vec<_>>()[..] else {
+    let [mesh, process, processes, by, steps, meet] = case.split(' ').collect::<Vec<_>>()[..] else {
         panic!("a case: {case}")
     };
     let number = |text: &str| text.parse().expect("a number");
     let transport = if by == "pipes" { Transport::Auto } else { Transport::Tcp };
     let cluster = cluster(number(process), number(processes), Path::new(meet), transport);
     let options = SessionOptions { cluster, ..SessionOptions::default() };
-    let trained = model().train_among(mesh, &settings(DeviceKind::Cuda), STEPS, &options);
-    println!("\n> {:?}", trained.losses);
+    let mut session = model().session_among(mesh, &settings(DeviceKind::Cuda), &options);
+    let losses: Vec<f32> = (0..number(steps)).map(|_| model().step(&mut session).loss.expect("a loss")).collect();
+    println!("\n> {losses:?}");
+    let bytes = |d: &DeviceMetrics| (d.device, d.planned_peak_bytes, d.allocated_bytes);
+    println!("\n= {:?}", session.metrics().devices.iter().map(bytes).collect::<Vec<_>>());
+    session.shutdown().expect("an end");
 }
 
 /// A training in so many processes, on a node of so many GPUs, between which registers go by `pipes` or `connections`.
@@ -69,11 +73,12 @@ struct Case {
     processes: u32,
     gpus: usize,
     by: &'static str,
+    steps: u32,
 }
 
 /// How the processes ended, and what they report, when the last of them meets a fault.
 fn run(case: Case, policy: &str, seed: u64, fault: Option<&str>) -> Vec<(Output, Option<Report>)> {
-    let Case { mesh, processes, gpus, by } = case;
+    let Case { mesh, processes, gpus, by, steps } = case;
     let scratch = Scratch::new(&format!("gpu-processes-{seed}"));
     let meet = scratch.path().join("meet.sock");
     let folder = |process: u32| scratch.path().join(process.to_string());
@@ -82,7 +87,7 @@ fn run(case: Case, policy: &str, seed: u64, fault: Option<&str>) -> Vec<(Output,
         let mut child = command(program, &folder(process), gpus, policy, seed + u64::from(process));
         let child = child.as_mut().expect("the software device");
         child.args(["--ignored", "--exact", "child", "--nocapture"]);
-        child.env(CASE, format!("{mesh} {process} {processes} {by} {}", meet.display()));
+        child.env(CASE, format!("{mesh} {process} {processes} {by} {steps} {}", meet.display()));
         child.envs(fault.filter(|_| process + 1 == processes).map(|fault| ("SOFTWARE_CUDA_FAULT", fault)));
         child.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("a child")
     };
@@ -96,6 +101,18 @@ fn text(bytes: &[u8]) -> String {
     String::from_utf8_lossy(bytes).into_owned()
 }
 
+/// What a process planned for its devices, with mirrors of what the others send, is what they have allocated, and what the
+/// GPUs saw.
+fn check_memory(at: &str, said: &str, peak_bytes: &[u64]) {
+    let line = said.lines().find_map(|line| line.strip_prefix("= ")).expect("memory");
+    let devices: Vec<(usize, u64, u64)> =
+        serde_json::from_str(&line.replace(['('], "[").replace(')', "]")).expect("numbers");
+    assert!(!devices.is_empty(), "{at}");
+    for (device, planned, allocated) in devices {
+        assert_eq!([planned, allocated], [peak_bytes[device]; 2], "{at}, device {device}");
+    }
+}
+
 /// What each process saw, and how often it called NCCL to send.
 fn train(case: Case, policy: &str, seed: u64) -> Vec<(Vec<f64>, u64)> {
     let ended = run(case, policy, seed, None);
@@ -106,8 +123,10 @@ fn train(case: Case, policy: &str, seed: u64) -> Vec<(Vec<f64>, u64)> {
         let report = report.as_ref().expect("a report");
         assert!(report.findings.is_empty(), "{at}: {:#?}", report.findings);
         let said = text(&output.stdout);
+        check_memory(&at, &said, &report.peak_bytes);
         let line = said.lines().find_map(|line| line.strip_prefix("> [")).expect("losses").trim_end_matches(']');
-        let losses = line.split(", ").map(|loss| loss.parse().expect("a number")).collect();
+        let losses =
+            line.split(", ").filter(|loss| !loss.is_empty()).map(|loss| loss.parse().expect("a number")).collect();
         (losses, report.calls.get("ncclSend").copied().unwrap_or(0))
     };
     (0..).zip(&ended).map(losses).collect()
@@ -123,7 +142,7 @@ fn check(
     seed: u64,
 ) -> (Vec<f64>, Vec<u64>) {
     let cpu = model().train(mesh, &settings(DeviceKind::Cpu), STEPS);
-    let all = train(Case { mesh, processes, gpus, by }, policy, seed);
+    let all = train(Case { mesh, processes, gpus, by, steps: STEPS as u32 }, policy, seed);
     for (process, (losses, _)) in all.iter().enumerate() {
         assert_eq!(losses.len(), STEPS);
         assert_eq!(losses, &all[0].0, "all processes see the same");
@@ -152,6 +171,16 @@ fn a_pipeline_over_two_processes() {
     }
 }
 
+/// What NCCL connects when it is first used is connected before the first step: one send at the end where a pipe begins.
+#[test]
+fn pipes_are_connected_when_the_session_starts() {
+    for (by, expected) in [("pipes", [1, 1]), ("connections", [0, 0])] {
+        let case = Case { mesh: "stage=2", processes: 2, gpus: 2, by, steps: 0 };
+        let sends: Vec<u64> = train(case, "random", 50).into_iter().map(|(_, sends)| sends).collect();
+        assert_eq!(sends, expected, "{by}");
+    }
+}
+
 #[test]
 fn two_gpus_for_each_of_two_processes() {
     check("data=2,stage=2", 2, 4, "pipes", "random", 40);
@@ -167,7 +196,7 @@ fn devices_that_do_not_divide_evenly() {
 /// What a process that could go on complains of when the other meets a fault.
 fn complaint(mesh: &'static str, by: &'static str, seed: u64, fault: &str) -> String {
     let started = Instant::now();
-    let ended = run(Case { mesh, processes: 2, gpus: 2, by }, "random", seed, Some(fault));
+    let ended = run(Case { mesh, processes: 2, gpus: 2, by, steps: STEPS as u32 }, "random", seed, Some(fault));
     let said = text(&ended[0].0.stderr);
     assert!(started.elapsed() < ENDS_WITHIN, "{mesh} by {by}, {fault}: {said}");
     assert!(ended.iter().all(|(output, _)| !output.status.success()), "{mesh} by {by}, {fault}: {said}");

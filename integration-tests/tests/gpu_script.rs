@@ -98,6 +98,60 @@ fn our_side_runs_on_a_software_device() {
     assert_eq!(Report::read(scratch.path()).expect("a report").findings, []);
 }
 
+/// What `report.py` makes of a folder of stages, each with its status and its last line; and whether all is well.
+fn reported(name: &str, info: &str, stages: &[(&str, &str, &str)]) -> (Vec<(String, String)>, bool) {
+    let scratch = Scratch::new(name);
+    let write = |name: &str, text: &str| fs::write(scratch.path().join(name), text).expect("a file");
+    write("info", info);
+    write("stages", &stages.iter().map(|(name, ..)| format!("{name}\n")).collect::<String>());
+    for (name, status, out) in stages {
+        write(&format!("{name}.status"), status);
+        write(&format!("{name}.out"), out);
+    }
+    let ended = Command::new("python3").arg(script().with_file_name("report.py")).arg(scratch.path()).status();
+    (states(scratch.path()), ended.expect("python").success())
+}
+
+#[test]
+fn what_cannot_be_read_fails_its_stage_alone() {
+    if !has_python() {
+        return;
+    }
+    let (states, passed) =
+        reported("gpu-script-garbled", "", &[("first", "ended well 3 9", ""), ("second", "ended 0 3 9", "")]);
+    is(&states, &[("first", "failed"), ("second", "ok")]);
+    assert!(!passed);
+}
+
+/// Our speed without torch.compile's is no success, but for sizes that say nothing of speed.
+#[test]
+fn a_speed_without_its_measure_is_not_passed() {
+    if !has_python() {
+        return;
+    }
+    let ours = r#"{"tokens_per_s": 9.0, "weights": 9, "memory": {}, "losses": [],
+        "model": {"vocabulary": 1, "context": 1, "width": 1, "layers": 1}}"#
+        .replace('\n', " ");
+    for (sizes, expected) in [("", "not-measured"), ("tiny", "skipped")] {
+        let stages = [("gpt2-ours-1", "ended 0 3 9", &*ours), ("gpt2-compile-1", "ended 77 3 9", "")];
+        let (states, passed) = reported("gpu-script-speed", &format!("sizes={sizes}\n"), &stages);
+        assert_eq!(states.last().expect("derived").clone(), ("gpt2-speed".to_owned(), expected.to_owned()));
+        assert_eq!(passed, expected == "skipped");
+    }
+}
+
+#[test]
+fn seconds_are_numbers() {
+    for flag in ["--deadline", "--stage-seconds"] {
+        for value in ["soon", "0", "-1", "1.5", ""] {
+            let ended = Command::new(script()).args([flag, value]).output().expect("a shell");
+            assert_eq!(ended.status.code(), Some(2), "{flag} {value:?}");
+            let said = String::from_utf8_lossy(&ended.stderr).into_owned();
+            assert_eq!(said, format!("error: {flag} takes seconds, not '{value}'\n"));
+        }
+    }
+}
+
 #[test]
 fn a_stage_that_hangs_is_ended_and_the_next_one_runs() {
     if !has_python() {

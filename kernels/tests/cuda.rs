@@ -4,26 +4,28 @@
 
 use std::sync::Arc;
 use std::sync::mpsc::channel;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use shardflow_kernels::clock::Clock;
-use shardflow_kernels::collective::Collective;
 use shardflow_kernels::collective::in_process::InProcess;
+use shardflow_kernels::collective::{Collective, CollectiveCall, CollectiveKind, Group, ReduceOp, Wait};
 use shardflow_kernels::conformance::{self, Failure};
 use shardflow_kernels::cuda::cudnn::Attention;
 use shardflow_kernels::cuda::gpu::Gpu;
 use shardflow_kernels::cuda::local::Local;
-use shardflow_kernels::cuda::nccl::{Nccl, Seat, UniqueId};
-use shardflow_kernels::device::Device;
+use shardflow_kernels::cuda::nccl::{Nccl, Pipe, Seat, UniqueId};
+use shardflow_kernels::device::{Device, DeviceKind};
 use shardflow_kernels::error::KernelError;
 use shardflow_kernels::memory::{Arena, Base};
 use shardflow_kernels::op::{Buffer, Einsum, Launch, Op, Program};
 use shardflow_kernels::stream::{Notice, Stream, Submission};
 use shardflow_kernels::tensor::{DType, HostTensor, element_count};
-use shardflow_software_cuda::{CASE, POLICIES, Report, run_child};
+use shardflow_software_cuda::{CASE, POLICIES, Report, run_child, run_child_in};
 
 /// For members of a group to join each other.
 const WITHIN: Duration = Duration::from_secs(30);
+/// What an abort takes that takes long.
+const ABORT: Duration = Duration::from_secs(3);
 
 fn report(failures: &[Failure]) {
     let lines: Vec<String> = failures.iter().take(20).map(|f| f.to_string().chars().take(600).collect()).collect();
@@ -82,14 +84,17 @@ fn layer() -> (Arc<Program>, usize) {
     };
     let einsum = Einsum { a: "mk".to_owned(), b: "kn".to_owned(), out: "mn".to_owned() };
     let [mean, rstd] = statistics;
+    let mut product = launch(Op::Einsum(einsum), &[x(1), square], &[x(2)]);
+    let bytes = DeviceKind::Cuda.workspace_bytes(&product, 1);
+    product.workspace = Some(floats(place(20), &[bytes / 4]));
     let launches = vec![
         launch(Op::LayerNorm { eps: 1e-5 }, &[x(0), weight], &[x(1), mean, rstd]),
-        launch(Op::Einsum(einsum), &[x(1), square], &[x(2)]),
+        product,
         launch(Op::Gelu, &[x(2)], &[x(3)]),
         launch(Op::Add, &[x(0), x(3)], &[x(4)]),
     ];
     let program = Program { name: "layer".to_owned(), launches, signals: vec![(2, 1)] };
-    (Arc::new(program), place(20))
+    (Arc::new(program), place(20) + bytes)
 }
 
 /// Runs a program and gives what the stream tells.
@@ -211,18 +216,19 @@ fn attention_steps(count: usize) {
     let device = Device::cuda(0, gpu, Arc::new(Local::new()));
     let place = |i: usize| Buffer { base: 0, offset: BYTES * i, shape: SHAPE.to_vec(), dtype: DType::BF16 };
     let line = |i: usize| floats(BYTES * i, &[2, 2, 20]);
-    let grad = Op::AttentionGrad { scale: 0.25 };
-    let bytes = device.kind().workspace_bytes(&grad, &[&SHAPE[..]; 6], 1);
-    let workspace = Some(floats(BYTES * 10, &[bytes / 4]));
-    let launch = |op, reads, writes, workspace| Launch { op, reads, writes, accumulate: false, workspace };
+    let launch = |op, reads, writes| {
+        let mut launch = Launch { op, reads, writes, accumulate: false, workspace: None };
+        let bytes = device.kind().workspace_bytes(&launch, 1);
+        launch.workspace = Some(floats(BYTES * 10, &[bytes / 4]));
+        (launch, bytes)
+    };
     let q_k_v = vec![place(0), place(1), place(2)];
     let reads = vec![place(3), place(0), place(1), place(2), place(4), line(5)];
-    let launches = vec![
-        launch(Op::Attention { scale: 0.25 }, q_k_v, vec![place(4), line(5)], None),
-        launch(grad, reads, vec![place(6), place(7), place(8)], workspace),
-    ];
+    let (forward, bytes) = launch(Op::Attention { scale: 0.25 }, q_k_v, vec![place(4), line(5)]);
+    let (backward, more) = launch(Op::AttentionGrad { scale: 0.25 }, reads, vec![place(6), place(7), place(8)]);
+    let (launches, bytes) = (vec![forward, backward], BYTES * 10 + bytes.max(more));
     let program = Arc::new(Program { name: "attention".to_owned(), launches, signals: vec![] });
-    let (stream, arena) = (device.stream("compute", 1).expect("a stream"), device.arena(BYTES * 12).expect("memory"));
+    let (stream, arena) = (device.stream("compute", 1).expect("a stream"), device.arena(bytes).expect("memory"));
     for i in 0..4 {
         let values: Vec<f32> = (0..element_count(&SHAPE)).map(|j| ((i * 7 + j) as f32 * 0.37).sin()).collect();
         arena.write_host(BYTES * i, &HostTensor::bf16(&SHAPE, &values)).expect("inside");
@@ -310,6 +316,87 @@ fn lost() {
     }
 }
 
+/// A pipe is connected before it is used, and tells who waits in it for whom.
+fn pipe() {
+    let gpus = [0, 1].map(|i| Gpu::open(i).expect("a device"));
+    let (group, id) = (Arc::new(Group { id: 7, ranks: vec![0, 1] }), UniqueId::new().expect("an id"));
+    let seat = |member: usize| Seat { group: group.clone(), member, gpu: gpus[member].clone(), id };
+    let seats = [0, 1].map(seat);
+    let engine = Arc::new(Nccl::join(&seats, WITHIN).expect("both members are here"));
+    let pipes = [0, 1].map(|member: usize| engine.pipe(&seats[member]).expect("a pipe"));
+    let clock = Clock::capture();
+    let connect = |pipe: &Pipe| {
+        clock.join();
+        pipe.connect(WITHIN).expect("the other end comes");
+        Clock::capture()
+    };
+    let ends = std::thread::scope(|scope| {
+        let ends = pipes.each_ref().map(|pipe| scope.spawn(|| connect(pipe)));
+        ends.map(|end| end.join().expect("no panic"))
+    });
+    ends.iter().for_each(|end| end.join());
+    let device = |rank: usize| Device::cuda(rank, gpus[rank].clone(), engine.clone());
+    let arenas = [0, 1].map(|rank| device(rank).arena(64).expect("memory"));
+    arenas[0].write_host(0, &HostTensor::f32(&[16], vec![1.5; 16])).expect("inside");
+    let comes_to = |expected: &[Wait]| {
+        let deadline = Instant::now() + WITHIN;
+        while engine.waits() != expected {
+            assert!(Instant::now() < deadline, "{:?}, not {expected:?}", engine.waits());
+            std::thread::yield_now();
+        }
+    };
+    comes_to(&[]);
+    pipes[0].send(&arenas[0], [(0, 64)].into_iter()).expect("a send");
+    let sent = pipes[0].settle(&arenas[0]).expect("the stream has it");
+    comes_to(&[Wait { group: 7, rank: 0, peer: 1 }]);
+    pipes[1].receive(&arenas[1], [(0, 64)].into_iter()).expect("what was sent");
+    pipes[0].wait(&sent).expect("the end");
+    comes_to(&[]);
+    assert_eq!(arenas[1].read_host(0, &[16], DType::F32).expect("inside").as_f32(), Some(&[1.5; 16][..]));
+}
+
+/// What a device does is told while NCCL breaks off, which takes its time.
+fn slow_abort() {
+    let gpus = [0, 1].map(|i| Gpu::open(i).expect("a device"));
+    let (group, id) = (Arc::new(Group { id: 7, ranks: vec![0, 1] }), UniqueId::new().expect("an id"));
+    let seats = [0, 1].map(|member: usize| Seat { group: group.clone(), member, gpu: gpus[member].clone(), id });
+    let engine = Arc::new(Nccl::join(&seats, WITHIN).expect("both members are here"));
+    let devices = [0, 1].map(|rank: usize| Device::cuda(rank, gpus[rank].clone(), engine.clone()));
+    let (program, bytes) = layer();
+    let (other, arena) = (devices[0].stream("other", 1).expect("a stream"), devices[0].arena(bytes).expect("memory"));
+    other.prepare(&program).expect("kernels");
+    // They disagree on how much.
+    let reduce = |member: usize, device: &Device| {
+        let (x, kind) = (floats(0, &[2 + member]), CollectiveKind::AllReduce { op: ReduceOp::Sum });
+        let op = Op::Collective(CollectiveCall { group: group.clone(), member, kind });
+        let mut launch = Launch { op, reads: vec![x.clone()], writes: vec![x], accumulate: false, workspace: None };
+        let bytes = device.kind().workspace_bytes(&launch, 1);
+        launch.workspace = Some(floats(64, &[bytes.div_ceil(4)]));
+        let program = Arc::new(Program { name: "reduce".to_owned(), launches: vec![launch], signals: vec![] });
+        (program, device.stream("reduce", 1).expect("a stream"), device.arena(256).expect("memory"))
+    };
+    let members = [0, 1].map(|member: usize| reduce(member, &devices[member]));
+    let clock = Clock::capture();
+    std::thread::scope(|scope| {
+        for (program, stream, arena) in &members {
+            scope.spawn(|| {
+                clock.join();
+                submit(stream, program, arena).expect("a live stream")
+            });
+        }
+    });
+    // The poller looks for errors while something is under way.
+    let began = Instant::now();
+    while began.elapsed() < ABORT {
+        let submitted = Instant::now();
+        assert_eq!(submit(&other, &program, &arena).expect("a live stream").last(), Some(&Notice::Done));
+        assert!(submitted.elapsed() < ABORT / 2, "what is done is told after {:?}", submitted.elapsed());
+    }
+    let (program, stream, arena) = &members[0];
+    let told = submit(stream, program, arena).expect("a live stream");
+    assert!(matches!(told[..], [Notice::Failed(KernelError::Aborted { .. })]), "{told:?}");
+}
+
 #[test]
 #[ignore = "started by the other tests, on software devices"]
 fn child() {
@@ -322,6 +409,8 @@ fn child() {
         Ok("staged") => shared(&|| Arc::new(InProcess::new())),
         Ok("nccl") => nccl(),
         Ok("lost") => lost(),
+        Ok("pipe") => pipe(),
+        Ok("slow abort") => slow_abort(),
         Ok("hung") => hung(),
         Ok("wrong pairs") => wrong_pairs(),
         Ok(case) if case.starts_with("attention steps ") => attention_steps(case[16..].parse().expect("a number")),
@@ -378,6 +467,28 @@ fn devices_with_a_gpu_each() {
 #[test]
 fn devices_that_share_two_gpus() {
     run_part(4, "random", 5);
+}
+
+#[test]
+fn pipes_are_connected_and_tell_who_waits() {
+    for (policy, seed) in [("random", 6), ("adversarial", 7), ("lazy", 8)] {
+        run("pipe", 2, policy, seed, None, &[]);
+    }
+}
+
+#[test]
+fn an_abort_that_takes_long_keeps_nothing_from_being_told() {
+    let slow = [("SOFTWARE_CUDA_ABORT_MS", &*ABORT.as_millis().to_string())];
+    let report = run_child_in("slow abort", 2, "random", 9, &slow).report;
+    let unexpected = |kind: &str| !["aborted", "collective-mismatch"].contains(&kind);
+    assert!(!report.findings.iter().any(|finding| unexpected(&finding.kind)), "{:#?}", report.findings);
+}
+
+/// On an sm_86, an sm_89 and an sm_120: heads of 128 in floats do without tiles in their gradient.
+#[test]
+fn attention_where_blocks_have_less_shared_memory() {
+    let report = run_child_in("attention own", 1, "random", 10, &[("SOFTWARE_CUDA_SHARED", "101376")]).report;
+    assert!(report.findings.is_empty(), "{:#?}", report.findings);
 }
 
 #[test]

@@ -643,7 +643,7 @@ fn adamw_with_a_copy() {
     let numbered = |tensors: &[HostTensor]| buffers(&tensors.iter().enumerate().collect::<Vec<_>>());
     let (reads_of, writes_of) = (numbered(&reads), numbered(&state));
     let launch = Launch { op: op.clone(), reads: reads_of, writes: writes_of, accumulate: false, workspace: None };
-    let mut steps = lower(&launch, false).expect("steps");
+    let mut steps = lower(&launch, false, 227 << 10).expect("steps");
     let Step::Kernel(kernel) = &mut steps[0] else { panic!("{steps:?}") };
     let place = kernel.args.iter().position(|arg| *arg == Arg::Null).expect("no copy is asked for");
     kernel.args[place] = Arg::Pointer(Place::write(3));

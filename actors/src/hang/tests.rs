@@ -129,6 +129,15 @@ fn the_member_that_is_not_in_the_collective_is_the_cause() {
 }
 
 #[test]
+fn a_pipe_that_hangs_is_named_and_a_collective_is_not_one() {
+    let (spec, _) = two_members();
+    let of_plan = spec.actors.iter().flat_map(|actor| &actor.actions).flat_map(|action| &action.groups).max();
+    let group = of_plan.expect("a group") + 1;
+    let told = pipes(&spec, &[(group - 1, 0, 1), (group, 3, 2)]);
+    assert_eq!(told, ["device 3: a transfer of registers with device 2 is under way on the GPU, and does not end"]);
+}
+
+#[test]
 fn an_actor_that_does_not_answer_is_the_cause_here_and_its_process_is_elsewhere() {
     let spec = Arc::new(plans::data_parallel());
     let error =

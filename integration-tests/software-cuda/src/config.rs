@@ -87,6 +87,10 @@ pub struct Config {
     pub seed: u64,
     /// `SOFTWARE_CUDA_MEMORY`: bytes of each device, 8 GiB by default.
     pub memory_bytes: usize,
+    /// `SOFTWARE_CUDA_SHARED`: bytes of shared memory that a block may ask for, 227 KiB by default.
+    pub shared_bytes: usize,
+    /// `SOFTWARE_CUDA_ABORT_MS`: how long ncclCommAbort takes, 0 by default.
+    pub abort: Duration,
     /// `SOFTWARE_CUDA_DEADLOCK_MS`: how long nothing may move while work is queued, 10 s by default.
     pub deadlock: Duration,
     /// `SOFTWARE_CUDA_HANG_MS`: how long a host call waits for a device that hangs, 60 s by default.
@@ -126,6 +130,8 @@ impl Config {
             policy: policy.unwrap_or(Policy::Random),
             seed: number("SOFTWARE_CUDA_SEED", 1),
             memory_bytes: number("SOFTWARE_CUDA_MEMORY", 8 << 30) as usize,
+            shared_bytes: number("SOFTWARE_CUDA_SHARED", 227 << 10) as usize,
+            abort: Duration::from_millis(number("SOFTWARE_CUDA_ABORT_MS", 0)),
             deadlock: Duration::from_millis(number("SOFTWARE_CUDA_DEADLOCK_MS", 10_000)),
             hang: Duration::from_millis(number("SOFTWARE_CUDA_HANG_MS", 60_000)),
             cache: text("SOFTWARE_CUDA_CACHE")

@@ -22,7 +22,7 @@ use crate::cudnn::evaluate::Job;
 use crate::cudnn::graph::Graph;
 use crate::export::{exports, plain_exports};
 use crate::nvrtc::lasting_text;
-use crate::world::{Kind, lock, world};
+use crate::world::{Kind, current_device, lock, world};
 
 const VERSION: usize = 92_801;
 /// What every plan asks for: enough that a workspace shared between streams is seen.
@@ -236,6 +236,9 @@ exports! { cudnn;
     }
 
     fn cudnnBackendDestroyDescriptor(descriptor: cudnnBackendDescriptor_t) -> Answer {
+        if current_device().is_none() {
+            return misuse(Answer::CUDNN_STATUS_BAD_PARAM, "destroys a descriptor where no context is current");
+        }
         match lock(objects()).descriptors.remove(&(descriptor as u64)) {
             Some(_) => Ok(()),
             None => misuse(Answer::CUDNN_STATUS_BAD_PARAM, "destroys no descriptor"),

@@ -46,6 +46,8 @@
 //! | `SOFTWARE_CUDA_POLICY` | `in-order`, `lazy`, `random`, `adversarial`, `starve`: see [`Policy`] | `random` |
 //! | `SOFTWARE_CUDA_SEED` | of the schedule, and of the order of blocks and threads | 1 |
 //! | `SOFTWARE_CUDA_MEMORY` | bytes of each device | 8 GiB |
+//! | `SOFTWARE_CUDA_SHARED` | bytes of shared memory that a block may ask for | 227 KiB |
+//! | `SOFTWARE_CUDA_ABORT_MS` | how long `ncclCommAbort` takes | 0 |
 //! | `SOFTWARE_CUDA_REPORT` | the file of [`Report`], written at exit | none |
 //! | `SOFTWARE_CUDA_FAULT` | `kill:DEVICE:LAUNCH`, `hang:DEVICE:LAUNCH`, or `die:DEVICE:LAUNCH`, which ends the process | none |
 //! | `SOFTWARE_CUDA_HANG_MS` | how long a call waits for a launch that hangs | 60000 |
@@ -88,4 +90,4 @@ mod world;
 
 pub use config::{POLICIES, Policy};
 pub use findings::{Finding, Report};
-pub use support::{CASE, Ran, command, install, library, report_path, run_child};
+pub use support::{CASE, Ran, command, install, library, report_path, run_child, run_child_in};

@@ -180,6 +180,8 @@ exports! { nccl;
     }
 
     fn ncclCommAbort(aborted: ncclComm_t) -> ncclResult_t {
+        // NVIDIA's waits for its proxy threads, and for what the device does.
+        std::thread::sleep(world().config.abort);
         let mut state = world().state();
         let (rank, device) = comm(&state, aborted).map(|c| (c.rank, c.device))?;
         let is_excused = state.was_injected || state.is_stuck || condition(&state, comm(&state, aborted)?) != ncclResult_t::ncclSuccess;

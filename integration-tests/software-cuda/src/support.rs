@@ -94,11 +94,20 @@ pub struct Ran {
 /// # Panics
 /// When the child does not succeed, with the end of what it complained of; when it leaves no report.
 pub fn run_child(case: &str, devices: usize, policy: &str, seed: u64, fault: Option<&str>) -> Ran {
+    let environment: Vec<_> = fault.map(|fault| ("SOFTWARE_CUDA_FAULT", fault)).into_iter().collect();
+    run_child_in(case, devices, policy, seed, &environment)
+}
+
+/// As [`run_child`], with these variables.
+///
+/// # Panics
+/// As [`run_child`].
+pub fn run_child_in(case: &str, devices: usize, policy: &str, seed: u64, environment: &[(&str, &str)]) -> Ran {
     let folder = tempfile::tempdir().expect("a folder");
     let program = std::env::current_exe().expect("this program");
     let mut child = command(program, folder.path(), devices, policy, seed).expect("the software device");
     child.args(["--ignored", "--exact", "child", "--nocapture"]).env(CASE, case);
-    child.envs(fault.map(|fault| ("SOFTWARE_CUDA_FAULT", fault)));
+    child.envs(environment.iter().copied());
     let output = child.output().expect("a child");
     let text = String::from_utf8_lossy(&output.stderr);
     let tail: String = text.lines().rev().take(60).collect::<Vec<_>>().into_iter().rev().collect::<Vec<_>>().join("\n");

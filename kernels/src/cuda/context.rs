@@ -32,6 +32,8 @@ pub(crate) struct Context {
     handle: Raw<sys::CUcontext>,
     /// Compute capability, major and minor.
     capability: (i32, i32),
+    /// Dynamic shared memory that a block may ask for.
+    shared_bytes_max: usize,
     lost: OnceLock<KernelError>,
 }
 
@@ -82,13 +84,22 @@ impl Context {
         }
         // SAFETY: the driver ended the name with a 0 within the buffer, whose last byte is one in any case.
         let name = unsafe { CStr::from_ptr(name.as_ptr()) }.to_string_lossy().into_owned();
-        let mut context =
-            Self { ordinal, name, device, handle: Raw(handle), capability: (0, 0), lost: OnceLock::new() };
+        let mut context = Self {
+            ordinal,
+            name,
+            device,
+            handle: Raw(handle),
+            capability: (0, 0),
+            shared_bytes_max: 0,
+            lost: OnceLock::new(),
+        };
         use CUdevice_attribute::{
             CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR as MAJOR,
             CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR as MINOR,
+            CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN as SHARED,
         };
         context.capability = (context.attribute(MAJOR)?, context.attribute(MINOR)?);
+        context.shared_bytes_max = usize::try_from(context.attribute(SHARED)?).unwrap_or(0);
         context.bind()?;
         Ok(context)
     }
@@ -134,6 +145,11 @@ impl Context {
     /// Compute capability, major and minor.
     pub(crate) fn capability(&self) -> (i32, i32) {
         self.capability
+    }
+
+    /// Dynamic shared memory that a block may have once it is allowed on the function, bytes.
+    pub(crate) fn shared_bytes_max(&self) -> usize {
+        self.shared_bytes_max
     }
 
     /// The error that ended it, if one has (CONTEXT-1).

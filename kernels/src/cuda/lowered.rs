@@ -185,7 +185,7 @@ fn kind(launch: &Launch, accumulate: bool, gpu: &Gpu) -> Result<Kind, KernelErro
         Op::Collective(_) => Ok(Kind::Collective),
         Op::Custom(_) => Ok(Kind::Custom),
         _ => {
-            let steps = lower::lower(launch, accumulate)?.into_iter();
+            let steps = lower::lower(launch, accumulate, gpu.context().shared_bytes_max())?.into_iter();
             let steps = steps.map(|step| ready(step, gpu)).collect::<Result<Vec<_>, _>>()?;
             let uses_record = uses_record(&steps);
             let flash = lower::flash(launch).filter(|_| gpu.attention() != Attention::Own);

@@ -47,8 +47,8 @@ pub(crate) enum Then {
 
 /// Is asked now and then while something is pending: an engine that looks for errors of its own.
 pub(crate) trait Watched: Send + Sync {
-    /// Must not block.
-    fn look(&self);
+    /// Must not block: all that the GPU does is told by the thread that asks.
+    fn look(self: Arc<Self>);
 }
 
 /// One stream's pending events.
@@ -206,7 +206,7 @@ impl Shared {
             watched.retain(|engine| engine.strong_count() > 0);
             watched.iter().filter_map(Weak::upgrade).collect()
         };
-        watched.iter().for_each(|engine| engine.look());
+        watched.into_iter().for_each(Watched::look);
     }
 
     /// Tells all of a track that is done; whether there was any.

@@ -197,6 +197,24 @@ pub struct Product {
     pub epilogue: Epilogue,
 }
 
+/// Partial results that the workspace of a product has room for: a product of few elements is split over `k`.
+const PRODUCT_PARTS: usize = 16;
+/// NVIDIA's advice for Hopper; older architectures ask for less, and none is refused for having more.
+const PRODUCT_WORKSPACE_BYTES_MAX: usize = 32 << 20;
+
+/// Bytes of workspace for a product of so many elements.
+pub fn product_workspace_bytes(elements: usize) -> usize {
+    let parts = elements.saturating_mul(PRODUCT_PARTS * size_of::<f32>());
+    parts.min(PRODUCT_WORKSPACE_BYTES_MAX)
+}
+
+impl Product {
+    /// Bytes of the launch's workspace that it may use.
+    pub fn workspace_bytes(&self) -> usize {
+        product_workspace_bytes(self.m as usize * self.n as usize * self.batch as usize)
+    }
+}
+
 /// cuBLASLt's epilogues in use. The bias has one element for each row of the column-major `d`, that is for each last
 /// index of a row-major result. GELU's here is cuBLASLt's, the approximation by tanh, so a graph with the exact
 /// [`crate::op::Op::Gelu`] never gets one.
@@ -242,6 +260,32 @@ pub struct Flash {
     pub scale: f32,
 }
 
+impl Flash {
+    /// What the tensors of cuDNN's graphs in the workspace are aligned to, bytes.
+    pub(crate) const ALIGNMENT: usize = 256;
+
+    /// Bytes of workspace that cuDNN may use. For the gradient with the sums of do o and dq, in floats.
+    pub fn workspace_bytes(&self) -> usize {
+        let rows = self.batch * self.heads * self.time;
+        let tensors = match self.pass {
+            Pass::Forward => vec![],
+            Pass::Backward => vec![rows, rows * self.depth],
+        };
+        let bytes = |floats: usize| (floats * size_of::<f32>()).next_multiple_of(Self::ALIGNMENT);
+        tensors.into_iter().map(bytes).sum::<usize>() + self.library_bytes()
+    }
+
+    /// What of it cuDNN may use as it likes. NVIDIA's engines ask for some KiB, those of the gradient on sm_80 and sm_120 for
+    /// room for dq in floats beside (9.28.1, `kernels/cuda/check_cudnn.py`); one that asks for more is not used.
+    pub(crate) fn library_bytes(&self) -> usize {
+        const ANYTHING: usize = 1 << 16;
+        match self.pass {
+            Pass::Forward => ANYTHING,
+            Pass::Backward => ANYTHING + self.batch * self.heads * self.time * self.depth * size_of::<f32>(),
+        }
+    }
+}
+
 /// The op, or its gradient.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Pass {
@@ -271,6 +315,8 @@ impl ErrorRecord {
     /// 32-bit words of a record on the device: launch + 1 (0: no error), index, position (low, high), limit (low, high),
     /// and two unused.
     pub const WORDS: usize = 8;
+    /// The same in bytes.
+    pub const BYTES: usize = Self::WORDS * size_of::<u32>();
 
     /// The error in a record, if there is one.
     pub fn decode(words: [u32; Self::WORDS]) -> Option<Self> {

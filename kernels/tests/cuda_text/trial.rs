@@ -155,8 +155,9 @@ impl Trial {
         machine: &mut Machine,
         aligned: bool,
     ) -> Result<(Vec<HostTensor>, Option<ErrorRecord>), String> {
-        let workspace = lower::workspace_bytes(&self.op, &self.shapes());
-        let steps = lower(&self.launch(|_| 0, workspace), self.accumulate).map_err(|error| error.to_string())?;
+        let workspace = lower::workspace_bytes(&self.launch(|_| 0, 0));
+        let steps =
+            lower(&self.launch(|_| 0, workspace), self.accumulate, 227 << 10).map_err(|error| error.to_string())?;
         self.run_steps(machine, &steps, aligned, workspace)
     }
 

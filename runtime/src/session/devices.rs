@@ -125,6 +125,8 @@ fn gpu_engine(
     for seat in seats.iter().filter(|seat| seat.group.id >= first) {
         pipes.insert((seat.group.ranks[0], seat.group.ranks[1]), Arc::new(engine.pipe(seat)?));
     }
+    // In the order of their ends, which is the same in all processes.
+    pipes.values().try_for_each(|pipe| pipe.connect(JOIN_WITHIN))?;
     Ok((Arc::new(engine), pipes))
 }
 

@@ -130,7 +130,7 @@ exports! { driver;
         let mut functions = lock(functions());
         let found = functions.get_mut(&(function as u64)).ok_or(CUresult::CUDA_ERROR_INVALID_HANDLE)?;
         if which == CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES {
-            let bytes = usize::try_from(value).ok().filter(|b| *b <= SHARED_BYTES_MAX);
+            let bytes = usize::try_from(value).ok().filter(|b| *b <= SHARED_BYTES_MAX.min(world().config.shared_bytes));
             found.shared_bytes_max = bytes.ok_or(CUresult::CUDA_ERROR_INVALID_VALUE)?;
         }
         Ok(())

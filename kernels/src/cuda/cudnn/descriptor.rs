@@ -5,8 +5,8 @@ use std::ffi::c_void;
 
 use cudarc::cudnn::sys::{
     cudnnBackendAttributeName_t as Attribute, cudnnBackendAttributeType_t as Type, cudnnBackendDescriptor_t,
-    cudnnBackendDescriptorType_t as Kind, cudnnBackendHeurMode_t, cudnnBackendKnobType_t, cudnnDataType_t,
-    cudnnHandle_t, cudnnPointwiseMode_t, cudnnReduceTensorOp_t,
+    cudnnBackendDescriptorType_t as Kind, cudnnBackendHeurMode_t, cudnnBackendKnobType_t,
+    cudnnBackendTensorReordering_t, cudnnDataType_t, cudnnHandle_t, cudnnPointwiseMode_t, cudnnReduceTensorOp_t,
 };
 
 use super::api::Api;
@@ -23,6 +23,7 @@ pub(super) enum Values<'a> {
     Reduction(cudnnReduceTensorOp_t),
     Heuristic(cudnnBackendHeurMode_t),
     Knob(cudnnBackendKnobType_t),
+    Reordering(cudnnBackendTensorReordering_t),
     Handle(Raw<cudnnHandle_t>),
     Descriptors(&'a [&'a Descriptor]),
     /// Addresses of the device, or of numbers of the host that live until the descriptor was used.
@@ -81,6 +82,7 @@ impl Descriptor {
             Values::Reduction(value) => (Type::CUDNN_TYPE_REDUCTION_OPERATOR_TYPE, 1, one(value)),
             Values::Heuristic(value) => (Type::CUDNN_TYPE_HEUR_MODE, 1, one(value)),
             Values::Knob(value) => (Type::CUDNN_TYPE_KNOB_TYPE, 1, one(value)),
+            Values::Reordering(value) => (Type::CUDNN_TYPE_TENSOR_REORDERING_MODE, 1, one(value)),
             Values::Handle(value) => (Type::CUDNN_TYPE_HANDLE, 1, one(&value.0)),
             Values::Descriptors(values) => {
                 raws = values.iter().map(|descriptor| descriptor.raw.0).collect();
@@ -146,7 +148,7 @@ fn told(place: &str, kind: Kind) -> String {
 
 impl Drop for Descriptor {
     fn drop(&mut self) {
-        // SAFETY: made in `new`, destroyed once. It owns no memory of a device.
+        // SAFETY: made in `new`, destroyed once; whoever keeps it has the context current.
         let _ = unsafe { (self.api.descriptor_destroy)(self.raw.0) };
     }
 }

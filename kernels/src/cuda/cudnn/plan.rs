@@ -3,7 +3,8 @@
 
 use cudarc::cudnn::sys::{
     cudnnBackendAttributeName_t as Attribute, cudnnBackendDescriptorType_t as Kind, cudnnBackendHeurMode_t,
-    cudnnBackendKnobType_t as Knob, cudnnDataType_t, cudnnHandle_t, cudnnPointwiseMode_t, cudnnReduceTensorOp_t,
+    cudnnBackendKnobType_t as Knob, cudnnBackendTensorReordering_t, cudnnDataType_t, cudnnHandle_t,
+    cudnnPointwiseMode_t, cudnnReduceTensorOp_t,
 };
 
 use super::api::Api;
@@ -44,8 +45,6 @@ pub(super) struct Plan {
     /// What the plan refers to.
     _parts: Vec<Descriptor>,
     graph: Graph,
-    /// Of cuDNN's own, behind the graph's.
-    workspace_bytes: usize,
 }
 
 impl Plan {
@@ -59,7 +58,8 @@ impl Plan {
         place: &str,
     ) -> Result<Self, KernelError> {
         let mut builder = Builder { api, place, parts: Vec::new() };
-        let tensors = graph.tensors.iter().enumerate().map(|(i, tensor)| builder.tensor(i, tensor));
+        let is_summed = |tensor: &Tensor| graph.summed.is_some_and(|(start, _)| tensor.home == Home::Scratch(start));
+        let tensors = graph.tensors.iter().enumerate().map(|(i, tensor)| builder.tensor(i, tensor, is_summed(tensor)));
         let tensors = tensors.collect::<Result<Vec<_>, _>>()?;
         let nodes = graph.nodes.iter().map(|node| builder.node(node, &tensors)).collect::<Result<Vec<_>, _>>()?;
         let operations: Vec<&Descriptor> = nodes.iter().collect();
@@ -78,7 +78,7 @@ impl Plan {
                 Ok((plan, workspace_bytes)) if graph.scratch_bytes + workspace_bytes <= bytes_max => {
                     let parts = [builder.parts, tensors, nodes, vec![whole], configurations];
                     let _parts = parts.into_iter().flatten().collect();
-                    return Ok(Self { plan, _parts, graph, workspace_bytes });
+                    return Ok(Self { plan, _parts, graph });
                 }
                 Ok((_, bytes)) => {
                     let (most, got) = (format!("at most {bytes_max} bytes"), graph.scratch_bytes + bytes);
@@ -91,15 +91,10 @@ impl Plan {
         Err(refused.unwrap_or_else(none))
     }
 
-    /// Of the stream's workspace.
-    pub(super) fn bytes(&self) -> usize {
-        self.graph.scratch_bytes + self.workspace_bytes
-    }
-
     /// Puts it on the handle's stream; false, and nothing is done, where an address is not aligned as it must be.
     ///
     /// `at` gives the addresses of the launch's buffers, which are of device memory that holds them and lives until the
-    /// stream has come past; so is `workspace`, with [`Plan::bytes`].
+    /// stream has come past; so is `workspace`, of as many bytes as the plan was made with at most.
     pub(super) fn execute(
         &self,
         api: &'static Api,
@@ -158,7 +153,8 @@ impl Builder<'_> {
         Descriptor::sealed(self.api, kind, attributes, self.place)
     }
 
-    fn tensor(&self, index: usize, tensor: &Tensor) -> Result<Descriptor, KernelError> {
+    /// `summed` in the layout that NVIDIA's frontend gives the sums of dq, which only cuDNN's own kernels read.
+    fn tensor(&self, index: usize, tensor: &Tensor, summed: bool) -> Result<Descriptor, KernelError> {
         let id = [id(index)];
         let data = match tensor.data {
             Data::Bf16 => cudnnDataType_t::CUDNN_DATA_BFLOAT16,
@@ -166,7 +162,7 @@ impl Builder<'_> {
             Data::I32 => cudnnDataType_t::CUDNN_DATA_INT32,
             Data::Bool => cudnnDataType_t::CUDNN_DATA_BOOLEAN,
         };
-        let attributes = [
+        let mut attributes = vec![
             (Attribute::CUDNN_ATTR_TENSOR_UNIQUE_ID, Values::Longs(&id)),
             (Attribute::CUDNN_ATTR_TENSOR_DATA_TYPE, Values::Data(data)),
             (Attribute::CUDNN_ATTR_TENSOR_BYTE_ALIGNMENT, Values::Longs(&[ALIGNMENT as i64])),
@@ -175,6 +171,8 @@ impl Builder<'_> {
             (Attribute::CUDNN_ATTR_TENSOR_IS_VIRTUAL, Values::Bool(tensor.home == Home::Virtual)),
             (Attribute::CUDNN_ATTR_TENSOR_IS_BY_VALUE, Values::Bool(matches!(tensor.home, Home::Number(_)))),
         ];
+        let order = Values::Reordering(cudnnBackendTensorReordering_t::CUDNN_TENSOR_REORDERING_F16x16);
+        attributes.extend(summed.then_some((Attribute::CUDNN_ATTR_TENSOR_REORDERING_MODE, order)));
         self.sealed(Kind::CUDNN_BACKEND_TENSOR_DESCRIPTOR, &attributes)
     }
 

@@ -117,21 +117,28 @@ fn result(operands: Element, i: usize, element: Element) -> Vec<Arg> {
     }
 }
 
-/// On operands of one type; `o` is the type of the result.
-fn forward(operands: Element, o: Element, dims: Dims, scale: f32) -> Result<Vec<Step>, KernelError> {
+/// On operands of one type; `o` is the type of the result. A tiled kernel that `shared` bytes do not hold is left to the plain one.
+fn forward(operands: Element, o: Element, dims: Dims, scale: f32, shared: usize) -> Result<Vec<Step>, KernelError> {
     if dims.rows() == 0 {
         return Ok(vec![]);
     }
     let buffers = [vec![read(0), read(1), read(2)], result(operands, 0, o), vec![write(1)]].concat();
-    let step = match tiled(operands, dims.depth) {
+    let step = match tiled(operands, dims.depth).filter(|tiled| tiled.forward.1 <= shared) {
         Some(tiled) => dims.tiled_step(tiled.forward, tiled.threads, buffers, scale)?,
         None => dims.plain_step(pick(operands, "attention_plain_f32", "attention_plain_bf16"), buffers, Some(scale))?,
     };
     Ok(vec![step])
 }
 
-/// On operands of one type; `grads` are the types of dq, dk and dv.
-fn backward(operands: Element, grads: [Element; 3], dims: Dims, scale: f32) -> Result<Vec<Step>, KernelError> {
+/// On operands of one type; `grads` are the types of dq, dk and dv. As [`forward`] leaves tiled kernels to plain ones: those on
+/// floats for heads deeper than 96 need 116 KiB, and sm_86 and sm_89 have 99.
+fn backward(
+    operands: Element,
+    grads: [Element; 3],
+    dims: Dims,
+    scale: f32,
+    shared: usize,
+) -> Result<Vec<Step>, KernelError> {
     if dims.rows() * dims.depth == 0 {
         return Ok(vec![]);
     }
@@ -143,23 +150,25 @@ fn backward(operands: Element, grads: [Element; 3], dims: Dims, scale: f32) -> R
     let [dq, dk, dv] = [0, 1, 2].map(|i| result(operands, i, grads[i]));
     let keys = [inputs.clone(), dk, dv].concat();
     let queries = [inputs, dq].concat();
-    if let Some(tiled) = tiled(operands, dims.depth) {
-        let keys = dims.tiled_step(tiled.keys, tiled.threads, keys, scale)?;
-        return Ok(vec![rows, keys, dims.tiled_step(tiled.queries, tiled.threads, queries, scale)?]);
-    }
-    let name = pick(operands, "attention_grad_keys_plain_f32", "attention_grad_keys_plain_bf16");
-    let keys = dims.plain_step(name, keys, Some(scale))?;
-    let name = pick(operands, "attention_grad_queries_plain_f32", "attention_grad_queries_plain_bf16");
-    Ok(vec![rows, keys, dims.plain_step(name, queries, Some(scale))?])
+    let tiled = tiled(operands, dims.depth);
+    let step = |kernel: Option<(&'static str, usize)>, plain, buffers| match (&tiled, kernel) {
+        (Some(tiled), Some(kernel)) if kernel.1 <= shared => dims.tiled_step(kernel, tiled.threads, buffers, scale),
+        _ => dims.plain_step(plain, buffers, Some(scale)),
+    };
+    let plain = pick(operands, "attention_grad_keys_plain_f32", "attention_grad_keys_plain_bf16");
+    let keys = step(tiled.as_ref().map(|tiled| tiled.keys), plain, keys)?;
+    let plain = pick(operands, "attention_grad_queries_plain_f32", "attention_grad_queries_plain_bf16");
+    let queries = step(tiled.as_ref().map(|tiled| tiled.queries), plain, queries)?;
+    Ok(vec![rows, keys, queries])
 }
 
-pub(super) fn attention(args: &Args<'_>, scale: f32) -> Result<Vec<Step>, KernelError> {
+pub(super) fn attention(args: &Args<'_>, scale: f32, shared_bytes_max: usize) -> Result<Vec<Step>, KernelError> {
     let dims = Dims::of(args)?;
     args.expect_floats(&[0, 1, 2])?;
     args.expect_reads(&[1, 2], args.read_shape(0))?;
     args.expect_writes(&[0], args.read_shape(0))?;
     args.expect_writes(&[1], &[dims.batch, dims.heads, dims.time])?;
-    forward(args.read_element(0), args.write_element(0), dims, scale)
+    forward(args.read_element(0), args.write_element(0), dims, scale, shared_bytes_max)
 }
 
 /// Floats of the row sums of do o.
@@ -170,13 +179,13 @@ pub(super) fn workspace_floats(q: &[usize]) -> usize {
     }
 }
 
-pub(super) fn attention_grad(args: &Args<'_>, scale: f32) -> Result<Vec<Step>, KernelError> {
+pub(super) fn attention_grad(args: &Args<'_>, scale: f32, shared_bytes_max: usize) -> Result<Vec<Step>, KernelError> {
     let dims = Dims::of(args)?;
     args.expect_floats(&[0, 1, 2, 3, 4, 5])?;
     args.expect_reads(&[1, 2, 3, 4], args.read_shape(0))?;
     args.expect_reads(&[5], &[dims.batch, dims.heads, dims.time])?;
     args.expect_writes(&[0, 1, 2], args.read_shape(0))?;
-    backward(args.read_element(0), [0, 1, 2].map(|i| args.write_element(i)), dims, scale)
+    backward(args.read_element(0), [0, 1, 2].map(|i| args.write_element(i)), dims, scale, shared_bytes_max)
 }
 
 /// Heads of these depths cuDNN has engines for on all architectures.

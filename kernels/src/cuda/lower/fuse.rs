@@ -5,7 +5,7 @@
 use super::loss::rows;
 use super::norm::warps;
 use super::{PACK, long, lower, read, threads, write};
-use crate::cuda::step::{Arg, Step};
+use crate::cuda::step::{Arg, SHARED_BYTES_DEFAULT, Step};
 use crate::error::KernelError;
 use crate::op::{Buffer, Launch, Op};
 use crate::tensor::{DType, element_count};
@@ -42,8 +42,8 @@ pub fn fuse(
         return Ok(None);
     }
     // Both must be what they should be on their own.
-    lower(first, false)?;
-    lower(second, false)?;
+    lower(first, false, SHARED_BYTES_DEFAULT as usize)?;
+    lower(second, false, SHARED_BYTES_DEFAULT as usize)?;
     if let Op::SumExpTarget { vocab_start, vocab } = second.op {
         return max_and_sum(first, second, [vocab_start, vocab], overlap);
     }

@@ -6,6 +6,9 @@ use crate::cuda::step::{Element, Operand, SHARED_BYTES_DEFAULT};
 use crate::op::{Buffer, Einsum};
 use crate::tensor::Region;
 
+/// What an sm_80 has for one block, less what the driver keeps.
+const SHARED_MAX: usize = 163 * 1024;
+
 /// A launch on buffers of these shapes; reads named in `ints` are integers.
 fn launch(op: Op, reads: &[&[usize]], ints: &[usize], writes: &[&[usize]]) -> Launch {
     let mut offset = 0;
@@ -13,12 +16,18 @@ fn launch(op: Op, reads: &[&[usize]], ints: &[usize], writes: &[&[usize]]) -> La
         offset += 64;
         Buffer { base: 0, offset, shape: shape.to_vec(), dtype }
     };
-    let floats = workspace_bytes(&op, reads) / 4;
     let dtype = |i| if ints.contains(&i) { DType::I32 } else { DType::F32 };
     let reads = reads.iter().enumerate().map(|(i, shape)| buffer(shape, dtype(i))).collect();
     let writes = writes.iter().map(|shape| buffer(shape, DType::F32)).collect();
-    let workspace = (floats > 0).then(|| buffer(&[floats], DType::F32));
-    Launch { op, reads, writes, accumulate: false, workspace }
+    with_workspace(Launch { op, reads, writes, accumulate: false, workspace: None })
+}
+
+/// With the workspace that its buffers, of their types, ask for.
+fn with_workspace(mut launch: Launch) -> Launch {
+    let floats = workspace_bytes(&launch) / 4;
+    let buffer = Buffer { base: 0, offset: 1 << 20, shape: vec![floats], dtype: DType::F32 };
+    launch.workspace = (floats > 0).then_some(buffer);
+    launch
 }
 
 /// A launch of each op on `rows` rows of `width` elements; attention has heads of that depth.
@@ -126,7 +135,7 @@ fn mixtures(launch: Launch) -> Vec<Launch> {
         // A copy changes no type, and a cast does.
         let same = launch.reads.first().map(|read| read.dtype) == Some(launch.writes[0].dtype);
         let fitting = if is_copy { same } else { !same || !matches!(launch.op, Op::Cast) };
-        all.extend(fitting.then_some(launch));
+        all.extend(fitting.then_some(with_workspace(launch)));
     }
     all
 }
@@ -149,8 +158,7 @@ fn check(name: &str, launch: &Launch, step: &Step) {
     let threads: u32 = kernel.block.iter().product();
     assert!(threads.is_multiple_of(32) && threads <= 1024, "{name}: {kernel:?}");
     let tiled = kernel.function.starts_with("attention");
-    // What an sm_80 has for one block, less what the driver keeps.
-    let shared_max = if tiled { 163 * 1024 } else { SHARED_BYTES_DEFAULT };
+    let shared_max = if tiled { SHARED_MAX as u32 } else { SHARED_BYTES_DEFAULT };
     assert!(kernel.shared_bytes <= shared_max, "{name}: {kernel:?}");
 }
 
@@ -167,7 +175,8 @@ fn steps_are_what_their_kernels_take() {
                     if accumulate && sum != Some(DType::F32) {
                         continue;
                     }
-                    let steps = lower(&launch, accumulate).unwrap_or_else(|error| panic!("{name}: {error}"));
+                    let steps =
+                        lower(&launch, accumulate, SHARED_MAX).unwrap_or_else(|error| panic!("{name}: {error}"));
                     steps.iter().for_each(|step| check(&name, &launch, step));
                 }
                 let counts = count_not_finite(&launch).unwrap_or_else(|error| panic!("{name}: {error}"));
@@ -180,18 +189,18 @@ fn steps_are_what_their_kernels_take() {
 #[test]
 fn elements_past_what_32_bits_count_are_covered() {
     let n = (1 << 33) + 3;
-    let steps = lower(&launch(Op::Gelu, &[&[n]], &[], &[&[n]]), false).expect("steps");
+    let steps = lower(&launch(Op::Gelu, &[&[n]], &[], &[&[n]]), false, SHARED_MAX).expect("steps");
     let [Step::Kernel(kernel)] = &steps[..] else { panic!("{steps:?}") };
     assert!(u64::from(kernel.grid[0]) * 256 * 4 >= n as u64);
     // More blocks than a grid has are refused, not cut off.
     let n = 1 << 44;
-    let error = lower(&launch(Op::Gelu, &[&[n]], &[], &[&[n]]), false).expect_err("too large");
+    let error = lower(&launch(Op::Gelu, &[&[n]], &[], &[&[n]]), false, SHARED_MAX).expect_err("too large");
     assert_eq!(error.to_string(), "gelu_f32: blocks: expected at most 2147483647, got 17179869184");
 }
 
 #[test]
 fn launches_that_do_not_fit_are_refused() {
-    let refused = |launch: &Launch, accumulate| lower(launch, accumulate).expect_err("refused").to_string();
+    let refused = |launch: &Launch, accumulate| lower(launch, accumulate, SHARED_MAX).expect_err("refused").to_string();
     let gelu = |reads: &[&[usize]], writes: &[&[usize]]| launch(Op::Gelu, reads, &[], writes);
     assert_eq!(refused(&gelu(&[&[2]], &[]), false), "gelu: buffers: expected 1 read, 1 written, got 1 read, 0 written");
     assert_eq!(
@@ -216,4 +225,32 @@ fn launches_that_do_not_fit_are_refused() {
     let mut grad = launch(Op::LayerNormGrad, &[&[900, 8], &[900, 8], &[8], &[900], &[900]], &[], &[&[900, 8], &[8]]);
     grad.workspace = None;
     assert_eq!(refused(&grad, false), "layer_norm_grad: workspace: expected 64 bytes, got 0 bytes");
+}
+
+/// A device whose blocks have less shared memory does by plain kernels what its tiled ones would not fit.
+#[test]
+fn deep_heads_are_left_to_plain_kernels_where_tiles_do_not_fit() {
+    let names = |depth: usize, shared: usize| -> Vec<&'static str> {
+        let (heads, lse): (&[usize], &[usize]) = (&[2, 70, 3, depth], &[2, 3, 70]);
+        let forward = launch(Op::Attention { scale: 0.1 }, &[heads; 3], &[], &[heads, lse]);
+        let reads = [heads, heads, heads, heads, heads, lse];
+        let backward = launch(Op::AttentionGrad { scale: 0.1 }, &reads, &[], &[heads; 3]);
+        let steps = [forward, backward].map(|launch| lower(&launch, false, shared).expect("steps")).concat();
+        let kernel = |step: &Step| match step {
+            Step::Kernel(kernel) => {
+                assert!(kernel.shared_bytes as usize <= shared, "{kernel:?}");
+                kernel.function
+            }
+            other => panic!("{other:?}"),
+        };
+        steps.iter().map(kernel).collect()
+    };
+    let [delta, tiled_128] = ["attention_delta_f32", "attention_f32_d128"];
+    let (keys, queries) = ("attention_grad_keys_f32_d128", "attention_grad_queries_f32_d128");
+    assert_eq!(names(128, 163 << 10), [tiled_128, delta, keys, queries]);
+    let (keys, queries) = ("attention_grad_keys_plain_f32", "attention_grad_queries_plain_f32");
+    assert_eq!(names(128, 99 << 10), [tiled_128, delta, keys, queries], "sm_86 and sm_89");
+    assert_eq!(names(128, 48 << 10), ["attention_plain_f32", delta, keys, queries]);
+    let (keys, queries) = ("attention_grad_keys_f32_d96", "attention_grad_queries_f32_d96");
+    assert_eq!(names(96, 99 << 10), ["attention_f32_d96", delta, keys, queries]);
 }

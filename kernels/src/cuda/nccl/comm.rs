@@ -131,7 +131,7 @@ pub(super) fn join(seats: &[&Seat], deadline: Instant, within: Duration) -> Resu
     for comm in &comms {
         while !comm.is_settled()? {
             if Instant::now() >= deadline {
-                return Err(comm.late(within));
+                return Err(comm.late("ncclCommInitRankConfig", within));
             }
             thread::sleep(STEP);
         }
@@ -159,14 +159,15 @@ impl Comm {
         KernelError::Aborted { cause: format!("{} has ended", self.place) }
     }
 
-    fn late(&self, within: Duration) -> KernelError {
+    /// The call did not end in time.
+    pub(super) fn late(&self, call: &'static str, within: Duration) -> KernelError {
         let text = format!(
             "not all members came within {} s: look whether every process of the launch is alive and reaches the others; \
              NCCL_DEBUG=INFO tells more",
             within.as_secs()
         );
         let (place, name) = (self.place.clone(), "late".to_owned());
-        KernelError::Cuda { place, call: "ncclCommInitRankConfig", code: IN_PROGRESS, name, text }
+        KernelError::Cuda { place, call, code: IN_PROGRESS, name, text }
     }
 
     /// Whether NCCL is through with the last call, as far as the host is concerned.

@@ -1,5 +1,5 @@
 //! Bytes from a GPU of one process to a GPU of another: a communicator of the two, and a stream of its own on both, so that what
-//! travels waits for nothing but what travelled before it. Imports `cuda::nccl`, `cuda::lane`, `memory`.
+//! travels waits for nothing but what travelled before it. Imports `cuda::nccl`, `cuda::lane`, `cuda::memory`, `memory`.
 //!
 //! - PIPE-1: both ends call in one order, that in which the sender announces its sends. A receive is called when its send is
 //!   announced, by a thread that waits for nothing else meanwhile.
@@ -7,6 +7,7 @@
 //!   the receiver has called too.
 //! - PIPE-3: what is sent was written when the send is called, and where it is received nobody reads: the caller knows both
 //!   from the register protocol, so neither stream waits for another. Memory stays until the stream has done with it.
+//! - PIPE-4: around each call the stream writes how far it is, as around collectives, so a pipe that hangs can be named.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -14,6 +15,7 @@ use std::time::{Duration, Instant};
 use super::comm::{Comm, Transfer};
 use super::{ISSUE_SPIN, Inner};
 use crate::cuda::lane::Lane;
+use crate::cuda::memory::DeviceMemory;
 use crate::cuda::poller::{Then, Track};
 use crate::error::KernelError;
 use crate::event::Event;
@@ -47,6 +49,30 @@ impl Pipe {
         Self { inner, comm, peer, lane, track, open: Mutex::default() }
     }
 
+    /// Sends a few bytes through, in the pipe's direction, and waits for them: what NCCL connects when it is first used is
+    /// then connected. All processes do so with their ends, in one order of all pipes, so that whoever waits waits for
+    /// somebody who is on the way.
+    ///
+    /// # Errors
+    /// [`KernelError::Cuda`], also when the other end does not come within the time; [`KernelError::Aborted`].
+    pub fn connect(&self, within: Duration) -> Result<(), KernelError> {
+        const BYTES: usize = 16;
+        let deadline = Instant::now() + within;
+        // Given back before the devices' arenas are made, so it is in nobody's plan.
+        let memory = DeviceMemory::new(self.lane.gpu(), self.lane.rank(), BYTES, &Arc::default())?;
+        let arena = Arena::cuda(memory);
+        // The pipe's first member sends.
+        let (sends, call) = if self.peer == 1 { (true, "ncclSend") } else { (false, "ncclRecv") };
+        let late = || self.inner.failed(self.comm.late(call, within));
+        self.call(sends, &arena, [(0, BYTES)].into_iter())?;
+        self.inner.settle(&self.comm, Some(within)).unwrap_or_else(|| Err(late()))?;
+        let over = self.settled(&arena)?;
+        if !self.is_over(&over, Some(deadline))? {
+            return Err(late());
+        }
+        Ok(())
+    }
+
     /// Calls for a send of these ranges of an arena (offset and length in bytes), all as one. It has to be announced to the
     /// other end next (PIPE-2), and then settled.
     ///
@@ -64,6 +90,12 @@ impl Pipe {
     pub fn settle(&self, arena: &Arena) -> Result<Sent, KernelError> {
         // Without a limit of time it is never given up.
         self.inner.settle(&self.comm, None).unwrap_or(Ok(()))?;
+        self.settled(arena)
+    }
+
+    /// What the last call, which is on the stream, is over with.
+    fn settled(&self, arena: &Arena) -> Result<Sent, KernelError> {
+        self.comm.end(&self.lane).map_err(|error| self.inner.failed(error))?;
         let event = Event::default();
         self.lane.gpu().poller().push(&self.track, self.lane.record()?, Then::LetGo(arena.clone(), event.clone()));
         *self.open() = None;
@@ -85,6 +117,11 @@ impl Pipe {
     /// # Errors
     /// [`KernelError::Cuda`]; [`KernelError::Aborted`].
     pub fn wait(&self, sent: &Sent) -> Result<(), KernelError> {
+        self.is_over(sent, None).map(drop)
+    }
+
+    /// True when it has done with its memory, false when it has not at the deadline.
+    fn is_over(&self, sent: &Sent, deadline: Option<Instant>) -> Result<bool, KernelError> {
         let began = Instant::now();
         loop {
             // Asked first: what was broken off is done on its stream, and its bytes are not there (NCCL-3).
@@ -93,8 +130,8 @@ impl Pipe {
                 return Err(error);
             }
             self.lane.gpu().context().check_alive()?;
-            if is_done {
-                return Ok(());
+            if is_done || deadline.is_some_and(|deadline| Instant::now() >= deadline) {
+                return Ok(is_done);
             }
             if began.elapsed() < ISSUE_SPIN {
                 std::hint::spin_loop();
@@ -130,6 +167,7 @@ impl Pipe {
         context.bind()?;
         *self.open() = Some(arena.clone());
         // What NCCL has not accepted the other end waits for in vain.
+        self.comm.begin(&self.lane).map_err(|error| self.inner.failed(error))?;
         self.comm.transfer(&transfers, None, &self.lane).map_err(|error| self.inner.failed(error))
     }
 }
