@@ -11,7 +11,8 @@ use shardflow::cluster::env::{Endpoint, Launch, Secret, SecretSource, Source, Wo
 use shardflow::cluster::{Cluster, ClusterOptions, Transport};
 use shardflow::passes::CompileOptions;
 use shardflow::plan::Schedule::OneFOneB;
-use shardflow::session::{DeviceMetrics, SessionOptions};
+use shardflow::session::SessionOptions;
+use shardflow::session::metrics::DeviceMetrics;
 use shardflow_integration_tests::training::{Model, Scratch, options, relative};
 use shardflow_kernels::device::DeviceKind;
 use shardflow_software_cuda::{CASE, Report, command};
