@@ -153,7 +153,8 @@ fn memory_is_the_plan_s_to_the_byte() {
             for (device, bytes) in line.split(", ").enumerate() {
                 planned[device % gpus] += bytes.parse::<u64>().expect("a number");
             }
-            assert_eq!(report.peak_bytes, planned, "{name} {mesh} on {gpus} GPUs");
+            // The last is of pinned memory.
+            assert_eq!(report.peak_bytes[..gpus], planned, "{name} {mesh} on {gpus} GPUs");
         }
     }
 }

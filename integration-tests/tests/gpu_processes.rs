@@ -12,7 +12,6 @@ use shardflow::cluster::{Cluster, ClusterOptions, Transport};
 use shardflow::passes::CompileOptions;
 use shardflow::plan::Schedule::OneFOneB;
 use shardflow::session::SessionOptions;
-use shardflow::session::metrics::DeviceMetrics;
 use shardflow_integration_tests::training::{Model, Scratch, options, relative};
 use shardflow_kernels::device::DeviceKind;
 use shardflow_software_cuda::{CASE, Report, command};
@@ -62,8 +61,9 @@ fn child() {
     let mut session = model().session_among(mesh, &settings(DeviceKind::Cuda), &options);
     let losses: Vec<f32> = (0..number(steps)).map(|_| model().step(&mut session).loss.expect("a loss")).collect();
     println!("\n> {losses:?}");
-    let bytes = |d: &DeviceMetrics| (d.device, d.planned_peak_bytes, d.allocated_bytes);
-    println!("\n= {:?}", session.metrics().devices.iter().map(bytes).collect::<Vec<_>>());
+    let devices = session.metrics().devices;
+    let bytes = devices.iter().map(|d| (d.device, d.planned_peak_bytes, d.allocated_bytes));
+    println!("\n= {:?}", bytes.collect::<Vec<_>>());
     session.shutdown().expect("an end");
 }
 
