@@ -140,6 +140,17 @@ fn devices_that_share_a_gpu() {
     check("f32", "tensor=2", 1, &[("lazy", 7)]);
 }
 
+/// What is copied between GPUs takes no way through the host's memory, and what NCCL reads itself it may read.
+#[test]
+fn gpus_of_a_session_reach_each_other() {
+    for (mesh, gpus, pairs) in [("data=2,stage=2", 4, 12), ("stage=2,tensor=2", 2, 2), ("data=1", 2, 0)] {
+        let calls = calls(1, 4, mesh, gpus);
+        let count = |name: &str| calls.get(name).copied().unwrap_or(0);
+        let pooled = count("cuMemAllocAsync");
+        assert_eq!((count("cuCtxEnablePeerAccess"), pooled), (pairs, 0), "{mesh} on {gpus} GPUs");
+    }
+}
+
 /// What the plan says is what the device sees, to the byte: attention of cuDNN's and products of cuBLASLt's, collectives by
 /// NCCL and among devices that share GPUs.
 #[test]

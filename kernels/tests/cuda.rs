@@ -33,7 +33,10 @@ fn report(failures: &[Failure]) {
 }
 
 fn gpus() -> Vec<Arc<Gpu>> {
-    (0..Gpu::count().expect("a driver")).map(|ordinal| Gpu::open(ordinal).expect("a device")).collect()
+    let open = |ordinal| Gpu::open(ordinal).expect("a device");
+    let gpus: Vec<_> = (0..Gpu::count().expect("a driver")).map(open).collect();
+    Gpu::connect(&gpus.iter().collect::<Vec<_>>()).expect("devices that reach each other");
+    gpus
 }
 
 fn arenas(devices: impl Iterator<Item = Device>) -> Result<Vec<(Device, Arena)>, KernelError> {

@@ -12,7 +12,8 @@
 //! | `use-after-free` | of device or pinned memory, or freed while somebody may still use it |
 //! | `bad-free` | freed twice, or never allocated |
 //! | `uninitialised` | read before anything was written |
-//! | `peer` | another device's memory, without access to it enabled |
+//! | `peer` | another device's memory, without access to it enabled, or out of a pool |
+//! | `staged` | a copy between devices that a driver takes through the host's memory, for want of the same |
 //! | `barrier`, `warp` | threads that never meet |
 //! | `alignment`, `trap` | fragments off their alignment; a kernel that gives up |
 //! | `collective-mismatch`, `collective-order`, `ungrouped`, `aborted` | NCCL's rules |

@@ -117,6 +117,11 @@ pub struct Allocation {
 }
 
 impl Allocation {
+    /// Of a device's pool, which gives no other device access.
+    pub fn is_pooled(&self) -> bool {
+        self.unborn || self.born.is_some()
+    }
+
     /// The region that holds an offset: a named one, or the allocation itself; and the offset where that ends.
     pub fn region(&self, offset: usize) -> (u32, usize) {
         match self.regions.range(..=offset).next_back() {

@@ -387,8 +387,9 @@ impl<'a> Guest<'a> {
         }
         let born = !allocation.unborn && allocation.born.is_none_or(|b| self.shadow.is_before(b, self.clock));
         allocation.users.insert(self.agent, self.operation);
+        let is_pooled = allocation.is_pooled();
         let is_peer = match (self.device, owner.place) {
-            (Some(own), Place::Device(other)) => own == other || registry.peers.contains(&(own, other)),
+            (Some(own), Place::Device(other)) => own == other || (registry.peers.contains(&(own, other)) && !is_pooled),
             _ => true,
         };
         drop(registry);

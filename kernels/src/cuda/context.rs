@@ -124,6 +124,29 @@ impl Context {
         self.lost().is_none() && self.bind().is_ok()
     }
 
+    /// Lets this GPU read and write `other`'s memory, all that is allocated there and will be, where the machine can.
+    pub(crate) fn reach(&self, other: &Context) -> Result<(), KernelError> {
+        let (mut can, place) = (0, format!("{} to {}", self.place(), other.place()));
+        // SAFETY: writes one integer to a local.
+        let asked = unsafe { sys::cuDeviceCanAccessPeer(&mut can, self.device, other.device) };
+        self.check(asked, "cuDeviceCanAccessPeer", &place)?;
+        if can == 0 {
+            tracing::debug!(place, "no peer access: what one GPU copies from the other goes through the host's memory");
+            return Ok(());
+        }
+        self.bind()?;
+        // SAFETY: both contexts are retained; the call takes no flags.
+        match unsafe { sys::cuCtxEnablePeerAccess(other.handle.0, 0) } {
+            CUresult::CUDA_ERROR_PEER_ACCESS_ALREADY_ENABLED => Ok(()),
+            // A machine without NVSwitch may allow eight. Copies still work, through the host's memory.
+            CUresult::CUDA_ERROR_TOO_MANY_PEERS => {
+                tracing::warn!(place, "the driver allows no more peers: copies go through the host's memory");
+                Ok(())
+            }
+            result => self.check(result, "cuCtxEnablePeerAccess", &place),
+        }
+    }
+
     /// Where it is, for errors.
     pub(crate) fn place(&self) -> String {
         format!("cuda device {} ({})", self.ordinal, self.name)

@@ -75,6 +75,20 @@ impl Gpu {
         Ok(Arc::new(gpu))
     }
 
+    /// Lets each of these GPUs read and write the memory of the others, where the machine can: what one copies from another
+    /// takes no way through the host's memory then. Comes before their arenas are made.
+    ///
+    /// # Errors
+    /// [`KernelError::Cuda`]; that a machine cannot is none.
+    pub fn connect(gpus: &[&Arc<Self>]) -> Result<(), KernelError> {
+        for gpu in gpus {
+            for other in gpus.iter().filter(|other| other.context.ordinal() != gpu.context.ordinal()) {
+                gpu.context.reach(&other.context)?;
+            }
+        }
+        Ok(())
+    }
+
     /// Where it is, for errors.
     pub fn place(&self) -> String {
         self.context.place()

@@ -55,13 +55,14 @@ impl DeviceMemory {
         if bytes > 0 {
             let transfer = gpu.transfer().lock().unwrap_or_else(PoisonError::into_inner);
             gpu.context().bind()?;
-            // SAFETY: writes an address to a local; the stream is live.
-            let result = unsafe { sys::cuMemAllocAsync(&mut address, bytes, transfer.stream.0) };
+            // Of no pool: what a pool gives is closed to other GPUs, whatever peer access the contexts have.
+            // SAFETY: writes an address to a local.
+            let result = unsafe { sys::cuMemAlloc_v2(&mut address, bytes) };
             if result == CUresult::CUDA_ERROR_OUT_OF_MEMORY || result == CUresult::CUDA_ERROR_INVALID_VALUE {
                 return Err(KernelError::OutOfMemory { device: rank, bytes });
             }
-            gpu.context().check(result, "cuMemAllocAsync", &place)?;
-            // SAFETY: the range was just allocated, on this stream.
+            gpu.context().check(result, "cuMemAlloc", &place)?;
+            // SAFETY: the range was just allocated.
             let result = unsafe { sys::cuMemsetD8Async(address, 0, bytes, transfer.stream.0) };
             gpu.context().check(result, "cuMemsetD8Async", &place)?;
             transfer.wait(gpu.context())?;
@@ -171,11 +172,10 @@ impl Drop for DeviceMemory {
         self.tally.bytes.fetch_sub(self.bytes, Ordering::Relaxed);
         self.used.join();
         if self.bytes > 0 && self.gpu.context().bind_to_drop() {
-            let transfer = self.gpu.transfer().lock().unwrap_or_else(PoisonError::into_inner);
             // SAFETY: allocated in `new`, freed once. Whoever used it has waited for its end: submissions keep their arenas
             // until then. An error has been kept by the context, if it was one that lasts.
-            let result = unsafe { sys::cuMemFreeAsync(self.address, transfer.stream.0) };
-            let _ = self.gpu.context().check(result, "cuMemFreeAsync", &self.gpu.place());
+            let result = unsafe { sys::cuMemFree_v2(self.address) };
+            let _ = self.gpu.context().check(result, "cuMemFree", &self.gpu.place());
         }
     }
 }

@@ -68,7 +68,7 @@ pub(crate) fn open(
     }
 }
 
-/// The GPU of each device.
+/// The GPU of each device; they reach each other's memory.
 fn gpus(hosting: &Hosting, node: OnNode, count: usize) -> Result<BTreeMap<usize, Arc<Gpu>>, KernelError> {
     let mut opened: BTreeMap<usize, Arc<Gpu>> = BTreeMap::new();
     let mut out = BTreeMap::new();
@@ -79,6 +79,7 @@ fn gpus(hosting: &Hosting, node: OnNode, count: usize) -> Result<BTreeMap<usize,
         };
         out.insert(rank, gpu);
     }
+    Gpu::connect(&opened.values().collect::<Vec<_>>())?;
     Ok(out)
 }
 

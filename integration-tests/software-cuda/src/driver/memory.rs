@@ -75,6 +75,21 @@ fn line(bytes: usize) -> Rows {
     Rows { width: bytes, height: 1, pitch: (bytes, bytes) }
 }
 
+/// Says so where a copy between devices has to go through the host's memory: a driver does that in silence.
+fn staged(to: usize, from: usize) {
+    let registry = lock(&world().registry);
+    let (Some(target), Some(source)) = (registry.find(to), registry.find(from)) else { return };
+    let (Place::Device(a), Place::Device(b)) = (target.place, source.place) else { return };
+    let is_open = a == b || (registry.peers.contains(&(a, b)) && registry.peers.contains(&(b, a)));
+    let is_pooled = target.is_pooled() || source.is_pooled();
+    drop(registry);
+    if !is_open || (a != b && is_pooled) {
+        let why = if is_open { "its memory is of a pool, closed to peers" } else { "access is not enabled both ways" };
+        let what = format!("a copy from device {b} to device {a} goes through the host's memory: {why}");
+        world().find("staged", &what.clone(), || what);
+    }
+}
+
 fn fill(to: CUdeviceptr, pattern: u32, width: usize, count: usize, stream: CUstream) -> Result<(), CUresult> {
     let mut state = world().state();
     let handle = state.stream(stream as u64)?;
@@ -192,6 +207,7 @@ exports! { driver;
         if !is_there(to, to_context) || !is_there(from, from_context) {
             return Err(CUresult::CUDA_ERROR_INVALID_VALUE);
         }
+        staged(to as usize, from as usize);
         copy(from as usize, to as usize, line(bytes), stream as u64, "copy between devices")
     }
 

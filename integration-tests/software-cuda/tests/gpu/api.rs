@@ -86,6 +86,13 @@ pub fn use_device(device: i32) {
     cuda!(cuCtxSetCurrent(context));
 }
 
+/// Lets the current device at the memory of another.
+pub fn reach(peer: sys::CUcontext) {
+    // SAFETY: the context comes from the driver.
+    let code = unsafe { sys::cuCtxEnablePeerAccess(peer, 0) };
+    assert!(matches!(code, CUresult::CUDA_SUCCESS | CUresult::CUDA_ERROR_PEER_ACCESS_ALREADY_ENABLED));
+}
+
 /// The kernels of the tests, loaded on the current device.
 pub fn module() -> CUmodule {
     let image =

@@ -37,6 +37,7 @@ pub const BUGS: &[Bug] = &[
     Bug { name: "pinned memory freed under a copy", kinds: &["use-after-free"], run: pinned_free },
     Bug { name: "stream that ignores the NULL stream", kinds: &["race"], run: null_stream },
     Bug { name: "memory of a device without access to it", kinds: &["peer"], run: peer },
+    Bug { name: "a copy between devices out of a pool", kinds: &["staged"], run: staged },
     Bug { name: "wait for an event never recorded", kinds: &["misuse"], run: never_recorded },
     Bug { name: "host function that waits for the device", kinds: &["misuse"], run: waiting_callback },
 ];
@@ -392,16 +393,40 @@ fn peer(lab: &Lab, planted: bool) {
     cuda!(cuCtxGetCurrent(&mut context));
     api::use_device(1 - owner);
     if !planted {
-        use cudarc::driver::sys::{CUresult, cuCtxEnablePeerAccess};
-        // SAFETY: the context comes from the driver.
-        let code = unsafe { cuCtxEnablePeerAccess(context, 0) };
-        assert!(matches!(code, CUresult::CUDA_SUCCESS | CUresult::CUDA_ERROR_PEER_ACCESS_ALREADY_ENABLED));
+        api::reach(context);
     }
     let d = Desk::new();
     d.add(lab, 0, d.out, there, d.a);
     d.close();
     api::use_device(owner);
     free(there);
+}
+
+fn staged(_: &Lab, planted: bool) {
+    let contexts = [0, 1].map(|device| {
+        let mut context = std::ptr::null_mut();
+        api::use_device(device);
+        cuda!(cuCtxGetCurrent(&mut context));
+        context
+    });
+    api::reach(contexts[0]);
+    let (s, mut from) = (stream(), 0);
+    match planted {
+        true => cuda!(cuMemAllocAsync(&mut from, N * 4, s)),
+        false => cuda!(cuMemAlloc_v2(&mut from, N * 4)),
+    }
+    cuda!(cuMemsetD8Async(from, 0, N * 4, s));
+    wait(s);
+    api::use_device(0);
+    api::reach(contexts[1]);
+    let (to, own) = (filled(&[0.0; N]), stream());
+    cuda!(cuMemcpyPeerAsync(to, contexts[0], from, contexts[1], N * 4, own));
+    wait(own);
+    free(to);
+    cuda!(cuStreamDestroy_v2(own));
+    api::use_device(1);
+    free(from);
+    cuda!(cuStreamDestroy_v2(s));
 }
 
 fn never_recorded(_: &Lab, planted: bool) {

@@ -257,6 +257,10 @@ fn before_collective(_: &Lab, planted: bool) {
         api::use_device(device as i32);
         cuda!(cuCtxGetCurrent(context));
     }
+    for device in 0..2 {
+        api::use_device(device as i32);
+        api::reach(contexts[1 - device]);
+    }
     cuda!(cuMemsetD8Async(p.x[0][1], 0, N * 4, p.s[0][0]));
     let copy = || {
         let (to, from, s) = (p.x[1][1], p.x[0][1], p.s[1][0]);
