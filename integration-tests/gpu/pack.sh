@@ -16,7 +16,9 @@ if ! cmp -s "$wanted" "$venv/installed"; then
     "$venv/bin/pip" install -q --disable-pip-version-check --only-binary :all: -r "$wanted"
     cp "$wanted" "$venv/installed"
 fi
-"$venv/bin/python" kernels/cuda/build_cubins.py --out "$CARGO_TARGET_DIR/cubins" >"$CARGO_TARGET_DIR/cubins.log" ||
+# Blackwell's too: where PyTorch's packages are all there is, NVRTC may lack headers.
+architectures=(--arch sm_80 --arch sm_90 --arch sm_90a --arch sm_100 --arch sm_120)
+"$venv/bin/python" kernels/cuda/build_cubins.py "${architectures[@]}" --out "$CARGO_TARGET_DIR/cubins" >"$CARGO_TARGET_DIR/cubins.log" ||
     { tail -n 20 "$CARGO_TARGET_DIR/cubins.log" >&2; exit 1; }
 
 cargo build --release -p shardflow-integration-tests --bin gpu_check

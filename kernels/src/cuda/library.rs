@@ -125,8 +125,8 @@ impl Library {
                  LD_LIBRARY_PATH"
             }
             Library::Nvrtc => {
-                "apt install cuda-nvrtc-13-0 (NVIDIA's repository), or pip install nvidia-cuda-nvrtc and add its lib folder \
-                 to LD_LIBRARY_PATH"
+                "apt install cuda-nvrtc-13-0 (NVIDIA's repository), or pip install nvidia-cuda-nvrtc nvidia-cuda-runtime \
+                 nvidia-cuda-crt and add the lib folder to LD_LIBRARY_PATH"
             }
             Library::Nccl => {
                 "apt install libnccl2 (NVIDIA's repository), or pip install nvidia-nccl-cu13 and add its lib folder to \

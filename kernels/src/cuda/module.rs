@@ -137,7 +137,10 @@ fn cubins(module: &str, (major, minor): (i32, i32)) -> Vec<PathBuf> {
     folders.iter().flat_map(of).collect()
 }
 
-/// Where the compiler's headers may be.
+/// What kernels' texts include, directly and behind that, by the package of CUDA 13 for Python that has it.
+const HEADERS: [(&str, &str); 2] = [("cuda_bf16.h", "nvidia-cuda-runtime"), ("crt/host_defines.h", "nvidia-cuda-crt")];
+
+/// Where the compiler's headers are: all folders that have some, for a toolkit's are in one and those of packages may not be.
 fn includes() -> Vec<PathBuf> {
     let mut folders: Vec<PathBuf> = ["CUDA_HOME", "CUDA_PATH"]
         .iter()
@@ -150,8 +153,20 @@ fn includes() -> Vec<PathBuf> {
         maps.lines().filter_map(|line| line.split_whitespace().last()).find(|path| path.contains("libnvrtc.so"));
     folders.extend(library.and_then(|path| Some(Path::new(path).parent()?.parent()?.join("include"))));
     folders.push(PathBuf::from("/usr/local/cuda/include"));
-    folders.retain(|folder| folder.join("cuda_bf16.h").is_file());
+    folders.retain(|folder| HEADERS.iter().any(|(header, _)| folder.join(header).is_file()));
     folders
+}
+
+/// Names the headers that none of the folders has, and where they are to be had.
+fn missing(folders: &[PathBuf]) -> Option<String> {
+    let found = |header: &str| folders.iter().any(|folder| folder.join(header).is_file());
+    let lacking: Vec<_> = HEADERS.iter().filter(|(header, _)| !found(header)).collect();
+    let list = |what: fn(&(&'static str, &'static str)) -> &'static str, between: &str| {
+        lacking.iter().map(|one| what(one)).collect::<Vec<_>>().join(between)
+    };
+    let (headers, packages) = (list(|one| one.0, ", "), list(|one| one.1, " "));
+    let hint = format!("no {headers} was found: pip install {packages}, or set CUDA_HOME to a toolkit of CUDA 13");
+    (!lacking.is_empty()).then_some(hint)
 }
 
 /// A cubin of a module, made at run time.
@@ -164,7 +179,8 @@ fn compile(module: &Module, (major, minor): (i32, i32)) -> Result<Vec<u8>, Kerne
     // Loads the library, so that its folder can be found.
     // SAFETY: the library is there.
     let _ = unsafe { nvrtc::nvrtcVersion(&mut 0, &mut 0) };
-    options.extend(includes().iter().take(1).map(|folder| format!("--include-path={}", folder.display())));
+    let folders = includes();
+    options.extend(folders.iter().map(|folder| format!("--include-path={}", folder.display())));
     let options: Vec<CString> = options.into_iter().filter_map(|option| CString::new(option).ok()).collect();
     let options: Vec<_> = options.iter().map(|option| option.as_ptr()).collect();
     let failed = |result: nvrtc::nvrtcResult, call: &'static str| {
@@ -198,6 +214,8 @@ fn compile(module: &Module, (major, minor): (i32, i32)) -> Result<Vec<u8>, Kerne
             }
             let log = String::from_utf8_lossy(&image).trim_end_matches('\0').trim().to_owned();
             let log = if log.is_empty() { format!("{compiled:?}") } else { log };
+            // First, for the compiler may have said much.
+            let log = missing(&folders).into_iter().chain([log]).collect::<Vec<_>>().join("\n");
             Err(KernelError::Compile { file: file.clone(), target: target.clone(), log })
         };
         let _ = nvrtc::nvrtcDestroyProgram(&mut program);
@@ -208,6 +226,25 @@ fn compile(module: &Module, (major, minor): (i32, i32)) -> Result<Vec<u8>, Kerne
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// CUDA 13's packages for Python have the headers in two: with one of them alone nothing compiles.
+    #[test]
+    fn headers_that_are_missing_are_named_with_their_package() {
+        let root = env::temp_dir().join(format!("shardflow-headers-{}", std::process::id()));
+        let [runtime, crt] = ["runtime", "crt"].map(|name| root.join(name));
+        fs::create_dir_all(runtime.join("crt")).expect("a folder of ours");
+        fs::create_dir_all(crt.join("crt")).expect("a folder of ours");
+        fs::write(runtime.join("cuda_bf16.h"), "").expect("a file");
+        fs::write(crt.join("crt/host_defines.h"), "").expect("a file");
+        let said = missing(&[runtime.clone()]);
+        let expected =
+            "no crt/host_defines.h was found: pip install nvidia-cuda-crt, or set CUDA_HOME to a toolkit of CUDA 13";
+        assert_eq!(said.as_deref(), Some(expected));
+        assert_eq!(missing(&[runtime, crt]), None);
+        let none = missing(&[]).expect("both");
+        assert!(none.contains("pip install nvidia-cuda-runtime nvidia-cuda-crt,"), "{none}");
+        fs::remove_dir_all(root).expect("a folder of ours");
+    }
 
     #[test]
     fn cubins_of_the_very_architecture_come_first() {
