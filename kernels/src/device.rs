@@ -172,6 +172,14 @@ impl Device {
         }
     }
 
+    /// What the backend counts of its own work, by name; of the whole GPU, which other devices may share.
+    pub fn counts(&self) -> Vec<(&'static str, u64)> {
+        match self {
+            Device::Cpu(_) => Vec::new(),
+            Device::Cuda(device) => device.gpu().counts(),
+        }
+    }
+
     /// Bytes in live arenas.
     pub fn bytes_allocated(&self) -> usize {
         self.tally().bytes.load(Ordering::Relaxed)

@@ -243,6 +243,8 @@ fn attention_steps(count: usize) {
         let dq = arena.read_host(BYTES * 6, &SHAPE, DType::BF16).expect("inside");
         assert_eq!(*first.get_or_insert_with(|| dq.clone()), dq);
     }
+    let by_cudnn: Vec<u64> = device.counts().iter().map(|(_, launches)| *launches).collect();
+    assert_eq!(by_cudnn, [count as u64, 0, count as u64, 0], "{:?}", device.counts());
     assert_eq!(device.allocation_count(), allocations, "a prepared stream allocates");
 }
 

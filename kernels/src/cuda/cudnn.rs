@@ -7,6 +7,7 @@
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use cudarc::cudnn::sys::{cudnnBackendKnobType_t as Knob, cudnnHandle_t};
 
@@ -15,6 +16,7 @@ use super::gpu::Gpu;
 use super::lane::Lane;
 use super::step::{Flash, Pass, Place};
 use crate::error::KernelError;
+use crate::op::Op;
 
 pub(crate) mod api;
 mod descriptor;
@@ -63,6 +65,53 @@ impl Attention {
                 hint: format!("set {ATTENTION_ENV} to own, cudnn or cudnn-any-order"),
             }),
         }
+    }
+}
+
+/// Attention that a GPU was given so far, by who does it.
+#[derive(Debug, Default)]
+pub(crate) struct Attentions {
+    forward: Shares,
+    backward: Shares,
+}
+
+/// One pass's launches: all, and those of cuDNN among them.
+#[derive(Debug, Default)]
+struct Shares {
+    all: AtomicU64,
+    cudnn: AtomicU64,
+}
+
+impl Attentions {
+    fn of(&self, pass: Pass) -> &Shares {
+        match pass {
+            Pass::Forward => &self.forward,
+            Pass::Backward => &self.backward,
+        }
+    }
+
+    /// An op was launched, whoever does it.
+    pub(crate) fn launched(&self, op: &Op) {
+        let pass = match op {
+            Op::Attention { .. } => Pass::Forward,
+            Op::AttentionGrad { .. } => Pass::Backward,
+            _ => return,
+        };
+        self.of(pass).all.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Launches by name.
+    pub(crate) fn told(&self) -> [(&'static str, u64); 4] {
+        let [forward, backward] = [&self.forward, &self.backward].map(|shares| {
+            let cudnn = shares.cudnn.load(Ordering::Relaxed);
+            (cudnn, shares.all.load(Ordering::Relaxed).saturating_sub(cudnn))
+        });
+        [
+            ("attention_forward_cudnn", forward.0),
+            ("attention_forward_own", forward.1),
+            ("attention_backward_cudnn", backward.0),
+            ("attention_backward_own", backward.1),
+        ]
     }
 }
 
@@ -207,7 +256,10 @@ impl Flashes {
         let Entry::Occupied(mut known) = self.by_key.entry(flash.into()) else { return Ok(false) };
         let (Some(plan), Some(handle)) = (known.get(), &self.handle) else { return Ok(false) };
         match plan.execute(handle.api, handle.raw, at, workspace, lane, &told(flash, place)) {
-            Ok(done) => Ok(done),
+            Ok(done) => {
+                self.gpu.attentions().of(flash.pass).cudnn.fetch_add(u64::from(done), Ordering::Relaxed);
+                Ok(done)
+            }
             Err(error) => {
                 // What our kernels write, they write whole. Where the device is lost they fail, too.
                 tracing::warn!(%error, "cuDNN's attention failed; from now on by our own kernels");

@@ -8,7 +8,7 @@ use cudarc::driver::sys;
 
 use super::blas::Blas;
 use super::context::Context;
-use super::cudnn::Attention;
+use super::cudnn::{Attention, Attentions};
 use super::event::Events;
 use super::library::Library;
 use super::memory::Transfer;
@@ -33,6 +33,7 @@ pub struct Gpu {
     /// Least and greatest; the greatest is the lower number.
     priorities: (i32, i32),
     attention: Attention,
+    attentions: Attentions,
     context: Arc<Context>,
 }
 
@@ -70,6 +71,7 @@ impl Gpu {
             spins: Spins::from_environment()?,
             priorities: priorities(&context)?,
             attention,
+            attentions: Attentions::default(),
             context,
         };
         Ok(Arc::new(gpu))
@@ -121,6 +123,11 @@ impl Gpu {
         super::memory::free_and_total(&self.context)
     }
 
+    /// What was counted of its work so far, by name: launches of attention, by who does them.
+    pub fn counts(&self) -> Vec<(&'static str, u64)> {
+        self.attentions.told().to_vec()
+    }
+
     pub(crate) fn context(&self) -> &Arc<Context> {
         &self.context
     }
@@ -160,6 +167,10 @@ impl Gpu {
 
     pub(crate) fn attention(&self) -> Attention {
         self.attention
+    }
+
+    pub(crate) fn attentions(&self) -> &Attentions {
+        &self.attentions
     }
 
     pub(crate) fn priorities(&self) -> (i32, i32) {

@@ -335,6 +335,7 @@ impl Issuer {
             (Kind::Steps { steps, uses_record }, _) => {
                 check_in_place(launch, &bound)?;
                 run.uses_record |= uses_record;
+                self.lane.gpu().attentions().launched(&launch.op);
                 steps.iter().try_for_each(|step| self.step(step, &bound, run.done))?;
                 Ok(None)
             }

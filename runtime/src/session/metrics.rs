@@ -124,6 +124,8 @@ pub struct DeviceMetrics {
     pub allocations: usize,
     /// Bytes that collectives brought in from other devices.
     pub collective_bytes: u64,
+    /// What its backend counts of its own work, by name: [`shardflow_kernels::device::Device::counts`].
+    pub counts: Vec<(&'static str, u64)>,
 }
 
 /// One actor's work.
@@ -213,6 +215,7 @@ impl Snapshots {
             allocated_bytes: device.bytes_allocated(),
             allocations: device.allocation_count(),
             collective_bytes: self.engine.bytes_received(device.rank()),
+            counts: device.counts(),
         });
         Metrics { steps, devices: devices.collect(), actors, registers }
     }

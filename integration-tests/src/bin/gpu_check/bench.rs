@@ -73,6 +73,11 @@ impl Bench {
         Ok(median(ms).unwrap_or(f64::NAN))
     }
 
+    /// What the device counts of its own work, by name.
+    pub fn counts(&self) -> Vec<(&'static str, u64)> {
+        self.device.counts()
+    }
+
     /// What a launch writes: into NaN, where it does not read the same memory.
     pub fn outputs(&self, launch: &Launch) -> Result<Vec<HostTensor>> {
         let (own, bytes) = self.own(launch);

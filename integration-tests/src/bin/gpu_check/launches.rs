@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 
+use clap::Args;
 use serde_json::{Value, json};
 use shardflow::plan::{ActionKey, Plan};
 use shardflow::prelude::{DType, DeviceKind};
@@ -74,12 +75,22 @@ fn told(launch: &Launch) -> Value {
     json!({ "op": launch.op.name(), "spec": spec, "reads": buffers(&launch.reads), "writes": buffers(&launch.writes) })
 }
 
+/// See [`time`].
+#[derive(Args, Clone, Debug)]
+pub struct LaunchArgs {
+    #[command(flatten)]
+    model: ModelArgs,
+    /// Ops to be timed, by the beginning of their names, such as attention.
+    #[arg(long, default_value = "")]
+    op: String,
+}
+
 /// Times them, those first that a step spends most in.
-pub fn time(args: &ModelArgs) -> Result<Found> {
+pub fn time(LaunchArgs { model: args, op }: &LaunchArgs) -> Result<Found> {
     let (plan, batch) = args.compile()?;
     let bench = Bench::open(plan.device)?;
     let mut rows: Vec<(f64, Value)> = Vec::new();
-    for (launch, count) in distinct(&plan) {
+    for (launch, count) in distinct(&plan).into_iter().filter(|(launch, _)| launch.op.name().starts_with(op)) {
         let ms = bench.measure(&launch)?;
         let all = launch.reads.iter().chain(&launch.writes);
         let bytes: usize = all.map(|b| element_count(&b.shape) * b.dtype.bytes()).sum();
@@ -94,7 +105,8 @@ pub fn time(args: &ModelArgs) -> Result<Found> {
     rows.sort_by(|a, b| b.0.total_cmp(&a.0));
     let sum: f64 = rows.iter().map(|row| row.0).sum();
     let launches: Vec<Value> = rows.into_iter().map(|row| row.1).collect();
-    Ok(json!({ "model": args.json(batch), "sum_ms_per_step": sum, "launches": launches }).into())
+    let counts: BTreeMap<_, _> = bench.counts().into_iter().collect();
+    Ok(json!({ "model": args.json(batch), "sum_ms_per_step": sum, "counts": counts, "launches": launches }).into())
 }
 
 /// Runs each on both, from the same numbers.

@@ -33,7 +33,7 @@ enum Command {
     /// Trains a GPT by rules that `gpt2_torch.py` follows, too.
     Train(train::TrainArgs),
     /// Times each different launch of a training step by itself.
-    Launches(model::ModelArgs),
+    Launches(launches::LaunchArgs),
     /// Runs each different launch of a training step on the device and on the CPU backend, and compares.
     Compare(model::ModelArgs),
     /// Trains on four devices that share one GPU, with and without delays on its streams.

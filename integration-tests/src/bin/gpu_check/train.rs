@@ -1,5 +1,6 @@
 //! A training of some steps: losses, speed, memory. Imports `model` and `shardflow`.
 
+use std::collections::BTreeMap;
 use std::time::Instant;
 
 use clap::Args;
@@ -50,6 +51,8 @@ pub fn run(args: &TrainArgs) -> Result<Found> {
         ms.push(begin.elapsed().as_secs_f64() * 1e3);
     }
     let driver_bytes = free_before.zip(free()?).map(|(before, now)| before.saturating_sub(now));
+    // Devices that share a GPU have its counts.
+    let counts: BTreeMap<_, _> = session.metrics().devices.iter().flat_map(|device| device.counts.clone()).collect();
     session.shutdown()?;
     let median = median(ms);
     let tokens_per_s = median.map(|ms| (batch * model.context) as f64 / ms * 1e3);
@@ -58,6 +61,7 @@ pub fn run(args: &TrainArgs) -> Result<Found> {
     let json = json!({
         "program": "shardflow", "model": model.json(batch), "weights": weights, "lr": args.lr, "losses": losses,
         "ms_per_step": median, "timed_steps": args.timed, "tokens_per_s": tokens_per_s, "started_s": started_s,
+        "counts": counts,
         "memory": { "planned_bytes": planned_bytes, "driver_bytes": driver_bytes },
     });
     Ok(Found { json, wrong: wrong.into_iter().collect() })
