@@ -11,7 +11,8 @@
 # OUT:        where results go, ./results by default; it is emptied
 # PYTHON:     the Python to use, python3 by default
 #
-# Exit code: 0 when each stage passed or says why it was skipped, 1 when one did not, 2 for bad arguments.
+# Exit code: 0 when each stage passed or says why it was skipped, 1 when one did not, or was not run for lack of time where
+# it is required, 2 for bad arguments.
 set -u
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 binaries=$here tiny="" only="" seconds_max=470 stage_max=470 out=results
@@ -88,16 +89,17 @@ ours=$theirs${theirs:+${found:+:}}$found
 
 # stage NAME SECONDS COMMAND..: its output, and how it ended. Whatever it does, the next one is begun.
 stage() {
-    local name=$1 limit=$2 left=$((seconds_max - SECONDS)) begin=$SECONDS code
+    local name=$1 limit=$2 wanted left=$((seconds_max - SECONDS)) begin=$SECONDS code
     shift 2
     [ -z "$only" ] || [[ $only == *" $name "* ]] || return 0
     echo "$name" >>"$out/stages"
     # Software on a machine that has other things to do is slow.
     [ -z "$tiny" ] || limit=$((limit * 4))
     [ "$limit" -le "$stage_max" ] || limit=$stage_max
+    wanted=$limit
     [ "$limit" -le "$left" ] || limit=$left
     if [ "$limit" -lt 1 ]; then
-        echo "late nothing is left of $seconds_max s" >"$out/$name.status"
+        echo "not-run nothing is left of $seconds_max s" >"$out/$name.status"
         return
     fi
     echo "running $limit" >"$out/$name.status"
@@ -105,18 +107,26 @@ stage() {
     timeout --kill-after=5 "$limit" "$@" >"$out/$name.out" 2>"$out/$name.err" </dev/null &
     wait $!
     code=$?
-    echo "ended $code $((SECONDS - begin)) $limit" >"$out/$name.status"
+    echo "ended $code $((SECONDS - begin)) $limit $wanted" >"$out/$name.status"
+}
+
+# skip NAME REASON
+skip() {
+    [ -z "$only" ] || [[ $only == *" $1 "* ]] || return 0
+    echo "$1" >>"$out/stages"
+    echo "skipped $2" >"$out/$1.status"
 }
 
 # gpu_stage NAME SECONDS COMMAND..: one that needs a GPU of ours.
 gpu_stage() {
-    if [ -z "$gpu" ]; then
-        [ -z "$only" ] || [[ $only == *" $1 "* ]] || return 0
-        echo "$1" >>"$out/stages"
-        echo "skipped no GPU can be used: see the stage versions" >"$out/$1.status"
-        return
-    fi
+    [ -n "$gpu" ] || { skip "$1" "no GPU can be used: see the stage versions"; return; }
     stage "$1" "$2" env LD_LIBRARY_PATH="$ours" "${@:3}"
+}
+
+# nccl_stage NAME SECONDS COMMAND..: one that needs two GPUs, for members of a group.
+nccl_stage() {
+    [ -z "$gpu" ] || [ "$gpus" -ge 2 ] || { skip "$1" "it needs two GPUs, and $gpus can be used"; return; }
+    gpu_stage "$@"
 }
 
 # torch_stage NAME SECONDS LIKE SCRIPT ARGS..: PyTorch beside what our stage LIKE printed.
@@ -124,18 +134,17 @@ torch_stage() {
     local name=$1 limit=$2 like=$3 script=$4
     shift 4
     if [ -z "$gpu" ] || ! grep -q '^ended 0 ' "$out/$like.status" 2>/dev/null; then
-        [ -z "$only" ] || [[ $only == *" $name "* ]] || return 0
-        echo "$name" >>"$out/stages"
-        echo "skipped there is nothing to compare with: see the stage $like" >"$out/$name.status"
+        skip "$name" "there is nothing to compare with: see the stage $like"
         return
     fi
     stage "$name" "$limit" env LD_LIBRARY_PATH="$theirs" TORCHINDUCTOR_CACHE_DIR="$scratch/inductor" \
         "$python" "$here/$script" --like "$out/$like.out" "${torch_device[@]}" "$@"
 }
 
-# conformance CASE: a part of the suite that CI runs on the software device.
+# A part of the suite that CI runs on the software device goes by the name of its case.
+suite=("$binaries/conformance" --ignored --exact child --nocapture)
 conformance() {
-    gpu_stage "conformance-$1" "$2" env SHARDFLOW_TEST_CASE="${3:-$1}" "$binaries/conformance" --ignored --exact child --nocapture
+    gpu_stage "conformance-$1" "$2" env SHARDFLOW_TEST_CASE="${3:-$1}" "${suite[@]}"
 }
 
 # sanitized TOOL: a small training under compute-sanitizer, where that works.
@@ -158,8 +167,8 @@ export out
     echo "sizes=${tiny:+tiny}"
     echo "libraries=$ours"
     echo "deadline_seconds=$seconds_max"
-    gpus=("--query-gpu=name,driver_version,clocks.max.sm,power.limit" "--format=csv,noheader")
-    echo "nvidia_smi=$(timeout 10 nvidia-smi "${gpus[@]}" 2>/dev/null | paste -sd ';')"
+    query=("--query-gpu=name,driver_version,clocks.max.sm,power.limit" "--format=csv,noheader")
+    echo "nvidia_smi=$(timeout 10 nvidia-smi "${query[@]}" 2>/dev/null | paste -sd ';')"
 } >"$out/info"
 
 small=(--layers 2 --heads 2 --width 32 --context 16 --vocabulary 97)
@@ -175,24 +184,35 @@ gpu=1
 gpu_stage versions 30 "$check" versions
 # It names devices even where a library is missing. A stage that was not asked for says nothing.
 [ ! -f "$out/versions.out" ] || grep -q '"capability"' "$out/versions.out" || gpu=""
+gpus=0
+if [ -n "$gpu" ]; then
+    told=$out/versions.out
+    [ -f "$told" ] || { told=$scratch/versions && LD_LIBRARY_PATH=$ours timeout 30 "$check" versions >"$told" 2>/dev/null; }
+    gpus=$(grep -o '"capability"' "$told" | wc -l)
+fi
+# What is required comes first, for time runs out at the end.
 gpu_stage ceilings 40 "$check" ceilings "${ceilings[@]}"
 conformance alone 90
 conformance local 45
 conformance staged 45
-conformance nccl 45
+nccl_stage conformance-nccl 45 env SHARDFLOW_TEST_CASE=nccl "${suite[@]}"
 conformance pairs 20 "pairs together"
 gpu_stage gpt2-ours-1 60 "$check" train "${sizes[@]}" "${batch[@]}" "${timed[@]}"
 torch_stage gpt2-eager-1 60 gpt2-ours-1 gpt2_torch.py "${timed[@]}"
 torch_stage gpt2-compile-1 120 gpt2-ours-1 gpt2_torch.py --compile "${timed[@]}"
+f32=(train "${sizes[@]}" --precision f32 --batch 4 --timed 0)
+gpu_stage gpt2-f32-ours 45 "$check" "${f32[@]}"
+torch_stage gpt2-f32-eager 45 gpt2-f32-ours gpt2_torch.py --timed 0
+nccl_stage nccl-data 60 "$check" "${f32[@]}" --mesh data=2
+nccl_stage nccl-stage 60 "$check" "${f32[@]}" --mesh stage=2 --micro-batches 2
 gpu_stage compare 60 "$check" compare "${sizes[@]}" --batch 1
+gpu_stage launches 75 "$check" launches "${sizes[@]}" "${batch[@]}"
+gpu_stage launches-own 30 env SHARDFLOW_ATTENTION=own "$check" launches --op attention "${sizes[@]}" "${batch[@]}"
+torch_stage launches-torch 45 launches launches_torch.py
 gpu_stage virtual 90 "$check" virtual "${delays[@]}"
 gpu_stage gpt2-ours-2 45 "$check" train "${sizes[@]}" "${batch[@]}" "${timed[@]}"
 torch_stage gpt2-eager-2 45 gpt2-ours-1 gpt2_torch.py "${timed[@]}"
 torch_stage gpt2-compile-2 90 gpt2-ours-1 gpt2_torch.py --compile "${timed[@]}"
-gpu_stage launches 75 "$check" launches "${sizes[@]}" "${batch[@]}"
-torch_stage launches-torch 45 launches launches_torch.py
-gpu_stage gpt2-f32-ours 45 "$check" train "${sizes[@]}" --precision f32 --batch 4 --timed 0
-torch_stage gpt2-f32-eager 45 gpt2-f32-ours gpt2_torch.py --timed 0
 for tool in memcheck racecheck; do
     gpu_stage "sanitizer-$tool" 60 bash -c 'sanitized "$@"' sanitized "$tool" "$check" train "${small[@]}" --batch 2 --steps 2 --timed 0
 done

@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
-"""Puts what check.sh's stages left in a folder into its `report.json`. Exit code 1 where a stage did not pass, or the
-speed that is wanted was not measured.
+"""Puts what check.sh's stages left in a folder into its `report.json`. Exit code 1 where a stage did not pass, a required
+one was not run, or the speed that is wanted was not measured.
 
     python3 report.py FOLDER
 
-For each name in FOLDER/stages: NAME.status is `running LIMIT`, or `ended CODE SECONDS LIMIT`, or `skipped REASON`, or `late REASON`;
+For each name in FOLDER/stages: NAME.status is `running LIMIT`, or `ended CODE SECONDS LIMIT WANTED`, LIMIT being less than
+WANTED where the deadline left no more, or `skipped REASON`, or `not-run REASON`;
 NAME.out ends with a line of JSON, where the stage has figures; NAME.err has what it complained of. Needs no package.
 """
 
@@ -20,6 +21,8 @@ LOSSES_MAX = {"f32": 1e-4, "bf16": 5e-3}
 # Of torch.compile's tokens/s.
 SPEED_MIN = 0.9
 TAIL_LINES, TAIL_CHARACTERS = 40, 6000
+# Stages that may remain undone for lack of time, by a part of their names: second rounds, and what takes long for little.
+OPTIONAL = ("-2", "sanitizer-")
 # Dense bf16 TFLOP/s of NVIDIA's data sheets, by a part of the driver's name.
 DATASHEET = {"H200": 989.4, "H100 80GB HBM3": 989.4, "H100 PCIe": 756.0, "A100": 312.0, "L40S": 362.0}
 
@@ -62,13 +65,16 @@ def stage(name, folder):
     out = dict(name=name, state="not-run", seconds=0)
     if word == "running":
         out["state"] = "interrupted"
-    elif word in ("skipped", "late"):
-        out.update(state="skipped" if word == "skipped" else "timed-out", why=rest)
+    elif word in ("skipped", "not-run"):
+        out.update(state=word, why=rest)
     elif word == "ended":
-        code, seconds, limit = (int(number) for number in rest.split())
+        code, seconds, limit, wanted = (int(number) for number in rest.split())
         # 124: `timeout` ended it; 137: it had to be killed.
         state = {0: "ok", 77: "skipped", 124: "timed-out", 137: "timed-out"}.get(code, "failed")
         out.update(state=state, seconds=seconds, limit_seconds=limit, exit_code=code)
+        if state == "timed-out" and limit < wanted:
+            # It says nothing of what the stage would have come to.
+            out.update(state="not-run", why=f"the deadline left it {limit} of its {wanted} s")
         if state in ("skipped", "failed"):
             out["why"] = reason(text(folder / f"{name}.err").strip().splitlines())
     out["results"] = figures(folder / f"{name}.out")
@@ -81,8 +87,8 @@ def derived(name, state, why=None, results=None):
     return dict(name=name, state=state, seconds=0, results=results, **({"why": why} if why else {}))
 
 
-def losses(name, ours, theirs, precision):
-    """Compares the first losses of two trainings."""
+def losses(name, ours, theirs, precision, beside="torch"):
+    """Compares the first losses of two trainings, the second of which is `beside`."""
     if not ours or not theirs:
         return derived(name, "skipped", "there are not two trainings to compare")
     if ours["weights"] != theirs["weights"]:
@@ -91,7 +97,7 @@ def losses(name, ours, theirs, precision):
     # A loss that is no number is null.
     apart = [abs(a - b) / abs(b) if None not in (a, b) else float("inf") for a, b in pairs]
     most = max(apart, default=float("inf"))
-    results = dict(ours=ours["losses"], torch=theirs["losses"], relative=most if most < float("inf") else None,
+    results = dict({"ours": ours["losses"], beside: theirs["losses"]}, relative=most if most < float("inf") else None,
                    allowed=LOSSES_MAX[precision])
     good = most <= LOSSES_MAX[precision]
     return derived(name, "ok" if good else "failed", None if good else "losses differ", results)
@@ -164,8 +170,15 @@ def main():
             pair = whole.get(ours), whole.get(theirs)
             stages.append(guarded(f"gpt2-losses-{precision}", losses, *pair, precision))
         stages.append(guarded("gpt2-speed", speed, dict(whole, versions=results.get("versions")), dict(info, asked=list(results))))
-    bad = [s["name"] for s in stages if s["state"] not in ("ok", "skipped")]
-    report = dict(when=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **info, passed=not bad, not_passed=bad, stages=stages)
+    for mesh in ("data", "stage"):
+        if f"nccl-{mesh}" in results:
+            pair = whole.get(f"nccl-{mesh}"), whole.get("gpt2-f32-ours")
+            stages.append(guarded(f"nccl-losses-{mesh}", losses, *pair, "f32", "one_gpu"))
+    not_run = [s["name"] for s in stages if s["state"] == "not-run"]
+    optional = [name for name in not_run if any(part in name for part in OPTIONAL)]
+    bad = [s["name"] for s in stages if s["state"] not in ("ok", "skipped") and s["name"] not in optional]
+    when = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    report = dict(when=when, **info, passed=not bad, not_passed=bad, not_run=not_run, stages=stages)
     # Whoever reads it while it is written sees the old one.
     part = folder / "report.json.part"
     part.write_text(json.dumps(report, indent=1, allow_nan=False))

@@ -36,9 +36,9 @@ fn script() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("gpu/check.sh")
 }
 
-/// The script on a software device.
-fn on_software(scratch: &Scratch) -> Command {
-    shardflow_software_cuda::command(script(), scratch.path(), 1, "random", 1).expect("the software device")
+/// The script on so many software devices.
+fn on_software(scratch: &Scratch, gpus: usize) -> Command {
+    shardflow_software_cuda::command(script(), scratch.path(), gpus, "random", 1).expect("the software device")
 }
 
 /// Adds its arguments, with tiny sizes.
@@ -46,9 +46,13 @@ fn tiny(command: &mut Command, scratch: &Scratch, only: &str) {
     command.arg("--tiny").arg("--binaries").arg(binaries(scratch)).args(["--only", only]);
 }
 
+fn report(out: &Path) -> Value {
+    serde_json::from_slice(&fs::read(out.join("report.json")).expect("a report")).expect("JSON")
+}
+
 /// What the report says of each stage, by name.
 fn states(out: &Path) -> Vec<(String, String)> {
-    let report: Value = serde_json::from_slice(&fs::read(out.join("report.json")).expect("a report")).expect("JSON");
+    let report = report(out);
     let stages = report["stages"].as_array().expect("stages");
     let text = |stage: &Value, key: &str| stage[key].as_str().expect("a text").to_owned();
     for stage in stages.iter().filter(|stage| stage["state"] == "failed") {
@@ -78,6 +82,13 @@ fn without_a_gpu_each_stage_says_so() {
     assert!(states.len() > 20 && states[1..].iter().all(|(_, state)| state == "skipped"), "{states:?}");
 }
 
+/// How many attentions a stage counted, forward then backward, cuDNN's before our own.
+fn attentions(report: &Value, stage: &str) -> [u64; 4] {
+    let stage = report["stages"].as_array().expect("stages").iter().find(|s| s["name"] == stage).expect("the stage");
+    ["forward_cudnn", "forward_own", "backward_cudnn", "backward_own"]
+        .map(|count| stage["results"]["counts"][format!("attention_{count}")].as_u64().expect("a count"))
+}
+
 #[test]
 fn our_side_runs_on_a_software_device() {
     if !has_python() {
@@ -85,8 +96,17 @@ fn our_side_runs_on_a_software_device() {
     }
     let scratch = Scratch::new("gpu-script-ours");
     let out = scratch.path().join("out");
-    let mut script = on_software(&scratch);
-    let stages = ["versions", "ceilings", "conformance-staged", "compare", "virtual", "launches", "gpt2-f32-ours"];
+    let mut script = on_software(&scratch, 1);
+    let stages = [
+        "versions",
+        "ceilings",
+        "conformance-staged",
+        "gpt2-f32-ours",
+        "compare",
+        "launches",
+        "launches-own",
+        "virtual",
+    ];
     tiny(&mut script, &scratch, &stages.join(" "));
     let status = script.arg(&out).status().expect("a shell");
     // Nothing stands beside them.
@@ -94,8 +114,41 @@ fn our_side_runs_on_a_software_device() {
     let expected = stages.map(|name| (name, "ok")).into_iter().chain(beside.map(|name| (name, "skipped")));
     is(&states(&out), &expected.collect::<Vec<_>>());
     assert!(status.success(), "{status}");
+    let report = report(&out);
+    // Ten steps of two layers; cuDNN has no attention in f32.
+    assert_eq!(attentions(&report, "gpt2-f32-ours"), [0, 20, 0, 20]);
+    let both = |stage| {
+        let [cudnn, own, more_cudnn, more_own] = attentions(&report, stage);
+        (cudnn + more_cudnn, own + more_own)
+    };
+    let ((cudnn, own), (none, alone)) = (both("launches"), both("launches-own"));
+    assert!(cudnn > 0 && own == 0 && none == 0 && alone > 0, "{report:#}");
     // Of the process that was last on the device: a training.
     assert_eq!(Report::read(scratch.path()).expect("a report").findings, []);
+}
+
+/// What one GPU cannot show is no success of it; on two, trainings by NCCL are compared with one GPU's.
+#[test]
+fn nccl_needs_two_gpus() {
+    if !has_python() {
+        return;
+    }
+    let stages = ["versions", "conformance-nccl", "gpt2-f32-ours", "nccl-data", "nccl-stage"];
+    let derived = ["gpt2-losses-f32", "gpt2-losses-bf16", "gpt2-speed", "nccl-losses-data", "nccl-losses-stage"];
+    for gpus in [1, 2] {
+        let scratch = Scratch::new(&format!("gpu-script-nccl-{gpus}"));
+        let out = scratch.path().join("out");
+        let mut script = on_software(&scratch, gpus);
+        let asked = stages.iter().filter(|stage| gpus == 1 || **stage != "conformance-nccl").copied();
+        tiny(&mut script, &scratch, &asked.clone().collect::<Vec<_>>().join(" "));
+        assert!(script.arg(&out).status().expect("a shell").success());
+        let state = |name: &'static str| match name.contains("nccl") {
+            true if gpus == 1 => (name, "skipped"),
+            false if derived.contains(&name) => (name, "skipped"),
+            _ => (name, "ok"),
+        };
+        is(&states(&out), &asked.chain(derived).map(state).collect::<Vec<_>>());
+    }
 }
 
 /// What `report.py` makes of a folder of stages, each with its status and its last line; and whether all is well.
@@ -118,7 +171,7 @@ fn what_cannot_be_read_fails_its_stage_alone() {
         return;
     }
     let (states, passed) =
-        reported("gpu-script-garbled", "", &[("first", "ended well 3 9", ""), ("second", "ended 0 3 9", "")]);
+        reported("gpu-script-garbled", "", &[("first", "ended well 3 9 9", ""), ("second", "ended 0 3 9 9", "")]);
     is(&states, &[("first", "failed"), ("second", "ok")]);
     assert!(!passed);
 }
@@ -133,10 +186,30 @@ fn a_speed_without_its_measure_is_not_passed() {
         "model": {"vocabulary": 1, "context": 1, "width": 1, "layers": 1}}"#
         .replace('\n', " ");
     for (sizes, expected) in [("", "not-measured"), ("tiny", "skipped")] {
-        let stages = [("gpt2-ours-1", "ended 0 3 9", &*ours), ("gpt2-compile-1", "ended 77 3 9", "")];
+        let stages = [("gpt2-ours-1", "ended 0 3 9 9", &*ours), ("gpt2-compile-1", "ended 77 3 9 9", "")];
         let (states, passed) = reported("gpu-script-speed", &format!("sizes={sizes}\n"), &stages);
         assert_eq!(states.last().expect("derived").clone(), ("gpt2-speed".to_owned(), expected.to_owned()));
         assert_eq!(passed, expected == "skipped");
+    }
+}
+
+/// No failure of the code; but what is required and was not run has not passed.
+#[test]
+fn what_time_did_not_allow_is_not_run() {
+    if !has_python() {
+        return;
+    }
+    for (name, status, state, passes) in [
+        ("compare", "not-run nothing is left of 9 s", "not-run", false),
+        ("sanitizer-memcheck", "not-run nothing is left of 9 s", "not-run", true),
+        ("compare", "ended 124 3 3 60", "not-run", false),
+        ("compare", "ended 124 60 60 60", "timed-out", false),
+        ("sanitizer-memcheck", "ended 124 60 60 60", "timed-out", false),
+        ("sanitizer-memcheck", "ended 9 1 3 60", "failed", false),
+    ] {
+        let (states, passed) = reported("gpu-script-late", "", &[(name, status, "")]);
+        is(&states, &[(name, state)]);
+        assert_eq!(passed, passes, "{name}: {status}");
     }
 }
 
@@ -159,7 +232,7 @@ fn a_stage_that_hangs_is_ended_and_the_next_one_runs() {
     }
     let scratch = Scratch::new("gpu-script-hangs");
     let out = scratch.path().join("out");
-    let mut script = on_software(&scratch);
+    let mut script = on_software(&scratch, 1);
     tiny(&mut script, &scratch, "versions conformance-alone conformance-staged");
     let script = script.args(["--stage-seconds", "15"]).arg(&out);
     assert_eq!(script.status().expect("a shell").code(), Some(1));
@@ -173,7 +246,7 @@ fn broken_off_it_reports_what_there_is() {
     }
     let scratch = Scratch::new("gpu-script-ends");
     let out = scratch.path().join("out");
-    let mut script = on_software(&scratch);
+    let mut script = on_software(&scratch, 1);
     tiny(&mut script, &scratch, "versions conformance-alone conformance-staged");
     let mut child = script.arg(&out).stdout(Stdio::piped()).spawn().expect("a shell");
     let mut lines = BufReader::new(child.stdout.take().expect("a pipe")).lines().map_while(Result::ok);
