@@ -236,7 +236,7 @@ mod tests {
         fs::create_dir_all(crt.join("crt")).expect("a folder of ours");
         fs::write(runtime.join("cuda_bf16.h"), "").expect("a file");
         fs::write(crt.join("crt/host_defines.h"), "").expect("a file");
-        let said = missing(&[runtime.clone()]);
+        let said = missing(std::slice::from_ref(&runtime));
         let expected =
             "no crt/host_defines.h was found: pip install nvidia-cuda-crt, or set CUDA_HOME to a toolkit of CUDA 13";
         assert_eq!(said.as_deref(), Some(expected));
