@@ -19,7 +19,7 @@ use shardflow_kernels::error::KernelError;
 use shardflow_kernels::memory::{Arena, Base};
 use shardflow_kernels::op::{Buffer, Einsum, Launch, Op, Program};
 use shardflow_kernels::stream::{Notice, Stream, Submission};
-use shardflow_kernels::tensor::{DType, HostTensor, element_count};
+use shardflow_kernels::tensor::{DType, HostTensor, Region, element_count};
 use shardflow_software_cuda::{CASE, POLICIES, Report, run_child, run_child_in};
 
 /// For members of a group to join each other.
@@ -103,9 +103,14 @@ fn layer() -> (Arc<Program>, usize) {
 
 /// Runs a program and gives what the stream tells.
 fn submit(stream: &Stream, program: &Arc<Program>, arena: &Arena) -> Result<Vec<Notice>, KernelError> {
+    submit_on(stream, program, &[arena])
+}
+
+/// The same, on several pieces of memory.
+fn submit_on(stream: &Stream, program: &Arc<Program>, arenas: &[&Arena]) -> Result<Vec<Notice>, KernelError> {
     let (sender, notices) = channel();
     let notify = Box::new(move |notice| drop(sender.send((Clock::capture(), notice))));
-    let bases = vec![Base { arena: arena.clone(), offset: 0 }];
+    let bases = arenas.iter().map(|arena| Base { arena: (*arena).clone(), offset: 0 }).collect();
     stream.submit(Submission { program: program.clone(), bases, repeat: false, notify })?;
     let told = |(clock, notice): (Clock, Notice)| {
         clock.join();
@@ -210,6 +215,35 @@ fn attentions(kind: &str) {
     };
     let gpu = Gpu::open_with(0, attention).expect("a device");
     report(&conformance::run_attentions(&Device::cuda(0, gpu, Arc::new(Local::new()))));
+}
+
+/// Fetches boxes of another GPU's memory.
+fn pull() {
+    let gpus = gpus();
+    let engine: Arc<dyn Collective> = Arc::new(Local::new());
+    let [device, other] = [0, 1].map(|rank| Device::cuda(rank, gpus[rank].clone(), engine.clone()));
+    let (stream, arena) = (device.stream("pull", 1).expect("a stream"), device.arena(4096).expect("memory"));
+    let source = other.arena(4096).expect("memory");
+    // Some columns; the same in some planes; whole rows, which lie together.
+    for (from, start, to, there, size) in [
+        (vec![9, 10], vec![2, 3], vec![7, 6], vec![1, 2], vec![5, 4]),
+        (vec![5, 4, 10], vec![1, 1, 3], vec![3, 3, 5], vec![0, 1, 0], vec![3, 2, 5]),
+        (vec![9, 10], vec![2, 0], vec![7, 10], vec![1, 0], vec![5, 10]),
+    ] {
+        let values: Vec<f32> = (0..element_count(&from)).map(|i| i as f32 + 1.0).collect();
+        source.write_host(0, &HostTensor::f32(&from, values.clone())).expect("inside");
+        arena.write_host(0, &HostTensor::f32(&to, vec![0.0; element_count(&to)])).expect("inside");
+        let [src, dst] = [(start, &size), (there, &size)].map(|(start, size)| Region { start, size: size.clone() });
+        let mut expected = vec![0.0; element_count(&to)];
+        let runs = src.runs(&from).into_iter().flatten().zip(dst.runs(&to).into_iter().flatten());
+        runs.for_each(|(at, there)| expected[there] = values[at]);
+        let (op, write) = (Op::CopyRegion { src, dst }, Buffer { base: 1, ..floats(0, &to) });
+        let (reads, writes) = (vec![floats(0, &from)], vec![write]);
+        let launches = vec![Launch { op, reads, writes, accumulate: false, workspace: None }];
+        let program = Arc::new(Program { name: "pull".to_owned(), launches, signals: vec![] });
+        assert_eq!(submit_on(&stream, &program, &[&source, &arena]).expect("a live stream"), [Notice::Done]);
+        assert_eq!(arena.read_host(0, &to, DType::F32).expect("inside"), HostTensor::f32(&to, expected));
+    }
 }
 
 /// Trains attention, so to say: forward and backward, in a prepared stream, many times.
@@ -414,6 +448,7 @@ fn child() {
         Ok("local") => shared(&|| Arc::new(Local::new())),
         Ok("staged") => shared(&|| Arc::new(InProcess::new())),
         Ok("nccl") => nccl(),
+        Ok("pull") => pull(),
         Ok("lost") => lost(),
         Ok("pipe") => pipe(),
         Ok("slow abort") => slow_abort(),
@@ -473,6 +508,15 @@ fn devices_with_a_gpu_each() {
 #[test]
 fn devices_that_share_two_gpus() {
     run_part(4, "random", 5);
+}
+
+/// Rows at equal distances are one call of the driver.
+#[test]
+fn a_box_of_another_gpu_takes_a_call_for_all_its_rows() {
+    let calls = run("pull", 2, "random", 6, None, &[]).calls;
+    // The columns; each of three planes; and what lies in one piece.
+    let count = |name: &str| calls.get(name).copied().unwrap_or(0);
+    assert_eq!((count("cuMemcpy3DPeerAsync"), count("cuMemcpyPeerAsync")), (1 + 3, 1));
 }
 
 #[test]

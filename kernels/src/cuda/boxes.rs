@@ -1,7 +1,8 @@
 //! Boxes of tensors, copied from one address to another on a stream, and the parts of collectives that every engine of GPUs
-//! has: who gives what to whom, and how much that is. Imports `cuda::lane`, `cuda::lower`, `collective`.
+//! has: who gives what to whom, and how much that is. Imports `cuda::lane`, `cuda::context`, `cuda::lower`, `collective`, `region`.
 
-use super::lane::{Geometry, Lane, PARAMETERS_MAX};
+use super::context::Context;
+use super::lane::{Geometry, Lane, PARAMETERS_MAX, Rows};
 use super::lower;
 use super::lower::collective::{MEMBERS_MAX, regions, start_of_piece};
 use super::step::{Arg, Operand, SHARED_BYTES_DEFAULT, Step};
@@ -9,6 +10,7 @@ use crate::collective::exchange::{all_reduce_foreign, taken};
 use crate::collective::{CollectiveCall, CollectiveKind, ReduceOp};
 use crate::error::KernelError;
 use crate::op::{Buffer, Launch, Op};
+use crate::region::for_each_run;
 use crate::tensor::{DType, Region, element_count};
 
 /// A tensor on the device, and a box of it.
@@ -64,6 +66,33 @@ pub(crate) fn copy_box(lane: &Lane, from: Boxed<'_>, to: Boxed<'_>, dtype: DType
     lower::lower(&launch, false, SHARED_BYTES_DEFAULT as usize)?
         .iter()
         .try_for_each(|step| issue(lane, step, from.address, to.address))
+}
+
+/// Copies a box of what lies on another GPU: runs of elements that lie together on both sides, all those at equal distances in one
+/// call.
+pub(crate) fn fetch_box(
+    lane: &Lane,
+    source: &Context,
+    from: Boxed<'_>,
+    to: Boxed<'_>,
+    dtype: DType,
+) -> Result<(), KernelError> {
+    let (mut rows, mut copied): (Option<Rows>, _) = (None, Ok(()));
+    let (read, write) = ((from.shape, &from.region.start[..]), (to.shape, &to.region.start[..]));
+    for_each_run(read, write, &from.region.size, |at, there, elements| {
+        let bytes = |elements: usize| elements * dtype.bytes();
+        let next = Rows::one(from.address + bytes(at) as u64, to.address + bytes(there) as u64, bytes(elements));
+        if rows.as_mut().is_some_and(|rows| rows.take(&next)) {
+            return;
+        }
+        if let Some(full) = rows.replace(next)
+            && copied.is_ok()
+        {
+            copied = lane.copy_rows_from(source, &full);
+        }
+    });
+    copied?;
+    rows.map_or(Ok(()), |rows| lane.copy_rows_from(source, &rows))
 }
 
 /// Issues a step that reads one buffer and writes one.

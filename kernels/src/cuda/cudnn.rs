@@ -1,6 +1,6 @@
 //! cuDNN's fused attention, where it is there: one stream's handle, and plans by shape; the workspace is the launch's. Whatever
 //! cuDNN refuses is left to the kernels of `attention_*.cu`, which do the same to rounding: forward and backward need
-//! not be of one kind, for both leave and take the same `lse`. Imports `cuda::gpu`, `cuda::lane`, `cuda::step`; its
+//! not be of one kind, for both leave and take the same `lse`. Imports `cuda::gpu`, `cuda::lane`, `cuda::step`, `op`; its
 //! parts are `cudnn/`.
 #![allow(unsafe_code)]
 

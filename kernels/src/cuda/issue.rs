@@ -1,6 +1,6 @@
 //! Puts submissions on a CUDA stream: launches as their lowered steps, collectives by the engine, signals and ends as events
 //! that the poller tells of. Whoever calls says whether it may block; what would block otherwise is handed back.
-//! Imports `cuda::lowered`, `cuda::lane`, `cuda::cudnn`, `cuda::poller`, `cuda::staged`, `bound`, `collective`.
+//! Imports `cuda::lowered`, `cuda::lane`, `cuda::boxes`, `cuda::cudnn`, `cuda::poller`, `cuda::staged`, `bound`, `collective`.
 //!
 //! - ISSUE-1: memory that a step names lies on the stream's own GPU, in bounds: `bound` has checked the launch's buffers,
 //!   and here each is checked to be the GPU's. A submission keeps its arenas until its end is told.
@@ -9,6 +9,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
 use super::blas::{Addresses, Plans};
+use super::boxes::{Boxed, fetch_box};
 use super::cudnn::Flashes;
 use super::engine::{Enqueued, Wait};
 use super::lane::{Lane, PARAMETERS_MAX};
@@ -27,7 +28,7 @@ use crate::error::KernelError;
 use crate::event::Event;
 use crate::memory::{Base, View};
 use crate::op::{Launch, Op, Program};
-use crate::region::{check_inside, for_each_run};
+use crate::region::check_inside;
 use crate::stream::{Notice, Submission};
 use crate::tensor::Region;
 
@@ -359,7 +360,7 @@ impl Issuer {
         Err(KernelError::arguments(name, "memory", format!("memory of {}", gpu.place()), got))
     }
 
-    /// Fetches a box from another GPU's memory: a copy for each run of elements that lie together on both sides.
+    /// Fetches a box from another GPU's memory.
     fn pull(
         &self,
         read: &View<'_>,
@@ -386,15 +387,9 @@ impl Issuer {
             ));
         }
         let (from, to) = (device_address(read)?, device_address(write)?);
-        let bytes = |elements: usize| elements * read.dtype().bytes();
-        let mut copied = Ok(());
-        for_each_run((read.shape(), &src.start), (write.shape(), &dst.start), &src.size, |at, there, elements| {
-            if copied.is_ok() {
-                let (from, to) = (from + bytes(at) as u64, to + bytes(there) as u64);
-                copied = self.lane.copy_from(to, &source, from, bytes(elements));
-            }
-        });
-        copied
+        let from = Boxed { address: from, shape: read.shape(), region: src };
+        let to = Boxed { address: to, shape: write.shape(), region: dst };
+        fetch_box(&self.lane, &source, from, to, read.dtype())
     }
 
     fn step(&mut self, step: &Ready, bound: &Bound<'_>, index: usize) -> Result<(), KernelError> {

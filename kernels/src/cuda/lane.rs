@@ -18,6 +18,40 @@ use crate::error::KernelError;
 /// Parameters that a kernel may have.
 pub(crate) const PARAMETERS_MAX: usize = 32;
 
+/// The largest distance of rows that a copy takes: what every GPU's `CU_DEVICE_ATTRIBUTE_MAX_PITCH` is.
+const PITCH_MAX: u64 = i32::MAX as u64;
+
+/// Rows of so many bytes at equal distances, on either side of a copy.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Rows {
+    from: u64,
+    to: u64,
+    bytes: usize,
+    count: usize,
+    /// From row to row, of `from` and of `to`.
+    pitch: (u64, u64),
+}
+
+impl Rows {
+    /// A single one.
+    pub(crate) fn one(from: u64, to: u64, bytes: usize) -> Self {
+        Self { from, to, bytes, count: 1, pitch: (0, 0) }
+    }
+
+    /// Takes in the next row, which lies behind the others on both sides; false where its distance is another.
+    pub(crate) fn take(&mut self, next: &Rows) -> bool {
+        let first = (next.from - self.from, next.to - self.to);
+        let pitch = if self.count == 1 { first } else { self.pitch };
+        let count = self.count as u64;
+        let fits = first == (pitch.0 * count, pitch.1 * count) && pitch.0.max(pitch.1) <= PITCH_MAX;
+        if fits && next.bytes == self.bytes {
+            (self.count, self.pitch) = (self.count + 1, pitch);
+            return true;
+        }
+        false
+    }
+}
+
 /// See the module. The stream is destroyed with it.
 #[derive(Debug)]
 pub(crate) struct Lane {
@@ -132,6 +166,44 @@ impl Lane {
         // SAFETY: ranges of device memory of these contexts that live until the copy is done, by the caller.
         let result = unsafe { sys::cuMemcpyPeerAsync(to, own, from, source.raw(), bytes, self.stream.0) };
         self.check(result, "cuMemcpyPeerAsync")
+    }
+
+    /// As [`Lane::copy_from`], of rows, in one call.
+    pub(crate) fn copy_rows_from(&self, source: &Context, rows: &Rows) -> Result<(), KernelError> {
+        let &Rows { from, to, bytes, count, pitch } = rows;
+        if count == 1 {
+            return self.copy_from(to, source, from, bytes);
+        }
+        let what = sys::CUDA_MEMCPY3D_PEER {
+            srcXInBytes: 0,
+            srcY: 0,
+            srcZ: 0,
+            srcLOD: 0,
+            srcMemoryType: sys::CUmemorytype::CU_MEMORYTYPE_DEVICE,
+            srcHost: std::ptr::null(),
+            srcDevice: from,
+            srcArray: std::ptr::null_mut(),
+            srcContext: source.raw(),
+            srcPitch: pitch.0 as usize,
+            srcHeight: count,
+            dstXInBytes: 0,
+            dstY: 0,
+            dstZ: 0,
+            dstLOD: 0,
+            dstMemoryType: sys::CUmemorytype::CU_MEMORYTYPE_DEVICE,
+            dstHost: std::ptr::null_mut(),
+            dstDevice: to,
+            dstArray: std::ptr::null_mut(),
+            dstContext: self.gpu.context().raw(),
+            dstPitch: pitch.1 as usize,
+            dstHeight: count,
+            WidthInBytes: bytes,
+            Height: count,
+            Depth: 1,
+        };
+        // SAFETY: ranges of device memory of these contexts that live until the copy is done, by the caller; the driver has
+        // read the description when the call returns.
+        self.check(unsafe { sys::cuMemcpy3DPeerAsync(&what, self.stream.0) }, "cuMemcpy3DPeerAsync")
     }
 
     /// Copies to pinned memory of the host, which nobody touches until the event behind it is done (PINNED-1).

@@ -12,7 +12,7 @@
 use std::collections::HashMap;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
-use super::boxes::{Boxed, combine, copy_box, foreign_elements};
+use super::boxes::{Boxed, combine, copy_box, fetch_box, foreign_elements};
 use super::engine::{self, Enqueue, Enqueued, OnDevice};
 use super::event::Recorded;
 use super::lane::Lane;
@@ -22,7 +22,6 @@ use crate::collective::exchange::{Terms, check_call, check_members, describe, de
 use crate::collective::{Collective, CollectiveCall, CollectiveKind, Outcome, ReduceOp, Wait};
 use crate::error::KernelError;
 use crate::memory::View;
-use crate::region::for_each_run;
 use crate::tensor::{DType, Region, element_count, split_range};
 
 /// The engine of devices that share a GPU. One is shared by all of them.
@@ -284,21 +283,12 @@ fn copy(lane: &Lane, to: u64, source: &Lane, from: u64, bytes: usize) -> Result<
     lane.copy_from(to, source.gpu().context(), from, bytes)
 }
 
-/// Copies a box of what lies on `source`'s GPU: from another, a copy for each run of elements that lie together on both sides.
+/// Copies a box of what lies on `source`'s GPU.
 fn copy_boxed(lane: &Lane, source: &Lane, from: Boxed<'_>, to: Boxed<'_>, dtype: DType) -> Result<(), KernelError> {
     if on_one_gpu(lane, source) {
         return copy_box(lane, from, to, dtype);
     }
-    let mut copied = Ok(());
-    let (read, write) = ((from.shape, &from.region.start[..]), (to.shape, &to.region.start[..]));
-    for_each_run(read, write, &from.region.size, |at, there, elements| {
-        let bytes = |elements: usize| (elements * dtype.bytes()) as u64;
-        if copied.is_ok() {
-            let (at, there) = (from.address + bytes(at), to.address + bytes(there));
-            copied = copy(lane, there, source, at, elements * dtype.bytes());
-        }
-    });
-    copied
+    fetch_box(lane, source.gpu().context(), from, to, dtype)
 }
 
 /// Has each member's stream wait for an event of each other's.

@@ -3,7 +3,9 @@
 
 use std::ffi::{c_uchar, c_uint, c_ushort, c_void};
 
-use cudarc::driver::sys::{CUDA_MEMCPY2D, CUcontext, CUdeviceptr, CUmemorytype, CUresult, CUstream};
+use cudarc::driver::sys::{
+    CUDA_MEMCPY2D, CUDA_MEMCPY3D_PEER, CUcontext, CUdeviceptr, CUmemorytype, CUresult, CUstream,
+};
 
 use crate::export::exports;
 use crate::host::as_host;
@@ -73,6 +75,19 @@ unsafe fn copy(from: usize, to: usize, rows: Rows, stream: u64, what: &str) -> R
 
 fn line(bytes: usize) -> Rows {
     Rows { width: bytes, height: 1, pitch: (bytes, bytes) }
+}
+
+/// Checks that each side of a copy lies on its context's device.
+fn between(to: (CUdeviceptr, CUcontext), from: (CUdeviceptr, CUcontext)) -> Result<(), CUresult> {
+    let is_there = |(address, context): (CUdeviceptr, CUcontext)| {
+        let place = lock(&world().registry).owner(address as usize).map(|o| o.place);
+        place == Some(Place::Device((context as usize >> 8).wrapping_sub(1)))
+    };
+    if !is_there(to) || !is_there(from) {
+        return Err(CUresult::CUDA_ERROR_INVALID_VALUE);
+    }
+    staged(to.0 as usize, from.0 as usize);
+    Ok(())
 }
 
 /// Says so where a copy between devices has to go through the host's memory: a driver does that in silence.
@@ -200,15 +215,24 @@ exports! { driver;
         bytes: usize,
         stream: CUstream,
     ) -> CUresult {
-        let is_there = |address: CUdeviceptr, context: CUcontext| {
-            let place = lock(&world().registry).owner(address as usize).map(|o| o.place);
-            place == Some(Place::Device((context as usize >> 8).wrapping_sub(1)))
-        };
-        if !is_there(to, to_context) || !is_there(from, from_context) {
+        between((to, to_context), (from, from_context))?;
+        copy(from as usize, to as usize, line(bytes), stream as u64, "copy between devices")
+    }
+
+    fn cuMemcpy3DPeerAsync(description: *const CUDA_MEMCPY3D_PEER, stream: CUstream) -> CUresult {
+        let d = &*description;
+        let is_device = |kind: CUmemorytype| kind == CUmemorytype::CU_MEMORYTYPE_DEVICE;
+        if !is_device(d.srcMemoryType) || !is_device(d.dstMemoryType) || d.Depth != 1 {
+            return Err(CUresult::CUDA_ERROR_NOT_SUPPORTED);
+        }
+        let is_wrong = |pitch: usize| pitch < d.WidthInBytes || pitch > i32::MAX as usize;
+        let is_odd = [d.srcXInBytes, d.srcY, d.srcZ, d.srcLOD, d.dstXInBytes, d.dstY, d.dstZ, d.dstLOD] != [0; 8];
+        if is_wrong(d.srcPitch) || is_wrong(d.dstPitch) || is_odd || d.Height > d.srcHeight.min(d.dstHeight) {
             return Err(CUresult::CUDA_ERROR_INVALID_VALUE);
         }
-        staged(to as usize, from as usize);
-        copy(from as usize, to as usize, line(bytes), stream as u64, "copy between devices")
+        between((d.dstDevice, d.dstContext), (d.srcDevice, d.srcContext))?;
+        let rows = Rows { width: d.WidthInBytes, height: d.Height, pitch: (d.srcPitch, d.dstPitch) };
+        copy(d.srcDevice as usize, d.dstDevice as usize, rows, stream as u64, "copy of rows between devices")
     }
 
     fn cuMemcpy2DAsync_v2(description: *const CUDA_MEMCPY2D, stream: CUstream) -> CUresult {
