@@ -303,16 +303,25 @@ impl Simulator<'_> {
             ActorSnapshot::of(ActorId(a as u32), protocol, &busy_ns)
         };
         let snapshots: Vec<_> = self.protocols.iter().enumerate().map(of).collect();
-        let (collectives, knows_collectives) = (&[], false);
-        let scene = Scene {
-            spec: self.spec,
-            snapshots: &snapshots,
-            collectives,
-            knows_collectives,
-            host_waits_for: None,
-            process_of: &|_| None,
+        let hang = |snapshots: &[ActorSnapshot]| {
+            let (collectives, knows_collectives) = (&[], false);
+            let scene = Scene {
+                spec: self.spec,
+                snapshots,
+                collectives,
+                knows_collectives,
+                host_waits_for: None,
+                process_of: &|_| None,
+            };
+            explain(scene, u64::from(self.options.steps))
         };
-        explain(scene, u64::from(self.options.steps))
+        // That the host does not decide follows from what it does not see; only where nothing else is found it is the cause.
+        let mut undecided = snapshots.clone();
+        for snapshot in undecided.iter_mut().filter(|_| self.decided < self.options.steps) {
+            let (actor, gives) = (snapshot.actor, &self.spec.decision.gives);
+            snapshot.waiting.actions.retain(|waits| !gives.contains(&Reader { actor, action: waits.action }));
+        }
+        hang(&undecided).or_else(|| hang(&snapshots))
     }
 
     fn finish(self) -> Result<Run, SimulationError> {

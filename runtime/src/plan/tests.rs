@@ -233,7 +233,7 @@ fn both_schedules_of_a_pipeline_take_the_least_time() {
     }
     // A hop's latency costs a pipeline's fill and drain, not each micro-batch.
     let makespan = |schedule| run(&gpt("stage=4", 8, schedule), u32::MAX, 1, None).makespan;
-    expect!["gpipe 344, 1f1b 344"].assert_eq(&format!(
+    expect!["gpipe 345, 1f1b 345"].assert_eq(&format!(
         "gpipe {}, 1f1b {}",
         makespan(Schedule::GPipe),
         makespan(Schedule::OneFOneB)

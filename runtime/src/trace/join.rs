@@ -174,7 +174,8 @@ mod tests {
         let end = |(phase, id, ts): &(&str, &str, f64)| {
             format!(r#"{{"name":"r","ph":"{phase}","id":"{id}","pid":0,"tid":{actor},"ts":{ts}}}"#)
         };
-        format!("[{clock},{named},{}]", ends.iter().map(end).collect::<Vec<_>>().join(","))
+        let events: Vec<String> = [clock, named].into_iter().chain(ends.iter().map(end)).collect();
+        format!("[{}]", events.join(","))
     }
 
     fn shifts_of(files: &[String]) -> Vec<f64> {
