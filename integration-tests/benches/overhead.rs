@@ -64,7 +64,7 @@ fn main() {
     let plan = default_model::plan(threads);
     let device = Device::cpu(0, threads, Arc::new(InProcess::new()));
     let stream = device.stream("direct", threads).expect("a thread");
-    let arena = device.arena(plan.memory[0].total_bytes).expect("memory");
+    let arena = device.arena(plan.memory[0].arena_bytes).expect("memory");
     let programs = bound(&plan, &arena);
     let mut session = Session::start(plan, &SessionOptions::default()).expect("a session");
     let mut step = || {

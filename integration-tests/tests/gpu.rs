@@ -71,6 +71,15 @@ fn child() {
             let [steps, layers] = [steps, layers].map(|n| n.parse().expect("a number"));
             Model { layers, ..model() }.train(mesh, &settings(DeviceKind::Cuda, Precision::F32), steps);
         }
+        ("memory", rest) => {
+            let (name, mesh) = rest.split_once(' ').expect("a precision, and the mesh");
+            let mut session = model().session(mesh, &settings(DeviceKind::Cuda, precision(name)));
+            (0..STEPS).for_each(|_| drop(model().step(&mut session)));
+            let devices = session.metrics().devices;
+            assert!(devices.iter().all(|d| d.allocated_bytes == d.planned_peak_bytes), "{devices:?}");
+            println!("\n> {:?}", devices.iter().map(|d| d.planned_peak_bytes).collect::<Vec<_>>());
+            session.shutdown().expect("an end");
+        }
         (name, mesh) => {
             let trained = model().train(mesh, &settings(DeviceKind::Cuda, precision(name)), STEPS);
             println!("\n> {:?}", trained.losses);
@@ -129,6 +138,24 @@ fn all_parallelisms_at_once() {
 fn devices_that_share_a_gpu() {
     check("f32", "data=2,stage=2", 1, &[("random", 6)]);
     check("f32", "tensor=2", 1, &[("lazy", 7)]);
+}
+
+/// What the plan says is what the device sees, to the byte: attention of cuDNN's and products of cuBLASLt's, collectives by
+/// NCCL and among devices that share GPUs.
+#[test]
+fn memory_is_the_plan_s_to_the_byte() {
+    for (mesh, gpus) in [("data=2", 2), ("stage=2", 2), ("tensor=2", 2), ("data=2,tensor=2", 2), ("tensor=2", 1)] {
+        for name in ["f32", "bf16"] {
+            let Ran { stdout: said, report } = run_child(&format!("memory {name} {mesh}"), gpus, "random", 11, None);
+            assert!(report.findings.is_empty(), "{name} {mesh}: {:#?}", report.findings);
+            let line = said.lines().find_map(|line| line.strip_prefix("> [")).expect("bytes").trim_end_matches(']');
+            let mut planned = vec![0; gpus];
+            for (device, bytes) in line.split(", ").enumerate() {
+                planned[device % gpus] += bytes.parse::<u64>().expect("a number");
+            }
+            assert_eq!(report.peak_bytes, planned, "{name} {mesh} on {gpus} GPUs");
+        }
+    }
 }
 
 #[test]

@@ -11,7 +11,7 @@ use shardflow::cluster::env::{Endpoint, Launch, Secret, SecretSource, Source, Wo
 use shardflow::cluster::{Cluster, ClusterOptions, Transport};
 use shardflow::passes::CompileOptions;
 use shardflow::plan::Schedule::OneFOneB;
-use shardflow::session::SessionOptions;
+use shardflow::session::{DeviceMetrics, SessionOptions};
 use shardflow_integration_tests::training::{Model, Scratch, options, relative};
 use shardflow_kernels::device::DeviceKind;
 use shardflow_software_cuda::{CASE, Report, command};
@@ -58,8 +58,12 @@ fn child() {
     let transport = if by == "pipes" { Transport::Auto } else { Transport::Tcp };
     let cluster = cluster(number(process), number(processes), Path::new(meet), transport);
     let options = SessionOptions { cluster, ..SessionOptions::default() };
-    let trained = model().train_among(mesh, &settings(DeviceKind::Cuda), STEPS, &options);
-    println!("\n> {:?}", trained.losses);
+    let mut session = model().session_among(mesh, &settings(DeviceKind::Cuda), &options);
+    let losses: Vec<f32> = (0..STEPS).map(|_| model().step(&mut session).loss.expect("a loss")).collect();
+    println!("\n> {losses:?}");
+    let bytes = |d: &DeviceMetrics| (d.device, d.planned_peak_bytes, d.allocated_bytes);
+    println!("\n= {:?}", session.metrics().devices.iter().map(bytes).collect::<Vec<_>>());
+    session.shutdown().expect("an end");
 }
 
 /// A training in so many processes, on a node of so many GPUs, between which registers go by `pipes` or `connections`.
@@ -96,6 +100,18 @@ fn text(bytes: &[u8]) -> String {
     String::from_utf8_lossy(bytes).into_owned()
 }
 
+/// What a process planned for its devices, with mirrors of what the others send, is what they have allocated, and what the
+/// GPUs saw.
+fn check_memory(at: &str, said: &str, peak_bytes: &[u64]) {
+    let line = said.lines().find_map(|line| line.strip_prefix("= ")).expect("memory");
+    let devices: Vec<(usize, u64, u64)> =
+        serde_json::from_str(&line.replace(['('], "[").replace(')', "]")).expect("numbers");
+    assert!(!devices.is_empty(), "{at}");
+    for (device, planned, allocated) in devices {
+        assert_eq!([planned, allocated], [peak_bytes[device]; 2], "{at}, device {device}");
+    }
+}
+
 /// What each process saw, and how often it called NCCL to send.
 fn train(case: Case, policy: &str, seed: u64) -> Vec<(Vec<f64>, u64)> {
     let ended = run(case, policy, seed, None);
@@ -106,6 +122,7 @@ fn train(case: Case, policy: &str, seed: u64) -> Vec<(Vec<f64>, u64)> {
         let report = report.as_ref().expect("a report");
         assert!(report.findings.is_empty(), "{at}: {:#?}", report.findings);
         let said = text(&output.stdout);
+        check_memory(&at, &said, &report.peak_bytes);
         let line = said.lines().find_map(|line| line.strip_prefix("> [")).expect("losses").trim_end_matches(']');
         let losses = line.split(", ").map(|loss| loss.parse().expect("a number")).collect();
         (losses, report.calls.get("ncclSend").copied().unwrap_or(0))

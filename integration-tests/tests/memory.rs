@@ -57,7 +57,7 @@ fn the_measured_peak_is_the_planned_one_within_a_tenth() {
 fn one_f_one_b_needs_less_than_gpipe() {
     let bytes = |schedule| {
         let plan = model().plan("stage=4", &options(8, schedule));
-        plan.memory.iter().map(|m| m.total_bytes).collect::<Vec<_>>()
+        plan.memory.iter().map(|m| m.total_bytes()).collect::<Vec<_>>()
     };
     let (gpipe, one) = (bytes(GPipe), bytes(OneFOneB));
     // The first stage has 7 of 8 micro-batches in flight (with a hop's latency), the last 1.
@@ -67,7 +67,7 @@ fn one_f_one_b_needs_less_than_gpipe() {
 
 #[test]
 fn a_plan_that_does_not_fit_is_refused_with_the_numbers() {
-    let needed = model().plan("data=2", &options(1, OneFOneB)).memory.iter().map(|m| m.total_bytes).max();
+    let needed = model().plan("data=2", &options(1, OneFOneB)).memory.iter().map(|m| m.total_bytes()).max();
     let needed = needed.expect("two devices");
     let compile_in = |bytes| {
         let options = CompileOptions { memory_bytes: Some(bytes), ..options(1, OneFOneB) };

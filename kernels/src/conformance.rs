@@ -218,8 +218,9 @@ impl<'a> Trial<'a> {
             Initial::Read(read) => reads[*read].clone(),
         };
         let writes: Vec<Buffer> = self.writes.iter().enumerate().map(place_write).collect();
-        let shapes: Vec<&[usize]> = self.reads.iter().map(|read| &read.shape[..]).collect();
-        let workspace_bytes = device.kind().workspace_bytes(&self.op, &shapes, stream.threads());
+        let (op, accumulate) = (self.op.clone(), self.accumulate);
+        let mut launch = Launch { op, reads: reads.clone(), writes: writes.clone(), accumulate, workspace: None };
+        let workspace_bytes = device.kind().workspace_bytes(&launch, stream.threads());
         let workspace = (workspace_bytes > 0).then(|| layout.place(&[workspace_bytes / 4], DType::F32));
         let arena = layout.arena(device).map_err(|error| error.to_string())?;
         for (buffer, tensor) in reads.iter().zip(&values) {
@@ -241,8 +242,7 @@ impl<'a> Trial<'a> {
             let poison = HostTensor::f32(&buffer.shape, vec![f32::NAN; element_count(&buffer.shape)]);
             arena.write_host(buffer.offset, &poison).map_err(|error| error.to_string())?;
         }
-        let launch =
-            Launch { op: self.op.clone(), reads, writes: writes.clone(), accumulate: self.accumulate, workspace };
+        launch.workspace = workspace;
         run_program(&stream, vec![launch], &[&arena], self.repeat).map_err(|error| error.to_string())?;
         layout.check_fences(&arena)?;
         writes

@@ -8,9 +8,10 @@ use crate::cpu::device::CpuDevice;
 use crate::cuda::device::CudaDevice;
 use crate::cuda::gpu::Gpu;
 use crate::cuda::lower;
+use crate::cuda::step::ErrorRecord;
 use crate::error::KernelError;
 use crate::memory::{Arena, Tally};
-use crate::op::Op;
+use crate::op::Launch;
 use crate::stream::Stream;
 
 /// One device of a session's mesh. Clones are the same device.
@@ -33,12 +34,23 @@ pub enum DeviceKind {
 }
 
 impl DeviceKind {
-    /// Bytes of scratch memory that a launch needs on a stream of `threads` threads of such a device, given the shapes that
-    /// it reads.
-    pub fn workspace_bytes(self, op: &Op, reads: &[&[usize]], threads: usize) -> usize {
+    /// Bytes of scratch memory that a launch needs on a stream of `threads` threads of such a device, given the buffers that
+    /// it reads and writes.
+    pub fn workspace_bytes(self, launch: &Launch, threads: usize) -> usize {
         match self {
-            DeviceKind::Cpu => op.workspace_bytes(reads, threads),
-            DeviceKind::Cuda => lower::workspace_bytes(op, reads),
+            DeviceKind::Cpu => {
+                let shapes: Vec<&[usize]> = launch.reads.iter().map(|read| &read.shape[..]).collect();
+                launch.op.workspace_bytes(&shapes, threads)
+            }
+            DeviceKind::Cuda => lower::workspace_bytes(launch),
+        }
+    }
+
+    /// Bytes of the device's memory that each stream takes for itself.
+    pub fn stream_bytes(self) -> usize {
+        match self {
+            DeviceKind::Cpu => 0,
+            DeviceKind::Cuda => ErrorRecord::BYTES,
         }
     }
 }

@@ -14,7 +14,7 @@ use shardflow_kernels::cuda::cudnn::Attention;
 use shardflow_kernels::cuda::gpu::Gpu;
 use shardflow_kernels::cuda::local::Local;
 use shardflow_kernels::cuda::nccl::{Nccl, Seat, UniqueId};
-use shardflow_kernels::device::Device;
+use shardflow_kernels::device::{Device, DeviceKind};
 use shardflow_kernels::error::KernelError;
 use shardflow_kernels::memory::{Arena, Base};
 use shardflow_kernels::op::{Buffer, Einsum, Launch, Op, Program};
@@ -82,14 +82,17 @@ fn layer() -> (Arc<Program>, usize) {
     };
     let einsum = Einsum { a: "mk".to_owned(), b: "kn".to_owned(), out: "mn".to_owned() };
     let [mean, rstd] = statistics;
+    let mut product = launch(Op::Einsum(einsum), &[x(1), square], &[x(2)]);
+    let bytes = DeviceKind::Cuda.workspace_bytes(&product, 1);
+    product.workspace = Some(floats(place(20), &[bytes / 4]));
     let launches = vec![
         launch(Op::LayerNorm { eps: 1e-5 }, &[x(0), weight], &[x(1), mean, rstd]),
-        launch(Op::Einsum(einsum), &[x(1), square], &[x(2)]),
+        product,
         launch(Op::Gelu, &[x(2)], &[x(3)]),
         launch(Op::Add, &[x(0), x(3)], &[x(4)]),
     ];
     let program = Program { name: "layer".to_owned(), launches, signals: vec![(2, 1)] };
-    (Arc::new(program), place(20))
+    (Arc::new(program), place(20) + bytes)
 }
 
 /// Runs a program and gives what the stream tells.
@@ -211,18 +214,19 @@ fn attention_steps(count: usize) {
     let device = Device::cuda(0, gpu, Arc::new(Local::new()));
     let place = |i: usize| Buffer { base: 0, offset: BYTES * i, shape: SHAPE.to_vec(), dtype: DType::BF16 };
     let line = |i: usize| floats(BYTES * i, &[2, 2, 20]);
-    let grad = Op::AttentionGrad { scale: 0.25 };
-    let bytes = device.kind().workspace_bytes(&grad, &[&SHAPE[..]; 6], 1);
-    let workspace = Some(floats(BYTES * 10, &[bytes / 4]));
-    let launch = |op, reads, writes, workspace| Launch { op, reads, writes, accumulate: false, workspace };
+    let launch = |op, reads, writes| {
+        let mut launch = Launch { op, reads, writes, accumulate: false, workspace: None };
+        let bytes = device.kind().workspace_bytes(&launch, 1);
+        launch.workspace = Some(floats(BYTES * 10, &[bytes / 4]));
+        (launch, bytes)
+    };
     let q_k_v = vec![place(0), place(1), place(2)];
     let reads = vec![place(3), place(0), place(1), place(2), place(4), line(5)];
-    let launches = vec![
-        launch(Op::Attention { scale: 0.25 }, q_k_v, vec![place(4), line(5)], None),
-        launch(grad, reads, vec![place(6), place(7), place(8)], workspace),
-    ];
+    let (forward, bytes) = launch(Op::Attention { scale: 0.25 }, q_k_v, vec![place(4), line(5)]);
+    let (backward, more) = launch(Op::AttentionGrad { scale: 0.25 }, reads, vec![place(6), place(7), place(8)]);
+    let (launches, bytes) = (vec![forward, backward], BYTES * 10 + bytes.max(more));
     let program = Arc::new(Program { name: "attention".to_owned(), launches, signals: vec![] });
-    let (stream, arena) = (device.stream("compute", 1).expect("a stream"), device.arena(BYTES * 12).expect("memory"));
+    let (stream, arena) = (device.stream("compute", 1).expect("a stream"), device.arena(bytes).expect("memory"));
     for i in 0..4 {
         let values: Vec<f32> = (0..element_count(&SHAPE)).map(|j| ((i * 7 + j) as f32 * 0.37).sin()).collect();
         arena.write_host(BYTES * i, &HostTensor::bf16(&SHAPE, &values)).expect("inside");

@@ -165,8 +165,8 @@ pub fn compile(mut graph: Graph, options: &CompileOptions) -> Result<Plan, Compi
         costs: options.stage_costs,
         device: options.device,
     };
-    let plan = lower(graph, setting);
-    validate(&plan, options.memory_bytes)?;
+    let plan = Plan { memory_bytes: options.memory_bytes, ..lower(graph, setting) };
+    validate(&plan)?;
     Ok(plan)
 }
 

@@ -141,10 +141,36 @@ pub struct DeviceMemory {
     pub register_bytes: usize,
     /// For each stream of the device: scratch offset and bytes, by actor.
     pub scratch: BTreeMap<ActorId, (usize, usize)>,
-    /// The whole arena, bytes: the planned peak.
-    pub total_bytes: usize,
+    /// The whole arena, bytes: fixed tensors, registers and scratch.
+    pub arena_bytes: usize,
+    /// What the device's streams take beside the arena, bytes.
+    pub stream_bytes: usize,
+    /// Mirrors of registers that other processes make, bytes; 0 until a session knows which process hosts what.
+    pub mirror_bytes: usize,
     /// Parameters and states.
     pub residents: Vec<ResidentTensor>,
+}
+
+impl DeviceMemory {
+    /// All that is allocated on the device, bytes: the planned peak. Outside it are only a driver's and a library's own
+    /// (contexts, code, communicators).
+    pub fn total_bytes(&self) -> usize {
+        self.arena_bytes + self.stream_bytes + self.mirror_bytes
+    }
+
+    /// What it is made of, and bytes, as people are told: what is always there, then what only some devices have.
+    pub fn parts(&self) -> Vec<(&'static str, usize)> {
+        let scratch = self.scratch.values().map(|s| s.1).sum();
+        let mut parts = vec![("fixed", self.fixed_bytes), ("in registers", self.register_bytes), ("scratch", scratch)];
+        let beside = [("of streams", self.stream_bytes), ("in mirrors", self.mirror_bytes)];
+        parts.extend(beside.into_iter().filter(|(_, bytes)| *bytes > 0));
+        parts
+    }
+
+    /// The parts as a sum.
+    fn sum(&self) -> String {
+        self.parts().iter().map(|(name, bytes)| format!("{bytes} {name}")).collect::<Vec<_>>().join(" + ")
+    }
 }
 
 /// What a session needs to know beyond actors: the program it came from and its setting.
@@ -168,6 +194,8 @@ pub struct Plan {
     pub threads_per_device: usize,
     /// What the devices are.
     pub device: DeviceKind,
+    /// Memory of one device, bytes, that the plan must not exceed. Each process's own: not part of the plan's hash.
+    pub memory_bytes: Option<usize>,
     /// Forward micro-batches that each placement may have in flight.
     pub in_flight: Vec<u32>,
 }

@@ -26,6 +26,7 @@ use crate::graph::{NodeOp, Rate, Var};
 use crate::init;
 use crate::layout_error::LayoutError;
 use crate::metrics as names;
+use crate::plan::validate::PlanError;
 use crate::plan::{Plan, ResidentTensor};
 
 pub mod checkpoint;
@@ -62,6 +63,9 @@ pub enum SessionError {
     /// The actors could not be started or told.
     #[error(transparent)]
     Actors(#[from] ActorError),
+    /// With what other processes send, the plan exceeds its budget.
+    #[error(transparent)]
+    Plan(#[from] PlanError),
     /// Devices or memory could not be had.
     #[error(transparent)]
     Kernel(#[from] KernelError),
@@ -209,7 +213,10 @@ impl Session {
         })
     }
 
-    fn start_among(plan: Plan, options: &SessionOptions, world: Option<Arc<World>>) -> Result<Self, SessionError> {
+    fn start_among(mut plan: Plan, options: &SessionOptions, world: Option<Arc<World>>) -> Result<Self, SessionError> {
+        if let Some(world) = &world {
+            world.count_mirrors(&mut plan)?;
+        }
         let hosting = world.as_ref().map_or(Hosting::alone(plan.memory.len()), |w| w.hosting());
         let on_node = world.as_ref().map_or(hosting.on_node(0..1, 0), |world| world.on_node());
         let takes_pipes = world.as_ref().is_some_and(|world| world.takes_pipes());
@@ -221,7 +228,7 @@ impl Session {
         let shared = world.as_ref().is_some_and(|world| world.shares_memory(plan.device));
         let mut arenas = BTreeMap::new();
         for device in &devices {
-            let bytes = plan.memory[device.rank()].total_bytes;
+            let bytes = plan.memory[device.rank()].arena_bytes;
             arenas.insert(device.rank(), if shared { device.shared_arena(bytes)? } else { device.arena(bytes)? });
         }
         let ports = Arc::new(HostPorts::of(&plan, &hosting));

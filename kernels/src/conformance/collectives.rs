@@ -14,15 +14,15 @@ use crate::op::{Buffer, Launch, Op, Program};
 use crate::stream::Stream;
 use crate::tensor::{DType, HostTensor, Region, element_count, split_range};
 
-/// One device with a stream, and an arena that holds x at 0 and y behind it.
+/// One device with a stream, and an arena that holds x at 0, y and a workspace.
 struct Member {
     device: Device,
     stream: Stream,
     arena: Arena,
 }
 
-/// Bytes of a member's arena: x takes the first half at most.
-pub(super) const ARENA_BYTES: usize = 1 << 18;
+/// Bytes of a member's arena.
+pub(super) const ARENA_BYTES: usize = 1 << 20;
 
 /// Of so many devices with ranks from 0, makes those of this process, in order, each with an arena of [`ARENA_BYTES`], on a
 /// fresh engine.
@@ -43,8 +43,11 @@ pub(super) const GROUPS_MAX: u32 = 200;
 /// A shape that no engine takes for a small one.
 const LARGE: [usize; 2] = [101, 203];
 
-/// Where y lies.
-const Y: usize = ARENA_BYTES / 2;
+/// Where y lies, behind x.
+const Y: usize = 1 << 17;
+
+/// Where the workspace lies, if the device asks for one.
+const WORKSPACE: usize = 1 << 18;
 
 /// What one member brings, and what it should get.
 struct Role {
@@ -121,15 +124,27 @@ fn submit(stream: &Stream, program: Program, arenas: &[&Arena], repeat: bool) ->
     submitted.unwrap_or_else(|_| Err(KernelError::Aborted { cause: "submitting panicked".to_owned() }))
 }
 
-fn launch(call: CollectiveCall, x: Option<&HostTensor>, y: Option<(&[usize], usize, DType)>) -> Launch {
+fn launch(
+    device: &Device,
+    call: CollectiveCall,
+    x: Option<&HostTensor>,
+    y: Option<(&[usize], usize, DType)>,
+) -> Launch {
     let buffer = |offset, shape: &[usize], dtype| Buffer { base: 0, offset, shape: shape.to_vec(), dtype };
-    Launch {
-        op: Op::Collective(call),
-        reads: x.map(|x| buffer(0, &x.shape, x.dtype())).into_iter().collect(),
-        writes: y.map(|(shape, offset, dtype)| buffer(offset, shape, dtype)).into_iter().collect(),
-        accumulate: false,
-        workspace: None,
-    }
+    let reads = x.map(|x| buffer(0, &x.shape, x.dtype())).into_iter().collect();
+    let writes = y.map(|(shape, offset, dtype)| buffer(offset, shape, dtype)).into_iter().collect();
+    with_workspace(
+        device,
+        WORKSPACE,
+        Launch { op: Op::Collective(call), reads, writes, accumulate: false, workspace: None },
+    )
+}
+
+fn with_workspace(device: &Device, offset: usize, mut launch: Launch) -> Launch {
+    let floats = device.kind().workspace_bytes(&launch, 1).div_ceil(4);
+    let workspace = Buffer { base: 0, offset, shape: vec![floats], dtype: DType::F32 };
+    launch.workspace = (floats > 0).then_some(workspace);
+    launch
 }
 
 struct Suite<'a> {
@@ -231,7 +246,7 @@ impl Suite<'_> {
             member.arena.write_host(Y, &HostTensor::f32(&[poison.len()], poison))?;
             let y = (&role.y_shape[..], if role.in_place { 0 } else { Y }, role.x.dtype());
             let call = CollectiveCall { group: group.clone(), member: i, kind: kind.clone() };
-            let launches = vec![launch(call, Some(&role.x), Some(y))];
+            let launches = vec![launch(&member.device, call, Some(&role.x), Some(y))];
             let program = Program { name: check.to_owned(), launches, signals: vec![] };
             ends.push((member, role, submit(&member.stream, program, &[&member.arena], false)?));
         }
@@ -452,8 +467,10 @@ fn concurrent(report: &mut Report, make: &Make<'_>, any_order: bool) -> Result<(
                 accumulate: false,
                 workspace: None,
             };
+            let reduce = with_workspace(device, WORKSPACE + offset, reduce);
             // Each round multiplies the sum by n; dividing keeps it the same.
-            let scale = Launch { op: Op::Scale { factor: 1.0 / n as f32 }, writes: vec![x], ..reduce.clone() };
+            let op = Op::Scale { factor: 1.0 / n as f32 };
+            let scale = Launch { op, writes: vec![x], workspace: None, ..reduce.clone() };
             let launches = (0..ROUNDS).flat_map(|_| [reduce.clone(), scale.clone()]).collect();
             let program = Program { name: "rounds".to_owned(), launches, signals: vec![] };
             ends.push((submit(&stream, program, &[arena], false)?, arena, offset));
@@ -499,8 +516,8 @@ fn disagreements(report: &mut Report, make: &Make<'_>) {
                     let reads = (!matches!(kind, CollectiveKind::Receive { .. })).then_some(&x);
                     let y = [y];
                     let writes = (!matches!(kind, CollectiveKind::Send { .. })).then_some((&y[..], Y, DType::F32));
-                    let program =
-                        Program { name: check.clone(), launches: vec![launch(call, reads, writes)], signals: vec![] };
+                    let launches = vec![launch(&member.device, call, reads, writes)];
+                    let program = Program { name: check.clone(), launches, signals: vec![] };
                     ends.push(submit(&member.stream, program, &[&member.arena], false)?);
                 }
                 Ok(ends.iter().map(wait).collect::<Vec<_>>())
@@ -536,7 +553,7 @@ fn abort(report: &mut Report, check: &str, make: &Make<'_>, kind: CollectiveKind
     let call = CollectiveCall { group, member: 0, kind };
     let reads = (!matches!(call.kind, CollectiveKind::Receive { .. })).then_some(&x);
     let writes = (!matches!(call.kind, CollectiveKind::Send { .. })).then_some((&[2][..], Y, DType::F32));
-    let launch = launch(call, reads, writes);
+    let launch = launch(&members[0].device, call, reads, writes);
     let program = Program { name: check.to_owned(), launches: vec![launch.clone()], signals: vec![(0, 1)] };
     let waiting = submit(&members[0].stream, program, &[&members[0].arena], false)?;
     // The signal says that the stream has come to the collective.

@@ -1,5 +1,5 @@
 //! Products on cuBLASLt. A product's descriptors and algorithm are made once for its shape and alignment, and kept by the
-//! stream that uses them; the workspace is the stream's too. Imports `cuda::step`, `cuda::context`, `cuda::library`.
+//! stream that uses them; the workspace is the launch's. Imports `cuda::step`, `cuda::context`, `cuda::library`.
 #![allow(unsafe_code)]
 
 use std::collections::HashMap;
@@ -11,12 +11,8 @@ use cudarc::cublaslt::sys::{self, cublasStatus_t};
 
 use super::context::{Context, Raw, static_text};
 use super::gpu::Gpu;
-use super::memory::DeviceMemory;
 use super::step::{Element, Epilogue, Matrix, Product};
 use crate::error::KernelError;
-
-/// NVIDIA's advice for Hopper; older architectures ask for less, and none is refused for having more.
-pub(crate) const WORKSPACE_BYTES: usize = 32 << 20;
 
 /// Alignment that the fastest algorithms ask for.
 const ALIGNMENT_MAX: u32 = 16;
@@ -33,7 +29,6 @@ pub(crate) struct Blas {
 pub(crate) struct Plans {
     by_key: HashMap<Key, Plan>,
     blas: Arc<Blas>,
-    workspace: DeviceMemory,
 }
 
 /// All of a product that its plan depends on.
@@ -85,6 +80,8 @@ pub(crate) struct Addresses {
     /// Of the epilogue, 0 where it has none.
     pub(crate) bias: u64,
     pub(crate) aux: u64,
+    /// With [`Product::workspace_bytes`].
+    pub(crate) workspace: u64,
 }
 
 fn check(status: cublasStatus_t, call: &'static str, place: &str) -> Result<(), KernelError> {
@@ -117,9 +114,9 @@ impl Drop for Blas {
 }
 
 impl Plans {
-    pub(crate) fn new(gpu: &Arc<Gpu>, rank: usize, tally: &Arc<crate::memory::Tally>) -> Result<Self, KernelError> {
-        let workspace = DeviceMemory::uninitialised(gpu, rank, WORKSPACE_BYTES, tally)?;
-        Ok(Self { by_key: HashMap::new(), blas: gpu.blas()?, workspace })
+    /// The context is bound.
+    pub(crate) fn new(gpu: &Gpu) -> Result<Self, KernelError> {
+        Ok(Self { by_key: HashMap::new(), blas: gpu.blas()? })
     }
 
     /// Puts a product on a stream. The context is bound.
@@ -160,8 +157,8 @@ impl Plans {
                 at.d as *mut c_void,
                 plan.d.0,
                 &plan.algorithm,
-                self.workspace.address() as *mut c_void,
-                WORKSPACE_BYTES,
+                at.workspace as *mut c_void,
+                product.workspace_bytes(),
                 stream.0.cast(),
             )
         };
@@ -288,27 +285,30 @@ impl Plan {
             d: layout(&product.d, product.batch, place)?,
             algorithm: sys::cublasLtMatmulAlgo_t { data: [0; 8] },
         };
-        plan.algorithm = plan.choose(blas, key, place)?;
+        plan.algorithm = plan.choose(blas, key, product.workspace_bytes(), place)?;
         Ok(plan)
     }
 
     /// The library's first choice.
-    fn choose(&self, blas: &Blas, key: &Key, place: &str) -> Result<sys::cublasLtMatmulAlgo_t, KernelError> {
+    fn choose(
+        &self,
+        blas: &Blas,
+        key: &Key,
+        workspace: usize,
+        place: &str,
+    ) -> Result<sys::cublasLtMatmulAlgo_t, KernelError> {
         use sys::cublasLtMatmulPreferenceAttributes_t as Preference;
         let mut preference = std::ptr::null_mut();
         // SAFETY: writes a handle to a local.
         let made = unsafe { sys::cublasLtMatmulPreferenceCreate(&mut preference) };
         check(made, "cublasLtMatmulPreferenceCreate", place)?;
         let [a, b, d] = key.alignment;
-        let (workspace, wanted) = (
-            WORKSPACE_BYTES,
-            [
-                (Preference::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, a),
-                (Preference::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, b),
-                (Preference::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, d),
-                (Preference::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, d),
-            ],
-        );
+        let wanted = [
+            (Preference::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, a),
+            (Preference::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, b),
+            (Preference::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, d),
+            (Preference::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, d),
+        ];
         // SAFETY: a result of zeros is a valid one, to be overwritten.
         let mut found: sys::cublasLtMatmulHeuristicResult_t = unsafe { std::mem::zeroed() };
         let mut count = 0;
@@ -394,7 +394,7 @@ mod tests {
 
     #[test]
     fn a_plan_is_used_again_for_the_same_shape_at_another_place_of_the_same_alignment() {
-        let at = |a| Addresses { a, b: 1 << 20, d: 1 << 21, bias: 0, aux: 0 };
+        let at = |a| Addresses { a, b: 1 << 20, d: 1 << 21, bias: 0, aux: 0, workspace: 0 };
         let key = |product: &Product, a| Key::of(product, &at(a));
         let base = product(8, 4, 2);
         assert_eq!(key(&base, 4096), key(&base, 8192 + 256));

@@ -1,18 +1,15 @@
 //! Boxes of tensors, copied from one address to another on a stream, and the parts of collectives that every engine of GPUs
-//! has: who gives what to whom, and how much that is. Imports `cuda::lane`, `cuda::lower`, `region`, `collective`.
+//! has: who gives what to whom, and how much that is. Imports `cuda::lane`, `cuda::lower`, `collective`.
 
 use super::lane::{Geometry, Lane, PARAMETERS_MAX};
 use super::lower;
+use super::lower::collective::{MEMBERS_MAX, regions, start_of_piece};
 use super::step::{Arg, Operand, Step};
 use crate::collective::exchange::{all_reduce_foreign, taken};
 use crate::collective::{CollectiveCall, CollectiveKind, ReduceOp};
 use crate::error::KernelError;
 use crate::op::{Buffer, Launch, Op};
-use crate::region::for_each_run;
 use crate::tensor::{DType, Region, element_count};
-
-/// Members whose values one kernel combines.
-pub(crate) const MEMBERS_MAX: usize = 16;
 
 /// A tensor on the device, and a box of it.
 #[derive(Clone, Copy, Debug)]
@@ -24,14 +21,8 @@ pub(crate) struct Boxed<'a> {
 
 impl Boxed<'_> {
     /// Where the box lies when it lies in one piece: the address.
-    pub(crate) fn contiguous(&self) -> Option<u64> {
-        let zeros = vec![0; self.shape.len()];
-        let (mut runs, mut start) = (0, 0);
-        let own = (self.shape, &self.region.start[..]);
-        for_each_run(own, (&self.region.size, &zeros), &self.region.size, |from, _, _| {
-            (runs, start) = (runs + 1, from);
-        });
-        (runs <= 1).then(|| self.address + (start * DType::F32.bytes()) as u64)
+    fn contiguous(&self, dtype: DType) -> Option<u64> {
+        start_of_piece(self.shape, self.region).map(|start| self.address + (start * dtype.bytes()) as u64)
     }
 }
 
@@ -59,7 +50,7 @@ pub(crate) fn copy_box(lane: &Lane, from: Boxed<'_>, to: Boxed<'_>, dtype: DType
     if from.region.is_empty() {
         return Ok(());
     }
-    if let (Some(source), Some(target)) = (from.contiguous(), to.contiguous()) {
+    if let (Some(source), Some(target)) = (from.contiguous(dtype), to.contiguous(dtype)) {
         return lane.copy(target, source, from.region.element_count() * dtype.bytes());
     }
     let buffer = |shape: &[usize]| Buffer { base: 0, offset: 0, shape: shape.to_vec(), dtype };
@@ -123,15 +114,6 @@ pub(crate) fn combine(lane: &Lane, op: ReduceOp, xs: &[u64], y: u64, elements: u
     lane.launch(function, &Geometry { grid: [blocks, 1, 1], block: [THREADS as u32, 1, 1], shared_bytes: 0 }, &words)
 }
 
-/// What each member brings and gets, where regions tell; the whole's shape is the gathered tensor's.
-pub(crate) fn regions<'a>(kind: &'a CollectiveKind, y_shape: &[usize]) -> Option<(&'a [Region], Vec<Region>)> {
-    match kind {
-        CollectiveKind::AllGather { parts } => Some((parts, vec![Region::whole(y_shape); parts.len()])),
-        CollectiveKind::AllToAll { sources, targets } => Some((sources, targets.clone())),
-        _ => None,
-    }
-}
-
 /// Elements that a member takes from others in a call whose result has this shape.
 pub(crate) fn foreign_elements(call: &CollectiveCall, y_shape: &[usize]) -> usize {
     let (members, member) = (call.group.ranks.len(), call.member);
@@ -147,23 +129,5 @@ pub(crate) fn foreign_elements(call: &CollectiveCall, y_shape: &[usize]) -> usiz
         CollectiveKind::Broadcast { root } if *root != member => elements,
         CollectiveKind::Receive { from } if *from != member => elements,
         _ => 0,
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_box_in_one_piece_is_found() {
-        let shape = [4, 6];
-        let at = |start: [usize; 2], size: [usize; 2]| {
-            let region = Region { start: start.to_vec(), size: size.to_vec() };
-            Boxed { address: 1000, shape: &shape, region: &region }.contiguous()
-        };
-        assert_eq!(at([1, 0], [2, 6]), Some(1000 + 24));
-        assert_eq!(at([2, 1], [1, 3]), Some(1000 + 52));
-        assert_eq!(at([0, 1], [2, 3]), None);
-        assert_eq!(at([0, 1], [0, 3]), Some(1000));
     }
 }

@@ -1,6 +1,6 @@
-//! cuDNN's fused attention, where it is there: one stream's handle, plans by shape, and their workspace. Whatever
+//! cuDNN's fused attention, where it is there: one stream's handle, and plans by shape; the workspace is the launch's. Whatever
 //! cuDNN refuses is left to the kernels of `attention_*.cu`, which do the same to rounding: forward and backward need
-//! not be of one kind, for both leave and take the same `lse`. Imports `cuda::gpu`, `cuda::lane`, `cuda::step`, `cuda::memory`; its
+//! not be of one kind, for both leave and take the same `lse`. Imports `cuda::gpu`, `cuda::lane`, `cuda::step`; its
 //! parts are `cudnn/`.
 #![allow(unsafe_code)]
 
@@ -13,10 +13,8 @@ use cudarc::cudnn::sys::{cudnnBackendKnobType_t as Knob, cudnnHandle_t};
 use super::context::{Context, Raw};
 use super::gpu::Gpu;
 use super::lane::Lane;
-use super::memory::DeviceMemory;
 use super::step::{Flash, Pass, Place};
 use crate::error::KernelError;
-use crate::memory::Tally;
 
 pub(crate) mod api;
 mod descriptor;
@@ -32,9 +30,6 @@ use plan::{Pin, Plan, Target};
 
 /// The variable that says which attention is used.
 pub const ATTENTION_ENV: &str = "SHARDFLOW_ATTENTION";
-
-/// Workspace that a plan may need; more is left to our own kernels, which need none.
-const WORKSPACE_BYTES_MAX: usize = 256 << 20;
 
 /// Which attention a GPU's streams use. All processes of a job must be told the same, or their results differ by
 /// rounding.
@@ -91,13 +86,9 @@ impl From<&Flash> for Key {
 pub(crate) struct Flashes {
     /// None where our own kernels are to be used.
     by_key: HashMap<Key, Option<Plan>>,
-    /// The last is in use; those before, which were too small, may still be used by what is on the stream.
-    workspaces: Vec<DeviceMemory>,
     /// None where there is no cuDNN, or it does not start.
     handle: Option<Handle>,
     gpu: Arc<Gpu>,
-    rank: usize,
-    tally: Arc<Tally>,
 }
 
 /// The library's handle; its work goes on one stream.
@@ -151,28 +142,15 @@ fn ordered(capability: (i32, i32), version: usize) -> Option<Pin> {
 
 impl Flashes {
     /// For a stream; the context is bound. Says why where cuDNN is not used.
-    pub(crate) fn new(
-        gpu: &Arc<Gpu>,
-        rank: usize,
-        tally: &Arc<Tally>,
-        stream: Raw<cudarc::driver::sys::CUstream>,
-        place: &str,
-    ) -> Self {
+    pub(crate) fn new(gpu: &Arc<Gpu>, stream: Raw<cudarc::driver::sys::CUstream>, place: &str) -> Self {
         let handle = Handle::new(gpu, stream, place);
         if let Err(error) = &handle {
             tracing::debug!(%error, place, "attention by our own kernels");
         }
-        Self {
-            by_key: HashMap::new(),
-            workspaces: Vec::new(),
-            handle: handle.ok(),
-            gpu: gpu.clone(),
-            rank,
-            tally: tally.clone(),
-        }
+        Self { by_key: HashMap::new(), handle: handle.ok(), gpu: gpu.clone() }
     }
 
-    /// Makes the plan, with memory for it, or finds that there is none.
+    /// Makes the plan, or finds that there is none.
     pub(crate) fn prepare(&mut self, flash: &Flash, place: &str) {
         if self.by_key.contains_key(&flash.into()) {
             return;
@@ -199,30 +177,26 @@ impl Flashes {
             },
         };
         let (target, graph) = (Target::Handle(handle.raw), Graph::of(flash));
-        let plan = Plan::new(handle.api, target, graph, pin, WORKSPACE_BYTES_MAX, place)?;
-        if self.workspaces.last().is_none_or(|workspace| workspace.bytes() < plan.bytes()) {
-            let bytes = plan.bytes().max(1).next_power_of_two();
-            self.workspaces.push(DeviceMemory::uninitialised(&self.gpu, self.rank, bytes, &self.tally)?);
-        }
-        Ok(Some(plan))
+        // What needs more is left to our own kernels.
+        Plan::new(handle.api, target, graph, pin, flash.workspace_bytes(), place).map(Some)
     }
 
     /// Puts attention on the stream; false where our own kernels are to do it. The context is bound.
     ///
-    /// `at` gives the addresses of the launch's buffers, which whoever binds the launch has checked.
+    /// `at` gives the addresses of the launch's buffers, which whoever binds the launch has checked, and `workspace` has
+    /// [`Flash::workspace_bytes`].
     pub(crate) fn issue(
         &mut self,
         flash: &Flash,
         at: &dyn Fn(Place) -> Result<u64, KernelError>,
+        workspace: u64,
         lane: &Lane,
     ) -> Result<bool, KernelError> {
         let place = lane.place();
         self.prepare(flash, place);
         let Entry::Occupied(mut known) = self.by_key.entry(flash.into()) else { return Ok(false) };
-        let (Some(plan), Some(handle), Some(workspace)) = (known.get(), &self.handle, self.workspaces.last()) else {
-            return Ok(false);
-        };
-        match plan.execute(handle.api, handle.raw, at, workspace.address(), lane, &told(flash, place)) {
+        let (Some(plan), Some(handle)) = (known.get(), &self.handle) else { return Ok(false) };
+        match plan.execute(handle.api, handle.raw, at, workspace, lane, &told(flash, place)) {
             Ok(done) => Ok(done),
             Err(error) => {
                 // What our kernels write, they write whole. Where the device is lost they fail, too.

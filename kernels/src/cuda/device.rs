@@ -25,7 +25,7 @@ impl CudaDevice {
     }
 
     pub(crate) fn arena(&self, bytes: usize) -> Result<Arena, KernelError> {
-        DeviceMemory::new(&self.gpu, self.rank, bytes, Some(&self.tally)).map(Arena::cuda)
+        DeviceMemory::new(&self.gpu, self.rank, bytes, &self.tally).map(Arena::cuda)
     }
 
     pub(crate) fn stream(

@@ -25,7 +25,7 @@ pub(crate) enum Enqueued {
 /// Collectives on CUDA streams.
 pub(crate) trait Enqueue {
     /// Puts one member's part of a call on its stream, in order. The context is bound. Does not block for longer than a few
-    /// calls of the driver take. Memory is kept alive by the caller until the stream has done it.
+    /// calls of the driver take. `workspace` is the launch's (STAGE-1). Memory is kept alive by the caller until the stream has done it.
     ///
     /// # Errors
     /// As for [`crate::collective::Collective::run`].
@@ -34,6 +34,7 @@ pub(crate) trait Enqueue {
         call: &CollectiveCall,
         reads: &[View<'_>],
         writes: &[View<'_>],
+        workspace: Option<&View<'_>>,
         lane: &Arc<Lane>,
     ) -> Result<Enqueued, KernelError>;
 }

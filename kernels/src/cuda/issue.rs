@@ -90,7 +90,7 @@ pub(crate) struct Issuer {
     lane: Arc<Lane>,
     track: Arc<Track>,
     engine: Arc<dyn Collective>,
-    records: Option<Records>,
+    records: Records,
     plans: Option<Plans>,
     flashes: Option<Flashes>,
     staged: Staged,
@@ -98,12 +98,12 @@ pub(crate) struct Issuer {
 }
 
 impl Issuer {
-    pub(crate) fn new(lane: &Arc<Lane>, track: &Arc<Track>, engine: Arc<dyn Collective>) -> Self {
+    pub(crate) fn new(lane: &Arc<Lane>, track: &Arc<Track>, engine: Arc<dyn Collective>, records: Records) -> Self {
         Self {
             lane: lane.clone(),
             track: track.clone(),
             engine,
-            records: None,
+            records,
             plans: None,
             flashes: None,
             staged: Staged::new(lane, track),
@@ -111,7 +111,7 @@ impl Issuer {
         }
     }
 
-    /// Finds the kernels of a program, and allocates what the stream needs for them beside the program's own buffers.
+    /// Finds the kernels of a program, and what the libraries keep for its launches.
     pub(crate) fn prepare(&mut self, program: &Program, lowered: &Lowered) -> Result<(), KernelError> {
         for (index, launch) in program.launches.iter().enumerate() {
             // What cannot be lowered fails when it is launched, with its buffers looked at first.
@@ -122,10 +122,7 @@ impl Issuer {
                 }
                 lowered.kind(index, launch, lane.gpu())
             }));
-            let Ok(Ok(Kind::Steps { steps, uses_record })) = kind else { continue };
-            if *uses_record {
-                self.record_address()?;
-            }
+            let Ok(Ok(Kind::Steps { steps, .. })) = kind else { continue };
             if steps.iter().any(|step| matches!(step, Ready::Product(_))) {
                 self.plans()?;
             }
@@ -141,7 +138,7 @@ impl Issuer {
 
     fn flashes(&mut self) -> &mut Flashes {
         let lane = &self.lane;
-        let new = || Flashes::new(lane.gpu(), lane.rank(), lane.tally(), lane.stream(), lane.place());
+        let new = || Flashes::new(lane.gpu(), lane.stream(), lane.place());
         self.flashes.get_or_insert_with(new)
     }
 
@@ -149,7 +146,7 @@ impl Issuer {
         let lane = &self.lane;
         match &mut self.plans {
             Some(plans) => Ok(plans),
-            none => Ok(none.insert(Plans::new(lane.gpu(), lane.rank(), lane.tally())?)),
+            none => Ok(none.insert(Plans::new(lane.gpu())?)),
         }
     }
 
@@ -265,8 +262,7 @@ impl Issuer {
     }
 
     fn fetch_record(&mut self, ticket: &Ticket) -> Result<(), KernelError> {
-        let Some(records) = &mut self.records else { return Ok(()) };
-        ticket.keep_record(records.fetch(self.lane.gpu(), self.lane.stream(), self.lane.place())?);
+        ticket.keep_record(self.records.fetch(self.lane.gpu(), self.lane.stream(), self.lane.place())?);
         Ok(())
     }
 
@@ -305,7 +301,7 @@ impl Issuer {
         }
         for launch in launches {
             // None that has a workspace is in a pair.
-            let fits = self.bind(launch, &run.bases, |_| 0).and_then(|bound| check_in_place(launch, &bound));
+            let fits = self.bind(launch, &run.bases).and_then(|bound| check_in_place(launch, &bound));
             if fits.is_err() {
                 return Ok(false);
             }
@@ -319,20 +315,14 @@ impl Issuer {
     }
 
     /// A launch's buffers, all of them on this GPU.
-    fn bind<'a>(
-        &self,
-        launch: &'a Launch,
-        bases: &'a [Base],
-        workspace_bytes: impl FnOnce(&[&[usize]]) -> usize,
-    ) -> Result<Bound<'a>, KernelError> {
-        let bound = Bound::resolve(launch, bases, workspace_bytes)?;
+    fn bind<'a>(&self, launch: &'a Launch, bases: &'a [Base]) -> Result<Bound<'a>, KernelError> {
+        let bound = Bound::resolve(launch, bases, |_| 0)?;
         bound.all().try_for_each(|view| self.check_on_this_gpu(bound.name, view))?;
         Ok(bound)
     }
 
     fn launch(&mut self, launch: &Launch, run: &mut Run) -> Result<Option<Wait>, KernelError> {
-        let needed = |shapes: &[&[usize]]| lower::workspace_bytes(&launch.op, shapes);
-        let bound = Bound::resolve(launch, &run.bases, needed)?;
+        let bound = Bound::resolve(launch, &run.bases, |_| lower::workspace_bytes(launch))?;
         if let ([read], Op::CopyRegion { src, dst }) = (&bound.reads[..], &launch.op)
             && self.check_on_this_gpu(bound.name, read).is_err()
         {
@@ -417,7 +407,7 @@ impl Issuer {
                         Parameter::Address(place) => at(place)?,
                         Parameter::Bits(bits) => bits,
                         Parameter::LaunchIndex => index as u64,
-                        Parameter::Record => self.record_address()?,
+                        Parameter::Record => self.records.address(),
                     };
                 }
                 self.lane.launch(*function, how, &words[..parameters.len()])
@@ -436,6 +426,7 @@ impl Issuer {
                     d: at(product.d.place)?,
                     bias: optional(bias)?,
                     aux: optional(aux)?,
+                    workspace: library_workspace(bound)?,
                 };
                 let lane = self.lane.clone();
                 let issued = self.plans()?.issue(product, &addresses, lane.stream(), lane.place());
@@ -443,7 +434,7 @@ impl Issuer {
             }
             Ready::Flash { flash, own } => {
                 let lane = self.lane.clone();
-                if self.flashes().issue(flash, &at, &lane)? {
+                if self.flashes().issue(flash, &at, library_workspace(bound)?, &lane)? {
                     return Ok(());
                 }
                 own.iter().try_for_each(|step| self.step(step, bound, index))
@@ -453,19 +444,10 @@ impl Issuer {
         }
     }
 
-    fn record_address(&mut self) -> Result<u64, KernelError> {
-        let lane = &self.lane;
-        let records = match &mut self.records {
-            Some(records) => records,
-            none => none.insert(Records::new(lane.gpu(), lane.rank())?),
-        };
-        Ok(records.address())
-    }
-
     fn collective(&mut self, call: &CollectiveCall, bound: &Bound<'_>) -> Result<Option<Wait>, KernelError> {
         if let Some(engine) = self.engine.on_device(call) {
             self.lane.spin()?;
-            return match engine.0.enqueue(call, &bound.reads, &bound.writes, &self.lane)? {
+            return match engine.0.enqueue(call, &bound.reads, &bound.writes, bound.workspace.as_ref(), &self.lane)? {
                 Enqueued::Issued => Ok(None),
                 Enqueued::Waits(wait) => Ok(Some(wait)),
             };
@@ -484,6 +466,11 @@ impl Issuer {
         }
         Ok(())
     }
+}
+
+/// Where a library's workspace begins, of the size that the launch's own was checked to hold; 0 where there is none.
+fn library_workspace(bound: &Bound<'_>) -> Result<u64, KernelError> {
+    bound.workspace.as_ref().map_or(Ok(0), |view| device_address(view).map(lower::library_start))
 }
 
 /// What MEM-2 leaves to the op: which reads may be the memory of the first write.

@@ -1,20 +1,19 @@
-//! A CUDA stream's own things, that whoever puts work on it uses: the handle, launches, copies, events, staging memory.
+//! A CUDA stream's own things, that whoever puts work on it uses: the handle, launches, copies, events.
 //! Imports `cuda::gpu`, `cuda::event`, `cuda::memory`, `cuda::module`, `cuda::spin`.
 #![allow(unsafe_code)]
 
 use std::ffi::c_void;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
 use cudarc::driver::sys;
 
 use super::context::{Context, Raw};
 use super::event::Recorded;
 use super::gpu::Gpu;
-use super::memory::{DeviceMemory, destroy_stream, new_stream};
+use super::memory::{destroy_stream, new_stream};
 use super::module::Function;
 use super::spin::Spins;
 use crate::error::KernelError;
-use crate::memory::Tally;
 
 /// Parameters that a kernel may have.
 pub(crate) const PARAMETERS_MAX: usize = 32;
@@ -27,9 +26,6 @@ pub(crate) struct Lane {
     stream: Raw<sys::CUstream>,
     /// For errors.
     place: String,
-    tally: Arc<Tally>,
-    /// The last is in use; those before may still be read by what is on the stream.
-    staging: Mutex<Vec<DeviceMemory>>,
 }
 
 /// How a kernel is launched.
@@ -42,18 +38,12 @@ pub(crate) struct Geometry {
 
 impl Lane {
     /// `urgent` gives it the greatest priority.
-    pub(crate) fn new(
-        gpu: &Arc<Gpu>,
-        rank: usize,
-        name: &str,
-        urgent: bool,
-        tally: &Arc<Tally>,
-    ) -> Result<Self, KernelError> {
+    pub(crate) fn new(gpu: &Arc<Gpu>, rank: usize, name: &str, urgent: bool) -> Result<Self, KernelError> {
         let place = format!("stream {name} of device {rank} on {}", gpu.place());
         gpu.context().bind()?;
         let (least, greatest) = gpu.priorities();
         let stream = new_stream(gpu.context(), if urgent { greatest } else { least }, &place)?;
-        Ok(Self { gpu: gpu.clone(), rank, stream, place, tally: tally.clone(), staging: Mutex::default() })
+        Ok(Self { gpu: gpu.clone(), rank, stream, place })
     }
 
     pub(crate) fn gpu(&self) -> &Arc<Gpu> {
@@ -63,10 +53,6 @@ impl Lane {
     /// Of the device in the mesh.
     pub(crate) fn rank(&self) -> usize {
         self.rank
-    }
-
-    pub(crate) fn tally(&self) -> &Arc<Tally> {
-        &self.tally
     }
 
     pub(crate) fn stream(&self) -> Raw<sys::CUstream> {
@@ -204,19 +190,6 @@ impl Lane {
     /// What is put on the stream from now on waits for the event.
     pub(crate) fn wait(&self, event: &Recorded) -> Result<(), KernelError> {
         event.wait_on(self.stream, &self.place)
-    }
-
-    /// Memory of at least so many bytes for whatever is being put on the stream; what was put on it before may have used it,
-    /// what is put on it behind may too.
-    pub(crate) fn staging(&self, bytes: usize) -> Result<u64, KernelError> {
-        let mut staging = self.staging.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(memory) = staging.last().filter(|memory| memory.bytes() >= bytes) {
-            return Ok(memory.address());
-        }
-        let memory = DeviceMemory::new(&self.gpu, self.rank, bytes.next_power_of_two(), Some(&self.tally))?;
-        let address = memory.address();
-        staging.push(memory);
-        Ok(address)
     }
 }
 

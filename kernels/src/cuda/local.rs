@@ -1,7 +1,7 @@
 //! Collectives between devices of one process that share GPUs, which NCCL refuses: members meet on the host, and whoever comes
 //! last puts all members' parts on their streams, ordered by events. No host waits for a GPU. What lies on another GPU is
 //! copied over before a kernel reads it.
-//! Imports `collective`, `region`, `cuda::boxes`, `cuda::lane`, `cuda::engine`, `cuda::event`.
+//! Imports `collective`, `region`, `cuda::boxes`, `cuda::lower`, `cuda::lane`, `cuda::engine`, `cuda::event`.
 //!
 //! - LOCAL-1: a member that is not the last waits on the host until the last has come: its stream's own thread does, so
 //!   nothing is put on its stream meanwhile but by the last.
@@ -12,10 +12,11 @@
 use std::collections::HashMap;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
-use super::boxes::{Boxed, combine, copy_box, foreign_elements, regions};
+use super::boxes::{Boxed, combine, copy_box, foreign_elements};
 use super::engine::{self, Enqueue, Enqueued, OnDevice};
 use super::event::Recorded;
 use super::lane::Lane;
+use super::lower::collective::{PIECE_BYTES, regions, start_of_piece};
 use super::staged::device_address;
 use crate::collective::exchange::{Terms, check_call, check_members, describe, describe_views, taken};
 use crate::collective::{Collective, CollectiveCall, CollectiveKind, Outcome, ReduceOp, Wait};
@@ -61,6 +62,8 @@ struct Post {
     /// Addresses.
     x: u64,
     y: u64,
+    /// STAGE-1.
+    workspace: u64,
     x_shape: Vec<usize>,
     y_shape: Vec<usize>,
     dtype: DType,
@@ -356,8 +359,8 @@ fn exchange_chunks(posts: &[Post]) -> Result<(), KernelError> {
     Ok(())
 }
 
-/// Combines all members' boxes of `(shape, part)` to `y`, for member `owner`: a box that is not in one piece, or on another GPU,
-/// is brought to a slot of the owner's first.
+/// Combines all members' boxes of `(shape, part)` to `y`, for member `owner`: boxes that are not in one piece are brought to slots
+/// of the owner's workspace first, and those on other GPUs too, a piece at a time.
 fn reduce(
     posts: &[Post],
     owner: usize,
@@ -366,26 +369,36 @@ fn reduce(
     y: u64,
 ) -> Result<(), KernelError> {
     let (own, elements) = (&posts[owner], part.element_count());
-    if elements == 0 {
-        return Ok(());
-    }
-    let bytes = elements * own.dtype.bytes();
-    let mut xs = Vec::new();
-    for m in 1..=posts.len() {
-        let post = &posts[(owner + m) % posts.len()];
-        let boxed = Boxed { address: post.x, shape, region: part };
-        xs.push(match boxed.contiguous().filter(|_| on_one_gpu(&own.lane, &post.lane)) {
-            Some(address) => address,
-            None => {
-                let slot = own.lane.staging(posts.len() * bytes)? + ((m - 1) * bytes) as u64;
-                let whole = Region::whole(&part.size);
-                let to = Boxed { address: slot, shape: &part.size, region: &whole };
-                copy_boxed(&own.lane, &post.lane, boxed, to, own.dtype)?;
-                slot
+    let bytes = |elements: usize| elements * own.dtype.bytes();
+    let in_order = || (1..=posts.len()).map(|m| &posts[(owner + m) % posts.len()]).enumerate();
+    let slot = |i: usize, elements: usize| own.workspace + (i * bytes(elements)) as u64;
+    let Some(start) = start_of_piece(shape, part) else {
+        let whole = Region::whole(&part.size);
+        for (i, post) in in_order() {
+            let to = Boxed { address: slot(i, elements), shape: &part.size, region: &whole };
+            let from = Boxed { address: post.x, shape, region: part };
+            copy_boxed(&own.lane, &post.lane, from, to, own.dtype)?;
+        }
+        let xs: Vec<u64> = in_order().map(|(i, _)| slot(i, elements)).collect();
+        return combine(&own.lane, op, &xs, y, elements);
+    };
+    let near = posts.iter().all(|post| on_one_gpu(&own.lane, &post.lane));
+    let most = if near { elements } else { elements.min(PIECE_BYTES / own.dtype.bytes()) };
+    for at in (0..elements).step_by(most.max(1)) {
+        let count = most.min(elements - at);
+        let mut xs = Vec::new();
+        for (i, post) in in_order() {
+            let x = post.x + bytes(start + at) as u64;
+            if on_one_gpu(&own.lane, &post.lane) {
+                xs.push(x);
+                continue;
             }
-        });
+            copy(&own.lane, slot(i, most), &post.lane, x, bytes(count))?;
+            xs.push(slot(i, most));
+        }
+        combine(&own.lane, op, &xs, y + bytes(at) as u64, count)?;
     }
-    combine(&own.lane, op, &xs, y, elements)
+    Ok(())
 }
 
 /// Copies a member's target together from the members' sources.
@@ -409,6 +422,7 @@ impl Enqueue for Local {
         call: &CollectiveCall,
         reads: &[View<'_>],
         writes: &[View<'_>],
+        workspace: Option<&View<'_>>,
         lane: &Arc<Lane>,
     ) -> Result<Enqueued, KernelError> {
         check_members(call)?;
@@ -443,6 +457,7 @@ impl Enqueue for Local {
                     call: call.clone(),
                     x: device_address(x)?,
                     y: device_address(y)?,
+                    workspace: workspace.map_or(Ok(0), device_address)?,
                     x_shape: x.shape().to_vec(),
                     y_shape: y.shape().to_vec(),
                     dtype: x.dtype(),

@@ -1,15 +1,17 @@
 //! A launch as the steps that do it on a CUDA device: which kernels, with what geometry, or which product.
-//! Pure: nothing here touches a device. Imports `op`, `region`, `tensor`, `error`, `cuda::step`; its parts are `lower/`.
+//! Pure: nothing here touches a device. Imports `op`, `region`, `tensor`, `error`, `collective`, `cuda::step`; its parts are `lower/`.
 //!
 //! What depends on memory is the backend's: that writes overlap nothing (MEM-2) but what [`in_place`] allows.
 
-use crate::cuda::step::{Arg, Flash, Kernel, Place, Step};
+use crate::cuda::step::{Arg, Flash, Kernel, Place, Step, product_workspace_bytes};
 use crate::error::KernelError;
+use crate::memory::ALIGNMENT;
 use crate::op::{Launch, Op};
 use crate::tensor::{DType, element_count};
 
 mod args;
 mod attention;
+pub(crate) mod collective;
 mod elementwise;
 mod fuse;
 mod loss;
@@ -33,6 +35,9 @@ const PACK: usize = 4;
 
 /// The same of bf16.
 const HALF_PACK: usize = 8;
+
+/// cuBLASLt and cuDNN want their workspaces at multiples of this; buffers lie at multiples of [`ALIGNMENT`].
+const LIBRARY_ALIGNMENT: usize = 256;
 
 /// The steps of a launch; none where there is nothing to write. `accumulate` is true when the launch is marked so and
 /// its submission has `repeat` set: then the op's accumulating write is added to.
@@ -74,17 +79,30 @@ pub fn lower(launch: &Launch, accumulate: bool) -> Result<Vec<Step>, KernelError
     }
 }
 
-/// Bytes of scratch memory that a launch needs on a CUDA device, given the shapes that it reads. 0 for most ops, and for
-/// shapes that the op will refuse anyway.
-pub fn workspace_bytes(op: &Op, reads: &[&[usize]]) -> usize {
-    let floats = match (op, reads) {
-        (Op::LayerNormGrad, [dy, ..]) => norm::workspace_floats(dy),
-        (Op::AttentionGrad { .. }, [_, q, ..]) => attention::workspace_floats(q),
-        (Op::SumLeading, [x]) => reduce::sum_workspace_floats(element_count(x)),
-        (Op::SumSquares { .. }, [x]) => reduce::squares_workspace_floats(element_count(x)),
+/// Bytes of scratch memory that a launch needs on a CUDA device, given the buffers that it reads and writes: for its own
+/// kernels, for the library that may do it, or for a collective's engine, whichever of them it will be. 0 for most ops, and
+/// for shapes that the op will refuse anyway. There is no other scratch memory on a GPU.
+pub fn workspace_bytes(launch: &Launch) -> usize {
+    let read = |i: usize| launch.reads.get(i).map_or(&[][..], |buffer| &buffer.shape[..]);
+    let own = match &launch.op {
+        Op::LayerNormGrad => norm::workspace_floats(read(0)),
+        Op::AttentionGrad { .. } => attention::workspace_floats(read(1)),
+        Op::SumLeading => reduce::sum_workspace_floats(element_count(read(0))),
+        Op::SumSquares { .. } => reduce::squares_workspace_floats(element_count(read(0))),
         _ => 0,
     };
-    floats * DType::F32.bytes()
+    let library = match &launch.op {
+        Op::Einsum(_) => launch.writes.first().map_or(0, |d| product_workspace_bytes(element_count(&d.shape))),
+        Op::Collective(call) => return collective::workspace_bytes(call, launch),
+        _ => flash(launch).map_or(0, |flash| flash.workspace_bytes()),
+    };
+    let library = if library > 0 { library + LIBRARY_ALIGNMENT - ALIGNMENT } else { 0 };
+    library.max(own * DType::F32.bytes())
+}
+
+/// Where a library's part of a launch's workspace at this address begins.
+pub(crate) fn library_start(address: u64) -> u64 {
+    address.next_multiple_of(LIBRARY_ALIGNMENT as u64)
 }
 
 /// A launch that [`lower`] takes as cuDNN may do it in place of its steps, which do without a library; `None` for most.

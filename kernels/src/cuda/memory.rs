@@ -27,7 +27,7 @@ pub(crate) struct DeviceMemory {
     rank: usize,
     address: u64,
     bytes: usize,
-    tally: Option<Arc<Tally>>,
+    tally: Arc<Tally>,
     /// When it was zeroed.
     made: Clock,
     /// When submissions were done with it.
@@ -46,36 +46,11 @@ impl DeviceMemory {
         self.used.add();
     }
 
-    /// Zeroed memory that is counted in `tally`, if there is one.
+    /// Zeroed memory that is counted in `tally`: the only way to have memory of a GPU, so what is counted is all.
     ///
     /// # Errors
     /// [`KernelError::OutOfMemory`], [`KernelError::Cuda`].
-    pub(crate) fn new(
-        gpu: &Arc<Gpu>,
-        rank: usize,
-        bytes: usize,
-        tally: Option<&Arc<Tally>>,
-    ) -> Result<Self, KernelError> {
-        Self::made(gpu, rank, bytes, tally, true)
-    }
-
-    /// As [`DeviceMemory::new`], for whoever writes before reading.
-    pub(crate) fn uninitialised(
-        gpu: &Arc<Gpu>,
-        rank: usize,
-        bytes: usize,
-        tally: &Arc<Tally>,
-    ) -> Result<Self, KernelError> {
-        Self::made(gpu, rank, bytes, Some(tally), false)
-    }
-
-    fn made(
-        gpu: &Arc<Gpu>,
-        rank: usize,
-        bytes: usize,
-        tally: Option<&Arc<Tally>>,
-        zeroed: bool,
-    ) -> Result<Self, KernelError> {
+    pub(crate) fn new(gpu: &Arc<Gpu>, rank: usize, bytes: usize, tally: &Arc<Tally>) -> Result<Self, KernelError> {
         let (mut address, place) = (0, gpu.place());
         if bytes > 0 {
             let transfer = gpu.transfer().lock().unwrap_or_else(PoisonError::into_inner);
@@ -86,22 +61,18 @@ impl DeviceMemory {
                 return Err(KernelError::OutOfMemory { device: rank, bytes });
             }
             gpu.context().check(result, "cuMemAllocAsync", &place)?;
-            if zeroed {
-                // SAFETY: the range was just allocated, on this stream.
-                let result = unsafe { sys::cuMemsetD8Async(address, 0, bytes, transfer.stream.0) };
-                gpu.context().check(result, "cuMemsetD8Async", &place)?;
-            }
+            // SAFETY: the range was just allocated, on this stream.
+            let result = unsafe { sys::cuMemsetD8Async(address, 0, bytes, transfer.stream.0) };
+            gpu.context().check(result, "cuMemsetD8Async", &place)?;
             transfer.wait(gpu.context())?;
         }
-        if let Some(tally) = tally {
-            tally.add(bytes);
-        }
+        tally.add(bytes);
         Ok(Self {
             gpu: gpu.clone(),
             rank,
             address,
             bytes,
-            tally: tally.cloned(),
+            tally: tally.clone(),
             made: Clock::capture(),
             used: Clocks::default(),
         })
@@ -197,9 +168,7 @@ impl DeviceMemory {
 
 impl Drop for DeviceMemory {
     fn drop(&mut self) {
-        if let Some(tally) = &self.tally {
-            tally.bytes.fetch_sub(self.bytes, Ordering::Relaxed);
-        }
+        self.tally.bytes.fetch_sub(self.bytes, Ordering::Relaxed);
         self.used.join();
         if self.bytes > 0 && self.gpu.context().bind_to_drop() {
             let transfer = self.gpu.transfer().lock().unwrap_or_else(PoisonError::into_inner);

@@ -1,6 +1,6 @@
 //! Collectives between GPUs by NCCL: communicators that do not block, made within a deadline of a unique id that the caller
 //! has passed round; calls on the streams; errors looked for by the pollers; everything broken off when one fails.
-//! Imports `cuda::nccl::{api, comm}`, `cuda::boxes`, `cuda::lane`, `cuda::engine`, `collective`.
+//! Imports `cuda::nccl::{api, comm}`, `cuda::boxes`, `cuda::lower`, `cuda::lane`, `cuda::engine`, `collective`.
 //!
 //! - NCCL-1: calls of one communicator are made by one thread at a time, in the order that the plan fixes for all members;
 //!   over all communicators of a device in the order of the submissions (TURN-1).
@@ -15,17 +15,18 @@ use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use super::boxes::{Boxed, OwnBox, copy_box, foreign_elements, regions};
+use super::boxes::{Boxed, OwnBox, copy_box, foreign_elements};
 use super::engine::{Enqueue, Enqueued, OnDevice};
 use super::gpu::Gpu;
 use super::lane::Lane;
+use super::lower::collective::{are_rows, messages, regions};
 use super::poller::Watched;
 use super::staged::device_address;
 use super::turn::{Order, Turn};
 use crate::collective::exchange::{check_call, check_members, taken};
 use crate::collective::{Collective, CollectiveCall, CollectiveKind, Group, Outcome, ReduceOp, Wait};
 use crate::error::KernelError;
-use crate::memory::{ALIGNMENT, View};
+use crate::memory::View;
 use crate::tensor::{DType, Region, element_count};
 
 mod api;
@@ -139,7 +140,7 @@ impl Nccl {
         };
         let (rank, peer) = (seat.group.ranks[seat.member], 1 - seat.member);
         let name = format!("{}{}", ["to ", "from "][seat.member], seat.group.ranks[peer]);
-        let lane = Lane::new(&seat.gpu, rank, &name, true, &Arc::default())?;
+        let lane = Lane::new(&seat.gpu, rank, &name, true)?;
         Ok(Pipe::new(self.0.clone(), comm, peer, lane))
     }
 }
@@ -213,6 +214,8 @@ struct Member<'a> {
     /// Addresses; 0 where there is none.
     x: u64,
     y: u64,
+    /// STAGE-1.
+    workspace: u64,
     x_shape: &'a [usize],
     y_shape: &'a [usize],
     dtype: DType,
@@ -236,11 +239,11 @@ impl Member<'_> {
             CollectiveKind::Broadcast { root } => {
                 self.simple(Kind::Broadcast(*root), self.x, self.y, elements).map(nothing)
             }
-            CollectiveKind::ReduceScatter { op, parts } if self.are_rows(parts, self.x_shape) => {
+            CollectiveKind::ReduceScatter { op, parts } if are_rows(parts, self.x_shape) => {
                 self.simple(Kind::ReduceScatter(*op), self.x, self.y, elements).map(nothing)
             }
             CollectiveKind::ReduceScatter { op, parts } => self.reduce_parts(*op, parts),
-            CollectiveKind::AllGather { parts } if self.are_rows(parts, self.y_shape) => {
+            CollectiveKind::AllGather { parts } if are_rows(parts, self.y_shape) => {
                 self.simple(Kind::AllGather, self.x, self.y, element_count(self.x_shape)).map(nothing)
             }
             CollectiveKind::Send { to } => {
@@ -276,22 +279,12 @@ impl Member<'_> {
         }
     }
 
-    /// Whether the parts are of one size and lie one after another in the whole, as NCCL wants them.
-    fn are_rows(&self, parts: &[Region], whole: &[usize]) -> bool {
-        let elements = parts.first().map_or(0, Region::element_count);
-        let in_place = |(i, part): (usize, &Region)| {
-            let boxed = Boxed { address: 0, shape: whole, region: part };
-            part.element_count() == elements && boxed.contiguous() == Some((i * elements * DType::F32.bytes()) as u64)
-        };
-        elements * parts.len() == element_count(whole) && parts.iter().enumerate().all(in_place)
-    }
-
     /// Parts that are uneven, or not in one piece: each is brought to the beginning of a slot of its own. What is behind it
-    /// in the slot is added up, too, and not looked at; slots are zeroed when they are made, so it is always a number.
+    /// in the slot is added up, too, and not looked at.
     fn reduce_parts(&self, op: ReduceOp, parts: &[Region]) -> Result<Vec<Unpack>, KernelError> {
         let longest = parts.iter().map(Region::element_count).max().unwrap_or(0);
         let slot = longest * self.dtype.bytes();
-        let staging = self.lane.staging((parts.len() + 1) * slot)?;
+        let staging = self.workspace;
         for (i, part) in parts.iter().enumerate() {
             let to = OwnBox::whole(staging + (i * slot) as u64, &part.size);
             copy_box(self.lane, Boxed { address: self.x, shape: self.x_shape, region: part }, to.boxed(), self.dtype)?;
@@ -308,59 +301,35 @@ impl Member<'_> {
     fn moves(&self, sources: &[Region], targets: &[Region]) -> Result<Vec<Unpack>, KernelError> {
         let (me, dtype) = (self.call.member, self.dtype);
         let (source, target) = (&sources[me], &targets[me]);
-        let in_x = |common: &Region| OwnBox {
-            address: self.x,
-            shape: source.size.clone(),
-            region: common.relative_to(source),
-        };
-        let in_y = |common: &Region| OwnBox {
-            address: self.y,
-            shape: target.size.clone(),
-            region: common.relative_to(target),
-        };
-        // By peer: whether they are sent, and which boxes.
-        let mut messages: Vec<(usize, bool, Vec<Region>)> = Vec::new();
-        for (to, theirs) in targets.iter().enumerate().filter(|(to, _)| *to != me) {
-            let mine = taken(to, sources, theirs).into_iter().filter(|(from, _)| *from == me);
-            messages.extend(mine.map(|(_, boxes)| (to, true, boxes)));
-        }
-        for (from, boxes) in taken(me, sources, target) {
-            if from != me {
-                messages.push((from, false, boxes));
-                continue;
-            }
+        let in_x = |part: &Region| OwnBox { address: self.x, shape: source.size.clone(), region: part.clone() };
+        let in_y = |part: &Region| OwnBox { address: self.y, shape: target.size.clone(), region: part.clone() };
+        for (_, boxes) in taken(me, sources, target).into_iter().filter(|(from, _)| *from == me) {
             for common in &boxes {
-                copy_box(self.lane, in_x(common).boxed(), in_y(common).boxed(), dtype)?;
+                let [from, to] = [common.relative_to(source), common.relative_to(target)];
+                copy_box(self.lane, in_x(&from).boxed(), in_y(&to).boxed(), dtype)?;
             }
         }
-        let bytes = |boxes: &[Region]| boxes.iter().map(|b| b.element_count() * dtype.bytes()).sum::<usize>();
-        let direct = |sends: bool, boxes: &[Region]| match boxes {
-            [common] if sends => in_x(common).boxed().contiguous(),
-            [common] => in_y(common).boxed().contiguous(),
-            _ => None,
-        };
-        let packed = messages.iter().filter(|(_, sends, boxes)| direct(*sends, boxes).is_none());
-        let packed: usize = packed.map(|(_, _, boxes)| bytes(boxes).next_multiple_of(ALIGNMENT)).sum();
-        let mut next = if packed > 0 { self.lane.staging(packed)? } else { 0 };
-        let (mut transfers, mut unpacks) = (Vec::new(), Vec::new());
-        for (peer, sends, boxes) in &messages {
-            let elements = bytes(boxes) / dtype.bytes();
-            let address = direct(*sends, boxes).unwrap_or(next);
-            transfers.push(Transfer { sends: *sends, peer: *peer, address, elements });
-            if direct(*sends, boxes).is_some() {
+        let bytes = |elements: usize| (elements * dtype.bytes()) as u64;
+        let (mut transfers, mut unpacks, mut next) = (Vec::new(), Vec::new(), self.workspace);
+        for message in messages(me, sources, targets) {
+            let (sends, peer, elements) = (message.sends, message.peer, message.elements());
+            if let Some(start) = message.direct {
+                let address = if sends { self.x } else { self.y } + bytes(start);
+                transfers.push(Transfer { sends, peer, address, elements });
                 continue;
             }
+            transfers.push(Transfer { sends, peer, address: next, elements });
             let mut place = next;
-            for common in boxes {
+            for common in &message.boxes {
                 let piece = OwnBox::whole(place, &common.size);
-                if *sends {
+                if sends {
                     copy_box(self.lane, in_x(common).boxed(), piece.boxed(), dtype)?;
                 } else {
                     unpacks.push((piece, in_y(common)));
                 }
-                place += (common.element_count() * dtype.bytes()) as u64;
+                place += bytes(common.element_count());
             }
-            next += bytes(boxes).next_multiple_of(ALIGNMENT) as u64;
+            next += message.packed_bytes(dtype) as u64;
         }
         self.transfers(&transfers)?;
         Ok(unpacks)
@@ -373,6 +342,7 @@ impl Enqueue for Nccl {
         call: &CollectiveCall,
         reads: &[View<'_>],
         writes: &[View<'_>],
+        workspace: Option<&View<'_>>,
         lane: &Arc<Lane>,
     ) -> Result<Enqueued, KernelError> {
         check_members(call)?;
@@ -394,6 +364,7 @@ impl Enqueue for Nccl {
             call,
             x: address(reads.first())?,
             y: address(writes.first())?,
+            workspace: address(workspace)?,
             x_shape: &x_shape,
             y_shape: &y_shape,
             dtype: any.dtype(),

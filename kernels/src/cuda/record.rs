@@ -12,8 +12,9 @@ use super::memory::{DeviceMemory, Pinned};
 use super::step::ErrorRecord;
 use crate::clock::{Clocks, host_access};
 use crate::error::KernelError;
+use crate::memory::Tally;
 
-const BYTES: usize = ErrorRecord::WORDS * size_of::<u32>();
+const BYTES: usize = ErrorRecord::BYTES;
 
 /// Records that one piece of pinned memory holds.
 const SLOTS: usize = 128;
@@ -47,8 +48,9 @@ pub(crate) struct Slot {
 }
 
 impl Records {
-    pub(crate) fn new(gpu: &Arc<Gpu>, rank: usize) -> Result<Self, KernelError> {
-        Ok(Self { device: DeviceMemory::new(gpu, rank, BYTES, None)?, blocks: Vec::new() })
+    /// Counted in `tally`.
+    pub(crate) fn new(gpu: &Arc<Gpu>, rank: usize, tally: &Arc<Tally>) -> Result<Self, KernelError> {
+        Ok(Self { device: DeviceMemory::new(gpu, rank, BYTES, tally)?, blocks: Vec::new() })
     }
 
     /// Where kernels write it.

@@ -197,6 +197,24 @@ pub struct Product {
     pub epilogue: Epilogue,
 }
 
+/// Partial results that the workspace of a product has room for: a product of few elements is split over `k`.
+const PRODUCT_PARTS: usize = 16;
+/// NVIDIA's advice for Hopper; older architectures ask for less, and none is refused for having more.
+const PRODUCT_WORKSPACE_BYTES_MAX: usize = 32 << 20;
+
+/// Bytes of workspace for a product of so many elements.
+pub fn product_workspace_bytes(elements: usize) -> usize {
+    let parts = elements.saturating_mul(PRODUCT_PARTS * size_of::<f32>());
+    parts.min(PRODUCT_WORKSPACE_BYTES_MAX)
+}
+
+impl Product {
+    /// Bytes of the launch's workspace that it may use.
+    pub fn workspace_bytes(&self) -> usize {
+        product_workspace_bytes(self.m as usize * self.n as usize * self.batch as usize)
+    }
+}
+
 /// cuBLASLt's epilogues in use. The bias has one element for each row of the column-major `d`, that is for each last
 /// index of a row-major result. GELU's here is cuBLASLt's, the approximation by tanh, so a graph with the exact
 /// [`crate::op::Op::Gelu`] never gets one.
@@ -242,6 +260,24 @@ pub struct Flash {
     pub scale: f32,
 }
 
+impl Flash {
+    /// What the tensors of cuDNN's graphs in the workspace are aligned to, bytes.
+    pub(crate) const ALIGNMENT: usize = 256;
+    /// Of a workspace, what cuDNN may use as it likes: NVIDIA's engines ask for no more. An engine that does is not used.
+    pub(crate) const LIBRARY_BYTES: usize = 1 << 20;
+
+    /// Bytes of workspace that cuDNN may use. For the gradient with the sums of do o and dq, in floats.
+    pub fn workspace_bytes(&self) -> usize {
+        let rows = self.batch * self.heads * self.time;
+        let tensors = match self.pass {
+            Pass::Forward => vec![],
+            Pass::Backward => vec![rows, rows * self.depth],
+        };
+        let bytes = |floats: usize| (floats * size_of::<f32>()).next_multiple_of(Self::ALIGNMENT);
+        tensors.into_iter().map(bytes).sum::<usize>() + Self::LIBRARY_BYTES
+    }
+}
+
 /// The op, or its gradient.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Pass {
@@ -271,6 +307,8 @@ impl ErrorRecord {
     /// 32-bit words of a record on the device: launch + 1 (0: no error), index, position (low, high), limit (low, high),
     /// and two unused.
     pub const WORDS: usize = 8;
+    /// The same in bytes.
+    pub const BYTES: usize = Self::WORDS * size_of::<u32>();
 
     /// The error in a record, if there is one.
     pub fn decode(words: [u32; Self::WORDS]) -> Option<Self> {

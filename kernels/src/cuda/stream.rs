@@ -15,6 +15,7 @@ use super::issue::{Command, Issuer};
 use super::lane::Lane;
 use super::lowered::Cache;
 use super::poller::Track;
+use super::record::Records;
 use crate::clock::Clock;
 use crate::collective::{Collective, Outcome};
 use crate::error::KernelError;
@@ -82,10 +83,10 @@ impl CudaStream {
         engine: Arc<dyn Collective>,
         tally: &Arc<Tally>,
     ) -> Result<Self, KernelError> {
-        let lane = Arc::new(Lane::new(gpu, rank, name, urgent, tally)?);
+        let lane = Arc::new(Lane::new(gpu, rank, name, urgent)?);
         let track = gpu.poller().track(lane.place());
         let outcomes = engine.outcomes().into();
-        let issuer = Mutex::new(Issuer::new(&lane, &track, engine.clone()));
+        let issuer = Mutex::new(Issuer::new(&lane, &track, engine.clone(), Records::new(gpu, rank, tally)?));
         let (queue, changed, cache) = (Mutex::default(), Condvar::new(), Mutex::default());
         let inner = Inner { name: name.to_owned(), rank, lane, track, queue, changed, cache, engine, outcomes, issuer };
         Ok(Self { inner: Arc::new(inner) })

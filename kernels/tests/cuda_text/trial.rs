@@ -155,7 +155,7 @@ impl Trial {
         machine: &mut Machine,
         aligned: bool,
     ) -> Result<(Vec<HostTensor>, Option<ErrorRecord>), String> {
-        let workspace = lower::workspace_bytes(&self.op, &self.shapes());
+        let workspace = lower::workspace_bytes(&self.launch(|_| 0, 0));
         let steps = lower(&self.launch(|_| 0, workspace), self.accumulate).map_err(|error| error.to_string())?;
         self.run_steps(machine, &steps, aligned, workspace)
     }

@@ -170,7 +170,7 @@ impl Roads<'_> {
             let count = theirs.len() + usize::from(peer == first);
             let mut taken = self.receive_descriptors(&link, count)?.into_iter();
             for (device, descriptor) in theirs.zip(taken.by_ref()) {
-                let arena = Arena::map_peer(descriptor, plan.memory[device].total_bytes, Access::Read)?;
+                let arena = Arena::map_peer(descriptor, plan.memory[device].arena_bytes, Access::Read)?;
                 mapped.insert(device, arena);
             }
             if let Some(descriptor) = taken.next() {
@@ -234,12 +234,12 @@ impl Roads<'_> {
                 pushes = self.hosting.crossing(plan, own, process);
                 mirrors = self.hosting.crossing(plan, process, own);
             }
-            for register in mirrors.keys() {
-                let spec = &plan.spec.registers[register.0 as usize];
-                let landing = self.hosting.landing(plan, *register, own).unwrap_or(self.hosting.own().start);
-                let device = &devices[landing - self.hosting.own().start];
-                let arena = device.arena(spec.slots as usize * spec.slot_bytes)?;
-                memory.insert(*register, RegisterMemory { base: Base { arena, offset: 0 }, stride: spec.slot_bytes });
+            for (register, device, bytes) in self.hosting.mirrors(plan, process) {
+                if mirrors.contains_key(&register) {
+                    let base = Base { arena: devices[device - self.hosting.own().start].arena(bytes)?, offset: 0 };
+                    let stride = plan.spec.registers[register.0 as usize].slot_bytes;
+                    memory.insert(register, RegisterMemory { base, stride });
+                }
             }
             let link = self.link(process, Purpose::Registers { lane: 0 })?;
             let crossing: BTreeSet<RegisterId> = pushes.keys().chain(mirrors.keys()).copied().collect();

@@ -27,6 +27,7 @@ use super::roads::{Roads, Ways};
 use super::{Cluster, ClusterError, ClusterOptions, Transport};
 use crate::checkpoint::{self, Agree};
 use crate::plan::Plan;
+use crate::plan::validate::{self, PlanError};
 use crate::session::SessionError;
 use crate::session::devices::Pipes;
 use crate::session::ending::exit_of;
@@ -223,6 +224,19 @@ impl World {
     /// True when the memory of such devices is to be shared with other processes.
     pub(crate) fn shares_memory(&self, device: DeviceKind) -> bool {
         self.hosting.peers().any(|process| self.roads(device).shares_memory(process))
+    }
+
+    /// Counts the mirrors that this process will have in the memory of its devices.
+    ///
+    /// # Errors
+    /// [`PlanError::Memory`] when they exceed the plan's budget.
+    pub(crate) fn count_mirrors(&self, plan: &mut Plan) -> Result<(), PlanError> {
+        let far = self.hosting.peers().filter(|process| !self.roads(plan.device).shares_memory(*process));
+        let mirrors: Vec<_> = far.flat_map(|process| self.hosting.mirrors(plan, process)).collect();
+        for (_, device, bytes) in mirrors {
+            plan.memory[device].mirror_bytes += bytes;
+        }
+        validate::memory(plan)
     }
 
     /// Whether registers between GPUs take pipes of their own, and not the connections.

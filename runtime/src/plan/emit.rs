@@ -222,22 +222,23 @@ impl Emitter<'_> {
         if idle && !matches!(op, Op::Collective(_)) {
             return;
         }
-        let shapes: Vec<&[usize]> = reads.iter().map(|r| r.shape.as_slice()).collect();
-        let bytes = self.context.device.workspace_bytes(&op, &shapes, self.context.threads);
-        let workspace = (bytes > 0).then(|| self.scratch_buffer(&[bytes.div_ceil(4)]));
+        let mut launch = Launch { op, reads, writes, accumulate, workspace: None };
+        let bytes = self.context.device.workspace_bytes(&launch, self.context.threads);
+        launch.workspace = (bytes > 0).then(|| self.scratch_buffer(&[bytes.div_ceil(4)]));
+        let Launch { reads, writes, workspace, .. } = &launch;
         let index = self.launches.len();
-        for buffer in reads.iter().chain(&writes).chain(&workspace) {
+        for buffer in reads.iter().chain(writes).chain(workspace) {
             if buffer.base == SCRATCH {
                 self.scratch[buffer.offset].last = index;
             }
         }
-        for write in &writes {
+        for write in writes {
             if let Some(port) = write.base.checked_sub(2 + self.inputs.len()) {
                 self.written.insert(port, index + 1);
             }
         }
         self.nodes.push(self.current);
-        self.launches.push(Launch { op, reads, writes, accumulate, workspace });
+        self.launches.push(launch);
     }
 
     fn node(&mut self, node: &Node) {

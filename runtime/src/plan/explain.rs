@@ -149,9 +149,7 @@ impl Plan {
     fn write_memory(&self, out: &mut String) -> fmt::Result {
         writeln!(out, "\nmemory (bytes)")?;
         for (device, memory) in self.memory.iter().enumerate() {
-            let scratch: usize = memory.scratch.values().map(|s| s.1).sum();
-            let (total, fixed, registers) = (memory.total_bytes, memory.fixed_bytes, memory.register_bytes);
-            writeln!(out, "  device {device}: {total} = {fixed} fixed + {registers} in registers + {scratch} scratch")?;
+            writeln!(out, "  device {device}: {} = {}", memory.total_bytes(), memory.sum())?;
         }
         Ok(())
     }

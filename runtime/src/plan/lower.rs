@@ -75,10 +75,11 @@ pub fn lower(graph: Graph, setting: Setting) -> Plan {
             scratch_bytes = scratch_bytes.max(made.scratch_bytes);
             plans.push(made.plan.clone());
         }
-        let total = &mut memory[*device].total_bytes;
-        let start = *total;
-        *total += align(scratch_bytes);
-        memory[*device].scratch.insert(ActorId(index as u32), (start, scratch_bytes));
+        let memory = &mut memory[*device];
+        let start = memory.arena_bytes;
+        memory.arena_bytes += align(scratch_bytes);
+        memory.stream_bytes += setting.device.stream_bytes();
+        memory.scratch.insert(ActorId(index as u32), (start, scratch_bytes));
         let limit =
             stages(&graph).iter().find(|p| graph.placements[**p].index_of(*device).is_some()).map_or(1, |p| flight[*p]);
         let firing = firing(sites, &specs, &setting, limit as usize);
@@ -110,6 +111,7 @@ pub fn lower(graph: Graph, setting: Setting) -> Plan {
         schedule: setting.schedule,
         threads_per_device: setting.threads_per_device,
         device: setting.device,
+        memory_bytes: None,
         in_flight: flight,
     }
 }

@@ -106,7 +106,7 @@ pub fn lay_out(graph: &Graph, assignment: &Assignment, slots: &[u32], devices: u
     let mut fixed = BTreeMap::new();
     for ((device, var), home) in &assignment.homes {
         if *home == Home::Fixed {
-            let total = &mut memory[*device].total_bytes;
+            let total = &mut memory[*device].arena_bytes;
             fixed.insert((*device, *var), *total);
             *total = align(*total + local_bytes(graph, *var, *device));
             memory[*device].fixed_bytes = *total;
@@ -118,8 +118,8 @@ pub fn lay_out(graph: &Graph, assignment: &Assignment, slots: &[u32], devices: u
         let (within_slot, stride) = slot_offsets(graph, &register.tensors, device);
         offsets.push(within_slot);
         let memory = &mut memory[device];
-        places.push(RegisterPlace { device, offset: memory.total_bytes, stride });
-        memory.total_bytes += stride * *slots as usize;
+        places.push(RegisterPlace { device, offset: memory.arena_bytes, stride });
+        memory.arena_bytes += stride * *slots as usize;
         memory.register_bytes += stride * *slots as usize;
     }
     for ((device, var), home) in &assignment.homes {

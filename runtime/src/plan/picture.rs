@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::fmt::{self, Write};
 
 use crate::graph::NodeOp;
-use crate::plan::Plan;
+use crate::plan::{DeviceMemory, Plan};
 
 /// Sizes of the picture, pixels.
 const BOX: (usize, usize) = (190, 46);
@@ -60,7 +60,7 @@ impl Plan {
     fn write_dot(&self, out: &mut String) -> fmt::Result {
         writeln!(out, "digraph plan {{\n  rankdir=LR; node [shape=box, fontname=\"sans-serif\"];")?;
         for device in 0..self.memory.len() {
-            let bytes = size(self.memory[device].total_bytes as u64);
+            let bytes = size(self.memory[device].total_bytes() as u64);
             writeln!(out, "  subgraph cluster_{device} {{ label=\"device {device}, {bytes}\";")?;
             for (index, actor) in self.spec.actors.iter().enumerate().filter(|(_, actor)| actor.device == device) {
                 let actions: Vec<String> =
@@ -152,19 +152,22 @@ impl Plan {
     }
 
     fn write_memory_bars(&self, out: &mut String) -> fmt::Result {
-        writeln!(out, "<h2>Memory</h2><table><tr><th>device<th>all<th>fixed<th>in registers<th>scratch<th>")?;
-        let most = self.memory.iter().map(|m| m.total_bytes).max().unwrap_or(1).max(1);
+        let names = self.memory.first().map(DeviceMemory::parts).unwrap_or_default();
+        write!(out, "<h2>Memory</h2><table><tr><th>device<th>all")?;
+        names.iter().try_for_each(|(name, _)| write!(out, "<th>{name}"))?;
+        writeln!(out, "<th>")?;
+        let most = self.memory.iter().map(DeviceMemory::total_bytes).max().unwrap_or(1).max(1);
         for (device, memory) in self.memory.iter().enumerate() {
-            let scratch: usize = memory.scratch.values().map(|s| s.1).sum();
-            let parts = [("fixed", memory.fixed_bytes), ("registers", memory.register_bytes), ("scratch", scratch)];
-            write!(out, "<tr><td>{device}<td>{}", memory.total_bytes)?;
+            let parts = memory.parts();
+            write!(out, "<tr><td>{device}<td>{}", memory.total_bytes())?;
             parts.iter().try_for_each(|(_, bytes)| write!(out, "<td>{bytes}"))?;
             write!(out, "<td class=bar>")?;
             for (name, bytes) in parts {
-                let percent = bytes as f64 * 100.0 / most as f64;
+                let (percent, class) =
+                    (bytes as f64 * 100.0 / most as f64, name.split(' ').next_back().unwrap_or(name));
                 write!(
                     out,
-                    "<i class={name} style=\"width:{percent:.2}%\" title=\"{name}: {}\"></i>",
+                    "<i class={class} style=\"width:{percent:.2}%\" title=\"{name}: {}\"></i>",
                     size(bytes as u64)
                 )?;
             }
@@ -197,14 +200,14 @@ impl Plan {
 }
 
 const STYLE: &str = "\
-:root{color-scheme:light dark;--line:#8884;--box:#8881;--fixed:#4c78a8;--registers:#f58518;--scratch:#54a24b}\
+:root{color-scheme:light dark;--line:#8884;--box:#8881;--fixed:#4c78a8;--registers:#f58518;--scratch:#54a24b;--streams:#b279a2}\
 body{font:15px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:70rem;padding:0 1rem}\
 table{border-collapse:collapse;display:block;overflow-x:auto}td,th{padding:.2rem .8rem .2rem 0;text-align:left;\
 border-bottom:1px solid var(--line);font-variant-numeric:tabular-nums}.scroll{overflow-x:auto}\
 rect{fill:var(--box);stroke:currentColor}text{fill:currentColor;font-size:13px}.small{font-size:10px;opacity:.75}\
 .device{font-weight:600}.edge{fill:none;stroke:#4c78a8;opacity:.7}.edge:hover{stroke:#e45756;opacity:1}marker path{fill:#4c78a8}\
 .bar{width:24rem;white-space:nowrap}.bar i{display:inline-block;height:1em}.fixed{background:var(--fixed)}\
-.registers{background:var(--registers)}.scratch{background:var(--scratch)}pre{overflow-x:auto}";
+.registers{background:var(--registers)}.scratch{background:var(--scratch)}.streams,.mirrors{background:var(--streams)}pre{overflow-x:auto}";
 
 /// What text is in HTML.
 fn escaped(text: &str) -> String {
@@ -266,7 +269,7 @@ mod tests {
                 assert!(dot.contains(&register.name) && html.contains(&escaped(&register.name)), "{}", register.name);
             }
             for memory in &plan.memory {
-                assert!(html.contains(&format!("<td>{}<td>{}", memory.total_bytes, memory.fixed_bytes)), "{mesh}");
+                assert!(html.contains(&format!("<td>{}<td>{}", memory.total_bytes(), memory.fixed_bytes)), "{mesh}");
             }
             assert!(html.contains(&escaped(&plan.explain())) && !html.contains("<script"));
         }

@@ -54,7 +54,7 @@ fn plans_of_many_meshes_are_valid_and_always_the_same() {
         for micro_batches in [1, 4] {
             for schedule in SCHEDULES {
                 let plan = gpt(mesh, micro_batches, schedule);
-                validate(&plan, None).unwrap_or_else(|e| panic!("mesh {mesh}, {micro_batches}: {e}"));
+                validate(&plan).unwrap_or_else(|e| panic!("mesh {mesh}, {micro_batches}: {e}"));
             }
         }
         let (plan, again) = (gpt(mesh, 2, Schedule::OneFOneB), gpt(mesh, 2, Schedule::OneFOneB));
@@ -68,7 +68,7 @@ fn plans_of_many_meshes_are_valid_and_always_the_same() {
 fn refused(mesh: &str, schedule: Schedule, break_it: impl FnOnce(&mut Plan), expect: Expect) {
     let mut plan = gpt(mesh, 4, schedule);
     break_it(&mut plan);
-    let error = validate(&plan, None).expect_err("the plan is broken");
+    let error = validate(&plan).expect_err("the plan is broken");
     expect.assert_eq(&error.to_string());
 }
 
@@ -188,7 +188,7 @@ fn parts_of_an_arena_that_overlap_are_refused() {
             "device 0: register 'device 0 forward/dropout.6 (+29)' ends at byte 42112, past the start of register 'device 0 parameters/h.0.ln1.weight (+15)' at byte 35200"
         ],
     );
-    let cut = |plan: &mut Plan| plan.memory[1].total_bytes -= 64;
+    let cut = |plan: &mut Plan| plan.memory[1].arena_bytes -= 64;
     refused(
         "stage=2",
         Schedule::OneFOneB,

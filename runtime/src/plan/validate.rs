@@ -70,12 +70,12 @@ const STEPS: u32 = 2;
 ///
 /// # Errors
 /// The first that fails.
-pub fn validate(plan: &Plan, memory_bytes: Option<usize>) -> Result<(), PlanError> {
+pub fn validate(plan: &Plan) -> Result<(), PlanError> {
     collective_order::check(plan).map_err(PlanError::CollectiveOrder)?;
     bounds(plan)?;
     disjoint(plan)?;
     decisions(plan)?;
-    memory(plan, memory_bytes)?;
+    memory(plan)?;
     let spec = Arc::new(plan.spec.clone());
     let liveness = |e: SimulationError| PlanError::Liveness(e.to_string());
     simulate(&spec, &Timing::uniform(&spec, 1, 0), &Options::steps(STEPS)).map_err(liveness)?;
@@ -101,18 +101,17 @@ fn decisions(plan: &Plan) -> Result<(), PlanError> {
     Ok(())
 }
 
-fn memory(plan: &Plan, memory_bytes: Option<usize>) -> Result<(), PlanError> {
-    let Some(budget) = memory_bytes else { return Ok(()) };
-    if plan.memory.iter().all(|m| m.total_bytes <= budget) {
+/// No device needs more than the plan's budget.
+///
+/// # Errors
+/// [`PlanError::Memory`].
+pub fn memory(plan: &Plan) -> Result<(), PlanError> {
+    let Some(budget) = plan.memory_bytes else { return Ok(()) };
+    if plan.memory.iter().all(|m| m.total_bytes() <= budget) {
         return Ok(());
     }
-    let row = |(device, m): (usize, &DeviceMemory)| {
-        let scratch: usize = m.scratch.values().map(|s| s.1).sum();
-        format!(
-            "  device {device}: {} bytes = {} fixed + {} in registers + {scratch} scratch\n",
-            m.total_bytes, m.fixed_bytes, m.register_bytes
-        )
-    };
+    let row =
+        |(device, m): (usize, &DeviceMemory)| format!("  device {device}: {} bytes = {}\n", m.total_bytes(), m.sum());
     Err(PlanError::Memory { budget, table: plan.memory.iter().enumerate().map(row).collect() })
 }
 
@@ -121,7 +120,7 @@ fn disjoint(plan: &Plan) -> Result<(), PlanError> {
     let ends = |m: &DeviceMemory| {
         vec![
             (0, m.fixed_bytes, "fixed tensors".to_string()),
-            (m.total_bytes, usize::MAX, "the end of the arena".into()),
+            (m.arena_bytes, usize::MAX, "the end of the arena".into()),
         ]
     };
     let mut parts: Vec<Vec<(usize, usize, String)>> = plan.memory.iter().map(ends).collect();
@@ -152,7 +151,7 @@ fn bounds(plan: &Plan) -> Result<(), PlanError> {
         for (action, spec) in actions.iter().zip(&actor.actions) {
             let memory = &plan.memory[actor.device];
             let size = |base: usize| match action.bases[base] {
-                BaseKey::Fixed => memory.total_bytes,
+                BaseKey::Fixed => memory.arena_bytes,
                 BaseKey::Scratch => {
                     let id = ActorId(index as u32);
                     memory.scratch.get(&id).map_or(0, |s| s.1)

@@ -105,6 +105,17 @@ impl Hosting {
         readers.iter().map(|reader| device(reader.actor)).find(|device| self.process_of(*device) == to)
     }
 
+    /// Registers that `from` produces and that are read here: each with the device where its mirror lies, and the mirror's
+    /// bytes.
+    pub fn mirrors(&self, plan: &Plan, from: u32) -> Vec<(RegisterId, usize, usize)> {
+        let mirror = |register: RegisterId| {
+            let spec = &plan.spec.registers[register.0 as usize];
+            let landing = self.landing(plan, register, self.process)?;
+            Some((register, landing, spec.slots as usize * spec.slot_bytes))
+        };
+        self.crossing(plan, from, self.process).into_keys().filter_map(mirror).collect()
+    }
+
     /// The registers whose bytes cross processes, by the devices where they are made and land. Of all processes.
     pub fn crossing_pairs(&self, plan: &Plan) -> BTreeMap<(usize, usize), Vec<RegisterId>> {
         let mut out: BTreeMap<(usize, usize), Vec<RegisterId>> = BTreeMap::new();

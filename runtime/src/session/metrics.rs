@@ -111,9 +111,9 @@ pub struct DeviceMetrics {
     /// What was in use at once so far, bytes: fixed tensors, the scratch of streams that have worked, and of each register
     /// the most slots that were held at one time.
     pub measured_peak_bytes: usize,
-    /// Bytes in arenas.
+    /// What is allocated on it, bytes.
     pub allocated_bytes: usize,
-    /// Arenas made so far; does not grow after the start.
+    /// Allocations so far; does not grow after the start.
     pub allocations: usize,
     /// Bytes that collectives brought in from other devices.
     pub collective_bytes: u64,
@@ -201,7 +201,7 @@ impl Snapshots {
         }
         let devices = self.devices.iter().map(|device| DeviceMetrics {
             device: device.rank(),
-            planned_peak_bytes: plan.memory[device.rank()].total_bytes,
+            planned_peak_bytes: plan.memory[device.rank()].total_bytes(),
             measured_peak_bytes: measured[device.rank()],
             allocated_bytes: device.bytes_allocated(),
             allocations: device.allocation_count(),

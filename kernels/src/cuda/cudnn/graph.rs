@@ -87,9 +87,6 @@ pub(super) struct Graph {
     pub(super) summed: Option<(usize, usize)>,
 }
 
-/// Tensors in the workspace start at multiples of this.
-const SCRATCH_ALIGNMENT: usize = 256;
-
 impl Graph {
     /// The graph of a launch.
     pub(super) fn of(flash: &Flash) -> Self {
@@ -147,7 +144,7 @@ impl Builder {
     /// Room in the workspace for floats.
     fn scratch(&mut self, floats: i64) -> Home {
         let start = self.graph.scratch_bytes;
-        self.graph.scratch_bytes = (start + floats as usize * size_of::<f32>()).next_multiple_of(SCRATCH_ALIGNMENT);
+        self.graph.scratch_bytes = (start + floats as usize * size_of::<f32>()).next_multiple_of(Flash::ALIGNMENT);
         Home::Scratch(start)
     }
 

@@ -44,8 +44,6 @@ pub(super) struct Plan {
     /// What the plan refers to.
     _parts: Vec<Descriptor>,
     graph: Graph,
-    /// Of cuDNN's own, behind the graph's.
-    workspace_bytes: usize,
 }
 
 impl Plan {
@@ -78,7 +76,7 @@ impl Plan {
                 Ok((plan, workspace_bytes)) if graph.scratch_bytes + workspace_bytes <= bytes_max => {
                     let parts = [builder.parts, tensors, nodes, vec![whole], configurations];
                     let _parts = parts.into_iter().flatten().collect();
-                    return Ok(Self { plan, _parts, graph, workspace_bytes });
+                    return Ok(Self { plan, _parts, graph });
                 }
                 Ok((_, bytes)) => {
                     let (most, got) = (format!("at most {bytes_max} bytes"), graph.scratch_bytes + bytes);
@@ -91,15 +89,10 @@ impl Plan {
         Err(refused.unwrap_or_else(none))
     }
 
-    /// Of the stream's workspace.
-    pub(super) fn bytes(&self) -> usize {
-        self.graph.scratch_bytes + self.workspace_bytes
-    }
-
     /// Puts it on the handle's stream; false, and nothing is done, where an address is not aligned as it must be.
     ///
     /// `at` gives the addresses of the launch's buffers, which are of device memory that holds them and lives until the
-    /// stream has come past; so is `workspace`, with [`Plan::bytes`].
+    /// stream has come past; so is `workspace`, of as many bytes as the plan was made with at most.
     pub(super) fn execute(
         &self,
         api: &'static Api,

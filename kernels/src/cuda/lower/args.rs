@@ -40,8 +40,7 @@ impl<'a> Args<'a> {
         if sum.is_some_and(|i| launch.writes[i].dtype == DType::BF16) {
             return Err(args.refused("accumulate", "a sum of type F32, which keeps what is small", "BF16"));
         }
-        let shapes: Vec<&[usize]> = launch.reads.iter().map(|read| &read.shape[..]).collect();
-        let needed = super::workspace_bytes(&launch.op, &shapes);
+        let needed = super::workspace_bytes(launch);
         let given = launch.workspace.as_ref().map_or(0, |b| element_count(&b.shape) * b.dtype.bytes());
         if needed > given {
             return Err(args.refused("workspace", format!("{needed} bytes"), format!("{given} bytes")));

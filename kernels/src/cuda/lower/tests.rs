@@ -13,12 +13,18 @@ fn launch(op: Op, reads: &[&[usize]], ints: &[usize], writes: &[&[usize]]) -> La
         offset += 64;
         Buffer { base: 0, offset, shape: shape.to_vec(), dtype }
     };
-    let floats = workspace_bytes(&op, reads) / 4;
     let dtype = |i| if ints.contains(&i) { DType::I32 } else { DType::F32 };
     let reads = reads.iter().enumerate().map(|(i, shape)| buffer(shape, dtype(i))).collect();
     let writes = writes.iter().map(|shape| buffer(shape, DType::F32)).collect();
-    let workspace = (floats > 0).then(|| buffer(&[floats], DType::F32));
-    Launch { op, reads, writes, accumulate: false, workspace }
+    with_workspace(Launch { op, reads, writes, accumulate: false, workspace: None })
+}
+
+/// With the workspace that its buffers, of their types, ask for.
+fn with_workspace(mut launch: Launch) -> Launch {
+    let floats = workspace_bytes(&launch) / 4;
+    let buffer = Buffer { base: 0, offset: 1 << 20, shape: vec![floats], dtype: DType::F32 };
+    launch.workspace = (floats > 0).then_some(buffer);
+    launch
 }
 
 /// A launch of each op on `rows` rows of `width` elements; attention has heads of that depth.
@@ -126,7 +132,7 @@ fn mixtures(launch: Launch) -> Vec<Launch> {
         // A copy changes no type, and a cast does.
         let same = launch.reads.first().map(|read| read.dtype) == Some(launch.writes[0].dtype);
         let fitting = if is_copy { same } else { !same || !matches!(launch.op, Op::Cast) };
-        all.extend(fitting.then_some(launch));
+        all.extend(fitting.then_some(with_workspace(launch)));
     }
     all
 }
