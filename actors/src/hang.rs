@@ -4,8 +4,8 @@
 //! Piece numbers tell what was lost: a reader that waits for a piece which its producer has published never heard of it, and a
 //! producer that waits for a slot which its reader has released never heard of that.
 
-use std::collections::{BTreeMap, HashSet};
-use std::fmt;
+use std::collections::{BTreeMap, BTreeSet, HashSet};
+use std::{fmt, iter};
 
 use crate::protocol::{Missing, Waiting};
 use crate::snapshot::ActorSnapshot;
@@ -22,6 +22,8 @@ pub type CollectiveWait = (u32, usize, usize);
 pub struct Hang {
     /// What everything waits for in the end.
     pub root: Root,
+    /// More of the same kind, of which each may be the cause.
+    pub also: Vec<Root>,
     /// From an action that has not fired enough to the root. In a cycle each waits for the next, and the last for the first.
     pub chain: Vec<Link>,
     text: String,
@@ -82,6 +84,13 @@ impl Root {
         }
     }
 
+    fn process(&self) -> Option<u32> {
+        match self {
+            Self::Process { process, .. } => Some(*process),
+            _ => None,
+        }
+    }
+
     fn describe(&self, spec: &Spec) -> String {
         let name = |at: &Reader| spec.action_name(at.actor, at.action);
         match self {
@@ -98,7 +107,10 @@ impl Root {
             }
             Self::Firing(at) => format!("{} has not ended, and waits for nobody", name(at)),
             Self::Collective(at) => format!("{} has not ended, in a collective that all members have begun", name(at)),
-            Self::Silent(actor) => format!("{} does not answer", spec.actors[actor.0 as usize].name),
+            Self::Silent(actor) => {
+                let name = &spec.actors[actor.0 as usize].name;
+                format!("{name} does not answer: its thread is held up, as by a call of its device's driver")
+            }
             Self::Process { process, actor } => {
                 format!("rank {process} is waited for, by or for {}", spec.actors[actor.0 as usize].name)
             }
@@ -165,10 +177,13 @@ impl Hang {
 
     /// The process that is waited for, where the cause lies with another one.
     pub fn process(&self) -> Option<u32> {
-        match self.root {
-            Root::Process { process, .. } => Some(process),
-            _ => None,
-        }
+        self.root.process()
+    }
+
+    /// All other processes that may be the cause, each once.
+    pub fn processes(&self) -> Vec<u32> {
+        let all: BTreeSet<u32> = iter::once(&self.root).chain(&self.also).filter_map(Root::process).collect();
+        all.into_iter().collect()
     }
 }
 
@@ -205,7 +220,7 @@ pub fn explain(scene: Scene<'_>, steps: u64) -> Option<Hang> {
         while let Some((root, chain)) = search.next_root(at) {
             let rank = first.as_ref().map_or(u8::MAX, |hang| hang.root.rank());
             if root.rank() < rank {
-                first = Some(Hang { root, chain, text: String::new() });
+                first = Some(Hang { root, also: Vec::new(), chain, text: String::new() });
                 also.clear();
             } else if root.rank() == rank && !also.contains(&root) {
                 also.push(root);
@@ -224,6 +239,7 @@ pub fn explain(scene: Scene<'_>, steps: u64) -> Option<Hang> {
             format!("{}{}{chain}", root.describe(spec), others.collect::<String>())
         }
     };
+    hang.also = also;
     Some(hang)
 }
 
@@ -258,14 +274,15 @@ impl<'a> Search<'a> {
         Self { scene, steps, snapshots, seen: HashSet::new(), path: Vec::new() }
     }
 
-    /// Actions of this process with firings left.
+    /// Actions of this process with firings left, as far as is known here.
     fn unfinished(&self) -> Vec<Reader> {
-        let actions = |actor: &ActorId| 0..self.scene.spec.actors[actor.0 as usize].actions.len() as u32;
-        let all = self.snapshots.keys().flat_map(|&actor| actions(&actor).map(move |action| Reader { actor, action }));
+        let actors = self.scene.spec.actors.iter().zip(0..).map(|(actor, a)| (ActorId(a), actor.actions.len() as u32));
+        let here = actors.filter(|(actor, _)| (self.scene.process_of)(*actor).is_none());
+        let all = here.flat_map(|(actor, actions)| (0..actions).map(move |action| Reader { actor, action }));
         all.filter(|at| self.is_unfinished(at)).collect()
     }
 
-    /// Of another process's action nobody here knows.
+    /// Of an actor that does not answer, and of other processes', nobody here knows.
     fn is_unfinished(&self, at: &Reader) -> bool {
         let per_step = self.scene.spec.actors[at.actor.0 as usize].actions[at.action as usize].per_step;
         let completed = self.snapshots.get(&at.actor).map(|snapshot| snapshot.completed(at.action));

@@ -416,7 +416,17 @@ impl Control {
         }
     }
 
-    /// Why nothing moves, if that is so; `None` when no step is under way, or the session is gone.
+    /// Nanoseconds since anything moved: an actor took in a message, a token or the end of a firing.
+    pub fn idle_ns(&self) -> Option<u64> {
+        self.0.upgrade().map(|session| session.idle_ns())
+    }
+
+    /// True while firings are left of a step that the program has begun.
+    pub fn is_under_way(&self) -> bool {
+        self.0.upgrade().is_some_and(|session| session.outstanding())
+    }
+
+    /// Why nothing moves, if that is so; `None` when something does, no step is under way, or the session is gone.
     pub fn hang(&self) -> Option<Hang> {
         self.0.upgrade()?.explain().0
     }

@@ -24,6 +24,8 @@ use crate::trace::Ring;
 
 /// How long a state is waited for; actors never block, so only an actor that is gone takes longer.
 const SNAPSHOT_TIMEOUT: Duration = Duration::from_secs(2);
+/// Times that states are taken again because something moved meanwhile.
+const SNAPSHOT_TRIES: u32 = 3;
 
 const IDLE: u32 = u32::MAX;
 
@@ -46,6 +48,8 @@ pub(crate) struct Session {
     clocks: Clocks,
     /// Counts every event that an actor takes in.
     progress: AtomicU64,
+    /// When it last did, nanoseconds from the start.
+    progressed_ns: AtomicU64,
     /// Index of the action in flight, or `IDLE`; by actor.
     in_flight: Vec<AtomicU32>,
     /// Firings ended, by actor and action. Counted one by one: what follows from a peer that is a step ahead fires early, and
@@ -102,6 +106,7 @@ impl Session {
             host_waits_for: AtomicI64::new(-1),
             step_p99_ns: AtomicU64::new(0),
             progress: AtomicU64::new(0),
+            progressed_ns: AtomicU64::new(0),
             clocks: Clocks::default(),
             in_flight: spec.actors.iter().map(|_| AtomicU32::new(IDLE)).collect(),
             completed: spec.actors.iter().map(|a| a.actions.iter().map(|_| AtomicU64::new(0)).collect()).collect(),
@@ -182,8 +187,14 @@ impl Session {
         self.state().first.clone()
     }
 
-    pub(crate) fn progressed(&self) {
+    pub(crate) fn progressed(&self, now_ns: u64) {
+        self.progressed_ns.store(now_ns, Ordering::Relaxed);
         self.progress.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Nanoseconds since any actor took an event in.
+    pub(crate) fn idle_ns(&self) -> u64 {
+        self.now_ns().saturating_sub(self.progressed_ns.load(Ordering::Relaxed))
     }
 
     pub(crate) fn progress(&self) -> u64 {
@@ -301,9 +312,18 @@ impl Session {
         snapshots
     }
 
-    /// Why nothing moves; and who waits for which register of whom, and who has a launch in flight.
+    /// Why nothing moves, if nothing does; and who waits for which register of whom, and who has a launch in flight.
     pub(crate) fn explain(&self) -> (Option<Hang>, String) {
-        let (snapshots, collectives) = (self.snapshot(), self.collective_waits());
+        // States that were taken while something moved tell of messages under way as if they were lost.
+        let mut tries = 0..SNAPSHOT_TRIES;
+        let (snapshots, collectives, is_still) = loop {
+            let before = self.progress();
+            let (snapshots, collectives) = (self.snapshot(), self.collective_waits());
+            let is_still = self.progress() == before;
+            if is_still || tries.next().is_none() {
+                break (snapshots, collectives, is_still);
+            }
+        };
         let process_of = |actor| self.bus.remote().process_of(actor);
         let scene = Scene {
             spec: &self.spec,
@@ -313,7 +333,8 @@ impl Session {
             host_waits_for: u32::try_from(self.host_waits_for.load(Ordering::Relaxed)).ok(),
             process_of: &process_of,
         };
-        let hang = hang::explain(scene, self.begun.load(Ordering::Acquire));
+        let is_stuck = is_still && self.outstanding();
+        let hang = is_stuck.then(|| hang::explain(scene, self.begun.load(Ordering::Acquire))).flatten();
         let texts = snapshots.iter().map(|s| s.waiting.describe(&self.spec));
         (hang, texts.filter(|t| !t.is_empty()).collect::<Vec<_>>().join("\n"))
     }

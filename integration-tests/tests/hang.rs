@@ -122,7 +122,7 @@ fn step(session: &mut Session) {
 fn whoever_asks_is_told_the_cause_and_the_way_to_it() {
     within(120, || {
         let watch = Watch::listen("127.0.0.1:0".parse().expect("an address")).expect("a server");
-        let ask = || client::explain_hang(watch.address()).expect("a session").pop().expect("a report");
+        let ask = || client::explain_hang(watch.address()).expect("a session").reports.pop().expect("a report");
         assert!(client::explain_hang(watch.address()).expect_err("no session").to_string().contains("503"));
         // The mesh; where the shard's rows (of a micro-batch) and columns begin that the gate is in; and who is held up.
         for (mesh, row, column, culprit) in [
@@ -155,7 +155,7 @@ fn whoever_asks_is_told_the_cause_and_the_way_to_it() {
                     assert!(Instant::now() < until, "{mesh}: {report}");
                     thread::yield_now();
                 };
-                assert_eq!((report.process, report.elsewhere), (0, None));
+                assert_eq!((report.process, &report.elsewhere[..]), (0, &[][..]));
                 assert!(report.chain.last().is_none_or(|(_, what)| what.contains(&culprit[..8])), "{report}");
                 let status = client::status(watch.address()).expect("a session");
                 let held = status.actors.iter().find(|actor| culprit.starts_with(&actor.name)).expect("an actor");

@@ -147,7 +147,10 @@ fn an_actor_that_does_not_answer_is_the_cause_here_and_its_process_is_elsewhere(
     };
     let hang = explain(scene(&|_| None), 1).expect("nothing has fired");
     assert_eq!(hang.root, Root::Silent(ActorId(0)), "{hang}");
-    let hang = explain(scene(&|actor| (actor == ActorId(0)).then_some(7)), 1).expect("nothing has fired");
+    let nobody = Scene { snapshots: &[], ..scene(&|_| None) };
+    let hang = explain(nobody, 1).expect("whoever is silent has not said that it is done");
+    assert_eq!((hang.root, hang.also.len()), (Root::Silent(ActorId(0)), spec.actors.len() - 1), "{hang}");
+    let hang = explain(scene(&|actor| (actor != ActorId(1)).then_some(7)), 1).expect("nothing has fired");
     assert_eq!((hang.root, hang.process()), (Root::Process { process: 7, actor: ActorId(0) }, Some(7)), "{hang}");
 }
 

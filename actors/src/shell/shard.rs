@@ -80,8 +80,8 @@ impl Shard {
     }
 
     fn event(&mut self, event: Event) -> Result<(), Failure> {
-        self.session.progressed();
         let now_ns = self.session.now_ns();
+        self.session.progressed(now_ns);
         let mut effects = std::mem::take(&mut self.effects);
         self.protocol.apply(event, &mut effects).map_err(|e| self.refused(event, e))?;
         if let (Event::Signal { .. }, Some(fired)) = (event, &mut self.flying) {

@@ -264,10 +264,7 @@ fn run_status(at: SocketAddr, json: bool) -> Exit {
 #[cfg(feature = "watch")]
 fn run_explain_hang(at: SocketAddr) -> Exit {
     match client::explain_hang(at) {
-        Ok(reports) => {
-            let text: String = reports.iter().map(ToString::to_string).collect();
-            print(text.trim_end()).unwrap_or(Exit::Done)
-        }
+        Ok(explained) => print(explained.to_string().trim_end()).unwrap_or(Exit::Done),
         Err(error) => fail(error.exit(), error),
     }
 }

@@ -197,7 +197,17 @@ impl Observer {
         self.control.now_ns()
     }
 
-    /// What everything waits for now, if a step is under way.
+    /// Nanoseconds since anything moved; `None` once the session has ended.
+    pub fn idle_ns(&self) -> Option<u64> {
+        self.control.idle_ns()
+    }
+
+    /// True while a step that the program has begun is not done.
+    pub fn is_under_way(&self) -> bool {
+        self.control.is_under_way()
+    }
+
+    /// What everything waits for now, if a step is under way and nothing moves.
     pub fn hang(&self) -> Option<Hang> {
         self.control.hang()
     }

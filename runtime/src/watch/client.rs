@@ -1,5 +1,6 @@
 //! Asks the servers of a running job, for `shardflow status` and `shardflow explain-hang`. Imports `watch::status`, `exit`.
 
+use std::collections::BTreeSet;
 use std::fmt;
 use std::io::{self, Read, Write};
 use std::net::{SocketAddr, TcpStream};
@@ -54,26 +55,29 @@ pub struct HangReport {
     pub process: u32,
     /// How many there are.
     pub processes: u32,
-    /// Since a firing began or ended.
+    /// Since anything moved.
     pub idle_seconds: f64,
-    /// What everything waits for in the end; `None` between steps.
+    /// Whether a step is under way.
+    pub is_under_way: bool,
+    /// What everything waits for in the end; `None` between steps, and while something moves.
     pub cause: Option<String>,
-    /// The process where the cause lies, if it is another one.
-    pub elsewhere: Option<u32>,
+    /// The other processes where the cause may lie.
+    pub elsewhere: Vec<u32>,
     /// Who waits, and for what, down to the cause.
     pub chain: Vec<(String, String)>,
 }
 
 impl HangReport {
     pub(super) fn of(observer: &Observer) -> Option<Self> {
-        let idle_seconds = Status::of(observer)?.idle_seconds;
+        let idle_seconds = observer.idle_ns()? as f64 * 1e-9;
         let (spec, hosting, hang) = (&observer.plan().spec, observer.hosting(), observer.hang());
         Some(Self {
             process: hosting.process,
             processes: hosting.processes,
             idle_seconds,
+            is_under_way: observer.is_under_way(),
             cause: hang.as_ref().map(|hang| hang.cause(spec)),
-            elsewhere: hang.as_ref().and_then(|hang| hang.process()),
+            elsewhere: hang.as_ref().map_or_else(Vec::new, |hang| hang.processes()),
             chain: hang.map_or_else(Vec::new, |hang| hang.steps(spec)),
         })
     }
@@ -87,7 +91,15 @@ impl fmt::Display for HangReport {
         }
         match &self.cause {
             Some(cause) => writeln!(f, "  {cause}"),
+            None if self.is_under_way => writeln!(f, "  a step is under way, and moves"),
             None => writeln!(f, "  no step is under way"),
+        }?;
+        match self.elsewhere.as_slice() {
+            [] | [_] => Ok(()),
+            several => {
+                let ranks = several.iter().map(|rank| format!("rank {rank}")).collect::<Vec<_>>();
+                writeln!(f, "  which of them is late is not known here: {}", ranks.join(", "))
+            }
         }
     }
 }
@@ -100,25 +112,53 @@ pub fn status(address: SocketAddr) -> Result<Status, AskError> {
     ask(address, "/status")
 }
 
-/// What the session at an address waits for, and after it those of the processes where the cause is said to lie: process `n` is
-/// asked on the `n`-th port from the first.
+/// What was answered, and by whom nothing.
+#[derive(Debug)]
+pub struct Explained {
+    /// In the order in which they were asked: the first, then those where the cause may lie.
+    pub reports: Vec<HangReport>,
+    /// Processes that are waited for and could not be asked.
+    pub unasked: Vec<(u32, AskError)>,
+}
+
+impl fmt::Display for Explained {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.reports.iter().try_for_each(|report| write!(f, "{report}"))?;
+        self.unasked.iter().try_for_each(|(rank, error)| writeln!(f, "rank {rank} could not be asked: {error}"))
+    }
+}
+
+/// What the session at an address waits for, and all processes where the cause may lie: process `n` is asked on the `n`-th port
+/// from the first.
 ///
 /// # Errors
 /// When nobody answers at the first address.
-pub fn explain_hang(first: SocketAddr) -> Result<Vec<HangReport>, AskError> {
-    let mut reports: Vec<HangReport> = vec![ask(first, "/hang")?];
-    let own = reports[0].process;
-    while let Some(next) = reports.last().and_then(|report| report.elsewhere) {
-        let port = (i64::from(first.port()) + i64::from(next) - i64::from(own)).try_into();
-        let Ok(port) = port else { break };
-        // One that does not answer is all that can be said of it, and the one before has named it.
-        let Ok(report) = ask::<HangReport>(SocketAddr::new(first.ip(), port), "/hang") else { break };
-        if report.process != next || reports.iter().any(|known| known.process == next) {
-            break;
+pub fn explain_hang(first: SocketAddr) -> Result<Explained, AskError> {
+    let own: HangReport = ask(first, "/hang")?;
+    let (mut known, process) = (BTreeSet::from([own.process]), own.process);
+    let mut explained = Explained { reports: vec![own], unasked: Vec::new() };
+    let mut asked = 0;
+    while let Some(report) = explained.reports.get(asked) {
+        asked += 1;
+        for next in report.elsewhere.clone().into_iter().filter(|next| known.insert(*next)) {
+            match ask_process(first, process, next) {
+                Ok(report) => explained.reports.push(report),
+                Err(error) => explained.unasked.push((next, error)),
+            }
         }
-        reports.push(report);
     }
-    Ok(reports)
+    Ok(explained)
+}
+
+fn ask_process(first: SocketAddr, own: u32, process: u32) -> Result<HangReport, AskError> {
+    let port = i64::from(first.port()) + i64::from(process) - i64::from(own);
+    // Port 0 is nobody's, and says so.
+    let address = SocketAddr::new(first.ip(), port.try_into().unwrap_or(0));
+    let report: HangReport = ask(address, "/hang")?;
+    if report.process == process {
+        return Ok(report);
+    }
+    Err(AskError::Answer { address, path: "/hang", answer: format!("it is rank {} of a job", report.process) })
 }
 
 fn ask<T: DeserializeOwned>(address: SocketAddr, path: &'static str) -> Result<T, AskError> {
@@ -139,4 +179,57 @@ fn get(address: SocketAddr, path: &str) -> io::Result<String> {
     let mut text = String::new();
     stream.take(ANSWER_BYTES_MAX).read_to_string(&mut text)?;
     Ok(text)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::BufRead;
+    use std::net::TcpListener;
+    use std::thread;
+
+    use super::*;
+
+    /// So many listeners on ports in a row.
+    fn in_a_row(count: u16) -> Vec<TcpListener> {
+        loop {
+            let first = TcpListener::bind("127.0.0.1:0").expect("a port");
+            let port = first.local_addr().expect("bound").port();
+            let more = (1..count).map(|n| TcpListener::bind(("127.0.0.1", port.checked_add(n)?)).ok());
+            if let Some(more) = more.collect::<Option<Vec<_>>>() {
+                return std::iter::once(first).chain(more).collect();
+            }
+        }
+    }
+
+    /// Answers once.
+    fn serve(listener: TcpListener, report: HangReport) {
+        thread::spawn(move || {
+            let (mut stream, _) = listener.accept().expect("a client");
+            let request = io::BufReader::new(&stream).lines().map_while(Result::ok).take_while(|line| !line.is_empty());
+            assert!(request.count() > 0);
+            let body = serde_json::to_string(&report).expect("JSON");
+            write!(stream, "HTTP/1.0 200 OK\r\n\r\n{body}").expect("it reads");
+        });
+    }
+
+    fn report(process: u32, cause: &str, elsewhere: Vec<u32>) -> HangReport {
+        let cause = Some(cause.to_owned());
+        HangReport { process, processes: 4, idle_seconds: 9.0, is_under_way: true, cause, elsewhere, chain: Vec::new() }
+    }
+
+    #[test]
+    fn all_processes_where_the_cause_may_lie_are_asked_once() {
+        let mut listeners = in_a_row(4);
+        let first = listeners[1].local_addr().expect("bound");
+        // Rank 0 has gone.
+        drop(listeners.remove(0));
+        let waits = |process, elsewhere| report(process, "a rank is waited for", elsewhere);
+        let late = report(3, "device 3 compute forward has not ended", Vec::new());
+        let reports = [waits(1, vec![0, 2, 3]), waits(2, vec![0, 1, 3]), late];
+        listeners.into_iter().zip(reports.clone()).for_each(|(listener, report)| serve(listener, report));
+        let Explained { reports: told, unasked } = explain_hang(first).expect("an answer");
+        assert_eq!(told, reports);
+        assert!(matches!(&unasked[..], [(0, AskError::Unreachable { .. })]), "{unasked:?}");
+        assert!(told[0].to_string().contains("which of them is late is not known here: rank 0, rank 2, rank 3"));
+    }
 }

@@ -29,9 +29,11 @@ pub struct Status {
     pub failed: Option<String>,
     /// Steps done.
     pub steps: u64,
-    /// Of the last step.
-    pub loss: Option<f32>,
-    /// Of the last step.
+    /// Of the last step. In JSON the text `NaN`, `inf` or `-inf` where it is not finite.
+    #[serde(with = "number")]
+    pub loss: Option<f64>,
+    /// Of the last step, likewise.
+    #[serde(with = "number")]
     pub gradient_norm: Option<f64>,
     /// Median of the newest steps.
     pub step_seconds: Option<f64>,
@@ -39,7 +41,7 @@ pub struct Status {
     pub step_seconds_p99: Option<f64>,
     /// By the median step.
     pub tokens_per_second: Option<f64>,
-    /// Since a firing began or ended.
+    /// Since anything moved.
     pub idle_seconds: f64,
     /// Those of this process.
     pub devices: Vec<DeviceStatus>,
@@ -96,14 +98,22 @@ impl Status {
         let (snapshots, now_ns) = (observer.snapshot(), observer.now_ns()?);
         let (plan, hosting) = (observer.plan(), observer.hosting());
         let window_ns = now_ns.clamp(1, WINDOW_NS);
-        let since_ns = now_ns - window_ns;
-        let share = |ns: u64| ns as f64 / window_ns as f64;
-        let within = |from: u64, to: u64| to.saturating_sub(from.max(since_ns));
-        let (mut actors, mut waits, mut idle_ns) = (Vec::new(), BTreeMap::new(), u64::MAX);
-        for snapshot in snapshots {
-            let told = observer.fired(snapshot.actor, newest(observer, snapshot.actor));
+        let (mut actors, mut waits) = (Vec::new(), BTreeMap::new());
+        for actor in hosting.actors_of(plan, hosting.process) {
+            let name = plan.spec.actors[actor.0 as usize].name.clone();
+            let Some(snapshot) = snapshots.iter().find(|snapshot| snapshot.actor == actor) else {
+                let now = format!("{name} does not answer");
+                actors.push(ActorStatus { name, busy: 0.0, now, now_seconds: 0.0 });
+                continue;
+            };
+            let told = observer.fired(actor, newest(observer, actor));
+            // A ring that is full may not reach as far back.
+            let oldest = told.firings.first().filter(|_| told.firings.len() >= RING_FIRINGS);
+            let since_ns = oldest.map_or(0, |fired| fired.idle_ns).max(now_ns - window_ns);
+            let share = |ns: u64| ns as f64 / (now_ns - since_ns).max(1) as f64;
+            let within = |from: u64, to: u64| to.saturating_sub(from.max(since_ns));
             let flying_ns = now_ns - snapshot.flying_since_ns.unwrap_or(now_ns);
-            let mut busy_ns = flying_ns.min(window_ns);
+            let mut busy_ns = snapshot.flying_since_ns.map_or(0, |since| within(since, now_ns));
             for fired in &told.firings {
                 busy_ns += within(fired.launched_ns, fired.ended_ns);
                 let reason = match fired.cause {
@@ -111,23 +121,22 @@ impl Status {
                     Cause::Credit(register) => ("credit", register),
                     Cause::Host | Cause::Own => continue,
                 };
-                *waits.entry(reason).or_insert(0) += within(fired.idle_ns, fired.launched_ns);
+                *waits.entry(reason).or_insert(0.0) += share(within(fired.idle_ns, fired.launched_ns));
             }
             let now_for_ns = if snapshot.flying_since_ns.is_some() { flying_ns } else { snapshot.idle_now_ns };
-            idle_ns = idle_ns.min(now_for_ns);
             actors.push(ActorStatus {
-                name: plan.spec.actors[snapshot.actor.0 as usize].name.clone(),
+                name,
                 busy: share(busy_ns).min(1.0),
                 now: snapshot.waiting.describe(&plan.spec).lines().next().unwrap_or("is done").to_owned(),
                 now_seconds: now_for_ns as f64 * 1e-9,
             });
         }
-        let mut waits: Vec<_> = waits.into_iter().map(|((reason, register), ns)| (ns, reason, register)).collect();
-        waits.sort_by(|a, b| b.cmp(a));
-        let wait = |(ns, reason, register): (u64, &str, _)| WaitStatus {
+        let mut waits: Vec<_> = waits.into_iter().collect();
+        waits.sort_by(|a, b| b.1.total_cmp(&a.1));
+        let wait = |((reason, register), share): ((&str, _), f64)| WaitStatus {
             reason: reason.to_owned(),
             register: plan.spec.register_name(register),
-            share: share(ns),
+            share,
         };
         let device = |d: crate::session::metrics::DeviceMetrics| DeviceStatus {
             device: d.device,
@@ -142,12 +151,12 @@ impl Status {
             processes: hosting.processes,
             failed,
             steps: metrics.steps,
-            loss: steps.last().and_then(|step| step.loss),
+            loss: steps.last().and_then(|step| step.loss).map(f64::from),
             gradient_norm: steps.last().and_then(|step| step.gradient_norm),
             step_seconds: steps.quantile(0.5),
             step_seconds_p99: steps.quantile(0.99),
             tokens_per_second: steps.quantile(0.5).map(|seconds| steps.tokens as f64 / seconds),
-            idle_seconds: if idle_ns == u64::MAX { 0.0 } else { idle_ns as f64 * 1e-9 },
+            idle_seconds: observer.idle_ns()? as f64 * 1e-9,
             devices: metrics.devices.into_iter().map(device).collect(),
             actors,
             waits: waits.into_iter().take(WAITS_MAX).map(wait).collect(),
@@ -188,5 +197,50 @@ impl fmt::Display for Status {
             writeln!(f, "waited {:4.1} % for {} of '{}'", wait.share * 100.0, wait.reason, wait.register)?;
         }
         Ok(())
+    }
+}
+
+/// JSON has no number that is not finite, and what diverged is what one looks for.
+mod number {
+    use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error};
+
+    #[derive(Serialize, Deserialize)]
+    #[serde(untagged)]
+    enum Number {
+        Finite(f64),
+        Text(String),
+    }
+
+    pub(super) fn serialize<S: Serializer>(value: &Option<f64>, serializer: S) -> Result<S::Ok, S::Error> {
+        let number =
+            |value: f64| if value.is_finite() { Number::Finite(value) } else { Number::Text(value.to_string()) };
+        value.map(number).serialize(serializer)
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<f64>, D::Error> {
+        let number = Option::<Number>::deserialize(deserializer)?;
+        let value = |number| match number {
+            Number::Finite(value) => Ok(value),
+            Number::Text(text) => text.parse().map_err(D::Error::custom),
+        };
+        number.map(value).transpose()
+    }
+
+    #[cfg(test)]
+    mod tests {
+        #[derive(serde::Serialize, serde::Deserialize)]
+        struct Of(#[serde(with = "super")] Option<f64>);
+
+        #[test]
+        fn what_is_not_finite_is_told_as_text() {
+            let values =
+                [(None, "null"), (Some(2.5), "2.5"), (Some(f64::NAN), "\"NaN\""), (Some(f64::INFINITY), "\"inf\"")];
+            for (value, text) in values {
+                assert_eq!(serde_json::to_string(&Of(value)).expect("JSON"), text);
+                let Of(back) = serde_json::from_str(text).expect("JSON");
+                assert_eq!(back.map(|value| value.to_string()), value.map(|value: f64| value.to_string()));
+            }
+            assert!(serde_json::from_str::<Of>("\"much\"").is_err());
+        }
     }
 }
