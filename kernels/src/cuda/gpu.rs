@@ -59,7 +59,7 @@ impl Gpu {
     pub fn open_with(ordinal: usize, attention: Attention) -> Result<Arc<Self>, KernelError> {
         let context = Arc::new(Context::open(ordinal)?);
         Library::CublasLt.require()?;
-        let events = Arc::new(Events::new(context.clone()));
+        let events = Arc::new(Events::new(context.clone())?);
         let gpu = Self {
             poller: Poller::start(&context)?,
             modules: Modules::new(&context),

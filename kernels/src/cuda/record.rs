@@ -58,6 +58,11 @@ impl Records {
         self.device.address()
     }
 
+    /// Has room made for records. The context is bound.
+    pub(crate) fn prepare(&mut self, gpu: &Gpu) -> Result<(), KernelError> {
+        self.slot(gpu).map(drop)
+    }
+
     fn slot(&mut self, gpu: &Gpu) -> Result<Slot, KernelError> {
         let take = |block: &Arc<Block>| {
             let index = block.free.lock().unwrap_or_else(PoisonError::into_inner).pop()?;
