@@ -186,6 +186,19 @@ impl Issuer {
         Ok(())
     }
 
+    /// Keeps the stream's own memory until the stream has come past all that is on it.
+    pub(crate) fn let_go(&self) {
+        let context = self.lane.gpu().context();
+        let recorded = if context.bind_to_drop() { self.lane.record().ok() } else { None };
+        // Without one the context is lost, and nothing is given back.
+        let Some(recorded) = recorded else { return };
+        // The last of them keeps the GPU, and its poller with it.
+        for memory in self.staged.memory().into_iter().chain([self.records.memory()]) {
+            let then = Then::LetGo(memory.clone(), Event::default());
+            self.lane.gpu().poller().push(&self.track, recorded.clone(), then);
+        }
+    }
+
     fn flashes(&mut self) -> &mut Flashes {
         let lane = &self.lane;
         let new = || Flashes::new(lane.gpu(), lane.stream(), lane.place());

@@ -61,6 +61,11 @@ impl Staged {
         Ok(arena)
     }
 
+    /// The memory that copies are made to.
+    pub(crate) fn memory(&self) -> Option<&Arena> {
+        self.arena.as_ref()
+    }
+
     /// Has memory made for what the host does with a launch's buffers. The context is bound.
     pub(crate) fn prepare(&mut self, launch: &Launch) -> Result<(), KernelError> {
         let bytes = |buffer: &Buffer| element_count(&buffer.shape) * buffer.dtype.bytes();
@@ -104,6 +109,8 @@ impl Staged {
         reads.iter().for_each(|view| host_access(view.start(), view.bytes(), false));
         writes.iter().for_each(|view| host_access(view.start(), view.bytes(), true));
         let worked = work(reads, writes);
+        // Others' code may have bound another GPU's context.
+        self.lane.gpu().context().bind()?;
         if worked.is_ok() {
             for (view, copy) in bound.writes.iter().zip(writes) {
                 self.lane.copy_in(device_address(view)?, copy.start(), view.bytes())?;
