@@ -22,7 +22,7 @@ use shardflow_kernels::memory::{Arena, Base};
 use shardflow_kernels::op::{Buffer, CpuArgs, CustomKernel, Einsum, Launch, Op, Program};
 use shardflow_kernels::stream::{Notice, Stream, Submission};
 use shardflow_kernels::tensor::{DType, HostTensor, element_count};
-use shardflow_software_cuda::{CASE, POLICIES, Report, run_child};
+use shardflow_software_cuda::{CASE, POLICIES, Report, command, run_child};
 
 /// For members of a group to join each other.
 const WITHIN: Duration = Duration::from_secs(30);
@@ -405,6 +405,11 @@ fn child() {
         Ok("lost") => lost(),
         Ok("hung") => hung(),
         Ok("wrong pairs") => wrong_pairs(),
+        Ok("old nccl") => {
+            let told = UniqueId::new().expect_err("an old library").to_string();
+            assert!(told.starts_with("libnccl is too old: it is 2.23.4, 2.24.0 is needed"), "{told}");
+            assert!(told.contains("pip install nvidia-nccl-cu13"), "{told}");
+        }
         Ok("another context") => another_context(),
         Ok("dropped by a kernel") => dropped(true),
         Ok("dropped by a notice") => dropped(false),
@@ -486,6 +491,17 @@ fn a_lost_device_ends_everything_with_the_first_cause() {
 #[test]
 fn a_hung_device_keeps_nobody_from_ending() {
     run("hung", 1, "in-order", 1, Some("hang:0:8"), &["leak", "use-after-free", "deadlock"]);
+}
+
+#[test]
+fn an_nccl_that_reads_others_buffers_is_refused() {
+    let folder = std::env::temp_dir().join(format!("shardflow-old-nccl-{}", std::process::id()));
+    let program = std::env::current_exe().expect("this program");
+    let mut child = command(program, &folder, 1, "in-order", 1).expect("the software device");
+    child.args(["--ignored", "--exact", "child"]).env(CASE, "old nccl").env("SOFTWARE_CUDA_NCCL", "22304");
+    let output = child.output().expect("a child");
+    std::fs::remove_dir_all(&folder).expect("the child made it");
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stdout));
 }
 
 #[test]

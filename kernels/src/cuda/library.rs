@@ -130,7 +130,7 @@ impl Library {
             }
             Library::Nccl => {
                 "apt install libnccl2 (NVIDIA's repository), or pip install nvidia-nccl-cu13 and add its lib folder to \
-                 LD_LIBRARY_PATH"
+                 LD_LIBRARY_PATH; of version 2.24 or newer"
             }
             Library::Cudnn => {
                 "optional, for attention in bf16: apt install cudnn9-cuda-13 (NVIDIA's repository), or pip install \
