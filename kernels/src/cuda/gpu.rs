@@ -98,12 +98,13 @@ impl Gpu {
         super::library::driver().map(|driver| driver.devices)
     }
 
-    /// Bytes that nobody uses, and all bytes.
+    /// Bytes that nobody uses, and all bytes. What the library of products takes for itself is in use.
     ///
     /// # Errors
     /// [`KernelError::Cuda`].
     pub fn memory(&self) -> Result<(usize, usize), KernelError> {
         self.context.bind()?;
+        self.blas()?;
         super::memory::free_and_total(&self.context)
     }
 
