@@ -301,7 +301,7 @@ fn another_context() {
     let gpus = gpus();
     let device = Device::cuda(0, gpus[0].clone(), Arc::new(Local::new()));
     let (stream, arena) = (device.stream("compute", 1).expect("a stream"), device.arena(14 * 2048).expect("memory"));
-    let program = behind(move || drop(gpus[1].memory().expect("the other GPU")));
+    let program = behind(move || assert!(gpus[1].memory().is_ok(), "the other GPU"));
     for _ in 0..2 {
         let notices = submit(&stream, &program, &arena).expect("a live stream");
         assert_eq!(notices, [Notice::Signal(1), Notice::Done]);
