@@ -66,10 +66,11 @@ fn child() {
     match case.split_once(' ').expect("how, and the mesh") {
         ("fail", mesh) => fail(mesh),
         ("count", rest) => {
+            let (name, rest) = rest.split_once(' ').expect("a precision");
             let (steps, rest) = rest.split_once(' ').expect("steps");
             let (layers, mesh) = rest.split_once(' ').expect("layers");
             let [steps, layers] = [steps, layers].map(|n| n.parse().expect("a number"));
-            Model { layers, ..model() }.train(mesh, &settings(DeviceKind::Cuda, Precision::F32), steps);
+            Model { layers, ..model() }.train(mesh, &settings(DeviceKind::Cuda, precision(name)), steps);
         }
         ("memory", rest) => {
             let (name, mesh) = rest.split_once(' ').expect("a precision, and the mesh");
@@ -227,9 +228,9 @@ fn fifty_seeds_of_each_policy() {
 }
 
 /// Calls of the driver and its libraries by class or name, that so many steps of so many layers take.
-fn calls(steps: u64, layers: u64, mesh: &str, gpus: usize) -> BTreeMap<String, u64> {
+fn calls(name: &str, steps: u64, layers: u64, mesh: &str, gpus: usize) -> BTreeMap<String, u64> {
     let Report { findings, calls, classes, .. } =
-        run_child(&format!("count {steps} {layers} {mesh}"), gpus, "in-order", 1, None).report;
+        run_child(&format!("count {name} {steps} {layers} {mesh}"), gpus, "in-order", 1, None).report;
     assert!(findings.is_empty(), "{findings:#?}");
     calls.into_iter().chain(classes).collect()
 }
@@ -240,7 +241,7 @@ fn a_step_allocates_nothing_and_waits_for_nothing() {
     const MORE: u64 = 4;
     for (mesh, gpus) in [("data=1", 1), ("data=2", 2), ("stage=2", 2), ("tensor=2", 2)] {
         let each_step = |layers: u64| {
-            let [few, many] = [2, 2 + MORE].map(|steps| calls(steps, layers, mesh, gpus));
+            let [few, many] = [2, 2 + MORE].map(|steps| calls("f32", steps, layers, mesh, gpus));
             move |name: &str| (many.get(name).unwrap_or(&0) - few.get(name).unwrap_or(&0)) as f64 / MORE as f64
         };
         let shallow = each_step(4);
@@ -255,8 +256,39 @@ fn a_step_allocates_nothing_and_waits_for_nothing() {
         let names = ["cuLaunchKernel", "cublasLtMatmul", "cuEventRecord", "cuCtxSetCurrent"];
         // Only actions and what crosses devices need events.
         assert_eq!(names.map(layer), [56.0, 36.0, 0.0, 0.0], "two micro-batches and the update");
-        assert_eq!(names.map(&shallow), [257.0, 150.0, 14.0, 10.0]);
+        assert_eq!(names.map(&shallow), [257.0, 150.0, 14.0, 18.0]);
         assert_eq!(shallow("cuStreamWaitEvent"), 0.0);
+    }
+}
+
+/// All that steps use is made when a session starts. What is made later may have to wait for a collective on the GPU that waits
+/// for whoever makes it.
+#[test]
+fn the_first_step_makes_nothing() {
+    const MAKES: [&str; 9] = [
+        "allocations",
+        "frees",
+        "synchronisations",
+        "cuModuleLoadData",
+        "cuModuleGetFunction",
+        "cuFuncSetAttribute",
+        "cuEventCreate",
+        "cublasLtMatmulAlgoGetHeuristic",
+        "cudnnBackendGetAttribute",
+    ];
+    let meshes = [("data=1", 1), ("data=2", 2), ("stage=2", 2), ("tensor=2", 2), ("data=2,stage=2", 1), ("data=3", 2)];
+    for (mesh, gpus) in meshes {
+        for precision in ["f32", "bf16"] {
+            let [none, one] = [0, 1].map(|steps| calls(precision, steps, 2, mesh, gpus));
+            assert!(one["launches"] > none.get("launches").copied().unwrap_or(0), "a step runs");
+            for name in MAKES {
+                assert_eq!(
+                    one.get(name),
+                    none.get(name),
+                    "{precision} {mesh} on {gpus} GPUs: {name} in the first step"
+                );
+            }
+        }
     }
 }
 

@@ -13,6 +13,7 @@ use shardflow::passes::CompileOptions;
 use shardflow::plan::Schedule::OneFOneB;
 use shardflow::session::SessionOptions;
 use shardflow_integration_tests::training::{Model, Scratch, options, relative};
+use shardflow_kernels::cuda::library::SETTINGS;
 use shardflow_kernels::device::DeviceKind;
 use shardflow_software_cuda::{CASE, Report, command};
 
@@ -89,6 +90,8 @@ fn run(case: Case, policy: &str, seed: u64, fault: Option<&str>) -> Vec<(Output,
         let child = child.as_mut().expect("the software device");
         child.args(["--ignored", "--exact", "child", "--nocapture"]);
         child.env(CASE, format!("{mesh} {process} {processes} {by} {steps} {}", meet.display()));
+        // As the launcher does.
+        child.envs(SETTINGS);
         child.envs(fault.filter(|_| process + 1 == processes).map(|fault| ("SOFTWARE_CUDA_FAULT", fault)));
         child.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("a child")
     };

@@ -2,8 +2,10 @@
 //! this program again, so that the dynamic linker finds the software device in the place of NVIDIA's libraries; what the
 //! device finds wrong fails the test. Imports the kernels and the software device.
 
-use std::sync::Arc;
+use std::fmt;
 use std::sync::mpsc::channel;
+use std::sync::{Arc, Mutex};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use shardflow_kernels::clock::Clock;
@@ -17,10 +19,13 @@ use shardflow_kernels::cuda::nccl::{Nccl, Pipe, Seat, UniqueId};
 use shardflow_kernels::device::{Device, DeviceKind};
 use shardflow_kernels::error::KernelError;
 use shardflow_kernels::memory::{Arena, Base};
-use shardflow_kernels::op::{Buffer, Einsum, Launch, Op, Program};
+use shardflow_kernels::op::{Buffer, CpuArgs, CustomKernel, Einsum, Launch, Op, Program};
 use shardflow_kernels::stream::{Notice, Stream, Submission};
-use shardflow_kernels::tensor::{DType, HostTensor, Region, element_count};
-use shardflow_software_cuda::{CASE, POLICIES, Report, run_child, run_child_in};
+use shardflow_kernels::tensor::{DType, HostTensor, element_count};
+use shardflow_software_cuda::{CASE, POLICIES, Report, command, run_child, run_child_in};
+
+#[path = "cuda/pull.rs"]
+mod pull;
 
 /// For members of a group to join each other.
 const WITHIN: Duration = Duration::from_secs(30);
@@ -217,35 +222,6 @@ fn attentions(kind: &str) {
     report(&conformance::run_attentions(&Device::cuda(0, gpu, Arc::new(Local::new()))));
 }
 
-/// Fetches boxes of another GPU's memory.
-fn pull() {
-    let gpus = gpus();
-    let engine: Arc<dyn Collective> = Arc::new(Local::new());
-    let [device, other] = [0, 1].map(|rank| Device::cuda(rank, gpus[rank].clone(), engine.clone()));
-    let (stream, arena) = (device.stream("pull", 1).expect("a stream"), device.arena(4096).expect("memory"));
-    let source = other.arena(4096).expect("memory");
-    // Some columns; the same in some planes; whole rows, which lie together.
-    for (from, start, to, there, size) in [
-        (vec![9, 10], vec![2, 3], vec![7, 6], vec![1, 2], vec![5, 4]),
-        (vec![5, 4, 10], vec![1, 1, 3], vec![3, 3, 5], vec![0, 1, 0], vec![3, 2, 5]),
-        (vec![9, 10], vec![2, 0], vec![7, 10], vec![1, 0], vec![5, 10]),
-    ] {
-        let values: Vec<f32> = (0..element_count(&from)).map(|i| i as f32 + 1.0).collect();
-        source.write_host(0, &HostTensor::f32(&from, values.clone())).expect("inside");
-        arena.write_host(0, &HostTensor::f32(&to, vec![0.0; element_count(&to)])).expect("inside");
-        let [src, dst] = [(start, &size), (there, &size)].map(|(start, size)| Region { start, size: size.clone() });
-        let mut expected = vec![0.0; element_count(&to)];
-        let runs = src.runs(&from).into_iter().flatten().zip(dst.runs(&to).into_iter().flatten());
-        runs.for_each(|(at, there)| expected[there] = values[at]);
-        let (op, write) = (Op::CopyRegion { src, dst }, Buffer { base: 1, ..floats(0, &to) });
-        let (reads, writes) = (vec![floats(0, &from)], vec![write]);
-        let launches = vec![Launch { op, reads, writes, accumulate: false, workspace: None }];
-        let program = Arc::new(Program { name: "pull".to_owned(), launches, signals: vec![] });
-        assert_eq!(submit_on(&stream, &program, &[&source, &arena]).expect("a live stream"), [Notice::Done]);
-        assert_eq!(arena.read_host(0, &to, DType::F32).expect("inside"), HostTensor::f32(&to, expected));
-    }
-}
-
 /// Trains attention, so to say: forward and backward, in a prepared stream, many times.
 fn attention_steps(count: usize) {
     const SHAPE: [usize; 4] = [2, 20, 2, 16];
@@ -304,6 +280,81 @@ fn wrong_pairs() {
         let notices = submit(&stream, &program, &arena).expect("a live stream");
         assert_eq!(notices, [Notice::NotFinite { launch: 2, write: 0, elements: 5 }, Notice::Done]);
         arena.write_host(2048 * 3, &HostTensor::i32(&[1], vec![0])).expect("inside");
+    }
+}
+
+/// Code of a user's, called as a kernel.
+struct Call<F>(F);
+
+impl<F> fmt::Debug for Call<F> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Call")
+    }
+}
+
+impl<F: Fn() + Send + Sync> CustomKernel for Call<F> {
+    fn name(&self) -> &str {
+        "call"
+    }
+
+    fn run_cpu(&self, _: CpuArgs<'_>) -> Result<(), KernelError> {
+        (self.0)();
+        Ok(())
+    }
+}
+
+/// Neighbours, behind a call of a user's.
+fn behind(call: impl Fn() + Send + Sync + 'static) -> Arc<Program> {
+    let (program, _) = neighbours(DType::F32, false);
+    let (reads, writes) = (vec![], vec![]);
+    let call = Launch { op: Op::Custom(Arc::new(Call(call))), reads, writes, accumulate: false, workspace: None };
+    let launches = [vec![call], program.launches.clone()].concat();
+    Arc::new(Program { name: "behind a call".to_owned(), launches, signals: vec![(2, 1)] })
+}
+
+/// A user's code that uses another GPU leaves its context bound on the stream's own thread.
+fn another_context() {
+    let gpus = gpus();
+    let device = Device::cuda(0, gpus[0].clone(), Arc::new(Local::new()));
+    let (stream, arena) = (device.stream("compute", 1).expect("a stream"), device.arena(14 * 2048).expect("memory"));
+    let program = behind(move || assert!(gpus[1].memory().is_ok(), "the other GPU"));
+    for _ in 0..2 {
+        let notices = submit(&stream, &program, &arena).expect("a live stream");
+        assert_eq!(notices, [Notice::Signal(1), Notice::Done]);
+    }
+}
+
+/// A stream is dropped where nobody can wait for it, in the middle of a program: on its own thread, or on the poller's.
+fn dropped(by_kernel: bool) {
+    let device = Device::cuda(0, Gpu::open(0).expect("a device"), Arc::new(Local::new()));
+    let arena = device.arena(14 * 2048).expect("memory");
+    let before = device.bytes_allocated();
+    let stream = Arc::new(Mutex::new(Some(device.stream("compute", 1).expect("a stream"))));
+    let drops = |yes: bool| {
+        let stream = stream.clone();
+        move || drop(stream.lock().expect("no panic").take_if(|_| yes))
+    };
+    let program = behind(drops(by_kernel));
+    let (at_signal, (sender, notices)) = (drops(!by_kernel), channel());
+    let notify = Box::new(move |notice: Notice| {
+        at_signal();
+        drop(sender.send((Clock::capture(), notice)));
+    });
+    let bases = vec![Base { arena: arena.clone(), offset: 0 }];
+    let submission = Submission { program, bases, repeat: false, notify };
+    stream.lock().expect("no panic").as_ref().expect("a stream").submit(submission).expect("a live stream");
+    let told: Vec<Notice> = notices
+        .iter()
+        .map(|(clock, notice)| {
+            clock.join();
+            notice
+        })
+        .collect();
+    assert_eq!(told, [Notice::Signal(1), Notice::Done]);
+    let deadline = Instant::now() + WITHIN;
+    while device.bytes_allocated() > before {
+        assert!(Instant::now() < deadline, "the stream's memory is never given back");
+        thread::yield_now();
     }
 }
 
@@ -448,12 +499,20 @@ fn child() {
         Ok("local") => shared(&|| Arc::new(Local::new())),
         Ok("staged") => shared(&|| Arc::new(InProcess::new())),
         Ok("nccl") => nccl(),
-        Ok("pull") => pull(),
+        Ok("pull") => pull::run(),
         Ok("lost") => lost(),
         Ok("pipe") => pipe(),
         Ok("slow abort") => slow_abort(),
         Ok("hung") => hung(),
         Ok("wrong pairs") => wrong_pairs(),
+        Ok("old nccl") => {
+            let told = UniqueId::new().expect_err("an old library").to_string();
+            assert!(told.starts_with("libnccl is too old: it is 2.23.4, 2.24.0 is needed"), "{told}");
+            assert!(told.contains("pip install nvidia-nccl-cu13"), "{told}");
+        }
+        Ok("another context") => another_context(),
+        Ok("dropped by a kernel") => dropped(true),
+        Ok("dropped by a notice") => dropped(false),
         Ok(case) if case.starts_with("attention steps ") => attention_steps(case[16..].parse().expect("a number")),
         Ok(case) if case.starts_with("attention ") => attentions(&case[10..]),
         Ok(case) if case.starts_with("pairs ") => pairs(&case[6..]),
@@ -563,6 +622,31 @@ fn a_lost_device_ends_everything_with_the_first_cause() {
 #[test]
 fn a_hung_device_keeps_nobody_from_ending() {
     run("hung", 1, "in-order", 1, Some("hang:0:8"), &["leak", "use-after-free", "deadlock"]);
+}
+
+#[test]
+fn an_nccl_that_reads_others_buffers_is_refused() {
+    let folder = std::env::temp_dir().join(format!("shardflow-old-nccl-{}", std::process::id()));
+    let program = std::env::current_exe().expect("this program");
+    let mut child = command(program, &folder, 1, "in-order", 1).expect("the software device");
+    child.args(["--ignored", "--exact", "child"]).env(CASE, "old nccl").env("SOFTWARE_CUDA_NCCL", "22304");
+    let output = child.output().expect("a child");
+    std::fs::remove_dir_all(&folder).expect("the child made it");
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stdout));
+}
+
+#[test]
+fn code_that_binds_another_context_does_not_lead_a_stream_astray() {
+    run("another context", 2, "random", 1, None, &[]);
+}
+
+#[test]
+fn a_stream_that_nobody_waits_for_keeps_its_memory_to_the_end() {
+    for (policy, _) in POLICIES {
+        // The child may end before the thread that gives the last things back.
+        run("dropped by a kernel", 1, policy, 1, None, &["leak"]);
+        run("dropped by a notice", 1, policy, 1, None, &["leak"]);
+    }
 }
 
 /// What a step of the layer costs in calls of the driver: twice as many steps make no more of the others.

@@ -250,7 +250,9 @@ impl Session {
             let urgent = actor.stream == StreamKind::Communication;
             let priority = if urgent { Priority::High } else { Priority::Normal };
             let stream = device.stream_with(&actor.name, threads, ways.engine.clone(), priority)?;
-            hosted.insert(*id, Hosted { stream, programs: loader.programs(*id) });
+            let programs = loader.programs(*id);
+            programs.iter().try_for_each(|action| stream.prepare(&action.program))?;
+            hosted.insert(*id, Hosted { stream, programs });
         }
         let feeds = loader.feeds;
         let piped = |register: &RegisterId| ways.peers.iter().any(|peer| peer.pipes.contains_key(register));

@@ -40,6 +40,8 @@ fn each_process_is_told_who_it_is() {
             ("TORCHELASTIC_RESTART_COUNT", "0"),
             ("TORCHELASTIC_MAX_RESTARTS", "2"),
             ("TORCHELASTIC_RUN_ID", "x"),
+            ("CUDA_MODULE_LOADING", "EAGER"),
+            ("CUDA_DEVICE_MAX_CONNECTIONS", "32"),
         ] {
             assert_eq!(vars[name], value, "{name} of rank {rank}");
         }
@@ -56,13 +58,15 @@ fn each_process_is_told_who_it_is() {
 fn processes_of_other_nodes_are_counted() {
     let job = Job::new();
     let flags = ["--nproc-per-node=2", "--nnodes=3", "--node-rank=1", "--rdzv-endpoint=host:5", "--rdzv-id=x"];
-    let ended = job.sh_with(&[("SHARDFLOW_SECRET", "0123456789abcdef")], &flags, "env").end();
+    let given = [("SHARDFLOW_SECRET", "0123456789abcdef"), ("CUDA_DEVICE_MAX_CONNECTIONS", "9")];
+    let ended = job.sh_with(&given, &flags, "env").end();
     assert_eq!(ended.code, 0, "{}", ended.err);
     let vars = variables(&job.log("x", 0, 3));
     let Ok(Launch::World(world)) = detect(&vars) else { panic!("{vars:?}") };
     assert_eq!((world.process, world.processes, world.local_process, world.node), (3, 6, 1, Some(1)));
     assert_eq!((world.endpoint.to_string().as_str(), vars["MASTER_PORT"].as_str()), ("tcp://host:5", "5"));
     assert_eq!(world.secret.read().unwrap().text(), "0123456789abcdef");
+    assert_eq!(vars["CUDA_DEVICE_MAX_CONNECTIONS"], "9", "what is set stays");
 
     let ended = job.sh(&flags, "true").end();
     assert_eq!(ended.code, 78, "{}", ended.err);

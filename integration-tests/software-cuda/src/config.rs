@@ -95,6 +95,8 @@ pub struct Config {
     pub deadlock: Duration,
     /// `SOFTWARE_CUDA_HANG_MS`: how long a host call waits for a device that hangs, 60 s by default.
     pub hang: Duration,
+    /// `SOFTWARE_CUDA_NCCL`: the version that NCCL says it is, 23003 (2.30.3) by default.
+    pub nccl_version: std::ffi::c_int,
     /// `SOFTWARE_CUDA_CACHE`: where compiled kernels are kept.
     pub cache: PathBuf,
     /// `SOFTWARE_CUDA_REPORT`: the file that is written at exit.
@@ -134,6 +136,7 @@ impl Config {
             abort: Duration::from_millis(number("SOFTWARE_CUDA_ABORT_MS", 0)),
             deadlock: Duration::from_millis(number("SOFTWARE_CUDA_DEADLOCK_MS", 10_000)),
             hang: Duration::from_millis(number("SOFTWARE_CUDA_HANG_MS", 60_000)),
+            nccl_version: number("SOFTWARE_CUDA_NCCL", 23_003) as std::ffi::c_int,
             cache: text("SOFTWARE_CUDA_CACHE")
                 .map_or_else(|| std::env::temp_dir().join("shardflow-software-cuda"), PathBuf::from),
             report: text("SOFTWARE_CUDA_REPORT").map(PathBuf::from),

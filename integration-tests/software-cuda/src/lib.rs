@@ -53,6 +53,7 @@
 //! | `SOFTWARE_CUDA_FAULT` | `kill:DEVICE:LAUNCH`, `hang:DEVICE:LAUNCH`, or `die:DEVICE:LAUNCH`, which ends the process | none |
 //! | `SOFTWARE_CUDA_HANG_MS` | how long a call waits for a launch that hangs | 60000 |
 //! | `SOFTWARE_CUDA_DEADLOCK_MS` | how long nothing may move while work is queued; rings are found at once | 10000 |
+//! | `SOFTWARE_CUDA_NCCL` | the version that NCCL says it is | 23003, which is 2.30.3 |
 //! | `SOFTWARE_CUDA_CACHE` | where compiled kernels are kept | the temporary folder |
 //! | `SOFTWARE_CUDA_HOST` | `global`: host threads count as one, where no message carries its clock | none |
 //! | `SOFTWARE_CUDA_NODE` | which node plays in this process: NCCL takes no two ranks on one device of a node | empty |

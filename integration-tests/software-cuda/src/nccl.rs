@@ -22,8 +22,6 @@ use crate::nvrtc::lasting_text;
 use crate::scheduler::host_wait;
 use crate::world::{State, world};
 
-const VERSION: c_int = 23_003;
-
 fn comm(state: &State, handle: ncclComm_t) -> Result<&Comm, ncclResult_t> {
     let comm = state.comms.comms.get(&(handle as u64)).ok_or(ncclResult_t::ncclInvalidArgument)?;
     if comm.is_closed {
@@ -117,7 +115,7 @@ fn flush(handle: u64) -> Result<(), ncclResult_t> {
 
 exports! { nccl;
     fn ncclGetVersion(version: *mut c_int) -> ncclResult_t {
-        *version = VERSION;
+        *version = world().config.nccl_version;
         Ok(())
     }
 

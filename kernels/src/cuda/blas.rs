@@ -119,6 +119,25 @@ impl Plans {
         Ok(Self { by_key: HashMap::new(), blas: gpu.blas()? })
     }
 
+    /// Has a product's plan made, for addresses of these alignments. The context is bound.
+    pub(crate) fn prepare(&mut self, product: &Product, at: &Addresses, place: &str) -> Result<(), KernelError> {
+        Self::plan(&mut self.by_key, &self.blas, product, at, place).map(|_| ())
+    }
+
+    fn plan<'a>(
+        by_key: &'a mut HashMap<Key, Plan>,
+        blas: &Blas,
+        product: &Product,
+        at: &Addresses,
+        place: &str,
+    ) -> Result<&'a Plan, KernelError> {
+        let key = Key::of(product, at);
+        Ok(match by_key.entry(key) {
+            Entry::Occupied(known) => known.into_mut(),
+            Entry::Vacant(new) => new.insert(Plan::new(blas, product, at, &key, place)?),
+        })
+    }
+
     /// Puts a product on a stream. The context is bound.
     pub(crate) fn issue(
         &mut self,
@@ -127,11 +146,7 @@ impl Plans {
         stream: Raw<cudarc::driver::sys::CUstream>,
         place: &str,
     ) -> Result<(), KernelError> {
-        let key = Key::of(product, at);
-        let plan = match self.by_key.entry(key) {
-            Entry::Occupied(known) => known.into_mut(),
-            Entry::Vacant(new) => new.insert(Plan::new(&self.blas, product, at, &key, place)?),
-        };
+        let plan = Self::plan(&mut self.by_key, &self.blas, product, at, place)?;
         use sys::cublasLtMatmulDescAttributes_t::{
             CUBLASLT_MATMUL_DESC_BIAS_POINTER as BIAS, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER as AUX,
         };

@@ -2,6 +2,7 @@
 //! has: who gives what to whom, and how much that is. Imports `cuda::lane`, `cuda::context`, `cuda::lower`, `collective`, `region`.
 
 use super::context::Context;
+use super::gpu::Gpu;
 use super::lane::{Geometry, Lane, PARAMETERS_MAX, Rows};
 use super::lower;
 use super::lower::collective::{MEMBERS_MAX, regions, start_of_piece};
@@ -45,6 +46,12 @@ impl OwnBox {
     pub(crate) fn boxed(&self) -> Boxed<'_> {
         Boxed { address: self.address, shape: &self.shape, region: &self.region }
     }
+}
+
+/// Has all kernels loaded that are used here: loaded behind a collective that waits for another GPU, they would wait for it,
+/// too. The context is bound.
+pub(crate) fn prepare(gpu: &Gpu) -> Result<(), KernelError> {
+    ["collective", "region"].iter().try_for_each(|module| gpu.modules().prepare(module))
 }
 
 /// Copies a box onto another of the same size.

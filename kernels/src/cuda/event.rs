@@ -27,21 +27,17 @@ pub(crate) struct Recorded {
 }
 
 impl Events {
-    pub(crate) fn new(context: Arc<Context>) -> Self {
-        Self { context, free: Mutex::default() }
+    /// With the first of them made. The context is bound.
+    pub(crate) fn new(context: Arc<Context>) -> Result<Self, KernelError> {
+        let (place, mut free) = (context.place(), Vec::new());
+        make(&context, &mut free, &place)?;
+        Ok(Self { context, free: Mutex::new(free) })
     }
 
     fn take(&self, place: &dyn Display) -> Result<Raw<sys::CUevent>, KernelError> {
         let mut free = self.free.lock().unwrap_or_else(PoisonError::into_inner);
         if free.is_empty() {
-            for _ in 0..BATCH {
-                let mut event = std::ptr::null_mut();
-                let flags = sys::CUevent_flags::CU_EVENT_DISABLE_TIMING as u32;
-                // SAFETY: writes a handle to a local; the caller has bound the context.
-                let result = unsafe { sys::cuEventCreate(&mut event, flags) };
-                self.context.check(result, "cuEventCreate", place)?;
-                free.push(Raw(event));
-            }
+            make(&self.context, &mut free, place)?;
         }
         Ok(free.pop().expect("some were made"))
     }
@@ -58,6 +54,18 @@ impl Events {
         self.context.check(result, "cuEventRecord", place)?;
         Ok(Arc::new(recorded))
     }
+}
+
+fn make(context: &Context, free: &mut Vec<Raw<sys::CUevent>>, place: &dyn Display) -> Result<(), KernelError> {
+    for _ in 0..BATCH {
+        let mut event = std::ptr::null_mut();
+        let flags = sys::CUevent_flags::CU_EVENT_DISABLE_TIMING as u32;
+        // SAFETY: writes a handle to a local; the caller has bound the context.
+        let result = unsafe { sys::cuEventCreate(&mut event, flags) };
+        context.check(result, "cuEventCreate", place)?;
+        free.push(Raw(event));
+    }
+    Ok(())
 }
 
 impl Drop for Events {

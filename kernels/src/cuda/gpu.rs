@@ -60,7 +60,7 @@ impl Gpu {
     pub fn open_with(ordinal: usize, attention: Attention) -> Result<Arc<Self>, KernelError> {
         let context = Arc::new(Context::open(ordinal)?);
         Library::CublasLt.require()?;
-        let events = Arc::new(Events::new(context.clone()));
+        let events = Arc::new(Events::new(context.clone())?);
         let gpu = Self {
             poller: Poller::start(&context)?,
             modules: Modules::new(&context),
@@ -114,12 +114,13 @@ impl Gpu {
         super::library::driver().map(|driver| driver.devices)
     }
 
-    /// Bytes that nobody uses, and all bytes.
+    /// Bytes that nobody uses, and all bytes. What the library of products takes for itself is in use.
     ///
     /// # Errors
     /// [`KernelError::Cuda`].
     pub fn memory(&self) -> Result<(usize, usize), KernelError> {
         self.context.bind()?;
+        self.blas()?;
         super::memory::free_and_total(&self.context)
     }
 

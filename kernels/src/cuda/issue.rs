@@ -1,24 +1,26 @@
 //! Puts submissions on a CUDA stream: launches as their lowered steps, collectives by the engine, signals and ends as events
 //! that the poller tells of. Whoever calls says whether it may block; what would block otherwise is handed back.
-//! Imports `cuda::lowered`, `cuda::lane`, `cuda::boxes`, `cuda::cudnn`, `cuda::poller`, `cuda::staged`, `bound`, `collective`.
+//! Imports `cuda::lowered`, `cuda::boxes`, `cuda::lane`, `cuda::cudnn`, `cuda::poller`, `cuda::staged`, `bound`, `collective`.
 //!
 //! - ISSUE-1: memory that a step names lies on the stream's own GPU, in bounds: `bound` has checked the launch's buffers,
 //!   and here each is checked to be the GPU's. A submission keeps its arenas until its end is told.
+//! - ISSUE-2: issuing a prepared program loads, compiles and allocates nothing: the driver may do that only once the GPU's
+//!   queues have run dry, and a collective in one of them may be waiting for the very thread that asks.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
 use super::blas::{Addresses, Plans};
-use super::boxes::{Boxed, fetch_box};
+use super::boxes::{self, Boxed, fetch_box};
 use super::cudnn::Flashes;
 use super::engine::{Enqueued, Wait};
 use super::lane::{Lane, PARAMETERS_MAX};
 use super::lower;
-use super::lowered::{Kind, Lowered, Parameter, Ready, address};
+use super::lowered::{Kind, Lowered, Pair, Parameter, Ready, address};
 use super::poller::{Then, Track};
 use super::record::Records;
 use super::staged::{Staged, device_address};
-use super::step::{Epilogue, Place};
+use super::step::{Epilogue, Operand, Place, Product};
 use super::ticket::Ticket;
 use super::turn::Turn;
 use crate::bound::Bound;
@@ -27,10 +29,13 @@ use crate::cpu::stream::{panic_message, trace_launch};
 use crate::error::KernelError;
 use crate::event::Event;
 use crate::memory::{Base, View};
-use crate::op::{Launch, Op, Program};
+use crate::op::{Buffer, Launch, Op, Program};
 use crate::region::check_inside;
 use crate::stream::{Notice, Submission};
 use crate::tensor::Region;
+
+/// Where bases are taken to lie while they are not known: an address, and as aligned as arenas are.
+const ANY_BASE: u64 = 1 << 20;
 
 /// What a stream is told to do.
 pub(crate) enum Command {
@@ -112,29 +117,86 @@ impl Issuer {
         }
     }
 
-    /// Finds the kernels of a program, and what the libraries keep for its launches.
+    /// Has all made that the program's launches use beside its own memory, so that no submission makes anything (ISSUE-2).
     pub(crate) fn prepare(&mut self, program: &Program, lowered: &Lowered) -> Result<(), KernelError> {
+        let lane = self.lane.clone();
+        if lane.gpu().spins().is_some() {
+            lane.gpu().modules().function("spin", 0)?;
+        }
         for (index, launch) in program.launches.iter().enumerate() {
-            // What cannot be lowered fails when it is launched, with its buffers looked at first.
-            let lane = self.lane.clone();
-            let kind = catch_unwind(AssertUnwindSafe(|| {
-                if let Some(second) = program.launches.get(index + 1) {
-                    lowered.pair(index, [launch, second], lane.gpu());
-                }
-                lowered.kind(index, launch, lane.gpu())
-            }));
-            let Ok(Ok(Kind::Steps { steps, .. })) = kind else { continue };
-            if steps.iter().any(|step| matches!(step, Ready::Product(_))) {
-                self.plans()?;
+            if self.blocks(launch) {
+                self.staged.prepare(launch)?;
+            } else if matches!(launch.op, Op::Collective(_)) {
+                boxes::prepare(lane.gpu())?;
             }
-            for step in steps {
-                if let Ready::Flash { flash, .. } = step {
-                    let lane = self.lane.clone();
-                    self.flashes().prepare(flash, lane.place());
+            let kind = catch_unwind(AssertUnwindSafe(|| {
+                let second = program.launches.get(index + 1);
+                let pair = second.and_then(|second| lowered.pair(index, [launch, second], lane.gpu()));
+                (pair, lowered.kind(index, launch, lane.gpu()))
+            }));
+            let Ok((pair, kind)) = kind else { continue };
+            if let Some(Pair { reads, writes, steps, uses_record }) = pair {
+                self.prepare_steps(steps, *uses_record, (reads, writes))?;
+            }
+            match kind {
+                Ok(Kind::Steps { steps, uses_record }) => {
+                    self.prepare_steps(steps, *uses_record, (&launch.reads, &launch.writes))?;
                 }
+                Ok(Kind::Collective | Kind::Custom) => {}
+                // What cannot be lowered fails when it is launched, with its buffers looked at first.
+                Err(KernelError::Arguments { .. }) => {}
+                Err(error) => return Err(error),
             }
         }
         Ok(())
+    }
+
+    fn prepare_steps(
+        &mut self,
+        steps: &[Ready],
+        uses_record: bool,
+        (reads, writes): (&[Buffer], &[Buffer]),
+    ) -> Result<(), KernelError> {
+        let lane = self.lane.clone();
+        if uses_record {
+            self.records.prepare(lane.gpu())?;
+        }
+        // Of an address only the alignment counts here, and bases are as aligned as a library asks for.
+        let at = |place: Place| {
+            let buffer = match place.operand {
+                Operand::Read(i) => reads.get(i),
+                Operand::Write(i) => writes.get(i),
+                Operand::Workspace => None,
+            };
+            Ok(ANY_BASE + (buffer.map_or(0, |buffer| buffer.offset) + place.offset_bytes) as u64)
+        };
+        for step in steps {
+            match step {
+                Ready::Product(product) => {
+                    let addresses = addresses(product, &at, ANY_BASE)?;
+                    self.plans()?.prepare(product, &addresses, lane.place())?;
+                }
+                Ready::Flash { flash, own } => {
+                    self.flashes().prepare(flash, lane.place());
+                    self.prepare_steps(own, uses_record, (reads, writes))?;
+                }
+                Ready::Kernel { .. } | Ready::Copy { .. } | Ready::Fill { .. } => {}
+            }
+        }
+        Ok(())
+    }
+
+    /// Keeps the stream's own memory until the stream has come past all that is on it.
+    pub(crate) fn let_go(&self) {
+        let context = self.lane.gpu().context();
+        let recorded = if context.bind_to_drop() { self.lane.record().ok() } else { None };
+        // Without one the context is lost, and nothing is given back.
+        let Some(recorded) = recorded else { return };
+        // The last of them keeps the GPU, and its poller with it.
+        for memory in self.staged.memory().into_iter().chain([self.records.memory()]) {
+            let then = Then::LetGo(memory.clone(), Event::default());
+            self.lane.gpu().poller().push(&self.track, recorded.clone(), then);
+        }
     }
 
     fn flashes(&mut self) -> &mut Flashes {
@@ -409,21 +471,7 @@ impl Issuer {
                 self.lane.launch(*function, how, &words[..parameters.len()])
             }
             Ready::Product(product) => {
-                let (bias, aux) = match product.epilogue {
-                    Epilogue::None | Epilogue::Gelu => (None, None),
-                    Epilogue::Bias(bias) | Epilogue::BiasGrad(bias) => (Some(bias), None),
-                    Epilogue::GeluBias { bias, aux } => (Some(bias), aux),
-                    Epilogue::GeluGrad { aux } => (None, Some(aux)),
-                };
-                let optional = |place: Option<Place>| place.map_or(Ok(0), at);
-                let addresses = Addresses {
-                    a: at(product.a.place)?,
-                    b: at(product.b.place)?,
-                    d: at(product.d.place)?,
-                    bias: optional(bias)?,
-                    aux: optional(aux)?,
-                    workspace: library_workspace(bound)?,
-                };
+                let addresses = addresses(product, &at, library_workspace(bound)?)?;
                 let lane = self.lane.clone();
                 let issued = self.plans()?.issue(product, &addresses, lane.stream(), lane.place());
                 issued.map_err(|error| lane.why(error))
@@ -462,6 +510,29 @@ impl Issuer {
         }
         Ok(())
     }
+}
+
+/// Where a product's operands lie.
+fn addresses(
+    product: &Product,
+    at: &dyn Fn(Place) -> Result<u64, KernelError>,
+    workspace: u64,
+) -> Result<Addresses, KernelError> {
+    let (bias, aux) = match product.epilogue {
+        Epilogue::None | Epilogue::Gelu => (None, None),
+        Epilogue::Bias(bias) | Epilogue::BiasGrad(bias) => (Some(bias), None),
+        Epilogue::GeluBias { bias, aux } => (Some(bias), aux),
+        Epilogue::GeluGrad { aux } => (None, Some(aux)),
+    };
+    let optional = |place: Option<Place>| place.map_or(Ok(0), at);
+    Ok(Addresses {
+        a: at(product.a.place)?,
+        b: at(product.b.place)?,
+        d: at(product.d.place)?,
+        bias: optional(bias)?,
+        aux: optional(aux)?,
+        workspace,
+    })
 }
 
 /// Where a library's workspace begins, of the size that the launch's own was checked to hold; 0 where there is none.

@@ -4,6 +4,7 @@
 #![allow(unsafe_code)]
 
 use std::fmt::{self, Display};
+use std::{env, fs};
 
 use cudarc::{cublaslt, driver::sys, nvrtc};
 
@@ -18,6 +19,18 @@ const DRIVER_MIN: i32 = 13_000;
 /// What gives CUDA 13.0.
 const DRIVER_HINT: &str = "install NVIDIA's driver of version 580 or newer (Debian: apt install nvidia-driver), or run the \
      container with --gpus all; without a GPU choose the device cpu";
+
+/// What a driver is told by the environment when it starts, where nobody has said otherwise. Whoever starts processes sets
+/// them; a program that starts the driver while it has one thread does so itself.
+pub const SETTINGS: [(&str, &str); 2] = [
+    // Libraries load all their kernels at once, and none behind a collective that waits for another GPU.
+    ("CUDA_MODULE_LOADING", "EAGER"),
+    // The most there are: streams that share one wait for each other.
+    (QUEUES, "32"),
+];
+
+/// The variable that says how many hardware queues a GPU's streams have.
+pub const QUEUES: &str = "CUDA_DEVICE_MAX_CONNECTIONS";
 
 /// A library above the driver.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -71,6 +84,17 @@ fn dotted(version: i32) -> String {
     format!("{}.{}", version / 1000, version % 1000 / 10)
 }
 
+/// Sets [`SETTINGS`] where that is sound: no other thread can be looking at the environment.
+fn set_environment() {
+    if !fs::read_dir("/proc/self/task").is_ok_and(|threads| threads.count() == 1) {
+        return;
+    }
+    for (name, value) in SETTINGS.iter().filter(|(name, _)| env::var_os(name).is_none()) {
+        // SAFETY: this is the process's only thread.
+        unsafe { env::set_var(name, value) };
+    }
+}
+
 /// Starts the driver.
 ///
 /// # Errors
@@ -80,6 +104,7 @@ pub(crate) fn driver() -> Result<Driver, KernelError> {
     if !unsafe { sys::is_culib_present() } {
         return Err(unavailable("no CUDA driver (libcuda.so.1) is on this machine", DRIVER_HINT));
     }
+    set_environment();
     let (mut version, mut count) = (0, 0);
     // SAFETY: writes to a local; every driver has this call, and it needs no initialisation.
     checked(unsafe { sys::cuDriverGetVersion(&mut version) }, "cuDriverGetVersion", &"cuda")?;
@@ -130,7 +155,7 @@ impl Library {
             }
             Library::Nccl => {
                 "apt install libnccl2 (NVIDIA's repository), or pip install nvidia-nccl-cu13 and add its lib folder to \
-                 LD_LIBRARY_PATH"
+                 LD_LIBRARY_PATH; of version 2.24 or newer"
             }
             Library::Cudnn => {
                 "optional, for attention in bf16: apt install cudnn9-cuda-13 (NVIDIA's repository), or pip install \

@@ -86,6 +86,15 @@ impl Modules {
         Ok(function)
     }
 
+    /// Has all kernels of a module loaded. The context is bound.
+    ///
+    /// # Errors
+    /// As for [`Modules::function`].
+    pub(crate) fn prepare(&self, module: &str) -> Result<(), KernelError> {
+        let mut functions = MODULES.iter().filter(|known| known.name == module).flat_map(Module::functions);
+        functions.try_for_each(|function| self.function(function, 0).map(drop))
+    }
+
     fn load(&self, module: &Module) -> Result<Raw<sys::CUmodule>, KernelError> {
         let capability = self.context.capability();
         for path in cubins(module.name, capability) {

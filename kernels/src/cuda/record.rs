@@ -1,5 +1,5 @@
 //! A stream's record of an index out of range ([`ErrorRecord`]), and the pinned memory that it is copied to behind each
-//! submission that may write it. Imports `cuda::memory`, `cuda::gpu`, `cuda::step`.
+//! submission that may write it. Imports `cuda::memory`, `cuda::gpu`, `cuda::step`, `memory`.
 #![allow(unsafe_code)]
 
 use std::sync::{Arc, Mutex, PoisonError};
@@ -12,7 +12,7 @@ use super::memory::{DeviceMemory, Pinned};
 use super::step::ErrorRecord;
 use crate::clock::{Clocks, host_access};
 use crate::error::KernelError;
-use crate::memory::Tally;
+use crate::memory::{Arena, Tally};
 
 const BYTES: usize = ErrorRecord::BYTES;
 
@@ -22,7 +22,7 @@ const SLOTS: usize = 128;
 /// One stream's.
 #[derive(Debug)]
 pub(crate) struct Records {
-    device: DeviceMemory,
+    device: Arena,
     blocks: Vec<Arc<Block>>,
 }
 
@@ -50,12 +50,23 @@ pub(crate) struct Slot {
 impl Records {
     /// Counted in `tally`.
     pub(crate) fn new(gpu: &Arc<Gpu>, rank: usize, tally: &Arc<Tally>) -> Result<Self, KernelError> {
-        Ok(Self { device: DeviceMemory::new(gpu, rank, BYTES, tally)?, blocks: Vec::new() })
+        let device = Arena::cuda(DeviceMemory::new(gpu, rank, BYTES, tally)?);
+        Ok(Self { device, blocks: Vec::new() })
+    }
+
+    /// The memory that kernels write.
+    pub(crate) fn memory(&self) -> &Arena {
+        &self.device
     }
 
     /// Where kernels write it.
     pub(crate) fn address(&self) -> u64 {
-        self.device.address()
+        self.device.device_memory().map_or(0, DeviceMemory::address)
+    }
+
+    /// Has room made for records. The context is bound.
+    pub(crate) fn prepare(&mut self, gpu: &Gpu) -> Result<(), KernelError> {
+        self.slot(gpu).map(drop)
     }
 
     fn slot(&mut self, gpu: &Gpu) -> Result<Slot, KernelError> {

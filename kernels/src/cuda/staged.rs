@@ -14,8 +14,8 @@ use crate::cpu::launch::faults;
 use crate::error::KernelError;
 use crate::event::Event;
 use crate::memory::{ALIGNMENT, Arena, View};
-use crate::op::{CpuArgs, CpuRead, CpuSlice, CpuSliceMut, CpuWrite, CustomKernel, Op};
-use crate::tensor::DType;
+use crate::op::{Buffer, CpuArgs, CpuRead, CpuSlice, CpuSliceMut, CpuWrite, CustomKernel, Launch, Op};
+use crate::tensor::{DType, element_count};
 
 /// One stream's staging memory.
 #[derive(Debug)]
@@ -51,12 +51,26 @@ impl Staged {
         if let Some(arena) = self.arena.as_ref().filter(|arena| arena.bytes() >= bytes) {
             return Ok(arena.clone());
         }
-        // The old memory goes.
-        let event = self.record()?;
-        self.wait(&event)?;
+        if self.arena.is_some() {
+            // The old memory goes.
+            let event = self.record()?;
+            self.wait(&event)?;
+        }
         let arena = Arena::pinned(Pinned::new(self.lane.gpu().context(), bytes.next_power_of_two())?);
         self.arena = Some(arena.clone());
         Ok(arena)
+    }
+
+    /// The memory that copies are made to.
+    pub(crate) fn memory(&self) -> Option<&Arena> {
+        self.arena.as_ref()
+    }
+
+    /// Has memory made for what the host does with a launch's buffers. The context is bound.
+    pub(crate) fn prepare(&mut self, launch: &Launch) -> Result<(), KernelError> {
+        let bytes = |buffer: &Buffer| element_count(&buffer.shape) * buffer.dtype.bytes();
+        let buffers = launch.reads.iter().chain(&launch.writes);
+        self.arena(buffers.map(|buffer| bytes(buffer).next_multiple_of(ALIGNMENT)).sum()).map(drop)
     }
 
     /// Runs `work` on copies of a launch's buffers, and copies back what it has written.
@@ -95,6 +109,8 @@ impl Staged {
         reads.iter().for_each(|view| host_access(view.start(), view.bytes(), false));
         writes.iter().for_each(|view| host_access(view.start(), view.bytes(), true));
         let worked = work(reads, writes);
+        // Others' code may have bound another GPU's context.
+        self.lane.gpu().context().bind()?;
         if worked.is_ok() {
             for (view, copy) in bound.writes.iter().zip(writes) {
                 self.lane.copy_in(device_address(view)?, copy.start(), view.bytes())?;

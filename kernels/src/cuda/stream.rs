@@ -6,6 +6,7 @@
 
 use std::collections::VecDeque;
 use std::fmt;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
@@ -48,6 +49,8 @@ struct Inner {
     /// Of its engine.
     outcomes: Arc<[Outcome]>,
     issuer: Mutex<Issuer>,
+    /// Nobody has waited for its end.
+    unwatched: AtomicBool,
 }
 
 /// Bounded by the register protocol's credits, as every stream's queue is.
@@ -87,8 +90,19 @@ impl CudaStream {
         let track = gpu.poller().track(lane.place());
         let outcomes = engine.outcomes().into();
         let issuer = Mutex::new(Issuer::new(&lane, &track, engine.clone(), Records::new(gpu, rank, tally)?));
-        let (queue, changed, cache) = (Mutex::default(), Condvar::new(), Mutex::default());
-        let inner = Inner { name: name.to_owned(), rank, lane, track, queue, changed, cache, engine, outcomes, issuer };
+        let inner = Inner {
+            name: name.to_owned(),
+            rank,
+            lane,
+            track,
+            queue: Mutex::default(),
+            changed: Condvar::new(),
+            cache: Mutex::default(),
+            engine,
+            outcomes,
+            issuer,
+            unwatched: AtomicBool::new(false),
+        };
         Ok(Self { inner: Arc::new(inner) })
     }
 
@@ -182,8 +196,6 @@ impl Inner {
 
     /// The stream's own thread.
     fn serve(&self) {
-        // What fails here fails at the first command, too.
-        let _ = self.lane.gpu().context().bind();
         let mut queue = lock(&self.queue);
         loop {
             if !queue.handed_over {
@@ -200,6 +212,8 @@ impl Inner {
             };
             drop(queue);
             clock.join();
+            // Others' code may have bound another GPU's context meanwhile. What fails here fails at the command, too.
+            let _ = self.lane.gpu().context().bind();
             // Nothing is left of a command that may block.
             let _ = lock(&self.issuer).go(command, true);
             queue = lock(&self.queue);
@@ -229,6 +243,14 @@ impl Inner {
     }
 }
 
+impl Drop for Inner {
+    fn drop(&mut self) {
+        if self.unwatched.load(Ordering::Relaxed) {
+            lock(&self.issuer).let_go();
+        }
+    }
+}
+
 impl Drop for CudaStream {
     fn drop(&mut self) {
         let poller = self.inner.lane.gpu().poller();
@@ -240,6 +262,7 @@ impl Drop for CudaStream {
         let own = thread.as_ref().is_some_and(|thread| thread.thread().id() == thread::current().id());
         if own || poller.is_this_thread() {
             // It cannot wait for itself. What is on the stream is done, and told, all the same.
+            self.inner.unwatched.store(true, Ordering::Relaxed);
             return;
         }
         if !self.inner.drain() {

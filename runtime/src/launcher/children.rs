@@ -1,13 +1,15 @@
-//! One process of an attempt: its environment, its start, its end. Imports `launcher` and `exit`.
+//! One process of an attempt: its environment, its start, its end. Imports `launcher`, `exit`
+//! and what the kernels want of a CUDA driver.
 
 use std::net::TcpListener;
 use std::path::PathBuf;
 use std::process::{Child as Process, Command, Stdio};
 use std::sync::Arc;
-use std::{io, thread};
+use std::{env, io, thread};
 
 use crossbeam_channel::{Receiver, Sender};
 use rustix::process::{Pid, Signal, WaitId, WaitIdOptions, kill_process_group, waitid};
+use shardflow_kernels::cuda::library::SETTINGS;
 
 use super::cause::Ended;
 use super::logs::{Log, Screen, pump};
@@ -132,7 +134,7 @@ fn wait_until_ended(pid: Pid) {
     while let Err(rustix::io::Errno::INTR) = waitid(WaitId::Pid(pid), WaitIdOptions::EXITED | WaitIdOptions::NOWAIT) {}
 }
 
-/// The variables that `cluster::env` reads, and torchrun's.
+/// The variables that `cluster::env` reads, torchrun's, and the CUDA driver's.
 fn set_environment(command: &mut Command, job: &Job, meeting: &Meeting, local: u32) {
     let options = job.options;
     let rank = (options.node * options.local_processes + local).to_string();
@@ -169,6 +171,7 @@ fn set_environment(command: &mut Command, job: &Job, meeting: &Meeting, local: u
         ("TORCHELASTIC_RUN_ID", &job.run_id),
     ];
     command.envs(variables);
+    command.envs(SETTINGS.iter().filter(|(name, _)| env::var_os(name).is_none()).copied());
     command.env("SHARDFLOW_SECRET", job.secret.text()).env_remove("SHARDFLOW_SECRET_FILE");
     if local == "0" {
         command.env(PROGRESS_FILE, job.progress_file());

@@ -2,12 +2,14 @@
 //! `session::hosting`, `cluster` and the kernels' devices.
 
 use std::collections::BTreeMap;
+use std::env;
 use std::sync::Arc;
 use std::time::Duration;
 
 use shardflow_kernels::collective::in_process::InProcess;
 use shardflow_kernels::collective::{Collective, Group};
 use shardflow_kernels::cuda::gpu::Gpu;
+use shardflow_kernels::cuda::library::QUEUES;
 use shardflow_kernels::cuda::local::Local;
 use shardflow_kernels::cuda::nccl::{Nccl, Pipe, Seat, UniqueId};
 use shardflow_kernels::device::{Device, DeviceKind};
@@ -18,6 +20,10 @@ use crate::plan::Plan;
 
 /// How long members of a group may take to join each other.
 const JOIN_WITHIN: Duration = Duration::from_secs(60);
+
+/// Hardware queues of a GPU where the driver was told nothing, and the most that it gives.
+const QUEUES_DEFAULT: usize = 8;
+const QUEUES_MAX: usize = 32;
 
 /// Gives what NCCL knows groups by.
 pub(crate) type Ids<'a> = &'a dyn Fn(&[Arc<Group>]) -> Result<Vec<UniqueId>, KernelError>;
@@ -111,6 +117,13 @@ fn gpu_engine(
     let pairs = if takes_pipes { hosting.crossing_pairs(plan) } else { BTreeMap::new() };
     let first = groups.last().map_or(0, |group| group.id + 1);
     groups.retain(|group| group.ranks.len() > 1);
+    let queues = env::var(QUEUES).ok();
+    for rank in gpus.keys() {
+        let pipes = pairs.keys().filter(|(from, to)| from == rank || to == rank).count();
+        // The host's copies have a stream, too.
+        let streams = plan.spec.actors.iter().filter(|actor| actor.device == *rank).count() + 1;
+        check_queues(*rank, streams, pipes, queues.as_deref())?;
+    }
     // Behind the plan's own, in the same order in all processes.
     let pair = |(id, (from, to)): (u32, &(usize, usize))| Arc::new(Group { id, ranks: vec![*from, *to] });
     groups.extend((first..).zip(pairs.keys()).map(pair));
@@ -129,6 +142,26 @@ fn gpu_engine(
     // In the order of their ends, which is the same in all processes.
     pipes.values().try_for_each(|pipe| pipe.connect(JOIN_WITHIN))?;
     Ok((Arc::new(engine), pipes))
+}
+
+/// A pipe's calls may wait for another process as long as that waits for one of this GPU's streams, so none may share a
+/// hardware queue with a pipe; `given` is what the driver was told of queues.
+fn check_queues(rank: usize, streams: usize, pipes: usize, given: Option<&str>) -> Result<(), KernelError> {
+    let (needed, most) = (streams + pipes, QUEUES_MAX);
+    let queues = given.and_then(|given| given.trim().parse().ok()).unwrap_or(QUEUES_DEFAULT).min(most);
+    if pipes == 0 || needed <= queues {
+        return Ok(());
+    }
+    let what = format!(
+        "the GPU of device {rank} has too few hardware queues: {streams} streams and {pipes} ends of pipes to other \
+         processes need {needed}, {QUEUES} gives {queues}"
+    );
+    let hint = if needed <= most {
+        format!("set {QUEUES}={most} for all processes before they start, as shardflow launch does")
+    } else {
+        format!("no GPU has more than {most}: set SHARDFLOW_TRANSPORT=tcp for all processes")
+    };
+    Err(KernelError::Unavailable { what, hint })
 }
 
 /// New ids, for groups whose members are all in this process.
@@ -164,6 +197,19 @@ mod tests {
     fn devices_of_one_process_share_gpus() {
         assert_eq!(dealt(4, 1, 1, 2).unwrap(), [[0, 1, 0, 1]]);
         assert_eq!(dealt(3, 1, 1, 1).unwrap(), [[0, 0, 0]]);
+    }
+
+    #[test]
+    fn pipes_have_queues_of_their_own() {
+        let check = |streams, pipes, given| check_queues(3, streams, pipes, given).map_err(|error| error.to_string());
+        assert_eq!(check(5, 3, None), Ok(()));
+        assert_eq!(check(9, 0, None), Ok(()), "nothing waits for another process");
+        assert_eq!(check(5, 27, Some("32")), Ok(()));
+        let told = check(5, 4, None).unwrap_err();
+        assert!(told.contains("5 streams and 4 ends") && told.contains("need 9, CUDA_DEVICE_MAX_CONNECTIONS gives 8"));
+        assert!(told.contains("set CUDA_DEVICE_MAX_CONNECTIONS=32"), "{told}");
+        let told = check(5, 28, Some("64")).unwrap_err();
+        assert!(told.contains("gives 32") && told.contains("SHARDFLOW_TRANSPORT=tcp"), "{told}");
     }
 
     #[test]

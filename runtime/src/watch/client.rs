@@ -15,6 +15,8 @@ use crate::session::observer::Observer;
 
 /// For each of connecting, writing and reading.
 const TIMEOUT: Duration = Duration::from_secs(10);
+/// What has moved this lately is not stuck.
+const MOVES_SECONDS: f64 = 1.0;
 /// An answer is no longer than this.
 const ANSWER_BYTES_MAX: u64 = 16 << 20;
 
@@ -86,6 +88,9 @@ impl HangReport {
 impl fmt::Display for HangReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(f, "rank {} of {}: last progress {:.1} s ago", self.process, self.processes, self.idle_seconds)?;
+        if self.cause.is_some() && self.idle_seconds < MOVES_SECONDS {
+            writeln!(f, "  it moves; this instant it waits so:")?;
+        }
         for (who, what) in &self.chain {
             writeln!(f, "  {who}\n    waits for {what}")?;
         }
@@ -231,5 +236,7 @@ mod tests {
         assert_eq!(told, reports);
         assert!(matches!(&unasked[..], [(0, AskError::Unreachable { .. })]), "{unasked:?}");
         assert!(told[0].to_string().contains("which of them is late is not known here: rank 0, rank 2, rank 3"));
+        let moves = HangReport { idle_seconds: 0.1, ..told[0].clone() };
+        assert!(moves.to_string().contains("it moves") && !told[0].to_string().contains("it moves"), "{moves}");
     }
 }

@@ -10,8 +10,13 @@ use cudarc::nccl::sys::{ncclComm_t, ncclDataType_t, ncclRedOp_t, ncclUniqueId};
 use libloading::Library as Loaded;
 
 use crate::cuda::context::static_text;
-use crate::cuda::library::Library;
+use crate::cuda::library::{Library, unavailable};
 use crate::error::KernelError;
+
+/// The oldest library: `10000 * major + 100 * minor + patch`. Before 2.24 members in one process may read each other's
+/// buffers directly, to which nobody gives them access; before 2.18 a communicator that does not block may read its
+/// configuration when that is gone.
+const VERSION_MIN: c_int = 22_400;
 
 /// All is well.
 pub(crate) const SUCCESS: u32 = 0;
@@ -103,18 +108,28 @@ api! {
 
 impl Api {
     /// # Errors
-    /// [`KernelError::Unavailable`] where there is no NCCL, or one without these functions.
+    /// [`KernelError::Unavailable`] where there is no NCCL, or one that is too old.
     pub(crate) fn get() -> Result<&'static Self, KernelError> {
         static API: OnceLock<Option<Api>> = OnceLock::new();
-        API.get_or_init(Self::load).as_ref().ok_or_else(|| Library::Nccl.missing())
+        let api = API.get_or_init(Self::load).as_ref().ok_or_else(|| Library::Nccl.missing())?;
+        let number = api.number()?;
+        if number < VERSION_MIN {
+            let what = format!("libnccl is too old: it is {}, {} is needed", dotted(number), dotted(VERSION_MIN));
+            return Err(unavailable(what, Library::Nccl.hint()));
+        }
+        Ok(api)
+    }
+
+    fn number(&self) -> Result<c_int, KernelError> {
+        let mut version = 0;
+        // SAFETY: writes to a local.
+        self.check(unsafe { (self.version)(&mut version) }, "ncclGetVersion", "nccl")?;
+        Ok(version)
     }
 
     /// Such as `2.28.3`.
     pub(crate) fn version(&self) -> Result<String, KernelError> {
-        let mut version = 0;
-        // SAFETY: writes to a local.
-        self.check(unsafe { (self.version)(&mut version) }, "ncclGetVersion", "nccl")?;
-        Ok(format!("{}.{}.{}", version / 10_000, version / 100 % 100, version % 100))
+        self.number().map(dotted)
     }
 
     /// Turns a code into an error; a call that is under way is none.
@@ -126,5 +141,21 @@ impl Api {
         let (name, text) =
             unsafe { (static_text((self.error_string)(code)), static_text((self.last_error)(std::ptr::null_mut()))) };
         Err(KernelError::Cuda { place: place.to_owned(), call, code, name, text })
+    }
+}
+
+/// `22803` as `2.28.3`; before 2.9 a version was `1000 * major + 100 * minor + patch`.
+fn dotted(version: c_int) -> String {
+    let major = if version < 10_000 { 1_000 } else { 10_000 };
+    format!("{}.{}.{}", version / major, version % major / 100, version % 100)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn versions_read_as_people_write_them() {
+        assert_eq!([22_803, 22_400, 21_805, 2_708].map(dotted), ["2.28.3", "2.24.0", "2.18.5", "2.7.8"]);
     }
 }
