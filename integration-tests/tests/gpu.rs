@@ -145,7 +145,7 @@ fn devices_that_share_a_gpu() {
 #[test]
 fn gpus_of_a_session_reach_each_other() {
     for (mesh, gpus, pairs) in [("data=2,stage=2", 4, 12), ("stage=2,tensor=2", 2, 2), ("data=1", 2, 0)] {
-        let calls = calls(1, 4, mesh, gpus);
+        let calls = calls("f32", 1, 4, mesh, gpus);
         let count = |name: &str| calls.get(name).copied().unwrap_or(0);
         let pooled = count("cuMemAllocAsync");
         assert_eq!((count("cuCtxEnablePeerAccess"), pooled), (pairs, 0), "{mesh} on {gpus} GPUs");
