@@ -13,8 +13,8 @@ use shardflow_integration_tests::default_model::{plan, step};
 use shardflow_integration_tests::training::Scratch;
 
 /// In each of so many windows there is one scrape. Prometheus scrapes every 15 s; here it is about once a second.
-const WINDOWS: usize = 60;
-const STEPS: usize = 12;
+const WINDOWS: usize = 30;
+const STEPS: usize = 40;
 const WARM: usize = 4;
 
 fn scrape(address: SocketAddr) -> usize {
