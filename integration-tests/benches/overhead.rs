@@ -3,11 +3,11 @@
 
 use std::sync::Arc;
 use std::sync::mpsc::channel;
-use std::time::Instant;
 
 use shardflow::plan::{ActionKey, BaseKey, Plan};
 use shardflow::session::{Session, SessionOptions};
 use shardflow_integration_tests::default_model;
+use shardflow_integration_tests::measure::{median, timed};
 use shardflow_kernels::collective::in_process::InProcess;
 use shardflow_kernels::device::Device;
 use shardflow_kernels::memory::{Arena, Base};
@@ -40,8 +40,7 @@ fn bound(plan: &Plan, arena: &Arena) -> Vec<(Arc<Program>, Vec<Base>)> {
 }
 
 /// One step's launches with nobody between them.
-fn direct(stream: &Stream, programs: &[(Arc<Program>, Vec<Base>)]) -> f64 {
-    let begin = Instant::now();
+fn direct(stream: &Stream, programs: &[(Arc<Program>, Vec<Base>)]) {
     let (sender, receiver) = channel();
     for (program, bases) in programs {
         let (program, bases, sender) = (program.clone(), bases.clone(), sender.clone());
@@ -51,12 +50,6 @@ fn direct(stream: &Stream, programs: &[(Arc<Program>, Vec<Base>)]) -> f64 {
     for _ in programs {
         assert_eq!(receiver.recv(), Ok(Notice::Done));
     }
-    begin.elapsed().as_secs_f64()
-}
-
-fn median(mut seconds: Vec<f64>) -> f64 {
-    seconds.sort_by(f64::total_cmp);
-    seconds[seconds.len() / 2]
 }
 
 fn main() {
@@ -67,20 +60,15 @@ fn main() {
     let arena = device.arena(plan.memory[0].arena_bytes).expect("memory");
     let programs = bound(&plan, &arena);
     let mut session = Session::start(plan, &SessionOptions::default()).expect("a session");
-    let mut step = || {
-        let begin = Instant::now();
-        default_model::step(&mut session);
-        begin.elapsed().as_secs_f64()
-    };
     let (mut through, mut straight) = (Vec::new(), Vec::new());
     for round in 0..ROUNDS + 5 {
-        let pair = (step(), direct(&stream, &programs));
+        let pair = (timed(|| default_model::step(&mut session)), timed(|| direct(&stream, &programs)));
         if round >= 5 {
             through.push(pair.0);
             straight.push(pair.1);
         }
     }
-    let (through, straight) = (median(through), median(straight));
+    let [through, straight] = [through, straight].map(|seconds| median(seconds).expect("rounds"));
     println!(
         "{threads} threads: a step takes {:.2} ms, its kernels {:.2} ms: {:.1} % outside kernels",
         through * 1e3,

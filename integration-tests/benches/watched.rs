@@ -4,12 +4,12 @@
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::sync::mpsc::{Receiver, Sender, channel};
-use std::time::Instant;
 
 use shardflow::session::{Session, SessionOptions};
 use shardflow::trace::TraceFile;
 use shardflow::watch::Watch;
 use shardflow_integration_tests::default_model::{plan, step};
+use shardflow_integration_tests::measure::{median, timed};
 use shardflow_integration_tests::training::Scratch;
 
 /// In each of so many windows there is one scrape. Prometheus scrapes every 15 s; here it is about once a second.
@@ -24,18 +24,6 @@ fn scrape(address: SocketAddr) -> usize {
     stream.read_to_string(&mut answer).expect("an answer");
     assert!(answer.contains("shardflow_steps_total"), "{answer}");
     answer.len()
-}
-
-/// Seconds that it takes.
-fn timed(work: impl FnOnce()) -> f64 {
-    let begin = Instant::now();
-    work();
-    begin.elapsed().as_secs_f64()
-}
-
-fn median(mut values: Vec<f64>) -> f64 {
-    values.sort_by(f64::total_cmp);
-    values[values.len() / 2]
 }
 
 fn main() {
@@ -82,13 +70,14 @@ fn main() {
         [plain, watched].into_iter().for_each(|session| session.shutdown().expect("it works"));
     }
     ratios.sort_by(f64::total_cmp);
+    let middle = |values| median(values).expect("windows");
     println!(
         "{threads} threads: a step takes {:.2} ms; watched, {:.4} of that ({:.4} to {:.4} in {WINDOWS} windows of {STEPS} steps); \
          of it {:.0} us to write the trace",
-        median(plain_seconds) * 1e3,
-        median(ratios.clone()),
+        middle(plain_seconds) * 1e3,
+        middle(ratios.clone()),
         ratios[0],
         ratios[ratios.len() - 1],
-        median(writing) * 1e6,
+        middle(writing) * 1e6,
     );
 }

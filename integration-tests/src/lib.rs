@@ -2,6 +2,7 @@
 
 pub mod default_model;
 pub mod faulty;
+pub mod measure;
 pub mod reference;
 pub mod relay;
 pub mod together;

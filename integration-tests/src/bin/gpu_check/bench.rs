@@ -9,6 +9,7 @@ use clap::Args;
 use serde_json::json;
 use shardflow::init::mix;
 use shardflow::prelude::{DType, DeviceKind, HostTensor};
+use shardflow_integration_tests::measure::median;
 use shardflow_kernels::clock::Clock;
 use shardflow_kernels::collective::in_process::InProcess;
 use shardflow_kernels::cuda::gpu::Gpu;
@@ -19,7 +20,6 @@ use shardflow_kernels::stream::{Notice, Stream, Submission};
 use shardflow_kernels::tensor::element_count;
 
 use crate::model::{On, token};
-use crate::train::median;
 use crate::{Found, Result};
 
 /// How long launches in a row should take, so that what a submission costs beside them does not count.

@@ -6,6 +6,7 @@ use std::time::Instant;
 use clap::Args;
 use serde_json::json;
 use shardflow::prelude::*;
+use shardflow_integration_tests::measure::median;
 use shardflow_kernels::cuda::gpu::Gpu;
 
 use crate::model::{ModelArgs, On};
@@ -65,10 +66,4 @@ pub fn run(args: &TrainArgs) -> Result<Found> {
         "memory": { "planned_bytes": planned_bytes, "driver_bytes": driver_bytes },
     });
     Ok(Found { json, wrong: wrong.into_iter().collect() })
-}
-
-/// The middle one, of any.
-pub fn median(mut values: Vec<f64>) -> Option<f64> {
-    values.sort_by(f64::total_cmp);
-    values.get(values.len() / 2).copied()
 }
