@@ -151,14 +151,14 @@ fn backward(
     let keys = [inputs.clone(), dk, dv].concat();
     let queries = [inputs, dq].concat();
     let tiled = tiled(operands, dims.depth);
-    let step = |kernel: Option<(&'static str, usize)>, plain, buffers| match (&tiled, kernel) {
-        (Some(tiled), Some(kernel)) if kernel.1 <= shared => dims.tiled_step(kernel, tiled.threads, buffers, scale),
+    let step = |kernel: fn(&Tiled) -> (&'static str, usize), plain, buffers| match &tiled {
+        Some(tiled) if kernel(tiled).1 <= shared => dims.tiled_step(kernel(tiled), tiled.threads, buffers, scale),
         _ => dims.plain_step(plain, buffers, Some(scale)),
     };
     let plain = pick(operands, "attention_grad_keys_plain_f32", "attention_grad_keys_plain_bf16");
-    let keys = step(tiled.as_ref().map(|tiled| tiled.keys), plain, keys)?;
+    let keys = step(|tiled| tiled.keys, plain, keys)?;
     let plain = pick(operands, "attention_grad_queries_plain_f32", "attention_grad_queries_plain_bf16");
-    let queries = step(tiled.as_ref().map(|tiled| tiled.queries), plain, queries)?;
+    let queries = step(|tiled| tiled.queries, plain, queries)?;
     Ok(vec![rows, keys, queries])
 }
 
