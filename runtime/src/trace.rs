@@ -10,7 +10,6 @@ use std::fs::File;
 use std::io::{self, BufWriter, Write};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::{SystemTime, UNIX_EPOCH};
 
 use serde_json::json;
 use shardflow_actors::simulate::{Options, Timing, simulate};
@@ -93,10 +92,8 @@ impl TraceFile {
     /// Tells the clock, and names the devices: a viewer shows each as a process.
     fn begin(&mut self, observer: &Observer) -> Result<(), TraceError> {
         let (hosting, pid) = (observer.hosting(), observer.hosting().own().start);
-        if let (Some(now_ns), Ok(unix)) = (observer.now_ns(), SystemTime::now().duration_since(UNIX_EPOCH)) {
-            let args = json!({ "unix_ns": unix.as_nanos() as u64 - now_ns });
-            self.event(&json!({ "name": CLOCK, "ph": "M", "pid": pid, "args": args }))?;
-        }
+        let args = json!({ "unix_ns": observer.started() });
+        self.event(&json!({ "name": CLOCK, "ph": "M", "pid": pid, "args": args }))?;
         for device in hosting.own() {
             let name = format!("device {device}, rank {}", hosting.process);
             let named = json!({ "name": "process_name", "ph": "M", "pid": device, "args": { "name": name } });

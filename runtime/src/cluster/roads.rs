@@ -233,9 +233,7 @@ impl Roads<'_> {
             if !self.shares_memory(process) {
                 pushes = self.hosting.crossing(plan, own, process);
                 mirrors = self.hosting.crossing(plan, process, own);
-            }
-            for (register, device, bytes) in self.hosting.mirrors(plan, process) {
-                if mirrors.contains_key(&register) {
+                for (register, device, bytes) in self.hosting.mirrors(plan, process) {
                     let base = Base { arena: devices[device - self.hosting.own().start].arena(bytes)?, offset: 0 };
                     let stride = plan.spec.registers[register.0 as usize].slot_bytes;
                     memory.insert(register, RegisterMemory { base, stride });

@@ -2,7 +2,7 @@
 //! Imports `metrics`, `plan` and the actors' snapshots.
 
 use std::sync::Arc;
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, Instant};
 
 use metrics::{Counter, Gauge, Histogram, counter, gauge, histogram};
 use shardflow_actors::snapshot::ActorSnapshot;
@@ -11,6 +11,7 @@ use shardflow_kernels::device::Device;
 
 use super::hosting::Hosting;
 use super::{SessionOptions, StepReport};
+use crate::exit::unix_ns;
 use crate::metrics as names;
 use crate::plan::{Plan, flops};
 
@@ -48,8 +49,7 @@ impl StepMetrics {
             ("process", hosting.process.to_string()),
         ];
         gauge!(names::BUILD_INFO, &labels).set(1.0);
-        let since_1970 = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-        gauge!(names::START).set(since_1970.as_secs_f64());
+        gauge!(names::START).set(unix_ns() as f64 * 1e-9);
         // So that they are there before the first of them happens.
         counter!(names::STALLS).absolute(0);
         counter!(names::FIRINGS_LOST).absolute(0);

@@ -4,7 +4,7 @@
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, Instant};
 
 use metrics::{Counter, Gauge, Histogram, counter, gauge, histogram};
 use shardflow_actors::hang::Hang;
@@ -17,6 +17,7 @@ use super::StepReport;
 use super::hosting::Hosting;
 use super::metrics::{Metrics, Snapshots};
 use crate::cluster::world::World;
+use crate::exit::unix_ns;
 use crate::metrics as names;
 use crate::plan::Plan;
 
@@ -175,7 +176,7 @@ impl Observer {
             totals: HashMap::new(),
         };
         let world = world.map_or_else(Weak::new, Arc::downgrade);
-        let since_1970 = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+        let started = unix_ns().saturating_sub(control.now_ns().unwrap_or_default());
         Self {
             plan,
             hosting,
@@ -186,7 +187,7 @@ impl Observer {
             steps: AtomicU64::new(0),
             newest: Mutex::new(steps),
             incidents: Mutex::default(),
-            started: since_1970.as_nanos() as u64,
+            started,
             facade: Mutex::new(facade),
             tells: true,
         }

@@ -12,15 +12,17 @@ pub const PLAN_HTML: &str = "SHARDFLOW_PLAN_HTML";
 /// The same, for Graphviz.
 pub const PLAN_DOT: &str = "SHARDFLOW_PLAN_DOT";
 
+/// The text last: that it is there says that all is.
+const ALL: [&str; 3] = [PLAN_HTML, PLAN_DOT, PLAN_TEXT];
+
 /// True under `shardflow plan`: a session will not start, so that a program needs none of what it would run on.
 pub fn is_asked() -> bool {
-    [PLAN_HTML, PLAN_DOT, PLAN_TEXT].into_iter().any(|variable| std::env::var_os(variable).is_some())
+    ALL.iter().any(|variable| std::env::var_os(variable).is_some())
 }
 
 /// Writes the plan where the environment says so; then the session ends before it began.
 pub(super) fn show(plan: &Plan) -> Result<(), SessionError> {
-    // The text last: that it is there says that all is.
-    for variable in [PLAN_HTML, PLAN_DOT, PLAN_TEXT] {
+    for variable in ALL {
         let Some(path) = std::env::var_os(variable).map(PathBuf::from) else { continue };
         let picture = match variable {
             PLAN_HTML => plan.to_html(),
