@@ -3,6 +3,7 @@
 
 use std::fmt;
 use std::sync::Arc;
+use std::time::Duration;
 
 use crate::cpu::stream::CpuStream;
 use crate::cuda::stream::CudaStream;
@@ -133,6 +134,14 @@ impl Stream {
         match self {
             Stream::Cpu(stream) => stream.threads(),
             Stream::Cuda(_) => 1,
+        }
+    }
+
+    /// Time that it has been in collectives that have ended, waiting for other members or moving bytes.
+    pub fn collective_time(&self) -> Duration {
+        match self {
+            Stream::Cpu(stream) => stream.collective_time(),
+            Stream::Cuda(stream) => stream.collective_time(),
         }
     }
 }

@@ -4,7 +4,7 @@
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender, unbounded};
 
@@ -15,7 +15,7 @@ use crate::cpu::pool::Pool;
 use crate::cpu::widen::Wide;
 use crate::error::KernelError;
 use crate::event::Event;
-use crate::metrics::StreamMetrics;
+use crate::metrics::{CollectiveTime, StreamMetrics};
 use crate::op::{Op, Program};
 use crate::stream::{Notice, Submission};
 
@@ -30,6 +30,7 @@ pub struct CpuStream {
     thread: Option<JoinHandle<()>>,
     device: usize,
     threads: usize,
+    collective_time: CollectiveTime,
 }
 
 enum Command {
@@ -53,12 +54,13 @@ impl CpuStream {
         }
         let pool = Pool::start(name, threads).map_err(|_| KernelError::Closed { device })?;
         let (queue, commands) = unbounded();
-        let stream = name.to_owned();
+        let metrics = StreamMetrics::new(name);
+        let collective_time = metrics.collective_time();
         let thread = thread::Builder::new()
             .name(name.to_owned())
-            .spawn(move || serve(&commands, &pool, &*engine, StreamMetrics::new(&stream)))
+            .spawn(move || serve(&commands, &pool, &*engine, metrics))
             .map_err(|_| KernelError::Closed { device })?;
-        Ok(Self { queue: Some(queue), thread: Some(thread), device, threads })
+        Ok(Self { queue: Some(queue), thread: Some(thread), device, threads, collective_time })
     }
 
     fn send(&self, command: Command) -> Result<(), KernelError> {
@@ -99,6 +101,10 @@ impl CpuStream {
 
     pub(crate) fn threads(&self) -> usize {
         self.threads
+    }
+
+    pub(crate) fn collective_time(&self) -> Duration {
+        self.collective_time.get()
     }
 }
 
@@ -147,7 +153,7 @@ fn run(
         let call = if let Op::Collective(call) = &launch.op { Some((call, Instant::now())) } else { None };
         let result = catch_unwind(AssertUnwindSafe(|| run_launch(launch, &bases, repeat, pool, engine, wide)));
         if let Some((call, began)) = call {
-            metrics.collective(call, began.elapsed());
+            metrics.collective(call).record(began.elapsed());
         }
         let result = result.unwrap_or_else(|panic| {
             Err(KernelError::Panic {

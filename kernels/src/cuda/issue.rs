@@ -9,6 +9,7 @@
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
+use std::time::Instant;
 
 use super::blas::{Addresses, Plans};
 use super::boxes::{self, Boxed, fetch_box};
@@ -29,6 +30,7 @@ use crate::cpu::stream::{panic_message, trace_launch};
 use crate::error::KernelError;
 use crate::event::Event;
 use crate::memory::{Base, View};
+use crate::metrics::StreamMetrics;
 use crate::op::{Buffer, Launch, Op, Program};
 use crate::region::check_inside;
 use crate::stream::{Notice, Submission};
@@ -100,11 +102,18 @@ pub(crate) struct Issuer {
     plans: Option<Plans>,
     flashes: Option<Flashes>,
     staged: Staged,
+    metrics: StreamMetrics,
     check: bool,
 }
 
 impl Issuer {
-    pub(crate) fn new(lane: &Arc<Lane>, track: &Arc<Track>, engine: Arc<dyn Collective>, records: Records) -> Self {
+    pub(crate) fn new(
+        lane: &Arc<Lane>,
+        track: &Arc<Track>,
+        engine: Arc<dyn Collective>,
+        records: Records,
+        metrics: StreamMetrics,
+    ) -> Self {
         Self {
             lane: lane.clone(),
             track: track.clone(),
@@ -113,6 +122,7 @@ impl Issuer {
             plans: None,
             flashes: None,
             staged: Staged::new(lane, track),
+            metrics,
             check: false,
         }
     }
@@ -263,6 +273,7 @@ impl Issuer {
                     return Ok(false);
                 }
                 wait()?;
+                self.lane.end_call()?;
             } else {
                 if let Some(turn) = run.turn.as_ref().filter(|_| matches!(launch.op, Op::Collective(_))) {
                     if !may_block && !turn.has_come() {
@@ -489,15 +500,23 @@ impl Issuer {
     }
 
     fn collective(&mut self, call: &CollectiveCall, bound: &Bound<'_>) -> Result<Option<Wait>, KernelError> {
+        let told = self.metrics.collective(call);
         if let Some(engine) = self.engine.on_device(call) {
             self.lane.spin()?;
+            // The others would wait in vain for whom cannot even do that.
+            self.lane.begin_call(Some(told)).inspect_err(|error| self.engine.abort(&error.to_string()))?;
             return match engine.0.enqueue(call, &bound.reads, &bound.writes, bound.workspace.as_ref(), &self.lane)? {
-                Enqueued::Issued => Ok(None),
+                Enqueued::Issued => self.lane.end_call().map(|()| None),
                 Enqueued::Waits(wait) => Ok(Some(wait)),
             };
         }
         let engine = self.engine.clone();
-        self.staged.run(bound, |reads, writes| engine.run(call, reads, writes))?;
+        self.staged.run(bound, |reads, writes| {
+            let began = Instant::now();
+            let ran = engine.run(call, reads, writes);
+            told.record(began.elapsed());
+            ran
+        })?;
         Ok(None)
     }
 

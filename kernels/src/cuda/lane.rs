@@ -1,5 +1,5 @@
 //! A CUDA stream's own things, that whoever puts work on it uses: the handle, launches, copies, events.
-//! Imports `cuda::gpu`, `cuda::event`, `cuda::memory`, `cuda::module`, `cuda::spin`.
+//! Imports `cuda::gpu`, `cuda::event`, `cuda::memory`, `cuda::module`, `cuda::progress`, `cuda::spin`.
 #![allow(unsafe_code)]
 
 use std::ffi::c_void;
@@ -12,8 +12,10 @@ use super::event::Recorded;
 use super::gpu::Gpu;
 use super::memory::{destroy_stream, new_stream};
 use super::module::Function;
+use super::progress::Calls;
 use super::spin::Spins;
 use crate::error::KernelError;
+use crate::metrics::Told;
 
 /// Parameters that a kernel may have.
 pub(crate) const PARAMETERS_MAX: usize = 32;
@@ -60,6 +62,8 @@ pub(crate) struct Lane {
     stream: Raw<sys::CUstream>,
     /// For errors.
     place: String,
+    /// `None` where the GPU has no words left.
+    calls: Option<Arc<Calls>>,
 }
 
 /// How a kernel is launched.
@@ -77,7 +81,7 @@ impl Lane {
         gpu.context().bind()?;
         let (least, greatest) = gpu.priorities();
         let stream = new_stream(gpu.context(), if urgent { greatest } else { least }, &place)?;
-        Ok(Self { gpu: gpu.clone(), rank, stream, place })
+        Ok(Self { gpu: gpu.clone(), rank, stream, place, calls: gpu.words().calls() })
     }
 
     pub(crate) fn gpu(&self) -> &Arc<Gpu> {
@@ -233,8 +237,23 @@ impl Lane {
         self.check(unsafe { sys::cuMemsetD32Async(to, word, words, self.stream.0) }, "cuMemsetD32Async")
     }
 
-    /// Writes a word of pinned memory, as a whole, which the caller keeps.
-    pub(crate) fn write_word(&self, to: u64, value: u32) -> Result<(), KernelError> {
+    /// Its calls of collectives and pipes.
+    pub(crate) fn calls(&self) -> Option<&Arc<Calls>> {
+        self.calls.as_ref()
+    }
+
+    /// Puts word on the stream that a call is next, whose time is told when it is over (PROGRESS-1).
+    pub(crate) fn begin_call(&self, told: Option<Told>) -> Result<(), KernelError> {
+        self.calls.as_ref().map_or(Ok(()), |calls| self.write_word(calls.begin(told)))
+    }
+
+    /// Puts word on the stream that the last call, which is on it, is over.
+    pub(crate) fn end_call(&self) -> Result<(), KernelError> {
+        self.calls.as_ref().map_or(Ok(()), |calls| self.write_word(calls.end()))
+    }
+
+    /// Writes a word of the GPU's pinned memory ([`Calls`]), as a whole.
+    fn write_word(&self, (to, value): (u64, u32)) -> Result<(), KernelError> {
         // The call of today takes no other.
         let flags = sys::CUstreamWriteValue_flags::CU_STREAM_WRITE_VALUE_DEFAULT as u32;
         // SAFETY: an aligned word of the host's pinned memory that lives until the stream ends, by the caller.

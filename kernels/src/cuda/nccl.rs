@@ -391,17 +391,15 @@ impl Enqueue for Nccl {
             lane,
             comm: comm.as_deref(),
         };
-        // What NCCL has not accepted the others wait for in vain.
         if let Some(comm) = &comm {
-            comm.begin(lane).map_err(|error| self.0.failed(error))?;
+            comm.note(lane);
         }
+        // What NCCL has not accepted the others wait for in vain.
         let unpacks = member.issue().map_err(|error| self.0.failed(error))?;
         self.0.count(call, &y_shape);
-        let (lane, dtype, own) = (lane.clone(), any.dtype(), comm.clone());
-        let behind = move || {
-            own.map_or(Ok(()), |comm| comm.end(&lane))?;
-            unpacks.iter().try_for_each(|(from, to)| copy_box(&lane, from.boxed(), to.boxed(), dtype))
-        };
+        let (lane, dtype) = (lane.clone(), any.dtype());
+        let behind =
+            move || unpacks.iter().try_for_each(|(from, to)| copy_box(&lane, from.boxed(), to.boxed(), dtype));
         let Some(comm) = comm else { return behind().map(|()| Enqueued::Issued) };
         match self.0.settle(&comm, Some(ISSUE_SPIN)) {
             Some(settled) => settled.and_then(|()| behind()).map(|()| Enqueued::Issued),
@@ -428,17 +426,8 @@ impl Collective for Nccl {
     fn waits(&self) -> Vec<Wait> {
         let mut waits = Vec::new();
         for ((id, member), comm) in &self.0.comms {
-            let Some((reached, _)) = comm.reached_and_passed().filter(|(reached, passed)| reached != passed) else {
-                continue;
-            };
-            let Some(group) = self.0.groups.get(id) else { continue };
-            let is_late = |peer: &usize| match self.0.comms.get(&(*id, *peer)).map(|comm| comm.reached_and_passed()) {
-                // Numbers wrap round.
-                Some(Some((theirs, _))) => theirs != reached && reached.wrapping_sub(theirs) < u32::MAX / 2,
-                // There were no words left for it.
-                Some(None) => false,
-                None => true,
-            };
+            let (Some(call), Some(group)) = (comm.waits_in(), self.0.groups.get(id)) else { continue };
+            let is_late = |peer: &usize| self.0.comms.get(&(*id, *peer)).is_none_or(|peer| !peer.has_reached(call));
             let late = (0..group.ranks.len()).filter(|peer| peer != member).filter(is_late);
             waits.extend(late.map(|peer| Wait { group: *id, rank: group.ranks[*member], peer: group.ranks[peer] }));
         }

@@ -1,5 +1,5 @@
 //! One thread for each GPU that asks, stream by stream and in order, what is done, and tells it. Imports `cuda::event`,
-//! `cuda::context`, `event`, `stream`.
+//! `cuda::context`, `cuda::lane`, `cuda::progress`, `event`, `stream`.
 //!
 //! - POLL-1: what a stream tells comes in the order in which it was put on the stream, and only when it is done.
 //! - POLL-2: the thread is parked while nothing is pending. While something is, it spins a little, and then sleeps never
@@ -17,7 +17,9 @@ use std::time::{Duration, Instant};
 
 use super::context::Context;
 use super::event::Recorded;
+use super::lane::Lane;
 use super::memory::DeviceMemory;
+use super::progress::Calls;
 use super::ticket::Ticket;
 use crate::error::KernelError;
 use crate::event::Event;
@@ -56,6 +58,7 @@ pub(crate) trait Watched: Send + Sync {
 pub(crate) struct Track {
     /// Of the stream, for errors.
     pub(crate) place: String,
+    calls: Option<Arc<Calls>>,
     pending: Mutex<VecDeque<(Arc<Recorded>, Then)>>,
 }
 
@@ -105,8 +108,9 @@ impl Poller {
     }
 
     /// A track for a new stream.
-    pub(crate) fn track(&self, place: &str) -> Arc<Track> {
-        let track = Arc::new(Track { place: place.to_owned(), pending: Mutex::default() });
+    pub(crate) fn track(&self, lane: &Lane) -> Arc<Track> {
+        let (place, calls) = (lane.place().to_owned(), lane.calls().cloned());
+        let track = Arc::new(Track { place, calls, pending: Mutex::default() });
         lock(&self.shared.tracks).push(track.clone());
         track
     }
@@ -171,7 +175,10 @@ impl Shared {
                 (since, sleep) = (Instant::now(), SLEEP_MIN);
             }
             let tracks = lock(&self.tracks).clone();
-            if tracks.iter().filter(|track| self.advance(track)).count() > 0 {
+            let advanced = tracks.iter().filter(|track| self.advance(track)).count();
+            // Behind that: of what has ended nothing stays unseen.
+            tracks.iter().filter_map(|track| track.calls.as_ref()).for_each(|calls| calls.look());
+            if advanced > 0 {
                 (since, sleep) = (Instant::now(), SLEEP_MIN);
                 continue;
             }

@@ -1,19 +1,24 @@
 //! How far streams have come, as the GPU itself tells: a stream writes a number to a word of pinned memory, in its order, and the
-//! host reads the word whenever it wants to know. Imports `cuda::context`, `cuda::memory`, `cuda::lane`.
+//! host reads the word whenever it wants to know. Imports `cuda::context`, `cuda::memory`, `metrics`.
+//!
+//! - PROGRESS-1: a stream writes a call's number when it comes to the call, and again when it goes on behind it. One call at a
+//!   time is put on a stream, so both words only grow (and wrap round).
 //!
 //! PINNED-1 does not hold here: words are written by the GPU and read by the host at once, each as a whole.
 #![allow(unsafe_code)]
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
+use std::collections::VecDeque;
+use std::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
 
 use super::context::Context;
-use super::lane::Lane;
 use super::memory::Pinned;
 use crate::error::KernelError;
+use crate::metrics::Told;
 
-/// Words of a GPU. Those of a whole mesh are fewer.
-const WORDS: usize = 1024;
+/// Words of a GPU: two of each stream.
+const WORDS: usize = 4096;
 
 /// The words of one GPU, which must outlive all streams that write them.
 #[derive(Debug)]
@@ -24,7 +29,7 @@ pub(crate) struct Words {
 
 /// One word.
 #[derive(Debug)]
-pub(crate) struct Word {
+struct Word {
     words: Arc<Words>,
     index: usize,
 }
@@ -36,10 +41,105 @@ impl Words {
         Ok(Arc::new(Self { pinned, next: AtomicUsize::new(0) }))
     }
 
-    /// A word that is 0; `None` when all have been given away.
-    pub(crate) fn word(self: &Arc<Self>) -> Option<Word> {
-        let index = self.next.fetch_add(1, Ordering::Relaxed);
-        (index < WORDS).then(|| Word { words: self.clone(), index })
+    /// Of a new stream; `None` when all words have been given away.
+    pub(crate) fn calls(self: &Arc<Self>) -> Option<Arc<Calls>> {
+        let index = self.next.fetch_add(2, Ordering::Relaxed);
+        let word = |index| Word { words: self.clone(), index };
+        let calls = || Calls {
+            reached: word(index),
+            passed: word(index + 1),
+            seen: AtomicU64::new(0),
+            state: Mutex::default(),
+        };
+        (index + 1 < WORDS).then(|| Arc::new(calls()))
+    }
+}
+
+/// A stream's calls of collectives and pipes, counted from 1.
+#[derive(Debug)]
+pub(crate) struct Calls {
+    /// The call that the stream came to last.
+    reached: Word,
+    /// The call that it left last.
+    passed: Word,
+    /// Both words as they were when they were looked at last.
+    seen: AtomicU64,
+    state: Mutex<State>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    begun: u32,
+    /// Those that were not seen over.
+    open: VecDeque<Open>,
+}
+
+#[derive(Debug)]
+struct Open {
+    number: u32,
+    /// When the stream was seen to have come to it.
+    came: Option<Instant>,
+    told: Option<Told>,
+}
+
+/// Whether a word that holds this has come to the number. Numbers wrap round.
+fn has_come(word: u32, number: u32) -> bool {
+    word.wrapping_sub(number) < u32::MAX / 2
+}
+
+impl Calls {
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Counts a call, which is put on the stream next: where the stream is to write its number.
+    pub(super) fn begin(&self, told: Option<Told>) -> (u64, u32) {
+        let mut state = self.state();
+        let number = state.begun.wrapping_add(1);
+        state.begun = number;
+        state.open.push_back(Open { number, came: None, told });
+        (self.reached.address() as u64, number)
+    }
+
+    /// Where the stream is to write the last call's number behind it.
+    pub(super) fn end(&self) -> (u64, u32) {
+        (self.passed.address() as u64, self.last())
+    }
+
+    /// The number of the last call.
+    pub(super) fn last(&self) -> u32 {
+        self.state().begun
+    }
+
+    /// Whether the stream has come to the call.
+    pub(super) fn has_reached(&self, number: u32) -> bool {
+        has_come(self.reached.read(), number)
+    }
+
+    /// Whether the stream has left the call.
+    pub(super) fn has_passed(&self, number: u32) -> bool {
+        has_come(self.passed.read(), number)
+    }
+
+    /// Tells of calls that are over. For one thread, which asks often: how long a call takes is known as well as that.
+    pub(super) fn look(&self) {
+        // In this order: the stream has come to whatever it has left.
+        let passed = self.passed.read();
+        let reached = self.reached.read();
+        let words = u64::from(reached) << 32 | u64::from(passed);
+        if self.seen.swap(words, Ordering::Relaxed) == words {
+            return;
+        }
+        let now = Instant::now();
+        let mut state = self.state();
+        for open in state.open.iter_mut().take_while(|open| has_come(reached, open.number)) {
+            open.came.get_or_insert(now);
+        }
+        while let Some(over) = state.open.pop_front_if(|open| has_come(passed, open.number)) {
+            if let (Some(told), Some(came)) = (over.told, over.came) {
+                told.record(now - came);
+            }
+        }
     }
 }
 
@@ -49,13 +149,8 @@ impl Word {
         self.words.pinned.start().cast::<u32>().wrapping_add(self.index)
     }
 
-    /// Has the stream write `value` when it comes to it.
-    pub(crate) fn write(&self, lane: &Lane, value: u32) -> Result<(), KernelError> {
-        lane.write_word(self.address() as u64, value)
-    }
-
     /// What was written last.
-    pub(crate) fn read(&self) -> u32 {
+    fn read(&self) -> u32 {
         // SAFETY: an aligned word of memory that is ours, starts at a page and stays; the GPU writes it as a whole.
         unsafe { AtomicU32::from_ptr(self.address()) }.load(Ordering::Acquire)
     }

@@ -22,6 +22,7 @@ use crate::collective::{Collective, Outcome};
 use crate::error::KernelError;
 use crate::event::Event;
 use crate::memory::Tally;
+use crate::metrics::{CollectiveTime, StreamMetrics};
 use crate::op::Program;
 use crate::stream::Submission;
 
@@ -49,6 +50,7 @@ struct Inner {
     /// Of its engine.
     outcomes: Arc<[Outcome]>,
     issuer: Mutex<Issuer>,
+    collective_time: CollectiveTime,
     /// Nobody has waited for its end.
     unwatched: AtomicBool,
 }
@@ -87,9 +89,12 @@ impl CudaStream {
         tally: &Arc<Tally>,
     ) -> Result<Self, KernelError> {
         let lane = Arc::new(Lane::new(gpu, rank, name, urgent)?);
-        let track = gpu.poller().track(lane.place());
+        let track = gpu.poller().track(&lane);
         let outcomes = engine.outcomes().into();
-        let issuer = Mutex::new(Issuer::new(&lane, &track, engine.clone(), Records::new(gpu, rank, tally)?));
+        let metrics = StreamMetrics::new(name);
+        let collective_time = metrics.collective_time();
+        let records = Records::new(gpu, rank, tally)?;
+        let issuer = Mutex::new(Issuer::new(&lane, &track, engine.clone(), records, metrics));
         let inner = Inner {
             name: name.to_owned(),
             rank,
@@ -101,6 +106,7 @@ impl CudaStream {
             engine,
             outcomes,
             issuer,
+            collective_time,
             unwatched: AtomicBool::new(false),
         };
         Ok(Self { inner: Arc::new(inner) })
@@ -147,6 +153,10 @@ impl CudaStream {
         self.inner.put(Command::Record(event.clone()))?;
         event.synchronize();
         Ok(())
+    }
+
+    pub(crate) fn collective_time(&self) -> Duration {
+        self.inner.collective_time.get()
     }
 }
 

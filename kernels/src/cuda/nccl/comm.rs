@@ -1,9 +1,9 @@
 //! One member's communicator. Imports `cuda::nccl::api`, `cuda::lane`, `cuda::progress`, `cuda::context`.
 #![allow(unsafe_code)]
 
+use std::collections::VecDeque;
 use std::ffi::{c_int, c_void};
-use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -14,7 +14,7 @@ use super::api::{Api, Config, IN_PROGRESS, SUCCESS};
 use crate::collective::ReduceOp;
 use crate::cuda::context::{Context, Raw};
 use crate::cuda::lane::Lane;
-use crate::cuda::progress::Word;
+use crate::cuda::progress::Calls;
 use crate::error::KernelError;
 use crate::tensor::DType;
 
@@ -30,17 +30,23 @@ pub(super) struct Comm {
     /// Not the GPU: a poller, which is a part of that, may be the last to let a communicator go.
     context: Arc<Context>,
     place: String,
-    progress: Option<Progress>,
+    made: Mutex<Made>,
 }
 
-/// How far the member's stream has come in its calls, counted from 1.
+/// The member's calls, counted from 1.
+#[derive(Debug, Default)]
+struct Made {
+    calls: u64,
+    /// Those that may not be over.
+    open: VecDeque<Open>,
+}
+
+/// A call, and where it is: on a stream, as that one's call of this number.
 #[derive(Debug)]
-struct Progress {
-    issued: AtomicU32,
-    /// The call that the stream came to last.
-    reached: Word,
-    /// The call that it left last.
-    passed: Word,
+struct Open {
+    call: u64,
+    stream: Arc<Calls>,
+    number: u32,
 }
 
 #[derive(Clone, Copy)]
@@ -111,11 +117,8 @@ pub(super) fn join(seats: &[&Seat], deadline: Instant, within: Duration) -> Resu
             // SAFETY: the handle's place is kept until the group has ended, which is when NCCL has written it.
             let code = unsafe { (api.init)(&mut *handle, n, id, member, &mut config) };
             api.check(code, "ncclCommInitRankConfig", &place)?;
-            let words = seat.gpu.words();
-            let progress = words.word().zip(words.word());
-            let progress = progress.map(|(reached, passed)| Progress { issued: AtomicU32::new(0), reached, passed });
-            let context = seat.gpu.context().clone();
-            comms.push((handle, Comm { api: ApiRef(api), handle: Mutex::new(None), context, place, progress }));
+            let (context, made) = (seat.gpu.context().clone(), Mutex::default());
+            comms.push((handle, Comm { api: ApiRef(api), handle: Mutex::new(None), context, place, made }));
         }
         Ok(())
     });
@@ -181,22 +184,33 @@ impl Comm {
         Ok(state != IN_PROGRESS)
     }
 
-    /// Puts word on the stream that a call is next.
-    pub(super) fn begin(&self, lane: &Lane) -> Result<(), KernelError> {
-        let Some(Progress { issued, reached, .. }) = &self.progress else { return Ok(()) };
-        reached.write(lane, issued.fetch_add(1, Ordering::Relaxed).wrapping_add(1))
+    fn made(&self) -> MutexGuard<'_, Made> {
+        self.made.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Puts word on the stream that the call is over, behind which NCCL has put it (NCCL-2).
-    pub(super) fn end(&self, lane: &Lane) -> Result<(), KernelError> {
-        let Some(Progress { issued, passed, .. }) = &self.progress else { return Ok(()) };
-        passed.write(lane, issued.load(Ordering::Relaxed))
+    /// Notes that the call which the stream was told of last is one of this communicator.
+    pub(super) fn note(&self, lane: &Lane) {
+        let mut made = self.made();
+        made.calls += 1;
+        made.open.retain(|open| !open.stream.has_passed(open.number));
+        let call = made.calls;
+        if let Some(stream) = lane.calls() {
+            made.open.push_back(Open { call, stream: stream.clone(), number: stream.last() });
+        }
     }
 
-    /// The call that the member's stream came to last, and the one that it left last; `None` where that is not known.
-    pub(super) fn reached_and_passed(&self) -> Option<(u32, u32)> {
-        // In this order: what is passed between the two reads seems still to be waited for, and is told of once too often.
-        self.progress.as_ref().map(|progress| (progress.reached.read(), progress.passed.read()))
+    /// The first call that a stream of the member's has come to and has not left.
+    pub(super) fn waits_in(&self) -> Option<u64> {
+        let waits = |open: &&Open| open.stream.has_reached(open.number) && !open.stream.has_passed(open.number);
+        self.made().open.iter().find(waits).map(|open| open.call)
+    }
+
+    /// Whether the member's stream has come to the call, as far as is known: without words to tell from (PROGRESS-1) it
+    /// has as soon as the call is made.
+    pub(super) fn has_reached(&self, call: u64) -> bool {
+        let made = self.made();
+        let is_ahead = |open: &Open| open.call == call && !open.stream.has_reached(open.number);
+        call <= made.calls && !made.open.iter().any(is_ahead)
     }
 
     /// Puts one of NCCL's own calls on the stream. `elements` are those of one member's part.

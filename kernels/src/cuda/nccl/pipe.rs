@@ -45,7 +45,7 @@ pub struct Sent(Event);
 
 impl Pipe {
     pub(super) fn new(inner: Arc<Inner>, comm: Arc<Comm>, peer: usize, lane: Lane) -> Self {
-        let track = lane.gpu().poller().track(lane.place());
+        let track = lane.gpu().poller().track(&lane);
         Self { inner, comm, peer, lane, track, open: Mutex::default() }
     }
 
@@ -95,7 +95,7 @@ impl Pipe {
 
     /// What the last call, which is on the stream, is over with.
     fn settled(&self, arena: &Arena) -> Result<Sent, KernelError> {
-        self.comm.end(&self.lane).map_err(|error| self.inner.failed(error))?;
+        self.lane.end_call().map_err(|error| self.inner.failed(error))?;
         let event = Event::default();
         self.lane.gpu().poller().push(&self.track, self.lane.record()?, Then::LetGo(arena.clone(), event.clone()));
         *self.open() = None;
@@ -167,7 +167,8 @@ impl Pipe {
         context.bind()?;
         *self.open() = Some(arena.clone());
         // What NCCL has not accepted the other end waits for in vain.
-        self.comm.begin(&self.lane).map_err(|error| self.inner.failed(error))?;
+        self.lane.begin_call(None).map_err(|error| self.inner.failed(error))?;
+        self.comm.note(&self.lane);
         self.comm.transfer(&transfers, None, &self.lane).map_err(|error| self.inner.failed(error))
     }
 }

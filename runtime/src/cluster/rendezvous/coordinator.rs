@@ -38,7 +38,6 @@ pub(super) fn lead(
     deadline: Instant,
     on_waiting: &mut dyn FnMut(&Waiting),
 ) -> Result<(Roster, Endpoint), RendezvousError> {
-    let begin = Instant::now();
     let endpoint = listen(config, deadline)?;
     let seats = (1..config.processes).map(|_| None).collect();
     let own = introduction(config, advertised(config, published(config, &endpoint))?)?;
@@ -51,7 +50,9 @@ pub(super) fn lead(
     }
     let missing = hall.missing();
     if !missing.is_empty() {
-        let (processes, waited_ms) = (config.processes, begin.elapsed().as_millis() as u64);
+        // The deadline is over.
+        let waited_ms = (config.timeout + deadline.elapsed()).as_millis() as u64;
+        let processes = config.processes;
         let refused = endpoint.refused().total();
         return Err(hall.refuse(Verdict::Missing { missing, processes, waited_ms, refused }));
     }

@@ -135,15 +135,17 @@ fn all_get_the_same_roster_and_can_dial_each_other() {
 #[test]
 fn the_missing_are_named_while_waiting_and_at_the_deadline() {
     let (_folder, address) = unix();
-    let brief = |process| RendezvousConfig { timeout: Duration::from_secs(1), ..config(&address, process, 4) };
+    let brief = |process| RendezvousConfig { timeout: Duration::from_secs(2), ..config(&address, process, 4) };
     scope(|s| {
         let (lead, said) = spawn_lead(s, brief(0));
         let joined = spawn(s, config(&address, 1, 4));
         until_said(&said, "waiting for ranks 2, 3: 2 of 4 here");
         for met in [lead, joined] {
             let verdict = verdict(met.join().unwrap());
-            assert!(matches!(&verdict, Verdict::Missing { missing, .. } if *missing == [2, 3]), "{verdict}");
-            assert!(verdict.to_string().starts_with("ranks 2, 3 did not come in 1"), "{verdict}");
+            let Verdict::Missing { missing, waited_ms, .. } = &verdict else { panic!("{verdict}") };
+            assert!(*missing == [2, 3] && *waited_ms >= 2000, "{verdict}");
+            let told = format!("ranks 2, 3 did not come in {waited_ms} ms: 2 of 4 were here");
+            assert!(verdict.to_string().starts_with(&told), "{verdict}");
         }
     });
 }
