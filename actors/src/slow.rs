@@ -138,6 +138,7 @@ mod tests {
             actor: ActorId(0),
             firings: vec![],
             busy_ns: vec![],
+            collective_ns: 0,
             waiting: Waiting { actor: ActorId(0), in_flight, actions: vec![ActionWaits { action: 0, missing }] },
             idle: Default::default(),
             idle_now_ns: 0,

@@ -13,6 +13,8 @@ pub struct ActorSnapshot {
     pub firings: Vec<u64>,
     /// Time from launch to the end as this actor saw them, summed over the ended firings, by action.
     pub busy_ns: Vec<u64>,
+    /// Time that its stream was in collectives so far: waiting for other members, and moving bytes.
+    pub collective_ns: u64,
     /// Why it does not fire.
     pub waiting: Waiting,
     /// How long it has stood idle, up to its last launch.
@@ -73,6 +75,7 @@ impl ActorSnapshot {
             actor,
             firings: (0..busy_ns.len() as u32).map(|a| protocol.fired(a)).collect(),
             busy_ns: busy_ns.to_vec(),
+            collective_ns: 0,
             waiting: protocol.waiting(),
             idle: Idle::default(),
             idle_now_ns: 0,

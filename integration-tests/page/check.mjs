@@ -210,7 +210,7 @@ async function colours(page) {
   assert.ok(seen.predicted.pale > 20 && seen.predicted.full === 0, JSON.stringify(seen));
 }
 
-// For how much of the last seconds each actor was busy, by its bar and by `/metrics`.
+// For how much of the last seconds each actor was busy, and how much of this in collectives, by its bar and by `/metrics`.
 async function busy(page, port, [before, then]) {
   await until('seconds', () => performance.now() - before > 4000);
   const bars = await page.evaluate(() => [...document.querySelectorAll('#breakdown tbody tr')].map((row) => [
@@ -218,13 +218,19 @@ async function busy(page, port, [before, then]) {
   ]));
   const [now, seconds] = [await metrics(port), (performance.now() - before) / 1000];
   for (const [name, parts] of bars) {
-    const spent = (at) => [...at].filter(([key]) => key.startsWith(`shardflow_actor_firing_seconds_sum{actor="${name}"`)).reduce((sum, [, value]) => sum + value, 0);
-    const expected = (spent(now) - spent(then)) / seconds;
-    assert.ok(Math.abs(parts[0] - expected) < SHARES_APART_MAX, `${name}: busy ${parts[0]} on the page, ${expected.toFixed(3)} by /metrics`);
+    const share = (metric) => {
+      const spent = (at) => [...at].filter(([key]) => key.startsWith(`${metric}{actor="${name}"`)).reduce((sum, [, value]) => sum + value, 0);
+      return (spent(now) - spent(then)) / seconds;
+    };
+    const [firing, collective] = ['shardflow_actor_firing_seconds_sum', 'shardflow_collective_seconds_sum'].map(share);
+    for (const [what, shown, expected] of [['busy', parts[0] + parts[1], firing], ['in collectives', parts[1], collective]]) {
+      assert.ok(Math.abs(shown - expected) < SHARES_APART_MAX, `${name}: ${what} ${shown} on the page, ${expected.toFixed(3)} by /metrics`);
+    }
     const all = parts.reduce((a, b) => a + b, 0);
     assert.ok(all > 0.7 && all < 1.02, `${name}: ${parts}`);
   }
   assert.ok(bars.some(([name, parts]) => name.endsWith('compute') && parts[0] > 0.1), 'somebody works');
+  assert.ok(bars.some(([, parts]) => parts[1] > 0.01), 'somebody is in collectives');
 }
 
 // Rows and edges are reached by the Tab key, steps by arrows, a register by Enter.

@@ -14,7 +14,7 @@ use shardflow::session::{Session, SessionOptions};
 use shardflow_actors::watchdog::WatchdogOptions;
 use shardflow_integration_tests::training::{LEARNING_RATE, Model, options, relative};
 use shardflow_kernels::device::DeviceKind;
-use shardflow_software_cuda::{CASE, POLICIES, Ran, Report, command, run_child};
+use shardflow_software_cuda::{POLICIES, Ran, Report, case, command, run_child};
 
 const STEPS: usize = 3;
 /// Relative difference of losses from the CPU backend's: sums in another order, other roundings of exp and erf.
@@ -62,7 +62,7 @@ fn fail(mesh: &str) {
 #[test]
 #[ignore = "started by the other tests, on software devices"]
 fn child() {
-    let case = std::env::var(CASE).expect("what to do");
+    let case = case();
     match case.split_once(' ').expect("how, and the mesh") {
         ("fail", mesh) => fail(mesh),
         ("count", rest) => {

@@ -15,7 +15,7 @@ use shardflow::session::SessionOptions;
 use shardflow_integration_tests::training::{Model, Scratch, options, relative};
 use shardflow_kernels::cuda::library::SETTINGS;
 use shardflow_kernels::device::DeviceKind;
-use shardflow_software_cuda::{CASE, Report, command};
+use shardflow_software_cuda::{CASE, Report, case, command};
 
 const STEPS: usize = 3;
 /// Relative difference of losses from the CPU backend's: sums in another order, other roundings of exp and erf.
@@ -51,7 +51,7 @@ fn cluster(process: u32, processes: u32, meet: &Path, transport: Transport) -> C
 #[test]
 #[ignore = "started by the other tests, on software devices"]
 fn child() {
-    let case = std::env::var(CASE).expect("a case");
+    let case = case();
     let [mesh, process, processes, by, steps, meet] = case.split(' ').collect::<Vec<_>>()[..] else {
         panic!("a case: {case}")
     };

@@ -5,9 +5,8 @@
 //! |---|---|---|---|
 //! | `shardflow_collective_seconds` | histogram | `actor`, `kind` | in a collective, from when its stream comes to it until the stream goes on: waiting for the other members, and moving bytes. Of a GPU as the host sees it, to within some 50 us |
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Duration;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use metrics::{Histogram, histogram};
 
@@ -26,7 +25,15 @@ pub(crate) struct StreamMetrics {
 
 /// Time that a stream has been in collectives.
 #[derive(Clone, Debug, Default)]
-pub(crate) struct CollectiveTime(Arc<AtomicU64>);
+pub(crate) struct CollectiveTime(Arc<Mutex<Spent>>);
+
+#[derive(Debug, Default)]
+struct Spent {
+    /// In those that have ended.
+    ended: Duration,
+    /// When the stream came to the one that it is in.
+    came: Option<Instant>,
+}
 
 /// Where one collective's time is told.
 #[derive(Clone, Debug)]
@@ -41,7 +48,7 @@ impl StreamMetrics {
         Self { actor: actor.to_owned(), collectives: Vec::new(), all: CollectiveTime::default() }
     }
 
-    /// Of all collectives that have ended.
+    /// Of all collectives.
     pub(crate) fn collective_time(&self) -> CollectiveTime {
         self.all.clone()
     }
@@ -60,13 +67,26 @@ impl StreamMetrics {
 
 impl CollectiveTime {
     pub(crate) fn get(&self) -> Duration {
-        Duration::from_nanos(self.0.load(Ordering::Relaxed))
+        let spent = self.spent();
+        spent.ended + spent.came.map_or(Duration::ZERO, |came| came.elapsed())
+    }
+
+    fn spent(&self) -> MutexGuard<'_, Spent> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl Told {
-    pub(crate) fn record(&self, took: Duration) {
+    /// The stream has come to the collective.
+    pub(crate) fn came(&self, at: Instant) {
+        self.all.spent().came = Some(at);
+    }
+
+    /// The stream goes on.
+    pub(crate) fn went(&self, at: Instant) {
+        let mut spent = self.all.spent();
+        let took = spent.came.take().map_or(Duration::ZERO, |came| at - came);
+        spent.ended += took;
         self.kind.record(took);
-        self.all.0.fetch_add(took.as_nanos() as u64, Ordering::Relaxed);
     }
 }

@@ -137,7 +137,7 @@ impl Stream {
         }
     }
 
-    /// Time that it has been in collectives that have ended, waiting for other members or moving bytes.
+    /// Time that it has been in collectives so far, waiting for other members or moving bytes.
     pub fn collective_time(&self) -> Duration {
         match self {
             Stream::Cpu(stream) => stream.collective_time(),

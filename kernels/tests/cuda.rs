@@ -10,22 +10,24 @@ use std::time::{Duration, Instant};
 
 use shardflow_kernels::clock::Clock;
 use shardflow_kernels::collective::in_process::InProcess;
-use shardflow_kernels::collective::{Collective, CollectiveCall, CollectiveKind, Group, ReduceOp, Wait};
+use shardflow_kernels::collective::{Collective, CollectiveCall, CollectiveKind, Group, ReduceOp};
 use shardflow_kernels::conformance::{self, Failure};
 use shardflow_kernels::cuda::cudnn::Attention;
 use shardflow_kernels::cuda::gpu::Gpu;
 use shardflow_kernels::cuda::local::Local;
-use shardflow_kernels::cuda::nccl::{Nccl, Pipe, Seat, UniqueId};
+use shardflow_kernels::cuda::nccl::{Nccl, Seat, UniqueId};
 use shardflow_kernels::device::{Device, DeviceKind};
 use shardflow_kernels::error::KernelError;
 use shardflow_kernels::memory::{Arena, Base};
 use shardflow_kernels::op::{Buffer, CpuArgs, CustomKernel, Einsum, Launch, Op, Program};
 use shardflow_kernels::stream::{Notice, Stream, Submission};
 use shardflow_kernels::tensor::{DType, HostTensor, element_count};
-use shardflow_software_cuda::{CASE, POLICIES, Report, command, run_child, run_child_in};
+use shardflow_software_cuda::{CASE, POLICIES, Report, case, command, run_child, run_child_in};
 
 #[path = "cuda/pull.rs"]
 mod pull;
+#[path = "cuda/waiting.rs"]
+mod waiting;
 
 /// For members of a group to join each other.
 const WITHIN: Duration = Duration::from_secs(30);
@@ -407,45 +409,6 @@ fn lost() {
     }
 }
 
-/// A pipe is connected before it is used, and tells who waits in it for whom.
-fn pipe() {
-    let gpus = [0, 1].map(|i| Gpu::open(i).expect("a device"));
-    let (group, id) = (Arc::new(Group { id: 7, ranks: vec![0, 1] }), UniqueId::new().expect("an id"));
-    let seat = |member: usize| Seat { group: group.clone(), member, gpu: gpus[member].clone(), id };
-    let seats = [0, 1].map(seat);
-    let engine = Arc::new(Nccl::join(&seats, WITHIN).expect("both members are here"));
-    let pipes = [0, 1].map(|member: usize| engine.pipe(&seats[member]).expect("a pipe"));
-    let clock = Clock::capture();
-    let connect = |pipe: &Pipe| {
-        clock.join();
-        pipe.connect(WITHIN).expect("the other end comes");
-        Clock::capture()
-    };
-    let ends = std::thread::scope(|scope| {
-        let ends = pipes.each_ref().map(|pipe| scope.spawn(|| connect(pipe)));
-        ends.map(|end| end.join().expect("no panic"))
-    });
-    ends.iter().for_each(|end| end.join());
-    let device = |rank: usize| Device::cuda(rank, gpus[rank].clone(), engine.clone());
-    let arenas = [0, 1].map(|rank| device(rank).arena(64).expect("memory"));
-    arenas[0].write_host(0, &HostTensor::f32(&[16], vec![1.5; 16])).expect("inside");
-    let comes_to = |expected: &[Wait]| {
-        let deadline = Instant::now() + WITHIN;
-        while engine.waits() != expected {
-            assert!(Instant::now() < deadline, "{:?}, not {expected:?}", engine.waits());
-            std::thread::yield_now();
-        }
-    };
-    comes_to(&[]);
-    pipes[0].send(&arenas[0], [(0, 64)].into_iter()).expect("a send");
-    let sent = pipes[0].settle(&arenas[0]).expect("the stream has it");
-    comes_to(&[Wait { group: 7, rank: 0, peer: 1 }]);
-    pipes[1].receive(&arenas[1], [(0, 64)].into_iter()).expect("what was sent");
-    pipes[0].wait(&sent).expect("the end");
-    comes_to(&[]);
-    assert_eq!(arenas[1].read_host(0, &[16], DType::F32).expect("inside").as_f32(), Some(&[1.5; 16][..]));
-}
-
 /// What a device does is told while NCCL breaks off, which takes its time.
 fn slow_abort() {
     let gpus = [0, 1].map(|i| Gpu::open(i).expect("a device"));
@@ -491,32 +454,33 @@ fn slow_abort() {
 #[test]
 #[ignore = "started by the other tests, on software devices"]
 fn child() {
-    match std::env::var(CASE).as_deref() {
-        Ok("alone") => {
+    match &*case() {
+        "alone" => {
             let gpu = Gpu::open(0).expect("a device");
             report(&conformance::run_alone(&Device::cuda(0, gpu, Arc::new(Local::new()))));
         }
-        Ok("local") => shared(&|| Arc::new(Local::new())),
-        Ok("staged") => shared(&|| Arc::new(InProcess::new())),
-        Ok("nccl") => nccl(),
-        Ok("pull") => pull::run(),
-        Ok("lost") => lost(),
-        Ok("pipe") => pipe(),
-        Ok("slow abort") => slow_abort(),
-        Ok("hung") => hung(),
-        Ok("wrong pairs") => wrong_pairs(),
-        Ok("old nccl") => {
+        "local" => shared(&|| Arc::new(Local::new())),
+        "staged" => shared(&|| Arc::new(InProcess::new())),
+        "nccl" => nccl(),
+        "pull" => pull::run(),
+        "lost" => lost(),
+        "pipe" => waiting::pipe(),
+        "time" => waiting::time(),
+        "slow abort" => slow_abort(),
+        "hung" => hung(),
+        "wrong pairs" => wrong_pairs(),
+        "old nccl" => {
             let told = UniqueId::new().expect_err("an old library").to_string();
             assert!(told.starts_with("libnccl is too old: it is 2.23.4, 2.24.0 is needed"), "{told}");
             assert!(told.contains("pip install nvidia-nccl-cu13"), "{told}");
         }
-        Ok("another context") => another_context(),
-        Ok("dropped by a kernel") => dropped(true),
-        Ok("dropped by a notice") => dropped(false),
-        Ok(case) if case.starts_with("attention steps ") => attention_steps(case[16..].parse().expect("a number")),
-        Ok(case) if case.starts_with("attention ") => attentions(&case[10..]),
-        Ok(case) if case.starts_with("pairs ") => pairs(&case[6..]),
-        Ok(case) if case.starts_with("steps ") => steps(case[6..].parse().expect("a number")),
+        "another context" => another_context(),
+        "dropped by a kernel" => dropped(true),
+        "dropped by a notice" => dropped(false),
+        case if case.starts_with("attention steps ") => attention_steps(case[16..].parse().expect("a number")),
+        case if case.starts_with("attention ") => attentions(&case[10..]),
+        case if case.starts_with("pairs ") => pairs(&case[6..]),
+        case if case.starts_with("steps ") => steps(case[6..].parse().expect("a number")),
         other => panic!("no such case: {other:?}"),
     }
 }
@@ -582,6 +546,14 @@ fn a_box_of_another_gpu_takes_a_call_for_all_its_rows() {
 fn pipes_are_connected_and_tell_who_waits() {
     for (policy, seed) in [("random", 6), ("adversarial", 7), ("lazy", 8)] {
         run("pipe", 2, policy, seed, None, &[]);
+    }
+}
+
+/// Whatever order the device does things in, but for one that does nothing until it is waited for.
+#[test]
+fn the_time_in_collectives_is_known_while_it_passes() {
+    for (policy, seed) in [("in-order", 9), ("random", 10), ("adversarial", 11)] {
+        run("time", 2, policy, seed, None, &[]);
     }
 }
 

@@ -17,7 +17,7 @@
 //! | `shardflow_step_flops` | gauge | | operations of a step's products and attention, of all devices together ([`crate::plan::flops`]) |
 //! | `shardflow_mfu_ratio` | gauge | | `step_flops` over the last step's time and the devices' peak, where that was given |
 //! | `shardflow_training_ratio` | gauge | | time in steps that changed the model, over all time since the session's start |
-//! | `shardflow_actor_firing_seconds` | histogram | `actor`, `action` | a firing from its launch to its end: its sum is how long the actor was busy |
+//! | `shardflow_actor_firing_seconds` | histogram | `actor`, `action` | a firing from its launch to its end: its sum is how long the actor was busy, collectives among it |
 //! | `shardflow_actor_wait_seconds` | histogram | `actor`, `reason`, `register` | how long an actor stood idle before a firing, by what it waited for last: `input` or `credit` of a register, `host`, `own` |
 //! | `shardflow_firings_lost_total` | counter | | firings that no sample has seen: those of more than 4096 of an actor between two |
 //! | `shardflow_register_slots` | gauge | `register`, `state` | slots that are `free`, being written (`writing`), or `filled` and not released by all readers |
@@ -31,7 +31,8 @@
 //! | `shardflow_stalls_total` | counter | | times that nothing moved for too long |
 //! | `shardflow_refused_total` | counter | `reason` | datagrams and letters of others that were refused |
 //!
-//! `shardflow_collective_seconds` is [`shardflow_kernels::metrics`]'s.
+//! `shardflow_collective_seconds` (`actor`, `kind`) is [`shardflow_kernels::metrics`]'s: of the time that an actor is busy, what it is
+//! held up by collectives.
 
 use metrics::{Unit, describe_counter, describe_gauge, describe_histogram};
 use shardflow_kernels::metrics::COLLECTIVE_SECONDS;
@@ -135,5 +136,9 @@ pub fn describe() {
     describe_counter!(RESTARTS, "Restarts of the job before this session, by exit code.");
     describe_counter!(STALLS, "Times that nothing moved for too long.");
     describe_counter!(REFUSED, "Datagrams and letters of others that were refused.");
-    describe_histogram!(COLLECTIVE_SECONDS, Unit::Seconds, "In a collective on a CPU stream.");
+    describe_histogram!(
+        COLLECTIVE_SECONDS,
+        Unit::Seconds,
+        "In a collective: waiting for the other members, and moving bytes."
+    );
 }

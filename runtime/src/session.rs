@@ -20,7 +20,7 @@ use shardflow_kernels::memory::{Arena, Base};
 use shardflow_kernels::tensor::HostTensor;
 
 use crate::cluster::roads::Ways;
-use crate::cluster::world::World;
+use crate::cluster::world::{self, World};
 use crate::cluster::{Cluster, ClusterError};
 use crate::exit::Exit;
 use crate::graph::{NodeOp, Rate, Var};
@@ -207,7 +207,7 @@ impl Session {
     /// When memory, threads or peers cannot be had.
     pub fn start(plan: Plan, options: &SessionOptions) -> Result<Self, SessionError> {
         shown::show(&plan)?;
-        let world = World::join(&options.cluster, &plan, options.seed)?.map(Arc::new);
+        let world = World::join(&options.cluster, &plan, options.seed).map_err(world::named)?.map(Arc::new);
         Self::start_among(plan, options, world.clone()).map_err(|error| match world {
             Some(world) => world.cannot_start(error),
             None => error,

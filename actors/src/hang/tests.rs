@@ -82,6 +82,7 @@ fn two_members() -> (Arc<Spec>, Vec<ActorSnapshot>) {
         actor: ActorId(a as u32),
         firings: actor.actions.iter().map(|_| 1).collect(),
         busy_ns: actor.actions.iter().map(|_| 0).collect(),
+        collective_ns: 0,
         waiting: Waiting {
             actor: ActorId(a as u32),
             in_flight: actor.actions.iter().position(|x| !x.gangs.is_empty()).map(|x| x as u32),

@@ -141,7 +141,8 @@ impl Shard {
         let idle_now_ns = if self.flying.is_some() { 0 } else { self.session.now_ns() - self.idle_since_ns };
         let bare = ActorSnapshot::of(self.me, &self.protocol, &self.busy_ns);
         let flying_since_ns = self.flying.map(|fired| fired.launched_ns);
-        ActorSnapshot { idle: self.idle.clone(), idle_now_ns, flying_since_ns, ..bare }
+        let collective_ns = self.session.streams[&self.me].collective_time().as_nanos() as u64;
+        ActorSnapshot { collective_ns, idle: self.idle.clone(), idle_now_ns, flying_since_ns, ..bare }
     }
 
     fn broken(&self, cause: ProtocolError) -> Failure {

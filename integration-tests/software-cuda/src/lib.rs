@@ -92,4 +92,4 @@ mod world;
 
 pub use config::{POLICIES, Policy};
 pub use findings::{Finding, Report};
-pub use support::{CASE, Ran, command, install, library, report_path, run_child, run_child_in};
+pub use support::{CASE, Ran, case, command, install, library, report_path, run_child, run_child_in};

@@ -8,6 +8,7 @@ use std::io;
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::Duration;
 
 use crate::findings::Report;
 
@@ -78,6 +79,24 @@ pub fn command(
 
 /// Names to a test's child what it is to do.
 pub const CASE: &str = "SHARDFLOW_TEST_CASE";
+
+/// Within this a test's child ends, whatever it waits for.
+const CHILD_WITHIN: Duration = Duration::from_secs(600);
+
+/// What a test's child is to do. The child is ended when it takes too long, for its test waits for it.
+///
+/// # Panics
+/// Where nothing says what.
+pub fn case() -> String {
+    let case = std::env::var(CASE).expect("a test that starts this one says what to do");
+    let told = case.clone();
+    std::thread::spawn(move || {
+        std::thread::sleep(CHILD_WITHIN);
+        eprintln!("{told}: not done after {CHILD_WITHIN:?}");
+        std::process::exit(124);
+    });
+    case
+}
 
 /// What came of a test's child.
 #[derive(Debug)]

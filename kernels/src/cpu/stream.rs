@@ -150,11 +150,10 @@ fn run(
         }
         let Some(launch) = program.launches.get(done) else { break };
         trace_launch(&program, done);
-        let call = if let Op::Collective(call) = &launch.op { Some((call, Instant::now())) } else { None };
+        let told = if let Op::Collective(call) = &launch.op { Some(metrics.collective(call)) } else { None };
+        told.iter().for_each(|told| told.came(Instant::now()));
         let result = catch_unwind(AssertUnwindSafe(|| run_launch(launch, &bases, repeat, pool, engine, wide)));
-        if let Some((call, began)) = call {
-            metrics.collective(call).record(began.elapsed());
-        }
+        told.iter().for_each(|told| told.went(Instant::now()));
         let result = result.unwrap_or_else(|panic| {
             Err(KernelError::Panic {
                 launch: format!("{done} ({})", launch.op.name()),

@@ -512,9 +512,9 @@ impl Issuer {
         }
         let engine = self.engine.clone();
         self.staged.run(bound, |reads, writes| {
-            let began = Instant::now();
+            told.came(Instant::now());
             let ran = engine.run(call, reads, writes);
-            told.record(began.elapsed());
+            told.went(Instant::now());
             ran
         })?;
         Ok(None)

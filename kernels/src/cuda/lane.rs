@@ -244,7 +244,10 @@ impl Lane {
 
     /// Puts word on the stream that a call is next, whose time is told when it is over (PROGRESS-1).
     pub(crate) fn begin_call(&self, told: Option<Told>) -> Result<(), KernelError> {
-        self.calls.as_ref().map_or(Ok(()), |calls| self.write_word(calls.begin(told)))
+        let Some(calls) = &self.calls else { return Ok(()) };
+        let written = self.write_word(calls.begin(told));
+        self.gpu.poller().wake();
+        written
     }
 
     /// Puts word on the stream that the last call, which is on it, is over.

@@ -398,8 +398,7 @@ impl Enqueue for Nccl {
         let unpacks = member.issue().map_err(|error| self.0.failed(error))?;
         self.0.count(call, &y_shape);
         let (lane, dtype) = (lane.clone(), any.dtype());
-        let behind =
-            move || unpacks.iter().try_for_each(|(from, to)| copy_box(&lane, from.boxed(), to.boxed(), dtype));
+        let behind = move || unpacks.iter().try_for_each(|(from, to)| copy_box(&lane, from.boxed(), to.boxed(), dtype));
         let Some(comm) = comm else { return behind().map(|()| Enqueued::Issued) };
         match self.0.settle(&comm, Some(ISSUE_SPIN)) {
             Some(settled) => settled.and_then(|()| behind()).map(|()| Enqueued::Issued),

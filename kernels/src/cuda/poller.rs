@@ -2,8 +2,9 @@
 //! `cuda::context`, `cuda::lane`, `cuda::progress`, `event`, `stream`.
 //!
 //! - POLL-1: what a stream tells comes in the order in which it was put on the stream, and only when it is done.
-//! - POLL-2: the thread is parked while nothing is pending. While something is, it spins a little, and then sleeps never
-//!   longer than [`SLEEP_MAX`]: no completion is told later than that for the sleep's sake.
+//! - POLL-2: the thread is parked while nothing is pending, and no stream on the way to a collective. Otherwise it spins a
+//!   little, and then sleeps never longer than [`SLEEP_MAX`]: no completion is told later than that for the sleep's sake.
+//! - POLL-4: what a stream has come to and gone on from (PROGRESS-1) is looked at as often.
 //! - POLL-3: when the context is lost (CONTEXT-1), all that is pending fails with the error, in order.
 
 use std::collections::VecDeque;
@@ -126,6 +127,11 @@ impl Poller {
         // Counted first, so that the thread never takes away what is not yet counted.
         self.shared.pending.fetch_add(1, Ordering::SeqCst);
         lock(&track.pending).push_back((after, then));
+        self.wake();
+    }
+
+    /// Has it look, if it is parked.
+    pub(crate) fn wake(&self) {
         let parked = lock(&self.shared.parked);
         if *parked {
             self.shared.wake.notify_one();
@@ -170,7 +176,7 @@ impl Shared {
         let _ = self.context.bind();
         let (mut since, mut sleep, mut watched) = (Instant::now(), SLEEP_MIN, Instant::now());
         while !self.stop.load(Ordering::SeqCst) {
-            if self.pending.load(Ordering::SeqCst) == 0 {
+            if self.is_idle() {
                 self.park();
                 (since, sleep) = (Instant::now(), SLEEP_MIN);
             }
@@ -198,9 +204,16 @@ impl Shared {
         }
     }
 
+    /// Nothing is pending, and no stream is on the way to a call.
+    fn is_idle(&self) -> bool {
+        let is_ahead = |track: &Arc<Track>| track.calls.as_ref().is_some_and(|calls| calls.is_ahead());
+        self.pending.load(Ordering::SeqCst) == 0
+            && (self.context.lost().is_some() || !lock(&self.tracks).iter().any(is_ahead))
+    }
+
     fn park(&self) {
         let mut parked = lock(&self.parked);
-        while self.pending.load(Ordering::SeqCst) == 0 && !self.stop.load(Ordering::SeqCst) {
+        while self.is_idle() && !self.stop.load(Ordering::SeqCst) {
             *parked = true;
             parked = self.wake.wait(parked).unwrap_or_else(PoisonError::into_inner);
         }

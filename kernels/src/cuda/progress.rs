@@ -77,8 +77,8 @@ struct State {
 #[derive(Debug)]
 struct Open {
     number: u32,
-    /// When the stream was seen to have come to it.
-    came: Option<Instant>,
+    /// The stream was seen to have come to it.
+    came: bool,
     told: Option<Told>,
 }
 
@@ -97,7 +97,7 @@ impl Calls {
         let mut state = self.state();
         let number = state.begun.wrapping_add(1);
         state.begun = number;
-        state.open.push_back(Open { number, came: None, told });
+        state.open.push_back(Open { number, came: false, told });
         (self.reached.address() as u64, number)
     }
 
@@ -109,6 +109,11 @@ impl Calls {
     /// The number of the last call.
     pub(super) fn last(&self) -> u32 {
         self.state().begun
+    }
+
+    /// Whether there is a call that the stream was not seen to have come to.
+    pub(super) fn is_ahead(&self) -> bool {
+        self.state().open.back().is_some_and(|open| !open.came)
     }
 
     /// Whether the stream has come to the call.
@@ -132,13 +137,15 @@ impl Calls {
         }
         let now = Instant::now();
         let mut state = self.state();
-        for open in state.open.iter_mut().take_while(|open| has_come(reached, open.number)) {
-            open.came.get_or_insert(now);
-        }
-        while let Some(over) = state.open.pop_front_if(|open| has_come(passed, open.number)) {
-            if let (Some(told), Some(came)) = (over.told, over.came) {
-                told.record(now - came);
+        while let Some(open) = state.open.front_mut().filter(|open| has_come(reached, open.number)) {
+            if !std::mem::replace(&mut open.came, true) {
+                open.told.iter().for_each(|told| told.came(now));
             }
+            if !has_come(passed, open.number) {
+                return;
+            }
+            open.told.iter().for_each(|told| told.went(now));
+            state.open.pop_front();
         }
     }
 }

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender, bounded};
 use shardflow_actors::error::{Failure, PeerError};
-use shardflow_actors::membership::{self, FirstCause, Membership, Notice, PeerStatus};
+use shardflow_actors::membership::{self, FirstCause, Membership, MembershipError, Notice, PeerStatus};
 use shardflow_actors::shell::{Control, Running};
 use shardflow_actors::transport::{Address, Endpoint, Purpose, Secret, TransportError};
 use shardflow_kernels::collective::{Collective, Group};
@@ -385,6 +385,14 @@ fn fingerprint(plan: &Plan, seed: u64, options: &ClusterOptions) -> [u8; 32] {
 
 fn peer_failure(cause: &FirstCause) -> Failure {
     Failure::Peer { process: cause.process, cause: PeerError::Failed { cause: cause.cause.clone(), exit: cause.exit } }
+}
+
+/// Why there is no world: what another process ended for while this one joined is told as it is later.
+pub(crate) fn named(error: ClusterError) -> SessionError {
+    match error {
+        ClusterError::Membership(MembershipError::Ended(cause)) => SessionError::Failed(peer_failure(&cause)),
+        error => error.into(),
+    }
 }
 
 /// True for an error by which a start breaks off because somebody else ended what is shared with this process. Whoever did

@@ -56,9 +56,9 @@ pub(super) struct Event {
     pub firings: Vec<u64>,
     /// Firings that are not told.
     pub firings_left_out: u64,
-    /// Of each actor that has worked since: the actor, then us busy and us that it waited for inputs, credits, the host and itself, all
-    /// since the start.
-    pub busy: Vec<[u64; 6]>,
+    /// Of each actor that has worked since: the actor, then us in firings but not in collectives, us in collectives, and us that it
+    /// waited for inputs, credits, the host and itself, all since the start.
+    pub busy: Vec<[u64; 7]>,
     /// Of each register that changed: the register, slots held, pieces published, and pieces released by each reader.
     pub registers: Vec<Vec<u64>>,
     /// Of each device: bytes planned, at most in use so far, allocated.
@@ -83,7 +83,7 @@ pub(super) struct Cursor {
     step: u64,
     /// By actor: firings read.
     read: HashMap<ActorId, u64>,
-    busy: HashMap<ActorId, [u64; 6]>,
+    busy: HashMap<ActorId, [u64; 7]>,
     registers: HashMap<RegisterId, Vec<u64>>,
     bubble: Option<Bubble>,
 }
@@ -182,9 +182,11 @@ impl Cursor {
     fn changed(&mut self, event: &mut Event, snapshot: &ActorSnapshot, now_ns: u64) {
         let idle = &snapshot.idle;
         let flying_ns = snapshot.flying_since_ns.map_or(0, |since| now_ns.saturating_sub(since));
+        let firing_ns = snapshot.busy_ns.iter().sum::<u64>() + flying_ns;
         let ns = [
             u64::from(snapshot.actor.0) * 1000,
-            snapshot.busy_ns.iter().sum::<u64>() + flying_ns,
+            firing_ns.saturating_sub(snapshot.collective_ns),
+            snapshot.collective_ns,
             idle.input_ns.values().sum(),
             idle.credit_ns.values().sum(),
             idle.host_ns,

@@ -2,8 +2,8 @@
 
 import { at, key, make } from './format.js';
 
-const PARTS = ['forward', 'input', 'credit', 'host', 'own'];
-const NAMES = ['busy', 'waits for input', 'waits for a slot', 'waits for the host', 'between its own firings'];
+const PARTS = ['forward', 'communication', 'input', 'credit', 'host', 'own'];
+const NAMES = ['works', 'in collectives', 'waits for input', 'waits for a slot', 'waits for the host', 'between its own firings'];
 
 let rows = [];
 

@@ -61,10 +61,10 @@ export class Model {
     return whole.map(([step]) => step).sort((a, b) => a - b);
   }
 
-  // Shares of the last seconds: busy, input, credit, host, own; what is left of 1 is a wait that has not ended.
+  // Shares of the last seconds: at work, in collectives, input, credit, host, own; what is left of 1 is a wait that has not ended.
   shares(actor) {
     const samples = this.busy.get(actor) ?? [];
-    if (samples.length === 0) return [0, 0, 0, 0, 0];
+    if (samples.length === 0) return [0, 0, 0, 0, 0, 0];
     const [first, last] = [samples[0], samples[samples.length - 1]];
     const elapsed = Math.max(1, this.event.now_us - first.at);
     const parts = last.sums.map((sum, i) => Math.max(0, sum - first.sums[i]) / elapsed);

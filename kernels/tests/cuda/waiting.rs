@@ -1,0 +1,109 @@
+//! Cases of the test `cuda`: who waits for whom, and for how long. Imports the test's helpers and the kernels.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use shardflow_kernels::clock::Clock;
+use shardflow_kernels::collective::{Collective, CollectiveCall, CollectiveKind, Group, ReduceOp, Wait};
+use shardflow_kernels::cuda::gpu::Gpu;
+use shardflow_kernels::cuda::local::Local;
+use shardflow_kernels::cuda::nccl::{Nccl, Pipe, Seat, UniqueId};
+use shardflow_kernels::device::Device;
+use shardflow_kernels::memory::Base;
+use shardflow_kernels::op::{Launch, Op, Program};
+use shardflow_kernels::stream::Submission;
+use shardflow_kernels::tensor::{DType, HostTensor};
+
+use super::{WITHIN, floats, gpus};
+
+fn seats(gpus: &[Arc<Gpu>; 2]) -> [Seat; 2] {
+    let (group, id) = (Arc::new(Group { id: 7, ranks: vec![0, 1] }), UniqueId::new().expect("an id"));
+    [0, 1].map(|member: usize| Seat { group: group.clone(), member, gpu: gpus[member].clone(), id })
+}
+
+/// How long a stream has been in collectives is known while it is in one, and stays when it has gone on.
+pub fn time() {
+    let gpus: [_; 2] = gpus().try_into().expect("two devices");
+    let nccl = Nccl::join(&seats(&gpus), WITHIN).expect("both members are here");
+    for engine in [Arc::new(nccl) as Arc<dyn Collective>, Arc::new(Local::new())] {
+        let devices = [0, 1].map(|rank: usize| Device::cuda(rank, gpus[rank].clone(), engine.clone()));
+        let streams = devices.each_ref().map(|device| device.stream("reduce", 1).expect("a stream"));
+        let arenas = devices.each_ref().map(|device| device.arena(256).expect("memory"));
+        let submit = |member: usize| {
+            let (x, kind) = (floats(0, &[2]), CollectiveKind::AllReduce { op: ReduceOp::Sum });
+            let group = Arc::new(Group { id: 7, ranks: vec![0, 1] });
+            let op = Op::Collective(CollectiveCall { group, member, kind });
+            let mut launch = Launch { op, reads: vec![x.clone()], writes: vec![x], accumulate: false, workspace: None };
+            let bytes = devices[member].kind().workspace_bytes(&launch, 1);
+            launch.workspace = Some(floats(64, &[bytes.div_ceil(4)]));
+            let program = Arc::new(Program { name: "reduce".to_owned(), launches: vec![launch], signals: vec![] });
+            let bases = vec![Base { arena: arenas[member].clone(), offset: 0 }];
+            let submission = Submission { program, bases, repeat: false, notify: Box::new(drop) };
+            streams[member].submit(submission).expect("a live stream");
+        };
+        let mut least = Duration::ZERO;
+        for _ in 0..3 {
+            // It is waited for until the time has grown so much: only the other member ends that.
+            least += Duration::from_millis(3);
+            let other = streams[1].collective_time();
+            submit(0);
+            let deadline = Instant::now() + WITHIN;
+            while streams[0].collective_time() < least && Instant::now() < deadline {
+                std::thread::yield_now();
+            }
+            if streams[0].collective_time() < least {
+                engine.abort("nobody knows the time");
+                panic!("{:?} in the collective", streams[0].collective_time());
+            }
+            assert_eq!(streams[1].collective_time(), other, "it has not come");
+            submit(1);
+            streams.iter().for_each(|stream| stream.synchronize().expect("a live stream"));
+            let stays = || {
+                let first = streams[0].collective_time();
+                std::thread::yield_now();
+                (streams[0].collective_time() == first).then_some(first)
+            };
+            while stays().is_none() {
+                assert!(Instant::now() < deadline, "it is over, and its time goes on");
+            }
+            assert!(streams[0].collective_time() >= least);
+        }
+    }
+}
+
+/// A pipe is connected before it is used, and tells who waits in it for whom.
+pub fn pipe() {
+    let gpus = [0, 1].map(|i| Gpu::open(i).expect("a device"));
+    let seats = seats(&gpus);
+    let engine = Arc::new(Nccl::join(&seats, WITHIN).expect("both members are here"));
+    let pipes = [0, 1].map(|member: usize| engine.pipe(&seats[member]).expect("a pipe"));
+    let clock = Clock::capture();
+    let connect = |pipe: &Pipe| {
+        clock.join();
+        pipe.connect(WITHIN).expect("the other end comes");
+        Clock::capture()
+    };
+    let ends = std::thread::scope(|scope| {
+        let ends = pipes.each_ref().map(|pipe| scope.spawn(|| connect(pipe)));
+        ends.map(|end| end.join().expect("no panic"))
+    });
+    ends.iter().for_each(|end| end.join());
+    let device = |rank: usize| Device::cuda(rank, gpus[rank].clone(), engine.clone());
+    let arenas = [0, 1].map(|rank| device(rank).arena(64).expect("memory"));
+    arenas[0].write_host(0, &HostTensor::f32(&[16], vec![1.5; 16])).expect("inside");
+    let comes_to = |expected: &[Wait]| {
+        let deadline = Instant::now() + WITHIN;
+        while engine.waits() != expected {
+            assert!(Instant::now() < deadline, "{:?}, not {expected:?}", engine.waits());
+            std::thread::yield_now();
+        }
+    };
+    comes_to(&[]);
+    pipes[0].send(&arenas[0], [(0, 64)].into_iter()).expect("a send");
+    let sent = pipes[0].settle(&arenas[0]).expect("the stream has it");
+    comes_to(&[Wait { group: 7, rank: 0, peer: 1 }]);
+    pipes[1].receive(&arenas[1], [(0, 64)].into_iter()).expect("what was sent");
+    pipes[0].wait(&sent).expect("the end");
+    comes_to(&[]);
+    assert_eq!(arenas[1].read_host(0, &[16], DType::F32).expect("inside").as_f32(), Some(&[1.5; 16][..]));
+}
