@@ -12,7 +12,7 @@ use futures_util::TryStreamExt;
 use object_store::local::LocalFileSystem;
 use object_store::memory::InMemory;
 use object_store::{ObjectStore, ObjectStoreExt};
-use shardflow::checkpoint::manifest::{Kind, TensorInfo};
+use shardflow::checkpoint::manifest::{JobTime, Kind, TensorInfo};
 use shardflow::checkpoint::snapshot::SnapshotPiece;
 use shardflow::checkpoint::{
     Alone, Begun, Busy, CheckpointError, Member, Reader, SaveId, SaveReport, Saved, Saver, SaverOptions, Snapshot,
@@ -47,6 +47,7 @@ fn parts(step: u64) -> Vec<Snapshot> {
         let value = |i: usize| (step as f32) + ((rows.start * SHAPE[1] + i) as f32) / 4096.0;
         let data = HostTensor::f32(&region.size, (0..region.element_count()).map(value).collect());
         Snapshot {
+            job: JobTime::default(),
             step,
             seed: 1,
             mesh: "data=2".into(),

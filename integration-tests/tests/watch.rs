@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::process::{Command, Stdio};
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use shardflow::checkpoint::{Alone, SaverOptions, Store, save_now};
 use shardflow::metrics as names;
@@ -148,6 +148,7 @@ fn metrics_are_those_of_the_session() {
     assert_eq!(get(watch.address(), "/healthz").0, 503, "it has ended");
     assert_eq!(get(watch.address(), "/nothing").0, 404);
     a_second_session_that_diverges(&watch, &model, edge, collectives);
+    attempts_of_a_job_are_one_training(&watch, &model);
 }
 
 /// What it does adds to what the first did; and the step that ends it is told.
@@ -170,6 +171,57 @@ fn a_second_session_that_diverges(watch: &Watch, model: &Model, edge: f64, colle
     let incidents = session.observer().expect("it runs").incidents();
     assert!(matches!(&incidents[..], [only] if only.kind == "not finite"), "{incidents:?}");
     session.shutdown().expect("an end in order");
+}
+
+/// The training ratio is that of the job: what a checkpoint of it was trained for counts, and what was lost does not.
+fn attempts_of_a_job_are_one_training(watch: &Watch, model: &Model) {
+    const EARLIER_MS: u64 = 1_000_000;
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).expect("a clock that is right").as_millis() as u64;
+    let scratch = Scratch::new("watch-job");
+    let store = Store::open(scratch.path().to_str().expect("text")).expect("a store");
+    let attempt = |began_ms: u64| {
+        let mut cluster = shardflow::cluster::Cluster::local();
+        cluster.job_began_ms = Some(began_ms);
+        let plan = model.plan("data=2,stage=2", &options(2, OneFOneB));
+        let session = Session::start(plan, &SessionOptions { cluster, ..SessionOptions::default() });
+        session.expect("a session")
+    };
+    let job = |session: &Session| session.snapshot(None).expect("a snapshot").job;
+    let ratio = || values(&get(watch.address(), "/metrics").1)[names::TRAINING_RATIO];
+
+    let mut first = attempt(now - EARLIER_MS);
+    watch.show(&first);
+    while job(&first).productive_ms < 2 {
+        model.step(&mut first);
+    }
+    let saved = job(&first);
+    assert_eq!(saved.began_ms, now - EARLIER_MS);
+    let expected = |productive_ms: u64| {
+        let most = (productive_ms + 1) as f64 / EARLIER_MS as f64;
+        most / 2.0 * (productive_ms as f64 / (productive_ms + 1) as f64)..=most
+    };
+    assert!(expected(saved.productive_ms).contains(&ratio()), "{} for {saved:?}", ratio());
+    let snapshot = first.snapshot(None).expect("a snapshot");
+    save_now(&store, &snapshot, &Alone, &SaverOptions::default(), 0).expect("options").result.expect("a checkpoint");
+    while job(&first).productive_ms < saved.productive_ms + 2 {
+        model.step(&mut first);
+    }
+    first.restore_newest(&store).expect("the checkpoint");
+    assert_eq!(job(&first), saved, "steps behind it are lost");
+    first.shutdown().expect("an end in order");
+
+    let mut second = attempt(now - EARLIER_MS);
+    watch.show(&second);
+    assert_eq!(job(&second).productive_ms, 0, "nothing is left of the first attempt yet");
+    second.restore_newest(&store).expect("the checkpoint");
+    assert_eq!(job(&second), saved);
+    assert!(expected(saved.productive_ms).contains(&ratio()), "{} for {saved:?}", ratio());
+    second.shutdown().expect("an end in order");
+
+    let mut other = attempt(now);
+    other.restore_newest(&store).expect("the checkpoint");
+    assert_eq!(job(&other).productive_ms, 0, "it is another job's");
+    other.shutdown().expect("an end in order");
 }
 
 fn session_collectives(session: &Session) -> f64 {

@@ -42,6 +42,7 @@ pub const TRANSPORT: &str = "SHARDFLOW_TRANSPORT";
 pub const COLLECTIVES: &str = "SHARDFLOW_COLLECTIVES";
 /// Variable with the exit codes for which the launcher has started the job again, comma-separated.
 const RESTART_CAUSES: &str = "SHARDFLOW_RESTART_CAUSES";
+const JOB_BEGAN_MS: &str = "SHARDFLOW_JOB_BEGAN_MS";
 /// Variable with the address of this node that the process listens on.
 pub const INTERFACE: &str = "SHARDFLOW_INTERFACE";
 
@@ -179,6 +180,8 @@ pub struct Cluster {
     pub options: ClusterOptions,
     /// The exit codes for which the launcher has started the job again so far.
     pub restart_causes: Vec<u8>,
+    /// When the launcher began the job, Unix time in milliseconds: the same for all attempts.
+    pub job_began_ms: Option<u64>,
 }
 
 impl Cluster {
@@ -189,7 +192,7 @@ impl Cluster {
 
     /// A process that was started as `launch` says.
     pub fn new(launch: Launch, options: ClusterOptions) -> Self {
-        Self { launch, by_mpi: ByMpi::default(), options, restart_causes: Vec::new() }
+        Self { launch, by_mpi: ByMpi::default(), options, restart_causes: Vec::new(), job_began_ms: None }
     }
 
     /// As the environment says: the launcher's variables, torchrun's, Slurm's, OpenMPI's, a Kubernetes indexed job's; alone
@@ -214,7 +217,8 @@ impl Cluster {
         let causes = variables.get(RESTART_CAUSES).map_or("", |text| text.as_str());
         // For metrics only: what makes no sense is left out.
         let restart_causes = causes.split(',').filter_map(|code| code.parse().ok()).collect();
-        Ok(Self { launch, by_mpi: ByMpi::default(), options, restart_causes })
+        let job_began_ms = variables.get(JOB_BEGAN_MS).and_then(|text| text.parse().ok());
+        Ok(Self { launch, by_mpi: ByMpi::default(), options, restart_causes, job_began_ms })
     }
 
     /// Number of this process: its rank, as torchrun calls it.

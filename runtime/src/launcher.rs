@@ -136,6 +136,8 @@ struct Job<'a> {
     /// Resolved.
     program: PathBuf,
     run_id: String,
+    /// Unix time in milliseconds.
+    began_ms: u64,
     secret: Secret,
     /// Private; removed in the end.
     folder: TempDir,
@@ -224,7 +226,8 @@ impl<'a> Job<'a> {
         let events = crossbeam_channel::bounded(EVENTS_MAX);
         watch_signals(events.0.clone()).map_err(LaunchError::io("watch for signals"))?;
         let guard = Guard::start(&options.helper, folder.path()).map_err(LaunchError::io("start the guard"))?;
-        Ok(Job { options, program, run_id, secret, folder, events, guard, causes: Vec::new() })
+        let began_ms = unix_ns() / 1_000_000;
+        Ok(Job { options, program, run_id, began_ms, secret, folder, events, guard, causes: Vec::new() })
     }
 
     fn progress_file(&self) -> PathBuf {

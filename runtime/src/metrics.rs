@@ -16,7 +16,7 @@
 //! | `shardflow_learning_rate` | gauge | | of the last step |
 //! | `shardflow_step_flops` | gauge | | operations of a step's products and attention, of all devices together ([`crate::plan::flops`]) |
 //! | `shardflow_mfu_ratio` | gauge | | `step_flops` over the last step's time and the devices' peak, where that was given |
-//! | `shardflow_training_ratio` | gauge | | time in steps that changed the model, over all time since the session's start |
+//! | `shardflow_training_ratio` | gauge | | time in steps that made the model what it is, over all time: of the job, over its restarts, under `shardflow launch`, else of the session. What a restart or a rollback throws away is not counted in steps |
 //! | `shardflow_actor_firing_seconds` | histogram | `actor`, `action` | a firing from its launch to its end: its sum is how long the actor was busy, collectives among it |
 //! | `shardflow_actor_wait_seconds` | histogram | `actor`, `reason`, `register` | how long an actor stood idle before a firing, by what it waited for last: `input` or `credit` of a register, `host`, `own` |
 //! | `shardflow_firings_lost_total` | counter | | firings that no sample has seen: those of more than 4096 of an actor between two |
@@ -118,7 +118,7 @@ pub fn describe() {
     describe_gauge!(LEARNING_RATE, "Learning rate of the last step.");
     describe_gauge!(STEP_FLOPS, "Operations of a step's products and attention, of all devices together.");
     describe_gauge!(MFU, "Model FLOPs utilisation of the last step.");
-    describe_gauge!(TRAINING_RATIO, "Time in steps that changed the model, over all time since the session's start.");
+    describe_gauge!(TRAINING_RATIO, "Time in steps that made the model what it is, over all time of the job.");
     describe_histogram!(FIRING, Unit::Seconds, "A firing from its launch to its end.");
     describe_histogram!(
         WAIT,

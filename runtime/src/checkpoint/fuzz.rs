@@ -3,7 +3,9 @@
 
 use serde_json::value::RawValue;
 
-use super::manifest::{Checksum, Cursor, Element, Kind, Manifest, Piece, Shard, Tensor, TensorInfo, open_sealed, seal};
+use super::manifest::{
+    Checksum, Cursor, Element, JobTime, Kind, Manifest, Piece, Shard, Tensor, TensorInfo, open_sealed, seal,
+};
 use super::shard::{Sidecar, SidecarPiece};
 
 /// Tensors of so many elements at most are looked at element by element.
@@ -35,6 +37,7 @@ pub fn samples() -> Vec<Vec<u8>> {
         cursor: Cursor::from([("place".into(), "9".into())]),
         writer: "0.1.0".into(),
         plan: None,
+        job: JobTime { began_ms: 1, productive_ms: 2 },
         shards: vec![shard.clone()],
         tensors: vec![Tensor { info, pieces: vec![piece(0, 3), piece(3, 1)] }],
     };

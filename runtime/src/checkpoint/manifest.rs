@@ -193,6 +193,16 @@ pub struct Tensor {
     pub pieces: Vec<Piece>,
 }
 
+/// What a job has made of its time.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct JobTime {
+    /// When it began, Unix time in milliseconds: attempts of one job have the same.
+    pub began_ms: u64,
+    /// Milliseconds in the steps that made the model what it is.
+    pub productive_ms: u64,
+}
+
 /// A whole checkpoint.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -211,6 +221,9 @@ pub struct Manifest {
     pub writer: String,
     /// Hash of the plan that wrote it, if it was given.
     pub plan: Option<String>,
+    /// Of the job that wrote it.
+    #[serde(default)]
+    pub job: JobTime,
     /// The files.
     pub shards: Vec<Shard>,
     /// Parameters and states of the optimizer.

@@ -140,6 +140,7 @@ fn commit(store: &Store, snapshot: &Snapshot, settings: &Settings, id: SaveId) -
         cursor: snapshot.cursor.clone(),
         writer: env!("CARGO_PKG_VERSION").into(),
         plan: settings.plan.clone(),
+        job: snapshot.job,
         shards: Vec::new(),
         tensors: snapshot.tensors.iter().map(|info| Tensor { info: info.clone(), pieces: Vec::new() }).collect(),
     };

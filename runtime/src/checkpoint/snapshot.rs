@@ -3,7 +3,7 @@
 
 use shardflow_kernels::tensor::{HostTensor, Region};
 
-use super::manifest::{Cursor, TensorInfo};
+use super::manifest::{Cursor, JobTime, TensorInfo};
 
 /// A process's part of a checkpoint, and what is known of the whole.
 #[derive(Clone, Debug)]
@@ -16,6 +16,8 @@ pub struct Snapshot {
     pub mesh: String,
     /// The user's own; only that of process 0 is written.
     pub cursor: Cursor,
+    /// What the job has made of its time.
+    pub job: JobTime,
     /// Every tensor of the checkpoint, the same for all processes.
     pub tensors: Vec<TensorInfo>,
     /// What this process writes.

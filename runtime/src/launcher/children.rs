@@ -155,6 +155,7 @@ fn set_environment(command: &mut Command, job: &Job, meeting: &Meeting, local: u
         ("SHARDFLOW_RESTART_COUNT", &attempt),
         ("SHARDFLOW_MAX_RESTARTS", &max),
         ("SHARDFLOW_RESTART_CAUSES", &causes),
+        ("SHARDFLOW_JOB_BEGAN_MS", &job.began_ms.to_string()),
         ("RANK", &rank),
         ("WORLD_SIZE", &processes),
         ("LOCAL_RANK", &local),

@@ -1,5 +1,5 @@
 //! What a session tells of itself: a typed snapshot, and the numbers of each step on the `metrics` facade.
-//! Imports `metrics`, `plan` and the actors' snapshots.
+//! Imports `metrics`, `plan`, `checkpoint` and the actors' snapshots.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -11,6 +11,7 @@ use shardflow_kernels::device::Device;
 
 use super::hosting::Hosting;
 use super::{SessionOptions, StepReport};
+use crate::checkpoint::manifest::JobTime;
 use crate::exit::unix_ns;
 use crate::metrics as names;
 use crate::plan::{Plan, flops};
@@ -30,15 +31,23 @@ pub(super) struct StepMetrics {
     step_tokens: u64,
     /// Operations that a step needs, over what all devices could do in a second.
     step_seconds_min: f64,
+    /// When the job began: its launcher, or else this session.
+    job_began_ms: u64,
     started: Instant,
+    /// What of the job was over by then.
+    earlier: Duration,
+    /// In the steps that made the model what it is.
     productive: Duration,
 }
 
 impl StepMetrics {
     pub(super) fn new(plan: &Plan, hosting: &Hosting, step_tokens: u64, options: &SessionOptions) -> Self {
         let peak_flops = options.peak_flops;
+        let now_ms = unix_ns() / 1_000_000;
+        let job_began_ms = options.cluster.job_began_ms.unwrap_or(now_ms);
+        let earlier = Duration::from_millis(now_ms.saturating_sub(job_began_ms));
         if !options.tells_metrics {
-            return Self::silent();
+            return Self { job_began_ms, earlier, ..Self::silent() };
         }
         let step_flops = flops::step_flops(&plan.graph, plan.micro_batches) as f64;
         gauge!(names::STEP_FLOPS).set(step_flops);
@@ -66,6 +75,8 @@ impl StepMetrics {
             training_ratio: gauge!(names::TRAINING_RATIO),
             step_tokens,
             step_seconds_min: step_flops / (peak_flops.unwrap_or(1.0) * hosting.devices as f64),
+            job_began_ms,
+            earlier,
             started: Instant::now(),
             productive: Duration::ZERO,
         }
@@ -85,6 +96,8 @@ impl StepMetrics {
             training_ratio: Gauge::noop(),
             step_tokens: 0,
             step_seconds_min: 0.0,
+            job_began_ms: 0,
+            earlier: Duration::ZERO,
             started: Instant::now(),
             productive: Duration::ZERO,
         }
@@ -104,7 +117,34 @@ impl StepMetrics {
             Some(_) => self.non_finite.increment(1),
             None => self.productive += took,
         }
-        self.training_ratio.set(self.productive.as_secs_f64() / self.started.elapsed().as_secs_f64());
+        self.tell_training_ratio();
+    }
+
+    fn tell_training_ratio(&self) {
+        let all = self.earlier + self.started.elapsed();
+        self.training_ratio.set(self.productive.as_secs_f64() / all.as_secs_f64());
+    }
+
+    /// What a checkpoint of now keeps.
+    pub(super) fn job_time(&self) -> JobTime {
+        JobTime { began_ms: self.job_began_ms, productive_ms: self.productive_ms() }
+    }
+
+    /// A checkpoint was loaded: steps behind it are lost, and those before it count where they are this job's.
+    pub(super) fn restored(&mut self, job: JobTime) {
+        let is_own = self.job_began_ms == job.began_ms;
+        self.was_productive(if is_own { job.productive_ms } else { 0 });
+    }
+
+    /// Milliseconds in the steps that made the model what it is.
+    pub(super) fn productive_ms(&self) -> u64 {
+        self.productive.as_millis() as u64
+    }
+
+    /// See [`StepMetrics::productive_ms`].
+    pub(super) fn was_productive(&mut self, ms: u64) {
+        self.productive = Duration::from_millis(ms);
+        self.tell_training_ratio();
     }
 }
 

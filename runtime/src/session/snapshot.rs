@@ -9,7 +9,7 @@ use shardflow_kernels::tensor::{DType, HostData, HostTensor, Region};
 use super::{Session, SessionError, resident_parts};
 use crate::checkpoint::agree::{Agree, Alone, Member};
 use crate::checkpoint::error::CheckpointError;
-use crate::checkpoint::manifest::{Cursor, Kind, TensorInfo};
+use crate::checkpoint::manifest::{Cursor, Kind, Manifest, TensorInfo};
 use crate::checkpoint::read::Reader;
 use crate::checkpoint::snapshot::{Snapshot, SnapshotPiece};
 use crate::checkpoint::store::{Newest, Store};
@@ -93,7 +93,8 @@ impl Session {
             tensors.push(self.tensor_info(var, kind));
         }
         let (mesh, cursor) = (self.plan.graph.mesh().to_string(), Cursor::new());
-        Ok(Snapshot { step: self.steps, seed: self.seed, mesh, cursor, tensors, pieces })
+        let job = self.step_metrics.job_time();
+        Ok(Snapshot { step: self.steps, seed: self.seed, mesh, cursor, job, tensors, pieces })
     }
 
     fn tensor_info(&self, var: Var, kind: Kind) -> TensorInfo {
@@ -140,7 +141,9 @@ impl Session {
         for (device, offset, tensor) in found {
             self.arenas[&device].write_host(offset, &tensor)?;
         }
-        (self.steps, self.seed) = (reader.manifest().step, reader.manifest().seed);
+        let &Manifest { step, seed, job, .. } = reader.manifest();
+        (self.steps, self.seed) = (step, seed);
+        self.step_metrics.restored(job);
         Ok(())
     }
 
@@ -177,10 +180,12 @@ impl Session {
                 Err(SessionError::Checkpoint(error)) if error.is_damage() => DAMAGED,
                 Err(_) => FAILED,
             };
-            let worst = self.exchange([mine, 0])?.iter().enumerate().map(|(p, said)| (said[0], p)).max();
-            let (worst, process) = worst.unwrap_or((FAILED, 0));
+            let said = self.exchange([mine, self.step_metrics.productive_ms()])?;
+            let (worst, process) = said.iter().enumerate().map(|(p, said)| (said[0], p)).max().unwrap_or((FAILED, 0));
             match (loaded, worst) {
                 (Ok(cursor), GOOD) => {
+                    // Other nodes' launchers began the job a little earlier or later.
+                    self.step_metrics.was_productive(said[0][1]);
                     self.refresh()?;
                     return Ok(Restored { found: Some((step, cursor)), damaged: all });
                 }

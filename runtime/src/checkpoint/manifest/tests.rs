@@ -31,6 +31,7 @@ fn good() -> Manifest {
         cursor: Cursor::from([("file".into(), "a \"quoted\" name".into())]),
         writer: "0.1.0".into(),
         plan: None,
+        job: JobTime { began_ms: 1_764_000_000_000, productive_ms: 7 },
         shards: vec![shard(0), shard(1)],
         tensors: vec![
             Tensor { info: info("wide", &[4, 6]), pieces: wide },
