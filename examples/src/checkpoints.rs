@@ -179,9 +179,11 @@ impl Checkpoints {
 /// Loads the newest good checkpoint: its step, and the batches that were passed over before it.
 fn restore(store: &Store, session: &mut Session, speaks: bool) -> Result<Option<(u64, u64)>, CheckpointsError> {
     let restored = session.restore_newest(store).map_err(|e| CheckpointsError::Load(Box::new(e)))?;
-    let Some((step, cursor)) = restored.found else { return Ok(None) };
     if speaks {
         restored.damaged.iter().for_each(|error| note(format!("warning: passed over: {error}")));
+    }
+    let Some((step, cursor)) = restored.found else { return Ok(None) };
+    if speaks {
         note(format!("going on from step {step} in {}", store.place()));
     }
     Ok(Some((step, cursor.get(PASSED_OVER).and_then(|count| count.parse().ok()).unwrap_or(0))))

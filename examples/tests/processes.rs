@@ -3,6 +3,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::TcpListener;
+use std::path::PathBuf;
 use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -137,6 +138,55 @@ fn a_worker_that_is_killed_or_frozen_is_named_and_survived() {
         let losses = losses(&folder, &format!("log-{rank}-{how}"));
         assert!(losses == undisturbed, "rank {rank} {how}: other losses than an undisturbed run");
     }
+}
+
+/// What one process cannot read none goes on from, and it is said who could not.
+#[test]
+fn a_checkpoint_that_one_process_cannot_read_is_passed_over_by_all() {
+    let folder = Folder::new("processes-damaged");
+    let flags = "--mesh stage=2 --checkpoint ck --checkpoint-every 3";
+    let run = |steps: u32, log: &str| {
+        let mut run = start(&folder, 2, "", &[], &format!("{flags} --steps {steps} --log-json {log}"));
+        assert_eq!(run.end(TIMEOUT), Some(0), "{}", run.text());
+        run.text()
+    };
+    run(6, "first");
+    // Of rank 1, by step.
+    let shards = || {
+        let mut found = Vec::new();
+        let mut folders = vec![folder.path().join("ck")];
+        while let Some(folder) = folders.pop() {
+            for entry in std::fs::read_dir(folder).expect("a folder") {
+                let path = entry.expect("an entry").path();
+                match path.file_name().is_some_and(|name| name == "shard-1-of-2.safetensors") {
+                    true => found.push(path),
+                    false if path.is_dir() => folders.push(path),
+                    false => {}
+                }
+            }
+        }
+        found.sort();
+        found
+    };
+    let damage = |shard: &PathBuf| {
+        let mut bytes = std::fs::read(shard).expect("a shard");
+        *bytes.last_mut().expect("bytes") ^= 1;
+        std::fs::write(shard, bytes).expect("a shard");
+    };
+    assert_eq!(shards().len(), 2, "of steps 3 and 6: {:?}", shards());
+    // The newest is damaged where rank 1 reads, then all are.
+    let bad = shards().pop().expect("two");
+    damage(&bad);
+    let text = run(9, "second");
+    assert!(text.contains("passed over: ") && text.contains("rank 1 cannot read its part"), "{text}");
+    assert!(text.contains("going on from step 3"), "{text}");
+    let (first, second) = (losses(&folder, "first"), losses(&folder, "second"));
+    assert_eq!(second.keys().copied().collect::<Vec<_>>(), (3..9).collect::<Vec<_>>());
+    assert!((3..6).all(|step| second[&step] == first[&step]), "{first:?} {second:?}");
+    shards().iter().filter(|shard| **shard != bad).for_each(damage);
+    let text = run(6, "third");
+    assert!(text.contains("rank 1 cannot read its part") && !text.contains("going on from"), "{text}");
+    assert_eq!(losses(&folder, "third"), first, "from the beginning");
 }
 
 #[test]

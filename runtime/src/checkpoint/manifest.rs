@@ -13,8 +13,8 @@ use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 use shardflow_kernels::tensor::{DType, Region};
 
-/// Version of the format.
-const VERSION: u32 = 1;
+/// Version of the format: 2 since there is [`JobTime`].
+const VERSION: u32 = 2;
 /// Bytes of a manifest, at most.
 pub const MANIFEST_BYTES_MAX: u64 = 256 << 20;
 /// Tensors of a checkpoint, at most.
@@ -369,8 +369,8 @@ pub(crate) fn open_sealed<T: DeserializeOwned>(format: &str, text: &[u8]) -> Res
     if sealed.format != format {
         return Err(format!("format {:?}, expected {format}", sealed.format));
     }
-    if sealed.version != VERSION {
-        return Err(format!("version {} of the format; this program reads version {VERSION}", sealed.version));
+    if !(1..=VERSION).contains(&sealed.version) {
+        return Err(format!("version {} of the format; this program reads versions 1 to {VERSION}", sealed.version));
     }
     let sum = Checksum::of(sealed.body.get().as_bytes());
     if sum != sealed.blake3 {

@@ -122,26 +122,21 @@ impl StepMetrics {
 
     fn tell_training_ratio(&self) {
         let all = self.earlier + self.started.elapsed();
-        self.training_ratio.set(self.productive.as_secs_f64() / all.as_secs_f64());
+        // A clock that was set back may make the time too short.
+        self.training_ratio.set((self.productive.as_secs_f64() / all.as_secs_f64()).min(1.0));
     }
 
     /// What a checkpoint of now keeps.
     pub(super) fn job_time(&self) -> JobTime {
-        JobTime { began_ms: self.job_began_ms, productive_ms: self.productive_ms() }
+        JobTime { began_ms: self.job_began_ms, productive_ms: self.productive.as_millis() as u64 }
     }
 
-    /// A checkpoint was loaded: steps behind it are lost, and those before it count where they are this job's.
-    pub(super) fn restored(&mut self, job: JobTime) {
-        let is_own = self.job_began_ms == job.began_ms;
-        self.was_productive(if is_own { job.productive_ms } else { 0 });
+    /// Milliseconds of this job in the steps before a checkpoint.
+    pub(super) fn productive_of(&self, job: JobTime) -> u64 {
+        if self.job_began_ms == job.began_ms { job.productive_ms } else { 0 }
     }
 
-    /// Milliseconds in the steps that made the model what it is.
-    pub(super) fn productive_ms(&self) -> u64 {
-        self.productive.as_millis() as u64
-    }
-
-    /// See [`StepMetrics::productive_ms`].
+    /// A checkpoint was loaded that took so long: steps behind it are lost.
     pub(super) fn was_productive(&mut self, ms: u64) {
         self.productive = Duration::from_millis(ms);
         self.tell_training_ratio();

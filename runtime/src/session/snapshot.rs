@@ -38,6 +38,14 @@ const DAMAGED: u64 = u64::MAX - 2;
 const NONE: u64 = u64::MAX - 1;
 const FAILED: u64 = u64::MAX;
 
+/// What of a checkpoint goes where.
+struct Part {
+    device: usize,
+    /// In the device's arena, bytes.
+    offset: usize,
+    tensor: HostTensor,
+}
+
 impl Session {
     /// What a checkpoint is made of, with its kind.
     fn residents(&self) -> impl Iterator<Item = (Var, Kind)> {
@@ -119,8 +127,15 @@ impl Session {
     /// # Errors
     /// [`CheckpointError`], with the file; nothing was changed then.
     pub fn restore_checkpoint(&mut self, reader: &Reader) -> Result<(), SessionError> {
+        let parts = self.read_parts(reader)?;
+        let productive_ms = self.step_metrics.productive_of(reader.manifest().job);
+        self.go_on_from(parts, reader.manifest(), productive_ms)
+    }
+
+    /// Reads what this process's devices hold, and changes nothing.
+    fn read_parts(&self, reader: &Reader) -> Result<Vec<Part>, SessionError> {
         self.check_alive()?;
-        let mut found: Vec<(usize, usize, HostTensor)> = Vec::new();
+        let mut found: Vec<Part> = Vec::new();
         for (var, _) in self.residents() {
             self.check_fits(reader, var)?;
             let hosted = self.hosted();
@@ -136,19 +151,24 @@ impl Session {
                 places.push((device, resident.offset, index));
             }
             let tensors = reader.tensors(&self.plan.graph.tensor(var).name, &regions)?;
-            found.extend(places.into_iter().map(|(device, offset, index)| (device, offset, tensors[index].clone())));
+            let part = |(device, offset, index): (_, _, usize)| Part { device, offset, tensor: tensors[index].clone() };
+            found.extend(places.into_iter().map(part));
         }
-        for (device, offset, tensor) in found {
+        Ok(found)
+    }
+
+    /// Takes on what was read.
+    fn go_on_from(&mut self, parts: Vec<Part>, manifest: &Manifest, productive_ms: u64) -> Result<(), SessionError> {
+        for Part { device, offset, tensor } in parts {
             self.arenas[&device].write_host(offset, &tensor)?;
         }
-        let &Manifest { step, seed, job, .. } = reader.manifest();
-        (self.steps, self.seed) = (step, seed);
-        self.step_metrics.restored(job);
+        (self.steps, self.seed) = (manifest.step, manifest.seed);
+        self.step_metrics.was_productive(productive_ms);
         Ok(())
     }
 
     /// Loads the newest checkpoint of the store that is good to the last byte; damaged ones are passed over and told. Where
-    /// several processes run the plan, all call it, and all load the same one.
+    /// several processes run the plan, all call it, and all load the same one: none loads what another cannot read.
     ///
     /// # Errors
     /// When the store cannot be asked, or its newest good checkpoint does not fit the program, here or elsewhere.
@@ -167,30 +187,33 @@ impl Session {
                 }
                 step => step,
             };
-            let loaded = match reader {
-                Ok(Some(reader)) => self.restore_checkpoint(&reader).map(|()| reader.manifest().cursor.clone()),
-                Ok(None) => match store.read(step) {
-                    Ok(reader) => self.restore_checkpoint(&reader).map(|()| reader.manifest().cursor.clone()),
-                    Err(error) => Err(error.into()),
-                },
-                Err(error) => Err(error.into()),
+            let reader = match reader {
+                Ok(None) => store.read(step),
+                Ok(Some(reader)) => Ok(reader),
+                Err(error) => Err(error),
             };
-            let mine = match &loaded {
+            let read = reader.map_err(SessionError::from);
+            let read = read.and_then(|reader| self.read_parts(&reader).map(|parts| (parts, reader)));
+            let mine = match &read {
                 Ok(_) => GOOD,
                 Err(SessionError::Checkpoint(error)) if error.is_damage() => DAMAGED,
                 Err(_) => FAILED,
             };
-            let said = self.exchange([mine, self.step_metrics.productive_ms()])?;
+            let job = read.as_ref().map(|(_, reader)| reader.manifest().job).unwrap_or_default();
+            let said = self.exchange([mine, self.step_metrics.productive_of(job)])?;
             let (worst, process) = said.iter().enumerate().map(|(p, said)| (said[0], p)).max().unwrap_or((FAILED, 0));
-            match (loaded, worst) {
-                (Ok(cursor), GOOD) => {
-                    // Other nodes' launchers began the job a little earlier or later.
-                    self.step_metrics.was_productive(said[0][1]);
+            match (read, worst) {
+                (Ok((parts, reader)), GOOD) => {
+                    // The first process says what is this job's: launchers of other nodes began it a little later.
+                    self.go_on_from(parts, reader.manifest(), said[0][1])?;
                     self.refresh()?;
-                    return Ok(Restored { found: Some((step, cursor)), damaged: all });
+                    return Ok(Restored { found: Some((step, reader.manifest().cursor.clone())), damaged: all });
                 }
                 (Err(SessionError::Checkpoint(error)), DAMAGED) => all.push(error),
-                (Ok(_), DAMAGED) => {}
+                (Ok(_), DAMAGED) => {
+                    let why = format!("rank {process} cannot read its part");
+                    all.push(CheckpointError::Damaged { file: store.manifest_name(step), why });
+                }
                 (Err(error), _) => return Err(error),
                 (Ok(_), _) => {
                     let why = format!("{}: step {step} cannot be loaded on rank {process}; see its log", store.place());
