@@ -3,7 +3,7 @@
 //!
 //! | metric | kind | labels | meaning |
 //! |---|---|---|---|
-//! | `shardflow_collective_seconds` | histogram | `actor`, `kind` | in a collective, from when its stream comes to it until the stream goes on: waiting for the other members, and moving bytes. Of a GPU as the host sees it, to within some 50 us |
+//! | `shardflow_collective_seconds` | histogram | `actor`, `kind` | in a collective, from when its stream comes to it until the stream goes on: waiting for the other members, and moving bytes. Of a GPU as the host sees it, to within some 0.1 ms |
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};

@@ -252,7 +252,10 @@ impl Lane {
 
     /// Puts word on the stream that the last call, which is on it, is over.
     pub(crate) fn end_call(&self) -> Result<(), KernelError> {
-        self.calls.as_ref().map_or(Ok(()), |calls| self.write_word(calls.end()))
+        let Some(calls) = &self.calls else { return Ok(()) };
+        let written = self.write_word(calls.end());
+        self.gpu.poller().wake();
+        written
     }
 
     /// Writes a word of the GPU's pinned memory ([`Calls`]), as a whole.

@@ -2,7 +2,7 @@
 //! `cuda::context`, `cuda::lane`, `cuda::progress`, `event`, `stream`.
 //!
 //! - POLL-1: what a stream tells comes in the order in which it was put on the stream, and only when it is done.
-//! - POLL-2: the thread is parked while nothing is pending, and no stream on the way to a collective. Otherwise it spins a
+//! - POLL-2: the thread is parked while nothing is pending, and no stream moves to or in a collective. Otherwise it spins a
 //!   little, and then sleeps never longer than [`SLEEP_MAX`]: no completion is told later than that for the sleep's sake.
 //! - POLL-4: what a stream has come to and gone on from (PROGRESS-1) is looked at as often.
 //! - POLL-3: when the context is lost (CONTEXT-1), all that is pending fails with the error, in order.
@@ -204,11 +204,11 @@ impl Shared {
         }
     }
 
-    /// Nothing is pending, and no stream is on the way to a call.
+    /// Nothing is pending, and no stream moves to or in a call.
     fn is_idle(&self) -> bool {
-        let is_ahead = |track: &Arc<Track>| track.calls.as_ref().is_some_and(|calls| calls.is_ahead());
+        let is_moving = |track: &Arc<Track>| track.calls.as_ref().is_some_and(|calls| calls.is_moving());
         self.pending.load(Ordering::SeqCst) == 0
-            && (self.context.lost().is_some() || !lock(&self.tracks).iter().any(is_ahead))
+            && (self.context.lost().is_some() || !lock(&self.tracks).iter().any(is_moving))
     }
 
     fn park(&self) {

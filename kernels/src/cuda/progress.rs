@@ -70,6 +70,8 @@ pub(crate) struct Calls {
 #[derive(Debug, Default)]
 struct State {
     begun: u32,
+    /// The call that the stream will be seen to leave: all of it is on the stream.
+    ended: u32,
     /// Those that were not seen over.
     open: VecDeque<Open>,
 }
@@ -103,7 +105,9 @@ impl Calls {
 
     /// Where the stream is to write the last call's number behind it.
     pub(super) fn end(&self) -> (u64, u32) {
-        (self.passed.address() as u64, self.last())
+        let mut state = self.state();
+        state.ended = state.begun;
+        (self.passed.address() as u64, state.ended)
     }
 
     /// The number of the last call.
@@ -111,9 +115,10 @@ impl Calls {
         self.state().begun
     }
 
-    /// Whether there is a call that the stream was not seen to have come to.
-    pub(super) fn is_ahead(&self) -> bool {
-        self.state().open.back().is_some_and(|open| !open.came)
+    /// Whether there is something to be seen that needs nothing more of the host: that the stream comes to a call, or leaves it.
+    pub(super) fn is_moving(&self) -> bool {
+        let state = self.state();
+        state.open.back().is_some_and(|open| !open.came || open.number == state.ended)
     }
 
     /// Whether the stream has come to the call.

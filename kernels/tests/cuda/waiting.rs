@@ -1,5 +1,6 @@
 //! Cases of the test `cuda`: who waits for whom, and for how long. Imports the test's helpers and the kernels.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -68,6 +69,36 @@ pub fn time() {
             }
             assert!(streams[0].collective_time() >= least);
         }
+        parks();
+    }
+}
+
+/// Comes to an end when the pollers' threads have stopped looking: a look every 50 us would switch threads a hundred times.
+fn parks() {
+    let looks = || {
+        let threads = std::fs::read_dir("/proc/self/task").expect("Linux").flatten().map(|thread| thread.path());
+        let is_poller = |thread: &PathBuf| {
+            std::fs::read_to_string(thread.join("comm")).is_ok_and(|name| name.trim().ends_with("poller"))
+        };
+        let switches = |thread: PathBuf| {
+            let status = std::fs::read_to_string(thread.join("status")).expect("a thread that runs");
+            let count = status.lines().find_map(|line| line.strip_prefix("voluntary_ctxt_switches:"));
+            count.and_then(|count| count.trim().parse::<u64>().ok()).expect("a number")
+        };
+        let counts: Vec<u64> = threads.filter(is_poller).map(switches).collect();
+        assert_eq!(counts.len(), 2);
+        counts
+    };
+    let deadline = Instant::now() + WITHIN;
+    loop {
+        let (before, began) = (looks(), Instant::now());
+        while began.elapsed() < Duration::from_millis(5) {
+            std::thread::yield_now();
+        }
+        if looks() == before {
+            return;
+        }
+        assert!(Instant::now() < deadline, "pollers look at nothing, and do not stop");
     }
 }
 
