@@ -120,7 +120,9 @@ skip() {
 # gpu_stage NAME SECONDS COMMAND..: one that needs a GPU of ours.
 gpu_stage() {
     [ -n "$gpu" ] || { skip "$1" "no GPU can be used: see the stage versions"; return; }
-    stage "$1" "$2" env LD_LIBRARY_PATH="$ours" "${@:3}"
+    # As the launcher sets them: a program with threads must not set its own environment.
+    stage "$1" "$2" env LD_LIBRARY_PATH="$ours" CUDA_MODULE_LOADING="${CUDA_MODULE_LOADING-EAGER}" \
+        CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS-32}" "${@:3}"
 }
 
 # nccl_stage NAME SECONDS COMMAND..: one that needs two GPUs, for members of a group.
@@ -152,7 +154,8 @@ sanitized() {
     local path code
     path=$(PATH=$PATH:/usr/local/cuda/bin command -v compute-sanitizer) ||
         { echo "compute-sanitizer is not on this machine" >&2; return 77; }
-    "$path" --tool "$1" --error-exitcode 9 "${@:2}"
+    # What is loaded is instrumented: not all of the libraries' kernels.
+    CUDA_MODULE_LOADING=LAZY "$path" --tool "$1" --error-exitcode 9 "${@:2}"
     code=$?
     # It says so on its standard output, which the report shows too.
     [ "$code" = 0 ] || ! grep -qi 'not supported' "$out/sanitizer-$1.out" ||
@@ -209,7 +212,7 @@ gpu_stage compare 60 "$check" compare "${sizes[@]}" --batch 1
 gpu_stage launches 75 "$check" launches "${sizes[@]}" "${batch[@]}"
 gpu_stage launches-own 30 env SHARDFLOW_ATTENTION=own "$check" launches --op attention "${sizes[@]}" "${batch[@]}"
 torch_stage launches-torch 45 launches launches_torch.py
-gpu_stage virtual 90 "$check" virtual "${delays[@]}"
+gpu_stage virtual 120 "$check" virtual "${delays[@]}"
 gpu_stage gpt2-ours-2 45 "$check" train "${sizes[@]}" "${batch[@]}" "${timed[@]}"
 torch_stage gpt2-eager-2 45 gpt2-ours-1 gpt2_torch.py "${timed[@]}"
 torch_stage gpt2-compile-2 90 gpt2-ours-1 gpt2_torch.py --compile "${timed[@]}"

@@ -27,7 +27,7 @@ conformance=$(cargo test -p shardflow-kernels --test cuda --no-run --message-for
     sed -n 's/.*"kind":\["test"\].*"executable":"\([^"]*\)".*/\1/p')
 [ -x "$conformance" ] || { echo "error: cargo names no program of the test cuda: $conformance" >&2; exit 1; }
 # A name that no test has would run none, and pass.
-"$conformance" --list --ignored | grep -qx "child: test" || { echo "error: $conformance has no test named child" >&2; exit 1; }
+"$conformance" --list --ignored | grep -x "child: test" >/dev/null || { echo "error: $conformance has no test named child" >&2; exit 1; }
 
 rm -rf "$out"
 mkdir -p "$out/cubins"

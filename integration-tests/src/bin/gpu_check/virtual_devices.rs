@@ -22,7 +22,7 @@ const VISIBLE: &str = "CUDA_VISIBLE_DEVICES";
 #[derive(Args, Clone, Debug)]
 pub struct VirtualArgs {
     /// Trainings with delays, of each mesh and precision.
-    #[arg(long, default_value_t = 3)]
+    #[arg(long, default_value_t = 2)]
     seeds: u64,
     /// The longest delay, in cycles of the GPU's clock.
     #[arg(long, default_value_t = 200_000)]
