@@ -496,30 +496,6 @@ fn dropout_has_the_mask_of_the_cpu() {
     }
 }
 
-#[test]
-fn numbers_that_are_not_finite_are_counted() {
-    if !compiler() {
-        return;
-    }
-    let mut machine = Machine::default();
-    let mut values = vec![1.0; 9000];
-    (values[0], values[4321], values[8999]) = (f32::NAN, f32::INFINITY, f32::NEG_INFINITY);
-    let floats = HostTensor::f32(&[9, 1000], values);
-    for held in [floats.clone(), halved(&floats)] {
-        let zeros = |shape: &[usize]| {
-            let zeros = HostTensor::f32(shape, vec![0.0; element_count(shape)]);
-            if held.dtype() == DType::BF16 { halved(&zeros) } else { zeros }
-        };
-        let of = |op, reads| Trial::new(op, reads, vec![Initial::Values(held.clone())]);
-        assert_eq!(of(Op::Fill { value: 0.0 }, vec![]).count(&mut machine, 0), 3);
-        let inside = Region { start: vec![4, 300], size: vec![5, 700] };
-        let op = Op::CopyRegion { src: Region::whole(&[5, 700]), dst: inside };
-        assert_eq!(of(op, vec![zeros(&[5, 700])]).count(&mut machine, 0), 2);
-    }
-    let logits = HostTensor::f32(&[9, 1000, 0], vec![]);
-    assert_eq!(Trial::new(Op::RowMax, vec![logits], vec![Initial::Values(floats)]).count(&mut machine, 0), 2);
-}
-
 /// Buffers of bases of their own.
 fn buffers(list: &[(usize, &HostTensor)]) -> Vec<Buffer> {
     let buffer = |&(base, tensor): &(usize, &HostTensor)| {

@@ -79,6 +79,17 @@ pub fn calls() -> BTreeMap<String, u64> {
     counters.iter().map(|c| (c.name.to_string(), c.calls.load(Ordering::Relaxed))).collect()
 }
 
+static LAUNCHES: Mutex<BTreeMap<String, u64>> = Mutex::new(BTreeMap::new());
+
+/// A kernel was launched.
+pub fn launched(kernel: &str) {
+    let mut launches = LAUNCHES.lock().unwrap_or_else(|e| e.into_inner());
+    match launches.get_mut(kernel) {
+        Some(count) => *count += 1,
+        None => drop(launches.insert(kernel.to_owned(), 1)),
+    }
+}
+
 /// Groups of calls that tests assert on.
 pub const CLASSES: &[(&str, &[&str])] = &[
     ("allocations", &["cuMemAlloc_v2", "cuMemAllocAsync", "cuMemHostAlloc"]),
@@ -120,6 +131,8 @@ pub struct Report {
     pub calls: BTreeMap<String, u64>,
     /// Calls by class.
     pub classes: BTreeMap<String, u64>,
+    /// Launches by kernel.
+    pub kernels: BTreeMap<String, u64>,
     /// The most bytes that were allocated at once, by device.
     pub peak_bytes: Vec<u64>,
     /// Operations that were executed.
@@ -130,6 +143,7 @@ impl Report {
     /// Fills in the calls.
     pub fn with_calls(mut self) -> Report {
         self.calls = calls();
+        self.kernels = LAUNCHES.lock().unwrap_or_else(|e| e.into_inner()).clone();
         self.classes = CLASSES.iter().map(|(name, _)| (name.to_string(), count(name))).collect();
         self
     }

@@ -28,6 +28,7 @@ pub(super) fn run(report: &mut Report, device: &Device) {
         suite.attentions();
         suite.cross_entropies();
         if types == Types::Widening {
+            suite.widening_dropout();
             // The others change no type, or have been seen with all that they may have.
             continue;
         }
@@ -166,6 +167,8 @@ impl Suite<'_> {
             (vec![5, 7], vec![1, 2], vec![3, 4], vec![6, 4], vec![2, 0]),
             (vec![5, 7], vec![1, 0], vec![3, 7], vec![4, 7], vec![1, 0]),
             (vec![2, 3, 4], vec![0, 1, 3], vec![2, 2, 1], vec![2, 2, 2], vec![0, 0, 1]),
+            // All in whole vectors.
+            (vec![3, 16, 24], vec![1, 8, 8], vec![2, 8, 16], vec![2, 16, 32], vec![0, 8, 16]),
             (vec![3], vec![1], vec![0], vec![2], vec![2]),
             (vec![], vec![], vec![], vec![], vec![]),
         ];
@@ -299,6 +302,8 @@ impl Suite<'_> {
             [1, 130, 2, 64],
             [1, 70, 1, 64],
             [1, 33, 1, 128],
+            [1, 70, 1, 96],
+            [1, 21, 1, 136],
             [0, 3, 1, 2],
             [2, 0, 1, 2],
             [1, 3, 0, 2],
@@ -479,6 +484,17 @@ impl Suite<'_> {
             Some(tensor) => tensor.to_f32().unwrap_or_default(),
             None => vec![],
         }
+    }
+
+    /// The mask does not depend on types, and F32 holds whatever BF16 does.
+    fn widening_dropout(&mut self) {
+        let (reads, writes) =
+            ([self.numbers.tensor(&[3, 70], 1.0), HostTensor::i32(&[2], vec![5, 0])], [Initial::Poison(vec![3, 70])]);
+        let op = Op::Dropout { p: 0.3, seed: 7, shape: vec![3, 70], start: vec![0, 0] };
+        let [floats, widening] = [Types::Floats, Types::Widening]
+            .map(|types| Trial { types, ..Trial::new(op.clone(), &reads, &writes) }.launch(self.device));
+        let same = floats.is_ok() && floats == widening;
+        self.report.expect("dropout of BF16 to F32", same, format!("{widening:?}, of F32 {floats:?}"));
     }
 
     /// To BF16 and back, with what is rounded up, down and to even; and what is not accepted.

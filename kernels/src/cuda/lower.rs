@@ -124,18 +124,6 @@ pub fn in_place(launch: &Launch) -> &'static [usize] {
     }
 }
 
-/// For each write of floats that is not empty, its index, and the step that adds to [`Arg::Counter`] how many of the
-/// elements that the launch wrote there are infinite or no number.
-pub fn count_not_finite(launch: &Launch) -> Result<Vec<(usize, Step)>, KernelError> {
-    let mut steps = Vec::new();
-    for (i, write) in launch.writes.iter().enumerate() {
-        if write.dtype.is_float() {
-            steps.extend(region::count_not_finite(launch, i)?.map(|step| (i, step)));
-        }
-    }
-    Ok(steps)
-}
-
 /// The names of a kernel's variants: on floats, on bf16, and from bf16 to floats.
 macro_rules! variants {
     ($name:literal) => {

@@ -135,29 +135,3 @@ extern "C" __global__ void __launch_bounds__(256)
                      u64 step1, u64 step2, u64 start, u64 row, u64 seed, u32 threshold, float kept) {
     dropout(x, rng, y, count, {size1, size2, size3, step0, step1, step2}, start, row, seed, threshold, kept);
 }
-
-// Adds to `counter` how many elements of a box are infinite or no number; minus infinity may be allowed. Whole numbers
-// add up to the same in any order, so this one may use atomics.
-template <class T>
-INLINE void count_not_finite(const T* x, u64* counter, i64 count, Box box, bool minus_infinity) {
-    int bad = 0;
-    const i64 threads = (i64)gridDim.x * blockDim.x;
-    for (i64 i = global_thread(); i < count; i += threads) {
-        const float value = widen(x[box.place(i)]);
-        bad += !(fabsf(value) < -MINUS_INFINITY) && !(minus_infinity && value == MINUS_INFINITY);
-    }
-    bad = block_sum(bad);
-    if (threadIdx.x == 0 && bad > 0) atomicAdd(counter, (u64)bad);
-}
-
-extern "C" __global__ void __launch_bounds__(256)
-    count_not_finite_f32(const float* x, u64* counter, i64 count, u64 size1, u64 size2, u64 size3, u64 step0,
-                         u64 step1, u64 step2, int minus_infinity) {
-    count_not_finite(x, counter, count, {size1, size2, size3, step0, step1, step2}, minus_infinity != 0);
-}
-
-extern "C" __global__ void __launch_bounds__(256)
-    count_not_finite_bf16(const bf16* x, u64* counter, i64 count, u64 size1, u64 size2, u64 size3, u64 step0,
-                          u64 step1, u64 step2, int minus_infinity) {
-    count_not_finite(x, counter, count, {size1, size2, size3, step0, step1, step2}, minus_infinity != 0);
-}

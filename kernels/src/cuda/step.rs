@@ -59,9 +59,6 @@ pub enum Arg {
     Null,
     /// The address of the stream's [`ErrorRecord`]. One for each stream, since only launches of one stream are ordered.
     ErrorRecord,
-    /// The address of a 64-bit counter, zeroed before: how many elements are not finite. Only in the steps that look for
-    /// them.
-    Counter,
     /// The launch's index in its program, as an `unsigned int`; the issuer knows it. It goes into the [`ErrorRecord`].
     LaunchIndex,
     /// `int`.
@@ -82,7 +79,7 @@ impl Arg {
     /// The value as 8 bytes, of which a kernel takes as many as its parameter has; `None` where the issuer knows the value.
     pub fn bits(&self) -> Option<u64> {
         Some(match *self {
-            Arg::Pointer(_) | Arg::ErrorRecord | Arg::Counter | Arg::LaunchIndex => return None,
+            Arg::Pointer(_) | Arg::ErrorRecord | Arg::LaunchIndex => return None,
             Arg::Null => 0,
             Arg::I32(value) => u64::from(value as u32),
             Arg::U32(value) => u64::from(value),

@@ -23,7 +23,6 @@ pub struct Layout {
     pub writes: Vec<usize>,
     pub workspace: usize,
     pub record: usize,
-    pub counter: usize,
 }
 
 impl Layout {
@@ -154,7 +153,6 @@ fn value(arg: Arg, layout: &Layout) -> (u64, u64) {
     match arg {
         Arg::Pointer(place) => (1, layout.place(place) as u64),
         Arg::ErrorRecord => (1, layout.record as u64),
-        Arg::Counter => (1, layout.counter as u64),
         Arg::Null => (0, 0),
         Arg::LaunchIndex => (0, u64::from(LAUNCH_INDEX)),
         Arg::I32(value) => (0, u64::from(value as u32)),

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::mpsc::channel;
 
 use shardflow_kernels::collective::in_process::InProcess;
-use shardflow_kernels::cuda::lower::{self, count_not_finite, lower};
+use shardflow_kernels::cuda::lower::{self, lower};
 use shardflow_kernels::cuda::step::{ErrorRecord, Step};
 use shardflow_kernels::device::Device;
 use shardflow_kernels::memory::Base;
@@ -192,9 +192,7 @@ impl Trial {
         // Ones: a NaN for whoever reads before writing.
         let workspace = put(&mut memory, &vec![0xff; workspace], 4);
         let record = put(&mut memory, &[0; 4 * ErrorRecord::WORDS], 4);
-        let counter = memory.len().next_multiple_of(64);
-        memory.resize(counter + 8, 0);
-        let layout = Layout { reads, writes, workspace, record, counter };
+        let layout = Layout { reads, writes, workspace, record };
         let before = memory.clone();
         for step in steps {
             machine.run(step, &layout, &mut memory);
@@ -215,28 +213,6 @@ impl Trial {
         };
         let written = self.writes.iter().enumerate().map(of_write).collect();
         Ok((written, machine::record(&memory, &layout)))
-    }
-
-    /// How many elements of write `i` are not finite, as the device counts them, given what it holds.
-    pub fn count(&self, machine: &mut Machine, i: usize) -> u64 {
-        let launch = self.launch(|_| 0, 0);
-        let steps = count_not_finite(&launch).expect("steps");
-        let mut memory = vec![0; 64];
-        let holds: Vec<usize> = self
-            .writes
-            .iter()
-            .map(|write| {
-                let place = memory.len().next_multiple_of(64);
-                memory.resize(place, 0);
-                memory.extend(self.initial(write).as_bytes());
-                place
-            })
-            .collect();
-        let layout = Layout { reads: vec![], writes: holds, workspace: 0, record: 0, counter: 0 };
-        for (_, step) in steps.iter().filter(|(write, _)| *write == i) {
-            machine.run(step, &layout, &mut memory);
-        }
-        u64::from_ne_bytes(memory[..8].try_into().expect("eight bytes"))
     }
 
     /// Compares the device's results with the CPU's, for aligned and for odd places.

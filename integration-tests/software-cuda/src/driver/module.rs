@@ -10,6 +10,7 @@ use cudarc::driver::sys::{
 };
 
 use crate::export::exports;
+use crate::findings::launched;
 use crate::kernel::{Function, Library, SHARED_BYTES_MAX, THREADS_MAX, copy_arguments, functions, load, text};
 use crate::nvrtc::image;
 use crate::world::{Kind, Launch, lock, world};
@@ -77,6 +78,7 @@ unsafe fn launch(
     if state.streams[&handle].device != state.device()? {
         return Err(CUresult::CUDA_ERROR_INVALID_HANDLE);
     }
+    launched(&name);
     let launch = Launch { kernel, arguments, dims, shared_bytes };
     state.submit(world(), handle, Kind::Launch(Box::new(launch)), name);
     Ok(())

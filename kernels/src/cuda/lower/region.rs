@@ -2,18 +2,14 @@
 //! Imports `lower`, `cuda::step`, `region`, `tensor`.
 
 use super::args::Args;
-use super::{HALF_PACK, PACK, THREADS, blocks, long, read, threads, variants};
+use super::{HALF_PACK, PACK, long, read, threads, variants};
 use crate::cuda::step::{Arg, Operand, Place, Step};
 use crate::error::KernelError;
-use crate::op::{Launch, Op};
 use crate::region::check_inside;
 use crate::tensor::{DType, Region, element_count};
 
 /// Dims that a kernel takes; the outermost of more are a launch for each index.
 const DIMS: usize = 4;
-
-/// Elements that a thread of the search for numbers that are not finite looks at.
-const COUNTED_PER_THREAD: usize = 16;
 
 /// One dim of a box that lies in two tensors.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -181,36 +177,6 @@ pub(super) fn dropout(
         Ok(())
     })?;
     Ok(steps)
-}
-
-/// The steps that count what is not finite in write `i`, or in the box of it that the launch wrote.
-pub(super) fn count_not_finite(launch: &Launch, i: usize) -> Result<impl Iterator<Item = Step> + use<>, KernelError> {
-    let shape = &launch.writes[i].shape[..];
-    let written = match &launch.op {
-        // Around the box is what was there before.
-        Op::CopyRegion { dst, .. } => dst.clone(),
-        _ => Region::whole(shape),
-    };
-    let mut steps = Vec::new();
-    if !written.is_empty() {
-        let first = place(shape, &written.start);
-        let dtype = launch.writes[i].dtype;
-        let function = if dtype == DType::BF16 { "count_not_finite_bf16" } else { "count_not_finite_f32" };
-        // The largest of no numbers is minus infinity.
-        let minus_infinity = i32::from(matches!(launch.op, Op::RowMax));
-        for_each_box(&join_dims(&written.size, [&written.size, shape]), |[_, there], dims| {
-            let offset_bytes = (first + there) * dtype.bytes();
-            let mut arguments = vec![Arg::Pointer(Place { operand: Operand::Write(i), offset_bytes }), Arg::Counter];
-            arguments.extend(size_args(&dims, 1));
-            arguments.extend(step_args(&dims, 1, 1));
-            arguments.push(Arg::I32(minus_infinity));
-            let [count, ..] = sizes(&dims, 1);
-            let grid = count.div_ceil(THREADS * COUNTED_PER_THREAD);
-            steps.push(blocks(function, grid, THREADS, 0, arguments)?);
-            Ok(())
-        })?;
-    }
-    Ok(steps.into_iter())
 }
 
 #[cfg(test)]
