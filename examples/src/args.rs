@@ -105,7 +105,7 @@ pub struct GptArgs {
     /// What a step does whose loss or gradients are not finite; it never changes a weight.
     #[arg(long, value_enum, default_value_t = NonFiniteArg::Stop)]
     pub on_non_finite: NonFiniteArg,
-    /// A step in which nothing moves for so long ends the training with code 79, and the cause; it is told of after a minute.
+    /// A step in which nothing moves for so long ends the training with code 79, and the cause; it is told of before, after 10 s or five steps' time.
     #[arg(long, value_name = "SECONDS", default_value_t = 600)]
     pub hang_timeout: u64,
     /// Serve metrics to Prometheus and the session's health here; process n of several on the n-th port from this one.

@@ -117,8 +117,8 @@ impl JsonLog {
     }
 }
 
-/// How a run does, on stdout: on a screen one line that is written anew, at most once a second; elsewhere a line every few steps. Always
-/// of the first and the last step.
+/// How a run does, on stdout: on a screen one line that is written anew, at most once a second; elsewhere a line every few steps, and
+/// each minute. Always of the first and the last step.
 #[derive(Debug)]
 pub struct Progress {
     steps: u64,
@@ -137,9 +137,12 @@ const WRAP: &str = "\x1b[?7h";
 enum Pace {
     /// Once a second; the time of the last line.
     Seconds(Option<Duration>),
-    /// Every so many steps.
-    Steps(u64),
+    /// Every so many steps, and a minute after the last line, whose time this is.
+    Steps(u64, Duration),
 }
+
+/// What follows a file wants to see that it goes on.
+const SILENT_MAX: Duration = Duration::from_secs(60);
 
 impl Pace {
     fn is_due(&mut self, step: u64, now: Duration) -> bool {
@@ -151,7 +154,13 @@ impl Pace {
                 }
                 due
             }
-            Self::Steps(every) => step.is_multiple_of(*every),
+            Self::Steps(every, last) => {
+                let due = step.is_multiple_of(*every) || now.saturating_sub(*last) >= SILENT_MAX;
+                if due {
+                    *last = now;
+                }
+                due
+            }
         }
     }
 }
@@ -159,7 +168,11 @@ impl Pace {
 impl Progress {
     /// Starts the clock of a run of `steps` steps.
     pub fn new(steps: u64) -> Self {
-        let pace = if is_screen(&io::stdout()) { Pace::Seconds(None) } else { Pace::Steps((steps / 20).max(1)) };
+        let pace = if is_screen(&io::stdout()) {
+            Pace::Seconds(None)
+        } else {
+            Pace::Steps((steps / 20).max(1), Duration::ZERO)
+        };
         Self { steps, start: Instant::now(), pace, is_open: false }
     }
 
@@ -177,7 +190,7 @@ impl Progress {
         }
         let line = progress_line(record, self.steps);
         match self.pace {
-            Pace::Steps(_) => format!("{line}\n"),
+            Pace::Steps(..) => format!("{line}\n"),
             Pace::Seconds(_) => {
                 self.is_open = !is_last;
                 format!("{ANEW}{line}{WRAP}{}", if is_last { "\n" } else { "" })
@@ -260,10 +273,13 @@ mod tests {
             .map(|ms| seconds.is_due(0, Duration::from_millis(ms)))
             .collect();
         assert_eq!(due, [true, false, false, true, false, true]);
-        let mut steps = Pace::Steps(15);
+        let mut steps = Pace::Steps(15, Duration::ZERO);
         assert!(
             steps.is_due(0, Duration::ZERO) && !steps.is_due(14, Duration::ZERO) && steps.is_due(15, Duration::ZERO)
         );
+        let due = [(16, 59), (17, 60), (18, 61), (30, 62), (31, 121), (32, 122)];
+        let due = due.map(|(step, seconds)| steps.is_due(step, Duration::from_secs(seconds)));
+        assert_eq!(due, [false, true, false, true, false, true], "a minute after the last line");
     }
 
     #[test]
@@ -278,7 +294,7 @@ mod tests {
         let line = |step| format!("step {step}/3  loss 2.5000  12.5 ms  61440 tokens/s");
         let screen = |step| format!("\r\x1b[K\x1b[?7l{}\x1b[?7h", line(step));
         assert_eq!(texts(Pace::Seconds(None)), format!("{}{}{}\n", screen(1), screen(2), screen(3)));
-        assert_eq!(texts(Pace::Steps(2)), format!("{}\n{}\n", line(1), line(3)));
+        assert_eq!(texts(Pace::Steps(2, Duration::ZERO)), format!("{}\n{}\n", line(1), line(3)));
     }
 
     #[test]

@@ -51,6 +51,25 @@ fn a_trace_shows_every_firing_and_every_piece() {
     assert!(ends > 3 * 4 * 4, "{ends}");
     assert!(starts.len() - ends <= metrics.registers.len(), "only what the next step reads is left");
     check_summary(&text, &metrics);
+    cut_off(&text);
+}
+
+/// A process that is killed leaves a file with no end, which tells of what came before.
+fn cut_off(text: &str) {
+    let count = |text: &str| {
+        let joined = [text.to_owned()];
+        let mut out = Vec::new();
+        Joined::of(&joined).expect("a file of ours").write(&joined, &mut out).expect("room");
+        serde_json::from_slice::<Vec<serde_json::Value>>(&out).expect("JSON").len()
+    };
+    let all = count(text);
+    for cut in text.len() - 900..text.len() {
+        let left = count(&text[..cut]);
+        assert!(left <= all && left + 10 >= all, "{left} of {all} events are left of {cut} bytes");
+    }
+    // What is torn in the middle was not cut off.
+    let torn = text.replacen(",\n", ",\n{", 1);
+    assert!(matches!(Joined::of(&[torn]), Err(JoinError::Format { file: 1, .. })));
 }
 
 /// What the summary says fits together, and is that of the session.

@@ -128,6 +128,18 @@ fn metrics_are_those_of_the_session() {
     let edge = sum(&got, names::EDGE_BYTES, EDGE);
     let collectives = session_collectives(&session);
     assert_eq!(edge, (rows * 2 * STEPS as usize) as f64);
+    // A collective is a part of what its actor was busy with.
+    let mut collect = BTreeSet::new();
+    for actor in &metrics.actors {
+        let labels = format!("actor=\"{}\"", actor.name);
+        let spent = sum(&got, "shardflow_collective_seconds_sum", &labels);
+        let busy: f64 = actor.actions.iter().map(|(_, _, seconds)| seconds).sum();
+        assert!(spent <= busy, "{labels}: {spent} of {busy}");
+        if spent > 0.0 {
+            collect.insert(actor.name.split(' ').take(2).collect::<Vec<_>>().join(" "));
+        }
+    }
+    assert_eq!(collect.into_iter().collect::<Vec<_>>(), ["device 0", "device 1", "device 2", "device 3"]);
     assert!(sum(&got, "shardflow_collective_seconds_count", "kind=\"all_reduce\"") > 0.0);
 
     let status = client::status(watch.address()).expect("a session");
@@ -168,7 +180,9 @@ fn a_second_session_that_diverges(watch: &Watch, model: &Model, edge: f64, colle
     let status = client::status(watch.address()).expect("a session");
     let norm = status.gradient_norm.expect("a norm");
     assert!(!norm.is_finite() && status.to_string().contains(&format!("gradient norm {norm}")), "{status}");
-    let incidents = session.observer().expect("it runs").incidents();
+    let observer = session.observer().expect("it runs");
+    assert_eq!(observer.marks(), [(0, 0), (2, 1)], "the second step was run again");
+    let incidents = observer.incidents();
     assert!(matches!(&incidents[..], [only] if only.kind == "not finite"), "{incidents:?}");
     session.shutdown().expect("an end in order");
 }
@@ -200,7 +214,9 @@ fn attempts_of_a_job_are_one_training(watch: &Watch, model: &Model) {
         let most = (productive_ms + 1) as f64 / EARLIER_MS as f64;
         most / 2.0 * (productive_ms as f64 / (productive_ms + 1) as f64)..=most
     };
-    assert!(expected(saved.productive_ms).contains(&ratio()), "{} for {saved:?}", ratio());
+    let before = ratio();
+    assert!(expected(saved.productive_ms).contains(&before), "{before} for {saved:?}");
+    assert!(ratio() < before, "time passes, and no step ends");
     let snapshot = first.snapshot(None).expect("a snapshot");
     save_now(&store, &snapshot, &Alone, &SaverOptions::default(), 0).expect("options").result.expect("a checkpoint");
     while job(&first).productive_ms < saved.productive_ms + 2 {

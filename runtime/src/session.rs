@@ -318,7 +318,8 @@ impl Session {
         for (index, code) in options.cluster.restart_causes.iter().enumerate() {
             observer.note("restart", format!("attempt {index} of the job ended with {}", Exit::from_code(*code)));
         }
-        let observer = Arc::new(observer.telling(options.tells_metrics));
+        let tells = options.tells_metrics;
+        let observer = Arc::new(if tells { observer.telling(session.step_metrics.training()) } else { observer });
         // It is set here only.
         let _ = seen.set(Arc::downgrade(&observer));
         session.observer = Some(observer);

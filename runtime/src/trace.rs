@@ -83,7 +83,9 @@ impl TraceFile {
             *next = told.next;
             self.lost += told.lost;
             for fired in &told.firings {
-                self.firing(&spec, actor, fired)?;
+                let pass =
+                    fired.firing / u64::from(spec.actors[actor.0 as usize].actions[fired.action as usize].per_step);
+                self.firing(&spec, actor, fired, (pass, observer.step_of(pass)))?;
             }
         }
         Ok(())
@@ -152,7 +154,13 @@ impl TraceFile {
     }
 
     /// A slice, and the arrows that end and begin in it.
-    fn firing(&mut self, spec: &Spec, actor: ActorId, fired: &Fired) -> Result<(), TraceError> {
+    fn firing(
+        &mut self,
+        spec: &Spec,
+        actor: ActorId,
+        fired: &Fired,
+        (pass, steps): (u64, u64),
+    ) -> Result<(), TraceError> {
         let own = &spec.actors[actor.0 as usize];
         let action = &own.actions[fired.action as usize];
         let spent = self.spent.entry((actor, fired.action)).or_default();
@@ -172,7 +180,7 @@ impl TraceFile {
             "name": action.name, "cat": category(&action.name), "ph": "X", "pid": pid, "tid": tid,
             "ts": micros(fired.launched_ns), "dur": micros(fired.ended_ns - fired.launched_ns),
             "args": {
-                "step": fired.firing / u64::from(action.per_step), "firing": fired.firing,
+                "step": steps + 1, "pass": pass, "firing": fired.firing,
                 "waited_us": micros(fired.launched_ns - fired.idle_ns), "cause": cause, "register": register,
             },
         }))?;

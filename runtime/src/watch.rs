@@ -38,6 +38,7 @@ mod page;
 mod shape;
 pub mod status;
 mod stream;
+mod under_way;
 
 use bubble::Prediction;
 use client::HangReport;
@@ -184,6 +185,9 @@ impl Served {
     }
 }
 
+/// What stands still for so long in a step is told.
+const STILL_SECONDS: u64 = 10;
+
 async fn prometheus(State(served): State<Served>) -> impl IntoResponse {
     if let Some(observer) = served.observer() {
         // It waits for what all actors answer.
@@ -193,8 +197,16 @@ async fn prometheus(State(served): State<Served>) -> impl IntoResponse {
 }
 
 async fn health(State(served): State<Served>) -> impl IntoResponse {
-    match served.observer().map(|observer| observer.health()) {
-        Some(Health::Well { steps }) => (StatusCode::OK, format!("ok, {steps} steps\n")),
+    let observer = served.observer();
+    // The watchdog ends what stands still for too long; a supervisor of processes need not.
+    let still = observer.as_ref().filter(|observer| observer.is_under_way()).and_then(|observer| observer.idle_ns());
+    match observer.map(|observer| observer.health()) {
+        Some(Health::Well { steps }) => {
+            match still.map(|ns| ns / 1_000_000_000).filter(|seconds| *seconds >= STILL_SECONDS) {
+                Some(seconds) => (StatusCode::OK, format!("ok, {steps} steps, nothing has moved for {seconds} s\n")),
+                None => (StatusCode::OK, format!("ok, {steps} steps\n")),
+            }
+        }
         Some(Health::Failed(cause)) => (StatusCode::SERVICE_UNAVAILABLE, format!("failed: {cause}\n")),
         Some(Health::Ended) | None => (StatusCode::SERVICE_UNAVAILABLE, "no session runs\n".to_owned()),
     }

@@ -2,6 +2,7 @@
 //! Imports `metrics`, `plan`, `checkpoint` and the actors' snapshots.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use metrics::{Counter, Gauge, Histogram, counter, gauge, histogram};
@@ -27,17 +28,36 @@ pub(super) struct StepMetrics {
     gradient_norm: Gauge,
     learning_rate: Gauge,
     mfu: Option<Gauge>,
-    training_ratio: Gauge,
     step_tokens: u64,
     /// Operations that a step needs, over what all devices could do in a second.
     step_seconds_min: f64,
     /// When the job began: its launcher, or else this session.
     job_began_ms: u64,
+    training: Arc<TrainingTime>,
+}
+
+/// What the job has made of its time so far.
+pub(super) struct TrainingTime {
+    ratio: Gauge,
     started: Instant,
     /// What of the job was over by then.
     earlier: Duration,
-    /// In the steps that made the model what it is.
-    productive: Duration,
+    /// Nanoseconds in the steps that made the model what it is.
+    productive_ns: AtomicU64,
+}
+
+impl TrainingTime {
+    fn new(ratio: Gauge, earlier: Duration) -> Arc<Self> {
+        Arc::new(Self { ratio, started: Instant::now(), earlier, productive_ns: AtomicU64::new(0) })
+    }
+
+    /// Brings the facade up to date: while no step ends, too, the ratio falls.
+    pub(super) fn tell(&self) {
+        let productive = self.productive_ns.load(Ordering::Relaxed) as f64 * 1e-9;
+        let all = self.earlier + self.started.elapsed();
+        // A clock that was set back may make the time too short.
+        self.ratio.set((productive / all.as_secs_f64()).min(1.0));
+    }
 }
 
 impl StepMetrics {
@@ -47,7 +67,7 @@ impl StepMetrics {
         let job_began_ms = options.cluster.job_began_ms.unwrap_or(now_ms);
         let earlier = Duration::from_millis(now_ms.saturating_sub(job_began_ms));
         if !options.tells_metrics {
-            return Self { job_began_ms, earlier, ..Self::silent() };
+            return Self { job_began_ms, ..Self::silent() };
         }
         let step_flops = flops::step_flops(&plan.graph, plan.micro_batches) as f64;
         gauge!(names::STEP_FLOPS).set(step_flops);
@@ -72,13 +92,10 @@ impl StepMetrics {
             gradient_norm: gauge!(names::GRADIENT_NORM),
             learning_rate: gauge!(names::LEARNING_RATE),
             mfu: peak_flops.map(|_| gauge!(names::MFU)),
-            training_ratio: gauge!(names::TRAINING_RATIO),
             step_tokens,
             step_seconds_min: step_flops / (peak_flops.unwrap_or(1.0) * hosting.devices as f64),
             job_began_ms,
-            earlier,
-            started: Instant::now(),
-            productive: Duration::ZERO,
+            training: TrainingTime::new(gauge!(names::TRAINING_RATIO), earlier),
         }
     }
 
@@ -93,13 +110,10 @@ impl StepMetrics {
             gradient_norm: Gauge::noop(),
             learning_rate: Gauge::noop(),
             mfu: None,
-            training_ratio: Gauge::noop(),
             step_tokens: 0,
             step_seconds_min: 0.0,
             job_began_ms: 0,
-            earlier: Duration::ZERO,
-            started: Instant::now(),
-            productive: Duration::ZERO,
+            training: TrainingTime::new(Gauge::noop(), Duration::ZERO),
         }
     }
 
@@ -115,20 +129,22 @@ impl StepMetrics {
         self.mfu.iter().for_each(|mfu| mfu.set(self.step_seconds_min / took.as_secs_f64()));
         match report.non_finite {
             Some(_) => self.non_finite.increment(1),
-            None => self.productive += took,
+            None => drop(self.training.productive_ns.fetch_add(took.as_nanos() as u64, Ordering::Relaxed)),
         }
-        self.tell_training_ratio();
+        self.training.tell();
     }
 
-    fn tell_training_ratio(&self) {
-        let all = self.earlier + self.started.elapsed();
-        // A clock that was set back may make the time too short.
-        self.training_ratio.set((self.productive.as_secs_f64() / all.as_secs_f64()).min(1.0));
+    /// Told of by whoever looks.
+    pub(super) fn training(&self) -> Arc<TrainingTime> {
+        self.training.clone()
     }
 
     /// What a checkpoint of now keeps.
     pub(super) fn job_time(&self) -> JobTime {
-        JobTime { began_ms: self.job_began_ms, productive_ms: self.productive.as_millis() as u64 }
+        JobTime {
+            began_ms: self.job_began_ms,
+            productive_ms: self.training.productive_ns.load(Ordering::Relaxed) / 1_000_000,
+        }
     }
 
     /// Milliseconds of this job in the steps before a checkpoint.
@@ -137,9 +153,9 @@ impl StepMetrics {
     }
 
     /// A checkpoint was loaded that took so long: steps behind it are lost.
-    pub(super) fn was_productive(&mut self, ms: u64) {
-        self.productive = Duration::from_millis(ms);
-        self.tell_training_ratio();
+    pub(super) fn was_productive(&self, ms: u64) {
+        self.training.productive_ns.store(ms.saturating_mul(1_000_000), Ordering::Relaxed);
+        self.training.tell();
     }
 }
 

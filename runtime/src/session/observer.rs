@@ -15,7 +15,7 @@ use shardflow_actors::trace::{Cause, Fired};
 
 use super::StepReport;
 use super::hosting::Hosting;
-use super::metrics::{Metrics, Snapshots};
+use super::metrics::{Metrics, Snapshots, TrainingTime};
 use crate::cluster::world::World;
 use crate::exit::unix_ns;
 use crate::metrics as names;
@@ -35,19 +35,20 @@ pub struct Observer {
     mirrored: BTreeMap<RegisterId, &'static str>,
     steps: AtomicU64,
     newest: Mutex<NewestSteps>,
+    passes: Mutex<Passes>,
     incidents: Mutex<Vec<Incident>>,
     /// Unix time of the start in nanoseconds: no two sessions that one server shows have the same.
     started: u64,
     facade: Mutex<Facade>,
-    /// Whether the facade is told.
-    tells: bool,
+    /// Where the facade is told.
+    training: Option<Arc<TrainingTime>>,
 }
 
 /// Steps that are kept, and of them those whose durations speak for what a step takes now.
 const STEPS_KEPT: usize = 512;
 const STEPS_TIMED: usize = 128;
-/// Incidents that are kept: the first of them are the ones that explain the others.
-const INCIDENTS_MAX: usize = 32;
+/// Incidents of each kind that are kept: the first of them are the ones that explain the others.
+const INCIDENTS_MAX: usize = 8;
 
 /// The newest steps.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -60,6 +61,35 @@ pub struct NewestSteps {
     pub done: u64,
     /// The newest last; at most 512.
     pub steps: VecDeque<StepDone>,
+}
+
+/// Which step each pass over the plan was for. Firings are counted in passes: a step whose numbers are not finite is passed
+/// twice, to find where from, and a training that is restored goes on from another step.
+#[derive(Clone, Debug, Default)]
+struct Passes {
+    begun: u64,
+    /// Passes, and steps done before them; those between follow one by one.
+    marks: VecDeque<(u64, u64)>,
+}
+
+/// Marks of passes that are kept, the newest.
+const MARKS_MAX: usize = 256;
+
+impl Passes {
+    fn step_of(&self, pass: u64) -> u64 {
+        let mark = self.marks.iter().rev().find(|(first, _)| *first <= pass);
+        mark.map_or(pass, |(first, steps)| steps + (pass - first))
+    }
+
+    fn begin(&mut self, steps: u64) {
+        if self.step_of(self.begun) != steps || self.marks.is_empty() {
+            self.marks.push_back((self.begun, steps));
+            if self.marks.len() > MARKS_MAX {
+                self.marks.pop_front();
+            }
+        }
+        self.begun += 1;
+    }
 }
 
 /// One step.
@@ -186,16 +216,17 @@ impl Observer {
             mirrored,
             steps: AtomicU64::new(0),
             newest: Mutex::new(steps),
+            passes: Mutex::default(),
             incidents: Mutex::default(),
             started,
             facade: Mutex::new(facade),
-            tells: true,
+            training: None,
         }
     }
 
-    /// The same, which tells the facade, or does not.
-    pub(super) fn telling(self, tells: bool) -> Self {
-        Self { tells, ..self }
+    /// The same, which tells the facade.
+    pub(super) fn telling(self, training: Arc<TrainingTime>) -> Self {
+        Self { training: Some(training), ..self }
     }
 
     /// The plan that runs.
@@ -229,6 +260,21 @@ impl Observer {
         self.control.now_ns()
     }
 
+    /// Steps done before a pass over the plan; an action's firing `n` is in pass `n / per_step`.
+    pub fn step_of(&self, pass: u64) -> u64 {
+        self.passes.lock().unwrap_or_else(PoisonError::into_inner).step_of(pass)
+    }
+
+    /// Where passes do not follow their steps one by one: the pass, and the steps done before it.
+    pub fn marks(&self) -> Vec<(u64, u64)> {
+        self.passes.lock().unwrap_or_else(PoisonError::into_inner).marks.iter().copied().collect()
+    }
+
+    /// A pass begins, of the step that comes after so many.
+    pub(super) fn pass_begins(&self, steps: u64) {
+        self.passes.lock().unwrap_or_else(PoisonError::into_inner).begin(steps);
+    }
+
     /// Nanoseconds since anything moved; `None` once the session has ended.
     pub fn idle_ns(&self) -> Option<u64> {
         self.control.idle_ns()
@@ -254,7 +300,7 @@ impl Observer {
         self.started
     }
 
-    /// What went wrong so far, the first first; at most 32.
+    /// What went wrong so far, the first first; at most 8 of each kind.
     pub fn incidents(&self) -> Vec<Incident> {
         for (reason, count) in self.world.upgrade().map(|world| world.refused()).into_iter().flatten() {
             // How often is told by the metric, and changes.
@@ -280,7 +326,8 @@ impl Observer {
     fn keep(&self, incident: Incident) {
         let mut incidents = self.incidents.lock().unwrap_or_else(PoisonError::into_inner);
         let is_known = incidents.iter().any(|known| known.kind == incident.kind && known.text == incident.text);
-        if !is_known && incidents.len() < INCIDENTS_MAX {
+        let alike = incidents.iter().filter(|known| known.kind == incident.kind).count();
+        if !is_known && alike < INCIDENTS_MAX {
             incidents.push(incident);
         }
     }
@@ -294,7 +341,7 @@ impl Observer {
     pub(super) fn step_done(&self, steps: u64, report: &StepReport, learning_rate: f32, took: Duration) {
         self.set_steps(steps);
         if let Some(found) = &report.non_finite {
-            self.note("not finite", format!("step {steps}: {found}"));
+            self.note("not finite", found.to_string());
         }
         let mut newest = self.newest.lock().unwrap_or_else(PoisonError::into_inner);
         newest.done += 1;
@@ -333,11 +380,12 @@ impl Observer {
 
     /// Brings the facade up to date.
     pub fn sample(&self) {
-        if !self.tells {
-            return;
-        }
+        let Some(training) = &self.training else { return };
         let mut facade = self.facade.lock().unwrap_or_else(PoisonError::into_inner);
         facade.sampled = Some(Instant::now());
+        if matches!(self.health(), Health::Well { .. }) {
+            training.tell();
+        }
         let snapshots = self.control.snapshot();
         if snapshots.is_empty() {
             return;
@@ -460,4 +508,22 @@ impl Observer {
 
 fn seconds(ns: u64) -> f64 {
     ns as f64 * 1e-9
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Passes;
+
+    #[test]
+    fn passes_are_of_the_steps_that_they_were_made_for() {
+        let mut passes = Passes::default();
+        // From a checkpoint; a step that is not finite is done again; and back to the checkpoint.
+        let steps = [60, 61, 61, 62, 63, 60, 61];
+        for step in steps {
+            passes.begin(step);
+        }
+        assert_eq!((0..7).map(|pass| passes.step_of(pass)).collect::<Vec<_>>(), steps);
+        assert_eq!(Vec::from(passes.marks), [(0, 60), (2, 61), (5, 60)]);
+        assert_eq!(Passes::default().step_of(3), 3);
+    }
 }

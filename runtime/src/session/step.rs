@@ -68,6 +68,7 @@ impl Session {
 
     /// Feeds a batch, and gives what the devices of all processes bring back. Devices are left where the update begins.
     pub(super) fn run(&mut self, inputs: &Inputs<'_>) -> Result<Results, SessionError> {
+        self.observer.iter().for_each(|observer| observer.pass_begins(self.steps));
         for feed in self.feeds.iter().filter(|feed| !feed.decides) {
             self.feed(feed, |var, micro_batch| self.part(var, feed.device, micro_batch, inputs))?;
         }

@@ -8,6 +8,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::io::{self, Write};
 
 use serde::Deserialize;
+use serde::de::DeserializeOwned;
 
 use super::CLOCK;
 
@@ -61,6 +62,7 @@ pub(super) struct Event {
 pub(super) struct Args {
     pub name: Option<String>,
     pub step: Option<u64>,
+    pub pass: Option<u64>,
     pub waited_us: Option<f64>,
     pub cause: Option<String>,
     pub register: Option<String>,
@@ -84,7 +86,7 @@ impl Joined {
     /// [`JoinError`].
     pub fn of(texts: &[String]) -> Result<Self, JoinError> {
         let parse = |(index, text): (usize, &String)| {
-            serde_json::from_str(text).map_err(|source| JoinError::Format { file: index + 1, source })
+            events_of(text).map_err(|source| JoinError::Format { file: index + 1, source })
         };
         let mut files: Vec<Vec<Event>> = texts.iter().enumerate().map(parse).collect::<Result<_, _>>()?;
         once(&files)?;
@@ -102,7 +104,7 @@ impl Joined {
     pub fn write(&self, texts: &[String], mut out: impl Write) -> io::Result<()> {
         let mut separator = "[\n";
         for (text, shift) in texts.iter().zip(&self.shifts_us) {
-            for mut event in serde_json::from_str::<Vec<serde_json::Value>>(text)? {
+            for mut event in events_of::<serde_json::Value>(text)? {
                 if let Some(ts) = event["ts"].as_f64() {
                     event["ts"] = (ts + shift).into();
                 }
@@ -113,6 +115,14 @@ impl Joined {
         out.write_all(b"\n]\n")?;
         out.flush()
     }
+}
+
+/// The events of a file. One that was cut off, as by the end of a process that was killed, has those of its whole lines.
+fn events_of<T: DeserializeOwned>(text: &str) -> serde_json::Result<Vec<T>> {
+    serde_json::from_str(text).or_else(|error| match text.trim_end().rsplit_once(",\n") {
+        Some((whole, _)) if error.is_eof() => serde_json::from_str(&format!("{whole}\n]")),
+        _ => Err(error),
+    })
 }
 
 /// No two files have an actor in common.

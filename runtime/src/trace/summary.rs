@@ -10,7 +10,7 @@
 //! - **imbalance**: a piece was not written yet, because firings took longer than their mean;
 //! - **other**: what is left, such as the actor's own messages.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fmt;
 
 use super::PREDICTION;
@@ -34,6 +34,8 @@ pub enum SummaryError {
 struct Slice {
     actor: u32,
     action: String,
+    /// Over the plan.
+    pass: u64,
     step: u64,
     start: f64,
     end: f64,
@@ -68,7 +70,9 @@ pub struct ActorShare {
 pub struct Summary {
     /// Steps in it, the first one left out.
     pub steps: u64,
-    /// Mean time from a step's first launch to its last end, seconds.
+    /// Passes over the plan for them: those that are done again have several.
+    pub passes: u64,
+    /// Mean time from a pass's first launch to its last end, seconds.
     pub step_seconds: f64,
     /// The simulator's.
     pub predicted_seconds: Option<f64>,
@@ -86,7 +90,7 @@ struct Reading {
     slices: Vec<Slice>,
     /// By actor, in order of time.
     of_actor: BTreeMap<u32, Vec<usize>>,
-    /// By step: from its first launch to its last end.
+    /// By pass: from its first launch to its last end.
     spans: BTreeMap<u64, (f64, f64)>,
     /// By the arrow's id: the slice that it starts in, and when.
     starts: HashMap<String, (usize, f64)>,
@@ -104,20 +108,23 @@ impl Summary {
     /// [`SummaryError`].
     pub fn of(trace: Joined) -> Result<Self, SummaryError> {
         let reading = Reading::new(trace.events);
-        // The first step warms up.
+        // The first pass warms up.
         let spans: Vec<&(f64, f64)> = reading.spans.range(1..).map(|(_, span)| span).collect();
         let Some((&last, _)) = reading.spans.range(1..).next_back() else { return Err(SummaryError::NoStep) };
         let all_us: f64 = spans.iter().map(|(start, end)| end - start).sum();
         let steps = spans.len() as f64;
+        let counted = reading.slices.iter().filter(|slice| slice.pass > 0);
+        let steps_of: BTreeSet<u64> = counted.map(|slice| slice.step).collect();
         let mut edges: BTreeMap<(&str, &str), f64> = BTreeMap::new();
-        for slice in reading.slices.iter().filter(|slice| slice.step > 0 && !slice.register.is_empty()) {
+        for slice in reading.slices.iter().filter(|slice| slice.pass > 0 && !slice.register.is_empty()) {
             *edges.entry((&slice.cause, &slice.register)).or_default() += slice.waited / steps * 1e-6;
         }
         let edge = |((cause, register), s): ((&str, &str), f64)| (cause.to_owned(), register.to_owned(), s);
         let mut edges: Vec<_> = edges.into_iter().map(edge).collect();
         edges.sort_by(|a, b| b.2.total_cmp(&a.2));
         Ok(Self {
-            steps: spans.len() as u64,
+            steps: steps_of.len() as u64,
+            passes: spans.len() as u64,
             step_seconds: all_us / steps * 1e-6,
             predicted_seconds: reading.predicted.as_ref().map(|(us, _)| us * 1e-6),
             actors: reading.names.keys().map(|actor| reading.share(*actor, all_us, steps)).collect(),
@@ -139,6 +146,7 @@ impl Reading {
                 "X" => slices.push(Slice {
                     actor: tid,
                     action: name,
+                    pass: args.pass.unwrap_or(0),
                     step: args.step.unwrap_or(0),
                     start: ts,
                     end: ts + dur,
@@ -156,7 +164,7 @@ impl Reading {
         let mut spans: BTreeMap<u64, (f64, f64)> = BTreeMap::new();
         for (index, slice) in slices.iter().enumerate() {
             of_actor.entry(slice.actor).or_default().push(index);
-            let span = spans.entry(slice.step).or_insert((slice.start, slice.end));
+            let span = spans.entry(slice.pass).or_insert((slice.start, slice.end));
             *span = (span.0.min(slice.start), span.1.max(slice.end));
         }
         let (starts, ends, readers) = Default::default();
@@ -196,7 +204,7 @@ impl Reading {
         let mut unwritten = 0.0;
         for &index in self.of_actor.get(&actor).into_iter().flatten() {
             let slice = &self.slices[index];
-            let Some((begin, _)) = self.spans.get(&slice.step).filter(|_| slice.step > 0) else { continue };
+            let Some((begin, _)) = self.spans.get(&slice.pass).filter(|_| slice.pass > 0) else { continue };
             share.busy += slice.end - slice.start;
             // What an actor waits for between steps is of no step.
             let waited = slice.waited.min((slice.start - begin).max(0.0));
@@ -225,8 +233,8 @@ impl Reading {
     }
 
     /// Back from a step's last firing to its first, each time to what let the firing begin; with the time of each action.
-    fn critical_path(&self, step: u64) -> Vec<(String, f64)> {
-        let of_step = (0..self.slices.len()).filter(|index| self.slices[*index].step == step);
+    fn critical_path(&self, pass: u64) -> Vec<(String, f64)> {
+        let of_step = (0..self.slices.len()).filter(|index| self.slices[*index].pass == pass);
         let mut at = of_step.max_by(|a, b| self.slices[*a].end.total_cmp(&self.slices[*b].end));
         let mut spent: BTreeMap<String, f64> = BTreeMap::new();
         let mut until = f64::INFINITY;
@@ -238,7 +246,7 @@ impl Reading {
             // Each goes further back, so this ends.
             let earlier = |before: &usize| {
                 let before = &self.slices[*before];
-                before.step == step && before.start < slice.start
+                before.pass == pass && before.start < slice.start
             };
             at = self.before(index).filter(earlier);
         }
@@ -278,6 +286,9 @@ impl fmt::Display for Summary {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let ms = |seconds: f64| seconds * 1e3;
         write!(f, "{} steps of {:.3} ms", self.steps, ms(self.step_seconds))?;
+        if self.passes > self.steps {
+            write!(f, ", {} done again", self.passes - self.steps)?;
+        }
         match self.predicted_seconds {
             Some(predicted) => {
                 let ms = ms(predicted);

@@ -31,6 +31,14 @@ pub enum AskError {
         /// What the system says.
         source: io::Error,
     },
+    /// Something is there, and says nothing.
+    #[error("{address} does not answer in {} s: {source}; is its process stopped, or its machine overloaded?", TIMEOUT.as_secs())]
+    Silent {
+        /// Where.
+        address: SocketAddr,
+        /// What the system says.
+        source: io::Error,
+    },
     /// Something else answers there, or there is nothing to tell.
     #[error("{address} answers {path} with: {answer}")]
     Answer {
@@ -167,12 +175,19 @@ fn ask_process(first: SocketAddr, own: u32, process: u32) -> Result<HangReport, 
 }
 
 fn ask<T: DeserializeOwned>(address: SocketAddr, path: &'static str) -> Result<T, AskError> {
-    let text = get(address, path).map_err(|source| AskError::Unreachable { address, source })?;
+    let text = get(address, path).map_err(|source| failed(address, source))?;
     let wrong = |answer: String| AskError::Answer { address, path, answer };
     let first = text.lines().next().unwrap_or("nothing").to_owned();
     let body = text.split_once("\r\n\r\n").map(|(_, body)| body).filter(|_| first.contains(" 200 "));
     let body = body.ok_or_else(|| wrong(first))?;
     serde_json::from_str(body).map_err(|error| wrong(error.to_string()))
+}
+
+fn failed(address: SocketAddr, source: io::Error) -> AskError {
+    match source.kind() {
+        io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => AskError::Silent { address, source },
+        _ => AskError::Unreachable { address, source },
+    }
 }
 
 /// HTTP 1.0 has no chunks to put together, and the server closes behind its answer.
@@ -193,6 +208,20 @@ mod tests {
     use std::thread;
 
     use super::*;
+
+    #[test]
+    fn who_is_silent_is_not_taken_for_nobody() {
+        let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
+        let address = listener.local_addr().expect("bound");
+        let mut stream = TcpStream::connect(address).expect("a listener");
+        stream.set_read_timeout(Some(Duration::from_millis(1))).expect("a time-out");
+        let silent = stream.read(&mut [0]).expect_err("nobody writes");
+        let told = failed(address, silent).to_string();
+        assert!(told.contains("does not answer in 10 s") && told.contains("is its process stopped"), "{told}");
+        drop(listener);
+        let told = ask::<u32>(address, "/status").expect_err("nobody listens").to_string();
+        assert!(told.contains("nothing is served") && told.contains("--listen"), "{told}");
+    }
 
     /// So many listeners on ports in a row.
     fn in_a_row(count: u16) -> Vec<TcpListener> {

@@ -1,5 +1,5 @@
 //! What has happened in a session since one client of the live page was last told: one value that is sent as JSON, of a size that
-//! does not grow with how much has happened. Imports `session`, `bubble` and the actors' states.
+//! does not grow with how much has happened. Imports `session`, `bubble`, `status`, `under_way` and the actors' states.
 
 use std::collections::HashMap;
 
@@ -10,6 +10,8 @@ use shardflow_actors::spec::{ActorId, RegisterId, Spec};
 use shardflow_actors::trace::{Cause, Fired};
 
 use super::bubble::Bubble;
+use super::status::number;
+use super::under_way::UnderWay;
 use crate::session::observer::{Health, NewestSteps, Observer, StepDone};
 
 #[cfg(test)]
@@ -27,7 +29,14 @@ const BLOCKED_NS: u64 = 1_000_000_000;
 const TEXT_MAX: usize = 2_000;
 
 /// A step: its number, loss, gradient norm, learning rate and seconds.
-pub type Point = (u64, Option<f32>, Option<f64>, f32, f64);
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub(super) struct Point(
+    u64,
+    #[serde(serialize_with = "number::serialize")] Option<f64>,
+    #[serde(serialize_with = "number::serialize")] Option<f64>,
+    f32,
+    f64,
+);
 
 /// See the module. Times are since the session's start.
 #[derive(Debug, Default, Serialize)]
@@ -40,8 +49,8 @@ pub(super) struct Event {
     /// Since a firing began or ended.
     pub idle_us: u64,
     pub steps: u64,
-    /// Steps done before the session began, whose firings count from 0.
-    pub steps_before: u64,
+    /// Where passes over the plan, which firings are counted in, do not follow steps one by one: the pass, and the steps done before.
+    pub passes: Vec<(u64, u64)>,
     /// Steps that the program means to do in all.
     pub steps_planned: Option<u64>,
     /// Of all steps of the session.
@@ -114,7 +123,7 @@ impl Cursor {
             now_us: now_ns / 1000,
             idle_us: idle_ns / 1000,
             steps: steps.last().map_or(metrics.steps, |step| step.steps),
-            steps_before: steps.last().map_or(0, |step| step.steps.saturating_sub(steps.done)),
+            passes: observer.marks(),
             steps_planned: steps.planned,
             tokens: steps.done * steps.tokens,
             step_seconds: steps.quantile(0.5),
@@ -137,7 +146,8 @@ impl Cursor {
     }
 
     fn points(&mut self, event: &mut Event, steps: &NewestSteps) {
-        let point = |s: &StepDone| (s.steps, s.loss, s.gradient_norm, s.learning_rate, s.seconds);
+        let loss = |s: &StepDone| s.loss.map(f64::from);
+        let point = |s: &StepDone| Point(s.steps, loss(s), s.gradient_norm, s.learning_rate, s.seconds);
         // A training that was rolled back counts from there again.
         let known = self.step;
         let is_new = |s: &&StepDone| s.steps > known || known > event.steps;
@@ -248,35 +258,20 @@ fn look_for_trouble(event: &mut Event, observer: &Observer, snapshots: &[ActorSn
 }
 
 fn blocked(event: &mut Event, spec: &Spec, snapshots: &[ActorSnapshot], long: &[&ActorSnapshot]) {
-    // The step that is under way.
-    let done =
-        |s: &ActorSnapshot, (action, per_step): (usize, u32)| s.firings[action].div_ceil(u64::from(per_step.max(1)));
-    let actions = |s: &ActorSnapshot| {
-        let of = &spec.actors[s.actor.0 as usize].actions;
-        of.iter().map(|action| action.per_step).enumerate().collect::<Vec<_>>()
-    };
-    let step =
-        snapshots.iter().flat_map(|s| actions(s).into_iter().map(move |at| done(s, at))).max().unwrap_or_default();
+    let step = UnderWay::new(spec, snapshots);
     for snapshot in long {
-        let per_step = actions(snapshot);
         let waited_us = snapshot.idle_now_ns / 1000;
         let mut texts = Vec::new();
-        for waits in &snapshot.waiting.actions {
-            let of_step = u64::from(per_step[waits.action as usize].1) * step;
-            if snapshot.firings[waits.action as usize] >= of_step {
-                continue;
+        for (_, missing) in step.missing(snapshot) {
+            let actor = u64::from(snapshot.actor.0);
+            match missing {
+                Missing::Piece { register, .. } => event.blocked.push([u64::from(register.0), actor, 0, waited_us]),
+                Missing::Credit { register, holders, .. } => event
+                    .blocked
+                    .extend(holders.iter().map(|h| [u64::from(register.0), u64::from(h.reader.actor.0), 1, waited_us])),
+                Missing::Token | Missing::Turn { .. } => continue,
             }
-            for missing in &waits.missing {
-                let actor = u64::from(snapshot.actor.0);
-                match missing {
-                    Missing::Piece { register, .. } => event.blocked.push([u64::from(register.0), actor, 0, waited_us]),
-                    Missing::Credit { register, holders, .. } => event.blocked.extend(
-                        holders.iter().map(|h| [u64::from(register.0), u64::from(h.reader.actor.0), 1, waited_us]),
-                    ),
-                    Missing::Token | Missing::Turn { .. } => continue,
-                }
-                texts.push(missing.describe(spec, snapshot.actor));
-            }
+            texts.push(missing.describe(spec, snapshot.actor));
         }
         if !texts.is_empty() && event.waits.len() < BLOCKED_MAX {
             event.waits.push((snapshot.actor.0, texts.join("; ")));

@@ -1,18 +1,23 @@
-//! How a session does, as one value that is served as JSON and shown on one screen. Imports `session` and the actors' traces.
+//! How a session does, as one value that is served as JSON and shown on one screen. Imports `session`, `under_way` and the actors' traces.
 
 use std::collections::BTreeMap;
 use std::fmt;
 
 use serde::{Deserialize, Serialize};
+use shardflow_actors::protocol::Missing;
 use shardflow_actors::spec::ActorId;
 use shardflow_actors::trace::{Cause, RING_FIRINGS};
 
+use super::under_way::UnderWay;
 use crate::session::observer::{Health, Observer};
 
 /// Shares are of so much time, back from now.
 const WINDOW_NS: u64 = 10_000_000_000;
-/// Waits that are told.
+/// Waits that are told, and the least share of them.
 const WAITS_MAX: usize = 5;
+const WAIT_MIN: f64 = 5e-4;
+/// A step in which nothing moves for so long stands still.
+const STILL_SECONDS: f64 = 1.0;
 
 /// How a session does. Shares are of the last ten seconds, or of the time since its start.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -43,6 +48,8 @@ pub struct Status {
     pub tokens_per_second: Option<f64>,
     /// Since anything moved.
     pub idle_seconds: f64,
+    /// A step is under way.
+    pub is_under_way: bool,
     /// Those of this process.
     pub devices: Vec<DeviceStatus>,
     /// Those of this process.
@@ -98,6 +105,8 @@ impl Status {
         let (snapshots, now_ns) = (observer.snapshot(), observer.now_ns()?);
         let (plan, hosting) = (observer.plan(), observer.hosting());
         let window_ns = now_ns.clamp(1, WINDOW_NS);
+        let is_under_way = observer.is_under_way();
+        let under_way = is_under_way.then(|| UnderWay::new(&plan.spec, &snapshots));
         let (mut actors, mut waits) = (Vec::new(), BTreeMap::new());
         for actor in hosting.actors_of(plan, hosting.process) {
             let name = plan.spec.actors[actor.0 as usize].name.clone();
@@ -124,14 +133,29 @@ impl Status {
                 *waits.entry(reason).or_insert(0.0) += share(within(fired.idle_ns, fired.launched_ns));
             }
             let now_for_ns = if snapshot.flying_since_ns.is_some() { flying_ns } else { snapshot.idle_now_ns };
+            // A wait that has not ended counts as well.
+            let awaited = under_way.iter().flat_map(|step| step.missing(snapshot)).next();
+            if let Some((_, missing)) = awaited.filter(|_| snapshot.flying_since_ns.is_none()) {
+                let reason = match missing {
+                    Missing::Piece { register, .. } => Some(("input", *register)),
+                    Missing::Credit { register, .. } => Some(("credit", *register)),
+                    Missing::Token | Missing::Turn { .. } => None,
+                };
+                let waited = share(within(now_ns - snapshot.idle_now_ns.min(now_ns), now_ns));
+                reason.into_iter().for_each(|reason| *waits.entry(reason).or_insert(0.0) += waited);
+            }
+            let other = || snapshot.waiting.describe(&plan.spec).lines().next().unwrap_or("is done").to_owned();
+            let now = |(action, missing): (u32, &Missing)| {
+                format!("{} waits for {}", plan.spec.action_name(actor, action), missing.describe(&plan.spec, actor))
+            };
             actors.push(ActorStatus {
                 name,
                 busy: share(busy_ns).min(1.0),
-                now: snapshot.waiting.describe(&plan.spec).lines().next().unwrap_or("is done").to_owned(),
+                now: awaited.map_or_else(other, now),
                 now_seconds: now_for_ns as f64 * 1e-9,
             });
         }
-        let mut waits: Vec<_> = waits.into_iter().collect();
+        let mut waits: Vec<_> = waits.into_iter().filter(|(_, share)| *share >= WAIT_MIN).collect();
         waits.sort_by(|a, b| b.1.total_cmp(&a.1));
         let wait = |((reason, register), share): ((&str, _), f64)| WaitStatus {
             reason: reason.to_owned(),
@@ -157,6 +181,7 @@ impl Status {
             step_seconds_p99: steps.quantile(0.99),
             tokens_per_second: steps.quantile(0.5).map(|seconds| steps.tokens as f64 / seconds),
             idle_seconds: observer.idle_ns()? as f64 * 1e-9,
+            is_under_way,
             devices: metrics.devices.into_iter().map(device).collect(),
             actors,
             waits: waits.into_iter().take(WAITS_MAX).map(wait).collect(),
@@ -179,6 +204,9 @@ impl fmt::Display for Status {
         let loss = or(self.loss.map(|loss| format!("{loss:.4}")));
         let norm = or(self.gradient_norm.map(|norm| format!("{norm:.3}")));
         writeln!(f, "step {}, loss {loss}, gradient norm {norm}", self.steps)?;
+        if self.is_under_way && self.idle_seconds >= STILL_SECONDS {
+            writeln!(f, "nothing has moved for {:.1} s; `shardflow explain-hang` tells why", self.idle_seconds)?;
+        }
         if let (Some(median), Some(p99), Some(tokens)) =
             (self.step_seconds, self.step_seconds_p99, self.tokens_per_second)
         {
@@ -201,7 +229,7 @@ impl fmt::Display for Status {
 }
 
 /// JSON has no number that is not finite, and what diverged is what one looks for.
-mod number {
+pub(super) mod number {
     use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error};
 
     #[derive(Serialize, Deserialize)]
@@ -211,13 +239,13 @@ mod number {
         Text(String),
     }
 
-    pub(super) fn serialize<S: Serializer>(value: &Option<f64>, serializer: S) -> Result<S::Ok, S::Error> {
+    pub(in crate::watch) fn serialize<S: Serializer>(value: &Option<f64>, serializer: S) -> Result<S::Ok, S::Error> {
         let number =
             |value: f64| if value.is_finite() { Number::Finite(value) } else { Number::Text(value.to_string()) };
         value.map(number).serialize(serializer)
     }
 
-    pub(super) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<f64>, D::Error> {
+    pub(in crate::watch) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<f64>, D::Error> {
         let number = Option::<Number>::deserialize(deserializer)?;
         let value = |number| match number {
             Number::Finite(value) => Ok(value),

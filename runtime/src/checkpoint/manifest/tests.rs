@@ -110,13 +110,25 @@ fn what_does_not_fit_together_is_refused() {
 }
 
 #[test]
+fn the_first_version_had_no_time() {
+    let mut old = serde_json::to_value(good()).unwrap();
+    old.as_object_mut().unwrap().remove("job").unwrap();
+    let text = String::from_utf8(seal("shardflow-checkpoint", &old).unwrap()).unwrap();
+    let read = Manifest::decode(text.replace("\"version\":2", "\"version\":1").as_bytes()).unwrap();
+    assert_eq!(read, Manifest { job: JobTime::default(), ..good() });
+}
+
+#[test]
 fn other_texts_are_refused() {
     let decode = |text: &str| Manifest::decode(text.as_bytes()).unwrap_err();
     assert!(decode("").contains("not a shardflow-checkpoint file"));
     assert!(decode("{}").contains("missing field"));
     assert!(decode(&"[".repeat(100_000)).contains("not a shardflow-checkpoint file"));
     let text = String::from_utf8(good().encode().unwrap()).unwrap();
-    assert!(decode(&text.replace("\"version\":1", "\"version\":2")).contains("version 2"));
+    for version in [0, 3] {
+        let why = decode(&text.replace("\"version\":2", &format!("\"version\":{version}")));
+        assert!(why.starts_with(&format!("version {version} of the format")), "{why}");
+    }
     let other = seal("shardflow-shard", &good()).unwrap();
     assert!(Manifest::decode(&other).unwrap_err().contains("expected shardflow-checkpoint"));
     let unknown = seal("shardflow-checkpoint", &serde_json::json!({"step": 1, "more": 2})).unwrap();

@@ -51,7 +51,7 @@ fn a_client_is_told_everything_once() {
     let first = client.next(&observer);
     assert_eq!((first.health, first.steps, first.steps_planned, first.tokens), ("running", 3, Some(9), 3 * 12));
     assert_eq!(first.session, observer.started().to_string());
-    let told: Vec<_> = first.points.iter().map(|point| (point.0, point.1.expect("a loss"))).collect();
+    let told: Vec<_> = first.points.iter().map(|point| (point.0, point.1.expect("a loss") as f32)).collect();
     assert_eq!(told, [(1, losses[0]), (2, losses[1]), (3, losses[2])]);
     assert!(first.points.iter().all(|point| point.2.is_some() && point.3 == 0.01 && point.4 > 0.0));
     assert_eq!(first.firings.len(), 3 * per_step as usize * FIRING_FIELDS);
@@ -68,7 +68,7 @@ fn a_client_is_told_everything_once() {
     assert_eq!((second.steps, second.tokens, second.bubble), (3, 36, first.bubble), "what is so is told again");
     let loss = step(&mut session);
     let third = client.next(&observer);
-    assert_eq!(third.points.iter().map(|point| (point.0, point.1)).collect::<Vec<_>>(), [(4, Some(loss))]);
+    assert_eq!(third.points.iter().map(|point| (point.0, point.1)).collect::<Vec<_>>(), [(4, Some(f64::from(loss)))]);
     assert_eq!(third.firings.len(), per_step as usize * FIRING_FIELDS);
     assert_eq!(third.firings_left_out, 0);
     // One that comes later is told what is kept.

@@ -11,6 +11,8 @@ const dark = matchMedia('(prefers-color-scheme: dark)');
 export function draw(id, name, xs, ys, colourName, xLabel) {
   const element = at(id);
   if (element.clientWidth === 0) return;
+  // A curve has a gap where there is no number.
+  const drawn = ys.map((y) => (typeof y === 'string' ? null : y));
   let chart = charts.get(id);
   if (!chart) {
     const [quiet, line] = [colour('quiet'), colour('line')];
@@ -23,10 +25,10 @@ export function draw(id, name, xs, ys, colourName, xLabel) {
       scales: { x: { time: false } },
       axes: [{ ...axis, size: 34, label: undefined }, axis],
       series: [{ label: xLabel }, { label: name, stroke: colour(colourName), width: 1.5, points: { show: xs.length < 3 } }],
-    }, [xs, ys], element);
+    }, [xs, drawn], element);
     charts.set(id, chart);
   } else {
-    chart.setData([xs, ys]);
+    chart.setData([xs, drawn]);
   }
   element.setAttribute('role', 'img');
   element.setAttribute('aria-label', `${name}: ${ys.length === 0 ? 'none yet' : `now ${ys[ys.length - 1]}`}`);

@@ -20,7 +20,8 @@ export function bytes(count) {
 }
 
 export const share = (part) => (part == null ? '-' : `${(part * 100).toFixed(1)} %`);
-export const number = (value, digits) => (value == null ? '-' : value.toFixed(digits));
+// What is no number, or infinite, comes as text.
+export const number = (value, digits) => (value == null ? '-' : typeof value === 'string' ? value : value.toFixed(digits));
 
 export const at = (id) => document.getElementById(id);
 

@@ -61,6 +61,12 @@ export class Model {
     return whole.map(([step]) => step).sort((a, b) => a - b);
   }
 
+  // The step that a pass over the plan was for, counted from 1.
+  stepOf(pass) {
+    const mark = this.event.passes.findLast(([first]) => first <= pass) ?? [0, 0];
+    return mark[1] + (pass - mark[0]) + 1;
+  }
+
   // Shares of the last seconds: at work, in collectives, input, credit, host, own; what is left of 1 is a wait that has not ended.
   shares(actor) {
     const samples = this.busy.get(actor) ?? [];

@@ -66,7 +66,7 @@ function describe(row) {
 export function show() {
   if (!model?.event) return;
   const step = stepShown();
-  say('timeline-step', step === undefined ? 'none is whole yet' : `${step + 1 + model.event.steps_before}${chosen == null ? '' : ' (End: newest)'}`);
+  say('timeline-step', step === undefined ? 'none is whole yet' : `${model.stepOf(step)}${chosen == null ? '' : ' (End: newest)'}`);
   say('bubble', share(model.event.bubble));
   say('bubble-predicted', share(model.prediction?.bubble));
   [at('bubble').dataset.share, at('bubble-predicted').dataset.share] = [model.event.bubble, model.prediction?.bubble];
