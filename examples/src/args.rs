@@ -109,7 +109,7 @@ pub struct GptArgs {
     #[arg(long, value_name = "SECONDS", default_value_t = 600)]
     pub hang_timeout: u64,
     /// Serve metrics to Prometheus and the session's health here; process n of several on the n-th port from this one.
-    #[arg(long, value_name = "ADDRESS:PORT")]
+    #[arg(long, value_name = "ADDRESS:PORT", value_parser = shardflow::watch::client::address)]
     pub listen: Option<SocketAddr>,
     /// What one device could do at best, in 10^12 floating-point operations a second, to tell the part that is made use of.
     #[arg(long, value_name = "N")]

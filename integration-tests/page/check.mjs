@@ -6,7 +6,7 @@
 // pictures of the page are put. CHROMIUM names the browser's program. Ends with 0, or with 1 and what was wrong.
 
 import assert from 'node:assert/strict';
-import { spawn } from 'node:child_process';
+import { execFileSync, spawn } from 'node:child_process';
 import { createSocket } from 'node:dgram';
 import { once } from 'node:events';
 import { readdirSync, readFileSync, readlinkSync } from 'node:fs';
@@ -145,6 +145,7 @@ async function showsWhatMetricsSay() {
   await widths(page, plan);
   await until('a prediction', async () => (await text(page, 'bubble-predicted')) !== '-');
   await until('a whole step', async () => /^\d+/.test(await text(page, 'timeline-step')));
+  await rare(page);
   assert.ok(/ min | h | s$/.test(await text(page, 'eta')), 'time left');
   await colours(page);
   await busy(page, port, busyBefore);
@@ -154,6 +155,16 @@ async function showsWhatMetricsSay() {
   assert.deepEqual(wrong, []);
   await close();
   await end(training);
+}
+
+// What no short run shows: numbers that are none, and passes over the plan that are of no step of their own, or of an earlier one.
+async function rare(page) {
+  const seen = await page.evaluate(async () => {
+    const [{ number }, { Model }] = [await import('./page/format.js'), await import('./page/model.js')];
+    const stepOf = (pass) => Model.prototype.stepOf.call({ event: { passes: [[0, 60], [2, 61], [5, 60]] } }, pass);
+    return { numbers: [null, 'NaN', 1.25].map((value) => number(value, 1)), steps: [0, 1, 2, 3, 4, 5, 6].map(stepOf) };
+  });
+  assert.deepEqual(seen, { numbers: ['-', 'NaN', '1.3'], steps: [61, 62, 62, 63, 64, 61, 62] });
 }
 
 // The attempts before this one stand among the incidents, the first one first.
@@ -402,6 +413,13 @@ async function stall() {
   await until('health', async () => (await text(page, 'health')) === 'running, edges are blocked');
   await until('who waits', async () => /waits for piece/.test(await text(page, 'breakdown')));
   await until('an incident', async () => /device 1 compute forward has not ended, and waits for nobody/.test(await text(page, 'incidents')));
+  // A terminal is told the same.
+  const said = execFileSync(path.join(programs, 'shardflow'), ['status', '--at', `127.0.0.1:${port}`], { encoding: 'utf8' });
+  assert.match(said, /^nothing has moved for 1\d\.\d s; `shardflow explain-hang` tells why$/m);
+  assert.match(said, /device 1 compute forward is in flight$/m);
+  assert.match(said, /device 0 compute backward waits for piece \d+ of register/);
+  assert.doesNotMatch(said, /waited +0\.0 %/);
+  assert.match(await (await fetch(`http://127.0.0.1:${port}/healthz`)).text(), /^ok, \d+ steps, nothing has moved for 1\d s\n$/);
   await page.locator('.edge.blocked').first().focus();
   await page.keyboard.press('Enter');
   await until('why', async () => /blocked/.test(await text(page, 'register-facts')));

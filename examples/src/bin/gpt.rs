@@ -395,7 +395,7 @@ impl GptError {
             Self::Args(error) => error.hint(),
             Self::Data(error) => error.hint().into(),
             Self::Watch(_) | Self::Port { .. } => "give an address of this machine, and ports that are free".into(),
-            Self::Place(_) | Self::Log(_) | Self::Trace(_) => {
+            Self::Place(_) | Self::Log(_) | Self::Trace(_) | Self::Session(SessionError::PlanFile { .. }) => {
                 "give a file in a folder that exists and may be written to".into()
             }
             Self::Mesh(_) | Self::Compile(CompileError::Devices { .. }) => {

@@ -66,7 +66,7 @@ enum Command {
     #[cfg(feature = "watch")]
     Status {
         /// Where it listens
-        #[arg(long, value_name = "ADDRESS:PORT", default_value = "127.0.0.1:9400")]
+        #[arg(long, value_name = "ADDRESS:PORT", default_value = "127.0.0.1:9400", value_parser = client::address)]
         at: SocketAddr,
         /// One JSON object
         #[arg(long)]
@@ -76,7 +76,7 @@ enum Command {
     #[cfg(feature = "watch")]
     ExplainHang {
         /// Where one of its processes listens
-        #[arg(long, value_name = "ADDRESS:PORT", default_value = "127.0.0.1:9400")]
+        #[arg(long, value_name = "ADDRESS:PORT", default_value = "127.0.0.1:9400", value_parser = client::address)]
         at: SocketAddr,
     },
     /// Print a new secret for `SHARDFLOW_SECRET`.
@@ -230,7 +230,11 @@ fn run_trace(files: &[PathBuf], join: Option<&Path>) -> Exit {
         }
     }
     match Summary::of(joined) {
-        Ok(summary) => print(summary.to_string().trim_end()).unwrap_or(Exit::Done),
+        // Names are the file's, and may be anything.
+        Ok(summary) => {
+            let plain = summary.to_string().replace(|c: char| c.is_control() && c != '\n', "?");
+            print(plain.trim_end()).unwrap_or(Exit::Done)
+        }
         Err(error) => fail(Exit::BadData, error),
     }
 }

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::fmt;
 use std::io::{self, Read, Write};
-use std::net::{SocketAddr, TcpStream};
+use std::net::{SocketAddr, TcpStream, ToSocketAddrs};
 use std::time::Duration;
 
 use serde::de::DeserializeOwned;
@@ -183,6 +183,17 @@ fn ask<T: DeserializeOwned>(address: SocketAddr, path: &'static str) -> Result<T
     serde_json::from_str(body).map_err(|error| wrong(error.to_string()))
 }
 
+/// An address as users write it, by number or by name: `127.0.0.1:9400`, `localhost:9400`.
+///
+/// # Errors
+/// What is wrong with it.
+pub fn address(text: &str) -> Result<SocketAddr, String> {
+    let found: Vec<SocketAddr> =
+        text.to_socket_addrs().map_err(|error| format!("{error}; expected ADDRESS:PORT"))?.collect();
+    let first = found.iter().find(|address| address.is_ipv4()).or(found.first());
+    first.copied().ok_or_else(|| "no such machine".to_owned())
+}
+
 fn failed(address: SocketAddr, source: io::Error) -> AskError {
     match source.kind() {
         io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => AskError::Silent { address, source },
@@ -208,6 +219,15 @@ mod tests {
     use std::thread;
 
     use super::*;
+
+    #[test]
+    fn addresses_by_number_and_by_name() {
+        let local = "127.0.0.1:9400".parse().expect("an address");
+        assert_eq!([address("127.0.0.1:9400"), address("localhost:9400")], [Ok(local), Ok(local)]);
+        for wrong in ["9400", "127.0.0.1", "127.0.0.1:99999", ""] {
+            assert!(address(wrong).is_err_and(|told| told.ends_with("expected ADDRESS:PORT")), "{wrong}");
+        }
+    }
 
     #[test]
     fn who_is_silent_is_not_taken_for_nobody() {

@@ -134,8 +134,9 @@ impl Status {
             }
             let now_for_ns = if snapshot.flying_since_ns.is_some() { flying_ns } else { snapshot.idle_now_ns };
             // A wait that has not ended counts as well.
-            let awaited = under_way.iter().flat_map(|step| step.missing(snapshot)).next();
-            if let Some((_, missing)) = awaited.filter(|_| snapshot.flying_since_ns.is_none()) {
+            let idles = under_way.iter().filter(|_| snapshot.flying_since_ns.is_none());
+            let awaited = idles.flat_map(|step| step.missing(snapshot)).next();
+            if let Some((_, missing)) = awaited {
                 let reason = match missing {
                     Missing::Piece { register, .. } => Some(("input", *register)),
                     Missing::Credit { register, .. } => Some(("credit", *register)),

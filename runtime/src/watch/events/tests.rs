@@ -42,6 +42,12 @@ fn step(session: &mut Session) -> f32 {
 }
 
 #[test]
+fn what_is_no_number_is_told_so() {
+    let point = Point(3, Some(f64::NAN), Some(f64::INFINITY), 0.5, 2.0);
+    assert_eq!(serde_json::to_string(&point).expect("JSON"), r#"[3,"NaN","inf",0.5,2.0]"#);
+}
+
+#[test]
 fn a_client_is_told_everything_once() {
     let mut session = session();
     let observer = Arc::clone(session.observer().expect("it runs"));
