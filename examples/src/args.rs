@@ -108,8 +108,10 @@ pub struct GptArgs {
     /// A step in which nothing moves for so long ends the training with code 79, and the cause; it is told of before, after 10 s or five steps' time.
     #[arg(long, value_name = "SECONDS", default_value_t = 600)]
     pub hang_timeout: u64,
-    /// Serve metrics to Prometheus and the session's health here; process n of several on the n-th port from this one.
-    #[arg(long, value_name = "ADDRESS:PORT", value_parser = shardflow::watch::client::address)]
+    /// Serve metrics to Prometheus, the live page and the session's health here, without a value at 127.0.0.1:9400; process n of several on
+    /// the n-th port from this one.
+    #[arg(long, value_name = "ADDRESS:PORT", num_args = 0..=1, default_missing_value = "127.0.0.1:9400",
+        value_parser = shardflow::watch::client::address)]
     pub listen: Option<SocketAddr>,
     /// What one device could do at best, in 10^12 floating-point operations a second, to tell the part that is made use of.
     #[arg(long, value_name = "N")]

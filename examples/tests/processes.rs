@@ -140,6 +140,18 @@ fn a_worker_that_is_killed_or_frozen_is_named_and_survived() {
     }
 }
 
+/// One that is wrong before it has met the others ends all at once: who waits for it to come can be asked to end.
+#[test]
+fn who_waits_for_others_ends_when_asked_to() {
+    let folder = Folder::new("processes-asked");
+    let begin = Instant::now();
+    // There is no port for rank 1.
+    let mut run = start(&folder, 2, "", &[], "--mesh data=2 --steps 1 --listen 127.0.0.1:65535");
+    assert_eq!(run.end(TIMEOUT), Some(2), "{}", run.text());
+    // The launcher would kill it after 30 s.
+    assert!(begin.elapsed() < Duration::from_secs(20), "after {:?}: {}", begin.elapsed(), run.text());
+}
+
 /// What one process cannot read none goes on from, and it is said who could not.
 #[test]
 fn a_checkpoint_that_one_process_cannot_read_is_passed_over_by_all() {

@@ -237,14 +237,14 @@ pub fn read_progress(path: &Path) -> Option<u64> {
     fs::read_to_string(path).ok()?.trim().parse().ok()
 }
 
-/// A flag that SIGTERM sets: the wish that the program ends in order, after a checkpoint, with [`Exit::Signal`] of 15.
+/// Has SIGTERM set a flag from now on: the wish that the program ends in order, after a checkpoint, with [`Exit::Signal`] of 15.
+/// To be called when there is something to end in order, a session that runs: until then SIGTERM ends the process at once, also
+/// while it waits for others.
 ///
 /// # Errors
 /// The handler cannot be installed.
-pub fn on_terminate() -> io::Result<Arc<AtomicBool>> {
-    let flag = Arc::new(AtomicBool::new(false));
-    signal_hook::flag::register(signal_hook::consts::SIGTERM, flag.clone())?;
-    Ok(flag)
+pub fn on_terminate(flag: &Arc<AtomicBool>) -> io::Result<()> {
+    signal_hook::flag::register(signal_hook::consts::SIGTERM, flag.clone()).map(drop)
 }
 
 /// Now, in nanoseconds since 1970; 0 when the clock stands before that.

@@ -63,10 +63,11 @@ fn run(args: &GptArgs) -> Result<(), GptError> {
     if speaks {
         introduce(args, &text, &plan, &cluster);
     }
-    let terminated = exit::on_terminate().map_err(GptError::Signals)?;
+    let terminated: Arc<AtomicBool> = Arc::default();
     let process = cluster.process();
     let watch = args.listen.filter(|_| !shown::is_asked()).map(|first| listen(first, process)).transpose()?;
-    let mut session = Session::start(plan, &session_options(args, cluster, terminated))?;
+    let mut session = Session::start(plan, &session_options(args, cluster, terminated.clone()))?;
+    exit::on_terminate(&terminated).map_err(GptError::Signals)?;
     if let Some(watch) = &watch {
         watch.show(&session);
     }
