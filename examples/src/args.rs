@@ -9,6 +9,7 @@ use std::process::ExitCode;
 use std::str::FromStr;
 
 use shardflow::exit::Exit;
+use shardflow::watch::client;
 
 /// Prints `error:` and `hint:` lines to stderr and gives the exit code to return from `main`.
 pub fn fail(code: u8, error: impl Display, hint: &str) -> ExitCode {
@@ -110,8 +111,7 @@ pub struct GptArgs {
     pub hang_timeout: u64,
     /// Serve metrics to Prometheus, the live page and the session's health here, without a value at 127.0.0.1:9400; process n of several on
     /// the n-th port from this one.
-    #[arg(long, value_name = "ADDRESS:PORT", num_args = 0..=1, default_missing_value = "127.0.0.1:9400",
-        value_parser = shardflow::watch::client::address)]
+    #[arg(long, value_name = "ADDRESS:PORT", num_args = 0..=1, default_missing_value = client::ADDRESS, value_parser = client::address)]
     pub listen: Option<SocketAddr>,
     /// What one device could do at best, in 10^12 floating-point operations a second, to tell the part that is made use of.
     #[arg(long, value_name = "N")]

@@ -17,7 +17,7 @@ use shardflow_actors::spec::{ActorId, ActorSpec, Spec};
 use shardflow_actors::trace::{Cause, Fired};
 
 use crate::session::Session;
-use crate::session::observer::Observer;
+use crate::session::observer::{Observer, pass_of};
 
 pub mod join;
 pub mod summary;
@@ -83,8 +83,7 @@ impl TraceFile {
             *next = told.next;
             self.lost += told.lost;
             for fired in &told.firings {
-                let pass =
-                    fired.firing / u64::from(spec.actors[actor.0 as usize].actions[fired.action as usize].per_step);
+                let pass = pass_of(&spec, actor, fired);
                 self.firing(&spec, actor, fired, (pass, observer.step_of(pass)))?;
             }
         }

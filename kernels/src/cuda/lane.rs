@@ -244,26 +244,22 @@ impl Lane {
 
     /// Puts word on the stream that a call is next, whose time is told when it is over (PROGRESS-1).
     pub(crate) fn begin_call(&self, told: Option<Told>) -> Result<(), KernelError> {
-        let Some(calls) = &self.calls else { return Ok(()) };
-        let written = self.write_word(calls.begin(told));
-        self.gpu.poller().wake();
-        written
+        self.calls.as_ref().map_or(Ok(()), |calls| self.write_word(calls.begin(told)))
     }
 
     /// Puts word on the stream that the last call, which is on it, is over.
     pub(crate) fn end_call(&self) -> Result<(), KernelError> {
-        let Some(calls) = &self.calls else { return Ok(()) };
-        let written = self.write_word(calls.end());
-        self.gpu.poller().wake();
-        written
+        self.calls.as_ref().map_or(Ok(()), |calls| self.write_word(calls.end()))
     }
 
-    /// Writes a word of the GPU's pinned memory ([`Calls`]), as a whole.
+    /// Writes a word of the GPU's pinned memory ([`Calls`]), as a whole; the poller looks for it.
     fn write_word(&self, (to, value): (u64, u32)) -> Result<(), KernelError> {
         // The call of today takes no other.
         let flags = sys::CUstreamWriteValue_flags::CU_STREAM_WRITE_VALUE_DEFAULT as u32;
         // SAFETY: an aligned word of the host's pinned memory that lives until the stream ends, by the caller.
-        self.check(unsafe { sys::cuStreamWriteValue32_v2(self.stream.0, to, value, flags) }, "cuStreamWriteValue32")
+        let written = unsafe { sys::cuStreamWriteValue32_v2(self.stream.0, to, value, flags) };
+        self.gpu.poller().wake();
+        self.check(written, "cuStreamWriteValue32")
     }
 
     /// Why a library's call failed: the driver's error, where the device is lost.

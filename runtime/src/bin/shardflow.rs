@@ -66,7 +66,7 @@ enum Command {
     #[cfg(feature = "watch")]
     Status {
         /// Where it listens
-        #[arg(long, value_name = "ADDRESS:PORT", default_value = "127.0.0.1:9400", value_parser = client::address)]
+        #[arg(long, value_name = "ADDRESS:PORT", default_value = client::ADDRESS, value_parser = client::address)]
         at: SocketAddr,
         /// One JSON object
         #[arg(long)]
@@ -76,7 +76,7 @@ enum Command {
     #[cfg(feature = "watch")]
     ExplainHang {
         /// Where one of its processes listens
-        #[arg(long, value_name = "ADDRESS:PORT", default_value = "127.0.0.1:9400", value_parser = client::address)]
+        #[arg(long, value_name = "ADDRESS:PORT", default_value = client::ADDRESS, value_parser = client::address)]
         at: SocketAddr,
     },
     /// Print a new secret for `SHARDFLOW_SECRET`.

@@ -10,7 +10,7 @@ use metrics::{Counter, Gauge, Histogram, counter, gauge, histogram};
 use shardflow_actors::hang::Hang;
 use shardflow_actors::shell::Control;
 use shardflow_actors::snapshot::ActorSnapshot;
-use shardflow_actors::spec::{ActorId, RegisterId};
+use shardflow_actors::spec::{ActorId, RegisterId, Spec};
 use shardflow_actors::trace::{Cause, Fired};
 
 use super::StepReport;
@@ -74,6 +74,12 @@ struct Passes {
 
 /// Marks of passes that are kept, the newest.
 const MARKS_MAX: usize = 256;
+
+/// The pass over the plan that a firing is of.
+pub fn pass_of(spec: &Spec, actor: ActorId, fired: &Fired) -> u64 {
+    let per_step = spec.actors[actor.0 as usize].actions[fired.action as usize].per_step;
+    fired.firing / u64::from(per_step.max(1))
+}
 
 impl Passes {
     fn step_of(&self, pass: u64) -> u64 {
@@ -260,7 +266,7 @@ impl Observer {
         self.control.now_ns()
     }
 
-    /// Steps done before a pass over the plan; an action's firing `n` is in pass `n / per_step`.
+    /// Steps done before a pass over the plan ([`pass_of`]).
     pub fn step_of(&self, pass: u64) -> u64 {
         self.passes.lock().unwrap_or_else(PoisonError::into_inner).step_of(pass)
     }

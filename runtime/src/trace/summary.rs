@@ -112,12 +112,12 @@ impl Summary {
         let spans: Vec<&(f64, f64)> = reading.spans.range(1..).map(|(_, span)| span).collect();
         let Some((&last, _)) = reading.spans.range(1..).next_back() else { return Err(SummaryError::NoStep) };
         let all_us: f64 = spans.iter().map(|(start, end)| end - start).sum();
-        let steps = spans.len() as f64;
+        let passes = spans.len() as f64;
         let counted = reading.slices.iter().filter(|slice| slice.pass > 0);
         let steps_of: BTreeSet<u64> = counted.map(|slice| slice.step).collect();
         let mut edges: BTreeMap<(&str, &str), f64> = BTreeMap::new();
         for slice in reading.slices.iter().filter(|slice| slice.pass > 0 && !slice.register.is_empty()) {
-            *edges.entry((&slice.cause, &slice.register)).or_default() += slice.waited / steps * 1e-6;
+            *edges.entry((&slice.cause, &slice.register)).or_default() += slice.waited / passes * 1e-6;
         }
         let edge = |((cause, register), s): ((&str, &str), f64)| (cause.to_owned(), register.to_owned(), s);
         let mut edges: Vec<_> = edges.into_iter().map(edge).collect();
@@ -125,9 +125,9 @@ impl Summary {
         Ok(Self {
             steps: steps_of.len() as u64,
             passes: spans.len() as u64,
-            step_seconds: all_us / steps * 1e-6,
+            step_seconds: all_us / passes * 1e-6,
             predicted_seconds: reading.predicted.as_ref().map(|(us, _)| us * 1e-6),
-            actors: reading.names.keys().map(|actor| reading.share(*actor, all_us, steps)).collect(),
+            actors: reading.names.keys().map(|actor| reading.share(*actor, all_us, passes)).collect(),
             edges,
             path: reading.critical_path(last),
         })
@@ -198,7 +198,7 @@ impl Reading {
         self.starts.get(id).copied()
     }
 
-    fn share(&self, actor: u32, all_us: f64, steps: f64) -> ActorShare {
+    fn share(&self, actor: u32, all_us: f64, passes: f64) -> ActorShare {
         let name = self.names[&actor].clone();
         let mut share = ActorShare { name, ..ActorShare::default() };
         let mut unwritten = 0.0;
@@ -221,7 +221,7 @@ impl Reading {
             }
         }
         let predicted = self.predicted.as_ref().and_then(|(_, idle)| idle.get(&share.name));
-        share.bubble = predicted.map_or(unwritten, |idle| unwritten.min(idle * steps));
+        share.bubble = predicted.map_or(unwritten, |idle| unwritten.min(idle * passes));
         share.imbalance = unwritten - share.bubble;
         let known = [share.busy, share.host, share.credit, share.link, share.bubble, share.imbalance];
         share.other = (all_us - known.iter().sum::<f64>()).max(0.0);

@@ -183,6 +183,9 @@ fn ask<T: DeserializeOwned>(address: SocketAddr, path: &'static str) -> Result<T
     serde_json::from_str(body).map_err(|error| wrong(error.to_string()))
 }
 
+/// Where a process is served, and asked, that was told no other address.
+pub const ADDRESS: &str = "127.0.0.1:9400";
+
 /// An address as users write it, by number or by name: `127.0.0.1:9400`, `localhost:9400`.
 ///
 /// # Errors

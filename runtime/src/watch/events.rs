@@ -12,7 +12,7 @@ use shardflow_actors::trace::{Cause, Fired};
 use super::bubble::Bubble;
 use super::status::number;
 use super::under_way::UnderWay;
-use crate::session::observer::{Health, NewestSteps, Observer, StepDone};
+use crate::session::observer::{Health, NewestSteps, Observer, StepDone, pass_of};
 
 #[cfg(test)]
 mod tests;
@@ -223,17 +223,12 @@ fn cut(spec: &Spec, fired: &mut Vec<(ActorId, Fired)>) {
         return;
     }
     // The newest step has hardly ended, the one before it has.
-    let steps = |(actor, one): &(ActorId, Fired)| step_of(spec, *actor, one);
+    let steps = |(actor, one): &(ActorId, Fired)| pass_of(spec, *actor, one);
     let newest = fired.iter().map(steps).max().unwrap_or_default();
     let told = fired.iter().map(steps).filter(|step| *step < newest).max().unwrap_or(newest);
     fired.retain(|one| steps(one) == told);
     fired.sort_by_key(|(_, one)| std::cmp::Reverse(one.ended_ns));
     fired.truncate(FIRINGS_MAX);
-}
-
-fn step_of(spec: &Spec, actor: ActorId, fired: &Fired) -> u64 {
-    let per_step = spec.actors[actor.0 as usize].actions[fired.action as usize].per_step;
-    fired.firing / u64::from(per_step.max(1))
 }
 
 /// For how long an actor has done the same: what it does, or nothing.
