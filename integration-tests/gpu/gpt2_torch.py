@@ -154,6 +154,8 @@ def main():
         print("PyTorch sees no GPU", file=sys.stderr)
         sys.exit(77)
     on_gpu = a.device == "cuda"
+    # Not TF32, whatever the environment says: ours is float32.
+    torch.set_float32_matmul_precision("highest")
     model = Gpt(a)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -105,7 +105,9 @@ fn our_side_runs_on_a_software_device() {
         "compare",
         "launches",
         "launches-own",
-        "virtual",
+        "launches-any-order",
+        "virtual-stage",
+        "virtual-tensor",
     ];
     tiny(&mut script, &scratch, &stages.join(" "));
     let status = script.arg(&out).status().expect("a shell");
@@ -193,6 +195,58 @@ fn a_speed_without_its_measure_is_not_passed() {
     }
 }
 
+/// Losses in bf16 are compared with the first round of PyTorch's that ran whole.
+#[test]
+fn a_round_that_was_cut_off_is_not_the_only_one() {
+    if !has_python() {
+        return;
+    }
+    let training = |loss: f64| format!(r#"{{"weights": 9, "losses": [{loss}], "tokens_per_s": null}}"#);
+    let (ours, near, far) = (training(5.0), training(5.01), training(6.0));
+    for (eager, compiled, whole, cut) in [(&near, &far, "ok", "failed"), (&far, &near, "failed", "ok")] {
+        for (eager_status, expected) in [("ended 0 3 9 9", whole), ("ended 124 9 9 9", cut)] {
+            let stages = [
+                ("gpt2-ours-1", "ended 0 3 9 9", &*ours),
+                ("gpt2-eager-1", eager_status, eager),
+                ("gpt2-compile-1", "ended 0 3 9 9", compiled),
+            ];
+            let (states, _) = reported("gpu-script-rounds", "", &stages);
+            assert!(states.contains(&("gpt2-losses-bf16".to_owned(), expected.to_owned())), "{states:?}");
+        }
+    }
+}
+
+/// What a stage says of its failure: the program's error, the last panic or Python's exception.
+#[test]
+fn a_failure_is_told_by_its_cause() {
+    if !has_python() {
+        return;
+    }
+    let told = [
+        ("warning\nerror: the first\nerror: the second\n", "error: the first"),
+        (
+            "thread 'a' panicked at x.rs:1:1:\non purpose\nthread 'b' panicked at y.rs:2:2:\nthe cause\nnote: run\n",
+            "the cause",
+        ),
+        (
+            "Traceback:\n  File \"x\"\ntorch.cuda.OutOfMemoryError: too much\n\nSet TORCHDYNAMO_VERBOSE=1\n",
+            "torch.cuda.OutOfMemoryError: too much",
+        ),
+        ("no more than this\n", "no more than this"),
+        ("", "it gave no reason"),
+    ];
+    for (said, why) in told {
+        let scratch = Scratch::new("gpu-script-why");
+        let write = |name: &str, text: &str| fs::write(scratch.path().join(name), text).expect("a file");
+        write("stages", "compare\n");
+        write("compare.status", "ended 1 3 9 9");
+        write("compare.err", said);
+        let ended = Command::new("python3").arg(script().with_file_name("report.py")).arg(scratch.path()).status();
+        assert_eq!(ended.expect("python").code(), Some(1));
+        assert_eq!(report(scratch.path())["stages"][0]["why"], why);
+    }
+}
+
 /// No failure of the code; but what is required and was not run has not passed.
 #[test]
 fn what_time_did_not_allow_is_not_run() {
@@ -206,6 +260,10 @@ fn what_time_did_not_allow_is_not_run() {
         ("compare", "ended 124 60 60 60", "timed-out", false),
         ("sanitizer-memcheck", "ended 124 60 60 60", "timed-out", false),
         ("sanitizer-memcheck", "ended 9 1 3 60", "failed", false),
+        // `timeout` kills what does not end; so may others, long before.
+        ("compare", "ended 137 65 60 60", "timed-out", false),
+        ("compare", "ended 137 2 60 60", "failed", false),
+        ("launches-any-order", "not-run nothing is left of 9 s", "not-run", true),
     ] {
         let (states, passed) = reported("gpu-script-late", "", &[(name, status, "")]);
         is(&states, &[(name, state)]);

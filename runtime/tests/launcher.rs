@@ -41,6 +41,7 @@ fn each_process_is_told_who_it_is() {
             ("TORCHELASTIC_MAX_RESTARTS", "2"),
             ("TORCHELASTIC_RUN_ID", "x"),
             ("CUDA_MODULE_LOADING", "EAGER"),
+            ("CUDA_MODULE_DATA_LOADING", "EAGER"),
             ("CUDA_DEVICE_MAX_CONNECTIONS", "32"),
         ] {
             assert_eq!(vars[name], value, "{name} of rank {rank}");

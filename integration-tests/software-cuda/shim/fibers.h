@@ -10,7 +10,7 @@ struct Fiber {
     State state;
 };
 // What lanes do together: the last one to arrive does it for all.
-enum Exchange : unsigned char { SYNC, SHUFFLE, BALLOT };
+enum Exchange : unsigned char { SYNC, SHUFFLE, BALLOT, MATRIX };
 struct Warp {
     u32 arrived, alive, epoch;
     u32 mask[32];
@@ -125,12 +125,8 @@ SC_RAW static __attribute__((noinline)) void block_barrier() {
 }
 SC_RAW static void exchange(Warp& warp, u32 mask) {
     u32 ballot = 0;
-    bool syncs = false;
     for (u32 l = 0; l < 32; l++)
-        if (mask >> l & 1) {
-            ballot |= (warp.value[l] & 1) << l;
-            syncs |= warp.what[l] == SYNC;
-        }
+        if (mask >> l & 1) ballot |= (warp.value[l] & 1) << l;
     for (u32 l = 0; l < 32; l++)
         if (mask >> l & 1) {
             if (warp.what[l] == BALLOT) warp.result[l] = ballot;
@@ -141,15 +137,16 @@ SC_RAW static void exchange(Warp& warp, u32 mask) {
             }
         }
     // A shuffle orders no memory; only a barrier does.
-    if (syncs) warp.epoch++;
+    if (warp.what[__builtin_ctz(mask)] == SYNC) warp.epoch++;
 }
 SC_RAW static bool release_warp(u32 number, u32 mask, u32 except) {
     Warp& warp = block.warp[number];
     u32 need = mask & warp.alive;
     if (!need || (warp.arrived & need) != need) return false;
+    const Exchange what = warp.what[__builtin_ctz(need)];
     for (u32 l = 0; l < 32; l++)
-        if ((need >> l & 1) && warp.mask[l] != mask) {
-            checker->report(checker, "warp", "lanes of a warp meet with different masks");
+        if ((need >> l & 1) && (warp.mask[l] != mask || warp.what[l] != what)) {
+            checker->report(checker, "warp", warp.mask[l] != mask ? "lanes of a warp meet with different masks" : "lanes of a warp meet in different functions");
             return false;
         }
     exchange(warp, need);

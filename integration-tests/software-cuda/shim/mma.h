@@ -28,9 +28,11 @@ template <class T> SC_RAW static inline size_t place(bool by_rows, u32 i, unsign
     u32 lane = software_cuda::lane_now(), row = row_of(lane), column = column_of(lane, i);
     return by_rows ? (size_t)row * leading + column : (size_t)column * leading + row;
 }
+// What PTX asks of the bytes from row to row, half of a row being what a lane moves at once; CUDA C++ asks for 32 of an address.
+template <class T> constexpr unsigned STRIDE = 8 * sizeof(T);
 template <class T> SC_RAW static __attribute__((noinline)) void load(T* x, const T* from, unsigned leading, bool by_rows) {
-    if ((size_t)from % 16 || leading * sizeof(T) % 16)
-        software_cuda::checker->report(software_cuda::checker, "alignment", "a fragment is loaded from an address or with a stride that 16 bytes do not divide");
+    if ((size_t)from % 32 || leading * sizeof(T) % STRIDE<T>)
+        software_cuda::checker->report(software_cuda::checker, "alignment", "a fragment is loaded from an address that 32 bytes do not divide, or with a stride that 16 do not, 32 for floats");
     for (u32 i = 0; i < 8; i++) {
         const T* at = from + place<T>(by_rows, i, leading);
         software_cuda::touch<software_cuda::READ>(at, sizeof(T));
@@ -38,8 +40,8 @@ template <class T> SC_RAW static __attribute__((noinline)) void load(T* x, const
     }
 }
 template <class T> SC_RAW static __attribute__((noinline)) void store(T* to, const T* x, unsigned leading, bool by_rows) {
-    if ((size_t)to % 16 || leading * sizeof(T) % 16)
-        software_cuda::checker->report(software_cuda::checker, "alignment", "a fragment is stored to an address or with a stride that 16 bytes do not divide");
+    if ((size_t)to % 32 || leading * sizeof(T) % STRIDE<T>)
+        software_cuda::checker->report(software_cuda::checker, "alignment", "a fragment is stored to an address that 32 bytes do not divide, or with a stride that 16 do not, 32 for floats");
     for (u32 i = 0; i < 8; i++) {
         T* at = to + place<T>(by_rows, i, leading);
         software_cuda::touch<software_cuda::WRITE>(at, sizeof(T));
@@ -47,7 +49,7 @@ template <class T> SC_RAW static __attribute__((noinline)) void store(T* to, con
     }
 }
 // All lanes have to come; their order of memory does not change.
-SC_RAW static inline void together() { software_cuda::meet(~0u, software_cuda::BALLOT, 0, 0); }
+SC_RAW static inline void together() { software_cuda::meet(~0u, software_cuda::MATRIX, 0, 0); }
 } // namespace shim
 
 template <class F, class T> SC_RAW static inline void fill_fragment(F& f, T value) {

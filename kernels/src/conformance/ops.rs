@@ -267,6 +267,18 @@ impl Suite<'_> {
             let op = Op::EmbeddingGrad { vocab_start: start };
             self.check("", op, &[ids, dy], &[(vec![vocab, width], dtable)], CLOSE_SUM);
         }
+        // Three rows' ids, far apart among those of another shard.
+        const TOKENS: usize = 9000;
+        let mut ids = vec![90; TOKENS];
+        let places = [(0, 1), (255, 1), (256, 1), (2047, 0), (2048, 2), (2600, 1), (4095, 1), (8191, 0), (8999, 2)];
+        places.iter().for_each(|&(place, id)| ids[place] = id);
+        let dy = self.numbers.tensor(&[TOKENS, 5], 1.0);
+        let mut dtable = vec![0.0; 15];
+        for (place, id) in places {
+            (0..5).for_each(|c| dtable[5 * id as usize + c] += wide(&dy)[5 * place + c]);
+        }
+        let op = Op::EmbeddingGrad { vocab_start: 0 };
+        self.check("few of many", op, &[HostTensor::i32(&[TOKENS], ids), dy], &[(vec![3, 5], dtable)], CLOSE_SUM);
     }
 
     fn layer_norms(&mut self) {

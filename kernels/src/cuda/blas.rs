@@ -319,6 +319,11 @@ impl Plan {
         check(made, "cublasLtMatmulPreferenceCreate", place)?;
         let [a, b, d] = key.alignment;
         let wanted = [
+            // Partial sums stay floats where the result is in bf16.
+            (
+                Preference::CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK,
+                sys::cublasLtReductionScheme_t::CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE as u32,
+            ),
             (Preference::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, a),
             (Preference::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, b),
             (Preference::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, d),
@@ -358,9 +363,9 @@ impl Plan {
             status
         };
         check(status, "cublasLtMatmulAlgoGetHeuristic", place)?;
-        if count == 0 {
-            check(cublasStatus_t::CUBLAS_STATUS_NOT_SUPPORTED, "cublasLtMatmulAlgoGetHeuristic", place)?;
-        }
+        // A choice has a state of its own.
+        let state = if count == 0 { cublasStatus_t::CUBLAS_STATUS_NOT_SUPPORTED } else { found.state };
+        check(state, "cublasLtMatmulAlgoGetHeuristic", place)?;
         Ok(found.algo)
     }
 }

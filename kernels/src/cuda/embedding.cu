@@ -40,6 +40,8 @@ extern "C" __global__ void __launch_bounds__(256)
 template <class T>
 INLINE void embedding_grad(const int* ids, const T* dy, float* dtable, i64 count, i64 held, i64 width,
                            i64 vocab_start) {
+    // Places that a thread looks at before the block goes through a round of them.
+    constexpr int PLACES = 8;
     __shared__ int counts[8];
     __shared__ int matches[256];
     const i64 own = blockIdx.x;
@@ -50,6 +52,19 @@ INLINE void embedding_grad(const int* ids, const T* dy, float* dtable, i64 count
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     float* sums = dtable + row * width;
     for (i64 begin = 0; begin < count; begin += 256) {
+        if (begin % (256 * PLACES) == 0) {
+            bool any = false;
+#pragma unroll
+            for (int p = 0; p < PLACES; p++) {
+                const i64 place = begin + 256 * p + threadIdx.x;
+                any |= place < count && ids[place] == id;
+            }
+            // Most rounds have no match.
+            if (!__syncthreads_or(any)) {
+                begin += 256 * (PLACES - 1);
+                continue;
+            }
+        }
         const i64 place = begin + threadIdx.x;
         const bool same = place < count && ids[place] == id;
         const u32 votes = __ballot_sync(ALL_LANES, same);

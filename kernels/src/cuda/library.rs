@@ -22,9 +22,11 @@ const DRIVER_HINT: &str = "install NVIDIA's driver of version 580 or newer (Debi
 
 /// What a driver is told by the environment when it starts, where nobody has said otherwise. Whoever starts processes sets
 /// them; a program that starts the driver while it has one thread does so itself.
-pub const SETTINGS: [(&str, &str); 2] = [
+pub const SETTINGS: [(&str, &str); 3] = [
     // Libraries load all their kernels at once, and none behind a collective that waits for another GPU.
     ("CUDA_MODULE_LOADING", "EAGER"),
+    // So does what they load as CUDA libraries (`cuLibraryLoadData`), which cuDNN does: the variable above leaves that out.
+    ("CUDA_MODULE_DATA_LOADING", "EAGER"),
     // The most there are: streams that share one wait for each other.
     (QUEUES, "32"),
 ];

@@ -14,20 +14,28 @@ struct Span {
     }
 };
 
-// Calls f(column, value) for this thread's share of a row.
+template <int W>
+INLINE constexpr int length(const float (&)[W]) {
+    return W;
+}
+
+// Calls f with arrays of adjacent values, which are this thread's share of a row.
 template <class T, class F>
 INLINE void for_each(const T* row, i64 width, F f) {
     constexpr int W = Width<T>::value;
     const Span span(row, width);
-    for (i64 i = threadIdx.x; i < span.head; i += blockDim.x) f(i, widen(row[i]));
+    auto single = [&](i64 i) {
+        float value[1] = {widen(row[i])};
+        f(value);
+    };
+    for (i64 i = threadIdx.x; i < span.head; i += blockDim.x) single(i);
 #pragma unroll 4
     for (i64 i = span.head + (i64)threadIdx.x * W; i < span.tail; i += (i64)blockDim.x * W) {
         float values[W];
         load<W>(values, row + i);
-#pragma unroll
-        for (int j = 0; j < W; j++) f(i + j, values[j]);
+        f(values);
     }
-    for (i64 i = span.tail + threadIdx.x; i < width; i += blockDim.x) f(i, widen(row[i]));
+    for (i64 i = span.tail + threadIdx.x; i < width; i += blockDim.x) single(i);
 }
 
 // y[column] = f(column, x[column]); y may be x.
@@ -54,7 +62,10 @@ template <class T>
 INLINE void row_max(const T* logits, float* maxima, i64 width) {
     const i64 row = blockIdx.x;
     float best = MINUS_INFINITY;
-    for_each(logits + row * width, width, [&](i64, float logit) { best = larger(best, logit); });
+    for_each(logits + row * width, width, [&](auto& some) {
+#pragma unroll
+        for (int j = 0; j < length(some); j++) best = larger(best, some[j]);
+    });
     best = block_max(best);
     if (threadIdx.x == 0) maxima[row] = best;
 }
@@ -74,7 +85,10 @@ INLINE void sum_exp_target(const T* logits, const float* maxima, const int* targ
     if (row == 0) check_indices(targets, rows, vocab, record, launch);
     const float max = maxima[row];
     float sum = 0.0f;
-    for_each(logits + row * width, width, [&](i64, float logit) { sum += expf(logit - max); });
+    for_each(logits + row * width, width, [&](auto& some) {
+#pragma unroll
+        for (int j = 0; j < length(some); j++) sum += expf(some[j] - max);
+    });
     sum = block_sum(sum);
     if (threadIdx.x > 0) return;
     sums[row] = sum;
@@ -102,14 +116,17 @@ INLINE void row_max_sum_exp_target(const T* logits, const int* targets, float* m
     const i64 row = blockIdx.x;
     if (row == 0) check_indices(targets, rows, vocab, record, launch);
     float best = MINUS_INFINITY, sum = 0.0f;
-    for_each(logits + row * width, width, [&](i64, float logit) {
-        if (logit > best) {
-            // No number for infinity, else 1.
-            sum = sum * expf(best - logit) + (logit - logit + 1.0f);
-            best = logit;
-        } else if (logit != MINUS_INFINITY) {
-            sum += expf(logit - best);
+    for_each(logits + row * width, width, [&](auto& some) {
+        float most = best;
+#pragma unroll
+        for (int j = 0; j < length(some); j++) most = some[j] > most ? some[j] : most;
+        if (most > best) {
+            sum *= expf(best - most);
+            best = most;
         }
+        // No number for infinity and for what is none.
+#pragma unroll
+        for (int j = 0; j < length(some); j++) sum += some[j] != MINUS_INFINITY ? expf(some[j] - best) : 0.0f;
     });
     const float most = block_max(best);
     sum = block_sum(best == MINUS_INFINITY ? sum : sum * expf(best - most));

@@ -15,11 +15,10 @@ struct Update {
 };
 
 // `hyper` is learning rate and step; `ln_beta1` and `ln_beta2` are the logarithms of the rates, of which the powers
-// 1 - beta^step follow. Nothing is changed where the scale or the learning rate is not finite. `copy`, unless null,
-// is the parameter in bf16 for products, and is then brought up to date as well.
+// 1 - beta^step follow. Nothing is changed where the scale or the learning rate is not finite.
 extern "C" __global__ void __launch_bounds__(256, 4)
-    adamw_f32(const float* grad, const float* hyper, const float* scale, float* param, float* m, float* v, bf16* copy,
-              i64 n, float beta1, float beta2, double ln_beta1, double ln_beta2, float eps, float weight_decay) {
+    adamw_f32(const float* grad, const float* hyper, const float* scale, float* param, float* m, float* v, i64 n,
+              float beta1, float beta2, double ln_beta1, double ln_beta2, float eps, float weight_decay) {
     constexpr int W = 4;
     __shared__ double corrections[2];
     const float rate = hyper[0], factor = *scale;
@@ -33,7 +32,7 @@ extern "C" __global__ void __launch_bounds__(256, 4)
                            1.0f - rate * weight_decay,
                            (float)((double)rate / corrections[0]),
                            (float)(1.0 / sqrt(corrections[1]))};
-    const bool whole = aligned(grad) && aligned(param) && aligned(m) && aligned(v) && aligned(copy);
+    const bool whole = aligned(grad) && aligned(param) && aligned(m) && aligned(v);
 #pragma unroll
     for (int p = 0; p < PACKS_PER_THREAD; p++) {
         const i64 first = (((i64)blockIdx.x * PACKS_PER_THREAD + p) * blockDim.x + threadIdx.x) * W;
@@ -48,12 +47,8 @@ extern "C" __global__ void __launch_bounds__(256, 4)
             store<W>(param + first, params);
             store<W>(m + first, ms);
             store<W>(v + first, vs);
-            if (copy) store<W>(copy + first, params);
             continue;
         }
-        for (i64 i = first; i < n && i < first + W; i++) {
-            update.apply(grad[i], param[i], m[i], v[i]);
-            if (copy) narrow(&copy[i], param[i]);
-        }
+        for (i64 i = first; i < n && i < first + W; i++) update.apply(grad[i], param[i], m[i], v[i]);
     }
 }

@@ -16,6 +16,7 @@ pub const BUGS: &[Bug] = &[
     Bug { name: "dynamic shared memory too small", kinds: &["bounds"], run: small_tile },
     Bug { name: "blocks add without atomics", kinds: &["race-in-launch"], run: blocks },
     Bug { name: "barrier that some never reach", kinds: &["barrier", "warp"], run: half_barrier },
+    Bug { name: "lanes of a warp in different functions of it", kinds: &["warp"], run: functions },
     Bug { name: "two streams share a workspace", kinds: &["race"], run: workspace },
     Bug { name: "product of what another stream still writes", kinds: &["race"], run: product_input },
     Bug { name: "product with too long a leading dimension", kinds: &["bounds", "uninitialised"], run: product_bounds },
@@ -73,6 +74,11 @@ fn small_tile(lab: &Lab, planted: bool) {
 fn blocks(lab: &Lab, planted: bool) {
     let name = if planted { "count_blocks_plainly" } else { "count_blocks" };
     with_buffers(64, |x, _, s| launch(lab.kernel(name), (3, 32), 0, s, &[P(x)]));
+}
+
+fn functions(lab: &Lab, planted: bool) {
+    let name = if planted { "vote_apart" } else { "vote_together" };
+    with_buffers(64, |_, out, s| launch(lab.kernel(name), (1, 64), 0, s, &[P(out)]));
 }
 
 fn half_barrier(lab: &Lab, planted: bool) {

@@ -129,6 +129,16 @@ extern "C" __global__ void copy_wide(float4* __restrict__ out, const float4* __r
     if (i < n) out[i] = x[i];
 }
 
+// The upper half of each warp waits where the lower one votes.
+template <bool APART> __device__ __forceinline__ void vote(float* out) {
+    unsigned votes = 0;
+    if (APART && (threadIdx.x & 16)) __syncwarp();
+    else votes = __ballot_sync(~0u, threadIdx.x & 1);
+    out[threadIdx.x] = (float)votes;
+}
+extern "C" __global__ void vote_together(float* out) { vote<false>(out); }
+extern "C" __global__ void vote_apart(float* out) { vote<true>(out); }
+
 // One warp multiplies 16 x 16 by 16 x 16, by way of shared memory.
 extern "C" __global__ void tile_product(float* d, const __nv_bfloat16* a, const __nv_bfloat16* b) {
     using namespace nvcuda;

@@ -128,7 +128,6 @@ pub(super) fn adamw(
         write(0),
         write(1),
         write(2),
-        Arg::Null,
         long(n),
         Arg::F32(beta1),
         Arg::F32(beta2),

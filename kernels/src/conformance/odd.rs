@@ -1,0 +1,177 @@
+//! What is infinite or no number, indices that no table has, and which elements dropout keeps: the same on all backends.
+//! Imports `conformance` and its `reference`, and the public API.
+
+use super::reference as exact;
+use super::{Initial, Layout, Numbers, Report, Trial, Types, run_program, wide};
+use crate::device::Device;
+use crate::op::{Launch, Op};
+use crate::tensor::{DType, HostTensor, element_count};
+
+/// Of values of about 1, some of them in BF16 on the way.
+const CLOSE: f64 = 2e-2;
+
+pub(super) fn run(report: &mut Report, device: &Device) {
+    rows(report, device);
+    attention(report, device);
+    indices(report, device);
+    masks(report, device);
+}
+
+/// The same number, or none on both sides.
+fn same(got: f32, expected: f64, tolerance: f64) -> bool {
+    let got = f64::from(got);
+    got == expected || got.is_nan() && expected.is_nan() || (got - expected).abs() <= tolerance * (1.0 + expected.abs())
+}
+
+/// The maximum of a row, in which what is no number has no part, and its sum of exponentials, which shows that; by
+/// neighbours, which a device may do in one.
+fn rows(report: &mut Report, device: &Device) {
+    const NAN: f32 = f32::NAN;
+    const INFINITE: f32 = f32::INFINITY;
+    let mut numbers = Numbers { state: 5, halves: true };
+    let special = vec![
+        // Nothing but minus infinities; no number among them; infinity; both infinities; numbers behind and before.
+        [-INFINITE; 7],
+        [NAN, 1.0, -INFINITE, -INFINITE, -INFINITE, -INFINITE, 2.0],
+        [INFINITE, -INFINITE, -INFINITE, -INFINITE, -INFINITE, -INFINITE, -INFINITE],
+        [INFINITE, 1.0, -INFINITE, -INFINITE, -INFINITE, -INFINITE, NAN],
+        [1.0, 2.0, -INFINITE, 0.0, 0.0, 0.0, 3.0],
+        [3.0, -INFINITE, -INFINITE, -INFINITE, -INFINITE, -INFINITE, NAN],
+    ];
+    let mut cases = vec![HostTensor::f32(&[special.len(), 7], special.concat())];
+    // Of whole vectors, with what is odd in each place of them in turn.
+    for odd in [NAN, INFINITE, -INFINITE] {
+        let mut values = numbers.tensor(&[16, 64], 4.0).as_f32().unwrap_or_default().to_vec();
+        (0..16).for_each(|row| values[row * 64 + 32 + row] = odd);
+        cases.push(HostTensor::f32(&[16, 64], values));
+    }
+    for shape in [[1, 1], [3, 0], [65, 17], [4, 3001], [9, 512]] {
+        cases.push(numbers.tensor(&shape, 40.0));
+    }
+    for logits in cases {
+        for half in [false, true] {
+            rows_of(report, device, &logits, half);
+        }
+    }
+}
+
+fn rows_of(report: &mut Report, device: &Device, logits: &HostTensor, half: bool) {
+    let (rows, width) = (logits.shape[0], logits.shape[1]);
+    let check = format!("maximum and sum of {rows} rows of {width}{}", if half { " in BF16" } else { "" });
+    let values = logits.as_f32().unwrap_or_default();
+    let typed = if half { HostTensor::bf16(&logits.shape, values) } else { logits.clone() };
+    let targets = HostTensor::i32(&[rows], (0..rows).map(|row| (7 * row % (width + 9)) as i32).collect());
+    let mut layout = Layout::default();
+    let (x, indices) = (layout.place(&typed.shape, typed.dtype()), layout.place(&targets.shape, DType::I32));
+    let [max, sum, chosen] = [(); 3].map(|()| layout.place(&[rows], DType::F32));
+    let launch = |op, reads, writes| Launch { op, reads, writes, accumulate: false, workspace: None };
+    let op = Op::SumExpTarget { vocab_start: 4, vocab: width + 9 };
+    let launches = vec![
+        launch(Op::RowMax, vec![x.clone()], vec![max.clone()]),
+        launch(op, vec![x.clone(), max.clone(), indices.clone()], vec![sum.clone(), chosen.clone()]),
+    ];
+    let got = || {
+        let stream = device.stream("conformance", device.threads_per_stream())?;
+        let arena = layout.arena(device)?;
+        arena.write_host(x.offset, &typed)?;
+        arena.write_host(indices.offset, &targets)?;
+        run_program(&stream, launches, &[&arena], false)?;
+        let read = |buffer: &crate::op::Buffer| arena.read_host(buffer.offset, &buffer.shape, buffer.dtype);
+        Ok::<_, crate::error::KernelError>([read(&max)?, read(&sum)?, read(&chosen)?])
+    };
+    let [maxima, sums, chosen] = match got() {
+        Ok(got) => got.map(|tensor| tensor.to_f32().unwrap_or_default()),
+        Err(error) => return report.fail(&check, error),
+    };
+    let values = wide(&typed);
+    for row in 0..rows {
+        let logits = &values[row * width..(row + 1) * width];
+        let max = logits.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+        let sum: f64 = logits.iter().map(|logit| (logit - max).exp()).sum();
+        let target = (7 * row % (width + 9)).checked_sub(4).and_then(|column| logits.get(column)).unwrap_or(&0.0);
+        let good = same(maxima[row], max, 0.0) && same(sums[row], sum, 2e-5) && same(chosen[row], *target, 0.0);
+        let (expected, got) = ([max, sum, *target], [maxima[row], sums[row], chosen[row]]);
+        report.expect(&check, good, format!("row {row}: expected {expected:?}, got {got:?}"));
+    }
+}
+
+/// Keys that are infinitely far have no part; a query that is no number gives none.
+fn attention(report: &mut Report, device: &Device) {
+    const SHAPE: [usize; 4] = [1, 80, 1, 8];
+    let filled = |f: &dyn Fn(usize) -> f32| HostTensor::f32(&SHAPE, (0..640).map(|i| f(i / 8)).collect());
+    let v = Numbers { state: 1, halves: true }.tensor(&SHAPE, 1.0);
+    let q = filled(&|t| if t == 79 { f32::NAN } else { 1.0 });
+    let k = filled(&|t| if t < 66 { f32::NEG_INFINITY } else { t as f32 / 64.0 });
+    let [o, _] = exact::attention(&wide(&q), &wide(&k), &wide(&v), SHAPE, 0.3);
+    let (reads, writes) = ([q, k, v], [Initial::Poison(SHAPE.to_vec()), Initial::Poison(vec![1, 1, 80])]);
+    for types in [Types::Floats, Types::Halves] {
+        let check = format!("attention of odd scores, {types:?}");
+        match (Trial { types, ..Trial::new(Op::Attention { scale: 0.3 }, &reads, &writes) }).launch(device) {
+            Err(error) => report.fail(&check, error),
+            Ok(got) => {
+                let got = got[0].to_f32().unwrap_or_default();
+                // What a library makes of queries that have no key at all is its own affair.
+                let first = if types == Types::Floats { 0 } else { 66 * 8 };
+                let wrong = (first..640).find(|&i| !same(got[i], o[i], CLOSE));
+                let told = wrong.map(|i| format!("element {i}: expected {}, got {}", o[i], got[i]));
+                report.expect(&check, told.is_none(), told.unwrap_or_default());
+            }
+        }
+    }
+}
+
+/// The first index that no table has is told, and where it stands.
+fn indices(report: &mut Report, device: &Device) {
+    let mut numbers = Numbers::default();
+    let (table, logits, max) =
+        (numbers.tensor(&[5, 3], 1.0), numbers.tensor(&[700, 5], 1.0), numbers.tensor(&[700], 1.0));
+    for bad in [-1, i32::MIN, 20, i32::MAX] {
+        let mut ids = vec![3; 700];
+        (ids[601], ids[650]) = (bad, 77);
+        let ids = HostTensor::i32(&[700], ids);
+        let line = || Initial::Poison(vec![700]);
+        let (embedding, loss) =
+            (Op::Embedding { vocab_start: 2, vocab: 20 }, Op::SumExpTarget { vocab_start: 2, vocab: 20 });
+        for (op, reads, writes) in [
+            (embedding, vec![ids.clone(), table.clone()], vec![Initial::Poison(vec![700, 3])]),
+            (loss, vec![logits.clone(), max.clone(), ids], vec![line(), line()]),
+        ] {
+            let check = format!("{} of index {bad}", op.name());
+            let got = Trial::new(op, &reads, &writes).launch(device);
+            let named = |error: &String| error.contains(&format!("index {bad} at position 601 is not in 0..20"));
+            report.expect(&check, got.as_ref().is_err_and(named), format!("{got:?}"));
+        }
+    }
+}
+
+/// Dropout keeps the same elements on all backends, in all versions: a training goes on elsewhere with the same bits.
+fn masks(report: &mut Report, device: &Device) {
+    type Part<'a> = (&'a [usize], &'a [usize], &'a [usize], u64);
+    let parts: [Part<'_>; 5] = [
+        (&[4, 5, 6], &[0, 0, 0], &[4, 5, 6], 0x45f9_c95c_05e5_20a2),
+        (&[4, 5, 16], &[1, 2, 4], &[2, 3, 8], 0xf00c_f7ca_d5e9_d75a),
+        (&[7], &[2], &[5], 0x8aec_8aa7_7923_68e8),
+        (&[3; 6], &[1, 0, 1, 0, 1, 0], &[2; 6], 0x5ff2_ff62_37c1_841c),
+        (&[2, 3, 1000], &[0, 1, 0], &[2, 2, 1000], 0xcfe3_89ca_ccab_00ee),
+    ];
+    for (shape, start, local, expected) in parts {
+        let mut hash = FNV_OFFSET;
+        for (p, rng) in [(0.3, [5, 2_000_000_000]), (0.9, [-3, -1])] {
+            let reads = [HostTensor::f32(local, vec![1.0; element_count(local)]), HostTensor::i32(&[2], rng.to_vec())];
+            let op = Op::Dropout { p, seed: 0x1234_5678_9abc_def0, shape: shape.to_vec(), start: start.to_vec() };
+            let writes = [Initial::Poison(local.to_vec())];
+            match Trial::new(op, &reads, &writes).launch(device) {
+                Err(error) => return report.fail("dropout's mask", error),
+                Ok(got) => {
+                    wide(&got[0]).iter().for_each(|y| hash = (hash ^ u64::from(*y != 0.0)).wrapping_mul(FNV_PRIME))
+                }
+            }
+        }
+        let told = format!("{start:?} of {shape:?}: {hash:#018x}, not {expected:#018x}");
+        report.expect("dropout's mask", hash == expected, told);
+    }
+}
+
+/// FNV-1a's.
+const FNV_OFFSET: u64 = 0xcbf2_9ce4_8422_2325;
+const FNV_PRIME: u64 = 0x0000_0100_0000_01b3;
