@@ -14,26 +14,21 @@ struct Span {
     }
 };
 
-template <int W>
-INLINE constexpr int length(const float (&)[W]) {
-    return W;
-}
-
-// Calls f with arrays of adjacent values, which are this thread's share of a row.
-template <class T, class F>
-INLINE void for_each(const T* row, i64 width, F f) {
+// Gives `into` arrays of adjacent values, which are this thread's share of a row.
+template <class T, class Into>
+INLINE void read_row(const T* row, i64 width, Into& into) {
     constexpr int W = Width<T>::value;
     const Span span(row, width);
     auto single = [&](i64 i) {
-        float value[1] = {widen(row[i])};
-        f(value);
+        const float value[1] = {widen(row[i])};
+        into.add(value);
     };
     for (i64 i = threadIdx.x; i < span.head; i += blockDim.x) single(i);
 #pragma unroll 4
     for (i64 i = span.head + (i64)threadIdx.x * W; i < span.tail; i += (i64)blockDim.x * W) {
         float values[W];
         load<W>(values, row + i);
-        f(values);
+        into.add(values);
     }
     for (i64 i = span.tail + threadIdx.x; i < width; i += blockDim.x) single(i);
 }
@@ -58,15 +53,22 @@ INLINE void map_row(const T* x, U* y, i64 width, F f) {
     for (i64 i = span.tail + threadIdx.x; i < width; i += blockDim.x) narrow(&y[i], f(i, widen(x[i])));
 }
 
+struct Largest {
+    float best;
+
+    template <int W>
+    INLINE void add(const float (&logits)[W]) {
+#pragma unroll
+        for (int j = 0; j < W; j++) best = larger(best, logits[j]);
+    }
+};
+
 template <class T>
 INLINE void row_max(const T* logits, float* maxima, i64 width) {
     const i64 row = blockIdx.x;
-    float best = MINUS_INFINITY;
-    for_each(logits + row * width, width, [&](auto& some) {
-#pragma unroll
-        for (int j = 0; j < length(some); j++) best = larger(best, some[j]);
-    });
-    best = block_max(best);
+    Largest largest = {MINUS_INFINITY};
+    read_row(logits + row * width, width, largest);
+    const float best = block_max(largest.best);
     if (threadIdx.x == 0) maxima[row] = best;
 }
 
@@ -78,18 +80,24 @@ extern "C" __global__ void __launch_bounds__(512) row_max_bf16(const bf16* logit
     row_max(logits, maxima, width);
 }
 
+struct Exponentials {
+    float max, sum;
+
+    template <int W>
+    INLINE void add(const float (&logits)[W]) {
+#pragma unroll
+        for (int j = 0; j < W; j++) sum += expf(logits[j] - max);
+    }
+};
+
 template <class T>
 INLINE void sum_exp_target(const T* logits, const float* maxima, const int* targets, float* sums, float* chosen,
                            i64 rows, i64 width, i64 vocab_start, i64 vocab, u32* record, u32 launch) {
     const i64 row = blockIdx.x;
     if (row == 0) check_indices(targets, rows, vocab, record, launch);
-    const float max = maxima[row];
-    float sum = 0.0f;
-    for_each(logits + row * width, width, [&](auto& some) {
-#pragma unroll
-        for (int j = 0; j < length(some); j++) sum += expf(some[j] - max);
-    });
-    sum = block_sum(sum);
+    Exponentials exponentials = {maxima[row], 0.0f};
+    read_row(logits + row * width, width, exponentials);
+    const float sum = block_sum(exponentials.sum);
     if (threadIdx.x > 0) return;
     sums[row] = sum;
     const i64 column = (i64)targets[row] - vocab_start;
@@ -108,6 +116,25 @@ extern "C" __global__ void __launch_bounds__(512)
     sum_exp_target(logits, maxima, targets, sums, chosen, rows, width, vocab_start, vocab, record, launch);
 }
 
+// A sum of exponentials over the largest logit so far.
+struct Rescaled {
+    float best, sum;
+
+    template <int W>
+    INLINE void add(const float (&logits)[W]) {
+        float most = best;
+#pragma unroll
+        for (int j = 0; j < W; j++) most = larger(most, logits[j]);
+        if (most > best) {
+            sum *= expf(best - most);
+            best = most;
+        }
+        // No number for infinity and for what is none.
+#pragma unroll
+        for (int j = 0; j < W; j++) sum += logits[j] != MINUS_INFINITY ? expf(logits[j] - best) : 0.0f;
+    }
+};
+
 // Both of the above in one pass over the logits, for a vocabulary that is not split: each thread's sum is over the
 // largest logit that it has met. What is not finite comes out as from two passes.
 template <class T>
@@ -115,21 +142,10 @@ INLINE void row_max_sum_exp_target(const T* logits, const int* targets, float* m
                                    i64 rows, i64 width, i64 vocab_start, i64 vocab, u32* record, u32 launch) {
     const i64 row = blockIdx.x;
     if (row == 0) check_indices(targets, rows, vocab, record, launch);
-    float best = MINUS_INFINITY, sum = 0.0f;
-    for_each(logits + row * width, width, [&](auto& some) {
-        float most = best;
-#pragma unroll
-        for (int j = 0; j < length(some); j++) most = some[j] > most ? some[j] : most;
-        if (most > best) {
-            sum *= expf(best - most);
-            best = most;
-        }
-        // No number for infinity and for what is none.
-#pragma unroll
-        for (int j = 0; j < length(some); j++) sum += some[j] != MINUS_INFINITY ? expf(some[j] - best) : 0.0f;
-    });
-    const float most = block_max(best);
-    sum = block_sum(best == MINUS_INFINITY ? sum : sum * expf(best - most));
+    Rescaled own = {MINUS_INFINITY, 0.0f};
+    read_row(logits + row * width, width, own);
+    const float most = block_max(own.best);
+    const float sum = block_sum(own.best == MINUS_INFINITY ? own.sum : own.sum * expf(own.best - most));
     if (threadIdx.x > 0) return;
     maxima[row] = most;
     // Of nothing but minus infinities there is no difference to the largest.
