@@ -29,7 +29,7 @@ fn rows(report: &mut Report, device: &Device) {
     const NAN: f32 = f32::NAN;
     const INFINITE: f32 = f32::INFINITY;
     let mut numbers = Numbers { state: 5, halves: true };
-    let special = vec![
+    let special = [
         // Nothing but minus infinities; no number among them; infinity; both infinities; numbers behind and before.
         [-INFINITE; 7],
         [NAN, 1.0, -INFINITE, -INFINITE, -INFINITE, -INFINITE, 2.0],
