@@ -77,9 +77,10 @@ folders = [folder for root in sys.path for folder in sorted(glob.glob(os.path.jo
 links = sys.argv[1]
 os.mkdir(links)
 for name in ("libcublasLt.so", "libnvrtc.so"):
-    found = [path for folder in folders for path in sorted(glob.glob(os.path.join(folder, name + ".[0-9]*")))]
+    found = [path for folder in folders for path in glob.glob(os.path.join(folder, name + ".[0-9]*"))]
     if found:
-        os.symlink(os.path.abspath(found[0]), os.path.join(links, name))
+        newest = max(found, key=lambda path: [int(part) for part in path.rpartition(".so.")[2].split(".") if part.isdigit()])
+        os.symlink(os.path.abspath(newest), os.path.join(links, name))
 folders.insert(0, links)
 try:
     ctypes.CDLL("libcuda.so.1")

@@ -11,6 +11,7 @@ use shardflow::checkpoint::{
     Agree, Alone, Begun, Busy, CheckpointError, Cursor, Member, Saved, Saver, SaverOptions, Snapshot, Store, save_now,
 };
 use shardflow::passes::CompileOptions;
+use shardflow::passes::precision::Precision;
 use shardflow::plan::Schedule::OneFOneB;
 use shardflow::session::{Session, SessionOptions};
 use shardflow_integration_tests::together::save_together;
@@ -111,10 +112,16 @@ fn cursor(step: u64) -> Cursor {
 #[test]
 fn a_resumed_training_gives_the_losses_of_one_that_was_not_interrupted() {
     within(60, || {
-        for (mesh, then) in [(ONE, ONE), ("data=2,stage=2", "data=2,stage=2"), ("stage=2", "stage=4")] {
+        let bf16 = CompileOptions { precision: Precision::BF16, ..compile_options() };
+        for (mesh, then, options) in [
+            (ONE, ONE, compile_options()),
+            ("data=2,stage=2", "data=2,stage=2", compile_options()),
+            ("stage=2", "stage=4", compile_options()),
+            ("stage=2", "stage=4", bf16),
+        ] {
             let scratch = Scratch::new(&format!("checkpoints-resume-{mesh}"));
             let store = store(scratch.path());
-            let mut whole = session(mesh);
+            let mut whole = model().session(mesh, &options);
             let mut saver = saver(&store, 0, Busy::Wait);
             let mut losses = Vec::new();
             for step in 0..6 {
@@ -128,9 +135,9 @@ fn a_resumed_training_gives_the_losses_of_one_that_was_not_interrupted() {
             assert_eq!((last.step, last.result.expect("can be saved")), (4, Saved::Committed));
             assert!(saver.wait(Duration::ZERO).expect("nothing goes on").is_none());
             // Another seed, and steps of its own: all of it must be replaced.
-            let options = SessionOptions { seed: 7, ..SessionOptions::default() };
-            let plan = model().plan(then, &compile_options());
-            let mut resumed = Session::start(plan, &options).expect("can be started");
+            let seed = SessionOptions { seed: 7, ..SessionOptions::default() };
+            let plan = model().plan(then, &options);
+            let mut resumed = Session::start(plan, &seed).expect("can be started");
             model().step(&mut resumed);
             for from in [2u64, 4] {
                 let reader = store.read(from).expect("two are kept");

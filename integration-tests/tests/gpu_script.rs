@@ -106,6 +106,7 @@ fn our_side_runs_on_a_software_device() {
         "launches",
         "launches-own",
         "launches-any-order",
+        "gpt2-any-order",
         "virtual-stage",
         "virtual-tensor",
     ];
@@ -125,6 +126,10 @@ fn our_side_runs_on_a_software_device() {
     };
     let ((cudnn, own), (none, alone)) = (both("launches"), both("launches-own"));
     assert!(cudnn > 0 && own == 0 && none == 0 && alone > 0, "{report:#}");
+    for stage in ["launches-any-order", "gpt2-any-order"] {
+        let [_, _, backward, own] = attentions(&report, stage);
+        assert!(backward > 0 && own == 0, "{stage}: {report:#}");
+    }
     // Of the process that was last on the device: a training.
     assert_eq!(Report::read(scratch.path()).expect("a report").findings, []);
 }

@@ -1,13 +1,13 @@
 //! Training with activations and gradients in bf16: near to f32 on every mesh, in less memory, the same bits in every run, and
 //! weights, their gradients and moments in f32.
 
-use shardflow::graph::NodeOp;
+use shardflow::graph::{NodeOp, Phase};
 use shardflow::passes::precision::Precision;
 use shardflow::passes::{Boxing, CompileOptions};
 use shardflow::plan::Plan;
 use shardflow::plan::Schedule::{GPipe, OneFOneB};
 use shardflow::prelude::{AdamW, Graph, Init, Layout, Mesh, Parallel, Session, SessionOptions, compile, nn};
-use shardflow_integration_tests::training::{Model, ONE, Trained, options, relative, within};
+use shardflow_integration_tests::training::{Model, ONE, Scratch, Trained, options, relative, within};
 use shardflow_kernels::op::Op;
 use shardflow_kernels::tensor::{DType, HostTensor};
 
@@ -96,6 +96,56 @@ fn activations_take_less_memory_and_the_update_is_in_f32() {
         }
         assert!(products > 0 && updates > 0 && casts > 0, "{mesh}: {products} {updates} {casts}");
     }
+}
+
+/// Weights are cast once a step, by the update, however many micro-batches read them.
+#[test]
+fn no_micro_batch_casts_a_weight() {
+    for mesh in [ONE, "data=2,stage=2,tensor=2"] {
+        let plan = Model::default().plan(mesh, &halves(4));
+        let (graph, parameters) = (&plan.graph, plan.graph.parameters());
+        let (mut copies, mut casts) = (0, 0);
+        for node in graph.nodes() {
+            match &node.op {
+                NodeOp::Half { of } => {
+                    assert!(parameters.contains(of), "{mesh}: {}", node.name);
+                    copies += 1;
+                }
+                NodeOp::Kernel(Op::Cast) if parameters.contains(&node.inputs[0]) => {
+                    assert_eq!(node.phase, Phase::Update, "{mesh}: {}", node.name);
+                    casts += 1;
+                }
+                _ => {}
+            }
+        }
+        assert!(copies > 0 && copies == casts, "{mesh}: {copies} copies, {casts} casts");
+    }
+}
+
+/// Weights that come from outside are those that products read.
+#[test]
+fn loaded_weights_are_the_ones_that_are_used() {
+    within(SECONDS_MAX, || {
+        let model = Model::default();
+        for mesh in [ONE, "stage=2,tensor=2"] {
+            let scratch = Scratch::new("precision-load");
+            let file = scratch.path().join("model.safetensors");
+            let mut trained = model.session(mesh, &halves(2));
+            (0..3).for_each(|_| drop(model.step(&mut trained)));
+            trained.save(&file).expect("a file");
+            let weights = trained.parameters().expect("between steps");
+            let goes_on = |session: &mut Session| (0..3).map(|_| model.step(session).loss).collect::<Vec<_>>();
+            let expected = goes_on(&mut trained);
+            let mut other = model.session(mesh, &halves(2));
+            (0..5).for_each(|_| drop(model.step(&mut other)));
+            other.restore(&file).expect("a good file");
+            assert_eq!(goes_on(&mut other), expected, "{mesh}: from a file");
+            let mut other = model.session(mesh, &halves(2));
+            other.set_parameters(&weights).expect("the same program");
+            let loss = other.step(&model.batch(3), 1e-3).expect("a step").loss;
+            assert_eq!(loss, expected[0], "{mesh}: from memory");
+        }
+    });
 }
 
 /// Sums over devices are in f32: nothing that a collective reads is in bf16. Transfers between stages are.

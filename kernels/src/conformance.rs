@@ -189,6 +189,7 @@ enum Types {
 }
 
 /// One launch to try.
+#[derive(Clone)]
 struct Trial<'a> {
     op: Op,
     reads: &'a [HostTensor],
@@ -196,17 +197,19 @@ struct Trial<'a> {
     accumulate: bool,
     repeat: bool,
     types: Types,
+    /// The first buffer begins at no multiple of 16 bytes, as what has whole vectors else does.
+    skewed: bool,
 }
 
 impl<'a> Trial<'a> {
     fn new(op: Op, reads: &'a [HostTensor], writes: &'a [Initial]) -> Self {
-        Self { op, reads, writes, accumulate: false, repeat: false, types: Types::Floats }
+        Self { op, reads, writes, accumulate: false, repeat: false, types: Types::Floats, skewed: false }
     }
 
     /// Lays the buffers out in a fresh arena between canaries, launches, and returns what the writes hold.
     fn launch(&self, device: &Device) -> Result<Vec<HostTensor>, String> {
         let stream = device.stream("conformance", device.threads_per_stream()).map_err(|error| error.to_string())?;
-        let mut layout = Layout::default();
+        let mut layout = Layout { end: if self.skewed { DType::F32.bytes() } else { 0 }, ..Layout::default() };
         let narrow = |(port, read): (usize, &HostTensor)| match read.as_f32() {
             Some(values) if self.types != Types::Floats && self.op.reads_bf16(port) => {
                 HostTensor::bf16(&read.shape, values)
@@ -226,9 +229,7 @@ impl<'a> Trial<'a> {
         let (op, accumulate) = (self.op.clone(), self.accumulate);
         let mut launch = Launch { op, reads: reads.clone(), writes: writes.clone(), accumulate, workspace: None };
         let workspace_bytes = device.kind().workspace_bytes(&launch, stream.threads());
-        // As a plan places it: for the libraries, which take it in whole lines.
-        layout.end = layout.end.next_multiple_of(ALIGNMENT);
-        let workspace = (workspace_bytes > 0).then(|| layout.place(&[workspace_bytes / 4], DType::F32));
+        let workspace = (workspace_bytes > 0).then(|| layout.place_workspace(workspace_bytes));
         let arena = layout.arena(device).map_err(|error| error.to_string())?;
         for (buffer, tensor) in reads.iter().zip(&values) {
             arena.write_host(buffer.offset, tensor).map_err(|error| error.to_string())?;
@@ -273,6 +274,13 @@ impl Layout {
         // The next fence is of words; the byte pairs before it are nobody's.
         self.end = (offset + element_count(shape) * dtype.bytes()).next_multiple_of(DType::I32.bytes());
         Buffer { base: 0, offset, shape: shape.to_vec(), dtype }
+    }
+
+    /// Where a plan would place it, for the libraries, which take it in whole lines: behind the fence of what lies before it.
+    fn place_workspace(&mut self, bytes: usize) -> Buffer {
+        self.fences.push(self.end);
+        self.end = (self.end + FENCE_BYTES).next_multiple_of(ALIGNMENT);
+        self.place(&[bytes / 4], DType::F32)
     }
 
     fn fence() -> HostTensor {

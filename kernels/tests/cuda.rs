@@ -141,26 +141,29 @@ fn steps(count: usize) {
     assert_eq!(device.allocation_count(), allocations, "a prepared stream allocates");
 }
 
+/// Bytes of a place of [`neighbours`], for five rows of 1100 floats.
+const PLACE: usize = 22_528;
+
 /// Neighbours that one kernel does: residual and norm, bias and GELU, maximum and sum of a row; with the places of what they
 /// write, and signals between all launches where they are to be `apart`.
-fn neighbours(dtype: DType, apart: bool) -> (Arc<Program>, Vec<Buffer>) {
-    const ROWS: [usize; 2] = [5, 72];
-    let place = |i: usize, shape: &[usize], dtype| Buffer { dtype, ..floats(2048 * i, shape) };
-    let x = |i| place(i, &ROWS, dtype);
-    let line = |i| place(i, &ROWS[..1], DType::F32);
+fn neighbours(dtype: DType, apart: bool, width: usize) -> (Arc<Program>, Vec<Buffer>) {
+    let rows = [5, width];
+    let place = |i: usize, shape: &[usize], dtype| Buffer { dtype, ..floats(PLACE * i, shape) };
+    let x = |i| place(i, &rows, dtype);
+    let line = |i| place(i, &rows[..1], DType::F32);
     let launch = |op, reads: &[Buffer], writes: &[Buffer]| {
         let (reads, writes) = (reads.to_vec(), writes.to_vec());
         Launch { op, reads, writes, accumulate: false, workspace: None }
     };
-    let (weight, bias) = (place(2, &ROWS[1..], DType::F32), place(3, &ROWS[1..], dtype));
-    let targets = place(4, &ROWS[..1], DType::I32);
+    let (weight, bias) = (place(2, &rows[1..], DType::F32), place(3, &rows[1..], dtype));
+    let targets = place(4, &rows[..1], DType::I32);
     let launches = vec![
         launch(Op::Add, &[x(0), x(1)], &[x(5)]),
         launch(Op::LayerNorm { eps: 1e-5 }, &[x(5), weight], &[x(6), line(7), line(8)]),
         launch(Op::Add, &[x(6), bias], &[x(9)]),
         launch(Op::Gelu, &[x(9)], &[x(10)]),
         launch(Op::RowMax, &[x(10)], &[line(11)]),
-        launch(Op::SumExpTarget { vocab_start: 0, vocab: 72 }, &[x(10), line(11), targets], &[line(12), line(13)]),
+        launch(Op::SumExpTarget { vocab_start: 0, vocab: width }, &[x(10), line(11), targets], &[line(12), line(13)]),
     ];
     let written = launches.iter().flat_map(|launch| launch.writes.clone()).collect();
     let signals = (1..6).filter(|_| apart).map(|i| (i, i as u32)).collect();
@@ -171,21 +174,24 @@ fn neighbours(dtype: DType, apart: bool) -> (Arc<Program>, Vec<Buffer>) {
 /// the order in which a row's sum is added up.
 fn pairs(how: &str) {
     let device = Device::cuda(0, Gpu::open(0).expect("a device"), Arc::new(Local::new()));
-    let (stream, arena) = (device.stream("compute", 1).expect("a stream"), device.arena(14 * 2048).expect("memory"));
+    let (stream, arena) = (device.stream("compute", 1).expect("a stream"), device.arena(14 * PLACE).expect("memory"));
     let wave = |n: usize, step: f32| (0..n).map(|i| (i as f32 * step).sin()).collect::<Vec<f32>>();
-    for dtype in [DType::F32, DType::BF16] {
+    // Whole vectors, none, and more than a warp keeps of a row.
+    let cases = [72, 17, 1100].into_iter().flat_map(|width| [(DType::F32, width), (DType::BF16, width)]);
+    for (dtype, width) in cases {
+        let (rows, n) = ([5, width], 5 * width);
         let put = |place: usize, shape: &[usize], values: Vec<f32>, dtype| {
             let tensor =
                 if dtype == DType::BF16 { HostTensor::bf16(shape, &values) } else { HostTensor::f32(shape, values) };
-            arena.write_host(2048 * place, &tensor).expect("inside");
+            arena.write_host(PLACE * place, &tensor).expect("inside");
         };
         stream.check_finite(false).expect("a live stream");
-        put(0, &[5, 72], wave(360, 0.7), dtype);
-        put(1, &[5, 72], wave(360, 1.3), dtype);
-        put(2, &[72], wave(72, 0.4), DType::F32);
-        put(3, &[72], wave(72, 2.1), dtype);
-        arena.write_host(2048 * 4, &HostTensor::i32(&[5], vec![71, 0, 3, 20, 5])).expect("inside");
-        let (apart, written) = neighbours(dtype, true);
+        put(0, &rows, wave(n, 0.7), dtype);
+        put(1, &rows, wave(n, 1.3), dtype);
+        put(2, &rows[1..], wave(width, 0.4), DType::F32);
+        put(3, &rows[1..], wave(width, 2.1), dtype);
+        arena.write_host(PLACE * 4, &HostTensor::i32(&[5], vec![width as i32 - 1, 0, 3, 16, 5])).expect("inside");
+        let (apart, written) = neighbours(dtype, true, width);
         let read = || {
             let read = |buffer: &Buffer| arena.read_host(buffer.offset, &buffer.shape, buffer.dtype).expect("inside");
             written.iter().map(read).collect::<Vec<_>>()
@@ -193,10 +199,10 @@ fn pairs(how: &str) {
         assert_eq!(submit(&stream, &apart, &arena).expect("a live stream").last(), Some(&Notice::Done));
         let expected = read();
         for (buffer, place) in written.iter().zip(5..) {
-            put(buffer.offset / 2048, &buffer.shape, vec![place as f32; element_count(&buffer.shape)], buffer.dtype);
+            put(buffer.offset / PLACE, &buffer.shape, vec![place as f32; element_count(&buffer.shape)], buffer.dtype);
         }
         stream.check_finite(how == "looked at").expect("a live stream");
-        let (program, _) = neighbours(dtype, how == "apart");
+        let (program, _) = neighbours(dtype, how == "apart", width);
         assert_eq!(submit(&stream, &program, &arena).expect("a live stream").last(), Some(&Notice::Done));
         for (i, (got, expected)) in read().iter().zip(&expected).enumerate() {
             let close = |(got, expected): (&f32, &f32)| (got - expected).abs() <= 1e-6 * expected.abs();
@@ -265,24 +271,24 @@ fn attention_steps(count: usize) {
 /// What is wrong in a pair is told of the launch that it belongs to.
 fn wrong_pairs() {
     let device = Device::cuda(0, Gpu::open(0).expect("a device"), Arc::new(Local::new()));
-    let (stream, arena) = (device.stream("compute", 1).expect("a stream"), device.arena(14 * 2048).expect("memory"));
-    arena.write_host(0, &HostTensor::i32(&[14 * 512], vec![0; 14 * 512])).expect("inside");
+    let (stream, arena) = (device.stream("compute", 1).expect("a stream"), device.arena(14 * PLACE).expect("memory"));
+    arena.write_host(0, &HostTensor::i32(&[14 * PLACE / 4], vec![0; 14 * PLACE / 4])).expect("inside");
     for dtype in [DType::F32, DType::BF16] {
         stream.check_finite(false).expect("a live stream");
-        let (program, _) = neighbours(dtype, false);
-        arena.write_host(2048 * 4, &HostTensor::i32(&[5], vec![1, 72, 3, 4, 5])).expect("inside");
+        let (program, _) = neighbours(dtype, false, 72);
+        arena.write_host(PLACE * 4, &HostTensor::i32(&[5], vec![1, 72, 3, 4, 5])).expect("inside");
         let notices = submit(&stream, &program, &arena).expect("a live stream");
         let [Notice::Failed(KernelError::Data { op, what })] = &notices[..] else { panic!("{notices:?}") };
         assert_eq!((&op[..], &what[..]), ("sum_exp_target", "index 72 at position 1 is not in 0..72"));
-        arena.write_host(2048 * 4, &HostTensor::i32(&[5], vec![0; 5])).expect("inside");
+        arena.write_host(PLACE * 4, &HostTensor::i32(&[5], vec![0; 5])).expect("inside");
         let infinite = HostTensor::f32(&[1], vec![f32::INFINITY]);
         let infinite = if dtype == DType::BF16 { HostTensor::bf16(&[1], &[f32::INFINITY]) } else { infinite };
         // The bias, which the third launch adds in each of five rows.
-        arena.write_host(2048 * 3, &infinite).expect("inside");
+        arena.write_host(PLACE * 3, &infinite).expect("inside");
         stream.check_finite(true).expect("a live stream");
         let notices = submit(&stream, &program, &arena).expect("a live stream");
         assert_eq!(notices, [Notice::NotFinite { launch: 2, write: 0, elements: 5 }, Notice::Done]);
-        arena.write_host(2048 * 3, &HostTensor::i32(&[1], vec![0])).expect("inside");
+        arena.write_host(PLACE * 3, &HostTensor::i32(&[1], vec![0])).expect("inside");
     }
 }
 
@@ -308,7 +314,7 @@ impl<F: Fn() + Send + Sync> CustomKernel for Call<F> {
 
 /// Neighbours, behind a call of a user's.
 fn behind(call: impl Fn() + Send + Sync + 'static) -> Arc<Program> {
-    let (program, _) = neighbours(DType::F32, false);
+    let (program, _) = neighbours(DType::F32, false, 72);
     let (reads, writes) = (vec![], vec![]);
     let call = Launch { op: Op::Custom(Arc::new(Call(call))), reads, writes, accumulate: false, workspace: None };
     let launches = [vec![call], program.launches.clone()].concat();
@@ -319,7 +325,7 @@ fn behind(call: impl Fn() + Send + Sync + 'static) -> Arc<Program> {
 fn another_context() {
     let gpus = gpus();
     let device = Device::cuda(0, gpus[0].clone(), Arc::new(Local::new()));
-    let (stream, arena) = (device.stream("compute", 1).expect("a stream"), device.arena(14 * 2048).expect("memory"));
+    let (stream, arena) = (device.stream("compute", 1).expect("a stream"), device.arena(14 * PLACE).expect("memory"));
     let program = behind(move || assert!(gpus[1].memory().is_ok(), "the other GPU"));
     for _ in 0..2 {
         let notices = submit(&stream, &program, &arena).expect("a live stream");
@@ -330,7 +336,7 @@ fn another_context() {
 /// A stream is dropped where nobody can wait for it, in the middle of a program: on its own thread, or on the poller's.
 fn dropped(by_kernel: bool) {
     let device = Device::cuda(0, Gpu::open(0).expect("a device"), Arc::new(Local::new()));
-    let arena = device.arena(14 * 2048).expect("memory");
+    let arena = device.arena(14 * PLACE).expect("memory");
     let before = device.bytes_allocated();
     let stream = Arc::new(Mutex::new(Some(device.stream("compute", 1).expect("a stream"))));
     let drops = |yes: bool| {
@@ -658,8 +664,8 @@ fn a_step_allocates_nothing_and_waits_for_nothing() {
 #[test]
 fn a_pair_of_launches_changes_nothing_but_the_number_of_kernels() {
     let reports = ["apart", "together", "looked at"].map(|how| run(&format!("pairs {how}"), 1, "random", 5, None, &[]));
-    // Twice six, in two types; three of the second six are spared.
-    assert_eq!(reports.each_ref().map(|report| report.calls["cuLaunchKernel"]), [24, 18, 24]);
+    // Twice six, of three widths in two types; three of the second six are spared.
+    assert_eq!(reports.each_ref().map(|report| report.calls["cuLaunchKernel"]), [72, 54, 72]);
     assert!(OF_PAIRS.iter().all(|name| reports[1].kernels.contains_key(*name)), "{:?}", reports[1].kernels);
     run("wrong pairs", 1, "random", 6, None, &[]);
 }

@@ -95,6 +95,11 @@ pub enum NodeOp {
     },
     /// Memory that only the update touches (moments), zero at first.
     State,
+    /// A parameter's values in bf16, beside them: whoever writes the parameter writes this too. Made by the precision pass.
+    Half {
+        /// The parameter.
+        of: Var,
+    },
     /// A kernel of the library.
     Kernel(Op),
     /// A kernel from outside.
@@ -120,6 +125,13 @@ pub enum NodeOp {
         /// Largest global norm.
         max_norm: f32,
     },
+}
+
+impl NodeOp {
+    /// True for what is there before anything runs, and stays: parameters, their copies and states.
+    pub fn is_resident(&self) -> bool {
+        matches!(self, Self::Parameter { .. } | Self::State | Self::Half { .. })
+    }
 }
 
 /// An op from outside the workspace's crates.

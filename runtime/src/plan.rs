@@ -130,6 +130,8 @@ pub struct ResidentTensor {
     pub dtype: DType,
     /// Offset in the device's arena, bytes.
     pub offset: usize,
+    /// Where its values lie once more, in bf16: of a parameter that is read so.
+    pub half_offset: Option<usize>,
 }
 
 /// One device's memory.

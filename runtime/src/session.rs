@@ -335,9 +335,18 @@ impl Session {
                 let info = self.plan.graph.tensor(resident.var);
                 let mut data = vec![0.0; resident.region.element_count()];
                 init::fill(init, self.seed, &info.name, &info.shape, &resident.region, &mut data);
-                let part = HostTensor::f32(&resident.region.size, data);
-                self.arenas[&device].write_host(resident.offset, &part)?;
+                self.write_resident(device, resident, &HostTensor::f32(&resident.region.size, data))?;
             }
+        }
+        Ok(())
+    }
+
+    /// Writes a device's part of a parameter or a state, and the copy in bf16 where there is one.
+    fn write_resident(&self, device: usize, resident: &ResidentTensor, part: &HostTensor) -> Result<(), SessionError> {
+        let arena = &self.arenas[&device];
+        arena.write_host(resident.offset, part)?;
+        if let (Some(offset), Some(values)) = (resident.half_offset, part.as_f32()) {
+            arena.write_host(offset, &HostTensor::bf16(&part.shape, values))?;
         }
         Ok(())
     }

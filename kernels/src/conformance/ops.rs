@@ -17,6 +17,9 @@ const CLOSE: f64 = 2e-6;
 /// The same for long sums.
 const CLOSE_SUM: f64 = 2e-5;
 
+/// Elements of what is tried on skewed buffers, too.
+const SKEWED_MAX: usize = 5000;
+
 pub(super) fn run(report: &mut Report, device: &Device) {
     for types in [Types::Floats, Types::Halves, Types::Widening] {
         let numbers = Numbers { state: 1, halves: types != Types::Floats };
@@ -96,12 +99,17 @@ impl Suite<'_> {
         Trial { types: self.types, ..Trial::new(op, reads, writes) }
     }
 
+    /// On buffers that begin anywhere, too, where that takes little time.
     fn compare(&mut self, check: &str, trial: &Trial<'_>, expected: &[Expected], tolerance: f64) {
-        match trial.launch(self.device) {
-            Err(error) => self.report.fail(check, error),
-            Ok(got) => {
-                for (i, (got, (_, expected))) in got.iter().zip(expected).enumerate() {
-                    self.report.close(&format!("{check}, write {i}"), got, expected, tolerance);
+        let elements: usize = trial.reads.iter().map(|read| element_count(&read.shape)).sum();
+        for skewed in [false, true].into_iter().filter(|skewed| !skewed || elements < SKEWED_MAX) {
+            match (Trial { skewed, ..trial.clone() }).launch(self.device) {
+                Err(error) => self.report.fail(check, error),
+                Ok(got) => {
+                    for (i, (got, (_, expected))) in got.iter().zip(expected).enumerate() {
+                        let check = format!("{check}, write {i}{}", if skewed { ", skewed" } else { "" });
+                        self.report.close(&check, got, expected, tolerance);
+                    }
                 }
             }
         }
@@ -169,6 +177,7 @@ impl Suite<'_> {
             (vec![2, 3, 4], vec![0, 1, 3], vec![2, 2, 1], vec![2, 2, 2], vec![0, 0, 1]),
             // All in whole vectors.
             (vec![3, 16, 24], vec![1, 8, 8], vec![2, 8, 16], vec![2, 16, 32], vec![0, 8, 16]),
+            (vec![2, 3, 2, 3, 5], vec![0, 1, 1, 0, 2], vec![2, 2, 1, 2, 3], vec![2, 2, 2, 3, 4], vec![0, 0, 1, 1, 1]),
             (vec![3], vec![1], vec![0], vec![2], vec![2]),
             (vec![], vec![], vec![], vec![], vec![]),
         ];
@@ -248,9 +257,16 @@ impl Suite<'_> {
     }
 
     fn embeddings(&mut self) {
-        for (tokens, vocab, width, start) in
-            [(0, 3, 2, 0), (1, 1, 1, 0), (17, 5, 3, 0), (17, 5, 3, 4), (65, 0, 3, 2), (9, 3, 0, 0), (1000, 65, 65, 20)]
-        {
+        for (tokens, vocab, width, start) in [
+            (0, 3, 2, 0),
+            (1, 1, 1, 0),
+            (17, 5, 3, 0),
+            (17, 5, 3, 4),
+            (65, 0, 3, 2),
+            (9, 3, 0, 0),
+            (9, 5, 264, 0),
+            (1000, 65, 65, 20),
+        ] {
             let ids = self.numbers.indices(&[1, tokens], 100.min(start + vocab + 2));
             let table = self.numbers.tensor(&[vocab, width], 1.0);
             let dy = self.numbers.tensor(&[1, tokens, width], 1.0);
@@ -283,7 +299,7 @@ impl Suite<'_> {
 
     fn layer_norms(&mut self) {
         let eps = 1e-5;
-        for (rows, width) in [(0, 5), (1, 1), (3, 17), (65, 3), (2, 65), (5, 16), (701, 65)] {
+        for (rows, width) in [(0, 5), (1, 1), (3, 17), (65, 3), (2, 65), (5, 16), (701, 65), (3, 2100), (2, 2104)] {
             let x = self.numbers.tensor(&[1, rows, width], 3.0);
             let weight = self.numbers.tensor(&[width], 2.0);
             let dy = self.numbers.tensor(&[1, rows, width], 1.0);
@@ -344,7 +360,7 @@ impl Suite<'_> {
 
     /// Whole vocabularies, and vocabularies split over two shards whose parts are put together here.
     fn cross_entropies(&mut self) {
-        for (tokens, vocab) in [(0, 3), (1, 1), (3, 17), (17, 5), (65, 65), (600, 130)] {
+        for (tokens, vocab) in [(0, 3), (1, 1), (3, 17), (17, 5), (65, 65), (600, 130), (1100, 3)] {
             let logits = self.numbers.tensor(&[tokens, vocab], 5.0);
             let targets = self.numbers.indices(&[tokens], vocab);
             let scale = 1.0 / tokens.max(1) as f64;

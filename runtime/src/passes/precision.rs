@@ -1,6 +1,7 @@
 //! Stores activations and their gradients in bf16, where all who read them take that: products, attention and elementwise ops
 //! then compute on half the bytes, in f32 inside. Parameters, their sums over micro-batches, statistics, scalars, the update and
-//! whatever a collective moves stay in f32; who reads one of these in bf16 gets a cast of it. Imports `graph`.
+//! whatever a collective moves stay in f32; who reads one of these in bf16 gets a cast of it, which of a parameter is made once
+//! a step, by the update. Imports `graph`.
 //!
 //! Micikevicius et al. 2018, <https://arxiv.org/abs/1710.03740>, with the range of bf16, so without scaling of the loss
 //! (Kalamkar et al. 2019, <https://arxiv.org/abs/1905.12322>).
@@ -179,12 +180,13 @@ impl Classes {
     }
 }
 
-/// Casts what a node reads in another type than it has: once for all nodes of a phase, so that a parameter's cast is made
-/// again for backward rather than kept.
+/// Casts what a node reads in another type than it has: once for all nodes of a phase. A parameter has a copy instead, which
+/// the update casts anew, so no micro-batch has to.
 fn insert_casts(graph: &mut Graph) {
     let nodes = std::mem::take(&mut graph.nodes);
     let mut made: Vec<Node> = Vec::new();
     let mut casts: BTreeMap<(Var, Phase), Var> = BTreeMap::new();
+    let mut copies: BTreeMap<Var, Var> = BTreeMap::new();
     for mut node in nodes {
         for port in 0..node.inputs.len() {
             let input = node.inputs[port];
@@ -197,8 +199,21 @@ fn insert_casts(graph: &mut Graph) {
             if !wants_half || has != DType::F32 {
                 continue;
             }
-            // What travels is cast where and when it is made.
             let producer = &made[graph.tensor(input).producer.index()];
+            if matches!(producer.op, NodeOp::Parameter { .. }) && producer.placement == node.placement {
+                node.inputs[port] = match copies.get(&input) {
+                    Some(copy) => *copy,
+                    None => {
+                        let copy = half(graph, input, producer.clone());
+                        let out = copy.outputs[0];
+                        copies.insert(input, out);
+                        push(graph, &mut made, copy);
+                        out
+                    }
+                };
+                continue;
+            }
+            // What travels is cast where and when it is made.
             let at = if is_transfer(&node) { producer } else { &node };
             let (placement, phase) = (at.placement, at.phase);
             node.inputs[port] = match casts.get(&(input, phase)) {
@@ -217,9 +232,27 @@ fn insert_casts(graph: &mut Graph) {
         {
             node.op = NodeOp::Boxing(Arc::new(of_half_the_bytes(step)));
         }
+        let updated = node.updates.first().and_then(|var| Some((*var, *copies.get(var)?)));
+        let refreshed = updated.map(|(parameter, copy)| Node {
+            name: format!("{}.cast", graph.tensor(parameter).name),
+            op: NodeOp::Kernel(Op::Cast),
+            inputs: vec![parameter],
+            updates: vec![copy],
+            ..node.clone()
+        });
         push(graph, &mut made, node);
+        refreshed.into_iter().for_each(|cast| push(graph, &mut made, cast));
     }
     graph.nodes = made;
+}
+
+/// A parameter's copy in bf16.
+fn half(graph: &mut Graph, of: Var, parameter: Node) -> Node {
+    let out = Var(graph.tensors.len() as u32);
+    let info = graph.tensor(of).clone();
+    let name = format!("{}.bf16", info.name);
+    graph.tensors.push(TensorInfo { name: name.clone(), dtype: DType::BF16, saved_shape: None, ..info });
+    Node { name, op: NodeOp::Half { of }, outputs: vec![out], ..parameter }
 }
 
 fn push(graph: &mut Graph, made: &mut Vec<Node>, node: Node) {

@@ -69,7 +69,7 @@ impl Assignment {
 /// The action that runs a node on the devices of its placement; `None` for parameters and states, which do not run.
 pub fn action_of(graph: &Graph, id: NodeId, node: &Node) -> Option<ActionKey> {
     match &node.op {
-        NodeOp::Parameter { .. } | NodeOp::State => None,
+        op if op.is_resident() => None,
         NodeOp::Input if node.phase == Phase::Update => Some(ActionKey::Decide),
         NodeOp::Input => Some(ActionKey::Feed(graph.tensor(node.outputs[0]).rate)),
         NodeOp::Boxing(step) if step.kind == StepKind::Transfer => Some(ActionKey::Pull(id)),
@@ -186,7 +186,7 @@ fn group_registers(
         for &device in graph.placements[graph.placement_of(var)].devices() {
             let local = (device, var);
             let made_by = graph.producer(var);
-            let resident = matches!(made_by.op, NodeOp::Parameter { .. } | NodeOp::State);
+            let resident = made_by.op.is_resident();
             let Some(site) = producer.get(&local).copied() else {
                 out.homes.insert(local, Home::Fixed);
                 continue;

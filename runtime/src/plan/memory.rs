@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use shardflow_kernels::memory::ALIGNMENT;
 use shardflow_kernels::tensor::element_count;
 
-use crate::graph::{Graph, NodeOp, Var};
+use crate::graph::{Graph, Node, NodeOp, Var};
 use crate::plan::assign::{Assignment, Home};
 use crate::plan::{DeviceMemory, RegisterPlace, ResidentTensor};
 use crate::sbp::local_region;
@@ -122,20 +122,31 @@ pub fn lay_out(graph: &Graph, assignment: &Assignment, slots: &[u32], devices: u
         memory.arena_bytes += stride * *slots as usize;
         memory.register_bytes += stride * *slots as usize;
     }
-    for ((device, var), home) in &assignment.homes {
+    let offset = |device: usize, var: Var| match assignment.homes.get(&(device, var))? {
+        Home::Fixed => fixed.get(&(device, var)).copied(),
+        Home::Register(index) => Some(places[*index].offset + offsets[*index][&var]),
+        Home::Scratch => None,
+    };
+    let copies: BTreeMap<Var, Var> = graph.nodes.iter().filter_map(copy_of).collect();
+    for (device, var) in assignment.homes.keys() {
         if !matches!(graph.producer(*var).op, NodeOp::Parameter { .. } | NodeOp::State) {
             continue;
         }
-        let offset = match home {
-            Home::Fixed => fixed[&(*device, *var)],
-            Home::Register(index) => places[*index].offset + offsets[*index][var],
-            Home::Scratch => continue,
-        };
+        let Some(own) = offset(*device, *var) else { continue };
+        let half_offset = copies.get(var).and_then(|copy| offset(*device, *copy));
         let region = local_part(graph, *var, *device);
         let dtype = graph.tensor(*var).dtype;
-        memory[*device].residents.push(ResidentTensor { var: *var, region, dtype, offset });
+        memory[*device].residents.push(ResidentTensor { var: *var, region, dtype, offset: own, half_offset });
     }
     ArenaMap { registers: places, slot_offsets: offsets, devices: memory, fixed }
+}
+
+/// A parameter, and its copy in bf16 that this node is.
+fn copy_of(node: &Node) -> Option<(Var, Var)> {
+    match node.op {
+        NodeOp::Half { of } => Some((of, node.outputs[0])),
+        _ => None,
+    }
 }
 
 #[cfg(test)]

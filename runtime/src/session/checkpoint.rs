@@ -179,7 +179,7 @@ impl Session {
         for (var, whole) in tensors {
             for (device, _, resident) in resident_parts(&self.plan, var) {
                 if self.hosting.own().contains(&device) {
-                    self.arenas[&device].write_host(resident.offset, &take_box(&whole, &resident.region))?;
+                    self.write_resident(device, resident, &take_box(&whole, &resident.region))?;
                 }
             }
         }

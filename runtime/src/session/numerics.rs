@@ -232,7 +232,7 @@ fn op_name(node: &Node) -> &str {
         NodeOp::NormSums { .. } => "squares of gradients",
         NodeOp::ClipScale { .. } => "clip scale",
         NodeOp::Input => "input",
-        NodeOp::Parameter { .. } => "parameter",
+        NodeOp::Parameter { .. } | NodeOp::Half { .. } => "parameter",
         NodeOp::State => "optimizer state",
     }
 }

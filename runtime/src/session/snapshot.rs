@@ -14,6 +14,7 @@ use crate::checkpoint::read::Reader;
 use crate::checkpoint::snapshot::{Snapshot, SnapshotPiece};
 use crate::checkpoint::store::{Newest, Store};
 use crate::graph::{NodeOp, Var};
+use crate::plan::ResidentTensor;
 
 /// What [`Session::restore_newest`] found.
 #[derive(Debug)]
@@ -41,8 +42,7 @@ const FAILED: u64 = u64::MAX;
 /// What of a checkpoint goes where.
 struct Part {
     device: usize,
-    /// In the device's arena, bytes.
-    offset: usize,
+    resident: ResidentTensor,
     tensor: HostTensor,
 }
 
@@ -142,16 +142,19 @@ impl Session {
             let parts = resident_parts(&self.plan, var).into_iter().filter(|part| hosted.contains(&part.0));
             // Each region is read once, and goes to every device that holds it.
             let mut regions: Vec<Region> = Vec::new();
-            let mut places: Vec<(usize, usize, usize)> = Vec::new();
+            let mut places = Vec::new();
             for (device, _, resident) in parts {
                 let index = regions.iter().position(|r| *r == resident.region).unwrap_or(regions.len());
                 if index == regions.len() {
                     regions.push(resident.region.clone());
                 }
-                places.push((device, resident.offset, index));
+                places.push((device, resident.clone(), index));
             }
             let tensors = reader.tensors(&self.plan.graph.tensor(var).name, &regions)?;
-            let part = |(device, offset, index): (_, _, usize)| Part { device, offset, tensor: tensors[index].clone() };
+            let part = |(device, resident, index): (_, _, usize)| {
+                let tensor = tensors[index].clone();
+                Part { device, resident, tensor }
+            };
             found.extend(places.into_iter().map(part));
         }
         Ok(found)
@@ -159,8 +162,8 @@ impl Session {
 
     /// Takes on what was read.
     fn go_on_from(&mut self, parts: Vec<Part>, manifest: &Manifest, productive_ms: u64) -> Result<(), SessionError> {
-        for Part { device, offset, tensor } in parts {
-            self.arenas[&device].write_host(offset, &tensor)?;
+        for Part { device, resident, tensor } in parts {
+            self.write_resident(device, &resident, &tensor)?;
         }
         (self.steps, self.seed) = (manifest.step, manifest.seed);
         self.step_metrics.was_productive(productive_ms);
