@@ -68,7 +68,7 @@ fn rows_of(report: &mut Report, device: &Device, logits: &HostTensor, half: bool
     let [max, sum, chosen] = [(); 3].map(|()| layout.place(&[rows], DType::F32));
     let launch = |op, reads, writes| Launch { op, reads, writes, accumulate: false, workspace: None };
     let op = Op::SumExpTarget { vocab_start: 4, vocab: width + 9 };
-    let launches = vec![
+    let launches = [
         launch(Op::RowMax, vec![x.clone()], vec![max.clone()]),
         launch(op, vec![x.clone(), max.clone(), indices.clone()], vec![sum.clone(), chosen.clone()]),
     ];
