@@ -73,7 +73,7 @@ libraries() {
 import ctypes, glob, os, sys
 
 folders = [folder for root in sys.path for folder in sorted(glob.glob(os.path.join(root, "nvidia", "*", "lib")))]
-# Our programs ask for these without a version first, and a toolkit on the machine would give its own: not those that PyTorch uses.
+# Our programs ask for these without a version first, and a toolkit on the machine would give its own, not the packages'.
 links = sys.argv[1]
 os.mkdir(links)
 for name in ("libcublasLt.so", "libnvrtc.so"):

@@ -1,6 +1,9 @@
 //! Programs that are no plain chain of layers: tensors that skip stages, one parameter used twice, devices without data,
 //! outputs that need no input; and programs that are wrong, which `compile` and `step` tell with the user's line.
 
+use std::collections::BTreeMap;
+
+use shardflow::passes::precision::Precision;
 use shardflow::prelude::*;
 use shardflow_integration_tests::training::{relative, within};
 
@@ -212,6 +215,59 @@ fn outputs_need_no_input() {
         assert_eq!(report.outputs["w"], HostTensor::f32(&[2, 2], vec![1.0; 4]));
         // Made once a micro-batch, of which there are two.
         assert_eq!(report.outputs["z"], HostTensor::f32(&[4, 2], vec![3.0; 8]));
+    });
+}
+
+/// A table that nothing updates is read on its own stage and on a later one, from where it lies, whatever is loaded.
+#[test]
+fn weights_that_nothing_updates_are_read_by_other_stages() {
+    within(60, || {
+        let program = |mesh: &str| {
+            let mut g = graph(mesh);
+            let stages = mesh != "data=1";
+            let at = |g: &mut Graph, stage| {
+                if stages {
+                    g.place_at("stage", stage)
+                }
+            };
+            at(&mut g, 0);
+            let x = g.input("x", &[4, 8], DType::F32, Layout::broadcast());
+            // Not the first thing in memory.
+            let first = g.parameter("first", &[8, 8], WEIGHTS, Layout::broadcast());
+            let w = g.parameter("w", &[8, 8], WEIGHTS, Layout::broadcast());
+            let hidden = g.einsum("bi,oi->bo", x, first);
+            let hidden = g.einsum("bi,oi->bo", hidden, w);
+            at(&mut g, 1);
+            let y = g.einsum("bi,oi->bo", hidden, w);
+            g.output("y", y);
+            g
+        };
+        let x = HostTensor::f32(&[4, 8], (0..32).map(|i| (i as f32).sin()).collect());
+        let loaded = |name: &str, step: f32| {
+            (name.to_owned(), HostTensor::f32(&[8, 8], (0..64).map(|i| (i as f32 * step).cos()).collect()))
+        };
+        let loaded = BTreeMap::from([loaded("first", 0.7), loaded("w", 1.1)]);
+        let outputs = |mesh: &str, precision| {
+            let options = CompileOptions { micro_batches: 2, precision, ..CompileOptions::default() };
+            let plan = compile(program(mesh), &options).unwrap_or_else(|e| panic!("{e}"));
+            let mut session = Session::start(plan, &SessionOptions::default()).unwrap_or_else(|e| panic!("{e}"));
+            let mut step =
+                || session.step(&[("x", x.clone())], 0.0).unwrap_or_else(|e| panic!("{e}")).outputs["y"].clone();
+            let made = [step(), step()];
+            session.set_parameters(&loaded).unwrap_or_else(|e| panic!("{e}"));
+            let mut step =
+                || session.step(&[("x", x.clone())], 0.0).unwrap_or_else(|e| panic!("{e}")).outputs["y"].clone();
+            [made, [step(), step()]].concat()
+        };
+        let expected = outputs("data=1", Precision::F32);
+        assert!(expected[0] == expected[1] && expected[1] != expected[2] && expected[2] == expected[3]);
+        assert_eq!(outputs("stage=2", Precision::F32), expected);
+        assert_eq!(outputs("stage=2", Precision::BF16), outputs("data=1", Precision::BF16));
+        for (near, exact) in outputs("stage=2", Precision::BF16).iter().zip(&expected) {
+            let (near, exact) = (near.as_f32().expect("floats"), exact.as_f32().expect("floats"));
+            let most = exact.iter().fold(0.0f32, |most, y| most.max(y.abs()));
+            assert!(near.iter().zip(exact).all(|(a, b)| (a - b).abs() < 0.03 * most), "{near:?}, not {exact:?}");
+        }
     });
 }
 

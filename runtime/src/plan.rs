@@ -137,9 +137,9 @@ pub struct ResidentTensor {
 /// One device's memory.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct DeviceMemory {
-    /// Tensors that stay where they are (moments, untrained parameters), bytes.
+    /// Tensors that no other action reads, or that nothing replaces (moments, floats of weights that are read in bf16), bytes.
     pub fixed_bytes: usize,
-    /// Register slots, parameters and gradients among them, bytes.
+    /// Register slots, bytes: what goes from one action to another, weights and gradients among it.
     pub register_bytes: usize,
     /// For each stream of the device: scratch offset and bytes, by actor.
     pub scratch: BTreeMap<ActorId, (usize, usize)>,

@@ -10,6 +10,9 @@ use crate::tensor::{DType, HostTensor, element_count};
 /// Of values of about 1, some of them in BF16 on the way.
 const CLOSE: f64 = 2e-2;
 
+/// What no result is.
+const UNWRITTEN: f32 = -7.0;
+
 pub(super) fn run(report: &mut Report, device: &Device) {
     rows(report, device);
     attention(report, device);
@@ -78,7 +81,8 @@ fn rows_of(report: &mut Report, device: &Device, logits: &HostTensor, half: bool
         let arena = layout.arena(device).map_err(text)?;
         arena.write_host(x.offset, &typed).map_err(text)?;
         arena.write_host(indices.offset, &targets).map_err(text)?;
-        let poison = HostTensor::f32(&[rows], vec![f32::NAN; rows]);
+        // NaN may be right here.
+        let poison = HostTensor::f32(&[rows], vec![UNWRITTEN; rows]);
         [&max, &sum, &chosen].into_iter().try_for_each(|made| arena.write_host(made.offset, &poison)).map_err(text)?;
         let programs = if apart { launches.chunks(1) } else { launches.chunks(2) };
         programs
@@ -116,7 +120,12 @@ fn attention(report: &mut Report, device: &Device) {
         let k = filled(&|t| if t < far { f32::NEG_INFINITY } else { t as f32 / 64.0 });
         let [o, _] = exact::attention(&wide(&q), &wide(&k), &wide(&v), SHAPE, 0.3);
         let reads = [q.clone(), k, v.clone()];
-        let writes = [Initial::Poison(SHAPE.to_vec()), Initial::Poison(vec![1, 1, 80])];
+        let unwritten = vec![UNWRITTEN; 640];
+        let o_before = match types {
+            Types::Halves => HostTensor::bf16(&SHAPE, &unwritten),
+            _ => HostTensor::f32(&SHAPE, unwritten),
+        };
+        let writes = [Initial::Values(o_before), Initial::Poison(vec![1, 1, 80])];
         let check = format!("attention of odd scores, {types:?}");
         match (Trial { types, ..Trial::new(Op::Attention { scale: 0.3 }, &reads, &writes) }).launch(device) {
             Err(error) => report.fail(&check, error),

@@ -1,7 +1,7 @@
 //! Stores activations and their gradients in bf16, where all who read them take that: products, attention and elementwise ops
 //! then compute on half the bytes, in f32 inside. Parameters, their sums over micro-batches, statistics, scalars, the update and
-//! whatever a collective moves stay in f32; who reads one of these in bf16 gets a cast of it, which of a parameter is made once
-//! a step, by the update. Imports `graph`.
+//! whatever a collective moves stay in f32; who reads one of these in bf16 gets a cast of it, which of a parameter as it lies
+//! is made once a step, by the update. Imports `graph`.
 //!
 //! Micikevicius et al. 2018, <https://arxiv.org/abs/1710.03740>, with the range of bf16, so without scaling of the loss
 //! (Kalamkar et al. 2019, <https://arxiv.org/abs/1905.12322>).
@@ -180,8 +180,8 @@ impl Classes {
     }
 }
 
-/// Casts what a node reads in another type than it has: once for all nodes of a phase. A parameter has a copy instead, which
-/// the update casts anew, so no micro-batch has to.
+/// Casts what a node reads in another type than it has: once for all nodes of a phase. A parameter that is read as it lies has a
+/// copy instead, which the update casts anew, so no micro-batch has to.
 fn insert_casts(graph: &mut Graph) {
     let nodes = std::mem::take(&mut graph.nodes);
     let mut made: Vec<Node> = Vec::new();

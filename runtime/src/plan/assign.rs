@@ -1,5 +1,5 @@
 //! Which action of which device runs each node, and where each tensor's local part lies: in an action's scratch when
-//! nobody else reads it, in a register when others do, fixed in memory when nothing ever replaces it.
+//! nobody else reads it, in a register when others do, fixed in memory when nothing replaces it or nobody else reads it.
 //! Tensors of one action with the same readers share a register; so the stash, activations on their way to another
 //! stage, gradients and parameters are all the same thing. Imports `graph` and `plan`.
 
@@ -66,7 +66,7 @@ impl Assignment {
     }
 }
 
-/// The action that runs a node on the devices of its placement; `None` for parameters and states, which do not run.
+/// The action that runs a node on the devices of its placement; `None` for what is resident, which does not run.
 pub fn action_of(graph: &Graph, id: NodeId, node: &Node) -> Option<ActionKey> {
     match &node.op {
         op if op.is_resident() => None,
@@ -109,6 +109,15 @@ pub fn assign(graph: &Graph) -> Assignment {
         for &device in graph.placements[graph.placement_of(output.tensor)].devices() {
             let site = (device, ActionKey::Fetch(rate));
             readers.entry((device, var)).or_default().insert(site);
+            out.actions.entry(site).or_default();
+        }
+    }
+    // What nothing updates is read on other devices as what is updated: an update that changes nothing gives it to them.
+    for (&(device, var), sites) in &readers {
+        let fixed = graph.producer(var).op.is_resident() && !producer.contains_key(&(device, var));
+        if fixed && sites.iter().any(|site| site.0 != device) {
+            let site = (device, ActionKey::Update);
+            producer.insert((device, var), site);
             out.actions.entry(site).or_default();
         }
     }

@@ -133,7 +133,7 @@ pub fn lay_out(graph: &Graph, assignment: &Assignment, slots: &[u32], devices: u
             continue;
         }
         let Some(own) = offset(*device, *var) else { continue };
-        let half_offset = copies.get(var).and_then(|copy| offset(*device, *copy));
+        let half_offset = copies.get(var).map(|copy| offset(*device, *copy).expect("a copy lies beside its parameter"));
         let region = local_part(graph, *var, *device);
         let dtype = graph.tensor(*var).dtype;
         memory[*device].residents.push(ResidentTensor { var: *var, region, dtype, offset: own, half_offset });

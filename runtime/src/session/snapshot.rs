@@ -121,7 +121,7 @@ impl Session {
         }
     }
 
-    /// Loads a checkpoint that any mesh wrote: each hosted device reads just its part. The next step is the one after the
+    /// Loads a checkpoint that any mesh wrote: each hosted device reads just its part, and all processes call it. The next step is the one after the
     /// checkpoint's, and the session takes the checkpoint's seed in place of its own, so that dropout goes on as it was.
     ///
     /// # Errors
@@ -167,7 +167,7 @@ impl Session {
         }
         (self.steps, self.seed) = (manifest.step, manifest.seed);
         self.step_metrics.was_productive(productive_ms);
-        Ok(())
+        self.refresh()
     }
 
     /// Loads the newest checkpoint of the store that is good to the last byte; damaged ones are passed over and told. Where
@@ -209,7 +209,6 @@ impl Session {
                 (Ok((parts, reader)), GOOD) => {
                     // The first process says what is this job's: launchers of other nodes began it a little later.
                     self.go_on_from(parts, reader.manifest(), said[0][1])?;
-                    self.refresh()?;
                     return Ok(Restored { found: Some((step, reader.manifest().cursor.clone())), damaged: all });
                 }
                 (Err(SessionError::Checkpoint(error)), DAMAGED) => all.push(error),
