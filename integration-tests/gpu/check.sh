@@ -145,7 +145,7 @@ nccl_stage() {
 
 # train_stage NAME SECONDS ARGS..: GPT-2 trained by us, as users run it.
 train_stage() {
-    loading=EAGER gpu_stage "$1" "$2" "$check" train "${sizes[@]}" "${@:3}"
+    loading=EAGER gpu_stage "$1" "$2" "${train[@]}" "${@:3}"
 }
 
 # torch_stage NAME SECONDS LIKE SCRIPT ARGS..: PyTorch beside what our stage LIKE printed.
@@ -200,6 +200,7 @@ if [ -n "$tiny" ]; then
     ceilings=(--copy-bytes 65536 --matrix 48) delays=(--seeds 1 --cycles 3000 --size 16 --steps 2)
 fi
 check=$binaries/gpu_check
+train=("$check" train "${sizes[@]}")
 
 gpu=1
 gpu_stage versions 90 "$check" versions
@@ -228,8 +229,8 @@ torch_stage gpt2-compile-1 120 gpt2-ours-1 gpt2_torch.py --compile "${timed[@]}"
 f32=(--precision f32 --batch 4 --timed 0)
 train_stage gpt2-f32-ours 45 "${f32[@]}"
 torch_stage gpt2-f32-eager 45 gpt2-f32-ours gpt2_torch.py --timed 0
-nccl_stage nccl-data 60 "$check" train "${sizes[@]}" "${f32[@]}" --mesh data=2
-nccl_stage nccl-stage 60 "$check" train "${sizes[@]}" "${f32[@]}" --mesh stage=2 --micro-batches 2
+nccl_stage nccl-data 60 "${train[@]}" "${f32[@]}" --mesh data=2
+nccl_stage nccl-stage 60 "${train[@]}" "${f32[@]}" --mesh stage=2 --micro-batches 2
 gpu_stage compare 60 "$check" compare "${sizes[@]}" --batch 1
 gpu_stage launches 75 "$check" launches "${sizes[@]}" "${batch[@]}"
 attention=("$check" launches --op attention "${sizes[@]}" "${batch[@]}")

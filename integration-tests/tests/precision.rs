@@ -61,6 +61,11 @@ fn pipelines_and_repetitions_give_the_same_bits() {
     });
 }
 
+/// Bytes of all registers of a plan: activations that wait, what goes between stages, weights that other actions read.
+fn register_bytes(plan: &Plan) -> u64 {
+    plan.spec.registers.iter().map(|r| u64::from(r.slots) * r.slot_bytes as u64).sum()
+}
+
 /// Bytes of all devices, but for the scratch of what runs.
 fn kept_bytes(plan: &Plan) -> usize {
     plan.memory.iter().map(|memory| memory.fixed_bytes + memory.register_bytes).sum()
@@ -71,6 +76,8 @@ fn activations_take_less_memory_and_the_update_is_in_f32() {
     let model = Model { width: 64, context: 64, ..Model::default() };
     for mesh in [ONE, "data=2,stage=2,tensor=2"] {
         let (whole, half) = (model.plan(mesh, &options(4, OneFOneB)), model.plan(mesh, &halves(4)));
+        let (before, after) = (register_bytes(&whole), register_bytes(&half));
+        assert!(after * 4 < before * 3, "{mesh}: {after} bytes in bf16, {before} in f32");
         let (before, after) = (kept_bytes(&whole), kept_bytes(&half));
         assert!(after * 10 < before * 9, "{mesh}: {after} bytes in bf16, {before} in f32");
         let graph = &half.graph;

@@ -251,13 +251,12 @@ fn weights_that_nothing_updates_are_read_by_other_stages() {
             let options = CompileOptions { micro_batches: 2, precision, ..CompileOptions::default() };
             let plan = compile(program(mesh), &options).unwrap_or_else(|e| panic!("{e}"));
             let mut session = Session::start(plan, &SessionOptions::default()).unwrap_or_else(|e| panic!("{e}"));
-            let mut step =
-                || session.step(&[("x", x.clone())], 0.0).unwrap_or_else(|e| panic!("{e}")).outputs["y"].clone();
-            let made = [step(), step()];
+            let step = |session: &mut Session| {
+                session.step(&[("x", x.clone())], 0.0).unwrap_or_else(|e| panic!("{e}")).outputs["y"].clone()
+            };
+            let made = [step(&mut session), step(&mut session)];
             session.set_parameters(&loaded).unwrap_or_else(|e| panic!("{e}"));
-            let mut step =
-                || session.step(&[("x", x.clone())], 0.0).unwrap_or_else(|e| panic!("{e}")).outputs["y"].clone();
-            [made, [step(), step()]].concat()
+            [made, [step(&mut session), step(&mut session)]].concat()
         };
         let expected = outputs("data=1", Precision::F32);
         assert!(expected[0] == expected[1] && expected[1] != expected[2] && expected[2] == expected[3]);

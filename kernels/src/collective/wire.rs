@@ -1,4 +1,4 @@
-//! Collectives between processes over sockets, by ring and by tree. Imports `collective`, `memory`, `region`, `error`,
+//! Collectives between processes over sockets, by ring and by tree. Imports `collective`, `memory`, `region`, `error`, `hash`,
 //! `tensor`; its parts are `wire/`, in layers: `channel, frame <- link <- port <- flow <- ring, tree, pairs`.
 //!
 //! - WIRE-1: a member reads and writes only its own buffers. All that it learns of others comes over channels, and is
@@ -23,6 +23,7 @@ use std::time::Duration;
 use crate::collective::exchange::{Terms, all_reduce_foreign, check_buffers, check_members};
 use crate::collective::{Collective, CollectiveCall, CollectiveKind, Group, Wait};
 use crate::error::KernelError;
+use crate::hash::Fnv;
 use crate::memory::{View, Words};
 use crate::region::Runs;
 use crate::tensor::{DType, Region};
@@ -301,23 +302,4 @@ pub(super) fn agreement<'a>(call: &CollectiveCall, reads: &[View<'a>], writes: &
     };
     let shown = shape(view);
     (hash.finish(), format!("{}{detail} of {dtype:?} {shown:?}", call.name()))
-}
-
-/// FNV-1a: the same in every process, as the standard library's hasher promises not to be.
-struct Fnv(u64);
-
-impl Default for Fnv {
-    fn default() -> Self {
-        Self(0xcbf2_9ce4_8422_2325)
-    }
-}
-
-impl Hasher for Fnv {
-    fn write(&mut self, bytes: &[u8]) {
-        self.0 = bytes.iter().fold(self.0, |hash, byte| (hash ^ u64::from(*byte)).wrapping_mul(0x100_0000_01b3));
-    }
-
-    fn finish(&self) -> u64 {
-        self.0
-    }
 }

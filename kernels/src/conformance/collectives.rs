@@ -217,10 +217,15 @@ impl Suite<'_> {
         }
     }
 
+    /// All members, as the group whose turn it is.
+    fn next_group(&mut self) -> Arc<Group> {
+        self.group = self.group % GROUPS + 1;
+        Arc::new(Group { id: self.group, ranks: (0..self.n).collect() })
+    }
+
     /// Runs one collective on all members twice, and compares bits and bytes.
     fn check(&mut self, kind: CollectiveKind, roles: &[Role]) {
-        self.group = self.group % GROUPS + 1;
-        let group = Arc::new(Group { id: self.group, ranks: (0..self.n).collect() });
+        let group = self.next_group();
         let check = format!("{kind:?} of {} members", self.n);
         for _ in 0..2 {
             if let Err(error) = self.exchange(&check, &group, &kind, roles) {
@@ -403,8 +408,7 @@ impl Suite<'_> {
     }
 
     fn chain(&mut self, n: usize) -> Result<(), KernelError> {
-        self.group = self.group % GROUPS + 1;
-        let group = Arc::new(Group { id: self.group, ranks: (0..n).collect() });
+        let group = self.next_group();
         let call = |member, kind| CollectiveCall { group: group.clone(), member, kind };
         let x = HostTensor::i32(&[2], vec![41, 42]);
         let mut ends = Vec::new();

@@ -1,9 +1,13 @@
 //! What is infinite or no number, indices that no table has, and which elements dropout keeps: the same on all backends.
-//! Imports `conformance` and its `reference`, and the public API.
+//! Imports `conformance` and its `reference`, `hash`, and the public API.
+
+use std::hash::Hasher;
 
 use super::reference as exact;
 use super::{Initial, Layout, Numbers, Report, Trial, Types, run_program, wide};
 use crate::device::Device;
+use crate::error::KernelError;
+use crate::hash::Fnv;
 use crate::op::{Buffer, Launch, Op};
 use crate::tensor::{DType, HostTensor, element_count};
 
@@ -76,19 +80,16 @@ fn rows_of(report: &mut Report, device: &Device, logits: &HostTensor, half: bool
         launch(op, vec![x.clone(), max.clone(), indices.clone()], vec![sum.clone(), chosen.clone()]),
     ];
     let mut got = || {
-        let stream = device.stream("conformance", device.threads_per_stream()).map_err(|error| error.to_string())?;
-        let text = |error: crate::error::KernelError| error.to_string();
+        let text = |error: KernelError| error.to_string();
+        let stream = device.stream("conformance", device.threads_per_stream()).map_err(text)?;
         let arena = layout.arena(device).map_err(text)?;
         arena.write_host(x.offset, &typed).map_err(text)?;
         arena.write_host(indices.offset, &targets).map_err(text)?;
         // NaN may be right here.
         let poison = HostTensor::f32(&[rows], vec![UNWRITTEN; rows]);
         [&max, &sum, &chosen].into_iter().try_for_each(|made| arena.write_host(made.offset, &poison)).map_err(text)?;
-        let programs = if apart { launches.chunks(1) } else { launches.chunks(2) };
-        programs
-            .into_iter()
-            .try_for_each(|part| run_program(&stream, part.to_vec(), &[&arena], false))
-            .map_err(text)?;
+        let mut programs = launches.chunks(if apart { 1 } else { 2 });
+        programs.try_for_each(|part| run_program(&stream, part.to_vec(), &[&arena], false)).map_err(text)?;
         layout.check_fences(&arena)?;
         let read = |made: &Buffer| arena.read_host(made.offset, &made.shape, made.dtype).map_err(text);
         Ok::<_, String>([read(&max)?, read(&sum)?, read(&chosen)?])
@@ -174,23 +175,18 @@ fn masks(report: &mut Report, device: &Device) {
         (&[2, 3, 1000], &[0, 1, 0], &[2, 2, 1000], 0xcfe3_89ca_ccab_00ee),
     ];
     for (shape, start, local, expected) in parts {
-        let mut hash = FNV_OFFSET;
+        let mut hash = Fnv::default();
         for (p, rng) in [(0.3, [5, 2_000_000_000]), (0.9, [-3, -1])] {
             let reads = [HostTensor::f32(local, vec![1.0; element_count(local)]), HostTensor::i32(&[2], rng.to_vec())];
             let op = Op::Dropout { p, seed: 0x1234_5678_9abc_def0, shape: shape.to_vec(), start: start.to_vec() };
             let writes = [Initial::Poison(local.to_vec())];
             match Trial::new(op, &reads, &writes).launch(device) {
                 Err(error) => return report.fail("dropout's mask", error),
-                Ok(got) => {
-                    wide(&got[0]).iter().for_each(|y| hash = (hash ^ u64::from(*y != 0.0)).wrapping_mul(FNV_PRIME))
-                }
+                Ok(got) => wide(&got[0]).iter().for_each(|y| hash.write_u8(u8::from(*y != 0.0))),
             }
         }
+        let hash = hash.finish();
         let told = format!("{start:?} of {shape:?}: {hash:#018x}, not {expected:#018x}");
         report.expect("dropout's mask", hash == expected, told);
     }
 }
-
-/// FNV-1a's.
-const FNV_OFFSET: u64 = 0xcbf2_9ce4_8422_2325;
-const FNV_PRIME: u64 = 0x0000_0100_0000_01b3;

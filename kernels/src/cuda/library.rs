@@ -25,7 +25,7 @@ const DRIVER_HINT: &str = "install NVIDIA's driver of version 580 or newer (Debi
 pub const SETTINGS: [(&str, &str); 3] = [
     // Libraries load all their kernels at once, and none behind a collective that waits for another GPU.
     ("CUDA_MODULE_LOADING", "EAGER"),
-    // And their kernels' data, which goes by the variable above unless this one says otherwise.
+    // The kernels' data, which follows the variable above by the guide of CUDA 13; earlier guides left that open.
     ("CUDA_MODULE_DATA_LOADING", "EAGER"),
     // The most there are: streams that share one wait for each other.
     (QUEUES, "32"),

@@ -36,6 +36,11 @@ const PACK: usize = 4;
 /// The same of bf16.
 const HALF_PACK: usize = 8;
 
+/// Elements of this type that a thread does: 16 bytes.
+fn pack_of(dtype: DType) -> usize {
+    if dtype == DType::BF16 { HALF_PACK } else { PACK }
+}
+
 /// cuBLASLt and cuDNN want their workspaces at multiples of this; buffers lie at multiples of [`ALIGNMENT`].
 const LIBRARY_ALIGNMENT: usize = 256;
 

@@ -185,8 +185,8 @@ impl Classes {
 fn insert_casts(graph: &mut Graph) {
     let nodes = std::mem::take(&mut graph.nodes);
     let mut made: Vec<Node> = Vec::new();
-    let mut casts: BTreeMap<(Var, Phase), Var> = BTreeMap::new();
-    let mut copies: BTreeMap<Var, Var> = BTreeMap::new();
+    // By the phase that a cast is made in; a parameter's copy is there in all of them.
+    let mut casts: BTreeMap<(Var, Option<Phase>), Var> = BTreeMap::new();
     for mut node in nodes {
         for port in 0..node.inputs.len() {
             let input = node.inputs[port];
@@ -200,28 +200,21 @@ fn insert_casts(graph: &mut Graph) {
                 continue;
             }
             let producer = &made[graph.tensor(input).producer.index()];
-            if matches!(producer.op, NodeOp::Parameter { .. }) && producer.placement == node.placement {
-                node.inputs[port] = match copies.get(&input) {
-                    Some(copy) => *copy,
-                    None => {
-                        let copy = half(graph, input, producer.clone());
-                        let out = copy.outputs[0];
-                        copies.insert(input, out);
-                        push(graph, &mut made, copy);
-                        out
-                    }
-                };
-                continue;
-            }
+            let as_it_lies = matches!(producer.op, NodeOp::Parameter { .. }) && producer.placement == node.placement;
             // What travels is cast where and when it is made.
             let at = if is_transfer(&node) { producer } else { &node };
-            let (placement, phase) = (at.placement, at.phase);
-            node.inputs[port] = match casts.get(&(input, phase)) {
+            let key = (input, (!as_it_lies).then_some(at.phase));
+            node.inputs[port] = match casts.get(&key) {
                 Some(cast) => *cast,
                 None => {
-                    let cast = cast(graph, input, (placement, phase), &node);
+                    let (placement, phase) = (at.placement, at.phase);
+                    let cast = if as_it_lies {
+                        half(graph, input, producer.clone())
+                    } else {
+                        cast(graph, input, (placement, phase), &node)
+                    };
                     let out = cast.outputs[0];
-                    casts.insert((input, phase), out);
+                    casts.insert(key, out);
                     push(graph, &mut made, cast);
                     out
                 }
@@ -232,7 +225,7 @@ fn insert_casts(graph: &mut Graph) {
         {
             node.op = NodeOp::Boxing(Arc::new(of_half_the_bytes(step)));
         }
-        let updated = node.updates.first().and_then(|var| Some((*var, *copies.get(var)?)));
+        let updated = node.updates.first().and_then(|var| Some((*var, *casts.get(&(*var, None))?)));
         let refreshed = updated.map(|(parameter, copy)| Node {
             name: format!("{}.cast", graph.tensor(parameter).name),
             op: NodeOp::Kernel(Op::Cast),

@@ -121,8 +121,9 @@ impl Session {
         }
     }
 
-    /// Loads a checkpoint that any mesh wrote: each hosted device reads just its part, and all processes call it. The next step is the one after the
-    /// checkpoint's, and the session takes the checkpoint's seed in place of its own, so that dropout goes on as it was.
+    /// Loads a checkpoint that any mesh wrote: each hosted device reads just its part, and all processes call it. The next step
+    /// is the one after the checkpoint's, and the session takes the checkpoint's seed in place of its own, so that dropout goes
+    /// on as it was.
     ///
     /// # Errors
     /// [`CheckpointError`], with the file; nothing was changed then.
@@ -148,12 +149,13 @@ impl Session {
                 if index == regions.len() {
                     regions.push(resident.region.clone());
                 }
-                places.push((device, resident.clone(), index));
+                places.push((device, resident, index));
             }
             let tensors = reader.tensors(&self.plan.graph.tensor(var).name, &regions)?;
-            let part = |(device, resident, index): (_, _, usize)| {
-                let tensor = tensors[index].clone();
-                Part { device, resident, tensor }
+            let part = |(device, resident, index): (_, &ResidentTensor, usize)| Part {
+                device,
+                resident: resident.clone(),
+                tensor: tensors[index].clone(),
             };
             found.extend(places.into_iter().map(part));
         }

@@ -1,7 +1,7 @@
 //! Ops on each element by itself. Imports `lower`, `cuda::step`, `tensor`.
 
 use super::args::Args;
-use super::{HALF_PACK, PACK, THREADS, blocks, long, read, threads, variants, write};
+use super::{HALF_PACK, PACK, THREADS, blocks, long, pack_of, read, threads, variants, write};
 use crate::cuda::step::{Arg, Place, Step};
 use crate::error::KernelError;
 use crate::tensor::{DType, element_count};
@@ -19,8 +19,8 @@ fn over(function: &'static str, n: usize, pack: usize, args: Vec<Arg>) -> Result
 
 /// As `over`, for all that write 0 holds, by the variant that takes read 0.
 fn map(args: &Args<'_>, names: [&'static str; 3], arguments: Vec<Arg>) -> Result<Vec<Step>, KernelError> {
-    let halves = [args.read_dtype(0), args.write_dtype(0)] == [DType::BF16; 2];
-    let pack = if halves { HALF_PACK } else { PACK };
+    // Where the two differ, the wider one.
+    let pack = pack_of(args.read_dtype(0)).min(pack_of(args.write_dtype(0)));
     over(args.pick(0, 0, names), args.written(0), pack, arguments)
 }
 

@@ -4,7 +4,7 @@
 
 use super::loss::rows;
 use super::norm::warps;
-use super::{HALF_PACK, PACK, long, lower, read, threads, write};
+use super::{long, lower, pack_of, read, threads, write};
 use crate::cuda::step::{Arg, SHARED_BYTES_DEFAULT, Step};
 use crate::error::KernelError;
 use crate::op::{Buffer, Launch, Op};
@@ -114,7 +114,7 @@ fn bias_gelu(
     let Some(name) = of_one_type(first, second, "bias_gelu_f32", "bias_gelu_bf16") else { return Ok(None) };
     let n = element_count(&first.writes[0].shape);
     let width = element_count(&first.reads[1].shape);
-    let pack = if first.reads[0].dtype == DType::BF16 { HALF_PACK } else { PACK };
+    let pack = pack_of(first.reads[0].dtype);
     // GELU in place of the sums leaves nobody who reads them.
     let sums = if in_place { Arg::Null } else { write(0) };
     let arguments = vec![read(0), read(1), sums, write(1), long(n), long(width)];

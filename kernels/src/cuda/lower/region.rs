@@ -2,7 +2,7 @@
 //! Imports `lower`, `cuda::step`, `region`, `tensor`.
 
 use super::args::Args;
-use super::{HALF_PACK, PACK, long, read, threads, variants};
+use super::{PACK, long, pack_of, read, threads, variants};
 use crate::cuda::step::{Arg, Operand, Place, Step};
 use crate::error::KernelError;
 use crate::region::check_inside;
@@ -118,7 +118,7 @@ pub(super) fn copy_region(args: &Args<'_>, src: &Region, dst: &Region) -> Result
             return Ok(());
         }
         let outer_steps = dims[..DIMS - 1].iter().flat_map(|dim| dim.steps);
-        let pack = if half { HALF_PACK } else { PACK };
+        let pack = pack_of(args.write_dtype(0));
         let packs = outer_steps.chain(offsets).chain([dims[DIMS - 1].size]).all(|n| n.is_multiple_of(pack));
         let function = match (args.accumulate, half, packs) {
             (false, false, false) => "copy_region_words",
