@@ -10,8 +10,11 @@
 //! - **RM-1**: what comes from a peer is checked against the plan before it is believed: who hosts the register's producer and
 //!   reader, how many bytes a slot sends, which piece and slot are due.
 //! - **RM-2**: an outbox holds no more than credits allow of the peer's actors (CR-3), and what the host puts there in a step.
+//! - **RM-3**: a mirror's slot is written only after all readers here have released the piece that it holds; a refresh writes it
+//!   only while no reader here is in the middle of a step.
 
 use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -121,6 +124,8 @@ pub(crate) struct Remote {
     changed: Condvar,
     /// By register: what had happened here when peers were last told of it. What they tell of it later is behind that.
     told: Vec<Clocks>,
+    /// By register and reader: pieces that readers here have released to a producer elsewhere.
+    released: Vec<Box<[AtomicU64]>>,
 }
 
 /// The end that the threads of a peer take.
@@ -145,12 +150,17 @@ impl Remote {
         }
         let ready = Mutex::new(vec![(0, Clock::default()); ends.len()]);
         let told = spec.registers.iter().map(|_| Clocks::default()).collect();
-        (Self { peer_of, outboxes, host_ports, host, ready, changed: Condvar::new(), told }, ends)
+        let released = spec.registers.iter().map(|r| r.readers.iter().map(|_| AtomicU64::new(0)).collect()).collect();
+        (Self { peer_of, outboxes, host_ports, host, ready, changed: Condvar::new(), told, released }, ends)
     }
 
     /// True when a peer hosts the actor, and the message is on its way.
     pub(crate) fn send(&self, to: ActorId, message: Message) -> bool {
         let Some(peer) = self.peer_of.get(to.0 as usize).copied().flatten() else { return false };
+        if let Message::Released { register, reader, .. } = message {
+            // Before the producer can know.
+            self.released[register.0 as usize][reader as usize].fetch_add(1, Ordering::Release);
+        }
         // A peer whose writer has ended is lost, which its reader tells.
         let _ = self.outboxes[peer].1.send(Outgoing::Message(message, Clock::capture()));
         true
@@ -171,10 +181,22 @@ impl Remote {
         self.ready.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A peer has sent the initial registers' bytes of this round.
-    fn is_ready(&self, peer: usize, round: u64) {
-        self.ready()[peer] = (round, Clock::capture());
-        self.changed.notify_all();
+    /// A peer has sent the initial registers' bytes of this round; false unless it is the peer's next one.
+    fn is_ready(&self, peer: usize, round: u64) -> bool {
+        let mut ready = self.ready();
+        let is_next = ready[peer].0.checked_add(1) == Some(round);
+        if is_next {
+            ready[peer] = (round, Clock::capture());
+            self.changed.notify_all();
+        }
+        is_next
+    }
+
+    /// RM-3: the oldest piece of the register that some reader here has not released.
+    fn oldest_held(&self, spec: &Spec, register: RegisterId) -> u64 {
+        let readers = spec.registers[register.0 as usize].readers.iter().zip(&self.released[register.0 as usize]);
+        let here = readers.filter(|(reader, _)| self.is_here(reader.actor));
+        here.map(|(_, released)| released.load(Ordering::Acquire)).min().unwrap_or(u64::MAX)
     }
 
     /// The process that hosts the actor, if it is another one.

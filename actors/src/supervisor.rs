@@ -19,7 +19,7 @@ use crate::message::{Cast, Never};
 use crate::remote::Remote;
 use crate::slow::{self, Sample};
 use crate::snapshot::{ActorSnapshot, NotFinite};
-use crate::spec::{ActorId, Spec};
+use crate::spec::{ActorId, Reader, RegisterId, Spec};
 use crate::trace::Ring;
 
 /// How long a state is waited for; actors never block, so only an actor that is gone takes longer.
@@ -57,6 +57,8 @@ pub(crate) struct Session {
     /// Firings ended, by actor and action. Counted one by one: what follows from a peer that is a step ahead fires early, and
     /// must not be taken for what is late.
     completed: Vec<Vec<AtomicU64>>,
+    /// Firings launched, likewise.
+    launches: Vec<Vec<AtomicU64>>,
     /// Steps that all tokens were given for.
     whole: AtomicU64,
     /// Steps that some tokens were given for.
@@ -101,6 +103,7 @@ impl Session {
         remote: Remote,
     ) -> (Arc<Self>, Receiver<Failure>) {
         let (failed, failures) = bounded(1);
+        let by_action = || spec.actors.iter().map(|a| a.actions.iter().map(|_| AtomicU64::new(0)).collect()).collect();
         let session = Self {
             bus: Bus::new(&spec, remote),
             rings: streams.keys().map(|actor| (*actor, Ring::default())).collect(),
@@ -112,7 +115,8 @@ impl Session {
             failed_ns: AtomicU64::new(0),
             clocks: Clocks::default(),
             in_flight: spec.actors.iter().map(|_| AtomicU32::new(IDLE)).collect(),
-            completed: spec.actors.iter().map(|a| a.actions.iter().map(|_| AtomicU64::new(0)).collect()).collect(),
+            completed: by_action(),
+            launches: by_action(),
             whole: AtomicU64::new(0),
             begun: AtomicU64::new(0),
             settled: Condvar::new(),
@@ -211,6 +215,7 @@ impl Session {
 
     pub(crate) fn launched(&self, actor: ActorId, action: u32) {
         self.in_flight[actor.0 as usize].store(action, Ordering::Relaxed);
+        self.launches[actor.0 as usize][action as usize].fetch_add(1, Ordering::AcqRel);
     }
 
     /// A firing has ended.
@@ -249,6 +254,19 @@ impl Session {
     /// True while a step that was begun has firings left, be it for want of a token that the host gives late.
     pub(crate) fn outstanding(&self) -> bool {
         !self.has_ended(self.begun.load(Ordering::Acquire))
+    }
+
+    /// Firings that the register's readers here have done; nothing while one of them is in the middle of a step.
+    pub(crate) fn firings_of_readers(&self, register: RegisterId) -> Option<u64> {
+        let readers = self.spec.registers[register.0 as usize].readers.iter();
+        let firings = |reader: &Reader| {
+            let (actor, action) = (reader.actor.0 as usize, reader.action as usize);
+            let done = self.completed[actor][action].load(Ordering::Acquire);
+            let per_step = u64::from(self.spec.actors[actor].actions[action].per_step);
+            let is_idle = self.launches[actor][action].load(Ordering::Acquire) == done;
+            (is_idle && done.is_multiple_of(per_step)).then_some(done)
+        };
+        readers.filter(|reader| self.streams.contains_key(&reader.actor)).map(firings).sum()
     }
 
     /// True when a stream is still working for an actor.

@@ -2,7 +2,7 @@
 //! with an error that names the peer and what was wrong. Imports the public API.
 
 use std::collections::BTreeMap;
-use std::io::Write;
+use std::io::{Read, Write};
 use std::net::Ipv4Addr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -14,12 +14,12 @@ use shardflow_actors::remote::{HostPort, Peer, Peers, Run};
 use shardflow_actors::shell::{ActionProgram, Hosted, Loaded, RegisterMemory, Running, start};
 use shardflow_actors::spec::{ActorId, Firing, RegisterId, Spec};
 use shardflow_actors::transport::{
-    Endpoint, EndpointOptions, Frame, FrameError, Hello, Link, Listen, Purpose, Secret, SessionId, World, connect,
+    Endpoint, EndpointOptions, FRAME_BYTES, Frame, FrameError, Hello, Link, Listen, Purpose, Secret, SessionId, World, connect,
 };
 use shardflow_actors::watchdog::WatchdogOptions;
 use shardflow_kernels::collective::in_process::InProcess;
 use shardflow_kernels::device::Device;
-use shardflow_kernels::memory::Base;
+use shardflow_kernels::memory::{Arena, Base};
 use shardflow_kernels::op::Program;
 use shardflow_kernels::tensor::DType;
 
@@ -34,7 +34,12 @@ const OUT: RegisterId = RegisterId(1);
 /// Between two actors of the liar.
 const THEIRS: RegisterId = RegisterId(2);
 
-/// `source (liar) -> middle (here) -> sink (liar) -> end (liar)`.
+/// Of the liar to this process, there from the start; one slot of 8 bytes, of which 4 are sent.
+const WEIGHTS: RegisterId = RegisterId(3);
+/// Here: reads `WEIGHTS`, twice a step, when it gets tokens.
+const USER: ActorId = ActorId(4);
+
+/// `source (liar) -> middle (here) -> sink (liar) -> end (liar)`, and `source -> user (here)`.
 fn spec() -> Spec {
     let mut b = Builder::new();
     let actors = ["source", "middle", "sink", "end"].map(|name| b.actor(name, 0, Firing::Credit));
@@ -44,6 +49,15 @@ fn spec() -> Spec {
         let register = b.edge(name, 2, writer, reader);
         b.register_mut(register).slot_bytes = 8;
     }
+    let update = b.action(actors[0], "update", 1);
+    let weights = b.register("weights", 1, update, 1);
+    (b.register_mut(weights).initial, b.register_mut(weights).slot_bytes) = (true, 8);
+    let user = b.actor("user", 0, Firing::Credit);
+    let using = b.external(user, "work", 2);
+    b.read(weights, using, 2);
+    // An update follows from the step that used the weights.
+    let used = b.register("used", 1, using, 2);
+    b.read(used, update, 1);
     b.build()
 }
 
@@ -61,30 +75,39 @@ fn authenticated() -> (Link, Link) {
 
 /// This process's part, up and running, and the liar's end of the connection.
 fn running() -> (Running, Link) {
+    let (running, liar, _) = running_with_mirrors();
+    (running, liar)
+}
+
+/// The same, and the memory that the liar's bytes go to.
+fn running_with_mirrors() -> (Running, Link, [Arena; 2]) {
     let (link, mut liar) = authenticated();
     let engine = Arc::new(InProcess::new());
     let device = Device::cpu(0, 1, engine.clone());
-    let memory = [IN, OUT].map(|register| {
+    let memory = [IN, OUT, WEIGHTS, RegisterId(4)].map(|register| {
         let arena = device.arena(16).unwrap();
         (register, RegisterMemory { base: Base { arena, offset: 0 }, stride: 8 })
     });
-    let program = Program { name: "work".into(), ..Program::default() };
-    let programs = vec![ActionProgram { program: Arc::new(program), bases: Vec::new() }];
-    let hosted = BTreeMap::from([(ActorId(1), Hosted { stream: device.stream("middle", 1).unwrap(), programs })]);
+    let mirrors = [0, 2].map(|index: usize| memory[index].1.base.arena.clone());
+    let hosted = [(ActorId(1), "middle"), (USER, "user")].map(|(actor, name)| {
+        let program = Arc::new(Program { name: "work".into(), ..Program::default() });
+        let programs = vec![ActionProgram { program, bases: Vec::new() }];
+        (actor, Hosted { stream: device.stream(name, 1).unwrap(), programs })
+    });
     let half = || vec![Run { offset: 0, bytes: 4 }];
     let peer = Peer {
         process: LIAR,
         actors: [0, 2, 3].map(ActorId).into(),
         link,
         pushes: BTreeMap::from([(OUT, half())]),
-        mirrors: BTreeMap::from([(IN, half())]),
+        mirrors: BTreeMap::from([(IN, half()), (WEIGHTS, half())]),
         pipes: BTreeMap::new(),
     };
     let host_ports = [LIAR, 0].map(|process| HostPort { process, tensors: vec![(vec![2], DType::F32)] }).into();
     let peers = Peers { peers: vec![peer], host_ports, host: None };
     liar.write_all(&Frame::Ready { round: 1 }.encode()).unwrap();
-    let loaded = Loaded { spec: Arc::new(spec()), hosted, memory: memory.into(), engine, peers };
-    (start(loaded, WatchdogOptions::default()).unwrap(), liar)
+    let loaded = Loaded { spec: Arc::new(spec()), hosted: hosted.into(), memory: memory.into(), engine, peers };
+    (start(loaded, WatchdogOptions::default()).unwrap(), liar, mirrors)
 }
 
 /// How the session ends when the liar sends this and says no more.
@@ -178,6 +201,96 @@ fn lies_about_slots_and_pieces_are_refused() {
     check(&[honest(0, 0)], filled(IN, 0, 0, 0), twice);
     let early = "CR-1 register 'out': sink work released piece 0, only 0 were published";
     check(&[], released(OUT, 0, 0, 0), early);
+}
+
+/// Four pieces are under way: of these, credits of `out` let two be worked on and released, and hold the other two.
+fn with_two_pieces_held() -> (Running, Link, [Arena; 2]) {
+    let (running, mut liar, mirrors) = running_with_mirrors();
+    liar.write_all(&[honest(0, 0), honest(1, 1)].concat()).unwrap();
+    let mut released = 0;
+    while released < 2 {
+        let mut frame = [0; FRAME_BYTES];
+        liar.read_exact(&mut frame).unwrap();
+        match Frame::decode(&frame).unwrap() {
+            Frame::Message(Message::Released { register: IN, .. }) => released += 1,
+            Frame::Data { bytes, .. } => liar.read_exact(&mut vec![0; bytes as usize]).unwrap(),
+            _ => {}
+        }
+    }
+    liar.write_all(&[honest(0, 2), honest(1, 3)].concat()).unwrap();
+    (running, liar, mirrors)
+}
+
+/// What the slots of `in` hold.
+fn slots_of(mirror: &Arena) -> [i32; 2] {
+    [0, 8].map(|at| mirror.read_host(at, &[1], DType::I32).unwrap().as_i32().unwrap()[0])
+}
+
+fn refused(running: &Running) -> String {
+    match running.failures().recv_timeout(PATIENCE).expect("it is refused") {
+        Failure::Peer { process: LIAR, cause } => cause.to_string(),
+        failure => panic!("another is blamed: {failure}"),
+    }
+}
+
+#[test]
+fn a_slot_that_is_in_use_is_not_overwritten() {
+    let (running, mut liar, [mirror, _]) = with_two_pieces_held();
+    liar.write_all(&[&data(IN, 0, 4, 4).encode()[..], &[9; 4]].concat()).unwrap();
+    let told = refused(&running);
+    assert!(told.contains("bytes of piece 4 of register 'in' over piece 2, which is in use"), "{told}");
+    let sent = i32::from_le_bytes([1, 2, 3, 4]);
+    assert_eq!(slots_of(&mirror), [sent, sent]);
+}
+
+proptest::proptest! {
+    #![proptest_config(proptest::test_runner::Config { cases: 32, ..Default::default() })]
+
+    /// Whatever bytes the liar sends, and for whatever slot and piece, what the readers have not released stays as it was.
+    #[test]
+    fn no_bytes_reach_a_slot_that_is_in_use(slot in 0u32..3, piece in 0u64..7, bytes in 0u64..9, register in 0u32..3) {
+        let (running, mut liar, [mirror, _]) = with_two_pieces_held();
+        let frame = data(RegisterId(register), slot, piece, bytes);
+        liar.write_all(&[&frame.encode()[..], &vec![9; bytes as usize]].concat()).unwrap();
+        let told = refused(&running);
+        proptest::prop_assert!(told.contains("register"), "{}", told);
+        let sent = i32::from_le_bytes([1, 2, 3, 4]);
+        proptest::prop_assert_eq!(slots_of(&mirror), [sent, sent]);
+    }
+}
+
+#[test]
+fn weights_are_refreshed_between_steps_only() {
+    let refresh = [&data(WEIGHTS, 0, 0, 4).encode()[..], &[7; 4]].concat();
+    let (mut running, mut liar, [_, mirror]) = running_with_mirrors();
+    let fired = |running: &Running, firings: u64| {
+        let deadline = Instant::now() + PATIENCE;
+        while running.snapshot()[1].firings != [firings] {
+            assert!(Instant::now() < deadline, "{:?}", running.snapshot());
+            std::thread::yield_now();
+        }
+    };
+    running.give(USER, 0, 2).unwrap();
+    fired(&running, 2);
+    liar.write_all(&[&refresh[..], &Frame::Ready { round: 2 }.encode()].concat()).unwrap();
+    running.refresh(PATIENCE).unwrap();
+    assert_eq!(mirror.read_host(0, &[1], DType::I32).unwrap().as_i32().unwrap(), [i32::from_le_bytes([7; 4])]);
+
+    // The second step has begun: one of its two firings is done.
+    let update = [&data(WEIGHTS, 0, 1, 4).encode()[..], &[8; 4], &filled(WEIGHTS, 0, 0, 1).encode()].concat();
+    liar.write_all(&update).unwrap();
+    running.give(USER, 0, 1).unwrap();
+    fired(&running, 3);
+    liar.write_all(&refresh).unwrap();
+    assert!(refused(&running).contains("a refresh of register 'weights' in the middle of a step"));
+    assert_eq!(mirror.read_host(0, &[1], DType::I32).unwrap().as_i32().unwrap(), [i32::from_le_bytes([8; 4])]);
+}
+
+#[test]
+fn a_peer_is_ready_for_one_refresh_after_the_other() {
+    for round in [0, 1, 3, u64::MAX] {
+        check(&[], Frame::Ready { round }, &format!("ready for refresh {round} out of order"));
+    }
 }
 
 #[test]

@@ -75,6 +75,8 @@ pub(crate) fn serve(
     Ok(connections)
 }
 
+/// How long a refresh waits for readers to end; less than the peer's time-out of a write.
+const READ_WITHIN: Duration = Duration::from_secs(2);
 /// How long what is queued may take to be written at the end.
 const CLOSE_WITHIN: Duration = Duration::from_secs(5);
 /// How often the threads are looked at meanwhile.
@@ -241,7 +243,8 @@ impl Reader {
                 self.tell_host(FromPeer::Ended { process: self.process });
                 return Ok(false);
             }
-            Frame::Ready { round } => self.session.bus.remote().is_ready(self.index, round),
+            Frame::Ready { round } if self.session.bus.remote().is_ready(self.index, round) => {}
+            Frame::Ready { round } => return Err(self.unexpected(format!("ready for refresh {round} out of order"))),
             Frame::Message(message) => self.message(message)?,
             Frame::Data { register, slot, piece, bytes } => self.data(register, slot, piece, bytes)?,
             Frame::Host { port, bytes } => self.host(port, bytes)?,
@@ -317,6 +320,12 @@ impl Reader {
         if bytes != expected {
             return Err(self.unexpected(format!("{bytes} bytes for a slot of register '{}', not {expected}", name())));
         }
+        let held = self.session.bus.remote().oldest_held(&self.session.spec, register);
+        if !refresh && held.saturating_add(u64::from(spec.slots)) <= piece {
+            let what = format!("bytes of piece {piece} of register '{}' over piece {held}, which is in use", name());
+            return Err(self.unexpected(what));
+        }
+        let firings = if refresh { Some(self.wait_for_readers(register)?) } else { None };
         self.session.bus.remote().told[register.0 as usize].join();
         let arena = &memory.base.arena;
         let start = memory.base.offset + slot as usize * memory.stride;
@@ -328,10 +337,32 @@ impl Reader {
                 arena.read_from(start + run.offset, run.bytes, &mut self.source)?;
             }
         }
+        // A reader that fired meanwhile may have read a part of these bytes.
+        if firings.is_some() && self.session.firings_of_readers(register) != firings {
+            return Err(self.in_use(register));
+        }
         if !refresh {
             self.pieces.insert(register, due + 1);
         }
         Ok(())
+    }
+
+    /// RM-3 of a refresh: the firings of the register's readers, once none is in the middle of a step. A peer may have a
+    /// step's results a little before the last reader here has ended.
+    fn wait_for_readers(&self, register: RegisterId) -> Result<u64, PeerError> {
+        let deadline = Instant::now() + READ_WITHIN;
+        loop {
+            match self.session.firings_of_readers(register) {
+                Some(firings) => return Ok(firings),
+                None if Instant::now() < deadline => thread::sleep(CLOSE_STEP),
+                None => return Err(self.in_use(register)),
+            }
+        }
+    }
+
+    fn in_use(&self, register: RegisterId) -> PeerError {
+        let name = self.session.spec.register_name(register);
+        self.unexpected(format!("a refresh of register '{name}' in the middle of a step"))
     }
 
     fn host(&mut self, port: u32, bytes: u64) -> Result<(), PeerError> {
