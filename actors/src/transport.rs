@@ -1,7 +1,7 @@
 //! Connections between the processes of a world, each authenticated on both sides before a byte of it is believed: who
 //! listens, who dials, and what goes before the first message. Imports `spec` and `protocol`'s message; runs threads.
 //!
-//! Layers: `error <- secret, wire <- handshake <- link <- dial, endpoint, descriptors`; `frame` stands alone.
+//! Layers: `error <- secret, wire <- handshake <- link <- dial, endpoint, descriptors`; `frame` and `folder` stand alone.
 //!
 //! What the handshake gives: both sides hold the job's secret, and mean the same session, epoch, processes and purpose. It
 //! neither hides nor signs what follows: who can change packets on the way can change tensors. Where that matters, run the
@@ -15,6 +15,7 @@ pub mod descriptors;
 mod dial;
 pub mod endpoint;
 mod error;
+mod folder;
 pub mod frame;
 pub mod handshake;
 mod link;
@@ -25,6 +26,7 @@ pub use descriptors::{DESCRIPTORS_MAX, receive_descriptors, send_descriptors};
 pub use dial::connect;
 pub use endpoint::{Endpoint, EndpointOptions, Listen, Refusals};
 pub use error::TransportError;
+pub use folder::PrivateFolder;
 pub use frame::{FRAME_BYTES, Frame, FrameError};
 pub use handshake::{Gate, HandshakeError, PROTOCOL_VERSION, Refusal, World};
 pub use link::{Address, Link, SEND_TIMEOUT, Until};

@@ -13,7 +13,7 @@
 
 use std::fmt;
 use std::io;
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, SocketAddr, ToSocketAddrs};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -26,6 +26,7 @@ use crate::session::hosting::Hosting;
 
 mod agree;
 mod by_mpi;
+pub(crate) mod departure;
 pub mod env;
 mod nccl_ids;
 pub mod rendezvous;
@@ -33,7 +34,7 @@ pub(crate) mod roads;
 pub(crate) mod world;
 
 use by_mpi::ByMpi;
-use env::{EnvError, Launch};
+use env::{EnvError, Launch, Variables};
 use rendezvous::{RendezvousError, Verdict};
 
 /// Variable that chooses the [`Transport`]: `auto`, `shared-memory`, `unix` or `tcp`; the same for all processes.
@@ -45,6 +46,14 @@ const RESTART_CAUSES: &str = "SHARDFLOW_RESTART_CAUSES";
 const JOB_BEGAN_MS: &str = "SHARDFLOW_JOB_BEGAN_MS";
 /// Variable with the address of this node that the process listens on.
 pub const INTERFACE: &str = "SHARDFLOW_INTERFACE";
+/// Variable with the host name or address at which others reach this process, at the ports that it listens on.
+pub const ADVERTISE: &str = "SHARDFLOW_ADVERTISE";
+/// Variable with the milliseconds between heartbeats; the same for all processes.
+pub const HEARTBEAT_MS: &str = "SHARDFLOW_HEARTBEAT_MS";
+/// Variable with the milliseconds of silence after which a process counts as failed; the same for all processes.
+pub const HEARTBEAT_DEADLINE_MS: &str = "SHARDFLOW_HEARTBEAT_DEADLINE_MS";
+/// Variable with the milliseconds for which a failure before the processes meet is reported to the others.
+pub const REPORT_WAIT_MS: &str = "SHARDFLOW_REPORT_WAIT_MS";
 
 /// What carries tensors from process to process.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -117,6 +126,30 @@ pub trait Advertise: fmt::Debug + Send + Sync {
     fn heartbeats(&self, bound: SocketAddr) -> io::Result<SocketAddr>;
 }
 
+/// A host name or address that stands for the one that a process listens on; ports stay.
+#[derive(Clone, Debug)]
+struct AdvertisedHost(String);
+
+impl AdvertisedHost {
+    fn parse(text: &str) -> Option<Self> {
+        let is_name = matches!(env::Endpoint::parse_rendezvous(text), Ok(env::Endpoint::Tcp { host, .. }) if host == text);
+        (is_name || text.parse::<IpAddr>().is_ok()).then(|| Self(text.to_owned()))
+    }
+}
+
+impl Advertise for AdvertisedHost {
+    fn connections(&self, bound: &Address) -> io::Result<Address> {
+        let Address::Tcp(name) = bound else { return Ok(bound.clone()) };
+        let port = name.rsplit(':').next().and_then(|port| port.parse().ok()).ok_or(io::ErrorKind::InvalidInput)?;
+        Ok(world::address(&env::Endpoint::Tcp { host: self.0.clone(), port }))
+    }
+
+    fn heartbeats(&self, bound: SocketAddr) -> io::Result<SocketAddr> {
+        let nowhere = || io::Error::new(io::ErrorKind::NotFound, format!("{} has no address", self.0));
+        (self.0.as_str(), bound.port()).to_socket_addrs()?.next().ok_or_else(nowhere)
+    }
+}
+
 /// How processes meet and watch each other; the same for all.
 #[derive(Clone)]
 pub struct ClusterOptions {
@@ -134,8 +167,10 @@ pub struct ClusterOptions {
     pub connect_within: Duration,
     /// Time between heartbeats.
     pub heartbeat_every: Duration,
-    /// Silence after which a process counts as failed.
+    /// Silence after which a process counts as failed; at least four times `heartbeat_every`.
     pub heartbeat_deadline: Duration,
+    /// How long a failure before the processes meet is reported to the others, see [`crate::exit::report`].
+    pub report_within: Duration,
     /// Hears who is missing, besides the log.
     pub on_waiting: Option<OnWaiting>,
 }
@@ -151,9 +186,56 @@ impl Default for ClusterOptions {
             connect_within: Duration::from_secs(60),
             heartbeat_every: Duration::from_millis(250),
             heartbeat_deadline: Duration::from_secs(4),
+            report_within: rendezvous::REPORT_WITHIN,
             on_waiting: None,
         }
     }
+}
+
+impl ClusterOptions {
+    /// As these variables say.
+    ///
+    /// # Errors
+    /// [`ClusterError::Variable`], [`ClusterError::MpiNotBuilt`].
+    pub(crate) fn read(variables: &Variables) -> Result<Self, ClusterError> {
+        let mut options = Self::default();
+        if let Some(text) = variables.get(TRANSPORT) {
+            options.transport = Transport::parse(text)?;
+        }
+        if let Some(text) = variables.get(COLLECTIVES) {
+            options.collectives = Collectives::parse(text)?;
+        }
+        options.interface = read(variables, INTERFACE, "an IP address", |text| text.parse().ok())?;
+        let advertise = read(variables, ADVERTISE, "a host name or an IP address, without a port", AdvertisedHost::parse)?;
+        options.advertise = advertise.map(|host| Arc::new(host) as Arc<dyn Advertise>);
+        let ms = |least: u64| move |text: &str| text.parse().ok().filter(|ms| (least..=DAY_MS).contains(ms));
+        let ms_expected = "a whole number of milliseconds, from 1 to 86400000";
+        let every = read(variables, HEARTBEAT_MS, ms_expected, ms(1))?;
+        options.heartbeat_every = every.map_or(options.heartbeat_every, Duration::from_millis);
+        let least = 4 * options.heartbeat_every.as_millis() as u64;
+        let deadline_expected = "milliseconds, at least four times SHARDFLOW_HEARTBEAT_MS (250 if not set), at most 86400000";
+        let given = read(variables, HEARTBEAT_DEADLINE_MS, deadline_expected, ms(least))?;
+        // Where only the interval is given, the default deadline may be too short for it.
+        let deadline = options.heartbeat_deadline.max(4 * options.heartbeat_every);
+        options.heartbeat_deadline = given.map_or(deadline, Duration::from_millis);
+        let within = read(variables, REPORT_WAIT_MS, "a whole number of milliseconds, from 0 to 86400000", ms(0))?;
+        options.report_within = within.map_or(options.report_within, Duration::from_millis);
+        Ok(options)
+    }
+}
+
+/// Longest time that a variable may ask for: longer ones are mistakes.
+const DAY_MS: u64 = 86_400_000;
+
+/// A variable's value, if it is set and not empty.
+fn read<T>(
+    variables: &Variables,
+    name: &'static str,
+    expected: &'static str,
+    parse: impl Fn(&str) -> Option<T>,
+) -> Result<Option<T>, ClusterError> {
+    let text = variables.get(name).filter(|text| !text.is_empty());
+    text.map(|text| parse(text).ok_or(ClusterError::Variable { name, value: text.clone(), expected })).transpose()
 }
 
 impl fmt::Debug for ClusterOptions {
@@ -202,17 +284,7 @@ impl Cluster {
     /// An environment that contradicts itself, with the variable and what to set.
     pub fn from_env() -> Result<Self, ClusterError> {
         let variables = env::process_variables();
-        let mut options = ClusterOptions::default();
-        if let Some(text) = variables.get(TRANSPORT) {
-            options.transport = Transport::parse(text)?;
-        }
-        if let Some(text) = variables.get(COLLECTIVES) {
-            options.collectives = Collectives::parse(text)?;
-        }
-        if let Some(text) = variables.get(INTERFACE).filter(|text| !text.is_empty()) {
-            let wrong = |_| ClusterError::Variable { name: INTERFACE, value: text.clone(), expected: "an IP address" };
-            options.interface = Some(text.parse().map_err(wrong)?);
-        }
+        let options = ClusterOptions::read(&variables)?;
         let launch = env::detect(&variables)?;
         let causes = variables.get(RESTART_CAUSES).map_or("", |text| text.as_str());
         // For metrics only: what makes no sense is left out.
@@ -350,6 +422,7 @@ impl ClusterError {
             Self::MpiNotBuilt | Self::Mpi { .. } | Self::MpiPlace { .. } => Exit::Refused,
             Self::Kernel(KernelError::Mpi { .. }) => Exit::PeerUnavailable,
             Self::Rendezvous(RendezvousError::Refused(Verdict::Conflicts(_))) => Exit::Refused,
+            Self::Rendezvous(RendezvousError::Refused(Verdict::Failed(report))) => Exit::from_code(report.exit),
             Self::Rendezvous(RendezvousError::Transport(error)) | Self::Transport(error) => transport_exit(error),
             Self::Rendezvous(RendezvousError::TooLong { .. } | RendezvousError::Rank { .. }) => Exit::Refused,
             Self::Rendezvous(_) => Exit::PeerUnavailable,

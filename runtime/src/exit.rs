@@ -1,16 +1,18 @@
-//! How a process ends: the exit codes, which of them are worth a restart, and the two files by which a process tells
-//! the launcher why it failed and how far it came. Imports nothing of Shardflow.
+//! How a process ends: the exit codes, which of them are worth a restart, and how a process reports why it failed and how
+//! far it came. Imports `cluster::departure`.
 
 use std::fmt;
 use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
 use std::process::{ExitCode, ExitStatus};
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{SystemTime, UNIX_EPOCH};
 use std::{env, fs, io};
 
 use serde::{Deserialize, Serialize};
+
+use crate::cluster::departure;
 
 /// Variable with the path of the file to which a process that fails writes its [`Report`].
 pub const ERROR_FILE: &str = "SHARDFLOW_ERROR_FILE";
@@ -164,7 +166,7 @@ impl From<Exit> for ExitCode {
 }
 
 /// What a process says about its own failure: one JSON object.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Report {
     /// Who reports.
     pub rank: u32,
@@ -177,6 +179,9 @@ pub struct Report {
     /// Whose failure it was: the reporter's own when absent.
     #[serde(default)]
     pub first_cause_rank: Option<u32>,
+    /// The process had met the others, which hear of its end from its session.
+    #[serde(default)]
+    pub joined: bool,
 }
 
 impl Report {
@@ -201,23 +206,47 @@ impl Report {
             None => !Exit::from_code(self.exit).blames_a_peer(),
         }
     }
+
+    /// Whether the others wait for the reporter in vain, and a new start would not help.
+    pub fn is_for_all(&self) -> bool {
+        let exit = Exit::from_code(self.exit);
+        !self.joined && self.blames_itself() && exit != Exit::Done && !exit.worth_a_retry()
+    }
 }
 
-/// Tells the launcher why this process is about to end with `exit`. `first_cause_rank`: the process whose failure it
-/// was, where it was another one's. Does nothing when no launcher asked for it; the first report of a process stands.
+/// True once this process has met the others, or has reported why not.
+static JOINED: AtomicBool = AtomicBool::new(false);
+
+/// The processes have met: from now on the others hear of a failure here from the session.
+pub(crate) fn joined() {
+    JOINED.store(true, Ordering::Relaxed);
+}
+
+/// Reports why this process is about to end with `exit`. `first_cause_rank`: the process whose failure it was, where it
+/// was another one's. Under `shardflow launch` the report goes to the launcher. Without it, a process of several that ends
+/// before it has met the others, for a cause that is not worth a retry, reports to them: it dials the rendezvous endpoint,
+/// or as rank 0 answers there, for at most `SHARDFLOW_REPORT_WAIT_MS`. The first report of a process stands.
 ///
 /// # Errors
 /// The report cannot be written.
 pub fn report(exit: Exit, cause: &str, first_cause_rank: Option<u32>) -> io::Result<()> {
-    let Some(path) = env::var_os(ERROR_FILE) else { return Ok(()) };
-    let path = Path::new(&path);
-    if path.exists() {
+    let path = env::var_os(ERROR_FILE);
+    if path.as_ref().is_some_and(|path| Path::new(path).exists()) {
         return Ok(());
     }
     let rank = env::var("SHARDFLOW_RANK").ok().and_then(|rank| rank.parse().ok()).unwrap_or(0);
-    let cause = &cause[..cause.floor_char_boundary(CAUSE_BYTES_MAX)];
-    let report = Report { rank, time_unix_ns: unix_ns(), exit: exit.code(), cause: cause.into(), first_cause_rank };
-    report.write(path)
+    let cause = cause[..cause.floor_char_boundary(CAUSE_BYTES_MAX)].into();
+    let (time_unix_ns, joined) = (unix_ns(), JOINED.swap(true, Ordering::Relaxed));
+    let report = Report { rank, time_unix_ns, exit: exit.code(), cause, first_cause_rank, joined };
+    match path {
+        Some(path) => report.write(Path::new(&path)),
+        None => {
+            if report.is_for_all() {
+                departure::report(&report);
+            }
+            Ok(())
+        }
+    }
 }
 
 /// Tells the launcher that `step` is committed, so that it can see whether restarts get anywhere. Does nothing when no
@@ -288,13 +317,17 @@ mod tests {
         let path = folder.path().join("report.json");
         assert_eq!(Report::read(&path), None);
         let report =
-            Report { rank: 3, time_unix_ns: 5, exit: 69, cause: "a \"b\"\n".into(), first_cause_rank: Some(1) };
+            Report { rank: 3, time_unix_ns: 5, exit: 69, cause: "a \"b\"\n".into(), first_cause_rank: Some(1), joined: false };
         report.write(&path).unwrap();
         assert_eq!(Report::read(&path), Some(report.clone()));
         assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1, "nothing is left beside it");
         assert!(!report.blames_itself());
         assert!(Report { exit: 70, first_cause_rank: None, ..report.clone() }.blames_itself());
         assert!(!Report { first_cause_rank: None, ..report.clone() }.blames_itself());
+        let code = |exit| Report { exit, first_cause_rank: None, ..report.clone() };
+        assert!(code(2).is_for_all() && code(78).is_for_all() && !code(0).is_for_all() && !code(70).is_for_all());
+        assert!(!Report { joined: true, ..code(2) }.is_for_all(), "its session reports it");
+        assert!(!Report { first_cause_rank: Some(1), ..code(2) }.is_for_all(), "rank 1 reports it");
         fs::write(&path, "{\"rank\":").unwrap();
         assert_eq!(Report::read(&path), None);
         fs::write(&path, vec![b' '; REPORT_BYTES_MAX as usize + 1]).unwrap();

@@ -1,22 +1,24 @@
 //! `shardflow launch`: starts a node's processes, passes signals on, and starts them again after a failure that is
-//! worth it. Imports `cluster::env` and `exit`.
+//! worth it. Imports `cluster` and `exit`.
 //!
-//! Each node has its own launcher, and launchers do not talk to each other: when a process fails, those on other nodes
-//! notice it and end too, and each launcher starts its own again.
+//! Each node has its own launcher. When a process fails, those on other nodes notice it and end too, and each launcher
+//! starts its own again. A failure before the processes have met, for which a new start would not help, is reported to the
+//! others at the rendezvous endpoint.
 
 use std::ffi::OsString;
-use std::fs::Permissions;
 use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
 use std::time::Duration;
 use std::{env, fs, io, thread};
 
 use crossbeam_channel::{Receiver, Sender};
-use tempfile::TempDir;
+use shardflow_actors::transport::PrivateFolder;
 
-use crate::cluster::env::{Endpoint, EnvError, Secret, SecretSource, process_variables};
-use crate::exit::{Exit, read_progress, unix_ns};
-use cause::{Restarts, Verdict, exit_when_asked, first_cause};
+use crate::cluster::departure::Departure;
+use crate::cluster::env::{Endpoint, EnvError, Secret, SecretSource, Variables, process_variables};
+use crate::cluster::{ClusterError, ClusterOptions};
+use crate::exit::{Exit, Report, read_progress, unix_ns};
+use cause::{Ended, Restarts, Verdict, exit_when_asked, first_cause};
 use guard::{FOLDER_PREFIX, Guard};
 
 mod attempt;
@@ -57,6 +59,10 @@ pub struct LaunchOptions {
     pub grace: Duration,
     /// Time that processes have to end by themselves after one failed.
     pub failure_wait: Duration,
+    /// Pause before the second restart; doubled for each later one.
+    pub restart_wait: Duration,
+    /// Variables that the processes get, and that this launcher goes by: [`crate::cluster::HEARTBEAT_MS`] for one.
+    pub variables: Vec<(&'static str, String)>,
 }
 
 /// Why nothing was started, or not all.
@@ -96,6 +102,9 @@ pub enum LaunchError {
     /// The secret cannot be used.
     #[error(transparent)]
     Env(#[from] EnvError),
+    /// A variable cannot be used.
+    #[error(transparent)]
+    Cluster(#[from] ClusterError),
     /// A file, process or thread that could not be made.
     #[error("cannot {what}: {source}")]
     Io {
@@ -113,6 +122,7 @@ impl LaunchError {
             LaunchError::Usage { .. } | LaunchError::NoProgram { .. } | LaunchError::NotRunnable { .. } => Exit::Usage,
             LaunchError::NoSecret { .. } => Exit::Refused,
             LaunchError::Env(error) => error.exit(),
+            LaunchError::Cluster(error) => error.exit(),
             LaunchError::Io { .. } => Exit::Internal,
         }
     }
@@ -140,11 +150,15 @@ struct Job<'a> {
     began_ms: u64,
     secret: Secret,
     /// Private; removed in the end.
-    folder: TempDir,
+    folder: PrivateFolder,
     events: (Sender<Event>, Receiver<Event>),
     guard: Guard,
     /// The exit codes that attempts so far ended with.
     causes: Vec<u8>,
+    /// The way to the other nodes, where there are any.
+    departure: Option<Departure>,
+    /// Each is disconnected once a failure was reported there.
+    reports: Vec<Receiver<()>>,
 }
 
 /// Starts the processes and stays until they have ended for good. Says on standard error what goes wrong, the first
@@ -156,10 +170,37 @@ struct Job<'a> {
 /// # Errors
 /// What keeps processes from being started. A process that fails is no error: see the exit that is returned.
 pub fn launch(options: &LaunchOptions) -> Result<Exit, LaunchError> {
-    let mut job = Job::prepare(options)?;
+    let departure = departure(options);
+    Job::prepare(options, departure.clone()).and_then(|mut job| attempts(&mut job)).inspect_err(|error| {
+        let (rank, exit) = (options.node.saturating_mul(options.local_processes), error.exit().code());
+        let report = Report { rank, exit, time_unix_ns: unix_ns(), cause: error.to_string(), ..Report::default() };
+        if let Some(departure) = departure.filter(|_| report.is_for_all()) {
+            notice(&format!("reporting to the other nodes: {error}"));
+            departure.report(rank..rank.saturating_add(options.local_processes), &report);
+        }
+    })
+}
+
+/// The way to the other nodes; none where flags or variables do not say enough, which is an error elsewhere.
+fn departure(options: &LaunchOptions) -> Option<Departure> {
+    let endpoint = options.endpoint.as_ref().filter(|_| options.nodes > 1)?;
+    let variables = variables(options);
+    let secret = SecretSource::find(&variables).ok()??.read().ok()?;
+    let read = ClusterOptions::read(&variables).unwrap_or_default();
+    Departure::new(endpoint, &secret, &read, options.local_processes.checked_mul(options.nodes)?).ok()
+}
+
+/// The variables of this process, and of the flags.
+fn variables(options: &LaunchOptions) -> Variables {
+    let given = options.variables.iter().map(|(name, value)| ((*name).to_owned(), value.clone()));
+    process_variables().into_iter().chain(given).collect()
+}
+
+fn attempts(job: &mut Job) -> Result<Exit, LaunchError> {
+    let options = job.options;
     let mut restarts = Restarts::new(options.restarts_max);
     loop {
-        let outcome = attempt::run(&mut job, restarts.made)?;
+        let outcome = attempt::run(job, restarts.made, restarts.pause(options.restart_wait))?;
         outcome.show_errors();
         if let Some(signal) = outcome.asked {
             let (exit, failed) = exit_when_asked(&outcome.ended, signal);
@@ -180,7 +221,11 @@ pub fn launch(options: &LaunchOptions) -> Result<Exit, LaunchError> {
                 job.causes.push(cause.exit.code());
                 notice(&outcome.describe(cause));
                 let from = restarts.committed.map_or("the start".into(), |step| format!("step {step}"));
-                notice(&format!("restart {} of at most {}, from {from}", restarts.made, restarts.max));
+                let after = match restarts.pause(options.restart_wait) {
+                    Duration::ZERO => String::new(),
+                    pause => format!(", in {pause:?}"),
+                };
+                notice(&format!("restart {} of at most {}, from {from}{after}", restarts.made, restarts.max));
                 continue;
             }
             Verdict::NotWorthIt if options.restarts_max > 0 => notice("a restart would not help"),
@@ -195,6 +240,7 @@ pub fn launch(options: &LaunchOptions) -> Result<Exit, LaunchError> {
             Verdict::NotWorthIt | Verdict::Exhausted => {}
         }
         eprintln!("error: {}", outcome.describe(cause));
+        job.wait_for_reports();
         return Ok(cause.exit);
     }
 }
@@ -205,10 +251,12 @@ fn notice(text: &str) {
 }
 
 impl<'a> Job<'a> {
-    fn prepare(options: &'a LaunchOptions) -> Result<Job<'a>, LaunchError> {
+    fn prepare(options: &'a LaunchOptions, departure: Option<Departure>) -> Result<Job<'a>, LaunchError> {
         check(options)?;
         let program = find_program(options)?;
-        let secret = match SecretSource::find(&process_variables())? {
+        let variables = variables(options);
+        ClusterOptions::read(&variables)?;
+        let secret = match SecretSource::find(&variables)? {
             Some(source) => source.read()?,
             None if options.nodes > 1 => return Err(LaunchError::NoSecret { nodes: options.nodes }),
             None => random_secret()?,
@@ -218,16 +266,43 @@ impl<'a> Job<'a> {
             // Seconds, so that logs sort by time, and some letters, so that two jobs of one second differ.
             None => format!("{}-{}", unix_ns() / 1_000_000_000, &random_secret()?.text()[..6]),
         };
-        let folder = tempfile::Builder::new()
-            .prefix(FOLDER_PREFIX)
-            .permissions(Permissions::from_mode(0o700))
-            .tempdir()
+        let folder = PrivateFolder::new(FOLDER_PREFIX)
             .map_err(LaunchError::io(format!("make a folder in {}", env::temp_dir().display())))?;
         let events = crossbeam_channel::bounded(EVENTS_MAX);
         watch_signals(events.0.clone()).map_err(LaunchError::io("watch for signals"))?;
         let guard = Guard::start(&options.helper, folder.path()).map_err(LaunchError::io("start the guard"))?;
         let began_ms = unix_ns() / 1_000_000;
-        Ok(Job { options, program, run_id, began_ms, secret, folder, events, guard, causes: Vec::new() })
+        let (causes, reports) = (Vec::new(), Vec::new());
+        Ok(Job { options, program, run_id, began_ms, secret, folder, events, guard, causes, departure, reports })
+    }
+
+    /// Reports to the other nodes, on a thread of its own, that a process ended before it joined, if that is for all.
+    fn report(&mut self, ended: &Ended) {
+        let report = ended.report();
+        let Some(departure) = self.departure.clone().filter(|_| report.is_for_all()) else { return };
+        let (alive, done) = crossbeam_channel::bounded(0);
+        let report = move || {
+            departure.report(report.rank..report.rank + 1, &report);
+            drop(alive);
+        };
+        if thread::Builder::new().name("report".into()).spawn(report).is_ok() {
+            self.reports.push(done);
+        }
+    }
+
+    /// Until all reports are made, or a signal asks the launcher to end.
+    fn wait_for_reports(&self) {
+        for done in &self.reports {
+            let asked = || loop {
+                crossbeam_channel::select! {
+                    recv(done) -> _ => return false,
+                    recv(self.events.1) -> event => if let Ok(Event::Signal(_)) = event { return true },
+                }
+            };
+            if asked() {
+                return;
+            }
+        }
     }
 
     fn progress_file(&self) -> PathBuf {

@@ -1,5 +1,5 @@
 //! The accepting side: one thread that polls the listeners and every stranger, and a shelf of authenticated connections that
-//! wait to be claimed. Imports `link`, `handshake` and `dial`.
+//! wait to be claimed. Imports `link`, `handshake`, `dial` and `folder`.
 //!
 //! - **EP-1**: strangers (connections that have not proved themselves) number `strangers_max` at most; one more drops the
 //!   oldest. Each holds at most one message of a handshake in memory, and lives `handshake_timeout` at most.
@@ -20,7 +20,7 @@ use std::time::{Duration, Instant};
 
 use super::dial::connect_unless;
 use super::handshake::{Gate, World};
-use super::{Address, Hello, Link, Purpose, Secret, TransportError};
+use super::{Address, Hello, Link, PrivateFolder, Purpose, Secret, TransportError};
 
 mod serve;
 
@@ -52,7 +52,7 @@ pub enum Listen {
     /// On a path. Its folder is made, for this user only, where it is missing; a socket that a killed process left is
     /// replaced.
     Unix(PathBuf),
-    /// On a socket in a new folder that only this user can enter; it goes with the endpoint.
+    /// On a socket in a [`PrivateFolder`] of its own.
     PrivateUnix,
 }
 
@@ -140,7 +140,7 @@ pub struct Endpoint {
     thread: Option<JoinHandle<()>>,
     /// Sockets to be unlinked, with their inodes: by then the path may be a successor's.
     paths: Vec<(PathBuf, u64)>,
-    _folders: Vec<tempfile::TempDir>,
+    _folders: Vec<PrivateFolder>,
 }
 
 /// A listening socket that does not block.
@@ -167,7 +167,7 @@ impl Endpoint {
                 Listen::Tcp(address) => listen_tcp(*address)?,
                 Listen::Unix(path) => listen_unix(path)?,
                 Listen::PrivateUnix => {
-                    let folder = tempfile::Builder::new().prefix("shardflow-").tempdir();
+                    let folder = PrivateFolder::new("shardflow-");
                     let folder = folder.map_err(listen_failed(Address::Unix(std::env::temp_dir())))?;
                     let path = folder.path().join(format!("{process}.sock"));
                     folders.push(folder);

@@ -4,6 +4,7 @@
 use std::ffi::OsString;
 use std::fs::File;
 use std::io::{BufWriter, Write};
+use std::net::IpAddr;
 #[cfg(feature = "watch")]
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -12,6 +13,7 @@ use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
 use shardflow::checkpoint::cli::{self, CheckpointArgs};
+use shardflow::cluster;
 use shardflow::cluster::env::{Endpoint, Secret};
 use shardflow::doctor;
 use shardflow::exit::Exit;
@@ -131,9 +133,41 @@ struct LaunchArgs {
     /// From the first failure until the other processes are told to end
     #[arg(long, alias = "failure_wait", value_name = "SECONDS", default_value = "15", value_parser = seconds)]
     failure_wait: Duration,
+    /// Pause before the second restart; doubled for each later one, up to 60 s. The first restart comes at once
+    #[arg(long, alias = "restart_wait", value_name = "SECONDS", default_value = "1", value_parser = seconds)]
+    restart_wait: Duration,
+    /// How long a failure before the processes have met, for which a restart would not help, is reported to other nodes [default: 10]
+    #[arg(long, alias = "report_wait", value_name = "SECONDS", value_parser = seconds)]
+    report_wait: Option<Duration>,
+    /// Address of this node that processes listen on [default: the one by which they reach process 0]
+    #[arg(long, value_name = "ADDRESS")]
+    interface: Option<IpAddr>,
+    /// Host name or address at which other nodes reach this one's processes [default: the one they listen on]
+    #[arg(long, value_name = "HOST")]
+    advertise: Option<String>,
+    /// Time between heartbeats; the same on all nodes [default: 250]
+    #[arg(long, value_name = "MILLISECONDS")]
+    heartbeat_ms: Option<u64>,
+    /// Silence after which a process counts as failed; the same on all nodes [default: 4000]
+    #[arg(long, value_name = "MILLISECONDS")]
+    heartbeat_deadline_ms: Option<u64>,
     /// The program and its arguments
     #[arg(trailing_var_arg = true, allow_hyphen_values = true, required = true, value_name = "PROGRAM ARGS")]
     command: Vec<OsString>,
+}
+
+impl LaunchArgs {
+    /// The flags that processes get as variables.
+    fn variables(&self) -> Vec<(&'static str, String)> {
+        let given = [
+            (cluster::REPORT_WAIT_MS, self.report_wait.map(|wait| wait.as_millis().to_string())),
+            (cluster::INTERFACE, self.interface.map(|address| address.to_string())),
+            (cluster::ADVERTISE, self.advertise.clone()),
+            (cluster::HEARTBEAT_MS, self.heartbeat_ms.map(|ms| ms.to_string())),
+            (cluster::HEARTBEAT_DEADLINE_MS, self.heartbeat_deadline_ms.map(|ms| ms.to_string())),
+        ];
+        given.into_iter().filter_map(|(name, value)| Some((name, value?))).collect()
+    }
 }
 
 fn endpoint(text: &str) -> Result<Endpoint, String> {
@@ -178,6 +212,8 @@ fn run_launch(args: LaunchArgs) -> Exit {
         return fail(Exit::Usage, format!("--nnodes {} needs --node-rank, another one on each node", args.nnodes));
     };
     let options = LaunchOptions {
+        variables: args.variables(),
+        restart_wait: args.restart_wait,
         program: args.command[0].clone(),
         args: args.command[1..].to_vec(),
         // Also when the file was replaced by another build meanwhile.

@@ -15,6 +15,9 @@
 //! - **RV-2**: a refusal goes to all, names who differs from whom, and gives both values.
 //! - **RV-3**: a process that comes again while others wait takes its own place: if its old connection is dead, if it says
 //!   that it was restarted more often, or if it is the same process.
+//! - **RV-4**: a process that ends before it joins, for a cause that is not worth a retry, is reported to process 0; all that
+//!   wait, and all that come within `report_within`, are refused with its exit code. The first report counts. On behalf of a
+//!   process 0 that ended, its launcher or its `exit::report` answers.
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, ToSocketAddrs, UdpSocket};
@@ -24,6 +27,9 @@ use std::time::{Duration, Instant};
 use shardflow_actors::transport::{Address, Endpoint, EndpointOptions, Listen, Secret, TransportError};
 
 use super::Advertise;
+
+pub(super) use coordinator::answer;
+pub(super) use join::call;
 
 mod coordinator;
 #[cfg(any(test, fuzzing))]
@@ -67,6 +73,8 @@ pub struct RendezvousConfig {
     pub late_grace: Duration,
     /// After processes that do not fit together were found, how long to wait for others, so as to tell them too.
     pub conflict_grace: Duration,
+    /// How long a failure before the start is reported: rank 0 answers, others call it.
+    pub report_within: Duration,
     /// Limits of the endpoint.
     pub endpoint: EndpointOptions,
 }
@@ -90,6 +98,7 @@ impl RendezvousConfig {
             report_every: Duration::from_secs(3),
             late_grace: Duration::from_secs(10),
             conflict_grace: Duration::from_secs(2),
+            report_within: REPORT_WITHIN,
             endpoint: EndpointOptions::default(),
         }
     }
@@ -173,6 +182,8 @@ fn endpoint(config: &RendezvousConfig, deadline: Instant) -> Result<Endpoint, Re
     Ok(Endpoint::listen(config.process, config.secret.clone(), &listen, config.endpoint)?)
 }
 
+/// How long a failure before the start is reported, unless the options say otherwise.
+pub(super) const REPORT_WITHIN: Duration = Duration::from_secs(10);
 /// Pause between attempts at what has no time-out of its own.
 const RETRY: Duration = Duration::from_millis(50);
 

@@ -26,6 +26,7 @@ use super::rendezvous::{Identity, Member, RendezvousConfig, Roster, local_ip, re
 use super::roads::{Roads, Ways};
 use super::{Cluster, ClusterError, ClusterOptions, Transport};
 use crate::checkpoint::{self, Agree};
+use crate::exit;
 use crate::plan::Plan;
 use crate::plan::validate::{self, PlanError};
 use crate::session::SessionError;
@@ -172,6 +173,7 @@ impl World {
             interface: options.interface,
             advertise: options.advertise.clone(),
             timeout: options.meet_within,
+            report_within: options.report_within,
             ..RendezvousConfig::new(coordinator, secret.clone(), Identity::of_this_process()?)
         };
         let (roster, endpoint) = rendezvous(&config, |waiting| {
@@ -180,6 +182,7 @@ impl World {
                 tell(&waiting.to_string());
             }
         })?;
+        exit::joined();
         let hosting = Hosting { process: world.process, processes, devices };
         let mut joining = membership::Config::new(
             world.process,
@@ -367,7 +370,7 @@ fn roads<'a>(
     Roads { device, hosting: *hosting, roster, endpoint, secret, options, by_mpi, deadline, pipes }
 }
 
-fn address(endpoint: &env::Endpoint) -> Address {
+pub(super) fn address(endpoint: &env::Endpoint) -> Address {
     match endpoint {
         env::Endpoint::Tcp { host, port } if host.contains(':') => Address::Tcp(format!("[{host}]:{port}")),
         env::Endpoint::Tcp { host, port } => Address::Tcp(format!("{host}:{port}")),

@@ -8,7 +8,7 @@
 
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::{RecvTimeoutError, TryRecvError};
+use crossbeam_channel::RecvTimeoutError;
 use rustix::process::Signal;
 
 use super::cause::Ended;
@@ -51,12 +51,14 @@ struct Attempt<'a, 'b> {
     abandoned: bool,
 }
 
-/// Starts all processes and stays until they have ended.
-pub(super) fn run(job: &mut Job, number: u64) -> Result<Outcome, LaunchError> {
-    // Asked between two attempts: nothing is started any more.
-    match job.events.1.try_recv() {
-        Ok(Event::Signal(signal)) => return Ok(nothing_started(signal)),
-        Ok(Event::Ended(_)) | Err(TryRecvError::Empty | TryRecvError::Disconnected) => {}
+/// Starts all processes after `pause` and stays until they have ended.
+pub(super) fn run(job: &mut Job, number: u64, pause: Duration) -> Result<Outcome, LaunchError> {
+    // A signal during the pause: nothing is started any more.
+    let start_at = Instant::now() + pause;
+    while let Ok(event) = job.events.1.recv_deadline(start_at) {
+        if let Event::Signal(signal) = event {
+            return Ok(nothing_started(signal));
+        }
     }
     let meeting = Meeting::new(job, number)?;
     let mut attempt = Attempt { job, children: Vec::new(), phase: Phase::Running, asked: None, abandoned: false };
@@ -119,6 +121,7 @@ impl Attempt<'_, '_> {
         // An event of a process that failed to start completely names none.
         let Some(child) = self.children.get_mut(local) else { return };
         child.finish(self.job, told);
+        child.ended.iter().filter(|ended| !ended.told).for_each(|ended| self.job.report(ended));
         let failed = child.ended.as_ref().is_some_and(|ended| ended.exit != Exit::Done);
         let now = Instant::now();
         if failed && self.phase == Phase::Running {

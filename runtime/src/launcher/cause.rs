@@ -1,6 +1,8 @@
 //! Which of several processes that failed was the first cause, and whether to start again: pure functions of how they
 //! ended. Imports `exit`.
 
+use std::time::Duration;
+
 use crate::exit::{Exit, Report};
 
 /// How one process ended.
@@ -32,6 +34,14 @@ impl Ended {
 
     fn time(&self) -> u64 {
         self.report.as_ref().map_or(self.time_unix_ns, |report| report.time_unix_ns.min(self.time_unix_ns))
+    }
+
+    /// What it reported, or what its end says.
+    pub(super) fn report(&self) -> Report {
+        let (rank, exit, time_unix_ns) = (self.rank, self.exit.code(), self.time_unix_ns);
+        let cause = || self.error_line.as_deref().map_or("it said nothing", |line| line.trim_start_matches("error: "));
+        let bare = || Report { rank, exit, time_unix_ns, cause: cause().into(), ..Report::default() };
+        self.report.clone().map_or_else(bare, |report| Report { exit, ..report })
     }
 
     /// What happened to it, in words, without its rank.
@@ -84,6 +94,9 @@ pub(super) enum Verdict {
 /// Restarts in a row without a higher committed step, after which the launcher gives up.
 pub(super) const RESTARTS_WITHOUT_PROGRESS_MAX: u32 = 2;
 
+/// The longest pause between two attempts, unless the first is longer.
+pub(super) const RESTART_WAIT_MAX: Duration = Duration::from_secs(60);
+
 /// Counts restarts.
 #[derive(Debug, Default)]
 pub(super) struct Restarts {
@@ -99,6 +112,15 @@ pub(super) struct Restarts {
 impl Restarts {
     pub(super) fn new(max: u64) -> Restarts {
         Restarts { max, ..Restarts::default() }
+    }
+
+    /// How long to wait before the next attempt: not at all before the first restart, `first` before the second, then twice
+    /// as long each time, up to [`RESTART_WAIT_MAX`] or to `first` if that is longer.
+    pub(super) fn pause(&self, first: Duration) -> Duration {
+        match self.made {
+            0 | 1 => Duration::ZERO,
+            made => first.saturating_mul(2u32.saturating_pow(made.min(34) as u32 - 2)).min(RESTART_WAIT_MAX.max(first)),
+        }
     }
 
     /// An attempt failed with `exit`, and `committed` is the last step that anybody committed.
@@ -132,7 +154,8 @@ mod tests {
 
     fn reported(ended: Ended, first_cause_rank: Option<u32>, time_unix_ns: u64) -> Ended {
         let (rank, exit) = (ended.rank, ended.exit.code());
-        let report = Some(Report { rank, time_unix_ns, exit, cause: "it".into(), first_cause_rank });
+        let report =
+            Some(Report { rank, time_unix_ns, exit, cause: "it".into(), first_cause_rank, joined: false });
         Ended { report, ..ended }
     }
 
@@ -178,6 +201,15 @@ mod tests {
     fn verdicts(max: u64, code: u8, committed: &[Option<u64>]) -> Vec<Verdict> {
         let mut restarts = Restarts::new(max);
         committed.iter().map(|step| restarts.next(Exit::from_code(code), *step)).collect()
+    }
+
+    #[test]
+    fn pauses_between_restarts_double_up_to_a_limit() {
+        let pause = |made, first| Restarts { made, ..Restarts::new(100) }.pause(Duration::from_millis(first)).as_millis();
+        assert_eq!([0, 1, 2, 3, 4, 5].map(|made| pause(made, 1000)), [0, 0, 1000, 2000, 4000, 8000]);
+        assert_eq!([7, 8, 9, 33, 34, 35, 1 << 40].map(|made| pause(made, 1000)), [32_000, 60_000, 60_000, 60_000, 60_000, 60_000, 60_000]);
+        assert_eq!([1, 2, 3].map(|made| pause(made, 90_000)), [0, 90_000, 90_000], "as long as was asked for");
+        assert_eq!(pause(9, 0), 0);
     }
 
     #[test]

@@ -171,7 +171,7 @@ fn set_environment(command: &mut Command, job: &Job, meeting: &Meeting, local: u
         ("TORCHELASTIC_MAX_RESTARTS", &max),
         ("TORCHELASTIC_RUN_ID", &job.run_id),
     ];
-    command.envs(variables);
+    command.envs(variables).envs(options.variables.iter().map(|(name, value)| (name, value)));
     command.envs(SETTINGS.iter().filter(|(name, _)| env::var_os(name).is_none()).copied());
     command.env("SHARDFLOW_SECRET", job.secret.text()).env_remove("SHARDFLOW_SECRET_FILE");
     if local == "0" {

@@ -4,6 +4,8 @@ use shardflow_actors::error::{Failure, PeerError};
 use shardflow_kernels::error::KernelError;
 
 use super::SessionError;
+use crate::cluster::ClusterError;
+use crate::cluster::rendezvous::{RendezvousError, Verdict};
 use crate::exit::Exit;
 
 /// The code that goes with the first cause of a session's end.
@@ -58,6 +60,9 @@ impl SessionError {
         match self {
             Self::Failed(Failure::Peer { process, .. } | Failure::Stalled { process: Some(process), .. }) => {
                 Some(*process)
+            }
+            Self::Cluster(ClusterError::Rendezvous(RendezvousError::Refused(Verdict::Failed(report)))) => {
+                Some(report.rank)
             }
             _ => None,
         }

@@ -1,16 +1,19 @@
-//! Process 0 at rendezvous: gathers the introductions, compares them, starts all together. Imports `actors::transport` and
-//! `messages`.
+//! Process 0 at rendezvous: gathers the introductions, compares them, starts all together. Imports `actors::transport`,
+//! `exit` and `messages`.
 
+use std::collections::BTreeSet;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, ToSocketAddrs};
+use std::ops::Range;
 use std::time::{Duration, Instant};
 
-use shardflow_actors::transport::wire::{self, MESSAGE_BYTES_MAX};
+use shardflow_actors::transport::wire::{self, MESSAGE_BYTES_MAX, WireError};
 use shardflow_actors::transport::{Address, Endpoint, Link, Listen, Purpose, SessionId, TransportError};
 
-use super::messages::{Answer, INTRODUCTION_BYTES_MAX, Ready};
+use super::messages::{Answer, Call, INTRODUCTION_BYTES_MAX, Ready};
 use super::{Conflict, Introduction, RendezvousConfig, RendezvousError, Roster, Verdict, Waiting, Who};
 use super::{RETRY, advertised, introduction, is_in_use, join};
+use crate::exit::Report;
 
 /// A connected process says who it is, takes an answer, and confirms, each within this.
 const REPLY_TIMEOUT: Duration = Duration::from_secs(5);
@@ -29,6 +32,8 @@ struct Hall {
     /// By rank, from rank 1.
     seats: Vec<Option<Seat>>,
     conflicts: Vec<Conflict>,
+    /// RV-4: these ranks do not join.
+    failed: Option<(Range<u32>, Report)>,
     /// Processes without a seat, to be told why.
     turned_away: Vec<Link>,
 }
@@ -41,9 +46,15 @@ pub(super) fn lead(
     let endpoint = listen(config, deadline)?;
     let seats = (1..config.processes).map(|_| None).collect();
     let own = introduction(config, advertised(config, published(config, &endpoint))?)?;
-    let mut hall = Hall { own, seats, conflicts: Vec::new(), turned_away: Vec::new() };
+    let mut hall = Hall { own, seats, conflicts: Vec::new(), failed: None, turned_away: Vec::new() };
     if let Err(error) = hall.gather(config, &endpoint, deadline, on_waiting) {
         return Err(error.into());
+    }
+    if let Some((ranks, report)) = hall.failed.take() {
+        let refused = hall.refuse(Verdict::Failed(report.clone()));
+        let missing = hall.missing().into_iter().filter(|rank| !ranks.contains(rank)).collect();
+        turn_away(&endpoint, missing, &report, Instant::now() + config.report_within);
+        return Err(refused);
     }
     if !hall.conflicts.is_empty() {
         return Err(hall.refuse(Verdict::Conflicts(hall.conflicts.clone())));
@@ -64,11 +75,52 @@ pub(super) fn lead(
     }
 }
 
+/// RV-4, on behalf of `ranks`, process 0 among them.
+///
+/// # Errors
+/// The address cannot be listened on.
+pub(in crate::cluster) fn answer(
+    config: &RendezvousConfig,
+    ranks: Range<u32>,
+    report: &Report,
+) -> Result<(), RendezvousError> {
+    let deadline = Instant::now() + config.report_within;
+    let endpoint = bind(config, deadline)?;
+    let missing = (0..config.processes).filter(|rank| !ranks.contains(rank)).collect();
+    turn_away(&endpoint, missing, report, deadline);
+    Ok(())
+}
+
+/// Refuses all that call, until all of `missing` have, or the time is up.
+fn turn_away(endpoint: &Endpoint, mut missing: BTreeSet<u32>, report: &Report, deadline: Instant) {
+    while !missing.is_empty() {
+        let Ok((from, link)) = endpoint.wait_any(Purpose::Rendezvous, deadline) else { return };
+        // Read to its end: a connection that is closed with bytes unread may lose the answer.
+        let ranks = match read_call(&link) {
+            Ok(Call::Failed { ranks, .. }) => ranks,
+            Ok(Call::Join(_)) => from..from.saturating_add(1),
+            Err(_) => continue,
+        };
+        tell(&link, &Answer::Refused(Verdict::Failed(report.clone())));
+        missing.retain(|rank| !ranks.contains(rank));
+    }
+}
+
+fn read_call(link: &Link) -> Result<Call, WireError> {
+    wire::read_message(&mut link.until(Instant::now() + REPLY_TIMEOUT), INTRODUCTION_BYTES_MAX)
+}
+
 /// Listens where the others look for process 0, and where only they look once they know it.
 fn listen(config: &RendezvousConfig, deadline: Instant) -> Result<Endpoint, RendezvousError> {
+    match bind(config, deadline.min(Instant::now() + config.late_grace)) {
+        Err(error) if is_in_use(&error) => Err(occupied(config, error)),
+        bound => Ok(bound?),
+    }
+}
+
+fn bind(config: &RendezvousConfig, give_up: Instant) -> Result<Endpoint, TransportError> {
     let open = |listen: &[Listen]| Endpoint::listen(0, config.secret.clone(), listen, config.endpoint);
     let loopback: IpAddr = Ipv4Addr::LOCALHOST.into();
-    let give_up = deadline.min(Instant::now() + config.late_grace);
     loop {
         let opened = match &config.coordinator {
             Address::Unix(path) => {
@@ -79,8 +131,7 @@ fn listen(config: &RendezvousConfig, deadline: Instant) -> Result<Endpoint, Rend
         match opened {
             // A rank 0 that is about to end may still be there.
             Err(error) if is_in_use(&error) && Instant::now() < give_up => std::thread::sleep(RETRY),
-            Err(error) if is_in_use(&error) => return Err(occupied(config, error)),
-            opened => return Ok(opened?),
+            opened => return opened,
         }
     }
 }
@@ -151,7 +202,7 @@ impl Hall {
                 deadline = deadline.min(now + config.conflict_grace);
             }
             let missing = self.missing();
-            if missing.is_empty() || now >= deadline {
+            if missing.is_empty() || now >= deadline || self.failed.is_some() {
                 return Ok(());
             }
             if now >= report_at {
@@ -168,10 +219,14 @@ impl Hall {
 
     /// Reads an introduction and gives it its seat.
     fn welcome(&mut self, from: u32, link: Link) {
-        let mut reader = link.until(Instant::now() + REPLY_TIMEOUT);
-        let read = wire::read_message::<Introduction>(&mut reader, INTRODUCTION_BYTES_MAX);
-        let introduction = match read {
-            Ok(introduction) if introduction.member.process == from && introduction.check().is_ok() => introduction,
+        let introduction = match read_call(&link) {
+            Ok(Call::Join(introduction)) if introduction.member.process == from && introduction.check().is_ok() => {
+                introduction
+            }
+            Ok(Call::Failed { ranks, report }) if report.is_for_all() => {
+                self.failed = Some((ranks, report));
+                return self.turned_away.push(link);
+            }
             // It holds the secret, so this is a bug or a dying process; it may come again.
             read => {
                 tracing::warn!(from, error = ?read.err(), "an introduction that cannot be read");

@@ -1,17 +1,21 @@
-//! Every process but 0 at rendezvous: finds process 0, introduces itself, waits for the roster. Imports `actors::transport`
-//! and `messages`.
+//! Every process but 0 at rendezvous: finds process 0, introduces itself, waits for the roster. Imports `actors::transport`,
+//! `exit` and `messages`.
 
+use std::ops::Range;
 use std::time::{Duration, Instant};
 
 use shardflow_actors::transport::wire::{self, MESSAGE_BYTES_MAX, WireError};
 use shardflow_actors::transport::{Endpoint, Hello, Link, Purpose, Refusal, SessionId, TransportError, connect};
 
-use super::messages::{Answer, INTRODUCTION_BYTES_MAX, Ready, Verdict};
+use super::messages::{Answer, Call, INTRODUCTION_BYTES_MAX, Ready, Verdict};
 use super::{Introduction, RETRY, RendezvousConfig, RendezvousError, Roster, Waiting};
 use super::{advertised, endpoint, introduction};
+use crate::exit::Report;
 
 /// Process 0 says at the deadline who is missing; it has this much longer to say so.
 const MARGIN: Duration = Duration::from_secs(5);
+/// Longest cause of a failure that is reported, in bytes.
+const CAUSE_BYTES_MAX: usize = 4 << 10;
 /// Once all are here, they are ready within this.
 const START_TIMEOUT: Duration = Duration::from_secs(30);
 
@@ -31,6 +35,36 @@ pub(super) fn follow(
                 std::thread::sleep(RETRY);
             }
             met => return met.map(|roster| (roster, endpoint)),
+        }
+    }
+}
+
+/// RV-4: reports to process 0, or to whoever answers for it, that `ranks` do not join.
+///
+/// # Errors
+/// Nobody has taken the report in time, or the processes run without these ranks.
+pub(in crate::cluster) fn call(
+    config: &RendezvousConfig,
+    ranks: Range<u32>,
+    report: &Report,
+) -> Result<(), RendezvousError> {
+    let (deadline, from) = (Instant::now() + config.report_within, ranks.start);
+    let cause = report.cause[..report.cause.floor_char_boundary(CAUSE_BYTES_MAX)].to_string();
+    let call = Call::Failed { ranks, report: Report { cause, ..report.clone() } };
+    let hello =
+        Hello { session: SessionId::default(), epoch: config.restart, from, to: 0, purpose: Purpose::Rendezvous };
+    loop {
+        let link = connect(&config.coordinator, &config.secret, &hello, deadline)?;
+        let written = wire::write_message(&mut link.until(deadline), &call, INTRODUCTION_BYTES_MAX);
+        let answer = written.and_then(|()| wire::read_message::<Answer>(&mut link.until(deadline), MESSAGE_BYTES_MAX));
+        match answer {
+            Ok(_) => return Ok(()),
+            // It ended before it took the report: others may not know.
+            Err(_) if Instant::now() < deadline => std::thread::sleep(RETRY),
+            Err(cause) => {
+                let peer = format!("rank 0 at {}", config.coordinator);
+                return Err(TransportError::Wire { peer, cause }.into());
+            }
         }
     }
 }
@@ -81,7 +115,8 @@ fn meet(
     let hear = |deadline| wire::read_message::<Answer>(&mut link.until(deadline), MESSAGE_BYTES_MAX).map_err(broken);
 
     let begin = Instant::now();
-    wire::write_message(&mut link.until(deadline + MARGIN), own, INTRODUCTION_BYTES_MAX).map_err(broken)?;
+    let join = Call::Join(own.clone());
+    wire::write_message(&mut link.until(deadline + MARGIN), &join, INTRODUCTION_BYTES_MAX).map_err(broken)?;
     let roster = match hear(deadline + MARGIN) {
         Ok(Answer::Roster(roster)) => roster,
         Ok(Answer::Refused(verdict)) => return Err(RendezvousError::Refused(verdict)),

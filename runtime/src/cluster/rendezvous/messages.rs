@@ -1,12 +1,15 @@
-//! What processes say at rendezvous, and why they do not start. Imports `actors::transport`.
+//! What processes say at rendezvous, and why they do not start. Imports `exit` and `actors::transport`.
 
 use std::fmt;
 use std::fs::File;
 use std::io;
 use std::net::SocketAddr;
+use std::ops::Range;
 
 use serde::{Deserialize, Serialize};
 use shardflow_actors::transport::{Address, SessionId, TransportError, World};
+
+use crate::exit::{Exit, Report};
 
 /// Bytes of an introduction, at most.
 pub(super) const INTRODUCTION_BYTES_MAX: usize = 16 << 10;
@@ -19,7 +22,7 @@ const ADDRESS_BYTES_MAX: usize = 512;
 const LISTED_MAX: usize = 16;
 
 /// Which program a process runs, and where.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Identity {
     /// Version of this crate.
     pub version: String,
@@ -163,6 +166,15 @@ impl Roster {
     }
 }
 
+/// To process 0: the first message.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) enum Call {
+    /// A process wants to join.
+    Join(Introduction),
+    /// These ranks do not join, and a new start would not help.
+    Failed { ranks: Range<u32>, report: Report },
+}
+
 /// From process 0.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) enum Answer {
@@ -283,6 +295,9 @@ pub enum Verdict {
         /// Connections that rank 0 did not let in meanwhile.
         refused: u64,
     },
+    /// One ended before it joined, for a cause that a new start does not remove.
+    #[error("rank {} ended before it joined: {} ({})", .0.rank, .0.cause.trim(), Exit::from_code(.0.exit))]
+    Failed(Report),
     /// One went away, or froze, after all had come.
     #[error("{0} was here and is gone; see its log")]
     Lost(Who),

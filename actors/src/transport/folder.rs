@@ -1,0 +1,106 @@
+//! Private folders for sockets, below the system's folder for temporary files. Imports nothing of Shardflow.
+//!
+//! The owner holds a lock on the file `lock` inside. The kernel releases it when the owner dies, however that happens, so
+//! the next owner of a folder can remove those that killed processes left.
+
+use std::fs::{self, File, Permissions};
+use std::io;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::path::Path;
+
+use tempfile::TempDir;
+
+/// How all their names begin.
+const PREFIX: &str = "shardflow-";
+const LOCK: &str = "lock";
+
+/// A new folder that only this user can enter. Dropping it removes it.
+#[derive(Debug)]
+pub struct PrivateFolder {
+    folder: TempDir,
+    /// Not there on a file system without locks: then nobody removes the folder of a killed owner.
+    _lock: Option<File>,
+}
+
+impl PrivateFolder {
+    /// A folder named `prefix`, which begins with `shardflow-`, and some letters. Removes the folders of dead owners.
+    ///
+    /// # Errors
+    /// The folder cannot be made.
+    pub fn new(prefix: &str) -> io::Result<Self> {
+        remove_dead(&std::env::temp_dir());
+        let private = Permissions::from_mode(0o700);
+        let folder = tempfile::Builder::new().prefix(prefix).permissions(private).tempdir()?;
+        let lock = lock(folder.path()).ok();
+        Ok(Self { folder, _lock: lock })
+    }
+
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        self.folder.path()
+    }
+}
+
+/// The lock gets its name only once it is held: whoever finds it free knows that its owner is dead.
+fn lock(folder: &Path) -> io::Result<File> {
+    let (new, named) = (folder.join("lock.new"), folder.join(LOCK));
+    let file = File::create(&new)?;
+    file.try_lock()?;
+    fs::rename(new, named)?;
+    Ok(file)
+}
+
+/// Removes this user's folders whose owners are dead. What cannot be read or removed stays.
+fn remove_dead(temporary: &Path) {
+    let own = rustix::process::geteuid().as_raw();
+    for entry in fs::read_dir(temporary).into_iter().flatten().flatten() {
+        let is_named = entry.file_name().to_string_lossy().starts_with(PREFIX);
+        // Of the entry itself: a link is not followed.
+        if !is_named || !entry.metadata().is_ok_and(|data| data.is_dir() && data.uid() == own) {
+            continue;
+        }
+        let is_dead = File::open(entry.path().join(LOCK)).is_ok_and(|file| file.try_lock().is_ok());
+        if is_dead && let Err(error) = fs::remove_dir_all(entry.path()) {
+            tracing::debug!(folder = %entry.path().display(), %error, "the folder of a killed process stays");
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn folders_of_the_dead_are_removed_and_no_others() {
+        let temporary = tempfile::tempdir().unwrap();
+        let make = |name: &str| {
+            let path = temporary.path().join(name);
+            fs::create_dir(&path).unwrap();
+            path
+        };
+        let (living, dead, without, other) = (make("shardflow-a"), make("shardflow-b"), make("shardflow-c"), make("d"));
+        let held = lock(&living).unwrap();
+        // The kernel lets go of it when its process ends.
+        drop(lock(&dead).unwrap());
+        drop(lock(&other).unwrap());
+        fs::write(dead.join("0.sock"), "").unwrap();
+        remove_dead(temporary.path());
+        let left = [&living, &dead, &without, &other].map(|path| path.exists());
+        assert_eq!(left, [true, false, true, true]);
+        drop(held);
+        remove_dead(temporary.path());
+        assert!(!living.exists());
+    }
+
+    #[test]
+    fn a_folder_goes_with_its_owner() {
+        let folder = PrivateFolder::new("shardflow-test-").unwrap();
+        let path = folder.path().to_owned();
+        assert_eq!(fs::metadata(&path).unwrap().mode() & 0o777, 0o700);
+        // Another one that is made meanwhile leaves it alone.
+        drop(PrivateFolder::new("shardflow-test-").unwrap());
+        assert!(path.join(LOCK).exists());
+        drop(folder);
+        assert!(!path.exists());
+    }
+}

@@ -1,0 +1,54 @@
+//! Reports a failure that comes before the processes have met, to those that would wait for this one. Imports
+//! `cluster`'s environment and rendezvous, and `exit`.
+
+use std::ops::Range;
+
+use shardflow_actors::transport::{self, TransportError};
+
+use super::env::{self, Launch, Secret};
+use super::rendezvous::{Identity, RendezvousConfig, answer, call};
+use super::{Cluster, ClusterOptions, world};
+use crate::exit::Report;
+
+/// The way to the other processes.
+#[derive(Clone, Debug)]
+pub(crate) struct Departure(RendezvousConfig);
+
+impl Departure {
+    pub(crate) fn new(
+        endpoint: &env::Endpoint,
+        secret: &Secret,
+        options: &ClusterOptions,
+        processes: u32,
+    ) -> Result<Self, TransportError> {
+        let secret = transport::Secret::from_text(secret.text())?;
+        Ok(Self(RendezvousConfig {
+            processes,
+            interface: options.interface,
+            report_within: options.report_within,
+            ..RendezvousConfig::new(world::address(endpoint), secret, Identity::default())
+        }))
+    }
+
+    /// Reports for `ranks`, which do not join. On behalf of rank 0 it answers those that call, on behalf of others it calls
+    /// rank 0; either ends by itself within [`ClusterOptions::report_within`].
+    pub(crate) fn report(&self, ranks: Range<u32>, report: &Report) {
+        let reported = match ranks.start {
+            0 => answer(&self.0, ranks, report),
+            _ => call(&self.0, ranks, report),
+        };
+        if let Err(error) = reported {
+            tracing::debug!(%error, "a failure was not reported to the other processes");
+        }
+    }
+}
+
+/// Reports for this process, where it is one of several.
+pub(crate) fn report(report: &Report) {
+    let Ok(Cluster { launch: Launch::World(world), options, .. }) = Cluster::from_env() else { return };
+    let Ok(secret) = world.secret.read() else { return };
+    if let Ok(departure) = Departure::new(&world.endpoint, &secret, &options, world.processes) {
+        let rank = world.process;
+        departure.report(rank..rank + 1, &Report { rank, ..report.clone() });
+    }
+}
