@@ -221,6 +221,8 @@ pub struct Config {
     pub grace: Duration,
     /// How long peers may take to join.
     pub join_within: Duration,
+    /// How long those may take that send heartbeats.
+    pub join_at_most: Duration,
 }
 
 impl Config {
@@ -247,6 +249,7 @@ impl Config {
             deadline: Duration::from_secs(4),
             grace: Duration::from_millis(500),
             join_within: Duration::from_secs(30),
+            join_at_most: Duration::from_secs(30),
         }
     }
 
@@ -315,7 +318,7 @@ impl Membership {
         let control = control::start(shared.clone(), config.links, &key, format!("{hex}.{epoch}"))?;
         // From here on a failure ends both threads.
         let membership = Self { shared: shared.clone(), notices, heartbeat: Some(heartbeat), control: Some(control) };
-        if let Err(error) = shared.wait_for_peers(config.join_within, config.deadline) {
+        if let Err(error) = shared.wait_for_peers(config.join_within, config.join_at_most, config.deadline) {
             // Those that did connect are told why we give up.
             shared.fail(error.to_string(), error.exit());
             return Err(error);

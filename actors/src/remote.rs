@@ -119,8 +119,8 @@ pub(crate) struct Remote {
     outboxes: Vec<(u32, Sender<Outgoing>)>,
     host_ports: Vec<HostPort>,
     host: Option<Sender<FromPeer>>,
-    /// By peer: the last `Ready` that came, and what had happened then.
-    ready: Mutex<Vec<(u64, Clock)>>,
+    /// By peer: the last `Ready` that came, what had happened then, and whether the peer has ended in order.
+    ready: Mutex<Vec<(u64, Clock, bool)>>,
     changed: Condvar,
     /// By register: what had happened here when peers were last told of it. What they tell of it later is behind that.
     told: Vec<Clocks>,
@@ -148,7 +148,7 @@ impl Remote {
             outboxes.push((peer.process, sender));
             ends.push(PeerEnd { peer, index, outgoing });
         }
-        let ready = Mutex::new(vec![(0, Clock::default()); ends.len()]);
+        let ready = Mutex::new(vec![(0, Clock::default(), false); ends.len()]);
         let told = spec.registers.iter().map(|_| Clocks::default()).collect();
         let released = spec.registers.iter().map(|r| r.readers.iter().map(|_| AtomicU64::new(0)).collect()).collect();
         (Self { peer_of, outboxes, host_ports, host, ready, changed: Condvar::new(), told, released }, ends)
@@ -177,7 +177,7 @@ impl Remote {
         self.outboxes.iter().for_each(|(_, outbox)| drop(outbox.send(Outgoing::End)));
     }
 
-    fn ready(&self) -> MutexGuard<'_, Vec<(u64, Clock)>> {
+    fn ready(&self) -> MutexGuard<'_, Vec<(u64, Clock, bool)>> {
         self.ready.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -186,10 +186,16 @@ impl Remote {
         let mut ready = self.ready();
         let is_next = ready[peer].0.checked_add(1) == Some(round);
         if is_next {
-            ready[peer] = (round, Clock::capture());
+            ready[peer] = (round, Clock::capture(), false);
             self.changed.notify_all();
         }
         is_next
+    }
+
+    /// Nothing more comes from the peer.
+    fn has_ended(&self, peer: usize) {
+        self.ready()[peer].2 = true;
+        self.changed.notify_all();
     }
 
     /// RM-3: the oldest piece of the register that some reader here has not released.
@@ -212,7 +218,8 @@ impl Remote {
     /// Sends the initial registers' bytes and waits until all peers have done so too, `round` times since the start.
     ///
     /// # Errors
-    /// The first cause, if the session fails meanwhile; [`PeerError::Late`] with the peer that is missing.
+    /// The first cause, if the session fails meanwhile; [`PeerError::Late`] with the peer that is missing,
+    /// [`PeerError::Ended`] if it will not come.
     pub(crate) fn refresh(
         &self,
         round: u64,
@@ -228,13 +235,14 @@ impl Remote {
             if let Some(first) = failure() {
                 return Err(first);
             }
-            if Instant::now() >= deadline {
-                let cause = PeerError::Late { seconds: timeout.as_secs() };
+            if ready[late].2 || Instant::now() >= deadline {
+                let is_late = PeerError::Late { seconds: timeout.as_secs() };
+                let cause = if ready[late].2 { PeerError::Ended } else { is_late };
                 return Err(Failure::Peer { process: self.outboxes[late].0, cause });
             }
             ready = self.changed.wait_timeout(ready, LOOK).unwrap_or_else(PoisonError::into_inner).0;
         }
-        ready.iter().for_each(|(_, clock)| clock.join());
+        ready.iter().for_each(|(_, clock, _)| clock.join());
         Ok(())
     }
 }

@@ -100,6 +100,7 @@ pub struct Running {
     /// Tokens given so far, by actor and action, for the external ones.
     given: Mutex<BTreeMap<(ActorId, u32), u64>>,
     watchdog: Arc<Mutex<Watchdog>>,
+    options: WatchdogOptions,
     /// Dropping it ends the watchdog's thread.
     watching: Option<Sender<()>>,
     threads: Vec<JoinHandle<()>>,
@@ -108,15 +109,21 @@ pub struct Running {
     rounds: u64,
 }
 
-/// How long peers may take to start their actors, once all are connected.
-const READY_TIMEOUT: Duration = Duration::from_secs(60);
-
-/// Starts the actors of a loaded plan. They fire as soon as the host gives tokens.
+/// Starts the actors of a loaded plan: [`prepare`] and [`Running::begin`].
 ///
 /// # Errors
-/// [`ActorError::Spec`] or [`ActorError::Loaded`] when the parts do not fit, [`ActorError::Thread`] without threads,
-/// [`ActorError::Ended`] when a peer does not start its actors too.
+/// Those of [`prepare`], and [`ActorError::Ended`] when a peer does not start its actors too.
 pub fn start(loaded: Loaded, options: WatchdogOptions) -> Result<Running, ActorError> {
+    let mut running = prepare(loaded, options)?;
+    running.begin().map_err(|failure| ActorError::Ended { cause: failure.to_string() })?;
+    Ok(running)
+}
+
+/// Makes the actors of a loaded plan and the threads of its connections. [`Running::begin`] lets them fire.
+///
+/// # Errors
+/// [`ActorError::Spec`] or [`ActorError::Loaded`] when the parts do not fit, [`ActorError::Thread`] without threads.
+pub fn prepare(loaded: Loaded, options: WatchdogOptions) -> Result<Running, ActorError> {
     check(&loaded.spec)?;
     loaded::check(&loaded)?;
     let Loaded { spec, hosted, memory, engine, peers } = loaded;
@@ -141,6 +148,7 @@ pub fn start(loaded: Loaded, options: WatchdogOptions) -> Result<Running, ActorE
         failures,
         given: Mutex::new(external.collect()),
         watchdog: Arc::new(Mutex::new(Watchdog::new(options.clone()))),
+        options,
         watching: None,
         threads: Vec::new(),
         connections: Connections::default(),
@@ -152,11 +160,7 @@ pub fn start(loaded: Loaded, options: WatchdogOptions) -> Result<Running, ActorE
     // Only now, so that a message of a peer finds its actor.
     let connections = serve(&session, ends, &memory);
     running.connections = connections.map_err(|e| ActorError::Thread { device: 0, message: e.to_string() })?;
-    running.refresh(READY_TIMEOUT).map_err(|failure| ActorError::Ended { cause: failure.to_string() })?;
-    for actor in session.streams.keys() {
-        session.bus.send(*actor, Cast::Event(Event::Start));
-    }
-    if let Some(every) = options.check_every {
+    if let Some(every) = running.options.check_every {
         running.watch(every)?;
     }
     Ok(running)
@@ -238,6 +242,19 @@ fn host(
 }
 
 impl Running {
+    /// Waits until all peers have come as far, for [`WatchdogOptions::wait_max`], and starts the actors. They fire as soon as
+    /// the host gives tokens.
+    ///
+    /// # Errors
+    /// The first cause, if the session fails meanwhile; a peer that does not come.
+    pub fn begin(&mut self) -> Result<(), Failure> {
+        self.refresh()?;
+        for actor in self.session.streams.keys() {
+            self.session.bus.send(*actor, Cast::Event(Event::Start));
+        }
+        Ok(())
+    }
+
     /// Lets an external action fire `tokens` times more.
     ///
     /// # Errors
@@ -273,13 +290,14 @@ impl Running {
 
     /// Sends the bytes of the registers that hold a piece from the start to the peers that read them, and waits until all
     /// peers have done so: to be called by all processes when such a register was written outside the plan, with no work in
-    /// flight.
+    /// flight. Peers may take [`WatchdogOptions::wait_max`].
     ///
     /// # Errors
-    /// The first cause, if the session fails meanwhile; a peer that does not come within `timeout`.
-    pub fn refresh(&mut self, timeout: Duration) -> Result<(), Failure> {
+    /// The first cause, if the session fails meanwhile; a peer that does not come in time.
+    pub fn refresh(&mut self) -> Result<(), Failure> {
         self.rounds += 1;
-        self.session.bus.remote().refresh(self.rounds, timeout, || self.session.first_failure())
+        let session = &self.session;
+        session.bus.remote().refresh(self.rounds, self.options.wait_max(), || session.first_failure())
     }
 
     /// Gives tensors to the programs of all other processes, by a port of this process.

@@ -44,6 +44,17 @@ impl Default for WatchdogOptions {
     }
 }
 
+/// What stands for no limit: far away, and not so far that an instant overflows.
+const NO_LIMIT: Duration = Duration::from_secs(1 << 30);
+
+impl WatchdogOptions {
+    /// How long a wait for processes that are alive may take: [`WatchdogOptions::abort_after`]. Those that are dead end it
+    /// sooner.
+    pub fn wait_max(&self) -> Duration {
+        self.abort_after.unwrap_or(NO_LIMIT)
+    }
+}
+
 impl fmt::Debug for WatchdogOptions {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { stall_after, check_every, abort_after, .. } = self;

@@ -56,7 +56,7 @@ fn spec() -> Spec {
     let using = b.external(user, "work", 2);
     b.read(weights, using, 2);
     // An update follows from the step that used the weights.
-    let used = b.register("used", 1, using, 2);
+    let used = b.register("used", 2, using, 2);
     b.read(used, update, 1);
     b.build()
 }
@@ -273,7 +273,7 @@ fn weights_are_refreshed_between_steps_only() {
     running.give(USER, 0, 2).unwrap();
     fired(&running, 2);
     liar.write_all(&[&refresh[..], &Frame::Ready { round: 2 }.encode()].concat()).unwrap();
-    running.refresh(PATIENCE).unwrap();
+    running.refresh().unwrap();
     assert_eq!(mirror.read_host(0, &[1], DType::I32).unwrap().as_i32().unwrap(), [i32::from_le_bytes([7; 4])]);
 
     // The second step has begun: one of its two firings is done.

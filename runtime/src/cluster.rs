@@ -163,8 +163,11 @@ pub struct ClusterOptions {
     pub advertise: Option<Arc<dyn Advertise>>,
     /// How long to wait until all have come.
     pub meet_within: Duration,
-    /// How long connections may take to be made, once all have come.
+    /// How long connections may take to be made, once all have come, before heartbeats show who is alive. Later waits take
+    /// [`crate::prelude::WatchdogOptions::abort_after`] at most.
     pub connect_within: Duration,
+    /// How often a wait is reported, with the ranks that are missing or slow.
+    pub report_every: Duration,
     /// Time between heartbeats.
     pub heartbeat_every: Duration,
     /// Silence after which a process counts as failed; at least four times `heartbeat_every`.
@@ -184,6 +187,7 @@ impl Default for ClusterOptions {
             advertise: None,
             meet_within: Duration::from_secs(300),
             connect_within: Duration::from_secs(60),
+            report_every: Duration::from_secs(3),
             heartbeat_every: Duration::from_millis(250),
             heartbeat_deadline: Duration::from_secs(4),
             report_within: rendezvous::REPORT_WITHIN,
@@ -193,6 +197,12 @@ impl Default for ClusterOptions {
 }
 
 impl ClusterOptions {
+    /// Logs whom this process waits for.
+    pub(crate) fn report_waiting(&self, line: &str) {
+        tracing::warn!("{line}");
+        self.on_waiting.iter().for_each(|on_waiting| on_waiting(line));
+    }
+
     /// As these variables say.
     ///
     /// # Errors

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::{Receiver, after, never, select, unbounded};
 use shardflow_actors::error::{ActorError, Failure, PeerError};
 use shardflow_actors::remote::{HostPiece, Peers};
-use shardflow_actors::shell::{Hosted, Loaded, RegisterMemory, Running, start};
+use shardflow_actors::shell::{Hosted, Loaded, RegisterMemory, Running, prepare};
 use shardflow_actors::spec::{ActorId, RegisterId, StreamKind};
 use shardflow_actors::watchdog::{OnStall, WatchdogOptions};
 use shardflow_kernels::collective::Collective;
@@ -20,7 +20,7 @@ use shardflow_kernels::memory::{Arena, Base};
 use shardflow_kernels::tensor::HostTensor;
 
 use crate::cluster::roads::Ways;
-use crate::cluster::world::{self, World};
+use crate::cluster::world::{self, WAITING, World};
 use crate::cluster::{Cluster, ClusterError};
 use crate::exit::Exit;
 use crate::graph::{NodeOp, Rate, Var};
@@ -196,8 +196,8 @@ pub struct Session {
 /// How long a session that ends waits for firings that are under way.
 const QUIESCE_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// How long peers may take to give what all are to have, between steps.
-const EXCHANGE_TIMEOUT: Duration = Duration::from_secs(60);
+/// What a process does while the program does nothing with the session, or runs steps, of which the watchdog reports.
+const BETWEEN_STEPS: &str = "running the program";
 
 impl Session {
     /// Joins the other processes, if there are any; allocates each device's arena, makes the initial weights and starts the
@@ -207,7 +207,8 @@ impl Session {
     /// When memory, threads or peers cannot be had.
     pub fn start(plan: Plan, options: &SessionOptions) -> Result<Self, SessionError> {
         shown::show(&plan)?;
-        let world = World::join(&options.cluster, &plan, options.seed).map_err(world::named)?.map(Arc::new);
+        let wait_max = options.watchdog.wait_max();
+        let world = World::join(&options.cluster, &plan, options.seed, wait_max).map_err(world::named)?.map(Arc::new);
         Self::start_among(plan, options, world.clone()).map_err(|error| match world {
             Some(world) => world.cannot_start(error),
             None => error,
@@ -215,6 +216,8 @@ impl Session {
     }
 
     fn start_among(mut plan: Plan, options: &SessionOptions, world: Option<Arc<World>>) -> Result<Self, SessionError> {
+        let doing = |what| world.iter().for_each(|world| world.doing(what));
+        doing("opening devices");
         if let Some(world) = &world {
             world.count_mirrors(&mut plan)?;
         }
@@ -222,10 +225,14 @@ impl Session {
         let on_node = world.as_ref().map_or(hosting.on_node(0..1, 0), |world| world.on_node());
         let takes_pipes = world.as_ref().is_some_and(|world| world.takes_pipes());
         let ids: devices::Ids<'_> = &|groups| match &world {
-            Some(world) => world.nccl_ids(groups),
+            Some(world) => {
+                world.doing(WAITING);
+                world.nccl_ids(groups)
+            }
             None => devices::new_ids(groups),
         };
         let Opened { devices, engine: in_process, pipes } = devices::open(&plan, &hosting, on_node, takes_pipes, ids)?;
+        doing("allocating memory");
         let shared = world.as_ref().is_some_and(|world| world.shares_memory(plan.device));
         let mut arenas = BTreeMap::new();
         for device in &devices {
@@ -234,11 +241,13 @@ impl Session {
         }
         let ports = Arc::new(HostPorts::of(&plan, &hosting));
         let (host, from_peers) = unbounded();
+        doing(WAITING);
         let ways = match &world {
             Some(world) => world.connect(&plan, &devices, &arenas, in_process, pipes)?,
             None => Ways::alone(in_process),
         };
         arenas.extend(ways.mapped);
+        doing("preparing kernels");
         let (sender, fetched) = unbounded();
         let mut loader = Loader { plan: &plan, arenas: &arenas, feeds: Vec::new(), sender };
         let own = hosting.actors_of(&plan, hosting.process);
@@ -305,12 +314,17 @@ impl Session {
             step_metrics,
             observer: None,
         };
+        session.doing("making initial weights");
         session.initialise()?;
         let seen = Arc::new(OnceLock::new());
-        let running = start(loaded, counted(&options.watchdog, seen.clone()))?;
+        let mut running = prepare(loaded, counted(&options.watchdog, seen.clone()))?;
         if let Some(world) = &session.world {
+            // Before the wait, which a failure elsewhere ends.
             world.watch(&running);
         }
+        session.doing(WAITING);
+        running.begin()?;
+        session.doing(BETWEEN_STEPS);
         let snapshots = Snapshots { devices: session.devices.clone(), engine: session.engine.clone() };
         let (plan, world) = (session.plan.clone(), session.world.as_ref());
         let steps = NewestSteps { tokens: step_tokens, planned: options.steps_planned, ..NewestSteps::default() };
@@ -349,6 +363,11 @@ impl Session {
             arena.write_host(offset, &HostTensor::bf16(&part.shape, values))?;
         }
         Ok(())
+    }
+
+    /// Publishes what this process does, see [`World::doing`].
+    fn doing(&self, what: &str) {
+        self.world.iter().for_each(|world| world.doing(what));
     }
 
     /// The failure of an earlier step, if there was one.
@@ -399,8 +418,11 @@ impl Session {
 
     /// Every process's word, by its number, when all have given one: in the same order on all.
     fn exchange(&mut self, word: Word) -> Result<Vec<Word>, SessionError> {
+        self.doing(WAITING);
         self.say(word);
-        self.words()
+        let words = self.words();
+        self.doing(BETWEEN_STEPS);
+        words
     }
 
     /// The words that all have said, by process.
@@ -458,8 +480,11 @@ impl Session {
 
     /// Gives peers the parameters that they read, after they were written here; all processes call it.
     fn refresh(&mut self) -> Result<(), SessionError> {
+        self.doing(WAITING);
         let Some(running) = &mut self.running else { return Ok(()) };
-        running.refresh(EXCHANGE_TIMEOUT).map_err(|failure| self.fail(failure))
+        running.refresh().map_err(|failure| self.fail(failure))?;
+        self.doing(BETWEEN_STEPS);
+        Ok(())
     }
 
     /// The first cause of a failure, once all processes have said what they saw.

@@ -162,6 +162,140 @@ fn a_code_that_is_not_worth_a_retry_ends_at_once() {
 }
 
 #[test]
+fn a_pause_before_a_restart_ends_by_sigterm() {
+    let job = Job::new();
+    let script = "[ $RANK = 0 ] && echo 1$SHARDFLOW_RESTART_COUNT > $SHARDFLOW_PROGRESS_FILE; exit 75";
+    // Both waits are far longer than the test.
+    let running = job.sh(&["--max-restarts=9", "--restart-wait=600"], script);
+    let mut said = String::new();
+    while !said.contains("restart 2 of at most 9, from step 11, in 600s") {
+        said += &String::from_utf8_lossy(&running.err.recv_timeout(at_most(20)).unwrap());
+    }
+    assert!(said.contains("restart 1 of at most 9, from step 10\n"), "the first comes at once: {said}");
+    running.signal(Signal::TERM);
+    assert_eq!(running.end().code, 143);
+}
+
+/// Flags of a node of two, which meet at this port.
+fn of_two(node: u32, port: u16) -> [String; 4] {
+    let endpoint = format!("--rdzv-endpoint=127.0.0.1:{port}");
+    ["--nnodes=2".into(), format!("--node-rank={node}"), endpoint, "--max-restarts=9".into()]
+}
+
+/// A port that is free now.
+fn free_port() -> u16 {
+    std::net::TcpListener::bind(("127.0.0.1", 0)).unwrap().local_addr().unwrap().port()
+}
+
+const SECRET: (&str, &str) = ("SHARDFLOW_SECRET", "0123456789abcdef");
+
+/// Reports for both nodes are made within this; far below what a node without a report waits.
+const REPORTED_WITHIN: std::time::Duration = std::time::Duration::from_secs(20);
+
+#[test]
+fn nodes_that_fail_before_they_meet_do_not_wait_for_each_other() {
+    let (job, port) = (Job::new(), free_port());
+    let nodes = [0, 1].map(|node| {
+        let flags = of_two(node, port);
+        let flags: Vec<&str> = flags.iter().map(String::as_str).chain(["--report-wait=600"]).collect();
+        job.sh_with(&[SECRET], &flags, "echo error: no such flag >&2; exit 2")
+    });
+    let begin = std::time::Instant::now();
+    for (node, running) in nodes.into_iter().enumerate() {
+        let ended = running.end();
+        assert_eq!(ended.code, 2, "{}", ended.err);
+        let last = ended.err.lines().last().unwrap();
+        assert!(last.starts_with(&format!("error: rank {node}: no such flag (code 2: usage)")), "{last}");
+    }
+    assert!(begin.elapsed() < REPORTED_WITHIN, "they answer each other: {:?}", begin.elapsed());
+}
+
+#[test]
+fn a_report_that_nobody_takes_ends_in_time_or_by_a_signal() {
+    let (job, port) = (Job::new(), free_port());
+    let run = |node: u32, wait: &'static str, script: &str| {
+        let flags = of_two(node, port);
+        job.sh_with(&[SECRET], &flags.iter().map(String::as_str).chain([wait]).collect::<Vec<_>>(), script)
+    };
+    for node in [0, 1] {
+        assert_eq!(run(node, "--report-wait=0.2", "exit 65").end().code, 65);
+        let waiting = run(node, "--report-wait=600", "exit 65");
+        let line = waiting.err.recv_timeout(at_most(20)).unwrap();
+        assert!(line.starts_with(b"shardflow: a restart would not help"), "{line:?}");
+        waiting.signal(Signal::TERM);
+        assert_eq!(waiting.end().code, 65);
+    }
+    // What a session reports, or another process, is no reason to wait.
+    let script = r#"echo "{\"rank\":1,\"time_unix_ns\":1,\"exit\":80,\"cause\":\"x\",$MORE}" > $SHARDFLOW_ERROR_FILE; exit 80"#;
+    for more in ["\"joined\":true", "\"first_cause_rank\":0"] {
+        let script = format!("MORE='{more}'; {script}");
+        assert_eq!(run(1, "--report-wait=600", &script).end().code, 80);
+    }
+}
+
+#[test]
+fn a_launcher_that_cannot_start_reports_it_too() {
+    let (job, port) = (Job::new(), free_port());
+    let flags = |node| of_two(node, port).into_iter().chain(["--report-wait=600".into()]).collect::<Vec<_>>();
+    let launch = |node| {
+        let args: Vec<String> = std::iter::once("launch".into()).chain(flags(node)).collect();
+        let args: Vec<&str> = args.iter().map(String::as_str).chain(["--", "./no-such-program"]).collect();
+        job.run_with(&[SECRET], &args)
+    };
+    for running in [0, 1].map(launch) {
+        let ended = running.end();
+        assert_eq!(ended.code, 2, "{}", ended.err);
+        assert!(ended.err.contains("reporting to the other nodes: program ./no-such-program"), "{}", ended.err);
+    }
+}
+
+#[test]
+fn flags_of_the_cluster_are_variables_of_the_processes() {
+    let job = Job::new();
+    let flags = ["--rdzv-id=x", "--interface=127.0.0.1", "--advertise=node-7.site", "--heartbeat-ms=100"];
+    let more = ["--heartbeat-deadline-ms=900", "--report-wait=2.5"];
+    assert_eq!(job.sh(&[flags.as_slice(), &more].concat(), "env").end().code, 0);
+    let vars = variables(&job.log("x", 0, 0));
+    for (name, value) in [
+        ("SHARDFLOW_INTERFACE", "127.0.0.1"),
+        ("SHARDFLOW_ADVERTISE", "node-7.site"),
+        ("SHARDFLOW_HEARTBEAT_MS", "100"),
+        ("SHARDFLOW_HEARTBEAT_DEADLINE_MS", "900"),
+        ("SHARDFLOW_REPORT_WAIT_MS", "2500"),
+    ] {
+        assert_eq!(vars[name], value, "{name}");
+    }
+    for (flag, says) in [
+        ("--advertise=a:5", "SHARDFLOW_ADVERTISE is \"a:5\", expected a host name or an IP address"),
+        ("--heartbeat-ms=0", "SHARDFLOW_HEARTBEAT_MS is \"0\""),
+        ("--heartbeat-deadline-ms=999", "SHARDFLOW_HEARTBEAT_DEADLINE_MS is \"999\""),
+    ] {
+        let ended = job.sh(&[flag], "true").end();
+        assert_eq!(ended.code, 78, "{flag}: {}", ended.err);
+        assert!(ended.err.contains(says), "{flag}: {}", ended.err);
+    }
+}
+
+#[test]
+fn folders_of_killed_launchers_are_removed_by_the_next() {
+    let job = Job::new();
+    let temporary = job.folder().join("tmp");
+    fs::create_dir(&temporary).unwrap();
+    let given = [("TMPDIR", temporary.to_str().unwrap())];
+    let left = || fs::read_dir(&temporary).unwrap().count();
+    let running = job.sh_with(&given, &[], "echo ready > $READY; read line < $WAIT.none");
+    job.ready();
+    let guard = harness::Process::open(harness::guard_of(running.pid()));
+    guard.kill();
+    assert!(guard.ends_before(std::time::Instant::now() + at_most(10)));
+    running.signal(Signal::KILL);
+    running.end();
+    assert_eq!(left(), 1, "nobody was there to remove it");
+    assert_eq!(job.sh_with(&given, &[], "true").end().code, 0);
+    assert_eq!(left(), 0);
+}
+
+#[test]
 fn sigterm_is_passed_on_and_answered_by_143() {
     let job = Job::new();
     for (script, code) in [

@@ -41,6 +41,8 @@ struct Peer {
     /// What was last told to the peer of its own messages.
     told: Count,
     step: u64,
+    /// When its last heartbeat came.
+    beat: Option<Duration>,
 }
 
 #[derive(Debug)]
@@ -81,6 +83,7 @@ impl Shared {
                 urgent_taken: 0,
                 told: Count::default(),
                 step: 0,
+                beat: None,
             };
             (process, peer)
         };
@@ -160,8 +163,30 @@ impl Shared {
         self.changed.notify_all();
     }
 
-    /// Blocks until all peers are connected, and begins to watch them.
-    pub(crate) fn wait_for_peers(&self, within: Duration, deadline: Duration) -> Result<(), MembershipError> {
+    /// Blocks until all peers are connected, and begins to watch them. After `within`, only peers whose last heartbeat is
+    /// younger than `deadline` are waited for.
+    pub(crate) fn wait_for_peers(
+        &self,
+        within: Duration,
+        at_most: Duration,
+        deadline: Duration,
+    ) -> Result<(), MembershipError> {
+        let (begin, mut step) = (self.now(), within);
+        loop {
+            let result = self.wait_for_some(step, deadline);
+            let Err(MembershipError::Missing { processes, .. }) = &result else { return result };
+            let (state, now) = (self.state(), self.now());
+            let beat = |process: &u32| state.peers.get(process).and_then(|peer| peer.beat);
+            let are_alive = processes.iter().all(|process| beat(process).is_some_and(|at| now < at + deadline));
+            if !are_alive || now >= begin + at_most {
+                let (processes, seconds) = (processes.clone(), (now - begin).as_secs_f64());
+                return Err(MembershipError::Missing { processes, seconds });
+            }
+            step = deadline.min((begin + at_most).saturating_sub(now));
+        }
+    }
+
+    fn wait_for_some(&self, within: Duration, deadline: Duration) -> Result<(), MembershipError> {
         let with = |state: &State, wanted: fn(&Link) -> bool| -> Vec<u32> {
             state.peers.iter().filter(|(_, p)| wanted(&p.link)).map(|(p, _)| *p).collect()
         };
@@ -214,7 +239,7 @@ impl Shared {
             return self.decide(&mut state);
         }
         if let Some(peer) = state.peers.get_mut(&by) {
-            peer.step = beat.step;
+            (peer.step, peer.beat) = (beat.step, Some(now));
         }
         if let Some(detector) = &mut state.detector {
             detector.heard(by, now);

@@ -240,6 +240,7 @@ impl Reader {
         match Frame::decode(&header)? {
             Frame::Bye => {
                 self.session.peer_left(self.process);
+                self.session.bus.remote().has_ended(self.index);
                 self.tell_host(FromPeer::Ended { process: self.process });
                 return Ok(false);
             }

@@ -14,7 +14,7 @@ use crate::checkpoint::{Agree, AgreeError, SaveId, Saved};
 /// Topic of these messages on the control plane.
 pub(super) const TOPIC: u16 = 1;
 
-/// How long the slowest process may take to write its part after the first has.
+/// How long the slowest process may take to write its part after the first has, unless waits for it may take longer.
 const WITHIN: Duration = Duration::from_secs(600);
 
 /// Messages of other saves that are kept until their turn comes. Saves come one after the other, so a peer is at most one
@@ -62,13 +62,20 @@ pub(super) struct Together {
     processes: u32,
     membership: Arc<Membership>,
     heard: Receiver<Heard>,
+    within: Duration,
     /// What came before it was waited for.
     early: Mutex<BTreeMap<Key, How>>,
 }
 
 impl Together {
-    pub(super) fn new(process: u32, processes: u32, membership: Arc<Membership>, heard: Receiver<Heard>) -> Self {
-        Self { process, processes, membership, heard, early: Mutex::default() }
+    pub(super) fn new(
+        process: u32,
+        processes: u32,
+        membership: Arc<Membership>,
+        heard: Receiver<Heard>,
+        wait_max: Duration,
+    ) -> Self {
+        Self { process, processes, membership, heard, within: wait_max.max(WITHIN), early: Mutex::default() }
     }
 
     fn error(&self, process: u32, why: impl ToString) -> AgreeError {
@@ -117,7 +124,7 @@ impl Together {
 
 impl Agree for Together {
     fn all_written(&self, save: SaveId, mine: Result<(), String>) -> Result<(), AgreeError> {
-        let deadline = Instant::now() + WITHIN;
+        let deadline = Instant::now() + self.within;
         let mine = mine.map(|()| false).map_err(|why| (self.process, why));
         if self.process != 0 {
             let bytes = Self::said(save, Phase::Written, mine);
@@ -142,7 +149,7 @@ impl Agree for Together {
                 self.tell_all(&Self::said(save, Phase::Outcome, result.clone()))?;
                 result
             }
-            None => self.wait(save, Phase::Outcome, 0, Instant::now() + WITHIN)?,
+            None => self.wait(save, Phase::Outcome, 0, Instant::now() + self.within)?,
         };
         let already = result.map_err(|(process, why)| self.error(process, why))?;
         Ok(if already { Saved::AlreadyThere } else { Saved::Committed })

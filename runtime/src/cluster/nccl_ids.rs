@@ -1,7 +1,7 @@
 //! What NCCL knows groups by, passed from the process of each group's first member to those of the others, over the control
 //! plane. Imports `session::hosting`, the actors' membership and the kernels' NCCL.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -35,7 +35,8 @@ pub(super) fn exchange(
     let aborted = |cause: String| KernelError::Aborted { cause };
     let maker = |group: &Group| hosting.process_of(group.ranks[0]);
     let mut ids: BTreeMap<u32, UniqueId> = BTreeMap::new();
-    let mut told: BTreeMap<u32, Vec<u8>> = BTreeMap::new();
+    // All are sent something: NCCL is joined, within a time of its own, only when all have come as far.
+    let mut told: BTreeMap<u32, Vec<u8>> = hosting.peers().map(|process| (process, Vec::new())).collect();
     for group in groups.iter().filter(|group| maker(group) == hosting.process) {
         let id = UniqueId::new()?;
         ids.insert(group.id, id);
@@ -48,12 +49,13 @@ pub(super) fn exchange(
     }
     let joins = |group: &&Arc<Group>| hosting.processes_of(group).contains(&hosting.process);
     let wanted: Vec<&Arc<Group>> = groups.iter().filter(joins).collect();
-    while let Some(missing) = wanted.iter().find(|group| !ids.contains_key(&group.id)) {
-        let from = maker(missing);
+    let mut late: BTreeSet<u32> = hosting.peers().collect();
+    while let Some(from) = late.first().copied() {
         let Heard { from: sender, bytes } = heard.recv_deadline(deadline).map_err(|error| {
             let cause = membership.first_cause().map(|first| first.to_string());
-            aborted(cause.unwrap_or_else(|| format!("process {from} gives no id of group {}: {error}", missing.id)))
+            aborted(cause.unwrap_or_else(|| format!("rank {from} sends no ids of NCCL's groups: {error}")))
         })?;
+        late.remove(&sender);
         for entry in bytes.chunks_exact(BYTES) {
             let (number, id) = entry.split_at(4);
             let number = u32::from_le_bytes([number[0], number[1], number[2], number[3]]);
@@ -62,6 +64,9 @@ pub(super) fn exchange(
                 ids.insert(number, UniqueId(id));
             }
         }
+    }
+    if let Some(missing) = wanted.iter().find(|group| !ids.contains_key(&group.id)) {
+        return Err(aborted(format!("rank {} sent no id of group {}", maker(missing), missing.id)));
     }
     // Of groups of other processes nothing is asked.
     Ok(groups.iter().map(|group| ids.get(&group.id).copied().unwrap_or(UniqueId([0; 128]))).collect())

@@ -7,7 +7,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::{Receiver, Sender, bounded};
+use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
 use shardflow_actors::error::{Failure, PeerError};
 use shardflow_actors::membership::{self, FirstCause, Membership, MembershipError, Notice, PeerStatus};
 use shardflow_actors::shell::{Control, Running};
@@ -51,7 +51,16 @@ pub(crate) struct World {
     together: Arc<Together>,
     /// What peers say that NCCL knows groups by.
     ids: Receiver<Heard>,
+    /// The longest wait for processes that are alive.
+    wait_max: Duration,
 }
+
+/// Topic of what processes report to be doing, on the control plane.
+const DOING: u16 = 3;
+/// What a process does that waits for others.
+pub(crate) const WAITING: &str = "";
+/// Longest text of what a peer does, in characters.
+const DOING_CHARS_MAX: usize = 60;
 
 /// Messages of one topic that may wait to be taken.
 const HEARD_MAX: usize = 1 << 12;
@@ -71,7 +80,25 @@ struct State {
     left: Vec<u32>,
     /// Of the running session, once it runs.
     control: Option<Control>,
+    /// What each process does, and since when.
+    doing: BTreeMap<u32, (String, Instant)>,
 }
+
+impl State {
+    /// What others do that `own` waits for since `at_least`.
+    fn slow(&self, own: u32, at_least: Duration) -> Option<String> {
+        let waits = self.doing.get(&own).is_some_and(|(what, since)| what == WAITING && since.elapsed() >= at_least);
+        let line = |(rank, (what, since)): (&u32, &(String, Instant))| {
+            let is_busy = *rank != own && what != WAITING;
+            is_busy.then(|| format!("rank {rank}, which has been {what} for {} s", since.elapsed().as_secs()))
+        };
+        let lines: Vec<String> = self.doing.iter().filter_map(line).take(SLOW_LISTED_MAX).collect();
+        (waits && !lines.is_empty()).then(|| format!("waiting for {}", lines.join("; for ")))
+    }
+}
+
+/// Slow ranks that a line names.
+const SLOW_LISTED_MAX: usize = 8;
 
 impl First {
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -85,15 +112,32 @@ impl First {
         endpoint: Weak<Endpoint>,
         to_agree: Sender<Heard>,
         to_ids: Sender<Heard>,
+        (own, options): (u32, ClusterOptions),
     ) -> io::Result<()> {
         let first = self.clone();
+        let mut report_at = Instant::now() + options.report_every;
         let listen = move || {
-            for notice in notices {
+            loop {
+                if Instant::now() >= report_at {
+                    report_at = Instant::now() + options.report_every;
+                    let slow = first.lock().slow(own, options.report_every);
+                    slow.iter().for_each(|slow| options.report_waiting(slow));
+                }
+                let notice = match notices.recv_deadline(report_at) {
+                    Ok(notice) => notice,
+                    Err(RecvTimeoutError::Timeout) => continue,
+                    Err(RecvTimeoutError::Disconnected) => return,
+                };
                 match notice {
                     // One that does not take what it is told runs into its deadline.
                     Notice::Told { topic: agree::TOPIC, from, bytes } => drop(to_agree.try_send(Heard { from, bytes })),
                     Notice::Told { topic: nccl_ids::TOPIC, from, bytes } => {
                         drop(to_ids.try_send(Heard { from, bytes }))
+                    }
+                    Notice::Told { topic: DOING, from, bytes } => {
+                        let printable = |c: &char| !c.is_control();
+                        let what = String::from_utf8_lossy(&bytes).chars().filter(printable).take(DOING_CHARS_MAX).collect();
+                        first.lock().doing.insert(from, (what, Instant::now()));
                     }
                     Notice::Told { .. } => {}
                     Notice::Left { process } => first.left(process),
@@ -145,8 +189,14 @@ impl First {
 }
 
 impl World {
-    /// Meets the other processes; `None` where there are none.
-    pub(crate) fn join(cluster: &Cluster, plan: &Plan, seed: u64) -> Result<Option<Self>, ClusterError> {
+    /// Meets the other processes; `None` where there are none. From then on waits for processes that are alive take at most
+    /// `wait_max`.
+    pub(crate) fn join(
+        cluster: &Cluster,
+        plan: &Plan,
+        seed: u64,
+        wait_max: Duration,
+    ) -> Result<Option<Self>, ClusterError> {
         let Launch::World(world) = &cluster.launch else { return Ok(None) };
         let (devices, processes) = (plan.memory.len(), world.processes);
         if processes as usize > devices {
@@ -173,15 +223,12 @@ impl World {
             interface: options.interface,
             advertise: options.advertise.clone(),
             timeout: options.meet_within,
+            report_every: options.report_every,
             report_within: options.report_within,
+            start_within: options.connect_within,
             ..RendezvousConfig::new(coordinator, secret.clone(), Identity::of_this_process()?)
         };
-        let (roster, endpoint) = rendezvous(&config, |waiting| {
-            tracing::warn!("{waiting}");
-            if let Some(tell) = &options.on_waiting {
-                tell(&waiting.to_string());
-            }
-        })?;
+        let (roster, endpoint) = rendezvous(&config, |waiting| options.report_waiting(&waiting.to_string()))?;
         exit::joined();
         let hosting = Hosting { process: world.process, processes, devices };
         let mut joining = membership::Config::new(
@@ -193,19 +240,31 @@ impl World {
             heartbeat,
         );
         (joining.every, joining.deadline) = (options.heartbeat_every, options.heartbeat_deadline);
-        let roads = roads(plan.device, &hosting, &roster, &endpoint, &secret, &options, &by_mpi);
+        (joining.join_within, joining.join_at_most) = (options.connect_within, wait_max.max(options.connect_within));
+        // No heartbeats yet.
+        let within = options.connect_within;
+        let roads = roads(plan.device, &hosting, &roster, &endpoint, &secret, &options, &by_mpi, within);
         for process in hosting.peers() {
             joining.links.insert(process, roads.link(process, Purpose::Control)?);
             joining.addresses.insert(process, roster.members[process as usize].heartbeat);
         }
         let membership = Arc::new(Membership::start(joining)?);
         let (to_agree, heard) = bounded(HEARD_MAX);
-        let together = Arc::new(Together::new(world.process, processes, membership.clone(), heard));
+        let together = Arc::new(Together::new(world.process, processes, membership.clone(), heard, wait_max));
         let (first, endpoint): (Arc<First>, _) = (Arc::default(), Arc::new(endpoint));
         let (to_ids, ids) = bounded(HEARD_MAX);
-        let listening = first.listen(membership.notices().clone(), Arc::downgrade(&endpoint), to_agree, to_ids);
+        let (notices, own) = (membership.notices().clone(), (world.process, options.clone()));
+        let listening = first.listen(notices, Arc::downgrade(&endpoint), to_agree, to_ids, own);
         listening.map_err(system("start a thread"))?;
-        Ok(Some(Self { hosting, roster, endpoint, secret, options, by_mpi, membership, first, together, ids }))
+        Ok(Some(Self { hosting, roster, endpoint, secret, options, by_mpi, membership, first, together, ids, wait_max }))
+    }
+
+    /// Publishes what this process does from now on, for those that wait for it. With [`WAITING`] it waits for others, and
+    /// logs now and then what they do.
+    pub(crate) fn doing(&self, what: &str) {
+        self.first.lock().doing.insert(self.hosting.process, (what.into(), Instant::now()));
+        // Where it does not arrive the session ends for it, or has ended.
+        let _ = self.membership.tell_all(DOING, what.as_bytes());
     }
 
     /// Which devices are whose.
@@ -222,7 +281,8 @@ impl World {
     }
 
     fn roads(&self, device: DeviceKind) -> Roads<'_> {
-        roads(device, &self.hosting, &self.roster, &self.endpoint, &self.secret, &self.options, &self.by_mpi)
+        let Self { hosting, roster, endpoint, secret, options, by_mpi, wait_max, .. } = self;
+        roads(device, hosting, roster, endpoint, secret, options, by_mpi, *wait_max)
     }
 
     /// True when the memory of such devices is to be shared with other processes.
@@ -250,7 +310,7 @@ impl World {
 
     /// What NCCL knows these groups by, which all processes ask for.
     pub(crate) fn nccl_ids(&self, groups: &[Arc<Group>]) -> Result<Vec<UniqueId>, KernelError> {
-        let deadline = Instant::now() + self.options.connect_within;
+        let deadline = Instant::now() + self.wait_max;
         nccl_ids::exchange(groups, &self.hosting, &self.membership, &self.ids, deadline)
     }
 
@@ -293,6 +353,8 @@ impl World {
                 late @ (TransportError::Unreachable { to: process, .. }
                 | TransportError::Missing { from: Some(process), .. }),
             )) => self.membership.suspect(*process, late.to_string()),
+            // The session has reported its failure.
+            SessionError::Failed(_) => {}
             error if breaks_off(error) => {}
             _ => fail(),
         }
@@ -356,6 +418,7 @@ impl World {
     }
 }
 
+#[allow(clippy::too_many_arguments)] // parts of a world that may not be whole yet
 fn roads<'a>(
     device: DeviceKind,
     hosting: &Hosting,
@@ -364,8 +427,9 @@ fn roads<'a>(
     secret: &'a Secret,
     options: &'a ClusterOptions,
     by_mpi: &'a ByMpi,
+    within: Duration,
 ) -> Roads<'a> {
-    let deadline = Instant::now() + options.connect_within;
+    let deadline = Instant::now() + within;
     let pipes = Pipes::new();
     Roads { device, hosting: *hosting, roster, endpoint, secret, options, by_mpi, deadline, pipes }
 }

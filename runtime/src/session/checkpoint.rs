@@ -101,6 +101,7 @@ impl Session {
     /// # Errors
     /// [`CheckpointError`]; nothing was changed then.
     pub fn restore(&mut self, path: &Path) -> Result<(), SessionError> {
+        self.doing("loading weights");
         let bytes = std::fs::read(path).map_err(|e| io(path, e))?;
         self.load(path, &bytes, |op| matches!(op, NodeOp::Parameter { .. } | NodeOp::State))?;
         let (_, metadata) = SafeTensors::read_metadata(&bytes).map_err(|e| not_whole(path, &e))?;
@@ -115,6 +116,7 @@ impl Session {
     /// # Errors
     /// [`CheckpointError`]; nothing was changed then.
     pub fn init_from(&mut self, path: &Path) -> Result<(), SessionError> {
+        self.doing("loading weights");
         let bytes = std::fs::read(path).map_err(|e| io(path, e))?;
         self.load(path, &bytes, |op| matches!(op, NodeOp::Parameter { .. }))
     }

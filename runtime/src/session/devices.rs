@@ -18,7 +18,7 @@ use shardflow_kernels::error::KernelError;
 use super::hosting::{Hosting, OnNode, groups};
 use crate::plan::Plan;
 
-/// How long members of a group may take to join each other.
+/// How long members of a group may take to join each other, once all processes are about to.
 const JOIN_WITHIN: Duration = Duration::from_secs(60);
 
 /// Hardware queues of a GPU where the driver was told nothing, and the most that it gives.

@@ -197,6 +197,7 @@ impl Session {
                 Ok(Some(reader)) => Ok(reader),
                 Err(error) => Err(error),
             };
+            self.doing("loading weights");
             let read = reader.map_err(SessionError::from);
             let read = read.and_then(|reader| self.read_parts(&reader).map(|parts| (parts, reader)));
             let mine = match &read {

@@ -67,8 +67,12 @@ impl Job {
 
     /// `shardflow ARGS`.
     pub fn run(&self, args: &[&str]) -> Running {
+        self.run_with(&[], args)
+    }
+
+    pub fn run_with(&self, variables: &[(&str, &str)], args: &[&str]) -> Running {
         let mut command = self.command(env!("CARGO_BIN_EXE_shardflow"));
-        command.args(args);
+        command.args(args).envs(variables.iter().copied());
         Running::start(command)
     }
 

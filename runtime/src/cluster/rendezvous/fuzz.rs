@@ -8,8 +8,9 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use shardflow_actors::transport::{Address, SessionId, wire};
 
-use super::messages::{Answer, INTRODUCTION_BYTES_MAX, Introduction, Member, Ready, Roster, Verdict};
+use super::messages::{Answer, Call, INTRODUCTION_BYTES_MAX, Introduction, Member, Ready, Roster, Verdict};
 use crate::cluster::agree::Said;
+use crate::exit::Report;
 
 /// Messages as peers send them: without their length.
 pub fn samples() -> Vec<Vec<u8>> {
@@ -31,7 +32,9 @@ pub fn samples() -> Vec<Vec<u8>> {
         Answer::Refused(Verdict::Lost(member.who())),
     ];
     let answers = answers.iter().map(wire::encode);
-    let all = answers.chain([wire::encode(&introduction), wire::encode(&Ready { session })]);
+    let report = Report { rank: 3, exit: 2, cause: "no such flag".into(), ..Report::default() };
+    let failed = wire::encode(&Call::Failed { ranks: 2..4, report });
+    let all = answers.chain([wire::encode(&introduction), wire::encode(&Ready { session }), failed]);
     let said = br#"{"epoch":1,"step":2,"attempt":0,"phase":"Written","result":{"Err":[1,"a full disk"]}}"#;
     all.map(Result::unwrap_or_default).chain([said.to_vec()]).collect()
 }
@@ -54,6 +57,7 @@ pub fn check(bytes: &[u8]) {
         Some(Answer::Start) | None => {}
     }
     comes_back::<Ready>(bytes);
+    comes_back::<Call>(bytes);
     if let Ok(said) = serde_json::from_slice::<Said>(bytes) {
         let again = serde_json::to_vec(&said).ok().and_then(|text| serde_json::from_slice::<Said>(&text).ok());
         assert!(again == Some(said));
@@ -77,13 +81,13 @@ mod tests {
     fn samples_are_messages() {
         assert!(samples()[..5].iter().all(|bytes| wire::decode::<Answer>(bytes).is_ok()));
         assert!(wire::decode::<Introduction>(&samples()[5]).is_ok() && wire::decode::<Ready>(&samples()[6]).is_ok());
-        assert!(serde_json::from_slice::<Said>(&samples()[7]).is_ok());
+        assert!(wire::decode::<Call>(&samples()[7]).is_ok() && serde_json::from_slice::<Said>(&samples()[8]).is_ok());
     }
 
     proptest! {
         #[test]
         fn holds_for_samples_with_changes(
-            index in 0usize..8, at in any::<prop::sample::Index>(), bytes in prop::collection::vec(any::<u8>(), 0..8),
+            index in 0usize..9, at in any::<prop::sample::Index>(), bytes in prop::collection::vec(any::<u8>(), 0..8),
         ) {
             let mut changed = samples().swap_remove(index);
             let at = at.index(changed.len());

@@ -16,8 +16,6 @@ use crate::exit::Report;
 const MARGIN: Duration = Duration::from_secs(5);
 /// Longest cause of a failure that is reported, in bytes.
 const CAUSE_BYTES_MAX: usize = 4 << 10;
-/// Once all are here, they are ready within this.
-const START_TIMEOUT: Duration = Duration::from_secs(30);
 
 pub(super) fn follow(
     config: &RendezvousConfig,
@@ -136,7 +134,7 @@ fn meet(
     // From here on there is no way back to waiting: if process 0 goes, this start has failed. If it went already, it may have
     // said why; so a confirmation that cannot be sent is no reason not to listen.
     let ready = Ready { session: roster.session };
-    let deadline = Instant::now() + START_TIMEOUT;
+    let deadline = Instant::now() + config.start_within;
     let _ = wire::write_message(&mut link.until(deadline), &ready, INTRODUCTION_BYTES_MAX);
     match hear(deadline) {
         Ok(Answer::Start) => Ok(roster),

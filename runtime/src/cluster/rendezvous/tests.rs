@@ -7,8 +7,9 @@ use std::thread::{Scope, ScopedJoinHandle, scope};
 use shardflow_actors::transport::{Hello, Link, Purpose, SessionId, World, connect, wire};
 use tempfile::TempDir;
 
-use super::messages::{Answer, INTRODUCTION_BYTES_MAX, Ready};
+use super::messages::{Answer, Call, INTRODUCTION_BYTES_MAX, Ready};
 use super::*;
+use crate::exit::Report;
 
 type Met = Result<(Roster, Endpoint), RendezvousError>;
 
@@ -95,7 +96,7 @@ fn introduce(config: &RendezvousConfig) -> Link {
     let hello = Hello { session, epoch: config.restart, from: config.process, to: 0, purpose };
     let mut link = connect(&config.coordinator, &config.secret, &hello, soon()).unwrap();
     let introduction = introduction(config, vec![]).unwrap();
-    wire::write_message(&mut link, &introduction, INTRODUCTION_BYTES_MAX).unwrap();
+    wire::write_message(&mut link, &Call::Join(introduction), INTRODUCTION_BYTES_MAX).unwrap();
     link
 }
 
@@ -364,4 +365,89 @@ fn a_process_knows_itself() {
     assert_eq!(local_ip(&unix().1, None).unwrap(), IpAddr::from(Ipv4Addr::LOCALHOST));
     let elsewhere = IpAddr::from([10, 0, 0, 7]);
     assert_eq!(local_ip(&tcp(), Some(elsewhere)).unwrap(), elsewhere);
+}
+
+/// Of rank `rank`, which ends with `exit`.
+fn failure(rank: u32, exit: u8) -> Report {
+    Report { rank, exit, time_unix_ns: 1, cause: "--width is no multiple of --heads".into(), ..Report::default() }
+}
+
+/// How a process ends that was refused because of a report.
+fn told(met: Met) -> (u8, String) {
+    let verdict = verdict(met);
+    let Verdict::Failed(report) = &verdict else { panic!("{verdict}") };
+    (report.exit, verdict.to_string())
+}
+
+#[test]
+fn a_process_that_fails_before_it_joins_ends_all() {
+    let (_folder, unix) = unix();
+    for address in [unix, tcp()] {
+        scope(|s| {
+            let (lead, said) = spawn_lead(s, config(&address, 0, 4));
+            let seated = spawn(s, config(&address, 1, 4));
+            until_said(&said, "waiting for ranks 2, 3: 2 of 4 here");
+            call(&config(&address, 3, 4), 3..4, &failure(3, 2)).unwrap();
+            // It comes after the report, while rank 0 still answers.
+            let late = spawn(s, config(&address, 2, 4));
+            let expected = "rank 3 ended before it joined: --width is no multiple of --heads (code 2: usage)";
+            for met in [seated, late, lead] {
+                assert_eq!(told(met.join().unwrap()), (2, expected.to_string()));
+            }
+        });
+    }
+}
+
+#[test]
+fn somebody_answers_for_a_rank_0_that_failed() {
+    let (_folder, unix) = unix();
+    for address in [unix, tcp()] {
+        scope(|s| {
+            // Both look for rank 0 before anybody listens there.
+            let waiting = [1, 2].map(|process| spawn(s, config(&address, process, 4)));
+            let reporting = s.spawn(|| call(&config(&address, 3, 4), 3..4, &failure(3, 65)));
+            // It ends as soon as all have called, long before this.
+            let patient = RendezvousConfig { report_within: Duration::from_secs(600), ..config(&address, 0, 4) };
+            answer(&patient, 0..1, &failure(0, 2)).unwrap();
+            for met in waiting {
+                assert_eq!(told(met.join().unwrap()).0, 2, "the first cause");
+            }
+            reporting.join().unwrap().unwrap();
+        });
+    }
+}
+
+#[test]
+fn a_report_that_nobody_takes_ends_in_time() {
+    let (_folder, address) = unix();
+    let brief = |process| RendezvousConfig { report_within: Duration::from_millis(100), ..config(&address, process, 2) };
+    let error = call(&brief(1), 1..2, &failure(1, 2)).unwrap_err();
+    assert!(matches!(error, RendezvousError::Transport(TransportError::Unreachable { .. })), "{error}");
+    answer(&brief(0), 0..1, &failure(0, 2)).unwrap();
+}
+
+#[test]
+fn a_report_changes_nothing_of_a_world_that_runs() {
+    let (_folder, address) = unix();
+    let _running = meet(&address, 2, |_| {}).into_iter().map(Result::unwrap).collect::<Vec<_>>();
+    let error = call(&config(&address, 1, 2), 1..2, &failure(1, 2)).unwrap_err();
+    assert!(error.to_string().contains("is running"), "{error}");
+}
+
+/// A peer that holds the secret cannot end the others with success, or with a code that restarts them for ever.
+#[test]
+fn reports_of_what_is_no_final_failure_are_ignored() {
+    let (_folder, address) = unix();
+    scope(|s| {
+        let (lead, said) = spawn_lead(s, config(&address, 0, 2));
+        until_said(&said, "waiting for rank 1: 1 of 2 here");
+        for exit in [0, 69, 70] {
+            let brief = RendezvousConfig { report_within: Duration::from_millis(200), ..config(&address, 1, 2) };
+            assert!(call(&brief, 1..2, &failure(1, exit)).is_err());
+        }
+        let other = spawn(s, config(&address, 1, 2));
+        for met in [lead, other] {
+            met.join().unwrap().unwrap();
+        }
+    });
 }
