@@ -151,7 +151,7 @@ pub struct StepReport {
     pub loss: Option<f32>,
     /// Global norm of the gradients before clipping, if there are any.
     pub grad_norm: Option<f64>,
-    /// Every output by name, whole; those made once a micro-batch joined along their first dim.
+    /// Every output by name, of the whole batch: see [`crate::graph::Over`] for those made once a micro-batch.
     pub outputs: BTreeMap<String, HostTensor>,
     /// Some process had been asked to stop before this step: the same for all.
     pub stop: bool,

@@ -61,10 +61,7 @@ struct Header<'a> {
 }
 
 /// What comes before the tensors in a safetensors file: the same bytes for the same entries and metadata.
-pub(crate) fn header(
-    entries: &[Entry],
-    metadata: &BTreeMap<&'static str, String>,
-) -> Result<Vec<u8>, CheckpointError> {
+pub(crate) fn header(entries: &[Entry], metadata: &BTreeMap<&'static str, String>) -> Result<Vec<u8>, CheckpointError> {
     let mut end = 0;
     let view = |entry: &Entry| {
         let start = end;

@@ -249,8 +249,7 @@ impl Emitter<'_> {
                 let part = |v: &Var| local_part(graph, *v, self.site.0);
                 let (ins, outs): (Vec<_>, Vec<_>) =
                     (node.inputs.iter().map(part).collect(), node.outputs.iter().map(part).collect());
-                let whole = node.inputs.first().map_or(&[][..], |v| graph.shape(*v));
-                let op = ops::localize(op, &ins, &outs, whole);
+                let op = ops::localize(op, &ins, &outs);
                 let reads = node.inputs.iter().map(|v| self.buffer(*v)).collect();
                 let writes = node.outputs.iter().chain(&node.updates).map(|v| self.buffer(*v)).collect();
                 self.launch(op, reads, writes, accumulate);

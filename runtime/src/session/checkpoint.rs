@@ -79,11 +79,8 @@ impl Session {
         if self.hosting.process != 0 {
             return Ok(());
         }
-        let entry = |(name, t): (&String, &HostTensor)| Entry {
-            name: name.clone(),
-            dtype: t.dtype(),
-            shape: t.shape.clone(),
-        };
+        let entry =
+            |(name, t): (&String, &HostTensor)| Entry { name: name.clone(), dtype: t.dtype(), shape: t.shape.clone() };
         let entries: Vec<Entry> = tensors.iter().map(entry).collect();
         let header = header(&entries, &metadata(self.steps, self.updates))?;
         let written = write_whole(path, |out| {
