@@ -100,7 +100,7 @@ fn a_program_that_does_not_say_its_mode_is_refused() {
     for want in ["dropout: ", "minimises nothing", "Mode::Evaluation", &format!("evaluation.rs:{line}")] {
         assert!(text.contains(want), "{want:?} is not in: {text}");
     }
-    // Without dropout nothing has to be said, nor where a loss is minimised.
+    // A program without dropout needs no mode, nor does one that minimises a loss.
     compile(forward(ONE, None), &options(1, None)).expect("a plan");
     assert!(drops(&Model { dropout: 0.1, ..Model::default() }.plan(ONE, &options(1, None))));
 }

@@ -144,7 +144,7 @@ pub trait CustomOp: std::fmt::Debug + Send + Sync {
     /// # Errors
     /// When the rule's text is wrong.
     fn rule(&self) -> Result<Rule, LayoutError>;
-    /// The kernel for one shard; `inputs` and `outputs` say which region of the whole tensors it works on.
+    /// The kernel for one shard; `inputs` and `outputs` say which region of one micro-batch's whole tensors it works on.
     fn kernel(&self, inputs: &[Region], outputs: &[Region]) -> Arc<dyn CustomKernel>;
     /// Gradient: adds nodes to `graph` and gives, for each input, its gradient (`None` where there is none).
     /// `grads` has one entry for each output.

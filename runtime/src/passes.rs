@@ -35,7 +35,7 @@ pub enum Boxing {
 /// How a graph is compiled.
 #[derive(Clone, Debug)]
 pub struct CompileOptions {
-    /// Training or evaluation. Only a program that has dropout and minimises nothing must say it.
+    /// Training or evaluation. A program that has dropout and minimises nothing needs one.
     pub mode: Option<Mode>,
     /// Micro-batches in a step.
     pub micro_batches: usize,

@@ -140,7 +140,7 @@ fn check_loss(graph: &mut Graph, count: usize) {
     graph.error("minimize", message, location);
 }
 
-/// Settles how each output's values become one, where the user has not said it.
+/// Settles how each output's values become one, where the user gave no `Over`.
 fn settle_outputs(graph: &mut Graph, count: usize) {
     let loss = graph.objective.map(|(loss, _)| loss);
     for index in 0..graph.outputs.len() {

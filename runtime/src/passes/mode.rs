@@ -14,7 +14,7 @@ pub enum Mode {
     Evaluation,
 }
 
-/// Applies the mode. Without one, a program that minimises trains; where dropout leaves open what is meant, that is an error.
+/// Applies the mode. Without one, a program that minimises a loss trains, and dropout in any other program is an error.
 pub fn apply(graph: &mut Graph, mode: Option<Mode>) {
     match mode {
         Some(Mode::Training) => {}
