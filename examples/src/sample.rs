@@ -16,16 +16,17 @@ pub struct Sampler {
 }
 
 impl Sampler {
-    /// Compiles the forward program of this model for one sequence at a time; `config.batch` and `config.dropout` are
-    /// those of training and not used.
+    /// Compiles the forward program of this model for one sequence at a time, in evaluation: `config.batch` and
+    /// `config.dropout` are those of training and not used.
     ///
     /// # Errors
     /// As [`compile`].
     pub fn compile(config: &GptConfig, options: &CompileOptions) -> Result<Self, CompileError> {
         let mut g = Graph::new(&Mesh::new(&[("data", 1)]).expect("one axis of one device is a mesh"));
-        let logits = nn::gpt(&mut g, &GptConfig { batch: 1, dropout: 0.0, ..*config });
+        let logits = nn::gpt(&mut g, &GptConfig { batch: 1, ..*config });
         g.output("logits", logits);
-        Ok(Self { plan: compile(g, options)?, context: config.context })
+        let options = CompileOptions { mode: Some(Mode::Evaluation), ..options.clone() };
+        Ok(Self { plan: compile(g, &options)?, context: config.context })
     }
 
     /// `count` tokens that follow `prompt`, which holds one token at least. The same seed draws the same tokens.
@@ -104,6 +105,7 @@ mod tests {
         let config = GptConfig { vocabulary: 5, layers: 1, heads: 1, width: 4, context: 3, batch: 9, dropout: 0.5 };
         let run = |prompt: &[i32], seed| {
             let sampler = Sampler::compile(&config, &CompileOptions::default()).unwrap();
+            assert!(sampler.plan.graph.nodes().iter().all(|node| node.name != "dropout"), "it is in evaluation");
             let names = sampler.plan.graph.parameters();
             let shapes = names.iter().map(|v| sampler.plan.graph.tensor(*v));
             let zeros = |i: &[usize]| HostTensor::f32(i, vec![0.0; i.iter().product()]);

@@ -3,11 +3,13 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::time::Duration;
 
+use shardflow::checkpoint::convert;
 use shardflow::graph::Phase;
 use shardflow::prelude::*;
 use shardflow::session::numerics::FirstNonFinite;
-use shardflow_integration_tests::training::{LEARNING_RATE, bits, options, within};
+use shardflow_integration_tests::training::{LEARNING_RATE, Scratch, bits, options, within};
 
 const BATCH: usize = 8;
 const MICRO_BATCHES: usize = 4;
@@ -193,4 +195,93 @@ fn a_learning_rate_that_is_no_number_is_refused() {
     let error = session.step(&[], f32::NAN);
     assert!(matches!(&error, Err(SessionError::Input { .. })), "{error:?}");
     step(&mut session, 0, 0.0).expect("nothing was begun");
+}
+
+/// Bits of the parameters after one more good step.
+fn after_a_good_step(mut session: Session) -> BTreeMap<String, HostTensor> {
+    step(&mut session, 0, 0.0).expect("a good step");
+    session.parameters().expect("parameters")
+}
+
+/// Skipped steps advance no bias correction: the first update is as large as a first update is, on any mesh.
+#[test]
+fn skipped_steps_are_no_updates() {
+    within(120, || {
+        for (mesh, max_norm) in MESHES.iter().flat_map(|mesh| [(mesh, f32::INFINITY), (mesh, 1.0)]) {
+            let mut session = start(mesh, max_norm, OnNonFinite::Skip { in_a_row_max: 10 });
+            (0..10).for_each(|_| drop(step(&mut session, 5, 1.0).expect("skipped")));
+            assert_eq!((session.steps(), session.updates()), (10, 0), "{mesh}");
+            let trained = after_a_good_step(session);
+            assert!(bits(&trained) == bits(&undisturbed(mesh, max_norm, 1)), "{mesh}, clipped to {max_norm}");
+        }
+    });
+}
+
+/// AdamW's first update moves a weight by the learning rate, whatever its gradient.
+#[test]
+fn the_first_update_after_skipped_steps_is_the_learning_rate() {
+    let mut g = Graph::new(&Mesh::parse("data=1").expect("a mesh"));
+    let x = g.input("x", &[4, 2], DType::F32, Layout::broadcast());
+    let w = g.parameter("w", &[3, 2], Init::Ones, Layout::broadcast());
+    let y = g.einsum("bi,oi->bo", x, w);
+    let targets = g.input("targets", &[4], DType::I32, Layout::broadcast());
+    let loss = g.cross_entropy(y, targets);
+    g.minimize(loss, AdamW { weight_decay: 0.0, betas: (0.9, 0.99), ..AdamW::default() });
+    let on_non_finite = OnNonFinite::Skip { in_a_row_max: 10 };
+    let options = SessionOptions { on_non_finite, ..SessionOptions::default() };
+    let mut session =
+        Session::start(compile(g, &CompileOptions::default()).expect("a plan"), &options).expect("starts");
+    let mut step = |x: f32| {
+        let x = HostTensor::f32(&[4, 2], vec![x; 8]);
+        session.step(&[("x", x), ("targets", HostTensor::i32(&[4], vec![0, 0, 0, 1]))], 1e-2).expect("a step");
+        session.parameters().expect("parameters")["w"].as_f32().expect("floats").to_vec()
+    };
+    (0..10).for_each(|_| assert_eq!(step(f32::NAN), [1.0; 6]));
+    let moved = step(1.0);
+    assert!(moved.iter().all(|w| ((w - 1.0).abs() - 1e-2).abs() < 1e-5), "{moved:?}");
+}
+
+/// Every way to go on takes the number of updates along: a file, a checkpoint, its export, its resharding, going back.
+#[test]
+fn the_number_of_updates_is_saved() {
+    within(120, || {
+        let start = || start("data=2", 1.0, OnNonFinite::Skip { in_a_row_max: 10 });
+        let scratch = Scratch::new("updates");
+        let path = |name: &str| scratch.path().join(name);
+        let store = |name: &str| Store::open(path(name).to_str().expect("UTF-8")).expect("a folder");
+        let mut session = start();
+        (0..10).for_each(|row| drop(step(&mut session, 0, if row == 3 { 0.0 } else { 1.0 }).expect("a step")));
+        assert_eq!((session.steps(), session.updates()), (10, 1));
+
+        session.save(&path("file")).expect("saved");
+        let (agree, member) = session.agreement();
+        let options = SaverOptions { member, ..SaverOptions::default() };
+        let mut saver = Saver::new(store("run"), agree, options).expect("a thread");
+        saver.save(&session, Cursor::new()).expect("begun");
+        saver.wait(Duration::from_secs(60)).expect("saved");
+        let reader = store("run").read(10).expect("committed");
+        convert::export(&reader, &path("exported")).expect("exported");
+        convert::reshard(&reader, &store("resharded"), 3).expect("resharded");
+
+        let expected = after_a_good_step(session);
+        assert!(bits(&expected) == bits(&undisturbed("data=2", 1.0, 2)));
+        let ways: [(&str, &dyn Fn(&mut Session)); 5] = [
+            ("file", &|s| s.restore(&path("file")).expect("restored")),
+            ("export", &|s| s.restore(&path("exported")).expect("restored")),
+            ("checkpoint", &|s| s.restore_checkpoint(&reader).expect("restored")),
+            ("newest", &|s| drop(s.restore_newest(&store("run")).expect("restored"))),
+            ("resharded", &|s| drop(s.restore_newest(&store("resharded")).expect("restored"))),
+        ];
+        for (way, load) in ways {
+            let mut fresh = start();
+            load(&mut fresh);
+            assert_eq!((fresh.steps(), fresh.updates()), (10, 1), "{way}");
+            assert!(bits(&after_a_good_step(fresh)) == bits(&expected), "{way}: another update");
+            // Going back from a later step.
+            let mut later = start();
+            (0..4).for_each(|_| drop(step(&mut later, 0, 0.0).expect("a good step")));
+            load(&mut later);
+            assert!(bits(&after_a_good_step(later)) == bits(&expected), "{way}, going back: another update");
+        }
+    });
 }

@@ -213,8 +213,8 @@ fn outputs_need_no_input() {
         let report = run(g, &[("x", HostTensor::f32(&[4, 2], vec![1.0; 8]))]);
         assert_eq!(report.outputs["y"], HostTensor::f32(&[4, 2], vec![2.0; 8]));
         assert_eq!(report.outputs["w"], HostTensor::f32(&[2, 2], vec![1.0; 4]));
-        // Made once a micro-batch, of which there are two.
-        assert_eq!(report.outputs["z"], HostTensor::f32(&[4, 2], vec![3.0; 8]));
+        // Made in each of two micro-batches, and the same in both.
+        assert_eq!(report.outputs["z"], HostTensor::f32(&[2, 2], vec![3.0; 4]));
     });
 }
 

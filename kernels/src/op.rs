@@ -107,18 +107,20 @@ pub enum Op {
         /// As in `TokenLoss`.
         scale: f32,
     },
-    /// `(x, rng i32 [2]) -> (y)`: `y = x / (1 - p)` where kept, else 0. The mask of an element depends only on `seed`,
-    /// on `rng = [step, first row of this micro-batch in the step's batch]` and on the element's place in the whole
-    /// tensor, so it is the same under every layout and number of micro-batches. Its own gradient, applied to dy.
+    /// `(x, rng i32 [2]) -> (y)`: `y = x / (1 - p)` where kept, else 0. The mask of an element is a function of `seed`, of the
+    /// step and of the element's place in the step's whole tensor, so it is the same under every layout and number of
+    /// micro-batches. `rng = [step, micro-batch]`. Its own gradient, applied to dy.
     Dropout {
         /// Probability of zeroing an element.
         p: f32,
         /// Differs for each dropout in a model.
         seed: u64,
-        /// Shape of the whole (logical) tensor of one micro-batch.
+        /// Shape of the whole (logical) tensor of a step, over all micro-batches.
         shape: Vec<usize>,
-        /// Where this shard's part starts in it.
+        /// Where this shard's part of micro-batch 0 starts in it.
         start: Vec<usize>,
+        /// Elements from the start of a micro-batch to the start of the next, row-major in `shape`.
+        stride: usize,
     },
     /// `(x) -> (out [n])`: adds the sum of the squares of x to `out[index]`, in f32 from a fixed-order f64 sum.
     /// The other elements stay. Zero `out` with `Fill` first.
@@ -133,7 +135,7 @@ pub enum Op {
         max_norm: f32,
     },
     /// AdamW with decoupled decay, <https://arxiv.org/abs/1711.05101>. All of one shape but `hyper` and `scale`.
-    /// `(grad, hyper [2] = [learning rate, step counted from 1], scale []) -> (param, m, v)`, the writes being updated in place.
+    /// `(grad, hyper [2] = [learning rate, update counted from 1], scale []) -> (param, m, v)`, the writes being updated in place.
     /// `g = scale * grad; p *= 1 - lr * decay; m, v as usual; p -= lr / (1 - b1^t) * m / (sqrt(v / (1 - b2^t)) + eps)`.
     /// Nothing is changed where `scale` or the learning rate is not finite.
     AdamW {

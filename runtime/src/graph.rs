@@ -5,6 +5,7 @@
 use std::panic::Location;
 use std::sync::Arc;
 
+use shardflow_kernels::collective::ReduceOp;
 use shardflow_kernels::op::{CustomKernel, Op};
 use shardflow_kernels::tensor::{DType, Region};
 
@@ -12,8 +13,8 @@ use crate::boxing::step::BoxingStep;
 use crate::init::Init;
 use crate::layout_error::LayoutError;
 use crate::placement::{Mesh, Placement};
-use crate::sbp::NdSbp;
 use crate::sbp::rule::{NdSignature, Rule};
+use crate::sbp::{NdSbp, Sbp};
 
 pub mod builder;
 pub mod error;
@@ -143,7 +144,7 @@ pub trait CustomOp: std::fmt::Debug + Send + Sync {
     /// # Errors
     /// When the rule's text is wrong.
     fn rule(&self) -> Result<Rule, LayoutError>;
-    /// The kernel for one shard; `inputs` and `outputs` say which region of the whole tensors it works on.
+    /// The kernel for one shard; `inputs` and `outputs` say which region of one micro-batch's whole tensors it works on.
     fn kernel(&self, inputs: &[Region], outputs: &[Region]) -> Arc<dyn CustomKernel>;
     /// Gradient: adds nodes to `graph` and gives, for each input, its gradient (`None` where there is none).
     /// `grads` has one entry for each output.
@@ -165,6 +166,9 @@ pub struct TensorInfo {
     pub rate: Rate,
     /// The layout: given by the user before the layout pass, by that pass after it.
     pub layout: Option<NdSbp>,
+    /// The layout of a forward tensor along the micro-batches of a step: divided, the same in each, or terms to be combined;
+    /// `None` where no rule says. Given for inputs by the user, and for the others by the micro-batch pass.
+    pub loop_sbp: Option<Sbp>,
     /// The shape in files, where it is not `shape`.
     pub saved_shape: Option<Vec<usize>>,
     /// Built from something wrong; errors about it are not repeated.
@@ -201,6 +205,36 @@ pub struct Output {
     pub name: String,
     /// The tensor.
     pub tensor: Var,
+    /// How the values of micro-batches become one: given by the user, or settled by the micro-batch pass.
+    pub over: Option<Over>,
+    /// Where the user wrote it.
+    pub location: &'static Location<'static>,
+}
+
+/// How the values that an output has in the micro-batches of a step become one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Over {
+    /// One after another along this dim, which the batch is divided along.
+    Concat(usize),
+    /// Added. A mean over the batch is such a sum, each term being divided by the count of the whole step.
+    Sum,
+    /// The largest, element by element.
+    Max,
+    /// The first one, as all are the same.
+    Once,
+    /// Each kept, along a new first dim.
+    Each,
+}
+
+impl From<Sbp> for Over {
+    fn from(sbp: Sbp) -> Self {
+        match sbp {
+            Sbp::Split(dim) => Self::Concat(dim),
+            Sbp::Broadcast => Self::Once,
+            Sbp::Partial(ReduceOp::Sum) => Self::Sum,
+            Sbp::Partial(ReduceOp::Max) => Self::Max,
+        }
+    }
 }
 
 /// AdamW's settings, see [`Op::AdamW`].

@@ -47,10 +47,11 @@ pub mod prelude {
     pub use crate::cluster::{Cluster, ClusterError};
     pub use crate::exit::Exit;
     pub use crate::graph::builder::Layout;
-    pub use crate::graph::{AdamW, CustomOp, Graph, GraphError, Var};
+    pub use crate::graph::{AdamW, CustomOp, Graph, GraphError, Over, Var};
     pub use crate::init::Init;
     pub use crate::layout_error::LayoutError;
     pub use crate::nn::{self, GptConfig, Parallel};
+    pub use crate::passes::mode::Mode;
     pub use crate::passes::precision::Precision;
     pub use crate::passes::{Boxing, CompileError, CompileOptions, compile};
     pub use crate::placement::Mesh;

@@ -112,7 +112,7 @@ pub struct GptConfig {
     pub context: usize,
     /// Sequences in a step, over all data shards.
     pub batch: usize,
-    /// Probability of dropout after the embedding and in each residual branch.
+    /// Probability of dropout after the embedding and in each residual branch, in training.
     pub dropout: f32,
 }
 

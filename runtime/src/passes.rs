@@ -4,11 +4,12 @@
 use shardflow_kernels::device::DeviceKind;
 
 use crate::boxing::CostModel;
-use crate::graph::{Graph, GraphError, NodeOp};
+use crate::graph::{Graph, GraphError, NodeOp, Over};
 use crate::plan::lower::{Setting, lower};
 use crate::plan::slots::StageCosts;
 use crate::plan::validate::{PlanError, validate};
 use crate::plan::{Plan, Schedule};
+use mode::Mode;
 use precision::Precision;
 
 pub mod autodiff;
@@ -16,6 +17,7 @@ pub mod boxing;
 pub mod bucket;
 pub mod layout;
 pub mod micro_batch;
+pub mod mode;
 pub mod optimizer;
 pub mod precision;
 pub mod stages;
@@ -33,6 +35,8 @@ pub enum Boxing {
 /// How a graph is compiled.
 #[derive(Clone, Debug)]
 pub struct CompileOptions {
+    /// Training or evaluation. A program that has dropout and minimises nothing needs one.
+    pub mode: Option<Mode>,
     /// Micro-batches in a step.
     pub micro_batches: usize,
     /// The schedule of the pipeline.
@@ -69,6 +73,7 @@ pub const THREADS_MAX: usize = 64;
 impl Default for CompileOptions {
     fn default() -> Self {
         Self {
+            mode: None,
             micro_batches: 1,
             schedule: Schedule::OneFOneB,
             threads_per_device: 1,
@@ -137,6 +142,7 @@ pub fn compile(mut graph: Graph, options: &CompileOptions) -> Result<Plan, Compi
         return Err(CompileError::Range { name, got, max });
     }
     // The passes, in order. Each leaves a graph that the next can rely on.
+    mode::apply(&mut graph, options.mode);
     micro_batch::divide(&mut graph, options.micro_batches);
     check_sizes(&mut graph);
     checked(&graph)?;
@@ -146,7 +152,8 @@ pub fn compile(mut graph: Graph, options: &CompileOptions) -> Result<Plan, Compi
     if let Some((loss, adamw)) = graph.objective {
         let grads = autodiff::backward(&mut graph, loss);
         let total = optimizer::accumulate(&mut graph, loss);
-        graph.outputs.iter_mut().filter(|o| o.tensor == loss).for_each(|o| o.tensor = total);
+        let of_loss = graph.outputs.iter_mut().filter(|o| o.tensor == loss && o.over == Some(Over::Sum));
+        of_loss.for_each(|o| o.tensor = total);
         optimizer::add_update(&mut graph, &grads, adamw);
         checked(&graph)?;
     }

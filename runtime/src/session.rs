@@ -151,7 +151,7 @@ pub struct StepReport {
     pub loss: Option<f32>,
     /// Global norm of the gradients before clipping, if there are any.
     pub grad_norm: Option<f64>,
-    /// Every output by name, whole; those made once a micro-batch joined along their first dim.
+    /// Every output by name, of the whole batch: see [`crate::graph::Over`] for those made once a micro-batch.
     pub outputs: BTreeMap<String, HostTensor>,
     /// Some process had been asked to stop before this step: the same for all.
     pub stop: bool,
@@ -184,6 +184,8 @@ pub struct Session {
     /// Inputs that hold token ids, and how many tokens there are.
     vocabularies: BTreeMap<String, usize>,
     steps: u64,
+    /// Updates applied: the count that an optimizer's bias correction takes. A skipped step is none.
+    updates: u64,
     seed: u64,
     stop: Option<Arc<AtomicBool>>,
     on_non_finite: OnNonFinite,
@@ -307,6 +309,7 @@ impl Session {
             ports,
             failed: None,
             steps: 0,
+            updates: 0,
             seed: options.seed,
             stop: options.stop.clone(),
             on_non_finite: options.on_non_finite,
@@ -400,6 +403,12 @@ impl Session {
     /// Steps done, those before a restored checkpoint included.
     pub fn steps(&self) -> u64 {
         self.steps
+    }
+
+    /// Updates applied, those before a restored checkpoint included: fewer than [`Session::steps`] where steps were skipped
+    /// because they were not finite.
+    pub fn updates(&self) -> u64 {
+        self.updates
     }
 
     /// Gives this process's word to all.

@@ -178,7 +178,8 @@ fn masks(report: &mut Report, device: &Device) {
         let mut hash = Fnv::default();
         for (p, rng) in [(0.3, [5, 2_000_000_000]), (0.9, [-3, -1])] {
             let reads = [HostTensor::f32(local, vec![1.0; element_count(local)]), HostTensor::i32(&[2], rng.to_vec())];
-            let op = Op::Dropout { p, seed: 0x1234_5678_9abc_def0, shape: shape.to_vec(), start: start.to_vec() };
+            let (shape, start, stride) = (shape.to_vec(), start.to_vec(), element_count(&shape[1..]));
+            let op = Op::Dropout { p, seed: 0x1234_5678_9abc_def0, shape, start, stride };
             let writes = [Initial::Poison(local.to_vec())];
             match Trial::new(op, &reads, &writes).launch(device) {
                 Err(error) => return report.fail("dropout's mask", error),

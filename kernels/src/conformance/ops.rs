@@ -495,13 +495,11 @@ impl Suite<'_> {
     fn dropout(
         &mut self,
         x: &HostTensor,
-        p: f32,
-        seed: u64,
+        (p, seed): (f32, u64),
         rng: [i32; 2],
-        shape: &[usize],
-        start: &[usize],
+        (shape, start, stride): (&[usize], &[usize], usize),
     ) -> Vec<f32> {
-        let op = Op::Dropout { p, seed, shape: shape.to_vec(), start: start.to_vec() };
+        let op = Op::Dropout { p, seed, shape: shape.to_vec(), start: start.to_vec(), stride };
         let reads = [x.clone(), HostTensor::i32(&[2], rng.to_vec())];
         let writes = [Initial::Poison(x.shape.clone())];
         let check = format!("dropout {p} of {:?} at {start:?} in {shape:?}", x.shape);
@@ -518,7 +516,7 @@ impl Suite<'_> {
     fn widening_dropout(&mut self) {
         let (reads, writes) =
             ([self.numbers.tensor(&[3, 70], 1.0), HostTensor::i32(&[2], vec![5, 0])], [Initial::Poison(vec![3, 70])]);
-        let op = Op::Dropout { p: 0.3, seed: 7, shape: vec![3, 70], start: vec![0, 0] };
+        let op = Op::Dropout { p: 0.3, seed: 7, shape: vec![3, 70], start: vec![0, 0], stride: 0 };
         let [floats, widening] = [Types::Floats, Types::Widening]
             .map(|types| Trial { types, ..Trial::new(op.clone(), &reads, &writes) }.launch(self.device));
         let same = floats.is_ok() && floats == widening;
@@ -566,7 +564,7 @@ impl Suite<'_> {
     fn dropouts(&mut self) {
         let (shape, p) = ([6, 70, 33], 0.3f32);
         let ones = HostTensor::f32(&shape, vec![1.0; element_count(&shape)]);
-        let whole = self.dropout(&ones, p, 7, [5, 0], &shape, &[0, 0, 0]);
+        let whole = self.dropout(&ones, (p, 7), [5, 0], (&shape, &[0, 0, 0], 0));
         let kept_value =
             if self.types == Types::Halves { bf16::from_f32(1.0 / (1.0 - p)).to_f32() } else { 1.0 / (1.0 - p) };
         let kept = whole.iter().filter(|&&y| y == kept_value).count();
@@ -581,7 +579,7 @@ impl Suite<'_> {
         for (start, size) in regions {
             let region = Region { start: start.to_vec(), size: size.to_vec() };
             let part = HostTensor::f32(&size, vec![1.0; element_count(&size)]);
-            let got = self.dropout(&part, p, 7, [5, 0], &shape, &start);
+            let got = self.dropout(&part, (p, 7), [5, 0], (&shape, &start, 0));
             let expected: Vec<f32> = (0..got.len()).map(|i| whole[flat(i, &region, &shape)]).collect();
             self.report.expect(
                 &format!("dropout of {region:?}"),
@@ -589,16 +587,29 @@ impl Suite<'_> {
                 "differs from that part of the whole",
             );
         }
-        // The second of two micro-batches of 3 rows.
-        let half = HostTensor::f32(&[3, 70, 33], vec![1.0; 3 * 70 * 33]);
-        let got = self.dropout(&half, p, 7, [5, 3], &[3, 70, 33], &[0, 0, 0]);
-        self.report.expect(
-            "dropout of a micro-batch",
-            got == whole[3 * 70 * 33..],
-            "differs from those rows of the batch",
-        );
+        // Micro-batches along each dim, in two shards along the last one.
+        for (dim, count) in [(0, 2), (0, 3), (1, 2), (1, 7), (2, 3)] {
+            let mut size = shape;
+            size[dim] /= count;
+            let stride = size[dim] * element_count(&shape[dim + 1..]);
+            let cut = size[2] / 2;
+            for (micro_batch, columns) in (0..count).flat_map(|m| [(m, 0..cut), (m, cut..size[2])]) {
+                let (mut start, mut size) = ([0, 0, columns.start], size);
+                size[2] = columns.len();
+                let part = HostTensor::f32(&size, vec![1.0; element_count(&size)]);
+                let got = self.dropout(&part, (p, 7), [5, micro_batch as i32], (&shape, &start, stride));
+                start[dim] += micro_batch * shape[dim] / count;
+                let region = Region { start: start.to_vec(), size: size.to_vec() };
+                let expected: Vec<f32> = (0..got.len()).map(|i| whole[flat(i, &region, &shape)]).collect();
+                self.report.expect(
+                    &format!("dropout of micro-batch {micro_batch} of {count} along dim {dim}, {region:?}"),
+                    got == expected && got.len() == element_count(&size),
+                    "differs from that part of the step's tensor",
+                );
+            }
+        }
         for (what, seed, step) in [("seed", 8, 5), ("step", 7, 6)] {
-            let other = self.dropout(&ones, p, seed, [step, 0], &shape, &[0, 0, 0]);
+            let other = self.dropout(&ones, (p, seed), [step, 0], (&shape, &[0, 0, 0], 0));
             let same = other.iter().zip(&whole).filter(|(a, b)| a == b).count() as f64 / n;
             let expected = q * q + (1.0 - q) * (1.0 - q);
             self.report.expect(
@@ -608,9 +619,9 @@ impl Suite<'_> {
             );
         }
         let x = self.numbers.tensor(&[5], 1.0);
-        let got = self.dropout(&x, 0.0, 1, [1, 0], &[5], &[0]);
+        let got = self.dropout(&x, (0.0, 1), [1, 0], (&[5], &[0], 0));
         self.report.expect("dropout of nothing", Some(&got[..]) == x.as_f32(), "changes x");
-        let got = self.dropout(&x, 1.0, 1, [1, 0], &[5], &[0]);
+        let got = self.dropout(&x, (1.0, 1), [1, 0], (&[5], &[0], 0));
         self.report.expect("dropout of all", got == [0.0; 5], "keeps something");
     }
 

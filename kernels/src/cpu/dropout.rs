@@ -31,7 +31,7 @@ struct Mask {
 }
 
 impl Mask {
-    /// Element `place + index` of the step's batch, which is `x`, kept or dropped.
+    /// Element `place + index` of the step's tensor, which is `x`, kept or dropped.
     #[inline(always)]
     fn apply(self, place: u64, index: u32, x: f32) -> f32 {
         let (low, carry) = (place as u32).overflowing_add(index);
@@ -49,6 +49,7 @@ pub(crate) fn dropout(
     seed: u64,
     shape: &[usize],
     start: &[usize],
+    stride: usize,
 ) -> Result<(), KernelError> {
     let local = args.read_shape(0);
     args.expect_write(0, local)?;
@@ -58,19 +59,18 @@ pub(crate) fn dropout(
         return Err(args.refused("p", "0 to 1", p.to_string()));
     }
     let (x, rng) = (args.operand(0, 0)?, args.i32(1)?);
-    let (step, first_row) = (rng[0] as u32, rng[1] as u32);
+    let (step, micro_batch) = (rng[0] as u32, rng[1] as u32);
     let key = mix64(seed.wrapping_add(mix64(u64::from(step).wrapping_add(0x9e37_79b9_7f4a_7c15))));
     // At p = 1 the threshold is past every number, and the factor is 0 for the one that a u32 cannot tell.
     let threshold = (f64::from(p) * 4_294_967_296.0).min(f64::from(u32::MAX)) as u32;
     let mask = Mask { key, threshold, kept: if p < 1.0 { 1.0 / (1.0 - p) } else { 0.0 } };
-    let row_elements: usize = shape.iter().skip(1).product();
-    let batch_start = u64::from(first_row) * row_elements as u64;
+    let part_start = u64::from(micro_batch) * stride as u64;
     let width = local.last().copied().unwrap_or(1);
     let y = args.out(0)?;
     let (rows, weight) = (y.len().checked_div(width).unwrap_or(0), 2 * y.len());
     pool.rows(rows, weight, [y], &mut [], |range, [y], _| {
         for (i, row) in range.clone().enumerate() {
-            let place = batch_start + place_of_row(row, local, shape, start) as u64;
+            let place = part_start + place_of_row(row, local, shape, start) as u64;
             let x = x.range(row * width..(row + 1) * width);
             let y = &mut y[i * width..(i + 1) * width];
             dispatch(

@@ -61,7 +61,9 @@ pub(crate) fn run_launch(
         Op::SumExpTarget { vocab_start, vocab } => loss::sum_exp_target(&mut args, pool, *vocab_start, *vocab),
         Op::TokenLoss { scale } => loss::token_loss(&mut args, *scale),
         Op::CrossEntropyGrad { vocab_start, scale } => loss::cross_entropy_grad(&mut args, pool, *vocab_start, *scale),
-        Op::Dropout { p, seed, shape, start } => dropout::dropout(&mut args, pool, *p, *seed, shape, start),
+        Op::Dropout { p, seed, shape, start, stride } => {
+            dropout::dropout(&mut args, pool, *p, *seed, shape, start, *stride)
+        }
         Op::SumSquares { index } => optimizer::sum_squares(&mut args, pool, *index),
         Op::ClipScale { max_norm } => optimizer::clip_scale(&mut args, *max_norm),
         Op::AdamW { beta1, beta2, eps, weight_decay } => {

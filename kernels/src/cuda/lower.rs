@@ -74,7 +74,7 @@ pub fn lower(launch: &Launch, accumulate: bool, shared_bytes_max: usize) -> Resu
         Op::SumExpTarget { vocab_start, vocab } => loss::sum_exp_target(&args, *vocab_start, *vocab),
         Op::TokenLoss { scale } => loss::token_loss(&args, *scale),
         Op::CrossEntropyGrad { vocab_start, scale } => loss::cross_entropy_grad(&args, *vocab_start, *scale),
-        Op::Dropout { p, seed, shape, start } => region::dropout(&args, *p, *seed, shape, start),
+        Op::Dropout { p, seed, shape, start, stride } => region::dropout(&args, *p, *seed, shape, start, *stride),
         Op::SumSquares { index } => reduce::sum_squares(&args, *index),
         Op::ClipScale { max_norm } => reduce::clip_scale(&args, *max_norm),
         Op::AdamW { beta1, beta2, eps, weight_decay } => elementwise::adamw(&args, *beta1, *beta2, *eps, *weight_decay),

@@ -95,15 +95,15 @@ INLINE float kept_or_dropped(u64 key, u64 place, u32 threshold, float kept, floa
     return bits >= threshold ? x * kept : 0.0f;
 }
 
-// `start` is the place of the first element in the whole tensor, `row` the elements of a row of the batch.
+// `start` is the place of the first element in the step's tensor, `stride` the elements from a micro-batch to the next.
 template <class T, class U>
-INLINE void dropout(const T* x, const int* rng, U* y, i64 count, Box box, u64 start, u64 row, u64 seed, u32 threshold,
+INLINE void dropout(const T* x, const int* rng, U* y, i64 count, Box box, u64 start, u64 stride, u64 seed, u32 threshold,
                     float kept) {
     constexpr int W = 4;
     const i64 first = global_thread() * W;
     if (first >= count) return;
     const u64 key = mix64(seed + mix64((u64)(u32)rng[0] + 0x9e3779b97f4a7c15ull));
-    const u64 origin = (u64)(u32)rng[1] * row + start;
+    const u64 origin = (u64)(u32)rng[1] * stride + start;
     if (first + W <= count && box.size3 % W == 0 && aligned(x) && aligned(y)) {
         float values[W];
         load<W>(values, x + first);
@@ -120,18 +120,18 @@ INLINE void dropout(const T* x, const int* rng, U* y, i64 count, Box box, u64 st
 
 extern "C" __global__ void __launch_bounds__(256)
     dropout_f32(const float* x, const int* rng, float* y, i64 count, u64 size1, u64 size2, u64 size3, u64 step0,
-                u64 step1, u64 step2, u64 start, u64 row, u64 seed, u32 threshold, float kept) {
-    dropout(x, rng, y, count, {size1, size2, size3, step0, step1, step2}, start, row, seed, threshold, kept);
+                u64 step1, u64 step2, u64 start, u64 stride, u64 seed, u32 threshold, float kept) {
+    dropout(x, rng, y, count, {size1, size2, size3, step0, step1, step2}, start, stride, seed, threshold, kept);
 }
 
 extern "C" __global__ void __launch_bounds__(256)
     dropout_bf16(const bf16* x, const int* rng, bf16* y, i64 count, u64 size1, u64 size2, u64 size3, u64 step0,
-                 u64 step1, u64 step2, u64 start, u64 row, u64 seed, u32 threshold, float kept) {
-    dropout(x, rng, y, count, {size1, size2, size3, step0, step1, step2}, start, row, seed, threshold, kept);
+                 u64 step1, u64 step2, u64 start, u64 stride, u64 seed, u32 threshold, float kept) {
+    dropout(x, rng, y, count, {size1, size2, size3, step0, step1, step2}, start, stride, seed, threshold, kept);
 }
 
 extern "C" __global__ void __launch_bounds__(256)
     dropout_bf16_f32(const bf16* x, const int* rng, float* y, i64 count, u64 size1, u64 size2, u64 size3, u64 step0,
-                     u64 step1, u64 step2, u64 start, u64 row, u64 seed, u32 threshold, float kept) {
-    dropout(x, rng, y, count, {size1, size2, size3, step0, step1, step2}, start, row, seed, threshold, kept);
+                     u64 step1, u64 step2, u64 start, u64 stride, u64 seed, u32 threshold, float kept) {
+    dropout(x, rng, y, count, {size1, size2, size3, step0, step1, step2}, start, stride, seed, threshold, kept);
 }

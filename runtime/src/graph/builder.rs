@@ -7,7 +7,9 @@ use std::sync::Arc;
 use shardflow_kernels::op::{Einsum, Op};
 use shardflow_kernels::tensor::DType;
 
-use super::{AdamW, CustomOp, Graph, GraphError, Node, NodeId, NodeOp, Output, Phase, Rate, TensorInfo, Var, ops};
+use super::{
+    AdamW, CustomOp, Graph, GraphError, Node, NodeId, NodeOp, Output, Over, Phase, Rate, TensorInfo, Var, ops,
+};
 use crate::init::Init;
 use crate::layout_error::LayoutError;
 use crate::placement::{Mesh, Placement};
@@ -85,15 +87,33 @@ impl Graph {
     /// micro-batches are parts of it.
     #[track_caller]
     pub fn input(&mut self, name: &str, shape: &[usize], dtype: DType, layout: Layout) -> Var {
-        self.check_input(name, shape, dtype, Rate::MicroBatch, Location::caller());
-        self.source(name, NodeOp::Input, shape, dtype, Rate::MicroBatch, layout, Location::caller())
+        self.fed(name, shape, dtype, Rate::MicroBatch, (layout, Sbp::Split(0)), Location::caller())
+    }
+
+    /// As [`Graph::input`], for a tensor whose batch is another dim than the first: `[time, batch, features]`, say. Inputs
+    /// may have batches of different sizes, along different dims.
+    #[track_caller]
+    pub fn input_with_batch_dim(
+        &mut self,
+        name: &str,
+        shape: &[usize],
+        batch_dim: usize,
+        dtype: DType,
+        layout: Layout,
+    ) -> Var {
+        let location = Location::caller();
+        if batch_dim >= shape.len() {
+            let message = format!("the batch is dim {batch_dim}, but the shape {shape:?} has {} dims", shape.len());
+            self.error(name, message, location);
+            return self.poison(shape);
+        }
+        self.fed(name, shape, dtype, Rate::MicroBatch, (layout, Sbp::Split(batch_dim)), location)
     }
 
     /// A tensor that the host feeds once a step, without micro-batches.
     #[track_caller]
     pub fn step_input(&mut self, name: &str, shape: &[usize], dtype: DType) -> Var {
-        self.check_input(name, shape, dtype, Rate::Step, Location::caller());
-        self.source(name, NodeOp::Input, shape, dtype, Rate::Step, Layout::broadcast(), Location::caller())
+        self.fed(name, shape, dtype, Rate::Step, (Layout::broadcast(), Sbp::Broadcast), Location::caller())
     }
 
     /// A trained tensor. Names are unique; they are those of the checkpoint.
@@ -188,8 +208,10 @@ impl Graph {
         self.kernel("attention", Op::Attention { scale }, &[q, k, v], Location::caller())[0]
     }
 
-    /// Zeroes elements with probability `p` and scales the others up, in training; the same elements under every
-    /// layout. `seed` must differ for each dropout of a model.
+    /// Zeroes elements with probability `p` and scales the others up, in training; in evaluation the identity, see
+    /// [`Mode`](crate::passes::mode::Mode). Which elements is a function of the session's seed, the step, `seed` and the
+    /// element's place in the step's whole tensor, whatever the layout, the batch's dim and the number of micro-batches.
+    /// `seed` must differ for each dropout of a model.
     #[track_caller]
     pub fn dropout(&mut self, x: Var, p: f32, seed: u64) -> Var {
         let location = Location::caller();
@@ -197,7 +219,7 @@ impl Graph {
             self.error("dropout", format!("p is {p}: it must be at least 0 and below 1"), location);
         }
         let rng = self.rng(location);
-        let op = Op::Dropout { p, seed, shape: Vec::new(), start: Vec::new() };
+        let op = Op::Dropout { p, seed, shape: Vec::new(), start: Vec::new(), stride: 0 };
         self.kernel("dropout", op, &[x, rng], location)[0]
     }
 
@@ -249,15 +271,86 @@ impl Graph {
             self.error("minimize", message, Location::caller());
         }
         self.objective = Some((loss, optimizer));
-        self.output("loss", loss);
+        self.fetched("loss", loss, None, Location::caller());
     }
 
-    /// Lets the host fetch a tensor by this name after each step.
+    /// Lets the host fetch a tensor by this name after each step: the value that it has for the whole batch, whatever the
+    /// number of micro-batches. From the ops' rules follows how: parts of the batch are put one after another, sums and means
+    /// over the batch are added, and what does not depend on the batch is taken once. Where no rule says it, as for a
+    /// nonlinear function of a sum over the batch, `compile` asks for [`Graph::output_with`].
+    #[track_caller]
     pub fn output(&mut self, name: &str, tensor: Var) {
-        self.outputs.push(Output { name: name.to_string(), tensor });
+        self.fetched(name, tensor, None, Location::caller());
+    }
+
+    /// As [`Graph::output`], with the values of micro-batches put together as `over` says.
+    #[track_caller]
+    pub fn output_with(&mut self, name: &str, tensor: Var, over: Over) {
+        let (shape, dtype) = (self.shape(tensor), self.tensor(tensor).dtype);
+        let message = match over {
+            Over::Concat(dim) if dim >= shape.len() => {
+                Some(format!("`Over::Concat({dim})`, but the shape {shape:?} has {} dims", shape.len()))
+            }
+            Over::Sum | Over::Max if dtype != DType::F32 => {
+                Some(format!("`Over::{over:?}` combines F32, got {dtype:?}"))
+            }
+            _ => None,
+        };
+        if let Some(message) = message.filter(|_| !self.is_poisoned(&[tensor])) {
+            self.error(name, message, Location::caller());
+        }
+        self.fetched(name, tensor, Some(over), Location::caller());
     }
 
     // ---- what the methods above and the passes share ----
+
+    pub(crate) fn fetched(
+        &mut self,
+        name: &str,
+        tensor: Var,
+        over: Option<Over>,
+        location: &'static Location<'static>,
+    ) {
+        let location = self.origin.unwrap_or(location);
+        self.outputs.push(Output { name: name.to_string(), tensor, over, location });
+    }
+
+    /// Adds an input of the user's. Several of one name are one tensor of the host's, fed to several placements; so they must
+    /// be alike.
+    fn fed(
+        &mut self,
+        name: &str,
+        shape: &[usize],
+        dtype: DType,
+        rate: Rate,
+        (layout, loop_sbp): (Layout, Sbp),
+        location: &'static Location<'static>,
+    ) -> Var {
+        if name == RNG_INPUT || name == HYPER_INPUT {
+            self.error(name, "the session feeds an input of this name itself; choose another".to_string(), location);
+        }
+        let others = self.nodes.iter().filter(|n| matches!(n.op, NodeOp::Input) && n.name == name);
+        let unlike = others.map(|n| self.tensor(n.outputs[0])).find(|other| {
+            (&other.shape[..], other.dtype, other.rate, other.loop_sbp) != (shape, dtype, rate, Some(loop_sbp))
+        });
+        if let Some(other) = unlike {
+            let batch = |sbp: Option<Sbp>| match sbp {
+                Some(Sbp::Split(dim)) => format!("with the batch as dim {dim}"),
+                _ => "once a step".to_string(),
+            };
+            let message = format!(
+                "an input of this name is {:?} {:?} {}, this one {dtype:?} {shape:?} {}; inputs of one name are one tensor of the host",
+                other.dtype,
+                other.shape,
+                batch(other.loop_sbp),
+                batch(Some(loop_sbp))
+            );
+            self.error(name, message, location);
+        }
+        let out = self.source(name, NodeOp::Input, shape, dtype, rate, layout, location);
+        self.tensors[out.index()].loop_sbp = Some(loop_sbp);
+        out
+    }
 
     pub(crate) fn error(&mut self, what: &str, message: String, location: &'static Location<'static>) {
         let location = self.origin.unwrap_or(location);
@@ -275,31 +368,7 @@ impl Graph {
         out[0]
     }
 
-    /// Several inputs of one name are one tensor of the host's, fed to several placements; so they must be alike.
-    fn check_input(
-        &mut self,
-        name: &str,
-        shape: &[usize],
-        dtype: DType,
-        rate: Rate,
-        location: &'static Location<'static>,
-    ) {
-        if name == RNG_INPUT || name == HYPER_INPUT {
-            self.error(name, "the session feeds an input of this name itself; choose another".to_string(), location);
-        }
-        let others = self.nodes.iter().filter(|n| matches!(n.op, NodeOp::Input) && n.name == name);
-        let facts =
-            |n: &Node| (self.shape(n.outputs[0]), self.tensor(n.outputs[0]).dtype, self.tensor(n.outputs[0]).rate);
-        let Some((other_shape, other_dtype, _)) = others.map(facts).find(|other| *other != (shape, dtype, rate)) else {
-            return;
-        };
-        let message = format!(
-            "an input of this name is {other_dtype:?} {other_shape:?}, this one {dtype:?} {shape:?}; inputs of one name are one tensor of the host"
-        );
-        self.error(name, message, location);
-    }
-
-    /// The `[step, first row]` input of dropout on the current placement.
+    /// The `[step, micro-batch]` input of dropout on the current placement.
     fn rng(&mut self, location: &'static Location<'static>) -> Var {
         let here = self.current;
         let found = self.nodes.iter().find(|n| n.name == RNG_INPUT && n.placement == here).map(|n| n.outputs[0]);
@@ -454,6 +523,7 @@ impl Graph {
                 producer,
                 rate: *rate,
                 layout: None,
+                loop_sbp: Some(Sbp::Broadcast),
                 saved_shape: None,
                 poisoned,
             });
@@ -475,7 +545,7 @@ impl Graph {
 
 /// How the names of the optimizer's state begin, in checkpoints.
 pub const STATE_PREFIX: &str = "adamw.";
-/// Name of the input that dropout reads: `[step, first row of the micro-batch]`; the session feeds it.
+/// Name of the input that dropout reads: `[step, micro-batch]`; the session feeds it.
 pub const RNG_INPUT: &str = "rng";
-/// Name of the step input `[learning rate, step counted from 1]` that the update reads; the session feeds it.
+/// Name of the step input `[learning rate, update counted from 1]` that the update reads; the session feeds it.
 pub const HYPER_INPUT: &str = "hyper";

@@ -117,8 +117,7 @@ pub fn output_dtypes(op: &Op, inputs: &[DType], outputs: usize) -> Vec<DType> {
 }
 
 /// The op as one shard runs it: attributes that depend on which region of the whole tensors the shard works on.
-/// `whole` is the shape of the whole first input.
-pub fn localize(op: &Op, inputs: &[Region], outputs: &[Region], whole: &[usize]) -> Op {
+pub fn localize(op: &Op, inputs: &[Region], outputs: &[Region]) -> Op {
     match op {
         Op::Embedding { vocab, .. } => Op::Embedding { vocab_start: inputs[1].start[0], vocab: *vocab },
         Op::EmbeddingGrad { .. } => Op::EmbeddingGrad { vocab_start: outputs[0].start[0] },
@@ -128,8 +127,8 @@ pub fn localize(op: &Op, inputs: &[Region], outputs: &[Region], whole: &[usize])
         Op::CrossEntropyGrad { scale, .. } => {
             Op::CrossEntropyGrad { vocab_start: *inputs[1].start.last().unwrap_or(&0), scale: *scale }
         }
-        Op::Dropout { p, seed, .. } => {
-            Op::Dropout { p: *p, seed: *seed, shape: whole.to_vec(), start: inputs[0].start.clone() }
+        Op::Dropout { p, seed, shape, stride, .. } => {
+            Op::Dropout { p: *p, seed: *seed, shape: shape.clone(), start: inputs[0].start.clone(), stride: *stride }
         }
         other => other.clone(),
     }

@@ -223,6 +223,8 @@ fn programs_that_make_no_sense() {
             saved_as: shape [4, 6] cannot be saved as [5, 5]: the numbers of elements differ
               at `g.saved_as(weight, &[5, 5]);`
             dropout: p is 1: it must be at least 0 and below 1
+              at `g.dropout(weight, 1.0, 0);`
+            dropout: the program has dropout and minimises nothing; compile it with `mode: Some(Mode::Evaluation)` for no dropout, or with `Some(Mode::Training)` to keep it
               at `g.dropout(weight, 1.0, 0);`"#]],
     );
     check_with(

@@ -1,55 +1,192 @@
-//! Divides the batch: inputs shrink to one micro-batch and every forward shape follows.
-//! Imports `graph`.
+//! Divides the batch: inputs shrink to one micro-batch, and every forward tensor follows in shape and in its layout along
+//! the micro-batches, which is SBP in time. From that layout follow the place of an element in the step's tensor, for
+//! dropout, and how an output's values become one. Imports `graph` and `sbp`.
+
+use shardflow_kernels::collective::ReduceOp;
+use shardflow_kernels::op::Op;
+use shardflow_kernels::tensor::element_count;
 
 use crate::graph::builder::RNG_INPUT;
-use crate::graph::{Graph, NodeOp, Rate, Var, ops};
+use crate::graph::{Graph, Node, NodeOp, Over, Rate, TensorInfo, Var, ops};
 use crate::layout_error::LayoutError;
+use crate::sbp::Sbp;
 use crate::sbp::rule::Rule;
 
-/// Makes the graph one of a micro-batch, `count` of which are a step. Records an error for each input whose batch
-/// does not divide.
+/// A tensor's shape in one micro-batch, and its layout along them.
+type Part = (Vec<usize>, Option<Sbp>);
+
+/// Makes the graph one of a micro-batch, `count` of which are a step. Records an error for each input whose batch does not
+/// divide, and for each op, loss and output whose value would depend on `count`.
 pub fn divide(graph: &mut Graph, count: usize) {
     for index in 0..graph.nodes.len() {
         let node = graph.nodes[index].clone();
-        let shapes = match &node.op {
-            NodeOp::Input => {
-                let out = node.outputs[0].index();
-                if graph.tensors[out].rate == Rate::Step || node.name == RNG_INPUT {
-                    continue;
-                }
-                let rows = graph.tensors[out].shape.first().copied().unwrap_or(0);
-                if graph.tensors[out].shape.is_empty() && count > 1 {
-                    let message =
-                        "a scalar has no dim to divide into micro-batches; feed it with `step_input`".to_string();
-                    graph.error(&node.name, message, node.location);
-                    continue;
-                }
-                if count == 0 || rows % count != 0 {
-                    let message = format!(
-                        "a batch of {rows} does not divide into {count} micro-batches; choose a batch that is a multiple of {count}"
-                    );
-                    graph.error(&node.name, message, node.location);
-                    continue;
-                }
-                let mut shape = graph.tensors[out].shape.clone();
-                if count > 1 {
-                    shape[0] = rows / count;
-                }
-                vec![shape]
+        let parts = match &node.op {
+            NodeOp::Input => input(graph, &node, count).map(|part| vec![part]),
+            NodeOp::Kernel(op) => follow(graph, &node.inputs, count, |shapes| ops::rule(op, shapes)),
+            NodeOp::Custom(op) => follow(graph, &node.inputs, count, |_| op.rule()),
+            NodeOp::Relayout => {
+                let TensorInfo { shape, loop_sbp, .. } = graph.tensor(node.inputs[0]);
+                Ok(vec![(shape.clone(), *loop_sbp)])
             }
-            NodeOp::Kernel(op) => infer(graph, &node.inputs, |shapes| ops::rule(op, shapes)),
-            NodeOp::Custom(op) => infer(graph, &node.inputs, |_| op.rule()),
-            NodeOp::Relayout => vec![graph.shape(node.inputs[0]).to_vec()],
             _ => continue,
         };
-        for (output, shape) in node.outputs.iter().zip(shapes) {
-            graph.tensors[output.index()].shape = shape;
+        let parts = parts.and_then(|parts| {
+            place_mask(graph, index, &parts, count)?;
+            Ok(parts)
+        });
+        let poisoned = node.inputs.iter().any(|v| graph.tensor(*v).poisoned);
+        match parts {
+            Ok(parts) => {
+                for (output, (shape, loop_sbp)) in node.outputs.iter().zip(parts) {
+                    let info = &mut graph.tensors[output.index()];
+                    (info.shape, info.loop_sbp, info.poisoned) = (shape, loop_sbp, info.poisoned || poisoned);
+                }
+            }
+            Err(message) => {
+                if !poisoned {
+                    graph.error(&node.name, message, node.location);
+                }
+                node.outputs.iter().for_each(|output| graph.tensors[output.index()].poisoned = true);
+            }
         }
+    }
+    check_loss(graph, count);
+    settle_outputs(graph, count);
+}
+
+fn input(graph: &Graph, node: &Node, count: usize) -> Result<Part, String> {
+    let TensorInfo { shape, loop_sbp, rate, .. } = graph.tensor(node.outputs[0]);
+    let mut shape = shape.clone();
+    if let (Rate::MicroBatch, Some(Sbp::Split(dim))) = (rate, *loop_sbp)
+        && count > 1
+    {
+        let Some(rows) = shape.get_mut(dim) else {
+            return Err("a scalar has no dim to divide into micro-batches; feed it with `step_input`".into());
+        };
+        if !rows.is_multiple_of(count) {
+            return Err(format!(
+                "a batch of {rows} does not divide into {count} micro-batches; choose a batch that is a multiple of {count}"
+            ));
+        }
+        *rows /= count;
+    }
+    Ok((shape, *loop_sbp))
+}
+
+/// What an op makes of inputs that are divided so.
+fn follow(
+    graph: &Graph,
+    inputs: &[Var],
+    count: usize,
+    rule: impl Fn(&[&[usize]]) -> Result<Rule, LayoutError>,
+) -> Result<Vec<Part>, String> {
+    let shapes: Vec<&[usize]> = inputs.iter().map(|v| graph.shape(*v)).collect();
+    let layouts: Option<Vec<Sbp>> = inputs.iter().map(|v| graph.tensor(*v).loop_sbp).collect();
+    let wrong = |e: LayoutError| {
+        let inputs = described(graph, inputs);
+        format!(
+            "in one of {count} micro-batches, {e}; {inputs}; inputs that go together must all be divided, by `input` or `input_with_batch_dim`"
+        )
+    };
+    let rule = rule(&shapes).map_err(wrong)?;
+    let shapes = rule.infer_shapes(&shapes).map_err(wrong)?;
+    let outputs = layouts.and_then(|layouts| rule.outputs_of(&layouts));
+    let layout = |port: usize| outputs.as_ref().map(|outputs| outputs[port]);
+    Ok(shapes.into_iter().enumerate().map(|(port, shape)| (shape, layout(port))).collect())
+}
+
+/// Gives dropout the shape of the step's tensor, and how far apart micro-batches lie in it.
+fn place_mask(graph: &mut Graph, index: usize, parts: &[Part], count: usize) -> Result<(), String> {
+    let node = &graph.nodes[index];
+    // The output's shape is still that of the whole step.
+    let whole = match node.op {
+        NodeOp::Kernel(Op::Dropout { .. }) => graph.shape(node.outputs[0]).to_vec(),
+        _ => return Ok(()),
+    };
+    let (part, loop_sbp) = &parts[0];
+    let distance = match loop_sbp {
+        Some(Sbp::Split(dim)) if *dim < part.len() => part[*dim] * element_count(&whole[dim + 1..]),
+        Some(_) => 0,
+        None if count == 1 => 0,
+        None => {
+            return Err(format!(
+                "the place of an element in the whole batch is not known in {count} micro-batches: {}; compile with `micro_batches: 1`",
+                cause(graph, node.inputs[0])
+            ));
+        }
+    };
+    if let NodeOp::Kernel(Op::Dropout { shape, stride, .. }) = &mut graph.nodes[index].op {
+        (*shape, *stride) = (whole, distance);
+    }
+    Ok(())
+}
+
+/// Gradients are summed over micro-batches, so the loss must be such a sum.
+fn check_loss(graph: &mut Graph, count: usize) {
+    let Some((loss, _)) = graph.objective else { return };
+    let info = graph.tensor(loss);
+    let why = match info.loop_sbp {
+        _ if count == 1 || info.poisoned || !info.shape.is_empty() => return,
+        Some(Sbp::Partial(ReduceOp::Sum)) => return,
+        Some(Sbp::Broadcast) => format!("{} does not depend on the batch, and would count {count} times", info.name),
+        Some(_) => described(graph, &[loss]),
+        None => cause(graph, loss),
+    };
+    let location =
+        graph.outputs.iter().find(|o| o.tensor == loss).map_or(graph.producer(loss).location, |o| o.location);
+    let message = format!(
+        "the loss of {count} micro-batches must be a sum over them: {why}; minimise a sum or a mean over the samples, or compile with `micro_batches: 1`"
+    );
+    graph.error("minimize", message, location);
+}
+
+/// Settles how each output's values become one, where the user gave no `Over`.
+fn settle_outputs(graph: &mut Graph, count: usize) {
+    let loss = graph.objective.map(|(loss, _)| loss);
+    for index in 0..graph.outputs.len() {
+        let output = graph.outputs[index].clone();
+        let info = graph.tensor(output.tensor);
+        let over = match info.loop_sbp {
+            _ if output.over.is_some() || info.poisoned => continue,
+            Some(sbp) => Over::from(sbp),
+            None if count == 1 => Over::Once,
+            None if Some(output.tensor) == loss => continue,
+            None => {
+                let message = format!(
+                    "the values of {count} micro-batches make no whole: {}; write `output_with` and what is meant: `Over::Each` keeps them apart, `Over::Sum`, `Over::Max` and `Over::Concat(dim)` combine them",
+                    cause(graph, output.tensor)
+                );
+                graph.error(&output.name, message, output.location);
+                continue;
+            }
+        };
+        graph.outputs[index].over = Some(over);
     }
 }
 
-fn infer(graph: &Graph, inputs: &[Var], rule: impl Fn(&[&[usize]]) -> Result<Rule, LayoutError>) -> Vec<Vec<usize>> {
-    let shapes: Vec<&[usize]> = inputs.iter().map(|v| graph.shape(*v)).collect();
-    // Shapes that did not fit were reported when the graph was built; those tensors keep what they had.
-    rule(&shapes).and_then(|rule| rule.infer_shapes(&shapes)).unwrap_or_default()
+/// The op after which no rule says how a tensor lies along the micro-batches, and what it reads.
+fn cause(graph: &Graph, var: Var) -> String {
+    let mut node = graph.producer(var);
+    while let Some(input) = node.inputs.iter().find(|v| graph.tensor(**v).loop_sbp.is_none()) {
+        node = graph.producer(*input);
+    }
+    let (name, place) = (&node.name, node.location);
+    format!("{name} at {}:{} has no rule for this: {}", place.file(), place.line(), described(graph, &node.inputs))
+}
+
+/// How tensors lie along the micro-batches, in words.
+fn described(graph: &Graph, vars: &[Var]) -> String {
+    let text = |var: &Var| {
+        let info = graph.tensor(*var);
+        let how = match info.loop_sbp {
+            Some(Sbp::Split(dim)) => format!("is divided along dim {dim}"),
+            Some(Sbp::Broadcast) => "is the same in each micro-batch".into(),
+            Some(Sbp::Partial(ReduceOp::Sum)) => "is one term of a sum over micro-batches".into(),
+            Some(Sbp::Partial(ReduceOp::Max)) => "is one term of a maximum over micro-batches".into(),
+            None => "follows no rule".into(),
+        };
+        format!("{} {how}", info.name)
+    };
+    let shown = vars.iter().filter(|v| graph.tensor(**v).name != RNG_INPUT);
+    shown.map(text).collect::<Vec<_>>().join(", ")
 }

@@ -111,7 +111,7 @@ pub fn emit(
             emitter.node(&context.graph.nodes[id.index()]);
         }),
     }
-    let scratch_bytes = emitter.place_scratch();
+    let scratch_bytes = emitter.place_scratch(host.as_mut());
     let signals = emitter.signals();
     let (launches, nodes, groups) = (emitter.launches, emitter.nodes, emitter.groups);
     let name = action_name(context.graph, site.1);
@@ -249,8 +249,7 @@ impl Emitter<'_> {
                 let part = |v: &Var| local_part(graph, *v, self.site.0);
                 let (ins, outs): (Vec<_>, Vec<_>) =
                     (node.inputs.iter().map(part).collect(), node.outputs.iter().map(part).collect());
-                let whole = node.inputs.first().map_or(&[][..], |v| graph.shape(*v));
-                let op = ops::localize(op, &ins, &outs, whole);
+                let op = ops::localize(op, &ins, &outs);
                 let reads = node.inputs.iter().map(|v| self.buffer(*v)).collect();
                 let writes = node.outputs.iter().chain(&node.updates).map(|v| self.buffer(*v)).collect();
                 self.launch(op, reads, writes, accumulate);
@@ -395,14 +394,16 @@ impl Emitter<'_> {
         HostPort { vars, buffers }
     }
 
-    fn place_scratch(&mut self) -> usize {
+    /// Gives scratch buffers their offsets, the host's among them: inputs that nothing on the device reads.
+    fn place_scratch(&mut self, host: Option<&mut HostPort>) -> usize {
         let (offsets, bytes) = pack(&self.scratch);
-        for launch in &mut self.launches {
-            for buffer in launch.reads.iter_mut().chain(&mut launch.writes).chain(&mut launch.workspace) {
-                if buffer.base == SCRATCH {
-                    buffer.offset = offsets[buffer.offset];
-                }
-            }
+        let of_launches = self.launches.iter_mut().flat_map(|launch| {
+            let Launch { reads, writes, workspace, .. } = launch;
+            reads.iter_mut().chain(writes).chain(workspace)
+        });
+        let of_host = host.into_iter().flat_map(|host| &mut host.buffers);
+        for buffer in of_launches.chain(of_host).filter(|buffer| buffer.base == SCRATCH) {
+            buffer.offset = offsets[buffer.offset];
         }
         bytes
     }

@@ -42,6 +42,24 @@ pub fn copy_box(src: &HostTensor, from: &Region, dst: &mut HostTensor, to: &Regi
     }
 }
 
+/// Tensors put one after another along a dim; all are alike in type and in the other dims.
+///
+/// # Panics
+/// When there is none.
+pub fn concat(parts: &[HostTensor], dim: usize) -> HostTensor {
+    let mut shape = parts[0].shape.clone();
+    shape[dim] = parts.iter().map(|part| part.shape[dim]).sum();
+    let mut whole = filled(&shape, parts[0].dtype(), 0.0);
+    let mut start = 0;
+    for part in parts {
+        let mut place = Region::whole(&part.shape);
+        place.start[dim] = start;
+        copy_box(part, &Region::whole(&part.shape), &mut whole, &place);
+        start += part.shape[dim];
+    }
+    whole
+}
+
 /// `sum = sum op term`, element by element. Integers, which are never partial, stay.
 pub fn combine(sum: &mut HostTensor, term: &HostTensor, op: ReduceOp) {
     if let (HostData::F32(sum), HostData::F32(term)) = (&mut sum.data, &term.data) {

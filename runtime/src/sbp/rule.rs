@@ -187,6 +187,16 @@ impl Rule {
         all
     }
 
+    /// Layouts of the outputs along one axis where the inputs have these, and nothing is moved; `None` where no signature
+    /// has such inputs.
+    pub fn outputs_of(&self, inputs: &[Sbp]) -> Option<Vec<Sbp>> {
+        // First, as a factor that only outputs have may be split at will.
+        if inputs.iter().all(|sbp| *sbp == Sbp::Broadcast) {
+            return Some(vec![Sbp::Broadcast; self.outputs.len()]);
+        }
+        self.signatures_1d().into_iter().find(|signature| signature.inputs == inputs).map(|signature| signature.outputs)
+    }
+
     /// Signatures on a placement with this many axes: every combination of [`Rule::signatures_1d`], the last axis varying
     /// fastest, but none in which one operand is `Partial` under two reductions.
     pub fn signatures(&self, axes: usize) -> Vec<NdSignature> {
@@ -331,6 +341,26 @@ mod tests {
                 (B), (S1) -> (S2)
                 (B), (B) -> (B)"#]],
         );
+    }
+
+    #[test]
+    fn outputs_follow_from_inputs() {
+        let rule = Rule::parse("btc,vc->btv").unwrap().linear(&[&[0], &[1]]).unwrap();
+        let (b, sum) = (Sbp::Broadcast, Sbp::Partial(ReduceOp::Sum));
+        for (inputs, output) in [
+            ([Sbp::Split(0), b], Some(Sbp::Split(0))),
+            ([Sbp::Split(2), Sbp::Split(1)], Some(sum)),
+            ([b, Sbp::Split(0)], Some(Sbp::Split(2))),
+            ([b, b], Some(b)),
+            ([sum, b], Some(sum)),
+            ([sum, sum], None),
+            ([sum, Sbp::Split(0)], None),
+            ([Sbp::Split(0), Sbp::Split(0)], None),
+        ] {
+            assert_eq!(rule.outputs_of(&inputs), output.map(|sbp| vec![sbp]), "{inputs:?}");
+        }
+        let made = Rule::parse("x->xy").unwrap();
+        assert_eq!(made.outputs_of(&[b]), Some(vec![b]), "not split along what only the output has");
     }
 
     #[test]

@@ -5,18 +5,19 @@ use std::collections::BTreeMap;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
+use shardflow_kernels::collective::ReduceOp;
 use shardflow_kernels::error::KernelError;
-use shardflow_kernels::tensor::{HostData, HostTensor, element_count};
+use shardflow_kernels::tensor::{HostTensor, element_count};
 
 use super::load::FeedPort;
 use super::{Session, SessionError, StepReport, tokens};
 use crate::graph::builder::{HYPER_INPUT, RNG_INPUT};
-use crate::graph::{NodeOp, Rate, Var};
+use crate::graph::{NodeOp, Over, Rate, TensorInfo, Var};
 use crate::init;
 use crate::passes::optimizer::GRAD_SQUARES_OUTPUT;
 use crate::plan::memory::local_part;
-use crate::sbp::gather;
-use crate::sbp::region::take_box;
+use crate::sbp::region::{combine, concat, take_box};
+use crate::sbp::{Sbp, gather};
 
 /// What a step is given, by name.
 pub(super) type Inputs<'a> = BTreeMap<&'a str, &'a HostTensor>;
@@ -48,6 +49,7 @@ impl Session {
         let mut passed = Ok(());
         if report.is_finite() {
             self.decide(learning_rate)?;
+            self.updates += u64::from(self.plan.graph.objective.is_some());
             self.skipped_in_a_row = 0;
         } else {
             self.decide(f32::NAN)?;
@@ -87,7 +89,7 @@ impl Session {
 
     /// Lets devices update with this learning rate, or change nothing if it is no number, and waits until they have ended.
     pub(super) fn decide(&mut self, learning_rate: f32) -> Result<(), SessionError> {
-        let hyper = HostTensor::f32(&[2], vec![learning_rate, (self.steps + 1) as f32]);
+        let hyper = HostTensor::f32(&[2], vec![learning_rate, (self.updates + 1) as f32]);
         for feed in self.feeds.iter().filter(|feed| feed.decides) {
             self.feed(feed, |_, _| hyper.clone())?;
         }
@@ -132,9 +134,7 @@ impl Session {
         for (name, var) in expected {
             let info = graph.tensor(var);
             let mut shape = info.shape.clone();
-            if info.rate == Rate::MicroBatch
-                && let Some(rows) = shape.first_mut()
-            {
+            if let Some(rows) = batch_dim(info).and_then(|dim| shape.get_mut(dim)) {
                 *rows *= self.plan.micro_batches;
             }
             let want = format!("{:?} {shape:?}", info.dtype);
@@ -162,25 +162,16 @@ impl Session {
             RNG_INPUT => {
                 // The session's seed moves the counter, so that seeds give different masks and meshes the same.
                 let step = (init::mix(self.seed) as i32).wrapping_add(self.steps as i32);
-                HostTensor::i32(&[2], vec![step, (micro_batch * self.rows()) as i32])
+                HostTensor::i32(&[2], vec![step, micro_batch as i32])
             }
             _ => {
                 let mut region = local_part(graph, var, device);
-                if info.rate == Rate::MicroBatch
-                    && let Some(start) = region.start.first_mut()
-                {
-                    *start += micro_batch * info.shape[0];
+                if let Some(dim) = batch_dim(info).filter(|dim| *dim < info.shape.len()) {
+                    region.start[dim] += micro_batch * info.shape[dim];
                 }
                 take_box(inputs[name], &region)
             }
         }
-    }
-
-    /// Rows of a micro-batch.
-    fn rows(&self) -> usize {
-        let inputs = self.plan.graph.nodes().iter().filter(|n| matches!(n.op, NodeOp::Input) && n.name != RNG_INPUT);
-        let rows = inputs.map(|n| self.plan.graph.tensor(n.outputs[0])).find(|t| t.rate == Rate::MicroBatch);
-        rows.and_then(|t| t.shape.first().copied()).unwrap_or(0)
     }
 
     /// Puts the devices' parts together.
@@ -203,7 +194,7 @@ impl Session {
                 gather(&shards, &info.shape, layout, placement)
             };
             let pieces = (0..firings).map(piece).collect::<Result<_, _>>()?;
-            let whole = join(pieces);
+            let whole = join(pieces, output.over.unwrap_or(Over::Once));
             if output.name == GRAD_SQUARES_OUTPUT {
                 let values = whole.as_f32().unwrap_or_default();
                 squares.resize(values.len(), 0.0);
@@ -218,19 +209,28 @@ impl Session {
     }
 }
 
-/// Joins tensors along their first dim; a scalar is the last one's.
-fn join(mut pieces: Vec<HostTensor>) -> HostTensor {
-    let last = pieces.pop().unwrap_or_else(|| HostTensor::f32(&[0], Vec::new()));
-    if pieces.is_empty() || last.shape.is_empty() {
-        return last;
+/// The dim of an input that micro-batches divide.
+fn batch_dim(input: &TensorInfo) -> Option<usize> {
+    match input.loop_sbp {
+        Some(Sbp::Split(dim)) => Some(dim),
+        _ => None,
     }
-    pieces.push(last);
-    let mut shape = pieces[0].shape.clone();
-    shape[0] = pieces.iter().map(|p| p.shape[0]).sum();
-    let floats: Option<Vec<&[f32]>> = pieces.iter().map(|p| p.as_f32()).collect();
-    let data = match floats {
-        Some(parts) => HostData::F32(parts.concat()),
-        None => HostData::I32(pieces.iter().filter_map(|p| p.as_i32()).flatten().copied().collect()),
+}
+
+/// One value of those that the micro-batches of a step have, in their order; there is at least one.
+fn join(mut pieces: Vec<HostTensor>, over: Over) -> HostTensor {
+    let op = match over {
+        Over::Once => return pieces.swap_remove(0),
+        Over::Concat(dim) => return concat(&pieces, dim),
+        Over::Each => {
+            pieces.iter_mut().for_each(|piece| piece.shape.insert(0, 1));
+            return concat(&pieces, 0);
+        }
+        Over::Sum => ReduceOp::Sum,
+        Over::Max => ReduceOp::Max,
     };
-    HostTensor { shape, data }
+    let mut terms = pieces.into_iter();
+    let mut whole = terms.next().expect("a step has a micro-batch");
+    terms.for_each(|term| combine(&mut whole, &term, op));
+    whole
 }

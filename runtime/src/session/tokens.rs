@@ -31,7 +31,10 @@ pub(super) fn vocabularies(graph: &Graph) -> BTreeMap<String, usize> {
 pub(super) fn in_a_step(plan: &Plan) -> u64 {
     let vocabularies = vocabularies(&plan.graph);
     let inputs = plan.graph.nodes().iter().filter(|node| vocabularies.contains_key(&node.name));
-    let elements = |node: &Node| element_count(plan.graph.shape(node.outputs[0])) * plan.micro_batches;
+    let elements = |node: &Node| {
+        let info = plan.graph.tensor(node.outputs[0]);
+        element_count(&info.shape) * info.rate.per_step(plan.micro_batches)
+    };
     inputs.map(elements).max().unwrap_or(0) as u64
 }
 

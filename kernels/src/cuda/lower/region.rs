@@ -146,6 +146,7 @@ pub(super) fn dropout(
     seed: u64,
     shape: &[usize],
     start: &[usize],
+    stride: usize,
 ) -> Result<Vec<Step>, KernelError> {
     let local = args.read_shape(0);
     args.expect_floats(&[0])?;
@@ -161,7 +162,6 @@ pub(super) fn dropout(
     // As on the CPU: at p = 1 the threshold is past every number, and the factor is 0 for the one that a u32 cannot tell.
     let threshold = (f64::from(p) * 4_294_967_296.0).min(f64::from(u32::MAX)) as u32;
     let kept = if p < 1.0 { 1.0 / (1.0 - p) } else { 0.0 };
-    let row: usize = shape.iter().skip(1).product();
     let first = place(shape, start);
     let mut steps = Vec::new();
     for_each_box(&join_dims(local, [local, shape]), |[here, there], dims| {
@@ -170,7 +170,7 @@ pub(super) fn dropout(
         let mut arguments = vec![x, read(1), y];
         arguments.extend(size_args(&dims, 1));
         arguments.extend(step_args(&dims, 1, 1));
-        arguments.extend([(first + there) as u64, row as u64, seed].map(Arg::U64));
+        arguments.extend([(first + there) as u64, stride as u64, seed].map(Arg::U64));
         arguments.extend([Arg::U32(threshold), Arg::F32(kept)]);
         let [count, ..] = sizes(&dims, 1);
         steps.push(threads(args.pick(0, 0, variants!("dropout")), count.div_ceil(PACK), arguments)?);

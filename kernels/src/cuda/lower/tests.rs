@@ -38,7 +38,8 @@ fn launches(rows: usize, width: usize) -> Vec<Launch> {
     let larger: &[usize] = &[3, rows + 2, width + 5];
     let product = |text: &str| Op::Einsum(Einsum::parse(text).expect("an einsum"));
     let adamw = Op::AdamW { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1 };
-    let dropout = |start: &[usize]| Op::Dropout { p: 0.1, seed: 1, shape: larger.to_vec(), start: start.to_vec() };
+    let dropout =
+        |start: &[usize]| Op::Dropout { p: 0.1, seed: 1, shape: larger.to_vec(), start: start.to_vec(), stride: width };
     vec![
         launch(Op::Fill { value: 1.0 }, &[], &[], &[x]),
         launch(Op::Copy, &[x], &[], &[x]),

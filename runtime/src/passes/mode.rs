@@ -1,0 +1,63 @@
+//! Training or evaluation: in evaluation dropout is the identity and nothing is trained. Imports `graph`.
+
+use shardflow_kernels::op::Op;
+
+use crate::graph::builder::RNG_INPUT;
+use crate::graph::{Graph, Node, NodeId, NodeOp, TensorInfo, Var};
+
+/// What a program is compiled for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mode {
+    /// Dropout drops, and a loss is minimised if the program says so.
+    Training,
+    /// Dropout is the identity: it takes no kernel and no memory. A loss is computed, and nothing is trained.
+    Evaluation,
+}
+
+/// Applies the mode. Without one, a program that minimises a loss trains, and dropout in any other program is an error.
+pub fn apply(graph: &mut Graph, mode: Option<Mode>) {
+    match mode {
+        Some(Mode::Training) => {}
+        Some(Mode::Evaluation) => {
+            graph.objective = None;
+            remove_dropout(graph);
+        }
+        None if graph.objective.is_some() => {}
+        None => {
+            let Some(node) = graph.nodes.iter().find(|node| is_dropout(node)) else { return };
+            let (name, location) = (node.name.clone(), node.location);
+            let message = "the program has dropout and minimises nothing; compile it with `mode: Some(Mode::Evaluation)` for no dropout, or with `Some(Mode::Training)` to keep it";
+            graph.error(&name, message.to_string(), location);
+        }
+    }
+}
+
+fn is_dropout(node: &Node) -> bool {
+    matches!(node.op, NodeOp::Kernel(Op::Dropout { .. }))
+}
+
+/// Rebuilds the graph without dropout and its random numbers; what read its output reads its input.
+fn remove_dropout(graph: &mut Graph) {
+    let (nodes, tensors) = (std::mem::take(&mut graph.nodes), std::mem::take(&mut graph.tensors));
+    // What stands for each tensor now; the random numbers keep no reader.
+    let mut now = vec![Var(0); tensors.len()];
+    for mut node in nodes {
+        node.inputs.iter_mut().for_each(|input| *input = now[input.index()]);
+        if is_dropout(&node) {
+            now[node.outputs[0].index()] = node.inputs[0];
+            continue;
+        }
+        if matches!(node.op, NodeOp::Input) && node.name == RNG_INPUT {
+            continue;
+        }
+        let producer = NodeId(graph.nodes.len() as u32);
+        for output in &mut node.outputs {
+            let made = Var(graph.tensors.len() as u32);
+            graph.tensors.push(TensorInfo { producer, ..tensors[output.index()].clone() });
+            now[output.index()] = made;
+            *output = made;
+        }
+        graph.nodes.push(node);
+    }
+    graph.outputs.iter_mut().for_each(|output| output.tensor = now[output.tensor.index()]);
+}
