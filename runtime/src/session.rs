@@ -30,6 +30,7 @@ use crate::metrics as names;
 use crate::plan::validate::PlanError;
 use crate::plan::{Plan, ResidentTensor};
 
+pub(crate) mod budget;
 pub mod checkpoint;
 pub mod devices;
 pub(crate) mod ending;
@@ -45,6 +46,7 @@ pub mod snapshot;
 mod step;
 mod tokens;
 
+use budget::Budget;
 use checkpoint::CheckpointError;
 use devices::Opened;
 use exchange::{Inbox, Word, tensor_of};
@@ -64,7 +66,7 @@ pub enum SessionError {
     /// The actors could not be started or told.
     #[error(transparent)]
     Actors(#[from] ActorError),
-    /// With what other processes send, the plan exceeds its budget.
+    /// With what other processes send, the plan exceeds its budget, or the node's.
     #[error(transparent)]
     Plan(#[from] PlanError),
     /// Devices or memory could not be had.
@@ -163,6 +165,9 @@ pub struct StepReport {
 pub struct Session {
     plan: Arc<Plan>,
     hosting: Hosting,
+    /// The processes of this node.
+    here: Vec<u32>,
+    budget: Budget,
     /// Of this process.
     devices: Vec<Device>,
     /// By device; of this process, and of peers whose memory is mapped here.
@@ -204,22 +209,30 @@ impl Session {
     /// actors. All processes call it with the same plan.
     ///
     /// # Errors
-    /// When memory, threads or peers cannot be had.
+    /// When memory, threads or peers cannot be had; [`PlanError::NodeMemory`] before anything is allocated.
     pub fn start(plan: Plan, options: &SessionOptions) -> Result<Self, SessionError> {
         shown::show(&plan)?;
+        let budget = Budget::measure(&plan);
         let world = World::join(&options.cluster, &plan, options.seed).map_err(world::named)?.map(Arc::new);
-        Self::start_among(plan, options, world.clone()).map_err(|error| match world {
+        Self::start_among(plan, options, budget, world.clone()).map_err(|error| match world {
             Some(world) => world.cannot_start(error),
             None => error,
         })
     }
 
-    fn start_among(mut plan: Plan, options: &SessionOptions, world: Option<Arc<World>>) -> Result<Self, SessionError> {
+    fn start_among(
+        mut plan: Plan,
+        options: &SessionOptions,
+        budget: Budget,
+        world: Option<Arc<World>>,
+    ) -> Result<Self, SessionError> {
         if let Some(world) = &world {
             world.count_mirrors(&mut plan)?;
         }
         let hosting = world.as_ref().map_or(Hosting::alone(plan.memory.len()), |w| w.hosting());
-        let on_node = world.as_ref().map_or(hosting.on_node(0..1, 0), |world| world.on_node());
+        let here = world.as_ref().map_or(vec![0], |world| world.here());
+        budget.check(&plan, &hosting, &here, 0)?;
+        let on_node = hosting.on_node(here.iter().copied(), hosting.process);
         let takes_pipes = world.as_ref().is_some_and(|world| world.takes_pipes());
         let ids: devices::Ids<'_> = &|groups| match &world {
             Some(world) => world.nccl_ids(groups),
@@ -287,6 +300,8 @@ impl Session {
             fetches: fetches(&plan),
             plan,
             hosting,
+            here,
+            budget,
             devices,
             arenas,
             engine: ways.engine,

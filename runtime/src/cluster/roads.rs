@@ -70,16 +70,10 @@ impl Roads<'_> {
         &self.roster.members[process as usize]
     }
 
-    /// True when the process runs on this node and could open a Unix socket of ours.
-    fn is_near(&self, process: u32) -> bool {
-        let (own, peer) = (self.member(self.hosting.process), self.member(process));
-        own.node == peer.node && own.unix().is_some() && peer.unix().is_some()
-    }
-
-    /// True when memory is shared with that process.
-    pub(crate) fn shares_memory(&self, process: u32) -> bool {
+    /// True when two processes share memory.
+    pub(crate) fn shares_memory(&self, a: u32, b: u32) -> bool {
         let wanted = matches!(self.options.transport, Transport::Auto | Transport::SharedMemory);
-        wanted && self.device == DeviceKind::Cpu && self.is_near(process)
+        wanted && self.device == DeviceKind::Cpu && self.member(a).is_near(self.member(b))
     }
 
     /// The connection to a peer for a purpose: of two processes the one of the higher number dials.
@@ -99,7 +93,7 @@ impl Roads<'_> {
     fn address(&self, peer: u32) -> Result<&Address, ClusterError> {
         let member = self.member(peer);
         let by_tcp = self.options.transport == Transport::Tcp;
-        let chosen = if self.is_near(peer) && !by_tcp { member.unix() } else { member.tcp() };
+        let chosen = if self.member(self.hosting.process).is_near(member) && !by_tcp { member.unix() } else { member.tcp() };
         chosen.ok_or_else(|| ClusterError::NoAddress { process: peer, host: member.host.clone() })
     }
 
@@ -111,8 +105,9 @@ impl Roads<'_> {
         arenas: &BTreeMap<usize, Arena>,
         in_process: Arc<dyn Collective>,
     ) -> Result<Ways, ClusterError> {
+        let own = self.hosting.process;
         let near: BTreeSet<u32> =
-            (0..self.hosting.processes).filter(|p| *p == self.hosting.process || self.shares_memory(*p)).collect();
+            (0..self.hosting.processes).filter(|p| *p == own || self.shares_memory(own, *p)).collect();
         let wants_mpi = self.options.collectives == Collectives::Mpi;
         let takes_mpi = |group: &Arc<Group>| wants_mpi && ByMpi::takes(&self.hosting, group);
         let mut crossing = self.hosting.crossing_groups(plan);
@@ -230,7 +225,7 @@ impl Roads<'_> {
         let pairs = if self.pipes.is_empty() { BTreeMap::new() } else { self.hosting.crossing_pairs(plan) };
         for process in self.hosting.peers() {
             let (mut pushes, mut mirrors) = (BTreeMap::new(), BTreeMap::new());
-            if !self.shares_memory(process) {
+            if !self.shares_memory(own, process) {
                 pushes = self.hosting.crossing(plan, own, process);
                 mirrors = self.hosting.crossing(plan, process, own);
                 for (register, device, bytes) in self.hosting.mirrors(plan, process) {

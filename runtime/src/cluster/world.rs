@@ -31,7 +31,7 @@ use crate::plan::validate::{self, PlanError};
 use crate::session::SessionError;
 use crate::session::devices::Pipes;
 use crate::session::ending::exit_of;
-use crate::session::hosting::{Hosting, OnNode};
+use crate::session::hosting::Hosting;
 use crate::session::observer::Peer;
 
 /// How long a failed session waits to hear what the others say, beyond the membership's own grace.
@@ -210,12 +210,10 @@ impl World {
         self.hosting
     }
 
-    /// What this node's processes host.
-    pub(crate) fn on_node(&self) -> OnNode {
-        let own = self.hosting.process;
+    /// The processes of this node, in order.
+    pub(crate) fn here(&self) -> Vec<u32> {
         let node = |process: u32| &self.roster.members[process as usize].node;
-        let here = (0..self.hosting.processes).filter(|process| node(*process) == node(own));
-        self.hosting.on_node(here, own)
+        (0..self.hosting.processes).filter(|process| node(*process) == node(self.hosting.process)).collect()
     }
 
     fn roads(&self, device: DeviceKind) -> Roads<'_> {
@@ -224,18 +222,22 @@ impl World {
 
     /// True when the memory of such devices is to be shared with other processes.
     pub(crate) fn shares_memory(&self, device: DeviceKind) -> bool {
-        self.hosting.peers().any(|process| self.roads(device).shares_memory(process))
+        let own = self.hosting.process;
+        self.hosting.peers().any(|process| self.roads(device).shares_memory(own, process))
     }
 
-    /// Counts the mirrors that this process will have in the memory of its devices.
+    /// Counts the mirrors that the processes of this node will have in the memory of their devices.
     ///
     /// # Errors
     /// [`PlanError::Memory`] when they exceed the plan's budget.
     pub(crate) fn count_mirrors(&self, plan: &mut Plan) -> Result<(), PlanError> {
-        let far = self.hosting.peers().filter(|process| !self.roads(plan.device).shares_memory(*process));
-        let mirrors: Vec<_> = far.flat_map(|process| self.hosting.mirrors(plan, process)).collect();
-        for (_, device, bytes) in mirrors {
-            plan.memory[device].mirror_bytes += bytes;
+        let roads = self.roads(plan.device);
+        for hosting in self.here().into_iter().map(|process| Hosting { process, ..self.hosting }) {
+            let far = hosting.peers().filter(|peer| !roads.shares_memory(hosting.process, *peer));
+            let mirrors: Vec<_> = far.flat_map(|peer| hosting.mirrors(plan, peer)).collect();
+            for (_, device, bytes) in mirrors {
+                plan.memory[device].mirror_bytes += bytes;
+            }
         }
         validate::memory(plan)
     }

@@ -78,6 +78,11 @@ impl Member {
         Who { process: self.process, host: self.host.clone(), pid: self.pid }
     }
 
+    /// True when the two run on one node and can open each other's Unix sockets.
+    pub fn is_near(&self, other: &Self) -> bool {
+        self.node == other.node && self.unix().is_some() && other.unix().is_some()
+    }
+
     /// Where to dial it from another node.
     pub fn tcp(&self) -> Option<&Address> {
         self.addresses.iter().find(|a| matches!(a, Address::Tcp(_)))
