@@ -1,11 +1,10 @@
 //! `shardflow launch`: starts a node's processes, passes signals on, and starts them again after a failure that is
-//! worth it. Imports `cluster::env` and `exit`.
+//! worth it. Imports `cluster::env`, `exit` and `machine`.
 //!
 //! Each node has its own launcher, and launchers do not talk to each other: when a process fails, those on other nodes
 //! notice it and end too, and each launcher starts its own again.
 
 use std::ffi::OsString;
-use std::fs::Permissions;
 use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -16,6 +15,7 @@ use tempfile::TempDir;
 
 use crate::cluster::env::{Endpoint, EnvError, Secret, SecretSource, process_variables};
 use crate::exit::{Exit, read_progress, unix_ns};
+use crate::machine::{TemporaryError, temporary_folder};
 use cause::{Restarts, Verdict, exit_when_asked, first_cause};
 use guard::{FOLDER_PREFIX, Guard};
 
@@ -96,6 +96,17 @@ pub enum LaunchError {
     /// The secret cannot be used.
     #[error(transparent)]
     Env(#[from] EnvError),
+    /// The launcher's files have no place.
+    #[error(transparent)]
+    Temporary(#[from] TemporaryError),
+    /// Processes cannot meet at a Unix socket there.
+    #[error("cannot meet at {path}: expected {expected}; set TMPDIR to a shorter path")]
+    LongPath {
+        /// Of the socket.
+        path: String,
+        /// What is allowed.
+        expected: &'static str,
+    },
     /// A file, process or thread that could not be made.
     #[error("cannot {what}: {source}")]
     Io {
@@ -111,7 +122,7 @@ impl LaunchError {
     pub fn exit(&self) -> Exit {
         match self {
             LaunchError::Usage { .. } | LaunchError::NoProgram { .. } | LaunchError::NotRunnable { .. } => Exit::Usage,
-            LaunchError::NoSecret { .. } => Exit::Refused,
+            LaunchError::NoSecret { .. } | LaunchError::Temporary(_) | LaunchError::LongPath { .. } => Exit::Refused,
             LaunchError::Env(error) => error.exit(),
             LaunchError::Io { .. } => Exit::Internal,
         }
@@ -218,11 +229,7 @@ impl<'a> Job<'a> {
             // Seconds, so that logs sort by time, and some letters, so that two jobs of one second differ.
             None => format!("{}-{}", unix_ns() / 1_000_000_000, &random_secret()?.text()[..6]),
         };
-        let folder = tempfile::Builder::new()
-            .prefix(FOLDER_PREFIX)
-            .permissions(Permissions::from_mode(0o700))
-            .tempdir()
-            .map_err(LaunchError::io(format!("make a folder in {}", env::temp_dir().display())))?;
+        let folder = temporary_folder(FOLDER_PREFIX)?;
         let events = crossbeam_channel::bounded(EVENTS_MAX);
         watch_signals(events.0.clone()).map_err(LaunchError::io("watch for signals"))?;
         let guard = Guard::start(&options.helper, folder.path()).map_err(LaunchError::io("start the guard"))?;
@@ -241,12 +248,8 @@ impl<'a> Job<'a> {
             Some(endpoint) => Ok(endpoint.clone()),
             None => {
                 let path = self.folder.path().join(format!("meet-{attempt}"));
-                Endpoint::parse(&format!("unix:{}", path.display())).map_err(|expected| LaunchError::Usage {
-                    what: format!(
-                        "cannot meet at {}: expected {expected}; set TMPDIR to a shorter path",
-                        path.display()
-                    ),
-                })
+                let path = path.display().to_string();
+                Endpoint::parse(&format!("unix:{path}")).map_err(|expected| LaunchError::LongPath { path, expected })
             }
         }
     }

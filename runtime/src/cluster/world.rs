@@ -11,7 +11,7 @@ use crossbeam_channel::{Receiver, Sender, bounded};
 use shardflow_actors::error::{Failure, PeerError};
 use shardflow_actors::membership::{self, FirstCause, Membership, MembershipError, Notice, PeerStatus};
 use shardflow_actors::shell::{Control, Running};
-use shardflow_actors::transport::{Address, Endpoint, Purpose, Secret, TransportError};
+use shardflow_actors::transport::{Address, Endpoint, Purpose, Secret, TransportError, with_zone_of};
 use shardflow_kernels::collective::{Collective, Group};
 use shardflow_kernels::cuda::nccl::UniqueId;
 use shardflow_kernels::device::{Device, DeviceKind};
@@ -22,10 +22,11 @@ use super::agree::{self, Heard, Together};
 use super::by_mpi::ByMpi;
 use super::env::{self, Launch};
 use super::nccl_ids;
-use super::rendezvous::{Identity, Member, RendezvousConfig, Roster, local_ip, rendezvous};
-use super::roads::{Roads, Ways};
+use super::rendezvous::{Identity, Member, RendezvousConfig, Roster, local_address, rendezvous};
+use super::roads::{self, Roads, Ways};
 use super::{Cluster, ClusterError, ClusterOptions, Transport};
 use crate::checkpoint::{self, Agree};
+use crate::machine::hidden_name;
 use crate::plan::Plan;
 use crate::plan::validate::{self, PlanError};
 use crate::session::SessionError;
@@ -158,10 +159,17 @@ impl World {
         let secret = Secret::from_text(world.secret.read()?.text())?;
         let coordinator = address(&world.endpoint);
         let system = |what| move |cause| ClusterError::System { what, cause };
-        let ip = local_ip(&coordinator, options.interface).map_err(system("find the way to rank 0"))?;
-        let heartbeat = membership::bind(ip).map_err(system("listen for heartbeats"))?;
-        let bound = heartbeat.local_addr();
-        let outside = bound.and_then(|bound| options.advertise.as_ref().map_or(Ok(bound), |a| a.heartbeats(bound)));
+        let spans_nodes = world.local_processes < processes;
+        let say = |line: &str| {
+            tracing::warn!("{line}");
+            options.on_waiting.iter().for_each(|tell| tell(line));
+        };
+        hidden_name(&coordinator, spans_nodes).filter(|_| world.local_process == 0).iter().for_each(|line| say(line));
+        let deadline = Instant::now() + options.meet_within;
+        let local = local_address(&coordinator, options.interface, spans_nodes, deadline)?;
+        let heartbeat = membership::bind(local).map_err(system("listen for heartbeats"))?;
+        let bound = heartbeat.local_addr().map_err(system("listen for heartbeats"))?;
+        let outside = options.advertise.as_ref().map_or(Ok(bound), |advertise| advertise.heartbeats(bound));
         let config = RendezvousConfig {
             process: world.process,
             processes,
@@ -169,17 +177,18 @@ impl World {
             plan: fingerprint(plan, seed, &options),
             mesh: plan.graph.mesh().to_string(),
             heartbeat: outside.map_err(system("listen for heartbeats"))?,
+            spans_nodes,
             interface: options.interface,
             advertise: options.advertise.clone(),
             timeout: options.meet_within,
             ..RendezvousConfig::new(coordinator, secret.clone(), Identity::of_this_process()?)
         };
-        let (roster, endpoint) = rendezvous(&config, |waiting| {
-            tracing::warn!("{waiting}");
-            if let Some(tell) = &options.on_waiting {
-                tell(&waiting.to_string());
-            }
-        })?;
+        let (roster, endpoint) = rendezvous(&config, |waiting| say(&waiting.to_string()))?;
+        endpoint
+            .private_error()
+            .iter()
+            .for_each(|cause| say(&format!("no Unix socket for processes of this node: {cause}")));
+        roads::check_near(&roster, world.process, options.transport)?.iter().for_each(|line| say(line));
         let hosting = Hosting { process: world.process, processes, devices };
         let mut joining = membership::Config::new(
             world.process,
@@ -193,7 +202,7 @@ impl World {
         let roads = roads(plan.device, &hosting, &roster, &endpoint, &secret, &options, &by_mpi);
         for process in hosting.peers() {
             joining.links.insert(process, roads.link(process, Purpose::Control)?);
-            joining.addresses.insert(process, roster.members[process as usize].heartbeat);
+            joining.addresses.insert(process, with_zone_of(roster.members[process as usize].heartbeat, bound));
         }
         let membership = Arc::new(Membership::start(joining)?);
         let (to_agree, heard) = bounded(HEARD_MAX);

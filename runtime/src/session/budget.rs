@@ -112,7 +112,8 @@ mod tests {
             let needed = bytes(devices);
             assert_eq!(check(needed, &plan, 2, here, 0), Ok(()), "{here:?}");
             let told = check(needed - 1, &plan, 2, here, 0).unwrap_err();
-            for part in [&format!("this node has {} bytes free (MemAvailable", needed - 1), &format!("needs {needed}")] {
+            for part in [&format!("this node has {} bytes free (MemAvailable", needed - 1), &format!("needs {needed}")]
+            {
                 assert!(told.contains(part), "no {part:?} in {told}");
             }
             for device in 0..4 {

@@ -2,7 +2,7 @@
 //! `messages`.
 
 use std::io;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, ToSocketAddrs};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::time::{Duration, Instant};
 
 use shardflow_actors::transport::wire::{self, MESSAGE_BYTES_MAX};
@@ -11,6 +11,7 @@ use shardflow_actors::transport::{Address, Endpoint, Link, Listen, Purpose, Sess
 use super::messages::{Answer, INTRODUCTION_BYTES_MAX, Ready};
 use super::{Conflict, Introduction, RendezvousConfig, RendezvousError, Roster, Verdict, Waiting, Who};
 use super::{RETRY, advertised, introduction, is_in_use, join};
+use crate::machine::Targets;
 
 /// A connected process says who it is, takes an answer, and confirms, each within this.
 const REPLY_TIMEOUT: Duration = Duration::from_secs(5);
@@ -67,13 +68,11 @@ pub(super) fn lead(
 /// Listens where the others look for process 0, and where only they look once they know it.
 fn listen(config: &RendezvousConfig, deadline: Instant) -> Result<Endpoint, RendezvousError> {
     let open = |listen: &[Listen]| Endpoint::listen(0, config.secret.clone(), listen, config.endpoint);
-    let loopback: IpAddr = Ipv4Addr::LOCALHOST.into();
+    let local = config.interface.unwrap_or((Ipv4Addr::LOCALHOST, 0).into());
     let give_up = deadline.min(Instant::now() + config.late_grace);
     loop {
         let opened = match &config.coordinator {
-            Address::Unix(path) => {
-                open(&[Listen::Unix(path.clone()), Listen::Tcp((config.interface.unwrap_or(loopback), 0).into())])
-            }
+            Address::Unix(path) => open(&[Listen::Unix(path.clone()), Listen::Tcp(local)]),
             Address::Tcp(name) => open_tcp(config, name, &open),
         };
         match opened {
@@ -92,18 +91,21 @@ fn open_tcp(
 ) -> Result<Endpoint, TransportError> {
     let failed = |cause| TransportError::Listen { address: config.coordinator.clone(), cause };
     let mut last = failed(io::Error::new(io::ErrorKind::NotFound, "the name has no address"));
-    for target in name.to_socket_addrs().map_err(failed)? {
-        let address = SocketAddr::new(config.interface.unwrap_or(target.ip()), target.port());
+    let Targets { addresses, is_hidden } = Targets::of(name, config.spans_nodes).map_err(failed)?;
+    for target in addresses {
+        let any: IpAddr = if target.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
+        let any = [Listen::Tcp((any, target.port()).into()), Listen::PrivateUnix];
+        let mut address = config.interface.unwrap_or(target);
+        address.set_port(target.port());
+        if is_hidden && config.interface.is_none() {
+            return open(&any);
+        }
         match open(&[Listen::Tcp(address), Listen::PrivateUnix]) {
             // The name is an address in front of this node, such as a service's: listen on all that it has.
             Err(TransportError::Listen { cause, .. })
                 if cause.kind() == io::ErrorKind::AddrNotAvailable && !target.ip().is_loopback() =>
             {
-                let any: IpAddr = match target {
-                    SocketAddr::V4(_) => Ipv4Addr::UNSPECIFIED.into(),
-                    SocketAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
-                };
-                return open(&[Listen::Tcp((any, target.port()).into()), Listen::PrivateUnix]);
+                return open(&any);
             }
             Err(error) => last = error,
             opened => return opened,
