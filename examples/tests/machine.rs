@@ -115,7 +115,7 @@ fn what_a_cgroup_does_not_hold_is_refused() {
     let folder = Folder::new("machine-cgroup");
     let Some(cgroup) = Limited::new("cgroup") else { return };
     let model = "--width 512 --context 64";
-    let mut run = |limit: u64, command: &[String]| {
+    let run = |limit: u64, command: &[String]| {
         cgroup.limit(limit).expect("an empty cgroup");
         let mut run = start(&folder, &cgroup.with(command), &[]);
         (run.end(TIMEOUT), run.text())

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, MutexGuard, Once, OnceLock, PoisonError, Weak};
+use std::thread::available_parallelism;
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, after, never, select, unbounded};
@@ -26,6 +27,7 @@ use crate::exit::Exit;
 use crate::graph::{NodeOp, Rate, Var};
 use crate::init;
 use crate::layout_error::LayoutError;
+use crate::machine::{affinity, threads_per_device};
 use crate::metrics as names;
 use crate::plan::validate::PlanError;
 use crate::plan::{Plan, ResidentTensor};
@@ -391,6 +393,16 @@ impl Session {
             observer.set_steps(self.steps);
             observer.metrics()
         })
+    }
+
+    /// Threads that each CPU device of this process could have, as the cores of this node are divided among the job's processes: see
+    /// [`threads_per_device`].
+    pub fn threads_allowed(&self) -> usize {
+        let (quota, own) = (available_parallelism().map_or(1, usize::from), affinity());
+        let cores = |process: &u32| self.world.as_ref().map_or(&own[..], |world| world.cores(*process));
+        let node: Vec<_> = self.here.iter().map(|p| (cores(p), self.hosting.devices_of(*p).len())).collect();
+        let me = self.here.iter().position(|process| *process == self.hosting.process);
+        threads_per_device(&node, me.unwrap_or(0), quota)
     }
 
     /// Steps done, those before a restored checkpoint included.

@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 
 use clap::Parser;
 use shardflow::exit;
+use shardflow::passes::THREADS_MAX;
 use shardflow::prelude::*;
 use shardflow::session::shown;
 use shardflow::trace::{TraceError, TraceFile};
@@ -67,6 +68,7 @@ fn run(args: &GptArgs) -> Result<(), GptError> {
     let process = cluster.process();
     let watch = args.listen.filter(|_| !shown::is_asked()).map(|first| listen(first, process)).transpose()?;
     let mut session = Session::start(plan, &session_options(args, cluster, terminated.clone()))?;
+    check_threads(args, &session);
     exit::on_terminate(&terminated).map_err(GptError::Signals)?;
     if let Some(watch) = &watch {
         watch.show(&session);
@@ -170,6 +172,16 @@ fn session_options(args: &GptArgs, cluster: Cluster, terminated: Arc<AtomicBool>
         peak_flops,
         steps_planned: Some(args.steps),
         tells_metrics: true,
+    }
+}
+
+/// Threads are chosen before the processes meet, from this process's cores alone; then all know whose cores are whose.
+fn check_threads(args: &GptArgs, session: &Session) {
+    let (chosen, allowed) = (session.plan().threads_per_device, session.threads_allowed().min(THREADS_MAX));
+    let is_cpu = session.plan().device == DeviceKind::Cpu;
+    if is_cpu && args.threads_per_device.is_none() && allowed != chosen {
+        let cores = "the cores that the processes of this node may run on";
+        note(format!("warning: {chosen} threads a device, where {cores} give {allowed}: --threads-per-device {allowed}"));
     }
 }
 

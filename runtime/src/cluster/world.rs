@@ -225,6 +225,11 @@ impl World {
         (0..self.hosting.processes).filter(|process| node(*process) == node(self.hosting.process)).collect()
     }
 
+    /// The cores that a process may run on.
+    pub(crate) fn cores(&self, process: u32) -> &[u64] {
+        &self.roster.members[process as usize].cores
+    }
+
     fn roads(&self, device: DeviceKind) -> Roads<'_> {
         roads(device, &self.hosting, &self.roster, &self.endpoint, &self.secret, &self.options, &self.by_mpi)
     }

@@ -26,19 +26,24 @@ fn cores_of(mask: &[u64]) -> impl Iterator<Item = usize> {
 }
 
 /// Threads for each device of process `me`, at least 1, of processes on one node with these masks and numbers of devices: a core
-/// that several may run on is divided among their devices, and one that only `me` may run on is its own. `quota` bounds the
-/// threads of all devices that share cores with `me`, its own included: cgroups limit the time of cores, too.
+/// that several may run on is divided among their devices, and one that only `me` may run on is its own. An empty mask is not
+/// known, and meets all others. `quota` is how many cores' time a cgroup leaves to those that share cores with `me`.
 pub fn threads_per_device(node: &[(&[u64], usize)], me: usize, quota: usize) -> usize {
-    let (own, devices) = (node[me].0, node[me].1.max(1));
-    let has = |mask: &[u64], core: usize| mask.get(core / 64).is_some_and(|word| word >> (core % 64) & 1 == 1);
-    let among =
-        |core: usize| node.iter().filter(|(mask, _)| has(mask, core)).map(|(_, devices)| devices).sum::<usize>();
+    let own: Vec<usize> = cores_of(node[me].0).collect();
+    let has = |mask: &[u64], core: usize| {
+        mask.is_empty() || mask.get(core / 64).is_some_and(|word| word >> (core % 64) & 1 == 1)
+    };
+    let devices = |meets: &dyn Fn(&[u64]) -> bool| {
+        node.iter().filter(|(mask, _)| meets(mask)).map(|(_, devices)| devices).sum::<usize>().max(1) as f64
+    };
     // Of a core that `n` devices share, each has 1 / n.
-    let cores: f64 = cores_of(own).map(|core| 1.0 / among(core).max(1) as f64).sum();
-    let meets = |mask: &[u64]| mask.is_empty() || own.is_empty() || cores_of(mask).any(|core| has(own, core));
-    let sharing: usize = node.iter().filter(|(mask, _)| meets(mask)).map(|(_, devices)| devices).sum();
-    let by_quota = quota as f64 / sharing.max(devices) as f64;
-    let threads = if own.is_empty() { by_quota } else { cores.min(by_quota) };
+    let by_cores: f64 = own.iter().map(|core| 1.0 / devices(&|mask| has(mask, *core))).sum();
+    let by_quota = quota as f64 / devices(&|mask| own.is_empty() || own.iter().any(|core| has(mask, *core)));
+    let threads = match own.len() {
+        0 => by_quota,
+        cores if quota < cores => by_quota.min(by_cores),
+        _ => by_cores,
+    };
     // Thirds add up to a little less than one.
     ((threads + 1e-9) as usize).max(1)
 }
@@ -57,7 +62,7 @@ mod tests {
         assert_eq!(threads(&[(&[0xff], 1), (&[0xff], 1)], 8), [4, 4], "equal masks");
         assert_eq!(threads(&[(&[0x0f], 1), (&[0xf0], 1)], 4), [4, 4], "disjoint masks");
         assert_eq!(threads(&[(&[0x0f], 1), (&[0x0f], 1), (&[0xf0], 1), (&[0xf0], 1)], 4), [2; 4], "a socket each two");
-        assert_eq!(threads(&[(&[0xff], 1), (&[0xf0], 1)], 8), [4, 2], "four of its own, and half of four: bounded");
+        assert_eq!(threads(&[(&[0xff], 1), (&[0xf0], 1)], 8), [6, 2], "four of its own, and half of four");
         assert_eq!(threads(&[(&[0x7][..], 1); 3], 3), [1, 1, 1], "thirds");
         assert_eq!(threads(&[(&[0x1], 2), (&[0x1], 1)], 1), [1, 1], "never none");
         assert_eq!(threads(&[(&[0, 0xff], 1), (&[0xff], 1)], 8), [8, 8], "words beyond the other's");

@@ -75,7 +75,8 @@ fn cgroups(cgroups: &str, mounts: &str, read: &dyn Fn(&Path) -> Option<String>) 
         };
         let Some((root, mount)) = mounts.lines().find_map(|line| mount_of(line, kind)) else { continue };
         // A container may see its own cgroup as the mount's root, under a path that only the host knows.
-        let folder = Path::new(path).strip_prefix(&root).map_or(mount.clone(), |below| mount.join(below));
+        let folder =
+            Path::new(path).strip_prefix(&root).map_or(mount.clone(), |below| mount.join(below).components().collect());
         for (index, folder) in folder.ancestors().take_while(|folder| folder.starts_with(&mount)).enumerate() {
             // Version 1 only: such a group does not count what its children use.
             let is_flat = read(&folder.join("memory.use_hierarchy")).is_some_and(|text| text.trim() == "0");
