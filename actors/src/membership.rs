@@ -8,7 +8,7 @@
 
 use std::collections::BTreeMap;
 use std::io;
-use std::net::{IpAddr, SocketAddr, UdpSocket};
+use std::net::{SocketAddr, UdpSocket};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -276,12 +276,12 @@ impl Config {
     }
 }
 
-/// A socket for heartbeats on this interface, at a port that the system chooses.
+/// A socket for heartbeats at this address of the node; port 0 lets the system choose one.
 ///
 /// # Errors
-/// When the interface is not there.
-pub fn bind(interface: IpAddr) -> io::Result<UdpSocket> {
-    UdpSocket::bind((interface, 0))
+/// When the address is not there.
+pub fn bind(address: SocketAddr) -> io::Result<UdpSocket> {
+    UdpSocket::bind(address)
 }
 
 /// This process's part in the session.

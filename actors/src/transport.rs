@@ -24,12 +24,12 @@ pub mod wire;
 
 pub use descriptors::{DESCRIPTORS_MAX, receive_descriptors, send_descriptors};
 pub use dial::connect;
-pub use endpoint::{Endpoint, EndpointOptions, Listen, Refusals};
+pub use endpoint::{Endpoint, EndpointOptions, Listen, Refusals, UNIX_PATH_BYTES_MAX};
 pub use error::TransportError;
 pub use folder::PrivateFolder;
 pub use frame::{FRAME_BYTES, Frame, FrameError};
 pub use handshake::{Gate, HandshakeError, PROTOCOL_VERSION, Refusal, World};
-pub use link::{Address, Link, SEND_TIMEOUT, Until};
+pub use link::{Address, Link, SEND_TIMEOUT, Until, resolve, with_zone_of, without_zone};
 pub use secret::{SECRET_BYTES_MIN, Secret};
 
 /// Processes of one world, at most.

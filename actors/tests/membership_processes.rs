@@ -63,7 +63,7 @@ fn say(what: String) {
 
 fn join(process: u32, processes: u32, orders: &mut impl Iterator<Item = String>) -> Membership {
     let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("loopback");
-    let heartbeat = bind(Ipv4Addr::LOCALHOST.into()).expect("loopback");
+    let heartbeat = bind((Ipv4Addr::LOCALHOST, 0).into()).expect("loopback");
     let port = |address: SocketAddr| address.port();
     say(format!("{} {}", port(listener.local_addr().expect("bound")), port(heartbeat.local_addr().expect("bound"))));
     let mut config = Config::new(process, processes, [1; 16], 1, [2; 32], heartbeat);

@@ -28,7 +28,7 @@ pub enum CheckpointsError {
     /// The place cannot be used.
     #[error("--checkpoint {0}")]
     Place(CheckpointError),
-    /// A snapshot could not be taken.
+    /// A snapshot could not be taken, or there is no memory for one.
     #[error(transparent)]
     Snapshot(Box<SessionError>),
     /// A step was not finite, and there is nothing to go back to.
@@ -99,7 +99,7 @@ impl Checkpoints {
         let store = Store::open(place).map_err(CheckpointsError::Place)?;
         let found = restore(&store, session, speaks)?;
         let passed_over = found.map_or(0, |(_, passed_over)| passed_over);
-        let (agree, member) = session.agreement();
+        let (agree, member) = session.agreement().map_err(|error| CheckpointsError::Snapshot(Box::new(error)))?;
         let plan = Some(session.plan().hash().to_string());
         let options = SaverOptions { member, keep: args.checkpoint_keep, plan, ..SaverOptions::default() };
         let saver = Saver::new(store.clone(), agree, options).map_err(CheckpointsError::Place)?;

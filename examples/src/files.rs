@@ -32,16 +32,6 @@ pub fn check_writable(path: &Path) -> Result<(), PlaceError> {
     std::fs::File::create(&probe).and_then(|_| std::fs::remove_file(&probe)).map_err(error)
 }
 
-/// Memory that the system could give now, bytes; `None` where it does not tell (`/proc/meminfo` is Linux's).
-pub fn free_memory_bytes() -> Option<usize> {
-    parse_meminfo(&std::fs::read_to_string("/proc/meminfo").ok()?)
-}
-
-fn parse_meminfo(text: &str) -> Option<usize> {
-    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
-    line.trim().strip_suffix("kB")?.trim().parse::<usize>().ok()?.checked_mul(1024)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -66,11 +56,5 @@ mod tests {
         let _listener = std::os::unix::net::UnixListener::bind(&socket).unwrap();
         assert!(check_writable(&socket).unwrap_err().to_string().contains("neither a file nor a free place"));
         std::fs::remove_dir_all(&folder).unwrap();
-    }
-
-    #[test]
-    fn free_memory() {
-        assert_eq!(parse_meminfo("MemTotal: 9 kB\nMemAvailable:    2 kB\n"), Some(2048));
-        assert_eq!(parse_meminfo("MemTotal: 9 kB\n"), None);
     }
 }

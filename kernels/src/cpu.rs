@@ -14,7 +14,7 @@ mod optimizer;
 pub(crate) mod pool;
 pub(crate) mod simd;
 pub mod stream;
-mod widen;
+pub(crate) mod widen;
 
 /// The most threads that one stream may be given.
 pub const THREADS_MAX: usize = 64;

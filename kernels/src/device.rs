@@ -5,6 +5,7 @@ use std::sync::atomic::Ordering;
 
 use crate::collective::Collective;
 use crate::cpu::device::CpuDevice;
+use crate::cpu::widen;
 use crate::cuda::device::CudaDevice;
 use crate::cuda::gpu::Gpu;
 use crate::cuda::lower;
@@ -46,10 +47,10 @@ impl DeviceKind {
         }
     }
 
-    /// Bytes of the device's memory that each stream takes for itself.
-    pub fn stream_bytes(self) -> usize {
+    /// Bytes of the device's memory that a stream that runs these launches takes for itself, one launch at a time.
+    pub fn stream_bytes<'a>(self, launches: impl Iterator<Item = &'a Launch>) -> usize {
         match self {
-            DeviceKind::Cpu => 0,
+            DeviceKind::Cpu => launches.map(widen::bytes).max().unwrap_or(0),
             DeviceKind::Cuda => ErrorRecord::BYTES,
         }
     }

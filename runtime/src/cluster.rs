@@ -1,5 +1,5 @@
 //! The processes that run a plan together: where a program finds out that it is one of several, and how it wants to meet the
-//! others. Imports `exit`, `session::hosting` and the actors' transport and membership.
+//! others. Imports `exit`, `machine`, `session::hosting` and the actors' transport and membership.
 //!
 //! ```no_run
 //! use shardflow::prelude::*;
@@ -13,7 +13,7 @@
 
 use std::fmt;
 use std::io;
-use std::net::{IpAddr, SocketAddr, ToSocketAddrs};
+use std::net::{SocketAddr, ToSocketAddrs};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -22,6 +22,7 @@ use shardflow_actors::transport::{Address, TransportError};
 use shardflow_kernels::error::KernelError;
 
 use crate::exit::Exit;
+use crate::machine::parse_ip;
 use crate::session::hosting::Hosting;
 
 mod agree;
@@ -85,6 +86,19 @@ impl Transport {
     }
 }
 
+impl Transport {
+    /// What follows where processes of one machine cannot open each other's sockets.
+    fn without_sockets(self) -> String {
+        match self {
+            Self::Auto | Self::Tcp => "TCP is used between such ranks".into(),
+            Self::SharedMemory => {
+                format!("{TRANSPORT}=shared-memory needs that: set it to auto, or give them one folder")
+            }
+            Self::Unix => format!("{TRANSPORT}=unix needs that: set it to auto, or give them one folder"),
+        }
+    }
+}
+
 /// What runs collectives between processes. Registers go by the [`Transport`] in any case.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Collectives {
@@ -107,7 +121,7 @@ impl Collectives {
     }
 }
 
-/// Called with a line that says who is missing, while processes wait for each other.
+/// Called with a line that says who is missing while processes wait for each other, or why they use other ways than expected.
 pub type OnWaiting = Arc<dyn Fn(&str) + Send + Sync>;
 
 /// How the others reach what this process listens on, where that is not at the same address: through a proxy, or ports that
@@ -133,7 +147,7 @@ struct AdvertisedHost(String);
 impl AdvertisedHost {
     fn parse(text: &str) -> Option<Self> {
         let is_name = matches!(env::Endpoint::parse_rendezvous(text), Ok(env::Endpoint::Tcp { host, .. }) if host == text);
-        (is_name || text.parse::<IpAddr>().is_ok()).then(|| Self(text.to_owned()))
+        (is_name || parse_ip(text).is_some()).then(|| Self(text.to_owned()))
     }
 }
 
@@ -157,8 +171,9 @@ pub struct ClusterOptions {
     pub transport: Transport,
     /// What runs collectives.
     pub collectives: Collectives,
-    /// Address of this node to listen on; without it, the one by which process 0 is reached, loopback if it is on loopback.
-    pub interface: Option<IpAddr>,
+    /// Address of this node to listen on, with port 0; without it, the one by which process 0 is reached, loopback if it is on
+    /// loopback.
+    pub interface: Option<SocketAddr>,
     /// Where others reach this process; without it, at the addresses that it listens on.
     pub advertise: Option<Arc<dyn Advertise>>,
     /// How long to wait until all have come.
@@ -215,7 +230,7 @@ impl ClusterOptions {
         if let Some(text) = variables.get(COLLECTIVES) {
             options.collectives = Collectives::parse(text)?;
         }
-        options.interface = read(variables, INTERFACE, "an IP address", |text| text.parse().ok())?;
+        options.interface = read(variables, INTERFACE, "an IP address, such as 10.0.0.1 or fe80::1%eth0", parse_ip)?;
         let advertise = read(variables, ADVERTISE, "a host name or an IP address, without a port", AdvertisedHost::parse)?;
         options.advertise = advertise.map(|host| Arc::new(host) as Arc<dyn Advertise>);
         let ms = |least: u64| move |text: &str| text.parse().ok().filter(|ms| (least..=DAY_MS).contains(ms));
@@ -410,6 +425,22 @@ pub enum ClusterError {
         /// Its host.
         host: String,
     },
+    /// Processes of one machine that cannot open each other's sockets.
+    #[error(
+        "ranks {first} and {second} on {host}: {why}; {}", .transport.without_sockets()
+    )]
+    NotNear {
+        /// One of them.
+        first: u32,
+        /// The other.
+        second: u32,
+        /// Their host.
+        host: String,
+        /// What is in the way.
+        why: String,
+        /// What was asked for.
+        transport: Transport,
+    },
     /// Memory or a collective engine could not be had.
     #[error(transparent)]
     Kernel(#[from] KernelError),
@@ -429,6 +460,7 @@ impl ClusterError {
         match self {
             Self::Env(error) => error.exit(),
             Self::Variable { .. } | Self::TooManyProcesses { .. } | Self::NoAddress { .. } => Exit::Refused,
+            Self::NotNear { .. } => Exit::Refused,
             Self::MpiNotBuilt | Self::Mpi { .. } | Self::MpiPlace { .. } => Exit::Refused,
             Self::Kernel(KernelError::Mpi { .. }) => Exit::PeerUnavailable,
             Self::Rendezvous(RendezvousError::Refused(Verdict::Conflicts(_))) => Exit::Refused,

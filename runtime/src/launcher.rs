@@ -1,5 +1,5 @@
 //! `shardflow launch`: starts a node's processes, passes signals on, and starts them again after a failure that is
-//! worth it. Imports `cluster` and `exit`.
+//! worth it. Imports `cluster`, `exit` and `machine`.
 //!
 //! Each node has its own launcher. When a process fails, those on other nodes notice it and end too, and each launcher
 //! starts its own again. A failure before the processes have met, for which a new start would not help, is reported to the
@@ -18,6 +18,7 @@ use crate::cluster::departure::Departure;
 use crate::cluster::env::{Endpoint, EnvError, Secret, SecretSource, Variables, process_variables};
 use crate::cluster::{ClusterError, ClusterOptions};
 use crate::exit::{Exit, Report, read_progress, unix_ns};
+use crate::machine::{TemporaryError, temporary_folder};
 use cause::{Ended, Restarts, Verdict, exit_when_asked, first_cause};
 use guard::{FOLDER_PREFIX, Guard};
 
@@ -105,6 +106,17 @@ pub enum LaunchError {
     /// A variable cannot be used.
     #[error(transparent)]
     Cluster(#[from] ClusterError),
+    /// The launcher's files have no place.
+    #[error(transparent)]
+    Temporary(#[from] TemporaryError),
+    /// Processes cannot meet at a Unix socket there.
+    #[error("cannot meet at {path}: expected {expected}; set TMPDIR to a shorter path")]
+    LongPath {
+        /// Of the socket.
+        path: String,
+        /// What is allowed.
+        expected: &'static str,
+    },
     /// A file, process or thread that could not be made.
     #[error("cannot {what}: {source}")]
     Io {
@@ -120,7 +132,7 @@ impl LaunchError {
     pub fn exit(&self) -> Exit {
         match self {
             LaunchError::Usage { .. } | LaunchError::NoProgram { .. } | LaunchError::NotRunnable { .. } => Exit::Usage,
-            LaunchError::NoSecret { .. } => Exit::Refused,
+            LaunchError::NoSecret { .. } | LaunchError::Temporary(_) | LaunchError::LongPath { .. } => Exit::Refused,
             LaunchError::Env(error) => error.exit(),
             LaunchError::Cluster(error) => error.exit(),
             LaunchError::Io { .. } => Exit::Internal,
@@ -266,8 +278,7 @@ impl<'a> Job<'a> {
             // Seconds, so that logs sort by time, and some letters, so that two jobs of one second differ.
             None => format!("{}-{}", unix_ns() / 1_000_000_000, &random_secret()?.text()[..6]),
         };
-        let folder = PrivateFolder::new(FOLDER_PREFIX)
-            .map_err(LaunchError::io(format!("make a folder in {}", env::temp_dir().display())))?;
+        let folder = temporary_folder(FOLDER_PREFIX)?;
         let events = crossbeam_channel::bounded(EVENTS_MAX);
         watch_signals(events.0.clone()).map_err(LaunchError::io("watch for signals"))?;
         let guard = Guard::start(&options.helper, folder.path()).map_err(LaunchError::io("start the guard"))?;
@@ -316,12 +327,8 @@ impl<'a> Job<'a> {
             Some(endpoint) => Ok(endpoint.clone()),
             None => {
                 let path = self.folder.path().join(format!("meet-{attempt}"));
-                Endpoint::parse(&format!("unix:{}", path.display())).map_err(|expected| LaunchError::Usage {
-                    what: format!(
-                        "cannot meet at {}: expected {expected}; set TMPDIR to a shorter path",
-                        path.display()
-                    ),
-                })
+                let path = path.display().to_string();
+                Endpoint::parse(&format!("unix:{path}")).map_err(|expected| LaunchError::LongPath { path, expected })
             }
         }
     }

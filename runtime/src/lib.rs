@@ -11,6 +11,7 @@ pub mod graph;
 pub mod init;
 pub mod launcher;
 pub mod layout_error;
+pub mod machine;
 pub mod metrics;
 pub mod nn;
 pub mod passes;

@@ -45,7 +45,8 @@ pub struct CompileOptions {
     pub threads_per_device: usize,
     /// Devices that there are.
     pub devices: usize,
-    /// Memory of one device, bytes; a plan that needs more is refused.
+    /// Memory of one device, bytes; a plan that needs more is refused. Without it, `Session::start` refuses a plan for CPUs that
+    /// needs more than the node has free: see [`crate::machine::free_memory`].
     pub memory_bytes: Option<usize>,
     /// Gradients are all-reduced in buckets of about this many bytes.
     pub bucket_bytes: usize,

@@ -145,7 +145,7 @@ pub struct DeviceMemory {
     pub scratch: BTreeMap<ActorId, (usize, usize)>,
     /// The whole arena, bytes: fixed tensors, registers and scratch.
     pub arena_bytes: usize,
-    /// What the device's streams take beside the arena, bytes.
+    /// What the device's streams take beside the arena, bytes: on CPUs, to widen bf16.
     pub stream_bytes: usize,
     /// Mirrors of registers that other processes make, bytes; 0 until a session knows which process hosts what.
     pub mirror_bytes: usize,
@@ -167,6 +167,11 @@ impl DeviceMemory {
         let beside = [("of streams", self.stream_bytes), ("in mirrors", self.mirror_bytes)];
         parts.extend(beside.into_iter().filter(|(_, bytes)| *bytes > 0));
         parts
+    }
+
+    /// A line of a memory table.
+    pub(crate) fn row(&self, device: usize) -> String {
+        format!("  device {device}: {} bytes = {}\n", self.total_bytes(), self.sum())
     }
 
     /// The parts as a sum.
@@ -196,7 +201,8 @@ pub struct Plan {
     pub threads_per_device: usize,
     /// What the devices are.
     pub device: DeviceKind,
-    /// Memory of one device, bytes, that the plan must not exceed. Each process's own: not part of the plan's hash.
+    /// Memory of one device, bytes, that the plan must not exceed; without it, a session holds a plan for CPUs against what its
+    /// node has free. Each process's own: not part of the plan's hash.
     pub memory_bytes: Option<usize>,
     /// Forward micro-batches that each placement may have in flight.
     pub in_flight: Vec<u32>,

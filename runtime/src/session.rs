@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, MutexGuard, Once, OnceLock, PoisonError, Weak};
+use std::thread::available_parallelism;
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, after, never, select, unbounded};
@@ -26,10 +27,12 @@ use crate::exit::Exit;
 use crate::graph::{NodeOp, Rate, Var};
 use crate::init;
 use crate::layout_error::LayoutError;
+use crate::machine::{affinity, threads_per_device};
 use crate::metrics as names;
 use crate::plan::validate::PlanError;
 use crate::plan::{Plan, ResidentTensor};
 
+pub(crate) mod budget;
 pub mod checkpoint;
 pub mod devices;
 pub(crate) mod ending;
@@ -45,6 +48,7 @@ pub mod snapshot;
 mod step;
 mod tokens;
 
+use budget::Budget;
 use checkpoint::CheckpointError;
 use devices::Opened;
 use exchange::{Inbox, Word, tensor_of};
@@ -64,7 +68,7 @@ pub enum SessionError {
     /// The actors could not be started or told.
     #[error(transparent)]
     Actors(#[from] ActorError),
-    /// With what other processes send, the plan exceeds its budget.
+    /// With what other processes send, the plan exceeds its budget, or the node's.
     #[error(transparent)]
     Plan(#[from] PlanError),
     /// Devices or memory could not be had.
@@ -163,6 +167,9 @@ pub struct StepReport {
 pub struct Session {
     plan: Arc<Plan>,
     hosting: Hosting,
+    /// The processes of this node.
+    here: Vec<u32>,
+    budget: Budget,
     /// Of this process.
     devices: Vec<Device>,
     /// By device; of this process, and of peers whose memory is mapped here.
@@ -206,25 +213,33 @@ impl Session {
     /// actors. All processes call it with the same plan.
     ///
     /// # Errors
-    /// When memory, threads or peers cannot be had.
+    /// When memory, threads or peers cannot be had; [`PlanError::NodeMemory`] before anything is allocated.
     pub fn start(plan: Plan, options: &SessionOptions) -> Result<Self, SessionError> {
         shown::show(&plan)?;
         let wait_max = options.watchdog.wait_max();
+        let budget = Budget::measure(&plan);
         let world = World::join(&options.cluster, &plan, options.seed, wait_max).map_err(world::named)?.map(Arc::new);
-        Self::start_among(plan, options, world.clone()).map_err(|error| match world {
+        Self::start_among(plan, options, budget, world.clone()).map_err(|error| match world {
             Some(world) => world.cannot_start(error),
             None => error,
         })
     }
 
-    fn start_among(mut plan: Plan, options: &SessionOptions, world: Option<Arc<World>>) -> Result<Self, SessionError> {
+    fn start_among(
+        mut plan: Plan,
+        options: &SessionOptions,
+        budget: Budget,
+        world: Option<Arc<World>>,
+    ) -> Result<Self, SessionError> {
         let doing = |what| world.iter().for_each(|world| world.doing(what));
         doing("opening devices");
         if let Some(world) = &world {
             world.count_mirrors(&mut plan)?;
         }
         let hosting = world.as_ref().map_or(Hosting::alone(plan.memory.len()), |w| w.hosting());
-        let on_node = world.as_ref().map_or(hosting.on_node(0..1, 0), |world| world.on_node());
+        let here = world.as_ref().map_or(vec![0], |world| world.here());
+        budget.check(&plan, &hosting, &here, 0)?;
+        let on_node = hosting.on_node(here.iter().copied(), hosting.process);
         let takes_pipes = world.as_ref().is_some_and(|world| world.takes_pipes());
         let ids: devices::Ids<'_> = &|groups| match &world {
             Some(world) => {
@@ -298,6 +313,8 @@ impl Session {
             fetches: fetches(&plan),
             plan,
             hosting,
+            here,
+            budget,
             devices,
             arenas,
             engine: ways.engine,
@@ -398,6 +415,16 @@ impl Session {
             observer.set_steps(self.steps);
             observer.metrics()
         })
+    }
+
+    /// Threads that each CPU device of this process could have, as the cores of this node are divided among the job's processes: see
+    /// [`threads_per_device`].
+    pub fn threads_allowed(&self) -> usize {
+        let (quota, own) = (available_parallelism().map_or(1, usize::from), affinity());
+        let cores = |process: &u32| self.world.as_ref().map_or(&own[..], |world| world.cores(*process));
+        let node: Vec<_> = self.here.iter().map(|p| (cores(p), self.hosting.devices_of(*p).len())).collect();
+        let me = self.here.iter().position(|process| *process == self.hosting.process);
+        threads_per_device(&node, me.unwrap_or(0), quota)
     }
 
     /// Steps done, those before a restored checkpoint included.

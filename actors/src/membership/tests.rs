@@ -185,7 +185,7 @@ fn a_one_way_partition_ends_both_sides() {
     let mut configs = configs(8, 2);
     configs.iter_mut().for_each(|c| (c.every, c.deadline) = (ms(50), ms(1000)));
     // What process 0 sends to 1 gets lost; 1 is heard by 0.
-    let nowhere = bind(IpAddr::V4(Ipv4Addr::LOCALHOST)).expect("loopback");
+    let nowhere = bind((Ipv4Addr::LOCALHOST, 0).into()).expect("loopback");
     configs[0].addresses.insert(1, nowhere.local_addr().expect("bound"));
     for member in &start(configs) {
         let first = ended(member);
@@ -201,7 +201,7 @@ fn datagrams_that_are_not_ours_are_refused_and_counted() {
     configs[1].every = Duration::from_secs(1);
     let target = configs[0].heartbeat.local_addr().expect("bound");
     let members = start(configs);
-    let sender = bind(IpAddr::V4(Ipv4Addr::LOCALHOST)).expect("loopback");
+    let sender = bind((Ipv4Addr::LOCALHOST, 0).into()).expect("loopback");
     let good = Codec::new(&KEY, session(9), EPOCH, 2);
     let replayed = good.write(1, 1_000_000, 42, None);
     let datagrams = [
@@ -235,7 +235,7 @@ fn a_newer_epoch_fences_the_old_one() {
     let configs = configs(10, 2);
     let target = configs[0].heartbeat.local_addr().expect("bound");
     let members = start(configs);
-    let sender = bind(IpAddr::V4(Ipv4Addr::LOCALHOST)).expect("loopback");
+    let sender = bind((Ipv4Addr::LOCALHOST, 0).into()).expect("loopback");
     let newer = Codec::new(&KEY, session(10), EPOCH + 1, 2).write(1, 1, 0, None);
     sender.send_to(&newer, target).expect("sent");
     for member in &members {
@@ -303,7 +303,7 @@ fn proxy(cut: Arc<AtomicBool>) -> (UnixStream, UnixStream) {
 
 /// Hands datagrams on, but drops them while `cut`.
 fn relay(cut: Arc<AtomicBool>, to: SocketAddr) -> SocketAddr {
-    let socket = bind(IpAddr::V4(Ipv4Addr::LOCALHOST)).expect("loopback");
+    let socket = bind((Ipv4Addr::LOCALHOST, 0).into()).expect("loopback");
     let address = socket.local_addr().expect("bound");
     thread::spawn(move || {
         let mut bytes = [0; 256];

@@ -1,7 +1,7 @@
 //! The dialling side: connects, proves itself, tries again until a deadline. Imports `link` and `handshake`.
 
 use std::io::{self, Read, Write};
-use std::net::{SocketAddr, TcpStream, ToSocketAddrs};
+use std::net::{SocketAddr, TcpStream};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use rustix::net;
 
 use super::handshake::{Dialler, HANDSHAKE_BYTES_MAX, HandshakeError};
-use super::{Address, Hello, Link, Secret, TransportError, secret};
+use super::{Address, Hello, Link, Secret, TransportError, resolve, secret};
 
 /// Waits between attempts: doubled from the first to the last.
 const WAIT_MIN: Duration = Duration::from_millis(5);
@@ -97,7 +97,7 @@ fn open(address: &Address, deadline: Instant) -> io::Result<Link> {
         Address::Unix(path) => open_unix(path, deadline).map(Link::Unix),
         Address::Tcp(name) => {
             let mut last = io::Error::new(io::ErrorKind::NotFound, "the name has no address");
-            for target in name.to_socket_addrs()? {
+            for target in resolve(name)? {
                 match open_tcp(target, deadline) {
                     Ok(stream) => return Ok(Link::Tcp(stream)),
                     Err(error) => last = error,

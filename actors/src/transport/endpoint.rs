@@ -27,6 +27,9 @@ mod serve;
 /// Connections that the system keeps for the thread; without this a burst of strangers costs a good peer a second.
 const BACKLOG: i32 = 1024;
 
+/// Longest path of a Unix socket, in bytes: `sun_path` has 108, the last of which is 0.
+pub const UNIX_PATH_BYTES_MAX: usize = 107;
+
 /// Limits of an endpoint.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct EndpointOptions {
@@ -52,7 +55,8 @@ pub enum Listen {
     /// On a path. Its folder is made, for this user only, where it is missing; a socket that a killed process left is
     /// replaced.
     Unix(PathBuf),
-    /// On a socket in a [`PrivateFolder`] of its own.
+    /// On a socket in a [`PrivateFolder`] of its own. Where that cannot be made, [`Endpoint::private_error`] says why, and
+    /// the endpoint is reached at its other addresses.
     PrivateUnix,
 }
 
@@ -134,6 +138,7 @@ impl Shared {
 #[derive(Debug)]
 pub struct Endpoint {
     addresses: Vec<Address>,
+    private_error: Option<String>,
     shared: Arc<Shared>,
     /// Closing it ends the thread.
     wake: Option<UnixStream>,
@@ -162,17 +167,21 @@ impl Endpoint {
         options: EndpointOptions,
     ) -> Result<Self, TransportError> {
         let (mut addresses, mut listeners, mut paths, mut folders) = (vec![], vec![], vec![], vec![]);
+        let mut private_error = None;
         for place in listen {
             let (address, listener) = match place {
                 Listen::Tcp(address) => listen_tcp(*address)?,
                 Listen::Unix(path) => listen_unix(path)?,
-                Listen::PrivateUnix => {
-                    let folder = PrivateFolder::new("shardflow-");
-                    let folder = folder.map_err(listen_failed(Address::Unix(std::env::temp_dir())))?;
-                    let path = folder.path().join(format!("{process}.sock"));
-                    folders.push(folder);
-                    listen_unix(&path)?
-                }
+                Listen::PrivateUnix => match listen_private(process) {
+                    Ok((folder, bound)) => {
+                        folders.push(folder);
+                        bound
+                    }
+                    Err(cause) => {
+                        private_error = Some(format!("TMPDIR={}: {cause}", std::env::temp_dir().display()));
+                        continue;
+                    }
+                },
             };
             if let Address::Unix(path) = &address {
                 paths.extend(inode(path).map(|inode| (path.clone(), inode)));
@@ -188,7 +197,12 @@ impl Endpoint {
         let server = serve::Server::new(listeners, sleeper, secret, options, Arc::clone(&shared));
         let thread = std::thread::Builder::new().name("accept".into()).spawn(move || server.run());
         let thread = Some(thread.map_err(thread_failed)?);
-        Ok(Self { addresses, shared, wake: Some(wake), thread, paths, _folders: folders })
+        Ok(Self { addresses, private_error, shared, wake: Some(wake), thread, paths, _folders: folders })
+    }
+
+    /// Why it does not listen on [`Listen::PrivateUnix`], where it should: the folder and the cause.
+    pub fn private_error(&self) -> Option<&str> {
+        self.private_error.as_deref()
     }
 
     /// Where others reach it, in the order in which it was told to listen.
@@ -300,6 +314,17 @@ fn listen_tcp(address: SocketAddr) -> Result<(Address, Listener), TransportError
     listener.set_nonblocking(true).map_err(&failed)?;
     let address = listener.local_addr().map_err(&failed)?;
     Ok((Address::Tcp(address.to_string()), Listener::Tcp(listener)))
+}
+
+fn listen_private(process: u32) -> Result<(PrivateFolder, (Address, Listener)), String> {
+    // The error of the library names a random path below the folder.
+    let folder = PrivateFolder::new("shardflow-");
+    let folder = folder.map_err(|error| format!("cannot make a folder there: {}", error.kind()))?;
+    let path = folder.path().join(format!("{process}.sock"));
+    if path.as_os_str().len() > UNIX_PATH_BYTES_MAX {
+        return Err(format!("too long: the path of a Unix socket below it has more than {UNIX_PATH_BYTES_MAX} bytes"));
+    }
+    listen_unix(&path).map(|bound| (folder, bound)).map_err(|error| error.to_string())
 }
 
 fn listen_unix(path: &Path) -> Result<(Address, Listener), TransportError> {

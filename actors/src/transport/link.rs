@@ -2,13 +2,14 @@
 
 use std::fmt;
 use std::io::{self, IoSlice, Read, Write};
-use std::net::{Shutdown, TcpStream};
+use std::net::{Shutdown, SocketAddr, SocketAddrV6, TcpStream, ToSocketAddrs};
 use std::os::fd::{AsFd, BorrowedFd};
-use std::os::unix::net::UnixStream;
+use std::os::unix::net::{UnixDatagram, UnixStream};
 use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::{Duration, Instant};
 
+use rustix::net::netdevice::name_to_index;
 use rustix::net::sockopt;
 use serde::{Deserialize, Serialize};
 
@@ -23,7 +24,7 @@ const KEEPALIVE_PROBES: u32 = 3;
 /// Zero means "no time-out" to the system, so a passed deadline waits this long instead.
 const TIMEOUT_MIN: Duration = Duration::from_millis(1);
 
-/// Where a process listens. Written `HOST:PORT` or `unix:PATH`.
+/// Where a process listens. Written `HOST:PORT` or `unix:PATH`; [`resolve`] reads the first.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub enum Address {
     /// `HOST:PORT`; an IPv6 host stands in brackets. Names are looked up at each attempt to connect.
@@ -53,6 +54,39 @@ impl FromStr for Address {
             true => Ok(Self::Tcp(text.into())),
             false => Err(TransportError::Address { text: text.into() }),
         }
+    }
+}
+
+/// The addresses that `HOST:PORT` stands for. Of an IPv6 address in brackets, the zone is a number or the name of an interface of
+/// this node: `[fe80::1%eth0]:29400`.
+///
+/// # Errors
+/// Those of the system: no such host, no such interface.
+pub fn resolve(address: &str) -> io::Result<Vec<SocketAddr>> {
+    let parts = address.strip_prefix('[').and_then(|rest| rest.split_once("]:"));
+    let zoned = parts.and_then(|(host, port)| host.split_once('%').map(|(ip, zone)| (ip, zone, port)));
+    let Some((ip, zone, port)) = zoned else { return Ok(address.to_socket_addrs()?.collect()) };
+    let (Ok(ip), Ok(port)) = (ip.parse(), port.parse()) else { return Err(io::ErrorKind::InvalidInput.into()) };
+    let id = match zone.parse() {
+        Ok(id) => id,
+        Err(_) => name_to_index(UnixDatagram::unbound()?, zone)
+            .map_err(|cause| io::Error::new(cause.kind(), format!("interface {zone}: {cause}")))?,
+    };
+    Ok(vec![SocketAddrV6::new(ip, port, 0, id).into()])
+}
+
+/// The address for other nodes: a zone has a meaning on its own node only.
+pub fn without_zone(address: SocketAddr) -> SocketAddr {
+    (address.ip(), address.port()).into()
+}
+
+/// A peer's link-local address in the zone of an address of this node; any other address as it is.
+pub fn with_zone_of(peer: SocketAddr, own: SocketAddr) -> SocketAddr {
+    match (peer, own) {
+        (SocketAddr::V6(peer), SocketAddr::V6(own)) if peer.ip().is_unicast_link_local() && peer.scope_id() == 0 => {
+            SocketAddrV6::new(*peer.ip(), peer.port(), 0, own.scope_id()).into()
+        }
+        _ => peer,
     }
 }
 
@@ -270,5 +304,35 @@ impl Write for Until<'_> {
 
     fn flush(&mut self) -> io::Result<()> {
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn zones_are_numbers_or_names_of_interfaces() {
+        let zone = |text: &str| match resolve(text).map(|all| all[0]) {
+            Ok(SocketAddr::V6(address)) => Ok((address.ip().to_string(), address.port(), address.scope_id())),
+            other => Err(format!("{other:?}")),
+        };
+        let loopback = name_to_index(UnixDatagram::unbound().unwrap(), "lo").unwrap();
+        assert_eq!(zone("[fe80::1%lo]:7"), Ok(("fe80::1".into(), 7, loopback)));
+        assert_eq!(zone("[fe80::1%3]:7"), Ok(("fe80::1".into(), 7, 3)));
+        assert_eq!(zone("[::1]:7"), Ok(("::1".into(), 7, 0)));
+        assert!(zone("[fe80::1%no-such]:7").unwrap_err().contains("interface no-such"));
+        assert!(zone("[x%lo]:7").is_err() && zone("[fe80::1%lo]").is_err());
+        assert_eq!(resolve("127.0.0.1:7").unwrap(), ["127.0.0.1:7".parse().unwrap()]);
+    }
+
+    #[test]
+    fn a_zone_stays_on_its_node() {
+        let (own, peer): (SocketAddr, SocketAddr) = ("[fe80::1%5]:1".parse().unwrap(), "[fe80::2]:9".parse().unwrap());
+        assert_eq!(without_zone(own), "[fe80::1]:1".parse().unwrap());
+        assert_eq!(with_zone_of(peer, own), "[fe80::2%5]:9".parse().unwrap());
+        for other in ["[fd00::2]:9", "10.0.0.1:9", "[fe80::2%7]:9"] {
+            assert_eq!(with_zone_of(other.parse().unwrap(), own), other.parse().unwrap());
+        }
     }
 }

@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 
 use clap::Parser;
 use shardflow::exit;
+use shardflow::passes::THREADS_MAX;
 use shardflow::prelude::*;
 use shardflow::session::shown;
 use shardflow::trace::{TraceError, TraceFile};
@@ -19,7 +20,7 @@ use shardflow::watch::{Watch, WatchError};
 use shardflow_examples::args::{ArgsError, DeviceArg, GptArgs, NonFiniteArg, PrecisionArg, ScheduleArg, fail};
 use shardflow_examples::checkpoints::{Checkpoints, CheckpointsError};
 use shardflow_examples::data::{DataError, Text};
-use shardflow_examples::files::{PlaceError, check_writable, free_memory_bytes};
+use shardflow_examples::files::{PlaceError, check_writable};
 use shardflow_examples::log::{DeviceMemory, JsonLog, LogError, Progress, StepRecord, Totals, note};
 use shardflow_examples::sample::Sampler;
 
@@ -67,6 +68,7 @@ fn run(args: &GptArgs) -> Result<(), GptError> {
     let process = cluster.process();
     let watch = args.listen.filter(|_| !shown::is_asked()).map(|first| listen(first, process)).transpose()?;
     let mut session = Session::start(plan, &session_options(args, cluster, terminated.clone()))?;
+    check_threads(args, &session);
     exit::on_terminate(&terminated).map_err(GptError::Signals)?;
     if let Some(watch) = &watch {
         watch.show(&session);
@@ -118,10 +120,9 @@ fn options(args: &GptArgs, cluster: &Cluster) -> Result<CompileOptions, GptError
     };
     let memory_bytes = match (args.memory_bytes(), device) {
         (Some(given), _) => Some(given),
-        // A plan can be looked at anywhere.
+        // A plan can be looked at anywhere; a session holds one for CPUs against what the node has free.
         (None, _) if shown::is_asked() => None,
-        // An even share of what is free, where the system tells it.
-        (None, DeviceKind::Cpu) => free_memory_bytes().map(|free| free / here.max(1)),
+        (None, DeviceKind::Cpu) => None,
         // A plan can be looked at where no GPU is.
         (None, DeviceKind::Cuda) if args.explain => gpu_memory_bytes(here).ok(),
         (None, DeviceKind::Cuda) => Some(gpu_memory_bytes(here).map_err(GptError::Device)?),
@@ -171,6 +172,16 @@ fn session_options(args: &GptArgs, cluster: Cluster, terminated: Arc<AtomicBool>
         peak_flops,
         steps_planned: Some(args.steps),
         tells_metrics: true,
+    }
+}
+
+/// Threads are chosen before the processes meet, from this process's cores alone; then all know whose cores are whose.
+fn check_threads(args: &GptArgs, session: &Session) {
+    let (chosen, allowed) = (session.plan().threads_per_device, session.threads_allowed().min(THREADS_MAX));
+    let is_cpu = session.plan().device == DeviceKind::Cpu;
+    if is_cpu && args.threads_per_device.is_none() && allowed != chosen {
+        let cores = "the cores that the processes of this node may run on";
+        note(format!("warning: {chosen} threads a device, where {cores} give {allowed}: --threads-per-device {allowed}"));
     }
 }
 
@@ -363,6 +374,13 @@ enum GptError {
     Terminated { steps: u64 },
 }
 
+/// What goes before the node's own budget.
+const NODE_MEMORY_HINT: &str = "--memory-mib sets what each device may take instead, whatever the node has free";
+
+fn is_node_memory(error: &SessionError) -> bool {
+    matches!(error, SessionError::Plan(PlanError::NodeMemory { .. }))
+}
+
 impl GptError {
     fn exit_code(&self) -> u8 {
         use SessionError::Checkpoint;
@@ -403,8 +421,13 @@ impl GptError {
                 "a mesh has as many devices as its sizes multiply to".into()
             }
             Self::Compile(CompileError::Plan(PlanError::Memory { .. }))
-            | Self::Session(SessionError::Kernel(KernelError::OutOfMemory { .. })) => {
-                "--memory-mib sets what a device has; without it, the machine's free memory is shared out evenly".into()
+            | Self::Session(SessionError::Plan(PlanError::Memory { .. })) => {
+                "--memory-mib sets what a device has".into()
+            }
+            Self::Session(error) if is_node_memory(error) => NODE_MEMORY_HINT.into(),
+            Self::Checkpoints(error) if error.session().is_some_and(is_node_memory) => NODE_MEMORY_HINT.into(),
+            Self::Session(SessionError::Kernel(KernelError::OutOfMemory { .. })) => {
+                "reduce the model or the batch, or raise the limit on memory (`ulimit -v`)".into()
             }
             Self::Compile(CompileError::Graph(_) | CompileError::Range { .. }) => {
                 "change the flag that gives this size; see `gpt --help`".into()

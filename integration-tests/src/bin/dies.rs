@@ -210,7 +210,7 @@ fn run() -> Result<()> {
     let store = Store::open("checkpoints")?;
     let restored = session.restore_newest(&store)?;
     note(speaks, format!("from {}", restored.found.map_or(0, |(step, _)| step)))?;
-    let (agree, member) = session.agreement();
+    let (agree, member) = session.agreement()?;
     let mut saver = Saver::new(store, agree, SaverOptions { member, ..SaverOptions::default() })?;
     while session.steps() < STEPS {
         let batch = model.batch(session.steps());

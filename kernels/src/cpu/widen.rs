@@ -3,6 +3,7 @@
 //! Imports `cpu::launch`, `memory`, `op`.
 #![allow(unsafe_code)]
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use half::bf16;
@@ -13,9 +14,9 @@ use crate::cpu::pool::Pool;
 use crate::error::KernelError;
 use crate::memory::{ALIGNMENT, Arena, Base, Tally, View};
 use crate::op::{Buffer, Launch, Op};
-use crate::tensor::DType;
+use crate::tensor::{DType, element_count};
 
-/// A stream's memory for this; it grows to what the largest launch needs, and is none of the plan's.
+/// A stream's memory for this; it grows to what the largest launch needs: see [`bytes`].
 #[derive(Debug, Default)]
 pub(crate) struct Wide {
     arena: Option<Arena>,
@@ -35,6 +36,17 @@ pub(crate) fn is_for(launch: &Launch) -> bool {
     let is_half = |buffer: &Buffer| buffer.dtype == DType::BF16;
     let takes_it = matches!(launch.op, Op::Cast | Op::Copy | Op::CopyRegion { .. } | Op::Collective(_));
     !takes_it && launch.reads.iter().chain(&launch.writes).any(is_half)
+}
+
+/// Bytes that [`run`] takes for a launch, at most: each bf16 buffer as f32, once.
+pub(crate) fn bytes(launch: &Launch) -> usize {
+    let mut places = BTreeMap::new();
+    let halves = launch.reads.iter().chain(&launch.writes).filter(|buffer| buffer.dtype == DType::BF16);
+    for buffer in halves.filter(|_| is_for(launch)) {
+        let bytes = (element_count(&buffer.shape) * size_of::<f32>()).next_multiple_of(ALIGNMENT);
+        places.insert((buffer.base, buffer.offset, &buffer.shape), bytes);
+    }
+    places.values().sum()
 }
 
 /// Runs a launch in f32.

@@ -18,6 +18,7 @@ use shardflow::cluster::env::{Endpoint, Secret};
 use shardflow::doctor;
 use shardflow::exit::Exit;
 use shardflow::launcher::{LaunchOptions, become_program, guard, launch};
+use shardflow::machine::temporary_folder;
 use shardflow::session::shown::{PLAN_DOT, PLAN_HTML, PLAN_TEXT};
 use shardflow::trace::join::Joined;
 use shardflow::trace::summary::Summary;
@@ -277,9 +278,9 @@ fn run_trace(files: &[PathBuf], join: Option<&Path>) -> Exit {
 
 /// Runs the program with the variables by which it writes its plan when it would start a session.
 fn run_plan(html: Option<PathBuf>, dot: Option<PathBuf>, command: &[OsString]) -> Exit {
-    let folder = match tempfile::tempdir() {
+    let folder = match temporary_folder("shardflow-plan-") {
         Ok(folder) => folder,
-        Err(error) => return fail(Exit::Internal, error),
+        Err(error) => return fail(Exit::Refused, error),
     };
     let text = folder.path().join("plan");
     let mut program = std::process::Command::new(&command[0]);

@@ -1,5 +1,5 @@
 //! Who this process is, from its environment: a pure function of the variables that our launcher, torchrun, OpenMPI,
-//! Slurm or Kubernetes set, or a process on its own. Imports `exit`.
+//! Slurm, MPICH or Kubernetes set, or a process on its own. Imports `exit`.
 //!
 //! The sources are asked from the innermost to the outermost: a launcher that was started by another one has set its
 //! variables last, and the other's are still there. An empty variable counts as absent.
@@ -69,6 +69,8 @@ pub enum Source {
     OpenMpi,
     /// `srun`.
     Slurm,
+    /// `mpiexec` of MPICH, or `mpirun` of Intel MPI.
+    Mpich,
     /// An indexed Job.
     Kubernetes,
 }
@@ -158,6 +160,7 @@ impl Source {
             Source::Torchrun => "torchrun",
             Source::OpenMpi => "OpenMPI",
             Source::Slurm => "Slurm",
+            Source::Mpich => "MPICH or Intel MPI",
             Source::Kubernetes => "Kubernetes",
         }
     }
@@ -167,10 +170,12 @@ impl Source {
         match self {
             Source::Shardflow => "`shardflow launch` does so itself",
             Source::Torchrun => {
-                "before `torchrun`, on every node: `export SHARDFLOW_SECRET=..`; `shardflow secret` makes one"
+                "before `torchrun`, on every node: `export SHARDFLOW_SECRET=..`; `shardflow secret` makes one; in \
+                 a PyTorchJob, from a Secret"
             }
             Source::OpenMpi => "`mpirun -x SHARDFLOW_SECRET=$(shardflow secret) ..`",
             Source::Slurm => "in the script, before `srun`: `export SHARDFLOW_SECRET=$(shardflow secret)`",
+            Source::Mpich => "`mpiexec -genv SHARDFLOW_SECRET $(shardflow secret) ..`",
             Source::Kubernetes => "from a Secret, made by `kubectl create secret generic NAME --from-literal=..`",
         }
     }

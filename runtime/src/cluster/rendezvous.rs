@@ -1,5 +1,5 @@
 //! How the processes of a world find each other: process 0 listens, all others introduce themselves to it, it compares them,
-//! and they start together. Imports `cluster`'s advertised addresses and `actors::transport`.
+//! and they start together. Imports `cluster`'s advertised addresses, `machine` and `actors::transport`.
 //!
 //! ```text
 //! process 0                     process p
@@ -20,13 +20,16 @@
 //!   process 0 that ended, its launcher or its `exit::report` answers.
 
 use std::io;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, ToSocketAddrs, UdpSocket};
+use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use shardflow_actors::transport::{Address, Endpoint, EndpointOptions, Listen, Secret, TransportError};
+use shardflow_actors::transport::{
+    Address, Endpoint, EndpointOptions, Listen, Secret, TransportError, resolve, without_zone,
+};
 
 use super::Advertise;
+use crate::machine::address_towards;
 
 pub(super) use coordinator::answer;
 pub(super) use join::call;
@@ -59,10 +62,13 @@ pub struct RendezvousConfig {
     pub plan: [u8; 32],
     /// Its mesh, as the user wrote it.
     pub mesh: String,
-    /// Where it hears heartbeats (UDP); [`local_ip`] says on which of this node's addresses to listen.
+    /// Where it hears heartbeats (UDP); [`local_address`] says on which of this node's addresses to listen.
     pub heartbeat: SocketAddr,
-    /// Address of this node to listen on. Without it, the one by which process 0 is reached: loopback when it is on loopback.
-    pub interface: Option<IpAddr>,
+    /// Whether there are processes on other nodes.
+    pub spans_nodes: bool,
+    /// Address of this node to listen on, with port 0. Without it, the one by which process 0 is reached: see
+    /// [`local_address`].
+    pub interface: Option<SocketAddr>,
     /// Where others reach this process; without it, at the addresses that it listens on.
     pub advertise: Option<Arc<dyn Advertise>>,
     /// How long to wait for all others.
@@ -94,6 +100,7 @@ impl RendezvousConfig {
             plan: [0; 32],
             mesh: String::new(),
             heartbeat: (Ipv4Addr::LOCALHOST, 0).into(),
+            spans_nodes: false,
             interface: None,
             advertise: None,
             timeout: Duration::from_secs(300),
@@ -128,37 +135,46 @@ pub fn rendezvous(
     }
 }
 
-/// The address of this node on which to listen: `interface`, or the one by which the coordinator is reached. Loopback for a
-/// Unix socket.
+/// The address of this node on which to listen, with port 0: `interface`, or the one by which the coordinator is reached. Loopback
+/// for a Unix socket. Tries until the deadline, because a name may appear later than the process.
 ///
 /// # Errors
-/// When the coordinator's name has no address (yet), or there is no way there.
-pub fn local_ip(coordinator: &Address, interface: Option<IpAddr>) -> io::Result<IpAddr> {
-    let Address::Tcp(name) = coordinator else { return Ok(interface.unwrap_or(Ipv4Addr::LOCALHOST.into())) };
-    if let Some(interface) = interface {
-        return Ok(interface);
-    }
-    let mut last = io::Error::new(io::ErrorKind::NotFound, "the name has no address");
-    for target in name.to_socket_addrs()? {
-        // Connecting a UDP socket sends nothing; it makes the system choose the way and so the address.
-        let any: IpAddr = if target.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
-        match UdpSocket::bind((any, 0)).and_then(|s| s.connect(target).and_then(|()| s.local_addr())) {
-            Ok(local) => return Ok(local.ip()),
-            Err(error) => last = error,
+/// [`RendezvousError::NoWay`] when the coordinator's name has no address, or there is no way there.
+pub fn local_address(
+    coordinator: &Address,
+    interface: Option<SocketAddr>,
+    spans_nodes: bool,
+    deadline: Instant,
+) -> Result<SocketAddr, RendezvousError> {
+    let loopback = (Ipv4Addr::LOCALHOST, 0).into();
+    let (None, Address::Tcp(name)) = (interface, coordinator) else { return Ok(interface.unwrap_or(loopback)) };
+    loop {
+        match address_towards(name, spans_nodes) {
+            Err(_) if Instant::now() < deadline => std::thread::sleep(RETRY),
+            found => return found.map_err(|cause| RendezvousError::NoWay { coordinator: coordinator.clone(), cause }),
         }
     }
-    Err(last)
 }
 
 /// What this process says of itself.
 fn introduction(config: &RendezvousConfig, addresses: Vec<Address>) -> Result<Introduction, RendezvousError> {
-    let Identity { version, binary, node, host, pid } = config.identity.clone();
-    let (process, restart, heartbeat) = (config.process, config.restart, config.heartbeat);
-    let member = Member { process, node, host, pid, restart, addresses, heartbeat };
+    let Identity { version, binary, node, sockets, cores, host, pid } = config.identity.clone();
+    let (process, restart, heartbeat) = (config.process, config.restart, without_zone(config.heartbeat));
+    let addresses = addresses.into_iter().map(unzoned).collect();
+    let member = Member { process, node, sockets, cores, host, pid, restart, addresses, heartbeat };
     let (processes, plan, mesh) = (config.processes, config.plan, config.mesh.clone());
     let introduction = Introduction { member, processes, version, binary, plan, mesh };
     introduction.check()?;
     Ok(introduction)
+}
+
+/// The same address, for other nodes.
+fn unzoned(address: Address) -> Address {
+    let zoned = match &address {
+        Address::Tcp(text) if text.contains('%') => resolve(text).ok(),
+        _ => None,
+    };
+    zoned.and_then(|all| all.first().copied()).map_or(address, |own| Address::Tcp(without_zone(own).to_string()))
 }
 
 /// Where others reach what listens at these addresses.
@@ -171,17 +187,10 @@ fn advertised(config: &RendezvousConfig, bound: Vec<Address>) -> Result<Vec<Addr
     Ok(bound.iter().map(outside).collect::<Result<_, _>>()?)
 }
 
-/// The endpoint of a process other than 0: on TCP for other nodes, and on a Unix socket for this one. Tries until the
-/// deadline, because a name may appear later than the process.
+/// The endpoint of a process other than 0: on TCP for other nodes, and on a Unix socket for this one.
 fn endpoint(config: &RendezvousConfig, deadline: Instant) -> Result<Endpoint, RendezvousError> {
-    let ip = loop {
-        match local_ip(&config.coordinator, config.interface) {
-            Ok(ip) => break ip,
-            Err(_) if Instant::now() < deadline => std::thread::sleep(RETRY),
-            Err(cause) => return Err(RendezvousError::NoWay { coordinator: config.coordinator.clone(), cause }),
-        }
-    };
-    let listen = [Listen::Tcp((ip, 0).into()), Listen::PrivateUnix];
+    let address = local_address(&config.coordinator, config.interface, config.spans_nodes, deadline)?;
+    let listen = [Listen::Tcp(address), Listen::PrivateUnix];
     Ok(Endpoint::listen(config.process, config.secret.clone(), &listen, config.endpoint)?)
 }
 

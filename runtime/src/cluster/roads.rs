@@ -12,7 +12,9 @@ use std::time::{Duration, Instant};
 use shardflow_actors::remote::Peer;
 use shardflow_actors::shell::RegisterMemory;
 use shardflow_actors::spec::RegisterId;
-use shardflow_actors::transport::{self, Address, Endpoint, Hello, Link, Purpose, Secret, TransportError};
+use shardflow_actors::transport::{
+    self, Address, Endpoint, Hello, Link, Purpose, Secret, TransportError, with_zone_of,
+};
 use shardflow_kernels::collective::board::Board;
 use shardflow_kernels::collective::on_node::OnNode;
 use shardflow_kernels::collective::routed::Routed;
@@ -70,16 +72,10 @@ impl Roads<'_> {
         &self.roster.members[process as usize]
     }
 
-    /// True when the process runs on this node and could open a Unix socket of ours.
-    fn is_near(&self, process: u32) -> bool {
-        let (own, peer) = (self.member(self.hosting.process), self.member(process));
-        own.node == peer.node && own.unix().is_some() && peer.unix().is_some()
-    }
-
-    /// True when memory is shared with that process.
-    pub(crate) fn shares_memory(&self, process: u32) -> bool {
+    /// True when two processes share memory.
+    pub(crate) fn shares_memory(&self, a: u32, b: u32) -> bool {
         let wanted = matches!(self.options.transport, Transport::Auto | Transport::SharedMemory);
-        wanted && self.device == DeviceKind::Cpu && self.is_near(process)
+        wanted && self.device == DeviceKind::Cpu && self.member(a).is_near(self.member(b))
     }
 
     /// The connection to a peer for a purpose: of two processes the one of the higher number dials.
@@ -93,14 +89,19 @@ impl Roads<'_> {
         }
         let (session, epoch) = (self.roster.session, self.roster.epoch);
         let hello = Hello { session, epoch, from: self.hosting.process, to: peer, purpose };
-        Ok(self.endpoint.dial(self.address(peer)?, self.secret, &hello, self.deadline)?)
+        Ok(self.endpoint.dial(&self.address(peer)?, self.secret, &hello, self.deadline)?)
     }
 
-    fn address(&self, peer: u32) -> Result<&Address, ClusterError> {
+    fn address(&self, peer: u32) -> Result<Address, ClusterError> {
         let member = self.member(peer);
         let by_tcp = self.options.transport == Transport::Tcp;
-        let chosen = if self.is_near(peer) && !by_tcp { member.unix() } else { member.tcp() };
-        chosen.ok_or_else(|| ClusterError::NoAddress { process: peer, host: member.host.clone() })
+        let chosen =
+            if self.member(self.hosting.process).is_near(member) && !by_tcp { member.unix() } else { member.tcp() };
+        let none = || ClusterError::NoAddress { process: peer, host: member.host.clone() };
+        let address = chosen.cloned().ok_or_else(none)?;
+        let socket = |address: &Address| if let Address::Tcp(text) = address { text.parse().ok() } else { None };
+        let (peer, own) = (socket(&address), self.endpoint.addresses().iter().find_map(socket));
+        Ok(peer.zip(own).map_or(address, |(peer, own)| Address::Tcp(with_zone_of(peer, own).to_string())))
     }
 
     /// Makes all ways of a session whose devices have these arenas.
@@ -111,8 +112,9 @@ impl Roads<'_> {
         arenas: &BTreeMap<usize, Arena>,
         in_process: Arc<dyn Collective>,
     ) -> Result<Ways, ClusterError> {
+        let own = self.hosting.process;
         let near: BTreeSet<u32> =
-            (0..self.hosting.processes).filter(|p| *p == self.hosting.process || self.shares_memory(*p)).collect();
+            (0..self.hosting.processes).filter(|p| *p == own || self.shares_memory(own, *p)).collect();
         let wants_mpi = self.options.collectives == Collectives::Mpi;
         let takes_mpi = |group: &Arc<Group>| wants_mpi && ByMpi::takes(&self.hosting, group);
         let mut crossing = self.hosting.crossing_groups(plan);
@@ -141,6 +143,27 @@ impl Roads<'_> {
         let engine: Arc<dyn Collective> =
             if engines.is_empty() { in_process } else { Arc::new(Routed::new(engines, in_process)) };
         Ok(Ways { engine, mapped, mirrors, peers })
+    }
+}
+
+/// Holds against the transport that some processes of one machine cannot open each other's sockets, as in containers with a
+/// `/tmp` each. Where it need not be kept, gives what the first of them is to log.
+///
+/// # Errors
+/// [`ClusterError::NotNear`], the same for all processes.
+pub(super) fn check_near(roster: &Roster, own: u32, transport: Transport) -> Result<Option<String>, ClusterError> {
+    let pairs =
+        roster.members.iter().enumerate().flat_map(|(i, a)| roster.members[i + 1..].iter().map(move |b| (a, b)));
+    let apart = pairs.into_iter().find(|(a, b)| a.node == b.node && !a.is_near(b));
+    let Some((a, b)) = apart.filter(|_| transport != Transport::Tcp) else { return Ok(None) };
+    let why = match [a, b].into_iter().find(|member| member.unix().is_none()) {
+        Some(member) => format!("rank {} could make no Unix socket in its TMPDIR", member.process),
+        None => "do not see the same folder at TMPDIR, as in containers with a /tmp each".into(),
+    };
+    let error = ClusterError::NotNear { first: a.process, second: b.process, host: a.host.clone(), why, transport };
+    match transport {
+        Transport::SharedMemory | Transport::Unix => Err(error),
+        _ => Ok((own == a.process).then(|| error.to_string())),
     }
 }
 
@@ -230,7 +253,7 @@ impl Roads<'_> {
         let pairs = if self.pipes.is_empty() { BTreeMap::new() } else { self.hosting.crossing_pairs(plan) };
         for process in self.hosting.peers() {
             let (mut pushes, mut mirrors) = (BTreeMap::new(), BTreeMap::new());
-            if !self.shares_memory(process) {
+            if !self.shares_memory(own, process) {
                 pushes = self.hosting.crossing(plan, own, process);
                 mirrors = self.hosting.crossing(plan, process, own);
                 for (register, device, bytes) in self.hosting.mirrors(plan, process) {
@@ -261,5 +284,54 @@ fn channel(link: Link) -> Channel {
     match link {
         Link::Tcp(stream) => Channel::Tcp(stream),
         Link::Unix(stream) => Channel::Unix(stream),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use shardflow_actors::transport::SessionId;
+
+    use super::*;
+
+    /// Processes on these nodes, with these folders for sockets; 0 is none that can be used.
+    fn roster(places: &[(&str, u8)]) -> Roster {
+        let member = |(process, (node, folder)): (u32, &(&str, u8))| {
+            let mut addresses = vec![Address::Tcp(format!("10.0.0.1:{process}"))];
+            addresses.extend((*folder > 0).then(|| Address::Unix(format!("/tmp/{process}.sock").into())));
+            let (node, host, sockets, heartbeat) =
+                (node.to_string(), "h".into(), [*folder; 32], ([10, 0, 0, 1], 9).into());
+            Member { process, node, sockets, cores: vec![], host, pid: 1, restart: 0, addresses, heartbeat }
+        };
+        Roster { session: SessionId::default(), epoch: 0, members: (0..).zip(places).map(member).collect() }
+    }
+
+    #[test]
+    fn processes_that_see_another_folder_are_not_near() {
+        use Transport::{Auto, SharedMemory, Tcp, Unix};
+        let check = |places: &[(&str, u8)], own, transport| {
+            check_near(&roster(places), own, transport).map_err(|error| (error.to_string(), error.exit().code()))
+        };
+        let one_node = [("a", 1), ("a", 1), ("b", 2)];
+        for transport in [Auto, SharedMemory, Unix, Tcp] {
+            assert_eq!(check(&one_node, 0, transport), Ok(None), "{transport:?}");
+        }
+        let containers = [("b", 1), ("a", 1), ("a", 2)];
+        let said = check(&containers, 1, Auto).unwrap().unwrap();
+        assert!(said.starts_with("ranks 1 and 2 on h: do not see the same folder at TMPDIR"), "{said}");
+        assert!(said.ends_with("TCP is used between such ranks"), "{said}");
+        for silent in [0, 2] {
+            assert_eq!(check(&containers, silent, Auto), Ok(None), "logged once");
+        }
+        assert_eq!(check(&containers, 1, Tcp), Ok(None));
+        for (transport, name) in
+            [(SharedMemory, "SHARDFLOW_TRANSPORT=shared-memory"), (Unix, "SHARDFLOW_TRANSPORT=unix")]
+        {
+            for own in 0..3 {
+                let (told, code) = check(&containers, own, transport).unwrap_err();
+                assert!(told.contains(name) && told.contains("ranks 1 and 2") && code == 78, "{told}");
+            }
+        }
+        let (told, _) = check(&[("a", 1), ("a", 0)], 0, Unix).unwrap_err();
+        assert!(told.contains("rank 1 could make no Unix socket in its TMPDIR"), "{told}");
     }
 }

@@ -11,7 +11,7 @@ use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
 use shardflow_actors::error::{Failure, PeerError};
 use shardflow_actors::membership::{self, FirstCause, Membership, MembershipError, Notice, PeerStatus};
 use shardflow_actors::shell::{Control, Running};
-use shardflow_actors::transport::{Address, Endpoint, Purpose, Secret, TransportError};
+use shardflow_actors::transport::{Address, Endpoint, Purpose, Secret, TransportError, with_zone_of};
 use shardflow_kernels::collective::{Collective, Group};
 use shardflow_kernels::cuda::nccl::UniqueId;
 use shardflow_kernels::device::{Device, DeviceKind};
@@ -22,17 +22,18 @@ use super::agree::{self, Heard, Together};
 use super::by_mpi::ByMpi;
 use super::env::{self, Launch};
 use super::nccl_ids;
-use super::rendezvous::{Identity, Member, RendezvousConfig, Roster, local_ip, rendezvous};
-use super::roads::{Roads, Ways};
+use super::rendezvous::{Identity, Member, RendezvousConfig, Roster, local_address, rendezvous};
+use super::roads::{self, Roads, Ways};
 use super::{Cluster, ClusterError, ClusterOptions, Transport};
 use crate::checkpoint::{self, Agree};
 use crate::exit;
+use crate::machine::hidden_name;
 use crate::plan::Plan;
 use crate::plan::validate::{self, PlanError};
 use crate::session::SessionError;
 use crate::session::devices::Pipes;
 use crate::session::ending::exit_of;
-use crate::session::hosting::{Hosting, OnNode};
+use crate::session::hosting::Hosting;
 use crate::session::observer::Peer;
 
 /// How long a failed session waits to hear what the others say, beyond the membership's own grace.
@@ -209,10 +210,14 @@ impl World {
         let secret = Secret::from_text(world.secret.read()?.text())?;
         let coordinator = address(&world.endpoint);
         let system = |what| move |cause| ClusterError::System { what, cause };
-        let ip = local_ip(&coordinator, options.interface).map_err(system("find the way to rank 0"))?;
-        let heartbeat = membership::bind(ip).map_err(system("listen for heartbeats"))?;
-        let bound = heartbeat.local_addr();
-        let outside = bound.and_then(|bound| options.advertise.as_ref().map_or(Ok(bound), |a| a.heartbeats(bound)));
+        let spans_nodes = world.local_processes < processes;
+        let say = |line: &str| options.report_waiting(line);
+        hidden_name(&coordinator, spans_nodes).filter(|_| world.local_process == 0).iter().for_each(|line| say(line));
+        let deadline = Instant::now() + options.meet_within;
+        let local = local_address(&coordinator, options.interface, spans_nodes, deadline)?;
+        let heartbeat = membership::bind(local).map_err(system("listen for heartbeats"))?;
+        let bound = heartbeat.local_addr().map_err(system("listen for heartbeats"))?;
+        let outside = options.advertise.as_ref().map_or(Ok(bound), |advertise| advertise.heartbeats(bound));
         let config = RendezvousConfig {
             process: world.process,
             processes,
@@ -220,6 +225,7 @@ impl World {
             plan: fingerprint(plan, seed, &options),
             mesh: plan.graph.mesh().to_string(),
             heartbeat: outside.map_err(system("listen for heartbeats"))?,
+            spans_nodes,
             interface: options.interface,
             advertise: options.advertise.clone(),
             timeout: options.meet_within,
@@ -228,8 +234,13 @@ impl World {
             start_within: options.connect_within,
             ..RendezvousConfig::new(coordinator, secret.clone(), Identity::of_this_process()?)
         };
-        let (roster, endpoint) = rendezvous(&config, |waiting| options.report_waiting(&waiting.to_string()))?;
+        let (roster, endpoint) = rendezvous(&config, |waiting| say(&waiting.to_string()))?;
         exit::joined();
+        endpoint
+            .private_error()
+            .iter()
+            .for_each(|cause| say(&format!("no Unix socket for processes of this node: {cause}")));
+        roads::check_near(&roster, world.process, options.transport)?.iter().for_each(|line| say(line));
         let hosting = Hosting { process: world.process, processes, devices };
         let mut joining = membership::Config::new(
             world.process,
@@ -246,7 +257,7 @@ impl World {
         let roads = roads(plan.device, &hosting, &roster, &endpoint, &secret, &options, &by_mpi, within);
         for process in hosting.peers() {
             joining.links.insert(process, roads.link(process, Purpose::Control)?);
-            joining.addresses.insert(process, roster.members[process as usize].heartbeat);
+            joining.addresses.insert(process, with_zone_of(roster.members[process as usize].heartbeat, bound));
         }
         let membership = Arc::new(Membership::start(joining)?);
         let (to_agree, heard) = bounded(HEARD_MAX);
@@ -272,12 +283,15 @@ impl World {
         self.hosting
     }
 
-    /// What this node's processes host.
-    pub(crate) fn on_node(&self) -> OnNode {
-        let own = self.hosting.process;
+    /// The processes of this node, in order.
+    pub(crate) fn here(&self) -> Vec<u32> {
         let node = |process: u32| &self.roster.members[process as usize].node;
-        let here = (0..self.hosting.processes).filter(|process| node(*process) == node(own));
-        self.hosting.on_node(here, own)
+        (0..self.hosting.processes).filter(|process| node(*process) == node(self.hosting.process)).collect()
+    }
+
+    /// The cores that a process may run on.
+    pub(crate) fn cores(&self, process: u32) -> &[u64] {
+        &self.roster.members[process as usize].cores
     }
 
     fn roads(&self, device: DeviceKind) -> Roads<'_> {
@@ -287,18 +301,22 @@ impl World {
 
     /// True when the memory of such devices is to be shared with other processes.
     pub(crate) fn shares_memory(&self, device: DeviceKind) -> bool {
-        self.hosting.peers().any(|process| self.roads(device).shares_memory(process))
+        let own = self.hosting.process;
+        self.hosting.peers().any(|process| self.roads(device).shares_memory(own, process))
     }
 
-    /// Counts the mirrors that this process will have in the memory of its devices.
+    /// Counts the mirrors that the processes of this node will have in the memory of their devices.
     ///
     /// # Errors
     /// [`PlanError::Memory`] when they exceed the plan's budget.
     pub(crate) fn count_mirrors(&self, plan: &mut Plan) -> Result<(), PlanError> {
-        let far = self.hosting.peers().filter(|process| !self.roads(plan.device).shares_memory(*process));
-        let mirrors: Vec<_> = far.flat_map(|process| self.hosting.mirrors(plan, process)).collect();
-        for (_, device, bytes) in mirrors {
-            plan.memory[device].mirror_bytes += bytes;
+        let roads = self.roads(plan.device);
+        for hosting in self.here().into_iter().map(|process| Hosting { process, ..self.hosting }) {
+            let far = hosting.peers().filter(|peer| !roads.shares_memory(hosting.process, *peer));
+            let mirrors: Vec<_> = far.flat_map(|peer| hosting.mirrors(plan, peer)).collect();
+            for (_, device, bytes) in mirrors {
+                plan.memory[device].mirror_bytes += bytes;
+            }
         }
         validate::memory(plan)
     }

@@ -1,10 +1,11 @@
-//! Cores, memory, limits and kernel, from `/proc` and `/sys`. Imports `doctor`.
+//! Cores, memory, limits and kernel, from `/proc` and `/sys`. Imports `doctor` and `machine`.
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::thread::available_parallelism;
 
 use super::{Finding, Status, size};
+use crate::machine::{FreeMemory, affinity, cores_text, free_memory, meminfo};
 
 /// Shared memory below which registers between processes of one node may not fit, in bytes.
 const SHM_BYTES_MIN: u64 = 1 << 30;
@@ -15,7 +16,7 @@ const KERNEL_MIN: (u32, u32) = (5, 3);
 
 pub(super) fn examine() -> Vec<Finding> {
     let mut found = vec![cores(), vector_units()];
-    found.extend([memory(), memory_limit(), huge_pages(), shared_memory(), open_files(), kernel()]);
+    found.extend([memory(), memory_budget(), huge_pages(), shared_memory(), open_files(), kernel()]);
     found
 }
 
@@ -37,7 +38,9 @@ fn cores() -> Finding {
     let all = info.lines().filter(|line| line.starts_with("processor")).count();
     let model = info.lines().find_map(|line| line.strip_prefix("model name")?.split_once(": "));
     let model = model.map_or("unknown model", |(_, name)| name);
-    ok("cores", format!("{usable} usable of {} ({model})", all.max(usable)))
+    // Fewer than the affinity has where a cgroup limits their time.
+    let affinity = cores_text(&affinity());
+    ok("cores", format!("{usable} usable of {} ({model}); affinity {affinity}", all.max(usable)))
 }
 
 fn vector_units() -> Finding {
@@ -60,13 +63,6 @@ fn vector_units() -> Finding {
     ok("vector units", format!("those of {}", std::env::consts::ARCH))
 }
 
-/// A value of `/proc/meminfo`, in bytes.
-fn meminfo(info: &str, key: &str) -> Option<u64> {
-    let value = info.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix(':'))?.trim();
-    let (number, unit) = value.split_once(' ').unwrap_or((value, ""));
-    Some(number.parse::<u64>().ok()? * if unit == "kB" { 1024 } else { 1 })
-}
-
 fn memory() -> Finding {
     let info = text("/proc/meminfo").unwrap_or_default();
     match (meminfo(&info, "MemTotal"), meminfo(&info, "MemAvailable")) {
@@ -75,29 +71,14 @@ fn memory() -> Finding {
     }
 }
 
-fn memory_limit() -> Finding {
-    match cgroup_limit(&text("/proc/self/cgroup").unwrap_or_default(), Path::new("/sys/fs/cgroup")) {
-        Some(bytes) => ok("memory limit", format!("{}, of the cgroup", size(bytes))),
-        None => ok("memory limit", "none of a cgroup"),
+/// What a session holds plans for CPU devices against.
+fn memory_budget() -> Finding {
+    match free_memory() {
+        Some(FreeMemory { bytes, bound }) => {
+            ok("memory budget", format!("{} for the processes of a job on this node: {bound}", size(bytes)))
+        }
+        None => poor("memory budget", "unknown", "mount /proc, or give plans a budget: CompileOptions::memory_bytes"),
     }
-}
-
-/// The lowest memory limit of the cgroups that `/proc/self/cgroup` lists, up to the root.
-fn cgroup_limit(cgroups: &str, root: &Path) -> Option<u64> {
-    let limit = |line: &str| {
-        let (controllers, path) = line.split_once(':')?.1.split_once(':')?;
-        let (root, file) = match controllers {
-            "" => (root.to_path_buf(), "memory.max"),
-            "memory" => (root.join("memory"), "memory.limit_in_bytes"),
-            _ => return None,
-        };
-        let folder: PathBuf = root.join(path.trim_start_matches('/'));
-        let folders = folder.ancestors().take_while(|folder| folder.starts_with(&root));
-        let limits = folders.filter_map(|folder| text(folder.join(file))?.trim().parse().ok());
-        // The first version writes "none" as nearly 2^63.
-        limits.filter(|bytes: &u64| *bytes < 1 << 60).min()
-    };
-    cgroups.lines().filter_map(limit).min()
 }
 
 fn huge_pages() -> Finding {
@@ -152,28 +133,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_lowest_limit_of_all_cgroups_counts() {
-        let root = tempfile::tempdir().unwrap();
-        let write = |path: &str, text: &str| {
-            let path = root.path().join(path);
-            fs::create_dir_all(path.parent().unwrap()).unwrap();
-            fs::write(path, text).unwrap();
-        };
-        write("a/b/memory.max", "max\n");
-        write("a/memory.max", "5000\n");
-        write("memory/c/memory.limit_in_bytes", "9223372036854771712\n");
-        write("memory/memory.limit_in_bytes", "7000\n");
-        assert_eq!(cgroup_limit("0::/a/b\n", root.path()), Some(5000));
-        assert_eq!(cgroup_limit("4:cpu:/x\n3:memory:/c\n", root.path()), Some(7000));
-        assert_eq!(cgroup_limit("3:memory:/c\n0::/a/b\n", root.path()), Some(5000));
-        assert_eq!(cgroup_limit("0::/gone\nbroken\n", root.path()), None);
-    }
-
-    #[test]
     fn texts_of_the_kernel() {
-        assert_eq!(meminfo("MemTotal:   2 kB\nHugePages_Total:  3\n", "MemTotal"), Some(2048));
-        assert_eq!(meminfo("MemTotal:   2 kB\nHugePages_Total:  3\n", "HugePages_Total"), Some(3));
-        assert_eq!(meminfo("MemTotalX: 2 kB", "MemTotal"), None);
         assert_eq!(version("6.1.0-13-amd64"), Some((6, 1)));
         assert!(version("4.19.0") < Some(KERNEL_MIN) && version("x").is_none());
     }

@@ -1,4 +1,4 @@
-//! Tries what processes of a job do with each other. Imports `doctor` and `cluster::env`.
+//! Tries what processes of a job do with each other. Imports `doctor`, `machine` and `cluster::env`.
 
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
@@ -9,6 +9,7 @@ use rustix::fs::MemfdFlags;
 
 use super::{Finding, Status};
 use crate::cluster::env::{DERIVED_PORTS, PORT_DEFAULT};
+use crate::machine::temporary_folder;
 
 pub(super) fn examine() -> Vec<Finding> {
     let tries = [
@@ -45,7 +46,7 @@ fn loopback() -> io::Result<()> {
 }
 
 fn unix_sockets() -> io::Result<()> {
-    let folder = tempfile::Builder::new().prefix("shardflow-doctor-").tempdir()?;
+    let folder = temporary_folder("shardflow-doctor-").map_err(|error| io::Error::other(error.to_string()))?;
     let path = folder.path().join("meet-0");
     let listener = UnixListener::bind(&path)?;
     let from = UnixStream::connect(&path)?;

@@ -79,7 +79,7 @@ pub fn lower(graph: Graph, setting: Setting) -> Plan {
         let memory = &mut memory[*device];
         let start = memory.arena_bytes;
         memory.arena_bytes += align(scratch_bytes);
-        memory.stream_bytes += setting.device.stream_bytes();
+        memory.stream_bytes += setting.device.stream_bytes(plans.iter().flat_map(|plan| &plan.launches));
         memory.scratch.insert(ActorId(index as u32), (start, scratch_bytes));
         let limit =
             stages(&graph).iter().find(|p| graph.placements[**p].index_of(*device).is_some()).map_or(1, |p| flight[*p]);

@@ -33,6 +33,21 @@ pub enum PlanError {
         /// Bytes needed, by device.
         table: String,
     },
+    /// The processes of a node need more memory than it has.
+    #[error(
+        "the plan does not fit: this node has {budget} bytes free ({bound}), and the job needs {needed} of them\n{table}reduce \
+         the batch, use more micro-batches or more nodes, or give the job more memory"
+    )]
+    NodeMemory {
+        /// Bytes that were free before anything was allocated for the plan.
+        budget: u64,
+        /// What sets the budget.
+        bound: String,
+        /// Bytes needed.
+        needed: u64,
+        /// Bytes needed, by device and rank of this node.
+        table: String,
+    },
     /// A buffer lies outside its register, scratch or arena: a bug of the planner.
     #[error("{action}: launch {launch} ({op}): a buffer ends at byte {end} of {size}")]
     Bounds {
@@ -110,8 +125,7 @@ pub fn memory(plan: &Plan) -> Result<(), PlanError> {
     if plan.memory.iter().all(|m| m.total_bytes() <= budget) {
         return Ok(());
     }
-    let row =
-        |(device, m): (usize, &DeviceMemory)| format!("  device {device}: {} bytes = {}\n", m.total_bytes(), m.sum());
+    let row = |(device, memory): (usize, &DeviceMemory)| memory.row(device);
     Err(PlanError::Memory { budget, table: plan.memory.iter().enumerate().map(row).collect() })
 }
 

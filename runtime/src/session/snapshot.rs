@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use shardflow_kernels::tensor::{DType, HostData, HostTensor, Region};
 
+use super::budget::{SNAPSHOTS_MAX, saved_parts};
 use super::{Session, SessionError, resident_parts};
 use crate::checkpoint::agree::{Agree, Alone, Member};
 use crate::checkpoint::error::CheckpointError;
@@ -56,9 +57,19 @@ impl Session {
         })
     }
 
-    /// What a [`crate::checkpoint::Saver`] of this session needs: how its processes agree, and which of them this one is.
-    pub fn agreement(&self) -> (Arc<dyn Agree>, Member) {
-        self.world.as_ref().map_or_else(|| (Arc::new(Alone) as Arc<dyn Agree>, Member::ALONE), |world| world.agree())
+    /// What a [`crate::checkpoint::Saver`] of this session needs: how its processes agree, and which of them this one is. Counts
+    /// the snapshots that a saver holds, so that a job that they do not fit is refused before it trains.
+    ///
+    /// # Errors
+    /// [`crate::plan::validate::PlanError::NodeMemory`]; the other processes end for it, too.
+    pub fn agreement(&self) -> Result<(Arc<dyn Agree>, Member), SessionError> {
+        let checked = self.budget.check(&self.plan, &self.hosting, &self.here, SNAPSHOTS_MAX);
+        checked.map_err(|error| match &self.world {
+            Some(world) => world.cannot_start(error.into()),
+            None => error.into(),
+        })?;
+        let alone = || (Arc::new(Alone) as Arc<dyn Agree>, Member::ALONE);
+        Ok(self.world.as_ref().map_or_else(alone, |world| world.agree()))
     }
 
     /// Ranks of the devices that this process hosts.
@@ -85,18 +96,11 @@ impl Session {
         let mut spare = spare.map(|s| s.pieces).unwrap_or_default().into_iter();
         let (mut tensors, mut pieces) = (Vec::new(), Vec::new());
         for (var, kind) in self.residents() {
-            let mut written: Vec<Region> = Vec::new();
-            for (device, _, resident) in resident_parts(&self.plan, var) {
-                let region = &resident.region;
-                if region.is_empty() || written.contains(region) {
-                    continue;
-                }
-                written.push(region.clone());
-                if devices.contains(&device) {
-                    let mut data = again(spare.next(), resident.dtype, region);
-                    self.arenas[&device].read_host_into(resident.offset, &mut data)?;
-                    pieces.push(SnapshotPiece { tensor: tensors.len(), region: region.clone(), data });
-                }
+            let parts = saved_parts(&self.plan, var).into_iter().filter(|(device, _)| devices.contains(device));
+            for (device, ResidentTensor { region, dtype, offset, .. }) in parts {
+                let mut data = again(spare.next(), *dtype, region);
+                self.arenas[&device].read_host_into(*offset, &mut data)?;
+                pieces.push(SnapshotPiece { tensor: tensors.len(), region: region.clone(), data });
             }
             tensors.push(self.tensor_info(var, kind));
         }

@@ -54,6 +54,7 @@ fn marks(source: Source) -> &'static [&'static str] {
         Source::Torchrun => &["RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"],
         Source::OpenMpi => &["OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"],
         Source::Slurm => &["SLURM_STEP_ID"],
+        Source::Mpich => &["PMI_RANK", "PMI_SIZE"],
         Source::Kubernetes => &["JOB_COMPLETION_INDEX"],
     }
 }
@@ -61,14 +62,22 @@ fn marks(source: Source) -> &'static [&'static str] {
 /// The innermost launcher that left its mark, and the mark.
 ///
 /// OpenMPI comes before Slurm: in a Slurm job `mpirun` starts its helpers on other nodes by `srun`, so its processes
-/// have the variables of both, and those of Slurm are the helper's.
+/// have the variables of both, and those of Slurm are the helper's. MPICH's comes after it: `srun --mpi=pmi2` sets `PMI_*` too.
 fn source(variables: &Variables) -> Option<(Source, &'static str)> {
-    let sources = [Source::Shardflow, Source::Torchrun, Source::OpenMpi, Source::Slurm, Source::Kubernetes];
-    sources.into_iter().find_map(|source| {
-        let mark = marks(source).iter().find(|name| get(variables, name).is_some())?;
-        // A script of sbatch is in no step; the shell of an interactive step is one task.
-        let is_step = || get(variables, "SLURM_PROCID").is_some() && slurm_tasks(variables).1 != "1";
-        (source != Source::Slurm || is_step()).then_some((source, *mark))
+    use Source::{Kubernetes, Mpich, OpenMpi, Shardflow, Slurm, Torchrun};
+    let is = |name: &str, value: &str| get(variables, name) == Some(value);
+    let (tasks, has) = (slurm_tasks(variables).1, |name: &str| get(variables, name).is_some());
+    // Hydra, which starts its helpers by `srun` as OpenMPI does, is the only one of them that counts a node's processes.
+    let is_helper = || has("MPI_LOCALNRANKS") && has("PMI_SIZE") && !is("PMI_SIZE", tasks);
+    [Shardflow, Torchrun, OpenMpi, Slurm, Mpich, Kubernetes].into_iter().find_map(|source| {
+        let mark = marks(source).iter().find(|name| has(name))?;
+        let counts = match source {
+            // A script of sbatch is in no step; the shell of an interactive step is one task.
+            Slurm => has("SLURM_PROCID") && tasks != "1" && !is_helper(),
+            Mpich => !is("PMI_SIZE", "1"),
+            _ => true,
+        };
+        counts.then_some((source, *mark))
     })
 }
 
@@ -144,6 +153,10 @@ fn place(source: Source, vars: &Reader) -> Result<Place, EnvError> {
             let names = ["RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"];
             checked_place(names, vars, vars.optional("GROUP_RANK")?)
         }
+        Source::Mpich => {
+            let names = ["PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"];
+            checked_place(names, vars, None)
+        }
         Source::OpenMpi => {
             let names = [
                 "OMPI_COMM_WORLD_RANK",
@@ -158,12 +171,21 @@ fn place(source: Source, vars: &Reader) -> Result<Place, EnvError> {
     }
 }
 
+/// A PyTorchJob gives each pod one process, and torchrun's variables without those of the node.
+fn is_pod(vars: &Reader) -> bool {
+    vars.get("LOCAL_RANK").is_none() && vars.get("LOCAL_WORLD_SIZE").is_none()
+}
+
 fn checked_place(names: [&'static str; 4], vars: &Reader, node: Option<u32>) -> Result<Place, EnvError> {
     let [rank, size, local_rank, local_size] = names;
     let process = vars.number(rank, "the number of this process, from 0")?;
     let processes = vars.number(size, "the number of processes")?;
-    let local_process = vars.number(local_rank, "the number of this process on its node, from 0")?;
-    let local_processes = vars.number(local_size, "the number of processes on this node")?;
+    let (local_process, local_processes) = if rank == "RANK" && is_pod(vars) {
+        (0, 1)
+    } else {
+        let local_process = vars.number(local_rank, "the number of this process on its node, from 0")?;
+        (local_process, vars.number(local_size, "the number of processes on this node")?)
+    };
     let below = "numbers begin at 0 and end below the number of processes";
     if process >= processes {
         return Err(contradiction((rank, process), (size, processes), below));
@@ -226,19 +248,29 @@ fn own_endpoint(source: Source, vars: &Reader, place: &Place) -> Result<Endpoint
     match source {
         Source::Shardflow => missing("tcp://HOST:PORT or unix:PATH"),
         Source::Torchrun => master(vars),
-        Source::OpenMpi if vars.get("MASTER_ADDR").is_some() || vars.get("MASTER_PORT").is_some() => master(vars),
-        Source::OpenMpi if place.local_processes == place.processes => {
-            let job = ["PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid"].into_iter().find_map(|name| vars.get(name));
+        Source::OpenMpi | Source::Mpich if vars.get("MASTER_ADDR").or(vars.get("MASTER_PORT")).is_some() => {
+            master(vars)
+        }
+        Source::OpenMpi | Source::Mpich if place.local_processes == place.processes => {
+            let jobs = ["PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid", "PMI_PORT", "PMI_JOBID"];
+            let job = jobs.into_iter().find_map(|name| vars.get(name));
             Ok(Endpoint::Tcp { host: "127.0.0.1".into(), port: derived_port(job.unwrap_or("")) })
         }
         Source::OpenMpi => missing("tcp://HOST:PORT of the node of process 0, by `mpirun -x SHARDFLOW_ENDPOINT=..`"),
+        Source::Mpich => {
+            missing("tcp://HOST:PORT of the node of process 0, by `mpiexec -genv SHARDFLOW_ENDPOINT tcp://HOST:PORT`")
+        }
         Source::Slurm => slurm_endpoint(vars, place),
         Source::Kubernetes => missing("tcp://HOST:PORT, with the name that the job's first pod has in its service"),
     }
 }
 
 fn master(vars: &Reader) -> Result<Endpoint, EnvError> {
-    let host = vars.need("MASTER_ADDR", "the host of process 0")?;
+    let host = match vars.need("MASTER_ADDR", "the host of process 0")? {
+        // A PyTorchJob's master has this for itself, and the other pods have its name.
+        "localhost" if is_pod(vars) && vars.get("RANK") == Some("0") => "0.0.0.0",
+        host => host,
+    };
     let port = vars.need("MASTER_PORT", "a free port on the host of process 0")?;
     match port.parse::<u16>() {
         Ok(port) if port > 0 => {
@@ -276,8 +308,8 @@ fn restart(source: Source, vars: &Reader) -> Result<u64, EnvError> {
         Source::Shardflow => "SHARDFLOW_RESTART_COUNT",
         Source::Torchrun => "TORCHELASTIC_RESTART_COUNT",
         Source::Slurm => "SLURM_RESTART_COUNT",
-        // Neither counts: `mpirun` does not restart, and a pod does not learn how often it was.
-        Source::OpenMpi | Source::Kubernetes => return Ok(0),
+        // None of them counts: `mpirun` does not restart, and a pod does not learn how often it was.
+        Source::OpenMpi | Source::Mpich | Source::Kubernetes => return Ok(0),
     };
     Ok(vars.optional(name)?.unwrap_or(0))
 }
@@ -288,6 +320,7 @@ fn run_id(source: Source, vars: &Reader) -> String {
         Source::Shardflow => named("SHARDFLOW_RUN_ID"),
         Source::Torchrun => named("TORCHELASTIC_RUN_ID"),
         Source::OpenMpi => named("PMIX_NAMESPACE"),
+        Source::Mpich => named("PMI_JOBID"),
         Source::Slurm => format!("{}.{}", named("SLURM_JOB_ID"), named("SLURM_STEP_ID")),
         Source::Kubernetes => named("SHARDFLOW_RUN_ID"),
     }

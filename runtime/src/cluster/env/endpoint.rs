@@ -1,10 +1,9 @@
-//! Where the processes of a world meet. Imports nothing of Shardflow.
+//! Where the processes of a world meet. Imports the actors' transport.
 
 use std::fmt;
 use std::path::PathBuf;
 
-/// Longest path of a Unix socket, in bytes: `sun_path` has 108, the last of which is 0.
-pub const UNIX_PATH_BYTES_MAX: usize = 107;
+use shardflow_actors::transport::UNIX_PATH_BYTES_MAX;
 
 /// The port of an endpoint that names none: torchrun's.
 pub const PORT_DEFAULT: u16 = 29400;
@@ -12,7 +11,7 @@ pub const PORT_DEFAULT: u16 = 29400;
 /// An address that the first process listens on and all others connect to.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Endpoint {
-    /// `tcp://HOST:PORT`. The host is a name or an address, an IPv6 address without its brackets.
+    /// `tcp://HOST:PORT`. The host is a name or an address, an IPv6 address without its brackets, with its zone.
     Tcp {
         /// Name or address.
         host: String,
@@ -59,7 +58,11 @@ impl Endpoint {
 fn split_port(address: &str) -> Result<(String, Option<u16>), &'static str> {
     let (host, port) = if let Some(rest) = address.strip_prefix('[') {
         let (host, after) = rest.split_once(']').ok_or("a closing bracket after the IPv6 address")?;
-        host.parse::<std::net::Ipv6Addr>().map_err(|_| "an IPv6 address in the brackets")?;
+        let (ip, zone) = host.split_once('%').unwrap_or((host, "0"));
+        ip.parse::<std::net::Ipv6Addr>().map_err(|_| "an IPv6 address in the brackets")?;
+        if zone.is_empty() || !zone.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'-' | b'_')) {
+            return Err("a zone after %, the name or number of an interface");
+        }
         match after.strip_prefix(':') {
             None if !after.is_empty() => return Err("a colon and a port after the bracket"),
             port => (host, port),
@@ -105,6 +108,8 @@ mod tests {
         let tcp = |host: &str, port| Ok(Endpoint::Tcp { host: host.into(), port });
         assert_eq!(Endpoint::parse("tcp://node-1.site:29400"), tcp("node-1.site", 29400));
         assert_eq!(Endpoint::parse("tcp://[::1]:7"), tcp("::1", 7));
+        assert_eq!(Endpoint::parse("tcp://[fe80::1%eth0]:7"), tcp("fe80::1%eth0", 7));
+        assert_eq!(Endpoint::parse_rendezvous("[fe80::1%2]"), tcp("fe80::1%2", PORT_DEFAULT));
         assert_eq!(Endpoint::parse("unix:/tmp/a b"), Ok(Endpoint::Unix("/tmp/a b".into())));
         assert_eq!(Endpoint::parse_rendezvous("node1"), tcp("node1", PORT_DEFAULT));
         assert_eq!(Endpoint::parse_rendezvous("node1:5"), tcp("node1", 5));
@@ -112,8 +117,20 @@ mod tests {
         for bad in ["", "node1:5", "tcp://", "tcp://a", "tcp://a:0", "tcp://a:65536", "tcp://:5", "tcp://a:b:5"] {
             assert!(Endpoint::parse(bad).is_err(), "{bad}");
         }
-        for bad in ["tcp://::1:5", "tcp://[::1]5", "tcp://[::1", "tcp://[a]:5", "unix:a", "unix:", "http://a:5", "a/b"]
-        {
+        for bad in [
+            "tcp://[fe80::1%]:5",
+            "tcp://[fe80::1%a b]:5",
+            "tcp://[%eth0]:5",
+            "tcp://a%b:5",
+            "tcp://::1:5",
+            "tcp://[::1]5",
+            "tcp://[::1",
+            "tcp://[a]:5",
+            "unix:a",
+            "unix:",
+            "http://a:5",
+            "a/b",
+        ] {
             assert!(Endpoint::parse(bad).is_err() && Endpoint::parse_rendezvous(bad).is_err(), "{bad}");
         }
         assert!(Endpoint::parse(&format!("unix:/{}", "a".repeat(106))).is_ok());
@@ -122,7 +139,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn what_is_read_is_written_the_same(text in "(tcp://|unix:|)[a-z0-9:/.\\[\\]]{0,24}") {
+        fn what_is_read_is_written_the_same(text in "(tcp://|unix:|)[a-z0-9:/.%\\[\\]]{0,24}") {
             if let Ok(endpoint) = Endpoint::parse(&text) {
                 prop_assert_eq!(Endpoint::parse(&endpoint.to_string()), Ok(endpoint));
             }

@@ -44,6 +44,9 @@ const OPENMPI: &str = "OMPI_COMM_WORLD_RANK=3 OMPI_COMM_WORLD_SIZE=4 OMPI_COMM_W
      OMPI_COMM_WORLD_LOCAL_SIZE=2 SHARDFLOW_ENDPOINT=tcp://a:5";
 const SLURM: &str = "SLURM_STEP_ID=0 SLURM_PROCID=3 SLURM_NTASKS=4 SLURM_LOCALID=0 SLURM_NODEID=1 SLURM_JOB_ID=77 \
      SLURM_TASKS_PER_NODE=3,1 SLURM_JOB_NODELIST=n[08-09]";
+const MPICH: &str = "PMI_RANK=3 PMI_SIZE=4 MPI_LOCALRANKID=1 MPI_LOCALNRANKS=2 SHARDFLOW_ENDPOINT=tcp://a:5";
+/// What a PyTorchJob gives each pod.
+const POD: &str = "RANK=3 WORLD_SIZE=4 MASTER_ADDR=job-master-0 MASTER_PORT=5";
 const KUBERNETES: &str = "JOB_COMPLETION_INDEX=1 SHARDFLOW_NNODES=2 SHARDFLOW_ENDPOINT=tcp://job-0-0.job:5";
 
 #[test]
@@ -55,8 +58,17 @@ fn each_source() {
     assert_eq!(summary(TORCHRUN), "3/4 1/2 None tcp://a:5 0 none");
     let more = "GROUP_RANK=1 TORCHELASTIC_RESTART_COUNT=2 TORCHELASTIC_RUN_ID=x MASTER_ADDR=fe80::1";
     assert_eq!(summary(&format!("{TORCHRUN} {more}")), "3/4 1/2 Some(1) tcp://[fe80::1]:5 2 x");
+    let zoned = format!("{TORCHRUN} MASTER_ADDR=fe80::1%eth0");
+    assert_eq!(summary(&zoned), "3/4 1/2 None tcp://[fe80::1%eth0]:5 0 none");
     assert_eq!(summary(OPENMPI), "3/4 1/2 None tcp://a:5 0 none");
     assert_eq!(summary(KUBERNETES), "1/2 0/1 Some(1) tcp://job-0-0.job:5 0 none");
+    assert_eq!(summary(MPICH), "3/4 1/2 None tcp://a:5 0 none");
+    assert_eq!(summary(POD), "3/4 0/1 None tcp://job-master-0:5 0 none");
+    let master = "RANK=0 WORLD_SIZE=4 MASTER_ADDR=localhost MASTER_PORT=5";
+    assert_eq!(summary(master), "0/4 0/1 None tcp://0.0.0.0:5 0 none", "it knows itself as localhost");
+    assert_eq!(summary(&master.replace("RANK=0", "RANK=1")), "1/4 0/1 None tcp://localhost:5 0 none");
+    assert_eq!(summary("RANK=1 WORLD_SIZE=2 SHARDFLOW_ENDPOINT=tcp://b:6"), "1/2 0/1 None tcp://b:6 0 none");
+    assert!(error("RANK=1 WORLD_SIZE=2").contains("MASTER_ADDR is not"));
     assert_eq!(world(SLURM).source, Source::Slurm);
     let port = match world(SLURM).endpoint {
         Endpoint::Tcp { host, port } if host == "n08" => port,
@@ -80,6 +92,29 @@ fn who_is_asked_first() {
         summary(&format!("{SLURM} RANK= LOCAL_RANK= SHARDFLOW_ENDPOINT=tcp://b:6")),
         "3/4 0/1 Some(1) tcp://b:6 0 77.0"
     );
+}
+
+#[test]
+fn mpich_and_intel_mpi() {
+    // `srun --mpi=pmi2` sets these as well.
+    let pmi2 = "PMI_RANK=3 PMI_SIZE=4 PMI_FD=9 PMI_JOBID=77.0";
+    assert_eq!(world(&format!("{SLURM} {pmi2}")).source, Source::Slurm);
+    assert_eq!(world(&format!("{SLURM} {MPICH}")).source, Source::Slurm, "both agree");
+    // Hydra's helper is a task of Slurm's on each node.
+    let helper = SLURM.replace("SLURM_PROCID=3 SLURM_NTASKS=4", "SLURM_PROCID=1 SLURM_NTASKS=2");
+    assert_eq!(world(&format!("{helper} {MPICH}")).source, Source::Mpich);
+    assert_eq!(world(&format!("{OPENMPI} {MPICH}")).source, Source::OpenMpi);
+    assert_eq!(world(&format!("{MPICH} JOB_COMPLETION_INDEX=1 SHARDFLOW_NNODES=2")).source, Source::Mpich);
+
+    let one_node = "PMI_RANK=1 PMI_SIZE=2 MPI_LOCALRANKID=1 MPI_LOCALNRANKS=2";
+    let at = |text: &str| world(text).endpoint.to_string();
+    assert!(at(one_node).starts_with("tcp://127.0.0.1:2"), "{}", at(one_node));
+    assert_ne!(at(&format!("{one_node} PMI_PORT=n:1")), at(&format!("{one_node} PMI_PORT=n:2")), "two jobs of a node");
+    assert_eq!(at(&format!("{one_node} MASTER_ADDR=a MASTER_PORT=7")), "tcp://a:7");
+    let without = MPICH.replace("SHARDFLOW_ENDPOINT=tcp://a:5", "");
+    assert!(error(&without).contains("mpiexec -genv SHARDFLOW_ENDPOINT"), "{}", error(&without));
+    let told = detect(&vars(one_node)).unwrap_err().to_string();
+    assert!(told.contains("mpiexec -genv SHARDFLOW_SECRET"), "{told}");
 }
 
 #[test]
@@ -111,6 +146,10 @@ fn one_process_needs_nothing() {
         "RANK=0 WORLD_SIZE=1 LOCAL_RANK=0 LOCAL_WORLD_SIZE=1",
         "OMPI_COMM_WORLD_RANK=0 OMPI_COMM_WORLD_SIZE=1 OMPI_COMM_WORLD_LOCAL_RANK=0 OMPI_COMM_WORLD_LOCAL_SIZE=1",
         "JOB_COMPLETION_INDEX=5 SHARDFLOW_NNODES=1",
+        "PMI_RANK=0 PMI_SIZE=1 MPI_LOCALRANKID=0 MPI_LOCALNRANKS=1",
+        "PMI_RANK=0 PMI_SIZE=1",
+        // A PyTorchJob with a master only.
+        "RANK=0 WORLD_SIZE=1 MASTER_ADDR=localhost MASTER_PORT=23456",
     ] {
         assert_eq!(detect(&vars(text)).unwrap(), Launch::Local, "{text}");
     }
@@ -124,6 +163,8 @@ fn half_of_a_source_is_refused() {
         (LAUNCHER, "SHARDFLOW_ENDPOINT"),
         (TORCHRUN, "MASTER_ADDR MASTER_PORT"),
         (OPENMPI, "SHARDFLOW_ENDPOINT OMPI_COMM_WORLD_LOCAL_RANK OMPI_COMM_WORLD_LOCAL_SIZE"),
+        (MPICH, "SHARDFLOW_ENDPOINT MPI_LOCALRANKID MPI_LOCALNRANKS"),
+        (POD, "MASTER_ADDR MASTER_PORT"),
         (KUBERNETES, "SHARDFLOW_ENDPOINT SHARDFLOW_NNODES"),
     ] {
         let whole: Vec<(String, String)> = vars(whole).into_iter().collect();
@@ -133,6 +174,10 @@ fn half_of_a_source_is_refused() {
             let mut all = chosen.clone();
             all.insert("SHARDFLOW_SECRET".into(), SECRET.into());
             match detect(&all) {
+                // Without both local numbers, torchrun's are those of a pod.
+                Ok(Launch::World(_)) if !chosen.keys().any(|name| name.starts_with("LOCAL_")) => {
+                    assert!(chosen.len() == whole.len() || vars(POD).keys().eq(chosen.keys()), "{chosen:?}");
+                }
                 Ok(Launch::World(_)) => assert_eq!(chosen.len(), whole.len(), "{chosen:?}"),
                 Ok(Launch::Local) => assert!(chosen.keys().all(|name| extras.contains(name)), "{chosen:?}"),
                 Err(EnvError::HalfSet { found, missing, .. }) => {
@@ -193,7 +238,7 @@ fn errors_name_variable_value_and_what_to_set() {
 
 #[test]
 fn several_processes_need_a_secret() {
-    for text in [LAUNCHER, TORCHRUN, OPENMPI, SLURM, KUBERNETES] {
+    for text in [LAUNCHER, TORCHRUN, POD, OPENMPI, SLURM, MPICH, KUBERNETES] {
         let error = detect(&vars(text)).unwrap_err();
         assert!(matches!(error, EnvError::NoSecret { .. }), "{text}: {error}");
         assert_eq!(error.exit().code(), 78);
@@ -223,10 +268,10 @@ proptest! {
     /// No value of any variable does more than give an error, and what is accepted is consistent.
     #[test]
     fn no_environment_breaks_it(
-        chosen in prop::collection::vec((0usize..30, "[0-9]{1,2}|[a-z\\[\\]:/,()-]{0,6}|tcp://a:5|2\\(x2\\)"), 0..12),
-        whole in 0usize..6,
+        chosen in prop::collection::vec((0usize..40, "[0-9]{1,2}|[a-z\\[\\]:/,()-]{0,6}|tcp://a:5|2\\(x2\\)"), 0..12),
+        whole in 0usize..8,
     ) {
-        let base = [LAUNCHER, TORCHRUN, OPENMPI, SLURM, KUBERNETES, ""];
+        let base = [LAUNCHER, TORCHRUN, POD, OPENMPI, SLURM, MPICH, KUBERNETES, ""];
         let mut all = with_secret(base[whole]);
         let names: Vec<String> = base.iter().flat_map(|text| vars(text).into_keys()).collect();
         for (i, value) in chosen {

@@ -3,7 +3,7 @@
 
 use std::collections::BTreeSet;
 use std::io;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, ToSocketAddrs};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::ops::Range;
 use std::time::{Duration, Instant};
 
@@ -14,6 +14,7 @@ use super::messages::{Answer, Call, INTRODUCTION_BYTES_MAX, Ready};
 use super::{Conflict, Introduction, RendezvousConfig, RendezvousError, Roster, Verdict, Waiting, Who};
 use super::{RETRY, advertised, introduction, is_in_use, join};
 use crate::exit::Report;
+use crate::machine::Targets;
 
 /// A connected process says who it is, takes an answer, and confirms, each within this.
 const REPLY_TIMEOUT: Duration = Duration::from_secs(5);
@@ -120,12 +121,10 @@ fn listen(config: &RendezvousConfig, deadline: Instant) -> Result<Endpoint, Rend
 
 fn bind(config: &RendezvousConfig, give_up: Instant) -> Result<Endpoint, TransportError> {
     let open = |listen: &[Listen]| Endpoint::listen(0, config.secret.clone(), listen, config.endpoint);
-    let loopback: IpAddr = Ipv4Addr::LOCALHOST.into();
+    let local = config.interface.unwrap_or((Ipv4Addr::LOCALHOST, 0).into());
     loop {
         let opened = match &config.coordinator {
-            Address::Unix(path) => {
-                open(&[Listen::Unix(path.clone()), Listen::Tcp((config.interface.unwrap_or(loopback), 0).into())])
-            }
+            Address::Unix(path) => open(&[Listen::Unix(path.clone()), Listen::Tcp(local)]),
             Address::Tcp(name) => open_tcp(config, name, &open),
         };
         match opened {
@@ -143,18 +142,21 @@ fn open_tcp(
 ) -> Result<Endpoint, TransportError> {
     let failed = |cause| TransportError::Listen { address: config.coordinator.clone(), cause };
     let mut last = failed(io::Error::new(io::ErrorKind::NotFound, "the name has no address"));
-    for target in name.to_socket_addrs().map_err(failed)? {
-        let address = SocketAddr::new(config.interface.unwrap_or(target.ip()), target.port());
+    let Targets { addresses, is_hidden } = Targets::of(name, config.spans_nodes).map_err(failed)?;
+    for target in addresses {
+        let any: IpAddr = if target.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
+        let any = [Listen::Tcp((any, target.port()).into()), Listen::PrivateUnix];
+        let mut address = config.interface.unwrap_or(target);
+        address.set_port(target.port());
+        if is_hidden && config.interface.is_none() {
+            return open(&any);
+        }
         match open(&[Listen::Tcp(address), Listen::PrivateUnix]) {
             // The name is an address in front of this node, such as a service's: listen on all that it has.
             Err(TransportError::Listen { cause, .. })
                 if cause.kind() == io::ErrorKind::AddrNotAvailable && !target.ip().is_loopback() =>
             {
-                let any: IpAddr = match target {
-                    SocketAddr::V4(_) => Ipv4Addr::UNSPECIFIED.into(),
-                    SocketAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
-                };
-                return open(&[Listen::Tcp((any, target.port()).into()), Listen::PrivateUnix]);
+                return open(&any);
             }
             Err(error) => last = error,
             opened => return opened,

@@ -16,7 +16,8 @@ use crate::exit::Report;
 pub fn samples() -> Vec<Vec<u8>> {
     let heartbeat = SocketAddr::from((Ipv4Addr::LOCALHOST, 20001));
     let addresses = vec![Address::Tcp("127.0.0.1:20000".into()), Address::Unix("/tmp/socket".into())];
-    let member = Member { process: 0, node: "n".into(), host: "h".into(), pid: 9, restart: 0, addresses, heartbeat };
+    let (node, host, sockets, cores) = ("n".to_string(), "h".to_string(), [4; 32], vec![3]);
+    let member = Member { process: 0, node, sockets, cores, host, pid: 9, restart: 0, addresses, heartbeat };
     let session = SessionId([5; 16]);
     let (version, mesh) = ("0.1.0".to_string(), "data=2".to_string());
     let other = Member { process: 1, ..member.clone() };

@@ -1,11 +1,14 @@
 //! Every process but 0 at rendezvous: finds process 0, introduces itself, waits for the roster. Imports `actors::transport`,
 //! `exit` and `messages`.
 
+use std::net::SocketAddr;
 use std::ops::Range;
 use std::time::{Duration, Instant};
 
 use shardflow_actors::transport::wire::{self, MESSAGE_BYTES_MAX, WireError};
-use shardflow_actors::transport::{Endpoint, Hello, Link, Purpose, Refusal, SessionId, TransportError, connect};
+use shardflow_actors::transport::{
+    Address, Endpoint, Hello, Link, Purpose, Refusal, SessionId, TransportError, connect,
+};
 
 use super::messages::{Answer, Call, INTRODUCTION_BYTES_MAX, Ready, Verdict};
 use super::{Introduction, RETRY, RendezvousConfig, RendezvousError, Roster, Waiting};
@@ -115,7 +118,7 @@ fn meet(
     let begin = Instant::now();
     let join = Call::Join(own.clone());
     wire::write_message(&mut link.until(deadline + MARGIN), &join, INTRODUCTION_BYTES_MAX).map_err(broken)?;
-    let roster = match hear(deadline + MARGIN) {
+    let mut roster = match hear(deadline + MARGIN) {
         Ok(Answer::Roster(roster)) => roster,
         Ok(Answer::Refused(verdict)) => return Err(RendezvousError::Refused(verdict)),
         Ok(Answer::Start) => return Err(unexpected("a start before the roster")),
@@ -129,6 +132,13 @@ fn meet(
     let me = roster.members.get(config.process as usize);
     if !in_order || roster.members.len() != config.processes as usize || me != Some(&own.member) {
         return Err(unexpected("a roster of another world"));
+    }
+    // Rank 0 that knows itself as "all addresses" is reached here by the name that led to it.
+    let is_unspecified = |text: &str| text.parse().is_ok_and(|address: SocketAddr| address.ip().is_unspecified());
+    for address in &mut roster.members[0].addresses {
+        if matches!(address, Address::Tcp(text) if is_unspecified(text)) {
+            *address = config.coordinator.clone();
+        }
     }
     endpoint.begin(roster.world());
     // From here on there is no way back to waiting: if process 0 goes, this start has failed. If it went already, it may have

@@ -1,15 +1,17 @@
-//! What processes say at rendezvous, and why they do not start. Imports `exit` and `actors::transport`.
+//! What processes say at rendezvous, and why they do not start. Imports `exit`, `machine` and `actors::transport`.
 
 use std::fmt;
 use std::fs::File;
 use std::io;
 use std::net::SocketAddr;
 use std::ops::Range;
+use std::os::unix::fs::MetadataExt;
 
 use serde::{Deserialize, Serialize};
 use shardflow_actors::transport::{Address, SessionId, TransportError, World};
 
 use crate::exit::{Exit, Report};
+use crate::machine::affinity;
 
 /// Bytes of an introduction, at most.
 pub(super) const INTRODUCTION_BYTES_MAX: usize = 16 << 10;
@@ -18,6 +20,8 @@ const NAME_BYTES_MAX: usize = 256;
 const MESH_BYTES_MAX: usize = 1024;
 const ADDRESSES_MAX: usize = 8;
 const ADDRESS_BYTES_MAX: usize = 512;
+/// 1024 cores, as many as the system call for their mask gives.
+const CORES_WORDS_MAX: usize = 16;
 /// Ranks, or conflicts, that a message lists before it says how many more there are.
 const LISTED_MAX: usize = 16;
 
@@ -28,8 +32,13 @@ pub struct Identity {
     pub version: String,
     /// BLAKE3 of the executable.
     pub binary: [u8; 32],
-    /// The same for all processes that can share memory: the boot of a kernel, and the host name.
+    /// The same for all processes of one machine: the boot of a kernel, and the host name.
     pub node: String,
+    /// The same for processes that can open each other's sockets below `TMPDIR`: a hash of user, device, inode and path of that
+    /// folder. Containers of one host may have the same node, and each a `/tmp` of its own.
+    pub sockets: [u8; 32],
+    /// The cores that it may run on: see [`crate::machine::threads_per_device`].
+    pub cores: Vec<u64>,
     /// Host name, for messages.
     pub host: String,
     /// Process id, for messages.
@@ -52,7 +61,11 @@ impl Identity {
         let host = read("/proc/sys/kernel/hostname").map_err(failed("host name"))?;
         let boot = read("/proc/sys/kernel/random/boot_id").map_err(failed("boot id"))?;
         let (version, pid) = (env!("CARGO_PKG_VERSION").into(), std::process::id());
-        Ok(Self { version, binary: *hasher.finalize().as_bytes(), node: format!("{boot} {host}"), host, pid })
+        let folder = std::env::temp_dir();
+        let place = std::fs::metadata(&folder).map(|data| (data.dev(), data.ino())).ok();
+        let sockets = format!("{:?} {place:?} {folder:?}", rustix::process::geteuid());
+        let (binary, sockets) = (*hasher.finalize().as_bytes(), *blake3::hash(sockets.as_bytes()).as_bytes());
+        Ok(Self { version, binary, node: format!("{boot} {host}"), sockets, cores: affinity(), host, pid })
     }
 }
 
@@ -63,6 +76,10 @@ pub struct Member {
     pub process: u32,
     /// See [`Identity::node`].
     pub node: String,
+    /// See [`Identity::sockets`].
+    pub sockets: [u8; 32],
+    /// See [`Identity::cores`].
+    pub cores: Vec<u64>,
     /// See [`Identity::host`].
     pub host: String,
     /// See [`Identity::pid`].
@@ -79,6 +96,12 @@ impl Member {
     /// Who, for messages.
     pub fn who(&self) -> Who {
         Who { process: self.process, host: self.host.clone(), pid: self.pid }
+    }
+
+    /// True when the two run on one node and can open each other's Unix sockets.
+    pub fn is_near(&self, other: &Self) -> bool {
+        let can_open = self.sockets == other.sockets && self.unix().is_some() && other.unix().is_some();
+        self.node == other.node && can_open
     }
 
     /// Where to dial it from another node.
@@ -122,6 +145,7 @@ impl Introduction {
             ("mesh", self.mesh.len(), MESH_BYTES_MAX),
             ("node", member.node.len(), NAME_BYTES_MAX),
             ("host name", member.host.len(), NAME_BYTES_MAX),
+            ("mask of cores", member.cores.len(), CORES_WORDS_MAX),
             ("list of addresses", member.addresses.len(), ADDRESSES_MAX),
             ("address", longest, ADDRESS_BYTES_MAX),
         ] {

@@ -33,7 +33,9 @@ fn unix() -> (TempDir, Address) {
 fn config(address: &Address, process: u32, processes: u32) -> RendezvousConfig {
     let secret = Secret::from_text("a secret of these tests").unwrap();
     let host = format!("host{process}");
-    let identity = Identity { version: "1.0.0".into(), binary: [1; 32], node: "node".into(), host, pid: 100 + process };
+    let (version, node) = ("1.0.0".into(), "node".into());
+    let (sockets, cores, pid) = ([3; 32], vec![1 << process], 100 + process);
+    let identity = Identity { version, binary: [1; 32], node, sockets, cores, host, pid };
     RendezvousConfig {
         process,
         processes,
@@ -361,10 +363,42 @@ fn a_process_knows_itself() {
     let identity = Identity::of_this_process().unwrap();
     assert_eq!(identity, Identity::of_this_process().unwrap());
     assert!(identity.node.ends_with(&identity.host) && identity.pid == std::process::id());
-    assert_eq!(local_ip(&tcp(), None).unwrap(), IpAddr::from(Ipv4Addr::LOCALHOST));
-    assert_eq!(local_ip(&unix().1, None).unwrap(), IpAddr::from(Ipv4Addr::LOCALHOST));
-    let elsewhere = IpAddr::from([10, 0, 0, 7]);
-    assert_eq!(local_ip(&tcp(), Some(elsewhere)).unwrap(), elsewhere);
+    let loopback = Ok("127.0.0.1:0".to_string());
+    let local = |coordinator: &Address, interface| {
+        let found = local_address(coordinator, interface, true, Instant::now());
+        found.map(|address| address.to_string()).map_err(|error| error.to_string())
+    };
+    let told = local(&Address::Tcp("no-such-host.invalid:5".into()), None).unwrap_err();
+    assert!(told.starts_with("no way from here to no-such-host.invalid:5"), "{told}");
+    assert_eq!(local(&tcp(), None), loopback);
+    assert_eq!(local(&unix().1, None), loopback);
+    let elsewhere = "10.1.2.3:0".to_string();
+    assert_eq!(local(&tcp(), elsewhere.parse().ok()), Ok(elsewhere));
+}
+
+/// As a PyTorchJob's master does.
+#[test]
+fn rank_0_may_know_itself_as_all_addresses() {
+    let Address::Tcp(loopback) = tcp() else { panic!("it is TCP") };
+    let all = loopback.replace("127.0.0.1", "0.0.0.0");
+    let met = meet(&Address::Tcp(loopback.clone()), 3, |config| {
+        config.spans_nodes = true;
+        if config.process == 0 {
+            config.coordinator = Address::Tcp(all.clone());
+        }
+    });
+    for (process, met) in met.into_iter().enumerate().skip(1) {
+        let (roster, _) = met.unwrap();
+        assert_eq!(roster.members[0].tcp().unwrap().to_string(), loopback, "at process {process}");
+    }
+}
+
+#[test]
+fn zones_are_not_for_other_nodes() {
+    let published = |text: &str| unzoned(Address::Tcp(text.into())).to_string();
+    assert_eq!(published("[fe80::1%lo]:5"), "[fe80::1]:5");
+    assert_eq!(published("[fe80::1%7]:5"), "[fe80::1]:5");
+    assert_eq!(published("node1:5"), "node1:5");
 }
 
 /// Of rank `rank`, which ends with `exit`.

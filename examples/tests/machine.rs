@@ -1,0 +1,317 @@
+//! `gpt` on machines that give it less than they seem to: memory limits of a cgroup, containers with a `/tmp` each, a `TMPDIR` that
+//! cannot be used, names and addresses that mean something else on another node, other launchers. What needs root says `SKIPPED`
+//! without it. Imports `support/programs`.
+
+use std::fs;
+use std::net::{TcpListener, UdpSocket};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use programs::{Folder, GPT, Running, launcher};
+
+#[path = "support/programs.rs"]
+mod programs;
+
+/// Longer than any of these runs, by far.
+const TIMEOUT: Duration = Duration::from_secs(150);
+const SECRET: (&str, &str) = ("SHARDFLOW_SECRET", "a secret of these tests only");
+const MODEL: &str = "--layers 2 --heads 2 --width 16 --context 8 --batch 4 --sample 0 --steps 2 --threads-per-device 1 \
+                     --data text";
+
+fn free_port() -> u16 {
+    let listener = TcpListener::bind(("127.0.0.1", 0)).expect("loopback");
+    listener.local_addr().expect("bound").port()
+}
+
+/// `gpt`, with the model of these tests.
+fn gpt(flags: &str) -> Vec<String> {
+    let words = MODEL.split_whitespace().chain(flags.split_whitespace());
+    [GPT].into_iter().chain(words).map(str::to_owned).collect()
+}
+
+/// A launcher with these flags, that starts `gpt`.
+fn launch(flags: &str, of_gpt: &str) -> Vec<String> {
+    let launcher = launcher().display().to_string();
+    let words = ["launch"].into_iter().chain(flags.split_whitespace()).chain(["--"]).map(str::to_owned);
+    [launcher].into_iter().chain(words).chain(gpt(of_gpt)).collect()
+}
+
+/// Runs a line of `sh` before the command.
+fn after(script: &str, command: &[String]) -> Vec<String> {
+    let script = format!("{script} && exec \"$@\"");
+    ["sh", "-c", &script, "sh"].into_iter().map(str::to_owned).chain(command.iter().cloned()).collect()
+}
+
+/// In a mount namespace of its own, where `script` has run.
+fn unshared(script: &str, command: &[String]) -> Vec<String> {
+    ["unshare", "--mount"].into_iter().map(str::to_owned).chain(after(script, command)).collect()
+}
+
+fn start(folder: &Folder, command: &[String], environment: &[(&str, &str)]) -> Running {
+    folder.start(Command::new(&command[0]).args(&command[1..]).env_remove("TMPDIR").envs(environment.iter().copied()))
+}
+
+/// Whether a mount namespace can be made; says so where it cannot.
+fn can_unshare(test: &str) -> bool {
+    let done = Command::new("unshare").args(["--mount", "mount", "-t", "tmpfs", "none", "/tmp"]).output();
+    let why = match done {
+        Ok(done) if done.status.success() => return true,
+        Ok(done) => String::from_utf8_lossy(&done.stderr).trim().to_owned(),
+        Err(error) => error.to_string(),
+    };
+    println!("SKIPPED {test}: no mount namespace: {why}");
+    false
+}
+
+/// A cgroup (v1 or v2) with a limit of memory.
+struct Limited(PathBuf);
+
+impl Limited {
+    fn new(name: &str) -> Option<Self> {
+        let v1 = Path::new("/sys/fs/cgroup/memory");
+        let folder = if v1.is_dir() { v1 } else { Path::new("/sys/fs/cgroup") };
+        let made = Self(folder.join(format!("shardflow-{name}-{}", std::process::id())));
+        match fs::create_dir(&made.0).and_then(|()| made.limit(1 << 30)) {
+            Ok(()) => Some(made),
+            Err(error) => {
+                println!("SKIPPED {name}: no cgroup with a limit of memory: {error}");
+                None
+            }
+        }
+    }
+
+    fn limit(&self, bytes: u64) -> std::io::Result<()> {
+        let file = ["memory.limit_in_bytes", "memory.max"].map(|name| self.0.join(name));
+        let file = file.iter().find(|file| file.exists()).ok_or(std::io::ErrorKind::NotFound)?;
+        fs::write(file, bytes.to_string())
+    }
+
+    /// Joins it before the command.
+    fn with(&self, command: &[String]) -> Vec<String> {
+        after(&format!("echo $$ > {}/cgroup.procs", self.0.display()), command)
+    }
+}
+
+impl Drop for Limited {
+    fn drop(&mut self) {
+        // Empty once its processes have ended, which takes the kernel a moment.
+        let deadline = Instant::now() + Duration::from_secs(5);
+        while fs::remove_dir(&self.0).is_err() && self.0.is_dir() && Instant::now() < deadline {
+            thread::yield_now();
+        }
+    }
+}
+
+/// The number after some words of a text.
+fn number_after(text: &str, words: &str) -> u64 {
+    let rest = text.split_once(words).unwrap_or_else(|| panic!("no {words:?} in:\n{text}")).1;
+    rest.split(|c: char| !c.is_ascii_digit()).next().and_then(|n| n.parse().ok()).expect("a number")
+}
+
+#[test]
+fn what_a_cgroup_does_not_hold_is_refused() {
+    let folder = Folder::new("machine-cgroup");
+    let Some(cgroup) = Limited::new("cgroup") else { return };
+    let model = "--width 512 --context 64";
+    let run = |limit: u64, command: &[String]| {
+        cgroup.limit(limit).expect("an empty cgroup");
+        let mut run = start(&folder, &cgroup.with(command), &[]);
+        (run.end(TIMEOUT), run.text())
+    };
+    const SMALL: u64 = 48 << 20;
+    let (code, said) = run(SMALL, &gpt(model));
+    assert_eq!(code, Some(78), "{said}");
+    for part in ["error: the plan does not fit: this node has ", ": limit 50331648, ", "\n  device 0: ", "--memory-mib"]
+    {
+        assert!(said.contains(part), "no {part:?} in:\n{said}");
+    }
+    let needed = number_after(&said, "the job needs ");
+    let used = SMALL - number_after(&said, "this node has ");
+    // What it asks for is enough, to the end.
+    let enough = needed + used + (8 << 20);
+    let (code, said) = run(enough, &gpt(model));
+    assert_eq!(code, Some(0), "{said}");
+    // Snapshots are refused before the first step.
+    let (code, said) = run(enough, &gpt(&format!("{model} --checkpoint ck")));
+    assert_eq!(code, Some(78), "{said}");
+    assert!(said.contains("bytes for 2 snapshots") && !said.contains("loss"), "{said}");
+    // Two ranks share what there is; each of them alone would fit.
+    let flags = format!("{model} --mesh data=2");
+    let (code, said) = run(enough + used, &launch("--nproc-per-node 2", &flags));
+    assert_eq!(code, Some(78), "{said}");
+    assert!(said.contains("\n  device 0: ") && said.contains("\n  device 1: "), "{said}");
+    // The limit is a real one.
+    let (code, said) = run(SMALL, &gpt(&format!("{model} --memory-mib 4096")));
+    assert_ne!(code, Some(0), "{said}");
+}
+
+/// Two containers of one host: equal host names and boots, a `/tmp` each.
+#[test]
+fn containers_with_a_tmp_each_use_tcp() {
+    if !can_unshare("containers") {
+        return;
+    }
+    let folder = Folder::new("machine-containers");
+    let both = |transport: &str, log: &str| {
+        let port = free_port();
+        let environment = [SECRET, ("SHARDFLOW_TRANSPORT", transport)];
+        let nodes = [0, 1].map(|node| {
+            let flags = format!("--nnodes 2 --node-rank {node} --rdzv-endpoint 127.0.0.1:{port} --rdzv-id {log}");
+            let command = launch(&flags, &format!("--mesh data=2 --log-json {log}.json"));
+            start(&folder, &unshared("mount -t tmpfs none /tmp", &command), &environment)
+        });
+        nodes.map(|mut node| (node.end(TIMEOUT), node.text()))
+    };
+    let begin = Instant::now();
+    let ended = both("auto", "apart");
+    let all = format!("{}\n{}", ended[0].1, ended[1].1);
+    assert!(ended.iter().all(|(code, _)| *code == Some(0)), "{all}");
+    assert_eq!(all.matches("do not see the same folder at TMPDIR").count(), 1, "once:\n{all}");
+    assert!(all.contains("TCP is used between such ranks"), "{all}");
+    for transport in ["shared-memory", "unix"] {
+        for (code, said) in both(transport, transport) {
+            assert_eq!(code, Some(78), "{said}");
+            assert!(said.contains(&format!("SHARDFLOW_TRANSPORT={transport} needs that")), "{said}");
+        }
+    }
+    assert!(begin.elapsed() < Duration::from_secs(55), "nothing waits for a connection that cannot come");
+}
+
+#[test]
+fn a_tmpdir_that_cannot_be_used_is_named_or_not_needed() {
+    let folder = Folder::new("machine-tmpdir");
+    let long = folder.path().join("x".repeat(120));
+    fs::create_dir(&long).expect("a folder");
+    let (long, missing) = (long.display().to_string(), folder.path().join("missing").display().to_string());
+    let run = |flags: &str, environment: &[(&str, &str)]| {
+        let mut run = start(&folder, &launch(&format!("--nproc-per-node 2 {flags}"), "--mesh data=2"), environment);
+        (run.end(TIMEOUT), run.text())
+    };
+    let endpoint = || format!("--rdzv-endpoint 127.0.0.1:{}", free_port());
+    let (code, said) = run(&endpoint(), &[("TMPDIR", &long)]);
+    assert_eq!(code, Some(0), "{said}");
+    assert!(said.contains(&format!("TMPDIR={long}: too long")) && said.contains("TCP is used"), "{said}");
+    let (code, said) = run(&endpoint(), &[("TMPDIR", &long), ("SHARDFLOW_TRANSPORT", "unix")]);
+    assert_eq!(code, Some(78), "{said}");
+    assert!(said.contains("could make no Unix socket in its TMPDIR"), "{said}");
+    let (code, said) = run("", &[("TMPDIR", &long)]);
+    assert!(code == Some(78) && said.contains("set TMPDIR to a shorter path"), "{code:?} {said}");
+    for flags in ["", &endpoint()] {
+        let (code, said) = run(flags, &[("TMPDIR", &missing)]);
+        let told = format!("error: TMPDIR={missing}: cannot make a folder there");
+        assert!(code == Some(78) && said.contains(&told) && !said.contains("missing/"), "{code:?} {said}");
+    }
+    // The other commands that use it.
+    for (command, expected) in [("plan", Some(78)), ("doctor", Some(78))] {
+        let mut words = vec![launcher().display().to_string(), command.to_owned()];
+        words.extend(if command == "plan" { vec!["--".to_owned(), GPT.to_owned()] } else { vec![] });
+        let mut run = start(&folder, &words, &[("TMPDIR", &missing)]);
+        assert_eq!(run.end(TIMEOUT), expected, "{}", run.text());
+        assert!(run.text().contains(&format!("TMPDIR={missing}: ")), "{}", run.text());
+    }
+    // Processes that another launcher started.
+    let ended = by_variables(&folder, &[("TMPDIR", &missing)], |rank| {
+        let (rank, port) = (rank.to_string(), "29871".to_owned());
+        let names = ["RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"];
+        let values = [rank.clone(), "2".into(), rank, "2".into(), "127.0.0.1".into(), port];
+        names.map(str::to_owned).into_iter().zip(values).collect()
+    });
+    assert!(ended.iter().all(|(code, _)| *code == Some(0)), "{ended:?}");
+}
+
+/// Two processes of `gpt` without a launcher of ours; how they ended.
+fn by_variables(
+    folder: &Folder,
+    environment: &[(&str, &str)],
+    of_rank: impl Fn(u32) -> Vec<(String, String)>,
+) -> [(Option<i32>, String); 2] {
+    let started = [0, 1].map(|rank| {
+        let own = of_rank(rank);
+        let mut all = vec![SECRET];
+        all.extend(environment);
+        all.extend(own.iter().map(|(name, value)| (name.as_str(), value.as_str())));
+        start(folder, &gpt("--mesh data=2 --log-json log.json"), &all)
+    });
+    started.map(|mut run| (run.end(TIMEOUT), run.text()))
+}
+
+/// MPICH's and Intel MPI's variables, and a PyTorchJob's: one job of two processes, not two jobs.
+#[test]
+fn processes_of_other_launchers_are_one_job() {
+    let folder = Folder::new("machine-launchers");
+    let pairs = |pairs: &[(&str, &str)]| pairs.iter().map(|(n, v)| (n.to_string(), v.to_string())).collect::<Vec<_>>();
+    let port = free_port().to_string();
+    let mpi = |rank: u32| {
+        let rank = rank.to_string();
+        let names =
+            [("PMI_RANK", rank.as_str()), ("PMI_SIZE", "2"), ("MPI_LOCALRANKID", &rank), ("MPI_LOCALNRANKS", "2")];
+        [pairs(&names), pairs(&[("PMI_PORT", &format!("host:{port}"))])].concat()
+    };
+    let port = free_port().to_string();
+    let pod = |rank: u32| {
+        let rank = rank.to_string();
+        // So the master's pod has it.
+        let host = if rank == "0" { "localhost" } else { "127.0.0.1" };
+        pairs(&[("RANK", &rank), ("WORLD_SIZE", "2"), ("MASTER_ADDR", host), ("MASTER_PORT", &port)])
+    };
+    let of: [&dyn Fn(u32) -> Vec<(String, String)>; 2] = [&mpi, &pod];
+    for of_rank in of {
+        let [first, second] = by_variables(&folder, &[], of_rank);
+        assert_eq!((first.0, second.0), (Some(0), Some(0)), "{first:?} {second:?}");
+        assert!(first.1.contains("in 2 processes") && !second.1.contains("step"), "{first:?} {second:?}");
+    }
+}
+
+/// An address of this machine that is not loopback.
+fn outward() -> Option<String> {
+    let socket =
+        UdpSocket::bind(("0.0.0.0", 0)).and_then(|s| s.connect(("192.0.2.1", 9)).and_then(|()| s.local_addr()));
+    socket.ok().map(|own| own.ip().to_string()).filter(|ip| !ip.starts_with("127."))
+}
+
+/// Debian's `/etc/hosts` maps the host's own name to 127.0.1.1; other nodes have the real address.
+#[test]
+fn a_host_name_that_is_loopback_on_its_own_node_is_reached() {
+    let Some(outward) = outward() else { return println!("SKIPPED hosts: this machine has no network") };
+    if !can_unshare("hosts") {
+        return;
+    }
+    let folder = Folder::new("machine-hosts");
+    let port = free_port();
+    let nodes = [(0, "127.0.1.1"), (1, outward.as_str())].map(|(node, ip)| {
+        let hosts = folder.path().join(format!("hosts-{node}"));
+        fs::write(&hosts, format!("127.0.0.1 localhost\n{ip} shardflow-node0\n")).expect("a file");
+        let flags = format!("--nnodes 2 --node-rank {node} --rdzv-endpoint shardflow-node0:{port} --rdzv-id hosts");
+        let script = format!("mount --bind {} /etc/hosts", hosts.display());
+        start(&folder, &unshared(&script, &launch(&flags, "--mesh data=2")), &[SECRET, ("SHARDFLOW_TRANSPORT", "tcp")])
+    });
+    let ended = nodes.map(|mut node| (node.end(TIMEOUT), node.text()));
+    assert!(ended.iter().all(|(code, _)| *code == Some(0)), "{ended:?}");
+    let [(_, first), (_, second)] = ended;
+    let said = "shardflow-node0 is 127.0.1.1 on this node";
+    assert!(first.matches(said).count() == 1 && !second.contains(said), "{first}\n{second}");
+}
+
+#[test]
+fn link_local_addresses_have_zones() {
+    let table = fs::read_to_string("/proc/net/if_inet6").unwrap_or_default();
+    let link_local = table.lines().find_map(|line| {
+        let (digits, name) = (line.split(' ').next()?, line.split_whitespace().last()?);
+        let groups: Vec<&str> = (0..8).map(|i| &digits[4 * i..4 * i + 4]).collect();
+        digits.starts_with("fe80").then(|| format!("{}%{name}", groups.join(":")))
+    });
+    let Some(address) = link_local else { return println!("SKIPPED zones: no link-local address") };
+    let folder = Folder::new("machine-zones");
+    for interface in ["", &address] {
+        let port = free_port();
+        let nodes = [0, 1].map(|node| {
+            let flags = format!("--nnodes 2 --node-rank {node} --rdzv-endpoint [{address}]:{port} --rdzv-id zones");
+            let environment = [SECRET, ("SHARDFLOW_TRANSPORT", "tcp"), ("SHARDFLOW_INTERFACE", interface)];
+            start(&folder, &launch(&flags, "--mesh data=2"), &environment)
+        });
+        let ended = nodes.map(|mut node| (node.end(TIMEOUT), node.text()));
+        assert!(ended.iter().all(|(code, _)| *code == Some(0)), "{interface}: {ended:?}");
+    }
+}

@@ -1,0 +1,182 @@
+//! Addresses of this node, and what names stand for on it. Imports the actors' transport and `cluster`'s names of variables.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
+use std::{fs, io};
+
+use shardflow_actors::transport::{Address, resolve};
+
+use crate::cluster::INTERFACE;
+
+/// What `HOST:PORT` of the first process stands for on this node.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct Targets {
+    pub(crate) addresses: Vec<SocketAddr>,
+    /// It is this node's own name, and stands for loopback here (Debian maps it to 127.0.1.1 in `/etc/hosts`), but not on the
+    /// job's other nodes; or it stands for all addresses of this node.
+    pub(crate) is_hidden: bool,
+}
+
+impl Targets {
+    /// Looks the name up.
+    pub(crate) fn of(name: &str, spans_nodes: bool) -> io::Result<Self> {
+        Ok(targets(name, resolve(name)?, spans_nodes))
+    }
+}
+
+fn targets(name: &str, addresses: Vec<SocketAddr>, spans_nodes: bool) -> Targets {
+    // Who writes loopback means it: ports may be forwarded.
+    let host = name.rsplit_once(':').map_or(name, |(host, _)| host);
+    let is_meant = host == "localhost" || name.parse().is_ok_and(|address: SocketAddr| !address.ip().is_unspecified());
+    let is_outside = |address: &SocketAddr| !address.ip().is_loopback() && !address.ip().is_unspecified();
+    if is_meant || !spans_nodes || addresses.iter().all(is_outside) {
+        return Targets { addresses, is_hidden: false };
+    }
+    let outside: Vec<_> = addresses.iter().copied().filter(is_outside).collect();
+    let is_hidden = outside.is_empty();
+    Targets { addresses: if is_hidden { addresses } else { outside }, is_hidden }
+}
+
+/// The address of this node, at port 0, by which `HOST:PORT` is reached; one that other nodes may reach where the host is this
+/// node's own name and the job spans nodes.
+///
+/// # Errors
+/// When the name has no address (yet), or there is no way there.
+pub(crate) fn address_towards(name: &str, spans_nodes: bool) -> io::Result<SocketAddr> {
+    let Targets { addresses, is_hidden } = Targets::of(name, spans_nodes)?;
+    if let Some(outward) = outward_address().filter(|_| is_hidden) {
+        return Ok(outward);
+    }
+    let mut last = io::Error::new(io::ErrorKind::NotFound, "the name has no address");
+    for target in addresses {
+        match source_address(target) {
+            Ok(local) => return Ok(local),
+            Err(error) => last = error,
+        }
+    }
+    Err(last)
+}
+
+/// A line for people, where other nodes cannot use what this node takes the first process's name for.
+pub(crate) fn hidden_name(coordinator: &Address, spans_nodes: bool) -> Option<String> {
+    let Address::Tcp(name) = coordinator else { return None };
+    let Targets { addresses, is_hidden } = Targets::of(name, spans_nodes).ok()?;
+    let (host, ip) = (name.rsplit_once(':')?.0, addresses.first().filter(|_| is_hidden)?.ip());
+    if ip.is_unspecified() {
+        return None;
+    }
+    Some(match outward_address() {
+        Some(outward) => format!(
+            "{host} is {ip} on this node (see /etc/hosts), which other nodes cannot reach: rank 0 listens on all addresses, and \
+             this node's processes give {} to the others; {} chooses another one",
+            outward.ip(),
+            INTERFACE
+        ),
+        None => format!("{host} is {ip} on this node, which has no address that other nodes could reach"),
+    })
+}
+
+/// An IP address, a link-local one with its zone (`fe80::1%eth0`), at port 0.
+pub(crate) fn parse_ip(text: &str) -> Option<SocketAddr> {
+    // Not a name: looking one up may take long, and give several addresses.
+    let ip: IpAddr = text.split('%').next()?.parse().ok()?;
+    let with_port = if ip.is_ipv6() { format!("[{text}]:0") } else { format!("{text}:0") };
+    resolve(&with_port).ok()?.first().copied()
+}
+
+/// An address of this node that other nodes may reach: the one of the default route, or the first that is not loopback.
+fn outward_address() -> Option<SocketAddr> {
+    // Addresses for documentation (RFC 5737, RFC 3849), which are reached by the default route.
+    let far = [(Ipv4Addr::new(192, 0, 2, 1), 9).into(), (Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 1), 9).into()];
+    let routed = far.into_iter().find_map(|far| source_address(far).ok().filter(|own| !own.ip().is_loopback()));
+    let read = |path| fs::read_to_string(path).unwrap_or_default();
+    routed.or_else(|| node_addresses(&read("/proc/net/fib_trie"), &read("/proc/net/if_inet6")).first().copied())
+}
+
+/// The address of this node from which packets go to `target`, at port 0.
+fn source_address(target: SocketAddr) -> io::Result<SocketAddr> {
+    let any: IpAddr = if target.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
+    // Connecting a UDP socket sends nothing; it makes the system choose the way and so the address.
+    let socket = UdpSocket::bind((any, 0))?;
+    socket.connect(target)?;
+    let mut own = socket.local_addr()?;
+    own.set_port(0);
+    Ok(own)
+}
+
+/// The node's own addresses but for loopback and link-local ones, from the texts of `/proc/net/fib_trie` and
+/// `/proc/net/if_inet6`.
+fn node_addresses(fib_trie: &str, if_inet6: &str) -> Vec<SocketAddr> {
+    let mut found: Vec<IpAddr> = Vec::new();
+    let mut leaf = None;
+    for line in fib_trie.lines().map(str::trim) {
+        match line.strip_prefix("|-- ") {
+            Some(address) => leaf = address.parse::<Ipv4Addr>().ok(),
+            None if line == "/32 host LOCAL" => found.extend(leaf.map(IpAddr::from)),
+            None => {}
+        }
+    }
+    let hex = |line: &str| u128::from_str_radix(line.split(' ').next()?, 16).ok().map(Ipv6Addr::from);
+    found.extend(if_inet6.lines().filter_map(hex).filter(|ip| !ip.is_unicast_link_local()).map(IpAddr::from));
+    found.into_iter().filter(|ip| !ip.is_loopback()).map(|ip| (ip, 0).into()).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn interfaces_are_addresses() {
+        let text = |text: &str| parse_ip(text).map(|address| address.to_string());
+        assert_eq!(text("10.0.0.1").as_deref(), Some("10.0.0.1:0"));
+        assert_eq!(text("::1").as_deref(), Some("[::1]:0"));
+        assert_eq!(text("fe80::1%7").as_deref(), Some("[fe80::1%7]:0"));
+        assert!(parse_ip("fe80::1%lo").is_some());
+        for bad in ["", "localhost", "10.0.0.1:5", "[::1]", "fe80::1%no-such", "10.0.0.1%lo"] {
+            assert_eq!(text(bad), None, "{bad}");
+        }
+    }
+
+    #[test]
+    fn addresses_that_others_may_reach() {
+        let fib = "Main:
+  +-- 0.0.0.0/0 3 0 5
+     |-- 0.0.0.0
+        /0 universe UNICAST
+        |-- 127.0.1.1
+           /32 host LOCAL
+           |-- 10.77.0.0
+              /24 link UNICAST
+           |-- 10.77.0.2
+              /32 host LOCAL
+        |-- 10.77.0.255
+           /32 link BROADCAST
+";
+        let inet6 = "fd000000000000000000000000000002 04 40 00 82     eth0
+00000000000000000000000000000001 01 80 10 80       lo
+fe8000000000000000fc00fffe000001 04 40 20 80     eth0
+";
+        let text = |all: Vec<SocketAddr>| all.iter().map(SocketAddr::to_string).collect::<Vec<_>>();
+        assert_eq!(text(node_addresses(fib, inet6)), ["10.77.0.2:0", "[fd00::2]:0"]);
+        assert!(node_addresses("", "x\n").is_empty());
+        assert!(source_address("127.0.0.1:9".parse().unwrap()).unwrap().ip().is_loopback());
+    }
+
+    /// Debian's `/etc/hosts` has the host's own name at 127.0.1.1.
+    #[test]
+    fn a_name_that_is_loopback_on_its_own_node_only_is_found_out() {
+        let all = |texts: &[&str]| texts.iter().map(|text| text.parse().unwrap()).collect::<Vec<SocketAddr>>();
+        let seen = |name: &str, addresses: &[&str], spans_nodes| {
+            let Targets { addresses, is_hidden } = targets(name, all(addresses), spans_nodes);
+            (addresses.iter().map(SocketAddr::to_string).collect::<Vec<_>>().join(" "), is_hidden)
+        };
+        assert_eq!(seen("node1:5", &["127.0.1.1:5"], true), ("127.0.1.1:5".into(), true));
+        assert_eq!(seen("node1:5", &["[::1]:5"], true), ("[::1]:5".into(), true));
+        assert_eq!(seen("node1:5", &["127.0.1.1:5"], false), ("127.0.1.1:5".into(), false), "nobody else is there");
+        assert_eq!(seen("node1:5", &["127.0.1.1:5", "10.0.0.7:5"], true), ("10.0.0.7:5".into(), false));
+        assert_eq!(seen("node1:5", &["10.0.0.7:5"], true), ("10.0.0.7:5".into(), false));
+        assert_eq!(seen("0.0.0.0:5", &["0.0.0.0:5"], true), ("0.0.0.0:5".into(), true));
+        for meant in ["localhost:5", "127.0.1.1:5", "[::1]:5"] {
+            assert!(!seen(meant, &["127.0.1.1:5"], true).1, "{meant}");
+        }
+    }
+}

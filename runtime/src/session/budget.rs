@@ -1,0 +1,170 @@
+//! The memory of a node against what the processes of a job take of it: the one place where a rank's bytes are summed.
+//! Imports `machine`, `plan` and `session::hosting`.
+
+use shardflow_kernels::device::DeviceKind;
+
+use super::hosting::Hosting;
+use super::resident_parts;
+use crate::graph::{NodeOp, Var};
+use crate::machine::{FreeMemory, free_memory};
+use crate::plan::validate::PlanError;
+use crate::plan::{Plan, ResidentTensor};
+
+/// Snapshots of checkpoints that a process may hold at once: one that is written, and the next.
+pub(crate) const SNAPSHOTS_MAX: usize = 2;
+
+/// What the node has for a job of CPU devices.
+#[derive(Clone, Debug)]
+pub(crate) struct Budget {
+    /// Before any process of the job has allocated for the plan; `None` where it is not known or not to be looked at.
+    free: Option<FreeMemory>,
+}
+
+impl Budget {
+    /// To be called before the processes meet: later, others may have allocated already. A plan with a budget of its own
+    /// (`CompileOptions::memory_bytes`) is not held against the machine's, and a GPU's memory is not the host's.
+    pub(crate) fn measure(plan: &Plan) -> Self {
+        let counts = plan.memory_bytes.is_none() && plan.device == DeviceKind::Cpu;
+        Self { free: counts.then(free_memory).flatten() }
+    }
+
+    /// Whether the node holds what these processes take, all of which are on it: their devices and mirrors, and so many
+    /// snapshots each.
+    ///
+    /// # Errors
+    /// [`PlanError::NodeMemory`], with each device and process.
+    pub(crate) fn check(
+        &self,
+        plan: &Plan,
+        hosting: &Hosting,
+        here: &[u32],
+        snapshots: usize,
+    ) -> Result<(), PlanError> {
+        let Some(FreeMemory { bytes: budget, bound }) = &self.free else { return Ok(()) };
+        let (mut needed, mut table) = (0u64, String::new());
+        for process in here {
+            let devices = hosting.devices_of(*process);
+            for device in devices.clone() {
+                needed += plan.memory[device].total_bytes() as u64;
+                table += &plan.memory[device].row(device);
+            }
+            if snapshots > 0 {
+                let bytes = snapshots as u64 * snapshot_bytes(plan, |device| devices.contains(&device));
+                needed += bytes;
+                table += &format!("  rank {process}: {bytes} bytes for {snapshots} snapshots of checkpoints\n");
+            }
+        }
+        if needed <= *budget {
+            return Ok(());
+        }
+        Err(PlanError::NodeMemory { budget: *budget, bound: bound.to_string(), needed, table })
+    }
+}
+
+/// The parts of a parameter or a state that a checkpoint holds, each with the device that gives it: the first that has it, in
+/// the order of the placement.
+pub(crate) fn saved_parts(plan: &Plan, var: Var) -> Vec<(usize, &ResidentTensor)> {
+    let mut parts: Vec<(usize, &ResidentTensor)> = Vec::new();
+    for (device, _, resident) in resident_parts(plan, var) {
+        let region = &resident.region;
+        if !region.is_empty() && !parts.iter().any(|(_, other)| other.region == *region) {
+            parts.push((device, resident));
+        }
+    }
+    parts
+}
+
+/// Bytes of a snapshot of these devices.
+fn snapshot_bytes(plan: &Plan, is_of: impl Fn(usize) -> bool) -> u64 {
+    let residents = plan.graph.nodes().iter().filter(|n| matches!(n.op, NodeOp::Parameter { .. } | NodeOp::State));
+    let parts = residents.flat_map(|node| saved_parts(plan, node.outputs[0])).filter(|(device, _)| is_of(*device));
+    parts.map(|(_, part)| (part.region.element_count() * part.dtype.bytes()) as u64).sum()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::machine::MemoryBound;
+    use crate::prelude::*;
+
+    fn plan(mesh: &str) -> Plan {
+        let mut g = Graph::new(&Mesh::parse(mesh).unwrap());
+        let ids = g.input("ids", &[8, 4], DType::I32, Layout::split("data", 0));
+        let x = nn::embedding(&mut g, "embedding", ids, 16, 32, Parallel::Replicated);
+        let loss = g.cross_entropy(x, ids);
+        g.minimize(loss, AdamW::default());
+        compile(g, &CompileOptions::default()).unwrap()
+    }
+
+    /// Of a job of `processes` processes, those in `here` being on this node.
+    fn check(budget: u64, plan: &Plan, processes: u32, here: &[u32], snapshots: usize) -> Result<(), String> {
+        let budget = Budget { free: Some(FreeMemory { bytes: budget, bound: MemoryBound::Machine }) };
+        let hosting = Hosting { process: here[0], processes, devices: plan.memory.len() };
+        budget.check(plan, &hosting, here, snapshots).map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn the_processes_of_a_node_share_what_it_has() {
+        let mut plan = plan("data=4");
+        plan.memory[2].mirror_bytes = 1000;
+        let bytes = |devices: &[usize]| devices.iter().map(|d| plan.memory[*d].total_bytes() as u64).sum::<u64>();
+        for (here, devices) in [(&[0, 1][..], &[0, 1, 2, 3][..]), (&[0], &[0, 1]), (&[1], &[2, 3])] {
+            let needed = bytes(devices);
+            assert_eq!(check(needed, &plan, 2, here, 0), Ok(()), "{here:?}");
+            let told = check(needed - 1, &plan, 2, here, 0).unwrap_err();
+            for part in [&format!("this node has {} bytes free (MemAvailable", needed - 1), &format!("needs {needed}")]
+            {
+                assert!(told.contains(part), "no {part:?} in {told}");
+            }
+            for device in 0..4 {
+                let row = plan.memory[device].row(device);
+                assert_eq!(told.contains(&row), devices.contains(&device), "{row} in {told}");
+            }
+        }
+        assert!(plan.memory[2].row(2).contains("1000 in mirrors"));
+    }
+
+    #[test]
+    fn snapshots_count_each_part_once() {
+        let plan = plan("data=2");
+        let devices: u64 = plan.memory.iter().map(|m| m.total_bytes() as u64).sum();
+        // Weights and two moments, which both devices hold.
+        let snapshot = 3 * 16 * 32 * 4;
+        assert_eq!(check(devices + 2 * snapshot, &plan, 1, &[0], 2), Ok(()));
+        let told = check(devices + 2 * snapshot - 1, &plan, 1, &[0], 2).unwrap_err();
+        assert!(told.contains(&format!("rank 0: {} bytes for 2 snapshots", 2 * snapshot)), "{told}");
+        // Of two processes the second writes nothing.
+        let told = check(0, &plan, 2, &[0, 1], 1).unwrap_err();
+        assert!(told.contains(&format!("rank 0: {snapshot} bytes")) && told.contains("rank 1: 0 bytes"), "{told}");
+        let session = Session::start(plan, &SessionOptions::default()).unwrap();
+        assert_eq!(session.snapshot(None).unwrap().bytes(), snapshot);
+    }
+
+    #[test]
+    fn only_plans_without_a_budget_of_their_own_are_held_against_the_machine_s() {
+        let mut plan = plan("data=1");
+        assert!(Budget::measure(&plan).free.is_some());
+        plan.memory_bytes = Some(1 << 30);
+        assert!(Budget::measure(&plan).free.is_none());
+        let gpu = Plan { memory_bytes: None, device: DeviceKind::Cuda, ..plan };
+        assert!(Budget::measure(&gpu).free.is_none());
+    }
+
+    /// bf16 is widened in memory of the streams.
+    #[test]
+    fn memory_of_streams_is_planned() {
+        let stream_bytes = |precision| {
+            let mut g = Graph::new(&Mesh::parse("data=1").unwrap());
+            let x = g.input("x", &[64, 64], DType::F32, Layout::broadcast());
+            let h = nn::linear(&mut g, "up", x, 64, Parallel::Replicated);
+            let h = g.gelu(h);
+            let y = nn::linear(&mut g, "down", h, 64, Parallel::Replicated);
+            g.output("y", y);
+            compile(g, &CompileOptions { precision, ..CompileOptions::default() }).unwrap().memory[0].stream_bytes
+        };
+        assert_eq!(stream_bytes(Precision::F32), 0);
+        // A launch has two or three matrices of this size, as floats.
+        let matrices = stream_bytes(Precision::BF16) / (64 * 64 * 4);
+        assert!((2..=3).contains(&matrices), "{matrices}");
+    }
+}
