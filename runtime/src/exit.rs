@@ -5,8 +5,6 @@ use std::fmt;
 use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
 use std::process::{ExitCode, ExitStatus};
-use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
 use std::time::{SystemTime, UNIX_EPOCH};
 use std::{env, fs, io};
 
@@ -204,7 +202,8 @@ impl Report {
 }
 
 /// Tells the launcher why this process is about to end with `exit`. `first_cause_rank`: the process whose failure it
-/// was, where it was another one's. Does nothing when no launcher asked for it; the first report of a process stands.
+/// was, where it was another one's. A process that names itself with [`Exit::Retry`] was asked to end, as by a notice that its
+/// node is taken away: no launcher starts it again. Does nothing when no launcher asked for it; the first report of a process stands.
 ///
 /// # Errors
 /// The report cannot be written.
@@ -235,16 +234,6 @@ pub fn progress(step: u64) -> io::Result<()> {
 /// The step in a progress file; nothing when none was committed yet.
 pub fn read_progress(path: &Path) -> Option<u64> {
     fs::read_to_string(path).ok()?.trim().parse().ok()
-}
-
-/// Has SIGTERM set a flag from now on: the wish that the program ends in order, after a checkpoint, with [`Exit::Signal`] of 15.
-/// To be called when there is something to end in order, a session that runs: until then SIGTERM ends the process at once, also
-/// while it waits for others.
-///
-/// # Errors
-/// The handler cannot be installed.
-pub fn on_terminate(flag: &Arc<AtomicBool>) -> io::Result<()> {
-    signal_hook::flag::register(signal_hook::consts::SIGTERM, flag.clone()).map(drop)
 }
 
 /// Now, in nanoseconds since 1970; 0 when the clock stands before that.

@@ -1,5 +1,5 @@
 //! `shardflow launch`: starts a node's processes, passes signals on, and starts them again after a failure that is
-//! worth it. Imports `cluster::env` and `exit`.
+//! worth it. Imports `cluster::env`, `exit`, `output` and `requests`.
 //!
 //! Each node has its own launcher, and launchers do not talk to each other: when a process fails, those on other nodes
 //! notice it and end too, and each launcher starts its own again.
@@ -11,11 +11,14 @@ use std::path::PathBuf;
 use std::time::Duration;
 use std::{env, fs, io, thread};
 
-use crossbeam_channel::{Receiver, Sender};
+use crossbeam_channel::{Receiver, Sender, select};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGUSR1};
 use tempfile::TempDir;
 
 use crate::cluster::env::{Endpoint, EnvError, Secret, SecretSource, process_variables};
 use crate::exit::{Exit, read_progress, unix_ns};
+use crate::output;
+use crate::requests::not_ignored;
 use cause::{Restarts, Verdict, exit_when_asked, first_cause};
 use guard::{FOLDER_PREFIX, Guard};
 
@@ -157,20 +160,43 @@ struct Job<'a> {
 /// What keeps processes from being started. A process that fails is no error: see the exit that is returned.
 pub fn launch(options: &LaunchOptions) -> Result<Exit, LaunchError> {
     let mut job = Job::prepare(options)?;
+    let exit = supervise(&mut job);
+    wait_for_the_reader(&job.events.1);
+    exit
+}
+
+/// Waits until all output is written, or a signal asks the launcher to end.
+fn wait_for_the_reader(events: &Receiver<Event>) {
+    let (writing, written) = crossbeam_channel::bounded::<()>(0);
+    thread::spawn(move || (output::finish(None), drop(writing)));
+    loop {
+        select! {
+            recv(written) -> _ => return,
+            recv(events) -> event => match event {
+                Ok(Event::Signal(signal)) if i32::from(signal) != SIGUSR1 => return,
+                _ => {}
+            },
+        }
+    }
+}
+
+/// Starts the processes, again after failures that are worth it, until they have ended for good.
+fn supervise(job: &mut Job) -> Result<Exit, LaunchError> {
+    let options = job.options;
     let mut restarts = Restarts::new(options.restarts_max);
     loop {
-        let outcome = attempt::run(&mut job, restarts.made)?;
+        let outcome = attempt::run(job, restarts.made)?;
         outcome.show_errors();
         if let Some(signal) = outcome.asked {
             let (exit, failed) = exit_when_asked(&outcome.ended, signal);
             if let Some(failed) = failed {
-                eprintln!("error: {}", outcome.describe(failed));
+                output::stderr().line(&format!("error: {}", outcome.describe(failed)));
             }
             return Ok(exit);
         }
         let Some(cause) = first_cause(&outcome.ended) else { return Ok(Exit::Done) };
-        let verdict = if outcome.abandoned {
-            // What cannot be killed still holds the node's devices and files.
+        let verdict = if outcome.abandoned || cause.ended_on_request() {
+            // What cannot be killed still holds the node's devices and files; a node that is taken away runs nothing.
             Verdict::NotWorthIt
         } else {
             restarts.next(cause.exit, read_progress(&job.progress_file()))
@@ -194,18 +220,21 @@ pub fn launch(options: &LaunchOptions) -> Result<Exit, LaunchError> {
             )),
             Verdict::NotWorthIt | Verdict::Exhausted => {}
         }
-        eprintln!("error: {}", outcome.describe(cause));
+        output::stderr().line(&format!("error: {}", outcome.describe(cause)));
         return Ok(cause.exit);
     }
 }
 
 /// A line of the launcher's own on the screen.
 fn notice(text: &str) {
-    eprintln!("shardflow: {text}");
+    output::stderr().line(&format!("shardflow: {text}"));
 }
 
 impl<'a> Job<'a> {
     fn prepare(options: &'a LaunchOptions) -> Result<Job<'a>, LaunchError> {
+        // First of all: process 1 of a container has no other way to end.
+        let events = crossbeam_channel::bounded(EVENTS_MAX);
+        watch_signals(events.0.clone()).map_err(LaunchError::io("watch for signals"))?;
         check(options)?;
         let program = find_program(options)?;
         let secret = match SecretSource::find(&process_variables())? {
@@ -223,8 +252,6 @@ impl<'a> Job<'a> {
             .permissions(Permissions::from_mode(0o700))
             .tempdir()
             .map_err(LaunchError::io(format!("make a folder in {}", env::temp_dir().display())))?;
-        let events = crossbeam_channel::bounded(EVENTS_MAX);
-        watch_signals(events.0.clone()).map_err(LaunchError::io("watch for signals"))?;
         let guard = Guard::start(&options.helper, folder.path()).map_err(LaunchError::io("start the guard"))?;
         let began_ms = unix_ns() / 1_000_000;
         Ok(Job { options, program, run_id, began_ms, secret, folder, events, guard, causes: Vec::new() })
@@ -303,13 +330,10 @@ fn find_program(options: &LaunchOptions) -> Result<PathBuf, LaunchError> {
     }
 }
 
-/// Sends the signals by which somebody asks the launcher to end. One that was ignored when it started, as under
-/// `nohup`, stays so, but for SIGTERM.
+/// Sends the signals by which somebody asks the launcher to end, and SIGUSR1. One that was ignored when it started, as under
+/// `nohup`, stays so, but for SIGTERM and SIGUSR1.
 fn watch_signals(events: Sender<Event>) -> io::Result<()> {
-    use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM};
-    let ignored = ignored_signals();
-    let wanted = [SIGHUP, SIGINT, SIGQUIT, SIGTERM].into_iter();
-    let wanted = wanted.filter(|signal| *signal == SIGTERM || ignored >> (signal - 1) & 1 == 0);
+    let wanted = not_ignored(&[SIGTERM, SIGUSR1], &[SIGHUP, SIGINT, SIGQUIT]);
     let mut signals = signal_hook::iterator::Signals::new(wanted)?;
     let forward = move || {
         for signal in signals.forever() {
@@ -319,11 +343,4 @@ fn watch_signals(events: Sender<Event>) -> io::Result<()> {
         }
     };
     thread::Builder::new().name("signals".into()).spawn(forward).map(drop)
-}
-
-/// Bit n - 1 stands for signal n. None when the kernel does not tell.
-fn ignored_signals() -> u64 {
-    let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
-    let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
-    mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok()).unwrap_or(0)
 }

@@ -214,8 +214,9 @@ fn run_doctor(json: bool) -> Exit {
 fn run_trace(files: &[PathBuf], join: Option<&Path>) -> Exit {
     let mut texts = Vec::new();
     for file in files {
-        match std::fs::read_to_string(file) {
-            Ok(text) => texts.push(text),
+        match std::fs::read(file) {
+            // A file that was cut off may end inside a character.
+            Ok(bytes) => texts.push(String::from_utf8_lossy(&bytes).into_owned()),
             Err(error) => return fail(Exit::Usage, format!("cannot read {}: {error}", file.display())),
         }
     }

@@ -117,12 +117,22 @@ impl Joined {
     }
 }
 
-/// The events of a file. One that was cut off, as by the end of a process that was killed, has those of its whole lines.
+/// The events of a file. One that was cut off at any byte, as by the end of a process that was killed, has those that are whole.
 fn events_of<T: DeserializeOwned>(text: &str) -> serde_json::Result<Vec<T>> {
-    serde_json::from_str(text).or_else(|error| match text.trim_end().rsplit_once(",\n") {
-        Some((whole, _)) if error.is_eof() => serde_json::from_str(&format!("{whole}\n]")),
-        _ => Err(error),
+    serde_json::from_str(text).or_else(|error| {
+        let (whole, torn) = text.rsplit_once(",\n").unwrap_or(("[", text.trim_start_matches(['[', '\n'])));
+        if !error.is_eof() && !is_torn_text(torn) {
+            return Err(error);
+        }
+        let mut events: Vec<T> = serde_json::from_str(&format!("{whole}\n]"))?;
+        events.extend(serde_json::from_str::<T>(torn));
+        Ok(events)
     })
+}
+
+/// Whether a file's end was never written, though its length was: zeros, or a part of a character.
+fn is_torn_text(text: &str) -> bool {
+    text.ends_with(['\0', char::REPLACEMENT_CHARACTER])
 }
 
 /// No two files have an actor in common.
