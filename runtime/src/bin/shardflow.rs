@@ -16,6 +16,7 @@ use shardflow::cluster::env::{Endpoint, Secret};
 use shardflow::doctor;
 use shardflow::exit::Exit;
 use shardflow::launcher::{LaunchOptions, become_program, guard, launch};
+use shardflow::requests::Requests;
 use shardflow::session::shown::{PLAN_DOT, PLAN_HTML, PLAN_TEXT};
 use shardflow::trace::join::Joined;
 use shardflow::trace::summary::Summary;
@@ -151,7 +152,14 @@ fn seconds(text: &str) -> Result<Duration, String> {
 
 fn main() -> ExitCode {
     // A usage error ends with code 2, by clap.
-    let exit = match Cli::parse().command {
+    let command = Cli::parse().command;
+    // The launcher and its helpers handle signals themselves. Others end at once, also as process 1 of a container.
+    if !matches!(command, Command::Launch(_) | Command::Guard { .. } | Command::Child { .. })
+        && let Err(error) = Requests::on_signals()
+    {
+        return fail(Exit::Internal, format!("cannot handle signals: {error}")).into();
+    }
+    let exit = match command {
         Command::Launch(args) => run_launch(args),
         Command::Checkpoint(args) => run_checkpoint(&args),
         Command::Doctor { json } => run_doctor(json),
