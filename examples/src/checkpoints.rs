@@ -146,12 +146,7 @@ impl Checkpoints {
     ///
     /// # Errors
     /// When no snapshot can be taken, or the last save failed; a save that fails before is told, and training goes on.
-    pub fn after_step(
-        &mut self,
-        session: &Session,
-        request: Request,
-        is_last: bool,
-    ) -> Result<(), CheckpointsError> {
+    pub fn after_step(&mut self, session: &Session, request: Request, is_last: bool) -> Result<(), CheckpointsError> {
         if let Some(report) = self.saver.poll() {
             self.tell(&report);
         }

@@ -383,10 +383,10 @@ mod tests {
         assert_eq!(texts(Some(Pace::Seconds(None))), [1, 2, 3, 4, 5].map(lines).concat());
         assert_eq!(texts(None), [1, 2, 3, 4, 5].map(|step| format!("{}\n", line(step))).concat());
         let (pace, start) = (Pace::Steps(3, Duration::ZERO), Instant::now());
-        let mut progress = Progress { steps: 9, start, done: 0, lines: pace, live: Some(Pace::Seconds(None)), is_open: false };
-        let ends = [0, 1, 2, 3].map(|step| {
-            progress.text(&StepRecord { step, ..RECORD }, Duration::from_secs(step)).ends_with('\n')
-        });
+        let mut progress =
+            Progress { steps: 9, start, done: 0, lines: pace, live: Some(Pace::Seconds(None)), is_open: false };
+        let ends = [0, 1, 2, 3]
+            .map(|step| progress.text(&StepRecord { step, ..RECORD }, Duration::from_secs(step)).ends_with('\n'));
         assert_eq!(ends, [true, false, false, true], "the live line is replaced until a line stays");
     }
 

@@ -247,6 +247,8 @@ fn end_after(limit: Duration, exit: Exit) {
 
 /// Ends the process without running exit handlers, which may wait for threads that do not end.
 fn end_now(exit: Exit) -> ! {
+    // A live line of progress has no end, and a shell's prompt would follow it.
+    output::stdout().end_line();
     output::finish(Some(LAST_WORDS));
     signal_hook::low_level::exit(i32::from(exit.code()))
 }

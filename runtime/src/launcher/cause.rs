@@ -32,7 +32,8 @@ impl Ended {
 
     /// Whether it asks to be started again, but not here: see [`crate::exit::report`].
     pub(super) fn ended_on_request(&self) -> bool {
-        self.exit == Exit::Retry && self.report.as_ref().is_some_and(|report| report.first_cause_rank == Some(self.rank))
+        self.exit == Exit::Retry
+            && self.report.as_ref().is_some_and(|report| report.first_cause_rank == Some(self.rank))
     }
 
     fn time(&self) -> u64 {

@@ -131,11 +131,15 @@ fn start_pumps(process: &mut Process, log: &Log) -> io::Result<Receiver<()>> {
     let alive = Arc::new(alive);
     if let Some(from) = process.stdout.take() {
         let (file, alive) = (log.file.try_clone()?, alive.clone());
-        thread::Builder::new().name("stdout".into()).spawn(move || (pump(from, file, output::stdout()), drop(alive)))?;
+        thread::Builder::new()
+            .name("stdout".into())
+            .spawn(move || (pump(from, file, output::stdout()), drop(alive)))?;
     }
     if let Some(from) = process.stderr.take() {
         let (file, alive) = (log.file.try_clone()?, alive.clone());
-        thread::Builder::new().name("stderr".into()).spawn(move || (pump(from, file, output::stderr()), drop(alive)))?;
+        thread::Builder::new()
+            .name("stderr".into())
+            .spawn(move || (pump(from, file, output::stderr()), drop(alive)))?;
     }
     Ok(pumps)
 }

@@ -121,6 +121,7 @@ impl Joined {
 fn events_of<T: DeserializeOwned>(text: &str) -> serde_json::Result<Vec<T>> {
     serde_json::from_str(text).or_else(|error| {
         let (whole, torn) = text.rsplit_once(",\n").unwrap_or(("[", text.trim_start_matches(['[', '\n'])));
+        let torn = torn.trim_end_matches(',');
         let is_ours = text.is_empty() || text.starts_with('[');
         if !is_ours || !(error.is_eof() || is_torn_text(torn)) {
             return Err(error);
@@ -242,17 +243,26 @@ mod tests {
         let text = "file 2 does not tell its clock, so it cannot be put beside others";
         assert_eq!(refused(&[a.clone(), "[]".into()]), text);
         for bad in ["{", "[{\"name\":1}]", "text"] {
-            assert!(refused(&[a.clone(), bad.into()]).starts_with("file 2 is no trace that Shardflow wrote: "), "{bad}");
+            assert!(
+                refused(&[a.clone(), bad.into()]).starts_with("file 2 is no trace that Shardflow wrote: "),
+                "{bad}"
+            );
         }
     }
 
     #[test]
     fn a_file_that_is_cut_anywhere_has_its_whole_events() {
-        let events: Vec<String> = ["a", "\u{e4}\u{1f600}", "c"].map(|name| format!(r#"{{"name":"{name}","ph":"X","ts":12.5}}"#)).into();
+        let events: Vec<String> =
+            ["a", "\u{e4}\u{1f600}", "c"].map(|name| format!(r#"{{"name":"{name}","ph":"X","ts":12.5}}"#)).into();
         let text = format!("[\n{}\n]\n", events.join(",\n"));
         let names = |bytes: &[u8]| -> Vec<String> {
             let text = String::from_utf8_lossy(bytes).into_owned();
-            Joined::of(&[text]).unwrap_or_else(|e| panic!("{e}: {bytes:?}")).events.into_iter().map(|e| e.name).collect()
+            Joined::of(&[text])
+                .unwrap_or_else(|e| panic!("{e}: {bytes:?}"))
+                .events
+                .into_iter()
+                .map(|e| e.name)
+                .collect()
         };
         let ends: Vec<usize> = events.iter().map(|event| text.find(event.as_str()).unwrap() + event.len()).collect();
         for cut in 0..=text.len() {
