@@ -7,15 +7,23 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::str::FromStr;
+use std::time::Duration;
 
 use shardflow::exit::Exit;
+use shardflow::output;
 use shardflow::watch::client;
 
-/// Prints `error:` and `hint:` lines to stderr and gives the exit code to return from `main`.
+/// How long an error waits until stdout has taken what was printed before.
+const STDOUT_FIRST: Duration = Duration::from_millis(200);
+
+/// Queues `error:` and `hint:` lines for stderr, see [`output::finish`], and gives the exit code to return from `main`.
 pub fn fail(code: u8, error: impl Display, hint: &str) -> ExitCode {
-    eprintln!("error: {error}");
+    // On a terminal both streams are one: what was printed before stands above.
+    output::stdout().end_line();
+    output::stdout().flush(Some(STDOUT_FIRST));
+    output::stderr().line(&format!("error: {error}"));
     if !hint.is_empty() {
-        eprintln!("hint: {hint}");
+        output::stderr().line(&format!("hint: {hint}"));
     }
     ExitCode::from(code)
 }
@@ -119,6 +127,25 @@ pub struct GptArgs {
     /// Write what each actor did to this file, for ui.perfetto.dev; process n of several to FILE.n.
     #[arg(long, value_name = "FILE.json")]
     pub trace: Option<PathBuf>,
+    /// Size in MiB at which a trace ends; the training goes on without it.
+    #[arg(long, value_name = "MIB", default_value_t = 64)]
+    pub trace_mib: u64,
+    /// What SIGUSR1, a notice of preemption, makes all processes do after the step.
+    #[arg(long, value_enum, default_value_t = OnUsr1Arg::Checkpoint)]
+    pub on_usr1: OnUsr1Arg,
+    /// Under Slurm, save a checkpoint and end with code 75 this long before the end of the job's time; the time of a step and of
+    /// a save is added.
+    #[arg(long, value_name = "SECONDS", default_value_t = 60)]
+    pub job_end_margin: u64,
+}
+
+/// What SIGUSR1 asks for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum OnUsr1Arg {
+    /// Save a checkpoint and go on.
+    Checkpoint,
+    /// Save a checkpoint and end with code 75.
+    End,
 }
 
 /// What becomes of steps that are not finite.
@@ -368,6 +395,7 @@ impl GptArgs {
             ("--checkpoint-every", usize::try_from(self.checkpoint_every).unwrap_or(usize::MAX)),
             ("--checkpoint-keep", self.checkpoint_keep),
             ("--hang-timeout", usize::try_from(self.hang_timeout).unwrap_or(usize::MAX)),
+            ("--trace-mib", usize::try_from(self.trace_mib).unwrap_or(usize::MAX)),
         ];
         if let Some((flag, _)) = at_least_one.iter().find(|(_, size)| *size == 0) {
             return Err(ArgsError::Zero { flag: (*flag).into() });
@@ -525,6 +553,7 @@ mod tests {
             "threads-per-device",
             "memory-mib",
             "hang-timeout",
+            "trace-mib",
         ] {
             let error = check(&[&format!("--{flag}"), "0"]).unwrap_err();
             assert!(error.starts_with(&format!("--{flag} must be at least 1, got 0")), "{error}");

@@ -88,6 +88,10 @@ pub struct Checkpoints {
     passed_over: u64,
     /// The step that was gone back to last, and how often.
     rollbacks: (u64, u32),
+    /// The step of a save that a request asked for.
+    requested: Option<u64>,
+    /// How long the last save took.
+    save_time: Duration,
 }
 
 impl Checkpoints {
@@ -103,7 +107,13 @@ impl Checkpoints {
         let plan = Some(session.plan().hash().to_string());
         let options = SaverOptions { member, keep: args.checkpoint_keep, plan, ..SaverOptions::default() };
         let saver = Saver::new(store.clone(), agree, options).map_err(CheckpointsError::Place)?;
-        Ok(Self { saver, store, every: args.checkpoint_every, speaks, passed_over, rollbacks: (0, 0) })
+        let (every, rollbacks, requested, save_time) = (args.checkpoint_every, (0, 0), None, Duration::ZERO);
+        Ok(Self { saver, store, every, speaks, passed_over, rollbacks, requested, save_time })
+    }
+
+    /// How long the last save took.
+    pub fn save_time(&self) -> Duration {
+        self.save_time
     }
 
     /// The batch that a step trains on.
@@ -132,17 +142,18 @@ impl Checkpoints {
         Ok(())
     }
 
-    /// Begins a save where one is due, and tells of those that have ended. The last one is waited for.
+    /// Begins a save where one is due or requested, and tells of those that have ended. The last one is waited for.
     ///
     /// # Errors
     /// When no snapshot can be taken, or the last save failed; a save that fails before is told, and training goes on.
-    pub fn after_step(&mut self, session: &Session, is_last: bool) -> Result<(), CheckpointsError> {
+    pub fn after_step(&mut self, session: &Session, request: Request, is_last: bool) -> Result<(), CheckpointsError> {
         if let Some(report) = self.saver.poll() {
             self.tell(&report);
         }
-        if !is_last && !session.steps().is_multiple_of(self.every) {
+        if !is_last && request == Request::Nothing && !session.steps().is_multiple_of(self.every) {
             return Ok(());
         }
+        self.requested = (request != Request::Nothing).then(|| session.steps()).or(self.requested);
         let cursor = Cursor::from([(PASSED_OVER.to_string(), self.passed_over.to_string())]);
         let begun = self.saver.save(session, cursor).map_err(|e| CheckpointsError::Snapshot(Box::new(e)))?;
         if let Begun::Started { before: Some(report) } = begun {
@@ -160,9 +171,13 @@ impl Checkpoints {
         }
     }
 
-    fn tell(&self, report: &SaveReport) {
+    fn tell(&mut self, report: &SaveReport) {
+        self.save_time = Duration::from_secs_f64(report.seconds);
         match &report.result {
             Ok(_) => {
+                if self.speaks && self.requested == Some(report.step) {
+                    note(format!("checkpoint of step {} saved in {}, on request", report.step, self.store.place()));
+                }
                 // Tells the launcher that restarts get somewhere; without one it does nothing.
                 if let Err(error) = exit::progress(report.step) {
                     note(format!("warning: cannot tell the launcher of step {}: {error}", report.step));

@@ -1,12 +1,14 @@
-//! What a training run says: JSON lines for programs, progress lines for people. Imports nothing of this crate.
+//! What a training run writes: JSON lines for programs, progress lines for people. Imports nothing of this crate.
 
 use std::fmt::Display;
 use std::fs::File;
 use std::io::{self, IsTerminal, Write};
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use serde::Serialize;
+use shardflow::output::{self, Kind, Output, ends_line};
 
 /// One training step. In JSON, a number that is not finite is written as `null`.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
@@ -65,7 +67,15 @@ pub struct LogError {
 #[derive(Debug)]
 pub struct JsonLog {
     path: PathBuf,
-    file: File,
+    to: Records,
+}
+
+/// Where the lines go.
+#[derive(Debug)]
+enum Records {
+    File(File),
+    /// A pipe or a terminal, whose reader may stall.
+    Stream(Output),
 }
 
 impl JsonLog {
@@ -74,17 +84,33 @@ impl JsonLog {
     /// # Errors
     /// The file cannot be created.
     pub fn create(path: &Path) -> Result<Self, LogError> {
-        let file = File::create(path).map_err(|cause| LogError { path: path.into(), cause })?;
-        Ok(Self { path: path.into(), file })
+        Self::open(path, File::options().write(true).create(true).truncate(true))
     }
 
-    /// Opens the file of a run that goes on from a checkpoint: steps that were done again stand in it twice.
+    /// Opens the file of a run that goes on from a checkpoint: steps that were done again stand in it twice. A line that the
+    /// end of the earlier run tore is removed.
     ///
     /// # Errors
     /// The file cannot be opened.
     pub fn go_on(path: &Path) -> Result<Self, LogError> {
-        let file = File::options().append(true).create(true).open(path);
-        Ok(Self { path: path.into(), file: file.map_err(|cause| LogError { path: path.into(), cause })? })
+        // A pipe without a reader could be opened for both, but not by a reader later.
+        let is_stream = path.metadata().is_ok_and(|data| !data.is_file());
+        Self::open(path, File::options().read(!is_stream).append(true).create(true))
+    }
+
+    fn open(path: &Path, options: &std::fs::OpenOptions) -> Result<Self, LogError> {
+        let open = || -> io::Result<Records> {
+            let mut file = options.open(path)?;
+            if !file.metadata()?.is_file() {
+                return Ok(Records::Stream(Output::new(file)));
+            }
+            if file.metadata()?.len() > 0 {
+                remove_torn_line(&mut file)?;
+            }
+            Ok(Records::File(file))
+        };
+        let failed = |cause| LogError { path: path.into(), cause };
+        Ok(Self { path: path.into(), to: open().map_err(failed)? })
     }
 
     /// Adds a step.
@@ -104,26 +130,71 @@ impl JsonLog {
         struct Last<'a> {
             totals: &'a Totals,
         }
-        self.line(&Last { totals })
+        self.line(&Last { totals })?;
+        self.flush(None);
+        Ok(())
+    }
+
+    fn flush(&self, limit: Option<Duration>) {
+        if let Records::Stream(output) = &self.to {
+            output.flush(limit);
+        }
     }
 
     fn line(&mut self, object: &impl Serialize) -> Result<(), LogError> {
         // One write a line: `File` has no buffer of its own, so a reader never sees half of it for long.
         let written = serde_json::to_vec(object).map_err(io::Error::from).and_then(|mut line| {
             line.push(b'\n');
-            self.file.write_all(&line)
+            match &mut self.to {
+                Records::File(file) => file.write_all(&line),
+                Records::Stream(output) => {
+                    output.put(Kind::Record, &line);
+                    Ok(())
+                }
+            }
         });
         written.map_err(|cause| LogError { path: self.path.clone(), cause })
     }
 }
 
-/// How a run does, on stdout: on a screen one line that is written anew, at most once a second; elsewhere a line every few steps, and
-/// each minute. Always of the first and the last step.
+/// A run that ends early gives its reader a second.
+impl Drop for JsonLog {
+    fn drop(&mut self) {
+        self.flush(Some(Duration::from_secs(1)));
+    }
+}
+
+/// Cuts a file back to its last whole line; a last line that lacks only its end gets it.
+fn remove_torn_line(file: &mut File) -> io::Result<()> {
+    if ends_line(file)? {
+        return Ok(());
+    }
+    let (mut start, mut torn) = (file.metadata()?.len(), Vec::new());
+    while start > 0 && !torn.contains(&b'\n') {
+        let mut block = vec![0; start.min(4096) as usize];
+        start -= block.len() as u64;
+        file.read_exact_at(&mut block, start)?;
+        block.append(&mut torn);
+        torn = block;
+    }
+    let line = torn.iter().rposition(|byte| *byte == b'\n').map_or(0, |end| end + 1);
+    if serde_json::from_slice::<serde_json::Map<_, _>>(&torn[line..]).is_ok() {
+        return file.write_all(b"\n");
+    }
+    file.set_len(start + line as u64)
+}
+
+/// How a run does, on stdout: a line every few steps and each minute, and always of the first and the last step. On a screen they
+/// stand above a line that is written anew at most once a second.
 #[derive(Debug)]
 pub struct Progress {
     steps: u64,
     start: Instant,
-    pace: Pace,
+    /// Steps shown or not.
+    done: u32,
+    lines: Pace,
+    /// On a screen only.
+    live: Option<Pace>,
     /// The screen's line has no end yet.
     is_open: bool,
 }
@@ -166,34 +237,35 @@ impl Pace {
 }
 
 impl Progress {
-    /// Starts the clock of a run of `steps` steps.
+    /// Starts the clock of a run up to step `steps`.
     pub fn new(steps: u64) -> Self {
-        let pace = if is_screen(&io::stdout()) {
-            Pace::Seconds(None)
-        } else {
-            Pace::Steps((steps / 20).max(1), Duration::ZERO)
-        };
-        Self { steps, start: Instant::now(), pace, is_open: false }
+        let lines = Pace::Steps((steps / 20).max(1), Duration::ZERO);
+        let live = is_screen(&io::stdout()).then_some(Pace::Seconds(None));
+        Self { steps, start: Instant::now(), done: 0, lines, live, is_open: false }
     }
 
     /// Shows a step, when it is time to.
     pub fn step(&mut self, record: &StepRecord) {
         let text = self.text(record, self.start.elapsed());
-        // A closed pipe must not end the training.
-        let _ = io::stdout().write_all(text.as_bytes()).and_then(|()| io::stdout().flush());
+        output::stdout().put(Kind::Progress, text.as_bytes());
     }
 
     fn text(&mut self, record: &StepRecord, now: Duration) -> String {
-        let is_last = record.step + 1 == self.steps;
-        if !self.pace.is_due(record.step, now) && !is_last {
+        self.done = self.done.saturating_add(1);
+        let left = self.steps.saturating_sub(record.step + 1);
+        let is_line = self.lines.is_due(record.step, now) || left == 0;
+        let is_live = self.live.as_mut().is_some_and(|live| live.is_due(record.step, now));
+        if !is_line && !is_live {
             return String::new();
         }
-        let line = progress_line(record, self.steps);
-        match self.pace {
-            Pace::Steps(..) => format!("{line}\n"),
-            Pace::Seconds(_) => {
-                self.is_open = !is_last;
-                format!("{ANEW}{line}{WRAP}{}", if is_last { "\n" } else { "" })
+        let eta = (now / self.done).saturating_mul(u32::try_from(left).unwrap_or(u32::MAX));
+        let line = progress_line(record, self.steps, eta);
+        let end = if is_line { "\n" } else { "" };
+        match self.live {
+            None => format!("{line}\n"),
+            Some(_) => {
+                self.is_open = !is_line;
+                format!("{ANEW}{line}{WRAP}{end}")
             }
         }
     }
@@ -203,15 +275,20 @@ impl Progress {
 impl Drop for Progress {
     fn drop(&mut self) {
         if self.is_open {
-            let _ = writeln!(io::stdout());
+            output::stdout().end_line();
         }
     }
+}
+
+/// Prints a line.
+pub fn say(line: impl Display) {
+    output::stdout().line(&line.to_string());
 }
 
 /// Writes a line to stderr, in place of the progress on a screen, which is written anew below it.
 pub fn note(line: impl Display) {
     let anew = if is_screen(&io::stderr()) { "\r\x1b[K" } else { "" };
-    eprintln!("{anew}{line}");
+    output::stderr().line(&format!("{anew}{line}"));
 }
 
 /// A terminal that knows escape codes.
@@ -219,11 +296,12 @@ fn is_screen(stream: &impl IsTerminal) -> bool {
     stream.is_terminal() && std::env::var_os("TERM").is_some_and(|name| name != "dumb")
 }
 
-fn progress_line(record: &StepRecord, steps: u64) -> String {
+fn progress_line(record: &StepRecord, steps: u64, eta: Duration) -> String {
     let norm = record.grad_norm.map(|norm| format!("  norm {norm:.3}")).unwrap_or_default();
     let (step, width) = (record.step + 1, steps.to_string().len());
+    let (hours, minutes, seconds) = (eta.as_secs() / 3600, eta.as_secs() / 60 % 60, eta.as_secs() % 60);
     format!(
-        "step {step:>width$}/{steps}  loss {:.4}{norm}  {:.1} ms  {:.0} tokens/s",
+        "step {step:>width$}/{steps}  loss {:.4}{norm}  {:.1} ms  {:.0} tokens/s  ETA {hours}:{minutes:02}:{seconds:02}",
         record.loss,
         record.step_seconds * 1e3,
         record.tokens_per_second
@@ -283,24 +361,70 @@ mod tests {
     }
 
     #[test]
-    fn a_screen_has_one_line_and_a_file_many() {
-        let texts = |pace| {
-            let mut progress = Progress { steps: 3, start: Instant::now(), pace, is_open: false };
+    fn a_screen_has_a_live_line_below_those_of_a_file() {
+        let texts = |live| {
+            let (lines, start) = (Pace::Steps(2, Duration::ZERO), Instant::now());
+            let mut progress = Progress { steps: 5, start, done: 0, lines, live, is_open: false };
             let record = |step| StepRecord { step, ..RECORD };
-            let texts = [0, 1, 2].map(|step| progress.text(&record(step), Duration::from_secs(2 * step)));
-            assert!(!progress.is_open, "the last one ends");
+            let texts = [0, 1, 2, 3, 4].map(|step| {
+                let text = progress.text(&record(step), Duration::from_secs(60 * (step + 1)));
+                assert_eq!(progress.is_open, !text.is_empty() && !text.ends_with('\n'), "{text:?}");
+                text
+            });
             texts.concat()
         };
-        let line = |step| format!("step {step}/3  loss 2.5000  12.5 ms  61440 tokens/s");
-        let screen = |step| format!("\r\x1b[K\x1b[?7l{}\x1b[?7h", line(step));
-        assert_eq!(texts(Pace::Seconds(None)), format!("{}{}{}\n", screen(1), screen(2), screen(3)));
-        assert_eq!(texts(Pace::Steps(2, Duration::ZERO)), format!("{}\n{}\n", line(1), line(3)));
+        let line = |step| {
+            let left = 5 - step;
+            format!("step {step}/5  loss 2.5000  12.5 ms  61440 tokens/s  ETA 0:{left:02}:00")
+        };
+        let live = |step| format!("\r\x1b[K\x1b[?7l{}\x1b[?7h", line(step));
+        let lines = |step| format!("{}\n", live(step));
+        // A minute passes with each step, so each has a line.
+        assert_eq!(texts(Some(Pace::Seconds(None))), [1, 2, 3, 4, 5].map(lines).concat());
+        assert_eq!(texts(None), [1, 2, 3, 4, 5].map(|step| format!("{}\n", line(step))).concat());
+        let (pace, start) = (Pace::Steps(3, Duration::ZERO), Instant::now());
+        let mut progress =
+            Progress { steps: 9, start, done: 0, lines: pace, live: Some(Pace::Seconds(None)), is_open: false };
+        let ends = [0, 1, 2, 3]
+            .map(|step| progress.text(&StepRecord { step, ..RECORD }, Duration::from_secs(step)).ends_with('\n'));
+        assert_eq!(ends, [true, false, false, true], "the live line is replaced until a line stays");
     }
 
     #[test]
     fn progress_lines() {
-        assert_eq!(progress_line(&RECORD, 300), "step   9/300  loss 2.5000  12.5 ms  61440 tokens/s");
-        let line = progress_line(&StepRecord { grad_norm: Some(0.25), ..RECORD }, 9);
-        assert_eq!(line, "step 9/9  loss 2.5000  norm 0.250  12.5 ms  61440 tokens/s");
+        let eta = Duration::from_secs(2 * 3600 + 3 * 60 + 4);
+        let line = progress_line(&RECORD, 300, eta);
+        assert_eq!(line, "step   9/300  loss 2.5000  12.5 ms  61440 tokens/s  ETA 2:03:04");
+        let line = progress_line(&StepRecord { grad_norm: Some(0.25), ..RECORD }, 9, Duration::ZERO);
+        assert_eq!(line, "step 9/9  loss 2.5000  norm 0.250  12.5 ms  61440 tokens/s  ETA 0:00:00");
+    }
+
+    /// A killed run leaves any part of its last line; what a later run adds can be read in each case.
+    #[test]
+    fn a_log_goes_on_after_any_tear() {
+        let path = std::env::temp_dir().join(format!("shardflow-torn-{}.jsonl", std::process::id()));
+        let mut log = JsonLog::create(&path).unwrap();
+        log.step(&StepRecord { step: 0, ..RECORD }).unwrap();
+        let first = std::fs::read(&path).unwrap().len();
+        log.step(&StepRecord { step: 1, ..RECORD }).unwrap();
+        let whole = std::fs::read(&path).unwrap();
+        // Zeros are what a machine that loses power may leave; the long line is larger than a block.
+        let zeros = [&whole[..first + 5], &[0; 8]].concat();
+        let long = [&whole[..first], &[b'x'; 9000]].concat();
+        let torn = (0..=whole.len()).map(|cut| whole[..cut].to_vec()).chain([zeros, long]);
+        for torn in torn {
+            std::fs::write(&path, &torn).unwrap();
+            JsonLog::go_on(&path).unwrap().step(&StepRecord { step: 7, ..RECORD }).unwrap();
+            let text = std::fs::read_to_string(&path).unwrap();
+            let steps: Vec<u64> = text
+                .lines()
+                .map(|line| serde_json::from_str::<serde_json::Value>(line).expect("valid")["step"].as_u64().unwrap())
+                .collect();
+            // A line that lacks only its end is whole.
+            let kept = [first - 1, whole.len() - 1].iter().filter(|end| torn.len() >= **end).count();
+            let kept = if torn.contains(&0) || torn.contains(&b'x') { 1 } else { kept };
+            assert_eq!(steps, [&[0, 1][..kept], &[7]].concat(), "{:?}", String::from_utf8_lossy(&torn));
+        }
+        std::fs::remove_file(&path).unwrap();
     }
 }

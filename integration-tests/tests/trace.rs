@@ -15,7 +15,7 @@ fn a_trace_shows_every_firing_and_every_piece() {
     let mut session = model.session("data=2,stage=2", &options(4, OneFOneB));
     let scratch = Scratch::new("trace");
     let path = scratch.path().join("trace.json");
-    let mut file = TraceFile::create(&path).expect("a file");
+    let mut file = TraceFile::create(&path, u64::MAX).expect("a file");
     for _ in 0..3 {
         model.step(&mut session);
         file.add(&session).expect("room");

@@ -5,7 +5,6 @@ use std::fmt;
 use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
 use std::process::{ExitCode, ExitStatus};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{SystemTime, UNIX_EPOCH};
 use std::{env, fs, io};
@@ -223,9 +222,11 @@ pub(crate) fn joined() {
 }
 
 /// Reports why this process is about to end with `exit`. `first_cause_rank`: the process whose failure it was, where it
-/// was another one's. Under `shardflow launch` the report goes to the launcher. Without it, a process of several that ends
-/// before it has met the others, for a cause that is not worth a retry, reports to them: it dials the rendezvous endpoint,
-/// or as rank 0 answers there, for at most `SHARDFLOW_REPORT_WAIT_MS`. The first report of a process stands.
+/// was another one's. A process that names itself with [`Exit::Retry`] was asked to end, as by a notice that its node is
+/// taken away: no launcher starts it again. Under `shardflow launch` the report goes to the launcher. Without it, a process
+/// of several that ends before it has met the others, for a cause that is not worth a retry, reports to them: it dials the
+/// rendezvous endpoint, or as rank 0 answers there, for at most `SHARDFLOW_REPORT_WAIT_MS`. The first report of a process
+/// stands.
 ///
 /// # Errors
 /// The report cannot be written.
@@ -264,16 +265,6 @@ pub fn progress(step: u64) -> io::Result<()> {
 /// The step in a progress file; nothing when none was committed yet.
 pub fn read_progress(path: &Path) -> Option<u64> {
     fs::read_to_string(path).ok()?.trim().parse().ok()
-}
-
-/// Has SIGTERM set a flag from now on: the wish that the program ends in order, after a checkpoint, with [`Exit::Signal`] of 15.
-/// To be called when there is something to end in order, a session that runs: until then SIGTERM ends the process at once, also
-/// while it waits for others.
-///
-/// # Errors
-/// The handler cannot be installed.
-pub fn on_terminate(flag: &Arc<AtomicBool>) -> io::Result<()> {
-    signal_hook::flag::register(signal_hook::consts::SIGTERM, flag.clone()).map(drop)
 }
 
 /// Now, in nanoseconds since 1970; 0 when the clock stands before that.

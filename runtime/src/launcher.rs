@@ -1,5 +1,5 @@
 //! `shardflow launch`: starts a node's processes, passes signals on, and starts them again after a failure that is
-//! worth it. Imports `cluster`, `exit` and `machine`.
+//! worth it. Imports `cluster`, `exit`, `machine`, `output` and `requests`.
 //!
 //! Each node has its own launcher. When a process fails, those on other nodes notice it and end too, and each launcher
 //! starts its own again. A failure before the processes have met, for which a new start would not help, is reported to the
@@ -11,14 +11,17 @@ use std::path::PathBuf;
 use std::time::Duration;
 use std::{env, fs, io, thread};
 
-use crossbeam_channel::{Receiver, Sender};
+use crossbeam_channel::{Receiver, Sender, select};
 use shardflow_actors::transport::PrivateFolder;
+use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGUSR1};
 
 use crate::cluster::departure::Departure;
 use crate::cluster::env::{Endpoint, EnvError, Secret, SecretSource, Variables, process_variables};
 use crate::cluster::{ClusterError, ClusterOptions};
 use crate::exit::{Exit, Report, read_progress, unix_ns};
 use crate::machine::{TemporaryError, temporary_folder};
+use crate::output;
+use crate::requests::not_ignored;
 use cause::{Ended, Restarts, Verdict, exit_when_asked, first_cause};
 use guard::{FOLDER_PREFIX, Guard};
 
@@ -183,7 +186,12 @@ struct Job<'a> {
 /// What keeps processes from being started. A process that fails is no error: see the exit that is returned.
 pub fn launch(options: &LaunchOptions) -> Result<Exit, LaunchError> {
     let departure = departure(options);
-    Job::prepare(options, departure.clone()).and_then(|mut job| attempts(&mut job)).inspect_err(|error| {
+    let launched = Job::prepare(options, departure.clone()).and_then(|mut job| {
+        let exit = supervise(&mut job);
+        wait_for_the_reader(&job.events.1);
+        exit
+    });
+    launched.inspect_err(|error| {
         let (rank, exit) = (options.node.saturating_mul(options.local_processes), error.exit().code());
         let report = Report { rank, exit, time_unix_ns: unix_ns(), cause: error.to_string(), ..Report::default() };
         if let Some(departure) = departure.filter(|_| report.is_for_all()) {
@@ -208,7 +216,28 @@ fn variables(options: &LaunchOptions) -> Variables {
     process_variables().into_iter().chain(given).collect()
 }
 
-fn attempts(job: &mut Job) -> Result<Exit, LaunchError> {
+/// Waits until all output is written, or a signal asks the launcher to end.
+fn wait_for_the_reader(events: &Receiver<Event>) {
+    let (writing, written) = crossbeam_channel::bounded::<()>(0);
+    thread::spawn(move || (output::finish(None), drop(writing)));
+    wait_unless_asked(&written, events);
+}
+
+/// Waits until the sender of `done` is dropped; false when a signal asks the launcher to end before.
+fn wait_unless_asked(done: &Receiver<()>, events: &Receiver<Event>) -> bool {
+    loop {
+        select! {
+            recv(done) -> _ => return true,
+            recv(events) -> event => match event {
+                Ok(Event::Signal(signal)) if i32::from(signal) != SIGUSR1 => return false,
+                _ => {}
+            },
+        }
+    }
+}
+
+/// Starts the processes, again after failures that are worth it, until they have ended for good.
+fn supervise(job: &mut Job) -> Result<Exit, LaunchError> {
     let options = job.options;
     let mut restarts = Restarts::new(options.restarts_max);
     loop {
@@ -217,13 +246,13 @@ fn attempts(job: &mut Job) -> Result<Exit, LaunchError> {
         if let Some(signal) = outcome.asked {
             let (exit, failed) = exit_when_asked(&outcome.ended, signal);
             if let Some(failed) = failed {
-                eprintln!("error: {}", outcome.describe(failed));
+                output::stderr().line(&format!("error: {}", outcome.describe(failed)));
             }
             return Ok(exit);
         }
         let Some(cause) = first_cause(&outcome.ended) else { return Ok(Exit::Done) };
-        let verdict = if outcome.abandoned {
-            // What cannot be killed still holds the node's devices and files.
+        let verdict = if outcome.abandoned || cause.ended_on_request() {
+            // What cannot be killed still holds the node's devices and files; a node that is taken away runs nothing.
             Verdict::NotWorthIt
         } else {
             restarts.next(cause.exit, read_progress(&job.progress_file()))
@@ -251,7 +280,7 @@ fn attempts(job: &mut Job) -> Result<Exit, LaunchError> {
             )),
             Verdict::NotWorthIt | Verdict::Exhausted => {}
         }
-        eprintln!("error: {}", outcome.describe(cause));
+        output::stderr().line(&format!("error: {}", outcome.describe(cause)));
         job.wait_for_reports();
         return Ok(cause.exit);
     }
@@ -259,11 +288,14 @@ fn attempts(job: &mut Job) -> Result<Exit, LaunchError> {
 
 /// A line of the launcher's own on the screen.
 fn notice(text: &str) {
-    eprintln!("shardflow: {text}");
+    output::stderr().line(&format!("shardflow: {text}"));
 }
 
 impl<'a> Job<'a> {
     fn prepare(options: &'a LaunchOptions, departure: Option<Departure>) -> Result<Job<'a>, LaunchError> {
+        // First of all: process 1 of a container has no other way to end.
+        let events = crossbeam_channel::bounded(EVENTS_MAX);
+        watch_signals(events.0.clone()).map_err(LaunchError::io("watch for signals"))?;
         check(options)?;
         let program = find_program(options)?;
         let variables = variables(options);
@@ -279,8 +311,6 @@ impl<'a> Job<'a> {
             None => format!("{}-{}", unix_ns() / 1_000_000_000, &random_secret()?.text()[..6]),
         };
         let folder = temporary_folder(FOLDER_PREFIX)?;
-        let events = crossbeam_channel::bounded(EVENTS_MAX);
-        watch_signals(events.0.clone()).map_err(LaunchError::io("watch for signals"))?;
         let guard = Guard::start(&options.helper, folder.path()).map_err(LaunchError::io("start the guard"))?;
         let began_ms = unix_ns() / 1_000_000;
         let (causes, reports) = (Vec::new(), Vec::new());
@@ -303,17 +333,7 @@ impl<'a> Job<'a> {
 
     /// Until all reports are made, or a signal asks the launcher to end.
     fn wait_for_reports(&self) {
-        for done in &self.reports {
-            let asked = || loop {
-                crossbeam_channel::select! {
-                    recv(done) -> _ => return false,
-                    recv(self.events.1) -> event => if let Ok(Event::Signal(_)) = event { return true },
-                }
-            };
-            if asked() {
-                return;
-            }
-        }
+        let _ = self.reports.iter().all(|done| wait_unless_asked(done, &self.events.1));
     }
 
     fn progress_file(&self) -> PathBuf {
@@ -385,13 +405,10 @@ fn find_program(options: &LaunchOptions) -> Result<PathBuf, LaunchError> {
     }
 }
 
-/// Sends the signals by which somebody asks the launcher to end. One that was ignored when it started, as under
-/// `nohup`, stays so, but for SIGTERM.
+/// Sends the signals by which somebody asks the launcher to end, and SIGUSR1. One that was ignored when it started, as under
+/// `nohup`, stays so, but for SIGTERM and SIGUSR1.
 fn watch_signals(events: Sender<Event>) -> io::Result<()> {
-    use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM};
-    let ignored = ignored_signals();
-    let wanted = [SIGHUP, SIGINT, SIGQUIT, SIGTERM].into_iter();
-    let wanted = wanted.filter(|signal| *signal == SIGTERM || ignored >> (signal - 1) & 1 == 0);
+    let wanted = not_ignored(&[SIGTERM, SIGUSR1], &[SIGHUP, SIGINT, SIGQUIT]);
     let mut signals = signal_hook::iterator::Signals::new(wanted)?;
     let forward = move || {
         for signal in signals.forever() {
@@ -401,11 +418,4 @@ fn watch_signals(events: Sender<Event>) -> io::Result<()> {
         }
     };
     thread::Builder::new().name("signals".into()).spawn(forward).map(drop)
-}
-
-/// Bit n - 1 stands for signal n. None when the kernel does not tell.
-fn ignored_signals() -> u64 {
-    let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
-    let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
-    mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok()).unwrap_or(0)
 }

@@ -3,7 +3,6 @@
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
-use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, MutexGuard, Once, OnceLock, PoisonError, Weak};
 use std::thread::available_parallelism;
 use std::time::{Duration, Instant};
@@ -31,6 +30,7 @@ use crate::machine::{affinity, threads_per_device};
 use crate::metrics as names;
 use crate::plan::validate::PlanError;
 use crate::plan::{Plan, ResidentTensor};
+use crate::requests::{Request, Requests};
 
 pub(crate) mod budget;
 pub mod checkpoint;
@@ -118,8 +118,9 @@ pub struct SessionOptions {
     pub watchdog: WatchdogOptions,
     /// The processes that run the plan together.
     pub cluster: Cluster,
-    /// Set from outside, by a signal for instance, to have all processes told by [`StepReport::stop`] after the next step.
-    pub stop: Option<Arc<AtomicBool>>,
+    /// What this process is asked from outside, by signals for instance. All processes get it by [`StepReport::request`] after
+    /// the same step.
+    pub requests: Option<Arc<Requests>>,
     /// What becomes of a step whose loss or gradients are not finite.
     pub on_non_finite: OnNonFinite,
     /// Floating-point operations that one device could do in a second, for [`crate::metrics::MFU`].
@@ -137,7 +138,7 @@ impl Default for SessionOptions {
             seed: 1337,
             watchdog,
             cluster,
-            stop: None,
+            requests: None,
             on_non_finite: OnNonFinite::default(),
             peak_flops: None,
             steps_planned: None,
@@ -157,8 +158,8 @@ pub struct StepReport {
     pub grad_norm: Option<f64>,
     /// Every output by name, of the whole batch: see [`crate::graph::Over`] for those made once a micro-batch.
     pub outputs: BTreeMap<String, HostTensor>,
-    /// Some process had been asked to stop before this step: the same for all.
-    pub stop: bool,
+    /// What some process was asked before this step: the same for all. See [`crate::requests`].
+    pub request: Request,
     /// Loss or gradients were not finite, so nothing was updated, and [`SessionOptions::on_non_finite`] lets such a step pass.
     pub non_finite: Option<NonFinite>,
 }
@@ -194,7 +195,9 @@ pub struct Session {
     /// Updates applied: the count that an optimizer's bias correction takes. A skipped step is none.
     updates: u64,
     seed: u64,
-    stop: Option<Arc<AtomicBool>>,
+    requests: Option<Arc<Requests>>,
+    /// How long the last step took.
+    last_step: Duration,
     on_non_finite: OnNonFinite,
     skipped_in_a_row: u32,
     step_metrics: StepMetrics,
@@ -328,7 +331,8 @@ impl Session {
             steps: 0,
             updates: 0,
             seed: options.seed,
-            stop: options.stop.clone(),
+            requests: options.requests.clone(),
+            last_step: Duration::ZERO,
             on_non_finite: options.on_non_finite,
             skipped_in_a_row: 0,
             step_metrics,

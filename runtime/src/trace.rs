@@ -26,6 +26,11 @@ pub mod summary;
 const PREDICTION: &str = "prediction";
 /// Name of the event with the Unix time at which a file's times begin.
 const CLOCK: &str = "clock";
+/// Name of the event that ends a file which has reached its limit.
+const LIMIT: &str = "the limit of this file is reached: later steps are not in it";
+
+/// Bytes kept free for the events at a file's end.
+const END_BYTES: u64 = 64 << 10;
 
 /// A trace that is being written.
 pub struct TraceFile {
@@ -38,6 +43,12 @@ pub struct TraceFile {
     /// By actor: firings read.
     read: BTreeMap<ActorId, u64>,
     lost: u64,
+    bytes: u64,
+    /// Of the largest step so far.
+    step_bytes: u64,
+    bytes_max: u64,
+    /// Of the newest end of a firing.
+    last_ns: u64,
     is_empty: bool,
     has_ended: bool,
 }
@@ -51,24 +62,38 @@ pub struct TraceError {
 }
 
 impl TraceFile {
-    /// An empty one, for a session's process.
+    /// An empty one, for a session's process, of at most `bytes_max` bytes, and of one step if that is larger.
     ///
     /// # Errors
     /// When the file cannot be made.
-    pub fn create(path: &Path) -> Result<Self, TraceError> {
+    pub fn create(path: &Path, bytes_max: u64) -> Result<Self, TraceError> {
         let failed = |source| TraceError { path: path.to_owned(), source };
         let mut out = BufWriter::new(File::create(path).map_err(failed)?);
         out.write_all(b"[\n").map_err(failed)?;
-        let (read, spent) = (BTreeMap::new(), BTreeMap::new());
-        Ok(Self { path: path.to_owned(), out, spec: None, spent, read, lost: 0, is_empty: true, has_ended: false })
+        Ok(Self {
+            path: path.to_owned(),
+            out,
+            spec: None,
+            spent: BTreeMap::new(),
+            read: BTreeMap::new(),
+            lost: 0,
+            bytes: 0,
+            step_bytes: 0,
+            bytes_max,
+            last_ns: 0,
+            is_empty: true,
+            has_ended: false,
+        })
     }
 
-    /// Adds what actors did since it was last called: to be called after each step, before their rings are full.
+    /// Adds what actors did since it was last called: to be called after each step, before their rings are full. Returns false
+    /// once another step would exceed the limit: the file is complete then.
     ///
     /// # Errors
     /// When the file cannot be written.
-    pub fn add(&mut self, session: &Session) -> Result<(), TraceError> {
-        let Some(observer) = session.observer() else { return Ok(()) };
+    pub fn add(&mut self, session: &Session) -> Result<bool, TraceError> {
+        let Some(observer) = session.observer().filter(|_| !self.has_ended) else { return Ok(!self.has_ended) };
+        let before = self.bytes;
         if self.spec.is_none() {
             self.begin(observer)?;
         }
@@ -87,7 +112,14 @@ impl TraceFile {
                 self.firing(&spec, actor, fired, (pass, observer.step_of(pass)))?;
             }
         }
-        Ok(())
+        self.step_bytes = self.step_bytes.max(self.bytes - before);
+        if self.bytes + self.step_bytes + END_BYTES <= self.bytes_max {
+            return Ok(true);
+        }
+        let (pid, ts) = (observer.hosting().own().start, micros(self.last_ns));
+        self.event(&json!({ "name": LIMIT, "ph": "i", "s": "g", "pid": pid, "tid": 0, "ts": ts }))?;
+        self.end()?;
+        Ok(false)
     }
 
     /// Tells the clock, and names the devices: a viewer shows each as a process.
@@ -148,8 +180,9 @@ impl TraceFile {
 
     fn event(&mut self, event: &serde_json::Value) -> Result<(), TraceError> {
         let separator = if std::mem::take(&mut self.is_empty) { "" } else { ",\n" };
-        let written = write!(self.out, "{separator}{event}");
-        written.map_err(|source| TraceError { path: self.path.clone(), source })
+        let text = format!("{separator}{event}");
+        self.bytes += text.len() as u64;
+        self.out.write_all(text.as_bytes()).map_err(|source| TraceError { path: self.path.clone(), source })
     }
 
     /// A slice, and the arrows that end and begin in it.
@@ -168,6 +201,7 @@ impl TraceFile {
             *spent = (0, 0);
         }
         *spent = (spent.0 + 1, spent.1 + fired.ended_ns - fired.launched_ns);
+        self.last_ns = self.last_ns.max(fired.ended_ns);
         let (pid, tid) = (own.device, actor.0);
         let (cause, register) = match fired.cause {
             Cause::Input(register) => ("input", spec.register_name(register)),

@@ -501,3 +501,101 @@ fn secrets_differ() {
     let (one, other) = (job.run(&["secret"]).end(), job.run(&["secret"]).end());
     assert!(one.code == 0 && one.out.trim().len() == 64 && one.out != other.out);
 }
+
+#[test]
+fn sigusr1_goes_to_processes_that_handle_it_and_ends_none() {
+    let job = Job::new();
+    // Rank 1 has no handler: the signal would end it.
+    let script = "[ $RANK = 1 ] && { echo ready > $READY; exec sleep 600; }
+        trap 'echo notice > $READY' USR1; echo ready > $READY; while :; do read line < $WAIT.none; done";
+    let running = job.sh(&["--nproc-per-node=2", "--max-restarts=9", "--rdzv-id=x"], script);
+    assert_eq!([job.ready(), job.ready()], ["ready", "ready"]);
+    for _ in 0..2 {
+        running.signal(Signal::USR1);
+        assert_eq!(job.ready(), "notice");
+    }
+    running.signal(Signal::TERM);
+    let ended = running.end();
+    assert_eq!((ended.code, job.attempts("x")), (143, 1), "{}", ended.err);
+    assert!(!ended.err.contains("SIGUSR1"), "{}", ended.err);
+}
+
+#[test]
+fn who_was_asked_to_end_is_not_started_again() {
+    let job = Job::new();
+    let script = r#"echo "{\"rank\":$RANK,\"time_unix_ns\":1,\"exit\":75,\"cause\":\"asked\",\"first_cause_rank\":$RANK}" \
+        > $SHARDFLOW_ERROR_FILE; exit 75"#;
+    let ended = job.sh(&["--nproc-per-node=2", "--max-restarts=9", "--rdzv-id=x"], script).end();
+    assert_eq!((ended.code, job.attempts("x")), (75, 1), "{}", ended.err);
+}
+
+#[test]
+fn a_reader_that_stalls_holds_up_no_process() {
+    let job = Job::new();
+    // More than the pipe and the queue take, and what must arrive: a record first, an error, what standard error says, the end.
+    let script = "line=$(printf '%0120d' 7); echo '{\"first\":1}'; i=0; while [ $i -lt 6000 ]; do echo step $i $line; i=$((i+1)); done
+        i=0; while [ $i -lt 1500 ]; do echo warning $i $line >&2; i=$((i+1)); done
+        echo error: of one line; echo last; echo done > $READY";
+    let mut unread = job.sh_unread(&["--rdzv-id=x"], script);
+    assert_eq!(job.ready(), "done", "with no reader");
+    let (out, err) = unread.read();
+    assert_eq!(unread.end(), 0);
+    let steps = out.lines().filter(|line| line.starts_with("step ")).count();
+    assert!(out.starts_with("{\"first\":1}\n") && out.contains("\nerror: of one line\nlast\n"), "{out}");
+    let notices = out.lines().filter(|line| line.contains("lines of progress are left out"));
+    let dropped: usize = notices.map(|line| line[1..].split(' ').next().unwrap().parse::<usize>().unwrap()).sum();
+    assert!(steps + dropped == 6000 && dropped > 0, "{steps} {dropped}");
+    assert_eq!(err.lines().filter(|line| line.starts_with("warning ")).count(), 1500);
+    let log = job.log("x", 0, 0);
+    assert_eq!(log.lines().filter(|line| line.starts_with("step ")).count(), 6000, "the log has them all");
+}
+
+#[test]
+fn a_launcher_that_waits_for_its_reader_ends_when_asked_to() {
+    let job = Job::new();
+    let script =
+        "line=$(printf '%01000d' 7); i=0; while [ $i -lt 200 ]; do echo $line; i=$((i+1)); done; echo done > $READY";
+    let mut unread = job.sh_unread(&[], script);
+    job.ready();
+    unread.signal(Signal::TERM);
+    // The signal came before the script's end, or after it.
+    let code = unread.end();
+    assert!(code == 0 || code == 143, "{code}");
+}
+
+#[test]
+fn a_log_that_was_torn_goes_on_with_a_line_of_its_own() {
+    let job = Job::new();
+    let folder = job.folder().join("shardflow-logs/x/attempt-0");
+    fs::create_dir_all(&folder).unwrap();
+    for rank in 0..2 {
+        fs::write(folder.join(format!("rank-{rank}.log")), "whole\nto").unwrap();
+    }
+    assert_eq!(job.sh(&["--nproc-per-node=2", "--rdzv-id=x"], "echo error: new").end().code, 0);
+    for rank in 0..2 {
+        assert_eq!(job.log("x", 0, rank), "whole\nto\nerror: new\n");
+    }
+}
+
+/// As process 1 of a container, which ignores signals without a handler.
+#[test]
+fn commands_end_on_sigterm_as_process_1() {
+    let job = Job::new();
+    let root = std::process::Command::new("unshare").args(["-pf", "true"]).output();
+    if !root.is_ok_and(|output| output.status.success()) {
+        return eprintln!("SKIPPED: `unshare -pf` needs root");
+    }
+    // A launcher, and a command that reads a pipe which never ends.
+    let launch = ["launch", "--", "sh", "-c", "echo ready > $READY; exec sleep 600"];
+    let pipe = job.folder().join("wait.none");
+    for args in [&launch[..], &["trace", pipe.to_str().unwrap()]] {
+        let running = job.as_process_1(args);
+        if args[0] == "launch" {
+            job.ready();
+        }
+        let inner = harness::child_of(running.pid());
+        harness::wait_for_a_handler(inner, 15);
+        rustix::process::kill_process(rustix::process::Pid::from_raw(inner).unwrap(), Signal::TERM).unwrap();
+        assert_eq!(running.end().code, 143, "{args:?}");
+    }
+}

@@ -1,47 +1,64 @@
 //! Trains a small GPT on a text, on any mesh of devices of one process or of several, and writes a text with it at the end.
 //! Imports `shardflow::prelude` and what the examples share.
 
-use std::fmt::Display;
-use std::io::Write;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
 use clap::Parser;
-use shardflow::exit;
 use shardflow::passes::THREADS_MAX;
 use shardflow::prelude::*;
 use shardflow::session::shown;
 use shardflow::trace::{TraceError, TraceFile};
 use shardflow::watch::{Watch, WatchError};
-use shardflow_examples::args::{ArgsError, DeviceArg, GptArgs, NonFiniteArg, PrecisionArg, ScheduleArg, fail};
+use shardflow::{exit, output};
+use shardflow_examples::args::{
+    ArgsError, DeviceArg, GptArgs, NonFiniteArg, OnUsr1Arg, PrecisionArg, ScheduleArg, fail,
+};
 use shardflow_examples::checkpoints::{Checkpoints, CheckpointsError};
 use shardflow_examples::data::{DataError, Text};
 use shardflow_examples::files::{PlaceError, check_writable};
-use shardflow_examples::log::{DeviceMemory, JsonLog, LogError, Progress, StepRecord, Totals, note};
+use shardflow_examples::log::{DeviceMemory, JsonLog, LogError, Progress, StepRecord, Totals, note, say};
 use shardflow_examples::sample::Sampler;
 
+/// How long the work after the last step may go on once a signal asked the process to end.
+const LAST_WORK: Duration = Duration::from_secs(20);
+/// How long a process that was asked to end waits for the reader of its output.
+const LAST_WORDS: Duration = Duration::from_secs(1);
+
 fn main() -> ExitCode {
-    match run(&GptArgs::parse()) {
+    // First of all: process 1 of a container has no other way to end.
+    let requests = Requests::on_signals();
+    let args = GptArgs::parse();
+    let (ended, requests) = match requests {
+        Ok(requests) => (run(&args, &requests), requests),
+        Err(error) => (Err(GptError::Signals(error)), Arc::default()),
+    };
+    let code = match ended {
         Ok(()) => ExitCode::SUCCESS,
         // `shardflow plan` wanted no more.
         Err(GptError::Session(SessionError::PlanShown)) => ExitCode::SUCCESS,
         Err(error) => {
             // The launcher, if there is one, prints the first cause of all processes last.
             let told = exit::report(Exit::from_code(error.exit_code()), &error.to_string(), error.first_cause_rank());
-            told.unwrap_or_else(|e| eprintln!("warning: cannot tell the launcher: {e}"));
+            told.unwrap_or_else(|e| note(format!("warning: cannot tell the launcher: {e}")));
             fail(error.exit_code(), &error, &error.hint())
         }
-    }
+    };
+    output::finish(matches!(requests.pending(), Request::End(_)).then_some(LAST_WORDS));
+    code
 }
 
 /// All that can be wrong is found before the first step; files are made only then. Where the program runs as several
 /// processes, each runs all of this; the first one speaks.
-fn run(args: &GptArgs) -> Result<(), GptError> {
+fn run(args: &GptArgs, requests: &Arc<Requests>) -> Result<(), GptError> {
     args.check()?;
+    requests.set_job_end_margin(Duration::from_secs(args.job_end_margin));
+    if args.on_usr1 == OnUsr1Arg::End {
+        requests.set_on_usr1(Request::End(Exit::Retry));
+    }
     let mut cluster = Cluster::from_env()?;
     cluster.options.on_waiting = Some(Arc::new(|missing| note(missing)));
     let text = Text::load(args.data.as_deref(), args.context)?;
@@ -64,12 +81,10 @@ fn run(args: &GptArgs) -> Result<(), GptError> {
     if speaks {
         introduce(args, &text, &plan, &cluster);
     }
-    let terminated: Arc<AtomicBool> = Arc::default();
     let process = cluster.process();
     let watch = args.listen.filter(|_| !shown::is_asked()).map(|first| listen(first, process)).transpose()?;
-    let mut session = Session::start(plan, &session_options(args, cluster, terminated.clone()))?;
+    let mut session = Session::start(plan, &session_options(args, cluster, requests.clone()))?;
     check_threads(args, &session);
-    exit::on_terminate(&terminated).map_err(GptError::Signals)?;
     if let Some(watch) = &watch {
         watch.show(&session);
     }
@@ -80,9 +95,11 @@ fn run(args: &GptArgs) -> Result<(), GptError> {
     let checkpoints = checkpoints.transpose()?;
     let open = if session.steps() > 0 { JsonLog::go_on } else { JsonLog::create };
     let log = args.log_json.as_deref().filter(|_| speaks).map(open).transpose()?;
-    let trace = trace_path.map(|path| TraceFile::create(&path)).transpose()?;
-    let outputs = Outputs { log, checkpoints, trace };
+    let trace = trace_path.map(|path| TraceFile::create(&path, args.trace_mib.saturating_mul(1 << 20))).transpose()?;
+    let outputs = Outputs { log, checkpoints, trace, requests: requests.clone(), process };
+    let deferred = requests.defer();
     train(args, &text, &mut session, outputs, speaks)?;
+    deferred.within(LAST_WORK);
     if let Some(path) = &args.save {
         session.save(path).map_err(GptError::Save)?;
         if speaks {
@@ -92,6 +109,10 @@ fn run(args: &GptArgs) -> Result<(), GptError> {
     let parameters = session.parameters()?;
     // Its threads end before those of the sampler start.
     session.shutdown()?;
+    drop(deferred);
+    if let Request::End(exit) = requests.pending() {
+        return Err(GptError::Ended { exit, steps: args.steps, process, saved: Saved::All });
+    }
     if let Some(sampler) = sampler.filter(|_| speaks) {
         let written = sampler.run(&parameters, &text.prompt(), args.sample, args.seed)?;
         say(format!("\n{} characters written by the model:\n{}", args.sample, text.decode(&written)));
@@ -149,7 +170,7 @@ const NON_FINITE_IN_A_ROW_MAX: u32 = 10;
 
 /// A step that does not move for a minute is told: what everything waits for, and who on which register of whom. So is a
 /// process that the others wait for most of the time.
-fn session_options(args: &GptArgs, cluster: Cluster, terminated: Arc<AtomicBool>) -> SessionOptions {
+fn session_options(args: &GptArgs, cluster: Cluster, requests: Arc<Requests>) -> SessionOptions {
     let tell: Arc<dyn Fn(&str) + Send + Sync> = Arc::new(|report| note(format!("warning: {report}")));
     let hang = Duration::from_secs(args.hang_timeout);
     let watchdog = WatchdogOptions {
@@ -167,7 +188,7 @@ fn session_options(args: &GptArgs, cluster: Cluster, terminated: Arc<AtomicBool>
         seed: args.seed,
         watchdog,
         cluster,
-        stop: Some(terminated),
+        requests: Some(requests),
         on_non_finite,
         peak_flops,
         steps_planned: Some(args.steps),
@@ -190,7 +211,7 @@ fn listen(first: SocketAddr, process: u32) -> Result<Watch, GptError> {
     let port = u32::from(first.port()) + if first.port() == 0 { 0 } else { process };
     let Ok(port) = u16::try_from(port) else { return Err(GptError::Port { first, process }) };
     let watch = Watch::listen(SocketAddr::new(first.ip(), port))?;
-    eprintln!("watch it at http://{}, metrics at /metrics", watch.address());
+    note(format!("watch it at http://{}, metrics at /metrics", watch.address()));
     Ok(watch)
 }
 
@@ -251,10 +272,13 @@ struct Outputs {
     log: Option<JsonLog>,
     checkpoints: Option<Checkpoints>,
     trace: Option<TraceFile>,
+    /// They learn how long a save takes.
+    requests: Arc<Requests>,
+    process: u32,
 }
 
 fn train(args: &GptArgs, text: &Text, session: &mut Session, outputs: Outputs, speaks: bool) -> Result<(), GptError> {
-    let Outputs { mut log, mut checkpoints, mut trace } = outputs;
+    let Outputs { mut log, mut checkpoints, mut trace, requests, process } = outputs;
     let mut progress = speaks.then(|| Progress::new(args.steps));
     let (shape, step_tokens) = ([args.batch, args.context], (args.batch * args.context) as u64);
     let (mut seconds, mut final_loss) = (0.0, None);
@@ -276,8 +300,11 @@ fn train(args: &GptArgs, text: &Text, session: &mut Session, outputs: Outputs, s
         if let Some(log) = &mut log {
             log.step(&record)?;
         }
-        if let Some(trace) = &mut trace {
-            trace.add(session)?;
+        if let Some(file) = &mut trace
+            && !file.add(session)?
+        {
+            note(format!("the trace ends with step {}: it has reached --trace-mib {}", step + 1, args.trace_mib));
+            finish(trace.take())?;
         }
         (steps, seconds, final_loss) = (steps + 1, seconds + step_seconds, Some(loss));
         if let Some(found) = &report.non_finite {
@@ -289,22 +316,31 @@ fn train(args: &GptArgs, text: &Text, session: &mut Session, outputs: Outputs, s
                 continue;
             }
         }
-        let is_last = step + 1 == args.steps || report.stop;
+        let is_last = step + 1 == args.steps || matches!(report.request, Request::End(_));
         if let Some(checkpoints) = &mut checkpoints {
-            checkpoints.after_step(session, is_last)?;
+            checkpoints.after_step(session, report.request, is_last)?;
+            requests.set_save_time(checkpoints.save_time());
+        } else if report.request == Request::Checkpoint && speaks {
+            note("warning: a checkpoint was requested, and nothing is saved without --checkpoint DIR");
         }
-        if report.stop {
-            return Err(GptError::Terminated { steps: session.steps() });
+        if let Request::End(exit) = report.request {
+            let saved = args.checkpoint.clone().map_or(Saved::Nothing, Saved::Checkpoint);
+            return Err(GptError::Ended { exit, steps: session.steps(), process, saved });
         }
     }
-    if let Some(lost) = trace.map(TraceFile::finish).transpose()?.filter(|lost| *lost > 0) {
-        note(format!("warning: the trace lacks {lost} firings, for steps have more of them than an actor keeps"));
-    }
+    finish(trace)?;
     let totals = totals(steps, step_tokens, seconds, final_loss, session);
     if speaks {
         summarise(&totals);
     }
     log.map_or(Ok(()), |log| log.finish(&totals)).map_err(GptError::from)
+}
+
+fn finish(trace: Option<TraceFile>) -> Result<(), TraceError> {
+    if let Some(lost) = trace.map(TraceFile::finish).transpose()?.filter(|lost| *lost > 0) {
+        note(format!("warning: the trace lacks {lost} firings, for steps have more of them than an actor keeps"));
+    }
+    Ok(())
 }
 
 fn totals(steps: u64, step_tokens: u64, train_seconds: f64, final_loss: Option<f64>, session: &Session) -> Totals {
@@ -330,9 +366,14 @@ fn summarise(totals: &Totals) {
     }
 }
 
-/// Prints a line. A closed pipe, `gpt --explain | head`, is no failure.
-fn say(line: impl Display) {
-    let _ = writeln!(std::io::stdout(), "{line}");
+/// What is left of a training that was asked to end.
+#[derive(Debug)]
+enum Saved {
+    /// It had done its last step, and everything is saved that was to be.
+    All,
+    /// Its last step, in this place.
+    Checkpoint(String),
+    Nothing,
 }
 
 /// Why the program ends early.
@@ -368,10 +409,31 @@ enum GptError {
     Port { first: SocketAddr, process: u32 },
     #[error("--trace: {0}")]
     Trace(#[from] TraceError),
-    #[error("cannot listen for SIGTERM: {0}")]
+    #[error("cannot handle signals: {0}")]
     Signals(std::io::Error),
-    #[error("terminated after step {steps}")]
-    Terminated { steps: u64 },
+    #[error("ended after step {steps}, as {} asked{}", by(*.exit), saved.effect())]
+    Ended { exit: Exit, steps: u64, process: u32, saved: Saved },
+}
+
+/// What asked a training to end.
+fn by(exit: Exit) -> &'static str {
+    match exit {
+        Exit::Signal(1) => "SIGHUP",
+        Exit::Signal(2) => "SIGINT",
+        Exit::Signal(_) => "SIGTERM",
+        _ => "SIGUSR1 or the end of the job's time",
+    }
+}
+
+impl Saved {
+    /// For the end of an error's text.
+    fn effect(&self) -> String {
+        match self {
+            Self::All => "; the training is done".into(),
+            Self::Checkpoint(place) => format!("; this step is saved in {place}"),
+            Self::Nothing => "; nothing is saved".into(),
+        }
+    }
 }
 
 /// What goes before the node's own budget.
@@ -390,7 +452,7 @@ impl GptError {
             Self::Checkpoints(error) => error.exit().code(),
             Self::Signals(_) => Exit::Internal.code(),
             Self::Device(error) => SessionError::Kernel(error.clone()).exit().code(),
-            Self::Terminated { .. } => Exit::Signal(15).code(),
+            Self::Ended { exit, .. } => exit.code(),
             Self::Data(_) | Self::Place(_) | Self::Log(_) | Self::Mesh(_) => Exit::Usage.code(),
             Self::Watch(_) | Self::Port { .. } | Self::Trace(_) => Exit::Usage.code(),
             Self::InitFrom(Checkpoint(_)) | Self::Save(Checkpoint(_)) => Exit::Usage.code(),
@@ -404,6 +466,8 @@ impl GptError {
         match self {
             Self::InitFrom(error) | Self::Save(error) | Self::Session(error) => error.first_cause_rank(),
             Self::Checkpoints(error) => error.session().and_then(SessionError::first_cause_rank),
+            // No other failed; with code 75 it keeps the launcher from starting it again.
+            Self::Ended { process, .. } => Some(*process),
             _ => None,
         }
     }
@@ -438,7 +502,11 @@ impl GptError {
             Self::InitFrom(_) => "give a file that `gpt --save` wrote".into(),
             Self::Save(_) => "the parameters are lost; see that there is room, and train again".into(),
             Self::Checkpoints(error) => error.hint().into(),
-            Self::Terminated { .. } => "the same command with --checkpoint goes on from there".into(),
+            Self::Ended { saved: Saved::Checkpoint(_), .. } => "the same command goes on from there".into(),
+            Self::Ended { saved: Saved::Nothing, .. } => {
+                "the same command starts anew; with --checkpoint DIR a training is saved before it ends".into()
+            }
+            Self::Ended { saved: Saved::All, .. } => String::new(),
             Self::Signals(_) => String::new(),
             // What to do is a part of it.
             Self::Device(_) | Self::Session(SessionError::Kernel(KernelError::Unavailable { .. })) => {

@@ -19,6 +19,7 @@ use shardflow::doctor;
 use shardflow::exit::Exit;
 use shardflow::launcher::{LaunchOptions, become_program, guard, launch};
 use shardflow::machine::temporary_folder;
+use shardflow::requests::Requests;
 use shardflow::session::shown::{PLAN_DOT, PLAN_HTML, PLAN_TEXT};
 use shardflow::trace::join::Joined;
 use shardflow::trace::summary::Summary;
@@ -186,7 +187,14 @@ fn seconds(text: &str) -> Result<Duration, String> {
 
 fn main() -> ExitCode {
     // A usage error ends with code 2, by clap.
-    let exit = match Cli::parse().command {
+    let command = Cli::parse().command;
+    // The launcher and its helpers handle signals themselves. Others end at once, also as process 1 of a container.
+    if !matches!(command, Command::Launch(_) | Command::Guard { .. } | Command::Child { .. })
+        && let Err(error) = Requests::on_signals()
+    {
+        return fail(Exit::Internal, format!("cannot handle signals: {error}")).into();
+    }
+    let exit = match command {
         Command::Launch(args) => run_launch(args),
         Command::Checkpoint(args) => run_checkpoint(&args),
         Command::Doctor { json } => run_doctor(json),
@@ -251,8 +259,9 @@ fn run_doctor(json: bool) -> Exit {
 fn run_trace(files: &[PathBuf], join: Option<&Path>) -> Exit {
     let mut texts = Vec::new();
     for file in files {
-        match std::fs::read_to_string(file) {
-            Ok(text) => texts.push(text),
+        match std::fs::read(file) {
+            // A file that was cut off may end inside a character.
+            Ok(bytes) => texts.push(String::from_utf8_lossy(&bytes).into_owned()),
             Err(error) => return fail(Exit::Usage, format!("cannot read {}: {error}", file.display())),
         }
     }

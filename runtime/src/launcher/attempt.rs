@@ -1,4 +1,4 @@
-//! One start of all processes of the node, until the last of them has ended. Imports `launcher`.
+//! One start of all processes of the node, until the last of them has ended. Imports `launcher`, `exit` and `output`.
 //!
 //! ```text
 //!  Running ──a process fails──► Settling ──time is up──► Ending ──grace is over──► Killed ──► abandoned
@@ -10,18 +10,20 @@ use std::time::{Duration, Instant};
 
 use crossbeam_channel::RecvTimeoutError;
 use rustix::process::Signal;
+use signal_hook::consts::{SIGINT, SIGUSR1};
 
 use super::cause::Ended;
 use super::children::{Child, Meeting};
 use super::{Event, Job, LaunchError, notice};
 use crate::exit::{Exit, unix_ns};
+use crate::output;
 
 /// Time that processes have which others that ended have accused, when no other is left. They may be about to say why
 /// they failed; more often they do not answer, and will not.
 const ACCUSED_WAIT: Duration = Duration::from_secs(2);
 /// Time until a process that was killed and does not end is left behind. Only the kernel can hold it up.
 const KILL_WAIT: Duration = Duration::from_secs(10);
-/// Time until what a process wrote has reached the screen. Longer only when another process holds its pipes.
+/// Time until what a process wrote is read. Longer only when another process holds its pipes.
 pub(super) const PUMPS_WAIT: Duration = Duration::from_secs(2);
 
 /// How an attempt ended.
@@ -56,8 +58,9 @@ pub(super) fn run(job: &mut Job, number: u64, pause: Duration) -> Result<Outcome
     // A signal during the pause: nothing is started any more.
     let start_at = Instant::now() + pause;
     while let Ok(event) = job.events.1.recv_deadline(start_at) {
-        if let Event::Signal(signal) = event {
-            return Ok(nothing_started(signal));
+        match event {
+            Event::Signal(signal) if i32::from(signal) != SIGUSR1 => return Ok(nothing_started(signal)),
+            _ => {}
         }
     }
     let meeting = Meeting::new(job, number)?;
@@ -139,7 +142,11 @@ impl Attempt<'_, '_> {
     }
 
     fn pass_on(&mut self, signal: u8) {
-        if self.asked.is_some() && i32::from(signal) == signal_hook::consts::SIGINT {
+        if i32::from(signal) == SIGUSR1 {
+            // Processes agree on what it asks for, so one that is still starting does not matter.
+            return self.living().for_each(Child::signal_usr1);
+        }
+        if self.asked.is_some() && i32::from(signal) == SIGINT {
             notice("interrupted again: killing all processes");
             return self.kill();
         }
@@ -203,7 +210,7 @@ impl Outcome {
     pub(super) fn show_errors(&self) {
         for ((rank, lines, _), ended) in self.logs.iter().zip(&self.ended).skip(1) {
             if ended.exit != Exit::Done {
-                lines.iter().for_each(|line| eprintln!("rank {rank}: {line}"));
+                lines.iter().for_each(|line| output::stderr().line(&format!("rank {rank}: {line}")));
             }
         }
     }

@@ -32,6 +32,12 @@ impl Ended {
         }
     }
 
+    /// Whether it asks to be started again, but not here: see [`crate::exit::report`].
+    pub(super) fn ended_on_request(&self) -> bool {
+        self.exit == Exit::Retry
+            && self.report.as_ref().is_some_and(|report| report.first_cause_rank == Some(self.rank))
+    }
+
     fn time(&self) -> u64 {
         self.report.as_ref().map_or(self.time_unix_ns, |report| report.time_unix_ns.min(self.time_unix_ns))
     }

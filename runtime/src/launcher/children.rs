@@ -1,5 +1,5 @@
-//! One process of an attempt: its environment, its start, its end. Imports `launcher`, `exit`
-//! and what the kernels want of a CUDA driver.
+//! One process of an attempt: its environment, its start, its end. Imports `launcher`, `exit`,
+//! `output`, `requests` and what the kernels want of a CUDA driver.
 
 use std::net::TcpListener;
 use std::path::PathBuf;
@@ -8,14 +8,17 @@ use std::sync::Arc;
 use std::{env, io, thread};
 
 use crossbeam_channel::{Receiver, Sender};
-use rustix::process::{Pid, Signal, WaitId, WaitIdOptions, kill_process_group, waitid};
+use rustix::process::{Pid, Signal, WaitId, WaitIdOptions, kill_process, kill_process_group, waitid};
 use shardflow_kernels::cuda::library::SETTINGS;
+use signal_hook::consts::SIGUSR1;
 
 use super::cause::Ended;
-use super::logs::{Log, Screen, pump};
+use super::logs::{Log, pump};
 use super::{Event, Job, LaunchError, guard};
 use crate::cluster::env::Endpoint;
 use crate::exit::{ERROR_FILE, Exit, PROGRESS_FILE, Report, unix_ns};
+use crate::output;
+use crate::requests::signal_mask;
 
 /// What all processes of an attempt share.
 pub(super) struct Meeting {
@@ -48,7 +51,7 @@ pub(super) struct Child {
     /// Its number, and that of its process group.
     pid: Pid,
     error_file: PathBuf,
-    /// Disconnected when all it wrote to the screen is there.
+    /// Disconnected when all it wrote is read.
     pumps: Receiver<()>,
     /// Nothing while it lives.
     pub(super) ended: Option<Ended>,
@@ -96,6 +99,14 @@ impl Child {
         }
     }
 
+    /// Sends SIGUSR1 to the process alone, if it has a handler: the default action would end it.
+    pub(super) fn signal_usr1(&self) {
+        if signal_mask(&self.pid.to_string(), "SigCgt:") >> (SIGUSR1 - 1) & 1 == 1 {
+            // An error means that it has ended.
+            let _ = kill_process(self.pid, Signal::USR1);
+        }
+    }
+
     /// After its event: ends what it left behind, and notes how it ended. `told`: the launcher had told it to.
     pub(super) fn finish(&mut self, job: &mut Job, told: bool) {
         // While the process was not waited for, its number and its group's belong to nobody else.
@@ -120,11 +131,15 @@ fn start_pumps(process: &mut Process, log: &Log) -> io::Result<Receiver<()>> {
     let alive = Arc::new(alive);
     if let Some(from) = process.stdout.take() {
         let (file, alive) = (log.file.try_clone()?, alive.clone());
-        thread::Builder::new().name("stdout".into()).spawn(move || (pump(from, file, Screen::Out), drop(alive)))?;
+        thread::Builder::new()
+            .name("stdout".into())
+            .spawn(move || (pump(from, file, output::stdout()), drop(alive)))?;
     }
     if let Some(from) = process.stderr.take() {
         let (file, alive) = (log.file.try_clone()?, alive.clone());
-        thread::Builder::new().name("stderr".into()).spawn(move || (pump(from, file, Screen::Err), drop(alive)))?;
+        thread::Builder::new()
+            .name("stderr".into())
+            .spawn(move || (pump(from, file, output::stderr()), drop(alive)))?;
     }
     Ok(pumps)
 }

@@ -1,9 +1,11 @@
 //! Log files of the processes: written by the processes themselves, but for the node's first, whose lines also go to
-//! the screen. Imports nothing of Shardflow.
+//! the screen. Imports `output`.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, BufRead, BufReader, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
+
+use crate::output::{self, Kind, Output, ends_line};
 
 /// Longest piece of a line that is passed on at once, in bytes.
 const LINE_BYTES_MAX: u64 = 64 << 10;
@@ -28,7 +30,10 @@ impl Log {
     pub(super) fn open(folder: &Path, rank: u32) -> io::Result<Log> {
         fs::create_dir_all(folder)?;
         let path = folder.join(format!("rank-{rank}.log"));
-        let file = OpenOptions::new().append(true).create(true).open(&path)?;
+        let mut file = OpenOptions::new().read(true).append(true).create(true).open(&path)?;
+        if !ends_line(&file)? {
+            file.write_all(b"\n")?;
+        }
         let before_bytes = file.metadata()?.len();
         Ok(Log { path, file, before_bytes })
     }
@@ -55,20 +60,10 @@ fn error_lines(tail: &[u8]) -> Vec<String> {
     shown.iter().map(|line| line.chars().take(ERROR_CHARS_MAX).collect()).collect()
 }
 
-/// Which of the launcher's own streams a line goes to.
-#[derive(Clone, Copy)]
-pub(super) enum Screen {
-    /// Standard output.
-    Out,
-    /// Standard error.
-    Err,
-}
-
-/// Copies `from` to the log and to the screen, line by line, until it ends. A log or screen that takes no more is left
-/// out: the process must not stop for it.
-pub(super) fn pump(from: impl Read, mut log: File, screen: Screen) {
-    let (mut from, mut line) = (BufReader::new(from), Vec::new());
-    let (mut log_works, mut screen_works) = (true, true);
+/// Copies `from` to the log and to the screen, line by line, until it ends. A log that takes no more is left out, and a screen
+/// whose reader is stalled is not waited for: the process must not stop for it. The log has the lines that the screen lacks.
+pub(super) fn pump(from: impl Read, mut log: File, screen: &Output) {
+    let (mut from, mut line, mut log_works) = (BufReader::new(from), Vec::new(), true);
     loop {
         line.clear();
         match from.by_ref().take(LINE_BYTES_MAX).read_until(b'\n', &mut line) {
@@ -76,18 +71,9 @@ pub(super) fn pump(from: impl Read, mut log: File, screen: Screen) {
             Ok(_) => {}
         }
         log_works = log_works && log.write_all(&line).is_ok();
-        screen_works = screen_works && show(&line, screen).is_ok();
-    }
-}
-
-fn show(line: &[u8], screen: Screen) -> io::Result<()> {
-    match screen {
-        Screen::Out => {
-            let mut out = io::stdout().lock();
-            out.write_all(line)?;
-            out.flush()
-        }
-        Screen::Err => io::stderr().lock().write_all(line),
+        // Standard error, JSON and errors are never dropped.
+        let is_record = std::ptr::eq(screen, output::stderr()) || line.starts_with(b"{") || line.starts_with(b"error:");
+        screen.put(if is_record { Kind::Record } else { Kind::Progress }, &line);
     }
 }
 

@@ -1,8 +1,7 @@
 //! One step of a session: the batch goes out to the devices, results come back, and the host decides on the update.
-//! Imports `session`, `session::numerics`, `plan` and `graph`.
+//! Imports `session`, `session::numerics`, `requests`, `plan` and `graph`.
 
 use std::collections::BTreeMap;
-use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use shardflow_kernels::collective::ReduceOp;
@@ -16,6 +15,7 @@ use crate::graph::{NodeOp, Over, Rate, TensorInfo, Var};
 use crate::init;
 use crate::passes::optimizer::GRAD_SQUARES_OUTPUT;
 use crate::plan::memory::local_part;
+use crate::requests::{Request, since_1970};
 use crate::sbp::region::{combine, concat, take_box};
 use crate::sbp::{Sbp, gather};
 
@@ -41,11 +41,13 @@ impl Session {
             return Err(SessionError::Input { name, expected, got: learning_rate.to_string() });
         }
         let by_name: Inputs<'_> = inputs.iter().map(|(name, tensor)| (*name, tensor)).collect();
-        let stop = self.stop.as_ref().is_some_and(|stop| stop.load(Ordering::Relaxed));
-        self.say([u64::from(stop), 0]);
+        let asked = self.requests.as_ref().map(|r| r.before_step(self.last_step, since_1970())).unwrap_or_default();
+        self.say([asked.word(), 0]);
         let results = self.run(&by_name)?;
-        let stop = self.words()?.iter().any(|word| word[0] != 0);
-        let mut report = StepReport { stop, ..self.report(results)? };
+        let strongest = self.words()?.iter().map(|word| word[0]).max().unwrap_or(0);
+        let request = Request::from_word(strongest);
+        self.requests.iter().for_each(|requests| requests.agreed(request));
+        let mut report = StepReport { request, ..self.report(results)? };
         let mut passed = Ok(());
         if report.is_finite() {
             self.decide(learning_rate)?;
@@ -60,6 +62,7 @@ impl Session {
         self.steps += u64::from(passed.is_ok());
         // A step that ends the training is told, too.
         let took = begin.elapsed();
+        self.last_step = took;
         self.step_metrics.record(self.steps, &report, learning_rate, took);
         if let Some(observer) = &self.observer {
             observer.step_done(self.steps, &report, learning_rate, took);
@@ -205,7 +208,7 @@ impl Session {
         }
         let loss = outputs.get("loss").and_then(|t| t.as_f32()).and_then(|v| v.first().copied());
         let grad_norm = (!squares.is_empty()).then(|| squares.iter().sum::<f64>().sqrt());
-        Ok(StepReport { step: self.steps, loss, grad_norm, outputs, stop: false, non_finite: None })
+        Ok(StepReport { step: self.steps, loss, grad_norm, outputs, request: Request::Nothing, non_finite: None })
     }
 }
 

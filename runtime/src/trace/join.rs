@@ -117,12 +117,24 @@ impl Joined {
     }
 }
 
-/// The events of a file. One that was cut off, as by the end of a process that was killed, has those of its whole lines.
+/// The events of a file. One that was cut off at any byte, as by the end of a process that was killed, has those that are whole.
 fn events_of<T: DeserializeOwned>(text: &str) -> serde_json::Result<Vec<T>> {
-    serde_json::from_str(text).or_else(|error| match text.trim_end().rsplit_once(",\n") {
-        Some((whole, _)) if error.is_eof() => serde_json::from_str(&format!("{whole}\n]")),
-        _ => Err(error),
+    serde_json::from_str(text).or_else(|error| {
+        let (whole, torn) = text.rsplit_once(",\n").unwrap_or(("[", text.trim_start_matches(['[', '\n'])));
+        let torn = torn.trim_end_matches(',');
+        let is_ours = text.is_empty() || text.starts_with('[');
+        if !is_ours || !(error.is_eof() || is_torn_text(torn)) {
+            return Err(error);
+        }
+        let mut events: Vec<T> = serde_json::from_str(&format!("{whole}\n]"))?;
+        events.extend(serde_json::from_str::<T>(torn));
+        Ok(events)
     })
+}
+
+/// Whether a file's end was never written, though its length was: zeros, or a part of a character.
+fn is_torn_text(text: &str) -> bool {
+    text.ends_with(['\0', char::REPLACEMENT_CHARACTER])
 }
 
 /// No two files have an actor in common.
@@ -230,6 +242,42 @@ mod tests {
         assert_eq!(refused(&[a.clone(), b]), text);
         let text = "file 2 does not tell its clock, so it cannot be put beside others";
         assert_eq!(refused(&[a.clone(), "[]".into()]), text);
-        assert!(refused(&[a, "[".into()]).starts_with("file 2 is no trace that Shardflow wrote: "));
+        for bad in ["{", "[{\"name\":1}]", "text"] {
+            assert!(
+                refused(&[a.clone(), bad.into()]).starts_with("file 2 is no trace that Shardflow wrote: "),
+                "{bad}"
+            );
+        }
+    }
+
+    #[test]
+    fn a_file_that_is_cut_anywhere_has_its_whole_events() {
+        let events: Vec<String> =
+            ["a", "\u{e4}\u{1f600}", "c"].map(|name| format!(r#"{{"name":"{name}","ph":"X","ts":12.5}}"#)).into();
+        let text = format!("[\n{}\n]\n", events.join(",\n"));
+        let names = |bytes: &[u8]| -> Vec<String> {
+            let text = String::from_utf8_lossy(bytes).into_owned();
+            Joined::of(&[text])
+                .unwrap_or_else(|e| panic!("{e}: {bytes:?}"))
+                .events
+                .into_iter()
+                .map(|e| e.name)
+                .collect()
+        };
+        let ends: Vec<usize> = events.iter().map(|event| text.find(event.as_str()).unwrap() + event.len()).collect();
+        for cut in 0..=text.len() {
+            let whole = ends.iter().filter(|end| **end <= cut).count();
+            assert_eq!(names(&text.as_bytes()[..cut]).len(), whole, "cut after {cut} bytes");
+            // As a file system may leave it whose machine has lost power.
+            let zeros = [&text.as_bytes()[..cut], &[0; 9]].concat();
+            let found = if cut == 0 { 0 } else { names(&zeros).len() };
+            assert!(found == whole || found + 1 == whole, "{found} of {whole}, zeros after {cut} bytes");
+        }
+    }
+
+    #[test]
+    fn a_file_with_nothing_in_it_is_no_reason_to_refuse_the_others() {
+        assert_eq!(Joined::of(&["[".into()]).unwrap().events.len(), 0);
+        assert_eq!(Joined::of(&["[\n".into()]).unwrap().events.len(), 0);
     }
 }

@@ -76,6 +76,20 @@ impl Job {
         Running::start(command)
     }
 
+    /// As [`Job::sh`], with nobody who reads its output.
+    pub fn sh_unread(&self, flags: &[&str], script: &str) -> Unread {
+        let mut command = self.command(env!("CARGO_BIN_EXE_shardflow"));
+        command.arg("launch").args(flags).args(["--", "sh", "-c", script]);
+        Unread { child: command.spawn().unwrap() }
+    }
+
+    /// `shardflow ARGS` as process 1 of a namespace of its own; needs root.
+    pub fn as_process_1(&self, args: &[&str]) -> Running {
+        let mut command = self.command("unshare");
+        command.args(["-pf", "--kill-child", env!("CARGO_BIN_EXE_shardflow")]).args(args);
+        Running::start(command)
+    }
+
     fn command(&self, program: &str) -> Command {
         // What runs the tests may ignore signals, as shells do for what they start in the background.
         let mut command = Command::new("env");
@@ -160,6 +174,40 @@ impl Running {
     }
 }
 
+/// A launcher that runs, with its output in pipes that are full once it has written enough.
+pub struct Unread {
+    child: Child,
+}
+
+impl Drop for Unread {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+    }
+}
+
+impl Unread {
+    /// Reads both pipes to their ends.
+    pub fn read(&mut self) -> (String, String) {
+        let text = |pipe: Box<dyn Read + Send>| lines(pipe);
+        let (out, err) = (self.child.stdout.take().unwrap(), self.child.stderr.take().unwrap());
+        let [out, err] = [text(Box::new(out)), text(Box::new(err))];
+        let all = |lines: Receiver<Vec<u8>>| String::from_utf8(lines.iter().flatten().collect()).unwrap();
+        (all(out), all(err))
+    }
+
+    pub fn signal(&self, signal: Signal) {
+        kill_process(Pid::from_child(&self.child), signal).unwrap();
+    }
+
+    /// The exit code; kills the launcher and fails when it does not end.
+    pub fn end(&mut self) -> i32 {
+        let process = Process::open(self.child.id() as i32);
+        assert!(process.ends_before(Instant::now() + at_most(20)), "the launcher has not ended");
+        let status = self.child.wait().unwrap();
+        status.code().unwrap_or_else(|| 128 + status.signal().unwrap())
+    }
+}
+
 /// Lines, until the end.
 fn lines(from: impl Read + Send + 'static) -> Receiver<Vec<u8>> {
     let (send, lines) = channel();
@@ -194,6 +242,34 @@ impl Process {
     pub fn ends_before(&self, deadline: Instant) -> bool {
         let left = Timespec::try_from(deadline.saturating_duration_since(Instant::now())).unwrap();
         poll(&mut [PollFd::new(&self.handle, PollFlags::IN)], Some(&left)).unwrap() == 1
+    }
+}
+
+/// The first child of a process, once there is one.
+pub fn child_of(process: Pid) -> i32 {
+    let process = process.as_raw_pid();
+    let deadline = Instant::now() + at_most(20);
+    while Instant::now() < deadline {
+        let children = fs::read_to_string(format!("/proc/{process}/task/{process}/children")).unwrap();
+        if let Some(child) = children.split_whitespace().next() {
+            return child.parse().unwrap();
+        }
+        thread::yield_now();
+    }
+    panic!("process {process} has no child");
+}
+
+/// Waits until a process handles a signal.
+pub fn wait_for_a_handler(process: i32, signal: u32) {
+    let deadline = Instant::now() + at_most(20);
+    let is_handled = || {
+        let status = fs::read_to_string(format!("/proc/{process}/status")).unwrap_or_default();
+        let mask = status.lines().find_map(|line| line.strip_prefix("SigCgt:")).unwrap_or_default();
+        u64::from_str_radix(mask.trim(), 16).is_ok_and(|mask| mask >> (signal - 1) & 1 == 1)
+    };
+    while !is_handled() {
+        assert!(Instant::now() < deadline, "process {process} has no handler for signal {signal}");
+        thread::yield_now();
     }
 }
 

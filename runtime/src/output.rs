@@ -1,0 +1,288 @@
+//! Standard output and error whose reader may stall: a thread writes what is queued, so that a full pipe or a stopped terminal
+//! blocks no training. Imports nothing of Shardflow.
+
+use std::collections::VecDeque;
+use std::fs::File;
+use std::io::{self, Write};
+use std::os::unix::fs::FileExt;
+use std::sync::{Arc, Condvar, LazyLock, Mutex, MutexGuard, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+/// Bytes of progress that wait for the reader. Beyond that the oldest are dropped.
+const PROGRESS_BYTES_MAX: usize = 256 << 10;
+/// Bytes of records that wait for the reader. Beyond that whoever adds one waits as well.
+const RECORD_BYTES_MAX: usize = 64 << 20;
+
+/// What may happen to a text while the reader is stalled.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// The oldest may be dropped. A line that replaces them states how many.
+    Progress,
+    /// Never dropped: errors, warnings, results, JSON records.
+    Record,
+}
+
+/// A stream that a thread writes to.
+#[derive(Debug)]
+pub struct Output {
+    shared: Arc<Shared>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+#[derive(Debug)]
+struct State {
+    waiting: VecDeque<(Kind, Vec<u8>)>,
+    progress_bytes: usize,
+    record_bytes: usize,
+    /// Pieces of progress dropped since the reader was informed.
+    dropped: u64,
+    /// The thread is writing a piece that is no longer in `waiting`.
+    is_writing: bool,
+    /// What was queued last ended its line.
+    ends_line: bool,
+    /// The stream takes no more, as a pipe without a reader. What comes is discarded.
+    is_closed: bool,
+}
+
+impl Output {
+    /// Starts the thread that writes to `to`. It ends with the process.
+    pub fn new(to: impl Write + Send + 'static) -> Self {
+        let state = State {
+            waiting: VecDeque::new(),
+            progress_bytes: 0,
+            record_bytes: 0,
+            dropped: 0,
+            is_writing: false,
+            ends_line: true,
+            is_closed: false,
+        };
+        let shared = Arc::new(Shared { state: Mutex::new(state), changed: Condvar::new() });
+        let own = shared.clone();
+        thread::spawn(move || own.write(to));
+        Self { shared }
+    }
+
+    /// Queues a text. Waits only where records of 64 MiB wait already and this is another one.
+    pub fn put(&self, kind: Kind, text: &[u8]) {
+        let mut state = self.shared.lock();
+        while kind == Kind::Record && state.record_bytes > RECORD_BYTES_MAX && !state.is_closed {
+            state = self.shared.wait(state);
+        }
+        let Some(last) = text.last().filter(|_| !state.is_closed) else { return };
+        state.ends_line = *last == b'\n';
+        *state.bytes_of(kind) += text.len();
+        state.waiting.push_back((kind, text.to_vec()));
+        while state.progress_bytes > PROGRESS_BYTES_MAX {
+            state.drop_oldest_progress();
+        }
+        self.shared.changed.notify_all();
+    }
+
+    /// Queues a record with a line end.
+    pub fn line(&self, text: &str) {
+        self.put(Kind::Record, format!("{text}\n").as_bytes());
+    }
+
+    /// Ends a line that has no end yet.
+    pub fn end_line(&self) {
+        if !self.shared.lock().ends_line {
+            // Unlike a record it never waits.
+            self.put(Kind::Progress, b"\n");
+        }
+    }
+
+    /// Waits until the stream has taken everything, or until `limit` has passed.
+    pub fn flush(&self, limit: Option<Duration>) {
+        let deadline = limit.map(|limit| Instant::now() + limit);
+        let mut state = self.shared.lock();
+        while !state.is_closed && (state.is_writing || !state.waiting.is_empty()) {
+            state = match deadline.map(|deadline| deadline.saturating_duration_since(Instant::now())) {
+                None => self.shared.wait(state),
+                Some(Duration::ZERO) => return,
+                Some(left) => self.shared.changed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0,
+            };
+        }
+    }
+}
+
+impl State {
+    fn bytes_of(&mut self, kind: Kind) -> &mut usize {
+        match kind {
+            Kind::Progress => &mut self.progress_bytes,
+            Kind::Record => &mut self.record_bytes,
+        }
+    }
+
+    fn drop_oldest_progress(&mut self) {
+        let oldest = self.waiting.iter().position(|(kind, _)| *kind == Kind::Progress);
+        let Some((_, text)) = oldest.and_then(|oldest| self.waiting.remove(oldest)) else { return };
+        self.progress_bytes -= text.len();
+        self.dropped += 1;
+    }
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn wait<'a>(&self, state: MutexGuard<'a, State>) -> MutexGuard<'a, State> {
+        self.changed.wait(state).unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn write(&self, mut to: impl Write) {
+        let mut ends_line = true;
+        let mut state = self.lock();
+        loop {
+            let Some((kind, text)) = state.waiting.pop_front() else {
+                state = self.wait(state);
+                continue;
+            };
+            *state.bytes_of(kind) -= text.len();
+            let dropped = std::mem::take(&mut state.dropped);
+            state.is_writing = true;
+            drop(state);
+            let end = if ends_line { "" } else { "\n" };
+            let notice = match dropped {
+                0 => String::new(),
+                count => {
+                    format!("{end}({count} lines of progress are left out: the reader of this output was stalled)\n")
+                }
+            };
+            ends_line = text.ends_with(b"\n");
+            let written = to.write_all(notice.as_bytes()).and_then(|()| to.write_all(&text)).and_then(|()| to.flush());
+            state = self.lock();
+            state.is_writing = false;
+            if written.is_err() {
+                state.is_closed = true;
+                state.waiting.clear();
+            }
+            self.changed.notify_all();
+            if state.is_closed {
+                return;
+            }
+        }
+    }
+}
+
+/// The process's standard output: one for the process, as [`io::stdout`] is.
+pub fn stdout() -> &'static Output {
+    static STDOUT: LazyLock<Output> = LazyLock::new(|| Output::new(io::stdout()));
+    &STDOUT
+}
+
+/// The process's standard error.
+pub fn stderr() -> &'static Output {
+    static STDERR: LazyLock<Output> = LazyLock::new(|| Output::new(io::stderr()));
+    &STDERR
+}
+
+/// Waits until both streams have taken everything, each for at most `limit`. Called before the process ends; what is still
+/// queued then is lost.
+pub fn finish(limit: Option<Duration>) {
+    stdout().flush(limit);
+    stderr().flush(limit);
+}
+
+/// Whether a file is empty or its last line has an end. A process that is killed may leave a part of a line.
+///
+/// # Errors
+/// The file cannot be read.
+pub fn ends_line(file: &File) -> io::Result<bool> {
+    let mut last = [b'\n'];
+    if let Some(before) = file.metadata()?.len().checked_sub(1) {
+        file.read_exact_at(&mut last, before)?;
+    }
+    Ok(last == *b"\n")
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc::{Receiver, Sender, channel};
+
+    use super::*;
+
+    /// A stream that takes each piece only when its reader does.
+    struct Stalled {
+        taken: Sender<Vec<u8>>,
+        go: Receiver<()>,
+    }
+
+    impl Write for Stalled {
+        fn write(&mut self, text: &[u8]) -> io::Result<usize> {
+            self.go.recv().map_err(|_| io::ErrorKind::BrokenPipe)?;
+            let _ = self.taken.send(text.to_vec());
+            Ok(text.len())
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    fn stalled() -> (Output, Sender<()>, Receiver<Vec<u8>>) {
+        let ((go, wait), (taken, seen)) = (channel(), channel());
+        (Output::new(Stalled { taken, go: wait }), go, seen)
+    }
+
+    #[test]
+    fn a_stalled_reader_costs_progress_but_no_record() {
+        let (output, go, seen) = stalled();
+        let line = |n: usize| format!("{n:>1023}\n");
+        // Far more than fits, with a record between any two; nobody reads, and nothing waits.
+        let count = 4 * (PROGRESS_BYTES_MAX >> 10);
+        for n in 0..count {
+            output.put(Kind::Progress, line(n).as_bytes());
+            output.line(&format!("record {n}"));
+        }
+        (0..4 * count).for_each(|_| go.send(()).unwrap());
+        output.flush(None);
+        let text: String = seen.try_iter().map(|piece| String::from_utf8(piece).unwrap()).collect();
+        let records: Vec<&str> = text.lines().filter(|line| line.starts_with("record")).collect();
+        assert!(records.into_iter().eq((0..count).map(|n| format!("record {n}"))), "every record, in order");
+        let left: Vec<usize> = text.lines().filter_map(|line| line.trim().parse().ok()).collect();
+        let notices = text.lines().filter_map(|line| line.strip_prefix('('));
+        let dropped: usize = notices.map(|line| line.split(' ').next().unwrap().parse::<usize>().unwrap()).sum();
+        assert_eq!(left.len() + dropped, count, "all are there or counted, {dropped}");
+        assert!(dropped > 0);
+        assert!(left.len() >= PROGRESS_BYTES_MAX >> 10 && *left.last().unwrap() == count - 1, "the newest are kept");
+    }
+
+    #[test]
+    fn a_reader_that_is_gone_is_not_waited_for() {
+        let (output, go, _seen) = stalled();
+        output.line("first");
+        drop(go);
+        output.flush(None);
+        (0..3).for_each(|_| output.put(Kind::Record, &vec![b'x'; RECORD_BYTES_MAX]));
+        output.flush(None);
+    }
+
+    #[test]
+    fn a_wait_for_the_reader_has_a_limit() {
+        let (output, go, seen) = stalled();
+        output.put(Kind::Progress, b"step 1");
+        output.end_line();
+        output.end_line();
+        output.flush(Some(Duration::from_millis(1)));
+        assert!(seen.try_recv().is_err());
+        (0..2).for_each(|_| go.send(()).unwrap());
+        output.flush(None);
+        assert_eq!(seen.try_iter().collect::<Vec<_>>().concat(), b"step 1\n", "one end of the line");
+    }
+
+    #[test]
+    fn files_with_and_without_a_last_line_end() {
+        for (text, ends) in [("", true), ("a", false), ("a\n", true), ("a\nb", false), ("\n", true)] {
+            let mut file = tempfile::tempfile().unwrap();
+            file.write_all(text.as_bytes()).unwrap();
+            assert_eq!(ends_line(&file).unwrap(), ends, "{text:?}");
+        }
+    }
+}
