@@ -10,7 +10,10 @@ use shardflow::prelude::*;
 use crate::args::GptArgs;
 use crate::log::note;
 
-/// Where the cursor of a checkpoint tells of batches that were passed over before it.
+/// Key of the cursor: samples consumed before the checkpoint, those of batches that were passed over included.
+const SAMPLES: &str = "samples";
+
+/// The key of older checkpoints in its place: batches passed over, beside one batch for each step.
 const PASSED_OVER: &str = "batches_passed_over";
 
 /// How often one checkpoint is gone back to before the training is given up.
@@ -84,8 +87,8 @@ pub struct Checkpoints {
     store: Store,
     every: u64,
     speaks: bool,
-    /// Batches that are left out: step `s` trains on batch `s + passed_over`.
-    passed_over: u64,
+    /// The first sample of the next batch.
+    next_sample: u64,
     /// The step that was gone back to last, and how often.
     rollbacks: (u64, u32),
 }
@@ -98,21 +101,24 @@ impl Checkpoints {
     pub fn open(place: &str, args: &GptArgs, speaks: bool, session: &mut Session) -> Result<Self, CheckpointsError> {
         let store = Store::open(place).map_err(CheckpointsError::Place)?;
         let found = restore(&store, session, speaks)?;
-        let passed_over = found.map_or(0, |(_, passed_over)| passed_over);
+        let next_sample = found.map_or(0, |(step, cursor)| samples_before(step, &cursor, args.batch as u64));
         let (agree, member) = session.agreement();
         let plan = Some(session.plan().hash().to_string());
         let options = SaverOptions { member, keep: args.checkpoint_keep, plan, ..SaverOptions::default() };
         let saver = Saver::new(store.clone(), agree, options).map_err(CheckpointsError::Place)?;
-        Ok(Self { saver, store, every: args.checkpoint_every, speaks, passed_over, rollbacks: (0, 0) })
+        Ok(Self { saver, store, every: args.checkpoint_every, speaks, next_sample, rollbacks: (0, 0) })
     }
 
-    /// The batch that a step trains on.
-    pub fn batch(&self, step: u64) -> u64 {
-        step + self.passed_over
+    /// Consumes a batch of `count` samples, and returns the first one's number. No sample is returned twice, whatever the
+    /// batch size was before a resume.
+    pub fn take(&mut self, count: u64) -> u64 {
+        let first = self.next_sample;
+        self.next_sample = first.wrapping_add(count);
+        first
     }
 
-    /// Goes back to the newest checkpoint because of a step that was not finite; its batch, and those between, are not
-    /// trained on again. All processes call it.
+    /// Goes back to the newest checkpoint because of a step that was not finite. Training continues with the samples after
+    /// the bad batch: that batch, and those since the checkpoint, are not trained on again. All processes call it.
     ///
     /// # Errors
     /// When there is no checkpoint, or going back to it has not helped.
@@ -128,7 +134,6 @@ impl Checkpoints {
         if self.rollbacks.1 > ROLLBACKS_MAX {
             return Err(CheckpointsError::NoHelp { step, found: Box::new(found.clone()) });
         }
-        self.passed_over = self.batch(found.step) + 1 - step;
         Ok(())
     }
 
@@ -143,7 +148,7 @@ impl Checkpoints {
         if !is_last && !session.steps().is_multiple_of(self.every) {
             return Ok(());
         }
-        let cursor = Cursor::from([(PASSED_OVER.to_string(), self.passed_over.to_string())]);
+        let cursor = Cursor::from([(SAMPLES.to_string(), self.next_sample.to_string())]);
         let begun = self.saver.save(session, cursor).map_err(|e| CheckpointsError::Snapshot(Box::new(e)))?;
         if let Begun::Started { before: Some(report) } = begun {
             self.tell(&report);
@@ -176,15 +181,34 @@ impl Checkpoints {
     }
 }
 
-/// Loads the newest good checkpoint: its step, and the batches that were passed over before it.
-fn restore(store: &Store, session: &mut Session, speaks: bool) -> Result<Option<(u64, u64)>, CheckpointsError> {
+/// Samples that were consumed before a checkpoint of `step`.
+fn samples_before(step: u64, cursor: &Cursor, batch: u64) -> u64 {
+    let number = |key: &str| cursor.get(key).and_then(|count| count.parse::<u64>().ok());
+    let of_batches = || step.saturating_add(number(PASSED_OVER).unwrap_or(0)).wrapping_mul(batch);
+    number(SAMPLES).unwrap_or_else(of_batches)
+}
+
+/// Loads the newest good checkpoint: its step and cursor.
+fn restore(store: &Store, session: &mut Session, speaks: bool) -> Result<Option<(u64, Cursor)>, CheckpointsError> {
     let restored = session.restore_newest(store).map_err(|e| CheckpointsError::Load(Box::new(e)))?;
     if speaks {
         restored.damaged.iter().for_each(|error| note(format!("warning: passed over: {error}")));
     }
-    let Some((step, cursor)) = restored.found else { return Ok(None) };
-    if speaks {
+    if let Some((step, _)) = restored.found.as_ref().filter(|_| speaks) {
         note(format!("going on from step {step} in {}", store.place()));
     }
-    Ok(Some((step, cursor.get(PASSED_OVER).and_then(|count| count.parse().ok()).unwrap_or(0))))
+    Ok(restored.found)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn samples_of_cursors_of_all_ages() {
+        let cursor = |key: &str, value: &str| Cursor::from([(key.to_string(), value.to_string())]);
+        assert_eq!(samples_before(5, &cursor(SAMPLES, "22"), 2), 22);
+        assert_eq!(samples_before(5, &cursor(PASSED_OVER, "2"), 4), 28, "an older one counts batches");
+        assert_eq!(samples_before(5, &Cursor::new(), 4), 20, "the first ones had none");
+    }
 }

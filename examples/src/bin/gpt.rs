@@ -250,8 +250,9 @@ fn train(args: &GptArgs, text: &Text, session: &mut Session, outputs: Outputs, s
     let mut steps = 0;
     while session.steps() < args.steps {
         let step = session.steps();
-        let batch = checkpoints.as_ref().map_or(step, |checkpoints| checkpoints.batch(step));
-        let (ids, targets) = text.batch(batch, args.batch, args.context);
+        let batch = args.batch as u64;
+        let first = checkpoints.as_mut().map_or(step.wrapping_mul(batch), |checkpoints| checkpoints.take(batch));
+        let (ids, targets) = text.samples(first, args.batch, args.context);
         let inputs = [("ids", HostTensor::i32(&shape, ids)), ("targets", HostTensor::i32(&shape, targets))];
         let start = Instant::now();
         let report = session.step(&inputs, args.lr)?;
