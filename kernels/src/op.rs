@@ -133,7 +133,7 @@ pub enum Op {
         max_norm: f32,
     },
     /// AdamW with decoupled decay, <https://arxiv.org/abs/1711.05101>. All of one shape but `hyper` and `scale`.
-    /// `(grad, hyper [2] = [learning rate, step counted from 1], scale []) -> (param, m, v)`, the writes being updated in place.
+    /// `(grad, hyper [2] = [learning rate, update counted from 1], scale []) -> (param, m, v)`, the writes being updated in place.
     /// `g = scale * grad; p *= 1 - lr * decay; m, v as usual; p -= lr / (1 - b1^t) * m / (sqrt(v / (1 - b2^t)) + eps)`.
     /// Nothing is changed where `scale` or the learning rate is not finite.
     AdamW {

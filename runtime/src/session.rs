@@ -184,6 +184,8 @@ pub struct Session {
     /// Inputs that hold token ids, and how many tokens there are.
     vocabularies: BTreeMap<String, usize>,
     steps: u64,
+    /// Updates applied: the count that an optimizer's bias correction takes. A skipped step is none.
+    updates: u64,
     seed: u64,
     stop: Option<Arc<AtomicBool>>,
     on_non_finite: OnNonFinite,
@@ -298,6 +300,7 @@ impl Session {
             ports,
             failed: None,
             steps: 0,
+            updates: 0,
             seed: options.seed,
             stop: options.stop.clone(),
             on_non_finite: options.on_non_finite,
@@ -381,6 +384,12 @@ impl Session {
     /// Steps done, those before a restored checkpoint included.
     pub fn steps(&self) -> u64 {
         self.steps
+    }
+
+    /// Updates applied, those before a restored checkpoint included: fewer than [`Session::steps`] where steps were skipped
+    /// because they were not finite.
+    pub fn updates(&self) -> u64 {
+        self.updates
     }
 
     /// Gives this process's word to all.

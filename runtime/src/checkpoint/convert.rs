@@ -12,7 +12,7 @@ use super::error::CheckpointError;
 use super::manifest::{Manifest, Piece, SHARDS_MAX, Tensor};
 use super::read::Reader;
 use super::save::{commit_manifest, shard_file};
-use super::shard::{self, Entry, entry_name, header};
+use super::shard::{self, Entry, entry_name, header, metadata};
 use super::store::Store;
 use crate::session::checkpoint::write_whole;
 
@@ -29,7 +29,8 @@ pub fn export(reader: &Reader, path: &Path) -> Result<(), CheckpointError> {
         dtype: t.info.dtype.into(),
         shape: t.info.saved_shape.clone(),
     };
-    let header = header(&tensors.iter().map(entry).collect::<Vec<_>>(), reader.manifest().step)?;
+    let metadata = metadata(reader.manifest().step, reader.manifest().updates());
+    let header = header(&tensors.iter().map(entry).collect::<Vec<_>>(), &metadata)?;
     let written = write_whole(path, |out| {
         out.write_all(&header)?;
         for tensor in &tensors {

@@ -31,6 +31,7 @@ pub fn samples() -> Vec<Vec<u8>> {
     };
     let manifest = Manifest {
         step: 7,
+        updates: Some(5),
         epoch: 0,
         mesh: "data=2".into(),
         seed: 1,

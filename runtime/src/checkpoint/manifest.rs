@@ -13,8 +13,8 @@ use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 use shardflow_kernels::tensor::{DType, Region};
 
-/// Version of the format: 2 since there is [`JobTime`].
-const VERSION: u32 = 2;
+/// Version of the format: 2 added [`JobTime`], 3 added [`Manifest::updates`].
+const VERSION: u32 = 3;
 /// Bytes of a manifest, at most.
 pub const MANIFEST_BYTES_MAX: u64 = 256 << 20;
 /// Tensors of a checkpoint, at most.
@@ -209,6 +209,9 @@ pub struct JobTime {
 pub struct Manifest {
     /// Steps done.
     pub step: u64,
+    /// Updates applied: steps that were skipped are not among them. `None` before version 3.
+    #[serde(default)]
+    pub updates: Option<u64>,
     /// The incarnation of the job that wrote it.
     pub epoch: u64,
     /// The mesh that wrote it; any other can load it.
@@ -248,6 +251,11 @@ impl Manifest {
     pub fn encode(&self) -> Result<Vec<u8>, String> {
         self.check()?;
         seal("shardflow-checkpoint", self)
+    }
+
+    /// Updates applied. Versions before 3 did not count them apart from steps.
+    pub fn updates(&self) -> u64 {
+        self.updates.unwrap_or(self.step)
     }
 
     /// Bytes of all shards.

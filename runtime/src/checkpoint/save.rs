@@ -134,6 +134,7 @@ fn commit(store: &Store, snapshot: &Snapshot, settings: &Settings, id: SaveId) -
     }
     let mut manifest = Manifest {
         step: id.step,
+        updates: Some(snapshot.updates),
         epoch: id.epoch,
         mesh: snapshot.mesh.clone(),
         seed: snapshot.seed,

@@ -2,7 +2,7 @@
 //! Imports `checkpoint::{error, io, manifest, store}` and the kernels' tensors.
 
 use std::borrow::Cow;
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 
 use safetensors::tensor::{Dtype, Metadata, TensorInfo as View};
 use serde::{Deserialize, Serialize};
@@ -14,6 +14,8 @@ use super::store::Store;
 
 /// Key of the number of steps in a file's metadata.
 pub(crate) const STEPS: &str = "shardflow.steps";
+/// Key of the number of updates in a file's metadata.
+pub(crate) const UPDATES: &str = "shardflow.updates";
 /// Bytes of a sidecar, at most.
 pub(crate) const SIDECAR_BYTES_MAX: u64 = super::manifest::MANIFEST_BYTES_MAX;
 
@@ -44,9 +46,25 @@ pub(crate) fn entry_name(tensor: &str, shape: &[usize], region: &Region) -> Stri
     format!("{tensor}[{}]", ranges.join(","))
 }
 
-/// What comes before the tensors in a safetensors file, byte for byte as that crate writes it for entries of one type
-/// in the order of their names.
-pub(crate) fn header(entries: &[Entry], steps: u64) -> Result<Vec<u8>, CheckpointError> {
+/// The metadata of a file of whole tensors.
+pub(crate) fn metadata(steps: u64, updates: u64) -> BTreeMap<&'static str, String> {
+    BTreeMap::from([(STEPS, steps.to_string()), (UPDATES, updates.to_string())])
+}
+
+/// The JSON text of a safetensors file. That crate keeps metadata in a hash map, whose order differs from run to run.
+#[derive(Serialize)]
+struct Header<'a> {
+    #[serde(rename = "__metadata__")]
+    metadata: &'a BTreeMap<&'static str, String>,
+    #[serde(flatten)]
+    tensors: Metadata,
+}
+
+/// What comes before the tensors in a safetensors file: the same bytes for the same entries and metadata.
+pub(crate) fn header(
+    entries: &[Entry],
+    metadata: &BTreeMap<&'static str, String>,
+) -> Result<Vec<u8>, CheckpointError> {
     let mut end = 0;
     let view = |entry: &Entry| {
         let start = end;
@@ -59,10 +77,9 @@ pub(crate) fn header(entries: &[Entry], steps: u64) -> Result<Vec<u8>, Checkpoin
         (entry.name.clone(), View { dtype, shape: entry.shape.clone(), data_offsets: (start, end) })
     };
     let views = entries.iter().map(view).collect();
-    let metadata = Metadata::new(Some(HashMap::from([(STEPS.to_string(), steps.to_string())])), views);
     let refused = |why: String| CheckpointError::Refused(format!("cannot be a safetensors file: {why}"));
-    let metadata = metadata.map_err(|e| refused(e.to_string()))?;
-    let mut text = serde_json::to_vec(&metadata).map_err(|e| refused(e.to_string()))?;
+    let tensors = Metadata::new(None, views).map_err(|e| refused(e.to_string()))?;
+    let mut text = serde_json::to_vec(&Header { metadata, tensors }).map_err(|e| refused(e.to_string()))?;
     text.resize(text.len().next_multiple_of(8), b' ');
     let mut header = (text.len() as u64).to_le_bytes().to_vec();
     header.extend(text);
@@ -83,7 +100,7 @@ pub(crate) fn write<'a>(
     entries: &[Entry],
     mut content: impl FnMut(usize) -> Result<Cow<'a, HostTensor>, CheckpointError>,
 ) -> Result<Written, CheckpointError> {
-    let header = header(entries, step)?;
+    let header = header(entries, &BTreeMap::from([(STEPS, step.to_string())]))?;
     let mut offset = header.len() as u64;
     let bytes = offset + entries.iter().map(Entry::bytes).sum::<u64>();
     let mut upload = store.operations.upload(store.name(step, file), store.path(step, file), bytes);

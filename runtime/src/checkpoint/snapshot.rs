@@ -10,6 +10,8 @@ use super::manifest::{Cursor, JobTime, TensorInfo};
 pub struct Snapshot {
     /// Steps done.
     pub step: u64,
+    /// Updates applied.
+    pub updates: u64,
     /// The session's seed.
     pub seed: u64,
     /// The mesh.

@@ -477,5 +477,5 @@ impl Graph {
 pub const STATE_PREFIX: &str = "adamw.";
 /// Name of the input that dropout reads: `[step, first row of the micro-batch]`; the session feeds it.
 pub const RNG_INPUT: &str = "rng";
-/// Name of the step input `[learning rate, step counted from 1]` that the update reads; the session feeds it.
+/// Name of the step input `[learning rate, update counted from 1]` that the update reads; the session feeds it.
 pub const HYPER_INPUT: &str = "hyper";

@@ -2,19 +2,19 @@
 //! loads any other's. A file is written beside its place and moved there when it is complete.
 //! Imports `session`, `plan` and `checkpoint`.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{BufWriter, Write};
 use std::path::Path;
 
 use safetensors::SafeTensorError;
-use safetensors::tensor::{Dtype, SafeTensors, TensorView};
+use safetensors::tensor::{Dtype, SafeTensors};
 use shardflow_actors::remote::HostPiece;
 use shardflow_kernels::tensor::{HostTensor, element_count};
 
 use super::{Session, SessionError, resident_parts};
 pub use crate::checkpoint::error::CheckpointError;
-use crate::checkpoint::shard::STEPS;
+use crate::checkpoint::shard::{Entry, STEPS, UPDATES, header, metadata};
 use crate::graph::{NodeOp, Var};
 use crate::sbp::gather;
 use crate::sbp::region::take_box;
@@ -69,7 +69,7 @@ impl Session {
         info.saved_shape.clone().unwrap_or_else(|| info.shape.clone())
     }
 
-    /// Writes parameters, optimizer state and the number of steps to one safetensors file. The file appears when it is
+    /// Writes parameters, optimizer state and the numbers of steps and updates to one safetensors file. The file appears when it is
     /// complete, or not at all. Where several processes run the plan, all have to call it, and the first one writes.
     ///
     /// # Errors
@@ -79,20 +79,18 @@ impl Session {
         if self.hosting.process != 0 {
             return Ok(());
         }
-        let bytes: Vec<(String, Vec<usize>, Vec<u8>)> = tensors
-            .into_iter()
-            .map(|(name, t)| {
-                (name, t.shape.clone(), t.as_f32().map(|v| bytemuck::cast_slice(v).to_vec()).unwrap_or_default())
-            })
-            .collect();
-        let views: Vec<(String, TensorView<'_>)> = bytes
-            .iter()
-            .map(|(name, shape, data)| Ok((name.clone(), TensorView::new(Dtype::F32, shape.clone(), data)?)))
-            .collect::<Result<_, _>>()
-            .map_err(|e| not_whole(path, &e))?;
-        let metadata = HashMap::from([(STEPS.to_string(), self.steps.to_string())]);
-        let file = safetensors::serialize(views, Some(metadata)).map_err(|e| not_whole(path, &e))?;
-        write_whole(path, |out| out.write_all(&file)).map_err(|e| io(path, e))?;
+        let entry = |(name, t): (&String, &HostTensor)| Entry {
+            name: name.clone(),
+            dtype: t.dtype(),
+            shape: t.shape.clone(),
+        };
+        let entries: Vec<Entry> = tensors.iter().map(entry).collect();
+        let header = header(&entries, &metadata(self.steps, self.updates))?;
+        let written = write_whole(path, |out| {
+            out.write_all(&header)?;
+            tensors.values().try_for_each(|t| out.write_all(t.as_bytes()))
+        });
+        written.map_err(|e| io(path, e))?;
         Ok(())
     }
 
@@ -104,8 +102,10 @@ impl Session {
         let bytes = std::fs::read(path).map_err(|e| io(path, e))?;
         self.load(path, &bytes, |op| matches!(op, NodeOp::Parameter { .. } | NodeOp::State))?;
         let (_, metadata) = SafeTensors::read_metadata(&bytes).map_err(|e| not_whole(path, &e))?;
-        let steps = metadata.metadata().as_ref().and_then(|m| m.get(STEPS)).and_then(|s| s.parse().ok());
-        self.steps = steps.unwrap_or(0);
+        let count = |key| metadata.metadata().as_ref().and_then(|m| m.get(key)).and_then(|s| s.parse().ok());
+        self.steps = count(STEPS).unwrap_or(0);
+        // Older files did not count updates apart from steps.
+        self.updates = count(UPDATES).unwrap_or(self.steps);
         self.observer.iter().for_each(|observer| observer.set_steps(self.steps));
         Ok(())
     }

@@ -102,7 +102,8 @@ impl Session {
         }
         let (mesh, cursor) = (self.plan.graph.mesh().to_string(), Cursor::new());
         let job = self.step_metrics.job_time();
-        Ok(Snapshot { step: self.steps, seed: self.seed, mesh, cursor, job, tensors, pieces })
+        let (step, updates, seed) = (self.steps, self.updates, self.seed);
+        Ok(Snapshot { step, updates, seed, mesh, cursor, job, tensors, pieces })
     }
 
     fn tensor_info(&self, var: Var, kind: Kind) -> TensorInfo {
@@ -167,7 +168,7 @@ impl Session {
         for Part { device, resident, tensor } in parts {
             self.write_resident(device, &resident, &tensor)?;
         }
-        (self.steps, self.seed) = (manifest.step, manifest.seed);
+        (self.steps, self.updates, self.seed) = (manifest.step, manifest.updates(), manifest.seed);
         self.step_metrics.was_productive(productive_ms);
         self.refresh()
     }

@@ -48,6 +48,7 @@ impl Session {
         let mut passed = Ok(());
         if report.is_finite() {
             self.decide(learning_rate)?;
+            self.updates += u64::from(self.plan.graph.objective.is_some());
             self.skipped_in_a_row = 0;
         } else {
             self.decide(f32::NAN)?;
@@ -87,7 +88,7 @@ impl Session {
 
     /// Lets devices update with this learning rate, or change nothing if it is no number, and waits until they have ended.
     pub(super) fn decide(&mut self, learning_rate: f32) -> Result<(), SessionError> {
-        let hyper = HostTensor::f32(&[2], vec![learning_rate, (self.steps + 1) as f32]);
+        let hyper = HostTensor::f32(&[2], vec![learning_rate, (self.updates + 1) as f32]);
         for feed in self.feeds.iter().filter(|feed| feed.decides) {
             self.feed(feed, |_, _| hyper.clone())?;
         }

@@ -25,6 +25,7 @@ fn good() -> Manifest {
     let scalar = Piece { shard: 1, offset: 196, start: Vec::new(), size: Vec::new(), blake3: Checksum::of(b"") };
     Manifest {
         step: 7,
+        updates: Some(5),
         epoch: 0,
         mesh: "data=2".into(),
         seed: u64::MAX,
@@ -114,8 +115,17 @@ fn the_first_version_had_no_time() {
     let mut old = serde_json::to_value(good()).unwrap();
     old.as_object_mut().unwrap().remove("job").unwrap();
     let text = String::from_utf8(seal("shardflow-checkpoint", &old).unwrap()).unwrap();
-    let read = Manifest::decode(text.replace("\"version\":2", "\"version\":1").as_bytes()).unwrap();
+    let read = Manifest::decode(text.replace("\"version\":3", "\"version\":1").as_bytes()).unwrap();
     assert_eq!(read, Manifest { job: JobTime::default(), ..good() });
+}
+
+#[test]
+fn before_version_3_every_step_counts_as_an_update() {
+    let mut old = serde_json::to_value(good()).unwrap();
+    old.as_object_mut().unwrap().remove("updates").unwrap();
+    let text = String::from_utf8(seal("shardflow-checkpoint", &old).unwrap()).unwrap();
+    let read = Manifest::decode(text.replace("\"version\":3", "\"version\":2").as_bytes()).unwrap();
+    assert_eq!((read.updates, read.updates(), good().updates()), (None, 7, 5));
 }
 
 #[test]
@@ -125,8 +135,8 @@ fn other_texts_are_refused() {
     assert!(decode("{}").contains("missing field"));
     assert!(decode(&"[".repeat(100_000)).contains("not a shardflow-checkpoint file"));
     let text = String::from_utf8(good().encode().unwrap()).unwrap();
-    for version in [0, 3] {
-        let why = decode(&text.replace("\"version\":2", &format!("\"version\":{version}")));
+    for version in [0, 4] {
+        let why = decode(&text.replace("\"version\":3", &format!("\"version\":{version}")));
         assert!(why.starts_with(&format!("version {version} of the format")), "{why}");
     }
     let other = seal("shardflow-shard", &good()).unwrap();
