@@ -97,6 +97,9 @@ pub struct GptArgs {
     /// Keep checkpoints here, and go on from the newest one that is there.
     #[arg(long, value_name = "DIR")]
     pub checkpoint: Option<String>,
+    /// Whether training continues from a checkpoint that is there.
+    #[arg(long, value_enum, default_value_t = ResumeArg::Auto)]
+    pub resume: ResumeArg,
     /// Steps between two checkpoints.
     #[arg(long, value_name = "N", default_value_t = 100)]
     pub checkpoint_every: u64,
@@ -130,6 +133,18 @@ pub enum NonFiniteArg {
     Skip,
     /// Back to the newest checkpoint, and on from there with the batches that come after the bad one.
     Rollback,
+}
+
+/// When training continues from a checkpoint.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum ResumeArg {
+    /// Continue from the newest checkpoint; start anew where there is none, and report which.
+    Auto,
+    /// Continue from the newest checkpoint; where there is none, end with code 65.
+    Required,
+    /// Start anew; where there is a checkpoint, end with code 2 and leave it alone. A job that the launcher restarts continues from
+    /// its own.
+    Never,
 }
 
 /// Pipeline schedules by name.
@@ -294,9 +309,14 @@ pub enum ArgsError {
         /// What both name.
         path: PathBuf,
     },
-    /// There is nothing to go back to.
-    #[error("--on-non-finite rollback needs --checkpoint")]
-    RollbackWhere,
+    /// There is nothing to go back to, or to continue from.
+    #[error("{flag} needs --checkpoint")]
+    NeedsCheckpoint {
+        /// What needs it.
+        flag: &'static str,
+        /// What does not.
+        instead: &'static str,
+    },
     /// A number outside its range.
     #[error("{flag} must be {expected}, got {got}")]
     Range {
@@ -329,7 +349,7 @@ impl ArgsError {
             Self::LayersStages { stages, layers } => {
                 format!("try --layers {}, or stage out of {}", layers.div_ceil(*stages) * stages, divisors(*layers))
             }
-            Self::RollbackWhere => "give --checkpoint DIR, or --on-non-finite skip".into(),
+            Self::NeedsCheckpoint { instead, .. } => format!("give --checkpoint DIR, or {instead}"),
             Self::SameFile { second, .. } => format!("give another file with {second}"),
             _ => "`gpt --help` lists the flags with their defaults".into(),
         }
@@ -386,8 +406,14 @@ impl GptArgs {
         if let Some(peak) = self.peak_tflops.filter(|peak| !peak.is_finite() || *peak <= 0.0) {
             return range("--peak-tflops", "finite and more than 0", peak as f32);
         }
-        if self.on_non_finite == NonFiniteArg::Rollback && self.checkpoint.is_none() {
-            return Err(ArgsError::RollbackWhere);
+        if self.checkpoint.is_none() {
+            let needs = |flag, instead| Err(ArgsError::NeedsCheckpoint { flag, instead });
+            if self.on_non_finite == NonFiniteArg::Rollback {
+                return needs("--on-non-finite rollback", "--on-non-finite skip");
+            }
+            if self.resume == ResumeArg::Required {
+                return needs("--resume required", "--resume auto");
+            }
         }
         self.check_files()?;
         let (width, heads) = (self.width, self.heads);

@@ -3,11 +3,11 @@
 
 use std::time::Duration;
 
-use shardflow::checkpoint::{Begun, CheckpointError, Cursor, SaveReport, Saver, SaverOptions, Store};
+use shardflow::checkpoint::{Begun, CheckpointError, Cursor, Member, SaveReport, Saver, SaverOptions, Store};
 use shardflow::exit;
 use shardflow::prelude::*;
 
-use crate::args::GptArgs;
+use crate::args::{GptArgs, ResumeArg};
 use crate::log::note;
 
 /// Key of the cursor: samples consumed before the checkpoint, those of batches that were passed over included.
@@ -31,6 +31,14 @@ pub enum CheckpointsError {
     /// The place cannot be used.
     #[error("--checkpoint {0}")]
     Place(CheckpointError),
+    /// There is a checkpoint, and none may be continued from.
+    #[error("--resume never, but {place} has a checkpoint of step {step}")]
+    Present {
+        /// The place.
+        place: String,
+        /// The newest one's.
+        step: u64,
+    },
     /// A snapshot could not be taken.
     #[error(transparent)]
     Snapshot(Box<SessionError>),
@@ -56,6 +64,7 @@ impl CheckpointsError {
         match self {
             Self::Load(error) | Self::Snapshot(error) => error.exit(),
             Self::Place(error) => Exit::from_code(error.exit_code()),
+            Self::Present { .. } => Exit::Usage,
             Self::NoWayBack(_) | Self::NoHelp { .. } => Exit::Numerics,
             Self::Last(_) => Exit::CannotWrite,
         }
@@ -72,7 +81,20 @@ impl CheckpointsError {
     /// What the user can change.
     pub fn hint(&self) -> &'static str {
         match self {
-            Self::Load(_) => "train with the flags that the checkpoint was made with, or give another --checkpoint",
+            Self::Load(error) => match **error {
+                SessionError::Checkpoint(CheckpointError::Absent { .. }) => {
+                    "give the folder that has the checkpoint, or --resume auto to start anew"
+                }
+                SessionError::Checkpoint(
+                    CheckpointError::Missing { .. }
+                    | CheckpointError::Shape { .. }
+                    | CheckpointError::Unknown { .. }
+                    | CheckpointError::Declared { .. },
+                ) => "train with the flags and the data that the checkpoint was made with, or give another --checkpoint",
+                SessionError::Disagreement(_) => "give all ranks one --checkpoint folder that they share",
+                _ => "",
+            },
+            Self::Present { .. } => "give another --checkpoint, or --resume auto to continue from it",
             Self::Place(_) => "give a folder that can be written to",
             Self::Snapshot(_) => "",
             Self::NoWayBack(_) | Self::NoHelp { .. } => "try a lower --lr, or --clip 1",
@@ -97,10 +119,23 @@ impl Checkpoints {
     /// Opens the place, and loads the newest good checkpoint into the session, if there is one.
     ///
     /// # Errors
-    /// A place that cannot be used, or a checkpoint of another model.
+    /// A place that cannot be used, a checkpoint of another model or data, or one that `--resume` does not allow, or misses.
     pub fn open(place: &str, args: &GptArgs, speaks: bool, session: &mut Session) -> Result<Self, CheckpointsError> {
         let store = Store::open(place).map_err(CheckpointsError::Place)?;
         let found = restore(&store, session, speaks)?;
+        let (_, Member { epoch, .. }) = session.agreement();
+        match (args.resume, &found) {
+            (ResumeArg::Required, None) => {
+                let absent = CheckpointError::Absent { place: store.place().into(), step: None };
+                return Err(CheckpointsError::Load(Box::new(absent.into())));
+            }
+            // Of a job that was restarted it is its own.
+            (ResumeArg::Never, Some((step, _))) if epoch == 0 => {
+                return Err(CheckpointsError::Present { place: store.place().into(), step: *step });
+            }
+            (_, None) if speaks => note(format!("no checkpoint in {}: starts anew", store.place())),
+            _ => {}
+        }
         let next_sample = found.map_or(0, |(step, cursor)| samples_before(step, &cursor, args.batch as u64));
         let (agree, member) = session.agreement();
         let plan = Some(session.plan().hash().to_string());
@@ -193,6 +228,7 @@ fn restore(store: &Store, session: &mut Session, speaks: bool) -> Result<Option<
     let restored = session.restore_newest(store).map_err(|e| CheckpointsError::Load(Box::new(e)))?;
     if speaks {
         restored.damaged.iter().for_each(|error| note(format!("warning: passed over: {error}")));
+        restored.notes.iter().for_each(|line| note(format!("warning: {line}")));
     }
     if let Some((step, _)) = restored.found.as_ref().filter(|_| speaks) {
         note(format!("going on from step {step} in {}", store.place()));

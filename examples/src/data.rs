@@ -1,8 +1,9 @@
 //! Text as training data: bytes numbered by rank, and batches chosen by counter, so that every layout and every number
-//! of micro-batches sees the same samples. Imports `shardflow::init` (the hash) only.
+//! of micro-batches sees the same samples. Imports `shardflow::{declare, init}` (hashes) only.
 
 use std::path::{Path, PathBuf};
 
+use shardflow::declare::identity_of;
 use shardflow::init::mix;
 
 /// Sample `k` of a run starts at `mix(DATA_SEED + k) % (train length - context)`.
@@ -67,6 +68,8 @@ pub struct Text {
     vocabulary: Vec<u8>,
     /// First nine tenths of the text.
     train: Vec<i32>,
+    /// What tells the text from others.
+    identity: String,
 }
 
 impl Text {
@@ -107,7 +110,17 @@ impl Text {
         let mut ids = [0; 256];
         (0..).zip(&vocabulary).for_each(|(id, byte)| ids[usize::from(*byte)] = id);
         let train = bytes[..train].iter().map(|b| ids[usize::from(*b)]).collect();
-        Ok(Self { vocabulary, train })
+        Ok(Self { vocabulary, train, identity: identity_of(bytes) })
+    }
+
+    /// What tells the text from others, as [`shardflow::declare::data_identity`].
+    pub fn identity(&self) -> &str {
+        &self.identity
+    }
+
+    /// What tells the numbering of its tokens from others.
+    pub fn vocabulary_identity(&self) -> String {
+        identity_of(&self.vocabulary)
     }
 
     /// Number of different tokens.

@@ -31,7 +31,9 @@ impl Session {
     ///
     /// # Errors
     /// When an input is missing, unknown, of the wrong shape or type, or holds a token outside the vocabulary (nothing was
-    /// run then); [`SessionError::NonFinite`] where the options say so (nothing was updated then); or the session failed.
+    /// run then); [`SessionError::NonFinite`] where the options say so, or [`SessionError::Disagreement`] on all ranks where they
+    /// were given different learning rates, or different elements that several of them feed (nothing was updated then); or the
+    /// session failed.
     pub fn step(&mut self, inputs: &[(&str, HostTensor)], learning_rate: f32) -> Result<StepReport, SessionError> {
         let begin = Instant::now();
         self.check_inputs(inputs)?;
@@ -41,9 +43,9 @@ impl Session {
         }
         let by_name: Inputs<'_> = inputs.iter().map(|(name, tensor)| (*name, tensor)).collect();
         let stop = self.stop.as_ref().is_some_and(|stop| stop.load(Ordering::Relaxed));
-        self.say([u64::from(stop), 0]);
+        self.say_of_step(stop, learning_rate, &by_name);
         let results = self.run(&by_name)?;
-        let stop = self.words()?.iter().any(|word| word[0] != 0);
+        let stop = self.agree_on_step()?;
         let mut report = StepReport { stop, ..self.report(results)? };
         let mut passed = Ok(());
         if report.is_finite() {
@@ -155,7 +157,7 @@ impl Session {
     }
 
     /// A device's part of an input for one micro-batch.
-    fn part(&self, var: Var, device: usize, micro_batch: usize, inputs: &Inputs<'_>) -> HostTensor {
+    pub(super) fn part(&self, var: Var, device: usize, micro_batch: usize, inputs: &Inputs<'_>) -> HostTensor {
         let graph = &self.plan.graph;
         let name = graph.producer(var).name.as_str();
         let info = graph.tensor(var);

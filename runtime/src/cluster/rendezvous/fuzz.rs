@@ -8,7 +8,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use shardflow_actors::transport::{Address, SessionId, wire};
 
-use super::messages::{Answer, INTRODUCTION_BYTES_MAX, Introduction, Member, Ready, Roster, Verdict};
+use super::messages::{Answer, Fact, INTRODUCTION_BYTES_MAX, Introduction, Member, Ready, Roster, Verdict};
 use crate::cluster::agree::Said;
 
 /// Messages as peers send them: without their length.
@@ -17,11 +17,10 @@ pub fn samples() -> Vec<Vec<u8>> {
     let addresses = vec![Address::Tcp("127.0.0.1:20000".into()), Address::Unix("/tmp/socket".into())];
     let member = Member { process: 0, node: "n".into(), host: "h".into(), pid: 9, restart: 0, addresses, heartbeat };
     let session = SessionId([5; 16]);
-    let (version, mesh) = ("0.1.0".to_string(), "data=2".to_string());
     let other = Member { process: 1, ..member.clone() };
-    let introduction =
-        Introduction { member: member.clone(), processes: 2, version, binary: [1; 32], plan: [2; 32], mesh };
-    let another = Introduction { plan: [3; 32], member: other.clone(), ..introduction.clone() };
+    let facts = |plan: &str| vec![Fact::new("version", "0.1.0"), Fact::new("mesh", "data=2"), Fact::new("plan", plan)];
+    let introduction = Introduction { member: member.clone(), facts: facts("1") };
+    let another = Introduction { facts: facts("2"), member: other.clone() };
     let conflicts = introduction.conflict(&another).into_iter().collect();
     let answers = [
         Answer::Roster(Roster { session, epoch: 1, members: vec![member.clone(), other] }),
