@@ -76,7 +76,7 @@ pub struct GptArgs {
     /// Probability of dropping an activation.
     #[arg(long, value_name = "P", default_value_t = 0.0)]
     pub dropout: f32,
-    /// Seed of the initial weights and of the text that is written at the end.
+    /// Seed of the initial weights, of dropout and of the text that is written at the end; that of a checkpoint replaces the first two.
     #[arg(long, value_name = "N", default_value_t = 1337)]
     pub seed: u64,
     /// Characters to write with the trained model at the end; 0 for none.
@@ -91,7 +91,7 @@ pub struct GptArgs {
     /// Write the trained parameters to this file.
     #[arg(long, value_name = "FILE.safetensors")]
     pub save: Option<PathBuf>,
-    /// Start from the parameters in this file.
+    /// Start from the parameters in this file, with fresh optimizer state.
     #[arg(long, value_name = "FILE.safetensors")]
     pub init_from: Option<PathBuf>,
     /// Keep checkpoints here, and go on from the newest one that is there.
@@ -453,6 +453,11 @@ impl GptArgs {
             }
         }
         Ok(())
+    }
+
+    /// Whether training continues from a checkpoint, in a job that was restarted this often: what a restarted job finds is its own.
+    pub fn resume_at(&self, restart: u64) -> ResumeArg {
+        if restart > 0 && self.resume == ResumeArg::Never { ResumeArg::Auto } else { self.resume }
     }
 
     /// Threads of each device: as given, or an even share of `cores` for the devices on this machine, and one at least.

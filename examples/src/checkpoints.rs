@@ -3,7 +3,7 @@
 
 use std::time::Duration;
 
-use shardflow::checkpoint::{Begun, CheckpointError, Cursor, Member, SaveReport, Saver, SaverOptions, Store};
+use shardflow::checkpoint::{Begun, CheckpointError, Cursor, SaveReport, Saver, SaverOptions, Store};
 use shardflow::exit;
 use shardflow::prelude::*;
 
@@ -90,7 +90,9 @@ impl CheckpointsError {
                     | CheckpointError::Shape { .. }
                     | CheckpointError::Unknown { .. }
                     | CheckpointError::Declared { .. },
-                ) => "train with the flags and the data that the checkpoint was made with, or give another --checkpoint",
+                ) => {
+                    "train with the flags and the data that the checkpoint was made with, or give another --checkpoint"
+                }
                 SessionError::Disagreement(_) => "give all ranks one --checkpoint folder that they share",
                 _ => "",
             },
@@ -123,14 +125,12 @@ impl Checkpoints {
     pub fn open(place: &str, args: &GptArgs, speaks: bool, session: &mut Session) -> Result<Self, CheckpointsError> {
         let store = Store::open(place).map_err(CheckpointsError::Place)?;
         let found = restore(&store, session, speaks)?;
-        let (_, Member { epoch, .. }) = session.agreement();
         match (args.resume, &found) {
             (ResumeArg::Required, None) => {
                 let absent = CheckpointError::Absent { place: store.place().into(), step: None };
                 return Err(CheckpointsError::Load(Box::new(absent.into())));
             }
-            // Of a job that was restarted it is its own.
-            (ResumeArg::Never, Some((step, _))) if epoch == 0 => {
+            (ResumeArg::Never, Some((step, _))) => {
                 return Err(CheckpointsError::Present { place: store.place().into(), step: *step });
             }
             (_, None) if speaks => note(format!("no checkpoint in {}: starts anew", store.place())),

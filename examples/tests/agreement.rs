@@ -116,7 +116,9 @@ fn ranks_that_start_from_other_files_end_together_and_name_the_tensor() {
     for mesh in ["data=2", "tensor=2", "stage=2"] {
         let script = |second: u32| {
             let flags = with_defaults(&format!("--mesh {mesh} --steps 2")).join(" ");
-            format!("if [ $RANK = 1 ]; then file=model-{second}; else file=model-1; fi; exec {GPT} {flags} --init-from $file")
+            format!(
+                "if [ $RANK = 1 ]; then file=model-{second}; else file=model-1; fi; exec {GPT} {flags} --init-from $file"
+            )
         };
         let launch = |second| {
             let mut command = Command::new(launcher());
@@ -124,7 +126,8 @@ fn ranks_that_start_from_other_files_end_together_and_name_the_tensor() {
         };
         let (code, text) = launch(2);
         assert_eq!(code, Some(78), "{mesh}: {text}");
-        let expected = ["the ranks differ in tensor ", "rank 0 has ", "rank 1 have ", "hint: give all ranks the same file"];
+        let expected =
+            ["the ranks differ in tensor ", "rank 0 has ", "rank 1 has ", "hint: give all ranks the same file"];
         assert!(expected.iter().all(|expected| text.contains(expected)), "{mesh}: {text}");
         assert!(!text.contains("loss"), "{mesh}: {text}");
         let (code, text) = launch(1);
@@ -183,7 +186,13 @@ fn a_resume_reports_what_differs_and_continues_with_the_next_sample() {
     assert_eq!(samples, "16");
     for (flags, steps, expected, warnings, consumed) in [
         ("--batch 2", 6, &["warning: batch was 4 and is 2 from here on"][..], 1, "20"),
-        ("--dropout 0.25 --clip 1", 7, &["batch was 2 and is 4", "dropout was 0 and is 0.25", "clip was none and is 1"], 3, "24"),
+        (
+            "--dropout 0.25 --clip 1",
+            7,
+            &["batch was 2 and is 4", "dropout was 0 and is 0.25", "clip was none and is 1"],
+            3,
+            "24",
+        ),
         ("--dropout 0.25 --clip 1 --seed 7", 8, &["warning: the seed is 1337 from ", "in place of 7"], 1, "28"),
         ("--dropout 0.25 --clip 1 --mesh data=2 --lr 0.5 --micro-batches 2 --schedule gpipe", 9, &[], 0, "32"),
     ] {
@@ -214,4 +223,9 @@ fn whether_a_training_resumes_can_be_required_or_excluded() {
     assert!(files(&folder, "ck") == before, "files have changed");
     let (code, text) = gpt(&folder, "--steps 4 --resume required --checkpoint ck");
     assert!(code == Some(0) && text.contains("going on from step 2"), "{text}");
+    // A restarted job's checkpoints are its own.
+    let mut restarted = Command::new(launcher());
+    restarted.args(["launch", "--nproc-per-node=1", "--", "env", "SHARDFLOW_RESTART_COUNT=1", GPT]);
+    let (code, text) = end(&folder, restarted.args(with_defaults("--steps 6 --resume never --checkpoint ck")));
+    assert!(code == Some(0) && text.contains("going on from step 4"), "{text}");
 }

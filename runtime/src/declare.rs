@@ -37,11 +37,13 @@ pub(crate) const PLAN: &str = "plan";
 pub(crate) const MESH: &str = "mesh";
 pub(crate) const TRANSPORT: &str = "transport";
 pub(crate) const COLLECTIVES: &str = "collectives";
+pub(crate) const ON_NON_FINITE: &str = "on_non_finite";
 pub(crate) const KERNELS: &str = "kernels";
 pub(crate) const VERSION: &str = "version";
 pub(crate) const EXECUTABLE: &str = "executable";
 pub(crate) const PROCESSES: &str = "number of processes";
-const RESERVED: [&str; 9] = [SEED, PLAN, MESH, TRANSPORT, COLLECTIVES, KERNELS, VERSION, EXECUTABLE, PROCESSES];
+const RESERVED: [&str; 10] =
+    [SEED, PLAN, MESH, TRANSPORT, COLLECTIVES, KERNELS, ON_NON_FINITE, VERSION, EXECUTABLE, PROCESSES];
 
 /// What a resume does when the checkpoint records another value. Between ranks every declared value must be the same.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -48,6 +48,7 @@ fn run(args: &GptArgs) -> Result<(), GptError> {
     let options = options(args, &cluster)?;
     let plan = compile(build(args, &model)?, &options)?;
     let speaks = cluster.is_first();
+    let resume = args.resume_at(cluster.restart());
     if args.explain {
         if speaks {
             say(plan.explain().trim_end());
@@ -75,7 +76,10 @@ fn run(args: &GptArgs) -> Result<(), GptError> {
         let notes = session.init_from(path).map_err(GptError::InitFrom)?;
         notes.iter().filter(|_| speaks).for_each(note);
     }
-    let checkpoints = args.checkpoint.as_deref().map(|place| Checkpoints::open(place, args, speaks, &mut session));
+    let checkpoints = args
+        .checkpoint
+        .as_deref()
+        .map(|place| Checkpoints::open(place, &GptArgs { resume, ..args.clone() }, speaks, &mut session));
     let checkpoints = checkpoints.transpose()?;
     let open = if session.steps() > 0 { JsonLog::go_on } else { JsonLog::create };
     let log = args.log_json.as_deref().filter(|_| speaks).map(open).transpose()?;

@@ -28,7 +28,7 @@ use super::rendezvous::{Fact, Identity, Member, RendezvousConfig, Roster, local_
 use super::roads::{Roads, Ways};
 use super::{ClusterError, ClusterOptions, Transport};
 use crate::checkpoint::{self, Agree};
-use crate::declare::{COLLECTIVES, KERNELS, MESH, PLAN, SEED, TRANSPORT};
+use crate::declare::{COLLECTIVES, KERNELS, MESH, ON_NON_FINITE, PLAN, SEED, TRANSPORT};
 use crate::plan::Plan;
 use crate::plan::validate::{self, PlanError};
 use crate::session::devices::Pipes;
@@ -391,6 +391,7 @@ fn facts(plan: &Plan, session: &SessionOptions) -> Result<Vec<Fact>, ClusterErro
         Fact::new(COLLECTIVES, format_args!("{:?}", options.collectives)),
         Fact::new(KERNELS, kernels),
         Fact::new(SEED, session.seed),
+        Fact::new(ON_NON_FINITE, format_args!("{:?}", session.on_non_finite)),
     ];
     facts.extend(session.declared.iter().map(|(name, value)| Fact::new(name, value)));
     facts.push(Fact::new(PLAN, plan.hash()));

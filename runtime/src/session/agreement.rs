@@ -51,8 +51,9 @@ fn list(values: &[(u32, String)]) -> String {
     }
     let more = groups.len().saturating_sub(VALUES_MAX);
     let more = if more > 0 { format!("; and {more} more values") } else { String::new() };
-    let listed = groups.iter().take(VALUES_MAX).map(|(value, of)| format!("{} have {value}", ranks(of)));
-    format!("{}{more}", listed.collect::<Vec<_>>().join("; ").replace("rank 0 have", "rank 0 has"))
+    let verb = |of: &[u32]| if of.len() == 1 { "has" } else { "have" };
+    let listed = groups.iter().take(VALUES_MAX).map(|(value, of)| format!("{} {} {value}", ranks(of), verb(of)));
+    format!("{}{more}", listed.collect::<Vec<_>>().join("; "))
 }
 
 /// Elements of an input that the same processes feed, two or more.
@@ -238,4 +239,23 @@ fn in_decimal(values: Vec<(u32, u64)>) -> Vec<(u32, String)> {
 
 fn in_hex(values: Vec<(u32, u64)>) -> Vec<(u32, String)> {
     values.into_iter().map(|(rank, value)| (rank, format!("{value:016x}"))).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_error_lists_ranks_by_value() {
+        let values = |values: &[&str]| (0..).zip(values.iter().map(ToString::to_string)).collect();
+        let text = |of: &[&str]| {
+            let (context, name) = ("step 2".into(), "input x".into());
+            Disagreement { context, name, values: values(of) }.to_string()
+        };
+        assert_eq!(
+            text(&["a", "b", "a"]),
+            "step 2: the ranks differ in input x: ranks 0, 2 have a; rank 1 has b; give every rank the same"
+        );
+        assert!(text(&["a", "b", "c", "d", "e", "f", "e"]).contains("rank 3 has d; and 2 more values; give"));
+    }
 }

@@ -202,6 +202,8 @@ impl Session {
         }
         let used = self.residents().filter(|(_, kind)| *kind == Kind::State && !weights_only).count();
         notes.extend(states_left_out(path, states.len().saturating_sub(used)));
+        // Weights alone are the same whatever else was saved with them.
+        let metadata = if weights_only { HashMap::new() } else { metadata };
         Ok(File { tensors, metadata, notes })
     }
 

@@ -289,7 +289,8 @@ impl Session {
         let dtype: DType = there.info.dtype.into();
         let path = path.into();
         if there.info.shape != info.shape {
-            let (expected, got) = (format!("{:?}", info.shape), format!("{:?}", there.info.shape));
+            let text = |dtype: DType, shape: &[usize]| format!("{dtype:?} {shape:?}");
+            let (expected, got) = (text(info.dtype, &info.shape), text(dtype, &there.info.shape));
             return Err(CheckpointError::Shape { path, name, expected, got });
         }
         if dtype != info.dtype {
