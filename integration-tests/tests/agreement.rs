@@ -198,11 +198,11 @@ fn what_ranks_load_is_compared_before_anything_changes() {
                 assert!(error.contains(": the ranks differ in number of steps: rank 0 has 1; rank 1 has 2"), "{error}");
                 let mut others = parameters.clone();
                 // The last layer's, which the second stage alone holds.
-                if let (1, Some(HostData::F32(values))) = (rank, others.get_mut("ln_f.weight").map(|t| &mut t.data)) {
+                if let (1, Some(HostData::F32(values))) = (rank, others.get_mut("lnf.weight").map(|t| &mut t.data)) {
                     values[0] += 1.0;
                 }
                 let error = disagreement(session.set_parameters(&others));
-                assert!(error.contains("(memory): the ranks differ in tensor ln_f.weight: "), "{error}");
+                assert!(error.contains("(memory): the ranks differ in tensor lnf.weight: "), "{error}");
                 let error = session.restore(&file("missing")).expect_err("one rank has no file").to_string();
                 let expected = if rank == 1 { "No such file" } else { "rank 1 cannot load it; see its log" };
                 assert!(error.contains(expected), "rank {rank}: {error}");

@@ -2,7 +2,7 @@
 //! tensors. All compare all values, so a difference ends the call on every rank, with the same error.
 //! Imports `session`, `plan`, `checkpoint` and `cluster`'s texts.
 //!
-//! A step's numbers travel in the message that also carries the stop flag, and cost a digest of what is fed twice or more.
+//! A step's numbers travel in the message that also carries requests to stop, and cost a digest of what is fed twice or more.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -19,7 +19,7 @@ use crate::plan::{ActionKey, Plan};
 /// Different values that an error lists.
 const VALUES_MAX: usize = 4;
 
-/// Numbers of a step before its digests: the stop flag and the learning rate's bits.
+/// Numbers of a step before its digests: the request and the learning rate's bits.
 const STEP_NUMBERS: usize = 2;
 
 /// What a load says beside digests of tensors, by name. The first number is 0 where the load failed.
@@ -132,10 +132,10 @@ pub(super) struct Loading {
 }
 
 impl Session {
-    /// Gives all what this process was given for a step.
-    pub(super) fn say_of_step(&self, stop: bool, learning_rate: f32, inputs: &Inputs<'_>) {
+    /// Gives all what this process was given for a step, and what it requests of all.
+    pub(super) fn say_of_step(&self, request: u64, learning_rate: f32, inputs: &Inputs<'_>) {
         let own = self.hosting.process;
-        let mut numbers = vec![u64::from(stop), u64::from(learning_rate.to_bits())];
+        let mut numbers = vec![request, u64::from(learning_rate.to_bits())];
         for input in self.shared_inputs.iter().filter(|input| input.processes.contains(&own)) {
             let mut hasher = blake3::Hasher::new();
             let firings = self.plan.graph.tensor(input.var).rate.per_step(self.plan.micro_batches);
@@ -149,15 +149,15 @@ impl Session {
         self.give_numbers(self.ports.steps[own as usize], &numbers);
     }
 
-    /// Compares what all were given for the step; true where one of them is to stop. A difference calls the update off.
-    pub(super) fn agree_on_step(&mut self) -> Result<bool, SessionError> {
+    /// Compares what all were given for the step, and gives the largest request. A difference calls the update off.
+    pub(super) fn agree_on_step(&mut self) -> Result<u64, SessionError> {
         let ports = self.ports.clone();
         let said = self.numbers(&ports.steps)?;
         if let Some(difference) = self.difference_in_step(&said) {
             self.decide(f32::NAN)?;
             return Err(difference.into());
         }
-        Ok(said.iter().any(|numbers| numbers.first().is_some_and(|stop| *stop != 0)))
+        Ok(said.iter().filter_map(|numbers| numbers.first().copied()).max().unwrap_or_default())
     }
 
     fn difference_in_step(&self, said: &[Vec<u64>]) -> Option<Disagreement> {

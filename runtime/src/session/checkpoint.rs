@@ -185,10 +185,9 @@ impl Session {
         let file = SafeTensors::deserialize(&bytes).map_err(|e| not_whole(path, &e))?;
         let (_, header) = SafeTensors::read_metadata(&bytes).map_err(|e| not_whole(path, &e))?;
         let metadata = header.metadata().clone().unwrap_or_default();
-        let mut notes = self.compare_declared(path, &declared_of(&metadata), weights_only)?;
-        let (states, parameters): (Vec<&str>, Vec<&str>) =
-            file.names().into_iter().partition(|name| name.starts_with(STATE_PREFIX));
-        self.check_known(path, parameters)?;
+        let kind = |name: &str| if name.starts_with(STATE_PREFIX) { Kind::State } else { Kind::Parameter };
+        let names = file.names().into_iter().map(|name| (name, kind(name)));
+        let notes = self.check_saved(path, &declared_of(&metadata), names, weights_only)?;
         let mut tensors = Vec::new();
         for (var, _) in self.residents().filter(|(_, kind)| !weights_only || *kind == Kind::Parameter) {
             let name = &self.plan.graph.tensor(var).name;
@@ -200,37 +199,38 @@ impl Session {
             })?;
             tensors.push((var, self.fitting(path, var, HostTensor::f32(view.shape(), values))?));
         }
-        let used = self.residents().filter(|(_, kind)| *kind == Kind::State && !weights_only).count();
-        notes.extend(states_left_out(path, states.len().saturating_sub(used)));
         // Weights alone are the same whatever else was saved with them.
         let metadata = if weights_only { HashMap::new() } else { metadata };
         Ok(File { tensors, metadata, notes })
     }
 
-    /// Compares what a file records with what the program declares; gives lines to report.
-    pub(super) fn compare_declared(
+    /// Whether the program goes with what was saved: with the declared values, and with tensors of these names. Gives lines to
+    /// report.
+    pub(super) fn check_saved<'a>(
         &self,
         path: &Path,
-        saved: &Values,
+        declared: &Values,
+        names: impl Iterator<Item = (&'a str, Kind)>,
         weights_only: bool,
     ) -> Result<Vec<String>, CheckpointError> {
-        self.declared.compare(saved, weights_only).map_err(|Difference { name, saved, here }| {
-            CheckpointError::Declared { path: path.into(), name, saved, here }
-        })
-    }
-
-    /// Whether the program has all these parameters, or is to leave them out.
-    pub(super) fn check_known<'a>(
-        &self,
-        path: &Path,
-        names: impl IntoIterator<Item = &'a str>,
-    ) -> Result<(), CheckpointError> {
+        let differs =
+            |Difference { name, saved, here }| CheckpointError::Declared { path: path.into(), name, saved, here };
+        let mut notes = self.declared.compare(declared, weights_only).map_err(differs)?;
         let graph = &self.plan.graph;
-        let known: BTreeSet<&str> = graph.parameters().iter().map(|var| graph.tensor(*var).name.as_str()).collect();
-        let is_known = |name: &&str| known.contains(name) || self.ignoring.iter().any(|other| other == name);
-        let mut names: Vec<String> = names.into_iter().filter(|n| !is_known(n)).map(str::to_owned).collect();
-        names.sort();
-        if names.is_empty() { Ok(()) } else { Err(CheckpointError::Unknown { path: path.into(), names }) }
+        let wanted = self.residents().filter(|(_, kind)| !weights_only || *kind == Kind::Parameter);
+        let wanted: BTreeSet<&str> = wanted.map(|(var, _)| graph.tensor(var).name.as_str()).collect();
+        let left_out = names.filter(|(name, _)| !wanted.contains(name) && !self.ignoring.iter().any(|n| n == name));
+        let (states, unknown): (Vec<_>, Vec<_>) = left_out.partition(|(_, kind)| *kind == Kind::State);
+        if !unknown.is_empty() {
+            let mut names: Vec<String> = unknown.into_iter().map(|(name, _)| name.to_owned()).collect();
+            names.sort();
+            return Err(CheckpointError::Unknown { path: path.into(), names });
+        }
+        if !states.is_empty() {
+            let count = states.len();
+            notes.push(format!("{}: {count} optimizer states are not needed, and left out", path.display()));
+        }
+        Ok(notes)
     }
 
     /// The tensor in the program's own shape, if it has the saved one.
@@ -275,11 +275,6 @@ struct File {
 
 fn number(metadata: &HashMap<String, String>, key: &str) -> Option<u64> {
     metadata.get(key)?.parse().ok()
-}
-
-/// The line that reports optimizer states without a use.
-pub(super) fn states_left_out(path: &Path, count: usize) -> Option<String> {
-    (count > 0).then(|| format!("{}: {count} optimizer states are not needed, and left out", path.display()))
 }
 
 /// The elements of a tensor of 32 or 16 bits; files need not be aligned for either.

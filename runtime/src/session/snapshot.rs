@@ -9,7 +9,6 @@ use std::sync::Arc;
 use shardflow_kernels::tensor::{DType, HostData, HostTensor, Region};
 
 use super::agreement::{Loading, digest_of};
-use super::checkpoint::states_left_out;
 use super::{Session, SessionError, resident_parts};
 use crate::checkpoint::agree::{Agree, Alone, Member};
 use crate::checkpoint::error::CheckpointError;
@@ -153,12 +152,8 @@ impl Session {
     fn read_parts(&self, reader: &Reader) -> Result<Parts, SessionError> {
         self.check_alive()?;
         let (path, manifest) = (PathBuf::from(reader.name()), reader.manifest());
-        let mut notes = self.compare_declared(&path, &manifest.declared, false)?;
-        let (parameters, states): (Vec<_>, Vec<_>) =
-            manifest.tensors.iter().map(|tensor| &tensor.info).partition(|info| info.kind == Kind::Parameter);
-        self.check_known(&path, parameters.iter().map(|info| info.name.as_str()))?;
-        let used = self.residents().filter(|(_, kind)| *kind == Kind::State).count();
-        notes.extend(states_left_out(&path, states.len().saturating_sub(used)));
+        let infos = manifest.tensors.iter().map(|tensor| (tensor.info.name.as_str(), tensor.info.kind));
+        let notes = self.check_saved(&path, &manifest.declared, infos, false)?;
         let mut found: Vec<Part> = Vec::new();
         for (var, _) in self.residents() {
             self.check_fits(reader, var)?;

@@ -43,9 +43,9 @@ impl Session {
         }
         let by_name: Inputs<'_> = inputs.iter().map(|(name, tensor)| (*name, tensor)).collect();
         let stop = self.stop.as_ref().is_some_and(|stop| stop.load(Ordering::Relaxed));
-        self.say_of_step(stop, learning_rate, &by_name);
+        self.say_of_step(u64::from(stop), learning_rate, &by_name);
         let results = self.run(&by_name)?;
-        let stop = self.agree_on_step()?;
+        let stop = self.agree_on_step()? != 0;
         let mut report = StepReport { stop, ..self.report(results)? };
         let mut passed = Ok(());
         if report.is_finite() {
