@@ -84,7 +84,7 @@ pub struct GptArgs {
     /// Probability of dropping an activation.
     #[arg(long, value_name = "P", default_value_t = 0.0)]
     pub dropout: f32,
-    /// Seed of the initial weights and of the text that is written at the end.
+    /// Seed of the initial weights, of dropout and of the text that is written at the end; that of a checkpoint replaces the first two.
     #[arg(long, value_name = "N", default_value_t = 1337)]
     pub seed: u64,
     /// Characters to write with the trained model at the end; 0 for none.
@@ -99,12 +99,15 @@ pub struct GptArgs {
     /// Write the trained parameters to this file.
     #[arg(long, value_name = "FILE.safetensors")]
     pub save: Option<PathBuf>,
-    /// Start from the parameters in this file.
+    /// Start from the parameters in this file, with fresh optimizer state.
     #[arg(long, value_name = "FILE.safetensors")]
     pub init_from: Option<PathBuf>,
     /// Keep checkpoints here, and go on from the newest one that is there.
     #[arg(long, value_name = "DIR")]
     pub checkpoint: Option<String>,
+    /// Whether training continues from a checkpoint that is there.
+    #[arg(long, value_enum, default_value_t = ResumeArg::Auto)]
+    pub resume: ResumeArg,
     /// Steps between two checkpoints.
     #[arg(long, value_name = "N", default_value_t = 100)]
     pub checkpoint_every: u64,
@@ -157,6 +160,18 @@ pub enum NonFiniteArg {
     Skip,
     /// Back to the newest checkpoint, and on from there with the batches that come after the bad one.
     Rollback,
+}
+
+/// When training continues from a checkpoint.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum ResumeArg {
+    /// Continue from the newest checkpoint; start anew where there is none, and report which.
+    Auto,
+    /// Continue from the newest checkpoint; where there is none, end with code 65.
+    Required,
+    /// Start anew; where there is a checkpoint, end with code 2 and leave it alone. A job that the launcher restarts continues from
+    /// its own.
+    Never,
 }
 
 /// Pipeline schedules by name.
@@ -321,9 +336,14 @@ pub enum ArgsError {
         /// What both name.
         path: PathBuf,
     },
-    /// There is nothing to go back to.
-    #[error("--on-non-finite rollback needs --checkpoint")]
-    RollbackWhere,
+    /// There is nothing to go back to, or to continue from.
+    #[error("{flag} needs --checkpoint")]
+    NeedsCheckpoint {
+        /// What needs it.
+        flag: &'static str,
+        /// What does not.
+        instead: &'static str,
+    },
     /// A number outside its range.
     #[error("{flag} must be {expected}, got {got}")]
     Range {
@@ -356,7 +376,7 @@ impl ArgsError {
             Self::LayersStages { stages, layers } => {
                 format!("try --layers {}, or stage out of {}", layers.div_ceil(*stages) * stages, divisors(*layers))
             }
-            Self::RollbackWhere => "give --checkpoint DIR, or --on-non-finite skip".into(),
+            Self::NeedsCheckpoint { instead, .. } => format!("give --checkpoint DIR, or {instead}"),
             Self::SameFile { second, .. } => format!("give another file with {second}"),
             _ => "`gpt --help` lists the flags with their defaults".into(),
         }
@@ -414,8 +434,14 @@ impl GptArgs {
         if let Some(peak) = self.peak_tflops.filter(|peak| !peak.is_finite() || *peak <= 0.0) {
             return range("--peak-tflops", "finite and more than 0", peak as f32);
         }
-        if self.on_non_finite == NonFiniteArg::Rollback && self.checkpoint.is_none() {
-            return Err(ArgsError::RollbackWhere);
+        if self.checkpoint.is_none() {
+            let needs = |flag, instead| Err(ArgsError::NeedsCheckpoint { flag, instead });
+            if self.on_non_finite == NonFiniteArg::Rollback {
+                return needs("--on-non-finite rollback", "--on-non-finite skip");
+            }
+            if self.resume == ResumeArg::Required {
+                return needs("--resume required", "--resume auto");
+            }
         }
         self.check_files()?;
         let (width, heads) = (self.width, self.heads);
@@ -455,6 +481,11 @@ impl GptArgs {
             }
         }
         Ok(())
+    }
+
+    /// Whether training continues from a checkpoint, in a job that was restarted this often: what a restarted job finds is its own.
+    pub fn resume_at(&self, restart: u64) -> ResumeArg {
+        if restart > 0 && self.resume == ResumeArg::Never { ResumeArg::Auto } else { self.resume }
     }
 
     /// Threads of each device: as given, or an even share of `cores` for the devices on this machine, and one at least.

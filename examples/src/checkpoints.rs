@@ -7,10 +7,13 @@ use shardflow::checkpoint::{Begun, CheckpointError, Cursor, SaveReport, Saver, S
 use shardflow::exit;
 use shardflow::prelude::*;
 
-use crate::args::GptArgs;
+use crate::args::{GptArgs, ResumeArg};
 use crate::log::note;
 
-/// Where the cursor of a checkpoint tells of batches that were passed over before it.
+/// Key of the cursor: samples consumed before the checkpoint, those of batches that were passed over included.
+const SAMPLES: &str = "samples";
+
+/// The key of older checkpoints in its place: batches passed over, beside one batch for each step.
 const PASSED_OVER: &str = "batches_passed_over";
 
 /// How often one checkpoint is gone back to before the training is given up.
@@ -28,6 +31,14 @@ pub enum CheckpointsError {
     /// The place cannot be used.
     #[error("--checkpoint {0}")]
     Place(CheckpointError),
+    /// There is a checkpoint, and none may be continued from.
+    #[error("--resume never, but {place} has a checkpoint of step {step}")]
+    Present {
+        /// The place.
+        place: String,
+        /// The newest one's.
+        step: u64,
+    },
     /// A snapshot could not be taken, or there is no memory for one.
     #[error(transparent)]
     Snapshot(Box<SessionError>),
@@ -53,6 +64,7 @@ impl CheckpointsError {
         match self {
             Self::Load(error) | Self::Snapshot(error) => error.exit(),
             Self::Place(error) => Exit::from_code(error.exit_code()),
+            Self::Present { .. } => Exit::Usage,
             Self::NoWayBack(_) | Self::NoHelp { .. } => Exit::Numerics,
             Self::Last(_) => Exit::CannotWrite,
         }
@@ -69,7 +81,22 @@ impl CheckpointsError {
     /// What the user can change.
     pub fn hint(&self) -> &'static str {
         match self {
-            Self::Load(_) => "train with the flags that the checkpoint was made with, or give another --checkpoint",
+            Self::Load(error) => match **error {
+                SessionError::Checkpoint(CheckpointError::Absent { .. }) => {
+                    "give the folder that has the checkpoint, or --resume auto to start anew"
+                }
+                SessionError::Checkpoint(
+                    CheckpointError::Missing { .. }
+                    | CheckpointError::Shape { .. }
+                    | CheckpointError::Unknown { .. }
+                    | CheckpointError::Declared { .. },
+                ) => {
+                    "train with the flags and the data that the checkpoint was made with, or give another --checkpoint"
+                }
+                SessionError::Disagreement(_) => "give all ranks one --checkpoint folder that they share",
+                _ => "",
+            },
+            Self::Present { .. } => "give another --checkpoint, or --resume auto to continue from it",
             Self::Place(_) => "give a folder that can be written to",
             Self::Snapshot(_) => "",
             Self::NoWayBack(_) | Self::NoHelp { .. } => "try a lower --lr, or --clip 1",
@@ -84,8 +111,8 @@ pub struct Checkpoints {
     store: Store,
     every: u64,
     speaks: bool,
-    /// Batches that are left out: step `s` trains on batch `s + passed_over`.
-    passed_over: u64,
+    /// The first sample of the next batch.
+    next_sample: u64,
     /// The step that was gone back to last, and how often.
     rollbacks: (u64, u32),
     /// The step of a save that a request asked for.
@@ -98,17 +125,28 @@ impl Checkpoints {
     /// Opens the place, and loads the newest good checkpoint into the session, if there is one.
     ///
     /// # Errors
-    /// A place that cannot be used, or a checkpoint of another model.
+    /// A place that cannot be used, a checkpoint of another model or data, or one that `--resume` does not allow, or misses.
     pub fn open(place: &str, args: &GptArgs, speaks: bool, session: &mut Session) -> Result<Self, CheckpointsError> {
         let store = Store::open(place).map_err(CheckpointsError::Place)?;
         let found = restore(&store, session, speaks)?;
-        let passed_over = found.map_or(0, |(_, passed_over)| passed_over);
+        match (args.resume, &found) {
+            (ResumeArg::Required, None) => {
+                let absent = CheckpointError::Absent { place: store.place().into(), step: None };
+                return Err(CheckpointsError::Load(Box::new(absent.into())));
+            }
+            (ResumeArg::Never, Some((step, _))) => {
+                return Err(CheckpointsError::Present { place: store.place().into(), step: *step });
+            }
+            (_, None) if speaks => note(format!("no checkpoint in {}: starts anew", store.place())),
+            _ => {}
+        }
+        let next_sample = found.map_or(0, |(step, cursor)| samples_before(step, &cursor, args.batch as u64));
         let (agree, member) = session.agreement().map_err(|error| CheckpointsError::Snapshot(Box::new(error)))?;
         let plan = Some(session.plan().hash().to_string());
         let options = SaverOptions { member, keep: args.checkpoint_keep, plan, ..SaverOptions::default() };
         let saver = Saver::new(store.clone(), agree, options).map_err(CheckpointsError::Place)?;
         let (every, rollbacks, requested, save_time) = (args.checkpoint_every, (0, 0), None, Duration::ZERO);
-        Ok(Self { saver, store, every, speaks, passed_over, rollbacks, requested, save_time })
+        Ok(Self { saver, store, every, speaks, next_sample, rollbacks, requested, save_time })
     }
 
     /// How long the last save took.
@@ -116,13 +154,16 @@ impl Checkpoints {
         self.save_time
     }
 
-    /// The batch that a step trains on.
-    pub fn batch(&self, step: u64) -> u64 {
-        step + self.passed_over
+    /// Consumes a batch of `count` samples, and returns the first one's number. No sample is returned twice, whatever the
+    /// batch size was before a resume.
+    pub fn take(&mut self, count: u64) -> u64 {
+        let first = self.next_sample;
+        self.next_sample = first.wrapping_add(count);
+        first
     }
 
-    /// Goes back to the newest checkpoint because of a step that was not finite; its batch, and those between, are not
-    /// trained on again. All processes call it.
+    /// Goes back to the newest checkpoint because of a step that was not finite. Training continues with the samples after
+    /// the bad batch: that batch, and those since the checkpoint, are not trained on again. All processes call it.
     ///
     /// # Errors
     /// When there is no checkpoint, or going back to it has not helped.
@@ -138,7 +179,6 @@ impl Checkpoints {
         if self.rollbacks.1 > ROLLBACKS_MAX {
             return Err(CheckpointsError::NoHelp { step, found: Box::new(found.clone()) });
         }
-        self.passed_over = self.batch(found.step) + 1 - step;
         Ok(())
     }
 
@@ -154,7 +194,7 @@ impl Checkpoints {
             return Ok(());
         }
         self.requested = (request != Request::Nothing).then(|| session.steps()).or(self.requested);
-        let cursor = Cursor::from([(PASSED_OVER.to_string(), self.passed_over.to_string())]);
+        let cursor = Cursor::from([(SAMPLES.to_string(), self.next_sample.to_string())]);
         let begun = self.saver.save(session, cursor).map_err(|e| CheckpointsError::Snapshot(Box::new(e)))?;
         if let Begun::Started { before: Some(report) } = begun {
             self.tell(&report);
@@ -191,15 +231,35 @@ impl Checkpoints {
     }
 }
 
-/// Loads the newest good checkpoint: its step, and the batches that were passed over before it.
-fn restore(store: &Store, session: &mut Session, speaks: bool) -> Result<Option<(u64, u64)>, CheckpointsError> {
+/// Samples that were consumed before a checkpoint of `step`.
+fn samples_before(step: u64, cursor: &Cursor, batch: u64) -> u64 {
+    let number = |key: &str| cursor.get(key).and_then(|count| count.parse::<u64>().ok());
+    let of_batches = || step.saturating_add(number(PASSED_OVER).unwrap_or(0)).wrapping_mul(batch);
+    number(SAMPLES).unwrap_or_else(of_batches)
+}
+
+/// Loads the newest good checkpoint: its step and cursor.
+fn restore(store: &Store, session: &mut Session, speaks: bool) -> Result<Option<(u64, Cursor)>, CheckpointsError> {
     let restored = session.restore_newest(store).map_err(|e| CheckpointsError::Load(Box::new(e)))?;
     if speaks {
         restored.damaged.iter().for_each(|error| note(format!("warning: passed over: {error}")));
+        restored.notes.iter().for_each(|line| note(format!("warning: {line}")));
     }
-    let Some((step, cursor)) = restored.found else { return Ok(None) };
-    if speaks {
+    if let Some((step, _)) = restored.found.as_ref().filter(|_| speaks) {
         note(format!("going on from step {step} in {}", store.place()));
     }
-    Ok(Some((step, cursor.get(PASSED_OVER).and_then(|count| count.parse().ok()).unwrap_or(0))))
+    Ok(restored.found)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn samples_of_cursors_of_all_ages() {
+        let cursor = |key: &str, value: &str| Cursor::from([(key.to_string(), value.to_string())]);
+        assert_eq!(samples_before(5, &cursor(SAMPLES, "22"), 2), 22);
+        assert_eq!(samples_before(5, &cursor(PASSED_OVER, "2"), 4), 28, "an older one counts batches");
+        assert_eq!(samples_before(5, &Cursor::new(), 4), 20, "the first ones had none");
+    }
 }

@@ -1,8 +1,9 @@
 //! Text as training data: bytes numbered by rank, and batches chosen by counter, so that every layout and every number
-//! of micro-batches sees the same samples. Imports `shardflow::init` (the hash) only.
+//! of micro-batches sees the same samples. Imports `shardflow::{declare, init}` (hashes) only.
 
 use std::path::{Path, PathBuf};
 
+use shardflow::declare::identity_of;
 use shardflow::init::mix;
 
 /// Sample `k` of a run starts at `mix(DATA_SEED + k) % (train length - context)`.
@@ -67,6 +68,8 @@ pub struct Text {
     vocabulary: Vec<u8>,
     /// First nine tenths of the text.
     train: Vec<i32>,
+    /// What tells the text from others.
+    identity: String,
 }
 
 impl Text {
@@ -107,7 +110,17 @@ impl Text {
         let mut ids = [0; 256];
         (0..).zip(&vocabulary).for_each(|(id, byte)| ids[usize::from(*byte)] = id);
         let train = bytes[..train].iter().map(|b| ids[usize::from(*b)]).collect();
-        Ok(Self { vocabulary, train })
+        Ok(Self { vocabulary, train, identity: identity_of(bytes) })
+    }
+
+    /// What tells the text from others, as [`shardflow::declare::data_identity`].
+    pub fn identity(&self) -> &str {
+        &self.identity
+    }
+
+    /// What tells the numbering of its tokens from others.
+    pub fn vocabulary_identity(&self) -> String {
+        identity_of(&self.vocabulary)
     }
 
     /// Number of different tokens.
@@ -120,16 +133,15 @@ impl Text {
         self.train.len()
     }
 
-    /// The samples of `step` (from 0): token ids and targets, each `[batch, context]`, row-major.
+    /// `count` samples from number `first` on: token ids and targets, each `[count, context]`, row-major.
     ///
     /// # Panics
     /// When `context` is not shorter than the training part, which [`Text::load`] has checked.
-    pub fn batch(&self, step: u64, batch: usize, context: usize) -> (Vec<i32>, Vec<i32>) {
+    pub fn samples(&self, first: u64, count: usize, context: usize) -> (Vec<i32>, Vec<i32>) {
         let places = (self.train.len() - context) as u64;
-        let (mut ids, mut targets) = (Vec::with_capacity(batch * context), Vec::with_capacity(batch * context));
-        for row in 0..batch as u64 {
-            let sample = step.wrapping_mul(batch as u64).wrapping_add(row);
-            let start = (mix(DATA_SEED.wrapping_add(sample)) % places) as usize;
+        let (mut ids, mut targets) = (Vec::with_capacity(count * context), Vec::with_capacity(count * context));
+        for row in 0..count as u64 {
+            let start = (mix(DATA_SEED.wrapping_add(first).wrapping_add(row)) % places) as usize;
             ids.extend(&self.train[start..start + context]);
             targets.extend(&self.train[start + 1..start + 1 + context]);
         }
@@ -202,13 +214,13 @@ mod tests {
         assert_eq!(t.decode(&[-1, 5, 99]), "\u{FFFD}h\u{FFFD}");
     }
 
-    /// `mix(4242 + k) % 86` for k = 6, 7, 8 (step 2 of batch 3), computed in numpy.
+    /// `mix(4242 + k) % 86` for k = 6, 7, 8, computed in numpy.
     #[test]
-    fn batches_follow_the_counter() {
+    fn samples_follow_the_counter() {
         let bytes: Vec<u8> = (0..100).collect();
         let t = text(&bytes, 4).unwrap();
         assert_eq!((t.vocab(), t.train_len()), (100, 90));
-        let (ids, targets) = t.batch(2, 3, 4);
+        let (ids, targets) = t.samples(6, 3, 4);
         for (row, start) in [36, 84, 43].into_iter().enumerate() {
             assert_eq!(ids[row * 4..row * 4 + 4], [start, start + 1, start + 2, start + 3]);
             assert_eq!(targets[row * 4..row * 4 + 4], [start + 1, start + 2, start + 3, start + 4]);
@@ -218,7 +230,7 @@ mod tests {
     #[test]
     fn the_shortest_text_has_one_sample() {
         // Nine tenths of 6 bytes are 5: a sample of 4 and its targets.
-        assert_eq!(text(b"abcdef", 4).unwrap().batch(7, 1, 4), (vec![0, 1, 2, 3], vec![1, 2, 3, 4]));
+        assert_eq!(text(b"abcdef", 4).unwrap().samples(7, 1, 4), (vec![0, 1, 2, 3], vec![1, 2, 3, 4]));
         let error = text(b"abcdef", 5).unwrap_err().to_string();
         assert_eq!(
             error,

@@ -226,8 +226,8 @@ fn saved_parameters_are_where_another_run_starts() {
         &folder,
         2,
         &[
-            ("--init-from good --width 32", "expected [29, 32], got [29, 16]", "--width"),
-            ("--init-from good --layers 3", "no tensor h.2", "--layers"),
+            ("--init-from good --width 32", "its width is 16, and this program's is 32", "--width"),
+            ("--init-from good --layers 3", "its layers is 2, and this program's is 3", "--layers"),
             ("--init-from cut", "cut: not a complete safetensors file", "gpt --save"),
         ],
     );

@@ -34,12 +34,13 @@ fn the_batches_up_to_the_bad_one_are_passed_over() {
     let folder = std::path::Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("rollback-{}", std::process::id()));
     let place = folder.to_str().expect("a path");
     let args = GptArgs::parse_from(["gpt", "--checkpoint-every", "3"]);
+    let rows = ROWS as u64;
 
     let mut session = start();
     let mut checkpoints = Checkpoints::open(place, &args, false, &mut session).expect("a place");
     let mut batches = Vec::new();
     while session.steps() < STEPS {
-        let batch = checkpoints.batch(session.steps());
+        let batch = checkpoints.take(rows) / rows;
         batches.push(batch);
         if let Some(found) = step(&mut session, batch).non_finite {
             checkpoints.roll_back(&mut session, &found).expect("a way back");
@@ -57,11 +58,8 @@ fn the_batches_up_to_the_bad_one_are_passed_over() {
     assert_eq!(never_saw_it.parameters().expect("parameters"), trained);
 
     let mut later = start();
-    let checkpoints = Checkpoints::open(place, &args, false, &mut later).expect("a place");
-    assert_eq!(
-        (later.steps(), checkpoints.batch(later.steps())),
-        (STEPS, STEPS + 2),
-        "batches passed over are forgotten"
-    );
+    let mut checkpoints = Checkpoints::open(place, &args, false, &mut later).expect("a place");
+    let next = (later.steps(), checkpoints.take(rows));
+    assert_eq!(next, (STEPS, (STEPS + 2) * rows), "batches passed over are forgotten");
     std::fs::remove_dir_all(folder).expect("a folder");
 }

@@ -18,3 +18,14 @@ pub(crate) mod widen;
 
 /// The most threads that one stream may be given.
 pub const THREADS_MAX: usize = 64;
+
+/// The instruction set that the kernels use here. Results of two sets may differ by rounding.
+pub fn instruction_set() -> &'static str {
+    #[cfg(target_arch = "x86_64")]
+    if is_x86_feature_detected!("avx512f") {
+        return "AVX-512";
+    } else if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
+        return "AVX2";
+    }
+    "baseline"
+}

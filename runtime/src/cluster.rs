@@ -352,6 +352,14 @@ impl Cluster {
         hosting.on_node(first..(first + world.local_processes).min(world.processes), world.process).all
     }
 
+    /// How often the job has been restarted, as far as this process knows.
+    pub fn restart(&self) -> u64 {
+        match &self.launch {
+            Launch::Local => 0,
+            Launch::World(world) => world.restart,
+        }
+    }
+
     /// True for the one process that speaks for all: rank 0.
     pub fn is_first(&self) -> bool {
         self.process() == 0

@@ -5,6 +5,7 @@
 pub mod boxing;
 pub mod checkpoint;
 pub mod cluster;
+pub mod declare;
 pub mod doctor;
 pub mod exit;
 pub mod graph;
@@ -48,6 +49,7 @@ pub mod prelude {
 
     pub use crate::checkpoint::{Alone, Begun, Busy, Cursor, Saver, SaverOptions, Store};
     pub use crate::cluster::{Cluster, ClusterError};
+    pub use crate::declare::{Declarations, OnResume, data_identity};
     pub use crate::exit::Exit;
     pub use crate::graph::builder::Layout;
     pub use crate::graph::{AdamW, CustomOp, Graph, GraphError, Over, Var};

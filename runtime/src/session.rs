@@ -22,6 +22,7 @@ use shardflow_kernels::tensor::HostTensor;
 use crate::cluster::roads::Ways;
 use crate::cluster::world::{self, WAITING, World};
 use crate::cluster::{Cluster, ClusterError};
+use crate::declare::{Declarations, DeclareError};
 use crate::exit::Exit;
 use crate::graph::{NodeOp, Rate, Var};
 use crate::init;
@@ -32,6 +33,7 @@ use crate::plan::validate::PlanError;
 use crate::plan::{Plan, ResidentTensor};
 use crate::requests::{Request, Requests};
 
+pub mod agreement;
 pub(crate) mod budget;
 pub mod checkpoint;
 pub mod devices;
@@ -48,6 +50,7 @@ pub mod snapshot;
 mod step;
 mod tokens;
 
+use agreement::{Disagreement, SharedInput, shared_inputs};
 use budget::Budget;
 use checkpoint::CheckpointError;
 use devices::Opened;
@@ -83,6 +86,12 @@ pub enum SessionError {
     /// A file.
     #[error(transparent)]
     Checkpoint(#[from] CheckpointError),
+    /// A value that cannot be declared.
+    #[error(transparent)]
+    Declared(#[from] DeclareError),
+    /// Ranks were given different values for what they must have alike; nothing was updated or loaded.
+    #[error(transparent)]
+    Disagreement(#[from] Disagreement),
     /// The plan was written to files, as `shardflow plan` asks by variables; nothing was run.
     #[error("the plan was written, and nothing was run, because {} or a variable like it is set", shown::PLAN_HTML)]
     PlanShown,
@@ -129,6 +138,11 @@ pub struct SessionOptions {
     pub steps_planned: Option<u64>,
     /// Whether it tells the `metrics` facade of itself: one session of a process should.
     pub tells_metrics: bool,
+    /// What all ranks must have alike, checkpoints record and a resume compares.
+    pub declared: Declarations,
+    /// Names of parameters that files and checkpoints may have and the program lacks. Any other such parameter is an error, so
+    /// that no training continues from another model's checkpoint.
+    pub ignoring: Vec<String>,
 }
 
 impl Default for SessionOptions {
@@ -143,6 +157,8 @@ impl Default for SessionOptions {
             peak_flops: None,
             steps_planned: None,
             tells_metrics: true,
+            declared: Declarations::default(),
+            ignoring: Vec::new(),
         }
     }
 }
@@ -191,6 +207,10 @@ pub struct Session {
     fetches: BTreeMap<(usize, Rate), Vec<Var>>,
     /// Inputs that hold token ids, and how many tokens there are.
     vocabularies: BTreeMap<String, usize>,
+    /// What several processes feed; the same list on all.
+    shared_inputs: Vec<SharedInput>,
+    declared: Declarations,
+    ignoring: Vec<String>,
     steps: u64,
     /// Updates applied: the count that an optimizer's bias correction takes. A skipped step is none.
     updates: u64,
@@ -219,9 +239,9 @@ impl Session {
     /// When memory, threads or peers cannot be had; [`PlanError::NodeMemory`] before anything is allocated.
     pub fn start(plan: Plan, options: &SessionOptions) -> Result<Self, SessionError> {
         shown::show(&plan)?;
-        let wait_max = options.watchdog.wait_max();
+        options.declared.check()?;
         let budget = Budget::measure(&plan);
-        let world = World::join(&options.cluster, &plan, options.seed, wait_max).map_err(world::named)?.map(Arc::new);
+        let world = World::join(&plan, options).map_err(world::named)?.map(Arc::new);
         Self::start_among(plan, options, budget, world.clone()).map_err(|error| match world {
             Some(world) => world.cannot_start(error),
             None => error,
@@ -259,7 +279,8 @@ impl Session {
             let bytes = plan.memory[device.rank()].arena_bytes;
             arenas.insert(device.rank(), if shared { device.shared_arena(bytes)? } else { device.arena(bytes)? });
         }
-        let ports = Arc::new(HostPorts::of(&plan, &hosting));
+        let shared_inputs = shared_inputs(&plan, &hosting);
+        let ports = Arc::new(HostPorts::of(&plan, &hosting, &shared_inputs));
         let (host, from_peers) = unbounded();
         doing(WAITING);
         let ways = match &world {
@@ -312,6 +333,9 @@ impl Session {
         }
         let mut session = Self {
             vocabularies: tokens::vocabularies(&plan.graph),
+            shared_inputs,
+            declared: options.declared.clone(),
+            ignoring: options.ignoring.clone(),
             gates: gates(&plan, &own),
             fetches: fetches(&plan),
             plan,
@@ -444,8 +468,12 @@ impl Session {
 
     /// Gives this process's word to all.
     fn say(&self, word: Word) {
-        let port = self.ports.words[self.hosting.process as usize];
-        self.give(&mut self.lock_inbox(), HostPiece { port, tensors: vec![tensor_of(word)] });
+        self.give_numbers(self.ports.words[self.hosting.process as usize], &word);
+    }
+
+    /// Gives numbers to all by a port of this process.
+    fn give_numbers(&self, port: u32, numbers: &[u64]) {
+        self.give(&mut self.lock_inbox(), HostPiece { port, tensors: vec![tensor_of(numbers)] });
     }
 
     /// Gives a piece of this process to all, itself included.
@@ -467,9 +495,16 @@ impl Session {
 
     /// The words that all have said, by process.
     fn words(&mut self) -> Result<Vec<Word>, SessionError> {
-        let wanted: Vec<_> = self.ports.words_wanted().collect();
+        let ports = self.ports.clone();
+        let words = self.numbers(&ports.words)?.into_iter();
+        Ok(words.map(|word| [0, 1].map(|index| word.get(index).copied().unwrap_or_default())).collect())
+    }
+
+    /// The numbers that all have given by these ports, each process by its own.
+    fn numbers(&mut self, ports: &[u32]) -> Result<Vec<Vec<u64>>, SessionError> {
+        let wanted: Vec<_> = ports.iter().map(|port| (*port, 1)).collect();
         self.receive(&wanted).map_err(|failure| self.fail(failure))?;
-        Ok(self.lock_inbox().take_words())
+        Ok(self.lock_inbox().take_numbers(ports))
     }
 
     fn lock_inbox(&self) -> MutexGuard<'_, Inbox> {

@@ -66,6 +66,7 @@ fn run(args: &GptArgs, requests: &Arc<Requests>) -> Result<(), GptError> {
     let options = options(args, &cluster)?;
     let plan = compile(build(args, &model)?, &options)?;
     let speaks = cluster.is_first();
+    let resume = args.resume_at(cluster.restart());
     if args.explain {
         if speaks {
             say(plan.explain().trim_end());
@@ -83,15 +84,19 @@ fn run(args: &GptArgs, requests: &Arc<Requests>) -> Result<(), GptError> {
     }
     let process = cluster.process();
     let watch = args.listen.filter(|_| !shown::is_asked()).map(|first| listen(first, process)).transpose()?;
-    let mut session = Session::start(plan, &session_options(args, cluster, requests.clone()))?;
+    let mut session = Session::start(plan, &session_options(args, &text, cluster, requests.clone()))?;
     check_threads(args, &session);
     if let Some(watch) = &watch {
         watch.show(&session);
     }
     if let Some(path) = &args.init_from {
-        session.init_from(path).map_err(GptError::InitFrom)?;
+        let notes = session.init_from(path).map_err(GptError::InitFrom)?;
+        notes.iter().filter(|_| speaks).for_each(note);
     }
-    let checkpoints = args.checkpoint.as_deref().map(|place| Checkpoints::open(place, args, speaks, &mut session));
+    let checkpoints = args
+        .checkpoint
+        .as_deref()
+        .map(|place| Checkpoints::open(place, &GptArgs { resume, ..args.clone() }, speaks, &mut session));
     let checkpoints = checkpoints.transpose()?;
     let open = if session.steps() > 0 { JsonLog::go_on } else { JsonLog::create };
     let log = args.log_json.as_deref().filter(|_| speaks).map(open).transpose()?;
@@ -170,7 +175,7 @@ const NON_FINITE_IN_A_ROW_MAX: u32 = 10;
 
 /// A step that does not move for a minute is told: what everything waits for, and who on which register of whom. So is a
 /// process that the others wait for most of the time.
-fn session_options(args: &GptArgs, cluster: Cluster, requests: Arc<Requests>) -> SessionOptions {
+fn session_options(args: &GptArgs, text: &Text, cluster: Cluster, requests: Arc<Requests>) -> SessionOptions {
     let tell: Arc<dyn Fn(&str) + Send + Sync> = Arc::new(|report| note(format!("warning: {report}")));
     let hang = Duration::from_secs(args.hang_timeout);
     let watchdog = WatchdogOptions {
@@ -192,7 +197,8 @@ fn session_options(args: &GptArgs, cluster: Cluster, requests: Arc<Requests>) ->
         on_non_finite,
         peak_flops,
         steps_planned: Some(args.steps),
-        tells_metrics: true,
+        declared: declared(args, text),
+        ..SessionOptions::default()
     }
 }
 
@@ -204,6 +210,33 @@ fn check_threads(args: &GptArgs, session: &Session) {
         let cores = "the cores that the processes of this node may run on";
         note(format!("warning: {chosen} threads a device, where {cores} give {allowed}: --threads-per-device {allowed}"));
     }
+}
+
+/// What all ranks must have alike. Other data or another model is no continuation of a checkpoint. Batch size, dropout, clipping
+/// and precision change the training, and are reported. The rest may change at any resume.
+fn declared(args: &GptArgs, text: &Text) -> Declarations {
+    use OnResume::{Free, Same, Warn};
+    let name = |value: &dyn std::fmt::Debug| format!("{value:?}").to_lowercase();
+    let is_given = |given: bool| if given { "given" } else { "not given" };
+    Declarations::default()
+        .declare("data", text.identity(), Same)
+        .declare_model("vocabulary", text.vocabulary_identity())
+        .declare_model("layers", args.layers)
+        .declare_model("heads", args.heads)
+        .declare_model("width", args.width)
+        .declare_model("context", args.context)
+        .declare("batch", args.batch, Warn)
+        .declare("dropout", args.dropout, Warn)
+        .declare("clip", args.clip.map_or("none".into(), |clip| clip.to_string()), Warn)
+        .declare("precision", name(&args.precision), Warn)
+        .declare("lr", args.lr, Free)
+        .declare("steps", args.steps, Free)
+        .declare("on-non-finite", name(&args.on_non_finite), Free)
+        .declare("init-from", is_given(args.init_from.is_some()), Free)
+        .declare("save", is_given(args.save.is_some()), Free)
+        .declare("checkpoint", is_given(args.checkpoint.is_some()), Free)
+        .declare("checkpoint-every", args.checkpoint_every, Free)
+        .declare("resume", name(&args.resume), Free)
 }
 
 /// Each process on a port of its own.
@@ -285,8 +318,9 @@ fn train(args: &GptArgs, text: &Text, session: &mut Session, outputs: Outputs, s
     let mut steps = 0;
     while session.steps() < args.steps {
         let step = session.steps();
-        let batch = checkpoints.as_ref().map_or(step, |checkpoints| checkpoints.batch(step));
-        let (ids, targets) = text.batch(batch, args.batch, args.context);
+        let batch = args.batch as u64;
+        let first = checkpoints.as_mut().map_or(step.wrapping_mul(batch), |checkpoints| checkpoints.take(batch));
+        let (ids, targets) = text.samples(first, args.batch, args.context);
         let inputs = [("ids", HostTensor::i32(&shape, ids)), ("targets", HostTensor::i32(&shape, targets))];
         let start = Instant::now();
         let report = session.step(&inputs, args.lr)?;
@@ -497,8 +531,15 @@ impl GptError {
                 "change the flag that gives this size; see `gpt --help`".into()
             }
             Self::InitFrom(SessionError::Checkpoint(
-                CheckpointError::Missing { .. } | CheckpointError::Shape { .. },
+                CheckpointError::Missing { .. }
+                | CheckpointError::Shape { .. }
+                | CheckpointError::Unknown { .. }
+                | CheckpointError::Declared { .. },
             )) => "give the --data, --layers, --heads, --width and --context that the file was saved with".into(),
+            Self::InitFrom(SessionError::Checkpoint(CheckpointError::Dtype { .. })) => {
+                "convert the file's tensors to F32, F16 or BF16".into()
+            }
+            Self::InitFrom(SessionError::Disagreement(_)) => "give all ranks the same file".into(),
             Self::InitFrom(_) => "give a file that `gpt --save` wrote".into(),
             Self::Save(_) => "the parameters are lost; see that there is room, and train again".into(),
             Self::Checkpoints(error) => error.hint().into(),
@@ -521,6 +562,8 @@ impl GptError {
             Self::Cluster(_) | Self::Session(SessionError::Cluster(_)) => {
                 "see that all ranks are started, with the same program and flags, and can reach rank 0".into()
             }
+            // The error names the value.
+            Self::Session(SessionError::Declared(_) | SessionError::Disagreement(_)) => String::new(),
             Self::Session(SessionError::Failed(failure)) if failure.is_of_a_peer() => {
                 "see the log of that rank; started again, the run goes on from its last checkpoint".into()
             }

@@ -29,7 +29,8 @@ pub fn export(reader: &Reader, path: &Path) -> Result<(), CheckpointError> {
         dtype: t.info.dtype.into(),
         shape: t.info.saved_shape.clone(),
     };
-    let metadata = metadata(reader.manifest().step, reader.manifest().updates());
+    let manifest = reader.manifest();
+    let metadata = metadata(manifest.step, manifest.updates(), manifest.seed, &manifest.declared);
     let header = header(&tensors.iter().map(entry).collect::<Vec<_>>(), &metadata)?;
     let written = write_whole(path, |out| {
         out.write_all(&header)?;

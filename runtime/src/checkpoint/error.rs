@@ -66,6 +66,41 @@ pub enum CheckpointError {
         /// What the file has.
         got: String,
     },
+    /// A tensor of a type that is not read.
+    #[error("{path}: tensor {name} is {got}, expected {expected}; convert the file")]
+    Dtype {
+        /// The file.
+        path: PathBuf,
+        /// The tensor.
+        name: String,
+        /// What can be read.
+        expected: String,
+        /// What the file has.
+        got: String,
+    },
+    /// The file has parameters that the program lacks.
+    #[error(
+        "{path}: the program lacks {} of its parameters, such as {}; it was saved by another model (a program that means to \
+         leave parameters out names them in `SessionOptions::ignoring`)", names.len(), names[..names.len().min(3)].join(", ")
+    )]
+    Unknown {
+        /// The file.
+        path: PathBuf,
+        /// Their names, one at least.
+        names: Vec<String>,
+    },
+    /// A value that the program declares is another one in the file.
+    #[error("{path}: its {name} is {saved}, and this program's is {here}")]
+    Declared {
+        /// The file.
+        path: PathBuf,
+        /// What was declared.
+        name: String,
+        /// What the file records.
+        saved: String,
+        /// What the program declares.
+        here: String,
+    },
     /// Checkpoints cannot lie here.
     #[error("{place}: not a place for checkpoints: {why}")]
     Place {

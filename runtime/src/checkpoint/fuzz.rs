@@ -36,6 +36,7 @@ pub fn samples() -> Vec<Vec<u8>> {
         mesh: "data=2".into(),
         seed: 1,
         cursor: Cursor::from([("place".into(), "9".into())]),
+        declared: Cursor::from([("batch".into(), "4".into())]),
         writer: "0.1.0".into(),
         plan: None,
         job: JobTime { began_ms: 1, productive_ms: 2 },

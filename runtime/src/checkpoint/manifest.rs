@@ -1,5 +1,5 @@
 //! The manifest: what a checkpoint is made of. Its text form, sealed by a checksum, and the checks that make a manifest
-//! from anywhere safe to use. Imports `checkpoint::error` and the kernels' tensors.
+//! from anywhere safe to use. Imports `declare` and the kernels' tensors.
 //!
 //! A manifest is untrusted input. Its invariants, all checked by [`Manifest::decode`]:
 //! - MF-1: it is as it was written (checksum), of a version that is known, and within the limits below.
@@ -13,7 +13,10 @@ use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 use shardflow_kernels::tensor::{DType, Region};
 
-/// Version of the format: 2 added [`JobTime`], 3 added [`Manifest::updates`].
+use crate::declare::{DECLARED_MAX, Values};
+
+/// Version of the format: 2 added [`JobTime`], 3 added [`Manifest::updates`] and
+/// [`Manifest::declared`].
 const VERSION: u32 = 3;
 /// Bytes of a manifest, at most.
 pub const MANIFEST_BYTES_MAX: u64 = 256 << 20;
@@ -216,10 +219,13 @@ pub struct Manifest {
     pub epoch: u64,
     /// The mesh that wrote it; any other can load it.
     pub mesh: String,
-    /// Initial weights and dropout masks come of it: with `step`, the whole state of random numbers.
+    /// Initial weights and dropout masks are functions of it and of `step`: the two are the whole state of all generators.
     pub seed: u64,
     /// The user's own.
     pub cursor: Cursor,
+    /// What the program declared. Empty before version 3.
+    #[serde(default)]
+    pub declared: Values,
     /// Version of Shardflow that wrote it.
     pub writer: String,
     /// Hash of the plan that wrote it, if it was given.
@@ -269,7 +275,8 @@ impl Manifest {
         limit("shards", self.shards.len(), SHARDS_MAX)?;
         limit("pieces", self.tensors.iter().map(|t| t.pieces.len()).sum(), PIECES_MAX)?;
         limit("entries of the cursor", self.cursor.len(), CURSOR_ENTRIES_MAX)?;
-        let texts = self.cursor.iter().flat_map(|(key, value)| [key, value]);
+        limit("declared values", self.declared.len(), DECLARED_MAX)?;
+        let texts = self.cursor.iter().chain(&self.declared).flat_map(|(key, value)| [key, value]);
         for text in texts.chain([&self.mesh, &self.writer]).chain(self.plan.iter()) {
             limit("bytes of a text", text.len(), TEXT_BYTES_MAX)?;
         }

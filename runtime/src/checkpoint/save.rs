@@ -139,6 +139,7 @@ fn commit(store: &Store, snapshot: &Snapshot, settings: &Settings, id: SaveId) -
         mesh: snapshot.mesh.clone(),
         seed: snapshot.seed,
         cursor: snapshot.cursor.clone(),
+        declared: snapshot.declared.clone(),
         writer: env!("CARGO_PKG_VERSION").into(),
         plan: settings.plan.clone(),
         job: snapshot.job,

@@ -1,8 +1,8 @@
 //! Shards: safetensors files of pieces, written as a stream, and the sidecar that tells process 0 what is in one.
-//! Imports `checkpoint::{error, io, manifest, store}` and the kernels' tensors.
+//! Imports `checkpoint::{error, io, manifest, store}`, `declare` and the kernels' tensors.
 
 use std::borrow::Cow;
-use std::collections::BTreeMap;
+use std::collections::HashMap;
 
 use safetensors::tensor::{Dtype, Metadata, TensorInfo as View};
 use serde::{Deserialize, Serialize};
@@ -11,6 +11,7 @@ use shardflow_kernels::tensor::{DType, HostTensor, Region, element_count};
 use super::error::CheckpointError;
 use super::manifest::{Checksum, Shard};
 use super::store::Store;
+use crate::declare::Values;
 
 /// Key of the number of steps in a file's metadata.
 pub(crate) const STEPS: &str = "shardflow.steps";
@@ -46,22 +47,35 @@ pub(crate) fn entry_name(tensor: &str, shape: &[usize], region: &Region) -> Stri
     format!("{tensor}[{}]", ranges.join(","))
 }
 
+/// Key of the seed in a file's metadata.
+pub(crate) const SEED: &str = "shardflow.seed";
+/// What the keys of declared values begin with.
+const DECLARED: &str = "shardflow.declared.";
+
 /// The metadata of a file of whole tensors.
-pub(crate) fn metadata(steps: u64, updates: u64) -> BTreeMap<&'static str, String> {
-    BTreeMap::from([(STEPS, steps.to_string()), (UPDATES, updates.to_string())])
+pub(crate) fn metadata(steps: u64, updates: u64, seed: u64, declared: &Values) -> Values {
+    let numbers = [(STEPS, steps), (UPDATES, updates), (SEED, seed)];
+    let numbers = numbers.into_iter().map(|(key, number)| (key.to_owned(), number.to_string()));
+    numbers.chain(declared.iter().map(|(name, value)| (format!("{DECLARED}{name}"), value.clone()))).collect()
+}
+
+/// The declared values among a file's metadata.
+pub(crate) fn declared_of(metadata: &HashMap<String, String>) -> Values {
+    let named = |(key, value): (&String, &String)| Some((key.strip_prefix(DECLARED)?.to_owned(), value.clone()));
+    metadata.iter().filter_map(named).collect()
 }
 
 /// The JSON text of a safetensors file. That crate keeps metadata in a hash map, whose order differs from run to run.
 #[derive(Serialize)]
 struct Header<'a> {
     #[serde(rename = "__metadata__")]
-    metadata: &'a BTreeMap<&'static str, String>,
+    metadata: &'a Values,
     #[serde(flatten)]
     tensors: Metadata,
 }
 
 /// What comes before the tensors in a safetensors file: the same bytes for the same entries and metadata.
-pub(crate) fn header(entries: &[Entry], metadata: &BTreeMap<&'static str, String>) -> Result<Vec<u8>, CheckpointError> {
+pub(crate) fn header(entries: &[Entry], metadata: &Values) -> Result<Vec<u8>, CheckpointError> {
     let mut end = 0;
     let view = |entry: &Entry| {
         let start = end;
@@ -97,7 +111,7 @@ pub(crate) fn write<'a>(
     entries: &[Entry],
     mut content: impl FnMut(usize) -> Result<Cow<'a, HostTensor>, CheckpointError>,
 ) -> Result<Written, CheckpointError> {
-    let header = header(entries, &BTreeMap::from([(STEPS, step.to_string())]))?;
+    let header = header(entries, &Values::from([(STEPS.to_owned(), step.to_string())]))?;
     let mut offset = header.len() as u64;
     let bytes = offset + entries.iter().map(Entry::bytes).sum::<u64>();
     let mut upload = store.operations.upload(store.name(step, file), store.path(step, file), bytes);

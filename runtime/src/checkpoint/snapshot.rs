@@ -1,9 +1,10 @@
 //! A snapshot: what a process's devices held between two steps, in host memory, so that it can be written while training
-//! goes on. Imports `checkpoint::manifest` and the kernels' tensors.
+//! goes on. Imports `checkpoint::manifest`, `declare` and the kernels' tensors.
 
 use shardflow_kernels::tensor::{HostTensor, Region};
 
 use super::manifest::{Cursor, JobTime, TensorInfo};
+use crate::declare::Values;
 
 /// A process's part of a checkpoint, and what is known of the whole.
 #[derive(Clone, Debug)]
@@ -18,6 +19,8 @@ pub struct Snapshot {
     pub mesh: String,
     /// The user's own; only that of process 0 is written.
     pub cursor: Cursor,
+    /// What the program declared.
+    pub declared: Values,
     /// What the job has made of its time.
     pub job: JobTime,
     /// Every tensor of the checkpoint, the same for all processes.

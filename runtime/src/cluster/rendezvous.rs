@@ -1,9 +1,9 @@
 //! How the processes of a world find each other: process 0 listens, all others introduce themselves to it, it compares them,
-//! and they start together. Imports `cluster`'s advertised addresses, `machine` and `actors::transport`.
+//! and they start together. Imports `cluster`'s advertised addresses, `declare`, `machine` and `actors::transport`.
 //!
 //! ```text
 //! process 0                     process p
-//!    ◄── (authenticated) Introduction ── who, where, version, binary, plan, mesh, restarts
+//!    ◄── (authenticated) Introduction ── who, where, restarts, and facts: version, mesh, plan, ..
 //!    ... until all are here, or the deadline
 //!    ── Roster: session, epoch, members ──►   p lets the members in
 //!    ◄────────────── Ready ──
@@ -29,6 +29,7 @@ use shardflow_actors::transport::{
 };
 
 use super::Advertise;
+use crate::declare::{EXECUTABLE, PROCESSES, VERSION};
 use crate::machine::address_towards;
 
 pub(super) use coordinator::answer;
@@ -41,7 +42,8 @@ pub mod fuzz;
 mod join;
 mod messages;
 
-pub use messages::{Aspect, Conflict, Identity, Introduction, Member, RendezvousError, Roster, Verdict, Waiting, Who};
+pub(crate) use messages::ranks;
+pub use messages::{Conflict, Fact, Identity, Introduction, Member, RendezvousError, Roster, Verdict, Waiting, Who};
 
 /// What one process needs to know to meet the others.
 #[derive(Clone, Debug)]
@@ -58,10 +60,8 @@ pub struct RendezvousConfig {
     pub secret: Secret,
     /// Which program it is.
     pub identity: Identity,
-    /// Hash of its plan.
-    pub plan: [u8; 32],
-    /// Its mesh, as the user wrote it.
-    pub mesh: String,
+    /// What it must have alike with all others, beside its identity, in an order in which a difference explains those after it.
+    pub facts: Vec<Fact>,
     /// Where it hears heartbeats (UDP); [`local_address`] says on which of this node's addresses to listen.
     pub heartbeat: SocketAddr,
     /// Whether there are processes on other nodes.
@@ -97,8 +97,7 @@ impl RendezvousConfig {
             coordinator,
             secret,
             identity,
-            plan: [0; 32],
-            mesh: String::new(),
+            facts: Vec::new(),
             heartbeat: (Ipv4Addr::LOCALHOST, 0).into(),
             spans_nodes: false,
             interface: None,
@@ -162,8 +161,13 @@ fn introduction(config: &RendezvousConfig, addresses: Vec<Address>) -> Result<In
     let (process, restart, heartbeat) = (config.process, config.restart, without_zone(config.heartbeat));
     let addresses = addresses.into_iter().map(unzoned).collect();
     let member = Member { process, node, sockets, cores, host, pid, restart, addresses, heartbeat };
-    let (processes, plan, mesh) = (config.processes, config.plan, config.mesh.clone());
-    let introduction = Introduction { member, processes, version, binary, plan, mesh };
+    let mut facts = vec![
+        Fact::new(VERSION, version),
+        Fact::new(EXECUTABLE, format_args!("blake3 {}", blake3::Hash::from_bytes(binary).to_hex())),
+        Fact::new(PROCESSES, config.processes),
+    ];
+    facts.extend_from_slice(&config.facts);
+    let introduction = Introduction { member, facts };
     introduction.check()?;
     Ok(introduction)
 }

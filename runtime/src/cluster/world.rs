@@ -1,5 +1,5 @@
 //! A session's place among the processes that run its plan: joins them, hears of their failures, tells them of its own.
-//! Imports `cluster`, `exit`, `session::hosting`, `plan` and the actors' transport and membership.
+//! Imports `cluster`, `declare`, `exit`, `session`, `plan` and the actors' transport and membership.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -13,6 +13,8 @@ use shardflow_actors::membership::{self, FirstCause, Membership, MembershipError
 use shardflow_actors::shell::{Control, Running};
 use shardflow_actors::transport::{Address, Endpoint, Purpose, Secret, TransportError, with_zone_of};
 use shardflow_kernels::collective::{Collective, Group};
+use shardflow_kernels::cpu::instruction_set;
+use shardflow_kernels::cuda::cudnn::Attention;
 use shardflow_kernels::cuda::nccl::UniqueId;
 use shardflow_kernels::device::{Device, DeviceKind};
 use shardflow_kernels::error::KernelError;
@@ -22,19 +24,20 @@ use super::agree::{self, Heard, Together};
 use super::by_mpi::ByMpi;
 use super::env::{self, Launch};
 use super::nccl_ids;
-use super::rendezvous::{Identity, Member, RendezvousConfig, Roster, local_address, rendezvous};
+use super::rendezvous::{Fact, Identity, Member, RendezvousConfig, Roster, local_address, rendezvous};
 use super::roads::{self, Roads, Ways};
-use super::{Cluster, ClusterError, ClusterOptions, Transport};
+use super::{ClusterError, ClusterOptions, Transport};
 use crate::checkpoint::{self, Agree};
+use crate::declare::{COLLECTIVES, KERNELS, MESH, ON_NON_FINITE, PLAN, SEED, TRANSPORT};
 use crate::exit;
 use crate::machine::hidden_name;
 use crate::plan::Plan;
 use crate::plan::validate::{self, PlanError};
-use crate::session::SessionError;
 use crate::session::devices::Pipes;
 use crate::session::ending::exit_of;
 use crate::session::hosting::Hosting;
 use crate::session::observer::Peer;
+use crate::session::{SessionError, SessionOptions};
 
 /// How long a failed session waits to hear what the others say, beyond the membership's own grace.
 const SETTLE_TIMEOUT: Duration = Duration::from_secs(3);
@@ -191,13 +194,9 @@ impl First {
 
 impl World {
     /// Meets the other processes; `None` where there are none. From then on waits for processes that are alive take at most
-    /// `wait_max`.
-    pub(crate) fn join(
-        cluster: &Cluster,
-        plan: &Plan,
-        seed: u64,
-        wait_max: Duration,
-    ) -> Result<Option<Self>, ClusterError> {
+    /// as long as the session's watchdog allows.
+    pub(crate) fn join(plan: &Plan, session: &SessionOptions) -> Result<Option<Self>, ClusterError> {
+        let (cluster, wait_max) = (&session.cluster, session.watchdog.wait_max());
         let Launch::World(world) = &cluster.launch else { return Ok(None) };
         let (devices, processes) = (plan.memory.len(), world.processes);
         if processes as usize > devices {
@@ -222,8 +221,7 @@ impl World {
             process: world.process,
             processes,
             restart: world.restart,
-            plan: fingerprint(plan, seed, &options),
-            mesh: plan.graph.mesh().to_string(),
+            facts: facts(plan, session)?,
             heartbeat: outside.map_err(system("listen for heartbeats"))?,
             spans_nodes,
             interface: options.interface,
@@ -460,12 +458,24 @@ pub(super) fn address(endpoint: &env::Endpoint) -> Address {
     }
 }
 
-/// What all processes must agree on beside the binary: the plan, the seed, what carries tensors and runs collectives.
-fn fingerprint(plan: &Plan, seed: u64, options: &ClusterOptions) -> [u8; 32] {
-    let mut hash = blake3::Hasher::new();
-    hash.update(plan.hash().as_bytes()).update(&seed.to_le_bytes());
-    hash.update(format!("{:?} {:?}", options.transport, options.collectives).as_bytes());
-    *hash.finalize().as_bytes()
+/// What all processes must have alike beside the build. The plan comes last: it follows from most of the others.
+fn facts(plan: &Plan, session: &SessionOptions) -> Result<Vec<Fact>, ClusterError> {
+    let options = &session.cluster.options;
+    let kernels = match plan.device {
+        DeviceKind::Cpu => instruction_set().to_owned(),
+        DeviceKind::Cuda => format!("CUDA, attention {:?}", Attention::from_env()?),
+    };
+    let mut facts = vec![
+        Fact::new(MESH, plan.graph.mesh()),
+        Fact::new(TRANSPORT, format_args!("{:?}", options.transport)),
+        Fact::new(COLLECTIVES, format_args!("{:?}", options.collectives)),
+        Fact::new(KERNELS, kernels),
+        Fact::new(SEED, session.seed),
+        Fact::new(ON_NON_FINITE, format_args!("{:?}", session.on_non_finite)),
+    ];
+    facts.extend(session.declared.iter().map(|(name, value)| Fact::new(name, value)));
+    facts.push(Fact::new(PLAN, plan.hash()));
+    Ok(facts)
 }
 
 fn peer_failure(cause: &FirstCause) -> Failure {

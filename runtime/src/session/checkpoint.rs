@@ -1,23 +1,28 @@
 //! Parameters and optimizer state to and from one safetensors file: whole tensors, whatever the mesh, so that any mesh
 //! loads any other's. A file is written beside its place and moved there when it is complete.
-//! Imports `session`, `plan` and `checkpoint`.
+//! Imports `session`, `plan`, `declare` and `checkpoint`.
 
-use std::collections::BTreeMap;
-use std::fs::File;
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::fs;
 use std::io::{BufWriter, Write};
 use std::path::Path;
 
+use half::{bf16, f16};
 use safetensors::SafeTensorError;
-use safetensors::tensor::{Dtype, SafeTensors};
+use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 use shardflow_actors::remote::HostPiece;
 use shardflow_kernels::tensor::{HostTensor, element_count};
 
+use super::agreement::{Loading, digest_of};
 use super::{Session, SessionError, resident_parts};
 pub use crate::checkpoint::error::CheckpointError;
-use crate::checkpoint::shard::{Entry, STEPS, UPDATES, header, metadata};
+use crate::checkpoint::manifest::Kind;
+use crate::checkpoint::shard::{Entry, SEED, STEPS, UPDATES, declared_of, header, metadata};
+use crate::declare::{Difference, Values};
+use crate::graph::builder::STATE_PREFIX;
 use crate::graph::{NodeOp, Var};
 use crate::sbp::gather;
-use crate::sbp::region::take_box;
+use crate::sbp::region::{filled, take_box};
 
 impl Session {
     /// Every parameter by name, whole, in the shape it is saved in. Where several processes run the plan, all have to call it.
@@ -69,7 +74,8 @@ impl Session {
         info.saved_shape.clone().unwrap_or_else(|| info.shape.clone())
     }
 
-    /// Writes parameters, optimizer state and the numbers of steps and updates to one safetensors file. The file appears when it is
+    /// Writes parameters, optimizer state, the numbers of steps and updates, the seed and what the program declares to one
+    /// safetensors file. The file appears when it is
     /// complete, or not at all. Where several processes run the plan, all have to call it, and the first one writes.
     ///
     /// # Errors
@@ -82,7 +88,8 @@ impl Session {
         let entry =
             |(name, t): (&String, &HostTensor)| Entry { name: name.clone(), dtype: t.dtype(), shape: t.shape.clone() };
         let entries: Vec<Entry> = tensors.iter().map(entry).collect();
-        let header = header(&entries, &metadata(self.steps, self.updates))?;
+        let metadata = metadata(self.steps, self.updates, self.seed, &self.declared.values());
+        let header = header(&entries, &metadata)?;
         let written = write_whole(path, |out| {
             out.write_all(&header)?;
             tensors.values().try_for_each(|t| out.write_all(t.as_bytes()))
@@ -91,68 +98,141 @@ impl Session {
         Ok(())
     }
 
-    /// Loads what [`Session::save`] wrote, under any mesh: the next step is the one after the saved ones.
+    /// Loads what [`Session::save`] wrote, under any mesh: the next step is the one after the saved ones, and the file's seed
+    /// replaces the session's. Returns what to report, a line each. Where several processes run the plan, all have to call it.
     ///
     /// # Errors
-    /// [`CheckpointError`]; nothing was changed then.
-    pub fn restore(&mut self, path: &Path) -> Result<(), SessionError> {
+    /// [`CheckpointError`], or [`SessionError::Disagreement`] where the files of two ranks differ; nothing was changed then.
+    pub fn restore(&mut self, path: &Path) -> Result<Vec<String>, SessionError> {
         self.doing("loading weights");
-        let bytes = std::fs::read(path).map_err(|e| io(path, e))?;
-        self.load(path, &bytes, |op| matches!(op, NodeOp::Parameter { .. } | NodeOp::State))?;
-        let (_, metadata) = SafeTensors::read_metadata(&bytes).map_err(|e| not_whole(path, &e))?;
-        let count = |key| metadata.metadata().as_ref().and_then(|m| m.get(key)).and_then(|s| s.parse().ok());
-        self.steps = count(STEPS).unwrap_or(0);
-        // Older files did not count updates apart from steps.
-        self.updates = count(UPDATES).unwrap_or(self.steps);
+        let read = self.read(path, false);
+        let File { tensors, metadata, mut notes } = self.load_together(path, read)?;
+        let count = |key| number(&metadata, key);
+        let steps = count(STEPS).unwrap_or(0);
+        // Older files did not count updates apart from steps, and had no seed.
+        let updates = count(UPDATES).unwrap_or(steps);
+        notes.extend(self.take_seed(count(SEED), &path.display().to_string()));
+        self.write_all(tensors)?;
+        (self.steps, self.updates) = (steps, updates);
         self.observer.iter().for_each(|observer| observer.set_steps(self.steps));
-        Ok(())
+        Ok(notes)
     }
 
-    /// Loads parameters only, from any safetensors file that has them; optimizer state and steps start anew.
+    /// Loads parameters only, from any safetensors file that has them; optimizer state starts fresh: moments, steps and updates
+    /// are 0. Returns what to report, a line each. Where several processes run the plan, all have to call it.
     ///
     /// # Errors
-    /// [`CheckpointError`]; nothing was changed then.
-    pub fn init_from(&mut self, path: &Path) -> Result<(), SessionError> {
+    /// As [`Session::restore`].
+    pub fn init_from(&mut self, path: &Path) -> Result<Vec<String>, SessionError> {
         self.doing("loading weights");
-        let bytes = std::fs::read(path).map_err(|e| io(path, e))?;
-        self.load(path, &bytes, |op| matches!(op, NodeOp::Parameter { .. }))
+        let read = self.read(path, true);
+        let File { tensors, mut notes, .. } = self.load_together(path, read)?;
+        self.write_all(tensors)?;
+        for device in self.hosting.own() {
+            for resident in &self.plan.memory[device].residents {
+                if matches!(self.plan.graph.producer(resident.var).op, NodeOp::State) {
+                    self.write_resident(device, resident, &filled(&resident.region.size, resident.dtype, 0.0))?;
+                }
+            }
+        }
+        (self.steps, self.updates) = (0, 0);
+        self.observer.iter().for_each(|observer| observer.set_steps(0));
+        notes.push(format!("{}: parameters are loaded; optimizer state is fresh", path.display()));
+        Ok(notes)
     }
 
-    /// Sets parameters from whole tensors in memory, as [`Session::parameters`] gives them; other names are left out.
+    /// Sets parameters from whole tensors in memory, as [`Session::parameters`] gives them; other names are left out, and
+    /// optimizer state and steps stay. Where several processes run the plan, all have to call it, with the same tensors.
     ///
     /// # Errors
-    /// [`CheckpointError::Shape`] for a tensor of another shape; nothing was changed then.
+    /// [`CheckpointError::Shape`] for a tensor of another shape, or [`SessionError::Disagreement`]; nothing was changed then.
     pub fn set_parameters(&mut self, tensors: &BTreeMap<String, HostTensor>) -> Result<(), SessionError> {
         let path = Path::new("(memory)");
-        let mut found = Vec::new();
-        for var in self.plan.graph.parameters() {
+        let fitting = |var| {
             let name = &self.plan.graph.tensor(var).name;
-            let tensor =
-                tensors.get(name).ok_or_else(|| CheckpointError::Missing { path: path.into(), name: name.clone() })?;
-            found.push((var, self.fitting(path, var, tensor.clone())?));
-        }
-        self.write_all(found)
+            let missing = || CheckpointError::Missing { path: path.into(), name: name.clone() };
+            Ok((var, self.fitting(path, var, tensors.get(name).ok_or_else(missing)?.clone())?))
+        };
+        let found = self.plan.graph.parameters().into_iter().map(fitting).collect::<Result<_, _>>();
+        let found = found.map(|tensors| File { tensors, ..File::default() });
+        let found = self.load_together(path, found)?;
+        self.write_all(found.tensors)
     }
 
-    fn load(&mut self, path: &Path, bytes: &[u8], wanted: impl Fn(&NodeOp) -> bool) -> Result<(), SessionError> {
-        let file = SafeTensors::deserialize(bytes).map_err(|e| not_whole(path, &e))?;
-        let graph = &self.plan.graph;
-        let mut found = Vec::new();
-        for node in graph.nodes().iter().filter(|n| wanted(&n.op)) {
-            let var = node.outputs[0];
-            let name = &graph.tensor(var).name;
+    /// What all processes are about to load, if it is the same.
+    fn load_together(&mut self, path: &Path, file: Result<File, SessionError>) -> Result<File, SessionError> {
+        let loading = |file: &File| {
+            let count = |key| number(&file.metadata, key).unwrap_or_default();
+            Loading {
+                steps: count(STEPS),
+                updates: count(UPDATES),
+                seed: count(SEED),
+                manifest: 0,
+                tensors: file.tensors.iter().map(|(var, tensor)| (*var, digest_of(tensor.as_bytes()))).collect(),
+            }
+        };
+        self.agree_on_load(&path.display().to_string(), loading, file)
+    }
+
+    /// Takes the seed of what is loaded, and says so where it is another one.
+    pub(super) fn take_seed(&mut self, saved: Option<u64>, source: &str) -> Option<String> {
+        let own = self.seed;
+        self.seed = saved.unwrap_or(own);
+        (own != self.seed).then(|| format!("the seed is {} from {source}, in place of {own}", self.seed))
+    }
+
+    /// What a file has for the program, or for its parameters alone; nothing is changed.
+    fn read(&self, path: &Path, weights_only: bool) -> Result<File, SessionError> {
+        let bytes = std::fs::read(path).map_err(|e| io(path, e))?;
+        let file = SafeTensors::deserialize(&bytes).map_err(|e| not_whole(path, &e))?;
+        let (_, header) = SafeTensors::read_metadata(&bytes).map_err(|e| not_whole(path, &e))?;
+        let metadata = header.metadata().clone().unwrap_or_default();
+        let kind = |name: &str| if name.starts_with(STATE_PREFIX) { Kind::State } else { Kind::Parameter };
+        let names = file.names().into_iter().map(|name| (name, kind(name)));
+        let notes = self.check_saved(path, &declared_of(&metadata), names, weights_only)?;
+        let mut tensors = Vec::new();
+        for (var, _) in self.residents().filter(|(_, kind)| !weights_only || *kind == Kind::Parameter) {
+            let name = &self.plan.graph.tensor(var).name;
             let missing = |_| CheckpointError::Missing { path: path.into(), name: name.clone() };
             let view = file.tensor(name).map_err(missing)?;
-            if view.dtype() != Dtype::F32 {
-                let (expected, got) = ("F32".to_string(), format!("{:?}", view.dtype()));
-                return Err(CheckpointError::Shape { path: path.into(), name: name.clone(), expected, got }.into());
-            }
-            // Files need not be aligned for f32.
-            let chunks = view.data().chunks_exact(4);
-            let values: Vec<f32> = chunks.map(|c| f32::from_le_bytes([c[0], c[1], c[2], c[3]])).collect();
-            found.push((var, self.fitting(path, var, HostTensor::f32(view.shape(), values))?));
+            let values = floats(&view).ok_or_else(|| {
+                let (expected, got) = ("F32, F16 or BF16".to_string(), format!("{:?}", view.dtype()));
+                CheckpointError::Dtype { path: path.into(), name: name.clone(), expected, got }
+            })?;
+            tensors.push((var, self.fitting(path, var, HostTensor::f32(view.shape(), values))?));
         }
-        self.write_all(found)
+        // Weights alone are the same whatever else was saved with them.
+        let metadata = if weights_only { HashMap::new() } else { metadata };
+        Ok(File { tensors, metadata, notes })
+    }
+
+    /// Whether the program goes with what was saved: with the declared values, and with tensors of these names. Gives lines to
+    /// report.
+    pub(super) fn check_saved<'a>(
+        &self,
+        path: &Path,
+        declared: &Values,
+        names: impl Iterator<Item = (&'a str, Kind)>,
+        weights_only: bool,
+    ) -> Result<Vec<String>, CheckpointError> {
+        let differs =
+            |Difference { name, saved, here }| CheckpointError::Declared { path: path.into(), name, saved, here };
+        let mut notes = self.declared.compare(declared, weights_only).map_err(differs)?;
+        let graph = &self.plan.graph;
+        let wanted = self.residents().filter(|(_, kind)| !weights_only || *kind == Kind::Parameter);
+        let wanted: BTreeSet<&str> = wanted.map(|(var, _)| graph.tensor(var).name.as_str()).collect();
+        let left_out = names.filter(|(name, _)| !wanted.contains(name) && !self.ignoring.iter().any(|n| n == name));
+        let (states, unknown): (Vec<_>, Vec<_>) = left_out.partition(|(_, kind)| *kind == Kind::State);
+        if !unknown.is_empty() {
+            let mut names: Vec<String> = unknown.into_iter().map(|(name, _)| name.to_owned()).collect();
+            names.sort();
+            return Err(CheckpointError::Unknown { path: path.into(), names });
+        }
+        if !states.is_empty() {
+            let count = states.len();
+            notes.push(format!("{}: {count} optimizer states are not needed, and left out", path.display()));
+        }
+        Ok(notes)
     }
 
     /// The tensor in the program's own shape, if it has the saved one.
@@ -165,9 +245,9 @@ impl Session {
         let whole = tensor.dtype() == info.dtype && tensor.elements_held() == element_count(&info.shape);
         if !whole {
             let (name, path) = (info.name.clone(), path.into());
-            let expected = format!("{} elements, {:?}", element_count(&info.shape), info.dtype);
-            let got = format!("{} elements, {:?}", tensor.elements_held(), tensor.dtype());
-            return Err(CheckpointError::Shape { path, name, expected, got }.into());
+            let expected = format!("{} elements of {:?}", element_count(&info.shape), info.dtype);
+            let got = format!("{} elements of {:?}", tensor.elements_held(), tensor.dtype());
+            return Err(CheckpointError::Dtype { path, name, expected, got }.into());
         }
         tensor.shape = info.shape.clone();
         Ok(tensor)
@@ -186,6 +266,30 @@ impl Session {
     }
 }
 
+/// What a file has for the program.
+#[derive(Default)]
+struct File {
+    tensors: Vec<(Var, HostTensor)>,
+    metadata: HashMap<String, String>,
+    /// What to report.
+    notes: Vec<String>,
+}
+
+fn number(metadata: &HashMap<String, String>, key: &str) -> Option<u64> {
+    metadata.get(key)?.parse().ok()
+}
+
+/// The elements of a tensor of 32 or 16 bits; files need not be aligned for either.
+fn floats(view: &TensorView<'_>) -> Option<Vec<f32>> {
+    let halves = |from: fn([u8; 2]) -> f32| view.data().chunks_exact(2).map(|c| from([c[0], c[1]])).collect();
+    match view.dtype() {
+        Dtype::F32 => Some(view.data().chunks_exact(4).map(|c| f32::from_le_bytes([c[0], c[1], c[2], c[3]])).collect()),
+        Dtype::BF16 => Some(halves(|bytes| bf16::from_le_bytes(bytes).to_f32())),
+        Dtype::F16 => Some(halves(|bytes| f16::from_le_bytes(bytes).to_f32())),
+        _ => None,
+    }
+}
+
 fn io(path: &Path, source: std::io::Error) -> CheckpointError {
     CheckpointError::Io { path: path.into(), source }
 }
@@ -197,7 +301,7 @@ fn not_whole(path: &Path, error: &SafeTensorError) -> CheckpointError {
 /// Writes beside `path`, syncs, and moves into place.
 pub(crate) fn write_whole<E: From<std::io::Error>>(
     path: &Path,
-    content: impl FnOnce(&mut BufWriter<File>) -> Result<(), E>,
+    content: impl FnOnce(&mut BufWriter<fs::File>) -> Result<(), E>,
 ) -> Result<(), E> {
     if path.exists() && !path.is_file() {
         // Moving a file to the place of a folder fails anyhow; to that of a device or a pipe it would not.
@@ -210,7 +314,7 @@ pub(crate) fn write_whole<E: From<std::io::Error>>(
     name.push(format!(".{}.part", std::process::id()));
     let part = path.with_file_name(name);
     let write = || {
-        let mut file = BufWriter::new(File::create(&part)?);
+        let mut file = BufWriter::new(fs::File::create(&part)?);
         content(&mut file)?;
         file.flush()?;
         file.get_ref().sync_all()?;

@@ -48,7 +48,7 @@ impl SessionError {
             Self::Cluster(error) => error.exit(),
             Self::Checkpoint(error) => Exit::from_code(error.exit_code()),
             Self::NonFinite(_) => Exit::Numerics,
-            Self::Plan(_) => Exit::Refused,
+            Self::Plan(_) | Self::Declared(_) | Self::Disagreement(_) => Exit::Refused,
             Self::PlanShown => Exit::Done,
             Self::Input { .. } | Self::PlanFile { .. } => Exit::Usage,
             Self::Actors(_) | Self::Layout(_) => Exit::Internal,

@@ -8,7 +8,7 @@ use crossbeam_channel::Receiver;
 use shardflow_actors::remote::{FromPeer, HostPiece};
 use shardflow_kernels::tensor::HostTensor;
 
-use super::hosting::{HostPorts, WORD_INTEGERS};
+use super::hosting::HostPorts;
 
 /// Pieces that have come, of this process's own ports too.
 #[derive(Debug)]
@@ -36,11 +36,10 @@ impl Inbox {
         self.waiting.entry(piece.port).or_default().push_back(piece.tensors);
     }
 
-    /// The oldest word of each process, by number.
-    pub(super) fn take_words(&mut self) -> Vec<Word> {
-        let ports = self.ports.clone();
-        let word = |port: &u32| self.take(*port, 1).into_iter().flatten().next().map_or([0; 2], word_of);
-        ports.words.iter().map(word).collect()
+    /// The oldest numbers of each of these ports.
+    pub(super) fn take_numbers(&mut self, ports: &[u32]) -> Vec<Vec<u64>> {
+        let numbers = |port: &u32| self.take(*port, 1).into_iter().flatten().flat_map(numbers_of).collect();
+        ports.iter().map(numbers).collect()
     }
 
     /// A process that has ended without giving what is wanted of it.
@@ -71,19 +70,15 @@ impl Inbox {
 /// What a process tells all others between steps.
 pub(super) type Word = [u64; 2];
 
-/// A word as the tensor that carries it.
-pub(super) fn tensor_of(word: Word) -> HostTensor {
-    let halves = word.iter().flat_map(|number| [*number as u32 as i32, (number >> 32) as i32]).collect();
-    HostTensor::i32(&[WORD_INTEGERS], halves)
+/// Numbers as the tensor that carries them.
+pub(super) fn tensor_of(numbers: &[u64]) -> HostTensor {
+    let halves: Vec<i32> = numbers.iter().flat_map(|number| [*number as u32 as i32, (number >> 32) as i32]).collect();
+    HostTensor::i32(&[halves.len()], halves)
 }
 
-fn word_of(tensor: HostTensor) -> Word {
+fn numbers_of(tensor: HostTensor) -> Vec<u64> {
     let halves = tensor.as_i32().unwrap_or_default();
-    let number = |at: usize| {
-        let half = |at: usize| u64::from(halves.get(at).copied().unwrap_or_default() as u32);
-        half(at) | half(at + 1) << 32
-    };
-    [number(0), number(2)]
+    halves.chunks_exact(2).map(|half| u64::from(half[0] as u32) | u64::from(half[1] as u32) << 32).collect()
 }
 
 #[cfg(test)]
@@ -93,7 +88,7 @@ mod tests {
     #[test]
     fn words_come_back() {
         for word in [[0, 0], [1, u64::MAX], [u64::MAX - 1, 1 << 32], [0x8000_0000, 0x1234_5678_9abc_def0]] {
-            assert_eq!(word_of(tensor_of(word)), word);
+            assert_eq!(numbers_of(tensor_of(&word)), word);
         }
     }
 }

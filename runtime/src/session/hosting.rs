@@ -1,6 +1,6 @@
 //! Which process hosts which device, and what of a plan crosses processes: bytes of registers, what hosts give each other,
 //! groups of collectives. All of it follows from the plan and the number of processes, so every process knows it of all.
-//! Imports `plan`.
+//! Imports `plan` and `session::agreement`.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
@@ -12,6 +12,7 @@ use shardflow_kernels::collective::Group;
 use shardflow_kernels::op::{Buffer, Launch, Op};
 use shardflow_kernels::tensor::{DType, element_count, split_range};
 
+use super::agreement::{self, SharedInput};
 use crate::graph::Rate;
 use crate::plan::{ActionKey, BaseKey, Plan};
 
@@ -189,9 +190,6 @@ fn merge(mut ranges: Vec<Range<usize>>) -> Vec<Run> {
     out.into_iter().map(|range| Run { offset: range.start, bytes: range.len() }).collect()
 }
 
-/// Two numbers of 64 bits.
-pub const WORD_INTEGERS: usize = 4;
-
 /// What the programs of all processes give each other: what each device's fetches bring, and each resident tensor.
 #[derive(Clone, Debug, Default)]
 pub struct HostPorts {
@@ -203,11 +201,15 @@ pub struct HostPorts {
     pub residents: BTreeMap<(usize, usize), u32>,
     /// Of a process's own word, see `Session::exchange`.
     pub words: Vec<u32>,
+    /// Of what a process says in each step, see [`super::agreement`].
+    pub steps: Vec<u32>,
+    /// Of what a process says when it loads tensors, likewise.
+    pub loads: Vec<u32>,
 }
 
 impl HostPorts {
     /// Those of a plan.
-    pub fn of(plan: &Plan, hosting: &Hosting) -> Self {
+    pub fn of(plan: &Plan, hosting: &Hosting, shared: &[SharedInput]) -> Self {
         let mut out = Self::default();
         for (actor, actions) in plan.spec.actors.iter().zip(&plan.actions) {
             for action in actions {
@@ -225,9 +227,16 @@ impl HostPorts {
                 out.ports.push(HostPort { process: hosting.process_of(device), tensors });
             }
         }
+        let loads = agreement::load_numbers(plan);
         for process in 0..hosting.processes {
-            out.words.push(out.ports.len() as u32);
-            out.ports.push(HostPort { process, tensors: vec![(vec![WORD_INTEGERS], DType::I32)] });
+            // A number is two integers.
+            let mut port = |numbers: usize| {
+                out.ports.push(HostPort { process, tensors: vec![(vec![2 * numbers], DType::I32)] });
+                out.ports.len() as u32 - 1
+            };
+            out.words.push(port(2));
+            out.steps.push(port(agreement::step_numbers(shared, process)));
+            out.loads.push(port(loads));
         }
         out
     }

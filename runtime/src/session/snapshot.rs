@@ -1,16 +1,19 @@
 //! A session's part of a checkpoint: taken between two steps, and loaded again under any mesh.
 //! Imports `session`, `plan` and `checkpoint`.
 
+use std::collections::BTreeMap;
 use std::ops::Range;
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use shardflow_kernels::tensor::{DType, HostData, HostTensor, Region};
 
+use super::agreement::{Loading, digest_of};
 use super::budget::{SNAPSHOTS_MAX, saved_parts};
 use super::{Session, SessionError, resident_parts};
 use crate::checkpoint::agree::{Agree, Alone, Member};
 use crate::checkpoint::error::CheckpointError;
-use crate::checkpoint::manifest::{Cursor, Kind, Manifest, TensorInfo};
+use crate::checkpoint::manifest::{Cursor, Kind, TensorInfo};
 use crate::checkpoint::read::Reader;
 use crate::checkpoint::snapshot::{Snapshot, SnapshotPiece};
 use crate::checkpoint::store::{Newest, Store};
@@ -24,6 +27,8 @@ pub struct Restored {
     pub found: Option<(u64, Cursor)>,
     /// What is wrong with newer ones, which were passed over.
     pub damaged: Vec<CheckpointError>,
+    /// What to report of the one that was loaded, a line each: declared values that differ, another seed, states left out.
+    pub notes: Vec<String>,
 }
 
 /// What the first process found in a store.
@@ -47,9 +52,16 @@ struct Part {
     tensor: HostTensor,
 }
 
+/// What of a checkpoint this process loads.
+struct Parts {
+    parts: Vec<Part>,
+    /// Lines to report.
+    notes: Vec<String>,
+}
+
 impl Session {
     /// What a checkpoint is made of, with its kind.
-    fn residents(&self) -> impl Iterator<Item = (Var, Kind)> {
+    pub(super) fn residents(&self) -> impl Iterator<Item = (Var, Kind)> {
         self.plan.graph.nodes().iter().filter_map(|node| match node.op {
             NodeOp::Parameter { .. } => Some((node.outputs[0], Kind::Parameter)),
             NodeOp::State => Some((node.outputs[0], Kind::State)),
@@ -107,7 +119,8 @@ impl Session {
         let (mesh, cursor) = (self.plan.graph.mesh().to_string(), Cursor::new());
         let job = self.step_metrics.job_time();
         let (step, updates, seed) = (self.steps, self.updates, self.seed);
-        Ok(Snapshot { step, updates, seed, mesh, cursor, job, tensors, pieces })
+        let declared = self.declared.values();
+        Ok(Snapshot { step, updates, seed, mesh, cursor, declared, job, tensors, pieces })
     }
 
     fn tensor_info(&self, var: Var, kind: Kind) -> TensorInfo {
@@ -128,19 +141,23 @@ impl Session {
 
     /// Loads a checkpoint that any mesh wrote: each hosted device reads just its part, and all processes call it. The next step
     /// is the one after the checkpoint's, and the session takes the checkpoint's seed in place of its own, so that dropout goes
-    /// on as it was.
+    /// on as it was. Returns what to report, a line each.
     ///
     /// # Errors
-    /// [`CheckpointError`], with the file; nothing was changed then.
-    pub fn restore_checkpoint(&mut self, reader: &Reader) -> Result<(), SessionError> {
-        let parts = self.read_parts(reader)?;
+    /// [`CheckpointError`], with the file, or [`SessionError::Disagreement`] where two ranks have different checkpoints; nothing
+    /// was changed then.
+    pub fn restore_checkpoint(&mut self, reader: &Reader) -> Result<Vec<String>, SessionError> {
+        let parts = self.read_parts(reader);
         let productive_ms = self.step_metrics.productive_of(reader.manifest().job);
-        self.go_on_from(parts, reader.manifest(), productive_ms)
+        self.go_on_from(parts, reader, productive_ms)
     }
 
     /// Reads what this process's devices hold, and changes nothing.
-    fn read_parts(&self, reader: &Reader) -> Result<Vec<Part>, SessionError> {
+    fn read_parts(&self, reader: &Reader) -> Result<Parts, SessionError> {
         self.check_alive()?;
+        let (path, manifest) = (PathBuf::from(reader.name()), reader.manifest());
+        let infos = manifest.tensors.iter().map(|tensor| (tensor.info.name.as_str(), tensor.info.kind));
+        let notes = self.check_saved(&path, &manifest.declared, infos, false)?;
         let mut found: Vec<Part> = Vec::new();
         for (var, _) in self.residents() {
             self.check_fits(reader, var)?;
@@ -164,17 +181,33 @@ impl Session {
             };
             found.extend(places.into_iter().map(part));
         }
-        Ok(found)
+        Ok(Parts { parts: found, notes })
     }
 
-    /// Takes on what was read.
-    fn go_on_from(&mut self, parts: Vec<Part>, manifest: &Manifest, productive_ms: u64) -> Result<(), SessionError> {
+    /// Takes on what was read, if all processes have read the same checkpoint. Gives lines to report.
+    fn go_on_from(
+        &mut self,
+        read: Result<Parts, SessionError>,
+        reader: &Reader,
+        productive_ms: u64,
+    ) -> Result<Vec<String>, SessionError> {
+        let (source, manifest) = (reader.name(), reader.manifest());
+        let loading = |_: &Parts| Loading {
+            steps: manifest.step,
+            updates: manifest.updates(),
+            seed: manifest.seed,
+            manifest: digest_of(&manifest.encode().unwrap_or_default()),
+            tensors: BTreeMap::new(),
+        };
+        let Parts { parts, mut notes } = self.agree_on_load(&source, loading, read)?;
         for Part { device, resident, tensor } in parts {
             self.write_resident(device, &resident, &tensor)?;
         }
-        (self.steps, self.updates, self.seed) = (manifest.step, manifest.updates(), manifest.seed);
+        (self.steps, self.updates) = (manifest.step, manifest.updates());
+        notes.extend(self.take_seed(Some(manifest.seed), &source));
         self.step_metrics.was_productive(productive_ms);
-        self.refresh()
+        self.refresh()?;
+        Ok(notes)
     }
 
     /// Loads the newest checkpoint of the store that is good to the last byte; damaged ones are passed over and told. Where
@@ -190,7 +223,7 @@ impl Session {
             // The first process has looked; the others take its word for which step it is.
             let said = self.exchange([lookup, 0])?[0][0];
             let step = match said {
-                NONE => return Ok(Restored { found: None, damaged: all }),
+                NONE => return Ok(Restored { found: None, damaged: all, notes: Vec::new() }),
                 FAILED => {
                     let elsewhere = || CheckpointError::Refused(format!("{}: rank 0 cannot read it", store.place()));
                     return Err(reader.err().unwrap_or_else(elsewhere).into());
@@ -216,8 +249,8 @@ impl Session {
             match (read, worst) {
                 (Ok((parts, reader)), GOOD) => {
                     // The first process says what is this job's: launchers of other nodes began it a little later.
-                    self.go_on_from(parts, reader.manifest(), said[0][1])?;
-                    return Ok(Restored { found: Some((step, reader.manifest().cursor.clone())), damaged: all });
+                    let notes = self.go_on_from(Ok(parts), &reader, said[0][1])?;
+                    return Ok(Restored { found: Some((step, reader.manifest().cursor.clone())), damaged: all, notes });
                 }
                 (Err(SessionError::Checkpoint(error)), DAMAGED) => all.push(error),
                 (Ok(_), DAMAGED) => {
@@ -254,12 +287,17 @@ impl Session {
         let there = reader.find(&name);
         let there = there.ok_or_else(|| CheckpointError::Missing { path: path.clone().into(), name: name.clone() })?;
         let dtype: DType = there.info.dtype.into();
-        if there.info.shape == info.shape && dtype == info.dtype {
-            return Ok(());
+        let path = path.into();
+        if there.info.shape != info.shape {
+            let text = |dtype: DType, shape: &[usize]| format!("{dtype:?} {shape:?}");
+            let (expected, got) = (text(info.dtype, &info.shape), text(dtype, &there.info.shape));
+            return Err(CheckpointError::Shape { path, name, expected, got });
         }
-        let text = |dtype: DType, shape: &[usize]| format!("{dtype:?} {shape:?}");
-        let (expected, got) = (text(info.dtype, &info.shape), text(dtype, &there.info.shape));
-        Err(CheckpointError::Shape { path: path.into(), name, expected, got })
+        if dtype != info.dtype {
+            let (expected, got) = (format!("{:?}", info.dtype), format!("{dtype:?}"));
+            return Err(CheckpointError::Dtype { path, name, expected, got });
+        }
+        Ok(())
     }
 }
 

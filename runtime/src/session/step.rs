@@ -32,7 +32,9 @@ impl Session {
     ///
     /// # Errors
     /// When an input is missing, unknown, of the wrong shape or type, or holds a token outside the vocabulary (nothing was
-    /// run then); [`SessionError::NonFinite`] where the options say so (nothing was updated then); or the session failed.
+    /// run then); [`SessionError::NonFinite`] where the options say so, or [`SessionError::Disagreement`] on all ranks where they
+    /// were given different learning rates, or different elements that several of them feed (nothing was updated then); or the
+    /// session failed.
     pub fn step(&mut self, inputs: &[(&str, HostTensor)], learning_rate: f32) -> Result<StepReport, SessionError> {
         let begin = Instant::now();
         self.check_inputs(inputs)?;
@@ -42,10 +44,9 @@ impl Session {
         }
         let by_name: Inputs<'_> = inputs.iter().map(|(name, tensor)| (*name, tensor)).collect();
         let asked = self.requests.as_ref().map(|r| r.before_step(self.last_step, since_1970())).unwrap_or_default();
-        self.say([asked.word(), 0]);
+        self.say_of_step(asked.word(), learning_rate, &by_name);
         let results = self.run(&by_name)?;
-        let strongest = self.words()?.iter().map(|word| word[0]).max().unwrap_or(0);
-        let request = Request::from_word(strongest);
+        let request = Request::from_word(self.agree_on_step()?);
         self.requests.iter().for_each(|requests| requests.agreed(request));
         let mut report = StepReport { request, ..self.report(results)? };
         let mut passed = Ok(());
@@ -157,7 +158,7 @@ impl Session {
     }
 
     /// A device's part of an input for one micro-batch.
-    fn part(&self, var: Var, device: usize, micro_batch: usize, inputs: &Inputs<'_>) -> HostTensor {
+    pub(super) fn part(&self, var: Var, device: usize, micro_batch: usize, inputs: &Inputs<'_>) -> HostTensor {
         let graph = &self.plan.graph;
         let name = graph.producer(var).name.as_str();
         let info = graph.tensor(var);

@@ -30,6 +30,7 @@ fn good() -> Manifest {
         mesh: "data=2".into(),
         seed: u64::MAX,
         cursor: Cursor::from([("file".into(), "a \"quoted\" name".into())]),
+        declared: Values::from([("batch".into(), "4".into())]),
         writer: "0.1.0".into(),
         plan: None,
         job: JobTime { began_ms: 1_764_000_000_000, productive_ms: 7 },
@@ -92,6 +93,8 @@ fn what_does_not_fit_together_is_refused() {
         ("5000 bytes of its name, at most 4096", |m| m.tensors[1].info.name = "n".repeat(5000)),
         ("5000 bytes of a text", |m| m.mesh = "m".repeat(5000)),
         ("5000 bytes of a text", |m| drop(m.cursor.insert("key".into(), "c".repeat(5000)))),
+        ("5000 bytes of a text", |m| drop(m.declared.insert("key".into(), "c".repeat(5000)))),
+        ("65 declared values, at most 64", |m| m.declared = (0..65).map(|i| (i.to_string(), String::new())).collect()),
         ("is no name of a shard", |m| m.shards[0].file = "../../etc/passwd".into()),
         ("is no name of a shard", |m| m.shards[0].file = "/shard".into()),
         ("is no name of a shard", |m| m.shards[0].file = "e0/..".into()),
@@ -120,12 +123,15 @@ fn the_first_version_had_no_time() {
 }
 
 #[test]
-fn before_version_3_every_step_counts_as_an_update() {
+fn before_version_3_every_step_counts_as_an_update_and_nothing_is_declared() {
     let mut old = serde_json::to_value(good()).unwrap();
-    old.as_object_mut().unwrap().remove("updates").unwrap();
+    for key in ["updates", "declared"] {
+        old.as_object_mut().unwrap().remove(key).unwrap();
+    }
     let text = String::from_utf8(seal("shardflow-checkpoint", &old).unwrap()).unwrap();
     let read = Manifest::decode(text.replace("\"version\":3", "\"version\":2").as_bytes()).unwrap();
     assert_eq!((read.updates, read.updates(), good().updates()), (None, 7, 5));
+    assert_eq!((read.declared.len(), good().declared.len()), (0, 1));
 }
 
 #[test]

@@ -8,7 +8,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use shardflow_actors::transport::{Address, SessionId, wire};
 
-use super::messages::{Answer, Call, INTRODUCTION_BYTES_MAX, Introduction, Member, Ready, Roster, Verdict};
+use super::messages::{Answer, Call, Fact, INTRODUCTION_BYTES_MAX, Introduction, Member, Ready, Roster, Verdict};
 use crate::cluster::agree::Said;
 use crate::exit::Report;
 
@@ -19,11 +19,10 @@ pub fn samples() -> Vec<Vec<u8>> {
     let (node, host, sockets, cores) = ("n".to_string(), "h".to_string(), [4; 32], vec![3]);
     let member = Member { process: 0, node, sockets, cores, host, pid: 9, restart: 0, addresses, heartbeat };
     let session = SessionId([5; 16]);
-    let (version, mesh) = ("0.1.0".to_string(), "data=2".to_string());
     let other = Member { process: 1, ..member.clone() };
-    let introduction =
-        Introduction { member: member.clone(), processes: 2, version, binary: [1; 32], plan: [2; 32], mesh };
-    let another = Introduction { plan: [3; 32], member: other.clone(), ..introduction.clone() };
+    let facts = |plan: &str| vec![Fact::new("version", "0.1.0"), Fact::new("mesh", "data=2"), Fact::new("plan", plan)];
+    let introduction = Introduction { member: member.clone(), facts: facts("1") };
+    let another = Introduction { facts: facts("2"), member: other.clone() };
     let conflicts = introduction.conflict(&another).into_iter().collect();
     let answers = [
         Answer::Roster(Roster { session, epoch: 1, members: vec![member.clone(), other] }),

@@ -1,4 +1,4 @@
-//! What processes say at rendezvous, and why they do not start. Imports `exit`, `machine` and `actors::transport`.
+//! What processes say at rendezvous, and why they do not start. Imports `declare`, `exit`, `machine` and `actors::transport`.
 
 use std::fmt;
 use std::fs::File;
@@ -10,14 +10,16 @@ use std::os::unix::fs::MetadataExt;
 use serde::{Deserialize, Serialize};
 use shardflow_actors::transport::{Address, SessionId, TransportError, World};
 
+use crate::declare::{COLLECTIVES, EXECUTABLE, KERNELS, MESH, PLAN, PROCESSES, TRANSPORT, VALUE_BYTES_MAX, VERSION};
 use crate::exit::{Exit, Report};
 use crate::machine::affinity;
 
 /// Bytes of an introduction, at most.
 pub(super) const INTRODUCTION_BYTES_MAX: usize = 16 << 10;
-const VERSION_BYTES_MAX: usize = 64;
 const NAME_BYTES_MAX: usize = 256;
-const MESH_BYTES_MAX: usize = 1024;
+const FACTS_MAX: usize = 96;
+/// Bytes of all facts' names and values.
+const FACTS_BYTES_MAX: usize = 9 << 10;
 const ADDRESSES_MAX: usize = 8;
 const ADDRESS_BYTES_MAX: usize = 512;
 /// 1024 cores, as many as the system call for their mask gives.
@@ -115,21 +117,29 @@ impl Member {
     }
 }
 
+/// A value that all processes must have alike.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Fact {
+    /// Of what.
+    pub name: String,
+    /// As text.
+    pub value: String,
+}
+
+impl Fact {
+    /// A fact.
+    pub fn new(name: impl Into<String>, value: impl ToString) -> Self {
+        Self { name: name.into(), value: value.to_string() }
+    }
+}
+
 /// What a process says of itself.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Introduction {
     /// Who and where.
     pub member: Member,
-    /// Processes that it expects.
-    pub processes: u32,
-    /// Version of this crate.
-    pub version: String,
-    /// BLAKE3 of the executable.
-    pub binary: [u8; 32],
-    /// Hash of the plan.
-    pub plan: [u8; 32],
-    /// The mesh.
-    pub mesh: String,
+    /// What it must have alike with all others, in an order in which a difference explains those after it.
+    pub facts: Vec<Fact>,
 }
 
 impl Introduction {
@@ -140,35 +150,38 @@ impl Introduction {
     pub fn check(&self) -> Result<(), RendezvousError> {
         let member = &self.member;
         let longest = member.addresses.iter().map(|a| a.to_string().len()).max().unwrap_or(0);
-        for (what, length, length_max) in [
-            ("version", self.version.len(), VERSION_BYTES_MAX),
-            ("mesh", self.mesh.len(), MESH_BYTES_MAX),
+        let all_bytes = self.facts.iter().map(|fact| fact.name.len() + fact.value.len()).sum();
+        let fixed = [
             ("node", member.node.len(), NAME_BYTES_MAX),
             ("host name", member.host.len(), NAME_BYTES_MAX),
             ("mask of cores", member.cores.len(), CORES_WORDS_MAX),
             ("list of addresses", member.addresses.len(), ADDRESSES_MAX),
             ("address", longest, ADDRESS_BYTES_MAX),
-        ] {
+            ("list of facts", self.facts.len(), FACTS_MAX),
+        ];
+        // The first fact that is too long explains why all are.
+        let facts = self.facts.iter().map(|fact| (fact.name.as_str(), fact.value.len(), VALUE_BYTES_MAX));
+        let total = ("text of all facts", all_bytes, FACTS_BYTES_MAX);
+        for (what, length, length_max) in fixed.into_iter().chain(facts).chain([total]) {
             if length > length_max {
+                let what = what.chars().take(NAME_BYTES_MAX).collect();
                 return Err(RendezvousError::TooLong { who: member.who(), what, length, length_max });
             }
         }
         Ok(())
     }
 
-    /// The first thing in which another process differs such that the two cannot work together.
+    /// The first fact in which another process differs.
     pub(super) fn conflict(&self, other: &Self) -> Option<Conflict> {
-        let hex = |bytes: &[u8; 32]| blake3::Hash::from_bytes(*bytes).to_hex().to_string();
-        let differs = |aspect, ours: String, theirs: String| {
-            let (first, second) = (self.member.who(), other.member.who());
-            (ours != theirs).then_some(Conflict::Differs { aspect, first, ours, second, theirs })
+        let value = |of: &Self, name: &str| {
+            let fact = of.facts.iter().find(|fact| fact.name == name);
+            fact.map_or_else(|| "nothing".to_owned(), |fact| fact.value.clone())
         };
-        // What comes first explains what comes after it.
-        differs(Aspect::Version, self.version.clone(), other.version.clone())
-            .or_else(|| differs(Aspect::Binary, hex(&self.binary), hex(&other.binary)))
-            .or_else(|| differs(Aspect::Processes, self.processes.to_string(), other.processes.to_string()))
-            .or_else(|| differs(Aspect::Mesh, self.mesh.clone(), other.mesh.clone()))
-            .or_else(|| differs(Aspect::Plan, hex(&self.plan), hex(&other.plan)))
+        self.facts.iter().chain(&other.facts).find_map(|Fact { name, .. }| {
+            let (ours, theirs) = (value(self, name), value(other, name));
+            let (name, first, second) = (name.clone(), self.member.who(), other.member.who());
+            (ours != theirs).then_some(Conflict::Differs { name, first, ours, second, theirs })
+        })
     }
 }
 
@@ -233,39 +246,17 @@ impl fmt::Display for Who {
     }
 }
 
-/// In what two processes can differ.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub enum Aspect {
-    /// Version of this crate.
-    Version,
-    /// BLAKE3 of the executable.
-    Binary,
-    /// Number of processes.
-    Processes,
-    /// The mesh.
-    Mesh,
-    /// Hash of the plan.
-    Plan,
-}
-
-impl Aspect {
-    fn name(self) -> &'static str {
-        match self {
-            Self::Version => "version",
-            Self::Binary => "binary",
-            Self::Processes => "number of processes",
-            Self::Mesh => "mesh",
-            Self::Plan => "plan",
-        }
-    }
-
-    fn advice(self) -> &'static str {
-        match self {
-            Self::Version | Self::Binary => "start the same build on every node",
-            Self::Processes => "give every launcher the same numbers of nodes and processes",
-            Self::Mesh => "give every rank the same mesh",
-            Self::Plan => "give every rank the same arguments and configuration",
-        }
+/// What helps where ranks differ in a fact.
+fn advice(name: &str) -> &'static str {
+    match name {
+        VERSION | EXECUTABLE => "start the same build on every node",
+        PROCESSES => "give every launcher the same numbers of nodes and processes",
+        MESH => "give every rank the same mesh",
+        TRANSPORT => "set SHARDFLOW_TRANSPORT alike on every node",
+        COLLECTIVES => "set SHARDFLOW_COLLECTIVES alike on every node",
+        KERNELS => "use nodes of one kind, with the same environment: results would differ by rounding",
+        PLAN => "give every rank the same arguments and configuration",
+        _ => "give every rank the same value",
     }
 }
 
@@ -273,12 +264,10 @@ impl Aspect {
 #[derive(Clone, Debug, thiserror::Error, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Conflict {
     /// They do not run the same thing.
-    #[error(
-        "{first} and {second} differ in their {}: {ours} and {theirs}; {}", .aspect.name(), .aspect.advice()
-    )]
+    #[error("{first} and {second} differ in their {name}: {ours} and {theirs}; {}", advice(.name))]
     Differs {
-        /// In what.
-        aspect: Aspect,
+        /// The fact in which they differ.
+        name: String,
         /// One; rank 0.
         first: Who,
         /// What it has.
@@ -359,7 +348,8 @@ fn here(missing: &[u32], processes: u32) -> usize {
     (processes as usize).saturating_sub(missing.len())
 }
 
-fn ranks(ranks: &[u32]) -> String {
+/// Ranks, for messages.
+pub(crate) fn ranks(ranks: &[u32]) -> String {
     let word = if ranks.len() == 1 { "rank" } else { "ranks" };
     let listed: Vec<String> = ranks.iter().take(LISTED_MAX).map(u32::to_string).collect();
     format!("{word} {}{}", listed.join(", "), more(ranks.len()))
@@ -417,7 +407,7 @@ pub enum RendezvousError {
         /// Of whom.
         who: Who,
         /// What.
-        what: &'static str,
+        what: String,
         /// Its length.
         length: usize,
         /// The most.

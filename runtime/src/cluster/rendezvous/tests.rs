@@ -39,8 +39,7 @@ fn config(address: &Address, process: u32, processes: u32) -> RendezvousConfig {
     RendezvousConfig {
         process,
         processes,
-        plan: [2; 32],
-        mesh: "data=2".into(),
+        facts: vec![Fact::new("mesh", "data=2"), Fact::new("lr", 0.5), Fact::new("plan", "abc")],
         timeout: Duration::from_secs(20),
         report_every: Duration::from_millis(20),
         late_grace: Duration::ZERO,
@@ -166,15 +165,19 @@ fn a_missing_rank_0_is_waited_for_and_named() {
 #[test]
 fn what_does_not_fit_is_refused_to_all_with_both_values() {
     type Change = fn(&mut RendezvousConfig);
-    let hex = |byte: u8| format!("{byte:02x}").repeat(32);
-    let cases: [(Aspect, Change, String, String); 5] = [
-        (Aspect::Version, |c| c.identity.version = "1.0.1".into(), "1.0.0".into(), "1.0.1".into()),
-        (Aspect::Binary, |c| c.identity.binary = [3; 32], hex(1), hex(3)),
-        (Aspect::Plan, |c| c.plan = [4; 32], hex(2), hex(4)),
-        (Aspect::Mesh, |c| c.mesh = "tensor=2".into(), "data=2".into(), "tensor=2".into()),
-        (Aspect::Processes, |c| c.processes = 5, "4".into(), "5".into()),
+    let hex = |byte: u8| format!("blake3 {}", format!("{byte:02x}").repeat(32));
+    let cases: [(&str, Change, &str, &str); 8] = [
+        ("version", |c| c.identity.version = "1.0.1".into(), "1.0.0", "1.0.1"),
+        ("executable", |c| c.identity.binary = [3; 32], &hex(1), &hex(3)),
+        ("plan", |c| c.facts[2].value = "abd".into(), "abc", "abd"),
+        ("mesh", |c| c.facts[0].value = "tensor=2".into(), "data=2", "tensor=2"),
+        ("number of processes", |c| c.processes = 5, "4", "5"),
+        // The first difference is the one that is reported: another learning rate makes another plan, say.
+        ("lr", |c| c.facts[1..].iter_mut().for_each(|fact| fact.value = "0.25".into()), "0.5", "0.25"),
+        ("lr", |c| drop(c.facts.remove(1)), "0.5", "nothing"),
+        ("batch", |c| c.facts.push(Fact::new("batch", 4)), "nothing", "4"),
     ];
-    for (aspect, change, ours, theirs) in cases {
+    for (name, change, ours, theirs) in cases {
         let (_folder, address) = unix();
         let met = meet(&address, 4, |config| {
             config.conflict_grace = Duration::from_secs(20);
@@ -183,7 +186,8 @@ fn what_does_not_fit_is_refused_to_all_with_both_values() {
             }
         });
         let (first, second) = (who(0), who(2));
-        let expected = Conflict::Differs { aspect, first, ours, second, theirs };
+        let (name, ours, theirs) = (name.into(), ours.into(), theirs.into());
+        let expected = Conflict::Differs { name, first, ours, second, theirs };
         for met in met {
             assert_eq!(verdict(met), Verdict::Conflicts(vec![expected.clone()]));
         }
@@ -349,9 +353,16 @@ fn another_secret_is_an_error_of_authentication() {
 #[test]
 fn what_is_said_of_oneself_has_limits() {
     let (_folder, address) = unix();
-    let long = RendezvousConfig { mesh: "x".repeat(1025), ..config(&address, 0, 1) };
-    let error = rendezvous(&long, |_| {}).unwrap_err();
-    assert!(matches!(error, RendezvousError::TooLong { what: "mesh", length: 1025, .. }), "{error}");
+    let facts =
+        |count: usize, bytes: usize| (0..count).map(|i| Fact::new(format!("f{i}"), "x".repeat(bytes))).collect();
+    for (facts, expected) in [
+        (facts(1, 1025), "f0 of length 1025, at most 1024"),
+        (facts(97, 1), "list of facts of length 100, at most 96"),
+        (facts(10, 1000), "text of all facts of length "),
+    ] {
+        let error = rendezvous(&RendezvousConfig { facts, ..config(&address, 0, 1) }, |_| {}).unwrap_err();
+        assert!(matches!(error, RendezvousError::TooLong { .. }) && error.to_string().contains(expected), "{error}");
+    }
     for (process, processes) in [(0, 0), (2, 2), (0, 4097)] {
         let error = rendezvous(&config(&address, process, processes), |_| {}).unwrap_err();
         assert!(matches!(error, RendezvousError::Rank { .. }), "{error}");

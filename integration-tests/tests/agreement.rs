@@ -1,0 +1,508 @@
+//! Ranks that are given different values end the call together, with the value named, and nothing is changed; a resume
+//! compares what was declared. The processes are threads of this test, each with a session of its own.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::thread;
+
+use safetensors::SafeTensors;
+use safetensors::tensor::{Dtype, TensorView};
+use shardflow::checkpoint::{CheckpointError, Cursor, Saver, SaverOptions, Store};
+use shardflow::cluster::env::{Endpoint, Launch, Secret, SecretSource, Source, World};
+use shardflow::cluster::{Cluster, ClusterOptions};
+use shardflow::exit::Exit;
+use shardflow::graph::Graph;
+use shardflow::nn::{self, GptConfig};
+use shardflow::passes::compile;
+use shardflow::placement::Mesh;
+use shardflow::plan::Schedule::OneFOneB;
+use shardflow::prelude::{Declarations, OnResume};
+use shardflow::session::{Session, SessionError, SessionOptions};
+use shardflow_integration_tests::training::{LEARNING_RATE, Model, ONE, Scratch, bits, options, vocabulary, within};
+use shardflow_kernels::tensor::{HostData, HostTensor};
+
+const SECONDS: u64 = 120;
+const MICRO_BATCHES: usize = 2;
+
+fn model() -> Model {
+    Model { layers: 2, heads: 2, width: 16, context: 8, batch: 4, dropout: 0.1, max_norm: 1.0 }
+}
+
+fn start(mesh: &str, options: &SessionOptions) -> Session {
+    model().session_among(mesh, &self::options(MICRO_BATCHES, OneFOneB), options)
+}
+
+fn alone(mesh: &str) -> Session {
+    start(mesh, &SessionOptions::default())
+}
+
+/// Runs `work` on each rank of some processes, and gives what comes of each.
+fn together<T: Send>(name: &str, processes: u32, work: impl Fn(u32, Cluster) -> T + Sync) -> Vec<T> {
+    let folder = Scratch::new(&format!("agreement-{name}"));
+    let meet = folder.path().join("meet.sock");
+    let world = |process| World {
+        process,
+        processes,
+        local_process: process,
+        local_processes: processes,
+        node: Some(0),
+        endpoint: Endpoint::Unix(meet.clone()),
+        secret: SecretSource::Text(Secret::new("a secret of these tests", "this test").expect("long enough")),
+        restart: 0,
+        source: Source::Shardflow,
+        run_id: name.into(),
+    };
+    thread::scope(|scope| {
+        let start = |process| {
+            let (cluster, work) = (Cluster::new(Launch::World(world(process)), ClusterOptions::default()), &work);
+            scope.spawn(move || work(process, cluster))
+        };
+        let threads: Vec<_> = (0..processes).map(start).collect();
+        threads.into_iter().map(|t| t.join().expect("a rank that fails has said why")).collect()
+    })
+}
+
+fn among(cluster: Cluster) -> SessionOptions {
+    SessionOptions { cluster, ..SessionOptions::default() }
+}
+
+/// Another token, which every vocabulary here has.
+fn changed(tensor: &HostTensor, elements: impl Iterator<Item = usize>) -> HostTensor {
+    let mut tensor = tensor.clone();
+    let HostData::I32(tokens) = &mut tensor.data else { panic!("tokens are integers") };
+    elements.for_each(|element| tokens[element] = (tokens[element] + 1) % 46);
+    tensor
+}
+
+/// Losses of the model's steps on one process.
+fn losses(mesh: &str, steps: usize) -> Vec<u32> {
+    let mut session = alone(mesh);
+    (0..steps).map(|_| model().step(&mut session).loss.expect("a loss").to_bits()).collect()
+}
+
+/// The error of a step that must fail by a disagreement.
+fn disagreement<T>(result: Result<T, SessionError>) -> String {
+    match result {
+        Err(error @ SessionError::Disagreement(_)) => {
+            assert_eq!(error.exit(), Exit::Refused, "{error}");
+            error.to_string()
+        }
+        Err(error) => panic!("another error: {error}"),
+        Ok(_) => panic!("no error"),
+    }
+}
+
+/// The step that fails changes nothing: with one learning rate, training continues with the bits of an undisturbed one.
+#[test]
+fn learning_rates_are_compared_in_each_step() {
+    within(SECONDS, || {
+        let expected = losses("data=2", 3);
+        let ranks = together("lr", 2, |rank, cluster| {
+            let mut session = start("data=2", &among(cluster));
+            let mut losses = vec![model().step(&mut session).loss];
+            let rate = if rank == 1 { 0.25 } else { 0.5 };
+            let error = disagreement(session.step(&model().batch(1), rate));
+            losses.extend((1..3).map(|_| model().step(&mut session).loss));
+            session.shutdown().expect("nothing has failed");
+            (error, losses.into_iter().map(|loss| loss.expect("a loss").to_bits()).collect::<Vec<_>>())
+        });
+        for (error, losses) in ranks {
+            let told =
+                "step 2: the ranks differ in learning_rate: rank 0 has 0.5; rank 1 has 0.25; give every rank the same";
+            assert_eq!(error, told);
+            assert_eq!(losses, expected);
+        }
+    });
+}
+
+/// What a rank does not feed may be anything; what several ranks feed is compared, in every micro-batch.
+#[test]
+fn elements_that_several_ranks_feed_are_compared_in_each_step() {
+    within(SECONDS, || {
+        // Three processes have the devices 0 and 1, 2, and 3: the last two feed the second half of the samples.
+        for (mesh, processes, changing, expected) in [
+            ("tensor=2", 2, 1, Some("rank 0 has")),
+            ("stage=2", 2, 1, None),
+            ("data=2", 2, 1, None),
+            ("data=2,tensor=2", 3, 2, Some("rank 1 has")),
+            ("data=2,tensor=2", 3, 0, None),
+        ] {
+            let expected_losses = losses(mesh, 2);
+            let name = format!("data-{processes}-{changing}-{}", mesh.replace([',', '='], "-"));
+            let ranks = together(&name, processes, |rank, cluster| {
+                let mut session = start(mesh, &among(cluster));
+                let [(ids, tokens), (targets, other)] = model().batch(0);
+                // With micro-batches of two samples, sample 3 is in the second half of the last one.
+                let of_sample = |sample: usize| sample * model().context..(sample + 1) * model().context;
+                // Of each rank alone, on the axis `data`: what the others feed.
+                let others = if rank == 0 { [1, 3] } else { [0, 2] };
+                let elements: Vec<usize> = match expected {
+                    Some(_) if rank == changing => of_sample(3).collect(),
+                    None if rank == changing && mesh.starts_with("data") => {
+                        others.into_iter().flat_map(of_sample).collect()
+                    }
+                    // Token ids are fed on the first stage alone.
+                    None if rank == changing => (0..tokens.elements_held()).collect(),
+                    _ => Vec::new(),
+                };
+                let inputs = [(ids, changed(&tokens, elements.into_iter())), (targets, other)];
+                let first = session.step(&inputs, LEARNING_RATE);
+                let first = match expected {
+                    Some(_) => Err(disagreement(first)),
+                    None => Ok(first.unwrap_or_else(|e| panic!("{mesh}: {e}")).loss.expect("a loss").to_bits()),
+                };
+                // The session goes on.
+                let next = model().step(&mut session).loss.expect("a loss").to_bits();
+                session.shutdown().expect("nothing has failed");
+                (first, next)
+            });
+            for (first, next) in ranks {
+                match (first, expected) {
+                    (Ok(loss), _) => assert_eq!([loss, next], expected_losses[..], "{mesh}"),
+                    (Err(error), Some(rank)) => {
+                        assert!(error.starts_with("step 1: the ranks differ in input ids: "), "{mesh}: {error}");
+                        assert!(
+                            error.contains(rank) && error.contains(&format!("rank {changing} has ")),
+                            "{mesh}: {error}"
+                        );
+                        assert_eq!(next, expected_losses[0], "{mesh}: the first step, done again");
+                    }
+                    (Err(error), None) => panic!("{mesh}: {error}"),
+                }
+            }
+        }
+    });
+}
+
+/// One rank has another file, or none: no rank loads anything, and all can go on.
+#[test]
+fn what_ranks_load_is_compared_before_anything_changes() {
+    within(SECONDS, || {
+        let scratch = Scratch::new("agreement-files");
+        let path = |name: &str| scratch.path().join(name);
+        let mut session = alone(ONE);
+        model().step(&mut session);
+        session.save(&path("one")).expect("saved");
+        let parameters = session.parameters().expect("parameters");
+        model().step(&mut session);
+        session.save(&path("two")).expect("saved");
+        let fresh = alone(ONE).parameters().expect("parameters");
+        for mesh in ["data=2", "tensor=2", "stage=2"] {
+            together(&format!("files-{mesh}"), 2, |rank, cluster| {
+                let mut session = start(mesh, &among(cluster));
+                let file = |other: &str| path(if rank == 1 { other } else { "one" });
+                let is_fresh = |session: &Session| bits(&session.parameters().expect("parameters")) == bits(&fresh);
+                let error = disagreement(session.init_from(&file("two")));
+                assert!(error.contains(": the ranks differ in tensor "), "{error}");
+                let error = disagreement(session.restore(&file("two")));
+                assert!(error.contains(": the ranks differ in number of steps: rank 0 has 1; rank 1 has 2"), "{error}");
+                let mut others = parameters.clone();
+                // The last layer's, which the second stage alone holds.
+                if let (1, Some(HostData::F32(values))) = (rank, others.get_mut("lnf.weight").map(|t| &mut t.data)) {
+                    values[0] += 1.0;
+                }
+                let error = disagreement(session.set_parameters(&others));
+                assert!(error.contains("(memory): the ranks differ in tensor lnf.weight: "), "{error}");
+                let error = session.restore(&file("missing")).expect_err("one rank has no file").to_string();
+                let expected = if rank == 1 { "No such file" } else { "rank 1 cannot load it; see its log" };
+                assert!(error.contains(expected), "rank {rank}: {error}");
+                assert!(is_fresh(&session), "something was loaded");
+                session.restore(&file("one")).expect("the same on both");
+                assert!(bits(&session.parameters().expect("parameters")) == bits(&parameters));
+                model().step(&mut session);
+                session.shutdown().expect("nothing has failed");
+            });
+        }
+    });
+}
+
+/// Each rank sees a folder of its own, with another training's checkpoint of the same step.
+#[test]
+fn checkpoints_of_folders_that_ranks_do_not_share_are_compared() {
+    within(SECONDS, || {
+        let scratch = Scratch::new("agreement-folders");
+        for rank in 0..2 {
+            let seed = SessionOptions { seed: rank, ..SessionOptions::default() };
+            let mut session = start(ONE, &seed);
+            model().step(&mut session);
+            checkpoint(&session, &scratch.path().join(rank.to_string()));
+        }
+        together("folders", 2, |rank, cluster| {
+            let mut session = start("stage=2", &among(cluster));
+            let store = store(&scratch.path().join(rank.to_string()));
+            let error = disagreement(session.restore_newest(&store));
+            assert!(error.contains("the ranks differ in seed: rank 0 has 0; rank 1 has 1"), "{error}");
+            let reader = store.read(1).expect("a checkpoint");
+            let error = disagreement(session.restore_checkpoint(&reader));
+            assert!(error.contains("the ranks differ in seed"), "{error}");
+            assert_eq!(session.steps(), 0);
+        });
+    });
+}
+
+#[test]
+fn declared_values_are_compared_before_a_session_starts() {
+    within(SECONDS, || {
+        let errors = together("declared", 2, |rank, cluster| {
+            let declared = Declarations::default().declare("tokenizer", format!("v{rank}"), OnResume::Free);
+            let options = SessionOptions { declared, ..among(cluster) };
+            let plan = model().plan("data=2", &self::options(MICRO_BATCHES, OneFOneB));
+            let error = Session::start(plan, &options).err().expect("two values");
+            assert_eq!(error.exit(), Exit::Refused, "{error}");
+            error.to_string()
+        });
+        for error in errors {
+            assert!(error.contains("differ in their tokenizer: v0 and v1; give every rank the same value"), "{error}");
+        }
+        let declared = Declarations::default().declare("seed", 1, OnResume::Free);
+        let plan = model().plan(ONE, &self::options(MICRO_BATCHES, OneFOneB));
+        let options = SessionOptions { declared, ..SessionOptions::default() };
+        let error = Session::start(plan, &options).err().expect("a name of every session's");
+        assert_eq!(error.exit(), Exit::Refused, "{error}");
+    });
+}
+
+fn store(folder: &Path) -> Store {
+    Store::open(folder.to_str().expect("a path of UTF-8")).expect("a folder")
+}
+
+fn checkpoint(session: &Session, folder: &Path) {
+    let (agree, member) = session.agreement();
+    let options = SaverOptions { member, ..SaverOptions::default() };
+    let mut saver = Saver::new(store(folder), agree, options).expect("a thread");
+    saver.save(session, Cursor::new()).expect("a snapshot");
+    let report = saver.wait(std::time::Duration::from_secs(SECONDS)).expect("in time").expect("a save");
+    report.result.expect("committed");
+}
+
+/// A session of the model without these of its layers, and with these options.
+fn with_layers(layers: usize, options: &SessionOptions) -> Session {
+    Model { layers, ..model() }.session_among(ONE, &self::options(MICRO_BATCHES, OneFOneB), options)
+}
+
+#[test]
+fn parameters_that_the_program_lacks_are_refused_unless_it_names_them() {
+    within(SECONDS, || {
+        let scratch = Scratch::new("agreement-lacks");
+        let (file, folder) = (scratch.path().join("model"), scratch.path().join("run"));
+        let mut large = alone(ONE);
+        model().step(&mut large);
+        large.save(&file).expect("saved");
+        checkpoint(&large, &folder);
+        let all = large.parameters().expect("parameters");
+        let mut small = with_layers(1, &SessionOptions::default());
+        let newest = |session: &mut Session| session.restore_newest(&store(&folder)).map(|restored| restored.notes);
+        let all_ways: [(&str, fn(&mut Session, &Path) -> Result<Vec<String>, SessionError>); 2] = [
+            ("restore", |session, file| session.restore(file)),
+            ("init_from", |session, file| session.init_from(file)),
+        ];
+        let check = |error: SessionError| {
+            let is_unknown = matches!(error, SessionError::Checkpoint(CheckpointError::Unknown { .. }));
+            assert!(is_unknown && error.exit() == Exit::BadData, "{error}");
+            assert!(error.to_string().contains("such as h.1."), "{error}");
+        };
+        for (_, way) in &all_ways {
+            check(way(&mut small, &file).expect_err("a layer too many"));
+        }
+        check(newest(&mut small).expect_err("a layer too many"));
+
+        let ignoring: Vec<String> = all.keys().filter(|name| name.starts_with("h.1.")).cloned().collect();
+        let options = SessionOptions { ignoring: ignoring.clone(), ..SessionOptions::default() };
+        let states = format!("{} optimizer states are not needed, and left out", 2 * ignoring.len());
+        let kept: BTreeMap<_, _> = all.iter().filter(|(name, _)| !ignoring.contains(name)).collect();
+        let loaded = |session: &Session| {
+            let own = session.parameters().expect("parameters");
+            own.len() == kept.len() && own.iter().all(|(name, tensor)| kept[name] == tensor)
+        };
+        for (name, way) in &all_ways {
+            let mut small = with_layers(1, &options);
+            let notes = way(&mut small, &file).unwrap_or_else(|e| panic!("{name}: {e}"));
+            // Of weights alone, no state is needed.
+            let expected =
+                if *name == "init_from" { format!("{} optimizer states", 2 * all.len()) } else { states.clone() };
+            assert!(loaded(&small) && notes[0].contains(&expected), "{name}: {notes:?}");
+        }
+        let mut small = with_layers(1, &options);
+        let notes = newest(&mut small).expect("names them");
+        assert!(loaded(&small) && notes.len() == 1 && notes[0].contains(&states), "{notes:?}");
+    });
+}
+
+/// A program that only computes needs no optimizer states.
+#[test]
+fn a_program_that_only_computes_leaves_optimizer_states_out() {
+    within(SECONDS, || {
+        let scratch = Scratch::new("agreement-states");
+        let mut trained = alone(ONE);
+        model().step(&mut trained);
+        trained.save(&scratch.path().join("model")).expect("saved");
+        checkpoint(&trained, &scratch.path().join("run"));
+        let mut g = Graph::new(&Mesh::parse(ONE).expect("a mesh"));
+        let Model { layers, heads, width, context, batch, .. } = model();
+        let config = GptConfig { vocabulary: vocabulary(), layers, heads, width, context, batch, dropout: 0.0 };
+        let logits = nn::gpt(&mut g, &config);
+        g.output("logits", logits);
+        let plan = compile(g, &options(1, OneFOneB)).expect("a plan");
+        let mut session = Session::start(plan, &SessionOptions::default()).expect("a session");
+        let count = 2 * trained.parameters().expect("parameters").len();
+        let expected = format!("{count} optimizer states are not needed, and left out");
+        let restored = session.restore_newest(&store(&scratch.path().join("run"))).expect("a checkpoint");
+        assert!(restored.notes.len() == 1 && restored.notes[0].ends_with(&expected), "{:?}", restored.notes);
+        let notes = session.restore(&scratch.path().join("model")).expect("a file");
+        assert!(notes.len() == 1 && notes[0].ends_with(&expected), "{notes:?}");
+        assert_eq!(bits(&session.parameters().expect("parameters")), bits(&trained.parameters().expect("parameters")));
+    });
+}
+
+/// After a load of weights, the next steps are those of a session that began with them: moments, steps and updates are gone.
+#[test]
+fn optimizer_state_is_fresh_after_a_load_of_weights() {
+    within(SECONDS, || {
+        let scratch = Scratch::new("agreement-fresh");
+        let file = scratch.path().join("model");
+        let mut first = alone(ONE);
+        (0..3).for_each(|_| drop(model().step(&mut first)));
+        first.save(&file).expect("saved");
+        let train = |session: &mut Session| {
+            let notes = session.init_from(&file).expect("a good file");
+            assert!(notes.iter().any(|line| line.ends_with("optimizer state is fresh")), "{notes:?}");
+            assert_eq!(session.steps(), 0);
+            (0..3).for_each(|_| drop(model().step(session)));
+            bits(&session.parameters().expect("parameters"))
+                .into_iter()
+                .map(|(n, b)| (n.to_owned(), b))
+                .collect::<Vec<_>>()
+        };
+        let expected = train(&mut alone(ONE));
+        assert!(train(&mut first) == expected, "something of the steps before is left");
+    });
+}
+
+#[test]
+fn tensors_of_16_bits_are_converted_and_other_types_named() {
+    within(SECONDS, || {
+        let scratch = Scratch::new("agreement-types");
+        let path = scratch.path().join("model");
+        let mut session = alone(ONE);
+        let parameters = session.parameters().expect("parameters");
+        let mut write = |dtype: Dtype, bytes_of: &dyn Fn(f32) -> Vec<u8>| {
+            let bytes =
+                |t: &HostTensor| t.as_f32().expect("floats").iter().flat_map(|v| bytes_of(*v)).collect::<Vec<u8>>();
+            let all: Vec<_> = parameters.iter().map(|(name, t)| (name.clone(), t.shape.clone(), bytes(t))).collect();
+            let view = |shape: &[usize], bytes| TensorView::new(dtype, shape.to_vec(), bytes).expect("a view");
+            let views = all.iter().map(|(name, shape, bytes)| (name, view(shape, bytes))).collect::<Vec<_>>();
+            std::fs::write(&path, safetensors::serialize(views, None).expect("a file")).expect("written");
+            session.init_from(&path).map(|_| session.parameters().expect("parameters"))
+        };
+        let upper = |value: f32| value.to_bits() & 0xFFFF_0000;
+        let loaded =
+            write(Dtype::BF16, &|value| ((value.to_bits() >> 16) as u16).to_le_bytes().to_vec()).expect("bf16");
+        for (name, tensor) in &loaded {
+            let expected: Vec<u32> = parameters[name].as_f32().expect("floats").iter().map(|v| upper(*v)).collect();
+            assert_eq!(bits(&loaded)[name.as_str()], expected, "{name}");
+            assert_eq!(tensor.shape, parameters[name].shape);
+        }
+        // 1.5 and -2^-24, the smallest number of this type.
+        for (half, expected) in [(0x3E00u16, 1.5), (0x8001, -(2f32.powi(-24)))] {
+            let loaded = write(Dtype::F16, &|_| half.to_le_bytes().to_vec()).expect("f16");
+            assert!(loaded.values().all(|t| t.as_f32().expect("floats").iter().all(|v| *v == expected)), "{expected}");
+        }
+        let error = write(Dtype::F64, &|value| f64::from(value).to_le_bytes().to_vec()).expect_err("f64").to_string();
+        assert!(error.contains(" is F64, expected F32, F16 or BF16; convert the file"), "{error}");
+        assert!(!error.contains("other sizes"), "{error}");
+    });
+}
+
+/// Files and checkpoints record what was declared and the seed; both are compared, or taken, on resume.
+#[test]
+fn files_and_checkpoints_record_what_was_declared() {
+    within(SECONDS, || {
+        let scratch = Scratch::new("agreement-record");
+        let (file, folder) = (scratch.path().join("model"), scratch.path().join("run"));
+        let declared = |data: &str, batch: u32, heads: u32| {
+            let all =
+                Declarations::default().declare("data", data, OnResume::Same).declare("batch", batch, OnResume::Warn);
+            let declared = all.declare("lr", batch, OnResume::Free).declare_model("heads", heads);
+            SessionOptions { declared, ..SessionOptions::default() }
+        };
+        let mut first = start(ONE, &SessionOptions { seed: 7, ..declared("a", 4, 2) });
+        (0..2).for_each(|_| drop(model().step(&mut first)));
+        first.save(&file).expect("saved");
+        checkpoint(&first, &folder);
+        let exported = scratch.path().join("exported");
+        shardflow::checkpoint::convert::export(&store(&folder).read(2).expect("it"), &exported).expect("exported");
+        let bytes = std::fs::read(&file).expect("a file");
+        assert!(std::fs::read(&exported).expect("a file") == bytes, "an export is the file that is saved");
+        let (_, header) = SafeTensors::read_metadata(&bytes).expect("a header");
+        let metadata = header.metadata().clone().expect("metadata");
+        let value = |key: &str| metadata[key].clone();
+        assert_eq!(
+            [value("shardflow.declared.data"), value("shardflow.declared.heads"), value("shardflow.seed")],
+            ["a", "2", "7"]
+        );
+
+        let ways: [(&str, &dyn Fn(&mut Session) -> Result<Vec<String>, SessionError>); 3] = [
+            ("file", &|session| session.restore(&file)),
+            ("newest", &|session| session.restore_newest(&store(&folder)).map(|restored| restored.notes)),
+            ("reader", &|session| session.restore_checkpoint(&store(&folder).read(2).expect("it"))),
+        ];
+        let losses = |session: &mut Session| (0..2).map(|_| model().step(session).loss).collect::<Vec<_>>();
+        let expected = losses(&mut first);
+        for (name, way) in ways {
+            for (options, expected) in [
+                (declared("b", 4, 2), "its data is a, and this program's is b"),
+                (declared("a", 4, 4), "its heads is 2"),
+            ] {
+                let error = way(&mut start(ONE, &options)).expect_err(name);
+                assert!(error.to_string().contains(expected) && error.exit() == Exit::BadData, "{name}: {error}");
+            }
+            let mut resumed = start(ONE, &declared("a", 2, 2));
+            let notes = way(&mut resumed).unwrap_or_else(|e| panic!("{name}: {e}"));
+            assert!(
+                notes[0].contains("batch was 4 and is 2") && notes[1].contains("the seed is 7 from "),
+                "{name}: {notes:?}"
+            );
+            assert_eq!(
+                (notes.len(), losses(&mut resumed)),
+                (2, expected.clone()),
+                "{name}: dropout goes on with the seed"
+            );
+        }
+        let error = start(ONE, &declared("a", 4, 4)).init_from(&file).expect_err("other heads").to_string();
+        assert!(error.contains("its heads is 2, and this program's is 4"), "{error}");
+        start(ONE, &declared("b", 2, 2)).init_from(&file).expect("other data");
+    });
+}
+
+/// Manifests of versions 1 and 2 declared nothing, and are loaded.
+#[test]
+fn older_checkpoints_are_loaded() {
+    within(SECONDS, || {
+        for (version, missing) in [(1, &["job", "updates", "declared"][..]), (2, &["updates", "declared"])] {
+            let scratch = Scratch::new(&format!("agreement-version-{version}"));
+            let declared = Declarations::default().declare("data", "a", OnResume::Same);
+            let mut first = start(ONE, &SessionOptions { declared, ..SessionOptions::default() });
+            model().step(&mut first);
+            checkpoint(&first, scratch.path());
+            let path = scratch.path().join("step-000000000001/manifest.json");
+            let mut sealed: serde_json::Value =
+                serde_json::from_slice(&std::fs::read(&path).expect("a manifest")).expect("JSON");
+            assert_eq!(sealed["version"], 3);
+            let body = sealed["body"].as_object_mut().expect("an object");
+            missing.iter().for_each(|key| assert!(body.remove(*key).is_some(), "{key}"));
+            let text = serde_json::to_string(&sealed["body"]).expect("JSON");
+            sealed["blake3"] = blake3::hash(text.as_bytes()).to_hex().as_str().into();
+            sealed["version"] = version.into();
+            std::fs::write(&path, serde_json::to_vec(&sealed).expect("JSON")).expect("written");
+
+            let declared = Declarations::default().declare("data", "b", OnResume::Same);
+            let mut resumed = start(ONE, &SessionOptions { declared, ..SessionOptions::default() });
+            let restored = resumed.restore_newest(&store(scratch.path())).expect("an older checkpoint");
+            assert!(restored.damaged.is_empty() && restored.notes.is_empty(), "{restored:?}");
+            assert_eq!(model().step(&mut resumed).loss, model().step(&mut first).loss);
+            // A model without some of its layers is refused all the same.
+            let error = with_layers(1, &SessionOptions::default()).restore_newest(&store(scratch.path()));
+            assert!(error.expect_err("a layer too many").to_string().contains("the program lacks "));
+        }
+    });
+}

@@ -1,0 +1,289 @@
+//! Values that a program declares: all ranks must have them alike, checkpoints and saved files record them, and a resume
+//! compares them. Imports nothing of this crate.
+//!
+//! ```
+//! use shardflow::declare::{Declarations, OnResume, data_identity};
+//! use shardflow::prelude::*;
+//!
+//! # fn declared(path: &std::path::Path) -> std::io::Result<SessionOptions> {
+//! let declared = Declarations::default()
+//!     .declare("data", data_identity(path)?, OnResume::Same)
+//!     .declare("learning_rate", 1e-3, OnResume::Free)
+//!     .declare_model("heads", 8);
+//! # Ok(
+//! SessionOptions { declared, ..SessionOptions::default() }
+//! # )
+//! # }
+//! ```
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+
+/// Values of a program, at most.
+pub const DECLARED_MAX: usize = 64;
+/// Bytes of a name, at most.
+pub const NAME_BYTES_MAX: usize = 64;
+/// Bytes of a value, at most; declare a digest of what is longer.
+pub const VALUE_BYTES_MAX: usize = 1024;
+/// Bytes of all names and values together, at most.
+pub const DECLARED_BYTES_MAX: usize = 6 << 10;
+
+/// Names of the values that every session compares itself.
+pub(crate) const SEED: &str = "seed";
+pub(crate) const PLAN: &str = "plan";
+pub(crate) const MESH: &str = "mesh";
+pub(crate) const TRANSPORT: &str = "transport";
+pub(crate) const COLLECTIVES: &str = "collectives";
+pub(crate) const ON_NON_FINITE: &str = "on_non_finite";
+pub(crate) const KERNELS: &str = "kernels";
+pub(crate) const VERSION: &str = "version";
+pub(crate) const EXECUTABLE: &str = "executable";
+pub(crate) const PROCESSES: &str = "number of processes";
+const RESERVED: [&str; 10] =
+    [SEED, PLAN, MESH, TRANSPORT, COLLECTIVES, KERNELS, ON_NON_FINITE, VERSION, EXECUTABLE, PROCESSES];
+
+/// What a resume does when the checkpoint records another value. Between ranks every declared value must be the same.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum OnResume {
+    /// It refuses the checkpoint.
+    Same,
+    /// It loads the checkpoint, and reports both values.
+    Warn,
+    /// It loads the checkpoint.
+    Free,
+}
+
+/// Recorded values, by name.
+pub type Values = BTreeMap<String, String>;
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Declared {
+    name: String,
+    value: String,
+    on_resume: OnResume,
+    /// Compared by loads of weights alone, too.
+    is_of_model: bool,
+}
+
+/// The values that a program declares, in order.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Declarations(Vec<Declared>);
+
+/// A value that cannot be declared.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("cannot declare {name:?}: {why}")]
+pub struct DeclareError {
+    /// Its name.
+    pub name: String,
+    /// The limit that it breaks, with the numbers.
+    pub why: String,
+}
+
+/// A value that must be as it was recorded, and is not.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Difference {
+    pub(crate) name: String,
+    pub(crate) saved: String,
+    pub(crate) here: String,
+}
+
+impl Declarations {
+    /// Adds a value. Limits are checked when the session starts.
+    #[must_use]
+    pub fn declare(self, name: impl Into<String>, value: impl ToString, on_resume: OnResume) -> Self {
+        self.with(name.into(), value.to_string(), on_resume, false)
+    }
+
+    /// Adds a value without which the weights mean something else, such as the number of heads. It must be the same on resume
+    /// ([`OnResume::Same`]), and loads of weights alone compare it, too.
+    #[must_use]
+    pub fn declare_model(self, name: impl Into<String>, value: impl ToString) -> Self {
+        self.with(name.into(), value.to_string(), OnResume::Same, true)
+    }
+
+    fn with(mut self, name: String, value: String, on_resume: OnResume, is_of_model: bool) -> Self {
+        self.0.push(Declared { name, value, on_resume, is_of_model });
+        self
+    }
+
+    /// Names and values, in order.
+    pub fn iter(&self) -> impl Iterator<Item = (&str, &str)> {
+        self.0.iter().map(|declared| (declared.name.as_str(), declared.value.as_str()))
+    }
+
+    /// What a checkpoint records.
+    pub(crate) fn values(&self) -> Values {
+        self.iter().map(|(name, value)| (name.to_owned(), value.to_owned())).collect()
+    }
+
+    /// Whether names are unique, and all is within the limits.
+    pub(crate) fn check(&self) -> Result<(), DeclareError> {
+        let mut total = 0;
+        for (index, (name, value)) in self.iter().enumerate() {
+            let wrong = |why: String| Err(DeclareError { name: name.chars().take(NAME_BYTES_MAX).collect(), why });
+            total += name.len() + value.len();
+            if index >= DECLARED_MAX {
+                return wrong(format!("there are more than {DECLARED_MAX} values"));
+            }
+            if name.is_empty() || name.len() > NAME_BYTES_MAX {
+                return wrong(format!("the name has {} bytes, expected 1 to {NAME_BYTES_MAX}", name.len()));
+            }
+            if value.len() > VALUE_BYTES_MAX {
+                let bytes = value.len();
+                return wrong(format!(
+                    "the value has {bytes} bytes, at most {VALUE_BYTES_MAX} are allowed: declare a digest"
+                ));
+            }
+            if total > DECLARED_BYTES_MAX {
+                return wrong(format!(
+                    "all values together have more than {DECLARED_BYTES_MAX} bytes: declare digests"
+                ));
+            }
+            if RESERVED.contains(&name) {
+                return wrong("every session compares a value of this name itself".into());
+            }
+            if self.iter().take(index).any(|(other, _)| other == name) {
+                return wrong("it is declared twice".into());
+            }
+        }
+        Ok(())
+    }
+
+    /// Compares recorded values with these; gives a line for each difference to report. What only one side has is not
+    /// compared: older programs declared less.
+    pub(crate) fn compare(&self, saved: &Values, weights_only: bool) -> Result<Vec<String>, Difference> {
+        let mut notes = Vec::new();
+        for declared in self.0.iter().filter(|declared| declared.is_of_model || !weights_only) {
+            let Declared { name, value, on_resume, .. } = declared;
+            let Some(was) = saved.get(name).filter(|was| *was != value) else { continue };
+            match on_resume {
+                OnResume::Same => {
+                    return Err(Difference { name: name.clone(), saved: was.clone(), here: value.clone() });
+                }
+                OnResume::Warn => notes.push(format!("{name} was {was} and is {value} from here on")),
+                OnResume::Free => {}
+            }
+        }
+        Ok(notes)
+    }
+}
+
+/// Blocks of a large file that its identity is made of.
+const BLOCKS: u64 = 64;
+const BLOCK_BYTES: u64 = 1 << 20;
+
+/// What tells a data file from others: its length, and the BLAKE3 checksum of its bytes; of a file of more than 64 MiB, of 64
+/// blocks of 1 MiB, spread evenly from the first byte to the last.
+///
+/// # Errors
+/// When the file cannot be read.
+pub fn data_identity(path: &Path) -> io::Result<String> {
+    let file = File::open(path)?;
+    identity(file.metadata()?.len(), |start, block| file.read_exact_at(block, start))
+}
+
+/// As [`data_identity`], of data in memory.
+pub fn identity_of(bytes: &[u8]) -> String {
+    let read = |start: u64, block: &mut [u8]| {
+        block.copy_from_slice(&bytes[start as usize..start as usize + block.len()]);
+        Ok(())
+    };
+    identity(bytes.len() as u64, read).unwrap_or_default()
+}
+
+fn identity(bytes: u64, read: impl Fn(u64, &mut [u8]) -> io::Result<()>) -> io::Result<String> {
+    let mut hasher = blake3::Hasher::new();
+    let mut block = vec![0; bytes.min(BLOCK_BYTES) as usize];
+    for index in 0..bytes.div_ceil(BLOCK_BYTES).min(BLOCKS) {
+        let start = if bytes > BLOCKS * BLOCK_BYTES {
+            // In 128 bits, for no file's length overflows there.
+            (u128::from(bytes - BLOCK_BYTES) * u128::from(index) / u128::from(BLOCKS - 1)) as u64
+        } else {
+            index * BLOCK_BYTES
+        };
+        let block = &mut block[..(bytes - start).min(BLOCK_BYTES) as usize];
+        read(start, block)?;
+        hasher.update(block);
+    }
+    Ok(format!("{bytes} bytes, blake3 {}", hasher.finalize().to_hex()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn saved(values: &[(&str, &str)]) -> Values {
+        values.iter().map(|(name, value)| (name.to_string(), value.to_string())).collect()
+    }
+
+    #[test]
+    fn a_resume_refuses_reports_or_ignores_another_value() {
+        let declared = Declarations::default()
+            .declare("data", "a", OnResume::Same)
+            .declare("batch", 2, OnResume::Warn)
+            .declare("lr", 0.5, OnResume::Free)
+            .declare_model("heads", 4);
+        assert_eq!(declared.compare(&declared.values(), false), Ok(Vec::new()));
+        let difference = |name: &str, saved: &str, here: &str| {
+            Err(Difference { name: name.into(), saved: saved.into(), here: here.into() })
+        };
+        let other = saved(&[("data", "b"), ("batch", "4")]);
+        assert_eq!(declared.compare(&other, false), difference("data", "b", "a"));
+        assert_eq!(declared.compare(&other, true), Ok(Vec::new()), "weights alone are of any data");
+        let other = saved(&[("batch", "4"), ("lr", "0.25"), ("unknown", "1")]);
+        assert_eq!(declared.compare(&other, false), Ok(vec!["batch was 4 and is 2 from here on".into()]));
+        for weights_only in [false, true] {
+            assert_eq!(declared.compare(&saved(&[("heads", "8")]), weights_only), difference("heads", "8", "4"));
+        }
+        assert_eq!(declared.compare(&Values::new(), false), Ok(Vec::new()), "older checkpoints record nothing");
+    }
+
+    #[test]
+    fn what_is_declared_has_limits() {
+        let one = |name: &str, value: &str| Declarations::default().declare(name, value, OnResume::Same);
+        let why = |declared: Declarations| declared.check().unwrap_err().to_string();
+        assert_eq!(one("name", &"v".repeat(VALUE_BYTES_MAX)).check(), Ok(()));
+        assert!(why(one("", "")).contains("the name has 0 bytes, expected 1 to 64"));
+        assert!(why(one(&"n".repeat(65), "")).contains("the name has 65 bytes"));
+        assert!(why(one("name", &"v".repeat(1025))).starts_with("cannot declare \"name\": the value has 1025 bytes"));
+        assert!(why(one("plan", "")).contains("every session compares a value of this name"));
+        assert!(why(one("a", "1").declare_model("a", 1)).contains("declared twice"));
+        let many = |count: usize, value: &str| {
+            (0..count).fold(Declarations::default(), |all, i| all.declare(i.to_string(), value, OnResume::Free))
+        };
+        assert_eq!(many(64, "").check(), Ok(()));
+        assert!(why(many(65, "")).contains("more than 64 values"));
+        assert!(why(many(7, &"v".repeat(1024))).contains("more than 6144 bytes"));
+    }
+
+    /// A short file is read whole, a long one in 64 places, of which the first and the last byte are two.
+    #[test]
+    fn identities_of_files() {
+        let short = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(short.path(), "some text").unwrap();
+        let expected = format!("9 bytes, blake3 {}", blake3::hash(b"some text").to_hex());
+        assert_eq!(data_identity(short.path()).unwrap(), expected);
+        assert_eq!(identity_of(b"some text"), expected);
+        assert_eq!(identity_of(b""), format!("0 bytes, blake3 {}", blake3::hash(b"").to_hex()));
+        let two = vec![7; (2 * BLOCK_BYTES + 1) as usize];
+        assert_eq!(identity_of(&two), format!("{} bytes, blake3 {}", two.len(), blake3::hash(&two).to_hex()));
+
+        // Sparse: nothing is on the disk but what is changed.
+        let long = tempfile::tempfile().unwrap();
+        let bytes = 1 << 40;
+        long.set_len(bytes).unwrap();
+        let read = |start: u64, block: &mut [u8]| long.read_exact_at(block, start);
+        let of_long = || identity(bytes, read).unwrap();
+        let mut seen = vec![of_long()];
+        for place in [0, bytes - 1, (bytes - BLOCK_BYTES) / 63 + 5] {
+            long.write_all_at(&[1], place).unwrap();
+            seen.push(of_long());
+            assert!(!seen[..seen.len() - 1].contains(seen.last().unwrap()), "byte {place} counts");
+        }
+        long.write_all_at(&[1], bytes / 2).unwrap();
+        assert_eq!(Some(&of_long()), seen.last(), "what lies between the blocks does not count");
+    }
+}

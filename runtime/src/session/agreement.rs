@@ -1,0 +1,261 @@
+//! What ranks must be given alike: in each step the learning rate and the elements that several of them feed, at each load the
+//! tensors. All compare all values, so a difference ends the call on every rank, with the same error.
+//! Imports `session`, `plan`, `checkpoint` and `cluster`'s texts.
+//!
+//! A step's numbers travel in the message that also carries requests to stop, and cost a digest of what is fed twice or more.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use super::hosting::Hosting;
+use super::step::Inputs;
+use super::{Session, SessionError};
+use crate::checkpoint::error::CheckpointError;
+use crate::cluster::rendezvous::ranks;
+use crate::graph::builder::RNG_INPUT;
+use crate::graph::{NodeOp, Var};
+use crate::plan::memory::local_part;
+use crate::plan::{ActionKey, Plan};
+
+/// Different values that an error lists.
+const VALUES_MAX: usize = 4;
+
+/// Numbers of a step before its digests: the request and the learning rate's bits.
+const STEP_NUMBERS: usize = 2;
+
+/// What a load says beside digests of tensors, by name. The first number is 0 where the load failed.
+const LOAD_NAMES: [&str; 5] = ["outcome", "number of steps", "number of updates", "seed", "manifest"];
+
+/// The first of them that is a digest.
+const MANIFEST: usize = 4;
+
+/// Ranks were given different values for what they must have alike.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{context}: the ranks differ in {name}: {}; give every rank the same", list(values))]
+pub struct Disagreement {
+    /// The step, or what was loaded.
+    pub context: String,
+    /// The learning rate, an input or a parameter.
+    pub name: String,
+    /// Each rank's value, or a digest of it.
+    pub values: Vec<(u32, String)>,
+}
+
+/// Ranks by value, in the order of the first rank that has it.
+fn list(values: &[(u32, String)]) -> String {
+    let mut groups: Vec<(&str, Vec<u32>)> = Vec::new();
+    for (rank, value) in values {
+        match groups.iter_mut().find(|(other, _)| other == value) {
+            Some((_, ranks)) => ranks.push(*rank),
+            None => groups.push((value, vec![*rank])),
+        }
+    }
+    let more = groups.len().saturating_sub(VALUES_MAX);
+    let more = if more > 0 { format!("; and {more} more values") } else { String::new() };
+    let verb = |of: &[u32]| if of.len() == 1 { "has" } else { "have" };
+    let listed = groups.iter().take(VALUES_MAX).map(|(value, of)| format!("{} {} {value}", ranks(of), verb(of)));
+    format!("{}{more}", listed.collect::<Vec<_>>().join("; "))
+}
+
+/// Elements of an input that the same processes feed, two or more.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SharedInput {
+    var: Var,
+    processes: BTreeSet<u32>,
+    /// Devices of this process: one for each different part, in the order of the parts.
+    devices: Vec<usize>,
+}
+
+/// What several processes of a plan feed: the same list on all, but for the devices. Two devices' parts of an input are equal or
+/// disjoint.
+pub fn shared_inputs(plan: &Plan, hosting: &Hosting) -> Vec<SharedInput> {
+    // By input and part: the devices that are fed.
+    let mut fed: BTreeMap<(Var, Vec<usize>, Vec<usize>), Vec<usize>> = BTreeMap::new();
+    for (actor, actions) in plan.spec.actors.iter().zip(&plan.actions) {
+        for action in actions {
+            let (ActionKey::Feed(_), Some(host)) = (action.key, &action.host) else { continue };
+            for var in host.vars.iter().filter(|var| plan.graph.producer(**var).name != RNG_INPUT) {
+                let region = local_part(&plan.graph, *var, actor.device);
+                if !region.is_empty() {
+                    fed.entry((*var, region.start, region.size)).or_default().push(actor.device);
+                }
+            }
+        }
+    }
+    let mut shared: BTreeMap<(Var, BTreeSet<u32>), Vec<usize>> = BTreeMap::new();
+    for ((var, ..), devices) in fed {
+        let processes: BTreeSet<u32> = devices.iter().map(|device| hosting.process_of(*device)).collect();
+        if processes.len() > 1 {
+            let own = devices.into_iter().find(|device| hosting.own().contains(device));
+            shared.entry((var, processes)).or_default().extend(own);
+        }
+    }
+    shared.into_iter().map(|((var, processes), devices)| SharedInput { var, processes, devices }).collect()
+}
+
+/// How many numbers a process says in a step.
+pub fn step_numbers(shared: &[SharedInput], process: u32) -> usize {
+    STEP_NUMBERS + shared.iter().filter(|input| input.processes.contains(&process)).count()
+}
+
+/// How many numbers a process says at a load.
+pub fn load_numbers(plan: &Plan) -> usize {
+    LOAD_NAMES.len() + residents(plan).count()
+}
+
+/// Parameters and optimizer states, in the program's order.
+fn residents(plan: &Plan) -> impl Iterator<Item = Var> + '_ {
+    let nodes = plan.graph.nodes().iter();
+    nodes.filter(|n| matches!(n.op, NodeOp::Parameter { .. } | NodeOp::State)).map(|n| n.outputs[0])
+}
+
+/// The first bytes of a BLAKE3 checksum.
+fn digest(hasher: &blake3::Hasher) -> u64 {
+    let bytes = *hasher.finalize().as_bytes();
+    u64::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3], bytes[4], bytes[5], bytes[6], bytes[7]])
+}
+
+/// A digest of some bytes.
+pub(super) fn digest_of(bytes: &[u8]) -> u64 {
+    digest(blake3::Hasher::new().update(bytes))
+}
+
+/// What a process is about to load.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Loading {
+    pub(super) steps: u64,
+    pub(super) updates: u64,
+    pub(super) seed: u64,
+    /// Digest of a checkpoint's manifest.
+    pub(super) manifest: u64,
+    /// Digests of whole tensors.
+    pub(super) tensors: BTreeMap<Var, u64>,
+}
+
+impl Session {
+    /// Gives all what this process was given for a step, and what it requests of all.
+    pub(super) fn say_of_step(&self, request: u64, learning_rate: f32, inputs: &Inputs<'_>) {
+        let own = self.hosting.process;
+        let mut numbers = vec![request, u64::from(learning_rate.to_bits())];
+        for input in self.shared_inputs.iter().filter(|input| input.processes.contains(&own)) {
+            let mut hasher = blake3::Hasher::new();
+            let firings = self.plan.graph.tensor(input.var).rate.per_step(self.plan.micro_batches);
+            for micro_batch in 0..firings {
+                for device in &input.devices {
+                    hasher.update(self.part(input.var, *device, micro_batch, inputs).as_bytes());
+                }
+            }
+            numbers.push(digest(&hasher));
+        }
+        self.give_numbers(self.ports.steps[own as usize], &numbers);
+    }
+
+    /// Compares what all were given for the step, and gives the largest request. A difference calls the update off.
+    pub(super) fn agree_on_step(&mut self) -> Result<u64, SessionError> {
+        let ports = self.ports.clone();
+        let said = self.numbers(&ports.steps)?;
+        if let Some(difference) = self.difference_in_step(&said) {
+            self.decide(f32::NAN)?;
+            return Err(difference.into());
+        }
+        Ok(said.iter().filter_map(|numbers| numbers.first().copied()).max().unwrap_or_default())
+    }
+
+    fn difference_in_step(&self, said: &[Vec<u64>]) -> Option<Disagreement> {
+        let graph = &self.plan.graph;
+        let number = |process: u32, index: usize| said[process as usize].get(index).copied().unwrap_or_default();
+        let context = || format!("step {}", self.steps + 1);
+        let all = 0..self.hosting.processes;
+        if graph.objective.is_some() && all.clone().any(|process| number(process, 1) != number(0, 1)) {
+            let value = |process| (process, f32::from_bits(number(process, 1) as u32).to_string());
+            return Some(Disagreement {
+                context: context(),
+                name: "learning_rate".into(),
+                values: all.map(value).collect(),
+            });
+        }
+        // A process says digests of its own inputs alone, in the order of the list.
+        let mut next = vec![STEP_NUMBERS; said.len()];
+        for input in &self.shared_inputs {
+            let mut values = Vec::new();
+            for process in &input.processes {
+                let index = &mut next[*process as usize];
+                values.push((*process, number(*process, *index)));
+                *index += 1;
+            }
+            if values.iter().any(|value| value.1 != values[0].1) {
+                let name = format!("input {}", graph.producer(input.var).name);
+                return Some(Disagreement { context: context(), name, values: in_hex(values) });
+            }
+        }
+        None
+    }
+
+    /// Compares what all processes are about to load, before anything is changed. A process that cannot load says so, and no
+    /// other loads then either.
+    pub(super) fn agree_on_load<T>(
+        &mut self,
+        source: &str,
+        loading: impl FnOnce(&T) -> Loading,
+        mine: Result<T, SessionError>,
+    ) -> Result<T, SessionError> {
+        if self.hosting.processes == 1 {
+            return mine;
+        }
+        let numbers = match &mine {
+            Ok(mine) => {
+                let Loading { steps, updates, seed, manifest, tensors } = loading(mine);
+                let digests = residents(&self.plan).map(|var| tensors.get(&var).copied().unwrap_or_default());
+                [1, steps, updates, seed, manifest].into_iter().chain(digests).collect()
+            }
+            Err(_) => vec![0; load_numbers(&self.plan)],
+        };
+        let ports = self.ports.clone();
+        self.give_numbers(ports.loads[self.hosting.process as usize], &numbers);
+        let said = self.numbers(&ports.loads)?;
+        let mine = mine?;
+        if let Some(rank) = said.iter().position(|numbers| numbers.first() != Some(&1)) {
+            let why = format!("{source}: rank {rank} cannot load it; see its log");
+            return Err(CheckpointError::Refused(why).into());
+        }
+        let Some(index) =
+            (0..numbers.len()).find(|index| said.iter().any(|other| other.get(*index) != said[0].get(*index)))
+        else {
+            return Ok(mine);
+        };
+        let mut tensors = residents(&self.plan).map(|var| format!("tensor {}", self.plan.graph.tensor(var).name));
+        let name = match LOAD_NAMES.get(index) {
+            Some(name) => name.to_string(),
+            None => tensors.nth(index - LOAD_NAMES.len()).unwrap_or_default(),
+        };
+        let values = (0..).zip(said.iter().map(|numbers| numbers.get(index).copied().unwrap_or_default())).collect();
+        let values = if index < MANIFEST { in_decimal(values) } else { in_hex(values) };
+        Err(Disagreement { context: source.into(), name, values }.into())
+    }
+}
+
+fn in_decimal(values: Vec<(u32, u64)>) -> Vec<(u32, String)> {
+    values.into_iter().map(|(rank, value)| (rank, value.to_string())).collect()
+}
+
+fn in_hex(values: Vec<(u32, u64)>) -> Vec<(u32, String)> {
+    values.into_iter().map(|(rank, value)| (rank, format!("{value:016x}"))).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_error_lists_ranks_by_value() {
+        let values = |values: &[&str]| (0..).zip(values.iter().map(ToString::to_string)).collect();
+        let text = |of: &[&str]| {
+            let (context, name) = ("step 2".into(), "input x".into());
+            Disagreement { context, name, values: values(of) }.to_string()
+        };
+        assert_eq!(
+            text(&["a", "b", "a"]),
+            "step 2: the ranks differ in input x: ranks 0, 2 have a; rank 1 has b; give every rank the same"
+        );
+        assert!(text(&["a", "b", "c", "d", "e", "f", "e"]).contains("rank 3 has d; and 2 more values; give"));
+    }
+}
