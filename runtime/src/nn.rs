@@ -76,9 +76,12 @@ pub fn attention(g: &mut Graph, name: &str, x: Var, heads: usize, axis: Option<&
     g.layer(Location::caller(), |g| {
         let width = g.shape(x).last().copied().unwrap_or(0);
         if heads == 0 || width % heads != 0 {
-            let message =
-                format!("a width of {width} does not divide into {heads} heads; choose a multiple of {heads}");
-            g.error(name, message, Location::caller());
+            if !g.is_poisoned(&[x]) {
+                let hint =
+                    if heads == 0 { "give at least one head".into() } else { format!("choose a multiple of {heads}") };
+                let message = format!("a width of {width} does not divide into {heads} heads; {hint}");
+                g.error(name, message, Location::caller());
+            }
             return x;
         }
         let head_dim = width / heads;

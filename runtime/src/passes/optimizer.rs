@@ -8,13 +8,10 @@ use shardflow_kernels::collective::ReduceOp;
 use shardflow_kernels::op::Op;
 use shardflow_kernels::tensor::DType;
 
-use crate::graph::builder::{HYPER_INPUT, Layout, STATE_PREFIX};
-use crate::graph::{AdamW, Graph, NodeOp, Phase, Rate, Var};
+use crate::graph::builder::{GRAD_SQUARES_OUTPUT, HYPER_INPUT, Layout, STATE_PREFIX};
+use crate::graph::{AdamW, Graph, NodeOp, Output, Phase, Rate, Var};
 use crate::placement::{Axis, Placement};
 use crate::sbp::{NdSbp, Sbp};
-
-/// Name of the output that holds each parameter's sum of squared gradients.
-pub const GRAD_SQUARES_OUTPUT: &str = "grad_squares";
 
 /// Sums `var` over the micro-batches of a step, where it is made.
 pub fn accumulate(graph: &mut Graph, var: Var) -> Var {
@@ -61,7 +58,7 @@ pub fn add_update(graph: &mut Graph, grads: &BTreeMap<Var, Var>, adamw: AdamW) {
         let here: Vec<(Var, Var)> =
             summed.iter().copied().filter(|(p, _)| graph.placement_of(*p) == placement).collect();
         update_placement(graph, sums, &here, adamw);
-        graph.output(GRAD_SQUARES_OUTPUT, sums);
+        graph.outputs.push(Output { name: GRAD_SQUARES_OUTPUT.into(), tensor: sums });
     }
     graph.phase = Phase::Forward;
 }
