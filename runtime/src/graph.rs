@@ -117,6 +117,17 @@ pub enum Phase {
     Update,
 }
 
+impl fmt::Display for Phase {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Self::Forward => "forward",
+            Self::Backward => "backward",
+            Self::Norm => "norm",
+            Self::Update => "update",
+        })
+    }
+}
+
 impl Phase {
     /// How often its nodes run.
     pub fn rate(self) -> Rate {
@@ -134,6 +145,15 @@ pub enum Rate {
     MicroBatch,
     /// Once a step.
     Step,
+}
+
+impl fmt::Display for Rate {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::MicroBatch => "micro-batch",
+            Self::Step => "step",
+        })
+    }
 }
 
 impl Rate {

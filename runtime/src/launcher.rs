@@ -16,6 +16,7 @@ use tempfile::TempDir;
 
 use crate::cluster::env::{Endpoint, EnvError, Secret, SecretSource, process_variables};
 use crate::exit::{Exit, read_progress, unix_ns};
+use crate::text::counted;
 use cause::{Restarts, Verdict, exit_when_asked, first_cause};
 use guard::{FOLDER_PREFIX, Guard};
 
@@ -185,7 +186,7 @@ pub fn launch(options: &LaunchOptions) -> Result<Exit, LaunchError> {
             }
             Verdict::NotWorthIt if options.restarts_max > 0 => notice("a restart would not help"),
             Verdict::Exhausted if options.restarts_max > 0 => {
-                notice(&format!("gave up after {} restarts", restarts.made));
+                notice(&format!("gave up after {}", counted(restarts.made, "restart")));
             }
             Verdict::NoProgress => notice(&format!(
                 "gave up: {} restarts in a row ended without a committed step {}",

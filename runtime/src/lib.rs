@@ -7,6 +7,8 @@ pub mod checkpoint;
 pub mod cluster;
 pub mod doctor;
 pub mod exit;
+#[cfg(feature = "cli")]
+pub mod flags;
 pub mod graph;
 pub mod init;
 pub mod launcher;
@@ -16,8 +18,10 @@ pub mod nn;
 pub mod passes;
 pub mod placement;
 pub mod plan;
+pub mod program;
 pub mod sbp;
 pub mod session;
+pub mod text;
 pub mod trace;
 #[cfg(feature = "watch")]
 pub mod watch;
@@ -56,6 +60,7 @@ pub mod prelude {
     pub use crate::placement::Mesh;
     pub use crate::plan::validate::PlanError;
     pub use crate::plan::{Plan, Schedule};
+    pub use crate::program;
     pub use crate::sbp::rule::Rule;
     pub use crate::session::checkpoint::CheckpointError;
     pub use crate::session::devices::gpu_memory_bytes;

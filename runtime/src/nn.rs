@@ -1,5 +1,5 @@
 //! Layers that users expect, each a few calls of the graph builder. Names of parameters are those of the checkpoint.
-//! Imports `graph` and `init`.
+//! Imports `graph`, `init` and `text`.
 
 use std::panic::Location;
 
@@ -8,6 +8,7 @@ use shardflow_kernels::tensor::DType;
 use crate::graph::builder::Layout;
 use crate::graph::{Graph, Var};
 use crate::init::Init;
+use crate::text::counted;
 
 /// How a layer's weight lies on the `tensor` axis, in Megatron's words (Shoeybi et al. 2019,
 /// <https://arxiv.org/abs/1909.08053>).
@@ -131,8 +132,8 @@ fn build_gpt(g: &mut Graph, config: &GptConfig) -> Var {
     let stages = g.mesh().axis("stage").map_or(1, |axis| g.mesh().axes()[axis].size);
     if !config.layers.is_multiple_of(stages) {
         let message = format!(
-            "{} layers do not divide over {stages} stages; choose a number of layers that is a multiple of {stages}",
-            config.layers
+            "{} cannot be divided over {stages} stages; choose a number of layers that is a multiple of {stages}",
+            counted(config.layers, "layer")
         );
         g.error("gpt", message, Location::caller());
     }

@@ -11,6 +11,7 @@ use crate::plan::lower::{Setting, lower};
 use crate::plan::slots::StageCosts;
 use crate::plan::validate::{PlanError, validate};
 use crate::plan::{Plan, Schedule};
+use crate::text::counted;
 use precision::Precision;
 
 pub mod autodiff;
@@ -94,7 +95,7 @@ pub enum CompileError {
     #[error("{}", list(.0))]
     Graph(Vec<GraphError>),
     /// The mesh has more devices than there are.
-    #[error("mesh {mesh} needs {needed} devices, but there are {available}; choose a smaller mesh")]
+    #[error("mesh {mesh} needs {}, but there are {available}; choose a smaller mesh", counted(.needed, "device"))]
     Devices {
         /// The mesh.
         mesh: String,

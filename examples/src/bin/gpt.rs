@@ -10,10 +10,11 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
-use clap::Parser;
 use shardflow::exit;
+use shardflow::flags;
 use shardflow::prelude::*;
 use shardflow::session::shown;
+use shardflow::text::counted;
 use shardflow::trace::{TraceError, TraceFile};
 use shardflow::watch::{Watch, WatchError};
 use shardflow_examples::args::{ArgsError, DeviceArg, GptArgs, NonFiniteArg, PrecisionArg, ScheduleArg, fail};
@@ -24,7 +25,8 @@ use shardflow_examples::log::{DeviceMemory, JsonLog, LogError, Progress, StepRec
 use shardflow_examples::sample::Sampler;
 
 fn main() -> ExitCode {
-    match run(&GptArgs::parse()) {
+    let args: GptArgs = flags::parse(std::env::args_os()).unwrap_or_else(|error| error.exit());
+    match run(&args) {
         Ok(()) => ExitCode::SUCCESS,
         // `shardflow plan` wanted no more.
         Err(GptError::Session(SessionError::PlanShown)) => ExitCode::SUCCESS,
@@ -216,23 +218,16 @@ fn introduce(args: &GptArgs, text: &Text, plan: &Plan, cluster: &Cluster) {
     let (devices, threads) = (args.mesh.devices(), plan.threads_per_device);
     let named = args.data.as_deref().map_or("this repository".into(), |path| path.display().to_string());
     say(format!("text      {named}: {} tokens to train on, {} different", text.train_len(), text.vocab()));
-    say(format!("model     {}, {} wide, {weights} weights", count(args.layers, "layer"), args.width));
+    say(format!("model     {}, {} wide, {weights} weights", counted(args.layers, "layer"), args.width));
     let over = match cluster.processes() {
         1 => String::new(),
         many => format!(", in {many} processes"),
     };
-    let (devices, threads) = (count(devices, "device"), count(threads, "thread"));
+    let (devices, threads) = (counted(devices, "device"), counted(threads, "thread"));
     say(format!("mesh      {}: {devices} of {threads}{over}", plan.graph.mesh()));
-    let batches = count(plan.micro_batches, "micro-batch");
-    say(format!("step      {} samples of {} tokens, in {batches}", args.batch, args.context));
-}
-
-fn count(n: usize, thing: &str) -> String {
-    match (n, thing.ends_with("ch")) {
-        (1, _) => format!("1 {thing}"),
-        (n, true) => format!("{n} {thing}es"),
-        (n, false) => format!("{n} {thing}s"),
-    }
+    let batches = counted(plan.micro_batches, "micro-batch");
+    let (samples, tokens) = (counted(args.batch, "sample"), counted(args.context, "token"));
+    say(format!("step      {samples} of {tokens}, in {batches}"));
 }
 
 /// What a training writes beside what it prints.

@@ -15,6 +15,7 @@ use shardflow::checkpoint::cli::{self, CheckpointArgs};
 use shardflow::cluster::env::{Endpoint, Secret};
 use shardflow::doctor;
 use shardflow::exit::Exit;
+use shardflow::flags;
 use shardflow::launcher::{LaunchOptions, become_program, guard, launch};
 use shardflow::session::shown::{PLAN_DOT, PLAN_HTML, PLAN_TEXT};
 use shardflow::trace::join::Joined;
@@ -151,7 +152,8 @@ fn seconds(text: &str) -> Result<Duration, String> {
 
 fn main() -> ExitCode {
     // A usage error ends with code 2, by clap.
-    let exit = match Cli::parse().command {
+    let cli: Cli = flags::parse(std::env::args_os()).unwrap_or_else(|error| error.exit());
+    let exit = match cli.command {
         Command::Launch(args) => run_launch(args),
         Command::Checkpoint(args) => run_checkpoint(&args),
         Command::Doctor { json } => run_doctor(json),
@@ -261,7 +263,11 @@ fn run_plan(html: Option<PathBuf>, dot: Option<PathBuf>, command: &[OsString]) -
     };
     match std::fs::read_to_string(&text) {
         Ok(plan) if html.is_none() && dot.is_none() => print(plan.trim_end()).unwrap_or(Exit::Done),
-        Ok(_) => Exit::Done,
+        Ok(_) => {
+            let written: Vec<String> =
+                html.iter().chain(&dot).map(|path| format!("the plan is in {}", path.display())).collect();
+            print(&written.join("\n")).unwrap_or(Exit::Done)
+        }
         Err(_) => {
             eprint!("{}", String::from_utf8_lossy(&output.stderr));
             let what = format!("{} ended without starting a session, so there is no plan", command[0].display());

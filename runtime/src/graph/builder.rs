@@ -281,8 +281,11 @@ impl Graph {
     pub fn custom(&mut self, op: Arc<dyn CustomOp>, inputs: &[Var]) -> Vec<Var> {
         let (rule, location) = (op.rule(), Location::caller());
         let name = op.name().to_string();
-        let inputs: Vec<Var> =
-            inputs.iter().enumerate().map(|(port, input)| self.own_one(&name, port, *input, location)).collect();
+        let inputs: Vec<Var> = inputs
+            .iter()
+            .enumerate()
+            .map(|(port, input)| self.own_one(&name, &format!("input {port}"), *input, location))
+            .collect();
         if let Some(port) = inputs.iter().position(|input| self.tensor(*input).dtype == DType::BF16) {
             let message = format!("input {port} is BF16, but custom ops read F32 or I32; feed it as F32");
             self.error(&name, message, location);
@@ -338,14 +341,14 @@ impl Graph {
 
     /// An op's arguments. In place of one that is of another graph, which is an error, stands a tensor of as many dims.
     fn own<const N: usize>(&mut self, what: &str, args: [Var; N], location: &'static Location<'static>) -> [Var; N] {
-        std::array::from_fn(|port| self.own_one(what, port, args[port], location))
+        std::array::from_fn(|port| self.own_one(what, &format!("input {port}"), args[port], location))
     }
 
-    pub(crate) fn own_one(&mut self, what: &str, port: usize, arg: Var, location: &'static Location<'static>) -> Var {
+    pub(crate) fn own_one(&mut self, what: &str, which: &str, arg: Var, location: &'static Location<'static>) -> Var {
         if self.owns(arg) {
             return arg;
         }
-        self.error(what, foreign(&format!("input {port}"), arg), location);
+        self.error(what, foreign(which, arg), location);
         self.poison(&vec![1; arg.dims.into()])
     }
 

@@ -104,7 +104,9 @@ fn node_backward(graph: &mut Graph, node: &Node, grads: &[Option<Var>]) -> Vec<(
     let inputs = &node.inputs;
     if let NodeOp::Custom(op) = &node.op {
         let parts = op.clone().backward(graph, inputs, &node.outputs, grads);
-        let mut own = |(port, part): (usize, Option<Var>)| part.map(|v| graph.own_one(&name, port, v, node.location));
+        let mut own = |(port, part): (usize, Option<Var>)| {
+            part.map(|v| graph.own_one(&node.name, &format!("the gradient of input {port}"), v, node.location))
+        };
         let parts: Vec<Option<Var>> = parts.into_iter().enumerate().map(&mut own).collect();
         if let Some(message) = wrong_gradients(graph, inputs, &parts) {
             graph.error(&node.name, message, node.location);
