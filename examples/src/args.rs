@@ -501,13 +501,13 @@ impl GptArgs {
 
 #[cfg(test)]
 mod tests {
-    use clap::Parser;
     use clap::error::ErrorKind;
+    use shardflow::flags;
 
     use super::*;
 
     fn parse(flags: &[&str]) -> Result<GptArgs, clap::Error> {
-        GptArgs::try_parse_from(std::iter::once(&"gpt").chain(flags))
+        flags::parse(std::iter::once(&"gpt").chain(flags))
     }
 
     fn check(flags: &[&str]) -> Result<(), String> {
@@ -592,6 +592,12 @@ mod tests {
         for (flag, value) in [
             ("--lr", "NaN"),
             ("--lr", "inf"),
+            ("--lr", "-1"),
+            ("--lr", "-1e-3"),
+            ("--lr", "-inf"),
+            ("--dropout", "-0.1"),
+            ("--clip", "-1"),
+            ("--peak-tflops", "-2.5"),
             ("--dropout", "1"),
             ("--dropout", "NaN"),
             ("--clip", "0"),
@@ -602,6 +608,30 @@ mod tests {
             let error = check(&[flag, value]).unwrap_err();
             assert!(error.starts_with(&format!("{flag} must be ")), "{error}");
         }
+    }
+
+    /// Of every flag that takes a whole number.
+    #[test]
+    fn negative_numbers_are_out_of_range() {
+        let command = <GptArgs as clap::CommandFactory>::command();
+        let takes_numbers = |arg: &&clap::Arg| {
+            let name = arg.get_value_names().and_then(|names| names.first()).map(|name| name.to_string());
+            matches!(name.as_deref(), Some("N" | "M" | "MIB" | "SECONDS"))
+        };
+        let flags: Vec<String> =
+            command.get_arguments().filter(takes_numbers).filter_map(|arg| Some(arg.get_long()?.to_owned())).collect();
+        assert!(flags.len() > 12 && flags.contains(&"seed".into()), "{flags:?}");
+        for flag in flags.iter().filter(|flag| *flag != "peak-tflops") {
+            let error = parse(&[&format!("--{flag}"), "-1"]).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::ValueValidation, "{flag}: {error}");
+            let range = format!("invalid value '-1' for '--{flag} <");
+            let text = error.to_string();
+            assert!(text.contains(&range) && text.contains("expected a whole number from 0 to "), "{text}");
+        }
+        let text = parse(&["--seed", "18446744073709551616"]).unwrap_err().to_string();
+        assert!(text.contains("expected a whole number from 0 to 18446744073709551615"), "{text}");
+        assert_eq!(parse(&["--lr", "--steps", "3"]).unwrap_err().exit_code(), i32::from(Exit::Usage.code()));
+        assert_eq!(parse(&["-5"]).unwrap_err().kind(), ErrorKind::UnknownArgument);
     }
 
     #[test]

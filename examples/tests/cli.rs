@@ -335,7 +335,10 @@ fn what_a_training_does_can_be_watched_and_its_plan_be_seen() {
         assert_eq!((run_.code, &*run_.stderr), (0, ""), "{}", run_.stdout);
         run_.stdout
     };
-    assert_eq!(plan(&["--html", "page.html", "--dot", "plan.dot"]), "");
+    assert_eq!(
+        plan(&["--html", "page.html", "--dot", "plan.dot"]),
+        "the plan is in page.html\nthe plan is in plan.dot\n"
+    );
     assert!(plan(&[]).contains("device 3"));
     for (file, part) in [("page.html", "device 0 compute"), ("plan.dot", "digraph")] {
         assert!(std::fs::read_to_string(folder.0.path().join(file)).unwrap().contains(part), "{file}");
@@ -372,4 +375,21 @@ fn progress_is_one_line_of_a_screen_and_lines_of_a_file() {
     assert!(shown.iter().all(|line| line.starts_with("\r\x1b[K") && line.contains("  ETA 0:")), "{shown:?}");
     let dumb = on_terminal("dumb");
     assert!(!dumb.stdout.contains('\x1b') && dumb.stdout.contains("step  3/50"), "{:?}", dumb.stdout);
+}
+
+/// Programs that users copy: an error is one line for people, with its exit code, and `shardflow plan` is no error.
+#[test]
+fn small_programs_print_errors_for_people() {
+    let folder = Folder::new("small-programs");
+    for program in [env!("CARGO_BIN_EXE_first_steps"), env!("CARGO_BIN_EXE_custom_kernel")] {
+        let with = |variable: &str, value: &Path| {
+            let output = Command::new(program).env(variable, value).output().expect("it starts");
+            (output.status.code(), String::from_utf8_lossy(&output.stderr).into_owned())
+        };
+        let nowhere = folder.0.path().join("nowhere/plan.html");
+        let want =
+            format!("error: cannot write the plan to {}: No such file or directory (os error 2)\n", nowhere.display());
+        assert_eq!(with("SHARDFLOW_PLAN_HTML", &nowhere), (Some(2), want), "{program}");
+        assert_eq!(with("SHARDFLOW_PLAN_TEXT", &folder.0.path().join("plan")), (Some(0), String::new()), "{program}");
+    }
 }

@@ -1,12 +1,11 @@
 //! `gpt` under `mpirun` with collectives by MPI: the losses of one process, within rounding; ranks that are killed or frozen;
 //! what is refused. Built only with the feature `mpi`. Imports `support/programs`.
 
-use std::path::Path;
 use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use programs::{Folder, GPT, Running, signal};
+use programs::{Folder, GPT, Running, launcher, signal};
 
 #[path = "support/programs.rs"]
 mod programs;
@@ -103,15 +102,10 @@ fn what_mpi_does_not_know_is_refused() {
     let folder = Folder::new("mpi-refused");
     // Ours start the processes, so that each is alone to MPI.
     let flags = "--mesh data=2 --steps 2";
-    let launcher = Path::new(GPT).with_file_name("shardflow");
-    if launcher.is_file() {
-        let launch = format!("{} launch --nproc-per-node 2 -- {GPT} {MODEL} {flags}", launcher.display());
-        let (code, text) = end(start(&folder, &launch, "mpi"), TIMEOUT);
-        assert_eq!(code, Some(78), "{text}");
-        assert!(text.contains("start the processes by `mpirun -n 2`"), "{text}");
-    } else {
-        println!("SKIPPED the launcher: {} is not there", launcher.display());
-    }
+    let launch = format!("{} launch --nproc-per-node 2 -- {GPT} {MODEL} {flags}", launcher().display());
+    let (code, text) = end(start(&folder, &launch, "mpi"), TIMEOUT);
+    assert_eq!(code, Some(78), "{text}");
+    assert!(text.contains("start the processes by `mpirun -n 2`"), "{text}");
     let (code, text) = end(start(&folder, &format!("{GPT} {MODEL} {flags}"), "nccl"), TIMEOUT);
     assert!(code == Some(78) && text.contains("expected own or mpi"), "{code:?} {text}");
 }

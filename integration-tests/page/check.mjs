@@ -94,6 +94,19 @@ async function look(port, options = {}, mayBreak = false) {
   page.on('console', (message) => {
     if (['error', 'warning'].includes(message.type()) && !isBroken(message.text())) wrong.push(message.text());
   });
+  // A label that begins left of its canvas is cut off.
+  await page.exposeFunction('reportClipped', (label) => wrong.push(`the label ${label} is cut off`));
+  await page.addInitScript(() => {
+    const proto = CanvasRenderingContext2D.prototype;
+    const fillText = proto.fillText;
+    proto.fillText = function draw(label, x, y, ...rest) {
+      const width = this.measureText(label).width;
+      const left = { right: width, end: width, center: width / 2 }[this.textAlign] ?? 0;
+      const { a, b, c, e } = this.getTransform();
+      if (a * (x - left) + c * y + e < 0 && b === 0) window.reportClipped(`${label}`);
+      return fillText.call(this, label, x, y, ...rest);
+    };
+  });
   await page.goto(`${origin}/`);
   return { page, wrong, close: () => context.close() };
 }

@@ -152,6 +152,8 @@ fn metrics_are_those_of_the_session() {
     assert_eq!(status.actors.len(), metrics.actors.len());
     assert!(status.actors.iter().all(|actor| (0.0..=1.0).contains(&actor.busy)), "{status}");
     assert!(status.actors.iter().any(|actor| actor.busy > 0.0 && actor.now.contains("waits for")), "{status}");
+    let header = "  busy      now for  what each actor does or waits for\n";
+    assert!(status.to_string().contains(header), "{status}");
     assert!(!status.waits.is_empty() && status.to_string().lines().count() > 8, "{status}");
 
     assert_complete(&text);

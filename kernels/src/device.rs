@@ -34,6 +34,15 @@ pub enum DeviceKind {
     Cuda,
 }
 
+impl std::fmt::Display for DeviceKind {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            DeviceKind::Cpu => "cpu",
+            DeviceKind::Cuda => "cuda",
+        })
+    }
+}
+
 impl DeviceKind {
     /// Bytes of scratch memory that a launch needs on a stream of `threads` threads of such a device, given the buffers that
     /// it reads and writes.

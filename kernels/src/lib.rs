@@ -33,6 +33,9 @@
 //! ```
 
 mod bound;
+/// The optimisation level that the kernels were built with: `0` to `3`, `s` or `z`.
+pub const OPT_LEVEL: &str = env!("SHARDFLOW_OPT_LEVEL");
+
 pub mod clock;
 pub mod collective;
 pub mod conformance;

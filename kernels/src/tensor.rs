@@ -140,6 +140,15 @@ impl HostData {
     }
 }
 
+/// Panics, at the line of the public function's caller, where a shape does not have `got / each` elements.
+#[track_caller]
+fn check_count(shape: &[usize], each: usize, got: usize, unit: &str) {
+    match shape.iter().try_fold(each, |count, extent| count.checked_mul(*extent)) {
+        Some(expected) => assert!(expected == got, "shape {shape:?} needs {expected} {unit}, got {got}"),
+        None => panic!("shape {shape:?} has more {unit} than can be counted, got {got}"),
+    }
+}
+
 /// A row-major tensor in host memory.
 #[derive(Clone, Debug, PartialEq)]
 pub struct HostTensor {
@@ -154,8 +163,9 @@ impl HostTensor {
     ///
     /// # Panics
     /// When `data` does not hold `element_count(shape)` elements.
+    #[track_caller]
     pub fn f32(shape: &[usize], data: Vec<f32>) -> Self {
-        assert_eq!(element_count(shape), data.len(), "shape {shape:?} and number of elements differ");
+        check_count(shape, 1, data.len(), "elements");
         Self { shape: shape.to_vec(), data: HostData::F32(data) }
     }
 
@@ -163,8 +173,9 @@ impl HostTensor {
     ///
     /// # Panics
     /// When `data` does not hold `element_count(shape)` elements.
+    #[track_caller]
     pub fn i32(shape: &[usize], data: Vec<i32>) -> Self {
-        assert_eq!(element_count(shape), data.len(), "shape {shape:?} and number of elements differ");
+        check_count(shape, 1, data.len(), "elements");
         Self { shape: shape.to_vec(), data: HostData::I32(data) }
     }
 
@@ -172,8 +183,9 @@ impl HostTensor {
     ///
     /// # Panics
     /// When `data` does not hold `element_count(shape)` elements.
+    #[track_caller]
     pub fn bf16(shape: &[usize], data: &[f32]) -> Self {
-        assert_eq!(element_count(shape), data.len(), "shape {shape:?} and number of elements differ");
+        check_count(shape, 1, data.len(), "elements");
         Self { shape: shape.to_vec(), data: HostData::BF16(data.iter().copied().map(bf16::from_f32).collect()) }
     }
 
@@ -181,8 +193,9 @@ impl HostTensor {
     ///
     /// # Panics
     /// When they are not those of `element_count(shape)` elements.
+    #[track_caller]
     pub fn from_le_bytes(dtype: DType, shape: &[usize], bytes: &[u8]) -> Self {
-        assert_eq!(element_count(shape) * dtype.bytes(), bytes.len(), "shape {shape:?} and number of bytes differ");
+        check_count(shape, dtype.bytes(), bytes.len(), "bytes");
         let words = bytes.chunks_exact(4).map(|c| [c[0], c[1], c[2], c[3]]);
         let data = match dtype {
             DType::F32 => HostData::F32(words.map(f32::from_le_bytes).collect()),
@@ -237,6 +250,48 @@ impl HostTensor {
         match &self.data {
             HostData::I32(v) => Some(v),
             HostData::F32(_) | HostData::BF16(_) => None,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::panic::{self, Location};
+    use std::sync::Mutex;
+
+    use super::*;
+
+    /// A wrong length is the caller's mistake, so its panic names the caller's line.
+    #[test]
+    fn a_wrong_length_panics_at_the_callers_line() {
+        static AT: Mutex<Option<(u32, String)>> = Mutex::new(None);
+        let here = std::thread::current().id();
+        let before = panic::take_hook();
+        panic::set_hook(Box::new(move |info| {
+            if std::thread::current().id() == here {
+                let text = info.payload_as_str().unwrap_or_default().to_owned();
+                let at = info.location().filter(|at| at.file().ends_with("tensor.rs")).map_or(0, Location::line);
+                *AT.lock().unwrap() = Some((at, text));
+            }
+        }));
+        let calls: [(fn() -> u32, &str); 5] = [
+            (|| (HostTensor::f32(&[2, 3], vec![0.0; 5]), line!()).1, "shape [2, 3] needs 6 elements, got 5"),
+            (|| (HostTensor::i32(&[2], vec![1; 3]), line!()).1, "shape [2] needs 2 elements, got 3"),
+            (|| (HostTensor::bf16(&[], &[]), line!()).1, "shape [] needs 1 elements, got 0"),
+            (|| (HostTensor::from_le_bytes(DType::BF16, &[2], &[0]), line!()).1, "shape [2] needs 4 bytes, got 1"),
+            (|| (HostTensor::f32(&[1 << 40, 1 << 40], vec![]), line!()).1, "more elements than can be counted, got 0"),
+        ];
+        let mut panics = Vec::new();
+        for (call, want) in calls {
+            assert!(panic::catch_unwind(call).is_err(), "{want}");
+            panics.push((AT.lock().unwrap().take(), want));
+        }
+        panic::set_hook(before);
+        let source: Vec<&str> = include_str!("tensor.rs").lines().collect();
+        for (at, want) in panics {
+            let (line, text) = at.expect("a panic");
+            assert!(text.contains(want), "{text}");
+            assert!(source[line as usize - 1].contains("line!()"), "line {line} is not the caller's: {text}");
         }
     }
 }

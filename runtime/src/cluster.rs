@@ -24,6 +24,7 @@ use shardflow_kernels::error::KernelError;
 use crate::exit::Exit;
 use crate::machine::parse_ip;
 use crate::session::hosting::Hosting;
+use crate::text::counted;
 
 mod agree;
 mod by_mpi;
@@ -409,7 +410,7 @@ pub enum ClusterError {
         processes: u32,
     },
     /// There are more processes than devices for them.
-    #[error("a mesh of {devices} devices cannot be spread over {processes} processes: start at most {devices}")]
+    #[error("a mesh of {} cannot be spread over {processes} processes: start at most {devices}", counted(.devices, "device"))]
     TooManyProcesses {
         /// Devices of the mesh.
         devices: usize,

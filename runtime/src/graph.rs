@@ -2,10 +2,16 @@
 //! Building never fails; what is wrong is recorded with the user's file and line, and told at `compile`.
 //! Imports `placement`, `sbp`, `init`, and the kernels' `Op`.
 
+use std::cmp::Ordering;
+use std::fmt;
+use std::hash::{Hash, Hasher};
 use std::panic::Location;
-use std::sync::Arc;
+use std::sync::atomic::AtomicU32;
+use std::sync::atomic::Ordering::Relaxed;
+use std::sync::{Arc, LazyLock, OnceLock};
 
 use shardflow_kernels::collective::ReduceOp;
+use shardflow_kernels::device::DeviceKind;
 use shardflow_kernels::op::{CustomKernel, Op};
 use shardflow_kernels::tensor::{DType, Region};
 
@@ -22,9 +28,66 @@ pub mod ops;
 
 pub use error::GraphError;
 
-/// A tensor of the graph.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct Var(pub(crate) u32);
+/// A tensor of a graph. Another graph refuses it; a clone accepts those that were made before it was cloned.
+#[derive(Clone, Copy)]
+pub struct Var {
+    index: u32,
+    /// The graph that made it.
+    graph: u32,
+    dims: u8,
+    location: &'static Location<'static>,
+}
+
+/// Vars are equal if they are of one graph and one tensor.
+impl PartialEq for Var {
+    fn eq(&self, other: &Self) -> bool {
+        (self.index, self.graph) == (other.index, other.graph)
+    }
+}
+
+impl Eq for Var {}
+
+impl Ord for Var {
+    fn cmp(&self, other: &Self) -> Ordering {
+        (self.index, self.graph).cmp(&(other.index, other.graph))
+    }
+}
+
+impl PartialOrd for Var {
+    fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
+        Some(self.cmp(other))
+    }
+}
+
+impl Hash for Var {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        (self.index, self.graph).hash(state);
+    }
+}
+
+/// Without the graph's number, which differs between processes: plans are hashed as text.
+impl fmt::Debug for Var {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Var({})", self.index)
+    }
+}
+
+/// Number of a graph, unique in the process. A clone of a graph is another graph.
+#[derive(Debug)]
+pub(crate) struct GraphId(u32);
+
+impl GraphId {
+    fn new() -> Self {
+        static NEXT: AtomicU32 = AtomicU32::new(0);
+        Self(NEXT.fetch_add(1, Relaxed))
+    }
+}
+
+impl Clone for GraphId {
+    fn clone(&self) -> Self {
+        Self::new()
+    }
+}
 
 /// A node of the graph.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -32,7 +95,12 @@ pub struct NodeId(pub(crate) u32);
 
 impl Var {
     pub(crate) fn index(self) -> usize {
-        self.0 as usize
+        self.index as usize
+    }
+
+    /// The same tensor in a graph that was rebuilt and numbers it `index`.
+    pub(crate) fn renumbered(self, index: usize) -> Self {
+        Self { index: index as u32, ..self }
     }
 }
 
@@ -55,6 +123,17 @@ pub enum Phase {
     Update,
 }
 
+impl fmt::Display for Phase {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Self::Forward => "forward",
+            Self::Backward => "backward",
+            Self::Norm => "norm",
+            Self::Update => "update",
+        })
+    }
+}
+
 impl Phase {
     /// How often its nodes run.
     pub fn rate(self) -> Rate {
@@ -72,6 +151,15 @@ pub enum Rate {
     MicroBatch,
     /// Once a step.
     Step,
+}
+
+impl fmt::Display for Rate {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::MicroBatch => "micro-batch",
+            Self::Step => "step",
+        })
+    }
 }
 
 impl Rate {
@@ -139,6 +227,10 @@ impl NodeOp {
 pub trait CustomOp: std::fmt::Debug + Send + Sync {
     /// Shown in plans and errors.
     fn name(&self) -> &str;
+    /// Whether its kernel runs on such devices. On GPUs, [`CustomKernel::run_cpu`] works on copies in the host's memory.
+    fn runs_on(&self, _device: DeviceKind) -> bool {
+        true
+    }
     /// The factor rule, e.g. `Rule::parse("bt->bt")`.
     ///
     /// # Errors
@@ -174,6 +266,25 @@ pub struct TensorInfo {
     /// Built from something wrong; errors about it are not repeated.
     pub poisoned: bool,
 }
+
+/// Dims that a tensor may have: each needs a letter of its op's rule.
+pub const DIMS_MAX: usize = 16;
+
+/// Facts in place of those of another graph's tensors, by number of dims.
+static STAND_INS: LazyLock<Vec<TensorInfo>> = LazyLock::new(|| {
+    let stand_in = |dims| TensorInfo {
+        name: "a tensor of another graph".into(),
+        shape: vec![1; dims],
+        dtype: DType::F32,
+        producer: NodeId(0),
+        rate: Rate::MicroBatch,
+        layout: None,
+        loop_sbp: None,
+        saved_shape: None,
+        poisoned: true,
+    };
+    (0..=DIMS_MAX).map(stand_in).collect()
+});
 
 /// A node.
 #[derive(Clone, Debug)]
@@ -271,17 +382,32 @@ impl AdamW {
     }
 }
 
+/// What the optimizer minimises, and how.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Objective {
+    pub(crate) loss: Var,
+    pub(crate) optimizer: AdamW,
+    /// Where the user wrote it.
+    pub(crate) location: &'static Location<'static>,
+}
+
 /// The logical program under construction. See [`builder`] for the methods that add to it.
 #[derive(Clone, Debug)]
 pub struct Graph {
+    id: GraphId,
+    /// Where it was made.
+    pub(crate) location: &'static Location<'static>,
     pub(crate) mesh: Mesh,
     pub(crate) placements: Vec<Placement>,
     pub(crate) nodes: Vec<Node>,
     pub(crate) tensors: Vec<TensorInfo>,
+    /// Of each tensor.
+    vars: Vec<Var>,
     pub(crate) outputs: Vec<Output>,
-    pub(crate) errors: Vec<GraphError>,
-    /// What the optimizer minimises, and how.
-    pub(crate) objective: Option<(Var, AdamW)>,
+    errors: Vec<GraphError>,
+    /// The first time that facts of another graph's tensor were asked for.
+    misread: OnceLock<GraphError>,
+    pub(crate) objective: Option<Objective>,
     /// Placement of the nodes that are added next.
     pub(crate) current: usize,
     /// Phase of the nodes that are added next; passes change it.
@@ -296,14 +422,51 @@ impl Graph {
         &self.nodes
     }
 
-    /// Facts of a tensor.
+    /// Facts of a tensor. Those of another graph's tensor are made up, and `compile` reports it.
+    #[track_caller]
     pub fn tensor(&self, var: Var) -> &TensorInfo {
-        &self.tensors[var.index()]
+        if self.owns(var) {
+            return &self.tensors[var.index()];
+        }
+        let location = self.origin.unwrap_or(Location::caller());
+        self.misread.get_or_init(|| GraphError {
+            what: "shape".into(),
+            message: foreign("the argument", var),
+            location,
+        });
+        &STAND_INS[usize::from(var.dims).min(DIMS_MAX)]
     }
 
-    /// Shape of a whole tensor.
+    /// Shape of a whole tensor. That of another graph's tensor is made up, with as many dims, and `compile` reports it.
+    #[track_caller]
     pub fn shape(&self, var: Var) -> &[usize] {
-        &self.tensors[var.index()].shape
+        &self.tensor(var).shape
+    }
+
+    fn owns(&self, var: Var) -> bool {
+        self.vars.get(var.index()) == Some(&var)
+    }
+
+    /// The tensor of this index.
+    pub(crate) fn var(&self, index: usize) -> Var {
+        self.vars[index]
+    }
+
+    /// Adds a tensor that a node made at this line.
+    pub(crate) fn new_tensor(&mut self, info: TensorInfo, location: &'static Location<'static>) -> Var {
+        let dims = info.shape.len().min(DIMS_MAX) as u8;
+        let var = Var { index: self.tensors.len() as u32, graph: self.id.0, dims, location };
+        self.tensors.push(info);
+        self.vars.push(var);
+        var
+    }
+
+    /// All that is wrong with the program so far.
+    pub(crate) fn errors(&self) -> Vec<GraphError> {
+        let mut errors = self.errors.clone();
+        // A misread shape often leads to the op that reports the tensor itself.
+        errors.extend(self.misread.get().filter(|e| errors.iter().all(|other| other.location != e.location)).cloned());
+        errors
     }
 
     /// The mesh it is built for.
@@ -329,6 +492,12 @@ impl Graph {
         let is_parameter = |n: &&Node| matches!(n.op, NodeOp::Parameter { .. });
         self.nodes.iter().filter(is_parameter).map(|n| n.outputs[0]).collect()
     }
+}
+
+/// What is wrong with a tensor of another graph.
+fn foreign(which: &str, var: Var) -> String {
+    let at = var.location;
+    format!("{which} is a tensor of another graph, made at {}:{}; use the tensors of one graph", at.file(), at.line())
 }
 
 #[cfg(test)]

@@ -22,6 +22,7 @@ use crate::exit::{Exit, Report, read_progress, unix_ns};
 use crate::machine::{TemporaryError, temporary_folder};
 use crate::output;
 use crate::requests::not_ignored;
+use crate::text::counted;
 use cause::{Ended, Restarts, Verdict, exit_when_asked, first_cause};
 use guard::{FOLDER_PREFIX, Guard};
 
@@ -271,7 +272,7 @@ fn supervise(job: &mut Job) -> Result<Exit, LaunchError> {
             }
             Verdict::NotWorthIt if options.restarts_max > 0 => notice("a restart would not help"),
             Verdict::Exhausted if options.restarts_max > 0 => {
-                notice(&format!("gave up after {} restarts", restarts.made));
+                notice(&format!("gave up after {}", counted(restarts.made, "restart")));
             }
             Verdict::NoProgress => notice(&format!(
                 "gave up: {} restarts in a row ended without a committed step {}",

@@ -8,6 +8,8 @@ pub mod cluster;
 pub mod declare;
 pub mod doctor;
 pub mod exit;
+#[cfg(feature = "cli")]
+pub mod flags;
 pub mod graph;
 pub mod init;
 pub mod launcher;
@@ -19,9 +21,11 @@ pub mod output;
 pub mod passes;
 pub mod placement;
 pub mod plan;
+pub mod program;
 pub mod requests;
 pub mod sbp;
 pub mod session;
+pub mod text;
 pub mod trace;
 #[cfg(feature = "watch")]
 pub mod watch;
@@ -62,6 +66,7 @@ pub mod prelude {
     pub use crate::placement::Mesh;
     pub use crate::plan::validate::PlanError;
     pub use crate::plan::{Plan, Schedule};
+    pub use crate::program;
     pub use crate::requests::{Request, Requests};
     pub use crate::sbp::rule::Rule;
     pub use crate::session::checkpoint::CheckpointError;

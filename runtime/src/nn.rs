@@ -1,5 +1,5 @@
 //! Layers that users expect, each a few calls of the graph builder. Names of parameters are those of the checkpoint.
-//! Imports `graph` and `init`.
+//! Imports `graph`, `init` and `text`.
 
 use std::panic::Location;
 
@@ -8,6 +8,7 @@ use shardflow_kernels::tensor::DType;
 use crate::graph::builder::Layout;
 use crate::graph::{Graph, Var};
 use crate::init::Init;
+use crate::text::counted;
 
 /// How a layer's weight lies on the `tensor` axis, in Megatron's words (Shoeybi et al. 2019,
 /// <https://arxiv.org/abs/1909.08053>).
@@ -76,9 +77,12 @@ pub fn attention(g: &mut Graph, name: &str, x: Var, heads: usize, axis: Option<&
     g.layer(Location::caller(), |g| {
         let width = g.shape(x).last().copied().unwrap_or(0);
         if heads == 0 || width % heads != 0 {
-            let message =
-                format!("a width of {width} does not divide into {heads} heads; choose a multiple of {heads}");
-            g.error(name, message, Location::caller());
+            if !g.is_poisoned(&[x]) {
+                let hint =
+                    if heads == 0 { "give at least one head".into() } else { format!("choose a multiple of {heads}") };
+                let message = format!("a width of {width} does not divide into {heads} heads; {hint}");
+                g.error(name, message, Location::caller());
+            }
             return x;
         }
         let head_dim = width / heads;
@@ -128,8 +132,8 @@ fn build_gpt(g: &mut Graph, config: &GptConfig) -> Var {
     let stages = g.mesh().axis("stage").map_or(1, |axis| g.mesh().axes()[axis].size);
     if !config.layers.is_multiple_of(stages) {
         let message = format!(
-            "{} layers do not divide over {stages} stages; choose a number of layers that is a multiple of {stages}",
-            config.layers
+            "{} cannot be divided over {stages} stages; choose a number of layers that is a multiple of {stages}",
+            counted(config.layers, "layer")
         );
         g.error("gpt", message, Location::caller());
     }

@@ -1,20 +1,24 @@
 //! From the user's graph to a plan: THE ordered list of passes is in [`compile`].
 //! Imports `graph`, `boxing`, `plan`.
 
+use std::collections::BTreeMap;
+
 use shardflow_kernels::device::DeviceKind;
 
 use crate::boxing::CostModel;
-use crate::graph::{Graph, GraphError, NodeOp, Over};
+use crate::graph::{Graph, GraphError, Objective, Over};
 use crate::plan::lower::{Setting, lower};
 use crate::plan::slots::StageCosts;
 use crate::plan::validate::{PlanError, validate};
 use crate::plan::{Plan, Schedule};
+use crate::text::counted;
 use mode::Mode;
 use precision::Precision;
 
 pub mod autodiff;
 pub mod boxing;
 pub mod bucket;
+mod check;
 pub mod layout;
 pub mod micro_batch;
 pub mod mode;
@@ -97,7 +101,7 @@ pub enum CompileError {
     #[error("{}", list(.0))]
     Graph(Vec<GraphError>),
     /// The mesh has more devices than there are.
-    #[error("mesh {mesh} needs {needed} devices, but there are {available}; choose a smaller mesh")]
+    #[error("mesh {mesh} needs {}, but there are {available}; choose a smaller mesh", counted(.needed, "device"))]
     Devices {
         /// The mesh.
         mesh: String,
@@ -145,13 +149,20 @@ pub fn compile(mut graph: Graph, options: &CompileOptions) -> Result<Plan, Compi
     // The passes, in order. Each leaves a graph that the next can rely on.
     mode::apply(&mut graph, options.mode);
     micro_batch::divide(&mut graph, options.micro_batches);
-    check_sizes(&mut graph);
+    check::sizes(&mut graph);
     checked(&graph)?;
-    check_outputs(&mut graph);
+    check::purpose(&mut graph);
     stages::check(&mut graph);
     checked(&graph)?;
-    if let Some((loss, adamw)) = graph.objective {
-        let grads = autodiff::backward(&mut graph, loss);
+    let grads = match graph.objective {
+        Some(objective) => autodiff::backward(&mut graph, objective.loss),
+        None => BTreeMap::new(),
+    };
+    checked(&graph)?;
+    check::trained(&mut graph, &grads);
+    check::kernels(&mut graph, options.device);
+    checked(&graph)?;
+    if let Some(Objective { loss, optimizer: adamw, .. }) = graph.objective {
         let total = optimizer::accumulate(&mut graph, loss);
         let of_loss = graph.outputs.iter_mut().filter(|o| o.tensor == loss && o.over == Some(Over::Sum));
         of_loss.for_each(|o| o.tensor = total);
@@ -178,43 +189,7 @@ pub fn compile(mut graph: Graph, options: &CompileOptions) -> Result<Plan, Compi
     Ok(plan)
 }
 
-/// Every tensor's bytes can be counted, with room for sums of many of them.
-fn check_sizes(graph: &mut Graph) {
-    const ELEMENTS_MAX: usize = 1 << 48;
-    for index in 0..graph.nodes.len() {
-        let node = &graph.nodes[index];
-        let fits = |shape: &[usize]| {
-            let extents = shape.iter().filter(|extent| **extent > 0);
-            extents.copied().try_fold(1usize, |n, extent| n.checked_mul(extent)).is_some_and(|n| n <= ELEMENTS_MAX)
-        };
-        if let Some(out) = node.outputs.iter().find(|out| !fits(graph.shape(**out))) {
-            let message = format!("shape {:?} has more elements than any device can hold", graph.shape(*out));
-            let (name, location) = (node.name.clone(), node.location);
-            return graph.error(&name, message, location);
-        }
-    }
-}
-
-/// The host waits for outputs, so there must be one; and a trained tensor is not one.
-fn check_outputs(graph: &mut Graph) {
-    if let Some(node) = graph.nodes.last()
-        && graph.outputs.is_empty()
-    {
-        let location = node.location;
-        let message = "nothing of the program reaches the host; call `minimize` or `output`".to_string();
-        return graph.error("program", message, location);
-    }
-    for index in 0..graph.outputs.len() {
-        let node = graph.producer(graph.outputs[index].tensor);
-        if graph.objective.is_some() && matches!(node.op, NodeOp::Parameter { .. }) {
-            let (name, location) = (node.name.clone(), node.location);
-            let message =
-                "an output cannot be what is trained in place; read it with `Session::parameters`".to_string();
-            graph.error(&name, message, location);
-        }
-    }
-}
-
 fn checked(graph: &Graph) -> Result<(), CompileError> {
-    if graph.errors.is_empty() { Ok(()) } else { Err(CompileError::Graph(graph.errors.clone())) }
+    let errors = graph.errors();
+    if errors.is_empty() { Ok(()) } else { Err(CompileError::Graph(errors)) }
 }

@@ -2,6 +2,7 @@
 //! Plain data; a session loads it. Imports `graph` and the layers below.
 
 use std::collections::BTreeMap;
+use std::fmt;
 
 use shardflow_actors::spec::{ActionSpec, ActorId, RegisterId, Spec};
 use shardflow_kernels::device::DeviceKind;
@@ -30,6 +31,15 @@ pub enum Schedule {
     /// One forward, one backward, with as few micro-batches in flight as keep every stage busy.
     /// Narayanan et al. 2019, <https://arxiv.org/abs/1806.03377>.
     OneFOneB,
+}
+
+impl fmt::Display for Schedule {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::GPipe => "gpipe",
+            Self::OneFOneB => "1f1b",
+        })
+    }
 }
 
 /// An action of a device, before actors are numbered.

@@ -225,6 +225,13 @@ pub struct Session {
     observer: Option<Arc<Observer>>,
 }
 
+/// What to say of kernels that were built with this optimisation level: they may take fifty times as long.
+fn slow_build(opt_level: &str) -> Option<String> {
+    let advice = "build with --release, or add to Cargo.toml: [profile.dev.package.\"*\"] opt-level = 3";
+    matches!(opt_level, "0" | "1")
+        .then(|| format!("warning: the kernels are built with opt-level {opt_level} and are slow; {advice}"))
+}
+
 /// How long a session that ends waits for firings that are under way.
 const QUIESCE_TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -240,6 +247,12 @@ impl Session {
     pub fn start(plan: Plan, options: &SessionOptions) -> Result<Self, SessionError> {
         shown::show(&plan)?;
         options.declared.check()?;
+        if options.cluster.is_first() {
+            static WARNING: Once = Once::new();
+            WARNING.call_once(|| {
+                slow_build(shardflow_kernels::OPT_LEVEL).into_iter().for_each(|text| eprintln!("{text}"))
+            });
+        }
         let budget = Budget::measure(&plan);
         let world = World::join(&plan, options).map_err(world::named)?.map(Arc::new);
         Self::start_among(plan, options, budget, world.clone()).map_err(|error| match world {
@@ -634,4 +647,16 @@ pub(crate) fn resident_parts(plan: &Plan, var: Var) -> Vec<(usize, usize, &Resid
         Some((*device, index, resident))
     };
     placement.devices().iter().filter_map(part).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn slow_builds_are_reported() {
+        assert!(["0", "1"].iter().all(|level| slow_build(level).is_some_and(|text| text.contains("opt-level = 3"))));
+        assert!(["2", "3", "s", "z"].iter().all(|level| slow_build(level).is_none()));
+        assert_eq!(slow_build(shardflow_kernels::OPT_LEVEL), None, "our own builds are optimised");
+    }
 }

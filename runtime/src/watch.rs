@@ -30,6 +30,7 @@ use tokio::sync::{Semaphore, oneshot};
 use crate::metrics;
 use crate::session::Session;
 use crate::session::observer::{Health, Observer};
+use crate::text::counted;
 
 mod bubble;
 pub mod client;
@@ -203,8 +204,10 @@ async fn health(State(served): State<Served>) -> impl IntoResponse {
     match observer.map(|observer| observer.health()) {
         Some(Health::Well { steps }) => {
             match still.map(|ns| ns / 1_000_000_000).filter(|seconds| *seconds >= STILL_SECONDS) {
-                Some(seconds) => (StatusCode::OK, format!("ok, {steps} steps, nothing has moved for {seconds} s\n")),
-                None => (StatusCode::OK, format!("ok, {steps} steps\n")),
+                Some(seconds) => {
+                    (StatusCode::OK, format!("ok, {}, nothing has moved for {seconds} s\n", counted(steps, "step")))
+                }
+                None => (StatusCode::OK, format!("ok, {}\n", counted(steps, "step"))),
             }
         }
         Some(Health::Failed(cause)) => (StatusCode::SERVICE_UNAVAILABLE, format!("failed: {cause}\n")),

@@ -19,7 +19,8 @@ fn the_plan_goes_to_the_screen_or_to_the_files() {
     let flags = ["--html", html.to_str().expect("text"), "--dot", dot.to_str().expect("text")];
     let script = "echo page > $SHARDFLOW_PLAN_HTML; echo graph > $SHARDFLOW_PLAN_DOT; echo x > $SHARDFLOW_PLAN_TEXT";
     let output = plan(&flags, script);
-    assert!(output.status.success() && output.stdout.is_empty(), "{output:?}");
+    let written = format!("the plan is in {}\nthe plan is in {}\n", html.display(), dot.display());
+    assert!(output.status.success() && text(&output.stdout) == written, "{output:?}");
     let read = |path| std::fs::read_to_string(path).expect("a file");
     assert_eq!((read(html), read(dot)), ("page\n".to_owned(), "graph\n".to_owned()));
     for (script, code) in [("echo why >&2; exit 78", 78), ("echo why >&2", 2)] {

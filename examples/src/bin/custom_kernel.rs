@@ -125,7 +125,11 @@ fn train(mesh: &str) -> Result<Vec<f32>, Box<dyn std::error::Error>> {
     Ok(losses)
 }
 
-fn main() -> Result<(), Box<dyn std::error::Error>> {
+fn main() -> std::process::ExitCode {
+    program::run(compare)
+}
+
+fn compare() -> Result<(), Box<dyn std::error::Error>> {
     let one = train("data=1")?;
     for step in (0..STEPS).filter(|step| step % 10 == 0 || step + 1 == STEPS) {
         println!("step {step:>2}  loss {:.4}", one[step]);

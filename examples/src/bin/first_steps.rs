@@ -7,7 +7,11 @@ const TEXT: &[u8] = b"the quick brown fox jumps over the lazy dog. ";
 const BATCH: usize = 8;
 const LENGTH: usize = 16;
 
-fn main() -> Result<(), Box<dyn std::error::Error>> {
+fn main() -> std::process::ExitCode {
+    program::run(train)
+}
+
+fn train() -> Result<(), Box<dyn std::error::Error>> {
     // The program, as if there were one device. Only the inputs say that samples are split over the axis `data`.
     let mut g = Graph::new(&Mesh::parse("data=2")?);
     let ids = g.input("ids", &[BATCH, LENGTH], DType::I32, Layout::split("data", 0));

@@ -7,13 +7,13 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use clap::Parser;
 use shardflow::passes::THREADS_MAX;
 use shardflow::prelude::*;
 use shardflow::session::shown;
+use shardflow::text::counted;
 use shardflow::trace::{TraceError, TraceFile};
 use shardflow::watch::{Watch, WatchError};
-use shardflow::{exit, output};
+use shardflow::{exit, flags, output};
 use shardflow_examples::args::{
     ArgsError, DeviceArg, GptArgs, NonFiniteArg, OnUsr1Arg, PrecisionArg, ScheduleArg, fail,
 };
@@ -31,7 +31,7 @@ const LAST_WORDS: Duration = Duration::from_secs(1);
 fn main() -> ExitCode {
     // First of all: process 1 of a container has no other way to end.
     let requests = Requests::on_signals();
-    let args = GptArgs::parse();
+    let args: GptArgs = flags::parse(std::env::args_os()).unwrap_or_else(|error| error.exit());
     let (ended, requests) = match requests {
         Ok(requests) => (run(&args, &requests), requests),
         Err(error) => (Err(GptError::Signals(error)), Arc::default()),
@@ -281,23 +281,16 @@ fn introduce(args: &GptArgs, text: &Text, plan: &Plan, cluster: &Cluster) {
     let (devices, threads) = (args.mesh.devices(), plan.threads_per_device);
     let named = args.data.as_deref().map_or("this repository".into(), |path| path.display().to_string());
     say(format!("text      {named}: {} tokens to train on, {} different", text.train_len(), text.vocab()));
-    say(format!("model     {}, {} wide, {weights} weights", count(args.layers, "layer"), args.width));
+    say(format!("model     {}, {} wide, {weights} weights", counted(args.layers, "layer"), args.width));
     let over = match cluster.processes() {
         1 => String::new(),
         many => format!(", in {many} processes"),
     };
-    let (devices, threads) = (count(devices, "device"), count(threads, "thread"));
+    let (devices, threads) = (counted(devices, "device"), counted(threads, "thread"));
     say(format!("mesh      {}: {devices} of {threads}{over}", plan.graph.mesh()));
-    let batches = count(plan.micro_batches, "micro-batch");
-    say(format!("step      {} samples of {} tokens, in {batches}", args.batch, args.context));
-}
-
-fn count(n: usize, thing: &str) -> String {
-    match (n, thing.ends_with("ch")) {
-        (1, _) => format!("1 {thing}"),
-        (n, true) => format!("{n} {thing}es"),
-        (n, false) => format!("{n} {thing}s"),
-    }
+    let batches = counted(plan.micro_batches, "micro-batch");
+    let (samples, tokens) = (counted(args.batch, "sample"), counted(args.context, "token"));
+    say(format!("step      {samples} of {tokens}, in {batches}"));
 }
 
 /// What a training writes beside what it prints.

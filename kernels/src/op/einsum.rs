@@ -60,31 +60,50 @@ impl Einsum {
     /// Whether each of a, b, out is stored transposed.
     fn layout(&self) -> Result<[bool; 3], KernelError> {
         let refused = |expected: &str| KernelError::arguments("einsum", "subscripts", expected, self.to_string());
-        if let Some(letter) = format!("{}{}{}", self.a, self.b, self.out).chars().find(|&l| self.role(l).is_none()) {
-            return Err(refused(&format!("index {letter} in exactly two of the three terms")));
-        }
-        let mut transposed = [false; 3];
-        let terms = [
-            (&self.a, Role::Row, Role::Summed),
-            (&self.b, Role::Summed, Role::Column),
-            (&self.out, Role::Row, Role::Column),
-        ];
-        for (flag, (term, first, second)) in transposed.iter_mut().zip(terms) {
-            let (x, y) = (self.letters(term, first), self.letters(term, second));
-            // With one group empty both orders hold: then the matrix is a row or a column, stored plainly.
-            *flag = **term != format!("{x}{y}");
-            if *flag && **term != format!("{y}{x}") {
-                return Err(refused(&format!("the indices of {term} in two runs")));
+        let terms = [&self.a, &self.b, &self.out];
+        for letter in terms.iter().flat_map(|term| term.chars()) {
+            match terms.iter().filter(|term| term.contains(letter)).count() {
+                2 => {}
+                3 => {
+                    let why = "one that is in all three makes a batch of products, which needs a custom op";
+                    return Err(refused(&format!("index {letter} in exactly two of the three terms ({why})")));
+                }
+                _ => return Err(refused(&format!("index {letter} in exactly two of the three terms"))),
             }
         }
-        let same_order = [(&self.a, &self.out, Role::Row), (&self.b, &self.out, Role::Column)]
-            .into_iter()
-            .chain([(&self.a, &self.b, Role::Summed)])
-            .all(|(x, y, role)| self.letters(x, role) == self.letters(y, role));
-        if !same_order {
-            return Err(refused("shared indices in the same order in both terms"));
+        let mut transposed = [false; 3];
+        for (flag, (term, (x, y))) in transposed.iter_mut().zip(terms.into_iter().zip(self.groups())) {
+            // With one group empty both orders hold: then the matrix is a row or a column, stored plainly.
+            *flag = *term != format!("{x}{y}");
+            if *flag && *term != format!("{y}{x}") {
+                return Err(refused(&self.as_product()));
+            }
         }
         Ok(transposed)
+    }
+
+    /// The two groups of indices of each term, ordered as in `a`, or in `b` where `a` lacks them.
+    fn groups(&self) -> [(String, String); 3] {
+        let rows = self.letters(&self.a, Role::Row);
+        let columns = self.letters(&self.b, Role::Column);
+        let summed = self.letters(&self.a, Role::Summed);
+        [(rows.clone(), summed.clone()), (summed, columns.clone()), (rows, columns)]
+    }
+
+    /// The matrix product that the subscripts mean, and how it is written.
+    fn as_product(&self) -> String {
+        let groups = self.groups();
+        let dims = |(x, y): &(String, String)| {
+            let size = |group: &String| if group.is_empty() { "1".to_owned() } else { group.clone() };
+            format!("[{}, {}]", size(x), size(y))
+        };
+        let written = |term: &String, (x, y): &(String, String)| {
+            let reversed = format!("{y}{x}");
+            if *term == reversed { reversed } else { format!("{x}{y}") }
+        };
+        let [a, b, out] = [(&self.a, 0), (&self.b, 1), (&self.out, 2)].map(|(term, i)| written(term, &groups[i]));
+        let (left, right) = (dims(&groups[0]), dims(&groups[1]));
+        format!("the matrix product of {left} and {right} written {a},{b}->{out}, with dims stored in this order")
     }
 
     /// The extent of a letter, from whichever operand has it; both must agree.
@@ -163,6 +182,27 @@ mod tests {
         check("mk,kn->nm", &[2, 3], &[3, 5], &[5, 2], (2, 5, 3), [false, false, true]);
         check("c,c->", &[4], &[4], &[], (1, 1, 4), [false, false, false]);
         check("m,n->mn", &[4], &[3], &[4, 3], (4, 3, 1), [false, false, false]);
+    }
+
+    /// The product that was meant, and subscripts that are accepted.
+    #[test]
+    fn a_product_that_would_move_data_is_shown_as_one_that_does_not() {
+        for (text, left, right, written) in [
+            ("bckhw,ok->bcohw", "[bchw, k]", "[k, o]", "bchwk,ok->bchwo"),
+            ("abc,cbd->ad", "[a, bc]", "[bc, d]", "abc,bcd->ad"),
+            ("acb,cd->abd", "[ab, c]", "[c, d]", "abc,cd->abd"),
+            ("ab,bcd->dac", "[a, b]", "[b, cd]", "ab,bcd->acd"),
+            ("ab,bcd->dca", "[a, b]", "[b, cd]", "ab,bcd->acd"),
+            ("aib,jkl->abijkl", "[aib, 1]", "[1, jkl]", "aib,jkl->aibjkl"),
+        ] {
+            let error = Einsum::parse(text).unwrap_err().to_string();
+            let want =
+                format!("expected the matrix product of {left} and {right} written {written}, with dims stored in");
+            assert!(error.contains(&want) && error.ends_with(&format!("got {text}")), "{error}");
+            Einsum::parse(written).unwrap();
+        }
+        let error = Einsum::parse("bij,bjk->bik").unwrap_err().to_string();
+        assert!(error.contains("index b in exactly two of the three terms (one that is in all three"), "{error}");
     }
 
     #[test]

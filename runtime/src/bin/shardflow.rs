@@ -17,6 +17,7 @@ use shardflow::cluster;
 use shardflow::cluster::env::{Endpoint, Secret};
 use shardflow::doctor;
 use shardflow::exit::Exit;
+use shardflow::flags;
 use shardflow::launcher::{LaunchOptions, become_program, guard, launch};
 use shardflow::machine::temporary_folder;
 use shardflow::requests::Requests;
@@ -187,7 +188,7 @@ fn seconds(text: &str) -> Result<Duration, String> {
 
 fn main() -> ExitCode {
     // A usage error ends with code 2, by clap.
-    let command = Cli::parse().command;
+    let Cli { command } = flags::parse(std::env::args_os()).unwrap_or_else(|error| error.exit());
     // The launcher and its helpers handle signals themselves. Others end at once, also as process 1 of a container.
     if !matches!(command, Command::Launch(_) | Command::Guard { .. } | Command::Child { .. })
         && let Err(error) = Requests::on_signals()
@@ -307,7 +308,11 @@ fn run_plan(html: Option<PathBuf>, dot: Option<PathBuf>, command: &[OsString]) -
     };
     match std::fs::read_to_string(&text) {
         Ok(plan) if html.is_none() && dot.is_none() => print(plan.trim_end()).unwrap_or(Exit::Done),
-        Ok(_) => Exit::Done,
+        Ok(_) => {
+            let written: Vec<String> =
+                html.iter().chain(&dot).map(|path| format!("the plan is in {}", path.display())).collect();
+            print(&written.join("\n")).unwrap_or(Exit::Done)
+        }
         Err(_) => {
             eprint!("{}", String::from_utf8_lossy(&output.stderr));
             let what = format!("{} ended without starting a session, so there is no plan", command[0].display());

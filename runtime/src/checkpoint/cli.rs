@@ -10,6 +10,7 @@ use super::error::CheckpointError;
 use super::manifest::Manifest;
 use super::read::Reader;
 use super::store::Store;
+use crate::text::counted;
 
 /// `checkpoint ls|verify|reshard|export DIR`.
 #[derive(Args, Clone, Debug)]
@@ -77,7 +78,7 @@ pub enum CheckpointCliError {
         source: std::io::Error,
     },
     /// `verify` found damage.
-    #[error("{text}{damaged} of {checked} checkpoints damaged")]
+    #[error("{text}{damaged} of {} damaged", counted(.checked, "checkpoint"))]
     Damaged {
         /// A line for each checkpoint.
         text: String,
@@ -112,7 +113,7 @@ pub fn run(args: &CheckpointArgs) -> Result<String, CheckpointCliError> {
             let target = Store::open(to)?;
             reshard(&reader, &target, *shards)?;
             let from = reader.manifest().shards.len();
-            let _ = writeln!(text, "step {}: {from} -> {shards} shards in {to}", reader.manifest().step);
+            let _ = writeln!(text, "step {}: {from} -> {} in {to}", reader.manifest().step, counted(shards, "shard"));
             Ok(text)
         }
         CheckpointCommand::Export { dir, file, step } => {
@@ -122,7 +123,8 @@ pub fn run(args: &CheckpointArgs) -> Result<String, CheckpointCliError> {
                 error => error.into(),
             })?;
             let tensors = reader.manifest().tensors.len();
-            let _ = writeln!(text, "step {}: {tensors} tensors in {}", reader.manifest().step, file.display());
+            let _ =
+                writeln!(text, "step {}: {} in {}", reader.manifest().step, counted(tensors, "tensor"), file.display());
             Ok(text)
         }
     }
@@ -171,7 +173,12 @@ fn verify(store: &Store, step: Option<u64>) -> Result<String, CheckpointCliError
         let _ = match store.read(*step).and_then(|reader| reader.verify().map(|()| reader)) {
             Ok(reader) => {
                 let bytes = reader.manifest().bytes();
-                writeln!(text, "step {step}: ok, {} shards, {bytes} bytes", reader.manifest().shards.len())
+                writeln!(
+                    text,
+                    "step {step}: ok, {}, {}",
+                    counted(reader.manifest().shards.len(), "shard"),
+                    counted(bytes, "byte")
+                )
             }
             Err(error) if error.is_damage() => {
                 damaged += 1;

@@ -2,18 +2,19 @@
 //! Imports `graph` and `placement`.
 
 use std::panic::Location;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use shardflow_kernels::op::{Einsum, Op};
 use shardflow_kernels::tensor::DType;
 
 use super::{
-    AdamW, CustomOp, Graph, GraphError, Node, NodeId, NodeOp, Output, Over, Phase, Rate, TensorInfo, Var, ops,
+    AdamW, CustomOp, DIMS_MAX, Graph, GraphError, GraphId, Node, NodeId, NodeOp, Objective, Output, Over, Phase, Rate,
+    TensorInfo, Var, foreign, ops,
 };
 use crate::init::Init;
 use crate::layout_error::LayoutError;
 use crate::placement::{Mesh, Placement};
-use crate::sbp::rule::Rule;
+use crate::sbp::rule::{Rule, plausible_shapes};
 use crate::sbp::{NdSbp, Sbp};
 
 /// A layout in user words: for some mesh axes, what happens to the tensor along them; along all others it is
@@ -41,14 +42,19 @@ impl Layout {
 
 impl Graph {
     /// An empty program for this mesh. Nodes are placed on the whole mesh until [`Graph::place`] says otherwise.
+    #[track_caller]
     pub fn new(mesh: &Mesh) -> Self {
         Self {
+            id: GraphId::new(),
+            location: Location::caller(),
             mesh: mesh.clone(),
             placements: vec![mesh.whole()],
             nodes: Vec::new(),
             tensors: Vec::new(),
+            vars: Vec::new(),
             outputs: Vec::new(),
             errors: Vec::new(),
+            misread: OnceLock::new(),
             objective: None,
             current: 0,
             phase: Phase::Forward,
@@ -66,8 +72,17 @@ impl Graph {
         out
     }
 
-    /// Places the nodes that follow.
+    /// Places the nodes that follow, on devices of the graph's own mesh.
+    #[track_caller]
     pub fn place(&mut self, placement: Placement) {
+        let count = self.mesh.device_count();
+        if let Some(device) = placement.devices().iter().find(|device| **device >= count) {
+            let message = format!(
+                "there is no device {device} in mesh {}, which has {count}; place on a part of the graph's own mesh",
+                self.mesh
+            );
+            return self.error("placement", message, Location::caller());
+        }
         self.current = self.placements.iter().position(|p| *p == placement).unwrap_or_else(|| {
             self.placements.push(placement);
             self.placements.len() - 1
@@ -120,6 +135,13 @@ impl Graph {
     #[track_caller]
     pub fn parameter(&mut self, name: &str, shape: &[usize], init: Init, layout: Layout) -> Var {
         let location = Location::caller();
+        self.check_shape(name, shape, location);
+        if let Init::Normal { std } = init
+            && !(std >= 0.0 && std.is_finite())
+        {
+            let message = format!("the standard deviation is {std}: it must be finite and not negative");
+            self.error(name, message, location);
+        }
         let duplicate = |n: &Node| matches!(n.op, NodeOp::Parameter { .. }) && n.name == name;
         if self.nodes.iter().any(duplicate) {
             let message = "a parameter of this name is there already; give each its own name".to_string();
@@ -129,6 +151,9 @@ impl Graph {
             let message = format!("names that begin with `{STATE_PREFIX}` are the optimizer's; choose another");
             self.error(name, message, location);
         }
+        if name == FILE_METADATA {
+            self.error(name, "files need this name for their metadata; choose another".to_string(), location);
+        }
         self.source(name, NodeOp::Parameter { init }, shape, DType::F32, Rate::Step, layout, location)
     }
 
@@ -136,8 +161,10 @@ impl Graph {
     /// program sees as `[heads, head_dim, width]`.
     #[track_caller]
     pub fn saved_as(&mut self, parameter: Var, shape: &[usize]) {
+        let [parameter] = self.own("saved_as", [parameter], Location::caller());
         let own = self.shape(parameter).to_vec();
-        if own.iter().product::<usize>() != shape.iter().product::<usize>() {
+        let count = |shape: &[usize]| shape.iter().try_fold(1usize, |count, extent| count.checked_mul(*extent));
+        if count(&own) != count(shape) && !self.is_poisoned(&[parameter]) {
             let message = format!("shape {own:?} cannot be saved as {shape:?}: the numbers of elements differ");
             self.error("saved_as", message, Location::caller());
         }
@@ -151,15 +178,18 @@ impl Graph {
     /// Rows of `table [v, c]` by `ids [..]`: `[.., c]`.
     #[track_caller]
     pub fn embedding(&mut self, ids: Var, table: Var) -> Var {
+        let location = Location::caller();
+        let [ids, table] = self.own("embedding", [ids, table], location);
         let vocab = self.shape(table).first().copied().unwrap_or(0);
-        self.kernel("embedding", Op::Embedding { vocab_start: 0, vocab }, &[ids, table], Location::caller())[0]
+        self.kernel("embedding", Op::Embedding { vocab_start: 0, vocab }, &[ids, table], location)[0]
     }
 
     /// `a + b`, b's shape being a suffix of a's.
     #[track_caller]
     pub fn add(&mut self, a: Var, b: Var) -> Var {
-        let (shape_a, shape_b) = (self.shape(a).to_vec(), self.shape(b).to_vec());
         let location = Location::caller();
+        let [a, b] = self.own("add", [a, b], location);
+        let (shape_a, shape_b) = (self.shape(a).to_vec(), self.shape(b).to_vec());
         if !shape_a.ends_with(&shape_b) && !self.is_poisoned(&[a, b]) {
             let message =
                 format!("cannot add {shape_b:?} to {shape_a:?}: the second shape must be a suffix of the first");
@@ -173,12 +203,14 @@ impl Graph {
     #[track_caller]
     pub fn einsum(&mut self, spec: &str, a: Var, b: Var) -> Var {
         let location = Location::caller();
+        let [a, b] = self.own("einsum", [a, b], location);
         match Einsum::parse(spec) {
             Ok(e) => self.kernel("einsum", Op::Einsum(e), &[a, b], location)[0],
             Err(e) => {
                 let text = e.to_string();
                 self.error("einsum", text.strip_prefix("einsum: ").unwrap_or(&text).to_string(), location);
-                self.poison(&[])
+                let shapes = plausible_shapes(spec, &[self.shape(a), self.shape(b)]);
+                self.poison(&shapes[0])
             }
         }
     }
@@ -186,26 +218,39 @@ impl Graph {
     /// Layer norm over the last dim, with a weight and no bias.
     #[track_caller]
     pub fn layer_norm(&mut self, x: Var, weight: Var, eps: f32) -> Var {
-        self.kernel("layer_norm", Op::LayerNorm { eps }, &[x, weight], Location::caller())[0]
+        let location = Location::caller();
+        if !(eps >= 0.0 && eps.is_finite()) {
+            self.error("layer_norm", format!("eps is {eps}: it must be finite and not negative"), location);
+        }
+        let args = self.own("layer_norm", [x, weight], location);
+        self.kernel("layer_norm", Op::LayerNorm { eps }, &args, location)[0]
     }
 
     /// Exact (erf) GELU.
     #[track_caller]
     pub fn gelu(&mut self, x: Var) -> Var {
-        self.kernel("gelu", Op::Gelu, &[x], Location::caller())[0]
+        let args = self.own("gelu", [x], Location::caller());
+        self.kernel("gelu", Op::Gelu, &args, Location::caller())[0]
     }
 
     /// `factor * x`.
     #[track_caller]
     pub fn scale(&mut self, x: Var, factor: f32) -> Var {
-        self.kernel("scale", Op::Scale { factor }, &[x], Location::caller())[0]
+        let location = Location::caller();
+        if !factor.is_finite() {
+            self.error("scale", format!("the factor is {factor}: it must be finite"), location);
+        }
+        let args = self.own("scale", [x], location);
+        self.kernel("scale", Op::Scale { factor }, &args, location)[0]
     }
 
     /// Causal attention of `[batch, time, head, dim]` tensors, scores scaled by `1/sqrt(dim)`.
     #[track_caller]
     pub fn attention(&mut self, q: Var, k: Var, v: Var) -> Var {
-        let scale = 1.0 / (*self.shape(q).last().unwrap_or(&1) as f32).sqrt();
-        self.kernel("attention", Op::Attention { scale }, &[q, k, v], Location::caller())[0]
+        let location = Location::caller();
+        let args = self.own("attention", [q, k, v], location);
+        let scale = 1.0 / (*self.shape(args[0]).last().unwrap_or(&1) as f32).sqrt();
+        self.kernel("attention", Op::Attention { scale }, &args, location)[0]
     }
 
     /// Zeroes elements with probability `p` and scales the others up, in training; in evaluation the identity, see
@@ -218,6 +263,7 @@ impl Graph {
         if !(0.0..1.0).contains(&p) {
             self.error("dropout", format!("p is {p}: it must be at least 0 and below 1"), location);
         }
+        let [x] = self.own("dropout", [x], location);
         let rng = self.rng(location);
         let op = Op::Dropout { p, seed, shape: Vec::new(), start: Vec::new(), stride: 0 };
         self.kernel("dropout", op, &[x, rng], location)[0]
@@ -228,6 +274,7 @@ impl Graph {
     #[track_caller]
     pub fn cross_entropy(&mut self, logits: Var, targets: Var) -> Var {
         let location = Location::caller();
+        let [logits, targets] = self.own("cross_entropy", [logits, targets], location);
         // A product past the end is refused at `compile`.
         let tokens = self.shape(targets).iter().fold(1usize, |n, extent| n.saturating_mul(*extent));
         let scale = 1.0 / tokens.max(1) as f32;
@@ -242,6 +289,7 @@ impl Graph {
     #[track_caller]
     pub fn relayout(&mut self, x: Var, layout: Layout) -> Var {
         let location = Location::caller();
+        let [x] = self.own("relayout", [x], location);
         let (shape, dtype, rate) = (self.shape(x).to_vec(), self.tensor(x).dtype, self.tensor(x).rate);
         let out = self.push("relayout", NodeOp::Relayout, &[x], &[(shape, dtype, rate)], location)[0];
         self.tensors[out.index()].layout = self.resolve("relayout", &layout, out, location);
@@ -253,53 +301,77 @@ impl Graph {
     pub fn custom(&mut self, op: Arc<dyn CustomOp>, inputs: &[Var]) -> Vec<Var> {
         let (rule, location) = (op.rule(), Location::caller());
         let name = op.name().to_string();
-        self.node_by_rule(&name, NodeOp::Custom(op), rule, inputs, None, location)
+        let inputs: Vec<Var> = inputs
+            .iter()
+            .enumerate()
+            .map(|(port, input)| self.own_one(&name, &format!("input {port}"), *input, location))
+            .collect();
+        if let Some(port) = inputs.iter().position(|input| self.tensor(*input).dtype == DType::BF16) {
+            let message = format!("input {port} is BF16, but custom ops read F32 or I32; feed it as F32");
+            self.error(&name, message, location);
+        }
+        self.node_by_rule(&name, NodeOp::Custom(op), rule, &inputs, None, location)
     }
 
-    /// Trains every parameter to make `loss` (a scalar) small.
+    /// Trains every parameter that `loss`, a scalar, depends on to make it small. There must be one.
     #[track_caller]
     pub fn minimize(&mut self, loss: Var, optimizer: AdamW) {
+        let location = Location::caller();
         if self.objective.is_some() {
             let message = "the program minimises a loss already; add the losses and minimise their sum".to_string();
-            self.error("minimize", message, Location::caller());
+            return self.error("minimize", message, location);
         }
         if let Some(message) = optimizer.wrong() {
-            self.error("minimize", message, Location::caller());
+            self.error("minimize", message, location);
         }
+        let [loss] = self.own("minimize", [loss], location);
         if !self.shape(loss).is_empty() && !self.is_poisoned(&[loss]) {
             let message = format!("the loss has shape {:?}: only a scalar can be minimised", self.shape(loss));
-            self.error("minimize", message, Location::caller());
+            self.error("minimize", message, location);
         }
-        self.objective = Some((loss, optimizer));
-        self.fetched("loss", loss, None, Location::caller());
+        self.objective = Some(Objective { loss, optimizer, location: self.origin.unwrap_or(location) });
+        self.output_over("loss", loss, None, location);
     }
 
     /// Lets the host fetch a tensor by this name after each step: the value that it has for the whole batch, whatever the
     /// number of micro-batches. From the ops' rules follows how: parts of the batch are put one after another, sums and means
     /// over the batch are added, and what does not depend on the batch is taken once. Where no rule says it, as for a
-    /// nonlinear function of a sum over the batch, `compile` asks for [`Graph::output_with`].
+    /// nonlinear function of a sum over the batch, `compile` asks for [`Graph::output_with`]. Names are unique; `minimize`
+    /// gives the loss the name `loss`.
     #[track_caller]
     pub fn output(&mut self, name: &str, tensor: Var) {
-        self.fetched(name, tensor, None, Location::caller());
+        self.output_over(name, tensor, None, Location::caller());
     }
 
     /// As [`Graph::output`], with the values of micro-batches put together as `over` says.
     #[track_caller]
     pub fn output_with(&mut self, name: &str, tensor: Var, over: Over) {
+        self.output_over(name, tensor, Some(over), Location::caller());
+    }
+
+    fn output_over(&mut self, name: &str, tensor: Var, over: Option<Over>, location: &'static Location<'static>) {
+        let [tensor] = self.own("output", [tensor], location);
         let (shape, dtype) = (self.shape(tensor), self.tensor(tensor).dtype);
         let message = match over {
-            Over::Concat(dim) if dim >= shape.len() => {
+            Some(Over::Concat(dim)) if dim >= shape.len() => {
                 Some(format!("`Over::Concat({dim})`, but the shape {shape:?} has {} dims", shape.len()))
             }
-            Over::Sum | Over::Max if dtype != DType::F32 => {
+            Some(over @ (Over::Sum | Over::Max)) if dtype != DType::F32 => {
                 Some(format!("`Over::{over:?}` combines F32, got {dtype:?}"))
             }
             _ => None,
         };
         if let Some(message) = message.filter(|_| !self.is_poisoned(&[tensor])) {
-            self.error(name, message, Location::caller());
+            self.error(name, message, location);
         }
-        self.fetched(name, tensor, Some(over), Location::caller());
+        if self.outputs.iter().any(|other| other.name == name && other.tensor != tensor) {
+            let message = "another output has this name already; give each its own name".to_string();
+            return self.error(name, message, location);
+        }
+        if name == GRAD_SQUARES_OUTPUT {
+            self.error(name, "the session makes an output of this name itself; choose another".to_string(), location);
+        }
+        self.fetched(name, tensor, over, location);
     }
 
     // ---- what the methods above and the passes share ----
@@ -326,6 +398,7 @@ impl Graph {
         (layout, loop_sbp): (Layout, Sbp),
         location: &'static Location<'static>,
     ) -> Var {
+        self.check_shape(name, shape, location);
         if name == RNG_INPUT || name == HYPER_INPUT {
             self.error(name, "the session feeds an input of this name itself; choose another".to_string(), location);
         }
@@ -357,8 +430,21 @@ impl Graph {
         self.errors.push(GraphError { what: what.to_string(), message, location });
     }
 
-    fn is_poisoned(&self, vars: &[Var]) -> bool {
-        vars.iter().any(|v| self.tensors[v.index()].poisoned)
+    pub(crate) fn is_poisoned(&self, vars: &[Var]) -> bool {
+        vars.iter().any(|v| self.tensor(*v).poisoned)
+    }
+
+    /// An op's arguments. In place of one that is of another graph, which is an error, stands a tensor of as many dims.
+    fn own<const N: usize>(&mut self, what: &str, args: [Var; N], location: &'static Location<'static>) -> [Var; N] {
+        std::array::from_fn(|port| self.own_one(what, &format!("input {port}"), args[port], location))
+    }
+
+    pub(crate) fn own_one(&mut self, what: &str, which: &str, arg: Var, location: &'static Location<'static>) -> Var {
+        if self.owns(arg) {
+            return arg;
+        }
+        self.error(what, foreign(which, arg), location);
+        self.poison(&vec![1; arg.dims.into()])
     }
 
     fn poison(&mut self, shape: &[usize]) -> Var {
@@ -366,6 +452,18 @@ impl Graph {
         let out = self.push("error", node, &[], &[(shape.to_vec(), DType::F32, Rate::MicroBatch)], Location::caller());
         self.tensors[out[0].index()].poisoned = true;
         out[0]
+    }
+
+    /// Tensors without elements have no use, and each dim needs a letter in the rules of ops.
+    fn check_shape(&mut self, name: &str, shape: &[usize], location: &'static Location<'static>) {
+        if let Some(dim) = shape.iter().position(|extent| *extent == 0) {
+            let message = format!("dim {dim} of the shape {shape:?} is 0; give each dim at least one element");
+            self.error(name, message, location);
+        }
+        if shape.len() > DIMS_MAX {
+            let message = format!("the shape {shape:?} has {} dims; the most is {DIMS_MAX}", shape.len());
+            self.error(name, message, location);
+        }
     }
 
     /// The `[step, micro-batch]` input of dropout on the current placement.
@@ -460,14 +558,20 @@ impl Graph {
     ) -> Vec<Var> {
         let rate = inputs.iter().map(|v| self.tensor(*v)).filter(|t| t.rate == Rate::MicroBatch).count();
         let rate = if rate > 0 || self.phase.rate() == Rate::MicroBatch { Rate::MicroBatch } else { Rate::Step };
-        let outputs = rule.as_ref().map_or(1, Rule::output_count);
-        let inferred = rule.and_then(|rule| match shapes {
-            Some(shapes) => Ok(shapes),
-            None => {
-                let given: Vec<&[usize]> = inputs.iter().map(|v| self.shape(*v)).collect();
-                rule.infer_shapes(&given)
+        let text = match &rule {
+            Ok(rule) => rule.to_string(),
+            Err(LayoutError::Rule { text, .. }) => text.clone(),
+            Err(_) => String::new(),
+        };
+        let given: Vec<Vec<usize>> = inputs.iter().map(|v| self.shape(*v).to_vec()).collect();
+        let given: Vec<&[usize]> = given.iter().map(Vec::as_slice).collect();
+        let inferred = rule.and_then(|rule| shapes.map_or_else(|| rule.infer_shapes(&given), Ok));
+        let inferred = match inferred {
+            Ok(shapes) if shapes.iter().any(|shape| shape.len() > DIMS_MAX) => {
+                Err(format!("the result has more than {DIMS_MAX} dims"))
             }
-        });
+            other => other.map_err(|e| e.to_string()),
+        };
         if let (NodeOp::Kernel(op), Ok(_)) = (&op, &inferred)
             && let Some(message) = self.wrong_dtype(op, inputs)
             && !self.is_poisoned(inputs)
@@ -478,18 +582,19 @@ impl Graph {
             Ok(shapes) => {
                 let dtypes: Vec<DType> = inputs.iter().map(|v| self.tensor(*v).dtype).collect();
                 let dtypes = match &op {
-                    NodeOp::Kernel(op) => ops::output_dtypes(op, &dtypes, outputs),
-                    _ => vec![DType::F32; outputs],
+                    NodeOp::Kernel(op) => ops::output_dtypes(op, &dtypes, shapes.len()),
+                    _ => vec![DType::F32; shapes.len()],
                 };
                 let facts: Vec<_> = shapes.into_iter().zip(dtypes).map(|(s, d)| (s, d, rate)).collect();
                 self.push(name, op, inputs, &facts, location)
             }
             Err(e) => {
+                let shapes = plausible_shapes(&text, &given);
                 if !self.is_poisoned(inputs) {
-                    let shapes: Vec<String> = inputs.iter().map(|v| format!("{:?}", self.shape(*v))).collect();
+                    let shapes: Vec<String> = given.iter().map(|shape| format!("{shape:?}")).collect();
                     self.error(name, format!("{e}; the inputs have shapes {}", shapes.join(", ")), location);
                 }
-                (0..outputs).map(|_| self.poison(&[])).collect()
+                shapes.iter().map(|shape| self.poison(shape)).collect()
             }
         }
     }
@@ -511,12 +616,12 @@ impl Graph {
         outputs: &[(Vec<usize>, DType, Rate)],
         location: &'static Location<'static>,
     ) -> Vec<Var> {
+        let location = self.origin.unwrap_or(location);
         let producer = NodeId(self.nodes.len() as u32);
         let poisoned = self.is_poisoned(inputs);
         let mut made = Vec::new();
         for (shape, dtype, rate) in outputs {
-            made.push(Var(self.tensors.len() as u32));
-            self.tensors.push(TensorInfo {
+            let info = TensorInfo {
                 name: format!("{name}.{}", producer.0),
                 shape: shape.clone(),
                 dtype: *dtype,
@@ -526,7 +631,8 @@ impl Graph {
                 loop_sbp: Some(Sbp::Broadcast),
                 saved_shape: None,
                 poisoned,
-            });
+            };
+            made.push(self.new_tensor(info, location));
         }
         self.nodes.push(Node {
             name: name.to_string(),
@@ -536,16 +642,20 @@ impl Graph {
             updates: Vec::new(),
             placement: self.current,
             phase: self.phase,
-            location: self.origin.unwrap_or(location),
+            location,
             signature: None,
         });
         made
     }
 }
 
+/// The entry of a safetensors file that is no tensor.
+const FILE_METADATA: &str = "__metadata__";
 /// How the names of the optimizer's state begin, in checkpoints.
 pub const STATE_PREFIX: &str = "adamw.";
 /// Name of the input that dropout reads: `[step, micro-batch]`; the session feeds it.
 pub const RNG_INPUT: &str = "rng";
 /// Name of the step input `[learning rate, update counted from 1]` that the update reads; the session feeds it.
 pub const HYPER_INPUT: &str = "hyper";
+/// Name of the output that holds each parameter's sum of squared gradients.
+pub const GRAD_SQUARES_OUTPUT: &str = "grad_squares";

@@ -27,7 +27,8 @@ pub fn rule(op: &Op, shapes: &[&[usize]]) -> Result<Rule, LayoutError> {
             Rule::parse(&format!("{x}->{x}"))?.linear(&[&[0]])
         }
         Op::Add => {
-            let (x, n) = (leading(rank(0)), rank(0) - rank(1).min(rank(0)));
+            let x = leading(rank(0));
+            let n = x.len().saturating_sub(rank(1));
             Rule::parse(&format!("{x},{}->{x}", &x[n..]))?.linear(&[&[0, 1]])
         }
         Op::Einsum(e) => Rule::parse(&format!("{},{}->{}", e.a, e.b, e.out))?.linear(&[&[0], &[1]]),

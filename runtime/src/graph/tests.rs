@@ -1,16 +1,23 @@
 //! What users are told about programs that cannot be, with their own lines; and plans explained.
 //! Locations are shown as the source line that they name, so that a wrong one shows and a moved one does not.
 
+use std::sync::Arc;
+
 use expect_test::{Expect, expect};
-use shardflow_kernels::tensor::DType;
+use shardflow_kernels::device::DeviceKind;
+use shardflow_kernels::op::CustomKernel;
+use shardflow_kernels::tensor::{DType, Region};
 
 use super::builder::Layout;
-use super::{AdamW, Graph, Var};
+use super::{AdamW, CustomOp, Graph, GraphError, Var};
 use crate::init::Init;
+use crate::layout_error::LayoutError;
 use crate::nn::{self, GptConfig, Parallel};
-use crate::passes::{Boxing, CompileOptions, compile};
+use crate::passes::precision::Precision;
+use crate::passes::{Boxing, CompileError, CompileOptions, compile};
 use crate::placement::Mesh;
 use crate::plan::Schedule;
+use crate::sbp::rule::Rule;
 
 /// Puts the source line in the place of every `tests.rs:LINE`.
 fn with_source_lines(text: &str) -> String {
@@ -132,7 +139,7 @@ fn layers_name_the_line_that_asked_for_them() {
             nn::gpt(g, &GptConfig { layers: 4, ..GPT });
         },
         expect![[r#"
-            gpt: 4 layers do not divide over 3 stages; choose a number of layers that is a multiple of 3
+            gpt: 4 layers cannot be divided over 3 stages; choose a number of layers that is a multiple of 3
               at `nn::gpt(g, &GptConfig { layers: 4, ..GPT });`"#]],
     );
     check(
@@ -266,7 +273,7 @@ fn errors_are_told_together_and_once() {
               at `let wrong = g.add(a, b);`
             weight: layout names the mesh axis `tensor`, but the placement has ["data"]
               at `g.parameter("weight", &[4, 6], Init::Ones, Layout::split("tensor", 0));`
-            einsum: subscripts: expected index i in exactly two of the three terms, got ij,ij->i
+            einsum: subscripts: expected index i in exactly two of the three terms (one that is in all three makes a batch of products, which needs a custom op), got ij,ij->i
               at `let loss = g.einsum("ij,ij->i", a, a);`"#]],
     );
 }
@@ -320,8 +327,8 @@ fn classifier(g: &mut Graph) {
 #[test]
 fn explain_on_one_device() {
     expect![[r#"
-        mesh data=1: 1 devices; 1f1b, 1 micro-batches a step
-        placement 0: devices [0] as data=1, 1 micro-batches in flight
+        mesh data=1: 1 device; 1f1b, 1 micro-batch a step
+        placement 0: devices [0] as data=1, 1 micro-batch in flight
 
         parameters
           table.weight             [5, 4]           (B) on placement 0
@@ -334,21 +341,21 @@ fn explain_on_one_device() {
           device 0 compute, by credit
             forward: 1 a step, 7 launches, reads 3 registers, writes 2
             backward: 1 a step, 8 launches, reads 3 registers, writes 1
-            norm: 1 a step, 4 launches, reads 1 registers, writes 1
+            norm: 1 a step, 4 launches, reads 1 register, writes 1
             update: 1 a step, 4 launches, reads 2 registers, writes 2
           device 0 copy, by credit
-            feed (MicroBatch): 1 a step, 1 launches, reads 0 registers, writes 1
-            decide: 1 a step, 1 launches, reads 0 registers, writes 1
-            fetch (Step): 1 a step, 1 launches, reads 2 registers, writes 0
+            feed (micro-batch): 1 a step, 1 launch, reads 0 registers, writes 1
+            decide: 1 a step, 1 launch, reads 0 registers, writes 1
+            fetch (step): 1 a step, 1 launch, reads 2 registers, writes 0
 
         registers (slots x bytes)
-          device 0 feed (MicroBatch)/ids (+1): 1 x 256 -> device 0 compute forward, device 0 compute backward
+          device 0 feed (micro-batch)/ids (+1): 1 x 256 -> device 0 compute forward, device 0 compute backward
           device 0 parameters/table.weight: 1 x 128 -> device 0 compute forward
           device 0 forward/embedding.2 (+5): 1 x 4224 -> device 0 compute backward
           device 0 parameters/up.weight (+1): 1 x 576 -> device 0 compute forward, device 0 compute backward
-          device 0 forward/loss.sum.20: 1 x 64 -> device 0 copy fetch (Step)
+          device 0 forward/loss.sum.20: 1 x 64 -> device 0 copy fetch (step)
           device 0 backward/einsum_grad.sum.21 (+2): 1 x 704 -> device 0 compute norm, device 0 compute update
-          device 0 norm/grad_squares.24: 1 x 64 -> device 0 copy fetch (Step)
+          device 0 norm/grad_squares.24: 1 x 64 -> device 0 copy fetch (step)
           device 0 decide/hyper: 1 x 64 -> device 0 compute update
 
         memory (bytes)
@@ -383,7 +390,7 @@ fn explain_on_data_and_tensor_parallel_devices() {
         layout changes (bytes into the busiest device; per micro-batch, in norm and update per step)
           forward  einsum.7: all-reduce over tensor: (S0, P) -> (S0, B), 120 bytes  (`let loss = g.cross_entropy(logits, targets);`)
           norm     bucket 0: all-reduce of 2 gradients over data, while backward runs
-          norm     bucket 1: all-reduce of 1 gradients over data+tensor, while backward runs
+          norm     bucket 1: all-reduce of 1 gradient over data+tensor, while backward runs
 
         actors
           device 0 compute, in order: 2 forward, 2 backward, norm, update
@@ -392,26 +399,26 @@ fn explain_on_data_and_tensor_parallel_devices() {
             norm: 1 a step, 4 launches, reads 4 registers, writes 1
             update: 1 a step, 4 launches, reads 5 registers, writes 2
           device 0 communication, in order: all-reduce bucket 0, all-reduce bucket 1
-            all-reduce bucket 0: 1 a step, 1 launches, reads 1 registers, writes 2
-            all-reduce bucket 1: 1 a step, 1 launches, reads 1 registers, writes 2
+            all-reduce bucket 0: 1 a step, 1 launch, reads 1 register, writes 2
+            all-reduce bucket 1: 1 a step, 1 launch, reads 1 register, writes 2
           device 0 copy, by credit
-            feed (MicroBatch): 2 a step, 1 launches, reads 0 registers, writes 1
-            decide: 1 a step, 1 launches, reads 0 registers, writes 1
-            fetch (Step): 1 a step, 1 launches, reads 2 registers, writes 0
+            feed (micro-batch): 2 a step, 1 launch, reads 0 registers, writes 1
+            decide: 1 a step, 1 launch, reads 0 registers, writes 1
+            fetch (step): 1 a step, 1 launch, reads 2 registers, writes 0
 
         registers (slots x bytes)
           device 0 all-reduce bucket 0/done: 1 x 0 -> device 0 compute norm
           device 0 all-reduce bucket 0/done: 1 x 0 -> device 0 compute update
           device 0 all-reduce bucket 1/done: 1 x 0 -> device 0 compute norm
           device 0 all-reduce bucket 1/done: 1 x 0 -> device 0 compute update
-          device 0 feed (MicroBatch)/ids (+1): 2 x 128 -> device 0 compute forward, device 0 compute backward
+          device 0 feed (micro-batch)/ids (+1): 2 x 128 -> device 0 compute forward, device 0 compute backward
           device 0 parameters/table.weight: 1 x 128 -> device 0 compute forward
           device 0 forward/embedding.2 (+5): 2 x 768 -> device 0 compute backward
           device 0 parameters/up.weight (+1): 1 x 320 -> device 0 compute forward, device 0 compute backward
-          device 0 forward/loss.sum.20: 1 x 64 -> device 0 copy fetch (Step)
+          device 0 forward/loss.sum.20: 1 x 64 -> device 0 copy fetch (step)
           device 0 backward/einsum_grad.sum.21 (+1): 1 x 320 -> device 0 communication all-reduce bucket 0, device 0 compute norm, device 0 compute update
           device 0 backward/embedding_grad.sum.23: 1 x 128 -> device 0 communication all-reduce bucket 1, device 0 compute norm, device 0 compute update
-          device 0 norm/grad_squares.24: 1 x 64 -> device 0 copy fetch (Step)
+          device 0 norm/grad_squares.24: 1 x 64 -> device 0 copy fetch (step)
           device 0 decide/hyper: 1 x 64 -> device 0 compute update
 
         memory (bytes)
@@ -489,5 +496,353 @@ fn what_is_saved_has_a_name_of_its_own() {
               at `let w = g.parameter("adamw.m/w", &[2, 2], Init::Ones, Layout::broadcast());`
             saved_as: gelu.1 is not a parameter, so it is not saved
               at `g.saved_as(y, &[4]);`"#]],
+    );
+}
+
+fn mesh() -> Mesh {
+    Mesh::parse("data=1").expect("a mesh")
+}
+
+/// A graph with a tensor of each kind that ops take, and the parameter behind its loss.
+struct Parts {
+    g: Graph,
+    x: Var,
+    ids: Var,
+    weight: Var,
+}
+
+fn parts() -> Parts {
+    let mut g = Graph::new(&mesh());
+    let ids = g.input("ids", &[4, 3], DType::I32, Layout::broadcast());
+    let weight = g.parameter("w", &[5, 6], Init::Ones, Layout::broadcast());
+    let x = g.embedding(ids, weight);
+    Parts { g, x, ids, weight }
+}
+
+/// What a call with a tensor of another graph does to an otherwise good program.
+type Misuse = (&'static str, fn(&mut Parts, Var));
+
+/// Every public method that takes a tensor refuses one of another graph, with the lines of both, and goes on.
+#[test]
+fn a_tensor_of_another_graph_is_refused_by_every_method() {
+    let calls: &[Misuse] = &[
+        ("saved_as", |p, other| p.g.saved_as(other, &[72])),
+        ("embedding", |p, other| _ = p.g.embedding(other, p.weight)),
+        ("embedding", |p, other| _ = p.g.embedding(p.ids, other)),
+        ("add", |p, other| _ = p.g.add(other, p.x)),
+        ("add", |p, other| _ = p.g.add(p.x, other)),
+        ("einsum", |p, other| _ = p.g.einsum("abc,xc->abx", other, p.weight)),
+        ("einsum", |p, other| _ = p.g.einsum("abc,dbc->ad", p.x, other)),
+        ("layer_norm", |p, other| _ = p.g.layer_norm(other, p.weight, 1e-5)),
+        ("layer_norm", |p, other| _ = p.g.layer_norm(p.x, other, 1e-5)),
+        ("gelu", |p, other| _ = p.g.gelu(other)),
+        ("scale", |p, other| _ = p.g.scale(other, 2.0)),
+        ("attention", |p, other| _ = p.g.attention(p.x, p.x, other)),
+        ("dropout", |p, other| _ = p.g.dropout(other, 0.5, 0)),
+        ("cross_entropy", |p, other| _ = p.g.cross_entropy(other, p.ids)),
+        ("cross_entropy", |p, other| _ = p.g.cross_entropy(p.x, other)),
+        ("relayout", |p, other| _ = p.g.relayout(other, Layout::broadcast())),
+        ("double", |p, other| _ = p.g.custom(Arc::new(Double::default()), &[other])),
+        ("minimize", |p, other| p.g.minimize(other, AdamW::default())),
+        ("output", |p, other| p.g.output("z", other)),
+        ("shape", |p, other| assert_eq!(p.g.shape(other), [1, 1, 1])),
+        ("shape", |p, other| assert!(p.g.tensor(other).poisoned)),
+        ("einsum", |p, other| _ = nn::linear(&mut p.g, "l", other, 3, Parallel::Replicated)),
+        ("layer_norm", |p, other| _ = nn::layer_norm(&mut p.g, "n", other)),
+        ("embedding", |p, other| _ = nn::embedding(&mut p.g, "e", other, 3, 2, Parallel::Replicated)),
+        ("shape", |p, other| _ = nn::attention(&mut p.g, "a", other, 4, None)),
+    ];
+    for (index, (what, call)) in calls.iter().enumerate() {
+        // Fewer and more tensors than the graph has: an index that it lacks, and one that means another tensor.
+        for (own_tensors, want) in [(0, 4), (9, 4)] {
+            let mut other = Graph::new(&mesh());
+            let made: Vec<Var> = (0..want).map(|i| floats(&mut other, &format!("o{i}"), &[4, 3, 6])).collect();
+            let mut p = parts();
+            for _ in 0..own_tensors {
+                p.x = p.g.gelu(p.x);
+            }
+            p.g.output("y", p.x);
+            call(&mut p, made[3]);
+            let CompileError::Graph(errors) = compile(p.g, &CompileOptions::default()).expect_err("another graph's")
+            else {
+                panic!("{what}: no error of the graph")
+            };
+            let text = errors.iter().map(GraphError::to_string).collect::<Vec<_>>().join("\n");
+            assert_eq!(errors.len(), 1, "call {index}: {text}");
+            let text = with_source_lines(&text);
+            assert!(text.starts_with(&format!("{what}: ")), "call {index}: {text}");
+            let made_at = "is a tensor of another graph, made at `let made: Vec<Var> = (0..want)";
+            assert!(text.contains(made_at) && text.contains("\n  at `(\""), "call {index}: {text}");
+        }
+    }
+}
+
+/// An op whose gradient is what the test makes it.
+#[derive(Debug, Default)]
+struct Double {
+    gradient: Option<Var>,
+    cpu_only: bool,
+    rule: &'static str,
+}
+
+impl CustomOp for Double {
+    fn name(&self) -> &str {
+        "double"
+    }
+
+    fn runs_on(&self, device: DeviceKind) -> bool {
+        !self.cpu_only || device == DeviceKind::Cpu
+    }
+
+    fn rule(&self) -> Result<Rule, LayoutError> {
+        Rule::parse(if self.rule.is_empty() { "abc->abc" } else { self.rule })
+    }
+
+    fn kernel(&self, _: &[Region], _: &[Region]) -> Arc<dyn CustomKernel> {
+        unreachable!("the program is refused")
+    }
+
+    fn backward(&self, _: &mut Graph, _: &[Var], _: &[Var], _: &[Option<Var>]) -> Vec<Option<Var>> {
+        vec![self.gradient]
+    }
+}
+
+#[test]
+fn a_custom_op_gives_gradients_of_the_graph() {
+    let mut other = Graph::new(&mesh());
+    let gradient = floats(&mut other, "theirs", &[4, 3, 6]);
+    let mut p = parts();
+    let y = p.g.custom(Arc::new(Double { gradient: Some(gradient), ..Double::default() }), &[p.x])[0];
+    let loss = p.g.cross_entropy(y, p.ids);
+    p.g.minimize(loss, AdamW::default());
+    expect![[r#"
+        double: the gradient of input 0 is a tensor of another graph, made at `let gradient = floats(&mut other, "theirs", &[4, 3, 6]);`; use the tensors of one graph
+          at `let y = p.g.custom(Arc::new(Double { gradient: Some(gradient), ..Double::default() }), &[p.x])[0];`"#]]
+    .assert_eq(&with_source_lines(&compile(p.g, &CompileOptions::default()).expect_err("refused").to_string()));
+}
+
+/// A clone shares what was made before it, and nothing that either makes later.
+#[test]
+fn a_clone_knows_the_tensors_from_before() {
+    let mut p = parts();
+    let mut clone = p.g.clone();
+    let (mine, theirs) = (p.g.gelu(p.x), clone.gelu(p.x));
+    assert_ne!(mine, theirs, "the same place in two graphs");
+    for (mut graph, own, foreign) in [(p.g.clone(), mine, theirs), (clone, theirs, mine)] {
+        let both = graph.add(own, p.x);
+        graph.output("y", both);
+        compile(graph.clone(), &CompileOptions::default()).expect("tensors of its own");
+        graph.output("z", foreign);
+        let text = compile(graph, &CompileOptions::default()).expect_err("refused").to_string();
+        assert!(text.starts_with("output: input 0 is a tensor of another graph"), "{text}");
+    }
+}
+
+/// Which graphs a process made before does not show in the plan's hash.
+#[test]
+fn the_identity_of_a_graph_is_not_hashed() {
+    for precision in [Precision::F32, Precision::BF16] {
+        let hash = || {
+            let mut g = Graph::new(&Mesh::parse("data=2,tensor=2").expect("a mesh"));
+            classifier(&mut g);
+            let options = CompileOptions { micro_batches: 2, precision, ..CompileOptions::default() };
+            compile(g, &options).expect("a program").hash()
+        };
+        let first = hash();
+        let mut other = Graph::new(&mesh());
+        floats(&mut other, "x", &[2]);
+        assert_eq!(hash(), first);
+    }
+}
+
+#[test]
+fn programs_without_a_purpose() {
+    check(
+        "data=1",
+        |_| {},
+        expect![[r#"
+            program: nothing of the program reaches the host; call `minimize` or `output`
+              at `let mut g = Graph::new(&Mesh::parse(mesh).expect("a mesh"));`"#]],
+    );
+    check(
+        "data=1",
+        |g| {
+            let x = floats(g, "x", &[4, 6]);
+            let unused = floats(g, "unused", &[4, 6]);
+            let weight = g.parameter("weight", &[6], Init::Ones, Layout::broadcast());
+            g.dropout(unused, 0.5, 0);
+            let half = g.add(x, weight);
+            g.layer_norm(half, weight, 1e-5);
+            g.output("x", x);
+        },
+        expect![[r#"
+            unused: nothing that reaches the host reads this input; remove it, or use it
+              at `let unused = floats(g, "unused", &[4, 6]);`
+            weight: nothing that reaches the host reads this parameter; remove it, or use it
+              at `let weight = g.parameter("weight", &[6], Init::Ones, Layout::broadcast());`"#]],
+    );
+    check(
+        "data=1",
+        |g| {
+            let logits = floats(g, "logits", &[4, 6]);
+            let targets = g.input("targets", &[4], DType::I32, Layout::broadcast());
+            let frozen = g.parameter("frozen", &[6], Init::Ones, Layout::broadcast());
+            let shown = g.add(logits, frozen);
+            g.output("shown", shown);
+            let loss = g.cross_entropy(logits, targets);
+            g.minimize(loss, AdamW::default());
+        },
+        expect![[r#"
+            minimize: the loss has a gradient for no parameter, so there is nothing to train; make it depend on one, or give it to `output`
+              at `g.minimize(loss, AdamW::default());`"#]],
+    );
+}
+
+#[test]
+fn outputs_have_names_of_their_own() {
+    check(
+        "data=1",
+        |g| {
+            let x = floats(g, "x", &[4, 6]);
+            let y = g.gelu(x);
+            g.output("y", x);
+            g.output("y", y);
+            g.output("grad_squares", y);
+        },
+        expect![[r#"
+            y: another output has this name already; give each its own name
+              at `g.output("y", y);`
+            grad_squares: the session makes an output of this name itself; choose another
+              at `g.output("grad_squares", y);`"#]],
+    );
+    check(
+        "data=1",
+        |g| {
+            classifier(g);
+            let x = floats(g, "x", &[4]);
+            g.output("loss", x);
+        },
+        expect![[r#"
+            loss: another output has this name already; give each its own name
+              at `g.output("loss", x);`"#]],
+    );
+}
+
+#[test]
+fn shapes_and_numbers_that_cannot_be_meant() {
+    check(
+        "data=1",
+        |g| {
+            let x = floats(g, "x", &[0, 6]);
+            g.step_input("step", &[3, 0], DType::F32);
+            let weight = g.parameter("weight", &[0], Init::Normal { std: -1.0 }, Layout::broadcast());
+            g.parameter("__metadata__", &[2], Init::Ones, Layout::broadcast());
+            floats(g, "many", &[1; 17]);
+            g.layer_norm(x, weight, f32::NAN);
+            g.scale(x, f32::INFINITY);
+            nn::attention(g, "attn", x, 0, None);
+        },
+        expect![[r#"
+            x: dim 0 of the shape [0, 6] is 0; give each dim at least one element
+              at `let x = floats(g, "x", &[0, 6]);`
+            step: dim 1 of the shape [3, 0] is 0; give each dim at least one element
+              at `g.step_input("step", &[3, 0], DType::F32);`
+            weight: dim 0 of the shape [0] is 0; give each dim at least one element
+              at `let weight = g.parameter("weight", &[0], Init::Normal { std: -1.0 }, Layout::broadcast());`
+            weight: the standard deviation is -1: it must be finite and not negative
+              at `let weight = g.parameter("weight", &[0], Init::Normal { std: -1.0 }, Layout::broadcast());`
+            __metadata__: files need this name for their metadata; choose another
+              at `g.parameter("__metadata__", &[2], Init::Ones, Layout::broadcast());`
+            many: the shape [1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1] has 17 dims; the most is 16
+              at `floats(g, "many", &[1; 17]);`
+            layer_norm: eps is NaN: it must be finite and not negative
+              at `g.layer_norm(x, weight, f32::NAN);`
+            layer_norm: rule ac,c->ac,a,a: c is 0 in input 1 but 6 in input 0; the inputs have shapes [0, 6], [0]
+              at `g.layer_norm(x, weight, f32::NAN);`
+            scale: the factor is inf: it must be finite
+              at `g.scale(x, f32::INFINITY);`
+            attn: a width of 6 does not divide into 0 heads; give at least one head
+              at `nn::attention(g, "attn", x, 0, None);`"#]],
+    );
+    check(
+        "data=1",
+        |g| {
+            let (a, b) = (floats(g, "a", &[1; 9]), floats(g, "b", &[1; 9]));
+            g.einsum("abcdefghi,jklmnopqr->abcdefghijklmnopqr", a, b);
+            let (many, none) = (floats(g, "many", &[1; 25]), floats(g, "none", &[]));
+            g.add(many, none);
+        },
+        expect![[r#"
+            einsum: the result has more than 16 dims; the inputs have shapes [1, 1, 1, 1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1, 1, 1]
+              at `g.einsum("abcdefghi,jklmnopqr->abcdefghijklmnopqr", a, b);`
+            many: the shape [1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1] has 25 dims; the most is 16
+              at `let (many, none) = (floats(g, "many", &[1; 25]), floats(g, "none", &[]));`
+            add: rule abefgijlmnopqrsuxyz,->abefgijlmnopqrsuxyz: input 0 is "abefgijlmnopqrsuxyz", 19 dims, got shape [1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1]; the inputs have shapes [1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1], []
+              at `g.add(many, none);`"#]],
+    );
+    check(
+        "data=1",
+        |g| {
+            let elsewhere = Mesh::parse("data=4").expect("a mesh").at("data", 3).expect("a device");
+            g.place(elsewhere);
+        },
+        expect![[r#"
+            placement: there is no device 3 in mesh data=1, which has 1; place on a part of the graph's own mesh
+              at `g.place(elsewhere);`"#]],
+    );
+}
+
+/// After an error a tensor has the shape that was meant, as far as it shows, so that a program goes on to `compile`.
+#[test]
+fn shapes_after_errors_are_plausible() {
+    let mut g = Graph::new(&mesh());
+    let (a, b) = (floats(&mut g, "a", &[4, 6]), floats(&mut g, "b", &[5, 7]));
+    let x = floats(&mut g, "x", &[2, 3, 6]);
+    let custom = |rule| Arc::new(Double { rule, ..Double::default() });
+    let made = [
+        (g.einsum("ik,kj->ij", a, b), vec![4, 7]),
+        (g.einsum("btc,dbc->td", x, b), vec![3, 5]),
+        (g.einsum("ai,aj->aij", a, b), vec![4, 6, 7]),
+        (g.einsum("nonsense", a, b), vec![4, 6]),
+        (g.layer_norm(a, b, 1e-5), vec![4, 6]),
+        (g.attention(a, a, x), vec![4, 6, 6, 1]),
+        (g.cross_entropy(a, b), vec![]),
+        (g.embedding(a, x), vec![4, 6, 3]),
+        (g.add(a, b), vec![4, 6]),
+        (nn::linear(&mut g, "l", a, 9, Parallel::Replicated), vec![4, 6, 9]),
+        (nn::attention(&mut g, "a", x, 4, None), vec![2, 3, 6]),
+        (g.custom(custom("abc,a->ab,c"), &[x])[1], vec![6]),
+        (g.custom(custom("abc->ab1,cb"), &[x])[1], vec![6, 3]),
+    ];
+    for (index, (var, shape)) in made.iter().enumerate() {
+        assert_eq!(g.shape(*var), shape, "call {index}");
+    }
+}
+
+#[test]
+fn custom_ops_have_kernels_for_the_device_and_read_whole_floats() {
+    let on_gpus = CompileOptions { device: DeviceKind::Cuda, ..CompileOptions::default() };
+    check_with(
+        "data=1",
+        &on_gpus,
+        |g| {
+            let x = floats(g, "x", &[2, 3, 6]);
+            let y = g.custom(Arc::new(Double { cpu_only: true, ..Double::default() }), &[x])[0];
+            g.output("y", y);
+        },
+        expect![[r#"
+            double: the op has no kernel for cuda devices (`CustomOp::runs_on`); compile for others
+              at `let y = g.custom(Arc::new(Double { cpu_only: true, ..Double::default() }), &[x])[0];`"#]],
+    );
+    check(
+        "data=1",
+        |g| {
+            let x = g.input("x", &[2, 3, 6], DType::BF16, Layout::broadcast());
+            let y = g.custom(Arc::new(Double::default()), &[x])[0];
+            g.output("y", y);
+        },
+        expect![[r#"
+            double: input 0 is BF16, but custom ops read F32 or I32; feed it as F32
+              at `let y = g.custom(Arc::new(Double::default()), &[x])[0];`"#]],
     );
 }

@@ -104,6 +104,10 @@ fn node_backward(graph: &mut Graph, node: &Node, grads: &[Option<Var>]) -> Vec<(
     let inputs = &node.inputs;
     if let NodeOp::Custom(op) = &node.op {
         let parts = op.clone().backward(graph, inputs, &node.outputs, grads);
+        let mut own = |(port, part): (usize, Option<Var>)| {
+            part.map(|v| graph.own_one(&node.name, &format!("the gradient of input {port}"), v, node.location))
+        };
+        let parts: Vec<Option<Var>> = parts.into_iter().enumerate().map(&mut own).collect();
         if let Some(message) = wrong_gradients(graph, inputs, &parts) {
             graph.error(&node.name, message, node.location);
             return Vec::new();
@@ -131,7 +135,7 @@ fn wrong_gradients(graph: &Graph, inputs: &[Var], parts: &[Option<Var>]) -> Opti
     }
     inputs.iter().zip(parts).enumerate().find_map(|(port, (input, grad))| {
         let (want, got) = (graph.shape(*input), graph.shape((*grad)?));
-        (want != got)
+        (want != got && !graph.is_poisoned(&[(*grad)?]))
             .then(|| format!("backward: the gradient of input {port} must have its shape {want:?}, got {got:?}"))
     })
 }

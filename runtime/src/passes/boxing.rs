@@ -125,12 +125,12 @@ impl Pass<'_> {
             self.graph.placements.push(step.to.placement.clone());
             self.graph.placements.len() - 1
         });
-        let out = Var(self.graph.tensors.len() as u32);
         let layout = Some(step.to.sbp.clone());
         let name = info.name.clone();
         // A parameter that is changed for a micro-batch's use is changed again for the next.
         let rate = phase.rate();
-        self.graph.tensors.push(TensorInfo { layout, rate, saved_shape: None, ..info.clone() });
+        let info = TensorInfo { layout, rate, saved_shape: None, ..info.clone() };
+        let out = self.graph.new_tensor(info, reader.location);
         let node = Node {
             name,
             op: NodeOp::Boxing(Arc::new(step)),

@@ -110,9 +110,9 @@ fn tensors(graph: &Graph) -> Vec<TensorSpec> {
     let outputs: Vec<Var> = graph.outputs.iter().map(|o| source(graph, o.tensor)).collect();
     let spec = |index: usize| {
         let info = &graph.tensors[index];
-        let placement = graph.placements[graph.placement_of(Var(index as u32))].clone();
+        let placement = graph.placements[graph.placement_of(graph.var(index))].clone();
         // What an accumulation makes is not part of the problem: its input stands for it.
-        let accumulated = source(graph, Var(index as u32)).index() != index;
+        let accumulated = source(graph, graph.var(index)).index() != index;
         let axes = placement.axes().len();
         let pinned = info.layout.clone().or(accumulated.then(|| NdSbp::broadcast(axes)));
         TensorSpec {
@@ -120,7 +120,7 @@ fn tensors(graph: &Graph) -> Vec<TensorSpec> {
             shape: info.shape.clone(),
             dtype: info.dtype,
             pinned: pinned.map(|sbp| Layout { placement, sbp }),
-            is_output: outputs.contains(&Var(index as u32)),
+            is_output: outputs.contains(&graph.var(index)),
         }
     };
     (0..graph.tensors.len()).map(spec).collect()

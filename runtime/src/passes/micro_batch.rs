@@ -7,7 +7,7 @@ use shardflow_kernels::op::Op;
 use shardflow_kernels::tensor::element_count;
 
 use crate::graph::builder::RNG_INPUT;
-use crate::graph::{Graph, Node, NodeOp, Over, Rate, TensorInfo, Var, ops};
+use crate::graph::{Graph, Node, NodeOp, Objective, Over, Rate, TensorInfo, Var, ops};
 use crate::layout_error::LayoutError;
 use crate::sbp::Sbp;
 use crate::sbp::rule::Rule;
@@ -123,7 +123,7 @@ fn place_mask(graph: &mut Graph, index: usize, parts: &[Part], count: usize) -> 
 
 /// Gradients are summed over micro-batches, so the loss must be such a sum.
 fn check_loss(graph: &mut Graph, count: usize) {
-    let Some((loss, _)) = graph.objective else { return };
+    let Some(Objective { loss, .. }) = graph.objective else { return };
     let info = graph.tensor(loss);
     let why = match info.loop_sbp {
         _ if count == 1 || info.poisoned || !info.shape.is_empty() => return,
@@ -142,7 +142,7 @@ fn check_loss(graph: &mut Graph, count: usize) {
 
 /// Settles how each output's values become one, where the user gave no `Over`.
 fn settle_outputs(graph: &mut Graph, count: usize) {
-    let loss = graph.objective.map(|(loss, _)| loss);
+    let loss = graph.objective.map(|objective| objective.loss);
     for index in 0..graph.outputs.len() {
         let output = graph.outputs[index].clone();
         let info = graph.tensor(output.tensor);

@@ -1,5 +1,7 @@
 //! Training or evaluation: in evaluation dropout is the identity and nothing is trained. Imports `graph`.
 
+use std::collections::BTreeMap;
+
 use shardflow_kernels::op::Op;
 
 use crate::graph::builder::RNG_INPUT;
@@ -39,25 +41,25 @@ fn is_dropout(node: &Node) -> bool {
 /// Rebuilds the graph without dropout and its random numbers; what read its output reads its input.
 fn remove_dropout(graph: &mut Graph) {
     let (nodes, tensors) = (std::mem::take(&mut graph.nodes), std::mem::take(&mut graph.tensors));
-    // What stands for each tensor now; the random numbers keep no reader.
-    let mut now = vec![Var(0); tensors.len()];
+    // What stands for each tensor now; the random numbers have no reader left.
+    let mut now: BTreeMap<Var, Var> = BTreeMap::new();
     for mut node in nodes {
-        node.inputs.iter_mut().for_each(|input| *input = now[input.index()]);
         if is_dropout(&node) {
-            now[node.outputs[0].index()] = node.inputs[0];
+            now.insert(node.outputs[0], now[&node.inputs[0]]);
             continue;
         }
         if matches!(node.op, NodeOp::Input) && node.name == RNG_INPUT {
             continue;
         }
+        node.inputs.iter_mut().for_each(|input| *input = now[input]);
         let producer = NodeId(graph.nodes.len() as u32);
         for output in &mut node.outputs {
-            let made = Var(graph.tensors.len() as u32);
+            let made = output.renumbered(graph.tensors.len());
             graph.tensors.push(TensorInfo { producer, ..tensors[output.index()].clone() });
-            now[output.index()] = made;
+            now.insert(*output, made);
             *output = made;
         }
         graph.nodes.push(node);
     }
-    graph.outputs.iter_mut().for_each(|output| output.tensor = now[output.tensor.index()]);
+    graph.outputs.iter_mut().for_each(|output| output.tensor = now[&output.tensor]);
 }

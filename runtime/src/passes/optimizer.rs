@@ -8,13 +8,10 @@ use shardflow_kernels::collective::ReduceOp;
 use shardflow_kernels::op::Op;
 use shardflow_kernels::tensor::DType;
 
-use crate::graph::builder::{HYPER_INPUT, Layout, STATE_PREFIX};
+use crate::graph::builder::{GRAD_SQUARES_OUTPUT, HYPER_INPUT, Layout, STATE_PREFIX};
 use crate::graph::{AdamW, Graph, NodeOp, Over, Phase, Rate, Var};
 use crate::placement::{Axis, Placement};
 use crate::sbp::{NdSbp, Sbp};
-
-/// Name of the output that holds each parameter's sum of squared gradients.
-pub const GRAD_SQUARES_OUTPUT: &str = "grad_squares";
 
 /// Sums `var` over the micro-batches of a step, where it is made.
 pub fn accumulate(graph: &mut Graph, var: Var) -> Var {

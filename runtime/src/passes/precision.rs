@@ -71,8 +71,9 @@ pub fn narrow(graph: &mut Graph) {
         }
     }
     for index in 0..graph.tensors.len() {
+        let is_half = asked[classes.root(graph.var(index))].is_half();
         let tensor = &mut graph.tensors[index];
-        if tensor.dtype == DType::F32 && asked[classes.root(Var(index as u32))].is_half() {
+        if tensor.dtype == DType::F32 && is_half {
             tensor.dtype = DType::BF16;
         }
     }
@@ -241,10 +242,10 @@ fn insert_casts(graph: &mut Graph) {
 
 /// A parameter's copy in bf16.
 fn half(graph: &mut Graph, of: Var, parameter: Node) -> Node {
-    let out = Var(graph.tensors.len() as u32);
     let info = graph.tensor(of).clone();
     let name = format!("{}.bf16", info.name);
-    graph.tensors.push(TensorInfo { name: name.clone(), dtype: DType::BF16, saved_shape: None, ..info });
+    let info = TensorInfo { name: name.clone(), dtype: DType::BF16, saved_shape: None, ..info };
+    let out = graph.new_tensor(info, parameter.location);
     Node { name, op: NodeOp::Half { of }, outputs: vec![out], ..parameter }
 }
 
@@ -262,11 +263,11 @@ fn of_half_the_bytes(step: &BoxingStep) -> BoxingStep {
 
 /// A cast of `input` to bf16 for `reader`.
 fn cast(graph: &mut Graph, input: Var, (placement, phase): (usize, Phase), reader: &Node) -> Node {
-    let out = Var(graph.tensors.len() as u32);
     let info = graph.tensor(input).clone();
     let name = format!("{}.cast", info.name);
     let (dtype, rate) = (DType::BF16, phase.rate());
-    graph.tensors.push(TensorInfo { name: name.clone(), dtype, rate, saved_shape: None, ..info });
+    let info = TensorInfo { name: name.clone(), dtype, rate, saved_shape: None, ..info };
+    let out = graph.new_tensor(info, reader.location);
     Node {
         name,
         op: NodeOp::Kernel(Op::Cast),

@@ -188,7 +188,7 @@ fn group_registers(
     let mut found: BTreeMap<(Site, Vec<Site>, Rate, bool), usize> = BTreeMap::new();
     // In the order of the tensors, so that a bucket's gradients lie in the order in which backward makes them.
     for index in 0..graph.tensors.len() {
-        let var = Var(index as u32);
+        let var = graph.var(index);
         if out.storage(var) != var {
             continue;
         }

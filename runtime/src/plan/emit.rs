@@ -122,8 +122,8 @@ pub fn emit(
 /// What an action is called in plans and errors.
 pub fn action_name(graph: &Graph, key: ActionKey) -> String {
     match key {
-        ActionKey::Feed(rate) => format!("feed ({rate:?})"),
-        ActionKey::Fetch(rate) => format!("fetch ({rate:?})"),
+        ActionKey::Feed(rate) => format!("feed ({rate})"),
+        ActionKey::Fetch(rate) => format!("fetch ({rate})"),
         ActionKey::Forward => "forward".into(),
         ActionKey::Backward => "backward".into(),
         ActionKey::Norm => "norm".into(),

@@ -7,8 +7,9 @@ use shardflow_actors::spec::Firing;
 use shardflow_kernels::device::DeviceKind;
 use shardflow_kernels::tensor::DType;
 
-use crate::graph::{NodeOp, Phase};
-use crate::plan::{Plan, Schedule};
+use crate::graph::NodeOp;
+use crate::plan::Plan;
+use crate::text::counted;
 
 impl Plan {
     /// The plan as text.
@@ -20,16 +21,13 @@ impl Plan {
     }
 
     fn write_all(&self, out: &mut String) -> fmt::Result {
-        let schedule = match self.schedule {
-            Schedule::GPipe => "gpipe",
-            Schedule::OneFOneB => "1f1b",
-        };
-        let mesh = self.graph.mesh();
-        let (devices, count) = (mesh.device_count(), self.micro_batches);
+        let (mesh, schedule) = (self.graph.mesh(), self.schedule);
+        let devices = counted(mesh.device_count(), "device");
+        let batches = counted(self.micro_batches, "micro-batch");
         let kind = if self.device == DeviceKind::Cuda { " on GPUs" } else { "" };
         let halves = self.graph.tensors.iter().filter(|tensor| tensor.dtype == DType::BF16).count();
-        let precision = if halves > 0 { format!("; {halves} tensors in bf16") } else { String::new() };
-        writeln!(out, "mesh {mesh}: {devices} devices{kind}; {schedule}, {count} micro-batches a step{precision}")?;
+        let precision = if halves > 0 { format!("; {} in bf16", counted(halves, "tensor")) } else { String::new() };
+        writeln!(out, "mesh {mesh}: {devices}{kind}; {schedule}, {batches} a step{precision}")?;
         self.write_placements(out)?;
         self.write_parameters(out)?;
         self.write_boxing(out)?;
@@ -41,14 +39,10 @@ impl Plan {
     fn write_placements(&self, out: &mut String) -> fmt::Result {
         for (index, placement) in self.graph.placements().iter().enumerate() {
             if self.graph.nodes().iter().any(|n| n.placement == index) {
-                let flight = self.in_flight.get(index).copied().unwrap_or(1);
+                let flight = counted(self.in_flight.get(index).copied().unwrap_or(1), "micro-batch");
                 let axes = placement.axes_text();
                 let shape = if axes.is_empty() { String::new() } else { format!(" as {axes}") };
-                writeln!(
-                    out,
-                    "placement {index}: devices {:?}{shape}, {flight} micro-batches in flight",
-                    placement.devices()
-                )?;
+                writeln!(out, "placement {index}: devices {:?}{shape}, {flight} in flight", placement.devices())?;
             }
         }
         Ok(())
@@ -72,23 +66,18 @@ impl Plan {
             "\nlayout changes (bytes into the busiest device; per micro-batch, in norm and update per step)"
         )?;
         for node in self.graph.nodes() {
-            let phase = match node.phase {
-                Phase::Forward => "forward",
-                Phase::Backward => "backward",
-                Phase::Norm => "norm",
-                Phase::Update => "update",
-            };
+            let phase = node.phase;
             let (file, line) = (node.location.file(), node.location.line());
             match &node.op {
                 NodeOp::Boxing(step) => writeln!(out, "  {phase:<8} {}: {step}  ({file}:{line})", node.name)?,
                 NodeOp::Bucket { axes } => {
                     let placement = &self.graph.placements()[node.placement];
                     let names: Vec<&str> = axes.iter().map(|a| placement.axes()[*a].name.as_str()).collect();
-                    let tensors = node.inputs.len();
+                    let gradients = counted(node.inputs.len(), "gradient");
                     let over = names.join("+");
                     writeln!(
                         out,
-                        "  {phase:<8} {}: all-reduce of {tensors} gradients over {over}, while backward runs",
+                        "  {phase:<8} {}: all-reduce of {gradients} over {over}, while backward runs",
                         node.name
                     )?;
                 }
@@ -110,14 +99,10 @@ impl Plan {
             };
             writeln!(out, "  {}, {order}", actor.name)?;
             for (action, plan) in actor.actions.iter().zip(plans) {
-                let (inputs, outputs) = (action.inputs.len(), action.outputs.len());
-                let launches = plan.launches.len() + usize::from(plan.host.is_some());
+                let (inputs, outputs) = (counted(action.inputs.len(), "register"), action.outputs.len());
+                let launches = counted(plan.launches.len() + usize::from(plan.host.is_some()), "launch");
                 let times = action.per_step;
-                writeln!(
-                    out,
-                    "    {}: {times} a step, {launches} launches, reads {inputs} registers, writes {outputs}",
-                    action.name
-                )?;
+                writeln!(out, "    {}: {times} a step, {launches}, reads {inputs}, writes {outputs}", action.name)?;
             }
         }
         Ok(())

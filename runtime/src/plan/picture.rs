@@ -6,10 +6,14 @@ use std::fmt::{self, Write};
 
 use crate::graph::NodeOp;
 use crate::plan::{DeviceMemory, Plan};
+use crate::text::{counted, size};
 
-/// Sizes of the picture, pixels.
-const BOX: (usize, usize) = (190, 46);
+/// Sizes of the picture, pixels: a box's width, and its height without the lines for actions.
+const BOX: (usize, usize) = (190, 34);
 const GAP: (usize, usize) = (70, 26);
+const LINE: usize = 13;
+/// Characters that fit on a line.
+const LINE_CHARS: usize = 32;
 
 /// An arrow between two actors: registers that go from one to the other, and bytes of all their pieces in a step.
 #[derive(Default)]
@@ -50,7 +54,12 @@ impl Plan {
                 });
                 let step_bytes = pieces.max().unwrap_or(0) * register.slot_bytes as u64;
                 let edge = edges.entry((register.producer.0, reader)).or_default();
-                edge.registers.push(format!("{}, {} x {} bytes", register.name, register.slots, register.slot_bytes));
+                edge.registers.push(format!(
+                    "{}, {} x {}",
+                    register.name,
+                    register.slots,
+                    bytes_or_signal(register.slot_bytes as u64)
+                ));
                 edge.step_bytes += step_bytes;
             }
         }
@@ -77,14 +86,15 @@ impl Plan {
     }
 
     fn write_html(&self, out: &mut String) -> fmt::Result {
-        let (mesh, devices) = (escaped(&self.graph.mesh().to_string()), self.graph.mesh().device_count());
+        let mesh = escaped(&self.graph.mesh().to_string());
         writeln!(
             out,
             "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content=\"width=device-width\">\
              <title>Plan on {mesh}</title><style>{STYLE}</style><h1>Plan on {mesh}</h1>"
         )?;
-        let micro_batches = self.micro_batches;
-        writeln!(out, "<p>{devices} devices, {micro_batches} micro-batches a step, {:?}.</p>", self.schedule)?;
+        let devices = counted(self.graph.mesh().device_count(), "device");
+        let batches = counted(self.micro_batches, "micro-batch");
+        writeln!(out, "<p>{devices}, {batches} a step, {}.</p>", self.schedule)?;
         writeln!(out, "<h2>Actors and registers</h2>")?;
         self.write_svg(out)?;
         self.write_memory_bars(out)?;
@@ -99,29 +109,31 @@ impl Plan {
 
     /// A column for each device, a row for each of its actors.
     fn write_svg(&self, out: &mut String) -> fmt::Result {
-        let mut rows = vec![0; self.memory.len()];
-        let places: Vec<(usize, usize)> = (self.spec.actors.iter())
+        let mut ends = vec![40; self.memory.len()];
+        let boxes: Vec<(usize, usize, Vec<String>)> = (self.spec.actors.iter())
             .map(|actor| {
-                let row = rows[actor.device];
-                rows[actor.device] += 1;
-                (actor.device * (BOX.0 + GAP.0) + 20, row * (BOX.1 + GAP.1) + 40)
+                let actions = actor.actions.iter().map(|a| format!("{} x {}", a.per_step, a.name));
+                let lines: Vec<String> = actions.flat_map(|action| wrapped(&action)).collect();
+                let y = ends[actor.device];
+                ends[actor.device] += BOX.1 + lines.len() * LINE + GAP.1;
+                (actor.device * (BOX.0 + GAP.0) + 20, y, lines)
             })
             .collect();
-        let height = rows.iter().max().unwrap_or(&0) * (BOX.1 + GAP.1) + 40;
-        let width = rows.len() * (BOX.0 + GAP.0) + 20;
+        let height = ends.iter().max().unwrap_or(&40);
+        let width = ends.len() * (BOX.0 + GAP.0) + 20;
         writeln!(out, "<div class=scroll><svg width={width} height={height} role=img aria-label=\"graph of actors\">")?;
         writeln!(
             out,
             "<defs><marker id=tip viewBox=\"0 0 8 8\" refX=8 refY=4 markerWidth=6 markerHeight=6 orient=auto>"
         )?;
         writeln!(out, "<path d=\"M0 0L8 4L0 8z\"/></marker></defs>")?;
-        for device in 0..rows.len() {
+        for device in 0..ends.len() {
             writeln!(out, "<text x={} y=24 class=device>device {device}</text>", device * (BOX.0 + GAP.0) + 20)?;
         }
         let edges = self.edges();
         let most = edges.values().map(|edge| edge.step_bytes).max().unwrap_or(1).max(1);
         for ((from, to), edge) in &edges {
-            let [(x0, y0), (x1, y1)] = [from, to].map(|index| places[*index as usize]);
+            let [(x0, y0), (x1, y1)] = [from, to].map(|index| (boxes[*index as usize].0, boxes[*index as usize].1));
             // From side to side, or around on the right where both are on one device.
             let (start, end) = (x0 + BOX.0, if x1 > x0 { x1 } else { x1 + BOX.0 });
             let (y0, y1) = (y0 + BOX.1 / 2, y1 + BOX.1 / 2 + 6);
@@ -135,18 +147,16 @@ impl Plan {
                 escaped(&edge.registers.join("; "))
             )?;
         }
-        for (actor, (x, y)) in self.spec.actors.iter().zip(places) {
+        for (actor, (x, y, lines)) in self.spec.actors.iter().zip(&boxes) {
             let kind = actor.name.rsplit(' ').next().unwrap_or_default();
-            let actions: Vec<String> = actor.actions.iter().map(|a| format!("{} x {}", a.per_step, a.name)).collect();
-            let (w, h) = BOX;
-            writeln!(
-                out,
-                "<g><rect x={x} y={y} width={w} height={h} rx=6 /><title>{}</title>",
-                escaped(&actions.join("; "))
-            )?;
+            let (w, h) = (BOX.0, BOX.1 + lines.len() * LINE);
+            writeln!(out, "<g><rect x={x} y={y} width={w} height={h} rx=6 />")?;
             writeln!(out, "<text x={} y={}>{}</text>", x + 10, y + 19, escaped(kind))?;
-            let line: String = actions.join(", ").chars().take(30).collect();
-            writeln!(out, "<text x={} y={} class=small>{}</text></g>", x + 10, y + 36, escaped(&line))?;
+            for (row, line) in lines.iter().enumerate() {
+                let y = y + 36 + row * LINE;
+                writeln!(out, "<text x={} y={y} class=small>{}</text>", x + 10, escaped(line))?;
+            }
+            writeln!(out, "</g>")?;
         }
         writeln!(out, "</svg></div>")
     }
@@ -159,8 +169,8 @@ impl Plan {
         let most = self.memory.iter().map(DeviceMemory::total_bytes).max().unwrap_or(1).max(1);
         for (device, memory) in self.memory.iter().enumerate() {
             let parts = memory.parts();
-            write!(out, "<tr><td>{device}<td>{}", memory.total_bytes())?;
-            parts.iter().try_for_each(|(_, bytes)| write!(out, "<td>{bytes}"))?;
+            write!(out, "<tr><td>{device}<td>{}", size(memory.total_bytes() as u64))?;
+            parts.iter().try_for_each(|(_, bytes)| write!(out, "<td>{}", size(*bytes as u64)))?;
             write!(out, "<td class=bar>")?;
             for (name, bytes) in parts {
                 let (percent, class) =
@@ -179,9 +189,9 @@ impl Plan {
         writeln!(out, "<h2>Changes of layout</h2><table><tr><th>phase<th>tensor<th>change<th>line")?;
         for node in self.graph.nodes() {
             let NodeOp::Boxing(step) = &node.op else { continue };
-            let (phase, name, change) = (format!("{:?}", node.phase), escaped(&node.name), escaped(&step.to_string()));
+            let (phase, name, change) = (node.phase, escaped(&node.name), escaped(&step.to_string()));
             let (file, line) = (escaped(node.location.file()), node.location.line());
-            writeln!(out, "<tr><td>{}<td>{name}<td>{change}<td>{file}:{line}", phase.to_lowercase())?;
+            writeln!(out, "<tr><td>{phase}<td>{name}<td>{change}<td>{file}:{line}")?;
         }
         writeln!(out, "</table>")
     }
@@ -219,18 +229,26 @@ fn quoted(text: &str) -> String {
     text.replace('\\', "\\\\").replace('"', "\\\"")
 }
 
-fn bytes_or_signal(bytes: u64) -> String {
-    if bytes == 0 { "signal".to_owned() } else { size(bytes) }
+/// Lines that fit in a box. A line after the first is further in.
+fn wrapped(text: &str) -> Vec<String> {
+    let mut lines = vec![String::new()];
+    for word in text.split_inclusive([' ', '.', '/', '_']) {
+        let room = |line: &String| LINE_CHARS - line.chars().count();
+        if lines.last().is_some_and(|line| word.trim_end().chars().count() > room(line)) {
+            lines.push("\u{a0}\u{a0}".into());
+        }
+        for letter in word.chars() {
+            if lines.last().is_some_and(|line| room(line) == 0) {
+                lines.push("\u{a0}\u{a0}".into());
+            }
+            lines.last_mut().expect("has one").push(letter);
+        }
+    }
+    lines
 }
 
-/// `12.5 KiB` and so on.
-fn size(bytes: u64) -> String {
-    let units = ["bytes", "KiB", "MiB", "GiB", "TiB"];
-    let (mut value, mut unit) = (bytes as f64, 0);
-    while value >= 1024.0 && unit + 1 < units.len() {
-        (value, unit) = (value / 1024.0, unit + 1);
-    }
-    if unit == 0 { format!("{bytes} bytes") } else { format!("{value:.1} {}", units[unit]) }
+fn bytes_or_signal(bytes: u64) -> String {
+    if bytes == 0 { "signal".to_owned() } else { size(bytes) }
 }
 
 #[cfg(test)]
@@ -269,7 +287,8 @@ mod tests {
                 assert!(dot.contains(&register.name) && html.contains(&escaped(&register.name)), "{}", register.name);
             }
             for memory in &plan.memory {
-                assert!(html.contains(&format!("<td>{}<td>{}", memory.total_bytes(), memory.fixed_bytes)), "{mesh}");
+                let [all, fixed] = [memory.total_bytes(), memory.fixed_bytes].map(|bytes| size(bytes as u64));
+                assert!(html.contains(&format!("<td>{all}<td>{fixed}")), "{mesh}");
             }
             assert!(html.contains(&escaped(&plan.explain())) && !html.contains("<script"));
         }
@@ -282,6 +301,42 @@ mod tests {
         let index = |name: &str| plan.spec.actors.iter().position(|a| a.name == name).unwrap() as u32;
         let edge = &plan.edges()[&(index("device 0 compute"), index("device 1 copy"))];
         assert_eq!(edge.step_bytes, 2 * 2 * 4 * 8 * 4, "{:?}", edge.registers);
+    }
+
+    #[test]
+    fn names_are_whole_and_numbers_have_units() {
+        for (mesh, head) in
+            [("data=1", "<p>1 device, 2 micro-batches a step, 1f1b.</p>"), ("stage=2", "<p>2 devices, ")]
+        {
+            let plan = plan(mesh);
+            let html = plan.to_html();
+            assert!(html.contains(head), "{mesh}");
+            // What an actor does, put together from the lines of its box.
+            let boxes: Vec<String> = html.split("<g><rect ").skip(1).map(box_text).collect();
+            for (actor, text) in plan.spec.actors.iter().zip(&boxes) {
+                let actions = actor.actions.iter().map(|a| format!("{} x {}", a.per_step, a.name));
+                assert_eq!(*text, actions.collect::<String>(), "{}", actor.name);
+            }
+            let picture = &html[..html.find("All of it").expect("the text follows")];
+            assert!(!picture.contains("MicroBatch") && !picture.contains("OneFOneB"), "{mesh}");
+            let bytes = plan.memory[0].total_bytes();
+            assert!(bytes > 1024 && !picture.contains(&bytes.to_string()), "{mesh}: raw bytes");
+        }
+    }
+
+    fn box_text(shown: &str) -> String {
+        let shown = &shown[..shown.find("</g>").expect("a box ends")];
+        let lines = shown.split("class=small>").skip(1).map(|line| &line[..line.find("</text>").expect("a line ends")]);
+        lines.map(|line| line.trim_start_matches('\u{a0}')).collect()
+    }
+
+    #[test]
+    fn long_names_are_wrapped() {
+        let name = "1 x pull a_tensor_with_a_name.of/many_parts and_averyverylongwordthatdoesnotfitonanylineatall";
+        let lines = wrapped(name);
+        assert!(lines.len() > 3 && lines.iter().all(|line| line.chars().count() <= LINE_CHARS), "{lines:?}");
+        assert_eq!(lines.iter().map(|line| line.trim_start_matches('\u{a0}')).collect::<String>(), name);
+        assert_eq!(wrapped("2 x forward"), ["2 x forward"]);
     }
 
     #[test]

@@ -275,6 +275,23 @@ impl fmt::Display for Rule {
     }
 }
 
+/// Shapes for the outputs of a rule (its text) that is wrong or does not fit these inputs, so that a program can go on to
+/// its next error: an index has its extent in the first input that has it, or 1.
+pub fn plausible_shapes(text: &str, inputs: &[&[usize]]) -> Vec<Vec<usize>> {
+    let Some((operands, outputs)) = text.split_once("->") else {
+        return vec![inputs.first().map_or(Vec::new(), |shape| shape.to_vec())];
+    };
+    let operands: Vec<&str> = operands.split(',').map(str::trim).collect();
+    let extent = |letter: char| {
+        let found = operands
+            .iter()
+            .zip(inputs)
+            .find_map(|(operand, shape)| shape.get(operand.chars().position(|other| other == letter)?).copied());
+        found.unwrap_or(1)
+    };
+    outputs.split(',').map(|output| output.trim().chars().map(extent).collect()).collect()
+}
+
 #[cfg(test)]
 mod tests {
     use expect_test::{Expect, expect};

@@ -16,6 +16,7 @@ use super::step::Inputs;
 use super::{Session, SessionError, StepReport};
 use crate::graph::{Node, NodeOp, Phase, Rate, Var};
 use crate::plan::ActionKey;
+use crate::text::counted;
 
 /// What becomes of a step whose loss or gradients are not finite. Nothing is updated by it in any case.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -84,7 +85,7 @@ impl fmt::Display for FirstNonFinite {
             (_, Some(micro_batch), _) => write!(f, "forward of micro-batch {micro_batch}, ")?,
             (_, None, _) => write!(f, "at the end of the step, ")?,
         }
-        write!(f, "{elements} elements on device {device} ({location})")
+        write!(f, "{} on device {device} ({location})", counted(elements, "element"))
     }
 }
 

@@ -10,10 +10,9 @@ use shardflow_kernels::tensor::{HostTensor, element_count};
 
 use super::load::FeedPort;
 use super::{Session, SessionError, StepReport, tokens};
-use crate::graph::builder::{HYPER_INPUT, RNG_INPUT};
+use crate::graph::builder::{GRAD_SQUARES_OUTPUT, HYPER_INPUT, RNG_INPUT};
 use crate::graph::{NodeOp, Over, Rate, TensorInfo, Var};
 use crate::init;
-use crate::passes::optimizer::GRAD_SQUARES_OUTPUT;
 use crate::plan::memory::local_part;
 use crate::requests::{Request, since_1970};
 use crate::sbp::region::{combine, concat, take_box};

@@ -15,6 +15,7 @@ use std::fmt;
 
 use super::PREDICTION;
 use super::join::{Event, Joined};
+use crate::text::counted;
 
 /// Actions of the critical path that are shown.
 const PATH_SHOWN: usize = 6;
@@ -285,7 +286,7 @@ impl Reading {
 impl fmt::Display for Summary {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let ms = |seconds: f64| seconds * 1e3;
-        write!(f, "{} steps of {:.3} ms", self.steps, ms(self.step_seconds))?;
+        write!(f, "{} of {:.3} ms", counted(self.steps, "step"), ms(self.step_seconds))?;
         if self.passes > self.steps {
             write!(f, ", {} done again", self.passes - self.steps)?;
         }

@@ -109,8 +109,8 @@ impl Shape {
         Self {
             session: observer.started().to_string(),
             mesh: plan.graph.mesh().to_string(),
-            device: format!("{:?}", plan.device).to_lowercase(),
-            schedule: format!("{:?}", plan.schedule),
+            device: plan.device.to_string(),
+            schedule: plan.schedule.to_string(),
             micro_batches: plan.micro_batches,
             process: hosting.process,
             processes: hosting.processes,

@@ -171,7 +171,7 @@ impl Status {
         let (metrics, steps) = (observer.metrics(), observer.newest_steps());
         Some(Self {
             mesh: plan.graph.mesh().to_string(),
-            device: format!("{:?}", plan.device).to_lowercase(),
+            device: plan.device.to_string(),
             process: hosting.process,
             processes: hosting.processes,
             failed,
@@ -218,6 +218,9 @@ impl fmt::Display for Status {
             let mib = |bytes: usize| bytes as f64 / (1 << 20) as f64;
             let (peak, planned) = (mib(device.peak_bytes), mib(device.planned_bytes));
             writeln!(f, "device {}: memory at most {peak:.2} MiB, planned {planned:.2} MiB", device.device)?;
+        }
+        if !self.actors.is_empty() {
+            writeln!(f, "{:>6}  {:>11}  what each actor does or waits for", "busy", "now for")?;
         }
         for actor in &self.actors {
             writeln!(f, "{:4.0} %  {:9.3} s  {}", actor.busy * 100.0, actor.now_seconds, actor.now)?;

@@ -7,6 +7,16 @@ const HEIGHT = 160;
 const charts = new Map();
 const dark = matchMedia('(prefers-color-scheme: dark)');
 
+// As wide as its longest label. uPlot lays out until sizes no longer change, at most a few times.
+function axisWidth(self, labels, index, cycle) {
+  const axis = self.axes[index];
+  if (cycle > 1) return axis._size;
+  const [font] = axis.font;
+  self.ctx.font = font;
+  const widest = Math.max(0, ...(labels ?? []).map((label) => self.ctx.measureText(label ?? '').width));
+  return Math.max(50, Math.ceil(axis.ticks.size + axis.gap + widest / devicePixelRatio) + 2);
+}
+
 // Draws `ys` over `xs` in the element `id`; makes the chart when it is first drawn.
 export function draw(id, name, xs, ys, colourName, xLabel) {
   const element = at(id);
@@ -16,14 +26,14 @@ export function draw(id, name, xs, ys, colourName, xLabel) {
   let chart = charts.get(id);
   if (!chart) {
     const [quiet, line] = [colour('quiet'), colour('line')];
-    const axis = { stroke: quiet, grid: { stroke: line, width: 1 }, ticks: { stroke: line, width: 1 }, size: 50 };
+    const axis = { stroke: quiet, grid: { stroke: line, width: 1 }, ticks: { stroke: line, width: 1 } };
     chart = new UPlot({
       width: element.clientWidth,
       height: HEIGHT,
       legend: { show: false },
       cursor: { drag: { x: false, y: false } },
       scales: { x: { time: false } },
-      axes: [{ ...axis, size: 34, label: undefined }, axis],
+      axes: [{ ...axis, size: 34, label: undefined }, { ...axis, size: axisWidth }],
       series: [{ label: xLabel }, { label: name, stroke: colour(colourName), width: 1.5, points: { show: xs.length < 3 } }],
     }, [xs, drawn], element);
     charts.set(id, chart);

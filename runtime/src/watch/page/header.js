@@ -6,7 +6,7 @@ const STALE_MS = 3000;
 
 export function showPlan(plan) {
   const rank = plan.processes > 1 ? `, rank ${plan.process} of ${plan.processes}` : '';
-  say('what', `${plan.mesh} on ${plan.device}, ${plan.micro_batches} micro-batches, ${plan.schedule}${rank}`);
+  say('what', `${plan.mesh} on ${plan.device}, ${plan.micro_batches} micro-batch${plan.micro_batches === 1 ? '' : 'es'}, ${plan.schedule}${rank}`);
 }
 
 export function showEvent(model) {

@@ -1,0 +1,1 @@
+//! Nothing: `Cargo.toml` unifies the features of dependencies. Imports nothing.

@@ -1,0 +1,45 @@
+//! `cargo test -p CRATE` builds dependencies with the features that `cargo test --workspace` gives them, so it uses what that
+//! built. Imports nothing of Shardflow.
+
+use std::collections::BTreeSet;
+use std::process::Command;
+
+const CRATES: [&str; 6] = [
+    "shardflow-kernels",
+    "shardflow-actors",
+    "shardflow",
+    "shardflow-examples",
+    "shardflow-integration-tests",
+    "shardflow-software-cuda",
+];
+
+/// Each package that a selection builds, with its features.
+fn packages(selection: &[&str]) -> BTreeSet<String> {
+    let mut cargo = Command::new(env!("CARGO"));
+    cargo.args(["tree", "--offline", "--locked", "--prefix", "none", "--format", "{p} {f}"]).args(selection);
+    let output = cargo.current_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/..")).output().expect("cargo runs");
+    assert!(output.status.success(), "{cargo:?}: {}", String::from_utf8_lossy(&output.stderr));
+    let text = String::from_utf8(output.stdout).expect("UTF-8");
+    text.lines().map(|line| line.trim_end_matches("(*)").trim().to_owned()).filter(|line| !line.is_empty()).collect()
+}
+
+#[test]
+fn a_crates_tests_use_what_the_workspaces_tests_built() {
+    let workspace = packages(&["--workspace", "--edges", "normal,build,dev"]);
+    assert!(workspace.len() > 100, "{workspace:?}");
+    let select = |name: &str| packages(&["--package", name, "--edges", "normal,build,dev"]);
+    let mut selections: Vec<_> = CRATES.iter().map(|name| (*name, select(name))).collect();
+    selections.push(("cargo build", packages(&["--workspace", "--edges", "normal,build"])));
+    let name = |package: &str| package.split(' ').take(2).collect::<Vec<_>>().join(" ");
+    for (what, built) in selections {
+        let differing: Vec<String> = built
+            .difference(&workspace)
+            .map(|package| {
+                let of_all = workspace.iter().find(|other| name(other) == name(package));
+                format!("{package}\n  in the workspace: {}", of_all.map_or("not built", String::as_str))
+            })
+            .collect();
+        let todo = "give these the workspace's features in integration-tests/features/Cargo.toml";
+        assert!(differing.is_empty(), "{what}: {todo}:\n{}", differing.join("\n"));
+    }
+}

@@ -1,0 +1,95 @@
+//! Refuses programs that cannot be meant, at the user's line. Imports `graph`.
+
+use std::collections::BTreeMap;
+use std::panic::Location;
+
+use shardflow_kernels::device::DeviceKind;
+
+use crate::graph::builder::RNG_INPUT;
+use crate::graph::{Graph, NodeOp, Var};
+
+/// Every tensor's bytes can be counted, with room for sums of many of them.
+pub fn sizes(graph: &mut Graph) {
+    const ELEMENTS_MAX: usize = 1 << 48;
+    for index in 0..graph.nodes.len() {
+        let node = &graph.nodes[index];
+        let fits = |shape: &[usize]| {
+            let extents = shape.iter().filter(|extent| **extent > 0);
+            extents.copied().try_fold(1usize, |n, extent| n.checked_mul(extent)).is_some_and(|n| n <= ELEMENTS_MAX)
+        };
+        if let Some(out) = node.outputs.iter().find(|out| !fits(graph.shape(**out))) {
+            let message = format!("shape {:?} has more elements than any device can hold", graph.shape(*out));
+            let (name, location) = (node.name.clone(), node.location);
+            return graph.error(&name, message, location);
+        }
+    }
+}
+
+/// The host waits for outputs, so there must be one, and a trained tensor is not one. Each parameter and input leads to one.
+pub fn purpose(graph: &mut Graph) {
+    if graph.outputs.is_empty() {
+        let location = graph.nodes.last().map_or(graph.location, |node| node.location);
+        let message = "nothing of the program reaches the host; call `minimize` or `output`".to_string();
+        return graph.error("program", message, location);
+    }
+    for index in 0..graph.outputs.len() {
+        let node = graph.producer(graph.outputs[index].tensor);
+        if graph.objective.is_some() && matches!(node.op, NodeOp::Parameter { .. }) {
+            let (name, location) = (node.name.clone(), node.location);
+            let message =
+                "an output cannot be what is trained in place; read it with `Session::parameters`".to_string();
+            graph.error(&name, message, location);
+        }
+    }
+    for (kind, name, location) in unused(graph) {
+        let message = format!("nothing that reaches the host reads this {kind}; remove it, or use it");
+        graph.error(&name, message, location);
+    }
+}
+
+/// Parameters and inputs that no output depends on.
+fn unused(graph: &Graph) -> Vec<(&'static str, String, &'static Location<'static>)> {
+    let mut used = vec![false; graph.nodes.len()];
+    for output in &graph.outputs {
+        used[graph.tensor(output.tensor).producer.index()] = true;
+    }
+    // A node comes after what it reads.
+    for index in (0..graph.nodes.len()).rev() {
+        if used[index] {
+            let inputs = graph.nodes[index].inputs.iter();
+            inputs.for_each(|input| used[graph.tensor(*input).producer.index()] = true);
+        }
+    }
+    let kind = |op: &NodeOp| match op {
+        NodeOp::Parameter { .. } => Some("parameter"),
+        NodeOp::Input => Some("input"),
+        _ => None,
+    };
+    let unused = graph.nodes.iter().zip(used).filter(|(node, used)| !used && node.name != RNG_INPUT);
+    unused.filter_map(|(node, _)| Some((kind(&node.op)?, node.name.clone(), node.location))).collect()
+}
+
+/// The loss depends on a parameter, of which `grads` has the gradient.
+pub fn trained(graph: &mut Graph, grads: &BTreeMap<Var, Var>) {
+    if let Some(objective) = graph.objective
+        && grads.is_empty()
+    {
+        let message = "the loss has a gradient for no parameter, so there is nothing to train; make it depend on one, or give it to `output`";
+        graph.error("minimize", message.into(), objective.location);
+    }
+}
+
+/// Custom ops have kernels for the device.
+pub fn kernels(graph: &mut Graph, device: DeviceKind) {
+    for index in 0..graph.nodes.len() {
+        let node = &graph.nodes[index];
+        if let NodeOp::Custom(op) = &node.op
+            && !op.runs_on(device)
+        {
+            let message =
+                format!("the op has no kernel for {device} devices (`CustomOp::runs_on`); compile for others");
+            let (name, location) = (node.name.clone(), node.location);
+            graph.error(&name, message, location);
+        }
+    }
+}

@@ -1,0 +1,66 @@
+//! How a program's `main` ends: the error as one line, and the exit code that goes with it. Imports `exit` and the errors.
+
+use std::error::Error;
+use std::process::ExitCode;
+
+use crate::cluster::ClusterError;
+use crate::exit::{self, Exit};
+use crate::layout_error::LayoutError;
+use crate::passes::CompileError;
+use crate::session::SessionError;
+
+/// Runs the body of `main`. An error is printed as `error: ..` and reported to the launcher, and decides the exit code.
+///
+/// ```no_run
+/// fn main() -> std::process::ExitCode {
+///     shardflow::program::run(|| {
+///         let mesh = shardflow::prelude::Mesh::parse("data=2")?;
+///         Ok(println!("{mesh}"))
+///     })
+/// }
+/// ```
+pub fn run(body: impl FnOnce() -> Result<(), Box<dyn Error>>) -> ExitCode {
+    let Err(error) = body() else { return ExitCode::SUCCESS };
+    let exit = exit_of(&*error);
+    // `shardflow plan` wanted no more.
+    if exit != Exit::Done {
+        let rank = error.downcast_ref().and_then(SessionError::first_cause_rank);
+        if let Err(e) = exit::report(exit, &error.to_string(), rank) {
+            eprintln!("warning: cannot write the report for the launcher: {e}");
+        }
+        eprintln!("error: {error}");
+    }
+    exit.into()
+}
+
+fn exit_of(error: &(dyn Error + 'static)) -> Exit {
+    if let Some(error) = error.downcast_ref::<SessionError>() {
+        error.exit()
+    } else if let Some(error) = error.downcast_ref::<ClusterError>() {
+        error.exit()
+    } else if error.is::<CompileError>() || error.is::<LayoutError>() {
+        Exit::Refused
+    } else {
+        Exit::Internal
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::graph::Graph;
+    use crate::passes::{CompileOptions, compile};
+    use crate::placement::Mesh;
+
+    #[test]
+    fn errors_have_their_exit_codes() {
+        let of = |error: Box<dyn Error>| exit_of(&*error);
+        let mesh = Mesh::parse("data=0").map(drop).expect_err("no device");
+        assert_eq!(of(mesh.into()), Exit::Refused);
+        let g = Graph::new(&Mesh::parse("data=1").expect("a mesh"));
+        let empty = compile(g, &CompileOptions::default()).map(drop).expect_err("an empty program");
+        assert_eq!(of(empty.into()), Exit::Refused);
+        assert_eq!(of(SessionError::PlanShown.into()), Exit::Done);
+        assert_eq!(of("something else".into()), Exit::Internal);
+    }
+}
