@@ -1,5 +1,9 @@
-//! Products of matrices, by the `gemm` crate on one thread for each slice of the result.
+//! Products of matrices, by the crate `gemm-f32` on one thread for each slice of the result.
 //! Imports `cpu::{launch, pool}`, `op`.
+//!
+//! An element's bits follow from the length `k` of the summed index alone (BITS-1): a chain of fused multiply-adds over
+//! each block of `k`, the blocks' sums being added in order. So they depend neither on the slice that the element is in,
+//! nor on caches, nor on the width of vectors.
 #![allow(unsafe_code)]
 
 use crate::cpu::launch::Args;
@@ -13,6 +17,10 @@ const FORK_MULTIPLIES: usize = 128 * 1024;
 
 /// Rows or columns that slices are multiples of, so that micro-kernels stay full.
 const GRAIN: usize = 16;
+
+/// Most elements of the summed index that one call adds up. `gemm` cuts what is longer by the size of the caches, at no less
+/// than this.
+const BLOCK_MAX: usize = 512;
 
 /// A matrix in memory by its strides, in elements.
 #[derive(Clone, Copy)]
@@ -59,29 +67,40 @@ pub(crate) unsafe fn product(
         }
         return;
     }
-    // SAFETY: the contract is `gemm`'s own: valid matrices, an exclusive destination.
-    unsafe {
-        gemm::gemm(
-            m,
-            n,
-            k,
-            destination,
-            out.column as isize,
-            out.row as isize,
-            accumulate,
-            a.start,
-            a.column as isize,
-            a.row as isize,
-            b.start,
-            b.column as isize,
-            b.row as isize,
-            1.0f32,
-            factor,
-            false,
-            false,
-            false,
-            gemm::Parallelism::None,
-        );
+    // Its kernels are made for results whose columns lie together.
+    let transpose = out.column < out.row;
+    let (m, n, out, a, b) =
+        if transpose { (n, m, out.transposed(), b.transposed(), a.transposed()) } else { (m, n, out, a, b) };
+    let block = k.div_ceil(k.div_ceil(BLOCK_MAX));
+    for start in (0..k).step_by(block) {
+        let (a, b) = (a.at(0, start), b.at(start, 0));
+        // Conjugates nothing in real numbers. It keeps `gemm` from its paths for small results and for vectors, which it
+        // would choose by the shape of this slice and which sum in other orders.
+        let conjugate_out = true;
+        // SAFETY: the contract is `gemm`'s own: valid matrices, an exclusive destination.
+        unsafe {
+            gemm_f32::gemm::f32::get_gemm_fn()(
+                m,
+                n,
+                block.min(k - start),
+                destination,
+                out.column as isize,
+                out.row as isize,
+                accumulate || start > 0,
+                a.start,
+                a.column as isize,
+                a.row as isize,
+                b.start,
+                b.column as isize,
+                b.row as isize,
+                1.0,
+                factor,
+                conjugate_out,
+                false,
+                false,
+                gemm_common::Parallelism::None,
+            );
+        }
     }
 }
 

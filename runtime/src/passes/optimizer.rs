@@ -13,7 +13,7 @@ use crate::graph::{AdamW, Graph, NodeOp, Phase, Rate, Var};
 use crate::placement::{Axis, Placement};
 use crate::sbp::{NdSbp, Sbp};
 
-/// Name of the output that holds each parameter's sum of squared gradients.
+/// Name of the output that holds each parameter's sum of squared gradients, in the two columns of [`Op::SumSquares`].
 pub const GRAD_SQUARES_OUTPUT: &str = "grad_squares";
 
 /// Sums `var` over the micro-batches of a step, where it is made.
@@ -49,7 +49,7 @@ pub fn add_update(graph: &mut Graph, grads: &BTreeMap<Var, Var>, adamw: AdamW) {
         let at = graph.producer(here[0].0).location;
         let indices = here.iter().map(|(p, _)| index_of[p]).collect();
         let inputs: Vec<Var> = here.iter().map(|(_, g)| *g).collect();
-        let shape = vec![parameters.len()];
+        let shape = vec![parameters.len(), 2];
         let sums =
             graph.push("grad_squares", NodeOp::NormSums { indices }, &inputs, &[(shape, DType::F32, Rate::Step)], at)
                 [0];

@@ -176,8 +176,11 @@ impl Session {
 
     fn write_all(&mut self, tensors: Vec<(Var, HostTensor)>) -> Result<(), SessionError> {
         self.check_alive()?;
+        let plan = self.plan.clone();
+        // What is not written stays as it is: moments, where only parameters are.
+        self.bounds.parameter = 0.0;
         for (var, whole) in tensors {
-            for (device, _, resident) in resident_parts(&self.plan, var) {
+            for (device, _, resident) in resident_parts(&plan, var) {
                 if self.hosting.own().contains(&device) {
                     self.write_resident(device, resident, &take_box(&whole, &resident.region))?;
                 }

@@ -13,6 +13,7 @@ use crate::checkpoint::manifest::{Cursor, Kind, Manifest, TensorInfo};
 use crate::checkpoint::read::Reader;
 use crate::checkpoint::snapshot::{Snapshot, SnapshotPiece};
 use crate::checkpoint::store::{Newest, Store};
+use crate::graph::optimizer::Bounds;
 use crate::graph::{NodeOp, Var};
 use crate::plan::ResidentTensor;
 
@@ -164,6 +165,7 @@ impl Session {
 
     /// Takes on what was read.
     fn go_on_from(&mut self, parts: Vec<Part>, manifest: &Manifest, productive_ms: u64) -> Result<(), SessionError> {
+        self.bounds = Bounds::default();
         for Part { device, resident, tensor } in parts {
             self.write_resident(device, &resident, &tensor)?;
         }
