@@ -194,3 +194,8 @@ fn a_learning_rate_that_is_no_number_is_refused() {
     assert!(matches!(&error, Err(SessionError::Input { .. })), "{error:?}");
     step(&mut session, 0, 0.0).expect("nothing was begun");
 }
+
+#[test]
+fn gradients_too_large_to_be_squared_are_clipped_or_called_off() {
+    within(120, || shardflow_integration_tests::large::check(DeviceKind::Cpu));
+}

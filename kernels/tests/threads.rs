@@ -49,11 +49,21 @@ impl Random {
 
     /// A product whose operands and result are each stored plainly or transposed.
     fn product(&mut self, [m, n, k]: [usize; 3]) -> Case {
-        let pick = |one: [char; 2], other: bool| -> String { if other { [one[1], one[0]] } else { one }.iter().collect() };
+        let pick =
+            |one: [char; 2], other: bool| -> String { if other { [one[1], one[0]] } else { one }.iter().collect() };
         let bits = self.next();
-        let [a, b, out] = [(['m', 'k'], 1), (['k', 'n'], 2), (['m', 'n'], 4)].map(|(dims, bit)| pick(dims, bits & bit > 0));
+        let [a, b, out] =
+            [(['m', 'k'], 1), (['k', 'n'], 2), (['m', 'n'], 4)].map(|(dims, bit)| pick(dims, bits & bit > 0));
         let extent = |dims: &str| -> Vec<usize> {
-            let of = |dim| if dim == 'm' { m } else if dim == 'n' { n } else { k };
+            let of = |dim| {
+                if dim == 'm' {
+                    m
+                } else if dim == 'n' {
+                    n
+                } else {
+                    k
+                }
+            };
             dims.chars().map(of).collect()
         };
         let op = Op::Einsum(Einsum::parse(&format!("{a},{b}->{out}")).expect("a product"));

@@ -28,8 +28,8 @@ use crate::graph::{NodeOp, Rate, Var};
 use crate::init;
 use crate::layout_error::LayoutError;
 use crate::metrics as names;
-use crate::plan::validate::PlanError;
 use crate::plan::lower::threads_of;
+use crate::plan::validate::PlanError;
 use crate::plan::{Plan, ResidentTensor};
 
 pub mod checkpoint;

@@ -443,7 +443,8 @@ impl Suite<'_> {
         }
         // A norm of 1e21: its square passes what a float can hold.
         let squares = 1e42 * SQUARES_SCALE;
-        let sums = HostTensor::f32(&[2, 2], vec![f32::INFINITY, (0.75 * squares) as f32, 1e38, (0.25 * squares) as f32]);
+        let sums =
+            HostTensor::f32(&[2, 2], vec![f32::INFINITY, (0.75 * squares) as f32, 1e38, (0.25 * squares) as f32]);
         let expected = [(vec![], vec![0.1]), (vec![], vec![1e21])];
         self.check("of a large norm", Op::ClipScale { max_norm: 1e20 }, &[sums], &expected, CLOSE);
         self.update_is_guarded();

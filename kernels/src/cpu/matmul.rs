@@ -154,3 +154,69 @@ impl SharedMatrix {
         self.0
     }
 }
+
+#[cfg(all(test, target_arch = "x86_64"))]
+mod tests {
+    use gemm_common::Parallelism;
+    use gemm_common::gemm::gemm_basic_generic;
+    use gemm_common::simd::{MixedSimd, V3, V4};
+    use gemm_f32::microkernel::{avx512f, fma};
+
+    /// What `product` calls, by the kernels of one width of vectors.
+    macro_rules! blocked {
+        ($simd:ty, $kernels:ident, $lanes:literal, $packs:literal, $horizontal:literal, $shape:expr, $a:expr, $b:expr, $out:expr) => {{
+            use $kernels::f32::{H_UKR, UKR};
+            let ((m, n, k), simd) = ($shape, <$simd as MixedSimd<f32, f32, f32, f32>>::try_new().expect("it is there"));
+            // SAFETY: matrices of these shapes in columns, `a` in rows; the machine has the instructions.
+            unsafe {
+                gemm_basic_generic::<$simd, f32, $lanes, { $lanes * $packs }, 6, $packs, $horizontal, $horizontal>(
+                    simd,
+                    m,
+                    n,
+                    k,
+                    $out.as_mut_ptr(),
+                    m as isize,
+                    1,
+                    true,
+                    $a.as_ptr(),
+                    1,
+                    k as isize,
+                    $b.as_ptr(),
+                    k as isize,
+                    1,
+                    1.0,
+                    0.7,
+                    true,
+                    false,
+                    false,
+                    |a, b, c| a * b + c,
+                    &UKR,
+                    &H_UKR,
+                    false,
+                    Parallelism::None,
+                );
+            }
+        }};
+    }
+
+    /// The path that `product` takes gives AVX-512's bits with AVX2, in whole tiles and in parts of them.
+    #[test]
+    fn the_width_of_vectors_does_not_change_bits() {
+        if !std::arch::is_x86_feature_detected!("avx512f") || !std::arch::is_x86_feature_detected!("fma") {
+            println!("SKIPPED: it needs AVX-512");
+            return;
+        }
+        let numbers = |len: usize, seed: f32| -> Vec<f32> { (0..len).map(|i| (i as f32 * seed).sin()).collect() };
+        for shape in
+            [(1, 1, 7), (1, 40, 512), (17, 1, 100), (16, 16, 333), (64, 6, 512), (130, 77, 65), (3, 5, 1), (33, 9, 2)]
+        {
+            let (m, n, k) = shape;
+            let (a, b, before) = (numbers(m * k, 0.37), numbers(k * n, 0.53), numbers(m * n, 0.71));
+            let (mut narrow, mut wide) = (before.clone(), before);
+            blocked!(V3, fma, 8, 2, 2, shape, a, b, narrow);
+            blocked!(V4, avx512f, 16, 4, 4, shape, a, b, wide);
+            let differs = narrow.iter().zip(&wide).position(|(a, b)| a.to_bits() != b.to_bits());
+            assert_eq!(differs, None, "{shape:?}");
+        }
+    }
+}

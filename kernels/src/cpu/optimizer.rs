@@ -21,7 +21,8 @@ pub(crate) struct AdamW {
 
 pub(crate) fn sum_squares(args: &mut Args<'_>, pool: &Pool, index: usize) -> Result<(), KernelError> {
     let x = args.f32(0)?;
-    check_squares(args.write_shape(0), index).map_err(|(expected, got)| args.refused("shape of write 0", expected, got))?;
+    check_squares(args.write_shape(0), index)
+        .map_err(|(expected, got)| args.refused("shape of write 0", expected, got))?;
     // One partial sum for each part, added in order. Parts follow from the size alone (BITS-1).
     let mut partial = [0f64; PARTS_MAX];
     let parts = (x.len() / FORK_ELEMENTS).clamp(1, PARTS_MAX);

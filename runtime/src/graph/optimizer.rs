@@ -51,7 +51,10 @@ impl AdamW {
         // Written so that a NaN fails too.
         let fine = [
             ((0.0..1.0).contains(&beta1) && (0.0..1.0).contains(&beta2), "betas must be at least 0 and below 1"),
-            (eps > 0.0 && eps.is_finite(), "eps must be finite and above 0, or an element without a gradient becomes NaN"),
+            (
+                eps > 0.0 && eps.is_finite(),
+                "eps must be finite and above 0, or an element without a gradient becomes NaN",
+            ),
             (weight_decay >= 0.0 && weight_decay.is_finite(), "weight_decay must be finite and not negative"),
             (max_norm > 0.0, "max_norm must be above 0; infinity means no clipping"),
         ];
@@ -90,6 +93,9 @@ pub(crate) struct Bounds {
 }
 
 impl Bounds {
+    /// Before what a file holds is written: nothing is known of how its moments go together.
+    pub(crate) const OF_A_FILE: Self = Self { parameter: 0.0, first: 0.0, second: 0.0, ratio: f64::INFINITY };
+
     /// What may not be finite any more, if anything.
     pub(crate) fn overflow(&self) -> Option<&'static str> {
         let Self { parameter, first, second, .. } = *self;
@@ -176,7 +182,8 @@ mod tests {
     #[test]
     fn what_cannot_be_held_is_named() {
         let adamw = AdamW::default();
-        let named = |norm, rate| adamw.bounds_after(Bounds { parameter: 1.0, ..Bounds::default() }, norm, rate).overflow();
+        let named =
+            |norm, rate| adamw.bounds_after(Bounds { parameter: 1.0, ..Bounds::default() }, norm, rate).overflow();
         assert_eq!(named(1e18, 1e-3), None);
         assert_eq!(named(1e21, 1e-3), Some("a second moment"));
         assert_eq!(named(1.0, f32::MAX), Some("a parameter"));

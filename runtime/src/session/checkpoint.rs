@@ -15,6 +15,7 @@ use shardflow_kernels::tensor::{HostTensor, element_count};
 use super::{Session, SessionError, resident_parts};
 pub use crate::checkpoint::error::CheckpointError;
 use crate::checkpoint::shard::STEPS;
+use crate::graph::optimizer::Bounds;
 use crate::graph::{NodeOp, Var};
 use crate::sbp::gather;
 use crate::sbp::region::take_box;
@@ -178,7 +179,7 @@ impl Session {
         self.check_alive()?;
         let plan = self.plan.clone();
         // What is not written stays as it is: moments, where only parameters are.
-        self.bounds.parameter = 0.0;
+        self.bounds = Bounds { parameter: 0.0, ratio: f64::INFINITY, ..self.bounds };
         for (var, whole) in tensors {
             for (device, _, resident) in resident_parts(&plan, var) {
                 if self.hosting.own().contains(&device) {

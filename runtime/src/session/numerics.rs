@@ -77,9 +77,14 @@ impl fmt::Display for NonFinite {
         self.grad_norm.iter().try_for_each(|norm| write!(f, ", gradient norm {norm}"))?;
         match (&self.first, self.overflow) {
             (None, Some(what)) => {
-                write!(f, "; its update could make {what} larger than any float: clip the gradients, or lower the learning rate")
+                write!(
+                    f,
+                    "; its update could make {what} larger than any float: clip the gradients, or lower the learning rate"
+                )
             }
-            (None, None) => write!(f, "; run again, all of it was finite: suspect the memory of this machine, or a kernel"),
+            (None, None) => {
+                write!(f, "; run again, all of it was finite: suspect the memory of this machine, or a kernel")
+            }
             (Some(first), _) => write!(f, "; first in {first}"),
         }
     }
@@ -163,10 +168,8 @@ impl Session {
         let name = self.plan.graph.tensor(var).name.strip_prefix(STATE_PREFIX);
         let bound = match name.and_then(|name| name.split_once('/')) {
             None => &mut bounds.parameter,
-            Some((moment, _)) => {
-                bounds.ratio = f64::INFINITY;
-                if moment == "m" { &mut bounds.first } else { &mut bounds.second }
-            }
+            Some(("m", _)) => &mut bounds.first,
+            Some(_) => &mut bounds.second,
         };
         *bound = bound.max(f64::from(largest));
     }

@@ -165,7 +165,7 @@ impl Session {
 
     /// Takes on what was read.
     fn go_on_from(&mut self, parts: Vec<Part>, manifest: &Manifest, productive_ms: u64) -> Result<(), SessionError> {
-        self.bounds = Bounds::default();
+        self.bounds = Bounds::OF_A_FILE;
         for Part { device, resident, tensor } in parts {
             self.write_resident(device, &resident, &tensor)?;
         }

@@ -136,7 +136,8 @@ pub(super) fn squares_workspace_floats(n: usize) -> usize {
 
 pub(super) fn sum_squares(args: &Args<'_>, index: usize) -> Result<Vec<Step>, KernelError> {
     args.expect_floats(&[0])?;
-    check_squares(args.write_shape(0), index).map_err(|(expected, got)| args.refused("shape of write 0", expected, got))?;
+    check_squares(args.write_shape(0), index)
+        .map_err(|(expected, got)| args.refused("shape of write 0", expected, got))?;
     let n = element_count(args.read_shape(0));
     if n == 0 {
         return Ok(vec![]);
