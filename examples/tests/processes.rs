@@ -70,6 +70,23 @@ fn the_bits_are_the_same_in_one_process_and_in_many() {
     }
 }
 
+/// Nodes need not have as many cores: threads are each process's own, and change neither the plan nor a bit.
+#[test]
+fn processes_with_different_numbers_of_threads_are_one_job() {
+    let folder = Folder::new("processes-threads");
+    let model = "--layers 2 --heads 4 --width 64 --context 32 --batch 8 --sample 0 --data text --micro-batches 2 --steps 5 \
+                 --clip 1 --mesh data=2,stage=2";
+    let mut one = Command::new(GPT);
+    one.args(model.split_whitespace()).args(["--threads-per-device", "1", "--log-json", "one"]);
+    assert_eq!(folder.start(&mut one).end(TIMEOUT), Some(0));
+    let program = "exec \"$0\" \"$@\" --threads-per-device $((2 * SHARDFLOW_RANK + 1)) --log-json many";
+    let mut two = Command::new(launcher());
+    two.args(["launch", "--nproc-per-node=2", "--", "sh", "-c", program, GPT]).args(model.split_whitespace());
+    let mut two = folder.start(&mut two);
+    assert_eq!(two.end(TIMEOUT), Some(0), "{}", two.text());
+    assert!(losses(&folder, "many") == losses(&folder, "one"), "threads change bits");
+}
+
 /// Each process writes a file of its own, and all of them are one trace.
 #[test]
 fn traces_of_all_processes_are_one() {

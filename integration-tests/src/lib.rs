@@ -2,6 +2,7 @@
 
 pub mod default_model;
 pub mod faulty;
+pub mod large;
 pub mod measure;
 pub mod reference;
 pub mod relay;

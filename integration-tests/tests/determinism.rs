@@ -1,7 +1,8 @@
-//! The same program gives the same bits, run after run, whatever the timing of threads.
+//! The same program gives the same bits, run after run, whatever the timing of threads and however many there are.
 
 use shardflow::passes::CompileOptions;
-use shardflow_integration_tests::training::{Model, within};
+use shardflow::plan::Schedule::OneFOneB;
+use shardflow_integration_tests::training::{Model, ONE, options, within};
 
 fn check(threads_per_device: usize, runs: usize) {
     within(240, move || {
@@ -24,4 +25,23 @@ fn twenty_runs_give_the_same_bits() {
 #[test]
 fn twenty_runs_on_two_threads_a_device_give_the_same_bits() {
     check(2, 20);
+}
+
+/// Losses, norms and weights of a training that is large enough to be shared out. A norm is over the whole model, so that one
+/// changed bit of a gradient is in all that follows.
+#[test]
+fn bits_depend_neither_on_threads_nor_on_stages() {
+    within(400, || {
+        let model = Model { layers: 2, heads: 4, width: 128, context: 64, batch: 12, dropout: 0.1, max_norm: 0.5 };
+        let train = |mesh, threads_per_device| {
+            model.train(mesh, &CompileOptions { threads_per_device, ..options(2, OneFOneB) }, 22)
+        };
+        let one = train(ONE, 1);
+        for (mesh, threads) in [(ONE, 2), (ONE, 3), ("stage=2", 1), ("stage=2", 3)] {
+            let other = train(mesh, threads);
+            let at = one.losses.iter().zip(&other.losses).position(|(a, b)| a.to_bits() != b.to_bits());
+            assert!(at.is_none(), "{mesh} on {threads} threads: the loss of step {at:?} has other bits");
+            assert!(one.bits() == other.bits(), "{mesh} on {threads} threads: norms or weights have other bits");
+        }
+    });
 }

@@ -64,6 +64,7 @@ fn fail(mesh: &str) {
 fn child() {
     let case = case();
     match case.split_once(' ').expect("how, and the mesh") {
+        ("large", _) => shardflow_integration_tests::large::check(DeviceKind::Cuda),
         ("fail", mesh) => fail(mesh),
         ("count", rest) => {
             let (name, rest) = rest.split_once(' ').expect("a precision");
@@ -369,4 +370,10 @@ fn attention_of_a_library() {
     // Each step has two micro-batches.
     assert_eq!(executions("bf16 data=1"), (STEPS * 2 * model().layers * 2) as u64);
     assert_eq!(executions("f32 data=1"), 0);
+}
+
+#[test]
+fn gradients_too_large_to_be_squared_are_clipped_or_called_off() {
+    let Ran { report, .. } = run_child("large gradients", 2, POLICIES[0], 1, None);
+    assert!(report.findings.is_empty(), "{:#?}", report.findings);
 }

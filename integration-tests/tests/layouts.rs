@@ -42,13 +42,8 @@ impl Runner {
 
     /// `before` is what the writes hold before, for ops that update in place.
     fn run(&self, op: &Op, reads: &[HostTensor], before: Vec<HostTensor>) -> Vec<HostTensor> {
-        let shapes: Vec<&[usize]> = reads.iter().map(|r| r.shape.as_slice()).collect();
-        let workspace = HostTensor::f32(
-            &[op.workspace_bytes(&shapes, 1).div_ceil(4)],
-            vec![0.0; op.workspace_bytes(&shapes, 1).div_ceil(4)],
-        );
         let (mut end, mut buffers) = (0, Vec::new());
-        for tensor in reads.iter().chain(&before).chain([&workspace]) {
+        for tensor in reads.iter().chain(&before) {
             let (shape, dtype) = (tensor.shape.clone(), tensor.dtype());
             buffers.push(Buffer { base: 0, offset: end, shape, dtype });
             end = (end + tensor.shape.iter().product::<usize>() * 4).next_multiple_of(64);
@@ -57,14 +52,13 @@ impl Runner {
         for (tensor, buffer) in reads.iter().chain(&before).zip(&buffers) {
             arena.write_host(buffer.offset, tensor).expect("in bounds");
         }
-        let (reads, rest) = buffers.split_at(reads.len());
-        let (writes, workspace) = rest.split_at(before.len());
+        let (reads, writes) = buffers.split_at(reads.len());
         let launch = Launch {
             op: op.clone(),
             reads: reads.to_vec(),
             writes: writes.to_vec(),
             accumulate: false,
-            workspace: (!workspace[0].shape.contains(&0)).then(|| workspace[0].clone()),
+            workspace: None,
         };
         let program = Arc::new(Program { name: op.name().to_string(), launches: vec![launch], signals: Vec::new() });
         let (sender, receiver) = std::sync::mpsc::channel();

@@ -1,6 +1,7 @@
 //! Memory is static and as planned: nothing is allocated on a device after the start, the measured peak is within the planned
 //! one and close to it, and a plan that does not fit is refused before anything runs.
 
+use shardflow::passes::precision::Precision;
 use shardflow::passes::{CompileError, CompileOptions, compile};
 use shardflow::plan::Schedule::{GPipe, OneFOneB};
 use shardflow::plan::validate::PlanError;
@@ -48,6 +49,27 @@ fn the_measured_peak_is_the_planned_one_within_a_tenth() {
                         format!("mesh {mesh}, {schedule:?}, {micro_batches} micro-batches, {device:?}: {idle:#?}");
                     assert!(measured <= planned && measured * 10 >= planned * 9, "{what}");
                 }
+            }
+        }
+    });
+}
+
+/// What streams hold for their threads, and for widening bf16, is planned too; and no more of the plan depends on threads.
+#[test]
+fn all_that_is_allocated_is_planned_whatever_the_threads() {
+    within(120, || {
+        for precision in [Precision::F32, Precision::BF16] {
+            let options = |threads_per_device| CompileOptions { threads_per_device, precision, ..options(2, OneFOneB) };
+            let plans = [1, 3].map(|threads| model().plan("data=2,stage=2", &options(threads)));
+            assert_eq!(plans[0].hash(), plans[1].hash(), "{precision:?}");
+            let bytes = plans.each_ref().map(|plan| plan.memory[0].total_bytes());
+            assert!(bytes[0] < bytes[1], "{precision:?}: {bytes:?}");
+            for threads in [1, 3] {
+                let mut session = model().session("data=2,stage=2", &options(threads));
+                drop(model().step(&mut session));
+                let devices = session.metrics().devices;
+                let as_planned = devices.iter().all(|d| d.allocated_bytes == d.planned_peak_bytes);
+                assert!(as_planned, "{precision:?}, {threads} threads: {devices:?}");
             }
         }
     });

@@ -285,3 +285,8 @@ fn the_number_of_updates_is_saved() {
         }
     });
 }
+
+#[test]
+fn gradients_too_large_to_be_squared_are_clipped_or_called_off() {
+    within(120, || shardflow_integration_tests::large::check(DeviceKind::Cpu));
+}

@@ -228,7 +228,7 @@ impl<'a> Trial<'a> {
         let writes: Vec<Buffer> = self.writes.iter().enumerate().map(place_write).collect();
         let (op, accumulate) = (self.op.clone(), self.accumulate);
         let mut launch = Launch { op, reads: reads.clone(), writes: writes.clone(), accumulate, workspace: None };
-        let workspace_bytes = device.kind().workspace_bytes(&launch, stream.threads());
+        let workspace_bytes = device.kind().workspace_bytes(&launch);
         let workspace = (workspace_bytes > 0).then(|| layout.place_workspace(workspace_bytes));
         let arena = layout.arena(device).map_err(|error| error.to_string())?;
         for (buffer, tensor) in reads.iter().zip(&values) {

@@ -5,7 +5,7 @@ use std::sync::atomic::Ordering;
 
 use crate::collective::Collective;
 use crate::cpu::device::CpuDevice;
-use crate::cpu::widen;
+use crate::cpu::scratch;
 use crate::cuda::device::CudaDevice;
 use crate::cuda::gpu::Gpu;
 use crate::cuda::lower;
@@ -44,22 +44,28 @@ impl std::fmt::Display for DeviceKind {
 }
 
 impl DeviceKind {
-    /// Bytes of scratch memory that a launch needs on a stream of `threads` threads of such a device, given the buffers that
-    /// it reads and writes.
-    pub fn workspace_bytes(self, launch: &Launch, threads: usize) -> usize {
+    /// Bytes of scratch memory that a launch needs in the plan's arena, given the buffers that it reads and writes: the same
+    /// on every machine.
+    pub fn workspace_bytes(self, launch: &Launch) -> usize {
         match self {
-            DeviceKind::Cpu => {
-                let shapes: Vec<&[usize]> = launch.reads.iter().map(|read| &read.shape[..]).collect();
-                launch.op.workspace_bytes(&shapes, threads)
-            }
+            DeviceKind::Cpu => 0,
             DeviceKind::Cuda => lower::workspace_bytes(launch),
         }
     }
 
-    /// Bytes of the device's memory that a stream that runs these launches takes for itself, one launch at a time.
-    pub fn stream_bytes<'a>(self, launches: impl Iterator<Item = &'a Launch>) -> usize {
+    /// Bytes of scratch memory that a stream of `threads` threads allocates for itself to run a launch; the largest launch
+    /// that it has prepared decides.
+    pub fn scratch_bytes(self, launch: &Launch, threads: usize) -> usize {
         match self {
-            DeviceKind::Cpu => launches.map(widen::bytes).max().unwrap_or(0),
+            DeviceKind::Cpu => scratch::bytes(launch, threads),
+            DeviceKind::Cuda => 0,
+        }
+    }
+
+    /// Bytes of the device's memory that each stream takes for itself, whatever it runs.
+    pub fn stream_bytes(self) -> usize {
+        match self {
+            DeviceKind::Cpu => 0,
             DeviceKind::Cuda => ErrorRecord::BYTES,
         }
     }

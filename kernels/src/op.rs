@@ -16,6 +16,24 @@ mod einsum;
 
 pub(crate) use describe::ATTENTION_BLOCK;
 
+/// What the second column of [`Op::SumSquares`] is scaled by: `2^-192`. A float's square is below `2^256`, so a sum of
+/// `2^63` of them stays below `2^127`, a float's range; and where the first column overflows, past `2^128`, the second is
+/// above `2^-64` and has all its bits.
+pub const SQUARES_SCALE: f64 = f64::from_bits((1023 - 192) << 52);
+
+/// Norm of what [`Op::SumSquares`] measured: the root of the first column's sum, or, where that overflows a float, of the
+/// second's. NaN or infinite if and only if an element of a tensor is.
+pub fn norm_of_squares(sums: impl IntoIterator<Item = [f64; 2]>) -> f64 {
+    let [plain, scaled] = sums.into_iter().fold([0.0; 2], |total, sums| [total[0] + sums[0], total[1] + sums[1]]);
+    if plain == f64::INFINITY { (scaled / SQUARES_SCALE).sqrt() } else { plain.sqrt() }
+}
+
+/// What is wrong with the shape that [`Op::SumSquares`] writes: expected, got.
+pub(crate) fn check_squares(shape: &[usize], index: usize) -> Result<(), (String, String)> {
+    let fits = matches!(shape, [parameters, 2] if index < *parameters);
+    if fits { Ok(()) } else { Err((format!("[n, 2] with n > {index}"), format!("{shape:?}"))) }
+}
+
 /// One operation. `reads` and `writes` are given in the order in which each variant's comment names them.
 #[derive(Clone, Debug)]
 pub enum Op {
@@ -74,12 +92,12 @@ pub enum Op {
     GeluGrad,
     /// Causal attention, scores never stored. `(q, k, v [b, t, h, d]) -> (o [b, t, h, d], lse [b, h, t])`, where `lse`
     /// is the log of the sum of exponentials of each row of scaled scores.
-    /// Dao et al. 2022, <https://arxiv.org/abs/2205.14135>. Needs workspace: see [`Op::workspace_bytes`].
+    /// Dao et al. 2022, <https://arxiv.org/abs/2205.14135>.
     Attention {
         /// Scores are multiplied by this, `1/sqrt(d)` as a rule.
         scale: f32,
     },
-    /// `(do, q, k, v, o, lse) -> (dq, dk, dv)`. Needs workspace.
+    /// `(do, q, k, v, o, lse) -> (dq, dk, dv)`.
     AttentionGrad {
         /// As in `Attention`.
         scale: f32,
@@ -122,14 +140,14 @@ pub enum Op {
         /// Elements from the start of a micro-batch to the start of the next, row-major in `shape`.
         stride: usize,
     },
-    /// `(x) -> (out [n])`: adds the sum of the squares of x to `out[index]`, in f32 from a fixed-order f64 sum.
-    /// The other elements stay. Zero `out` with `Fill` first.
+    /// `(x) -> (out [n, 2])`: adds the sum of the squares of x to `out[index, 0]`, and the same times [`SQUARES_SCALE`] to
+    /// `out[index, 1]`, each in f32 from a fixed-order f64 sum. The other elements stay. Zero `out` with `Fill` first.
     SumSquares {
-        /// Which element of `out`.
+        /// Which row of `out`.
         index: usize,
     },
-    /// `(sums [n]) -> (scale [], norm [])`: `norm = sqrt(sum(sums))` (in order, f64), `scale = min(1, max_norm / (norm + 1e-6))`;
-    /// `scale` is NaN where the norm is not finite.
+    /// `(sums [n, 2]) -> (scale [], norm [])`: `norm` is [`norm_of_squares`] (in order, f64),
+    /// `scale = min(1, max_norm / (norm + 1e-6))`; `scale` is NaN where the norm is not finite.
     ClipScale {
         /// Largest norm that is let through unscaled; infinity turns clipping off and leaves `scale` 1.
         max_norm: f32,
@@ -261,7 +279,7 @@ pub struct Launch {
     pub writes: Vec<Buffer>,
     /// When true, a submission with `repeat` set adds to the op's accumulating write instead of overwriting it.
     pub accumulate: bool,
-    /// Scratch memory, where [`Op::workspace_bytes`] asks for some.
+    /// Scratch memory, where [`crate::device::DeviceKind::workspace_bytes`] asks for some.
     pub workspace: Option<Buffer>,
 }
 

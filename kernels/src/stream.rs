@@ -82,7 +82,7 @@ impl Stream {
     /// [`KernelError::OutOfMemory`], [`KernelError::Cuda`]; what is wrong with a launch is told when it is submitted.
     pub fn prepare(&self, program: &Arc<Program>) -> Result<(), KernelError> {
         match self {
-            Stream::Cpu(_) => Ok(()),
+            Stream::Cpu(stream) => stream.prepare(program),
             Stream::Cuda(stream) => stream.prepare(program),
         }
     }
@@ -129,7 +129,7 @@ impl Stream {
         }
     }
 
-    /// Threads that a kernel on this stream runs on; what [`crate::op::Op::workspace_bytes`] asks for.
+    /// Threads that a kernel on this stream runs on.
     pub fn threads(&self) -> usize {
         match self {
             Stream::Cpu(stream) => stream.threads(),

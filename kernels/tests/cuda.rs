@@ -97,7 +97,7 @@ fn layer() -> (Arc<Program>, usize) {
     let einsum = Einsum { a: "mk".to_owned(), b: "kn".to_owned(), out: "mn".to_owned() };
     let [mean, rstd] = statistics;
     let mut product = launch(Op::Einsum(einsum), &[x(1), square], &[x(2)]);
-    let bytes = DeviceKind::Cuda.workspace_bytes(&product, 1);
+    let bytes = DeviceKind::Cuda.workspace_bytes(&product);
     product.workspace = Some(floats(place(20), &[bytes / 4]));
     let launches = vec![
         launch(Op::LayerNorm { eps: 1e-5 }, &[x(0), weight], &[x(1), mean, rstd]),
@@ -241,7 +241,7 @@ fn attention_steps(count: usize) {
     let line = |i: usize| floats(BYTES * i, &[2, 2, 20]);
     let launch = |op, reads, writes| {
         let mut launch = Launch { op, reads, writes, accumulate: false, workspace: None };
-        let bytes = device.kind().workspace_bytes(&launch, 1);
+        let bytes = device.kind().workspace_bytes(&launch);
         launch.workspace = Some(floats(BYTES * 10, &[bytes / 4]));
         (launch, bytes)
     };
@@ -431,7 +431,7 @@ fn slow_abort() {
         let (x, kind) = (floats(0, &[2 + member]), CollectiveKind::AllReduce { op: ReduceOp::Sum });
         let op = Op::Collective(CollectiveCall { group: group.clone(), member, kind });
         let mut launch = Launch { op, reads: vec![x.clone()], writes: vec![x], accumulate: false, workspace: None };
-        let bytes = device.kind().workspace_bytes(&launch, 1);
+        let bytes = device.kind().workspace_bytes(&launch);
         launch.workspace = Some(floats(64, &[bytes.div_ceil(4)]));
         let program = Arc::new(Program { name: "reduce".to_owned(), launches: vec![launch], signals: vec![] });
         (program, device.stream("reduce", 1).expect("a stream"), device.arena(256).expect("memory"))

@@ -25,8 +25,10 @@ use crate::sbp::{NdSbp, Sbp};
 pub mod builder;
 pub mod error;
 pub mod ops;
+pub mod optimizer;
 
 pub use error::GraphError;
+pub use optimizer::AdamW;
 
 /// A tensor of a graph. Another graph refuses it; a clone accepts those that were made before it was cloned.
 #[derive(Clone, Copy)]
@@ -204,7 +206,8 @@ pub enum NodeOp {
         /// Axes of the placement that are reduced over.
         axes: Vec<usize>,
     },
-    /// `[number of parameters]`: the sum of squares of each gradient that this placement holds, zero elsewhere.
+    /// `[number of parameters, 2]`: the sum of squares of each gradient that this placement holds, in the columns of
+    /// [`Op::SumSquares`]; zero elsewhere.
     NormSums {
         /// For each input, its parameter's index in the graph.
         indices: Vec<usize>,
@@ -345,40 +348,6 @@ impl From<Sbp> for Over {
             Sbp::Partial(ReduceOp::Sum) => Self::Sum,
             Sbp::Partial(ReduceOp::Max) => Self::Max,
         }
-    }
-}
-
-/// AdamW's settings, see [`Op::AdamW`].
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct AdamW {
-    /// Decay rates of the moments.
-    pub betas: (f32, f32),
-    /// Added to the denominator.
-    pub eps: f32,
-    /// Decoupled decay, applied to tensors of two dims or more.
-    pub weight_decay: f32,
-    /// Largest global gradient norm; infinite means no clipping.
-    pub max_norm: f32,
-}
-
-impl Default for AdamW {
-    fn default() -> Self {
-        Self { betas: (0.9, 0.99), eps: 1e-8, weight_decay: 0.1, max_norm: f32::INFINITY }
-    }
-}
-
-impl AdamW {
-    /// What is wrong with the settings, if anything is.
-    pub(crate) fn wrong(&self) -> Option<String> {
-        let Self { betas: (beta1, beta2), eps, weight_decay, max_norm } = *self;
-        // Written so that a NaN fails too.
-        let fine = [
-            ((0.0..1.0).contains(&beta1) && (0.0..1.0).contains(&beta2), "betas must be at least 0 and below 1"),
-            (eps >= 0.0 && eps.is_finite(), "eps must be finite and not negative"),
-            (weight_decay >= 0.0 && weight_decay.is_finite(), "weight_decay must be finite and not negative"),
-            (max_norm > 0.0, "max_norm must be above 0; infinity means no clipping"),
-        ];
-        fine.iter().find(|(fine, _)| !fine).map(|(_, rule)| format!("{rule}: got {self:?}"))
     }
 }
 

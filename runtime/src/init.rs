@@ -18,6 +18,18 @@ pub enum Init {
     Zeros,
 }
 
+impl Init {
+    /// No element is larger than this in magnitude.
+    pub(crate) fn largest(self) -> f64 {
+        match self {
+            // `standard_normal` takes the root of -2 ln u for u of 2^-54 at least: 8.66.
+            Init::Normal { std } => 8.7 * std.abs(),
+            Init::Ones => 1.0,
+            Init::Zeros => 0.0,
+        }
+    }
+}
+
 /// The output function of SplitMix64: counter to 64 well-mixed bits.
 /// Steele, Lea and Flood 2014, <https://doi.org/10.1145/2660193.2660195>.
 pub fn mix(counter: u64) -> u64 {

@@ -155,7 +155,8 @@ pub struct DeviceMemory {
     pub scratch: BTreeMap<ActorId, (usize, usize)>,
     /// The whole arena, bytes: fixed tensors, registers and scratch.
     pub arena_bytes: usize,
-    /// What the device's streams take beside the arena, bytes: on CPUs, to widen bf16.
+    /// What the device's streams take beside the arena, bytes: on CPUs the scratch of kernels' threads and of what is widened
+    /// from bf16. It depends on the threads, so that each process has its own: not part of the plan's hash.
     pub stream_bytes: usize,
     /// Mirrors of registers that other processes make, bytes; 0 until a session knows which process hosts what.
     pub mirror_bytes: usize,
@@ -207,7 +208,7 @@ pub struct Plan {
     pub micro_batches: usize,
     /// The schedule.
     pub schedule: Schedule,
-    /// Threads of a compute stream.
+    /// Threads of a compute stream. Each process's own: not part of the plan's hash.
     pub threads_per_device: usize,
     /// What the devices are.
     pub device: DeviceKind,

@@ -24,11 +24,13 @@ use crate::cluster::world::{self, WAITING, World};
 use crate::cluster::{Cluster, ClusterError};
 use crate::declare::{Declarations, DeclareError};
 use crate::exit::Exit;
+use crate::graph::optimizer::Bounds;
 use crate::graph::{NodeOp, Rate, Var};
 use crate::init;
 use crate::layout_error::LayoutError;
 use crate::machine::{affinity, threads_per_device};
 use crate::metrics as names;
+use crate::plan::lower::threads_of;
 use crate::plan::validate::PlanError;
 use crate::plan::{Plan, ResidentTensor};
 use crate::requests::{Request, Requests};
@@ -220,6 +222,8 @@ pub struct Session {
     last_step: Duration,
     on_non_finite: OnNonFinite,
     skipped_in_a_row: u32,
+    /// Of parameters and moments; all processes have the same.
+    bounds: Bounds,
     step_metrics: StepMetrics,
     /// There while the actors run.
     observer: Option<Arc<Observer>>,
@@ -309,7 +313,7 @@ impl Session {
         for id in &own {
             let actor = &plan.spec.actors[id.0 as usize];
             let device = &devices[actor.device - hosting.own().start];
-            let threads = if actor.stream == StreamKind::Compute { plan.threads_per_device } else { 1 };
+            let threads = threads_of(actor.stream, plan.threads_per_device);
             let urgent = actor.stream == StreamKind::Communication;
             let priority = if urgent { Priority::High } else { Priority::Normal };
             let stream = device.stream_with(&actor.name, threads, ways.engine.clone(), priority)?;
@@ -372,6 +376,7 @@ impl Session {
             last_step: Duration::ZERO,
             on_non_finite: options.on_non_finite,
             skipped_in_a_row: 0,
+            bounds: Bounds::default(),
             step_metrics,
             observer: None,
         };
@@ -403,11 +408,18 @@ impl Session {
     }
 
     /// Makes each device's part of each parameter.
-    fn initialise(&self) -> Result<(), SessionError> {
+    fn initialise(&mut self) -> Result<(), SessionError> {
+        let plan = self.plan.clone();
+        // Of parameters of other processes, too.
+        let largest = plan.graph.nodes().iter().map(|node| match node.op {
+            NodeOp::Parameter { init } => init.largest(),
+            _ => 0.0,
+        });
+        self.bounds.parameter = largest.fold(0.0, f64::max);
         for device in self.hosting.own() {
-            for resident in &self.plan.memory[device].residents {
-                let NodeOp::Parameter { init } = self.plan.graph.producer(resident.var).op else { continue };
-                let info = self.plan.graph.tensor(resident.var);
+            for resident in &plan.memory[device].residents {
+                let NodeOp::Parameter { init } = plan.graph.producer(resident.var).op else { continue };
+                let info = plan.graph.tensor(resident.var);
                 let mut data = vec![0.0; resident.region.element_count()];
                 init::fill(init, self.seed, &info.name, &info.shape, &resident.region, &mut data);
                 self.write_resident(device, resident, &HostTensor::f32(&resident.region.size, data))?;
@@ -417,7 +429,13 @@ impl Session {
     }
 
     /// Writes a device's part of a parameter or a state, and the copy in bf16 where there is one.
-    fn write_resident(&self, device: usize, resident: &ResidentTensor, part: &HostTensor) -> Result<(), SessionError> {
+    fn write_resident(
+        &mut self,
+        device: usize,
+        resident: &ResidentTensor,
+        part: &HostTensor,
+    ) -> Result<(), SessionError> {
+        self.note_largest(resident.var, part);
         let arena = &self.arenas[&device];
         arena.write_host(resident.offset, part)?;
         if let (Some(offset), Some(values)) = (resident.half_offset, part.as_f32()) {
@@ -571,6 +589,7 @@ impl Session {
         self.doing(WAITING);
         let Some(running) = &mut self.running else { return Ok(()) };
         running.refresh().map_err(|failure| self.fail(failure))?;
+        self.agree_on_bounds()?;
         self.doing(BETWEEN_STEPS);
         Ok(())
     }

@@ -141,7 +141,7 @@ fn launch(
 }
 
 fn with_workspace(device: &Device, offset: usize, mut launch: Launch) -> Launch {
-    let floats = device.kind().workspace_bytes(&launch, 1).div_ceil(4);
+    let floats = device.kind().workspace_bytes(&launch).div_ceil(4);
     let workspace = Buffer { base: 0, offset, shape: vec![floats], dtype: DType::F32 };
     launch.workspace = (floats > 0).then_some(workspace);
     launch

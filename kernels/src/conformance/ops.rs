@@ -5,7 +5,7 @@ use super::{BF16_ROUNDING, Initial, Numbers, Report, Trial, Types, flat, wide};
 use half::bf16;
 
 use crate::device::Device;
-use crate::op::{Einsum, Op};
+use crate::op::{Einsum, Op, SQUARES_SCALE};
 use crate::tensor::{HostTensor, Region, element_count, split_range};
 
 /// Flat sizes: none, one, around a vector's width, and enough for several threads.
@@ -422,27 +422,38 @@ impl Suite<'_> {
 
     fn optimizers(&mut self) {
         for n in SIZES {
-            let x = self.numbers.tensor(&[n], 1.0);
-            let squares: f64 = wide(&x).iter().map(|x| x * x).sum();
-            let before = Initial::Values(HostTensor::f32(&[3], vec![1.0, 2.0, 3.0]));
-            let reads = [x];
-            let trial = Trial::new(Op::SumSquares { index: 1 }, &reads, std::slice::from_ref(&before));
-            let expected = [(vec![3], vec![1.0, 2.0 + squares, 3.0])];
-            self.compare(&format!("sum_squares of {n}"), &trial, &expected, 1e-6);
+            // Squares of the last two pass what a float can hold, and what it can tell from 0.
+            for scale in [1.0, 1e30, 1e-30] {
+                let x = self.numbers.tensor(&[n], scale);
+                let squares: f64 = wide(&x).iter().map(|x| x * x).sum();
+                let before = Initial::Values(HostTensor::f32(&[3, 2], vec![1.0, 2.0, 3.0, 4e-3, 5.0, 6.0]));
+                let reads = [x];
+                let trial = Trial::new(Op::SumSquares { index: 1 }, &reads, std::slice::from_ref(&before));
+                let [plain, scaled] = [3.0 + squares, 4e-3 + squares * SQUARES_SCALE];
+                let plain = if plain > f64::from(f32::MAX) { f64::INFINITY } else { plain };
+                let expected = [(vec![3, 2], vec![1.0, 2.0, plain, scaled, 5.0, 6.0])];
+                self.compare(&format!("sum_squares of {n} of about {scale}"), &trial, &expected, 1e-6);
+            }
             self.adamw(n);
         }
-        let sums = HostTensor::f32(&[3], vec![9.0, 16.0, 0.0]);
+        let sums = HostTensor::f32(&[3, 2], vec![9.0, 1.0, 16.0, 2.0, 0.0, 4.0]);
         for (max_norm, scale) in [(1.0, 1.0 / (5.0 + 1e-6)), (6.0, 1.0), (f32::INFINITY, 1.0)] {
             let expected = [(vec![], vec![scale]), (vec![], vec![5.0])];
             self.check("", Op::ClipScale { max_norm }, std::slice::from_ref(&sums), &expected, CLOSE);
         }
+        // A norm of 1e21: its square passes what a float can hold.
+        let squares = 1e42 * SQUARES_SCALE;
+        let sums =
+            HostTensor::f32(&[2, 2], vec![f32::INFINITY, (0.75 * squares) as f32, 1e38, (0.25 * squares) as f32]);
+        let expected = [(vec![], vec![0.1]), (vec![], vec![1e21])];
+        self.check("of a large norm", Op::ClipScale { max_norm: 1e20 }, &[sums], &expected, CLOSE);
         self.update_is_guarded();
     }
 
     /// A norm that is no finite number makes a scale that changes nothing; so does such a learning rate.
     fn update_is_guarded(&mut self) {
         for bad in [f32::NAN, f32::INFINITY] {
-            let sums = HostTensor::f32(&[2], vec![1.0, bad]);
+            let sums = HostTensor::f32(&[2, 2], vec![1.0, 0.0, bad, bad]);
             let outs = [Initial::Poison(vec![]), Initial::Poison(vec![])];
             let got = self.launch("clip_scale", Op::ClipScale { max_norm: 1.0 }, &[sums], &outs).unwrap_or_default();
             self.report.expect(
@@ -556,7 +567,7 @@ impl Suite<'_> {
         let half_sum = [Initial::Values(HostTensor::bf16(&[2], &[0.0; 2]))];
         let trial = Trial { accumulate: true, ..Trial::new(Op::Copy, &x, &half_sum) };
         self.report.expect("a sum in BF16", trial.launch(self.device).is_err(), "accepted");
-        let squares = [Initial::Values(HostTensor::f32(&[1], vec![0.0]))];
+        let squares = [Initial::Values(HostTensor::f32(&[1, 2], vec![0.0; 2]))];
         let trial = Trial::new(Op::SumSquares { index: 0 }, &x, &squares);
         self.report.expect("a norm of BF16", trial.launch(self.device).is_err(), "accepted");
     }

@@ -280,7 +280,7 @@ fn custom(device: &Device) -> Result<(), String> {
 fn memory(device: &Device) -> Result<(), String> {
     let bytes_before = device.bytes_allocated();
     let (stream, arena) = make(device, 1 << 20)?;
-    let (bytes, count) = ((1 << 20) + device.kind().stream_bytes([].iter()), device.allocation_count());
+    let (bytes, count) = ((1 << 20) + device.kind().stream_bytes(), device.allocation_count());
     ensure(device.bytes_allocated() == bytes_before + bytes, "bytes_allocated is not that of arena and stream")?;
     ensure(device.bytes_peak() >= device.bytes_allocated(), "bytes_peak is below what is allocated")?;
     expect_floats(&arena, 0, &[0.0; 1024])?;

@@ -1,5 +1,5 @@
 //! Causal attention and its gradient: each (batch, head) is one thread's, in blocks of query rows, whose scores live
-//! in the thread's share of the workspace. Only keys up to a block's last row are looked at.
+//! in the thread's share of the stream's scratch. Only keys up to a block's last row are looked at.
 //! Dao et al. 2022, <https://arxiv.org/abs/2205.14135>, without the online softmax: a block's whole rows fit in L2.
 //! Imports `cpu::{launch, matmul, pool, simd}`, `op`.
 #![allow(unsafe_code)]
@@ -47,18 +47,18 @@ impl Dims {
         (0..time).step_by(ATTENTION_BLOCK).rev().map(move |first| (first, (first + ATTENTION_BLOCK).min(time)))
     }
 
-    /// Calls `work(item, workspace)` for each (batch, head), a fixed share of them on each thread.
-    fn for_each_item(self, pool: &Pool, workspace: &mut [f32], work: impl Fn(usize, &mut [f32]) + Sync) {
+    /// Calls `work(item, scratch)` for each (batch, head), a fixed share of them on each thread.
+    fn for_each_item(self, pool: &Pool, scratch: &mut [f32], work: impl Fn(usize, &mut [f32]) + Sync) {
         let items = self.batch * self.heads;
-        let share = workspace.len() / pool.threads();
-        let workspace = Pieces::new(workspace);
+        let share = scratch.len() / pool.threads();
+        let scratch = Pieces::new(scratch);
         let scores = items * self.time * self.time;
         let parts = pool.parts_for(scores * self.depth.max(1) / 8).min(items);
         pool.run(parts, &|part| {
             // SAFETY: the parts' shares are disjoint, and each part runs once.
-            let workspace = unsafe { workspace.range(part * share..(part + 1) * share) };
+            let scratch = unsafe { scratch.range(part * share..(part + 1) * share) };
             for item in split_range(items, parts, part) {
-                work(item, workspace);
+                work(item, scratch);
             }
         });
     }
@@ -88,8 +88,7 @@ pub(crate) fn attention(args: &mut Args<'_>, pool: &Pool, scale: f32) -> Result<
     let [q, k, v] = [args.f32(0)?, args.f32(1)?, args.f32(2)?].map(|slice| place(slice.as_ptr()));
     let o = place(args.out(0)?.as_mut_ptr());
     let lse = Pieces::new(args.out(1)?);
-    let workspace = args.take_workspace()?;
-    dims.for_each_item(pool, workspace, |item, scores| {
+    dims.for_each_item(pool, args.take_scratch(), |item, scores| {
         let [q, k, v, o] = [q, k, v, o].map(|tensor| dims.matrix(tensor.get().start, item));
         // SAFETY: items are disjoint rows of lse, and each is one thread's.
         let lse = unsafe { lse.range(item * dims.time..(item + 1) * dims.time) };
@@ -159,15 +158,14 @@ pub(crate) fn attention_grad(args: &mut Args<'_>, pool: &Pool, scale: f32) -> Re
     let lse = args.f32(5)?;
     let outputs =
         [place(args.out(0)?.as_mut_ptr()), place(args.out(1)?.as_mut_ptr()), place(args.out(2)?.as_mut_ptr())];
-    let workspace = args.take_workspace()?;
-    dims.for_each_item(pool, workspace, |item, workspace| {
+    dims.for_each_item(pool, args.take_scratch(), |item, scratch| {
         let inputs = inputs.map(|tensor| dims.matrix(tensor.get().start, item));
         let outputs = outputs.map(|tensor| dims.matrix(tensor.get().start, item));
         let lse = &lse[item * dims.time..(item + 1) * dims.time];
         for (first, end) in dims.blocks() {
             // The last block comes first: it overwrites all of dk and dv, and the earlier ones add to their beginning.
             let accumulate = end < dims.time;
-            grad_block(dims, scale, (first, end), accumulate, inputs, outputs, lse, workspace);
+            grad_block(dims, scale, (first, end), accumulate, inputs, outputs, lse, scratch);
         }
     });
     Ok(())
@@ -184,14 +182,14 @@ fn grad_block(
     [d_o, q, k, v, o]: [Matrix; 5],
     [dq, dk, dv]: [Matrix; 3],
     lse: &[f32],
-    workspace: &mut [f32],
+    scratch: &mut [f32],
 ) {
     let (rows, depth) = (end - first, dims.depth);
-    let (p, rest) = workspace.split_at_mut(rows * end);
+    let (p, rest) = scratch.split_at_mut(rows * end);
     let ds = &mut rest[..rows * end];
     let (d_o, q, o, dq) = (d_o.at(first, 0), q.at(first, 0), o.at(first, 0), dq.at(first, 0));
     // SAFETY: here and below, matrices of this item lie inside their slices (shapes were checked) and outlive the
-    // job; only this item's thread writes its rows of dq, dk, dv; p and ds are this thread's share of the workspace.
+    // job; only this item's thread writes its rows of dq, dk, dv; p and ds are this thread's share of the scratch.
     unsafe {
         product((rows, end, depth), plain(p, end), false, scale, q, k.transposed());
         product((rows, end, depth), plain(ds, end), false, 1.0, d_o, v.transposed());

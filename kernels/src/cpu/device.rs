@@ -35,7 +35,7 @@ impl CpuDevice {
         threads: usize,
         engine: Arc<dyn Collective>,
     ) -> Result<CpuStream, KernelError> {
-        CpuStream::start(name, self.rank, threads, engine)
+        CpuStream::start(name, self.rank, threads, engine, self.tally.clone())
     }
 
     pub(crate) fn rank(&self) -> usize {

@@ -68,7 +68,7 @@ pub(crate) fn dropout(
     let width = local.last().copied().unwrap_or(1);
     let y = args.out(0)?;
     let (rows, weight) = (y.len().checked_div(width).unwrap_or(0), 2 * y.len());
-    pool.rows(rows, weight, [y], &mut [], |range, [y], _| {
+    pool.rows(rows, weight, [y], |range, [y]| {
         for (i, row) in range.clone().enumerate() {
             let place = part_start + place_of_row(row, local, shape, start) as u64;
             let x = x.range(row * width..(row + 1) * width);

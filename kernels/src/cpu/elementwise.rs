@@ -149,7 +149,7 @@ pub(crate) fn add(args: &mut Args<'_>, pool: &Pool) -> Result<(), KernelError> {
     }
     let (b, y) = (args.f32(1)?, args.out(0)?);
     let (elements, rows) = (y.len(), y.len().checked_div(width).unwrap_or(0));
-    pool.rows(rows, elements, [y], &mut [], |range, [y], _| {
+    pool.rows(rows, elements, [y], |range, [y]| {
         let a = a.range(range.start * width..range.end * width);
         for (i, y) in y.chunks_exact_mut(width).enumerate() {
             let a = a.range(i * width..(i + 1) * width);

@@ -12,7 +12,7 @@ pub(crate) fn embedding(args: &mut Args<'_>, pool: &Pool, vocab_start: usize, vo
     args.expect_write(0, &[ids_shape, &[width]].concat())?;
     let (ids, table, y) = (args.indices(0, vocab)?, args.f32(1)?, args.out(0)?);
     let elements = y.len();
-    pool.rows(element_count(ids_shape), elements, [y], &mut [], |rows, [y], _| {
+    pool.rows(element_count(ids_shape), elements, [y], |rows, [y]| {
         for (i, row) in rows.enumerate() {
             let y = &mut y[i * width..(i + 1) * width];
             match (ids[row] as usize).checked_sub(vocab_start).filter(|&id| id < held) {
@@ -33,7 +33,7 @@ pub(crate) fn embedding_grad(args: &mut Args<'_>, pool: &Pool, vocab_start: usiz
     let (ids, dy, accumulate) = (args.i32(0)?, args.f32(1)?, args.accumulate);
     let dtable = args.out(0)?;
     let weight = dy.len() + if accumulate { 0 } else { dtable.len() };
-    pool.rows(vocab, weight, [dtable], &mut [], |rows, [dtable], _| {
+    pool.rows(vocab, weight, [dtable], |rows, [dtable]| {
         if !accumulate {
             dtable.fill(0.0);
         }

@@ -7,8 +7,9 @@ use half::bf16;
 use crate::bound::Bound;
 use crate::collective::Collective;
 use crate::cpu::pool::Pool;
+use crate::cpu::scratch::{Scratch, thread_bytes};
 use crate::cpu::simd::Operand;
-use crate::cpu::widen::{self, Wide};
+use crate::cpu::widen;
 use crate::cpu::{attention, dropout, elementwise, embedding, loss, matmul, norm, optimizer};
 use crate::error::KernelError;
 use crate::memory::{Base, View};
@@ -22,7 +23,8 @@ pub(crate) struct Args<'a> {
     writes: Vec<View<'a>>,
     /// Writes handed out as slices: each only once, which keeps slices exclusive.
     taken: Vec<bool>,
-    workspace: Option<View<'a>>,
+    /// The threads' shares of the stream's scratch.
+    scratch: Option<View<'a>>,
     /// True when the accumulating write is to be added to.
     pub(crate) accumulate: bool,
 }
@@ -33,13 +35,17 @@ pub(crate) fn run_launch(
     repeat: bool,
     pool: &Pool,
     engine: &dyn Collective,
-    wide: &mut Wide,
+    scratch: &Scratch,
 ) -> Result<(), KernelError> {
     if widen::is_for(launch) {
-        return widen::run(launch, bases, repeat, pool, engine, wide);
+        return widen::run(launch, bases, repeat, pool, engine, scratch);
     }
     let op = &launch.op;
-    let mut args = Args::resolve(launch, bases, repeat, pool.threads())?;
+    let bytes = thread_bytes(launch, pool.threads());
+    let floats = [bytes / size_of::<f32>()];
+    let arena = (bytes > 0).then(|| scratch.at_least(bytes)).transpose()?;
+    let mut args = Args::resolve(launch, bases, repeat)?;
+    args.scratch = arena.as_ref().map(|arena| View::new(op.name(), arena, 0, &floats, DType::F32)).transpose()?;
     match op {
         Op::Fill { value } => elementwise::fill(&mut args, pool, *value),
         Op::Copy => elementwise::copy(&mut args, pool),
@@ -98,8 +104,8 @@ fn custom(kernel: &dyn CustomKernel, args: &mut Args<'_>) -> Result<(), KernelEr
 }
 
 /// The first write of a launch that has run which holds an infinity or no number, and how many of them.
-pub(crate) fn not_finite(launch: &Launch, bases: &[Base], threads: usize) -> Option<(usize, usize)> {
-    let args = Args::resolve(launch, bases, false, threads).ok()?;
+pub(crate) fn not_finite(launch: &Launch, bases: &[Base]) -> Option<(usize, usize)> {
+    let args = Args::resolve(launch, bases, false).ok()?;
     let count = |write: &View<'_>| {
         let widened: Vec<f32>;
         // SAFETY: of the type; the launch that wrote them has ended, and this stream's next one has not begun; other streams:
@@ -135,17 +141,12 @@ pub(crate) fn faults(op: &Op, shape: &[usize], values: &[f32]) -> usize {
 }
 
 impl<'a> Args<'a> {
-    pub(crate) fn resolve(
-        launch: &'a Launch,
-        bases: &'a [Base],
-        repeat: bool,
-        threads: usize,
-    ) -> Result<Self, KernelError> {
-        let bound = Bound::resolve(launch, bases, |shapes| launch.op.workspace_bytes(shapes, threads))?;
+    pub(crate) fn resolve(launch: &'a Launch, bases: &'a [Base], repeat: bool) -> Result<Self, KernelError> {
+        let bound = Bound::resolve(launch, bases, |_| 0)?;
         bound.all().try_for_each(|view| view.check_host(bound.name))?;
-        let Bound { name, reads, writes, workspace } = bound;
+        let Bound { name, reads, writes, .. } = bound;
         let taken = vec![false; writes.len()];
-        Ok(Self { name, taken, reads, writes, workspace, accumulate: launch.accumulate && repeat })
+        Ok(Self { name, taken, reads, writes, scratch: None, accumulate: launch.accumulate && repeat })
     }
 
     /// What the launch reads.
@@ -313,11 +314,11 @@ impl<'a> Args<'a> {
         Ok(unsafe { self.writes[i].i32_mut() })
     }
 
-    /// The scratch memory, once; empty where the launch has none.
-    pub(crate) fn take_workspace(&mut self) -> Result<&'a mut [f32], KernelError> {
-        let Some(view) = self.workspace.take() else { return Ok(&mut []) };
-        self.check_dtype("workspace", 0, &view, DType::F32)?;
-        // SAFETY: floats, taken once, overlaps no other buffer of the launch (checked in `check`); streams: MEM-3.
-        Ok(unsafe { view.f32_mut() })
+    /// The threads' shares of scratch memory, once; empty where the op needs none.
+    pub(crate) fn take_scratch(&mut self) -> &'a mut [f32] {
+        let Some(view) = self.scratch.take() else { return &mut [] };
+        // SAFETY: floats, taken once, of an arena that is this stream's own and that no buffer of a program lies in, but for
+        // what is widened, which lies behind the shares.
+        unsafe { view.f32_mut() }
     }
 }

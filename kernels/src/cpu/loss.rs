@@ -11,7 +11,7 @@ pub(crate) fn row_max(args: &mut Args<'_>, pool: &Pool) -> Result<(), KernelErro
     let (leading, width) = args.rows_of(0)?;
     args.expect_write(0, leading)?;
     let (logits, out) = (args.f32(0)?, args.out(0)?);
-    pool.rows(element_count(leading), logits.len(), [out], &mut [], |rows, [out], _| {
+    pool.rows(element_count(leading), logits.len(), [out], |rows, [out]| {
         dispatch(
             #[inline(always)]
             || {
@@ -44,7 +44,7 @@ pub(crate) fn sum_exp_target(
     }
     let (logits, maxima, targets) = (args.f32(0)?, args.f32(1)?, args.indices(2, vocab)?);
     let outs = [args.out(0)?, args.out(1)?];
-    pool.rows(element_count(leading), 4 * logits.len(), outs, &mut [], |rows, [sums, chosen], _| {
+    pool.rows(element_count(leading), 4 * logits.len(), outs, |rows, [sums, chosen]| {
         dispatch(
             #[inline(always)]
             || {
@@ -96,7 +96,7 @@ pub(crate) fn cross_entropy_grad(
     let (maxima, sums, targets) = (args.f32(2)?, args.f32(3)?, args.i32(4)?);
     let dlogits = args.out(0)?;
     let weight = 4 * dlogits.len();
-    pool.rows(element_count(leading), weight, [dlogits], &mut [], |rows, [dlogits], _| {
+    pool.rows(element_count(leading), weight, [dlogits], |rows, [dlogits]| {
         dispatch(
             #[inline(always)]
             || {

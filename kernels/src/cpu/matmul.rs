@@ -1,5 +1,9 @@
-//! Products of matrices, by the `gemm` crate on one thread for each slice of the result.
+//! Products of matrices, by the crate `gemm-f32` on one thread for each slice of the result.
 //! Imports `cpu::{launch, pool}`, `op`.
+//!
+//! An element's bits follow from the length `k` of the summed index alone (BITS-1): a chain of fused multiply-adds over
+//! each block of `k`, the blocks' sums being added in order. So they depend neither on the slice that the element is in,
+//! nor on caches, nor on the width of vectors.
 #![allow(unsafe_code)]
 
 use crate::cpu::launch::Args;
@@ -13,6 +17,10 @@ const FORK_MULTIPLIES: usize = 128 * 1024;
 
 /// Rows or columns that slices are multiples of, so that micro-kernels stay full.
 const GRAIN: usize = 16;
+
+/// Most elements of the summed index that one call adds up. `gemm` cuts what is longer by the size of the caches, at no less
+/// than this.
+const BLOCK_MAX: usize = 512;
 
 /// A matrix in memory by its strides, in elements.
 #[derive(Clone, Copy)]
@@ -59,29 +67,40 @@ pub(crate) unsafe fn product(
         }
         return;
     }
-    // SAFETY: the contract is `gemm`'s own: valid matrices, an exclusive destination.
-    unsafe {
-        gemm::gemm(
-            m,
-            n,
-            k,
-            destination,
-            out.column as isize,
-            out.row as isize,
-            accumulate,
-            a.start,
-            a.column as isize,
-            a.row as isize,
-            b.start,
-            b.column as isize,
-            b.row as isize,
-            1.0f32,
-            factor,
-            false,
-            false,
-            false,
-            gemm::Parallelism::None,
-        );
+    // Its kernels are made for results whose columns lie together.
+    let transpose = out.column < out.row;
+    let (m, n, out, a, b) =
+        if transpose { (n, m, out.transposed(), b.transposed(), a.transposed()) } else { (m, n, out, a, b) };
+    let block = k.div_ceil(k.div_ceil(BLOCK_MAX));
+    for start in (0..k).step_by(block) {
+        let (a, b) = (a.at(0, start), b.at(start, 0));
+        // Conjugates nothing in real numbers. It keeps `gemm` from its paths for small results and for vectors, which it
+        // would choose by the shape of this slice and which sum in other orders.
+        let conjugate_out = true;
+        // SAFETY: the contract is `gemm`'s own: valid matrices, an exclusive destination.
+        unsafe {
+            gemm_f32::gemm::f32::get_gemm_fn()(
+                m,
+                n,
+                block.min(k - start),
+                destination,
+                out.column as isize,
+                out.row as isize,
+                accumulate || start > 0,
+                a.start,
+                a.column as isize,
+                a.row as isize,
+                b.start,
+                b.column as isize,
+                b.row as isize,
+                1.0,
+                factor,
+                conjugate_out,
+                false,
+                false,
+                gemm_common::Parallelism::None,
+            );
+        }
     }
 }
 
@@ -133,5 +152,71 @@ unsafe impl Send for SharedMatrix {}
 impl SharedMatrix {
     pub(crate) fn get(&self) -> Matrix {
         self.0
+    }
+}
+
+#[cfg(all(test, target_arch = "x86_64"))]
+mod tests {
+    use gemm_common::Parallelism;
+    use gemm_common::gemm::gemm_basic_generic;
+    use gemm_common::simd::{MixedSimd, V3, V4};
+    use gemm_f32::microkernel::{avx512f, fma};
+
+    /// What `product` calls, by the kernels of one width of vectors.
+    macro_rules! blocked {
+        ($simd:ty, $kernels:ident, $lanes:literal, $packs:literal, $horizontal:literal, $shape:expr, $a:expr, $b:expr, $out:expr) => {{
+            use $kernels::f32::{H_UKR, UKR};
+            let ((m, n, k), simd) = ($shape, <$simd as MixedSimd<f32, f32, f32, f32>>::try_new().expect("it is there"));
+            // SAFETY: matrices of these shapes in columns, `a` in rows; the machine has the instructions.
+            unsafe {
+                gemm_basic_generic::<$simd, f32, $lanes, { $lanes * $packs }, 6, $packs, $horizontal, $horizontal>(
+                    simd,
+                    m,
+                    n,
+                    k,
+                    $out.as_mut_ptr(),
+                    m as isize,
+                    1,
+                    true,
+                    $a.as_ptr(),
+                    1,
+                    k as isize,
+                    $b.as_ptr(),
+                    k as isize,
+                    1,
+                    1.0,
+                    0.7,
+                    true,
+                    false,
+                    false,
+                    |a, b, c| a * b + c,
+                    &UKR,
+                    &H_UKR,
+                    false,
+                    Parallelism::None,
+                );
+            }
+        }};
+    }
+
+    /// The path that `product` takes gives AVX-512's bits with AVX2, in whole tiles and in parts of them.
+    #[test]
+    fn the_width_of_vectors_does_not_change_bits() {
+        if !std::arch::is_x86_feature_detected!("avx512f") || !std::arch::is_x86_feature_detected!("fma") {
+            println!("SKIPPED: it needs AVX-512");
+            return;
+        }
+        let numbers = |len: usize, seed: f32| -> Vec<f32> { (0..len).map(|i| (i as f32 * seed).sin()).collect() };
+        for shape in
+            [(1, 1, 7), (1, 40, 512), (17, 1, 100), (16, 16, 333), (64, 6, 512), (130, 77, 65), (3, 5, 1), (33, 9, 2)]
+        {
+            let (m, n, k) = shape;
+            let (a, b, before) = (numbers(m * k, 0.37), numbers(k * n, 0.53), numbers(m * n, 0.71));
+            let (mut narrow, mut wide) = (before.clone(), before);
+            blocked!(V3, fma, 8, 2, 2, shape, a, b, narrow);
+            blocked!(V4, avx512f, 16, 4, 4, shape, a, b, wide);
+            let differs = narrow.iter().zip(&wide).position(|(a, b)| a.to_bits() != b.to_bits());
+            assert_eq!(differs, None, "{shape:?}");
+        }
     }
 }

@@ -1,8 +1,8 @@
-//! Layer norm and its gradient, row by row. Imports `cpu::{launch, pool, simd}`.
+//! Layer norm and its gradient. Imports `cpu::{launch, pool, simd}`.
 
 use crate::cpu::launch::Args;
 use crate::cpu::pool::Pool;
-use crate::cpu::simd::{dispatch, fold, map, sum, update};
+use crate::cpu::simd::{LANES, dispatch, fold, map, sum, update};
 use crate::error::KernelError;
 use crate::tensor::element_count;
 
@@ -14,7 +14,7 @@ pub(crate) fn layer_norm(args: &mut Args<'_>, pool: &Pool, eps: f32) -> Result<(
     args.expect_write(2, leading)?;
     let (x, weight) = (args.f32(0)?, args.f32(1)?);
     let outs = [args.out(0)?, args.out(1)?, args.out(2)?];
-    pool.rows(element_count(leading), 2 * x.len(), outs, &mut [], |rows, [y, means, rstds], _| {
+    pool.rows(element_count(leading), 2 * x.len(), outs, |rows, [y, means, rstds]| {
         dispatch(
             #[inline(always)]
             || {
@@ -42,8 +42,12 @@ pub(crate) fn layer_norm(args: &mut Args<'_>, pool: &Pool, eps: f32) -> Result<(
     Ok(())
 }
 
+/// Columns of `dweight` that are summed at once, on the stack.
+const COLUMNS: usize = 256;
+
 /// `dx = rstd (g - mean(g) - xhat mean(g xhat))` with `g = dy weight` and `xhat = (x - mean) rstd`;
-/// `dweight = sum over rows of dy xhat`, each thread summing its rows in its share of the workspace.
+/// `dweight = sum over rows of dy xhat`. Threads share rows of `dx`, then columns of `dweight`, each of which one thread
+/// sums over all rows in order (BITS-1).
 pub(crate) fn layer_norm_grad(args: &mut Args<'_>, pool: &Pool) -> Result<(), KernelError> {
     let (leading, width) = args.rows_of(0)?;
     args.expect_read(1, args.read_shape(0))?;
@@ -55,10 +59,7 @@ pub(crate) fn layer_norm_grad(args: &mut Args<'_>, pool: &Pool) -> Result<(), Ke
     let (dy, x, weight) = (args.f32(0)?, args.f32(1)?, args.f32(2)?);
     let (means, rstds) = (args.f32(3)?, args.f32(4)?);
     let (dx, dweight, accumulate) = (args.out(0)?, args.out(1)?, args.accumulate);
-    let workspace = &mut args.take_workspace()?[..pool.threads() * width];
-    let parts = pool.rows(element_count(leading), 4 * x.len(), [dx], workspace, |rows, [dx], partial| {
-        let partial = &mut partial[..width];
-        partial.fill(0.0);
+    pool.rows(element_count(leading), 3 * x.len(), [dx], |rows, [dx]| {
         dispatch(
             #[inline(always)]
             || {
@@ -82,21 +83,33 @@ pub(crate) fn layer_norm_grad(args: &mut Args<'_>, pool: &Pool) -> Result<(), Ke
                         #[inline(always)]
                         |[dy, weight, x]| rstd * (dy * weight - g_mean - (x - mean) * rstd * gx_mean),
                     );
-                    update(
-                        partial,
-                        [dy, x],
-                        #[inline(always)]
-                        |sum, [dy, x]| sum + dy * ((x - mean) * rstd),
-                    );
                 }
             },
         );
     });
-    if !accumulate {
-        dweight.fill(0.0);
-    }
-    for partial in workspace.chunks_exact(width.max(1)).take(parts) {
-        dweight.iter_mut().zip(partial).for_each(|(sum, value)| *sum += value);
-    }
+    pool.ranges(dweight, LANES, 2 * x.len(), |columns, dweight| {
+        for (block, dweight) in dweight.chunks_mut(COLUMNS).enumerate() {
+            let first = columns.start + block * COLUMNS;
+            let mut sums = [0.0; COLUMNS];
+            let sums = &mut sums[..dweight.len()];
+            dispatch(
+                #[inline(always)]
+                || {
+                    for (row, (&mean, &rstd)) in means.iter().zip(rstds).enumerate() {
+                        let start = row * width + first;
+                        update(
+                            sums,
+                            [&dy[start..], &x[start..]],
+                            #[inline(always)]
+                            |sum, [dy, x]| sum + dy * ((x - mean) * rstd),
+                        );
+                    }
+                },
+            );
+            for (out, sum) in dweight.iter_mut().zip(sums) {
+                *out = if accumulate { *out + *sum } else { *sum };
+            }
+        }
+    });
     Ok(())
 }

@@ -1,11 +1,14 @@
-//! AdamW, and the global norm that clips gradients. Imports `cpu::{launch, pool, simd}`.
+//! AdamW, and the global norm that clips gradients. Imports `cpu::{launch, pool, simd}`, `op`.
 
-use crate::cpu::THREADS_MAX;
 use crate::cpu::launch::Args;
-use crate::cpu::pool::Pool;
+use crate::cpu::pool::{FORK_ELEMENTS, Pool};
 use crate::cpu::simd::{LANES, dispatch};
 use crate::error::KernelError;
+use crate::op::{SQUARES_SCALE, check_squares, norm_of_squares};
 use crate::tensor::split_range;
+
+/// Parts of a sum of squares at most, each of which one thread adds up.
+const PARTS_MAX: usize = 64;
 
 /// The attributes of [`crate::op::Op::AdamW`].
 #[derive(Clone, Copy)]
@@ -18,13 +21,11 @@ pub(crate) struct AdamW {
 
 pub(crate) fn sum_squares(args: &mut Args<'_>, pool: &Pool, index: usize) -> Result<(), KernelError> {
     let x = args.f32(0)?;
-    let out_shape = args.write_shape(0);
-    if out_shape.len() != 1 || index >= out_shape[0] {
-        return Err(args.refused("shape of write 0", format!("[n] with n > {index}"), format!("{out_shape:?}")));
-    }
-    // One partial sum for each part, added in order.
-    let mut partial = [0f64; THREADS_MAX];
-    let parts = pool.parts_for(x.len());
+    check_squares(args.write_shape(0), index)
+        .map_err(|(expected, got)| args.refused("shape of write 0", expected, got))?;
+    // One partial sum for each part, added in order. Parts follow from the size alone (BITS-1).
+    let mut partial = [0f64; PARTS_MAX];
+    let parts = (x.len() / FORK_ELEMENTS).clamp(1, PARTS_MAX);
     pool.ranges(&mut partial[..parts], 1, x.len(), |range, partial| {
         for (part, partial) in range.zip(partial) {
             let x = &x[split_range(x.len(), parts, part)];
@@ -35,7 +36,9 @@ pub(crate) fn sum_squares(args: &mut Args<'_>, pool: &Pool, index: usize) -> Res
         }
     });
     let sum: f64 = partial[..parts].iter().sum();
-    args.out(0)?[index] += sum as f32;
+    let out = args.out(0)?;
+    out[2 * index] += sum as f32;
+    out[2 * index + 1] += (sum * SQUARES_SCALE) as f32;
     Ok(())
 }
 
@@ -56,7 +59,11 @@ fn squares(x: &[f32]) -> f64 {
 pub(crate) fn clip_scale(args: &mut Args<'_>, max_norm: f32) -> Result<(), KernelError> {
     args.expect_write(0, &[])?;
     args.expect_write(1, &[])?;
-    let norm = args.f32(0)?.iter().map(|&sum| f64::from(sum)).sum::<f64>().sqrt();
+    let sums = args.f32(0)?;
+    if !sums.len().is_multiple_of(2) {
+        return Err(args.refused("shape of read 0", "[n, 2]", format!("{:?}", args.read_shape(0))));
+    }
+    let norm = norm_of_squares(sums.as_chunks().0.iter().map(|pair| pair.map(f64::from)));
     // `f64::min` would make 1 of a norm that is no number.
     let scale = if norm.is_finite() { (f64::from(max_norm) / (norm + 1e-6)).min(1.0) } else { f64::NAN };
     args.out(0)?[0] = scale as f32;
@@ -106,7 +113,7 @@ pub(crate) fn adamw(args: &mut Args<'_>, pool: &Pool, rates: AdamW) -> Result<()
         step_size: (f64::from(learning_rate) / correction(rates.beta1)) as f32,
         root_correction: (1.0 / correction(rates.beta2).sqrt()) as f32,
     };
-    pool.rows(grad.len(), 2 * grad.len(), outs, &mut [], |range, [params, ms, vs], _| {
+    pool.rows(grad.len(), 2 * grad.len(), outs, |range, [params, ms, vs]| {
         let grad = &grad[range];
         dispatch(
             #[inline(always)]

@@ -1,6 +1,8 @@
-//! The fork-join pool of one stream: the stream's thread and `threads - 1` helpers, each of which gets a fixed share,
-//! so that results depend on the number of threads and never on timing. Imports nothing of this crate but `tensor`.
+//! The fork-join pool of one stream: the stream's thread and `threads - 1` helpers, each of which gets a fixed share.
+//! Imports nothing of this crate but `tensor`.
 //!
+//! - BITS-1: a result does not depend on the number of threads. Threads divide what is written; every sum that crosses
+//!   their shares is cut by the shape of the whole op.
 //! - POOL-1: a job is published before `generation` grows, and is not touched again until `pending` is 0.
 //! - POOL-2: `Pool::run` returns only when `pending` is 0, so no helper uses a job after its borrow ends.
 #![allow(unsafe_code)]
@@ -122,25 +124,21 @@ impl Pool {
     }
 
     /// Splits `rows` rows over the threads when `weight` elements are worth it, each of `outs` (`rows` rows of any one
-    /// width) with them, and gives each part its share of `scratch`. `work(rows, outs, scratch)`; returns the number
-    /// of parts, the shares of which are the first ones.
+    /// width) with them. `work(rows, outs)`.
     pub(crate) fn rows<T: Send, const N: usize>(
         &self,
         rows: usize,
         weight: usize,
         outs: [&mut [T]; N],
-        scratch: &mut [f32],
-        work: impl Fn(Range<usize>, [&mut [T]; N], &mut [f32]) + Sync,
-    ) -> usize {
+        work: impl Fn(Range<usize>, [&mut [T]; N]) + Sync,
+    ) {
         if rows == 0 {
-            return 0;
+            return;
         }
         let outs = outs.map(|out| {
             assert!(out.len().is_multiple_of(rows), "outputs must have whole rows");
             Pieces::new(out)
         });
-        let share = scratch.len() / self.threads();
-        let scratch = Pieces::new(scratch);
         let parts = self.parts_for(weight).min(rows);
         self.run(parts, &|part| {
             let range = split_range(rows, parts, part);
@@ -149,11 +147,8 @@ impl Pool {
                 // SAFETY: the parts' ranges of rows are disjoint, and each part runs once.
                 unsafe { pieces.range(range.start * width..range.end * width) }
             });
-            // SAFETY: the parts' shares are disjoint, and each part runs once.
-            let share = unsafe { scratch.range(part * share..(part + 1) * share) };
-            work(range, mine, share);
+            work(range, mine);
         });
-        parts
     }
 
     /// Splits a flat slice over the threads at multiples of `grain`, when `weight` elements are worth it.

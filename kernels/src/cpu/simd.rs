@@ -312,4 +312,52 @@ mod tests {
             assert_eq!(square(&x[start..]), whole[start..]);
         }
     }
+
+    /// Loops are compiled for several instruction sets; none fuses, reorders or approximates otherwise than another.
+    #[cfg(target_arch = "x86_64")]
+    #[test]
+    fn the_width_of_vectors_does_not_change_bits() {
+        use pulp::Simd;
+
+        struct Loops<'a>(&'a [f32], &'a mut Vec<f32>);
+        impl pulp::WithSimd for Loops<'_> {
+            type Output = ();
+
+            #[inline(always)]
+            fn with_simd<S: Simd>(self, _: S) {
+                let Self(x, y) = self;
+                y.resize(x.len(), 0.0);
+                map(
+                    [x],
+                    y,
+                    #[inline(always)]
+                    |[x]| exp(x) * normal(x).0 + x / (1.0 + x.abs()).sqrt(),
+                );
+                let fold = fold(
+                    [x],
+                    #[inline(always)]
+                    |[x]| x.mul_add(x, exp(x)),
+                );
+                y.extend([sum(x), max(x), fold]);
+            }
+        }
+        let x: Vec<f32> = (0..1003).map(|i| (i as f32 * 0.7).sin() * 5.0).collect();
+        let mut results: Vec<(&str, Vec<f32>)> = Vec::new();
+        let mut run = |name, on: &dyn Fn(Loops<'_>)| {
+            let mut y = Vec::new();
+            on(Loops(&x, &mut y));
+            results.push((name, y));
+        };
+        run("baseline", &|loops| Simd::vectorize(pulp::Scalar, loops));
+        if let Some(simd) = pulp::x86::V3::try_new() {
+            run("AVX2", &|loops| Simd::vectorize(simd, loops));
+        }
+        if let Some(simd) = pulp::x86::V4::try_new() {
+            run("AVX-512", &|loops| Simd::vectorize(simd, loops));
+        }
+        for (name, y) in &results {
+            let differs = y.iter().zip(&results[0].1).position(|(a, b)| a.to_bits() != b.to_bits());
+            assert_eq!(differs, None, "{name}");
+        }
+    }
 }

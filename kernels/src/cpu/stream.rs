@@ -1,5 +1,5 @@
 //! A CPU stream: one named thread that takes submissions from a queue and runs their launches in order.
-//! Imports `op`, `memory`, `event`, `collective`, `cpu::pool`, `cpu::launch`, `cpu::widen` and `metrics`.
+//! Imports `op`, `memory`, `event`, `collective`, `cpu::pool`, `cpu::launch`, `cpu::scratch` and `metrics`.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
@@ -12,9 +12,10 @@ use crate::collective::Collective;
 use crate::cpu::THREADS_MAX;
 use crate::cpu::launch::{not_finite, run_launch};
 use crate::cpu::pool::Pool;
-use crate::cpu::widen::Wide;
+use crate::cpu::scratch::Scratch;
 use crate::error::KernelError;
 use crate::event::Event;
+use crate::memory::Tally;
 use crate::metrics::{CollectiveTime, StreamMetrics};
 use crate::op::{Op, Program};
 use crate::stream::{Notice, Submission};
@@ -31,6 +32,7 @@ pub struct CpuStream {
     device: usize,
     threads: usize,
     collective_time: CollectiveTime,
+    scratch: Scratch,
 }
 
 enum Command {
@@ -46,6 +48,7 @@ impl CpuStream {
         device: usize,
         threads: usize,
         engine: Arc<dyn Collective>,
+        tally: Arc<Tally>,
     ) -> Result<Self, KernelError> {
         let threads = threads.max(1);
         if threads > THREADS_MAX {
@@ -56,11 +59,13 @@ impl CpuStream {
         let (queue, commands) = unbounded();
         let metrics = StreamMetrics::new(name);
         let collective_time = metrics.collective_time();
+        let scratch = Scratch::new(device, threads, tally);
+        let own = scratch.clone();
         let thread = thread::Builder::new()
             .name(name.to_owned())
-            .spawn(move || serve(&commands, &pool, &*engine, metrics))
+            .spawn(move || serve(&commands, &pool, &*engine, &own, metrics))
             .map_err(|_| KernelError::Closed { device })?;
-        Ok(Self { queue: Some(queue), thread: Some(thread), device, threads, collective_time })
+        Ok(Self { queue: Some(queue), thread: Some(thread), device, threads, collective_time, scratch })
     }
 
     fn send(&self, command: Command) -> Result<(), KernelError> {
@@ -70,6 +75,10 @@ impl CpuStream {
 
     pub(crate) fn submit(&self, submission: Submission) -> Result<(), KernelError> {
         self.send(Command::Run(submission))
+    }
+
+    pub(crate) fn prepare(&self, program: &Program) -> Result<(), KernelError> {
+        self.scratch.prepare(program)
     }
 
     pub(crate) fn record(&self) -> Event {
@@ -120,12 +129,18 @@ impl Drop for CpuStream {
     }
 }
 
-fn serve(commands: &Receiver<Command>, pool: &Pool, engine: &dyn Collective, mut metrics: StreamMetrics) {
-    let (mut check, mut wide) = (false, Wide::default());
+fn serve(
+    commands: &Receiver<Command>,
+    pool: &Pool,
+    engine: &dyn Collective,
+    scratch: &Scratch,
+    mut metrics: StreamMetrics,
+) {
+    let mut check = false;
     for command in commands {
         match command {
             Command::CheckFinite(on) => check = on,
-            Command::Run(submission) => run(submission, check, pool, engine, &mut wide, &mut metrics),
+            Command::Run(submission) => run(submission, check, pool, engine, scratch, &mut metrics),
             Command::Record(event) => event.set(),
             Command::Wait(event) => event.synchronize(),
         }
@@ -138,7 +153,7 @@ fn run(
     mut check: bool,
     pool: &Pool,
     engine: &dyn Collective,
-    wide: &mut Wide,
+    scratch: &Scratch,
     metrics: &mut StreamMetrics,
 ) {
     let Submission { program, bases, repeat, mut notify } = submission;
@@ -152,7 +167,7 @@ fn run(
         trace_launch(&program, done);
         let told = if let Op::Collective(call) = &launch.op { Some(metrics.collective(call)) } else { None };
         told.iter().for_each(|told| told.came(Instant::now()));
-        let result = catch_unwind(AssertUnwindSafe(|| run_launch(launch, &bases, repeat, pool, engine, wide)));
+        let result = catch_unwind(AssertUnwindSafe(|| run_launch(launch, &bases, repeat, pool, engine, scratch)));
         told.iter().for_each(|told| told.went(Instant::now()));
         let result = result.unwrap_or_else(|panic| {
             Err(KernelError::Panic {
@@ -164,7 +179,7 @@ fn run(
         if let Err(error) = result {
             return tell(Notice::Failed(error));
         }
-        if check && let Some((write, elements)) = not_finite(launch, &bases, pool.threads()) {
+        if check && let Some((write, elements)) = not_finite(launch, &bases) {
             tell(Notice::NotFinite { launch: done, write, elements });
             // What follows from it is of no interest.
             check = false;

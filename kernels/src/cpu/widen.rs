@@ -1,52 +1,24 @@
-//! Launches on bf16: what they read is widened to f32 in memory of the stream, the kernel runs there, and what it wrote is
+//! Launches on bf16: what they read is widened to f32 in the stream's scratch, the kernel runs there, and what it wrote is
 //! rounded back. So sums are in f32, as on devices that do this in registers; it is their reference, and no faster than f32.
-//! Imports `cpu::launch`, `memory`, `op`.
+//! Imports `cpu::{launch, scratch}`, `memory`, `op`.
 #![allow(unsafe_code)]
-
-use std::collections::BTreeMap;
-use std::sync::Arc;
 
 use half::bf16;
 
 use crate::collective::Collective;
 use crate::cpu::launch::{Args, run_launch};
 use crate::cpu::pool::Pool;
+use crate::cpu::scratch::{Scratch, thread_bytes, wide_bytes};
 use crate::error::KernelError;
-use crate::memory::{ALIGNMENT, Arena, Base, Tally, View};
+use crate::memory::{Base, View};
 use crate::op::{Buffer, Launch, Op};
-use crate::tensor::{DType, element_count};
-
-/// A stream's memory for this; it grows to what the largest launch needs: see [`bytes`].
-#[derive(Debug, Default)]
-pub(crate) struct Wide {
-    arena: Option<Arena>,
-}
-
-impl Wide {
-    fn arena(&mut self, bytes: usize) -> Result<Arena, KernelError> {
-        match &self.arena {
-            Some(arena) if arena.bytes() >= bytes => Ok(arena.clone()),
-            _ => Ok(self.arena.insert(Arena::host(0, bytes, &Arc::new(Tally::default()))?).clone()),
-        }
-    }
-}
+use crate::tensor::DType;
 
 /// True for a launch that [`run`] is for. Casts and copies take bf16 as it is; collectives are not to compute with it.
 pub(crate) fn is_for(launch: &Launch) -> bool {
     let is_half = |buffer: &Buffer| buffer.dtype == DType::BF16;
     let takes_it = matches!(launch.op, Op::Cast | Op::Copy | Op::CopyRegion { .. } | Op::Collective(_));
     !takes_it && launch.reads.iter().chain(&launch.writes).any(is_half)
-}
-
-/// Bytes that [`run`] takes for a launch, at most: each bf16 buffer as f32, once.
-pub(crate) fn bytes(launch: &Launch) -> usize {
-    let mut places = BTreeMap::new();
-    let halves = launch.reads.iter().chain(&launch.writes).filter(|buffer| buffer.dtype == DType::BF16);
-    for buffer in halves.filter(|_| is_for(launch)) {
-        let bytes = (element_count(&buffer.shape) * size_of::<f32>()).next_multiple_of(ALIGNMENT);
-        places.insert((buffer.base, buffer.offset, &buffer.shape), bytes);
-    }
-    places.values().sum()
 }
 
 /// Runs a launch in f32.
@@ -56,20 +28,20 @@ pub(crate) fn run(
     repeat: bool,
     pool: &Pool,
     engine: &dyn Collective,
-    wide: &mut Wide,
+    scratch: &Scratch,
 ) -> Result<(), KernelError> {
     // All checks, on the buffers as they are.
-    let args = Args::resolve(launch, bases, repeat, pool.threads())?;
+    let args = Args::resolve(launch, bases, repeat)?;
     let views = || args.reads().iter().chain(args.writes()).filter(|view| view.dtype() == DType::BF16);
     let mut places: Vec<(View<'_>, usize)> = Vec::new();
-    let mut bytes = 0;
+    let mut bytes = thread_bytes(launch, pool.threads());
     for view in views() {
         if !places.iter().any(|(other, _)| other.same_memory(view)) {
             places.push((*view, bytes));
-            bytes += (view.element_count() * size_of::<f32>()).next_multiple_of(ALIGNMENT);
+            bytes += wide_bytes(view.element_count());
         }
     }
-    let arena = wide.arena(bytes)?;
+    let arena = scratch.at_least(bytes)?;
     let at = |view: &View<'_>| places.iter().find(|(other, _)| other.same_memory(view)).map_or(0, |(_, at)| *at);
     for view in args.reads().iter().filter(|view| view.dtype() == DType::BF16) {
         let x = View::new(launch.op.name(), &arena, at(view), view.shape(), DType::F32)?;
@@ -93,7 +65,7 @@ pub(crate) fn run(
     };
     let mut all = bases.to_vec();
     all.push(Base { arena: arena.clone(), offset: 0 });
-    run_launch(&launch_wide, &all, repeat, pool, engine, wide)?;
+    run_launch(&launch_wide, &all, repeat, pool, engine, scratch)?;
     for view in args.writes().iter().filter(|view| view.dtype() == DType::BF16) {
         let y = View::new(launch.op.name(), &arena, at(view), view.shape(), DType::F32)?;
         // SAFETY: the types fit; the arena is this stream's own; nobody else uses what is written (MEM-2, MEM-3).

@@ -106,13 +106,18 @@ extern "C" __global__ void __launch_bounds__(256)
     layer_norm_grad_weight(dy, x, means, rstds, out, rows, width, rows_per_part, accumulate);
 }
 
-// A double as two floats, because the workspace is of floats and may begin at any of them.
-INLINE void split_double(float* to, double value) {
-    const float high = (float)value;
-    const float low = (float)(value - (double)high);
-    to[0] = high;
-    // What is not finite has no remainder.
-    to[1] = fabsf(high) < -MINUS_INFINITY ? low : 0.0f;
+// 2^-192, as in op.rs.
+#define SQUARES_SCALE 1.5930919111324523e-58
+
+// A double's bits, because the workspace is of floats and may begin at any of them.
+struct Halves {
+    float halves[2];
+};
+
+// Adds a sum of squares to its row: as it is, and times 2^-192, which does not overflow.
+INLINE void add_squares(float* out, double sum) {
+    out[0] += (float)sum;
+    out[1] += (float)(sum * SQUARES_SCALE);
 }
 
 // The sum of squares of each of gridDim.x parts of `per_part` elements, in double: to `partial`, or, with one part and
@@ -135,37 +140,48 @@ extern "C" __global__ void __launch_bounds__(256)
     sum = block_sum(sum);
     if (threadIdx.x > 0) return;
     if (partial) {
-        split_double(partial + 2 * (i64)blockIdx.x, sum);
+        Halves bits;
+        copy_bits(bits, sum);
+        partial[2 * (i64)blockIdx.x] = bits.halves[0];
+        partial[2 * (i64)blockIdx.x + 1] = bits.halves[1];
     } else {
-        *out += (float)sum;
+        add_squares(out, sum);
     }
 }
 
-// *out += the sum of the partial sums. One block.
+// Adds the sum of the partial sums to `out`. One block.
 extern "C" __global__ void __launch_bounds__(256) add_partial_sums(const float* partial, float* out, i64 parts) {
     double sum = 0.0;
-    for (i64 i = threadIdx.x; i < parts; i += blockDim.x) sum += (double)partial[2 * i] + (double)partial[2 * i + 1];
+    for (i64 i = threadIdx.x; i < parts; i += blockDim.x) {
+        const Halves bits = {{partial[2 * i], partial[2 * i + 1]}};
+        double part;
+        copy_bits(part, bits);
+        sum += part;
+    }
     sum = block_sum(sum);
-    if (threadIdx.x == 0) *out += (float)sum;
+    if (threadIdx.x == 0) add_squares(out, sum);
 }
 
-// norm = sqrt(sum of sums), added in order by one thread; scale = min(1, max_norm / (norm + 1e-6)), NaN where the norm
-// is not finite. One block.
+// norm = sqrt(sum of the first column of `sums`, or of the second where that overflows a float), added in order by one
+// thread; scale = min(1, max_norm / (norm + 1e-6)), NaN where the norm is not finite. `n` counts both columns. One block.
 extern "C" __global__ void __launch_bounds__(256)
     clip_scale(const float* sums, float* scale, float* norm, i64 n, float max_norm) {
     __shared__ float some[256];
-    double total = 0.0;
+    double plain = 0.0, scaled = 0.0;
     for (i64 begin = 0; begin < n; begin += 256) {
         const int count = n - begin < 256 ? (int)(n - begin) : 256;
         __syncthreads();
         if (threadIdx.x < count) some[threadIdx.x] = sums[begin + threadIdx.x];
         __syncthreads();
         if (threadIdx.x == 0) {
-            for (int i = 0; i < count; i++) total += (double)some[i];
+            for (int i = 0; i < count; i += 2) {
+                plain += (double)some[i];
+                scaled += (double)some[i + 1];
+            }
         }
     }
     if (threadIdx.x > 0) return;
-    const double root = sqrt(total);
+    const double root = sqrt(plain == (double)-MINUS_INFINITY ? scaled / SQUARES_SCALE : plain);
     const double factor = (double)max_norm / (root + 1e-6);
     const bool finite = root < (double)-MINUS_INFINITY;
     // Any comparison with a max_norm that is no number is false: then nothing is clipped, as on the CPU.

@@ -136,19 +136,16 @@ impl Op {
         refused("write", half, ("F32, as what is read", "BF16"))
     }
 
-    /// Bytes of scratch memory that a launch needs on a stream of `threads` threads, given the shapes that it reads.
-    /// 0 for most ops, and for shapes that the op will refuse anyway.
-    pub fn workspace_bytes(&self, reads: &[&[usize]], threads: usize) -> usize {
-        let floats = match (self, reads) {
-            // Partial sums of dweight, a row for each thread.
-            (Op::LayerNormGrad, [dy, ..]) => threads * dy.last().copied().unwrap_or(0),
+    /// Floats of scratch memory that each thread of a CPU needs for a launch, given the shapes that it reads. 0 for most ops,
+    /// and for shapes that the op will refuse anyway.
+    pub(crate) fn thread_floats(&self, reads: &[&[usize]]) -> usize {
+        match (self, reads) {
             // A block of scores.
-            (Op::Attention { .. }, [_, k, ..]) => threads * ATTENTION_BLOCK * k.get(1).copied().unwrap_or(0),
+            (Op::Attention { .. }, [_, k, ..]) => ATTENTION_BLOCK * k.get(1).copied().unwrap_or(0),
             // A block of probabilities and a block of their gradients.
-            (Op::AttentionGrad { .. }, [_, _, k, ..]) => threads * ATTENTION_BLOCK * 2 * k.get(1).copied().unwrap_or(0),
+            (Op::AttentionGrad { .. }, [_, _, k, ..]) => ATTENTION_BLOCK * 2 * k.get(1).copied().unwrap_or(0),
             _ => 0,
-        };
-        floats * size_of::<f32>()
+        }
     }
 }
 

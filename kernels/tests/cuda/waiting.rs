@@ -35,7 +35,7 @@ pub fn time() {
             let group = Arc::new(Group { id: 7, ranks: vec![0, 1] });
             let op = Op::Collective(CollectiveCall { group, member, kind });
             let mut launch = Launch { op, reads: vec![x.clone()], writes: vec![x], accumulate: false, workspace: None };
-            let bytes = devices[member].kind().workspace_bytes(&launch, 1);
+            let bytes = devices[member].kind().workspace_bytes(&launch);
             launch.workspace = Some(floats(64, &[bytes.div_ceil(4)]));
             let program = Arc::new(Program { name: "reduce".to_owned(), launches: vec![launch], signals: vec![] });
             let bases = vec![Base { arena: arenas[member].clone(), offset: 0 }];

@@ -657,5 +657,5 @@ pub const STATE_PREFIX: &str = "adamw.";
 pub const RNG_INPUT: &str = "rng";
 /// Name of the step input `[learning rate, update counted from 1]` that the update reads; the session feeds it.
 pub const HYPER_INPUT: &str = "hyper";
-/// Name of the output that holds each parameter's sum of squared gradients.
+/// Name of the output that holds each parameter's sum of squared gradients, in the two columns of [`Op::SumSquares`].
 pub const GRAD_SQUARES_OUTPUT: &str = "grad_squares";

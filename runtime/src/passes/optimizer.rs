@@ -46,7 +46,7 @@ pub fn add_update(graph: &mut Graph, grads: &BTreeMap<Var, Var>, adamw: AdamW) {
         let at = graph.producer(here[0].0).location;
         let indices = here.iter().map(|(p, _)| index_of[p]).collect();
         let inputs: Vec<Var> = here.iter().map(|(_, g)| *g).collect();
-        let shape = vec![parameters.len()];
+        let shape = vec![parameters.len(), 2];
         let sums =
             graph.push("grad_squares", NodeOp::NormSums { indices }, &inputs, &[(shape, DType::F32, Rate::Step)], at)
                 [0];

@@ -26,8 +26,6 @@ pub struct Context<'a> {
     pub arenas: &'a ArenaMap,
     /// Accumulations that the producing kernel does itself: value to sum.
     pub fused: &'a BTreeMap<Var, Var>,
-    /// Threads that each kernel of the action's stream runs on.
-    pub threads: usize,
     /// What it runs on.
     pub device: DeviceKind,
 }
@@ -223,7 +221,7 @@ impl Emitter<'_> {
             return;
         }
         let mut launch = Launch { op, reads, writes, accumulate, workspace: None };
-        let bytes = self.context.device.workspace_bytes(&launch, self.context.threads);
+        let bytes = self.context.device.workspace_bytes(&launch);
         launch.workspace = (bytes > 0).then(|| self.scratch_buffer(&[bytes.div_ceil(4)]));
         let Launch { reads, writes, workspace, .. } = &launch;
         let index = self.launches.len();

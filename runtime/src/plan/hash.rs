@@ -15,15 +15,17 @@ impl Write for Text {
 }
 
 impl Plan {
-    /// BLAKE3 of all that decides what actors do: actors, registers, launches, where every byte lies. Plans of one binary
-    /// are equal if their hashes are; the text that is hashed may differ between compilers, as a binary's own hash does.
+    /// BLAKE3 of all that decides what actors do: actors, registers, launches, where every byte of the arenas lies. Plans of
+    /// one binary are equal if their hashes are; the text that is hashed may differ between compilers, as a binary's own hash
+    /// does. Threads are each process's own: neither results nor arenas depend on them.
     pub fn hash(&self) -> blake3::Hash {
         let Self { graph, spec, actions, registers, memory, micro_batches, schedule, .. } = self;
-        let Self { threads_per_device, device, in_flight, .. } = self;
-        // Of mirrors each process knows its own.
-        let memory: Vec<_> = memory.iter().map(|m| DeviceMemory { mirror_bytes: 0, ..m.clone() }).collect();
+        let Self { device, in_flight, .. } = self;
+        // Of mirrors and of its streams' memory each process knows its own.
+        let shared = |m: &DeviceMemory| DeviceMemory { mirror_bytes: 0, stream_bytes: 0, ..m.clone() };
+        let memory: Vec<_> = memory.iter().map(shared).collect();
         let mut text = Text(blake3::Hasher::new());
-        let all = (spec, actions, registers, memory, (micro_batches, schedule, threads_per_device, device, in_flight));
+        let all = (spec, actions, registers, memory, (micro_batches, schedule, device, in_flight));
         // Writing to a hash cannot fail; a `Debug` of a custom kernel that does leaves a shorter text on all processes.
         let _ = write!(text, "{} {all:?}", graph.mesh());
         text.0.finalize()

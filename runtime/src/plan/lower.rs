@@ -43,6 +43,11 @@ pub fn stream_of(key: ActionKey) -> StreamKind {
     }
 }
 
+/// Threads of a stream: kernels of layers share theirs out, and the others wait and copy.
+pub fn threads_of(stream: StreamKind, threads_per_device: usize) -> usize {
+    if stream == StreamKind::Compute { threads_per_device } else { 1 }
+}
+
 /// Lowers a graph that the layout, boxing and bucket passes have been over.
 pub fn lower(graph: Graph, setting: Setting) -> Plan {
     let assignment = assign(&graph);
@@ -56,9 +61,8 @@ pub fn lower(graph: Graph, setting: Setting) -> Plan {
     let mut emitted: BTreeMap<Site, Emitted> = BTreeMap::new();
     for (site, nodes) in &assignment.actions {
         let stream = stream_of(site.1);
-        let threads = if stream == StreamKind::Compute { setting.threads_per_device } else { 1 };
         let (device, fused) = (setting.device, &fused);
-        let context = Context { graph: &graph, assignment: &assignment, arenas: &arenas, fused, threads, device };
+        let context = Context { graph: &graph, assignment: &assignment, arenas: &arenas, fused, device };
         let made = emit(&context, *site, nodes, &mut |ranks| groups.communicator(stream, ranks));
         emitted.insert(*site, made);
     }
@@ -79,7 +83,10 @@ pub fn lower(graph: Graph, setting: Setting) -> Plan {
         let memory = &mut memory[*device];
         let start = memory.arena_bytes;
         memory.arena_bytes += align(scratch_bytes);
-        memory.stream_bytes += setting.device.stream_bytes(plans.iter().flat_map(|plan| &plan.launches));
+        let threads = threads_of(*stream, setting.threads_per_device);
+        let own = |launch: &Launch| setting.device.scratch_bytes(launch, threads);
+        let own = plans.iter().flat_map(|plan| &plan.launches).map(own).max().unwrap_or(0);
+        memory.stream_bytes += setting.device.stream_bytes() + own;
         memory.scratch.insert(ActorId(index as u32), (start, scratch_bytes));
         let limit =
             stages(&graph).iter().find(|p| graph.placements[**p].index_of(*device).is_some()).map_or(1, |p| flight[*p]);

@@ -20,6 +20,7 @@ use crate::checkpoint::manifest::Kind;
 use crate::checkpoint::shard::{Entry, SEED, STEPS, UPDATES, declared_of, header, metadata};
 use crate::declare::{Difference, Values};
 use crate::graph::builder::STATE_PREFIX;
+use crate::graph::optimizer::Bounds;
 use crate::graph::{NodeOp, Var};
 use crate::sbp::gather;
 use crate::sbp::region::{filled, take_box};
@@ -128,13 +129,14 @@ impl Session {
         let read = self.read(path, true);
         let File { tensors, mut notes, .. } = self.load_together(path, read)?;
         self.write_all(tensors)?;
+        let plan = self.plan.clone();
         for device in self.hosting.own() {
-            for resident in &self.plan.memory[device].residents {
-                if matches!(self.plan.graph.producer(resident.var).op, NodeOp::State) {
-                    self.write_resident(device, resident, &filled(&resident.region.size, resident.dtype, 0.0))?;
-                }
+            let residents = plan.memory[device].residents.iter();
+            for resident in residents.filter(|r| matches!(plan.graph.producer(r.var).op, NodeOp::State)) {
+                self.write_resident(device, resident, &filled(&resident.region.size, resident.dtype, 0.0))?;
             }
         }
+        self.bounds = Bounds { parameter: self.bounds.parameter, ..Bounds::default() };
         (self.steps, self.updates) = (0, 0);
         self.observer.iter().for_each(|observer| observer.set_steps(0));
         notes.push(format!("{}: parameters are loaded; optimizer state is fresh", path.display()));
@@ -255,8 +257,11 @@ impl Session {
 
     fn write_all(&mut self, tensors: Vec<(Var, HostTensor)>) -> Result<(), SessionError> {
         self.check_alive()?;
+        let plan = self.plan.clone();
+        // What is not written stays as it is: moments, where only parameters are.
+        self.bounds = Bounds { parameter: 0.0, ratio: f64::INFINITY, ..self.bounds };
         for (var, whole) in tensors {
-            for (device, _, resident) in resident_parts(&self.plan, var) {
+            for (device, _, resident) in resident_parts(&plan, var) {
                 if self.hosting.own().contains(&device) {
                     self.write_resident(device, resident, &take_box(&whole, &resident.region))?;
                 }

@@ -166,8 +166,8 @@ pub struct DeviceMetrics {
     pub device: usize,
     /// What the plan says is the most that is in use at once, bytes.
     pub planned_peak_bytes: usize,
-    /// What was in use at once so far, bytes: fixed tensors, the scratch of streams that have worked, and of each register
-    /// the most slots that were held at one time.
+    /// What was in use at once so far, bytes: fixed tensors, what streams hold themselves, the scratch of streams that have
+    /// worked, and of each register the most slots that were held at one time.
     pub measured_peak_bytes: usize,
     /// What is allocated on it, bytes.
     pub allocated_bytes: usize,
@@ -239,7 +239,7 @@ impl Snapshots {
                 slot_bytes: r.slot_bytes,
             })
             .collect();
-        let mut measured: Vec<usize> = plan.memory.iter().map(|m| m.fixed_bytes).collect();
+        let mut measured: Vec<usize> = plan.memory.iter().map(|m| m.fixed_bytes + m.stream_bytes).collect();
         let mut actors = Vec::new();
         for snapshot in snapshots {
             let actor = &spec.actors[snapshot.actor.0 as usize];

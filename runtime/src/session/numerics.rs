@@ -5,15 +5,20 @@
 //! To go back further than to the weights before the step, let the step pass, load an older checkpoint with
 //! [`Session::restore_newest`], and train on with other data: the same batch would give the same end.
 //!
+//! A step whose update would make a parameter or a moment infinite counts as not finite, too: see [`crate::graph::optimizer`].
+//!
 //! Imports `session`, `plan` and `graph`.
 
 use std::fmt;
 
 use shardflow_actors::snapshot::NotFinite;
+use shardflow_kernels::tensor::HostTensor;
 
 use super::exchange::Word;
 use super::step::Inputs;
 use super::{Session, SessionError, StepReport};
+use crate::graph::builder::STATE_PREFIX;
+use crate::graph::optimizer::Bounds;
 use crate::graph::{Node, NodeOp, Phase, Rate, Var};
 use crate::plan::ActionKey;
 use crate::text::counted;
@@ -40,7 +45,10 @@ pub struct NonFinite {
     pub loss: Option<f32>,
     /// Global norm of the gradients.
     pub grad_norm: Option<f64>,
-    /// Where it began; `None` where the same step came out finite when it was run again: memory or a kernel is at fault.
+    /// What the update could have made infinite, from a loss and gradients that are finite; see [`crate::graph::optimizer`].
+    pub overflow: Option<&'static str>,
+    /// Where it began. `None` with an `overflow`, or where the same step came out finite when it was run again: memory or a
+    /// kernel is at fault.
     pub first: Option<FirstNonFinite>,
 }
 
@@ -68,9 +76,17 @@ impl fmt::Display for NonFinite {
         write!(f, "step {} is not finite", self.step + 1)?;
         self.loss.iter().try_for_each(|loss| write!(f, ", loss {loss}"))?;
         self.grad_norm.iter().try_for_each(|norm| write!(f, ", gradient norm {norm}"))?;
-        match &self.first {
-            None => write!(f, "; run again, all of it was finite: suspect the memory of this machine, or a kernel"),
-            Some(first) => write!(f, "; first in {first}"),
+        match (&self.first, self.overflow) {
+            (None, Some(what)) => {
+                write!(
+                    f,
+                    "; its update could make {what} larger than any float: clip the gradients, or lower the learning rate"
+                )
+            }
+            (None, None) => {
+                write!(f, "; run again, all of it was finite: suspect the memory of this machine, or a kernel")
+            }
+            (Some(first), _) => write!(f, "; first in {first}"),
         }
     }
 }
@@ -93,6 +109,11 @@ impl StepReport {
     /// Loss and gradient norm are numbers.
     pub(super) fn is_finite(&self) -> bool {
         self.loss.is_none_or(f32::is_finite) && self.grad_norm.is_none_or(f64::is_finite)
+    }
+
+    /// A step whose update alone would not be finite: there is no tensor to look for.
+    pub(super) fn overflow(&self, overflow: Option<&'static str>) -> NonFinite {
+        NonFinite { step: self.step, loss: self.loss, grad_norm: self.grad_norm, overflow, first: None }
     }
 }
 
@@ -133,6 +154,44 @@ impl Origin {
 const NOTHING: Word = [u64::MAX; 2];
 
 impl Session {
+    /// Bounds of parameters and moments after the update that this step asks for; those of now where it updates nothing.
+    pub(super) fn bounds_after(&self, report: &StepReport, learning_rate: f32) -> Bounds {
+        match (self.plan.graph.objective, report.grad_norm) {
+            (Some(objective), Some(norm)) => objective.optimizer.bounds_after(self.bounds, norm, learning_rate),
+            _ => Bounds::default(),
+        }
+    }
+
+    /// Notes the largest element of what is written to a device's part of a parameter or a moment.
+    pub(super) fn note_largest(&mut self, var: Var, part: &HostTensor) {
+        let largest = part.as_f32().unwrap_or_default().iter().fold(0f32, |largest, value| largest.max(value.abs()));
+        let bounds = &mut self.bounds;
+        let name = self.plan.graph.tensor(var).name.strip_prefix(STATE_PREFIX);
+        let bound = match name.and_then(|name| name.split_once('/')) {
+            None => &mut bounds.parameter,
+            Some(("m", _)) => &mut bounds.first,
+            Some(_) => &mut bounds.second,
+        };
+        *bound = bound.max(f64::from(largest));
+    }
+
+    /// Takes the largest bounds that any process has, after each has written its own parts; all processes call it.
+    pub(super) fn agree_on_bounds(&mut self) -> Result<(), SessionError> {
+        if self.hosting.processes == 1 {
+            return Ok(());
+        }
+        // Numbers that are not negative are in the order of their bits.
+        let Bounds { parameter, first, second, .. } = self.bounds;
+        let half = |bound: f64| u64::from((bound as f32).next_up().to_bits());
+        let words = self.exchange([parameter.to_bits(), half(first) << 32 | half(second)])?;
+        let largest = |of: fn(&Word) -> u64| words.iter().map(of).max().unwrap_or_default();
+        let moment = |bits: u64| f64::from(f32::from_bits(bits as u32));
+        self.bounds.parameter = f64::from_bits(largest(|word| word[0]));
+        self.bounds.first = moment(largest(|word| word[1] >> 32));
+        self.bounds.second = moment(largest(|word| word[1] & u64::from(u32::MAX)));
+        Ok(())
+    }
+
     /// Runs the step that has just been called off once more, and finds where it goes wrong. All processes call it.
     pub(super) fn trace(&mut self, inputs: &Inputs<'_>, report: &StepReport) -> Result<NonFinite, SessionError> {
         self.check_finite(true);
@@ -144,7 +203,7 @@ impl Session {
         let own = made.chain(self.parameters_not_finite()?).min().map_or(NOTHING, Origin::word);
         let first = self.exchange(own)?.into_iter().min().filter(|word| *word != NOTHING);
         let first = first.and_then(|word| self.describe(Origin::of_word(word)));
-        Ok(NonFinite { step: self.steps, loss: report.loss, grad_norm: report.grad_norm, first })
+        Ok(NonFinite { first, ..report.overflow(None) })
     }
 
     /// Lets the step pass, or not.

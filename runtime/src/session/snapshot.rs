@@ -17,6 +17,7 @@ use crate::checkpoint::manifest::{Cursor, Kind, TensorInfo};
 use crate::checkpoint::read::Reader;
 use crate::checkpoint::snapshot::{Snapshot, SnapshotPiece};
 use crate::checkpoint::store::{Newest, Store};
+use crate::graph::optimizer::Bounds;
 use crate::graph::{NodeOp, Var};
 use crate::plan::ResidentTensor;
 
@@ -200,6 +201,7 @@ impl Session {
             tensors: BTreeMap::new(),
         };
         let Parts { parts, mut notes } = self.agree_on_load(&source, loading, read)?;
+        self.bounds = Bounds::OF_A_FILE;
         for Part { device, resident, tensor } in parts {
             self.write_resident(device, &resident, &tensor)?;
         }

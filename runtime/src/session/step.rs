@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use shardflow_kernels::collective::ReduceOp;
 use shardflow_kernels::error::KernelError;
+use shardflow_kernels::op::norm_of_squares;
 use shardflow_kernels::tensor::{HostTensor, element_count};
 
 use super::load::FeedPort;
@@ -26,7 +27,8 @@ type Results = BTreeMap<(usize, Rate), Vec<Vec<HostTensor>>>;
 
 impl Session {
     /// One step: feeds the whole batch, runs all micro-batches, and gives what the program outputs. The host sees loss and
-    /// gradient norm before anything is updated: where either is not finite, nothing is, see [`super::numerics`].
+    /// gradient norm before anything is updated: where either is not finite, or the update would not be, nothing is, see
+    /// [`super::numerics`].
     /// When it returns, no device works any more. `learning_rate` is not used by a program that minimises nothing.
     ///
     /// # Errors
@@ -49,15 +51,19 @@ impl Session {
         self.requests.iter().for_each(|requests| requests.agreed(request));
         let mut report = StepReport { request, ..self.report(results)? };
         let mut passed = Ok(());
-        if report.is_finite() {
-            self.decide(learning_rate)?;
-            self.updates += u64::from(self.plan.graph.objective.is_some());
-            self.skipped_in_a_row = 0;
-        } else {
-            self.decide(f32::NAN)?;
-            let found = self.trace(&by_name, &report)?;
-            passed = self.pass_over(&found);
-            report.non_finite = Some(found);
+        let bounds = self.bounds_after(&report, learning_rate);
+        match (report.is_finite(), bounds.overflow()) {
+            (true, None) => {
+                self.decide(learning_rate)?;
+                self.updates += u64::from(self.plan.graph.objective.is_some());
+                (self.bounds, self.skipped_in_a_row) = (bounds, 0);
+            }
+            (is_finite, overflow) => {
+                self.decide(f32::NAN)?;
+                let found = if is_finite { report.overflow(overflow) } else { self.trace(&by_name, &report)? };
+                passed = self.pass_over(&found);
+                report.non_finite = Some(found);
+            }
         }
         self.steps += u64::from(passed.is_ok());
         // A step that ends the training is told, too.
@@ -181,7 +187,7 @@ impl Session {
     fn report(&self, results: Results) -> Result<StepReport, SessionError> {
         let graph = &self.plan.graph;
         let mut outputs: BTreeMap<String, HostTensor> = BTreeMap::new();
-        let mut squares: Vec<f64> = Vec::new();
+        let mut squares: Vec<[f64; 2]> = Vec::new();
         for output in &graph.outputs {
             let info = graph.tensor(output.tensor);
             let placement = &graph.placements[graph.placement_of(output.tensor)];
@@ -199,15 +205,17 @@ impl Session {
             let pieces = (0..firings).map(piece).collect::<Result<_, _>>()?;
             let whole = join(pieces, output.over.unwrap_or(Over::Once));
             if output.name == GRAD_SQUARES_OUTPUT {
-                let values = whole.as_f32().unwrap_or_default();
-                squares.resize(values.len(), 0.0);
-                squares.iter_mut().zip(values).for_each(|(sum, v)| *sum += f64::from(*v));
+                let (values, _) = whole.as_f32().unwrap_or_default().as_chunks::<2>();
+                squares.resize(values.len(), [0.0; 2]);
+                for (sum, value) in squares.iter_mut().zip(values) {
+                    *sum = [sum[0] + f64::from(value[0]), sum[1] + f64::from(value[1])];
+                }
             } else {
                 outputs.insert(output.name.clone(), whole);
             }
         }
         let loss = outputs.get("loss").and_then(|t| t.as_f32()).and_then(|v| v.first().copied());
-        let grad_norm = (!squares.is_empty()).then(|| squares.iter().sum::<f64>().sqrt());
+        let grad_norm = (!squares.is_empty()).then(|| norm_of_squares(squares));
         Ok(StepReport { step: self.steps, loss, grad_norm, outputs, request: Request::Nothing, non_finite: None })
     }
 }

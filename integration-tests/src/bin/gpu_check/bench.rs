@@ -103,7 +103,7 @@ impl Bench {
     /// what this device needs.
     fn own(&self, launch: &Launch) -> (Launch, usize) {
         let mut own = launch.clone();
-        let bytes = self.device.kind().workspace_bytes(launch, self.stream.threads());
+        let bytes = self.device.kind().workspace_bytes(launch);
         let workspace = |bytes| Buffer { base: usize::MAX, offset: 0, shape: vec![bytes / 4], dtype: DType::F32 };
         own.workspace = (bytes > 0).then(|| workspace(bytes));
         let mut placed: Vec<(Buffer, usize)> = Vec::new();

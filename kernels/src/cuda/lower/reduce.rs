@@ -1,10 +1,11 @@
 //! Sums over rows and over everything. How a sum is cut into parts follows from the shape alone.
-//! Imports `lower`, `cuda::step`, `tensor`.
+//! Imports `lower`, `cuda::step`, `op`, `tensor`.
 
 use super::args::Args;
 use super::{PACK, THREADS, blocks, long, read, variants, write};
 use crate::cuda::step::{Arg, Kernel, Place, Step};
 use crate::error::KernelError;
+use crate::op::check_squares;
 use crate::tensor::{DType, element_count};
 
 /// Blocks that fill a device several times over.
@@ -127,7 +128,7 @@ fn squares_parts(n: usize) -> (usize, usize) {
     (n.div_ceil(per_part).max(1), per_part)
 }
 
-/// Two floats for each part's double.
+/// Two floats for the bits of each part's double.
 pub(super) fn squares_workspace_floats(n: usize) -> usize {
     let (parts, _) = squares_parts(n);
     if parts > 1 { 2 * parts } else { 0 }
@@ -135,15 +136,13 @@ pub(super) fn squares_workspace_floats(n: usize) -> usize {
 
 pub(super) fn sum_squares(args: &Args<'_>, index: usize) -> Result<Vec<Step>, KernelError> {
     args.expect_floats(&[0])?;
-    let out = args.write_shape(0);
-    if out.len() != 1 || index >= out[0] {
-        return Err(args.refused("shape of write 0", format!("[n] with n > {index}"), format!("{out:?}")));
-    }
+    check_squares(args.write_shape(0), index)
+        .map_err(|(expected, got)| args.refused("shape of write 0", expected, got))?;
     let n = element_count(args.read_shape(0));
     if n == 0 {
         return Ok(vec![]);
     }
-    let out = Arg::Pointer(Place { offset_bytes: index * DType::F32.bytes(), ..Place::write(0) });
+    let out = Arg::Pointer(Place { offset_bytes: 2 * index * DType::F32.bytes(), ..Place::write(0) });
     let (parts, per_part) = squares_parts(n);
     if parts == 1 {
         let arguments = vec![read(0), Arg::Null, out, long(n), long(per_part)];
@@ -161,6 +160,9 @@ pub(super) fn clip_scale(args: &Args<'_>, max_norm: f32) -> Result<Vec<Step>, Ke
     args.expect_floats(&[0])?;
     args.expect_writes(&[0, 1], &[])?;
     let n = element_count(args.read_shape(0));
+    if !n.is_multiple_of(2) {
+        return Err(args.refused("shape of read 0", "[n, 2]", format!("{:?}", args.read_shape(0))));
+    }
     let arguments = vec![read(0), write(0), write(1), long(n), Arg::F32(max_norm)];
     Ok(vec![blocks("clip_scale", 1, THREADS, 0, arguments)?])
 }

@@ -64,8 +64,8 @@ fn launches(rows: usize, width: usize) -> Vec<Launch> {
         launch(Op::TokenLoss { scale: 0.1 }, &[row; 3], &[], &[&[]]),
         launch(Op::CrossEntropyGrad { vocab_start: 0, scale: 0.1 }, &[&[], x, row, row, row], &[4], &[x]),
         launch(dropout(&[1, 2, 3]), &[x, &[2]], &[1], &[x]),
-        launch(Op::SumSquares { index: 1 }, &[x], &[], &[&[2]]),
-        launch(Op::ClipScale { max_norm: 1.0 }, &[row], &[], &[&[], &[]]),
+        launch(Op::SumSquares { index: 1 }, &[x], &[], &[&[2, 2]]),
+        launch(Op::ClipScale { max_norm: 1.0 }, &[&[3, 2]], &[], &[&[], &[]]),
         launch(adamw, &[x, &[2], &[]], &[], &[x; 3]),
     ]
 }

@@ -1,0 +1,109 @@
+//! Gradients too large to be squared in a float, on devices of any kind: a finite norm, clipping that works, and no update that
+//! would leave an infinite parameter or moment. Imports `shardflow`, the kernels' tensors and `training`.
+
+use shardflow::graph::{AdamW, Graph};
+use shardflow::nn::{self, Parallel};
+use shardflow::passes::{CompileOptions, compile};
+use shardflow::placement::Mesh;
+use shardflow::plan::Schedule::OneFOneB;
+use shardflow::session::numerics::OnNonFinite;
+use shardflow::session::{Session, SessionError, SessionOptions, StepReport};
+use shardflow_kernels::device::DeviceKind;
+use shardflow_kernels::tensor::{DType, HostTensor};
+
+use crate::training::{LEARNING_RATE, Scratch, bits, options, relative};
+
+const BATCH: usize = 8;
+const LENGTH: usize = 3;
+const TOKENS: usize = 5;
+const WIDTH: usize = 6;
+
+/// Two layers, on two stages where there are stages, and a loss times `factor`.
+fn start(device: DeviceKind, mesh: &str, factor: f32, max_norm: f32, on_non_finite: OnNonFinite) -> Session {
+    let mut g = Graph::new(&Mesh::parse(mesh).expect("a mesh"));
+    let staged = g.mesh().axis("stage").is_ok();
+    let layout = nn::batch_layout(&g);
+    if staged {
+        g.place_at("stage", 0);
+    }
+    let ids = g.input("ids", &[BATCH, LENGTH], DType::I32, layout.clone());
+    let x = nn::embedding(&mut g, "table", ids, TOKENS, WIDTH, Parallel::Replicated);
+    if staged {
+        g.place_at("stage", 1);
+    }
+    let logits = nn::linear(&mut g, "last", x, TOKENS, Parallel::Replicated);
+    let targets = g.input("targets", &[BATCH, LENGTH], DType::I32, layout);
+    let loss = g.cross_entropy(logits, targets);
+    let loss = g.scale(loss, factor);
+    g.minimize(loss, AdamW { max_norm, ..AdamW::default() });
+    let plan = compile(g, &CompileOptions { device, ..options(2, OneFOneB) }).unwrap_or_else(|e| panic!("{mesh}: {e}"));
+    let options = SessionOptions { on_non_finite, ..SessionOptions::default() };
+    Session::start(plan, &options).unwrap_or_else(|e| panic!("{mesh}: {e}"))
+}
+
+fn step(session: &mut Session, learning_rate: f32) -> Result<StepReport, SessionError> {
+    let tokens =
+        |by: i32| HostTensor::i32(&[BATCH, LENGTH], (0..(BATCH * LENGTH) as i32).map(|i| i * by % 5).collect());
+    session.step(&[("ids", tokens(1)), ("targets", tokens(2))], learning_rate)
+}
+
+/// Parameters and moments, as a file's bytes.
+fn state(session: &Session) -> Vec<u8> {
+    let folder = Scratch::new(&format!("large-{:?}", std::thread::current().id()));
+    let path = folder.path().join("state");
+    session.save(&path).expect("a place to write");
+    std::fs::read(&path).expect("what was written")
+}
+
+/// All of it, on devices of this kind.
+///
+/// # Panics
+/// Where it does not hold.
+pub fn check(device: DeviceKind) {
+    for mesh in ["data=1", "data=2", "stage=2"] {
+        clipping_is_that_of_small_gradients(device, mesh);
+        an_update_that_would_overflow_is_called_off(device, mesh);
+    }
+}
+
+fn clipping_is_that_of_small_gradients(device: DeviceKind, mesh: &str) {
+    let train = |factor: f32| {
+        let mut session = start(device, mesh, factor, 0.1, OnNonFinite::Stop);
+        let norms: Vec<f64> = (0..3)
+            .map(|at| {
+                let report = step(&mut session, LEARNING_RATE).unwrap_or_else(|e| panic!("{mesh}, step {at}: {e}"));
+                report.grad_norm.expect("there are gradients") / f64::from(factor)
+            })
+            .collect();
+        (norms, session.parameters().expect("parameters"))
+    };
+    let (norms, parameters) = train(1.0);
+    let (large_norms, large_parameters) = train(1e21);
+    for (norm, large) in norms.iter().zip(&large_norms) {
+        assert!(*norm > 0.2 && relative(*norm, *large) < 1e-5, "{mesh}: {norms:?}, scaled {large_norms:?}");
+    }
+    for (name, tensor) in &parameters {
+        let (values, large) = (tensor.as_f32().expect("floats"), large_parameters[name].as_f32().expect("floats"));
+        let close = values.iter().zip(large).all(|(a, b)| (a - b).abs() < 1e-5);
+        assert!(close, "{mesh}, {name}: {values:?}, scaled {large:?}");
+    }
+}
+
+fn an_update_that_would_overflow_is_called_off(device: DeviceKind, mesh: &str) {
+    for (factor, learning_rate, what) in [(1e21, LEARNING_RATE, "a second moment"), (1.0, f32::MAX, "a parameter")] {
+        let mut session = start(device, mesh, factor, f32::INFINITY, OnNonFinite::Stop);
+        let before = state(&session);
+        let Err(SessionError::NonFinite(found)) = step(&mut session, learning_rate) else { panic!("{mesh}: {what}") };
+        assert_eq!((found.overflow, &found.first), (Some(what), &None), "{mesh}");
+        assert!(found.loss.is_some_and(f32::is_finite) && found.grad_norm.is_some_and(f64::is_finite), "{found:?}");
+        assert!(state(&session) == before, "{mesh}: an update that was called off changed something, for {what}");
+    }
+    // Large, but what it leaves is finite: so is the step.
+    let mut session = start(device, mesh, 1e18, f32::INFINITY, OnNonFinite::Skip { in_a_row_max: 1 });
+    let before = session.parameters().expect("parameters");
+    assert_eq!(step(&mut session, LEARNING_RATE).expect("a good step").non_finite, None);
+    let after = session.parameters().expect("parameters");
+    assert!(bits(&after) != bits(&before), "{mesh}: nothing was updated");
+    let floats = after.values().flat_map(|tensor| tensor.as_f32().expect("floats"));
+    assert!(floats.copied().all(f32::is_finite), "{mesh}: {after:?}");
+}
