@@ -27,7 +27,10 @@ pub enum CheckpointsError {
     Load(Box<SessionError>),
     /// The place cannot be used.
     #[error("--checkpoint {0}")]
-    Place(CheckpointError),
+    Place(Box<SessionError>),
+    /// Another run writes there now.
+    #[error("--checkpoint {0}")]
+    Fenced(CheckpointError),
     /// A snapshot could not be taken.
     #[error(transparent)]
     Snapshot(Box<SessionError>),
@@ -43,25 +46,29 @@ pub enum CheckpointsError {
         found: Box<NonFinite>,
     },
     /// The last checkpoint was not committed.
-    #[error("the last checkpoint is lost: {0}")]
-    Last(CheckpointError),
+    #[error("the last checkpoint is lost: {cause}; {}", newest.map_or("there is no other".into(), |step| format!("the newest is of step {step}")))]
+    Last {
+        /// Why.
+        cause: CheckpointError,
+        /// Step of the newest good one.
+        newest: Option<u64>,
+    },
 }
 
 impl CheckpointsError {
     /// The code that the program ends with.
     pub fn exit(&self) -> Exit {
         match self {
-            Self::Load(error) | Self::Snapshot(error) => error.exit(),
-            Self::Place(error) => Exit::from_code(error.exit_code()),
+            Self::Load(error) | Self::Snapshot(error) | Self::Place(error) => error.exit(),
             Self::NoWayBack(_) | Self::NoHelp { .. } => Exit::Numerics,
-            Self::Last(_) => Exit::CannotWrite,
+            Self::Last { .. } | Self::Fenced(_) => Exit::CannotWrite,
         }
     }
 
     /// What became of the session meanwhile, if that is it.
     pub fn session(&self) -> Option<&SessionError> {
         match self {
-            Self::Load(error) | Self::Snapshot(error) => Some(error),
+            Self::Load(error) | Self::Snapshot(error) | Self::Place(error) => Some(error),
             _ => None,
         }
     }
@@ -70,11 +77,31 @@ impl CheckpointsError {
     pub fn hint(&self) -> &'static str {
         match self {
             Self::Load(_) => "train with the flags that the checkpoint was made with, or give another --checkpoint",
-            Self::Place(_) => "give a folder that can be written to",
+            Self::Place(error) => match &**error {
+                SessionError::Checkpoint(error) => hint(error),
+                _ => "",
+            },
+            Self::Fenced(_) => "end the other run, and start this one again: it goes on from the newest checkpoint",
             Self::Snapshot(_) => "",
             Self::NoWayBack(_) | Self::NoHelp { .. } => "try a lower --lr, or --clip 1",
-            Self::Last(_) => "see that there is room; the one before it is still there",
+            Self::Last { cause, .. } => hint(cause),
         }
+    }
+}
+
+/// What can be done about a store or a file that cannot be written.
+pub fn hint(error: &CheckpointError) -> &'static str {
+    use std::io::ErrorKind::{PermissionDenied, QuotaExceeded, ReadOnlyFilesystem, StorageFull};
+    match (error, error.io_kind()) {
+        (CheckpointError::NoRoom { .. }, _) => {
+            "free space, keep fewer by --checkpoint-keep, or give another --checkpoint"
+        }
+        (CheckpointError::NotShared { .. }, _) => "give a --checkpoint that all nodes share",
+        (CheckpointError::Others { .. }, _) => "see the log of that rank",
+        (CheckpointError::Stalled { .. }, _) => "see whether the file system, or the network to the store, works",
+        (_, Some(StorageFull | QuotaExceeded)) => "free space there, or give another place",
+        (_, Some(ReadOnlyFilesystem | PermissionDenied)) => "give a place that this user may write to",
+        _ => "",
     }
 }
 
@@ -84,6 +111,8 @@ pub struct Checkpoints {
     store: Store,
     every: u64,
     speaks: bool,
+    /// Writes to the store.
+    is_first: bool,
     /// Batches that are left out: step `s` trains on batch `s + passed_over`.
     passed_over: u64,
     /// The step that was gone back to last, and how often.
@@ -91,19 +120,25 @@ pub struct Checkpoints {
 }
 
 impl Checkpoints {
-    /// Opens the place, and loads the newest good checkpoint into the session, if there is one.
+    /// Opens the place, checks that checkpoints can be written there, and loads the newest good one into the session, if there
+    /// is one.
     ///
     /// # Errors
-    /// A place that cannot be used, or a checkpoint of another model.
+    /// A place that cannot be used, or that another run writes to, or a checkpoint of another model.
     pub fn open(place: &str, args: &GptArgs, speaks: bool, session: &mut Session) -> Result<Self, CheckpointsError> {
-        let store = Store::open(place).map_err(CheckpointsError::Place)?;
+        let place_error = |error: SessionError| CheckpointsError::Place(Box::new(error));
+        let store = Store::open(place).map_err(|e| place_error(e.into()))?;
+        let options = SaverOptions {
+            keep: args.checkpoint_keep,
+            keep_every: args.checkpoint_keep_every,
+            saves_max: Some(args.steps / args.checkpoint_every + 1),
+            ..SaverOptions::default()
+        };
+        let saver = session.saver(&store, options).map_err(place_error)?;
         let found = restore(&store, session, speaks)?;
         let passed_over = found.map_or(0, |(_, passed_over)| passed_over);
-        let (agree, member) = session.agreement();
-        let plan = Some(session.plan().hash().to_string());
-        let options = SaverOptions { member, keep: args.checkpoint_keep, plan, ..SaverOptions::default() };
-        let saver = Saver::new(store.clone(), agree, options).map_err(CheckpointsError::Place)?;
-        Ok(Self { saver, store, every: args.checkpoint_every, speaks, passed_over, rollbacks: (0, 0) })
+        let is_first = session.agreement().1.process == 0;
+        Ok(Self { saver, store, every: args.checkpoint_every, speaks, is_first, passed_over, rollbacks: (0, 0) })
     }
 
     /// The batch that a step trains on.
@@ -118,7 +153,7 @@ impl Checkpoints {
     /// When there is no checkpoint, or going back to it has not helped.
     pub fn roll_back(&mut self, session: &mut Session, found: &NonFinite) -> Result<(), CheckpointsError> {
         if let Some(report) = self.saver.wait(LAST_SAVE).ok().flatten() {
-            self.tell(&report);
+            self.tell(&report)?;
         }
         let Some((step, _)) = restore(&self.store, session, self.speaks)? else {
             return Err(CheckpointsError::NoWayBack(Box::new(found.clone())));
@@ -129,6 +164,12 @@ impl Checkpoints {
             return Err(CheckpointsError::NoHelp { step, found: Box::new(found.clone()) });
         }
         self.passed_over = self.batch(found.step) + 1 - step;
+        // Now, for a process that dies before the next save must not train on the bad batch again.
+        if self.is_first
+            && let Err(error) = self.store.set_cursor(step, self.cursor())
+        {
+            note(format!("warning: a restart before the next checkpoint will meet the bad batch again: {error}"));
+        }
         Ok(())
     }
 
@@ -138,29 +179,41 @@ impl Checkpoints {
     /// When no snapshot can be taken, or the last save failed; a save that fails before is told, and training goes on.
     pub fn after_step(&mut self, session: &Session, is_last: bool) -> Result<(), CheckpointsError> {
         if let Some(report) = self.saver.poll() {
-            self.tell(&report);
+            self.tell(&report)?;
         }
         if !is_last && !session.steps().is_multiple_of(self.every) {
             return Ok(());
         }
-        let cursor = Cursor::from([(PASSED_OVER.to_string(), self.passed_over.to_string())]);
-        let begun = self.saver.save(session, cursor).map_err(|e| CheckpointsError::Snapshot(Box::new(e)))?;
+        let begun = self.saver.save(session, self.cursor()).map_err(|e| CheckpointsError::Snapshot(Box::new(e)))?;
         if let Begun::Started { before: Some(report) } = begun {
-            self.tell(&report);
+            self.tell(&report)?;
         }
         if !is_last {
             return Ok(());
         }
-        match self.saver.wait(LAST_SAVE).map_err(CheckpointsError::Last)? {
-            None => Ok(()),
-            Some(report) => {
-                self.tell(&report);
-                report.result.map(drop).map_err(CheckpointsError::Last)
-            }
-        }
+        let last = self.saver.wait(LAST_SAVE).map_err(|cause| self.last(cause))?;
+        last.map_or(Ok(()), |report| {
+            self.tell(&report)?;
+            report.result.map(drop).map_err(|cause| self.last(cause))
+        })
     }
 
-    fn tell(&self, report: &SaveReport) {
+    fn cursor(&self) -> Cursor {
+        Cursor::from([(PASSED_OVER.to_string(), self.passed_over.to_string())])
+    }
+
+    fn last(&self, cause: CheckpointError) -> CheckpointsError {
+        let newest = self.store.newest().ok().and_then(|newest| newest.reader);
+        CheckpointsError::Last { cause, newest: newest.map(|reader| reader.manifest().step) }
+    }
+
+    /// Reports how a save went. After the loss of the lock, more steps would be for nothing.
+    fn tell(&self, report: &SaveReport) -> Result<(), CheckpointsError> {
+        let warn = |text: String| {
+            if self.speaks {
+                note(format!("warning: {text}"))
+            }
+        };
         match &report.result {
             Ok(_) => {
                 // Tells the launcher that restarts get somewhere; without one it does nothing.
@@ -168,11 +221,16 @@ impl Checkpoints {
                     note(format!("warning: cannot tell the launcher of step {}: {error}", report.step));
                 }
             }
-            Err(error) if self.speaks => {
-                note(format!("warning: no checkpoint of step {}: {error}", report.step));
+            Err(CheckpointError::Fenced { place, holder }) => {
+                let (place, holder) = (place.clone(), holder.clone());
+                return Err(CheckpointsError::Fenced(CheckpointError::Fenced { place, holder }));
             }
-            Err(_) => {}
+            Err(error) => warn(format!("no checkpoint of step {}: {error}", report.step)),
         }
+        if let Some(error) = &report.prune {
+            warn(format!("older checkpoints are not deleted: {error}"));
+        }
+        Ok(())
     }
 }
 
@@ -187,4 +245,28 @@ fn restore(store: &Store, session: &mut Session, speaks: bool) -> Result<Option<
         note(format!("going on from step {step} in {}", store.place()));
     }
     Ok(Some((step, cursor.get(PASSED_OVER).and_then(|count| count.parse().ok()).unwrap_or(0))))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::ErrorKind;
+
+    use super::*;
+
+    #[test]
+    fn hints_fit_the_cause() {
+        let io = |kind: ErrorKind| CheckpointError::Io { path: "x".into(), source: kind.into() };
+        for (error, expected) in [
+            (io(ErrorKind::StorageFull), "free space"),
+            (io(ErrorKind::ReadOnlyFilesystem), "may write"),
+            (CheckpointError::NotShared { place: "x".into(), ranks: "rank 1".into() }, "all nodes share"),
+        ] {
+            assert!(hint(&error).contains(expected), "{error}: {}", hint(&error));
+        }
+        // Nothing is known of these, so nothing is promised.
+        assert_eq!(hint(&io(ErrorKind::Other)), "");
+        let last = |newest| CheckpointsError::Last { cause: io(ErrorKind::StorageFull), newest };
+        assert!(last(Some(4)).to_string().ends_with("; the newest is of step 4"), "{}", last(Some(4)));
+        assert!(last(None).to_string().ends_with("; there is no other"), "{}", last(None));
+    }
 }

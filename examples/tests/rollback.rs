@@ -65,3 +65,27 @@ fn the_batches_up_to_the_bad_one_are_passed_over() {
     );
     std::fs::remove_dir_all(folder).expect("a folder");
 }
+
+/// A process that dies after it went back, and before the next checkpoint, does not meet the bad batch again.
+#[test]
+fn a_rollback_outlives_the_process() {
+    let folder = std::path::Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("rolled-back-{}", std::process::id()));
+    let place = folder.to_str().expect("a path");
+    let args = GptArgs::parse_from(["gpt", "--checkpoint-every", "3"]);
+    let mut session = start();
+    let mut checkpoints = Checkpoints::open(place, &args, false, &mut session).expect("a place");
+    loop {
+        let batch = checkpoints.batch(session.steps());
+        if let Some(found) = step(&mut session, batch).non_finite {
+            checkpoints.roll_back(&mut session, &found).expect("a way back");
+            break;
+        }
+        checkpoints.after_step(&session, false).expect("saved");
+    }
+    drop(checkpoints);
+    let mut later = start();
+    let checkpoints = Checkpoints::open(place, &args, false, &mut later).expect("a place");
+    assert_eq!((later.steps(), checkpoints.batch(later.steps())), (6, BAD + 1));
+    drop(checkpoints);
+    std::fs::remove_dir_all(folder).expect("a folder");
+}

@@ -4,13 +4,16 @@
 
 pub mod boxing;
 pub mod checkpoint;
+mod clock;
 pub mod cluster;
 pub mod doctor;
 pub mod exit;
+pub mod files;
 pub mod graph;
 pub mod init;
 pub mod launcher;
 pub mod layout_error;
+mod lock;
 pub mod metrics;
 pub mod nn;
 pub mod passes;

@@ -40,6 +40,7 @@ mod load;
 pub mod metrics;
 pub mod numerics;
 pub mod observer;
+mod saver;
 pub mod shown;
 pub mod snapshot;
 mod step;
@@ -170,6 +171,8 @@ pub struct Session {
     engine: Arc<dyn Collective>,
     running: Option<Running>,
     world: Option<Arc<World>>,
+    /// Name of the job, where it has one, and number of this incarnation, as far as this process knows.
+    job: (Option<String>, u64),
     feeds: Vec<FeedPort>,
     /// External actions that are fed nothing, each with its firings in a step.
     gates: Vec<(ActorId, u32, u32)>,
@@ -184,6 +187,8 @@ pub struct Session {
     /// Inputs that hold token ids, and how many tokens there are.
     vocabularies: BTreeMap<String, usize>,
     steps: u64,
+    /// Checkpoints of later steps up to this one were found damaged.
+    passed_over: u64,
     seed: u64,
     stop: Option<Arc<AtomicBool>>,
     on_non_finite: OnNonFinite,
@@ -292,12 +297,14 @@ impl Session {
             engine: ways.engine,
             running: None,
             world,
+            job: options.cluster.job(),
             feeds,
             fetched,
             inbox: Mutex::new(Inbox::new(ports.clone(), from_peers)),
             ports,
             failed: None,
             steps: 0,
+            passed_over: 0,
             seed: options.seed,
             stop: options.stop.clone(),
             on_non_finite: options.on_non_finite,

@@ -17,9 +17,9 @@ use shardflow::session::shown;
 use shardflow::trace::{TraceError, TraceFile};
 use shardflow::watch::{Watch, WatchError};
 use shardflow_examples::args::{ArgsError, DeviceArg, GptArgs, NonFiniteArg, PrecisionArg, ScheduleArg, fail};
-use shardflow_examples::checkpoints::{Checkpoints, CheckpointsError};
+use shardflow_examples::checkpoints::{self, Checkpoints, CheckpointsError};
 use shardflow_examples::data::{DataError, Text};
-use shardflow_examples::files::{PlaceError, check_writable, free_memory_bytes};
+use shardflow_examples::files::{PlaceError, check_room, check_writable, free_memory_bytes};
 use shardflow_examples::log::{DeviceMemory, JsonLog, LogError, Progress, StepRecord, Totals, note};
 use shardflow_examples::sample::Sampler;
 
@@ -57,6 +57,7 @@ fn run(args: &GptArgs) -> Result<(), GptError> {
     let sampler = sampler(args, &model, &cluster)?;
     if let Some(path) = args.save.as_deref().filter(|_| speaks) {
         check_writable(path)?;
+        check_room(path, weights(&plan) as u64 * 4)?;
     }
     let trace_path = args.trace.as_deref().map(|path| trace_path(path, &cluster));
     trace_path.as_deref().map_or(Ok(()), check_writable)?;
@@ -212,8 +213,7 @@ fn sampler(args: &GptArgs, model: &GptConfig, cluster: &Cluster) -> Result<Optio
 }
 
 fn introduce(args: &GptArgs, text: &Text, plan: &Plan, cluster: &Cluster) {
-    let weights: usize = plan.graph.parameters().iter().map(|v| plan.graph.shape(*v).iter().product::<usize>()).sum();
-    let (devices, threads) = (args.mesh.devices(), plan.threads_per_device);
+    let (weights, devices, threads) = (weights(plan), args.mesh.devices(), plan.threads_per_device);
     let named = args.data.as_deref().map_or("this repository".into(), |path| path.display().to_string());
     say(format!("text      {named}: {} tokens to train on, {} different", text.train_len(), text.vocab()));
     say(format!("model     {}, {} wide, {weights} weights", count(args.layers, "layer"), args.width));
@@ -225,6 +225,11 @@ fn introduce(args: &GptArgs, text: &Text, plan: &Plan, cluster: &Cluster) {
     say(format!("mesh      {}: {devices} of {threads}{over}", plan.graph.mesh()));
     let batches = count(plan.micro_batches, "micro-batch");
     say(format!("step      {} samples of {} tokens, in {batches}", args.batch, args.context));
+}
+
+/// Elements of all parameters.
+fn weights(plan: &Plan) -> usize {
+    plan.graph.parameters().iter().map(|v| plan.graph.shape(*v).iter().product::<usize>()).sum()
 }
 
 fn count(n: usize, thing: &str) -> String {
@@ -396,6 +401,9 @@ impl GptError {
             Self::Args(error) => error.hint(),
             Self::Data(error) => error.hint().into(),
             Self::Watch(_) | Self::Port { .. } => "give an address of this machine, and ports that are free".into(),
+            Self::Place(error) if error.cause.kind() == std::io::ErrorKind::StorageFull => {
+                "free space there, or give a file in another folder".into()
+            }
             Self::Place(_) | Self::Log(_) | Self::Trace(_) | Self::Session(SessionError::PlanFile { .. }) => {
                 "give a file in a folder that exists and may be written to".into()
             }
@@ -413,7 +421,8 @@ impl GptError {
                 CheckpointError::Missing { .. } | CheckpointError::Shape { .. },
             )) => "give the --data, --layers, --heads, --width and --context that the file was saved with".into(),
             Self::InitFrom(_) => "give a file that `gpt --save` wrote".into(),
-            Self::Save(_) => "the parameters are lost; see that there is room, and train again".into(),
+            Self::Save(SessionError::Checkpoint(error)) => checkpoints::hint(error).into(),
+            Self::Save(_) => String::new(),
             Self::Checkpoints(error) => error.hint().into(),
             Self::Terminated { .. } => "the same command with --checkpoint goes on from there".into(),
             Self::Signals(_) => String::new(),
