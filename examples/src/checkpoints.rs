@@ -153,7 +153,7 @@ impl Checkpoints {
     /// When there is no checkpoint, or going back to it has not helped.
     pub fn roll_back(&mut self, session: &mut Session, found: &NonFinite) -> Result<(), CheckpointsError> {
         if let Some(report) = self.saver.wait(LAST_SAVE).ok().flatten() {
-            self.tell(&report)?;
+            self.log_save(&report)?;
         }
         let Some((step, _)) = restore(&self.store, session, self.speaks)? else {
             return Err(CheckpointsError::NoWayBack(Box::new(found.clone())));
@@ -179,21 +179,21 @@ impl Checkpoints {
     /// When no snapshot can be taken, or the last save failed; a save that fails before is told, and training goes on.
     pub fn after_step(&mut self, session: &Session, is_last: bool) -> Result<(), CheckpointsError> {
         if let Some(report) = self.saver.poll() {
-            self.tell(&report)?;
+            self.log_save(&report)?;
         }
         if !is_last && !session.steps().is_multiple_of(self.every) {
             return Ok(());
         }
         let begun = self.saver.save(session, self.cursor()).map_err(|e| CheckpointsError::Snapshot(Box::new(e)))?;
         if let Begun::Started { before: Some(report) } = begun {
-            self.tell(&report)?;
+            self.log_save(&report)?;
         }
         if !is_last {
             return Ok(());
         }
         let last = self.saver.wait(LAST_SAVE).map_err(|cause| self.last(cause))?;
         last.map_or(Ok(()), |report| {
-            self.tell(&report)?;
+            self.log_save(&report)?;
             report.result.map(drop).map_err(|cause| self.last(cause))
         })
     }
@@ -207,8 +207,8 @@ impl Checkpoints {
         CheckpointsError::Last { cause, newest: newest.map(|reader| reader.manifest().step) }
     }
 
-    /// Reports how a save went. After the loss of the lock, more steps would be for nothing.
-    fn tell(&self, report: &SaveReport) -> Result<(), CheckpointsError> {
+    /// Reports how a save went. A run that has lost the lock cannot save any more, and ends.
+    fn log_save(&self, report: &SaveReport) -> Result<(), CheckpointsError> {
         let warn = |text: String| {
             if self.speaks {
                 note(format!("warning: {text}"))
@@ -263,7 +263,7 @@ mod tests {
         ] {
             assert!(hint(&error).contains(expected), "{error}: {}", hint(&error));
         }
-        // Nothing is known of these, so nothing is promised.
+        // Of an unknown cause there is no hint.
         assert_eq!(hint(&io(ErrorKind::Other)), "");
         let last = |newest| CheckpointsError::Last { cause: io(ErrorKind::StorageFull), newest };
         assert!(last(Some(4)).to_string().ends_with("; the newest is of step 4"), "{}", last(Some(4)));

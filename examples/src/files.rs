@@ -67,13 +67,12 @@ fn check_replaceable(path: &Path) -> io::Result<()> {
     Ok(())
 }
 
-/// Checks that a file of so many bytes has room at `path`.
+/// Checks that a file of `bytes` bytes has room at `path`.
 ///
 /// # Errors
 /// The file system has less free space.
 pub fn check_room(path: &Path, bytes: u64) -> Result<(), PlaceError> {
     let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    // Where the file system does not say, nothing is known.
     let Some(free) = free_bytes(folder) else { return Ok(()) };
     if free >= bytes {
         return Ok(());

@@ -131,7 +131,7 @@ fn a_file_system_without_hard_links_is_enough() {
     });
 }
 
-/// Time that passes when it is slept through.
+/// Time that passes by waits.
 #[derive(Default)]
 struct TestClock {
     now: Mutex<Duration>,
@@ -149,7 +149,7 @@ impl Clock for TestClock {
         *self.now.lock().expect("nobody panics with it")
     }
 
-    fn sleep(&self, time: Duration) {
+    fn wait(&self, time: Duration) {
         *self.now.lock().expect("nobody panics with it") += time;
         let now = self.now();
         self.meanwhile.lock().expect("nobody panics with it").iter_mut().for_each(|work| work(now));

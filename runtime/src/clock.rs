@@ -8,7 +8,7 @@ pub trait Clock: Send + Sync + fmt::Debug {
     /// Time since some fixed moment.
     fn now(&self) -> Duration;
     /// Waits.
-    fn sleep(&self, time: Duration);
+    fn wait(&self, time: Duration);
 }
 
 /// The system's, since it was made.
@@ -20,7 +20,7 @@ impl Clock for SystemClock {
         self.0.elapsed()
     }
 
-    fn sleep(&self, time: Duration) {
+    fn wait(&self, time: Duration) {
         std::thread::sleep(time);
     }
 }

@@ -85,7 +85,7 @@ impl Operations {
             if found.is_some() || self.clock.now() - begin >= self.hidden {
                 return Ok(found);
             }
-            self.clock.sleep(POLL);
+            self.clock.wait(POLL);
         }
     }
 

@@ -11,7 +11,7 @@ use crate::clock::Clock;
 
 type Work = Box<dyn FnMut(Duration) + Send>;
 
-/// Passes when it is slept through, and does something meanwhile.
+/// Passes when a wait does, and does something meanwhile.
 #[derive(Default)]
 struct TestClock {
     now: Mutex<Duration>,
@@ -29,7 +29,7 @@ impl Clock for TestClock {
         *self.now.lock().unwrap()
     }
 
-    fn sleep(&self, time: Duration) {
+    fn wait(&self, time: Duration) {
         *self.now.lock().unwrap() += time;
         let now = self.now();
         self.meanwhile.lock().unwrap().iter_mut().for_each(|work| work(now));

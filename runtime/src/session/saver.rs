@@ -40,19 +40,19 @@ impl Session {
             Ok(saver)
         });
         let mine = if probed.is_ok() { GOOD } else { FAILED };
-        let said = self.exchange([mine, number])?;
-        if let Some(process) = said.iter().position(|[result, _]| *result != GOOD) {
+        let results = self.exchange([mine, number])?;
+        if let Some(process) = results.iter().position(|[result, _]| *result != GOOD) {
             let elsewhere = || CheckpointError::Refused(format!("{}: rank {process} cannot use it", store.place()));
             return Err(probed.err().unwrap_or_else(elsewhere).into());
         }
         let saver = probed?;
-        let [_, number] = said[0];
+        let [_, number] = results[0];
         let seen = sees_probe(store, number);
-        let said = self.exchange([if matches!(seen, Ok(true)) { GOOD } else { FAILED }, 0])?;
+        let results = self.exchange([if matches!(seen, Ok(true)) { GOOD } else { FAILED }, 0])?;
         let deleted = if member.process == 0 { delete_probe(store, number) } else { Ok(()) };
         seen?;
         deleted?;
-        let blind = said.iter().enumerate().filter(|(_, [result, _])| *result != GOOD);
+        let blind = results.iter().enumerate().filter(|(_, [result, _])| *result != GOOD);
         let ranks: Vec<String> = blind.map(|(process, _)| format!("rank {process}")).collect();
         if ranks.is_empty() {
             return Ok(saver);
@@ -71,8 +71,8 @@ impl Session {
     }
 }
 
-/// Finds out whether there is room for `keep` checkpoints of so many bytes and the one that is being written, or for as many as
-/// will be made. Those that are there already are among them. Only where the file system says what is free.
+/// Checks that the free space holds the checkpoints that are still to be written: `keep` of them and one more, less those that
+/// are there, and `saves_max` at most. Does nothing where the file system does not report its free space.
 fn check_room(store: &Store, bytes: u64, keep: u64, saves_max: u64) -> Result<(), CheckpointError> {
     // The lock has made the folder.
     let Some(free_bytes) = store.local.as_deref().and_then(free_bytes) else { return Ok(()) };
