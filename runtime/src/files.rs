@@ -55,7 +55,8 @@ pub(crate) fn list(folder: &Path, deep: bool) -> io::Result<BTreeMap<String, Opt
 
 /// Deletes a file, or a folder with all that is in it, if it is there.
 pub(crate) fn remove(path: &Path) -> io::Result<()> {
-    match if path.is_dir() { fs::remove_dir_all(path) } else { fs::remove_file(path) } {
+    let removed = if path.is_dir() { fs::remove_dir_all(path) } else { fs::remove_file(path) };
+    match removed {
         Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
         result => result,
     }

@@ -118,7 +118,7 @@ impl Lock {
             if let Some(other) = newest.map(|number| live_holder(store, number, &holder)).transpose()?.flatten() {
                 return Err(CheckpointError::Held { place: store.place().into(), holder: describe(&other) });
             }
-            let number = newest.map_or(1, |newest| newest + 1);
+            let number = newest.map_or(1, |newest| newest.saturating_add(1));
             let Some(file) = create(store, number, &holder)? else { continue };
             let numbers = numbers(store)?;
             // Read back, for a store that returns something else has no lock that could be checked.
