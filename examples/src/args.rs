@@ -114,6 +114,9 @@ pub struct GptArgs {
     /// Checkpoints that are kept.
     #[arg(long, value_name = "N", default_value_t = 3)]
     pub checkpoint_keep: usize,
+    /// Keep the checkpoints of steps that are multiples of N for good, beside the newest ones.
+    #[arg(long, value_name = "N")]
+    pub checkpoint_keep_every: Option<u64>,
     /// What a step does whose loss or gradients are not finite; it never changes a weight.
     #[arg(long, value_enum, default_value_t = NonFiniteArg::Stop)]
     pub on_non_finite: NonFiniteArg,
@@ -414,6 +417,7 @@ impl GptArgs {
             ("--batch", self.batch),
             ("--checkpoint-every", usize::try_from(self.checkpoint_every).unwrap_or(usize::MAX)),
             ("--checkpoint-keep", self.checkpoint_keep),
+            ("--checkpoint-keep-every", self.checkpoint_keep_every.map_or(1, |n| usize::from(n > 0))),
             ("--hang-timeout", usize::try_from(self.hang_timeout).unwrap_or(usize::MAX)),
             ("--trace-mib", usize::try_from(self.trace_mib).unwrap_or(usize::MAX)),
         ];
@@ -583,6 +587,7 @@ mod tests {
             "micro-batches",
             "threads-per-device",
             "memory-mib",
+            "checkpoint-keep-every",
             "hang-timeout",
             "trace-mib",
         ] {

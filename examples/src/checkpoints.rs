@@ -30,7 +30,10 @@ pub enum CheckpointsError {
     Load(Box<SessionError>),
     /// The place cannot be used.
     #[error("--checkpoint {0}")]
-    Place(CheckpointError),
+    Place(Box<SessionError>),
+    /// Another run writes there now.
+    #[error("--checkpoint {0}")]
+    Fenced(CheckpointError),
     /// There is a checkpoint, and none may be continued from.
     #[error("--resume never, but {place} has a checkpoint of step {step}")]
     Present {
@@ -54,26 +57,30 @@ pub enum CheckpointsError {
         found: Box<NonFinite>,
     },
     /// The last checkpoint was not committed.
-    #[error("the last checkpoint is lost: {0}")]
-    Last(CheckpointError),
+    #[error("the last checkpoint is lost: {cause}; {}", newest.map_or("there is no other".into(), |step| format!("the newest is of step {step}")))]
+    Last {
+        /// Why.
+        cause: CheckpointError,
+        /// Step of the newest good one.
+        newest: Option<u64>,
+    },
 }
 
 impl CheckpointsError {
     /// The code that the program ends with.
     pub fn exit(&self) -> Exit {
         match self {
-            Self::Load(error) | Self::Snapshot(error) => error.exit(),
-            Self::Place(error) => Exit::from_code(error.exit_code()),
+            Self::Load(error) | Self::Snapshot(error) | Self::Place(error) => error.exit(),
             Self::Present { .. } => Exit::Usage,
             Self::NoWayBack(_) | Self::NoHelp { .. } => Exit::Numerics,
-            Self::Last(_) => Exit::CannotWrite,
+            Self::Last { .. } | Self::Fenced(_) => Exit::CannotWrite,
         }
     }
 
     /// What became of the session meanwhile, if that is it.
     pub fn session(&self) -> Option<&SessionError> {
         match self {
-            Self::Load(error) | Self::Snapshot(error) => Some(error),
+            Self::Load(error) | Self::Snapshot(error) | Self::Place(error) => Some(error),
             _ => None,
         }
     }
@@ -97,11 +104,31 @@ impl CheckpointsError {
                 _ => "",
             },
             Self::Present { .. } => "give another --checkpoint, or --resume auto to continue from it",
-            Self::Place(_) => "give a folder that can be written to",
+            Self::Place(error) => match &**error {
+                SessionError::Checkpoint(error) => hint(error),
+                _ => "",
+            },
+            Self::Fenced(_) => "end the other run, and start this one again: it goes on from the newest checkpoint",
             Self::Snapshot(_) => "",
             Self::NoWayBack(_) | Self::NoHelp { .. } => "try a lower --lr, or --clip 1",
-            Self::Last(_) => "see that there is room; the one before it is still there",
+            Self::Last { cause, .. } => hint(cause),
         }
+    }
+}
+
+/// What can be done about a store or a file that cannot be written.
+pub fn hint(error: &CheckpointError) -> &'static str {
+    use std::io::ErrorKind::{PermissionDenied, QuotaExceeded, ReadOnlyFilesystem, StorageFull};
+    match (error, error.io_kind()) {
+        (CheckpointError::NoRoom { .. }, _) => {
+            "free space, keep fewer by --checkpoint-keep, or give another --checkpoint"
+        }
+        (CheckpointError::NotShared { .. }, _) => "give a --checkpoint that all nodes share",
+        (CheckpointError::Others { .. }, _) => "see the log of that rank",
+        (CheckpointError::Stalled { .. }, _) => "see whether the file system, or the network to the store, works",
+        (_, Some(StorageFull | QuotaExceeded)) => "free space there, or give another place",
+        (_, Some(ReadOnlyFilesystem | PermissionDenied)) => "give a place that this user may write to",
+        _ => "",
     }
 }
 
@@ -113,6 +140,8 @@ pub struct Checkpoints {
     speaks: bool,
     /// The first sample of the next batch.
     next_sample: u64,
+    /// Writes to the store.
+    is_first: bool,
     /// The step that was gone back to last, and how often.
     rollbacks: (u64, u32),
     /// The step of a save that a request asked for.
@@ -122,12 +151,22 @@ pub struct Checkpoints {
 }
 
 impl Checkpoints {
-    /// Opens the place, and loads the newest good checkpoint into the session, if there is one.
+    /// Opens the place, checks that checkpoints can be written there, and loads the newest good one into the session, if there
+    /// is one.
     ///
     /// # Errors
-    /// A place that cannot be used, a checkpoint of another model or data, or one that `--resume` does not allow, or misses.
+    /// A place that cannot be used or that another run writes to, a checkpoint of another model or data, or one that `--resume`
+    /// does not allow, or misses.
     pub fn open(place: &str, args: &GptArgs, speaks: bool, session: &mut Session) -> Result<Self, CheckpointsError> {
-        let store = Store::open(place).map_err(CheckpointsError::Place)?;
+        let place_error = |error: SessionError| CheckpointsError::Place(Box::new(error));
+        let store = Store::open(place).map_err(|e| place_error(e.into()))?;
+        let options = SaverOptions {
+            keep: args.checkpoint_keep,
+            keep_every: args.checkpoint_keep_every,
+            saves_max: Some(args.steps / args.checkpoint_every + 1),
+            ..SaverOptions::default()
+        };
+        let saver = session.saver(&store, options).map_err(place_error)?;
         let found = restore(&store, session, speaks)?;
         match (args.resume, &found) {
             (ResumeArg::Required, None) => {
@@ -141,12 +180,10 @@ impl Checkpoints {
             _ => {}
         }
         let next_sample = found.map_or(0, |(step, cursor)| samples_before(step, &cursor, args.batch as u64));
-        let (agree, member) = session.agreement().map_err(|error| CheckpointsError::Snapshot(Box::new(error)))?;
-        let plan = Some(session.plan().hash().to_string());
-        let options = SaverOptions { member, keep: args.checkpoint_keep, plan, ..SaverOptions::default() };
-        let saver = Saver::new(store.clone(), agree, options).map_err(CheckpointsError::Place)?;
+        let (_, member) = session.agreement().map_err(|error| CheckpointsError::Snapshot(Box::new(error)))?;
+        let is_first = member.process == 0;
         let (every, rollbacks, requested, save_time) = (args.checkpoint_every, (0, 0), None, Duration::ZERO);
-        Ok(Self { saver, store, every, speaks, next_sample, rollbacks, requested, save_time })
+        Ok(Self { saver, store, every, speaks, is_first, next_sample, rollbacks, requested, save_time })
     }
 
     /// How long the last save took.
@@ -169,7 +206,7 @@ impl Checkpoints {
     /// When there is no checkpoint, or going back to it has not helped.
     pub fn roll_back(&mut self, session: &mut Session, found: &NonFinite) -> Result<(), CheckpointsError> {
         if let Some(report) = self.saver.wait(LAST_SAVE).ok().flatten() {
-            self.tell(&report);
+            self.log_save(&report)?;
         }
         let Some((step, _)) = restore(&self.store, session, self.speaks)? else {
             return Err(CheckpointsError::NoWayBack(Box::new(found.clone())));
@@ -178,6 +215,12 @@ impl Checkpoints {
         self.rollbacks = (step, if last == step { times + 1 } else { 1 });
         if self.rollbacks.1 > ROLLBACKS_MAX {
             return Err(CheckpointsError::NoHelp { step, found: Box::new(found.clone()) });
+        }
+        // A process that dies before the next save must not train on the bad batch again.
+        if self.is_first
+            && let Err(error) = self.store.set_cursor(step, self.cursor())
+        {
+            note(format!("warning: a restart before the next checkpoint will meet the bad batch again: {error}"));
         }
         Ok(())
     }
@@ -188,31 +231,43 @@ impl Checkpoints {
     /// When no snapshot can be taken, or the last save failed; a save that fails before is told, and training goes on.
     pub fn after_step(&mut self, session: &Session, request: Request, is_last: bool) -> Result<(), CheckpointsError> {
         if let Some(report) = self.saver.poll() {
-            self.tell(&report);
+            self.log_save(&report)?;
         }
         if !is_last && request == Request::Nothing && !session.steps().is_multiple_of(self.every) {
             return Ok(());
         }
         self.requested = (request != Request::Nothing).then(|| session.steps()).or(self.requested);
-        let cursor = Cursor::from([(SAMPLES.to_string(), self.next_sample.to_string())]);
-        let begun = self.saver.save(session, cursor).map_err(|e| CheckpointsError::Snapshot(Box::new(e)))?;
+        let begun = self.saver.save(session, self.cursor()).map_err(|e| CheckpointsError::Snapshot(Box::new(e)))?;
         if let Begun::Started { before: Some(report) } = begun {
-            self.tell(&report);
+            self.log_save(&report)?;
         }
         if !is_last {
             return Ok(());
         }
-        match self.saver.wait(LAST_SAVE).map_err(CheckpointsError::Last)? {
-            None => Ok(()),
-            Some(report) => {
-                self.tell(&report);
-                report.result.map(drop).map_err(CheckpointsError::Last)
-            }
-        }
+        let last = self.saver.wait(LAST_SAVE).map_err(|cause| self.last(cause))?;
+        last.map_or(Ok(()), |report| {
+            self.log_save(&report)?;
+            report.result.map(drop).map_err(|cause| self.last(cause))
+        })
     }
 
-    fn tell(&mut self, report: &SaveReport) {
+    fn cursor(&self) -> Cursor {
+        Cursor::from([(SAMPLES.to_string(), self.next_sample.to_string())])
+    }
+
+    fn last(&self, cause: CheckpointError) -> CheckpointsError {
+        let newest = self.store.newest().ok().and_then(|newest| newest.reader);
+        CheckpointsError::Last { cause, newest: newest.map(|reader| reader.manifest().step) }
+    }
+
+    /// Reports how a save went. A run that has lost the lock cannot save any more, and ends.
+    fn log_save(&mut self, report: &SaveReport) -> Result<(), CheckpointsError> {
         self.save_time = Duration::from_secs_f64(report.seconds);
+        let warn = |text: String| {
+            if self.speaks {
+                note(format!("warning: {text}"))
+            }
+        };
         match &report.result {
             Ok(_) => {
                 if self.speaks && self.requested == Some(report.step) {
@@ -223,11 +278,16 @@ impl Checkpoints {
                     note(format!("warning: cannot tell the launcher of step {}: {error}", report.step));
                 }
             }
-            Err(error) if self.speaks => {
-                note(format!("warning: no checkpoint of step {}: {error}", report.step));
+            Err(CheckpointError::Fenced { place, holder }) => {
+                let (place, holder) = (place.clone(), holder.clone());
+                return Err(CheckpointsError::Fenced(CheckpointError::Fenced { place, holder }));
             }
-            Err(_) => {}
+            Err(error) => warn(format!("no checkpoint of step {}: {error}", report.step)),
         }
+        if let Some(error) = &report.prune {
+            warn(format!("older checkpoints are not deleted: {error}"));
+        }
+        Ok(())
     }
 }
 
@@ -253,6 +313,8 @@ fn restore(store: &Store, session: &mut Session, speaks: bool) -> Result<Option<
 
 #[cfg(test)]
 mod tests {
+    use std::io::ErrorKind;
+
     use super::*;
 
     #[test]
@@ -261,5 +323,22 @@ mod tests {
         assert_eq!(samples_before(5, &cursor(SAMPLES, "22"), 2), 22);
         assert_eq!(samples_before(5, &cursor(PASSED_OVER, "2"), 4), 28, "an older one counts batches");
         assert_eq!(samples_before(5, &Cursor::new(), 4), 20, "the first ones had none");
+    }
+
+    #[test]
+    fn hints_fit_the_cause() {
+        let io = |kind: ErrorKind| CheckpointError::Io { path: "x".into(), source: kind.into() };
+        for (error, expected) in [
+            (io(ErrorKind::StorageFull), "free space"),
+            (io(ErrorKind::ReadOnlyFilesystem), "may write"),
+            (CheckpointError::NotShared { place: "x".into(), ranks: "rank 1".into() }, "all nodes share"),
+        ] {
+            assert!(hint(&error).contains(expected), "{error}: {}", hint(&error));
+        }
+        // Of an unknown cause there is no hint.
+        assert_eq!(hint(&io(ErrorKind::Other)), "");
+        let last = |newest| CheckpointsError::Last { cause: io(ErrorKind::StorageFull), newest };
+        assert!(last(Some(4)).to_string().ends_with("; the newest is of step 4"), "{}", last(Some(4)));
+        assert!(last(None).to_string().ends_with("; there is no other"), "{}", last(None));
     }
 }

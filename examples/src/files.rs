@@ -1,7 +1,12 @@
 //! Places that a program will write to, checked before the work whose result goes there. Imports nothing of this crate.
 
-use std::io;
+use std::io::{self, Write};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+
+use rustix::fs::{AtFlags, CWD, StatxAttributes, StatxFlags, statx};
+use rustix::io::Errno;
+use shardflow::files::free_bytes;
 
 /// A file that could not be written later.
 #[derive(Debug, thiserror::Error)]
@@ -13,10 +18,12 @@ pub struct PlaceError {
     pub cause: io::Error,
 }
 
-/// Checks that a file can be made at `path`, and leaves nothing there: a file that is there already stays as it is.
+/// Checks that a file can be made at `path`, or can replace the one that is there, and leaves nothing there: a file that is
+/// there already stays as it is.
 ///
 /// # Errors
-/// `path` is a folder or has no file name, or its folder is missing or may not be written to.
+/// `path` is a folder or has no file name, its folder is missing or may not be written to, or the file there may not be
+/// replaced: it is immutable, a mount point, or another user's in a folder with the sticky bit.
 pub fn check_writable(path: &Path) -> Result<(), PlaceError> {
     let error = |cause| PlaceError { path: path.into(), cause };
     if path.is_dir() {
@@ -26,10 +33,52 @@ pub fn check_writable(path: &Path) -> Result<(), PlaceError> {
     if path.exists() && !path.is_file() {
         return Err(error(io::Error::new(io::ErrorKind::InvalidInput, "neither a file nor a free place for one")));
     }
+    check_replaceable(path).map_err(error)?;
     let mut name = path.file_name().ok_or_else(|| error(io::ErrorKind::InvalidInput.into()))?.to_os_string();
     name.push(format!(".{}.probe", std::process::id()));
     let probe = path.with_file_name(name);
-    std::fs::File::create(&probe).and_then(|_| std::fs::remove_file(&probe)).map_err(error)
+    let made = std::fs::File::create(&probe).and_then(|mut file| file.write_all(b"a probe"));
+    let removed = std::fs::remove_file(&probe);
+    made.and(removed).map_err(error)
+}
+
+/// Whether the file at `path`, if there is one, may be replaced by a rename. A file that is only write-protected may.
+fn check_replaceable(path: &Path) -> io::Result<()> {
+    let Ok(there) = path.canonicalize() else { return Ok(()) };
+    // Without O_TRUNC, this changes nothing. EPERM, unlike EACCES, is for immutable and append-only files.
+    match std::fs::OpenOptions::new().write(true).open(&there) {
+        Err(error) if [Errno::PERM, Errno::ROFS].map(|e| Some(e.raw_os_error())).contains(&error.raw_os_error()) => {
+            return Err(error);
+        }
+        _ => {}
+    }
+    let attributes = statx(CWD, &there, AtFlags::empty(), StatxFlags::BASIC_STATS).map(|stat| stat.stx_attributes);
+    if attributes.is_ok_and(|bits| bits.contains(StatxAttributes::MOUNT_ROOT)) {
+        return Err(io::Error::new(io::ErrorKind::ResourceBusy, "it is a mount point, which no file can replace"));
+    }
+    let (Some(folder), user) = (there.parent(), rustix::process::geteuid()) else { return Ok(()) };
+    let (folder, file) = (folder.metadata()?, there.metadata()?);
+    if folder.mode() & 0o1000 != 0 && ![file.uid(), folder.uid(), 0].contains(&user.as_raw()) {
+        return Err(io::Error::new(
+            io::ErrorKind::PermissionDenied,
+            "it is another user's, in a folder with the sticky bit",
+        ));
+    }
+    Ok(())
+}
+
+/// Checks that a file of `bytes` bytes has room at `path`.
+///
+/// # Errors
+/// The file system has less free space.
+pub fn check_room(path: &Path, bytes: u64) -> Result<(), PlaceError> {
+    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let Some(free) = free_bytes(folder) else { return Ok(()) };
+    if free >= bytes {
+        return Ok(());
+    }
+    let cause = io::Error::new(io::ErrorKind::StorageFull, format!("{free} bytes are free, {bytes} are needed"));
+    Err(PlaceError { path: path.into(), cause })
 }
 
 #[cfg(test)]
@@ -56,5 +105,47 @@ mod tests {
         let _listener = std::os::unix::net::UnixListener::bind(&socket).unwrap();
         assert!(check_writable(&socket).unwrap_err().to_string().contains("neither a file nor a free place"));
         std::fs::remove_dir_all(&folder).unwrap();
+    }
+
+    /// A file that a rename cannot replace is found, and left alone.
+    #[test]
+    fn an_immutable_file_is_no_place() {
+        let folder = std::env::temp_dir().join(format!("shardflow-immutable-{}", std::process::id()));
+        std::fs::create_dir(&folder).unwrap();
+        let file = folder.join("model");
+        std::fs::write(&file, "kept").unwrap();
+        let chattr = |flag: &str| std::process::Command::new("chattr").arg(flag).arg(&file).output();
+        if chattr("+i").is_ok_and(|output| output.status.success()) {
+            let (error, link) = (check_writable(&file).unwrap_err(), folder.join("link"));
+            std::os::unix::fs::symlink(&file, &link).unwrap();
+            let through = check_writable(&link).unwrap_err();
+            assert!(chattr("-i").is_ok_and(|output| output.status.success()));
+            assert_eq!(error.cause.raw_os_error(), Some(Errno::PERM.raw_os_error()));
+            assert_eq!(through.cause.raw_os_error(), Some(Errno::PERM.raw_os_error()));
+        } else {
+            println!("SKIPPED: chattr +i is not permitted here");
+        }
+        // One that is only write-protected can be replaced.
+        std::fs::set_permissions(&file, std::os::unix::fs::PermissionsExt::from_mode(0o444)).unwrap();
+        check_writable(&file).unwrap();
+        assert_eq!(std::fs::read_to_string(&file).unwrap(), "kept");
+        // A mount point that is a file: containers have some.
+        match ["/etc/hosts", "/etc/hostname", "/etc/resolv.conf"].iter().find(|path| is_mount_point(path)) {
+            Some(path) => drop(check_writable(Path::new(path)).unwrap_err()),
+            None => println!("SKIPPED: no file is a mount point here"),
+        }
+        std::fs::remove_dir_all(&folder).unwrap();
+    }
+
+    fn is_mount_point(path: &str) -> bool {
+        let mounts = std::fs::read_to_string("/proc/self/mounts").unwrap_or_default();
+        mounts.lines().any(|line| line.split(' ').nth(1) == Some(path))
+    }
+
+    #[test]
+    fn room_is_looked_for() {
+        check_room(Path::new("model"), 1).unwrap();
+        let error = check_room(&std::env::temp_dir().join("model"), u64::MAX).unwrap_err();
+        assert_eq!(error.cause.kind(), io::ErrorKind::StorageFull, "{error}");
     }
 }

@@ -212,10 +212,54 @@ fn a_checkpoint_that_one_process_cannot_read_is_passed_over_by_all() {
     let (first, second) = (losses(&folder, "first"), losses(&folder, "second"));
     assert_eq!(second.keys().copied().collect::<Vec<_>>(), (3..9).collect::<Vec<_>>());
     assert!((3..6).all(|step| second[&step] == first[&step]), "{first:?} {second:?}");
+    // The damaged one was replaced when its step came again.
+    let verify = Command::new(launcher()).args(["checkpoint", "verify", "ck"]).current_dir(folder.path()).output();
+    let verified = String::from_utf8_lossy(&verify.expect("a program that is there").stdout).into_owned();
+    assert!(verified.contains("step 6: ok") && !verified.contains("damaged"), "{verified}");
     shards().iter().filter(|shard| **shard != bad).for_each(damage);
     let text = run(6, "third");
     assert!(text.contains("rank 1 cannot read its part") && !text.contains("going on from"), "{text}");
     assert_eq!(losses(&folder, "third"), first, "from the beginning");
+}
+
+/// Processes whose `--checkpoint` is not one folder learn so before the first step, and which of them do not see it.
+#[test]
+fn a_checkpoint_folder_that_is_not_shared_is_named() {
+    let folder = Folder::new("processes-unshared");
+    for rank in 0..3 {
+        std::fs::create_dir(folder.path().join(format!("node-{rank}"))).expect("can be made");
+    }
+    let mut command = Command::new(launcher());
+    command.args(["launch", "--nproc-per-node=3", "--", "sh", "-c", "cd node-$RANK && exec \"$0\" \"$@\"", GPT]);
+    command.args(MODEL.replace("--data text", "--data ../text").split_whitespace());
+    command.args(["--mesh", "data=4", "--steps", "4", "--checkpoint", "ck", "--log-json", "log"]);
+    let mut run = folder.start(&mut command);
+    assert_eq!(run.end(TIMEOUT), Some(73), "{}", run.text());
+    let expected = "rank 1, rank 2 cannot see a file that rank 0 has written there";
+    assert!(run.text().contains(expected) && run.text().contains("all nodes share"), "{}", run.text());
+    assert!(!folder.path().join("node-0/log").exists(), "no step was done");
+}
+
+/// A second run in the folder of one that is alive is refused, and who is there is named; one that was killed is in no one's way.
+#[test]
+fn two_runs_do_not_share_a_checkpoint_folder() {
+    let folder = Folder::new("processes-two");
+    let flags = "--checkpoint ck --checkpoint-every 5";
+    let mut first = start(&folder, 0, "", &[], &format!("{flags} --steps 100000 --log-json log"));
+    let deadline = Instant::now() + TIMEOUT;
+    while losses(&folder, "log").len() < 20 {
+        assert!(Instant::now() < deadline && first.child.try_wait().expect("a child").is_none(), "{}", first.text());
+        thread::yield_now();
+    }
+    let mut second = start(&folder, 0, "", &[], &format!("{flags} --steps 5"));
+    assert_eq!(second.end(TIMEOUT), Some(73), "{}", second.text());
+    let holder = format!("another run writes its checkpoints here: process {} on host", first.child.id());
+    assert!(second.text().contains(&holder), "{}", second.text());
+    signal(first.child.id(), "KILL");
+    assert_eq!(first.end(TIMEOUT), None);
+    let mut third = start(&folder, 0, "", &[], &format!("{flags} --steps 5"));
+    assert_eq!(third.end(TIMEOUT), Some(0), "{}", third.text());
+    assert!(third.text().contains("going on from step"), "{}", third.text());
 }
 
 #[test]

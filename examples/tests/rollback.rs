@@ -47,7 +47,7 @@ fn the_batches_up_to_the_bad_one_are_passed_over() {
             continue;
         }
         let is_last = session.steps() == STEPS;
-        checkpoints.after_step(&session, is_last).expect("saved");
+        checkpoints.after_step(&session, Request::Nothing, is_last).expect("saved");
     }
     // Step 6 is the newest checkpoint when batch 7 turns out to be bad.
     assert_eq!(batches, [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13]);
@@ -61,5 +61,29 @@ fn the_batches_up_to_the_bad_one_are_passed_over() {
     let mut checkpoints = Checkpoints::open(place, &args, false, &mut later).expect("a place");
     let next = (later.steps(), checkpoints.take(rows));
     assert_eq!(next, (STEPS, (STEPS + 2) * rows), "batches passed over are forgotten");
+    std::fs::remove_dir_all(folder).expect("a folder");
+}
+
+/// A process that dies after it went back, and before the next checkpoint, does not meet the bad batch again.
+#[test]
+fn a_rollback_outlives_the_process() {
+    let folder = std::path::Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("rolled-back-{}", std::process::id()));
+    let place = folder.to_str().expect("a path");
+    let args = GptArgs::parse_from(["gpt", "--checkpoint-every", "3"]);
+    let mut session = start();
+    let mut checkpoints = Checkpoints::open(place, &args, false, &mut session).expect("a place");
+    loop {
+        let batch = checkpoints.take(ROWS as u64) / ROWS as u64;
+        if let Some(found) = step(&mut session, batch).non_finite {
+            checkpoints.roll_back(&mut session, &found).expect("a way back");
+            break;
+        }
+        checkpoints.after_step(&session, Request::Nothing, false).expect("saved");
+    }
+    drop(checkpoints);
+    let mut later = start();
+    let mut checkpoints = Checkpoints::open(place, &args, false, &mut later).expect("a place");
+    assert_eq!((later.steps(), checkpoints.take(ROWS as u64)), (6, (BAD + 1) * ROWS as u64));
+    drop(checkpoints);
     std::fs::remove_dir_all(folder).expect("a folder");
 }

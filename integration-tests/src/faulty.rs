@@ -1,4 +1,5 @@
 //! An object store that fails at its k-th operation: it kills the process, says that the disk is full, never answers, or freezes the process.
+//! Or one that lacks hard links, or conditional puts.
 //! Imports the `object_store` crate.
 
 use std::fmt;
@@ -10,8 +11,8 @@ use async_trait::async_trait;
 use futures_util::stream::{BoxStream, StreamExt, TryStreamExt};
 use object_store::path::Path;
 use object_store::{
-    CopyOptions, GetOptions, GetResult, ListResult, MultipartUpload, ObjectMeta, ObjectStore, PutMultipartOptions,
-    PutOptions, PutPayload, PutResult, RenameOptions, Result, UploadPart,
+    CopyOptions, GetOptions, GetResult, ListResult, MultipartUpload, ObjectMeta, ObjectStore, PutMode,
+    PutMultipartOptions, PutOptions, PutPayload, PutResult, RenameOptions, Result, UploadPart,
 };
 
 /// What is done meanwhile.
@@ -28,6 +29,10 @@ pub enum Fault {
     Full,
     /// From then on, nothing is answered.
     Stall,
+    /// No file can be created as one that must not be there yet, for the file system has no hard links.
+    NoLinks,
+    /// The same, for the object store does not have it.
+    NoConditionalPut,
 }
 
 /// Counts operations, and when to fail.
@@ -122,7 +127,17 @@ impl fmt::Display for Faulty {
 impl ObjectStore for Faulty {
     async fn put_opts(&self, location: &Path, payload: PutPayload, opts: PutOptions) -> Result<PutResult> {
         self.trigger.pass(Some((location, &payload))).await?;
-        self.inner.put_opts(location, payload, opts).await
+        match (self.trigger.fault, &opts.mode) {
+            (Fault::NoLinks, PutMode::Create) => {
+                let none = std::io::Error::from_raw_os_error(rustix::io::Errno::PERM.raw_os_error());
+                Err(object_store::Error::Generic { store: "Faulty", source: Box::new(none) })
+            }
+            (Fault::NoConditionalPut, PutMode::Create) => {
+                let (operation, implementer) = ("put_opts: Create".into(), self.to_string());
+                Err(object_store::Error::NotImplemented { operation, implementer })
+            }
+            _ => self.inner.put_opts(location, payload, opts).await,
+        }
     }
 
     async fn put_multipart_opts(&self, location: &Path, opts: PutMultipartOptions) -> Result<Box<dyn MultipartUpload>> {

@@ -100,8 +100,8 @@ fn every_mesh_loads_every_other_meshs_checkpoint() {
 
 fn saver(store: &Store, epoch: u64, busy: Busy) -> Saver {
     let member = Member { epoch, ..Member::ALONE };
-    Saver::new(store.clone(), Arc::new(Alone), SaverOptions { member, keep: 2, busy, plan: Some("plan".into()) })
-        .expect("a thread can be had")
+    let options = SaverOptions { member, keep: 2, busy, plan: Some("plan".into()), ..SaverOptions::default() };
+    Saver::new(store.clone(), Arc::new(Alone), options).expect("a thread can be had")
 }
 
 fn cursor(step: u64) -> Cursor {

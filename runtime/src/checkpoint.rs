@@ -13,7 +13,7 @@ pub mod error;
 #[cfg(any(test, fuzzing))]
 #[doc(hidden)]
 pub mod fuzz;
-mod io;
+pub(crate) mod io;
 pub mod manifest;
 pub mod read;
 pub mod save;
@@ -22,6 +22,7 @@ pub(crate) mod shard;
 pub mod snapshot;
 pub mod store;
 
+pub use crate::clock::Clock;
 pub use agree::{Agree, Alone, Member, SaveId, Saved};
 pub use error::{AgreeError, CheckpointError};
 pub use manifest::{Cursor, Manifest};

@@ -327,6 +327,14 @@ impl Cluster {
         }
     }
 
+    /// The job's name, where it has one, and how often it was started before.
+    pub(crate) fn job(&self) -> (Option<String>, u64) {
+        match &self.launch {
+            Launch::Local => (None, 0),
+            Launch::World(world) => (Some(world.run_id.clone()).filter(|id| id != "none"), world.restart),
+        }
+    }
+
     /// How many processes there are.
     pub fn processes(&self) -> u32 {
         match &self.launch {

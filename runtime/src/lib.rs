@@ -4,16 +4,19 @@
 
 pub mod boxing;
 pub mod checkpoint;
+mod clock;
 pub mod cluster;
 pub mod declare;
 pub mod doctor;
 pub mod exit;
+pub mod files;
 #[cfg(feature = "cli")]
 pub mod flags;
 pub mod graph;
 pub mod init;
 pub mod launcher;
 pub mod layout_error;
+mod lock;
 pub mod machine;
 pub mod metrics;
 pub mod nn;

@@ -47,6 +47,7 @@ mod load;
 pub mod metrics;
 pub mod numerics;
 pub mod observer;
+mod saver;
 pub mod shown;
 pub mod snapshot;
 mod step;
@@ -196,6 +197,8 @@ pub struct Session {
     engine: Arc<dyn Collective>,
     running: Option<Running>,
     world: Option<Arc<World>>,
+    /// Name of the job, where it has one, and number of this incarnation, as far as this process knows.
+    job: (Option<String>, u64),
     feeds: Vec<FeedPort>,
     /// External actions that are fed nothing, each with its firings in a step.
     gates: Vec<(ActorId, u32, u32)>,
@@ -216,6 +219,8 @@ pub struct Session {
     steps: u64,
     /// Updates applied: the count that an optimizer's bias correction takes. A skipped step is none.
     updates: u64,
+    /// Checkpoints of later steps up to this one were found damaged.
+    passed_over: u64,
     seed: u64,
     requests: Option<Arc<Requests>>,
     /// How long the last step took.
@@ -364,6 +369,7 @@ impl Session {
             engine: ways.engine,
             running: None,
             world,
+            job: options.cluster.job(),
             feeds,
             fetched,
             inbox: Mutex::new(Inbox::new(ports.clone(), from_peers)),
@@ -371,6 +377,7 @@ impl Session {
             failed: None,
             steps: 0,
             updates: 0,
+            passed_over: 0,
             seed: options.seed,
             requests: options.requests.clone(),
             last_step: Duration::ZERO,

@@ -17,9 +17,9 @@ use shardflow::{exit, flags, output};
 use shardflow_examples::args::{
     ArgsError, DeviceArg, GptArgs, NonFiniteArg, OnUsr1Arg, PrecisionArg, ScheduleArg, fail,
 };
-use shardflow_examples::checkpoints::{Checkpoints, CheckpointsError};
+use shardflow_examples::checkpoints::{self, Checkpoints, CheckpointsError};
 use shardflow_examples::data::{DataError, Text};
-use shardflow_examples::files::{PlaceError, check_writable};
+use shardflow_examples::files::{PlaceError, check_room, check_writable};
 use shardflow_examples::log::{DeviceMemory, JsonLog, LogError, Progress, StepRecord, Totals, note, say};
 use shardflow_examples::sample::Sampler;
 
@@ -76,6 +76,7 @@ fn run(args: &GptArgs, requests: &Arc<Requests>) -> Result<(), GptError> {
     let sampler = sampler(args, &model, &cluster)?;
     if let Some(path) = args.save.as_deref().filter(|_| speaks) {
         check_writable(path)?;
+        check_room(path, weights(&plan) as u64 * 4)?;
     }
     let trace_path = args.trace.as_deref().map(|path| trace_path(path, &cluster));
     trace_path.as_deref().map_or(Ok(()), check_writable)?;
@@ -277,8 +278,7 @@ fn sampler(args: &GptArgs, model: &GptConfig, cluster: &Cluster) -> Result<Optio
 }
 
 fn introduce(args: &GptArgs, text: &Text, plan: &Plan, cluster: &Cluster) {
-    let weights: usize = plan.graph.parameters().iter().map(|v| plan.graph.shape(*v).iter().product::<usize>()).sum();
-    let (devices, threads) = (args.mesh.devices(), plan.threads_per_device);
+    let (weights, devices, threads) = (weights(plan), args.mesh.devices(), plan.threads_per_device);
     let named = args.data.as_deref().map_or("this repository".into(), |path| path.display().to_string());
     say(format!("text      {named}: {} tokens to train on, {} different", text.train_len(), text.vocab()));
     say(format!("model     {}, {} wide, {weights} weights", counted(args.layers, "layer"), args.width));
@@ -291,6 +291,11 @@ fn introduce(args: &GptArgs, text: &Text, plan: &Plan, cluster: &Cluster) {
     let batches = counted(plan.micro_batches, "micro-batch");
     let (samples, tokens) = (counted(args.batch, "sample"), counted(args.context, "token"));
     say(format!("step      {samples} of {tokens}, in {batches}"));
+}
+
+/// Elements of all parameters.
+fn weights(plan: &Plan) -> usize {
+    plan.graph.parameters().iter().map(|v| plan.graph.shape(*v).iter().product::<usize>()).sum()
 }
 
 /// What a training writes beside what it prints.
@@ -505,6 +510,9 @@ impl GptError {
             Self::Args(error) => error.hint(),
             Self::Data(error) => error.hint().into(),
             Self::Watch(_) | Self::Port { .. } => "give an address of this machine, and ports that are free".into(),
+            Self::Place(error) if error.cause.kind() == std::io::ErrorKind::StorageFull => {
+                "free space there, or give a file in another folder".into()
+            }
             Self::Place(_) | Self::Log(_) | Self::Trace(_) | Self::Session(SessionError::PlanFile { .. }) => {
                 "give a file in a folder that exists and may be written to".into()
             }
@@ -534,7 +542,8 @@ impl GptError {
             }
             Self::InitFrom(SessionError::Disagreement(_)) => "give all ranks the same file".into(),
             Self::InitFrom(_) => "give a file that `gpt --save` wrote".into(),
-            Self::Save(_) => "the parameters are lost; see that there is room, and train again".into(),
+            Self::Save(SessionError::Checkpoint(error)) => checkpoints::hint(error).into(),
+            Self::Save(_) => String::new(),
             Self::Checkpoints(error) => error.hint().into(),
             Self::Ended { saved: Saved::Checkpoint(_), .. } => "the same command goes on from there".into(),
             Self::Ended { saved: Saved::Nothing, .. } => {

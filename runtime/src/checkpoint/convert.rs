@@ -14,6 +14,7 @@ use super::read::Reader;
 use super::save::{commit_manifest, shard_file};
 use super::shard::{self, Entry, entry_name, header, metadata};
 use super::store::Store;
+use crate::lock::Lock;
 use crate::session::checkpoint::write_whole;
 
 /// Writes a checkpoint as one safetensors file of whole tensors, byte for byte what `Session::save` writes. The file
@@ -78,6 +79,7 @@ pub fn reshard(reader: &Reader, target: &Store, shards: u32) -> Result<(), Check
     if target.is_committed(source.step)? {
         return Err(exists());
     }
+    let _lock = Lock::take(target, None, 0)?;
     let mesh = format!("shard={shards}");
     let mut manifest = Manifest { mesh: mesh.clone(), shards: Vec::new(), tensors: Vec::new(), ..source.clone() };
     for tensor in &source.tensors {

@@ -1,4 +1,4 @@
-//! What can be wrong with a checkpoint, or with the place it lies in. Imports nothing of this crate.
+//! What can be wrong with a checkpoint, or with the place it lies in. Imports `files`.
 
 use std::fmt;
 use std::path::PathBuf;
@@ -153,6 +153,48 @@ pub enum CheckpointError {
         /// The step.
         step: u64,
     },
+    /// Another training writes to the store.
+    #[error("{place}: another run writes its checkpoints here: {holder}; end that run, or give this one another place")]
+    Held {
+        /// The store.
+        place: String,
+        /// Host, process, job, epoch, and since when.
+        holder: String,
+    },
+    /// Another training has taken the store from this one.
+    #[error("{place}: this run does not write here any more: the lock is held by {holder}")]
+    Fenced {
+        /// The store.
+        place: String,
+        /// Host, process, job, epoch, and since when.
+        holder: String,
+    },
+    /// There is no room for the checkpoints that are to be kept.
+    #[error(
+        "{place}: {free_bytes} bytes are free, {needed_bytes} are needed for {checkpoints} checkpoints of {bytes} bytes"
+    )]
+    NoRoom {
+        /// The store.
+        place: String,
+        /// What the file system gives this process.
+        free_bytes: u64,
+        /// What they take.
+        needed_bytes: u64,
+        /// How many may come to lie there at once, beside those that are there.
+        checkpoints: u64,
+        /// Of one.
+        bytes: u64,
+    },
+    /// Not all processes see the same folder.
+    #[error(
+        "{place}: {ranks} cannot see a file that rank 0 has written there; it must be one folder for all nodes, such as on a network file system"
+    )]
+    NotShared {
+        /// The store.
+        place: String,
+        /// Such as `rank 1, rank 3`.
+        ranks: String,
+    },
     /// Another process, or the agreement with the others, failed, so that nothing was committed.
     #[error("checkpoint of step {step} not committed: {source}")]
     Others {
@@ -177,6 +219,11 @@ pub struct AgreeError {
 }
 
 impl CheckpointError {
+    /// What kind of error of the system it comes from, if it does.
+    pub fn io_kind(&self) -> Option<std::io::ErrorKind> {
+        crate::files::system_error(self).map(std::io::Error::kind)
+    }
+
     /// True when a checkpoint itself is no good, so that an older one may help; false for a store that does not answer,
     /// or a program that the checkpoint does not fit.
     pub fn is_damage(&self) -> bool {
@@ -191,7 +238,8 @@ impl CheckpointError {
                 Doing::Read | Doing::List => 65,
                 Doing::Write | Doing::Delete => 73,
             },
-            Self::Exists { .. } | Self::Others { .. } => 73,
+            Self::Exists { .. } | Self::Others { .. } | Self::Held { .. } | Self::Fenced { .. } => 73,
+            Self::NoRoom { .. } | Self::NotShared { .. } => 73,
             _ => 65,
         }
     }

@@ -1,5 +1,5 @@
 //! Operations on an object store, each with a deadline, for callers that are not async: a store that does not answer is an
-//! error, never a wait without end. Imports `checkpoint::error`.
+//! error, never a wait without end. Imports `checkpoint::{error, manifest}`, `clock` and `files`.
 
 use std::future::Future;
 use std::sync::Arc;
@@ -7,11 +7,13 @@ use std::sync::mpsc::{RecvTimeoutError, sync_channel};
 use std::time::Duration;
 
 use object_store::path::Path;
-use object_store::{MultipartUpload, ObjectStore, ObjectStoreExt, PutMode, PutOptions};
+use object_store::{MultipartUpload, ObjectStore, ObjectStoreExt, PutMode, PutOptions, PutPayload};
 use tokio::runtime::{Builder, Runtime};
 
 use super::error::{CheckpointError, Doing};
 use super::manifest::Checksum;
+use crate::clock::Clock;
+use crate::files;
 
 /// How long one operation may take unless told otherwise. The longest is the last one of a large local file, which waits
 /// for the disk to have it all.
@@ -20,6 +22,11 @@ pub const DEADLINE: Duration = Duration::from_secs(120);
 pub const PART_BYTES: usize = 16 << 20;
 /// Parts of one upload, at most: a little under what cloud stores allow.
 const PARTS_MAX: u64 = 9_000;
+/// How long a network file system may hide a file that another node has written: NFS keeps what it knows of a folder for 60 s
+/// (`acdirmax`).
+pub(crate) const HIDDEN: Duration = Duration::from_secs(90);
+/// Time between two looks for a file that is hidden.
+const POLL: Duration = Duration::from_secs(1);
 /// Threads that may be stuck in a local file system, at most.
 const BLOCKED_THREADS_MAX: usize = 8;
 
@@ -59,9 +66,47 @@ pub(crate) struct Operations {
     pub(crate) io: Arc<Io>,
     pub(crate) deadline: Duration,
     pub(crate) part_bytes: usize,
+    pub(crate) clock: Arc<dyn Clock>,
+    /// How long a file that another process has written may stay invisible here.
+    pub(crate) hidden: Duration,
+    /// The backend is the file system, from its root.
+    pub(crate) is_local: bool,
 }
 
 impl Operations {
+    /// Looks for what another process has written until it is there, or can no longer be hidden.
+    pub(crate) fn eventually<T>(
+        &self,
+        look: impl Fn() -> Result<Option<T>, CheckpointError>,
+    ) -> Result<Option<T>, CheckpointError> {
+        let begin = self.clock.now();
+        loop {
+            let found = look()?;
+            if found.is_some() || self.clock.now() - begin >= self.hidden {
+                return Ok(found);
+            }
+            self.clock.wait(POLL);
+        }
+    }
+
+    /// Runs an operation on the local file system; it may block as long as the disk does.
+    pub(crate) fn run_local<T: Send + 'static>(
+        &self,
+        file: &str,
+        doing: Doing,
+        work: impl FnOnce() -> std::io::Result<T> + Send + 'static,
+    ) -> Result<T, CheckpointError> {
+        self.run(file, doing, async move {
+            let failed = |e: std::io::Error| match e.kind() {
+                std::io::ErrorKind::AlreadyExists => {
+                    object_store::Error::AlreadyExists { path: String::new(), source: e.into() }
+                }
+                _ => object_store::Error::Generic { store: "checkpoint", source: e.into() },
+            };
+            tokio::task::spawn_blocking(work).await?.map_err(failed)
+        })
+    }
+
     /// Runs an operation on a thread of its own; `file` is what it works on, as told in errors.
     pub(crate) fn run<T: Send + 'static>(
         &self,
@@ -125,10 +170,20 @@ impl Operations {
 
     /// Writes a small file whole: over one that is there, or, for [`PutMode::Create`], only if none is.
     pub(crate) fn put(&self, file: &str, path: &Path, bytes: Vec<u8>, mode: PutMode) -> Result<(), CheckpointError> {
-        let (backend, path) = (self.backend.clone(), path.clone());
-        self.run(file, Doing::Write, async move {
-            backend.put_opts(&path, bytes.into(), PutOptions::from(mode)).await.map(drop)
-        })
+        let (backend, at, create) = (self.backend.clone(), path.clone(), mode == PutMode::Create);
+        let payload = PutPayload::from(bytes);
+        let again = payload.clone();
+        let put = self.run(file, Doing::Write, async move {
+            backend.put_opts(&at, payload, PutOptions::from(mode)).await.map(drop)
+        });
+        match put {
+            Err(CheckpointError::Store { source, .. }) if create && self.is_local && files::lacks_links(&source) => {
+                let path = std::path::PathBuf::from(format!("/{path}"));
+                let content: Vec<u8> = again.iter().flatten().copied().collect();
+                self.run_local(file, Doing::Write, move || files::create_by_claim(&path, &content))
+            }
+            put => put,
+        }
     }
 
     /// Begins a file of `total` bytes.

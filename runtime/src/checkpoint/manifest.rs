@@ -264,6 +264,12 @@ impl Manifest {
         self.updates.unwrap_or(self.step)
     }
 
+    /// A number that differs where cursors do.
+    pub fn cursor_digest(&self) -> u64 {
+        let text = serde_json::to_vec(&self.cursor).unwrap_or_default();
+        blake3::hash(&text).as_bytes().iter().take(8).fold(0, |digest, byte| digest << 8 | u64::from(*byte))
+    }
+
     /// Bytes of all shards.
     pub fn bytes(&self) -> u64 {
         self.shards.iter().map(|s| s.bytes).fold(0, u64::saturating_add)

@@ -108,7 +108,11 @@ impl Reader {
         match operations.get_range(file, path, from, bytes) {
             Ok(got) if got.len() as u64 == bytes => Ok(got),
             result => {
-                let why = match operations.size(file, path)? {
+                let is_hidden = operations.size(file, path)?.is_none();
+                let why = match operations.eventually(|| operations.size(file, path))? {
+                    Some(size) if size == shard.bytes && is_hidden => {
+                        return operations.get_range(file, path, from, bytes);
+                    }
                     Some(size) if size == shard.bytes => match result {
                         Err(error) => return Err(error),
                         Ok(got) => format!("got {} of {bytes} bytes at {from}", got.len()),

@@ -3,6 +3,7 @@
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::time::Instant;
 
 use object_store::PutMode;
@@ -13,13 +14,31 @@ use super::manifest::{Manifest, Piece, SHARDS_MAX, Tensor, open_sealed, seal};
 use super::shard::{self, Entry, SIDECAR_BYTES_MAX, Sidecar, SidecarPiece, entry_name};
 use super::snapshot::Snapshot;
 use super::store::Store;
+use crate::lock::Lock;
 
 /// How a process saves.
 #[derive(Clone, Debug)]
 pub(crate) struct Settings {
     pub(crate) member: Member,
     pub(crate) keep: usize,
+    pub(crate) keep_every: Option<u64>,
     pub(crate) plan: Option<String>,
+}
+
+/// What differs from save to save.
+#[derive(Debug, Default)]
+pub(crate) struct Attempt {
+    pub(crate) number: u32,
+    /// The step's checkpoint, if there is one, was found damaged.
+    pub(crate) replaces: bool,
+    /// Of process 0 of a saver.
+    pub(crate) lock: Option<Arc<Lock>>,
+}
+
+impl Attempt {
+    fn check_lock(&self) -> Result<(), CheckpointError> {
+        self.lock.as_ref().map_or(Ok(()), |lock| lock.check())
+    }
 }
 
 /// How a save went.
@@ -56,14 +75,15 @@ pub(crate) fn save(
     store: &Store,
     snapshot: &Snapshot,
     settings: &Settings,
-    attempt: u32,
+    attempt: &Attempt,
     agree: &dyn Agree,
 ) -> SaveReport {
     let begin = Instant::now();
-    let id = SaveId { epoch: settings.member.epoch, step: snapshot.step, attempt };
-    let result = agreed(store, snapshot, settings, id, agree);
+    let id = SaveId { epoch: settings.member.epoch, step: snapshot.step, attempt: attempt.number };
+    let result = agreed(store, snapshot, settings, id, attempt, agree);
     let is_first = settings.member.process == 0;
-    let prune = if is_first && result.is_ok() { store.prune(settings.keep).err() } else { None };
+    let prune = || attempt.check_lock().and_then(|()| store.prune(settings.keep, settings.keep_every)).err();
+    let prune = if is_first && result.is_ok() { prune() } else { None };
     let seconds = begin.elapsed().as_secs_f64();
     SaveReport { step: snapshot.step, result, bytes: snapshot.bytes(), seconds, prune }
 }
@@ -73,6 +93,7 @@ fn agreed(
     snapshot: &Snapshot,
     settings: &Settings,
     id: SaveId,
+    attempt: &Attempt,
     agree: &dyn Agree,
 ) -> Result<Saved, CheckpointError> {
     let member = settings.member;
@@ -80,14 +101,14 @@ fn agreed(
     // A step that is committed already needs no shards; process 0 tells all.
     let written = store
         .is_committed(id.step)
-        .and_then(|committed| if committed { Ok(()) } else { write_shard(store, snapshot, member, id) });
+        .and_then(|there| if there && !attempt.replaces { Ok(()) } else { write_shard(store, snapshot, member, id) });
     let said = agree.all_written(id, written.as_ref().copied().map_err(ToString::to_string));
     written?;
     said.map_err(others)?;
     if member.process > 0 {
         return agree.outcome(id, None).map_err(others);
     }
-    let committed = commit(store, snapshot, settings, id);
+    let committed = commit(store, snapshot, settings, id, attempt);
     let said = agree.outcome(id, Some(committed.as_ref().copied().map_err(ToString::to_string)));
     // A checkpoint that is committed stays so, whether or not the others heard of it.
     let saved = committed?;
@@ -128,8 +149,15 @@ fn write_shard(store: &Store, snapshot: &Snapshot, member: Member, id: SaveId) -
 }
 
 /// Puts the manifest together and creates it, unless the step has one.
-fn commit(store: &Store, snapshot: &Snapshot, settings: &Settings, id: SaveId) -> Result<Saved, CheckpointError> {
-    if store.is_committed(id.step)? {
+fn commit(
+    store: &Store,
+    snapshot: &Snapshot,
+    settings: &Settings,
+    id: SaveId,
+    attempt: &Attempt,
+) -> Result<Saved, CheckpointError> {
+    let is_there = store.is_committed(id.step)?;
+    if is_there && !attempt.replaces {
         return Ok(Saved::AlreadyThere);
     }
     let mut manifest = Manifest {
@@ -162,6 +190,10 @@ fn commit(store: &Store, snapshot: &Snapshot, settings: &Settings, id: SaveId) -
             manifest.tensors[*index].pieces.push(Piece { shard, offset, start, size, blake3 });
         }
     }
+    attempt.check_lock()?;
+    if is_there {
+        store.set_aside(id.step)?;
+    }
     commit_manifest(store, &manifest)
 }
 
@@ -192,7 +224,8 @@ fn read_sidecar(store: &Store, id: SaveId, process: u32, processes: u32) -> Resu
     let file = sidecar_file(id, process, processes);
     let (name, path) = (store.name(id.step, &file), store.path(id.step, &file));
     let damaged = |why: String| CheckpointError::Damaged { file: name.clone(), why };
-    let text = store.operations.get(&name, &path, SIDECAR_BYTES_MAX)?;
+    let operations = &store.operations;
+    let text = operations.eventually(|| operations.get(&name, &path, SIDECAR_BYTES_MAX))?;
     let text = text.ok_or_else(|| damaged(format!("the file is missing; rank {process} said that it was written")))?;
     let sidecar: Sidecar = open_sealed("shardflow-shard", &text).map_err(damaged)?;
     let expected = (id, process, processes, shard_file(id, process, processes));
@@ -201,7 +234,8 @@ fn read_sidecar(store: &Store, id: SaveId, process: u32, processes: u32) -> Resu
         return Err(damaged(format!("it is of {its:?}, rank {} of {}", sidecar.process, sidecar.processes)));
     }
     let shard = store.name(id.step, &sidecar.shard.file);
-    let bytes = store.operations.size(&shard, &store.path(id.step, &sidecar.shard.file))?;
+    let path = store.path(id.step, &sidecar.shard.file);
+    let bytes = operations.eventually(|| operations.size(&shard, &path))?;
     if bytes != Some(sidecar.shard.bytes) {
         let why = format!("{bytes:?} bytes long, expected {}", sidecar.shard.bytes);
         return Err(CheckpointError::Damaged { file: shard, why });

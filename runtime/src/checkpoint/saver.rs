@@ -1,5 +1,5 @@
 //! The saver: writes snapshots on a thread of its own while training goes on, one at a time.
-//! Imports `checkpoint::{agree, save, snapshot, store}`, `metrics` and the session.
+//! Imports `checkpoint::{agree, save, snapshot, store}`, `lock`, `metrics` and the session.
 
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -10,9 +10,10 @@ use metrics::{Counter, counter, gauge, histogram};
 use super::agree::{Agree, Member};
 use super::error::{CheckpointError, Doing};
 use super::manifest::Cursor;
-use super::save::{SaveReport, Settings, check_member, save};
+use super::save::{Attempt, SaveReport, Settings, check_member, save};
 use super::snapshot::Snapshot;
 use super::store::Store;
+use crate::lock::Lock;
 use crate::metrics as names;
 use crate::session::{Session, SessionError};
 
@@ -32,15 +33,29 @@ pub struct SaverOptions {
     pub member: Member,
     /// Complete checkpoints that are kept, 1 or more.
     pub keep: usize,
+    /// Checkpoints of steps that are multiples of this are kept for good.
+    pub keep_every: Option<u64>,
+    /// Saves that the program is going to make, if it knows: free space is checked for no more.
+    pub saves_max: Option<u64>,
     /// What a save does while another is going on.
     pub busy: Busy,
     /// Hash of the plan, for the manifest.
     pub plan: Option<String>,
+    /// The job's name, the same for all its incarnations and no other job's: a later one takes the store's lock at once.
+    pub job: Option<String>,
 }
 
 impl Default for SaverOptions {
     fn default() -> Self {
-        Self { member: Member::ALONE, keep: 3, busy: Busy::Wait, plan: None }
+        Self {
+            member: Member::ALONE,
+            keep: 3,
+            keep_every: None,
+            saves_max: None,
+            busy: Busy::Wait,
+            plan: None,
+            job: None,
+        }
     }
 }
 
@@ -57,7 +72,7 @@ pub enum Begun {
 }
 
 struct Job {
-    attempt: u32,
+    attempt: Attempt,
     snapshot: Snapshot,
 }
 
@@ -73,15 +88,18 @@ pub struct Saver {
     next_attempt: u32,
     busy: Busy,
     place: String,
+    /// Of process 0, as long as the saver lives, and a save that goes on when it is dropped.
+    lock: Option<Arc<Lock>>,
 }
 
 impl Saver {
-    /// Starts the thread.
+    /// Takes the store's lock, on process 0, and starts the thread. [`Session::saver`] does so, and checks the store first.
     ///
     /// # Errors
-    /// When the options do not go together, or no thread can be had.
+    /// [`CheckpointError::Held`] when another training writes to the store; or when the options do not go together, or no
+    /// thread can be had.
     pub fn new(store: Store, agree: Arc<dyn Agree>, options: SaverOptions) -> Result<Self, CheckpointError> {
-        let SaverOptions { member, keep, busy, plan } = options;
+        let SaverOptions { member, keep, keep_every, saves_max: _, busy, plan, job } = options;
         check_member(member)?;
         // So that the first that fails is seen as one more.
         outcomes().iter().for_each(|outcome| outcome.absolute(0));
@@ -89,14 +107,17 @@ impl Saver {
             let why = "processes that skip saves on their own do not skip the same ones; use Busy::Wait";
             return Err(CheckpointError::Refused(why.into()));
         }
+        let lock = (member.process == 0).then(|| Lock::take(&store, job, member.epoch)).transpose()?;
         let place = store.place().to_string();
         let (jobs, work) = bounded::<Job>(1);
         let (done, reports) = bounded(1);
-        let settings = Settings { member, keep, plan };
+        let settings = Settings { member, keep, keep_every, plan };
         let run = move || {
             for Job { attempt, snapshot } in work {
-                let report = save(&store, &snapshot, &settings, attempt, &*agree);
+                let report = save(&store, &snapshot, &settings, &attempt, &*agree);
                 count(&report);
+                // Before the report, so that a saver that is dropped after it gives the lock back at once.
+                drop(attempt);
                 if done.send((report, snapshot)).is_err() {
                     return;
                 }
@@ -104,7 +125,7 @@ impl Saver {
         };
         let thread = std::thread::Builder::new().name("checkpoint".into()).spawn(run);
         thread.map_err(|source| CheckpointError::Io { path: place.clone().into(), source })?;
-        Ok(Self { jobs, reports, is_busy: false, spare: None, next_attempt: 0, busy, place })
+        Ok(Self { jobs, reports, is_busy: false, spare: None, next_attempt: 0, busy, place, lock })
     }
 
     /// Takes a snapshot of the session between two steps and begins to write it. In a job of several processes all call
@@ -122,7 +143,8 @@ impl Saver {
         }
         let mut snapshot = session.snapshot(spare)?;
         snapshot.cursor = cursor;
-        Ok(Begun::Started { before: self.submit(snapshot)?.map(Box::new) })
+        let replaces = session.has_passed_over(snapshot.step);
+        Ok(Begun::Started { before: self.begin(snapshot, replaces)?.map(Box::new) })
     }
 
     /// As [`Saver::save`], of a snapshot that was taken before; waits while another save goes on. Gives the report of the
@@ -131,12 +153,17 @@ impl Saver {
     /// # Errors
     /// When the saver's thread has failed.
     pub fn submit(&mut self, snapshot: Snapshot) -> Result<Option<SaveReport>, CheckpointError> {
+        self.begin(snapshot, false)
+    }
+
+    fn begin(&mut self, snapshot: Snapshot, replaces: bool) -> Result<Option<SaveReport>, CheckpointError> {
         let mut before = None;
         if self.is_busy {
             let (report, spare) = self.reports.recv().map_err(|_| self.panicked())?;
             (before, self.spare) = (Some(report), Some(spare));
         }
-        self.jobs.send(Job { attempt: self.next_attempt, snapshot }).map_err(|_| self.panicked())?;
+        let attempt = Attempt { number: self.next_attempt, replaces, lock: self.lock.clone() };
+        self.jobs.send(Job { attempt, snapshot }).map_err(|_| self.panicked())?;
         self.next_attempt += 1;
         self.is_busy = true;
         Ok(before)
@@ -174,7 +201,8 @@ impl Saver {
     }
 }
 
-/// Saves a snapshot now and waits for the outcome: what a [`Saver`] does on its thread.
+/// Saves a snapshot now and waits for the outcome: what a [`Saver`] does on its thread. It takes no lock: see that nothing else
+/// writes to the store.
 ///
 /// # Errors
 /// When the options do not go together. How the writing went is in the report.
@@ -186,8 +214,9 @@ pub fn save_now(
     attempt: u32,
 ) -> Result<SaveReport, CheckpointError> {
     check_member(options.member)?;
-    let settings = Settings { member: options.member, keep: options.keep, plan: options.plan.clone() };
-    let report = save(store, snapshot, &settings, attempt, agree);
+    let SaverOptions { member, keep, keep_every, ref plan, .. } = *options;
+    let settings = Settings { member, keep, keep_every, plan: plan.clone() };
+    let report = save(store, snapshot, &settings, &Attempt { number: attempt, ..Attempt::default() }, agree);
     count(&report);
     Ok(report)
 }

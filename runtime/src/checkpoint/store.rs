@@ -1,32 +1,49 @@
 //! A place for checkpoints: where each file lies, which checkpoints there are, which is the newest good one, and which are
-//! deleted. Imports `checkpoint::{error, io, manifest, read}`.
+//! deleted. Imports `checkpoint::{error, io, manifest, read}`, `clock`
+//! and `files`.
 //!
 //! - ST-1: a checkpoint of step S exists if and only if `step-<S>/manifest.json` does. It is created once, by one atomic
 //!   operation that fails where it is there already, after all its shards are written and synced.
 //! - ST-2: each attempt to save writes to a folder of its own, `step-<S>/e<epoch>-<attempt>/`, so that no late writer
 //!   touches a file of another attempt.
 //! - ST-3: deleting begins with the manifest, and the newest good checkpoint is never deleted.
+//! - ST-4: a checkpoint's cursor is that of its manifest, or of a `cursor.json` that names this very manifest by checksum.
 
 use std::collections::BTreeMap;
 use std::path::{Component, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use futures_util::{StreamExt, TryStreamExt};
 use object_store::local::LocalFileSystem;
 use object_store::path::{Path, PathPart};
-use object_store::{ObjectStore, ObjectStoreExt};
+use object_store::{ObjectStore, ObjectStoreExt, PutMode};
+use serde::{Deserialize, Serialize};
 use url::Url;
 
 use super::error::{CheckpointError, Doing};
-use super::io::{DEADLINE, Io, Operations, PART_BYTES};
-use super::manifest::{MANIFEST_BYTES_MAX, Manifest};
+use super::io::{DEADLINE, HIDDEN, Io, Operations, PART_BYTES};
+use super::manifest::{Checksum, Cursor, MANIFEST_BYTES_MAX, Manifest, open_sealed, seal};
 use super::read::Reader;
+use crate::clock::{Clock, SystemClock};
+use crate::files;
 
 /// Name of the file that makes a checkpoint.
 const MANIFEST: &str = "manifest.json";
 /// What a manifest is called after [`Store::set_aside`].
 const SET_ASIDE: &str = "manifest.json.damaged";
+/// Name of the file with a cursor that replaces the manifest's (ST-4).
+const CURSOR: &str = "cursor.json";
+/// Bytes of that file, at most.
+const CURSOR_BYTES_MAX: u64 = 16 << 20;
+
+/// What [`CURSOR`] holds.
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct NewCursor {
+    manifest: Checksum,
+    cursor: Cursor,
+}
 
 /// A folder, local or in the cloud, that holds checkpoints. Clones share their threads.
 #[derive(Clone, Debug)]
@@ -36,7 +53,7 @@ pub struct Store {
     /// As the user named it.
     place: String,
     /// The folder, where it is a local one.
-    local: Option<PathBuf>,
+    pub(crate) local: Option<PathBuf>,
 }
 
 /// The newest good checkpoint, and those that are newer but damaged.
@@ -66,13 +83,7 @@ impl Store {
             Some(_) => None,
         };
         if let Some(folder) = folder {
-            let folder = absolute(&folder).map_err(|e| fail(e.to_string()))?;
-            if folder.exists() && !folder.is_dir() {
-                return Err(fail("not a folder".into()));
-            }
-            let prefix = Path::from_absolute_path(&folder).map_err(|e| fail(e.to_string()))?;
-            let backend = LocalFileSystem::new().with_fsync(true);
-            return Self::at(Arc::new(backend), prefix, place.into(), Some(folder));
+            return Self::in_folder(Arc::new(LocalFileSystem::new().with_fsync(true)), &folder, place);
         }
         let hint = "; s3:// needs the cargo feature `aws`, gs:// `gcp`, az:// `azure`";
         let url = url.ok_or_else(|| fail("no path".into()))?;
@@ -93,6 +104,24 @@ impl Store {
         Self::at(backend, prefix, place, None)
     }
 
+    /// A store in a local folder, by a backend of the caller's that has the file system's paths, from its root.
+    ///
+    /// # Errors
+    /// As [`Store::open`].
+    pub fn in_folder(
+        backend: Arc<dyn ObjectStore>,
+        folder: &std::path::Path,
+        place: &str,
+    ) -> Result<Self, CheckpointError> {
+        let fail = |why: String| CheckpointError::Place { place: place.into(), why };
+        let folder = absolute(folder).map_err(|e| fail(e.to_string()))?;
+        if folder.exists() && !folder.is_dir() {
+            return Err(fail("not a folder".into()));
+        }
+        let prefix = Path::from_absolute_path(&folder).map_err(|e| fail(e.to_string()))?;
+        Self::at(backend, prefix, place.into(), Some(folder))
+    }
+
     fn at(
         backend: Arc<dyn ObjectStore>,
         prefix: Path,
@@ -100,8 +129,28 @@ impl Store {
         local: Option<PathBuf>,
     ) -> Result<Self, CheckpointError> {
         let io = Arc::new(Io::new(&place)?);
-        let operations = Operations { backend, io, deadline: DEADLINE, part_bytes: PART_BYTES };
+        let (clock, is_local) = (Arc::new(SystemClock(Instant::now())), local.is_some());
+        // Cloud stores show a file as soon as its writer knows that it is there.
+        let shared = local.as_ref().is_some_and(|folder| !files::is_of_one_machine(folder));
+        let hidden = if shared { HIDDEN } else { Duration::ZERO };
+        let operations =
+            Operations { backend, io, deadline: DEADLINE, part_bytes: PART_BYTES, clock, hidden, is_local };
         Ok(Self { operations, prefix, place: place.trim_end_matches('/').into(), local })
+    }
+
+    /// How long a file that another process has written may stay invisible here. Unless set, 90 s in a local folder of a network
+    /// file system, and no time elsewhere. A file that is missing counts as damage only after it.
+    #[must_use]
+    pub fn with_hidden(mut self, time: Duration) -> Self {
+        self.operations.hidden = time;
+        self
+    }
+
+    /// Waits by another clock than the system's.
+    #[must_use]
+    pub fn with_clock(mut self, clock: Arc<dyn Clock>) -> Self {
+        self.operations.clock = clock;
+        self
     }
 
     /// How long one operation may take before the store counts as stalled; 120 s unless told otherwise.
@@ -134,6 +183,11 @@ impl Store {
         parts.fold(self.prefix.clone(), |path, part| path.join(PathPart::from(part)))
     }
 
+    /// Path in the store of a file beside the checkpoints.
+    pub(crate) fn top(&self, file: &str) -> Path {
+        self.prefix.clone().join(PathPart::from(file))
+    }
+
     /// How a file of a step's checkpoint is called in errors.
     pub(crate) fn name(&self, step: u64, file: &str) -> String {
         format!("{}/{}/{file}", self.place, Self::folder_name(step))
@@ -152,17 +206,40 @@ impl Store {
         Ok(self.operations.size(&self.manifest_name(step), &self.manifest_path(step))?.is_some())
     }
 
+    /// Names in the folder of a step, or of the store, with the sizes of files; folders have none. With `deep`, all files below
+    /// it instead.
+    pub(crate) fn list(&self, step: Option<u64>, deep: bool) -> Result<BTreeMap<String, Option<u64>>, CheckpointError> {
+        let at = step.map_or_else(|| self.prefix.clone(), |step| self.path(step, ""));
+        let name = step.map_or_else(|| self.place.clone(), |step| self.name(step, ""));
+        if let Some(local) = &self.local {
+            let folder = step.map_or_else(|| local.clone(), |step| local.join(Self::folder_name(step)));
+            return self.operations.run_local(&name, Doing::List, move || files::list(&folder, deep));
+        }
+        let backend = self.operations.backend.clone();
+        self.operations.run(&name, Doing::List, async move {
+            let (folders, files) = if deep {
+                (Vec::new(), backend.list(Some(&at)).try_collect().await?)
+            } else {
+                let listed = backend.list_with_delimiter(Some(&at)).await?;
+                (listed.common_prefixes, listed.objects)
+            };
+            let name = |path: &Path| {
+                let parts: Vec<String> = path.prefix_match(&at)?.map(|p| p.as_ref().to_string()).collect();
+                Some(parts.join("/"))
+            };
+            let folders = folders.iter().filter_map(|path| Some((name(path)?, None)));
+            let files = files.iter().filter_map(|meta| Some((name(&meta.location)?, Some(meta.size))));
+            Ok(folders.chain(files).collect())
+        })
+    }
+
     /// Steps that something was ever written for, in order.
     fn begun(&self) -> Result<Vec<u64>, CheckpointError> {
-        let (backend, prefix) = (self.operations.backend.clone(), self.prefix.clone());
-        let list = async move { backend.list_with_delimiter(Some(&prefix)).await };
-        let listed = self.operations.run(&self.place, Doing::List, list)?;
-        let step = |path: &Path| {
-            let name = path.filename()?;
+        let step = |(name, bytes): (String, Option<u64>)| {
             let step = name.strip_prefix("step-")?.parse().ok()?;
-            (name == Self::folder_name(step)).then_some(step)
+            (bytes.is_none() && name == Self::folder_name(step)).then_some(step)
         };
-        let mut steps: Vec<u64> = listed.common_prefixes.iter().filter_map(step).collect();
+        let mut steps: Vec<u64> = self.list(None, false)?.into_iter().filter_map(step).collect();
         steps.sort_unstable();
         Ok(steps)
     }
@@ -181,44 +258,78 @@ impl Store {
         Ok(committed)
     }
 
-    /// Files of a step and their sizes, by the name that manifests have for them.
-    fn files(&self, step: u64) -> Result<BTreeMap<String, u64>, CheckpointError> {
-        let (backend, folder) = (self.operations.backend.clone(), self.path(step, ""));
-        let within = folder.clone();
-        let list = async move { backend.list(Some(&within)).try_collect::<Vec<_>>().await };
-        let found = self.operations.run(&self.name(step, ""), Doing::List, list)?;
-        let name = |path: &Path| {
-            let parts: Vec<String> = path.prefix_match(&folder)?.map(|p| p.as_ref().to_string()).collect();
-            Some(parts.join("/"))
-        };
-        Ok(found.into_iter().filter_map(|meta| Some((name(&meta.location)?, meta.size))).collect())
-    }
-
     /// A committed checkpoint. Its manifest is read and checked, and all shards must be there in full length; their
     /// contents are checked as they are read.
     ///
     /// # Errors
     /// [`CheckpointError::Absent`], or [`CheckpointError::Damaged`] with the file.
     pub fn read(&self, step: u64) -> Result<Reader, CheckpointError> {
-        let name = self.manifest_name(step);
-        let text = self.operations.get(&name, &self.manifest_path(step), MANIFEST_BYTES_MAX)?;
-        let absent = || CheckpointError::Absent { place: self.place.clone(), step: Some(step) };
-        let text = text.ok_or_else(absent)?;
-        let manifest = Manifest::decode(&text).map_err(|why| CheckpointError::Damaged { file: name.clone(), why })?;
+        let (name, text) = (self.manifest_name(step), self.manifest_text(step)?);
+        let mut manifest =
+            Manifest::decode(&text).map_err(|why| CheckpointError::Damaged { file: name.clone(), why })?;
         if manifest.step != step {
             let why = format!("it is of step {}", manifest.step);
             return Err(CheckpointError::Damaged { file: name, why });
         }
-        let files = self.files(step)?;
+        let whole = |files: &BTreeMap<_, _>| manifest.shards.iter().all(|shard| files.contains_key(&shard.file));
+        let listed = self.operations.eventually(|| Ok(Some(self.list(Some(step), true)?).filter(whole)))?;
+        let files = listed.map_or_else(|| self.list(Some(step), true), Ok)?;
         for shard in &manifest.shards {
-            let why = match files.get(&shard.file) {
-                Some(bytes) if *bytes == shard.bytes => continue,
+            let why = match files.get(&shard.file).copied().flatten() {
+                Some(bytes) if bytes == shard.bytes => continue,
                 Some(bytes) => format!("{bytes} bytes long, expected {}", shard.bytes),
                 None => "the file is missing".into(),
             };
             return Err(CheckpointError::Damaged { file: self.name(step, &shard.file), why });
         }
+        if files.contains_key(CURSOR) {
+            self.read_cursor(step, &text, &mut manifest)?;
+        }
         Ok(Reader::new(self.clone(), manifest))
+    }
+
+    fn manifest_text(&self, step: u64) -> Result<Vec<u8>, CheckpointError> {
+        let absent = || CheckpointError::Absent { place: self.place.clone(), step: Some(step) };
+        let text = self.operations.get(&self.manifest_name(step), &self.manifest_path(step), MANIFEST_BYTES_MAX)?;
+        text.ok_or_else(absent)
+    }
+
+    fn read_cursor(&self, step: u64, text: &[u8], manifest: &mut Manifest) -> Result<(), CheckpointError> {
+        let file = self.name(step, CURSOR);
+        let Some(sealed) = self.operations.get(&file, &self.path(step, CURSOR), CURSOR_BYTES_MAX)? else {
+            return Ok(());
+        };
+        let new: NewCursor =
+            open_sealed("shardflow-cursor", &sealed).map_err(|why| CheckpointError::Damaged { file, why })?;
+        if new.manifest == Checksum::of(text) {
+            manifest.cursor = new.cursor;
+        }
+        Ok(())
+    }
+
+    /// Replaces the cursor of a committed checkpoint, atomically: for a training that goes back to it and leaves something out
+    /// from there, which a later one must leave out, too. One process does this.
+    ///
+    /// # Errors
+    /// [`CheckpointError::Absent`], or when the store cannot do it.
+    pub fn set_cursor(&self, step: u64, cursor: Cursor) -> Result<(), CheckpointError> {
+        let manifest = Checksum::of(&self.manifest_text(step)?);
+        let sealed = seal("shardflow-cursor", &NewCursor { manifest, cursor }).map_err(CheckpointError::Refused)?;
+        self.operations.put(&self.name(step, CURSOR), &self.path(step, CURSOR), sealed, PutMode::Overwrite)
+    }
+
+    /// As [`Store::read`], where another process has read the step, and found a cursor with this [`Manifest::cursor_digest`].
+    pub(crate) fn read_as(&self, step: u64, cursor: u64) -> Result<Reader, CheckpointError> {
+        let look = || match self.read(step) {
+            Ok(reader) if reader.manifest().cursor_digest() != cursor => Ok(None),
+            Err(CheckpointError::Absent { .. }) => Ok(None),
+            result => result.map(Some),
+        };
+        let other = || {
+            let why = format!("{}: its cursor is not the one that rank 0 reads", self.manifest_name(step));
+            self.read(step).and(Err(CheckpointError::Refused(why)))
+        };
+        self.operations.eventually(look)?.map_or_else(other, Ok)
     }
 
     /// The newest good checkpoint of a step before `before`, if that is given: one that [`Store::read`] accepts. Those
@@ -275,23 +386,23 @@ impl Store {
         self.operations.run(&self.manifest_name(step), Doing::Write, rename)
     }
 
-    /// Deletes all but the newest `keep` good checkpoints (at least one), and what attempts before the newest of them left
-    /// behind. Only one process may do this, and only between saves.
+    /// Deletes all but the newest `keep` good checkpoints (at least one) and those of steps that are multiples of `keep_every`,
+    /// and what attempts before the newest of them left behind. Only one process may do this, and only between saves.
     ///
     /// # Errors
     /// When the store cannot do it; what was not deleted is found again by the next call.
-    pub fn prune(&self, keep: usize) -> Result<(), CheckpointError> {
+    pub fn prune(&self, keep: usize, keep_every: Option<u64>) -> Result<(), CheckpointError> {
         let (keep, mut kept) = (keep.max(1), 0);
         for step in self.begun()?.into_iter().rev() {
             match self.read(step) {
-                Ok(reader) if kept < keep => {
+                Ok(reader) if kept < keep || keep_every.is_some_and(|every| step.is_multiple_of(every)) => {
                     kept += 1;
                     self.delete_other_attempts(&reader)?;
                 }
-                Ok(_) => self.delete(step)?,
+                Ok(_) => self.delete(step, "", true)?,
                 // Older than what is good, it is of no use; newer, it may be an attempt that goes on, or worth a look.
-                Err(CheckpointError::Absent { .. }) if kept > 0 => self.delete(step)?,
-                Err(error) if error.is_damage() && kept >= keep => self.delete(step)?,
+                Err(CheckpointError::Absent { .. }) if kept > 0 => self.delete(step, "", true)?,
+                Err(error) if error.is_damage() && kept >= keep => self.delete(step, "", true)?,
                 Err(CheckpointError::Absent { .. }) => {}
                 Err(error) if error.is_damage() => {}
                 Err(error) => return Err(error),
@@ -300,76 +411,39 @@ impl Store {
         Ok(())
     }
 
-    /// Deletes what there is of a step, its manifest first.
-    fn delete(&self, step: u64) -> Result<(), CheckpointError> {
-        let (backend, manifest) = (self.operations.backend.clone(), self.manifest_path(step));
-        let first = async move {
-            match backend.delete(&manifest).await {
-                Err(object_store::Error::NotFound { .. }) => Ok(()),
-                result => result,
-            }
-        };
-        self.operations.run(&self.manifest_name(step), Doing::Delete, first)?;
-        self.delete_folder(step, "")
-    }
-
     /// Deletes what attempts that were not committed left in a committed checkpoint's folder.
     fn delete_other_attempts(&self, reader: &Reader) -> Result<(), CheckpointError> {
         let step = reader.manifest().step;
-        let (backend, folder) = (self.operations.backend.clone(), self.path(step, ""));
-        let list = async move { backend.list_with_delimiter(Some(&folder)).await };
-        let attempts = self.operations.run(&self.name(step, ""), Doing::List, list)?.common_prefixes;
-        let is_used = |attempt: &str| {
-            let folder_of = |file: &str| file.split_once('/').is_some_and(|(folder, _)| folder == attempt);
-            reader.manifest().shards.iter().any(|shard| folder_of(&shard.file))
-        };
-        for attempt in attempts.iter().filter_map(|path| path.filename()).filter(|attempt| !is_used(attempt)) {
-            self.delete_folder(step, attempt)?;
-        }
-        self.delete_torn_manifests(step)
-    }
-
-    /// Deletes what processes that were killed in the middle of a commit left, which the object store does not list.
-    fn delete_torn_manifests(&self, step: u64) -> Result<(), CheckpointError> {
-        let Some(local) = &self.local else { return Ok(()) };
-        let folder = local.join(Self::folder_name(step));
-        let remove = move || {
-            for entry in std::fs::read_dir(folder)? {
-                let entry = entry?;
-                if entry.file_name().to_string_lossy().starts_with(&format!("{MANIFEST}#")) {
-                    std::fs::remove_file(entry.path())?;
-                }
+        let shards = || reader.manifest().shards.iter().filter_map(|shard| shard.file.split('/').next());
+        for (name, bytes) in self.list(Some(step), false)? {
+            if name != MANIFEST && name != CURSOR && !shards().any(|attempt| attempt == name) {
+                self.delete(step, &name, bytes.is_none())?;
             }
-            Ok(())
-        };
-        self.delete_local(step, "", remove)
-    }
-
-    /// Deletes by way of the local file system; it may block as long as the disk does.
-    fn delete_local(
-        &self,
-        step: u64,
-        folder: &str,
-        work: impl FnOnce() -> std::io::Result<()> + Send + 'static,
-    ) -> Result<(), CheckpointError> {
-        self.operations.run(&self.name(step, folder), Doing::Delete, async move {
-            let failed = |e| object_store::Error::Generic { store: "checkpoint", source: Box::new(e) };
-            tokio::task::spawn_blocking(work).await?.map_err(failed)
-        })
-    }
-
-    /// Deletes a folder of a step's, or all of it.
-    fn delete_folder(&self, step: u64, folder: &str) -> Result<(), CheckpointError> {
-        let backend = self.operations.backend.clone();
-        if let Some(local) = &self.local {
-            // With it go the parts of files that a killed process left; the object store does not list those.
-            let local = local.join(Self::folder_name(step)).join(folder);
-            return self.delete_local(step, folder, move || std::fs::remove_dir_all(local));
         }
-        let path = self.path(step, folder);
-        self.operations.run(&self.name(step, folder), Doing::Delete, async move {
-            let found = backend.list(Some(&path)).map_ok(|meta| meta.location).boxed();
-            backend.delete_stream(found).try_for_each(async |_| Ok(())).await
+        Ok(())
+    }
+
+    /// Deletes a file or a folder of a step; without a name all that there is of it, its manifest first.
+    fn delete(&self, step: u64, name: &str, is_folder: bool) -> Result<(), CheckpointError> {
+        if name.is_empty() {
+            self.delete(step, MANIFEST, false)?;
+        }
+        let (file, path) = (self.name(step, name), self.path(step, name));
+        if let Some(local) = &self.local {
+            // With a folder go the parts of files that a killed process left; the object store does not list those.
+            let local = local.join(Self::folder_name(step)).join(name);
+            return self.operations.run_local(&file, Doing::Delete, move || files::remove(&local));
+        }
+        let backend = self.operations.backend.clone();
+        self.operations.run(&file, Doing::Delete, async move {
+            if is_folder {
+                let found = backend.list(Some(&path)).map_ok(|meta| meta.location).boxed();
+                return backend.delete_stream(found).try_for_each(async |_| Ok(())).await;
+            }
+            match backend.delete(&path).await {
+                Err(object_store::Error::NotFound { .. }) => Ok(()),
+                result => result,
+            }
         })
     }
 }

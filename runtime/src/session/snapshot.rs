@@ -38,6 +38,10 @@ struct Found {
     damaged: Vec<CheckpointError>,
     /// The step, or one of the words below.
     lookup: u64,
+    /// The newest step that has a checkpoint, where some are damaged; else 0.
+    newest: u64,
+    /// Digest of the checkpoint's cursor.
+    cursor: u64,
 }
 
 /// What processes tell each other while they look for a checkpoint. Steps are below all of them.
@@ -81,8 +85,13 @@ impl Session {
             Some(world) => world.cannot_start(error.into()),
             None => error.into(),
         })?;
-        let alone = || (Arc::new(Alone) as Arc<dyn Agree>, Member::ALONE);
+        let alone = || (Arc::new(Alone) as Arc<dyn Agree>, Member { epoch: self.job.1, ..Member::ALONE });
         Ok(self.world.as_ref().map_or_else(alone, |world| world.agree()))
+    }
+
+    /// True when a checkpoint of this step, if there is one, was found damaged when the session was restored. A save replaces it.
+    pub(crate) fn has_passed_over(&self, step: u64) -> bool {
+        step <= self.passed_over
     }
 
     /// Ranks of the devices that this process hosts.
@@ -212,18 +221,20 @@ impl Session {
         Ok(notes)
     }
 
-    /// Loads the newest checkpoint of the store that is good to the last byte; damaged ones are passed over and told. Where
-    /// several processes run the plan, all call it, and all load the same one: none loads what another cannot read.
+    /// Loads the newest checkpoint of the store that is good to the last byte; damaged ones are passed over and reported, and
+    /// replaced when training comes to their steps again. Where several processes run the plan, all call it, and all load the same one: none loads what another cannot read.
     ///
     /// # Errors
     /// When the store cannot be asked, or its newest good checkpoint does not fit the program, here or elsewhere.
     pub fn restore_newest(&mut self, store: &Store) -> Result<Restored, SessionError> {
         let (mut before, mut all) = (None, Vec::new());
         loop {
-            let Found { reader, damaged, lookup } = self.look(store, before);
+            let Found { reader, damaged, lookup, newest, cursor } = self.look(store, before);
             all.extend(damaged);
-            // The first process has looked; the others take its word for which step it is.
-            let said = self.exchange([lookup, 0])?[0][0];
+            // The first process has looked; the others take its word for which step it is, and which are damaged.
+            let [said, newest] = self.exchange([lookup, newest])?[0];
+            let [cursor, _] = self.exchange([cursor, 0])?[0];
+            self.passed_over = self.passed_over.max(newest);
             let step = match said {
                 NONE => return Ok(Restored { found: None, damaged: all, notes: Vec::new() }),
                 FAILED => {
@@ -233,7 +244,7 @@ impl Session {
                 step => step,
             };
             let reader = match reader {
-                Ok(None) => store.read(step),
+                Ok(None) => store.read_as(step, cursor),
                 Ok(Some(reader)) => Ok(reader),
                 Err(error) => Err(error),
             };
@@ -265,22 +276,23 @@ impl Session {
                     return Err(CheckpointError::Refused(why).into());
                 }
             }
-            before = Some(step);
+            (before, self.passed_over) = (Some(step), self.passed_over.max(step));
         }
     }
 
     /// What the first process finds in the store; the others find nothing, and do not ask.
     fn look(&self, store: &Store, before: Option<u64>) -> Found {
+        let nothing = |reader, lookup| Found { reader, damaged: Vec::new(), lookup, newest: 0, cursor: 0 };
         if self.hosting.process != 0 {
-            return Found { reader: Ok(None), damaged: Vec::new(), lookup: NONE };
+            return nothing(Ok(None), NONE);
         }
-        match store.newest_before(before) {
-            Ok(Newest { reader, damaged }) => {
-                let lookup = reader.as_ref().map_or(NONE, |r| r.manifest().step);
-                Found { reader: Ok(reader), damaged, lookup }
-            }
-            Err(error) => Found { reader: Err(error), damaged: Vec::new(), lookup: FAILED },
-        }
+        let found = store.newest_before(before).and_then(|Newest { reader, damaged }| {
+            let steps = if damaged.is_empty() { Vec::new() } else { store.steps()? };
+            let manifest = reader.as_ref().map(Reader::manifest);
+            let (lookup, cursor) = manifest.map_or((NONE, 0), |manifest| (manifest.step, manifest.cursor_digest()));
+            Ok(Found { reader: Ok(reader), damaged, lookup, newest: steps.last().copied().unwrap_or(0), cursor })
+        });
+        found.unwrap_or_else(|error| nothing(Err(error), FAILED))
     }
 
     fn check_fits(&self, reader: &Reader, var: Var) -> Result<(), CheckpointError> {

@@ -1,0 +1,347 @@
+//! A store of checkpoints where the place is not as it should be: shared with another run, without hard links, read-only,
+//! full, seen late; and what is kept and replaced there.
+
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
+use std::process::Command;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use object_store::local::LocalFileSystem;
+use object_store::memory::InMemory;
+use shardflow::checkpoint::cli::{CheckpointArgs, CheckpointCommand, run};
+use shardflow::checkpoint::{
+    Alone, CheckpointError, Clock, Cursor, Saved, Saver, SaverOptions, Snapshot, Store, save_now,
+};
+use shardflow::plan::Schedule::OneFOneB;
+use shardflow::session::{Session, SessionError};
+use shardflow_integration_tests::faulty::{Fault, Faulty};
+use shardflow_integration_tests::together::save_together;
+use shardflow_integration_tests::training::{Model, Scratch, options, within};
+use shardflow_kernels::tensor::HostTensor;
+
+fn session() -> Session {
+    Model::default().session("data=2", &options(1, OneFOneB))
+}
+
+fn open(folder: &Path) -> Store {
+    Store::open(folder.to_str().expect("a path of UTF-8")).expect("a folder")
+}
+
+fn saver(session: &mut Session, store: &Store) -> Result<Saver, SessionError> {
+    session.saver(store, SaverOptions { keep: 2, ..SaverOptions::default() })
+}
+
+/// Trains a step, saves, and waits for the outcome.
+fn step_and_save(session: &mut Session, saver: &mut Saver) -> Result<Saved, CheckpointError> {
+    Model::default().step(session);
+    saver.save(session, Cursor::new()).expect("the session lives");
+    saver.wait(Duration::from_secs(20)).expect("in time").expect("one was begun").result
+}
+
+fn whole(session: &Session) -> Vec<Snapshot> {
+    vec![session.snapshot(None).expect("nothing failed")]
+}
+
+fn parts(session: &Session) -> Vec<Snapshot> {
+    (0..2).map(|device| session.snapshot_of(device..device + 1, None).expect("nothing failed")).collect()
+}
+
+fn checkpoint_error(result: Result<Saver, SessionError>) -> CheckpointError {
+    match result {
+        Err(SessionError::Checkpoint(error)) => error,
+        Err(error) => panic!("{error}"),
+        Ok(_) => panic!("it was not found"),
+    }
+}
+
+/// Names in a folder.
+fn names(folder: &Path) -> Vec<String> {
+    let entries = std::fs::read_dir(folder).expect("a folder").map(|entry| entry.expect("an entry").file_name());
+    let mut names: Vec<String> = entries.map(|name| name.to_string_lossy().into_owned()).collect();
+    names.sort();
+    names
+}
+
+#[test]
+fn a_second_saver_fences_the_first() {
+    within(60, || {
+        let scratch = Scratch::new("store-fence");
+        let store = open(scratch.path());
+        let (mut first, mut second) = (session(), session());
+        let mut old = saver(&mut first, &store).expect("a place");
+        assert_eq!(step_and_save(&mut first, &mut old).expect("its own"), Saved::Committed);
+        second.restore_newest(&store).expect("readers need no lock");
+        let mut new = saver(&mut second, &store).expect("the same process");
+        let error = step_and_save(&mut first, &mut old).expect_err("fenced");
+        assert!(matches!(error, CheckpointError::Fenced { .. }), "{error}");
+        assert_eq!(store.steps().expect("can be listed"), [1]);
+        assert_eq!(step_and_save(&mut second, &mut new).expect("its own"), Saved::Committed);
+        drop((old, new));
+        assert_eq!(names(scratch.path()), ["step-000000000001", "step-000000000002"], "the lock is given back");
+    });
+}
+
+#[test]
+fn a_store_without_conditional_puts_is_refused_and_named() {
+    let faulty = Faulty::new(Arc::new(InMemory::new()), Fault::NoConditionalPut, usize::MAX, None);
+    let store = Store::with(Arc::new(faulty), "run").expect("a store");
+    let error = Saver::new(store, Arc::new(Alone), SaverOptions::default()).err().expect("no lock can be had");
+    assert!(error.to_string().contains("cannot create an object only if there is none"), "{error}");
+}
+
+/// Without hard links a step is committed once, also after a writer that died between its claim and the commit.
+#[test]
+fn a_file_system_without_hard_links_is_enough() {
+    within(60, || {
+        let scratch = Scratch::new("store-links");
+        let local = LocalFileSystem::new().with_fsync(true);
+        let faulty = Faulty::new(Arc::new(local), Fault::NoLinks, usize::MAX, None);
+        let store = Store::in_folder(Arc::new(faulty), scratch.path(), "run").expect("a folder");
+        let mut here = session();
+        let mut saver = saver(&mut here, &store).expect("a place");
+        assert_eq!(step_and_save(&mut here, &mut saver).expect("can be saved"), Saved::Committed);
+        let again = save_together(&store, &parts(&here), 5, 2);
+        assert!(again.iter().all(|report| matches!(report.result, Ok(Saved::AlreadyThere))), "{again:?}");
+        let claim = scratch.path().join("step-000000000002/manifest.json.claim");
+        std::fs::create_dir_all(&claim).expect("can be made");
+        std::fs::write(claim.join("1"), "torn").expect("can be made");
+        assert_eq!(step_and_save(&mut here, &mut saver).expect("the claim is taken"), Saved::Committed);
+        store.read(2).and_then(|reader| reader.verify()).expect("whole");
+        assert_eq!(names(&scratch.path().join("step-000000000002")), ["e0-1", "manifest.json"], "all else is deleted");
+        // Two jobs at once, with tensors of their own.
+        Model::default().step(&mut here);
+        let mut other = parts(&here);
+        for piece in other.iter_mut().flat_map(|part| &mut part.pieces) {
+            piece.data = HostTensor::f32(&piece.region.size, vec![3.0; piece.region.element_count()]);
+        }
+        let reports = std::thread::scope(|scope| {
+            let jobs = [(6, parts(&here)), (7, other)];
+            let jobs = jobs.map(|(epoch, parts)| {
+                scope.spawn({
+                    let store = store.clone();
+                    move || save_together(&store, &parts, epoch, 9)
+                })
+            });
+            jobs.map(|job| job.join().expect("does not panic"))
+        });
+        let committed = reports.iter().filter(|reports| matches!(reports[0].result, Ok(Saved::Committed))).count();
+        assert_eq!(committed, 1, "{reports:?}");
+        store.read(3).and_then(|reader| reader.verify()).expect("whole");
+    });
+}
+
+/// Time that passes by waits.
+#[derive(Default)]
+struct TestClock {
+    now: Mutex<Duration>,
+    meanwhile: Mutex<Option<Box<dyn FnMut(Duration) + Send>>>,
+}
+
+impl std::fmt::Debug for TestClock {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{:?}", self.now)
+    }
+}
+
+impl Clock for TestClock {
+    fn now(&self) -> Duration {
+        *self.now.lock().expect("nobody panics with it")
+    }
+
+    fn wait(&self, time: Duration) {
+        *self.now.lock().expect("nobody panics with it") += time;
+        let now = self.now();
+        self.meanwhile.lock().expect("nobody panics with it").iter_mut().for_each(|work| work(now));
+    }
+}
+
+/// Process 0 sees what process 1 has written a minute later: files of two nodes of a network file system.
+#[test]
+fn a_file_that_is_seen_late_is_no_damage() {
+    within(60, || {
+        for (hidden, late, is_saved) in [(90, 60, true), (90, 120, false), (0, 60, false)] {
+            let scratch = Scratch::new(&format!("store-late-{hidden}-{late}"));
+            let (here, there) = (scratch.path().join("here"), scratch.path().join("there"));
+            let clock = Arc::new(TestClock::default());
+            let store = open(&here).with_hidden(Duration::from_secs(hidden)).with_clock(clock.clone());
+            let mut session = session();
+            Model::default().step(&mut session);
+            // What the other writes lies elsewhere until then.
+            let files = "step-000000000001/e0-0";
+            let (from, to) = (there.join(files), here.join(files));
+            *clock.meanwhile.lock().expect("nobody panics with it") = Some(Box::new(move |now: Duration| {
+                for name in ["shard-1-of-2.safetensors", "shard-1-of-2.json"] {
+                    if now >= Duration::from_secs(late) && !to.join(name).exists() {
+                        std::fs::copy(from.join(name), to.join(name)).expect("is there");
+                    }
+                }
+            }));
+            let together = shardflow_integration_tests::together::Together::new(2);
+            let stores = [store.clone(), open(&there)];
+            let results = std::thread::scope(|scope| {
+                let jobs: Vec<_> = parts(&session)
+                    .into_iter()
+                    .zip(stores)
+                    .enumerate()
+                    .map(|(process, (part, store))| {
+                        let together = &together;
+                        scope.spawn(move || {
+                            let member =
+                                shardflow::checkpoint::Member { process: process as u32, processes: 2, epoch: 0 };
+                            let options = SaverOptions { member, ..SaverOptions::default() };
+                            save_now(&store, &part, together, &options, 0).expect("good options").result
+                        })
+                    })
+                    .collect();
+                jobs.into_iter().map(|job| job.join().expect("does not panic")).collect::<Vec<_>>()
+            });
+            match &results[0] {
+                Ok(saved) => assert!(is_saved && *saved == Saved::Committed, "{hidden} {late}"),
+                Err(error) => {
+                    assert!(!is_saved, "{hidden} {late}: {error}");
+                    assert!(error.to_string().contains("shard-1-of-2.json: damaged: the file is missing"), "{error}");
+                }
+            }
+            let expected = if is_saved { late } else { hidden };
+            assert_eq!(clock.now().as_secs(), expected, "{hidden} {late}");
+        }
+    });
+}
+
+#[test]
+fn some_checkpoints_are_kept_for_good() {
+    within(60, || {
+        let scratch = Scratch::new("store-keep");
+        let store = open(scratch.path());
+        let mut here = session();
+        for _ in 0..10 {
+            Model::default().step(&mut here);
+            let options = SaverOptions { keep: 2, keep_every: Some(4), ..SaverOptions::default() };
+            let report = save_now(&store, &whole(&here)[0], &Alone, &options, 0).expect("good options");
+            assert!(report.result.is_ok() && report.prune.is_none(), "{report:?}");
+        }
+        assert_eq!(store.steps().expect("can be listed"), [4, 8, 9, 10]);
+        store.prune(1, Some(4)).expect("can be deleted");
+        assert_eq!(store.steps().expect("can be listed"), [4, 8, 10]);
+    });
+}
+
+/// A cursor that was replaced is the checkpoint's from then on, and of no other that is saved under the step.
+#[test]
+fn a_cursor_is_replaced_at_once() {
+    within(60, || {
+        let scratch = Scratch::new("store-cursor");
+        let store = open(scratch.path());
+        let mut here = session();
+        let mut saver = saver(&mut here, &store).expect("a place");
+        step_and_save(&mut here, &mut saver).expect("can be saved");
+        let cursor = Cursor::from([("sample".to_string(), "36".to_string())]);
+        store.set_cursor(1, cursor.clone()).expect("can be written");
+        assert_eq!(session().restore_newest(&store).expect("loads").found, Some((1, cursor.clone())));
+        step_and_save(&mut here, &mut saver).expect("can be saved");
+        assert_eq!(store.read(1).expect("is kept").manifest().cursor, cursor, "what prunes spares it");
+        // Torn it is damage; of another manifest it is nothing.
+        let file = scratch.path().join("step-000000000001/cursor.json");
+        let text = std::fs::read(&file).expect("is there");
+        std::fs::write(&file, &text[..text.len() / 2]).expect("can be written");
+        let error = store.read(1).expect_err("torn");
+        assert!(error.is_damage() && error.to_string().contains("step-000000000001/cursor.json: damaged"), "{error}");
+        std::fs::write(scratch.path().join("step-000000000002/cursor.json"), &text).expect("can be written");
+        assert!(store.read(2).expect("whole").manifest().cursor.is_empty());
+    });
+}
+
+/// A damaged checkpoint is replaced when training comes to its step again: whether its manifest shows the damage or only a
+/// look at each byte.
+#[test]
+fn a_damaged_checkpoint_is_replaced_when_its_step_comes_again() {
+    within(60, || {
+        for (file, is_cut) in
+            [("e0-1/shard-0-of-1.safetensors", false), ("e0-1/shard-0-of-1.safetensors", true), ("manifest.json", true)]
+        {
+            let scratch = Scratch::new("store-damaged");
+            let store = open(scratch.path());
+            let mut here = session();
+            let mut first = saver(&mut here, &store).expect("a place");
+            for _ in 0..2 {
+                step_and_save(&mut here, &mut first).expect("can be saved");
+            }
+            drop(first);
+            let path = scratch.path().join("step-000000000002").join(file);
+            let mut bytes = std::fs::read(&path).expect("a file");
+            *bytes.last_mut().expect("bytes") ^= 1;
+            bytes.truncate(if is_cut { bytes.len() / 2 } else { bytes.len() });
+            std::fs::write(&path, bytes).expect("can be written");
+            let mut again = session();
+            let restored = again.restore_newest(&store).expect("the older one");
+            assert_eq!((restored.found.map(|f| f.0), restored.damaged.len()), (Some(1), 1), "{file}");
+            let mut second = saver(&mut again, &store).expect("a place");
+            assert_eq!(step_and_save(&mut again, &mut second).expect("replaced"), Saved::Committed, "{file}");
+            store.read(2).and_then(|reader| reader.verify()).unwrap_or_else(|e| panic!("{file}: {e}"));
+            assert_eq!(session().restore_newest(&store).expect("loads").found.map(|f| f.0), Some(2));
+        }
+    });
+}
+
+#[test]
+fn names_that_are_not_utf_8_do_no_harm() {
+    within(60, || {
+        let scratch = Scratch::new("store-names");
+        let store = open(scratch.path());
+        let mut here = session();
+        let mut saver = saver(&mut here, &store).expect("a place");
+        step_and_save(&mut here, &mut saver).expect("can be saved");
+        let odd = std::ffi::OsStr::from_bytes(b"caf\xe9");
+        std::fs::write(scratch.path().join(odd), "").expect("can be made");
+        std::fs::create_dir(scratch.path().join("step-000000000001").join(odd)).expect("can be made");
+        std::fs::write(scratch.path().join("step-000000000001/e0-0").join(odd), "").expect("can be made");
+        let dir = scratch.path().to_str().expect("UTF-8").to_string();
+        let listed = run(&CheckpointArgs { command: CheckpointCommand::Ls { dir: dir.clone() } }).expect("listed");
+        assert_eq!(listed.lines().count(), 2, "{listed}");
+        run(&CheckpointArgs { command: CheckpointCommand::Verify { dir, step: None } }).expect("verified");
+        assert_eq!(session().restore_newest(&store).expect("loads").found.map(|f| f.0), Some(1));
+        assert_eq!(step_and_save(&mut here, &mut saver).expect("can be saved"), Saved::Committed);
+    });
+}
+
+#[test]
+fn a_place_without_room_is_found_before_training() {
+    within(60, || {
+        let scratch = Scratch::new("store-room");
+        let mut here = session();
+        let options = SaverOptions { keep: usize::MAX, ..SaverOptions::default() };
+        let error = checkpoint_error(here.saver(&open(scratch.path()), options.clone()));
+        assert!(matches!(error, CheckpointError::NoRoom { .. }) && error.exit_code() == 73, "{error}");
+        assert!(error.to_string().contains("bytes are free"), "{error}");
+        assert!(names(scratch.path()).is_empty(), "nothing is left: {:?}", names(scratch.path()));
+        // No more is needed than will be written.
+        here.saver(&open(scratch.path()), SaverOptions { saves_max: Some(2), ..options })
+            .expect("there is room for two");
+        assert!(names(scratch.path()).is_empty(), "nothing is left: {:?}", names(scratch.path()));
+    });
+}
+
+/// Sets or clears the attribute by which nobody may change a file; false where that is not permitted.
+fn immutable(path: &Path, sign: &str) -> bool {
+    Command::new("chattr").arg(format!("{sign}i")).arg(path).output().is_ok_and(|output| output.status.success())
+}
+
+#[test]
+fn a_place_that_cannot_be_written_is_found_before_training() {
+    within(60, || {
+        let mut here = session();
+        // Nobody can make a folder there.
+        let error = checkpoint_error(saver(&mut here, &open(Path::new("/proc/self/checkpoints"))));
+        assert_eq!(error.exit_code(), 73, "{error}");
+        assert!(error.to_string().contains("/proc/self/checkpoints"), "{error}");
+        let scratch = Scratch::new("store-immutable");
+        if !immutable(scratch.path(), "+") {
+            println!("SKIPPED: chattr +i is not permitted here");
+            return;
+        }
+        let error = checkpoint_error(saver(&mut here, &open(scratch.path())));
+        assert!(immutable(scratch.path(), "-"));
+        assert_eq!((error.exit_code(), error.io_kind()), (73, Some(std::io::ErrorKind::PermissionDenied)), "{error}");
+    });
+}

@@ -1,0 +1,321 @@
+//! The lock of a checkpoint store: one training writes to it at a time. Imports `checkpoint::{error, io, store}` and `files`.
+//!
+//! The lock is a file `lock-<n>.json` that says who holds it. A holder is alive while it holds `flock` on its file. Where that
+//! does not reach all who can write, on network file systems and in cloud stores, it renews the file instead.
+//!
+//! - LK-1: the process that made the file of the highest n holds the lock. Each file is created once, by an operation that fails
+//!   where it is there already, so two processes never both hold it.
+//! - LK-2: a dead holder is found by a free `flock`, or by three renewals that the clock of the one who waits saw missed. No two
+//!   clocks are compared.
+//! - LK-3: a higher epoch of the same job, or a later saver of the same process, takes the lock at once.
+//! - LK-4: a commit and a deletion look at LK-1 first. A process that loses the lock between the look and the commit may
+//!   still add a whole checkpoint of a step that has none; by ST-1 it replaces nothing.
+
+use std::fs::{self, File, OpenOptions, TryLockError};
+use std::io::ErrorKind;
+use std::os::unix::fs::FileExt;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use crossbeam_channel::{RecvTimeoutError, Sender, bounded};
+use object_store::path::Path;
+use object_store::{Error, ObjectStoreExt, PutMode};
+use serde::{Deserialize, Serialize};
+
+use crate::checkpoint::error::{CheckpointError, Doing};
+use crate::checkpoint::io::Operations;
+use crate::checkpoint::store::Store;
+use crate::files;
+
+/// Time between two renewals.
+const RENEWAL: Duration = Duration::from_secs(10);
+/// Time between two looks at the lock of another process.
+const POLL: Duration = Duration::from_secs(1);
+/// Renewals that a holder who is alive does not miss in a row.
+const MISSED_MAX: u32 = 3;
+/// Times that others may be first, at most.
+const ATTEMPTS_MAX: u32 = 100;
+/// Bytes of a lock file; text and spaces, so that one write replaces all of it.
+const BYTES: usize = 1024;
+/// How long giving the lock back may take.
+const RELEASE: Duration = Duration::from_millis(500);
+
+/// Who holds a lock.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+struct Holder {
+    host: String,
+    boot: String,
+    pid: u32,
+    /// The job's name, where it has one.
+    job: Option<String>,
+    epoch: u64,
+    /// Unix time in nanoseconds.
+    since_ns: u64,
+    renewals: u64,
+}
+
+impl Holder {
+    fn of_this_process(job: Option<String>, epoch: u64) -> Self {
+        let read = |name: &str| fs::read_to_string(format!("/proc/sys/kernel/{name}")).unwrap_or_default();
+        let [host, boot] = ["hostname", "random/boot_id"].map(|name| read(name).trim().chars().take(256).collect());
+        let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let job = job.map(|job| job.chars().take(256).collect());
+        Self { host, boot, pid: std::process::id(), job, epoch, since_ns: since.as_nanos() as u64, renewals: 0 }
+    }
+
+    fn encode(&self) -> Vec<u8> {
+        let mut text = serde_json::to_vec(self).unwrap_or_default();
+        text.resize(text.len().max(BYTES), b' ');
+        text
+    }
+
+    fn is_on_host_of(&self, other: &Self) -> bool {
+        (&self.host, &self.boot) == (&other.host, &other.boot)
+    }
+
+    /// LK-3.
+    fn supersedes(&self, other: &Self) -> bool {
+        let later = self.job.is_some() && self.job == other.job && self.epoch > other.epoch;
+        later || (self.is_on_host_of(other) && self.pid == other.pid)
+    }
+}
+
+/// For errors.
+fn describe(text: &[u8]) -> String {
+    let Ok(holder) = serde_json::from_slice::<Holder>(text) else { return "a process that is not known".into() };
+    let Holder { host, pid, job, epoch, since_ns, .. } = holder;
+    let job = job.map(|job| format!(", job {job}")).unwrap_or_default();
+    let since = humantime::format_rfc3339_seconds(UNIX_EPOCH + Duration::from_nanos(since_ns));
+    format!("process {pid} on host {host}{job}, epoch {epoch}, since {since}")
+}
+
+/// The lock of a store, held. Dropping it gives it back.
+#[derive(Debug)]
+pub(crate) struct Lock {
+    store: Store,
+    number: u64,
+    holder: Holder,
+    renewals: AtomicU64,
+    /// The file, with `flock` where the file system has it.
+    file: Option<File>,
+    /// Ends the thread that renews.
+    _renewing: Option<Sender<()>>,
+}
+
+impl Lock {
+    /// Takes the lock for a job and an epoch of it. Where a holder's `flock` cannot be seen, waits up to 30 s for a renewal.
+    ///
+    /// # Errors
+    /// [`CheckpointError::Held`] with the holder; or when the store cannot do it.
+    pub(crate) fn take(store: &Store, job: Option<String>, epoch: u64) -> Result<Arc<Self>, CheckpointError> {
+        Self::take_as(store, Holder::of_this_process(job, epoch))
+    }
+
+    fn take_as(store: &Store, holder: Holder) -> Result<Arc<Self>, CheckpointError> {
+        for _ in 0..ATTEMPTS_MAX {
+            let newest = numbers(store)?.pop();
+            if let Some(other) = newest.map(|number| live_holder(store, number, &holder)).transpose()?.flatten() {
+                return Err(CheckpointError::Held { place: store.place().into(), holder: describe(&other) });
+            }
+            let number = newest.map_or(1, |newest| newest.saturating_add(1));
+            let Some(file) = create(store, number, &holder)? else { continue };
+            let numbers = numbers(store)?;
+            // Read back, for a store that returns something else has no lock that could be checked.
+            let is_mine = read(store, number)?.as_deref() == Some(&holder.encode()[..]);
+            if is_mine && numbers.last() == Some(&number) {
+                numbers.iter().filter(|older| **older < number).try_for_each(|older| delete(store, *older))?;
+                return Ok(
+                    Self { store: store.clone(), number, holder, renewals: 0.into(), file, _renewing: None }.renewed()
+                );
+            }
+        }
+        let why = format!("{}: other processes took the lock {ATTEMPTS_MAX} times", store.place());
+        Err(CheckpointError::Refused(why))
+    }
+
+    /// Starts to renew, where that is what others look at.
+    fn renewed(mut self) -> Arc<Self> {
+        if flock_is_seen_by_all(&self.store) && self.file.is_some() {
+            return Arc::new(self);
+        }
+        let (end, ended) = bounded(0);
+        self._renewing = Some(end);
+        let lock = Arc::new(self);
+        let weak = Arc::downgrade(&lock);
+        let renew = move || {
+            while ended.recv_timeout(RENEWAL) == Err(RecvTimeoutError::Timeout) {
+                let Some(lock) = weak.upgrade() else { return };
+                match lock.renew() {
+                    Ok(()) => {}
+                    Err(CheckpointError::Fenced { .. }) => return,
+                    Err(error) => tracing::warn!("the lock of the checkpoints is not renewed: {error}"),
+                }
+            }
+        };
+        if let Err(error) = std::thread::Builder::new().name("checkpoint-lock".into()).spawn(renew) {
+            tracing::warn!("no thread renews the lock of the checkpoints: {error}");
+        }
+        lock
+    }
+
+    fn renew(&self) -> Result<(), CheckpointError> {
+        self.check()?;
+        let renewals = self.renewals.fetch_add(1, Ordering::Relaxed) + 1;
+        let text = Holder { renewals, ..self.holder.clone() }.encode();
+        match self.file.as_ref().map(File::try_clone) {
+            // In place, for a new file would be without `flock`.
+            Some(file) => self.store.operations.run_local(&name(&self.store, self.number), Doing::Write, move || {
+                let file = file?;
+                file.write_all_at(&text, 0).and_then(|()| file.sync_data())
+            }),
+            None => put(&self.store, self.number, text, PutMode::Overwrite),
+        }
+    }
+
+    /// LK-4.
+    ///
+    /// # Errors
+    /// [`CheckpointError::Fenced`] when another process has taken the lock.
+    pub(crate) fn check(&self) -> Result<(), CheckpointError> {
+        let newest = numbers(&self.store)?.pop();
+        let text = newest.map(|number| read(&self.store, number)).transpose()?.flatten();
+        let there = text.as_deref().and_then(|text| serde_json::from_slice::<Holder>(text).ok());
+        if there.is_some_and(|there| Holder { renewals: 0, ..there } == self.holder) {
+            return Ok(());
+        }
+        let holder = text.map_or_else(|| "nobody: the lock's file was deleted".into(), |text| describe(&text));
+        Err(CheckpointError::Fenced { place: self.store.place().into(), holder })
+    }
+}
+
+impl Drop for Lock {
+    fn drop(&mut self) {
+        self.store.operations.deadline = self.store.operations.deadline.min(RELEASE);
+        if let Err(error) = self.check().and_then(|()| delete(&self.store, self.number)) {
+            tracing::debug!("the lock of the checkpoints is left behind: {error}");
+        }
+    }
+}
+
+fn flock_is_seen_by_all(store: &Store) -> bool {
+    store.local.as_deref().is_some_and(files::is_of_one_machine)
+}
+
+fn file_name(number: u64) -> String {
+    format!("lock-{number}.json")
+}
+
+/// How a lock's file is called in errors.
+fn name(store: &Store, number: u64) -> String {
+    format!("{}/{}", store.place(), file_name(number))
+}
+
+fn path(store: &Store, number: u64) -> Path {
+    store.top(&file_name(number))
+}
+
+/// Numbers of all lock files, the highest last.
+fn numbers(store: &Store) -> Result<Vec<u64>, CheckpointError> {
+    let number = |name: String| name.strip_prefix("lock-")?.strip_suffix(".json")?.parse().ok();
+    let mut numbers: Vec<u64> = store.list(None, false)?.into_keys().filter_map(number).collect();
+    numbers.sort_unstable();
+    Ok(numbers)
+}
+
+fn read(store: &Store, number: u64) -> Result<Option<Vec<u8>>, CheckpointError> {
+    store.operations.get(&name(store, number), &path(store, number), BYTES as u64 * 8)
+}
+
+fn put(store: &Store, number: u64, text: Vec<u8>, mode: PutMode) -> Result<(), CheckpointError> {
+    store.operations.put(&name(store, number), &path(store, number), text, mode)
+}
+
+fn delete(store: &Store, number: u64) -> Result<(), CheckpointError> {
+    let (backend, path) = (store.operations.backend.clone(), path(store, number));
+    store.operations.run(&name(store, number), Doing::Delete, async move {
+        match backend.delete(&path).await {
+            Err(Error::NotFound { .. }) => Ok(()),
+            result => result,
+        }
+    })
+}
+
+/// Makes a lock's file; `None` when another process was first. The file is open where it can be locked.
+fn create(store: &Store, number: u64, holder: &Holder) -> Result<Option<Option<File>>, CheckpointError> {
+    let Some(folder) = store.local.clone() else {
+        return match put(store, number, holder.encode(), PutMode::Create) {
+            Ok(()) => Ok(Some(None)),
+            Err(CheckpointError::Store { source, .. })
+                if matches!(*source, Error::AlreadyExists { .. } | Error::Precondition { .. }) =>
+            {
+                Ok(None)
+            }
+            Err(CheckpointError::Store { source, .. })
+                if matches!(*source, Error::NotImplemented { .. } | Error::NotSupported { .. }) =>
+            {
+                let why =
+                    format!("it cannot create an object only if there is none, as commits and locks need: {source}");
+                Err(CheckpointError::Place { place: store.place().into(), why })
+            }
+            Err(error) => Err(error),
+        };
+    };
+    let text = holder.encode();
+    store.operations.run_local(&name(store, number), Doing::Write, move || {
+        fs::create_dir_all(&folder)?;
+        let file = match OpenOptions::new().write(true).create_new(true).open(folder.join(file_name(number))) {
+            Err(error) if error.kind() == ErrorKind::AlreadyExists => return Ok(None),
+            file => file?,
+        };
+        let is_locked = match file.try_lock() {
+            Ok(()) => true,
+            // One that looked before this took the file for a dead holder's.
+            Err(TryLockError::WouldBlock) => return Ok(None),
+            Err(TryLockError::Error(_)) => false,
+        };
+        file.write_all_at(&text, 0).and_then(|()| file.sync_data())?;
+        Ok(Some(is_locked.then_some(file)))
+    })
+}
+
+/// What the file of a holder says that is alive and not superseded.
+fn live_holder(store: &Store, number: u64, mine: &Holder) -> Result<Option<Vec<u8>>, CheckpointError> {
+    let Some(first) = read(store, number)? else { return Ok(None) };
+    let holder = serde_json::from_slice::<Holder>(&first).ok();
+    if holder.as_ref().is_some_and(|holder| mine.supersedes(holder)) {
+        return Ok(None);
+    }
+    if let Some(folder) = store.local.clone() {
+        let lock = move || match File::open(folder.join(file_name(number))) {
+            // It was given back meanwhile.
+            Err(error) if error.kind() == ErrorKind::NotFound => Ok(Ok(())),
+            file => Ok(file?.try_lock()),
+        };
+        let locked = match store.operations.run_local(&name(store, number), Doing::Read, lock)? {
+            Ok(()) => Some(false),
+            Err(TryLockError::WouldBlock) => Some(true),
+            Err(TryLockError::Error(_)) => None,
+        };
+        let is_near = flock_is_seen_by_all(store) || holder.is_some_and(|holder| holder.is_on_host_of(mine));
+        match locked {
+            Some(true) => return Ok(Some(first)),
+            Some(false) if is_near => return Ok(None),
+            _ => {}
+        }
+    }
+    let Operations { clock, .. } = &store.operations;
+    let (begin, limit) = (clock.now(), RENEWAL * MISSED_MAX);
+    tracing::warn!("{}: held by {}; waiting up to {limit:?} for a renewal", store.place(), describe(&first));
+    while clock.now() - begin <= limit {
+        clock.wait(POLL);
+        match read(store, number)? {
+            Some(text) if text == first => {}
+            renewed => return Ok(renewed),
+        }
+    }
+    Ok(None)
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,239 @@
+//! Tests of the lock, by the time of a test.
+
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use object_store::ObjectStore;
+use object_store::memory::InMemory;
+
+use super::*;
+use crate::clock::Clock;
+
+type Work = Box<dyn FnMut(Duration) + Send>;
+
+/// Passes when a wait does, and does something meanwhile.
+#[derive(Default)]
+struct TestClock {
+    now: Mutex<Duration>,
+    meanwhile: Mutex<Option<Work>>,
+}
+
+impl std::fmt::Debug for TestClock {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{:?}", self.now)
+    }
+}
+
+impl Clock for TestClock {
+    fn now(&self) -> Duration {
+        *self.now.lock().unwrap()
+    }
+
+    fn wait(&self, time: Duration) {
+        *self.now.lock().unwrap() += time;
+        let now = self.now();
+        self.meanwhile.lock().unwrap().iter_mut().for_each(|work| work(now));
+    }
+}
+
+fn holder(pid: u32, job: &str, epoch: u64) -> Holder {
+    let since_ns = 1_700_000_000 * 1_000_000_000 + u64::from(pid);
+    Holder { host: format!("host-{pid}"), boot: "b".into(), pid, job: Some(job.into()), epoch, since_ns, renewals: 0 }
+}
+
+fn on_disk() -> (tempfile::TempDir, Store) {
+    let folder = tempfile::tempdir().unwrap();
+    let store = Store::open(folder.path().to_str().unwrap()).unwrap();
+    (folder, store)
+}
+
+fn in_cloud() -> (Arc<TestClock>, Store) {
+    let (clock, backend): (Arc<TestClock>, Arc<dyn ObjectStore>) = (Arc::default(), Arc::new(InMemory::new()));
+    (clock.clone(), Store::with(backend, "run").unwrap().with_clock(clock))
+}
+
+fn files(folder: &tempfile::TempDir) -> Vec<String> {
+    files::list(folder.path(), true).unwrap().into_keys().collect()
+}
+
+#[test]
+fn one_holds_the_lock_of_a_folder_and_is_named_to_others() {
+    let (folder, store) = on_disk();
+    let first = Lock::take_as(&store, holder(1, "a", 3)).unwrap();
+    let error = Lock::take_as(&store, holder(2, "b", 9)).unwrap_err();
+    let expected = "process 1 on host host-1, job a, epoch 3, since 2023-11-14T22:13:20Z; end that run";
+    assert!(error.to_string().contains(expected), "{error}");
+    assert_eq!(error.exit_code(), 73);
+    first.check().unwrap();
+    drop(first);
+    assert!(files(&folder).is_empty(), "nothing is left behind");
+    drop(Lock::take_as(&store, holder(2, "b", 0)).unwrap());
+}
+
+#[test]
+fn what_a_killed_process_left_is_taken_at_once() {
+    let (folder, store) = on_disk();
+    drop(create(&store, 7, &holder(1, "a", 3)).unwrap());
+    fs::write(folder.path().join("lock-8.json"), "torn").unwrap();
+    let lock = Lock::take_as(&store, holder(2, "b", 0)).unwrap();
+    assert_eq!(files(&folder), ["lock-9.json"]);
+    lock.check().unwrap();
+}
+
+#[test]
+fn a_holder_in_a_cloud_store_is_alive_while_it_renews() {
+    let (clock, store) = in_cloud();
+    let first = Lock::take_as(&store, holder(1, "a", 0)).unwrap();
+    let renewing = first.clone();
+    // It renews when it should, and later than it should, but never misses three.
+    *clock.meanwhile.lock().unwrap() = Some(Box::new(move |now| {
+        if now.as_secs() % 29 == 0 {
+            renewing.renew().unwrap();
+        }
+    }));
+    for _ in 0..3 {
+        let error = Lock::take_as(&store, holder(2, "b", 0)).unwrap_err();
+        assert!(error.to_string().contains("process 1 on host host-1, job a"), "{error}");
+    }
+    *clock.meanwhile.lock().unwrap() = None;
+    first.check().unwrap();
+    // Now it has died.
+    let begin = clock.now();
+    let second = Lock::take_as(&store, holder(2, "b", 0)).unwrap();
+    let waited = clock.now() - begin;
+    assert!((RENEWAL * MISSED_MAX..=RENEWAL * MISSED_MAX + 2 * POLL).contains(&waited), "{waited:?}");
+    // Had it not, it would notice, and break nothing.
+    assert!(matches!(first.check(), Err(CheckpointError::Fenced { .. })));
+    assert!(matches!(first.renew(), Err(CheckpointError::Fenced { .. })));
+    drop(first);
+    second.check().unwrap();
+}
+
+#[test]
+fn a_later_incarnation_of_a_job_takes_over_at_once_and_fences_the_old() {
+    let (folder, local) = on_disk();
+    let (clock, cloud) = in_cloud();
+    for store in [&local, &cloud] {
+        let old = Lock::take_as(store, holder(1, "a", 1)).unwrap();
+        let new = Lock::take_as(store, holder(2, "a", 2)).unwrap();
+        let error = old.check().unwrap_err().to_string();
+        assert!(error.contains("held by process 2 on host host-2, job a, epoch 2"), "{error}");
+        drop(old);
+        new.check().unwrap();
+        // A late one of an old epoch does not.
+        let late = Lock::take_as(&local, holder(3, "a", 1)).unwrap_err();
+        assert!(matches!(late, CheckpointError::Held { .. }), "{late}");
+        if store.local.is_none() {
+            assert_eq!(clock.now(), Duration::ZERO);
+        } else {
+            std::mem::forget(new);
+        }
+    }
+    drop(folder);
+}
+
+#[test]
+fn a_later_saver_of_the_same_process_takes_over() {
+    let (_folder, store) = on_disk();
+    let first = Lock::take(&store, None, 0).unwrap();
+    let second = Lock::take(&store, None, 0).unwrap();
+    assert!(first.check().is_err());
+    second.check().unwrap();
+}
+
+#[test]
+fn of_many_that_take_a_dead_holders_lock_one_has_it() {
+    let (_folder, store) = on_disk();
+    for round in 0..20 {
+        drop(create(&store, numbers(&store).unwrap().pop().unwrap_or(0) + 1, &holder(99, "dead", 0)).unwrap());
+        let taken = std::thread::scope(|scope| {
+            let take = |pid| {
+                let store = &store;
+                scope.spawn(move || Lock::take_as(store, holder(pid, "a", 0)).ok())
+            };
+            let threads: Vec<_> = (1..5).map(take).collect();
+            threads.into_iter().filter_map(|thread| thread.join().unwrap()).collect::<Vec<_>>()
+        });
+        let held = taken.iter().filter(|lock| lock.check().is_ok()).count();
+        assert_eq!(held, 1, "round {round}: {taken:?}");
+    }
+}
+
+#[test]
+fn a_lock_whose_file_is_gone_is_lost() {
+    let (folder, store) = on_disk();
+    let lock = Lock::take_as(&store, holder(1, "a", 0)).unwrap();
+    fs::remove_file(folder.path().join("lock-1.json")).unwrap();
+    assert!(lock.check().unwrap_err().to_string().contains("file was deleted"));
+}
+
+/// Files of another process come to sight late: those that a manifest names, and a manifest that rank 0 has named.
+#[test]
+fn what_another_process_has_written_may_stay_invisible_for_a_while() {
+    use crate::checkpoint::manifest::{Cursor, Manifest, Shard};
+    use crate::checkpoint::save::commit_manifest;
+    let shard = Shard {
+        file: "e0-0/shard-0-of-1.safetensors".into(),
+        bytes: 3,
+        blake3: crate::checkpoint::manifest::Checksum::of(b"abc"),
+    };
+    let cursor = Cursor::from([("sample".into(), "7".into())]);
+    let manifest = Manifest {
+        step: 4,
+        epoch: 0,
+        mesh: "data=1".into(),
+        updates: None,
+        seed: 0,
+        declared: Default::default(),
+        cursor,
+        writer: String::new(),
+        plan: None,
+        job: Default::default(),
+        shards: vec![shard],
+        tensors: Vec::new(),
+    };
+    let digest = manifest.cursor_digest();
+    for (manifest_after, shard_after, is_there) in [(0, 60, true), (60, 0, true), (0, 100, false), (100, 0, false)] {
+        let (clock, store) = in_cloud();
+        let (writer, store) = (store.clone(), store.with_hidden(Duration::from_secs(90)));
+        let manifest = manifest.clone();
+        let mut left: Vec<(u64, bool)> = vec![(manifest_after, true), (shard_after, false)];
+        let mut appear = move |now: Duration| {
+            left.retain(|(after, is_manifest)| {
+                if now.as_secs() < *after {
+                    return true;
+                }
+                if *is_manifest {
+                    commit_manifest(&writer, &manifest).unwrap();
+                } else {
+                    let file = &manifest.shards[0].file;
+                    let path = writer.path(4, file);
+                    writer.operations.put(file, &path, b"abc".to_vec(), PutMode::Overwrite).unwrap();
+                }
+                false
+            });
+        };
+        appear(Duration::ZERO);
+        *clock.meanwhile.lock().unwrap() = Some(Box::new(appear));
+        let read = store.read_as(4, digest);
+        assert_eq!(read.is_ok(), is_there, "{manifest_after} {shard_after}: {read:?}");
+        let expected = if is_there { 60 } else { 90 };
+        assert_eq!(clock.now().as_secs(), expected, "{manifest_after} {shard_after}");
+        if let Err(error) = read {
+            let text =
+                if shard_after > 0 { "damaged: the file is missing" } else { "no complete checkpoint of step 4" };
+            assert!(error.to_string().contains(text), "{error}");
+        }
+    }
+    // A cursor that is not the one that rank 0 reads is waited for, too, and not taken in its place.
+    let (clock, store) = in_cloud();
+    commit_manifest(&store, &manifest).unwrap();
+    let path = store.path(4, &manifest.shards[0].file);
+    store.operations.put("shard", &path, b"abc".to_vec(), PutMode::Overwrite).unwrap();
+    let (writer, changed) = (store.clone(), Cursor::from([("sample".into(), "9".into())]));
+    let digest = Manifest { cursor: changed.clone(), ..manifest }.cursor_digest();
+    assert!(store.read_as(4, digest).unwrap_err().to_string().contains("its cursor is not the one"));
+    *clock.meanwhile.lock().unwrap() = Some(Box::new(move |_| writer.set_cursor(4, changed.clone()).unwrap()));
+    let reader = store.with_hidden(Duration::from_secs(90)).read_as(4, digest).unwrap();
+    assert_eq!(reader.manifest().cursor["sample"], "9");
+}

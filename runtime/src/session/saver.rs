@@ -1,0 +1,110 @@
+//! A saver for a session, on a store that was checked before: writable, large enough, and seen by all processes.
+//! Imports `session`, `checkpoint` and `files`.
+
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use object_store::path::Path;
+use object_store::{ObjectStoreExt, PutMode};
+
+use super::{Session, SessionError, resident_parts};
+use crate::checkpoint::error::{CheckpointError, Doing};
+use crate::checkpoint::saver::{Saver, SaverOptions};
+use crate::checkpoint::store::Store;
+use crate::files::free_bytes;
+
+/// What a process reports: that it could do its part, or not.
+const GOOD: u64 = 0;
+const FAILED: u64 = 1;
+
+impl Session {
+    /// Starts a saver of this session: as [`Saver::new`], for the processes and the job that the session is of. All processes
+    /// call it. What would keep a checkpoint from being saved later is found now: process 0 takes the store's lock, writes a
+    /// file, renames and deletes it, looks for room for the checkpoints that are kept and one more, and every process reads the
+    /// file.
+    ///
+    /// # Errors
+    /// On all processes: [`CheckpointError::Held`], [`CheckpointError::NoRoom`], [`CheckpointError::NotShared`], or what the
+    /// store answers.
+    pub fn saver(&mut self, store: &Store, options: SaverOptions) -> Result<Saver, SessionError> {
+        let (agree, member) = self.agreement()?;
+        let (keep, saves_max) = (options.keep.max(1) as u64, options.saves_max.unwrap_or(u64::MAX));
+        let plan = options.plan.or_else(|| Some(self.plan.hash().to_string()));
+        let job = options.job.or_else(|| self.job.0.clone());
+        let saver = Saver::new(store.clone(), agree, SaverOptions { member, plan, job, ..options });
+        let number = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_nanos() as u64;
+        let probed = saver.and_then(|saver| {
+            if member.process == 0 {
+                check_room(store, self.checkpoint_bytes(), keep, saves_max)?;
+                write_probe(store, number)?;
+            }
+            Ok(saver)
+        });
+        let mine = if probed.is_ok() { GOOD } else { FAILED };
+        let results = self.exchange([mine, number])?;
+        if let Some(process) = results.iter().position(|[result, _]| *result != GOOD) {
+            let elsewhere = || CheckpointError::Refused(format!("{}: rank {process} cannot use it", store.place()));
+            return Err(probed.err().unwrap_or_else(elsewhere).into());
+        }
+        let saver = probed?;
+        let [_, number] = results[0];
+        let seen = sees_probe(store, number);
+        let results = self.exchange([if matches!(seen, Ok(true)) { GOOD } else { FAILED }, 0])?;
+        let deleted = if member.process == 0 { delete_probe(store, number) } else { Ok(()) };
+        seen?;
+        deleted?;
+        let blind = results.iter().enumerate().filter(|(_, [result, _])| *result != GOOD);
+        let ranks: Vec<String> = blind.map(|(process, _)| format!("rank {process}")).collect();
+        if ranks.is_empty() {
+            return Ok(saver);
+        }
+        Err(CheckpointError::NotShared { place: store.place().into(), ranks: ranks.join(", ") }.into())
+    }
+
+    /// Bytes of all elements of a checkpoint, of all processes.
+    fn checkpoint_bytes(&self) -> u64 {
+        let bytes = |var| {
+            let (shape, parts) = (self.plan.graph.shape(var), resident_parts(&self.plan, var));
+            let element = parts.first().map_or(0, |(_, _, resident)| resident.dtype.bytes());
+            (shape.iter().product::<usize>() * element) as u64
+        };
+        self.residents().map(|(var, _)| bytes(var)).sum()
+    }
+}
+
+/// Checks that the free space holds the checkpoints that are still to be written: `keep` of them and one more, less those that
+/// are there, and `saves_max` at most. Does nothing where the file system does not report its free space.
+fn check_room(store: &Store, bytes: u64, keep: u64, saves_max: u64) -> Result<(), CheckpointError> {
+    // The lock has made the folder.
+    let Some(free_bytes) = store.local.as_deref().and_then(free_bytes) else { return Ok(()) };
+    let there = store.steps()?.len() as u64;
+    let checkpoints = keep.saturating_add(1).saturating_sub(there).max(1).min(saves_max);
+    let needed_bytes = bytes.saturating_mul(checkpoints);
+    if needed_bytes <= free_bytes {
+        return Ok(());
+    }
+    Err(CheckpointError::NoRoom { place: store.place().into(), free_bytes, needed_bytes, checkpoints, bytes })
+}
+
+fn probe(store: &Store, number: u64) -> (String, Path) {
+    let file = format!("probe-{number}");
+    (format!("{}/{file}", store.place()), store.top(&file))
+}
+
+/// Writes a small file as a commit does, and renames it.
+fn write_probe(store: &Store, number: u64) -> Result<(), CheckpointError> {
+    let (operations, (name, path), (_, new)) = (&store.operations, probe(store, number), probe(store, number + 1));
+    operations.put(&name, &new, b"a probe".to_vec(), PutMode::Create)?;
+    let backend = operations.backend.clone();
+    operations.run(&name, Doing::Write, async move { backend.rename(&new, &path).await })
+}
+
+/// True when this process sees the probe that process 0 has written.
+fn sees_probe(store: &Store, number: u64) -> Result<bool, CheckpointError> {
+    let (name, path) = probe(store, number);
+    Ok(store.operations.eventually(|| store.operations.size(&name, &path))?.is_some())
+}
+
+fn delete_probe(store: &Store, number: u64) -> Result<(), CheckpointError> {
+    let (backend, (name, path)) = (store.operations.backend.clone(), probe(store, number));
+    store.operations.run(&name, Doing::Delete, async move { backend.delete(&path).await })
+}
