@@ -55,7 +55,12 @@ enum Slow {
 
 /// Rank 0 sets the weights, which rank 1 does late, or never. Gives how that ended on rank 0, how long it took, and the lines
 /// of rank 0 go to `lines`.
-fn set_weights(name: &str, wait_max: Duration, slow: Slow, lines: Sender<String>) -> (Result<(), SessionError>, Duration) {
+fn set_weights(
+    name: &str,
+    wait_max: Duration,
+    slow: Slow,
+    lines: Sender<String>,
+) -> (Result<(), SessionError>, Duration) {
     let folder = Scratch::new(&format!("slow-{name}"));
     let meet = folder.path().join("meet.sock");
     let start = |process: u32, lines| {

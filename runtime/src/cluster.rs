@@ -132,7 +132,8 @@ struct AdvertisedHost(String);
 
 impl AdvertisedHost {
     fn parse(text: &str) -> Option<Self> {
-        let is_name = matches!(env::Endpoint::parse_rendezvous(text), Ok(env::Endpoint::Tcp { host, .. }) if host == text);
+        let is_name =
+            matches!(env::Endpoint::parse_rendezvous(text), Ok(env::Endpoint::Tcp { host, .. }) if host == text);
         (is_name || text.parse::<IpAddr>().is_ok()).then(|| Self(text.to_owned()))
     }
 }
@@ -216,14 +217,16 @@ impl ClusterOptions {
             options.collectives = Collectives::parse(text)?;
         }
         options.interface = read(variables, INTERFACE, "an IP address", |text| text.parse().ok())?;
-        let advertise = read(variables, ADVERTISE, "a host name or an IP address, without a port", AdvertisedHost::parse)?;
+        let advertise =
+            read(variables, ADVERTISE, "a host name or an IP address, without a port", AdvertisedHost::parse)?;
         options.advertise = advertise.map(|host| Arc::new(host) as Arc<dyn Advertise>);
         let ms = |least: u64| move |text: &str| text.parse().ok().filter(|ms| (least..=DAY_MS).contains(ms));
         let ms_expected = "a whole number of milliseconds, from 1 to 86400000";
         let every = read(variables, HEARTBEAT_MS, ms_expected, ms(1))?;
         options.heartbeat_every = every.map_or(options.heartbeat_every, Duration::from_millis);
         let least = 4 * options.heartbeat_every.as_millis() as u64;
-        let deadline_expected = "milliseconds, at least four times SHARDFLOW_HEARTBEAT_MS (250 if not set), at most 86400000";
+        let deadline_expected =
+            "milliseconds, at least four times SHARDFLOW_HEARTBEAT_MS (250 if not set), at most 86400000";
         let given = read(variables, HEARTBEAT_DEADLINE_MS, deadline_expected, ms(least))?;
         // Where only the interval is given, the default deadline may be too short for it.
         let deadline = options.heartbeat_deadline.max(4 * options.heartbeat_every);

@@ -136,7 +136,8 @@ impl First {
                     }
                     Notice::Told { topic: DOING, from, bytes } => {
                         let printable = |c: &char| !c.is_control();
-                        let what = String::from_utf8_lossy(&bytes).chars().filter(printable).take(DOING_CHARS_MAX).collect();
+                        let what =
+                            String::from_utf8_lossy(&bytes).chars().filter(printable).take(DOING_CHARS_MAX).collect();
                         first.lock().doing.insert(from, (what, Instant::now()));
                     }
                     Notice::Told { .. } => {}
@@ -256,7 +257,19 @@ impl World {
         let (notices, own) = (membership.notices().clone(), (world.process, options.clone()));
         let listening = first.listen(notices, Arc::downgrade(&endpoint), to_agree, to_ids, own);
         listening.map_err(system("start a thread"))?;
-        Ok(Some(Self { hosting, roster, endpoint, secret, options, by_mpi, membership, first, together, ids, wait_max }))
+        Ok(Some(Self {
+            hosting,
+            roster,
+            endpoint,
+            secret,
+            options,
+            by_mpi,
+            membership,
+            first,
+            together,
+            ids,
+            wait_max,
+        }))
     }
 
     /// Publishes what this process does from now on, for those that wait for it. With [`WAITING`] it waits for others, and
