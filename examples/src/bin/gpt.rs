@@ -24,7 +24,11 @@ use shardflow_examples::log::{DeviceMemory, JsonLog, LogError, Progress, StepRec
 use shardflow_examples::sample::Sampler;
 
 fn main() -> ExitCode {
-    match run(&GptArgs::parse()) {
+    let args = match GptArgs::try_parse() {
+        Ok(args) => args,
+        Err(error) => return usage(&error),
+    };
+    match run(&args) {
         Ok(()) => ExitCode::SUCCESS,
         // `shardflow plan` wanted no more.
         Err(GptError::Session(SessionError::PlanShown)) => ExitCode::SUCCESS,
@@ -35,6 +39,20 @@ fn main() -> ExitCode {
             fail(error.exit_code(), &error, &error.hint())
         }
     }
+}
+
+/// Prints what the parser says: a wrong flag, which other processes hear of, or the help.
+fn usage(error: &clap::Error) -> ExitCode {
+    // A closed pipe is no failure.
+    let _ = error.print();
+    let code = u8::try_from(error.exit_code()).unwrap_or(Exit::Usage.code());
+    if code != 0 {
+        let text = error.to_string();
+        let first = text.lines().next().unwrap_or_default().trim_start_matches("error: ");
+        let told = exit::report(Exit::from_code(code), first, None);
+        told.unwrap_or_else(|e| eprintln!("warning: cannot write the report: {e}"));
+    }
+    ExitCode::from(code)
 }
 
 /// All that can be wrong is found before the first step; files are made only then. Where the program runs as several
