@@ -495,7 +495,9 @@ mod tests {
 
     #[test]
     fn an_advertised_host_keeps_the_ports() {
-        for (host, expected) in [("10.0.0.7", "10.0.0.7:20000"), ("fd00::7", "[fd00::7]:20000"), ("a-1.b", "a-1.b:20000")] {
+        for (host, expected) in
+            [("10.0.0.7", "10.0.0.7:20000"), ("fd00::7", "[fd00::7]:20000"), ("a-1.b", "a-1.b:20000")]
+        {
             let advertise = options(&[(ADVERTISE, host)]).unwrap().advertise.expect("it is given");
             let tcp = |name: &str| Address::Tcp(name.into());
             assert_eq!(advertise.connections(&tcp("127.0.0.1:20000")).unwrap(), tcp(expected));
