@@ -157,8 +157,8 @@ struct Job<'a> {
     causes: Vec<u8>,
     /// The way to the other nodes, where there are any.
     departure: Option<Departure>,
-    /// Each is disconnected once a failure was reported there.
-    reports: Vec<Receiver<()>>,
+    /// The second is disconnected once all failures were reported there, by threads that hold the first.
+    reports: (Sender<()>, Receiver<()>),
 }
 
 /// Starts the processes and stays until they have ended for good. Says on standard error what goes wrong, the first
@@ -171,7 +171,7 @@ struct Job<'a> {
 /// What keeps processes from being started. A process that fails is no error: see the exit that is returned.
 pub fn launch(options: &LaunchOptions) -> Result<Exit, LaunchError> {
     let departure = departure(options);
-    Job::prepare(options, departure.clone()).and_then(|mut job| attempts(&mut job)).inspect_err(|error| {
+    Job::prepare(options, departure.clone()).and_then(attempts).inspect_err(|error| {
         let (rank, exit) = (options.node.saturating_mul(options.local_processes), error.exit().code());
         let report = Report { rank, exit, time_unix_ns: unix_ns(), cause: error.to_string(), ..Report::default() };
         if let Some(departure) = departure.filter(|_| report.is_for_all()) {
@@ -196,11 +196,11 @@ fn variables(options: &LaunchOptions) -> Variables {
     process_variables().into_iter().chain(given).collect()
 }
 
-fn attempts(job: &mut Job) -> Result<Exit, LaunchError> {
+fn attempts(mut job: Job) -> Result<Exit, LaunchError> {
     let options = job.options;
     let mut restarts = Restarts::new(options.restarts_max);
     loop {
-        let outcome = attempt::run(job, restarts.made, restarts.pause(options.restart_wait))?;
+        let outcome = attempt::run(&mut job, restarts.made, restarts.pause(options.restart_wait))?;
         outcome.show_errors();
         if let Some(signal) = outcome.asked {
             let (exit, failed) = exit_when_asked(&outcome.ended, signal);
@@ -272,35 +272,30 @@ impl<'a> Job<'a> {
         watch_signals(events.0.clone()).map_err(LaunchError::io("watch for signals"))?;
         let guard = Guard::start(&options.helper, folder.path()).map_err(LaunchError::io("start the guard"))?;
         let began_ms = unix_ns() / 1_000_000;
-        let (causes, reports) = (Vec::new(), Vec::new());
+        let (causes, reports) = (Vec::new(), crossbeam_channel::bounded(0));
         Ok(Job { options, program, run_id, began_ms, secret, folder, events, guard, causes, departure, reports })
     }
 
     /// Reports to the other nodes, on a thread of its own, that a process ended before it joined, if that is for all.
-    fn report(&mut self, ended: &Ended) {
+    fn report(&self, ended: &Ended) {
         let report = ended.report();
         let Some(departure) = self.departure.clone().filter(|_| report.is_for_all()) else { return };
-        let (alive, done) = crossbeam_channel::bounded(0);
+        let under_way = self.reports.0.clone();
         let report = move || {
             departure.report(report.rank..report.rank + 1, &report);
-            drop(alive);
+            drop(under_way);
         };
-        if thread::Builder::new().name("report".into()).spawn(report).is_ok() {
-            self.reports.push(done);
-        }
+        // Without a thread the others wait as they would without a report.
+        let _ = thread::Builder::new().name("report".into()).spawn(report);
     }
 
     /// Until all reports are made, or a signal asks the launcher to end.
-    fn wait_for_reports(&self) {
-        for done in &self.reports {
-            let asked = || loop {
-                crossbeam_channel::select! {
-                    recv(done) -> _ => return false,
-                    recv(self.events.1) -> event => if let Ok(Event::Signal(_)) = event { return true },
-                }
-            };
-            if asked() {
-                return;
+    fn wait_for_reports(self) {
+        drop(self.reports.0);
+        loop {
+            crossbeam_channel::select! {
+                recv(self.reports.1) -> _ => return,
+                recv(self.events.1) -> event => if let Ok(Event::Signal(_)) = event { return },
             }
         }
     }
