@@ -310,3 +310,64 @@ fn who_cannot_start_ends_the_others_with_its_cause() {
     assert!(said[0].contains("rank 1: it cannot start: device 1: cannot allocate"), "{said:#?}");
     assert!(begin.elapsed() < Duration::from_secs(30), "after {:?}: {said:#?}", begin.elapsed());
 }
+
+/// A port of loopback that is free now.
+fn free_port() -> u16 {
+    TcpListener::bind(("127.0.0.1", 0)).and_then(|listener| listener.local_addr()).expect("a port").port()
+}
+
+const SECRET: (&str, &str) = ("SHARDFLOW_SECRET", "a secret of these tests");
+/// All processes hear of a failure before the start within this; without a report they wait for 300 s.
+const REPORTED_WITHIN: Duration = Duration::from_secs(60);
+
+/// Rank `wrong` of two nodes has other flags than the other.
+fn nodes_with_a_wrong_flag(wrong: usize, flag: &str, code: i32) {
+    let folder = Folder::new(&format!("processes-report-{wrong}-{code}"));
+    let port = free_port();
+    let begin = Instant::now();
+    let nodes = [0, 1].map(|node| {
+        let launch = format!("--nnodes=2 --node-rank={node} --rdzv-endpoint=127.0.0.1:{port} --max-restarts=3");
+        start(&folder, 1, &launch, &[SECRET], if node == wrong { flag } else { "--mesh data=2 --steps 2" })
+    });
+    for (node, mut running) in nodes.into_iter().enumerate() {
+        assert_eq!(running.end(TIMEOUT), Some(code), "node {node}: {}", running.text());
+        assert!(!running.text().contains("restart 1"), "node {node}: {}", running.text());
+        let said = format!("rank {wrong} ended before it joined");
+        assert!(node == wrong || running.text().contains(&said), "node {node}: {}", running.text());
+    }
+    assert!(begin.elapsed() < REPORTED_WITHIN, "{:?}", begin.elapsed());
+}
+
+#[test]
+fn a_wrong_flag_on_one_node_ends_all_nodes() {
+    for wrong in [0, 1] {
+        nodes_with_a_wrong_flag(wrong, "--no-such-flag", 2);
+        nodes_with_a_wrong_flag(wrong, "--mesh data=2 --clip 0", 2);
+        nodes_with_a_wrong_flag(wrong, "--mesh data=2 --memory-mib 1", 78);
+    }
+}
+
+#[test]
+fn without_a_launcher_a_program_reports_to_the_others_itself() {
+    for wrong in [0u32, 1] {
+        let folder = Folder::new(&format!("processes-report-alone-{wrong}"));
+        let endpoint = format!("tcp://127.0.0.1:{}", free_port());
+        let begin = Instant::now();
+        let ranks = [0u32, 1].map(|rank| {
+            let number = rank.to_string();
+            let environment = [
+                SECRET,
+                ("SHARDFLOW_RANK", number.as_str()),
+                ("SHARDFLOW_WORLD_SIZE", "2"),
+                ("SHARDFLOW_LOCAL_RANK", number.as_str()),
+                ("SHARDFLOW_LOCAL_WORLD_SIZE", "2"),
+                ("SHARDFLOW_ENDPOINT", endpoint.as_str()),
+            ];
+            start(&folder, 0, "", &environment, if rank == wrong { "--clip 0" } else { "--mesh data=2 --steps 2" })
+        });
+        for (rank, mut running) in ranks.into_iter().enumerate() {
+            assert_eq!(running.end(TIMEOUT), Some(2), "rank {rank}: {}", running.text());
+        }
+        assert!(begin.elapsed() < REPORTED_WITHIN, "{:?}", begin.elapsed());
+    }
+}

@@ -11,7 +11,7 @@ use shardflow::cluster::env::{Endpoint, Launch, Secret, SecretSource, Source, Wo
 use shardflow::cluster::{Cluster, ClusterOptions, Transport};
 use shardflow::exit::Exit;
 use shardflow::plan::Schedule::GPipe;
-use shardflow::session::{Session, SessionError, SessionOptions};
+use shardflow::session::{SessionError, SessionOptions};
 use shardflow_actors::watchdog::WatchdogOptions;
 use shardflow_integration_tests::training::{Model, Scratch, options, within};
 
@@ -47,7 +47,7 @@ fn cluster(process: u32, meet: &Path, lines: Sender<String>) -> Cluster {
 
 /// What rank 1 does between its start and the point where rank 0 waits for it.
 enum Slow {
-    /// It is held up until the channel says so.
+    /// It is held up until the channel says so, or rank 0 is done.
     Until(Receiver<()>),
     /// It ends in order.
     Ends,
@@ -55,7 +55,13 @@ enum Slow {
 
 /// Rank 0 sets the weights, which rank 1 does late, or never. Gives how that ended on rank 0, how long it took, and the lines
 /// of rank 0 go to `lines`.
-fn set_weights(name: &str, wait_max: Duration, slow: Slow, lines: Sender<String>) -> (Result<(), SessionError>, Duration) {
+fn set_weights(
+    name: &str,
+    wait_max: Duration,
+    slow: Slow,
+    release: Option<Sender<()>>,
+    lines: Sender<String>,
+) -> (Result<(), SessionError>, Duration) {
     let folder = Scratch::new(&format!("slow-{name}"));
     let meet = folder.path().join("meet.sock");
     let start = |process: u32, lines| {
@@ -67,9 +73,10 @@ fn set_weights(name: &str, wait_max: Duration, slow: Slow, lines: Sender<String>
         (session, weights)
     };
     thread::scope(|scope| {
-        scope.spawn(|| {
+        let start = &start;
+        scope.spawn(move || {
             let (mut session, weights) = start(1, channel().0);
-            if let Slow::Until(released) = &slow {
+            if let Slow::Until(released) = slow {
                 // Dropped by the other end: the test is over.
                 let _ = released.recv_timeout(PATIENCE);
                 // What comes of it, rank 0 says.
@@ -79,6 +86,7 @@ fn set_weights(name: &str, wait_max: Duration, slow: Slow, lines: Sender<String>
         let (mut session, weights) = start(0, lines);
         let begin = Instant::now();
         let set = session.set_parameters(&weights);
+        drop(release);
         (set, begin.elapsed())
     })
 }
@@ -88,7 +96,7 @@ fn a_slow_rank_is_waited_for_and_named() {
     within(120, || {
         let (lines, said) = channel();
         let (release, released) = channel();
-        let waiting = thread::spawn(move || set_weights("named", PATIENCE, Slow::Until(released), lines));
+        let waiting = thread::spawn(move || set_weights("named", PATIENCE, Slow::Until(released), None, lines));
         let deadline = Instant::now() + PATIENCE;
         let line = loop {
             let line = said.recv_timeout(deadline.saturating_duration_since(Instant::now())).expect("it is named");
@@ -109,8 +117,7 @@ fn the_wait_for_a_slow_rank_has_a_limit() {
         // Long enough for both to start on a busy machine.
         let limit = Duration::from_secs(5);
         let (release, released) = channel();
-        let (set, took) = set_weights("limit", limit, Slow::Until(released), channel().0);
-        drop(release);
+        let (set, took) = set_weights("limit", limit, Slow::Until(released), Some(release), channel().0);
         let error = set.expect_err("rank 1 does not come");
         assert_eq!((error.exit(), error.first_cause_rank()), (Exit::PeerUnavailable, Some(1)), "{error}");
         assert!((limit..limit * 4).contains(&took), "{took:?}");
@@ -120,7 +127,7 @@ fn the_wait_for_a_slow_rank_has_a_limit() {
 #[test]
 fn a_rank_that_ends_is_not_waited_for() {
     within(120, || {
-        let (set, took) = set_weights("ends", Duration::from_secs(600), Slow::Ends, channel().0);
+        let (set, took) = set_weights("ends", Duration::from_secs(600), Slow::Ends, None, channel().0);
         let error = set.expect_err("rank 1 does not come");
         assert_eq!(error.first_cause_rank(), Some(1), "{error}");
         assert!(took < PATIENCE, "{took:?}");

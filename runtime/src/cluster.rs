@@ -147,7 +147,8 @@ struct AdvertisedHost(String);
 
 impl AdvertisedHost {
     fn parse(text: &str) -> Option<Self> {
-        let is_name = matches!(env::Endpoint::parse_rendezvous(text), Ok(env::Endpoint::Tcp { host, .. }) if host == text);
+        let is_name =
+            matches!(env::Endpoint::parse_rendezvous(text), Ok(env::Endpoint::Tcp { host, .. }) if host == text);
         (is_name || parse_ip(text).is_some()).then(|| Self(text.to_owned()))
     }
 }
@@ -232,14 +233,16 @@ impl ClusterOptions {
             options.collectives = Collectives::parse(text)?;
         }
         options.interface = read(variables, INTERFACE, "an IP address, such as 10.0.0.1 or fe80::1%eth0", parse_ip)?;
-        let advertise = read(variables, ADVERTISE, "a host name or an IP address, without a port", AdvertisedHost::parse)?;
+        let advertise =
+            read(variables, ADVERTISE, "a host name or an IP address, without a port", AdvertisedHost::parse)?;
         options.advertise = advertise.map(|host| Arc::new(host) as Arc<dyn Advertise>);
         let ms = |least: u64| move |text: &str| text.parse().ok().filter(|ms| (least..=DAY_MS).contains(ms));
         let ms_expected = "a whole number of milliseconds, from 1 to 86400000";
         let every = read(variables, HEARTBEAT_MS, ms_expected, ms(1))?;
         options.heartbeat_every = every.map_or(options.heartbeat_every, Duration::from_millis);
         let least = 4 * options.heartbeat_every.as_millis() as u64;
-        let deadline_expected = "milliseconds, at least four times SHARDFLOW_HEARTBEAT_MS (250 if not set), at most 86400000";
+        let deadline_expected =
+            "milliseconds, at least four times SHARDFLOW_HEARTBEAT_MS (250 if not set), at most 86400000";
         let given = read(variables, HEARTBEAT_DEADLINE_MS, deadline_expected, ms(least))?;
         // Where only the interval is given, the default deadline may be too short for it.
         let deadline = options.heartbeat_deadline.max(4 * options.heartbeat_every);
@@ -494,4 +497,64 @@ impl ClusterError {
 
 fn transport_exit(error: &TransportError) -> Exit {
     if error.is_authentication() { Exit::Protocol } else { Exit::PeerUnavailable }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn options(given: &[(&str, &str)]) -> Result<ClusterOptions, String> {
+        let variables = given.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect();
+        ClusterOptions::read(&variables).map_err(|error| {
+            assert_eq!(error.exit(), Exit::Refused, "{error}");
+            error.to_string()
+        })
+    }
+
+    #[test]
+    fn heartbeats_and_waits_are_set_by_variables() {
+        let given = [(HEARTBEAT_MS, "50"), (HEARTBEAT_DEADLINE_MS, "200"), (REPORT_WAIT_MS, "0"), (INTERFACE, "::1")];
+        let read = options(&given).unwrap();
+        let ms = [read.heartbeat_every, read.heartbeat_deadline, read.report_within].map(|time| time.as_millis());
+        assert_eq!((ms, read.interface), ([50, 200, 0], Some("::1".parse().unwrap())));
+        let slow = options(&[(HEARTBEAT_MS, "3000"), (REPORT_WAIT_MS, "")]).unwrap();
+        assert_eq!(slow.heartbeat_deadline.as_millis(), 12_000, "four beats at least");
+        assert_eq!(slow.report_within, ClusterOptions::default().report_within);
+    }
+
+    #[test]
+    fn variables_that_cannot_be_used_are_named() {
+        for (name, value) in [
+            (HEARTBEAT_MS, "0"),
+            (HEARTBEAT_MS, "1 s"),
+            (HEARTBEAT_MS, "86400001"),
+            (HEARTBEAT_DEADLINE_MS, "999"),
+            (HEARTBEAT_DEADLINE_MS, "-1"),
+            (REPORT_WAIT_MS, "soon"),
+            (INTERFACE, "eth0"),
+            (ADVERTISE, "host:5"),
+            (ADVERTISE, "tcp://host"),
+            (ADVERTISE, "a b"),
+            (TRANSPORT, "pigeon"),
+        ] {
+            let told = options(&[(name, value)]).expect_err(value);
+            assert!(told.starts_with(&format!("{name} is {value:?}, expected ")), "{told}");
+        }
+    }
+
+    #[test]
+    fn an_advertised_host_keeps_the_ports() {
+        for (host, expected) in
+            [("10.0.0.7", "10.0.0.7:20000"), ("fd00::7", "[fd00::7]:20000"), ("a-1.b", "a-1.b:20000")]
+        {
+            let advertise = options(&[(ADVERTISE, host)]).unwrap().advertise.expect("it is given");
+            let tcp = |name: &str| Address::Tcp(name.into());
+            assert_eq!(advertise.connections(&tcp("127.0.0.1:20000")).unwrap(), tcp(expected));
+            assert_eq!(advertise.connections(&tcp("[::1]:20000")).unwrap(), tcp(expected));
+            let unix = Address::Unix("/tmp/socket".into());
+            assert_eq!(advertise.connections(&unix).unwrap(), unix);
+        }
+        let advertise = options(&[(ADVERTISE, "10.0.0.7")]).unwrap().advertise.expect("it is given");
+        assert_eq!(advertise.heartbeats("0.0.0.0:9".parse().unwrap()).unwrap(), "10.0.0.7:9".parse().unwrap());
+    }
 }

@@ -307,8 +307,14 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("report.json");
         assert_eq!(Report::read(&path), None);
-        let report =
-            Report { rank: 3, time_unix_ns: 5, exit: 69, cause: "a \"b\"\n".into(), first_cause_rank: Some(1), joined: false };
+        let report = Report {
+            rank: 3,
+            time_unix_ns: 5,
+            exit: 69,
+            cause: "a \"b\"\n".into(),
+            first_cause_rank: Some(1),
+            joined: false,
+        };
         report.write(&path).unwrap();
         assert_eq!(Report::read(&path), Some(report.clone()));
         assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1, "nothing is left beside it");

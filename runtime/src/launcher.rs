@@ -173,8 +173,8 @@ struct Job<'a> {
     causes: Vec<u8>,
     /// The way to the other nodes, where there are any.
     departure: Option<Departure>,
-    /// Each is disconnected once a failure was reported there.
-    reports: Vec<Receiver<()>>,
+    /// The second is disconnected once all failures were reported there, by threads that hold the first.
+    reports: (Sender<()>, Receiver<()>),
 }
 
 /// Starts the processes and stays until they have ended for good. Says on standard error what goes wrong, the first
@@ -224,13 +224,13 @@ fn wait_for_the_reader(events: &Receiver<Event>) {
     wait_unless_asked(&written, events);
 }
 
-/// Waits until the sender of `done` is dropped; false when a signal asks the launcher to end before.
-fn wait_unless_asked(done: &Receiver<()>, events: &Receiver<Event>) -> bool {
+/// Waits until no sender of `done` is left, or a signal asks the launcher to end.
+fn wait_unless_asked(done: &Receiver<()>, events: &Receiver<Event>) {
     loop {
         select! {
-            recv(done) -> _ => return true,
+            recv(done) -> _ => return,
             recv(events) -> event => match event {
-                Ok(Event::Signal(signal)) if i32::from(signal) != SIGUSR1 => return false,
+                Ok(Event::Signal(signal)) if i32::from(signal) != SIGUSR1 => return,
                 _ => {}
             },
         }
@@ -242,7 +242,7 @@ fn supervise(job: &mut Job) -> Result<Exit, LaunchError> {
     let options = job.options;
     let mut restarts = Restarts::new(options.restarts_max);
     loop {
-        let outcome = attempt::run(job, restarts.made, restarts.pause(options.restart_wait))?;
+        let outcome = attempt::run(&mut job, restarts.made, restarts.pause(options.restart_wait))?;
         outcome.show_errors();
         if let Some(signal) = outcome.asked {
             let (exit, failed) = exit_when_asked(&outcome.ended, signal);
@@ -314,27 +314,29 @@ impl<'a> Job<'a> {
         let folder = temporary_folder(FOLDER_PREFIX)?;
         let guard = Guard::start(&options.helper, folder.path()).map_err(LaunchError::io("start the guard"))?;
         let began_ms = unix_ns() / 1_000_000;
-        let (causes, reports) = (Vec::new(), Vec::new());
+        let (causes, reports) = (Vec::new(), crossbeam_channel::bounded(0));
         Ok(Job { options, program, run_id, began_ms, secret, folder, events, guard, causes, departure, reports })
     }
 
     /// Reports to the other nodes, on a thread of its own, that a process ended before it joined, if that is for all.
-    fn report(&mut self, ended: &Ended) {
+    fn report(&self, ended: &Ended) {
         let report = ended.report();
         let Some(departure) = self.departure.clone().filter(|_| report.is_for_all()) else { return };
-        let (alive, done) = crossbeam_channel::bounded(0);
+        let under_way = self.reports.0.clone();
         let report = move || {
             departure.report(report.rank..report.rank + 1, &report);
-            drop(alive);
+            drop(under_way);
         };
-        if thread::Builder::new().name("report".into()).spawn(report).is_ok() {
-            self.reports.push(done);
-        }
+        // Without a thread the others wait as they would without a report.
+        let _ = thread::Builder::new().name("report".into()).spawn(report);
     }
 
     /// Until all reports are made, or a signal asks the launcher to end.
-    fn wait_for_reports(&self) {
-        let _ = self.reports.iter().all(|done| wait_unless_asked(done, &self.events.1));
+    fn wait_for_reports(&mut self) {
+        let (sender, done) = std::mem::replace(&mut self.reports, crossbeam_channel::bounded(0));
+        // The threads that report hold the others.
+        drop(sender);
+        wait_unless_asked(&done, &self.events.1);
     }
 
     fn progress_file(&self) -> PathBuf {

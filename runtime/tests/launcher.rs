@@ -129,7 +129,7 @@ fn restarts_go_on_while_there_is_progress() {
     let job = Job::new();
     let script = "n=$SHARDFLOW_RESTART_COUNT; [ $TORCHELASTIC_RESTART_COUNT = $n ] || exit 65
         [ $RANK = 0 ] && echo 1$n > $SHARDFLOW_PROGRESS_FILE; [ $n = 3 ] || exit 75";
-    let ended = job.sh(&["--nproc-per-node=2", "--max-restarts=3", "--rdzv-id=x"], script).end();
+    let ended = job.sh(&["--nproc-per-node=2", "--max-restarts=3", "--restart-wait=0", "--rdzv-id=x"], script).end();
     assert_eq!(ended.code, 0, "{}", ended.err);
     assert!(ended.err.contains("shardflow: restart 3 of at most 3, from step 12\n"), "{}", ended.err);
     assert_eq!(job.attempts("x"), 4);
@@ -226,7 +226,8 @@ fn a_report_that_nobody_takes_ends_in_time_or_by_a_signal() {
         assert_eq!(waiting.end().code, 65);
     }
     // What a session reports, or another process, is no reason to wait.
-    let script = r#"echo "{\"rank\":1,\"time_unix_ns\":1,\"exit\":80,\"cause\":\"x\",$MORE}" > $SHARDFLOW_ERROR_FILE; exit 80"#;
+    let script =
+        r#"echo "{\"rank\":1,\"time_unix_ns\":1,\"exit\":80,\"cause\":\"x\",$MORE}" > $SHARDFLOW_ERROR_FILE; exit 80"#;
     for more in ["\"joined\":true", "\"first_cause_rank\":0"] {
         let script = format!("MORE='{more}'; {script}");
         assert_eq!(run(1, "--report-wait=600", &script).end().code, 80);

@@ -23,7 +23,7 @@ use super::wire::{self, WireError};
 use super::{Hello, PROCESSES_MAX, Secret, SessionId};
 
 /// Version of everything that is sent between processes. It goes up with any change to a message.
-pub const PROTOCOL_VERSION: u16 = 1;
+pub const PROTOCOL_VERSION: u16 = 2;
 /// Bytes of a message of the handshake, at most.
 pub const HANDSHAKE_BYTES_MAX: usize = 1024;
 /// Bytes of a greeting.

@@ -31,7 +31,10 @@ const LAST_WORDS: Duration = Duration::from_secs(1);
 fn main() -> ExitCode {
     // First of all: process 1 of a container has no other way to end.
     let requests = Requests::on_signals();
-    let args: GptArgs = flags::parse(std::env::args_os()).unwrap_or_else(|error| error.exit());
+    let args: GptArgs = match flags::parse(std::env::args_os()) {
+        Ok(args) => args,
+        Err(error) => return usage(&error),
+    };
     let (ended, requests) = match requests {
         Ok(requests) => (run(&args, &requests), requests),
         Err(error) => (Err(GptError::Signals(error)), Arc::default()),
@@ -49,6 +52,20 @@ fn main() -> ExitCode {
     };
     output::finish(matches!(requests.pending(), Request::End(_)).then_some(LAST_WORDS));
     code
+}
+
+/// Prints what the parser says: a wrong flag, which other processes hear of, or the help.
+fn usage(error: &clap::Error) -> ExitCode {
+    // A closed pipe is no failure.
+    let _ = error.print();
+    let code = u8::try_from(error.exit_code()).unwrap_or(Exit::Usage.code());
+    if code != 0 {
+        let text = error.to_string();
+        let first = text.lines().next().unwrap_or_default().trim_start_matches("error: ");
+        let told = exit::report(Exit::from_code(code), first, None);
+        told.unwrap_or_else(|e| eprintln!("warning: cannot write the report: {e}"));
+    }
+    ExitCode::from(code)
 }
 
 /// All that can be wrong is found before the first step; files are made only then. Where the program runs as several

@@ -37,7 +37,7 @@ struct Cli {
 #[derive(Subcommand)]
 enum Command {
     /// Start a program as several processes, on this node and on others.
-    Launch(LaunchArgs),
+    Launch(Box<LaunchArgs>),
     /// List, verify, reshard or export checkpoints.
     Checkpoint(CheckpointArgs),
     /// Tell what is here, what is missing, and how to get it. Code 78 when something that every job needs does not work
@@ -196,7 +196,7 @@ fn main() -> ExitCode {
         return fail(Exit::Internal, format!("cannot handle signals: {error}")).into();
     }
     let exit = match command {
-        Command::Launch(args) => run_launch(args),
+        Command::Launch(args) => run_launch(*args),
         Command::Checkpoint(args) => run_checkpoint(&args),
         Command::Doctor { json } => run_doctor(json),
         #[cfg(feature = "watch")]

@@ -71,7 +71,7 @@ pub struct RendezvousConfig {
     pub interface: Option<SocketAddr>,
     /// Where others reach this process; without it, at the addresses that it listens on.
     pub advertise: Option<Arc<dyn Advertise>>,
-    /// How long to wait for all others.
+    /// How long to wait for all others; and then, for them to be ready.
     pub timeout: Duration,
     /// How often to say who is missing.
     pub report_every: Duration,
@@ -79,8 +79,6 @@ pub struct RendezvousConfig {
     pub late_grace: Duration,
     /// After processes that do not fit together were found, how long to wait for others, so as to tell them too.
     pub conflict_grace: Duration,
-    /// Once all are here, how long they may take to be ready.
-    pub start_within: Duration,
     /// How long a failure before the start is reported: rank 0 answers, others call it.
     pub report_within: Duration,
     /// Limits of the endpoint.
@@ -106,7 +104,6 @@ impl RendezvousConfig {
             report_every: Duration::from_secs(3),
             late_grace: Duration::from_secs(10),
             conflict_grace: Duration::from_secs(2),
-            start_within: Duration::from_secs(60),
             report_within: REPORT_WITHIN,
             endpoint: EndpointOptions::default(),
         }

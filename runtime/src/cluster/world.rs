@@ -55,8 +55,6 @@ pub(crate) struct World {
     together: Arc<Together>,
     /// What peers say that NCCL knows groups by.
     ids: Receiver<Heard>,
-    /// The longest wait for processes that are alive.
-    wait_max: Duration,
 }
 
 /// Topic of what processes report to be doing, on the control plane.
@@ -140,7 +138,8 @@ impl First {
                     }
                     Notice::Told { topic: DOING, from, bytes } => {
                         let printable = |c: &char| !c.is_control();
-                        let what = String::from_utf8_lossy(&bytes).chars().filter(printable).take(DOING_CHARS_MAX).collect();
+                        let what =
+                            String::from_utf8_lossy(&bytes).chars().filter(printable).take(DOING_CHARS_MAX).collect();
                         first.lock().doing.insert(from, (what, Instant::now()));
                     }
                     Notice::Told { .. } => {}
@@ -205,7 +204,7 @@ impl World {
         if processes == 1 {
             return Ok(None);
         }
-        let (options, by_mpi) = (cluster.options.clone(), cluster.by_mpi.clone());
+        let (mut options, by_mpi) = (cluster.options.clone(), cluster.by_mpi.clone());
         let secret = Secret::from_text(world.secret.read()?.text())?;
         let coordinator = address(&world.endpoint);
         let system = |what| move |cause| ClusterError::System { what, cause };
@@ -229,7 +228,6 @@ impl World {
             timeout: options.meet_within,
             report_every: options.report_every,
             report_within: options.report_within,
-            start_within: options.connect_within,
             ..RendezvousConfig::new(coordinator, secret.clone(), Identity::of_this_process()?)
         };
         let (roster, endpoint) = rendezvous(&config, |waiting| say(&waiting.to_string()))?;
@@ -249,14 +247,15 @@ impl World {
             heartbeat,
         );
         (joining.every, joining.deadline) = (options.heartbeat_every, options.heartbeat_deadline);
-        (joining.join_within, joining.join_at_most) = (options.connect_within, wait_max.max(options.connect_within));
-        // No heartbeats yet.
-        let within = options.connect_within;
-        let roads = roads(plan.device, &hosting, &roster, &endpoint, &secret, &options, &by_mpi, within);
+        joining.join_within = options.connect_within;
+        let roads = roads(plan.device, &hosting, &roster, &endpoint, &secret, &options, &by_mpi);
         for process in hosting.peers() {
             joining.links.insert(process, roads.link(process, Purpose::Control)?);
             joining.addresses.insert(process, with_zone_of(roster.members[process as usize].heartbeat, bound));
         }
+        // From here on heartbeats show who is alive.
+        options.connect_within = wait_max.max(options.connect_within);
+        joining.join_at_most = options.connect_within;
         let membership = Arc::new(Membership::start(joining)?);
         let (to_agree, heard) = bounded(HEARD_MAX);
         let together = Arc::new(Together::new(world.process, processes, membership.clone(), heard, wait_max));
@@ -265,7 +264,7 @@ impl World {
         let (notices, own) = (membership.notices().clone(), (world.process, options.clone()));
         let listening = first.listen(notices, Arc::downgrade(&endpoint), to_agree, to_ids, own);
         listening.map_err(system("start a thread"))?;
-        Ok(Some(Self { hosting, roster, endpoint, secret, options, by_mpi, membership, first, together, ids, wait_max }))
+        Ok(Some(Self { hosting, roster, endpoint, secret, options, by_mpi, membership, first, together, ids }))
     }
 
     /// Publishes what this process does from now on, for those that wait for it. With [`WAITING`] it waits for others, and
@@ -293,8 +292,7 @@ impl World {
     }
 
     fn roads(&self, device: DeviceKind) -> Roads<'_> {
-        let Self { hosting, roster, endpoint, secret, options, by_mpi, wait_max, .. } = self;
-        roads(device, hosting, roster, endpoint, secret, options, by_mpi, *wait_max)
+        roads(device, &self.hosting, &self.roster, &self.endpoint, &self.secret, &self.options, &self.by_mpi)
     }
 
     /// True when the memory of such devices is to be shared with other processes.
@@ -326,7 +324,7 @@ impl World {
 
     /// What NCCL knows these groups by, which all processes ask for.
     pub(crate) fn nccl_ids(&self, groups: &[Arc<Group>]) -> Result<Vec<UniqueId>, KernelError> {
-        let deadline = Instant::now() + self.wait_max;
+        let deadline = Instant::now() + self.options.connect_within;
         nccl_ids::exchange(groups, &self.hosting, &self.membership, &self.ids, deadline)
     }
 
@@ -434,7 +432,6 @@ impl World {
     }
 }
 
-#[allow(clippy::too_many_arguments)] // parts of a world that may not be whole yet
 fn roads<'a>(
     device: DeviceKind,
     hosting: &Hosting,
@@ -443,9 +440,8 @@ fn roads<'a>(
     secret: &'a Secret,
     options: &'a ClusterOptions,
     by_mpi: &'a ByMpi,
-    within: Duration,
 ) -> Roads<'a> {
-    let deadline = Instant::now() + within;
+    let deadline = Instant::now() + options.connect_within;
     let pipes = Pipes::new();
     Roads { device, hosting: *hosting, roster, endpoint, secret, options, by_mpi, deadline, pipes }
 }

@@ -160,8 +160,7 @@ mod tests {
 
     fn reported(ended: Ended, first_cause_rank: Option<u32>, time_unix_ns: u64) -> Ended {
         let (rank, exit) = (ended.rank, ended.exit.code());
-        let report =
-            Some(Report { rank, time_unix_ns, exit, cause: "it".into(), first_cause_rank, joined: false });
+        let report = Some(Report { rank, time_unix_ns, exit, cause: "it".into(), first_cause_rank, joined: false });
         Ended { report, ..ended }
     }
 
@@ -211,9 +210,13 @@ mod tests {
 
     #[test]
     fn pauses_between_restarts_double_up_to_a_limit() {
-        let pause = |made, first| Restarts { made, ..Restarts::new(100) }.pause(Duration::from_millis(first)).as_millis();
+        let pause =
+            |made, first| Restarts { made, ..Restarts::new(100) }.pause(Duration::from_millis(first)).as_millis();
         assert_eq!([0, 1, 2, 3, 4, 5].map(|made| pause(made, 1000)), [0, 0, 1000, 2000, 4000, 8000]);
-        assert_eq!([7, 8, 9, 33, 34, 35, 1 << 40].map(|made| pause(made, 1000)), [32_000, 60_000, 60_000, 60_000, 60_000, 60_000, 60_000]);
+        assert_eq!(
+            [7, 8, 9, 33, 34, 35, 1 << 40].map(|made| pause(made, 1000)),
+            [32_000, 60_000, 60_000, 60_000, 60_000, 60_000, 60_000]
+        );
         assert_eq!([1, 2, 3].map(|made| pause(made, 90_000)), [0, 90_000, 90_000], "as long as was asked for");
         assert_eq!(pause(9, 0), 0);
     }

@@ -144,7 +144,7 @@ fn meet(
     // From here on there is no way back to waiting: if process 0 goes, this start has failed. If it went already, it may have
     // said why; so a confirmation that cannot be sent is no reason not to listen.
     let ready = Ready { session: roster.session };
-    let deadline = Instant::now() + config.start_within;
+    let deadline = Instant::now() + config.timeout;
     let _ = wire::write_message(&mut link.until(deadline), &ready, INTRODUCTION_BYTES_MAX);
     match hear(deadline) {
         Ok(Answer::Start) => Ok(roster),

@@ -465,7 +465,8 @@ fn somebody_answers_for_a_rank_0_that_failed() {
 #[test]
 fn a_report_that_nobody_takes_ends_in_time() {
     let (_folder, address) = unix();
-    let brief = |process| RendezvousConfig { report_within: Duration::from_millis(100), ..config(&address, process, 2) };
+    let brief =
+        |process| RendezvousConfig { report_within: Duration::from_millis(100), ..config(&address, process, 2) };
     let error = call(&brief(1), 1..2, &failure(1, 2)).unwrap_err();
     assert!(matches!(error, RendezvousError::Transport(TransportError::Unreachable { .. })), "{error}");
     answer(&brief(0), 0..1, &failure(0, 2)).unwrap();
