@@ -46,7 +46,7 @@ fn the_batches_up_to_the_bad_one_are_passed_over() {
             continue;
         }
         let is_last = session.steps() == STEPS;
-        checkpoints.after_step(&session, is_last).expect("saved");
+        checkpoints.after_step(&session, Request::Nothing, is_last).expect("saved");
     }
     // Step 6 is the newest checkpoint when batch 7 turns out to be bad.
     assert_eq!(batches, [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13]);

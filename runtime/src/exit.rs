@@ -213,10 +213,15 @@ pub fn report(exit: Exit, cause: &str, first_cause_rank: Option<u32>) -> io::Res
     if path.exists() {
         return Ok(());
     }
-    let rank = env::var("SHARDFLOW_RANK").ok().and_then(|rank| rank.parse().ok()).unwrap_or(0);
+    let rank = own_rank();
     let cause = &cause[..cause.floor_char_boundary(CAUSE_BYTES_MAX)];
     let report = Report { rank, time_unix_ns: unix_ns(), exit: exit.code(), cause: cause.into(), first_cause_rank };
     report.write(path)
+}
+
+/// The rank that the launcher gave this process.
+pub(crate) fn own_rank() -> u32 {
+    env::var("SHARDFLOW_RANK").ok().and_then(|rank| rank.parse().ok()).unwrap_or(0)
 }
 
 /// Tells the launcher that `step` is committed, so that it can see whether restarts get anywhere. Does nothing when no
