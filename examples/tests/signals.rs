@@ -225,6 +225,17 @@ fn sigusr1_may_end_the_training_and_no_launcher_starts_it_again() {
     }
 }
 
+/// There is nothing to save then, and the node is taken away all the same.
+#[test]
+fn sigusr1_may_end_a_program_that_does_not_train() {
+    let folder = Folder::new("signals-usr1-sample");
+    let mut run = folder.start(&mut launch("--max-restarts 3", "--steps 1 --sample 10000000 --on-usr1 end"));
+    run.until("memory at most", TIMEOUT);
+    signal(run.child.id(), "USR1");
+    assert_eq!(run.end(TIMEOUT), Some(75), "{}", run.text());
+    assert!(!run.text().contains("restart 1 of"), "{}", run.text());
+}
+
 #[test]
 fn a_training_ends_before_its_slurm_job_does() {
     let folder = Folder::new("signals-slurm");

@@ -235,7 +235,7 @@ pub fn report(exit: Exit, cause: &str, first_cause_rank: Option<u32>) -> io::Res
     if path.as_ref().is_some_and(|path| Path::new(path).exists()) {
         return Ok(());
     }
-    let rank = env::var("SHARDFLOW_RANK").ok().and_then(|rank| rank.parse().ok()).unwrap_or(0);
+    let rank = own_rank();
     let cause = cause[..cause.floor_char_boundary(CAUSE_BYTES_MAX)].into();
     let (time_unix_ns, joined) = (unix_ns(), JOINED.swap(true, Ordering::Relaxed));
     let report = Report { rank, time_unix_ns, exit: exit.code(), cause, first_cause_rank, joined };
@@ -248,6 +248,11 @@ pub fn report(exit: Exit, cause: &str, first_cause_rank: Option<u32>) -> io::Res
             Ok(())
         }
     }
+}
+
+/// The rank that the launcher gave this process.
+pub(crate) fn own_rank() -> u32 {
+    env::var("SHARDFLOW_RANK").ok().and_then(|rank| rank.parse().ok()).unwrap_or(0)
 }
 
 /// Tells the launcher that `step` is committed, so that it can see whether restarts get anywhere. Does nothing when no

@@ -27,7 +27,7 @@ use std::{env, fs, io, thread};
 
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGUSR1};
 
-use crate::exit::Exit;
+use crate::exit::{Exit, own_rank, report};
 use crate::output;
 
 /// Slurm's variable with the time at which the job ends, Unix seconds.
@@ -247,6 +247,10 @@ fn end_after(limit: Duration, exit: Exit) {
 
 /// Ends the process without running exit handlers, which may wait for threads that do not end.
 fn end_now(exit: Exit) -> ! {
+    if exit == Exit::Retry {
+        // The launcher is not to start it again.
+        let _ = report(exit, "asked to end, outside of the training", Some(own_rank()));
+    }
     // A live line of progress has no end, and a shell's prompt would follow it.
     output::stdout().end_line();
     output::finish(Some(LAST_WORDS));
