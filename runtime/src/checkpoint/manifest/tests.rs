@@ -114,8 +114,7 @@ fn what_does_not_fit_together_is_refused() {
 fn the_first_version_had_no_time() {
     let mut old = serde_json::to_value(good()).unwrap();
     old.as_object_mut().unwrap().remove("job").unwrap();
-    let text = String::from_utf8(seal("shardflow-checkpoint", &old).unwrap()).unwrap();
-    let read = Manifest::decode(text.replace("\"version\":3", "\"version\":1").as_bytes()).unwrap();
+    let read = Manifest::decode(&seal_as(1, "shardflow-checkpoint", &old).unwrap()).unwrap();
     assert_eq!(read, Manifest { job: JobTime::default(), ..good() });
 }
 
@@ -123,8 +122,7 @@ fn the_first_version_had_no_time() {
 fn before_version_3_every_step_counts_as_an_update() {
     let mut old = serde_json::to_value(good()).unwrap();
     old.as_object_mut().unwrap().remove("updates").unwrap();
-    let text = String::from_utf8(seal("shardflow-checkpoint", &old).unwrap()).unwrap();
-    let read = Manifest::decode(text.replace("\"version\":3", "\"version\":2").as_bytes()).unwrap();
+    let read = Manifest::decode(&seal_as(2, "shardflow-checkpoint", &old).unwrap()).unwrap();
     assert_eq!((read.updates, read.updates(), good().updates()), (None, 7, 5));
 }
 
