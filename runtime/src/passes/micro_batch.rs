@@ -170,8 +170,9 @@ fn cause(graph: &Graph, var: Var) -> String {
     while let Some(input) = node.inputs.iter().find(|v| graph.tensor(**v).loop_sbp.is_none()) {
         node = graph.producer(*input);
     }
-    let (name, place) = (&node.name, node.location);
-    format!("{name} at {}:{} has no rule for this: {}", place.file(), place.line(), described(graph, &node.inputs))
+    let (name, place, inputs) = (&node.name, node.location, described(graph, &node.inputs));
+    let hint = if matches!(node.op, NodeOp::Custom(_)) { " (`Rule::linear` declares a linear op)" } else { "" };
+    format!("{name} at {}:{} has no rule for this{hint}: {inputs}", place.file(), place.line())
 }
 
 /// How tensors lie along the micro-batches, in words.
