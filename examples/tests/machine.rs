@@ -221,10 +221,11 @@ fn a_tmpdir_that_cannot_be_used_is_named_or_not_needed() {
         assert!(run.text().contains(&format!("TMPDIR={missing}: ")), "{}", run.text());
     }
     // Processes that another launcher started.
+    let port = free_port().to_string();
     let ended = by_variables(&folder, &[("TMPDIR", &missing)], |rank| {
-        let (rank, port) = (rank.to_string(), "29871".to_owned());
+        let rank = rank.to_string();
         let names = ["RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"];
-        let values = [rank.clone(), "2".into(), rank, "2".into(), "127.0.0.1".into(), port];
+        let values = [rank.clone(), "2".into(), rank, "2".into(), "127.0.0.1".into(), port.clone()];
         names.map(str::to_owned).into_iter().zip(values).collect()
     });
     assert!(ended.iter().all(|(code, _)| *code == Some(0)), "{ended:?}");

@@ -169,7 +169,7 @@ mod tests {
     fn memory_of_streams_is_planned() {
         let stream_bytes = |precision| {
             let mut g = Graph::new(&Mesh::parse("data=1").unwrap());
-            let x = g.input("x", &[64, 64], DType::F32, Layout::broadcast());
+            let x = g.input("x", &[1, 64, 64], DType::F32, Layout::broadcast());
             let h = nn::linear(&mut g, "up", x, 64, Parallel::Replicated);
             let h = g.gelu(h);
             let y = nn::linear(&mut g, "down", h, 64, Parallel::Replicated);
