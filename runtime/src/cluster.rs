@@ -87,19 +87,6 @@ impl Transport {
     }
 }
 
-impl Transport {
-    /// What follows where processes of one machine cannot open each other's sockets.
-    fn without_sockets(self) -> String {
-        match self {
-            Self::Auto | Self::Tcp => "TCP is used between such ranks".into(),
-            Self::SharedMemory => {
-                format!("{TRANSPORT}=shared-memory needs that: set it to auto, or give them one folder")
-            }
-            Self::Unix => format!("{TRANSPORT}=unix needs that: set it to auto, or give them one folder"),
-        }
-    }
-}
-
 /// What runs collectives between processes. Registers go by the [`Transport`] in any case.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Collectives {
@@ -445,22 +432,9 @@ pub enum ClusterError {
         /// Its host.
         host: String,
     },
-    /// Processes of one machine that cannot open each other's sockets.
-    #[error(
-        "ranks {first} and {second} on {host}: {why}; {}", .transport.without_sockets()
-    )]
-    NotNear {
-        /// One of them.
-        first: u32,
-        /// The other.
-        second: u32,
-        /// Their host.
-        host: String,
-        /// What is in the way.
-        why: String,
-        /// What was asked for.
-        transport: Transport,
-    },
+    /// Processes of one machine that cannot open each other's sockets, with a transport that needs them.
+    #[error("{0}; {TRANSPORT}=shared-memory and unix need that: set it to auto, or give these ranks one folder")]
+    NotNear(String),
     /// Memory or a collective engine could not be had.
     #[error(transparent)]
     Kernel(#[from] KernelError),
@@ -480,8 +454,7 @@ impl ClusterError {
         match self {
             Self::Env(error) => error.exit(),
             Self::Variable { .. } | Self::TooManyProcesses { .. } | Self::NoAddress { .. } => Exit::Refused,
-            Self::NotNear { .. } => Exit::Refused,
-            Self::MpiNotBuilt | Self::Mpi { .. } | Self::MpiPlace { .. } => Exit::Refused,
+            Self::NotNear(_) | Self::MpiNotBuilt | Self::Mpi { .. } | Self::MpiPlace { .. } => Exit::Refused,
             Self::Kernel(KernelError::Mpi { .. }) => Exit::PeerUnavailable,
             Self::Rendezvous(RendezvousError::Refused(Verdict::Conflicts(_))) => Exit::Refused,
             Self::Rendezvous(RendezvousError::Refused(Verdict::Failed(report))) => Exit::from_code(report.exit),

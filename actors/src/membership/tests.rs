@@ -29,7 +29,7 @@ fn session(test: u8) -> [u8; 16] {
 
 /// Configurations of `processes` that reach each other.
 fn configs(test: u8, processes: u32) -> Vec<Config> {
-    let loopback = IpAddr::V4(Ipv4Addr::LOCALHOST);
+    let loopback: SocketAddr = (Ipv4Addr::LOCALHOST, 0).into();
     let config = |p| Config::new(p, processes, session(test), EPOCH, KEY, bind(loopback).expect("loopback"));
     let mut configs: Vec<Config> = (0..processes).map(config).collect();
     let addresses: Vec<_> = configs.iter().map(|c| c.heartbeat.local_addr().expect("bound")).collect();

@@ -129,14 +129,15 @@ fn run(args: &GptArgs, requests: &Arc<Requests>) -> Result<(), GptError> {
             say(format!("parameters saved to {}", path.display()));
         }
     }
-    let parameters = session.parameters()?;
+    // Copies of all of them, which no budget counts; every process has to ask for them.
+    let parameters = (args.sample > 0).then(|| session.parameters()).transpose()?;
     // Its threads end before those of the sampler start.
     session.shutdown()?;
     drop(deferred);
     if let Request::End(exit) = requests.pending() {
         return Err(GptError::Ended { exit, steps: args.steps, process, saved: Saved::All });
     }
-    if let Some(sampler) = sampler.filter(|_| speaks) {
+    if let Some((sampler, parameters)) = sampler.zip(parameters).filter(|_| speaks) {
         let written = sampler.run(&parameters, &text.prompt(), args.sample, args.seed)?;
         say(format!("\n{} characters written by the model:\n{}", args.sample, text.decode(&written)));
     }
@@ -226,7 +227,9 @@ fn check_threads(args: &GptArgs, session: &Session) {
     let is_cpu = session.plan().device == DeviceKind::Cpu;
     if is_cpu && args.threads_per_device.is_none() && allowed != chosen {
         let cores = "the cores that the processes of this node may run on";
-        note(format!("warning: {chosen} threads a device, where {cores} give {allowed}: --threads-per-device {allowed}"));
+        note(format!(
+            "warning: {chosen} threads a device, where {cores} give {allowed}: --threads-per-device {allowed}"
+        ));
     }
 }
 

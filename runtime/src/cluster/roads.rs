@@ -158,13 +158,13 @@ pub(super) fn check_near(roster: &Roster, own: u32, transport: Transport) -> Res
     let Some((a, b)) = apart.filter(|_| transport != Transport::Tcp) else { return Ok(None) };
     let why = match [a, b].into_iter().find(|member| member.unix().is_none()) {
         Some(member) => format!("rank {} could make no Unix socket in its TMPDIR", member.process),
-        None => "do not see the same folder at TMPDIR, as in containers with a /tmp each".into(),
+        None => "they do not see the same folder at TMPDIR, as in containers with a /tmp each".into(),
     };
-    let error = ClusterError::NotNear { first: a.process, second: b.process, host: a.host.clone(), why, transport };
-    match transport {
-        Transport::SharedMemory | Transport::Unix => Err(error),
-        _ => Ok((own == a.process).then(|| error.to_string())),
+    let apart = format!("ranks {} and {} on {}: {why}", a.process, b.process, a.host);
+    if transport != Transport::Auto {
+        return Err(ClusterError::NotNear(apart));
     }
+    Ok((own == a.process).then(|| format!("{apart}; TCP is used between such ranks")))
 }
 
 /// Memory of peers of this node, by device; and the board of groups that meet on this node, with the groups.
@@ -317,19 +317,15 @@ mod tests {
         }
         let containers = [("b", 1), ("a", 1), ("a", 2)];
         let said = check(&containers, 1, Auto).unwrap().unwrap();
-        assert!(said.starts_with("ranks 1 and 2 on h: do not see the same folder at TMPDIR"), "{said}");
+        assert!(said.starts_with("ranks 1 and 2 on h: they do not see the same folder at TMPDIR"), "{said}");
         assert!(said.ends_with("TCP is used between such ranks"), "{said}");
         for silent in [0, 2] {
             assert_eq!(check(&containers, silent, Auto), Ok(None), "logged once");
         }
         assert_eq!(check(&containers, 1, Tcp), Ok(None));
-        for (transport, name) in
-            [(SharedMemory, "SHARDFLOW_TRANSPORT=shared-memory"), (Unix, "SHARDFLOW_TRANSPORT=unix")]
-        {
-            for own in 0..3 {
-                let (told, code) = check(&containers, own, transport).unwrap_err();
-                assert!(told.contains(name) && told.contains("ranks 1 and 2") && code == 78, "{told}");
-            }
+        for (transport, own) in [SharedMemory, Unix].into_iter().flat_map(|t| (0..3).map(move |own| (t, own))) {
+            let (told, code) = check(&containers, own, transport).unwrap_err();
+            assert!(told.contains("ranks 1 and 2") && told.contains("set it to auto") && code == 78, "{told}");
         }
         let (told, _) = check(&[("a", 1), ("a", 0)], 0, Unix).unwrap_err();
         assert!(told.contains("rank 1 could make no Unix socket in its TMPDIR"), "{told}");
