@@ -142,6 +142,7 @@ async function showsWhatMetricsSay() {
   assert.equal(shown.norm, shown.got.get('shardflow_gradient_norm').toFixed(4));
   assert.equal(Number(shown.tokens), shown.got.get('shardflow_tokens_total'));
   assert.match(shown.step, /^\d+ of 1000000$/);
+  assert.match(await text(page, 'what'), / on cpu, 4 micro-batches, 1f1b$/);
   assert.deepEqual(shown.charts.map((label) => Number(label.split('now ')[1]).toFixed(4)), [shown.loss, shown.norm], 'curves end where the training is');
   assert.equal(await text(page, 'health'), 'running');
   const memory = await page.locator('#memory tbody tr').allInnerTexts();

@@ -465,9 +465,12 @@ fn tensors_of_a_step_are_each_given_once_and_whole() {
         let mut session = Session::start(plan, &SessionOptions::default()).expect("can start");
         let good = HostTensor::f32(&[4, 2], vec![1.0; 8]);
         let short = HostTensor { shape: vec![4, 2], data: HostData::F32(vec![1.0; 3]) };
+        let endless = vec![1 << 40, 1 << 40];
+        let huge = HostTensor { shape: endless.clone(), data: HostData::F32(vec![1.0; 3]) };
         for (inputs, want) in [
             (vec![("x", good.clone()), ("x", short.clone())], "input x: expected one tensor, got two"),
             (vec![("x", short)], "input x: expected 8 elements for [4, 2], got 3"),
+            (vec![("x", huge)], &format!("input x: expected {} elements for {endless:?}, got 3", usize::MAX)),
         ] {
             assert_eq!(session.step(&inputs, 0.0).expect_err("wrong").to_string(), want);
         }

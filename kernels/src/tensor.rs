@@ -31,9 +31,9 @@ impl DType {
     }
 }
 
-/// Elements in a tensor of this shape (1 for a scalar's empty shape).
+/// Elements in a tensor of this shape (1 for a scalar's empty shape); `usize::MAX` where there are more than that.
 pub fn element_count(shape: &[usize]) -> usize {
-    shape.iter().product()
+    shape.iter().fold(1, |count: usize, extent| count.saturating_mul(*extent))
 }
 
 /// The part of `0..len` that part `index` of `parts` holds: the first `len mod parts` parts get one element more,
@@ -261,6 +261,9 @@ mod tests {
 
     use super::*;
 
+    /// A call that panics, on a line with `line!()`; and with what text.
+    type Call = (fn() -> u32, &'static str);
+
     /// A wrong length is the caller's mistake, so its panic names the caller's line.
     #[test]
     fn a_wrong_length_panics_at_the_callers_line() {
@@ -274,7 +277,7 @@ mod tests {
                 *AT.lock().unwrap() = Some((at, text));
             }
         }));
-        let calls: [(fn() -> u32, &str); 5] = [
+        let calls: [Call; 5] = [
             (|| (HostTensor::f32(&[2, 3], vec![0.0; 5]), line!()).1, "shape [2, 3] needs 6 elements, got 5"),
             (|| (HostTensor::i32(&[2], vec![1; 3]), line!()).1, "shape [2] needs 2 elements, got 3"),
             (|| (HostTensor::bf16(&[], &[]), line!()).1, "shape [] needs 1 elements, got 0"),

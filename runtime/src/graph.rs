@@ -40,10 +40,10 @@ pub struct Var {
     location: &'static Location<'static>,
 }
 
-/// Vars are equal if they are of one graph and one tensor.
+/// Equal in their place in the graph. The graph itself does not count, so that equal programs have equal plans.
 impl PartialEq for Var {
     fn eq(&self, other: &Self) -> bool {
-        (self.index, self.graph) == (other.index, other.graph)
+        self.index == other.index
     }
 }
 
@@ -51,7 +51,7 @@ impl Eq for Var {}
 
 impl Ord for Var {
     fn cmp(&self, other: &Self) -> Ordering {
-        (self.index, self.graph).cmp(&(other.index, other.graph))
+        self.index.cmp(&other.index)
     }
 }
 
@@ -63,7 +63,7 @@ impl PartialOrd for Var {
 
 impl Hash for Var {
     fn hash<H: Hasher>(&self, state: &mut H) {
-        (self.index, self.graph).hash(state);
+        self.index.hash(state);
     }
 }
 
@@ -413,7 +413,7 @@ impl Graph {
     }
 
     fn owns(&self, var: Var) -> bool {
-        self.vars.get(var.index()) == Some(&var)
+        self.vars.get(var.index()).is_some_and(|own| own.graph == var.graph)
     }
 
     /// The tensor of this index.
