@@ -19,13 +19,14 @@ mod widen;
 /// The most threads that one stream may be given.
 pub const THREADS_MAX: usize = 64;
 
-/// The instruction set that the kernels use here. Results of two sets may differ by rounding.
-pub fn instruction_set() -> &'static str {
+/// The arithmetic that the bits of CPU kernels depend on, as text: the processor's architecture, and whether products use
+/// fused multiply-adds. Machines that agree in it, and in the C library (for logarithms and powers), give the same bits,
+/// whatever their cores, caches and width of vectors: AVX2 gives those of AVX-512.
+pub fn instruction_set() -> String {
+    let arch = std::env::consts::ARCH;
     #[cfg(target_arch = "x86_64")]
-    if is_x86_feature_detected!("avx512f") {
-        return "AVX-512";
-    } else if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
-        return "AVX2";
+    if !std::arch::is_x86_feature_detected!("fma") {
+        return format!("{arch} without fma");
     }
-    "baseline"
+    arch.to_owned()
 }
