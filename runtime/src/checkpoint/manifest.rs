@@ -363,11 +363,24 @@ struct Sealed<'a> {
     body: &'a RawValue,
 }
 
-/// `body` as JSON, with a checksum of its very bytes before it.
+/// The checksum of a sealed text: of its version and of the body's very bytes. Up to version 2 it was of the body alone.
+fn checksum(version: u32, body: &RawValue) -> Checksum {
+    let mut hasher = blake3::Hasher::new();
+    if version > 2 {
+        hasher.update(&version.to_le_bytes());
+    }
+    hasher.update(body.get().as_bytes()).finalize().into()
+}
+
+/// `body` as JSON, with its [`checksum`] before it.
 pub(crate) fn seal<T: Serialize>(format: &str, body: &T) -> Result<Vec<u8>, String> {
+    seal_as(VERSION, format, body)
+}
+
+fn seal_as<T: Serialize>(version: u32, format: &str, body: &T) -> Result<Vec<u8>, String> {
     let body = serde_json::value::to_raw_value(body).map_err(|e| e.to_string())?;
-    let blake3 = Checksum::of(body.get().as_bytes());
-    let sealed = Sealed { format: format.into(), version: VERSION, blake3, body: &body };
+    let blake3 = checksum(version, &body);
+    let sealed = Sealed { format: format.into(), version, blake3, body: &body };
     let text = serde_json::to_vec(&sealed).map_err(|e| e.to_string())?;
     if text.len() as u64 > MANIFEST_BYTES_MAX {
         return Err(format!("{} bytes of {format}, at most {MANIFEST_BYTES_MAX} are allowed", text.len()));
@@ -387,7 +400,7 @@ pub(crate) fn open_sealed<T: DeserializeOwned>(format: &str, text: &[u8]) -> Res
     if !(1..=VERSION).contains(&sealed.version) {
         return Err(format!("version {} of the format; this program reads versions 1 to {VERSION}", sealed.version));
     }
-    let sum = Checksum::of(sealed.body.get().as_bytes());
+    let sum = checksum(sealed.version, sealed.body);
     if sum != sealed.blake3 {
         return Err(format!("checksum: expected {:?}, got {sum:?}", sealed.blake3));
     }

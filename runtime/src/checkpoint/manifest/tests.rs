@@ -117,8 +117,7 @@ fn what_does_not_fit_together_is_refused() {
 fn the_first_version_had_no_time() {
     let mut old = serde_json::to_value(good()).unwrap();
     old.as_object_mut().unwrap().remove("job").unwrap();
-    let text = String::from_utf8(seal("shardflow-checkpoint", &old).unwrap()).unwrap();
-    let read = Manifest::decode(text.replace("\"version\":3", "\"version\":1").as_bytes()).unwrap();
+    let read = Manifest::decode(&seal_as(1, "shardflow-checkpoint", &old).unwrap()).unwrap();
     assert_eq!(read, Manifest { job: JobTime::default(), ..good() });
 }
 
@@ -128,8 +127,7 @@ fn before_version_3_every_step_counts_as_an_update_and_nothing_is_declared() {
     for key in ["updates", "declared"] {
         old.as_object_mut().unwrap().remove(key).unwrap();
     }
-    let text = String::from_utf8(seal("shardflow-checkpoint", &old).unwrap()).unwrap();
-    let read = Manifest::decode(text.replace("\"version\":3", "\"version\":2").as_bytes()).unwrap();
+    let read = Manifest::decode(&seal_as(2, "shardflow-checkpoint", &old).unwrap()).unwrap();
     assert_eq!((read.updates, read.updates(), good().updates()), (None, 7, 5));
     assert_eq!((read.declared.len(), good().declared.len()), (0, 1));
 }
