@@ -49,6 +49,7 @@ fn parts(step: u64) -> Vec<Snapshot> {
         Snapshot {
             job: JobTime::default(),
             step,
+            updates: step,
             seed: 1,
             mesh: "data=2".into(),
             cursor: BTreeMap::new(),
