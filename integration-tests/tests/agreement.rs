@@ -227,7 +227,7 @@ fn checkpoints_of_folders_that_ranks_do_not_share_are_compared() {
             model().step(&mut session);
             checkpoint(&session, &scratch.path().join(rank.to_string()));
         }
-        together("folders", 2, |rank, cluster| {
+        together("own-folders", 2, |rank, cluster| {
             let mut session = start("stage=2", &among(cluster));
             let store = store(&scratch.path().join(rank.to_string()));
             let error = disagreement(session.restore_newest(&store));

@@ -53,6 +53,7 @@ fn parts(step: u64) -> Vec<Snapshot> {
             seed: 1,
             mesh: "data=2".into(),
             cursor: BTreeMap::new(),
+            declared: BTreeMap::new(),
             tensors: vec![info.clone()],
             pieces: vec![SnapshotPiece { tensor: 0, region, data }],
         }

@@ -458,7 +458,7 @@ pub(super) fn address(endpoint: &env::Endpoint) -> Address {
 fn facts(plan: &Plan, session: &SessionOptions) -> Result<Vec<Fact>, ClusterError> {
     let options = &session.cluster.options;
     let kernels = match plan.device {
-        DeviceKind::Cpu => instruction_set().to_owned(),
+        DeviceKind::Cpu => instruction_set(),
         DeviceKind::Cuda => format!("CUDA, attention {:?}", Attention::from_env()?),
     };
     let mut facts = vec![
