@@ -374,6 +374,6 @@ fn attention_of_a_library() {
 
 #[test]
 fn gradients_too_large_to_be_squared_are_clipped_or_called_off() {
-    let Ran { report, .. } = run_child("large gradients", 2, POLICIES[0], 1, None);
+    let Ran { report, .. } = run_child("large gradients", 2, POLICIES[0].0, 1, None);
     assert!(report.findings.is_empty(), "{:#?}", report.findings);
 }

@@ -63,7 +63,8 @@ fn all_that_is_allocated_is_planned_whatever_the_threads() {
             let plans = [1, 3].map(|threads| model().plan("data=2,stage=2", &options(threads)));
             assert_eq!(plans[0].hash(), plans[1].hash(), "{precision:?}");
             let bytes = plans.each_ref().map(|plan| plan.memory[0].total_bytes());
-            assert!(bytes[0] < bytes[1], "{precision:?}: {bytes:?}");
+            // In bf16 the launch that needs most is one that is widened, on any number of threads.
+            assert!(bytes[0] < bytes[1] || precision == Precision::BF16, "{precision:?}: {bytes:?}");
             for threads in [1, 3] {
                 let mut session = model().session("data=2,stage=2", &options(threads));
                 drop(model().step(&mut session));
