@@ -267,7 +267,7 @@ fn store(folder: &Path) -> Store {
 }
 
 fn checkpoint(session: &Session, folder: &Path) {
-    let (agree, member) = session.agreement();
+    let (agree, member) = session.agreement().expect("room for snapshots");
     let options = SaverOptions { member, ..SaverOptions::default() };
     let mut saver = Saver::new(store(folder), agree, options).expect("a thread");
     saver.save(session, Cursor::new()).expect("a snapshot");

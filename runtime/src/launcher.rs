@@ -242,7 +242,7 @@ fn supervise(job: &mut Job) -> Result<Exit, LaunchError> {
     let options = job.options;
     let mut restarts = Restarts::new(options.restarts_max);
     loop {
-        let outcome = attempt::run(&mut job, restarts.made, restarts.pause(options.restart_wait))?;
+        let outcome = attempt::run(job, restarts.made, restarts.pause(options.restart_wait))?;
         outcome.show_errors();
         if let Some(signal) = outcome.asked {
             let (exit, failed) = exit_when_asked(&outcome.ended, signal);
