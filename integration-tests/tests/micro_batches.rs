@@ -310,9 +310,12 @@ fn what_would_depend_on_the_number_of_micro_batches_is_refused() {
     }
 }
 
+/// A program, and what its error says.
+type Wrong = (fn(&mut Graph), &'static str);
+
 #[test]
 fn wrong_dims_of_batches_and_outputs_are_refused() {
-    let cases: &[(fn(&mut Graph), &str)] = &[
+    let cases: &[Wrong] = &[
         (
             |g| {
                 let x = g.input_with_batch_dim("x", &[8, 4], 2, DType::F32, Layout::broadcast());

@@ -241,6 +241,9 @@ fn the_first_update_after_skipped_steps_is_the_learning_rate() {
     assert!(moved.iter().all(|w| ((w - 1.0).abs() - 1e-2).abs() < 1e-5), "{moved:?}");
 }
 
+/// A name, and what loads a saved state into a session.
+type Way<'a> = (&'a str, &'a dyn Fn(&mut Session));
+
 /// Every way to go on takes the number of updates along: a file, a checkpoint, its export, its resharding, going back.
 #[test]
 fn the_number_of_updates_is_saved() {
@@ -265,7 +268,7 @@ fn the_number_of_updates_is_saved() {
 
         let expected = after_a_good_step(session);
         assert!(bits(&expected) == bits(&undisturbed("data=2", 1.0, 2)));
-        let ways: [(&str, &dyn Fn(&mut Session)); 5] = [
+        let ways: [Way<'_>; 5] = [
             ("file", &|s| drop(s.restore(&path("file")).expect("restored"))),
             ("export", &|s| drop(s.restore(&path("exported")).expect("restored"))),
             ("checkpoint", &|s| drop(s.restore_checkpoint(&reader).expect("restored"))),

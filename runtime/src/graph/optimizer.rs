@@ -100,8 +100,9 @@ impl Bounds {
     pub(crate) fn overflow(&self) -> Option<&'static str> {
         let Self { parameter, first, second, .. } = *self;
         let parts = [("a second moment", second), ("a first moment", first), ("a parameter", parameter)];
-        // Written so that a NaN counts.
-        parts.into_iter().find(|(_, bound)| !(*bound <= f64::from(f32::MAX))).map(|(name, _)| name)
+        let is_float = |bound: f64| bound <= f64::from(f32::MAX);
+        // A NaN is none.
+        parts.into_iter().find(|(_, bound)| !is_float(*bound)).map(|(name, _)| name)
     }
 }
 
