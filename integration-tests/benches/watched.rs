@@ -47,7 +47,7 @@ fn main() {
         let first = start(is_first);
         let (mut watched, mut plain) = if is_first { (first, start(false)) } else { (start(true), first) };
         watch.show(&watched);
-        let mut trace = TraceFile::create(&scratch.path().join("trace.json")).expect("a file");
+        let mut trace = TraceFile::create(&scratch.path().join("trace.json"), u64::MAX).expect("a file");
         let (mut without, mut with) = (0.0, 0.0);
         for index in 0..WARM + STEPS {
             let mut plainly = || timed(|| step(&mut plain));
@@ -56,7 +56,7 @@ fn main() {
                 let is_scraped = index == WARM + STEPS / 2;
                 is_scraped.then(|| ask.send(()).expect("a thread"));
                 step(&mut watched);
-                writing.push(timed(|| trace.add(&watched).expect("room")));
+                writing.push(timed(|| drop(trace.add(&watched).expect("room"))));
                 is_scraped.then(|| answered.recv().expect("an answer"));
             });
             let beside = before.unwrap_or_else(plainly);

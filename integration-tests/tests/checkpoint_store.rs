@@ -131,11 +131,14 @@ fn a_file_system_without_hard_links_is_enough() {
     });
 }
 
+/// Called with the clock's time while a test waits.
+type Meanwhile = Box<dyn FnMut(Duration) + Send>;
+
 /// Time that passes by waits.
 #[derive(Default)]
 struct TestClock {
     now: Mutex<Duration>,
-    meanwhile: Mutex<Option<Box<dyn FnMut(Duration) + Send>>>,
+    meanwhile: Mutex<Option<Meanwhile>>,
 }
 
 impl std::fmt::Debug for TestClock {
