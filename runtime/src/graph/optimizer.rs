@@ -25,6 +25,9 @@
 /// Above the rounding of one step's operations, relative.
 const ROUNDING: f64 = 1.0 + 1.0 / (1 << 21) as f64;
 
+/// A few times the smallest float, `2^-149`, to which numbers below a float's usual precision are rounded.
+const SMALLEST: f64 = f64::from_bits((1023 - 146) << 52);
+
 /// AdamW's settings, see [`shardflow_kernels::op::Op::AdamW`].
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct AdamW {
@@ -67,7 +70,7 @@ impl AdamW {
         let rate = f64::from(learning_rate).abs();
         let gradient = norm.min(f64::from(self.max_norm)) * ROUNDING + 2f64.powi(-74);
         let first = (beta1 * before.first + (1.0 - beta1) * gradient) * ROUNDING;
-        let second = (beta2 * before.second + (1.0 - beta2) * gradient * gradient) * ROUNDING;
+        let second = (beta2 * before.second + (1.0 - beta2) * gradient * gradient) * ROUNDING + SMALLEST;
         let kept = if beta1 == 0.0 { 0.0 } else { (beta1 * before.ratio).powi(2) / beta2 };
         let ratio = (kept + (1.0 - beta1).powi(2) / (1.0 - beta2)).sqrt() * ROUNDING;
         let small = 2f64.powi(-74) / (1.0 - beta2).sqrt();

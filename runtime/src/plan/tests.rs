@@ -194,7 +194,7 @@ fn parts_of_an_arena_that_overlap_are_refused() {
         Schedule::OneFOneB,
         cut,
         expect![
-            "device 1: scratch of device 1 compute ends at byte 38272, past the start of the end of the arena at byte 38208"
+            "device 1: scratch of device 1 compute ends at byte 37632, past the start of the end of the arena at byte 37568"
         ],
     );
 }
