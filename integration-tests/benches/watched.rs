@@ -56,7 +56,7 @@ fn main() {
                 let is_scraped = index == WARM + STEPS / 2;
                 is_scraped.then(|| ask.send(()).expect("a thread"));
                 step(&mut watched);
-                writing.push(timed(|| drop(trace.add(&watched).expect("room"))));
+                writing.push(timed(|| assert!(trace.add(&watched).expect("room"))));
                 is_scraped.then(|| answered.recv().expect("an answer"));
             });
             let beside = before.unwrap_or_else(plainly);

@@ -79,7 +79,7 @@ impl Random {
         let vocab = 37;
         let (ids, targets, table) = (self.indices(row, vocab), self.indices(row, width), self.floats(&[vocab, width]));
         let region = Region { start: vec![0, 0], size: x.to_vec() };
-        let dropout = Op::Dropout { p: 0.3, seed: 7, shape: x.to_vec(), start: vec![0, 0] };
+        let dropout = Op::Dropout { p: 0.3, seed: 7, shape: x.to_vec(), start: vec![0, 0], stride: 0 };
         let adamw = Op::AdamW { beta1: 0.9, beta2: 0.99, eps: 1e-8, weight_decay: 0.1 };
         let one = |value| HostTensor::f32(&[], vec![value]);
         let step = HostTensor::f32(&[2], vec![1e-3, 3.0]);
