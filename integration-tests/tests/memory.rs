@@ -2,9 +2,10 @@
 //! one and close to it, and a plan that does not fit is refused before anything runs.
 
 use shardflow::passes::precision::Precision;
-use shardflow::passes::{CompileError, CompileOptions, compile};
+use shardflow::passes::{CompileError, CompileOptions, THREADS_MAX, compile};
 use shardflow::plan::Schedule::{GPipe, OneFOneB};
 use shardflow::plan::validate::PlanError;
+use shardflow::session::{Session, SessionOptions, Threads};
 use shardflow_integration_tests::training::{Model, ONE, options, within};
 
 const MESHES: &[&str] = &[ONE, "data=2", "tensor=2", "stage=2", "stage=4", "data=2,stage=2,tensor=2", "data=3"];
@@ -76,6 +77,24 @@ fn all_that_is_allocated_is_planned_whatever_the_threads() {
     });
 }
 
+/// A session that takes the threads that its process owns plans their memory, and computes the same bits.
+#[test]
+fn a_session_takes_the_cores_that_it_owns() {
+    within(60, || {
+        let plan_options = options(2, OneFOneB);
+        let run = |threads| {
+            let options = SessionOptions { threads, ..SessionOptions::default() };
+            let mut session = Session::start(model().plan(ONE, &plan_options), &options).expect("starts");
+            let loss = model().step(&mut session).loss.expect("a loss");
+            let devices = session.metrics().devices;
+            assert!(devices.iter().all(|d| d.allocated_bytes == d.planned_peak_bytes), "{threads:?}: {devices:?}");
+            (session.plan().threads_per_device, loss.to_bits())
+        };
+        let cores = std::thread::available_parallelism().expect("cores").get();
+        let ((planned, loss), (owned, same)) = (run(Threads::Planned), run(Threads::Owned));
+        assert_eq!((planned, owned, same), (1, cores.min(THREADS_MAX), loss));
+    });
+}
 #[test]
 fn one_f_one_b_needs_less_than_gpipe() {
     let bytes = |schedule| {

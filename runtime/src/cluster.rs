@@ -489,7 +489,7 @@ mod tests {
         let given = [(HEARTBEAT_MS, "50"), (HEARTBEAT_DEADLINE_MS, "200"), (REPORT_WAIT_MS, "0"), (INTERFACE, "::1")];
         let read = options(&given).unwrap();
         let ms = [read.heartbeat_every, read.heartbeat_deadline, read.report_within].map(|time| time.as_millis());
-        assert_eq!((ms, read.interface), ([50, 200, 0], Some("::1".parse().unwrap())));
+        assert_eq!((ms, read.interface), ([50, 200, 0], Some("[::1]:0".parse().unwrap())));
         let slow = options(&[(HEARTBEAT_MS, "3000"), (REPORT_WAIT_MS, "")]).unwrap();
         assert_eq!(slow.heartbeat_deadline.as_millis(), 12_000, "four beats at least");
         assert_eq!(slow.report_within, ClusterOptions::default().report_within);

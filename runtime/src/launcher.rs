@@ -37,6 +37,9 @@ pub use guard::{become_program, guard};
 /// Events that wait to be handled. Who has more waits: a process that ended stays ended.
 const EVENTS_MAX: usize = 64;
 
+/// How long a launcher that was asked to end waits for the reader of its output.
+const LAST_WORDS: Duration = Duration::from_secs(1);
+
 /// What to start, and how.
 #[derive(Clone, Debug)]
 pub struct LaunchOptions {
@@ -171,6 +174,8 @@ struct Job<'a> {
     guard: Guard,
     /// The exit codes that attempts so far ended with.
     causes: Vec<u8>,
+    /// Somebody asked the launcher to end.
+    is_asked_to_end: bool,
     /// The way to the other nodes, where there are any.
     departure: Option<Departure>,
     /// The second is disconnected once all failures were reported there, by threads that hold the first.
@@ -189,7 +194,11 @@ pub fn launch(options: &LaunchOptions) -> Result<Exit, LaunchError> {
     let departure = departure(options);
     let launched = Job::prepare(options, departure.clone()).and_then(|mut job| {
         let exit = supervise(&mut job);
-        wait_for_the_reader(&job.events.1);
+        if job.is_asked_to_end {
+            output::finish(Some(LAST_WORDS));
+        } else {
+            wait_for_the_reader(&job.events.1);
+        }
         exit
     });
     launched.inspect_err(|error| {
@@ -245,6 +254,7 @@ fn supervise(job: &mut Job) -> Result<Exit, LaunchError> {
         let outcome = attempt::run(job, restarts.made, restarts.pause(options.restart_wait))?;
         outcome.show_errors();
         if let Some(signal) = outcome.asked {
+            job.is_asked_to_end = true;
             let (exit, failed) = exit_when_asked(&outcome.ended, signal);
             if let Some(failed) = failed {
                 output::stderr().line(&format!("error: {}", outcome.describe(failed)));
@@ -314,8 +324,21 @@ impl<'a> Job<'a> {
         let folder = temporary_folder(FOLDER_PREFIX)?;
         let guard = Guard::start(&options.helper, folder.path()).map_err(LaunchError::io("start the guard"))?;
         let began_ms = unix_ns() / 1_000_000;
-        let (causes, reports) = (Vec::new(), crossbeam_channel::bounded(0));
-        Ok(Job { options, program, run_id, began_ms, secret, folder, events, guard, causes, departure, reports })
+        let (causes, is_asked_to_end, reports) = (Vec::new(), false, crossbeam_channel::bounded(0));
+        Ok(Job {
+            options,
+            program,
+            run_id,
+            began_ms,
+            secret,
+            folder,
+            events,
+            guard,
+            causes,
+            is_asked_to_end,
+            departure,
+            reports,
+        })
     }
 
     /// Reports to the other nodes, on a thread of its own, that a process ended before it joined, if that is for all.

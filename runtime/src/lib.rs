@@ -76,6 +76,6 @@ pub mod prelude {
     pub use crate::session::devices::gpu_memory_bytes;
     pub use crate::session::metrics::{DeviceMetrics, Metrics};
     pub use crate::session::numerics::{NonFinite, OnNonFinite};
-    pub use crate::session::{Session, SessionError, SessionOptions, StepReport};
+    pub use crate::session::{Session, SessionError, SessionOptions, StepReport, Threads};
     pub use shardflow_kernels::device::DeviceKind;
 }

@@ -225,6 +225,18 @@ impl Plan {
         &self.spec.actors[actor.0 as usize].actions[action]
     }
 
+    /// Sets the threads of compute streams, and with them what streams take beside the arena.
+    pub(crate) fn set_threads(&mut self, threads_per_device: usize) {
+        self.threads_per_device = threads_per_device;
+        self.memory.iter_mut().for_each(|memory| memory.stream_bytes = 0);
+        for (actor, actions) in self.spec.actors.iter().zip(&self.actions) {
+            let threads = lower::threads_of(actor.stream, threads_per_device);
+            let launches = actions.iter().flat_map(|action| &action.launches);
+            let own = launches.map(|launch| self.device.scratch_bytes(launch, threads)).max().unwrap_or(0);
+            self.memory[actor.device].stream_bytes += self.device.stream_bytes() + own;
+        }
+    }
+
     /// Register by id.
     pub fn register_place(&self, id: RegisterId) -> RegisterPlace {
         self.registers[id.0 as usize]

@@ -14,7 +14,7 @@ use shardflow_actors::shell::{Hosted, Loaded, RegisterMemory, Running, prepare};
 use shardflow_actors::spec::{ActorId, RegisterId, StreamKind};
 use shardflow_actors::watchdog::{OnStall, WatchdogOptions};
 use shardflow_kernels::collective::Collective;
-use shardflow_kernels::device::{Device, Priority};
+use shardflow_kernels::device::{Device, DeviceKind, Priority};
 use shardflow_kernels::error::KernelError;
 use shardflow_kernels::memory::{Arena, Base};
 use shardflow_kernels::tensor::HostTensor;
@@ -30,6 +30,7 @@ use crate::init;
 use crate::layout_error::LayoutError;
 use crate::machine::{affinity, threads_per_device};
 use crate::metrics as names;
+use crate::passes::THREADS_MAX;
 use crate::plan::lower::threads_of;
 use crate::plan::validate::PlanError;
 use crate::plan::{Plan, ResidentTensor};
@@ -121,6 +122,17 @@ pub enum SessionError {
     },
 }
 
+/// How many threads a CPU device has.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Threads {
+    /// [`crate::passes::CompileOptions::threads_per_device`].
+    #[default]
+    Planned,
+    /// The cores that this process may run on: those of its own, and an even share of those that it has in common with other
+    /// processes of the job on its node, divided among its devices. Known once the processes have met.
+    Owned,
+}
+
 /// How a session is started.
 #[derive(Clone, Debug)]
 pub struct SessionOptions {
@@ -135,6 +147,8 @@ pub struct SessionOptions {
     pub requests: Option<Arc<Requests>>,
     /// What becomes of a step whose loss or gradients are not finite.
     pub on_non_finite: OnNonFinite,
+    /// Threads of each CPU device; bits do not depend on them.
+    pub threads: Threads,
     /// Floating-point operations that one device could do in a second, for [`crate::metrics::MFU`].
     pub peak_flops: Option<f64>,
     /// Steps that the program means to do in all, so that who watches it is told when it will be done.
@@ -157,6 +171,7 @@ impl Default for SessionOptions {
             cluster,
             requests: None,
             on_non_finite: OnNonFinite::default(),
+            threads: Threads::default(),
             peak_flops: None,
             steps_planned: None,
             tells_metrics: true,
@@ -283,6 +298,9 @@ impl Session {
         }
         let hosting = world.as_ref().map_or(Hosting::alone(plan.memory.len()), |w| w.hosting());
         let here = world.as_ref().map_or(vec![0], |world| world.here());
+        if options.threads == Threads::Owned && plan.device == DeviceKind::Cpu {
+            plan.set_threads(owned_threads(world.as_deref(), &hosting, &here));
+        }
         budget.check(&plan, &hosting, &here, 0)?;
         let on_node = hosting.on_node(here.iter().copied(), hosting.process);
         let takes_pipes = world.as_ref().is_some_and(|world| world.takes_pipes());
@@ -483,16 +501,6 @@ impl Session {
         })
     }
 
-    /// Threads that each CPU device of this process could have, as the cores of this node are divided among the job's processes: see
-    /// [`threads_per_device`].
-    pub fn threads_allowed(&self) -> usize {
-        let (quota, own) = (available_parallelism().map_or(1, usize::from), affinity());
-        let cores = |process: &u32| self.world.as_ref().map_or(&own[..], |world| world.cores(*process));
-        let node: Vec<_> = self.here.iter().map(|p| (cores(p), self.hosting.devices_of(*p).len())).collect();
-        let me = self.here.iter().position(|process| *process == self.hosting.process);
-        threads_per_device(&node, me.unwrap_or(0), quota)
-    }
-
     /// Steps done, those before a restored checkpoint included.
     pub fn steps(&self) -> u64 {
         self.steps
@@ -649,6 +657,15 @@ impl Drop for Session {
         // A failure was told by the call that met it.
         let _ = self.end();
     }
+}
+
+/// See [`Threads::Owned`].
+fn owned_threads(world: Option<&World>, hosting: &Hosting, here: &[u32]) -> usize {
+    let (quota, own) = (available_parallelism().map_or(1, usize::from), affinity());
+    let cores = |process: &u32| world.map_or(&own[..], |world| world.cores(*process));
+    let node: Vec<_> = here.iter().map(|process| (cores(process), hosting.devices_of(*process).len())).collect();
+    let me = here.iter().position(|process| *process == hosting.process);
+    threads_per_device(&node, me.unwrap_or(0), quota).min(THREADS_MAX)
 }
 
 /// The same, with stalls counted, and kept as incidents.

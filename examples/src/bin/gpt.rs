@@ -7,7 +7,6 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use shardflow::passes::THREADS_MAX;
 use shardflow::prelude::*;
 use shardflow::session::shown;
 use shardflow::text::counted;
@@ -93,7 +92,6 @@ fn run(args: &GptArgs, requests: &Arc<Requests>) -> Result<(), GptError> {
     let sampler = sampler(args, &model, &cluster)?;
     if let Some(path) = args.save.as_deref().filter(|_| speaks) {
         check_writable(path)?;
-        check_room(path, weights(&plan) as u64 * 4)?;
     }
     let trace_path = args.trace.as_deref().map(|path| trace_path(path, &cluster));
     trace_path.as_deref().map_or(Ok(()), check_writable)?;
@@ -102,8 +100,14 @@ fn run(args: &GptArgs, requests: &Arc<Requests>) -> Result<(), GptError> {
     }
     let process = cluster.process();
     let watch = args.listen.filter(|_| !shown::is_asked()).map(|first| listen(first, process)).transpose()?;
+    let introduced = plan.threads_per_device;
     let mut session = Session::start(plan, &session_options(args, &text, cluster, requests.clone()))?;
-    check_threads(args, &session);
+    if let Some(path) = args.save.as_deref().filter(|_| speaks) {
+        check_room(path, weights(session.plan()) as u64 * 4)?;
+    }
+    if speaks {
+        report_threads(introduced, &session);
+    }
     if let Some(watch) = &watch {
         watch.show(&session);
     }
@@ -214,6 +218,7 @@ fn session_options(args: &GptArgs, text: &Text, cluster: Cluster, requests: Arc<
         cluster,
         requests: Some(requests),
         on_non_finite,
+        threads: if args.threads_per_device.is_some() { Threads::Planned } else { Threads::Owned },
         peak_flops,
         steps_planned: Some(args.steps),
         declared: declared(args, text),
@@ -221,15 +226,11 @@ fn session_options(args: &GptArgs, text: &Text, cluster: Cluster, requests: Arc<
     }
 }
 
-/// Threads are chosen before the processes meet, from this process's cores alone; then all know whose cores are whose.
-fn check_threads(args: &GptArgs, session: &Session) {
-    let (chosen, allowed) = (session.plan().threads_per_device, session.threads_allowed().min(THREADS_MAX));
-    let is_cpu = session.plan().device == DeviceKind::Cpu;
-    if is_cpu && args.threads_per_device.is_none() && allowed != chosen {
-        let cores = "the cores that the processes of this node may run on";
-        note(format!(
-            "warning: {chosen} threads a device, where {cores} give {allowed}: --threads-per-device {allowed}"
-        ));
+/// Reports the threads where the processes that have met since have other cores than this one expected.
+fn report_threads(introduced: usize, session: &Session) {
+    let threads = session.plan().threads_per_device;
+    if threads != introduced {
+        note(format!("{} a device: the cores that this process may run on", counted(threads, "thread")));
     }
 }
 

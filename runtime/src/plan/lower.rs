@@ -83,10 +83,6 @@ pub fn lower(graph: Graph, setting: Setting) -> Plan {
         let memory = &mut memory[*device];
         let start = memory.arena_bytes;
         memory.arena_bytes += align(scratch_bytes);
-        let threads = threads_of(*stream, setting.threads_per_device);
-        let own = |launch: &Launch| setting.device.scratch_bytes(launch, threads);
-        let own = plans.iter().flat_map(|plan| &plan.launches).map(own).max().unwrap_or(0);
-        memory.stream_bytes += setting.device.stream_bytes() + own;
         memory.scratch.insert(ActorId(index as u32), (start, scratch_bytes));
         let limit =
             stages(&graph).iter().find(|p| graph.placements[**p].index_of(*device).is_some()).map_or(1, |p| flight[*p]);
@@ -114,7 +110,7 @@ pub fn lower(graph: Graph, setting: Setting) -> Plan {
         sees: with(|key| matches!(key, ActionKey::Fetch(_))),
         gives: with(|key| matches!(key, ActionKey::Decide)),
     };
-    Plan {
+    let mut plan = Plan {
         graph,
         spec,
         actions,
@@ -126,7 +122,9 @@ pub fn lower(graph: Graph, setting: Setting) -> Plan {
         device: setting.device,
         memory_bytes: None,
         in_flight: flight,
-    }
+    };
+    plan.set_threads(setting.threads_per_device);
+    plan
 }
 
 type Actors = Vec<(usize, StreamKind, Vec<Site>)>;
