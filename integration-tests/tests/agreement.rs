@@ -93,6 +93,11 @@ fn disagreement<T>(result: Result<T, SessionError>) -> String {
 }
 
 /// The step that fails changes nothing: with one learning rate, training continues with the bits of an undisturbed one.
+/// Loads a file, and returns what to report.
+type LoadFile = fn(&mut Session, &Path) -> Result<Vec<String>, SessionError>;
+/// Loads what it knows, and returns what to report.
+type Load<'a> = &'a dyn Fn(&mut Session) -> Result<Vec<String>, SessionError>;
+
 #[test]
 fn learning_rates_are_compared_in_each_step() {
     within(SECONDS, || {
@@ -292,7 +297,7 @@ fn parameters_that_the_program_lacks_are_refused_unless_it_names_them() {
         let all = large.parameters().expect("parameters");
         let mut small = with_layers(1, &SessionOptions::default());
         let newest = |session: &mut Session| session.restore_newest(&store(&folder)).map(|restored| restored.notes);
-        let all_ways: [(&str, fn(&mut Session, &Path) -> Result<Vec<String>, SessionError>); 2] = [
+        let all_ways: [(&str, LoadFile); 2] = [
             ("restore", |session, file| session.restore(file)),
             ("init_from", |session, file| session.init_from(file)),
         ];
@@ -441,7 +446,7 @@ fn files_and_checkpoints_record_what_was_declared() {
             ["a", "2", "7"]
         );
 
-        let ways: [(&str, &dyn Fn(&mut Session) -> Result<Vec<String>, SessionError>); 3] = [
+        let ways: [(&str, Load<'_>); 3] = [
             ("file", &|session| session.restore(&file)),
             ("newest", &|session| session.restore_newest(&store(&folder)).map(|restored| restored.notes)),
             ("reader", &|session| session.restore_checkpoint(&store(&folder).read(2).expect("it"))),

@@ -265,7 +265,8 @@ const REFUSED: &[Refused] = &[
     ),
     (
         |g| {
-            loss(g);
+            let of_batch = loss(g);
+            g.output("of_batch", of_batch);
             let w = g.parameters()[0];
             let squares = g.einsum("oi,oi->", w, w);
             g.minimize(squares, AdamW::default())

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, Once, OnceLock, PoisonError, Weak};
 use std::thread::available_parallelism;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use crossbeam_channel::{Receiver, after, never, select, unbounded};
 use shardflow_actors::error::{ActorError, Failure, PeerError};
@@ -240,6 +240,8 @@ pub struct Session {
     requests: Option<Arc<Requests>>,
     /// How long the last step took.
     last_step: Duration,
+    /// How long processes that are alive may be waited for between steps.
+    wait_max: Duration,
     on_non_finite: OnNonFinite,
     skipped_in_a_row: u32,
     /// Of parameters and moments; all processes have the same.
@@ -399,6 +401,7 @@ impl Session {
             seed: options.seed,
             requests: options.requests.clone(),
             last_step: Duration::ZERO,
+            wait_max: options.watchdog.wait_max(),
             on_non_finite: options.on_non_finite,
             skipped_in_a_row: 0,
             bounds: Bounds::default(),
@@ -532,25 +535,26 @@ impl Session {
 
     /// Every process's word, by its number, when all have given one: in the same order on all.
     fn exchange(&mut self, word: Word) -> Result<Vec<Word>, SessionError> {
-        self.doing(WAITING);
         self.say(word);
-        let words = self.words();
-        self.doing(BETWEEN_STEPS);
-        words
-    }
-
-    /// The words that all have said, by process.
-    fn words(&mut self) -> Result<Vec<Word>, SessionError> {
         let ports = self.ports.clone();
-        let words = self.numbers(&ports.words)?.into_iter();
+        let words = self.numbers_between_steps(&ports.words)?.into_iter();
         Ok(words.map(|word| [0, 1].map(|index| word.get(index).copied().unwrap_or_default())).collect())
     }
 
-    /// The numbers that all have given by these ports, each process by its own.
-    fn numbers(&mut self, ports: &[u32]) -> Result<Vec<Vec<u64>>, SessionError> {
+    /// The numbers that all have given by these ports, each process by its own. `limit`: as in [`Session::receive`].
+    fn numbers(&mut self, ports: &[u32], limit: Option<Duration>) -> Result<Vec<Vec<u64>>, SessionError> {
         let wanted: Vec<_> = ports.iter().map(|port| (*port, 1)).collect();
-        self.receive(&wanted).map_err(|failure| self.fail(failure))?;
+        self.receive(&wanted, limit).map_err(|failure| self.fail(failure))?;
         Ok(self.lock_inbox().take_numbers(ports))
+    }
+
+    /// As [`Session::numbers`], where no step is under way that the watchdog looks at: slow processes are named meanwhile, and
+    /// may take as long as the watchdog allows.
+    fn numbers_between_steps(&mut self, ports: &[u32]) -> Result<Vec<Vec<u64>>, SessionError> {
+        self.doing(WAITING);
+        let numbers = self.numbers(ports, Some(self.wait_max));
+        self.doing(BETWEEN_STEPS);
+        numbers
     }
 
     fn lock_inbox(&self) -> MutexGuard<'_, Inbox> {
@@ -558,17 +562,18 @@ impl Session {
     }
 
     /// Waits until all these pieces have come, and passes on those of this process's fetches. A process that has ended
-    /// without giving its own fails the session.
-    fn receive(&self, wanted: &[(u32, usize)]) -> Result<(), Failure> {
-        let received = self.receive_until(wanted, never());
+    /// without giving its own, or does not give it within `limit`, fails the session.
+    fn receive(&self, wanted: &[(u32, usize)], limit: Option<Duration>) -> Result<(), Failure> {
+        let received = self.receive_within(wanted, limit);
         if let (Err(failure @ Failure::Peer { .. }), Some(running)) = (&received, &self.running) {
             running.control().fail(failure.clone());
         }
         received
     }
 
-    /// As [`Session::receive`], but it gives up when `late` says so, and nothing fails by it.
-    fn receive_until(&self, wanted: &[(u32, usize)], late: Receiver<Instant>) -> Result<(), Failure> {
+    /// As [`Session::receive`], and nothing fails by it.
+    fn receive_within(&self, wanted: &[(u32, usize)], limit: Option<Duration>) -> Result<(), Failure> {
+        let late = limit.map_or_else(never, after);
         let stopped = || {
             let cause = "the session has ended".into();
             Failure::Stalled { idle_ms: 0, cause, process: None, report: String::new() }
@@ -592,7 +597,11 @@ impl Session {
                 },
                 recv(peers) -> said => inbox.hear(said.map_err(|_| ended())?),
                 recv(running.failures()) -> failure => return Err(failure.unwrap_or_else(|_| ended())),
-                recv(late) -> _ => return Err(stopped()),
+                recv(late) -> _ => {
+                    let process = inbox.giver(wanted).unwrap_or(self.hosting.process);
+                    let seconds = limit.unwrap_or_default().as_secs();
+                    return Err(Failure::Peer { process, cause: PeerError::Late { seconds } });
+                }
             }
         }
         running.host_waits_for(None);
@@ -647,7 +656,7 @@ impl Session {
         self.say([0; 2]);
         let wanted: Vec<_> = self.ports.words_wanted().collect();
         // Whoever does not come in time, or has left, needs nothing.
-        let _ = self.receive_until(&wanted, after(QUIESCE_TIMEOUT));
+        let _ = self.receive_within(&wanted, Some(QUIESCE_TIMEOUT));
         Ok(())
     }
 }

@@ -82,7 +82,8 @@ pub(crate) fn save(
     let id = SaveId { epoch: settings.member.epoch, step: snapshot.step, attempt: attempt.number };
     let result = agreed(store, snapshot, settings, id, attempt, agree);
     let is_first = settings.member.process == 0;
-    let prune = || attempt.check_lock().and_then(|()| store.prune(settings.keep, settings.keep_every)).err();
+    let prune =
+        || attempt.check_lock().and_then(|()| store.prune(snapshot.step, settings.keep, settings.keep_every)).err();
     let prune = if is_first && result.is_ok() { prune() } else { None };
     let seconds = begin.elapsed().as_secs_f64();
     SaveReport { step: snapshot.step, result, bytes: snapshot.bytes(), seconds, prune }

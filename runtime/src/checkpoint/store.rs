@@ -386,21 +386,22 @@ impl Store {
         self.operations.run(&self.manifest_name(step), Doing::Write, rename)
     }
 
-    /// Deletes all but the newest `keep` good checkpoints (at least one) and those of steps that are multiples of `keep_every`,
-    /// and what attempts before the newest of them left behind. Only one process may do this, and only between saves.
+    /// Of the checkpoints of steps up to `newest`, deletes all but the newest `keep` good ones (at least one) and those of steps
+    /// that are multiples of `keep_every`, and what attempts before the newest of them left behind. Only one process may do
+    /// this, when `newest` is committed: others may have begun to save a later step, also one that has a damaged checkpoint.
     ///
     /// # Errors
     /// When the store cannot do it; what was not deleted is found again by the next call.
-    pub fn prune(&self, keep: usize, keep_every: Option<u64>) -> Result<(), CheckpointError> {
+    pub fn prune(&self, newest: u64, keep: usize, keep_every: Option<u64>) -> Result<(), CheckpointError> {
         let (keep, mut kept) = (keep.max(1), 0);
-        for step in self.begun()?.into_iter().rev() {
+        for step in self.begun()?.into_iter().rev().skip_while(|step| *step > newest) {
             match self.read(step) {
                 Ok(reader) if kept < keep || keep_every.is_some_and(|every| step.is_multiple_of(every)) => {
                     kept += 1;
                     self.delete_other_attempts(&reader)?;
                 }
                 Ok(_) => self.delete(step, "", true)?,
-                // Older than what is good, it is of no use; newer, it may be an attempt that goes on, or worth a look.
+                // Older than what is good, it is of no use.
                 Err(CheckpointError::Absent { .. }) if kept > 0 => self.delete(step, "", true)?,
                 Err(error) if error.is_damage() && kept >= keep => self.delete(step, "", true)?,
                 Err(CheckpointError::Absent { .. }) => {}

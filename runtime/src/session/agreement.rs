@@ -152,7 +152,7 @@ impl Session {
     /// Compares what all were given for the step, and gives the largest request. A difference calls the update off.
     pub(super) fn agree_on_step(&mut self) -> Result<u64, SessionError> {
         let ports = self.ports.clone();
-        let said = self.numbers(&ports.steps)?;
+        let said = self.numbers(&ports.steps, None)?;
         if let Some(difference) = self.difference_in_step(&said) {
             self.decide(f32::NAN)?;
             return Err(difference.into());
@@ -211,7 +211,7 @@ impl Session {
         };
         let ports = self.ports.clone();
         self.give_numbers(ports.loads[self.hosting.process as usize], &numbers);
-        let said = self.numbers(&ports.loads)?;
+        let said = self.numbers_between_steps(&ports.loads)?;
         let mine = mine?;
         if let Some(rank) = said.iter().position(|numbers| numbers.first() != Some(&1)) {
             let why = format!("{source}: rank {rank} cannot load it; see its log");

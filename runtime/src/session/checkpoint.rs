@@ -14,10 +14,11 @@ use shardflow_actors::remote::HostPiece;
 use shardflow_kernels::tensor::{HostTensor, element_count};
 
 use super::agreement::{Loading, digest_of};
-use super::{Session, SessionError, resident_parts};
+use super::{BETWEEN_STEPS, Session, SessionError, resident_parts};
 pub use crate::checkpoint::error::CheckpointError;
 use crate::checkpoint::manifest::Kind;
 use crate::checkpoint::shard::{Entry, SEED, STEPS, UPDATES, declared_of, header, metadata};
+use crate::cluster::world::WAITING;
 use crate::declare::{Difference, Values};
 use crate::graph::builder::STATE_PREFIX;
 use crate::graph::optimizer::Bounds;
@@ -65,7 +66,9 @@ impl Session {
             }
             wanted.push((port, 1));
         }
-        self.receive(&wanted)?;
+        self.doing(WAITING);
+        self.receive(&wanted, Some(self.wait_max))?;
+        self.doing(BETWEEN_STEPS);
         let mut inbox = self.lock_inbox();
         Ok(wanted.into_iter().flat_map(|(port, count)| inbox.take(port, count)).flatten().collect())
     }

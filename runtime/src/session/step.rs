@@ -90,7 +90,7 @@ impl Session {
         let (ports, micro_batches) = (self.ports.clone(), self.plan.micro_batches);
         let wanted: Vec<_> =
             ports.fetches.iter().map(|((_, rate), port)| (*port, rate.per_step(micro_batches))).collect();
-        self.receive(&wanted).map_err(|failure| self.fail(failure))?;
+        self.receive(&wanted, None).map_err(|failure| self.fail(failure))?;
         let mut inbox = self.lock_inbox();
         let brought = ports.fetches.iter().zip(&wanted);
         Ok(brought.map(|((key, port), (_, count))| (*key, inbox.take(*port, *count))).collect())
