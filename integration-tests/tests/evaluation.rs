@@ -13,6 +13,11 @@ const EVALUATION: Option<Mode> = Some(Mode::Evaluation);
 
 /// Where `x [4, 6, 8]` goes through dropout twice, and once on its way out.
 fn forward(mesh: &str, p: Option<f32>) -> Graph {
+    forward_to(mesh, p).0
+}
+
+/// With the tensor that leaves the last dropout.
+fn forward_to(mesh: &str, p: Option<f32>) -> (Graph, Var) {
     let mut g = Graph::new(&Mesh::parse(mesh).expect("a mesh"));
     let staged = g.mesh().axis("stage").is_ok();
     let place = |g: &mut Graph, stage| {
@@ -32,7 +37,7 @@ fn forward(mesh: &str, p: Option<f32>) -> Graph {
     let y = nn::linear(&mut g, "down", h, 8, Parallel::Replicated);
     g.output("y", y);
     g.output("h", h);
-    g
+    (g, h)
 }
 
 fn step(plan: Plan) -> StepReport {
@@ -121,6 +126,34 @@ fn evaluation_of_a_training_program_trains_nothing() {
             assert!(bits(&session.parameters().expect("parameters")) == bits(&before), "{mesh}: something was trained");
             let bytes = |session: &Session| session.plan().memory.iter().map(|m| m.total_bytes()).sum::<usize>();
             assert!(bytes(&session) < bytes(&training), "{mesh}: memory for a training");
+        }
+    });
+}
+
+/// One program for both: a copy of it trains, and a copy of it that got an output more evaluates, whatever the copies' tensors
+/// are numbered.
+#[test]
+fn copies_of_a_program_evaluate() {
+    within(60, || {
+        for (mesh, micro_batches) in [(ONE, 1), ("data=2", 2), ("data=2,stage=2", 2)] {
+            for precision in [Precision::F32, Precision::BF16] {
+                let evaluated = |g: Graph| {
+                    let options = CompileOptions { precision, ..options(micro_batches, EVALUATION) };
+                    step(compile(g, &options).unwrap_or_else(|e| panic!("{mesh}: {e}"))).outputs
+                };
+                let extended = |p| {
+                    let (g, h) = forward_to(mesh, p);
+                    let mut g = g.clone();
+                    let z = nn::linear(&mut g, "more", h, 5, Parallel::Replicated);
+                    let z = g.gelu(z);
+                    g.output("z", z);
+                    g
+                };
+                let want = evaluated(extended(None));
+                let g = extended(Some(0.5));
+                assert!(bits(&evaluated(g.clone())) == bits(&want), "{mesh}: of a copy");
+                assert!(bits(&evaluated(g)) == bits(&want), "{mesh}: of an extended copy");
+            }
         }
     });
 }

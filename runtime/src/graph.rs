@@ -99,11 +99,6 @@ impl Var {
     pub(crate) fn index(self) -> usize {
         self.index as usize
     }
-
-    /// The same tensor in a graph that was rebuilt and numbers it `index`.
-    pub(crate) fn renumbered(self, index: usize) -> Self {
-        Self { index: index as u32, ..self }
-    }
 }
 
 impl NodeId {
@@ -428,6 +423,12 @@ impl Graph {
         self.tensors.push(info);
         self.vars.push(var);
         var
+    }
+
+    /// Takes all tensors out of a graph that is rebuilt; [`Graph::new_tensor`] numbers those that stay.
+    pub(crate) fn take_tensors(&mut self) -> Vec<TensorInfo> {
+        self.vars.clear();
+        std::mem::take(&mut self.tensors)
     }
 
     /// All that is wrong with the program so far.

@@ -40,7 +40,7 @@ fn is_dropout(node: &Node) -> bool {
 
 /// Rebuilds the graph without dropout and its random numbers; what read its output reads its input.
 fn remove_dropout(graph: &mut Graph) {
-    let (nodes, tensors) = (std::mem::take(&mut graph.nodes), std::mem::take(&mut graph.tensors));
+    let (nodes, tensors) = (std::mem::take(&mut graph.nodes), graph.take_tensors());
     // What stands for each tensor now; the random numbers have no reader left.
     let mut now: BTreeMap<Var, Var> = BTreeMap::new();
     for mut node in nodes {
@@ -54,8 +54,7 @@ fn remove_dropout(graph: &mut Graph) {
         node.inputs.iter_mut().for_each(|input| *input = now[input]);
         let producer = NodeId(graph.nodes.len() as u32);
         for output in &mut node.outputs {
-            let made = output.renumbered(graph.tensors.len());
-            graph.tensors.push(TensorInfo { producer, ..tensors[output.index()].clone() });
+            let made = graph.new_tensor(TensorInfo { producer, ..tensors[output.index()].clone() }, node.location);
             now.insert(*output, made);
             *output = made;
         }
