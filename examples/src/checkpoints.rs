@@ -167,14 +167,17 @@ impl Checkpoints {
             ..SaverOptions::default()
         };
         let saver = session.saver(&store, options).map_err(place_error)?;
+        // Of any model, and damaged or not.
+        if args.resume == ResumeArg::Never
+            && let Some(step) = store.steps().map_err(|e| place_error(e.into()))?.pop()
+        {
+            return Err(CheckpointsError::Present { place: store.place().into(), step });
+        }
         let found = restore(&store, session, speaks)?;
         match (args.resume, &found) {
             (ResumeArg::Required, None) => {
                 let absent = CheckpointError::Absent { place: store.place().into(), step: None };
                 return Err(CheckpointsError::Load(Box::new(absent.into())));
-            }
-            (ResumeArg::Never, Some((step, _))) => {
-                return Err(CheckpointsError::Present { place: store.place().into(), step: *step });
             }
             (_, None) if speaks => note(format!("no checkpoint in {}: starts anew", store.place())),
             _ => {}

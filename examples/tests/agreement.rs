@@ -93,6 +93,9 @@ fn ranks_with_other_values_end_together_and_name_the_value() {
         ("--dropout 0.5", "", "differ in their dropout: 0 and 0.5;"),
         ("--clip 1", "", "differ in their clip: none and 1;"),
         ("--steps 4", "", "differ in their steps: 3 and 4;"),
+        ("--micro-batches 2", "", "differ in their micro-batches: 1 and 2;"),
+        ("--schedule gpipe", "", "differ in their schedule: onefoneb and gpipe;"),
+        ("--sample 5", "", "differ in their sample: not given and given;"),
         ("--checkpoint ck", "", "differ in their checkpoint: not given and given;"),
         ("--save model", "", "differ in their save: not given and given;"),
         ("", "SHARDFLOW_TRANSPORT=tcp", "differ in their transport: Auto and Tcp; set SHARDFLOW_TRANSPORT alike"),
@@ -217,9 +220,13 @@ fn whether_a_training_resumes_can_be_required_or_excluded() {
     let (code, text) = gpt(&folder, "--steps 2 --resume never --checkpoint ck");
     assert_eq!(code, Some(0), "{text}");
     let before = files(&folder, "ck");
-    let (code, text) = gpt(&folder, "--steps 4 --resume never --checkpoint ck");
-    assert_eq!(code, Some(2), "{text}");
-    assert!(text.contains("--resume never, but ck has a checkpoint of step 2"), "{text}");
+    write_texts(&folder);
+    for other in ["", "--heads 1", "--data other"] {
+        let (code, text) = gpt(&folder, &format!("--steps 4 --resume never --checkpoint ck {other}"));
+        assert_eq!(code, Some(2), "{other}: {text}");
+        assert!(text.contains("--resume never, but ck has a checkpoint of step 2"), "{other}: {text}");
+        assert!(!text.contains("going on"), "{other}: {text}");
+    }
     assert!(files(&folder, "ck") == before, "files have changed");
     let (code, text) = gpt(&folder, "--steps 4 --resume required --checkpoint ck");
     assert!(code == Some(0) && text.contains("going on from step 2"), "{text}");

@@ -14,8 +14,8 @@
 use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::ErrorKind;
 use std::os::unix::fs::FileExt;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use crossbeam_channel::{RecvTimeoutError, Sender, bounded};
@@ -47,6 +47,8 @@ struct Holder {
     host: String,
     boot: String,
     pid: u32,
+    /// Unix time in nanoseconds of the process's first lock: processes of two containers may have one number.
+    process_ns: u64,
     /// The job's name, where it has one.
     job: Option<String>,
     epoch: u64,
@@ -59,9 +61,11 @@ impl Holder {
     fn of_this_process(job: Option<String>, epoch: u64) -> Self {
         let read = |name: &str| fs::read_to_string(format!("/proc/sys/kernel/{name}")).unwrap_or_default();
         let [host, boot] = ["hostname", "random/boot_id"].map(|name| read(name).trim().chars().take(256).collect());
-        let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        static FIRST_NS: OnceLock<u64> = OnceLock::new();
+        let since_ns = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_nanos() as u64;
+        let (pid, process_ns) = (std::process::id(), *FIRST_NS.get_or_init(|| since_ns));
         let job = job.map(|job| job.chars().take(256).collect());
-        Self { host, boot, pid: std::process::id(), job, epoch, since_ns: since.as_nanos() as u64, renewals: 0 }
+        Self { host, boot, pid, process_ns, job, epoch, since_ns, renewals: 0 }
     }
 
     fn encode(&self) -> Vec<u8> {
@@ -77,7 +81,7 @@ impl Holder {
     /// LK-3.
     fn supersedes(&self, other: &Self) -> bool {
         let later = self.job.is_some() && self.job == other.job && self.epoch > other.epoch;
-        later || (self.is_on_host_of(other) && self.pid == other.pid)
+        later || (self.is_on_host_of(other) && (self.pid, self.process_ns) == (other.pid, other.process_ns))
     }
 }
 

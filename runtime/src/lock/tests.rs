@@ -38,7 +38,8 @@ impl Clock for TestClock {
 
 fn holder(pid: u32, job: &str, epoch: u64) -> Holder {
     let since_ns = 1_700_000_000 * 1_000_000_000 + u64::from(pid);
-    Holder { host: format!("host-{pid}"), boot: "b".into(), pid, job: Some(job.into()), epoch, since_ns, renewals: 0 }
+    let (host, boot, process_ns) = (format!("host-{pid}"), "b".into(), since_ns);
+    Holder { host, boot, pid, process_ns, job: Some(job.into()), epoch, since_ns, renewals: 0 }
 }
 
 fn on_disk() -> (tempfile::TempDir, Store) {
@@ -139,6 +140,16 @@ fn a_later_saver_of_the_same_process_takes_over() {
     let second = Lock::take(&store, None, 0).unwrap();
     assert!(first.check().is_err());
     second.check().unwrap();
+}
+
+/// Containers of one host may share its name, and the first process of each is 1.
+#[test]
+fn a_process_of_another_container_is_another_process() {
+    let (_folder, store) = on_disk();
+    let first = Lock::take_as(&store, holder(1, "a", 0)).unwrap();
+    let other = Holder { process_ns: 7, ..holder(1, "a", 0) };
+    assert!(matches!(Lock::take_as(&store, other), Err(CheckpointError::Held { .. })));
+    first.check().unwrap();
 }
 
 #[test]
