@@ -16,7 +16,7 @@ use shardflow::nn::{self, GptConfig};
 use shardflow::passes::compile;
 use shardflow::placement::Mesh;
 use shardflow::plan::Schedule::OneFOneB;
-use shardflow::prelude::{Declarations, OnResume};
+use shardflow::prelude::{DType, Declarations, Layout, OnResume};
 use shardflow::session::{Session, SessionError, SessionOptions};
 use shardflow_integration_tests::training::{LEARNING_RATE, Model, ONE, Scratch, bits, options, vocabulary, within};
 use shardflow_kernels::tensor::{HostData, HostTensor};
@@ -173,6 +173,53 @@ fn elements_that_several_ranks_feed_are_compared_in_each_step() {
                         assert_eq!(next, expected_losses[0], "{mesh}: the first step, done again");
                     }
                     (Err(error), None) => panic!("{mesh}: {error}"),
+                }
+            }
+        }
+    });
+}
+
+/// Two stages that are fed one input, the first by halves: each rank's elements of it are compared with the others'.
+#[test]
+fn an_input_of_several_placements_is_one_tensor() {
+    within(SECONDS, || {
+        let plan = |mesh: &str| {
+            let mut g = Graph::new(&Mesh::parse(mesh).expect("a mesh"));
+            g.place_at("stage", 0);
+            let x = g.input("x", &[4, 3], DType::F32, Layout::split("data", 0));
+            let doubled = g.scale(x, 2.0);
+            g.place_at("stage", 1);
+            let x = g.input("x", &[4, 3], DType::F32, Layout::broadcast());
+            let sum = g.add(doubled, x);
+            g.output("sum", sum);
+            compile(g, &options(MICRO_BATCHES, OneFOneB)).expect("a plan")
+        };
+        let x = |changed: Option<usize>| {
+            let value = |element: usize| if changed == Some(element / 3) { -1.0 } else { element as f32 };
+            HostTensor::f32(&[4, 3], (0..12).map(value).collect())
+        };
+        // Rank 0 and rank 2 are fed the first and the second row of each micro-batch on the first stage.
+        for (mesh, processes, changing, row, differ) in [
+            ("data=1,stage=2", 2, 1, 2, true),
+            ("data=2,stage=2", 4, 2, 3, true),
+            ("data=2,stage=2", 4, 2, 2, false),
+            ("data=2,stage=2", 4, 0, 3, false),
+        ] {
+            let name = format!("placements-{processes}-{changing}-{row}");
+            let sums = together(&name, processes, |rank, cluster| {
+                let mut session = Session::start(plan(mesh), &among(cluster)).unwrap_or_else(|e| panic!("{mesh}: {e}"));
+                let first = session.step(&[("x", x((rank == changing).then_some(row)))], 0.0);
+                let first = if differ { Err(disagreement(first)) } else { Ok(first.expect("a step")) };
+                let next = session.step(&[("x", x(None))], 0.0).expect("a step");
+                session.shutdown().expect("nothing has failed");
+                first.map(|report| report.outputs["sum"] == next.outputs["sum"])
+            });
+            for sum in sums {
+                match sum {
+                    Err(error) => {
+                        assert!(error.starts_with("step 1: the ranks differ in input x: "), "{name}: {error}")
+                    }
+                    Ok(same) => assert!(same, "{name}: another sum"),
                 }
             }
         }

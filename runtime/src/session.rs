@@ -365,6 +365,10 @@ impl Session {
         };
         let plan = Arc::new(plan);
         let step_tokens = tokens::in_a_step(&plan);
+        let fetches = fetches(&plan);
+        // A channel that nothing is left to send on counts as closed.
+        let has_fetches = fetches.keys().any(|(device, _)| hosting.own().contains(device));
+        let fetched = if has_fetches { fetched } else { never() };
         let tells = options.tells_metrics;
         let step_metrics = StepMetrics::new(&plan, &hosting, step_tokens, options);
         if tells {
@@ -379,7 +383,7 @@ impl Session {
             declared: options.declared.clone(),
             ignoring: options.ignoring.clone(),
             gates: gates(&plan, &own),
-            fetches: fetches(&plan),
+            fetches,
             plan,
             hosting,
             here,

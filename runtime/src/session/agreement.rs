@@ -6,6 +6,8 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use shardflow_kernels::tensor::Region;
+
 use super::hosting::Hosting;
 use super::step::Inputs;
 use super::{Session, SessionError};
@@ -15,6 +17,7 @@ use crate::graph::builder::RNG_INPUT;
 use crate::graph::{NodeOp, Var};
 use crate::plan::memory::local_part;
 use crate::plan::{ActionKey, Plan};
+use crate::sbp::region::contains;
 
 /// Different values that an error lists.
 const VALUES_MAX: usize = 4;
@@ -61,35 +64,58 @@ fn list(values: &[(u32, String)]) -> String {
 pub struct SharedInput {
     var: Var,
     processes: BTreeSet<u32>,
-    /// Devices of this process: one for each different part, in the order of the parts.
-    devices: Vec<usize>,
+    /// What all of them feed, of one micro-batch.
+    regions: Vec<Region>,
 }
 
-/// What several processes of a plan feed: the same list on all, but for the devices. Two devices' parts of an input are equal or
-/// disjoint.
+/// What several processes of a plan feed: the same list on all. Inputs of one name are one tensor of the host's, which several
+/// placements may be fed, each by its own layout.
 pub fn shared_inputs(plan: &Plan, hosting: &Hosting) -> Vec<SharedInput> {
-    // By input and part: the devices that are fed.
-    let mut fed: BTreeMap<(Var, Vec<usize>, Vec<usize>), Vec<usize>> = BTreeMap::new();
+    // By name: one of the inputs, and who feeds which region.
+    let mut fed: BTreeMap<&str, (Var, BTreeMap<(Vec<usize>, Vec<usize>), BTreeSet<u32>>)> = BTreeMap::new();
     for (actor, actions) in plan.spec.actors.iter().zip(&plan.actions) {
         for action in actions {
             let (ActionKey::Feed(_), Some(host)) = (action.key, &action.host) else { continue };
-            for var in host.vars.iter().filter(|var| plan.graph.producer(**var).name != RNG_INPUT) {
-                let region = local_part(&plan.graph, *var, actor.device);
-                if !region.is_empty() {
-                    fed.entry((*var, region.start, region.size)).or_default().push(actor.device);
+            for var in &host.vars {
+                let (name, region) = (&plan.graph.producer(*var).name, local_part(&plan.graph, *var, actor.device));
+                if name != RNG_INPUT && !region.is_empty() {
+                    let (_, regions) = fed.entry(name).or_insert((*var, BTreeMap::new()));
+                    regions.entry((region.start, region.size)).or_default().insert(hosting.process_of(actor.device));
                 }
             }
         }
     }
-    let mut shared: BTreeMap<(Var, BTreeSet<u32>), Vec<usize>> = BTreeMap::new();
-    for ((var, ..), devices) in fed {
-        let processes: BTreeSet<u32> = devices.iter().map(|device| hosting.process_of(*device)).collect();
-        if processes.len() > 1 {
-            let own = devices.into_iter().find(|device| hosting.own().contains(device));
-            shared.entry((var, processes)).or_default().extend(own);
+    let mut shared: BTreeMap<(Var, BTreeSet<u32>), Vec<Region>> = BTreeMap::new();
+    for (var, regions) in fed.into_values() {
+        let regions: Vec<(Region, BTreeSet<u32>)> =
+            regions.into_iter().map(|((start, size), processes)| (Region { start, size }, processes)).collect();
+        for cell in cells(regions.iter().map(|(region, _)| region)) {
+            let feeding = regions.iter().filter(|(region, _)| contains(region, &cell));
+            let processes: BTreeSet<u32> = feeding.flat_map(|(_, processes)| processes).copied().collect();
+            if processes.len() > 1 {
+                shared.entry((var, processes)).or_default().push(cell);
+            }
         }
     }
-    shared.into_iter().map(|((var, processes), devices)| SharedInput { var, processes, devices }).collect()
+    shared.into_iter().map(|((var, processes), regions)| SharedInput { var, processes, regions }).collect()
+}
+
+/// The boxes that the borders of all regions cut a tensor into.
+fn cells<'a>(regions: impl Iterator<Item = &'a Region> + Clone) -> Vec<Region> {
+    let mut cells = vec![Region::whole(&[])];
+    for dim in 0..regions.clone().next().map_or(0, |region| region.size.len()) {
+        let borders = regions.clone().flat_map(|region| [region.start[dim], region.start[dim] + region.size[dim]]);
+        let borders: Vec<usize> = borders.collect::<BTreeSet<_>>().into_iter().collect();
+        let extended = |cell: &Region, border: &[usize]| {
+            let mut cell = cell.clone();
+            cell.start.push(border[0]);
+            cell.size.push(border[1] - border[0]);
+            cell
+        };
+        let along = |cell| borders.windows(2).map(move |border| extended(cell, border)).collect::<Vec<_>>();
+        cells = cells.iter().flat_map(along).collect();
+    }
+    cells
 }
 
 /// How many numbers a process says in a step.
@@ -140,8 +166,8 @@ impl Session {
             let mut hasher = blake3::Hasher::new();
             let firings = self.plan.graph.tensor(input.var).rate.per_step(self.plan.micro_batches);
             for micro_batch in 0..firings {
-                for device in &input.devices {
-                    hasher.update(self.part(input.var, *device, micro_batch, inputs).as_bytes());
+                for region in &input.regions {
+                    hasher.update(self.region(input.var, region.clone(), micro_batch, inputs).as_bytes());
                 }
             }
             numbers.push(digest(&hasher));

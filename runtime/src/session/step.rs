@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use shardflow_kernels::collective::ReduceOp;
 use shardflow_kernels::error::KernelError;
 use shardflow_kernels::op::norm_of_squares;
-use shardflow_kernels::tensor::{HostTensor, element_count};
+use shardflow_kernels::tensor::{HostTensor, Region, element_count};
 
 use super::load::FeedPort;
 use super::{Session, SessionError, StepReport, tokens};
@@ -163,24 +163,25 @@ impl Session {
     }
 
     /// A device's part of an input for one micro-batch.
-    pub(super) fn part(&self, var: Var, device: usize, micro_batch: usize, inputs: &Inputs<'_>) -> HostTensor {
+    fn part(&self, var: Var, device: usize, micro_batch: usize, inputs: &Inputs<'_>) -> HostTensor {
         let graph = &self.plan.graph;
-        let name = graph.producer(var).name.as_str();
-        let info = graph.tensor(var);
-        match name {
+        match graph.producer(var).name.as_str() {
             RNG_INPUT => {
                 // The session's seed moves the counter, so that seeds give different masks and meshes the same.
                 let step = (init::mix(self.seed) as i32).wrapping_add(self.steps as i32);
                 HostTensor::i32(&[2], vec![step, micro_batch as i32])
             }
-            _ => {
-                let mut region = local_part(graph, var, device);
-                if let Some(dim) = batch_dim(info).filter(|dim| *dim < info.shape.len()) {
-                    region.start[dim] += micro_batch * info.shape[dim];
-                }
-                take_box(inputs[name], &region)
-            }
+            _ => self.region(var, local_part(graph, var, device), micro_batch, inputs),
         }
+    }
+
+    /// A region of an input, counted from the start of the micro-batch.
+    pub(super) fn region(&self, var: Var, mut region: Region, micro_batch: usize, inputs: &Inputs<'_>) -> HostTensor {
+        let info = self.plan.graph.tensor(var);
+        if let Some(dim) = batch_dim(info).filter(|dim| *dim < info.shape.len()) {
+            region.start[dim] += micro_batch * info.shape[dim];
+        }
+        take_box(inputs[self.plan.graph.producer(var).name.as_str()], &region)
     }
 
     /// Puts the devices' parts together.
