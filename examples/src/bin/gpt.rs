@@ -18,7 +18,7 @@ use shardflow_examples::args::{
 };
 use shardflow_examples::checkpoints::{self, Checkpoints, CheckpointsError};
 use shardflow_examples::data::{DataError, Text};
-use shardflow_examples::files::{PlaceError, check_room, check_writable};
+use shardflow_examples::files::{self, PlaceError, check_appendable, check_room, check_writable};
 use shardflow_examples::log::{DeviceMemory, JsonLog, LogError, Progress, StepRecord, Totals, note, say};
 use shardflow_examples::sample::Sampler;
 
@@ -93,6 +93,7 @@ fn run(args: &GptArgs, requests: &Arc<Requests>) -> Result<(), GptError> {
     if let Some(path) = args.save.as_deref().filter(|_| speaks) {
         check_writable(path)?;
     }
+    args.log_json.as_deref().filter(|_| speaks).map_or(Ok(()), check_appendable)?;
     let trace_path = args.trace.as_deref().map(|path| trace_path(path, &cluster));
     trace_path.as_deref().map_or(Ok(()), check_writable)?;
     if speaks {
@@ -531,12 +532,10 @@ impl GptError {
             Self::Args(error) => error.hint(),
             Self::Data(error) => error.hint().into(),
             Self::Watch(_) | Self::Port { .. } => "give an address of this machine, and ports that are free".into(),
-            Self::Place(error) if error.cause.kind() == std::io::ErrorKind::StorageFull => {
-                "free space there, or give a file in another folder".into()
-            }
-            Self::Place(_) | Self::Log(_) | Self::Trace(_) | Self::Session(SessionError::PlanFile { .. }) => {
-                "give a file in a folder that exists and may be written to".into()
-            }
+            Self::Place(PlaceError { cause, .. })
+            | Self::Log(LogError { cause, .. })
+            | Self::Trace(TraceError { source: cause, .. })
+            | Self::Session(SessionError::PlanFile { source: cause, .. }) => files::hint(cause.kind()).into(),
             Self::Mesh(_) | Self::Compile(CompileError::Devices { .. }) => {
                 "a mesh has as many devices as its sizes multiply to".into()
             }
@@ -579,11 +578,11 @@ impl GptError {
             Self::Session(SessionError::NonFinite(_)) => {
                 "try a lower --lr, or --clip 1; --on-non-finite says what else to do".into()
             }
-            Self::Cluster(error) | Self::Session(SessionError::Cluster(error)) if error.exit() == Exit::Refused => {
-                String::new()
-            }
-            Self::Cluster(_) | Self::Session(SessionError::Cluster(_)) => {
-                "see that all ranks are started, with the same program and flags, and can reach rank 0".into()
+            Self::Cluster(error) | Self::Session(SessionError::Cluster(error)) => {
+                // Other causes are part of the error.
+                let is_missing = error.exit() == Exit::PeerUnavailable;
+                let hint = "see that all ranks are started, with the same program and flags, and can reach rank 0";
+                if is_missing { hint.into() } else { String::new() }
             }
             // The error names the value.
             Self::Session(SessionError::Declared(_) | SessionError::Disagreement(_)) => String::new(),

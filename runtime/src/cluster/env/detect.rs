@@ -54,7 +54,7 @@ fn marks(source: Source) -> &'static [&'static str] {
         Source::Torchrun => &["RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"],
         Source::OpenMpi => &["OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"],
         Source::Slurm => &["SLURM_STEP_ID"],
-        Source::Mpich => &["PMI_RANK", "PMI_SIZE"],
+        Source::Mpich => &["PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"],
         Source::Kubernetes => &["JOB_COMPLETION_INDEX"],
     }
 }
