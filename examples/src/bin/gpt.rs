@@ -587,11 +587,50 @@ impl GptError {
             // The error names the value.
             Self::Session(SessionError::Declared(_) | SessionError::Disagreement(_)) => String::new(),
             Self::Session(SessionError::Failed(failure)) if failure.is_of_a_peer() => {
-                "see the log of that rank; started again, the run goes on from its last checkpoint".into()
+                "see the log of that rank; with --checkpoint DIR the same command goes on from the last checkpoint"
+                    .into()
             }
+            Self::Session(
+                error @ (SessionError::Failed(_) | SessionError::Kernel(_) | SessionError::Checkpoint(_)),
+            ) if error.exit() != Exit::Internal => String::new(),
             Self::Compile(CompileError::Plan(_)) | Self::Session(_) => {
                 "this is a fault of the program: please report it with the command and this text".into()
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use shardflow::cluster::rendezvous::{RendezvousError, Verdict};
+    use shardflow::exit::Report;
+
+    use super::*;
+
+    fn hint_of(error: impl Into<SessionError>) -> String {
+        GptError::Session(error.into()).hint()
+    }
+
+    /// What another rank reports is not answered with "start all ranks".
+    #[test]
+    fn hints_fit_the_cause() {
+        let ended = |exit| {
+            let report = Report { rank: 1, exit, cause: "--lr must be finite".into(), ..Report::default() };
+            ClusterError::Rendezvous(RendezvousError::Refused(Verdict::Failed(report)))
+        };
+        assert_eq!([2, 65, 76, 78].map(|exit| hint_of(ended(exit))), [""; 4]);
+        assert!(hint_of(ended(69)).contains("can reach rank 0"));
+        let kernel = |cause| hint_of(SessionError::Kernel(cause));
+        assert_eq!(
+            kernel(KernelError::Data { op: "embedding".into(), what: "token 7 of 5".into() }),
+            "",
+            "no fault of the program"
+        );
+        let file = |kind: std::io::ErrorKind| {
+            let cause = kind.into();
+            GptError::Log(LogError { path: "log".into(), cause }).hint()
+        };
+        assert!(file(std::io::ErrorKind::StorageFull).contains("free space"));
+        assert!(file(std::io::ErrorKind::PermissionDenied).contains("immutable"));
     }
 }
