@@ -164,7 +164,7 @@ fn plans_that_are_refused() {
             ("--mesh data=65", "needs 65 devices, but there are 64", "mesh"),
             ("--memory-mib 1 --width 64", "does not fit: a device has 1048576 bytes", "device 0: "),
             // 13 TB at least.
-            ("--width 262144", "does not fit", "--memory-mib"),
+            ("--width 262144 --memory-mib 4096", "does not fit", "--memory-mib"),
         ],
     );
 }
