@@ -569,8 +569,7 @@ impl GptError {
             Self::Ended { saved: Saved::Nothing, .. } => {
                 "the same command starts anew; with --checkpoint DIR a training is saved before it ends".into()
             }
-            Self::Ended { saved: Saved::All, .. } => String::new(),
-            Self::Signals(_) => String::new(),
+            Self::Ended { saved: Saved::All, .. } | Self::Signals(_) => String::new(),
             // What to do is a part of it.
             Self::Device(_) | Self::Session(SessionError::Kernel(KernelError::Unavailable { .. })) => {
                 "`shardflow doctor` tells what is here".into()
@@ -578,13 +577,13 @@ impl GptError {
             Self::Session(SessionError::NonFinite(_)) => {
                 "try a lower --lr, or --clip 1; --on-non-finite says what else to do".into()
             }
-            Self::Cluster(error) | Self::Session(SessionError::Cluster(error)) => {
-                // Other causes are part of the error.
-                let is_missing = error.exit() == Exit::PeerUnavailable;
-                let hint = "see that all ranks are started, with the same program and flags, and can reach rank 0";
-                if is_missing { hint.into() } else { String::new() }
+            Self::Cluster(error) | Self::Session(SessionError::Cluster(error))
+                if error.exit() == Exit::PeerUnavailable =>
+            {
+                "see that all ranks are started, with the same program and flags, and can reach rank 0".into()
             }
-            // The error names the value.
+            // The error names the cause.
+            Self::Cluster(_) | Self::Session(SessionError::Cluster(_)) => String::new(),
             Self::Session(SessionError::Declared(_) | SessionError::Disagreement(_)) => String::new(),
             Self::Session(SessionError::Failed(failure)) if failure.is_of_a_peer() => {
                 "see the log of that rank; with --checkpoint DIR the same command goes on from the last checkpoint"
