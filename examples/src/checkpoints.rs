@@ -1,5 +1,5 @@
 //! The checkpoints of a training: go on from the newest, save in the background, tell how it went. Imports `shardflow` and
-//! `args`, `log`.
+//! `args`, `files`, `log`.
 
 use std::time::Duration;
 
@@ -8,6 +8,7 @@ use shardflow::exit;
 use shardflow::prelude::*;
 
 use crate::args::{GptArgs, ResumeArg};
+use crate::files;
 use crate::log::note;
 
 /// Key of the cursor: samples consumed before the checkpoint, those of batches that were passed over included.
@@ -118,17 +119,15 @@ impl CheckpointsError {
 
 /// What can be done about a store or a file that cannot be written.
 pub fn hint(error: &CheckpointError) -> &'static str {
-    use std::io::ErrorKind::{PermissionDenied, QuotaExceeded, ReadOnlyFilesystem, StorageFull};
     match (error, error.io_kind()) {
+        (CheckpointError::NoRoom { checkpoints: 1, .. }, _) => "free space, or give another --checkpoint",
         (CheckpointError::NoRoom { .. }, _) => {
             "free space, keep fewer by --checkpoint-keep, or give another --checkpoint"
         }
         (CheckpointError::NotShared { .. }, _) => "give a --checkpoint that all nodes share",
         (CheckpointError::Others { .. }, _) => "see the log of that rank",
         (CheckpointError::Stalled { .. }, _) => "see whether the file system, or the network to the store, works",
-        (_, Some(StorageFull | QuotaExceeded)) => "free space there, or give another place",
-        (_, Some(ReadOnlyFilesystem | PermissionDenied)) => "give a place that this user may write to",
-        _ => "",
+        (_, cause) => cause.map_or("", files::hint),
     }
 }
 
@@ -338,6 +337,14 @@ mod tests {
         ] {
             assert!(hint(&error).contains(expected), "{error}: {}", hint(&error));
         }
+        let room = |checkpoints| CheckpointError::NoRoom {
+            place: "x".into(),
+            free_bytes: 1,
+            needed_bytes: 2,
+            checkpoints,
+            bytes: 2,
+        };
+        assert!(hint(&room(2)).contains("--checkpoint-keep") && !hint(&room(1)).contains("--checkpoint-keep"));
         // Of an unknown cause there is no hint.
         assert_eq!(hint(&io(ErrorKind::Other)), "");
         let last = |newest| CheckpointsError::Last { cause: io(ErrorKind::StorageFull), newest };

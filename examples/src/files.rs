@@ -67,6 +67,38 @@ fn check_replaceable(path: &Path) -> io::Result<()> {
     Ok(())
 }
 
+/// Checks that lines can be added to a file at `path`, and leaves one that is there as it is. A pipe or a terminal is not
+/// opened: that would wait for its reader.
+///
+/// # Errors
+/// As [`check_writable`], and no room.
+pub fn check_appendable(path: &Path) -> Result<(), PlaceError> {
+    match path.metadata() {
+        Ok(there) if there.is_file() => {
+            let opened = std::fs::OpenOptions::new().append(true).open(path);
+            opened.map_err(|cause| PlaceError { path: path.into(), cause })?;
+            check_room(&path.canonicalize().unwrap_or_else(|_| path.into()), 1)
+        }
+        Ok(there) if !there.is_dir() => Ok(()),
+        _ => check_writable(path),
+    }
+}
+
+/// What the user can change so that a file can be written; nothing where the cause does not show it.
+pub fn hint(cause: io::ErrorKind) -> &'static str {
+    use io::ErrorKind as Kind;
+    match cause {
+        Kind::StorageFull | Kind::QuotaExceeded => "free space there, or give another place",
+        Kind::PermissionDenied | Kind::ReadOnlyFilesystem => {
+            "give a place that this user may write to; `lsattr` lists files and folders that are immutable"
+        }
+        Kind::NotFound | Kind::NotADirectory => "give a file in a folder that exists",
+        Kind::IsADirectory => "give a file, not a folder",
+        Kind::ResourceBusy | Kind::InvalidInput => "give another file",
+        _ => "",
+    }
+}
+
 /// Checks that a file of `bytes` bytes has room at `path`.
 ///
 /// # Errors
@@ -140,6 +172,42 @@ mod tests {
     fn is_mount_point(path: &str) -> bool {
         let mounts = std::fs::read_to_string("/proc/self/mounts").unwrap_or_default();
         mounts.lines().any(|line| line.split(' ').nth(1) == Some(path))
+    }
+
+    #[test]
+    fn lines_can_be_added() {
+        let folder = std::env::temp_dir().join(format!("shardflow-appendable-{}", std::process::id()));
+        std::fs::create_dir(&folder).unwrap();
+        let file = folder.join("log");
+        check_appendable(&file).unwrap();
+        assert!(!file.exists(), "a probe is removed");
+        std::fs::write(&file, "kept").unwrap();
+        check_appendable(&file).unwrap();
+        assert_eq!(std::fs::read_to_string(&file).unwrap(), "kept");
+        check_appendable(Path::new("/dev/null")).unwrap();
+        let kind = |path: &Path| check_appendable(path).unwrap_err().cause.kind();
+        assert_eq!(kind(&folder), io::ErrorKind::IsADirectory);
+        assert_eq!(kind(&folder.join("no/log")), io::ErrorKind::NotFound);
+        assert_eq!(kind(&file.join("log")), io::ErrorKind::NotADirectory);
+        std::fs::remove_dir_all(&folder).unwrap();
+    }
+
+    #[test]
+    fn hints_fit_the_cause() {
+        let of = |errno: Errno| hint(io::Error::from(errno).kind());
+        for (errno, expected) in [
+            (Errno::PERM, "immutable"),
+            (Errno::ACCESS, "this user may write"),
+            (Errno::ROFS, "may write to"),
+            (Errno::NOSPC, "free space"),
+            (Errno::DQUOT, "free space"),
+            (Errno::NOENT, "a folder that exists"),
+            (Errno::NOTDIR, "a folder that exists"),
+            (Errno::ISDIR, "not a folder"),
+        ] {
+            assert!(of(errno).contains(expected), "{errno}: {}", of(errno));
+        }
+        assert_eq!(of(Errno::IO), "", "nothing is known of the cause");
     }
 
     #[test]

@@ -138,12 +138,13 @@ fn flags_and_files_that_cannot_be_used() {
             ("--schedule zigzag", "'zigzag' for '--schedule", "gpipe, 1f1b"),
             ("--threads-per-device 65", "--threads-per-device must be at most 64, got 65", "--help"),
             ("--save no/such/model", "cannot write no/such/model", "a folder that exists"),
-            ("--save folder", "cannot write folder", "a folder that exists"),
+            ("--save folder", "cannot write folder", "not a folder"),
             ("--save text", "--data and --save are the same file", "--save"),
             ("--log-json ./text", "--data and --log-json are the same file", "--log-json"),
             ("--save same --log-json same", "--save and --log-json are the same file", "--log-json"),
             ("--context 18446744073709551615", "text is too short", "smaller --context"),
-            ("--log-json no/such/log", "cannot write log no/such/log", "a folder that exists"),
+            ("--log-json no/such/log", "cannot write no/such/log", "a folder that exists"),
+            ("--log-json folder", "cannot write folder", "not a folder"),
             ("--init-from missing", "--init-from missing", "gpt --save"),
             ("--init-from text", "text: not a complete safetensors file", "gpt --save"),
         ],
@@ -163,7 +164,7 @@ fn plans_that_are_refused() {
             ("--mesh data=65", "needs 65 devices, but there are 64", "mesh"),
             ("--memory-mib 1 --width 64", "does not fit: a device has 1048576 bytes", "device 0: "),
             // 13 TB at least.
-            ("--width 262144", "does not fit", "--memory-mib"),
+            ("--width 262144 --memory-mib 4096", "does not fit", "--memory-mib"),
         ],
     );
 }

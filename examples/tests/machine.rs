@@ -325,3 +325,17 @@ fn link_local_addresses_have_zones() {
         assert!(ended.iter().all(|(code, _)| *code == Some(0)), "{interface}: {ended:?}");
     }
 }
+
+/// A name or an interface that is not there may appear later; what is waited for is on the screen meanwhile.
+#[test]
+fn an_endpoint_without_an_address_is_reported() {
+    let folder = Folder::new("machine-no-address");
+    for (host, rank) in [("shardflow-no-host.invalid", "0"), ("fe80::1%no-such", "1")] {
+        let variables = [("RANK", rank), ("WORLD_SIZE", "2"), ("MASTER_ADDR", host), ("MASTER_PORT", "29400"), SECRET];
+        let mut run = start(&folder, &gpt("--mesh data=2"), &variables);
+        run.until("trying again for 300s", TIMEOUT);
+        assert!(run.text().contains("no way from here to "), "{}", run.text());
+        programs::signal(run.child.id(), "TERM");
+        assert_eq!(run.end(TIMEOUT), Some(143), "{}", run.text());
+    }
+}

@@ -201,14 +201,22 @@ pub fn launch(options: &LaunchOptions) -> Result<Exit, LaunchError> {
         }
         exit
     });
-    launched.inspect_err(|error| {
-        let (rank, exit) = (options.node.saturating_mul(options.local_processes), error.exit().code());
-        let report = Report { rank, exit, time_unix_ns: unix_ns(), cause: error.to_string(), ..Report::default() };
-        if let Some(departure) = departure.filter(|_| report.is_for_all()) {
-            notice(&format!("reporting to the other nodes: {error}"));
-            departure.report(rank..rank.saturating_add(options.local_processes), &report);
-        }
-    })
+    launched.inspect_err(|error| report(options, departure, error.exit(), error.to_string()))
+}
+
+/// Reports to the other nodes that this one starts nothing because of wrong flags, as far as `options` name the way.
+pub fn report_usage(options: &LaunchOptions, cause: String) {
+    report(options, departure(options), Exit::Usage, cause);
+}
+
+fn report(options: &LaunchOptions, departure: Option<Departure>, exit: Exit, cause: String) {
+    let rank = options.node.saturating_mul(options.local_processes);
+    let report = Report { rank, exit: exit.code(), time_unix_ns: unix_ns(), cause, ..Report::default() };
+    if let Some(departure) = departure.filter(|_| report.is_for_all()) {
+        notice(&format!("reporting to the other nodes: {}", report.cause));
+        output::stderr().flush(Some(Duration::from_millis(200)));
+        departure.report(rank..rank.saturating_add(options.local_processes), &report);
+    }
 }
 
 /// The way to the other nodes; none where flags or variables do not say enough, which is an error elsewhere.
@@ -414,6 +422,11 @@ fn check(options: &LaunchOptions) -> Result<(), LaunchError> {
 /// The file that `program` means, so that a wrong name is told once, before anything is started.
 fn find_program(options: &LaunchOptions) -> Result<PathBuf, LaunchError> {
     let program = PathBuf::from(&options.program);
+    if let Some(flag) = options.program.to_str().filter(|name| name.starts_with('-')) {
+        return Err(LaunchError::Usage {
+            what: format!("unexpected argument '{flag}'; see `shardflow launch --help`"),
+        });
+    }
     let runnable =
         |path: &PathBuf| fs::metadata(path).is_ok_and(|m| m.is_file() && m.permissions().mode() & 0o111 != 0);
     if program.components().count() == 1 && !options.program.to_string_lossy().contains('/') {

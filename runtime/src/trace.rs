@@ -57,8 +57,10 @@ pub struct TraceFile {
 #[derive(Debug, thiserror::Error)]
 #[error("cannot write the trace {path}: {source}")]
 pub struct TraceError {
-    path: PathBuf,
-    source: io::Error,
+    /// The file.
+    pub path: PathBuf,
+    /// What the system says.
+    pub source: io::Error,
 }
 
 impl TraceFile {

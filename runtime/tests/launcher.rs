@@ -238,15 +238,23 @@ fn a_report_that_nobody_takes_ends_in_time_or_by_a_signal() {
 fn a_launcher_that_cannot_start_reports_it_too() {
     let (job, port) = (Job::new(), free_port());
     let flags = |node| of_two(node, port).into_iter().chain(["--report-wait=600".into()]).collect::<Vec<_>>();
-    let launch = |node| {
+    let launch = |node, words: &[&str]| {
         let args: Vec<String> = std::iter::once("launch".into()).chain(flags(node)).collect();
-        let args: Vec<&str> = args.iter().map(String::as_str).chain(["--", "./no-such-program"]).collect();
+        let args: Vec<&str> = args.iter().map(String::as_str).chain(words.iter().copied()).collect();
         job.run_with(&[SECRET], &args)
     };
-    for running in [0, 1].map(launch) {
-        let ended = running.end();
-        assert_eq!(ended.code, 2, "{}", ended.err);
-        assert!(ended.err.contains("reporting to the other nodes: program ./no-such-program"), "{}", ended.err);
+    for (words, cause) in [
+        (&["--", "./no-such-program"][..], "program ./no-such-program"),
+        (&["--log-dir=/proc/none", "true"], "--log-dir: cannot write a log in /proc/none/"),
+        (&["--grace", "soon", "true"], "invalid value 'soon' for '--grace <SECONDS>'"),
+        (&["--grace=1", "--grace=1", "true"], "the argument '--grace <SECONDS>' cannot be used multiple times"),
+    ] {
+        for running in [0, 1].map(|node| launch(node, words)) {
+            let ended = running.end();
+            assert_eq!(ended.code, 2, "{}", ended.err);
+            let report = format!("reporting to the other nodes: {cause}");
+            assert!(ended.err.contains(&report), "{report}: {}", ended.err);
+        }
     }
 }
 
@@ -468,7 +476,8 @@ fn flags_that_cannot_be_used() {
         ("launch --rdzv-endpoint a:0 true", "port from 1"),
         ("launch --rdzv-id ../x true", "--rdzv-id ../x"),
         ("launch --grace -1 true", "grace"),
-        ("launch --no-such-flag true", "no-such-flag"),
+        ("launch --no-such-flag true", "unexpected argument '--no-such-flag'"),
+        ("launch --log-dir /proc/none true", "--log-dir: cannot write a log in /proc/none/"),
         ("launch -- no-such-program", "program no-such-program not found in PATH"),
         ("launch -- ./no-such-program a b", "program ./no-such-program not found"),
         ("launch -- /", "no file"),

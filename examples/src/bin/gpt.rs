@@ -18,7 +18,7 @@ use shardflow_examples::args::{
 };
 use shardflow_examples::checkpoints::{self, Checkpoints, CheckpointsError};
 use shardflow_examples::data::{DataError, Text};
-use shardflow_examples::files::{PlaceError, check_room, check_writable};
+use shardflow_examples::files::{self, PlaceError, check_appendable, check_room, check_writable};
 use shardflow_examples::log::{DeviceMemory, JsonLog, LogError, Progress, StepRecord, Totals, note, say};
 use shardflow_examples::sample::Sampler;
 
@@ -93,6 +93,7 @@ fn run(args: &GptArgs, requests: &Arc<Requests>) -> Result<(), GptError> {
     if let Some(path) = args.save.as_deref().filter(|_| speaks) {
         check_writable(path)?;
     }
+    args.log_json.as_deref().filter(|_| speaks).map_or(Ok(()), check_appendable)?;
     let trace_path = args.trace.as_deref().map(|path| trace_path(path, &cluster));
     trace_path.as_deref().map_or(Ok(()), check_writable)?;
     if speaks {
@@ -534,12 +535,10 @@ impl GptError {
             Self::Args(error) => error.hint(),
             Self::Data(error) => error.hint().into(),
             Self::Watch(_) | Self::Port { .. } => "give an address of this machine, and ports that are free".into(),
-            Self::Place(error) if error.cause.kind() == std::io::ErrorKind::StorageFull => {
-                "free space there, or give a file in another folder".into()
-            }
-            Self::Place(_) | Self::Log(_) | Self::Trace(_) | Self::Session(SessionError::PlanFile { .. }) => {
-                "give a file in a folder that exists and may be written to".into()
-            }
+            Self::Place(PlaceError { cause, .. })
+            | Self::Log(LogError { cause, .. })
+            | Self::Trace(TraceError { source: cause, .. })
+            | Self::Session(SessionError::PlanFile { source: cause, .. }) => files::hint(cause.kind()).into(),
             Self::Mesh(_) | Self::Compile(CompileError::Devices { .. }) => {
                 "a mesh has as many devices as its sizes multiply to".into()
             }
@@ -573,8 +572,7 @@ impl GptError {
             Self::Ended { saved: Saved::Nothing, .. } => {
                 "the same command starts anew; with --checkpoint DIR a training is saved before it ends".into()
             }
-            Self::Ended { saved: Saved::All, .. } => String::new(),
-            Self::Signals(_) => String::new(),
+            Self::Ended { saved: Saved::All, .. } | Self::Signals(_) => String::new(),
             // What to do is a part of it.
             Self::Device(_) | Self::Session(SessionError::Kernel(KernelError::Unavailable { .. })) => {
                 "`shardflow doctor` tells what is here".into()
@@ -582,20 +580,59 @@ impl GptError {
             Self::Session(SessionError::NonFinite(_)) => {
                 "try a lower --lr, or --clip 1; --on-non-finite says what else to do".into()
             }
-            Self::Cluster(error) | Self::Session(SessionError::Cluster(error)) if error.exit() == Exit::Refused => {
-                String::new()
-            }
-            Self::Cluster(_) | Self::Session(SessionError::Cluster(_)) => {
+            Self::Cluster(error) | Self::Session(SessionError::Cluster(error))
+                if error.exit() == Exit::PeerUnavailable =>
+            {
                 "see that all ranks are started, with the same program and flags, and can reach rank 0".into()
             }
-            // The error names the value.
+            // The error names the cause.
+            Self::Cluster(_) | Self::Session(SessionError::Cluster(_)) => String::new(),
             Self::Session(SessionError::Declared(_) | SessionError::Disagreement(_)) => String::new(),
             Self::Session(SessionError::Failed(failure)) if failure.is_of_a_peer() => {
-                "see the log of that rank; started again, the run goes on from its last checkpoint".into()
+                "see the log of that rank; with --checkpoint DIR the same command goes on from the last checkpoint"
+                    .into()
             }
+            Self::Session(
+                error @ (SessionError::Failed(_) | SessionError::Kernel(_) | SessionError::Checkpoint(_)),
+            ) if error.exit() != Exit::Internal => String::new(),
             Self::Compile(CompileError::Plan(_)) | Self::Session(_) => {
                 "this is a fault of the program: please report it with the command and this text".into()
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use shardflow::cluster::rendezvous::{RendezvousError, Verdict};
+    use shardflow::exit::Report;
+
+    use super::*;
+
+    fn hint_of(error: impl Into<SessionError>) -> String {
+        GptError::Session(error.into()).hint()
+    }
+
+    /// What another rank reports is not answered with "start all ranks".
+    #[test]
+    fn hints_fit_the_cause() {
+        let ended = |exit| {
+            let report = Report { rank: 1, exit, cause: "--lr must be finite".into(), ..Report::default() };
+            ClusterError::Rendezvous(RendezvousError::Refused(Verdict::Failed(report)))
+        };
+        assert_eq!([2, 65, 76, 78].map(|exit| hint_of(ended(exit))), [""; 4]);
+        assert!(hint_of(ended(69)).contains("can reach rank 0"));
+        let kernel = |cause| hint_of(SessionError::Kernel(cause));
+        assert_eq!(
+            kernel(KernelError::Data { op: "embedding".into(), what: "token 7 of 5".into() }),
+            "",
+            "no fault of the program"
+        );
+        let file = |kind: std::io::ErrorKind| {
+            let cause = kind.into();
+            GptError::Log(LogError { path: "log".into(), cause }).hint()
+        };
+        assert!(file(std::io::ErrorKind::StorageFull).contains("free space"));
+        assert!(file(std::io::ErrorKind::PermissionDenied).contains("immutable"));
     }
 }

@@ -18,7 +18,7 @@ use shardflow::cluster::env::{Endpoint, Secret};
 use shardflow::doctor;
 use shardflow::exit::Exit;
 use shardflow::flags;
-use shardflow::launcher::{LaunchOptions, become_program, guard, launch};
+use shardflow::launcher::{self, LaunchOptions, become_program, guard, launch};
 use shardflow::machine::temporary_folder;
 use shardflow::requests::Requests;
 use shardflow::session::shown::{PLAN_DOT, PLAN_HTML, PLAN_TEXT};
@@ -188,7 +188,10 @@ fn seconds(text: &str) -> Result<Duration, String> {
 
 fn main() -> ExitCode {
     // A usage error ends with code 2, by clap.
-    let Cli { command } = flags::parse(std::env::args_os()).unwrap_or_else(|error| error.exit());
+    let Cli { command } = flags::parse(std::env::args_os()).unwrap_or_else(|error| {
+        report_usage(&error);
+        error.exit()
+    });
     // The launcher and its helpers handle signals themselves. Others end at once, also as process 1 of a container.
     if !matches!(command, Command::Launch(_) | Command::Guard { .. } | Command::Child { .. })
         && let Err(error) = Requests::on_signals()
@@ -217,11 +220,47 @@ fn fail(exit: Exit, error: impl std::fmt::Display) -> Exit {
     exit
 }
 
+/// Reports flags of `launch` that cannot be parsed to the other nodes, if those that name the way to them can be.
+fn report_usage(error: &clap::Error) {
+    let words: Vec<String> = std::env::args_os().map(|word| word.to_string_lossy().into_owned()).collect();
+    let words = words.iter().map(String::as_str).collect::<Vec<_>>();
+    let Some(options) = error.use_stderr().then(|| way_to_others(&words)).flatten() else { return };
+    let text = error.to_string();
+    let first = text.lines().next().unwrap_or_default().trim_start_matches("error: ");
+    launcher::report_usage(&options, first.into());
+}
+
+/// What a launcher needs for a report to other nodes, from words that cannot be parsed in whole.
+fn way_to_others(words: &[&str]) -> Option<LaunchOptions> {
+    let [_, "launch", flags @ ..] = words else { return None };
+    let mut known = vec!["shardflow".to_string(), "launch".into()];
+    for name in ["nnodes", "node-rank", "nproc-per-node", "rdzv-endpoint", "report-wait", "interface"] {
+        let value = flags.iter().enumerate().find_map(|(at, word)| {
+            let (flag, value) = word.split_once('=').map_or((*word, None), |(flag, value)| (flag, Some(value)));
+            let is_it = flag.strip_prefix("--").is_some_and(|flag| flag.replace('_', "-") == name);
+            is_it.then(|| value.or(flags.get(at + 1).copied()))?
+        });
+        known.extend(value.map(|value| format!("--{name}={value}")));
+    }
+    known.push("program".into());
+    match flags::parse(known).ok()? {
+        Cli { command: Command::Launch(args) } => launch_options(*args).ok(),
+        _ => None,
+    }
+}
+
 fn run_launch(args: LaunchArgs) -> Exit {
+    match launch_options(args) {
+        Ok(options) => launch(&options).unwrap_or_else(|error| fail(error.exit(), error)),
+        Err(usage) => fail(Exit::Usage, usage),
+    }
+}
+
+fn launch_options(args: LaunchArgs) -> Result<LaunchOptions, String> {
     let Some(node) = args.node_rank.or((args.nnodes <= 1).then_some(0)) else {
-        return fail(Exit::Usage, format!("--nnodes {} needs --node-rank, another one on each node", args.nnodes));
+        return Err(format!("--nnodes {} needs --node-rank, another one on each node", args.nnodes));
     };
-    let options = LaunchOptions {
+    Ok(LaunchOptions {
         variables: args.variables(),
         restart_wait: args.restart_wait,
         program: args.command[0].clone(),
@@ -237,8 +276,7 @@ fn run_launch(args: LaunchArgs) -> Exit {
         log_dir: args.log_dir,
         grace: args.grace,
         failure_wait: args.failure_wait,
-    };
-    launch(&options).unwrap_or_else(|error| fail(error.exit(), error))
+    })
 }
 
 fn run_checkpoint(args: &CheckpointArgs) -> Exit {

@@ -1,7 +1,9 @@
-//! What can be wrong with a checkpoint, or with the place it lies in. Imports `files`.
+//! What can be wrong with a checkpoint, or with the place it lies in. Imports `files` and `text`.
 
 use std::fmt;
 use std::path::PathBuf;
+
+use crate::text::counted;
 
 /// What was being done with a store when it failed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -171,7 +173,8 @@ pub enum CheckpointError {
     },
     /// There is no room for the checkpoints that are to be kept.
     #[error(
-        "{place}: {free_bytes} bytes are free, {needed_bytes} are needed for {checkpoints} checkpoints of {bytes} bytes"
+        "{place}: {free_bytes} bytes are free, {needed_bytes} are needed for {} of {bytes} bytes",
+        counted(.checkpoints, "checkpoint")
     )]
     NoRoom {
         /// The store.

@@ -212,7 +212,12 @@ impl World {
         let say = |line: &str| options.report_waiting(line);
         hidden_name(&coordinator, spans_nodes).filter(|_| world.local_process == 0).iter().for_each(|line| say(line));
         let deadline = Instant::now() + options.meet_within;
-        let local = local_address(&coordinator, options.interface, spans_nodes, deadline)?;
+        let local = |deadline| local_address(&coordinator, options.interface, spans_nodes, deadline);
+        let wait_for_name = |error| {
+            say(&format!("{error}; trying again for {:?}", options.meet_within));
+            local(deadline)
+        };
+        let local = local(Instant::now()).or_else(wait_for_name)?;
         let heartbeat = membership::bind(local).map_err(system("listen for heartbeats"))?;
         let bound = heartbeat.local_addr().map_err(system("listen for heartbeats"))?;
         let outside = options.advertise.as_ref().map_or(Ok(bound), |advertise| advertise.heartbeats(bound));

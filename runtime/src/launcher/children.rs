@@ -63,7 +63,10 @@ impl Child {
         let options = job.options;
         let rank = options.node * options.local_processes + local;
         let folder = options.log_dir.join(&job.run_id).join(format!("attempt-{}", meeting.attempt));
-        let log = Log::open(&folder, rank).map_err(LaunchError::io(format!("write a log in {}", folder.display())))?;
+        let log = Log::open(&folder, rank).map_err(|error| {
+            let what = format!("--log-dir: cannot write a log in {}: {error}", folder.display());
+            LaunchError::Usage { what }
+        })?;
         let error_file = job.folder.path().join(format!("error-{}-{rank}.json", meeting.attempt));
         let mut command = guard::child_command(&options.helper, &job.program, &options.args);
         set_environment(&mut command, job, meeting, local);

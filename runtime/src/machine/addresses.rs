@@ -26,7 +26,8 @@ impl Targets {
 fn targets(name: &str, addresses: Vec<SocketAddr>, spans_nodes: bool) -> Targets {
     // Who writes loopback means it: ports may be forwarded.
     let host = name.rsplit_once(':').map_or(name, |(host, _)| host);
-    let is_meant = host == "localhost" || name.parse().is_ok_and(|address: SocketAddr| !address.ip().is_unspecified());
+    let ip = host.trim_matches(['[', ']']).split('%').next().unwrap_or_default();
+    let is_meant = host == "localhost" || ip.parse().is_ok_and(|ip: IpAddr| !ip.is_unspecified());
     let is_outside = |address: &SocketAddr| !address.ip().is_loopback() && !address.ip().is_unspecified();
     if is_meant || !spans_nodes || addresses.iter().all(is_outside) {
         return Targets { addresses, is_hidden: false };
@@ -175,7 +176,7 @@ fe8000000000000000fc00fffe000001 04 40 20 80     eth0
         assert_eq!(seen("node1:5", &["127.0.1.1:5", "10.0.0.7:5"], true), ("10.0.0.7:5".into(), false));
         assert_eq!(seen("node1:5", &["10.0.0.7:5"], true), ("10.0.0.7:5".into(), false));
         assert_eq!(seen("0.0.0.0:5", &["0.0.0.0:5"], true), ("0.0.0.0:5".into(), true));
-        for meant in ["localhost:5", "127.0.1.1:5", "[::1]:5"] {
+        for meant in ["localhost:5", "127.0.1.1:5", "[::1]:5", "[::1%lo]:5"] {
             assert!(!seen(meant, &["127.0.1.1:5"], true).1, "{meant}");
         }
     }

@@ -54,7 +54,7 @@ fn marks(source: Source) -> &'static [&'static str] {
         Source::Torchrun => &["RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"],
         Source::OpenMpi => &["OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"],
         Source::Slurm => &["SLURM_STEP_ID"],
-        Source::Mpich => &["PMI_RANK", "PMI_SIZE"],
+        Source::Mpich => &["PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"],
         Source::Kubernetes => &["JOB_COMPLETION_INDEX"],
     }
 }
@@ -269,12 +269,12 @@ fn master(vars: &Reader) -> Result<Endpoint, EnvError> {
     let host = match vars.need("MASTER_ADDR", "the host of process 0")? {
         // A PyTorchJob's master has this for itself, and the other pods have its name.
         "localhost" if is_pod(vars) && vars.get("RANK") == Some("0") => "0.0.0.0",
-        host => host,
+        host => host.strip_prefix('[').and_then(|host| host.strip_suffix(']')).unwrap_or(host),
     };
     let port = vars.need("MASTER_PORT", "a free port on the host of process 0")?;
     match port.parse::<u16>() {
         Ok(port) if port > 0 => {
-            // An IPv6 address stands bare in MASTER_ADDR.
+            // An IPv6 address stands bare in MASTER_ADDR, or in brackets.
             let text =
                 if host.contains(':') { format!("tcp://[{host}]:{port}") } else { format!("tcp://{host}:{port}") };
             Endpoint::parse(&text).map_err(|e| invalid("MASTER_ADDR", host, &format!("must be {e}")))

@@ -60,6 +60,7 @@ fn each_source() {
     assert_eq!(summary(&format!("{TORCHRUN} {more}")), "3/4 1/2 Some(1) tcp://[fe80::1]:5 2 x");
     let zoned = format!("{TORCHRUN} MASTER_ADDR=fe80::1%eth0");
     assert_eq!(summary(&zoned), "3/4 1/2 None tcp://[fe80::1%eth0]:5 0 none");
+    assert_eq!(summary(&format!("{TORCHRUN} MASTER_ADDR=[::1]")), "3/4 1/2 None tcp://[::1]:5 0 none");
     assert_eq!(summary(OPENMPI), "3/4 1/2 None tcp://a:5 0 none");
     assert_eq!(summary(KUBERNETES), "1/2 0/1 Some(1) tcp://job-0-0.job:5 0 none");
     assert_eq!(summary(MPICH), "3/4 1/2 None tcp://a:5 0 none");
@@ -163,7 +164,7 @@ fn half_of_a_source_is_refused() {
         (LAUNCHER, "SHARDFLOW_ENDPOINT"),
         (TORCHRUN, "MASTER_ADDR MASTER_PORT"),
         (OPENMPI, "SHARDFLOW_ENDPOINT OMPI_COMM_WORLD_LOCAL_RANK OMPI_COMM_WORLD_LOCAL_SIZE"),
-        (MPICH, "SHARDFLOW_ENDPOINT MPI_LOCALRANKID MPI_LOCALNRANKS"),
+        (MPICH, "SHARDFLOW_ENDPOINT"),
         (POD, "MASTER_ADDR MASTER_PORT"),
         (KUBERNETES, "SHARDFLOW_ENDPOINT SHARDFLOW_NNODES"),
     ] {
