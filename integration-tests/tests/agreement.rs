@@ -313,7 +313,7 @@ fn parameters_that_the_program_lacks_are_refused_unless_it_names_them() {
 
         let ignoring: Vec<String> = all.keys().filter(|name| name.starts_with("h.1.")).cloned().collect();
         let options = SessionOptions { ignoring: ignoring.clone(), ..SessionOptions::default() };
-        let states = format!("{} optimizer states are not needed, and left out", 2 * ignoring.len());
+        let states = format!("{} optimizer states are not needed, and skipped", 2 * ignoring.len());
         let kept: BTreeMap<_, _> = all.iter().filter(|(name, _)| !ignoring.contains(name)).collect();
         let loaded = |session: &Session| {
             let own = session.parameters().expect("parameters");
@@ -350,7 +350,7 @@ fn a_program_that_only_computes_leaves_optimizer_states_out() {
         let plan = compile(g, &options(1, OneFOneB)).expect("a plan");
         let mut session = Session::start(plan, &SessionOptions::default()).expect("a session");
         let count = 2 * trained.parameters().expect("parameters").len();
-        let expected = format!("{count} optimizer states are not needed, and left out");
+        let expected = format!("{count} optimizer states are not needed, and skipped");
         let restored = session.restore_newest(&store(&scratch.path().join("run"))).expect("a checkpoint");
         assert!(restored.notes.len() == 1 && restored.notes[0].ends_with(&expected), "{:?}", restored.notes);
         let notes = session.restore(&scratch.path().join("model")).expect("a file");

@@ -543,8 +543,9 @@ fn a_reader_that_stalls_holds_up_no_process() {
     assert_eq!(unread.end(), 0);
     let steps = out.lines().filter(|line| line.starts_with("step ")).count();
     assert!(out.starts_with("{\"first\":1}\n") && out.contains("\nerror: of one line\nlast\n"), "{out}");
-    let notices = out.lines().filter(|line| line.contains("lines of progress are left out"));
-    let dropped: usize = notices.map(|line| line[1..].split(' ').next().unwrap().parse::<usize>().unwrap()).sum();
+    let notices = out.lines().filter(|line| line.starts_with("(dropped ") && line.contains(" progress line"));
+    let dropped: usize =
+        notices.map(|line| line["(dropped ".len()..].split(' ').next().unwrap().parse::<usize>().unwrap()).sum();
     assert!(steps + dropped == 6000 && dropped > 0, "{steps} {dropped}");
     assert_eq!(err.lines().filter(|line| line.starts_with("warning ")).count(), 1500);
     let log = job.log("x", 0, 0);

@@ -146,8 +146,8 @@ impl Roads<'_> {
     }
 }
 
-/// Holds against the transport that some processes of one machine cannot open each other's sockets, as in containers with a
-/// `/tmp` each. Where it need not be kept, gives what the first of them is to log.
+/// Refuses a transport that needs sockets between processes of one machine that cannot open each other's, as in containers with
+/// a `/tmp` each. Where TCP may be used instead, returns the line that the first of them logs.
 ///
 /// # Errors
 /// [`ClusterError::NotNear`], the same for all processes.

@@ -32,7 +32,7 @@ impl Ended {
         }
     }
 
-    /// Whether it asks to be started again, but not here: see [`crate::exit::report`].
+    /// Whether it ended on request, so that it is not restarted here: see [`crate::exit::report`].
     pub(super) fn ended_on_request(&self) -> bool {
         self.exit == Exit::Retry
             && self.report.as_ref().is_some_and(|report| report.first_cause_rank == Some(self.rank))
@@ -42,7 +42,7 @@ impl Ended {
         self.report.as_ref().map_or(self.time_unix_ns, |report| report.time_unix_ns.min(self.time_unix_ns))
     }
 
-    /// What it reported, or what its end says.
+    /// The process's report, or one derived from its exit status.
     pub(super) fn report(&self) -> Report {
         let (rank, exit, time_unix_ns) = (self.rank, self.exit.code(), self.time_unix_ns);
         let cause = || self.error_line.as_deref().map_or("it said nothing", |line| line.trim_start_matches("error: "));

@@ -1,4 +1,4 @@
-//! The memory of a node against what the processes of a job take of it: the one place where a rank's bytes are summed.
+//! Compares the memory of a node with the needs of a job's processes there: the one place where a rank's bytes are summed.
 //! Imports `machine`, `plan` and `session::hosting`.
 
 use shardflow_kernels::device::DeviceKind;
@@ -10,31 +10,31 @@ use crate::machine::{FreeMemory, free_memory};
 use crate::plan::validate::PlanError;
 use crate::plan::{Plan, ResidentTensor};
 
-/// Set aside for what a process has beside the plan: libraries, connections; for each device, and for each of its threads, what
-/// products are packed in. Measured: 3 to 31 MiB in all, of `gpt` with widths from 64 to 1024 and up to 8 threads.
+/// Reserve for memory outside the plan: libraries and connections of a process; for each device, and each of its threads, the
+/// packing buffers of matrix products. Measured: 3 to 31 MiB in all, of `gpt` with widths from 64 to 1024 and up to 8 threads.
 const RANK_BYTES: u64 = 16 << 20;
 const DEVICE_BYTES: u64 = 8 << 20;
 const THREAD_BYTES: u64 = 2 << 20;
 
-/// Snapshots of checkpoints that a process may hold at once: one that is written, and the next.
+/// Snapshots of checkpoints that a process may hold at once: the one being written, and the next.
 pub(crate) const SNAPSHOTS_MAX: usize = 2;
 
-/// What the node has for a job of CPU devices.
+/// The node's memory for a job of CPU devices.
 #[derive(Clone, Debug)]
 pub(crate) struct Budget {
-    /// Before any process of the job has allocated for the plan; `None` where it is not known or not to be looked at.
+    /// Free memory before any process of the job allocates for the plan; `None` where it is unknown or does not apply.
     free: Option<FreeMemory>,
 }
 
 impl Budget {
-    /// To be called before the processes meet: later, others may have allocated already. A plan with a budget of its own
-    /// (`CompileOptions::memory_bytes`) is not held against the machine's, and a GPU's memory is not the host's.
+    /// Call it before the processes meet: later, others may have allocated already. A plan with a budget of its own
+    /// (`CompileOptions::memory_bytes`) is not compared with the machine's, and a GPU's memory is not the host's.
     pub(crate) fn measure(plan: &Plan) -> Self {
         let counts = plan.memory_bytes.is_none() && plan.device == DeviceKind::Cpu;
         Self { free: counts.then(free_memory).flatten() }
     }
 
-    /// Whether the node holds what these processes take, all of which are on it: their devices and mirrors, and so many
+    /// Checks that the node has room for these processes, all of which are on it: their devices and mirrors, and `snapshots`
     /// snapshots each.
     ///
     /// # Errors
@@ -70,7 +70,7 @@ impl Budget {
     }
 }
 
-/// What a process with so many devices is to have beside the plan.
+/// The reserve of a process with this many devices.
 fn rank_bytes(plan: &Plan, devices: usize) -> u64 {
     RANK_BYTES + devices as u64 * (DEVICE_BYTES + plan.threads_per_device as u64 * THREAD_BYTES)
 }
