@@ -53,8 +53,7 @@ pub struct GptArgs {
     /// CPU threads of each device; without it, the cores of this process divided evenly.
     #[arg(long, value_name = "N")]
     pub threads_per_device: Option<usize>,
-    /// Memory of each device in MiB, which a plan must fit; without it, what is free of the machine's memory, or of a GPU's,
-    /// shared out evenly.
+    /// Memory of each device in MiB that the plan must fit in; without it, the free memory of the node, or of each GPU.
     #[arg(long, value_name = "MIB")]
     pub memory_mib: Option<usize>,
     /// Transformer layers.

@@ -142,7 +142,7 @@ pub struct Checkpoints {
     is_first: bool,
     /// The step that was gone back to last, and how often.
     rollbacks: (u64, u32),
-    /// The step of a save that a request asked for.
+    /// The step of a save on request.
     requested: Option<u64>,
     /// How long the last save took.
     save_time: Duration,

@@ -62,7 +62,7 @@ pub struct RendezvousConfig {
     pub identity: Identity,
     /// Values that must be equal on all processes, besides the identity, ordered so that a difference explains those after it.
     pub facts: Vec<Fact>,
-    /// Where it hears heartbeats (UDP); [`local_address`] says on which of this node's addresses to listen.
+    /// Its address for heartbeats (UDP); [`local_address`] says on which of this node's addresses to listen.
     pub heartbeat: SocketAddr,
     /// Whether there are processes on other nodes.
     pub spans_nodes: bool,

@@ -85,7 +85,7 @@ fn follow(
     let wrong = |e: LayoutError| {
         let inputs = described(graph, inputs);
         format!(
-            "in one of {count} micro-batches, {e}; {inputs}; inputs of one op must be divided alike: feed them by `input` or `input_with_batch_dim`"
+            "in one of {count} micro-batches, {e}; {inputs}; inputs of one op must all be divided: feed them by `input` or `input_with_batch_dim`"
         )
     };
     let rule = rule(&shapes).map_err(wrong)?;
