@@ -37,8 +37,8 @@ pub use guard::{become_program, guard};
 /// Events that wait to be handled. Who has more waits: a process that ended stays ended.
 const EVENTS_MAX: usize = 64;
 
-/// How long a launcher that was asked to end waits for the reader of its output.
-const LAST_WORDS: Duration = Duration::from_secs(1);
+/// How long a launcher that ends on a signal waits for the reader of its output.
+const LAST_OUTPUT: Duration = Duration::from_secs(1);
 
 /// What to start, and how.
 #[derive(Clone, Debug)]
@@ -174,7 +174,7 @@ struct Job<'a> {
     guard: Guard,
     /// The exit codes that attempts so far ended with.
     causes: Vec<u8>,
-    /// Somebody asked the launcher to end.
+    /// A signal has asked the launcher to end.
     is_asked_to_end: bool,
     /// How to reach the other nodes, if there are any.
     departure: Option<Departure>,
@@ -195,7 +195,7 @@ pub fn launch(options: &LaunchOptions) -> Result<Exit, LaunchError> {
     let launched = Job::prepare(options, departure.clone()).and_then(|mut job| {
         let exit = supervise(&mut job);
         if job.is_asked_to_end {
-            output::finish(Some(LAST_WORDS));
+            output::finish(Some(LAST_OUTPUT));
         } else {
             wait_for_the_reader(&job.events.1);
         }

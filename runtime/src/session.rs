@@ -122,14 +122,13 @@ pub enum SessionError {
     },
 }
 
-/// How many threads a CPU device has.
+/// What decides the number of threads of a CPU device.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Threads {
     /// [`crate::passes::CompileOptions::threads_per_device`].
     #[default]
     Planned,
-    /// The cores that this process may run on: those of its own, and an even share of those that it has in common with other
-    /// processes of the job on its node, divided among its devices. Known once the processes have met.
+    /// This process's even share of the cores that it may use, divided among its devices; known once the processes have met.
     Owned,
 }
 
@@ -239,7 +238,7 @@ pub struct Session {
     requests: Option<Arc<Requests>>,
     /// How long the last step took.
     last_step: Duration,
-    /// How long processes that are alive may be waited for between steps.
+    /// Limit of waits for live processes between steps.
     wait_max: Duration,
     on_non_finite: OnNonFinite,
     skipped_in_a_row: u32,
@@ -547,8 +546,7 @@ impl Session {
         Ok(self.lock_inbox().take_numbers(ports))
     }
 
-    /// As [`Session::numbers`], where no step is under way that the watchdog looks at: slow processes are named meanwhile, and
-    /// may take as long as the watchdog allows.
+    /// As [`Session::numbers`], between steps: slow processes are logged, and may take as long as the watchdog allows.
     fn numbers_between_steps(&mut self, ports: &[u32]) -> Result<Vec<Vec<u64>>, SessionError> {
         self.doing(WAITING);
         let numbers = self.numbers(ports, Some(self.wait_max));
@@ -570,7 +568,7 @@ impl Session {
         received
     }
 
-    /// As [`Session::receive`], and nothing fails by it.
+    /// As [`Session::receive`], without failing the session.
     fn receive_within(&self, wanted: &[(u32, usize)], limit: Option<Duration>) -> Result<(), Failure> {
         let late = limit.map_or_else(never, after);
         let stopped = || {

@@ -25,7 +25,7 @@ use shardflow_examples::sample::Sampler;
 /// Limit of the work after the last step, once a signal has requested the end.
 const LAST_WORK: Duration = Duration::from_secs(20);
 /// How long a process that ends on request waits for the reader of its output.
-const LAST_WORDS: Duration = Duration::from_secs(1);
+const LAST_OUTPUT: Duration = Duration::from_secs(1);
 
 fn main() -> ExitCode {
     // First of all: process 1 of a container has no other way to end.
@@ -50,7 +50,7 @@ fn main() -> ExitCode {
             fail(error.exit_code(), &error, &error.hint())
         }
     };
-    output::finish(matches!(requests.pending(), Request::End(_)).then_some(LAST_WORDS));
+    output::finish(matches!(requests.pending(), Request::End(_)).then_some(LAST_OUTPUT));
     code
 }
 

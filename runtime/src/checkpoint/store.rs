@@ -386,9 +386,9 @@ impl Store {
         self.operations.run(&self.manifest_name(step), Doing::Write, rename)
     }
 
-    /// Of the checkpoints of steps up to `newest`, deletes all but the newest `keep` good ones (at least one) and those of steps
-    /// that are multiples of `keep_every`, and what attempts before the newest of them left behind. Only one process may do
-    /// this, when `newest` is committed: others may have begun to save a later step, also one that has a damaged checkpoint.
+    /// Deletes checkpoints of steps up to `newest`, and leftovers of attempts before it. The newest `keep` good ones (at least
+    /// one) and those of steps that are multiples of `keep_every` stay. One process calls it once `newest` is committed: others
+    /// may already be saving a later step, even one that has a damaged checkpoint.
     ///
     /// # Errors
     /// When the store cannot do it; what was not deleted is found again by the next call.
