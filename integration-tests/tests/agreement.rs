@@ -58,7 +58,7 @@ fn together<T: Send>(name: &str, processes: u32, work: impl Fn(u32, Cluster) -> 
             scope.spawn(move || work(process, cluster))
         };
         let threads: Vec<_> = (0..processes).map(start).collect();
-        threads.into_iter().map(|t| t.join().expect("a rank that fails has said why")).collect()
+        threads.into_iter().map(|t| t.join().expect("a rank that fails has printed why")).collect()
     })
 }
 
@@ -112,9 +112,9 @@ fn learning_rates_are_compared_in_each_step() {
             (error, losses.into_iter().map(|loss| loss.expect("a loss").to_bits()).collect::<Vec<_>>())
         });
         for (error, losses) in ranks {
-            let told =
+            let expected_error =
                 "step 2: the ranks differ in learning_rate: rank 0 has 0.5; rank 1 has 0.25; give every rank the same";
-            assert_eq!(error, told);
+            assert_eq!(error, expected_error);
             assert_eq!(losses, expected);
         }
     });

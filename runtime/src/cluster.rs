@@ -510,8 +510,8 @@ mod tests {
             (ADVERTISE, "a b"),
             (TRANSPORT, "pigeon"),
         ] {
-            let told = options(&[(name, value)]).expect_err(value);
-            assert!(told.starts_with(&format!("{name} is {value:?}, expected ")), "{told}");
+            let message = options(&[(name, value)]).expect_err(value);
+            assert!(message.starts_with(&format!("{name} is {value:?}, expected ")), "{message}");
         }
     }
 

@@ -47,7 +47,7 @@ mod tests {
     fn a_temporary_folder_that_cannot_be_made_is_named() {
         let folder = temporary_folder("shardflow-test-").unwrap();
         assert_eq!(fs::metadata(folder.path()).unwrap().permissions().mode() & 0o777, 0o700);
-        let told = TemporaryError { folder: "/no/such".into(), cause: ErrorKind::NotFound }.to_string();
-        assert!(told.starts_with("TMPDIR=/no/such: cannot make a folder there: "), "{told}");
+        let message = TemporaryError { folder: "/no/such".into(), cause: ErrorKind::NotFound }.to_string();
+        assert!(message.starts_with("TMPDIR=/no/such: cannot make a folder there: "), "{message}");
     }
 }

@@ -167,11 +167,11 @@ fn a_pause_before_a_restart_ends_by_sigterm() {
     let script = "[ $RANK = 0 ] && echo 1$SHARDFLOW_RESTART_COUNT > $SHARDFLOW_PROGRESS_FILE; exit 75";
     // Both waits are far longer than the test.
     let running = job.sh(&["--max-restarts=9", "--restart-wait=600"], script);
-    let mut said = String::new();
-    while !said.contains("restart 2 of at most 9, from step 11, in 600s") {
-        said += &String::from_utf8_lossy(&running.err.recv_timeout(at_most(20)).unwrap());
+    let mut printed = String::new();
+    while !printed.contains("restart 2 of at most 9, from step 11, in 600s") {
+        printed += &String::from_utf8_lossy(&running.err.recv_timeout(at_most(20)).unwrap());
     }
-    assert!(said.contains("restart 1 of at most 9, from step 10\n"), "the first comes at once: {said}");
+    assert!(printed.contains("restart 1 of at most 9, from step 10\n"), "the first comes at once: {printed}");
     running.signal(Signal::TERM);
     assert_eq!(running.end().code, 143);
 }

@@ -125,14 +125,14 @@ mod tests {
         for (here, devices) in [(&[0, 1][..], &[0, 1, 2, 3][..]), (&[0], &[0, 1]), (&[1], &[2, 3])] {
             let needed = bytes(devices) + here.len() as u64 * rank_bytes(&plan, 2);
             assert_eq!(check(needed, &plan, 2, here, 0), Ok(()), "{here:?}");
-            let told = check(needed - 1, &plan, 2, here, 0).unwrap_err();
+            let message = check(needed - 1, &plan, 2, here, 0).unwrap_err();
             for part in [&format!("this node has {} bytes free (MemAvailable", needed - 1), &format!("needs {needed}")]
             {
-                assert!(told.contains(part), "no {part:?} in {told}");
+                assert!(message.contains(part), "no {part:?} in {message}");
             }
             for device in 0..4 {
                 let row = plan.memory[device].row(device);
-                assert_eq!(told.contains(&row), devices.contains(&device), "{row} in {told}");
+                assert_eq!(message.contains(&row), devices.contains(&device), "{row} in {message}");
             }
         }
         assert!(plan.memory[2].row(2).contains("1000 in mirrors"));
@@ -145,11 +145,14 @@ mod tests {
         // Weights and two moments, which both devices hold.
         let snapshot = 3 * 16 * 32 * 4;
         assert_eq!(check(devices + 2 * snapshot, &plan, 1, &[0], 2), Ok(()));
-        let told = check(devices + 2 * snapshot - 1, &plan, 1, &[0], 2).unwrap_err();
-        assert!(told.contains(&format!("rank 0: {} bytes for 2 snapshots", 2 * snapshot)), "{told}");
+        let message = check(devices + 2 * snapshot - 1, &plan, 1, &[0], 2).unwrap_err();
+        assert!(message.contains(&format!("rank 0: {} bytes for 2 snapshots", 2 * snapshot)), "{message}");
         // Of two processes the second writes nothing.
-        let told = check(0, &plan, 2, &[0, 1], 1).unwrap_err();
-        assert!(told.contains(&format!("rank 0: {snapshot} bytes")) && told.contains("rank 1: 0 bytes"), "{told}");
+        let message = check(0, &plan, 2, &[0, 1], 1).unwrap_err();
+        assert!(
+            message.contains(&format!("rank 0: {snapshot} bytes")) && message.contains("rank 1: 0 bytes"),
+            "{message}"
+        );
         let session = Session::start(plan, &SessionOptions::default()).unwrap();
         assert_eq!(session.snapshot(None).unwrap().bytes(), snapshot);
     }

@@ -232,10 +232,10 @@ impl Session {
             let Found { reader, damaged, lookup, newest, cursor } = self.look(store, before);
             all.extend(damaged);
             // The first process decides which step is loaded and which are damaged.
-            let [said, newest] = self.exchange([lookup, newest])?[0];
+            let [chosen, newest] = self.exchange([lookup, newest])?[0];
             let [cursor, _] = self.exchange([cursor, 0])?[0];
             self.passed_over = self.passed_over.max(newest);
-            let step = match said {
+            let step = match chosen {
                 NONE => return Ok(Restored { found: None, damaged: all, notes: Vec::new() }),
                 FAILED => {
                     let elsewhere = || CheckpointError::Refused(format!("{}: rank 0 cannot read it", store.place()));
@@ -257,12 +257,13 @@ impl Session {
                 Err(_) => FAILED,
             };
             let job = read.as_ref().map(|(_, reader)| reader.manifest().job).unwrap_or_default();
-            let said = self.exchange([mine, self.step_metrics.productive_of(job)])?;
-            let (worst, process) = said.iter().enumerate().map(|(p, said)| (said[0], p)).max().unwrap_or((FAILED, 0));
+            let outcomes = self.exchange([mine, self.step_metrics.productive_of(job)])?;
+            let (worst, process) =
+                outcomes.iter().enumerate().map(|(p, outcome)| (outcome[0], p)).max().unwrap_or((FAILED, 0));
             match (read, worst) {
                 (Ok((parts, reader)), GOOD) => {
                     // The first process says what is this job's: launchers of other nodes began it a little later.
-                    let notes = self.go_on_from(Ok(parts), &reader, said[0][1])?;
+                    let notes = self.go_on_from(Ok(parts), &reader, outcomes[0][1])?;
                     return Ok(Restored { found: Some((step, reader.manifest().cursor.clone())), damaged: all, notes });
                 }
                 (Err(SessionError::Checkpoint(error)), DAMAGED) => all.push(error),
