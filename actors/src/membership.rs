@@ -221,7 +221,7 @@ pub struct Config {
     pub grace: Duration,
     /// How long peers may take to join.
     pub join_within: Duration,
-    /// How long those may take that send heartbeats.
+    /// Limit for peers that send heartbeats.
     pub join_at_most: Duration,
 }
 

@@ -44,7 +44,7 @@ impl Default for WatchdogOptions {
     }
 }
 
-/// What stands for no limit: far away, and not so far that an instant overflows.
+/// Stands for no limit: small enough that an `Instant` does not overflow.
 const NO_LIMIT: Duration = Duration::from_secs(1 << 30);
 
 impl WatchdogOptions {

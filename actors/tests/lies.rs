@@ -238,8 +238,8 @@ fn refused(running: &Running) -> String {
 fn a_slot_that_is_in_use_is_not_overwritten() {
     let (running, mut liar, [mirror, _]) = with_two_pieces_held();
     liar.write_all(&[&data(IN, 0, 4, 4).encode()[..], &[9; 4]].concat()).unwrap();
-    let told = refused(&running);
-    assert!(told.contains("bytes of piece 4 of register 'in' over piece 2, which is in use"), "{told}");
+    let refusal = refused(&running);
+    assert!(refusal.contains("bytes of piece 4 of register 'in' over piece 2, which is in use"), "{refusal}");
     let sent = i32::from_le_bytes([1, 2, 3, 4]);
     assert_eq!(slots_of(&mirror), [sent, sent]);
 }
@@ -259,8 +259,8 @@ proptest::proptest! {
         let (running, mut liar, [mirror, _]) = with_two_pieces_held();
         let frame = data(RegisterId(register), slot, piece, bytes);
         liar.write_all(&[&frame.encode()[..], &vec![9; bytes as usize]].concat()).unwrap();
-        let told = refused(&running);
-        proptest::prop_assert!(told.contains("register"), "{}", told);
+        let refusal = refused(&running);
+        proptest::prop_assert!(refusal.contains("register"), "{}", refusal);
         let sent = i32::from_le_bytes([1, 2, 3, 4]);
         proptest::prop_assert_eq!(slots_of(&mirror), [sent, sent]);
     }

@@ -13,12 +13,12 @@ use shardflow::exit::Exit;
 use shardflow::output;
 use shardflow::watch::client;
 
-/// How long an error waits until stdout has taken what was printed before.
+/// How long an error waits for stdout to drain.
 const STDOUT_FIRST: Duration = Duration::from_millis(200);
 
 /// Queues `error:` and `hint:` lines for stderr, see [`output::finish`], and gives the exit code to return from `main`.
 pub fn fail(code: u8, error: impl Display, hint: &str) -> ExitCode {
-    // On a terminal both streams are one: what was printed before stands above.
+    // On a terminal both streams are one, so earlier output comes first.
     output::stdout().end_line();
     output::stdout().flush(Some(STDOUT_FIRST));
     output::stderr().line(&format!("error: {error}"));
@@ -50,11 +50,10 @@ pub struct GptArgs {
     /// Micro-batches in a step.
     #[arg(long, value_name = "M", default_value_t = 1)]
     pub micro_batches: usize,
-    /// CPU threads of each device; without it, the machine's cores shared out evenly.
+    /// CPU threads of each device; without it, the cores of this process divided evenly.
     #[arg(long, value_name = "N")]
     pub threads_per_device: Option<usize>,
-    /// Memory of each device in MiB, which a plan must fit; without it, what is free of the machine's memory, or of a GPU's,
-    /// shared out evenly.
+    /// Memory of each device in MiB that the plan must fit in; without it, the free memory of the node, or of each GPU.
     #[arg(long, value_name = "MIB")]
     pub memory_mib: Option<usize>,
     /// Transformer layers.
@@ -84,7 +83,7 @@ pub struct GptArgs {
     /// Probability of dropping an activation.
     #[arg(long, value_name = "P", default_value_t = 0.0)]
     pub dropout: f32,
-    /// Seed of the initial weights, of dropout and of the text that is written at the end; that of a checkpoint replaces the first two.
+    /// Seed of the initial weights, of dropout and of the text written at the end; the seed of a checkpoint replaces it.
     #[arg(long, value_name = "N", default_value_t = 1337)]
     pub seed: u64,
     /// Characters to write with the trained model at the end; 0 for none.
@@ -102,10 +101,10 @@ pub struct GptArgs {
     /// Start from the parameters in this file, with fresh optimizer state.
     #[arg(long, value_name = "FILE.safetensors")]
     pub init_from: Option<PathBuf>,
-    /// Keep checkpoints here, and go on from the newest one that is there.
+    /// Keep checkpoints here, and continue from the newest one, see --resume.
     #[arg(long, value_name = "DIR")]
     pub checkpoint: Option<String>,
-    /// Whether training continues from a checkpoint that is there.
+    /// Whether training continues from an existing checkpoint.
     #[arg(long, value_enum, default_value_t = ResumeArg::Auto)]
     pub resume: ResumeArg,
     /// Steps between two checkpoints.
@@ -114,41 +113,41 @@ pub struct GptArgs {
     /// Checkpoints that are kept.
     #[arg(long, value_name = "N", default_value_t = 3)]
     pub checkpoint_keep: usize,
-    /// Keep the checkpoints of steps that are multiples of N for good, beside the newest ones.
+    /// Besides the newest, keep checkpoints of steps that are multiples of N for good.
     #[arg(long, value_name = "N")]
     pub checkpoint_keep_every: Option<u64>,
     /// What a step does whose loss or gradients are not finite; it never changes a weight.
     #[arg(long, value_enum, default_value_t = NonFiniteArg::Stop)]
     pub on_non_finite: NonFiniteArg,
-    /// A step in which nothing moves for so long ends the training with code 79, and the cause; it is told of before, after 10 s or five steps' time.
+    /// A step without progress for this long ends the training with code 79 and the cause; a warning comes first, after 10 s or the time of five steps.
     #[arg(long, value_name = "SECONDS", default_value_t = 600)]
     pub hang_timeout: u64,
     /// Serve metrics to Prometheus, the live page and the session's health here, without a value at 127.0.0.1:9400; process n of several on
     /// the n-th port from this one.
     #[arg(long, value_name = "ADDRESS:PORT", num_args = 0..=1, default_missing_value = client::ADDRESS, value_parser = client::address)]
     pub listen: Option<SocketAddr>,
-    /// What one device could do at best, in 10^12 floating-point operations a second, to tell the part that is made use of.
+    /// What one device could do at best, in 10^12 floating-point operations a second; for the share of it that is used.
     #[arg(long, value_name = "N")]
     pub peak_tflops: Option<f64>,
     /// Write what each actor did to this file, for ui.perfetto.dev; process n of several to FILE.n.
     #[arg(long, value_name = "FILE.json")]
     pub trace: Option<PathBuf>,
-    /// Size in MiB at which a trace ends; the training goes on without it.
+    /// Size in MiB at which the trace ends; the training continues.
     #[arg(long, value_name = "MIB", default_value_t = 64)]
     pub trace_mib: u64,
-    /// What SIGUSR1, a notice of preemption, makes all processes do after the step.
+    /// What all processes do after the step on SIGUSR1, a notice of preemption.
     #[arg(long, value_enum, default_value_t = OnUsr1Arg::Checkpoint)]
     pub on_usr1: OnUsr1Arg,
-    /// Under Slurm, save a checkpoint and end with code 75 this long before the end of the job's time; the time of a step and of
-    /// a save is added.
+    /// Under Slurm, save a checkpoint and end with code 75 this long before the job's end time, plus the time of a step and a
+    /// save.
     #[arg(long, value_name = "SECONDS", default_value_t = 60)]
     pub job_end_margin: u64,
 }
 
-/// What SIGUSR1 asks for.
+/// What SIGUSR1 requests.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub enum OnUsr1Arg {
-    /// Save a checkpoint and go on.
+    /// Save a checkpoint and continue.
     Checkpoint,
     /// Save a checkpoint and end with code 75.
     End,
@@ -168,12 +167,11 @@ pub enum NonFiniteArg {
 /// When training continues from a checkpoint.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub enum ResumeArg {
-    /// Continue from the newest checkpoint; start anew where there is none, and report which.
+    /// Continue from the newest checkpoint, or start anew if there is none; a line reports which.
     Auto,
-    /// Continue from the newest checkpoint; where there is none, end with code 65.
+    /// Continue from the newest checkpoint, or end with code 65 if there is none.
     Required,
-    /// Start anew; where there is a checkpoint, end with code 2 and leave it alone. A job that the launcher restarts continues from
-    /// its own.
+    /// Start anew, or end with code 2 if there is a checkpoint. A job that the launcher restarts continues from its own.
     Never,
 }
 
@@ -339,12 +337,12 @@ pub enum ArgsError {
         /// What both name.
         path: PathBuf,
     },
-    /// There is nothing to go back to, or to continue from.
+    /// A flag needs checkpoints, and there is no folder for them.
     #[error("{flag} needs --checkpoint")]
     NeedsCheckpoint {
-        /// What needs it.
+        /// The flag.
         flag: &'static str,
-        /// What does not.
+        /// What works without one.
         instead: &'static str,
     },
     /// A number outside its range.
@@ -487,7 +485,7 @@ impl GptArgs {
         Ok(())
     }
 
-    /// Whether training continues from a checkpoint, in a job that was restarted this often: what a restarted job finds is its own.
+    /// Whether training continues from a checkpoint after this many restarts: a restarted job finds its own checkpoints.
     pub fn resume_at(&self, restart: u64) -> ResumeArg {
         if restart > 0 && self.resume == ResumeArg::Never { ResumeArg::Auto } else { self.resume }
     }

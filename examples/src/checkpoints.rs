@@ -11,10 +11,10 @@ use crate::args::{GptArgs, ResumeArg};
 use crate::files;
 use crate::log::note;
 
-/// Key of the cursor: samples consumed before the checkpoint, those of batches that were passed over included.
+/// Key of the cursor: samples consumed before the checkpoint, skipped batches included.
 const SAMPLES: &str = "samples";
 
-/// The key of older checkpoints in its place: batches passed over, beside one batch for each step.
+/// The key that older checkpoints have instead: skipped batches, in addition to one batch for each step.
 const PASSED_OVER: &str = "batches_passed_over";
 
 /// How often one checkpoint is gone back to before the training is given up.
@@ -35,12 +35,12 @@ pub enum CheckpointsError {
     /// Another run writes there now.
     #[error("--checkpoint {0}")]
     Fenced(CheckpointError),
-    /// There is a checkpoint, and none may be continued from.
+    /// `--resume never`, and there is a checkpoint.
     #[error("--resume never, but {place} has a checkpoint of step {step}")]
     Present {
         /// The place.
         place: String,
-        /// The newest one's.
+        /// Step of the newest checkpoint.
         step: u64,
     },
     /// A snapshot could not be taken, or there is no memory for one.
@@ -98,9 +98,7 @@ impl CheckpointsError {
                     | CheckpointError::Shape { .. }
                     | CheckpointError::Unknown { .. }
                     | CheckpointError::Declared { .. },
-                ) => {
-                    "train with the flags and the data that the checkpoint was made with, or give another --checkpoint"
-                }
+                ) => "use the flags and the data that the checkpoint was made with, or give another --checkpoint",
                 SessionError::Disagreement(_) => "give all ranks one --checkpoint folder that they share",
                 _ => "",
             },
@@ -109,7 +107,7 @@ impl CheckpointsError {
                 SessionError::Checkpoint(error) => hint(error),
                 _ => "",
             },
-            Self::Fenced(_) => "end the other run, and start this one again: it goes on from the newest checkpoint",
+            Self::Fenced(_) => "end the other run, and start this one again: it continues from the newest checkpoint",
             Self::Snapshot(_) => "",
             Self::NoWayBack(_) | Self::NoHelp { .. } => "try a lower --lr, or --clip 1",
             Self::Last { cause, .. } => hint(cause),
@@ -137,13 +135,13 @@ pub struct Checkpoints {
     store: Store,
     every: u64,
     speaks: bool,
-    /// The first sample of the next batch.
+    /// Number of the next batch's first sample.
     next_sample: u64,
     /// Writes to the store.
     is_first: bool,
     /// The step that was gone back to last, and how often.
     rollbacks: (u64, u32),
-    /// The step of a save that a request asked for.
+    /// The step of a save on request.
     requested: Option<u64>,
     /// How long the last save took.
     save_time: Duration,
@@ -154,8 +152,8 @@ impl Checkpoints {
     /// is one.
     ///
     /// # Errors
-    /// A place that cannot be used or that another run writes to, a checkpoint of another model or data, or one that `--resume`
-    /// does not allow, or misses.
+    /// A place that cannot be used or that another run writes to, a checkpoint of another model or data, or a checkpoint that
+    /// `--resume` forbids or requires.
     pub fn open(place: &str, args: &GptArgs, speaks: bool, session: &mut Session) -> Result<Self, CheckpointsError> {
         let place_error = |error: SessionError| CheckpointsError::Place(Box::new(error));
         let store = Store::open(place).map_err(|e| place_error(e.into()))?;
@@ -178,7 +176,7 @@ impl Checkpoints {
                 let absent = CheckpointError::Absent { place: store.place().into(), step: None };
                 return Err(CheckpointsError::Load(Box::new(absent.into())));
             }
-            (_, None) if speaks => note(format!("no checkpoint in {}: starts anew", store.place())),
+            (_, None) if speaks => note(format!("no checkpoint in {}: starting anew", store.place())),
             _ => {}
         }
         let next_sample = found.map_or(0, |(step, cursor)| samples_before(step, &cursor, args.batch as u64));
@@ -222,12 +220,12 @@ impl Checkpoints {
         if self.is_first
             && let Err(error) = self.store.set_cursor(step, self.cursor())
         {
-            note(format!("warning: a restart before the next checkpoint will meet the bad batch again: {error}"));
+            note(format!("warning: a restart before the next checkpoint will train on the bad batch again: {error}"));
         }
         Ok(())
     }
 
-    /// Begins a save where one is due or requested, and tells of those that have ended. The last one is waited for.
+    /// Starts a save if one is due or requested, and reports those that have ended. Waits for the last one.
     ///
     /// # Errors
     /// When no snapshot can be taken, or the last save failed; a save that fails before is told, and training goes on.

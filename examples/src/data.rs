@@ -68,7 +68,7 @@ pub struct Text {
     vocabulary: Vec<u8>,
     /// First nine tenths of the text.
     train: Vec<i32>,
-    /// What tells the text from others.
+    /// Identity of the text.
     identity: String,
 }
 
@@ -113,12 +113,12 @@ impl Text {
         Ok(Self { vocabulary, train, identity: identity_of(bytes) })
     }
 
-    /// What tells the text from others, as [`shardflow::declare::data_identity`].
+    /// Identity of the text: length and checksum, see [`shardflow::declare::data_identity`].
     pub fn identity(&self) -> &str {
         &self.identity
     }
 
-    /// What tells the numbering of its tokens from others.
+    /// Identity of the vocabulary: which byte has which token id.
     pub fn vocabulary_identity(&self) -> String {
         identity_of(&self.vocabulary)
     }

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use serde::Serialize;
-use shardflow::output::{self, Kind, Output, ends_line};
+use shardflow::output::{self, OutputKind, OutputQueue, ends_line};
 
 /// One training step. In JSON, a number that is not finite is written as `null`.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
@@ -75,7 +75,7 @@ pub struct JsonLog {
 enum Records {
     File(File),
     /// A pipe or a terminal, whose reader may stall.
-    Stream(Output),
+    Stream(OutputQueue),
 }
 
 impl JsonLog {
@@ -87,13 +87,13 @@ impl JsonLog {
         Self::open(path, File::options().write(true).create(true).truncate(true))
     }
 
-    /// Opens the file of a run that goes on from a checkpoint: steps that were done again stand in it twice. A line that the
-    /// end of the earlier run tore is removed.
+    /// Opens the file of a run that goes on from a checkpoint: repeated steps are in it twice. An incomplete last
+    /// line of the earlier run is removed.
     ///
     /// # Errors
     /// The file cannot be opened.
     pub fn go_on(path: &Path) -> Result<Self, LogError> {
-        // A pipe without a reader could be opened for both, but not by a reader later.
+        // A pipe is opened for writing alone: opened for both, it would never lack a reader.
         let is_stream = path.metadata().is_ok_and(|data| !data.is_file());
         Self::open(path, File::options().read(!is_stream).append(true).create(true))
     }
@@ -102,7 +102,7 @@ impl JsonLog {
         let open = || -> io::Result<Records> {
             let mut file = options.open(path)?;
             if !file.metadata()?.is_file() {
-                return Ok(Records::Stream(Output::new(file)));
+                return Ok(Records::Stream(OutputQueue::new(file)));
             }
             if file.metadata()?.len() > 0 {
                 remove_torn_line(&mut file)?;
@@ -148,7 +148,7 @@ impl JsonLog {
             match &mut self.to {
                 Records::File(file) => file.write_all(&line),
                 Records::Stream(output) => {
-                    output.put(Kind::Record, &line);
+                    output.put(OutputKind::Record, &line);
                     Ok(())
                 }
             }
@@ -157,7 +157,7 @@ impl JsonLog {
     }
 }
 
-/// A run that ends early gives its reader a second.
+/// A run that ends early waits one second for its reader.
 impl Drop for JsonLog {
     fn drop(&mut self) {
         self.flush(Some(Duration::from_secs(1)));
@@ -184,16 +184,16 @@ fn remove_torn_line(file: &mut File) -> io::Result<()> {
     file.set_len(start + line as u64)
 }
 
-/// How a run does, on stdout: a line every few steps and each minute, and always of the first and the last step. On a screen they
-/// stand above a line that is written anew at most once a second.
+/// Progress on stdout: a line every few steps and each minute, and always for the first and the last step. On a terminal a live
+/// line below them is updated at most once a second.
 #[derive(Debug)]
 pub struct Progress {
     steps: u64,
     start: Instant,
-    /// Steps shown or not.
+    /// Steps so far, printed or not.
     done: u32,
     lines: Pace,
-    /// On a screen only.
+    /// On a terminal only.
     live: Option<Pace>,
     /// The screen's line has no end yet.
     is_open: bool,
@@ -247,7 +247,7 @@ impl Progress {
     /// Shows a step, when it is time to.
     pub fn step(&mut self, record: &StepRecord) {
         let text = self.text(record, self.start.elapsed());
-        output::stdout().put(Kind::Progress, text.as_bytes());
+        output::stdout().put(OutputKind::Progress, text.as_bytes());
     }
 
     fn text(&mut self, record: &StepRecord, now: Duration) -> String {

@@ -98,7 +98,7 @@ fn ranks_with_other_values_end_together_and_name_the_value() {
         ("--sample 5", "", "differ in their sample: not given and given;"),
         ("--checkpoint ck", "", "differ in their checkpoint: not given and given;"),
         ("--save model", "", "differ in their save: not given and given;"),
-        ("", "SHARDFLOW_TRANSPORT=tcp", "differ in their transport: Auto and Tcp; set SHARDFLOW_TRANSPORT alike"),
+        ("", "SHARDFLOW_TRANSPORT=tcp", "differ in their transport: Auto and Tcp; set the same SHARDFLOW_TRANSPORT"),
     ] {
         let (code, text) = two(&folder, flags, second, variable);
         assert_eq!(code, Some(78), "{second}{variable}: {text}");
@@ -185,7 +185,7 @@ fn a_resume_reports_what_differs_and_continues_with_the_next_sample() {
         (text, samples.as_str().expect("a text").to_owned())
     };
     let (text, samples) = resume("", 4);
-    assert!(text.contains("no checkpoint in ck: starts anew") && !text.contains("warning"), "{text}");
+    assert!(text.contains("no checkpoint in ck: starting anew") && !text.contains("warning"), "{text}");
     assert_eq!(samples, "16");
     for (flags, steps, expected, warnings, consumed) in [
         ("--batch 2", 6, &["warning: batch was 4 and is 2 from here on"][..], 1, "20"),

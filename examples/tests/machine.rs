@@ -131,29 +131,29 @@ fn what_a_cgroup_does_not_hold_is_refused() {
         (run.end(TIMEOUT), run.text())
     };
     const SMALL: u64 = 48 << 20;
-    let (code, said) = run(SMALL, &gpt(""));
-    assert_eq!(code, Some(78), "{said}");
+    let (code, printed) = run(SMALL, &gpt(""));
+    assert_eq!(code, Some(78), "{printed}");
     for part in ["error: the plan does not fit: this node has ", ": limit 50331648, ", "\n  device 0: ", "--memory-mib"]
     {
-        assert!(said.contains(part), "no {part:?} in:\n{said}");
+        assert!(printed.contains(part), "no {part:?} in:\n{printed}");
     }
-    let needed = number_after(&said, "the job needs ");
-    let used = SMALL - number_after(&said, "this node has ");
+    let needed = number_after(&printed, "the job needs ");
+    let used = SMALL - number_after(&printed, "this node has ");
     // What it asks for is enough, to the end.
     let enough = needed + used + (8 << 20);
-    let (code, said) = run(enough, &gpt(""));
-    assert_eq!(code, Some(0), "{said}");
+    let (code, printed) = run(enough, &gpt(""));
+    assert_eq!(code, Some(0), "{printed}");
     // Snapshots are refused before the first step.
-    let (code, said) = run(enough, &gpt("--checkpoint ck"));
-    assert_eq!(code, Some(78), "{said}");
-    assert!(said.contains("bytes for 2 snapshots") && !said.contains("loss"), "{said}");
+    let (code, printed) = run(enough, &gpt("--checkpoint ck"));
+    assert_eq!(code, Some(78), "{printed}");
+    assert!(printed.contains("bytes for 2 snapshots") && !printed.contains("loss"), "{printed}");
     // Two ranks share what there is; each of them alone would fit.
-    let (code, said) = run(enough, &launch_of("--nproc-per-node 2", &gpt("--mesh data=2")));
-    assert_eq!(code, Some(78), "{said}");
-    assert!(said.contains("\n  device 0: ") && said.contains("\n  device 1: "), "{said}");
+    let (code, printed) = run(enough, &launch_of("--nproc-per-node 2", &gpt("--mesh data=2")));
+    assert_eq!(code, Some(78), "{printed}");
+    assert!(printed.contains("\n  device 0: ") && printed.contains("\n  device 1: "), "{printed}");
     // The limit is a real one.
-    let (code, said) = run(SMALL, &gpt("--memory-mib 4096"));
-    assert_ne!(code, Some(0), "{said}");
+    let (code, printed) = run(SMALL, &gpt("--memory-mib 4096"));
+    assert_ne!(code, Some(0), "{printed}");
 }
 
 /// Two containers of one host: equal host names and boots, a `/tmp` each.
@@ -180,9 +180,12 @@ fn containers_with_a_tmp_each_use_tcp() {
     assert_eq!(all.matches("do not see the same folder at TMPDIR").count(), 1, "once:\n{all}");
     assert!(all.contains("TCP is used between such ranks"), "{all}");
     for transport in ["shared-memory", "unix"] {
-        for (code, said) in both(transport, transport) {
-            assert_eq!(code, Some(78), "{said}");
-            assert!(said.contains("they do not see the same folder") && said.contains("set it to auto"), "{said}");
+        for (code, printed) in both(transport, transport) {
+            assert_eq!(code, Some(78), "{printed}");
+            assert!(
+                printed.contains("they do not see the same folder") && printed.contains("set it to auto"),
+                "{printed}"
+            );
         }
     }
     assert!(begin.elapsed() < Duration::from_secs(55), "nothing waits for a connection that cannot come");
@@ -199,18 +202,21 @@ fn a_tmpdir_that_cannot_be_used_is_named_or_not_needed() {
         (run.end(TIMEOUT), run.text())
     };
     let endpoint = || format!("--rdzv-endpoint 127.0.0.1:{}", free_port());
-    let (code, said) = run(&endpoint(), &[("TMPDIR", &long)]);
-    assert_eq!(code, Some(0), "{said}");
-    assert!(said.contains(&format!("TMPDIR={long}: too long")) && said.contains("TCP is used"), "{said}");
-    let (code, said) = run(&endpoint(), &[("TMPDIR", &long), ("SHARDFLOW_TRANSPORT", "unix")]);
-    assert_eq!(code, Some(78), "{said}");
-    assert!(said.contains("could make no Unix socket in its TMPDIR"), "{said}");
-    let (code, said) = run("", &[("TMPDIR", &long)]);
-    assert!(code == Some(78) && said.contains("set TMPDIR to a shorter path"), "{code:?} {said}");
+    let (code, printed) = run(&endpoint(), &[("TMPDIR", &long)]);
+    assert_eq!(code, Some(0), "{printed}");
+    assert!(printed.contains(&format!("TMPDIR={long}: too long")) && printed.contains("TCP is used"), "{printed}");
+    let (code, printed) = run(&endpoint(), &[("TMPDIR", &long), ("SHARDFLOW_TRANSPORT", "unix")]);
+    assert_eq!(code, Some(78), "{printed}");
+    assert!(printed.contains("could make no Unix socket in its TMPDIR"), "{printed}");
+    let (code, printed) = run("", &[("TMPDIR", &long)]);
+    assert!(code == Some(78) && printed.contains("set TMPDIR to a shorter path"), "{code:?} {printed}");
     for flags in ["", &endpoint()] {
-        let (code, said) = run(flags, &[("TMPDIR", &missing)]);
-        let told = format!("error: TMPDIR={missing}: cannot make a folder there");
-        assert!(code == Some(78) && said.contains(&told) && !said.contains("missing/"), "{code:?} {said}");
+        let (code, printed) = run(flags, &[("TMPDIR", &missing)]);
+        let expected_line = format!("error: TMPDIR={missing}: cannot make a folder there");
+        assert!(
+            code == Some(78) && printed.contains(&expected_line) && !printed.contains("missing/"),
+            "{code:?} {printed}"
+        );
     }
     // The other commands that use it.
     for (command, expected) in [("plan", Some(78)), ("doctor", Some(78))] {
@@ -300,8 +306,8 @@ fn a_host_name_that_is_loopback_on_its_own_node_is_reached() {
     let ended = nodes.map(|mut node| (node.end(TIMEOUT), node.text()));
     assert!(ended.iter().all(|(code, _)| *code == Some(0)), "{ended:?}");
     let [(_, first), (_, second)] = ended;
-    let said = "shardflow-node0 is 127.0.1.1 on this node";
-    assert!(first.matches(said).count() == 1 && !second.contains(said), "{first}\n{second}");
+    let printed = "shardflow-node0 is 127.0.1.1 on this node";
+    assert!(first.matches(printed).count() == 1 && !second.contains(printed), "{first}\n{second}");
 }
 
 #[test]

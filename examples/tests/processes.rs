@@ -332,8 +332,8 @@ fn nodes_with_a_wrong_flag(wrong: usize, flag: &str, code: i32) {
     for (node, mut running) in nodes.into_iter().enumerate() {
         assert_eq!(running.end(TIMEOUT), Some(code), "node {node}: {}", running.text());
         assert!(!running.text().contains("restart 1"), "node {node}: {}", running.text());
-        let said = format!("rank {wrong} ended before it joined");
-        assert!(node == wrong || running.text().contains(&said), "node {node}: {}", running.text());
+        let expected = format!("rank {wrong} ended before it joined");
+        assert!(node == wrong || running.text().contains(&expected), "node {node}: {}", running.text());
     }
     assert!(begin.elapsed() < REPORTED_WITHIN, "{:?}", begin.elapsed());
 }

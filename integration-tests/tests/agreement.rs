@@ -58,7 +58,7 @@ fn together<T: Send>(name: &str, processes: u32, work: impl Fn(u32, Cluster) -> 
             scope.spawn(move || work(process, cluster))
         };
         let threads: Vec<_> = (0..processes).map(start).collect();
-        threads.into_iter().map(|t| t.join().expect("a rank that fails has said why")).collect()
+        threads.into_iter().map(|t| t.join().expect("a rank that fails has printed why")).collect()
     })
 }
 
@@ -112,9 +112,9 @@ fn learning_rates_are_compared_in_each_step() {
             (error, losses.into_iter().map(|loss| loss.expect("a loss").to_bits()).collect::<Vec<_>>())
         });
         for (error, losses) in ranks {
-            let told =
+            let expected_error =
                 "step 2: the ranks differ in learning_rate: rank 0 has 0.5; rank 1 has 0.25; give every rank the same";
-            assert_eq!(error, told);
+            assert_eq!(error, expected_error);
             assert_eq!(losses, expected);
         }
     });
@@ -360,7 +360,7 @@ fn parameters_that_the_program_lacks_are_refused_unless_it_names_them() {
 
         let ignoring: Vec<String> = all.keys().filter(|name| name.starts_with("h.1.")).cloned().collect();
         let options = SessionOptions { ignoring: ignoring.clone(), ..SessionOptions::default() };
-        let states = format!("{} optimizer states are not needed, and left out", 2 * ignoring.len());
+        let states = format!("{} optimizer states are not needed, and skipped", 2 * ignoring.len());
         let kept: BTreeMap<_, _> = all.iter().filter(|(name, _)| !ignoring.contains(name)).collect();
         let loaded = |session: &Session| {
             let own = session.parameters().expect("parameters");
@@ -397,7 +397,7 @@ fn a_program_that_only_computes_leaves_optimizer_states_out() {
         let plan = compile(g, &options(1, OneFOneB)).expect("a plan");
         let mut session = Session::start(plan, &SessionOptions::default()).expect("a session");
         let count = 2 * trained.parameters().expect("parameters").len();
-        let expected = format!("{count} optimizer states are not needed, and left out");
+        let expected = format!("{count} optimizer states are not needed, and skipped");
         let restored = session.restore_newest(&store(&scratch.path().join("run"))).expect("a checkpoint");
         assert!(restored.notes.len() == 1 && restored.notes[0].ends_with(&expected), "{:?}", restored.notes);
         let notes = session.restore(&scratch.path().join("model")).expect("a file");

@@ -11,7 +11,7 @@ use object_store::local::LocalFileSystem;
 use object_store::memory::InMemory;
 use shardflow::checkpoint::cli::{CheckpointArgs, CheckpointCommand, run};
 use shardflow::checkpoint::{
-    Alone, CheckpointError, Clock, Cursor, Saved, Saver, SaverOptions, Snapshot, Store, save_now,
+    Alone, CheckpointError, Cursor, Saved, Saver, SaverOptions, Snapshot, Store, WaitClock, save_now,
 };
 use shardflow::plan::Schedule::OneFOneB;
 use shardflow::session::{Session, SessionError};
@@ -87,7 +87,7 @@ fn a_store_without_conditional_puts_is_refused_and_named() {
     let faulty = Faulty::new(Arc::new(InMemory::new()), Fault::NoConditionalPut, usize::MAX, None);
     let store = Store::with(Arc::new(faulty), "run").expect("a store");
     let error = Saver::new(store, Arc::new(Alone), SaverOptions::default()).err().expect("no lock can be had");
-    assert!(error.to_string().contains("cannot create an object only if there is none"), "{error}");
+    assert!(error.to_string().contains("lacks conditional puts"), "{error}");
 }
 
 /// Without hard links a step is committed once, also after a writer that died between its claim and the commit.
@@ -147,7 +147,7 @@ impl std::fmt::Debug for TestClock {
     }
 }
 
-impl Clock for TestClock {
+impl WaitClock for TestClock {
     fn now(&self) -> Duration {
         *self.now.lock().expect("nobody panics with it")
     }

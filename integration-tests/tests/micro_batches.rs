@@ -165,12 +165,12 @@ fn the_user_says_how_values_become_one() {
             let x = g.input("x", &[8, 4], DType::F32, Layout::broadcast());
             let moment = g.einsum("bi,bj->ij", x, x);
             let bent = g.gelu(moment);
-            g.output_with("each", bent, Over::Each);
-            g.output_with("sum", bent, Over::Sum);
-            g.output_with("max", bent, Over::Max);
-            g.output_with("once", bent, Over::Once);
-            g.output_with("columns", bent, Over::Concat(1));
-            g.output_with("apart", x, Over::Each);
+            g.output_with("each", bent, Combine::Stack);
+            g.output_with("sum", bent, Combine::Sum);
+            g.output_with("max", bent, Combine::Max);
+            g.output_with("once", bent, Combine::First);
+            g.output_with("columns", bent, Combine::Concat(1));
+            g.output_with("apart", x, Combine::Stack);
             started(g, count).step(&[("x", values(&[8, 4], 0.7))], 0.0).expect("a step").outputs
         };
         let got = outputs(4);
@@ -215,7 +215,13 @@ const REFUSED: &[Refused] = &[
             let y = g.gelu(sum);
             g.output("y", y)
         },
-        &["y: ", "make no whole: gelu at ", "is one term of a sum", "`output_with`", "`Over::Each`"],
+        &[
+            "y: ",
+            "combine the values of 2 micro-batches: gelu at ",
+            "is one term of a sum",
+            "`output_with`",
+            "`Combine::Stack`",
+        ],
     ),
     (
         |g| {
@@ -287,9 +293,9 @@ const REFUSED: &[Refused] = &[
             let sum = g.einsum("bi,bj->ij", x, x);
             let bent = g.gelu(sum);
             let y = g.dropout(bent, 0.5, 1);
-            g.output_with("y", y, Over::Each)
+            g.output_with("y", y, Combine::Stack)
         },
-        &["dropout: the place of an element in the whole batch is not known", "gelu at ", "`micro_batches: 1`"],
+        &["an element's position in the whole batch is unknown", "gelu at ", "`micro_batches: 1`"],
     ),
 ];
 
@@ -342,16 +348,16 @@ fn wrong_dims_of_batches_and_outputs_are_refused() {
         (
             |g| {
                 let x = floats(g, "x", &[8, 4]);
-                g.output_with("x", x, Over::Concat(2))
+                g.output_with("x", x, Combine::Concat(2))
             },
-            "x: `Over::Concat(2)`, but the shape [8, 4] has 2 dims",
+            "x: `Combine::Concat(2)`, but the shape [8, 4] has 2 dims",
         ),
         (
             |g| {
                 let x = g.input("x", &[8], DType::I32, Layout::broadcast());
-                g.output_with("x", x, Over::Sum)
+                g.output_with("x", x, Combine::Sum)
             },
-            "x: `Over::Sum` combines F32, got I32",
+            "x: `Combine::Sum` combines F32, got I32",
         ),
     ];
     for (build, want) in cases {

@@ -94,12 +94,12 @@ fn set_weights(
 #[test]
 fn a_slow_rank_is_waited_for_and_named() {
     within(120, || {
-        let (lines, said) = channel();
+        let (lines, logged) = channel();
         let (release, released) = channel();
         let waiting = thread::spawn(move || set_weights("named", PATIENCE, Slow::Until(released), None, lines));
         let deadline = Instant::now() + PATIENCE;
         let line = loop {
-            let line = said.recv_timeout(deadline.saturating_duration_since(Instant::now())).expect("it is named");
+            let line = logged.recv_timeout(deadline.saturating_duration_since(Instant::now())).expect("it is named");
             if line.contains("which has been running the program") {
                 break line;
             }

@@ -22,7 +22,7 @@ pub(crate) mod shard;
 pub mod snapshot;
 pub mod store;
 
-pub use crate::clock::Clock;
+pub use crate::clock::WaitClock;
 pub use agree::{Agree, Alone, Member, SaveId, Saved};
 pub use error::{AgreeError, CheckpointError};
 pub use manifest::{Cursor, Manifest};

@@ -3,19 +3,19 @@
 use std::fmt;
 use std::time::{Duration, Instant};
 
-/// A clock to wait by.
-pub trait Clock: Send + Sync + fmt::Debug {
-    /// Time since some fixed moment.
+/// A clock that also waits.
+pub trait WaitClock: Send + Sync + fmt::Debug {
+    /// Time since a fixed moment.
     fn now(&self) -> Duration;
-    /// Waits.
+    /// Waits for this time.
     fn wait(&self, time: Duration);
 }
 
-/// The system's, since it was made.
+/// The system's clock, counted from the value's creation.
 #[derive(Debug)]
 pub(crate) struct SystemClock(pub(crate) Instant);
 
-impl Clock for SystemClock {
+impl WaitClock for SystemClock {
     fn now(&self) -> Duration {
         self.0.elapsed()
     }

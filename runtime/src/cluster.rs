@@ -109,7 +109,7 @@ impl Collectives {
     }
 }
 
-/// Called with a line that says who is missing while processes wait for each other, or why they use other ways than expected.
+/// Receives log lines: which ranks are missing while processes wait for each other, or why another transport is used.
 pub type OnWaiting = Arc<dyn Fn(&str) + Send + Sync>;
 
 /// How the others reach what this process listens on, where that is not at the same address: through a proxy, or ports that
@@ -128,7 +128,7 @@ pub trait Advertise: fmt::Debug + Send + Sync {
     fn heartbeats(&self, bound: SocketAddr) -> io::Result<SocketAddr>;
 }
 
-/// A host name or address that stands for the one that a process listens on; ports stay.
+/// A host name or address that is published in place of the one that a process listens on; the port does not change.
 #[derive(Clone, Debug)]
 struct AdvertisedHost(String);
 
@@ -201,13 +201,13 @@ impl Default for ClusterOptions {
 }
 
 impl ClusterOptions {
-    /// Logs whom this process waits for.
+    /// Logs which ranks this process waits for.
     pub(crate) fn report_waiting(&self, line: &str) {
         tracing::warn!("{line}");
         self.on_waiting.iter().for_each(|on_waiting| on_waiting(line));
     }
 
-    /// As these variables say.
+    /// Reads the options from these variables.
     ///
     /// # Errors
     /// [`ClusterError::Variable`], [`ClusterError::MpiNotBuilt`].
@@ -240,7 +240,7 @@ impl ClusterOptions {
     }
 }
 
-/// Longest time that a variable may ask for: longer ones are mistakes.
+/// Longest time that a variable may set; a longer one is a mistake.
 const DAY_MS: u64 = 86_400_000;
 
 /// A variable's value, if it is set and not empty.
@@ -510,8 +510,8 @@ mod tests {
             (ADVERTISE, "a b"),
             (TRANSPORT, "pigeon"),
         ] {
-            let told = options(&[(name, value)]).expect_err(value);
-            assert!(told.starts_with(&format!("{name} is {value:?}, expected ")), "{told}");
+            let message = options(&[(name, value)]).expect_err(value);
+            assert!(message.starts_with(&format!("{name} is {value:?}, expected ")), "{message}");
         }
     }
 

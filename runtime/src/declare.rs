@@ -1,4 +1,4 @@
-//! Values that a program declares: all ranks must have them alike, checkpoints and saved files record them, and a resume
+//! Values that a program declares: they must be equal on all ranks, checkpoints and saved files record them, and a resume
 //! compares them. Imports nothing of this crate.
 //!
 //! ```
@@ -22,16 +22,16 @@ use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
-/// Values of a program, at most.
+/// Most values of a program.
 pub const DECLARED_MAX: usize = 64;
-/// Bytes of a name, at most.
+/// Most bytes of a name.
 pub const NAME_BYTES_MAX: usize = 64;
-/// Bytes of a value, at most; declare a digest of what is longer.
+/// Most bytes of a value; declare a digest of a longer one.
 pub const VALUE_BYTES_MAX: usize = 1024;
-/// Bytes of all names and values together, at most.
+/// Most bytes of all names and values together.
 pub const DECLARED_BYTES_MAX: usize = 6 << 10;
 
-/// Names of the values that every session compares itself.
+/// Names of the values that the session itself compares.
 pub(crate) const SEED: &str = "seed";
 pub(crate) const PLAN: &str = "plan";
 pub(crate) const MESH: &str = "mesh";
@@ -64,7 +64,7 @@ struct Declared {
     name: String,
     value: String,
     on_resume: OnResume,
-    /// Compared by loads of weights alone, too.
+    /// Loads of weights alone compare it, too.
     is_of_model: bool,
 }
 
@@ -78,11 +78,11 @@ pub struct Declarations(Vec<Declared>);
 pub struct DeclareError {
     /// Its name.
     pub name: String,
-    /// The limit that it breaks, with the numbers.
+    /// The rule that it breaks, with the numbers.
     pub why: String,
 }
 
-/// A value that must be as it was recorded, and is not.
+/// A value that must equal the recorded one, and does not.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Difference {
     pub(crate) name: String,
@@ -114,12 +114,12 @@ impl Declarations {
         self.0.iter().map(|declared| (declared.name.as_str(), declared.value.as_str()))
     }
 
-    /// What a checkpoint records.
+    /// The values as a checkpoint records them.
     pub(crate) fn values(&self) -> Values {
         self.iter().map(|(name, value)| (name.to_owned(), value.to_owned())).collect()
     }
 
-    /// Whether names are unique, and all is within the limits.
+    /// Checks that names are unique and that names and values are within the limits.
     pub(crate) fn check(&self) -> Result<(), DeclareError> {
         let mut total = 0;
         for (index, (name, value)) in self.iter().enumerate() {
@@ -143,7 +143,7 @@ impl Declarations {
                 ));
             }
             if RESERVED.contains(&name) {
-                return wrong("every session compares a value of this name itself".into());
+                return wrong("the session itself compares a value of this name; choose another".into());
             }
             if self.iter().take(index).any(|(other, _)| other == name) {
                 return wrong("it is declared twice".into());
@@ -152,8 +152,8 @@ impl Declarations {
         Ok(())
     }
 
-    /// Compares recorded values with these; gives a line for each difference to report. What only one side has is not
-    /// compared: older programs declared less.
+    /// Compares recorded values with these; returns a line for each difference to report. Values of one side only are not
+    /// compared: older programs declared fewer.
     pub(crate) fn compare(&self, saved: &Values, weights_only: bool) -> Result<Vec<String>, Difference> {
         let mut notes = Vec::new();
         for declared in self.0.iter().filter(|declared| declared.is_of_model || !weights_only) {
@@ -171,11 +171,11 @@ impl Declarations {
     }
 }
 
-/// Blocks of a large file that its identity is made of.
+/// Blocks of a large file that enter its identity.
 const BLOCKS: u64 = 64;
 const BLOCK_BYTES: u64 = 1 << 20;
 
-/// What tells a data file from others: its length, and the BLAKE3 checksum of its bytes; of a file of more than 64 MiB, of 64
+/// Identity of a data file: its length and the BLAKE3 checksum of its bytes; for a file of more than 64 MiB, the checksum of 64
 /// blocks of 1 MiB, spread evenly from the first byte to the last.
 ///
 /// # Errors
@@ -185,7 +185,7 @@ pub fn data_identity(path: &Path) -> io::Result<String> {
     identity(file.metadata()?.len(), |start, block| file.read_exact_at(block, start))
 }
 
-/// As [`data_identity`], of data in memory.
+/// Like [`data_identity`], for data in memory.
 pub fn identity_of(bytes: &[u8]) -> String {
     let read = |start: u64, block: &mut [u8]| {
         block.copy_from_slice(&bytes[start as usize..start as usize + block.len()]);
@@ -249,7 +249,7 @@ mod tests {
         assert!(why(one("", "")).contains("the name has 0 bytes, expected 1 to 64"));
         assert!(why(one(&"n".repeat(65), "")).contains("the name has 65 bytes"));
         assert!(why(one("name", &"v".repeat(1025))).starts_with("cannot declare \"name\": the value has 1025 bytes"));
-        assert!(why(one("plan", "")).contains("every session compares a value of this name"));
+        assert!(why(one("plan", "")).contains("the session itself compares a value of this name"));
         assert!(why(one("a", "1").declare_model("a", 1)).contains("declared twice"));
         let many = |count: usize, value: &str| {
             (0..count).fold(Declarations::default(), |all, i| all.declare(i.to_string(), value, OnResume::Free))

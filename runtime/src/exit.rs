@@ -178,7 +178,7 @@ pub struct Report {
     /// Whose failure it was: the reporter's own when absent.
     #[serde(default)]
     pub first_cause_rank: Option<u32>,
-    /// The process had met the others, which hear of its end from its session.
+    /// The process had met the others, which learn of its failure from the session.
     #[serde(default)]
     pub joined: bool,
 }
@@ -206,24 +206,24 @@ impl Report {
         }
     }
 
-    /// Whether the others wait for the reporter in vain, and a new start would not help.
+    /// Whether the other processes would wait for the reporter in vain, and a restart would not help.
     pub fn is_for_all(&self) -> bool {
         let exit = Exit::from_code(self.exit);
         !self.joined && self.blames_itself() && exit != Exit::Done && !exit.worth_a_retry()
     }
 }
 
-/// True once this process has met the others, or has reported why not.
+/// True once this process has met the others, or has reported why it cannot.
 static JOINED: AtomicBool = AtomicBool::new(false);
 
-/// The processes have met: from now on the others hear of a failure here from the session.
+/// The processes have met: from now on the session informs the others of a failure here.
 pub(crate) fn joined() {
     JOINED.store(true, Ordering::Relaxed);
 }
 
-/// Reports why this process is about to end with `exit`. `first_cause_rank`: the process whose failure it was, where it
-/// was another one's. A process that names itself with [`Exit::Retry`] was asked to end, as by a notice that its node is
-/// taken away: no launcher starts it again. Under `shardflow launch` the report goes to the launcher. Without it, a process
+/// Reports why this process is about to end with `exit`. `first_cause_rank`: the rank that failed first, where it is another
+/// one. With [`Exit::Retry`] and its own rank, the process ends on request, such as before its node is taken away: no launcher
+/// restarts it. Under `shardflow launch` the report goes to the launcher. Without it, a process
 /// of several that ends before it has met the others, for a cause that is not worth a retry, reports to them: it dials the
 /// rendezvous endpoint, or as rank 0 answers there, for at most `SHARDFLOW_REPORT_WAIT_MS`. The first report of a process
 /// stands.

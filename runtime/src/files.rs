@@ -1,5 +1,4 @@
-//! Local file systems: which are of one machine, what is free, what lies there, and files that are created once without hard
-//! links. Imports nothing of this crate.
+//! Local file systems: which belong to one machine, free space, listings, and files that are created once without hard links. Imports nothing of this crate.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
@@ -9,28 +8,28 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use rustix::io::Errno;
 
-/// File systems of one machine, by `f_type` of statfs(2): what one process writes, all others see at once, and `flock` works.
+/// File systems of one machine, by `f_type` of statfs(2): writes are visible to all processes at once, and `flock` works.
 /// Overlay, tmpfs, ext2 to 4, XFS, btrfs, ZFS, F2FS, bcachefs.
 const OF_ONE_MACHINE: [u64; 8] =
     [0x794c_7630, 0x0102_1994, 0xef53, 0x5846_5342, 0x9123_683e, 0x2fc1_2fc1, 0xf2f5_2010, 0xca45_1a4e];
-/// Times that a claim is taken from another writer, at most.
+/// Most times that a claim is taken from another writer.
 const CLAIMS_MAX: u32 = 10;
 
-/// False for network file systems, and for those that are not known.
+/// False for network file systems and unknown ones.
 pub(crate) fn is_of_one_machine(folder: &Path) -> bool {
     let there = folder.ancestors().find(|path| path.exists());
     let kind = there.and_then(|path| rustix::fs::statfs(path).ok()).map(|stat| stat.f_type as u64);
     kind.is_some_and(|kind| OF_ONE_MACHINE.contains(&(kind & 0xffff_ffff)))
 }
 
-/// Bytes that this process may still write in the folder; `None` where the file system does not say.
+/// Free bytes for this process in the folder; `None` where the file system does not report them.
 pub fn free_bytes(folder: &Path) -> Option<u64> {
     let stat = rustix::fs::statvfs(folder).ok()?;
     (stat.f_blocks > 0).then(|| stat.f_bavail.saturating_mul(stat.f_frsize))
 }
 
 /// Names in a folder, with the sizes of files; folders have none. With `deep`, all files below it instead. Names that are not
-/// UTF-8 are none of ours, and a file that vanishes meanwhile is not there.
+/// UTF-8 are skipped, as are files that are deleted meanwhile.
 pub(crate) fn list(folder: &Path, deep: bool) -> io::Result<BTreeMap<String, Option<u64>>> {
     let mut found = BTreeMap::new();
     let entries = match fs::read_dir(folder) {
@@ -62,7 +61,7 @@ pub(crate) fn remove(path: &Path) -> io::Result<()> {
     }
 }
 
-/// The system's error at the bottom of another.
+/// The system's error in the chain of another.
 pub(crate) fn system_error<'a>(error: &'a (dyn std::error::Error + 'static)) -> Option<&'a io::Error> {
     let below = |error: &&'a (dyn std::error::Error + 'static)| error.source();
     std::iter::successors(Some(error), below).filter_map(|error| error.downcast_ref()).last()
@@ -76,8 +75,8 @@ pub(crate) fn lacks_links(error: &(dyn std::error::Error + 'static)) -> bool {
 
 /// Creates a file, whole and synced, if there is none: without hard links. A folder with the content is moved to the name of
 /// the claim, which fails while another writer's is there; the content is then moved from inside the claim to its place. A
-/// claim may be taken away at any time, from a writer that died or is slow: that one has nothing left to move. So a writer
-/// that finds the place free while the claim is its own is the only one who can fill it.
+/// claim may be taken at any time, from a writer that died or is slow: that writer then has nothing to move. So a writer
+/// that finds the place free while it holds the claim is the only one that can fill it.
 pub(crate) fn create_by_claim(path: &Path, bytes: &[u8]) -> io::Result<()> {
     let beside = |ending: &str| {
         let mut name = path.as_os_str().to_os_string();
@@ -101,14 +100,14 @@ pub(crate) fn create_by_claim(path: &Path, bytes: &[u8]) -> io::Result<()> {
                 return moved.and_then(|()| File::open(path.parent().unwrap_or(path))?.sync_all());
             }
             Err(error) if matches!(error.kind(), ErrorKind::DirectoryNotEmpty | ErrorKind::AlreadyExists) => {
-                // Where this fails, the other one has just finished.
+                // If this fails, the other writer has just finished.
                 let _ = fs::rename(&claim, &taken).and_then(|()| fs::remove_dir_all(&taken));
             }
             Err(error) => return Err(error),
         }
     }
     let _ = fs::remove_dir_all(&mine);
-    Err(io::Error::new(ErrorKind::ResourceBusy, "other writers claim the same file again and again"))
+    Err(io::Error::new(ErrorKind::ResourceBusy, "other writers keep claiming the same file"))
 }
 
 #[cfg(test)]

@@ -1,4 +1,4 @@
-//! Reads a command line. A negative number is a value, so that its flag can state its range. Imports nothing of this crate.
+//! Parses a command line. Negative numbers are values, so that the error of a flag can state its range. Imports nothing of this crate.
 
 use std::any::TypeId;
 use std::ffi::OsString;
@@ -33,7 +33,7 @@ fn number(arg: Arg) -> Arg {
     } else if of == TypeId::of::<usize>() {
         arg.value_parser(|text: &str| whole(text, usize::MAX))
     } else if of == TypeId::of::<f32>() || of == TypeId::of::<f64>() {
-        // `-1e-3` and `-inf` are no negative numbers to clap.
+        // clap does not accept `-1e-3` and `-inf` as negative numbers.
         arg.allow_hyphen_values(true)
     } else {
         arg

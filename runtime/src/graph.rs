@@ -268,7 +268,7 @@ pub struct TensorInfo {
 /// Dims that a tensor may have: each needs a letter of its op's rule.
 pub const DIMS_MAX: usize = 16;
 
-/// Facts in place of those of another graph's tensors, by number of dims.
+/// Placeholder facts for tensors of other graphs, by number of dims.
 static STAND_INS: LazyLock<Vec<TensorInfo>> = LazyLock::new(|| {
     let stand_in = |dims| TensorInfo {
         name: "a tensor of another graph".into(),
@@ -301,7 +301,7 @@ pub struct Node {
     pub placement: usize,
     /// When it runs.
     pub phase: Phase,
-    /// Where the user wrote it.
+    /// The user's line.
     pub location: &'static Location<'static>,
     /// Chosen by the layout pass.
     pub signature: Option<NdSignature>,
@@ -314,32 +314,32 @@ pub struct Output {
     pub name: String,
     /// The tensor.
     pub tensor: Var,
-    /// How the values of micro-batches become one: given by the user, or settled by the micro-batch pass.
-    pub over: Option<Over>,
-    /// Where the user wrote it.
+    /// How the values of micro-batches are combined: given by the user, or set by the micro-batch pass.
+    pub combine: Option<Combine>,
+    /// The user's line.
     pub location: &'static Location<'static>,
 }
 
-/// How the values that an output has in the micro-batches of a step become one.
+/// How an output's values from the micro-batches of a step are combined into one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Over {
-    /// One after another along this dim, which the batch is divided along.
+pub enum Combine {
+    /// Concatenated along this dim, which is the batch.
     Concat(usize),
-    /// Added. A mean over the batch is such a sum, each term being divided by the count of the whole step.
+    /// Added. A mean over the batch is a sum, too: each term is divided by the count of the whole step.
     Sum,
     /// The largest, element by element.
     Max,
-    /// The first one, as all are the same.
-    Once,
-    /// Each kept, along a new first dim.
-    Each,
+    /// The first one; all are equal.
+    First,
+    /// All of them, along a new first dim.
+    Stack,
 }
 
-impl From<Sbp> for Over {
+impl From<Sbp> for Combine {
     fn from(sbp: Sbp) -> Self {
         match sbp {
             Sbp::Split(dim) => Self::Concat(dim),
-            Sbp::Broadcast => Self::Once,
+            Sbp::Broadcast => Self::First,
             Sbp::Partial(ReduceOp::Sum) => Self::Sum,
             Sbp::Partial(ReduceOp::Max) => Self::Max,
         }
@@ -351,7 +351,7 @@ impl From<Sbp> for Over {
 pub(crate) struct Objective {
     pub(crate) loss: Var,
     pub(crate) optimizer: AdamW,
-    /// Where the user wrote it.
+    /// The user's line.
     pub(crate) location: &'static Location<'static>,
 }
 
@@ -359,7 +359,7 @@ pub(crate) struct Objective {
 #[derive(Clone, Debug)]
 pub struct Graph {
     id: GraphId,
-    /// Where it was made.
+    /// Where the graph was made.
     pub(crate) location: &'static Location<'static>,
     pub(crate) mesh: Mesh,
     pub(crate) placements: Vec<Placement>,
@@ -369,7 +369,7 @@ pub struct Graph {
     vars: Vec<Var>,
     pub(crate) outputs: Vec<Output>,
     errors: Vec<GraphError>,
-    /// The first time that facts of another graph's tensor were asked for.
+    /// The first query for facts of another graph's tensor.
     misread: OnceLock<GraphError>,
     pub(crate) objective: Option<Objective>,
     /// Placement of the nodes that are added next.
@@ -386,7 +386,7 @@ impl Graph {
         &self.nodes
     }
 
-    /// Facts of a tensor. Those of another graph's tensor are made up, and `compile` reports it.
+    /// Facts of a tensor. For another graph's tensor they are placeholders, and `compile` reports it.
     #[track_caller]
     pub fn tensor(&self, var: Var) -> &TensorInfo {
         if self.owns(var) {
@@ -401,7 +401,7 @@ impl Graph {
         &STAND_INS[usize::from(var.dims).min(DIMS_MAX)]
     }
 
-    /// Shape of a whole tensor. That of another graph's tensor is made up, with as many dims, and `compile` reports it.
+    /// Shape of a whole tensor. For another graph's tensor it is a placeholder with as many dims, and `compile` reports it.
     #[track_caller]
     pub fn shape(&self, var: Var) -> &[usize] {
         &self.tensor(var).shape
@@ -431,10 +431,10 @@ impl Graph {
         std::mem::take(&mut self.tensors)
     }
 
-    /// All that is wrong with the program so far.
+    /// All errors of the program so far.
     pub(crate) fn errors(&self) -> Vec<GraphError> {
         let mut errors = self.errors.clone();
-        // A misread shape often leads to the op that reports the tensor itself.
+        // An op that uses the tensor reports it, too; one error is enough.
         errors.extend(self.misread.get().filter(|e| errors.iter().all(|other| other.location != e.location)).cloned());
         errors
     }
@@ -464,7 +464,7 @@ impl Graph {
     }
 }
 
-/// What is wrong with a tensor of another graph.
+/// The error for a tensor of another graph.
 fn foreign(which: &str, var: Var) -> String {
     let at = var.location;
     format!("{which} is a tensor of another graph, made at {}:{}; use the tensors of one graph", at.file(), at.line())

@@ -37,8 +37,8 @@ pub use guard::{become_program, guard};
 /// Events that wait to be handled. Who has more waits: a process that ended stays ended.
 const EVENTS_MAX: usize = 64;
 
-/// How long a launcher that was asked to end waits for the reader of its output.
-const LAST_WORDS: Duration = Duration::from_secs(1);
+/// How long a launcher that ends on a signal waits for the reader of its output.
+const LAST_OUTPUT: Duration = Duration::from_secs(1);
 
 /// What to start, and how.
 #[derive(Clone, Debug)]
@@ -69,7 +69,7 @@ pub struct LaunchOptions {
     pub failure_wait: Duration,
     /// Pause before the second restart; doubled for each later one.
     pub restart_wait: Duration,
-    /// Variables that the processes get, and that this launcher goes by: [`crate::cluster::HEARTBEAT_MS`] for one.
+    /// Variables for the processes, which this launcher follows, too, such as [`crate::cluster::HEARTBEAT_MS`].
     pub variables: Vec<(&'static str, String)>,
 }
 
@@ -113,7 +113,7 @@ pub enum LaunchError {
     /// A variable cannot be used.
     #[error(transparent)]
     Cluster(#[from] ClusterError),
-    /// The launcher's files have no place.
+    /// The launcher cannot make its temporary folder.
     #[error(transparent)]
     Temporary(#[from] TemporaryError),
     /// Processes cannot meet at a Unix socket there.
@@ -174,9 +174,9 @@ struct Job<'a> {
     guard: Guard,
     /// The exit codes that attempts so far ended with.
     causes: Vec<u8>,
-    /// Somebody asked the launcher to end.
+    /// A signal has asked the launcher to end.
     is_asked_to_end: bool,
-    /// The way to the other nodes, where there are any.
+    /// How to reach the other nodes, if there are any.
     departure: Option<Departure>,
     /// The second is disconnected once all failures were reported there, by threads that hold the first.
     reports: (Sender<()>, Receiver<()>),
@@ -195,7 +195,7 @@ pub fn launch(options: &LaunchOptions) -> Result<Exit, LaunchError> {
     let launched = Job::prepare(options, departure.clone()).and_then(|mut job| {
         let exit = supervise(&mut job);
         if job.is_asked_to_end {
-            output::finish(Some(LAST_WORDS));
+            output::finish(Some(LAST_OUTPUT));
         } else {
             wait_for_the_reader(&job.events.1);
         }
@@ -219,7 +219,7 @@ fn report(options: &LaunchOptions, departure: Option<Departure>, exit: Exit, cau
     }
 }
 
-/// The way to the other nodes; none where flags or variables do not say enough, which is an error elsewhere.
+/// How to reach the other nodes; `None` where flags or variables are incomplete, which is an error elsewhere.
 fn departure(options: &LaunchOptions) -> Option<Departure> {
     let endpoint = options.endpoint.as_ref().filter(|_| options.nodes > 1)?;
     let variables = variables(options);
@@ -228,20 +228,20 @@ fn departure(options: &LaunchOptions) -> Option<Departure> {
     Departure::new(endpoint, &secret, &read, options.local_processes.checked_mul(options.nodes)?).ok()
 }
 
-/// The variables of this process, and of the flags.
+/// The variables of this process and those of the flags.
 fn variables(options: &LaunchOptions) -> Variables {
     let given = options.variables.iter().map(|(name, value)| ((*name).to_owned(), value.clone()));
     process_variables().into_iter().chain(given).collect()
 }
 
-/// Waits until all output is written, or a signal asks the launcher to end.
+/// Waits until all output is written, or a signal ends the launcher.
 fn wait_for_the_reader(events: &Receiver<Event>) {
     let (writing, written) = crossbeam_channel::bounded::<()>(0);
     thread::spawn(move || (output::finish(None), drop(writing)));
     wait_unless_asked(&written, events);
 }
 
-/// Waits until no sender of `done` is left, or a signal asks the launcher to end.
+/// Waits until no sender of `done` is left, or a signal ends the launcher.
 fn wait_unless_asked(done: &Receiver<()>, events: &Receiver<Event>) {
     loop {
         select! {
@@ -358,11 +358,11 @@ impl<'a> Job<'a> {
             departure.report(report.rank..report.rank + 1, &report);
             drop(under_way);
         };
-        // Without a thread the others wait as they would without a report.
+        // Without a thread, the others wait until their timeout.
         let _ = thread::Builder::new().name("report".into()).spawn(report);
     }
 
-    /// Until all reports are made, or a signal asks the launcher to end.
+    /// Waits until all reports are made, or a signal ends the launcher.
     fn wait_for_reports(&mut self) {
         let (sender, done) = std::mem::replace(&mut self.reports, crossbeam_channel::bounded(0));
         // The threads that report hold the others.
@@ -444,8 +444,8 @@ fn find_program(options: &LaunchOptions) -> Result<PathBuf, LaunchError> {
     }
 }
 
-/// Sends the signals by which somebody asks the launcher to end, and SIGUSR1. One that was ignored when it started, as under
-/// `nohup`, stays so, but for SIGTERM and SIGUSR1.
+/// Sends the signals that end the launcher, and SIGUSR1. A signal that was ignored at the start, as under `nohup`, stays
+/// ignored, except SIGTERM and SIGUSR1.
 fn watch_signals(events: Sender<Event>) -> io::Result<()> {
     let wanted = not_ignored(&[SIGTERM, SIGUSR1], &[SIGHUP, SIGINT, SIGQUIT]);
     let mut signals = signal_hook::iterator::Signals::new(wanted)?;

@@ -59,7 +59,7 @@ pub mod prelude {
     pub use crate::declare::{Declarations, OnResume, data_identity};
     pub use crate::exit::Exit;
     pub use crate::graph::builder::Layout;
-    pub use crate::graph::{AdamW, CustomOp, Graph, GraphError, Over, Var};
+    pub use crate::graph::{AdamW, Combine, CustomOp, Graph, GraphError, Var};
     pub use crate::init::Init;
     pub use crate::layout_error::LayoutError;
     pub use crate::nn::{self, GptConfig, Parallel};

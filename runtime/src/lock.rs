@@ -1,15 +1,15 @@
 //! The lock of a checkpoint store: one training writes to it at a time. Imports `checkpoint::{error, io, store}` and `files`.
 //!
-//! The lock is a file `lock-<n>.json` that says who holds it. A holder is alive while it holds `flock` on its file. Where that
-//! does not reach all who can write, on network file systems and in cloud stores, it renews the file instead.
+//! The lock is a file `lock-<n>.json` that names the holder. A holder is alive while it holds `flock` on its file. Where not
+//! all writers see `flock`, on network file systems and in cloud stores, it renews the file instead.
 //!
-//! - LK-1: the process that made the file of the highest n holds the lock. Each file is created once, by an operation that fails
-//!   where it is there already, so two processes never both hold it.
-//! - LK-2: a dead holder is found by a free `flock`, or by three renewals that the clock of the one who waits saw missed. No two
+//! - LK-1: the process that created the file of the highest n holds the lock. Each file is created by an operation that fails
+//!   if the file exists, so two processes never hold the lock at once.
+//! - LK-2: a holder is dead if its `flock` is free, or after three missed renewals by the waiting process's own clock. No two
 //!   clocks are compared.
 //! - LK-3: a higher epoch of the same job, or a later saver of the same process, takes the lock at once.
-//! - LK-4: a commit and a deletion look at LK-1 first. A process that loses the lock between the look and the commit may
-//!   still add a whole checkpoint of a step that has none; by ST-1 it replaces nothing.
+//! - LK-4: a commit and a deletion check LK-1 first. A process that loses the lock between the check and the commit may still
+//!   add a whole checkpoint of a step that has none; by ST-1 it replaces nothing.
 
 use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::ErrorKind;
@@ -30,15 +30,15 @@ use crate::files;
 
 /// Time between two renewals.
 const RENEWAL: Duration = Duration::from_secs(10);
-/// Time between two looks at the lock of another process.
+/// Poll interval for the lock of another process.
 const POLL: Duration = Duration::from_secs(1);
-/// Renewals that a holder who is alive does not miss in a row.
+/// A live holder misses fewer renewals than this in a row.
 const MISSED_MAX: u32 = 3;
-/// Times that others may be first, at most.
+/// Most attempts; in each, another process may be faster.
 const ATTEMPTS_MAX: u32 = 100;
-/// Bytes of a lock file; text and spaces, so that one write replaces all of it.
+/// Size of a lock file: text padded with spaces, so that one write replaces all of it.
 const BYTES: usize = 1024;
-/// How long giving the lock back may take.
+/// Limit for releasing the lock.
 const RELEASE: Duration = Duration::from_millis(500);
 
 /// Who holds a lock.
@@ -87,14 +87,14 @@ impl Holder {
 
 /// For errors.
 fn describe(text: &[u8]) -> String {
-    let Ok(holder) = serde_json::from_slice::<Holder>(text) else { return "a process that is not known".into() };
+    let Ok(holder) = serde_json::from_slice::<Holder>(text) else { return "an unknown process".into() };
     let Holder { host, pid, job, epoch, since_ns, .. } = holder;
     let job = job.map(|job| format!(", job {job}")).unwrap_or_default();
     let since = humantime::format_rfc3339_seconds(UNIX_EPOCH + Duration::from_nanos(since_ns));
     format!("process {pid} on host {host}{job}, epoch {epoch}, since {since}")
 }
 
-/// The lock of a store, held. Dropping it gives it back.
+/// The held lock of a store. Dropping it releases the lock.
 #[derive(Debug)]
 pub(crate) struct Lock {
     store: Store,
@@ -103,7 +103,7 @@ pub(crate) struct Lock {
     renewals: AtomicU64,
     /// The file, with `flock` where the file system has it.
     file: Option<File>,
-    /// Ends the thread that renews.
+    /// Dropping it ends the thread that renews.
     _renewing: Option<Sender<()>>,
 }
 
@@ -125,7 +125,7 @@ impl Lock {
             let number = newest.map_or(1, |newest| newest.saturating_add(1));
             let Some(file) = create(store, number, &holder)? else { continue };
             let numbers = numbers(store)?;
-            // Read back, for a store that returns something else has no lock that could be checked.
+            // Read back: a store that returns other bytes cannot be checked for the lock.
             let is_mine = read(store, number)?.as_deref() == Some(&holder.encode()[..]);
             if is_mine && numbers.last() == Some(&number) {
                 numbers.iter().filter(|older| **older < number).try_for_each(|older| delete(store, *older))?;
@@ -134,11 +134,11 @@ impl Lock {
                 );
             }
         }
-        let why = format!("{}: other processes took the lock {ATTEMPTS_MAX} times", store.place());
+        let why = format!("{}: other processes were faster {ATTEMPTS_MAX} times in taking the lock", store.place());
         Err(CheckpointError::Refused(why))
     }
 
-    /// Starts to renew, where that is what others look at.
+    /// Starts to renew, where other processes rely on renewals.
     fn renewed(mut self) -> Arc<Self> {
         if flock_is_seen_by_all(&self.store) && self.file.is_some() {
             return Arc::new(self);
@@ -153,7 +153,7 @@ impl Lock {
                 match lock.renew() {
                     Ok(()) => {}
                     Err(CheckpointError::Fenced { .. }) => return,
-                    Err(error) => tracing::warn!("the lock of the checkpoints is not renewed: {error}"),
+                    Err(error) => tracing::warn!("cannot renew the lock of the checkpoints: {error}"),
                 }
             }
         };
@@ -168,7 +168,7 @@ impl Lock {
         let renewals = self.renewals.fetch_add(1, Ordering::Relaxed) + 1;
         let text = Holder { renewals, ..self.holder.clone() }.encode();
         match self.file.as_ref().map(File::try_clone) {
-            // In place, for a new file would be without `flock`.
+            // In place: a new file would have no `flock`.
             Some(file) => self.store.operations.run_local(&name(&self.store, self.number), Doing::Write, move || {
                 let file = file?;
                 file.write_all_at(&text, 0).and_then(|()| file.sync_data())
@@ -188,7 +188,7 @@ impl Lock {
         if there.is_some_and(|there| Holder { renewals: 0, ..there } == self.holder) {
             return Ok(());
         }
-        let holder = text.map_or_else(|| "nobody: the lock's file was deleted".into(), |text| describe(&text));
+        let holder = text.map_or_else(|| "no process: the lock's file was deleted".into(), |text| describe(&text));
         Err(CheckpointError::Fenced { place: self.store.place().into(), holder })
     }
 }
@@ -210,7 +210,7 @@ fn file_name(number: u64) -> String {
     format!("lock-{number}.json")
 }
 
-/// How a lock's file is called in errors.
+/// Name of a lock's file in errors.
 fn name(store: &Store, number: u64) -> String {
     format!("{}/{}", store.place(), file_name(number))
 }
@@ -245,7 +245,7 @@ fn delete(store: &Store, number: u64) -> Result<(), CheckpointError> {
     })
 }
 
-/// Makes a lock's file; `None` when another process was first. The file is open where it can be locked.
+/// Creates a lock's file; `None` if another process was faster. The file stays open where it can be locked.
 fn create(store: &Store, number: u64, holder: &Holder) -> Result<Option<Option<File>>, CheckpointError> {
     let Some(folder) = store.local.clone() else {
         return match put(store, number, holder.encode(), PutMode::Create) {
@@ -258,8 +258,7 @@ fn create(store: &Store, number: u64, holder: &Holder) -> Result<Option<Option<F
             Err(CheckpointError::Store { source, .. })
                 if matches!(*source, Error::NotImplemented { .. } | Error::NotSupported { .. }) =>
             {
-                let why =
-                    format!("it cannot create an object only if there is none, as commits and locks need: {source}");
+                let why = format!("it lacks conditional puts, which commits and locks need: {source}");
                 Err(CheckpointError::Place { place: store.place().into(), why })
             }
             Err(error) => Err(error),
@@ -274,7 +273,7 @@ fn create(store: &Store, number: u64, holder: &Holder) -> Result<Option<Option<F
         };
         let is_locked = match file.try_lock() {
             Ok(()) => true,
-            // One that looked before this took the file for a dead holder's.
+            // Another process saw the file before it was locked, and took it for a dead holder's.
             Err(TryLockError::WouldBlock) => return Ok(None),
             Err(TryLockError::Error(_)) => false,
         };
@@ -283,7 +282,7 @@ fn create(store: &Store, number: u64, holder: &Holder) -> Result<Option<Option<F
     })
 }
 
-/// What the file of a holder says that is alive and not superseded.
+/// The file's text, if its holder is alive and not superseded.
 fn live_holder(store: &Store, number: u64, mine: &Holder) -> Result<Option<Vec<u8>>, CheckpointError> {
     let Some(first) = read(store, number)? else { return Ok(None) };
     let holder = serde_json::from_slice::<Holder>(&first).ok();
@@ -292,7 +291,7 @@ fn live_holder(store: &Store, number: u64, mine: &Holder) -> Result<Option<Vec<u
     }
     if let Some(folder) = store.local.clone() {
         let lock = move || match File::open(folder.join(file_name(number))) {
-            // It was given back meanwhile.
+            // It was released meanwhile.
             Err(error) if error.kind() == ErrorKind::NotFound => Ok(Ok(())),
             file => Ok(file?.try_lock()),
         };

@@ -1,4 +1,4 @@
-//! What this machine gives a process: memory, cores, addresses, a folder for temporary files.
+//! Resources of this machine for a process: memory, cores, addresses, a folder for temporary files.
 //! Imports `machine::*`.
 
 use std::env;
@@ -23,7 +23,7 @@ pub use memory::{FreeMemory, MemoryBound, free_memory};
 pub struct TemporaryError {
     /// The folder for temporary files.
     pub folder: PathBuf,
-    /// What the system says.
+    /// The system's error.
     pub cause: ErrorKind,
 }
 
@@ -32,7 +32,7 @@ pub struct TemporaryError {
 /// # Errors
 /// [`TemporaryError`].
 pub fn temporary_folder(prefix: &str) -> Result<PrivateFolder, TemporaryError> {
-    // The error of the library names a random path below it.
+    // The library's error names a random path below it.
     PrivateFolder::new(prefix).map_err(|error| TemporaryError { folder: env::temp_dir(), cause: error.kind() })
 }
 
@@ -47,7 +47,7 @@ mod tests {
     fn a_temporary_folder_that_cannot_be_made_is_named() {
         let folder = temporary_folder("shardflow-test-").unwrap();
         assert_eq!(fs::metadata(folder.path()).unwrap().permissions().mode() & 0o777, 0o700);
-        let told = TemporaryError { folder: "/no/such".into(), cause: ErrorKind::NotFound }.to_string();
-        assert!(told.starts_with("TMPDIR=/no/such: cannot make a folder there: "), "{told}");
+        let message = TemporaryError { folder: "/no/such".into(), cause: ErrorKind::NotFound }.to_string();
+        assert!(message.starts_with("TMPDIR=/no/such: cannot make a folder there: "), "{message}");
     }
 }

@@ -1,5 +1,5 @@
 //! Standard output and error whose reader may stall: a thread writes what is queued, so that a full pipe or a stopped terminal
-//! blocks no training. Imports nothing of Shardflow.
+//! blocks no training. Imports `text`.
 
 use std::collections::VecDeque;
 use std::fs::File;
@@ -9,23 +9,25 @@ use std::sync::{Arc, Condvar, LazyLock, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use crate::text::counted;
+
 /// Bytes of progress that wait for the reader. Beyond that the oldest are dropped.
 const PROGRESS_BYTES_MAX: usize = 256 << 10;
-/// Bytes of records that wait for the reader. Beyond that whoever adds one waits as well.
+/// Bytes of records that wait for the reader. Beyond that, adding one waits.
 const RECORD_BYTES_MAX: usize = 64 << 20;
 
-/// What may happen to a text while the reader is stalled.
+/// Whether a text may be dropped while the reader is stalled.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Kind {
-    /// The oldest may be dropped. A line that replaces them states how many.
+pub enum OutputKind {
+    /// The oldest are dropped when the queue is full. A line that replaces them states how many.
     Progress,
     /// Never dropped: errors, warnings, results, JSON records.
     Record,
 }
 
-/// A stream that a thread writes to.
+/// A queue of text that a thread writes to a stream.
 #[derive(Debug)]
-pub struct Output {
+pub struct OutputQueue {
     shared: Arc<Shared>,
 }
 
@@ -37,20 +39,20 @@ struct Shared {
 
 #[derive(Debug)]
 struct State {
-    waiting: VecDeque<(Kind, Vec<u8>)>,
+    waiting: VecDeque<(OutputKind, Vec<u8>)>,
     progress_bytes: usize,
     record_bytes: usize,
-    /// Pieces of progress dropped since the reader was informed.
+    /// Progress texts dropped since the last notice.
     dropped: u64,
     /// The thread is writing a piece that is no longer in `waiting`.
     is_writing: bool,
-    /// What was queued last ended its line.
+    /// The text queued last ends its line.
     ends_line: bool,
-    /// The stream takes no more, as a pipe without a reader. What comes is discarded.
+    /// The stream is closed, such as a pipe without a reader; further text is discarded.
     is_closed: bool,
 }
 
-impl Output {
+impl OutputQueue {
     /// Starts the thread that writes to `to`. It ends with the process.
     pub fn new(to: impl Write + Send + 'static) -> Self {
         let state = State {
@@ -69,9 +71,9 @@ impl Output {
     }
 
     /// Queues a text. Waits only where records of 64 MiB wait already and this is another one.
-    pub fn put(&self, kind: Kind, text: &[u8]) {
+    pub fn put(&self, kind: OutputKind, text: &[u8]) {
         let mut state = self.shared.lock();
-        while kind == Kind::Record && state.record_bytes > RECORD_BYTES_MAX && !state.is_closed {
+        while kind == OutputKind::Record && state.record_bytes > RECORD_BYTES_MAX && !state.is_closed {
             state = self.shared.wait(state);
         }
         let Some(last) = text.last().filter(|_| !state.is_closed) else { return };
@@ -86,14 +88,14 @@ impl Output {
 
     /// Queues a record with a line end.
     pub fn line(&self, text: &str) {
-        self.put(Kind::Record, format!("{text}\n").as_bytes());
+        self.put(OutputKind::Record, format!("{text}\n").as_bytes());
     }
 
     /// Ends a line that has no end yet.
     pub fn end_line(&self) {
         if !self.shared.lock().ends_line {
             // Unlike a record it never waits.
-            self.put(Kind::Progress, b"\n");
+            self.put(OutputKind::Progress, b"\n");
         }
     }
 
@@ -112,15 +114,15 @@ impl Output {
 }
 
 impl State {
-    fn bytes_of(&mut self, kind: Kind) -> &mut usize {
+    fn bytes_of(&mut self, kind: OutputKind) -> &mut usize {
         match kind {
-            Kind::Progress => &mut self.progress_bytes,
-            Kind::Record => &mut self.record_bytes,
+            OutputKind::Progress => &mut self.progress_bytes,
+            OutputKind::Record => &mut self.record_bytes,
         }
     }
 
     fn drop_oldest_progress(&mut self) {
-        let oldest = self.waiting.iter().position(|(kind, _)| *kind == Kind::Progress);
+        let oldest = self.waiting.iter().position(|(kind, _)| *kind == OutputKind::Progress);
         let Some((_, text)) = oldest.and_then(|oldest| self.waiting.remove(oldest)) else { return };
         self.progress_bytes -= text.len();
         self.dropped += 1;
@@ -152,7 +154,7 @@ impl Shared {
             let notice = match dropped {
                 0 => String::new(),
                 count => {
-                    format!("{end}({count} lines of progress are left out: the reader of this output was stalled)\n")
+                    format!("{end}(dropped {}: the reader of this output stalled)\n", counted(count, "progress line"))
                 }
             };
             ends_line = text.ends_with(b"\n");
@@ -171,15 +173,15 @@ impl Shared {
     }
 }
 
-/// The process's standard output: one for the process, as [`io::stdout`] is.
-pub fn stdout() -> &'static Output {
-    static STDOUT: LazyLock<Output> = LazyLock::new(|| Output::new(io::stdout()));
+/// The process's standard output, one for the whole process like [`io::stdout`].
+pub fn stdout() -> &'static OutputQueue {
+    static STDOUT: LazyLock<OutputQueue> = LazyLock::new(|| OutputQueue::new(io::stdout()));
     &STDOUT
 }
 
 /// The process's standard error.
-pub fn stderr() -> &'static Output {
-    static STDERR: LazyLock<Output> = LazyLock::new(|| Output::new(io::stderr()));
+pub fn stderr() -> &'static OutputQueue {
+    static STDERR: LazyLock<OutputQueue> = LazyLock::new(|| OutputQueue::new(io::stderr()));
     &STDERR
 }
 
@@ -226,9 +228,9 @@ mod tests {
         }
     }
 
-    fn stalled() -> (Output, Sender<()>, Receiver<Vec<u8>>) {
+    fn stalled() -> (OutputQueue, Sender<()>, Receiver<Vec<u8>>) {
         let ((go, wait), (taken, seen)) = (channel(), channel());
-        (Output::new(Stalled { taken, go: wait }), go, seen)
+        (OutputQueue::new(Stalled { taken, go: wait }), go, seen)
     }
 
     #[test]
@@ -238,7 +240,7 @@ mod tests {
         // Far more than fits, with a record between any two; nobody reads, and nothing waits.
         let count = 4 * (PROGRESS_BYTES_MAX >> 10);
         for n in 0..count {
-            output.put(Kind::Progress, line(n).as_bytes());
+            output.put(OutputKind::Progress, line(n).as_bytes());
             output.line(&format!("record {n}"));
         }
         (0..4 * count).for_each(|_| go.send(()).unwrap());
@@ -260,14 +262,14 @@ mod tests {
         output.line("first");
         drop(go);
         output.flush(None);
-        (0..3).for_each(|_| output.put(Kind::Record, &vec![b'x'; RECORD_BYTES_MAX]));
+        (0..3).for_each(|_| output.put(OutputKind::Record, &vec![b'x'; RECORD_BYTES_MAX]));
         output.flush(None);
     }
 
     #[test]
     fn a_wait_for_the_reader_has_a_limit() {
         let (output, go, seen) = stalled();
-        output.put(Kind::Progress, b"step 1");
+        output.put(OutputKind::Progress, b"step 1");
         output.end_line();
         output.end_line();
         output.flush(Some(Duration::from_millis(1)));

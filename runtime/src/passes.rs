@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use shardflow_kernels::device::DeviceKind;
 
 use crate::boxing::CostModel;
-use crate::graph::{Graph, GraphError, Objective, Over};
+use crate::graph::{Combine, Graph, GraphError, Objective};
 use crate::plan::lower::{Setting, lower};
 use crate::plan::slots::StageCosts;
 use crate::plan::validate::{PlanError, validate};
@@ -164,7 +164,7 @@ pub fn compile(mut graph: Graph, options: &CompileOptions) -> Result<Plan, Compi
     checked(&graph)?;
     if let Some(Objective { loss, optimizer: adamw, .. }) = graph.objective {
         let total = optimizer::accumulate(&mut graph, loss);
-        let of_loss = graph.outputs.iter_mut().filter(|o| o.tensor == loss && o.over == Some(Over::Sum));
+        let of_loss = graph.outputs.iter_mut().filter(|o| o.tensor == loss && o.combine == Some(Combine::Sum));
         of_loss.for_each(|o| o.tensor = total);
         optimizer::add_update(&mut graph, &grads, adamw);
         checked(&graph)?;

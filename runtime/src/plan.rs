@@ -155,8 +155,8 @@ pub struct DeviceMemory {
     pub scratch: BTreeMap<ActorId, (usize, usize)>,
     /// The whole arena, bytes: fixed tensors, registers and scratch.
     pub arena_bytes: usize,
-    /// What the device's streams take beside the arena, bytes: on CPUs the scratch of kernels' threads and of what is widened
-    /// from bf16. It depends on the threads, so that each process has its own: not part of the plan's hash.
+    /// Bytes that the device's streams allocate outside the arena: on CPUs the scratch of kernels' threads and of tensors
+    /// widened from bf16. It depends on the process's threads, so it is not part of the plan's hash.
     pub stream_bytes: usize,
     /// Mirrors of registers that other processes make, bytes; 0 until a session knows which process hosts what.
     pub mirror_bytes: usize,

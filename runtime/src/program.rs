@@ -22,7 +22,7 @@ use crate::session::SessionError;
 pub fn run(body: impl FnOnce() -> Result<(), Box<dyn Error>>) -> ExitCode {
     let Err(error) = body() else { return ExitCode::SUCCESS };
     let exit = exit_of(&*error);
-    // `shardflow plan` wanted no more.
+    // The plan is written, which is all that `shardflow plan` needs.
     if exit != Exit::Done {
         let rank = error.downcast_ref().and_then(SessionError::first_cause_rank);
         if let Err(e) = exit::report(exit, &error.to_string(), rank) {

@@ -1,5 +1,5 @@
-//! What a process is asked from outside while it trains: to save a checkpoint, or to end. Signals ask, the end of a Slurm job's
-//! time, or the program. Imports `exit` and `output`.
+//! Requests to a training process: save a checkpoint, or end. They come from signals, from the end time of a Slurm job, or from
+//! the program. Imports `exit` and `output`.
 //!
 //! ```no_run
 //! use shardflow::prelude::*;
@@ -8,11 +8,11 @@
 //! let requests = Requests::on_signals()?; // first of all: process 1 of a container has no other way to end
 //! let options = SessionOptions { requests: Some(requests.clone()), ..SessionOptions::default() };
 //! let mut session = Session::start(plan, &options)?;
-//! let deferred = requests.defer(); // until now SIGTERM ended the process at once
+//! let deferred = requests.defer(); // before this, SIGTERM ends the process at once
 //! for _ in 0..1000 {
 //!     match session.step(&[], 1e-3)?.request {
 //!         Request::Nothing => {}
-//!         Request::Checkpoint => {} // save: all processes are here after the same step
+//!         Request::Checkpoint => {} // save: all processes get this after the same step
 //!         Request::End(exit) => return Ok(exit), // save, and end
 //!     }
 //! }
@@ -35,15 +35,15 @@ const JOB_END_TIME: &str = "SLURM_JOB_END_TIME";
 /// How long before that the training ends, besides the time of a step and of a save.
 const MARGIN: Duration = Duration::from_secs(60);
 /// How long a process that ends at once waits for the reader of its output.
-const LAST_WORDS: Duration = Duration::from_millis(200);
+const LAST_OUTPUT: Duration = Duration::from_millis(200);
 
-/// What processes are asked to do after a step. All of them get the same: the strongest that any of them was asked.
+/// A request, which takes effect after a step. All processes get the same one: the strongest that any process has received.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Request {
-    /// Go on.
+    /// Continue.
     #[default]
     Nothing,
-    /// Save a checkpoint and go on.
+    /// Save a checkpoint and continue.
     Checkpoint,
     /// Save a checkpoint and end with this exit.
     End(Exit),
@@ -72,13 +72,13 @@ impl Request {
     }
 }
 
-/// When a signal that asks the process to end takes effect.
+/// When a signal that ends the process takes effect.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Effect {
     AtOnce,
     /// The program ends by itself, after the step.
     Deferred,
-    /// The same, but not later than this after the signal.
+    /// The same, but at most this long after the signal.
     Within(Duration),
 }
 
@@ -113,15 +113,14 @@ impl Default for Requests {
     }
 }
 
-/// While it lives, a signal asks the process to end after the step. Before and afterwards it ends the process at once.
+/// While it lives, a signal ends the process after the step. Before and afterwards a signal ends it at once.
 #[derive(Debug)]
 pub struct Deferred<'a> {
     requests: &'a Requests,
 }
 
 impl Deferred<'_> {
-    /// From now on a signal ends the process this long after it at the latest: for work after the last step, which has no
-    /// other limit.
+    /// From now on a signal ends the process after at most `limit`: for work after the last step, which has no other limit.
     pub fn within(&self, limit: Duration) {
         let mut state = self.requests.lock();
         state.effect = Effect::Within(limit);
@@ -138,18 +137,18 @@ impl Drop for Deferred<'_> {
 }
 
 impl Requests {
-    /// Requests by signals, and by the end of the Slurm job where there is one:
+    /// Requests from signals, and from the end time of the Slurm job if there is one:
     ///
-    /// - SIGTERM, SIGINT and SIGHUP end the process with 128 + n: at once, or while [`Requests::defer`] says so by
-    ///   [`Request::End`] after the step. A SIGINT after one of them ends it at once. What was ignored when the process
-    ///   started stays ignored (`nohup`), but for SIGTERM.
-    /// - SIGUSR1 asks for [`Request::Checkpoint`], or for what [`Requests::set_on_usr1`] says. It is ignored while there is no
+    /// - SIGTERM, SIGINT and SIGHUP end the process with 128 + n: at once, or under [`Requests::defer`] by [`Request::End`] after
+    ///   the step. A SIGINT after one of them ends it at once. A signal that was ignored when the process started stays ignored
+    ///   (`nohup`), except SIGTERM.
+    /// - SIGUSR1 requests [`Request::Checkpoint`], or what [`Requests::set_on_usr1`] sets. It is ignored while there is no
     ///   training to save.
-    /// - `SLURM_JOB_END_TIME` asks for [`Request::End`] with [`Exit::Retry`] when a step, a save and a margin before that time
-    ///   are left. A time that has passed already is ignored: it is another job's.
+    /// - `SLURM_JOB_END_TIME` requests [`Request::End`] with [`Exit::Retry`] in time for a step, a save and a margin. A time in the
+    ///   past is ignored: it belongs to another job.
     ///
     /// # Errors
-    /// The handlers or their thread cannot be had.
+    /// The handlers cannot be installed, or their thread not started.
     pub fn on_signals() -> io::Result<Arc<Self>> {
         let requests = Arc::new(Self::default());
         let end = env::var(JOB_END_TIME).ok().and_then(|text| text.parse().ok()).map(Duration::from_secs);
@@ -161,34 +160,34 @@ impl Requests {
         Ok(requests)
     }
 
-    /// What SIGUSR1 asks for.
+    /// Sets what SIGUSR1 requests.
     pub fn set_on_usr1(&self, request: Request) {
         self.lock().on_usr1 = request;
     }
 
-    /// How long before the end of a Slurm job's time the training ends, besides the time of a step and of a save.
+    /// Sets how long before the end of a Slurm job's time the training ends, besides the time of a step and of a save.
     pub fn set_job_end_margin(&self, margin: Duration) {
         self.lock().job_end.iter_mut().for_each(|end| end.margin = margin);
     }
 
-    /// How long a save takes, as the last one did.
+    /// Sets the time that a save takes, such as that of the last one.
     pub fn set_save_time(&self, time: Duration) {
         self.lock().save = time;
     }
 
-    /// From now on, until the guard is dropped, the program answers requests between steps.
+    /// Until the guard is dropped, the program handles requests between steps.
     pub fn defer(&self) -> Deferred<'_> {
         self.lock().effect = Effect::Deferred;
         Deferred { requests: self }
     }
 
-    /// Asks for something after the step that runs, or the next one.
+    /// Makes a request, which takes effect after the running step or the next one.
     pub fn ask(&self, request: Request) {
         let mut state = self.lock();
         state.pending = state.pending.or_stronger(request);
     }
 
-    /// What this process is asked and has not answered.
+    /// The request to this process that is not handled yet.
     pub fn pending(&self) -> Request {
         self.lock().pending
     }
@@ -203,8 +202,8 @@ impl Requests {
         state.pending
     }
 
-    /// All processes have agreed on `request`: a checkpoint that was asked for until now is answered. An end stays, and is this
-    /// process's as well.
+    /// All processes have agreed on `request`. A pending request for a checkpoint is thereby handled; a request to end stays, on
+    /// every process.
     pub(crate) fn agreed(&self, request: Request) {
         let mut state = self.lock();
         match request {
@@ -248,12 +247,12 @@ fn end_after(limit: Duration, exit: Exit) {
 /// Ends the process without running exit handlers, which may wait for threads that do not end.
 fn end_now(exit: Exit) -> ! {
     if exit == Exit::Retry {
-        // The launcher is not to start it again.
-        let _ = report(exit, "asked to end, outside of the training", Some(own_rank()));
+        // The launcher must not restart it.
+        let _ = report(exit, "ended on request, outside of the training", Some(own_rank()));
     }
     // A live line of progress has no end, and a shell's prompt would follow it.
     output::stdout().end_line();
-    output::finish(Some(LAST_WORDS));
+    output::finish(Some(LAST_OUTPUT));
     signal_hook::low_level::exit(i32::from(exit.code()))
 }
 

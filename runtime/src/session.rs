@@ -54,7 +54,7 @@ pub mod snapshot;
 mod step;
 mod tokens;
 
-use agreement::{Disagreement, SharedInput, shared_inputs};
+use agreement::{RankDisagreement, SharedInput, shared_inputs};
 use budget::Budget;
 use checkpoint::CheckpointError;
 use devices::Opened;
@@ -93,9 +93,9 @@ pub enum SessionError {
     /// A value that cannot be declared.
     #[error(transparent)]
     Declared(#[from] DeclareError),
-    /// Ranks were given different values for what they must have alike; nothing was updated or loaded.
+    /// Ranks were given different values where they must be equal; nothing was updated or loaded.
     #[error(transparent)]
-    Disagreement(#[from] Disagreement),
+    Disagreement(#[from] RankDisagreement),
     /// The plan was written to files, as `shardflow plan` asks by variables; nothing was run.
     #[error("the plan was written, and nothing was run, because {} or a variable like it is set", shown::PLAN_HTML)]
     PlanShown,
@@ -122,14 +122,13 @@ pub enum SessionError {
     },
 }
 
-/// How many threads a CPU device has.
+/// What decides the number of threads of a CPU device.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Threads {
     /// [`crate::passes::CompileOptions::threads_per_device`].
     #[default]
     Planned,
-    /// The cores that this process may run on: those of its own, and an even share of those that it has in common with other
-    /// processes of the job on its node, divided among its devices. Known once the processes have met.
+    /// This process's even share of the cores that it may use, divided among its devices; known once the processes have met.
     Owned,
 }
 
@@ -142,8 +141,7 @@ pub struct SessionOptions {
     pub watchdog: WatchdogOptions,
     /// The processes that run the plan together.
     pub cluster: Cluster,
-    /// What this process is asked from outside, by signals for instance. All processes get it by [`StepReport::request`] after
-    /// the same step.
+    /// Requests to this process, such as signals. All processes get them by [`StepReport::request`] after the same step.
     pub requests: Option<Arc<Requests>>,
     /// What becomes of a step whose loss or gradients are not finite.
     pub on_non_finite: OnNonFinite,
@@ -155,7 +153,7 @@ pub struct SessionOptions {
     pub steps_planned: Option<u64>,
     /// Whether it tells the `metrics` facade of itself: one session of a process should.
     pub tells_metrics: bool,
-    /// What all ranks must have alike, checkpoints record and a resume compares.
+    /// Values that must be equal on all ranks, that checkpoints record and a resume compares.
     pub declared: Declarations,
     /// Names of parameters that files and checkpoints may have and the program lacks. Any other such parameter is an error, so
     /// that no training continues from another model's checkpoint.
@@ -190,9 +188,9 @@ pub struct StepReport {
     pub loss: Option<f32>,
     /// Global norm of the gradients before clipping, if there are any.
     pub grad_norm: Option<f64>,
-    /// Every output by name, of the whole batch: see [`crate::graph::Over`] for those made once a micro-batch.
+    /// Every output by name, of the whole batch: see [`crate::graph::Combine`] for those made once a micro-batch.
     pub outputs: BTreeMap<String, HostTensor>,
-    /// What some process was asked before this step: the same for all. See [`crate::requests`].
+    /// The request that processes agreed on in this step: the same on all. See [`crate::requests`].
     pub request: Request,
     /// Loss or gradients were not finite, so nothing was updated, and [`SessionOptions::on_non_finite`] lets such a step pass.
     pub non_finite: Option<NonFinite>,
@@ -227,7 +225,7 @@ pub struct Session {
     fetches: BTreeMap<(usize, Rate), Vec<Var>>,
     /// Inputs that hold token ids, and how many tokens there are.
     vocabularies: BTreeMap<String, usize>,
-    /// What several processes feed; the same list on all.
+    /// Inputs that several processes feed; the same list on all.
     shared_inputs: Vec<SharedInput>,
     declared: Declarations,
     ignoring: Vec<String>,
@@ -240,7 +238,7 @@ pub struct Session {
     requests: Option<Arc<Requests>>,
     /// How long the last step took.
     last_step: Duration,
-    /// How long processes that are alive may be waited for between steps.
+    /// Limit of waits for live processes between steps.
     wait_max: Duration,
     on_non_finite: OnNonFinite,
     skipped_in_a_row: u32,
@@ -251,7 +249,7 @@ pub struct Session {
     observer: Option<Arc<Observer>>,
 }
 
-/// What to say of kernels that were built with this optimisation level: they may take fifty times as long.
+/// The warning for kernels built with this optimisation level, which may be fifty times slower.
 fn slow_build(opt_level: &str) -> Option<String> {
     let advice = "build with --release, or add to Cargo.toml: [profile.dev.package.\"*\"] opt-level = 3";
     matches!(opt_level, "0" | "1")
@@ -261,7 +259,7 @@ fn slow_build(opt_level: &str) -> Option<String> {
 /// How long a session that ends waits for firings that are under way.
 const QUIESCE_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// What a process does while the program does nothing with the session, or runs steps, of which the watchdog reports.
+/// Activity of a process between calls of the session, and during steps, which the watchdog watches.
 const BETWEEN_STEPS: &str = "running the program";
 
 impl Session {
@@ -476,7 +474,7 @@ impl Session {
         Ok(())
     }
 
-    /// Publishes what this process does, see [`World::doing`].
+    /// Publishes this process's activity, see [`World::doing`].
     fn doing(&self, what: &str) {
         self.world.iter().for_each(|world| world.doing(what));
     }
@@ -524,7 +522,7 @@ impl Session {
         self.give_numbers(self.ports.words[self.hosting.process as usize], &word);
     }
 
-    /// Gives numbers to all by a port of this process.
+    /// Sends numbers to all processes by a port of this one.
     fn give_numbers(&self, port: u32, numbers: &[u64]) {
         self.give(&mut self.lock_inbox(), HostPiece { port, tensors: vec![tensor_of(numbers)] });
     }
@@ -545,15 +543,14 @@ impl Session {
         Ok(words.map(|word| [0, 1].map(|index| word.get(index).copied().unwrap_or_default())).collect())
     }
 
-    /// The numbers that all have given by these ports, each process by its own. `limit`: as in [`Session::receive`].
+    /// The numbers that all processes sent by these ports, each by its own. `limit`: as in [`Session::receive`].
     fn numbers(&mut self, ports: &[u32], limit: Option<Duration>) -> Result<Vec<Vec<u64>>, SessionError> {
         let wanted: Vec<_> = ports.iter().map(|port| (*port, 1)).collect();
         self.receive(&wanted, limit).map_err(|failure| self.fail(failure))?;
         Ok(self.lock_inbox().take_numbers(ports))
     }
 
-    /// As [`Session::numbers`], where no step is under way that the watchdog looks at: slow processes are named meanwhile, and
-    /// may take as long as the watchdog allows.
+    /// As [`Session::numbers`], between steps: slow processes are logged, and may take as long as the watchdog allows.
     fn numbers_between_steps(&mut self, ports: &[u32]) -> Result<Vec<Vec<u64>>, SessionError> {
         self.doing(WAITING);
         let numbers = self.numbers(ports, Some(self.wait_max));
@@ -575,7 +572,7 @@ impl Session {
         received
     }
 
-    /// As [`Session::receive`], and nothing fails by it.
+    /// As [`Session::receive`], without failing the session.
     fn receive_within(&self, wanted: &[(u32, usize)], limit: Option<Duration>) -> Result<(), Failure> {
         let late = limit.map_or_else(never, after);
         let stopped = || {

@@ -1,4 +1,4 @@
-//! Numbers as people read them. Imports nothing.
+//! Formats counts and sizes. Imports nothing.
 
 use std::fmt::Display;
 
@@ -13,7 +13,7 @@ pub fn counted(count: impl Display, thing: &str) -> String {
     format!("{count} {thing}{ending}")
 }
 
-/// `12.5 KiB` and so on.
+/// Such as `12.5 KiB`.
 pub fn size(bytes: u64) -> String {
     let units = ["bytes", "KiB", "MiB", "GiB", "TiB"];
     let (mut value, mut unit) = (bytes as f64, 0);

@@ -27,7 +27,7 @@ const PREDICTION: &str = "prediction";
 /// Name of the event with the Unix time at which a file's times begin.
 const CLOCK: &str = "clock";
 /// Name of the event that ends a file which has reached its limit.
-const LIMIT: &str = "the limit of this file is reached: later steps are not in it";
+const LIMIT: &str = "size limit reached: later steps are not in this file";
 
 /// Bytes kept free for the events at a file's end.
 const END_BYTES: u64 = 64 << 10;

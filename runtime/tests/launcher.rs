@@ -167,11 +167,11 @@ fn a_pause_before_a_restart_ends_by_sigterm() {
     let script = "[ $RANK = 0 ] && echo 1$SHARDFLOW_RESTART_COUNT > $SHARDFLOW_PROGRESS_FILE; exit 75";
     // Both waits are far longer than the test.
     let running = job.sh(&["--max-restarts=9", "--restart-wait=600"], script);
-    let mut said = String::new();
-    while !said.contains("restart 2 of at most 9, from step 11, in 600s") {
-        said += &String::from_utf8_lossy(&running.err.recv_timeout(at_most(20)).unwrap());
+    let mut printed = String::new();
+    while !printed.contains("restart 2 of at most 9, from step 11, in 600s") {
+        printed += &String::from_utf8_lossy(&running.err.recv_timeout(at_most(20)).unwrap());
     }
-    assert!(said.contains("restart 1 of at most 9, from step 10\n"), "the first comes at once: {said}");
+    assert!(printed.contains("restart 1 of at most 9, from step 10\n"), "the first comes at once: {printed}");
     running.signal(Signal::TERM);
     assert_eq!(running.end().code, 143);
 }
@@ -552,8 +552,9 @@ fn a_reader_that_stalls_holds_up_no_process() {
     assert_eq!(unread.end(), 0);
     let steps = out.lines().filter(|line| line.starts_with("step ")).count();
     assert!(out.starts_with("{\"first\":1}\n") && out.contains("\nerror: of one line\nlast\n"), "{out}");
-    let notices = out.lines().filter(|line| line.contains("lines of progress are left out"));
-    let dropped: usize = notices.map(|line| line[1..].split(' ').next().unwrap().parse::<usize>().unwrap()).sum();
+    let notices = out.lines().filter(|line| line.starts_with("(dropped ") && line.contains(" progress line"));
+    let dropped: usize =
+        notices.map(|line| line["(dropped ".len()..].split(' ').next().unwrap().parse::<usize>().unwrap()).sum();
     assert!(steps + dropped == 6000 && dropped > 0, "{steps} {dropped}");
     assert_eq!(err.lines().filter(|line| line.starts_with("warning ")).count(), 1500);
     let log = job.log("x", 0, 0);

@@ -10,7 +10,7 @@ use std::path::Path;
 
 use tempfile::TempDir;
 
-/// How all their names begin.
+/// Prefix of all their names.
 const PREFIX: &str = "shardflow-";
 const LOCK: &str = "lock";
 
@@ -41,7 +41,7 @@ impl PrivateFolder {
     }
 }
 
-/// The lock gets its name only once it is held: whoever finds it free knows that its owner is dead.
+/// The lock gets its name only once it is held, so a free lock means that its owner is dead.
 fn lock(folder: &Path) -> io::Result<File> {
     let (new, named) = (folder.join("lock.new"), folder.join(LOCK));
     let file = File::create(&new)?;

@@ -22,10 +22,10 @@ use shardflow_examples::files::{self, PlaceError, check_appendable, check_room, 
 use shardflow_examples::log::{DeviceMemory, JsonLog, LogError, Progress, StepRecord, Totals, note, say};
 use shardflow_examples::sample::Sampler;
 
-/// How long the work after the last step may go on once a signal asked the process to end.
+/// Limit of the work after the last step, once a signal has requested the end.
 const LAST_WORK: Duration = Duration::from_secs(20);
-/// How long a process that was asked to end waits for the reader of its output.
-const LAST_WORDS: Duration = Duration::from_secs(1);
+/// How long a process that ends on request waits for the reader of its output.
+const LAST_OUTPUT: Duration = Duration::from_secs(1);
 
 fn main() -> ExitCode {
     // First of all: process 1 of a container has no other way to end.
@@ -44,16 +44,17 @@ fn main() -> ExitCode {
         Err(GptError::Session(SessionError::PlanShown)) => ExitCode::SUCCESS,
         Err(error) => {
             // The launcher, if there is one, prints the first cause of all processes last.
-            let told = exit::report(Exit::from_code(error.exit_code()), &error.to_string(), error.first_cause_rank());
-            told.unwrap_or_else(|e| note(format!("warning: cannot tell the launcher: {e}")));
+            let reported =
+                exit::report(Exit::from_code(error.exit_code()), &error.to_string(), error.first_cause_rank());
+            reported.unwrap_or_else(|e| note(format!("warning: cannot report to the launcher: {e}")));
             fail(error.exit_code(), &error, &error.hint())
         }
     };
-    output::finish(matches!(requests.pending(), Request::End(_)).then_some(LAST_WORDS));
+    output::finish(matches!(requests.pending(), Request::End(_)).then_some(LAST_OUTPUT));
     code
 }
 
-/// Prints what the parser says: a wrong flag, which other processes hear of, or the help.
+/// Prints the parser's message: the help, or a wrong flag, which is also reported to the other processes.
 fn usage(error: &clap::Error) -> ExitCode {
     // A closed pipe is no failure.
     let _ = error.print();
@@ -61,8 +62,8 @@ fn usage(error: &clap::Error) -> ExitCode {
     if code != 0 {
         let text = error.to_string();
         let first = text.lines().next().unwrap_or_default().trim_start_matches("error: ");
-        let told = exit::report(Exit::from_code(code), first, None);
-        told.unwrap_or_else(|e| eprintln!("warning: cannot write the report: {e}"));
+        let reported = exit::report(Exit::from_code(code), first, None);
+        reported.unwrap_or_else(|e| eprintln!("warning: cannot write the report: {e}"));
     }
     ExitCode::from(code)
 }
@@ -235,8 +236,8 @@ fn report_threads(introduced: usize, session: &Session) {
     }
 }
 
-/// What all ranks must have alike. Other data or another model is no continuation of a checkpoint. Batch size, dropout, clipping
-/// and precision change the training, and are reported. The rest may change at any resume.
+/// The values that must be equal on all ranks. A resume refuses other data or another model, and reports another batch size,
+/// dropout, clipping or precision. The rest may change.
 fn declared(args: &GptArgs, text: &Text) -> Declarations {
     use OnResume::{Free, Same, Warn};
     let name = |value: &dyn std::fmt::Debug| format!("{value:?}").to_lowercase();
@@ -328,7 +329,7 @@ struct Outputs {
     log: Option<JsonLog>,
     checkpoints: Option<Checkpoints>,
     trace: Option<TraceFile>,
-    /// They learn how long a save takes.
+    /// They get the duration of the last save.
     requests: Arc<Requests>,
     process: u32,
 }
@@ -395,7 +396,7 @@ fn train(args: &GptArgs, text: &Text, session: &mut Session, outputs: Outputs, s
 
 fn finish(trace: Option<TraceFile>) -> Result<(), TraceError> {
     if let Some(lost) = trace.map(TraceFile::finish).transpose()?.filter(|lost| *lost > 0) {
-        note(format!("warning: the trace lacks {lost} firings, for steps have more of them than an actor keeps"));
+        note(format!("warning: the trace lacks {lost} firings: a step has more than an actor records"));
     }
     Ok(())
 }
@@ -423,12 +424,12 @@ fn summarise(totals: &Totals) {
     }
 }
 
-/// What is left of a training that was asked to end.
+/// What a training that ended on request has saved.
 #[derive(Debug)]
 enum Saved {
-    /// It had done its last step, and everything is saved that was to be.
+    /// It had done its last step, and all of its files are written.
     All,
-    /// Its last step, in this place.
+    /// A checkpoint of its last step, in this store.
     Checkpoint(String),
     Nothing,
 }
@@ -472,7 +473,7 @@ enum GptError {
     Ended { exit: Exit, steps: u64, process: u32, saved: Saved },
 }
 
-/// What asked a training to end.
+/// What requested the end.
 fn by(exit: Exit) -> &'static str {
     match exit {
         Exit::Signal(1) => "SIGHUP",
@@ -483,7 +484,7 @@ fn by(exit: Exit) -> &'static str {
 }
 
 impl Saved {
-    /// For the end of an error's text.
+    /// The end of the error's text.
     fn effect(&self) -> String {
         match self {
             Self::All => "; the training is done".into(),
@@ -493,8 +494,8 @@ impl Saved {
     }
 }
 
-/// What goes before the node's own budget.
-const NODE_MEMORY_HINT: &str = "--memory-mib sets what each device may take instead, whatever the node has free";
+/// A limit that replaces the node's free memory.
+const NODE_MEMORY_HINT: &str = "--memory-mib sets a limit for each device, in place of the node's free memory";
 
 fn is_node_memory(error: &SessionError) -> bool {
     matches!(error, SessionError::Plan(PlanError::NodeMemory { .. }))
@@ -523,7 +524,7 @@ impl GptError {
         match self {
             Self::InitFrom(error) | Self::Save(error) | Self::Session(error) => error.first_cause_rank(),
             Self::Checkpoints(error) => error.session().and_then(SessionError::first_cause_rank),
-            // No other failed; with code 75 it keeps the launcher from starting it again.
+            // No other process failed. With code 75 this keeps the launcher from restarting it.
             Self::Ended { process, .. } => Some(*process),
             _ => None,
         }
@@ -570,7 +571,8 @@ impl GptError {
             Self::Checkpoints(error) => error.hint().into(),
             Self::Ended { saved: Saved::Checkpoint(_), .. } => "the same command goes on from there".into(),
             Self::Ended { saved: Saved::Nothing, .. } => {
-                "the same command starts anew; with --checkpoint DIR a training is saved before it ends".into()
+                "the same command starts anew; with --checkpoint DIR a training saves a checkpoint before it ends"
+                    .into()
             }
             Self::Ended { saved: Saved::All, .. } | Self::Signals(_) => String::new(),
             // What to do is a part of it.

@@ -422,7 +422,7 @@ impl Suite<'_> {
 
     fn optimizers(&mut self) {
         for n in SIZES {
-            // Squares of the last two pass what a float can hold, and what it can tell from 0.
+            // The squares of the last two overflow and underflow a float.
             for scale in [1.0, 1e30, 1e-30] {
                 let x = self.numbers.tensor(&[n], scale);
                 let squares: f64 = wide(&x).iter().map(|x| x * x).sum();
@@ -441,7 +441,7 @@ impl Suite<'_> {
             let expected = [(vec![], vec![scale]), (vec![], vec![5.0])];
             self.check("", Op::ClipScale { max_norm }, std::slice::from_ref(&sums), &expected, CLOSE);
         }
-        // A norm of 1e21: its square passes what a float can hold.
+        // A norm of 1e21, whose square overflows a float.
         let squares = 1e42 * SQUARES_SCALE;
         let sums =
             HostTensor::f32(&[2, 2], vec![f32::INFINITY, (0.75 * squares) as f32, 1e38, (0.25 * squares) as f32]);

@@ -1,5 +1,5 @@
-//! A CPU stream's memory of its own, in which one launch after another works: a share for each thread, then what a launch
-//! widens from bf16. It lies outside the plan's arena, because its size depends on the threads. Imports `memory`, `op`.
+//! A CPU stream's scratch memory, reused by each launch: a share for each thread, then the tensors that a launch widens from
+//! bf16. It lies outside the plan's arena, because its size depends on the threads. Imports `memory`, `op`.
 
 use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -30,13 +30,13 @@ impl Scratch {
         if bytes > 0 { self.at_least(bytes).map(drop) } else { Ok(()) }
     }
 
-    /// The memory, grown if need be. Only the stream's thread works in it, on one launch at a time.
+    /// The memory, grown if need be. Only the stream's thread uses it, for one launch at a time.
     pub(crate) fn at_least(&self, bytes: usize) -> Result<Arena, KernelError> {
         let mut arena = self.arena.lock().unwrap_or_else(PoisonError::into_inner);
         match &*arena {
             Some(arena) if arena.bytes() >= bytes => Ok(arena.clone()),
             _ => {
-                // What is too small goes first, so that the two never take memory together.
+                // Free the smaller arena first, so that both never exist at once.
                 *arena = None;
                 Ok(arena.insert(Arena::host(self.device, bytes, &self.tally)?).clone())
             }
@@ -44,7 +44,7 @@ impl Scratch {
     }
 }
 
-/// Bytes of the threads' shares for a launch on a stream of `threads` threads; what is widened lies behind them.
+/// Bytes of the threads' shares for a launch on a stream of `threads` threads; widened tensors follow them.
 pub(crate) fn thread_bytes(launch: &Launch, threads: usize) -> usize {
     let shapes: Vec<&[usize]> = launch.reads.iter().map(|read| &read.shape[..]).collect();
     (launch.op.thread_floats(&shapes) * threads * size_of::<f32>()).next_multiple_of(ALIGNMENT)

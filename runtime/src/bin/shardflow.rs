@@ -40,7 +40,7 @@ enum Command {
     Launch(Box<LaunchArgs>),
     /// List, verify, reshard or export checkpoints.
     Checkpoint(CheckpointArgs),
-    /// Tell what is here, what is missing, and how to get it. Code 78 when something that every job needs does not work
+    /// Report what this machine has, what is missing, and how to get it. Code 78 if something that every job needs does not work
     Doctor {
         /// One JSON object
         #[arg(long)]
@@ -67,7 +67,7 @@ enum Command {
         #[arg(long, value_name = "FILE")]
         join: Option<PathBuf>,
     },
-    /// Tell on one screen how a process does that was started with `--listen`.
+    /// Show the state of a process that was started with `--listen`, on one screen.
     #[cfg(feature = "watch")]
     Status {
         /// Where it listens
@@ -77,7 +77,7 @@ enum Command {
         #[arg(long)]
         json: bool,
     },
-    /// Tell what a job waits for: who waits for whom, down to the cause. Follows it to other processes of this node.
+    /// Show what a job waits for: which actor waits for which, down to the cause. Follows waits to other processes of this node.
     #[cfg(feature = "watch")]
     ExplainHang {
         /// Where one of its processes listens
@@ -133,16 +133,16 @@ struct LaunchArgs {
     /// From the signal that tells processes to end until they are killed
     #[arg(long, value_name = "SECONDS", default_value = "30", value_parser = seconds)]
     grace: Duration,
-    /// From the first failure until the other processes are told to end
+    /// From the first failure until the other processes get SIGTERM
     #[arg(long, alias = "failure_wait", value_name = "SECONDS", default_value = "15", value_parser = seconds)]
     failure_wait: Duration,
     /// Pause before the second restart; doubled for each later one, up to 60 s. The first restart comes at once
     #[arg(long, alias = "restart_wait", value_name = "SECONDS", default_value = "1", value_parser = seconds)]
     restart_wait: Duration,
-    /// How long a failure before the processes have met, for which a restart would not help, is reported to other nodes [default: 10]
+    /// How long to report to other nodes a failure before the processes have met that no restart fixes [default: 10]
     #[arg(long, alias = "report_wait", value_name = "SECONDS", value_parser = seconds)]
     report_wait: Option<Duration>,
-    /// Address of this node that processes listen on [default: the one by which they reach process 0]
+    /// Address of this node that processes listen on [default: that of the route to process 0]
     #[arg(long, value_name = "ADDRESS")]
     interface: Option<IpAddr>,
     /// Host name or address at which other nodes reach this one's processes [default: the one they listen on]
@@ -160,7 +160,7 @@ struct LaunchArgs {
 }
 
 impl LaunchArgs {
-    /// The flags that processes get as variables.
+    /// Flags that become environment variables of the processes.
     fn variables(&self) -> Vec<(&'static str, String)> {
         let given = [
             (cluster::REPORT_WAIT_MS, self.report_wait.map(|wait| wait.as_millis().to_string())),
@@ -299,7 +299,7 @@ fn run_trace(files: &[PathBuf], join: Option<&Path>) -> Exit {
     let mut texts = Vec::new();
     for file in files {
         match std::fs::read(file) {
-            // A file that was cut off may end inside a character.
+            // A truncated file may end inside a character.
             Ok(bytes) => texts.push(String::from_utf8_lossy(&bytes).into_owned()),
             Err(error) => return fail(Exit::Usage, format!("cannot read {}: {error}", file.display())),
         }

@@ -1,4 +1,4 @@
-//! What can be wrong with a checkpoint, or with the place it lies in. Imports `files` and `text`.
+//! Errors of checkpoints and of the stores that hold them. Imports `files` and `text`.
 
 use std::fmt;
 use std::path::PathBuf;
@@ -65,25 +65,25 @@ pub enum CheckpointError {
         name: String,
         /// What the program has.
         expected: String,
-        /// What the file has.
+        /// The file's type.
         got: String,
     },
-    /// A tensor of a type that is not read.
+    /// A tensor of an unsupported type.
     #[error("{path}: tensor {name} is {got}, expected {expected}; convert the file")]
     Dtype {
         /// The file.
         path: PathBuf,
         /// The tensor.
         name: String,
-        /// What can be read.
+        /// The supported types.
         expected: String,
-        /// What the file has.
+        /// The file's type.
         got: String,
     },
     /// The file has parameters that the program lacks.
     #[error(
-        "{path}: the program lacks {} of its parameters, such as {}; it was saved by another model (a program that means to \
-         leave parameters out names them in `SessionOptions::ignoring`)", names.len(), names[..names.len().min(3)].join(", ")
+        "{path}: the program lacks {} of its parameters, such as {}; it was saved by another model (to leave \
+         parameters out on purpose, name them in `SessionOptions::ignoring`)", names.len(), names[..names.len().min(3)].join(", ")
     )]
     Unknown {
         /// The file.
@@ -91,16 +91,16 @@ pub enum CheckpointError {
         /// Their names, one at least.
         names: Vec<String>,
     },
-    /// A value that the program declares is another one in the file.
+    /// A declared value differs between the program and the file.
     #[error("{path}: its {name} is {saved}, and this program's is {here}")]
     Declared {
         /// The file.
         path: PathBuf,
-        /// What was declared.
+        /// The value's name.
         name: String,
-        /// What the file records.
+        /// The file's value.
         saved: String,
-        /// What the program declares.
+        /// The program's value.
         here: String,
     },
     /// Checkpoints cannot lie here.
@@ -160,18 +160,18 @@ pub enum CheckpointError {
     Held {
         /// The store.
         place: String,
-        /// Host, process, job, epoch, and since when.
+        /// Host, process, job, epoch and start time.
         holder: String,
     },
     /// Another training has taken the store from this one.
-    #[error("{place}: this run does not write here any more: the lock is held by {holder}")]
+    #[error("{place}: this run has lost the lock and writes no more checkpoints: held by {holder}")]
     Fenced {
         /// The store.
         place: String,
-        /// Host, process, job, epoch, and since when.
+        /// Host, process, job, epoch and start time.
         holder: String,
     },
-    /// There is no room for the checkpoints that are to be kept.
+    /// Too little free space for the checkpoints to keep.
     #[error(
         "{place}: {free_bytes} bytes are free, {needed_bytes} are needed for {} of {bytes} bytes",
         counted(.checkpoints, "checkpoint")
@@ -179,13 +179,13 @@ pub enum CheckpointError {
     NoRoom {
         /// The store.
         place: String,
-        /// What the file system gives this process.
+        /// Free bytes for this process.
         free_bytes: u64,
-        /// What they take.
+        /// Bytes of all of them.
         needed_bytes: u64,
-        /// How many may come to lie there at once, beside those that are there.
+        /// Checkpoints to be written, beyond the existing ones, at most at once.
         checkpoints: u64,
-        /// Of one.
+        /// Bytes of one.
         bytes: u64,
     },
     /// Not all processes see the same folder.
@@ -222,7 +222,7 @@ pub struct AgreeError {
 }
 
 impl CheckpointError {
-    /// What kind of error of the system it comes from, if it does.
+    /// The kind of the underlying system error, if there is one.
     pub fn io_kind(&self) -> Option<std::io::ErrorKind> {
         crate::files::system_error(self).map(std::io::Error::kind)
     }

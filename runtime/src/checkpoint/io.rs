@@ -12,7 +12,7 @@ use tokio::runtime::{Builder, Runtime};
 
 use super::error::{CheckpointError, Doing};
 use super::manifest::Checksum;
-use crate::clock::Clock;
+use crate::clock::WaitClock;
 use crate::files;
 
 /// How long one operation may take unless told otherwise. The longest is the last one of a large local file, which waits
@@ -22,10 +22,9 @@ pub const DEADLINE: Duration = Duration::from_secs(120);
 pub const PART_BYTES: usize = 16 << 20;
 /// Parts of one upload, at most: a little under what cloud stores allow.
 const PARTS_MAX: u64 = 9_000;
-/// How long a network file system may hide a file that another node has written: NFS keeps what it knows of a folder for 60 s
-/// (`acdirmax`).
+/// How long a network file system may hide a file that another node has written: NFS caches folders for 60 s (`acdirmax`).
 pub(crate) const HIDDEN: Duration = Duration::from_secs(90);
-/// Time between two looks for a file that is hidden.
+/// Poll interval for a hidden file.
 const POLL: Duration = Duration::from_secs(1);
 /// Threads that may be stuck in a local file system, at most.
 const BLOCKED_THREADS_MAX: usize = 8;
@@ -66,7 +65,7 @@ pub(crate) struct Operations {
     pub(crate) io: Arc<Io>,
     pub(crate) deadline: Duration,
     pub(crate) part_bytes: usize,
-    pub(crate) clock: Arc<dyn Clock>,
+    pub(crate) clock: Arc<dyn WaitClock>,
     /// How long a file that another process has written may stay invisible here.
     pub(crate) hidden: Duration,
     /// The backend is the file system, from its root.
@@ -74,7 +73,7 @@ pub(crate) struct Operations {
 }
 
 impl Operations {
-    /// Looks for what another process has written until it is there, or can no longer be hidden.
+    /// Polls for a file of another process until it appears, or can no longer be hidden.
     pub(crate) fn eventually<T>(
         &self,
         look: impl Fn() -> Result<Option<T>, CheckpointError>,

@@ -264,7 +264,7 @@ impl Manifest {
         self.updates.unwrap_or(self.step)
     }
 
-    /// A number that differs where cursors do.
+    /// A digest of the cursor.
     pub fn cursor_digest(&self) -> u64 {
         let text = serde_json::to_vec(&self.cursor).unwrap_or_default();
         blake3::hash(&text).as_bytes().iter().take(8).fold(0, |digest, byte| digest << 8 | u64::from(*byte))
@@ -369,7 +369,7 @@ struct Sealed<'a> {
     body: &'a RawValue,
 }
 
-/// The checksum of a sealed text: of its version and of the body's very bytes. Up to version 2 it was of the body alone.
+/// The checksum of a sealed text: over its version and the bytes of its body. Up to version 2, over the body alone.
 fn checksum(version: u32, body: &RawValue) -> Checksum {
     let mut hasher = blake3::Hasher::new();
     if version > 2 {

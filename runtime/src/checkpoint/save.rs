@@ -25,7 +25,7 @@ pub(crate) struct Settings {
     pub(crate) plan: Option<String>,
 }
 
-/// What differs from save to save.
+/// Options of one save.
 #[derive(Debug, Default)]
 pub(crate) struct Attempt {
     pub(crate) number: u32,

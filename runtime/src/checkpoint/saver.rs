@@ -35,13 +35,13 @@ pub struct SaverOptions {
     pub keep: usize,
     /// Checkpoints of steps that are multiples of this are kept for good.
     pub keep_every: Option<u64>,
-    /// Saves that the program is going to make, if it knows: free space is checked for no more.
+    /// Number of saves the program will make, if known: the check of free space assumes no more.
     pub saves_max: Option<u64>,
     /// What a save does while another is going on.
     pub busy: Busy,
     /// Hash of the plan, for the manifest.
     pub plan: Option<String>,
-    /// The job's name, the same for all its incarnations and no other job's: a later one takes the store's lock at once.
+    /// The job's name, unique to it and the same for all its incarnations: a later incarnation takes the store's lock at once.
     pub job: Option<String>,
 }
 
@@ -88,7 +88,7 @@ pub struct Saver {
     next_attempt: u32,
     busy: Busy,
     place: String,
-    /// Of process 0, as long as the saver lives, and a save that goes on when it is dropped.
+    /// Held by process 0 until the saver is dropped and its last save has ended.
     lock: Option<Arc<Lock>>,
 }
 
@@ -96,8 +96,8 @@ impl Saver {
     /// Takes the store's lock, on process 0, and starts the thread. [`Session::saver`] does so, and checks the store first.
     ///
     /// # Errors
-    /// [`CheckpointError::Held`] when another training writes to the store; or when the options do not go together, or no
-    /// thread can be had.
+    /// [`CheckpointError::Held`] when another training writes to the store; or when the options contradict each other, or no
+    /// thread can be started.
     pub fn new(store: Store, agree: Arc<dyn Agree>, options: SaverOptions) -> Result<Self, CheckpointError> {
         let SaverOptions { member, keep, keep_every, saves_max: _, busy, plan, job } = options;
         check_member(member)?;
@@ -116,7 +116,7 @@ impl Saver {
             for Job { attempt, snapshot } in work {
                 let report = save(&store, &snapshot, &settings, &attempt, &*agree);
                 count(&report);
-                // Before the report, so that a saver that is dropped after it gives the lock back at once.
+                // Before the report, so that dropping the saver after it releases the lock at once.
                 drop(attempt);
                 if done.send((report, snapshot)).is_err() {
                     return;
@@ -201,8 +201,8 @@ impl Saver {
     }
 }
 
-/// Saves a snapshot now and waits for the outcome: what a [`Saver`] does on its thread. It takes no lock: see that nothing else
-/// writes to the store.
+/// Saves a snapshot now and waits for the outcome, as a [`Saver`] does on its thread. It takes no lock: nothing else may write to
+/// the store.
 ///
 /// # Errors
 /// When the options do not go together. How the writing went is in the report.

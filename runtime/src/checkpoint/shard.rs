@@ -49,7 +49,7 @@ pub(crate) fn entry_name(tensor: &str, shape: &[usize], region: &Region) -> Stri
 
 /// Key of the seed in a file's metadata.
 pub(crate) const SEED: &str = "shardflow.seed";
-/// What the keys of declared values begin with.
+/// Prefix of the keys of declared values.
 const DECLARED: &str = "shardflow.declared.";
 
 /// The metadata of a file of whole tensors.
@@ -74,7 +74,7 @@ struct Header<'a> {
     tensors: Metadata,
 }
 
-/// What comes before the tensors in a safetensors file: the same bytes for the same entries and metadata.
+/// The header of a safetensors file: equal bytes for equal entries and metadata.
 pub(crate) fn header(entries: &[Entry], metadata: &Values) -> Result<Vec<u8>, CheckpointError> {
     let mut end = 0;
     let view = |entry: &Entry| {

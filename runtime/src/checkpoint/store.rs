@@ -25,7 +25,7 @@ use super::error::{CheckpointError, Doing};
 use super::io::{DEADLINE, HIDDEN, Io, Operations, PART_BYTES};
 use super::manifest::{Checksum, Cursor, MANIFEST_BYTES_MAX, Manifest, open_sealed, seal};
 use super::read::Reader;
-use crate::clock::{Clock, SystemClock};
+use crate::clock::{SystemClock, WaitClock};
 use crate::files;
 
 /// Name of the file that makes a checkpoint.
@@ -34,10 +34,10 @@ const MANIFEST: &str = "manifest.json";
 const SET_ASIDE: &str = "manifest.json.damaged";
 /// Name of the file with a cursor that replaces the manifest's (ST-4).
 const CURSOR: &str = "cursor.json";
-/// Bytes of that file, at most.
+/// Largest size of that file.
 const CURSOR_BYTES_MAX: u64 = 16 << 20;
 
-/// What [`CURSOR`] holds.
+/// The content of [`CURSOR`].
 #[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct NewCursor {
@@ -104,7 +104,7 @@ impl Store {
         Self::at(backend, prefix, place, None)
     }
 
-    /// A store in a local folder, by a backend of the caller's that has the file system's paths, from its root.
+    /// A store in a local folder, accessed through the caller's backend, whose root is the file system's root.
     ///
     /// # Errors
     /// As [`Store::open`].
@@ -130,7 +130,7 @@ impl Store {
     ) -> Result<Self, CheckpointError> {
         let io = Arc::new(Io::new(&place)?);
         let (clock, is_local) = (Arc::new(SystemClock(Instant::now())), local.is_some());
-        // Cloud stores show a file as soon as its writer knows that it is there.
+        // Cloud stores are consistent: a file is visible once its write has returned.
         let shared = local.as_ref().is_some_and(|folder| !files::is_of_one_machine(folder));
         let hidden = if shared { HIDDEN } else { Duration::ZERO };
         let operations =
@@ -139,16 +139,16 @@ impl Store {
     }
 
     /// How long a file that another process has written may stay invisible here. Unless set, 90 s in a local folder of a network
-    /// file system, and no time elsewhere. A file that is missing counts as damage only after it.
+    /// file system, and 0 elsewhere. A missing file counts as damage only after this time.
     #[must_use]
     pub fn with_hidden(mut self, time: Duration) -> Self {
         self.operations.hidden = time;
         self
     }
 
-    /// Waits by another clock than the system's.
+    /// Replaces the system's clock, for tests.
     #[must_use]
-    pub fn with_clock(mut self, clock: Arc<dyn Clock>) -> Self {
+    pub fn with_clock(mut self, clock: Arc<dyn WaitClock>) -> Self {
         self.operations.clock = clock;
         self
     }
@@ -307,8 +307,8 @@ impl Store {
         Ok(())
     }
 
-    /// Replaces the cursor of a committed checkpoint, atomically: for a training that goes back to it and leaves something out
-    /// from there, which a later one must leave out, too. One process does this.
+    /// Replaces the cursor of a committed checkpoint, atomically: for a training that rolls back to it and skips samples, which a
+    /// later run must skip, too. One process calls it.
     ///
     /// # Errors
     /// [`CheckpointError::Absent`], or when the store cannot do it.
@@ -386,9 +386,9 @@ impl Store {
         self.operations.run(&self.manifest_name(step), Doing::Write, rename)
     }
 
-    /// Of the checkpoints of steps up to `newest`, deletes all but the newest `keep` good ones (at least one) and those of steps
-    /// that are multiples of `keep_every`, and what attempts before the newest of them left behind. Only one process may do
-    /// this, when `newest` is committed: others may have begun to save a later step, also one that has a damaged checkpoint.
+    /// Deletes checkpoints of steps up to `newest`, and leftovers of attempts before it. The newest `keep` good ones (at least
+    /// one) and those of steps that are multiples of `keep_every` stay. One process calls it once `newest` is committed: others
+    /// may already be saving a later step, even one that has a damaged checkpoint.
     ///
     /// # Errors
     /// When the store cannot do it; what was not deleted is found again by the next call.

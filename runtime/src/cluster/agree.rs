@@ -14,7 +14,7 @@ use crate::checkpoint::{Agree, AgreeError, SaveId, Saved};
 /// Topic of these messages on the control plane.
 pub(super) const TOPIC: u16 = 1;
 
-/// How long the slowest process may take to write its part after the first has, unless waits for it may take longer.
+/// How long the slowest process may take to write its part after the first one, if the watchdog allows no longer waits.
 const WITHIN: Duration = Duration::from_secs(600);
 
 /// Messages of other saves that are kept until their turn comes. Saves come one after the other, so a peer is at most one

@@ -1,4 +1,4 @@
-//! Reports a failure that comes before the processes have met, to those that would wait for this one. Imports
+//! Reports a failure before the processes have met to those that would wait for this one. Imports
 //! `cluster`'s environment and rendezvous, and `exit`.
 
 use std::ops::Range;
@@ -10,7 +10,7 @@ use super::rendezvous::{Identity, RendezvousConfig, answer, call};
 use super::{Cluster, ClusterOptions, world};
 use crate::exit::Report;
 
-/// The way to the other processes.
+/// How to reach the other processes.
 #[derive(Clone, Debug)]
 pub(crate) struct Departure(RendezvousConfig);
 
@@ -30,8 +30,8 @@ impl Departure {
         }))
     }
 
-    /// Reports for `ranks`, which do not join. On behalf of rank 0 it answers those that call, on behalf of others it calls
-    /// rank 0; either ends by itself within [`ClusterOptions::report_within`].
+    /// Reports that `ranks` do not join. For rank 0 it answers those that connect, for other ranks it connects to rank 0;
+    /// either ends within [`ClusterOptions::report_within`].
     pub(crate) fn report(&self, ranks: Range<u32>, report: &Report) {
         let reported = match ranks.start {
             0 => answer(&self.0, ranks, report),

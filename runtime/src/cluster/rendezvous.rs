@@ -60,9 +60,9 @@ pub struct RendezvousConfig {
     pub secret: Secret,
     /// Which program it is.
     pub identity: Identity,
-    /// What it must have alike with all others, beside its identity, in an order in which a difference explains those after it.
+    /// Values that must be equal on all processes, besides the identity, ordered so that a difference explains those after it.
     pub facts: Vec<Fact>,
-    /// Where it hears heartbeats (UDP); [`local_address`] says on which of this node's addresses to listen.
+    /// Its address for heartbeats (UDP); [`local_address`] says on which of this node's addresses to listen.
     pub heartbeat: SocketAddr,
     /// Whether there are processes on other nodes.
     pub spans_nodes: bool,

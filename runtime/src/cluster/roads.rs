@@ -146,8 +146,8 @@ impl Roads<'_> {
     }
 }
 
-/// Holds against the transport that some processes of one machine cannot open each other's sockets, as in containers with a
-/// `/tmp` each. Where it need not be kept, gives what the first of them is to log.
+/// Refuses a transport that needs sockets between processes of one machine that cannot open each other's, as in containers with
+/// a `/tmp` each. Where TCP may be used instead, returns the line that the first of them logs.
 ///
 /// # Errors
 /// [`ClusterError::NotNear`], the same for all processes.
@@ -316,18 +316,18 @@ mod tests {
             assert_eq!(check(&one_node, 0, transport), Ok(None), "{transport:?}");
         }
         let containers = [("b", 1), ("a", 1), ("a", 2)];
-        let said = check(&containers, 1, Auto).unwrap().unwrap();
-        assert!(said.starts_with("ranks 1 and 2 on h: they do not see the same folder at TMPDIR"), "{said}");
-        assert!(said.ends_with("TCP is used between such ranks"), "{said}");
+        let printed = check(&containers, 1, Auto).unwrap().unwrap();
+        assert!(printed.starts_with("ranks 1 and 2 on h: they do not see the same folder at TMPDIR"), "{printed}");
+        assert!(printed.ends_with("TCP is used between such ranks"), "{printed}");
         for silent in [0, 2] {
             assert_eq!(check(&containers, silent, Auto), Ok(None), "logged once");
         }
         assert_eq!(check(&containers, 1, Tcp), Ok(None));
         for (transport, own) in [SharedMemory, Unix].into_iter().flat_map(|t| (0..3).map(move |own| (t, own))) {
-            let (told, code) = check(&containers, own, transport).unwrap_err();
-            assert!(told.contains("ranks 1 and 2") && told.contains("set it to auto") && code == 78, "{told}");
+            let (message, code) = check(&containers, own, transport).unwrap_err();
+            assert!(message.contains("ranks 1 and 2") && message.contains("set it to auto") && code == 78, "{message}");
         }
-        let (told, _) = check(&[("a", 1), ("a", 0)], 0, Unix).unwrap_err();
-        assert!(told.contains("rank 1 could make no Unix socket in its TMPDIR"), "{told}");
+        let (message, _) = check(&[("a", 1), ("a", 0)], 0, Unix).unwrap_err();
+        assert!(message.contains("rank 1 could make no Unix socket in its TMPDIR"), "{message}");
     }
 }

@@ -57,11 +57,11 @@ pub(crate) struct World {
     ids: Receiver<Heard>,
 }
 
-/// Topic of what processes report to be doing, on the control plane.
+/// Topic of the control plane on which processes report their activity.
 const DOING: u16 = 3;
-/// What a process does that waits for others.
+/// The activity of a process that waits for others.
 pub(crate) const WAITING: &str = "";
-/// Longest text of what a peer does, in characters.
+/// Longest text of a peer's activity, in characters.
 const DOING_CHARS_MAX: usize = 60;
 
 /// Messages of one topic that may wait to be taken.
@@ -82,12 +82,12 @@ struct State {
     left: Vec<u32>,
     /// Of the running session, once it runs.
     control: Option<Control>,
-    /// What each process does, and since when.
+    /// Each process's activity, and its start.
     doing: BTreeMap<u32, (String, Instant)>,
 }
 
 impl State {
-    /// What others do that `own` waits for since `at_least`.
+    /// Which processes have been busy for `at_least` while `own` waits.
     fn slow(&self, own: u32, at_least: Duration) -> Option<String> {
         let waits = self.doing.get(&own).is_some_and(|(what, since)| what == WAITING && since.elapsed() >= at_least);
         let line = |(rank, (what, since)): (&u32, &(String, Instant))| {
@@ -99,7 +99,7 @@ impl State {
     }
 }
 
-/// Slow ranks that a line names.
+/// Slow ranks listed in one line, at most.
 const SLOW_LISTED_MAX: usize = 8;
 
 impl First {
@@ -192,8 +192,8 @@ impl First {
 }
 
 impl World {
-    /// Meets the other processes; `None` where there are none. From then on waits for processes that are alive take at most
-    /// as long as the session's watchdog allows.
+    /// Meets the other processes; `None` where there are none. Later waits for live processes last as long as the session's
+    /// watchdog allows.
     pub(crate) fn join(plan: &Plan, session: &SessionOptions) -> Result<Option<Self>, ClusterError> {
         let (cluster, wait_max) = (&session.cluster, session.watchdog.wait_max());
         let Launch::World(world) = &cluster.launch else { return Ok(None) };
@@ -272,11 +272,11 @@ impl World {
         Ok(Some(Self { hosting, roster, endpoint, secret, options, by_mpi, membership, first, together, ids }))
     }
 
-    /// Publishes what this process does from now on, for those that wait for it. With [`WAITING`] it waits for others, and
-    /// logs now and then what they do.
+    /// Publishes this process's activity to those that wait for it. With [`WAITING`] it waits for others, and logs their
+    /// activity at intervals.
     pub(crate) fn doing(&self, what: &str) {
         self.first.lock().doing.insert(self.hosting.process, (what.into(), Instant::now()));
-        // Where it does not arrive the session ends for it, or has ended.
+        // A failure to send ends the session by other means.
         let _ = self.membership.tell_all(DOING, what.as_bytes());
     }
 
@@ -459,7 +459,7 @@ pub(super) fn address(endpoint: &env::Endpoint) -> Address {
     }
 }
 
-/// What all processes must have alike beside the build. The plan comes last: it follows from most of the others.
+/// Facts that must be equal on all processes, besides the build. The plan is last: it depends on most of the others.
 fn facts(plan: &Plan, session: &SessionOptions) -> Result<Vec<Fact>, ClusterError> {
     let options = &session.cluster.options;
     let kernels = match plan.device {

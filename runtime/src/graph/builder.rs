@@ -8,8 +8,8 @@ use shardflow_kernels::op::{Einsum, Op};
 use shardflow_kernels::tensor::DType;
 
 use super::{
-    AdamW, CustomOp, DIMS_MAX, Graph, GraphError, GraphId, Node, NodeId, NodeOp, Objective, Output, Over, Phase, Rate,
-    TensorInfo, Var, foreign, ops,
+    AdamW, Combine, CustomOp, DIMS_MAX, Graph, GraphError, GraphId, Node, NodeId, NodeOp, Objective, Output, Phase,
+    Rate, TensorInfo, Var, foreign, ops,
 };
 use crate::init::Init;
 use crate::layout_error::LayoutError;
@@ -152,7 +152,7 @@ impl Graph {
             self.error(name, message, location);
         }
         if name == FILE_METADATA {
-            self.error(name, "files need this name for their metadata; choose another".to_string(), location);
+            self.error(name, "files use this name for their metadata; choose another".to_string(), location);
         }
         self.source(name, NodeOp::Parameter { init }, shape, DType::F32, Rate::Step, layout, location)
     }
@@ -330,34 +330,34 @@ impl Graph {
             self.error("minimize", message, location);
         }
         self.objective = Some(Objective { loss, optimizer, location: self.origin.unwrap_or(location) });
-        self.output_over("loss", loss, None, location);
+        self.output_as("loss", loss, None, location);
     }
 
-    /// Lets the host fetch a tensor by this name after each step: the value that it has for the whole batch, whatever the
-    /// number of micro-batches. From the ops' rules follows how: parts of the batch are put one after another, sums and means
-    /// over the batch are added, and what does not depend on the batch is taken once. Where no rule says it, as for a
-    /// nonlinear function of a sum over the batch, `compile` asks for [`Graph::output_with`]. Names are unique; `minimize`
-    /// gives the loss the name `loss`.
+    /// Lets the host fetch a tensor by this name after each step: its value for the whole batch, for any number of
+    /// micro-batches. The ops' rules decide how the values of micro-batches are combined: parts of the batch are concatenated,
+    /// sums and means over the batch are added, and a value that does not depend on the batch is taken once. Where the rules do
+    /// not determine it, as for a nonlinear function of a sum over the batch, `compile` asks for [`Graph::output_with`]. Names
+    /// are unique; `minimize` gives the loss the name `loss`.
     #[track_caller]
     pub fn output(&mut self, name: &str, tensor: Var) {
-        self.output_over(name, tensor, None, Location::caller());
+        self.output_as(name, tensor, None, Location::caller());
     }
 
-    /// As [`Graph::output`], with the values of micro-batches put together as `over` says.
+    /// As [`Graph::output`], and states how the values of micro-batches are combined.
     #[track_caller]
-    pub fn output_with(&mut self, name: &str, tensor: Var, over: Over) {
-        self.output_over(name, tensor, Some(over), Location::caller());
+    pub fn output_with(&mut self, name: &str, tensor: Var, combine: Combine) {
+        self.output_as(name, tensor, Some(combine), Location::caller());
     }
 
-    fn output_over(&mut self, name: &str, tensor: Var, over: Option<Over>, location: &'static Location<'static>) {
+    fn output_as(&mut self, name: &str, tensor: Var, combine: Option<Combine>, location: &'static Location<'static>) {
         let [tensor] = self.own("output", [tensor], location);
         let (shape, dtype) = (self.shape(tensor), self.tensor(tensor).dtype);
-        let message = match over {
-            Some(Over::Concat(dim)) if dim >= shape.len() => {
-                Some(format!("`Over::Concat({dim})`, but the shape {shape:?} has {} dims", shape.len()))
+        let message = match combine {
+            Some(Combine::Concat(dim)) if dim >= shape.len() => {
+                Some(format!("`Combine::Concat({dim})`, but the shape {shape:?} has {} dims", shape.len()))
             }
-            Some(over @ (Over::Sum | Over::Max)) if dtype != DType::F32 => {
-                Some(format!("`Over::{over:?}` combines F32, got {dtype:?}"))
+            Some(how @ (Combine::Sum | Combine::Max)) if dtype != DType::F32 => {
+                Some(format!("`Combine::{how:?}` combines F32, got {dtype:?}"))
             }
             _ => None,
         };
@@ -371,7 +371,7 @@ impl Graph {
         if name == GRAD_SQUARES_OUTPUT {
             self.error(name, "the session makes an output of this name itself; choose another".to_string(), location);
         }
-        self.fetched(name, tensor, over, location);
+        self.fetched(name, tensor, combine, location);
     }
 
     // ---- what the methods above and the passes share ----
@@ -380,15 +380,15 @@ impl Graph {
         &mut self,
         name: &str,
         tensor: Var,
-        over: Option<Over>,
+        combine: Option<Combine>,
         location: &'static Location<'static>,
     ) {
         let location = self.origin.unwrap_or(location);
-        self.outputs.push(Output { name: name.to_string(), tensor, over, location });
+        self.outputs.push(Output { name: name.to_string(), tensor, combine, location });
     }
 
-    /// Adds an input of the user's. Several of one name are one tensor of the host's, fed to several placements; so they must
-    /// be alike.
+    /// Adds a user's input. Several inputs of one name are one tensor of the host, fed to several placements; so they must be
+    /// equal.
     fn fed(
         &mut self,
         name: &str,
@@ -434,7 +434,7 @@ impl Graph {
         vars.iter().any(|v| self.tensor(*v).poisoned)
     }
 
-    /// An op's arguments. In place of one that is of another graph, which is an error, stands a tensor of as many dims.
+    /// An op's arguments. One of another graph is an error, and replaced by a tensor with as many dims.
     fn own<const N: usize>(&mut self, what: &str, args: [Var; N], location: &'static Location<'static>) -> [Var; N] {
         std::array::from_fn(|port| self.own_one(what, &format!("input {port}"), args[port], location))
     }

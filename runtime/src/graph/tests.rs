@@ -663,7 +663,7 @@ fn programs_without_a_purpose() {
         "data=1",
         |_| {},
         expect![[r#"
-            program: nothing of the program reaches the host; call `minimize` or `output`
+            program: the program has no output; call `minimize` or `output`
               at `let mut g = Graph::new(&Mesh::parse(mesh).expect("a mesh"));`"#]],
     );
     check(
@@ -678,9 +678,9 @@ fn programs_without_a_purpose() {
             g.output("x", x);
         },
         expect![[r#"
-            unused: nothing that reaches the host reads this input; remove it, or use it
+            unused: no output depends on this input; remove it, or use it
               at `let unused = floats(g, "unused", &[4, 6]);`
-            weight: nothing that reaches the host reads this parameter; remove it, or use it
+            weight: no output depends on this parameter; remove it, or use it
               at `let weight = g.parameter("weight", &[6], Init::Ones, Layout::broadcast());`"#]],
     );
     check(
@@ -695,7 +695,7 @@ fn programs_without_a_purpose() {
             g.minimize(loss, AdamW::default());
         },
         expect![[r#"
-            minimize: the loss has a gradient for no parameter, so there is nothing to train; make it depend on one, or give it to `output`
+            minimize: the loss depends on no parameter, so there is nothing to train; make it depend on one, or use `output`
               at `g.minimize(loss, AdamW::default());`"#]],
     );
 }

@@ -23,7 +23,7 @@ use crate::output;
 const ACCUSED_WAIT: Duration = Duration::from_secs(2);
 /// Time until a process that was killed and does not end is left behind. Only the kernel can hold it up.
 const KILL_WAIT: Duration = Duration::from_secs(10);
-/// Time until what a process wrote is read. Longer only when another process holds its pipes.
+/// Time to read a process's remaining output. It takes longer only if another process holds its pipes.
 pub(super) const PUMPS_WAIT: Duration = Duration::from_secs(2);
 
 /// How an attempt ended.
@@ -55,7 +55,7 @@ struct Attempt<'a, 'b> {
 
 /// Starts all processes after `pause` and stays until they have ended.
 pub(super) fn run(job: &mut Job, number: u64, pause: Duration) -> Result<Outcome, LaunchError> {
-    // A signal during the pause: nothing is started any more.
+    // A signal during the pause: start nothing.
     let start_at = Instant::now() + pause;
     while let Ok(event) = job.events.1.recv_deadline(start_at) {
         match event {
@@ -143,7 +143,7 @@ impl Attempt<'_, '_> {
 
     fn pass_on(&mut self, signal: u8) {
         if i32::from(signal) == SIGUSR1 {
-            // Processes agree on what it asks for, so one that is still starting does not matter.
+            // Processes agree on the request, so one that is still starting needs no signal.
             return self.living().for_each(Child::signal_usr1);
         }
         if self.asked.is_some() && i32::from(signal) == SIGINT {

@@ -32,7 +32,7 @@ impl Ended {
         }
     }
 
-    /// Whether it asks to be started again, but not here: see [`crate::exit::report`].
+    /// Whether it ended on request, so that it is not restarted here: see [`crate::exit::report`].
     pub(super) fn ended_on_request(&self) -> bool {
         self.exit == Exit::Retry
             && self.report.as_ref().is_some_and(|report| report.first_cause_rank == Some(self.rank))
@@ -42,10 +42,11 @@ impl Ended {
         self.report.as_ref().map_or(self.time_unix_ns, |report| report.time_unix_ns.min(self.time_unix_ns))
     }
 
-    /// What it reported, or what its end says.
+    /// The process's report, or one derived from its exit status.
     pub(super) fn report(&self) -> Report {
         let (rank, exit, time_unix_ns) = (self.rank, self.exit.code(), self.time_unix_ns);
-        let cause = || self.error_line.as_deref().map_or("it said nothing", |line| line.trim_start_matches("error: "));
+        let cause =
+            || self.error_line.as_deref().map_or("it printed no error", |line| line.trim_start_matches("error: "));
         let bare = || Report { rank, exit, time_unix_ns, cause: cause().into(), ..Report::default() };
         self.report.clone().map_or_else(bare, |report| Report { exit, ..report })
     }
@@ -56,7 +57,7 @@ impl Ended {
         match (said.or(self.error_line.as_deref()), self.exit) {
             (Some(cause), exit) => format!("{} ({exit})", cause.trim().trim_start_matches("error: ")),
             (None, Exit::Signal(_)) => format!("killed by a signal ({})", self.exit),
-            (None, exit) => format!("ended ({exit}) and said nothing"),
+            (None, exit) => format!("ended ({exit}) and printed no error"),
         }
     }
 }
@@ -184,7 +185,7 @@ mod tests {
     #[test]
     fn stories() {
         assert_eq!(ended(0, 137, 0).story(), "killed by a signal (code 137: SIGKILL)");
-        assert_eq!(ended(0, 1, 0).story(), "ended (code 1) and said nothing");
+        assert_eq!(ended(0, 1, 0).story(), "ended (code 1) and printed no error");
         let line = Ended { error_line: Some("error: no file".into()), ..ended(0, 2, 0) };
         assert_eq!(line.story(), "no file (code 2: usage)");
         assert_eq!(reported(line, None, 0).story(), "it (code 2: usage)");

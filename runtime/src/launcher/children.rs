@@ -51,7 +51,7 @@ pub(super) struct Child {
     /// Its number, and that of its process group.
     pid: Pid,
     error_file: PathBuf,
-    /// Disconnected when all it wrote is read.
+    /// Disconnected when all of its output is read.
     pumps: Receiver<()>,
     /// Nothing while it lives.
     pub(super) ended: Option<Ended>,
@@ -105,7 +105,7 @@ impl Child {
     /// Sends SIGUSR1 to the process alone, if it has a handler: the default action would end it.
     pub(super) fn signal_usr1(&self) {
         if signal_mask(&self.pid.to_string(), "SigCgt:") >> (SIGUSR1 - 1) & 1 == 1 {
-            // An error means that it has ended.
+            // An error means that the process has ended.
             let _ = kill_process(self.pid, Signal::USR1);
         }
     }

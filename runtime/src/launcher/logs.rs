@@ -5,7 +5,7 @@ use std::fs::{self, File, OpenOptions};
 use std::io::{self, BufRead, BufReader, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
-use crate::output::{self, Kind, Output, ends_line};
+use crate::output::{self, OutputKind, OutputQueue, ends_line};
 
 /// Longest piece of a line that is passed on at once, in bytes.
 const LINE_BYTES_MAX: u64 = 64 << 10;
@@ -60,9 +60,9 @@ fn error_lines(tail: &[u8]) -> Vec<String> {
     shown.iter().map(|line| line.chars().take(ERROR_CHARS_MAX).collect()).collect()
 }
 
-/// Copies `from` to the log and to the screen, line by line, until it ends. A log that takes no more is left out, and a screen
-/// whose reader is stalled is not waited for: the process must not stop for it. The log has the lines that the screen lacks.
-pub(super) fn pump(from: impl Read, mut log: File, screen: &Output) {
+/// Copies `from` to the log and to the screen, line by line, until it ends. Neither a log that
+/// fails nor a screen whose reader stalls blocks the process. The log has the lines that the screen lacks.
+pub(super) fn pump(from: impl Read, mut log: File, screen: &OutputQueue) {
     let (mut from, mut line, mut log_works) = (BufReader::new(from), Vec::new(), true);
     loop {
         line.clear();
@@ -73,7 +73,7 @@ pub(super) fn pump(from: impl Read, mut log: File, screen: &Output) {
         log_works = log_works && log.write_all(&line).is_ok();
         // Standard error, JSON and errors are never dropped.
         let is_record = std::ptr::eq(screen, output::stderr()) || line.starts_with(b"{") || line.starts_with(b"error:");
-        screen.put(if is_record { Kind::Record } else { Kind::Progress }, &line);
+        screen.put(if is_record { OutputKind::Record } else { OutputKind::Progress }, &line);
     }
 }
 

@@ -7,7 +7,7 @@ use object_store::ObjectStore;
 use object_store::memory::InMemory;
 
 use super::*;
-use crate::clock::Clock;
+use crate::clock::WaitClock;
 
 type Work = Box<dyn FnMut(Duration) + Send>;
 
@@ -24,7 +24,7 @@ impl std::fmt::Debug for TestClock {
     }
 }
 
-impl Clock for TestClock {
+impl WaitClock for TestClock {
     fn now(&self) -> Duration {
         *self.now.lock().unwrap()
     }

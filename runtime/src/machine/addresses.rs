@@ -1,4 +1,4 @@
-//! Addresses of this node, and what names stand for on it. Imports the actors' transport and `cluster`'s names of variables.
+//! Addresses of this node, and how host names resolve on it. Imports the actors' transport and `cluster`'s names of variables.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
 use std::{fs, io};
@@ -7,24 +7,24 @@ use shardflow_actors::transport::{Address, resolve};
 
 use crate::cluster::INTERFACE;
 
-/// What `HOST:PORT` of the first process stands for on this node.
+/// The addresses to which `HOST:PORT` of the first process resolves on this node.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Targets {
     pub(crate) addresses: Vec<SocketAddr>,
-    /// It is this node's own name, and stands for loopback here (Debian maps it to 127.0.1.1 in `/etc/hosts`), but not on the
-    /// job's other nodes; or it stands for all addresses of this node.
+    /// It is this node's own name, and resolves to loopback here (Debian maps it to 127.0.1.1 in `/etc/hosts`), but not on the
+    /// job's other nodes; or it is the wildcard address.
     pub(crate) is_hidden: bool,
 }
 
 impl Targets {
-    /// Looks the name up.
+    /// Resolves the name.
     pub(crate) fn of(name: &str, spans_nodes: bool) -> io::Result<Self> {
         Ok(targets(name, resolve(name)?, spans_nodes))
     }
 }
 
 fn targets(name: &str, addresses: Vec<SocketAddr>, spans_nodes: bool) -> Targets {
-    // Who writes loopback means it: ports may be forwarded.
+    // A literal loopback address is intended: ports may be forwarded.
     let host = name.rsplit_once(':').map_or(name, |(host, _)| host);
     let ip = host.trim_matches(['[', ']']).split('%').next().unwrap_or_default();
     let is_meant = host == "localhost" || ip.parse().is_ok_and(|ip: IpAddr| !ip.is_unspecified());
@@ -57,7 +57,7 @@ pub(crate) fn address_towards(name: &str, spans_nodes: bool) -> io::Result<Socke
     Err(last)
 }
 
-/// A line for people, where other nodes cannot use what this node takes the first process's name for.
+/// A log line, where the first process's name resolves on this node to an address that other nodes cannot reach.
 pub(crate) fn hidden_name(coordinator: &Address, spans_nodes: bool) -> Option<String> {
     let Address::Tcp(name) = coordinator else { return None };
     let Targets { addresses, is_hidden } = Targets::of(name, spans_nodes).ok()?;
@@ -78,7 +78,7 @@ pub(crate) fn hidden_name(coordinator: &Address, spans_nodes: bool) -> Option<St
 
 /// An IP address, a link-local one with its zone (`fe80::1%eth0`), at port 0.
 pub(crate) fn parse_ip(text: &str) -> Option<SocketAddr> {
-    // Not a name: looking one up may take long, and give several addresses.
+    // Not a name: resolving one may be slow and return several addresses.
     let ip: IpAddr = text.split('%').next()?.parse().ok()?;
     let with_port = if ip.is_ipv6() { format!("[{text}]:0") } else { format!("{text}:0") };
     resolve(&with_port).ok()?.first().copied()

@@ -1,8 +1,8 @@
-//! The cores of a process, and its share of a node's. Imports nothing of this crate.
+//! The cores of a process, and its share of a node's cores. Imports nothing of this crate.
 
 use rustix::thread::CpuSet;
 
-/// The cores that this process may run on, 64 in a word, lowest first; empty where the system does not say.
+/// The cores that this process may run on, 64 in a word, lowest first; empty where the system does not report them.
 pub(crate) fn affinity() -> Vec<u64> {
     let Ok(set) = rustix::thread::sched_getaffinity(None) else { return Vec::new() };
     let mut words = vec![0u64; CpuSet::MAX_CPU / 64];
@@ -11,7 +11,7 @@ pub(crate) fn affinity() -> Vec<u64> {
     words
 }
 
-/// `0-3,8` of a mask of cores.
+/// A mask of cores as text, such as `0-3,8`.
 pub(crate) fn cores_text(mask: &[u64]) -> String {
     let cores: Vec<usize> = cores_of(mask).collect();
     let ranges = cores.chunk_by(|a, b| a + 1 == *b).map(|run| match run {
@@ -26,8 +26,8 @@ fn cores_of(mask: &[u64]) -> impl Iterator<Item = usize> {
 }
 
 /// Threads for each device of process `me`, at least 1, of processes on one node with these masks and numbers of devices: a core
-/// that several may run on is divided among their devices, and one that only `me` may run on is its own. An empty mask is not
-/// known, and meets all others. `quota` is how many cores' time a cgroup leaves to those that share cores with `me`.
+/// that several may run on is divided among their devices, and one that only `me` may run on is its own. An empty mask is
+/// unknown and counts as overlapping all others. `quota`: cores' worth of time that a cgroup leaves to the processes that share cores with `me`.
 pub fn threads_per_device(node: &[(&[u64], usize)], me: usize, quota: usize) -> usize {
     let own: Vec<usize> = cores_of(node[me].0).collect();
     let has = |mask: &[u64], core: usize| {
@@ -44,7 +44,7 @@ pub fn threads_per_device(node: &[(&[u64], usize)], me: usize, quota: usize) -> 
         cores if quota < cores => by_quota.min(by_cores),
         _ => by_cores,
     };
-    // Thirds add up to a little less than one.
+    // Rounding: three thirds add up to a little less than one.
     ((threads + 1e-9) as usize).max(1)
 }
 

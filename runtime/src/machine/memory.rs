@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::{fmt, fs};
 
-/// What limits the memory that a process can still get.
+/// The limit on a process's free memory.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum MemoryBound {
     /// The machine: `MemAvailable` of `/proc/meminfo`.
@@ -40,7 +40,7 @@ pub struct FreeMemory {
 }
 
 /// The smaller of the machine's available memory and what each memory cgroup up to the root leaves; `None` where `/proc` does
-/// not say.
+/// not report it.
 pub fn free_memory() -> Option<FreeMemory> {
     let read = |path: &Path| fs::read_to_string(path).ok();
     let of_self = |name: &str| read(&Path::new("/proc/self").join(name)).unwrap_or_default();

@@ -1,4 +1,4 @@
-//! Refuses programs that cannot be meant, at the user's line. Imports `graph`.
+//! Refuses programs that make no sense, with the user's line. Imports `graph`.
 
 use std::collections::BTreeMap;
 use std::panic::Location;
@@ -8,7 +8,7 @@ use shardflow_kernels::device::DeviceKind;
 use crate::graph::builder::RNG_INPUT;
 use crate::graph::{Graph, NodeOp, Var};
 
-/// Every tensor's bytes can be counted, with room for sums of many of them.
+/// Refuses tensors whose bytes cannot be counted, with room for sums of many of them.
 pub fn sizes(graph: &mut Graph) {
     const ELEMENTS_MAX: usize = 1 << 48;
     for index in 0..graph.nodes.len() {
@@ -25,24 +25,23 @@ pub fn sizes(graph: &mut Graph) {
     }
 }
 
-/// The host waits for outputs, so there must be one, and a trained tensor is not one. Each parameter and input leads to one.
+/// Refuses programs without an output, trained tensors as outputs, and parameters and inputs that no output depends on.
 pub fn purpose(graph: &mut Graph) {
     if graph.outputs.is_empty() {
         let location = graph.nodes.last().map_or(graph.location, |node| node.location);
-        let message = "nothing of the program reaches the host; call `minimize` or `output`".to_string();
+        let message = "the program has no output; call `minimize` or `output`".to_string();
         return graph.error("program", message, location);
     }
     for index in 0..graph.outputs.len() {
         let node = graph.producer(graph.outputs[index].tensor);
         if graph.objective.is_some() && matches!(node.op, NodeOp::Parameter { .. }) {
             let (name, location) = (node.name.clone(), node.location);
-            let message =
-                "an output cannot be what is trained in place; read it with `Session::parameters`".to_string();
+            let message = "an output cannot be a trained tensor; read it with `Session::parameters`".to_string();
             graph.error(&name, message, location);
         }
     }
     for (kind, name, location) in unused(graph) {
-        let message = format!("nothing that reaches the host reads this {kind}; remove it, or use it");
+        let message = format!("no output depends on this {kind}; remove it, or use it");
         graph.error(&name, message, location);
     }
 }
@@ -69,17 +68,18 @@ fn unused(graph: &Graph) -> Vec<(&'static str, String, &'static Location<'static
     unused.filter_map(|(node, _)| Some((kind(&node.op)?, node.name.clone(), node.location))).collect()
 }
 
-/// The loss depends on a parameter, of which `grads` has the gradient.
+/// Refuses a loss that depends on no parameter; `grads` has the gradients.
 pub fn trained(graph: &mut Graph, grads: &BTreeMap<Var, Var>) {
     if let Some(objective) = graph.objective
         && grads.is_empty()
     {
-        let message = "the loss has a gradient for no parameter, so there is nothing to train; make it depend on one, or give it to `output`";
+        let message =
+            "the loss depends on no parameter, so there is nothing to train; make it depend on one, or use `output`";
         graph.error("minimize", message.into(), objective.location);
     }
 }
 
-/// Custom ops have kernels for the device.
+/// Refuses custom ops without a kernel for the device.
 pub fn kernels(graph: &mut Graph, device: DeviceKind) {
     for index in 0..graph.nodes.len() {
         let node = &graph.nodes[index];

@@ -1,13 +1,13 @@
 //! Divides the batch: inputs shrink to one micro-batch, and every forward tensor follows in shape and in its layout along
-//! the micro-batches, which is SBP in time. From that layout follow the place of an element in the step's tensor, for
-//! dropout, and how an output's values become one. Imports `graph` and `sbp`.
+//! the micro-batches: an SBP for the loop. That SBP decides where an element lies in the step's tensor, for dropout, and
+//! how an output's values are combined. Imports `graph` and `sbp`.
 
 use shardflow_kernels::collective::ReduceOp;
 use shardflow_kernels::op::Op;
 use shardflow_kernels::tensor::element_count;
 
 use crate::graph::builder::RNG_INPUT;
-use crate::graph::{Graph, Node, NodeOp, Objective, Over, Rate, TensorInfo, Var, ops};
+use crate::graph::{Combine, Graph, Node, NodeOp, Objective, Rate, TensorInfo, Var, ops};
 use crate::layout_error::LayoutError;
 use crate::sbp::Sbp;
 use crate::sbp::rule::Rule;
@@ -15,7 +15,7 @@ use crate::sbp::rule::Rule;
 /// A tensor's shape in one micro-batch, and its layout along them.
 type Part = (Vec<usize>, Option<Sbp>);
 
-/// Makes the graph one of a micro-batch, `count` of which are a step. Records an error for each input whose batch does not
+/// Turns the graph of a step into that of a micro-batch, `count` of which make a step. Records an error for each input whose batch does not
 /// divide, and for each op, loss and output whose value would depend on `count`.
 pub fn divide(graph: &mut Graph, count: usize) {
     for index in 0..graph.nodes.len() {
@@ -73,7 +73,7 @@ fn input(graph: &Graph, node: &Node, count: usize) -> Result<Part, String> {
     Ok((shape, *loop_sbp))
 }
 
-/// What an op makes of inputs that are divided so.
+/// The outputs' shapes and layouts of an op, given those of its inputs.
 fn follow(
     graph: &Graph,
     inputs: &[Var],
@@ -85,7 +85,7 @@ fn follow(
     let wrong = |e: LayoutError| {
         let inputs = described(graph, inputs);
         format!(
-            "in one of {count} micro-batches, {e}; {inputs}; inputs that go together must all be divided, by `input` or `input_with_batch_dim`"
+            "in one of {count} micro-batches, {e}; {inputs}; inputs of one op must all be divided: feed them by `input` or `input_with_batch_dim`"
         )
     };
     let rule = rule(&shapes).map_err(wrong)?;
@@ -95,7 +95,7 @@ fn follow(
     Ok(shapes.into_iter().enumerate().map(|(port, shape)| (shape, layout(port))).collect())
 }
 
-/// Gives dropout the shape of the step's tensor, and how far apart micro-batches lie in it.
+/// Sets dropout's step shape, and the distance of micro-batches in it.
 fn place_mask(graph: &mut Graph, index: usize, parts: &[Part], count: usize) -> Result<(), String> {
     let node = &graph.nodes[index];
     // The output's shape is still that of the whole step.
@@ -110,7 +110,7 @@ fn place_mask(graph: &mut Graph, index: usize, parts: &[Part], count: usize) -> 
         None if count == 1 => 0,
         None => {
             return Err(format!(
-                "the place of an element in the whole batch is not known in {count} micro-batches: {}; compile with `micro_batches: 1`",
+                "with {count} micro-batches, an element's position in the whole batch is unknown: {}; compile with `micro_batches: 1`",
                 cause(graph, node.inputs[0])
             ));
         }
@@ -140,31 +140,31 @@ fn check_loss(graph: &mut Graph, count: usize) {
     graph.error("minimize", message, location);
 }
 
-/// Settles how each output's values become one, where the user gave no `Over`.
+/// Sets how each output's values are combined, where the user did not.
 fn settle_outputs(graph: &mut Graph, count: usize) {
     let loss = graph.objective.map(|objective| objective.loss);
     for index in 0..graph.outputs.len() {
         let output = graph.outputs[index].clone();
         let info = graph.tensor(output.tensor);
-        let over = match info.loop_sbp {
-            _ if output.over.is_some() || info.poisoned => continue,
-            Some(sbp) => Over::from(sbp),
-            None if count == 1 => Over::Once,
+        let combine = match info.loop_sbp {
+            _ if output.combine.is_some() || info.poisoned => continue,
+            Some(sbp) => Combine::from(sbp),
+            None if count == 1 => Combine::First,
             None if Some(output.tensor) == loss => continue,
             None => {
                 let message = format!(
-                    "the values of {count} micro-batches make no whole: {}; write `output_with` and what is meant: `Over::Each` keeps them apart, `Over::Sum`, `Over::Max` and `Over::Concat(dim)` combine them",
+                    "it is not known how to combine the values of {count} micro-batches: {}; use `output_with`: `Combine::Stack` keeps all values, `Combine::Sum`, `Combine::Max` and `Combine::Concat(dim)` combine them",
                     cause(graph, output.tensor)
                 );
                 graph.error(&output.name, message, output.location);
                 continue;
             }
         };
-        graph.outputs[index].over = Some(over);
+        graph.outputs[index].combine = Some(combine);
     }
 }
 
-/// The op after which no rule says how a tensor lies along the micro-batches, and what it reads.
+/// The op whose rule gives no layout along the micro-batches, and its inputs.
 fn cause(graph: &Graph, var: Var) -> String {
     let mut node = graph.producer(var);
     while let Some(input) = node.inputs.iter().find(|v| graph.tensor(**v).loop_sbp.is_none()) {
@@ -175,7 +175,7 @@ fn cause(graph: &Graph, var: Var) -> String {
     format!("{name} at {}:{} has no rule for this{hint}: {inputs}", place.file(), place.line())
 }
 
-/// How tensors lie along the micro-batches, in words.
+/// The tensors' layouts along the micro-batches, as text.
 fn described(graph: &Graph, vars: &[Var]) -> String {
     let text = |var: &Var| {
         let info = graph.tensor(*var);

@@ -10,9 +10,9 @@ use crate::graph::{Graph, Node, NodeId, NodeOp, TensorInfo, Var};
 /// What a program is compiled for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Mode {
-    /// Dropout drops, and a loss is minimised if the program says so.
+    /// Dropout is active, and the loss is minimised if there is one to minimise.
     Training,
-    /// Dropout is the identity: it takes no kernel and no memory. A loss is computed, and nothing is trained.
+    /// Dropout is the identity, without a kernel or memory. A loss is computed and nothing is trained.
     Evaluation,
 }
 
@@ -38,10 +38,10 @@ fn is_dropout(node: &Node) -> bool {
     matches!(node.op, NodeOp::Kernel(Op::Dropout { .. }))
 }
 
-/// Rebuilds the graph without dropout and its random numbers; what read its output reads its input.
+/// Rebuilds the graph without dropout and its random numbers; readers of its output read its input.
 fn remove_dropout(graph: &mut Graph) {
     let (nodes, tensors) = (std::mem::take(&mut graph.nodes), graph.take_tensors());
-    // What stands for each tensor now; the random numbers have no reader left.
+    // The replacement of each tensor; the random numbers have no reader left.
     let mut now: BTreeMap<Var, Var> = BTreeMap::new();
     for mut node in nodes {
         if is_dropout(&node) {

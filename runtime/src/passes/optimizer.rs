@@ -9,7 +9,7 @@ use shardflow_kernels::op::Op;
 use shardflow_kernels::tensor::DType;
 
 use crate::graph::builder::{GRAD_SQUARES_OUTPUT, HYPER_INPUT, Layout, STATE_PREFIX};
-use crate::graph::{AdamW, Graph, NodeOp, Over, Phase, Rate, Var};
+use crate::graph::{AdamW, Combine, Graph, NodeOp, Phase, Rate, Var};
 use crate::placement::{Axis, Placement};
 use crate::sbp::{NdSbp, Sbp};
 
@@ -59,7 +59,7 @@ pub fn add_update(graph: &mut Graph, grads: &BTreeMap<Var, Var>, adamw: AdamW) {
             summed.iter().copied().filter(|(p, _)| graph.placement_of(*p) == placement).collect();
         update_placement(graph, sums, &here, adamw);
         let location = graph.producer(sums).location;
-        graph.fetched(GRAD_SQUARES_OUTPUT, sums, Some(Over::Once), location);
+        graph.fetched(GRAD_SQUARES_OUTPUT, sums, Some(Combine::First), location);
     }
     graph.phase = Phase::Forward;
 }

@@ -21,7 +21,7 @@ impl Plan {
     pub fn hash(&self) -> blake3::Hash {
         let Self { graph, spec, actions, registers, memory, micro_batches, schedule, .. } = self;
         let Self { device, in_flight, .. } = self;
-        // Of mirrors and of its streams' memory each process knows its own.
+        // Mirrors and streams' memory differ between processes.
         let shared = |m: &DeviceMemory| DeviceMemory { mirror_bytes: 0, stream_bytes: 0, ..m.clone() };
         let memory: Vec<_> = memory.iter().map(shared).collect();
         let mut text = Text(blake3::Hasher::new());

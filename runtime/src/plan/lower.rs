@@ -43,7 +43,7 @@ pub fn stream_of(key: ActionKey) -> StreamKind {
     }
 }
 
-/// Threads of a stream: kernels of layers share theirs out, and the others wait and copy.
+/// Threads of a stream: compute streams use several; the others wait and copy.
 pub fn threads_of(stream: StreamKind, threads_per_device: usize) -> usize {
     if stream == StreamKind::Compute { threads_per_device } else { 1 }
 }

@@ -229,7 +229,7 @@ fn quoted(text: &str) -> String {
     text.replace('\\', "\\\\").replace('"', "\\\"")
 }
 
-/// Lines that fit in a box. A line after the first is further in.
+/// Breaks a text into lines that fit in a box; lines after the first are indented.
 fn wrapped(text: &str) -> Vec<String> {
     let mut lines = vec![String::new()];
     for word in text.split_inclusive([' ', '.', '/', '_']) {

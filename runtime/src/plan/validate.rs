@@ -41,7 +41,7 @@ pub enum PlanError {
     NodeMemory {
         /// Bytes that were free before anything was allocated for the plan.
         budget: u64,
-        /// What sets the budget.
+        /// The limit that sets the budget.
         bound: String,
         /// Bytes needed.
         needed: u64,

@@ -42,7 +42,7 @@ pub fn copy_box(src: &HostTensor, from: &Region, dst: &mut HostTensor, to: &Regi
     }
 }
 
-/// Tensors put one after another along a dim; all are alike in type and in the other dims.
+/// Concatenates tensors along a dim; all have the same type and the same other dims.
 ///
 /// # Panics
 /// When there is none.

@@ -1,8 +1,8 @@
-//! What ranks must be given alike: in each step the learning rate and the elements that several of them feed, at each load the
-//! tensors. All compare all values, so a difference ends the call on every rank, with the same error.
+//! Values that must be equal on all ranks: in each step the learning rate and the elements that several ranks feed, at each load
+//! the tensors. Every rank compares all values, so a difference ends the call on every rank, with the same error.
 //! Imports `session`, `plan`, `checkpoint` and `cluster`'s texts.
 //!
-//! A step's numbers travel in the message that also carries requests to stop, and cost a digest of what is fed twice or more.
+//! A step's numbers share a message with requests to stop; their cost is a digest of the elements that several ranks feed.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -19,23 +19,23 @@ use crate::plan::memory::local_part;
 use crate::plan::{ActionKey, Plan};
 use crate::sbp::region::contains;
 
-/// Different values that an error lists.
+/// Most different values that an error lists.
 const VALUES_MAX: usize = 4;
 
 /// Numbers of a step before its digests: the request and the learning rate's bits.
 const STEP_NUMBERS: usize = 2;
 
-/// What a load says beside digests of tensors, by name. The first number is 0 where the load failed.
+/// Names of a load's numbers, before the digests of tensors. The first number is 0 if the load failed.
 const LOAD_NAMES: [&str; 5] = ["outcome", "number of steps", "number of updates", "seed", "manifest"];
 
-/// The first of them that is a digest.
+/// Index of the first of them that is a digest.
 const MANIFEST: usize = 4;
 
-/// Ranks were given different values for what they must have alike.
+/// Ranks were given different values where they must be equal.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{context}: the ranks differ in {name}: {}; give every rank the same", list(values))]
-pub struct Disagreement {
-    /// The step, or what was loaded.
+pub struct RankDisagreement {
+    /// The step, or the file or checkpoint that was loaded.
     pub context: String,
     /// The learning rate, an input or a parameter.
     pub name: String,
@@ -68,8 +68,8 @@ pub struct SharedInput {
     regions: Vec<Region>,
 }
 
-/// What several processes of a plan feed: the same list on all. Inputs of one name are one tensor of the host's, which several
-/// placements may be fed, each by its own layout.
+/// Inputs that several processes of a plan feed: the same list on all processes. Inputs of one name are one tensor of the host's,
+/// which may be fed to several placements, each by its own layout.
 pub fn shared_inputs(plan: &Plan, hosting: &Hosting) -> Vec<SharedInput> {
     // By name: one of the inputs, and who feeds which region.
     let mut fed: BTreeMap<&str, (Var, BTreeMap<(Vec<usize>, Vec<usize>), BTreeSet<u32>>)> = BTreeMap::new();
@@ -118,12 +118,12 @@ fn cells<'a>(regions: impl Iterator<Item = &'a Region> + Clone) -> Vec<Region> {
     cells
 }
 
-/// How many numbers a process says in a step.
+/// How many numbers a process sends in a step.
 pub fn step_numbers(shared: &[SharedInput], process: u32) -> usize {
     STEP_NUMBERS + shared.iter().filter(|input| input.processes.contains(&process)).count()
 }
 
-/// How many numbers a process says at a load.
+/// How many numbers a process sends at a load.
 pub fn load_numbers(plan: &Plan) -> usize {
     LOAD_NAMES.len() + residents(plan).count()
 }
@@ -145,7 +145,7 @@ pub(super) fn digest_of(bytes: &[u8]) -> u64 {
     digest(blake3::Hasher::new().update(bytes))
 }
 
-/// What a process is about to load.
+/// Summary of a load.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Loading {
     pub(super) steps: u64,
@@ -158,8 +158,8 @@ pub(super) struct Loading {
 }
 
 impl Session {
-    /// Gives all what this process was given for a step, and what it requests of all.
-    pub(super) fn say_of_step(&self, request: u64, learning_rate: f32, inputs: &Inputs<'_>) {
+    /// Sends this process's request, learning rate and digests of a step to all.
+    pub(super) fn send_step_numbers(&self, request: u64, learning_rate: f32, inputs: &Inputs<'_>) {
         let own = self.hosting.process;
         let mut numbers = vec![request, u64::from(learning_rate.to_bits())];
         for input in self.shared_inputs.iter().filter(|input| input.processes.contains(&own)) {
@@ -175,32 +175,32 @@ impl Session {
         self.give_numbers(self.ports.steps[own as usize], &numbers);
     }
 
-    /// Compares what all were given for the step, and gives the largest request. A difference calls the update off.
+    /// Compares the numbers of all processes for the step, and returns the largest request. A difference cancels the update.
     pub(super) fn agree_on_step(&mut self) -> Result<u64, SessionError> {
         let ports = self.ports.clone();
-        let said = self.numbers(&ports.steps, None)?;
-        if let Some(difference) = self.difference_in_step(&said) {
+        let all_numbers = self.numbers(&ports.steps, None)?;
+        if let Some(difference) = self.difference_in_step(&all_numbers) {
             self.decide(f32::NAN)?;
             return Err(difference.into());
         }
-        Ok(said.iter().filter_map(|numbers| numbers.first().copied()).max().unwrap_or_default())
+        Ok(all_numbers.iter().filter_map(|numbers| numbers.first().copied()).max().unwrap_or_default())
     }
 
-    fn difference_in_step(&self, said: &[Vec<u64>]) -> Option<Disagreement> {
+    fn difference_in_step(&self, all_numbers: &[Vec<u64>]) -> Option<RankDisagreement> {
         let graph = &self.plan.graph;
-        let number = |process: u32, index: usize| said[process as usize].get(index).copied().unwrap_or_default();
+        let number = |process: u32, index: usize| all_numbers[process as usize].get(index).copied().unwrap_or_default();
         let context = || format!("step {}", self.steps + 1);
         let all = 0..self.hosting.processes;
         if graph.objective.is_some() && all.clone().any(|process| number(process, 1) != number(0, 1)) {
             let value = |process| (process, f32::from_bits(number(process, 1) as u32).to_string());
-            return Some(Disagreement {
+            return Some(RankDisagreement {
                 context: context(),
                 name: "learning_rate".into(),
                 values: all.map(value).collect(),
             });
         }
-        // A process says digests of its own inputs alone, in the order of the list.
-        let mut next = vec![STEP_NUMBERS; said.len()];
+        // A process sends digests of its own inputs alone, in the order of the list.
+        let mut next = vec![STEP_NUMBERS; all_numbers.len()];
         for input in &self.shared_inputs {
             let mut values = Vec::new();
             for process in &input.processes {
@@ -210,14 +210,13 @@ impl Session {
             }
             if values.iter().any(|value| value.1 != values[0].1) {
                 let name = format!("input {}", graph.producer(input.var).name);
-                return Some(Disagreement { context: context(), name, values: in_hex(values) });
+                return Some(RankDisagreement { context: context(), name, values: in_hex(values) });
             }
         }
         None
     }
 
-    /// Compares what all processes are about to load, before anything is changed. A process that cannot load says so, and no
-    /// other loads then either.
+    /// Compares the loads of all processes before anything is changed. If one process cannot load, none does.
     pub(super) fn agree_on_load<T>(
         &mut self,
         source: &str,
@@ -237,14 +236,14 @@ impl Session {
         };
         let ports = self.ports.clone();
         self.give_numbers(ports.loads[self.hosting.process as usize], &numbers);
-        let said = self.numbers_between_steps(&ports.loads)?;
+        let all_numbers = self.numbers_between_steps(&ports.loads)?;
         let mine = mine?;
-        if let Some(rank) = said.iter().position(|numbers| numbers.first() != Some(&1)) {
+        if let Some(rank) = all_numbers.iter().position(|numbers| numbers.first() != Some(&1)) {
             let why = format!("{source}: rank {rank} cannot load it; see its log");
             return Err(CheckpointError::Refused(why).into());
         }
-        let Some(index) =
-            (0..numbers.len()).find(|index| said.iter().any(|other| other.get(*index) != said[0].get(*index)))
+        let Some(index) = (0..numbers.len())
+            .find(|index| all_numbers.iter().any(|other| other.get(*index) != all_numbers[0].get(*index)))
         else {
             return Ok(mine);
         };
@@ -253,9 +252,10 @@ impl Session {
             Some(name) => name.to_string(),
             None => tensors.nth(index - LOAD_NAMES.len()).unwrap_or_default(),
         };
-        let values = (0..).zip(said.iter().map(|numbers| numbers.get(index).copied().unwrap_or_default())).collect();
+        let values =
+            (0..).zip(all_numbers.iter().map(|numbers| numbers.get(index).copied().unwrap_or_default())).collect();
         let values = if index < MANIFEST { in_decimal(values) } else { in_hex(values) };
-        Err(Disagreement { context: source.into(), name, values }.into())
+        Err(RankDisagreement { context: source.into(), name, values }.into())
     }
 }
 
@@ -276,7 +276,7 @@ mod tests {
         let values = |values: &[&str]| (0..).zip(values.iter().map(ToString::to_string)).collect();
         let text = |of: &[&str]| {
             let (context, name) = ("step 2".into(), "input x".into());
-            Disagreement { context, name, values: values(of) }.to_string()
+            RankDisagreement { context, name, values: values(of) }.to_string()
         };
         assert_eq!(
             text(&["a", "b", "a"]),

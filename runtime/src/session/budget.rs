@@ -1,4 +1,4 @@
-//! The memory of a node against what the processes of a job take of it: the one place where a rank's bytes are summed.
+//! Compares the memory of a node with the needs of a job's processes there: the one place where a rank's bytes are summed.
 //! Imports `machine`, `plan` and `session::hosting`.
 
 use shardflow_kernels::device::DeviceKind;
@@ -10,31 +10,31 @@ use crate::machine::{FreeMemory, free_memory};
 use crate::plan::validate::PlanError;
 use crate::plan::{Plan, ResidentTensor};
 
-/// Set aside for what a process has beside the plan: libraries, connections; for each device, and for each of its threads, what
-/// products are packed in. Measured: 3 to 31 MiB in all, of `gpt` with widths from 64 to 1024 and up to 8 threads.
+/// Reserve for memory outside the plan: libraries and connections of a process; for each device, and each of its threads, the
+/// packing buffers of matrix products. Measured: 3 to 31 MiB in all, of `gpt` with widths from 64 to 1024 and up to 8 threads.
 const RANK_BYTES: u64 = 16 << 20;
 const DEVICE_BYTES: u64 = 8 << 20;
 const THREAD_BYTES: u64 = 2 << 20;
 
-/// Snapshots of checkpoints that a process may hold at once: one that is written, and the next.
+/// Snapshots of checkpoints that a process may hold at once: the one being written, and the next.
 pub(crate) const SNAPSHOTS_MAX: usize = 2;
 
-/// What the node has for a job of CPU devices.
+/// The node's memory for a job of CPU devices.
 #[derive(Clone, Debug)]
 pub(crate) struct Budget {
-    /// Before any process of the job has allocated for the plan; `None` where it is not known or not to be looked at.
+    /// Free memory before any process of the job allocates for the plan; `None` where it is unknown or does not apply.
     free: Option<FreeMemory>,
 }
 
 impl Budget {
-    /// To be called before the processes meet: later, others may have allocated already. A plan with a budget of its own
-    /// (`CompileOptions::memory_bytes`) is not held against the machine's, and a GPU's memory is not the host's.
+    /// Call it before the processes meet: later, others may have allocated already. A plan with a budget of its own
+    /// (`CompileOptions::memory_bytes`) is not compared with the machine's, and a GPU's memory is not the host's.
     pub(crate) fn measure(plan: &Plan) -> Self {
         let counts = plan.memory_bytes.is_none() && plan.device == DeviceKind::Cpu;
         Self { free: counts.then(free_memory).flatten() }
     }
 
-    /// Whether the node holds what these processes take, all of which are on it: their devices and mirrors, and so many
+    /// Checks that the node has room for these processes, all of which are on it: their devices and mirrors, and `snapshots`
     /// snapshots each.
     ///
     /// # Errors
@@ -70,7 +70,7 @@ impl Budget {
     }
 }
 
-/// What a process with so many devices is to have beside the plan.
+/// The reserve of a process with this many devices.
 fn rank_bytes(plan: &Plan, devices: usize) -> u64 {
     RANK_BYTES + devices as u64 * (DEVICE_BYTES + plan.threads_per_device as u64 * THREAD_BYTES)
 }
@@ -125,14 +125,14 @@ mod tests {
         for (here, devices) in [(&[0, 1][..], &[0, 1, 2, 3][..]), (&[0], &[0, 1]), (&[1], &[2, 3])] {
             let needed = bytes(devices) + here.len() as u64 * rank_bytes(&plan, 2);
             assert_eq!(check(needed, &plan, 2, here, 0), Ok(()), "{here:?}");
-            let told = check(needed - 1, &plan, 2, here, 0).unwrap_err();
+            let message = check(needed - 1, &plan, 2, here, 0).unwrap_err();
             for part in [&format!("this node has {} bytes free (MemAvailable", needed - 1), &format!("needs {needed}")]
             {
-                assert!(told.contains(part), "no {part:?} in {told}");
+                assert!(message.contains(part), "no {part:?} in {message}");
             }
             for device in 0..4 {
                 let row = plan.memory[device].row(device);
-                assert_eq!(told.contains(&row), devices.contains(&device), "{row} in {told}");
+                assert_eq!(message.contains(&row), devices.contains(&device), "{row} in {message}");
             }
         }
         assert!(plan.memory[2].row(2).contains("1000 in mirrors"));
@@ -145,11 +145,14 @@ mod tests {
         // Weights and two moments, which both devices hold.
         let snapshot = 3 * 16 * 32 * 4;
         assert_eq!(check(devices + 2 * snapshot, &plan, 1, &[0], 2), Ok(()));
-        let told = check(devices + 2 * snapshot - 1, &plan, 1, &[0], 2).unwrap_err();
-        assert!(told.contains(&format!("rank 0: {} bytes for 2 snapshots", 2 * snapshot)), "{told}");
+        let message = check(devices + 2 * snapshot - 1, &plan, 1, &[0], 2).unwrap_err();
+        assert!(message.contains(&format!("rank 0: {} bytes for 2 snapshots", 2 * snapshot)), "{message}");
         // Of two processes the second writes nothing.
-        let told = check(0, &plan, 2, &[0, 1], 1).unwrap_err();
-        assert!(told.contains(&format!("rank 0: {snapshot} bytes")) && told.contains("rank 1: 0 bytes"), "{told}");
+        let message = check(0, &plan, 2, &[0, 1], 1).unwrap_err();
+        assert!(
+            message.contains(&format!("rank 0: {snapshot} bytes")) && message.contains("rank 1: 0 bytes"),
+            "{message}"
+        );
         let session = Session::start(plan, &SessionOptions::default()).unwrap();
         assert_eq!(session.snapshot(None).unwrap().bytes(), snapshot);
     }

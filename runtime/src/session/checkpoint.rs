@@ -164,7 +164,7 @@ impl Session {
         self.write_all(found.tensors)
     }
 
-    /// What all processes are about to load, if it is the same.
+    /// The load, if it is equal on all processes.
     fn load_together(&mut self, path: &Path, file: Result<File, SessionError>) -> Result<File, SessionError> {
         let loading = |file: &File| {
             let count = |key| number(&file.metadata, key).unwrap_or_default();
@@ -179,14 +179,14 @@ impl Session {
         self.agree_on_load(&path.display().to_string(), loading, file)
     }
 
-    /// Takes the seed of what is loaded, and says so where it is another one.
+    /// Takes the seed of the file, and returns a line if it is another one.
     pub(super) fn take_seed(&mut self, saved: Option<u64>, source: &str) -> Option<String> {
         let own = self.seed;
         self.seed = saved.unwrap_or(own);
         (own != self.seed).then(|| format!("the seed is {} from {source}, in place of {own}", self.seed))
     }
 
-    /// What a file has for the program, or for its parameters alone; nothing is changed.
+    /// Reads a file's tensors for the program, or for its parameters alone; changes nothing.
     fn read(&self, path: &Path, weights_only: bool) -> Result<File, SessionError> {
         let bytes = std::fs::read(path).map_err(|e| io(path, e))?;
         let file = SafeTensors::deserialize(&bytes).map_err(|e| not_whole(path, &e))?;
@@ -211,8 +211,7 @@ impl Session {
         Ok(File { tensors, metadata, notes })
     }
 
-    /// Whether the program goes with what was saved: with the declared values, and with tensors of these names. Gives lines to
-    /// report.
+    /// Checks the program against a file: the declared values, and the names of tensors. Returns lines to report.
     pub(super) fn check_saved<'a>(
         &self,
         path: &Path,
@@ -235,7 +234,7 @@ impl Session {
         }
         if !states.is_empty() {
             let count = states.len();
-            notes.push(format!("{}: {count} optimizer states are not needed, and left out", path.display()));
+            notes.push(format!("{}: {count} optimizer states are not needed, and skipped", path.display()));
         }
         Ok(notes)
     }
@@ -274,12 +273,12 @@ impl Session {
     }
 }
 
-/// What a file has for the program.
+/// A file's tensors for the program.
 #[derive(Default)]
 struct File {
     tensors: Vec<(Var, HostTensor)>,
     metadata: HashMap<String, String>,
-    /// What to report.
+    /// Lines to report.
     notes: Vec<String>,
 }
 

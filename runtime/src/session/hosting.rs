@@ -201,9 +201,9 @@ pub struct HostPorts {
     pub residents: BTreeMap<(usize, usize), u32>,
     /// Of a process's own word, see `Session::exchange`.
     pub words: Vec<u32>,
-    /// Of what a process says in each step, see [`super::agreement`].
+    /// Registers for the numbers that a process sends in each step, see [`super::agreement`].
     pub steps: Vec<u32>,
-    /// Of what a process says when it loads tensors, likewise.
+    /// Registers for the numbers that a process sends at a load, likewise.
     pub loads: Vec<u32>,
 }
 

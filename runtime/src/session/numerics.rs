@@ -45,7 +45,7 @@ pub struct NonFinite {
     pub loss: Option<f32>,
     /// Global norm of the gradients.
     pub grad_norm: Option<f64>,
-    /// What the update could have made infinite, from a loss and gradients that are finite; see [`crate::graph::optimizer`].
+    /// The tensors that the update could have made infinite from a finite loss and gradients; see [`crate::graph::optimizer`].
     pub overflow: Option<&'static str>,
     /// Where it began. `None` with an `overflow`, or where the same step came out finite when it was run again: memory or a
     /// kernel is at fault.
@@ -84,7 +84,7 @@ impl fmt::Display for NonFinite {
                 )
             }
             (None, None) => {
-                write!(f, "; run again, all of it was finite: suspect the memory of this machine, or a kernel")
+                write!(f, "; the repeated step was finite: suspect the memory of this machine, or a kernel")
             }
             (Some(first), _) => write!(f, "; first in {first}"),
         }

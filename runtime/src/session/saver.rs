@@ -1,4 +1,4 @@
-//! A saver for a session, on a store that was checked before: writable, large enough, and seen by all processes.
+//! A saver for a session, on a store that it checks first: writable, large enough, and visible to all processes.
 //! Imports `session`, `checkpoint` and `files`.
 
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -12,14 +12,14 @@ use crate::checkpoint::saver::{Saver, SaverOptions};
 use crate::checkpoint::store::Store;
 use crate::files::free_bytes;
 
-/// What a process reports: that it could do its part, or not.
+/// A process's report: whether it could do its part.
 const GOOD: u64 = 0;
 const FAILED: u64 = 1;
 
 impl Session {
     /// Starts a saver of this session: as [`Saver::new`], for the processes and the job that the session is of. All processes
-    /// call it. What would keep a checkpoint from being saved later is found now: process 0 takes the store's lock, writes a
-    /// file, renames and deletes it, looks for room for the checkpoints that are kept and one more, and every process reads the
+    /// call it. Faults that would prevent a later save are found now: process 0 takes the store's lock, writes a
+    /// file, renames and deletes it, checks the free space for the checkpoints that are kept and one more, and every process reads the
     /// file.
     ///
     /// # Errors

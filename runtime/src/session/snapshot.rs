@@ -28,7 +28,7 @@ pub struct Restored {
     pub found: Option<(u64, Cursor)>,
     /// What is wrong with newer ones, which were passed over.
     pub damaged: Vec<CheckpointError>,
-    /// What to report of the one that was loaded, a line each: declared values that differ, another seed, states left out.
+    /// Lines to report of the loaded one: declared values that differ, another seed, skipped optimizer states.
     pub notes: Vec<String>,
 }
 
@@ -57,7 +57,7 @@ struct Part {
     tensor: HostTensor,
 }
 
-/// What of a checkpoint this process loads.
+/// The parts of a checkpoint that this process loads.
 struct Parts {
     parts: Vec<Part>,
     /// Lines to report.
@@ -74,8 +74,8 @@ impl Session {
         })
     }
 
-    /// What a [`crate::checkpoint::Saver`] of this session needs: how its processes agree, and which of them this one is. Counts
-    /// the snapshots that a saver holds, so that a job that they do not fit is refused before it trains.
+    /// Arguments for a [`crate::checkpoint::Saver`] of this session: how its processes agree, and which of them this is. Counts
+    /// the snapshots that a saver holds, so that a job without room for them is refused before it trains.
     ///
     /// # Errors
     /// [`crate::plan::validate::PlanError::NodeMemory`]; the other processes end for it, too.
@@ -194,7 +194,7 @@ impl Session {
         Ok(Parts { parts: found, notes })
     }
 
-    /// Takes on what was read, if all processes have read the same checkpoint. Gives lines to report.
+    /// Loads what was read, if all processes have read the same checkpoint. Returns lines to report.
     fn go_on_from(
         &mut self,
         read: Result<Parts, SessionError>,
@@ -231,11 +231,11 @@ impl Session {
         loop {
             let Found { reader, damaged, lookup, newest, cursor } = self.look(store, before);
             all.extend(damaged);
-            // The first process has looked; the others take its word for which step it is, and which are damaged.
-            let [said, newest] = self.exchange([lookup, newest])?[0];
+            // The first process decides which step is loaded and which are damaged.
+            let [chosen, newest] = self.exchange([lookup, newest])?[0];
             let [cursor, _] = self.exchange([cursor, 0])?[0];
             self.passed_over = self.passed_over.max(newest);
-            let step = match said {
+            let step = match chosen {
                 NONE => return Ok(Restored { found: None, damaged: all, notes: Vec::new() }),
                 FAILED => {
                     let elsewhere = || CheckpointError::Refused(format!("{}: rank 0 cannot read it", store.place()));
@@ -257,12 +257,13 @@ impl Session {
                 Err(_) => FAILED,
             };
             let job = read.as_ref().map(|(_, reader)| reader.manifest().job).unwrap_or_default();
-            let said = self.exchange([mine, self.step_metrics.productive_of(job)])?;
-            let (worst, process) = said.iter().enumerate().map(|(p, said)| (said[0], p)).max().unwrap_or((FAILED, 0));
+            let outcomes = self.exchange([mine, self.step_metrics.productive_of(job)])?;
+            let (worst, process) =
+                outcomes.iter().enumerate().map(|(p, outcome)| (outcome[0], p)).max().unwrap_or((FAILED, 0));
             match (read, worst) {
                 (Ok((parts, reader)), GOOD) => {
                     // The first process says what is this job's: launchers of other nodes began it a little later.
-                    let notes = self.go_on_from(Ok(parts), &reader, said[0][1])?;
+                    let notes = self.go_on_from(Ok(parts), &reader, outcomes[0][1])?;
                     return Ok(Restored { found: Some((step, reader.manifest().cursor.clone())), damaged: all, notes });
                 }
                 (Err(SessionError::Checkpoint(error)), DAMAGED) => all.push(error),

@@ -12,7 +12,7 @@ use shardflow_kernels::tensor::{HostTensor, Region, element_count};
 use super::load::FeedPort;
 use super::{Session, SessionError, StepReport, tokens};
 use crate::graph::builder::{GRAD_SQUARES_OUTPUT, HYPER_INPUT, RNG_INPUT};
-use crate::graph::{NodeOp, Over, Rate, TensorInfo, Var};
+use crate::graph::{Combine, NodeOp, Rate, TensorInfo, Var};
 use crate::init;
 use crate::plan::memory::local_part;
 use crate::requests::{Request, since_1970};
@@ -45,7 +45,7 @@ impl Session {
         }
         let by_name: Inputs<'_> = inputs.iter().map(|(name, tensor)| (*name, tensor)).collect();
         let asked = self.requests.as_ref().map(|r| r.before_step(self.last_step, since_1970())).unwrap_or_default();
-        self.say_of_step(asked.word(), learning_rate, &by_name);
+        self.send_step_numbers(asked.word(), learning_rate, &by_name);
         let results = self.run(&by_name)?;
         let request = Request::from_word(self.agree_on_step()?);
         self.requests.iter().for_each(|requests| requests.agreed(request));
@@ -204,7 +204,7 @@ impl Session {
                 gather(&shards, &info.shape, layout, placement)
             };
             let pieces = (0..firings).map(piece).collect::<Result<_, _>>()?;
-            let whole = join(pieces, output.over.unwrap_or(Over::Once));
+            let whole = join(pieces, output.combine.unwrap_or(Combine::First));
             if output.name == GRAD_SQUARES_OUTPUT {
                 let (values, _) = whole.as_f32().unwrap_or_default().as_chunks::<2>();
                 squares.resize(values.len(), [0.0; 2]);
@@ -229,17 +229,17 @@ fn batch_dim(input: &TensorInfo) -> Option<usize> {
     }
 }
 
-/// One value of those that the micro-batches of a step have, in their order; there is at least one.
-fn join(mut pieces: Vec<HostTensor>, over: Over) -> HostTensor {
-    let op = match over {
-        Over::Once => return pieces.swap_remove(0),
-        Over::Concat(dim) => return concat(&pieces, dim),
-        Over::Each => {
+/// Combines the values of a step's micro-batches, in their order; there is at least one.
+fn join(mut pieces: Vec<HostTensor>, how: Combine) -> HostTensor {
+    let op = match how {
+        Combine::First => return pieces.swap_remove(0),
+        Combine::Concat(dim) => return concat(&pieces, dim),
+        Combine::Stack => {
             pieces.iter_mut().for_each(|piece| piece.shape.insert(0, 1));
             return concat(&pieces, 0);
         }
-        Over::Sum => ReduceOp::Sum,
-        Over::Max => ReduceOp::Max,
+        Combine::Sum => ReduceOp::Sum,
+        Combine::Max => ReduceOp::Max,
     };
     let mut terms = pieces.into_iter();
     let mut whole = terms.next().expect("a step has a micro-batch");

@@ -117,7 +117,7 @@ impl Joined {
     }
 }
 
-/// The events of a file. One that was cut off at any byte, as by the end of a process that was killed, has those that are whole.
+/// The events of a file. A file truncated at any byte, as by a killed process, has its complete ones.
 fn events_of<T: DeserializeOwned>(text: &str) -> serde_json::Result<Vec<T>> {
     serde_json::from_str(text).or_else(|error| {
         let (whole, torn) = text.rsplit_once(",\n").unwrap_or(("[", text.trim_start_matches(['[', '\n'])));

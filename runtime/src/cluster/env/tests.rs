@@ -114,8 +114,8 @@ fn mpich_and_intel_mpi() {
     assert_eq!(at(&format!("{one_node} MASTER_ADDR=a MASTER_PORT=7")), "tcp://a:7");
     let without = MPICH.replace("SHARDFLOW_ENDPOINT=tcp://a:5", "");
     assert!(error(&without).contains("mpiexec -genv SHARDFLOW_ENDPOINT"), "{}", error(&without));
-    let told = detect(&vars(one_node)).unwrap_err().to_string();
-    assert!(told.contains("mpiexec -genv SHARDFLOW_SECRET"), "{told}");
+    let message = detect(&vars(one_node)).unwrap_err().to_string();
+    assert!(message.contains("mpiexec -genv SHARDFLOW_SECRET"), "{message}");
 }
 
 #[test]

@@ -40,10 +40,10 @@ pub(super) fn follow(
     }
 }
 
-/// RV-4: reports to process 0, or to whoever answers for it, that `ranks` do not join.
+/// RV-4: reports to process 0, or to the process that answers for it, that `ranks` do not join.
 ///
 /// # Errors
-/// Nobody has taken the report in time, or the processes run without these ranks.
+/// The report was not accepted in time, or the processes already run without these ranks.
 pub(in crate::cluster) fn call(
     config: &RendezvousConfig,
     ranks: Range<u32>,
@@ -60,7 +60,7 @@ pub(in crate::cluster) fn call(
         let answer = written.and_then(|()| wire::read_message::<Answer>(&mut link.until(deadline), MESSAGE_BYTES_MAX));
         match answer {
             Ok(_) => return Ok(()),
-            // It ended before it took the report: others may not know.
+            // It ended before it accepted the report: others may not have it.
             Err(_) if Instant::now() < deadline => std::thread::sleep(RETRY),
             Err(cause) => {
                 let peer = format!("rank 0 at {}", config.coordinator);
@@ -133,7 +133,7 @@ fn meet(
     if !in_order || roster.members.len() != config.processes as usize || me != Some(&own.member) {
         return Err(unexpected("a roster of another world"));
     }
-    // Rank 0 that knows itself as "all addresses" is reached here by the name that led to it.
+    // Rank 0 lists itself as "all addresses"; this process reached it by the coordinator's name.
     let is_unspecified = |text: &str| text.parse().is_ok_and(|address: SocketAddr| address.ip().is_unspecified());
     for address in &mut roster.members[0].addresses {
         if matches!(address, Address::Tcp(text) if is_unspecified(text)) {

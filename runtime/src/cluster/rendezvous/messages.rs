@@ -1,4 +1,4 @@
-//! What processes say at rendezvous, and why they do not start. Imports `declare`, `exit`, `machine` and `actors::transport`.
+//! Messages of the rendezvous, and the causes that refuse a start. Imports `declare`, `exit`, `machine` and `actors::transport`.
 
 use std::fmt;
 use std::fs::File;
@@ -22,7 +22,7 @@ const FACTS_MAX: usize = 96;
 const FACTS_BYTES_MAX: usize = 9 << 10;
 const ADDRESSES_MAX: usize = 8;
 const ADDRESS_BYTES_MAX: usize = 512;
-/// 1024 cores, as many as the system call for their mask gives.
+/// 1024 cores, the size of the kernel's affinity mask.
 const CORES_WORDS_MAX: usize = 16;
 /// Ranks, or conflicts, that a message lists before it says how many more there are.
 const LISTED_MAX: usize = 16;
@@ -117,17 +117,17 @@ impl Member {
     }
 }
 
-/// A value that all processes must have alike.
+/// A value that must be equal on all processes.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Fact {
-    /// Of what.
+    /// Its name.
     pub name: String,
-    /// As text.
+    /// Its value, as text.
     pub value: String,
 }
 
 impl Fact {
-    /// A fact.
+    /// Makes a fact.
     pub fn new(name: impl Into<String>, value: impl ToString) -> Self {
         Self { name: name.into(), value: value.to_string() }
     }
@@ -138,7 +138,7 @@ impl Fact {
 pub struct Introduction {
     /// Who and where.
     pub member: Member,
-    /// What it must have alike with all others, in an order in which a difference explains those after it.
+    /// Values that must be equal on all processes, ordered so that a difference explains those after it.
     pub facts: Vec<Fact>,
 }
 
@@ -246,14 +246,14 @@ impl fmt::Display for Who {
     }
 }
 
-/// What helps where ranks differ in a fact.
+/// How to fix a difference in a fact.
 fn advice(name: &str) -> &'static str {
     match name {
         VERSION | EXECUTABLE => "start the same build on every node",
         PROCESSES => "give every launcher the same numbers of nodes and processes",
         MESH => "give every rank the same mesh",
-        TRANSPORT => "set SHARDFLOW_TRANSPORT alike on every node",
-        COLLECTIVES => "set SHARDFLOW_COLLECTIVES alike on every node",
+        TRANSPORT => "set the same SHARDFLOW_TRANSPORT on every node",
+        COLLECTIVES => "set the same SHARDFLOW_COLLECTIVES on every node",
         KERNELS => "use nodes of one kind, with the same environment: results would differ by rounding",
         PLAN => "give every rank the same arguments and configuration",
         _ => "give every rank the same value",
@@ -308,7 +308,7 @@ pub enum Verdict {
         /// Connections that rank 0 did not let in meanwhile.
         refused: u64,
     },
-    /// One ended before it joined, for a cause that a new start does not remove.
+    /// One ended before it joined, for a cause that no restart fixes.
     #[error("rank {} ended before it joined: {} ({})", .0.rank, .0.cause.trim(), Exit::from_code(.0.exit))]
     Failed(Report),
     /// One went away, or froze, after all had come.
