@@ -68,11 +68,14 @@ pub struct SharedInput {
     regions: Vec<Region>,
 }
 
+/// The processes that feed each region, by its start and size.
+type Feeders = BTreeMap<(Vec<usize>, Vec<usize>), BTreeSet<u32>>;
+
 /// Inputs that several processes of a plan feed: the same list on all processes. Inputs of one name are one tensor of the host's,
 /// which may be fed to several placements, each by its own layout.
 pub fn shared_inputs(plan: &Plan, hosting: &Hosting) -> Vec<SharedInput> {
     // By name: one of the inputs, and who feeds which region.
-    let mut fed: BTreeMap<&str, (Var, BTreeMap<(Vec<usize>, Vec<usize>), BTreeSet<u32>>)> = BTreeMap::new();
+    let mut fed: BTreeMap<&str, (Var, Feeders)> = BTreeMap::new();
     for (actor, actions) in plan.spec.actors.iter().zip(&plan.actions) {
         for action in actions {
             let (ActionKey::Feed(_), Some(host)) = (action.key, &action.host) else { continue };
