@@ -68,18 +68,20 @@ pub struct SharedInput {
     regions: Vec<Region>,
 }
 
+/// Start and size of regions of an input, and who feeds them.
+type Fed = BTreeMap<(Vec<usize>, Vec<usize>), BTreeSet<u32>>;
+
 /// What several processes of a plan feed: the same list on all. Inputs of one name are one tensor of the host's, which several
 /// placements may be fed, each by its own layout.
 pub fn shared_inputs(plan: &Plan, hosting: &Hosting) -> Vec<SharedInput> {
-    // By name: one of the inputs, and who feeds which region.
-    let mut fed: BTreeMap<&str, (Var, BTreeMap<(Vec<usize>, Vec<usize>), BTreeSet<u32>>)> = BTreeMap::new();
+    let mut fed: BTreeMap<&str, (Var, Fed)> = BTreeMap::new();
     for (actor, actions) in plan.spec.actors.iter().zip(&plan.actions) {
         for action in actions {
             let (ActionKey::Feed(_), Some(host)) = (action.key, &action.host) else { continue };
             for var in &host.vars {
                 let (name, region) = (&plan.graph.producer(*var).name, local_part(&plan.graph, *var, actor.device));
                 if name != RNG_INPUT && !region.is_empty() {
-                    let (_, regions) = fed.entry(name).or_insert((*var, BTreeMap::new()));
+                    let (_, regions) = fed.entry(name).or_insert((*var, Fed::new()));
                     regions.entry((region.start, region.size)).or_default().insert(hosting.process_of(actor.device));
                 }
             }
