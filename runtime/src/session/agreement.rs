@@ -82,7 +82,7 @@ pub fn shared_inputs(plan: &Plan, hosting: &Hosting) -> Vec<SharedInput> {
             for var in &host.vars {
                 let (name, region) = (&plan.graph.producer(*var).name, local_part(&plan.graph, *var, actor.device));
                 if name != RNG_INPUT && !region.is_empty() {
-                    let (_, regions) = fed.entry(name).or_insert((*var, BTreeMap::new()));
+                    let (_, regions) = fed.entry(name).or_insert((*var, Fed::new()));
                     regions.entry((region.start, region.size)).or_default().insert(hosting.process_of(actor.device));
                 }
             }
