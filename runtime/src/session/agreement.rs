@@ -10,9 +10,10 @@ use shardflow_kernels::tensor::Region;
 
 use super::hosting::Hosting;
 use super::step::Inputs;
-use super::{Session, SessionError};
+use super::{BETWEEN_STEPS, Session, SessionError};
 use crate::checkpoint::error::CheckpointError;
 use crate::cluster::rendezvous::ranks;
+use crate::cluster::world::WAITING;
 use crate::graph::builder::RNG_INPUT;
 use crate::graph::{NodeOp, Var};
 use crate::plan::memory::local_part;
@@ -68,18 +69,20 @@ pub struct SharedInput {
     regions: Vec<Region>,
 }
 
+/// Start and size of regions of an input, and who feeds them.
+type Fed = BTreeMap<(Vec<usize>, Vec<usize>), BTreeSet<u32>>;
+
 /// Inputs that several processes of a plan feed: the same list on all processes. Inputs of one name are one tensor of the host's,
 /// which may be fed to several placements, each by its own layout.
 pub fn shared_inputs(plan: &Plan, hosting: &Hosting) -> Vec<SharedInput> {
-    // By name: one of the inputs, and who feeds which region.
-    let mut fed: BTreeMap<&str, (Var, BTreeMap<(Vec<usize>, Vec<usize>), BTreeSet<u32>>)> = BTreeMap::new();
+    let mut fed: BTreeMap<&str, (Var, Fed)> = BTreeMap::new();
     for (actor, actions) in plan.spec.actors.iter().zip(&plan.actions) {
         for action in actions {
             let (ActionKey::Feed(_), Some(host)) = (action.key, &action.host) else { continue };
             for var in &host.vars {
                 let (name, region) = (&plan.graph.producer(*var).name, local_part(&plan.graph, *var, actor.device));
                 if name != RNG_INPUT && !region.is_empty() {
-                    let (_, regions) = fed.entry(name).or_insert((*var, BTreeMap::new()));
+                    let (_, regions) = fed.entry(name).or_insert((*var, Fed::new()));
                     regions.entry((region.start, region.size)).or_default().insert(hosting.process_of(actor.device));
                 }
             }
@@ -158,6 +161,14 @@ pub(super) struct Loading {
 }
 
 impl Session {
+    /// As [`Session::numbers`], between steps: slow processes are logged, and may take as long as the watchdog allows.
+    pub(super) fn numbers_between_steps(&mut self, ports: &[u32]) -> Result<Vec<Vec<u64>>, SessionError> {
+        self.doing(WAITING);
+        let numbers = self.numbers(ports, Some(self.wait_max));
+        self.doing(BETWEEN_STEPS);
+        numbers
+    }
+
     /// Sends this process's request, learning rate and digests of a step to all.
     pub(super) fn send_step_numbers(&self, request: u64, learning_rate: f32, inputs: &Inputs<'_>) {
         let own = self.hosting.process;
