@@ -550,14 +550,6 @@ impl Session {
         Ok(self.lock_inbox().take_numbers(ports))
     }
 
-    /// As [`Session::numbers`], between steps: slow processes are logged, and may take as long as the watchdog allows.
-    fn numbers_between_steps(&mut self, ports: &[u32]) -> Result<Vec<Vec<u64>>, SessionError> {
-        self.doing(WAITING);
-        let numbers = self.numbers(ports, Some(self.wait_max));
-        self.doing(BETWEEN_STEPS);
-        numbers
-    }
-
     fn lock_inbox(&self) -> MutexGuard<'_, Inbox> {
         self.inbox.lock().unwrap_or_else(PoisonError::into_inner)
     }

@@ -10,9 +10,10 @@ use shardflow_kernels::tensor::Region;
 
 use super::hosting::Hosting;
 use super::step::Inputs;
-use super::{Session, SessionError};
+use super::{BETWEEN_STEPS, Session, SessionError};
 use crate::checkpoint::error::CheckpointError;
 use crate::cluster::rendezvous::ranks;
+use crate::cluster::world::WAITING;
 use crate::graph::builder::RNG_INPUT;
 use crate::graph::{NodeOp, Var};
 use crate::plan::memory::local_part;
@@ -82,7 +83,7 @@ pub fn shared_inputs(plan: &Plan, hosting: &Hosting) -> Vec<SharedInput> {
             for var in &host.vars {
                 let (name, region) = (&plan.graph.producer(*var).name, local_part(&plan.graph, *var, actor.device));
                 if name != RNG_INPUT && !region.is_empty() {
-                    let (_, regions) = fed.entry(name).or_insert((*var, Fed::new()));
+                    let (_, regions) = fed.entry(name).or_insert((*var, Feeders::new()));
                     regions.entry((region.start, region.size)).or_default().insert(hosting.process_of(actor.device));
                 }
             }
@@ -161,6 +162,14 @@ pub(super) struct Loading {
 }
 
 impl Session {
+    /// As [`Session::numbers`], between steps: slow processes are logged, and may take as long as the watchdog allows.
+    pub(super) fn numbers_between_steps(&mut self, ports: &[u32]) -> Result<Vec<Vec<u64>>, SessionError> {
+        self.doing(WAITING);
+        let numbers = self.numbers(ports, Some(self.wait_max));
+        self.doing(BETWEEN_STEPS);
+        numbers
+    }
+
     /// Sends this process's request, learning rate and digests of a step to all.
     pub(super) fn send_step_numbers(&self, request: u64, learning_rate: f32, inputs: &Inputs<'_>) {
         let own = self.hosting.process;
