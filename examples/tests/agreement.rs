@@ -159,7 +159,7 @@ fn a_checkpoint_of_another_training_is_refused_and_survives() {
     ] {
         let (code, text) = gpt(&folder, &format!("{flags} --steps 400 --checkpoint ck --checkpoint-every 2"));
         assert_eq!(code, Some(65), "{flags}: {text}");
-        assert!(text.contains(expected) && text.contains("hint: train with the flags and the data"), "{flags}: {text}");
+        assert!(text.contains(expected) && text.contains("hint: use the flags and the data"), "{flags}: {text}");
         assert!(files(&folder, "ck") == before, "{flags}: files have changed");
     }
     // Weights alone are compared without their data.
