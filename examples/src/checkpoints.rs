@@ -275,7 +275,7 @@ impl Checkpoints {
                 }
                 // Tells the launcher that restarts get somewhere; without one it does nothing.
                 if let Err(error) = exit::progress(report.step) {
-                    note(format!("warning: cannot tell the launcher of step {}: {error}", report.step));
+                    note(format!("warning: cannot report to the launcher the step {}: {error}", report.step));
                 }
             }
             Err(CheckpointError::Fenced { place, holder }) => {

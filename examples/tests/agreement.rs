@@ -94,7 +94,7 @@ fn ranks_with_other_values_end_together_and_name_the_value() {
         ("--clip 1", "", "differ in their clip: none and 1;"),
         ("--steps 4", "", "differ in their steps: 3 and 4;"),
         ("--micro-batches 2", "", "differ in their micro-batches: 1 and 2;"),
-        ("--schedule gpipe", "", "differ in their schedule: onefoneb and gpipe;"),
+        ("--schedule gpipe", "", "differ in their schedule: 1f1b and gpipe;"),
         ("--sample 5", "", "differ in their sample: not given and given;"),
         ("--checkpoint ck", "", "differ in their checkpoint: not given and given;"),
         ("--save model", "", "differ in their save: not given and given;"),
@@ -159,7 +159,7 @@ fn a_checkpoint_of_another_training_is_refused_and_survives() {
     ] {
         let (code, text) = gpt(&folder, &format!("{flags} --steps 400 --checkpoint ck --checkpoint-every 2"));
         assert_eq!(code, Some(65), "{flags}: {text}");
-        assert!(text.contains(expected) && text.contains("hint: train with the flags and the data"), "{flags}: {text}");
+        assert!(text.contains(expected) && text.contains("hint: use the flags and the data"), "{flags}: {text}");
         assert!(files(&folder, "ck") == before, "{flags}: files have changed");
     }
     // Weights alone are compared without their data.

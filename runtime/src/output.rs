@@ -249,7 +249,7 @@ mod tests {
         let records: Vec<&str> = text.lines().filter(|line| line.starts_with("record")).collect();
         assert!(records.into_iter().eq((0..count).map(|n| format!("record {n}"))), "every record, in order");
         let left: Vec<usize> = text.lines().filter_map(|line| line.trim().parse().ok()).collect();
-        let notices = text.lines().filter_map(|line| line.strip_prefix('('));
+        let notices = text.lines().filter_map(|line| line.strip_prefix("(dropped "));
         let dropped: usize = notices.map(|line| line.split(' ').next().unwrap().parse::<usize>().unwrap()).sum();
         assert_eq!(left.len() + dropped, count, "all are there or counted, {dropped}");
         assert!(dropped > 0);

@@ -155,8 +155,7 @@ pub struct SessionOptions {
     pub tells_metrics: bool,
     /// Values that must be equal on all ranks, that checkpoints record and a resume compares.
     pub declared: Declarations,
-    /// Names of parameters that files and checkpoints may have and the program lacks. Any other such parameter is an error, so
-    /// that no training continues from another model's checkpoint.
+    /// Names of parameters that files and checkpoints may have and the program lacks; any other such parameter is an error.
     pub ignoring: Vec<String>,
 }
 
@@ -511,8 +510,7 @@ impl Session {
         self.steps
     }
 
-    /// Updates applied, those before a restored checkpoint included: fewer than [`Session::steps`] where steps were skipped
-    /// because they were not finite.
+    /// Updates applied, restored ones included: fewer than [`Session::steps`] where non-finite steps were skipped.
     pub fn updates(&self) -> u64 {
         self.updates
     }
@@ -554,8 +552,7 @@ impl Session {
         self.inbox.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Waits until all these pieces have come, and passes on those of this process's fetches. A process that has ended
-    /// without giving its own, or does not give it within `limit`, fails the session.
+    /// Waits for these pieces, and forwards those of this process's fetches. A piece missing after `limit` fails the session.
     fn receive(&self, wanted: &[(u32, usize)], limit: Option<Duration>) -> Result<(), Failure> {
         let received = self.receive_within(wanted, limit);
         if let (Err(failure @ Failure::Peer { .. }), Some(running)) = (&received, &self.running) {
@@ -641,8 +638,7 @@ impl Session {
         Ok(ended.map(drop)?)
     }
 
-    /// Ends the work that is under way here, and waits for the others to end theirs: what was sent to them last may be lost
-    /// with a connection that is closed before they have it.
+    /// Ends this process's work and waits for the others: closing a connection earlier may lose the data sent last.
     fn take_leave(&self) -> Result<(), Failure> {
         let (Some(running), Some(_)) = (&self.running, &self.world) else { return Ok(()) };
         running.quiesce(QUIESCE_TIMEOUT)?;

@@ -240,7 +240,9 @@ fn report_threads(introduced: usize, session: &Session) {
 /// dropout, clipping or precision. The rest may change.
 fn declared(args: &GptArgs, text: &Text) -> Declarations {
     use OnResume::{Free, Same, Warn};
-    let name = |value: &dyn std::fmt::Debug| format!("{value:?}").to_lowercase();
+    fn name(value: &impl clap::ValueEnum) -> String {
+        value.to_possible_value().map_or_else(String::new, |value| value.get_name().to_owned())
+    }
     let is_given = |given: bool| if given { "given" } else { "not given" };
     Declarations::default()
         .declare("data", text.identity(), Same)

@@ -235,7 +235,7 @@ fn main() -> ExitCode {
     let session = error.downcast_ref::<SessionError>();
     let code = session.map_or(Exit::Internal, SessionError::exit);
     let told = exit::report(code, &error.to_string(), session.and_then(SessionError::first_cause_rank));
-    told.unwrap_or_else(|e| eprintln!("warning: cannot tell the launcher: {e}"));
+    told.unwrap_or_else(|e| eprintln!("warning: cannot report to the launcher: {e}"));
     eprintln!("error: {error}");
     code.into()
 }

@@ -753,7 +753,7 @@ fn shapes_and_numbers_that_cannot_be_meant() {
               at `let weight = g.parameter("weight", &[0], Init::Normal { std: -1.0 }, Layout::broadcast());`
             weight: the standard deviation is -1: it must be finite and not negative
               at `let weight = g.parameter("weight", &[0], Init::Normal { std: -1.0 }, Layout::broadcast());`
-            __metadata__: files need this name for their metadata; choose another
+            __metadata__: files use this name for their metadata; choose another
               at `g.parameter("__metadata__", &[2], Init::Ones, Layout::broadcast());`
             many: the shape [1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1] has 17 dims; the most is 16
               at `floats(g, "many", &[1; 17]);`
