@@ -93,12 +93,9 @@ impl CheckpointsError {
                 SessionError::Checkpoint(CheckpointError::Absent { .. }) => {
                     "give the folder that has the checkpoint, or --resume auto to start anew"
                 }
-                SessionError::Checkpoint(
-                    CheckpointError::Missing { .. }
-                    | CheckpointError::Shape { .. }
-                    | CheckpointError::Unknown { .. }
-                    | CheckpointError::Declared { .. },
-                ) => "use the flags and the data that the checkpoint was made with, or give another --checkpoint",
+                SessionError::Checkpoint(CheckpointError::Unfit { .. }) => {
+                    "use the flags and the data that the checkpoint was made with, or give another --checkpoint"
+                }
                 SessionError::Disagreement(_) => "give all ranks one --checkpoint folder that they share",
                 _ => "",
             },

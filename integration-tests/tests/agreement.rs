@@ -349,8 +349,8 @@ fn parameters_that_the_program_lacks_are_refused_unless_it_names_them() {
             ("init_from", |session, file| session.init_from(file)),
         ];
         let check = |error: SessionError| {
-            let is_unknown = matches!(error, SessionError::Checkpoint(CheckpointError::Unknown { .. }));
-            assert!(is_unknown && error.exit() == Exit::BadData, "{error}");
+            let is_unfit = matches!(error, SessionError::Checkpoint(CheckpointError::Unfit { .. }));
+            assert!(is_unfit && error.exit() == Exit::BadData, "{error}");
             assert!(error.to_string().contains("such as h.1."), "{error}");
         };
         for (_, way) in &all_ways {

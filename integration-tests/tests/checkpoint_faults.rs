@@ -34,7 +34,7 @@ fn parts(step: u64) -> Vec<Snapshot> {
     let info = TensorInfo {
         name: "weight".into(),
         kind: Kind::Parameter,
-        dtype: shardflow_kernels::tensor::DType::F32.into(),
+        dtype: shardflow_kernels::tensor::DType::F32,
         shape: SHAPE.to_vec(),
         saved_shape: SHAPE.to_vec(),
         layout: "(S0)".into(),

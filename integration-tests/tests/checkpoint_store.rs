@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use object_store::local::LocalFileSystem;
 use object_store::memory::InMemory;
-use shardflow::checkpoint::cli::{CheckpointArgs, CheckpointCommand, run};
+use shardflow::checkpoint::cli::{CheckpointCommand, run};
 use shardflow::checkpoint::{
     Alone, CheckpointError, Cursor, Saved, Saver, SaverOptions, Snapshot, Store, WaitClock, save_now,
 };
@@ -300,9 +300,9 @@ fn names_that_are_not_utf_8_do_no_harm() {
         std::fs::create_dir(scratch.path().join("step-000000000001").join(odd)).expect("can be made");
         std::fs::write(scratch.path().join("step-000000000001/e0-0").join(odd), "").expect("can be made");
         let dir = scratch.path().to_str().expect("UTF-8").to_string();
-        let listed = run(&CheckpointArgs { command: CheckpointCommand::Ls { dir: dir.clone() } }).expect("listed");
+        let listed = run(&CheckpointCommand::Ls { dir: dir.clone() }).expect("listed");
         assert_eq!(listed.lines().count(), 2, "{listed}");
-        run(&CheckpointArgs { command: CheckpointCommand::Verify { dir, step: None } }).expect("verified");
+        run(&CheckpointCommand::Verify { dir, step: None }).expect("verified");
         assert_eq!(session().restore_newest(&store).expect("loads").found.map(|f| f.0), Some(1));
         assert_eq!(step_and_save(&mut here, &mut saver).expect("can be saved"), Saved::Committed);
     });

@@ -5,7 +5,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use shardflow::checkpoint::cli::{CheckpointArgs, CheckpointCommand, run};
+use shardflow::checkpoint::cli::{CheckpointCommand, run};
 use shardflow::checkpoint::convert::export;
 use shardflow::checkpoint::{
     Agree, Alone, Begun, Busy, CheckpointError, Cursor, Member, Saved, Saver, SaverOptions, Snapshot, Store, save_now,
@@ -178,7 +178,7 @@ fn the_commands_list_verify_reshard_and_export() {
     within(60, || {
         let scratch = Scratch::new("checkpoints-commands");
         let place = |name: &str| scratch.path().join(name).to_str().expect("a path of UTF-8").to_string();
-        let command = |command| run(&CheckpointArgs { command });
+        let command = |command| run(&command);
         let missing = command(CheckpointCommand::Ls { dir: place("run") }).expect_err("nothing is there");
         assert_eq!((missing.exit_code(), missing.to_string().contains("no complete checkpoint")), (65, true));
         assert!(!scratch.path().join("run").exists(), "looking makes no folder");

@@ -24,7 +24,6 @@ use shardflow_kernels::error::KernelError;
 use crate::exit::Exit;
 use crate::machine::parse_ip;
 use crate::session::hosting::Hosting;
-use crate::text::counted;
 
 mod agree;
 mod by_mpi;
@@ -72,17 +71,13 @@ pub enum Transport {
 }
 
 impl Transport {
-    fn parse(text: &str) -> Result<Self, ClusterError> {
+    fn parse(text: &str) -> Option<Self> {
         match text {
-            "auto" | "" => Ok(Self::Auto),
-            "shared-memory" => Ok(Self::SharedMemory),
-            "unix" => Ok(Self::Unix),
-            "tcp" => Ok(Self::Tcp),
-            _ => Err(ClusterError::Variable {
-                name: TRANSPORT,
-                value: text.into(),
-                expected: "auto, shared-memory, unix or tcp",
-            }),
+            "auto" => Some(Self::Auto),
+            "shared-memory" => Some(Self::SharedMemory),
+            "unix" => Some(Self::Unix),
+            "tcp" => Some(Self::Tcp),
+            _ => None,
         }
     }
 }
@@ -99,12 +94,11 @@ pub enum Collectives {
 }
 
 impl Collectives {
-    fn parse(text: &str) -> Result<Self, ClusterError> {
+    fn parse(text: &str) -> Option<Self> {
         match text {
-            "own" | "" => Ok(Self::Own),
-            "mpi" if cfg!(feature = "mpi") => Ok(Self::Mpi),
-            "mpi" => Err(ClusterError::MpiNotBuilt),
-            _ => Err(ClusterError::Variable { name: COLLECTIVES, value: text.into(), expected: "own or mpi" }),
+            "own" => Some(Self::Own),
+            "mpi" => Some(Self::Mpi),
+            _ => None,
         }
     }
 }
@@ -210,14 +204,14 @@ impl ClusterOptions {
     /// Reads the options from these variables.
     ///
     /// # Errors
-    /// [`ClusterError::Variable`], [`ClusterError::MpiNotBuilt`].
+    /// [`ClusterError::Variable`], [`ClusterError::Mpi`].
     pub(crate) fn read(variables: &Variables) -> Result<Self, ClusterError> {
         let mut options = Self::default();
-        if let Some(text) = variables.get(TRANSPORT) {
-            options.transport = Transport::parse(text)?;
-        }
-        if let Some(text) = variables.get(COLLECTIVES) {
-            options.collectives = Collectives::parse(text)?;
+        let transport = read(variables, TRANSPORT, "auto, shared-memory, unix or tcp", Transport::parse)?;
+        options.transport = transport.unwrap_or_default();
+        options.collectives = read(variables, COLLECTIVES, "own or mpi", Collectives::parse)?.unwrap_or_default();
+        if options.collectives == Collectives::Mpi && cfg!(not(feature = "mpi")) {
+            return Err(by_mpi::not_built());
         }
         options.interface = read(variables, INTERFACE, "an IP address, such as 10.0.0.1 or fe80::1%eth0", parse_ip)?;
         let advertise =
@@ -309,43 +303,35 @@ impl Cluster {
         Ok(Self { launch, by_mpi: ByMpi::default(), options, restart_causes, job_began_ms })
     }
 
+    fn world(&self) -> Option<&env::World> {
+        if let Launch::World(world) = &self.launch { Some(world) } else { None }
+    }
+
     /// Number of this process: its rank, as torchrun calls it.
     pub fn process(&self) -> u32 {
-        match &self.launch {
-            Launch::Local => 0,
-            Launch::World(world) => world.process,
-        }
+        self.world().map_or(0, |world| world.process)
     }
 
     /// The job's name, where it has one, and how often it was started before.
     pub(crate) fn job(&self) -> (Option<String>, u64) {
-        match &self.launch {
-            Launch::Local => (None, 0),
-            Launch::World(world) => (Some(world.run_id.clone()).filter(|id| id != "none"), world.restart),
-        }
+        (self.world().map(|world| world.run_id.clone()).filter(|id| id != "none"), self.restart())
     }
 
     /// How many processes there are.
     pub fn processes(&self) -> u32 {
-        match &self.launch {
-            Launch::Local => 1,
-            Launch::World(world) => world.processes,
-        }
+        self.world().map_or(1, |world| world.processes)
     }
 
     /// How many of them share this node, and its cores.
     pub fn local_processes(&self) -> u32 {
-        match &self.launch {
-            Launch::Local => 1,
-            Launch::World(world) => world.local_processes,
-        }
+        self.world().map_or(1, |world| world.local_processes)
     }
 
     /// How many of a mesh's devices are on this node, and so share its cores and memory. Before the processes meet, so their
     /// numbers on a node are taken to follow each other; where they do not, and devices do not divide evenly, it may be off by
     /// one for each process.
     pub fn devices_here(&self, devices: usize) -> usize {
-        let Launch::World(world) = &self.launch else { return devices };
+        let Some(world) = self.world() else { return devices };
         let first = world.process.saturating_sub(world.local_process);
         let hosting = Hosting { process: world.process, processes: world.processes, devices };
         hosting.on_node(first..(first + world.local_processes).min(world.processes), world.process).all
@@ -353,10 +339,7 @@ impl Cluster {
 
     /// How often the job has been restarted, as far as this process knows.
     pub fn restart(&self) -> u64 {
-        match &self.launch {
-            Launch::Local => 0,
-            Launch::World(world) => world.restart,
-        }
+        self.world().map_or(0, |world| world.restart)
     }
 
     /// True for the one process that speaks for all: rank 0.
@@ -381,40 +364,12 @@ pub enum ClusterError {
         /// What it may be.
         expected: &'static str,
     },
-    /// MPI is asked for, and not there.
-    #[error(
-        "{COLLECTIVES}=mpi, but this program was built without MPI: build it with `--features mpi`, or set it to `own`"
-    )]
-    MpiNotBuilt,
-    /// MPI cannot be used.
-    #[error("{COLLECTIVES}=mpi, but MPI cannot be used: {cause}")]
-    Mpi {
-        /// What MPI says.
-        cause: KernelError,
-    },
-    /// MPI and we count processes differently.
-    #[error(
-        "{COLLECTIVES}=mpi, but to MPI this is rank {rank} of {size}, and to us rank {process} of {processes}: start the \
-         processes by `mpirun -n {processes}`, without another launcher"
-    )]
-    MpiPlace {
-        /// As MPI has it.
-        rank: u32,
-        /// As MPI has it.
-        size: u32,
-        /// As the environment says.
-        process: u32,
-        /// As the environment says.
-        processes: u32,
-    },
-    /// There are more processes than devices for them.
-    #[error("a mesh of {} cannot be spread over {processes} processes: start at most {devices}", counted(.devices, "device"))]
-    TooManyProcesses {
-        /// Devices of the mesh.
-        devices: usize,
-        /// Processes.
-        processes: u32,
-    },
+    /// MPI is asked for and cannot be used.
+    #[error("{COLLECTIVES}=mpi, but {0}")]
+    Mpi(String),
+    /// Processes, devices, addresses or transports that do not go together.
+    #[error("{0}")]
+    Refused(String),
     /// They did not meet.
     #[error(transparent)]
     Rendezvous(#[from] RendezvousError),
@@ -424,17 +379,6 @@ pub enum ClusterError {
     /// They met, and one was lost before the session began.
     #[error(transparent)]
     Membership(#[from] MembershipError),
-    /// A process that cannot be reached from here.
-    #[error("rank {process} on {host} listens on no address that can be reached from here; set {INTERFACE} there")]
-    NoAddress {
-        /// The process.
-        process: u32,
-        /// Its host.
-        host: String,
-    },
-    /// Processes of one machine that cannot open each other's sockets, with a transport that needs them.
-    #[error("{0}; {TRANSPORT}=shared-memory and unix need that: set it to auto, or give these ranks one folder")]
-    NotNear(String),
     /// Memory or a collective engine could not be had.
     #[error(transparent)]
     Kernel(#[from] KernelError),
@@ -453,8 +397,7 @@ impl ClusterError {
     pub fn exit(&self) -> Exit {
         match self {
             Self::Env(error) => error.exit(),
-            Self::Variable { .. } | Self::TooManyProcesses { .. } | Self::NoAddress { .. } => Exit::Refused,
-            Self::NotNear(_) | Self::MpiNotBuilt | Self::Mpi { .. } | Self::MpiPlace { .. } => Exit::Refused,
+            Self::Variable { .. } | Self::Mpi(_) | Self::Refused(_) => Exit::Refused,
             Self::Kernel(KernelError::Mpi { .. }) => Exit::PeerUnavailable,
             Self::Rendezvous(RendezvousError::Refused(Verdict::Conflicts(_))) => Exit::Refused,
             Self::Rendezvous(RendezvousError::Refused(Verdict::Failed(report))) => Exit::from_code(report.exit),

@@ -16,7 +16,7 @@ use shardflow_actors::transport::PrivateFolder;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGUSR1};
 
 use crate::cluster::departure::Departure;
-use crate::cluster::env::{Endpoint, EnvError, Secret, SecretSource, Variables, process_variables};
+use crate::cluster::env::{Endpoint, Secret, SecretSource, Variables, process_variables};
 use crate::cluster::{ClusterError, ClusterOptions};
 use crate::exit::{Exit, Report, read_progress, unix_ns};
 use crate::machine::{TemporaryError, temporary_folder};
@@ -76,54 +76,18 @@ pub struct LaunchOptions {
 /// Why nothing was started, or not all.
 #[derive(Debug, thiserror::Error)]
 pub enum LaunchError {
-    /// Flags that do not fit together.
-    #[error("{what}")]
-    Usage {
-        /// What and why.
-        what: String,
-    },
-    /// There is no such program.
-    #[error("program {program} not found{place}")]
-    NoProgram {
-        /// As it was given.
-        program: String,
-        /// Where it was looked for.
-        place: &'static str,
-    },
-    /// The file is there but is no program.
-    #[error("{path} cannot be run: it is {what}")]
-    NotRunnable {
-        /// The file.
-        path: PathBuf,
-        /// What it is instead.
-        what: &'static str,
-    },
-    /// Several nodes need a secret that the launcher cannot make up.
-    #[error(
-        "{nodes} nodes need a secret: set SHARDFLOW_SECRET to the same text of at least 16 characters on each; \
-         make one by: export SHARDFLOW_SECRET=$(shardflow secret)"
-    )]
-    NoSecret {
-        /// How many.
-        nodes: u32,
-    },
-    /// The secret cannot be used.
-    #[error(transparent)]
-    Env(#[from] EnvError),
-    /// A variable cannot be used.
+    /// Flags that do not fit together, or no program that can be run.
+    #[error("{0}")]
+    Usage(String),
+    /// Several nodes without a secret, or no place to meet.
+    #[error("{0}")]
+    Refused(String),
+    /// A variable, or the secret, cannot be used.
     #[error(transparent)]
     Cluster(#[from] ClusterError),
     /// The launcher cannot make its temporary folder.
     #[error(transparent)]
     Temporary(#[from] TemporaryError),
-    /// Processes cannot meet at a Unix socket there.
-    #[error("cannot meet at {path}: expected {expected}; set TMPDIR to a shorter path")]
-    LongPath {
-        /// Of the socket.
-        path: String,
-        /// What is allowed.
-        expected: &'static str,
-    },
     /// A file, process or thread that could not be made.
     #[error("cannot {what}: {source}")]
     Io {
@@ -138,9 +102,8 @@ impl LaunchError {
     /// How the launcher ends for it.
     pub fn exit(&self) -> Exit {
         match self {
-            LaunchError::Usage { .. } | LaunchError::NoProgram { .. } | LaunchError::NotRunnable { .. } => Exit::Usage,
-            LaunchError::NoSecret { .. } | LaunchError::Temporary(_) | LaunchError::LongPath { .. } => Exit::Refused,
-            LaunchError::Env(error) => error.exit(),
+            LaunchError::Usage(_) => Exit::Usage,
+            LaunchError::Refused(_) | LaunchError::Temporary(_) => Exit::Refused,
             LaunchError::Cluster(error) => error.exit(),
             LaunchError::Io { .. } => Exit::Internal,
         }
@@ -319,9 +282,15 @@ impl<'a> Job<'a> {
         let program = find_program(options)?;
         let variables = variables(options);
         ClusterOptions::read(&variables)?;
-        let secret = match SecretSource::find(&variables)? {
-            Some(source) => source.read()?,
-            None if options.nodes > 1 => return Err(LaunchError::NoSecret { nodes: options.nodes }),
+        let secret = match SecretSource::find(&variables).map_err(ClusterError::Env)? {
+            Some(source) => source.read().map_err(ClusterError::Env)?,
+            None if options.nodes > 1 => {
+                return Err(LaunchError::Refused(format!(
+                    "{} nodes need a secret: set SHARDFLOW_SECRET to the same text of at least 16 characters on each; \
+                     make one by: export SHARDFLOW_SECRET=$(shardflow secret)",
+                    options.nodes
+                )));
+            }
             None => random_secret()?,
         };
         let run_id = match &options.run_id {
@@ -380,9 +349,10 @@ impl<'a> Job<'a> {
         match &self.options.endpoint {
             Some(endpoint) => Ok(endpoint.clone()),
             None => {
-                let path = self.folder.path().join(format!("meet-{attempt}"));
-                let path = path.display().to_string();
-                Endpoint::parse(&format!("unix:{path}")).map_err(|expected| LaunchError::LongPath { path, expected })
+                let path = self.folder.path().join(format!("meet-{attempt}")).display().to_string();
+                let long =
+                    |expected| format!("cannot meet at {path}: expected {expected}; set TMPDIR to a shorter path");
+                Endpoint::parse(&format!("unix:{path}")).map_err(|expected| LaunchError::Refused(long(expected)))
             }
         }
     }
@@ -393,7 +363,7 @@ fn random_secret() -> Result<Secret, LaunchError> {
 }
 
 fn check(options: &LaunchOptions) -> Result<(), LaunchError> {
-    let usage = |what: String| Err(LaunchError::Usage { what });
+    let usage = |what: String| Err(LaunchError::Usage(what));
     let LaunchOptions { local_processes, nodes, node, endpoint, run_id, .. } = options;
     if *local_processes == 0 || *nodes == 0 {
         return usage(format!("--nnodes {nodes} --nproc-per-node {local_processes}: at least 1 of each is needed"));
@@ -429,19 +399,22 @@ fn find_program(options: &LaunchOptions) -> Result<PathBuf, LaunchError> {
     }
     let runnable =
         |path: &PathBuf| fs::metadata(path).is_ok_and(|m| m.is_file() && m.permissions().mode() & 0o111 != 0);
-    if program.components().count() == 1 && !options.program.to_string_lossy().contains('/') {
+    let name = options.program.to_string_lossy();
+    let not_found = |place: &str| LaunchError::Usage(format!("program {name} not found{place}"));
+    if program.components().count() == 1 && !name.contains('/') {
         let paths = env::var_os("PATH").unwrap_or_default();
         let found = env::split_paths(&paths).map(|folder| folder.join(&program)).find(runnable);
         let place =
             if program.is_file() { " in PATH; for the file in this folder write ./ before it" } else { " in PATH" };
-        return found.ok_or(LaunchError::NoProgram { program: options.program.to_string_lossy().into(), place });
+        return found.ok_or_else(|| not_found(place));
     }
-    match fs::metadata(&program) {
-        Err(_) => Err(LaunchError::NoProgram { program: options.program.to_string_lossy().into(), place: "" }),
-        Ok(data) if !data.is_file() => Err(LaunchError::NotRunnable { path: program, what: "no file" }),
-        Ok(_) if !runnable(&program) => Err(LaunchError::NotRunnable { path: program, what: "not executable" }),
-        Ok(_) => Ok(program),
-    }
+    let what = match fs::metadata(&program) {
+        Err(_) => return Err(not_found("")),
+        Ok(data) if !data.is_file() => "no file",
+        Ok(_) if !runnable(&program) => "not executable",
+        Ok(_) => return Ok(program),
+    };
+    Err(LaunchError::Usage(format!("{} cannot be run: it is {what}", program.display())))
 }
 
 /// Sends the signals that end the launcher, and SIGUSR1. A signal that was ignored at the start, as under `nohup`, stays

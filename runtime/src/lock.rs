@@ -20,7 +20,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use crossbeam_channel::{RecvTimeoutError, Sender, bounded};
 use object_store::path::Path;
-use object_store::{Error, ObjectStoreExt, PutMode};
+use object_store::{Error, PutMode};
 use serde::{Deserialize, Serialize};
 
 use crate::checkpoint::error::{CheckpointError, Doing};
@@ -236,13 +236,7 @@ fn put(store: &Store, number: u64, text: Vec<u8>, mode: PutMode) -> Result<(), C
 }
 
 fn delete(store: &Store, number: u64) -> Result<(), CheckpointError> {
-    let (backend, path) = (store.operations.backend.clone(), path(store, number));
-    store.operations.run(&name(store, number), Doing::Delete, async move {
-        match backend.delete(&path).await {
-            Err(Error::NotFound { .. }) => Ok(()),
-            result => result,
-        }
-    })
+    store.operations.delete(&name(store, number), &path(store, number))
 }
 
 /// Creates a lock's file; `None` if another process was faster. The file stays open where it can be locked.
@@ -250,11 +244,7 @@ fn create(store: &Store, number: u64, holder: &Holder) -> Result<Option<Option<F
     let Some(folder) = store.local.clone() else {
         return match put(store, number, holder.encode(), PutMode::Create) {
             Ok(()) => Ok(Some(None)),
-            Err(CheckpointError::Store { source, .. })
-                if matches!(*source, Error::AlreadyExists { .. } | Error::Precondition { .. }) =>
-            {
-                Ok(None)
-            }
+            Err(error) if error.is_there() => Ok(None),
             Err(CheckpointError::Store { source, .. })
                 if matches!(*source, Error::NotImplemented { .. } | Error::NotSupported { .. }) =>
             {

@@ -557,12 +557,9 @@ impl GptError {
             Self::Compile(CompileError::Graph(_) | CompileError::Range { .. }) => {
                 "change the flag that gives this size; see `gpt --help`".into()
             }
-            Self::InitFrom(SessionError::Checkpoint(
-                CheckpointError::Missing { .. }
-                | CheckpointError::Shape { .. }
-                | CheckpointError::Unknown { .. }
-                | CheckpointError::Declared { .. },
-            )) => "give the --data, --layers, --heads, --width and --context that the file was saved with".into(),
+            Self::InitFrom(SessionError::Checkpoint(CheckpointError::Unfit { .. })) => {
+                "give the --data, --layers, --heads, --width and --context that the file was saved with".into()
+            }
             Self::InitFrom(SessionError::Checkpoint(CheckpointError::Dtype { .. })) => {
                 "convert the file's tensors to F32, F16 or BF16".into()
             }

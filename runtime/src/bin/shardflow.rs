@@ -12,7 +12,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
-use shardflow::checkpoint::cli::{self, CheckpointArgs};
+use shardflow::checkpoint::cli::{self, CheckpointCommand};
 use shardflow::cluster;
 use shardflow::cluster::env::{Endpoint, Secret};
 use shardflow::doctor;
@@ -39,7 +39,8 @@ enum Command {
     /// Start a program as several processes, on this node and on others.
     Launch(Box<LaunchArgs>),
     /// List, verify, reshard or export checkpoints.
-    Checkpoint(CheckpointArgs),
+    #[command(subcommand)]
+    Checkpoint(CheckpointCommand),
     /// Report what this machine has, what is missing, and how to get it. Code 78 if something that every job needs does not work
     Doctor {
         /// One JSON object
@@ -279,8 +280,8 @@ fn launch_options(args: LaunchArgs) -> Result<LaunchOptions, String> {
     })
 }
 
-fn run_checkpoint(args: &CheckpointArgs) -> Exit {
-    match cli::run(args) {
+fn run_checkpoint(command: &CheckpointCommand) -> Exit {
+    match cli::run(command) {
         Ok(text) => print(text.trim_end()).unwrap_or(Exit::Done),
         Err(error) => fail(Exit::from_code(error.exit_code()), error),
     }

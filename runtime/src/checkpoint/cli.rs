@@ -3,7 +3,7 @@
 use std::fmt::Write;
 use std::path::PathBuf;
 
-use clap::{Args, Subcommand};
+use clap::Subcommand;
 
 use super::convert::{export, reshard};
 use super::error::CheckpointError;
@@ -11,14 +11,6 @@ use super::manifest::Manifest;
 use super::read::Reader;
 use super::store::Store;
 use crate::text::counted;
-
-/// `checkpoint ls|verify|reshard|export DIR`.
-#[derive(Args, Clone, Debug)]
-pub struct CheckpointArgs {
-    /// What to do.
-    #[command(subcommand)]
-    pub command: CheckpointCommand,
-}
 
 /// What can be done with the checkpoints of a store. DIR is a folder, or a URL such as s3://bucket/path where that is
 /// built in.
@@ -104,8 +96,8 @@ impl CheckpointCliError {
 ///
 /// # Errors
 /// [`CheckpointCliError`], one or several lines to print, with an exit code.
-pub fn run(args: &CheckpointArgs) -> Result<String, CheckpointCliError> {
-    match &args.command {
+pub fn run(command: &CheckpointCommand) -> Result<String, CheckpointCliError> {
+    match command {
         CheckpointCommand::Ls { dir } => list(&Store::open(dir)?),
         CheckpointCommand::Verify { dir, step } => verify(&Store::open(dir)?, *step),
         CheckpointCommand::Reshard { dir, to, shards, step } => {

@@ -11,7 +11,7 @@ use super::agree::{SaveId, Saved};
 use super::error::CheckpointError;
 use super::manifest::{Manifest, Piece, SHARDS_MAX, Tensor};
 use super::read::Reader;
-use super::save::{commit_manifest, shard_file};
+use super::save::{SHARD, commit_manifest, part_file};
 use super::shard::{self, Entry, entry_name, header, metadata};
 use super::store::Store;
 use crate::lock::Lock;
@@ -25,44 +25,20 @@ use crate::session::checkpoint::write_whole;
 pub fn export(reader: &Reader, path: &Path) -> Result<(), CheckpointError> {
     let mut tensors: Vec<&Tensor> = reader.manifest().tensors.iter().collect();
     tensors.sort_by(|a, b| a.info.name.cmp(&b.info.name));
-    let entry = |t: &&Tensor| Entry {
-        name: t.info.name.clone(),
-        dtype: t.info.dtype.into(),
-        shape: t.info.saved_shape.clone(),
-    };
+    let entry =
+        |t: &&Tensor| Entry { name: t.info.name.clone(), dtype: t.info.dtype, shape: t.info.saved_shape.clone() };
     let manifest = reader.manifest();
     let metadata = metadata(manifest.step, manifest.updates(), manifest.seed, &manifest.declared);
     let header = header(&tensors.iter().map(entry).collect::<Vec<_>>(), &metadata)?;
-    let written = write_whole(path, |out| {
-        out.write_all(&header)?;
+    let failed = |source| CheckpointError::Io { path: path.into(), source };
+    write_whole(path, |out| {
+        out.write_all(&header).map_err(failed)?;
         for tensor in &tensors {
             let whole = reader.tensor(&tensor.info.name, &Region::whole(&tensor.info.shape))?;
-            out.write_all(whole.as_bytes())?;
+            out.write_all(whole.as_bytes()).map_err(failed)?;
         }
-        Ok::<(), ExportError>(())
-    });
-    written.map_err(|error| match error {
-        ExportError::Checkpoint(error) => error,
-        ExportError::Io(source) => CheckpointError::Io { path: path.into(), source },
+        Ok(())
     })
-}
-
-/// Either side of an export.
-enum ExportError {
-    Checkpoint(CheckpointError),
-    Io(std::io::Error),
-}
-
-impl From<std::io::Error> for ExportError {
-    fn from(error: std::io::Error) -> Self {
-        Self::Io(error)
-    }
-}
-
-impl From<CheckpointError> for ExportError {
-    fn from(error: CheckpointError) -> Self {
-        Self::Checkpoint(error)
-    }
 }
 
 /// Writes a checkpoint to another store in `shards` shards: each tensor is split over them along its first dim, as the
@@ -124,10 +100,11 @@ fn write_part(
     let entry = |(tensor, region): &(usize, Region)| {
         let info = &manifest.tensors[*tensor].info;
         let name = entry_name(&info.name, &info.shape, region);
-        Entry { name, dtype: info.dtype.into(), shape: region.size.clone() }
+        Entry { name, dtype: info.dtype, shape: region.size.clone() }
     };
     let entries: Vec<Entry> = parts.iter().map(entry).collect();
-    let file = shard_file(SaveId { epoch: manifest.epoch, step: manifest.step, attempt: 0 }, index, shards);
+    let save = SaveId { epoch: manifest.epoch, step: manifest.step, attempt: 0 };
+    let file = part_file(save, index, shards, SHARD);
     let content = |part: usize| {
         let (tensor, region) = &parts[part];
         Ok(Cow::Owned(reader.tensor(&manifest.tensors[*tensor].info.name, region)?))

@@ -1,9 +1,7 @@
-//! Errors of checkpoints and of the stores that hold them. Imports `files` and `text`.
+//! Errors of checkpoints and of the stores that hold them. Imports `files`.
 
 use std::fmt;
 use std::path::PathBuf;
-
-use crate::text::counted;
 
 /// What was being done with a store when it failed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -48,25 +46,13 @@ pub enum CheckpointError {
         /// What the reader says.
         message: String,
     },
-    /// A tensor that the program has is not in the file.
-    #[error("{path}: has no tensor {name}; it was saved by another model")]
-    Missing {
+    /// A file of another program: a tensor is missing, too many or of another shape, or a declared value is another.
+    #[error("{path}: {why}")]
+    Unfit {
         /// The file.
         path: PathBuf,
-        /// The tensor.
-        name: String,
-    },
-    /// A tensor of another shape or type.
-    #[error("{path}: tensor {name}: expected {expected}, got {got}; it was saved by a model of other sizes")]
-    Shape {
-        /// The file.
-        path: PathBuf,
-        /// The tensor.
-        name: String,
-        /// What the program has.
-        expected: String,
-        /// The file's type.
-        got: String,
+        /// What differs, with the names and the numbers.
+        why: String,
     },
     /// A tensor of an unsupported type.
     #[error("{path}: tensor {name} is {got}, expected {expected}; convert the file")]
@@ -79,29 +65,6 @@ pub enum CheckpointError {
         expected: String,
         /// The file's type.
         got: String,
-    },
-    /// The file has parameters that the program lacks.
-    #[error(
-        "{path}: the program lacks {} of its parameters, such as {}; it was saved by another model (to leave \
-         parameters out on purpose, name them in `SessionOptions::ignoring`)", names.len(), names[..names.len().min(3)].join(", ")
-    )]
-    Unknown {
-        /// The file.
-        path: PathBuf,
-        /// Their names, one at least.
-        names: Vec<String>,
-    },
-    /// A declared value differs between the program and the file.
-    #[error("{path}: its {name} is {saved}, and this program's is {here}")]
-    Declared {
-        /// The file.
-        path: PathBuf,
-        /// The value's name.
-        name: String,
-        /// The file's value.
-        saved: String,
-        /// The program's value.
-        here: String,
     },
     /// Checkpoints cannot lie here.
     #[error("{place}: not a place for checkpoints: {why}")]
@@ -172,21 +135,12 @@ pub enum CheckpointError {
         holder: String,
     },
     /// Too little free space for the checkpoints to keep.
-    #[error(
-        "{place}: {free_bytes} bytes are free, {needed_bytes} are needed for {} of {bytes} bytes",
-        counted(.checkpoints, "checkpoint")
-    )]
+    #[error("{place}: {why}")]
     NoRoom {
         /// The store.
         place: String,
-        /// Free bytes for this process.
-        free_bytes: u64,
-        /// Bytes of all of them.
-        needed_bytes: u64,
-        /// Checkpoints to be written, beyond the existing ones, at most at once.
-        checkpoints: u64,
-        /// Bytes of one.
-        bytes: u64,
+        /// How much is free, and how much is needed.
+        why: String,
     },
     /// Not all processes see the same folder.
     #[error(
@@ -222,6 +176,21 @@ pub struct AgreeError {
 }
 
 impl CheckpointError {
+    pub(crate) fn missing(path: impl Into<PathBuf>, name: &str) -> Self {
+        Self::Unfit { path: path.into(), why: format!("has no tensor {name}; it was saved by another model") }
+    }
+
+    pub(crate) fn shape(path: impl Into<PathBuf>, name: &str, expected: &str, got: &str) -> Self {
+        let why = format!("tensor {name}: expected {expected}, got {got}; it was saved by a model of other sizes");
+        Self::Unfit { path: path.into(), why }
+    }
+
+    /// True for a file that could not be created because it is there.
+    pub(crate) fn is_there(&self) -> bool {
+        use object_store::Error::{AlreadyExists, Precondition};
+        matches!(self, Self::Store { source, .. } if matches!(**source, AlreadyExists { .. } | Precondition { .. }))
+    }
+
     /// The kind of the underlying system error, if there is one.
     pub fn io_kind(&self) -> Option<std::io::ErrorKind> {
         crate::files::system_error(self).map(std::io::Error::kind)

@@ -3,9 +3,7 @@
 
 use serde_json::value::RawValue;
 
-use super::manifest::{
-    Checksum, Cursor, Element, JobTime, Kind, Manifest, Piece, Shard, Tensor, TensorInfo, open_sealed, seal,
-};
+use super::manifest::{Checksum, Cursor, JobTime, Kind, Manifest, Piece, Shard, Tensor, TensorInfo, open_sealed, seal};
 use super::shard::{Sidecar, SidecarPiece};
 
 /// Tensors of so many elements at most are looked at element by element.
@@ -22,7 +20,7 @@ pub fn samples() -> Vec<Vec<u8>> {
     let info = TensorInfo {
         name: "w".into(),
         kind: Kind::Parameter,
-        dtype: Element::F32,
+        dtype: shardflow_kernels::tensor::DType::F32,
         shape: vec![4, 6],
         saved_shape: vec![24],
         layout: "(S0)".into(),

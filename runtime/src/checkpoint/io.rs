@@ -134,24 +134,23 @@ impl Operations {
     /// Size of a file; `None` when it is not there.
     pub(crate) fn size(&self, file: &str, path: &Path) -> Result<Option<u64>, CheckpointError> {
         let (backend, path) = (self.backend.clone(), path.clone());
-        self.run(file, Doing::Read, async move {
-            match backend.head(&path).await {
-                Ok(meta) => Ok(Some(meta.size)),
-                Err(object_store::Error::NotFound { .. }) => Ok(None),
-                Err(e) => Err(e),
-            }
-        })
+        self.run(file, Doing::Read, async move { Ok(if_there(backend.head(&path).await)?.map(|meta| meta.size)) })
+    }
+
+    /// Deletes a file, if it is there.
+    pub(crate) fn delete(&self, file: &str, path: &Path) -> Result<(), CheckpointError> {
+        let (backend, path) = (self.backend.clone(), path.clone());
+        self.run(file, Doing::Delete, async move { if_there(backend.delete(&path).await).map(drop) })
     }
 
     /// A file of at most `bytes_max`; `None` when it is not there.
     pub(crate) fn get(&self, file: &str, path: &Path, bytes_max: u64) -> Result<Option<Vec<u8>>, CheckpointError> {
         let (backend, path) = (self.backend.clone(), path.clone());
         let got = self.run(file, Doing::Read, async move {
-            match backend.get(&path).await {
-                Ok(found) if found.meta.size > bytes_max => Ok(Some(Err(found.meta.size))),
-                Ok(found) => Ok(Some(Ok(found.bytes().await?.to_vec()))),
-                Err(object_store::Error::NotFound { .. }) => Ok(None),
-                Err(e) => Err(e),
+            match if_there(backend.get(&path).await)? {
+                Some(found) if found.meta.size > bytes_max => Ok(Some(Err(found.meta.size))),
+                Some(found) => Ok(Some(Ok(found.bytes().await?.to_vec()))),
+                None => Ok(None),
             }
         })?;
         let too_large = |size| CheckpointError::Damaged {
@@ -190,6 +189,13 @@ impl Operations {
         let part = (self.part_bytes as u64).max(total.div_ceil(PARTS_MAX)).min(total.max(1)) as usize;
         let hasher = blake3::Hasher::new();
         Upload { operations: self, file, path, total, part, buffer: Vec::new(), multipart: None, hasher }
+    }
+}
+
+fn if_there<T>(result: object_store::Result<T>) -> object_store::Result<Option<T>> {
+    match result {
+        Err(object_store::Error::NotFound { .. }) => Ok(None),
+        result => result.map(Some),
     }
 }
 

@@ -48,35 +48,13 @@ pub enum Kind {
     State,
 }
 
-/// Element type as written.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub enum Element {
-    /// [`DType::F32`], little-endian.
+/// Element types as written, little-endian.
+#[derive(Serialize, Deserialize)]
+#[serde(remote = "DType")]
+enum Element {
     F32,
-    /// [`DType::I32`], little-endian.
     I32,
-    /// [`DType::BF16`], little-endian.
     BF16,
-}
-
-impl From<DType> for Element {
-    fn from(dtype: DType) -> Self {
-        match dtype {
-            DType::F32 => Self::F32,
-            DType::I32 => Self::I32,
-            DType::BF16 => Self::BF16,
-        }
-    }
-}
-
-impl From<Element> for DType {
-    fn from(element: Element) -> Self {
-        match element {
-            Element::F32 => Self::F32,
-            Element::I32 => Self::I32,
-            Element::BF16 => Self::BF16,
-        }
-    }
 }
 
 /// BLAKE3 of some bytes.
@@ -164,7 +142,8 @@ pub struct TensorInfo {
     /// What it is.
     pub kind: Kind,
     /// Element type.
-    pub dtype: Element,
+    #[serde(with = "Element")]
+    pub dtype: DType,
     /// Shape in the program; regions count in it.
     pub shape: Vec<usize>,
     /// Shape in an exported file, with as many elements.
@@ -180,9 +159,9 @@ pub struct TensorInfo {
 impl TensorInfo {
     /// Elements, if the number can be one.
     fn elements(&self) -> Option<usize> {
-        let bytes = DType::from(self.dtype).bytes();
-        let bytes = self.shape.iter().try_fold(bytes, |product, extent| product.checked_mul(*extent))?;
-        (bytes <= isize::MAX as usize).then_some(bytes / DType::from(self.dtype).bytes())
+        let element = self.dtype.bytes();
+        let bytes = self.shape.iter().try_fold(element, |product, extent| product.checked_mul(*extent))?;
+        (bytes <= isize::MAX as usize).then_some(bytes / element)
     }
 }
 
@@ -351,7 +330,7 @@ fn check_piece(piece: &Piece, info: &TensorInfo, shards: &[Shard]) -> Result<(),
         return Err(format!("piece {size:?} at {start:?} is not inside shape {:?}", info.shape));
     }
     let file = shards.get(*shard).ok_or_else(|| format!("a piece in shard {shard} of {}", shards.len()))?;
-    let bytes = piece.region().element_count() as u64 * DType::from(info.dtype).bytes() as u64;
+    let bytes = piece.region().element_count() as u64 * info.dtype.bytes() as u64;
     if offset.checked_add(bytes).is_none_or(|end| end > file.bytes) {
         return Err(format!("{bytes} bytes at {offset} of {}, which has {}", file.file, file.bytes));
     }

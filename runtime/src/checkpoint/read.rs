@@ -52,17 +52,16 @@ impl Reader {
     /// Boxes of a tensor, in its program's shape; each piece is read once at most.
     ///
     /// # Errors
-    /// [`CheckpointError::Missing`] or [`CheckpointError::Shape`] when there is no such tensor or box;
+    /// [`CheckpointError::Unfit`] when there is no such tensor or box;
     /// [`CheckpointError::Damaged`], with the shard, when the bytes are not those that were written.
     pub fn tensors(&self, name: &str, regions: &[Region]) -> Result<Vec<HostTensor>, CheckpointError> {
-        let missing = || CheckpointError::Missing { path: self.name().into(), name: name.into() };
-        let tensor = self.find(name).ok_or_else(missing)?;
-        let (whole, dtype) = (Region::whole(&tensor.info.shape), tensor.info.dtype.into());
+        let tensor = self.find(name).ok_or_else(|| CheckpointError::missing(self.name(), name))?;
+        let (whole, dtype) = (Region::whole(&tensor.info.shape), tensor.info.dtype);
         let mut out = Vec::with_capacity(regions.len());
         for region in regions {
             if region.start.len() != whole.size.len() || !contains(&whole, region) {
                 let (expected, got) = (format!("{region:?}"), format!("shape {:?}", whole.size));
-                return Err(CheckpointError::Shape { path: self.name().into(), name: name.into(), expected, got });
+                return Err(CheckpointError::shape(self.name(), name, &expected, &got));
             }
             out.push(filled(&region.size, dtype, 0.0));
         }
@@ -91,8 +90,8 @@ impl Reader {
     fn piece(&self, tensor: &Tensor, piece: &Piece) -> Result<HostTensor, CheckpointError> {
         let shard = &self.manifest.shards[piece.shard];
         let (file, path) = self.shard_path(shard);
-        let dtype = tensor.info.dtype.into();
-        let bytes = (piece.region().element_count() * shardflow_kernels::tensor::DType::bytes(dtype)) as u64;
+        let dtype = tensor.info.dtype;
+        let bytes = (piece.region().element_count() * dtype.bytes()) as u64;
         let got = self.range(shard, &file, &path, piece.offset, bytes)?;
         if Checksum::of(&got) != piece.blake3 {
             let why =

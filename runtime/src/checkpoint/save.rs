@@ -11,19 +11,11 @@ use object_store::PutMode;
 use super::agree::{Agree, Member, SaveId, Saved};
 use super::error::CheckpointError;
 use super::manifest::{Manifest, Piece, SHARDS_MAX, Tensor, open_sealed, seal};
+use super::saver::SaverOptions;
 use super::shard::{self, Entry, SIDECAR_BYTES_MAX, Sidecar, SidecarPiece, entry_name};
 use super::snapshot::Snapshot;
 use super::store::Store;
 use crate::lock::Lock;
-
-/// How a process saves.
-#[derive(Clone, Debug)]
-pub(crate) struct Settings {
-    pub(crate) member: Member,
-    pub(crate) keep: usize,
-    pub(crate) keep_every: Option<u64>,
-    pub(crate) plan: Option<String>,
-}
 
 /// Options of one save.
 #[derive(Debug, Default)]
@@ -56,34 +48,29 @@ pub struct SaveReport {
     pub prune: Option<CheckpointError>,
 }
 
-/// Name of the folder of an attempt.
-fn attempt_folder(save: SaveId) -> String {
-    format!("e{}-{}", save.epoch, save.attempt)
-}
+/// How the names of a process's shard and of its sidecar end.
+pub(crate) const SHARD: &str = "safetensors";
+const SIDECAR: &str = "json";
 
-/// Name of a process's shard in the checkpoint's folder.
-pub(crate) fn shard_file(save: SaveId, process: u32, processes: u32) -> String {
-    format!("{}/shard-{process}-of-{processes}.safetensors", attempt_folder(save))
-}
-
-fn sidecar_file(save: SaveId, process: u32, processes: u32) -> String {
-    format!("{}/shard-{process}-of-{processes}.json", attempt_folder(save))
+/// Name of a process's shard or sidecar in the checkpoint's folder.
+pub(crate) fn part_file(save: SaveId, process: u32, processes: u32, ending: &str) -> String {
+    format!("e{}-{}/shard-{process}-of-{processes}.{ending}", save.epoch, save.attempt)
 }
 
 /// Saves a snapshot. Blocks until all processes know the outcome.
 pub(crate) fn save(
     store: &Store,
     snapshot: &Snapshot,
-    settings: &Settings,
+    options: &SaverOptions,
     attempt: &Attempt,
     agree: &dyn Agree,
 ) -> SaveReport {
     let begin = Instant::now();
-    let id = SaveId { epoch: settings.member.epoch, step: snapshot.step, attempt: attempt.number };
-    let result = agreed(store, snapshot, settings, id, attempt, agree);
-    let is_first = settings.member.process == 0;
+    let id = SaveId { epoch: options.member.epoch, step: snapshot.step, attempt: attempt.number };
+    let result = agreed(store, snapshot, options, id, attempt, agree);
+    let is_first = options.member.process == 0;
     let prune =
-        || attempt.check_lock().and_then(|()| store.prune(snapshot.step, settings.keep, settings.keep_every)).err();
+        || attempt.check_lock().and_then(|()| store.prune(snapshot.step, options.keep, options.keep_every)).err();
     let prune = if is_first && result.is_ok() { prune() } else { None };
     let seconds = begin.elapsed().as_secs_f64();
     SaveReport { step: snapshot.step, result, bytes: snapshot.bytes(), seconds, prune }
@@ -92,12 +79,12 @@ pub(crate) fn save(
 fn agreed(
     store: &Store,
     snapshot: &Snapshot,
-    settings: &Settings,
+    options: &SaverOptions,
     id: SaveId,
     attempt: &Attempt,
     agree: &dyn Agree,
 ) -> Result<Saved, CheckpointError> {
-    let member = settings.member;
+    let member = options.member;
     let others = |source| CheckpointError::Others { step: id.step, source };
     // A step that is committed already needs no shards; process 0 tells all.
     let written = store
@@ -109,7 +96,7 @@ fn agreed(
     if member.process > 0 {
         return agree.outcome(id, None).map_err(others);
     }
-    let committed = commit(store, snapshot, settings, id, attempt);
+    let committed = commit(store, snapshot, options, id, attempt);
     let said = agree.outcome(id, Some(committed.as_ref().copied().map_err(ToString::to_string)));
     // A checkpoint that is committed stays so, whether or not the others heard of it.
     let saved = committed?;
@@ -125,7 +112,7 @@ fn write_shard(store: &Store, snapshot: &Snapshot, member: Member, id: SaveId) -
         Entry { name, dtype: piece.data.dtype(), shape: piece.region.size.clone() }
     };
     let entries: Vec<Entry> = snapshot.pieces.iter().map(entry).collect();
-    let file = shard_file(id, member.process, member.processes);
+    let file = part_file(id, member.process, member.processes, SHARD);
     let content = |index: usize| Ok(Cow::Borrowed(&snapshot.pieces[index].data));
     let written = shard::write(store, id.step, &file, &entries, content)?;
     let pieces = snapshot.pieces.iter().zip(&written.entries).map(|(piece, (offset, blake3))| SidecarPiece {
@@ -145,7 +132,7 @@ fn write_shard(store: &Store, snapshot: &Snapshot, member: Member, id: SaveId) -
         pieces: pieces.collect(),
     };
     let text = seal("shardflow-shard", &sidecar).map_err(CheckpointError::Refused)?;
-    let file = sidecar_file(id, member.process, member.processes);
+    let file = part_file(id, member.process, member.processes, SIDECAR);
     store.operations.put(&store.name(id.step, &file), &store.path(id.step, &file), text, PutMode::Overwrite)
 }
 
@@ -153,7 +140,7 @@ fn write_shard(store: &Store, snapshot: &Snapshot, member: Member, id: SaveId) -
 fn commit(
     store: &Store,
     snapshot: &Snapshot,
-    settings: &Settings,
+    options: &SaverOptions,
     id: SaveId,
     attempt: &Attempt,
 ) -> Result<Saved, CheckpointError> {
@@ -170,16 +157,16 @@ fn commit(
         cursor: snapshot.cursor.clone(),
         declared: snapshot.declared.clone(),
         writer: env!("CARGO_PKG_VERSION").into(),
-        plan: settings.plan.clone(),
+        plan: options.plan.clone(),
         job: snapshot.job,
         shards: Vec::new(),
         tensors: snapshot.tensors.iter().map(|info| Tensor { info: info.clone(), pieces: Vec::new() }).collect(),
     };
     let names = manifest.tensors.iter().enumerate();
     let by_name: BTreeMap<String, usize> = names.map(|(index, t)| (t.info.name.clone(), index)).collect();
-    for process in 0..settings.member.processes {
-        let file = store.name(id.step, &sidecar_file(id, process, settings.member.processes));
-        let sidecar = read_sidecar(store, id, process, settings.member.processes)?;
+    for process in 0..options.member.processes {
+        let file = store.name(id.step, &part_file(id, process, options.member.processes, SIDECAR));
+        let sidecar = read_sidecar(store, id, process, options.member.processes)?;
         let shard = manifest.shards.len();
         manifest.shards.push(sidecar.shard);
         for piece in sidecar.pieces {
@@ -209,27 +196,21 @@ pub(crate) fn commit_manifest(store: &Store, manifest: &Manifest) -> Result<Save
     // A cloud store may answer so to its own second try, and a lost answer is no lost commit.
     match store.operations.get(&file, &path, super::manifest::MANIFEST_BYTES_MAX) {
         Ok(Some(there)) if there == text => Ok(Saved::Committed),
-        Ok(Some(_)) if is_there(&error) => Ok(Saved::AlreadyThere),
+        Ok(Some(_)) if error.is_there() => Ok(Saved::AlreadyThere),
         _ => Err(error),
     }
 }
 
-fn is_there(error: &CheckpointError) -> bool {
-    use object_store::Error::{AlreadyExists, Precondition};
-    matches!(error, CheckpointError::Store { source, .. }
-        if matches!(**source, AlreadyExists { .. } | Precondition { .. }))
-}
-
 /// What a process says it wrote, with a look at whether the shard is there.
 fn read_sidecar(store: &Store, id: SaveId, process: u32, processes: u32) -> Result<Sidecar, CheckpointError> {
-    let file = sidecar_file(id, process, processes);
+    let file = part_file(id, process, processes, SIDECAR);
     let (name, path) = (store.name(id.step, &file), store.path(id.step, &file));
     let damaged = |why: String| CheckpointError::Damaged { file: name.clone(), why };
     let operations = &store.operations;
     let text = operations.eventually(|| operations.get(&name, &path, SIDECAR_BYTES_MAX))?;
     let text = text.ok_or_else(|| damaged(format!("the file is missing; rank {process} said that it was written")))?;
     let sidecar: Sidecar = open_sealed("shardflow-shard", &text).map_err(damaged)?;
-    let expected = (id, process, processes, shard_file(id, process, processes));
+    let expected = (id, process, processes, part_file(id, process, processes, SHARD));
     let its = SaveId { epoch: sidecar.epoch, step: sidecar.step, attempt: sidecar.attempt };
     if (its, sidecar.process, sidecar.processes, sidecar.shard.file.clone()) != expected {
         return Err(damaged(format!("it is of {its:?}, rank {} of {}", sidecar.process, sidecar.processes)));
@@ -244,7 +225,7 @@ fn read_sidecar(store: &Store, id: SaveId, process: u32, processes: u32) -> Resu
     Ok(sidecar)
 }
 
-/// What [`Settings`] may not be.
+/// What [`SaverOptions`] may not be.
 pub(crate) fn check_member(member: Member) -> Result<(), CheckpointError> {
     let Member { process, processes, .. } = member;
     if process < processes && processes as usize <= SHARDS_MAX {

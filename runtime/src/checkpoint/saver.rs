@@ -10,7 +10,7 @@ use metrics::{Counter, counter, gauge, histogram};
 use super::agree::{Agree, Member};
 use super::error::{CheckpointError, Doing};
 use super::manifest::Cursor;
-use super::save::{Attempt, SaveReport, Settings, check_member, save};
+use super::save::{Attempt, SaveReport, check_member, save};
 use super::snapshot::Snapshot;
 use super::store::Store;
 use crate::lock::Lock;
@@ -99,7 +99,7 @@ impl Saver {
     /// [`CheckpointError::Held`] when another training writes to the store; or when the options contradict each other, or no
     /// thread can be started.
     pub fn new(store: Store, agree: Arc<dyn Agree>, options: SaverOptions) -> Result<Self, CheckpointError> {
-        let SaverOptions { member, keep, keep_every, saves_max: _, busy, plan, job } = options;
+        let SaverOptions { member, busy, .. } = options;
         check_member(member)?;
         // So that the first that fails is seen as one more.
         outcomes().iter().for_each(|outcome| outcome.absolute(0));
@@ -107,14 +107,13 @@ impl Saver {
             let why = "processes that skip saves on their own do not skip the same ones; use Busy::Wait";
             return Err(CheckpointError::Refused(why.into()));
         }
-        let lock = (member.process == 0).then(|| Lock::take(&store, job, member.epoch)).transpose()?;
+        let lock = (member.process == 0).then(|| Lock::take(&store, options.job.clone(), member.epoch)).transpose()?;
         let place = store.place().to_string();
         let (jobs, work) = bounded::<Job>(1);
         let (done, reports) = bounded(1);
-        let settings = Settings { member, keep, keep_every, plan };
         let run = move || {
             for Job { attempt, snapshot } in work {
-                let report = save(&store, &snapshot, &settings, &attempt, &*agree);
+                let report = save(&store, &snapshot, &options, &attempt, &*agree);
                 count(&report);
                 // Before the report, so that dropping the saver after it releases the lock at once.
                 drop(attempt);
@@ -144,29 +143,16 @@ impl Saver {
         let mut snapshot = session.snapshot(spare)?;
         snapshot.cursor = cursor;
         let replaces = session.has_passed_over(snapshot.step);
-        Ok(Begun::Started { before: self.begin(snapshot, replaces)?.map(Box::new) })
-    }
-
-    /// As [`Saver::save`], of a snapshot that was taken before; waits while another save goes on. Gives the report of the
-    /// one before, if it had not been told yet.
-    ///
-    /// # Errors
-    /// When the saver's thread has failed.
-    pub fn submit(&mut self, snapshot: Snapshot) -> Result<Option<SaveReport>, CheckpointError> {
-        self.begin(snapshot, false)
-    }
-
-    fn begin(&mut self, snapshot: Snapshot, replaces: bool) -> Result<Option<SaveReport>, CheckpointError> {
         let mut before = None;
         if self.is_busy {
             let (report, spare) = self.reports.recv().map_err(|_| self.panicked())?;
-            (before, self.spare) = (Some(report), Some(spare));
+            (before, self.spare) = (Some(Box::new(report)), Some(spare));
         }
         let attempt = Attempt { number: self.next_attempt, replaces, lock: self.lock.clone() };
         self.jobs.send(Job { attempt, snapshot }).map_err(|_| self.panicked())?;
         self.next_attempt += 1;
         self.is_busy = true;
-        Ok(before)
+        Ok(Begun::Started { before })
     }
 
     fn panicked(&self) -> CheckpointError {
@@ -188,14 +174,15 @@ impl Saver {
         if !self.is_busy {
             return Ok(None);
         }
-        let stalled =
-            || CheckpointError::Stalled { file: self.place.clone(), doing: Doing::Write, seconds: limit.as_secs_f64() };
         match self.reports.recv_timeout(limit) {
             Ok((report, spare)) => {
                 (self.is_busy, self.spare) = (false, Some(spare));
                 Ok(Some(report))
             }
-            Err(RecvTimeoutError::Timeout) => Err(stalled()),
+            Err(RecvTimeoutError::Timeout) => {
+                let (file, seconds) = (self.place.clone(), limit.as_secs_f64());
+                Err(CheckpointError::Stalled { file, doing: Doing::Write, seconds })
+            }
             Err(RecvTimeoutError::Disconnected) => Err(self.panicked()),
         }
     }
@@ -214,9 +201,7 @@ pub fn save_now(
     attempt: u32,
 ) -> Result<SaveReport, CheckpointError> {
     check_member(options.member)?;
-    let SaverOptions { member, keep, keep_every, ref plan, .. } = *options;
-    let settings = Settings { member, keep, keep_every, plan: plan.clone() };
-    let report = save(store, snapshot, &settings, &Attempt { number: attempt, ..Attempt::default() }, agree);
+    let report = save(store, snapshot, options, &Attempt { number: attempt, ..Attempt::default() }, agree);
     count(&report);
     Ok(report)
 }

@@ -435,16 +435,13 @@ impl Store {
             let local = local.join(Self::folder_name(step)).join(name);
             return self.operations.run_local(&file, Doing::Delete, move || files::remove(&local));
         }
+        if !is_folder {
+            return self.operations.delete(&file, &path);
+        }
         let backend = self.operations.backend.clone();
         self.operations.run(&file, Doing::Delete, async move {
-            if is_folder {
-                let found = backend.list(Some(&path)).map_ok(|meta| meta.location).boxed();
-                return backend.delete_stream(found).try_for_each(async |_| Ok(())).await;
-            }
-            match backend.delete(&path).await {
-                Err(object_store::Error::NotFound { .. }) => Ok(()),
-                result => result,
-            }
+            let found = backend.list(Some(&path)).map_ok(|meta| meta.location).boxed();
+            backend.delete_stream(found).try_for_each(async |_| Ok(())).await
         })
     }
 }

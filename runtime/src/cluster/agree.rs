@@ -116,10 +116,6 @@ impl Together {
     fn tell_all(&self, bytes: &[u8]) -> Result<(), AgreeError> {
         self.membership.tell_all(TOPIC, bytes).map_err(|e| self.error(self.process, e))
     }
-
-    fn peers(&self) -> impl Iterator<Item = u32> {
-        1..self.processes
-    }
 }
 
 impl Agree for Together {
@@ -133,7 +129,7 @@ impl Agree for Together {
             return all.map(drop).map_err(|(process, why)| self.error(process, why));
         }
         let mut all = mine;
-        for peer in self.peers() {
+        for peer in 1..self.processes {
             // All are heard out, so that nothing of this save is left over.
             let theirs = self.wait(save, Phase::Written, peer, deadline)?;
             all = all.and(theirs);

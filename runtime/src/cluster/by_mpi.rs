@@ -9,6 +9,11 @@ use shardflow_kernels::collective::{Collective, Group};
 use super::ClusterError;
 use crate::session::hosting::Hosting;
 
+/// What MPI is refused with where the program was built without it.
+pub(super) fn not_built() -> ClusterError {
+    ClusterError::Mpi("this program was built without MPI: build it with `--features mpi`, or set it to `own`".into())
+}
+
 /// MPI in this process, once it was started: for all sessions of a [`super::Cluster`], since MPI starts only once. It ends
 /// with the last of them.
 #[derive(Clone, Debug, Default)]
@@ -35,14 +40,18 @@ impl ByMpi {
         let world = match self.world.get() {
             Some(world) => world.clone(),
             None => {
-                let started = World::start().map_err(|cause| ClusterError::Mpi { cause })?;
+                let started =
+                    World::start().map_err(|cause| ClusterError::Mpi(format!("MPI cannot be used: {cause}")))?;
                 self.world.get_or_init(|| started).clone()
             }
         };
         let (rank, size) = (world.rank(), world.size());
         if (rank, size) != (hosting.process, hosting.processes) {
             let (process, processes) = (hosting.process, hosting.processes);
-            return Err(ClusterError::MpiPlace { rank, size, process, processes });
+            return Err(ClusterError::Mpi(format!(
+                "to MPI this is rank {rank} of {size}, and to us rank {process} of {processes}: start the processes by \
+                 `mpirun -n {processes}`, without another launcher"
+            )));
         }
         Ok(Arc::new(Mpi::new(world, groups, &|device| hosting.process_of(device), within)?))
     }
@@ -54,6 +63,6 @@ impl ByMpi {
         _: &[Arc<Group>],
         _: Duration,
     ) -> Result<Arc<dyn Collective>, ClusterError> {
-        Err(ClusterError::MpiNotBuilt)
+        Err(not_built())
     }
 }

@@ -5,7 +5,6 @@
 //! variables last, and the other's are still there. An empty variable counts as absent.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
 
 use crate::exit::Exit;
 
@@ -135,14 +134,6 @@ pub enum EnvError {
         /// How many it has.
         chars: usize,
     },
-    /// The file with the secret cannot be read.
-    #[error("SHARDFLOW_SECRET_FILE={path}: {message}")]
-    SecretFile {
-        /// The file.
-        path: PathBuf,
-        /// Why.
-        message: String,
-    },
 }
 
 impl EnvError {
@@ -179,14 +170,6 @@ impl Source {
             Source::Kubernetes => "from a Secret, made by `kubectl create secret generic NAME --from-literal=..`",
         }
     }
-}
-
-/// How this process was started, from its own environment.
-///
-/// # Errors
-/// As [`detect`].
-pub fn from_process() -> Result<Launch, EnvError> {
-    detect(&process_variables())
 }
 
 /// The variables of this process. Bytes that are no UTF-8 become replacement characters.

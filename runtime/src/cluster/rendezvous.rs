@@ -24,9 +24,7 @@ use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use shardflow_actors::transport::{
-    Address, Endpoint, EndpointOptions, Listen, Secret, TransportError, resolve, without_zone,
-};
+use shardflow_actors::transport::{Address, Endpoint, EndpointOptions, Secret, TransportError, resolve, without_zone};
 
 use super::Advertise;
 use crate::declare::{EXECUTABLE, PROCESSES, VERSION};
@@ -186,13 +184,6 @@ fn advertised(config: &RendezvousConfig, bound: Vec<Address>) -> Result<Vec<Addr
         advertise.connections(address).map_err(failed)
     };
     Ok(bound.iter().map(outside).collect::<Result<_, _>>()?)
-}
-
-/// The endpoint of a process other than 0: on TCP for other nodes, and on a Unix socket for this one.
-fn endpoint(config: &RendezvousConfig, deadline: Instant) -> Result<Endpoint, RendezvousError> {
-    let address = local_address(&config.coordinator, config.interface, config.spans_nodes, deadline)?;
-    let listen = [Listen::Tcp(address), Listen::PrivateUnix];
-    Ok(Endpoint::listen(config.process, config.secret.clone(), &listen, config.endpoint)?)
 }
 
 /// How long a failure before the start is reported, unless the options say otherwise.

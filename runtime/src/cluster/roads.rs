@@ -25,7 +25,7 @@ use shardflow_kernels::memory::{Access, Arena, Base};
 
 use super::by_mpi::ByMpi;
 use super::rendezvous::{Member, Roster};
-use super::{ClusterError, ClusterOptions, Collectives, Transport};
+use super::{ClusterError, ClusterOptions, Collectives, INTERFACE, TRANSPORT, Transport};
 use crate::plan::Plan;
 use crate::session::devices::Pipes;
 use crate::session::hosting::Hosting;
@@ -97,8 +97,10 @@ impl Roads<'_> {
         let by_tcp = self.options.transport == Transport::Tcp;
         let chosen =
             if self.member(self.hosting.process).is_near(member) && !by_tcp { member.unix() } else { member.tcp() };
-        let none = || ClusterError::NoAddress { process: peer, host: member.host.clone() };
-        let address = chosen.cloned().ok_or_else(none)?;
+        let host = &member.host;
+        let none =
+            format!("rank {peer} on {host} listens on no address that can be reached from here; set {INTERFACE} there");
+        let address = chosen.cloned().ok_or(ClusterError::Refused(none))?;
         let socket = |address: &Address| if let Address::Tcp(text) = address { text.parse().ok() } else { None };
         let (peer, own) = (socket(&address), self.endpoint.addresses().iter().find_map(socket));
         Ok(peer.zip(own).map_or(address, |(peer, own)| Address::Tcp(with_zone_of(peer, own).to_string())))
@@ -150,7 +152,7 @@ impl Roads<'_> {
 /// a `/tmp` each. Where TCP may be used instead, returns the line that the first of them logs.
 ///
 /// # Errors
-/// [`ClusterError::NotNear`], the same for all processes.
+/// [`ClusterError::Refused`], the same for all processes.
 pub(super) fn check_near(roster: &Roster, own: u32, transport: Transport) -> Result<Option<String>, ClusterError> {
     let pairs =
         roster.members.iter().enumerate().flat_map(|(i, a)| roster.members[i + 1..].iter().map(move |b| (a, b)));
@@ -162,7 +164,10 @@ pub(super) fn check_near(roster: &Roster, own: u32, transport: Transport) -> Res
     };
     let apart = format!("ranks {} and {} on {}: {why}", a.process, b.process, a.host);
     if transport != Transport::Auto {
-        return Err(ClusterError::NotNear(apart));
+        let why = format!(
+            "{apart}; {TRANSPORT}=shared-memory and unix need that: set it to auto, or give these ranks one folder"
+        );
+        return Err(ClusterError::Refused(why));
     }
     Ok((own == a.process).then(|| format!("{apart}; TCP is used between such ranks")))
 }

@@ -38,6 +38,7 @@ use crate::session::ending::exit_of;
 use crate::session::hosting::Hosting;
 use crate::session::observer::Peer;
 use crate::session::{SessionError, SessionOptions};
+use crate::text::counted;
 
 /// How long a failed session waits to hear what the others say, beyond the membership's own grace.
 const SETTLE_TIMEOUT: Duration = Duration::from_secs(3);
@@ -199,7 +200,9 @@ impl World {
         let Launch::World(world) = &cluster.launch else { return Ok(None) };
         let (devices, processes) = (plan.memory.len(), world.processes);
         if processes as usize > devices {
-            return Err(ClusterError::TooManyProcesses { devices, processes });
+            let mesh = counted(devices, "device");
+            let why = format!("a mesh of {mesh} cannot be spread over {processes} processes: start at most {devices}");
+            return Err(ClusterError::Refused(why));
         }
         if processes == 1 {
             return Ok(None);

@@ -15,7 +15,7 @@ use signal_hook::consts::{SIGINT, SIGUSR1};
 use super::cause::Ended;
 use super::children::{Child, Meeting};
 use super::{Event, Job, LaunchError, notice};
-use crate::exit::{Exit, unix_ns};
+use crate::exit::Exit;
 use crate::output;
 
 /// Time that processes have which others that ended have accused, when no other is left. They may be about to say why
@@ -59,7 +59,10 @@ pub(super) fn run(job: &mut Job, number: u64, pause: Duration) -> Result<Outcome
     let start_at = Instant::now() + pause;
     while let Ok(event) = job.events.1.recv_deadline(start_at) {
         match event {
-            Event::Signal(signal) if i32::from(signal) != SIGUSR1 => return Ok(nothing_started(signal)),
+            Event::Signal(signal) if i32::from(signal) != SIGUSR1 => {
+                let ended = vec![Ended::told(0, signal)];
+                return Ok(Outcome { ended, asked: Some(signal), abandoned: false, logs: Vec::new() });
+            }
             _ => {}
         }
     }
@@ -77,19 +80,6 @@ pub(super) fn run(job: &mut Job, number: u64, pause: Duration) -> Result<Outcome
     }
     attempt.wait();
     Ok(attempt.outcome())
-}
-
-/// The launcher was asked to end while nothing ran.
-fn nothing_started(signal: u8) -> Outcome {
-    let ended = Ended {
-        rank: 0,
-        exit: Exit::Signal(signal),
-        time_unix_ns: unix_ns(),
-        report: None,
-        error_line: None,
-        told: true,
-    };
-    Outcome { ended: vec![ended], asked: Some(signal), abandoned: false, logs: Vec::new() }
 }
 
 impl Attempt<'_, '_> {
@@ -192,15 +182,8 @@ impl Attempt<'_, '_> {
     fn outcome(self) -> Outcome {
         let log = |child: &Child| (child.rank, child.log.errors(), child.log.path.display().to_string());
         let logs = self.children.iter().map(log).collect();
-        let left = |child: &Child| Ended {
-            rank: child.rank,
-            exit: Exit::Signal(9),
-            time_unix_ns: unix_ns(),
-            report: None,
-            error_line: None,
-            told: true,
-        };
-        let ended = self.children.iter().map(|child| child.ended.clone().unwrap_or_else(|| left(child))).collect();
+        let ended = |child: &Child| child.ended.clone().unwrap_or_else(|| Ended::told(child.rank, 9));
+        let ended = self.children.iter().map(ended).collect();
         Outcome { ended, asked: self.asked, abandoned: self.abandoned, logs }
     }
 }

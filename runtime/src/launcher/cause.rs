@@ -3,7 +3,7 @@
 
 use std::time::Duration;
 
-use crate::exit::{Exit, Report};
+use crate::exit::{Exit, Report, unix_ns};
 
 /// How one process ended.
 #[derive(Clone, Debug)]
@@ -21,6 +21,12 @@ pub(super) struct Ended {
 }
 
 impl Ended {
+    /// One that was told to end by a signal, and is taken to have done so.
+    pub(super) fn told(rank: u32, signal: u8) -> Self {
+        let (exit, time_unix_ns) = (Exit::Signal(signal), unix_ns());
+        Self { rank, exit, time_unix_ns, report: None, error_line: None, told: true }
+    }
+
     /// 0: it failed by itself. 1: it says that another one did. 2: the launcher ended it.
     fn class(&self) -> u8 {
         match &self.report {
@@ -102,7 +108,7 @@ pub(super) enum Verdict {
 pub(super) const RESTARTS_WITHOUT_PROGRESS_MAX: u32 = 2;
 
 /// The longest pause between two attempts, unless the first is longer.
-pub(super) const RESTART_WAIT_MAX: Duration = Duration::from_secs(60);
+const RESTART_WAIT_MAX: Duration = Duration::from_secs(60);
 
 /// Counts restarts.
 #[derive(Debug, Default)]

@@ -1,13 +1,13 @@
 //! One process of an attempt: its environment, its start, its end. Imports `launcher`, `exit`,
 //! `output`, `requests` and what the kernels want of a CUDA driver.
 
+use std::io::{self, Read};
 use std::net::TcpListener;
 use std::path::PathBuf;
 use std::process::{Child as Process, Command, Stdio};
-use std::sync::Arc;
-use std::{env, io, thread};
+use std::{env, thread};
 
-use crossbeam_channel::{Receiver, Sender};
+use crossbeam_channel::Receiver;
 use rustix::process::{Pid, Signal, WaitId, WaitIdOptions, kill_process, kill_process_group, waitid};
 use shardflow_kernels::cuda::library::SETTINGS;
 use signal_hook::consts::SIGUSR1;
@@ -17,7 +17,7 @@ use super::logs::{Log, pump};
 use super::{Event, Job, LaunchError, guard};
 use crate::cluster::env::Endpoint;
 use crate::exit::{ERROR_FILE, Exit, PROGRESS_FILE, Report, unix_ns};
-use crate::output;
+use crate::output::{self, Output};
 use crate::requests::signal_mask;
 
 /// What all processes of an attempt share.
@@ -79,7 +79,7 @@ impl Child {
         }
         let mut process = command.spawn().map_err(LaunchError::io("start a process"))?;
         let pid = Pid::from_child(&process);
-        if job.guard.add(pid).is_err() {
+        if job.guard.report('+', pid).is_err() {
             super::notice("the guard is gone: should the launcher be killed, children of processes may stay");
         }
         let pumps = start_pumps(&mut process, &log).map_err(LaunchError::io("start a thread"))?;
@@ -114,7 +114,7 @@ impl Child {
     pub(super) fn finish(&mut self, job: &mut Job, told: bool) {
         // While the process was not waited for, its number and its group's belong to nobody else.
         let _ = kill_process_group(self.pid, Signal::KILL);
-        let _ = job.guard.remove(self.pid);
+        let _ = job.guard.report('-', self.pid);
         let time_unix_ns = unix_ns();
         let exit = match self.process.wait() {
             Ok(status) => Exit::from_status(status),
@@ -130,20 +130,15 @@ impl Child {
 
 /// Copies what the process writes to its log and the screen, where it writes to pipes.
 fn start_pumps(process: &mut Process, log: &Log) -> io::Result<Receiver<()>> {
-    let (alive, pumps): (Sender<()>, _) = crossbeam_channel::bounded(0);
-    let alive = Arc::new(alive);
-    if let Some(from) = process.stdout.take() {
+    let (alive, pumps) = crossbeam_channel::bounded(0);
+    let start = |name: &str, from: Option<Box<dyn Read + Send>>, screen: &'static Output| -> io::Result<()> {
+        let Some(from) = from else { return Ok(()) };
         let (file, alive) = (log.file.try_clone()?, alive.clone());
-        thread::Builder::new()
-            .name("stdout".into())
-            .spawn(move || (pump(from, file, output::stdout()), drop(alive)))?;
-    }
-    if let Some(from) = process.stderr.take() {
-        let (file, alive) = (log.file.try_clone()?, alive.clone());
-        thread::Builder::new()
-            .name("stderr".into())
-            .spawn(move || (pump(from, file, output::stderr()), drop(alive)))?;
-    }
+        let copy = move || (pump(from, file, screen), drop(alive));
+        thread::Builder::new().name(name.into()).spawn(copy).map(drop)
+    };
+    start("stdout", process.stdout.take().map(|from| Box::new(from) as _), output::stdout())?;
+    start("stderr", process.stderr.take().map(|from| Box::new(from) as _), output::stderr())?;
     Ok(pumps)
 }
 

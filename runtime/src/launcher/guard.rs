@@ -40,17 +40,9 @@ impl Guard {
         Ok(Guard { process, pipe })
     }
 
-    /// `group` exists. An error means that the guard is gone: what it guarded is then left to the kernel's signal.
-    pub(super) fn add(&mut self, group: Pid) -> io::Result<()> {
-        self.tell('+', group)
-    }
-
-    /// `group` is empty. Called before its leader is waited for, so that the number cannot mean another group yet.
-    pub(super) fn remove(&mut self, group: Pid) -> io::Result<()> {
-        self.tell('-', group)
-    }
-
-    fn tell(&mut self, sign: char, group: Pid) -> io::Result<()> {
+    /// Reports that `group` exists (`+`), or is empty (`-`): before its leader is waited for, so that the number cannot mean
+    /// another group yet. An error means that the guard is gone: what it guarded is then left to the kernel's signal.
+    pub(super) fn report(&mut self, sign: char, group: Pid) -> io::Result<()> {
         match &mut self.pipe {
             // One write, shorter than a pipe's atomic 4096 bytes: the guard sees a whole line or none.
             Some(pipe) => pipe.write_all(format!("{sign}{}\n", group.as_raw_pid()).as_bytes()),

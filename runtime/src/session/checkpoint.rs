@@ -94,12 +94,11 @@ impl Session {
         let entries: Vec<Entry> = tensors.iter().map(entry).collect();
         let metadata = metadata(self.steps, self.updates, self.seed, &self.declared.values());
         let header = header(&entries, &metadata)?;
-        let written = write_whole(path, |out| {
+        let content = |out: &mut BufWriter<fs::File>| {
             out.write_all(&header)?;
             tensors.values().try_for_each(|t| out.write_all(t.as_bytes()))
-        });
-        written.map_err(|e| io(path, e))?;
-        Ok(())
+        };
+        Ok(write_whole(path, |out| content(out).map_err(|e| io(path, e)))?)
     }
 
     /// Loads what [`Session::save`] wrote, under any mesh: the next step is the one after the saved ones, and the file's seed
@@ -150,12 +149,12 @@ impl Session {
     /// optimizer state and steps stay. Where several processes run the plan, all have to call it, with the same tensors.
     ///
     /// # Errors
-    /// [`CheckpointError::Shape`] for a tensor of another shape, or [`SessionError::Disagreement`]; nothing was changed then.
+    /// [`CheckpointError::Unfit`] for a tensor of another shape, or [`SessionError::Disagreement`]; nothing was changed then.
     pub fn set_parameters(&mut self, tensors: &BTreeMap<String, HostTensor>) -> Result<(), SessionError> {
         let path = Path::new("(memory)");
         let fitting = |var| {
             let name = &self.plan.graph.tensor(var).name;
-            let missing = || CheckpointError::Missing { path: path.into(), name: name.clone() };
+            let missing = || CheckpointError::missing(path, name);
             Ok((var, self.fitting(path, var, tensors.get(name).ok_or_else(missing)?.clone())?))
         };
         let found = self.plan.graph.parameters().into_iter().map(fitting).collect::<Result<_, _>>();
@@ -198,7 +197,7 @@ impl Session {
         let mut tensors = Vec::new();
         for (var, _) in self.residents().filter(|(_, kind)| !weights_only || *kind == Kind::Parameter) {
             let name = &self.plan.graph.tensor(var).name;
-            let missing = |_| CheckpointError::Missing { path: path.into(), name: name.clone() };
+            let missing = |_| CheckpointError::missing(path, name);
             let view = file.tensor(name).map_err(missing)?;
             let values = floats(&view).ok_or_else(|| {
                 let (expected, got) = ("F32, F16 or BF16".to_string(), format!("{:?}", view.dtype()));
@@ -219,8 +218,9 @@ impl Session {
         names: impl Iterator<Item = (&'a str, Kind)>,
         weights_only: bool,
     ) -> Result<Vec<String>, CheckpointError> {
+        let unfit = |why| CheckpointError::Unfit { path: path.into(), why };
         let differs =
-            |Difference { name, saved, here }| CheckpointError::Declared { path: path.into(), name, saved, here };
+            |Difference { name, saved, here }| unfit(format!("its {name} is {saved}, and this program's is {here}"));
         let mut notes = self.declared.compare(declared, weights_only).map_err(differs)?;
         let graph = &self.plan.graph;
         let wanted = self.residents().filter(|(_, kind)| !weights_only || *kind == Kind::Parameter);
@@ -230,7 +230,12 @@ impl Session {
         if !unknown.is_empty() {
             let mut names: Vec<String> = unknown.into_iter().map(|(name, _)| name.to_owned()).collect();
             names.sort();
-            return Err(CheckpointError::Unknown { path: path.into(), names });
+            return Err(unfit(format!(
+                "the program lacks {} of its parameters, such as {}; it was saved by another model (to leave \
+                 parameters out on purpose, name them in `SessionOptions::ignoring`)",
+                names.len(),
+                names[..names.len().min(3)].join(", ")
+            )));
         }
         if !states.is_empty() {
             let count = states.len();
@@ -244,7 +249,7 @@ impl Session {
         let (info, expected) = (self.plan.graph.tensor(var), self.saved_shape(var));
         if tensor.shape != expected && tensor.shape != info.shape {
             let (expected, got) = (format!("{expected:?}"), format!("{:?}", tensor.shape));
-            return Err(CheckpointError::Shape { path: path.into(), name: info.name.clone(), expected, got }.into());
+            return Err(CheckpointError::shape(path, &info.name, &expected, &got).into());
         }
         let whole = tensor.dtype() == info.dtype && tensor.elements_held() == element_count(&info.shape);
         if !whole {
@@ -306,26 +311,29 @@ fn not_whole(path: &Path, error: &SafeTensorError) -> CheckpointError {
 }
 
 /// Writes beside `path`, syncs, and moves into place.
-pub(crate) fn write_whole<E: From<std::io::Error>>(
+///
+/// # Errors
+/// Those of `content`, or [`CheckpointError::Io`].
+pub(crate) fn write_whole(
     path: &Path,
-    content: impl FnOnce(&mut BufWriter<fs::File>) -> Result<(), E>,
-) -> Result<(), E> {
+    content: impl FnOnce(&mut BufWriter<fs::File>) -> Result<(), CheckpointError>,
+) -> Result<(), CheckpointError> {
+    let failed = |source| io(path, source);
     if path.exists() && !path.is_file() {
         // Moving a file to the place of a folder fails anyhow; to that of a device or a pipe it would not.
         let kind = std::io::ErrorKind::InvalidInput;
-        return Err(std::io::Error::new(kind, "neither a file nor a free place for one").into());
+        return Err(failed(std::io::Error::new(kind, "neither a file nor a free place for one")));
     }
     // A link stays, and what it points to is replaced.
-    let path = &path.canonicalize().unwrap_or_else(|_| path.into());
-    let mut name = path.file_name().unwrap_or_default().to_os_string();
+    let target = path.canonicalize().unwrap_or_else(|_| path.into());
+    let mut name = target.file_name().unwrap_or_default().to_os_string();
     name.push(format!(".{}.part", std::process::id()));
-    let part = path.with_file_name(name);
+    let part = target.with_file_name(name);
     let write = || {
-        let mut file = BufWriter::new(fs::File::create(&part)?);
+        let mut file = BufWriter::new(fs::File::create(&part).map_err(failed)?);
         content(&mut file)?;
-        file.flush()?;
-        file.get_ref().sync_all()?;
-        Ok(std::fs::rename(&part, path)?)
+        let synced = file.flush().and_then(|()| file.get_ref().sync_all());
+        synced.and_then(|()| fs::rename(&part, &target)).map_err(failed)
     };
     write().inspect_err(|_| drop(std::fs::remove_file(&part)))
 }

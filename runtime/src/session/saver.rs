@@ -1,5 +1,5 @@
 //! A saver for a session, on a store that it checks first: writable, large enough, and visible to all processes.
-//! Imports `session`, `checkpoint` and `files`.
+//! Imports `session`, `checkpoint`, `files` and `text`.
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -11,6 +11,7 @@ use crate::checkpoint::error::{CheckpointError, Doing};
 use crate::checkpoint::saver::{Saver, SaverOptions};
 use crate::checkpoint::store::Store;
 use crate::files::free_bytes;
+use crate::text::counted;
 
 /// A process's report: whether it could do its part.
 const GOOD: u64 = 0;
@@ -82,7 +83,10 @@ fn check_room(store: &Store, bytes: u64, keep: u64, saves_max: u64) -> Result<()
     if needed_bytes <= free_bytes {
         return Ok(());
     }
-    Err(CheckpointError::NoRoom { place: store.place().into(), free_bytes, needed_bytes, checkpoints, bytes })
+    let checkpoints = counted(checkpoints, "checkpoint");
+    let needed = format!("{needed_bytes} are needed for {checkpoints} of {bytes} bytes");
+    let why = format!("{free_bytes} bytes are free, {needed}");
+    Err(CheckpointError::NoRoom { place: store.place().into(), why })
 }
 
 fn probe(store: &Store, number: u64) -> (String, Path) {
@@ -105,6 +109,6 @@ fn sees_probe(store: &Store, number: u64) -> Result<bool, CheckpointError> {
 }
 
 fn delete_probe(store: &Store, number: u64) -> Result<(), CheckpointError> {
-    let (backend, (name, path)) = (store.operations.backend.clone(), probe(store, number));
-    store.operations.run(&name, Doing::Delete, async move { backend.delete(&path).await })
+    let (name, path) = probe(store, number);
+    store.operations.delete(&name, &path)
 }

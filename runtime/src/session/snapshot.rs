@@ -140,7 +140,7 @@ impl Session {
         TensorInfo {
             name: info.name.clone(),
             kind,
-            dtype: info.dtype.into(),
+            dtype: info.dtype,
             shape: info.shape.clone(),
             saved_shape: self.saved_shape(var),
             layout: info.layout.as_ref().map(ToString::to_string).unwrap_or_default(),
@@ -300,17 +300,16 @@ impl Session {
         let info = self.plan.graph.tensor(var);
         let (path, name) = (reader.name(), info.name.clone());
         let there = reader.find(&name);
-        let there = there.ok_or_else(|| CheckpointError::Missing { path: path.clone().into(), name: name.clone() })?;
-        let dtype: DType = there.info.dtype.into();
-        let path = path.into();
+        let there = there.ok_or_else(|| CheckpointError::missing(&path, &name))?;
+        let dtype = there.info.dtype;
         if there.info.shape != info.shape {
             let text = |dtype: DType, shape: &[usize]| format!("{dtype:?} {shape:?}");
             let (expected, got) = (text(info.dtype, &info.shape), text(dtype, &there.info.shape));
-            return Err(CheckpointError::Shape { path, name, expected, got });
+            return Err(CheckpointError::shape(path, &name, &expected, &got));
         }
         if dtype != info.dtype {
             let (expected, got) = (format!("{:?}", info.dtype), format!("{dtype:?}"));
-            return Err(CheckpointError::Dtype { path, name, expected, got });
+            return Err(CheckpointError::Dtype { path: path.into(), name, expected, got });
         }
         Ok(())
     }

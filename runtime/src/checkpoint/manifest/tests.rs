@@ -13,7 +13,7 @@ fn good() -> Manifest {
     let info = |name: &str, shape: &[usize]| TensorInfo {
         name: name.into(),
         kind: Kind::Parameter,
-        dtype: Element::F32,
+        dtype: DType::F32,
         shape: shape.to_vec(),
         saved_shape: shape.to_vec(),
         layout: "(S0)".into(),

@@ -45,16 +45,22 @@ pub fn detect(variables: &Variables) -> Result<Launch, EnvError> {
     Ok(Launch::World(world))
 }
 
+/// Variables with a process's rank, the number of processes, and the same two on its node.
+const SHARDFLOW: [&str; 4] =
+    ["SHARDFLOW_RANK", "SHARDFLOW_WORLD_SIZE", "SHARDFLOW_LOCAL_RANK", "SHARDFLOW_LOCAL_WORLD_SIZE"];
+const TORCHRUN: [&str; 4] = ["RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"];
+const MPICH: [&str; 4] = ["PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"];
+const OPENMPI: [&str; 4] =
+    ["OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"];
+
 /// Variables that show a source, the first of which stands in messages.
 fn marks(source: Source) -> &'static [&'static str] {
     match source {
-        Source::Shardflow => {
-            &["SHARDFLOW_RANK", "SHARDFLOW_WORLD_SIZE", "SHARDFLOW_LOCAL_RANK", "SHARDFLOW_LOCAL_WORLD_SIZE"]
-        }
-        Source::Torchrun => &["RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"],
-        Source::OpenMpi => &["OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"],
+        Source::Shardflow => &SHARDFLOW,
+        Source::Torchrun => &TORCHRUN,
+        Source::OpenMpi => &OPENMPI[..2],
         Source::Slurm => &["SLURM_STEP_ID"],
-        Source::Mpich => &["PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"],
+        Source::Mpich => &MPICH,
         Source::Kubernetes => &["JOB_COMPLETION_INDEX"],
     }
 }
@@ -120,11 +126,11 @@ fn parse<T: FromStr>(name: &'static str, text: &str) -> Result<T, EnvError> {
     text.parse().map_err(|_| invalid(name, text, "must be a whole number, not negative"))
 }
 
-fn invalid(variable: &'static str, value: &str, expected: &str) -> EnvError {
+pub(super) fn invalid(variable: &'static str, value: &str, expected: &str) -> EnvError {
     EnvError::Invalid { variable, value: value.into(), expected: expected.into() }
 }
 
-fn contradiction(
+pub(super) fn contradiction(
     (variable, value): (&'static str, impl Display),
     (other, other_value): (&'static str, impl Display),
     rule: &'static str,
@@ -144,28 +150,10 @@ struct Place {
 
 fn place(source: Source, vars: &Reader) -> Result<Place, EnvError> {
     match source {
-        Source::Shardflow => {
-            let names =
-                ["SHARDFLOW_RANK", "SHARDFLOW_WORLD_SIZE", "SHARDFLOW_LOCAL_RANK", "SHARDFLOW_LOCAL_WORLD_SIZE"];
-            checked_place(names, vars, vars.optional("SHARDFLOW_NODE_RANK")?)
-        }
-        Source::Torchrun => {
-            let names = ["RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"];
-            checked_place(names, vars, vars.optional("GROUP_RANK")?)
-        }
-        Source::Mpich => {
-            let names = ["PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"];
-            checked_place(names, vars, None)
-        }
-        Source::OpenMpi => {
-            let names = [
-                "OMPI_COMM_WORLD_RANK",
-                "OMPI_COMM_WORLD_SIZE",
-                "OMPI_COMM_WORLD_LOCAL_RANK",
-                "OMPI_COMM_WORLD_LOCAL_SIZE",
-            ];
-            checked_place(names, vars, None)
-        }
+        Source::Shardflow => checked_place(SHARDFLOW, vars, vars.optional("SHARDFLOW_NODE_RANK")?),
+        Source::Torchrun => checked_place(TORCHRUN, vars, vars.optional("GROUP_RANK")?),
+        Source::Mpich => checked_place(MPICH, vars, None),
+        Source::OpenMpi => checked_place(OPENMPI, vars, None),
         Source::Slurm => slurm_place(vars),
         Source::Kubernetes => kubernetes_place(vars),
     }

@@ -6,6 +6,7 @@ use std::path::PathBuf;
 
 use shardflow_actors::transport::{self, TransportError};
 
+use super::detect::{contradiction, invalid};
 use super::{EnvError, Variables, get};
 
 /// Fewest characters of a secret.
@@ -68,13 +69,10 @@ impl SecretSource {
             (None, None) => Ok(None),
             (Some(text), None) => Ok(Some(SecretSource::Text(Secret::new(text, "SHARDFLOW_SECRET")?))),
             (None, Some(path)) => Ok(Some(SecretSource::File(path.into()))),
-            (Some(_), Some(path)) => Err(EnvError::Contradiction {
-                variable: "SHARDFLOW_SECRET",
-                value: "(hidden)".into(),
-                other: "SHARDFLOW_SECRET_FILE",
-                other_value: path.into(),
-                rule: "set one of the two",
-            }),
+            (Some(_), Some(path)) => {
+                let file = ("SHARDFLOW_SECRET_FILE", path);
+                Err(contradiction(("SHARDFLOW_SECRET", "(hidden)"), file, "set one of the two"))
+            }
         }
     }
 
@@ -87,7 +85,7 @@ impl SecretSource {
             SecretSource::Text(secret) => return Ok(secret.clone()),
             SecretSource::File(path) => path,
         };
-        let error = |message: String| EnvError::SecretFile { path: path.clone(), message };
+        let error = |why: String| invalid("SHARDFLOW_SECRET_FILE", &path.display().to_string(), &why);
         let bytes = std::fs::metadata(path).map_err(|e| error(e.to_string()))?.len();
         if bytes > SECRET_BYTES_MAX {
             return Err(error(format!("holds {bytes} bytes, a secret has at most {SECRET_BYTES_MAX}")));

@@ -48,9 +48,7 @@ pub(super) fn lead(
     let seats = (1..config.processes).map(|_| None).collect();
     let own = introduction(config, advertised(config, published(config, &endpoint))?)?;
     let mut hall = Hall { own, seats, conflicts: Vec::new(), failed: None, turned_away: Vec::new() };
-    if let Err(error) = hall.gather(config, &endpoint, deadline, on_waiting) {
-        return Err(error.into());
-    }
+    hall.gather(config, &endpoint, deadline, on_waiting)?;
     if let Some((ranks, report)) = hall.failed.take() {
         let refused = hall.refuse(Verdict::Failed(report.clone()));
         let missing = hall.missing().into_iter().filter(|rank| !ranks.contains(rank)).collect();

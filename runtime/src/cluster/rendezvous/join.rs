@@ -7,12 +7,12 @@ use std::time::{Duration, Instant};
 
 use shardflow_actors::transport::wire::{self, MESSAGE_BYTES_MAX, WireError};
 use shardflow_actors::transport::{
-    Address, Endpoint, Hello, Link, Purpose, Refusal, SessionId, TransportError, connect,
+    Address, Endpoint, Hello, Link, Listen, Purpose, Refusal, SessionId, TransportError, connect,
 };
 
 use super::messages::{Answer, Call, INTRODUCTION_BYTES_MAX, Ready, Verdict};
 use super::{Introduction, RETRY, RendezvousConfig, RendezvousError, Roster, Waiting};
-use super::{advertised, endpoint, introduction};
+use super::{advertised, introduction, local_address};
 use crate::exit::Report;
 
 /// Process 0 says at the deadline who is missing; it has this much longer to say so.
@@ -25,7 +25,10 @@ pub(super) fn follow(
     deadline: Instant,
     on_waiting: &mut dyn FnMut(&Waiting),
 ) -> Result<(Roster, Endpoint), RendezvousError> {
-    let endpoint = endpoint(config, deadline)?;
+    // On TCP for other nodes, and on a Unix socket for this one.
+    let address = local_address(&config.coordinator, config.interface, config.spans_nodes, deadline)?;
+    let listen = [Listen::Tcp(address), Listen::PrivateUnix];
+    let endpoint = Endpoint::listen(config.process, config.secret.clone(), &listen, config.endpoint)?;
     let own = introduction(config, advertised(config, endpoint.addresses().to_vec())?)?;
     loop {
         let link = find(config, deadline, on_waiting)?;
@@ -112,7 +115,8 @@ fn meet(
 ) -> Result<Roster, RendezvousError> {
     let peer = || format!("rank 0 at {}", config.coordinator);
     let broken = |cause| RendezvousError::Transport(TransportError::Wire { peer: peer(), cause });
-    let unexpected = |what| RendezvousError::Unexpected { coordinator: config.coordinator.clone(), what };
+    let unexpected =
+        |what: &str| RendezvousError::Unexpected { coordinator: config.coordinator.clone(), what: what.into() };
     let hear = |deadline| wire::read_message::<Answer>(&mut link.until(deadline), MESSAGE_BYTES_MAX).map_err(broken);
 
     let begin = Instant::now();
@@ -121,17 +125,19 @@ fn meet(
     let mut roster = match hear(deadline + MARGIN) {
         Ok(Answer::Roster(roster)) => roster,
         Ok(Answer::Refused(verdict)) => return Err(RendezvousError::Refused(verdict)),
-        Ok(Answer::Start) => return Err(unexpected("a start before the roster")),
+        Ok(Answer::Start) => return Err(unexpected("sent a start before the roster")),
         Err(RendezvousError::Transport(TransportError::Wire { cause, .. })) if cause.is_timeout() => {
-            let (coordinator, waited_ms) = (config.coordinator.clone(), begin.elapsed().as_millis() as u64);
-            return Err(RendezvousError::NoAnswer { coordinator, waited_ms });
+            let waited_ms = begin.elapsed().as_millis();
+            return Err(unexpected(&format!(
+                "neither started nor gave up in {waited_ms} ms: it is frozen, or waits for ranks that start much later"
+            )));
         }
         Err(error) => return Err(error),
     };
     let in_order = (0u32..).zip(&roster.members).all(|(rank, member)| member.process == rank);
     let me = roster.members.get(config.process as usize);
     if !in_order || roster.members.len() != config.processes as usize || me != Some(&own.member) {
-        return Err(unexpected("a roster of another world"));
+        return Err(unexpected("sent a roster of another world"));
     }
     // Rank 0 lists itself as "all addresses"; this process reached it by the coordinator's name.
     let is_unspecified = |text: &str| text.parse().is_ok_and(|address: SocketAddr| address.ip().is_unspecified());
@@ -149,7 +155,7 @@ fn meet(
     match hear(deadline) {
         Ok(Answer::Start) => Ok(roster),
         Ok(Answer::Refused(verdict)) => Err(RendezvousError::Refused(verdict)),
-        Ok(Answer::Roster(_)) => Err(unexpected("a second roster")),
+        Ok(Answer::Roster(_)) => Err(unexpected("sent a second roster")),
         Err(_) => Err(RendezvousError::Refused(Verdict::Lost(roster.members[0].who()))),
     }
 }

@@ -431,23 +431,12 @@ pub enum RendezvousError {
         #[source]
         cause: io::Error,
     },
-    /// Process 0 took the introduction, and then said nothing.
-    #[error(
-        "rank 0 at {coordinator} neither started nor gave up in {waited_ms} ms: \
-         it is frozen, or waits for ranks that start much later"
-    )]
-    NoAnswer {
-        /// Where it is.
-        coordinator: Address,
-        /// Milliseconds waited.
-        waited_ms: u64,
-    },
-    /// Process 0 said something that it cannot say: a bug.
-    #[error("rank 0 at {coordinator} sent {what}")]
+    /// Process 0 took the introduction, and then did not answer in time, or with what it cannot say: a bug.
+    #[error("rank 0 at {coordinator} {what}")]
     Unexpected {
         /// Where it is.
         coordinator: Address,
-        /// What.
-        what: &'static str,
+        /// What it did.
+        what: String,
     },
 }

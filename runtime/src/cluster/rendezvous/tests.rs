@@ -4,7 +4,7 @@ use std::io::{Read, Write};
 use std::sync::mpsc::{Receiver, channel};
 use std::thread::{Scope, ScopedJoinHandle, scope};
 
-use shardflow_actors::transport::{Hello, Link, Purpose, SessionId, World, connect, wire};
+use shardflow_actors::transport::{Hello, Link, Listen, Purpose, SessionId, World, connect, wire};
 use tempfile::TempDir;
 
 use super::messages::{Answer, Call, INTRODUCTION_BYTES_MAX, Ready};
