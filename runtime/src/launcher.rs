@@ -19,7 +19,7 @@ use crate::cluster::departure::Departure;
 use crate::cluster::env::{Endpoint, Secret, SecretSource, Variables, process_variables};
 use crate::cluster::{ClusterError, ClusterOptions};
 use crate::exit::{Exit, Report, read_progress, unix_ns};
-use crate::machine::{TemporaryError, temporary_folder};
+use crate::machine::temporary_folder;
 use crate::output;
 use crate::requests::not_ignored;
 use crate::text::counted;
@@ -79,15 +79,12 @@ pub enum LaunchError {
     /// Flags that do not fit together, or no program that can be run.
     #[error("{0}")]
     Usage(String),
-    /// Several nodes without a secret, or no place to meet.
+    /// Several nodes without a secret, or no place to meet or for the launcher's files.
     #[error("{0}")]
     Refused(String),
     /// A variable, or the secret, cannot be used.
     #[error(transparent)]
     Cluster(#[from] ClusterError),
-    /// The launcher cannot make its temporary folder.
-    #[error(transparent)]
-    Temporary(#[from] TemporaryError),
     /// A file, process or thread that could not be made.
     #[error("cannot {what}: {source}")]
     Io {
@@ -103,7 +100,7 @@ impl LaunchError {
     pub fn exit(&self) -> Exit {
         match self {
             LaunchError::Usage(_) => Exit::Usage,
-            LaunchError::Refused(_) | LaunchError::Temporary(_) => Exit::Refused,
+            LaunchError::Refused(_) => Exit::Refused,
             LaunchError::Cluster(error) => error.exit(),
             LaunchError::Io { .. } => Exit::Internal,
         }
@@ -137,8 +134,6 @@ struct Job<'a> {
     guard: Guard,
     /// The exit codes that attempts so far ended with.
     causes: Vec<u8>,
-    /// A signal has asked the launcher to end.
-    is_asked_to_end: bool,
     /// How to reach the other nodes, if there are any.
     departure: Option<Departure>,
     /// The second is disconnected once all failures were reported there, by threads that hold the first.
@@ -156,13 +151,12 @@ struct Job<'a> {
 pub fn launch(options: &LaunchOptions) -> Result<Exit, LaunchError> {
     let departure = departure(options);
     let launched = Job::prepare(options, departure.clone()).and_then(|mut job| {
-        let exit = supervise(&mut job);
-        if job.is_asked_to_end {
-            output::finish(Some(LAST_OUTPUT));
-        } else {
-            wait_for_the_reader(&job.events.1);
+        let ended = supervise(&mut job);
+        match ended {
+            Ok((_, Some(_))) => output::finish(Some(LAST_OUTPUT)),
+            _ => wait_for_the_reader(&job.events.1),
         }
-        exit
+        ended.map(|(exit, _)| exit)
     });
     launched.inspect_err(|error| report(options, departure, error.exit(), error.to_string()))
 }
@@ -217,22 +211,22 @@ fn wait_unless_asked(done: &Receiver<()>, events: &Receiver<Event>) {
     }
 }
 
-/// Starts the processes, again after failures that are worth it, until they have ended for good.
-fn supervise(job: &mut Job) -> Result<Exit, LaunchError> {
+/// Starts the processes, again after failures that are worth it, until they have ended for good. Gives also the signal by which
+/// somebody asked for it.
+fn supervise(job: &mut Job) -> Result<(Exit, Option<u8>), LaunchError> {
     let options = job.options;
     let mut restarts = Restarts::new(options.restarts_max);
     loop {
         let outcome = attempt::run(job, restarts.made, restarts.pause(options.restart_wait))?;
         outcome.show_errors();
         if let Some(signal) = outcome.asked {
-            job.is_asked_to_end = true;
             let (exit, failed) = exit_when_asked(&outcome.ended, signal);
             if let Some(failed) = failed {
                 output::stderr().line(&format!("error: {}", outcome.describe(failed)));
             }
-            return Ok(exit);
+            return Ok((exit, outcome.asked));
         }
-        let Some(cause) = first_cause(&outcome.ended) else { return Ok(Exit::Done) };
+        let Some(cause) = first_cause(&outcome.ended) else { return Ok((Exit::Done, None)) };
         let verdict = if outcome.abandoned || cause.ended_on_request() {
             // What cannot be killed still holds the node's devices and files; a node that is taken away runs nothing.
             Verdict::NotWorthIt
@@ -264,7 +258,7 @@ fn supervise(job: &mut Job) -> Result<Exit, LaunchError> {
         }
         output::stderr().line(&format!("error: {}", outcome.describe(cause)));
         job.wait_for_reports();
-        return Ok(cause.exit);
+        return Ok((cause.exit, None));
     }
 }
 
@@ -298,24 +292,11 @@ impl<'a> Job<'a> {
             // Seconds, so that logs sort by time, and some letters, so that two jobs of one second differ.
             None => format!("{}-{}", unix_ns() / 1_000_000_000, &random_secret()?.text()[..6]),
         };
-        let folder = temporary_folder(FOLDER_PREFIX)?;
+        let folder = temporary_folder(FOLDER_PREFIX).map_err(|error| LaunchError::Refused(error.to_string()))?;
         let guard = Guard::start(&options.helper, folder.path()).map_err(LaunchError::io("start the guard"))?;
         let began_ms = unix_ns() / 1_000_000;
-        let (causes, is_asked_to_end, reports) = (Vec::new(), false, crossbeam_channel::bounded(0));
-        Ok(Job {
-            options,
-            program,
-            run_id,
-            began_ms,
-            secret,
-            folder,
-            events,
-            guard,
-            causes,
-            is_asked_to_end,
-            departure,
-            reports,
-        })
+        let (causes, reports) = (Vec::new(), crossbeam_channel::bounded(0));
+        Ok(Job { options, program, run_id, began_ms, secret, folder, events, guard, causes, departure, reports })
     }
 
     /// Reports to the other nodes, on a thread of its own, that a process ended before it joined, if that is for all.
@@ -393,9 +374,7 @@ fn check(options: &LaunchOptions) -> Result<(), LaunchError> {
 fn find_program(options: &LaunchOptions) -> Result<PathBuf, LaunchError> {
     let program = PathBuf::from(&options.program);
     if let Some(flag) = options.program.to_str().filter(|name| name.starts_with('-')) {
-        return Err(LaunchError::Usage {
-            what: format!("unexpected argument '{flag}'; see `shardflow launch --help`"),
-        });
+        return Err(LaunchError::Usage(format!("unexpected argument '{flag}'; see `shardflow launch --help`")));
     }
     let runnable =
         |path: &PathBuf| fs::metadata(path).is_ok_and(|m| m.is_file() && m.permissions().mode() & 0o111 != 0);

@@ -17,7 +17,7 @@ use super::logs::{Log, pump};
 use super::{Event, Job, LaunchError, guard};
 use crate::cluster::env::Endpoint;
 use crate::exit::{ERROR_FILE, Exit, PROGRESS_FILE, Report, unix_ns};
-use crate::output::{self, Output};
+use crate::output::{self, OutputQueue};
 use crate::requests::signal_mask;
 
 /// What all processes of an attempt share.
@@ -64,8 +64,7 @@ impl Child {
         let rank = options.node * options.local_processes + local;
         let folder = options.log_dir.join(&job.run_id).join(format!("attempt-{}", meeting.attempt));
         let log = Log::open(&folder, rank).map_err(|error| {
-            let what = format!("--log-dir: cannot write a log in {}: {error}", folder.display());
-            LaunchError::Usage { what }
+            LaunchError::Usage(format!("--log-dir: cannot write a log in {}: {error}", folder.display()))
         })?;
         let error_file = job.folder.path().join(format!("error-{}-{rank}.json", meeting.attempt));
         let mut command = guard::child_command(&options.helper, &job.program, &options.args);
@@ -131,7 +130,7 @@ impl Child {
 /// Copies what the process writes to its log and the screen, where it writes to pipes.
 fn start_pumps(process: &mut Process, log: &Log) -> io::Result<Receiver<()>> {
     let (alive, pumps) = crossbeam_channel::bounded(0);
-    let start = |name: &str, from: Option<Box<dyn Read + Send>>, screen: &'static Output| -> io::Result<()> {
+    let start = |name: &str, from: Option<Box<dyn Read + Send>>, screen: &'static OutputQueue| -> io::Result<()> {
         let Some(from) = from else { return Ok(()) };
         let (file, alive) = (log.file.try_clone()?, alive.clone());
         let copy = move || (pump(from, file, screen), drop(alive));

@@ -46,7 +46,10 @@ pub(super) fn lead(
 ) -> Result<(Roster, Endpoint), RendezvousError> {
     let endpoint = listen(config, deadline)?;
     let seats = (1..config.processes).map(|_| None).collect();
-    let own = introduction(config, advertised(config, published(config, &endpoint))?)?;
+    // Others reach process 0 by the name that they know, not by the address that it stands for here.
+    let others = endpoint.addresses().iter().skip(1).cloned();
+    let published = std::iter::once(config.coordinator.clone()).chain(others).collect();
+    let own = introduction(config, advertised(config, published)?)?;
     let mut hall = Hall { own, seats, conflicts: Vec::new(), failed: None, turned_away: Vec::new() };
     hall.gather(config, &endpoint, deadline, on_waiting)?;
     if let Some((ranks, report)) = hall.failed.take() {
@@ -170,12 +173,6 @@ fn occupied(config: &RendezvousConfig, error: TransportError) -> RendezvousError
         Err(refused @ (RendezvousError::Refused(_) | RendezvousError::Late { .. })) => refused,
         _ => error.into(),
     }
-}
-
-/// Where others reach process 0: by the name that they know, not by the address that it stands for here.
-fn published(config: &RendezvousConfig, endpoint: &Endpoint) -> Vec<Address> {
-    let others = endpoint.addresses().iter().skip(1).cloned();
-    std::iter::once(config.coordinator.clone()).chain(others).collect()
 }
 
 impl Hall {
