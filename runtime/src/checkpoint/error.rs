@@ -139,6 +139,8 @@ pub enum CheckpointError {
     NoRoom {
         /// The store.
         place: String,
+        /// Checkpoints to be written, beyond the existing ones, at most at once.
+        checkpoints: u64,
         /// How much is free, and how much is needed.
         why: String,
     },

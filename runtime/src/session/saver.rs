@@ -83,10 +83,9 @@ fn check_room(store: &Store, bytes: u64, keep: u64, saves_max: u64) -> Result<()
     if needed_bytes <= free_bytes {
         return Ok(());
     }
-    let checkpoints = counted(checkpoints, "checkpoint");
-    let needed = format!("{needed_bytes} are needed for {checkpoints} of {bytes} bytes");
+    let needed = format!("{needed_bytes} are needed for {} of {bytes} bytes", counted(checkpoints, "checkpoint"));
     let why = format!("{free_bytes} bytes are free, {needed}");
-    Err(CheckpointError::NoRoom { place: store.place().into(), why })
+    Err(CheckpointError::NoRoom { place: store.place().into(), checkpoints, why })
 }
 
 fn probe(store: &Store, number: u64) -> (String, Path) {
