@@ -332,13 +332,7 @@ mod tests {
         ] {
             assert!(hint(&error).contains(expected), "{error}: {}", hint(&error));
         }
-        let room = |checkpoints| CheckpointError::NoRoom {
-            place: "x".into(),
-            free_bytes: 1,
-            needed_bytes: 2,
-            checkpoints,
-            bytes: 2,
-        };
+        let room = |checkpoints| CheckpointError::NoRoom { place: "x".into(), checkpoints, why: String::new() };
         assert!(hint(&room(2)).contains("--checkpoint-keep") && !hint(&room(1)).contains("--checkpoint-keep"));
         // Of an unknown cause there is no hint.
         assert_eq!(hint(&io(ErrorKind::Other)), "");
