@@ -379,8 +379,8 @@ fn a_process_knows_itself() {
         let found = local_address(coordinator, interface, true, Instant::now());
         found.map(|address| address.to_string()).map_err(|error| error.to_string())
     };
-    let told = local(&Address::Tcp("no-such-host.invalid:5".into()), None).unwrap_err();
-    assert!(told.starts_with("no way from here to no-such-host.invalid:5"), "{told}");
+    let error = local(&Address::Tcp("no-such-host.invalid:5".into()), None).unwrap_err();
+    assert!(error.starts_with("no way from here to no-such-host.invalid:5"), "{error}");
     assert_eq!(local(&tcp(), None), loopback);
     assert_eq!(local(&unix().1, None), loopback);
     let elsewhere = "10.1.2.3:0".to_string();
