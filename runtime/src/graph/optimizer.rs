@@ -4,7 +4,7 @@
 //!
 //! Finite gradients can still make a parameter or a moment infinite: AdamW squares them. The host decides on the update, and it
 //! knows the gradients' norm `g`, the learning rate and nothing of single elements. So it carries, from step to step, a bound of
-//! the magnitude of all parameters `p` and of each moment ([`Bounds`]), and calls the update off where a bound passes the largest
+//! the magnitude of all parameters `p` and of each moment (`Bounds`), and calls the update off where a bound passes the largest
 //! float. Sound, because no element is above its bound; cheap, because a step costs the host a dozen operations.
 //!
 //! An element's gradient, after clipping, is at most `G = min(g, max_norm)`. From `m' = b1 m + (1 - b1) x`,
@@ -18,7 +18,7 @@
 //!   is at most `Q'` and at most `M' / eps`. Hence `P' = P max(1, |1 - lr decay|) + s min(Q', M' / eps)`, if `s M'` is a float
 //!   itself; tensors without decay keep the 1.
 //!
-//! Rounding: [`ROUNDING`] is far above the rounding of the few operations of a step. Floats that are too small count as 0: a square
+//! Rounding: `ROUNDING` is far above the rounding of the few operations of a step. Floats that are too small count as 0: a square
 //! below `2^-150` loses up to `2^-148 / (1 - b2)` of `v`, which moves the bound of the quotient to `Q' max(1, t / eps)`,
 //! `t = 2^-74 / sqrt(1 - b2)`.
 
