@@ -210,9 +210,6 @@ impl ClusterOptions {
         let transport = read(variables, TRANSPORT, "auto, shared-memory, unix or tcp", Transport::parse)?;
         options.transport = transport.unwrap_or_default();
         options.collectives = read(variables, COLLECTIVES, "own or mpi", Collectives::parse)?.unwrap_or_default();
-        if options.collectives == Collectives::Mpi && cfg!(not(feature = "mpi")) {
-            return Err(by_mpi::not_built());
-        }
         options.interface = read(variables, INTERFACE, "an IP address, such as 10.0.0.1 or fe80::1%eth0", parse_ip)?;
         let advertise =
             read(variables, ADVERTISE, "a host name or an IP address, without a port", AdvertisedHost::parse)?;
@@ -295,6 +292,9 @@ impl Cluster {
     pub fn from_env() -> Result<Self, ClusterError> {
         let variables = env::process_variables();
         let options = ClusterOptions::read(&variables)?;
+        if options.collectives == Collectives::Mpi && cfg!(not(feature = "mpi")) {
+            return Err(by_mpi::not_built());
+        }
         let launch = env::detect(&variables)?;
         let causes = variables.get(RESTART_CAUSES).map_or("", |text| text.as_str());
         // For metrics only: what makes no sense is left out.
