@@ -202,8 +202,8 @@ impl Requests {
         state.pending
     }
 
-    /// All processes have agreed on `request`. A pending request for a checkpoint is thereby handled; a request to end stays, on
-    /// every process.
+    /// All processes have agreed on `request`. It handles a pending request for a checkpoint, also one that arrived during the
+    /// step: the save that follows holds the newest state. A request to end stays, on every process.
     pub(crate) fn agreed(&self, request: Request) {
         let mut state = self.lock();
         match request {
