@@ -10,9 +10,9 @@ use criterion::{Criterion, criterion_group, criterion_main};
 use crossbeam_channel::{Sender, bounded};
 use ractor::{Actor, ActorProcessingErr, ActorRef};
 use shardflow_actors::builder::Builder;
-use shardflow_actors::protocol::{Effect, Event, Protocol};
+use shardflow_actors::protocol::{Effect, Protocol, ProtocolEvent};
 use shardflow_actors::remote::Peers;
-use shardflow_actors::shell::{ActionProgram, Hosted, Loaded, RegisterMemory, start};
+use shardflow_actors::shell::{ActionProgram, ActorHost, LoadedPlan, RegisterMemory, start};
 use shardflow_actors::spec::{ActorId, Firing, RegisterId, Spec};
 use shardflow_actors::watchdog::WatchdogOptions;
 use shardflow_kernels::collective::Collective;
@@ -34,12 +34,12 @@ fn spec() -> Arc<Spec> {
 /// Runs `pieces` pieces through both protocols, every launch ending at once.
 fn protocol_only(protocols: &mut [Protocol; 2], pieces: u32) {
     let (mut effects, mut queue) = (Vec::new(), VecDeque::new());
-    queue.push_back((PING, Event::Token { action: 0, count: pieces }));
+    queue.push_back((PING, ProtocolEvent::Token { action: 0, count: pieces }));
     while let Some((actor, event)) = queue.pop_front() {
         protocols[actor.0 as usize].handle(event, &mut effects).expect("correct peers");
         queue.extend(effects.drain(..).map(|effect| match effect {
-            Effect::Launch { action, .. } => (actor, Event::Done { action }),
-            Effect::Send { to, message } => (to, Event::Message(message)),
+            Effect::Launch { action, .. } => (actor, ProtocolEvent::Done { action }),
+            Effect::Send { to, message } => (to, ProtocolEvent::Message(message)),
         }));
     }
 }
@@ -48,7 +48,7 @@ enum Cast {
     Connect(ActorRef<Cast>, Sender<()>),
     /// A bare counter, sent to and fro.
     Count(u64),
-    Event(Event),
+    Event(ProtocolEvent),
 }
 
 impl ractor::Message for Cast {}
@@ -83,7 +83,7 @@ impl Actor for Peer {
             Cast::Count(left) => other.cast(Cast::Count(left - 1))?,
             Cast::Connect(..) => {}
             Cast::Event(mut event) => loop {
-                if let Event::Token { count, .. } = event {
+                if let ProtocolEvent::Token { count, .. } = event {
                     state.until += u64::from(count);
                 }
                 state.protocol.handle(event, &mut state.effects)?;
@@ -91,7 +91,7 @@ impl Actor for Peer {
                 for effect in state.effects.drain(..) {
                     match effect {
                         Effect::Launch { action, .. } => launched = Some(action),
-                        Effect::Send { message, .. } => other.cast(Cast::Event(Event::Message(message)))?,
+                        Effect::Send { message, .. } => other.cast(Cast::Event(ProtocolEvent::Message(message)))?,
                     }
                 }
                 // A launch ends at once, so that only the hop is measured.
@@ -102,7 +102,7 @@ impl Actor for Peer {
                     }
                     return Ok(());
                 };
-                event = Event::Done { action };
+                event = ProtocolEvent::Done { action };
             },
         }
         Ok(())
@@ -120,7 +120,7 @@ fn peers() -> (ActorRef<Cast>, crossbeam_channel::Receiver<()>) {
             let (mut refs, mut ends) = (Vec::new(), Vec::new());
             for actor in 0..2 {
                 let mut protocol = Protocol::new(&spec, ActorId(actor));
-                protocol.handle(Event::Start, &mut Vec::new()).expect("starts");
+                protocol.handle(ProtocolEvent::Start, &mut Vec::new()).expect("starts");
                 let state = PeerState { protocol, effects: Vec::new(), other: None, until: 0 };
                 let (peer, end) = Actor::spawn(None, Peer, state).await.expect("spawns");
                 refs.push(peer);
@@ -146,7 +146,7 @@ fn hops(c: &mut Criterion) {
         let spec = spec();
         let mut protocols = [0, 1].map(|a| Protocol::new(&spec, ActorId(a)));
         for protocol in &mut protocols {
-            protocol.handle(Event::Start, &mut Vec::new()).expect("starts");
+            protocol.handle(ProtocolEvent::Start, &mut Vec::new()).expect("starts");
         }
         // Two messages a piece.
         b.iter_custom(|n| {
@@ -168,7 +168,7 @@ fn hops(c: &mut Criterion) {
         b.iter_custom(|n| {
             let count = n.div_ceil(2) as u32;
             let start = Instant::now();
-            ping.cast(Cast::Event(Event::Token { action: 0, count })).expect("lives");
+            ping.cast(Cast::Event(ProtocolEvent::Token { action: 0, count })).expect("lives");
             finished.recv().expect("lives");
             start.elapsed()
         });
@@ -183,8 +183,8 @@ fn firing(b: &mut criterion::Bencher<'_>) {
     let device = Device::cpu(0, 1, engine.clone());
     let empty = || vec![ActionProgram { program: Arc::default(), bases: Vec::new() }];
     let arena = device.arena(64).expect("64 bytes");
-    let hosted = |name| Hosted { stream: device.stream(name, 1).expect("a thread"), programs: empty() };
-    let loaded = Loaded {
+    let hosted = |name| ActorHost { stream: device.stream(name, 1).expect("a thread"), programs: empty() };
+    let loaded = LoadedPlan {
         spec: spec(),
         hosted: [(PING, hosted("ping")), (ActorId(1), hosted("pong"))].into(),
         memory: [(RegisterId(0), RegisterMemory { base: Base { arena, offset: 0 }, stride: 4 })].into(),

@@ -1,7 +1,8 @@
-//! Builds a [`Spec`] piece by piece, keeping readers and ports in step. Imports `spec`.
+//! Builds a [`Spec`] piece by piece, keeping readers and ports in step.
 
 use crate::spec::{
-    ActionSpec, ActorId, ActorSpec, Firing, InputSpec, OutputSpec, Reader, RegisterId, RegisterSpec, Spec, StreamKind,
+    ActionSpec, ActorId, ActorSpec, Firing, InputSpec, OutputSpec, RegisterId, RegisterReader, RegisterSpec, Spec,
+    StreamKind,
 };
 
 /// A plan under construction. An action is named by a [`Reader`]: its actor and its index.
@@ -27,7 +28,7 @@ impl Builder {
     ///
     /// # Panics
     /// When the actor is not of this builder, as all methods below do for their ids.
-    pub fn action(&mut self, actor: ActorId, name: impl Into<String>, per_step: u32) -> Reader {
+    pub fn action(&mut self, actor: ActorId, name: impl Into<String>, per_step: u32) -> RegisterReader {
         let actions = &mut self.spec.actors[actor.0 as usize].actions;
         actions.push(ActionSpec {
             name: name.into(),
@@ -39,11 +40,11 @@ impl Builder {
             gangs: Vec::new(),
             groups: Vec::new(),
         });
-        Reader { actor, action: actions.len() as u32 - 1 }
+        RegisterReader { actor, action: actions.len() as u32 - 1 }
     }
 
     /// An action that takes tokens of the host.
-    pub fn external(&mut self, actor: ActorId, name: impl Into<String>, per_step: u32) -> Reader {
+    pub fn external(&mut self, actor: ActorId, name: impl Into<String>, per_step: u32) -> RegisterReader {
         let action = self.action(actor, name, per_step);
         self.action_mut(action).external = true;
         action
@@ -54,7 +55,7 @@ impl Builder {
         &mut self,
         name: impl Into<String>,
         slots: u32,
-        writer: Reader,
+        writer: RegisterReader,
         firings_per_piece: u32,
     ) -> RegisterId {
         let register = RegisterId(self.spec.registers.len() as u32);
@@ -66,20 +67,26 @@ impl Builder {
     }
 
     /// Adds a reader.
-    pub fn read(&mut self, register: RegisterId, reader: Reader, firings_per_piece: u32) {
+    pub fn read(&mut self, register: RegisterId, reader: RegisterReader, firings_per_piece: u32) {
         self.spec.registers[register.0 as usize].readers.push(reader);
         self.action_mut(reader).inputs.push(InputSpec { register, firings_per_piece });
     }
 
     /// An ordinary edge: `slots` slots, a piece for each firing, one reader.
-    pub fn edge(&mut self, name: impl Into<String>, slots: u32, writer: Reader, reader: Reader) -> RegisterId {
+    pub fn edge(
+        &mut self,
+        name: impl Into<String>,
+        slots: u32,
+        writer: RegisterReader,
+        reader: RegisterReader,
+    ) -> RegisterId {
         let register = self.register(name, slots, writer, 1);
         self.read(register, reader, 1);
         register
     }
 
     /// The action, to change it further.
-    pub fn action_mut(&mut self, action: Reader) -> &mut ActionSpec {
+    pub fn action_mut(&mut self, action: RegisterReader) -> &mut ActionSpec {
         &mut self.spec.actors[action.actor.0 as usize].actions[action.action as usize]
     }
 
@@ -97,7 +104,7 @@ impl Builder {
     pub fn early(&mut self, register: RegisterId) {
         if let Some((action, port)) = self.spec.writer(register) {
             let actor = self.spec.registers[register.0 as usize].producer;
-            self.action_mut(Reader { actor, action }).outputs[port as usize].early = true;
+            self.action_mut(RegisterReader { actor, action }).outputs[port as usize].early = true;
         }
     }
 

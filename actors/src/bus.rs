@@ -1,4 +1,4 @@
-//! Who is where: from an actor's id to its mailbox, or to the peer that hosts it. Imports `message`, `spec`, `remote` and ractor.
+//! Who is where: from an actor's id to its mailbox, or to the peer that hosts it.
 //!
 //! Mailboxes of ractor have no bound, so the bus counts what lies in each and compares it with what credits allow: one
 //! entry for each slot of each input (CR-3), one for each slot and reader of each output, and those of one firing.
@@ -7,11 +7,11 @@ use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use ractor::ActorRef;
-use shardflow_kernels::clock::Clock;
+use shardflow_kernels::clock::RaceClock;
 
 use crate::error::ProtocolError;
 use crate::message::{Cast, Mail};
-use crate::protocol::Event;
+use crate::protocol::ProtocolEvent;
 use crate::remote::Remote;
 use crate::spec::{ActorId, Spec};
 
@@ -69,14 +69,14 @@ impl Bus {
         }
         let Some(actor) = self.refs.get().and_then(|r| r.get(to.0 as usize)?.as_ref()) else {
             return match cast {
-                Cast::Event(Event::Message(message)) => self.remote.send(to, message),
+                Cast::Event(ProtocolEvent::Message(message)) => self.remote.send(to, message),
                 _ => false,
             };
         };
         if counted(&cast) {
             self.boxes[to.0 as usize].entries.fetch_add(1, Ordering::Relaxed);
         }
-        actor.cast(Mail { cast, clock: Clock::capture() }).is_ok()
+        actor.cast(Mail { cast, clock: RaceClock::capture() }).is_ok()
     }
 
     /// From now on messages suffer this; once.
@@ -87,7 +87,7 @@ impl Bus {
 
     #[cfg(test)]
     fn is_lost(&self, cast: &Cast) -> bool {
-        let Cast::Event(Event::Message(message)) = cast else { return false };
+        let Cast::Event(ProtocolEvent::Message(message)) = cast else { return false };
         self.fault.get().is_some_and(|fault| fault.apply(0, *message).is_empty())
     }
 
@@ -125,7 +125,7 @@ impl Bus {
 /// What the host sends comes at the host's own pace and is not bounded by credits.
 fn counted(cast: &Cast) -> bool {
     match cast {
-        Cast::Event(Event::Token { .. } | Event::Start) | Cast::Snapshot(_) => false,
+        Cast::Event(ProtocolEvent::Token { .. } | ProtocolEvent::Start) | Cast::Snapshot(_) => false,
         Cast::Event(_) | Cast::Failed(_) => true,
         #[cfg(test)]
         Cast::Panic => false,

@@ -1,5 +1,5 @@
 //! Do the parts of a plan fit together: ids, writers, readers, rates, ordered lists. That it cannot get stuck is shown by
-//! `simulate`. Imports `spec` and `error`.
+//! `simulate`.
 
 use crate::error::SpecError;
 use crate::spec::{ActorId, Firing, RegisterId, Spec};
@@ -60,7 +60,7 @@ fn actor(spec: &Spec, id: ActorId) -> Result<(), SpecError> {
         for input in &action.inputs {
             let register = known_register(spec, input.register, &name())?;
             pieces(&name(), &register.name, action.per_step, input.firings_per_piece)?;
-            let here = |r: &&crate::spec::Reader| r.actor == id && r.action as usize == index;
+            let here = |r: &&crate::spec::RegisterReader| r.actor == id && r.action as usize == index;
             let listed = register.readers.iter().filter(here).count();
             if listed != 1 {
                 let ports = action.inputs.iter().filter(|i| i.register == input.register).count();
@@ -183,7 +183,7 @@ mod tests {
     use super::*;
     use crate::builder::Builder;
     use crate::simulate::plans;
-    use crate::spec::Reader;
+    use crate::spec::RegisterReader;
 
     type Change = fn(&mut Spec);
 
@@ -204,10 +204,10 @@ mod tests {
     fn parts_that_do_not_fit_are_refused() {
         let faults: [(&str, Change); 11] = [
             ("the decision: no actor has index 9", |s| {
-                s.decision.sees.push(Reader { actor: ActorId(9), action: 0 });
+                s.decision.sees.push(RegisterReader { actor: ActorId(9), action: 0 });
             }),
             ("the decision, host: no action has index 9", |s| {
-                s.decision.gives.push(Reader { actor: ActorId(0), action: 9 });
+                s.decision.gives.push(RegisterReader { actor: ActorId(0), action: 9 });
             }),
             ("register 'batch': slots is 0, at least 1 is needed", |s| s.registers[0].slots = 0),
             ("register 'batch': no actor has index 9", |s| s.registers[0].producer = ActorId(9)),

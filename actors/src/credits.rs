@@ -1,4 +1,4 @@
-//! How many slots registers need for a pipeline to run at full speed. Pure arithmetic; imports nothing.
+//! How many slots registers need for a pipeline to run at full speed. Pure arithmetic.
 
 /// Slots of the stash of stage `stage` of `stages` in one-forward-one-backward: the least with which every stage is busy all
 /// the time in the steady state. Durations are in the same unit.

@@ -1,4 +1,4 @@
-//! The errors of this crate. Imports `spec` (ids), `transport::frame`'s error and `kernels::error`.
+//! The errors of this crate.
 
 use shardflow_kernels::error::KernelError;
 

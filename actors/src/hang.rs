@@ -1,5 +1,5 @@
 //! Why nothing moves: from an action with firings left to what everything waits for in the end. Pure: it looks at what actors
-//! show of themselves, live or simulated. Imports `spec`, `protocol`'s reasons and `snapshot`.
+//! show of themselves, live or simulated.
 //!
 //! Piece numbers tell what was lost: a reader that waits for a piece which its producer has published never heard of it, and a
 //! producer that waits for a slot which its reader has released never heard of that.
@@ -7,9 +7,9 @@
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::{fmt, iter};
 
-use crate::protocol::{Missing, Waiting};
+use crate::protocol::{ActorWaits, Missing};
 use crate::snapshot::ActorSnapshot;
-use crate::spec::{ActorId, Reader, RegisterId, Spec};
+use crate::spec::{ActorId, RegisterId, RegisterReader, Spec};
 
 /// Roots of the same kind that a text names; a stuck device has a few.
 const NAMED_MAX: usize = 4;
@@ -25,7 +25,7 @@ pub struct Hang {
     /// More of the same kind, of which each may be the cause.
     pub also: Vec<Root>,
     /// From an action that has not fired enough to the root. In a cycle each waits for the next, and the last for the first.
-    pub chain: Vec<Link>,
+    pub chain: Vec<WaitingAction>,
     text: String,
 }
 
@@ -39,7 +39,7 @@ pub enum Root {
         /// Number of the piece.
         piece: u64,
         /// Who did not hear.
-        reader: Reader,
+        reader: RegisterReader,
     },
     /// The reader has released a piece, and the register's producer never heard of it.
     Unreturned {
@@ -48,12 +48,12 @@ pub enum Root {
         /// Number of the piece.
         piece: u64,
         /// Who released it.
-        reader: Reader,
+        reader: RegisterReader,
     },
     /// A firing that has not ended though it waits for nobody: its kernels, its stream or its device.
-    Firing(Reader),
+    Firing(RegisterReader),
     /// The same, but all members of a collective in it have begun, and which of them is late is not known.
-    Collective(Reader),
+    Collective(RegisterReader),
     /// The actor does not answer.
     Silent(ActorId),
     /// Another process.
@@ -66,7 +66,7 @@ pub enum Root {
     /// Actions that wait for each other.
     Cycle,
     /// A token that the host has not given.
-    Token(Reader),
+    Token(RegisterReader),
 }
 
 impl Root {
@@ -93,7 +93,7 @@ impl Root {
     }
 
     fn describe(&self, spec: &Spec) -> String {
-        let name = |at: &Reader| spec.action_name(at.actor, at.action);
+        let name = |at: &RegisterReader| spec.action_name(at.actor, at.action);
         match self {
             Self::Unheard { register, piece, reader } => {
                 let register = spec.register_name(*register);
@@ -123,16 +123,16 @@ impl Root {
 
 /// One action that waits.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Link {
+pub struct WaitingAction {
     /// Who waits.
-    pub action: Reader,
+    pub action: RegisterReader,
     /// For what.
-    pub wait: Wait,
+    pub wait: WaitReason,
 }
 
 /// What an action waits for.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Wait {
+pub enum WaitReason {
     /// Something of the protocol.
     Missing(Missing),
     /// In flight: another member of a group has not begun, or not come as far.
@@ -149,14 +149,14 @@ pub enum Wait {
     },
 }
 
-impl Wait {
+impl WaitReason {
     fn describe(&self, spec: &Spec, actor: ActorId) -> String {
         match self {
-            Wait::Missing(missing) => missing.describe(spec, actor),
-            Wait::Gang { group, member } => {
+            WaitReason::Missing(missing) => missing.describe(spec, actor),
+            WaitReason::Gang { group, member } => {
                 format!("{} to join group {group}", spec.actors[member.0 as usize].name)
             }
-            Wait::Busy { action } => format!("{}, which is in flight", spec.action_name(actor, *action)),
+            WaitReason::Busy { action } => format!("{}, which is in flight", spec.action_name(actor, *action)),
         }
     }
 }
@@ -169,8 +169,8 @@ impl Hang {
 
     /// The chain in words: who waits, and for what.
     pub fn steps(&self, spec: &Spec) -> Vec<(String, String)> {
-        let words = |link: &Link| {
-            let Link { action, wait } = link;
+        let words = |link: &WaitingAction| {
+            let WaitingAction { action, wait } = link;
             (spec.action_name(action.actor, action.action), wait.describe(spec, action.actor))
         };
         self.chain.iter().map(words).collect()
@@ -196,7 +196,7 @@ impl fmt::Display for Hang {
 
 /// What is looked at.
 #[derive(Clone, Copy)]
-pub struct Scene<'a> {
+pub struct HangSnapshot<'a> {
     /// The plan.
     pub spec: &'a Spec,
     /// States of this process's actors, taken while nothing moved.
@@ -214,7 +214,7 @@ pub struct Scene<'a> {
 }
 
 /// Why nothing moves in these steps, counted from the start; `None` when no action has firings left.
-pub fn explain(scene: Scene<'_>, steps: u64) -> Option<Hang> {
+pub fn explain(scene: HangSnapshot<'_>, steps: u64) -> Option<Hang> {
     let mut search = Search::new(scene, steps);
     let spec = scene.spec;
     let mut first: Option<Hang> = None;
@@ -258,8 +258,8 @@ pub(crate) fn pipes(spec: &Spec, waits: &[CollectiveWait]) -> Vec<String> {
     carries.map(text).collect()
 }
 
-fn sentences(spec: &Spec, links: &[Link]) -> String {
-    let sentence = |link: &Link| {
+fn sentences(spec: &Spec, links: &[WaitingAction]) -> String {
+    let sentence = |link: &WaitingAction| {
         let name = spec.action_name(link.action.actor, link.action.action);
         format!("{name} waits for {}", link.wait.describe(spec, link.action.actor))
     };
@@ -268,44 +268,44 @@ fn sentences(spec: &Spec, links: &[Link]) -> String {
 
 /// What ends a wait.
 enum Next {
-    Action(Reader),
+    Action(RegisterReader),
     Root(Root),
 }
 
 /// Depth-first over the actions; none is visited twice.
 struct Search<'a> {
-    scene: Scene<'a>,
+    scene: HangSnapshot<'a>,
     /// That the host has begun, from the start.
     steps: u64,
     snapshots: BTreeMap<ActorId, &'a ActorSnapshot>,
-    seen: HashSet<Reader>,
+    seen: HashSet<RegisterReader>,
     /// From where the search began: each action, and the waits that are left to follow.
-    path: Vec<(Link, std::vec::IntoIter<(Wait, Next)>)>,
+    path: Vec<(WaitingAction, std::vec::IntoIter<(WaitReason, Next)>)>,
 }
 
 impl<'a> Search<'a> {
-    fn new(scene: Scene<'a>, steps: u64) -> Self {
+    fn new(scene: HangSnapshot<'a>, steps: u64) -> Self {
         let snapshots = scene.snapshots.iter().map(|s| (s.actor, s)).collect();
         Self { scene, steps, snapshots, seen: HashSet::new(), path: Vec::new() }
     }
 
     /// Actions of this process with firings left, as far as is known here.
-    fn unfinished(&self) -> Vec<Reader> {
+    fn unfinished(&self) -> Vec<RegisterReader> {
         let actors = self.scene.spec.actors.iter().zip(0..).map(|(actor, a)| (ActorId(a), actor.actions.len() as u32));
         let here = actors.filter(|(actor, _)| (self.scene.process_of)(*actor).is_none());
-        let all = here.flat_map(|(actor, actions)| (0..actions).map(move |action| Reader { actor, action }));
+        let all = here.flat_map(|(actor, actions)| (0..actions).map(move |action| RegisterReader { actor, action }));
         all.filter(|at| self.is_unfinished(at)).collect()
     }
 
     /// Of an actor that does not answer, and of other processes', nobody here knows.
-    fn is_unfinished(&self, at: &Reader) -> bool {
+    fn is_unfinished(&self, at: &RegisterReader) -> bool {
         let per_step = self.scene.spec.actors[at.actor.0 as usize].actions[at.action as usize].per_step;
         let completed = self.snapshots.get(&at.actor).map(|snapshot| snapshot.completed(at.action));
         completed.is_none_or(|completed| completed < u64::from(per_step) * self.steps)
     }
 
     /// The next root that is reached from an action, with the chain to it.
-    fn next_root(&mut self, at: Reader) -> Option<(Root, Vec<Link>)> {
+    fn next_root(&mut self, at: RegisterReader) -> Option<(Root, Vec<WaitingAction>)> {
         if self.path.is_empty() {
             self.visit(at)?;
         }
@@ -328,8 +328,8 @@ impl<'a> Search<'a> {
         }
     }
 
-    fn chain(&self, start: usize, root: &Root) -> Vec<Link> {
-        let mut links: Vec<Link> = self.path[start..].iter().map(|(link, _)| link.clone()).collect();
+    fn chain(&self, start: usize, root: &Root) -> Vec<WaitingAction> {
+        let mut links: Vec<WaitingAction> = self.path[start..].iter().map(|(link, _)| link.clone()).collect();
         if matches!(root, Root::Firing(_) | Root::Collective(_) | Root::Silent(_)) {
             // It waits for nobody.
             links.pop();
@@ -337,37 +337,37 @@ impl<'a> Search<'a> {
         links
     }
 
-    fn visit(&mut self, at: Reader) -> Option<()> {
+    fn visit(&mut self, at: RegisterReader) -> Option<()> {
         self.seen.insert(at).then(|| {
             // Overwritten with each wait that is followed.
-            let wait = Wait::Missing(Missing::Token);
-            self.path.push((Link { action: at, wait }, self.waits(at).into_iter()));
+            let wait = WaitReason::Missing(Missing::Token);
+            self.path.push((WaitingAction { action: at, wait }, self.waits(at).into_iter()));
         })
     }
 
     /// All waits of an action, one for each of what could end it.
-    fn waits(&self, at: Reader) -> Vec<(Wait, Next)> {
-        let busy = |action| Wait::Busy { action };
+    fn waits(&self, at: RegisterReader) -> Vec<(WaitReason, Next)> {
+        let busy = |action| WaitReason::Busy { action };
         let Some(snapshot) = self.snapshots.get(&at.actor) else {
             return vec![(busy(at.action), Next::Root(Root::Silent(at.actor)))];
         };
-        let Waiting { in_flight, actions, .. } = &snapshot.waiting;
+        let ActorWaits { in_flight, actions, .. } = &snapshot.waiting;
         if *in_flight == Some(at.action) {
             return self.waits_in_flight(at, snapshot);
         }
         let mut waits = Vec::new();
         for missing in actions.iter().filter(|w| w.action == at.action).flat_map(|w| &w.missing) {
-            waits.extend(self.ends(at, missing).into_iter().map(|next| (Wait::Missing(missing.clone()), next)));
+            waits.extend(self.ends(at, missing).into_iter().map(|next| (WaitReason::Missing(missing.clone()), next)));
         }
         if let Some(action) = *in_flight {
-            waits.push((busy(action), Next::Action(Reader { actor: at.actor, action })));
+            waits.push((busy(action), Next::Action(RegisterReader { actor: at.actor, action })));
         }
         waits
     }
 
     /// A firing in flight waits for the members of its groups that have not come as far, or for its own stream.
-    fn waits_in_flight(&self, at: Reader, snapshot: &ActorSnapshot) -> Vec<(Wait, Next)> {
-        let Scene { spec, collectives, knows_collectives, .. } = self.scene;
+    fn waits_in_flight(&self, at: RegisterReader, snapshot: &ActorSnapshot) -> Vec<(WaitReason, Next)> {
+        let HangSnapshot { spec, collectives, knows_collectives, .. } = self.scene;
         let actor = &spec.actors[at.actor.0 as usize];
         let action = &actor.actions[at.action as usize];
         let gangs = &action.gangs;
@@ -390,14 +390,15 @@ impl<'a> Search<'a> {
                 // One that has begun is in flight; of the others nobody knows by which of its actions it will come.
                 let flying = self.snapshots.get(&member).and_then(|other| other.waiting.in_flight);
                 let next = actions.iter().filter(|action| is_late || flying.is_none_or(|flying| flying == **action));
-                let next = next.map(|&action| Reader { actor: member, action }).filter(|at| self.is_unfinished(at));
-                waits.extend(next.map(|next| (Wait::Gang { group, member }, self.to(next))));
+                let next =
+                    next.map(|&action| RegisterReader { actor: member, action }).filter(|at| self.is_unfinished(at));
+                waits.extend(next.map(|next| (WaitReason::Gang { group, member }, self.to(next))));
             }
         }
         if waits.is_empty() {
             let is_alone = gangs.is_empty() || knows_collectives;
             let root = if is_alone { Root::Firing(at) } else { Root::Collective(at) };
-            waits.push((Wait::Busy { action: at.action }, Next::Root(root)));
+            waits.push((WaitReason::Busy { action: at.action }, Next::Root(root)));
         }
         waits
     }
@@ -423,7 +424,7 @@ impl<'a> Search<'a> {
     }
 
     /// On to an action, unless another process has it.
-    fn to(&self, at: Reader) -> Next {
+    fn to(&self, at: RegisterReader) -> Next {
         match (self.scene.process_of)(at.actor) {
             Some(process) => Next::Root(Root::Process { process, actor: at.actor }),
             None => Next::Action(at),
@@ -431,7 +432,7 @@ impl<'a> Search<'a> {
     }
 
     /// What could end this wait of `at`.
-    fn ends(&self, at: Reader, missing: &Missing) -> Vec<Next> {
+    fn ends(&self, at: RegisterReader, missing: &Missing) -> Vec<Next> {
         match missing {
             &Missing::Piece { register, piece, writer } => {
                 let known = self.snapshots.get(&writer.actor).and_then(|s| s.register(register));
@@ -442,7 +443,7 @@ impl<'a> Search<'a> {
             }
             Missing::Credit { register, holders, .. } => {
                 let released = self.snapshots.get(&at.actor).and_then(|s| s.register(*register));
-                let next = |reader: Reader| {
+                let next = |reader: RegisterReader| {
                     let readers = &self.scene.spec.registers[register.0 as usize].readers;
                     let index = readers.iter().position(|r| *r == reader);
                     let told = index.zip(released).map(|(index, of)| of.released[index]);
@@ -459,12 +460,12 @@ impl<'a> Search<'a> {
                 Some(process) => Root::Process { process, actor: at.actor },
                 None => Root::Token(at),
             })],
-            Missing::Turn { next } => vec![Next::Action(Reader { actor: at.actor, action: *next })],
+            Missing::Turn { next } => vec![Next::Action(RegisterReader { actor: at.actor, action: *next })],
         }
     }
 
     /// Pieces of a register that a reader has released, as it sees it.
-    fn released_by(&self, register: RegisterId, reader: Reader) -> Option<u64> {
+    fn released_by(&self, register: RegisterId, reader: RegisterReader) -> Option<u64> {
         let snapshot = self.snapshots.get(&reader.actor)?;
         let action = self.scene.spec.actors[reader.actor.0 as usize].actions.get(reader.action as usize)?;
         let input = action.inputs.iter().find(|input| input.register == register)?;

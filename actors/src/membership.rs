@@ -1,5 +1,4 @@
-//! Who is in the session, who has failed, and what its end is put down to. Imports its own parts, and
-//! `transport`'s links.
+//! Who is in the session, who has failed, and what its end is put down to.
 //! Layers: `detector, cause, window, datagram (pure), letter <- shared <- heartbeat, control <- this`.
 //!
 //! Each process holds one [`Membership`]. Heartbeats (datagrams) find peers that are silent; a control plane
@@ -27,10 +26,10 @@ mod shared;
 mod window;
 
 pub use cause::FirstCause;
-pub use detector::Health;
+pub use detector::PeerHealth;
 pub use letter::MESSAGE_BYTES_MAX;
 
-use crate::transport::Link;
+use crate::transport::Connection;
 use datagram::Codec;
 use shared::{NOTICES_MAX, Shared};
 
@@ -141,7 +140,7 @@ impl MembershipError {
 
 /// What happened to others.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Notice {
+pub enum MembershipEvent {
     /// A peer told us something.
     Told {
         /// The peer.
@@ -189,14 +188,14 @@ pub struct PeerStatus {
     /// The step that its last heartbeat told.
     pub step: u64,
     /// `None` when it has left.
-    pub health: Option<Health>,
+    pub health: Option<PeerHealth>,
     /// Time since its last heartbeat; `None` when it has left.
     pub silent: Option<Duration>,
 }
 
 /// What a membership starts from; most of it comes from the rendezvous.
 #[derive(Debug)]
-pub struct Config {
+pub struct MembershipConfig {
     /// This process's number.
     pub process: u32,
     /// Processes of the world, this one included.
@@ -212,7 +211,7 @@ pub struct Config {
     /// Where the peers' heartbeat sockets are bound.
     pub addresses: BTreeMap<u32, SocketAddr>,
     /// An authenticated connection to each peer, for control only.
-    pub links: BTreeMap<u32, Link>,
+    pub links: BTreeMap<u32, Connection>,
     /// Time between heartbeats.
     pub every: Duration,
     /// Silence after which a peer is lost.
@@ -225,7 +224,7 @@ pub struct Config {
     pub join_at_most: Duration,
 }
 
-impl Config {
+impl MembershipConfig {
     /// The default times: a heartbeat each 250 ms, lost after 4 s, 500 ms of grace, 30 s to join. A world of one process
     /// until addresses and links are given.
     pub fn new(
@@ -291,7 +290,7 @@ pub fn bind(address: SocketAddr) -> io::Result<UdpSocket> {
 #[derive(Debug)]
 pub struct Membership {
     shared: Arc<Shared>,
-    notices: Receiver<Notice>,
+    notices: Receiver<MembershipEvent>,
     // In the order in which they end.
     heartbeat: Option<heartbeat::Heartbeat>,
     control: Option<control::Control>,
@@ -303,9 +302,9 @@ impl Membership {
     /// # Errors
     /// [`MembershipError::Config`], [`MembershipError::Io`], which peers are [`MembershipError::Missing`] or
     /// [`MembershipError::Refused`], or [`MembershipError::Ended`] when a peer failed meanwhile.
-    pub fn start(config: Config) -> Result<Self, MembershipError> {
+    pub fn start(config: MembershipConfig) -> Result<Self, MembershipError> {
         config.check()?;
-        let Config { process, processes, session, epoch, key, .. } = config;
+        let MembershipConfig { process, processes, session, epoch, key, .. } = config;
         // Kept free: one `Left` of each peer, and `Ended`.
         let (sender, notices) = bounded(NOTICES_MAX + processes as usize);
         let shared = Arc::new(Shared::new(process, processes, epoch, config.grace, sender));
@@ -327,7 +326,7 @@ impl Membership {
     }
 
     /// What happens to others, in order for each peer. Take them: a peer's messages that nobody takes end the session.
-    pub fn notices(&self) -> &Receiver<Notice> {
+    pub fn notices(&self) -> &Receiver<MembershipEvent> {
         &self.notices
     }
 

@@ -1,10 +1,10 @@
-//! What a shard's mailbox carries. Imports `protocol`'s events and `kernels::error`.
+//! What a shard's mailbox carries.
 
 use crossbeam_channel::Sender;
-use shardflow_kernels::clock::Clock;
+use shardflow_kernels::clock::RaceClock;
 use shardflow_kernels::error::KernelError;
 
-use crate::protocol::Event;
+use crate::protocol::ProtocolEvent;
 use crate::snapshot::ActorSnapshot;
 
 /// One entry of a mailbox. Within a process only; what other actors send is the event's [`crate::protocol::Message`], ids
@@ -12,11 +12,11 @@ use crate::snapshot::ActorSnapshot;
 #[derive(Debug)]
 pub(crate) enum Cast {
     /// Something for the protocol.
-    Event(Event),
+    Event(ProtocolEvent),
     /// The firing in flight failed.
     Failed(KernelError),
     /// Answer with the state, and what had happened then.
-    Snapshot(Sender<(ActorSnapshot, Clock)>),
+    Snapshot(Sender<(ActorSnapshot, RaceClock)>),
     /// A bug in the actor itself.
     #[cfg(test)]
     Panic,
@@ -26,7 +26,7 @@ pub(crate) enum Cast {
 #[derive(Debug)]
 pub(crate) struct Mail {
     pub(crate) cast: Cast,
-    pub(crate) clock: Clock,
+    pub(crate) clock: RaceClock,
 }
 
 /// Stays within the process: ractor sends only messages that say they can be serialized.

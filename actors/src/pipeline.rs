@@ -1,16 +1,15 @@
 //! Plans of plain pipelines, as schedules are studied on paper: `p` stages, `m` micro-batches, forward and backward.
-//! Imports `builder`, `credits` and `spec`.
 
 use std::collections::HashMap;
 
 use crate::builder::Builder;
 use crate::credits::boundary_slots;
 use crate::simulate::Timing;
-use crate::spec::{Firing, Reader, Spec};
+use crate::spec::{Firing, RegisterReader, Spec};
 
 /// Which of forward and backward goes first where both can.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Schedule {
+pub enum PipelineSchedule {
     /// All forwards before any backward. Huang et al. 2019, <https://arxiv.org/abs/1811.06965>.
     Gpipe,
     /// One forward, one backward. Narayanan et al. 2019 (PipeDream), 2021, <https://arxiv.org/abs/2104.04473>.
@@ -25,7 +24,7 @@ pub struct Pipeline {
     /// Slots of each stage's stash: micro-batches between their forward and their backward there.
     pub credits: Vec<u32>,
     /// What goes first.
-    pub schedule: Schedule,
+    pub schedule: PipelineSchedule,
     /// True for a list emitted in advance, false for firing by credit.
     pub ordered: bool,
 }
@@ -35,12 +34,12 @@ impl Pipeline {
     pub fn build(&self) -> Spec {
         let (m, p) = (self.micro_batches, self.credits.len());
         let mut b = Builder::new();
-        let mut stages: Vec<(Reader, Reader)> = Vec::new();
+        let mut stages: Vec<(RegisterReader, RegisterReader)> = Vec::new();
         for (s, &credits) in self.credits.iter().enumerate() {
             let actor = b.actor(format!("stage{s}.compute"), s, self.firing(credits));
             let (forward, backward) = (b.action(actor, "forward", m), b.action(actor, "backward", m));
             b.action_mut(forward).external = s == 0;
-            let first = if self.schedule == Schedule::Gpipe { forward } else { backward };
+            let first = if self.schedule == PipelineSchedule::Gpipe { forward } else { backward };
             b.action_mut(first).priority = -1;
             b.edge(format!("stage{s}.stash"), credits, forward, backward);
             stages.push((forward, backward));
@@ -59,8 +58,8 @@ impl Pipeline {
             return Firing::Credit;
         }
         let warm_up = match self.schedule {
-            Schedule::Gpipe => self.micro_batches,
-            Schedule::OneForwardOneBackward => credits.min(self.micro_batches),
+            PipelineSchedule::Gpipe => self.micro_batches,
+            PipelineSchedule::OneForwardOneBackward => credits.min(self.micro_batches),
         };
         Firing::Ordered(one_forward_one_backward(self.micro_batches, warm_up))
     }

@@ -1,5 +1,5 @@
 //! The register protocol of one actor: a pure state machine from events to effects. The shell, the simulator and the tests
-//! run this one code. Imports `spec`, `register` and `error`; no executor, no device, no clock.
+//! run this one code.
 //!
 //! Firing `n` of an action reads piece `n / firings_per_piece` of each input and writes piece `n / firings_per_piece` of each
 //! output (one later for an `initial` register, whose piece 0 is there from the start). So all state is a few counters, and
@@ -17,10 +17,10 @@ use std::sync::Arc;
 
 use crate::error::ProtocolError;
 use crate::register::SlotRing;
-use crate::spec::{ActorId, Firing, Reader, RegisterId, Spec};
+use crate::spec::{ActorId, Firing, RegisterId, RegisterReader, Spec};
 
 mod waiting;
-pub use waiting::{ActionWaits, Holder, Missing, Waiting};
+pub use waiting::{ActionWaits, ActorWaits, Holder, Missing};
 
 /// What actors tell each other: ids and slots, never addresses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -64,7 +64,7 @@ impl Message {
 
 /// What happens to an actor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Event {
+pub enum ProtocolEvent {
     /// The session has started; firings may begin.
     Start,
     /// Another actor says something.
@@ -198,7 +198,7 @@ impl Protocol {
             .map(|(index, action)| {
                 let port = |(p, i): (usize, &crate::spec::InputSpec)| {
                     let register = &spec.registers[i.register.0 as usize];
-                    let this = Reader { actor: me, action: index as u32 };
+                    let this = RegisterReader { actor: me, action: index as u32 };
                     let reader = register.readers.iter().position(|r| *r == this).expect("checked: is listed") as u32;
                     reading.push(((i.register, reader), (index as u32, p as u32)));
                     InPort {
@@ -239,7 +239,7 @@ impl Protocol {
     ///
     /// # Errors
     /// As `apply`.
-    pub fn handle(&mut self, event: Event, effects: &mut Vec<Effect>) -> Result<(), ProtocolError> {
+    pub fn handle(&mut self, event: ProtocolEvent, effects: &mut Vec<Effect>) -> Result<(), ProtocolError> {
         self.apply(event, effects)?;
         self.fire(effects);
         Ok(())
@@ -249,18 +249,18 @@ impl Protocol {
     ///
     /// # Errors
     /// An event that no correct peer sends. The state is then unspecified, and the session has to end.
-    pub fn apply(&mut self, event: Event, effects: &mut Vec<Effect>) -> Result<(), ProtocolError> {
+    pub fn apply(&mut self, event: ProtocolEvent, effects: &mut Vec<Effect>) -> Result<(), ProtocolError> {
         match event {
-            Event::Start => self.started = true,
-            Event::Message(Message::Filled { register, reader, slot, piece }) => {
+            ProtocolEvent::Start => self.started = true,
+            ProtocolEvent::Message(Message::Filled { register, reader, slot, piece }) => {
                 self.filled(register, reader, slot, piece)?
             }
-            Event::Message(Message::Released { register, reader, slot, piece }) => {
+            ProtocolEvent::Message(Message::Released { register, reader, slot, piece }) => {
                 self.released(register, reader, slot, piece)?
             }
-            Event::Signal { action, output } => self.signal(action, output, effects)?,
-            Event::Done { action } => self.done(action, effects)?,
-            Event::Token { action, count } => self.token(action, count)?,
+            ProtocolEvent::Signal { action, output } => self.signal(action, output, effects)?,
+            ProtocolEvent::Done { action } => self.done(action, effects)?,
+            ProtocolEvent::Token { action, count } => self.token(action, count)?,
         }
         if cfg!(debug_assertions) {
             self.check()?;

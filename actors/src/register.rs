@@ -1,4 +1,4 @@
-//! The slot ring of one register, as its producer sees it. Imports `spec` and `error`.
+//! The slot ring of one register, as its producer sees it.
 //!
 //! A slot goes `Free -> Writing -> Filled(readers left) -> Free`. Pieces are numbered, every reader takes them in order, and
 //! piece `n` lies in slot `n mod slots`; so the state of every slot follows from a few counters, and nothing is queued.

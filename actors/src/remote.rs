@@ -1,6 +1,5 @@
 //! Registers between processes. What an actor tells one that a peer hosts goes to the peer's outbox, which one thread writes to
-//! a connection; another thread (both in `connections`) reads what the peer's actors tell, and casts it. Imports `protocol`,
-//! `spec`, `error` and `transport`.
+//! a connection; another thread (both in `connections`) reads what the peer's actors tell, and casts it.
 //!
 //! A slot's bytes travel at most once to a process, ahead of the `Filled` that tells of them, into the slot of the same number
 //! of a mirror. The mirror has the register's own credits, so it needs no bound of its own: the producer cannot write the slot
@@ -19,14 +18,14 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender, unbounded};
-use shardflow_kernels::clock::{Clock, Clocks};
+use shardflow_kernels::clock::{RaceClock, ReleaseClocks};
 use shardflow_kernels::cuda::nccl::Pipe;
 use shardflow_kernels::tensor::{DType, HostTensor};
 
 use crate::error::{Failure, PeerError};
 use crate::protocol::Message;
 use crate::spec::{ActorId, RegisterId, Spec};
-use crate::transport::Link;
+use crate::transport::Connection;
 
 mod connections;
 pub(crate) use connections::{Connections, serve};
@@ -36,7 +35,7 @@ const LOOK: Duration = Duration::from_millis(50);
 
 /// A contiguous part of a slot.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Run {
+pub struct ByteRun {
     /// Bytes from the slot's start.
     pub offset: usize,
     /// Its length.
@@ -45,24 +44,24 @@ pub struct Run {
 
 /// What the actors of another process and those of this one exchange. Both ends make it of the same plan.
 #[derive(Debug)]
-pub struct Peer {
+pub struct PeerSpec {
     /// Its number.
     pub process: u32,
     /// Whom it hosts.
     pub actors: Vec<ActorId>,
     /// The connection.
-    pub link: Link,
+    pub link: Connection,
     /// Registers produced here whose bytes the peer's readers cannot reach, with what they read of a slot.
-    pub pushes: BTreeMap<RegisterId, Vec<Run>>,
+    pub pushes: BTreeMap<RegisterId, Vec<ByteRun>>,
     /// Registers produced there whose bytes come here, likewise.
-    pub mirrors: BTreeMap<RegisterId, Vec<Run>>,
+    pub mirrors: BTreeMap<RegisterId, Vec<ByteRun>>,
     /// What the bytes of some of both take in place of the connection; one pipe may be that of several registers.
     pub pipes: BTreeMap<RegisterId, Arc<Pipe>>,
 }
 
 /// Tensors that the program at one process gives to the programs at all others.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct HostPort {
+pub struct HostBroadcast {
     /// Who gives.
     pub process: u32,
     /// Shape and element type of each.
@@ -73,16 +72,16 @@ pub struct HostPort {
 #[derive(Debug, Default)]
 pub struct Peers {
     /// The processes that host the other actors.
-    pub peers: Vec<Peer>,
+    pub peers: Vec<PeerSpec>,
     /// What the programs of all processes give each other beside the plan.
-    pub host_ports: Vec<HostPort>,
+    pub host_ports: Vec<HostBroadcast>,
     /// Gets what comes from peers for the ports.
-    pub host: Option<Sender<FromPeer>>,
+    pub host: Option<Sender<PeerMessage>>,
 }
 
 /// What the program hears from the programs of other processes.
 #[derive(Clone, Debug, PartialEq)]
-pub enum FromPeer {
+pub enum PeerMessage {
     /// Tensors.
     Piece(HostPiece),
     /// The process has ended in order: nothing more comes from it.
@@ -104,10 +103,10 @@ pub struct HostPiece {
 #[derive(Debug)]
 pub(crate) enum Outgoing {
     /// With what its sender knew to have happened.
-    Message(Message, Clock),
+    Message(Message, RaceClock),
     Host(Arc<HostPiece>),
     /// The current bytes of initial registers, then `Ready`.
-    Refresh(u64, Clock),
+    Refresh(u64, RaceClock),
     End,
 }
 
@@ -117,13 +116,13 @@ pub(crate) struct Remote {
     /// By actor: index of the peer that hosts it.
     peer_of: Vec<Option<usize>>,
     outboxes: Vec<(u32, Sender<Outgoing>)>,
-    host_ports: Vec<HostPort>,
-    host: Option<Sender<FromPeer>>,
+    host_ports: Vec<HostBroadcast>,
+    host: Option<Sender<PeerMessage>>,
     /// By peer: the last `Ready` that came, what had happened then, and whether the peer has ended in order.
-    ready: Mutex<Vec<(u64, Clock, bool)>>,
+    ready: Mutex<Vec<(u64, RaceClock, bool)>>,
     changed: Condvar,
     /// By register: what had happened here when peers were last told of it. What they tell of it later is behind that.
-    told: Vec<Clocks>,
+    told: Vec<ReleaseClocks>,
     /// By register and reader: pieces that readers here have released to a producer elsewhere.
     released: Vec<Box<[AtomicU64]>>,
 }
@@ -131,7 +130,7 @@ pub(crate) struct Remote {
 /// The end that the threads of a peer take.
 #[derive(Debug)]
 pub(crate) struct PeerEnd {
-    peer: Peer,
+    peer: PeerSpec,
     index: usize,
     outgoing: Receiver<Outgoing>,
 }
@@ -148,8 +147,8 @@ impl Remote {
             outboxes.push((peer.process, sender));
             ends.push(PeerEnd { peer, index, outgoing });
         }
-        let ready = Mutex::new(vec![(0, Clock::default(), false); ends.len()]);
-        let told = spec.registers.iter().map(|_| Clocks::default()).collect();
+        let ready = Mutex::new(vec![(0, RaceClock::default(), false); ends.len()]);
+        let told = spec.registers.iter().map(|_| ReleaseClocks::default()).collect();
         let released = spec.registers.iter().map(|r| r.readers.iter().map(|_| AtomicU64::new(0)).collect()).collect();
         (Self { peer_of, outboxes, host_ports, host, ready, changed: Condvar::new(), told, released }, ends)
     }
@@ -162,7 +161,7 @@ impl Remote {
             self.released[register.0 as usize][reader as usize].fetch_add(1, Ordering::Release);
         }
         // A peer whose writer has ended is lost, which its reader tells.
-        let _ = self.outboxes[peer].1.send(Outgoing::Message(message, Clock::capture()));
+        let _ = self.outboxes[peer].1.send(Outgoing::Message(message, RaceClock::capture()));
         true
     }
 
@@ -177,7 +176,7 @@ impl Remote {
         self.outboxes.iter().for_each(|(_, outbox)| drop(outbox.send(Outgoing::End)));
     }
 
-    fn ready(&self) -> MutexGuard<'_, Vec<(u64, Clock, bool)>> {
+    fn ready(&self) -> MutexGuard<'_, Vec<(u64, RaceClock, bool)>> {
         self.ready.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -186,7 +185,7 @@ impl Remote {
         let mut ready = self.ready();
         let is_next = ready[peer].0.checked_add(1) == Some(round);
         if is_next {
-            ready[peer] = (round, Clock::capture(), false);
+            ready[peer] = (round, RaceClock::capture(), false);
             self.changed.notify_all();
         }
         is_next
@@ -226,8 +225,8 @@ impl Remote {
         timeout: Duration,
         failure: impl Fn() -> Option<Failure>,
     ) -> Result<(), Failure> {
-        self.told.iter().for_each(Clocks::add);
-        let refresh = |outbox: &Sender<Outgoing>| outbox.send(Outgoing::Refresh(round, Clock::capture()));
+        self.told.iter().for_each(ReleaseClocks::add);
+        let refresh = |outbox: &Sender<Outgoing>| outbox.send(Outgoing::Refresh(round, RaceClock::capture()));
         self.outboxes.iter().for_each(|(_, outbox)| drop(refresh(outbox)));
         let deadline = Instant::now() + timeout;
         let mut ready = self.ready();

@@ -1,5 +1,4 @@
-//! Runs a loaded plan: one thread for each device hosts its actors. Imports `shell::shard`, `supervisor`, `remote`, `watchdog`,
-//! `check`, `trace`, kernels, ractor and tokio.
+//! Runs a loaded plan: one thread for each device hosts its actors.
 
 use std::collections::BTreeMap;
 use std::sync::atomic::Ordering;
@@ -18,12 +17,12 @@ use crate::check::check;
 use crate::error::{ActorError, Failure};
 use crate::hang::Hang;
 use crate::message::{Cast, Mail};
-use crate::protocol::Event;
+use crate::protocol::ProtocolEvent;
 use crate::remote::{Connections, HostPiece, Peers, Remote, serve};
 use crate::snapshot::{ActorSnapshot, NotFinite};
 use crate::spec::{ActorId, RegisterId, Spec};
 use crate::supervisor::{OnFailure, Session, Supervisor};
-use crate::trace::Told;
+use crate::trace::NewFirings;
 use crate::watchdog::{Watchdog, WatchdogOptions};
 
 mod loaded;
@@ -62,7 +61,7 @@ pub struct RegisterMemory {
 
 /// What an actor of this process runs on.
 #[derive(Debug)]
-pub struct Hosted {
+pub struct ActorHost {
     /// Its own.
     pub stream: Stream,
     /// By action.
@@ -71,11 +70,11 @@ pub struct Hosted {
 
 /// A plan with all that this process's part of it runs on.
 #[derive(Debug)]
-pub struct Loaded {
+pub struct LoadedPlan {
     /// The whole plan.
     pub spec: Arc<Spec>,
     /// The actors of this process: all, or those that no peer hosts.
-    pub hosted: BTreeMap<ActorId, Hosted>,
+    pub hosted: BTreeMap<ActorId, ActorHost>,
     /// The registers that they write or read. One that a peer produces lies in the peer's memory, mapped here, or in a
     /// mirror that the peer fills.
     pub memory: BTreeMap<RegisterId, RegisterMemory>,
@@ -87,14 +86,14 @@ pub struct Loaded {
 
 /// What a session leaves behind.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Summary {
+pub struct SessionSummary {
     /// The last state of each actor.
     pub actors: Vec<ActorSnapshot>,
 }
 
 /// A running session. Dropping it stops it.
 #[derive(Debug)]
-pub struct Running {
+pub struct RunningSession {
     session: Arc<Session>,
     failures: Receiver<Failure>,
     /// Tokens given so far, by actor and action, for the external ones.
@@ -109,24 +108,24 @@ pub struct Running {
     rounds: u64,
 }
 
-/// Starts the actors of a loaded plan: [`prepare`] and [`Running::begin`].
+/// Starts the actors of a loaded plan: [`prepare`] and [`RunningSession::begin`].
 ///
 /// # Errors
 /// Those of [`prepare`], and [`ActorError::Ended`] when a peer does not start its actors too.
-pub fn start(loaded: Loaded, options: WatchdogOptions) -> Result<Running, ActorError> {
+pub fn start(loaded: LoadedPlan, options: WatchdogOptions) -> Result<RunningSession, ActorError> {
     let mut running = prepare(loaded, options)?;
     running.begin().map_err(|failure| ActorError::Ended { cause: failure.to_string() })?;
     Ok(running)
 }
 
-/// Makes the actors of a loaded plan and the threads of its connections. [`Running::begin`] lets them fire.
+/// Makes the actors of a loaded plan and the threads of its connections. [`RunningSession::begin`] lets them fire.
 ///
 /// # Errors
 /// [`ActorError::Spec`] or [`ActorError::Loaded`] when the parts do not fit, [`ActorError::Thread`] without threads.
-pub fn prepare(loaded: Loaded, options: WatchdogOptions) -> Result<Running, ActorError> {
+pub fn prepare(loaded: LoadedPlan, options: WatchdogOptions) -> Result<RunningSession, ActorError> {
     check(&loaded.spec)?;
     loaded::check(&loaded)?;
-    let Loaded { spec, hosted, memory, engine, peers } = loaded;
+    let LoadedPlan { spec, hosted, memory, engine, peers } = loaded;
     let (mut streams, mut programs) = (BTreeMap::new(), Vec::new());
     for (id, own) in hosted {
         streams.insert(id, own.stream);
@@ -144,7 +143,7 @@ pub fn prepare(loaded: Loaded, options: WatchdogOptions) -> Result<Running, Acto
         let external = spec.actors[a.0 as usize].actions.iter().enumerate().filter(|(_, x)| x.external);
         external.map(move |(x, _)| ((a, x as u32), 0))
     });
-    let mut running = Running {
+    let mut running = RunningSession {
         failures,
         given: Mutex::new(external.collect()),
         watchdog: Arc::new(Mutex::new(Watchdog::new(options.clone()))),
@@ -241,7 +240,7 @@ fn host(
     Ok((thread, receiver))
 }
 
-impl Running {
+impl RunningSession {
     /// Waits until all peers have come as far, for [`WatchdogOptions::wait_max`], and starts the actors. They fire as soon as
     /// the host gives tokens.
     ///
@@ -250,7 +249,7 @@ impl Running {
     pub fn begin(&mut self) -> Result<(), Failure> {
         self.refresh()?;
         for actor in self.session.streams.keys() {
-            self.session.bus.send(*actor, Cast::Event(Event::Start));
+            self.session.bus.send(*actor, Cast::Event(ProtocolEvent::Start));
         }
         Ok(())
     }
@@ -271,7 +270,7 @@ impl Running {
         let (whole, begun) = steps(&self.session.spec, &given);
         self.session.set_steps(whole, begun);
         drop(given);
-        let event = Event::Token { action, count: tokens };
+        let event = ProtocolEvent::Token { action, count: tokens };
         if self.session.bus.send(actor, Cast::Event(event)) {
             return Ok(());
         }
@@ -305,7 +304,7 @@ impl Running {
         self.session.bus.remote().give(piece);
     }
 
-    /// The program waits for another process's part of a step, or no more: for [`Running::tick`]'s reports.
+    /// The program waits for another process's part of a step, or no more: for [`RunningSession::tick`]'s reports.
     pub fn host_waits_for(&self, process: Option<u32>) {
         self.session.host_waits_for.store(process.map_or(-1, i64::from), Ordering::Relaxed);
     }
@@ -347,15 +346,15 @@ impl Running {
     }
 
     /// Stops the actors after their firings in flight; firings that tokens are left for do not happen. Use
-    /// [`Running::quiesce`] first to let all work end.
+    /// [`RunningSession::quiesce`] first to let all work end.
     ///
     /// # Errors
     /// The first cause, when the session has failed.
-    pub fn shutdown(mut self) -> Result<Summary, Failure> {
+    pub fn shutdown(mut self) -> Result<SessionSummary, Failure> {
         self.stop();
         match self.session.first_failure() {
             Some(failure) => Err(failure),
-            None => Ok(Summary { actors: self.session.snapshot() }),
+            None => Ok(SessionSummary { actors: self.session.snapshot() }),
         }
     }
 
@@ -417,7 +416,7 @@ impl Control {
     }
 
     /// Firings of an actor of this process that have ended, from the `from`-th on.
-    pub fn fired(&self, actor: ActorId, from: u64) -> Told {
+    pub fn fired(&self, actor: ActorId, from: u64) -> NewFirings {
         let session = self.0.upgrade();
         session.and_then(|session| Some(session.rings.get(&actor)?.read(from))).unwrap_or_default()
     }
@@ -478,7 +477,7 @@ impl Control {
     }
 }
 
-impl Drop for Running {
+impl Drop for RunningSession {
     fn drop(&mut self) {
         self.stop();
     }

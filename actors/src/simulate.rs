@@ -1,5 +1,5 @@
 //! Runs a plan's protocols under virtual time: makespan, timeline, peaks; seeded delays and interleavings; data races; and
-//! when it gets stuck, the cycle. Imports `protocol`, `check`, `hang` and `spec`.
+//! when it gets stuck, the cycle.
 //!
 //! Data is symbolic: a slot holds a hash, a firing mixes those that it reads. Runs of one plan must end with equal digests
 //! whatever the delays, which is what "deterministic" means for the protocol.
@@ -10,10 +10,10 @@ use std::sync::Arc;
 
 use crate::check::check;
 use crate::error::{ProtocolError, SpecError};
-use crate::hang::{Hang, Scene, explain};
-use crate::protocol::{Effect, Event, Message, Protocol};
+use crate::hang::{Hang, HangSnapshot, explain};
+use crate::protocol::{Effect, Message, Protocol, ProtocolEvent};
 use crate::snapshot::ActorSnapshot;
-use crate::spec::{ActorId, Decision, Reader, RegisterId, Spec};
+use crate::spec::{ActorId, Decision, RegisterId, RegisterReader, Spec};
 
 pub(crate) mod data;
 
@@ -74,20 +74,20 @@ pub struct Jitter {
 
 /// What to run.
 #[derive(Clone, Debug)]
-pub struct Options {
+pub struct SimulationOptions {
     /// Each action fires `per_step` times as often.
     pub steps: u32,
     /// Random delays and ties; without it a run is exact, and simultaneous messages are all seen before firings are chosen.
     pub jitter: Option<Jitter>,
     /// Tokens at the start, for each external action, and none later; `None` gives what the steps need, and what the host
     /// decides as soon as it has seen what it decides from.
-    pub tokens: Option<Vec<(Reader, u32)>>,
+    pub tokens: Option<Vec<(RegisterReader, u32)>>,
     /// What to do to messages under way, for tests of the checks themselves.
     #[cfg(test)]
     pub(crate) fault: Option<tests::Fault>,
 }
 
-impl Options {
+impl SimulationOptions {
     /// Exact, with all the tokens that `steps` steps need.
     pub fn steps(steps: u32) -> Self {
         Self {
@@ -102,7 +102,7 @@ impl Options {
 
 /// One firing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Fired {
+pub struct SimulatedFiring {
     /// Who.
     pub actor: ActorId,
     /// Index of the action.
@@ -117,11 +117,11 @@ pub struct Fired {
 
 /// A run that came to its end.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Run {
+pub struct SimulatedRun {
     /// Tick at which the last firing ended.
     pub makespan: u64,
     /// By end.
-    pub timeline: Vec<Fired>,
+    pub timeline: Vec<SimulatedFiring>,
     /// Most slots held at once, by register.
     pub slots_peak: Vec<u32>,
     /// Hash of all data that flowed; does not depend on timing.
@@ -174,7 +174,7 @@ enum Arrival {
 struct Simulator<'a> {
     spec: &'a Arc<Spec>,
     timing: &'a Timing,
-    options: &'a Options,
+    options: &'a SimulationOptions,
     rng: Option<Rng>,
     now: u64,
     /// `(tick, tie, index in arrivals)`.
@@ -184,10 +184,10 @@ struct Simulator<'a> {
     links: HashMap<(ActorId, ActorId), u64>,
     protocols: Vec<Protocol>,
     /// The firing in flight, by actor.
-    flights: Vec<Option<Fired>>,
+    flights: Vec<Option<SimulatedFiring>>,
     gangs: Gangs,
     data: Data,
-    timeline: Vec<Fired>,
+    timeline: Vec<SimulatedFiring>,
     /// Steps for which the host has decided.
     decided: u32,
     #[cfg(test)]
@@ -201,13 +201,22 @@ struct Simulator<'a> {
 ///
 /// # Panics
 /// When `timing.action_ticks` does not have an entry for each action.
-pub fn simulate(spec: &Arc<Spec>, timing: &Timing, options: &Options) -> Result<Run, SimulationError> {
+pub fn simulate(
+    spec: &Arc<Spec>,
+    timing: &Timing,
+    options: &SimulationOptions,
+) -> Result<SimulatedRun, SimulationError> {
     check(spec)?;
     let protocols = (0..spec.actors.len()).map(|a| Protocol::new(spec, ActorId(a as u32))).collect();
     run(spec, timing, options, protocols)
 }
 
-fn run(spec: &Arc<Spec>, timing: &Timing, options: &Options, protocols: Vec<Protocol>) -> Result<Run, SimulationError> {
+fn run(
+    spec: &Arc<Spec>,
+    timing: &Timing,
+    options: &SimulationOptions,
+    protocols: Vec<Protocol>,
+) -> Result<SimulatedRun, SimulationError> {
     let mut simulator = Simulator {
         spec,
         timing,
@@ -237,17 +246,17 @@ impl Simulator<'_> {
         let all = self.spec.actors.iter().enumerate().flat_map(|(a, actor)| {
             let externals = actor.actions.iter().enumerate().filter(|(_, x)| x.external);
             let actor = ActorId(a as u32);
-            let all = externals.map(move |(x, s)| (Reader { actor, action: x as u32 }, s.per_step * steps));
+            let all = externals.map(move |(x, s)| (RegisterReader { actor, action: x as u32 }, s.per_step * steps));
             all.filter(|(at, _)| !self.spec.decision.gives.contains(at))
         });
         let tokens = self.options.tokens.clone().unwrap_or_else(|| all.collect());
         for (at, count) in tokens {
-            self.apply(at.actor, Event::Token { action: at.action, count })?;
+            self.apply(at.actor, ProtocolEvent::Token { action: at.action, count })?;
         }
         // All fire below.
         self.decide(&mut Vec::new())?;
         for actor in 0..self.spec.actors.len() as u32 {
-            self.apply(ActorId(actor), Event::Start)?;
+            self.apply(ActorId(actor), ProtocolEvent::Start)?;
             self.fire(ActorId(actor))?;
         }
         Ok(())
@@ -276,13 +285,13 @@ impl Simulator<'_> {
     fn decide(&mut self, touched: &mut Vec<ActorId>) -> Result<(), SimulationError> {
         let spec = self.spec;
         let Decision { sees, gives } = &spec.decision;
-        let per_step = |at: &Reader| spec.actors[at.actor.0 as usize].actions[at.action as usize].per_step;
+        let per_step = |at: &RegisterReader| spec.actors[at.actor.0 as usize].actions[at.action as usize].per_step;
         while self.decided < self.options.steps
             && sees.iter().all(|at| self.ended(at) >= u64::from(self.decided + 1) * u64::from(per_step(at)))
         {
             self.decided += 1;
             for at in gives {
-                self.apply(at.actor, Event::Token { action: at.action, count: per_step(at) })?;
+                self.apply(at.actor, ProtocolEvent::Token { action: at.action, count: per_step(at) })?;
                 touched.push(at.actor);
             }
         }
@@ -290,7 +299,7 @@ impl Simulator<'_> {
     }
 
     /// Firings that have ended.
-    fn ended(&self, at: &Reader) -> u64 {
+    fn ended(&self, at: &RegisterReader) -> u64 {
         let actor = at.actor.0 as usize;
         let is_in_flight = self.flights[actor].is_some_and(|flight| flight.action == at.action);
         self.protocols[actor].fired(at.action) - u64::from(is_in_flight)
@@ -304,7 +313,7 @@ impl Simulator<'_> {
         };
         let snapshots: Vec<_> = self.protocols.iter().enumerate().map(of).collect();
         let (collectives, knows_collectives) = (&[], false);
-        let scene = Scene {
+        let scene = HangSnapshot {
             spec: self.spec,
             snapshots: &snapshots,
             collectives,
@@ -316,7 +325,7 @@ impl Simulator<'_> {
         explain(scene, u64::from(self.options.steps))
     }
 
-    fn finish(self) -> Result<Run, SimulationError> {
+    fn finish(self) -> Result<SimulatedRun, SimulationError> {
         if let Some(hang) = self.stuck() {
             return Err(SimulationError::Stuck(Box::new(hang)));
         }
@@ -331,27 +340,27 @@ impl Simulator<'_> {
             .collect();
         // Releases may still travel after the last firing.
         let makespan = self.timeline.last().map_or(0, |f| f.end);
-        Ok(Run { makespan, timeline: self.timeline, slots_peak, digest: self.data.digest() })
+        Ok(SimulatedRun { makespan, timeline: self.timeline, slots_peak, digest: self.data.digest() })
     }
 
     fn arrive(&mut self, actor: ActorId, arrival: Arrival) -> Result<(), SimulationError> {
         match arrival {
             Arrival::Message(message) => {
-                self.apply(actor, Event::Message(message))?;
+                self.apply(actor, ProtocolEvent::Message(message))?;
                 let (Message::Filled { register, .. } | Message::Released { register, .. }) = message;
                 self.conserved(register, false)
             }
             Arrival::Signal { action, output } => {
                 let firing = self.protocols[actor.0 as usize].fired(action) - 1;
                 self.data.write(&self.protocols[actor.0 as usize], actor, action, output as usize, firing);
-                self.apply(actor, Event::Signal { action, output })
+                self.apply(actor, ProtocolEvent::Signal { action, output })
             }
             Arrival::Done { action } => {
                 let protocol = &self.protocols[actor.0 as usize];
                 let flight = self.flights[actor.0 as usize].take().expect("a flight ends once");
                 self.data.settle(self.spec, protocol, flight)?;
-                self.timeline.push(Fired { end: self.now, ..flight });
-                self.apply(actor, Event::Done { action })?;
+                self.timeline.push(SimulatedFiring { end: self.now, ..flight });
+                self.apply(actor, ProtocolEvent::Done { action })?;
                 let ports = &self.spec.actors[actor.0 as usize].actions[action as usize];
                 let registers = ports.inputs.iter().map(|i| i.register);
                 for register in registers.chain(ports.outputs.iter().map(|o| o.register)) {
@@ -362,7 +371,7 @@ impl Simulator<'_> {
         }
     }
 
-    fn apply(&mut self, actor: ActorId, event: Event) -> Result<(), SimulationError> {
+    fn apply(&mut self, actor: ActorId, event: ProtocolEvent) -> Result<(), SimulationError> {
         let mut effects = Vec::new();
         self.protocols[actor.0 as usize].apply(event, &mut effects)?;
         self.perform(actor, &effects)
@@ -386,7 +395,7 @@ impl Simulator<'_> {
     }
 
     fn launch(&mut self, actor: ActorId, action: u32, firing: u64) -> Result<(), SimulationError> {
-        let fired = Fired { actor, action, firing, start: self.now, end: self.now };
+        let fired = SimulatedFiring { actor, action, firing, start: self.now, end: self.now };
         self.flights[actor.0 as usize] = Some(fired);
         let protocol = &self.protocols[actor.0 as usize];
         let read = self.data.launch(self.spec, protocol, fired)?;
@@ -404,7 +413,7 @@ impl Simulator<'_> {
     /// The kernels of a firing start to run: fixes its value and its end.
     fn proceed(&mut self, actor: ActorId, action: u32, firing: u64, shared: u64) {
         #[cfg(test)]
-        if self.options.fault == Some(tests::Fault::Hang(Reader { actor, action }, firing)) {
+        if self.options.fault == Some(tests::Fault::Hang(RegisterReader { actor, action }, firing)) {
             return;
         }
         self.data.compute(actor, shared);

@@ -1,12 +1,12 @@
 //! Whom a process waits for while nothing else is to be done in it, and who deserves to be named for it. Pure: samples come
-//! in at even intervals. Imports `spec`, `protocol`'s reasons, `snapshot` and `hang`'s words.
+//! in at even intervals.
 
 use std::collections::{BTreeMap, VecDeque};
 
 use crate::hang::CollectiveWait;
 use crate::protocol::Missing;
 use crate::snapshot::ActorSnapshot;
-use crate::spec::{ActorId, Reader, Spec};
+use crate::spec::{ActorId, RegisterReader, Spec};
 
 /// Samples that are looked back on.
 const WINDOW: usize = 10;
@@ -58,7 +58,7 @@ pub(crate) fn sample(
 
 /// Who could end this wait.
 fn actors(missing: &Missing) -> Vec<ActorId> {
-    let of = |reader: &Reader| reader.actor;
+    let of = |reader: &RegisterReader| reader.actor;
     match missing {
         Missing::Piece { writer, .. } => vec![of(writer)],
         Missing::Credit { holders, .. } => holders.iter().map(|h| h.reader.actor).collect(),
@@ -111,7 +111,7 @@ impl Tally {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::protocol::{ActionWaits, Waiting};
+    use crate::protocol::{ActionWaits, ActorWaits};
     use crate::simulate::plans;
     use crate::spec::RegisterId;
 
@@ -132,14 +132,14 @@ mod tests {
     #[test]
     fn a_process_waits_when_none_of_its_streams_works() {
         let spec = plans::data_parallel();
-        let reader = Reader { actor: ActorId(1), action: 0 };
+        let reader = RegisterReader { actor: ActorId(1), action: 0 };
         let missing = Missing::Piece { register: RegisterId(0), piece: 3, writer: reader };
         let snapshot = |in_flight, missing: Vec<Missing>| ActorSnapshot {
             actor: ActorId(0),
             firings: vec![],
             busy_ns: vec![],
             collective_ns: 0,
-            waiting: Waiting { actor: ActorId(0), in_flight, actions: vec![ActionWaits { action: 0, missing }] },
+            waiting: ActorWaits { actor: ActorId(0), in_flight, actions: vec![ActionWaits { action: 0, missing }] },
             idle: Default::default(),
             idle_now_ns: 0,
             flying_since_ns: None,

@@ -1,6 +1,6 @@
-//! What an actor shows of itself while it runs. Imports `protocol`, `trace` and `spec`.
+//! What an actor shows of itself while it runs.
 
-use crate::protocol::{Protocol, Waiting};
+use crate::protocol::{ActorWaits, Protocol};
 use crate::spec::{ActorId, RegisterId};
 use crate::trace::Idle;
 
@@ -16,7 +16,7 @@ pub struct ActorSnapshot {
     /// Time that its stream was in collectives so far: waiting for other members, and moving bytes.
     pub collective_ns: u64,
     /// Why it does not fire.
-    pub waiting: Waiting,
+    pub waiting: ActorWaits,
     /// How long it has stood idle, up to its last launch.
     pub idle: Idle,
     /// How long it stands idle now; 0 while a firing is in flight, and before the session's start.

@@ -1,5 +1,4 @@
 //! All that a plan may say of actors to the protocol: registers, credits, actions and firing. Plain data, no device.
-//! Imports nothing.
 
 /// Index of an actor in [`Spec::actors`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -24,9 +23,9 @@ pub struct Spec {
 #[derive(Clone, Debug, PartialEq, Eq, Default)]
 pub struct Decision {
     /// Actions that must all have fired for the step.
-    pub sees: Vec<Reader>,
+    pub sees: Vec<RegisterReader>,
     /// External actions that get the step's tokens then.
-    pub gives: Vec<Reader>,
+    pub gives: Vec<RegisterReader>,
 }
 
 /// The channel from one producing actor to its readers.
@@ -43,12 +42,12 @@ pub struct RegisterSpec {
     /// True when slot 0 holds piece 0 before anything fires (parameters).
     pub initial: bool,
     /// Every reader gets every piece. A reader is one action of one actor.
-    pub readers: Vec<Reader>,
+    pub readers: Vec<RegisterReader>,
 }
 
 /// One reading action of a register.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct Reader {
+pub struct RegisterReader {
     /// Who reads.
     pub actor: ActorId,
     /// Index of the action in that actor.

@@ -1,5 +1,4 @@
-//! The first cause ends a session: it is kept, collectives are aborted, all actors stop. Imports `bus`, `error`, `spec`,
-//! `snapshot`, `hang`, `trace`, kernels and ractor.
+//! The first cause ends a session: it is kept, collectives are aborted, all actors stop.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicI64, AtomicU32, AtomicU64, Ordering};
@@ -8,18 +7,18 @@ use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender, bounded};
 use ractor::{Actor, ActorProcessingErr, ActorRef, SupervisionEvent};
-use shardflow_kernels::clock::Clocks;
+use shardflow_kernels::clock::ReleaseClocks;
 use shardflow_kernels::collective::Collective;
 use shardflow_kernels::stream::Stream;
 
 use crate::bus::Bus;
 use crate::error::{Failure, PeerError};
-use crate::hang::{self, CollectiveWait, Hang, Scene};
+use crate::hang::{self, CollectiveWait, Hang, HangSnapshot};
 use crate::message::{Cast, Never};
 use crate::remote::Remote;
 use crate::slow::{self, Sample};
 use crate::snapshot::{ActorSnapshot, NotFinite};
-use crate::spec::{ActorId, Reader, RegisterId, Spec};
+use crate::spec::{ActorId, RegisterId, RegisterReader, Spec};
 use crate::trace::Ring;
 
 /// How long a state is waited for; actors never block, so only an actor that is gone takes longer.
@@ -45,7 +44,7 @@ pub(crate) struct Session {
     /// Nanoseconds that 99 of 100 steps take at most; 0 until that is known.
     pub(crate) step_p99_ns: AtomicU64,
     /// What had happened when actions last did all their firings of a step.
-    clocks: Clocks,
+    clocks: ReleaseClocks,
     /// Counts every event that an actor takes in.
     progress: AtomicU64,
     /// When it last did, nanoseconds from the start.
@@ -113,7 +112,7 @@ impl Session {
             progress: AtomicU64::new(0),
             progressed_ns: AtomicU64::new(0),
             failed_ns: AtomicU64::new(0),
-            clocks: Clocks::default(),
+            clocks: ReleaseClocks::default(),
             in_flight: spec.actors.iter().map(|_| AtomicU32::new(IDLE)).collect(),
             completed: by_action(),
             launches: by_action(),
@@ -259,7 +258,7 @@ impl Session {
     /// Firings that the register's readers here have done; nothing while one of them is in the middle of a step.
     pub(crate) fn firings_of_readers(&self, register: RegisterId) -> Option<u64> {
         let readers = self.spec.registers[register.0 as usize].readers.iter();
-        let firings = |reader: &Reader| {
+        let firings = |reader: &RegisterReader| {
             let (actor, action) = (reader.actor.0 as usize, reader.action as usize);
             let done = self.completed[actor][action].load(Ordering::Acquire);
             let per_step = u64::from(self.spec.actors[actor].actions[action].per_step);
@@ -351,7 +350,7 @@ impl Session {
             }
         };
         let process_of = |actor| self.bus.remote().process_of(actor);
-        let scene = Scene {
+        let scene = HangSnapshot {
             spec: &self.spec,
             snapshots: &snapshots,
             collectives: &collectives,

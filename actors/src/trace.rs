@@ -1,10 +1,10 @@
 //! What actors did, firing by firing: when each was launched and ended, and what came last of all that it had waited for. Each
-//! actor keeps its newest firings in a ring, which others read from where they left off. Imports `spec` and `protocol`'s events.
+//! actor keeps its newest firings in a ring, which others read from where they left off.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use crate::protocol::{Event, Message};
+use crate::protocol::{Message, ProtocolEvent};
 use crate::spec::RegisterId;
 
 /// Firings that a ring holds.
@@ -24,19 +24,19 @@ pub enum Cause {
 }
 
 impl Cause {
-    pub(crate) fn of(event: &Event) -> Self {
+    pub(crate) fn of(event: &ProtocolEvent) -> Self {
         match *event {
-            Event::Message(Message::Filled { register, .. }) => Self::Input(register),
-            Event::Message(Message::Released { register, .. }) => Self::Credit(register),
-            Event::Token { .. } => Self::Host,
-            Event::Start | Event::Signal { .. } | Event::Done { .. } => Self::Own,
+            ProtocolEvent::Message(Message::Filled { register, .. }) => Self::Input(register),
+            ProtocolEvent::Message(Message::Released { register, .. }) => Self::Credit(register),
+            ProtocolEvent::Token { .. } => Self::Host,
+            ProtocolEvent::Start | ProtocolEvent::Signal { .. } | ProtocolEvent::Done { .. } => Self::Own,
         }
     }
 }
 
 /// One firing that has ended. Times are nanoseconds since the session's start.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Fired {
+pub struct FiringRecord {
     /// Index of the action.
     pub action: u32,
     /// Firings of the action before this one.
@@ -83,16 +83,16 @@ pub(crate) struct Ring(Mutex<Kept>);
 
 #[derive(Debug, Default)]
 struct Kept {
-    firings: VecDeque<Fired>,
+    firings: VecDeque<FiringRecord>,
     /// Of the first that is kept.
     first: u64,
 }
 
 /// What a ring told.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Told {
+pub struct NewFirings {
     /// Firings that have ended since.
-    pub firings: Vec<Fired>,
+    pub firings: Vec<FiringRecord>,
     /// Where to read on.
     pub next: u64,
     /// Firings that were dropped before they were read.
@@ -104,7 +104,7 @@ impl Ring {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    pub(crate) fn push(&self, fired: Fired) {
+    pub(crate) fn push(&self, fired: FiringRecord) {
         let mut kept = self.lock();
         if kept.firings.len() == RING_FIRINGS {
             kept.firings.pop_front();
@@ -114,12 +114,12 @@ impl Ring {
     }
 
     /// All from the `from`-th on, counted since the start.
-    pub(crate) fn read(&self, from: u64) -> Told {
+    pub(crate) fn read(&self, from: u64) -> NewFirings {
         let kept = self.lock();
         let skip = from.saturating_sub(kept.first) as usize;
-        let firings: Vec<Fired> = kept.firings.iter().skip(skip).copied().collect();
+        let firings: Vec<FiringRecord> = kept.firings.iter().skip(skip).copied().collect();
         let next = kept.first + kept.firings.len() as u64;
-        Told { firings, next, lost: kept.first.saturating_sub(from) }
+        NewFirings { firings, next, lost: kept.first.saturating_sub(from) }
     }
 }
 
@@ -130,7 +130,7 @@ mod tests {
     #[test]
     fn a_ring_keeps_the_newest_and_tells_what_was_lost() {
         let ring = Ring::default();
-        let fired = |firing| Fired {
+        let fired = |firing| FiringRecord {
             action: 0,
             firing,
             idle_ns: 0,
@@ -139,10 +139,10 @@ mod tests {
             ended_ns: 0,
             cause: Cause::Own,
         };
-        assert_eq!(ring.read(0), Told::default());
+        assert_eq!(ring.read(0), NewFirings::default());
         (0..3).for_each(|n| ring.push(fired(n)));
-        assert_eq!(ring.read(1), Told { firings: vec![fired(1), fired(2)], next: 3, lost: 0 });
-        assert_eq!(ring.read(3), Told { firings: vec![], next: 3, lost: 0 });
+        assert_eq!(ring.read(1), NewFirings { firings: vec![fired(1), fired(2)], next: 3, lost: 0 });
+        assert_eq!(ring.read(3), NewFirings { firings: vec![], next: 3, lost: 0 });
         let total = RING_FIRINGS as u64 + 5;
         (3..total).for_each(|n| ring.push(fired(n)));
         let told = ring.read(3);

@@ -1,5 +1,5 @@
 //! Connections between the processes of a world, each authenticated on both sides before a byte of it is believed: who
-//! listens, who dials, and what goes before the first message. Imports `spec` and `protocol`'s message; runs threads.
+//! listens, who dials, and what goes before the first message.
 //!
 //! Layers: `error <- secret, wire <- handshake <- link <- dial, endpoint, descriptors`; `frame` and `folder` stand alone.
 //!
@@ -11,26 +11,26 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
+mod connection;
 pub mod descriptors;
 mod dial;
-pub mod endpoint;
 mod error;
 mod folder;
 pub mod frame;
 pub mod handshake;
-mod link;
+pub mod listener;
 mod secret;
 pub mod wire;
 
+pub use connection::{Address, Connection, DeadlineConnection, SEND_TIMEOUT, resolve, with_zone_of, without_zone};
 pub use descriptors::{DESCRIPTORS_MAX, receive_descriptors, send_descriptors};
 pub use dial::connect;
-pub use endpoint::{Endpoint, EndpointOptions, Listen, Refusals, UNIX_PATH_BYTES_MAX};
 pub use error::TransportError;
 pub use folder::PrivateFolder;
 pub use frame::{FRAME_BYTES, Frame, FrameError};
-pub use handshake::{Gate, HandshakeError, PROTOCOL_VERSION, Refusal, World};
-pub use link::{Address, Link, SEND_TIMEOUT, Until, resolve, with_zone_of, without_zone};
-pub use secret::{SECRET_BYTES_MIN, Secret};
+pub use handshake::{AcceptPolicy, HandshakeError, PROTOCOL_VERSION, Refusal, SettledWorld};
+pub use listener::{ListenAddress, Listener, ListenerOptions, Refusals, UNIX_PATH_BYTES_MAX};
+pub use secret::{SECRET_BYTES_MIN, SharedKey};
 
 /// Processes of one world, at most.
 pub const PROCESSES_MAX: u32 = 4096;

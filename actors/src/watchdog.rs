@@ -1,4 +1,4 @@
-//! Notices that nothing moves although there is work, and says who waits for whom. Imports `supervisor` and `error`.
+//! Notices that nothing moves although there is work, and says who waits for whom.
 
 use std::fmt;
 use std::sync::Arc;
@@ -9,7 +9,7 @@ use crate::error::Failure;
 use crate::slow::{Slow, Tally};
 use crate::supervisor::Session;
 
-/// Called with a report, on the thread that looks; it must not call [`crate::shell::Running::tick`].
+/// Called with a report, on the thread that looks; it must not call [`crate::shell::RunningSession::tick`].
 pub type OnStall = Arc<dyn Fn(&str) + Send + Sync>;
 
 /// What to do about a session that does not move.
@@ -19,7 +19,7 @@ pub struct WatchdogOptions {
     /// the longest firing, since a firing's kernels show no progress. Once it is known how long steps take
     /// ([`crate::shell::Control::steps_take`]), five times as long, and at least 10 s, is enough, where that is sooner.
     pub stall_after: Duration,
-    /// How often the watchdog's thread looks; `None` starts no thread, and [`crate::shell::Running::tick`] drives it.
+    /// How often the watchdog's thread looks; `None` starts no thread, and [`crate::shell::RunningSession::tick`] drives it.
     pub check_every: Option<Duration>,
     /// Ends the session with [`Failure::Stalled`] after so long without progress; `None` never does. As
     /// [`WatchdogOptions::stall_after`], longer than any firing.

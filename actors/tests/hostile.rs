@@ -1,5 +1,5 @@
 //! What strangers can do to an endpoint without the secret: nothing that costs memory or keeps a good peer waiting. A test
-//! binary of its own, so that nothing else moves its memory. Imports the public API.
+//! binary of its own, so that nothing else moves its memory.
 
 use std::io::{Read, Write};
 use std::net::{Ipv4Addr, TcpStream};
@@ -8,12 +8,12 @@ use std::time::{Duration, Instant};
 
 use shardflow_actors::transport::handshake::greeting;
 use shardflow_actors::transport::{
-    Address, Endpoint, EndpointOptions, Hello, Listen, Purpose, Secret, SessionId, World, connect,
+    Address, Hello, ListenAddress, Listener, ListenerOptions, Purpose, SessionId, SettledWorld, SharedKey, connect,
 };
 
 const STRANGERS: usize = 500;
 const GROWTH_KB_MAX: usize = 16 << 10;
-const WORLD: World = World { session: SessionId([3; 16]), epoch: 0, processes: 64 };
+const WORLD: SettledWorld = SettledWorld { session: SessionId([3; 16]), epoch: 0, processes: 64 };
 
 /// Resident memory of this process, in kB.
 fn resident_kb() -> usize {
@@ -38,7 +38,7 @@ fn half_a_handshake(number: usize) -> Vec<u8> {
 }
 
 /// A good peer connects; how long it took.
-fn good_peer(endpoint: &Endpoint, secret: &Secret, from: u32) -> Duration {
+fn good_peer(endpoint: &Listener, secret: &SharedKey, from: u32) -> Duration {
     let begin = Instant::now();
     let deadline = begin + Duration::from_secs(30);
     let hello = Hello { session: WORLD.session, epoch: WORLD.epoch, from, to: 0, purpose: Purpose::Control };
@@ -54,9 +54,9 @@ fn good_peer(endpoint: &Endpoint, secret: &Secret, from: u32) -> Duration {
 
 #[test]
 fn five_hundred_silent_strangers_cost_little_and_hold_up_nobody() {
-    let secret = Secret::from_text("a secret of these tests").unwrap();
-    let listen = [Listen::Tcp((Ipv4Addr::LOCALHOST, 0).into())];
-    let endpoint = Endpoint::listen(0, secret.clone(), &listen, EndpointOptions::default()).unwrap();
+    let secret = SharedKey::from_text("a secret of these tests").unwrap();
+    let listen = [ListenAddress::Tcp((Ipv4Addr::LOCALHOST, 0).into())];
+    let endpoint = Listener::listen(0, secret.clone(), &listen, ListenerOptions::default()).unwrap();
     endpoint.begin(WORLD);
     let Address::Tcp(address) = endpoint.addresses()[0].clone() else { panic!("it listens on TCP") };
     good_peer(&endpoint, &secret, 1);

@@ -1,5 +1,5 @@
 //! A peer that holds the job's key and lies once it is let in: whatever it sends that the plan does not allow ends the session
-//! with an error that names the peer and what was wrong. Imports the public API.
+//! with an error that names the peer and what was wrong.
 
 use std::collections::BTreeMap;
 use std::io::{Read, Write};
@@ -10,12 +10,12 @@ use std::time::{Duration, Instant};
 use shardflow_actors::builder::Builder;
 use shardflow_actors::error::{Failure, PeerError};
 use shardflow_actors::protocol::Message;
-use shardflow_actors::remote::{HostPort, Peer, Peers, Run};
-use shardflow_actors::shell::{ActionProgram, Hosted, Loaded, RegisterMemory, Running, start};
+use shardflow_actors::remote::{ByteRun, HostBroadcast, PeerSpec, Peers};
+use shardflow_actors::shell::{ActionProgram, ActorHost, LoadedPlan, RegisterMemory, RunningSession, start};
 use shardflow_actors::spec::{ActorId, Firing, RegisterId, Spec};
 use shardflow_actors::transport::{
-    Endpoint, EndpointOptions, FRAME_BYTES, Frame, FrameError, Hello, Link, Listen, Purpose, Secret, SessionId, World,
-    connect,
+    Connection, FRAME_BYTES, Frame, FrameError, Hello, ListenAddress, Listener, ListenerOptions, Purpose, SessionId,
+    SettledWorld, SharedKey, connect,
 };
 use shardflow_actors::watchdog::WatchdogOptions;
 use shardflow_kernels::collective::in_process::InProcess;
@@ -25,7 +25,7 @@ use shardflow_kernels::op::Program;
 use shardflow_kernels::tensor::DType;
 
 const PATIENCE: Duration = Duration::from_secs(20);
-const WORLD: World = World { session: SessionId([3; 16]), epoch: 2, processes: 8 };
+const WORLD: SettledWorld = SettledWorld { session: SessionId([3; 16]), epoch: 2, processes: 8 };
 /// The liar.
 const LIAR: u32 = 7;
 /// Of the liar to this process; 2 slots of 8 bytes, of which 4 are sent.
@@ -62,11 +62,11 @@ fn spec() -> Spec {
     b.build()
 }
 
-/// A connection on which both sides have proved the key, as [`connect`] and [`Endpoint::wait`] give it: here, and the liar's.
-fn authenticated() -> (Link, Link) {
-    let secret = Secret::from_text("a secret of these tests").unwrap();
-    let listen = [Listen::Tcp((Ipv4Addr::LOCALHOST, 0).into())];
-    let endpoint = Endpoint::listen(0, secret.clone(), &listen, EndpointOptions::default()).unwrap();
+/// A connection on which both sides have proved the key, as [`connect`] and [`Listener::wait`] give it: here, and the liar's.
+fn authenticated() -> (Connection, Connection) {
+    let secret = SharedKey::from_text("a secret of these tests").unwrap();
+    let listen = [ListenAddress::Tcp((Ipv4Addr::LOCALHOST, 0).into())];
+    let endpoint = Listener::listen(0, secret.clone(), &listen, ListenerOptions::default()).unwrap();
     endpoint.begin(WORLD);
     let (deadline, purpose) = (Instant::now() + PATIENCE, Purpose::Registers { lane: 0 });
     let hello = Hello { session: WORLD.session, epoch: WORLD.epoch, from: LIAR, to: 0, purpose };
@@ -75,13 +75,13 @@ fn authenticated() -> (Link, Link) {
 }
 
 /// This process's part, up and running, and the liar's end of the connection.
-fn running() -> (Running, Link) {
+fn running() -> (RunningSession, Connection) {
     let (running, liar, _) = running_with_mirrors();
     (running, liar)
 }
 
 /// The same, and the memory that the liar's bytes go to.
-fn running_with_mirrors() -> (Running, Link, [Arena; 2]) {
+fn running_with_mirrors() -> (RunningSession, Connection, [Arena; 2]) {
     let (link, mut liar) = authenticated();
     let engine = Arc::new(InProcess::new());
     let device = Device::cpu(0, 1, engine.clone());
@@ -93,10 +93,10 @@ fn running_with_mirrors() -> (Running, Link, [Arena; 2]) {
     let hosted = [(ActorId(1), "middle"), (USER, "user")].map(|(actor, name)| {
         let program = Arc::new(Program { name: "work".into(), ..Program::default() });
         let programs = vec![ActionProgram { program, bases: Vec::new() }];
-        (actor, Hosted { stream: device.stream(name, 1).unwrap(), programs })
+        (actor, ActorHost { stream: device.stream(name, 1).unwrap(), programs })
     });
-    let half = || vec![Run { offset: 0, bytes: 4 }];
-    let peer = Peer {
+    let half = || vec![ByteRun { offset: 0, bytes: 4 }];
+    let peer = PeerSpec {
         process: LIAR,
         actors: [0, 2, 3].map(ActorId).into(),
         link,
@@ -104,10 +104,10 @@ fn running_with_mirrors() -> (Running, Link, [Arena; 2]) {
         mirrors: BTreeMap::from([(IN, half()), (WEIGHTS, half())]),
         pipes: BTreeMap::new(),
     };
-    let host_ports = [LIAR, 0].map(|process| HostPort { process, tensors: vec![(vec![2], DType::F32)] }).into();
+    let host_ports = [LIAR, 0].map(|process| HostBroadcast { process, tensors: vec![(vec![2], DType::F32)] }).into();
     let peers = Peers { peers: vec![peer], host_ports, host: None };
     liar.write_all(&Frame::Ready { round: 1 }.encode()).unwrap();
-    let loaded = Loaded { spec: Arc::new(spec()), hosted: hosted.into(), memory: memory.into(), engine, peers };
+    let loaded = LoadedPlan { spec: Arc::new(spec()), hosted: hosted.into(), memory: memory.into(), engine, peers };
     (start(loaded, WatchdogOptions::default()).unwrap(), liar, mirrors)
 }
 
@@ -205,7 +205,7 @@ fn lies_about_slots_and_pieces_are_refused() {
 }
 
 /// Four pieces are under way: of these, credits of `out` let two be worked on and released, and hold the other two.
-fn with_two_pieces_held() -> (Running, Link, [Arena; 2]) {
+fn with_two_pieces_held() -> (RunningSession, Connection, [Arena; 2]) {
     let (running, mut liar, mirrors) = running_with_mirrors();
     liar.write_all(&[honest(0, 0), honest(1, 1)].concat()).unwrap();
     let mut released = 0;
@@ -227,7 +227,7 @@ fn slots_of(mirror: &Arena) -> [i32; 2] {
     [0, 8].map(|at| mirror.read_host(at, &[1], DType::I32).unwrap().as_i32().unwrap()[0])
 }
 
-fn refused(running: &Running) -> String {
+fn refused(running: &RunningSession) -> String {
     match running.failures().recv_timeout(PATIENCE).expect("it is refused") {
         Failure::Peer { process: LIAR, cause } => cause.to_string(),
         failure => panic!("another is blamed: {failure}"),
@@ -270,7 +270,7 @@ proptest::proptest! {
 fn weights_are_refreshed_between_steps_only() {
     let refresh = [&data(WEIGHTS, 0, 0, 4).encode()[..], &[7; 4]].concat();
     let (mut running, mut liar, [_, mirror]) = running_with_mirrors();
-    let fired = |running: &Running, firings: u64| {
+    let fired = |running: &RunningSession, firings: u64| {
         let deadline = Instant::now() + PATIENCE;
         while running.snapshot()[1].firings != [firings] {
             assert!(Instant::now() < deadline, "{:?}", running.snapshot());

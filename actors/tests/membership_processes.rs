@@ -1,5 +1,5 @@
 //! Memberships in real processes that are stopped and killed. Each process is this test again, told by its environment to
-//! be a member. Imports the crate's public API.
+//! be a member.
 
 use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, Read, Write};
@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, unbounded};
 use rustix::process::{Pid, Signal, kill_process};
-use shardflow_actors::membership::{Config, Membership, MembershipError, Notice, bind};
+use shardflow_actors::membership::{Membership, MembershipConfig, MembershipError, MembershipEvent, bind};
 
 const MEMBER: &str = "SHARDFLOW_TEST_MEMBER";
 const SOON: Duration = Duration::from_secs(30);
@@ -43,15 +43,15 @@ fn member() {
                 order => flood(&membership, order.parse().expect("a process")),
             },
             recv(membership.notices()) -> notice => match notice.expect("notices") {
-                Notice::Ended(first) => {
+                MembershipEvent::Ended(first) => {
                     say(format!("ended by {}, code {}: {}", first.process, first.exit, first.cause));
                     let start = Instant::now();
                     drop(membership);
                     say(format!("dropped in {}", start.elapsed().as_millis()));
                     std::process::exit(i32::from(first.exit));
                 }
-                Notice::Left { process } => say(format!("{process} left")),
-                Notice::Told { .. } => {}
+                MembershipEvent::Left { process } => say(format!("{process} left")),
+                MembershipEvent::Told { .. } => {}
             },
         }
     }
@@ -66,7 +66,7 @@ fn join(process: u32, processes: u32, orders: &mut impl Iterator<Item = String>)
     let heartbeat = bind((Ipv4Addr::LOCALHOST, 0).into()).expect("loopback");
     let port = |address: SocketAddr| address.port();
     say(format!("{} {}", port(listener.local_addr().expect("bound")), port(heartbeat.local_addr().expect("bound"))));
-    let mut config = Config::new(process, processes, [1; 16], 1, [2; 32], heartbeat);
+    let mut config = MembershipConfig::new(process, processes, [1; 16], 1, [2; 32], heartbeat);
     for peer in (0..processes).filter(|p| *p != process) {
         let order = orders.next().expect("the peer's ports");
         let ports: Vec<u16> = order.split(' ').map(|p| p.parse().expect("a port")).collect();

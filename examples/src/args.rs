@@ -1,4 +1,4 @@
-//! The command line of `gpt`: flags and their checks. Imports nothing of this crate.
+//! The command line of `gpt`: flags and their checks.
 //!
 //! What is checked here are the flags against each other; whether a plan exists and fits is `compile`'s to say.
 

@@ -1,9 +1,8 @@
-//! The checkpoints of a training: go on from the newest, save in the background, tell how it went. Imports `shardflow` and
-//! `args`, `files`, `log`.
+//! The checkpoints of a training: go on from the newest, save in the background, tell how it went.
 
 use std::time::Duration;
 
-use shardflow::checkpoint::{Begun, CheckpointError, Cursor, SaveReport, Saver, SaverOptions, Store};
+use shardflow::checkpoint::{CheckpointError, Cursor, SaveReport, SaveStart, Saver, SaverOptions, Store};
 use shardflow::exit;
 use shardflow::prelude::*;
 
@@ -235,7 +234,7 @@ impl Checkpoints {
         }
         self.requested = (request != Request::Nothing).then(|| session.steps()).or(self.requested);
         let begun = self.saver.save(session, self.cursor()).map_err(|e| CheckpointsError::Snapshot(Box::new(e)))?;
-        if let Begun::Started { before: Some(report) } = begun {
+        if let SaveStart::Started { before: Some(report) } = begun {
             self.log_save(&report)?;
         }
         if !is_last {

@@ -1,5 +1,5 @@
 //! Text as training data: bytes numbered by rank, and batches chosen by counter, so that every layout and every number
-//! of micro-batches sees the same samples. Imports `shardflow::{declare, init}` (hashes) only.
+//! of micro-batches sees the same samples.
 
 use std::path::{Path, PathBuf};
 

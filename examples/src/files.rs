@@ -1,4 +1,4 @@
-//! Places that a program will write to, checked before the work whose result goes there. Imports nothing of this crate.
+//! Places that a program will write to, checked before the work whose result goes there.
 
 use std::io::{self, Write};
 use std::os::unix::fs::MetadataExt;
@@ -11,7 +11,7 @@ use shardflow::files::free_bytes;
 /// A file that could not be written later.
 #[derive(Debug, thiserror::Error)]
 #[error("cannot write {path}: {cause}")]
-pub struct PlaceError {
+pub struct OutputFileError {
     /// The file.
     pub path: PathBuf,
     /// Why.
@@ -24,8 +24,8 @@ pub struct PlaceError {
 /// # Errors
 /// `path` is a folder or has no file name, its folder is missing or may not be written to, or the file there may not be
 /// replaced: it is immutable, a mount point, or another user's in a folder with the sticky bit.
-pub fn check_writable(path: &Path) -> Result<(), PlaceError> {
-    let error = |cause| PlaceError { path: path.into(), cause };
+pub fn check_writable(path: &Path) -> Result<(), OutputFileError> {
+    let error = |cause| OutputFileError { path: path.into(), cause };
     if path.is_dir() {
         return Err(error(io::ErrorKind::IsADirectory.into()));
     }
@@ -72,11 +72,11 @@ fn check_replaceable(path: &Path) -> io::Result<()> {
 ///
 /// # Errors
 /// As [`check_writable`], and no room.
-pub fn check_appendable(path: &Path) -> Result<(), PlaceError> {
+pub fn check_appendable(path: &Path) -> Result<(), OutputFileError> {
     match path.metadata() {
         Ok(there) if there.is_file() => {
             let opened = std::fs::OpenOptions::new().append(true).open(path);
-            opened.map_err(|cause| PlaceError { path: path.into(), cause })?;
+            opened.map_err(|cause| OutputFileError { path: path.into(), cause })?;
             check_room(&path.canonicalize().unwrap_or_else(|_| path.into()), 1)
         }
         Ok(there) if !there.is_dir() => Ok(()),
@@ -103,14 +103,14 @@ pub fn hint(cause: io::ErrorKind) -> &'static str {
 ///
 /// # Errors
 /// The file system has less free space.
-pub fn check_room(path: &Path, bytes: u64) -> Result<(), PlaceError> {
+pub fn check_room(path: &Path, bytes: u64) -> Result<(), OutputFileError> {
     let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
     let Some(free) = free_bytes(folder) else { return Ok(()) };
     if free >= bytes {
         return Ok(());
     }
     let cause = io::Error::new(io::ErrorKind::StorageFull, format!("{free} bytes are free, {bytes} are needed"));
-    Err(PlaceError { path: path.into(), cause })
+    Err(OutputFileError { path: path.into(), cause })
 }
 
 #[cfg(test)]

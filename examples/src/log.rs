@@ -1,4 +1,4 @@
-//! What a training run writes: JSON lines for programs, progress lines for people. Imports nothing of this crate.
+//! What a training run writes: JSON lines for programs, progress lines for people.
 
 use std::fmt::Display;
 use std::fs::File;
@@ -27,7 +27,7 @@ pub struct StepRecord {
 
 /// Memory of one device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-pub struct DeviceMemory {
+pub struct DeviceMemoryRecord {
     /// Rank in the mesh.
     pub device: usize,
     /// What the plan computed before the run.
@@ -50,7 +50,7 @@ pub struct Totals {
     /// Loss of the last step; `null` when there was none.
     pub final_loss: Option<f64>,
     /// By rank.
-    pub devices: Vec<DeviceMemory>,
+    pub devices: Vec<DeviceMemoryRecord>,
 }
 
 /// The log could not be written.
@@ -326,7 +326,7 @@ mod tests {
             "{\"step\":8,\"loss\":2.5,\"grad_norm\":null,\"step_seconds\":0.0125,\"tokens_per_second\":61440.0}\n\
              {\"step\":8,\"loss\":null,\"grad_norm\":1.5,\"step_seconds\":0.0125,\"tokens_per_second\":61440.0}\n"
         );
-        let devices = vec![DeviceMemory { device: 0, planned_peak_bytes: 12, measured_peak_bytes: 8 }];
+        let devices = vec![DeviceMemoryRecord { device: 0, planned_peak_bytes: 12, measured_peak_bytes: 8 }];
         let totals =
             Totals { steps: 2, tokens: 4, train_seconds: 0.5, tokens_per_second: 8.0, final_loss: Some(2.5), devices };
         log.finish(&totals).unwrap();

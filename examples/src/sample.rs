@@ -1,5 +1,5 @@
 //! Writes text with a trained model: one token after the other, each drawn from what the model expects after the last
-//! `context` tokens. Imports `shardflow`.
+//! `context` tokens.
 
 use std::collections::BTreeMap;
 

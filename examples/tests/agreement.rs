@@ -1,4 +1,4 @@
-//! What `gpt` compares between its ranks, and with a checkpoint on resume. Imports `support/programs`.
+//! What `gpt` compares between its ranks, and with a checkpoint on resume.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;

@@ -1,5 +1,4 @@
 //! Runs the built programs as a user would: their errors, what they print, and what they leave on disk.
-//! Imports `support/programs`.
 
 use std::io::Read;
 use std::net::TcpListener;

@@ -1,6 +1,5 @@
 //! Strangers at the doors of a training that runs: `gpt` as two processes over TCP, whose ports are flooded meanwhile. A test
-//! binary of its own, because it measures time. Imports `support/programs`, and the actors' transport to
-//! speak as a stranger does.
+//! binary of its own, because it measures time.
 
 use std::collections::BTreeSet;
 use std::fs::{self, File};
@@ -15,7 +14,7 @@ use std::time::{Duration, Instant};
 use programs::{Folder, GPT, launcher};
 use serde_json::Value;
 use shardflow_actors::transport::handshake::{Dialler, HandshakeError, Refusal, greeting};
-use shardflow_actors::transport::{Address, Hello, Purpose, Secret, SessionId, TransportError, connect};
+use shardflow_actors::transport::{Address, Hello, Purpose, SessionId, SharedKey, TransportError, connect};
 
 #[path = "support/programs.rs"]
 mod programs;
@@ -146,7 +145,7 @@ fn hello() -> Hello {
 }
 
 /// A whole handshake of one that has the secret; what it sent, and how it ended.
-fn handshake(port: u16, secret: &Secret) -> std::io::Result<(Vec<u8>, Result<(), HandshakeError>)> {
+fn handshake(port: u16, secret: &SharedKey) -> std::io::Result<(Vec<u8>, Result<(), HandshakeError>)> {
     let mut stream = TcpStream::connect(at(port))?;
     stream.set_read_timeout(Some(Duration::from_secs(20)))?;
     let (dialler, greeting) = Dialler::new(&[9; 32]);
@@ -159,8 +158,8 @@ fn handshake(port: u16, secret: &Secret) -> std::io::Result<(Vec<u8>, Result<(),
 }
 
 /// What each kind of stranger hears while nobody else attacks; gives a handshake to be replayed. Every refusal has its type.
-fn refusals(port: u16, world: &Secret) -> Vec<u8> {
-    let wrong = Secret::from_text("a secret of another job").unwrap();
+fn refusals(port: u16, world: &SharedKey) -> Vec<u8> {
+    let wrong = SharedKey::from_text("a secret of another job").unwrap();
     let address = Address::Tcp(at(port).to_string());
     let denied = connect(&address, &wrong, &hello(), Instant::now() + Duration::from_secs(10)).unwrap_err();
     assert!(matches!(denied, TransportError::Handshake { cause: HandshakeError::Denied, .. }), "{denied}");
@@ -207,7 +206,7 @@ struct Attack {
 impl Attack {
     fn run(&self, end: &Receiver<()>) {
         let socket = UdpSocket::bind(at(0)).unwrap();
-        let wrong = Secret::from_text("a secret of another job").unwrap();
+        let wrong = SharedKey::from_text("a secret of another job").unwrap();
         let mut strangers = Vec::new();
         for number in 0.. {
             // The sender is dropped when it is all over.
@@ -290,7 +289,7 @@ fn strangers_cost_a_training_little_and_change_nothing() {
     let all = |protocol| workers.iter().flat_map(|pid| ports(*pid, protocol)).collect::<Vec<_>>();
     let (tcp, udp) = (all("tcp"), all("udp"));
     assert!(tcp.len() >= 2 && udp.len() >= 2, "a port of each for strangers and for heartbeats: {tcp:?} {udp:?}");
-    let secret = Secret::from_text(SECRET).unwrap();
+    let secret = SharedKey::from_text(SECRET).unwrap();
     let recorded = tcp.iter().map(|port| refusals(*port, &secret)).next_back().unwrap();
 
     let resident = || workers.iter().map(|pid| resident_kb(*pid)).collect::<Vec<_>>();

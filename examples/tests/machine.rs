@@ -1,6 +1,6 @@
 //! `gpt` on machines that give it less than they seem to: memory limits of a cgroup, containers with a `/tmp` each, a `TMPDIR` that
 //! cannot be used, names and addresses that mean something else on another node, other launchers. What needs root says `SKIPPED`
-//! without it. Imports `support/programs`.
+//! without it.
 
 use std::fs;
 use std::net::{TcpListener, UdpSocket};

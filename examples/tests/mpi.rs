@@ -1,5 +1,5 @@
 //! `gpt` under `mpirun` with collectives by MPI: the losses of one process, within rounding; ranks that are killed or frozen;
-//! what is refused. Built only with the feature `mpi`. Imports `support/programs`.
+//! what is refused. Built only with the feature `mpi`.
 
 use std::process::Command;
 use std::thread;

@@ -1,5 +1,5 @@
 //! `gpt` as several processes under `shardflow launch`: the same bits as in one process, whatever carries them; processes that
-//! are killed, frozen or asked to end. Imports `support/programs`.
+//! are killed, frozen or asked to end.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::TcpListener;

@@ -1,5 +1,4 @@
 //! `gpt` that is asked to save or to end, by signals and by the end of a Slurm job, and whose output nobody reads.
-//! Imports `support/programs`.
 
 use std::io::{PipeReader, Read, Write, pipe};
 use std::net::TcpListener;

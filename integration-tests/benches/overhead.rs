@@ -12,7 +12,7 @@ use shardflow_kernels::collective::in_process::InProcess;
 use shardflow_kernels::device::Device;
 use shardflow_kernels::memory::{Arena, Base};
 use shardflow_kernels::op::Program;
-use shardflow_kernels::stream::{Notice, Stream, Submission};
+use shardflow_kernels::stream::{Notification, Stream, Submission};
 
 const ROUNDS: usize = 60;
 
@@ -48,7 +48,7 @@ fn direct(stream: &Stream, programs: &[(Arc<Program>, Vec<Base>)]) {
         stream.submit(Submission { program, bases, repeat: false, notify }).expect("the stream is open");
     }
     for _ in programs {
-        assert_eq!(receiver.recv(), Ok(Notice::Done));
+        assert_eq!(receiver.recv(), Ok(Notification::Done));
     }
 }
 

@@ -1,4 +1,4 @@
-//! The model that `gpt` trains unless it is told otherwise, for benchmarks. Imports `shardflow`.
+//! The model that `gpt` trains unless it is told otherwise, for benchmarks.
 
 use shardflow::graph::{AdamW, Graph};
 use shardflow::nn::{self, GptConfig};

@@ -1,6 +1,5 @@
 //! An object store that fails at its k-th operation: it kills the process, says that the disk is full, never answers, or freezes the process.
 //! Or one that lacks hard links, or conditional puts.
-//! Imports the `object_store` crate.
 
 use std::fmt;
 use std::path::PathBuf;

@@ -1,5 +1,5 @@
 //! Gradients too large to be squared in a float, on devices of any kind: a finite norm, clipping that works, and no update that
-//! would leave an infinite parameter or moment. Imports `shardflow`, the kernels' tensors and `training`.
+//! would leave an infinite parameter or moment.
 
 use shardflow::graph::{AdamW, Graph};
 use shardflow::nn::{self, Parallel};

@@ -1,4 +1,4 @@
-//! For benchmarks: how long work takes, and the middle of many figures. Imports nothing of ours.
+//! For benchmarks: how long work takes, and the middle of many figures.
 
 use std::time::Instant;
 

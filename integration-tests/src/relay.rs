@@ -1,5 +1,5 @@
 //! A proxy that stands before all that the processes of a job listen on. It cuts what goes through into random pieces, holds
-//! each direction of each connection up by itself, and loses no byte; of heartbeats it loses some. Imports `shardflow::cluster`.
+//! each direction of each connection up by itself, and loses no byte; of heartbeats it loses some.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -11,7 +11,7 @@ use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use shardflow::cluster::Advertise;
-use shardflow_actors::transport::{Address, Link};
+use shardflow_actors::transport::{Address, Connection};
 
 use crate::training::Scratch;
 
@@ -91,7 +91,7 @@ struct Shared {
 struct State {
     /// By the address behind it.
     fronts: BTreeMap<Address, Address>,
-    links: Vec<Link>,
+    links: Vec<Connection>,
     threads: Vec<JoinHandle<()>>,
     passed: Passed,
     directions: u64,
@@ -137,7 +137,7 @@ impl Shared {
     }
 
     /// Passes on what arrives at a front.
-    fn serve(self: &Arc<Self>, accept: impl Fn() -> io::Result<Link>, bound: &Address) {
+    fn serve(self: &Arc<Self>, accept: impl Fn() -> io::Result<Connection>, bound: &Address) {
         while let Ok(outside) = accept() {
             if self.state().over {
                 return;
@@ -147,7 +147,7 @@ impl Shared {
         }
     }
 
-    fn join(self: &Arc<Self>, inside: Link, outside: Link) -> io::Result<()> {
+    fn join(self: &Arc<Self>, inside: Connection, outside: Connection) -> io::Result<()> {
         let ends = [(inside.try_clone()?, outside.try_clone()?), (outside.try_clone()?, inside.try_clone()?)];
         let mut state = self.state();
         state.links.extend([inside, outside]);
@@ -160,7 +160,7 @@ impl Shared {
     }
 
     /// Carries one direction of a connection until it ends.
-    fn carry(&self, mut from: Link, mut to: Link) {
+    fn carry(&self, mut from: Connection, mut to: Connection) {
         let (mut dice, mut buffer, mut pieces) = (self.dice(), vec![0; 1 << PIECE_BITS], 0);
         while let Ok(bytes @ 1..) = from.read(&mut buffer) {
             let mut rest = &buffer[..bytes];
@@ -183,8 +183,8 @@ impl Shared {
         }
         // The other direction may go on.
         drop(match &to {
-            Link::Tcp(stream) => stream.shutdown(Shutdown::Write),
-            Link::Unix(stream) => stream.shutdown(Shutdown::Write),
+            Connection::Tcp(stream) => stream.shutdown(Shutdown::Write),
+            Connection::Unix(stream) => stream.shutdown(Shutdown::Write),
         });
     }
 
@@ -206,8 +206,8 @@ impl Shared {
     }
 }
 
-fn connect(address: &Address) -> io::Result<Link> {
-    let link: Link = match address {
+fn connect(address: &Address) -> io::Result<Connection> {
+    let link: Connection = match address {
         Address::Tcp(name) => TcpStream::connect(name)?.into(),
         Address::Unix(path) => UnixStream::connect(path)?.into(),
     };
@@ -215,8 +215,8 @@ fn connect(address: &Address) -> io::Result<Link> {
 }
 
 /// So that pieces travel as they were cut.
-fn without_delay(link: Link) -> io::Result<Link> {
-    if let Link::Tcp(stream) = &link {
+fn without_delay(link: Connection) -> io::Result<Connection> {
+    if let Connection::Tcp(stream) = &link {
         stream.set_nodelay(true)?;
     }
     Ok(link)
@@ -245,7 +245,7 @@ impl Advertise for Relay {
         let fronts = state.fronts.len();
         let (behind, front): (_, Address);
         behind = bound.clone();
-        let accept: Box<dyn Fn() -> io::Result<Link> + Send> = match bound {
+        let accept: Box<dyn Fn() -> io::Result<Connection> + Send> = match bound {
             Address::Tcp(_) => {
                 let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
                 front = Address::Tcp(listener.local_addr()?.to_string());

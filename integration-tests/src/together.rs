@@ -1,12 +1,11 @@
 //! Several processes of a job, played by threads: what they need to agree on a checkpoint, and a save by all of them.
-//! Imports `shardflow::checkpoint`.
 
 use std::collections::BTreeMap;
 use std::sync::{Condvar, Mutex};
 use std::time::Duration;
 
 use shardflow::checkpoint::{
-    Agree, AgreeError, Member, SaveId, SaveReport, Saved, SaverOptions, Snapshot, Store, save_now,
+    AgreeError, ProcessRank, SaveAgreement, SaveId, SaveOutcome, SaveReport, SaverOptions, Snapshot, Store, save_now,
 };
 
 /// How long the others are waited for.
@@ -15,7 +14,7 @@ const DEADLINE: Duration = Duration::from_secs(20);
 #[derive(Default)]
 struct Said {
     written: Vec<Result<(), String>>,
-    decided: Option<Result<Saved, String>>,
+    decided: Option<Result<SaveOutcome, String>>,
 }
 
 /// The agreement of processes that share memory.
@@ -54,7 +53,7 @@ impl Together {
     }
 }
 
-impl Agree for Together {
+impl SaveAgreement for Together {
     fn all_written(&self, save: SaveId, mine: Result<(), String>) -> Result<(), AgreeError> {
         let all = |said: &Said| (said.written.len() == self.processes).then(|| said.written.clone());
         let results = self.exchange(save, |said| said.written.push(mine), all)?;
@@ -62,7 +61,7 @@ impl Agree for Together {
         failed.map_or(Ok(()), |why| Err(AgreeError { process: None, why }))
     }
 
-    fn outcome(&self, save: SaveId, decided: Option<Result<Saved, String>>) -> Result<Saved, AgreeError> {
+    fn outcome(&self, save: SaveId, decided: Option<Result<SaveOutcome, String>>) -> Result<SaveOutcome, AgreeError> {
         let say = |said: &mut Said| said.decided = decided.or(said.decided.take());
         let outcome = self.exchange(save, say, |said| said.decided.clone())?;
         outcome.map_err(|why| AgreeError { process: Some(0), why })
@@ -74,7 +73,7 @@ pub fn save_together(store: &Store, parts: &[Snapshot], epoch: u64, keep: usize)
     let together = Together::new(parts.len());
     let processes = parts.len() as u32;
     let save = |(process, part): (usize, &Snapshot)| {
-        let member = Member { process: process as u32, processes, epoch };
+        let member = ProcessRank { process: process as u32, processes, epoch };
         save_now(store, part, &together, &SaverOptions { member, keep, ..SaverOptions::default() }, 0)
     };
     std::thread::scope(|scope| {

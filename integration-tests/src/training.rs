@@ -1,5 +1,5 @@
 //! A small GPT trained through the public API on a text that is part of the test, on any mesh: the same samples and initial
-//! weights for every layout, and those of [`crate::reference`]. Imports `shardflow` and the kernels' tensors.
+//! weights for every layout, and those of [`crate::reference`].
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};

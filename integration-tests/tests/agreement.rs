@@ -8,7 +8,7 @@ use std::thread;
 use safetensors::SafeTensors;
 use safetensors::tensor::{Dtype, TensorView};
 use shardflow::checkpoint::{CheckpointError, Cursor, Saver, SaverOptions, Store};
-use shardflow::cluster::env::{Endpoint, Launch, Secret, SecretSource, Source, World};
+use shardflow::cluster::env::{Endpoint, LaunchContext, LaunchedBy, Secret, SecretSource, World};
 use shardflow::cluster::{Cluster, ClusterOptions};
 use shardflow::exit::Exit;
 use shardflow::graph::Graph;
@@ -49,12 +49,13 @@ fn together<T: Send>(name: &str, processes: u32, work: impl Fn(u32, Cluster) -> 
         endpoint: Endpoint::Unix(meet.clone()),
         secret: SecretSource::Text(Secret::new("a secret of these tests", "this test").expect("long enough")),
         restart: 0,
-        source: Source::Shardflow,
+        source: LaunchedBy::Shardflow,
         run_id: name.into(),
     };
     thread::scope(|scope| {
         let start = |process| {
-            let (cluster, work) = (Cluster::new(Launch::World(world(process)), ClusterOptions::default()), &work);
+            let (cluster, work) =
+                (Cluster::new(LaunchContext::World(world(process)), ClusterOptions::default()), &work);
             scope.spawn(move || work(process, cluster))
         };
         let threads: Vec<_> = (0..processes).map(start).collect();

@@ -12,11 +12,11 @@ use futures_util::TryStreamExt;
 use object_store::local::LocalFileSystem;
 use object_store::memory::InMemory;
 use object_store::{ObjectStore, ObjectStoreExt};
-use shardflow::checkpoint::manifest::{JobTime, Kind, TensorInfo};
+use shardflow::checkpoint::manifest::{JobTime, TensorKind, TensorMeta};
 use shardflow::checkpoint::snapshot::SnapshotPiece;
 use shardflow::checkpoint::{
-    Alone, Begun, Busy, CheckpointError, Member, Reader, SaveId, SaveReport, Saved, Saver, SaverOptions, Snapshot,
-    Store, save_now,
+    CheckpointError, CheckpointReader, ProcessRank, SaveId, SaveOutcome, SaveReport, SaveStart, Saver, SaverOptions,
+    SingleProcess, Snapshot, Store, WhenBusy, save_now,
 };
 use shardflow::init::mix;
 use shardflow::plan::Schedule::OneFOneB;
@@ -31,9 +31,9 @@ const SHAPE: [usize; 2] = [40, 16];
 
 /// Parts that two processes write at a step: values that only this step has.
 fn parts(step: u64) -> Vec<Snapshot> {
-    let info = TensorInfo {
+    let info = TensorMeta {
         name: "weight".into(),
-        kind: Kind::Parameter,
+        kind: TensorKind::Parameter,
         dtype: shardflow_kernels::tensor::DType::F32,
         shape: SHAPE.to_vec(),
         saved_shape: SHAPE.to_vec(),
@@ -62,7 +62,7 @@ fn parts(step: u64) -> Vec<Snapshot> {
 }
 
 /// The checkpoint holds what its step wrote, to the last bit.
-fn check_contents(reader: &Reader) {
+fn check_contents(reader: &CheckpointReader) {
     let step = reader.manifest().step;
     let whole = reader.tensor("weight", &Region::whole(&SHAPE)).expect("it was found good");
     let expected = |i: usize| (step as f32) + (i as f32) / 4096.0;
@@ -79,7 +79,7 @@ fn save_in_order(store: &Store, step: u64, epoch: u64) -> Vec<SaveReport> {
     let (together, parts) = (Together::new(2), parts(step));
     let save = |process: u32| {
         let options =
-            SaverOptions { member: Member { process, processes: 2, epoch }, keep: 2, ..SaverOptions::default() };
+            SaverOptions { member: ProcessRank { process, processes: 2, epoch }, keep: 2, ..SaverOptions::default() };
         save_now(store, &parts[process as usize], &together, &options, 0).expect("good options")
     };
     std::thread::scope(|scope| {
@@ -188,11 +188,11 @@ fn a_frozen_job_that_thaws_commits_nothing_twice() {
             let reader = healthy.read(4).expect("was committed");
             reader.verify().unwrap_or_else(|e| panic!("operation {at}: {e}"));
             check_contents(&reader);
-            let winner = if saved[0] == Saved::Committed { 2 } else { 1 };
+            let winner = if saved[0] == SaveOutcome::Committed { 2 } else { 1 };
             assert_eq!(reader.manifest().epoch, winner, "operation {at}: {saved:?}, {frozen:?}");
             for report in frozen {
                 // What the successor deleted as left behind is told as missing.
-                let is_winner = matches!(report.result, Ok(Saved::Committed));
+                let is_winner = matches!(report.result, Ok(SaveOutcome::Committed));
                 assert_eq!(is_winner, winner == 1, "operation {at}: {:?}", report.result);
             }
         }
@@ -221,7 +221,7 @@ fn a_full_disk_fails_the_save_and_nothing_else() {
             let is_committed = healthy.steps().expect("can be listed").contains(&4);
             for report in &reports {
                 match &report.result {
-                    Ok(saved) => assert!(is_committed && *saved == Saved::Committed),
+                    Ok(saved) => assert!(is_committed && *saved == SaveOutcome::Committed),
                     Err(error) => {
                         let text = error.to_string();
                         assert!(!is_committed && error.exit_code() == 73, "{text}");
@@ -306,14 +306,14 @@ fn training_goes_on_while_saves_fail() {
             let faulty = Faulty::new(Arc::new(InMemory::new()), fault, 12, None);
             let store = Store::with(Arc::new(faulty.clone()), "run").expect("a store");
             let store = store.with_deadline(Duration::from_secs(2));
-            let options = SaverOptions { busy: Busy::Skip, ..SaverOptions::default() };
-            let mut saver = Saver::new(store.clone(), Arc::new(Alone), options).expect("a thread can be had");
+            let options = SaverOptions { busy: WhenBusy::Skip, ..SaverOptions::default() };
+            let mut saver = Saver::new(store.clone(), Arc::new(SingleProcess), options).expect("a thread can be had");
             let mut here = session("data=2");
             let (mut failed, mut skipped, mut again) = (None, 0, Vec::new());
             for step in 0..30 {
                 let begun = saver.save(&here, BTreeMap::new()).expect("the session lives");
-                skipped += usize::from(matches!(begun, Begun::Skipped));
-                if let Begun::Started { before: Some(report) } = begun {
+                skipped += usize::from(matches!(begun, SaveStart::Skipped));
+                if let SaveStart::Started { before: Some(report) } = begun {
                     failed = failed.or(report.result.err());
                 }
                 again.push(model().step(&mut here).loss.map(f32::to_bits));
@@ -331,8 +331,9 @@ fn training_goes_on_while_saves_fail() {
             drop(saver);
             assert!(begin.elapsed() < Duration::from_secs(1), "dropping waits for nothing");
             faulty.heal();
-            let report = save_now(&store, &here.snapshot(None).expect("lives"), &Alone, &SaverOptions::default(), 99);
-            assert_eq!(report.expect("good options").result.expect("all is well again"), Saved::Committed);
+            let report =
+                save_now(&store, &here.snapshot(None).expect("lives"), &SingleProcess, &SaverOptions::default(), 99);
+            assert_eq!(report.expect("good options").result.expect("all is well again"), SaveOutcome::Committed);
             let mut resumed = session("stage=1");
             assert_eq!(resumed.restore_newest(&store).expect("loads").found.map(|f| f.0), Some(30));
         }

@@ -11,7 +11,7 @@ use object_store::local::LocalFileSystem;
 use object_store::memory::InMemory;
 use shardflow::checkpoint::cli::{CheckpointCommand, run};
 use shardflow::checkpoint::{
-    Alone, CheckpointError, Cursor, Saved, Saver, SaverOptions, Snapshot, Store, WaitClock, save_now,
+    CheckpointError, Cursor, SaveOutcome, Saver, SaverOptions, SingleProcess, Snapshot, Store, WaitClock, save_now,
 };
 use shardflow::plan::Schedule::OneFOneB;
 use shardflow::session::{Session, SessionError};
@@ -33,7 +33,7 @@ fn saver(session: &mut Session, store: &Store) -> Result<Saver, SessionError> {
 }
 
 /// Trains a step, saves, and waits for the outcome.
-fn step_and_save(session: &mut Session, saver: &mut Saver) -> Result<Saved, CheckpointError> {
+fn step_and_save(session: &mut Session, saver: &mut Saver) -> Result<SaveOutcome, CheckpointError> {
     Model::default().step(session);
     saver.save(session, Cursor::new()).expect("the session lives");
     saver.wait(Duration::from_secs(20)).expect("in time").expect("one was begun").result
@@ -70,13 +70,13 @@ fn a_second_saver_fences_the_first() {
         let store = open(scratch.path());
         let (mut first, mut second) = (session(), session());
         let mut old = saver(&mut first, &store).expect("a place");
-        assert_eq!(step_and_save(&mut first, &mut old).expect("its own"), Saved::Committed);
+        assert_eq!(step_and_save(&mut first, &mut old).expect("its own"), SaveOutcome::Committed);
         second.restore_newest(&store).expect("readers need no lock");
         let mut new = saver(&mut second, &store).expect("the same process");
         let error = step_and_save(&mut first, &mut old).expect_err("fenced");
         assert!(matches!(error, CheckpointError::Fenced { .. }), "{error}");
         assert_eq!(store.steps().expect("can be listed"), [1]);
-        assert_eq!(step_and_save(&mut second, &mut new).expect("its own"), Saved::Committed);
+        assert_eq!(step_and_save(&mut second, &mut new).expect("its own"), SaveOutcome::Committed);
         drop((old, new));
         assert_eq!(names(scratch.path()), ["step-000000000001", "step-000000000002"], "the lock is given back");
     });
@@ -86,7 +86,7 @@ fn a_second_saver_fences_the_first() {
 fn a_store_without_conditional_puts_is_refused_and_named() {
     let faulty = Faulty::new(Arc::new(InMemory::new()), Fault::NoConditionalPut, usize::MAX, None);
     let store = Store::with(Arc::new(faulty), "run").expect("a store");
-    let error = Saver::new(store, Arc::new(Alone), SaverOptions::default()).err().expect("no lock can be had");
+    let error = Saver::new(store, Arc::new(SingleProcess), SaverOptions::default()).err().expect("no lock can be had");
     assert!(error.to_string().contains("lacks conditional puts"), "{error}");
 }
 
@@ -100,13 +100,13 @@ fn a_file_system_without_hard_links_is_enough() {
         let store = Store::in_folder(Arc::new(faulty), scratch.path(), "run").expect("a folder");
         let mut here = session();
         let mut saver = saver(&mut here, &store).expect("a place");
-        assert_eq!(step_and_save(&mut here, &mut saver).expect("can be saved"), Saved::Committed);
+        assert_eq!(step_and_save(&mut here, &mut saver).expect("can be saved"), SaveOutcome::Committed);
         let again = save_together(&store, &parts(&here), 5, 2);
-        assert!(again.iter().all(|report| matches!(report.result, Ok(Saved::AlreadyThere))), "{again:?}");
+        assert!(again.iter().all(|report| matches!(report.result, Ok(SaveOutcome::AlreadyThere))), "{again:?}");
         let claim = scratch.path().join("step-000000000002/manifest.json.claim");
         std::fs::create_dir_all(&claim).expect("can be made");
         std::fs::write(claim.join("1"), "torn").expect("can be made");
-        assert_eq!(step_and_save(&mut here, &mut saver).expect("the claim is taken"), Saved::Committed);
+        assert_eq!(step_and_save(&mut here, &mut saver).expect("the claim is taken"), SaveOutcome::Committed);
         store.read(2).and_then(|reader| reader.verify()).expect("whole");
         assert_eq!(names(&scratch.path().join("step-000000000002")), ["e0-1", "manifest.json"], "all else is deleted");
         // Two jobs at once, with tensors of their own.
@@ -125,7 +125,8 @@ fn a_file_system_without_hard_links_is_enough() {
             });
             jobs.map(|job| job.join().expect("does not panic"))
         });
-        let committed = reports.iter().filter(|reports| matches!(reports[0].result, Ok(Saved::Committed))).count();
+        let committed =
+            reports.iter().filter(|reports| matches!(reports[0].result, Ok(SaveOutcome::Committed))).count();
         assert_eq!(committed, 1, "{reports:?}");
         store.read(3).and_then(|reader| reader.verify()).expect("whole");
     });
@@ -191,7 +192,7 @@ fn a_file_that_is_seen_late_is_no_damage() {
                         let together = &together;
                         scope.spawn(move || {
                             let member =
-                                shardflow::checkpoint::Member { process: process as u32, processes: 2, epoch: 0 };
+                                shardflow::checkpoint::ProcessRank { process: process as u32, processes: 2, epoch: 0 };
                             let options = SaverOptions { member, ..SaverOptions::default() };
                             save_now(&store, &part, together, &options, 0).expect("good options").result
                         })
@@ -200,7 +201,7 @@ fn a_file_that_is_seen_late_is_no_damage() {
                 jobs.into_iter().map(|job| job.join().expect("does not panic")).collect::<Vec<_>>()
             });
             match &results[0] {
-                Ok(saved) => assert!(is_saved && *saved == Saved::Committed, "{hidden} {late}"),
+                Ok(saved) => assert!(is_saved && *saved == SaveOutcome::Committed, "{hidden} {late}"),
                 Err(error) => {
                     assert!(!is_saved, "{hidden} {late}: {error}");
                     assert!(error.to_string().contains("shard-1-of-2.json: damaged: the file is missing"), "{error}");
@@ -221,7 +222,7 @@ fn some_checkpoints_are_kept_for_good() {
         for _ in 0..10 {
             Model::default().step(&mut here);
             let options = SaverOptions { keep: 2, keep_every: Some(4), ..SaverOptions::default() };
-            let report = save_now(&store, &whole(&here)[0], &Alone, &options, 0).expect("good options");
+            let report = save_now(&store, &whole(&here)[0], &SingleProcess, &options, 0).expect("good options");
             assert!(report.result.is_ok() && report.prune.is_none(), "{report:?}");
         }
         assert_eq!(store.steps().expect("can be listed"), [4, 8, 9, 10]);
@@ -280,7 +281,7 @@ fn a_damaged_checkpoint_is_replaced_when_its_step_comes_again() {
             let restored = again.restore_newest(&store).expect("the older one");
             assert_eq!((restored.found.map(|f| f.0), restored.damaged.len()), (Some(1), 1), "{file}");
             let mut second = saver(&mut again, &store).expect("a place");
-            assert_eq!(step_and_save(&mut again, &mut second).expect("replaced"), Saved::Committed, "{file}");
+            assert_eq!(step_and_save(&mut again, &mut second).expect("replaced"), SaveOutcome::Committed, "{file}");
             store.read(2).and_then(|reader| reader.verify()).unwrap_or_else(|e| panic!("{file}: {e}"));
             assert_eq!(session().restore_newest(&store).expect("loads").found.map(|f| f.0), Some(2));
         }
@@ -304,7 +305,7 @@ fn names_that_are_not_utf_8_do_no_harm() {
         assert_eq!(listed.lines().count(), 2, "{listed}");
         run(&CheckpointCommand::Verify { dir, step: None }).expect("verified");
         assert_eq!(session().restore_newest(&store).expect("loads").found.map(|f| f.0), Some(1));
-        assert_eq!(step_and_save(&mut here, &mut saver).expect("can be saved"), Saved::Committed);
+        assert_eq!(step_and_save(&mut here, &mut saver).expect("can be saved"), SaveOutcome::Committed);
     });
 }
 

@@ -8,7 +8,8 @@ use std::time::Duration;
 use shardflow::checkpoint::cli::{CheckpointCommand, run};
 use shardflow::checkpoint::convert::export;
 use shardflow::checkpoint::{
-    Agree, Alone, Begun, Busy, CheckpointError, Cursor, Member, Saved, Saver, SaverOptions, Snapshot, Store, save_now,
+    CheckpointError, Cursor, ProcessRank, SaveAgreement, SaveOutcome, SaveStart, Saver, SaverOptions, SingleProcess,
+    Snapshot, Store, WhenBusy, save_now,
 };
 use shardflow::passes::CompileOptions;
 use shardflow::passes::precision::Precision;
@@ -56,7 +57,7 @@ fn exported(store: &Store, step: u64, folder: &Path) -> Vec<u8> {
 
 fn save_all(store: &Store, session: &Session, processes: usize) {
     for report in save_together(store, &parts(session, processes), 0, 1) {
-        assert_eq!(report.result.expect("can be saved"), Saved::Committed);
+        assert_eq!(report.result.expect("can be saved"), SaveOutcome::Committed);
         assert!(report.prune.is_none());
     }
 }
@@ -98,10 +99,10 @@ fn every_mesh_loads_every_other_meshs_checkpoint() {
     });
 }
 
-fn saver(store: &Store, epoch: u64, busy: Busy) -> Saver {
-    let member = Member { epoch, ..Member::ALONE };
+fn saver(store: &Store, epoch: u64, busy: WhenBusy) -> Saver {
+    let member = ProcessRank { epoch, ..ProcessRank::ALONE };
     let options = SaverOptions { member, keep: 2, busy, plan: Some("plan".into()), ..SaverOptions::default() };
-    Saver::new(store.clone(), Arc::new(Alone), options).expect("a thread can be had")
+    Saver::new(store.clone(), Arc::new(SingleProcess), options).expect("a thread can be had")
 }
 
 fn cursor(step: u64) -> Cursor {
@@ -122,17 +123,17 @@ fn a_resumed_training_gives_the_losses_of_one_that_was_not_interrupted() {
             let scratch = Scratch::new(&format!("checkpoints-resume-{mesh}"));
             let store = store(scratch.path());
             let mut whole = model().session(mesh, &options);
-            let mut saver = saver(&store, 0, Busy::Wait);
+            let mut saver = saver(&store, 0, WhenBusy::Wait);
             let mut losses = Vec::new();
             for step in 0..6 {
                 if step > 0 && step % 2 == 0 {
                     let begun = saver.save(&whole, cursor(step)).expect("the session lives");
-                    assert!(matches!(begun, Begun::Started { .. }));
+                    assert!(matches!(begun, SaveStart::Started { .. }));
                 }
                 losses.push(model().step(&mut whole).loss.map(f32::to_bits));
             }
             let last = saver.wait(Duration::from_secs(20)).expect("in time").expect("one was begun");
-            assert_eq!((last.step, last.result.expect("can be saved")), (4, Saved::Committed));
+            assert_eq!((last.step, last.result.expect("can be saved")), (4, SaveOutcome::Committed));
             assert!(saver.wait(Duration::ZERO).expect("nothing goes on").is_none());
             // Another seed, and steps of its own: all of it must be replaced.
             let seed = SessionOptions { seed: 7, ..SessionOptions::default() };
@@ -254,14 +255,14 @@ fn a_committed_step_is_never_committed_again() {
         other[0].pieces[0].data = filled(&other[0].pieces[0].region.size, 3.0);
         for epoch in [0, 1] {
             for report in save_together(&store, &other, epoch, 1) {
-                assert_eq!(report.result.expect("is no error"), Saved::AlreadyThere);
+                assert_eq!(report.result.expect("is no error"), SaveOutcome::AlreadyThere);
             }
         }
         assert!(exported(&store, 1, scratch.path()) == before);
         // Unless it was set aside, as a damaged one is.
         store.set_aside(1).expect("can be renamed");
         assert!(store.steps().expect("can be listed").is_empty());
-        assert!(save_together(&store, &other, 2, 1).iter().all(|r| matches!(r.result, Ok(Saved::Committed))));
+        assert!(save_together(&store, &other, 2, 1).iter().all(|r| matches!(r.result, Ok(SaveOutcome::Committed))));
         assert!(exported(&store, 1, scratch.path()) != before);
         assert!(!scratch.path().join("step-000000000001/e0-0").exists(), "what other attempts left is deleted");
     });
@@ -289,13 +290,13 @@ fn all_processes_write_or_none_is_heard_of() {
             assert!(error.to_string().contains("step-000000000001/e0-0/shard-"), "{error}");
         }
         assert!(store.newest().expect("can be listed").reader.is_none());
-        assert!(save_together(&store, &parts, 1, 1).iter().all(|r| matches!(r.result, Ok(Saved::Committed))));
+        assert!(save_together(&store, &parts, 1, 1).iter().all(|r| matches!(r.result, Ok(SaveOutcome::Committed))));
         // What one process says it wrote, but did not, is no checkpoint.
         model().step(&mut here);
         let part = here.snapshot(None).expect("nothing failed");
-        let member = Member { process: 0, processes: 2, epoch: 1 };
+        let member = ProcessRank { process: 0, processes: 2, epoch: 1 };
         let options = SaverOptions { member, ..SaverOptions::default() };
-        let report = save_now(&store, &part, &Alone, &options, 0).expect("good options");
+        let report = save_now(&store, &part, &SingleProcess, &options, 0).expect("good options");
         let text = report.result.expect_err("the other wrote nothing").to_string();
         assert!(text.contains("e1-0/shard-1-of-2.json: damaged: the file is missing"), "{text}");
         assert_eq!(store.steps().expect("can be listed"), [1]);
@@ -305,11 +306,11 @@ fn all_processes_write_or_none_is_heard_of() {
 #[test]
 fn options_that_do_not_go_together_are_refused() {
     let store = Store::open("memory:///run").expect("a store in memory");
-    let alone: Arc<dyn Agree> = Arc::new(Alone);
-    let member = Member { process: 1, processes: 1, epoch: 0 };
+    let alone: Arc<dyn SaveAgreement> = Arc::new(SingleProcess);
+    let member = ProcessRank { process: 1, processes: 1, epoch: 0 };
     let wrong = |options| Saver::new(store.clone(), alone.clone(), options).err().map(|e| e.exit_code());
     assert_eq!(wrong(SaverOptions { member, ..SaverOptions::default() }), Some(2));
-    let member = Member { process: 1, processes: 2, epoch: 0 };
-    assert_eq!(wrong(SaverOptions { member, busy: Busy::Skip, ..SaverOptions::default() }), Some(2));
+    let member = ProcessRank { process: 1, processes: 2, epoch: 0 };
+    assert_eq!(wrong(SaverOptions { member, busy: WhenBusy::Skip, ..SaverOptions::default() }), Some(2));
     assert!(matches!(Store::open("s3://bucket/x"), Err(CheckpointError::Place { .. })), "needs a cargo feature");
 }

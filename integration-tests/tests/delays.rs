@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use shardflow::cluster::env::{Endpoint, Launch, Secret, SecretSource, Source, World};
+use shardflow::cluster::env::{Endpoint, LaunchContext, LaunchedBy, Secret, SecretSource, World};
 use shardflow::cluster::{Advertise, Cluster, ClusterOptions, Transport};
 use shardflow::plan::Schedule::OneFOneB;
 use shardflow::session::{Session, SessionOptions};
@@ -71,7 +71,7 @@ fn cluster(process: u32, processes: u32, meet: &Path, relay: &Arc<Relay>, transp
         endpoint: Endpoint::Unix(seen),
         secret: SecretSource::Text(Secret::new("a secret of these tests", "this test").expect("long enough")),
         restart: 0,
-        source: Source::Shardflow,
+        source: LaunchedBy::Shardflow,
         run_id: "delays".into(),
     };
     let options = ClusterOptions {
@@ -81,7 +81,7 @@ fn cluster(process: u32, processes: u32, meet: &Path, relay: &Arc<Relay>, transp
         heartbeat_deadline: DEADLINE,
         ..ClusterOptions::default()
     };
-    Cluster::new(Launch::World(world), options)
+    Cluster::new(LaunchContext::World(world), options)
 }
 
 /// Trains through a relay of this seed; all processes must see these losses.

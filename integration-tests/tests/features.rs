@@ -1,5 +1,5 @@
 //! `cargo test -p CRATE` builds dependencies with the features that `cargo test --workspace` gives them, so it uses what that
-//! built. Imports nothing of Shardflow.
+//! built.
 
 use std::collections::BTreeSet;
 use std::process::Command;

@@ -7,7 +7,7 @@ use std::path::Path;
 use std::process::{Child, Output, Stdio};
 use std::time::{Duration, Instant};
 
-use shardflow::cluster::env::{Endpoint, Launch, Secret, SecretSource, Source, World};
+use shardflow::cluster::env::{Endpoint, LaunchContext, LaunchedBy, Secret, SecretSource, World};
 use shardflow::cluster::{Cluster, ClusterOptions, Transport};
 use shardflow::passes::CompileOptions;
 use shardflow::plan::Schedule::OneFOneB;
@@ -42,10 +42,10 @@ fn cluster(process: u32, processes: u32, meet: &Path, transport: Transport) -> C
         endpoint: Endpoint::Unix(meet.into()),
         secret: SecretSource::Text(Secret::new("a secret of these tests", "this test").expect("long enough")),
         restart: 0,
-        source: Source::Shardflow,
+        source: LaunchedBy::Shardflow,
         run_id: "gpu_processes".into(),
     };
-    Cluster::new(Launch::World(world), ClusterOptions { transport, ..ClusterOptions::default() })
+    Cluster::new(LaunchContext::World(world), ClusterOptions { transport, ..ClusterOptions::default() })
 }
 
 #[test]

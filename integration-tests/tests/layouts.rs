@@ -12,7 +12,7 @@ use shardflow_kernels::collective::in_process::InProcess;
 use shardflow_kernels::device::Device;
 use shardflow_kernels::memory::Base;
 use shardflow_kernels::op::{Buffer, Einsum, Launch, Op, Program};
-use shardflow_kernels::stream::{Notice, Stream, Submission};
+use shardflow_kernels::stream::{Notification, Stream, Submission};
 use shardflow_kernels::tensor::{DType, HostTensor, Region};
 
 /// Values in about -1..1 that differ for each `key`.
@@ -65,7 +65,7 @@ impl Runner {
         let notify = Box::new(move |notice| drop(sender.send(notice)));
         let bases = vec![Base { arena: arena.clone(), offset: 0 }];
         self.stream.submit(Submission { program, bases, repeat: false, notify }).expect("the stream is open");
-        assert_eq!(receiver.recv(), Ok(Notice::Done), "{op:?}");
+        assert_eq!(receiver.recv(), Ok(Notification::Done), "{op:?}");
         writes.iter().map(|w| arena.read_host(w.offset, &w.shape, w.dtype).expect("in bounds")).collect()
     }
 }

@@ -7,7 +7,7 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use shardflow::cluster::env::{Endpoint, Launch, Secret, SecretSource, Source, World};
+use shardflow::cluster::env::{Endpoint, LaunchContext, LaunchedBy, Secret, SecretSource, World};
 use shardflow::cluster::{Cluster, ClusterOptions, Transport};
 use shardflow::exit::Exit;
 use shardflow::plan::Schedule::GPipe;
@@ -33,7 +33,7 @@ fn cluster(process: u32, meet: &Path, lines: Sender<String>) -> Cluster {
         endpoint: Endpoint::Unix(meet.into()),
         secret: SecretSource::Text(Secret::new("a secret of these tests", "this test").expect("long enough")),
         restart: 0,
-        source: Source::Shardflow,
+        source: LaunchedBy::Shardflow,
         run_id: "slow".into(),
     };
     let options = ClusterOptions {
@@ -42,7 +42,7 @@ fn cluster(process: u32, meet: &Path, lines: Sender<String>) -> Cluster {
         on_waiting: Some(Arc::new(move |line| drop(lines.send(line.to_owned())))),
         ..ClusterOptions::default()
     };
-    Cluster::new(Launch::World(world), options)
+    Cluster::new(LaunchContext::World(world), options)
 }
 
 /// What rank 1 does between its start and the point where rank 0 waits for it.

@@ -1,5 +1,5 @@
 //! Checks how the repository is laid out and written: import arrows, purity of the protocol, file headers and lengths,
-//! `unsafe`, sleeps in tests, links of the docs. Imports nothing of Shardflow.
+//! `unsafe`, sleeps in tests, links of the docs.
 //!
 //! Rules are pure functions of file texts, so each is tested on a small bad input below.
 
@@ -58,7 +58,7 @@ const UNSAFE_FILES: &[&str] = &[
     "kernels/src/collective/in_process.rs",
     "kernels/src/collective/mpi.rs",
     "kernels/src/collective/mpi/calls.rs",
-    "kernels/src/collective/on_node.rs",
+    "kernels/src/collective/shared_memory.rs",
     "kernels/src/cpu/attention.rs",
     "kernels/src/cpu/launch.rs",
     "kernels/src/cpu/matmul.rs",
@@ -71,7 +71,7 @@ const UNSAFE_FILES: &[&str] = &[
     "kernels/src/cuda/cudnn/descriptor.rs",
     "kernels/src/cuda/event.rs",
     "kernels/src/cuda/gpu.rs",
-    "kernels/src/cuda/lane.rs",
+    "kernels/src/cuda/raw_stream.rs",
     "kernels/src/cuda/library.rs",
     "kernels/src/cuda/memory.rs",
     "kernels/src/cuda/module.rs",
@@ -197,7 +197,7 @@ fn tests_start(source: &Source) -> usize {
 fn check_header(source: &Source) -> Vec<Finding> {
     let mut found = Vec::new();
     if !source.text.starts_with("//!") {
-        found.push(finding(source, 1, "header", "open with `//!`: the file's one job, and whom it may import"));
+        found.push(finding(source, 1, "header", "open with `//!`: the file's one job"));
     }
     if source.path.ends_with("/mod.rs") {
         found.push(finding(source, 1, "mod.rs", "name the file after its module, beside the module's folder"));

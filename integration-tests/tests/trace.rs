@@ -5,8 +5,8 @@ use std::collections::BTreeMap;
 use shardflow::plan::Schedule::OneFOneB;
 use shardflow::session::metrics::Metrics;
 use shardflow::trace::TraceFile;
-use shardflow::trace::join::{JoinError, Joined};
-use shardflow::trace::summary::{Summary, SummaryError};
+use shardflow::trace::join::{JoinError, JoinedTrace};
+use shardflow::trace::summary::{SummaryError, TraceSummary};
 use shardflow_integration_tests::training::{Model, Scratch, options};
 
 #[test]
@@ -59,7 +59,7 @@ fn cut_off(text: &str) {
     let count = |text: &str| {
         let joined = [text.to_owned()];
         let mut out = Vec::new();
-        Joined::of(&joined).expect("a file of ours").write(&joined, &mut out).expect("room");
+        JoinedTrace::of(&joined).expect("a file of ours").write(&joined, &mut out).expect("room");
         serde_json::from_slice::<Vec<serde_json::Value>>(&out).expect("JSON").len()
     };
     let all = count(text);
@@ -69,12 +69,12 @@ fn cut_off(text: &str) {
     }
     // What is torn in the middle was not cut off.
     let torn = text.replacen(",\n", ",\n{", 1);
-    assert!(matches!(Joined::of(&[torn]), Err(JoinError::Format { file: 1, .. })));
+    assert!(matches!(JoinedTrace::of(&[torn]), Err(JoinError::Format { file: 1, .. })));
 }
 
 /// What the summary says fits together, and is that of the session.
 fn check_summary(text: &str, metrics: &Metrics) {
-    let of = |text: &str| Summary::of(Joined::of(&[text.to_owned()]).expect("a file of ours"));
+    let of = |text: &str| TraceSummary::of(JoinedTrace::of(&[text.to_owned()]).expect("a file of ours"));
     let summary = of(text).expect("a trace");
     assert_eq!(summary.steps, 2, "the first is left out");
     assert_eq!(summary.actors.len(), metrics.actors.len());
@@ -97,5 +97,5 @@ fn check_summary(text: &str, metrics: &Metrics) {
     assert!(path > summary.step_seconds * 0.3 && path < summary.step_seconds * 2.0, "{path}: {summary}");
     assert!(summary.path.iter().any(|(action, _)| action.ends_with("compute backward")), "{summary}");
     assert!(matches!(of("[]"), Err(SummaryError::NoStep)));
-    assert!(matches!(Joined::of(&["[]".into(), "{}".into()]), Err(JoinError::Format { file: 2, .. })));
+    assert!(matches!(JoinedTrace::of(&["[]".into(), "{}".into()]), Err(JoinError::Format { file: 2, .. })));
 }

@@ -7,7 +7,7 @@ use std::net::{SocketAddr, TcpStream};
 use std::process::{Command, Stdio};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use shardflow::checkpoint::{Alone, SaverOptions, Store, save_now};
+use shardflow::checkpoint::{SaverOptions, SingleProcess, Store, save_now};
 use shardflow::metrics as names;
 use shardflow::plan::Schedule::OneFOneB;
 use shardflow::plan::flops::step_flops;
@@ -67,7 +67,10 @@ fn metrics_are_those_of_the_session() {
     let scratch = Scratch::new("watch");
     let store = Store::open(scratch.path().to_str().expect("text")).expect("a store");
     let snapshot = session.snapshot(None).expect("a snapshot");
-    save_now(&store, &snapshot, &Alone, &SaverOptions::default(), 0).expect("options").result.expect("a checkpoint");
+    save_now(&store, &snapshot, &SingleProcess, &SaverOptions::default(), 0)
+        .expect("options")
+        .result
+        .expect("a checkpoint");
 
     assert_eq!(get(watch.address(), "/healthz"), (200, format!("ok, {STEPS} steps\n")));
     let (status, text) = get(watch.address(), "/metrics");
@@ -220,7 +223,10 @@ fn attempts_of_a_job_are_one_training(watch: &Watch, model: &Model) {
     assert!(expected(saved.productive_ms).contains(&before), "{before} for {saved:?}");
     assert!(ratio() < before, "time passes, and no step ends");
     let snapshot = first.snapshot(None).expect("a snapshot");
-    save_now(&store, &snapshot, &Alone, &SaverOptions::default(), 0).expect("options").result.expect("a checkpoint");
+    save_now(&store, &snapshot, &SingleProcess, &SaverOptions::default(), 0)
+        .expect("options")
+        .result
+        .expect("a checkpoint");
     while job(&first).productive_ms < saved.productive_ms + 2 {
         model.step(&mut first);
     }

@@ -19,7 +19,7 @@ use std::time::{Duration, Instant};
 
 use shardflow_kernels::collective::board::Board;
 use shardflow_kernels::collective::in_process::InProcess;
-use shardflow_kernels::collective::on_node::OnNode;
+use shardflow_kernels::collective::shared_memory::SharedMemory;
 use shardflow_kernels::collective::wire::{Channel, ChannelKey, Wire};
 use shardflow_kernels::collective::{Collective, CollectiveCall, CollectiveKind, Group, ReduceOp};
 use shardflow_kernels::device::Device;
@@ -126,7 +126,7 @@ fn join(options: &Options, place: &str) -> Result<Rank, Error> {
     let engine: Box<dyn Collective> = match options.engine.as_str() {
         "on-node" => {
             let board = map(files[0], Board::bytes(std::slice::from_ref(&group)), Access::ReadWrite)?;
-            Box::new(OnNode::new(board, std::slice::from_ref(&group), arenas)?)
+            Box::new(SharedMemory::new(board, std::slice::from_ref(&group), arenas)?)
         }
         engine @ ("unix" | "tcp") => {
             let folder = std::env::temp_dir().join(format!("shardflow-bench-{parent}-{}", group.ranks.len()));

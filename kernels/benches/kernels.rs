@@ -56,7 +56,7 @@ impl Bench {
             let submission = Submission { program: program.clone(), bases, repeat: false, notify };
             self.stream.submit(submission).expect("an open stream");
             let notice = ends.recv().expect("an end");
-            assert_eq!(notice, shardflow_kernels::stream::Notice::Done);
+            assert_eq!(notice, shardflow_kernels::stream::Notification::Done);
             began.elapsed().as_secs_f64() * 1e3 / LAUNCHES as f64
         };
         (0..7).map(|_| once()).fold(f64::INFINITY, f64::min)

@@ -1,5 +1,5 @@
 //! One launch with its buffers found in the submission's memory and checked (MEM-1, MEM-2, MEM-4): what every backend
-//! does before it runs one. Imports `op`, `memory`, `error`.
+//! does before it runs one.
 
 use crate::error::KernelError;
 use crate::memory::{Base, View};

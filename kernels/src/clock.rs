@@ -1,5 +1,5 @@
 //! What a host thread hands over, beside the data, so that a software CUDA device can check that one thing happened before
-//! another. Without debug assertions, as in a release, it is nothing, and costs nothing. Imports nothing of this crate.
+//! another. Without debug assertions, as in a release, it is nothing, and costs nothing.
 #![cfg_attr(debug_assertions, allow(unsafe_code))]
 
 #[cfg(debug_assertions)]
@@ -12,9 +12,9 @@ use std::{
 /// All that the thread knows to have happened when it captures one. Whoever sends a message between threads sends one
 /// along, and the receiver joins it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Clock(#[cfg(debug_assertions)] u64);
+pub struct RaceClock(#[cfg(debug_assertions)] u64);
 
-impl Clock {
+impl RaceClock {
     /// The calling thread's.
     pub fn capture() -> Self {
         #[cfg(debug_assertions)]
@@ -44,13 +44,13 @@ pub(crate) fn host_access(start: *const u8, bytes: usize, writes: bool) {
 
 /// What each of many threads knew when it let go of something, for the one that is last.
 #[derive(Debug, Default)]
-pub struct Clocks(#[cfg(debug_assertions)] Mutex<HashMap<ThreadId, Clock>>);
+pub struct ReleaseClocks(#[cfg(debug_assertions)] Mutex<HashMap<ThreadId, RaceClock>>);
 
-impl Clocks {
+impl ReleaseClocks {
     /// The calling thread lets go.
     pub fn add(&self) {
         #[cfg(debug_assertions)]
-        if let clock @ Clock(1..) = Clock::capture() {
+        if let clock @ RaceClock(1..) = RaceClock::capture() {
             self.0.lock().unwrap_or_else(PoisonError::into_inner).insert(thread::current().id(), clock);
         }
     }

@@ -1,11 +1,11 @@
 //! Collectives: what is asked for ([`CollectiveCall`]) and the one trait ([`Collective`]) that every engine stands behind.
-//! Engines live in `collective/`, those of GPUs in `cuda/`. Imports `tensor`, `error`, `memory` views and `cuda::engine`.
+//! Engines live in `collective/`, those of GPUs in `cuda/`.
 
 use std::fmt::Debug;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use crate::cuda::engine::OnDevice;
-use crate::cuda::turn::Turn;
+use crate::cuda::engine::CudaCollective;
+use crate::cuda::issue_order::IssueTicket;
 use crate::error::KernelError;
 use crate::memory::View;
 use crate::tensor::Region;
@@ -15,8 +15,8 @@ pub(crate) mod exchange;
 pub mod in_process;
 #[cfg(feature = "mpi")]
 pub mod mpi;
-pub mod on_node;
 pub mod routed;
+pub mod shared_memory;
 pub mod wire;
 
 /// An engine that runs collectives: within a process, by NCCL, by MPI. Each member's stream calls [`Collective::run`]
@@ -34,7 +34,7 @@ pub trait Collective: Debug + Send + Sync {
     fn abort(&self, cause: &str);
 
     /// Which members, run by this process, wait for which others now.
-    fn waits(&self) -> Vec<Wait>;
+    fn waits(&self) -> Vec<MemberWait>;
 
     /// Whether [`Collective::waits`] knows of all waits: a member in a call that is not named there waits for nobody.
     fn knows_waits(&self) -> bool {
@@ -45,20 +45,20 @@ pub trait Collective: Debug + Send + Sync {
     fn bytes_received(&self, rank: usize) -> u64;
 
     /// For engines of GPUs, whose calls seem done when they were broken off: what tells whether they were.
-    fn outcomes(&self) -> Vec<Outcome> {
+    fn outcomes(&self) -> Vec<AbortStatus> {
         Vec::new()
     }
 
     /// For engines that ask for one order of calls on all devices: the turn of a submission to a stream of this device, taken
     /// when it is submitted.
-    fn turn(&self, rank: usize) -> Option<Turn> {
+    fn turn(&self, rank: usize) -> Option<IssueTicket> {
         let _ = rank;
         None
     }
 
     /// For engines of GPUs: how this call is put on a CUDA stream. A stream has any other engine work on a copy in the host's
     /// memory.
-    fn on_device(&self, call: &CollectiveCall) -> Option<OnDevice<'_>> {
+    fn on_device(&self, call: &CollectiveCall) -> Option<CudaCollective<'_>> {
         let _ = call;
         None
     }
@@ -66,9 +66,9 @@ pub trait Collective: Debug + Send + Sync {
 
 /// Whether an engine was aborted, and why. Clones tell of the same engine, and do not keep it alive.
 #[derive(Clone, Debug, Default)]
-pub struct Outcome(Arc<Mutex<Option<String>>>);
+pub struct AbortStatus(Arc<Mutex<Option<String>>>);
 
-impl Outcome {
+impl AbortStatus {
     /// Notes the cause, of which the first is kept; whether it is the first.
     pub(crate) fn abort(&self, cause: &str) -> bool {
         let mut aborted = self.0.lock().unwrap_or_else(PoisonError::into_inner);
@@ -86,7 +86,7 @@ impl Outcome {
 
 /// A member that waits for another in a collective.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Wait {
+pub struct MemberWait {
     /// Id of the group.
     pub group: u32,
     /// Rank of the device that waits.

@@ -1,6 +1,5 @@
 //! The suite that every backend must pass. A test gives [`run`] a maker of devices and asserts that nothing comes back.
 //! Each op is compared with a plain f64 reference on awkward sizes, in memory poisoned with NaN and fenced by canaries.
-//! Imports the public API of this crate; its parts are `conformance/`.
 
 use std::fmt;
 use std::sync::Arc;
@@ -9,13 +8,13 @@ use std::time::Duration;
 
 use half::bf16;
 
-use crate::clock::Clock;
+use crate::clock::RaceClock;
 use crate::collective::Group;
 use crate::device::Device;
 use crate::error::KernelError;
 use crate::memory::{ALIGNMENT, Arena, Base};
 use crate::op::{Buffer, Launch, Op, Program};
-use crate::stream::{Notice, Stream, Submission};
+use crate::stream::{Notification, Stream, Submission};
 use crate::tensor::{DType, HostData, HostTensor, Region, element_count};
 
 mod collectives;
@@ -25,7 +24,7 @@ mod reference;
 mod streams;
 
 use collectives::Demands;
-pub use collectives::Sums;
+pub use collectives::SummationOrder;
 
 /// Longest wait for anything on a device.
 const TIMEOUT: Duration = Duration::from_secs(60);
@@ -37,33 +36,33 @@ const CANARY: i32 = 0x5afe_c0de;
 
 /// One thing that a backend gets wrong.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Failure {
+pub struct ConformanceFailure {
     /// Which check, with its sizes.
     pub check: String,
     /// Expected and got.
     pub what: String,
 }
 
-impl fmt::Display for Failure {
+impl fmt::Display for ConformanceFailure {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}: {}", self.check, self.what)
     }
 }
 
 /// Runs the whole suite. `make(n)` gives n devices with ranks `0..n` that share one fresh collective engine.
-pub fn run(make: &dyn Fn(usize) -> Vec<Device>) -> Vec<Failure> {
+pub fn run(make: &dyn Fn(usize) -> Vec<Device>) -> Vec<ConformanceFailure> {
     let mut report = Report::default();
     if let Some(device) = make(1).first() {
         alone(&mut report, device);
     }
     let with_arena = |device: Device| device.arena(collectives::ARENA_BYTES).map(|arena| (device, arena));
     let make = |n| make(n).into_iter().map(with_arena).collect();
-    collectives::run(&mut report, &make, &Demands::of(MEMBERS_MAX, Sums::InOrder));
+    collectives::run(&mut report, &make, &Demands::of(MEMBERS_MAX, SummationOrder::InOrder));
     report.failures
 }
 
 /// Runs the ops' and the streams' part of the suite, on one device.
-pub fn run_alone(device: &Device) -> Vec<Failure> {
+pub fn run_alone(device: &Device) -> Vec<ConformanceFailure> {
     let mut report = Report::default();
     alone(&mut report, device);
     report.failures
@@ -76,7 +75,7 @@ fn alone(report: &mut Report, device: &Device) {
 }
 
 /// Runs the part of the suite that is about attention, on one device, whose library for it may be one of several.
-pub fn run_attentions(device: &Device) -> Vec<Failure> {
+pub fn run_attentions(device: &Device) -> Vec<ConformanceFailure> {
     let mut report = Report::default();
     ops::run_attentions(&mut report, device);
     report.failures
@@ -85,9 +84,9 @@ pub fn run_attentions(device: &Device) -> Vec<Failure> {
 /// Runs the collectives' part of the suite, for engines that must know all memory and all groups beforehand.
 /// `make(n)` gives n devices with ranks `0..n` and for each an arena of [`COLLECTIVES_ARENA_BYTES`], on fresh engines
 /// that know [`collectives_groups`] of n.
-pub fn run_collectives(make: &dyn Fn(usize) -> Result<Vec<(Device, Arena)>, KernelError>) -> Vec<Failure> {
+pub fn run_collectives(make: &dyn Fn(usize) -> Result<Vec<(Device, Arena)>, KernelError>) -> Vec<ConformanceFailure> {
     let mut report = Report::default();
-    collectives::run(&mut report, make, &Demands::of(MEMBERS_MAX, Sums::InOrder));
+    collectives::run(&mut report, make, &Demands::of(MEMBERS_MAX, SummationOrder::InOrder));
     report.failures
 }
 
@@ -96,9 +95,10 @@ pub fn run_collectives(make: &dyn Fn(usize) -> Result<Vec<(Device, Arena)>, Kern
 pub fn run_collectives_unordered(
     make: &dyn Fn(usize) -> Result<Vec<(Device, Arena)>, KernelError>,
     members: usize,
-) -> Vec<Failure> {
+) -> Vec<ConformanceFailure> {
     let mut report = Report::default();
-    let demands = Demands { compares_calls: false, any_order: false, ..Demands::of(members, Sums::InAnyOrder) };
+    let demands =
+        Demands { compares_calls: false, any_order: false, ..Demands::of(members, SummationOrder::InAnyOrder) };
     collectives::run(&mut report, make, &demands);
     report.failures
 }
@@ -109,8 +109,8 @@ pub fn run_collectives_unordered(
 pub fn run_collectives_apart(
     make: &dyn Fn(usize) -> Result<Vec<(Device, Arena)>, KernelError>,
     members: usize,
-    sums: Sums,
-) -> Vec<Failure> {
+    sums: SummationOrder,
+) -> Vec<ConformanceFailure> {
     let mut report = Report::default();
     collectives::run(&mut report, make, &Demands { all_here: false, ..Demands::of(members, sums) });
     report.failures
@@ -133,12 +133,12 @@ const BF16_ROUNDING: f64 = 1.0 / 256.0;
 /// What went wrong so far.
 #[derive(Default)]
 struct Report {
-    failures: Vec<Failure>,
+    failures: Vec<ConformanceFailure>,
 }
 
 impl Report {
     fn fail(&mut self, check: &str, what: impl fmt::Display) {
-        self.failures.push(Failure { check: check.to_owned(), what: what.to_string() });
+        self.failures.push(ConformanceFailure { check: check.to_owned(), what: what.to_string() });
     }
 
     fn expect(&mut self, check: &str, holds: bool, what: impl fmt::Display) {
@@ -316,18 +316,18 @@ fn run_program(stream: &Stream, launches: Vec<Launch>, arenas: &[&Arena], repeat
 }
 
 /// What a stream tells of a submission, as it comes from another thread.
-struct Notices(Receiver<(Clock, Notice)>);
+struct Notices(Receiver<(RaceClock, Notification)>);
 
 impl Notices {
-    fn recv_timeout(&self, timeout: Duration) -> Result<Notice, RecvTimeoutError> {
+    fn recv_timeout(&self, timeout: Duration) -> Result<Notification, RecvTimeoutError> {
         self.0.recv_timeout(timeout).map(Self::taken)
     }
 
-    fn try_recv(&self) -> Result<Notice, TryRecvError> {
+    fn try_recv(&self) -> Result<Notification, TryRecvError> {
         self.0.try_recv().map(Self::taken)
     }
 
-    fn taken((clock, notice): (Clock, Notice)) -> Notice {
+    fn taken((clock, notice): (RaceClock, Notification)) -> Notification {
         clock.join();
         notice
     }
@@ -337,7 +337,7 @@ impl Notices {
 fn submit(stream: &Stream, program: Program, arenas: &[&Arena], repeat: bool) -> Result<Notices, KernelError> {
     let (sender, notices) = channel();
     let bases = arenas.iter().map(|&arena| Base { arena: arena.clone(), offset: 0 }).collect();
-    let notify = Box::new(move |notice| drop(sender.send((Clock::capture(), notice))));
+    let notify = Box::new(move |notice| drop(sender.send((RaceClock::capture(), notice))));
     stream.submit(Submission { program: Arc::new(program), bases, repeat, notify })?;
     Ok(Notices(notices))
 }
@@ -346,9 +346,9 @@ fn submit(stream: &Stream, program: Program, arenas: &[&Arena], repeat: bool) ->
 fn wait(notices: &Notices) -> Result<(), KernelError> {
     loop {
         match notices.recv_timeout(TIMEOUT) {
-            Ok(Notice::Signal(_) | Notice::NotFinite { .. }) => {}
-            Ok(Notice::Done) => return Ok(()),
-            Ok(Notice::Failed(error)) => return Err(error),
+            Ok(Notification::Signal(_) | Notification::NotFinite { .. }) => {}
+            Ok(Notification::Done) => return Ok(()),
+            Ok(Notification::Failed(error)) => return Err(error),
             Err(cause) => return Err(KernelError::Aborted { cause: format!("no end of the program: {cause}") }),
         }
     }

@@ -4,17 +4,16 @@
 //! <- gpu <- lane, progress, cudnn <- engine, turn, lowered, staged <- issue <- stream <- device`; `nccl` and `local` are engines.
 
 pub(crate) mod blas;
-pub(crate) mod boxes;
 pub(crate) mod context;
 pub mod cudnn;
 pub mod device;
 pub mod engine;
 pub(crate) mod event;
 pub mod gpu;
+pub(crate) mod in_flight;
 pub(crate) mod issue;
-pub(crate) mod lane;
+pub mod issue_order;
 pub mod library;
-pub mod local;
 pub mod lower;
 pub(crate) mod lowered;
 pub(crate) mod memory;
@@ -22,13 +21,14 @@ pub mod module;
 pub mod nccl;
 pub(crate) mod poller;
 pub(crate) mod progress;
+pub(crate) mod raw_stream;
 pub(crate) mod record;
+pub mod shared_gpu;
 pub mod source;
-pub mod spin;
 pub(crate) mod staged;
 pub mod step;
 pub mod stream;
-pub(crate) mod ticket;
-pub mod turn;
+pub(crate) mod strided_copy;
+pub mod test_delay;
 
 pub use library::probe;

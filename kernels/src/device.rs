@@ -1,4 +1,4 @@
-//! Devices: where arenas and streams come from. Imports `memory`, `stream`, `collective` and the backends.
+//! Devices: where arenas and streams come from.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;

@@ -1,4 +1,4 @@
-//! The error of this crate. Imports nothing.
+//! The error of this crate.
 
 /// What can go wrong below the actors.
 #[derive(Clone, Debug, thiserror::Error, PartialEq)]

@@ -1,10 +1,9 @@
 //! One-shot events: set once by the stream that recorded them, waited for by other streams or by the host.
-//! Imports `clock` and `cuda::event`.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError};
 
-use crate::clock::Clock;
+use crate::clock::RaceClock;
 use crate::cuda::event::Recorded;
 
 /// Set when the stream that recorded it has done all that was submitted before. Clones are the same event.
@@ -17,7 +16,7 @@ struct State {
     lock: Mutex<()>,
     changed: Condvar,
     /// What the thread knew that set it.
-    clock: OnceLock<Clock>,
+    clock: OnceLock<RaceClock>,
     /// Of a CUDA stream that has recorded it: other CUDA streams wait for it on their device.
     recorded: OnceLock<Arc<Recorded>>,
 }
@@ -49,7 +48,7 @@ impl Event {
 
     /// Sets it and wakes whoever waits.
     pub(crate) fn set(&self) {
-        self.0.clock.get_or_init(Clock::capture);
+        self.0.clock.get_or_init(RaceClock::capture);
         self.0.set.store(true, Ordering::Release);
         // Taken so that nobody can check before the store and wait after the notification.
         drop(self.0.lock.lock().unwrap_or_else(PoisonError::into_inner));

@@ -1,4 +1,4 @@
-//! A hash that is the same in every process and on every machine. Imports nothing.
+//! A hash that is the same in every process and on every machine.
 
 use std::hash::Hasher;
 

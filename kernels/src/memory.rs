@@ -1,5 +1,4 @@
-//! Device memory: arenas, and the typed views that kernels and collectives are handed. Imports `error`, `tensor`, `op`
-//! and `cuda::memory`.
+//! Device memory: arenas, and the typed views that kernels and collectives are handed.
 //!
 //! This file, and `raw_io` for bytes, turn memory into slices. Why that is sound:
 //! - MEM-1: a view lies inside its arena and is aligned for its element type; [`View::resolve`] checks both.

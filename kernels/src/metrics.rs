@@ -1,5 +1,4 @@
 //! What this crate tells on the `metrics` facade, which costs a few nanoseconds until a program installs a recorder.
-//! Imports `collective`.
 //!
 //! | metric | kind | labels | meaning |
 //! |---|---|---|---|
@@ -37,7 +36,7 @@ struct Spent {
 
 /// Where one collective's time is told.
 #[derive(Clone, Debug)]
-pub(crate) struct Told {
+pub(crate) struct CollectiveTimer {
     kind: Histogram,
     all: CollectiveTime,
 }
@@ -54,14 +53,14 @@ impl StreamMetrics {
     }
 
     /// Of collectives like this one.
-    pub(crate) fn collective(&mut self, call: &CollectiveCall) -> Told {
+    pub(crate) fn collective(&mut self, call: &CollectiveCall) -> CollectiveTimer {
         let (name, all) = (call.name(), self.all.clone());
         if let Some((_, kind)) = self.collectives.iter().find(|(known, _)| *known == name) {
-            return Told { kind: kind.clone(), all };
+            return CollectiveTimer { kind: kind.clone(), all };
         }
         let kind = histogram!(COLLECTIVE_SECONDS, "actor" => self.actor.clone(), "kind" => name);
         self.collectives.push((name, kind.clone()));
-        Told { kind, all }
+        CollectiveTimer { kind, all }
     }
 }
 
@@ -76,7 +75,7 @@ impl CollectiveTime {
     }
 }
 
-impl Told {
+impl CollectiveTimer {
     /// The stream has come to the collective.
     pub(crate) fn came(&self, at: Instant) {
         self.all.spent().came = Some(at);

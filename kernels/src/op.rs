@@ -1,6 +1,5 @@
 //! The operations a stream can be asked to launch, and the program that lists them.
 //! A backend dispatches on [`Op`] once per launch. Attributes are those of the local shard.
-//! Imports `tensor`, `error`, `collective` (the call's description) and nothing else of this crate.
 //!
 //! Shapes are row-major; `[..]` before the last dims stands for any number of leading dims.
 

@@ -1,4 +1,4 @@
-//! Boxes of row-major tensors as contiguous runs of elements. Imports `tensor` and `error`.
+//! Boxes of row-major tensors as contiguous runs of elements.
 
 use std::ops::Range;
 

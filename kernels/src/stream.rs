@@ -1,5 +1,4 @@
 //! In-order streams of launches. A backend is a variant, dispatched once per submission.
-//! Imports `error`, `event`, `memory`, `op` and the backends' streams.
 
 use std::fmt;
 use std::sync::Arc;
@@ -13,11 +12,11 @@ use crate::memory::Base;
 use crate::op::Program;
 
 /// What the stream tells about a submission, on a thread of the backend's; the call must not block.
-pub type Notify = Box<dyn FnMut(Notice) + Send>;
+pub type Notify = Box<dyn FnMut(Notification) + Send>;
 
 /// One thing that a stream tells about a submission.
 #[derive(Clone, Debug, PartialEq)]
-pub enum Notice {
+pub enum Notification {
     /// The launches before a signal of the program are done; its tag.
     Signal(u32),
     /// With [`Stream::check_finite`] on: the first write of the submission that holds an infinity or no number.

@@ -1,5 +1,4 @@
 //! What a tensor is, apart from where it lies: element type, shape, region of a larger tensor, host copy.
-//! Imports nothing of this crate but `error`.
 
 use std::ops::Range;
 

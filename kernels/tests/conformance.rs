@@ -6,8 +6,8 @@ use std::sync::Arc;
 
 use shardflow_kernels::collective::board::Board;
 use shardflow_kernels::collective::in_process::InProcess;
-use shardflow_kernels::collective::on_node::OnNode;
-use shardflow_kernels::conformance::{self, Failure};
+use shardflow_kernels::collective::shared_memory::SharedMemory;
+use shardflow_kernels::conformance::{self, ConformanceFailure};
 use shardflow_kernels::device::Device;
 use shardflow_kernels::error::KernelError;
 use shardflow_kernels::memory::{Access, Arena};
@@ -20,7 +20,7 @@ fn check(threads: usize) {
     report(&conformance::run(&make));
 }
 
-fn report(failures: &[Failure]) {
+fn report(failures: &[ConformanceFailure]) {
     let lines: Vec<String> = failures.iter().take(20).map(ToString::to_string).collect();
     assert!(failures.is_empty(), "{} failures:\n{}", failures.len(), lines.join("\n"));
 }
@@ -61,7 +61,7 @@ fn on_node(n: usize, devices_of_a_process: usize) -> Result<Vec<(Device, Arena)>
             let arena = if own.contains(&rank) { arena.clone() } else { mapped(arena, Access::Read)? };
             all.insert(rank, arena);
         }
-        let engine = Arc::new(OnNode::new(mapped(&board, Access::ReadWrite)?, &groups, all)?);
+        let engine = Arc::new(SharedMemory::new(mapped(&board, Access::ReadWrite)?, &groups, all)?);
         devices.extend(own.map(|rank| (Device::cpu(rank, 1, engine.clone()), arenas[rank].clone())));
     }
     Ok(devices)

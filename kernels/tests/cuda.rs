@@ -1,6 +1,6 @@
 //! The CUDA backend on software devices: the suite of every backend, with engines for one GPU and for many. Each test starts
 //! this program again, so that the dynamic linker finds the software device in the place of NVIDIA's libraries; what the
-//! device finds wrong fails the test. Imports the kernels and the software device.
+//! device finds wrong fails the test.
 
 use std::fmt;
 use std::sync::mpsc::channel;
@@ -8,20 +8,20 @@ use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use shardflow_kernels::clock::Clock;
+use shardflow_kernels::clock::RaceClock;
 use shardflow_kernels::collective::in_process::InProcess;
 use shardflow_kernels::collective::{Collective, CollectiveCall, CollectiveKind, Group, ReduceOp};
-use shardflow_kernels::conformance::{self, Failure};
+use shardflow_kernels::conformance::{self, ConformanceFailure};
 use shardflow_kernels::cuda::cudnn::Attention;
 use shardflow_kernels::cuda::gpu::Gpu;
-use shardflow_kernels::cuda::local::Local;
-use shardflow_kernels::cuda::nccl::{Nccl, Seat, UniqueId};
+use shardflow_kernels::cuda::nccl::{GroupMember, Nccl, UniqueId};
+use shardflow_kernels::cuda::shared_gpu::SharedGpu;
 use shardflow_kernels::cuda::source::{MODULES, Module};
 use shardflow_kernels::device::{Device, DeviceKind};
 use shardflow_kernels::error::KernelError;
 use shardflow_kernels::memory::{Arena, Base};
 use shardflow_kernels::op::{Buffer, CpuArgs, CustomKernel, Einsum, Launch, Op, Program};
-use shardflow_kernels::stream::{Notice, Stream, Submission};
+use shardflow_kernels::stream::{Notification, Stream, Submission};
 use shardflow_kernels::tensor::{DType, HostTensor, element_count};
 use shardflow_software_cuda::{CASE, POLICIES, Report, case, command, run_child, run_child_in};
 
@@ -35,7 +35,7 @@ const WITHIN: Duration = Duration::from_secs(30);
 /// What an abort takes that takes long.
 const ABORT: Duration = Duration::from_secs(3);
 
-fn report(failures: &[Failure]) {
+fn report(failures: &[ConformanceFailure]) {
     let lines: Vec<String> = failures.iter().take(20).map(|f| f.to_string().chars().take(600).collect()).collect();
     assert!(failures.is_empty(), "{} failures:\n{}", failures.len(), lines.join("\n"));
 }
@@ -70,7 +70,7 @@ fn nccl() {
         let mut seats = Vec::new();
         for group in conformance::collectives_groups(n) {
             let id = UniqueId::new()?;
-            let seat = |member: usize| Seat { group: group.clone(), member, gpu: gpus[member].clone(), id };
+            let seat = |member: usize| GroupMember { group: group.clone(), member, gpu: gpus[member].clone(), id };
             seats.extend((0..n).map(seat));
         }
         let engine = Arc::new(Nccl::join(&seats, WITHIN)?);
@@ -110,17 +110,17 @@ fn layer() -> (Arc<Program>, usize) {
 }
 
 /// Runs a program and gives what the stream tells.
-fn submit(stream: &Stream, program: &Arc<Program>, arena: &Arena) -> Result<Vec<Notice>, KernelError> {
+fn submit(stream: &Stream, program: &Arc<Program>, arena: &Arena) -> Result<Vec<Notification>, KernelError> {
     submit_on(stream, program, &[arena])
 }
 
 /// The same, on several pieces of memory.
-fn submit_on(stream: &Stream, program: &Arc<Program>, arenas: &[&Arena]) -> Result<Vec<Notice>, KernelError> {
+fn submit_on(stream: &Stream, program: &Arc<Program>, arenas: &[&Arena]) -> Result<Vec<Notification>, KernelError> {
     let (sender, notices) = channel();
-    let notify = Box::new(move |notice| drop(sender.send((Clock::capture(), notice))));
+    let notify = Box::new(move |notice| drop(sender.send((RaceClock::capture(), notice))));
     let bases = arenas.iter().map(|arena| Base { arena: (*arena).clone(), offset: 0 }).collect();
     stream.submit(Submission { program: program.clone(), bases, repeat: false, notify })?;
-    let told = |(clock, notice): (Clock, Notice)| {
+    let told = |(clock, notice): (RaceClock, Notification)| {
         clock.join();
         notice
     };
@@ -129,14 +129,14 @@ fn submit_on(stream: &Stream, program: &Arc<Program>, arenas: &[&Arena]) -> Resu
 
 /// Runs a layer many times, as a training loop would.
 fn steps(count: usize) {
-    let device = Device::cuda(0, Gpu::open(0).expect("a device"), Arc::new(Local::new()));
+    let device = Device::cuda(0, Gpu::open(0).expect("a device"), Arc::new(SharedGpu::new()));
     let (program, bytes) = layer();
     let (stream, arena) = (device.stream("compute", 1).expect("a stream"), device.arena(bytes).expect("memory"));
     stream.prepare(&program).expect("kernels and memory");
     let allocations = device.allocation_count();
     for _ in 0..count {
         let notices = submit(&stream, &program, &arena).expect("a live stream");
-        assert_eq!(notices, [Notice::Signal(1), Notice::Done]);
+        assert_eq!(notices, [Notification::Signal(1), Notification::Done]);
     }
     assert_eq!(device.allocation_count(), allocations, "a prepared stream allocates");
 }
@@ -173,7 +173,7 @@ fn neighbours(dtype: DType, apart: bool, width: usize) -> (Arc<Program>, Vec<Buf
 /// Runs neighbours apart, and then `how`: together, apart once more, or with each launch looked at. It is the same but for
 /// the order in which a row's sum is added up.
 fn pairs(how: &str) {
-    let device = Device::cuda(0, Gpu::open(0).expect("a device"), Arc::new(Local::new()));
+    let device = Device::cuda(0, Gpu::open(0).expect("a device"), Arc::new(SharedGpu::new()));
     let (stream, arena) = (device.stream("compute", 1).expect("a stream"), device.arena(14 * PLACE).expect("memory"));
     let wave = |n: usize, step: f32| (0..n).map(|i| (i as f32 * step).sin()).collect::<Vec<f32>>();
     // Whole vectors, none, and more than a warp keeps of a row.
@@ -196,14 +196,14 @@ fn pairs(how: &str) {
             let read = |buffer: &Buffer| arena.read_host(buffer.offset, &buffer.shape, buffer.dtype).expect("inside");
             written.iter().map(read).collect::<Vec<_>>()
         };
-        assert_eq!(submit(&stream, &apart, &arena).expect("a live stream").last(), Some(&Notice::Done));
+        assert_eq!(submit(&stream, &apart, &arena).expect("a live stream").last(), Some(&Notification::Done));
         let expected = read();
         for (buffer, place) in written.iter().zip(5..) {
             put(buffer.offset / PLACE, &buffer.shape, vec![place as f32; element_count(&buffer.shape)], buffer.dtype);
         }
         stream.check_finite(how == "looked at").expect("a live stream");
         let (program, _) = neighbours(dtype, how == "apart", width);
-        assert_eq!(submit(&stream, &program, &arena).expect("a live stream").last(), Some(&Notice::Done));
+        assert_eq!(submit(&stream, &program, &arena).expect("a live stream").last(), Some(&Notification::Done));
         for (i, (got, expected)) in read().iter().zip(&expected).enumerate() {
             let close = |(got, expected): (&f32, &f32)| (got - expected).abs() <= 1e-6 * expected.abs();
             let near = got.as_f32().zip(expected.as_f32()).is_some_and(|(a, b)| a.iter().zip(b).all(close));
@@ -228,7 +228,7 @@ fn attentions(kind: &str) {
         _ => Attention::Ordered,
     };
     let gpu = Gpu::open_with(0, attention).expect("a device");
-    report(&conformance::run_attentions(&Device::cuda(0, gpu, Arc::new(Local::new()))));
+    report(&conformance::run_attentions(&Device::cuda(0, gpu, Arc::new(SharedGpu::new()))));
 }
 
 /// Trains attention, so to say: forward and backward, in a prepared stream, many times.
@@ -236,7 +236,7 @@ fn attention_steps(count: usize) {
     const SHAPE: [usize; 4] = [2, 20, 2, 16];
     const BYTES: usize = 4096;
     let gpu = Gpu::open_with(0, Attention::Ordered).expect("a device");
-    let device = Device::cuda(0, gpu, Arc::new(Local::new()));
+    let device = Device::cuda(0, gpu, Arc::new(SharedGpu::new()));
     let place = |i: usize| Buffer { base: 0, offset: BYTES * i, shape: SHAPE.to_vec(), dtype: DType::BF16 };
     let line = |i: usize| floats(BYTES * i, &[2, 2, 20]);
     let launch = |op, reads, writes| {
@@ -259,7 +259,7 @@ fn attention_steps(count: usize) {
     stream.prepare(&program).expect("plans and memory");
     let (allocations, mut first) = (device.allocation_count(), None);
     for _ in 0..count {
-        assert_eq!(submit(&stream, &program, &arena).expect("a live stream"), [Notice::Done]);
+        assert_eq!(submit(&stream, &program, &arena).expect("a live stream"), [Notification::Done]);
         let dq = arena.read_host(BYTES * 6, &SHAPE, DType::BF16).expect("inside");
         assert_eq!(*first.get_or_insert_with(|| dq.clone()), dq);
     }
@@ -270,7 +270,7 @@ fn attention_steps(count: usize) {
 
 /// What is wrong in a pair is told of the launch that it belongs to.
 fn wrong_pairs() {
-    let device = Device::cuda(0, Gpu::open(0).expect("a device"), Arc::new(Local::new()));
+    let device = Device::cuda(0, Gpu::open(0).expect("a device"), Arc::new(SharedGpu::new()));
     let (stream, arena) = (device.stream("compute", 1).expect("a stream"), device.arena(14 * PLACE).expect("memory"));
     arena.write_host(0, &HostTensor::i32(&[14 * PLACE / 4], vec![0; 14 * PLACE / 4])).expect("inside");
     for dtype in [DType::F32, DType::BF16] {
@@ -278,7 +278,7 @@ fn wrong_pairs() {
         let (program, _) = neighbours(dtype, false, 72);
         arena.write_host(PLACE * 4, &HostTensor::i32(&[5], vec![1, 72, 3, 4, 5])).expect("inside");
         let notices = submit(&stream, &program, &arena).expect("a live stream");
-        let [Notice::Failed(KernelError::Data { op, what })] = &notices[..] else { panic!("{notices:?}") };
+        let [Notification::Failed(KernelError::Data { op, what })] = &notices[..] else { panic!("{notices:?}") };
         assert_eq!((&op[..], &what[..]), ("sum_exp_target", "index 72 at position 1 is not in 0..72"));
         arena.write_host(PLACE * 4, &HostTensor::i32(&[5], vec![0; 5])).expect("inside");
         let infinite = HostTensor::f32(&[1], vec![f32::INFINITY]);
@@ -287,7 +287,7 @@ fn wrong_pairs() {
         arena.write_host(PLACE * 3, &infinite).expect("inside");
         stream.check_finite(true).expect("a live stream");
         let notices = submit(&stream, &program, &arena).expect("a live stream");
-        assert_eq!(notices, [Notice::NotFinite { launch: 2, write: 0, elements: 5 }, Notice::Done]);
+        assert_eq!(notices, [Notification::NotFinite { launch: 2, write: 0, elements: 5 }, Notification::Done]);
         arena.write_host(PLACE * 3, &HostTensor::i32(&[1], vec![0])).expect("inside");
     }
 }
@@ -324,18 +324,18 @@ fn behind(call: impl Fn() + Send + Sync + 'static) -> Arc<Program> {
 /// A user's code that uses another GPU leaves its context bound on the stream's own thread.
 fn another_context() {
     let gpus = gpus();
-    let device = Device::cuda(0, gpus[0].clone(), Arc::new(Local::new()));
+    let device = Device::cuda(0, gpus[0].clone(), Arc::new(SharedGpu::new()));
     let (stream, arena) = (device.stream("compute", 1).expect("a stream"), device.arena(14 * PLACE).expect("memory"));
     let program = behind(move || assert!(gpus[1].memory().is_ok(), "the other GPU"));
     for _ in 0..2 {
         let notices = submit(&stream, &program, &arena).expect("a live stream");
-        assert_eq!(notices, [Notice::Signal(1), Notice::Done]);
+        assert_eq!(notices, [Notification::Signal(1), Notification::Done]);
     }
 }
 
 /// A stream is dropped where nobody can wait for it, in the middle of a program: on its own thread, or on the poller's.
 fn dropped(by_kernel: bool) {
-    let device = Device::cuda(0, Gpu::open(0).expect("a device"), Arc::new(Local::new()));
+    let device = Device::cuda(0, Gpu::open(0).expect("a device"), Arc::new(SharedGpu::new()));
     let arena = device.arena(14 * PLACE).expect("memory");
     let before = device.bytes_allocated();
     let stream = Arc::new(Mutex::new(Some(device.stream("compute", 1).expect("a stream"))));
@@ -345,21 +345,21 @@ fn dropped(by_kernel: bool) {
     };
     let program = behind(drops(by_kernel));
     let (at_signal, (sender, notices)) = (drops(!by_kernel), channel());
-    let notify = Box::new(move |notice: Notice| {
+    let notify = Box::new(move |notice: Notification| {
         at_signal();
-        drop(sender.send((Clock::capture(), notice)));
+        drop(sender.send((RaceClock::capture(), notice)));
     });
     let bases = vec![Base { arena: arena.clone(), offset: 0 }];
     let submission = Submission { program, bases, repeat: false, notify };
     stream.lock().expect("no panic").as_ref().expect("a stream").submit(submission).expect("a live stream");
-    let told: Vec<Notice> = notices
+    let told: Vec<Notification> = notices
         .iter()
         .map(|(clock, notice)| {
             clock.join();
             notice
         })
         .collect();
-    assert_eq!(told, [Notice::Signal(1), Notice::Done]);
+    assert_eq!(told, [Notification::Signal(1), Notification::Done]);
     let deadline = Instant::now() + WITHIN;
     while device.bytes_allocated() > before {
         assert!(Instant::now() < deadline, "the stream's memory is never given back");
@@ -369,7 +369,7 @@ fn dropped(by_kernel: bool) {
 
 /// A device that does not come to an end keeps nobody from ending: whoever drops its stream hears of it.
 fn hung() {
-    let device = Device::cuda(0, Gpu::open(0).expect("a device"), Arc::new(Local::new()));
+    let device = Device::cuda(0, Gpu::open(0).expect("a device"), Arc::new(SharedGpu::new()));
     let (program, bytes) = layer();
     let (stream, arena) = (device.stream("compute", 1).expect("a stream"), device.arena(bytes).expect("memory"));
     let (sender, notices) = channel();
@@ -382,7 +382,7 @@ fn hung() {
     }
     drop((sender, stream));
     let failed: Vec<usize> =
-        notices.iter().filter(|(_, notice)| matches!(notice, Notice::Failed(_))).map(|n| n.0).collect();
+        notices.iter().filter(|(_, notice)| matches!(notice, Notification::Failed(_))).map(|n| n.0).collect();
     assert!(failed.ends_with(&[3, 4]), "{failed:?}");
     let told =
         device.stream("next", 1).and_then(|stream| submit(&stream, &program, &arena)).expect_err("a lost device");
@@ -391,7 +391,7 @@ fn hung() {
 
 /// A device that is lost under way fails what is pending, with the driver's words, and everything from then on.
 fn lost() {
-    let device = Device::cuda(0, Gpu::open(0).expect("a device"), Arc::new(Local::new()));
+    let device = Device::cuda(0, Gpu::open(0).expect("a device"), Arc::new(SharedGpu::new()));
     let (program, bytes) = layer();
     let (stream, arena) = (device.stream("compute", 1).expect("a stream"), device.arena(bytes).expect("memory"));
     let other = device.stream("other", 1).expect("a stream");
@@ -399,8 +399,8 @@ fn lost() {
     for _ in 0..20 {
         let Ok(notices) = submit(&stream, &program, &arena) else { break };
         match notices.into_iter().next_back() {
-            Some(Notice::Done) => ended += 1,
-            Some(Notice::Failed(error)) => {
+            Some(Notification::Done) => ended += 1,
+            Some(Notification::Failed(error)) => {
                 first.get_or_insert(error);
             }
             told => panic!("{told:?}"),
@@ -420,7 +420,7 @@ fn lost() {
 fn slow_abort() {
     let gpus = [0, 1].map(|i| Gpu::open(i).expect("a device"));
     let (group, id) = (Arc::new(Group { id: 7, ranks: vec![0, 1] }), UniqueId::new().expect("an id"));
-    let seats = [0, 1].map(|member: usize| Seat { group: group.clone(), member, gpu: gpus[member].clone(), id });
+    let seats = [0, 1].map(|member: usize| GroupMember { group: group.clone(), member, gpu: gpus[member].clone(), id });
     let engine = Arc::new(Nccl::join(&seats, WITHIN).expect("both members are here"));
     let devices = [0, 1].map(|rank: usize| Device::cuda(rank, gpus[rank].clone(), engine.clone()));
     let (program, bytes) = layer();
@@ -437,7 +437,7 @@ fn slow_abort() {
         (program, device.stream("reduce", 1).expect("a stream"), device.arena(256).expect("memory"))
     };
     let members = [0, 1].map(|member: usize| reduce(member, &devices[member]));
-    let clock = Clock::capture();
+    let clock = RaceClock::capture();
     std::thread::scope(|scope| {
         for (program, stream, arena) in &members {
             scope.spawn(|| {
@@ -450,12 +450,12 @@ fn slow_abort() {
     let began = Instant::now();
     while began.elapsed() < ABORT {
         let submitted = Instant::now();
-        assert_eq!(submit(&other, &program, &arena).expect("a live stream").last(), Some(&Notice::Done));
+        assert_eq!(submit(&other, &program, &arena).expect("a live stream").last(), Some(&Notification::Done));
         assert!(submitted.elapsed() < ABORT / 2, "what is done is told after {:?}", submitted.elapsed());
     }
     let (program, stream, arena) = &members[0];
     let told = submit(stream, program, arena).expect("a live stream");
-    assert!(matches!(told[..], [Notice::Failed(KernelError::Aborted { .. })]), "{told:?}");
+    assert!(matches!(told[..], [Notification::Failed(KernelError::Aborted { .. })]), "{told:?}");
 }
 
 #[test]
@@ -464,9 +464,9 @@ fn child() {
     match &*case() {
         "alone" => {
             let gpu = Gpu::open(0).expect("a device");
-            report(&conformance::run_alone(&Device::cuda(0, gpu, Arc::new(Local::new()))));
+            report(&conformance::run_alone(&Device::cuda(0, gpu, Arc::new(SharedGpu::new()))));
         }
-        "local" => shared(&|| Arc::new(Local::new())),
+        "local" => shared(&|| Arc::new(SharedGpu::new())),
         "staged" => shared(&|| Arc::new(InProcess::new())),
         "nccl" => nccl(),
         "pull" => pull::run(),

@@ -9,9 +9,9 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, getpid, kill_process};
-use shardflow_kernels::collective::mpi::{Mpi, World};
+use shardflow_kernels::collective::mpi::{Mpi, MpiWorld};
 use shardflow_kernels::collective::{Collective, CollectiveCall, CollectiveKind, Group, ReduceOp};
-use shardflow_kernels::conformance::{self, Sums};
+use shardflow_kernels::conformance::{self, SummationOrder};
 use shardflow_kernels::device::Device;
 use shardflow_kernels::error::KernelError;
 use shardflow_kernels::memory::{Arena, View};
@@ -32,12 +32,12 @@ fn group(id: u32, n: usize) -> Arc<Group> {
     Arc::new(Group { id, ranks: (0..n).collect() })
 }
 
-fn engine(world: &Arc<World>, groups: &[Arc<Group>]) -> Result<Arc<Mpi>, KernelError> {
+fn engine(world: &Arc<MpiWorld>, groups: &[Arc<Group>]) -> Result<Arc<Mpi>, KernelError> {
     Ok(Arc::new(Mpi::new(world.clone(), groups, &|rank| rank as u32, WITHIN)?))
 }
 
 /// The suite of every engine, with a device in each process.
-fn suite(world: &Arc<World>) -> Result<String, KernelError> {
+fn suite(world: &Arc<MpiWorld>) -> Result<String, KernelError> {
     let (rank, size) = (world.rank() as usize, world.size() as usize);
     let make = |n: usize| {
         let engine = engine(world, &conformance::collectives_groups(n))?;
@@ -45,7 +45,7 @@ fn suite(world: &Arc<World>) -> Result<String, KernelError> {
         let arena = device.arena(conformance::COLLECTIVES_ARENA_BYTES)?;
         Ok(if rank < n { vec![(device, arena)] } else { vec![] })
     };
-    let failures = conformance::run_collectives_apart(&make, size, Sums::InAnyOrder);
+    let failures = conformance::run_collectives_apart(&make, size, SummationOrder::InAnyOrder);
     let lines: Vec<String> = failures.iter().take(5).map(|f| f.to_string().chars().take(400).collect()).collect();
     Ok(if failures.is_empty() { "passed".to_owned() } else { format!("{} failures: {lines:?}", failures.len()) })
 }
@@ -78,7 +78,7 @@ fn memory(engine: &Arc<Mpi>, len: usize, n: usize) -> Result<Arena, KernelError>
 }
 
 /// All members have the same bits of a sum, which data parallelism relies on.
-fn same_bits(world: &Arc<World>) -> Result<String, KernelError> {
+fn same_bits(world: &Arc<MpiWorld>) -> Result<String, KernelError> {
     let n = world.size() as usize;
     let engine = engine(world, &[group(1, n)])?;
     for len in [1, 2, 7, 100, 5003, 300_000, 2_000_000] {
@@ -97,7 +97,7 @@ fn same_bits(world: &Arc<World>) -> Result<String, KernelError> {
 }
 
 /// Process 0 waits for others that never come, until it is aborted.
-fn aborts(world: &Arc<World>) -> Result<String, KernelError> {
+fn aborts(world: &Arc<MpiWorld>) -> Result<String, KernelError> {
     let n = world.size() as usize;
     let kinds = [SUM, CollectiveKind::Send { to: 1 }, CollectiveKind::Receive { from: 1 }];
     for kind in kinds {
@@ -123,7 +123,7 @@ fn aborts(world: &Arc<World>) -> Result<String, KernelError> {
 }
 
 /// Process 1 is killed while all are at it.
-fn lost(world: &Arc<World>) -> Result<String, KernelError> {
+fn lost(world: &Arc<MpiWorld>) -> Result<String, KernelError> {
     let n = world.size() as usize;
     let engine = engine(world, &[group(1, n)])?;
     let arena = memory(&engine, 1000, n)?;
@@ -137,7 +137,7 @@ fn lost(world: &Arc<World>) -> Result<String, KernelError> {
 }
 
 /// Process 0 is at its end while the others wait for it elsewhere.
-fn early_end(world: &Arc<World>) -> Result<String, KernelError> {
+fn early_end(world: &Arc<MpiWorld>) -> Result<String, KernelError> {
     if world.rank() > 0 {
         engine(world, &[group(1, world.size() as usize)])?;
     }
@@ -145,7 +145,7 @@ fn early_end(world: &Arc<World>) -> Result<String, KernelError> {
 }
 
 /// Process 1 comes to the meeting, and then makes no communicator.
-fn half_made(world: &Arc<World>) -> Result<String, KernelError> {
+fn half_made(world: &Arc<MpiWorld>) -> Result<String, KernelError> {
     if world.rank() > 0 {
         return engine(world, &[]).map(|_| "passed".to_owned());
     }
@@ -156,8 +156,8 @@ fn half_made(world: &Arc<World>) -> Result<String, KernelError> {
 }
 
 /// What is refused before anything runs.
-fn refusals(world: &Arc<World>) -> Result<String, KernelError> {
-    let again = World::start().map(drop).map_err(|error| error.to_string());
+fn refusals(world: &Arc<MpiWorld>) -> Result<String, KernelError> {
+    let again = MpiWorld::start().map(drop).map_err(|error| error.to_string());
     let same = Mpi::new(world.clone(), &[group(1, 2)], &|_| 0, WITHIN).map(drop).map_err(|error| error.to_string());
     let late = match world.rank() {
         // Comes to nothing: that the others wait is what this is about.
@@ -177,7 +177,7 @@ fn refusals(world: &Arc<World>) -> Result<String, KernelError> {
 #[test]
 fn child() {
     let Ok(scenario) = std::env::var(SCENARIO) else { return };
-    let world = World::start().expect("MPI under mpirun");
+    let world = MpiWorld::start().expect("MPI under mpirun");
     let result = match scenario.as_str() {
         "suite" => suite(&world),
         "same bits" => same_bits(&world),

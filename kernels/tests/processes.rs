@@ -13,7 +13,7 @@ use std::time::Duration;
 use rustix::process::{Pid, Signal, kill_process};
 use shardflow_kernels::collective::board::Board;
 use shardflow_kernels::collective::in_process::InProcess;
-use shardflow_kernels::collective::on_node::OnNode;
+use shardflow_kernels::collective::shared_memory::SharedMemory;
 use shardflow_kernels::collective::{Collective, CollectiveCall, CollectiveKind, Group, ReduceOp};
 use shardflow_kernels::device::Device;
 use shardflow_kernels::error::KernelError;
@@ -93,7 +93,7 @@ fn sum(engine: &dyn Collective, arena: &Arena, n: usize, member: usize, op: Redu
     engine.run(&call, &[x], &[x])
 }
 
-fn join(rank: usize, parent: &str, files: &str) -> (OnNode, Arena, usize) {
+fn join(rank: usize, parent: &str, files: &str) -> (SharedMemory, Arena, usize) {
     let map = |file: &str, bytes, access| {
         let path = format!("/proc/{parent}/fd/{file}");
         let file = std::fs::OpenOptions::new().read(true).write(true).open(path).unwrap();
@@ -106,7 +106,7 @@ fn join(rank: usize, parent: &str, files: &str) -> (OnNode, Arena, usize) {
     let arenas: BTreeMap<usize, Arena> =
         files[1..].iter().enumerate().map(|(i, file)| (i, map(file, ARENA_BYTES, access(i)))).collect();
     let arena = arenas[&rank].clone();
-    (OnNode::new(board, &groups, arenas).unwrap(), arena, groups[0].ranks.len())
+    (SharedMemory::new(board, &groups, arenas).unwrap(), arena, groups[0].ranks.len())
 }
 
 /// What a child process does; in the parent, nothing. A line on standard input makes it abort, and so does its end: no

@@ -8,7 +8,7 @@ use shardflow_kernels::collective::in_process::InProcess;
 use shardflow_kernels::device::{Device, DeviceKind};
 use shardflow_kernels::memory::Base;
 use shardflow_kernels::op::{Buffer, Einsum, Launch, Op, Program};
-use shardflow_kernels::stream::{Notice, Stream, Submission};
+use shardflow_kernels::stream::{Notification, Stream, Submission};
 use shardflow_kernels::tensor::{DType, HostTensor, Region, element_count};
 
 /// A launch, and what its buffers hold before it.
@@ -160,7 +160,7 @@ fn bits(stream: &Stream, device: &Device, case: &Case) -> Vec<Vec<u32>> {
         let notify = Box::new(move |notice| drop(sender.send(notice)));
         let bases = vec![Base { arena: arena.clone(), offset: 0 }];
         stream.submit(Submission { program: Arc::new(program), bases, repeat, notify }).expect("an open stream");
-        assert_eq!(notices.recv(), Ok(Notice::Done), "{:?}", case.op);
+        assert_eq!(notices.recv(), Ok(Notification::Done), "{:?}", case.op);
         let read = |w: &Buffer| arena.read_host(w.offset, &w.shape, DType::F32).expect("in bounds");
         let tensors = launch.writes.iter().map(read);
         out.extend(tensors.map(|t| t.as_f32().expect("floats").iter().map(|x| x.to_bits()).collect::<Vec<u32>>()));

@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use shardflow_kernels::collective::wire::{Channel, ChannelKey, Connect, Wire};
-use shardflow_kernels::collective::{Collective, CollectiveCall, Group, Wait};
+use shardflow_kernels::collective::{Collective, CollectiveCall, Group, MemberWait};
 use shardflow_kernels::conformance;
 use shardflow_kernels::device::Device;
 use shardflow_kernels::error::KernelError;
@@ -57,7 +57,7 @@ impl Collective for Process {
         self.own.run(call, reads, writes)
     }
 
-    fn waits(&self) -> Vec<Wait> {
+    fn waits(&self) -> Vec<MemberWait> {
         self.own.waits()
     }
 

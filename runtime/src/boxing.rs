@@ -1,6 +1,5 @@
 //! Boxing: changing a tensor's layout or placement by the cheapest sequence of collectives.
 //! The one planner for the cost, for the choice of layouts and for what is executed.
-//! Imports `placement`, `sbp`, `layout_error` and `shardflow_kernels`.
 //!
 //! The states of the search are layouts on the source's placement and on the target's; its edges are the steps of
 //! [`step`]; the cost of a step is `alpha` for each round of messages and `beta` for each byte that the busiest device
@@ -18,12 +17,12 @@ use shardflow_kernels::tensor::{DType, Region};
 use crate::layout_error::LayoutError;
 use crate::placement::Placement;
 use crate::sbp::region::contains;
-use crate::sbp::{Layout, NdSbp, Sbp, local_region};
+use crate::sbp::{NdSbp, PlacedLayout, Sbp, local_region};
 use step::{BoxingStep, StepKind, bytes_pulled, bytes_received, classify};
 
 /// What messages cost.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Link {
+pub struct LinkCost {
     /// Latency of one round of messages (alpha).
     pub alpha_seconds: f64,
     /// Inverse of the bandwidth into one device (beta).
@@ -34,9 +33,9 @@ pub struct Link {
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct CostModel {
     /// Among the devices of one placement.
-    pub within: Link,
+    pub within: LinkCost,
     /// From one placement to another.
-    pub across: Link,
+    pub across: LinkCost,
 }
 
 impl Default for CostModel {
@@ -44,8 +43,8 @@ impl Default for CostModel {
     /// Only the ratios matter to the choice; give your own where they differ.
     fn default() -> Self {
         Self {
-            within: Link { alpha_seconds: 5e-6, seconds_per_byte: 1e-10 },
-            across: Link { alpha_seconds: 1e-5, seconds_per_byte: 2e-10 },
+            within: LinkCost { alpha_seconds: 5e-6, seconds_per_byte: 1e-10 },
+            across: LinkCost { alpha_seconds: 1e-5, seconds_per_byte: 2e-10 },
         }
     }
 }
@@ -89,8 +88,8 @@ impl fmt::Display for BoxingPlan {
 pub fn plan(
     shape: &[usize],
     dtype: DType,
-    from: &Layout,
-    to: &Layout,
+    from: &PlacedLayout,
+    to: &PlacedLayout,
     model: &CostModel,
 ) -> Result<BoxingPlan, LayoutError> {
     from.sbp.check(shape, &from.placement)?;
@@ -153,8 +152,8 @@ impl<'a> Space<'a> {
     fn new(
         shape: &'a [usize],
         dtype: DType,
-        from: &'a Layout,
-        to: &'a Layout,
+        from: &'a PlacedLayout,
+        to: &'a PlacedLayout,
         model: &'a CostModel,
         layouts: fn(&[usize], &Placement, &[&NdSbp]) -> Vec<NdSbp>,
     ) -> Self {
@@ -211,7 +210,8 @@ impl<'a> Space<'a> {
 
     fn step(&self, from: usize, to: usize) -> Option<BoxingStep> {
         let edge = self.edge(from, to, f64::INFINITY)?;
-        let layout = |state: &State| Layout { placement: self.placements[state.side].clone(), sbp: state.sbp.clone() };
+        let layout =
+            |state: &State| PlacedLayout { placement: self.placements[state.side].clone(), sbp: state.sbp.clone() };
         Some(BoxingStep {
             kind: edge.kind,
             shape: self.shape.to_vec(),

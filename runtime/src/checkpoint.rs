@@ -1,11 +1,11 @@
 //! Checkpoints of a training on any number of processes: each writes a shard, and one atomic creation of a manifest makes
-//! them a checkpoint. Imports `sbp` and the session.
+//! them a checkpoint.
 //!
 //! [`store`] says what lies where and which invariants hold; [`save`] is the way from a snapshot to a commit; [`read`]
 //! gives any box of a tensor to any mesh. A safetensors file of a whole model is written by `Session::save`, or of a
 //! checkpoint by [`convert::export`].
 
-pub mod agree;
+pub mod agreement;
 #[cfg(feature = "cli")]
 pub mod cli;
 pub mod convert;
@@ -23,11 +23,11 @@ pub mod snapshot;
 pub mod store;
 
 pub use crate::clock::WaitClock;
-pub use agree::{Agree, Alone, Member, SaveId, Saved};
+pub use agreement::{ProcessRank, SaveAgreement, SaveId, SaveOutcome, SingleProcess};
 pub use error::{AgreeError, CheckpointError};
 pub use manifest::{Cursor, Manifest};
-pub use read::Reader;
+pub use read::CheckpointReader;
 pub use save::SaveReport;
-pub use saver::{Begun, Busy, Saver, SaverOptions, save_now};
+pub use saver::{SaveStart, Saver, SaverOptions, WhenBusy, save_now};
 pub use snapshot::Snapshot;
-pub use store::{Newest, Store};
+pub use store::{NewestCheckpoint, Store};

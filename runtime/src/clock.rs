@@ -1,4 +1,4 @@
-//! Time for long waits, which tests replace by their own. Imports nothing of this crate.
+//! Time for long waits, which tests replace by their own.
 
 use std::fmt;
 use std::time::{Duration, Instant};

@@ -1,5 +1,5 @@
 //! The processes that run a plan together: where a program finds out that it is one of several, and how it wants to meet the
-//! others. Imports `exit`, `machine`, `session::hosting` and the actors' transport and membership.
+//! others.
 //!
 //! ```no_run
 //! use shardflow::prelude::*;
@@ -23,20 +23,20 @@ use shardflow_kernels::error::KernelError;
 
 use crate::exit::Exit;
 use crate::machine::parse_ip;
-use crate::session::hosting::Hosting;
+use crate::session::process_map::ProcessMap;
 
-mod agree;
 mod by_mpi;
+pub(crate) mod connector;
 pub(crate) mod departure;
 pub mod env;
 mod nccl_ids;
 pub mod rendezvous;
-pub(crate) mod roads;
+mod save_agreement;
 pub(crate) mod world;
 
 use by_mpi::ByMpi;
-use env::{EnvError, Launch, Variables};
-use rendezvous::{RendezvousError, Verdict};
+use env::{EnvError, LaunchContext, Variables};
+use rendezvous::{RendezvousError, RendezvousRefusal};
 
 /// Variable that chooses the [`Transport`]: `auto`, `shared-memory`, `unix` or `tcp`; the same for all processes.
 pub const TRANSPORT: &str = "SHARDFLOW_TRANSPORT";
@@ -263,7 +263,7 @@ impl fmt::Debug for ClusterOptions {
 /// This process, and what it knows of the others before it meets them.
 #[derive(Clone, Debug)]
 pub struct Cluster {
-    launch: Launch,
+    launch: LaunchContext,
     by_mpi: ByMpi,
     /// How to meet them.
     pub options: ClusterOptions,
@@ -276,11 +276,11 @@ pub struct Cluster {
 impl Cluster {
     /// One process, alone.
     pub fn local() -> Self {
-        Self::new(Launch::Local, ClusterOptions::default())
+        Self::new(LaunchContext::Local, ClusterOptions::default())
     }
 
     /// A process that was started as `launch` says.
-    pub fn new(launch: Launch, options: ClusterOptions) -> Self {
+    pub fn new(launch: LaunchContext, options: ClusterOptions) -> Self {
         Self { launch, by_mpi: ByMpi::default(), options, restart_causes: Vec::new(), job_began_ms: None }
     }
 
@@ -304,7 +304,7 @@ impl Cluster {
     }
 
     fn world(&self) -> Option<&env::World> {
-        if let Launch::World(world) = &self.launch { Some(world) } else { None }
+        if let LaunchContext::World(world) = &self.launch { Some(world) } else { None }
     }
 
     /// Number of this process: its rank, as torchrun calls it.
@@ -333,8 +333,8 @@ impl Cluster {
     pub fn devices_here(&self, devices: usize) -> usize {
         let Some(world) = self.world() else { return devices };
         let first = world.process.saturating_sub(world.local_process);
-        let hosting = Hosting { process: world.process, processes: world.processes, devices };
-        hosting.on_node(first..(first + world.local_processes).min(world.processes), world.process).all
+        let process_map = ProcessMap { process: world.process, processes: world.processes, devices };
+        process_map.on_node(first..(first + world.local_processes).min(world.processes), world.process).all
     }
 
     /// How often the job has been restarted, as far as this process knows.
@@ -399,8 +399,10 @@ impl ClusterError {
             Self::Env(error) => error.exit(),
             Self::Variable { .. } | Self::Mpi(_) | Self::Refused(_) => Exit::Refused,
             Self::Kernel(KernelError::Mpi { .. }) => Exit::PeerUnavailable,
-            Self::Rendezvous(RendezvousError::Refused(Verdict::Conflicts(_))) => Exit::Refused,
-            Self::Rendezvous(RendezvousError::Refused(Verdict::Failed(report))) => Exit::from_code(report.exit),
+            Self::Rendezvous(RendezvousError::Refused(RendezvousRefusal::Conflicts(_))) => Exit::Refused,
+            Self::Rendezvous(RendezvousError::Refused(RendezvousRefusal::Failed(report))) => {
+                Exit::from_code(report.exit)
+            }
             Self::Rendezvous(RendezvousError::Transport(error)) | Self::Transport(error) => transport_exit(error),
             Self::Rendezvous(RendezvousError::TooLong { .. } | RendezvousError::Rank { .. }) => Exit::Refused,
             Self::Rendezvous(_) => Exit::PeerUnavailable,

@@ -1,5 +1,5 @@
 //! Values that a program declares: they must be equal on all ranks, checkpoints and saved files record them, and a resume
-//! compares them. Imports nothing of this crate.
+//! compares them.
 //!
 //! ```
 //! use shardflow::declare::{Declarations, OnResume, data_identity};

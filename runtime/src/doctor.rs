@@ -1,5 +1,4 @@
-//! `shardflow doctor`: what of a machine matters to a run, what is missing, and how to get it. Imports `exit` and
-//! `cluster::env`.
+//! `shardflow doctor`: what of a machine matters to a run, what is missing, and how to get it.
 
 use std::fmt;
 
@@ -15,7 +14,7 @@ mod works;
 /// How one thing stands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
-pub enum Status {
+pub enum FindingStatus {
     /// There, and works.
     Ok,
     /// Not there; only some programs need it.
@@ -34,7 +33,7 @@ pub struct Finding {
     /// What was looked at.
     pub name: &'static str,
     /// How it stands.
-    pub status: Status,
+    pub status: FindingStatus,
     /// Numbers, versions or paths.
     pub value: String,
     /// How to get it, or to make it better.
@@ -59,7 +58,7 @@ pub fn examine() -> Findings {
 }
 
 impl Finding {
-    fn new(group: &'static str, name: &'static str, status: Status, value: impl Into<String>) -> Finding {
+    fn new(group: &'static str, name: &'static str, status: FindingStatus, value: impl Into<String>) -> Finding {
         Finding { group, name, status, value: value.into(), hint: None }
     }
 
@@ -71,7 +70,7 @@ impl Finding {
 impl Findings {
     /// [`Exit::Refused`] when something is broken.
     pub fn exit(&self) -> Exit {
-        if self.findings.iter().any(|f| f.status == Status::Broken) { Exit::Refused } else { Exit::Done }
+        if self.findings.iter().any(|f| f.status == FindingStatus::Broken) { Exit::Refused } else { Exit::Done }
     }
 }
 
@@ -84,10 +83,10 @@ impl fmt::Display for Findings {
                 writeln!(f, "{group}")?;
             }
             let status = match finding.status {
-                Status::Ok => "ok",
-                Status::Absent => "absent",
-                Status::Poor => "poor",
-                Status::Broken => "BROKEN",
+                FindingStatus::Ok => "ok",
+                FindingStatus::Absent => "absent",
+                FindingStatus::Poor => "poor",
+                FindingStatus::Broken => "BROKEN",
             };
             writeln!(f, "  {status:7} {:18} {}", finding.name, finding.value)?;
             if let Some(hint) = &finding.hint {

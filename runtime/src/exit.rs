@@ -1,5 +1,5 @@
 //! How a process ends: the exit codes, which of them are worth a restart, and how a process reports why it failed and how
-//! far it came. Imports `cluster::departure`.
+//! far it came.
 
 use std::fmt;
 use std::os::unix::process::ExitStatusExt;

@@ -1,4 +1,4 @@
-//! Local file systems: which belong to one machine, free space, listings, and files that are created once without hard links. Imports nothing of this crate.
+//! Local file systems: which belong to one machine, free space, listings, and files that are created once without hard links.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};

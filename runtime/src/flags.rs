@@ -1,4 +1,4 @@
-//! Parses a command line. Negative numbers are values, so that the error of a flag can state its range. Imports nothing of this crate.
+//! Parses a command line. Negative numbers are values, so that the error of a flag can state its range.
 
 use std::any::TypeId;
 use std::ffi::OsString;

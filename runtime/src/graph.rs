@@ -1,6 +1,5 @@
 //! The logical program: nodes over whole tensors, with the layouts and placements that the user gave.
 //! Building never fails; what is wrong is recorded with the user's file and line, and told at `compile`.
-//! Imports `placement`, `sbp`, `init`, and the kernels' `Op`.
 
 use std::cmp::Ordering;
 use std::fmt;

@@ -1,6 +1,5 @@
 //! Initial weights by counter: an element depends on the seed, on the parameter's name and on its place in the whole
 //! parameter, so every shard makes its own part and every layout starts from the same bits.
-//! Imports `shardflow_kernels::tensor` only.
 
 use shardflow_kernels::tensor::{Region, element_count};
 

@@ -1,5 +1,5 @@
 //! `shardflow launch`: starts a node's processes, passes signals on, and starts them again after a failure that is
-//! worth it. Imports `cluster`, `exit`, `machine`, `output` and `requests`.
+//! worth it.
 //!
 //! Each node has its own launcher. When a process fails, those on other nodes notice it and end too, and each launcher
 //! starts its own again. A failure before the processes have met, for which a new start would not help, is reported to the

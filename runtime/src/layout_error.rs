@@ -1,4 +1,4 @@
-//! The error of meshes, layouts, rules and boxing: plain data. Imports nothing.
+//! The error of meshes, layouts, rules and boxing: plain data.
 
 /// What can be wrong with a mesh, a layout, an op's rule or a change of layout.
 #[derive(Clone, Debug, thiserror::Error, PartialEq, Eq)]

@@ -1,4 +1,4 @@
-//! The lock of a checkpoint store: one training writes to it at a time. Imports `checkpoint::{error, io, store}` and `files`.
+//! The lock of a checkpoint store: one training writes to it at a time.
 //!
 //! The lock is a file `lock-<n>.json` that names the holder. A holder is alive while it holds `flock` on its file. Where not
 //! all writers see `flock`, on network file systems and in cloud stores, it renews the file instead.
@@ -23,7 +23,7 @@ use object_store::path::Path;
 use object_store::{Error, PutMode};
 use serde::{Deserialize, Serialize};
 
-use crate::checkpoint::error::{CheckpointError, Doing};
+use crate::checkpoint::error::{CheckpointError, StoreOperation};
 use crate::checkpoint::io::Operations;
 use crate::checkpoint::store::Store;
 use crate::files;
@@ -169,10 +169,12 @@ impl Lock {
         let text = Holder { renewals, ..self.holder.clone() }.encode();
         match self.file.as_ref().map(File::try_clone) {
             // In place: a new file would have no `flock`.
-            Some(file) => self.store.operations.run_local(&name(&self.store, self.number), Doing::Write, move || {
-                let file = file?;
-                file.write_all_at(&text, 0).and_then(|()| file.sync_data())
-            }),
+            Some(file) => {
+                self.store.operations.run_local(&name(&self.store, self.number), StoreOperation::Write, move || {
+                    let file = file?;
+                    file.write_all_at(&text, 0).and_then(|()| file.sync_data())
+                })
+            }
             None => put(&self.store, self.number, text, PutMode::Overwrite),
         }
     }
@@ -255,7 +257,7 @@ fn create(store: &Store, number: u64, holder: &Holder) -> Result<Option<Option<F
         };
     };
     let text = holder.encode();
-    store.operations.run_local(&name(store, number), Doing::Write, move || {
+    store.operations.run_local(&name(store, number), StoreOperation::Write, move || {
         fs::create_dir_all(&folder)?;
         let file = match OpenOptions::new().write(true).create_new(true).open(folder.join(file_name(number))) {
             Err(error) if error.kind() == ErrorKind::AlreadyExists => return Ok(None),
@@ -285,7 +287,7 @@ fn live_holder(store: &Store, number: u64, mine: &Holder) -> Result<Option<Vec<u
             Err(error) if error.kind() == ErrorKind::NotFound => Ok(Ok(())),
             file => Ok(file?.try_lock()),
         };
-        let locked = match store.operations.run_local(&name(store, number), Doing::Read, lock)? {
+        let locked = match store.operations.run_local(&name(store, number), StoreOperation::Read, lock)? {
             Ok(()) => Some(false),
             Err(TryLockError::WouldBlock) => Some(true),
             Err(TryLockError::Error(_)) => None,

@@ -1,5 +1,4 @@
 //! Resources of this machine for a process: memory, cores, addresses, a folder for temporary files.
-//! Imports `machine::*`.
 
 use std::env;
 use std::io::ErrorKind;

@@ -1,6 +1,5 @@
 //! What this crate tells on the `metrics` facade: names, labels and meaning are public API. Until a program installs a recorder
 //! it costs a few nanoseconds for each number; [`crate::watch::Watch`] installs one and serves it to Prometheus.
-//! Imports nothing of the crate.
 //!
 //! | metric | kind | labels | meaning |
 //! |---|---|---|---|

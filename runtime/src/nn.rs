@@ -1,5 +1,4 @@
 //! Layers that users expect, each a few calls of the graph builder. Names of parameters are those of the checkpoint.
-//! Imports `graph`, `init` and `text`.
 
 use std::panic::Location;
 

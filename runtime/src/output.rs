@@ -1,5 +1,5 @@
 //! Standard output and error whose reader may stall: a thread writes what is queued, so that a full pipe or a stopped terminal
-//! blocks no training. Imports `text`.
+//! blocks no training.
 
 use std::collections::VecDeque;
 use std::fs::File;

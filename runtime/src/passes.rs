@@ -1,5 +1,4 @@
 //! From the user's graph to a plan: THE ordered list of passes is in [`compile`].
-//! Imports `graph`, `boxing`, `plan`.
 
 use std::collections::BTreeMap;
 

@@ -1,5 +1,4 @@
 //! Where tensors live: a [`Mesh`] of all devices with named axes, and [`Placement`]s, the parts of it that hold tensors.
-//! Imports nothing of this crate but `layout_error`.
 
 use std::fmt;
 

@@ -1,5 +1,5 @@
 //! The compiled program: actors with their registers and credits, each action's launches, each device's memory map.
-//! Plain data; a session loads it. Imports `graph` and the layers below.
+//! Plain data; a session loads it.
 
 use std::collections::BTreeMap;
 use std::fmt;

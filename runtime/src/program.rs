@@ -1,4 +1,4 @@
-//! How a program's `main` ends: the error as one line, and the exit code that goes with it. Imports `exit` and the errors.
+//! How a program's `main` ends: the error as one line, and the exit code that goes with it.
 
 use std::error::Error;
 use std::process::ExitCode;

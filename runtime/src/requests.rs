@@ -1,5 +1,5 @@
 //! Requests to a training process: save a checkpoint, or end. They come from signals, from the end time of a Slurm job, or from
-//! the program. Imports `exit` and `output`.
+//! the program.
 //!
 //! ```no_run
 //! use shardflow::prelude::*;

@@ -1,5 +1,4 @@
 //! Layouts: what each device of a placement holds of a tensor. `Split`, `Broadcast` or `Partial` for each mesh axis.
-//! Imports `placement`, `layout_error`, `sbp::region` and `shardflow_kernels`.
 //!
 //! SBP is from OneFlow, Yuan et al. 2021, <https://arxiv.org/abs/2110.15032>.
 
@@ -143,21 +142,21 @@ impl fmt::Display for NdSbp {
 
 /// A layout on its placement.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct Layout {
+pub struct PlacedLayout {
     /// Which devices.
     pub placement: Placement,
     /// One entry for each of the placement's axes.
     pub sbp: NdSbp,
 }
 
-impl Layout {
+impl PlacedLayout {
     /// What the device at `index` of the placement holds of a tensor of this shape; see [`local_region`].
     pub fn region(&self, shape: &[usize], index: usize) -> Region {
         local_region(shape, &self.sbp, &self.placement, index)
     }
 }
 
-impl fmt::Display for Layout {
+impl fmt::Display for PlacedLayout {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{} on {}", self.sbp, self.placement)
     }

@@ -1,5 +1,4 @@
 //! A running plan: devices, arenas and actors; steps, results, parameters, metrics and the end.
-//! Imports `plan`, `session::*`, and the actors' shell.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -10,7 +9,7 @@ use std::time::Duration;
 use crossbeam_channel::{Receiver, after, never, select, unbounded};
 use shardflow_actors::error::{ActorError, Failure, PeerError};
 use shardflow_actors::remote::{HostPiece, Peers};
-use shardflow_actors::shell::{Hosted, Loaded, RegisterMemory, Running, prepare};
+use shardflow_actors::shell::{ActorHost, LoadedPlan, RegisterMemory, RunningSession, prepare};
 use shardflow_actors::spec::{ActorId, RegisterId, StreamKind};
 use shardflow_actors::watchdog::{OnStall, WatchdogOptions};
 use shardflow_kernels::collective::Collective;
@@ -19,7 +18,7 @@ use shardflow_kernels::error::KernelError;
 use shardflow_kernels::memory::{Arena, Base};
 use shardflow_kernels::tensor::HostTensor;
 
-use crate::cluster::roads::Ways;
+use crate::cluster::connector::Connections;
 use crate::cluster::world::{self, WAITING, World};
 use crate::cluster::{Cluster, ClusterError};
 use crate::declare::{Declarations, DeclareError};
@@ -40,16 +39,16 @@ pub mod agreement;
 pub(crate) mod budget;
 pub mod checkpoint;
 pub mod devices;
-pub(crate) mod ending;
+pub(crate) mod error_exit;
 mod exchange;
 pub mod host;
-pub mod hosting;
 mod load;
 pub mod metrics;
 pub mod numerics;
 pub mod observer;
+pub mod plan_files;
+pub mod process_map;
 mod saver;
-pub mod shown;
 pub mod snapshot;
 mod step;
 mod tokens;
@@ -60,11 +59,11 @@ use checkpoint::CheckpointError;
 use devices::Opened;
 use exchange::{Inbox, Word, tensor_of};
 use host::Fetched;
-use hosting::{HostPorts, Hosting};
 use load::{FeedPort, Loader, fetches, gates};
 use metrics::{Metrics, Snapshots, StepMetrics};
 use numerics::{NonFinite, OnNonFinite};
-use observer::{NewestSteps, Observer};
+use observer::{Observer, RecentSteps};
+use process_map::{HostPorts, ProcessMap};
 
 /// What a session can fail with.
 #[derive(Debug, thiserror::Error)]
@@ -97,7 +96,10 @@ pub enum SessionError {
     #[error(transparent)]
     Disagreement(#[from] RankDisagreement),
     /// The plan was written to files, as `shardflow plan` asks by variables; nothing was run.
-    #[error("the plan was written, and nothing was run, because {} or a variable like it is set", shown::PLAN_HTML)]
+    #[error(
+        "the plan was written, and nothing was run, because {} or a variable like it is set",
+        plan_files::PLAN_HTML
+    )]
     PlanShown,
     /// A file for the plan.
     #[error("cannot write the plan to {path}: {source}")]
@@ -198,7 +200,7 @@ pub struct StepReport {
 /// A running plan, or this process's part of one. Dropping it shuts it down.
 pub struct Session {
     plan: Arc<Plan>,
-    hosting: Hosting,
+    process_map: ProcessMap,
     /// The processes of this node.
     here: Vec<u32>,
     budget: Budget,
@@ -207,7 +209,7 @@ pub struct Session {
     /// By device; of this process, and of peers whose memory is mapped here.
     arenas: BTreeMap<usize, Arena>,
     engine: Arc<dyn Collective>,
-    running: Option<Running>,
+    running: Option<RunningSession>,
     world: Option<Arc<World>>,
     /// Name of the job, where it has one, and number of this incarnation, as far as this process knows.
     job: (Option<String>, u64),
@@ -268,7 +270,7 @@ impl Session {
     /// # Errors
     /// When memory, threads or peers cannot be had; [`PlanError::NodeMemory`] before anything is allocated.
     pub fn start(plan: Plan, options: &SessionOptions) -> Result<Self, SessionError> {
-        shown::show(&plan)?;
+        plan_files::show(&plan)?;
         options.declared.check()?;
         if options.cluster.is_first() {
             static WARNING: Once = Once::new();
@@ -295,13 +297,13 @@ impl Session {
         if let Some(world) = &world {
             world.count_mirrors(&mut plan)?;
         }
-        let hosting = world.as_ref().map_or(Hosting::alone(plan.memory.len()), |w| w.hosting());
+        let process_map = world.as_ref().map_or(ProcessMap::alone(plan.memory.len()), |w| w.process_map());
         let here = world.as_ref().map_or(vec![0], |world| world.here());
         if options.threads == Threads::Owned && plan.device == DeviceKind::Cpu {
-            plan.set_threads(owned_threads(world.as_deref(), &hosting, &here));
+            plan.set_threads(owned_threads(world.as_deref(), &process_map, &here));
         }
-        budget.check(&plan, &hosting, &here, 0)?;
-        let on_node = hosting.on_node(here.iter().copied(), hosting.process);
+        budget.check(&plan, &process_map, &here, 0)?;
+        let on_node = process_map.on_node(here.iter().copied(), process_map.process);
         let takes_pipes = world.as_ref().is_some_and(|world| world.takes_pipes());
         let ids: devices::Ids<'_> = &|groups| match &world {
             Some(world) => {
@@ -310,7 +312,8 @@ impl Session {
             }
             None => devices::new_ids(groups),
         };
-        let Opened { devices, engine: in_process, pipes } = devices::open(&plan, &hosting, on_node, takes_pipes, ids)?;
+        let Opened { devices, engine: in_process, pipes } =
+            devices::open(&plan, &process_map, on_node, takes_pipes, ids)?;
         doing("allocating memory");
         let shared = world.as_ref().is_some_and(|world| world.shares_memory(plan.device));
         let mut arenas = BTreeMap::new();
@@ -318,30 +321,30 @@ impl Session {
             let bytes = plan.memory[device.rank()].arena_bytes;
             arenas.insert(device.rank(), if shared { device.shared_arena(bytes)? } else { device.arena(bytes)? });
         }
-        let shared_inputs = shared_inputs(&plan, &hosting);
-        let ports = Arc::new(HostPorts::of(&plan, &hosting, &shared_inputs));
+        let shared_inputs = shared_inputs(&plan, &process_map);
+        let ports = Arc::new(HostPorts::of(&plan, &process_map, &shared_inputs));
         let (host, from_peers) = unbounded();
         doing(WAITING);
         let ways = match &world {
             Some(world) => world.connect(&plan, &devices, &arenas, in_process, pipes)?,
-            None => Ways::alone(in_process),
+            None => Connections::alone(in_process),
         };
         arenas.extend(ways.mapped);
         doing("preparing kernels");
         let (sender, fetched) = unbounded();
         let mut loader = Loader { plan: &plan, arenas: &arenas, feeds: Vec::new(), sender };
-        let own = hosting.actors_of(&plan, hosting.process);
+        let own = process_map.actors_of(&plan, process_map.process);
         let mut hosted = BTreeMap::new();
         for id in &own {
             let actor = &plan.spec.actors[id.0 as usize];
-            let device = &devices[actor.device - hosting.own().start];
+            let device = &devices[actor.device - process_map.own().start];
             let threads = threads_of(actor.stream, plan.threads_per_device);
             let urgent = actor.stream == StreamKind::Communication;
             let priority = if urgent { Priority::High } else { Priority::Normal };
             let stream = device.stream_with(&actor.name, threads, ways.engine.clone(), priority)?;
             let programs = loader.programs(*id);
             programs.iter().try_for_each(|action| stream.prepare(&action.program))?;
-            hosted.insert(*id, Hosted { stream, programs });
+            hosted.insert(*id, ActorHost { stream, programs });
         }
         let feeds = loader.feeds;
         let piped = |register: &RegisterId| ways.peers.iter().any(|peer| peer.pipes.contains_key(register));
@@ -353,7 +356,7 @@ impl Session {
             let base = Base { arena: arena.clone(), offset: place.offset };
             memory.insert(RegisterId(index as u32), RegisterMemory { base, stride: place.stride });
         }
-        let loaded = Loaded {
+        let loaded = LoadedPlan {
             spec: Arc::new(plan.spec.clone()),
             hosted,
             memory,
@@ -364,10 +367,10 @@ impl Session {
         let step_tokens = tokens::in_a_step(&plan);
         let fetches = fetches(&plan);
         // A channel that nothing is left to send on counts as closed.
-        let has_fetches = fetches.keys().any(|(device, _)| hosting.own().contains(device));
+        let has_fetches = fetches.keys().any(|(device, _)| process_map.own().contains(device));
         let fetched = if has_fetches { fetched } else { never() };
         let tells = options.tells_metrics;
-        let step_metrics = StepMetrics::new(&plan, &hosting, step_tokens, options);
+        let step_metrics = StepMetrics::new(&plan, &process_map, step_tokens, options);
         if tells {
             // They are of the process, however many sessions it has.
             static RESTARTS: Once = Once::new();
@@ -382,7 +385,7 @@ impl Session {
             gates: gates(&plan, &own),
             fetches,
             plan,
-            hosting,
+            process_map,
             here,
             budget,
             devices,
@@ -422,8 +425,8 @@ impl Session {
         session.doing(BETWEEN_STEPS);
         let snapshots = Snapshots { devices: session.devices.clone(), engine: session.engine.clone() };
         let (plan, world) = (session.plan.clone(), session.world.as_ref());
-        let steps = NewestSteps { tokens: step_tokens, planned: options.steps_planned, ..NewestSteps::default() };
-        let observer = Observer::new(plan, session.hosting, running.control(), snapshots, world, mirrored, steps);
+        let steps = RecentSteps { tokens: step_tokens, planned: options.steps_planned, ..RecentSteps::default() };
+        let observer = Observer::new(plan, session.process_map, running.control(), snapshots, world, mirrored, steps);
         for (index, code) in options.cluster.restart_causes.iter().enumerate() {
             observer.note("restart", format!("attempt {index} of the job ended with {}", Exit::from_code(*code)));
         }
@@ -445,7 +448,7 @@ impl Session {
             _ => 0.0,
         });
         self.bounds.parameter = largest.fold(0.0, f64::max);
-        for device in self.hosting.own() {
+        for device in self.process_map.own() {
             for resident in &plan.memory[device].residents {
                 let NodeOp::Parameter { init } = plan.graph.producer(resident.var).op else { continue };
                 let info = plan.graph.tensor(resident.var);
@@ -517,7 +520,7 @@ impl Session {
 
     /// Gives this process's word to all.
     fn say(&self, word: Word) {
-        self.give_numbers(self.ports.words[self.hosting.process as usize], &word);
+        self.give_numbers(self.ports.words[self.process_map.process as usize], &word);
     }
 
     /// Sends numbers to all processes by a port of this one.
@@ -527,7 +530,7 @@ impl Session {
 
     /// Gives a piece of this process to all, itself included.
     fn give(&self, inbox: &mut Inbox, piece: HostPiece) {
-        if let Some(running) = self.running.as_ref().filter(|_| self.hosting.processes > 1) {
+        if let Some(running) = self.running.as_ref().filter(|_| self.process_map.processes > 1) {
             running.give_host(piece.clone());
         }
         inbox.put(piece);
@@ -574,7 +577,7 @@ impl Session {
         let mut inbox = self.lock_inbox();
         let peers = inbox.peers.clone();
         while !inbox.has(wanted) {
-            running.host_waits_for(inbox.giver(wanted).filter(|giver| *giver != self.hosting.process));
+            running.host_waits_for(inbox.giver(wanted).filter(|giver| *giver != self.process_map.process));
             if let Some(process) = inbox.never(wanted) {
                 return Err(Failure::Peer { process, cause: PeerError::Ended });
             }
@@ -588,7 +591,7 @@ impl Session {
                 recv(peers) -> said => inbox.hear(said.map_err(|_| ended())?),
                 recv(running.failures()) -> failure => return Err(failure.unwrap_or_else(|_| ended())),
                 recv(late) -> _ => {
-                    let process = inbox.giver(wanted).unwrap_or(self.hosting.process);
+                    let process = inbox.giver(wanted).unwrap_or(self.process_map.process);
                     let seconds = limit.unwrap_or_default().as_secs();
                     return Err(Failure::Peer { process, cause: PeerError::Late { seconds } });
                 }
@@ -658,11 +661,11 @@ impl Drop for Session {
 }
 
 /// See [`Threads::Owned`].
-fn owned_threads(world: Option<&World>, hosting: &Hosting, here: &[u32]) -> usize {
+fn owned_threads(world: Option<&World>, process_map: &ProcessMap, here: &[u32]) -> usize {
     let (quota, own) = (available_parallelism().map_or(1, usize::from), affinity());
     let cores = |process: &u32| world.map_or(&own[..], |world| world.cores(*process));
-    let node: Vec<_> = here.iter().map(|process| (cores(process), hosting.devices_of(*process).len())).collect();
-    let me = here.iter().position(|process| *process == hosting.process);
+    let node: Vec<_> = here.iter().map(|process| (cores(process), process_map.devices_of(*process).len())).collect();
+    let me = here.iter().position(|process| *process == process_map.process);
     threads_per_device(&node, me.unwrap_or(0), quota).min(THREADS_MAX)
 }
 

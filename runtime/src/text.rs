@@ -1,4 +1,4 @@
-//! Formats counts and sizes. Imports nothing.
+//! Formats counts and sizes.
 
 use std::fmt::Display;
 

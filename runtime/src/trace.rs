@@ -1,6 +1,5 @@
 //! What a session's actors did, as a file for <https://ui.perfetto.dev> or `chrome://tracing`: a track for each actor, and an arrow
-//! from each piece's writing to its reading. Imports `session`, `plan` and the
-//! actors' simulator.
+//! from each piece's writing to its reading.
 //!
 //! The format is the Trace Event Format's JSON
 //! (<https://docs.google.com/document/d/1CvAClvFfyA5R-PhYUmn5OOQtYMH4h6I0nSsKchNAySU>).
@@ -12,9 +11,9 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use serde_json::json;
-use shardflow_actors::simulate::{Options, Timing, simulate};
+use shardflow_actors::simulate::{SimulationOptions, Timing, simulate};
 use shardflow_actors::spec::{ActorId, ActorSpec, Spec};
-use shardflow_actors::trace::{Cause, Fired};
+use shardflow_actors::trace::{Cause, FiringRecord};
 
 use crate::session::Session;
 use crate::session::observer::{Observer, pass_of};
@@ -100,8 +99,8 @@ impl TraceFile {
             self.begin(observer)?;
         }
         let spec = self.spec.get_or_insert_with(|| Arc::new(session.plan().spec.clone())).clone();
-        let process = observer.hosting().process;
-        for actor in observer.hosting().actors_of(session.plan(), process) {
+        let process = observer.process_map().process;
+        for actor in observer.process_map().actors_of(session.plan(), process) {
             if !self.read.contains_key(&actor) {
                 self.event(&track(&spec, actor))?;
             }
@@ -118,7 +117,7 @@ impl TraceFile {
         if self.bytes + self.step_bytes + END_BYTES <= self.bytes_max {
             return Ok(true);
         }
-        let (pid, ts) = (observer.hosting().own().start, micros(self.last_ns));
+        let (pid, ts) = (observer.process_map().own().start, micros(self.last_ns));
         self.event(&json!({ "name": LIMIT, "ph": "i", "s": "g", "pid": pid, "tid": 0, "ts": ts }))?;
         self.end()?;
         Ok(false)
@@ -126,11 +125,11 @@ impl TraceFile {
 
     /// Tells the clock, and names the devices: a viewer shows each as a process.
     fn begin(&mut self, observer: &Observer) -> Result<(), TraceError> {
-        let (hosting, pid) = (observer.hosting(), observer.hosting().own().start);
+        let (process_map, pid) = (observer.process_map(), observer.process_map().own().start);
         let args = json!({ "unix_ns": observer.started() });
         self.event(&json!({ "name": CLOCK, "ph": "M", "pid": pid, "args": args }))?;
-        for device in hosting.own() {
-            let name = format!("device {device}, rank {}", hosting.process);
+        for device in process_map.own() {
+            let name = format!("device {device}, rank {}", process_map.process);
             let named = json!({ "name": "process_name", "ph": "M", "pid": device, "args": { "name": name } });
             self.event(&named)?;
             let sorted =
@@ -151,7 +150,7 @@ impl TraceFile {
         let actions = |(a, actor): (usize, &ActorSpec)| (0..actor.actions.len()).map(|x| mean(a, x)).collect();
         let timing = Timing::measured(&spec, spec.actors.iter().enumerate().map(actions).collect());
         // A plan that ran gets stuck here no more than there.
-        let Ok(run) = simulate(&spec, &timing, &Options::steps(1)) else { return Ok(()) };
+        let Ok(run) = simulate(&spec, &timing, &SimulationOptions::steps(1)) else { return Ok(()) };
         let mut busy: BTreeMap<&str, u64> = BTreeMap::new();
         for fired in &run.timeline {
             *busy.entry(&spec.actors[fired.actor.0 as usize].name).or_default() += fired.end - fired.start;
@@ -192,7 +191,7 @@ impl TraceFile {
         &mut self,
         spec: &Spec,
         actor: ActorId,
-        fired: &Fired,
+        fired: &FiringRecord,
         (pass, steps): (u64, u64),
     ) -> Result<(), TraceError> {
         let own = &spec.actors[actor.0 as usize];

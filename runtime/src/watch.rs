@@ -1,7 +1,6 @@
 //! A server that shows a running session: a page to look at under `/`, `/metrics` for Prometheus, `/healthz`, and as JSON `/status`
 //! and `/hang`. The page lives on `/plan`, `/predicted` and `/events`, whose form is between the two and may change. The server only
 //! reads, and listens where it is told to, which should be the machine's own address unless a network is to be trusted.
-//! Imports `session`, `metrics`.
 //!
 //! ```no_run
 //! # use shardflow::prelude::*;
@@ -29,7 +28,7 @@ use tokio::sync::{Semaphore, oneshot};
 
 use crate::metrics;
 use crate::session::Session;
-use crate::session::observer::{Health, Observer};
+use crate::session::observer::{Observer, SessionHealth};
 use crate::text::counted;
 
 mod bubble;
@@ -202,7 +201,7 @@ async fn health(State(served): State<Served>) -> impl IntoResponse {
     // The watchdog ends what stands still for too long; a supervisor of processes need not.
     let still = observer.as_ref().filter(|observer| observer.is_under_way()).and_then(|observer| observer.idle_ns());
     match observer.map(|observer| observer.health()) {
-        Some(Health::Well { steps }) => {
+        Some(SessionHealth::Well { steps }) => {
             match still.map(|ns| ns / 1_000_000_000).filter(|seconds| *seconds >= STILL_SECONDS) {
                 Some(seconds) => {
                     (StatusCode::OK, format!("ok, {}, nothing has moved for {seconds} s\n", counted(steps, "step")))
@@ -210,8 +209,8 @@ async fn health(State(served): State<Served>) -> impl IntoResponse {
                 None => (StatusCode::OK, format!("ok, {}\n", counted(steps, "step"))),
             }
         }
-        Some(Health::Failed(cause)) => (StatusCode::SERVICE_UNAVAILABLE, format!("failed: {cause}\n")),
-        Some(Health::Ended) | None => (StatusCode::SERVICE_UNAVAILABLE, "no session runs\n".to_owned()),
+        Some(SessionHealth::Failed(cause)) => (StatusCode::SERVICE_UNAVAILABLE, format!("failed: {cause}\n")),
+        Some(SessionHealth::Ended) | None => (StatusCode::SERVICE_UNAVAILABLE, "no session runs\n".to_owned()),
     }
 }
 

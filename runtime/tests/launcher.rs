@@ -9,7 +9,7 @@ use std::fs;
 
 use harness::{Job, at_most};
 use rustix::process::Signal;
-use shardflow::cluster::env::{Launch, Source, detect};
+use shardflow::cluster::env::{LaunchContext, LaunchedBy, detect};
 
 /// The variables that a script wrote by `env`.
 fn variables(log: &str) -> BTreeMap<String, String> {
@@ -23,11 +23,11 @@ fn each_process_is_told_who_it_is() {
     assert_eq!((ended.code, ended.err.as_str()), (0, ""));
     for rank in 0..3 {
         let vars = variables(&job.log("x", 0, rank));
-        let Ok(Launch::World(world)) = detect(&vars) else { panic!("{vars:?}") };
+        let Ok(LaunchContext::World(world)) = detect(&vars) else { panic!("{vars:?}") };
         assert_eq!((world.process, world.processes, world.local_process, world.local_processes), (rank, 3, rank, 3));
         assert_eq!(
             (world.node, world.restart, world.source, world.run_id.as_str()),
-            (Some(0), 0, Source::Shardflow, "x")
+            (Some(0), 0, LaunchedBy::Shardflow, "x")
         );
         let number = rank.to_string();
         for (name, value) in [
@@ -63,7 +63,7 @@ fn processes_of_other_nodes_are_counted() {
     let ended = job.sh_with(&given, &flags, "env").end();
     assert_eq!(ended.code, 0, "{}", ended.err);
     let vars = variables(&job.log("x", 0, 3));
-    let Ok(Launch::World(world)) = detect(&vars) else { panic!("{vars:?}") };
+    let Ok(LaunchContext::World(world)) = detect(&vars) else { panic!("{vars:?}") };
     assert_eq!((world.process, world.processes, world.local_process, world.node), (3, 6, 1, Some(1)));
     assert_eq!((world.endpoint.to_string().as_str(), vars["MASTER_PORT"].as_str()), ("tcp://host:5", "5"));
     assert_eq!(world.secret.read().unwrap().text(), "0123456789abcdef");

@@ -4,11 +4,11 @@ use std::sync::Arc;
 
 use super::*;
 use crate::simulate::tests::Fault;
-use crate::simulate::{Options, SimulationError, Timing, plans, simulate};
+use crate::simulate::{SimulationError, SimulationOptions, Timing, plans, simulate};
 
 /// Runs a plan with a fault: what it hangs for, unless it comes to its end.
 fn hang(spec: &Arc<Spec>, steps: u32, fault: Fault) -> Option<Hang> {
-    let options = Options { fault: Some(fault), ..Options::steps(steps) };
+    let options = SimulationOptions { fault: Some(fault), ..SimulationOptions::steps(steps) };
     match simulate(spec, &Timing::uniform(spec, 2, 1), &options) {
         Err(SimulationError::Stuck(hang)) => Some(*hang),
         // At the end, messages are missed that nobody waited for.
@@ -18,7 +18,7 @@ fn hang(spec: &Arc<Spec>, steps: u32, fault: Fault) -> Option<Hang> {
 }
 
 /// Pieces of a register in so many steps, each with its reader that is another actor.
-pub(crate) fn pieces(spec: &Spec, steps: u32) -> Vec<(RegisterId, u32, Reader, u64)> {
+pub(crate) fn pieces(spec: &Spec, steps: u32) -> Vec<(RegisterId, u32, RegisterReader, u64)> {
     let mut found = Vec::new();
     for (register, r) in spec.registers.iter().zip(0..) {
         let id = RegisterId(r);
@@ -58,7 +58,7 @@ fn a_firing_that_does_not_end_is_the_cause() {
     for (name, spec, steps) in plans::all() {
         for (a, actor) in spec.actors.iter().enumerate() {
             for (x, action) in actor.actions.iter().enumerate() {
-                let at = Reader { actor: ActorId(a as u32), action: x as u32 };
+                let at = RegisterReader { actor: ActorId(a as u32), action: x as u32 };
                 for firing in 0..u64::from(action.per_step * steps) {
                     let hang = hang(&spec, steps, Fault::Hang(at, firing)).expect("its end is waited for");
                     let root = if action.gangs.is_empty() { Root::Firing(at) } else { Root::Collective(at) };
@@ -83,7 +83,7 @@ fn two_members() -> (Arc<Spec>, Vec<ActorSnapshot>) {
         firings: actor.actions.iter().map(|_| 1).collect(),
         busy_ns: actor.actions.iter().map(|_| 0).collect(),
         collective_ns: 0,
-        waiting: Waiting {
+        waiting: ActorWaits {
             actor: ActorId(a as u32),
             in_flight: actor.actions.iter().position(|x| !x.gangs.is_empty()).map(|x| x as u32),
             actions: Vec::new(),
@@ -115,7 +115,7 @@ fn the_member_that_is_not_in_the_collective_is_the_cause() {
         // Members of other groups are not asked.
         let mut snapshots = snapshots.clone();
         snapshots.retain(|s| s.actor == *late || members.iter().filter(in_it).any(|m| *m == s.actor));
-        let scene = Scene {
+        let scene = HangSnapshot {
             spec: &spec,
             snapshots: &snapshots,
             collectives: &waits,
@@ -125,7 +125,7 @@ fn the_member_that_is_not_in_the_collective_is_the_cause() {
             process_of: &|_| None,
         };
         let hang = explain(scene, 9).expect("none has fired nine times");
-        assert_eq!(hang.root, Root::Firing(Reader { actor: *late, action: action(*late) }), "{hang}");
+        assert_eq!(hang.root, Root::Firing(RegisterReader { actor: *late, action: action(*late) }), "{hang}");
     }
 }
 
@@ -141,14 +141,17 @@ fn a_pipe_that_hangs_is_named_and_a_collective_is_not_one() {
 #[test]
 fn an_actor_that_does_not_answer_is_the_cause_here_and_its_process_is_elsewhere() {
     let spec = Arc::new(plans::data_parallel());
-    let error =
-        simulate(&spec, &Timing::uniform(&spec, 2, 1), &Options { tokens: Some(Vec::new()), ..Options::steps(1) });
+    let error = simulate(
+        &spec,
+        &Timing::uniform(&spec, 2, 1),
+        &SimulationOptions { tokens: Some(Vec::new()), ..SimulationOptions::steps(1) },
+    );
     let Err(SimulationError::Stuck(all)) = error else { panic!("{error:?}") };
     assert!(matches!(all.root, Root::Token(_)), "{all}");
     // Device 0's reduce waits for gradients of its compute, which is left out.
     let mut silent = two_actors(&spec);
     silent.retain(|s| s.actor != ActorId(0));
-    let scene = |process_of| Scene {
+    let scene = |process_of| HangSnapshot {
         spec: &spec,
         snapshots: &silent,
         collectives: &[],
@@ -159,7 +162,7 @@ fn an_actor_that_does_not_answer_is_the_cause_here_and_its_process_is_elsewhere(
     };
     let hang = explain(scene(&|_| None), 1).expect("nothing has fired");
     assert_eq!(hang.root, Root::Silent(ActorId(0)), "{hang}");
-    let nobody = Scene { snapshots: &[], ..scene(&|_| None) };
+    let nobody = HangSnapshot { snapshots: &[], ..scene(&|_| None) };
     let hang = explain(nobody, 1).expect("whoever is silent has not said that it is done");
     assert_eq!((hang.root, hang.also.len()), (Root::Silent(ActorId(0)), spec.actors.len() - 1), "{hang}");
     let hang = explain(scene(&|actor| (actor != ActorId(1)).then_some(7)), 1).expect("nothing has fired");

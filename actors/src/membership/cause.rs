@@ -1,4 +1,4 @@
-//! Which of several reports is the first cause of a session's end. Pure: time is what the caller says. Imports nothing.
+//! Which of several reports is the first cause of a session's end. Pure: time is what the caller says.
 //!
 //! A failure is seen by many: the process that fails says so, its peers lose their connections to it, later their heartbeats,
 //! and processes that stop because of it are lost to others in turn. Reports carry no times, since clocks differ; what

@@ -1,5 +1,4 @@
 //! The control plane: a node of ractor_cluster on a thread of its own, over connections that were authenticated before.
-//! Imports `letter`, `shared`, `transport`'s links, ractor, ractor_cluster and tokio.
 //!
 //! ractor_cluster's own handshake, with a cookie, comes on top. Its sessions mirror every actor whose messages can be
 //! serialized, process-wide; ours is the only one. A mirror is found by its name below the session that it belongs to. Not by
@@ -25,7 +24,7 @@ use tokio::time::{Sleep, sleep, timeout};
 use super::letter::{MESSAGE_BYTES_MAX, Mail};
 use super::shared::Shared;
 use super::{MembershipError, exit};
-use crate::transport::Link;
+use crate::transport::Connection;
 
 /// A frame of ractor_cluster: a letter with its envelope.
 const FRAME_BYTES_MAX: u64 = 2 * MESSAGE_BYTES_MAX as u64;
@@ -54,7 +53,7 @@ impl Drop for Control {
 /// Starts the node; connections become ready later. `scope` tells this session from all others.
 pub(crate) fn start(
     shared: Arc<Shared>,
-    links: BTreeMap<u32, Link>,
+    links: BTreeMap<u32, Connection>,
     key: &[u8; 32],
     scope: String,
 ) -> Result<Control, MembershipError> {
@@ -199,15 +198,15 @@ struct Stream {
 
 impl Stream {
     /// Within a runtime.
-    fn new(process: u32, link: Link) -> io::Result<Self> {
+    fn new(process: u32, link: Connection) -> io::Result<Self> {
         let (read, write): (BoxRead, BoxWrite) = match link {
-            Link::Tcp(stream) => {
+            Connection::Tcp(stream) => {
                 stream.set_nonblocking(true)?;
                 stream.set_nodelay(true)?;
                 let (read, write) = tokio::net::TcpStream::from_std(stream)?.into_split();
                 (Box::new(read), Box::new(write))
             }
-            Link::Unix(stream) => {
+            Connection::Unix(stream) => {
                 stream.set_nonblocking(true)?;
                 let (read, write) = tokio::net::UnixStream::from_std(stream)?.into_split();
                 (Box::new(read), Box::new(write))

@@ -1,4 +1,4 @@
-//! The heartbeat's datagram: fixed layout, little-endian, with a MAC. Pure. Imports blake3.
+//! The heartbeat's datagram: fixed layout, little-endian, with a MAC. Pure.
 //!
 //! `magic [4] | version u16 | zero u16 | session [16] | epoch u64 | process u32 | lost u32 | sequence u64 | step u64 | mac [16]`
 

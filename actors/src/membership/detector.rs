@@ -1,4 +1,4 @@
-//! Who has been silent for too long. Pure: time is what the caller says, counted from any fixed moment. Imports nothing.
+//! Who has been silent for too long. Pure: time is what the caller says, counted from any fixed moment.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -18,7 +18,7 @@ pub(crate) enum Event {
 
 /// What is known of a peer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Health {
+pub enum PeerHealth {
     /// Heard within half the deadline.
     Alive,
     /// Silent for half the deadline.
@@ -30,7 +30,7 @@ pub enum Health {
 #[derive(Debug)]
 struct Peer {
     heard: Duration,
-    health: Health,
+    health: PeerHealth,
 }
 
 /// The failure detector of one process.
@@ -44,7 +44,7 @@ pub(crate) struct Detector {
 impl Detector {
     /// All peers count as heard `now`.
     pub(crate) fn new(peers: impl IntoIterator<Item = u32>, deadline: Duration, now: Duration) -> Self {
-        let alive = |process| (process, Peer { heard: now, health: Health::Alive });
+        let alive = |process| (process, Peer { heard: now, health: PeerHealth::Alive });
         Self { deadline, peers: peers.into_iter().map(alive).collect(), ticked: now }
     }
 
@@ -60,7 +60,7 @@ impl Detector {
     }
 
     /// State of a peer, and how long it has been silent; `None` of one that has left.
-    pub(crate) fn health(&self, process: u32, now: Duration) -> Option<(Health, Duration)> {
+    pub(crate) fn health(&self, process: u32, now: Duration) -> Option<(PeerHealth, Duration)> {
         self.peers.get(&process).map(|p| (p.health, now.saturating_sub(p.heard)))
     }
 
@@ -77,16 +77,16 @@ impl Detector {
         for (&process, peer) in &mut self.peers {
             let silent = now.saturating_sub(peer.heard);
             let health = match peer.health {
-                Health::Lost => Health::Lost,
-                _ if silent >= self.deadline => Health::Lost,
-                _ if silent >= self.deadline / 2 => Health::Suspect,
-                _ => Health::Alive,
+                PeerHealth::Lost => PeerHealth::Lost,
+                _ if silent >= self.deadline => PeerHealth::Lost,
+                _ if silent >= self.deadline / 2 => PeerHealth::Suspect,
+                _ => PeerHealth::Alive,
             };
             if health != peer.health {
                 events.push(match health {
-                    Health::Alive => Event::Returned { process },
-                    Health::Suspect => Event::Suspect { process, silent },
-                    Health::Lost => Event::Lost { process, silent },
+                    PeerHealth::Alive => Event::Returned { process },
+                    PeerHealth::Suspect => Event::Suspect { process, silent },
+                    PeerHealth::Lost => Event::Lost { process, silent },
                 });
             }
             peer.health = health;
@@ -123,7 +123,7 @@ mod tests {
         assert_eq!(run(&mut d, 0, 9000, &[1]), [(2000, suspect), (4000, lost)]);
         // A peer that was declared lost stays so: others have acted on it.
         assert_eq!(run(&mut d, 9050, 20_000, &[1, 2]), []);
-        assert_eq!(d.health(2, ms(20_000)), Some((Health::Lost, ms(0))));
+        assert_eq!(d.health(2, ms(20_000)), Some((PeerHealth::Lost, ms(0))));
     }
 
     #[test]

@@ -1,6 +1,4 @@
-//! What must hold for the decoders of heartbeats and letters, whatever a peer sends; for fuzzing and for tests. Imports
-//! `datagram`, `letter`.
-
+//! What must hold for the decoders of heartbeats and letters, whatever a peer sends; for fuzzing and for tests.
 use super::datagram::{BYTES, Codec, Refusal};
 use super::letter::{Body, Letter, MESSAGE_BYTES_MAX};
 

@@ -1,4 +1,4 @@
-//! One thread that sends and receives heartbeats, and lets the detector look. Imports `datagram` and `shared`.
+//! One thread that sends and receives heartbeats, and lets the detector look.
 //!
 //! Datagrams, because after a cut of some seconds TCP's retransmission has backed off for about as long again: a connection
 //! would stay silent past the deadline although the network is back. A datagram gets through at once.

@@ -1,4 +1,4 @@
-//! What processes say to each other over the control plane, as bytes with a version and limits. Imports ractor and bincode.
+//! What processes say to each other over the control plane, as bytes with a version and limits.
 //!
 //! A letter is `version u8 | header (bincode) | payload`; the payload is raw, since bincode copies bytes one by one.
 

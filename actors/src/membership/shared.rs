@@ -1,5 +1,4 @@
-//! What the threads of one membership share: who is there, what they said, and what the session ends for. Imports the pure
-//! parts, `letter` and ractor's references.
+//! What the threads of one membership share: who is there, what they said, and what the session ends for.
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -11,10 +10,10 @@ use ractor::ActorRef;
 
 use super::cause::{Arbiter, FirstCause, Kind, Report};
 use super::datagram::{Beat, Refusal};
-use super::detector::{Detector, Event, Health};
+use super::detector::{Detector, Event, PeerHealth};
 use super::letter::{Body, Letter, Mail, bounded};
 use super::window::{Count, Inbox, Outbox};
-use super::{Counters, MESSAGE_BYTES_MAX, MembershipError, Notice, PeerStatus, exit};
+use super::{Counters, MESSAGE_BYTES_MAX, MembershipError, MembershipEvent, PeerStatus, exit};
 
 /// Messages of peers that the application has not taken yet, at most.
 pub(crate) const NOTICES_MAX: usize = 4096;
@@ -66,12 +65,12 @@ pub(crate) struct Shared {
     state: Mutex<State>,
     /// Told of connections, answers and the end.
     changed: Condvar,
-    notices: Sender<Notice>,
+    notices: Sender<MembershipEvent>,
     counters: Mutex<Counters>,
 }
 
 impl Shared {
-    pub(crate) fn new(own: u32, processes: u32, epoch: u64, grace: Duration, notices: Sender<Notice>) -> Self {
+    pub(crate) fn new(own: u32, processes: u32, epoch: u64, grace: Duration, notices: Sender<MembershipEvent>) -> Self {
         let peer = |process| {
             let peer = Peer {
                 link: Link::Opening,
@@ -296,7 +295,7 @@ impl Shared {
         tracing::error!(process = first.process, exit = first.exit, cause = %first.cause, "session ends");
         state.first = Some(first.clone());
         // Room is kept for it: see `told`.
-        let _ = self.notices.try_send(Notice::Ended(first));
+        let _ = self.notices.try_send(MembershipEvent::Ended(first));
         self.changed.notify_all();
     }
 
@@ -395,7 +394,7 @@ impl Shared {
                     peer.told = taken;
                     self.answer(peer);
                 }
-                return self.told(state, Notice::Told { from: by, topic, bytes: payload });
+                return self.told(state, MembershipEvent::Told { from: by, topic, bytes: payload });
             }
             Body::Leaving => {
                 peer.left = true;
@@ -403,7 +402,7 @@ impl Shared {
                     detector.forget(by);
                 }
                 // Room is kept for one of each peer: see `told`.
-                let _ = self.notices.try_send(Notice::Left { process: by });
+                let _ = self.notices.try_send(MembershipEvent::Left { process: by });
             }
             Body::Failed { follows, cause, exit } => {
                 let report = Report { by, about: by, kind: Kind::Failed, follows, cause, exit };
@@ -427,7 +426,7 @@ impl Shared {
         let _ = member.cast(self.mail(Body::Taken { messages, bytes, urgent: peer.urgent_taken }, Vec::new()));
     }
 
-    fn told(&self, state: &mut State, notice: Notice) {
+    fn told(&self, state: &mut State, notice: MembershipEvent) {
         if self.notices.len() < NOTICES_MAX {
             // The channel has room for more, kept for `Left` and `Ended`.
             let _ = self.notices.try_send(notice);
@@ -486,7 +485,7 @@ impl Shared {
         let arrived = |p: &Peer| !matches!(p.link, Link::Open(_)) || p.urgent_arrived == p.urgent_sent;
         let is_lost = |state: &State, process: u32| {
             let health = state.detector.as_ref().and_then(|d| d.health(process, self.now()));
-            health.is_some_and(|(health, _)| health == Health::Lost)
+            health.is_some_and(|(health, _)| health == PeerHealth::Lost)
         };
         let done = |state: &State| state.peers.iter().all(|(process, peer)| arrived(peer) || is_lost(state, *process));
         self.wait(timeout, |state| done(state).then_some(())).is_some()

@@ -28,10 +28,10 @@ fn session(test: u8) -> [u8; 16] {
 }
 
 /// Configurations of `processes` that reach each other.
-fn configs(test: u8, processes: u32) -> Vec<Config> {
+fn configs(test: u8, processes: u32) -> Vec<MembershipConfig> {
     let loopback: SocketAddr = (Ipv4Addr::LOCALHOST, 0).into();
-    let config = |p| Config::new(p, processes, session(test), EPOCH, KEY, bind(loopback).expect("loopback"));
-    let mut configs: Vec<Config> = (0..processes).map(config).collect();
+    let config = |p| MembershipConfig::new(p, processes, session(test), EPOCH, KEY, bind(loopback).expect("loopback"));
+    let mut configs: Vec<MembershipConfig> = (0..processes).map(config).collect();
     let addresses: Vec<_> = configs.iter().map(|c| c.heartbeat.local_addr().expect("bound")).collect();
     for a in 0..processes {
         for b in 0..a {
@@ -45,7 +45,7 @@ fn configs(test: u8, processes: u32) -> Vec<Config> {
     configs
 }
 
-fn start(configs: Vec<Config>) -> Vec<Membership> {
+fn start(configs: Vec<MembershipConfig>) -> Vec<Membership> {
     let threads: Vec<_> = configs.into_iter().map(|c| thread::spawn(move || Membership::start(c))).collect();
     threads.into_iter().map(|t| t.join().expect("no panic").expect("joins")).collect()
 }
@@ -59,15 +59,15 @@ fn ended(membership: &Membership) -> FirstCause {
     let until = Instant::now() + SOON;
     loop {
         match membership.notices().recv_deadline(until).expect("an end") {
-            Notice::Ended(first) => return first,
-            Notice::Told { .. } | Notice::Left { .. } => {}
+            MembershipEvent::Ended(first) => return first,
+            MembershipEvent::Told { .. } | MembershipEvent::Left { .. } => {}
         }
     }
 }
 
 fn told(membership: &Membership) -> (u32, u16, Vec<u8>) {
     match membership.notices().recv_timeout(SOON).expect("a message") {
-        Notice::Told { from, topic, bytes } => (from, topic, bytes),
+        MembershipEvent::Told { from, topic, bytes } => (from, topic, bytes),
         other => panic!("{other:?}"),
     }
 }
@@ -142,7 +142,7 @@ fn who_leaves_in_order_is_not_lost() {
     drop(gone);
     assert_eq!(told(&members[0]), (2, 1, b"last word".to_vec()));
     for member in &members {
-        assert_eq!(member.notices().recv_timeout(SOON), Ok(Notice::Left { process: 2 }));
+        assert_eq!(member.notices().recv_timeout(SOON), Ok(MembershipEvent::Left { process: 2 }));
         assert!(matches!(member.tell(2, 0, vec![]), Err(MembershipError::Gone { process: 2 })));
         // Longer than the deadline: its silence, too, is no failure; nor is a suspicion that comes late.
         member.suspect(2, "connection reset");
@@ -258,9 +258,9 @@ fn letters_of_other_epochs_and_strangers_are_refused() {
     assert_eq!((counters.old_epoch, counters.garbled), (1, 4));
     assert!(notices.try_recv().is_err());
     shared.take(letter(EPOCH, 1, Body::Told { topic: 1 }));
-    assert!(matches!(notices.try_recv(), Ok(Notice::Told { from: 1, .. })));
+    assert!(matches!(notices.try_recv(), Ok(MembershipEvent::Told { from: 1, .. })));
     shared.take(letter(EPOCH + 1, 1, Body::Leaving));
-    assert!(matches!(notices.try_recv(), Ok(Notice::Ended(FirstCause { process: 0, exit: 75, .. }))));
+    assert!(matches!(notices.try_recv(), Ok(MembershipEvent::Ended(FirstCause { process: 0, exit: 75, .. }))));
 }
 
 #[test]
@@ -273,7 +273,7 @@ fn messages_that_nobody_takes_end_the_session() {
     }
     let all: Vec<_> = notices.try_iter().collect();
     assert_eq!(all.len(), NOTICES_MAX + 1);
-    let Some(Notice::Ended(first)) = all.last() else { panic!("{:?}", all.last()) };
+    let Some(MembershipEvent::Ended(first)) = all.last() else { panic!("{:?}", all.last()) };
     assert_eq!((first.process, first.exit), (0, 70));
 }
 
@@ -419,7 +419,7 @@ fn who_gives_up_joining_says_why() {
 }
 
 /// Starts two processes that do not fit together.
-fn refused(change: impl Fn(&mut Config)) -> Vec<MembershipError> {
+fn refused(change: impl Fn(&mut MembershipConfig)) -> Vec<MembershipError> {
     let mut configs = configs(13, 2);
     change(&mut configs[1]);
     let threads: Vec<_> = configs.into_iter().map(|c| thread::spawn(move || Membership::start(c))).collect();
@@ -448,7 +448,7 @@ fn another_epoch_is_refused() {
 
 #[test]
 fn wrong_configurations_are_refused() {
-    let message = |change: &dyn Fn(&mut Config)| {
+    let message = |change: &dyn Fn(&mut MembershipConfig)| {
         let mut config = configs(14, 2).remove(0);
         change(&mut config);
         Membership::start(config).expect_err("wrong").to_string()
@@ -471,7 +471,7 @@ fn heartbeats_tell_the_step() {
         thread::yield_now();
     }
     let peer = members[0].peers()[0];
-    assert_eq!((peer.process, peer.left, peer.health), (1, false, Some(Health::Alive)));
+    assert_eq!((peer.process, peer.left, peer.health), (1, false, Some(PeerHealth::Alive)));
     leave(members);
 }
 

@@ -1,4 +1,4 @@
-//! Bounds what is under way to a peer. Pure. Imports nothing.
+//! Bounds what is under way to a peer. Pure.
 //!
 //! - **WI-1**: what was sent and not yet taken is at most [`MESSAGES_MAX`] messages and [`BYTES_MAX`] bytes.
 //!

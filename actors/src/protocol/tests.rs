@@ -20,50 +20,53 @@ fn two() -> (Protocol, Protocol) {
     (Protocol::new(&spec, FEED), Protocol::new(&spec, WORK))
 }
 
-fn handle(protocol: &mut Protocol, event: Event) -> Vec<Effect> {
+fn handle(protocol: &mut Protocol, event: ProtocolEvent) -> Vec<Effect> {
     let mut effects = Vec::new();
     protocol.handle(event, &mut effects).unwrap();
     effects
 }
 
-fn refuse(protocol: &mut Protocol, event: Event) -> String {
+fn refuse(protocol: &mut Protocol, event: ProtocolEvent) -> String {
     protocol.handle(event, &mut Vec::new()).unwrap_err().to_string()
 }
 
-fn filled(piece: u64, slot: u32) -> Event {
-    Event::Message(Message::Filled { register: WIRE, reader: 0, slot, piece })
+fn filled(piece: u64, slot: u32) -> ProtocolEvent {
+    ProtocolEvent::Message(Message::Filled { register: WIRE, reader: 0, slot, piece })
 }
 
-fn released(piece: u64, slot: u32) -> Event {
-    Event::Message(Message::Released { register: WIRE, reader: 0, slot, piece })
+fn released(piece: u64, slot: u32) -> ProtocolEvent {
+    ProtocolEvent::Message(Message::Released { register: WIRE, reader: 0, slot, piece })
 }
 
 #[test]
 fn a_slot_goes_from_free_to_writing_to_filled_to_free() {
     let (mut feed, mut work) = two();
     let state = |p: &Protocol| p.ring(WIRE).unwrap().state(0);
-    assert_eq!(handle(&mut feed, Event::Start), []);
+    assert_eq!(handle(&mut feed, ProtocolEvent::Start), []);
     assert_eq!(state(&feed), SlotState::Free);
-    assert_eq!(handle(&mut feed, Event::Token { action: 0, count: 1 }), [Effect::Launch { action: 0, firing: 0 }]);
+    assert_eq!(
+        handle(&mut feed, ProtocolEvent::Token { action: 0, count: 1 }),
+        [Effect::Launch { action: 0, firing: 0 }]
+    );
     assert_eq!(state(&feed), SlotState::Writing);
     let message = Message::Filled { register: WIRE, reader: 0, slot: 0, piece: 0 };
-    assert_eq!(handle(&mut feed, Event::Done { action: 0 }), [Effect::Send { to: WORK, message }]);
+    assert_eq!(handle(&mut feed, ProtocolEvent::Done { action: 0 }), [Effect::Send { to: WORK, message }]);
     assert_eq!(state(&feed), SlotState::Filled { readers_left: 1 });
-    handle(&mut work, Event::Start);
-    assert_eq!(handle(&mut work, Event::Message(message)), [Effect::Launch { action: 0, firing: 0 }]);
+    handle(&mut work, ProtocolEvent::Start);
+    assert_eq!(handle(&mut work, ProtocolEvent::Message(message)), [Effect::Launch { action: 0, firing: 0 }]);
     let message = Message::Released { register: WIRE, reader: 0, slot: 0, piece: 0 };
-    assert_eq!(handle(&mut work, Event::Done { action: 0 }), [Effect::Send { to: FEED, message }]);
-    handle(&mut feed, Event::Message(message));
+    assert_eq!(handle(&mut work, ProtocolEvent::Done { action: 0 }), [Effect::Send { to: FEED, message }]);
+    handle(&mut feed, ProtocolEvent::Message(message));
     assert_eq!((state(&feed), feed.ring(WIRE).unwrap().peak()), (SlotState::Free, 1));
 }
 
 #[test]
 fn credits_bound_what_is_ahead() {
     let (mut feed, _) = two();
-    handle(&mut feed, Event::Start);
-    handle(&mut feed, Event::Token { action: 0, count: 4 });
-    handle(&mut feed, Event::Done { action: 0 });
-    let sent = handle(&mut feed, Event::Done { action: 0 });
+    handle(&mut feed, ProtocolEvent::Start);
+    handle(&mut feed, ProtocolEvent::Token { action: 0, count: 4 });
+    handle(&mut feed, ProtocolEvent::Done { action: 0 });
+    let sent = handle(&mut feed, ProtocolEvent::Done { action: 0 });
     assert_eq!(sent.len(), 1, "a third firing has no slot: {sent:?}");
     let spec = feed.spec.clone();
     let text = feed.waiting().describe(&spec);
@@ -75,7 +78,7 @@ fn credits_bound_what_is_ahead() {
 #[test]
 fn what_no_correct_peer_sends_is_refused() {
     let (_, mut work) = two();
-    handle(&mut work, Event::Start);
+    handle(&mut work, ProtocolEvent::Start);
     let text = "CR-4 register 'wire': filled carries piece 1, expected 0";
     assert_eq!(refuse(&mut work.clone(), filled(1, 1)), text);
     assert_eq!(refuse(&mut work.clone(), filled(0, 1)), "CR-4 register 'wire': piece 0 comes in slot 1, expected 0");
@@ -86,23 +89,23 @@ fn what_no_correct_peer_sends_is_refused() {
     assert_eq!(refuse(&mut work.clone(), filled(2, 0)), text);
     assert!(refuse(&mut work.clone(), released(0, 0)).contains("not its own"));
     let stray = Message::Filled { register: RegisterId(9), reader: 0, slot: 0, piece: 0 };
-    assert!(refuse(&mut work.clone(), Event::Message(stray)).contains("not its own"));
-    assert!(refuse(&mut work.clone(), Event::Token { action: 0, count: 1 }).contains("takes no tokens"));
-    assert!(refuse(&mut work.clone(), Event::Token { action: 7, count: 1 }).contains("takes no tokens"));
-    assert!(refuse(&mut work.clone(), Event::Signal { action: 0, output: 0 }).contains("not an early output"));
-    handle(&mut work, Event::Done { action: 0 });
-    handle(&mut work, Event::Done { action: 0 });
-    assert!(refuse(&mut work, Event::Done { action: 0 }).starts_with("CR-5"));
+    assert!(refuse(&mut work.clone(), ProtocolEvent::Message(stray)).contains("not its own"));
+    assert!(refuse(&mut work.clone(), ProtocolEvent::Token { action: 0, count: 1 }).contains("takes no tokens"));
+    assert!(refuse(&mut work.clone(), ProtocolEvent::Token { action: 7, count: 1 }).contains("takes no tokens"));
+    assert!(refuse(&mut work.clone(), ProtocolEvent::Signal { action: 0, output: 0 }).contains("not an early output"));
+    handle(&mut work, ProtocolEvent::Done { action: 0 });
+    handle(&mut work, ProtocolEvent::Done { action: 0 });
+    assert!(refuse(&mut work, ProtocolEvent::Done { action: 0 }).starts_with("CR-5"));
 }
 
 #[test]
 fn releases_are_checked() {
     let (mut feed, _) = two();
-    handle(&mut feed, Event::Start);
-    handle(&mut feed, Event::Token { action: 0, count: 4 });
+    handle(&mut feed, ProtocolEvent::Start);
+    handle(&mut feed, ProtocolEvent::Token { action: 0, count: 4 });
     let text = "CR-1 register 'wire': work read released piece 0, only 0 were published";
     assert_eq!(refuse(&mut feed.clone(), released(0, 0)), text);
-    handle(&mut feed, Event::Done { action: 0 });
+    handle(&mut feed, ProtocolEvent::Done { action: 0 });
     handle(&mut feed, released(0, 0));
     let text = "CR-4 register 'wire': released by work read carries piece 0, expected 1";
     assert_eq!(refuse(&mut feed, released(0, 0)), text);
@@ -119,19 +122,19 @@ fn early_outputs_are_published_once_and_by_a_signal() {
     let spec = Arc::new(b.build());
     crate::check::check(&spec).unwrap();
     let mut shard = Protocol::new(&spec, actor);
-    handle(&mut shard, Event::Start);
-    handle(&mut shard, Event::Token { action: 0, count: 2 });
+    handle(&mut shard, ProtocolEvent::Start);
+    handle(&mut shard, ProtocolEvent::Token { action: 0, count: 2 });
     // The first firing does not complete the piece; its signal says nothing.
-    handle(&mut shard, Event::Signal { action: 0, output: 0 });
+    handle(&mut shard, ProtocolEvent::Signal { action: 0, output: 0 });
     assert_eq!(shard.ring(gradient).unwrap().published(), 0);
-    assert_eq!(handle(&mut shard, Event::Done { action: 0 }), [Effect::Launch { action: 0, firing: 1 }]);
+    assert_eq!(handle(&mut shard, ProtocolEvent::Done { action: 0 }), [Effect::Launch { action: 0, firing: 1 }]);
     assert!(shard.repeats(0, 0, 1));
-    assert!(refuse(&mut shard.clone(), Event::Done { action: 0 }).contains("without the signal"));
-    handle(&mut shard, Event::Signal { action: 0, output: 0 });
+    assert!(refuse(&mut shard.clone(), ProtocolEvent::Done { action: 0 }).contains("without the signal"));
+    handle(&mut shard, ProtocolEvent::Signal { action: 0, output: 0 });
     assert_eq!(shard.ring(gradient).unwrap().published(), 1);
-    assert!(refuse(&mut shard.clone(), Event::Signal { action: 0, output: 0 }).contains("published already"));
+    assert!(refuse(&mut shard.clone(), ProtocolEvent::Signal { action: 0, output: 0 }).contains("published already"));
     // The actor's own reader has the piece, but one firing is in flight (CR-5).
-    assert_eq!(handle(&mut shard, Event::Done { action: 0 }), [Effect::Launch { action: 1, firing: 0 }]);
+    assert_eq!(handle(&mut shard, ProtocolEvent::Done { action: 0 }), [Effect::Launch { action: 1, firing: 0 }]);
 }
 
 #[test]
@@ -147,12 +150,12 @@ fn an_initial_register_of_one_slot_is_updated_after_its_readers() {
     let spec = Arc::new(b.build());
     crate::check::check(&spec).unwrap();
     let mut shard = Protocol::new(&spec, actor);
-    handle(&mut shard, Event::Token { action: 1, count: 1 });
-    handle(&mut shard, Event::Token { action: 0, count: 3 });
-    assert_eq!(handle(&mut shard, Event::Start), [Effect::Launch { action: 0, firing: 0 }]);
-    assert_eq!(handle(&mut shard, Event::Done { action: 0 }), [Effect::Launch { action: 0, firing: 1 }]);
+    handle(&mut shard, ProtocolEvent::Token { action: 1, count: 1 });
+    handle(&mut shard, ProtocolEvent::Token { action: 0, count: 3 });
+    assert_eq!(handle(&mut shard, ProtocolEvent::Start), [Effect::Launch { action: 0, firing: 0 }]);
+    assert_eq!(handle(&mut shard, ProtocolEvent::Done { action: 0 }), [Effect::Launch { action: 0, firing: 1 }]);
     // Both readings of piece 0 are over: now the slot is free, and the next piece is 1.
-    assert_eq!(handle(&mut shard, Event::Done { action: 0 }), [Effect::Launch { action: 1, firing: 0 }]);
+    assert_eq!(handle(&mut shard, ProtocolEvent::Done { action: 0 }), [Effect::Launch { action: 1, firing: 0 }]);
     assert_eq!(shard.output_slot(1, 0, 0), 0);
-    assert_eq!(handle(&mut shard, Event::Done { action: 1 }), [Effect::Launch { action: 0, firing: 2 }]);
+    assert_eq!(handle(&mut shard, ProtocolEvent::Done { action: 1 }), [Effect::Launch { action: 0, firing: 2 }]);
 }

@@ -1,13 +1,13 @@
-//! Why an actor does not fire, for the watchdog and for reports of deadlocks. Imports `protocol`'s state and `spec`.
+//! Why an actor does not fire, for the watchdog and for reports of deadlocks.
 
 use std::fmt::Write;
 
 use super::{FiringState, Protocol};
-use crate::spec::{ActorId, Reader, RegisterId, Spec};
+use crate::spec::{ActorId, RegisterId, RegisterReader, Spec};
 
 /// What an actor is doing or waiting for.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Waiting {
+pub struct ActorWaits {
     /// The actor.
     pub actor: ActorId,
     /// The action in flight; nothing else of this actor can fire meanwhile.
@@ -35,7 +35,7 @@ pub enum Missing {
         /// Number of the piece.
         piece: u64,
         /// The action that writes it.
-        writer: Reader,
+        writer: RegisterReader,
     },
     /// A slot for an output.
     Credit {
@@ -59,14 +59,14 @@ pub enum Missing {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Holder {
     /// Who.
-    pub reader: Reader,
+    pub reader: RegisterReader,
     /// Slots that it has not released, as far as the producer knows.
     pub slots: u32,
 }
 
 impl Protocol {
     /// Why this actor does not fire.
-    pub fn waiting(&self) -> Waiting {
+    pub fn waiting(&self) -> ActorWaits {
         let next = match &self.firing {
             FiringState::Ordered(list, next) => list.get(*next).copied(),
             FiringState::Credit(_) => None,
@@ -81,7 +81,7 @@ impl Protocol {
                 actions.push(ActionWaits { action, missing });
             }
         }
-        Waiting { actor: self.me, in_flight: self.in_flight, actions }
+        ActorWaits { actor: self.me, in_flight: self.in_flight, actions }
     }
 
     fn missing(&self, action: u32) -> Vec<Missing> {
@@ -92,7 +92,7 @@ impl Protocol {
             let piece = firing / input.firings_per_piece;
             if input.filled <= piece {
                 let action = self.spec.writer(input.register).map_or(0, |w| w.0);
-                let writer = Reader { actor: input.producer, action };
+                let writer = RegisterReader { actor: input.producer, action };
                 missing.push(Missing::Piece { register: input.register, piece, writer });
             }
         }
@@ -137,7 +137,7 @@ impl Missing {
     }
 }
 
-impl Waiting {
+impl ActorWaits {
     /// A line for each action that waits, or the one line that an action is in flight.
     pub fn describe(&self, spec: &Spec) -> String {
         if let Some(action) = self.in_flight {

@@ -1,5 +1,4 @@
-//! The threads of the connections to peers: one writes what is in an outbox, one reads what the peer tells. Imports `remote`,
-//! `supervisor`'s session, `message`, `transport` and the kernels' memory.
+//! The threads of the connections to peers: one writes what is in an outbox, one reads what the peer tells.
 
 use std::collections::BTreeMap;
 use std::io::{self, BufReader, BufWriter, Read, Write};
@@ -11,14 +10,14 @@ use crossbeam_channel::{Receiver, Sender};
 use shardflow_kernels::cuda::nccl::{Pipe, Sent};
 use shardflow_kernels::tensor::{HostTensor, element_count};
 
-use super::{FromPeer, HostPiece, Outgoing, Peer, PeerEnd, Run};
+use super::{ByteRun, HostPiece, Outgoing, PeerEnd, PeerMessage, PeerSpec};
 use crate::error::{Failure, PeerError};
 use crate::message::Cast;
-use crate::protocol::{Event, Message};
+use crate::protocol::{Message, ProtocolEvent};
 use crate::shell::RegisterMemory;
 use crate::spec::RegisterId;
 use crate::supervisor::Session;
-use crate::transport::Link;
+use crate::transport::Connection;
 use crate::transport::frame::{FRAME_BYTES, Frame};
 
 /// Bytes that are gathered before they are written; longer runs go straight from the slot to the connection.
@@ -35,7 +34,7 @@ pub(crate) fn serve(
 ) -> io::Result<Connections> {
     let mut connections = Connections::default();
     for PeerEnd { peer, index, outgoing } in ends {
-        let Peer { process, link, pushes, mirrors, pipes, .. } = peer;
+        let PeerSpec { process, link, pushes, mirrors, pipes, .. } = peer;
         let (pipes, sent) = (Arc::new(pipes), Arc::<SentSlots>::default());
         let (out, back) = (link.try_clone()?, link.try_clone()?);
         connections.links.push(link);
@@ -85,7 +84,7 @@ const CLOSE_STEP: Duration = Duration::from_millis(1);
 /// The threads and connections of all peers.
 #[derive(Debug, Default)]
 pub(crate) struct Connections {
-    links: Vec<Link>,
+    links: Vec<Connection>,
     writers: Vec<JoinHandle<()>>,
     readers: Vec<JoinHandle<()>>,
 }
@@ -95,7 +94,7 @@ impl Connections {
     /// does not take. A failed session waits for nobody.
     pub(crate) fn close(&mut self, in_order: bool, give_up: impl Fn()) {
         // A link that cannot be shut down is down.
-        let down = |links: &[Link]| links.iter().for_each(|link| drop(link.shutdown()));
+        let down = |links: &[Connection]| links.iter().for_each(|link| drop(link.shutdown()));
         if !in_order {
             down(&self.links);
         }
@@ -120,12 +119,12 @@ impl Connections {
 type SentSlots = Mutex<BTreeMap<(RegisterId, u32), Sent>>;
 
 struct Writer {
-    sink: BufWriter<Link>,
+    sink: BufWriter<Connection>,
     session: Arc<Session>,
     memory: Arc<BTreeMap<RegisterId, RegisterMemory>>,
     pipes: Arc<BTreeMap<RegisterId, Arc<Pipe>>>,
     sent: Arc<SentSlots>,
-    pushes: BTreeMap<RegisterId, Vec<Run>>,
+    pushes: BTreeMap<RegisterId, Vec<ByteRun>>,
     initial: Vec<RegisterId>,
     /// The last piece whose bytes were sent.
     pushed: BTreeMap<RegisterId, u64>,
@@ -209,14 +208,14 @@ impl Writer {
 }
 
 struct Reader {
-    source: BufReader<Link>,
+    source: BufReader<Connection>,
     session: Arc<Session>,
     memory: Arc<BTreeMap<RegisterId, RegisterMemory>>,
     pipes: Arc<BTreeMap<RegisterId, Arc<Pipe>>>,
     sent: Arc<SentSlots>,
     process: u32,
     index: usize,
-    mirrors: BTreeMap<RegisterId, Vec<Run>>,
+    mirrors: BTreeMap<RegisterId, Vec<ByteRun>>,
     /// Pieces whose bytes have come, by register.
     pieces: BTreeMap<RegisterId, u64>,
 }
@@ -241,7 +240,7 @@ impl Reader {
             Frame::Bye => {
                 self.session.peer_left(self.process);
                 self.session.bus.remote().has_ended(self.index);
-                self.tell_host(FromPeer::Ended { process: self.process });
+                self.tell_host(PeerMessage::Ended { process: self.process });
                 return Ok(false);
             }
             Frame::Ready { round } if self.session.bus.remote().is_ready(self.index, round) => {}
@@ -253,7 +252,7 @@ impl Reader {
         Ok(true)
     }
 
-    fn tell_host(&self, said: FromPeer) {
+    fn tell_host(&self, said: PeerMessage) {
         if let Some(host) = &self.session.bus.remote().host {
             // A program that has ended needs nothing.
             let _ = host.send(said);
@@ -292,7 +291,7 @@ impl Reader {
         if self.session.bus.overfull(to) {
             return Err(self.unexpected("more messages than credits allow".into()));
         }
-        self.session.bus.send(to, Cast::Event(Event::Message(message)));
+        self.session.bus.send(to, Cast::Event(ProtocolEvent::Message(message)));
         Ok(())
     }
 
@@ -382,7 +381,7 @@ impl Reader {
             self.source.read_exact(&mut raw)?;
             tensors.push(HostTensor::from_le_bytes(dtype, &shape, &raw));
         }
-        self.tell_host(FromPeer::Piece(HostPiece { port, tensors }));
+        self.tell_host(PeerMessage::Piece(HostPiece { port, tensors }));
         Ok(())
     }
 }

@@ -1,6 +1,6 @@
-//! Do programs, memory and streams fit the plan. Imports `shell`'s parts, `spec` and `error`.
+//! Do programs, memory and streams fit the plan.
 
-use super::{ActionProgram, BaseRef, Loaded};
+use super::{ActionProgram, BaseRef, LoadedPlan};
 use crate::error::ActorError;
 use crate::spec::{ActionSpec, ActorId};
 
@@ -8,7 +8,7 @@ use crate::spec::{ActionSpec, ActorId};
 ///
 /// # Errors
 /// The first part that does not fit.
-pub(super) fn check(loaded: &Loaded) -> Result<(), ActorError> {
+pub(super) fn check(loaded: &LoadedPlan) -> Result<(), ActorError> {
     let spec = &loaded.spec;
     for (a, actor) in spec.actors.iter().enumerate() {
         let id = ActorId(a as u32);

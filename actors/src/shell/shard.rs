@@ -1,23 +1,22 @@
 //! One shard as a ractor actor: its protocol, its stream, and the way from effects to launches and casts.
-//! Imports `protocol`, `supervisor`'s session, `message`, `trace`, kernels and ractor.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use ractor::{Actor, ActorProcessingErr, ActorRef};
-use shardflow_kernels::clock::Clock;
+use shardflow_kernels::clock::RaceClock;
 use shardflow_kernels::error::KernelError;
 use shardflow_kernels::memory::Base;
-use shardflow_kernels::stream::{Notice, Notify, Submission};
+use shardflow_kernels::stream::{Notification, Notify, Submission};
 
 use super::{ActionProgram, BaseRef, RegisterMemory};
 use crate::error::{Failure, PeerError, ProtocolError};
 use crate::message::{Cast, Mail};
-use crate::protocol::{Effect, Event, Protocol};
+use crate::protocol::{Effect, Protocol, ProtocolEvent};
 use crate::snapshot::{ActorSnapshot, NotFinite};
 use crate::spec::{ActorId, RegisterId};
 use crate::supervisor::Session;
-use crate::trace::{Cause, Fired, Idle};
+use crate::trace::{Cause, FiringRecord, Idle};
 
 /// The behaviour; all state is in [`Shard`].
 pub(crate) struct ShardActor;
@@ -35,7 +34,7 @@ pub(crate) struct Shard {
     /// When the last firing ended, since the session's start.
     idle_since_ns: u64,
     /// The firing in flight; its end is not known yet.
-    flying: Option<Fired>,
+    flying: Option<FiringRecord>,
     /// Reused, so that an event allocates nothing.
     effects: Vec<Effect>,
 }
@@ -71,7 +70,7 @@ impl Shard {
             Cast::Failed(cause) => Err(self.failed(cause)),
             Cast::Snapshot(reply) => {
                 // Nobody waits any more if the reply cannot be sent.
-                let _ = reply.try_send((self.snapshot(), Clock::capture()));
+                let _ = reply.try_send((self.snapshot(), RaceClock::capture()));
                 Ok(())
             }
             #[cfg(test)]
@@ -79,19 +78,19 @@ impl Shard {
         }
     }
 
-    fn event(&mut self, event: Event) -> Result<(), Failure> {
+    fn event(&mut self, event: ProtocolEvent) -> Result<(), Failure> {
         let now_ns = self.session.now_ns();
         self.session.progressed(now_ns);
         let mut effects = std::mem::take(&mut self.effects);
         self.protocol.apply(event, &mut effects).map_err(|e| self.refused(event, e))?;
-        if let (Event::Signal { .. }, Some(fired)) = (event, &mut self.flying) {
+        if let (ProtocolEvent::Signal { .. }, Some(fired)) = (event, &mut self.flying) {
             fired.early_ns = if fired.early_ns > 0 { fired.early_ns } else { now_ns };
         }
-        if let Event::Done { action } = event {
+        if let ProtocolEvent::Done { action } = event {
             if let Some(fired) = self.flying.take() {
                 self.busy_ns[action as usize] += now_ns - fired.launched_ns;
                 let early_ns = if fired.early_ns > 0 { fired.early_ns } else { now_ns };
-                self.session.rings[&self.me].push(Fired { ended_ns: now_ns, early_ns, ..fired });
+                self.session.rings[&self.me].push(FiringRecord { ended_ns: now_ns, early_ns, ..fired });
             }
             self.idle_since_ns = now_ns;
             self.session.completed(self.me, action);
@@ -103,12 +102,13 @@ impl Shard {
                     let (idle_ns, cause) = (self.idle_since_ns, Cause::of(&event));
                     self.idle.add(cause, now_ns - idle_ns);
                     let launched_ns = now_ns;
-                    self.flying = Some(Fired { action, firing, idle_ns, launched_ns, early_ns: 0, ended_ns: 0, cause });
+                    self.flying =
+                        Some(FiringRecord { action, firing, idle_ns, launched_ns, early_ns: 0, ended_ns: 0, cause });
                     self.launch(action, firing)?;
                 }
                 Effect::Send { to, message } => {
                     // An actor that has stopped does so because the session ends.
-                    self.session.bus.send(to, Cast::Event(Event::Message(message)));
+                    self.session.bus.send(to, Cast::Event(ProtocolEvent::Message(message)));
                 }
             }
         }
@@ -151,9 +151,9 @@ impl Shard {
     }
 
     /// A message that breaks the protocol is the fault of whoever sent it: another process, or a bug here.
-    fn refused(&self, event: Event, cause: ProtocolError) -> Failure {
+    fn refused(&self, event: ProtocolEvent, cause: ProtocolError) -> Failure {
         let sender = match event {
-            Event::Message(message) => message.ends(&self.session.spec),
+            ProtocolEvent::Message(message) => message.ends(&self.session.spec),
             _ => None,
         };
         match sender.and_then(|(from, _)| self.session.bus.remote().process_of(from)) {
@@ -173,12 +173,12 @@ impl Shard {
 fn notify(session: Arc<Session>, me: ActorId, action: u32, firing: u64) -> Notify {
     Box::new(move |notice| {
         let cast = match notice {
-            Notice::Signal(output) => Cast::Event(Event::Signal { action, output }),
-            Notice::NotFinite { launch, write, elements } => {
+            Notification::Signal(output) => Cast::Event(ProtocolEvent::Signal { action, output }),
+            Notification::NotFinite { launch, write, elements } => {
                 return session.found(NotFinite { actor: me, action, firing, launch, write, elements });
             }
-            Notice::Done => Cast::Event(Event::Done { action }),
-            Notice::Failed(cause) => Cast::Failed(cause),
+            Notification::Done => Cast::Event(ProtocolEvent::Done { action }),
+            Notification::Failed(cause) => Cast::Failed(cause),
         };
         session.bus.send(me, cast);
     })

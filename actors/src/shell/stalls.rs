@@ -13,8 +13,8 @@ use crate::builder::Builder;
 use crate::hang::{Root, tests::pieces};
 use crate::simulate::data::Rng;
 use crate::simulate::tests::Fault;
-use crate::simulate::{Options, SimulationError, Timing, plans, simulate};
-use crate::spec::{Firing, Reader, StreamKind};
+use crate::simulate::{SimulationError, SimulationOptions, Timing, plans, simulate};
+use crate::spec::{Firing, RegisterReader, StreamKind};
 
 const CASES: u64 = 50;
 /// After so long without progress a report is made, by the watchdog's clock; and the longest that a case may take to come to rest.
@@ -29,7 +29,7 @@ fn draw(rng: &mut Rng, end: usize) -> usize {
 
 /// A session that will stall, what its report must name, and what holds a kernel up until it is dropped.
 struct Case {
-    loaded: Loaded,
+    loaded: LoadedPlan,
     fault: Option<Fault>,
     steps: u32,
     root: Root,
@@ -48,7 +48,7 @@ fn lost_message(rng: &mut Rng) -> Case {
             _ => (Fault::Unreturned(register, index, piece), Root::Unreturned { register, piece, reader }),
         };
         // Not every message is waited for: the last credits are given back for nobody.
-        let options = Options { fault: Some(fault), ..Options::steps(*steps) };
+        let options = SimulationOptions { fault: Some(fault), ..SimulationOptions::steps(*steps) };
         if let Err(SimulationError::Stuck(_)) = simulate(spec, &Timing::uniform(spec, 2, 1), &options) {
             return Case {
                 loaded: bench((**spec).clone()).loaded,
@@ -109,7 +109,7 @@ fn collective_that_one_never_joins(rng: &mut Rng) -> Case {
 }
 
 /// The `nth` firing of an action does not end before what this gives is dropped.
-fn hold_up(loaded: &mut Loaded, at: Reader, nth: u64) -> Sender<()> {
+fn hold_up(loaded: &mut LoadedPlan, at: RegisterReader, nth: u64) -> Sender<()> {
     let (gate, opened) = bounded::<()>(0);
     let fired = AtomicU64::new(0);
     let kernel = act(move || {
@@ -125,7 +125,7 @@ fn hold_up(loaded: &mut Loaded, at: Reader, nth: u64) -> Sender<()> {
 }
 
 /// Waits until nothing has moved for [`REST`].
-fn come_to_rest(running: &Running) {
+fn come_to_rest(running: &RunningSession) {
     let start = Instant::now();
     let mut last = (running.session.progress(), start);
     while last.1.elapsed() < REST {

@@ -11,8 +11,8 @@ use shardflow_kernels::tensor::{DType, HostTensor};
 
 use super::*;
 use crate::builder::Builder;
-use crate::simulate::{self, Options, Timing, plans};
-use crate::spec::{Firing, Reader};
+use crate::simulate::{self, SimulationOptions, Timing, plans};
+use crate::spec::{Firing, RegisterReader};
 use crate::trace::Cause;
 
 /// Far more than any run here takes; ends a test that hangs.
@@ -85,7 +85,7 @@ pub(super) fn launch(op: Op, reads: Vec<Buffer>, writes: Vec<Buffer>, accumulate
 
 /// A plan with [`Mix`] kernels: each action writes each output from all inputs, and its own history.
 pub(super) struct Bench {
-    pub(super) loaded: Loaded,
+    pub(super) loaded: LoadedPlan,
     /// By actor; one integer for each action.
     pub(super) histories: Vec<Arena>,
 }
@@ -112,9 +112,9 @@ pub(super) fn bench(spec: Spec) -> Bench {
         let program = |x: usize| mix_program(&spec, a, x, Base { arena: histories[a].clone(), offset: 4 * x });
         let programs = (0..actor.actions.len()).map(program).collect();
         let stream = devices[actor.device].stream(&actor.name, 1).unwrap();
-        hosted.insert(ActorId(a as u32), Hosted { stream, programs });
+        hosted.insert(ActorId(a as u32), ActorHost { stream, programs });
     }
-    let loaded = Loaded { spec: Arc::new(spec), hosted, memory, engine, peers: Peers::default() };
+    let loaded = LoadedPlan { spec: Arc::new(spec), hosted, memory, engine, peers: Peers::default() };
     Bench { loaded, histories }
 }
 
@@ -143,7 +143,7 @@ fn mix_program(spec: &Spec, a: usize, x: usize, history: Base) -> ActionProgram 
     ActionProgram { program: Arc::new(program), bases }
 }
 
-pub(super) fn give_steps(running: &Running, spec: &Spec, steps: u32) {
+pub(super) fn give_steps(running: &RunningSession, spec: &Spec, steps: u32) {
     for (a, actor) in spec.actors.iter().enumerate() {
         for (x, action) in actor.actions.iter().enumerate().filter(|(_, x)| x.external) {
             running.give(ActorId(a as u32), x as u32, action.per_step * steps).unwrap();
@@ -176,7 +176,7 @@ fn run(spec: Spec, steps: u32) -> Vec<Vec<i32>> {
 /// The same arithmetic one firing after another, in the simulator's order.
 fn expected(spec: &Spec, steps: u32) -> Vec<Vec<i32>> {
     let shared = Arc::new(spec.clone());
-    let mut run = simulate::simulate(&shared, &Timing::uniform(spec, 3, 1), &Options::steps(steps)).unwrap();
+    let mut run = simulate::simulate(&shared, &Timing::uniform(spec, 3, 1), &SimulationOptions::steps(steps)).unwrap();
     run.timeline.sort_by_key(|f| f.start);
     let mut slots: Vec<Vec<i32>> = spec.registers.iter().map(|r| vec![0; r.slots as usize]).collect();
     slots.iter_mut().enumerate().for_each(|(r, s)| s[0] = r as i32);
@@ -228,9 +228,9 @@ fn twenty_runs_are_equal() {
 }
 
 /// A chain of actors `a0 -> a1 -> ...`, each on a device of its own, with the given ops.
-fn chain(ops: Vec<Op>) -> Loaded {
+fn chain(ops: Vec<Op>) -> LoadedPlan {
     let mut b = Builder::new();
-    let mut last: Option<Reader> = None;
+    let mut last: Option<RegisterReader> = None;
     for index in 0..ops.len() {
         let actor = b.actor(format!("a{index}"), index, Firing::Credit);
         let action = b.action(actor, "work", 1);
@@ -249,7 +249,7 @@ fn chain(ops: Vec<Op>) -> Loaded {
     loaded
 }
 
-fn first_failure(running: Running) -> Failure {
+fn first_failure(running: RunningSession) -> Failure {
     let first = running.failures().recv_timeout(PATIENCE).expect("fails");
     assert!(running.give(ActorId(0), 0, 1).is_err(), "a failed session takes no tokens");
     assert_eq!(running.quiesce(PATIENCE), Err(first.clone()));
@@ -295,18 +295,18 @@ fn a_panicking_actor_is_the_first_cause() {
 fn a_stray_message_is_the_first_cause() {
     let running = start(chain(vec![act(|| Ok(())), act(|| Ok(()))]), WatchdogOptions::default()).unwrap();
     let message = crate::protocol::Message::Filled { register: RegisterId(0), reader: 0, slot: 1, piece: 1 };
-    assert!(running.cast(ActorId(1), Cast::Event(Event::Message(message))));
+    assert!(running.cast(ActorId(1), Cast::Event(ProtocolEvent::Message(message))));
     let failure = first_failure(running);
     assert!(matches!(failure, Failure::Protocol { .. }), "{failure}");
     assert_eq!(failure.to_string(), "a1 on device 1: CR-4 register 'wire1': filled carries piece 1, expected 0");
 }
 
-pub(super) fn programs(loaded: &mut Loaded, actor: u32) -> &mut Vec<ActionProgram> {
+pub(super) fn programs(loaded: &mut LoadedPlan, actor: u32) -> &mut Vec<ActionProgram> {
     &mut loaded.hosted.get_mut(&ActorId(actor)).unwrap().programs
 }
 
 /// Two actors that meet in a collective.
-fn collective(kinds: [CollectiveKind; 2]) -> Loaded {
+fn collective(kinds: [CollectiveKind; 2]) -> LoadedPlan {
     let mut b = Builder::new();
     for device in 0..2 {
         let actor = b.actor(format!("a{device}"), device, Firing::Credit);
@@ -368,7 +368,7 @@ fn shutdown_with_work_queued_ends_after_the_firing_in_flight() {
     let stopping = std::thread::spawn(move || running.shutdown());
     // Until the actor has stopped, its kernel is kept from ending.
     let deadline = Instant::now() + PATIENCE;
-    while session.bus.send(ActorId(0), Cast::Event(Event::Start)) {
+    while session.bus.send(ActorId(0), Cast::Event(ProtocolEvent::Start)) {
         assert!(Instant::now() < deadline);
         std::thread::yield_now();
     }

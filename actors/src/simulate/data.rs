@@ -1,9 +1,8 @@
-//! What flows in a simulation: hashes in slots, and the gangs whose members mix each other's. Imports `protocol`'s view of
-//! slots and `spec`.
+//! What flows in a simulation: hashes in slots, and the gangs whose members mix each other's.
 
 use std::collections::HashMap;
 
-use super::{Fired, SimulationError};
+use super::{SimulatedFiring, SimulationError};
 use crate::protocol::Protocol;
 use crate::spec::{ActorId, Spec};
 
@@ -63,7 +62,12 @@ impl Data {
     }
 
     /// Reads the inputs and marks the outputs as unwritten. Returns the hash of what was read.
-    pub(super) fn launch(&mut self, spec: &Spec, protocol: &Protocol, fired: Fired) -> Result<u64, SimulationError> {
+    pub(super) fn launch(
+        &mut self,
+        spec: &Spec,
+        protocol: &Protocol,
+        fired: SimulatedFiring,
+    ) -> Result<u64, SimulationError> {
         let action = &spec.actors[fired.actor.0 as usize].actions[fired.action as usize];
         let flight = &mut self.flights[fired.actor.0 as usize];
         flight.reads.clear();
@@ -106,7 +110,12 @@ impl Data {
     }
 
     /// The end of a firing: its inputs must be as they were (CR-7); writes the outputs that no signal has written.
-    pub(super) fn settle(&mut self, spec: &Spec, protocol: &Protocol, fired: Fired) -> Result<(), SimulationError> {
+    pub(super) fn settle(
+        &mut self,
+        spec: &Spec,
+        protocol: &Protocol,
+        fired: SimulatedFiring,
+    ) -> Result<(), SimulationError> {
         let action = &spec.actors[fired.actor.0 as usize].actions[fired.action as usize];
         for (port, input) in action.inputs.iter().enumerate() {
             let slot = protocol.input_slot(fired.action, port, fired.firing) as usize;
@@ -130,7 +139,7 @@ impl Data {
     }
 }
 
-fn race(spec: &Spec, fired: Fired, register: crate::spec::RegisterId, how: &'static str) -> SimulationError {
+fn race(spec: &Spec, fired: SimulatedFiring, register: crate::spec::RegisterId, how: &'static str) -> SimulationError {
     let (action, register) = (spec.action_name(fired.actor, fired.action), spec.register_name(register));
     SimulationError::Race { action, firing: fired.firing, register, how }
 }

@@ -3,18 +3,18 @@
 use std::sync::Arc;
 
 use crate::builder::Builder;
-use crate::pipeline::{Pipeline, Schedule};
-use crate::spec::{Firing, Reader, Spec, StreamKind};
+use crate::pipeline::{Pipeline, PipelineSchedule};
+use crate::spec::{Firing, RegisterReader, Spec, StreamKind};
 
 /// Name, plan, steps.
 pub(crate) fn all() -> Vec<(&'static str, Arc<Spec>, u32)> {
     let piped =
         |credits: Vec<u32>, schedule, ordered| Pipeline { micro_batches: 6, credits, schedule, ordered }.build();
     let plans = [
-        ("gpipe", piped(vec![6; 3], Schedule::Gpipe, false), 2),
-        ("gpipe, ordered", piped(vec![6; 3], Schedule::Gpipe, true), 2),
-        ("1f1b", piped(vec![4, 3, 2, 1], Schedule::OneForwardOneBackward, false), 2),
-        ("1f1b, ordered", piped(vec![7, 5, 3, 1], Schedule::OneForwardOneBackward, true), 2),
+        ("gpipe", piped(vec![6; 3], PipelineSchedule::Gpipe, false), 2),
+        ("gpipe, ordered", piped(vec![6; 3], PipelineSchedule::Gpipe, true), 2),
+        ("1f1b", piped(vec![4, 3, 2, 1], PipelineSchedule::OneForwardOneBackward, false), 2),
+        ("1f1b, ordered", piped(vec![7, 5, 3, 1], PipelineSchedule::OneForwardOneBackward, true), 2),
         ("data parallel", data_parallel(), 3),
         ("skip connection", skip_connection(), 4),
         ("accumulation", accumulation(), 4),
@@ -130,7 +130,7 @@ pub(crate) fn fan() -> Spec {
 /// Two tensor-parallel shards whose forward and backward contain collectives, in an ordered list, over two stages.
 pub(crate) fn gangs() -> Spec {
     let mut b = Builder::new();
-    let mut stages: Vec<Vec<(Reader, Reader)>> = Vec::new();
+    let mut stages: Vec<Vec<(RegisterReader, RegisterReader)>> = Vec::new();
     for stage in 0..2u32 {
         let list = if stage == 0 { vec![0, 0, 1, 0, 1, 1] } else { vec![0, 1, 0, 1, 0, 1] };
         let mut shards = Vec::new();

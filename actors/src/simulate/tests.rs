@@ -4,7 +4,7 @@ use super::*;
 use crate::builder::Builder;
 use crate::credits;
 use crate::hang::Root;
-use crate::pipeline::{Pipeline, Schedule, timing};
+use crate::pipeline::{Pipeline, PipelineSchedule, timing};
 use crate::spec::Firing;
 
 /// What a bad network, or a bad protocol, does to the n-th message.
@@ -18,7 +18,7 @@ pub(crate) enum Fault {
     /// From this piece on, the producer hears of no release by this reader.
     Unreturned(RegisterId, u32, u64),
     /// This firing, once begun, does not end.
-    Hang(Reader, u64),
+    Hang(RegisterReader, u64),
 }
 
 impl Fault {
@@ -51,15 +51,15 @@ fn next_piece(message: Message) -> Message {
     }
 }
 
-fn pipeline(m: u32, credits: Vec<u32>, schedule: Schedule, ordered: bool) -> Arc<Spec> {
+fn pipeline(m: u32, credits: Vec<u32>, schedule: PipelineSchedule, ordered: bool) -> Arc<Spec> {
     Arc::new(Pipeline { micro_batches: m, credits, schedule, ordered }.build())
 }
 
 fn makespan(spec: &Arc<Spec>, timing: &Timing) -> u64 {
-    simulate(spec, timing, &Options::steps(1)).unwrap().makespan
+    simulate(spec, timing, &SimulationOptions::steps(1)).unwrap().makespan
 }
 
-fn stash_peaks(spec: &Spec, run: &Run) -> Vec<u32> {
+fn stash_peaks(spec: &Spec, run: &SimulatedRun) -> Vec<u32> {
     let registers = spec.registers.iter().zip(&run.slots_peak);
     registers.filter(|(r, _)| r.name.ends_with("stash")).map(|(_, &peak)| peak).collect()
 }
@@ -68,12 +68,12 @@ fn stash_peaks(spec: &Spec, run: &Run) -> Vec<u32> {
 fn gpipe_and_1f1b_reach_the_optimum() {
     let (p, m) = (4, 8);
     for ordered in [false, true] {
-        let gpipe = pipeline(m, vec![m; p], Schedule::Gpipe, ordered);
-        let run = simulate(&gpipe, &timing(p, 1, 2, 0), &Options::steps(1)).unwrap();
+        let gpipe = pipeline(m, vec![m; p], PipelineSchedule::Gpipe, ordered);
+        let run = simulate(&gpipe, &timing(p, 1, 2, 0), &SimulationOptions::steps(1)).unwrap();
         assert_eq!((run.makespan, stash_peaks(&gpipe, &run)), (33, vec![m; p]), "ordered: {ordered}");
         let credits: Vec<u32> = (0..p as u32).map(|s| p as u32 - s).collect();
-        let alternating = pipeline(m, credits.clone(), Schedule::OneForwardOneBackward, ordered);
-        let run = simulate(&alternating, &timing(p, 1, 2, 0), &Options::steps(1)).unwrap();
+        let alternating = pipeline(m, credits.clone(), PipelineSchedule::OneForwardOneBackward, ordered);
+        let run = simulate(&alternating, &timing(p, 1, 2, 0), &SimulationOptions::steps(1)).unwrap();
         assert_eq!((run.makespan, stash_peaks(&alternating, &run)), (33, credits), "ordered: {ordered}");
     }
 }
@@ -86,8 +86,8 @@ fn latency_needs_more_credits_than_stages_left() {
     let enough: Vec<u32> = (0..p as u32).map(|s| 2 * (p as u32 - s) - 1).collect();
     let computed: Vec<u32> = (0..p as u32).map(|s| credits::pipeline(p as u32, s, m, 2, 4, 1)).collect();
     assert_eq!(enough, computed);
-    assert_eq!(makespan(&pipeline(m, few, Schedule::OneForwardOneBackward, false), &half_ticks), 2 * 151);
-    assert_eq!(makespan(&pipeline(m, enough, Schedule::OneForwardOneBackward, false), &half_ticks), 2 * 124);
+    assert_eq!(makespan(&pipeline(m, few, PipelineSchedule::OneForwardOneBackward, false), &half_ticks), 2 * 151);
+    assert_eq!(makespan(&pipeline(m, enough, PipelineSchedule::OneForwardOneBackward, false), &half_ticks), 2 * 124);
 }
 
 #[test]
@@ -99,11 +99,11 @@ fn fewer_credits_only_slow_down() {
         let mut last = 0;
         for fewer in 0..full[0] {
             let credits = full.iter().map(|w| w.saturating_sub(fewer).max(1)).collect();
-            let span = makespan(&pipeline(m, credits, Schedule::OneForwardOneBackward, false), &clock);
+            let span = makespan(&pipeline(m, credits, PipelineSchedule::OneForwardOneBackward, false), &clock);
             assert!(span >= last, "F {f} B {b} c {c}: {fewer} credits fewer take {span}, one more takes {last}");
             last = span;
         }
-        assert!(last > makespan(&pipeline(m, full, Schedule::OneForwardOneBackward, false), &clock));
+        assert!(last > makespan(&pipeline(m, full, PipelineSchedule::OneForwardOneBackward, false), &clock));
     }
 }
 
@@ -115,18 +115,21 @@ proptest::proptest! {
     fn computed_credits_are_enough(p in 1u32..9, m in 1u32..40, f in 1u64..9, b in 1u64..12, c in 0u64..20) {
         let clock = timing(p as usize, f, b, c);
         let computed: Vec<u32> = (0..p).map(|s| credits::pipeline(p, s, m, f, b, c)).collect();
-        let unlimited = pipeline(m, vec![m; p as usize], Schedule::OneForwardOneBackward, false);
-        let limited = pipeline(m, computed.clone(), Schedule::OneForwardOneBackward, false);
+        let unlimited = pipeline(m, vec![m; p as usize], PipelineSchedule::OneForwardOneBackward, false);
+        let limited = pipeline(m, computed.clone(), PipelineSchedule::OneForwardOneBackward, false);
         let (limited, unlimited) = (makespan(&limited, &clock), makespan(&unlimited, &clock));
         proptest::prop_assert!(limited <= unlimited, "{:?}: {} > {}", computed, limited, unlimited);
     }
 }
 
 /// Runs with random durations and delays; every plan, many seeds.
-fn shuffled(seed: u64, steps: u32) -> Options {
+fn shuffled(seed: u64, steps: u32) -> SimulationOptions {
     // Long and short delays both, so that messages overtake firings as well as the other way round.
     let (action_ticks_max, hop_ticks_max) = [(5, 5), (1, 20), (20, 1), (0, 3)][seed as usize % 4];
-    Options { jitter: Some(Jitter { seed, action_ticks_max, hop_ticks_max }), ..Options::steps(steps) }
+    SimulationOptions {
+        jitter: Some(Jitter { seed, action_ticks_max, hop_ticks_max }),
+        ..SimulationOptions::steps(steps)
+    }
 }
 
 #[test]
@@ -134,7 +137,7 @@ fn interleavings_end_equal_and_break_nothing() {
     let mut runs = 0;
     for (name, spec, steps) in plans::all() {
         let clock = Timing::uniform(&spec, 2, 1);
-        let exact = simulate(&spec, &clock, &Options::steps(steps)).unwrap_or_else(|e| panic!("{name}: {e}"));
+        let exact = simulate(&spec, &clock, &SimulationOptions::steps(steps)).unwrap_or_else(|e| panic!("{name}: {e}"));
         let mut timelines = std::collections::HashSet::new();
         for seed in 0..1200 {
             let run = simulate(&spec, &clock, &shuffled(seed, steps)).unwrap_or_else(|e| panic!("{name} {seed}: {e}"));
@@ -154,7 +157,8 @@ fn interleavings_end_equal_and_break_nothing() {
 fn the_digest_sees_data() {
     // Other tokens, other data: the digest is no constant.
     let spec = Arc::new(plans::fan());
-    let digest = |steps| simulate(&spec, &Timing::uniform(&spec, 1, 0), &Options::steps(steps)).unwrap().digest;
+    let digest =
+        |steps| simulate(&spec, &Timing::uniform(&spec, 1, 0), &SimulationOptions::steps(steps)).unwrap().digest;
     assert_ne!(digest(1), digest(2));
 }
 
@@ -173,7 +177,7 @@ fn faulty_messages_are_caught() {
         let mut caught = 0;
         for nth in 0..count {
             for fault in [Fault::Lose(nth), Fault::Repeat(nth), Fault::NextPiece(nth)] {
-                let options = Options { fault: Some(fault), ..shuffled(nth, steps) };
+                let options = SimulationOptions { fault: Some(fault), ..shuffled(nth, steps) };
                 let result = simulate(&spec, &clock, &options);
                 assert!(result.is_err(), "{name}: {fault:?} of {count} messages went unseen");
                 caught += 1;
@@ -211,12 +215,12 @@ fn one_credit_too_many_is_caught() {
 fn too_few_credits_for_a_cycle_are_refused_with_the_cycle() {
     // The list wants two forwards before the first backward; the stash has one slot.
     let mut spec =
-        Pipeline { micro_batches: 2, credits: vec![2, 1], schedule: Schedule::Gpipe, ordered: false }.build();
+        Pipeline { micro_batches: 2, credits: vec![2, 1], schedule: PipelineSchedule::Gpipe, ordered: false }.build();
     spec.actors[0].firing = crate::spec::Firing::Ordered(vec![0, 0, 1, 1]);
     let stash = spec.registers.iter_mut().find(|r| r.name == "stage0.stash").unwrap();
     stash.slots = 1;
     let spec = Arc::new(spec);
-    let error = simulate(&spec, &Timing::uniform(&spec, 1, 0), &Options::steps(1)).unwrap_err();
+    let error = simulate(&spec, &Timing::uniform(&spec, 1, 0), &SimulationOptions::steps(1)).unwrap_err();
     expect_test::expect!["deadlock: stage0.compute forward waits for a credit of register 'stage0.stash' (1 of 1 slots held by stage0.compute backward); stage0.compute backward waits for its turn after stage0.compute forward; which closes the cycle"].assert_eq(&error.to_string());
     let SimulationError::Stuck(stuck) = error else { panic!("{error}") };
     assert_eq!((stuck.root, stuck.chain.len()), (Root::Cycle, 2));
@@ -233,15 +237,15 @@ fn gangs_in_opposite_orders_are_refused_with_the_cycle() {
     }
     spec.actors[3].firing = crate::spec::Firing::Ordered(vec![1, 0]);
     let spec = Arc::new(spec);
-    let error = simulate(&spec, &Timing::uniform(&spec, 1, 0), &Options::steps(1)).unwrap_err();
+    let error = simulate(&spec, &Timing::uniform(&spec, 1, 0), &SimulationOptions::steps(1)).unwrap_err();
     expect_test::expect!["deadlock: device0.reduce all-reduce0 waits for device1.reduce to join group 0; device1.reduce all-reduce0 waits for device1.reduce all-reduce1, which is in flight; device1.reduce all-reduce1 waits for device0.reduce to join group 1; device0.reduce all-reduce1 waits for device0.reduce all-reduce0, which is in flight; which closes the cycle"].assert_eq(&error.to_string());
 }
 
 #[test]
 fn missing_tokens_are_starvation_and_no_deadlock() {
     let spec = Arc::new(plans::accumulation());
-    let feed = Reader { actor: ActorId(0), action: 0 };
-    let options = Options { tokens: Some(vec![(feed, 3)]), ..Options::steps(1) };
+    let feed = RegisterReader { actor: ActorId(0), action: 0 };
+    let options = SimulationOptions { tokens: Some(vec![(feed, 3)]), ..SimulationOptions::steps(1) };
     let error = simulate(&spec, &Timing::uniform(&spec, 1, 0), &options).unwrap_err();
     expect_test::expect!["starved: host feed waits for a token of the host"].assert_eq(&error.to_string());
 }
@@ -257,8 +261,8 @@ fn the_host_decides_when_it_has_seen_what_it_decides_from() {
     let mut spec = b.build();
     let starts = |spec: &Spec| {
         let spec = Arc::new(spec.clone());
-        let run = simulate(&spec, &Timing::uniform(&spec, 5, 1), &Options::steps(2)).unwrap();
-        let of = |at: Reader| run.timeline.iter().filter(move |f| (f.actor, f.action) == (at.actor, at.action));
+        let run = simulate(&spec, &Timing::uniform(&spec, 5, 1), &SimulationOptions::steps(2)).unwrap();
+        let of = |at: RegisterReader| run.timeline.iter().filter(move |f| (f.actor, f.action) == (at.actor, at.action));
         let (updates, logs): (Vec<_>, Vec<_>) =
             (of(update).map(|f| f.start).collect(), of(log).map(|f| f.end).collect());
         (updates, [logs[1], logs[3]])
@@ -272,7 +276,7 @@ fn the_host_decides_when_it_has_seen_what_it_decides_from() {
     // What the host sees after the update it can never decide from.
     spec.decision.sees.push(update);
     let spec = Arc::new(spec);
-    let error = simulate(&spec, &Timing::uniform(&spec, 5, 1), &Options::steps(1)).unwrap_err();
+    let error = simulate(&spec, &Timing::uniform(&spec, 5, 1), &SimulationOptions::steps(1)).unwrap_err();
     assert_eq!(error.to_string(), "starved: shard update waits for a token of the host");
 }
 
@@ -294,7 +298,7 @@ fn a_gang_ends_after_its_last_member_has_started() {
     let mut clock = Timing::uniform(&spec, 4, 0);
     // Stage 0's second shard is slow, so its partner waits in every collective.
     clock.action_ticks[1] = vec![4, 9];
-    let run = simulate(&spec, &clock, &Options::steps(1)).unwrap();
+    let run = simulate(&spec, &clock, &SimulationOptions::steps(1)).unwrap();
     let of = |actor| run.timeline.iter().filter(move |f| f.actor == ActorId(actor));
     for (a, b) in of(0).zip(of(1)) {
         assert_eq!((a.action, a.firing), (b.action, b.firing));
@@ -320,7 +324,7 @@ fn waits_for_a_gang_are_not_counted_twice() {
 fn steps_overlap_only_where_registers_let_them() {
     // The parameters' one slot keeps step 2's first training after step 1's update.
     let spec = Arc::new(plans::accumulation());
-    let run = simulate(&spec, &Timing::uniform(&spec, 3, 1), &Options::steps(3)).unwrap();
+    let run = simulate(&spec, &Timing::uniform(&spec, 3, 1), &SimulationOptions::steps(3)).unwrap();
     let end = |actor, action, firing| {
         let mut fired = run.timeline.iter().filter(|f| (f.actor.0, f.action, f.firing) == (actor, action, firing));
         fired.next().copied().unwrap()

@@ -1,4 +1,4 @@
-//! Passes descriptors, such as those of shared memory, over a Unix link. Imports `link`.
+//! Passes descriptors, such as those of shared memory, over a Unix link.
 
 use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
@@ -9,7 +9,7 @@ use rustix::net::{
     SendFlags, recvmsg, sendmsg,
 };
 
-use super::{Link, TransportError};
+use super::{Connection, TransportError};
 
 /// Descriptors in one message, at most. (The system's limit is 253.)
 pub const DESCRIPTORS_MAX: usize = 64;
@@ -20,7 +20,7 @@ const SPACE: usize = rustix::cmsg_space!(ScmRights(DESCRIPTORS_MAX));
 ///
 /// # Errors
 /// [`TransportError::NotUnix`], [`TransportError::Descriptors`] for a wrong number, [`TransportError::Io`].
-pub fn send_descriptors(link: &Link, descriptors: &[BorrowedFd<'_>]) -> Result<(), TransportError> {
+pub fn send_descriptors(link: &Connection, descriptors: &[BorrowedFd<'_>]) -> Result<(), TransportError> {
     check(link, descriptors.len())?;
     let mut space = [MaybeUninit::uninit(); SPACE];
     let mut ancillary = SendAncillaryBuffer::new(&mut space);
@@ -42,7 +42,7 @@ pub fn send_descriptors(link: &Link, descriptors: &[BorrowedFd<'_>]) -> Result<(
 /// # Errors
 /// [`TransportError::NotUnix`], [`TransportError::Descriptors`] when more or fewer came, [`TransportError::Io`]. Whatever
 /// came is closed then.
-pub fn receive_descriptors(link: &Link, count: usize) -> Result<Vec<OwnedFd>, TransportError> {
+pub fn receive_descriptors(link: &Connection, count: usize) -> Result<Vec<OwnedFd>, TransportError> {
     check(link, count)?;
     let mut space = [MaybeUninit::uninit(); SPACE];
     let mut ancillary = RecvAncillaryBuffer::new(&mut space);
@@ -70,7 +70,7 @@ pub fn receive_descriptors(link: &Link, count: usize) -> Result<Vec<OwnedFd>, Tr
     Ok(descriptors)
 }
 
-fn check(link: &Link, count: usize) -> Result<(), TransportError> {
+fn check(link: &Connection, count: usize) -> Result<(), TransportError> {
     if !link.is_unix() {
         return Err(TransportError::NotUnix { peer: link.peer() });
     }
@@ -90,9 +90,9 @@ mod tests {
 
     use super::*;
 
-    fn pair() -> (Link, Link) {
+    fn pair() -> (Connection, Connection) {
         let (a, b) = UnixStream::pair().unwrap();
-        (Link::Unix(a), Link::Unix(b))
+        (Connection::Unix(a), Connection::Unix(b))
     }
 
     #[test]

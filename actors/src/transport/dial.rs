@@ -1,4 +1,4 @@
-//! The dialling side: connects, proves itself, tries again until a deadline. Imports `link` and `handshake`.
+//! The dialling side: connects, proves itself, tries again until a deadline.
 
 use std::io::{self, Read, Write};
 use std::net::{SocketAddr, TcpStream};
@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use rustix::net;
 
 use super::handshake::{Dialler, HANDSHAKE_BYTES_MAX, HandshakeError};
-use super::{Address, Hello, Link, Secret, TransportError, resolve, secret};
+use super::{Address, Connection, Hello, SharedKey, TransportError, resolve, secret};
 
 /// Waits between attempts: doubled from the first to the last.
 const WAIT_MIN: Duration = Duration::from_millis(5);
@@ -23,7 +23,12 @@ const ATTEMPT_MAX: Duration = Duration::from_secs(5);
 /// # Errors
 /// [`TransportError::Handshake`] at once when the peer does not believe us or we do not believe it;
 /// [`TransportError::Unreachable`] at the deadline.
-pub fn connect(address: &Address, secret: &Secret, hello: &Hello, deadline: Instant) -> Result<Link, TransportError> {
+pub fn connect(
+    address: &Address,
+    secret: &SharedKey,
+    hello: &Hello,
+    deadline: Instant,
+) -> Result<Connection, TransportError> {
     connect_unless(address, secret, hello, deadline, &|wait| {
         std::thread::sleep(wait);
         false
@@ -33,11 +38,11 @@ pub fn connect(address: &Address, secret: &Secret, hello: &Hello, deadline: Inst
 /// As [`connect`]. `pause` lets the time between two attempts pass; true gives up, with [`TransportError::Closed`].
 pub(super) fn connect_unless(
     address: &Address,
-    secret: &Secret,
+    secret: &SharedKey,
     hello: &Hello,
     deadline: Instant,
     pause: &dyn Fn(Duration) -> bool,
-) -> Result<Link, TransportError> {
+) -> Result<Connection, TransportError> {
     let (begin, mut wait, mut attempts, mut last) = (Instant::now(), WAIT_MIN, 0, None);
     loop {
         attempts += 1;
@@ -72,7 +77,12 @@ fn is_passing(error: &TransportError) -> bool {
     }
 }
 
-fn attempt(address: &Address, secret: &Secret, hello: &Hello, deadline: Instant) -> Result<Link, TransportError> {
+fn attempt(
+    address: &Address,
+    secret: &SharedKey,
+    hello: &Hello,
+    deadline: Instant,
+) -> Result<Connection, TransportError> {
     let link = open(address, deadline).map_err(|cause| TransportError::io("connecting to", address, cause))?;
     let failed = |cause| TransportError::Handshake { peer: address.to_string(), cause };
     let broken = |cause: io::Error| match cause.kind() {
@@ -92,14 +102,14 @@ fn attempt(address: &Address, secret: &Secret, hello: &Hello, deadline: Instant)
 }
 
 /// A bare connection.
-fn open(address: &Address, deadline: Instant) -> io::Result<Link> {
+fn open(address: &Address, deadline: Instant) -> io::Result<Connection> {
     match address {
-        Address::Unix(path) => open_unix(path, deadline).map(Link::Unix),
+        Address::Unix(path) => open_unix(path, deadline).map(Connection::Unix),
         Address::Tcp(name) => {
             let mut last = io::Error::new(io::ErrorKind::NotFound, "the name has no address");
             for target in resolve(name)? {
                 match open_tcp(target, deadline) {
-                    Ok(stream) => return Ok(Link::Tcp(stream)),
+                    Ok(stream) => return Ok(Connection::Tcp(stream)),
                     Err(error) => last = error,
                 }
             }
@@ -130,11 +140,11 @@ fn open_tcp(target: SocketAddr, deadline: Instant) -> io::Result<TcpStream> {
     Ok(stream)
 }
 
-fn write_part(link: &Link, part: &[u8], deadline: Instant) -> io::Result<()> {
+fn write_part(link: &Connection, part: &[u8], deadline: Instant) -> io::Result<()> {
     link.until(deadline).write_all(&with_length(part))
 }
 
-fn read_part(link: &Link, deadline: Instant) -> io::Result<Vec<u8>> {
+fn read_part(link: &Connection, deadline: Instant) -> io::Result<Vec<u8>> {
     let mut length = [0; 2];
     let mut from = link.until(deadline);
     from.read_exact(&mut length)?;
@@ -164,9 +174,9 @@ mod tests {
     use crate::transport::handshake::greeting;
     use crate::transport::{Purpose, SEND_TIMEOUT, SessionId};
 
-    fn dial(address: SocketAddr, deadline: Instant) -> Result<Link, TransportError> {
+    fn dial(address: SocketAddr, deadline: Instant) -> Result<Connection, TransportError> {
         let hello = Hello { session: SessionId::default(), epoch: 0, from: 1, to: 0, purpose: Purpose::Control };
-        let secret = Secret::from_text("a secret of these tests")?;
+        let secret = SharedKey::from_text("a secret of these tests")?;
         connect(&Address::Tcp(address.to_string()), &secret, &hello, deadline)
     }
 
@@ -217,10 +227,10 @@ mod tests {
     #[test]
     fn a_write_that_gets_rid_of_nothing_ends() {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
-        let link = Link::Tcp(TcpStream::connect(listener.local_addr().unwrap()).unwrap());
+        let link = Connection::Tcp(TcpStream::connect(listener.local_addr().unwrap()).unwrap());
         let (_deaf, _) = listener.accept().unwrap();
         link.settle().unwrap();
-        let timeout_ms = |link: &Link| net::sockopt::tcp_user_timeout(link).unwrap();
+        let timeout_ms = |link: &Connection| net::sockopt::tcp_user_timeout(link).unwrap();
         assert_eq!(u128::from(timeout_ms(&link)), SEND_TIMEOUT.as_millis());
         link.set_send_timeout(Duration::from_millis(100)).unwrap();
         assert_eq!(timeout_ms(&link), 100);

@@ -1,9 +1,9 @@
-//! What can go wrong with a connection. Imports `handshake`'s errors and `link`'s addresses.
+//! What can go wrong with a connection.
 
 use std::io;
 
+use super::connection::Address;
 use super::handshake::{HandshakeError, Refusal};
-use super::link::Address;
 use super::wire::WireError;
 use super::{Purpose, SECRET_BYTES_MIN};
 

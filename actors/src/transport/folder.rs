@@ -1,4 +1,4 @@
-//! Private folders for sockets, below the system's folder for temporary files. Imports nothing of Shardflow.
+//! Private folders for sockets, below the system's folder for temporary files.
 //!
 //! The owner holds a lock on the file `lock` inside. The kernel releases it when the owner dies, however that happens, so
 //! the next owner of a folder can remove those that killed processes left.

@@ -1,5 +1,4 @@
-//! The header of the register connection: what goes before a register's bytes, and the messages that have none. Imports
-//! `spec` (ids) and `protocol`'s message.
+//! The header of the register connection: what goes before a register's bytes, and the messages that have none.
 //!
 //! [`FRAME_BYTES`] bytes, little-endian; fields that a kind does not use are zero, so a frame is written in one way only:
 //!

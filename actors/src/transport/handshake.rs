@@ -1,4 +1,4 @@
-//! The handshake of a connection: bytes in, bytes out, no sockets, so that it can be fuzzed. Imports `secret` and `wire`.
+//! The handshake of a connection: bytes in, bytes out, no sockets, so that it can be fuzzed.
 //!
 //! ```text
 //! dialler                                        acceptor
@@ -20,7 +20,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::wire::{self, WireError};
-use super::{Hello, PROCESSES_MAX, Secret, SessionId};
+use super::{Hello, PROCESSES_MAX, SessionId, SharedKey};
 
 /// Version of everything that is sent between processes. It goes up with any change to a message.
 pub const PROTOCOL_VERSION: u16 = 2;
@@ -184,7 +184,7 @@ pub struct Dialler {
 
 /// A dialler that has sent its proof.
 #[derive(Debug)]
-pub struct Proved {
+pub struct DiallerProof {
     greetings: [Greeting; 2],
     proof: Vec<u8>,
 }
@@ -200,7 +200,12 @@ impl Dialler {
     ///
     /// # Errors
     /// Those of [`check_greeting`], [`HandshakeError::Echo`].
-    pub fn prove(self, secret: &Secret, hello: &Hello, theirs: &[u8]) -> Result<(Proved, Vec<u8>), HandshakeError> {
+    pub fn prove(
+        self,
+        secret: &SharedKey,
+        hello: &Hello,
+        theirs: &[u8],
+    ) -> Result<(DiallerProof, Vec<u8>), HandshakeError> {
         let theirs = check_greeting(theirs)?;
         if theirs == self.greeting {
             return Err(HandshakeError::Echo);
@@ -208,16 +213,16 @@ impl Dialler {
         let mut proof = wire::encode(hello).map_err(HandshakeError::Unreadable)?;
         let mac = secret.mac(DIALLER, &[&self.greeting, &theirs, &proof]);
         proof.extend_from_slice(mac.as_bytes());
-        Ok((Proved { greetings: [self.greeting, theirs], proof: proof.clone() }, proof))
+        Ok((DiallerProof { greetings: [self.greeting, theirs], proof: proof.clone() }, proof))
     }
 }
 
-impl Proved {
+impl DiallerProof {
     /// Takes the acceptor's verdict.
     ///
     /// # Errors
     /// [`HandshakeError::Denied`], [`HandshakeError::Length`], [`HandshakeError::Proof`], [`HandshakeError::Refused`].
-    pub fn finish(self, secret: &Secret, message: &[u8]) -> Result<(), HandshakeError> {
+    pub fn finish(self, secret: &SharedKey, message: &[u8]) -> Result<(), HandshakeError> {
         if message.is_empty() {
             return Err(HandshakeError::Denied);
         }
@@ -238,7 +243,7 @@ pub struct Acceptor {
 
 /// An acceptor that believes the dialler.
 #[derive(Debug)]
-pub struct Believed {
+pub struct AuthenticatedDialler {
     greetings: [Greeting; 2],
     proof: Vec<u8>,
 }
@@ -259,24 +264,24 @@ impl Acceptor {
     /// [`HandshakeError::Proof`] or [`HandshakeError::Length`]: answer with an empty message.
     pub fn believe(
         self,
-        secret: &Secret,
+        secret: &SharedKey,
         message: Vec<u8>,
-    ) -> Result<(Believed, Result<Hello, Refusal>), HandshakeError> {
+    ) -> Result<(AuthenticatedDialler, Result<Hello, Refusal>), HandshakeError> {
         let (hello, mac) = split_mac("proof", &message)?;
         if secret.mac(DIALLER, &[&self.greetings[0], &self.greetings[1], hello]) != mac {
             return Err(HandshakeError::Proof);
         }
         let hello = wire::decode(hello).map_err(|_| Refusal::Unreadable);
-        Ok((Believed { greetings: self.greetings, proof: message }, hello))
+        Ok((AuthenticatedDialler { greetings: self.greetings, proof: message }, hello))
     }
 }
 
-impl Believed {
+impl AuthenticatedDialler {
     /// The verdict to send.
     ///
     /// # Errors
     /// None in practice: a refusal can always be written.
-    pub fn answer(self, secret: &Secret, verdict: &Result<(), Refusal>) -> Result<Vec<u8>, HandshakeError> {
+    pub fn answer(self, secret: &SharedKey, verdict: &Result<(), Refusal>) -> Result<Vec<u8>, HandshakeError> {
         let mut message = wire::encode(verdict).map_err(HandshakeError::Unreadable)?;
         let mac = secret.mac(ACCEPTOR, &[&self.greetings[0], &self.greetings[1], &self.proof, &message]);
         message.extend_from_slice(mac.as_bytes());
@@ -295,16 +300,16 @@ fn split_mac<'a>(what: &'static str, message: &'a [u8]) -> Result<(&'a [u8], bla
 
 /// Who an acceptor is, and whom it lets in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Gate {
+pub struct AcceptPolicy {
     /// The acceptor.
     pub process: u32,
     /// Session, epoch and number of processes, once they are settled.
-    pub world: Option<World>,
+    pub world: Option<SettledWorld>,
 }
 
 /// What rendezvous settles.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct World {
+pub struct SettledWorld {
     /// The session.
     pub session: SessionId,
     /// Its epoch.
@@ -313,7 +318,7 @@ pub struct World {
     pub processes: u32,
 }
 
-impl Gate {
+impl AcceptPolicy {
     /// Whether an authenticated dialler may come in.
     ///
     /// # Errors
@@ -326,10 +331,10 @@ impl Gate {
         let (processes, theirs) = (self.world.map_or(PROCESSES_MAX, |w| w.processes), hello.epoch);
         match self.world {
             None if !rendezvous => return Err(Refusal::NotStarted),
-            Some(World { epoch: ours, .. }) if theirs > ours => return Err(Refusal::NewEpoch { ours, theirs }),
-            Some(World { epoch, .. }) if rendezvous => return Err(Refusal::Late { epoch }),
-            Some(World { epoch: ours, .. }) if theirs < ours => return Err(Refusal::OldEpoch { ours, theirs }),
-            Some(World { session, .. }) if session != hello.session => {
+            Some(SettledWorld { epoch: ours, .. }) if theirs > ours => return Err(Refusal::NewEpoch { ours, theirs }),
+            Some(SettledWorld { epoch, .. }) if rendezvous => return Err(Refusal::Late { epoch }),
+            Some(SettledWorld { epoch: ours, .. }) if theirs < ours => return Err(Refusal::OldEpoch { ours, theirs }),
+            Some(SettledWorld { session, .. }) if session != hello.session => {
                 return Err(Refusal::Session { ours: session, theirs: hello.session });
             }
             _ => {}

@@ -1,4 +1,4 @@
-//! The job's secret, and the MACs that are made with it. Imports `error`.
+//! The job's secret, and the MACs that are made with it.
 
 use std::fmt;
 
@@ -11,11 +11,11 @@ const CONTEXT: &str = "shardflow 2026-01-01 secret of a job";
 
 /// A key that all processes of a job share. It prints as nothing and is compared in constant time.
 ///
-/// A recorded handshake lets one try texts offline, so the text has to be random, not a word: see [`Secret::random_text`].
+/// A recorded handshake lets one try texts offline, so the text has to be random, not a word: see [`SharedKey::random_text`].
 #[derive(Clone)]
-pub struct Secret([u8; 32]);
+pub struct SharedKey([u8; 32]);
 
-impl Secret {
+impl SharedKey {
     /// The key that belongs to a text; white space around it does not count.
     ///
     /// # Errors
@@ -47,15 +47,15 @@ impl Secret {
     }
 }
 
-impl PartialEq for Secret {
+impl PartialEq for SharedKey {
     fn eq(&self, other: &Self) -> bool {
         blake3::Hash::from_bytes(self.0) == blake3::Hash::from_bytes(other.0)
     }
 }
 
-impl Eq for Secret {}
+impl Eq for SharedKey {}
 
-impl fmt::Debug for Secret {
+impl fmt::Debug for SharedKey {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("Secret(..)")
     }
@@ -74,18 +74,18 @@ mod tests {
 
     #[test]
     fn a_secret_is_not_printed_and_not_short() {
-        let secret = Secret::from_text("correct horse battery staple").unwrap();
+        let secret = SharedKey::from_text("correct horse battery staple").unwrap();
         assert_eq!(format!("{secret:?}"), "Secret(..)");
-        assert_eq!(secret, Secret::from_text(" correct horse battery staple\n").unwrap());
-        assert_ne!(secret, Secret::from_text("correct horse battery stapler").unwrap());
-        assert!(matches!(Secret::from_text("  swordfish  "), Err(TransportError::WeakSecret { bytes: 9 })));
-        let (one, two) = (Secret::random_text().unwrap(), Secret::random_text().unwrap());
+        assert_eq!(secret, SharedKey::from_text(" correct horse battery staple\n").unwrap());
+        assert_ne!(secret, SharedKey::from_text("correct horse battery stapler").unwrap());
+        assert!(matches!(SharedKey::from_text("  swordfish  "), Err(TransportError::WeakSecret { bytes: 9 })));
+        let (one, two) = (SharedKey::random_text().unwrap(), SharedKey::random_text().unwrap());
         assert!(one.len() == 64 && one != two);
     }
 
     #[test]
     fn a_mac_depends_on_key_domain_and_the_cut_of_the_parts() {
-        let (a, b) = (Secret::from_text(&"a".repeat(16)).unwrap(), Secret::from_text(&"b".repeat(16)).unwrap());
+        let (a, b) = (SharedKey::from_text(&"a".repeat(16)).unwrap(), SharedKey::from_text(&"b".repeat(16)).unwrap());
         let macs = [
             a.mac("x", &[b"12", b"3"]),
             b.mac("x", &[b"12", b"3"]),

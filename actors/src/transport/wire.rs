@@ -1,5 +1,5 @@
 //! How structured messages become bytes: the one bincode configuration, and messages behind their length. Tensors do not
-//! go this way. Imports nothing of this crate.
+//! go this way.
 
 use std::io::{self, Read, Write};
 

@@ -1,5 +1,5 @@
 //! An op from outside Shardflow's crates: squared ReLU (So et al. 2021, <https://arxiv.org/abs/2109.08668>) with its
-//! gradient. Its rule tells how it may be split, so it runs under every layout. Imports `shardflow::prelude`.
+//! gradient. Its rule tells how it may be split, so it runs under every layout.
 
 use std::sync::Arc;
 

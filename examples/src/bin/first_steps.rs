@@ -1,5 +1,4 @@
 //! The smallest whole program: a model that learns which letter follows which, on two devices.
-//! Imports `shardflow::prelude`, which is all that a user needs.
 
 use shardflow::prelude::*;
 

@@ -1,5 +1,4 @@
 //! Trains a small GPT on a text, on any mesh of devices of one process or of several, and writes a text with it at the end.
-//! Imports `shardflow::prelude` and what the examples share.
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -8,7 +7,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use shardflow::prelude::*;
-use shardflow::session::shown;
+use shardflow::session::plan_files;
 use shardflow::text::counted;
 use shardflow::trace::{TraceError, TraceFile};
 use shardflow::watch::{Watch, WatchError};
@@ -18,8 +17,8 @@ use shardflow_examples::args::{
 };
 use shardflow_examples::checkpoints::{self, Checkpoints, CheckpointsError};
 use shardflow_examples::data::{DataError, Text};
-use shardflow_examples::files::{self, PlaceError, check_appendable, check_room, check_writable};
-use shardflow_examples::log::{DeviceMemory, JsonLog, LogError, Progress, StepRecord, Totals, note, say};
+use shardflow_examples::files::{self, OutputFileError, check_appendable, check_room, check_writable};
+use shardflow_examples::log::{DeviceMemoryRecord, JsonLog, LogError, Progress, StepRecord, Totals, note, say};
 use shardflow_examples::sample::Sampler;
 
 /// Limit of the work after the last step, once a signal has requested the end.
@@ -101,7 +100,7 @@ fn run(args: &GptArgs, requests: &Arc<Requests>) -> Result<(), GptError> {
         introduce(args, &text, &plan, &cluster);
     }
     let process = cluster.process();
-    let watch = args.listen.filter(|_| !shown::is_asked()).map(|first| listen(first, process)).transpose()?;
+    let watch = args.listen.filter(|_| !plan_files::is_requested()).map(|first| listen(first, process)).transpose()?;
     let introduced = plan.threads_per_device;
     let mut session = Session::start(plan, &session_options(args, &text, cluster, requests.clone()))?;
     if let Some(path) = args.save.as_deref().filter(|_| speaks) {
@@ -172,7 +171,7 @@ fn options(args: &GptArgs, cluster: &Cluster) -> Result<CompileOptions, GptError
     let memory_bytes = match (args.memory_bytes(), device) {
         (Some(given), _) => Some(given),
         // A plan can be looked at anywhere; a session holds one for CPUs against what the node has free.
-        (None, _) if shown::is_asked() => None,
+        (None, _) if plan_files::is_requested() => None,
         (None, DeviceKind::Cpu) => None,
         // A plan can be looked at where no GPU is.
         (None, DeviceKind::Cuda) if args.explain => gpu_memory_bytes(here).ok(),
@@ -405,7 +404,7 @@ fn finish(trace: Option<TraceFile>) -> Result<(), TraceError> {
 
 fn totals(steps: u64, step_tokens: u64, train_seconds: f64, final_loss: Option<f64>, session: &Session) -> Totals {
     let tokens = steps.saturating_mul(step_tokens);
-    let device = |d: DeviceMetrics| DeviceMemory {
+    let device = |d: DeviceMetrics| DeviceMemoryRecord {
         device: d.device,
         planned_peak_bytes: d.planned_peak_bytes,
         measured_peak_bytes: d.measured_peak_bytes,
@@ -446,7 +445,7 @@ enum GptError {
     #[error(transparent)]
     Data(#[from] DataError),
     #[error(transparent)]
-    Place(#[from] PlaceError),
+    Place(#[from] OutputFileError),
     #[error(transparent)]
     Log(#[from] LogError),
     #[error("--mesh: {0}")]
@@ -538,7 +537,7 @@ impl GptError {
             Self::Args(error) => error.hint(),
             Self::Data(error) => error.hint().into(),
             Self::Watch(_) | Self::Port { .. } => "give an address of this machine, and ports that are free".into(),
-            Self::Place(PlaceError { cause, .. })
+            Self::Place(OutputFileError { cause, .. })
             | Self::Log(LogError { cause, .. })
             | Self::Trace(TraceError { source: cause, .. })
             | Self::Session(SessionError::PlanFile { source: cause, .. }) => files::hint(cause.kind()).into(),
@@ -605,7 +604,7 @@ impl GptError {
 
 #[cfg(test)]
 mod tests {
-    use shardflow::cluster::rendezvous::{RendezvousError, Verdict};
+    use shardflow::cluster::rendezvous::{RendezvousError, RendezvousRefusal};
     use shardflow::exit::Report;
 
     use super::*;
@@ -619,7 +618,7 @@ mod tests {
     fn hints_fit_the_cause() {
         let ended = |exit| {
             let report = Report { rank: 1, exit, cause: "--lr must be finite".into(), ..Report::default() };
-            ClusterError::Rendezvous(RendezvousError::Refused(Verdict::Failed(report)))
+            ClusterError::Rendezvous(RendezvousError::Refused(RendezvousRefusal::Failed(report)))
         };
         assert_eq!([2, 65, 76, 78].map(|exit| hint_of(ended(exit))), [""; 4]);
         assert!(hint_of(ended(69)).contains("can reach rank 0"));

@@ -1,5 +1,4 @@
-//! What tests of whole programs share: a folder with a text in it, the programs that run there and what they write. Imports
-//! nothing of this crate.
+//! What tests of whole programs share: a folder with a text in it, the programs that run there and what they write.
 #![allow(dead_code, reason = "no test uses all of it")]
 
 use std::io::{BufRead, BufReader, Read};

@@ -1,1 +1,1 @@
-//! Nothing: `Cargo.toml` unifies the features of dependencies. Imports nothing.
+//! Nothing: `Cargo.toml` unifies the features of dependencies.

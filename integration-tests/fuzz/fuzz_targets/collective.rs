@@ -1,4 +1,4 @@
-//! Headers of collectives over sockets from any bytes. Imports `kernels::collective::wire`.
+//! Headers of collectives over sockets from any bytes.
 #![no_main]
 
 use libfuzzer_sys::{fuzz_mutator, fuzz_target};

@@ -1,5 +1,4 @@
-//! Headers of the register connection from any bytes: a frame that is written in just this way, or an error. Imports
-//! `actors::transport`.
+//! Headers of the register connection from any bytes: a frame that is written in just this way, or an error.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;

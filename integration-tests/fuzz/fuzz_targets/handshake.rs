@@ -1,5 +1,5 @@
 //! A handshake with a peer that holds no secret and sends any bytes: neither side ever believes it. The messages under the
-//! MAC are decoded too, as if their MAC were right. Imports `actors::transport`.
+//! MAC are decoded too, as if their MAC were right.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;

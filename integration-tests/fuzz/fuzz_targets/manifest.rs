@@ -1,4 +1,4 @@
-//! Manifests and sidecars of checkpoints from any body under a right checksum. Imports `shardflow::checkpoint`.
+//! Manifests and sidecars of checkpoints from any body under a right checksum.
 #![no_main]
 
 use libfuzzer_sys::{fuzz_mutator, fuzz_target};

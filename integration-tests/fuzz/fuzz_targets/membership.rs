@@ -1,4 +1,4 @@
-//! Heartbeats and letters of the control plane from any bytes. Imports `actors::membership`.
+//! Heartbeats and letters of the control plane from any bytes.
 #![no_main]
 
 use libfuzzer_sys::{fuzz_mutator, fuzz_target};

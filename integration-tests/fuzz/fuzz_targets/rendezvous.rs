@@ -1,4 +1,4 @@
-//! What processes say at rendezvous and about checkpoints, from any bytes. Imports `shardflow::cluster`.
+//! What processes say at rendezvous and about checkpoints, from any bytes.
 #![no_main]
 
 use libfuzzer_sys::{fuzz_mutator, fuzz_target};

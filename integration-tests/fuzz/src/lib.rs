@@ -1,4 +1,4 @@
-//! Begins from messages in good order instead of from files. Imports nothing of Shardflow.
+//! Begins from messages in good order instead of from files.
 
 use libfuzzer_sys::fuzzer_mutate;
 

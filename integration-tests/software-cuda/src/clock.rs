@@ -1,4 +1,4 @@
-//! Vector clocks: what happened before what. Imports nothing.
+//! Vector clocks: what happened before what.
 //!
 //! An agent is a stream or a host thread. Its own entry counts what it did; another's entry is the last of that agent's
 //! actions that are known to have ended before.

@@ -1,4 +1,4 @@
-//! What the environment says of the software device. Imports nothing of the crate but the error injection's parser.
+//! What the environment says of the software device.
 
 use std::path::PathBuf;
 use std::time::Duration;

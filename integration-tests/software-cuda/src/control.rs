@@ -1,5 +1,4 @@
-//! What tests ask of the software device itself: findings, counters, schedules, faults, clock tokens, regions. Imports
-//! `world`, `host`, `exit`, `findings`, `scheduler`.
+//! What tests ask of the software device itself: findings, counters, schedules, faults, clock tokens, regions.
 //!
 //! Clock tokens: a message from one host thread to another carries `software_cuda_clock_capture()` of the sender, and its
 //! receiver calls `software_cuda_clock_join` with it; otherwise what the sender did is not known to come before.

@@ -1,4 +1,4 @@
-//! cuBLASLt's functions. Imports `world`, and its part `cublaslt::product`.
+//! cuBLASLt's functions.
 //!
 //! What is refused with "not supported" is refused by cuBLASLt too, or is not emulated: the message says which.
 #![allow(unsafe_code, non_snake_case)]

@@ -1,6 +1,5 @@
 //! The part of cuDNN that runs graphs of operations: descriptors, whose attributes are checked as they are set and
-//! when they are sealed; an engine for each graph that can be evaluated; its execution on a stream. Imports `world`,
-//! and its parts.
+//! when they are sealed; an engine for each graph that can be evaluated; its execution on a stream.
 //!
 //! What NVIDIA's library would refuse is refused, and is a finding, too, where a right program never asks for it.
 #![allow(unsafe_code, non_snake_case)]

@@ -1,4 +1,4 @@
-//! What is checked and written when the process ends. Imports `world`, `scheduler`, `findings`, `nccl::hub`.
+//! What is checked and written when the process ends.
 #![allow(unsafe_code)]
 
 use std::time::Duration;

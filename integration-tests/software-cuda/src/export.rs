@@ -1,4 +1,4 @@
-//! Exported functions, each with the type that cudarc calls it by. Imports `findings`.
+//! Exported functions, each with the type that cudarc calls it by.
 
 /// Answers of a library.
 pub trait Status: Copy {

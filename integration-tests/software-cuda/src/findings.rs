@@ -1,4 +1,4 @@
-//! What the checks found, what was called how often, and the report at exit. Imports nothing of the crate.
+//! What the checks found, what was called how often, and the report at exit.
 
 use std::collections::{BTreeMap, HashMap};
 use std::io::Write;

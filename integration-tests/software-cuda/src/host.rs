@@ -1,4 +1,4 @@
-//! What host threads do to pinned memory, and the clock tokens that they hand each other. Imports `world`, `run`.
+//! What host threads do to pinned memory, and the clock tokens that they hand each other.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 

@@ -1,4 +1,4 @@
-//! Kernels in compiled libraries, and how one runs. Imports `shadow`, `world`.
+//! Kernels in compiled libraries, and how one runs.
 //!
 //! The layout of [`Kernel`] is shared with `shim/launch.h`.
 #![allow(unsafe_code)]

@@ -1,4 +1,4 @@
-//! A CUDA driver, NVRTC, NCCL, cuBLASLt and cuDNN's graphs in software, for tests on machines without a GPU. Imports nothing of Shardflow.
+//! A CUDA driver, NVRTC, NCCL, cuBLASLt and cuDNN's graphs in software, for tests on machines without a GPU.
 //!
 //! The library takes the place of NVIDIA's five: see [`install`] and [`command`]. What it finds wrong it keeps as
 //! findings, by kind:

@@ -1,5 +1,5 @@
 //! Memory of the devices and pinned memory of the host: one window of addresses, who owns what of it, and the regions
-//! that programs name inside their allocations. Imports `clock`.
+//! that programs name inside their allocations.
 //!
 //! Addresses are never used twice, so a late access meets a freed allocation and not a newer one. Each allocation starts
 //! on a page of its own and has a gap behind it.

@@ -1,4 +1,4 @@
-//! NCCL's functions: communicators here, calls in `calls`. Imports `world`, `scheduler`, and its parts.
+//! NCCL's functions: communicators here, calls in `calls`.
 //!
 //! A unique id names a socket of the process that made it, where ranks of several processes meet: see `hub`.
 #![allow(unsafe_code, non_snake_case)]

@@ -1,4 +1,4 @@
-//! NVRTC's functions. Imports `world`, and its parts `nvrtc::{compile, image}`.
+//! NVRTC's functions.
 #![allow(unsafe_code, non_snake_case)]
 
 pub mod compile;

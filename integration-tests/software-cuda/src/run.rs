@@ -1,4 +1,4 @@
-//! Executes one operation. Imports `world`, `shadow`, `kernel`, `nccl`, `cublaslt`, `cudnn`.
+//! Executes one operation.
 #![allow(unsafe_code)]
 
 use std::sync::{Arc, MutexGuard};

@@ -1,4 +1,4 @@
-//! Which stream goes on next, what waits for what, and when nothing can go on. Imports `world`, `run`, `nccl`.
+//! Which stream goes on next, what waits for what, and when nothing can go on.
 //!
 //! One thread executes everything. An operation is ready when it is its stream's first, the NULL stream's order allows
 //! it, its event was recorded, and (once started) its partners in a collective have started too.

@@ -1,4 +1,4 @@
-//! The shadow of memory: for each word who wrote and read it, and the checks that follow. Imports `findings`, `memory`.
+//! The shadow of memory: for each word who wrote and read it, and the checks that follow.
 //!
 //! The same checks run in the compiled kernels (`shim/access.h`), which call [`slow`] where the answer is not plain;
 //! copies, products and collectives come here directly. Layouts are shared with the shim: change both.

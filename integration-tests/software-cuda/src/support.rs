@@ -1,4 +1,4 @@
-//! What tests need to run a program on the software device. Imports `findings`.
+//! What tests need to run a program on the software device.
 //!
 //! The dynamic linker reads its path when a process starts, so tests start a child: themselves with another argument, or
 //! a program. [`command`] sets it up, [`Report::read`](crate::Report::read) says what was found.

@@ -1,5 +1,4 @@
-//! The state of the software machine: devices, streams, events, host threads, and the queues of operations. Imports
-//! `clock`, `config`, `findings`, `memory`, `shadow`, `nccl`, `cublaslt`, `cudnn`.
+//! The state of the software machine: devices, streams, events, host threads, and the queues of operations.
 //!
 //! Three locks, taken in this order: `state`, `shadow` (held while an operation runs), then `registry` or `findings`.
 

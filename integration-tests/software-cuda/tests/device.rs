@@ -1,4 +1,4 @@
-//! The software device on its own: kernels, schedules, planted bugs. Imports its parts in `gpu`, and cudarc's `sys`.
+//! The software device on its own: kernels, schedules, planted bugs.
 //!
 //! Each test starts this program again, so that the dynamic linker finds the device in the place of NVIDIA's libraries.
 #![allow(unsafe_code)]

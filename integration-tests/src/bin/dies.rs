@@ -1,5 +1,5 @@
 //! A training that is killed, or frozen, at a moment that its environment names: in the middle of forward, backward, a
-//! collective or the update of a step. Imports `shardflow` and this crate's model.
+//! collective or the update of a step.
 //!
 //! `DIES="WHO RANK STEP PHASE"`: WHO is `KILL` or `STOP` for the process itself, `LAUNCHER` for its parent, which is killed.
 //! That happens once: the file `died` then says when (Unix time in nanoseconds) and where. What comes of the training stands

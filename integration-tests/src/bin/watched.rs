@@ -1,6 +1,6 @@
 //! A training to look at: `watched ADDRESS MESH gpipe|1f1b MICRO_BATCHES MILLISECONDS`. Every stage takes so long for a micro-batch,
 //! forward and backward alike, whatever else the machine does: its kernels wait for a timer. The line `close` on standard
-//! input holds up the last stage's forward until the line `open`; the end of input ends it. Imports `shardflow`.
+//! input holds up the last stage's forward until the line `open`; the end of input ends it.
 
 use std::io::BufRead;
 use std::sync::atomic::{AtomicBool, Ordering};

@@ -1,5 +1,5 @@
 //! The board: memory that all processes of a node map, on which the members of collectives post what they bring, and
-//! meet. Imports `collective`, `memory`, `error`.
+//! meet.
 //!
 //! - BOARD-1: what lies here comes from other processes and may be wrong. So the board holds atomics and bytes only, and
 //!   whoever takes an offset from it checks it against the arena that it is of.
@@ -63,16 +63,16 @@ pub(super) struct Head {
 
 /// A count that members wait on.
 #[repr(C, align(64))]
-pub(super) struct Bell {
+pub(super) struct Counter {
     pub(super) value: AtomicU32,
     /// Waiters that are asleep or about to be; one that was killed is counted for ever, which costs a needless call.
     sleepers: AtomicU32,
 }
 
 #[repr(C, align(64))]
-pub(super) struct Table {
+pub(super) struct GroupArea {
     /// Arrivals of all members at all barriers; wraps.
-    pub(super) arrivals: Bell,
+    pub(super) arrivals: Counter,
     failed: AtomicU32,
     odd_member: AtomicU32,
     expected: Text,
@@ -94,10 +94,10 @@ pub(super) struct Post {
 
 /// One member's place.
 #[repr(C, align(64))]
-pub(super) struct Seat {
+pub(super) struct MemberSlot {
     pub(super) posts: [Post; 2],
     /// Member that something is sent to, plus 1, while it waits to be taken; 0 otherwise.
-    pub(super) offer: Bell,
+    pub(super) offer: Counter,
     /// Of the offer.
     pub(super) sent: Post,
     /// Number of the call that the member is in; wraps.
@@ -127,7 +127,7 @@ impl Text {
     }
 }
 
-impl Bell {
+impl Counter {
     /// Wakes all who sleep here, in every process. Comes after the change of `value`.
     pub(super) fn ring(&self) {
         if self.sleepers.load(Ordering::SeqCst) > 0 {
@@ -191,7 +191,7 @@ impl Bell {
     }
 }
 
-impl Table {
+impl GroupArea {
     /// Fails the group for good, unless it has failed. Rings at those who wait for arrivals only.
     pub(super) fn fail(&self, member: usize, expected: &str, got: &str) {
         if self.failed.compare_exchange(UNSET, CLAIMED, Ordering::Acquire, Ordering::Relaxed).is_ok() {
@@ -217,7 +217,7 @@ impl Table {
     }
 }
 
-impl Seat {
+impl MemberSlot {
     /// Tells the others what the member calls.
     pub(super) fn say(&self, text: &str) {
         let call = self.call.load(Ordering::Relaxed);
@@ -241,7 +241,7 @@ impl Board {
     }
 
     fn group_bytes(group: &Group) -> usize {
-        size_of::<Table>() + group.ranks.len() * (size_of::<Seat>() + size_of::<Copies>())
+        size_of::<GroupArea>() + group.ranks.len() * (size_of::<MemberSlot>() + size_of::<Copies>())
     }
 
     /// Fresh memory for a board: one process of the node makes it, and passes it to the others, which map it with
@@ -300,21 +300,23 @@ impl Board {
         unsafe { self.at(0) }
     }
 
-    pub(super) fn table(&self, group: usize) -> &Table {
+    pub(super) fn table(&self, group: usize) -> &GroupArea {
         // SAFETY: one of this file's types.
         unsafe { self.at(self.starts[group]) }
     }
 
-    pub(super) fn seat(&self, group: usize, member: usize) -> &Seat {
-        let offset = self.starts[group] + size_of::<Table>() + member * (size_of::<Seat>() + size_of::<Copies>());
+    pub(super) fn seat(&self, group: usize, member: usize) -> &MemberSlot {
+        let offset =
+            self.starts[group] + size_of::<GroupArea>() + member * (size_of::<MemberSlot>() + size_of::<Copies>());
         // SAFETY: one of this file's types.
         unsafe { self.at(offset) }
     }
 
     /// Where on the board the copy of x lies that a member brings to a meeting.
     pub(super) fn copy_offset(&self, group: usize, member: usize, meeting: u32) -> usize {
-        let seats = self.starts[group] + size_of::<Table>() + member * (size_of::<Seat>() + size_of::<Copies>());
-        seats + size_of::<Seat>() + (meeting % 2) as usize * COPY_BYTES_MAX
+        let seats =
+            self.starts[group] + size_of::<GroupArea>() + member * (size_of::<MemberSlot>() + size_of::<Copies>());
+        seats + size_of::<MemberSlot>() + (meeting % 2) as usize * COPY_BYTES_MAX
     }
 
     /// Tells all processes to give up; the first cause is kept. `members` of each group are woken.

@@ -1,6 +1,5 @@
 //! What the members of a collective do, apart from how they meet: checks of buffers, what they must agree on, and the
-//! reading of each other's memory. Engines call it. Imports `collective`, `memory`, `region`, `error`, `tensor` and
-//! `cpu::simd`.
+//! reading of each other's memory. Engines call it.
 //!
 //! - EXCHANGE-1: a member writes only its own y, and of it, between two barriers, nothing that another reads then.
 #![allow(unsafe_code)]

@@ -1,5 +1,5 @@
 //! Collectives between the devices of one process: members meet, then read each other's memory directly, with nothing
-//! staged. Imports `collective`, `memory`, `error`, `tensor`.
+//! staged.
 //!
 //! - MEET-1: all members of a group are in the same call before any touches another's memory, and none leaves before
 //!   the last has finished: in between, the register protocol lets nobody else write what they post.
@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 use crate::collective::exchange::{
     Met, Posted, Terms, check_buffers, check_members, copy_elements, describe, describe_views, exchange,
 };
-use crate::collective::{Collective, CollectiveCall, CollectiveKind, Group, Wait};
+use crate::collective::{Collective, CollectiveCall, CollectiveKind, Group, MemberWait};
 use crate::error::KernelError;
 use crate::memory::View;
 use crate::tensor::{DType, element_count};
@@ -384,7 +384,7 @@ impl Collective for InProcess {
     }
 
     /// Who has posted waits for those that have not, and one side of a transfer for the other.
-    fn waits(&self) -> Vec<Wait> {
+    fn waits(&self) -> Vec<MemberWait> {
         let meetings: Vec<_> = lock(&self.groups).values().cloned().collect();
         let mut waits = Vec::new();
         for meeting in meetings {
@@ -395,7 +395,7 @@ impl Collective for InProcess {
             let sends = state.transfers.iter().filter(|transfer| !transfer.taken).map(|t| (t.from, t.to));
             let pairs = here.iter().flat_map(|member| absent.iter().map(|peer| (*member, *peer)));
             let pairs = pairs.chain(sends).chain(state.receiving.iter().map(|(from, to)| (*to, *from)));
-            let wait = |(member, peer): (usize, usize)| Wait {
+            let wait = |(member, peer): (usize, usize)| MemberWait {
                 group: group.id,
                 rank: group.ranks[member],
                 peer: group.ranks[peer],
@@ -420,7 +420,7 @@ mod tests {
     /// Far more than any wait here takes.
     const DEADLINE: Duration = Duration::from_secs(20);
 
-    fn expect(engine: &InProcess, wanted: &[Wait]) {
+    fn expect(engine: &InProcess, wanted: &[MemberWait]) {
         let until = Instant::now() + DEADLINE;
         while engine.waits() != wanted {
             assert!(Instant::now() < until, "{:?}", engine.waits());
@@ -450,7 +450,7 @@ mod tests {
                     engine.run(&call, &reads, &writes)
                 }
             });
-            let wait = |(rank, peer)| Wait { group: 7, rank, peer };
+            let wait = |(rank, peer)| MemberWait { group: 7, rank, peer };
             expect(&engine, &expected.into_iter().map(wait).collect::<Vec<_>>());
             engine.abort("the test says so");
             assert!(member.join().expect("no panic").is_err());

@@ -1,5 +1,4 @@
-//! Collectives by MPI, for groups whose members are in different processes. Imports `collective`, `memory`, `region`,
-//! `error`, `tensor`; its calls are in `calls`.
+//! Collectives by MPI, for groups whose members are in different processes.
 //!
 //! - MPI-3: before a collective all members agree on it, by one small all-reduce of a digest; so nothing that MPI is then
 //!   given can fail to match. A member that waits in a send or receive for one that is in a collective is told so, and
@@ -23,7 +22,7 @@ use std::time::{Duration, Instant};
 
 use crate::collective::exchange::{all_reduce_foreign, check_buffers, check_members, taken};
 use crate::collective::wire::agreement;
-use crate::collective::{Collective, CollectiveCall, CollectiveKind, Group, ReduceOp, Wait};
+use crate::collective::{Collective, CollectiveCall, CollectiveKind, Group, MemberWait, ReduceOp};
 use crate::error::KernelError;
 use crate::memory::{View, Words};
 use crate::region::Runs;
@@ -31,7 +30,7 @@ use crate::tensor::Region;
 
 mod calls;
 
-pub use calls::World;
+pub use calls::MpiWorld;
 use calls::{Comm, Places, Transfer, pause};
 
 /// Tags of posts are below it, those of data from it on; MPI has 32768 at least.
@@ -52,7 +51,7 @@ pub struct Mpi {
     received: Mutex<HashMap<usize, u64>>,
     aborted: OnceLock<String>,
     /// Last, so that MPI ends after all communicators were freed.
-    world: Arc<World>,
+    world: Arc<MpiWorld>,
 }
 
 /// A group, and which of its members is here.
@@ -143,7 +142,7 @@ impl Mpi {
     /// [`KernelError::Arguments`] when two members of a group are in one process, or one is in none of `world`'s;
     /// [`KernelError::Mpi`] when not all come in time, or MPI makes no communicator.
     pub fn new(
-        world: Arc<World>,
+        world: Arc<MpiWorld>,
         groups: &[Arc<Group>],
         process_of: &dyn Fn(usize) -> u32,
         within: Duration,
@@ -172,7 +171,7 @@ impl Mpi {
     }
 
     /// What it was made with.
-    pub fn world(&self) -> &Arc<World> {
+    pub fn world(&self) -> &Arc<MpiWorld> {
         &self.world
     }
 
@@ -542,7 +541,7 @@ impl Collective for Mpi {
     }
 
     /// MPI tells nothing of that.
-    fn waits(&self) -> Vec<Wait> {
+    fn waits(&self) -> Vec<MemberWait> {
         Vec::new()
     }
 

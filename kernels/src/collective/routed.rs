@@ -1,12 +1,11 @@
 //! The engine that asks another one, by group: some groups live within a process, some on a node, some on many.
-//! Imports `collective`, `memory`, `error`.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use crate::collective::{Collective, CollectiveCall, Outcome, Wait};
-use crate::cuda::engine::OnDevice;
-use crate::cuda::turn::Turn;
+use crate::collective::{AbortStatus, Collective, CollectiveCall, MemberWait};
+use crate::cuda::engine::CudaCollective;
+use crate::cuda::issue_order::IssueTicket;
 use crate::error::KernelError;
 use crate::memory::View;
 
@@ -48,7 +47,7 @@ impl Collective for Routed {
         self.engines().into_iter().for_each(|engine| engine.abort(cause));
     }
 
-    fn waits(&self) -> Vec<Wait> {
+    fn waits(&self) -> Vec<MemberWait> {
         self.engines().into_iter().flat_map(|engine| engine.waits()).collect()
     }
 
@@ -56,15 +55,15 @@ impl Collective for Routed {
         self.engines().into_iter().all(|engine| engine.knows_waits())
     }
 
-    fn outcomes(&self) -> Vec<Outcome> {
+    fn outcomes(&self) -> Vec<AbortStatus> {
         self.engines().into_iter().flat_map(|engine| engine.outcomes()).collect()
     }
 
-    fn turn(&self, rank: usize) -> Option<Turn> {
+    fn turn(&self, rank: usize) -> Option<IssueTicket> {
         self.engines().into_iter().find_map(|engine| engine.turn(rank))
     }
 
-    fn on_device(&self, call: &CollectiveCall) -> Option<OnDevice<'_>> {
+    fn on_device(&self, call: &CollectiveCall) -> Option<CudaCollective<'_>> {
         self.engine_of(call).on_device(call)
     }
 

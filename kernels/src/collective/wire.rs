@@ -1,5 +1,4 @@
-//! Collectives between processes over sockets, by ring and by tree. Imports `collective`, `memory`, `region`, `error`, `hash`,
-//! `tensor`; its parts are `wire/`, in layers: `channel, frame <- link <- port <- flow <- ring, tree, pairs`.
+//! Collectives between processes over sockets, by ring and by tree.
 //!
 //! - WIRE-1: a member reads and writes only its own buffers. All that it learns of others comes over channels, and is
 //!   checked: a peer can give wrong numbers, but make this process neither allocate nor read more than the call says.
@@ -21,7 +20,7 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
 use crate::collective::exchange::{Terms, all_reduce_foreign, check_buffers, check_members};
-use crate::collective::{Collective, CollectiveCall, CollectiveKind, Group, Wait};
+use crate::collective::{Collective, CollectiveCall, CollectiveKind, Group, MemberWait};
 use crate::error::KernelError;
 use crate::hash::Fnv;
 use crate::memory::{View, Words};
@@ -270,7 +269,7 @@ impl Collective for Wire {
         lock(&self.made).values().for_each(|channel| channel.shutdown(Shutdown::Both));
     }
 
-    fn waits(&self) -> Vec<Wait> {
+    fn waits(&self) -> Vec<MemberWait> {
         lock(&self.groups).stops.values().flat_map(|stop| stop.waits()).collect()
     }
 

@@ -1,11 +1,10 @@
 //! Collectives of one to four devices: results to the bit, bytes counted, disagreement, abort.
-//! Imports `conformance` and the public API.
 
 use std::sync::Arc;
 use std::thread;
 
 use super::{Notices, Numbers, Report, flat, run_program, wait};
-use crate::clock::Clock;
+use crate::clock::RaceClock;
 use crate::collective::{CollectiveCall, CollectiveKind, Group, ReduceOp};
 use crate::device::Device;
 use crate::error::KernelError;
@@ -30,7 +29,7 @@ pub(super) type Make<'a> = dyn Fn(usize) -> Result<Vec<(Device, Arena)>, KernelE
 
 /// In which order an engine adds up.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Sums {
+pub enum SummationOrder {
     /// That of [`Group`], to the bit.
     InOrder,
     /// Any; sums are right within rounding.
@@ -62,7 +61,7 @@ struct Role {
 pub(super) struct Demands {
     /// Members of the largest groups.
     pub(super) members_max: usize,
-    pub(super) sums: Sums,
+    pub(super) sums: SummationOrder,
     /// No other process has members. Where some do there are no aborts, since what an abort leaves cannot be gone on with.
     pub(super) all_here: bool,
     /// Members that call different things are told.
@@ -72,7 +71,7 @@ pub(super) struct Demands {
 }
 
 impl Demands {
-    pub(super) fn of(members_max: usize, sums: Sums) -> Self {
+    pub(super) fn of(members_max: usize, sums: SummationOrder) -> Self {
         Self { members_max, sums, all_here: true, compares_calls: true, any_order: true }
     }
 }
@@ -115,7 +114,7 @@ fn members(make: &Make<'_>, n: usize) -> Result<Vec<Member>, KernelError> {
 /// As [`super::submit`], from a thread of its own: engines count on it that no thread calls for two members, which might wait
 /// for each other.
 fn submit(stream: &Stream, program: Program, arenas: &[&Arena], repeat: bool) -> Result<Notices, KernelError> {
-    let clock = Clock::capture();
+    let clock = RaceClock::capture();
     let submit = || {
         clock.join();
         super::submit(stream, program, arenas, repeat)
@@ -155,7 +154,7 @@ struct Suite<'a> {
     members: &'a [Member],
     numbers: Numbers,
     group: u32,
-    sums: Sums,
+    sums: SummationOrder,
 }
 
 /// The even, the uneven and the empty splits of a dim, and blocks of two dims.
@@ -209,7 +208,7 @@ impl Suite<'_> {
         match kind {
             CollectiveKind::AllReduce { op: ReduceOp::Sum }
             | CollectiveKind::ReduceScatter { op: ReduceOp::Sum, .. }
-                if self.sums == Sums::InAnyOrder =>
+                if self.sums == SummationOrder::InAnyOrder =>
             {
                 ((self.n - 1) * self.n) as f32 * f32::EPSILON
             }

@@ -1,5 +1,4 @@
 //! What is infinite or no number, indices that no table has, and which elements dropout keeps: the same on all backends.
-//! Imports `conformance` and its `reference`, `hash`, and the public API.
 
 use std::hash::Hasher;
 

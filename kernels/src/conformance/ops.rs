@@ -1,4 +1,4 @@
-//! Every op against its f64 reference. Imports `conformance` and its `reference`, and the public API.
+//! Every op against its f64 reference.
 
 use super::reference as exact;
 use super::{BF16_ROUNDING, Initial, Numbers, Report, Trial, Types, flat, wide};

@@ -1,4 +1,4 @@
-//! Plain f64 versions of the ops, as the papers write them. Imports nothing of this crate.
+//! Plain f64 versions of the ops, as the papers write them.
 
 /// `erf`, by its series for small and by a continued fraction for large arguments; about 1e-15.
 pub(super) fn erf(x: f64) -> f64 {

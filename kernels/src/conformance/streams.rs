@@ -1,21 +1,21 @@
-//! Streams, events, signals, contained failures, memory. Imports `conformance` and the public API.
+//! Streams, events, signals, contained failures, memory.
 
 use std::sync::Arc;
 use std::sync::Mutex;
 use std::sync::mpsc::{Receiver, Sender, channel};
 
 use super::{Report, TIMEOUT, run_program, submit, wait};
-use crate::clock::Clock;
+use crate::clock::RaceClock;
 use crate::device::Device;
 use crate::error::KernelError;
 use crate::memory::Arena;
 use crate::op::{Buffer, CpuArgs, CpuSlice, CpuSliceMut, CustomKernel, Launch, Op, Program};
-use crate::stream::{Notice, Stream};
+use crate::stream::{Notification, Stream};
 use crate::tensor::{DType, HostTensor, Region};
 
 /// A kernel that waits until the test opens it.
 #[derive(Debug)]
-struct Gate(Mutex<Receiver<Clock>>);
+struct Gate(Mutex<Receiver<RaceClock>>);
 
 impl CustomKernel for Gate {
     fn name(&self) -> &str {
@@ -33,7 +33,7 @@ impl CustomKernel for Gate {
     }
 }
 
-fn gate() -> (Sender<Clock>, Launch) {
+fn gate() -> (Sender<RaceClock>, Launch) {
     let (open, receiver) = channel();
     (open, launch(Op::Custom(Arc::new(Gate(Mutex::new(receiver)))), &[], &[]))
 }
@@ -135,7 +135,7 @@ fn order(device: &Device) -> Result<(), String> {
     }
     stream.synchronize().map_err(text)?;
     for end in &ends {
-        ensure(end.try_recv() == Ok(Notice::Done), "synchronize returned before the end")?;
+        ensure(end.try_recv() == Ok(Notification::Done), "synchronize returned before the end")?;
     }
     expect_floats(&arena, 0, &[1225.0; 4])
 }
@@ -155,7 +155,7 @@ fn events(device: &Device) -> Result<(), String> {
     let after = second.record();
     ensure(!event.query() && !after.query(), "an event was set before the work in front of it")?;
     ensure(consumer.try_recv().is_err(), "work behind an event did not wait")?;
-    open.send(Clock::capture()).map_err(text)?;
+    open.send(RaceClock::capture()).map_err(text)?;
     wait(&producer).map_err(text)?;
     wait(&consumer).map_err(text)?;
     after.synchronize();
@@ -172,12 +172,12 @@ fn signals(device: &Device) -> Result<(), String> {
     let notices = submit(&stream, program, &[&arena], false).map_err(text)?;
     for tag in [7, 8, 9] {
         let notice = notices.recv_timeout(TIMEOUT).map_err(text)?;
-        ensure(notice == Notice::Signal(tag), &format!("expected signal {tag}, got {notice:?}"))?;
+        ensure(notice == Notification::Signal(tag), &format!("expected signal {tag}, got {notice:?}"))?;
     }
     // The gate is closed, so nobody writes.
     expect_floats(&arena, 0, &[1.0])?;
-    open.send(Clock::capture()).map_err(text)?;
-    for expected in [Notice::Signal(10), Notice::Done] {
+    open.send(RaceClock::capture()).map_err(text)?;
+    for expected in [Notification::Signal(10), Notification::Done] {
         let notice = notices.recv_timeout(TIMEOUT).map_err(text)?;
         ensure(notice == expected, &format!("expected {expected:?}, got {notice:?}"))?;
     }
@@ -206,8 +206,8 @@ fn finite(device: &Device) -> Result<(), String> {
     ] {
         stream.check_finite(on).map_err(text)?;
         let notices = submit(&stream, Program { launches, ..Program::default() }, &[&arena], false).map_err(text)?;
-        let found = |(launch, elements)| Notice::NotFinite { launch, write: 0, elements };
-        for expected in expected.map(found).into_iter().chain([Notice::Done]) {
+        let found = |(launch, elements)| Notification::NotFinite { launch, write: 0, elements };
+        for expected in expected.map(found).into_iter().chain([Notification::Done]) {
             let notice = notices.recv_timeout(TIMEOUT).map_err(text)?;
             ensure(notice == expected, &format!("expected {expected:?}, got {notice:?}"))?;
         }
@@ -232,7 +232,7 @@ fn failures(device: &Device) -> Result<(), String> {
         program: "bad".to_owned(),
         message: "on purpose".to_owned(),
     };
-    for expected in [Notice::Signal(1), Notice::Failed(expected)] {
+    for expected in [Notification::Signal(1), Notification::Failed(expected)] {
         let notice = first.recv_timeout(TIMEOUT).map_err(text)?;
         ensure(notice == expected, &format!("expected {expected:?}, got {notice:?}"))?;
     }
@@ -293,7 +293,7 @@ fn memory(device: &Device) -> Result<(), String> {
     let notices = submit(&stream, Program { launches, ..Program::default() }, &[&arena], false).map_err(text)?;
     drop(arena);
     ensure(device.bytes_allocated() == bytes_before + bytes, "an arena died under a submission")?;
-    open.send(Clock::capture()).map_err(text)?;
+    open.send(RaceClock::capture()).map_err(text)?;
     wait(&notices).map_err(text)?;
     drop(stream);
     ensure(device.bytes_allocated() == bytes_before, "an arena outlived its last user")?;

@@ -1,7 +1,6 @@
 //! Causal attention and its gradient: each (batch, head) is one thread's, in blocks of query rows, whose scores live
 //! in the thread's share of the stream's scratch. Only keys up to a block's last row are looked at.
 //! Dao et al. 2022, <https://arxiv.org/abs/2205.14135>, without the online softmax: a block's whole rows fit in L2.
-//! Imports `cpu::{launch, matmul, pool, simd}`, `op`.
 #![allow(unsafe_code)]
 
 use crate::cpu::launch::Args;

@@ -1,4 +1,4 @@
-//! A CPU device: a memory tally and a maker of streams. Imports `memory`, `collective` and `cpu::stream`.
+//! A CPU device: a memory tally and a maker of streams.
 
 use std::sync::Arc;
 

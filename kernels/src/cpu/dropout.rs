@@ -1,4 +1,4 @@
-//! Dropout whose mask is a function of the element's place in the whole tensor. Imports `cpu::{launch, pool, simd}`.
+//! Dropout whose mask is a function of the element's place in the whole tensor.
 
 use crate::cpu::launch::Args;
 use crate::cpu::pool::Pool;

@@ -1,4 +1,4 @@
-//! Ops on each element by itself, sums over leading dims, and copies. Imports `cpu::{launch, pool, simd}`, `region`.
+//! Ops on each element by itself, sums over leading dims, and copies.
 
 use half::bf16;
 

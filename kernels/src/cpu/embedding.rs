@@ -1,4 +1,4 @@
-//! Embedding tables and their gradients. Imports `cpu::{launch, pool}`.
+//! Embedding tables and their gradients.
 
 use crate::cpu::launch::Args;
 use crate::cpu::pool::Pool;

@@ -1,5 +1,4 @@
 //! One launch on the CPU: its buffers are resolved and checked, then its kernel is called.
-//! Imports `bound`, `op`, `memory`, `collective` and the kernels.
 #![allow(unsafe_code)]
 
 use half::bf16;

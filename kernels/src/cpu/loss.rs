@@ -1,5 +1,4 @@
 //! Softmax cross entropy in pieces, so that a vocabulary may be split over devices between them.
-//! Imports `cpu::{launch, pool, simd}`.
 
 use crate::cpu::launch::Args;
 use crate::cpu::pool::Pool;

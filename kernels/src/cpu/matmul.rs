@@ -1,5 +1,4 @@
 //! Products of matrices, by the crate `gemm-f32` on one thread for each slice of the result.
-//! Imports `cpu::{launch, pool}`, `op`.
 //!
 //! An element's bits follow from the length `k` of the summed index alone (BITS-1): a chain of fused multiply-adds over
 //! each block of `k`, the blocks' sums being added in order. So they depend neither on the slice that the element is in,

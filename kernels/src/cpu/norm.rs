@@ -1,4 +1,4 @@
-//! Layer norm and its gradient. Imports `cpu::{launch, pool, simd}`.
+//! Layer norm and its gradient.
 
 use crate::cpu::launch::Args;
 use crate::cpu::pool::Pool;

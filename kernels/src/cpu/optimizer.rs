@@ -1,4 +1,4 @@
-//! AdamW, and the global norm that clips gradients. Imports `cpu::{launch, pool, simd}`, `op`.
+//! AdamW, and the global norm that clips gradients.
 
 use crate::cpu::launch::Args;
 use crate::cpu::pool::{FORK_ELEMENTS, Pool};

@@ -1,5 +1,4 @@
 //! The fork-join pool of one stream: the stream's thread and `threads - 1` helpers, each of which gets a fixed share.
-//! Imports nothing of this crate but `tensor`.
 //!
 //! - BITS-1: a result does not depend on the number of threads. Threads divide what is written; every sum that crosses
 //!   their shares is cut by the shape of the whole op.

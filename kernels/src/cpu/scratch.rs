@@ -1,5 +1,5 @@
 //! A CPU stream's scratch memory, reused by each launch: a share for each thread, then the tensors that a launch widens from
-//! bf16. It lies outside the plan's arena, because its size depends on the threads. Imports `memory`, `op`.
+//! bf16. It lies outside the plan's arena, because its size depends on the threads.
 
 use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex, PoisonError};

@@ -1,6 +1,5 @@
 //! Vector loops: plain Rust, compiled for AVX-512, AVX2 and the baseline by `pulp`, which picks one at run time.
 //! Loops are over single elements, which compilers vectorise best; an element's value does not depend on its place.
-//! Imports nothing of this crate.
 
 /// Chains of additions that a sum keeps apart, so that it can be vectorised: element i goes into chain i mod 16.
 pub(crate) const LANES: usize = 16;

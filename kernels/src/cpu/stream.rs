@@ -1,5 +1,4 @@
 //! A CPU stream: one named thread that takes submissions from a queue and runs their launches in order.
-//! Imports `op`, `memory`, `event`, `collective`, `cpu::pool`, `cpu::launch`, `cpu::scratch` and `metrics`.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
@@ -18,7 +17,7 @@ use crate::event::Event;
 use crate::memory::Tally;
 use crate::metrics::{CollectiveTime, StreamMetrics};
 use crate::op::{Op, Program};
-use crate::stream::{Notice, Submission};
+use crate::stream::{Notification, Submission};
 
 /// Target of the events, of level TRACE, that tell of each launch before it runs, on the stream's thread.
 const LAUNCH: &str = "shardflow::launch";
@@ -161,7 +160,7 @@ fn run(
     let mut signals = program.signals.iter().peekable();
     for done in 0..=program.launches.len() {
         while let Some((_, tag)) = signals.next_if(|(launches, _)| *launches <= done) {
-            tell(Notice::Signal(*tag));
+            tell(Notification::Signal(*tag));
         }
         let Some(launch) = program.launches.get(done) else { break };
         trace_launch(&program, done);
@@ -177,15 +176,15 @@ fn run(
             })
         });
         if let Err(error) = result {
-            return tell(Notice::Failed(error));
+            return tell(Notification::Failed(error));
         }
         if check && let Some((write, elements)) = not_finite(launch, &bases) {
-            tell(Notice::NotFinite { launch: done, write, elements });
+            tell(Notification::NotFinite { launch: done, write, elements });
             // What follows from it is of no interest.
             check = false;
         }
     }
-    tell(Notice::Done);
+    tell(Notification::Done);
 }
 
 /// Tells whoever traces that this launch of a program comes next.

@@ -1,6 +1,5 @@
 //! Launches on bf16: what they read is widened to f32 in the stream's scratch, the kernel runs there, and what it wrote is
 //! rounded back. So sums are in f32, as on devices that do this in registers; it is their reference, and no faster than f32.
-//! Imports `cpu::{launch, scratch}`, `memory`, `op`.
 #![allow(unsafe_code)]
 
 use half::bf16;

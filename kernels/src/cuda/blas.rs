@@ -1,5 +1,5 @@
 //! Products on cuBLASLt. A product's descriptors and algorithm are made once for its shape and alignment, and kept by the
-//! stream that uses them; the workspace is the launch's. Imports `cuda::step`, `cuda::context`, `cuda::library`.
+//! stream that uses them; the workspace is the launch's.
 #![allow(unsafe_code)]
 
 use std::collections::HashMap;

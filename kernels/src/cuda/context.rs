@@ -1,5 +1,5 @@
 //! A GPU's primary context: opened once, current on whichever thread binds it, and the one place where the driver's codes
-//! become errors. Imports `error` and `cuda::library`.
+//! become errors.
 //!
 //! - CONTEXT-1: an error after which no call on the context can succeed is kept as `lost`. It fails all that is pending and
 //!   surfaces at the next call, whoever makes it.

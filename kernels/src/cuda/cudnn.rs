@@ -1,7 +1,6 @@
 //! cuDNN's fused attention, where it is there: one stream's handle, and plans by shape; the workspace is the launch's. Whatever
 //! cuDNN refuses is left to the kernels of `attention_*.cu`, which do the same to rounding: forward and backward need
-//! not be of one kind, for both leave and take the same `lse`. Imports `cuda::gpu`, `cuda::lane`, `cuda::step`, `op`; its
-//! parts are `cudnn/`.
+//! not be of one kind, for both leave and take the same `lse`.
 #![allow(unsafe_code)]
 
 use std::collections::HashMap;
@@ -13,7 +12,7 @@ use cudarc::cudnn::sys::{cudnnBackendKnobType_t as Knob, cudnnHandle_t};
 
 use super::context::{Context, Raw};
 use super::gpu::Gpu;
-use super::lane::Lane;
+use super::raw_stream::RawStream;
 use super::step::{Flash, Pass, Place};
 use crate::error::KernelError;
 use crate::op::Op;
@@ -249,7 +248,7 @@ impl Flashes {
         flash: &Flash,
         at: &dyn Fn(Place) -> Result<u64, KernelError>,
         workspace: u64,
-        lane: &Lane,
+        lane: &RawStream,
     ) -> Result<bool, KernelError> {
         let place = lane.place();
         self.prepare(flash, place);

@@ -1,6 +1,4 @@
-//! A device of a mesh on a GPU: its memory's tally, its engine, its streams. Several may share one GPU. Imports
-//! `cuda::gpu`, `cuda::stream`, `cuda::memory`, `memory`, `collective`.
-
+//! A device of a mesh on a GPU: its memory's tally, its engine, its streams. Several may share one GPU.
 use std::sync::Arc;
 
 use super::gpu::Gpu;

@@ -1,15 +1,15 @@
-//! How a collective gets onto a CUDA stream without the host waiting in it. Imports `collective`, `cuda::lane`, `memory`.
+//! How a collective gets onto a CUDA stream without the host waiting in it.
 
 use std::sync::Arc;
 
-use super::lane::Lane;
+use super::raw_stream::RawStream;
 use crate::collective::CollectiveCall;
 use crate::error::KernelError;
 use crate::memory::View;
 
 /// An engine's side of which CUDA streams know: [`crate::collective::Collective::on_device`] gives it.
 #[derive(Clone, Copy)]
-pub struct OnDevice<'a>(pub(crate) &'a dyn Enqueue);
+pub struct CudaCollective<'a>(pub(crate) &'a dyn Enqueue);
 
 /// What a call still needs before the stream can go on with what comes behind it.
 pub(crate) type Wait = Box<dyn FnOnce() -> Result<(), KernelError> + Send>;
@@ -35,6 +35,6 @@ pub(crate) trait Enqueue {
         reads: &[View<'_>],
         writes: &[View<'_>],
         workspace: Option<&View<'_>>,
-        lane: &Arc<Lane>,
+        lane: &Arc<RawStream>,
     ) -> Result<Enqueued, KernelError>;
 }

@@ -1,4 +1,4 @@
-//! CUDA events, taken from a pool and given back to it, so that none is made in the steady state. Imports `cuda::context`.
+//! CUDA events, taken from a pool and given back to it, so that none is made in the steady state.
 #![allow(unsafe_code)]
 
 use std::fmt::Display;

@@ -1,5 +1,5 @@
 //! A GPU that this process has opened: context, modules, products, the host's copies and the poller. Virtual devices of a
-//! mesh may share one. Imports the other files of `cuda` but `device`, `stream` and the engines.
+//! mesh may share one.
 
 use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -15,7 +15,7 @@ use super::memory::Transfer;
 use super::module::Modules;
 use super::poller::Poller;
 use super::progress::Words;
-use super::spin::Spins;
+use super::test_delay::TestDelays;
 use crate::error::KernelError;
 
 /// See the module. Everything is given back when the last user lets go.
@@ -29,7 +29,7 @@ pub struct Gpu {
     events: Arc<Events>,
     words: Arc<Words>,
     /// For tests.
-    spins: Option<Spins>,
+    spins: Option<TestDelays>,
     /// Least and greatest; the greatest is the lower number.
     priorities: (i32, i32),
     attention: Attention,
@@ -68,7 +68,7 @@ impl Gpu {
             transfer: Mutex::new(Transfer::new(&context)?),
             events,
             words: Words::new(&context)?,
-            spins: Spins::from_environment()?,
+            spins: TestDelays::from_environment()?,
             priorities: priorities(&context)?,
             attention,
             attentions: Attentions::default(),
@@ -141,7 +141,7 @@ impl Gpu {
         &self.words
     }
 
-    pub(crate) fn spins(&self) -> Option<&Spins> {
+    pub(crate) fn spins(&self) -> Option<&TestDelays> {
         self.spins.as_ref()
     }
 

@@ -1,6 +1,5 @@
 //! Puts submissions on a CUDA stream: launches as their lowered steps, collectives by the engine, signals and ends as events
 //! that the poller tells of. Whoever calls says whether it may block; what would block otherwise is handed back.
-//! Imports `cuda::lowered`, `cuda::boxes`, `cuda::lane`, `cuda::cudnn`, `cuda::poller`, `cuda::staged`, `bound`, `collective`.
 //!
 //! - ISSUE-1: memory that a step names lies on the stream's own GPU, in bounds: `bound` has checked the launch's buffers,
 //!   and here each is checked to be the GPU's. A submission keeps its arenas until its end is told.
@@ -12,20 +11,20 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use super::blas::{Addresses, Plans};
-use super::boxes::{self, Boxed, fetch_box};
 use super::cudnn::Flashes;
 use super::engine::{Enqueued, Wait};
-use super::lane::{Lane, PARAMETERS_MAX};
+use super::in_flight::InFlight;
+use super::issue_order::IssueTicket;
 use super::lower;
 use super::lowered::{Kind, Lowered, Pair, Parameter, Ready, address};
 use super::poller::{Then, Track};
+use super::raw_stream::{PARAMETERS_MAX, RawStream};
 use super::record::Records;
 use super::staged::{Staged, device_address};
 use super::step::{Epilogue, Operand, Place, Product};
-use super::ticket::Ticket;
-use super::turn::Turn;
+use super::strided_copy::{self, StridedRegion, fetch_region};
 use crate::bound::Bound;
-use crate::collective::{Collective, CollectiveCall, Outcome};
+use crate::collective::{AbortStatus, Collective, CollectiveCall};
 use crate::cpu::stream::{panic_message, trace_launch};
 use crate::error::KernelError;
 use crate::event::Event;
@@ -33,7 +32,7 @@ use crate::memory::{Base, View};
 use crate::metrics::StreamMetrics;
 use crate::op::{Buffer, Launch, Op, Program};
 use crate::region::check_inside;
-use crate::stream::{Notice, Submission};
+use crate::stream::{Notification, Submission};
 use crate::tensor::Region;
 
 /// Where bases are taken to lie while they are not known: an address, and as aligned as arenas are.
@@ -49,7 +48,7 @@ pub(crate) enum Command {
 
 /// A submission that is being issued.
 pub(crate) struct Run {
-    ticket: Arc<Ticket>,
+    ticket: Arc<InFlight>,
     lowered: Arc<Lowered>,
     bases: Vec<Base>,
     /// Launches that are on the stream.
@@ -59,8 +58,8 @@ pub(crate) struct Run {
     /// The collective that the next launch is, under way.
     wait: Option<Wait>,
     /// Until its last collective is on the stream.
-    turn: Option<Turn>,
-    outcomes: Arc<[Outcome]>,
+    turn: Option<IssueTicket>,
+    outcomes: Arc<[AbortStatus]>,
     /// Whether a kernel on the stream writes the stream's record.
     uses_record: bool,
     /// What follows from one fault is of no interest.
@@ -72,12 +71,12 @@ impl Command {
     pub(crate) fn run(
         submission: Submission,
         lowered: Arc<Lowered>,
-        outcomes: &Arc<[Outcome]>,
-        turn: Option<Turn>,
+        outcomes: &Arc<[AbortStatus]>,
+        turn: Option<IssueTicket>,
     ) -> Self {
         let Submission { program, bases, repeat, notify } = submission;
         let outcomes = if lowered.last_call.is_some() { outcomes.clone() } else { Arc::default() };
-        let ticket = Arc::new(Ticket::new(program, repeat, notify, outcomes.clone()));
+        let ticket = Arc::new(InFlight::new(program, repeat, notify, outcomes.clone()));
         Command::Run(Run {
             ticket,
             lowered,
@@ -95,7 +94,7 @@ impl Command {
 
 /// See the module.
 pub(crate) struct Issuer {
-    lane: Arc<Lane>,
+    lane: Arc<RawStream>,
     track: Arc<Track>,
     engine: Arc<dyn Collective>,
     records: Records,
@@ -108,7 +107,7 @@ pub(crate) struct Issuer {
 
 impl Issuer {
     pub(crate) fn new(
-        lane: &Arc<Lane>,
+        lane: &Arc<RawStream>,
         track: &Arc<Track>,
         engine: Arc<dyn Collective>,
         records: Records,
@@ -137,7 +136,7 @@ impl Issuer {
             if self.blocks(launch) {
                 self.staged.prepare(launch)?;
             } else if matches!(launch.op, Op::Collective(_)) {
-                boxes::prepare(lane.gpu())?;
+                strided_copy::prepare(lane.gpu())?;
             }
             let kind = catch_unwind(AssertUnwindSafe(|| {
                 let second = program.launches.get(index + 1);
@@ -335,7 +334,7 @@ impl Issuer {
         }
     }
 
-    fn fetch_record(&mut self, ticket: &Ticket) -> Result<(), KernelError> {
+    fn fetch_record(&mut self, ticket: &InFlight) -> Result<(), KernelError> {
         ticket.keep_record(self.records.fetch(self.lane.gpu(), self.lane.stream(), self.lane.place())?);
         Ok(())
     }
@@ -460,9 +459,9 @@ impl Issuer {
             ));
         }
         let (from, to) = (device_address(read)?, device_address(write)?);
-        let from = Boxed { address: from, shape: read.shape(), region: src };
-        let to = Boxed { address: to, shape: write.shape(), region: dst };
-        fetch_box(&self.lane, &source, from, to, read.dtype())
+        let from = StridedRegion { address: from, shape: read.shape(), region: src };
+        let to = StridedRegion { address: to, shape: write.shape(), region: dst };
+        fetch_region(&self.lane, &source, from, to, read.dtype())
     }
 
     fn step(&mut self, step: &Ready, bound: &Bound<'_>, index: usize) -> Result<(), KernelError> {
@@ -524,7 +523,7 @@ impl Issuer {
     fn look(&mut self, launch: &Launch, run: &mut Run) -> Result<(), KernelError> {
         let bound = Bound::resolve(launch, &run.bases, |_| 0)?;
         if let Some((write, elements)) = self.staged.faults(&launch.op, &bound)? {
-            run.ticket.tell(Notice::NotFinite { launch: run.done, write, elements });
+            run.ticket.tell(Notification::NotFinite { launch: run.done, write, elements });
             run.found = true;
         }
         Ok(())

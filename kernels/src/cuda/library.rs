@@ -1,6 +1,5 @@
 //! Which CUDA libraries this machine has, and what to do about those that are missing: each is looked for before its first
-//! use, since a call into a missing one would panic. Imports `error`, `cuda::context`, and the
-//! bindings of `cuda::nccl` and `cuda::cudnn`.
+//! use, since a call into a missing one would panic.
 #![allow(unsafe_code)]
 
 use std::fmt::{self, Display};

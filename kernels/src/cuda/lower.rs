@@ -1,5 +1,5 @@
 //! A launch as the steps that do it on a CUDA device: which kernels, with what geometry, or which product.
-//! Pure: nothing here touches a device. Imports `op`, `region`, `tensor`, `error`, `collective`, `cuda::step`; its parts are `lower/`.
+//! Pure: nothing here touches a device.
 //!
 //! What depends on memory is the backend's: that writes overlap nothing (MEM-2) but what [`in_place`] allows.
 

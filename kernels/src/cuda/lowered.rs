@@ -1,15 +1,14 @@
 //! Programs whose launches were turned to steps, once, with kernels found and parameters laid out: what is left at a
 //! submission is to put addresses in. Neighbours that one kernel does are found here, too.
-//! Imports `cuda::lower`, `cuda::step`, `cuda::module`, `cuda::cudnn`, `bound`, `memory`, `op`, `tensor`.
 
 use std::collections::HashMap;
 use std::sync::{Arc, OnceLock};
 
 use super::cudnn::Attention;
 use super::gpu::Gpu;
-use super::lane::{Geometry, PARAMETERS_MAX};
 use super::lower;
 use super::module::Function;
+use super::raw_stream::{Geometry, PARAMETERS_MAX};
 use super::step::{Arg, Flash, Operand, Place, Product, Step};
 use crate::bound::Bound;
 use crate::error::KernelError;

@@ -1,5 +1,5 @@
 //! Memory of a GPU, pinned memory of the host, and copies between them that the host waits for: by way of a pinned buffer,
-//! on a stream of their own. Imports `cuda::gpu`, `cuda::context`, `memory`'s tally.
+//! on a stream of their own.
 //!
 //! - PINNED-1: while a copy is under way nobody touches its part of a pinned buffer: [`Transfer`] waits for each piece
 //!   before it goes on, and streams wait for the event behind a copy before they use a buffer again.
@@ -13,7 +13,7 @@ use cudarc::driver::sys::{self, CUresult};
 
 use super::context::{Context, Raw};
 use super::gpu::Gpu;
-use crate::clock::{Clock, Clocks, host_access};
+use crate::clock::{RaceClock, ReleaseClocks, host_access};
 use crate::error::KernelError;
 use crate::memory::Tally;
 
@@ -29,9 +29,9 @@ pub(crate) struct DeviceMemory {
     bytes: usize,
     tally: Arc<Tally>,
     /// When it was zeroed.
-    made: Clock,
+    made: RaceClock,
     /// When submissions were done with it.
-    used: Clocks,
+    used: ReleaseClocks,
 }
 
 impl fmt::Debug for DeviceMemory {
@@ -74,8 +74,8 @@ impl DeviceMemory {
             address,
             bytes,
             tally: tally.clone(),
-            made: Clock::capture(),
-            used: Clocks::default(),
+            made: RaceClock::capture(),
+            used: ReleaseClocks::default(),
         })
     }
 
@@ -139,7 +139,7 @@ impl DeviceMemory {
             self.gpu.context().check(result, "cuMemcpyHtoDAsync", &self.gpu.place())?;
             transfer.wait(self.gpu.context())?;
         }
-        transfer.handed = Clock::capture();
+        transfer.handed = RaceClock::capture();
         Ok(())
     }
 
@@ -162,7 +162,7 @@ impl DeviceMemory {
             transfer.wait(self.gpu.context())?;
             take(transfer.pinned.first(piece))?;
         }
-        transfer.handed = Clock::capture();
+        transfer.handed = RaceClock::capture();
         Ok(())
     }
 }
@@ -187,7 +187,7 @@ pub(crate) struct Transfer {
     stream: Raw<sys::CUstream>,
     pinned: Pinned,
     /// When the last who used it was done.
-    handed: Clock,
+    handed: RaceClock,
 }
 
 impl Transfer {
@@ -198,7 +198,7 @@ impl Transfer {
             context: context.clone(),
             stream: new_stream(context, 0, &context.place())?,
             pinned,
-            handed: Clock::default(),
+            handed: RaceClock::default(),
         })
     }
 

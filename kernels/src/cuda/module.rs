@@ -1,6 +1,5 @@
 //! Kernels by name: a module is loaded when its first kernel is asked for, from a cubin beside the program where there is
-//! one of the GPU's architecture, else from the text, compiled at run time. Imports `cuda::source`, `cuda::context`,
-//! `cuda::library`.
+//! one of the GPU's architecture, else from the text, compiled at run time.
 #![allow(unsafe_code)]
 
 use std::collections::HashMap;

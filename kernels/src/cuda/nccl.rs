@@ -1,6 +1,5 @@
 //! Collectives between GPUs by NCCL: communicators that do not block, made within a deadline of a unique id that the caller
 //! has passed round; calls on the streams; errors looked for by the pollers; everything broken off when one fails.
-//! Imports `cuda::nccl::{api, comm}`, `cuda::boxes`, `cuda::lower`, `cuda::lane`, `cuda::engine`, `collective`.
 //!
 //! - NCCL-1: calls of one communicator are made by one thread at a time, in the order that the plan fixes for all members;
 //!   over all communicators of a device in the order of the submissions (TURN-1).
@@ -16,17 +15,17 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use super::boxes::{Boxed, OwnBox, copy_box, foreign_elements};
-use super::engine::{Enqueue, Enqueued, OnDevice};
+use super::engine::{CudaCollective, Enqueue, Enqueued};
 use super::gpu::Gpu;
-use super::lane::Lane;
+use super::issue_order::{IssueOrder, IssueTicket};
 use super::lower::collective::{are_rows, messages, regions};
 use super::poller::Watched;
+use super::raw_stream::RawStream;
 use super::staged::device_address;
-use super::turn::{Order, Turn};
-use crate::clock::Clock;
+use super::strided_copy::{OwnedRegion, StridedRegion, copy_region, foreign_elements};
+use crate::clock::RaceClock;
 use crate::collective::exchange::{check_call, check_members, taken};
-use crate::collective::{Collective, CollectiveCall, CollectiveKind, Group, Outcome, ReduceOp, Wait};
+use crate::collective::{AbortStatus, Collective, CollectiveCall, CollectiveKind, Group, MemberWait, ReduceOp};
 use crate::error::KernelError;
 use crate::memory::View;
 use crate::tensor::{DType, Region, element_count};
@@ -62,7 +61,7 @@ impl UniqueId {
 
 /// One member's place in one group.
 #[derive(Clone, Debug)]
-pub struct Seat {
+pub struct GroupMember {
     /// The group.
     pub group: Arc<Group>,
     /// Index of the member.
@@ -85,8 +84,8 @@ struct Inner {
     comms: HashMap<(u32, usize), Arc<Comm>>,
     received: Mutex<HashMap<usize, u64>>,
     /// By device.
-    orders: Mutex<HashMap<usize, Arc<Order>>>,
-    outcome: Outcome,
+    orders: Mutex<HashMap<usize, Arc<IssueOrder>>>,
+    outcome: AbortStatus,
     /// Breaks communicators off, where a poller has found the error.
     aborting: Mutex<Option<JoinHandle<()>>>,
 }
@@ -101,10 +100,10 @@ impl Nccl {
     /// # Errors
     /// [`KernelError::Unavailable`] without NCCL; [`KernelError::Cuda`] when members do not come within the time, and for
     /// what NCCL says.
-    pub fn join(seats: &[Seat], within: Duration) -> Result<Self, KernelError> {
+    pub fn join(seats: &[GroupMember], within: Duration) -> Result<Self, KernelError> {
         Api::get()?;
         let deadline = Instant::now() + within;
-        let mut groups: BTreeMap<u32, Vec<&Seat>> = BTreeMap::new();
+        let mut groups: BTreeMap<u32, Vec<&GroupMember>> = BTreeMap::new();
         for seat in seats.iter().filter(|seat| seat.group.ranks.len() > 1) {
             groups.entry(seat.group.id).or_default().push(seat);
         }
@@ -119,7 +118,7 @@ impl Nccl {
             comms,
             received: Mutex::default(),
             orders: Mutex::default(),
-            outcome: Outcome::default(),
+            outcome: AbortStatus::default(),
             aborting: Mutex::default(),
         });
         for (i, seat) in seats.iter().enumerate() {
@@ -137,7 +136,7 @@ impl Nccl {
     ///
     /// # Errors
     /// [`KernelError::Arguments`] for a seat that was not joined; [`KernelError::Cuda`].
-    pub fn pipe(&self, seat: &Seat) -> Result<Pipe, KernelError> {
+    pub fn pipe(&self, seat: &GroupMember) -> Result<Pipe, KernelError> {
         let comm = self.0.comms.get(&(seat.group.id, seat.member)).filter(|_| seat.group.ranks.len() == 2);
         let Some(comm) = comm.cloned() else {
             let got = format!("group {}, member {}", seat.group.id, seat.member);
@@ -145,7 +144,7 @@ impl Nccl {
         };
         let (rank, peer) = (seat.group.ranks[seat.member], 1 - seat.member);
         let name = format!("{}{}", ["to ", "from "][seat.member], seat.group.ranks[peer]);
-        let lane = Lane::new(&seat.gpu, rank, &name, true)?;
+        let lane = RawStream::new(&seat.gpu, rank, &name, true)?;
         Ok(Pipe::new(self.0.clone(), comm, peer, lane))
     }
 }
@@ -204,7 +203,7 @@ impl Watched for Inner {
         if aborting.is_some() {
             return;
         }
-        let (own, clock) = (self.clone(), Clock::capture());
+        let (own, clock) = (self.clone(), RaceClock::capture());
         let abort = move || {
             clock.join();
             own.failed(error);
@@ -239,13 +238,13 @@ struct Member<'a> {
     x_shape: &'a [usize],
     y_shape: &'a [usize],
     dtype: DType,
-    lane: &'a Lane,
+    lane: &'a RawStream,
     /// `None` in a group of one.
     comm: Option<&'a Comm>,
 }
 
 /// A copy that is due when the call before it is on the stream (NCCL-2): from, to.
-type Unpack = (OwnBox, OwnBox);
+type Unpack = (OwnedRegion, OwnedRegion);
 
 impl Member<'_> {
     /// Puts the call on the stream; returns what is to be put behind it.
@@ -306,27 +305,32 @@ impl Member<'_> {
         let slot = longest * self.dtype.bytes();
         let staging = self.workspace;
         for (i, part) in parts.iter().enumerate() {
-            let to = OwnBox::whole(staging + (i * slot) as u64, &part.size);
-            copy_box(self.lane, Boxed { address: self.x, shape: self.x_shape, region: part }, to.boxed(), self.dtype)?;
+            let to = OwnedRegion::whole(staging + (i * slot) as u64, &part.size);
+            copy_region(
+                self.lane,
+                StridedRegion { address: self.x, shape: self.x_shape, region: part },
+                to.boxed(),
+                self.dtype,
+            )?;
         }
         if element_count(self.y_shape) == longest {
             return self.simple(Kind::ReduceScatter(op), staging, self.y, longest).map(|()| Vec::new());
         }
         let out = staging + (parts.len() * slot) as u64;
         self.simple(Kind::ReduceScatter(op), staging, out, longest)?;
-        Ok(vec![(OwnBox::whole(out, self.y_shape), OwnBox::whole(self.y, self.y_shape))])
+        Ok(vec![(OwnedRegion::whole(out, self.y_shape), OwnedRegion::whole(self.y, self.y_shape))])
     }
 
     /// Boxes from everybody to everybody: each pair's in one message, packed where they do not lie in one piece.
     fn moves(&self, sources: &[Region], targets: &[Region]) -> Result<Vec<Unpack>, KernelError> {
         let (me, dtype) = (self.call.member, self.dtype);
         let (source, target) = (&sources[me], &targets[me]);
-        let in_x = |part: &Region| OwnBox { address: self.x, shape: source.size.clone(), region: part.clone() };
-        let in_y = |part: &Region| OwnBox { address: self.y, shape: target.size.clone(), region: part.clone() };
+        let in_x = |part: &Region| OwnedRegion { address: self.x, shape: source.size.clone(), region: part.clone() };
+        let in_y = |part: &Region| OwnedRegion { address: self.y, shape: target.size.clone(), region: part.clone() };
         for (_, boxes) in taken(me, sources, target).into_iter().filter(|(from, _)| *from == me) {
             for common in &boxes {
                 let [from, to] = [common.relative_to(source), common.relative_to(target)];
-                copy_box(self.lane, in_x(&from).boxed(), in_y(&to).boxed(), dtype)?;
+                copy_region(self.lane, in_x(&from).boxed(), in_y(&to).boxed(), dtype)?;
             }
         }
         let bytes = |elements: usize| (elements * dtype.bytes()) as u64;
@@ -341,9 +345,9 @@ impl Member<'_> {
             transfers.push(Transfer { sends, peer, address: next, elements });
             let mut place = next;
             for common in &message.boxes {
-                let piece = OwnBox::whole(place, &common.size);
+                let piece = OwnedRegion::whole(place, &common.size);
                 if sends {
-                    copy_box(self.lane, in_x(common).boxed(), piece.boxed(), dtype)?;
+                    copy_region(self.lane, in_x(common).boxed(), piece.boxed(), dtype)?;
                 } else {
                     unpacks.push((piece, in_y(common)));
                 }
@@ -363,7 +367,7 @@ impl Enqueue for Nccl {
         reads: &[View<'_>],
         writes: &[View<'_>],
         workspace: Option<&View<'_>>,
-        lane: &Arc<Lane>,
+        lane: &Arc<RawStream>,
     ) -> Result<Enqueued, KernelError> {
         check_members(call)?;
         if let Some(error) = self.0.outcome.aborted() {
@@ -398,7 +402,8 @@ impl Enqueue for Nccl {
         let unpacks = member.issue().map_err(|error| self.0.failed(error))?;
         self.0.count(call, &y_shape);
         let (lane, dtype) = (lane.clone(), any.dtype());
-        let behind = move || unpacks.iter().try_for_each(|(from, to)| copy_box(&lane, from.boxed(), to.boxed(), dtype));
+        let behind =
+            move || unpacks.iter().try_for_each(|(from, to)| copy_region(&lane, from.boxed(), to.boxed(), dtype));
         let Some(comm) = comm else { return behind().map(|()| Enqueued::Issued) };
         match self.0.settle(&comm, Some(ISSUE_SPIN)) {
             Some(settled) => settled.and_then(|()| behind()).map(|()| Enqueued::Issued),
@@ -422,27 +427,31 @@ impl Collective for Nccl {
 
     /// A stream that has come to a call and not left it waits for the members that have not come as far, and for those of
     /// other processes, of which nothing is known here.
-    fn waits(&self) -> Vec<Wait> {
+    fn waits(&self) -> Vec<MemberWait> {
         let mut waits = Vec::new();
         for ((id, member), comm) in &self.0.comms {
             let (Some(call), Some(group)) = (comm.waits_in(), self.0.groups.get(id)) else { continue };
             let is_late = |peer: &usize| self.0.comms.get(&(*id, *peer)).is_none_or(|peer| !peer.has_reached(call));
             let late = (0..group.ranks.len()).filter(|peer| peer != member).filter(is_late);
-            waits.extend(late.map(|peer| Wait { group: *id, rank: group.ranks[*member], peer: group.ranks[peer] }));
+            waits.extend(late.map(|peer| MemberWait {
+                group: *id,
+                rank: group.ranks[*member],
+                peer: group.ranks[peer],
+            }));
         }
         waits
     }
 
-    fn outcomes(&self) -> Vec<Outcome> {
+    fn outcomes(&self) -> Vec<AbortStatus> {
         vec![self.0.outcome.clone()]
     }
 
-    fn turn(&self, rank: usize) -> Option<Turn> {
+    fn turn(&self, rank: usize) -> Option<IssueTicket> {
         Some(lock(&self.0.orders).entry(rank).or_default().turn())
     }
 
-    fn on_device(&self, _: &CollectiveCall) -> Option<OnDevice<'_>> {
-        Some(OnDevice(self))
+    fn on_device(&self, _: &CollectiveCall) -> Option<CudaCollective<'_>> {
+        Some(CudaCollective(self))
     }
 
     fn bytes_received(&self, rank: usize) -> u64 {

@@ -1,5 +1,4 @@
-//! One thread for each GPU that asks, stream by stream and in order, what is done, and tells it. Imports `cuda::event`,
-//! `cuda::context`, `cuda::lane`, `cuda::progress`, `event`, `stream`.
+//! One thread for each GPU that asks, stream by stream and in order, what is done, and tells it.
 //!
 //! - POLL-1: what a stream tells comes in the order in which it was put on the stream, and only when it is done.
 //! - POLL-2: the thread is parked while nothing is pending, and no stream moves to or in a collective. Otherwise it spins a
@@ -18,10 +17,10 @@ use std::time::{Duration, Instant};
 
 use super::context::Context;
 use super::event::Recorded;
-use super::lane::Lane;
+use super::in_flight::InFlight;
 use super::memory::DeviceMemory;
 use super::progress::Calls;
-use super::ticket::Ticket;
+use super::raw_stream::RawStream;
 use crate::error::KernelError;
 use crate::event::Event;
 use crate::memory::{Arena, Base};
@@ -39,9 +38,9 @@ const WATCH_EVERY: Duration = Duration::from_millis(1);
 #[derive(Debug)]
 pub(crate) enum Then {
     /// The signal of this tag.
-    Signal(Arc<Ticket>, u32),
+    Signal(Arc<InFlight>, u32),
     /// The end of a submission. Its memory is let go before the end is told, so that whoever hears of it can count on that.
-    End(Arc<Ticket>, Vec<Base>, Result<(), KernelError>),
+    End(Arc<InFlight>, Vec<Base>, Result<(), KernelError>),
     /// To whoever waits for the event.
     Set(Event),
     /// The same, once memory that was in use is let go.
@@ -109,7 +108,7 @@ impl Poller {
     }
 
     /// A track for a new stream.
-    pub(crate) fn track(&self, lane: &Lane) -> Arc<Track> {
+    pub(crate) fn track(&self, lane: &RawStream) -> Arc<Track> {
         let (place, calls) = (lane.place().to_owned(), lane.calls().cloned());
         let track = Arc::new(Track { place, calls, pending: Mutex::default() });
         lock(&self.shared.tracks).push(track.clone());

@@ -1,5 +1,5 @@
 //! How far streams have come, as the GPU itself tells: a stream writes a number to a word of pinned memory, in its order, and the
-//! host reads the word whenever it wants to know. Imports `cuda::context`, `cuda::memory`, `metrics`.
+//! host reads the word whenever it wants to know.
 //!
 //! - PROGRESS-1: a stream writes a call's number when it comes to the call, and again when it goes on behind it. One call at a
 //!   time is put on a stream, so both words only grow (and wrap round).
@@ -15,7 +15,7 @@ use std::time::Instant;
 use super::context::Context;
 use super::memory::Pinned;
 use crate::error::KernelError;
-use crate::metrics::Told;
+use crate::metrics::CollectiveTimer;
 
 /// Words of a GPU: two of each stream.
 const WORDS: usize = 4096;
@@ -81,7 +81,7 @@ struct Open {
     number: u32,
     /// The stream was seen to have come to it.
     came: bool,
-    told: Option<Told>,
+    told: Option<CollectiveTimer>,
 }
 
 /// Whether a word that holds this has come to the number. Numbers wrap round.
@@ -95,7 +95,7 @@ impl Calls {
     }
 
     /// Counts a call, which is put on the stream next: where the stream is to write its number.
-    pub(super) fn begin(&self, told: Option<Told>) -> (u64, u32) {
+    pub(super) fn begin(&self, told: Option<CollectiveTimer>) -> (u64, u32) {
         let mut state = self.state();
         let number = state.begun.wrapping_add(1);
         state.begun = number;

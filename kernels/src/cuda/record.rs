@@ -1,5 +1,5 @@
 //! A stream's record of an index out of range ([`ErrorRecord`]), and the pinned memory that it is copied to behind each
-//! submission that may write it. Imports `cuda::memory`, `cuda::gpu`, `cuda::step`, `memory`.
+//! submission that may write it.
 #![allow(unsafe_code)]
 
 use std::sync::{Arc, Mutex, PoisonError};
@@ -10,7 +10,7 @@ use super::context::Raw;
 use super::gpu::Gpu;
 use super::memory::{DeviceMemory, Pinned};
 use super::step::ErrorRecord;
-use crate::clock::{Clocks, host_access};
+use crate::clock::{ReleaseClocks, host_access};
 use crate::error::KernelError;
 use crate::memory::{Arena, Tally};
 
@@ -31,7 +31,7 @@ struct Block {
     pinned: Pinned,
     free: Mutex<Vec<usize>>,
     /// When slots were given back.
-    given_back: Clocks,
+    given_back: ReleaseClocks,
 }
 
 impl Drop for Block {
@@ -42,7 +42,7 @@ impl Drop for Block {
 
 /// A place for one record; given back when dropped.
 #[derive(Debug)]
-pub(crate) struct Slot {
+pub(crate) struct RecordSlot {
     block: Arc<Block>,
     index: usize,
 }
@@ -69,23 +69,29 @@ impl Records {
         self.slot(gpu).map(drop)
     }
 
-    fn slot(&mut self, gpu: &Gpu) -> Result<Slot, KernelError> {
+    fn slot(&mut self, gpu: &Gpu) -> Result<RecordSlot, KernelError> {
         let take = |block: &Arc<Block>| {
             let index = block.free.lock().unwrap_or_else(PoisonError::into_inner).pop()?;
             block.given_back.join();
-            Some(Slot { block: block.clone(), index })
+            Some(RecordSlot { block: block.clone(), index })
         };
         if let Some(slot) = self.blocks.iter().find_map(take) {
             return Ok(slot);
         }
         let pinned = Pinned::new(gpu.context(), SLOTS * BYTES)?;
-        let block = Arc::new(Block { pinned, free: Mutex::new((1..SLOTS).collect()), given_back: Clocks::default() });
+        let block =
+            Arc::new(Block { pinned, free: Mutex::new((1..SLOTS).collect()), given_back: ReleaseClocks::default() });
         self.blocks.push(block.clone());
-        Ok(Slot { block, index: 0 })
+        Ok(RecordSlot { block, index: 0 })
     }
 
     /// Has the record copied, and cleared, in the stream's order. The context is bound.
-    pub(crate) fn fetch(&mut self, gpu: &Gpu, stream: Raw<sys::CUstream>, place: &str) -> Result<Slot, KernelError> {
+    pub(crate) fn fetch(
+        &mut self,
+        gpu: &Gpu,
+        stream: Raw<sys::CUstream>,
+        place: &str,
+    ) -> Result<RecordSlot, KernelError> {
         let slot = self.slot(gpu)?;
         let to = slot.block.pinned.start().wrapping_add(slot.index * BYTES);
         // SAFETY: both are live and hold a record; nobody reads the slot before the event behind this copy is done.
@@ -98,7 +104,7 @@ impl Records {
     }
 }
 
-impl Slot {
+impl RecordSlot {
     /// What was copied; the event behind the copy is done.
     pub(crate) fn read(&self) -> Option<ErrorRecord> {
         let mut words = [0; ErrorRecord::WORDS];
@@ -111,7 +117,7 @@ impl Slot {
     }
 }
 
-impl Drop for Slot {
+impl Drop for RecordSlot {
     fn drop(&mut self) {
         self.block.given_back.add();
         self.block.free.lock().unwrap_or_else(PoisonError::into_inner).push(self.index);

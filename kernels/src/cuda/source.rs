@@ -1,4 +1,4 @@
-//! The text of the CUDA modules, for whoever compiles them. Imports nothing.
+//! The text of the CUDA modules, for whoever compiles them.
 
 /// A module: one cubin, some kernels.
 #[derive(Clone, Copy, Debug)]

@@ -1,13 +1,13 @@
 //! Work of the host on a CUDA stream, in its order: buffers are copied to pinned memory, worked on there, and copied back.
 //! For custom kernels, for engines that know no GPU, and for the look at what a launch has written. Blocks, so only a
-//! stream's own thread calls it. Imports `cuda::lane`, `cuda::memory`, `cuda::poller`, `bound`, `cpu::launch`.
+//! stream's own thread calls it.
 #![allow(unsafe_code)]
 
 use std::sync::Arc;
 
-use super::lane::Lane;
 use super::memory::Pinned;
 use super::poller::{Then, Track};
+use super::raw_stream::RawStream;
 use crate::bound::Bound;
 use crate::clock::host_access;
 use crate::cpu::launch::faults;
@@ -20,14 +20,14 @@ use crate::tensor::{DType, element_count};
 /// One stream's staging memory.
 #[derive(Debug)]
 pub(crate) struct Staged {
-    lane: Arc<Lane>,
+    lane: Arc<RawStream>,
     track: Arc<Track>,
     /// Grows to what the largest launch needs.
     arena: Option<Arena>,
 }
 
 impl Staged {
-    pub(crate) fn new(lane: &Arc<Lane>, track: &Arc<Track>) -> Self {
+    pub(crate) fn new(lane: &Arc<RawStream>, track: &Arc<Track>) -> Self {
         Self { lane: lane.clone(), track: track.clone(), arena: None }
     }
 

@@ -1,5 +1,5 @@
 //! What a launch is on a CUDA device: kernels with their geometry and arguments, products for cuBLASLt, copies and fills.
-//! Plain data that `lower` makes and the backend's stream issues in order. Imports `error` only; no FFI.
+//! Plain data that `lower` makes and the backend's stream issues in order.
 
 use crate::error::KernelError;
 

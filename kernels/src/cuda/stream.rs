@@ -1,5 +1,5 @@
 //! A CUDA stream: submissions are issued by whoever submits them, until one has to wait for the host; then the stream's own
-//! thread goes on, and later submissions queue behind it. Imports `cuda::issue`, `cuda::lane`, `cuda::poller`, `stream`.
+//! thread goes on, and later submissions queue behind it.
 //!
 //! - STREAM-1: one thread at a time issues (`busy`), in the order of the queue.
 //! - STREAM-2: the stream's own thread exists only once something had to wait for the host.
@@ -13,12 +13,12 @@ use std::time::{Duration, Instant};
 
 use super::gpu::Gpu;
 use super::issue::{Command, Issuer};
-use super::lane::Lane;
 use super::lowered::Cache;
 use super::poller::Track;
+use super::raw_stream::RawStream;
 use super::record::Records;
-use crate::clock::Clock;
-use crate::collective::{Collective, Outcome};
+use crate::clock::RaceClock;
+use crate::collective::{AbortStatus, Collective};
 use crate::error::KernelError;
 use crate::event::Event;
 use crate::memory::Tally;
@@ -40,7 +40,7 @@ pub struct CudaStream {
 struct Inner {
     name: String,
     rank: usize,
-    lane: Arc<Lane>,
+    lane: Arc<RawStream>,
     track: Arc<Track>,
     queue: Mutex<Queue>,
     changed: Condvar,
@@ -48,7 +48,7 @@ struct Inner {
     cache: Mutex<Cache>,
     engine: Arc<dyn Collective>,
     /// Of its engine.
-    outcomes: Arc<[Outcome]>,
+    outcomes: Arc<[AbortStatus]>,
     issuer: Mutex<Issuer>,
     collective_time: CollectiveTime,
     /// Nobody has waited for its end.
@@ -58,14 +58,14 @@ struct Inner {
 /// Bounded by the register protocol's credits, as every stream's queue is.
 #[derive(Default)]
 struct Queue {
-    commands: VecDeque<(Clock, Command)>,
+    commands: VecDeque<(RaceClock, Command)>,
     /// Somebody issues.
     busy: bool,
     /// It is the stream's own thread's turn.
     handed_over: bool,
     /// Nothing more is submitted.
     closed: bool,
-    thread: Option<JoinHandle<Clock>>,
+    thread: Option<JoinHandle<RaceClock>>,
 }
 
 impl fmt::Debug for CudaStream {
@@ -88,7 +88,7 @@ impl CudaStream {
         engine: Arc<dyn Collective>,
         tally: &Arc<Tally>,
     ) -> Result<Self, KernelError> {
-        let lane = Arc::new(Lane::new(gpu, rank, name, urgent)?);
+        let lane = Arc::new(RawStream::new(gpu, rank, name, urgent)?);
         let track = gpu.poller().track(&lane);
         let outcomes = engine.outcomes().into();
         let metrics = StreamMetrics::new(name);
@@ -166,7 +166,7 @@ impl Inner {
         self.lane.gpu().context().bind()?;
         let mut queue = lock(&self.queue);
         if queue.busy {
-            queue.commands.push_back((Clock::capture(), command));
+            queue.commands.push_back((RaceClock::capture(), command));
             return Ok(());
         }
         queue.busy = true;
@@ -181,7 +181,7 @@ impl Inner {
             // What came from other threads meanwhile is done in order, behind what is left.
             left => {
                 if let Some(left) = left {
-                    queue.commands.push_front((Clock::capture(), left));
+                    queue.commands.push_front((RaceClock::capture(), left));
                 }
                 self.hand_over(queue)
             }
@@ -195,7 +195,7 @@ impl Inner {
             let own = self.clone();
             let serve = move || {
                 own.serve();
-                Clock::capture()
+                RaceClock::capture()
             };
             let thread = thread::Builder::new().name(self.name.clone()).spawn(serve);
             queue.thread = Some(thread.map_err(|_| KernelError::Closed { device: self.rank })?);
@@ -289,7 +289,7 @@ impl Drop for CudaStream {
         }
         if let Some(thread) = thread {
             // It catches every panic of others' code.
-            thread.join().into_iter().for_each(Clock::join);
+            thread.join().into_iter().for_each(RaceClock::join);
         }
     }
 }

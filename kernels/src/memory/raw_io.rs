@@ -1,5 +1,5 @@
 //! Bytes of an arena to and from a socket or a file, without a copy between (on a GPU by way of pinned
-//! memory). Imports `memory`.
+//! memory).
 #![allow(unsafe_code)]
 
 use std::io::{self, Read, Write};

@@ -1,4 +1,4 @@
-//! Memory that processes of one node share: a sealed memfd and a mapping of it. Imports `error` only.
+//! Memory that processes of one node share: a sealed memfd and a mapping of it.
 //!
 //! - SHARED-1: a mapping's size never exceeds the file's, and the file's size is sealed, so that no access faults,
 //!   whatever a peer does. A peer that writes what it should not can give wrong numbers, but no fault.

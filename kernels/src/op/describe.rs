@@ -1,5 +1,5 @@
 //! What a planner asks of an op: its name, how many buffers it takes, which of them accumulates, how much scratch
-//! memory it needs, which types it takes. Imports `op`, `collective` and `tensor` only.
+//! memory it needs, which types it takes.
 
 use crate::collective::{CollectiveCall, CollectiveKind};
 use crate::op::Op;

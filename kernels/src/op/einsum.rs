@@ -1,4 +1,4 @@
-//! Einsum subscripts as one matrix product. Imports `op` and `error` only.
+//! Einsum subscripts as one matrix product.
 
 use std::fmt;
 

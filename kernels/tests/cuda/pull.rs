@@ -1,12 +1,12 @@
-//! A case of the test `cuda`: boxes that one GPU fetches from another. Imports the test's helpers and the kernels.
+//! A case of the test `cuda`: boxes that one GPU fetches from another.
 
 use std::sync::Arc;
 
 use shardflow_kernels::collective::Collective;
-use shardflow_kernels::cuda::local::Local;
+use shardflow_kernels::cuda::shared_gpu::SharedGpu;
 use shardflow_kernels::device::Device;
 use shardflow_kernels::op::{Buffer, Launch, Op, Program};
-use shardflow_kernels::stream::Notice;
+use shardflow_kernels::stream::Notification;
 use shardflow_kernels::tensor::{DType, HostTensor, Region, element_count};
 
 use super::{floats, gpus, submit_on};
@@ -14,7 +14,7 @@ use super::{floats, gpus, submit_on};
 /// Fetches boxes of another GPU's memory.
 pub fn run() {
     let gpus = gpus();
-    let engine: Arc<dyn Collective> = Arc::new(Local::new());
+    let engine: Arc<dyn Collective> = Arc::new(SharedGpu::new());
     let [device, other] = [0, 1].map(|rank| Device::cuda(rank, gpus[rank].clone(), engine.clone()));
     let (stream, arena) = (device.stream("pull", 1).expect("a stream"), device.arena(4096).expect("memory"));
     let source = other.arena(4096).expect("memory");
@@ -35,7 +35,7 @@ pub fn run() {
         let (reads, writes) = (vec![floats(0, &from)], vec![write]);
         let launches = vec![Launch { op, reads, writes, accumulate: false, workspace: None }];
         let program = Arc::new(Program { name: "pull".to_owned(), launches, signals: vec![] });
-        assert_eq!(submit_on(&stream, &program, &[&source, &arena]).expect("a live stream"), [Notice::Done]);
+        assert_eq!(submit_on(&stream, &program, &[&source, &arena]).expect("a live stream"), [Notification::Done]);
         assert_eq!(arena.read_host(0, &to, DType::F32).expect("inside"), HostTensor::f32(&to, expected));
     }
 }

@@ -1,14 +1,14 @@
-//! Cases of the test `cuda`: who waits for whom, and for how long. Imports the test's helpers and the kernels.
+//! Cases of the test `cuda`: who waits for whom, and for how long.
 
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use shardflow_kernels::clock::Clock;
-use shardflow_kernels::collective::{Collective, CollectiveCall, CollectiveKind, Group, ReduceOp, Wait};
+use shardflow_kernels::clock::RaceClock;
+use shardflow_kernels::collective::{Collective, CollectiveCall, CollectiveKind, Group, MemberWait, ReduceOp};
 use shardflow_kernels::cuda::gpu::Gpu;
-use shardflow_kernels::cuda::local::Local;
-use shardflow_kernels::cuda::nccl::{Nccl, Pipe, Seat, UniqueId};
+use shardflow_kernels::cuda::nccl::{GroupMember, Nccl, Pipe, UniqueId};
+use shardflow_kernels::cuda::shared_gpu::SharedGpu;
 use shardflow_kernels::device::Device;
 use shardflow_kernels::memory::Base;
 use shardflow_kernels::op::{Launch, Op, Program};
@@ -17,16 +17,16 @@ use shardflow_kernels::tensor::{DType, HostTensor};
 
 use super::{WITHIN, floats, gpus};
 
-fn seats(gpus: &[Arc<Gpu>; 2]) -> [Seat; 2] {
+fn seats(gpus: &[Arc<Gpu>; 2]) -> [GroupMember; 2] {
     let (group, id) = (Arc::new(Group { id: 7, ranks: vec![0, 1] }), UniqueId::new().expect("an id"));
-    [0, 1].map(|member: usize| Seat { group: group.clone(), member, gpu: gpus[member].clone(), id })
+    [0, 1].map(|member: usize| GroupMember { group: group.clone(), member, gpu: gpus[member].clone(), id })
 }
 
 /// How long a stream has been in collectives is known while it is in one, and stays when it has gone on.
 pub fn time() {
     let gpus: [_; 2] = gpus().try_into().expect("two devices");
     let nccl = Nccl::join(&seats(&gpus), WITHIN).expect("both members are here");
-    for engine in [Arc::new(nccl) as Arc<dyn Collective>, Arc::new(Local::new())] {
+    for engine in [Arc::new(nccl) as Arc<dyn Collective>, Arc::new(SharedGpu::new())] {
         let devices = [0, 1].map(|rank: usize| Device::cuda(rank, gpus[rank].clone(), engine.clone()));
         let streams = devices.each_ref().map(|device| device.stream("reduce", 1).expect("a stream"));
         let arenas = devices.each_ref().map(|device| device.arena(256).expect("memory"));
@@ -108,11 +108,11 @@ pub fn pipe() {
     let seats = seats(&gpus);
     let engine = Arc::new(Nccl::join(&seats, WITHIN).expect("both members are here"));
     let pipes = [0, 1].map(|member: usize| engine.pipe(&seats[member]).expect("a pipe"));
-    let clock = Clock::capture();
+    let clock = RaceClock::capture();
     let connect = |pipe: &Pipe| {
         clock.join();
         pipe.connect(WITHIN).expect("the other end comes");
-        Clock::capture()
+        RaceClock::capture()
     };
     let ends = std::thread::scope(|scope| {
         let ends = pipes.each_ref().map(|pipe| scope.spawn(|| connect(pipe)));
@@ -122,7 +122,7 @@ pub fn pipe() {
     let device = |rank: usize| Device::cuda(rank, gpus[rank].clone(), engine.clone());
     let arenas = [0, 1].map(|rank| device(rank).arena(64).expect("memory"));
     arenas[0].write_host(0, &HostTensor::f32(&[16], vec![1.5; 16])).expect("inside");
-    let comes_to = |expected: &[Wait]| {
+    let comes_to = |expected: &[MemberWait]| {
         let deadline = Instant::now() + WITHIN;
         while engine.waits() != expected {
             assert!(Instant::now() < deadline, "{:?}, not {expected:?}", engine.waits());
@@ -132,7 +132,7 @@ pub fn pipe() {
     comes_to(&[]);
     pipes[0].send(&arenas[0], [(0, 64)].into_iter()).expect("a send");
     let sent = pipes[0].settle(&arenas[0]).expect("the stream has it");
-    comes_to(&[Wait { group: 7, rank: 0, peer: 1 }]);
+    comes_to(&[MemberWait { group: 7, rank: 0, peer: 1 }]);
     pipes[1].receive(&arenas[1], [(0, 64)].into_iter()).expect("what was sent");
     pipes[0].wait(&sent).expect("the end");
     comes_to(&[]);

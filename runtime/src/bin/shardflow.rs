@@ -21,9 +21,9 @@ use shardflow::flags;
 use shardflow::launcher::{self, LaunchOptions, become_program, guard, launch};
 use shardflow::machine::temporary_folder;
 use shardflow::requests::Requests;
-use shardflow::session::shown::{PLAN_DOT, PLAN_HTML, PLAN_TEXT};
-use shardflow::trace::join::Joined;
-use shardflow::trace::summary::Summary;
+use shardflow::session::plan_files::{PLAN_DOT, PLAN_HTML, PLAN_TEXT};
+use shardflow::trace::join::JoinedTrace;
+use shardflow::trace::summary::TraceSummary;
 #[cfg(feature = "watch")]
 use shardflow::watch::client;
 
@@ -305,7 +305,7 @@ fn run_trace(files: &[PathBuf], join: Option<&Path>) -> Exit {
             Err(error) => return fail(Exit::Usage, format!("cannot read {}: {error}", file.display())),
         }
     }
-    let joined = match Joined::of(&texts) {
+    let joined = match JoinedTrace::of(&texts) {
         Ok(joined) => joined,
         Err(error) => return fail(Exit::BadData, error),
     };
@@ -315,7 +315,7 @@ fn run_trace(files: &[PathBuf], join: Option<&Path>) -> Exit {
             return fail(Exit::Usage, format!("cannot write {}: {error}", path.display()));
         }
     }
-    match Summary::of(joined) {
+    match TraceSummary::of(joined) {
         // Names are the file's, and may be anything.
         Ok(summary) => {
             let plain = summary.to_string().replace(|c: char| c.is_control() && c != '\n', "?");

@@ -1,5 +1,5 @@
 //! The reference for what a boxing plan means: runs the [`LocalStep`]s of all devices one after another in host memory and
-//! counts every byte that crosses devices. Tests hold the engines against it. Imports `boxing` and `sbp::region`.
+//! counts every byte that crosses devices. Tests hold the engines against it.
 
 use std::collections::BTreeMap;
 

@@ -1,5 +1,4 @@
 //! One step of a change of layout: what it is, what each device does, and how many bytes each takes in.
-//! Imports `placement`, `sbp` and `shardflow_kernels`.
 
 use std::fmt;
 
@@ -7,7 +6,7 @@ use shardflow_kernels::collective::{CollectiveKind, ReduceOp};
 use shardflow_kernels::tensor::{DType, Region, split_range};
 
 use crate::placement::Placement;
-use crate::sbp::{Layout, NdSbp, Sbp, local_region};
+use crate::sbp::{NdSbp, PlacedLayout, Sbp, local_region};
 
 /// What a step does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -59,9 +58,9 @@ pub struct BoxingStep {
     /// Shape of the whole tensor.
     pub shape: Vec<usize>,
     /// Layout before.
-    pub from: Layout,
+    pub from: PlacedLayout,
     /// Layout after.
-    pub to: Layout,
+    pub to: PlacedLayout,
     /// Axes along which the groups lie; empty for a transfer.
     pub axes: Vec<usize>,
     /// Bytes that each device of `to.placement` takes in from others, by index.
@@ -253,7 +252,7 @@ impl BoxingStep {
         let mut others = self.from.sbp.clone();
         self.axes.iter().for_each(|&a| others.0[a] = Sbp::Broadcast);
         let outer = local_region(&self.shape, &others, placement, index);
-        let parts = |layout: &Layout| -> Vec<Region> {
+        let parts = |layout: &PlacedLayout| -> Vec<Region> {
             let part = |&i: &usize| layout.region(&self.shape, i).relative_to(&outer);
             group.iter().map(part).collect()
         };

@@ -1,5 +1,4 @@
 //! Boxing costs between all layouts of one tensor on one placement: what [`super::plan`] would say, for many pairs at once.
-//! Imports `boxing` and `sbp`.
 
 use std::collections::HashMap;
 
@@ -8,7 +7,7 @@ use shardflow_kernels::tensor::DType;
 
 use super::{CostModel, Space};
 use crate::placement::Placement;
-use crate::sbp::{Layout, NdSbp, Sbp};
+use crate::sbp::{NdSbp, PlacedLayout, Sbp};
 
 /// Costs of one tensor's changes of layout within a placement.
 #[derive(Debug)]
@@ -24,7 +23,7 @@ impl CostTable {
     /// The table for a tensor of this shape.
     pub fn new(shape: &[usize], dtype: DType, placement: &Placement, model: &CostModel) -> Self {
         let sbp = NdSbp::broadcast(placement.axes().len());
-        let any = Layout { placement: placement.clone(), sbp };
+        let any = PlacedLayout { placement: placement.clone(), sbp };
         let layouts = if dtype == DType::I32 { unreduced_layouts } else { all_layouts };
         let space = Space::new(shape, dtype, &any, &any, model, layouts);
         let count = space.states.len();

@@ -24,12 +24,12 @@ fn grid(first: usize, rows: usize, columns: usize) -> Placement {
     Placement::of((first..first + rows * columns).collect(), &[("a", rows), ("b", columns)]).unwrap()
 }
 
-fn layout(placement: &Placement, text: &str) -> Layout {
-    Layout { placement: placement.clone(), sbp: NdSbp::parse(text).unwrap() }
+fn layout(placement: &Placement, text: &str) -> PlacedLayout {
+    PlacedLayout { placement: placement.clone(), sbp: NdSbp::parse(text).unwrap() }
 }
 
 /// All layouts of a matrix on this placement.
-fn layouts(placement: &Placement) -> Vec<Layout> {
+fn layouts(placement: &Placement) -> Vec<PlacedLayout> {
     let mut texts = vec![String::new()];
     for _ in placement.axes() {
         texts = texts
@@ -46,7 +46,7 @@ fn matrix(shape: &[usize]) -> HostTensor {
 }
 
 /// Runs a pair and holds it against the whole tensor.
-fn check_exact(shape: &[usize], from: &Layout, to: &Layout) {
+fn check_exact(shape: &[usize], from: &PlacedLayout, to: &PlacedLayout) {
     let plan = plan(shape, DType::F32, from, to, &CostModel::default()).unwrap();
     let whole = matrix(shape);
     let shards = scatter_random_terms(&whole, &from.sbp, &from.placement, 5).unwrap();
@@ -126,7 +126,7 @@ fn pure_moves_keep_every_bit() {
     let place = grid(0, 2, 2);
     let odd = [f32::from_bits(0x7fc0_1234), -0.0, f32::INFINITY, f32::MIN_POSITIVE / 2.0, f32::NEG_INFINITY, 1.0];
     let whole = HostTensor::f32(&[3, 2], odd.to_vec());
-    let moves: Vec<Layout> = layouts(&place).into_iter().filter(|l| l.sbp.partial().is_none()).collect();
+    let moves: Vec<PlacedLayout> = layouts(&place).into_iter().filter(|l| l.sbp.partial().is_none()).collect();
     for (from, to) in moves.iter().flat_map(|a| moves.iter().map(move |b| (a, b))) {
         let plan = plan(&[3, 2], DType::F32, from, to, &CostModel::default()).unwrap();
         let done = interpret(&plan, &crate::sbp::scatter(&whole, &from.sbp, &place).unwrap());
@@ -156,7 +156,7 @@ fn exhaustive(space: &Space<'_>, path: &mut Vec<usize>, steps: usize, cost: f64,
 }
 
 /// `all_layouts` has also those that `layouts_between` leaves out.
-fn check_least(shape: &[usize], from: &Layout, to: &Layout, model: &CostModel, steps: usize) {
+fn check_least(shape: &[usize], from: &PlacedLayout, to: &PlacedLayout, model: &CostModel, steps: usize) {
     let planned = plan(shape, DType::F32, from, to, model).unwrap();
     let space = Space::new(shape, DType::F32, from, to, model, all_layouts);
     // An own bound only so that the search ends: twice what the planner found, not what it found.
@@ -167,14 +167,14 @@ fn check_least(shape: &[usize], from: &Layout, to: &Layout, model: &CostModel, s
 
 /// Bandwidth counts for more here than latency, so that longer paths win.
 const BANDWIDTH_BOUND: CostModel = CostModel {
-    within: Link { alpha_seconds: 1.0, seconds_per_byte: 1.0 },
-    across: Link { alpha_seconds: 2.0, seconds_per_byte: 3.0 },
+    within: LinkCost { alpha_seconds: 1.0, seconds_per_byte: 1.0 },
+    across: LinkCost { alpha_seconds: 2.0, seconds_per_byte: 3.0 },
 };
 
 /// Latencies are high, but not so high that one step is always best.
 const LATENCY_MATTERS: CostModel = CostModel {
-    within: Link { alpha_seconds: 140.0, seconds_per_byte: 1.0 },
-    across: Link { alpha_seconds: 20.0, seconds_per_byte: 3.0 },
+    within: LinkCost { alpha_seconds: 140.0, seconds_per_byte: 1.0 },
+    across: LinkCost { alpha_seconds: 20.0, seconds_per_byte: 3.0 },
 };
 
 #[test]
@@ -210,7 +210,7 @@ fn the_table_says_what_the_planner_says() {
     }
 }
 
-fn check(shape: &[usize], from: &Layout, to: &Layout, expected: Expect) {
+fn check(shape: &[usize], from: &PlacedLayout, to: &PlacedLayout, expected: Expect) {
     let plan = plan(shape, DType::F32, from, to, &CostModel::default()).unwrap();
     assert_eq!(plan, super::plan(shape, DType::F32, from, to, &CostModel::default()).unwrap());
     expected.assert_eq(&plan.to_string());
@@ -279,7 +279,7 @@ fn placements() -> impl Strategy<Value = Placement> {
 }
 
 /// A layout on this placement, drawn from numbers; `Partial` everywhere under one reduction.
-fn drawn(placement: &Placement, rank: usize, draws: &[usize], max: bool) -> Layout {
+fn drawn(placement: &Placement, rank: usize, draws: &[usize], max: bool) -> PlacedLayout {
     let op = if max { ReduceOp::Max } else { ReduceOp::Sum };
     let entry = |&draw: &usize| match draw % (rank + 2) {
         0 => Sbp::Broadcast,
@@ -287,7 +287,7 @@ fn drawn(placement: &Placement, rank: usize, draws: &[usize], max: bool) -> Layo
         dim => Sbp::Split(dim - 2),
     };
     let sbp = NdSbp(draws[..placement.axes().len()].iter().map(entry).collect());
-    Layout { placement: placement.clone(), sbp }
+    PlacedLayout { placement: placement.clone(), sbp }
 }
 
 proptest! {

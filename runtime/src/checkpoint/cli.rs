@@ -1,4 +1,4 @@
-//! The commands on checkpoints: `ls`, `verify`, `reshard` and `export`. Imports `checkpoint::*`.
+//! The commands on checkpoints: `ls`, `verify`, `reshard` and `export`.
 
 use std::fmt::Write;
 use std::path::PathBuf;
@@ -8,7 +8,7 @@ use clap::Subcommand;
 use super::convert::{export, reshard};
 use super::error::CheckpointError;
 use super::manifest::Manifest;
-use super::read::Reader;
+use super::read::CheckpointReader;
 use super::store::Store;
 use crate::text::counted;
 
@@ -123,7 +123,7 @@ pub fn run(command: &CheckpointCommand) -> Result<String, CheckpointCliError> {
 }
 
 /// The checkpoint of this step, or the newest complete one with a line for each that was passed over.
-fn pick(store: &Store, step: Option<u64>) -> Result<(Reader, String), CheckpointError> {
+fn pick(store: &Store, step: Option<u64>) -> Result<(CheckpointReader, String), CheckpointError> {
     if let Some(step) = step {
         return Ok((store.read(step)?, String::new()));
     }

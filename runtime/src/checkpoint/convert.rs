@@ -1,5 +1,4 @@
 //! Checkpoints into other forms: one safetensors file, or another number of shards. One piece at a time is in memory.
-//! Imports `checkpoint::*` and the session's way to write a file.
 
 use std::borrow::Cow;
 use std::io::Write;
@@ -7,10 +6,10 @@ use std::path::Path;
 
 use shardflow_kernels::tensor::{Region, split_range};
 
-use super::agree::{SaveId, Saved};
+use super::agreement::{SaveId, SaveOutcome};
 use super::error::CheckpointError;
-use super::manifest::{Manifest, Piece, SHARDS_MAX, Tensor};
-use super::read::Reader;
+use super::manifest::{Manifest, Piece, SHARDS_MAX, StoredTensor};
+use super::read::CheckpointReader;
 use super::save::{SHARD, commit_manifest, part_file};
 use super::shard::{self, Entry, entry_name, header, metadata};
 use super::store::Store;
@@ -22,11 +21,11 @@ use crate::session::checkpoint::write_whole;
 ///
 /// # Errors
 /// [`CheckpointError`]: of the checkpoint, or [`CheckpointError::Io`] of the file.
-pub fn export(reader: &Reader, path: &Path) -> Result<(), CheckpointError> {
-    let mut tensors: Vec<&Tensor> = reader.manifest().tensors.iter().collect();
+pub fn export(reader: &CheckpointReader, path: &Path) -> Result<(), CheckpointError> {
+    let mut tensors: Vec<&StoredTensor> = reader.manifest().tensors.iter().collect();
     tensors.sort_by(|a, b| a.info.name.cmp(&b.info.name));
     let entry =
-        |t: &&Tensor| Entry { name: t.info.name.clone(), dtype: t.info.dtype, shape: t.info.saved_shape.clone() };
+        |t: &&StoredTensor| Entry { name: t.info.name.clone(), dtype: t.info.dtype, shape: t.info.saved_shape.clone() };
     let manifest = reader.manifest();
     let metadata = metadata(manifest.step, manifest.updates(), manifest.seed, &manifest.declared);
     let header = header(&tensors.iter().map(entry).collect::<Vec<_>>(), &metadata)?;
@@ -46,7 +45,7 @@ pub fn export(reader: &Reader, path: &Path) -> Result<(), CheckpointError> {
 ///
 /// # Errors
 /// [`CheckpointError`]; [`CheckpointError::Exists`] when the target has the step already.
-pub fn reshard(reader: &Reader, target: &Store, shards: u32) -> Result<(), CheckpointError> {
+pub fn reshard(reader: &CheckpointReader, target: &Store, shards: u32) -> Result<(), CheckpointError> {
     if shards == 0 || shards as usize > SHARDS_MAX {
         return Err(CheckpointError::Refused(format!("{shards} shards; there can be 1 to {SHARDS_MAX}")));
     }
@@ -62,27 +61,27 @@ pub fn reshard(reader: &Reader, target: &Store, shards: u32) -> Result<(), Check
         let mut info = tensor.info.clone();
         info.layout = if info.shape.is_empty() { "(B)" } else { "(S0)" }.into();
         (info.axes, info.devices) = (mesh.clone(), (0..shards as usize).collect());
-        manifest.tensors.push(Tensor { info, pieces: Vec::new() });
+        manifest.tensors.push(StoredTensor { info, pieces: Vec::new() });
     }
     for index in 0..shards {
         write_part(reader, target, &mut manifest, index, shards)?;
     }
     match commit_manifest(target, &manifest)? {
-        Saved::Committed => Ok(()),
-        Saved::AlreadyThere => Err(exists()),
+        SaveOutcome::Committed => Ok(()),
+        SaveOutcome::AlreadyThere => Err(exists()),
     }
 }
 
 /// Writes one shard of a resharded checkpoint, and puts it into the manifest.
 fn write_part(
-    reader: &Reader,
+    reader: &CheckpointReader,
     target: &Store,
     manifest: &mut Manifest,
     index: u32,
     shards: u32,
 ) -> Result<(), CheckpointError> {
     let mut parts: Vec<(usize, Region)> = Vec::new();
-    for (tensor, Tensor { info, .. }) in manifest.tensors.iter().enumerate() {
+    for (tensor, StoredTensor { info, .. }) in manifest.tensors.iter().enumerate() {
         let mut region = Region::whole(&info.shape);
         match region.size.first().copied() {
             Some(rows) => {

@@ -1,11 +1,11 @@
-//! Errors of checkpoints and of the stores that hold them. Imports `files`.
+//! Errors of checkpoints and of the stores that hold them.
 
 use std::fmt;
 use std::path::PathBuf;
 
 /// What was being done with a store when it failed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Doing {
+pub enum StoreOperation {
     /// Reading a file, or asking for its size.
     Read,
     /// Writing or committing.
@@ -16,7 +16,7 @@ pub enum Doing {
     Delete,
 }
 
-impl fmt::Display for Doing {
+impl fmt::Display for StoreOperation {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::Read => "read",
@@ -80,7 +80,7 @@ pub enum CheckpointError {
         /// The file or folder.
         file: String,
         /// What was being done.
-        doing: Doing,
+        doing: StoreOperation,
         /// What the store says.
         source: Box<object_store::Error>,
     },
@@ -90,7 +90,7 @@ pub enum CheckpointError {
         /// The file or folder.
         file: String,
         /// What was being done.
-        doing: Doing,
+        doing: StoreOperation,
         /// How long it was waited for.
         seconds: f64,
     },
@@ -209,8 +209,8 @@ impl CheckpointError {
         match self {
             Self::Place { .. } | Self::Refused(_) => 2,
             Self::Store { doing, .. } | Self::Stalled { doing, .. } => match doing {
-                Doing::Read | Doing::List => 65,
-                Doing::Write | Doing::Delete => 73,
+                StoreOperation::Read | StoreOperation::List => 65,
+                StoreOperation::Write | StoreOperation::Delete => 73,
             },
             Self::Exists { .. } | Self::Others { .. } | Self::Held { .. } | Self::Fenced { .. } => 73,
             Self::NoRoom { .. } | Self::NotShared { .. } => 73,

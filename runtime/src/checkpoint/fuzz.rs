@@ -1,9 +1,9 @@
-//! What must hold for the decoders of manifests and sidecars, whatever lies in the store; for fuzzing and for tests. Imports
-//! `manifest`, `shard`.
-
+//! What must hold for the decoders of manifests and sidecars, whatever lies in the store; for fuzzing and for tests.
 use serde_json::value::RawValue;
 
-use super::manifest::{Checksum, Cursor, JobTime, Kind, Manifest, Piece, Shard, Tensor, TensorInfo, open_sealed, seal};
+use super::manifest::{
+    Checksum, Cursor, JobTime, Manifest, Piece, Shard, StoredTensor, TensorKind, TensorMeta, open_sealed, seal,
+};
 use super::shard::{Sidecar, SidecarPiece};
 
 /// Tensors of so many elements at most are looked at element by element.
@@ -17,9 +17,9 @@ pub fn samples() -> Vec<Vec<u8>> {
         let (start, size) = (vec![at, 0], vec![rows, 6]);
         Piece { shard: 0, offset: 8, start, size, blake3: sum }
     };
-    let info = TensorInfo {
+    let info = TensorMeta {
         name: "w".into(),
-        kind: Kind::Parameter,
+        kind: TensorKind::Parameter,
         dtype: shardflow_kernels::tensor::DType::F32,
         shape: vec![4, 6],
         saved_shape: vec![24],
@@ -39,7 +39,7 @@ pub fn samples() -> Vec<Vec<u8>> {
         plan: None,
         job: JobTime { began_ms: 1, productive_ms: 2 },
         shards: vec![shard.clone()],
-        tensors: vec![Tensor { info, pieces: vec![piece(0, 3), piece(3, 1)] }],
+        tensors: vec![StoredTensor { info, pieces: vec![piece(0, 3), piece(3, 1)] }],
     };
     let piece = SidecarPiece { tensor: "w".into(), offset: 8, start: vec![0, 0], size: vec![3, 6], blake3: sum };
     let sidecar = Sidecar { step: 7, epoch: 0, attempt: 1, process: 0, processes: 1, shard, pieces: vec![piece] };
@@ -70,7 +70,7 @@ pub fn check(body: &[u8]) {
 }
 
 /// MF-2 and MF-3 for small tensors.
-fn check_tensor(tensor: &Tensor, shards: &[Shard]) {
+fn check_tensor(tensor: &StoredTensor, shards: &[Shard]) {
     let shape = &tensor.info.shape;
     for piece in &tensor.pieces {
         let elements: u128 = piece.size.iter().map(|size| *size as u128).product();

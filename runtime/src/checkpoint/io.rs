@@ -1,5 +1,5 @@
 //! Operations on an object store, each with a deadline, for callers that are not async: a store that does not answer is an
-//! error, never a wait without end. Imports `checkpoint::{error, manifest}`, `clock` and `files`.
+//! error, never a wait without end.
 
 use std::future::Future;
 use std::sync::Arc;
@@ -10,7 +10,7 @@ use object_store::path::Path;
 use object_store::{MultipartUpload, ObjectStore, ObjectStoreExt, PutMode, PutOptions, PutPayload};
 use tokio::runtime::{Builder, Runtime};
 
-use super::error::{CheckpointError, Doing};
+use super::error::{CheckpointError, StoreOperation};
 use super::manifest::Checksum;
 use crate::clock::WaitClock;
 use crate::files;
@@ -92,7 +92,7 @@ impl Operations {
     pub(crate) fn run_local<T: Send + 'static>(
         &self,
         file: &str,
-        doing: Doing,
+        doing: StoreOperation,
         work: impl FnOnce() -> std::io::Result<T> + Send + 'static,
     ) -> Result<T, CheckpointError> {
         self.run(file, doing, async move {
@@ -110,7 +110,7 @@ impl Operations {
     pub(crate) fn run<T: Send + 'static>(
         &self,
         file: &str,
-        doing: Doing,
+        doing: StoreOperation,
         work: impl Future<Output = object_store::Result<T>> + Send + 'static,
     ) -> Result<T, CheckpointError> {
         let (sender, receiver) = sync_channel(1);
@@ -134,19 +134,23 @@ impl Operations {
     /// Size of a file; `None` when it is not there.
     pub(crate) fn size(&self, file: &str, path: &Path) -> Result<Option<u64>, CheckpointError> {
         let (backend, path) = (self.backend.clone(), path.clone());
-        self.run(file, Doing::Read, async move { Ok(if_there(backend.head(&path).await)?.map(|meta| meta.size)) })
+        self.run(
+            file,
+            StoreOperation::Read,
+            async move { Ok(if_there(backend.head(&path).await)?.map(|meta| meta.size)) },
+        )
     }
 
     /// Deletes a file, if it is there.
     pub(crate) fn delete(&self, file: &str, path: &Path) -> Result<(), CheckpointError> {
         let (backend, path) = (self.backend.clone(), path.clone());
-        self.run(file, Doing::Delete, async move { if_there(backend.delete(&path).await).map(drop) })
+        self.run(file, StoreOperation::Delete, async move { if_there(backend.delete(&path).await).map(drop) })
     }
 
     /// A file of at most `bytes_max`; `None` when it is not there.
     pub(crate) fn get(&self, file: &str, path: &Path, bytes_max: u64) -> Result<Option<Vec<u8>>, CheckpointError> {
         let (backend, path) = (self.backend.clone(), path.clone());
-        let got = self.run(file, Doing::Read, async move {
+        let got = self.run(file, StoreOperation::Read, async move {
             match if_there(backend.get(&path).await)? {
                 Some(found) if found.meta.size > bytes_max => Ok(Some(Err(found.meta.size))),
                 Some(found) => Ok(Some(Ok(found.bytes().await?.to_vec()))),
@@ -163,7 +167,11 @@ impl Operations {
     /// A range of a file that has it.
     pub(crate) fn get_range(&self, file: &str, path: &Path, from: u64, bytes: u64) -> Result<Vec<u8>, CheckpointError> {
         let (backend, path) = (self.backend.clone(), path.clone());
-        self.run(file, Doing::Read, async move { Ok(backend.get_range(&path, from..from + bytes).await?.to_vec()) })
+        self.run(
+            file,
+            StoreOperation::Read,
+            async move { Ok(backend.get_range(&path, from..from + bytes).await?.to_vec()) },
+        )
     }
 
     /// Writes a small file whole: over one that is there, or, for [`PutMode::Create`], only if none is.
@@ -171,14 +179,14 @@ impl Operations {
         let (backend, at, create) = (self.backend.clone(), path.clone(), mode == PutMode::Create);
         let payload = PutPayload::from(bytes);
         let again = payload.clone();
-        let put = self.run(file, Doing::Write, async move {
+        let put = self.run(file, StoreOperation::Write, async move {
             backend.put_opts(&at, payload, PutOptions::from(mode)).await.map(drop)
         });
         match put {
             Err(CheckpointError::Store { source, .. }) if create && self.is_local && files::lacks_links(&source) => {
                 let path = std::path::PathBuf::from(format!("/{path}"));
                 let content: Vec<u8> = again.iter().flatten().copied().collect();
-                self.run_local(file, Doing::Write, move || files::create_by_claim(&path, &content))
+                self.run_local(file, StoreOperation::Write, move || files::create_by_claim(&path, &content))
             }
             put => put,
         }
@@ -235,12 +243,12 @@ impl Upload<'_> {
             None => {
                 let (backend, path) = (self.operations.backend.clone(), self.path.clone());
                 let begin = async move { backend.put_multipart(&path).await };
-                self.operations.run(&self.file, Doing::Write, begin)?
+                self.operations.run(&self.file, StoreOperation::Write, begin)?
             }
         };
         let part = multipart.put_part(std::mem::take(&mut self.buffer).into());
         self.multipart = Some(multipart);
-        self.operations.run(&self.file, Doing::Write, part)
+        self.operations.run(&self.file, StoreOperation::Write, part)
     }
 
     /// Sends the rest; gives the checksum of all. When it returns, the file is where it belongs and will stay there.
@@ -257,7 +265,7 @@ impl Upload<'_> {
         }
         if let Some(mut multipart) = self.multipart.take() {
             let complete = async move { multipart.complete().await.map(drop) };
-            self.operations.run(&self.file, Doing::Write, complete)?;
+            self.operations.run(&self.file, StoreOperation::Write, complete)?;
         }
         Ok(sum)
     }

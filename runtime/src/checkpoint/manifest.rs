@@ -1,5 +1,5 @@
 //! The manifest: what a checkpoint is made of. Its text form, sealed by a checksum, and the checks that make a manifest
-//! from anywhere safe to use. Imports `declare` and the kernels' tensors.
+//! from anywhere safe to use.
 //!
 //! A manifest is untrusted input. Its invariants, all checked by [`Manifest::decode`]:
 //! - MF-1: it is as it was written (checksum), of a version that is known, and within the limits below.
@@ -41,7 +41,7 @@ pub type Cursor = BTreeMap<String, String>;
 /// What a tensor is to the training.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
-pub enum Kind {
+pub enum TensorKind {
     /// A parameter.
     Parameter,
     /// A state of the optimizer.
@@ -136,11 +136,11 @@ impl Piece {
 /// What is known of a tensor, whichever process asks.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct TensorInfo {
+pub struct TensorMeta {
     /// Its name, unique in the checkpoint.
     pub name: String,
     /// What it is.
-    pub kind: Kind,
+    pub kind: TensorKind,
     /// Element type.
     #[serde(with = "Element")]
     pub dtype: DType,
@@ -156,7 +156,7 @@ pub struct TensorInfo {
     pub devices: Vec<usize>,
 }
 
-impl TensorInfo {
+impl TensorMeta {
     /// Elements, if the number can be one.
     fn elements(&self) -> Option<usize> {
         let element = self.dtype.bytes();
@@ -168,9 +168,9 @@ impl TensorInfo {
 /// A tensor and where its elements lie.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct Tensor {
+pub struct StoredTensor {
     /// What it is.
-    pub info: TensorInfo,
+    pub info: TensorMeta,
     /// Its elements.
     pub pieces: Vec<Piece>,
 }
@@ -215,7 +215,7 @@ pub struct Manifest {
     /// The files.
     pub shards: Vec<Shard>,
     /// Parameters and states of the optimizer.
-    pub tensors: Vec<Tensor>,
+    pub tensors: Vec<StoredTensor>,
 }
 
 impl Manifest {
@@ -295,14 +295,14 @@ fn check_file(file: &str) -> Result<(), String> {
     }
 }
 
-fn check_tensor(tensor: &Tensor, shards: &[Shard]) -> Result<(), String> {
+fn check_tensor(tensor: &StoredTensor, shards: &[Shard]) -> Result<(), String> {
     let info = &tensor.info;
     limit("bytes of its name", info.name.len(), TEXT_BYTES_MAX)?;
     limit("bytes of its layout", info.layout.len() + info.axes.len(), TEXT_BYTES_MAX)?;
     limit("dims", info.shape.len().max(info.saved_shape.len()), DIMS_MAX)?;
     limit("pieces", tensor.pieces.len(), TENSOR_PIECES_MAX)?;
     let elements = info.elements().ok_or_else(|| format!("shape {:?} has too many elements", info.shape))?;
-    let saved = TensorInfo { shape: info.saved_shape.clone(), ..info.clone() };
+    let saved = TensorMeta { shape: info.saved_shape.clone(), ..info.clone() };
     if saved.elements() != Some(elements) {
         return Err(format!("shapes {:?} and {:?} differ in elements", info.shape, info.saved_shape));
     }
@@ -322,7 +322,7 @@ fn check_tensor(tensor: &Tensor, shards: &[Shard]) -> Result<(), String> {
     Ok(())
 }
 
-fn check_piece(piece: &Piece, info: &TensorInfo, shards: &[Shard]) -> Result<(), String> {
+fn check_piece(piece: &Piece, info: &TensorMeta, shards: &[Shard]) -> Result<(), String> {
     let Piece { shard, offset, start, size, .. } = piece;
     let dims = info.shape.len();
     let inside = |d: usize| size[d] > 0 && start[d].checked_add(size[d]).is_some_and(|end| end <= info.shape[d]);

@@ -1,5 +1,4 @@
 //! Tensors of a committed checkpoint: just the pieces that are asked for, each checked before it is used.
-//! Imports `checkpoint::{error, manifest, store}` and `sbp::region`.
 
 use std::collections::BTreeMap;
 
@@ -7,19 +6,19 @@ use object_store::path::Path;
 use shardflow_kernels::tensor::{HostTensor, Region};
 
 use super::error::CheckpointError;
-use super::manifest::{Checksum, Manifest, Piece, Shard, Tensor};
+use super::manifest::{Checksum, Manifest, Piece, Shard, StoredTensor};
 use super::store::Store;
 use crate::sbp::region::{contains, copy_box, filled};
 
 /// A committed checkpoint, open for reading. See [`Store::read`].
 #[derive(Debug)]
-pub struct Reader {
+pub struct CheckpointReader {
     store: Store,
     manifest: Manifest,
     by_name: BTreeMap<String, usize>,
 }
 
-impl Reader {
+impl CheckpointReader {
     pub(crate) fn new(store: Store, manifest: Manifest) -> Self {
         let names = manifest.tensors.iter().enumerate();
         let by_name = names.map(|(index, tensor)| (tensor.info.name.clone(), index)).collect();
@@ -37,7 +36,7 @@ impl Reader {
     }
 
     /// What is known of a tensor.
-    pub fn find(&self, name: &str) -> Option<&Tensor> {
+    pub fn find(&self, name: &str) -> Option<&StoredTensor> {
         self.by_name.get(name).map(|index| &self.manifest.tensors[*index])
     }
 
@@ -87,7 +86,7 @@ impl Reader {
         (self.store.name(step, &shard.file), self.store.path(step, &shard.file))
     }
 
-    fn piece(&self, tensor: &Tensor, piece: &Piece) -> Result<HostTensor, CheckpointError> {
+    fn piece(&self, tensor: &StoredTensor, piece: &Piece) -> Result<HostTensor, CheckpointError> {
         let shard = &self.manifest.shards[piece.shard];
         let (file, path) = self.shard_path(shard);
         let dtype = tensor.info.dtype;

@@ -1,5 +1,4 @@
 //! One save, from snapshot to commit: every process writes its shard, says so, and process 0 commits.
-//! Imports `checkpoint::*` but the saver's thread.
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
@@ -8,9 +7,9 @@ use std::time::Instant;
 
 use object_store::PutMode;
 
-use super::agree::{Agree, Member, SaveId, Saved};
+use super::agreement::{ProcessRank, SaveAgreement, SaveId, SaveOutcome};
 use super::error::CheckpointError;
-use super::manifest::{Manifest, Piece, SHARDS_MAX, Tensor, open_sealed, seal};
+use super::manifest::{Manifest, Piece, SHARDS_MAX, StoredTensor, open_sealed, seal};
 use super::saver::SaverOptions;
 use super::shard::{self, Entry, SIDECAR_BYTES_MAX, Sidecar, SidecarPiece, entry_name};
 use super::snapshot::Snapshot;
@@ -39,7 +38,7 @@ pub struct SaveReport {
     /// Steps done at the snapshot.
     pub step: u64,
     /// What became of it. After an error nothing half-written is ever listed, and training may go on.
-    pub result: Result<Saved, CheckpointError>,
+    pub result: Result<SaveOutcome, CheckpointError>,
     /// Bytes of this process's elements.
     pub bytes: u64,
     /// From the snapshot's end to the outcome.
@@ -63,7 +62,7 @@ pub(crate) fn save(
     snapshot: &Snapshot,
     options: &SaverOptions,
     attempt: &Attempt,
-    agree: &dyn Agree,
+    agree: &dyn SaveAgreement,
 ) -> SaveReport {
     let begin = Instant::now();
     let id = SaveId { epoch: options.member.epoch, step: snapshot.step, attempt: attempt.number };
@@ -82,8 +81,8 @@ fn agreed(
     options: &SaverOptions,
     id: SaveId,
     attempt: &Attempt,
-    agree: &dyn Agree,
-) -> Result<Saved, CheckpointError> {
+    agree: &dyn SaveAgreement,
+) -> Result<SaveOutcome, CheckpointError> {
     let member = options.member;
     let others = |source| CheckpointError::Others { step: id.step, source };
     // A step that is committed already needs no shards; process 0 tells all.
@@ -105,7 +104,7 @@ fn agreed(
 }
 
 /// Writes this process's shard, then the sidecar that says what is in it.
-fn write_shard(store: &Store, snapshot: &Snapshot, member: Member, id: SaveId) -> Result<(), CheckpointError> {
+fn write_shard(store: &Store, snapshot: &Snapshot, member: ProcessRank, id: SaveId) -> Result<(), CheckpointError> {
     let entry = |piece: &super::snapshot::SnapshotPiece| {
         let info = &snapshot.tensors[piece.tensor];
         let name = entry_name(&info.name, &info.shape, &piece.region);
@@ -143,10 +142,10 @@ fn commit(
     options: &SaverOptions,
     id: SaveId,
     attempt: &Attempt,
-) -> Result<Saved, CheckpointError> {
+) -> Result<SaveOutcome, CheckpointError> {
     let is_there = store.is_committed(id.step)?;
     if is_there && !attempt.replaces {
-        return Ok(Saved::AlreadyThere);
+        return Ok(SaveOutcome::AlreadyThere);
     }
     let mut manifest = Manifest {
         step: id.step,
@@ -160,7 +159,7 @@ fn commit(
         plan: options.plan.clone(),
         job: snapshot.job,
         shards: Vec::new(),
-        tensors: snapshot.tensors.iter().map(|info| Tensor { info: info.clone(), pieces: Vec::new() }).collect(),
+        tensors: snapshot.tensors.iter().map(|info| StoredTensor { info: info.clone(), pieces: Vec::new() }).collect(),
     };
     let names = manifest.tensors.iter().enumerate();
     let by_name: BTreeMap<String, usize> = names.map(|(index, t)| (t.info.name.clone(), index)).collect();
@@ -186,17 +185,17 @@ fn commit(
 }
 
 /// The one atomic operation that makes a checkpoint (ST-1).
-pub(crate) fn commit_manifest(store: &Store, manifest: &Manifest) -> Result<Saved, CheckpointError> {
+pub(crate) fn commit_manifest(store: &Store, manifest: &Manifest) -> Result<SaveOutcome, CheckpointError> {
     let (file, path) = (store.manifest_name(manifest.step), store.manifest_path(manifest.step));
     let refused = |why| CheckpointError::Refused(format!("{file}: cannot be committed: {why}"));
     let text = manifest.encode().map_err(refused)?;
     let Err(error) = store.operations.put(&file, &path, text.clone(), PutMode::Create) else {
-        return Ok(Saved::Committed);
+        return Ok(SaveOutcome::Committed);
     };
     // A cloud store may answer so to its own second try, and a lost answer is no lost commit.
     match store.operations.get(&file, &path, super::manifest::MANIFEST_BYTES_MAX) {
-        Ok(Some(there)) if there == text => Ok(Saved::Committed),
-        Ok(Some(_)) if error.is_there() => Ok(Saved::AlreadyThere),
+        Ok(Some(there)) if there == text => Ok(SaveOutcome::Committed),
+        Ok(Some(_)) if error.is_there() => Ok(SaveOutcome::AlreadyThere),
         _ => Err(error),
     }
 }
@@ -226,8 +225,8 @@ fn read_sidecar(store: &Store, id: SaveId, process: u32, processes: u32) -> Resu
 }
 
 /// What [`SaverOptions`] may not be.
-pub(crate) fn check_member(member: Member) -> Result<(), CheckpointError> {
-    let Member { process, processes, .. } = member;
+pub(crate) fn check_member(member: ProcessRank) -> Result<(), CheckpointError> {
+    let ProcessRank { process, processes, .. } = member;
     if process < processes && processes as usize <= SHARDS_MAX {
         return Ok(());
     }

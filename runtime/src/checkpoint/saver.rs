@@ -1,5 +1,4 @@
 //! The saver: writes snapshots on a thread of its own while training goes on, one at a time.
-//! Imports `checkpoint::{agree, save, snapshot, store}`, `lock`, `metrics` and the session.
 
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -7,8 +6,8 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
 use metrics::{Counter, counter, gauge, histogram};
 
-use super::agree::{Agree, Member};
-use super::error::{CheckpointError, Doing};
+use super::agreement::{ProcessRank, SaveAgreement};
+use super::error::{CheckpointError, StoreOperation};
 use super::manifest::Cursor;
 use super::save::{Attempt, SaveReport, check_member, save};
 use super::snapshot::Snapshot;
@@ -19,7 +18,7 @@ use crate::session::{Session, SessionError};
 
 /// What a save does while another is going on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Busy {
+pub enum WhenBusy {
     /// It waits for the other.
     Wait,
     /// It is left out. Only for a job of one process: several must leave out the same saves.
@@ -30,7 +29,7 @@ pub enum Busy {
 #[derive(Clone, Debug)]
 pub struct SaverOptions {
     /// Which process this is.
-    pub member: Member,
+    pub member: ProcessRank,
     /// Complete checkpoints that are kept, 1 or more.
     pub keep: usize,
     /// Checkpoints of steps that are multiples of this are kept for good.
@@ -38,7 +37,7 @@ pub struct SaverOptions {
     /// Number of saves the program will make, if known: the check of free space assumes no more.
     pub saves_max: Option<u64>,
     /// What a save does while another is going on.
-    pub busy: Busy,
+    pub busy: WhenBusy,
     /// Hash of the plan, for the manifest.
     pub plan: Option<String>,
     /// The job's name, unique to it and the same for all its incarnations: a later incarnation takes the store's lock at once.
@@ -48,11 +47,11 @@ pub struct SaverOptions {
 impl Default for SaverOptions {
     fn default() -> Self {
         Self {
-            member: Member::ALONE,
+            member: ProcessRank::ALONE,
             keep: 3,
             keep_every: None,
             saves_max: None,
-            busy: Busy::Wait,
+            busy: WhenBusy::Wait,
             plan: None,
             job: None,
         }
@@ -61,13 +60,13 @@ impl Default for SaverOptions {
 
 /// What [`Saver::save`] did.
 #[derive(Debug)]
-pub enum Begun {
+pub enum SaveStart {
     /// The snapshot is taken and being written.
     Started {
         /// How the one before went, if it had not been told yet.
         before: Option<Box<SaveReport>>,
     },
-    /// Another save is going on, and [`Busy::Skip`] says not to wait.
+    /// Another save is going on, and [`WhenBusy::Skip`] says not to wait.
     Skipped,
 }
 
@@ -86,7 +85,7 @@ pub struct Saver {
     /// The buffers of the last snapshot.
     spare: Option<Snapshot>,
     next_attempt: u32,
-    busy: Busy,
+    busy: WhenBusy,
     place: String,
     /// Held by process 0 until the saver is dropped and its last save has ended.
     lock: Option<Arc<Lock>>,
@@ -98,12 +97,12 @@ impl Saver {
     /// # Errors
     /// [`CheckpointError::Held`] when another training writes to the store; or when the options contradict each other, or no
     /// thread can be started.
-    pub fn new(store: Store, agree: Arc<dyn Agree>, options: SaverOptions) -> Result<Self, CheckpointError> {
+    pub fn new(store: Store, agree: Arc<dyn SaveAgreement>, options: SaverOptions) -> Result<Self, CheckpointError> {
         let SaverOptions { member, busy, .. } = options;
         check_member(member)?;
         // So that the first that fails is seen as one more.
         outcomes().iter().for_each(|outcome| outcome.absolute(0));
-        if busy == Busy::Skip && member.processes > 1 {
+        if busy == WhenBusy::Skip && member.processes > 1 {
             let why = "processes that skip saves on their own do not skip the same ones; use Busy::Wait";
             return Err(CheckpointError::Refused(why.into()));
         }
@@ -132,13 +131,13 @@ impl Saver {
     ///
     /// # Errors
     /// When the session has failed, or the saver's thread has. How the writing goes is told later.
-    pub fn save(&mut self, session: &Session, cursor: Cursor) -> Result<Begun, SessionError> {
+    pub fn save(&mut self, session: &Session, cursor: Cursor) -> Result<SaveStart, SessionError> {
         let spare = self.spare.take();
         // While a save goes on, its snapshot is the only one there is, and this is the second.
         let busy_before = self.is_busy && self.reports.is_empty();
-        if busy_before && self.busy == Busy::Skip {
+        if busy_before && self.busy == WhenBusy::Skip {
             self.spare = spare;
-            return Ok(Begun::Skipped);
+            return Ok(SaveStart::Skipped);
         }
         let mut snapshot = session.snapshot(spare)?;
         snapshot.cursor = cursor;
@@ -152,7 +151,7 @@ impl Saver {
         self.jobs.send(Job { attempt, snapshot }).map_err(|_| self.panicked())?;
         self.next_attempt += 1;
         self.is_busy = true;
-        Ok(Begun::Started { before })
+        Ok(SaveStart::Started { before })
     }
 
     fn panicked(&self) -> CheckpointError {
@@ -181,7 +180,7 @@ impl Saver {
             }
             Err(RecvTimeoutError::Timeout) => {
                 let (file, seconds) = (self.place.clone(), limit.as_secs_f64());
-                Err(CheckpointError::Stalled { file, doing: Doing::Write, seconds })
+                Err(CheckpointError::Stalled { file, doing: StoreOperation::Write, seconds })
             }
             Err(RecvTimeoutError::Disconnected) => Err(self.panicked()),
         }
@@ -196,7 +195,7 @@ impl Saver {
 pub fn save_now(
     store: &Store,
     snapshot: &Snapshot,
-    agree: &dyn Agree,
+    agree: &dyn SaveAgreement,
     options: &SaverOptions,
     attempt: u32,
 ) -> Result<SaveReport, CheckpointError> {

@@ -1,5 +1,4 @@
 //! Shards: safetensors files of pieces, written as a stream, and the sidecar that tells process 0 what is in one.
-//! Imports `checkpoint::{error, io, manifest, store}`, `declare` and the kernels' tensors.
 
 use std::borrow::Cow;
 use std::collections::HashMap;

@@ -1,9 +1,9 @@
 //! A snapshot: what a process's devices held between two steps, in host memory, so that it can be written while training
-//! goes on. Imports `checkpoint::manifest`, `declare` and the kernels' tensors.
+//! goes on.
 
 use shardflow_kernels::tensor::{HostTensor, Region};
 
-use super::manifest::{Cursor, JobTime, TensorInfo};
+use super::manifest::{Cursor, JobTime, TensorMeta};
 use crate::declare::Values;
 
 /// A process's part of a checkpoint, and what is known of the whole.
@@ -24,7 +24,7 @@ pub struct Snapshot {
     /// What the job has made of its time.
     pub job: JobTime,
     /// Every tensor of the checkpoint, the same for all processes.
-    pub tensors: Vec<TensorInfo>,
+    pub tensors: Vec<TensorMeta>,
     /// What this process writes.
     pub pieces: Vec<SnapshotPiece>,
 }

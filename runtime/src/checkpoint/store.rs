@@ -1,6 +1,5 @@
 //! A place for checkpoints: where each file lies, which checkpoints there are, which is the newest good one, and which are
-//! deleted. Imports `checkpoint::{error, io, manifest, read}`, `clock`
-//! and `files`.
+//! deleted.
 //!
 //! - ST-1: a checkpoint of step S exists if and only if `step-<S>/manifest.json` does. It is created once, by one atomic
 //!   operation that fails where it is there already, after all its shards are written and synced.
@@ -21,10 +20,10 @@ use object_store::{ObjectStore, ObjectStoreExt, PutMode};
 use serde::{Deserialize, Serialize};
 use url::Url;
 
-use super::error::{CheckpointError, Doing};
+use super::error::{CheckpointError, StoreOperation};
 use super::io::{DEADLINE, HIDDEN, Io, Operations, PART_BYTES};
 use super::manifest::{Checksum, Cursor, MANIFEST_BYTES_MAX, Manifest, open_sealed, seal};
-use super::read::Reader;
+use super::read::CheckpointReader;
 use crate::clock::{SystemClock, WaitClock};
 use crate::files;
 
@@ -58,9 +57,9 @@ pub struct Store {
 
 /// The newest good checkpoint, and those that are newer but damaged.
 #[derive(Debug)]
-pub struct Newest {
+pub struct NewestCheckpoint {
     /// The checkpoint, if there is one.
-    pub reader: Option<Reader>,
+    pub reader: Option<CheckpointReader>,
     /// What is wrong with newer ones; the file is named.
     pub damaged: Vec<CheckpointError>,
 }
@@ -213,10 +212,10 @@ impl Store {
         let name = step.map_or_else(|| self.place.clone(), |step| self.name(step, ""));
         if let Some(local) = &self.local {
             let folder = step.map_or_else(|| local.clone(), |step| local.join(Self::folder_name(step)));
-            return self.operations.run_local(&name, Doing::List, move || files::list(&folder, deep));
+            return self.operations.run_local(&name, StoreOperation::List, move || files::list(&folder, deep));
         }
         let backend = self.operations.backend.clone();
-        self.operations.run(&name, Doing::List, async move {
+        self.operations.run(&name, StoreOperation::List, async move {
             let (folders, files) = if deep {
                 (Vec::new(), backend.list(Some(&at)).try_collect().await?)
             } else {
@@ -263,7 +262,7 @@ impl Store {
     ///
     /// # Errors
     /// [`CheckpointError::Absent`], or [`CheckpointError::Damaged`] with the file.
-    pub fn read(&self, step: u64) -> Result<Reader, CheckpointError> {
+    pub fn read(&self, step: u64) -> Result<CheckpointReader, CheckpointError> {
         let (name, text) = (self.manifest_name(step), self.manifest_text(step)?);
         let mut manifest =
             Manifest::decode(&text).map_err(|why| CheckpointError::Damaged { file: name.clone(), why })?;
@@ -285,7 +284,7 @@ impl Store {
         if files.contains_key(CURSOR) {
             self.read_cursor(step, &text, &mut manifest)?;
         }
-        Ok(Reader::new(self.clone(), manifest))
+        Ok(CheckpointReader::new(self.clone(), manifest))
     }
 
     fn manifest_text(&self, step: u64) -> Result<Vec<u8>, CheckpointError> {
@@ -319,7 +318,7 @@ impl Store {
     }
 
     /// As [`Store::read`], where another process has read the step, and found a cursor with this [`Manifest::cursor_digest`].
-    pub(crate) fn read_as(&self, step: u64, cursor: u64) -> Result<Reader, CheckpointError> {
+    pub(crate) fn read_as(&self, step: u64, cursor: u64) -> Result<CheckpointReader, CheckpointError> {
         let look = || match self.read(step) {
             Ok(reader) if reader.manifest().cursor_digest() != cursor => Ok(None),
             Err(CheckpointError::Absent { .. }) => Ok(None),
@@ -337,7 +336,7 @@ impl Store {
     ///
     /// # Errors
     /// When the store cannot be asked.
-    pub fn newest_before(&self, before: Option<u64>) -> Result<Newest, CheckpointError> {
+    pub fn newest_before(&self, before: Option<u64>) -> Result<NewestCheckpoint, CheckpointError> {
         self.newest_that(before, |_| Ok(()))
     }
 
@@ -345,7 +344,7 @@ impl Store {
     ///
     /// # Errors
     /// When the store cannot be asked.
-    pub fn newest(&self) -> Result<Newest, CheckpointError> {
+    pub fn newest(&self) -> Result<NewestCheckpoint, CheckpointError> {
         self.newest_before(None)
     }
 
@@ -353,25 +352,25 @@ impl Store {
     ///
     /// # Errors
     /// When the store cannot be asked.
-    pub fn newest_verified(&self) -> Result<Newest, CheckpointError> {
-        self.newest_that(None, Reader::verify)
+    pub fn newest_verified(&self) -> Result<NewestCheckpoint, CheckpointError> {
+        self.newest_that(None, CheckpointReader::verify)
     }
 
     fn newest_that(
         &self,
         before: Option<u64>,
-        good: impl Fn(&Reader) -> Result<(), CheckpointError>,
-    ) -> Result<Newest, CheckpointError> {
+        good: impl Fn(&CheckpointReader) -> Result<(), CheckpointError>,
+    ) -> Result<NewestCheckpoint, CheckpointError> {
         let mut damaged = Vec::new();
         for step in self.begun()?.into_iter().rev().filter(|step| before.is_none_or(|before| *step < before)) {
             match self.read(step).and_then(|reader| good(&reader).map(|()| reader)) {
-                Ok(reader) => return Ok(Newest { reader: Some(reader), damaged }),
+                Ok(reader) => return Ok(NewestCheckpoint { reader: Some(reader), damaged }),
                 Err(CheckpointError::Absent { .. }) => {}
                 Err(error) if error.is_damage() => damaged.push(error),
                 Err(error) => return Err(error),
             }
         }
-        Ok(Newest { reader: None, damaged })
+        Ok(NewestCheckpoint { reader: None, damaged })
     }
 
     /// Takes a checkpoint that turned out to be damaged, or that training went back behind, out of the list, so that the
@@ -383,7 +382,7 @@ impl Store {
         let (backend, from, to) =
             (self.operations.backend.clone(), self.manifest_path(step), self.path(step, SET_ASIDE));
         let rename = async move { backend.rename(&from, &to).await };
-        self.operations.run(&self.manifest_name(step), Doing::Write, rename)
+        self.operations.run(&self.manifest_name(step), StoreOperation::Write, rename)
     }
 
     /// Deletes checkpoints of steps up to `newest`, and leftovers of attempts before it. The newest `keep` good ones (at least
@@ -413,7 +412,7 @@ impl Store {
     }
 
     /// Deletes what attempts that were not committed left in a committed checkpoint's folder.
-    fn delete_other_attempts(&self, reader: &Reader) -> Result<(), CheckpointError> {
+    fn delete_other_attempts(&self, reader: &CheckpointReader) -> Result<(), CheckpointError> {
         let step = reader.manifest().step;
         let shards = || reader.manifest().shards.iter().filter_map(|shard| shard.file.split('/').next());
         for (name, bytes) in self.list(Some(step), false)? {
@@ -433,13 +432,13 @@ impl Store {
         if let Some(local) = &self.local {
             // With a folder go the parts of files that a killed process left; the object store does not list those.
             let local = local.join(Self::folder_name(step)).join(name);
-            return self.operations.run_local(&file, Doing::Delete, move || files::remove(&local));
+            return self.operations.run_local(&file, StoreOperation::Delete, move || files::remove(&local));
         }
         if !is_folder {
             return self.operations.delete(&file, &path);
         }
         let backend = self.operations.backend.clone();
-        self.operations.run(&file, Doing::Delete, async move {
+        self.operations.run(&file, StoreOperation::Delete, async move {
             let found = backend.list(Some(&path)).map_ok(|meta| meta.location).boxed();
             backend.delete_stream(found).try_for_each(async |_| Ok(())).await
         })

@@ -1,5 +1,4 @@
-//! Collectives by MPI: started when a session first needs them, where the program was built for it. Imports `cluster`,
-//! `session::hosting` and kernels.
+//! Collectives by MPI: started when a session first needs them, where the program was built for it.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -7,7 +6,7 @@ use std::time::Duration;
 use shardflow_kernels::collective::{Collective, Group};
 
 use super::ClusterError;
-use crate::session::hosting::Hosting;
+use crate::session::process_map::ProcessMap;
 
 /// What MPI is refused with where the program was built without it.
 pub(super) fn not_built() -> ClusterError {
@@ -19,47 +18,47 @@ pub(super) fn not_built() -> ClusterError {
 #[derive(Clone, Debug, Default)]
 pub(crate) struct ByMpi {
     #[cfg(feature = "mpi")]
-    world: Arc<std::sync::OnceLock<Arc<shardflow_kernels::collective::mpi::World>>>,
+    world: Arc<std::sync::OnceLock<Arc<shardflow_kernels::collective::mpi::MpiWorld>>>,
 }
 
 impl ByMpi {
     /// True for a group that MPI can have: its members are in different processes.
-    pub(crate) fn takes(hosting: &Hosting, group: &Group) -> bool {
-        hosting.processes_of(group).len() == group.ranks.len()
+    pub(crate) fn takes(process_map: &ProcessMap, group: &Group) -> bool {
+        process_map.processes_of(group).len() == group.ranks.len()
     }
 
     /// The engine of these groups, which are the same in all processes; all of them call this.
     #[cfg(feature = "mpi")]
     pub(crate) fn engine(
         &self,
-        hosting: &Hosting,
+        process_map: &ProcessMap,
         groups: &[Arc<Group>],
         within: Duration,
     ) -> Result<Arc<dyn Collective>, ClusterError> {
-        use shardflow_kernels::collective::mpi::{Mpi, World};
+        use shardflow_kernels::collective::mpi::{Mpi, MpiWorld};
         let world = match self.world.get() {
             Some(world) => world.clone(),
             None => {
                 let started =
-                    World::start().map_err(|cause| ClusterError::Mpi(format!("MPI cannot be used: {cause}")))?;
+                    MpiWorld::start().map_err(|cause| ClusterError::Mpi(format!("MPI cannot be used: {cause}")))?;
                 self.world.get_or_init(|| started).clone()
             }
         };
         let (rank, size) = (world.rank(), world.size());
-        if (rank, size) != (hosting.process, hosting.processes) {
-            let (process, processes) = (hosting.process, hosting.processes);
+        if (rank, size) != (process_map.process, process_map.processes) {
+            let (process, processes) = (process_map.process, process_map.processes);
             return Err(ClusterError::Mpi(format!(
                 "to MPI this is rank {rank} of {size}, and to us rank {process} of {processes}: start the processes by \
                  `mpirun -n {processes}`, without another launcher"
             )));
         }
-        Ok(Arc::new(Mpi::new(world, groups, &|device| hosting.process_of(device), within)?))
+        Ok(Arc::new(Mpi::new(world, groups, &|device| process_map.process_of(device), within)?))
     }
 
     #[cfg(not(feature = "mpi"))]
     pub(crate) fn engine(
         &self,
-        _: &Hosting,
+        _: &ProcessMap,
         _: &[Arc<Group>],
         _: Duration,
     ) -> Result<Arc<dyn Collective>, ClusterError> {

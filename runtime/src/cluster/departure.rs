@@ -1,11 +1,9 @@
-//! Reports a failure before the processes have met to those that would wait for this one. Imports
-//! `cluster`'s environment and rendezvous, and `exit`.
-
+//! Reports a failure before the processes have met to those that would wait for this one.
 use std::ops::Range;
 
 use shardflow_actors::transport::{self, TransportError};
 
-use super::env::{self, Launch, Secret};
+use super::env::{self, LaunchContext, Secret};
 use super::rendezvous::{Identity, RendezvousConfig, answer, call};
 use super::{Cluster, ClusterOptions, world};
 use crate::exit::Report;
@@ -21,7 +19,7 @@ impl Departure {
         options: &ClusterOptions,
         processes: u32,
     ) -> Result<Self, TransportError> {
-        let secret = transport::Secret::from_text(secret.text())?;
+        let secret = transport::SharedKey::from_text(secret.text())?;
         Ok(Self(RendezvousConfig {
             processes,
             interface: options.interface,
@@ -45,7 +43,7 @@ impl Departure {
 
 /// Reports for this process, where it is one of several.
 pub(crate) fn report(report: &Report) {
-    let Ok(Cluster { launch: Launch::World(world), options, .. }) = Cluster::from_env() else { return };
+    let Ok(Cluster { launch: LaunchContext::World(world), options, .. }) = Cluster::from_env() else { return };
     let Ok(secret) = world.secret.read() else { return };
     if let Ok(departure) = Departure::new(&world.endpoint, &secret, &options, world.processes) {
         let rank = world.process;

@@ -1,5 +1,5 @@
 //! Who this process is, from its environment: a pure function of the variables that our launcher, torchrun, OpenMPI,
-//! Slurm, MPICH or Kubernetes set, or a process on its own. Imports `exit`.
+//! Slurm, MPICH or Kubernetes set, or a process on its own.
 //!
 //! The sources are asked from the innermost to the outermost: a launcher that was started by another one has set its
 //! variables last, and the other's are still there. An empty variable counts as absent.
@@ -25,7 +25,7 @@ pub type Variables = BTreeMap<String, String>;
 
 /// How this process was started.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Launch {
+pub enum LaunchContext {
     /// Alone: nothing says that there are others.
     Local,
     /// As one of several.
@@ -52,14 +52,14 @@ pub struct World {
     /// How often the job was started before, as far as who started this process knows.
     pub restart: u64,
     /// Who said all this.
-    pub source: Source,
+    pub source: LaunchedBy,
     /// The job's name. For people: it need not be the same on all nodes.
     pub run_id: String,
 }
 
 /// Who started the processes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Source {
+pub enum LaunchedBy {
     /// `shardflow launch`.
     Shardflow,
     /// `torchrun`, or what sets its variables.
@@ -143,31 +143,31 @@ impl EnvError {
     }
 }
 
-impl Source {
+impl LaunchedBy {
     /// Name for people.
     pub fn name(self) -> &'static str {
         match self {
-            Source::Shardflow => "shardflow launch",
-            Source::Torchrun => "torchrun",
-            Source::OpenMpi => "OpenMPI",
-            Source::Slurm => "Slurm",
-            Source::Mpich => "MPICH or Intel MPI",
-            Source::Kubernetes => "Kubernetes",
+            LaunchedBy::Shardflow => "shardflow launch",
+            LaunchedBy::Torchrun => "torchrun",
+            LaunchedBy::OpenMpi => "OpenMPI",
+            LaunchedBy::Slurm => "Slurm",
+            LaunchedBy::Mpich => "MPICH or Intel MPI",
+            LaunchedBy::Kubernetes => "Kubernetes",
         }
     }
 
     /// How its users give all processes the same secret.
     fn how_to_give_a_secret(self) -> &'static str {
         match self {
-            Source::Shardflow => "`shardflow launch` does so itself",
-            Source::Torchrun => {
+            LaunchedBy::Shardflow => "`shardflow launch` does so itself",
+            LaunchedBy::Torchrun => {
                 "before `torchrun`, on every node: `export SHARDFLOW_SECRET=..`; `shardflow secret` makes one; in \
                  a PyTorchJob, from a Secret"
             }
-            Source::OpenMpi => "`mpirun -x SHARDFLOW_SECRET=$(shardflow secret) ..`",
-            Source::Slurm => "in the script, before `srun`: `export SHARDFLOW_SECRET=$(shardflow secret)`",
-            Source::Mpich => "`mpiexec -genv SHARDFLOW_SECRET $(shardflow secret) ..`",
-            Source::Kubernetes => "from a Secret, made by `kubectl create secret generic NAME --from-literal=..`",
+            LaunchedBy::OpenMpi => "`mpirun -x SHARDFLOW_SECRET=$(shardflow secret) ..`",
+            LaunchedBy::Slurm => "in the script, before `srun`: `export SHARDFLOW_SECRET=$(shardflow secret)`",
+            LaunchedBy::Mpich => "`mpiexec -genv SHARDFLOW_SECRET $(shardflow secret) ..`",
+            LaunchedBy::Kubernetes => "from a Secret, made by `kubectl create secret generic NAME --from-literal=..`",
         }
     }
 }

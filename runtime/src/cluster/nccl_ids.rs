@@ -1,5 +1,5 @@
 //! What NCCL knows groups by, passed from the process of each group's first member to those of the others, over the control
-//! plane. Imports `session::hosting`, the actors' membership and the kernels' NCCL.
+//! plane.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -11,8 +11,8 @@ use shardflow_kernels::collective::Group;
 use shardflow_kernels::cuda::nccl::UniqueId;
 use shardflow_kernels::error::KernelError;
 
-use super::agree::Heard;
-use crate::session::hosting::Hosting;
+use super::save_agreement::Received;
+use crate::session::process_map::ProcessMap;
 
 /// Topic of these messages on the control plane.
 pub(super) const TOPIC: u16 = 2;
@@ -27,31 +27,31 @@ const BYTES: usize = 4 + 128;
 /// session ends meanwhile.
 pub(super) fn exchange(
     groups: &[Arc<Group>],
-    hosting: &Hosting,
+    process_map: &ProcessMap,
     membership: &Membership,
-    heard: &Receiver<Heard>,
+    heard: &Receiver<Received>,
     deadline: Instant,
 ) -> Result<Vec<UniqueId>, KernelError> {
     let aborted = |cause: String| KernelError::Aborted { cause };
-    let maker = |group: &Group| hosting.process_of(group.ranks[0]);
+    let maker = |group: &Group| process_map.process_of(group.ranks[0]);
     let mut ids: BTreeMap<u32, UniqueId> = BTreeMap::new();
     // All are sent something: NCCL is joined, within a time of its own, only when all have come as far.
-    let mut told: BTreeMap<u32, Vec<u8>> = hosting.peers().map(|process| (process, Vec::new())).collect();
-    for group in groups.iter().filter(|group| maker(group) == hosting.process) {
+    let mut told: BTreeMap<u32, Vec<u8>> = process_map.peers().map(|process| (process, Vec::new())).collect();
+    for group in groups.iter().filter(|group| maker(group) == process_map.process) {
         let id = UniqueId::new()?;
         ids.insert(group.id, id);
-        for process in hosting.processes_of(group).into_iter().filter(|p| *p != hosting.process) {
+        for process in process_map.processes_of(group).into_iter().filter(|p| *p != process_map.process) {
             told.entry(process).or_default().extend([&group.id.to_le_bytes()[..], &id.0].concat());
         }
     }
     for (process, bytes) in told {
         membership.tell(process, TOPIC, bytes).map_err(|error| aborted(error.to_string()))?;
     }
-    let joins = |group: &&Arc<Group>| hosting.processes_of(group).contains(&hosting.process);
+    let joins = |group: &&Arc<Group>| process_map.processes_of(group).contains(&process_map.process);
     let wanted: Vec<&Arc<Group>> = groups.iter().filter(joins).collect();
-    let mut late: BTreeSet<u32> = hosting.peers().collect();
+    let mut late: BTreeSet<u32> = process_map.peers().collect();
     while let Some(from) = late.first().copied() {
-        let Heard { from: sender, bytes } = heard.recv_deadline(deadline).map_err(|error| {
+        let Received { from: sender, bytes } = heard.recv_deadline(deadline).map_err(|error| {
             let cause = membership.first_cause().map(|first| first.to_string());
             aborted(cause.unwrap_or_else(|| format!("rank {from} sends no ids of NCCL's groups: {error}")))
         })?;

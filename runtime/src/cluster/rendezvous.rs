@@ -1,5 +1,5 @@
 //! How the processes of a world find each other: process 0 listens, all others introduce themselves to it, it compares them,
-//! and they start together. Imports `cluster`'s advertised addresses, `declare`, `machine` and `actors::transport`.
+//! and they start together.
 //!
 //! ```text
 //! process 0                     process p
@@ -24,7 +24,9 @@ use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use shardflow_actors::transport::{Address, Endpoint, EndpointOptions, Secret, TransportError, resolve, without_zone};
+use shardflow_actors::transport::{
+    Address, Listener, ListenerOptions, SharedKey, TransportError, resolve, without_zone,
+};
 
 use super::Advertise;
 use crate::declare::{EXECUTABLE, PROCESSES, VERSION};
@@ -41,7 +43,9 @@ mod join;
 mod messages;
 
 pub(crate) use messages::ranks;
-pub use messages::{Conflict, Fact, Identity, Introduction, Member, RendezvousError, Roster, Verdict, Waiting, Who};
+pub use messages::{
+    Conflict, Fact, Identity, JoinInfo, Member, MissingRanks, ProcessLabel, RendezvousError, RendezvousRefusal, Roster,
+};
 
 /// What one process needs to know to meet the others.
 #[derive(Clone, Debug)]
@@ -55,7 +59,7 @@ pub struct RendezvousConfig {
     /// Where process 0 listens; the same text for all.
     pub coordinator: Address,
     /// The job's secret.
-    pub secret: Secret,
+    pub secret: SharedKey,
     /// Which program it is.
     pub identity: Identity,
     /// Values that must be equal on all processes, besides the identity, ordered so that a difference explains those after it.
@@ -80,12 +84,12 @@ pub struct RendezvousConfig {
     /// How long a failure before the start is reported: rank 0 answers, others call it.
     pub report_within: Duration,
     /// Limits of the endpoint.
-    pub endpoint: EndpointOptions,
+    pub endpoint: ListenerOptions,
 }
 
 impl RendezvousConfig {
     /// A world of one process, to be filled in: five minutes to meet, a report every three seconds.
-    pub fn new(coordinator: Address, secret: Secret, identity: Identity) -> Self {
+    pub fn new(coordinator: Address, secret: SharedKey, identity: Identity) -> Self {
         Self {
             process: 0,
             processes: 1,
@@ -103,7 +107,7 @@ impl RendezvousConfig {
             late_grace: Duration::from_secs(10),
             conflict_grace: Duration::from_secs(2),
             report_within: REPORT_WITHIN,
-            endpoint: EndpointOptions::default(),
+            endpoint: ListenerOptions::default(),
         }
     }
 }
@@ -115,8 +119,8 @@ impl RendezvousConfig {
 /// See [`RendezvousError`]; a process outlives `timeout` by a few seconds at most.
 pub fn rendezvous(
     config: &RendezvousConfig,
-    mut on_waiting: impl FnMut(&Waiting),
-) -> Result<(Roster, Endpoint), RendezvousError> {
+    mut on_waiting: impl FnMut(&MissingRanks),
+) -> Result<(Roster, Listener), RendezvousError> {
     let deadline = Instant::now() + config.timeout;
     let (process, processes) = (config.process, config.processes);
     if process >= processes || processes > shardflow_actors::transport::PROCESSES_MAX {
@@ -151,7 +155,7 @@ pub fn local_address(
 }
 
 /// What this process says of itself.
-fn introduction(config: &RendezvousConfig, addresses: Vec<Address>) -> Result<Introduction, RendezvousError> {
+fn introduction(config: &RendezvousConfig, addresses: Vec<Address>) -> Result<JoinInfo, RendezvousError> {
     let Identity { version, binary, node, sockets, cores, host, pid } = config.identity.clone();
     let (process, restart, heartbeat) = (config.process, config.restart, without_zone(config.heartbeat));
     let addresses = addresses.into_iter().map(unzoned).collect();
@@ -162,7 +166,7 @@ fn introduction(config: &RendezvousConfig, addresses: Vec<Address>) -> Result<In
         Fact::new(PROCESSES, config.processes),
     ];
     facts.extend_from_slice(&config.facts);
-    let introduction = Introduction { member, facts };
+    let introduction = JoinInfo { member, facts };
     introduction.check()?;
     Ok(introduction)
 }

@@ -1,5 +1,4 @@
 //! A session's place among the processes that run its plan: joins them, hears of their failures, tells them of its own.
-//! Imports `cluster`, `declare`, `exit`, `session`, `plan` and the actors' transport and membership.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -9,9 +8,9 @@ use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
 use shardflow_actors::error::{Failure, PeerError};
-use shardflow_actors::membership::{self, FirstCause, Membership, MembershipError, Notice, PeerStatus};
-use shardflow_actors::shell::{Control, Running};
-use shardflow_actors::transport::{Address, Endpoint, Purpose, Secret, TransportError, with_zone_of};
+use shardflow_actors::membership::{self, FirstCause, Membership, MembershipError, MembershipEvent, PeerStatus};
+use shardflow_actors::shell::{Control, RunningSession};
+use shardflow_actors::transport::{Address, Listener, Purpose, SharedKey, TransportError, with_zone_of};
 use shardflow_kernels::collective::{Collective, Group};
 use shardflow_kernels::cpu::instruction_set;
 use shardflow_kernels::cuda::cudnn::Attention;
@@ -20,23 +19,23 @@ use shardflow_kernels::device::{Device, DeviceKind};
 use shardflow_kernels::error::KernelError;
 use shardflow_kernels::memory::Arena;
 
-use super::agree::{self, Heard, Together};
 use super::by_mpi::ByMpi;
-use super::env::{self, Launch};
+use super::connector::{self, Connections, Connector};
+use super::env::{self, LaunchContext};
 use super::nccl_ids;
 use super::rendezvous::{Fact, Identity, Member, RendezvousConfig, Roster, local_address, rendezvous};
-use super::roads::{self, Roads, Ways};
+use super::save_agreement::{self, ClusterAgreement, Received};
 use super::{ClusterError, ClusterOptions, Transport};
-use crate::checkpoint::{self, Agree};
+use crate::checkpoint::{self, SaveAgreement};
 use crate::declare::{COLLECTIVES, KERNELS, MESH, ON_NON_FINITE, PLAN, SEED, TRANSPORT};
 use crate::exit;
 use crate::machine::hidden_name;
 use crate::plan::Plan;
 use crate::plan::validate::{self, PlanError};
 use crate::session::devices::Pipes;
-use crate::session::ending::exit_of;
-use crate::session::hosting::Hosting;
-use crate::session::observer::Peer;
+use crate::session::error_exit::exit_of;
+use crate::session::observer::PeerState;
+use crate::session::process_map::ProcessMap;
 use crate::session::{SessionError, SessionOptions};
 use crate::text::counted;
 
@@ -45,17 +44,17 @@ const SETTLE_TIMEOUT: Duration = Duration::from_secs(3);
 
 /// What a running session has to do with the other processes.
 pub(crate) struct World {
-    hosting: Hosting,
+    process_map: ProcessMap,
     roster: Roster,
-    endpoint: Arc<Endpoint>,
-    secret: Secret,
+    endpoint: Arc<Listener>,
+    secret: SharedKey,
     options: ClusterOptions,
     by_mpi: ByMpi,
     membership: Arc<Membership>,
     first: Arc<First>,
-    together: Arc<Together>,
+    together: Arc<ClusterAgreement>,
     /// What peers say that NCCL knows groups by.
-    ids: Receiver<Heard>,
+    ids: Receiver<Received>,
 }
 
 /// Topic of the control plane on which processes report their activity.
@@ -111,10 +110,10 @@ impl First {
     /// Hears what happens to others. The thread ends with the membership, or with the session.
     fn listen(
         self: &Arc<Self>,
-        notices: Receiver<Notice>,
-        endpoint: Weak<Endpoint>,
-        to_agree: Sender<Heard>,
-        to_ids: Sender<Heard>,
+        notices: Receiver<MembershipEvent>,
+        endpoint: Weak<Listener>,
+        to_agree: Sender<Received>,
+        to_ids: Sender<Received>,
         (own, options): (u32, ClusterOptions),
     ) -> io::Result<()> {
         let first = self.clone();
@@ -133,19 +132,21 @@ impl First {
                 };
                 match notice {
                     // One that does not take what it is told runs into its deadline.
-                    Notice::Told { topic: agree::TOPIC, from, bytes } => drop(to_agree.try_send(Heard { from, bytes })),
-                    Notice::Told { topic: nccl_ids::TOPIC, from, bytes } => {
-                        drop(to_ids.try_send(Heard { from, bytes }))
+                    MembershipEvent::Told { topic: save_agreement::TOPIC, from, bytes } => {
+                        drop(to_agree.try_send(Received { from, bytes }))
                     }
-                    Notice::Told { topic: DOING, from, bytes } => {
+                    MembershipEvent::Told { topic: nccl_ids::TOPIC, from, bytes } => {
+                        drop(to_ids.try_send(Received { from, bytes }))
+                    }
+                    MembershipEvent::Told { topic: DOING, from, bytes } => {
                         let printable = |c: &char| !c.is_control();
                         let what =
                             String::from_utf8_lossy(&bytes).chars().filter(printable).take(DOING_CHARS_MAX).collect();
                         first.lock().doing.insert(from, (what, Instant::now()));
                     }
-                    Notice::Told { .. } => {}
-                    Notice::Left { process } => first.left(process),
-                    Notice::Ended(cause) => return first.ended(cause, &endpoint),
+                    MembershipEvent::Told { .. } => {}
+                    MembershipEvent::Left { process } => first.left(process),
+                    MembershipEvent::Ended(cause) => return first.ended(cause, &endpoint),
                 }
             }
         };
@@ -162,7 +163,7 @@ impl First {
 
     /// The processes agree on why the session ends. Where this process failed by itself, that is kept. Where others have
     /// lost it, it learns so here.
-    fn ended(&self, cause: FirstCause, endpoint: &Weak<Endpoint>) {
+    fn ended(&self, cause: FirstCause, endpoint: &Weak<Listener>) {
         let mut state = self.lock();
         let control = state.control.clone();
         state.cause = Some(cause.clone());
@@ -197,7 +198,7 @@ impl World {
     /// watchdog allows.
     pub(crate) fn join(plan: &Plan, session: &SessionOptions) -> Result<Option<Self>, ClusterError> {
         let (cluster, wait_max) = (&session.cluster, session.watchdog.wait_max());
-        let Launch::World(world) = &cluster.launch else { return Ok(None) };
+        let LaunchContext::World(world) = &cluster.launch else { return Ok(None) };
         let (devices, processes) = (plan.memory.len(), world.processes);
         if processes as usize > devices {
             let mesh = counted(devices, "device");
@@ -208,7 +209,7 @@ impl World {
             return Ok(None);
         }
         let (mut options, by_mpi) = (cluster.options.clone(), cluster.by_mpi.clone());
-        let secret = Secret::from_text(world.secret.read()?.text())?;
+        let secret = SharedKey::from_text(world.secret.read()?.text())?;
         let coordinator = address(&world.endpoint);
         let system = |what| move |cause| ClusterError::System { what, cause };
         let spans_nodes = world.local_processes < processes;
@@ -244,9 +245,9 @@ impl World {
             .private_error()
             .iter()
             .for_each(|cause| say(&format!("no Unix socket for processes of this node: {cause}")));
-        roads::check_near(&roster, world.process, options.transport)?.iter().for_each(|line| say(line));
-        let hosting = Hosting { process: world.process, processes, devices };
-        let mut joining = membership::Config::new(
+        connector::check_near(&roster, world.process, options.transport)?.iter().for_each(|line| say(line));
+        let process_map = ProcessMap { process: world.process, processes, devices };
+        let mut joining = membership::MembershipConfig::new(
             world.process,
             processes,
             roster.session.0,
@@ -256,8 +257,8 @@ impl World {
         );
         (joining.every, joining.deadline) = (options.heartbeat_every, options.heartbeat_deadline);
         joining.join_within = options.connect_within;
-        let roads = roads(plan.device, &hosting, &roster, &endpoint, &secret, &options, &by_mpi);
-        for process in hosting.peers() {
+        let roads = roads(plan.device, &process_map, &roster, &endpoint, &secret, &options, &by_mpi);
+        for process in process_map.peers() {
             joining.links.insert(process, roads.link(process, Purpose::Control)?);
             joining.addresses.insert(process, with_zone_of(roster.members[process as usize].heartbeat, bound));
         }
@@ -266,32 +267,32 @@ impl World {
         joining.join_at_most = options.connect_within;
         let membership = Arc::new(Membership::start(joining)?);
         let (to_agree, heard) = bounded(HEARD_MAX);
-        let together = Arc::new(Together::new(world.process, processes, membership.clone(), heard, wait_max));
+        let together = Arc::new(ClusterAgreement::new(world.process, processes, membership.clone(), heard, wait_max));
         let (first, endpoint): (Arc<First>, _) = (Arc::default(), Arc::new(endpoint));
         let (to_ids, ids) = bounded(HEARD_MAX);
         let (notices, own) = (membership.notices().clone(), (world.process, options.clone()));
         let listening = first.listen(notices, Arc::downgrade(&endpoint), to_agree, to_ids, own);
         listening.map_err(system("start a thread"))?;
-        Ok(Some(Self { hosting, roster, endpoint, secret, options, by_mpi, membership, first, together, ids }))
+        Ok(Some(Self { process_map, roster, endpoint, secret, options, by_mpi, membership, first, together, ids }))
     }
 
     /// Publishes this process's activity to those that wait for it. With [`WAITING`] it waits for others, and logs their
     /// activity at intervals.
     pub(crate) fn doing(&self, what: &str) {
-        self.first.lock().doing.insert(self.hosting.process, (what.into(), Instant::now()));
+        self.first.lock().doing.insert(self.process_map.process, (what.into(), Instant::now()));
         // A failure to send ends the session by other means.
         let _ = self.membership.tell_all(DOING, what.as_bytes());
     }
 
     /// Which devices are whose.
-    pub(crate) fn hosting(&self) -> Hosting {
-        self.hosting
+    pub(crate) fn process_map(&self) -> ProcessMap {
+        self.process_map
     }
 
     /// The processes of this node, in order.
     pub(crate) fn here(&self) -> Vec<u32> {
         let node = |process: u32| &self.roster.members[process as usize].node;
-        (0..self.hosting.processes).filter(|process| node(*process) == node(self.hosting.process)).collect()
+        (0..self.process_map.processes).filter(|process| node(*process) == node(self.process_map.process)).collect()
     }
 
     /// The cores that a process may run on.
@@ -299,14 +300,14 @@ impl World {
         &self.roster.members[process as usize].cores
     }
 
-    fn roads(&self, device: DeviceKind) -> Roads<'_> {
-        roads(device, &self.hosting, &self.roster, &self.endpoint, &self.secret, &self.options, &self.by_mpi)
+    fn roads(&self, device: DeviceKind) -> Connector<'_> {
+        roads(device, &self.process_map, &self.roster, &self.endpoint, &self.secret, &self.options, &self.by_mpi)
     }
 
     /// True when the memory of such devices is to be shared with other processes.
     pub(crate) fn shares_memory(&self, device: DeviceKind) -> bool {
-        let own = self.hosting.process;
-        self.hosting.peers().any(|process| self.roads(device).shares_memory(own, process))
+        let own = self.process_map.process;
+        self.process_map.peers().any(|process| self.roads(device).shares_memory(own, process))
     }
 
     /// Counts the mirrors that the processes of this node will have in the memory of their devices.
@@ -315,9 +316,9 @@ impl World {
     /// [`PlanError::Memory`] when they exceed the plan's budget.
     pub(crate) fn count_mirrors(&self, plan: &mut Plan) -> Result<(), PlanError> {
         let roads = self.roads(plan.device);
-        for hosting in self.here().into_iter().map(|process| Hosting { process, ..self.hosting }) {
-            let far = hosting.peers().filter(|peer| !roads.shares_memory(hosting.process, *peer));
-            let mirrors: Vec<_> = far.flat_map(|peer| hosting.mirrors(plan, peer)).collect();
+        for process_map in self.here().into_iter().map(|process| ProcessMap { process, ..self.process_map }) {
+            let far = process_map.peers().filter(|peer| !roads.shares_memory(process_map.process, *peer));
+            let mirrors: Vec<_> = far.flat_map(|peer| process_map.mirrors(plan, peer)).collect();
             for (_, device, bytes) in mirrors {
                 plan.memory[device].mirror_bytes += bytes;
             }
@@ -333,7 +334,7 @@ impl World {
     /// What NCCL knows these groups by, which all processes ask for.
     pub(crate) fn nccl_ids(&self, groups: &[Arc<Group>]) -> Result<Vec<UniqueId>, KernelError> {
         let deadline = Instant::now() + self.options.connect_within;
-        nccl_ids::exchange(groups, &self.hosting, &self.membership, &self.ids, deadline)
+        nccl_ids::exchange(groups, &self.process_map, &self.membership, &self.ids, deadline)
     }
 
     /// Makes all ways between the processes.
@@ -344,15 +345,15 @@ impl World {
         arenas: &BTreeMap<usize, Arena>,
         in_process: Arc<dyn Collective>,
         pipes: Pipes,
-    ) -> Result<Ways, ClusterError> {
-        Roads { pipes, ..self.roads(plan.device) }.make(plan, devices, arenas, in_process)
+    ) -> Result<Connections, ClusterError> {
+        Connector { pipes, ..self.roads(plan.device) }.make(plan, devices, arenas, in_process)
     }
 
     /// From now on a failure here ends the session everywhere, and one elsewhere ends it here.
-    pub(crate) fn watch(&self, running: &Running) {
-        let (membership, hosting) = (self.membership.clone(), self.hosting);
+    pub(crate) fn watch(&self, running: &RunningSession) {
+        let (membership, process_map) = (self.membership.clone(), self.process_map);
         let control = running.control();
-        control.on_failure(move |failure| tell(&membership, &hosting, failure));
+        control.on_failure(move |failure| tell(&membership, &process_map, failure));
         self.first.attach(control);
     }
 
@@ -360,7 +361,7 @@ impl World {
     pub(crate) fn settle(&self, failure: Failure) -> Failure {
         match self.first.wait(SETTLE_TIMEOUT) {
             // Of its own failure this process knows most. That others have lost it explains what broke here.
-            Some(cause) if cause.process != self.hosting.process || is_symptom(&failure) => peer_failure(&cause),
+            Some(cause) if cause.process != self.process_map.process || is_symptom(&failure) => peer_failure(&cause),
             // A symptom that nobody else explains stays what it is.
             _ => self.named(failure),
         }
@@ -381,7 +382,7 @@ impl World {
             _ => fail(),
         }
         match self.first.wait(SETTLE_TIMEOUT) {
-            Some(cause) if cause.process != self.hosting.process || breaks_off(&error) => {
+            Some(cause) if cause.process != self.process_map.process || breaks_off(&error) => {
                 SessionError::Failed(peer_failure(&cause))
             }
             _ => {
@@ -395,17 +396,17 @@ impl World {
     fn named(&self, failure: Failure) -> Failure {
         let Failure::Kernel { cause, .. } = &failure else { return failure };
         let KernelError::Link { peer, .. } = &**cause else { return failure };
-        let (process, message) = (self.hosting.process_of(*peer), failure.to_string());
-        if process == self.hosting.process {
+        let (process, message) = (self.process_map.process_of(*peer), failure.to_string());
+        if process == self.process_map.process {
             return failure;
         }
         Failure::Peer { process, cause: PeerError::Lost { message } }
     }
 
     /// The agreement on checkpoints, and who this process is in it.
-    pub(crate) fn agree(&self) -> (Arc<dyn Agree>, checkpoint::Member) {
-        let Hosting { process, processes, .. } = self.hosting;
-        (self.together.clone(), checkpoint::Member { process, processes, epoch: self.roster.epoch })
+    pub(crate) fn agree(&self) -> (Arc<dyn SaveAgreement>, checkpoint::ProcessRank) {
+        let ProcessMap { process, processes, .. } = self.process_map;
+        (self.together.clone(), checkpoint::ProcessRank { process, processes, epoch: self.roster.epoch })
     }
 
     /// What of others was refused since the start, by reason.
@@ -423,13 +424,13 @@ impl World {
     }
 
     /// What is known of the other processes.
-    pub(crate) fn peers(&self) -> Vec<Peer> {
+    pub(crate) fn peers(&self) -> Vec<PeerState> {
         let member = |process: u32| &self.roster.members[process as usize];
-        let own = member(self.hosting.process);
+        let own = member(self.process_map.process);
         let peer = |status: PeerStatus| {
             let Member { process, node, host, pid, .. } = member(status.process);
             let (process, host, pid, is_on_this_node) = (*process, host.clone(), *pid, *node == own.node);
-            Peer { process, host, pid, is_on_this_node, silent: status.silent }
+            PeerState { process, host, pid, is_on_this_node, silent: status.silent }
         };
         self.membership.peers().into_iter().map(peer).collect()
     }
@@ -442,16 +443,16 @@ impl World {
 
 fn roads<'a>(
     device: DeviceKind,
-    hosting: &Hosting,
+    process_map: &ProcessMap,
     roster: &'a Roster,
-    endpoint: &'a Endpoint,
-    secret: &'a Secret,
+    endpoint: &'a Listener,
+    secret: &'a SharedKey,
     options: &'a ClusterOptions,
     by_mpi: &'a ByMpi,
-) -> Roads<'a> {
+) -> Connector<'a> {
     let deadline = Instant::now() + options.connect_within;
     let pipes = Pipes::new();
-    Roads { device, hosting: *hosting, roster, endpoint, secret, options, by_mpi, deadline, pipes }
+    Connector { device, process_map: *process_map, roster, endpoint, secret, options, by_mpi, deadline, pipes }
 }
 
 pub(super) fn address(endpoint: &env::Endpoint) -> Address {
@@ -522,7 +523,7 @@ fn is_symptom(failure: &Failure) -> bool {
 }
 
 /// Tells the others of a failure here: of a symptom that they may explain, or of a cause.
-fn tell(membership: &Membership, hosting: &Hosting, failure: &Failure) {
+fn tell(membership: &Membership, process_map: &ProcessMap, failure: &Failure) {
     match failure {
         // The membership told us.
         Failure::Peer { cause: PeerError::Failed { .. }, .. } => {}
@@ -531,7 +532,7 @@ fn tell(membership: &Membership, hosting: &Hosting, failure: &Failure) {
         Failure::Stalled { process: Some(process), .. } => membership.suspect(*process, failure.to_string()),
         Failure::Kernel { cause, .. } => match &**cause {
             cause if is_of_others(cause) => {}
-            KernelError::Link { peer, .. } => membership.suspect(hosting.process_of(*peer), failure.to_string()),
+            KernelError::Link { peer, .. } => membership.suspect(process_map.process_of(*peer), failure.to_string()),
             _ => membership.fail(failure.to_string(), exit_of(failure).code()),
         },
         _ => membership.fail(failure.to_string(), exit_of(failure).code()),

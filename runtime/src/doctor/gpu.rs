@@ -1,11 +1,10 @@
 //! GPUs, their driver and its libraries, as the CUDA backend finds them: what it cannot use it says here in the same words.
-//! Imports `doctor` and the kernels' `cuda`.
 
 use shardflow_kernels::cuda::library::DeviceFacts;
 use shardflow_kernels::cuda::probe;
 use shardflow_kernels::error::KernelError;
 
-use super::{Finding, Status, size};
+use super::{Finding, FindingStatus, size};
 
 pub(super) fn examine() -> Vec<Finding> {
     let probe = probe();
@@ -16,17 +15,17 @@ pub(super) fn examine() -> Vec<Finding> {
             Vec::new()
         }
         Ok(version) => {
-            found.push(Finding::new("gpu", "driver", Status::Ok, format!("CUDA {version}")));
+            found.push(Finding::new("gpu", "driver", FindingStatus::Ok, format!("CUDA {version}")));
             probe.devices
         }
     };
     if devices.is_empty() {
         let hint = "needs a GPU and NVIDIA's driver; CUDA_VISIBLE_DEVICES may hide some";
-        found.push(Finding::new("gpu", "devices", Status::Absent, "none").hint(hint));
+        found.push(Finding::new("gpu", "devices", FindingStatus::Absent, "none").hint(hint));
     }
     found.extend(devices.iter().enumerate().map(|(ordinal, facts)| device(ordinal, facts)));
     found.extend(probe.libraries.iter().map(|(library, version)| match version {
-        Ok(version) => Finding::new("gpu", library.name(), Status::Ok, version),
+        Ok(version) => Finding::new("gpu", library.name(), FindingStatus::Ok, version),
         Err(error) => refused(library.name(), error).hint(library.hint()),
     }));
     found
@@ -38,7 +37,7 @@ fn device(ordinal: usize, facts: &Result<DeviceFacts, KernelError>) -> Finding {
             let DeviceFacts { name, capability: (major, minor), bytes_total } = facts;
             // What is free of it only an open context tells, which takes memory itself, and longer than all the rest.
             let memory = size(*bytes_total as u64);
-            Finding::new("gpu", "device", Status::Ok, format!("{ordinal}: {name}, sm_{major}{minor}, {memory}"))
+            Finding::new("gpu", "device", FindingStatus::Ok, format!("{ordinal}: {name}, sm_{major}{minor}, {memory}"))
         }
         Err(error) => refused("device", error),
     }
@@ -47,10 +46,10 @@ fn device(ordinal: usize, facts: &Result<DeviceFacts, KernelError>) -> Finding {
 /// What the backend would say, apart from the advice.
 fn refused(name: &'static str, error: &KernelError) -> Finding {
     match error {
-        KernelError::Unavailable { what, hint } => Finding::new("gpu", name, Status::Absent, what).hint(hint),
+        KernelError::Unavailable { what, hint } => Finding::new("gpu", name, FindingStatus::Absent, what).hint(hint),
         other => {
             let hint = "run nvidia-smi: where that fails, too, it is the driver's or the device's fault";
-            Finding::new("gpu", name, Status::Poor, other.to_string()).hint(hint)
+            Finding::new("gpu", name, FindingStatus::Poor, other.to_string()).hint(hint)
         }
     }
 }
@@ -69,7 +68,7 @@ mod tests {
         for library in Library::ALL {
             let finding = named(library.name()).expect("every library is looked for");
             let told = finding.hint.as_deref().is_some_and(|hint| hint.contains("pip install"));
-            assert!(finding.status == Status::Ok || told, "{finding:?}");
+            assert!(finding.status == FindingStatus::Ok || told, "{finding:?}");
         }
         let old = KernelError::Unavailable { what: "too old".into(), hint: "get a new one".into() };
         let finding = refused("driver", &old);

@@ -1,10 +1,10 @@
-//! Cores, memory, limits and kernel, from `/proc` and `/sys`. Imports `doctor` and `machine`.
+//! Cores, memory, limits and kernel, from `/proc` and `/sys`.
 
 use std::fs;
 use std::path::Path;
 use std::thread::available_parallelism;
 
-use super::{Finding, Status, size};
+use super::{Finding, FindingStatus, size};
 use crate::machine::{FreeMemory, affinity, cores_text, free_memory, meminfo};
 
 /// Shared memory below which registers between processes of one node may not fit, in bytes.
@@ -21,11 +21,11 @@ pub(super) fn examine() -> Vec<Finding> {
 }
 
 fn ok(name: &'static str, value: impl Into<String>) -> Finding {
-    Finding::new("machine", name, Status::Ok, value)
+    Finding::new("machine", name, FindingStatus::Ok, value)
 }
 
 fn poor(name: &'static str, value: impl Into<String>, hint: &str) -> Finding {
-    Finding::new("machine", name, Status::Poor, value).hint(hint)
+    Finding::new("machine", name, FindingStatus::Poor, value).hint(hint)
 }
 
 fn text(path: impl AsRef<Path>) -> Option<String> {

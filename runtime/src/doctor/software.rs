@@ -1,9 +1,9 @@
-//! Libraries and programs that some runs need, found by their file names: nothing is loaded or run. Imports `doctor`.
+//! Libraries and programs that some runs need, found by their file names: nothing is loaded or run.
 
 use std::path::{Path, PathBuf};
 use std::{env, fs};
 
-use super::{Finding, Status};
+use super::{Finding, FindingStatus};
 
 /// A library or program, and how to get it.
 struct Wanted {
@@ -41,8 +41,8 @@ pub(super) fn examine() -> Vec<Finding> {
 
 fn finding(wanted: &Wanted, path: Option<PathBuf>) -> Finding {
     match path {
-        Some(path) => Finding::new(wanted.group, wanted.name, Status::Ok, path.display().to_string()),
-        None => Finding::new(wanted.group, wanted.name, Status::Absent, "not found").hint(wanted.hint),
+        Some(path) => Finding::new(wanted.group, wanted.name, FindingStatus::Ok, path.display().to_string()),
+        None => Finding::new(wanted.group, wanted.name, FindingStatus::Absent, "not found").hint(wanted.hint),
     }
 }
 

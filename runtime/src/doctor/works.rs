@@ -1,4 +1,4 @@
-//! Tries what processes of a job do with each other. Imports `doctor`, `machine` and `cluster::env`.
+//! Tries what processes of a job do with each other.
 
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
@@ -7,7 +7,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 
 use rustix::fs::MemfdFlags;
 
-use super::{Finding, Status};
+use super::{Finding, FindingStatus};
 use crate::cluster::env::{DERIVED_PORTS, PORT_DEFAULT};
 use crate::machine::temporary_folder;
 
@@ -28,8 +28,8 @@ pub(super) fn examine() -> Vec<Finding> {
 
 fn finding(name: &'static str, result: io::Result<()>, hint: &str) -> Finding {
     match result {
-        Ok(()) => Finding::new("works", name, Status::Ok, "works"),
-        Err(error) => Finding::new("works", name, Status::Broken, error.to_string()).hint(hint),
+        Ok(()) => Finding::new("works", name, FindingStatus::Ok, "works"),
+        Err(error) => Finding::new("works", name, FindingStatus::Broken, error.to_string()).hint(hint),
     }
 }
 
@@ -62,8 +62,8 @@ fn memfd() -> io::Result<()> {
 fn default_port() -> Finding {
     let finding = |status, value: String| Finding::new("works", "default port", status, value);
     match TcpListener::bind((Ipv4Addr::UNSPECIFIED, PORT_DEFAULT)) {
-        Ok(_) => finding(Status::Ok, format!("{PORT_DEFAULT} is free")),
-        Err(error) => finding(Status::Poor, format!("{PORT_DEFAULT}: {error}"))
+        Ok(_) => finding(FindingStatus::Ok, format!("{PORT_DEFAULT} is free")),
+        Err(error) => finding(FindingStatus::Poor, format!("{PORT_DEFAULT}: {error}"))
             .hint("on several nodes choose another port: --rdzv-endpoint HOST:PORT"),
     }
 }
@@ -77,8 +77,8 @@ fn derived_ports() -> Finding {
         (Some(low), Some(high)) if low < DERIVED_PORTS.end && high >= DERIVED_PORTS.start => {
             let value = format!("{value}; the kernel gives {low} to {high} to clients");
             let hint = "sysctl net.ipv4.ip_local_port_range='32768 60999', or set SHARDFLOW_ENDPOINT";
-            Finding::new("works", "derived ports", Status::Poor, value).hint(hint)
+            Finding::new("works", "derived ports", FindingStatus::Poor, value).hint(hint)
         }
-        _ => Finding::new("works", "derived ports", Status::Ok, value),
+        _ => Finding::new("works", "derived ports", FindingStatus::Ok, value),
     }
 }

@@ -1,5 +1,4 @@
 //! The methods by which a user writes a [`Graph`]. None fails: errors are recorded with the caller's line.
-//! Imports `graph` and `placement`.
 
 use std::panic::Location;
 use std::sync::{Arc, OnceLock};

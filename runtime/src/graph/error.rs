@@ -1,4 +1,4 @@
-//! An error of the user's graph, with the line that caused it. Imports nothing.
+//! An error of the user's graph, with the line that caused it.
 
 use std::panic::Location;
 

@@ -1,6 +1,5 @@
 //! What the planner must know of each kernel op: its factor rule, its output types, and its attributes on one shard.
 //! One function each; a new op is added here, in `passes::autodiff` and in the kernels crate, and nowhere else.
-//! Imports `sbp::rule` and the kernels' `Op`.
 
 use shardflow_kernels::collective::ReduceOp;
 use shardflow_kernels::op::Op;

@@ -1,4 +1,4 @@
-//! AdamW's settings, and upper bounds of what it writes. Imports nothing of this crate.
+//! AdamW's settings, and upper bounds of what it writes.
 //!
 //! # A step whose update would not be finite
 //!

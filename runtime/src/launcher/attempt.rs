@@ -1,4 +1,4 @@
-//! One start of all processes of the node, until the last of them has ended. Imports `launcher`, `exit` and `output`.
+//! One start of all processes of the node, until the last of them has ended.
 //!
 //! ```text
 //!  Running ──a process fails──► Settling ──time is up──► Ending ──grace is over──► Killed ──► abandoned

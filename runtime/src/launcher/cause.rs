@@ -1,5 +1,5 @@
 //! Which of several processes that failed was the first cause, and whether to start again: pure functions of how they
-//! ended. Imports `exit`.
+//! ended.
 
 use std::time::Duration;
 

@@ -1,5 +1,4 @@
-//! One process of an attempt: its environment, its start, its end. Imports `launcher`, `exit`,
-//! `output`, `requests` and what the kernels want of a CUDA driver.
+//! One process of an attempt: its environment, its start, its end.
 
 use std::io::{self, Read};
 use std::net::TcpListener;

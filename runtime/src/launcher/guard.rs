@@ -1,4 +1,4 @@
-//! What keeps children from outliving the launcher, in two hidden commands of the binary. Imports `exit`.
+//! What keeps children from outliving the launcher, in two hidden commands of the binary.
 //!
 //! A launcher that is killed by SIGKILL can do nothing any more. So each child asks the kernel to be killed with the
 //! thread that started it, before it becomes the program ([`become_program`]). That does not reach the child's own

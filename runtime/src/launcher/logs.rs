@@ -1,5 +1,5 @@
 //! Log files of the processes: written by the processes themselves, but for the node's first, whose lines also go to
-//! the screen. Imports `output`.
+//! the screen.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, BufRead, BufReader, Read, Seek, SeekFrom, Write};

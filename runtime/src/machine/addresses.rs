@@ -1,4 +1,4 @@
-//! Addresses of this node, and how host names resolve on it. Imports the actors' transport and `cluster`'s names of variables.
+//! Addresses of this node, and how host names resolve on it.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
 use std::{fs, io};

@@ -1,4 +1,4 @@
-//! The cores of a process, and its share of a node's cores. Imports nothing of this crate.
+//! The cores of a process, and its share of a node's cores.
 
 use rustix::thread::CpuSet;
 

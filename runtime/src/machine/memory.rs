@@ -1,4 +1,4 @@
-//! Free memory within the limits of cgroups. Imports nothing of this crate.
+//! Free memory within the limits of cgroups.
 
 use std::path::{Path, PathBuf};
 use std::{fmt, fs};

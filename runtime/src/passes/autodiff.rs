@@ -1,6 +1,5 @@
 //! Reverse-mode differentiation on the graph: adds the backward nodes of the objective, each on the placement of the
 //! node it comes from. Contributions to one tensor are added in reverse program order, so the order is fixed.
-//! Imports `graph`.
 
 use std::collections::BTreeMap;
 use std::panic::Location;

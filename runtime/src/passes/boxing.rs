@@ -1,6 +1,5 @@
 //! Makes every change of layout or placement a node: for each node whose signature wants an input otherwise than it is,
 //! the steps of the cheapest boxing plan. A version of a tensor that is there already is used again.
-//! Imports `graph` and `boxing`.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -11,7 +10,7 @@ use crate::boxing::step::{BoxingStep, StepKind};
 use crate::boxing::{self, CostModel};
 use crate::graph::{Graph, Node, NodeId, NodeOp, Phase, Rate, TensorInfo, Var};
 use crate::passes::Boxing;
-use crate::sbp::Layout;
+use crate::sbp::PlacedLayout;
 
 /// Inserts the steps. Every tensor must have its layout, and every kernel its signature. Where no sequence of
 /// collectives leads to a layout, or `mode` forbids it, an error is recorded in the graph.
@@ -21,7 +20,7 @@ pub fn insert(graph: &mut Graph, model: &CostModel, mode: Boxing) {
         let mut node = pass.graph.nodes[index].clone();
         let placement = pass.graph.placements[node.placement].clone();
         for (port, sbp) in required(pass.graph, &node) {
-            let want = Layout { placement: placement.clone(), sbp };
+            let want = PlacedLayout { placement: placement.clone(), sbp };
             match pass.version(node.inputs[port], &want, &node) {
                 Ok(var) => node.inputs[port] = var,
                 Err(message) => pass.graph.error(&node.name, message, node.location),
@@ -70,15 +69,15 @@ impl Pass<'_> {
         self.made.push(node);
     }
 
-    fn layout(&self, var: Var) -> Layout {
+    fn layout(&self, var: Var) -> PlacedLayout {
         let info = self.graph.tensor(var);
         let placement = self.graph.placements[self.made[info.producer.index()].placement].clone();
         let axes = placement.axes().len();
-        Layout { placement, sbp: info.layout.clone().unwrap_or_else(|| crate::sbp::NdSbp::broadcast(axes)) }
+        PlacedLayout { placement, sbp: info.layout.clone().unwrap_or_else(|| crate::sbp::NdSbp::broadcast(axes)) }
     }
 
     /// The version of `var` in this layout, made for `reader` if it is not there yet.
-    fn version(&mut self, var: Var, want: &Layout, reader: &Node) -> Result<Var, String> {
+    fn version(&mut self, var: Var, want: &PlacedLayout, reader: &Node) -> Result<Var, String> {
         let versions = self.versions.entry(var).or_insert_with(|| vec![var]).clone();
         if let Some(found) = versions.iter().find(|v| self.layout(**v) == *want) {
             return Ok(*found);

@@ -1,5 +1,5 @@
 //! Gathers all-reduces of gradients into buckets: one call for several gradients, on the communication stream, begun
-//! while backward still makes the others. Imports `graph` and `boxing`.
+//! while backward still makes the others.
 //!
 //! Li et al. 2020, <https://arxiv.org/abs/2006.15704>, section 3.2.
 

@@ -1,4 +1,4 @@
-//! Refuses programs that make no sense, with the user's line. Imports `graph`.
+//! Refuses programs that make no sense, with the user's line.
 
 use std::collections::BTreeMap;
 use std::panic::Location;

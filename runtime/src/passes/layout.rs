@@ -1,5 +1,5 @@
 //! Chooses a signature for every kernel, and so a layout for every tensor, by cost: states the graph as a problem of
-//! `sbp::choose` and writes the answer into it. Imports `graph` and `sbp::choose`.
+//! `sbp::choose` and writes the answer into it.
 //!
 //! What may be chosen is bounded by what the user wrote:
 //! - LAY-1: parameters and inputs are read in the layout that they were given;
@@ -23,7 +23,7 @@ use crate::passes::optimizer::owner_sums;
 use crate::placement::Placement;
 use crate::sbp::choose::{Candidate, NodeSpec, Problem, TensorSpec, choose as choose_layouts};
 use crate::sbp::rule::{NdSignature, Rule};
-use crate::sbp::{Layout, NdSbp, Sbp};
+use crate::sbp::{NdSbp, PlacedLayout, Sbp};
 
 /// Rates by which compute is weighed against messages; only their ratio to the cost model's matters.
 const FLOPS_PER_SECOND: f64 = 1e11;
@@ -119,7 +119,7 @@ fn tensors(graph: &Graph) -> Vec<TensorSpec> {
             name: info.name.clone(),
             shape: info.shape.clone(),
             dtype: info.dtype,
-            pinned: pinned.map(|sbp| Layout { placement, sbp }),
+            pinned: pinned.map(|sbp| PlacedLayout { placement, sbp }),
             is_output: outputs.contains(&graph.var(index)),
         }
     };

@@ -1,6 +1,6 @@
 //! Divides the batch: inputs shrink to one micro-batch, and every forward tensor follows in shape and in its layout along
 //! the micro-batches: an SBP for the loop. That SBP decides where an element lies in the step's tensor, for dropout, and
-//! how an output's values are combined. Imports `graph` and `sbp`.
+//! how an output's values are combined.
 
 use shardflow_kernels::collective::ReduceOp;
 use shardflow_kernels::op::Op;

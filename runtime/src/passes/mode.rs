@@ -1,4 +1,4 @@
-//! Training or evaluation: in evaluation dropout is the identity and nothing is trained. Imports `graph`.
+//! Training or evaluation: in evaluation dropout is the identity and nothing is trained.
 
 use std::collections::BTreeMap;
 

@@ -1,5 +1,4 @@
 //! Adds the step's end: gradients are summed over the micro-batches, their global norm is taken, AdamW updates.
-//! Imports `graph`.
 
 use std::collections::BTreeMap;
 use std::panic::Location;

@@ -1,7 +1,7 @@
 //! Stores activations and their gradients in bf16, where all who read them take that: products, attention and elementwise ops
 //! then compute on half the bytes, in f32 inside. Parameters, their sums over micro-batches, statistics, scalars, the update and
 //! whatever a collective moves stay in f32; who reads one of these in bf16 gets a cast of it, which of a parameter as it lies
-//! is made once a step, by the update. Imports `graph`.
+//! is made once a step, by the update.
 //!
 //! Micikevicius et al. 2018, <https://arxiv.org/abs/1710.03740>, with the range of bf16, so without scaling of the loss
 //! (Kalamkar et al. 2019, <https://arxiv.org/abs/1905.12322>).

@@ -1,5 +1,5 @@
 //! Placements that feed each other forward must form a pipeline: all forward work of a device is one action, so a device
-//! cannot wait for what it has yet to make. Imports `graph`.
+//! cannot wait for what it has yet to make.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::panic::Location;

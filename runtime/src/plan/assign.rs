@@ -1,7 +1,7 @@
 //! Which action of which device runs each node, and where each tensor's local part lies: in an action's scratch when
 //! nobody else reads it, in a register when others do, fixed in memory when nothing replaces it or nobody else reads it.
 //! Tensors of one action with the same readers share a register; so the stash, activations on their way to another
-//! stage, gradients and parameters are all the same thing. Imports `graph` and `plan`.
+//! stage, gradients and parameters are all the same thing.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -14,7 +14,7 @@ use crate::plan::ActionKey;
 pub type Site = (usize, ActionKey);
 
 /// A tensor's part on one device.
-pub type Local = (usize, Var);
+pub type LocalTensor = (usize, Var);
 
 /// Where a local tensor lies.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -48,7 +48,7 @@ pub struct Assignment {
     /// Nodes of each action, in graph order.
     pub actions: BTreeMap<Site, Vec<NodeId>>,
     /// Home of each local tensor.
-    pub homes: BTreeMap<Local, Home>,
+    pub homes: BTreeMap<LocalTensor, Home>,
     /// The registers.
     pub registers: Vec<RegisterPlan>,
     /// Tensors that are another's memory: relayouts that change nothing, and reduced buckets.
@@ -81,8 +81,8 @@ pub fn action_of(graph: &Graph, id: NodeId, node: &Node) -> Option<ActionKey> {
 /// Assigns every node and tensor.
 pub fn assign(graph: &Graph) -> Assignment {
     let mut out = Assignment { alias: aliases(graph), ..Assignment::default() };
-    let mut producer: BTreeMap<Local, Site> = BTreeMap::new();
-    let mut readers: BTreeMap<Local, BTreeSet<Site>> = BTreeMap::new();
+    let mut producer: BTreeMap<LocalTensor, Site> = BTreeMap::new();
+    let mut readers: BTreeMap<LocalTensor, BTreeSet<Site>> = BTreeMap::new();
     for (index, node) in graph.nodes.iter().enumerate() {
         let id = NodeId(index as u32);
         let placement = &graph.placements[node.placement];
@@ -182,8 +182,8 @@ fn source_devices(node: &Node, placement: &Placement, position: usize) -> Vec<us
 fn group_registers(
     graph: &Graph,
     out: &mut Assignment,
-    producer: &BTreeMap<Local, Site>,
-    readers: &BTreeMap<Local, BTreeSet<Site>>,
+    producer: &BTreeMap<LocalTensor, Site>,
+    readers: &BTreeMap<LocalTensor, BTreeSet<Site>>,
 ) {
     let mut found: BTreeMap<(Site, Vec<Site>, Rate, bool), usize> = BTreeMap::new();
     // In the order of the tensors, so that a bucket's gradients lie in the order in which backward makes them.

@@ -1,4 +1,4 @@
-//! Every member of a group must call the same collectives in the same order. Imports `plan`.
+//! Every member of a group must call the same collectives in the same order.
 
 use std::collections::BTreeMap;
 

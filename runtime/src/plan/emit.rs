@@ -1,5 +1,5 @@
 //! The launches of one action on one device: each node's kernel with local attributes, its buffers bound to ports,
-//! fixed memory or scratch. Imports `plan::assign`, `plan::memory`, `boxing` and the kernels' `Op`.
+//! fixed memory or scratch.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;

@@ -1,5 +1,4 @@
 //! A plan as text, for people: layouts, layout changes with their bytes and source lines, actors, registers, memory.
-//! Imports `plan` and `graph`.
 
 use std::fmt::{self, Write};
 

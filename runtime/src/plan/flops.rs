@@ -1,4 +1,4 @@
-//! How many operations a step's products and attention take: what a machine's peak is compared with. Imports `graph`.
+//! How many operations a step's products and attention take: what a machine's peak is compared with.
 //!
 //! A product of `[m, k]` and `[k, n]` takes `2 m n k`; attention over `t` tokens with heads of depth `d` takes `4 t^2 d` a head
 //! forward and `8 t^2 d` backward, as if nothing were masked, as Chowdhery et al. 2022 count (<https://arxiv.org/abs/2204.02311>,

@@ -1,4 +1,4 @@
-//! One number for a whole plan, by which processes see that they compiled the same. Imports `plan`.
+//! One number for a whole plan, by which processes see that they compiled the same.
 
 use std::fmt::{self, Write};
 

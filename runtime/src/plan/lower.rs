@@ -1,12 +1,11 @@
 //! From a graph whose layouts are settled to a plan: actors, registers, programs, memory.
-//! Imports the rest of `plan`, `graph` and the actors' `spec`.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use shardflow_actors::spec::{
-    ActionSpec, ActorId, ActorSpec, Decision, Firing, InputSpec, OutputSpec, Reader, RegisterId, RegisterSpec, Spec,
-    StreamKind,
+    ActionSpec, ActorId, ActorSpec, Decision, Firing, InputSpec, OutputSpec, RegisterId, RegisterReader, RegisterSpec,
+    Spec, StreamKind,
 };
 use shardflow_kernels::collective::Group;
 use shardflow_kernels::device::DeviceKind;
@@ -93,7 +92,7 @@ pub fn lower(graph: Graph, setting: Setting) -> Plan {
     }
     let reader = |site: &Site| {
         let (actor, action) = locate(&actors, *site);
-        Reader { actor, action }
+        RegisterReader { actor, action }
     };
     for (index, register) in assignment.registers.iter().enumerate() {
         spec.registers.push(RegisterSpec {

@@ -1,5 +1,4 @@
 //! Static memory: where in a device's arena each register, resident tensor and scratch buffer lies, to the byte.
-//! Imports `plan::assign` and `graph`.
 
 use std::collections::BTreeMap;
 

@@ -1,5 +1,5 @@
 //! A plan as pictures, for people: Graphviz' DOT, and one HTML page with the graph of actors, memory, layouts and boxing. The page
-//! needs nothing else, runs no script and takes its colours from the reader's. Imports `plan` and `graph`.
+//! needs nothing else, runs no script and takes its colours from the reader's.
 
 use std::collections::BTreeMap;
 use std::fmt::{self, Write};

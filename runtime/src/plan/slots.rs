@@ -1,5 +1,4 @@
 //! How many slots each register gets: the credits that keep a pipeline busy and no more.
-//! Imports `plan::assign` and the actors' `credits`.
 
 use std::collections::BTreeMap;
 

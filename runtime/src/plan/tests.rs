@@ -4,7 +4,7 @@
 use std::sync::Arc;
 
 use expect_test::{Expect, expect};
-use shardflow_actors::simulate::{Jitter, Options, Run, Timing, simulate};
+use shardflow_actors::simulate::{Jitter, SimulatedRun, SimulationOptions, Timing, simulate};
 use shardflow_actors::spec::{Firing, RegisterSpec, Spec, StreamKind};
 use shardflow_kernels::collective::{CollectiveKind, ReduceOp};
 use shardflow_kernels::op::Op;
@@ -213,10 +213,10 @@ fn timing(plan: &Plan, hop_ticks: u64) -> Timing {
     Timing { action_ticks, hop_ticks, ..Timing::default() }
 }
 
-fn run(plan: &Plan, slots_max: u32, hop_ticks: u64, jitter: Option<Jitter>) -> Run {
+fn run(plan: &Plan, slots_max: u32, hop_ticks: u64, jitter: Option<Jitter>) -> SimulatedRun {
     let mut spec: Spec = plan.spec.clone();
     spec.registers.iter_mut().for_each(|r| r.slots = r.slots.min(slots_max));
-    let options = Options { jitter, ..Options::steps(1) };
+    let options = SimulationOptions { jitter, ..SimulationOptions::steps(1) };
     simulate(&Arc::new(spec), &timing(plan, hop_ticks), &options).unwrap_or_else(|e| panic!("{e}"))
 }
 

@@ -1,9 +1,8 @@
-//! Refuses a plan that would deadlock, disagree on collectives, overlap in memory or not fit. Imports `plan` and the
-//! actors' simulator, which runs the very protocol that the session will.
+//! Refuses a plan that would deadlock, disagree on collectives, overlap in memory or not fit.
 
 use std::sync::Arc;
 
-use shardflow_actors::simulate::{Options, SimulationError, Timing, simulate};
+use shardflow_actors::simulate::{SimulationError, SimulationOptions, Timing, simulate};
 use shardflow_actors::spec::ActorId;
 use shardflow_kernels::op::Launch;
 use shardflow_kernels::tensor::element_count;
@@ -93,7 +92,7 @@ pub fn validate(plan: &Plan) -> Result<(), PlanError> {
     memory(plan)?;
     let spec = Arc::new(plan.spec.clone());
     let liveness = |e: SimulationError| PlanError::Liveness(e.to_string());
-    simulate(&spec, &Timing::uniform(&spec, 1, 0), &Options::steps(STEPS)).map_err(liveness)?;
+    simulate(&spec, &Timing::uniform(&spec, 1, 0), &SimulationOptions::steps(STEPS)).map_err(liveness)?;
     Ok(())
 }
 

@@ -1,5 +1,5 @@
 //! The choice of layouts: one signature for each op, so that boxing and compute cost least in all.
-//! Works on an abstract [`Problem`], so that it knows no graph. Imports `sbp`, `boxing` (for the cost) and `placement`.
+//! Works on an abstract [`Problem`], so that it knows no graph.
 //!
 //! The **objective** is the sum of
 //! - CH-1: for each tensor and each distinct layout that its readers require, boxing to it, once;
@@ -17,7 +17,7 @@ use shardflow_kernels::tensor::DType;
 
 use super::cost::{Costs, compute_seconds};
 use super::rule::{NdSignature, Rule};
-use super::{Layout, NdSbp};
+use super::{NdSbp, PlacedLayout};
 use crate::boxing::CostModel;
 use crate::layout_error::LayoutError;
 use crate::placement::Placement;
@@ -44,7 +44,7 @@ pub struct TensorSpec {
     /// Element type.
     pub dtype: DType,
     /// The layout it must have, if that is given. A tensor that no node produces must have one.
-    pub pinned: Option<Layout>,
+    pub pinned: Option<PlacedLayout>,
     /// True when it is used after the problem's nodes; one that no node reads counts as used too.
     pub is_output: bool,
 }
@@ -88,9 +88,9 @@ pub struct Conversion {
     /// Index of the tensor.
     pub tensor: usize,
     /// Layout it has.
-    pub from: Layout,
+    pub from: PlacedLayout,
     /// Layout that readers require.
-    pub to: Layout,
+    pub to: PlacedLayout,
     /// What boxing costs.
     pub cost_seconds: f64,
 }
@@ -101,7 +101,7 @@ pub struct Choice {
     /// For each node, the index of its candidate.
     pub candidates: Vec<usize>,
     /// For each tensor, the layout it has (the pinned one, where there is one).
-    pub layouts: Vec<Layout>,
+    pub layouts: Vec<PlacedLayout>,
     /// All changes of layout among nodes, by tensor; what outputs cost to reduce (CH-2) is not among them.
     pub conversions: Vec<Conversion>,
     /// The objective.
@@ -204,7 +204,8 @@ impl<'a> Chooser<'a> {
             check_node(problem, node, &producers, &readers)?;
             node.inputs.iter().enumerate().for_each(|(i, &t)| readers[t].push((n, i)));
             node.outputs.iter().enumerate().for_each(|(i, &t)| producers[t] = Some((n, i)));
-            let mut id = |sbp: &NdSbp| costs.layout_id(Layout { placement: node.placement.clone(), sbp: sbp.clone() });
+            let mut id =
+                |sbp: &NdSbp| costs.layout_id(PlacedLayout { placement: node.placement.clone(), sbp: sbp.clone() });
             let mut way = |c: &Candidate| Way {
                 inputs: c.signature.inputs.iter().map(&mut id).collect(),
                 outputs: c.signature.outputs.iter().map(&mut id).collect(),

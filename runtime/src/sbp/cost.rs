@@ -1,12 +1,11 @@
 //! What a choice of layouts costs: boxing between interned layouts (each pair planned once), and compute.
-//! Imports `boxing`, `sbp` and `placement`.
 
 use std::collections::HashMap;
 
 use shardflow_kernels::tensor::{DType, element_count};
 
 use super::rule::NdSignature;
-use super::{Layout, NdSbp, local_region};
+use super::{NdSbp, PlacedLayout, local_region};
 use crate::boxing::table::CostTable;
 use crate::boxing::{CostModel, plan};
 use crate::placement::Placement;
@@ -33,8 +32,8 @@ pub fn compute_seconds(
 /// Boxing costs, remembered. Layouts and shapes are interned to small numbers.
 pub(super) struct Costs {
     model: CostModel,
-    layouts: Vec<Layout>,
-    layout_ids: HashMap<Layout, usize>,
+    layouts: Vec<PlacedLayout>,
+    layout_ids: HashMap<PlacedLayout, usize>,
     /// For each layout, its [`NdSbp::reduced`] one.
     reduced: Vec<usize>,
     shapes: Vec<(Vec<usize>, DType)>,
@@ -56,7 +55,7 @@ impl Costs {
         }
     }
 
-    pub(super) fn layout_id(&mut self, layout: Layout) -> usize {
+    pub(super) fn layout_id(&mut self, layout: PlacedLayout) -> usize {
         if let Some(&id) = self.layout_ids.get(&layout) {
             return id;
         }
@@ -65,11 +64,11 @@ impl Costs {
         self.layout_ids.insert(layout.clone(), id);
         self.reduced.push(id);
         let sbp = layout.sbp.reduced();
-        self.reduced[id] = self.layout_id(Layout { sbp, ..layout });
+        self.reduced[id] = self.layout_id(PlacedLayout { sbp, ..layout });
         id
     }
 
-    pub(super) fn layout(&self, id: usize) -> &Layout {
+    pub(super) fn layout(&self, id: usize) -> &PlacedLayout {
         &self.layouts[id]
     }
 

@@ -1,5 +1,5 @@
 //! Boxes of tensors in host memory: cut out, put in, combined. What layouts and the reference interpreter of boxing are
-//! made of; devices have their own kernels. Imports `shardflow_kernels::tensor`.
+//! made of; devices have their own kernels.
 
 use shardflow_kernels::collective::ReduceOp;
 use shardflow_kernels::tensor::{DType, HostData, HostTensor, Region, element_count};

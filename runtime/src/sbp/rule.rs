@@ -1,5 +1,4 @@
 //! One factor rule an op: which index of which operand is which. Signatures and shapes follow from it.
-//! Imports `sbp` and `layout_error`.
 //!
 //! A rule is written like an einsum, `"btc,vc->btv"`: each letter is a **factor**, an index over which the op works. Along
 //! one mesh axis an op may

@@ -1,6 +1,5 @@
 //! Values that must be equal on all ranks: in each step the learning rate and the elements that several ranks feed, at each load
 //! the tensors. Every rank compares all values, so a difference ends the call on every rank, with the same error.
-//! Imports `session`, `plan`, `checkpoint` and `cluster`'s texts.
 //!
 //! A step's numbers share a message with requests to stop; their cost is a digest of the elements that several ranks feed.
 
@@ -8,7 +7,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use shardflow_kernels::tensor::Region;
 
-use super::hosting::Hosting;
+use super::process_map::ProcessMap;
 use super::step::Inputs;
 use super::{BETWEEN_STEPS, Session, SessionError};
 use crate::checkpoint::error::CheckpointError;
@@ -74,7 +73,7 @@ type Feeders = BTreeMap<(Vec<usize>, Vec<usize>), BTreeSet<u32>>;
 
 /// Inputs that several processes of a plan feed: the same list on all processes. Inputs of one name are one tensor of the host's,
 /// which may be fed to several placements, each by its own layout.
-pub fn shared_inputs(plan: &Plan, hosting: &Hosting) -> Vec<SharedInput> {
+pub fn shared_inputs(plan: &Plan, process_map: &ProcessMap) -> Vec<SharedInput> {
     // By name: one of the inputs, and who feeds which region.
     let mut fed: BTreeMap<&str, (Var, Feeders)> = BTreeMap::new();
     for (actor, actions) in plan.spec.actors.iter().zip(&plan.actions) {
@@ -84,7 +83,10 @@ pub fn shared_inputs(plan: &Plan, hosting: &Hosting) -> Vec<SharedInput> {
                 let (name, region) = (&plan.graph.producer(*var).name, local_part(&plan.graph, *var, actor.device));
                 if name != RNG_INPUT && !region.is_empty() {
                     let (_, regions) = fed.entry(name).or_insert((*var, Feeders::new()));
-                    regions.entry((region.start, region.size)).or_default().insert(hosting.process_of(actor.device));
+                    regions
+                        .entry((region.start, region.size))
+                        .or_default()
+                        .insert(process_map.process_of(actor.device));
                 }
             }
         }
@@ -172,7 +174,7 @@ impl Session {
 
     /// Sends this process's request, learning rate and digests of a step to all.
     pub(super) fn send_step_numbers(&self, request: u64, learning_rate: f32, inputs: &Inputs<'_>) {
-        let own = self.hosting.process;
+        let own = self.process_map.process;
         let mut numbers = vec![request, u64::from(learning_rate.to_bits())];
         for input in self.shared_inputs.iter().filter(|input| input.processes.contains(&own)) {
             let mut hasher = blake3::Hasher::new();
@@ -202,7 +204,7 @@ impl Session {
         let graph = &self.plan.graph;
         let number = |process: u32, index: usize| all_numbers[process as usize].get(index).copied().unwrap_or_default();
         let context = || format!("step {}", self.steps + 1);
-        let all = 0..self.hosting.processes;
+        let all = 0..self.process_map.processes;
         if graph.objective.is_some() && all.clone().any(|process| number(process, 1) != number(0, 1)) {
             let value = |process| (process, f32::from_bits(number(process, 1) as u32).to_string());
             return Some(RankDisagreement {
@@ -235,7 +237,7 @@ impl Session {
         loading: impl FnOnce(&T) -> Loading,
         mine: Result<T, SessionError>,
     ) -> Result<T, SessionError> {
-        if self.hosting.processes == 1 {
+        if self.process_map.processes == 1 {
             return mine;
         }
         let numbers = match &mine {
@@ -247,7 +249,7 @@ impl Session {
             Err(_) => vec![0; load_numbers(&self.plan)],
         };
         let ports = self.ports.clone();
-        self.give_numbers(ports.loads[self.hosting.process as usize], &numbers);
+        self.give_numbers(ports.loads[self.process_map.process as usize], &numbers);
         let all_numbers = self.numbers_between_steps(&ports.loads)?;
         let mine = mine?;
         if let Some(rank) = all_numbers.iter().position(|numbers| numbers.first() != Some(&1)) {

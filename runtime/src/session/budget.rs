@@ -1,9 +1,8 @@
 //! Compares the memory of a node with the needs of a job's processes there: the one place where a rank's bytes are summed.
-//! Imports `machine`, `plan` and `session::hosting`.
 
 use shardflow_kernels::device::DeviceKind;
 
-use super::hosting::Hosting;
+use super::process_map::ProcessMap;
 use super::resident_parts;
 use crate::graph::{NodeOp, Var};
 use crate::machine::{FreeMemory, free_memory};
@@ -42,14 +41,14 @@ impl Budget {
     pub(crate) fn check(
         &self,
         plan: &Plan,
-        hosting: &Hosting,
+        process_map: &ProcessMap,
         here: &[u32],
         snapshots: usize,
     ) -> Result<(), PlanError> {
         let Some(FreeMemory { bytes: budget, bound }) = &self.free else { return Ok(()) };
         let (mut needed, mut table) = (0u64, String::new());
         for process in here {
-            let devices = hosting.devices_of(*process);
+            let devices = process_map.devices_of(*process);
             for device in devices.clone() {
                 needed += plan.memory[device].total_bytes() as u64;
                 table += &plan.memory[device].row(device);
@@ -113,8 +112,8 @@ mod tests {
     /// Of a job of `processes` processes, those in `here` being on this node.
     fn check(budget: u64, plan: &Plan, processes: u32, here: &[u32], snapshots: usize) -> Result<(), String> {
         let budget = Budget { free: Some(FreeMemory { bytes: budget, bound: MemoryBound::Machine }) };
-        let hosting = Hosting { process: here[0], processes, devices: plan.memory.len() };
-        budget.check(plan, &hosting, here, snapshots).map_err(|error| error.to_string())
+        let process_map = ProcessMap { process: here[0], processes, devices: plan.memory.len() };
+        budget.check(plan, &process_map, here, snapshots).map_err(|error| error.to_string())
     }
 
     #[test]

@@ -1,6 +1,5 @@
 //! Parameters and optimizer state to and from one safetensors file: whole tensors, whatever the mesh, so that any mesh
 //! loads any other's. A file is written beside its place and moved there when it is complete.
-//! Imports `session`, `plan`, `declare` and `checkpoint`.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fs;
@@ -16,7 +15,7 @@ use shardflow_kernels::tensor::{HostTensor, element_count};
 use super::agreement::{Loading, digest_of};
 use super::{BETWEEN_STEPS, Session, SessionError, resident_parts};
 pub use crate::checkpoint::error::CheckpointError;
-use crate::checkpoint::manifest::Kind;
+use crate::checkpoint::manifest::TensorKind;
 use crate::checkpoint::shard::{Entry, SEED, STEPS, UPDATES, declared_of, header, metadata};
 use crate::cluster::world::WAITING;
 use crate::declare::{Difference, Values};
@@ -56,7 +55,7 @@ impl Session {
     /// All devices' parts of these tensors, in order; those of other processes come from there, so all have to ask.
     fn parts(&self, vars: &[Var]) -> Result<Vec<HostTensor>, SessionError> {
         let all = || vars.iter().flat_map(|var| resident_parts(&self.plan, *var));
-        let own = self.hosting.own();
+        let own = self.process_map.own();
         let mut wanted = Vec::new();
         for (device, index, resident) in all() {
             let port = self.ports.residents[&(device, index)];
@@ -86,7 +85,7 @@ impl Session {
     /// [`CheckpointError::Io`], or the failure of an earlier step: a good file is not replaced by half a step's tensors.
     pub fn save(&self, path: &Path) -> Result<(), SessionError> {
         let tensors = self.tensors(|op| matches!(op, NodeOp::Parameter { .. } | NodeOp::State))?;
-        if self.hosting.process != 0 {
+        if self.process_map.process != 0 {
             return Ok(());
         }
         let entry =
@@ -132,7 +131,7 @@ impl Session {
         let File { tensors, mut notes, .. } = self.load_together(path, read)?;
         self.write_all(tensors)?;
         let plan = self.plan.clone();
-        for device in self.hosting.own() {
+        for device in self.process_map.own() {
             let residents = plan.memory[device].residents.iter();
             for resident in residents.filter(|r| matches!(plan.graph.producer(r.var).op, NodeOp::State)) {
                 self.write_resident(device, resident, &filled(&resident.region.size, resident.dtype, 0.0))?;
@@ -191,11 +190,11 @@ impl Session {
         let file = SafeTensors::deserialize(&bytes).map_err(|e| not_whole(path, &e))?;
         let (_, header) = SafeTensors::read_metadata(&bytes).map_err(|e| not_whole(path, &e))?;
         let metadata = header.metadata().clone().unwrap_or_default();
-        let kind = |name: &str| if name.starts_with(STATE_PREFIX) { Kind::State } else { Kind::Parameter };
+        let kind = |name: &str| if name.starts_with(STATE_PREFIX) { TensorKind::State } else { TensorKind::Parameter };
         let names = file.names().into_iter().map(|name| (name, kind(name)));
         let notes = self.check_saved(path, &declared_of(&metadata), names, weights_only)?;
         let mut tensors = Vec::new();
-        for (var, _) in self.residents().filter(|(_, kind)| !weights_only || *kind == Kind::Parameter) {
+        for (var, _) in self.residents().filter(|(_, kind)| !weights_only || *kind == TensorKind::Parameter) {
             let name = &self.plan.graph.tensor(var).name;
             let missing = |_| CheckpointError::missing(path, name);
             let view = file.tensor(name).map_err(missing)?;
@@ -215,7 +214,7 @@ impl Session {
         &self,
         path: &Path,
         declared: &Values,
-        names: impl Iterator<Item = (&'a str, Kind)>,
+        names: impl Iterator<Item = (&'a str, TensorKind)>,
         weights_only: bool,
     ) -> Result<Vec<String>, CheckpointError> {
         let unfit = |why| CheckpointError::Unfit { path: path.into(), why };
@@ -223,10 +222,10 @@ impl Session {
             |Difference { name, saved, here }| unfit(format!("its {name} is {saved}, and this program's is {here}"));
         let mut notes = self.declared.compare(declared, weights_only).map_err(differs)?;
         let graph = &self.plan.graph;
-        let wanted = self.residents().filter(|(_, kind)| !weights_only || *kind == Kind::Parameter);
+        let wanted = self.residents().filter(|(_, kind)| !weights_only || *kind == TensorKind::Parameter);
         let wanted: BTreeSet<&str> = wanted.map(|(var, _)| graph.tensor(var).name.as_str()).collect();
         let left_out = names.filter(|(name, _)| !wanted.contains(name) && !self.ignoring.iter().any(|n| n == name));
-        let (states, unknown): (Vec<_>, Vec<_>) = left_out.partition(|(_, kind)| *kind == Kind::State);
+        let (states, unknown): (Vec<_>, Vec<_>) = left_out.partition(|(_, kind)| *kind == TensorKind::State);
         if !unknown.is_empty() {
             let mut names: Vec<String> = unknown.into_iter().map(|(name, _)| name.to_owned()).collect();
             names.sort();
@@ -269,7 +268,7 @@ impl Session {
         self.bounds = Bounds { parameter: 0.0, ratio: f64::INFINITY, ..self.bounds };
         for (var, whole) in tensors {
             for (device, _, resident) in resident_parts(&plan, var) {
-                if self.hosting.own().contains(&device) {
+                if self.process_map.own().contains(&device) {
                     self.write_resident(device, resident, &take_box(&whole, &resident.region))?;
                 }
             }

@@ -1,5 +1,4 @@
-//! The devices of this process, of the kind that the plan is for, and the engine of collectives between them. Imports `plan`,
-//! `session::hosting`, `cluster` and the kernels' devices.
+//! The devices of this process, of the kind that the plan is for, and the engine of collectives between them.
 
 use std::collections::BTreeMap;
 use std::env;
@@ -10,12 +9,12 @@ use shardflow_kernels::collective::in_process::InProcess;
 use shardflow_kernels::collective::{Collective, Group};
 use shardflow_kernels::cuda::gpu::Gpu;
 use shardflow_kernels::cuda::library::QUEUES;
-use shardflow_kernels::cuda::local::Local;
-use shardflow_kernels::cuda::nccl::{Nccl, Pipe, Seat, UniqueId};
+use shardflow_kernels::cuda::nccl::{GroupMember, Nccl, Pipe, UniqueId};
+use shardflow_kernels::cuda::shared_gpu::SharedGpu;
 use shardflow_kernels::device::{Device, DeviceKind};
 use shardflow_kernels::error::KernelError;
 
-use super::hosting::{Hosting, OnNode, groups};
+use super::process_map::{NodeDevices, ProcessMap, groups};
 use crate::plan::Plan;
 
 /// How long members of a group may take to join each other, once all processes are about to.
@@ -54,8 +53,8 @@ pub(crate) struct Opened {
 /// The devices that this process hosts; `ids` give what NCCL knows each group by.
 pub(crate) fn open(
     plan: &Plan,
-    hosting: &Hosting,
-    node: OnNode,
+    process_map: &ProcessMap,
+    node: NodeDevices,
     takes_pipes: bool,
     ids: Ids<'_>,
 ) -> Result<Opened, KernelError> {
@@ -63,11 +62,11 @@ pub(crate) fn open(
         DeviceKind::Cpu => {
             let engine: Arc<dyn Collective> = Arc::new(InProcess::new());
             let make = |rank| Device::cpu(rank, plan.threads_per_device, engine.clone());
-            Ok(Opened { devices: hosting.own().map(make).collect(), engine, pipes: Pipes::new() })
+            Ok(Opened { devices: process_map.own().map(make).collect(), engine, pipes: Pipes::new() })
         }
         DeviceKind::Cuda => {
-            let gpus = gpus(hosting, node, Gpu::count()?)?;
-            let (engine, pipes) = gpu_engine(plan, hosting, &gpus, takes_pipes, ids)?;
+            let gpus = gpus(process_map, node, Gpu::count()?)?;
+            let (engine, pipes) = gpu_engine(plan, process_map, &gpus, takes_pipes, ids)?;
             let make = |(rank, gpu): (&usize, &Arc<Gpu>)| Device::cuda(*rank, gpu.clone(), engine.clone());
             Ok(Opened { devices: gpus.iter().map(make).collect(), engine, pipes })
         }
@@ -75,10 +74,10 @@ pub(crate) fn open(
 }
 
 /// The GPU of each device; they reach each other's memory.
-fn gpus(hosting: &Hosting, node: OnNode, count: usize) -> Result<BTreeMap<usize, Arc<Gpu>>, KernelError> {
+fn gpus(process_map: &ProcessMap, node: NodeDevices, count: usize) -> Result<BTreeMap<usize, Arc<Gpu>>, KernelError> {
     let mut opened: BTreeMap<usize, Arc<Gpu>> = BTreeMap::new();
     let mut out = BTreeMap::new();
-    for (rank, ordinal) in hosting.own().zip(ordinals(hosting, node, count)?) {
+    for (rank, ordinal) in process_map.own().zip(ordinals(process_map, node, count)?) {
         let gpu = match opened.get(&ordinal) {
             Some(gpu) => gpu.clone(),
             None => opened.entry(ordinal).or_insert(Gpu::open(ordinal)?).clone(),
@@ -91,30 +90,30 @@ fn gpus(hosting: &Hosting, node: OnNode, count: usize) -> Result<BTreeMap<usize,
 
 /// Which of so many GPUs each of this process's devices gets: they are dealt out in the order of ranks, over all processes of
 /// the node. Devices share GPUs only where one process hosts them all.
-fn ordinals(hosting: &Hosting, node: OnNode, count: usize) -> Result<Vec<usize>, KernelError> {
-    if count == 0 || (node.all > count && hosting.processes > 1) {
+fn ordinals(process_map: &ProcessMap, node: NodeDevices, count: usize) -> Result<Vec<usize>, KernelError> {
+    if count == 0 || (node.all > count && process_map.processes > 1) {
         let what = format!("{} devices of this node need a GPU each, and it has {count}", node.all);
         let hint = "choose a mesh of fewer devices, or more nodes; the devices of a job of one process share GPUs";
         return Err(KernelError::Unavailable { what, hint: hint.to_owned() });
     }
-    Ok((0..hosting.own().len()).map(|index| (node.before + index) % count).collect())
+    Ok((0..process_map.own().len()).map(|index| (node.before + index) % count).collect())
 }
 
 /// NCCL where each device has a GPU of its own; it takes no two members on one. Where devices share GPUs, all are this
 /// process's.
 fn gpu_engine(
     plan: &Plan,
-    hosting: &Hosting,
+    process_map: &ProcessMap,
     gpus: &BTreeMap<usize, Arc<Gpu>>,
     takes_pipes: bool,
     ids: Ids<'_>,
 ) -> Result<(Arc<dyn Collective>, Pipes), KernelError> {
     let shares = gpus.iter().any(|(a, gpu)| gpus.iter().any(|(b, other)| a != b && Arc::ptr_eq(gpu, other)));
-    if shares || hosting.devices == 1 {
-        return Ok((Arc::new(Local::new()), Pipes::new()));
+    if shares || process_map.devices == 1 {
+        return Ok((Arc::new(SharedGpu::new()), Pipes::new()));
     }
     let mut groups = groups(plan);
-    let pairs = if takes_pipes { hosting.crossing_pairs(plan) } else { BTreeMap::new() };
+    let pairs = if takes_pipes { process_map.crossing_pairs(plan) } else { BTreeMap::new() };
     let first = groups.last().map_or(0, |group| group.id + 1);
     groups.retain(|group| group.ranks.len() > 1);
     let queues = env::var(QUEUES).ok();
@@ -131,7 +130,7 @@ fn gpu_engine(
     for (group, id) in groups.iter().zip(ids(&groups)?) {
         for (member, rank) in group.ranks.iter().enumerate() {
             let Some(gpu) = gpus.get(rank) else { continue };
-            seats.push(Seat { group: group.clone(), member, gpu: gpu.clone(), id });
+            seats.push(GroupMember { group: group.clone(), member, gpu: gpu.clone(), id });
         }
     }
     let engine = Nccl::join(&seats, JOIN_WITHIN)?;
@@ -177,9 +176,9 @@ mod tests {
     fn dealt(devices: usize, processes: u32, nodes: u32, count: usize) -> Result<Vec<Vec<usize>>, KernelError> {
         let each = processes / nodes;
         let of = |process: u32| {
-            let hosting = Hosting { process, processes, devices };
+            let process_map = ProcessMap { process, processes, devices };
             let first = process / each * each;
-            ordinals(&hosting, hosting.on_node(first..first + each, process), count)
+            ordinals(&process_map, process_map.on_node(first..first + each, process), count)
         };
         (0..processes).map(of).collect()
     }

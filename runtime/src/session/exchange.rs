@@ -1,34 +1,34 @@
 //! What the programs of all processes give each other, sorted by port: peers may be a step ahead of each other with what they
-//! give. Imports `session::hosting` and the actors' `remote`.
+//! give.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
 
 use crossbeam_channel::Receiver;
-use shardflow_actors::remote::{FromPeer, HostPiece};
+use shardflow_actors::remote::{HostPiece, PeerMessage};
 use shardflow_kernels::tensor::HostTensor;
 
-use super::hosting::HostPorts;
+use super::process_map::HostPorts;
 
 /// Pieces that have come, of this process's own ports too.
 #[derive(Debug)]
 pub(super) struct Inbox {
     ports: Arc<HostPorts>,
-    pub(super) peers: Receiver<FromPeer>,
+    pub(super) peers: Receiver<PeerMessage>,
     waiting: BTreeMap<u32, VecDeque<Vec<HostTensor>>>,
     /// Processes from which nothing more comes.
     ended: BTreeSet<u32>,
 }
 
 impl Inbox {
-    pub(super) fn new(ports: Arc<HostPorts>, peers: Receiver<FromPeer>) -> Self {
+    pub(super) fn new(ports: Arc<HostPorts>, peers: Receiver<PeerMessage>) -> Self {
         Self { ports, peers, waiting: BTreeMap::new(), ended: BTreeSet::new() }
     }
 
-    pub(super) fn hear(&mut self, said: FromPeer) {
+    pub(super) fn hear(&mut self, said: PeerMessage) {
         match said {
-            FromPeer::Piece(piece) => self.put(piece),
-            FromPeer::Ended { process } => drop(self.ended.insert(process)),
+            PeerMessage::Piece(piece) => self.put(piece),
+            PeerMessage::Ended { process } => drop(self.ended.insert(process)),
         }
     }
 

@@ -1,9 +1,9 @@
 //! The kernels by which the host gives tensors to a device and gets them back. They run on the device's copy stream and
-//! never wait: the session sends the data before the token that lets them fire. Imports the kernels' `op`.
+//! never wait: the session sends the data before the token that lets them fire.
 
 use crossbeam_channel::{Receiver, Sender};
 
-use shardflow_kernels::clock::Clock;
+use shardflow_kernels::clock::RaceClock;
 use shardflow_kernels::error::KernelError;
 use shardflow_kernels::op::{CpuArgs, CpuSlice, CpuSliceMut, CustomKernel};
 use shardflow_kernels::tensor::{HostData, HostTensor};
@@ -27,7 +27,7 @@ pub struct Fetched {
     /// One tensor a buffer.
     pub tensors: Vec<HostTensor>,
     /// What had happened then.
-    pub clock: Clock,
+    pub clock: RaceClock,
 }
 
 /// Sends what it reads to the session.
@@ -74,7 +74,7 @@ impl CustomKernel for HostOut {
             CpuSlice::I32(values) => HostData::I32(values.to_vec()),
         };
         let tensors = args.reads.iter().map(|r| HostTensor { shape: r.shape.to_vec(), data: copy(&r.data) }).collect();
-        let message = Fetched { device: self.device, rate: self.rate, tensors, clock: Clock::capture() };
+        let message = Fetched { device: self.device, rate: self.rate, tensors, clock: RaceClock::capture() };
         // A session that is gone needs no results.
         let _ = self.sender.send(message);
         Ok(())

@@ -1,5 +1,4 @@
-//! From a plan's actions to the shell's programs: bases become memory, host ports become kernels. Imports `plan`,
-//! `session::host` and the actors' shell.
+//! From a plan's actions to the shell's programs: bases become memory, host ports become kernels.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;

@@ -1,5 +1,4 @@
 //! What a session tells of itself: a typed snapshot, and the numbers of each step on the `metrics` facade.
-//! Imports `metrics`, `plan`, `checkpoint` and the actors' snapshots.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -10,7 +9,7 @@ use shardflow_actors::snapshot::ActorSnapshot;
 use shardflow_kernels::collective::Collective;
 use shardflow_kernels::device::Device;
 
-use super::hosting::Hosting;
+use super::process_map::ProcessMap;
 use super::{SessionOptions, StepReport};
 use crate::checkpoint::manifest::JobTime;
 use crate::exit::unix_ns;
@@ -61,7 +60,7 @@ impl TrainingTime {
 }
 
 impl StepMetrics {
-    pub(super) fn new(plan: &Plan, hosting: &Hosting, step_tokens: u64, options: &SessionOptions) -> Self {
+    pub(super) fn new(plan: &Plan, process_map: &ProcessMap, step_tokens: u64, options: &SessionOptions) -> Self {
         let peak_flops = options.peak_flops;
         let now_ms = unix_ns() / 1_000_000;
         let job_began_ms = options.cluster.job_began_ms.unwrap_or(now_ms);
@@ -75,7 +74,7 @@ impl StepMetrics {
             ("version", env!("CARGO_PKG_VERSION").to_owned()),
             ("mesh", plan.graph.mesh().to_string()),
             ("device", format!("{:?}", plan.device).to_lowercase()),
-            ("process", hosting.process.to_string()),
+            ("process", process_map.process.to_string()),
         ];
         gauge!(names::BUILD_INFO, &labels).set(1.0);
         gauge!(names::START).set(unix_ns() as f64 * 1e-9);
@@ -93,7 +92,7 @@ impl StepMetrics {
             learning_rate: gauge!(names::LEARNING_RATE),
             mfu: peak_flops.map(|_| gauge!(names::MFU)),
             step_tokens,
-            step_seconds_min: step_flops / (peak_flops.unwrap_or(1.0) * hosting.devices as f64),
+            step_seconds_min: step_flops / (peak_flops.unwrap_or(1.0) * process_map.devices as f64),
             job_began_ms,
             training: TrainingTime::new(gauge!(names::TRAINING_RATIO), earlier),
         }

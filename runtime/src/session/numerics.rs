@@ -6,8 +6,6 @@
 //! [`Session::restore_newest`], and train on with other data: the same batch would give the same end.
 //!
 //! A step whose update would make a parameter or a moment infinite counts as not finite, too: see [`crate::graph::optimizer`].
-//!
-//! Imports `session`, `plan` and `graph`.
 
 use std::fmt;
 
@@ -177,7 +175,7 @@ impl Session {
 
     /// Takes the largest bounds that any process has, after each has written its own parts; all processes call it.
     pub(super) fn agree_on_bounds(&mut self) -> Result<(), SessionError> {
-        if self.hosting.processes == 1 {
+        if self.process_map.processes == 1 {
             return Ok(());
         }
         // Numbers that are not negative are in the order of their bits.
@@ -247,7 +245,7 @@ impl Session {
     fn parameters_not_finite(&self) -> Result<Vec<Origin>, SessionError> {
         let graph = &self.plan.graph;
         let mut out = Vec::new();
-        for device in self.hosting.own() {
+        for device in self.process_map.own() {
             for resident in &self.plan.memory[device].residents {
                 let node = graph.tensor(resident.var).producer;
                 if !matches!(graph.nodes()[node.index()].op, NodeOp::Parameter { .. }) {

@@ -1,5 +1,5 @@
 //! A running session as others see it, from any thread: snapshots, and samples of it on the `metrics` facade. It keeps nothing of
-//! the session alive that takes memory. Imports `plan`, `metrics`, `session::{hosting, metrics}` and the actors' shell.
+//! the session alive that takes memory.
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -11,11 +11,11 @@ use shardflow_actors::hang::Hang;
 use shardflow_actors::shell::Control;
 use shardflow_actors::snapshot::ActorSnapshot;
 use shardflow_actors::spec::{ActorId, RegisterId, Spec};
-use shardflow_actors::trace::{Cause, Fired};
+use shardflow_actors::trace::{Cause, FiringRecord};
 
 use super::StepReport;
-use super::hosting::Hosting;
 use super::metrics::{Metrics, Snapshots, TrainingTime};
+use super::process_map::ProcessMap;
 use crate::cluster::world::World;
 use crate::exit::unix_ns;
 use crate::metrics as names;
@@ -27,14 +27,14 @@ const SAMPLE_EVERY: Duration = Duration::from_secs(1);
 /// See the module.
 pub struct Observer {
     plan: Arc<Plan>,
-    hosting: Hosting,
+    process_map: ProcessMap,
     control: Control,
     snapshots: Snapshots,
     world: Weak<World>,
     /// Registers of peers whose bytes are copied here, and how.
     mirrored: BTreeMap<RegisterId, &'static str>,
     steps: AtomicU64,
-    newest: Mutex<NewestSteps>,
+    newest: Mutex<RecentSteps>,
     passes: Mutex<Passes>,
     incidents: Mutex<Vec<Incident>>,
     /// Unix time of the start in nanoseconds: no two sessions that one server shows have the same.
@@ -52,7 +52,7 @@ const INCIDENTS_MAX: usize = 8;
 
 /// The newest steps.
 #[derive(Clone, Debug, Default, PartialEq)]
-pub struct NewestSteps {
+pub struct RecentSteps {
     /// Of each step.
     pub tokens: u64,
     /// Steps that the program means to do in all, where it has said so.
@@ -60,7 +60,7 @@ pub struct NewestSteps {
     /// Steps done by this session, whatever it had been restored from.
     pub done: u64,
     /// The newest last; at most 512.
-    pub steps: VecDeque<StepDone>,
+    pub steps: VecDeque<StepStats>,
 }
 
 /// Which step each pass over the plan was for. Firings are counted in passes: a step whose numbers are not finite is passed
@@ -76,7 +76,7 @@ struct Passes {
 const MARKS_MAX: usize = 256;
 
 /// The pass over the plan that a firing is of.
-pub fn pass_of(spec: &Spec, actor: ActorId, fired: &Fired) -> u64 {
+pub fn pass_of(spec: &Spec, actor: ActorId, fired: &FiringRecord) -> u64 {
     let per_step = spec.actors[actor.0 as usize].actions[fired.action as usize].per_step;
     fired.firing / u64::from(per_step.max(1))
 }
@@ -100,7 +100,7 @@ impl Passes {
 
 /// One step.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub struct StepDone {
+pub struct StepStats {
     /// Steps done with this one.
     pub steps: u64,
     /// Its loss.
@@ -124,9 +124,9 @@ pub struct Incident {
     pub text: String,
 }
 
-impl NewestSteps {
+impl RecentSteps {
     /// The last one.
-    pub fn last(&self) -> Option<&StepDone> {
+    pub fn last(&self) -> Option<&StepStats> {
         self.steps.back()
     }
 
@@ -166,7 +166,7 @@ impl Facade {
 
 /// Another process of the session.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Peer {
+pub struct PeerState {
     /// Its number.
     pub process: u32,
     /// Name of its machine.
@@ -181,7 +181,7 @@ pub struct Peer {
 
 /// How a session does.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Health {
+pub enum SessionHealth {
     /// It works, or waits for its program.
     Well {
         /// Steps done.
@@ -196,12 +196,12 @@ pub enum Health {
 impl Observer {
     pub(super) fn new(
         plan: Arc<Plan>,
-        hosting: Hosting,
+        process_map: ProcessMap,
         control: Control,
         snapshots: Snapshots,
         world: Option<&Arc<World>>,
         mirrored: BTreeMap<RegisterId, &'static str>,
-        steps: NewestSteps,
+        steps: RecentSteps,
     ) -> Self {
         let facade = Facade {
             sampled: None,
@@ -215,7 +215,7 @@ impl Observer {
         let started = unix_ns().saturating_sub(control.now_ns().unwrap_or_default());
         Self {
             plan,
-            hosting,
+            process_map,
             control,
             snapshots,
             world,
@@ -241,8 +241,8 @@ impl Observer {
     }
 
     /// Who hosts what.
-    pub fn hosting(&self) -> Hosting {
-        self.hosting
+    pub fn process_map(&self) -> ProcessMap {
+        self.process_map
     }
 
     /// What the session has done and holds now. Cheap: nothing stops for it.
@@ -252,7 +252,7 @@ impl Observer {
 
     /// Firings of an actor of this process that have ended, from the `from`-th on, in the order of their ends: the newest
     /// [`shardflow_actors::trace::RING_FIRINGS`] are kept.
-    pub fn fired(&self, actor: ActorId, from: u64) -> shardflow_actors::trace::Told {
+    pub fn fired(&self, actor: ActorId, from: u64) -> shardflow_actors::trace::NewFirings {
         self.control.fired(actor, from)
     }
 
@@ -297,7 +297,7 @@ impl Observer {
     }
 
     /// The newest steps.
-    pub fn newest_steps(&self) -> NewestSteps {
+    pub fn newest_steps(&self) -> RecentSteps {
         self.newest.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
@@ -339,7 +339,7 @@ impl Observer {
     }
 
     /// What is known of the other processes; nothing once the session has ended.
-    pub fn peers(&self) -> Vec<Peer> {
+    pub fn peers(&self) -> Vec<PeerState> {
         self.world.upgrade().map_or_else(Vec::new, |world| world.peers())
     }
 
@@ -355,7 +355,7 @@ impl Observer {
             newest.steps.pop_front();
         }
         let (loss, gradient_norm, seconds) = (report.loss, report.grad_norm, took.as_secs_f64());
-        newest.steps.push_back(StepDone { steps, loss, gradient_norm, learning_rate, seconds });
+        newest.steps.push_back(StepStats { steps, loss, gradient_norm, learning_rate, seconds });
         // Not after each step, for it sorts.
         if newest.done.is_power_of_two() || newest.done.is_multiple_of(STEPS_TIMED as u64 / 2) {
             let p99 = newest.quantile(0.99).unwrap_or_default();
@@ -364,11 +364,11 @@ impl Observer {
     }
 
     /// How it does.
-    pub fn health(&self) -> Health {
+    pub fn health(&self) -> SessionHealth {
         match (self.control.first_failure(), self.control.now_ns()) {
-            (Some(failure), _) => Health::Failed(failure.to_string()),
-            (None, None) => Health::Ended,
-            (None, Some(_)) => Health::Well { steps: self.steps.load(Ordering::Relaxed) },
+            (Some(failure), _) => SessionHealth::Failed(failure.to_string()),
+            (None, None) => SessionHealth::Ended,
+            (None, Some(_)) => SessionHealth::Well { steps: self.steps.load(Ordering::Relaxed) },
         }
     }
 
@@ -389,7 +389,7 @@ impl Observer {
         let Some(training) = &self.training else { return };
         let mut facade = self.facade.lock().unwrap_or_else(PoisonError::into_inner);
         facade.sampled = Some(Instant::now());
-        if matches!(self.health(), Health::Well { .. }) {
+        if matches!(self.health(), SessionHealth::Well { .. }) {
             training.tell();
         }
         let snapshots = self.control.snapshot();
@@ -428,7 +428,7 @@ impl Observer {
         if told.lost > 0 {
             counter!(names::FIRINGS_LOST).increment(told.lost);
         }
-        for Fired { action, idle_ns, launched_ns, ended_ns, cause, .. } in told.firings {
+        for FiringRecord { action, idle_ns, launched_ns, ended_ns, cause, .. } in told.firings {
             let spec = &self.plan.spec.actors[actor.0 as usize];
             let firing = facade.firings.entry((actor, action)).or_insert_with(|| {
                 let action = spec.actions[action as usize].name.clone();
@@ -474,7 +474,7 @@ impl Observer {
         let from = device(spec.registers[register.0 as usize].producer);
         match () {
             () if from == device(reader) => "device",
-            () if self.hosting.process_of(from) == self.hosting.process_of(device(reader)) => "process",
+            () if self.process_map.process_of(from) == self.process_map.process_of(device(reader)) => "process",
             () => self.mirrored.get(&register).copied().unwrap_or("shared_memory"),
         }
     }

@@ -1,5 +1,4 @@
 //! A saver for a session, on a store that it checks first: writable, large enough, and visible to all processes.
-//! Imports `session`, `checkpoint`, `files` and `text`.
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -7,7 +6,7 @@ use object_store::path::Path;
 use object_store::{ObjectStoreExt, PutMode};
 
 use super::{Session, SessionError, resident_parts};
-use crate::checkpoint::error::{CheckpointError, Doing};
+use crate::checkpoint::error::{CheckpointError, StoreOperation};
 use crate::checkpoint::saver::{Saver, SaverOptions};
 use crate::checkpoint::store::Store;
 use crate::files::free_bytes;
@@ -98,7 +97,7 @@ fn write_probe(store: &Store, number: u64) -> Result<(), CheckpointError> {
     let (operations, (name, path), (_, new)) = (&store.operations, probe(store, number), probe(store, number + 1));
     operations.put(&name, &new, b"a probe".to_vec(), PutMode::Create)?;
     let backend = operations.backend.clone();
-    operations.run(&name, Doing::Write, async move { backend.rename(&new, &path).await })
+    operations.run(&name, StoreOperation::Write, async move { backend.rename(&new, &path).await })
 }
 
 /// True when this process sees the probe that process 0 has written.

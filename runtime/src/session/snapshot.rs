@@ -1,5 +1,4 @@
 //! A session's part of a checkpoint: taken between two steps, and loaded again under any mesh.
-//! Imports `session`, `plan` and `checkpoint`.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -11,12 +10,12 @@ use shardflow_kernels::tensor::{DType, HostData, HostTensor, Region};
 use super::agreement::{Loading, digest_of};
 use super::budget::{SNAPSHOTS_MAX, saved_parts};
 use super::{Session, SessionError, resident_parts};
-use crate::checkpoint::agree::{Agree, Alone, Member};
+use crate::checkpoint::agreement::{ProcessRank, SaveAgreement, SingleProcess};
 use crate::checkpoint::error::CheckpointError;
-use crate::checkpoint::manifest::{Cursor, Kind, TensorInfo};
-use crate::checkpoint::read::Reader;
+use crate::checkpoint::manifest::{Cursor, TensorKind, TensorMeta};
+use crate::checkpoint::read::CheckpointReader;
 use crate::checkpoint::snapshot::{Snapshot, SnapshotPiece};
-use crate::checkpoint::store::{Newest, Store};
+use crate::checkpoint::store::{NewestCheckpoint, Store};
 use crate::graph::optimizer::Bounds;
 use crate::graph::{NodeOp, Var};
 use crate::plan::ResidentTensor;
@@ -34,7 +33,7 @@ pub struct Restored {
 
 /// What the first process found in a store.
 struct Found {
-    reader: Result<Option<Reader>, CheckpointError>,
+    reader: Result<Option<CheckpointReader>, CheckpointError>,
     damaged: Vec<CheckpointError>,
     /// The step, or one of the words below.
     lookup: u64,
@@ -66,10 +65,10 @@ struct Parts {
 
 impl Session {
     /// What a checkpoint is made of, with its kind.
-    pub(super) fn residents(&self) -> impl Iterator<Item = (Var, Kind)> {
+    pub(super) fn residents(&self) -> impl Iterator<Item = (Var, TensorKind)> {
         self.plan.graph.nodes().iter().filter_map(|node| match node.op {
-            NodeOp::Parameter { .. } => Some((node.outputs[0], Kind::Parameter)),
-            NodeOp::State => Some((node.outputs[0], Kind::State)),
+            NodeOp::Parameter { .. } => Some((node.outputs[0], TensorKind::Parameter)),
+            NodeOp::State => Some((node.outputs[0], TensorKind::State)),
             _ => None,
         })
     }
@@ -79,13 +78,15 @@ impl Session {
     ///
     /// # Errors
     /// [`crate::plan::validate::PlanError::NodeMemory`]; the other processes end for it, too.
-    pub fn agreement(&self) -> Result<(Arc<dyn Agree>, Member), SessionError> {
-        let checked = self.budget.check(&self.plan, &self.hosting, &self.here, SNAPSHOTS_MAX);
+    pub fn agreement(&self) -> Result<(Arc<dyn SaveAgreement>, ProcessRank), SessionError> {
+        let checked = self.budget.check(&self.plan, &self.process_map, &self.here, SNAPSHOTS_MAX);
         checked.map_err(|error| match &self.world {
             Some(world) => world.cannot_start(error.into()),
             None => error.into(),
         })?;
-        let alone = || (Arc::new(Alone) as Arc<dyn Agree>, Member { epoch: self.job.1, ..Member::ALONE });
+        let alone = || {
+            (Arc::new(SingleProcess) as Arc<dyn SaveAgreement>, ProcessRank { epoch: self.job.1, ..ProcessRank::ALONE })
+        };
         Ok(self.world.as_ref().map_or_else(alone, |world| world.agree()))
     }
 
@@ -96,7 +97,7 @@ impl Session {
 
     /// Ranks of the devices that this process hosts.
     fn hosted(&self) -> Range<usize> {
-        self.hosting.own()
+        self.process_map.own()
     }
 
     /// Copies the hosted devices' parameters and optimizer state to host memory: into `spare`, a snapshot that is no
@@ -133,11 +134,11 @@ impl Session {
         Ok(Snapshot { step, updates, seed, mesh, cursor, declared, job, tensors, pieces })
     }
 
-    fn tensor_info(&self, var: Var, kind: Kind) -> TensorInfo {
+    fn tensor_info(&self, var: Var, kind: TensorKind) -> TensorMeta {
         let graph = &self.plan.graph;
         let info = graph.tensor(var);
         let placement = &graph.placements[graph.placement_of(var)];
-        TensorInfo {
+        TensorMeta {
             name: info.name.clone(),
             kind,
             dtype: info.dtype,
@@ -156,14 +157,14 @@ impl Session {
     /// # Errors
     /// [`CheckpointError`], with the file, or [`SessionError::Disagreement`] where two ranks have different checkpoints; nothing
     /// was changed then.
-    pub fn restore_checkpoint(&mut self, reader: &Reader) -> Result<Vec<String>, SessionError> {
+    pub fn restore_checkpoint(&mut self, reader: &CheckpointReader) -> Result<Vec<String>, SessionError> {
         let parts = self.read_parts(reader);
         let productive_ms = self.step_metrics.productive_of(reader.manifest().job);
         self.go_on_from(parts, reader, productive_ms)
     }
 
     /// Reads what this process's devices hold, and changes nothing.
-    fn read_parts(&self, reader: &Reader) -> Result<Parts, SessionError> {
+    fn read_parts(&self, reader: &CheckpointReader) -> Result<Parts, SessionError> {
         self.check_alive()?;
         let (path, manifest) = (PathBuf::from(reader.name()), reader.manifest());
         let infos = manifest.tensors.iter().map(|tensor| (tensor.info.name.as_str(), tensor.info.kind));
@@ -198,7 +199,7 @@ impl Session {
     fn go_on_from(
         &mut self,
         read: Result<Parts, SessionError>,
-        reader: &Reader,
+        reader: &CheckpointReader,
         productive_ms: u64,
     ) -> Result<Vec<String>, SessionError> {
         let (source, manifest) = (reader.name(), reader.manifest());
@@ -284,19 +285,19 @@ impl Session {
     /// What the first process finds in the store; the others find nothing, and do not ask.
     fn look(&self, store: &Store, before: Option<u64>) -> Found {
         let nothing = |reader, lookup| Found { reader, damaged: Vec::new(), lookup, newest: 0, cursor: 0 };
-        if self.hosting.process != 0 {
+        if self.process_map.process != 0 {
             return nothing(Ok(None), NONE);
         }
-        let found = store.newest_before(before).and_then(|Newest { reader, damaged }| {
+        let found = store.newest_before(before).and_then(|NewestCheckpoint { reader, damaged }| {
             let steps = if damaged.is_empty() { Vec::new() } else { store.steps()? };
-            let manifest = reader.as_ref().map(Reader::manifest);
+            let manifest = reader.as_ref().map(CheckpointReader::manifest);
             let (lookup, cursor) = manifest.map_or((NONE, 0), |manifest| (manifest.step, manifest.cursor_digest()));
             Ok(Found { reader: Ok(reader), damaged, lookup, newest: steps.last().copied().unwrap_or(0), cursor })
         });
         found.unwrap_or_else(|error| nothing(Err(error), FAILED))
     }
 
-    fn check_fits(&self, reader: &Reader, var: Var) -> Result<(), CheckpointError> {
+    fn check_fits(&self, reader: &CheckpointReader, var: Var) -> Result<(), CheckpointError> {
         let info = self.plan.graph.tensor(var);
         let (path, name) = (reader.name(), info.name.clone());
         let there = reader.find(&name);

@@ -1,5 +1,4 @@
 //! One step of a session: the batch goes out to the devices, results come back, and the host decides on the update.
-//! Imports `session`, `session::numerics`, `requests`, `plan` and `graph`.
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};

@@ -1,5 +1,5 @@
 //! Token ids that a step is given are within the vocabulary: a shard of a split table cannot tell an id that another shard
-//! holds from one that nobody does. Imports `session`, `graph` and `plan`.
+//! holds from one that nobody does.
 
 use std::collections::BTreeMap;
 

@@ -1,4 +1,4 @@
-//! Traces of all processes of a job on one clock. Imports the events' form.
+//! Traces of all processes of a job on one clock.
 //!
 //! Each file tells the Unix time at which its times begin, so files of one machine agree to the microsecond, and those of several
 //! as well as their clocks do. Where that would have a piece read before it was written, the reader's file is moved by what is
@@ -73,13 +73,13 @@ pub(super) struct Args {
 
 /// The events of all files.
 #[derive(Debug)]
-pub struct Joined {
+pub struct JoinedTrace {
     pub(super) events: Vec<Event>,
     /// By file: what its times are moved by, microseconds.
     shifts_us: Vec<f64>,
 }
 
-impl Joined {
+impl JoinedTrace {
     /// Of the files' texts.
     ///
     /// # Errors
@@ -201,7 +201,7 @@ mod tests {
     }
 
     fn shifts_of(files: &[String]) -> Vec<f64> {
-        Joined::of(files).unwrap().shifts_us
+        JoinedTrace::of(files).unwrap().shifts_us
     }
 
     #[test]
@@ -210,12 +210,12 @@ mod tests {
         let files =
             [file(0, 7, &[("s", "1", 1.5e6), ("f", "2", 3e6)]), file(1, 8, &[("f", "1", 1e6), ("s", "2", 1.1e6)])];
         assert_eq!(shifts_of(&files), [0.0, 1e6]);
-        let joined = Joined::of(&files).unwrap();
+        let joined = JoinedTrace::of(&files).unwrap();
         let mut out = Vec::new();
         joined.write(&files, &mut out).unwrap();
         let written = String::from_utf8(out).unwrap();
         let times: Vec<f64> =
-            Joined::of(&[written]).unwrap().events.iter().map(|e| e.ts).filter(|ts| *ts > 0.0).collect();
+            JoinedTrace::of(&[written]).unwrap().events.iter().map(|e| e.ts).filter(|ts| *ts > 0.0).collect();
         assert_eq!(times, [1.5e6, 3e6, 2e6, 2.1e6]);
         assert!(joined.events.iter().map(|e| e.ts).filter(|ts| *ts > 1e6).eq(times), "a summary sees what is written");
     }
@@ -236,7 +236,7 @@ mod tests {
 
     #[test]
     fn what_does_not_fit_together_is_refused() {
-        let refused = |files: &[String]| Joined::of(files).unwrap_err().to_string();
+        let refused = |files: &[String]| JoinedTrace::of(files).unwrap_err().to_string();
         let (a, b) = (file(0, 1, &[]), file(0, 2, &[]));
         let text = "files 1 and 2 both have 'a0': give the files of all processes of one run";
         assert_eq!(refused(&[a.clone(), b]), text);
@@ -257,7 +257,7 @@ mod tests {
         let text = format!("[\n{}\n]\n", events.join(",\n"));
         let names = |bytes: &[u8]| -> Vec<String> {
             let text = String::from_utf8_lossy(bytes).into_owned();
-            Joined::of(&[text])
+            JoinedTrace::of(&[text])
                 .unwrap_or_else(|e| panic!("{e}: {bytes:?}"))
                 .events
                 .into_iter()
@@ -277,7 +277,7 @@ mod tests {
 
     #[test]
     fn a_file_with_nothing_in_it_is_no_reason_to_refuse_the_others() {
-        assert_eq!(Joined::of(&["[".into()]).unwrap().events.len(), 0);
-        assert_eq!(Joined::of(&["[\n".into()]).unwrap().events.len(), 0);
+        assert_eq!(JoinedTrace::of(&["[".into()]).unwrap().events.len(), 0);
+        assert_eq!(JoinedTrace::of(&["[\n".into()]).unwrap().events.len(), 0);
     }
 }

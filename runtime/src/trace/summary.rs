@@ -1,5 +1,5 @@
 //! What a trace says, on one screen: how busy each actor was, what it waited for, the way through firings that a step could not have
-//! been shorter than, and a step beside the simulator's. Imports `join`'s events only.
+//! been shorter than, and a step beside the simulator's.
 //!
 //! Time that an actor stands idle within a step is put down to
 //!
@@ -14,7 +14,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fmt;
 
 use super::PREDICTION;
-use super::join::{Event, Joined};
+use super::join::{Event, JoinedTrace};
 use crate::text::counted;
 
 /// Actions of the critical path that are shown.
@@ -68,7 +68,7 @@ pub struct ActorShare {
 
 /// What a trace says.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Summary {
+pub struct TraceSummary {
     /// Steps in it, the first one left out.
     pub steps: u64,
     /// Passes over the plan for them: those that are done again have several.
@@ -102,12 +102,12 @@ struct Reading {
     predicted: Option<(f64, BTreeMap<String, f64>)>,
 }
 
-impl Summary {
+impl TraceSummary {
     /// Of the files of all processes of a run, or of some.
     ///
     /// # Errors
     /// [`SummaryError`].
-    pub fn of(trace: Joined) -> Result<Self, SummaryError> {
+    pub fn of(trace: JoinedTrace) -> Result<Self, SummaryError> {
         let reading = Reading::new(trace.events);
         // The first pass warms up.
         let spans: Vec<&(f64, f64)> = reading.spans.range(1..).map(|(_, span)| span).collect();
@@ -283,7 +283,7 @@ impl Reading {
     }
 }
 
-impl fmt::Display for Summary {
+impl fmt::Display for TraceSummary {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let ms = |seconds: f64| seconds * 1e3;
         write!(f, "{} of {:.3} ms", counted(self.steps, "step"), ms(self.step_seconds))?;

@@ -1,12 +1,11 @@
 //! The share of a step in which compute actors stand idle, measured and predicted: 1 - busy / (actors x elapsed), where a step
-//! lasts from the first launch of a compute actor in it to the last end. Both are counted by the same code. Imports `session`
-//! and the simulator.
+//! lasts from the first launch of a compute actor in it to the last end. Both are counted by the same code.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use serde::Serialize;
-use shardflow_actors::simulate::{Options, Timing, simulate};
+use shardflow_actors::simulate::{SimulationOptions, Timing, simulate};
 use shardflow_actors::spec::{ActorId, Spec, StreamKind};
 use shardflow_actors::trace::RING_FIRINGS;
 
@@ -92,7 +91,7 @@ pub(super) struct Prediction {
 impl Prediction {
     /// `None` before each action has fired, and where the process hosts a part of the plan only: it knows no durations of the others.
     pub(super) fn of(observer: &Observer) -> Option<Self> {
-        if observer.hosting().processes > 1 {
+        if observer.process_map().processes > 1 {
             return None;
         }
         let spec = Arc::new(observer.plan().spec.clone());
@@ -100,7 +99,7 @@ impl Prediction {
     }
 
     fn from(spec: &Arc<Spec>, durations_ns: Vec<Vec<u64>>, session: String) -> Option<Self> {
-        let run = simulate(spec, &Timing::measured(spec, durations_ns), &Options::steps(1)).ok()?;
+        let run = simulate(spec, &Timing::measured(spec, durations_ns), &SimulationOptions::steps(1)).ok()?;
         let mut bubble = Bubble::new(spec, |_| true);
         let mut firings = Vec::with_capacity(run.timeline.len() * 5);
         for fired in &run.timeline {
@@ -135,23 +134,23 @@ fn durations_ns(observer: &Observer) -> Option<Vec<Vec<u64>>> {
 
 #[cfg(test)]
 mod tests {
-    use shardflow_actors::pipeline::{Pipeline, Schedule};
+    use shardflow_actors::pipeline::{Pipeline, PipelineSchedule};
 
     use super::*;
 
     const MS: u64 = 1_000_000;
 
-    fn pipeline(stages: u32, micro_batches: u32, schedule: Schedule) -> Spec {
+    fn pipeline(stages: u32, micro_batches: u32, schedule: PipelineSchedule) -> Spec {
         let credits = match schedule {
-            Schedule::Gpipe => vec![micro_batches; stages as usize],
-            Schedule::OneForwardOneBackward => (1..=stages).rev().collect(),
+            PipelineSchedule::Gpipe => vec![micro_batches; stages as usize],
+            PipelineSchedule::OneForwardOneBackward => (1..=stages).rev().collect(),
         };
         Pipeline { micro_batches, credits, schedule, ordered: false }.build()
     }
 
     #[test]
     fn predicted_bubbles_are_those_of_the_formula() {
-        for schedule in [Schedule::Gpipe, Schedule::OneForwardOneBackward] {
+        for schedule in [PipelineSchedule::Gpipe, PipelineSchedule::OneForwardOneBackward] {
             let spec = Arc::new(pipeline(4, 8, schedule));
             let durations = vec![vec![MS, 2 * MS]; 4];
             let predicted = Prediction::from(&spec, durations, "7".into()).expect("it does not get stuck");
@@ -174,7 +173,7 @@ mod tests {
 
     #[test]
     fn a_step_counts_when_it_is_whole() {
-        let spec = pipeline(2, 1, Schedule::Gpipe);
+        let spec = pipeline(2, 1, PipelineSchedule::Gpipe);
         let mut bubble = Bubble::new(&spec, |_| true);
         // As actors tell: one after the other, so that steps mix.
         add(&mut bubble, &spec, 0, &STEP[..3]);
@@ -192,7 +191,7 @@ mod tests {
 
     #[test]
     fn steps_with_lost_firings_are_forgotten() {
-        let spec = pipeline(2, 1, Schedule::Gpipe);
+        let spec = pipeline(2, 1, PipelineSchedule::Gpipe);
         let mut bubble = Bubble::new(&spec, |_| true);
         for step in 0..200 {
             add(&mut bubble, &spec, step, &STEP[1..]);
@@ -204,7 +203,7 @@ mod tests {
 
     #[test]
     fn only_actors_that_compute_here_count() {
-        let mut spec = pipeline(2, 1, Schedule::Gpipe);
+        let mut spec = pipeline(2, 1, PipelineSchedule::Gpipe);
         let mut own = Bubble::new(&spec, |device| device == 0);
         add(&mut own, &spec, 0, &[STEP[0], STEP[3]]);
         assert_eq!(own.share(), Some(0.5), "30 of 60");

@@ -1,4 +1,4 @@
-//! Asks the servers of a running job, for `shardflow status` and `shardflow explain-hang`. Imports `watch::status`, `exit`.
+//! Asks the servers of a running job, for `shardflow status` and `shardflow explain-hang`.
 
 use std::collections::BTreeSet;
 use std::fmt;
@@ -22,7 +22,7 @@ const ANSWER_BYTES_MAX: u64 = 16 << 20;
 
 /// Why a job could not be asked.
 #[derive(Debug, thiserror::Error)]
-pub enum AskError {
+pub enum ClientError {
     /// Nobody answers there.
     #[error("nothing is served at {address}: {source}; is the job started with --listen {address}?")]
     Unreachable {
@@ -51,7 +51,7 @@ pub enum AskError {
     },
 }
 
-impl AskError {
+impl ClientError {
     /// With which code a program ends because of it.
     pub fn exit(&self) -> Exit {
         Exit::PeerUnavailable
@@ -80,10 +80,10 @@ pub struct HangReport {
 impl HangReport {
     pub(super) fn of(observer: &Observer) -> Option<Self> {
         let idle_seconds = observer.idle_ns()? as f64 * 1e-9;
-        let (spec, hosting, hang) = (&observer.plan().spec, observer.hosting(), observer.hang());
+        let (spec, process_map, hang) = (&observer.plan().spec, observer.process_map(), observer.hang());
         Some(Self {
-            process: hosting.process,
-            processes: hosting.processes,
+            process: process_map.process,
+            processes: process_map.processes,
             idle_seconds,
             is_under_way: observer.is_under_way(),
             cause: hang.as_ref().map(|hang| hang.cause(spec)),
@@ -121,20 +121,20 @@ impl fmt::Display for HangReport {
 ///
 /// # Errors
 /// When nobody answers, or answers otherwise.
-pub fn status(address: SocketAddr) -> Result<Status, AskError> {
+pub fn status(address: SocketAddr) -> Result<Status, ClientError> {
     ask(address, "/status")
 }
 
 /// What was answered, and by whom nothing.
 #[derive(Debug)]
-pub struct Explained {
+pub struct HangExplanation {
     /// In the order in which they were asked: the first, then those where the cause may lie.
     pub reports: Vec<HangReport>,
     /// Processes that are waited for and could not be asked.
-    pub unasked: Vec<(u32, AskError)>,
+    pub unasked: Vec<(u32, ClientError)>,
 }
 
-impl fmt::Display for Explained {
+impl fmt::Display for HangExplanation {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         self.reports.iter().try_for_each(|report| write!(f, "{report}"))?;
         self.unasked.iter().try_for_each(|(rank, error)| writeln!(f, "rank {rank} could not be asked: {error}"))
@@ -146,10 +146,10 @@ impl fmt::Display for Explained {
 ///
 /// # Errors
 /// When nobody answers at the first address.
-pub fn explain_hang(first: SocketAddr) -> Result<Explained, AskError> {
+pub fn explain_hang(first: SocketAddr) -> Result<HangExplanation, ClientError> {
     let own: HangReport = ask(first, "/hang")?;
     let (mut known, process) = (BTreeSet::from([own.process]), own.process);
-    let mut explained = Explained { reports: vec![own], unasked: Vec::new() };
+    let mut explained = HangExplanation { reports: vec![own], unasked: Vec::new() };
     let mut asked = 0;
     while let Some(report) = explained.reports.get(asked) {
         asked += 1;
@@ -163,7 +163,7 @@ pub fn explain_hang(first: SocketAddr) -> Result<Explained, AskError> {
     Ok(explained)
 }
 
-fn ask_process(first: SocketAddr, own: u32, process: u32) -> Result<HangReport, AskError> {
+fn ask_process(first: SocketAddr, own: u32, process: u32) -> Result<HangReport, ClientError> {
     let port = i64::from(first.port()) + i64::from(process) - i64::from(own);
     // Port 0 is nobody's, and says so.
     let address = SocketAddr::new(first.ip(), port.try_into().unwrap_or(0));
@@ -171,12 +171,12 @@ fn ask_process(first: SocketAddr, own: u32, process: u32) -> Result<HangReport, 
     if report.process == process {
         return Ok(report);
     }
-    Err(AskError::Answer { address, path: "/hang", answer: format!("it is rank {} of a job", report.process) })
+    Err(ClientError::Answer { address, path: "/hang", answer: format!("it is rank {} of a job", report.process) })
 }
 
-fn ask<T: DeserializeOwned>(address: SocketAddr, path: &'static str) -> Result<T, AskError> {
+fn ask<T: DeserializeOwned>(address: SocketAddr, path: &'static str) -> Result<T, ClientError> {
     let text = get(address, path).map_err(|source| failed(address, source))?;
-    let wrong = |answer: String| AskError::Answer { address, path, answer };
+    let wrong = |answer: String| ClientError::Answer { address, path, answer };
     let first = text.lines().next().unwrap_or("nothing").to_owned();
     let body = text.split_once("\r\n\r\n").map(|(_, body)| body).filter(|_| first.contains(" 200 "));
     let body = body.ok_or_else(|| wrong(first))?;
@@ -197,10 +197,10 @@ pub fn address(text: &str) -> Result<SocketAddr, String> {
     first.copied().ok_or_else(|| "no such machine".to_owned())
 }
 
-fn failed(address: SocketAddr, source: io::Error) -> AskError {
+fn failed(address: SocketAddr, source: io::Error) -> ClientError {
     match source.kind() {
-        io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => AskError::Silent { address, source },
-        _ => AskError::Unreachable { address, source },
+        io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => ClientError::Silent { address, source },
+        _ => ClientError::Unreachable { address, source },
     }
 }
 
@@ -284,9 +284,9 @@ mod tests {
         let late = report(3, "device 3 compute forward has not ended", Vec::new());
         let reports = [waits(1, vec![0, 2, 3]), waits(2, vec![0, 1, 3]), late];
         listeners.into_iter().zip(reports.clone()).for_each(|(listener, report)| serve(listener, report));
-        let Explained { reports: told, unasked } = explain_hang(first).expect("an answer");
+        let HangExplanation { reports: told, unasked } = explain_hang(first).expect("an answer");
         assert_eq!(told, reports);
-        assert!(matches!(&unasked[..], [(0, AskError::Unreachable { .. })]), "{unasked:?}");
+        assert!(matches!(&unasked[..], [(0, ClientError::Unreachable { .. })]), "{unasked:?}");
         assert!(told[0].to_string().contains("which of them is late is not known here: rank 0, rank 2, rank 3"));
         let moves = HangReport { idle_seconds: 0.1, ..told[0].clone() };
         assert!(moves.to_string().contains("it moves") && !told[0].to_string().contains("it moves"), "{moves}");

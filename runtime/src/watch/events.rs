@@ -1,5 +1,5 @@
 //! What has happened in a session since one client of the live page was last told: one value that is sent as JSON, of a size that
-//! does not grow with how much has happened. Imports `session`, `bubble`, `status`, `under_way` and the actors' states.
+//! does not grow with how much has happened.
 
 use std::collections::HashMap;
 
@@ -7,12 +7,12 @@ use serde::Serialize;
 use shardflow_actors::protocol::Missing;
 use shardflow_actors::snapshot::ActorSnapshot;
 use shardflow_actors::spec::{ActorId, RegisterId, Spec};
-use shardflow_actors::trace::{Cause, Fired};
+use shardflow_actors::trace::{Cause, FiringRecord};
 
 use super::bubble::Bubble;
 use super::status::number;
 use super::under_way::UnderWay;
-use crate::session::observer::{Health, NewestSteps, Observer, StepDone, pass_of};
+use crate::session::observer::{Observer, RecentSteps, SessionHealth, StepStats, pass_of};
 
 #[cfg(test)]
 mod tests;
@@ -109,9 +109,9 @@ impl Cursor {
             *self = Self { session: observer.started(), ..Self::default() };
         }
         let health = match observer.health() {
-            Health::Well { .. } => "running",
-            Health::Failed(_) => "failed",
-            Health::Ended => "ended",
+            SessionHealth::Well { .. } => "running",
+            SessionHealth::Failed(_) => "failed",
+            SessionHealth::Ended => "ended",
         };
         // In this order: nothing in the states is later than now.
         let (snapshots, now_ns) = (observer.snapshot(), observer.now_ns().unwrap_or_default());
@@ -145,20 +145,20 @@ impl Cursor {
         event
     }
 
-    fn points(&mut self, event: &mut Event, steps: &NewestSteps) {
-        let loss = |s: &StepDone| s.loss.map(f64::from);
-        let point = |s: &StepDone| Point(s.steps, loss(s), s.gradient_norm, s.learning_rate, s.seconds);
+    fn points(&mut self, event: &mut Event, steps: &RecentSteps) {
+        let loss = |s: &StepStats| s.loss.map(f64::from);
+        let point = |s: &StepStats| Point(s.steps, loss(s), s.gradient_norm, s.learning_rate, s.seconds);
         // A training that was rolled back counts from there again.
         let known = self.step;
-        let is_new = |s: &&StepDone| s.steps > known || known > event.steps;
+        let is_new = |s: &&StepStats| s.steps > known || known > event.steps;
         event.points = steps.steps.iter().filter(is_new).map(point).collect();
         self.step = event.steps;
     }
 
     fn firings(&mut self, event: &mut Event, observer: &Observer, snapshots: &[ActorSnapshot]) {
-        let (spec, own) = (&observer.plan().spec, observer.hosting().own());
+        let (spec, own) = (&observer.plan().spec, observer.process_map().own());
         let bubble = self.bubble.get_or_insert_with(|| Bubble::new(spec, |device| own.contains(&device)));
-        let mut fired: Vec<(ActorId, Fired)> = Vec::new();
+        let mut fired: Vec<(ActorId, FiringRecord)> = Vec::new();
         for snapshot in snapshots {
             let from = self.read.entry(snapshot.actor).or_default();
             let is_first = *from == 0;
@@ -218,12 +218,12 @@ impl Cursor {
 }
 
 /// Where there are too many firings, leaves those of one step.
-fn cut(spec: &Spec, fired: &mut Vec<(ActorId, Fired)>) {
+fn cut(spec: &Spec, fired: &mut Vec<(ActorId, FiringRecord)>) {
     if fired.len() <= FIRINGS_MAX {
         return;
     }
     // The newest step has hardly ended, the one before it has.
-    let steps = |(actor, one): &(ActorId, Fired)| pass_of(spec, *actor, one);
+    let steps = |(actor, one): &(ActorId, FiringRecord)| pass_of(spec, *actor, one);
     let newest = fired.iter().map(steps).max().unwrap_or_default();
     let told = fired.iter().map(steps).filter(|step| *step < newest).max().unwrap_or(newest);
     fired.retain(|one| steps(one) == told);

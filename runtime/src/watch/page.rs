@@ -1,5 +1,5 @@
 //! The files of the live page, which lie in the program. They come from here alone: the page may load nothing from elsewhere, and
-//! runs no script that is not one of these files. Imports nothing of the crate.
+//! runs no script that is not one of these files.
 
 use axum::extract::Path;
 use axum::http::{HeaderName, StatusCode, header};

@@ -1,4 +1,4 @@
-//! What of a plan does not change while it runs, for the live page. Imports `session`, `plan` and `trace`'s categories.
+//! What of a plan does not change while it runs, for the live page.
 
 use serde::Serialize;
 use shardflow_actors::spec::{RegisterId, StreamKind};
@@ -69,7 +69,7 @@ struct Reader {
 
 impl Shape {
     pub(super) fn of(observer: &Observer) -> Self {
-        let (plan, hosting) = (observer.plan(), observer.hosting());
+        let (plan, process_map) = (observer.plan(), observer.process_map());
         let action = |action: &shardflow_actors::spec::ActionSpec| Action {
             name: action.name.clone(),
             category: category(&action.name),
@@ -79,10 +79,10 @@ impl Shape {
             name: actor.name.clone(),
             device: actor.device,
             is_compute: actor.stream == StreamKind::Compute,
-            is_here: hosting.own().contains(&actor.device),
+            is_here: process_map.own().contains(&actor.device),
             actions: actor.actions.iter().map(action).collect(),
         };
-        let reader = |id: RegisterId, at: &shardflow_actors::spec::Reader| {
+        let reader = |id: RegisterId, at: &shardflow_actors::spec::RegisterReader| {
             let action = plan.action_spec(at.actor, at.action as usize);
             let input = action.inputs.iter().find(|input| input.register == id);
             Reader {
@@ -99,11 +99,11 @@ impl Shape {
             readers: register.readers.iter().map(|at| reader(RegisterId(id as u32), at)).collect(),
         };
         let devices = |process: u32| {
-            let range = hosting.devices_of(process);
+            let range = process_map.devices_of(process);
             [range.start, range.len()]
         };
-        let peer = |peer: crate::session::observer::Peer| {
-            let crate::session::observer::Peer { process, host, pid, is_on_this_node, .. } = peer;
+        let peer = |peer: crate::session::observer::PeerState| {
+            let crate::session::observer::PeerState { process, host, pid, is_on_this_node, .. } = peer;
             Peer { process, devices: devices(process), host, pid, is_on_this_node }
         };
         Self {
@@ -112,9 +112,9 @@ impl Shape {
             device: plan.device.to_string(),
             schedule: plan.schedule.to_string(),
             micro_batches: plan.micro_batches,
-            process: hosting.process,
-            processes: hosting.processes,
-            devices: devices(hosting.process),
+            process: process_map.process,
+            processes: process_map.processes,
+            devices: devices(process_map.process),
             peers: observer.peers().into_iter().map(peer).collect(),
             actors: plan.spec.actors.iter().map(actor).collect(),
             registers: plan.spec.registers.iter().enumerate().map(register).collect(),

@@ -1,4 +1,4 @@
-//! How a session does, as one value that is served as JSON and shown on one screen. Imports `session`, `under_way` and the actors' traces.
+//! How a session does, as one value that is served as JSON and shown on one screen.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -9,7 +9,7 @@ use shardflow_actors::spec::ActorId;
 use shardflow_actors::trace::{Cause, RING_FIRINGS};
 
 use super::under_way::UnderWay;
-use crate::session::observer::{Health, Observer};
+use crate::session::observer::{Observer, SessionHealth};
 
 /// Shares are of so much time, back from now.
 const WINDOW_NS: u64 = 10_000_000_000;
@@ -97,18 +97,18 @@ impl Status {
     /// Of a session that runs; `None` once it has ended.
     pub(super) fn of(observer: &Observer) -> Option<Self> {
         let failed = match observer.health() {
-            Health::Well { .. } => None,
-            Health::Failed(cause) => Some(cause),
-            Health::Ended => return None,
+            SessionHealth::Well { .. } => None,
+            SessionHealth::Failed(cause) => Some(cause),
+            SessionHealth::Ended => return None,
         };
         // In this order: nothing in the states is later than now.
         let (snapshots, now_ns) = (observer.snapshot(), observer.now_ns()?);
-        let (plan, hosting) = (observer.plan(), observer.hosting());
+        let (plan, process_map) = (observer.plan(), observer.process_map());
         let window_ns = now_ns.clamp(1, WINDOW_NS);
         let is_under_way = observer.is_under_way();
         let under_way = is_under_way.then(|| UnderWay::new(&plan.spec, &snapshots));
         let (mut actors, mut waits) = (Vec::new(), BTreeMap::new());
-        for actor in hosting.actors_of(plan, hosting.process) {
+        for actor in process_map.actors_of(plan, process_map.process) {
             let name = plan.spec.actors[actor.0 as usize].name.clone();
             let Some(snapshot) = snapshots.iter().find(|snapshot| snapshot.actor == actor) else {
                 let now = format!("{name} does not answer");
@@ -172,8 +172,8 @@ impl Status {
         Some(Self {
             mesh: plan.graph.mesh().to_string(),
             device: plan.device.to_string(),
-            process: hosting.process,
-            processes: hosting.processes,
+            process: process_map.process,
+            processes: process_map.processes,
             failed,
             steps: metrics.steps,
             loss: steps.last().and_then(|step| step.loss).map(f64::from),

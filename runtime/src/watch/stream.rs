@@ -1,5 +1,5 @@
 //! Server-sent events to the clients of the live page: each is told at most once a second what is new to it, and nothing is kept
-//! for one that does not read. Imports `events`.
+//! for one that does not read.
 
 use std::convert::Infallible;
 use std::sync::Arc;

@@ -1,4 +1,4 @@
-//! What actors wait for in the step that is under way; what they wait for in the next one is no trouble. Imports the actors' protocol.
+//! What actors wait for in the step that is under way; what they wait for in the next one is no trouble.
 
 use shardflow_actors::protocol::Missing;
 use shardflow_actors::snapshot::ActorSnapshot;

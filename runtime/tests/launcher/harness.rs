@@ -1,5 +1,5 @@
 //! Starts the binary in a folder of its own, talks with its scripts through two named pipes, and waits for processes,
-//! all with time-outs. Imports nothing of Shardflow.
+//! all with time-outs.
 
 use std::fs::{self, File, OpenOptions, Permissions};
 use std::io::{BufRead, BufReader, Read, Write};

@@ -5,8 +5,8 @@ use proptest::prelude::*;
 use super::*;
 use crate::transport::Purpose;
 
-fn secret() -> Secret {
-    Secret::from_text("a secret of these tests").unwrap()
+fn secret() -> SharedKey {
+    SharedKey::from_text("a secret of these tests").unwrap()
 }
 
 fn hello() -> Hello {
@@ -16,8 +16,8 @@ fn hello() -> Hello {
 
 /// The four messages of a handshake, each passed through `change` with its index on its way, and what each side concludes.
 fn shake(
-    ours: &Secret,
-    theirs: &Secret,
+    ours: &SharedKey,
+    theirs: &SharedKey,
     nonces: [Nonce; 2],
     verdict: Result<(), Refusal>,
     mut change: impl FnMut(usize, Vec<u8>) -> Vec<u8>,
@@ -55,7 +55,7 @@ fn both_sides_agree() {
 
 #[test]
 fn another_secret_is_denied() {
-    let other = Secret::from_text("another secret of these tests").unwrap();
+    let other = SharedKey::from_text("another secret of these tests").unwrap();
     let (dialler, acceptor) = shake(&other, &secret(), nonces(), Ok(()), |_, message| message);
     assert!(matches!(dialler, Err(HandshakeError::Denied)), "{dialler:?}");
     assert!(matches!(acceptor, Err(HandshakeError::Proof)), "{acceptor:?}");
@@ -153,8 +153,8 @@ fn an_unknown_purpose_is_refused_after_the_proof() {
 
 #[test]
 fn the_gate_lets_in_members_of_this_epoch_only() {
-    let world = World { session: SessionId([7; 16]), epoch: 4, processes: 3 };
-    let (before, running) = (Gate { process: 2, world: None }, Gate { process: 2, world: Some(world) });
+    let world = SettledWorld { session: SessionId([7; 16]), epoch: 4, processes: 3 };
+    let (before, running) = (AcceptPolicy { process: 2, world: None }, AcceptPolicy { process: 2, world: Some(world) });
     let session = SessionId([8; 16]);
     let rendezvous = Hello { session: SessionId::default(), purpose: Purpose::Rendezvous, ..hello() };
     for (gate, hello, expected) in [

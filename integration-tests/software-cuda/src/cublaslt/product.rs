@@ -1,4 +1,4 @@
-//! Products of matrices, in plain loops with f32 accumulators, through the checked memory. Imports `shadow`.
+//! Products of matrices, in plain loops with f32 accumulators, through the checked memory.
 //!
 //! `D = epilogue(alpha * op(A) op(B) + beta * C)`; bias vectors run along the rows of D, as cuBLASLt's do.
 #![allow(unsafe_code)]

@@ -1,5 +1,4 @@
-//! Evaluates a graph, operation by operation, in plain loops on floats, through the checked memory. Imports `shadow`,
-//! `cudnn::graph`.
+//! Evaluates a graph, operation by operation, in plain loops on floats, through the checked memory.
 #![allow(unsafe_code)]
 
 use std::collections::HashMap;

@@ -1,5 +1,5 @@
 //! A graph of operations, read from descriptors and checked: shapes fit, ids are unique, what is nowhere is made
-//! before it is used. Imports `cudnn`.
+//! before it is used.
 
 use std::collections::{HashMap, HashSet};
 

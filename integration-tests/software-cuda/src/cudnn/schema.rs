@@ -1,6 +1,4 @@
-//! Which attributes descriptors have, of which type, how many values at most, and which they must have. Imports
-//! nothing.
-
+//! Which attributes descriptors have, of which type, how many values at most, and which they must have.
 use cudarc::cudnn::sys::cudnnBackendAttributeName_t::{self as Attribute, *};
 use cudarc::cudnn::sys::cudnnBackendAttributeType_t::{self as Type, *};
 use cudarc::cudnn::sys::cudnnBackendDescriptorType_t::{self as Kind, *};

@@ -1,4 +1,4 @@
-//! Devices and contexts of the driver. Imports `world`, `scheduler`, `memory`.
+//! Devices and contexts of the driver.
 #![allow(unsafe_code, non_snake_case)]
 
 use std::ffi::{c_char, c_int, c_uint};

@@ -1,4 +1,4 @@
-//! Allocations, copies and fills of the driver. Imports `world`, `scheduler`, `memory`, `host`.
+//! Allocations, copies and fills of the driver.
 #![allow(unsafe_code, non_snake_case)]
 
 use std::ffi::{c_uchar, c_uint, c_ushort, c_void};

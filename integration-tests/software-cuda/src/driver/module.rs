@@ -1,4 +1,4 @@
-//! Modules, functions and launches of the driver. Imports `world`, `kernel`, `nvrtc`.
+//! Modules, functions and launches of the driver.
 #![allow(unsafe_code, non_snake_case)]
 
 use std::collections::HashMap;

@@ -1,4 +1,4 @@
-//! Streams and events of the driver. Imports `world`, `scheduler`.
+//! Streams and events of the driver.
 #![allow(unsafe_code, non_snake_case)]
 
 use std::ffi::{c_int, c_uint, c_void};

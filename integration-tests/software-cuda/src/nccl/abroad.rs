@@ -1,4 +1,4 @@
-//! A process's side of what it does with ranks of other processes. Imports `world`, `nccl::{data, engine, wire}`.
+//! A process's side of what it does with ranks of other processes.
 
 use std::collections::HashMap;
 use std::sync::{Arc, MutexGuard};

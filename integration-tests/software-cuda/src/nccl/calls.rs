@@ -1,4 +1,4 @@
-//! NCCL's collectives, messages and groups. Imports `world`, `nccl::{data, engine}`.
+//! NCCL's collectives, messages and groups.
 //!
 //! Calls of a group are kept by their thread until the outermost group ends; then those of one communicator and stream
 //! become one operation.

@@ -1,4 +1,4 @@
-//! What collectives and messages do to memory. Imports `shadow`, `run`, `world`.
+//! What collectives and messages do to memory.
 //!
 //! Reductions go by rank, in f32 for floating-point types up to 32 bits, so that results do not depend on the schedule.
 #![allow(unsafe_code)]

@@ -1,5 +1,4 @@
-//! Communicators and what passes between their ranks: who meets whom, and in which order. Imports `world`, `run`,
-//! `nccl::{abroad, data, wire}`.
+//! Communicators and what passes between their ranks: who meets whom, and in which order.
 //!
 //! - NC-1: the n-th collective of a communicator is the same on all its ranks: kind, count, type, reduction and root.
 //! - NC-2: communicators that share devices issue their collectives in one order on all of these.

@@ -1,4 +1,4 @@
-//! Where ranks of several processes meet: in the process that made the communicator's id. Imports `nccl::{data, engine, wire}`.
+//! Where ranks of several processes meet: in the process that made the communicator's id.
 //!
 //! Every process that has ranks of a communicator tells the hub what they call and send. Once all who take part have come,
 //! it compares the calls, as [`crate::nccl::engine`] does within a process (NC-1), and gives all of them the result. It

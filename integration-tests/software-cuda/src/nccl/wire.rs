@@ -1,5 +1,4 @@
-//! What processes tell each other of a communicator whose ranks they share, and a process's connection to the hub. Imports
-//! `world`, `nccl::{abroad, engine}`.
+//! What processes tell each other of a communicator whose ranks they share, and a process's connection to the hub.
 //!
 //! A message is a header in JSON and raw bytes, each behind its length. It is a test's own, between its own processes:
 //! nothing is checked but that it can be read.

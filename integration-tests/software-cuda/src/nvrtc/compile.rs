@@ -1,4 +1,4 @@
-//! Compiles CUDA C++ to a library of the host with g++, once for each text. Imports `nvrtc::{image, source}`.
+//! Compiles CUDA C++ to a library of the host with g++, once for each text.
 
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};

@@ -1,4 +1,4 @@
-//! What stands for PTX and cubins: a line that names a compiled library by its digest. Imports nothing.
+//! What stands for PTX and cubins: a line that names a compiled library by its digest.
 
 use std::path::{Path, PathBuf};
 

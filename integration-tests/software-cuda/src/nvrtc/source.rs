@@ -1,4 +1,4 @@
-//! Turns preprocessed CUDA C++ into C++ that g++ takes. Imports nothing.
+//! Turns preprocessed CUDA C++ into C++ that g++ takes.
 //!
 //! The preprocessor leaves `__global__`, `__shared__` and `__launch_bounds__` alone, so what macros made of them is seen
 //! here: kernels are collected, static shared memory becomes `static`, dynamic shared memory an alias of the shim's array.

@@ -1,4 +1,4 @@
-//! A thin cover of cudarc's `sys` for the tests of the software device. Imports nothing of the crate.
+//! A thin cover of cudarc's `sys` for the tests of the software device.
 //!
 //! Objects are given back by hand: a test may forget to, on purpose.
 #![allow(unsafe_code)]

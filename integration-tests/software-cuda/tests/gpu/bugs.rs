@@ -1,4 +1,4 @@
-//! Planted mistakes: each is found under every policy and seed, and the same program without it is clean. Imports `api`.
+//! Planted mistakes: each is found under every policy and seed, and the same program without it is clean.
 
 use shardflow_software_cuda::POLICIES;
 

@@ -1,4 +1,4 @@
-//! Planted mistakes inside kernels, and of products. Imports `api`, `bugs`.
+//! Planted mistakes inside kernels, and of products.
 
 use crate::api::Arg::{I, P};
 use crate::api::{alloc, filled, free, launch, stream, wait};

@@ -1,4 +1,4 @@
-//! Planted mistakes of streams, events, host threads and memory. Imports `api`, `bugs`.
+//! Planted mistakes of streams, events, host threads and memory.
 
 use std::sync::mpsc;
 

@@ -1,4 +1,4 @@
-//! Planted mistakes of collectives and messages. Imports `api`, `bugs`.
+//! Planted mistakes of collectives and messages.
 
 use std::ptr::null_mut;
 

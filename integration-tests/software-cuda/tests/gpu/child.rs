@@ -1,4 +1,4 @@
-//! Runs a case of a test in a child process, on the software device. Imports the crate's support.
+//! Runs a case of a test in a child process, on the software device.
 
 use std::path::Path;
 use std::process::{Command, Output};

@@ -1,4 +1,4 @@
-//! Lost devices, leaks, counters, and ranks in threads of their own. Imports `api`.
+//! Lost devices, leaks, counters, and ranks in threads of their own.
 
 use std::time::{Duration, Instant};
 

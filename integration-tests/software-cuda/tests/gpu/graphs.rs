@@ -1,4 +1,4 @@
-//! cuDNN on the software device: values of a small graph, and planted mistakes. Imports `api`, `bugs`.
+//! cuDNN on the software device: values of a small graph, and planted mistakes.
 
 use std::ffi::c_void;
 use std::ptr::{from_ref, null_mut};

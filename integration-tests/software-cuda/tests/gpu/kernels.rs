@@ -1,4 +1,4 @@
-//! The device's own kernels give the right values, with nothing found, under every policy. Imports `gpu::api`.
+//! The device's own kernels give the right values, with nothing found, under every policy.
 
 use shardflow_software_cuda::POLICIES;
 

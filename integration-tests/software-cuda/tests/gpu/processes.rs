@@ -1,4 +1,4 @@
-//! Ranks of one communicator in several processes. Imports `api`, `child`.
+//! Ranks of one communicator in several processes.
 
 use std::collections::BTreeSet;
 use std::io::{BufRead, BufReader, Read, Write};

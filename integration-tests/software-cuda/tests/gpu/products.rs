@@ -1,4 +1,4 @@
-//! cuBLASLt on the software device: values of products, types and epilogues. Imports `api`.
+//! cuBLASLt on the software device: values of products, types and epilogues.
 
 use std::ffi::c_void;
 use std::ptr::null_mut;

@@ -1,4 +1,4 @@
-//! Policies differ as they should: what is executed first is seen by host functions on streams of their own. Imports `api`.
+//! Policies differ as they should: what is executed first is seen by host functions on streams of their own.
 
 use std::ffi::c_void;
 use std::sync::Mutex;

@@ -1,5 +1,5 @@
 //! One launch by itself: on buffers of its own, timed, or run once for what it writes; and the two ceilings that are measured
-//! so. Imports the kernels' devices, and `model`'s text.
+//! so.
 
 use std::sync::Arc;
 use std::sync::mpsc::channel;
@@ -10,13 +10,13 @@ use serde_json::json;
 use shardflow::init::mix;
 use shardflow::prelude::{DType, DeviceKind, HostTensor};
 use shardflow_integration_tests::measure::median;
-use shardflow_kernels::clock::Clock;
+use shardflow_kernels::clock::RaceClock;
 use shardflow_kernels::collective::in_process::InProcess;
 use shardflow_kernels::cuda::gpu::Gpu;
 use shardflow_kernels::device::Device;
 use shardflow_kernels::memory::{Arena, Base};
 use shardflow_kernels::op::{Buffer, Einsum, Launch, Op, Program};
-use shardflow_kernels::stream::{Notice, Stream, Submission};
+use shardflow_kernels::stream::{Notification, Stream, Submission};
 use shardflow_kernels::tensor::element_count;
 
 use crate::model::{On, token};
@@ -121,7 +121,7 @@ impl Bench {
     /// Milliseconds from the submission of a program to its end.
     fn submit(&self, program: &Arc<Program>, arena: &Arena) -> Result<f64> {
         let (sender, notices) = channel();
-        let notify = Box::new(move |notice| drop(sender.send((Clock::capture(), notice))));
+        let notify = Box::new(move |notice| drop(sender.send((RaceClock::capture(), notice))));
         let bases = vec![Base { arena: arena.clone(), offset: 0 }];
         let begin = Instant::now();
         self.stream.submit(Submission { program: program.clone(), bases, repeat: false, notify })?;
@@ -129,8 +129,8 @@ impl Bench {
         clock.join();
         let ms = begin.elapsed().as_secs_f64() * 1e3;
         match notice {
-            Notice::Done => Ok(ms),
-            Notice::Failed(error) => Err(error.into()),
+            Notification::Done => Ok(ms),
+            Notification::Failed(error) => Err(error.into()),
             told => Err(format!("unexpected: {told:?}").into()),
         }
     }

@@ -1,5 +1,4 @@
 //! The launches of a training step one by one: how long each takes, and whether the device writes what the CPU backend writes.
-//! Imports `model`, `bench`, and `shardflow`'s plan.
 
 use std::collections::BTreeMap;
 

@@ -1,6 +1,5 @@
 //! Our side of `integration-tests/gpu/check.sh`: what is here, how fast it copies and multiplies, GPT-2 trained, its launches
 //! timed and compared one by one, and several devices on one GPU with delays. Each command prints one line of JSON.
-//! Imports `shardflow`, the kernels.
 
 use std::process::ExitCode;
 

@@ -1,4 +1,4 @@
-//! The model, its training program and its data: the rules that `gpt2_torch.py` has, too. Imports `shardflow`.
+//! The model, its training program and its data: the rules that `gpt2_torch.py` has, too.
 
 use clap::{Args, ValueEnum};
 use serde_json::{Value, json};

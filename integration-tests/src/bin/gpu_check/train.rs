@@ -1,4 +1,4 @@
-//! A training of some steps: losses, speed, memory. Imports `model` and `shardflow`.
+//! A training of some steps: losses, speed, memory.
 
 use std::collections::BTreeMap;
 use std::time::Instant;

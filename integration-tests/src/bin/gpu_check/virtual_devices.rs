@@ -1,12 +1,11 @@
 //! Four devices of a mesh on one GPU. Whatever the delays on its streams, losses keep their bits; in f32 they are the CPU
 //! backend's within a tolerance. Each training is a process of its own, since delays are asked for by the environment.
-//! Imports the CUDA backend's variable.
 
 use std::process::Command;
 
 use clap::Args;
 use serde_json::{Value, json};
-use shardflow_kernels::cuda::spin::SPIN;
+use shardflow_kernels::cuda::test_delay::SPIN;
 
 use crate::{Found, Result};
 

@@ -1,4 +1,4 @@
-//! The calls of MPI that the engine makes: all that is not Rust. Imports `error`.
+//! The calls of MPI that the engine makes: all that is not Rust.
 //!
 //! - MPI-1: MPI was started for calls of several threads at once, and is not ended while a communicator is here.
 //! - MPI-2: what a call that was given up was to read or write stays where it is for ever: MPI cannot take such a call back.
@@ -37,7 +37,7 @@ pub(super) type Trouble<'a> = dyn FnMut() -> Result<(), KernelError> + 'a;
 /// MPI in this process: which of how many it is. Started once in a process's life, and ended with the last clone of this,
 /// unless an engine was aborted: a call may then be under way, and peers may be gone, for whom MPI would wait.
 #[derive(Debug)]
-pub struct World {
+pub struct MpiWorld {
     universe: Option<Ended>,
     comm: Comm,
     /// For the meeting at the end alone: one that comes early meets nobody who is at something else.
@@ -56,7 +56,7 @@ impl std::fmt::Debug for Ended {
     }
 }
 
-impl World {
+impl MpiWorld {
     /// Starts MPI.
     ///
     /// # Errors
@@ -158,7 +158,7 @@ impl World {
     }
 }
 
-impl Drop for World {
+impl Drop for MpiWorld {
     fn drop(&mut self) {
         let aborted = self.aborted.load(Ordering::Relaxed) || std::thread::panicking();
         if aborted || self.meet_on(&self.end, END_WITHIN).is_err() {

@@ -1,4 +1,4 @@
-//! One connection between two members: an ordered stream of bytes both ways. Imports nothing of this crate.
+//! One connection between two members: an ordered stream of bytes both ways.
 
 use std::io::{self, IoSlice, Read};
 use std::net::{Shutdown, TcpStream};

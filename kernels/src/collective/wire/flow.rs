@@ -1,6 +1,5 @@
 //! A pipeline of pieces: some go out to one peer while others come in from one, are combined with what the member has,
-//! and go on. Rings and pairwise exchanges are lists of pieces. Imports `port`, `collective`, `exchange`,
-//! `memory`, `region`, `error`.
+//! and go on. Rings and pairwise exchanges are lists of pieces.
 //!
 //! - FLOW-1: pieces go out in order and come in in order; out piece t that passes on what in piece t-1 brought goes as
 //!   far as that has come.

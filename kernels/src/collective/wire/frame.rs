@@ -1,5 +1,4 @@
-//! The header in front of every transfer: what it says, and its bytes. Pure; what comes in is not trusted. Imports
-//! nothing of this crate.
+//! The header in front of every transfer: what it says, and its bytes. Pure; what comes in is not trusted.
 //!
 //! ```text
 //! offset  0  magic u32         8  group u32       16  sequence u64     32  length u64

@@ -1,4 +1,4 @@
-//! What must hold for the decoder of headers, whatever a peer sends; for fuzzing and for tests. Imports `frame`.
+//! What must hold for the decoder of headers, whatever a peer sends; for fuzzing and for tests.
 
 use super::frame::{HEADER_BYTES_MAX, Header, Kind, readable};
 

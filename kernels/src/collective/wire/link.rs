@@ -1,5 +1,4 @@
-//! One member's end of a channel: transfers and their headers, in and out, without ever waiting. Imports `channel`,
-//! `frame`, `collective`, `error`.
+//! One member's end of a channel: transfers and their headers, in and out, without ever waiting.
 //!
 //! - LINK-1: a transfer is one header and the `length` bytes it announces. Both ends know the length beforehand; a
 //!   header that says otherwise is refused, so what a peer says never decides how much is read or allocated.

@@ -1,5 +1,4 @@
-//! What goes straight from member to member: all-to-all, gathers whose parts overlap, send and receive. Imports `flow`,
-//! `port`, `collective`, `memory`, `region`, `tensor`, `error`.
+//! What goes straight from member to member: all-to-all, gathers whose parts overlap, send and receive.
 
 use super::flow::{Flow, In, Out, PIECE_WORDS, Part, Source, Target};
 use super::port::Port;

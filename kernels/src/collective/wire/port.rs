@@ -1,5 +1,4 @@
 //! One member's links together: moving bytes over two of them at once, waiting, and noticing what goes wrong meanwhile.
-//! Imports `link`, `collective`, `error`.
 //!
 //! How members that disagree find out, though no call talks to all of them: whoever has waited for [`QUIET`] tells all
 //! who take part what it waits in, and listens to all. Of two members that wait in different calls, the one that came
@@ -13,7 +12,7 @@ use std::time::{Duration, Instant};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::link::{Context, Link};
-use crate::collective::{Group, Wait};
+use crate::collective::{Group, MemberWait};
 use crate::error::KernelError;
 
 /// Longest wait without looking whether the session was aborted.
@@ -52,11 +51,11 @@ impl Stop {
     }
 
     /// The members of this process that wait now.
-    pub(super) fn waits(&self) -> impl Iterator<Item = Wait> {
+    pub(super) fn waits(&self) -> impl Iterator<Item = MemberWait> {
         let Group { id, ranks } = &*self.group;
         self.waiting.iter().zip(ranks).filter_map(|(waiting, rank)| {
             let peer = waiting.load(Ordering::Relaxed).checked_sub(1)?;
-            Some(Wait { group: *id, rank: *rank, peer: ranks[peer] })
+            Some(MemberWait { group: *id, rank: *rank, peer: ranks[peer] })
         })
     }
 }

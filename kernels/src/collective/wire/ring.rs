@@ -1,5 +1,5 @@
 //! Rings: each member sends to the next and receives from the one before. Reductions go once round, gathers too, an
-//! all-reduce twice. Imports `flow`, `port`, `collective`, `memory`, `region`, `tensor`, `error`.
+//! all-reduce twice.
 //!
 //! What member c owns starts at member c+1, and each adds its own on the way to c: the order of
 //! [`crate::collective::Group`]. It is cut into rounds, so that what passes through stays in cache and in two slots.

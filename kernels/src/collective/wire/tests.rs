@@ -446,7 +446,7 @@ fn who_waits_for_whom_is_known() {
         let early = scope.spawn(|| play(&wires[0], 0, case));
         let deadline = Instant::now() + PATIENT;
         // It waits a tick at a time.
-        while wires[0].waits() != [Wait { group: 7, rank: 10, peer: 11 }] {
+        while wires[0].waits() != [MemberWait { group: 7, rank: 10, peer: 11 }] {
             assert!(Instant::now() < deadline && !early.is_finished());
             thread::yield_now();
         }

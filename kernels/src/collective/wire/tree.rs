@@ -1,6 +1,5 @@
 //! Trees, for what is small or goes from one to all: member r's neighbours are those that differ in one of its trailing
-//! zero bits, or its lowest one bit (members counted from the root). Imports `port`, `flow`, `collective`, `memory`,
-//! `tensor`, `error`.
+//! zero bits, or its lowest one bit (members counted from the root).
 
 use super::flow::PIECE_WORDS;
 use super::port::Port;

@@ -1,5 +1,5 @@
 //! cuDNN's functions, loaded at run time, where there is a cuDNN. Types are cudarc's; codes are taken as numbers,
-//! since a newer library may have more of them than any list. Imports `error`, `cuda::context`, `cuda::library`.
+//! since a newer library may have more of them than any list.
 #![allow(unsafe_code)]
 
 use std::ffi::{CStr, c_char, c_void};

@@ -1,4 +1,4 @@
-//! cuDNN's descriptors: bags of attributes that are set, then sealed. Imports `cudnn::api`, `error`.
+//! cuDNN's descriptors: bags of attributes that are set, then sealed.
 #![allow(unsafe_code)]
 
 use std::ffi::c_void;

@@ -1,6 +1,6 @@
 //! Causal attention and its gradient as graphs of cuDNN's operations: plain data, from which `plan` makes descriptors.
 //! cuDNN knows the patterns and runs each as one fused kernel (forward) or as few (backward); scores stay virtual, so
-//! they are never stored. Dao 2023, <https://arxiv.org/abs/2307.08691>. Imports `cuda::step`; no FFI.
+//! they are never stored. Dao 2023, <https://arxiv.org/abs/2307.08691>.
 
 use crate::cuda::step::{Flash, Pass, Place};
 

@@ -1,5 +1,4 @@
 //! A graph as cuDNN's plan: descriptors, an engine's configuration, and what each execution binds.
-//! Imports `cudnn::graph`, `cudnn::descriptor`, `cuda::lane`, `error`; no unsafe code.
 
 use cudarc::cudnn::sys::{
     cudnnBackendAttributeName_t as Attribute, cudnnBackendDescriptorType_t as Kind, cudnnBackendHeurMode_t,
@@ -11,7 +10,7 @@ use super::api::Api;
 use super::descriptor::{Descriptor, Values};
 use super::graph::{Data, Graph, Home, Mode, Node, Of, Tensor};
 use crate::cuda::context::Raw;
-use crate::cuda::lane::Lane;
+use crate::cuda::raw_stream::RawStream;
 use crate::cuda::step::Place;
 use crate::error::KernelError;
 
@@ -101,7 +100,7 @@ impl Plan {
         handle: Raw<cudnnHandle_t>,
         at: &dyn Fn(Place) -> Result<u64, KernelError>,
         workspace: u64,
-        lane: &Lane,
+        lane: &RawStream,
         place: &str,
     ) -> Result<bool, KernelError> {
         let (mut ids, mut pointers) = (Vec::new(), Vec::new());

@@ -1,5 +1,4 @@
 //! A launch whose buffers are looked at: their number, shapes and types, as the CPU backend's `launch` does.
-//! Imports `op`, `tensor`, `error`, `cuda::step`, and `workspace_bytes`.
 
 use crate::cuda::step::Element;
 use crate::error::KernelError;

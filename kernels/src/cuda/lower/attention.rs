@@ -1,5 +1,5 @@
 //! Causal attention and its gradient: which kernel takes a head's depth, what shared memory its tiles need, and what
-//! cuDNN may do in their place. Imports `lower`, `cuda::step`, `op`.
+//! cuDNN may do in their place.
 
 use super::args::Args;
 use super::norm::warps;

@@ -1,5 +1,5 @@
 //! What collectives on GPUs are made of, and the scratch memory that engines need for them: boxes in one piece, who gives what
-//! to whom, what is packed on the way. Pure. Imports `collective`, `op`, `region`, `memory`, `tensor`.
+//! to whom, what is packed on the way. Pure.
 //!
 //! - STAGE-1: an engine uses no more of a launch's workspace than [`workspace_bytes`] says; which engine it will be the plan
 //!   does not know, so it is the most that any of them uses.

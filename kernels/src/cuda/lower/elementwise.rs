@@ -1,4 +1,4 @@
-//! Ops on each element by itself. Imports `lower`, `cuda::step`, `tensor`.
+//! Ops on each element by itself.
 
 use super::args::Args;
 use super::{HALF_PACK, PACK, THREADS, blocks, long, pack_of, read, threads, variants, write};

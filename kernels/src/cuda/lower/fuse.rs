@@ -1,6 +1,5 @@
 //! Two launches in a row as one kernel, where that spares a trip through memory: a residual sum and its layer norm, a
 //! bias and its GELU, a row's maximum and its sum of exponentials. The graph stays as it is: the backend asks for neighbours in a program.
-//! Imports `lower`, `cuda::step`, `op`, `tensor`.
 
 use super::loss::rows;
 use super::norm::warps;

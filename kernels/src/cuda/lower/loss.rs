@@ -1,5 +1,4 @@
-//! What goes in and out by indices: embeddings, and softmax cross entropy in pieces. Imports `lower`, `cuda::step`,
-//! `tensor`.
+//! What goes in and out by indices: embeddings, and softmax cross entropy in pieces.
 
 use super::args::Args;
 use super::{PACK, THREADS, blocks, long, read, threads, variants, write};

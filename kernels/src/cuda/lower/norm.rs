@@ -1,4 +1,4 @@
-//! Layer norm and its gradient. Imports `lower`, `cuda::step`, `tensor`.
+//! Layer norm and its gradient.
 
 use super::args::Args;
 use super::reduce::{Columns, Passes, sum_columns};

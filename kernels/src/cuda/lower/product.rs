@@ -1,5 +1,5 @@
 //! An einsum as one product of cuBLASLt, whose matrices are column-major: a row-major matrix is the transpose of the
-//! column-major one in the same memory. Imports `lower`, `cuda::step`, `op`.
+//! column-major one in the same memory.
 
 use super::args::Args;
 use super::elementwise::filled;

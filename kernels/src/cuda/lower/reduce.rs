@@ -1,5 +1,4 @@
 //! Sums over rows and over everything. How a sum is cut into parts follows from the shape alone.
-//! Imports `lower`, `cuda::step`, `op`, `tensor`.
 
 use super::args::Args;
 use super::{PACK, THREADS, blocks, long, read, variants, write};

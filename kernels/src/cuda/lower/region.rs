@@ -1,5 +1,4 @@
 //! What works on boxes of larger tensors: as few dims as describe them, in kernels for up to four.
-//! Imports `lower`, `cuda::step`, `region`, `tensor`.
 
 use super::args::Args;
 use super::{PACK, long, pack_of, read, threads, variants};

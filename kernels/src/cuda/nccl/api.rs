@@ -1,6 +1,5 @@
 //! NCCL's functions, loaded at run time: cudarc never tries `libnccl.so.2`, which is all that NVIDIA's packages hold.
-//! Types are cudarc's; codes are taken as numbers, since a newer library may have more of them than any list. Imports
-//! `error`, `cuda::library`.
+//! Types are cudarc's; codes are taken as numbers, since a newer library may have more of them than any list.
 #![allow(unsafe_code)]
 
 use std::ffi::{c_char, c_int, c_void};

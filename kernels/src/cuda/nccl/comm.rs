@@ -1,4 +1,4 @@
-//! One member's communicator. Imports `cuda::nccl::api`, `cuda::lane`, `cuda::progress`, `cuda::context`.
+//! One member's communicator.
 #![allow(unsafe_code)]
 
 use std::collections::VecDeque;
@@ -9,12 +9,12 @@ use std::time::{Duration, Instant};
 
 use cudarc::nccl::sys::{ncclComm_t, ncclDataType_t, ncclRedOp_t, ncclUniqueId};
 
-use super::Seat;
+use super::GroupMember;
 use super::api::{Api, Config, IN_PROGRESS, SUCCESS};
 use crate::collective::ReduceOp;
 use crate::cuda::context::{Context, Raw};
-use crate::cuda::lane::Lane;
 use crate::cuda::progress::Calls;
+use crate::cuda::raw_stream::RawStream;
 use crate::error::KernelError;
 use crate::tensor::DType;
 
@@ -103,7 +103,7 @@ pub(super) fn unique_id() -> Result<[u8; 128], KernelError> {
 }
 
 /// Makes the communicators of this process's members of one group, all at once.
-pub(super) fn join(seats: &[&Seat], deadline: Instant, within: Duration) -> Result<Vec<Comm>, KernelError> {
+pub(super) fn join(seats: &[&GroupMember], deadline: Instant, within: Duration) -> Result<Vec<Comm>, KernelError> {
     let api = Api::get()?;
     let mut comms = Vec::new();
     let grouped = grouped(api, "nccl", || {
@@ -189,7 +189,7 @@ impl Comm {
     }
 
     /// Notes that the call which the stream was told of last is one of this communicator.
-    pub(super) fn note(&self, lane: &Lane) {
+    pub(super) fn note(&self, lane: &RawStream) {
         let mut made = self.made();
         made.calls += 1;
         made.open.retain(|open| !open.stream.has_passed(open.number));
@@ -221,7 +221,7 @@ impl Comm {
         y: u64,
         elements: usize,
         dtype: DType,
-        lane: &Lane,
+        lane: &RawStream,
     ) -> Result<(), KernelError> {
         let handle = self.handle.lock().unwrap_or_else(PoisonError::into_inner);
         let Some(comm) = handle.map(|handle| handle.0) else { return Err(self.closed()) };
@@ -252,7 +252,7 @@ impl Comm {
         &self,
         transfers: &[Transfer],
         dtype: Option<DType>,
-        lane: &Lane,
+        lane: &RawStream,
     ) -> Result<(), KernelError> {
         let handle = self.handle.lock().unwrap_or_else(PoisonError::into_inner);
         let Some(comm) = handle.map(|handle| handle.0) else { return Ok(()) };

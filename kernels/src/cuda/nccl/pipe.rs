@@ -1,5 +1,5 @@
 //! Bytes from a GPU of one process to a GPU of another: a communicator of the two, and a stream of its own on both, so that what
-//! travels waits for nothing but what travelled before it. Imports `cuda::nccl`, `cuda::lane`, `cuda::memory`, `memory`.
+//! travels waits for nothing but what travelled before it.
 //!
 //! - PIPE-1: both ends call in one order, that in which the sender announces its sends. A receive is called when its send is
 //!   announced, by a thread that waits for nothing else meanwhile.
@@ -14,9 +14,9 @@ use std::time::{Duration, Instant};
 
 use super::comm::{Comm, Transfer};
 use super::{ISSUE_SPIN, Inner};
-use crate::cuda::lane::Lane;
 use crate::cuda::memory::DeviceMemory;
 use crate::cuda::poller::{Then, Track};
+use crate::cuda::raw_stream::RawStream;
 use crate::error::KernelError;
 use crate::event::Event;
 use crate::memory::Arena;
@@ -33,7 +33,7 @@ pub struct Pipe {
     comm: Arc<Comm>,
     /// Index of the other end.
     peer: usize,
-    lane: Lane,
+    lane: RawStream,
     track: Arc<Track>,
     /// Of a call that was not settled: its memory must stay until the call is broken off.
     open: Mutex<Option<Arena>>,
@@ -44,7 +44,7 @@ pub struct Pipe {
 pub struct Sent(Event);
 
 impl Pipe {
-    pub(super) fn new(inner: Arc<Inner>, comm: Arc<Comm>, peer: usize, lane: Lane) -> Self {
+    pub(super) fn new(inner: Arc<Inner>, comm: Arc<Comm>, peer: usize, lane: RawStream) -> Self {
         let track = lane.gpu().poller().track(&lane);
         Self { inner, comm, peer, lane, track, open: Mutex::default() }
     }

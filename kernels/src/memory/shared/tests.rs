@@ -9,7 +9,7 @@ use crate::collective::in_process::InProcess;
 use crate::device::Device;
 use crate::memory::{Arena, Base};
 use crate::op::{Buffer, Launch, Op, Program};
-use crate::stream::{Notice, Submission};
+use crate::stream::{Notification, Submission};
 use crate::tensor::{DType, HostTensor};
 
 fn passed(arena: &Arena) -> OwnedFd {
@@ -50,11 +50,11 @@ fn a_peer_sees_what_is_written_and_cannot_write_what_is_to_be_read() {
         notices.recv().unwrap()
     };
     for workspace in [false, true] {
-        assert!(matches!(launch(&reader, workspace), Notice::Failed(KernelError::Arguments { .. })));
+        assert!(matches!(launch(&reader, workspace), Notification::Failed(KernelError::Arguments { .. })));
     }
     // A peer's memory can be read by a launch.
     let own = device.arena(128).unwrap();
-    assert_eq!(launch(&own, false), Notice::Done);
+    assert_eq!(launch(&own, false), Notification::Done);
     assert_eq!(own.read_host(64, &[2], DType::F32).unwrap().as_f32(), Some(&[3.0, -4.0][..]));
     drop((stream, arena, own));
     assert_eq!((device.bytes_allocated(), device.bytes_peak(), device.allocation_count()), (0, 384, 2));

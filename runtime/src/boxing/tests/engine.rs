@@ -138,7 +138,7 @@ fn run_local(
     pulled
 }
 
-fn check_engine(shape: &[usize], from: &Layout, to: &Layout) {
+fn check_engine(shape: &[usize], from: &PlacedLayout, to: &PlacedLayout) {
     let plan = plan(shape, DType::F32, from, to, &CostModel::default()).unwrap();
     let mut shards = scatter_random_terms(&matrix(shape), &from.sbp, &from.placement, 9).unwrap();
     let expected = interpret(&plan, &shards);

@@ -10,9 +10,9 @@ fn piece(shard: usize, offset: u64, start: [usize; 2], size: [usize; 2]) -> Piec
 
 /// A tensor of 4 x 6 in two pieces, a scalar, and an empty one.
 fn good() -> Manifest {
-    let info = |name: &str, shape: &[usize]| TensorInfo {
+    let info = |name: &str, shape: &[usize]| TensorMeta {
         name: name.into(),
-        kind: Kind::Parameter,
+        kind: TensorKind::Parameter,
         dtype: DType::F32,
         shape: shape.to_vec(),
         saved_shape: shape.to_vec(),
@@ -36,9 +36,9 @@ fn good() -> Manifest {
         job: JobTime { began_ms: 1_764_000_000_000, productive_ms: 7 },
         shards: vec![shard(0), shard(1)],
         tensors: vec![
-            Tensor { info: info("wide", &[4, 6]), pieces: wide },
-            Tensor { info: info("scalar", &[]), pieces: vec![scalar] },
-            Tensor { info: info("empty", &[0, 6]), pieces: Vec::new() },
+            StoredTensor { info: info("wide", &[4, 6]), pieces: wide },
+            StoredTensor { info: info("scalar", &[]), pieces: vec![scalar] },
+            StoredTensor { info: info("empty", &[0, 6]), pieces: Vec::new() },
         ],
     }
 }

@@ -1,11 +1,11 @@
-//! Reads each source's variables. Imports `env`.
+//! Reads each source's variables.
 
 use std::fmt::Display;
 use std::ops::Range;
 use std::str::FromStr;
 
 use super::slurm::{first_host, tasks_per_node};
-use super::{Endpoint, EnvError, Launch, SecretSource, Source, Variables, World, get};
+use super::{Endpoint, EnvError, LaunchContext, LaunchedBy, SecretSource, Variables, World, get};
 use crate::init::fnv1a;
 
 /// Ports that are derived from a job's name: below those that Linux gives to clients (32768 on) and those that
@@ -16,13 +16,13 @@ pub(crate) const DERIVED_PORTS: Range<u16> = 20000..30000;
 ///
 /// # Errors
 /// Variables that are half set, contradict each other or cannot be read; several processes without a secret.
-pub fn detect(variables: &Variables) -> Result<Launch, EnvError> {
-    let Some((source, found)) = source(variables) else { return Ok(Launch::Local) };
+pub fn detect(variables: &Variables) -> Result<LaunchContext, EnvError> {
+    let Some((source, found)) = source(variables) else { return Ok(LaunchContext::Local) };
     let vars = Reader { variables, found };
     let place = place(source, &vars)?;
     // One process needs no meeting and no secret; our own launcher gives both in any case, with the number of restarts.
-    if place.processes == 1 && source != Source::Shardflow {
-        return Ok(Launch::Local);
+    if place.processes == 1 && source != LaunchedBy::Shardflow {
+        return Ok(LaunchContext::Local);
     }
     let endpoint = match vars.get("SHARDFLOW_ENDPOINT") {
         Some(text) => {
@@ -42,7 +42,7 @@ pub fn detect(variables: &Variables) -> Result<Launch, EnvError> {
     let Place { process, processes, local_process, local_processes, node, .. } = place;
     let world =
         World { process, processes, local_process, local_processes, node, endpoint, secret, restart, source, run_id };
-    Ok(Launch::World(world))
+    Ok(LaunchContext::World(world))
 }
 
 /// Variables with a process's rank, the number of processes, and the same two on its node.
@@ -54,14 +54,14 @@ const OPENMPI: [&str; 4] =
     ["OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"];
 
 /// Variables that show a source, the first of which stands in messages.
-fn marks(source: Source) -> &'static [&'static str] {
+fn marks(source: LaunchedBy) -> &'static [&'static str] {
     match source {
-        Source::Shardflow => &SHARDFLOW,
-        Source::Torchrun => &TORCHRUN,
-        Source::OpenMpi => &OPENMPI[..2],
-        Source::Slurm => &["SLURM_STEP_ID"],
-        Source::Mpich => &MPICH,
-        Source::Kubernetes => &["JOB_COMPLETION_INDEX"],
+        LaunchedBy::Shardflow => &SHARDFLOW,
+        LaunchedBy::Torchrun => &TORCHRUN,
+        LaunchedBy::OpenMpi => &OPENMPI[..2],
+        LaunchedBy::Slurm => &["SLURM_STEP_ID"],
+        LaunchedBy::Mpich => &MPICH,
+        LaunchedBy::Kubernetes => &["JOB_COMPLETION_INDEX"],
     }
 }
 
@@ -69,8 +69,8 @@ fn marks(source: Source) -> &'static [&'static str] {
 ///
 /// OpenMPI comes before Slurm: in a Slurm job `mpirun` starts its helpers on other nodes by `srun`, so its processes
 /// have the variables of both, and those of Slurm are the helper's. MPICH's comes after it: `srun --mpi=pmi2` sets `PMI_*` too.
-fn source(variables: &Variables) -> Option<(Source, &'static str)> {
-    use Source::{Kubernetes, Mpich, OpenMpi, Shardflow, Slurm, Torchrun};
+fn source(variables: &Variables) -> Option<(LaunchedBy, &'static str)> {
+    use LaunchedBy::{Kubernetes, Mpich, OpenMpi, Shardflow, Slurm, Torchrun};
     let is = |name: &str, value: &str| get(variables, name) == Some(value);
     let (tasks, has) = (slurm_tasks(variables).1, |name: &str| get(variables, name).is_some());
     // Hydra, which starts its helpers by `srun` as OpenMPI does, is the only one of them that counts a node's processes.
@@ -148,14 +148,14 @@ struct Place {
     node: Option<u32>,
 }
 
-fn place(source: Source, vars: &Reader) -> Result<Place, EnvError> {
+fn place(source: LaunchedBy, vars: &Reader) -> Result<Place, EnvError> {
     match source {
-        Source::Shardflow => checked_place(SHARDFLOW, vars, vars.optional("SHARDFLOW_NODE_RANK")?),
-        Source::Torchrun => checked_place(TORCHRUN, vars, vars.optional("GROUP_RANK")?),
-        Source::Mpich => checked_place(MPICH, vars, None),
-        Source::OpenMpi => checked_place(OPENMPI, vars, None),
-        Source::Slurm => slurm_place(vars),
-        Source::Kubernetes => kubernetes_place(vars),
+        LaunchedBy::Shardflow => checked_place(SHARDFLOW, vars, vars.optional("SHARDFLOW_NODE_RANK")?),
+        LaunchedBy::Torchrun => checked_place(TORCHRUN, vars, vars.optional("GROUP_RANK")?),
+        LaunchedBy::Mpich => checked_place(MPICH, vars, None),
+        LaunchedBy::OpenMpi => checked_place(OPENMPI, vars, None),
+        LaunchedBy::Slurm => slurm_place(vars),
+        LaunchedBy::Kubernetes => kubernetes_place(vars),
     }
 }
 
@@ -231,25 +231,27 @@ fn kubernetes_place(vars: &Reader) -> Result<Place, EnvError> {
 }
 
 /// Where process 0 listens, as the source says it. Only called without `SHARDFLOW_ENDPOINT`.
-fn own_endpoint(source: Source, vars: &Reader, place: &Place) -> Result<Endpoint, EnvError> {
+fn own_endpoint(source: LaunchedBy, vars: &Reader, place: &Place) -> Result<Endpoint, EnvError> {
     let missing = |meaning| Err(vars.missing("SHARDFLOW_ENDPOINT", meaning));
     match source {
-        Source::Shardflow => missing("tcp://HOST:PORT or unix:PATH"),
-        Source::Torchrun => master(vars),
-        Source::OpenMpi | Source::Mpich if vars.get("MASTER_ADDR").or(vars.get("MASTER_PORT")).is_some() => {
+        LaunchedBy::Shardflow => missing("tcp://HOST:PORT or unix:PATH"),
+        LaunchedBy::Torchrun => master(vars),
+        LaunchedBy::OpenMpi | LaunchedBy::Mpich if vars.get("MASTER_ADDR").or(vars.get("MASTER_PORT")).is_some() => {
             master(vars)
         }
-        Source::OpenMpi | Source::Mpich if place.local_processes == place.processes => {
+        LaunchedBy::OpenMpi | LaunchedBy::Mpich if place.local_processes == place.processes => {
             let jobs = ["PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid", "PMI_PORT", "PMI_JOBID"];
             let job = jobs.into_iter().find_map(|name| vars.get(name));
             Ok(Endpoint::Tcp { host: "127.0.0.1".into(), port: derived_port(job.unwrap_or("")) })
         }
-        Source::OpenMpi => missing("tcp://HOST:PORT of the node of process 0, by `mpirun -x SHARDFLOW_ENDPOINT=..`"),
-        Source::Mpich => {
+        LaunchedBy::OpenMpi => {
+            missing("tcp://HOST:PORT of the node of process 0, by `mpirun -x SHARDFLOW_ENDPOINT=..`")
+        }
+        LaunchedBy::Mpich => {
             missing("tcp://HOST:PORT of the node of process 0, by `mpiexec -genv SHARDFLOW_ENDPOINT tcp://HOST:PORT`")
         }
-        Source::Slurm => slurm_endpoint(vars, place),
-        Source::Kubernetes => missing("tcp://HOST:PORT, with the name that the job's first pod has in its service"),
+        LaunchedBy::Slurm => slurm_endpoint(vars, place),
+        LaunchedBy::Kubernetes => missing("tcp://HOST:PORT, with the name that the job's first pod has in its service"),
     }
 }
 
@@ -273,7 +275,7 @@ fn master(vars: &Reader) -> Result<Endpoint, EnvError> {
 
 fn slurm_endpoint(vars: &Reader, place: &Place) -> Result<Endpoint, EnvError> {
     let job = vars.need("SLURM_JOB_ID", "the job's number: start it by srun")?;
-    let port = derived_port(&run_id(Source::Slurm, vars));
+    let port = derived_port(&run_id(LaunchedBy::Slurm, vars));
     let _: u64 = parse("SLURM_JOB_ID", job)?;
     if place.local_processes == place.processes {
         return Ok(Endpoint::Tcp { host: "127.0.0.1".into(), port });
@@ -291,25 +293,25 @@ fn derived_port(job: &str) -> u16 {
     start + (fnv1a(job) % u64::from(end - start)) as u16
 }
 
-fn restart(source: Source, vars: &Reader) -> Result<u64, EnvError> {
+fn restart(source: LaunchedBy, vars: &Reader) -> Result<u64, EnvError> {
     let name = match source {
-        Source::Shardflow => "SHARDFLOW_RESTART_COUNT",
-        Source::Torchrun => "TORCHELASTIC_RESTART_COUNT",
-        Source::Slurm => "SLURM_RESTART_COUNT",
+        LaunchedBy::Shardflow => "SHARDFLOW_RESTART_COUNT",
+        LaunchedBy::Torchrun => "TORCHELASTIC_RESTART_COUNT",
+        LaunchedBy::Slurm => "SLURM_RESTART_COUNT",
         // None of them counts: `mpirun` does not restart, and a pod does not learn how often it was.
-        Source::OpenMpi | Source::Mpich | Source::Kubernetes => return Ok(0),
+        LaunchedBy::OpenMpi | LaunchedBy::Mpich | LaunchedBy::Kubernetes => return Ok(0),
     };
     Ok(vars.optional(name)?.unwrap_or(0))
 }
 
-fn run_id(source: Source, vars: &Reader) -> String {
+fn run_id(source: LaunchedBy, vars: &Reader) -> String {
     let named = |name: &str| vars.get(name).unwrap_or("none").to_string();
     match source {
-        Source::Shardflow => named("SHARDFLOW_RUN_ID"),
-        Source::Torchrun => named("TORCHELASTIC_RUN_ID"),
-        Source::OpenMpi => named("PMIX_NAMESPACE"),
-        Source::Mpich => named("PMI_JOBID"),
-        Source::Slurm => format!("{}.{}", named("SLURM_JOB_ID"), named("SLURM_STEP_ID")),
-        Source::Kubernetes => named("SHARDFLOW_RUN_ID"),
+        LaunchedBy::Shardflow => named("SHARDFLOW_RUN_ID"),
+        LaunchedBy::Torchrun => named("TORCHELASTIC_RUN_ID"),
+        LaunchedBy::OpenMpi => named("PMIX_NAMESPACE"),
+        LaunchedBy::Mpich => named("PMI_JOBID"),
+        LaunchedBy::Slurm => format!("{}.{}", named("SLURM_JOB_ID"), named("SLURM_STEP_ID")),
+        LaunchedBy::Kubernetes => named("SHARDFLOW_RUN_ID"),
     }
 }

@@ -1,4 +1,4 @@
-//! Where the processes of a world meet. Imports the actors' transport.
+//! Where the processes of a world meet.
 
 use std::fmt;
 use std::path::PathBuf;

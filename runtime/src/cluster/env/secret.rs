@@ -1,5 +1,4 @@
-//! What all processes of a job know and nobody else. Imports `env` and
-//! the actors' transport.
+//! What all processes of a job know and nobody else.
 
 use std::fmt;
 use std::path::PathBuf;
@@ -44,7 +43,7 @@ impl Secret {
     /// # Errors
     /// The kernel has none to give.
     pub fn random() -> Result<Secret, TransportError> {
-        transport::Secret::random_text().map(Secret)
+        transport::SharedKey::random_text().map(Secret)
     }
 
     /// The text.

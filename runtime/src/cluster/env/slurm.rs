@@ -1,4 +1,4 @@
-//! The two little languages of Slurm's variables: host lists and tasks per node. Imports nothing of Shardflow.
+//! The two little languages of Slurm's variables: host lists and tasks per node.
 
 /// Largest number of nodes that is believed.
 const NODES_MAX: usize = 1 << 16;

@@ -19,7 +19,7 @@ fn with_secret(text: &str) -> Variables {
 
 fn world(text: &str) -> World {
     match detect(&with_secret(text)) {
-        Ok(Launch::World(world)) => world,
+        Ok(LaunchContext::World(world)) => world,
         other => panic!("{text}: {other:?}"),
     }
 }
@@ -51,7 +51,7 @@ const KUBERNETES: &str = "JOB_COMPLETION_INDEX=1 SHARDFLOW_NNODES=2 SHARDFLOW_EN
 
 #[test]
 fn each_source() {
-    assert_eq!(detect(&vars("PATH=/bin MASTER_ADDR=a SLURM_JOB_ID=1")).unwrap(), Launch::Local);
+    assert_eq!(detect(&vars("PATH=/bin MASTER_ADDR=a SLURM_JOB_ID=1")).unwrap(), LaunchContext::Local);
     assert_eq!(summary(LAUNCHER), "3/4 1/2 None tcp://a:5 0 none");
     let more = "SHARDFLOW_NODE_RANK=1 SHARDFLOW_RESTART_COUNT=2 SHARDFLOW_RUN_ID=x";
     assert_eq!(summary(&format!("{LAUNCHER} {more}")), "3/4 1/2 Some(1) tcp://a:5 2 x");
@@ -70,7 +70,7 @@ fn each_source() {
     assert_eq!(summary(&master.replace("RANK=0", "RANK=1")), "1/4 0/1 None tcp://localhost:5 0 none");
     assert_eq!(summary("RANK=1 WORLD_SIZE=2 SHARDFLOW_ENDPOINT=tcp://b:6"), "1/2 0/1 None tcp://b:6 0 none");
     assert!(error("RANK=1 WORLD_SIZE=2").contains("MASTER_ADDR is not"));
-    assert_eq!(world(SLURM).source, Source::Slurm);
+    assert_eq!(world(SLURM).source, LaunchedBy::Slurm);
     let port = match world(SLURM).endpoint {
         Endpoint::Tcp { host, port } if host == "n08" => port,
         other => panic!("{other}"),
@@ -82,12 +82,12 @@ fn each_source() {
 #[test]
 fn who_is_asked_first() {
     let all = format!("{LAUNCHER} {TORCHRUN} {OPENMPI} {SLURM} JOB_COMPLETION_INDEX=1 SHARDFLOW_NNODES=2");
-    assert_eq!(world(&all).source, Source::Shardflow);
+    assert_eq!(world(&all).source, LaunchedBy::Shardflow);
     let all = format!("{TORCHRUN} {OPENMPI} {SLURM} JOB_COMPLETION_INDEX=1 SHARDFLOW_NNODES=2");
-    assert_eq!(world(&all).source, Source::Torchrun);
+    assert_eq!(world(&all).source, LaunchedBy::Torchrun);
     // The helper of mpirun is task 0 of 1 or of another number than there are processes.
-    assert_eq!(world(&format!("{OPENMPI} {SLURM} SLURM_PROCID=0 SLURM_NTASKS=2")).source, Source::OpenMpi);
-    assert_eq!(world(&format!("{SLURM} JOB_COMPLETION_INDEX=1")).source, Source::Slurm);
+    assert_eq!(world(&format!("{OPENMPI} {SLURM} SLURM_PROCID=0 SLURM_NTASKS=2")).source, LaunchedBy::OpenMpi);
+    assert_eq!(world(&format!("{SLURM} JOB_COMPLETION_INDEX=1")).source, LaunchedBy::Slurm);
     assert_eq!(summary(&format!("{SLURM} SHARDFLOW_ENDPOINT=tcp://b:6")), "3/4 0/1 Some(1) tcp://b:6 0 77.0");
     assert_eq!(
         summary(&format!("{SLURM} RANK= LOCAL_RANK= SHARDFLOW_ENDPOINT=tcp://b:6")),
@@ -99,13 +99,13 @@ fn who_is_asked_first() {
 fn mpich_and_intel_mpi() {
     // `srun --mpi=pmi2` sets these as well.
     let pmi2 = "PMI_RANK=3 PMI_SIZE=4 PMI_FD=9 PMI_JOBID=77.0";
-    assert_eq!(world(&format!("{SLURM} {pmi2}")).source, Source::Slurm);
-    assert_eq!(world(&format!("{SLURM} {MPICH}")).source, Source::Slurm, "both agree");
+    assert_eq!(world(&format!("{SLURM} {pmi2}")).source, LaunchedBy::Slurm);
+    assert_eq!(world(&format!("{SLURM} {MPICH}")).source, LaunchedBy::Slurm, "both agree");
     // Hydra's helper is a task of Slurm's on each node.
     let helper = SLURM.replace("SLURM_PROCID=3 SLURM_NTASKS=4", "SLURM_PROCID=1 SLURM_NTASKS=2");
-    assert_eq!(world(&format!("{helper} {MPICH}")).source, Source::Mpich);
-    assert_eq!(world(&format!("{OPENMPI} {MPICH}")).source, Source::OpenMpi);
-    assert_eq!(world(&format!("{MPICH} JOB_COMPLETION_INDEX=1 SHARDFLOW_NNODES=2")).source, Source::Mpich);
+    assert_eq!(world(&format!("{helper} {MPICH}")).source, LaunchedBy::Mpich);
+    assert_eq!(world(&format!("{OPENMPI} {MPICH}")).source, LaunchedBy::OpenMpi);
+    assert_eq!(world(&format!("{MPICH} JOB_COMPLETION_INDEX=1 SHARDFLOW_NNODES=2")).source, LaunchedBy::Mpich);
 
     let one_node = "PMI_RANK=1 PMI_SIZE=2 MPI_LOCALRANKID=1 MPI_LOCALNRANKS=2";
     let at = |text: &str| world(text).endpoint.to_string();
@@ -126,7 +126,7 @@ fn slurm_without_a_step_is_local() {
         "SLURM_STEP_ID=0 SLURM_PROCID=0 SLURM_NTASKS=1",
         "SLURM_STEP_ID=0 SLURM_PROCID=0",
     ] {
-        assert_eq!(detect(&vars(text)).unwrap(), Launch::Local, "{text}");
+        assert_eq!(detect(&vars(text)).unwrap(), LaunchContext::Local, "{text}");
     }
 }
 
@@ -152,7 +152,7 @@ fn one_process_needs_nothing() {
         // A PyTorchJob with a master only.
         "RANK=0 WORLD_SIZE=1 MASTER_ADDR=localhost MASTER_PORT=23456",
     ] {
-        assert_eq!(detect(&vars(text)).unwrap(), Launch::Local, "{text}");
+        assert_eq!(detect(&vars(text)).unwrap(), LaunchContext::Local, "{text}");
     }
 }
 
@@ -176,11 +176,11 @@ fn half_of_a_source_is_refused() {
             all.insert("SHARDFLOW_SECRET".into(), SECRET.into());
             match detect(&all) {
                 // Without both local numbers, torchrun's are those of a pod.
-                Ok(Launch::World(_)) if !chosen.keys().any(|name| name.starts_with("LOCAL_")) => {
+                Ok(LaunchContext::World(_)) if !chosen.keys().any(|name| name.starts_with("LOCAL_")) => {
                     assert!(chosen.len() == whole.len() || vars(POD).keys().eq(chosen.keys()), "{chosen:?}");
                 }
-                Ok(Launch::World(_)) => assert_eq!(chosen.len(), whole.len(), "{chosen:?}"),
-                Ok(Launch::Local) => assert!(chosen.keys().all(|name| extras.contains(name)), "{chosen:?}"),
+                Ok(LaunchContext::World(_)) => assert_eq!(chosen.len(), whole.len(), "{chosen:?}"),
+                Ok(LaunchContext::Local) => assert!(chosen.keys().all(|name| extras.contains(name)), "{chosen:?}"),
                 Err(EnvError::HalfSet { found, missing, .. }) => {
                     assert!(chosen.contains_key(found) && !chosen.contains_key(missing), "{chosen:?}");
                 }
@@ -201,7 +201,7 @@ fn numbers_that_contradict_each_other_are_refused() {
         match detect(&with_secret(&text)) {
             Ok(launch) => {
                 assert!(rank < size && local < locals && locals <= size, "{text}");
-                assert_eq!(launch == Launch::Local, size == 1, "{text}");
+                assert_eq!(launch == LaunchContext::Local, size == 1, "{text}");
             }
             Err(EnvError::Contradiction { .. }) => assert!(rank >= size || local >= locals || locals > size, "{text}"),
             Err(error) => panic!("{text}: {error}"),
@@ -278,7 +278,7 @@ proptest! {
         for (i, value) in chosen {
             all.insert(names[i % names.len()].clone(), value);
         }
-        if let Ok(Launch::World(w)) = detect(&all) {
+        if let Ok(LaunchContext::World(w)) = detect(&all) {
             prop_assert!(w.process < w.processes && w.local_process < w.local_processes);
             prop_assert!(w.local_processes <= w.processes);
         }
@@ -292,7 +292,7 @@ fn what_slurm_really_sets() {
          SLURM_NTASKS_PER_NODE=2 SLURM_CPUS_ON_NODE=2 SLURM_JOB_CPUS_PER_NODE=2(x2)";
     let script =
         "SLURM_NTASKS=4 SLURM_NPROCS=4 SLURM_TASKS_PER_NODE=2(x2) SLURM_PROCID=0 SLURM_LOCALID=0 SLURM_NODEID=0";
-    assert_eq!(detect(&vars(&format!("{job} {script}"))).unwrap(), Launch::Local);
+    assert_eq!(detect(&vars(&format!("{job} {script}"))).unwrap(), LaunchContext::Local);
     let task = "SLURM_NTASKS=3 SLURM_NPROCS=3 SLURM_STEP_NUM_TASKS=3 SLURM_TASKS_PER_NODE=2,1 SLURM_PROCID=2 \
          SLURM_STEP_TASKS_PER_NODE=2,1 SLURM_STEP_NODELIST=n[01-02] SLURM_STEP_NUM_NODES=2 SLURM_STEP_ID=1 \
          SLURM_STEPID=1 SLURM_LOCALID=0 SLURM_NODEID=1";
@@ -306,7 +306,7 @@ fn half_of_slurm_is_refused_or_local() {
         let name = gone.split('=').next().unwrap();
         let left: Vec<&str> = SLURM.split_whitespace().filter(|pair| *pair != gone).collect();
         match detect(&with_secret(&left.join(" "))) {
-            Ok(Launch::Local) => {
+            Ok(LaunchContext::Local) => {
                 assert!(["SLURM_STEP_ID", "SLURM_PROCID", "SLURM_NTASKS"].contains(&name), "without {name}");
             }
             Err(EnvError::HalfSet { missing, .. }) => {

@@ -1,5 +1,4 @@
-//! Process 0 at rendezvous: gathers the introductions, compares them, starts all together. Imports `actors::transport`,
-//! `exit` and `messages`.
+//! Process 0 at rendezvous: gathers the introductions, compares them, starts all together.
 
 use std::collections::BTreeSet;
 use std::io;
@@ -8,10 +7,12 @@ use std::ops::Range;
 use std::time::{Duration, Instant};
 
 use shardflow_actors::transport::wire::{self, MESSAGE_BYTES_MAX, WireError};
-use shardflow_actors::transport::{Address, Endpoint, Link, Listen, Purpose, SessionId, TransportError};
+use shardflow_actors::transport::{Address, Connection, ListenAddress, Listener, Purpose, SessionId, TransportError};
 
 use super::messages::{Answer, Call, INTRODUCTION_BYTES_MAX, Ready};
-use super::{Conflict, Introduction, RendezvousConfig, RendezvousError, Roster, Verdict, Waiting, Who};
+use super::{
+    Conflict, JoinInfo, MissingRanks, ProcessLabel, RendezvousConfig, RendezvousError, RendezvousRefusal, Roster,
+};
 use super::{RETRY, advertised, introduction, is_in_use, join};
 use crate::exit::Report;
 use crate::machine::Targets;
@@ -23,27 +24,27 @@ const CONFLICTS_MAX: usize = 64;
 
 /// A process that has introduced itself.
 struct Seat {
-    introduction: Introduction,
-    link: Link,
+    introduction: JoinInfo,
+    link: Connection,
 }
 
 /// Who is here.
 struct Hall {
-    own: Introduction,
+    own: JoinInfo,
     /// By rank, from rank 1.
     seats: Vec<Option<Seat>>,
     conflicts: Vec<Conflict>,
     /// RV-4: these ranks do not join.
     failed: Option<(Range<u32>, Report)>,
     /// Processes without a seat, to be told why.
-    turned_away: Vec<Link>,
+    turned_away: Vec<Connection>,
 }
 
 pub(super) fn lead(
     config: &RendezvousConfig,
     deadline: Instant,
-    on_waiting: &mut dyn FnMut(&Waiting),
-) -> Result<(Roster, Endpoint), RendezvousError> {
+    on_waiting: &mut dyn FnMut(&MissingRanks),
+) -> Result<(Roster, Listener), RendezvousError> {
     let endpoint = listen(config, deadline)?;
     let seats = (1..config.processes).map(|_| None).collect();
     // Others reach process 0 by the name that they know, not by the address that it stands for here.
@@ -53,13 +54,13 @@ pub(super) fn lead(
     let mut hall = Hall { own, seats, conflicts: Vec::new(), failed: None, turned_away: Vec::new() };
     hall.gather(config, &endpoint, deadline, on_waiting)?;
     if let Some((ranks, report)) = hall.failed.take() {
-        let refused = hall.refuse(Verdict::Failed(report.clone()));
+        let refused = hall.refuse(RendezvousRefusal::Failed(report.clone()));
         let missing = hall.missing().into_iter().filter(|rank| !ranks.contains(rank)).collect();
         turn_away(&endpoint, missing, &report, Instant::now() + config.report_within);
         return Err(refused);
     }
     if !hall.conflicts.is_empty() {
-        return Err(hall.refuse(Verdict::Conflicts(hall.conflicts.clone())));
+        return Err(hall.refuse(RendezvousRefusal::Conflicts(hall.conflicts.clone())));
     }
     let missing = hall.missing();
     if !missing.is_empty() {
@@ -67,13 +68,13 @@ pub(super) fn lead(
         let waited_ms = (config.timeout + deadline.elapsed()).as_millis() as u64;
         let processes = config.processes;
         let refused = endpoint.refused().total();
-        return Err(hall.refuse(Verdict::Missing { missing, processes, waited_ms, refused }));
+        return Err(hall.refuse(RendezvousRefusal::Missing { missing, processes, waited_ms, refused }));
     }
     let roster = hall.roster()?;
     endpoint.begin(roster.world());
     match hall.start(&roster) {
         Ok(()) => Ok((roster, endpoint)),
-        Err(lost) => Err(hall.refuse(Verdict::Lost(lost))),
+        Err(lost) => Err(hall.refuse(RendezvousRefusal::Lost(lost))),
     }
 }
 
@@ -94,7 +95,7 @@ pub(in crate::cluster) fn answer(
 }
 
 /// Refuses all that call, until all of `missing` have, or the time is up.
-fn turn_away(endpoint: &Endpoint, mut missing: BTreeSet<u32>, report: &Report, deadline: Instant) {
+fn turn_away(endpoint: &Listener, mut missing: BTreeSet<u32>, report: &Report, deadline: Instant) {
     while !missing.is_empty() {
         let Ok((from, link)) = endpoint.wait_any(Purpose::Rendezvous, deadline) else { return };
         // Read to its end: a connection that is closed with bytes unread may lose the answer.
@@ -103,29 +104,29 @@ fn turn_away(endpoint: &Endpoint, mut missing: BTreeSet<u32>, report: &Report, d
             Ok(Call::Join(_)) => from..from.saturating_add(1),
             Err(_) => continue,
         };
-        tell(&link, &Answer::Refused(Verdict::Failed(report.clone())));
+        tell(&link, &Answer::Refused(RendezvousRefusal::Failed(report.clone())));
         missing.retain(|rank| !ranks.contains(rank));
     }
 }
 
-fn read_call(link: &Link) -> Result<Call, WireError> {
+fn read_call(link: &Connection) -> Result<Call, WireError> {
     wire::read_message(&mut link.until(Instant::now() + REPLY_TIMEOUT), INTRODUCTION_BYTES_MAX)
 }
 
 /// Listens where the others look for process 0, and where only they look once they know it.
-fn listen(config: &RendezvousConfig, deadline: Instant) -> Result<Endpoint, RendezvousError> {
+fn listen(config: &RendezvousConfig, deadline: Instant) -> Result<Listener, RendezvousError> {
     match bind(config, deadline.min(Instant::now() + config.late_grace)) {
         Err(error) if is_in_use(&error) => Err(occupied(config, error)),
         bound => Ok(bound?),
     }
 }
 
-fn bind(config: &RendezvousConfig, give_up: Instant) -> Result<Endpoint, TransportError> {
-    let open = |listen: &[Listen]| Endpoint::listen(0, config.secret.clone(), listen, config.endpoint);
+fn bind(config: &RendezvousConfig, give_up: Instant) -> Result<Listener, TransportError> {
+    let open = |listen: &[ListenAddress]| Listener::listen(0, config.secret.clone(), listen, config.endpoint);
     let local = config.interface.unwrap_or((Ipv4Addr::LOCALHOST, 0).into());
     loop {
         let opened = match &config.coordinator {
-            Address::Unix(path) => open(&[Listen::Unix(path.clone()), Listen::Tcp(local)]),
+            Address::Unix(path) => open(&[ListenAddress::Unix(path.clone()), ListenAddress::Tcp(local)]),
             Address::Tcp(name) => open_tcp(config, name, &open),
         };
         match opened {
@@ -139,20 +140,20 @@ fn bind(config: &RendezvousConfig, give_up: Instant) -> Result<Endpoint, Transpo
 fn open_tcp(
     config: &RendezvousConfig,
     name: &str,
-    open: &dyn Fn(&[Listen]) -> Result<Endpoint, TransportError>,
-) -> Result<Endpoint, TransportError> {
+    open: &dyn Fn(&[ListenAddress]) -> Result<Listener, TransportError>,
+) -> Result<Listener, TransportError> {
     let failed = |cause| TransportError::Listen { address: config.coordinator.clone(), cause };
     let mut last = failed(io::Error::new(io::ErrorKind::NotFound, "the name has no address"));
     let Targets { addresses, is_hidden } = Targets::of(name, config.spans_nodes).map_err(failed)?;
     for target in addresses {
         let any: IpAddr = if target.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
-        let any = [Listen::Tcp((any, target.port()).into()), Listen::PrivateUnix];
+        let any = [ListenAddress::Tcp((any, target.port()).into()), ListenAddress::PrivateUnix];
         let mut address = config.interface.unwrap_or(target);
         address.set_port(target.port());
         if is_hidden && config.interface.is_none() {
             return open(&any);
         }
-        match open(&[Listen::Tcp(address), Listen::PrivateUnix]) {
+        match open(&[ListenAddress::Tcp(address), ListenAddress::PrivateUnix]) {
             // The name is an address in front of this node, such as a service's: listen on all that it has.
             Err(TransportError::Listen { cause, .. })
                 if cause.kind() == io::ErrorKind::AddrNotAvailable && !target.ip().is_loopback() =>
@@ -184,9 +185,9 @@ impl Hall {
     fn gather(
         &mut self,
         config: &RendezvousConfig,
-        endpoint: &Endpoint,
+        endpoint: &Listener,
         deadline: Instant,
-        on_waiting: &mut dyn FnMut(&Waiting),
+        on_waiting: &mut dyn FnMut(&MissingRanks),
     ) -> Result<(), TransportError> {
         let (mut deadline, mut report_at) = (deadline, Instant::now() + config.report_every);
         loop {
@@ -203,7 +204,7 @@ impl Hall {
                 return Ok(());
             }
             if now >= report_at {
-                on_waiting(&Waiting::Ranks { missing, processes: config.processes });
+                on_waiting(&MissingRanks::Ranks { missing, processes: config.processes });
                 report_at = now + config.report_every;
             }
             match endpoint.wait_any(Purpose::Rendezvous, deadline.min(report_at)) {
@@ -215,7 +216,7 @@ impl Hall {
     }
 
     /// Reads an introduction and gives it its seat.
-    fn welcome(&mut self, from: u32, link: Link) {
+    fn welcome(&mut self, from: u32, link: Connection) {
         let introduction = match read_call(&link) {
             Ok(Call::Join(introduction)) if introduction.member.process == from && introduction.check().is_ok() => {
                 introduction
@@ -252,7 +253,7 @@ impl Hall {
             *seat = Some(Seat { introduction, link });
         } else if new.restart < old.restart {
             // A leftover of the past concerns nobody else.
-            tell(&link, &Answer::Refused(Verdict::Conflicts(vec![Conflict::Duplicate { first, second }])));
+            tell(&link, &Answer::Refused(RendezvousRefusal::Conflicts(vec![Conflict::Duplicate { first, second }])));
         } else {
             self.object(Conflict::Duplicate { first, second });
             self.turned_away.push(link);
@@ -273,7 +274,7 @@ impl Hall {
     }
 
     /// RV-1. Gives back who went away.
-    fn start(&self, roster: &Roster) -> Result<(), Who> {
+    fn start(&self, roster: &Roster) -> Result<(), ProcessLabel> {
         let lost = |seat: &Seat| seat.introduction.member.who();
         let answer = Answer::Roster(roster.clone());
         for seat in self.seats.iter().flatten() {
@@ -293,7 +294,7 @@ impl Hall {
     }
 
     /// RV-2.
-    fn refuse(&self, verdict: Verdict) -> RendezvousError {
+    fn refuse(&self, verdict: RendezvousRefusal) -> RendezvousError {
         let answer = Answer::Refused(verdict.clone());
         for link in self.seats.iter().flatten().map(|seat| &seat.link).chain(&self.turned_away) {
             tell(link, &answer);
@@ -303,7 +304,7 @@ impl Hall {
 }
 
 /// False when the process did not take it.
-fn tell(link: &Link, answer: &Answer) -> bool {
+fn tell(link: &Connection, answer: &Answer) -> bool {
     let mut writer = link.until(Instant::now() + REPLY_TIMEOUT);
     wire::write_message(&mut writer, answer, MESSAGE_BYTES_MAX).is_ok()
 }

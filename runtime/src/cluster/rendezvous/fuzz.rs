@@ -1,5 +1,5 @@
 //! What must hold for the decoders of what processes say to each other at rendezvous and about checkpoints, whatever a peer
-//! sends; for fuzzing and for tests. Imports `messages`, `agree`, the actors' transport.
+//! sends; for fuzzing and for tests.
 
 use std::fmt::Debug;
 use std::net::{Ipv4Addr, SocketAddr};
@@ -8,8 +8,8 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use shardflow_actors::transport::{Address, SessionId, wire};
 
-use super::messages::{Answer, Call, Fact, INTRODUCTION_BYTES_MAX, Introduction, Member, Ready, Roster, Verdict};
-use crate::cluster::agree::Said;
+use super::messages::{Answer, Call, Fact, INTRODUCTION_BYTES_MAX, JoinInfo, Member, Ready, RendezvousRefusal, Roster};
+use crate::cluster::save_agreement::Payload;
 use crate::exit::Report;
 
 /// Messages as peers send them: without their length.
@@ -21,15 +21,15 @@ pub fn samples() -> Vec<Vec<u8>> {
     let session = SessionId([5; 16]);
     let other = Member { process: 1, ..member.clone() };
     let facts = |plan: &str| vec![Fact::new("version", "0.1.0"), Fact::new("mesh", "data=2"), Fact::new("plan", plan)];
-    let introduction = Introduction { member: member.clone(), facts: facts("1") };
-    let another = Introduction { facts: facts("2"), member: other.clone() };
+    let introduction = JoinInfo { member: member.clone(), facts: facts("1") };
+    let another = JoinInfo { facts: facts("2"), member: other.clone() };
     let conflicts = introduction.conflict(&another).into_iter().collect();
     let answers = [
         Answer::Roster(Roster { session, epoch: 1, members: vec![member.clone(), other] }),
         Answer::Start,
-        Answer::Refused(Verdict::Conflicts(conflicts)),
-        Answer::Refused(Verdict::Missing { missing: vec![1, 3], processes: 4, waited_ms: 300, refused: 2 }),
-        Answer::Refused(Verdict::Lost(member.who())),
+        Answer::Refused(RendezvousRefusal::Conflicts(conflicts)),
+        Answer::Refused(RendezvousRefusal::Missing { missing: vec![1, 3], processes: 4, waited_ms: 300, refused: 2 }),
+        Answer::Refused(RendezvousRefusal::Lost(member.who())),
     ];
     let answers = answers.iter().map(wire::encode);
     let report = Report { rank: 3, exit: 2, cause: "no such flag".into(), ..Report::default() };
@@ -44,7 +44,7 @@ pub fn samples() -> Vec<Vec<u8>> {
 /// # Panics
 /// When one of these does not hold.
 pub fn check(bytes: &[u8]) {
-    if let Some(introduction) = comes_back::<Introduction>(bytes)
+    if let Some(introduction) = comes_back::<JoinInfo>(bytes)
         && introduction.check().is_ok()
     {
         // What was let in is small, however it is written.
@@ -58,8 +58,8 @@ pub fn check(bytes: &[u8]) {
     }
     comes_back::<Ready>(bytes);
     comes_back::<Call>(bytes);
-    if let Ok(said) = serde_json::from_slice::<Said>(bytes) {
-        let again = serde_json::to_vec(&said).ok().and_then(|text| serde_json::from_slice::<Said>(&text).ok());
+    if let Ok(said) = serde_json::from_slice::<Payload>(bytes) {
+        let again = serde_json::to_vec(&said).ok().and_then(|text| serde_json::from_slice::<Payload>(&text).ok());
         assert!(again == Some(said));
     }
 }
@@ -80,8 +80,10 @@ mod tests {
     #[test]
     fn samples_are_messages() {
         assert!(samples()[..5].iter().all(|bytes| wire::decode::<Answer>(bytes).is_ok()));
-        assert!(wire::decode::<Introduction>(&samples()[5]).is_ok() && wire::decode::<Ready>(&samples()[6]).is_ok());
-        assert!(wire::decode::<Call>(&samples()[7]).is_ok() && serde_json::from_slice::<Said>(&samples()[8]).is_ok());
+        assert!(wire::decode::<JoinInfo>(&samples()[5]).is_ok() && wire::decode::<Ready>(&samples()[6]).is_ok());
+        assert!(
+            wire::decode::<Call>(&samples()[7]).is_ok() && serde_json::from_slice::<Payload>(&samples()[8]).is_ok()
+        );
     }
 
     proptest! {

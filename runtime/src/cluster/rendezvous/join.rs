@@ -1,5 +1,4 @@
-//! Every process but 0 at rendezvous: finds process 0, introduces itself, waits for the roster. Imports `actors::transport`,
-//! `exit` and `messages`.
+//! Every process but 0 at rendezvous: finds process 0, introduces itself, waits for the roster.
 
 use std::net::SocketAddr;
 use std::ops::Range;
@@ -7,11 +6,11 @@ use std::time::{Duration, Instant};
 
 use shardflow_actors::transport::wire::{self, MESSAGE_BYTES_MAX, WireError};
 use shardflow_actors::transport::{
-    Address, Endpoint, Hello, Link, Listen, Purpose, Refusal, SessionId, TransportError, connect,
+    Address, Connection, Hello, ListenAddress, Listener, Purpose, Refusal, SessionId, TransportError, connect,
 };
 
-use super::messages::{Answer, Call, INTRODUCTION_BYTES_MAX, Ready, Verdict};
-use super::{Introduction, RETRY, RendezvousConfig, RendezvousError, Roster, Waiting};
+use super::messages::{Answer, Call, INTRODUCTION_BYTES_MAX, Ready, RendezvousRefusal};
+use super::{JoinInfo, MissingRanks, RETRY, RendezvousConfig, RendezvousError, Roster};
 use super::{advertised, introduction, local_address};
 use crate::exit::Report;
 
@@ -23,12 +22,12 @@ const CAUSE_BYTES_MAX: usize = 4 << 10;
 pub(super) fn follow(
     config: &RendezvousConfig,
     deadline: Instant,
-    on_waiting: &mut dyn FnMut(&Waiting),
-) -> Result<(Roster, Endpoint), RendezvousError> {
+    on_waiting: &mut dyn FnMut(&MissingRanks),
+) -> Result<(Roster, Listener), RendezvousError> {
     // On TCP for other nodes, and on a Unix socket for this one.
     let address = local_address(&config.coordinator, config.interface, config.spans_nodes, deadline)?;
-    let listen = [Listen::Tcp(address), Listen::PrivateUnix];
-    let endpoint = Endpoint::listen(config.process, config.secret.clone(), &listen, config.endpoint)?;
+    let listen = [ListenAddress::Tcp(address), ListenAddress::PrivateUnix];
+    let endpoint = Listener::listen(config.process, config.secret.clone(), &listen, config.endpoint)?;
     let own = introduction(config, advertised(config, endpoint.addresses().to_vec())?)?;
     loop {
         let link = find(config, deadline, on_waiting)?;
@@ -77,8 +76,8 @@ pub(in crate::cluster) fn call(
 fn find(
     config: &RendezvousConfig,
     deadline: Instant,
-    on_waiting: &mut dyn FnMut(&Waiting),
-) -> Result<Link, RendezvousError> {
+    on_waiting: &mut dyn FnMut(&MissingRanks),
+) -> Result<Connection, RendezvousError> {
     let (session, purpose) = (SessionId::default(), Purpose::Rendezvous);
     let hello = Hello { session, epoch: config.restart, from: config.process, to: 0, purpose };
     let late_until = deadline.min(Instant::now() + config.late_grace);
@@ -99,7 +98,7 @@ fn find(
             _ => return Err(error.into()),
         }
         if now >= report_at {
-            on_waiting(&Waiting::Coordinator { address: config.coordinator.clone() });
+            on_waiting(&MissingRanks::Coordinator { address: config.coordinator.clone() });
             report_at = now + config.report_every;
         }
     }
@@ -108,9 +107,9 @@ fn find(
 /// From the introduction to the start.
 fn meet(
     config: &RendezvousConfig,
-    own: &Introduction,
-    endpoint: &Endpoint,
-    link: &Link,
+    own: &JoinInfo,
+    endpoint: &Listener,
+    link: &Connection,
     deadline: Instant,
 ) -> Result<Roster, RendezvousError> {
     let peer = || format!("rank 0 at {}", config.coordinator);
@@ -156,7 +155,7 @@ fn meet(
         Ok(Answer::Start) => Ok(roster),
         Ok(Answer::Refused(verdict)) => Err(RendezvousError::Refused(verdict)),
         Ok(Answer::Roster(_)) => Err(unexpected("sent a second roster")),
-        Err(_) => Err(RendezvousError::Refused(Verdict::Lost(roster.members[0].who()))),
+        Err(_) => Err(RendezvousError::Refused(RendezvousRefusal::Lost(roster.members[0].who()))),
     }
 }
 

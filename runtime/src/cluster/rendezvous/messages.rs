@@ -1,4 +1,4 @@
-//! Messages of the rendezvous, and the causes that refuse a start. Imports `declare`, `exit`, `machine` and `actors::transport`.
+//! Messages of the rendezvous, and the causes that refuse a start.
 
 use std::fmt;
 use std::fs::File;
@@ -8,7 +8,7 @@ use std::ops::Range;
 use std::os::unix::fs::MetadataExt;
 
 use serde::{Deserialize, Serialize};
-use shardflow_actors::transport::{Address, SessionId, TransportError, World};
+use shardflow_actors::transport::{Address, SessionId, SettledWorld, TransportError};
 
 use crate::declare::{COLLECTIVES, EXECUTABLE, KERNELS, MESH, PLAN, PROCESSES, TRANSPORT, VALUE_BYTES_MAX, VERSION};
 use crate::exit::{Exit, Report};
@@ -96,8 +96,8 @@ pub struct Member {
 
 impl Member {
     /// Who, for messages.
-    pub fn who(&self) -> Who {
-        Who { process: self.process, host: self.host.clone(), pid: self.pid }
+    pub fn who(&self) -> ProcessLabel {
+        ProcessLabel { process: self.process, host: self.host.clone(), pid: self.pid }
     }
 
     /// True when the two run on one node and can open each other's Unix sockets.
@@ -135,14 +135,14 @@ impl Fact {
 
 /// What a process says of itself.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Introduction {
+pub struct JoinInfo {
     /// Who and where.
     pub member: Member,
     /// Values that must be equal on all processes, ordered so that a difference explains those after it.
     pub facts: Vec<Fact>,
 }
 
-impl Introduction {
+impl JoinInfo {
     /// Whether every part is of a reasonable size.
     ///
     /// # Errors
@@ -198,8 +198,8 @@ pub struct Roster {
 
 impl Roster {
     /// What an endpoint needs of it.
-    pub fn world(&self) -> World {
-        World { session: self.session, epoch: self.epoch, processes: self.members.len() as u32 }
+    pub fn world(&self) -> SettledWorld {
+        SettledWorld { session: self.session, epoch: self.epoch, processes: self.members.len() as u32 }
     }
 }
 
@@ -207,7 +207,7 @@ impl Roster {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) enum Call {
     /// A process wants to join.
-    Join(Introduction),
+    Join(JoinInfo),
     /// These ranks do not join, and a new start would not help.
     Failed { ranks: Range<u32>, report: Report },
 }
@@ -220,7 +220,7 @@ pub(super) enum Answer {
     /// All are ready.
     Start,
     /// There is no world.
-    Refused(Verdict),
+    Refused(RendezvousRefusal),
 }
 
 /// To process 0: the members of this session can be let in.
@@ -231,7 +231,7 @@ pub(super) struct Ready {
 
 /// A process, for messages.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Who {
+pub struct ProcessLabel {
     /// Its rank.
     pub process: u32,
     /// Its host.
@@ -240,7 +240,7 @@ pub struct Who {
     pub pid: u32,
 }
 
-impl fmt::Display for Who {
+impl fmt::Display for ProcessLabel {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "rank {} (host {}, pid {})", self.process, self.host, self.pid)
     }
@@ -269,11 +269,11 @@ pub enum Conflict {
         /// The fact in which they differ.
         name: String,
         /// One; rank 0.
-        first: Who,
+        first: ProcessLabel,
         /// What it has.
         ours: String,
         /// The other.
-        second: Who,
+        second: ProcessLabel,
         /// What it has.
         theirs: String,
     },
@@ -281,15 +281,15 @@ pub enum Conflict {
     #[error("two processes claim one rank: {first} and {second}; give each its own")]
     Duplicate {
         /// The one that came first.
-        first: Who,
+        first: ProcessLabel,
         /// The other.
-        second: Who,
+        second: ProcessLabel,
     },
 }
 
 /// Why there is no world; all processes that can be reached are told the same.
 #[derive(Clone, Debug, thiserror::Error, PartialEq, Eq, Serialize, Deserialize)]
-pub enum Verdict {
+pub enum RendezvousRefusal {
     /// Some do not fit together.
     #[error("the ranks do not fit together: {}", list(.0))]
     Conflicts(Vec<Conflict>),
@@ -313,12 +313,12 @@ pub enum Verdict {
     Failed(Report),
     /// One went away, or froze, after all had come.
     #[error("{0} was here and is gone; see its log")]
-    Lost(Who),
+    Lost(ProcessLabel),
 }
 
 /// Who is not here yet.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Waiting {
+pub enum MissingRanks {
     /// At process 0.
     Ranks {
         /// Their ranks.
@@ -333,7 +333,7 @@ pub enum Waiting {
     },
 }
 
-impl fmt::Display for Waiting {
+impl fmt::Display for MissingRanks {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Ranks { missing, processes } => {
@@ -379,7 +379,7 @@ pub enum RendezvousError {
     Transport(#[from] TransportError),
     /// There is no world, for anybody.
     #[error("no start: {0}")]
-    Refused(Verdict),
+    Refused(RendezvousRefusal),
     /// There is one, without this process.
     #[error(
         "rank {process} came too late: epoch {epoch} runs at {coordinator}; \
@@ -405,7 +405,7 @@ pub enum RendezvousError {
     #[error("{who}: {what} of length {length}, at most {length_max} is allowed")]
     TooLong {
         /// Of whom.
-        who: Who,
+        who: ProcessLabel,
         /// What.
         what: String,
         /// Its length.

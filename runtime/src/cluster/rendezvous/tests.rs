@@ -4,14 +4,14 @@ use std::io::{Read, Write};
 use std::sync::mpsc::{Receiver, channel};
 use std::thread::{Scope, ScopedJoinHandle, scope};
 
-use shardflow_actors::transport::{Hello, Link, Listen, Purpose, SessionId, World, connect, wire};
+use shardflow_actors::transport::{Connection, Hello, ListenAddress, Purpose, SessionId, SettledWorld, connect, wire};
 use tempfile::TempDir;
 
 use super::messages::{Answer, Call, INTRODUCTION_BYTES_MAX, Ready};
 use super::*;
 use crate::exit::Report;
 
-type Met = Result<(Roster, Endpoint), RendezvousError>;
+type Met = Result<(Roster, Listener), RendezvousError>;
 
 fn soon() -> Instant {
     Instant::now() + Duration::from_secs(20)
@@ -31,7 +31,7 @@ fn unix() -> (TempDir, Address) {
 
 /// Process `process` of `processes`, on a host of its own name.
 fn config(address: &Address, process: u32, processes: u32) -> RendezvousConfig {
-    let secret = Secret::from_text("a secret of these tests").unwrap();
+    let secret = SharedKey::from_text("a secret of these tests").unwrap();
     let host = format!("host{process}");
     let (version, node) = ("1.0.0".into(), "node".into());
     let (sockets, cores, pid) = ([3; 32], vec![1 << process], 100 + process);
@@ -80,19 +80,19 @@ fn meet(address: &Address, processes: u32, change: impl Fn(&mut RendezvousConfig
     })
 }
 
-fn verdict(met: Met) -> Verdict {
+fn verdict(met: Met) -> RendezvousRefusal {
     match met {
         Err(RendezvousError::Refused(verdict)) => verdict,
         other => panic!("{other:?}"),
     }
 }
 
-fn who(process: u32) -> Who {
-    Who { process, host: format!("host{process}"), pid: 100 + process }
+fn who(process: u32) -> ProcessLabel {
+    ProcessLabel { process, host: format!("host{process}"), pid: 100 + process }
 }
 
 /// Somebody who only introduces itself.
-fn introduce(config: &RendezvousConfig) -> Link {
+fn introduce(config: &RendezvousConfig) -> Connection {
     let (session, purpose) = (SessionId::default(), Purpose::Rendezvous);
     let hello = Hello { session, epoch: config.restart, from: config.process, to: 0, purpose };
     let mut link = connect(&config.coordinator, &config.secret, &hello, soon()).unwrap();
@@ -107,7 +107,7 @@ fn all_get_the_same_roster_and_can_dial_each_other() {
         let (_folder, unix) = unix();
         for address in [unix, tcp()] {
             let met = meet(&address, processes, |config| config.restart = u64::from(config.process * 3 % 5));
-            let met: Vec<(Roster, Endpoint)> = met.into_iter().map(Result::unwrap).collect();
+            let met: Vec<(Roster, Listener)> = met.into_iter().map(Result::unwrap).collect();
             let roster = &met[0].0;
             assert!(met.iter().all(|(other, _)| other == roster));
             assert_eq!(roster.epoch, (0..u64::from(processes)).map(|p| p * 3 % 5).max().unwrap());
@@ -117,7 +117,7 @@ fn all_get_the_same_roster_and_can_dial_each_other() {
                 (0..processes).map(who).collect::<Vec<_>>()
             );
             let secret = config(&address, 0, 1).secret;
-            let World { session, epoch, .. } = roster.world();
+            let SettledWorld { session, epoch, .. } = roster.world();
             for (from, to) in (0..processes).flat_map(|from| (0..processes).map(move |to| (from, to))) {
                 let hello = Hello { session, epoch, from, to, purpose: Purpose::Control };
                 let member = &roster.members[to as usize];
@@ -144,7 +144,7 @@ fn the_missing_are_named_while_waiting_and_at_the_deadline() {
         until_said(&said, "waiting for ranks 2, 3: 2 of 4 here");
         for met in [lead, joined] {
             let verdict = verdict(met.join().unwrap());
-            let Verdict::Missing { missing, waited_ms, .. } = &verdict else { panic!("{verdict}") };
+            let RendezvousRefusal::Missing { missing, waited_ms, .. } = &verdict else { panic!("{verdict}") };
             assert!(*missing == [2, 3] && *waited_ms >= 2000, "{verdict}");
             let told = format!("ranks 2, 3 did not come in {waited_ms} ms: 2 of 4 were here");
             assert!(verdict.to_string().starts_with(&told), "{verdict}");
@@ -189,7 +189,7 @@ fn what_does_not_fit_is_refused_to_all_with_both_values() {
         let (name, ours, theirs) = (name.into(), ours.into(), theirs.into());
         let expected = Conflict::Differs { name, first, ours, second, theirs };
         for met in met {
-            assert_eq!(verdict(met), Verdict::Conflicts(vec![expected.clone()]));
+            assert_eq!(verdict(met), RendezvousRefusal::Conflicts(vec![expected.clone()]));
         }
     }
 }
@@ -216,8 +216,8 @@ fn two_of_one_rank_are_both_named() {
         until_said(&said, "waiting for rank 2: 2 of 3 here");
         let mut other = config(&address, 1, 3);
         other.identity.host = "elsewhere".into();
-        let second = Who { process: 1, host: "elsewhere".into(), pid: 101 };
-        let expected = Verdict::Conflicts(vec![Conflict::Duplicate { first: who(1), second }]);
+        let second = ProcessLabel { process: 1, host: "elsewhere".into(), pid: 101 };
+        let expected = RendezvousRefusal::Conflicts(vec![Conflict::Duplicate { first: who(1), second }]);
         for met in [spawn(s, other), first, lead] {
             assert_eq!(verdict(met.join().unwrap()), expected);
         }
@@ -233,8 +233,8 @@ fn two_of_rank_0_are_both_named() {
             until_said(&said, "waiting for rank 1: 1 of 2 here");
             let mut other = config(&address, 0, 2);
             other.identity.pid = 7;
-            let second = Who { pid: 7, ..who(0) };
-            let expected = Verdict::Conflicts(vec![Conflict::Duplicate { first: who(0), second }]);
+            let second = ProcessLabel { pid: 7, ..who(0) };
+            let expected = RendezvousRefusal::Conflicts(vec![Conflict::Duplicate { first: who(0), second }]);
             for met in [spawn(s, other), lead] {
                 assert_eq!(verdict(met.join().unwrap()), expected);
             }
@@ -268,8 +268,8 @@ fn a_process_that_was_restarted_takes_its_place() {
         restarted.identity.pid = 201;
         let newer = spawn(s, restarted);
         // It loses its place, comes again, and hears who has it.
-        let (first, second) = (Who { pid: 201, ..who(1) }, who(1));
-        let expected = Verdict::Conflicts(vec![Conflict::Duplicate { first, second }]);
+        let (first, second) = (ProcessLabel { pid: 201, ..who(1) }, who(1));
+        let expected = RendezvousRefusal::Conflicts(vec![Conflict::Duplicate { first, second }]);
         assert_eq!(verdict(older.join().unwrap()), expected);
         let last = spawn(s, config(&address, 2, 3));
         for met in [lead, newer, last] {
@@ -305,7 +305,7 @@ fn a_process_that_dies_at_the_start_is_named_to_all() {
         assert!(matches!(answer, Answer::Roster(_)));
         drop(dying);
         for met in [lead, other] {
-            assert_eq!(verdict(met.join().unwrap()), Verdict::Lost(who(1)));
+            assert_eq!(verdict(met.join().unwrap()), RendezvousRefusal::Lost(who(1)));
         }
     });
 }
@@ -316,7 +316,7 @@ fn a_rank_0_that_was_restarted_is_found_again() {
     let Address::Unix(path) = address.clone() else { panic!("it is a Unix address") };
     scope(|s| {
         let secret = config(&address, 0, 2).secret;
-        let first = Endpoint::listen(0, secret, &[Listen::Unix(path)], EndpointOptions::default()).unwrap();
+        let first = Listener::listen(0, secret, &[ListenAddress::Unix(path)], ListenerOptions::default()).unwrap();
         let other = spawn(s, config(&address, 1, 2));
         drop(first.wait_any(Purpose::Rendezvous, soon()).unwrap());
         drop(first);
@@ -333,7 +333,7 @@ fn a_wrong_confirmation_ends_the_start() {
         let lead = spawn(s, config(&address, 0, 2));
         let mut liar = introduce(&config(&address, 1, 2));
         wire::write_message(&mut liar, &Ready { session: SessionId([1; 16]) }, 100).unwrap();
-        assert_eq!(verdict(lead.join().unwrap()), Verdict::Lost(who(1)));
+        assert_eq!(verdict(lead.join().unwrap()), RendezvousRefusal::Lost(who(1)));
     });
 }
 
@@ -342,7 +342,7 @@ fn another_secret_is_an_error_of_authentication() {
     let (_folder, address) = unix();
     scope(|s| {
         let lead = spawn(s, RendezvousConfig { timeout: Duration::from_millis(300), ..config(&address, 0, 2) });
-        let secret = Secret::from_text("another secret of these tests").unwrap();
+        let secret = SharedKey::from_text("another secret of these tests").unwrap();
         let error = rendezvous(&RendezvousConfig { secret, ..config(&address, 1, 2) }, |_| {}).unwrap_err();
         assert!(matches!(&error, RendezvousError::Transport(e) if e.is_authentication()), "{error}");
         let verdict = verdict(lead.join().unwrap());
@@ -420,7 +420,7 @@ fn failure(rank: u32, exit: u8) -> Report {
 /// How a process ends that was refused because of a report.
 fn told(met: Met) -> (u8, String) {
     let verdict = verdict(met);
-    let Verdict::Failed(report) = &verdict else { panic!("{verdict}") };
+    let RendezvousRefusal::Failed(report) = &verdict else { panic!("{verdict}") };
     (report.exit, verdict.to_string())
 }
 

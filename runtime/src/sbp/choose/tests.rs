@@ -23,7 +23,7 @@ impl Builder {
 
     fn tensor(&mut self, name: &str, shape: &[usize], pinned: Option<&str>) -> usize {
         let (placement, sbp) = (self.placement.clone(), pinned.map(|text| NdSbp::parse(text).unwrap()));
-        let pinned = sbp.map(|sbp| Layout { placement, sbp });
+        let pinned = sbp.map(|sbp| PlacedLayout { placement, sbp });
         let shape = shape.to_vec();
         self.problem.tensors.push(TensorSpec { name: name.into(), shape, dtype: DType::F32, pinned, is_output: false });
         self.problem.tensors.len() - 1

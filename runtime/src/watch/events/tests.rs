@@ -2,9 +2,9 @@
 
 use std::sync::Arc;
 
-use shardflow_actors::pipeline::{Pipeline, Schedule};
-use shardflow_actors::protocol::{ActionWaits, Holder, Waiting};
-use shardflow_actors::spec::Reader;
+use shardflow_actors::pipeline::{Pipeline, PipelineSchedule};
+use shardflow_actors::protocol::{ActionWaits, ActorWaits, Holder};
+use shardflow_actors::spec::RegisterReader;
 use shardflow_actors::trace::Idle;
 use shardflow_kernels::tensor::{DType, HostTensor};
 
@@ -101,13 +101,13 @@ fn incidents_are_told_in_order_and_cut_off() {
 }
 
 fn pipeline() -> Spec {
-    let schedule = Schedule::OneForwardOneBackward;
+    let schedule = PipelineSchedule::OneForwardOneBackward;
     Pipeline { micro_batches: 4, credits: vec![2, 1], schedule, ordered: false }.build()
 }
 
-fn fired(firing: u64, ended_ns: u64) -> Fired {
+fn fired(firing: u64, ended_ns: u64) -> FiringRecord {
     let (idle_ns, launched_ns, early_ns) = (0, 0, ended_ns);
-    Fired { action: 0, firing, idle_ns, launched_ns, early_ns, ended_ns, cause: Cause::Host }
+    FiringRecord { action: 0, firing, idle_ns, launched_ns, early_ns, ended_ns, cause: Cause::Host }
 }
 
 #[test]
@@ -139,7 +139,7 @@ fn waits(actor: u32, firings: [u64; 2], idle_now_ns: u64, missing: Vec<(u32, Mis
         firings: firings.to_vec(),
         busy_ns: vec![0, 0],
         collective_ns: 0,
-        waiting: Waiting { actor, in_flight: None, actions },
+        waiting: ActorWaits { actor, in_flight: None, actions },
         idle: Idle::default(),
         idle_now_ns,
         flying_since_ns: None,
@@ -152,7 +152,7 @@ fn an_edge_is_blocked_where_the_step_needs_it() {
     let spec = pipeline();
     let register = |name: &str| spec.registers.iter().position(|r| r.name.contains(name)).expect("a register") as u32;
     let (activation, stash) = (register("stage0"), register("stash"));
-    let reader = |actor, action| Reader { actor: ActorId(actor), action };
+    let reader = |actor, action| RegisterReader { actor: ActorId(actor), action };
     let piece = |piece| Missing::Piece { register: RegisterId(activation), piece, writer: reader(0, 0) };
     let holders = vec![Holder { reader: reader(0, 1), slots: 2 }];
     let credit = Missing::Credit { register: RegisterId(stash), slots: 2, holders };

@@ -1,11 +1,11 @@
-//! With which code a program ends because of an error, and whom the error blames. Imports `exit` and the errors.
+//! With which code a program ends because of an error, and whom the error blames.
 
 use shardflow_actors::error::{Failure, PeerError};
 use shardflow_kernels::error::KernelError;
 
 use super::SessionError;
 use crate::cluster::ClusterError;
-use crate::cluster::rendezvous::{RendezvousError, Verdict};
+use crate::cluster::rendezvous::{RendezvousError, RendezvousRefusal};
 use crate::exit::Exit;
 
 /// The code that goes with the first cause of a session's end.
@@ -61,7 +61,7 @@ impl SessionError {
             Self::Failed(Failure::Peer { process, .. } | Failure::Stalled { process: Some(process), .. }) => {
                 Some(*process)
             }
-            Self::Cluster(ClusterError::Rendezvous(RendezvousError::Refused(Verdict::Failed(report)))) => {
+            Self::Cluster(ClusterError::Rendezvous(RendezvousError::Refused(RendezvousRefusal::Failed(report)))) => {
                 Some(report.rank)
             }
             _ => None,

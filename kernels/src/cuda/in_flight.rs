@@ -1,55 +1,54 @@
-//! What a submission is while it is under way: whom to tell, and what is looked at before. Imports `stream`, `op`,
-//! `collective`, `cuda::step` and `cuda::record`.
+//! What a submission is while it is under way: whom to tell, and what is looked at before.
 
 use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use super::record::Slot;
-use crate::collective::Outcome;
+use super::record::RecordSlot;
+use crate::collective::AbortStatus;
 use crate::error::KernelError;
 use crate::op::Program;
-use crate::stream::{Notice, Notify};
+use crate::stream::{Notification, Notify};
 
 /// See the module.
-pub(crate) struct Ticket {
+pub(crate) struct InFlight {
     pub(crate) program: Arc<Program>,
     pub(crate) repeat: bool,
     notify: Mutex<Notify>,
     /// Of the engine, where the program calls collectives: one that was aborted has not done what it seems to have done.
-    outcomes: Arc<[Outcome]>,
+    outcomes: Arc<[AbortStatus]>,
     /// Where the stream's record of an index out of range is copied to.
-    slot: Mutex<Option<Slot>>,
+    slot: Mutex<Option<RecordSlot>>,
 }
 
-impl fmt::Debug for Ticket {
+impl fmt::Debug for InFlight {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Ticket").field("program", &self.program.name).finish()
     }
 }
 
-impl Ticket {
-    pub(crate) fn new(program: Arc<Program>, repeat: bool, notify: Notify, outcomes: Arc<[Outcome]>) -> Self {
+impl InFlight {
+    pub(crate) fn new(program: Arc<Program>, repeat: bool, notify: Notify, outcomes: Arc<[AbortStatus]>) -> Self {
         Self { program, repeat, notify: Mutex::new(notify), outcomes, slot: Mutex::default() }
     }
 
-    pub(crate) fn tell(&self, notice: Notice) {
+    pub(crate) fn tell(&self, notice: Notification) {
         (self.notify.lock().unwrap_or_else(PoisonError::into_inner))(notice);
     }
 
     pub(crate) fn signal(&self, tag: u32) {
         // What an aborted collective left behind is not to be passed on.
         if self.aborted().is_none() {
-            self.tell(Notice::Signal(tag));
+            self.tell(Notification::Signal(tag));
         }
     }
 
     /// Where the record goes; it is looked at before the end is told.
-    pub(crate) fn keep_record(&self, slot: Slot) {
+    pub(crate) fn keep_record(&self, slot: RecordSlot) {
         *self.slot.lock().unwrap_or_else(PoisonError::into_inner) = Some(slot);
     }
 
     fn aborted(&self) -> Option<KernelError> {
-        self.outcomes.iter().find_map(Outcome::aborted)
+        self.outcomes.iter().find_map(AbortStatus::aborted)
     }
 
     /// Everything on the stream is done, or has failed.
@@ -63,6 +62,6 @@ impl Ticket {
             Err(error) => Some(error),
             Ok(()) => self.aborted().or(found),
         };
-        self.tell(error.map_or(Notice::Done, Notice::Failed));
+        self.tell(error.map_or(Notification::Done, Notification::Failed));
     }
 }

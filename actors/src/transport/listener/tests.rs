@@ -7,23 +7,23 @@ use super::*;
 use crate::transport::handshake::{self, HANDSHAKE_BYTES_MAX, HandshakeError, Refusal};
 use crate::transport::{Hello, SessionId, connect};
 
-const WORLD: World = World { session: SessionId([9; 16]), epoch: 2, processes: 4 };
+const WORLD: SettledWorld = SettledWorld { session: SessionId([9; 16]), epoch: 2, processes: 4 };
 
 fn soon() -> Instant {
     Instant::now() + Duration::from_secs(20)
 }
 
-fn secret() -> Secret {
-    Secret::from_text("a secret of these tests").unwrap()
+fn secret() -> SharedKey {
+    SharedKey::from_text("a secret of these tests").unwrap()
 }
 
-fn loopback() -> Listen {
-    Listen::Tcp((Ipv4Addr::LOCALHOST, 0).into())
+fn loopback() -> ListenAddress {
+    ListenAddress::Tcp((Ipv4Addr::LOCALHOST, 0).into())
 }
 
 /// Process 0 of a world that has begun.
-fn endpoint(options: EndpointOptions) -> Endpoint {
-    let endpoint = Endpoint::listen(0, secret(), &[loopback(), Listen::PrivateUnix], options).unwrap();
+fn endpoint(options: ListenerOptions) -> Listener {
+    let endpoint = Listener::listen(0, secret(), &[loopback(), ListenAddress::PrivateUnix], options).unwrap();
     endpoint.begin(WORLD);
     endpoint
 }
@@ -32,7 +32,7 @@ fn hello(from: u32, purpose: Purpose) -> Hello {
     Hello { session: WORLD.session, epoch: WORLD.epoch, from, to: 0, purpose }
 }
 
-fn tcp(endpoint: &Endpoint) -> TcpStream {
+fn tcp(endpoint: &Listener) -> TcpStream {
     let Address::Tcp(address) = &endpoint.addresses()[0] else { panic!("the first listener is TCP") };
     let stream = TcpStream::connect(address).unwrap();
     stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
@@ -45,7 +45,7 @@ fn briefly() -> Instant {
 }
 
 /// Waits until the endpoint has counted; fails after a while.
-fn until_refused(endpoint: &Endpoint, expected: impl Fn(&Refusals) -> bool) -> Refusals {
+fn until_refused(endpoint: &Listener, expected: impl Fn(&Refusals) -> bool) -> Refusals {
     let deadline = soon();
     loop {
         let refusals = endpoint.refused();
@@ -57,14 +57,14 @@ fn until_refused(endpoint: &Endpoint, expected: impl Fn(&Refusals) -> bool) -> R
     }
 }
 
-fn refusal(result: Result<Link, TransportError>) -> Refusal {
+fn refusal(result: Result<Connection, TransportError>) -> Refusal {
     let error = result.unwrap_err();
     error.refusal().unwrap_or_else(|| panic!("{error}")).clone()
 }
 
 #[test]
 fn connections_are_claimed_by_process_and_purpose() {
-    let endpoint = endpoint(EndpointOptions::default());
+    let endpoint = endpoint(ListenerOptions::default());
     let purposes = [Purpose::Control, Purpose::Registers { lane: 0 }, Purpose::Registers { lane: 1 }, Purpose::Memory];
     for address in endpoint.addresses() {
         let mut dialled = Vec::new();
@@ -90,7 +90,7 @@ fn connections_are_claimed_by_process_and_purpose() {
 
 #[test]
 fn a_waiting_claim_wakes_up() {
-    let endpoint = endpoint(EndpointOptions::default());
+    let endpoint = endpoint(ListenerOptions::default());
     std::thread::scope(|scope| {
         let waiting = scope.spawn(|| endpoint.wait(1, Purpose::Control, soon()));
         connect(&endpoint.addresses()[0], &secret(), &hello(1, Purpose::Control), soon()).unwrap();
@@ -103,7 +103,7 @@ fn a_waiting_claim_wakes_up() {
 
 #[test]
 fn a_dialler_that_comes_again_replaces_itself() {
-    let endpoint = endpoint(EndpointOptions::default());
+    let endpoint = endpoint(ListenerOptions::default());
     let address = &endpoint.addresses()[1];
     let _first = connect(address, &secret(), &hello(1, Purpose::Control), soon()).unwrap();
     let mut second = connect(address, &secret(), &hello(1, Purpose::Control), soon()).unwrap();
@@ -120,7 +120,7 @@ fn a_dialler_that_comes_again_replaces_itself() {
 
 #[test]
 fn who_does_not_belong_hears_why_and_is_counted() {
-    let endpoint = endpoint(EndpointOptions::default());
+    let endpoint = endpoint(ListenerOptions::default());
     let address = &endpoint.addresses()[0];
     let dial = |hello: Hello| refusal(connect(address, &secret(), &hello, soon()));
     let control = hello(1, Purpose::Control);
@@ -133,7 +133,7 @@ fn who_does_not_belong_hears_why_and_is_counted() {
     assert_eq!(dial(Hello { session: other, ..control }), Refusal::Session { ours: WORLD.session, theirs: other });
     assert_eq!(dial(hello(1, Purpose::Rendezvous)), Refusal::Late { epoch: 2 });
 
-    let other = Secret::from_text("another secret of these tests").unwrap();
+    let other = SharedKey::from_text("another secret of these tests").unwrap();
     let denied = connect(address, &other, &control, soon()).unwrap_err();
     assert!(matches!(denied, TransportError::Handshake { cause: HandshakeError::Denied, .. }), "{denied}");
     assert!(denied.is_authentication());
@@ -152,7 +152,7 @@ fn a_dialler_waits_for_a_process_that_starts_later() {
     let address = Address::Unix(path.clone());
     std::thread::scope(|scope| {
         let dialled = scope.spawn(|| connect(&address, &secret(), &hello(1, Purpose::Control), soon()));
-        let endpoint = Endpoint::listen(0, secret(), &[Listen::Unix(path)], EndpointOptions::default()).unwrap();
+        let endpoint = Listener::listen(0, secret(), &[ListenAddress::Unix(path)], ListenerOptions::default()).unwrap();
         until_refused(&endpoint, |r| r.again >= 1);
         endpoint.begin(WORLD);
         endpoint.wait(1, Purpose::Control, soon()).unwrap();
@@ -175,7 +175,7 @@ fn a_socket_that_a_killed_process_left_is_replaced_and_a_live_one_is_not() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("left.sock");
     drop(UnixListener::bind(&path).unwrap());
-    let listen = || Endpoint::listen(0, secret(), &[Listen::Unix(path.clone())], EndpointOptions::default());
+    let listen = || Listener::listen(0, secret(), &[ListenAddress::Unix(path.clone())], ListenerOptions::default());
     let endpoint = listen().unwrap();
     assert!(matches!(listen(), Err(TransportError::Listen { .. })));
     drop(endpoint);
@@ -184,7 +184,7 @@ fn a_socket_that_a_killed_process_left_is_replaced_and_a_live_one_is_not() {
 
 #[test]
 fn a_wrong_word_ends_a_stranger_at_once() {
-    let endpoint = endpoint(EndpointOptions::default());
+    let endpoint = endpoint(ListenerOptions::default());
     let greeting = crate::transport::dial::with_length(&handshake::greeting(&[5; 32]));
     let mut newer = greeting.clone();
     newer[6] += 1;
@@ -216,7 +216,7 @@ fn a_wrong_word_ends_a_stranger_at_once() {
 
 #[test]
 fn strangers_are_few_and_live_short() {
-    let options = EndpointOptions { strangers_max: 3, handshake_timeout: Duration::from_millis(100), unclaimed_max: 2 };
+    let options = ListenerOptions { strangers_max: 3, handshake_timeout: Duration::from_millis(100), unclaimed_max: 2 };
     let endpoint = endpoint(options);
     let _strangers: Vec<TcpStream> = (0..5).map(|_| tcp(&endpoint)).collect();
     until_refused(&endpoint, |r| r.crowded_out + r.too_slow == 5);

@@ -1,5 +1,5 @@
 //! The accepting side: one thread that polls the listeners and every stranger, and a shelf of authenticated connections that
-//! wait to be claimed. Imports `link`, `handshake`, `dial` and `folder`.
+//! wait to be claimed.
 //!
 //! - **EP-1**: strangers (connections that have not proved themselves) number `strangers_max` at most; one more drops the
 //!   oldest. Each holds at most one message of a handshake in memory, and lives `handshake_timeout` at most.
@@ -19,8 +19,8 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use super::dial::connect_unless;
-use super::handshake::{Gate, World};
-use super::{Address, Hello, Link, PrivateFolder, Purpose, Secret, TransportError};
+use super::handshake::{AcceptPolicy, SettledWorld};
+use super::{Address, Connection, Hello, PrivateFolder, Purpose, SharedKey, TransportError};
 
 mod serve;
 
@@ -32,7 +32,7 @@ pub const UNIX_PATH_BYTES_MAX: usize = 107;
 
 /// Limits of an endpoint.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct EndpointOptions {
+pub struct ListenerOptions {
     /// Connections that have not proved themselves, at most.
     pub strangers_max: usize,
     /// Time to prove oneself.
@@ -41,7 +41,7 @@ pub struct EndpointOptions {
     pub unclaimed_max: usize,
 }
 
-impl Default for EndpointOptions {
+impl Default for ListenerOptions {
     fn default() -> Self {
         Self { strangers_max: 64, handshake_timeout: Duration::from_secs(5), unclaimed_max: 1024 }
     }
@@ -49,13 +49,13 @@ impl Default for EndpointOptions {
 
 /// Where to listen.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Listen {
+pub enum ListenAddress {
     /// On an address of this node; port 0 takes a free one.
     Tcp(SocketAddr),
     /// On a path. Its folder is made, for this user only, where it is missing; a socket that a killed process left is
     /// replaced.
     Unix(PathBuf),
-    /// On a socket in a [`PrivateFolder`] of its own. Where that cannot be made, [`Endpoint::private_error`] says why, and
+    /// On a socket in a [`PrivateFolder`] of its own. Where that cannot be made, [`Listener::private_error`] says why, and
     /// the endpoint is reached at its other addresses.
     PrivateUnix,
 }
@@ -102,13 +102,13 @@ impl Refusals {
 struct Unclaimed {
     from: u32,
     purpose: Purpose,
-    link: Link,
+    link: Connection,
 }
 
 /// What the thread and the owner share.
 #[derive(Debug)]
 struct State {
-    gate: Gate,
+    gate: AcceptPolicy,
     unclaimed: VecDeque<Unclaimed>,
     refusals: Refusals,
     closed: bool,
@@ -136,7 +136,7 @@ impl Shared {
 
 /// Listens for the other processes of the job. It closes when it is dropped.
 #[derive(Debug)]
-pub struct Endpoint {
+pub struct Listener {
     addresses: Vec<Address>,
     private_error: Option<String>,
     shared: Arc<Shared>,
@@ -150,29 +150,29 @@ pub struct Endpoint {
 
 /// A listening socket that does not block.
 #[derive(Debug)]
-enum Listener {
+enum Socket {
     Tcp(TcpListener),
     Unix(UnixListener),
 }
 
-impl Endpoint {
-    /// Listens as `process`. Until [`Endpoint::begin`] it lets in [`Purpose::Rendezvous`] only.
+impl Listener {
+    /// Listens as `process`. Until [`Listener::begin`] it lets in [`Purpose::Rendezvous`] only.
     ///
     /// # Errors
     /// [`TransportError::Listen`].
     pub fn listen(
         process: u32,
-        secret: Secret,
-        listen: &[Listen],
-        options: EndpointOptions,
+        secret: SharedKey,
+        listen: &[ListenAddress],
+        options: ListenerOptions,
     ) -> Result<Self, TransportError> {
         let (mut addresses, mut listeners, mut paths, mut folders) = (vec![], vec![], vec![], vec![]);
         let mut private_error = None;
         for place in listen {
             let (address, listener) = match place {
-                Listen::Tcp(address) => listen_tcp(*address)?,
-                Listen::Unix(path) => listen_unix(path)?,
-                Listen::PrivateUnix => match listen_private(process) {
+                ListenAddress::Tcp(address) => listen_tcp(*address)?,
+                ListenAddress::Unix(path) => listen_unix(path)?,
+                ListenAddress::PrivateUnix => match listen_private(process) {
                     Ok((folder, bound)) => {
                         folders.push(folder);
                         bound
@@ -189,7 +189,7 @@ impl Endpoint {
             addresses.push(address);
             listeners.push(listener);
         }
-        let gate = Gate { process, world: None };
+        let gate = AcceptPolicy { process, world: None };
         let state = State { gate, unclaimed: VecDeque::new(), refusals: Refusals::default(), closed: false };
         let shared = Arc::new(Shared { state: Mutex::new(state), arrived: Condvar::new() });
         let thread_failed = |cause| TransportError::io("starting the accepting thread of", &"this process", cause);
@@ -200,7 +200,7 @@ impl Endpoint {
         Ok(Self { addresses, private_error, shared, wake: Some(wake), thread, paths, _folders: folders })
     }
 
-    /// Why it does not listen on [`Listen::PrivateUnix`], where it should: the folder and the cause.
+    /// Why it does not listen on [`ListenAddress::PrivateUnix`], where it should: the folder and the cause.
     pub fn private_error(&self) -> Option<&str> {
         self.private_error.as_deref()
     }
@@ -211,7 +211,7 @@ impl Endpoint {
     }
 
     /// Who this process is, in which session and epoch. From now on it lets the members in, and nobody else.
-    pub fn begin(&self, world: World) {
+    pub fn begin(&self, world: SettledWorld) {
         let mut state = self.shared.state();
         state.gate.world = Some(world);
         // Who came late gets hung up on, comes again, and is told.
@@ -222,19 +222,24 @@ impl Endpoint {
     ///
     /// # Errors
     /// [`TransportError::Missing`] at the deadline, [`TransportError::Closed`].
-    pub fn wait(&self, from: u32, purpose: Purpose, deadline: Instant) -> Result<Link, TransportError> {
+    pub fn wait(&self, from: u32, purpose: Purpose, deadline: Instant) -> Result<Connection, TransportError> {
         self.claim(Some(from), purpose, deadline).map(|(_, link)| link)
     }
 
     /// The oldest connection that anybody dialled for `purpose`, and who; waits for one.
     ///
     /// # Errors
-    /// As [`Endpoint::wait`].
-    pub fn wait_any(&self, purpose: Purpose, deadline: Instant) -> Result<(u32, Link), TransportError> {
+    /// As [`Listener::wait`].
+    pub fn wait_any(&self, purpose: Purpose, deadline: Instant) -> Result<(u32, Connection), TransportError> {
         self.claim(None, purpose, deadline)
     }
 
-    fn claim(&self, from: Option<u32>, purpose: Purpose, deadline: Instant) -> Result<(u32, Link), TransportError> {
+    fn claim(
+        &self,
+        from: Option<u32>,
+        purpose: Purpose,
+        deadline: Instant,
+    ) -> Result<(u32, Connection), TransportError> {
         let begin = Instant::now();
         let mut state = self.shared.state();
         loop {
@@ -260,10 +265,10 @@ impl Endpoint {
     pub fn dial(
         &self,
         address: &Address,
-        secret: &Secret,
+        secret: &SharedKey,
         hello: &Hello,
         deadline: Instant,
-    ) -> Result<Link, TransportError> {
+    ) -> Result<Connection, TransportError> {
         connect_unless(address, secret, hello, deadline, &|wait| {
             let state = self.shared.state();
             let waited = self.shared.arrived.wait_timeout_while(state, wait, |state| !state.closed);
@@ -281,7 +286,7 @@ impl Endpoint {
         self.shared.state().refusals
     }
 
-    /// Lets nobody in any more and ends every [`Endpoint::wait`] and [`Endpoint::dial`], from any thread. Connections that were claimed live on.
+    /// Lets nobody in any more and ends every [`Listener::wait`] and [`Listener::dial`], from any thread. Connections that were claimed live on.
     pub fn close(&self) {
         self.shared.close();
         if let Some(wake) = &self.wake {
@@ -290,7 +295,7 @@ impl Endpoint {
     }
 }
 
-impl Drop for Endpoint {
+impl Drop for Listener {
     fn drop(&mut self) {
         self.close();
         if let Some(thread) = self.thread.take() {
@@ -307,16 +312,16 @@ fn listen_failed(address: Address) -> impl Fn(io::Error) -> TransportError {
     move |cause| TransportError::Listen { address: address.clone(), cause }
 }
 
-fn listen_tcp(address: SocketAddr) -> Result<(Address, Listener), TransportError> {
+fn listen_tcp(address: SocketAddr) -> Result<(Address, Socket), TransportError> {
     let failed = listen_failed(Address::Tcp(address.to_string()));
     let listener = TcpListener::bind(address).map_err(&failed)?;
     deepen(&listener).map_err(&failed)?;
     listener.set_nonblocking(true).map_err(&failed)?;
     let address = listener.local_addr().map_err(&failed)?;
-    Ok((Address::Tcp(address.to_string()), Listener::Tcp(listener)))
+    Ok((Address::Tcp(address.to_string()), Socket::Tcp(listener)))
 }
 
-fn listen_private(process: u32) -> Result<(PrivateFolder, (Address, Listener)), String> {
+fn listen_private(process: u32) -> Result<(PrivateFolder, (Address, Socket)), String> {
     // The error of the library names a random path below the folder.
     let folder = PrivateFolder::new("shardflow-");
     let folder = folder.map_err(|error| format!("cannot make a folder there: {}", error.kind()))?;
@@ -327,7 +332,7 @@ fn listen_private(process: u32) -> Result<(PrivateFolder, (Address, Listener)), 
     listen_unix(&path).map(|bound| (folder, bound)).map_err(|error| error.to_string())
 }
 
-fn listen_unix(path: &Path) -> Result<(Address, Listener), TransportError> {
+fn listen_unix(path: &Path) -> Result<(Address, Socket), TransportError> {
     let failed = listen_failed(Address::Unix(path.into()));
     if let Some(folder) = path.parent().filter(|folder| !folder.as_os_str().is_empty()) {
         fs::DirBuilder::new().recursive(true).mode(0o700).create(folder).map_err(&failed)?;
@@ -343,7 +348,7 @@ fn listen_unix(path: &Path) -> Result<(Address, Listener), TransportError> {
     deepen(&listener).map_err(&failed)?;
     fs::set_permissions(path, fs::Permissions::from_mode(0o600)).map_err(&failed)?;
     listener.set_nonblocking(true).map_err(&failed)?;
-    Ok((Address::Unix(path.into()), Listener::Unix(listener)))
+    Ok((Address::Unix(path.into()), Socket::Unix(listener)))
 }
 
 fn inode(path: &Path) -> Option<u64> {

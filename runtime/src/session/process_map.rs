@@ -1,12 +1,11 @@
 //! Which process hosts which device, and what of a plan crosses processes: bytes of registers, what hosts give each other,
 //! groups of collectives. All of it follows from the plan and the number of processes, so every process knows it of all.
-//! Imports `plan` and `session::agreement`.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 use std::sync::Arc;
 
-use shardflow_actors::remote::{HostPort, Run};
+use shardflow_actors::remote::{ByteRun, HostBroadcast};
 use shardflow_actors::spec::{ActorId, RegisterId};
 use shardflow_kernels::collective::Group;
 use shardflow_kernels::op::{Buffer, Launch, Op};
@@ -18,7 +17,7 @@ use crate::plan::{ActionKey, BaseKey, Plan};
 
 /// This process among those that run a plan.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Hosting {
+pub struct ProcessMap {
     /// Its number.
     pub process: u32,
     /// How many there are.
@@ -29,14 +28,14 @@ pub struct Hosting {
 
 /// A process's devices among those of its node.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct OnNode {
+pub struct NodeDevices {
     /// Devices of the processes before it.
     pub before: usize,
     /// Devices of all processes.
     pub all: usize,
 }
 
-impl Hosting {
+impl ProcessMap {
     /// One process that hosts all.
     pub fn alone(devices: usize) -> Self {
         Self { process: 0, processes: 1, devices }
@@ -60,8 +59,8 @@ impl Hosting {
 
     /// What the processes of one node host, given their numbers in order: how many devices those before `process` do, and how
     /// many they all do.
-    pub fn on_node(&self, processes: impl Iterator<Item = u32>, process: u32) -> OnNode {
-        let mut out = OnNode::default();
+    pub fn on_node(&self, processes: impl Iterator<Item = u32>, process: u32) -> NodeDevices {
+        let mut out = NodeDevices::default();
         for other in processes {
             let devices = self.devices_of(other).len();
             out.before += if other < process { devices } else { 0 };
@@ -84,7 +83,7 @@ impl Hosting {
     }
 
     /// Registers that `from` produces and actions of `to` read, with the runs of a slot that they read.
-    pub fn crossing(&self, plan: &Plan, from: u32, to: u32) -> BTreeMap<RegisterId, Vec<Run>> {
+    pub fn crossing(&self, plan: &Plan, from: u32, to: u32) -> BTreeMap<RegisterId, Vec<ByteRun>> {
         let (producers, readers) = (self.devices_of(from), self.devices_of(to));
         let device = |actor: ActorId| plan.spec.actors[actor.0 as usize].device;
         let mut out = BTreeMap::new();
@@ -177,7 +176,7 @@ fn bytes_of(launch: &Launch, buffer: &Buffer) -> Vec<Range<usize>> {
 }
 
 /// Ranges in order, those that meet joined.
-fn merge(mut ranges: Vec<Range<usize>>) -> Vec<Run> {
+fn merge(mut ranges: Vec<Range<usize>>) -> Vec<ByteRun> {
     ranges.retain(|range| !range.is_empty());
     ranges.sort_by_key(|range| range.start);
     let mut out: Vec<Range<usize>> = Vec::new();
@@ -187,14 +186,14 @@ fn merge(mut ranges: Vec<Range<usize>>) -> Vec<Run> {
             _ => out.push(range),
         }
     }
-    out.into_iter().map(|range| Run { offset: range.start, bytes: range.len() }).collect()
+    out.into_iter().map(|range| ByteRun { offset: range.start, bytes: range.len() }).collect()
 }
 
 /// What the programs of all processes give each other: what each device's fetches bring, and each resident tensor.
 #[derive(Clone, Debug, Default)]
 pub struct HostPorts {
     /// By number.
-    pub ports: Vec<HostPort>,
+    pub ports: Vec<HostBroadcast>,
     /// Of a device's fetch.
     pub fetches: BTreeMap<(usize, Rate), u32>,
     /// Of a device's resident tensor, by its index.
@@ -209,14 +208,14 @@ pub struct HostPorts {
 
 impl HostPorts {
     /// Those of a plan.
-    pub fn of(plan: &Plan, hosting: &Hosting, shared: &[SharedInput]) -> Self {
+    pub fn of(plan: &Plan, process_map: &ProcessMap, shared: &[SharedInput]) -> Self {
         let mut out = Self::default();
         for (actor, actions) in plan.spec.actors.iter().zip(&plan.actions) {
             for action in actions {
                 if let (ActionKey::Fetch(rate), Some(host)) = (action.key, &action.host) {
                     let tensors = host.buffers.iter().map(|b| (b.shape.clone(), b.dtype)).collect();
                     out.fetches.insert((actor.device, rate), out.ports.len() as u32);
-                    out.ports.push(HostPort { process: hosting.process_of(actor.device), tensors });
+                    out.ports.push(HostBroadcast { process: process_map.process_of(actor.device), tensors });
                 }
             }
         }
@@ -224,14 +223,14 @@ impl HostPorts {
             for (index, resident) in memory.residents.iter().enumerate() {
                 out.residents.insert((device, index), out.ports.len() as u32);
                 let tensors = vec![(resident.region.size.clone(), resident.dtype)];
-                out.ports.push(HostPort { process: hosting.process_of(device), tensors });
+                out.ports.push(HostBroadcast { process: process_map.process_of(device), tensors });
             }
         }
         let loads = agreement::load_numbers(plan);
-        for process in 0..hosting.processes {
+        for process in 0..process_map.processes {
             // A number is two integers.
             let mut port = |numbers: usize| {
-                out.ports.push(HostPort { process, tensors: vec![(vec![2 * numbers], DType::I32)] });
+                out.ports.push(HostBroadcast { process, tensors: vec![(vec![2 * numbers], DType::I32)] });
                 out.ports.len() as u32 - 1
             };
             out.words.push(port(2));
@@ -254,7 +253,7 @@ mod tests {
     #[test]
     fn ranges_that_meet_are_one_run() {
         let runs = merge(vec![8..12, 0..4, 4..6, 20..20, 10..16, 30..31]);
-        let expected = [(0, 6), (8, 8), (30, 1)].map(|(offset, bytes)| Run { offset, bytes });
+        let expected = [(0, 6), (8, 8), (30, 1)].map(|(offset, bytes)| ByteRun { offset, bytes });
         assert_eq!(runs, expected);
     }
 
@@ -262,12 +261,13 @@ mod tests {
     fn every_device_has_one_host() {
         for devices in 1..9 {
             for processes in 1..=devices as u32 {
-                let hosting = Hosting { process: 0, processes, devices };
+                let process_map = ProcessMap { process: 0, processes, devices };
                 for device in 0..devices {
-                    let hosts = (0..processes).filter(|p| hosting.devices_of(*p).contains(&device)).collect::<Vec<_>>();
-                    assert_eq!(hosts, [hosting.process_of(device)], "{device} of {devices} over {processes}");
+                    let hosts =
+                        (0..processes).filter(|p| process_map.devices_of(*p).contains(&device)).collect::<Vec<_>>();
+                    assert_eq!(hosts, [process_map.process_of(device)], "{device} of {devices} over {processes}");
                 }
-                assert!((0..processes).all(|p| !hosting.devices_of(p).is_empty()));
+                assert!((0..processes).all(|p| !process_map.devices_of(p).is_empty()));
             }
         }
     }

@@ -1,4 +1,4 @@
-//! One connection, over TCP or a Unix socket, and addresses of either. Imports `error`.
+//! One connection, over TCP or a Unix socket, and addresses of either.
 
 use std::fmt;
 use std::io::{self, IoSlice, Read, Write};
@@ -92,20 +92,20 @@ pub fn with_zone_of(peer: SocketAddr, own: SocketAddr) -> SocketAddr {
 
 /// A connected socket. Blocking; reads wait without end unless [`Link::set_read_timeout`] says otherwise.
 #[derive(Debug)]
-pub enum Link {
+pub enum Connection {
     /// To another node, or over loopback.
     Tcp(TcpStream),
     /// Within a node.
     Unix(UnixStream),
 }
 
-impl From<TcpStream> for Link {
+impl From<TcpStream> for Connection {
     fn from(stream: TcpStream) -> Self {
         Self::Tcp(stream)
     }
 }
 
-impl From<UnixStream> for Link {
+impl From<UnixStream> for Connection {
     fn from(stream: UnixStream) -> Self {
         Self::Unix(stream)
     }
@@ -115,13 +115,13 @@ impl From<UnixStream> for Link {
 macro_rules! each {
     ($link:expr, $stream:ident => $call:expr) => {
         match $link {
-            Link::Tcp($stream) => $call,
-            Link::Unix($stream) => $call,
+            Connection::Tcp($stream) => $call,
+            Connection::Unix($stream) => $call,
         }
     };
 }
 
-impl Link {
+impl Connection {
     /// A second handle to the same connection, for another thread.
     ///
     /// # Errors
@@ -199,8 +199,8 @@ impl Link {
     }
 
     /// Reads and writes that all end by a deadline.
-    pub fn until(&self, deadline: Instant) -> Until<'_> {
-        Until { link: self, deadline }
+    pub fn until(&self, deadline: Instant) -> DeadlineConnection<'_> {
+        DeadlineConnection { link: self, deadline }
     }
 
     /// What every authenticated link has: no delay, probes of a silent peer, an end to writes.
@@ -218,13 +218,13 @@ impl Link {
     }
 }
 
-impl Read for &Link {
+impl Read for &Connection {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         each!(self, stream => (&*stream).read(buffer))
     }
 }
 
-impl Write for &Link {
+impl Write for &Connection {
     fn write(&mut self, buffer: &[u8]) -> io::Result<usize> {
         each!(self, stream => (&*stream).write(buffer))
     }
@@ -238,13 +238,13 @@ impl Write for &Link {
     }
 }
 
-impl Read for Link {
+impl Read for Connection {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         (&*self).read(buffer)
     }
 }
 
-impl Write for Link {
+impl Write for Connection {
     fn write(&mut self, buffer: &[u8]) -> io::Result<usize> {
         (&*self).write(buffer)
     }
@@ -258,7 +258,7 @@ impl Write for Link {
     }
 }
 
-impl AsFd for Link {
+impl AsFd for Connection {
     fn as_fd(&self) -> BorrowedFd<'_> {
         each!(self, stream => stream.as_fd())
     }
@@ -267,12 +267,12 @@ impl AsFd for Link {
 /// Reads and writes of a link that fail with `TimedOut` once a deadline has passed, however slowly bytes drip in. It leaves
 /// the link's time-outs changed.
 #[derive(Debug)]
-pub struct Until<'a> {
-    link: &'a Link,
+pub struct DeadlineConnection<'a> {
+    link: &'a Connection,
     deadline: Instant,
 }
 
-impl Until<'_> {
+impl DeadlineConnection<'_> {
     fn left(&self) -> io::Result<Option<Duration>> {
         match self.deadline.saturating_duration_since(Instant::now()) {
             Duration::ZERO => Err(io::ErrorKind::TimedOut.into()),
@@ -286,7 +286,7 @@ fn timed_out(error: io::Error) -> io::Error {
     if error.kind() == io::ErrorKind::WouldBlock { io::ErrorKind::TimedOut.into() } else { error }
 }
 
-impl Read for Until<'_> {
+impl Read for DeadlineConnection<'_> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         self.link.set_read_timeout(self.left()?)?;
         let mut link = self.link;
@@ -294,7 +294,7 @@ impl Read for Until<'_> {
     }
 }
 
-impl Write for Until<'_> {
+impl Write for DeadlineConnection<'_> {
     fn write(&mut self, buffer: &[u8]) -> io::Result<usize> {
         let left = self.left()?;
         each!(self.link, stream => stream.set_write_timeout(left))?;

@@ -30,7 +30,7 @@ fn arenas(n: usize, bytes: usize) -> BTreeMap<usize, Arena> {
 const SUM: CollectiveKind = CollectiveKind::AllReduce { op: ReduceOp::Sum };
 
 /// Member 0 of group 1 calls; the result comes over the channel.
-fn call(engine: &Arc<OnNode>, kind: CollectiveKind, elements: usize) -> Receiver<Result<(), KernelError>> {
+fn call(engine: &Arc<SharedMemory>, kind: CollectiveKind, elements: usize) -> Receiver<Result<(), KernelError>> {
     let (sender, results) = channel();
     let engine = engine.clone();
     thread::spawn(move || {
@@ -55,7 +55,7 @@ fn what_a_peer_posts_outside_its_memory_is_not_touched() {
     let bytes = elements * 4;
     for (x, y) in [(4, 0), (0, 4), (u64::MAX, 0), (0, u64::MAX - 3), (1, 0), (u64::MAX / 2, 0), (bytes as u64, 0)] {
         let groups = [group(1, &[0, 1])];
-        let engine = OnNode::new(Board::create(&groups).unwrap(), &groups, arenas(2, bytes)).unwrap();
+        let engine = SharedMemory::new(Board::create(&groups).unwrap(), &groups, arenas(2, bytes)).unwrap();
         let engine = Arc::new(engine);
         let terms = CollectiveCall { group: groups[0].clone(), member: 0, kind: SUM };
         let seat = engine.board.seat(0, 1);
@@ -74,7 +74,7 @@ fn what_a_peer_posts_outside_its_memory_is_not_touched() {
 fn what_a_peer_sends_from_outside_its_memory_is_not_touched() {
     for x in [1, 4, 8, u64::MAX] {
         let groups = [group(1, &[0, 1])];
-        let engine = OnNode::new(Board::create(&groups).unwrap(), &groups, arenas(2, 8)).unwrap();
+        let engine = SharedMemory::new(Board::create(&groups).unwrap(), &groups, arenas(2, 8)).unwrap();
         let engine = Arc::new(engine);
         let seat = engine.board.seat(0, 1);
         seat.sent.terms.store(digest(&(DType::F32, &[2usize][..])), Ordering::Relaxed);
@@ -91,7 +91,7 @@ fn garbage_on_the_board_does_no_harm() {
     let groups = [group(1, &[0, 1, 2])];
     for seed in 0..40u64 {
         let board = Board::create(&groups).unwrap();
-        let engine = OnNode::new(mapped(&board, Access::ReadWrite), &groups, arenas(3, 1 << 16)).unwrap();
+        let engine = SharedMemory::new(mapped(&board, Access::ReadWrite), &groups, arenas(3, 1 << 16)).unwrap();
         let engine = Arc::new(engine);
         let mut state = seed;
         let mut word = || {
@@ -118,7 +118,7 @@ fn what_does_not_belong_together_is_refused() {
     let groups = [group(1, &[0, 1]), group(2, &[1, 2])];
     let board = Board::create(&groups).unwrap();
     let refused = |board: &Arena, groups: &[Arc<Group>], arenas| {
-        OnNode::new(mapped(board, Access::ReadWrite), groups, arenas).unwrap_err().to_string()
+        SharedMemory::new(mapped(board, Access::ReadWrite), groups, arenas).unwrap_err().to_string()
     };
     assert!(refused(&board, &groups, arenas(2, 8)).contains("none of rank 2"));
     let same_id = [group(1, &[0, 1]), group(1, &[1, 2])];
@@ -127,10 +127,10 @@ fn what_does_not_belong_together_is_refused() {
     let others = [group(1, &[0, 1]), group(2, &[0, 2])];
     assert!(refused(&board, &others, arenas(3, 8)).contains("those of the other processes"));
     assert!(refused(&board, &groups[..1], arenas(3, 8)).contains("bytes, shared"));
-    let read_only = OnNode::new(mapped(&board, Access::Read), &groups, arenas(3, 8)).unwrap_err();
+    let read_only = SharedMemory::new(mapped(&board, Access::Read), &groups, arenas(3, 8)).unwrap_err();
     assert!(read_only.to_string().contains("writable false"));
 
-    let engine = OnNode::new(board, &groups, arenas(3, 64)).unwrap();
+    let engine = SharedMemory::new(board, &groups, arenas(3, 64)).unwrap();
     let shape = [2];
     let run = |group: Arc<Group>, arena: &Arena| {
         let x = View::new("test", arena, 0, &shape, DType::F32).unwrap();
@@ -147,11 +147,11 @@ fn what_does_not_belong_together_is_refused() {
 #[test]
 fn who_waits_for_whom_is_known() {
     let groups = [group(1, &[0, 1])];
-    let engine = Arc::new(OnNode::new(Board::create(&groups).unwrap(), &groups, arenas(2, 64)).unwrap());
+    let engine = Arc::new(SharedMemory::new(Board::create(&groups).unwrap(), &groups, arenas(2, 64)).unwrap());
     assert_eq!(engine.waits(), []);
     let result = call(&engine, SUM, 4);
     let until = Instant::now() + DEADLINE;
-    while engine.waits() != [Wait { group: 1, rank: 0, peer: 1 }] {
+    while engine.waits() != [MemberWait { group: 1, rank: 0, peer: 1 }] {
         assert!(Instant::now() < until);
         thread::yield_now();
     }

@@ -1,5 +1,5 @@
 //! The agreement of a session's processes on their checkpoints: what they tell each other over the control plane, from the
-//! saver's thread, while steps go on. Imports `checkpoint`'s agreement and the actors' membership.
+//! saver's thread, while steps go on.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -9,7 +9,7 @@ use crossbeam_channel::Receiver;
 use serde::{Deserialize, Serialize};
 use shardflow_actors::membership::Membership;
 
-use crate::checkpoint::{Agree, AgreeError, SaveId, Saved};
+use crate::checkpoint::{AgreeError, SaveAgreement, SaveId, SaveOutcome};
 
 /// Topic of these messages on the control plane.
 pub(super) const TOPIC: u16 = 1;
@@ -25,7 +25,7 @@ const EARLY_MAX: usize = 1 << 14;
 const WHY_CHARS_MAX: usize = 1000;
 
 /// A message of a peer.
-pub(super) struct Heard {
+pub(super) struct Received {
     pub(super) from: u32,
     pub(super) bytes: Vec<u8>,
 }
@@ -42,7 +42,7 @@ pub(super) enum Phase {
 
 /// A message.
 #[derive(PartialEq, Eq, Serialize, Deserialize)]
-pub(super) struct Said {
+pub(super) struct Payload {
     epoch: u64,
     step: u64,
     attempt: u32,
@@ -57,22 +57,22 @@ type Key = (u64, u64, u32, Phase, u32);
 type How = Result<bool, (u32, String)>;
 
 /// The agreement of the processes of a session.
-pub(super) struct Together {
+pub(super) struct ClusterAgreement {
     process: u32,
     processes: u32,
     membership: Arc<Membership>,
-    heard: Receiver<Heard>,
+    heard: Receiver<Received>,
     within: Duration,
     /// What came before it was waited for.
     early: Mutex<BTreeMap<Key, How>>,
 }
 
-impl Together {
+impl ClusterAgreement {
     pub(super) fn new(
         process: u32,
         processes: u32,
         membership: Arc<Membership>,
-        heard: Receiver<Heard>,
+        heard: Receiver<Received>,
         wait_max: Duration,
     ) -> Self {
         Self { process, processes, membership, heard, within: wait_max.max(WITHIN), early: Mutex::default() }
@@ -85,7 +85,7 @@ impl Together {
     fn said(save: SaveId, phase: Phase, result: How) -> Vec<u8> {
         let short = |why: String| why.chars().take(WHY_CHARS_MAX).collect();
         let result = result.map_err(|(process, why)| (process, short(why)));
-        let said = Said { epoch: save.epoch, step: save.step, attempt: save.attempt, phase, result };
+        let said = Payload { epoch: save.epoch, step: save.step, attempt: save.attempt, phase, result };
         // Plain data; were it not to encode, the peer would run into its deadline.
         serde_json::to_vec(&said).unwrap_or_default()
     }
@@ -103,7 +103,7 @@ impl Together {
                 let cause = self.membership.first_cause().map(|first| first.to_string());
                 self.error(from, cause.unwrap_or_else(|| format!("said nothing of its part: {e}")))
             })?;
-            let said: Said =
+            let said: Payload =
                 serde_json::from_slice(&heard.bytes).map_err(|e| self.error(heard.from, format!("garbled: {e}")))?;
             let mut early = self.early.lock().unwrap_or_else(PoisonError::into_inner);
             if early.len() >= EARLY_MAX {
@@ -118,7 +118,7 @@ impl Together {
     }
 }
 
-impl Agree for Together {
+impl SaveAgreement for ClusterAgreement {
     fn all_written(&self, save: SaveId, mine: Result<(), String>) -> Result<(), AgreeError> {
         let deadline = Instant::now() + self.within;
         let mine = mine.map(|()| false).map_err(|why| (self.process, why));
@@ -138,16 +138,16 @@ impl Agree for Together {
         all.map(drop).map_err(|(process, why)| self.error(process, why))
     }
 
-    fn outcome(&self, save: SaveId, decided: Option<Result<Saved, String>>) -> Result<Saved, AgreeError> {
+    fn outcome(&self, save: SaveId, decided: Option<Result<SaveOutcome, String>>) -> Result<SaveOutcome, AgreeError> {
         let result = match decided {
             Some(decided) => {
-                let result = decided.map(|saved| saved == Saved::AlreadyThere).map_err(|why| (0, why));
+                let result = decided.map(|saved| saved == SaveOutcome::AlreadyThere).map_err(|why| (0, why));
                 self.tell_all(&Self::said(save, Phase::Outcome, result.clone()))?;
                 result
             }
             None => self.wait(save, Phase::Outcome, 0, Instant::now() + self.within)?,
         };
         let already = result.map_err(|(process, why)| self.error(process, why))?;
-        Ok(if already { Saved::AlreadyThere } else { Saved::Committed })
+        Ok(if already { SaveOutcome::AlreadyThere } else { SaveOutcome::Committed })
     }
 }

@@ -1,5 +1,4 @@
 //! Delays on streams, for tests on a real GPU: what fails to wait for another stream's work then shows in the numbers.
-//! Imports `error`.
 
 use std::env;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -15,12 +14,12 @@ const CYCLES_MAX: u64 = 1 << 30;
 
 /// See [`SPIN`].
 #[derive(Debug)]
-pub(crate) struct Spins {
+pub(crate) struct TestDelays {
     state: AtomicU64,
     cycles_max: u64,
 }
 
-impl Spins {
+impl TestDelays {
     /// As the environment says.
     pub(crate) fn from_environment() -> Result<Option<Self>, KernelError> {
         env::var_os(SPIN).map(|text| Self::parse(&text.to_string_lossy())).transpose()
@@ -55,7 +54,7 @@ mod tests {
     #[test]
     fn half_of_the_steps_wait_and_none_for_too_long() {
         let draws = |text: &str| {
-            let spins = Spins::parse(text).unwrap();
+            let spins = TestDelays::parse(text).unwrap();
             (0..1000).map(|_| spins.next()).collect::<Vec<_>>()
         };
         let drawn = draws("7:5000");
@@ -68,9 +67,9 @@ mod tests {
 
     #[test]
     fn without_the_variable_nothing_spins_and_what_makes_no_sense_is_told() {
-        assert!(env::var_os(SPIN).is_some() || Spins::from_environment().unwrap().is_none());
+        assert!(env::var_os(SPIN).is_some() || TestDelays::from_environment().unwrap().is_none());
         for text in ["", "7", "x:5", "7:0", "7:1073741825"] {
-            let told = Spins::parse(text).unwrap_err().to_string();
+            let told = TestDelays::parse(text).unwrap_err().to_string();
             assert!(told.contains("SHARDFLOW_CUDA_SPIN: expected SEED:CYCLES"), "{told}");
         }
     }

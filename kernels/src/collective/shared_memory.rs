@@ -1,5 +1,5 @@
 //! Collectives between devices of several processes of one node: members meet on a board in shared memory, then read
-//! each other's arenas directly. Imports `collective`, `memory`, `error`, `tensor`.
+//! each other's arenas directly.
 //!
 //! MEET-1 and MEET-3 hold as in `in_process`. Instead of MEET-2:
 //! - NODE-1: a peer may die or freeze at any moment, so every wait gives up once this process, or any other, aborts. What
@@ -14,11 +14,11 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::Instant;
 
-use crate::collective::board::{Board, COPY_BYTES_MAX, Post, Seat, TICK, Table};
+use crate::collective::board::{Board, COPY_BYTES_MAX, GroupArea, MemberSlot, Post, TICK};
 use crate::collective::exchange::{
     Met, Posted, Terms, check_buffers, check_members, copy_elements, describe_views, exchange, exchange_copies,
 };
-use crate::collective::{Collective, CollectiveCall, CollectiveKind, Group, Wait};
+use crate::collective::{Collective, CollectiveCall, CollectiveKind, Group, MemberWait};
 use crate::error::KernelError;
 use crate::memory::{Arena, View};
 
@@ -27,7 +27,7 @@ const PATIENCE_TICKS: u32 = 50;
 
 /// The engine of groups whose members live in several processes of one node; each process has one.
 #[derive(Debug)]
-pub struct OnNode {
+pub struct SharedMemory {
     board: Board,
     groups: Vec<Known>,
     index: HashMap<u32, usize>,
@@ -54,18 +54,18 @@ struct Progress {
 
 /// One call of one member, with what it needs at every step.
 struct Call<'a> {
-    engine: &'a OnNode,
+    engine: &'a SharedMemory,
     call: &'a CollectiveCall,
     reads: &'a [View<'a>],
     writes: &'a [View<'a>],
     group: usize,
-    table: &'a Table,
-    seat: &'a Seat,
+    table: &'a GroupArea,
+    seat: &'a MemberSlot,
     progress: &'a Progress,
     crowded: bool,
 }
 
-impl OnNode {
+impl SharedMemory {
     /// The engine of this process. `board` is one memfd in all processes ([`Board::create`]), mapped to read and write;
     /// `groups` are the same, in the same order, in all processes. `arenas` has every member device's memory, by rank:
     /// its own arena for a device of this process, and a peer's mapped to be read. Calls take x and y from there.
@@ -173,7 +173,7 @@ impl Call<'_> {
         self.call.group.ranks.len()
     }
 
-    fn other(&self, member: usize) -> &Seat {
+    fn other(&self, member: usize) -> &MemberSlot {
         self.engine.board.seat(self.group, member)
     }
 
@@ -380,7 +380,7 @@ impl Call<'_> {
     }
 }
 
-impl Collective for OnNode {
+impl Collective for SharedMemory {
     fn run(&self, call: &CollectiveCall, reads: &[View<'_>], writes: &[View<'_>]) -> Result<(), KernelError> {
         check_members(call)?;
         let known = self.index.get(&call.group.id).map(|&group| (group, &self.groups[group]));
@@ -400,7 +400,7 @@ impl Collective for OnNode {
     }
 
     /// A member that has posted for its next meeting waits for those that have not.
-    fn waits(&self) -> Vec<Wait> {
+    fn waits(&self) -> Vec<MemberWait> {
         let mut waits = Vec::new();
         for (index, Known { group, progress }) in self.groups.iter().enumerate() {
             // Memory that may be written is of a device of this process.
@@ -413,7 +413,7 @@ impl Collective for OnNode {
                 };
                 if posted(member) {
                     let absent = (0..group.ranks.len()).filter(|peer| !posted(*peer));
-                    waits.extend(absent.map(|peer| Wait { group: group.id, rank, peer: group.ranks[peer] }));
+                    waits.extend(absent.map(|peer| MemberWait { group: group.id, rank, peer: group.ranks[peer] }));
                 }
             }
         }

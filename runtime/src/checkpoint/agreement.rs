@@ -1,11 +1,10 @@
 //! How processes agree that a checkpoint is complete: each says how it went, process 0 commits, all learn the outcome.
-//! Imports `checkpoint::error`.
 
 use super::error::AgreeError;
 
 /// Which process of how many, and in which incarnation of the job.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Member {
+pub struct ProcessRank {
     /// Rank of this process.
     pub process: u32,
     /// How many there are.
@@ -14,7 +13,7 @@ pub struct Member {
     pub epoch: u64,
 }
 
-impl Member {
+impl ProcessRank {
     /// The only process.
     pub const ALONE: Self = Self { process: 0, processes: 1, epoch: 0 };
 }
@@ -32,7 +31,7 @@ pub struct SaveId {
 
 /// What became of a save that succeeded.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Saved {
+pub enum SaveOutcome {
     /// It was committed.
     Committed,
     /// The step had a checkpoint already, which stays as it is.
@@ -40,9 +39,9 @@ pub enum Saved {
 }
 
 /// The agreement of the processes of a job. Calls come from the saver's thread, never from a step, in the order of the
-/// saves; for each save [`Agree::all_written`], then [`Agree::outcome`], but no `outcome` after an error. Each call may
+/// saves; for each save [`SaveAgreement::all_written`], then [`SaveAgreement::outcome`], but no `outcome` after an error. Each call may
 /// wait for the other processes, and must come back within a deadline of its own.
-pub trait Agree: Send + Sync {
+pub trait SaveAgreement: Send + Sync {
     /// Says whether this process's shard is written. Comes back when all have said so.
     ///
     /// # Errors
@@ -53,19 +52,19 @@ pub trait Agree: Send + Sync {
     ///
     /// # Errors
     /// On every process, when process 0 could not commit, is gone, or did not say in time.
-    fn outcome(&self, save: SaveId, decided: Option<Result<Saved, String>>) -> Result<Saved, AgreeError>;
+    fn outcome(&self, save: SaveId, decided: Option<Result<SaveOutcome, String>>) -> Result<SaveOutcome, AgreeError>;
 }
 
 /// The agreement of one process with itself.
 #[derive(Clone, Copy, Debug, Default)]
-pub struct Alone;
+pub struct SingleProcess;
 
-impl Agree for Alone {
+impl SaveAgreement for SingleProcess {
     fn all_written(&self, _save: SaveId, mine: Result<(), String>) -> Result<(), AgreeError> {
         mine.map_err(|why| AgreeError { process: Some(0), why })
     }
 
-    fn outcome(&self, _save: SaveId, decided: Option<Result<Saved, String>>) -> Result<Saved, AgreeError> {
+    fn outcome(&self, _save: SaveId, decided: Option<Result<SaveOutcome, String>>) -> Result<SaveOutcome, AgreeError> {
         let missing = || Err("process 0 decided nothing".to_string());
         decided.unwrap_or_else(missing).map_err(|why| AgreeError { process: Some(0), why })
     }

@@ -1,5 +1,5 @@
 //! The thread of an endpoint: polls listeners and strangers, moves each handshake on as far as its bytes go, and never
-//! waits for one of them. Imports `handshake` and `link`.
+//! waits for one of them.
 
 use std::collections::VecDeque;
 use std::io::{self, Read, Write};
@@ -10,10 +10,10 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
-use super::{EndpointOptions, Listener, Refusals, Shared, Unclaimed};
+use super::{ListenerOptions, Refusals, Shared, Socket, Unclaimed};
 use crate::transport::dial::with_length;
 use crate::transport::handshake::{Acceptor, HANDSHAKE_BYTES_MAX, HandshakeError, Nonce, Refusal, greeting};
-use crate::transport::{Hello, Link, Purpose, Secret, secret};
+use crate::transport::{Connection, Hello, Purpose, SharedKey, secret};
 
 /// Connections taken from one listener before others get their turn.
 const ACCEPTS_A_TURN: usize = 64;
@@ -22,10 +22,10 @@ const REST: Duration = Duration::from_millis(50);
 
 /// What the thread owns.
 pub(super) struct Server {
-    listeners: Vec<Listener>,
+    listeners: Vec<Socket>,
     sleeper: UnixStream,
-    secret: Secret,
-    options: EndpointOptions,
+    secret: SharedKey,
+    options: ListenerOptions,
     shared: Arc<Shared>,
     /// Oldest first.
     strangers: VecDeque<Stranger>,
@@ -34,7 +34,7 @@ pub(super) struct Server {
 
 /// A connection that has not proved itself.
 struct Stranger {
-    link: Link,
+    link: Connection,
     nonce: Nonce,
     deadline: Instant,
     /// The message that is coming in, with its length in front; `filled` bytes of it are there.
@@ -58,10 +58,10 @@ const PREFIX_BYTES: usize = 2;
 
 impl Server {
     pub(super) fn new(
-        listeners: Vec<Listener>,
+        listeners: Vec<Socket>,
         sleeper: UnixStream,
-        secret: Secret,
-        options: EndpointOptions,
+        secret: SharedKey,
+        options: ListenerOptions,
         shared: Arc<Shared>,
     ) -> Self {
         Self { listeners, sleeper, secret, options, shared, strangers: VecDeque::new(), rest_until: None }
@@ -153,9 +153,9 @@ impl Server {
         }
     }
 
-    fn stranger(&self, link: Link) -> io::Result<Stranger> {
+    fn stranger(&self, link: Connection) -> io::Result<Stranger> {
         link.set_nonblocking(true)?;
-        if let Link::Tcp(stream) = &link {
+        if let Connection::Tcp(stream) = &link {
             stream.set_nodelay(true)?;
         }
         let nonce = secret::random().map_err(io::Error::other)?;
@@ -229,7 +229,7 @@ impl Server {
         }
     }
 
-    fn shelve(&self, hello: Hello, link: Link) {
+    fn shelve(&self, hello: Hello, link: Connection) {
         let mut state = self.shared.state();
         if state.closed {
             return;
@@ -293,11 +293,11 @@ impl Stranger {
     }
 }
 
-impl Listener {
-    fn accept(&self) -> io::Result<Link> {
+impl Socket {
+    fn accept(&self) -> io::Result<Connection> {
         match self {
-            Self::Tcp(listener) => listener.accept().map(|(stream, _)| Link::Tcp(stream)),
-            Self::Unix(listener) => listener.accept().map(|(stream, _)| Link::Unix(stream)),
+            Self::Tcp(listener) => listener.accept().map(|(stream, _)| Connection::Tcp(stream)),
+            Self::Unix(listener) => listener.accept().map(|(stream, _)| Connection::Unix(stream)),
         }
     }
 

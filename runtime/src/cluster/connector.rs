@@ -1,6 +1,5 @@
 //! The ways that a session's registers and collectives take from process to process: memory that is mapped, connections that
-//! are dialled. All processes make them in the same order. Imports `cluster`'s rendezvous, `session::hosting`, `plan`, the
-//! actors' transport and kernels.
+//! are dialled. All processes make them in the same order.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::ErrorKind;
@@ -9,15 +8,15 @@ use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use shardflow_actors::remote::Peer;
+use shardflow_actors::remote::PeerSpec;
 use shardflow_actors::shell::RegisterMemory;
 use shardflow_actors::spec::RegisterId;
 use shardflow_actors::transport::{
-    self, Address, Endpoint, Hello, Link, Purpose, Secret, TransportError, with_zone_of,
+    self, Address, Connection, Hello, Listener, Purpose, SharedKey, TransportError, with_zone_of,
 };
 use shardflow_kernels::collective::board::Board;
-use shardflow_kernels::collective::on_node::OnNode;
 use shardflow_kernels::collective::routed::Routed;
+use shardflow_kernels::collective::shared_memory::SharedMemory;
 use shardflow_kernels::collective::wire::{self, Channel, Wire};
 use shardflow_kernels::collective::{Collective, Group};
 use shardflow_kernels::device::{Device, DeviceKind};
@@ -28,13 +27,13 @@ use super::rendezvous::{Member, Roster};
 use super::{ClusterError, ClusterOptions, Collectives, INTERFACE, TRANSPORT, Transport};
 use crate::plan::Plan;
 use crate::session::devices::Pipes;
-use crate::session::hosting::Hosting;
+use crate::session::process_map::ProcessMap;
 
 /// How often a wait for a peer looks whether the session has ended.
 const LOOK: Duration = Duration::from_millis(100);
 
 /// How a session's registers and collectives get from process to process.
-pub(crate) struct Ways {
+pub(crate) struct Connections {
     /// Runs every group's collectives.
     pub(crate) engine: Arc<dyn Collective>,
     /// Arenas of peers' devices that are mapped here.
@@ -42,10 +41,10 @@ pub(crate) struct Ways {
     /// Registers of peers whose slots are copied here.
     pub(crate) mirrors: BTreeMap<RegisterId, RegisterMemory>,
     /// The connections that register messages take.
-    pub(crate) peers: Vec<Peer>,
+    pub(crate) peers: Vec<PeerSpec>,
 }
 
-impl Ways {
+impl Connections {
     /// Of a session that has no peers.
     pub(crate) fn alone(engine: Arc<dyn Collective>) -> Self {
         Self { engine, mapped: BTreeMap::new(), mirrors: BTreeMap::new(), peers: Vec::new() }
@@ -53,13 +52,13 @@ impl Ways {
 }
 
 /// Everything that the ways are made with.
-pub(crate) struct Roads<'a> {
+pub(crate) struct Connector<'a> {
     /// What memory and collectives are of: a GPU's memory is shared with nobody, and its collectives are the GPU engine's.
     pub(crate) device: DeviceKind,
-    pub(crate) hosting: Hosting,
+    pub(crate) process_map: ProcessMap,
     pub(crate) roster: &'a Roster,
-    pub(crate) endpoint: &'a Endpoint,
-    pub(crate) secret: &'a Secret,
+    pub(crate) endpoint: &'a Listener,
+    pub(crate) secret: &'a SharedKey,
     pub(crate) options: &'a ClusterOptions,
     pub(crate) by_mpi: &'a ByMpi,
     pub(crate) deadline: Instant,
@@ -67,7 +66,7 @@ pub(crate) struct Roads<'a> {
     pub(crate) pipes: Pipes,
 }
 
-impl Roads<'_> {
+impl Connector<'_> {
     fn member(&self, process: u32) -> &Member {
         &self.roster.members[process as usize]
     }
@@ -79,8 +78,8 @@ impl Roads<'_> {
     }
 
     /// The connection to a peer for a purpose: of two processes the one of the higher number dials.
-    pub(crate) fn link(&self, peer: u32, purpose: Purpose) -> Result<Link, ClusterError> {
-        if self.hosting.process < peer {
+    pub(crate) fn link(&self, peer: u32, purpose: Purpose) -> Result<Connection, ClusterError> {
+        if self.process_map.process < peer {
             let purpose = match purpose {
                 Purpose::Group { group, member, peer } => Purpose::Group { group, member: peer, peer: member },
                 same => same,
@@ -88,7 +87,7 @@ impl Roads<'_> {
             return Ok(self.endpoint.wait(peer, purpose, self.deadline)?);
         }
         let (session, epoch) = (self.roster.session, self.roster.epoch);
-        let hello = Hello { session, epoch, from: self.hosting.process, to: peer, purpose };
+        let hello = Hello { session, epoch, from: self.process_map.process, to: peer, purpose };
         Ok(self.endpoint.dial(&self.address(peer)?, self.secret, &hello, self.deadline)?)
     }
 
@@ -96,7 +95,7 @@ impl Roads<'_> {
         let member = self.member(peer);
         let by_tcp = self.options.transport == Transport::Tcp;
         let chosen =
-            if self.member(self.hosting.process).is_near(member) && !by_tcp { member.unix() } else { member.tcp() };
+            if self.member(self.process_map.process).is_near(member) && !by_tcp { member.unix() } else { member.tcp() };
         let host = &member.host;
         let none =
             format!("rank {peer} on {host} listens on no address that can be reached from here; set {INTERFACE} there");
@@ -113,23 +112,23 @@ impl Roads<'_> {
         devices: &[Device],
         arenas: &BTreeMap<usize, Arena>,
         in_process: Arc<dyn Collective>,
-    ) -> Result<Ways, ClusterError> {
-        let own = self.hosting.process;
+    ) -> Result<Connections, ClusterError> {
+        let own = self.process_map.process;
         let near: BTreeSet<u32> =
-            (0..self.hosting.processes).filter(|p| *p == own || self.shares_memory(own, *p)).collect();
+            (0..self.process_map.processes).filter(|p| *p == own || self.shares_memory(own, *p)).collect();
         let wants_mpi = self.options.collectives == Collectives::Mpi;
-        let takes_mpi = |group: &Arc<Group>| wants_mpi && ByMpi::takes(&self.hosting, group);
-        let mut crossing = self.hosting.crossing_groups(plan);
+        let takes_mpi = |group: &Arc<Group>| wants_mpi && ByMpi::takes(&self.process_map, group);
+        let mut crossing = self.process_map.crossing_groups(plan);
         crossing.retain(|_| self.device == DeviceKind::Cpu);
         let (by_mpi, own): (Vec<_>, Vec<_>) = crossing.into_iter().partition(takes_mpi);
-        let on_node = |group: &Arc<Group>| self.hosting.processes_of(group).is_subset(&near);
+        let on_node = |group: &Arc<Group>| self.process_map.processes_of(group).is_subset(&near);
         let (on_board, mut on_wire): (Vec<_>, Vec<_>) = own.into_iter().partition(on_node);
-        on_wire.retain(|group| self.hosting.processes_of(group).contains(&self.hosting.process));
+        on_wire.retain(|group| self.process_map.processes_of(group).contains(&self.process_map.process));
         let (mapped, board) = self.share(on_board, plan, arenas, &near)?;
         let mut engines: BTreeMap<u32, Arc<dyn Collective>> = BTreeMap::new();
         if let Some((board, groups)) = board {
             let all = arenas.iter().chain(&mapped).map(|(device, arena)| (*device, arena.clone())).collect();
-            let engine: Arc<dyn Collective> = Arc::new(OnNode::new(board, &groups, all)?);
+            let engine: Arc<dyn Collective> = Arc::new(SharedMemory::new(board, &groups, all)?);
             groups.iter().for_each(|group| drop(engines.insert(group.id, engine.clone())));
         }
         if !on_wire.is_empty() {
@@ -139,12 +138,12 @@ impl Roads<'_> {
         let (mirrors, peers) = self.peers(plan, devices)?;
         if !by_mpi.is_empty() {
             let within = self.deadline.saturating_duration_since(Instant::now());
-            let engine = self.by_mpi.engine(&self.hosting, &by_mpi, within)?;
+            let engine = self.by_mpi.engine(&self.process_map, &by_mpi, within)?;
             by_mpi.iter().for_each(|group| drop(engines.insert(group.id, engine.clone())));
         }
         let engine: Arc<dyn Collective> =
             if engines.is_empty() { in_process } else { Arc::new(Routed::new(engines, in_process)) };
-        Ok(Ways { engine, mapped, mirrors, peers })
+        Ok(Connections { engine, mapped, mirrors, peers })
     }
 }
 
@@ -175,7 +174,7 @@ pub(super) fn check_near(roster: &Roster, own: u32, transport: Transport) -> Res
 /// Memory of peers of this node, by device; and the board of groups that meet on this node, with the groups.
 type Shared = (BTreeMap<usize, Arena>, Option<(Arena, Vec<Arc<Group>>)>);
 
-impl Roads<'_> {
+impl Connector<'_> {
     /// Maps the arenas of the peers of this node, and gives them this process's.
     fn share(
         &self,
@@ -184,7 +183,7 @@ impl Roads<'_> {
         arenas: &BTreeMap<usize, Arena>,
         near: &BTreeSet<u32>,
     ) -> Result<Shared, ClusterError> {
-        let own = self.hosting.process;
+        let own = self.process_map.process;
         let first = near.first().copied().unwrap_or(own);
         let bytes = Board::bytes(&groups);
         let mut board = if first == own && near.len() > 1 { Some(Board::create(&groups)?) } else { None };
@@ -194,7 +193,7 @@ impl Roads<'_> {
             let given: Vec<BorrowedFd<'_>> = arenas.values().chain(&board).filter_map(Arena::descriptor).collect();
             let given = if own == first { &given[..] } else { &given[..arenas.len()] };
             transport::send_descriptors(&link, given)?;
-            let theirs = self.hosting.devices_of(peer);
+            let theirs = self.process_map.devices_of(peer);
             let count = theirs.len() + usize::from(peer == first);
             let mut taken = self.receive_descriptors(&link, count)?.into_iter();
             for (device, descriptor) in theirs.zip(taken.by_ref()) {
@@ -209,7 +208,7 @@ impl Roads<'_> {
     }
 
     /// Waits for a peer's descriptors, until the deadline or the session's end.
-    fn receive_descriptors(&self, link: &Link, count: usize) -> Result<Vec<OwnedFd>, ClusterError> {
+    fn receive_descriptors(&self, link: &Connection, count: usize) -> Result<Vec<OwnedFd>, ClusterError> {
         let limited = link.set_read_timeout(Some(LOOK));
         limited.map_err(|cause| ClusterError::System { what: "limit the time of a connection", cause })?;
         loop {
@@ -228,7 +227,7 @@ impl Roads<'_> {
 
     /// Channels of this process's members to the members that they talk to.
     fn channels(&self, groups: &[Arc<Group>]) -> Result<BTreeMap<(u32, usize, usize), Channel>, ClusterError> {
-        let own = self.hosting.own();
+        let own = self.process_map.own();
         let mut channels = BTreeMap::new();
         for group in groups {
             for member in (0..group.ranks.len()).filter(|m| own.contains(&group.ranks[*m])) {
@@ -237,7 +236,7 @@ impl Roads<'_> {
                     if !own.contains(&group.ranks[peer]) {
                         let (member_id, peer_id) = (member as u32, peer as u32);
                         let purpose = Purpose::Group { group: group.id, member: member_id, peer: peer_id };
-                        let link = self.link(self.hosting.process_of(group.ranks[peer]), purpose)?;
+                        let link = self.link(self.process_map.process_of(group.ranks[peer]), purpose)?;
                         channels.insert(at(member, peer), channel(link));
                     } else if member < peer {
                         let pair = UnixStream::pair()
@@ -252,17 +251,17 @@ impl Roads<'_> {
     }
 
     /// A connection to each peer for the registers, and a mirror of each register whose bytes come by it.
-    fn peers(&self, plan: &Plan, devices: &[Device]) -> Result<(Mirrors, Vec<Peer>), ClusterError> {
-        let own = self.hosting.process;
+    fn peers(&self, plan: &Plan, devices: &[Device]) -> Result<(Mirrors, Vec<PeerSpec>), ClusterError> {
+        let own = self.process_map.process;
         let (mut memory, mut peers) = (Mirrors::new(), Vec::new());
-        let pairs = if self.pipes.is_empty() { BTreeMap::new() } else { self.hosting.crossing_pairs(plan) };
-        for process in self.hosting.peers() {
+        let pairs = if self.pipes.is_empty() { BTreeMap::new() } else { self.process_map.crossing_pairs(plan) };
+        for process in self.process_map.peers() {
             let (mut pushes, mut mirrors) = (BTreeMap::new(), BTreeMap::new());
             if !self.shares_memory(own, process) {
-                pushes = self.hosting.crossing(plan, own, process);
-                mirrors = self.hosting.crossing(plan, process, own);
-                for (register, device, bytes) in self.hosting.mirrors(plan, process) {
-                    let base = Base { arena: devices[device - self.hosting.own().start].arena(bytes)?, offset: 0 };
+                pushes = self.process_map.crossing(plan, own, process);
+                mirrors = self.process_map.crossing(plan, process, own);
+                for (register, device, bytes) in self.process_map.mirrors(plan, process) {
+                    let base = Base { arena: devices[device - self.process_map.own().start].arena(bytes)?, offset: 0 };
                     let stride = plan.spec.registers[register.0 as usize].slot_bytes;
                     memory.insert(register, RegisterMemory { base, stride });
                 }
@@ -273,11 +272,19 @@ impl Roads<'_> {
             for (ends, registers) in &pairs {
                 let Some(pipe) = self.pipes.get(ends) else { continue };
                 // A register may go to several processes; at its end here it has one pipe for each.
-                let far = if self.hosting.process_of(ends.0) == own { ends.1 } else { ends.0 };
-                let here = registers.iter().filter(|r| self.hosting.process_of(far) == process && crossing.contains(r));
+                let far = if self.process_map.process_of(ends.0) == own { ends.1 } else { ends.0 };
+                let here =
+                    registers.iter().filter(|r| self.process_map.process_of(far) == process && crossing.contains(r));
                 here.for_each(|register| drop(pipes.insert(*register, pipe.clone())));
             }
-            peers.push(Peer { process, actors: self.hosting.actors_of(plan, process), link, pushes, mirrors, pipes });
+            peers.push(PeerSpec {
+                process,
+                actors: self.process_map.actors_of(plan, process),
+                link,
+                pushes,
+                mirrors,
+                pipes,
+            });
         }
         Ok((memory, peers))
     }
@@ -285,10 +292,10 @@ impl Roads<'_> {
 
 type Mirrors = BTreeMap<RegisterId, RegisterMemory>;
 
-fn channel(link: Link) -> Channel {
+fn channel(link: Connection) -> Channel {
     match link {
-        Link::Tcp(stream) => Channel::Tcp(stream),
-        Link::Unix(stream) => Channel::Unix(stream),
+        Connection::Tcp(stream) => Channel::Tcp(stream),
+        Connection::Unix(stream) => Channel::Unix(stream),
     }
 }
 

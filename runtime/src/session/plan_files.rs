@@ -1,4 +1,4 @@
-//! For `shardflow plan`: a program whose environment says so writes the plan that it would run, and runs nothing. Imports `plan`.
+//! For `shardflow plan`: a program whose environment says so writes the plan that it would run, and runs nothing.
 
 use std::path::PathBuf;
 
@@ -16,7 +16,7 @@ pub const PLAN_DOT: &str = "SHARDFLOW_PLAN_DOT";
 const ALL: [&str; 3] = [PLAN_HTML, PLAN_DOT, PLAN_TEXT];
 
 /// True under `shardflow plan`: a session will not start, so that a program needs none of what it would run on.
-pub fn is_asked() -> bool {
+pub fn is_requested() -> bool {
     ALL.iter().any(|variable| std::env::var_os(variable).is_some())
 }
 
@@ -31,5 +31,5 @@ pub(super) fn show(plan: &Plan) -> Result<(), SessionError> {
         };
         std::fs::write(&path, picture).map_err(|source| SessionError::PlanFile { path, source })?;
     }
-    if is_asked() { Err(SessionError::PlanShown) } else { Ok(()) }
+    if is_requested() { Err(SessionError::PlanShown) } else { Ok(()) }
 }

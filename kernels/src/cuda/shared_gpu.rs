@@ -1,7 +1,6 @@
 //! Collectives between devices of one process that share GPUs, which NCCL refuses: members meet on the host, and whoever comes
 //! last puts all members' parts on their streams, ordered by events. No host waits for a GPU. What lies on another GPU is
 //! copied over before a kernel reads it.
-//! Imports `collective`, `region`, `cuda::boxes`, `cuda::lower`, `cuda::lane`, `cuda::engine`, `cuda::event`.
 //!
 //! - LOCAL-1: a member that is not the last waits on the host until the last has come: its stream's own thread does, so
 //!   nothing is put on its stream meanwhile but by the last.
@@ -12,27 +11,27 @@
 use std::collections::HashMap;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
-use super::boxes::{Boxed, combine, copy_box, fetch_box, foreign_elements};
-use super::engine::{self, Enqueue, Enqueued, OnDevice};
+use super::engine::{self, CudaCollective, Enqueue, Enqueued};
 use super::event::Recorded;
-use super::lane::Lane;
 use super::lower::collective::{PIECE_BYTES, regions, start_of_piece};
+use super::raw_stream::RawStream;
 use super::staged::device_address;
+use super::strided_copy::{StridedRegion, combine, copy_region, fetch_region, foreign_elements};
 use crate::collective::exchange::{Terms, check_call, check_members, describe, describe_views, taken};
-use crate::collective::{Collective, CollectiveCall, CollectiveKind, Outcome, ReduceOp, Wait};
+use crate::collective::{AbortStatus, Collective, CollectiveCall, CollectiveKind, MemberWait, ReduceOp};
 use crate::error::KernelError;
 use crate::memory::View;
 use crate::tensor::{DType, Region, element_count, split_range};
 
 /// The engine of devices that share a GPU. One is shared by all of them.
 #[derive(Debug, Default)]
-pub struct Local(Arc<Inner>);
+pub struct SharedGpu(Arc<Inner>);
 
 #[derive(Debug, Default)]
 struct Inner {
     groups: Mutex<HashMap<u32, Arc<Meeting>>>,
     received: Mutex<HashMap<usize, u64>>,
-    outcome: Outcome,
+    outcome: AbortStatus,
 }
 
 /// Where the members of one group meet.
@@ -66,7 +65,7 @@ struct Post {
     x_shape: Vec<usize>,
     y_shape: Vec<usize>,
     dtype: DType,
-    lane: Arc<Lane>,
+    lane: Arc<RawStream>,
     /// Behind all that the member's stream did before.
     ready: Arc<Recorded>,
 }
@@ -82,7 +81,7 @@ struct Message {
     address: u64,
     shape: Vec<usize>,
     dtype: DType,
-    lane: Arc<Lane>,
+    lane: Arc<RawStream>,
     ready: Arc<Recorded>,
 }
 
@@ -104,7 +103,7 @@ impl Post {
     }
 }
 
-impl Local {
+impl SharedGpu {
     /// An engine with no groups yet; they come with the calls.
     pub fn new() -> Self {
         Self::default()
@@ -267,16 +266,16 @@ fn transfer(call: &CollectiveCall, sender: &Message, receiver: &Message) -> Resu
 }
 
 /// What is put on a stream is put there with its GPU's context bound.
-fn bind(lane: &Lane) -> Result<(), KernelError> {
+fn bind(lane: &RawStream) -> Result<(), KernelError> {
     lane.gpu().context().bind()
 }
 
-fn on_one_gpu(lane: &Lane, other: &Lane) -> bool {
+fn on_one_gpu(lane: &RawStream, other: &RawStream) -> bool {
     Arc::ptr_eq(lane.gpu().context(), other.gpu().context())
 }
 
 /// Copies what lies on `source`'s GPU.
-fn copy(lane: &Lane, to: u64, source: &Lane, from: u64, bytes: usize) -> Result<(), KernelError> {
+fn copy(lane: &RawStream, to: u64, source: &RawStream, from: u64, bytes: usize) -> Result<(), KernelError> {
     if on_one_gpu(lane, source) {
         return lane.copy(to, from, bytes);
     }
@@ -284,11 +283,17 @@ fn copy(lane: &Lane, to: u64, source: &Lane, from: u64, bytes: usize) -> Result<
 }
 
 /// Copies a box of what lies on `source`'s GPU.
-fn copy_boxed(lane: &Lane, source: &Lane, from: Boxed<'_>, to: Boxed<'_>, dtype: DType) -> Result<(), KernelError> {
+fn copy_boxed(
+    lane: &RawStream,
+    source: &RawStream,
+    from: StridedRegion<'_>,
+    to: StridedRegion<'_>,
+    dtype: DType,
+) -> Result<(), KernelError> {
     if on_one_gpu(lane, source) {
-        return copy_box(lane, from, to, dtype);
+        return copy_region(lane, from, to, dtype);
     }
-    fetch_box(lane, source.gpu().context(), from, to, dtype)
+    fetch_region(lane, source.gpu().context(), from, to, dtype)
 }
 
 /// Has each member's stream wait for an event of each other's.
@@ -367,8 +372,8 @@ fn reduce(
     let Some(start) = start_of_piece(shape, part) else {
         let whole = Region::whole(&part.size);
         for (i, post) in in_order() {
-            let to = Boxed { address: slot(i, elements), shape: &part.size, region: &whole };
-            let from = Boxed { address: post.x, shape, region: part };
+            let to = StridedRegion { address: slot(i, elements), shape: &part.size, region: &whole };
+            let from = StridedRegion { address: post.x, shape, region: part };
             copy_boxed(&own.lane, &post.lane, from, to, own.dtype)?;
         }
         let xs: Vec<u64> = in_order().map(|(i, _)| slot(i, elements)).collect();
@@ -400,22 +405,22 @@ fn gather(posts: &[Post], member: usize, sources: &[Region], target: &Region) ->
         let source = &sources[other];
         for common in &boxes {
             let (from, to) = (common.relative_to(source), common.relative_to(target));
-            let from = Boxed { address: posts[other].x, shape: &source.size, region: &from };
-            let to = Boxed { address: own.y, shape: &target.size, region: &to };
+            let from = StridedRegion { address: posts[other].x, shape: &source.size, region: &from };
+            let to = StridedRegion { address: own.y, shape: &target.size, region: &to };
             copy_boxed(&own.lane, &posts[other].lane, from, to, own.dtype)?;
         }
     }
     Ok(())
 }
 
-impl Enqueue for Local {
+impl Enqueue for SharedGpu {
     fn enqueue(
         &self,
         call: &CollectiveCall,
         reads: &[View<'_>],
         writes: &[View<'_>],
         workspace: Option<&View<'_>>,
-        lane: &Arc<Lane>,
+        lane: &Arc<RawStream>,
     ) -> Result<Enqueued, KernelError> {
         check_members(call)?;
         let meeting = self.0.meeting(call.group.id);
@@ -463,7 +468,7 @@ impl Enqueue for Local {
     }
 }
 
-impl Collective for Local {
+impl Collective for SharedGpu {
     fn run(&self, call: &CollectiveCall, _: &[View<'_>], _: &[View<'_>]) -> Result<(), KernelError> {
         Err(KernelError::arguments(call.name(), "stream", "a stream of a GPU", "the host"))
     }
@@ -479,7 +484,7 @@ impl Collective for Local {
     }
 
     /// Nothing is known of a member that waits on the GPU for another's stream.
-    fn waits(&self) -> Vec<Wait> {
+    fn waits(&self) -> Vec<MemberWait> {
         Vec::new()
     }
 
@@ -487,12 +492,12 @@ impl Collective for Local {
         false
     }
 
-    fn outcomes(&self) -> Vec<Outcome> {
+    fn outcomes(&self) -> Vec<AbortStatus> {
         vec![self.0.outcome.clone()]
     }
 
-    fn on_device(&self, _: &CollectiveCall) -> Option<OnDevice<'_>> {
-        Some(OnDevice(self))
+    fn on_device(&self, _: &CollectiveCall) -> Option<CudaCollective<'_>> {
+        Some(CudaCollective(self))
     }
 
     fn bytes_received(&self, rank: usize) -> u64 {

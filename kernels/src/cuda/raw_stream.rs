@@ -1,5 +1,4 @@
 //! A CUDA stream's own things, that whoever puts work on it uses: the handle, launches, copies, events.
-//! Imports `cuda::gpu`, `cuda::event`, `cuda::memory`, `cuda::module`, `cuda::progress`, `cuda::spin`.
 #![allow(unsafe_code)]
 
 use std::ffi::c_void;
@@ -13,9 +12,9 @@ use super::gpu::Gpu;
 use super::memory::{destroy_stream, new_stream};
 use super::module::Function;
 use super::progress::Calls;
-use super::spin::Spins;
+use super::test_delay::TestDelays;
 use crate::error::KernelError;
-use crate::metrics::Told;
+use crate::metrics::CollectiveTimer;
 
 /// Parameters that a kernel may have.
 pub(crate) const PARAMETERS_MAX: usize = 32;
@@ -56,7 +55,7 @@ impl Rows {
 
 /// See the module. The stream is destroyed with it.
 #[derive(Debug)]
-pub(crate) struct Lane {
+pub(crate) struct RawStream {
     gpu: Arc<Gpu>,
     rank: usize,
     stream: Raw<sys::CUstream>,
@@ -74,7 +73,7 @@ pub(crate) struct Geometry {
     pub(crate) shared_bytes: u32,
 }
 
-impl Lane {
+impl RawStream {
     /// `urgent` gives it the greatest priority.
     pub(crate) fn new(gpu: &Arc<Gpu>, rank: usize, name: &str, urgent: bool) -> Result<Self, KernelError> {
         let place = format!("stream {name} of device {rank} on {}", gpu.place());
@@ -120,12 +119,12 @@ impl Lane {
 
     /// Lets time pass on the stream before the next step, where a test asked for that.
     pub(crate) fn spin(&self) -> Result<(), KernelError> {
-        let Some(cycles) = self.gpu.spins().and_then(Spins::next) else { return Ok(()) };
+        let Some(cycles) = self.gpu.spins().and_then(TestDelays::next) else { return Ok(()) };
         let how = Geometry { grid: [1; 3], block: [1; 3], shared_bytes: 0 };
         self.launch(self.gpu.modules().function("spin", 0)?, &how, &[cycles])
     }
 
-    /// As [`Lane::launch`], with a pointer to each parameter.
+    /// As [`RawStream::launch`], with a pointer to each parameter.
     pub(crate) fn launch_with(
         &self,
         function: Function,
@@ -172,7 +171,7 @@ impl Lane {
         self.check(result, "cuMemcpyPeerAsync")
     }
 
-    /// As [`Lane::copy_from`], of rows, in one call.
+    /// As [`RawStream::copy_from`], of rows, in one call.
     pub(crate) fn copy_rows_from(&self, source: &Context, rows: &Rows) -> Result<(), KernelError> {
         let &Rows { from, to, bytes, count, pitch } = rows;
         if count == 1 {
@@ -243,7 +242,7 @@ impl Lane {
     }
 
     /// Puts word on the stream that a call is next, whose time is told when it is over (PROGRESS-1).
-    pub(crate) fn begin_call(&self, told: Option<Told>) -> Result<(), KernelError> {
+    pub(crate) fn begin_call(&self, told: Option<CollectiveTimer>) -> Result<(), KernelError> {
         self.calls.as_ref().map_or(Ok(()), |calls| self.write_word(calls.begin(told)))
     }
 
@@ -286,7 +285,7 @@ impl Lane {
     }
 }
 
-impl Drop for Lane {
+impl Drop for RawStream {
     fn drop(&mut self) {
         destroy_stream(self.gpu.context(), self.stream);
     }

@@ -1,11 +1,11 @@
 //! Boxes of tensors, copied from one address to another on a stream, and the parts of collectives that every engine of GPUs
-//! has: who gives what to whom, and how much that is. Imports `cuda::lane`, `cuda::context`, `cuda::lower`, `collective`, `region`.
+//! has: who gives what to whom, and how much that is.
 
 use super::context::Context;
 use super::gpu::Gpu;
-use super::lane::{Geometry, Lane, PARAMETERS_MAX, Rows};
 use super::lower;
 use super::lower::collective::{MEMBERS_MAX, regions, start_of_piece};
+use super::raw_stream::{Geometry, PARAMETERS_MAX, RawStream, Rows};
 use super::step::{Arg, Operand, SHARED_BYTES_DEFAULT, Step};
 use crate::collective::exchange::{all_reduce_foreign, taken};
 use crate::collective::{CollectiveCall, CollectiveKind, ReduceOp};
@@ -16,35 +16,35 @@ use crate::tensor::{DType, Region, element_count};
 
 /// A tensor on the device, and a box of it.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Boxed<'a> {
+pub(crate) struct StridedRegion<'a> {
     pub(crate) address: u64,
     pub(crate) shape: &'a [usize],
     pub(crate) region: &'a Region,
 }
 
-impl Boxed<'_> {
+impl StridedRegion<'_> {
     /// Where the box lies when it lies in one piece: the address.
     fn contiguous(&self, dtype: DType) -> Option<u64> {
         start_of_piece(self.shape, self.region).map(|start| self.address + (start * dtype.bytes()) as u64)
     }
 }
 
-/// A [`Boxed`] that borrows nothing.
+/// A [`StridedRegion`] that borrows nothing.
 #[derive(Clone, Debug)]
-pub(crate) struct OwnBox {
+pub(crate) struct OwnedRegion {
     pub(crate) address: u64,
     pub(crate) shape: Vec<usize>,
     pub(crate) region: Region,
 }
 
-impl OwnBox {
+impl OwnedRegion {
     /// A tensor of this shape.
     pub(crate) fn whole(address: u64, shape: &[usize]) -> Self {
         Self { address, shape: shape.to_vec(), region: Region::whole(shape) }
     }
 
-    pub(crate) fn boxed(&self) -> Boxed<'_> {
-        Boxed { address: self.address, shape: &self.shape, region: &self.region }
+    pub(crate) fn boxed(&self) -> StridedRegion<'_> {
+        StridedRegion { address: self.address, shape: &self.shape, region: &self.region }
     }
 }
 
@@ -55,7 +55,12 @@ pub(crate) fn prepare(gpu: &Gpu) -> Result<(), KernelError> {
 }
 
 /// Copies a box onto another of the same size.
-pub(crate) fn copy_box(lane: &Lane, from: Boxed<'_>, to: Boxed<'_>, dtype: DType) -> Result<(), KernelError> {
+pub(crate) fn copy_region(
+    lane: &RawStream,
+    from: StridedRegion<'_>,
+    to: StridedRegion<'_>,
+    dtype: DType,
+) -> Result<(), KernelError> {
     if from.region.is_empty() {
         return Ok(());
     }
@@ -77,11 +82,11 @@ pub(crate) fn copy_box(lane: &Lane, from: Boxed<'_>, to: Boxed<'_>, dtype: DType
 
 /// Copies a box of what lies on another GPU: runs of elements that lie together on both sides, all those at equal distances in one
 /// call.
-pub(crate) fn fetch_box(
-    lane: &Lane,
+pub(crate) fn fetch_region(
+    lane: &RawStream,
     source: &Context,
-    from: Boxed<'_>,
-    to: Boxed<'_>,
+    from: StridedRegion<'_>,
+    to: StridedRegion<'_>,
     dtype: DType,
 ) -> Result<(), KernelError> {
     let (mut rows, mut copied): (Option<Rows>, _) = (None, Ok(()));
@@ -103,7 +108,7 @@ pub(crate) fn fetch_box(
 }
 
 /// Issues a step that reads one buffer and writes one.
-fn issue(lane: &Lane, step: &Step, read: u64, write: u64) -> Result<(), KernelError> {
+fn issue(lane: &RawStream, step: &Step, read: u64, write: u64) -> Result<(), KernelError> {
     let refused = |got: String| KernelError::arguments("collective", "step", "a copy of a box", got);
     let at = |place: &super::step::Place| match place.operand {
         Operand::Read(0) => Ok(read + place.offset_bytes as u64),
@@ -129,7 +134,7 @@ fn issue(lane: &Lane, step: &Step, read: u64, write: u64) -> Result<(), KernelEr
 }
 
 /// `y = ((xs[0] + xs[1]) + ..) + xs[last]`, element by element; the last may be y.
-pub(crate) fn combine(lane: &Lane, op: ReduceOp, xs: &[u64], y: u64, elements: usize) -> Result<(), KernelError> {
+pub(crate) fn combine(lane: &RawStream, op: ReduceOp, xs: &[u64], y: u64, elements: usize) -> Result<(), KernelError> {
     const THREADS: usize = 256;
     const BLOCKS_MAX: usize = 1024;
     if elements == 0 {
