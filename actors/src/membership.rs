@@ -1,9 +1,8 @@
 //! Who is in the session, who has failed, and what its end is put down to.
-//! Layers: `detector, cause, window, datagram (pure), letter <- shared <- heartbeat, control <- this`.
+//! Layers: `detector, cause, datagram, letter (pure) <- outbox <- shared <- heartbeat, control <- this`.
 //!
-//! Each process holds one [`Membership`]. Heartbeats (datagrams) find peers that are silent; a control plane
-//! (`ractor_cluster` over connections that the caller authenticated) carries failures, orderly ends and the application's
-//! small messages. Whatever fails ends the session everywhere, with one [`FirstCause`].
+//! Each process holds one [`Membership`]. Heartbeats (datagrams) find peers that are silent; the control plane (letters over
+//! connections that the caller authenticated) carries failures, orderly ends and the application's small messages. Whatever fails ends the session everywhere, with one [`FirstCause`].
 
 use std::collections::BTreeMap;
 use std::io;
@@ -22,8 +21,8 @@ mod detector;
 pub mod fuzz;
 mod heartbeat;
 mod letter;
+mod outbox;
 mod shared;
-mod window;
 
 pub use cause::FirstCause;
 pub use detector::PeerHealth;
@@ -93,12 +92,14 @@ pub enum MembershipError {
         /// Its size.
         bytes: usize,
     },
-    /// A peer does not take what it is told.
-    #[error("process {process} has {messages} messages ({bytes} bytes) to take before more can be sent to it")]
+    /// A peer does not read its messages.
+    #[error(
+        "{messages} messages ({bytes} bytes) wait for process {process}, which reads none; at most 1024 (4 MiB) may"
+    )]
     Backlog {
         /// The peer.
         process: u32,
-        /// Messages under way to it.
+        /// Messages that wait to be sent to it.
         messages: u64,
         /// Their bytes.
         bytes: u64,
@@ -162,17 +163,17 @@ pub enum MembershipEvent {
 /// What was refused since the start.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Counters {
-    /// Datagrams that are none of ours.
+    /// Datagrams and openings of another format.
     pub bad_format: u64,
-    /// Datagrams made without the job's key.
+    /// Datagrams and openings made without the job's key.
     pub bad_mac: u64,
     /// Datagrams seen before, or overtaken.
     pub replays: u64,
-    /// Datagrams of another run with the same key.
+    /// Datagrams and openings of another run with the same key.
     pub other_session: u64,
-    /// Datagrams and letters of an incarnation before this one.
+    /// Datagrams and openings of an incarnation before this one.
     pub old_epoch: u64,
-    /// Datagrams and letters of an incarnation after this one; the first ends this process.
+    /// Datagrams and openings of an incarnation after this one; the first ends this process.
     pub newer_epoch: u64,
     /// Letters that make no sense.
     pub garbled: u64,
@@ -313,8 +314,7 @@ impl Membership {
         // Beats before it is connected: peers that are ready sooner already watch it.
         let heartbeat = heartbeat::start(shared.clone(), codec, config.heartbeat, addresses, config.every);
         let heartbeat = heartbeat.map_err(|source| MembershipError::Io { what: "start heartbeats", source })?;
-        let hex: String = session.iter().map(|b| format!("{b:02x}")).collect();
-        let control = control::start(shared.clone(), config.links, &key, format!("{hex}.{epoch}"))?;
+        let control = control::start(shared.clone(), config.links, session, &key)?;
         // From here on a failure ends both threads.
         let membership = Self { shared: shared.clone(), notices, heartbeat: Some(heartbeat), control: Some(control) };
         if let Err(error) = shared.wait_for_peers(config.join_within, config.join_at_most, config.deadline) {

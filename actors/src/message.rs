@@ -29,11 +29,6 @@ pub(crate) struct Mail {
     pub(crate) clock: RaceClock,
 }
 
-/// Stays within the process: ractor sends only messages that say they can be serialized.
-impl ractor::Message for Mail {}
-
-/// For actors that get no messages. Not `()`, which ractor can serialize: it would show the actor to all other processes.
+/// The message of actors that get none.
 #[derive(Debug)]
 pub(crate) enum Never {}
-
-impl ractor::Message for Never {}

@@ -1,94 +1,123 @@
-//! What processes say to each other over the control plane, as bytes with a version and limits.
+//! What processes send each other over the control plane, as bytes with a version and limits.
 //!
-//! A letter is `version u8 | header (bincode) | payload`; the payload is raw, since bincode copies bytes one by one.
+//! An opening is `version u8 | session | epoch u64 | process u32 | MAC of all that`, once at the start of each direction. A letter
+//! is `header (bincode) | payload`; the payload is raw, because bincode copies bytes one by one.
 
 use bincode::config::{Configuration, Fixint, Limit, LittleEndian};
-use ractor::message::{BoxedDowncastErr, SerializedMessage};
 use serde::{Deserialize, Serialize};
+
+use super::datagram::Refusal;
 
 /// Bytes of an application's message, at most.
 pub const MESSAGE_BYTES_MAX: usize = 256 << 10;
 /// Bytes of a cause's text, at most; the rest is cut off.
 pub(crate) const CAUSE_BYTES_MAX: usize = 4 << 10;
+/// Bytes of a letter, at most.
+pub(crate) const LETTER_BYTES_MAX: usize = HEADER_BYTES_MAX + MESSAGE_BYTES_MAX;
+/// Bytes of an opening.
+pub(crate) const OPENING_BYTES: usize = OPENING_TEXT_BYTES + 32;
 
-const VERSION: u8 = 1;
+const VERSION: u8 = 2;
 const HEADER_BYTES_MAX: usize = CAUSE_BYTES_MAX + 256;
+const OPENING_TEXT_BYTES: usize = 1 + 16 + 8 + 4;
 
 const CONFIG: Configuration<LittleEndian, Fixint, Limit<HEADER_BYTES_MAX>> =
     bincode::config::legacy().with_limit::<HEADER_BYTES_MAX>();
 
-/// A message with its sender.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) struct Letter {
+/// The first bytes of each direction of a control connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Opening {
+    pub(crate) session: [u8; 16],
     pub(crate) epoch: u64,
+    /// The sender.
     pub(crate) from: u32,
+}
+
+impl Opening {
+    /// The key of the MAC, from the job's.
+    pub(crate) fn key(job: &[u8; 32]) -> [u8; 32] {
+        blake3::derive_key("shardflow control opening v2", job)
+    }
+
+    pub(crate) fn write(&self, key: &[u8; 32]) -> [u8; OPENING_BYTES] {
+        let mut bytes = [0; OPENING_BYTES];
+        bytes[0] = VERSION;
+        bytes[1..17].copy_from_slice(&self.session);
+        bytes[17..25].copy_from_slice(&self.epoch.to_le_bytes());
+        bytes[25..OPENING_TEXT_BYTES].copy_from_slice(&self.from.to_le_bytes());
+        let mac = blake3::keyed_hash(key, &bytes[..OPENING_TEXT_BYTES]);
+        bytes[OPENING_TEXT_BYTES..].copy_from_slice(mac.as_bytes());
+        bytes
+    }
+
+    /// Whether a peer sent what is expected of it, or why not.
+    pub(crate) fn check(&self, bytes: &[u8; OPENING_BYTES], key: &[u8; 32]) -> Result<(), Refusal> {
+        let (text, mac) = bytes.split_at(OPENING_TEXT_BYTES);
+        if text[0] != VERSION {
+            return Err(Refusal::Format);
+        }
+        // `Hash` compares in constant time.
+        if blake3::keyed_hash(key, text) != *mac {
+            return Err(Refusal::Mac);
+        }
+        if text[1..17] != self.session || text[25..] != self.from.to_le_bytes() {
+            return Err(Refusal::Session);
+        }
+        let epoch = text[17..25].iter().rev().fold(0, |epoch, byte| epoch << 8 | u64::from(*byte));
+        match epoch.cmp(&self.epoch) {
+            std::cmp::Ordering::Less => Err(Refusal::OldEpoch),
+            std::cmp::Ordering::Equal => Ok(()),
+            std::cmp::Ordering::Greater => Err(Refusal::NewerEpoch),
+        }
+    }
+}
+
+/// One letter.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Letter {
     pub(crate) body: Body,
-    #[serde(skip)]
     pub(crate) payload: Vec<u8>,
 }
 
-/// What a letter says.
+/// The kinds of letters. All but `Message` and `Received` are urgent: the receiver answers with `Received` at once.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) enum Body {
-    /// The application's; its bytes are the payload.
-    Told { topic: u16 },
-    /// The sender failed by itself. Answered with `Taken` at once.
+    /// The application's; the payload is its bytes.
+    Message { topic: u16 },
+    /// The sender failed.
     Failed { follows: bool, cause: String, exit: u8 },
-    /// The sender lost another process. Answered with `Taken` at once.
+    /// The sender lost another process.
     Lost { about: u32, follows: bool, cause: String, exit: u8 },
-    /// The sender ends in order. Answered with `Taken` at once.
+    /// The sender ends in order.
     Leaving,
-    /// What the sender has taken in from the receiver since the start: messages told, their bytes, and other letters.
-    Taken { messages: u64, bytes: u64, urgent: u64 },
+    /// How many urgent letters the sender has received since the start.
+    Received { urgent: u64 },
 }
 
-/// What the member actor gets.
-#[derive(Debug, PartialEq, Eq)]
-pub(crate) enum Mail {
-    Letter(Letter),
-    /// Bytes that are no letter; told so that they can be counted.
-    Garbled(&'static str),
+impl From<Body> for Letter {
+    fn from(body: Body) -> Self {
+        Self { body, payload: Vec::new() }
+    }
 }
 
 impl Letter {
-    pub(crate) fn write(&self) -> Result<Vec<u8>, BoxedDowncastErr> {
-        let mut bytes = vec![VERSION];
-        let header = bincode::serde::encode_into_std_write(self, &mut bytes, CONFIG);
-        header.map_err(|_| BoxedDowncastErr)?;
+    pub(crate) fn write(&self) -> Vec<u8> {
+        let mut bytes = Vec::with_capacity(64 + self.payload.len());
+        // Writing to a vector does not fail, and `bounded` keeps texts within the limit.
+        let _ = bincode::serde::encode_into_std_write(&self.body, &mut bytes, CONFIG);
         bytes.extend_from_slice(&self.payload);
-        Ok(bytes)
+        bytes
     }
 
     pub(crate) fn read(bytes: &[u8]) -> Result<Self, &'static str> {
-        let Some((&VERSION, rest)) = bytes.split_first() else {
-            return Err("another version");
-        };
-        let (mut letter, read): (Self, usize) =
-            bincode::serde::decode_from_slice(rest, CONFIG).map_err(|_| "a header that cannot be read")?;
-        letter.payload = rest[read..].to_vec();
-        let payload_max = if matches!(letter.body, Body::Told { .. }) { MESSAGE_BYTES_MAX } else { 0 };
-        if letter.payload.len() > payload_max {
+        let (body, read): (Body, usize) =
+            bincode::serde::decode_from_slice(bytes, CONFIG).map_err(|_| "a header that cannot be read")?;
+        let payload = bytes[read..].to_vec();
+        let payload_max = if matches!(body, Body::Message { .. }) { MESSAGE_BYTES_MAX } else { 0 };
+        if payload.len() > payload_max {
             return Err("too many bytes");
         }
-        Ok(letter)
-    }
-}
-
-impl ractor::Message for Mail {
-    fn serializable() -> bool {
-        true
-    }
-
-    fn serialize(self) -> Result<SerializedMessage, BoxedDowncastErr> {
-        let Self::Letter(letter) = self else { return Err(BoxedDowncastErr) };
-        Ok(SerializedMessage::Cast { variant: String::new(), args: letter.write()?, metadata: None })
-    }
-
-    fn deserialize(message: SerializedMessage) -> Result<Self, BoxedDowncastErr> {
-        let SerializedMessage::Cast { args, .. } = message else {
-            return Ok(Self::Garbled("a call, which no member makes"));
-        };
-        Ok(Letter::read(&args).map_or_else(Self::Garbled, Self::Letter))
+        Ok(Self { body, payload })
     }
 }
 
@@ -103,65 +132,70 @@ pub(crate) fn bounded(mut cause: String) -> String {
 
 #[cfg(test)]
 mod tests {
-    use ractor::Message;
-
     use super::*;
-
-    fn letter(body: Body, payload: &[u8]) -> Letter {
-        Letter { epoch: 3, from: 1, body, payload: payload.to_vec() }
-    }
 
     fn all() -> Vec<Letter> {
         let cause = || "out of memory: 3 GiB".to_string();
         vec![
-            letter(Body::Told { topic: 7 }, b"step 4"),
-            letter(Body::Told { topic: 7 }, b""),
-            letter(Body::Failed { follows: true, cause: cause(), exit: 71 }, b""),
-            letter(Body::Lost { about: 2, follows: false, cause: cause(), exit: 69 }, b""),
-            letter(Body::Leaving, b""),
-            letter(Body::Taken { messages: 1, bytes: 2, urgent: 3 }, b""),
+            Letter { body: Body::Message { topic: 7 }, payload: b"step 4".to_vec() },
+            Body::Message { topic: 7 }.into(),
+            Body::Failed { follows: true, cause: cause(), exit: 71 }.into(),
+            Body::Lost { about: 2, follows: false, cause: cause(), exit: 69 }.into(),
+            Body::Leaving.into(),
+            Body::Received { urgent: 3 }.into(),
         ]
-    }
-
-    fn over_the_wire(letter: Letter) -> Mail {
-        Mail::deserialize(Mail::Letter(letter).serialize().expect("a letter")).expect("always something")
     }
 
     #[test]
     fn letters_arrive_as_sent() {
-        for letter in all() {
-            assert_eq!(over_the_wire(letter.clone()), Mail::Letter(letter));
-        }
         let cause = bounded("é".repeat(CAUSE_BYTES_MAX));
-        let longest = letter(Body::Failed { follows: true, cause, exit: 71 }, b"");
-        assert_eq!(over_the_wire(longest.clone()), Mail::Letter(longest));
+        let longest = Letter::from(Body::Failed { follows: true, cause, exit: 71 });
+        let largest = Letter { body: Body::Message { topic: 1 }, payload: vec![1; MESSAGE_BYTES_MAX] };
+        for letter in all().into_iter().chain([longest, largest]) {
+            let bytes = letter.write();
+            assert!(bytes.len() <= LETTER_BYTES_MAX);
+            assert_eq!(Letter::read(&bytes), Ok(letter));
+        }
     }
 
     #[test]
-    fn what_is_no_letter_is_garbled() {
+    fn letters_that_are_cut_or_too_long_are_refused() {
         for letter in all() {
-            let bytes = letter.write().expect("short");
+            let bytes = letter.write();
             let payload = letter.payload.len();
             for length in 0..bytes.len() - payload {
                 assert!(Letter::read(&bytes[..length]).is_err(), "{letter:?} cut to {length}");
             }
-            if !matches!(letter.body, Body::Told { .. }) {
+            if !matches!(letter.body, Body::Message { .. }) {
                 assert_eq!(Letter::read(&[&bytes[..], &[0]].concat()), Err("too many bytes"));
             }
-            assert_eq!(Letter::read(&[&[VERSION + 1], &bytes[1..]].concat()), Err("another version"));
         }
-        let long = letter(Body::Told { topic: 0 }, &vec![0; MESSAGE_BYTES_MAX + 1]);
-        assert_eq!(over_the_wire(long), Mail::Garbled("too many bytes"));
+        let long = Letter { body: Body::Message { topic: 0 }, payload: vec![0; MESSAGE_BYTES_MAX + 1] };
+        assert_eq!(Letter::read(&long.write()), Err("too many bytes"));
+    }
+
+    #[test]
+    fn an_opening_fits_one_session_epoch_process_and_key() {
+        let (key, own) = (Opening::key(&[5; 32]), Opening { session: [6; 16], epoch: 3, from: 1 });
+        let check = |sent: Opening, key: &[u8; 32]| own.check(&sent.write(key), &Opening::key(&[5; 32]));
+        assert_eq!(check(own, &key), Ok(()));
+        assert_eq!(check(own, &Opening::key(&[4; 32])), Err(Refusal::Mac));
+        assert_eq!(check(Opening { session: [7; 16], ..own }, &key), Err(Refusal::Session));
+        assert_eq!(check(Opening { from: 2, ..own }, &key), Err(Refusal::Session));
+        assert_eq!(check(Opening { epoch: 2, ..own }, &key), Err(Refusal::OldEpoch));
+        assert_eq!(check(Opening { epoch: 4, ..own }, &key), Err(Refusal::NewerEpoch));
+        for at in 0..OPENING_BYTES {
+            let mut bytes = own.write(&key);
+            bytes[at] ^= 1;
+            let refusal = if at == 0 { Refusal::Format } else { Refusal::Mac };
+            assert_eq!(own.check(&bytes, &key), Err(refusal), "byte {at}");
+        }
     }
 
     proptest::proptest! {
         /// Whatever a peer sends, reading ends, and takes no more memory than the bytes that came.
         #[test]
-        fn any_bytes_are_read_or_refused(mut bytes in proptest::collection::vec(proptest::num::u8::ANY, 0..200)) {
-            let _ = Letter::read(&bytes);
-            if let Some(first) = bytes.first_mut() {
-                *first = VERSION;
-            }
+        fn any_bytes_are_read_or_refused(bytes in proptest::collection::vec(proptest::num::u8::ANY, 0..200)) {
             let _ = Letter::read(&bytes);
         }
     }

@@ -6,13 +6,12 @@ use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::Sender;
-use ractor::ActorRef;
 
 use super::cause::{Arbiter, FirstCause, Kind, Report};
 use super::datagram::{Beat, Refusal};
 use super::detector::{Detector, Event, PeerHealth};
-use super::letter::{Body, Letter, Mail, bounded};
-use super::window::{Count, Inbox, Outbox};
+use super::letter::{Body, Letter, bounded};
+use super::outbox::{Count, Outbox, Unsent};
 use super::{Counters, MESSAGE_BYTES_MAX, MembershipError, MembershipEvent, PeerStatus, exit};
 
 /// Messages of peers that the application has not taken yet, at most.
@@ -20,25 +19,20 @@ pub(crate) const NOTICES_MAX: usize = 4096;
 
 /// Where the control connection to a peer stands.
 #[derive(Debug)]
-enum Link {
+enum Control {
     Opening,
-    /// The peer's member actor, mirrored here.
-    Open(ActorRef<Mail>),
+    Open(Outbox),
     Closed,
 }
 
 #[derive(Debug)]
 struct Peer {
-    link: Link,
+    control: Control,
     left: bool,
-    outbox: Outbox,
-    inbox: Inbox,
-    /// Letters other than `Told` and `Taken`: sent, known to have arrived, and taken in from the peer.
+    /// Urgent letters: sent to the peer, acknowledged by it, and received from it.
     urgent_sent: u64,
-    urgent_arrived: u64,
-    urgent_taken: u64,
-    /// What was last told to the peer of its own messages.
-    told: Count,
+    urgent_acknowledged: u64,
+    urgent_received: u64,
     step: u64,
     /// When its last heartbeat came.
     beat: Option<Duration>,
@@ -73,14 +67,11 @@ impl Shared {
     pub(crate) fn new(own: u32, processes: u32, epoch: u64, grace: Duration, notices: Sender<MembershipEvent>) -> Self {
         let peer = |process| {
             let peer = Peer {
-                link: Link::Opening,
+                control: Control::Opening,
                 left: false,
-                outbox: Outbox::default(),
-                inbox: Inbox::default(),
                 urgent_sent: 0,
-                urgent_arrived: 0,
-                urgent_taken: 0,
-                told: Count::default(),
+                urgent_acknowledged: 0,
+                urgent_received: 0,
                 step: 0,
                 beat: None,
             };
@@ -139,13 +130,9 @@ impl Shared {
     }
 
     /// The control connection to a peer is ready.
-    pub(crate) fn connected(&self, process: u32, member: ActorRef<Mail>) {
+    pub(crate) fn connected(&self, process: u32, outbox: Outbox) {
         if let Some(peer) = self.state().peers.get_mut(&process) {
-            peer.link = Link::Open(member);
-            // Letters may have come before we could answer them.
-            if peer.urgent_taken > 0 {
-                self.answer(peer);
-            }
+            peer.control = Control::Open(outbox);
         }
         self.changed.notify_all();
     }
@@ -154,7 +141,7 @@ impl Shared {
     pub(crate) fn disconnected(&self, process: u32) {
         let mut state = self.state();
         if let Some(peer) = state.peers.get_mut(&process) {
-            peer.link = Link::Closed;
+            peer.control = Control::Closed;
             if state.detector.is_some() {
                 self.lost(&mut state, process, "its control connection closed".into());
             }
@@ -186,8 +173,8 @@ impl Shared {
     }
 
     fn wait_for_some(&self, within: Duration, deadline: Duration) -> Result<(), MembershipError> {
-        let with = |state: &State, wanted: fn(&Link) -> bool| -> Vec<u32> {
-            state.peers.iter().filter(|(_, p)| wanted(&p.link)).map(|(p, _)| *p).collect()
+        let with = |state: &State, wanted: fn(&Control) -> bool| -> Vec<u32> {
+            state.peers.iter().filter(|(_, p)| wanted(&p.control)).map(|(p, _)| *p).collect()
         };
         let ended = self.wait(within, |state| {
             if let Some(first) = &state.first {
@@ -196,17 +183,17 @@ impl Shared {
             if state.arbiter.is_deciding() {
                 return None;
             }
-            if let Some(&process) = with(state, |l| matches!(l, Link::Closed)).first() {
+            if let Some(&process) = with(state, |l| matches!(l, Control::Closed)).first() {
                 return Some(Err(MembershipError::Refused { process }));
             }
-            if !with(state, |l| matches!(l, Link::Opening)).is_empty() {
+            if !with(state, |l| matches!(l, Control::Opening)).is_empty() {
                 return None;
             }
             state.detector = Some(Detector::new(state.peers.keys().copied(), deadline, self.now()));
             Some(Ok(()))
         });
         ended.unwrap_or_else(|| {
-            let processes = with(&self.state(), |l| matches!(l, Link::Opening));
+            let processes = with(&self.state(), |l| matches!(l, Control::Opening));
             Err(MembershipError::Missing { processes, seconds: within.as_secs_f64() })
         })
     }
@@ -294,7 +281,7 @@ impl Shared {
         let Some(first) = state.arbiter.tick(self.now()) else { return };
         tracing::error!(process = first.process, exit = first.exit, cause = %first.cause, "session ends");
         state.first = Some(first.clone());
-        // Room is kept for it: see `told`.
+        // Room is kept for it: see `notify`.
         let _ = self.notices.try_send(MembershipEvent::Ended(first));
         self.changed.notify_all();
     }
@@ -310,7 +297,7 @@ impl Shared {
         let report = state.arbiter.own_failure(cause.clone(), exit);
         let body = Body::Failed { follows: report.follows, cause, exit };
         if state.arbiter.report(self.now(), report) {
-            self.broadcast(state, &body);
+            self.broadcast(state, body);
         }
         self.decide(state);
     }
@@ -331,77 +318,53 @@ impl Shared {
         let body = Body::Lost { about, follows: report.follows, cause: cause.clone(), exit: report.exit };
         if state.arbiter.report(self.now(), report) {
             tracing::warn!(process = about, cause, "peer lost");
-            self.broadcast(state, &body);
+            self.broadcast(state, body);
         }
     }
 
     /// Sends an urgent letter to all peers that are connected.
-    fn broadcast(&self, state: &mut State, body: &Body) {
+    fn broadcast(&self, state: &mut State, body: Body) {
+        let letter = body.into();
         for peer in state.peers.values_mut() {
-            let Link::Open(member) = &peer.link else { continue };
-            // An error means that the connection has just ended, which is told otherwise.
-            if member.cast(self.mail(body.clone(), Vec::new())).is_ok() {
+            let Control::Open(outbox) = &peer.control else { continue };
+            // An error means that the connection has just ended, which its thread reports.
+            if outbox.send(&letter).is_ok() {
                 peer.urgent_sent += 1;
             }
         }
     }
 
-    fn mail(&self, body: Body, payload: Vec<u8>) -> Mail {
-        Mail::Letter(Letter { epoch: self.epoch, from: self.own, body, payload })
+    /// A peer sent something that is no letter.
+    pub(crate) fn garbled(&self, process: u32, why: &str) {
+        tracing::warn!(process, why, "a letter was refused");
+        self.count(|c| c.garbled += 1);
     }
 
-    /// The member actor got something.
-    pub(crate) fn take(&self, mail: Mail) {
-        let letter = match mail {
-            Mail::Letter(letter) => letter,
-            Mail::Garbled(why) => {
-                tracing::warn!(why, "a letter was refused");
-                return self.count(|c| c.garbled += 1);
-            }
-        };
-        if letter.epoch < self.epoch {
-            return self.count(|c| c.old_epoch += 1);
-        }
-        if letter.epoch > self.epoch {
-            self.count(|c| c.newer_epoch += 1);
-            return self.fenced();
-        }
+    /// A peer sent a letter.
+    pub(crate) fn receive(&self, by: u32, letter: Letter) {
         let mut state = self.state();
-        if state.peers.contains_key(&letter.from) {
-            self.take_locked(&mut state, letter);
-            self.decide(&mut state);
-            self.changed.notify_all();
-        } else {
-            self.count(|c| c.garbled += 1);
-        }
+        self.receive_locked(&mut state, by, letter);
+        self.decide(&mut state);
+        self.changed.notify_all();
     }
 
-    fn take_locked(&self, state: &mut State, letter: Letter) {
-        let Letter { from: by, body, payload, .. } = letter;
+    fn receive_locked(&self, state: &mut State, by: u32, letter: Letter) {
         let Some(peer) = state.peers.get_mut(&by) else { return };
-        match body {
-            Body::Taken { messages, bytes, urgent } => {
-                let possible = peer.outbox.taken(Count { messages, bytes }) && urgent <= peer.urgent_sent;
-                if possible {
-                    peer.urgent_arrived = urgent;
-                } else {
-                    self.count(|c| c.garbled += 1);
-                }
+        match letter.body {
+            Body::Message { topic } => {
+                return self.notify(state, MembershipEvent::Told { from: by, topic, bytes: letter.payload });
+            }
+            Body::Received { urgent } if urgent <= peer.urgent_sent => {
+                peer.urgent_acknowledged = urgent;
                 return;
             }
-            Body::Told { topic } => {
-                if let Some(taken) = peer.inbox.take(payload.len()) {
-                    peer.told = taken;
-                    self.answer(peer);
-                }
-                return self.told(state, MembershipEvent::Told { from: by, topic, bytes: payload });
-            }
+            Body::Received { .. } => return self.count(|c| c.garbled += 1),
             Body::Leaving => {
                 peer.left = true;
                 if let Some(detector) = &mut state.detector {
                     detector.forget(by);
                 }
-                // Room is kept for one of each peer: see `told`.
+                // The channel has a place for one of each peer: see `notify`.
                 let _ = self.notices.try_send(MembershipEvent::Left { process: by });
             }
             Body::Failed { follows, cause, exit } => {
@@ -413,20 +376,15 @@ impl Shared {
                 state.arbiter.report(self.now(), report);
             }
         }
-        if let Some(peer) = state.peers.get_mut(&by) {
-            peer.urgent_taken += 1;
-            self.answer(peer);
+        let Some(peer) = state.peers.get_mut(&by) else { return };
+        peer.urgent_received += 1;
+        // An acknowledgement is not acknowledged, so there are no more of them than of urgent letters.
+        if let Control::Open(outbox) = &peer.control {
+            let _ = outbox.send(&Body::Received { urgent: peer.urgent_received }.into());
         }
     }
 
-    /// Tells a peer what we have taken of its letters. No answer is answered, so there are no more of them than of letters.
-    fn answer(&self, peer: &Peer) {
-        let Link::Open(member) = &peer.link else { return };
-        let Count { messages, bytes } = peer.told;
-        let _ = member.cast(self.mail(Body::Taken { messages, bytes, urgent: peer.urgent_taken }, Vec::new()));
-    }
-
-    fn told(&self, state: &mut State, notice: MembershipEvent) {
+    fn notify(&self, state: &mut State, notice: MembershipEvent) {
         if self.notices.len() < NOTICES_MAX {
             // The channel has room for more, kept for `Left` and `Ended`.
             let _ = self.notices.try_send(notice);
@@ -450,13 +408,13 @@ impl Shared {
         let Some(peer) = state.peers.get_mut(&to) else {
             return Err(MembershipError::NoPeer { process: to, processes: self.processes });
         };
-        let (Link::Open(member), false) = (&peer.link, peer.left) else {
+        let (Control::Open(outbox), false) = (&peer.control, peer.left) else {
             return Err(MembershipError::Gone { process: to });
         };
-        let backlog =
-            |waiting: Count| MembershipError::Backlog { process: to, messages: waiting.messages, bytes: waiting.bytes };
-        peer.outbox.send(bytes.len()).map_err(backlog)?;
-        member.cast(self.mail(Body::Told { topic }, bytes)).map_err(|_| MembershipError::Gone { process: to })
+        outbox.send(&Letter { body: Body::Message { topic }, payload: bytes }).map_err(|unsent| match unsent {
+            Unsent::Closed => MembershipError::Gone { process: to },
+            Unsent::Full(Count { messages, bytes }) => MembershipError::Backlog { process: to, messages, bytes },
+        })
     }
 
     /// Ends in order: peers are told, and from now on nothing is a failure of this process's session.
@@ -465,7 +423,7 @@ impl Shared {
         if state.first.is_none() && !state.left {
             state.left = true;
             state.arbiter.close();
-            self.broadcast(&mut state, &Body::Leaving);
+            self.broadcast(&mut state, Body::Leaving);
         }
     }
 
@@ -482,7 +440,7 @@ impl Shared {
     /// Waits until all peers that are connected have our urgent letters, and with them all that was sent before; false when
     /// one does not answer. One that has been silent for the whole deadline already is not waited for.
     pub(crate) fn settle(&self, timeout: Duration) -> bool {
-        let arrived = |p: &Peer| !matches!(p.link, Link::Open(_)) || p.urgent_arrived == p.urgent_sent;
+        let arrived = |p: &Peer| !matches!(p.control, Control::Open(_)) || p.urgent_acknowledged == p.urgent_sent;
         let is_lost = |state: &State, process: u32| {
             let health = state.detector.as_ref().and_then(|d| d.health(process, self.now()));
             health.is_some_and(|(health, _)| health == PeerHealth::Lost)
