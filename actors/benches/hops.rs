@@ -51,8 +51,6 @@ enum Cast {
     Event(ProtocolEvent),
 }
 
-impl ractor::Message for Cast {}
-
 struct Peer;
 
 struct PeerState {
