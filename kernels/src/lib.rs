@@ -1,4 +1,4 @@
-//! Devices, in-order streams, memory, kernels and collectives: all that touches numbers.
+//! Devices, in-order streams, memory, kernels and collectives: all code that computes on tensors.
 //! Layers: `error <- tensor <- region, collective (calls), op <- memory <- event, stream, device <- cpu, collective
 //! engines <- conformance`.
 //!
