@@ -49,15 +49,15 @@ pub trait Collective: Debug + Send + Sync {
         Vec::new()
     }
 
-    /// For engines that need one issue order on all devices: a ticket for a submission to a stream of this device, taken at
-    /// submission.
+    /// For engines that need one issue order on all devices: a ticket for a submission to a stream of this device,
+    /// taken at submission.
     fn turn(&self, rank: usize) -> Option<IssueTicket> {
         let _ = rank;
         None
     }
 
-    /// For GPU engines: how to issue this call on a CUDA stream. For any other engine, the stream copies the buffers to host
-    /// memory.
+    /// For GPU engines: how to issue this call on a CUDA stream. For any other engine, the stream copies the buffers to
+    /// host memory.
     fn on_device(&self, call: &CollectiveCall) -> Option<CudaCollective<'_>> {
         let _ = call;
         None
@@ -107,8 +107,8 @@ pub enum ReduceOp {
 /// An ordered set of devices that call collectives together.
 ///
 /// The order fixes the bits of every reduction, in every engine: the data that member `c` owns (chunk `c` of an
-/// all-reduce, part `c` of a reduce-scatter) is combined as `((x[c+1] + x[c+2]) + ...) + x[c]`, with member indices modulo
-/// the group size. A ring passes the values in this order, the owner's value last.
+/// all-reduce, part `c` of a reduce-scatter) is combined as `((x[c+1] + x[c+2]) + ...) + x[c]`, with member indices
+/// modulo the group size. A ring passes the values in this order, the owner's value last.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Group {
     /// Unique in a plan.
@@ -133,8 +133,8 @@ pub struct CollectiveCall {
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum CollectiveKind {
     /// `(x) -> (y)`, same shape on all members; may be in place. Every member gets the same bits.
-    /// Member `c` combines chunk `c` of the flat tensor ([`crate::tensor::split_range`]) in the order of [`Group`], so each
-    /// of n members receives `(n-1) * own chunk + (all - own chunk)` elements.
+    /// Member `c` combines chunk `c` of the flat tensor ([`crate::tensor::split_range`]) in the order of [`Group`], so
+    /// each of n members receives `(n-1) * own chunk + (all - own chunk)` elements.
     AllReduce {
         /// How values are combined.
         op: ReduceOp,
@@ -151,8 +151,8 @@ pub enum CollectiveKind {
         /// The region that each member receives.
         parts: Vec<Region>,
     },
-    /// `(part) -> (other part)`: each member contributes its region of `sources` and receives its region of `targets`. An
-    /// element comes from the member's own source if that holds it, else from the first member that does.
+    /// `(part) -> (other part)`: each member contributes its region of `sources` and receives its region of `targets`.
+    /// An element comes from the member's own source if that holds it, else from the first member that does.
     AllToAll {
         /// The region that each member contributes.
         sources: Vec<Region>,

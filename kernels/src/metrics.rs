@@ -33,7 +33,7 @@ struct Spent {
     /// Total of the finished collectives.
     ended: Duration,
     /// Start of the current collective.
-    came: Option<Instant>,
+    started: Option<Instant>,
 }
 
 /// Records the time of one collective.
@@ -69,7 +69,7 @@ impl StreamMetrics {
 impl CollectiveTime {
     pub(crate) fn get(&self) -> Duration {
         let spent = self.spent();
-        spent.ended + spent.came.map_or(Duration::ZERO, |came| came.elapsed())
+        spent.ended + spent.started.map_or(Duration::ZERO, |started| started.elapsed())
     }
 
     fn spent(&self) -> MutexGuard<'_, Spent> {
@@ -80,13 +80,13 @@ impl CollectiveTime {
 impl CollectiveTimer {
     /// Records that the stream started the collective.
     pub(crate) fn came(&self, at: Instant) {
-        self.all.spent().came = Some(at);
+        self.all.spent().started = Some(at);
     }
 
     /// Records that the stream has finished the collective.
     pub(crate) fn went(&self, at: Instant) {
         let mut spent = self.all.spent();
-        let took = spent.came.take().map_or(Duration::ZERO, |came| at - came);
+        let took = spent.started.take().map_or(Duration::ZERO, |started| at - started);
         spent.ended += took;
         self.kind.record(took);
     }

@@ -85,7 +85,7 @@ pub(super) struct GroupArea {
 pub(super) struct Post {
     /// Number of the rendezvous, from 1; wraps.
     pub(super) number: AtomicU32,
-    /// Digest of what all must agree on.
+    /// Digest of the terms that all members must agree on.
     pub(super) terms: AtomicU64,
     /// Bytes from the start of the member's arena.
     pub(super) x: AtomicU64,
@@ -136,7 +136,7 @@ impl Counter {
     }
 
     fn wake(&self) {
-        // Fails for no valid word.
+        // Cannot fail for a valid address.
         let _ = futex::wake(&self.value, futex::Flags::empty(), i32::MAX as u32);
     }
 

@@ -438,7 +438,8 @@ pub(crate) fn exchange(
             let zeros = vec![0; part.size.len()];
             let (from, to) = ((buffers.x_shape, &part.start[..]), (&part.size[..], &zeros[..]));
             for_each_run(from, to, &part.size, |from, to, len| {
-                // SAFETY: inside, since the part was checked; y overlaps no x (checked), and only this member writes it.
+                // SAFETY: inside, since the part was checked; y overlaps no x (checked), and only this member writes
+                // it.
                 unsafe { reduce(*op, buffers.xs, member, (from, len), y, to) };
             });
             (members - 1) * part.element_count()

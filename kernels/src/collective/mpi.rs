@@ -51,7 +51,7 @@ pub struct Mpi {
     groups: BTreeMap<u32, GroupState>,
     received: Mutex<HashMap<usize, u64>>,
     aborted: OnceLock<String>,
-    /// Last, so that MPI ends after all communicators were freed.
+    /// Dropped last, so that MPI is finalized after all communicators are freed.
     world: Arc<MpiWorld>,
 }
 
@@ -241,7 +241,7 @@ impl Call<'_> {
         let mut numbers = mem::take(&mut self.memory.numbers);
         numbers[0] = [own, !own];
         let [x, y] = &mut *numbers;
-        // SAFETY: as in `transfer`: what is taken from `memory` is put back below, or leaked.
+        // SAFETY: as in `transfer`: `numbers` is returned to `memory` below, or leaked.
         let agreed = unsafe { self.comm.run(Transfer::Max { x, y }, &mut || self.answer_waiting_members()) };
         if let Err(error) = agreed {
             mem::forget(numbers);

@@ -71,8 +71,8 @@ pub fn peers(group: &Group, member: usize) -> Vec<usize> {
 /// members.
 pub struct Wire {
     /// Channels that no call has used yet.
-    made: Mutex<BTreeMap<ChannelKey, Channel>>,
-    /// Creates the channels that `made` does not hold.
+    unused_channels: Mutex<BTreeMap<ChannelKey, Channel>>,
+    /// Creates the channels that `unused_channels` does not hold.
     connect: Option<Box<Connect>>,
     groups: Mutex<Groups>,
     received: Mutex<HashMap<usize, u64>>,
@@ -113,7 +113,7 @@ impl Wire {
     /// those that send to them, so the timeout must exceed the largest delay between members of a step.
     pub fn new(channels: BTreeMap<ChannelKey, Channel>, write_timeout: Duration) -> Self {
         Self {
-            made: Mutex::new(channels),
+            unused_channels: Mutex::new(channels),
             connect: None,
             groups: Mutex::default(),
             received: Mutex::default(),
@@ -135,8 +135,8 @@ impl Wire {
     }
 
     fn channel(&self, group: &Group, member: usize, peer: usize) -> io::Result<Channel> {
-        let made = lock(&self.made).remove(&(group.id, member, peer));
-        match (made, &self.connect) {
+        let existing = lock(&self.unused_channels).remove(&(group.id, member, peer));
+        match (existing, &self.connect) {
             (Some(channel), _) => Ok(channel),
             (None, Some(connect)) => connect(group, member, peer),
             (None, None) => Err(io::Error::other("no channel exists")),
@@ -163,9 +163,9 @@ impl Wire {
             links[peer] = Some(Link::new(channel, peer));
         }
         let port = Port::new(context, links, status.clone(), self.write_timeout);
-        let made = Arc::new(Mutex::new(Member { port, scratch: vec![0.0; SCRATCH_BYTES / size_of::<f32>()] }));
-        groups.members.insert((group.id, member), made.clone());
-        Ok((made, status))
+        let created = Arc::new(Mutex::new(Member { port, scratch: vec![0.0; SCRATCH_BYTES / size_of::<f32>()] }));
+        groups.members.insert((group.id, member), created.clone());
+        Ok((created, status))
     }
 }
 
@@ -270,7 +270,7 @@ impl Collective for Wire {
         }
         // `member` holds this lock while it creates links, and checks for an abort before each later call.
         lock(&self.groups).channels.iter().for_each(|channel| channel.shutdown(Shutdown::Both));
-        lock(&self.made).values().for_each(|channel| channel.shutdown(Shutdown::Both));
+        lock(&self.unused_channels).values().for_each(|channel| channel.shutdown(Shutdown::Both));
     }
 
     fn waits(&self) -> Vec<MemberWait> {

@@ -506,7 +506,7 @@ fn disagreements(report: &mut Report, make: &Make<'_>) {
         ("a receive", sum(), CollectiveKind::Receive { from: 0 }, [6, 6], [0, 6]),
     ];
     for (what, common_kind, different_kind, common_shape, different_shape) in cases {
-        // Whichever member comes first, all must receive the error.
+        // Whichever member arrives first, all must receive the error.
         for odd_member in 0..3 {
             let check = format!("member {odd_member} of 3 calls {what}");
             if odd_member == 0

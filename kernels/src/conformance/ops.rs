@@ -67,7 +67,8 @@ struct Suite<'a> {
 type Expected = (Vec<usize>, Vec<f64>);
 
 impl Suite<'_> {
-    /// Launches on poisoned writes and, if the op can accumulate, on values, with `repeat` (adds) and without (overwrites).
+    /// Launches on poisoned writes and, if the op can accumulate, on values, with `repeat` (adds) and without
+    /// (overwrites).
     fn check(&mut self, what: &str, op: Op, reads: &[HostTensor], expected: &[Expected], tolerance: f64) {
         let shapes: Vec<_> = reads.iter().map(|read| &read.shape).collect();
         let check = format!("{} {what} {shapes:?}{}", op.name(), self.suffix());
@@ -175,7 +176,7 @@ impl Suite<'_> {
             (vec![5, 7], vec![1, 2], vec![3, 4], vec![6, 4], vec![2, 0]),
             (vec![5, 7], vec![1, 0], vec![3, 7], vec![4, 7], vec![1, 0]),
             (vec![2, 3, 4], vec![0, 1, 3], vec![2, 2, 1], vec![2, 2, 2], vec![0, 0, 1]),
-            // All in whole vectors.
+            // Whole vectors only.
             (vec![3, 16, 24], vec![1, 8, 8], vec![2, 8, 16], vec![2, 16, 32], vec![0, 8, 16]),
             (vec![2, 3, 2, 3, 5], vec![0, 1, 1, 0, 2], vec![2, 2, 1, 2, 3], vec![2, 2, 2, 3, 4], vec![0, 0, 1, 1, 1]),
             (vec![3], vec![1], vec![0], vec![2], vec![2]),

@@ -53,7 +53,7 @@ pub struct MpiWorld {
 /// Finalizes MPI when it is dropped.
 struct UniverseGuard(#[allow(dead_code)] Universe);
 
-impl std::fmt::Debug for Ended {
+impl std::fmt::Debug for UniverseGuard {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str("Universe")
     }
@@ -124,7 +124,7 @@ impl MpiWorld {
         groups: Vec<(Vec<c_int>, c_int)>,
         within: Duration,
     ) -> Result<Vec<Comm>, KernelError> {
-        let (sender, made) = bounded(1);
+        let (sender, receiver) = bounded(1);
         let world = self.clone();
         let make = move || {
             let comms =
@@ -135,9 +135,9 @@ impl MpiWorld {
         let call = "MPI_Comm_create_group";
         std::thread::Builder::new().name("mpi".into()).spawn(make).map_err(|error| failed(call, &error.to_string()))?;
         let late = format!("not all members arrived within {} ms", within.as_millis());
-        let made = made.recv_timeout(within).unwrap_or_else(|_| Err(failed(call, &late)));
+        let comms = receiver.recv_timeout(within).unwrap_or_else(|_| Err(failed(call, &late)));
         // MPI may still wait for members that are gone.
-        made.inspect_err(|_| self.abort())
+        comms.inspect_err(|_| self.abort())
     }
 
     /// A communicator of these processes. All of them call this, in the same order for all groups.
@@ -152,8 +152,8 @@ impl MpiWorld {
             let count = processes.len() as c_int;
             check("MPI_Group_incl", ffi::MPI_Group_incl(all, count, processes.as_ptr(), group.as_mut_ptr()))?;
             let mut group = group.assume_init();
-            let made = ffi::MPI_Comm_create_group(self.comm.raw, group, tag, &mut comm.raw);
-            check("MPI_Comm_create_group", made)?;
+            let code = ffi::MPI_Comm_create_group(self.comm.raw, group, tag, &mut comm.raw);
+            check("MPI_Comm_create_group", code)?;
             check("MPI_Group_free", ffi::MPI_Group_free(&mut group))?;
             check("MPI_Group_free", ffi::MPI_Group_free(&mut all))?;
         }
@@ -192,7 +192,7 @@ pub(super) struct Comm {
     raw: MPI_Comm,
 }
 
-// SAFETY: a handle, which threads may use at once (MPI-1).
+// SAFETY: a handle that several threads may use at the same time (MPI-1).
 unsafe impl Send for Comm {}
 // SAFETY: as for `Send`.
 unsafe impl Sync for Comm {}
@@ -385,9 +385,10 @@ impl Comm {
     ) -> Result<(), KernelError> {
         let name = transfer.name();
         let mut request = mem::MaybeUninit::uninit();
-        // SAFETY: what is borrowed stays by the contract; the rest is owned by `transfer`, and see `wait`.
+        // SAFETY: borrowed buffers stay valid by the contract; `transfer` owns the rest, and is leaked if the wait
+        // fails.
         check(name, unsafe { transfer.start(self.raw, request.as_mut_ptr()) })?;
-        // SAFETY: MPI has made the request.
+        // SAFETY: MPI has initialized the request.
         let done = wait(name, unsafe { request.assume_init() }, check_interrupt);
         if done.is_err() {
             mem::forget(transfer);
@@ -403,8 +404,8 @@ impl Comm {
     ) -> Result<Option<(usize, [u64; 2])>, KernelError> {
         let (mut arrived, mut status) = (0, mem::MaybeUninit::<ffi::MPI_Status>::uninit());
         let mut words = [0u64; 2];
-        // SAFETY: MPI writes the status before it is read; a post is two numbers, which `words` has room for, and a
-        // longer message is an error of MPI's.
+        // SAFETY: MPI writes the status before it is read; a post has two words, which fit in `words`, and MPI reports
+        // a longer message as an error.
         unsafe {
             let source = from.map_or(ffi::RSMPI_ANY_SOURCE, |from| from as c_int);
             check("MPI_Iprobe", ffi::MPI_Iprobe(source, tag, self.raw, &mut arrived, status.as_mut_ptr()))?;
@@ -436,7 +437,7 @@ fn wait(
     let mut tests = 0u32;
     loop {
         let mut done = 0;
-        // SAFETY: the request is under way, and its handle is nobody else's.
+        // SAFETY: the request is in flight, and only this call uses its handle.
         check(name, unsafe { ffi::MPI_Test(&mut request, &mut done, ffi::RSMPI_STATUS_IGNORE) })?;
         if done != 0 {
             return Ok(());

@@ -37,7 +37,7 @@ impl Context {
         KernelError::Link { group: self.group.id, rank: ranks[self.member], peer: ranks[peer], cause: cause.into() }
     }
 
-    /// True when member `peer` takes part in the call.
+    /// Whether member `peer` takes part in the call.
     pub(super) fn involves(&self, peer: usize) -> bool {
         self.peer.is_none_or(|other| other == peer)
     }

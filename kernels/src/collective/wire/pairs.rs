@@ -61,7 +61,7 @@ fn push_out(flow: &mut Flow, source: &Region, common: &Region) {
     for part in parts(flow, source, common) {
         let words = part.range.len();
         let from = flow.contiguous(&part).map_or_else(|| Source::Pack(part), Source::X);
-        flow.outs.push(Out { from, words, passes_on: false });
+        flow.outs.push(Out { from, words, forwards: false });
     }
 }
 
