@@ -1,11 +1,11 @@
-//! Speed of collectives between processes of one node. Starts as many processes of itself as a world has, and prints one
-//! line of JSON for each (collective, world, bytes).
+//! Throughput of collectives between processes of one node. Starts as many processes of itself as the world size, and
+//! prints one line of JSON per (collective, world, bytes).
 //!
 //! `cargo bench -p shardflow-kernels --bench collectives -- [--engine on-node|unix|tcp] [--worlds 2,4] [--sizes 1024,4096]
 //! [--ops all_reduce,send]`
 //!
-//! `bytes`: of floats that a rank puts in (gets out, for `all_gather`). `us`: median. `busbw_GBps`: as nccl-tests count
-//! it, `algbw_GBps` times 2(n-1)/n for `all_reduce`, 1 for `send` (half a ping-pong), (n-1)/n for the others.
+//! `bytes`: size of a rank's float input (output, for `all_gather`). `us`: median. `busbw_GBps`: as in nccl-tests,
+//! `algbw_GBps` times 2(n-1)/n for `all_reduce`, 1 for `send` (half a ping-pong), (n-1)/n for the others.
 
 use std::collections::BTreeMap;
 use std::io::{Read, Write};
@@ -28,8 +28,8 @@ use shardflow_kernels::tensor::{DType, HostTensor, Region, split_range};
 
 const OPS: [&str; 5] = ["all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send"];
 
-/// Tells a process which rank it is and where its peers' memory is: `RANK PARENT BOARD,ARENA,ARENA..`.
-const PLACE: &str = "SHARDFLOW_BENCH_PLACE";
+/// Configures a child process, with its rank and its peers' memory: `RANK PARENT BOARD,ARENA,ARENA..`.
+const CHILD_ENV: &str = "SHARDFLOW_BENCH_PLACE";
 
 type Error = Box<dyn std::error::Error>;
 
@@ -47,7 +47,7 @@ struct Rank {
     engine: Box<dyn Collective>,
     engine_name: String,
     arena: Arena,
-    /// Where y lies.
+    /// Offset of y in bytes.
     y: usize,
 }
 
@@ -67,7 +67,7 @@ fn options() -> Result<Options, Error> {
             "--worlds" => options.worlds = numbers()?,
             "--sizes" => options.sizes = numbers()?,
             "--ops" => options.ops = value.split(',').map(str::to_owned).collect(),
-            _ => return Err(format!("unknown flag {flag}: there are --engine, --worlds, --sizes and --ops").into()),
+            _ => return Err(format!("unknown flag {flag}: use --engine, --worlds, --sizes or --ops").into()),
         }
     }
     Ok(options)
@@ -77,7 +77,7 @@ fn group(world: usize) -> Arc<Group> {
     Arc::new(Group { id: 0, ranks: (0..world).collect() })
 }
 
-/// Starts a world and waits for its end.
+/// Starts a world and waits until it ends.
 fn launch(options: &Options, world: usize) -> Result<(), Error> {
     let size = options.sizes.iter().copied().max().unwrap_or(0);
     let device = Device::cpu(0, 1, Arc::new(InProcess::new()));
@@ -89,28 +89,31 @@ fn launch(options: &Options, world: usize) -> Result<(), Error> {
         memory.iter().filter_map(Arena::descriptor).map(|file| file.as_raw_fd().to_string()).collect();
     let mut children = Vec::new();
     for rank in 0..world {
-        let place = format!("{rank} {} {}", std::process::id(), files.join(","));
-        let command = Command::new(std::env::current_exe()?).args(std::env::args().skip(1)).env(PLACE, place).spawn();
+        let config = format!("{rank} {} {}", std::process::id(), files.join(","));
+        let command =
+            Command::new(std::env::current_exe()?).args(std::env::args().skip(1)).env(CHILD_ENV, config).spawn();
         children.push(command?);
     }
     for mut child in children {
         let status = child.wait()?;
         if !status.success() {
-            return Err(format!("a process of the world of {world} ended with {status}").into());
+            return Err(format!("a process of the world of size {world} ended with {status}").into());
         }
     }
-    // Only the engines over sockets leave a folder.
+    // Only the socket engines create a folder.
     let _ = std::fs::remove_dir(std::env::temp_dir().join(format!("shardflow-bench-{}-{world}", std::process::id())));
     Ok(())
 }
 
-/// Another engine is made here, and needs nothing else in this file.
-fn join(options: &Options, place: &str) -> Result<Rank, Error> {
-    let [rank, parent, files] = place.split(' ').collect::<Vec<_>>()[..] else { return Err("a bad place".into()) };
+/// Creates the rank's engine: the only place in this file that depends on the engine.
+fn join(options: &Options, config: &str) -> Result<Rank, Error> {
+    let [rank, parent, files] = config.split(' ').collect::<Vec<_>>()[..] else {
+        return Err("invalid child configuration".into());
+    };
     let rank: usize = rank.parse()?;
     let size = options.sizes.iter().copied().max().unwrap_or(0);
     let map = |file: &str, bytes, access| -> Result<Arena, Error> {
-        // The parent has it open until we end.
+        // The parent keeps the file open until this process ends.
         let path = format!("/proc/{parent}/fd/{file}");
         let file = std::fs::OpenOptions::new().read(true).write(true).open(path)?;
         Ok(Arena::map_peer(file.into(), bytes, access)?)
@@ -133,12 +136,12 @@ fn join(options: &Options, place: &str) -> Result<Rank, Error> {
             let channels = connect(&folder, rank, group.ranks.len(), engine == "tcp")?;
             Box::new(Wire::new(channels, Duration::from_secs(60)))
         }
-        other => return Err(format!("unknown engine {other}: there are on-node, unix and tcp").into()),
+        other => return Err(format!("unknown engine {other}: use on-node, unix or tcp").into()),
     };
     Ok(Rank { rank, group, engine, engine_name: options.engine.clone(), arena, y: size })
 }
 
-/// Connects every two ranks by sockets in `folder`, over which they agree on a TCP connection if that is wanted.
+/// Connects every two ranks by Unix sockets in `folder`; with `tcp`, they then agree on a TCP connection over these.
 fn connect(folder: &Path, rank: usize, world: usize, tcp: bool) -> Result<BTreeMap<ChannelKey, Channel>, Error> {
     std::fs::create_dir_all(folder)?;
     let listener = UnixListener::bind(folder.join(rank.to_string()))?;
@@ -192,7 +195,7 @@ impl Rank {
                 let kind = CollectiveKind::ReduceScatter { op: ReduceOp::Sum, parts: parts.to_vec() };
                 self.run(kind, Some((0, k)), Some((y, own)));
             }
-            // Rank r has row r of a matrix of rows of k, and gets column block r of it.
+            // Rank r holds row r of a matrix with rows of k elements, and receives column block r of it.
             "all_to_all" => {
                 let n = parts.len();
                 let row = |i| Region { start: vec![i, 0], size: vec![1, k] };
@@ -273,10 +276,10 @@ impl Rank {
 
 fn main() -> Result<(), Error> {
     let options = options()?;
-    let Ok(place) = std::env::var(PLACE) else {
+    let Ok(config) = std::env::var(CHILD_ENV) else {
         return options.worlds.iter().try_for_each(|&world| launch(&options, world));
     };
-    let rank = join(&options, &place)?;
+    let rank = join(&options, &config)?;
     for &bytes in &options.sizes {
         for op in options.ops.iter().filter(|op| op.as_str() != "send" || rank.group.ranks.len() == 2) {
             rank.measure(op, bytes)?;

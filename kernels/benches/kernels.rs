@@ -1,6 +1,6 @@
-//! Speed of the kernels that a transformer spends its time in, for two sizes of model, on 1 and 2 threads.
-//! `cargo bench -p shardflow-kernels` prints GFLOP/s of products and attention, ns an element of the rest, and an
-//! estimate of a whole step (forward, backward, AdamW). Pass a number of threads to measure that alone.
+//! Throughput of the kernels that dominate a transformer's step, for two model sizes, on 1 and 2 threads. `cargo bench
+//! -p shardflow-kernels` prints GFLOP/s of products and attention, ns per element of the other kernels, and an estimate
+//! of a whole step (forward, backward, AdamW). Pass a number of threads to measure only that number.
 
 use std::sync::Arc;
 use std::sync::mpsc::channel;
@@ -13,7 +13,7 @@ use shardflow_kernels::op::{Buffer, Einsum, Launch, Op, Program};
 use shardflow_kernels::stream::{Stream, Submission};
 use shardflow_kernels::tensor::{DType, HostTensor, element_count};
 
-/// Launches of one kernel in a row; the fastest of several rows counts.
+/// Number of consecutive launches of one kernel per measurement; the fastest of several measurements counts.
 const LAUNCHES: usize = 10;
 
 struct Model {
@@ -31,7 +31,7 @@ struct Bench {
 }
 
 impl Bench {
-    /// Milliseconds of one launch, on buffers of small numbers. Integers are zeros.
+    /// Milliseconds per launch, on buffers of small values. Integers are zero.
     fn measure(&self, op: Op, reads: &[(&[usize], DType)], writes: &[&[usize]]) -> f64 {
         let mut end = 0;
         let mut place = |shape: &[usize], dtype: DType| {
@@ -52,11 +52,11 @@ impl Bench {
             let (sender, ends) = channel();
             let began = Instant::now();
             let bases = vec![Base { arena: arena.clone(), offset: 0 }];
-            let notify = Box::new(move |notice| drop(sender.send(notice)));
+            let notify = Box::new(move |notification| drop(sender.send(notification)));
             let submission = Submission { program: program.clone(), bases, repeat: false, notify };
             self.stream.submit(submission).expect("an open stream");
-            let notice = ends.recv().expect("an end");
-            assert_eq!(notice, shardflow_kernels::stream::Notification::Done);
+            let notification = ends.recv().expect("an end");
+            assert_eq!(notification, shardflow_kernels::stream::Notification::Done);
             began.elapsed().as_secs_f64() * 1e3 / LAUNCHES as f64
         };
         (0..7).map(|_| once()).fold(f64::INFINITY, f64::min)
@@ -86,7 +86,7 @@ impl Bench {
         ms
     }
 
-    /// Milliseconds of a step, from its kernels.
+    /// Milliseconds of a step, estimated from its kernels.
     fn step(&self, model: &Model) -> f64 {
         let &Model { layers, width: c, heads, context, batch, vocab } = model;
         let (rows, depth) = (batch * context, c / heads);
@@ -109,7 +109,7 @@ impl Bench {
         ] {
             let typed: Vec<_> = reads.into_iter().map(|shape| (shape, DType::F32)).collect();
             let ms = self.measure(op, &typed, &writes);
-            // The causal half only.
+            // Only the causal half.
             let flops = products * (batch * heads * context * context * depth) as f64;
             println!("  {what:28} {ms:8.3} ms {:8.1} GFLOP/s", flops / ms / 1e6);
             layer += ms;

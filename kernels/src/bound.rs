@@ -1,5 +1,5 @@
-//! One launch with its buffers found in the submission's memory and checked (MEM-1, MEM-2, MEM-4): what every backend
-//! does before it runs one.
+//! Resolves the buffers of one launch in the submission's memory and checks them (MEM-1, MEM-2, MEM-4). Every backend
+//! does this before it runs a launch.
 
 use crate::error::KernelError;
 use crate::memory::{Base, View};
@@ -16,10 +16,10 @@ pub(crate) struct Bound<'a> {
 }
 
 impl<'a> Bound<'a> {
-    /// Finds the buffers. `workspace_bytes` is what the backend needs beside them.
+    /// Resolves the buffers. `workspace_bytes` returns the workspace that the backend needs.
     ///
     /// # Errors
-    /// [`KernelError::Arguments`] for buffers that no kernel may be given.
+    /// [`KernelError::Arguments`] for invalid buffers.
     pub(crate) fn resolve(
         launch: &'a Launch,
         bases: &'a [Base],
@@ -35,7 +35,7 @@ impl<'a> Bound<'a> {
         Ok(bound)
     }
 
-    /// Numbers of buffers, what may be written (MEM-4), overlap (MEM-2), accumulation and workspace.
+    /// Checks the number of buffers, write access (MEM-4), overlaps (MEM-2), accumulation and workspace.
     fn check(
         &self,
         op: &Op,
@@ -54,21 +54,25 @@ impl<'a> Bound<'a> {
         }
         let sum = op.can_accumulate().filter(|_| accumulate).and_then(|write| self.writes.get(write));
         if sum.is_some_and(|sum| sum.dtype() == DType::BF16) {
-            return Err(self.refused("accumulate", "a sum of type F32, which keeps what is small", "BF16"));
+            return Err(self.refused("accumulate", "a sum of type F32 (BF16 would lose small terms)", "BF16"));
         }
         let types = |views: &[View<'_>]| views.iter().map(View::dtype).collect::<Vec<_>>();
         if let Some((what, expected, got)) = op.bf16_fault(&types(&self.reads), &types(&self.writes)) {
             return Err(self.refused(&what, expected, got));
         }
         if self.writes.iter().chain(&self.workspace).any(|write| !write.arena().is_writable()) {
-            return Err(self.refused("write", "memory that may be written", "a peer's, mapped to be read"));
+            return Err(self.refused("write", "writable memory", "a peer's memory, mapped read-only"));
         }
         for (i, write) in self.writes.iter().enumerate() {
-            let clash = self.reads.iter().any(|read| write.overlaps(read) && !write.same_memory(read))
+            let has_overlap = self.reads.iter().any(|read| write.overlaps(read) && !write.same_memory(read))
                 || self.writes[..i].iter().any(|other| write.overlaps(other))
                 || self.workspace.as_ref().is_some_and(|workspace| write.overlaps(workspace));
-            if clash {
-                return Err(self.refused(&format!("write {i}"), "memory of its own", "an overlap with another buffer"));
+            if has_overlap {
+                return Err(self.refused(
+                    &format!("write {i}"),
+                    "memory that no other buffer overlaps",
+                    "an overlap with another buffer",
+                ));
             }
         }
         let shapes: Vec<&[usize]> = self.reads.iter().map(View::shape).collect();
@@ -76,7 +80,11 @@ impl<'a> Bound<'a> {
         let given = self.workspace.as_ref().map_or(0, View::bytes);
         let overlaps_read = |workspace: &View<'_>| self.reads.iter().any(|read| read.overlaps(workspace));
         if needed > given || self.workspace.as_ref().is_some_and(overlaps_read) {
-            return Err(self.refused("workspace", format!("{needed} bytes of its own"), format!("{given} bytes")));
+            return Err(self.refused(
+                "workspace",
+                format!("{needed} bytes that no other buffer overlaps"),
+                format!("{given} bytes"),
+            ));
         }
         Ok(())
     }

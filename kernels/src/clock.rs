@@ -1,5 +1,6 @@
-//! What a host thread hands over, beside the data, so that a software CUDA device can check that one thing happened before
-//! another. Without debug assertions, as in a release, it is nothing, and costs nothing.
+//! Vector clocks for the race checker of the software CUDA device. A vector clock records, for each thread and stream,
+//! the last event known to have happened; an access is free of races only if it happened before or after every
+//! conflicting access. Without debug assertions, as in release builds, the clocks are empty and cost nothing.
 #![cfg_attr(debug_assertions, allow(unsafe_code))]
 
 #[cfg(debug_assertions)]
@@ -9,13 +10,14 @@ use std::{
     thread::{self, ThreadId},
 };
 
-/// All that the thread knows to have happened when it captures one. Whoever sends a message between threads sends one
-/// along, and the receiver joins it.
+/// A snapshot of the calling thread's vector clock: everything that happened before this point. A message between
+/// threads carries the sender's clock, and the receiver joins it, which orders the sender's earlier events before its
+/// own.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct RaceClock(#[cfg(debug_assertions)] u64);
 
 impl RaceClock {
-    /// The calling thread's.
+    /// Takes a snapshot of the calling thread's clock.
     pub fn capture() -> Self {
         #[cfg(debug_assertions)]
         return Self(software::functions().map_or(0, |functions| (functions.capture)()));
@@ -23,7 +25,8 @@ impl RaceClock {
         Self()
     }
 
-    /// The calling thread knows from now on what the one knew that captured it.
+    /// Merges the snapshot into the calling thread's clock: the events it contains happened before all later events
+    /// here.
     pub fn join(self) {
         #[cfg(debug_assertions)]
         if let (token @ 1.., Some(functions)) = (self.0, software::functions()) {
@@ -32,7 +35,7 @@ impl RaceClock {
     }
 }
 
-/// The calling thread reads or writes pinned memory by itself, which nothing else tells a software device.
+/// Reports a host access of the calling thread to pinned memory, which the software device cannot observe.
 pub(crate) fn host_access(start: *const u8, bytes: usize, writes: bool) {
     #[cfg(debug_assertions)]
     if let Some(functions) = software::functions() {
@@ -42,12 +45,12 @@ pub(crate) fn host_access(start: *const u8, bytes: usize, writes: bool) {
     let _ = (start, bytes, writes);
 }
 
-/// What each of many threads knew when it let go of something, for the one that is last.
+/// Clocks of several threads that released an object, for the thread that uses or frees it after all of them.
 #[derive(Debug, Default)]
 pub struct ReleaseClocks(#[cfg(debug_assertions)] Mutex<HashMap<ThreadId, RaceClock>>);
 
 impl ReleaseClocks {
-    /// The calling thread lets go.
+    /// Records the calling thread's clock at its release.
     pub fn add(&self) {
         #[cfg(debug_assertions)]
         if let clock @ RaceClock(1..) = RaceClock::capture() {
@@ -55,7 +58,7 @@ impl ReleaseClocks {
         }
     }
 
-    /// The calling thread knows what they all knew.
+    /// Merges the clocks of all releases into the calling thread's clock.
     pub fn join(&self) {
         #[cfg(debug_assertions)]
         self.0.lock().unwrap_or_else(PoisonError::into_inner).values().for_each(|clock| clock.join());
@@ -72,16 +75,16 @@ mod software {
         pub(super) access: extern "C" fn(u64, u64, u32),
     }
 
-    /// Those of the software device; `None` with any other driver, and with none.
+    /// The functions of the software device; `None` with any other driver, or without one.
     pub(super) fn functions() -> Option<&'static Functions> {
         static FUNCTIONS: OnceLock<Option<Functions>> = OnceLock::new();
         FUNCTIONS.get_or_init(find).as_ref()
     }
 
     fn find() -> Option<Functions> {
-        // SAFETY: loading the driver runs its initialisers only, and it stays loaded: `culib` keeps it for good.
+        // SAFETY: loading the driver only runs its initializers, and it stays loaded: `culib` never unloads it.
         let library = unsafe { cudarc::driver::sys::is_culib_present().then(|| cudarc::driver::sys::culib()) }?;
-        // SAFETY: the software device exports these names with these types, and nobody else exports them.
+        // SAFETY: only the software device exports these names, with these types.
         unsafe {
             let capture = library.get(b"software_cuda_clock_capture").ok().map(|symbol| *symbol)?;
             let join = library.get(b"software_cuda_clock_join").ok().map(|symbol| *symbol)?;

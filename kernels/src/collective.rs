@@ -1,5 +1,5 @@
-//! Collectives: what is asked for ([`CollectiveCall`]) and the one trait ([`Collective`]) that every engine stands behind.
-//! Engines live in `collective/`, those of GPUs in `cuda/`.
+//! Collectives: the request ([`CollectiveCall`]) and the trait that every engine implements ([`Collective`]).
+//! CPU engines live in `collective/`, GPU engines in `cuda/`.
 
 use std::fmt::Debug;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -20,56 +20,56 @@ pub mod shared_memory;
 pub mod wire;
 
 /// An engine that runs collectives: within a process, by NCCL, by MPI. Each member's stream calls [`Collective::run`]
-/// and blocks in it; calls of one group come in the same order on all members.
+/// and blocks in it. All members issue the calls of a group in the same order.
 pub trait Collective: Debug + Send + Sync {
-    /// Runs one collective as one member, with the buffers that [`CollectiveKind`] names. Returns when the member's
-    /// result is written and no other member still reads its buffers.
+    /// Runs one collective as one member, with the buffers that [`CollectiveKind`] names. Returns once the member's
+    /// result is written and no other member reads its buffers any more.
     ///
     /// # Errors
     /// [`KernelError::CollectiveMismatch`] on all members when they disagree, [`KernelError::Arguments`] when the
     /// buffers do not fit the call, [`KernelError::Aborted`] after [`Collective::abort`].
     fn run(&self, call: &CollectiveCall, reads: &[View<'_>], writes: &[View<'_>]) -> Result<(), KernelError>;
 
-    /// Ends every call that waits, and every later one, with [`KernelError::Aborted`]. The first cause is kept.
+    /// Fails every waiting call and every later call with [`KernelError::Aborted`]. The first cause is kept.
     fn abort(&self, cause: &str);
 
-    /// Which members, run by this process, wait for which others now.
+    /// The members of this process that wait now, and the members that they wait for.
     fn waits(&self) -> Vec<MemberWait>;
 
-    /// Whether [`Collective::waits`] knows of all waits: a member in a call that is not named there waits for nobody.
+    /// Whether [`Collective::waits`] is complete: a member in a call that it does not list waits for nobody.
     fn knows_waits(&self) -> bool {
         true
     }
 
-    /// Bytes that the device of this rank has taken in from other members since the engine was made.
+    /// Bytes that the device of this rank has received from other members since the engine was created.
     fn bytes_received(&self, rank: usize) -> u64;
 
-    /// For engines of GPUs, whose calls seem done when they were broken off: what tells whether they were.
+    /// For GPU engines, whose aborted calls look completed: the abort status of each engine.
     fn outcomes(&self) -> Vec<AbortStatus> {
         Vec::new()
     }
 
-    /// For engines that ask for one order of calls on all devices: the turn of a submission to a stream of this device, taken
-    /// when it is submitted.
+    /// For engines that need one issue order on all devices: a ticket for a submission to a stream of this device,
+    /// taken at submission.
     fn turn(&self, rank: usize) -> Option<IssueTicket> {
         let _ = rank;
         None
     }
 
-    /// For engines of GPUs: how this call is put on a CUDA stream. A stream has any other engine work on a copy in the host's
-    /// memory.
+    /// For GPU engines: how to issue this call on a CUDA stream. For any other engine, the stream copies the buffers to
+    /// host memory.
     fn on_device(&self, call: &CollectiveCall) -> Option<CudaCollective<'_>> {
         let _ = call;
         None
     }
 }
 
-/// Whether an engine was aborted, and why. Clones tell of the same engine, and do not keep it alive.
+/// Whether an engine was aborted, and why. Clones share the status of one engine and do not keep it alive.
 #[derive(Clone, Debug, Default)]
 pub struct AbortStatus(Arc<Mutex<Option<String>>>);
 
 impl AbortStatus {
-    /// Notes the cause, of which the first is kept; whether it is the first.
+    /// Records the cause unless one is recorded already. Returns whether this cause is the first.
     pub(crate) fn abort(&self, cause: &str) -> bool {
         let mut aborted = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let first = aborted.is_none();
@@ -77,14 +77,14 @@ impl AbortStatus {
         first
     }
 
-    /// The error that calls are answered with after an abort.
+    /// The error that calls return after an abort.
     pub(crate) fn aborted(&self) -> Option<KernelError> {
         let aborted = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         aborted.clone().map(|cause| KernelError::Aborted { cause })
     }
 }
 
-/// A member that waits for another in a collective.
+/// A member that waits for another member in a collective.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct MemberWait {
     /// Id of the group.
@@ -106,9 +106,9 @@ pub enum ReduceOp {
 
 /// An ordered set of devices that call collectives together.
 ///
-/// The order fixes the bits of every reduction, in every engine: what member `c` owns (chunk `c` of an all-reduce, part
-/// `c` of a reduce-scatter) is combined as `((x[c+1] + x[c+2]) + ...) + x[c]`, members counted modulo their number. So a
-/// ring brings the values round, the owner's last.
+/// The order fixes the bits of every reduction, in every engine: the data that member `c` owns (chunk `c` of an
+/// all-reduce, part `c` of a reduce-scatter) is combined as `((x[c+1] + x[c+2]) + ...) + x[c]`, with member indices
+/// modulo the group size. A ring passes the values in this order, the owner's value last.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Group {
     /// Unique in a plan.
@@ -120,58 +120,58 @@ pub struct Group {
 /// One collective, as one member sees it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct CollectiveCall {
-    /// Who takes part.
+    /// The participating devices.
     pub group: Arc<Group>,
     /// Index of this member in `group.ranks`.
     pub member: usize,
-    /// What is done.
+    /// The operation.
     pub kind: CollectiveKind,
 }
 
-/// What a collective does. Regions are of the whole tensor that the group shares, one for each member, in order;
-/// they may be empty or uneven, and split any dim.
+/// The operation of a collective. Regions lie in the whole tensor that the group shares, one per member, in order.
+/// They may be empty or uneven, and split any dim.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum CollectiveKind {
-    /// `(x) -> (y)`, same shape everywhere; may be in place. Every member gets the same bits.
-    /// Member `c` combines chunk `c` of the flat tensor ([`crate::tensor::split_range`]), in the order of [`Group`], so
-    /// each of n members takes in `(n-1) * own chunk + (all - own chunk)` elements.
+    /// `(x) -> (y)`, same shape on all members; may be in place. Every member gets the same bits.
+    /// Member `c` combines chunk `c` of the flat tensor ([`crate::tensor::split_range`]) in the order of [`Group`], so
+    /// each of n members receives `(n-1) * own chunk + (all - own chunk)` elements.
     AllReduce {
         /// How values are combined.
         op: ReduceOp,
     },
-    /// `(part) -> (whole)`: each member has its region and gets all.
+    /// `(part) -> (whole)`: each member contributes its region and receives the whole tensor.
     AllGather {
-        /// What each member brings.
+        /// The region that each member contributes.
         parts: Vec<Region>,
     },
-    /// `(whole) -> (part)`: each member gets its region, combined over all members in the order of [`Group`].
+    /// `(whole) -> (part)`: each member receives its region, combined over all members in the order of [`Group`].
     ReduceScatter {
         /// How values are combined.
         op: ReduceOp,
-        /// What each member gets.
+        /// The region that each member receives.
         parts: Vec<Region>,
     },
-    /// `(part) -> (other part)`: each member has its region of `sources` and gets its region of `targets`; the first
-    /// member that holds an element gives it, a member's own copy being preferred.
+    /// `(part) -> (other part)`: each member contributes its region of `sources` and receives its region of `targets`.
+    /// An element comes from the member's own source if that holds it, else from the first member that does.
     AllToAll {
-        /// What each member brings.
+        /// The region that each member contributes.
         sources: Vec<Region>,
-        /// What each member gets.
+        /// The region that each member receives.
         targets: Vec<Region>,
     },
-    /// `(x) -> (y)`: every member gets the root's tensor.
+    /// `(x) -> (y)`: every member receives the root's tensor.
     Broadcast {
-        /// Member that gives.
+        /// The member that sends.
         root: usize,
     },
-    /// `(x) -> ()`: point to point; returns when the receiver has it, or is in its call and x may be overwritten.
+    /// `(x) -> ()`, point to point. Returns once the receiver has x, or is in its call and x may be overwritten.
     Send {
-        /// Member that receives.
+        /// The receiving member.
         to: usize,
     },
-    /// `() -> (y)`.
+    /// `() -> (y)`, point to point.
     Receive {
-        /// Member that sends.
+        /// The sending member.
         from: usize,
     },
 }

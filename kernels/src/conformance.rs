@@ -1,5 +1,6 @@
-//! The suite that every backend must pass. A test gives [`run`] a maker of devices and asserts that nothing comes back.
-//! Each op is compared with a plain f64 reference on awkward sizes, in memory poisoned with NaN and fenced by canaries.
+//! The conformance suite that every backend must pass. A test passes [`run`] a function that creates devices, and
+//! asserts that it returns no failures. Each op is compared with a plain f64 reference on irregular sizes, in memory
+//! filled with NaN and surrounded by canaries.
 
 use std::fmt;
 use std::sync::Arc;
@@ -23,10 +24,10 @@ mod ops;
 mod reference;
 mod streams;
 
-use collectives::Demands;
+use collectives::EngineRequirements;
 pub use collectives::SummationOrder;
 
-/// Longest wait for anything on a device.
+/// Longest wait for any result of a device.
 const TIMEOUT: Duration = Duration::from_secs(60);
 
 /// Space between buffers, filled with canaries.
@@ -34,12 +35,12 @@ const FENCE_BYTES: usize = ALIGNMENT;
 
 const CANARY: i32 = 0x5afe_c0de;
 
-/// One thing that a backend gets wrong.
+/// One error of a backend.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ConformanceFailure {
-    /// Which check, with its sizes.
+    /// The check, with its sizes.
     pub check: String,
-    /// Expected and got.
+    /// The expected and the actual result.
     pub what: String,
 }
 
@@ -49,74 +50,81 @@ impl fmt::Display for ConformanceFailure {
     }
 }
 
-/// Runs the whole suite. `make(n)` gives n devices with ranks `0..n` that share one fresh collective engine.
+/// Runs the whole suite. `make(n)` creates n devices with ranks `0..n` that share one new collective engine.
 pub fn run(make: &dyn Fn(usize) -> Vec<Device>) -> Vec<ConformanceFailure> {
     let mut report = Report::default();
     if let Some(device) = make(1).first() {
-        alone(&mut report, device);
+        run_ops_and_streams(&mut report, device);
     }
     let with_arena = |device: Device| device.arena(collectives::ARENA_BYTES).map(|arena| (device, arena));
     let make = |n| make(n).into_iter().map(with_arena).collect();
-    collectives::run(&mut report, &make, &Demands::of(MEMBERS_MAX, SummationOrder::InOrder));
+    collectives::run(&mut report, &make, &EngineRequirements::of(MEMBERS_MAX, SummationOrder::InOrder));
     report.failures
 }
 
-/// Runs the ops' and the streams' part of the suite, on one device.
+/// Runs the part of the suite for ops and streams, on one device.
 pub fn run_alone(device: &Device) -> Vec<ConformanceFailure> {
     let mut report = Report::default();
-    alone(&mut report, device);
+    run_ops_and_streams(&mut report, device);
     report.failures
 }
 
-fn alone(report: &mut Report, device: &Device) {
+fn run_ops_and_streams(report: &mut Report, device: &Device) {
     ops::run(report, device);
     odd::run(report, device);
     streams::run(report, device);
 }
 
-/// Runs the part of the suite that is about attention, on one device, whose library for it may be one of several.
+/// Runs the attention part of the suite on one device, which may use one of several attention libraries.
 pub fn run_attentions(device: &Device) -> Vec<ConformanceFailure> {
     let mut report = Report::default();
     ops::run_attentions(&mut report, device);
     report.failures
 }
 
-/// Runs the collectives' part of the suite, for engines that must know all memory and all groups beforehand.
-/// `make(n)` gives n devices with ranks `0..n` and for each an arena of [`COLLECTIVES_ARENA_BYTES`], on fresh engines
-/// that know [`collectives_groups`] of n.
+/// Runs the collectives part of the suite, for engines that must know all memory and all groups in advance. `make(n)`
+/// creates n devices with ranks `0..n`, each with an arena of [`COLLECTIVES_ARENA_BYTES`], on new engines that know
+/// [`collectives_groups`] of n.
 pub fn run_collectives(make: &dyn Fn(usize) -> Result<Vec<(Device, Arena)>, KernelError>) -> Vec<ConformanceFailure> {
     let mut report = Report::default();
-    collectives::run(&mut report, make, &Demands::of(MEMBERS_MAX, SummationOrder::InOrder));
+    collectives::run(&mut report, make, &EngineRequirements::of(MEMBERS_MAX, SummationOrder::InOrder));
     report.failures
 }
 
-/// Runs the collectives' part of the suite for engines that add up in an order of their own, do not compare what the members
-/// call, and ask that all members call all groups in one order; else as [`run_collectives`].
+/// [`run_collectives`] for engines that sum in their own order, do not compare the members' calls, and require that all
+/// members call all groups in one order.
 pub fn run_collectives_unordered(
     make: &dyn Fn(usize) -> Result<Vec<(Device, Arena)>, KernelError>,
     members: usize,
 ) -> Vec<ConformanceFailure> {
     let mut report = Report::default();
-    let demands =
-        Demands { compares_calls: false, any_order: false, ..Demands::of(members, SummationOrder::InAnyOrder) };
-    collectives::run(&mut report, make, &demands);
+    let requirements = EngineRequirements {
+        compares_calls: false,
+        any_order: false,
+        ..EngineRequirements::of(members, SummationOrder::InAnyOrder)
+    };
+    collectives::run(&mut report, make, &requirements);
     report.failures
 }
 
-/// Runs the collectives' part of the suite in one of several processes, all of which do so at once, each for its own
-/// members of groups of up to `members`; without aborts, which leave nothing to go on with. `make(n)` gives those of n
-/// devices that are in this process, maybe none, as for [`run_collectives`].
+/// Runs the collectives part of the suite in one of several processes. All of them run it at the same time, each for
+/// its own members of groups of up to `members`. Without aborts, after which nothing can run. `make(n)` creates those
+/// of the n devices that this process runs, possibly none, as for [`run_collectives`].
 pub fn run_collectives_apart(
     make: &dyn Fn(usize) -> Result<Vec<(Device, Arena)>, KernelError>,
     members: usize,
     sums: SummationOrder,
 ) -> Vec<ConformanceFailure> {
     let mut report = Report::default();
-    collectives::run(&mut report, make, &Demands { all_here: false, ..Demands::of(members, sums) });
+    collectives::run(
+        &mut report,
+        make,
+        &EngineRequirements { single_process: false, ..EngineRequirements::of(members, sums) },
+    );
     report.failures
 }
 
-/// Members of the largest groups where nothing else is said.
+/// Default number of members of the largest groups.
 const MEMBERS_MAX: usize = 4;
 
 /// Bytes of each arena that [`run_collectives`] needs.
@@ -127,10 +135,10 @@ pub fn collectives_groups(n: usize) -> Vec<Arc<Group>> {
     (1..=collectives::GROUPS).map(|id| Arc::new(Group { id, ranks: (0..n).collect() })).collect()
 }
 
-/// Half of the distance between neighbours of type BF16, relative to them.
+/// Half of the relative distance between adjacent BF16 values.
 const BF16_ROUNDING: f64 = 1.0 / 256.0;
 
-/// What went wrong so far.
+/// The failures so far.
 #[derive(Default)]
 struct Report {
     failures: Vec<ConformanceFailure>,
@@ -147,40 +155,40 @@ impl Report {
         }
     }
 
-    /// Compares with a reference: `|got - expected| <= tolerance * (1 + |expected|)`; NaN never passes.
+    /// Compares with a reference: `|got - expected| <= tolerance * (1 + |expected|)`; NaN always fails.
     fn close(&mut self, check: &str, got: &HostTensor, expected: &[f64], tolerance: f64) {
         let rounding = if got.dtype() == DType::BF16 { BF16_ROUNDING } else { 0.0 };
         let tolerance = tolerance + rounding;
-        let Some(got) = got.to_f32() else { return self.fail(check, "the result is not of floats") };
+        let Some(got) = got.to_f32() else { return self.fail(check, "the result is not a float tensor") };
         if got.len() != expected.len() {
             return self.fail(check, format!("{} elements, expected {}", got.len(), expected.len()));
         }
-        let wrong = |(got, expected): (&f32, &f64)| {
+        let differs = |(got, expected): (&f32, &f64)| {
             let (got, expected) = (f64::from(*got), *expected);
             let close = (got - expected).abs() <= tolerance * (1.0 + expected.abs()) || got == expected;
             !close
         };
-        if let Some(i) = got.iter().zip(expected).position(wrong) {
+        if let Some(i) = got.iter().zip(expected).position(differs) {
             self.fail(check, format!("element {i} of {}: expected {}, got {}", got.len(), expected[i], got[i]));
         }
     }
 }
 
-/// What a launch's write holds before it.
+/// The content of a launch's write before it.
 #[derive(Clone)]
 enum Initial {
-    /// NaN, or a number no index has.
+    /// NaN.
     Poison(Vec<usize>),
-    /// These values: updated in place, or added to.
+    /// These values, which are updated in place or added to.
     Values(HostTensor),
     /// The memory of this read: the op works in place.
     Read(usize),
 }
 
-/// What types a launch's floats are of, where its op lets them be BF16.
+/// The float dtypes of a launch's buffers, where its op supports BF16.
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Types {
-    /// All F32.
+    /// All buffers are F32.
     Floats,
     /// Reads and poisoned writes are BF16.
     Halves,
@@ -188,7 +196,7 @@ enum Types {
     Widening,
 }
 
-/// One launch to try.
+/// One launch under test.
 #[derive(Clone)]
 struct Trial<'a> {
     op: Op,
@@ -197,19 +205,19 @@ struct Trial<'a> {
     accumulate: bool,
     repeat: bool,
     types: Types,
-    /// The first buffer begins at no multiple of 16 bytes, as what has whole vectors else does.
-    skewed: bool,
+    /// The first buffer starts at an address that is not a multiple of 16 bytes, unlike vectors otherwise.
+    unaligned: bool,
 }
 
 impl<'a> Trial<'a> {
     fn new(op: Op, reads: &'a [HostTensor], writes: &'a [Initial]) -> Self {
-        Self { op, reads, writes, accumulate: false, repeat: false, types: Types::Floats, skewed: false }
+        Self { op, reads, writes, accumulate: false, repeat: false, types: Types::Floats, unaligned: false }
     }
 
-    /// Lays the buffers out in a fresh arena between canaries, launches, and returns what the writes hold.
+    /// Places the buffers in a new arena between canaries, launches, and returns the content of the writes.
     fn launch(&self, device: &Device) -> Result<Vec<HostTensor>, String> {
         let stream = device.stream("conformance", device.threads_per_stream()).map_err(|error| error.to_string())?;
-        let mut layout = Layout { end: if self.skewed { DType::F32.bytes() } else { 0 }, ..Layout::default() };
+        let mut layout = Layout { end: if self.unaligned { DType::F32.bytes() } else { 0 }, ..Layout::default() };
         let narrow = |(port, read): (usize, &HostTensor)| match read.as_f32() {
             Some(values) if self.types != Types::Floats && self.op.reads_bf16(port) => {
                 HostTensor::bf16(&read.shape, values)
@@ -260,7 +268,7 @@ impl<'a> Trial<'a> {
     }
 }
 
-/// Buffers one after another, with fences between.
+/// Buffers one after another, with fences between them.
 #[derive(Default)]
 struct Layout {
     fences: Vec<usize>,
@@ -271,12 +279,12 @@ impl Layout {
     fn place(&mut self, shape: &[usize], dtype: DType) -> Buffer {
         self.fences.push(self.end);
         let offset = self.end + FENCE_BYTES;
-        // The next fence is of words; the byte pairs before it are nobody's.
+        // The next fence consists of words; the padding before it is not checked.
         self.end = (offset + element_count(shape) * dtype.bytes()).next_multiple_of(DType::I32.bytes());
         Buffer { base: 0, offset, shape: shape.to_vec(), dtype }
     }
 
-    /// Where a plan would place it, for the libraries, which take it in whole lines: behind the fence of what lies before it.
+    /// Places a workspace with the alignment of a plan's workspace, which libraries require, after a fence.
     fn place_workspace(&mut self, bytes: usize) -> Buffer {
         self.fences.push(self.end);
         self.end = (self.end + FENCE_BYTES).next_multiple_of(ALIGNMENT);
@@ -288,7 +296,7 @@ impl Layout {
         HostTensor::i32(&[words], vec![CANARY; words])
     }
 
-    /// An arena of this layout, its fences set.
+    /// Creates an arena with this layout and writes its fences.
     fn arena(&mut self, device: &Device) -> Result<Arena, KernelError> {
         self.fences.push(self.end);
         let arena = device.arena(self.end + FENCE_BYTES)?;
@@ -308,57 +316,57 @@ impl Layout {
     }
 }
 
-/// Submits launches as one program, base i being arena i, and waits for its end.
+/// Submits launches as one program, where base i is arena i, and waits for its end.
 fn run_program(stream: &Stream, launches: Vec<Launch>, arenas: &[&Arena], repeat: bool) -> Result<(), KernelError> {
-    let notices =
+    let notifications =
         submit(stream, Program { name: "conformance".to_owned(), launches, signals: vec![] }, arenas, repeat)?;
-    wait(&notices)
+    wait(&notifications)
 }
 
-/// What a stream tells of a submission, as it comes from another thread.
-struct Notices(Receiver<(RaceClock, Notification)>);
+/// Notifications of a submission, each with the clock of the thread that sent it.
+struct Notifications(Receiver<(RaceClock, Notification)>);
 
-impl Notices {
+impl Notifications {
     fn recv_timeout(&self, timeout: Duration) -> Result<Notification, RecvTimeoutError> {
-        self.0.recv_timeout(timeout).map(Self::taken)
+        self.0.recv_timeout(timeout).map(Self::join_clock)
     }
 
     fn try_recv(&self) -> Result<Notification, TryRecvError> {
-        self.0.try_recv().map(Self::taken)
+        self.0.try_recv().map(Self::join_clock)
     }
 
-    fn taken((clock, notice): (RaceClock, Notification)) -> Notification {
+    fn join_clock((clock, notification): (RaceClock, Notification)) -> Notification {
         clock.join();
-        notice
+        notification
     }
 }
 
-/// Submits a program, base i being arena i.
-fn submit(stream: &Stream, program: Program, arenas: &[&Arena], repeat: bool) -> Result<Notices, KernelError> {
-    let (sender, notices) = channel();
+/// Submits a program, where base i is arena i.
+fn submit(stream: &Stream, program: Program, arenas: &[&Arena], repeat: bool) -> Result<Notifications, KernelError> {
+    let (sender, notifications) = channel();
     let bases = arenas.iter().map(|&arena| Base { arena: arena.clone(), offset: 0 }).collect();
-    let notify = Box::new(move |notice| drop(sender.send((RaceClock::capture(), notice))));
+    let notify = Box::new(move |notification| drop(sender.send((RaceClock::capture(), notification))));
     stream.submit(Submission { program: Arc::new(program), bases, repeat, notify })?;
-    Ok(Notices(notices))
+    Ok(Notifications(notifications))
 }
 
 /// Waits for the end of a submission.
-fn wait(notices: &Notices) -> Result<(), KernelError> {
+fn wait(notifications: &Notifications) -> Result<(), KernelError> {
     loop {
-        match notices.recv_timeout(TIMEOUT) {
+        match notifications.recv_timeout(TIMEOUT) {
             Ok(Notification::Signal(_) | Notification::NotFinite { .. }) => {}
             Ok(Notification::Done) => return Ok(()),
             Ok(Notification::Failed(error)) => return Err(error),
-            Err(cause) => return Err(KernelError::Aborted { cause: format!("no end of the program: {cause}") }),
+            Err(cause) => return Err(KernelError::Aborted { cause: format!("the program has not ended: {cause}") }),
         }
     }
 }
 
-/// Numbers that look random and are the same in every run.
+/// Pseudo-random values that are the same in every run.
 #[derive(Default)]
 struct Numbers {
     state: u64,
-    /// Only those that BF16 has too.
+    /// Whether all values can be represented in BF16.
     halves: bool,
 }
 
@@ -386,7 +394,7 @@ impl Numbers {
     }
 }
 
-/// A tensor's floats in f64; integers too.
+/// The elements of a tensor in f64.
 fn wide(tensor: &HostTensor) -> Vec<f64> {
     match &tensor.data {
         HostData::F32(values) => values.iter().map(|&value| f64::from(value)).collect(),
@@ -395,7 +403,7 @@ fn wide(tensor: &HostTensor) -> Vec<f64> {
     }
 }
 
-/// Flat place in a tensor of `shape` of the element `index` (counted inside the region) of `region`.
+/// Flat index in a tensor of `shape` of the element `index` (relative to the region) of `region`.
 fn flat(mut index: usize, region: &Region, shape: &[usize]) -> usize {
     let (mut place, mut stride) = (0, 1);
     for d in (0..shape.len()).rev() {

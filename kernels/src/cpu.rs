@@ -1,5 +1,5 @@
-//! The CPU backend, the embedded default. Nothing outside this crate imports it but through `device` and `stream`.
-//! Layers: `pool, simd <- kernels (one file for each family of ops) <- launch, widen, scratch <- stream <- device`.
+//! The CPU backend, the default. Code outside this crate uses it only through `device` and `stream`.
+//! Layers: `pool, simd <- kernels (one file per family of ops) <- launch, widen, scratch <- stream <- device`.
 
 mod attention;
 pub mod device;
@@ -17,12 +17,12 @@ pub(crate) mod simd;
 pub mod stream;
 pub(crate) mod widen;
 
-/// The most threads that one stream may be given.
+/// Maximum number of threads of one stream.
 pub const THREADS_MAX: usize = 64;
 
-/// The arithmetic that the bits of CPU kernels depend on, as text: the processor's architecture, and whether products use
-/// fused multiply-adds. Machines that agree in it, and in the C library (for logarithms and powers), give the same bits,
-/// whatever their cores, caches and width of vectors: AVX2 gives those of AVX-512.
+/// Describes the arithmetic that determines the bits of CPU kernels: the processor's architecture, and whether products
+/// use fused multiply-adds. Machines with the same description and the same C library (for logarithms and powers)
+/// produce the same bits, whatever their cores, caches and vector width: AVX2 produces the bits of AVX-512.
 pub fn instruction_set() -> String {
     let arch = std::env::consts::ARCH;
     #[cfg(target_arch = "x86_64")]

@@ -1,4 +1,4 @@
-//! Devices: where arenas and streams come from.
+//! Devices, which create arenas and streams.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -18,16 +18,16 @@ use crate::stream::Stream;
 /// One device of a session's mesh. Clones are the same device.
 #[derive(Clone, Debug)]
 pub enum Device {
-    /// Some of this process's cores, with memory of their own.
+    /// Some cores of this process, with their own memory.
     Cpu(Arc<CpuDevice>),
-    /// A GPU, or a share of one.
+    /// A GPU, or a share of a GPU.
     Cuda(Arc<CudaDevice>),
 }
 
-/// Kinds of devices; all devices of a plan are of one.
+/// Device kinds; all devices of a plan have the same kind.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum DeviceKind {
-    /// Cores.
+    /// CPU cores.
     #[default]
     Cpu,
     /// GPUs.
@@ -44,8 +44,8 @@ impl std::fmt::Display for DeviceKind {
 }
 
 impl DeviceKind {
-    /// Bytes of scratch memory that a launch needs in the plan's arena, given the buffers that it reads and writes: the same
-    /// on every machine.
+    /// Bytes of workspace that a launch needs in the plan's arena, from the shapes of its buffers: the same on every
+    /// machine.
     pub fn workspace_bytes(self, launch: &Launch) -> usize {
         match self {
             DeviceKind::Cpu => 0,
@@ -53,8 +53,8 @@ impl DeviceKind {
         }
     }
 
-    /// Bytes of scratch memory that a stream of `threads` threads allocates for itself to run a launch; the largest launch
-    /// that it has prepared decides.
+    /// Bytes of scratch memory that a stream of `threads` threads allocates to run a launch. A stream allocates the
+    /// maximum over its prepared launches.
     pub fn scratch_bytes(self, launch: &Launch, threads: usize) -> usize {
         match self {
             DeviceKind::Cpu => scratch::bytes(launch, threads),
@@ -62,7 +62,7 @@ impl DeviceKind {
         }
     }
 
-    /// Bytes of the device's memory that each stream takes for itself, whatever it runs.
+    /// Bytes of device memory that each stream allocates, independent of its launches.
     pub fn stream_bytes(self) -> usize {
         match self {
             DeviceKind::Cpu => 0,
@@ -71,30 +71,30 @@ impl DeviceKind {
     }
 }
 
-/// Which of a device's streams goes first where both could.
+/// Scheduling priority of a stream on its device.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Priority {
-    /// Layers, and copies.
+    /// Layers and copies.
     #[default]
     Normal,
-    /// What others wait for: collectives that overlap compute. CPU streams know no priorities.
+    /// Work that other devices wait for: collectives that overlap with compute. CPU streams ignore priorities.
     High,
 }
 
 impl Device {
-    /// A CPU device. `threads_per_stream` is how many threads a compute stream should be given (at least 1);
-    /// collectives launched on its streams go to `engine`.
+    /// A CPU device. `threads_per_stream` is the number of threads of a compute stream (at least 1). `engine` runs the
+    /// collectives of its streams.
     pub fn cpu(rank: usize, threads_per_stream: usize, engine: Arc<dyn Collective>) -> Self {
         Device::Cpu(Arc::new(CpuDevice::new(rank, threads_per_stream, engine)))
     }
 
-    /// A device on a GPU, which other devices may share. Collectives launched on its streams go to `engine`: one for GPUs,
-    /// or any other, which then works on copies in the host's memory.
+    /// A device on a GPU, which other devices may share. `engine` runs the collectives of its streams: a GPU engine, or
+    /// any other, which then works on copies in host memory.
     pub fn cuda(rank: usize, gpu: Arc<Gpu>, engine: Arc<dyn Collective>) -> Self {
         Device::Cuda(Arc::new(CudaDevice::new(rank, gpu, engine)))
     }
 
-    /// Memory of `bytes` bytes, zeroed.
+    /// Allocates `bytes` bytes of zeroed memory.
     ///
     /// # Errors
     /// [`KernelError::OutOfMemory`]; [`KernelError::Cuda`].
@@ -105,10 +105,10 @@ impl Device {
         }
     }
 
-    /// Memory of `bytes` bytes, zeroed, that other processes of the node can map ([`Arena::descriptor`]).
+    /// Allocates `bytes` bytes of zeroed memory that other processes of the node can map ([`Arena::descriptor`]).
     ///
     /// # Errors
-    /// [`KernelError::OutOfMemory`]; [`KernelError::Arguments`] for a GPU's, which others cannot map.
+    /// [`KernelError::OutOfMemory`]; [`KernelError::Arguments`] for a GPU, whose memory other processes cannot map.
     pub fn shared_arena(&self, bytes: usize) -> Result<Arena, KernelError> {
         match self {
             Device::Cpu(device) => device.shared_arena(bytes),
@@ -119,20 +119,20 @@ impl Device {
         }
     }
 
-    /// A stream with `threads` threads for each kernel (at least 1, at most [`crate::cpu::THREADS_MAX`]); `name` is
-    /// that of its thread.
+    /// Starts a stream with `threads` threads for each kernel (at least 1, at most [`crate::cpu::THREADS_MAX`]). `name`
+    /// becomes the name of its thread.
     ///
     /// # Errors
-    /// [`KernelError::Closed`] when the system gives no thread; [`KernelError::Arguments`] for too many of them.
+    /// [`KernelError::Closed`] when the system cannot start a thread; [`KernelError::Arguments`] for too many threads.
     pub fn stream(&self, name: &str, threads: usize) -> Result<Stream, KernelError> {
         self.stream_with(name, threads, self.engine().clone(), Priority::Normal)
     }
 
-    /// As [`Device::stream`], of this priority and with another engine: one that could be made only when the device's memory
-    /// was there. A GPU's stream has no use for threads.
+    /// [`Device::stream`] with a priority and another engine: one that needs the device's memory to exist first. GPU
+    /// streams ignore `threads`.
     ///
     /// # Errors
-    /// As `stream`.
+    /// As [`Device::stream`].
     pub fn stream_with(
         &self,
         name: &str,
@@ -149,7 +149,7 @@ impl Device {
         }
     }
 
-    /// Its kind.
+    /// The device's kind.
     pub fn kind(&self) -> DeviceKind {
         match self {
             Device::Cpu(_) => DeviceKind::Cpu,
@@ -157,7 +157,7 @@ impl Device {
         }
     }
 
-    /// Rank in the session's mesh.
+    /// The device's rank in the session's mesh.
     pub fn rank(&self) -> usize {
         match self {
             Device::Cpu(device) => device.rank(),
@@ -165,7 +165,7 @@ impl Device {
         }
     }
 
-    /// Threads that a compute stream should be given.
+    /// Number of threads of a compute stream.
     pub fn threads_per_stream(&self) -> usize {
         match self {
             Device::Cpu(device) => device.threads_per_stream(),
@@ -173,7 +173,7 @@ impl Device {
         }
     }
 
-    /// The collective engine that its streams call.
+    /// The collective engine of the device's streams.
     pub fn engine(&self) -> &Arc<dyn Collective> {
         match self {
             Device::Cpu(device) => device.engine(),
@@ -188,7 +188,7 @@ impl Device {
         }
     }
 
-    /// What the backend counts of its own work, by name; of the whole GPU, which other devices may share.
+    /// Counters of the backend, by name. For a GPU they cover the whole GPU, which other devices may share.
     pub fn counts(&self) -> Vec<(&'static str, u64)> {
         match self {
             Device::Cpu(_) => Vec::new(),
@@ -196,17 +196,17 @@ impl Device {
         }
     }
 
-    /// Bytes in live arenas.
+    /// Bytes of the live arenas.
     pub fn bytes_allocated(&self) -> usize {
         self.tally().bytes.load(Ordering::Relaxed)
     }
 
-    /// The most bytes that were in live arenas at once.
+    /// Peak number of bytes of live arenas.
     pub fn bytes_peak(&self) -> usize {
         self.tally().bytes_peak.load(Ordering::Relaxed)
     }
 
-    /// Arenas made so far; does not grow after a plan is loaded.
+    /// Number of arenas allocated so far; constant after a plan is loaded.
     pub fn allocation_count(&self) -> usize {
         self.tally().allocations.load(Ordering::Relaxed)
     }

@@ -1,18 +1,18 @@
 //! The error of this crate.
 
-/// What can go wrong below the actors.
+/// An error of the layers below the actors.
 #[derive(Clone, Debug, thiserror::Error, PartialEq)]
 pub enum KernelError {
-    /// An op was given buffers it cannot work on: a bug of the planner, or of a custom kernel.
+    /// An op received buffers that it cannot process: a bug of the planner or of a custom kernel.
     #[error("{op}: {what}: expected {expected}, got {got}")]
     Arguments {
         /// The op's name.
         op: String,
-        /// Which argument, and what of it.
+        /// The invalid argument or property.
         what: String,
-        /// What the op needs.
+        /// What the op requires.
         expected: String,
-        /// What it was given.
+        /// What it received.
         got: String,
     },
     /// Values that no valid program produces, such as a token id outside the vocabulary.
@@ -20,63 +20,63 @@ pub enum KernelError {
     Data {
         /// The op's name.
         op: String,
-        /// What is wrong, with the numbers.
+        /// The invalid value, with its numbers.
         what: String,
     },
     /// A kernel panicked.
     #[error("kernel {launch} of program {program} panicked: {message}")]
     Panic {
-        /// Position and op.
+        /// Position of the launch, and its op.
         launch: String,
         /// Name of the program.
         program: String,
-        /// The panic's text.
+        /// The panic's message.
         message: String,
     },
-    /// The members of a collective do not agree on what they call.
+    /// The members of a collective make different calls.
     #[error("collective mismatch in group {group}: member {member} calls {got}, others call {expected}")]
     CollectiveMismatch {
         /// Group id.
         group: u32,
         /// Member that disagrees.
         member: usize,
-        /// What the first member to arrive calls.
+        /// The call of the other members.
         expected: String,
-        /// What this one calls.
+        /// The call of this member.
         got: String,
     },
-    /// A connection between two members of a group failed, or what came over it is no message of ours.
+    /// A connection between two members of a group failed, or received bytes that are not a valid message.
     #[error("group {group}: link of device {rank} to device {peer} failed: {cause}")]
     Link {
         /// Group id.
         group: u32,
-        /// Rank of the device that noticed.
+        /// Rank of the device that detected the failure.
         rank: usize,
-        /// Rank of the device at the other end: the likely culprit.
+        /// Rank of the device at the other end: the likely cause.
         peer: usize,
-        /// What happened.
+        /// The cause.
         cause: String,
     },
-    /// MPI cannot do what was asked.
+    /// An MPI call failed.
     #[error("{call}: {cause}")]
     Mpi {
         /// MPI's name of the call.
         call: &'static str,
-        /// What MPI says.
+        /// MPI's error text.
         cause: String,
     },
-    /// The session was aborted while this was waiting.
+    /// The session was aborted during a wait.
     #[error("aborted: {cause}")]
     Aborted {
         /// The first cause.
         cause: String,
     },
-    /// Memory could not be had.
+    /// A memory allocation failed.
     #[error("device {device}: cannot allocate {bytes} bytes")]
     OutOfMemory {
         /// Rank of the device.
         device: usize,
-        /// Bytes asked for.
+        /// Requested bytes.
         bytes: usize,
     },
     /// A custom kernel failed.
@@ -84,13 +84,13 @@ pub enum KernelError {
     Custom {
         /// The kernel's name.
         name: String,
-        /// What it says.
+        /// The kernel's error text.
         message: String,
     },
-    /// A call of the CUDA driver, or of a library above it, failed.
+    /// A call of the CUDA driver or of a CUDA library failed.
     #[error("{place}: {call} failed: {name} ({code}): {text}")]
     Cuda {
-        /// Which device, and where there is one, which stream, program and launch.
+        /// The device and, if known, the stream, program and launch.
         place: String,
         /// The library's name of the call.
         call: &'static str,
@@ -98,25 +98,25 @@ pub enum KernelError {
         code: u32,
         /// The code's name.
         name: String,
-        /// What the library says of it.
+        /// The library's error text.
         text: String,
     },
-    /// CUDA C that the run-time compiler refuses.
+    /// The run-time compiler rejected CUDA C source.
     #[error("{file} does not compile for {target}:\n{log}")]
     Compile {
-        /// Name of the kernels' file.
+        /// File name of the source.
         file: String,
-        /// Architecture.
+        /// Target architecture.
         target: String,
-        /// What the compiler says.
+        /// The compiler's log.
         log: String,
     },
-    /// A driver, device or library that is needed is not on this machine, or is too old.
+    /// A required driver, device or library is missing on this machine, or too old.
     #[error("{what}: {hint}")]
     Unavailable {
         /// What is missing.
         what: String,
-        /// How to get it.
+        /// How to install it.
         hint: String,
     },
     /// The stream has ended.
@@ -128,7 +128,7 @@ pub enum KernelError {
 }
 
 impl KernelError {
-    /// An [`KernelError::Arguments`].
+    /// Creates a [`KernelError::Arguments`].
     pub fn arguments(op: &str, what: &str, expected: impl Into<String>, got: impl Into<String>) -> Self {
         Self::Arguments { op: op.to_owned(), what: what.to_owned(), expected: expected.into(), got: got.into() }
     }

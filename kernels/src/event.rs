@@ -1,4 +1,4 @@
-//! One-shot events: set once by the stream that recorded them, waited for by other streams or by the host.
+//! One-shot events: set once by the stream that recorded them; other streams or the host wait for them.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError};
@@ -6,7 +6,7 @@ use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError};
 use crate::clock::RaceClock;
 use crate::cuda::event::Recorded;
 
-/// Set when the stream that recorded it has done all that was submitted before. Clones are the same event.
+/// Set when the stream that recorded it has finished all earlier submissions. Clones are the same event.
 #[derive(Clone, Debug, Default)]
 pub struct Event(Arc<State>);
 
@@ -15,14 +15,14 @@ struct State {
     set: AtomicBool,
     lock: Mutex<()>,
     changed: Condvar,
-    /// What the thread knew that set it.
+    /// Clock of the thread that set the event.
     clock: OnceLock<RaceClock>,
-    /// Of a CUDA stream that has recorded it: other CUDA streams wait for it on their device.
+    /// Set when a CUDA stream has recorded the event: other CUDA streams wait for it on the device.
     recorded: OnceLock<Arc<Recorded>>,
 }
 
 impl Event {
-    /// True once set; never false again.
+    /// Whether the event is set; it is never cleared.
     pub fn query(&self) -> bool {
         let set = self.0.set.load(Ordering::Acquire);
         if set && let Some(clock) = self.0.clock.get() {
@@ -31,7 +31,7 @@ impl Event {
         set
     }
 
-    /// Blocks until set. It always comes: a stream ends only after all that was queued on it.
+    /// Blocks until the event is set. That always happens: a stream ends only after all of its queued work.
     pub fn synchronize(&self) {
         // A short spin first, since parking a thread and waking it costs tens of microseconds.
         for _ in 0..200 {
@@ -46,22 +46,22 @@ impl Event {
         }
     }
 
-    /// Sets it and wakes whoever waits.
+    /// Sets the event and wakes all waiters.
     pub(crate) fn set(&self) {
         self.0.clock.get_or_init(RaceClock::capture);
         self.0.set.store(true, Ordering::Release);
-        // Taken so that nobody can check before the store and wait after the notification.
+        // Locked so that no waiter can check before the store and start to wait after the notification.
         drop(self.0.lock.lock().unwrap_or_else(PoisonError::into_inner));
         self.0.changed.notify_all();
     }
 
-    /// Makes it one that CUDA streams can wait for on their device.
+    /// Lets CUDA streams wait for the event on the device.
     pub(crate) fn record(&self, recorded: Arc<Recorded>) {
         // Once: an event is recorded by one stream.
         let _ = self.0.recorded.set(recorded);
     }
 
-    /// What a CUDA stream recorded; `None` before it has, and for the events of others.
+    /// The recorded CUDA event; `None` before a CUDA stream has recorded it, and for events of CPU streams.
     pub(crate) fn recorded(&self) -> Option<&Arc<Recorded>> {
         self.0.recorded.get()
     }

@@ -1,8 +1,9 @@
-//! A hash that is the same in every process and on every machine.
+//! A hash function with the same results in every process and on every machine.
 
 use std::hash::Hasher;
 
-/// FNV-1a, <http://www.isthe.com/chongo/tech/comp/fnv/>: always the same, as the standard library's hasher promises not to be.
+/// FNV-1a, <http://www.isthe.com/chongo/tech/comp/fnv/>. Unlike the standard library's hasher, its results never
+/// change.
 pub(crate) struct Fnv(u64);
 
 impl Default for Fnv {

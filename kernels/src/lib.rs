@@ -1,4 +1,4 @@
-//! Devices, in-order streams, memory, kernels and collectives: all that touches numbers.
+//! Devices, in-order streams, memory, kernels and collectives: all code that computes on tensors.
 //! Layers: `error <- tensor <- region, collective (calls), op <- memory <- event, stream, device <- cpu, collective
 //! engines <- conformance`.
 //!
@@ -8,7 +8,7 @@
 //! use shardflow_kernels::device::Device;
 //! use shardflow_kernels::memory::Base;
 //! use shardflow_kernels::op::{Buffer, Launch, Op, Program};
-//! use shardflow_kernels::stream::{Notice, Submission};
+//! use shardflow_kernels::stream::{Notification, Submission};
 //! use shardflow_kernels::tensor::{DType, HostTensor};
 //!
 //! # fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -22,11 +22,11 @@
 //! let launch = Launch { op, reads: vec![buffer(0)], writes: vec![buffer(64)], accumulate: false, workspace: None };
 //! let program = Arc::new(Program { name: "example".to_owned(), launches: vec![launch], signals: vec![] });
 //!
-//! let (sender, notices) = channel();
-//! let notify = Box::new(move |notice| drop(sender.send(notice)));
+//! let (sender, notifications) = channel();
+//! let notify = Box::new(move |notification| drop(sender.send(notification)));
 //! let bases = vec![Base { arena: arena.clone(), offset: 0 }];
 //! stream.submit(Submission { program, bases, repeat: false, notify })?;
-//! assert_eq!(notices.recv()?, Notice::Done);
+//! assert_eq!(notifications.recv()?, Notification::Done);
 //! assert_eq!(arena.read_host(64, &[3], DType::F32)?.as_f32(), Some(&[10.0, 20.0, 30.0][..]));
 //! # Ok(())
 //! # }

@@ -1,13 +1,13 @@
-//! Device memory: arenas, and the typed views that kernels and collectives are handed.
+//! Device memory: arenas, and the typed views that kernels and collectives receive.
 //!
-//! This file, and `raw_io` for bytes, turn memory into slices. Why that is sound:
+//! This file, and `raw_io` for bytes, turn memory into slices. This is sound because:
 //! - MEM-1: a view lies inside its arena and is aligned for its element type; [`View::resolve`] checks both.
 //! - MEM-2: within a launch no write overlaps another buffer, unless the op may work in place and the buffers are
-//!   identical; `cpu::stream` checks that before a kernel runs, and the kernel then gets one slice for the two.
-//! - MEM-3: across streams nobody reads a range while another writes it. That is the register protocol's promise (a
+//!   identical. `cpu::stream` checks that before a kernel runs, and the kernel then gets one slice for both buffers.
+//! - MEM-3: across streams no range is read while another stream writes it. The register protocol guarantees that (a
 //!   slot is written only while it is free, and read only while it is filled); it cannot be checked here.
-//! - MEM-4: what is mapped only to be read is never a write: [`Arena::write_host`], launches and collectives check it.
-//! - MEM-5: a slice is made of host memory only; `View::check_host` refuses what lies on a GPU, before any is made.
+//! - MEM-4: memory that is mapped read-only is never written: [`Arena::write_host`], launches and collectives check it.
+//! - MEM-5: slices are made only of host memory; `View::check_host` rejects GPU memory before a slice is made.
 #![allow(unsafe_code)]
 
 use std::alloc::{Layout, alloc_zeroed, dealloc};
@@ -32,7 +32,7 @@ use shared::Mapping;
 /// Every arena starts at a multiple of this many bytes.
 pub const ALIGNMENT: usize = 64;
 
-/// What a device has allocated, counted by its arenas as they come and go.
+/// Allocation counters of a device, updated by its arenas.
 #[derive(Debug, Default)]
 pub(crate) struct Tally {
     pub(crate) bytes: AtomicUsize,
@@ -48,24 +48,24 @@ impl Tally {
     }
 }
 
-/// A fixed piece of one device's memory, zeroed when made, freed when the last clone is dropped. It may be shared with
-/// other processes of the node, or be such a process's.
+/// A fixed block of one device's memory, zeroed when created, freed when the last clone is dropped. It may be shared
+/// with other processes of the node, or belong to another process.
 #[derive(Clone, Debug)]
 pub struct Arena(Arc<Storage>);
 
-/// Where the bytes are.
+/// Kind and location of the memory.
 #[derive(Debug)]
 enum Storage {
     Host(HostMemory),
-    /// A memfd that peers can map, or that a peer has made.
+    /// A memfd, created by this process or by a peer, that peers can map.
     Shared {
         mapping: Mapping,
-        /// Of the device whose memory it is; a peer's is counted by the peer.
+        /// Of the device that owns the memory; `None` for a peer's memory, which the peer counts.
         tally: Option<Arc<Tally>>,
     },
-    /// The host's, locked in its place so that GPUs can copy it.
+    /// Page-locked host memory, which GPUs can copy directly.
     Pinned(Pinned),
-    /// A GPU's.
+    /// GPU memory.
     Cuda(DeviceMemory),
 }
 
@@ -84,8 +84,8 @@ struct HostMemory {
     tally: Arc<Tally>,
 }
 
-// SAFETY: `start` is an exclusively owned heap allocation, which any thread may free; access to its contents from
-// several threads is ruled by MEM-3.
+// SAFETY: `start` is an exclusively owned heap allocation, which any thread may free; MEM-3 governs access to its
+// contents from several threads.
 unsafe impl Send for HostMemory {}
 // SAFETY: as for `Send`.
 unsafe impl Sync for HostMemory {}
@@ -93,7 +93,8 @@ unsafe impl Sync for HostMemory {}
 impl Drop for HostMemory {
     fn drop(&mut self) {
         if let (Some(layout), true) = (host_layout(self.bytes), self.bytes > 0) {
-            // SAFETY: `start` came from `alloc_zeroed` with this very layout (see `Arena::host`) and is freed once.
+            // SAFETY: `start` was allocated by `alloc_zeroed` with the same layout (see `Arena::host`) and is freed
+            // once.
             unsafe { dealloc(self.start.as_ptr(), layout) };
         }
         self.tally.bytes.fetch_sub(self.bytes, Ordering::Relaxed);
@@ -105,7 +106,7 @@ fn host_layout(bytes: usize) -> Option<Layout> {
 }
 
 impl Arena {
-    /// Host memory, counted in `tally`.
+    /// Allocates host memory, counted in `tally`.
     pub(crate) fn host(device: usize, bytes: usize, tally: &Arc<Tally>) -> Result<Self, KernelError> {
         let refused = KernelError::OutOfMemory { device, bytes };
         let layout = host_layout(bytes).ok_or_else(|| refused.clone())?;
@@ -120,24 +121,24 @@ impl Arena {
         Ok(Self(Arc::new(Storage::Host(HostMemory { start, bytes, tally: tally.clone() }))))
     }
 
-    /// Memory that other processes of the node can map, counted in `tally`.
+    /// Allocates memory that other processes of the node can map, counted in `tally`.
     pub(crate) fn shared(device: usize, bytes: usize, tally: &Arc<Tally>) -> Result<Self, KernelError> {
         let mapping = Mapping::create(bytes).map_err(|_| KernelError::OutOfMemory { device, bytes })?;
         tally.add(bytes);
         Ok(Self(Arc::new(Storage::Shared { mapping, tally: Some(tally.clone()) })))
     }
 
-    /// Memory of a GPU.
+    /// An arena of GPU memory.
     pub(crate) fn cuda(memory: DeviceMemory) -> Self {
         Self(Arc::new(Storage::Cuda(memory)))
     }
 
-    /// Page-locked memory of the host.
+    /// An arena of page-locked host memory.
     pub(crate) fn pinned(memory: Pinned) -> Self {
         Self(Arc::new(Storage::Pinned(memory)))
     }
 
-    /// The GPU's memory that it is, if it is.
+    /// The GPU memory of this arena; `None` for host memory.
     pub(crate) fn device_memory(&self) -> Option<&DeviceMemory> {
         match &*self.0 {
             Storage::Cuda(memory) => Some(memory),
@@ -146,17 +147,17 @@ impl Arena {
     }
 
     /// # Errors
-    /// [`KernelError::Arguments`] for memory of a GPU, which the host cannot address (MEM-5).
+    /// [`KernelError::Arguments`] for GPU memory, which the host cannot address (MEM-5).
     pub(crate) fn check_host(&self, user: &str) -> Result<(), KernelError> {
         let Some(memory) = self.device_memory() else { return Ok(()) };
         let got = format!("memory of {}", memory.place());
-        Err(KernelError::arguments(user, "memory", "memory of the host", got))
+        Err(KernelError::arguments(user, "memory", "host memory", got))
     }
 
-    /// Memory that other processes of the node can map and that is no device's.
+    /// Allocates memory that other processes of the node can map and that belongs to no device.
     ///
     /// # Errors
-    /// [`KernelError::Arguments`] when the system gives none.
+    /// [`KernelError::Arguments`] when the system provides no memory.
     pub fn shared_by_processes(bytes: usize) -> Result<Self, KernelError> {
         let refused = |cause: std::io::Error| {
             KernelError::arguments("shared memory", "size", format!("{bytes} bytes of memory"), cause.to_string())
@@ -165,17 +166,17 @@ impl Arena {
         Ok(Self(Arc::new(Storage::Shared { mapping, tally: None })))
     }
 
-    /// Maps what a peer's [`Arena::descriptor`] gave, which must be of this size.
+    /// Maps memory from a peer's [`Arena::descriptor`], which must have this size.
     ///
     /// # Errors
-    /// [`KernelError::Arguments`] when it is no memfd of this size, when its size is not sealed, or when the system
-    /// refuses to map it.
+    /// [`KernelError::Arguments`] when the descriptor is not a memfd of this size, when its size is not sealed, or when
+    /// the mapping fails.
     pub fn map_peer(file: OwnedFd, bytes: usize, access: Access) -> Result<Self, KernelError> {
         let mapping = Mapping::of_peer(file, bytes, access)?;
         Ok(Self(Arc::new(Storage::Shared { mapping, tally: None })))
     }
 
-    /// The descriptor with which a peer can map it, to be passed over a Unix socket; `None` when it is not shared.
+    /// The descriptor with which a peer can map the arena, passed over a Unix socket; `None` when it is not shared.
     pub fn descriptor(&self) -> Option<BorrowedFd<'_>> {
         match &*self.0 {
             Storage::Host(_) | Storage::Pinned(_) | Storage::Cuda(_) => None,
@@ -193,12 +194,12 @@ impl Arena {
         }
     }
 
-    /// True when both are clones of one arena. Two mappings of one memfd are two arenas.
+    /// Whether both are clones of one arena. Two mappings of one memfd are two arenas.
     pub fn same(&self, other: &Arena) -> bool {
         Arc::ptr_eq(&self.0, &other.0)
     }
 
-    /// Whether it may be written (MEM-4).
+    /// Whether the memory may be written (MEM-4).
     pub fn is_writable(&self) -> bool {
         match &*self.0 {
             Storage::Host(_) | Storage::Pinned(_) | Storage::Cuda(_) => true,
@@ -206,35 +207,35 @@ impl Arena {
         }
     }
 
-    /// Where the first byte lies.
+    /// Address of the first byte.
     ///
     /// # Panics
-    /// For memory of a GPU: whoever makes slices has checked (MEM-5).
+    /// For GPU memory: code that makes slices checks first (MEM-5).
     pub(crate) fn host_start(&self) -> *mut u8 {
         match &*self.0 {
             Storage::Host(memory) => memory.start.as_ptr(),
             Storage::Shared { mapping, .. } => mapping.start().as_ptr(),
             Storage::Pinned(memory) => memory.start(),
-            Storage::Cuda(_) => panic!("a slice of a GPU's memory was asked for"),
+            Storage::Cuda(_) => panic!("host slice of GPU memory requested"),
         }
     }
 
     /// Copies a host tensor to `offset` (bytes). The caller guarantees, by the register protocol or by having no work
-    /// in flight, that nobody else uses the range meanwhile.
+    /// in flight, that nothing else uses the range meanwhile.
     ///
     /// # Errors
-    /// [`KernelError::Arguments`] when the range is out of bounds or not aligned, or the memory is only to be read;
+    /// [`KernelError::Arguments`] when the range is out of bounds or not aligned, or the memory is read-only;
     /// [`KernelError::Cuda`] when a GPU fails.
     pub fn write_host(&self, offset: usize, tensor: &HostTensor) -> Result<(), KernelError> {
         if !self.is_writable() {
-            let got = "a peer's, mapped to be read";
-            return Err(KernelError::arguments("write_host", "memory", "memory that may be written", got));
+            let got = "a peer's memory, mapped read-only";
+            return Err(KernelError::arguments("write_host", "memory", "writable memory", got));
         }
         let view = View::new("write_host", self, offset, &tensor.shape, tensor.dtype())?;
         if let Some(memory) = self.device_memory() {
             return memory.write(offset, tensor.data.as_bytes());
         }
-        // SAFETY: MEM-1 was checked by `View::new`; the caller guarantees MEM-3.
+        // SAFETY: `View::new` checked MEM-1; the caller guarantees MEM-3.
         unsafe {
             match &tensor.data {
                 HostData::F32(data) => view.f32_mut().copy_from_slice(data),
@@ -245,17 +246,18 @@ impl Arena {
         Ok(())
     }
 
-    /// Copies a tensor at `offset` (bytes) to the host. The caller guarantees that nobody writes the range meanwhile.
+    /// Copies a tensor at `offset` (bytes) to the host. The caller guarantees that nothing writes the range meanwhile.
     ///
     /// # Errors
-    /// [`KernelError::Arguments`] when the range is out of bounds or not aligned; [`KernelError::Cuda`] when a GPU fails.
+    /// [`KernelError::Arguments`] when the range is out of bounds or not aligned; [`KernelError::Cuda`] when a GPU
+    /// fails.
     pub fn read_host(&self, offset: usize, shape: &[usize], dtype: DType) -> Result<HostTensor, KernelError> {
         let mut tensor = HostTensor { shape: shape.to_vec(), data: HostData::empty(dtype) };
         self.read_host_into(offset, &mut tensor)?;
         Ok(tensor)
     }
 
-    /// As [`Arena::read_host`], into a tensor of the wanted shape and type; the memory of its elements is used again.
+    /// [`Arena::read_host`] into a tensor of the expected shape and dtype; reuses the memory of its elements.
     ///
     /// # Errors
     /// [`KernelError::Arguments`] when the range is out of bounds or not aligned.
@@ -265,7 +267,7 @@ impl Arena {
             let elements = view.element_count();
             return memory.read(offset, tensor.data.resized(elements));
         }
-        // SAFETY: MEM-1 was checked by `View::new`; the caller guarantees MEM-3.
+        // SAFETY: `View::new` checked MEM-1; the caller guarantees MEM-3.
         unsafe {
             match &mut tensor.data {
                 HostData::F32(data) => {
@@ -286,7 +288,7 @@ impl Arena {
     }
 }
 
-/// A place in an arena that a program's buffers are counted from.
+/// The address in an arena that the offsets of a program's buffers are relative to.
 #[derive(Clone, Debug)]
 pub struct Base {
     /// The memory.
@@ -295,7 +297,7 @@ pub struct Base {
     pub offset: usize,
 }
 
-/// A tensor in device memory: a [`Buffer`] whose base is known. Inside its arena's bounds, and aligned (MEM-1).
+/// A tensor in device memory: a [`Buffer`] with its base resolved. Inside its arena's bounds, and aligned (MEM-1).
 #[derive(Clone, Copy, Debug)]
 pub struct View<'a> {
     arena: &'a Arena,
@@ -304,29 +306,29 @@ pub struct View<'a> {
     dtype: DType,
 }
 
-/// What a member of a collective reads and writes, as words of 4 bytes. Only the values of an `F32` may be computed with.
+/// The buffers of a member of a collective, as words of 4 bytes. Only the words of an `F32` tensor are valid floats.
 #[derive(Debug)]
 pub(crate) struct Words<'a> {
     /// `None` when the call is in place: x is y.
     x: Option<&'a [f32]>,
-    /// Empty when nothing is written.
+    /// Empty when the call writes nothing.
     pub(crate) y: &'a mut [f32],
 }
 
 impl Words<'_> {
-    /// What is read, as it now is.
+    /// The current content of the read buffer.
     pub(crate) fn x(&self) -> &[f32] {
         self.x.unwrap_or(self.y)
     }
 
-    /// What is read, when it lies apart from what is written, and what is written.
+    /// The read buffer, unless the call is in place, and the written buffer.
     pub(crate) fn split(&mut self) -> (Option<&[f32]>, &mut [f32]) {
         (self.x, self.y)
     }
 }
 
 impl<'a> View<'a> {
-    /// The tensor of this shape at `offset` bytes in `arena`. `user` names who asks, for the error.
+    /// The tensor of this shape at `offset` bytes in `arena`. `user` names the caller in the error.
     ///
     /// # Errors
     /// [`KernelError::Arguments`] when it does not lie inside the arena or is not aligned to its elements.
@@ -358,10 +360,10 @@ impl<'a> View<'a> {
         Ok(Self { arena, offset, shape, dtype })
     }
 
-    /// The view that `buffer` is when its program is submitted with these bases.
+    /// The view of `buffer` in a submission with these bases.
     ///
     /// # Errors
-    /// [`KernelError::Arguments`] when there is no such base, or as for [`View::new`].
+    /// [`KernelError::Arguments`] when the base does not exist, or as for [`View::new`].
     pub fn resolve(user: &str, buffer: &'a Buffer, bases: &'a [Base]) -> Result<Self, KernelError> {
         let base = bases.get(buffer.base).ok_or_else(|| {
             KernelError::arguments(
@@ -371,7 +373,7 @@ impl<'a> View<'a> {
                 buffer.base.to_string(),
             )
         })?;
-        // An overflowing sum is out of any arena's bounds.
+        // If the sum overflows, it is out of bounds of any arena.
         let offset = base.offset.saturating_add(buffer.offset);
         Self::new(user, &base.arena, offset, &buffer.shape, buffer.dtype)
     }
@@ -386,7 +388,7 @@ impl<'a> View<'a> {
         self.dtype
     }
 
-    /// The memory it lies in.
+    /// The memory that holds it.
     pub fn arena(&self) -> &'a Arena {
         self.arena
     }
@@ -397,7 +399,7 @@ impl<'a> View<'a> {
     }
 
     /// # Errors
-    /// [`KernelError::Arguments`] for memory of a GPU, which the host cannot address (MEM-5).
+    /// [`KernelError::Arguments`] for GPU memory, which the host cannot address (MEM-5).
     pub(crate) fn check_host(&self, user: &str) -> Result<(), KernelError> {
         self.arena.check_host(user)
     }
@@ -412,7 +414,7 @@ impl<'a> View<'a> {
         self.element_count() * self.dtype.bytes()
     }
 
-    /// True when the two share a byte.
+    /// Whether the two share a byte.
     pub fn overlaps(&self, other: &View<'_>) -> bool {
         self.arena.same(other.arena)
             && self.bytes() > 0
@@ -421,7 +423,7 @@ impl<'a> View<'a> {
             && other.offset < self.offset + self.bytes()
     }
 
-    /// True when the two are the same bytes, seen as the same element type (shapes may differ).
+    /// Whether the two are the same bytes with the same dtype (shapes may differ).
     pub fn same_memory(&self, other: &View<'_>) -> bool {
         self.arena.same(other.arena)
             && self.offset == other.offset
@@ -429,80 +431,81 @@ impl<'a> View<'a> {
             && self.dtype == other.dtype
     }
 
-    /// The buffers of a collective of one member, as words of 4 bytes whatever the dtype.
+    /// The buffers of one member of a collective, as words of 4 bytes for any dtype of that size.
     ///
-    /// Sound as long as the caller holds to MEM-3 for `'a`, like [`Arena::read_host`] and [`Arena::write_host`]; MEM-2
+    /// Sound while the caller guarantees MEM-3 for `'a`, as for [`Arena::read_host`] and [`Arena::write_host`]; MEM-2
     /// is checked here.
     ///
     /// # Errors
-    /// [`KernelError::Arguments`] for more than one buffer on a side, and for an overlap that is not the same memory.
+    /// [`KernelError::Arguments`] for more than one read or write, and for an overlap that is not the same memory.
     pub(crate) fn words(op: &str, reads: &[View<'a>], writes: &[View<'a>]) -> Result<Words<'a>, KernelError> {
         if reads.len() > 1 || writes.len() > 1 {
             let got = format!("{} read, {} written", reads.len(), writes.len());
-            return Err(KernelError::arguments(op, "buffers", "at most one on a side", got));
+            return Err(KernelError::arguments(op, "buffers", "at most one read and one written", got));
         }
         reads.iter().chain(writes).try_for_each(|view| view.check_host(op))?;
         let (x, y) = (reads.first(), writes.first());
         if y.is_some_and(|y| !y.arena.is_writable()) {
-            return Err(KernelError::arguments(op, "y", "memory that may be written", "a peer's, mapped to be read"));
+            return Err(KernelError::arguments(op, "y", "writable memory", "a peer's memory, mapped read-only"));
         }
         if let Some(half) = reads.iter().chain(writes).find(|view| view.dtype.bytes() != size_of::<f32>()) {
-            let got = format!("{:?}: cast it before and after", half.dtype);
+            let got = format!("{:?}: cast to F32 before the collective and back after it", half.dtype);
             return Err(KernelError::arguments(op, "dtype", "elements of 4 bytes", got));
         }
         let in_place = x.zip(y).is_some_and(|(x, y)| x.same_memory(y));
         if !in_place && x.zip(y).is_some_and(|(x, y)| x.overlaps(y)) {
             return Err(KernelError::arguments(op, "buffers", "no overlap of x and y", "an overlap"));
         }
-        // SAFETY: in bounds and aligned by MEM-1 (the dtype has 4 bytes, which was checked, and all bits are floats), exclusive by MEM-3.
+        // SAFETY: in bounds and aligned by MEM-1 (the dtype has 4 bytes, checked above, and all bits are valid floats),
+        // exclusive by MEM-3.
         let written =
             |y: &View<'a>| unsafe { std::slice::from_raw_parts_mut(y.start().cast::<f32>(), y.element_count()) };
-        // SAFETY: as above; read and written memory do not overlap, which was checked.
+        // SAFETY: as above; read and written memory do not overlap (checked above).
         let read = |x: &View<'a>| unsafe { std::slice::from_raw_parts(x.start().cast::<f32>(), x.element_count()) };
         let y = y.map(written).unwrap_or_default();
         Ok(if in_place { Words { x: None, y } } else { Words { x: Some(x.map(read).unwrap_or_default()), y } })
     }
 
-    /// Where the first element lies.
+    /// Address of the first element.
     pub(crate) fn start(&self) -> *mut u8 {
         self.arena.host_start().wrapping_add(self.offset)
     }
 
-    /// The elements as floats.
+    /// The elements as f32.
     ///
     /// # Safety
-    /// The dtype is `F32`, and for `'a` nobody writes them (MEM-2, MEM-3).
+    /// The dtype is `F32`, and nothing writes the elements during `'a` (MEM-2, MEM-3).
     pub(crate) unsafe fn f32(&self) -> &'a [f32] {
         debug_assert_eq!(self.dtype, DType::F32);
-        // SAFETY: in bounds and aligned by MEM-1, initialised since arenas start zeroed, not written by the contract.
+        // SAFETY: in bounds and aligned by MEM-1, initialized since arenas start zeroed, not written by the contract.
         unsafe { std::slice::from_raw_parts(self.start().cast(), self.element_count()) }
     }
 
-    /// The elements as integers.
+    /// The elements as i32.
     ///
     /// # Safety
-    /// The dtype is `I32`, and for `'a` nobody writes them (MEM-2, MEM-3).
+    /// The dtype is `I32`, and nothing writes the elements during `'a` (MEM-2, MEM-3).
     pub(crate) unsafe fn i32(&self) -> &'a [i32] {
         debug_assert_eq!(self.dtype, DType::I32);
         // SAFETY: as in `f32`.
         unsafe { std::slice::from_raw_parts(self.start().cast(), self.element_count()) }
     }
 
-    /// The elements as floats to write.
+    /// The elements as mutable f32.
     ///
     /// # Safety
-    /// The dtype is `F32`, and for `'a` nobody else reads or writes them (MEM-2, MEM-3).
+    /// The dtype is `F32`, and nothing else reads or writes the elements during `'a` (MEM-2, MEM-3).
     #[allow(clippy::mut_from_ref)]
     pub(crate) unsafe fn f32_mut(&self) -> &'a mut [f32] {
         debug_assert_eq!(self.dtype, DType::F32);
-        // SAFETY: in bounds and aligned by MEM-1, initialised since arenas start zeroed, exclusive by the contract.
+        // SAFETY: in bounds and aligned by MEM-1, initialized since arenas start zeroed, exclusive by the contract.
         unsafe { std::slice::from_raw_parts_mut(self.start().cast(), self.element_count()) }
     }
 
-    /// The elements as integers to write.
+    /// The elements as mutable i32.
     ///
     /// # Safety
-    /// The dtype is `I32`, and for `'a` nobody else reads or writes them (MEM-2, MEM-3).
+    /// The dtype is `I32`, and nothing else reads or writes the elements during `'a` (MEM-2, MEM-3).
     #[allow(clippy::mut_from_ref)]
     pub(crate) unsafe fn i32_mut(&self) -> &'a mut [i32] {
         debug_assert_eq!(self.dtype, DType::I32);
@@ -510,20 +513,20 @@ impl<'a> View<'a> {
         unsafe { std::slice::from_raw_parts_mut(self.start().cast(), self.element_count()) }
     }
 
-    /// The elements as floats of half the bytes.
+    /// The elements as bf16.
     ///
     /// # Safety
-    /// The dtype is `BF16`, and for `'a` nobody writes them (MEM-2, MEM-3).
+    /// The dtype is `BF16`, and nothing writes the elements during `'a` (MEM-2, MEM-3).
     pub(crate) unsafe fn bf16(&self) -> &'a [bf16] {
         debug_assert_eq!(self.dtype, DType::BF16);
         // SAFETY: as in `f32`.
         unsafe { std::slice::from_raw_parts(self.start().cast(), self.element_count()) }
     }
 
-    /// The elements as floats of half the bytes, to write.
+    /// The elements as mutable bf16.
     ///
     /// # Safety
-    /// The dtype is `BF16`, and for `'a` nobody else reads or writes them (MEM-2, MEM-3).
+    /// The dtype is `BF16`, and nothing else reads or writes the elements during `'a` (MEM-2, MEM-3).
     #[allow(clippy::mut_from_ref)]
     pub(crate) unsafe fn bf16_mut(&self) -> &'a mut [bf16] {
         debug_assert_eq!(self.dtype, DType::BF16);

@@ -1,8 +1,10 @@
-//! What this crate tells on the `metrics` facade, which costs a few nanoseconds until a program installs a recorder.
+//! Metrics of this crate on the `metrics` facade, which cost a few nanoseconds until a program installs a recorder.
 //!
 //! | metric | kind | labels | meaning |
 //! |---|---|---|---|
-//! | `shardflow_collective_seconds` | histogram | `actor`, `kind` | in a collective, from when its stream comes to it until the stream goes on: waiting for the other members, and moving bytes. Of a GPU as the host sees it, to within some 0.1 ms |
+//! | `shardflow_collective_seconds` | histogram | `actor`, `kind` | time in a collective, from when the stream starts
+//! it until the stream continues: waiting for other members, and transferring bytes. For a GPU, as observed by the
+//! host, to about 0.1 ms |
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -14,27 +16,27 @@ use crate::collective::CollectiveCall;
 /// Name of the histogram of collectives.
 pub const COLLECTIVE_SECONDS: &str = "shardflow_collective_seconds";
 
-/// A stream's handles.
+/// The metric handles of a stream.
 pub(crate) struct StreamMetrics {
     actor: String,
-    /// By kind, once one has come.
+    /// By kind, created at the first call of that kind.
     collectives: Vec<(&'static str, Histogram)>,
     all: CollectiveTime,
 }
 
-/// Time that a stream has been in collectives.
+/// Time that a stream has spent in collectives.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct CollectiveTime(Arc<Mutex<Spent>>);
 
 #[derive(Debug, Default)]
 struct Spent {
-    /// In those that have ended.
+    /// Total of the finished collectives.
     ended: Duration,
-    /// When the stream came to the one that it is in.
-    came: Option<Instant>,
+    /// Start of the current collective.
+    started: Option<Instant>,
 }
 
-/// Where one collective's time is told.
+/// Records the time of one collective.
 #[derive(Clone, Debug)]
 pub(crate) struct CollectiveTimer {
     kind: Histogram,
@@ -42,17 +44,17 @@ pub(crate) struct CollectiveTimer {
 }
 
 impl StreamMetrics {
-    /// Of the actor that the stream is named for.
+    /// The metrics of the actor that the stream is named after.
     pub(crate) fn new(actor: &str) -> Self {
         Self { actor: actor.to_owned(), collectives: Vec::new(), all: CollectiveTime::default() }
     }
 
-    /// Of all collectives.
+    /// The total time in collectives.
     pub(crate) fn collective_time(&self) -> CollectiveTime {
         self.all.clone()
     }
 
-    /// Of collectives like this one.
+    /// The timer of collectives of the same kind.
     pub(crate) fn collective(&mut self, call: &CollectiveCall) -> CollectiveTimer {
         let (name, all) = (call.name(), self.all.clone());
         if let Some((_, kind)) = self.collectives.iter().find(|(known, _)| *known == name) {
@@ -67,7 +69,7 @@ impl StreamMetrics {
 impl CollectiveTime {
     pub(crate) fn get(&self) -> Duration {
         let spent = self.spent();
-        spent.ended + spent.came.map_or(Duration::ZERO, |came| came.elapsed())
+        spent.ended + spent.started.map_or(Duration::ZERO, |started| started.elapsed())
     }
 
     fn spent(&self) -> MutexGuard<'_, Spent> {
@@ -76,15 +78,15 @@ impl CollectiveTime {
 }
 
 impl CollectiveTimer {
-    /// The stream has come to the collective.
+    /// Records that the stream started the collective.
     pub(crate) fn came(&self, at: Instant) {
-        self.all.spent().came = Some(at);
+        self.all.spent().started = Some(at);
     }
 
-    /// The stream goes on.
+    /// Records that the stream has finished the collective.
     pub(crate) fn went(&self, at: Instant) {
         let mut spent = self.all.spent();
-        let took = spent.came.take().map_or(Duration::ZERO, |came| at - came);
+        let took = spent.started.take().map_or(Duration::ZERO, |started| at - started);
         spent.ended += took;
         self.kind.record(took);
     }

@@ -1,4 +1,4 @@
-//! The operations a stream can be asked to launch, and the program that lists them.
+//! The operations that a stream can launch, and the program that lists launches.
 //! A backend dispatches on [`Op`] once per launch. Attributes are those of the local shard.
 //!
 //! Shapes are row-major; `[..]` before the last dims stands for any number of leading dims.
@@ -15,47 +15,47 @@ mod einsum;
 
 pub(crate) use describe::ATTENTION_BLOCK;
 
-/// What the second column of [`Op::SumSquares`] is scaled by: `2^-192`. A float's square is below `2^256`, so a sum of
-/// `2^63` of them stays below `2^127`, a float's range; and where the first column overflows, past `2^128`, the second is
-/// above `2^-64` and has all its bits.
+/// Scale of the second column of [`Op::SumSquares`]: `2^-192`. A float's square is below `2^256`, so a scaled sum of
+/// `2^63` squares stays below `2^127`, in a float's range. When the first column overflows, past `2^128`, the second is
+/// above `2^-64` and keeps full precision.
 pub const SQUARES_SCALE: f64 = f64::from_bits((1023 - 192) << 52);
 
-/// Norm of what [`Op::SumSquares`] measured: the root of the first column's sum, or, where that overflows a float, of the
-/// second's. NaN or infinite if and only if an element of a tensor is.
+/// Norm from the sums of [`Op::SumSquares`]: the root of the first column's sum, or, if that overflows a float, of the
+/// second column's. NaN or Inf if and only if an element of a tensor is NaN or Inf.
 pub fn norm_of_squares(sums: impl IntoIterator<Item = [f64; 2]>) -> f64 {
     let [plain, scaled] = sums.into_iter().fold([0.0; 2], |total, sums| [total[0] + sums[0], total[1] + sums[1]]);
     if plain == f64::INFINITY { (scaled / SQUARES_SCALE).sqrt() } else { plain.sqrt() }
 }
 
-/// What is wrong with the shape that [`Op::SumSquares`] writes: expected, got.
+/// Checks the shape that [`Op::SumSquares`] writes; returns the expected and the actual shape on failure.
 pub(crate) fn check_squares(shape: &[usize], index: usize) -> Result<(), (String, String)> {
     let fits = matches!(shape, [parameters, 2] if index < *parameters);
     if fits { Ok(()) } else { Err((format!("[n, 2] with n > {index}"), format!("{shape:?}"))) }
 }
 
-/// One operation. `reads` and `writes` are given in the order in which each variant's comment names them.
+/// One operation. Each variant's comment lists `reads` and `writes` in their order.
 #[derive(Clone, Debug)]
 pub enum Op {
-    /// Write `value` everywhere. `() -> (out)`
+    /// Writes `value` to all elements. `() -> (out)`
     Fill {
         /// The value.
         value: f32,
     },
     /// `(x) -> (y)`, same number of elements, any dtype; shapes may differ (a reshape). Accumulates (f32).
     Copy,
-    /// `(x) -> (y)`, same shape: floats of one type to floats of another, rounded to nearest, ties to even.
+    /// `(x) -> (y)`, same shape: converts between float types, rounded to nearest, ties to even.
     Cast,
-    /// Copy `count`-shaped box out of `src` (a tensor of the read's shape) into `dst` (of the write's shape);
-    /// elements outside are left as they are. `(x) -> (y)`, any dtype. Accumulates (f32).
+    /// Copies the box `src` (of the read tensor) to the box `dst` (of the written tensor); elements outside are
+    /// unchanged. `(x) -> (y)`, any dtype. Accumulates (f32).
     CopyRegion {
         /// Box of the read tensor.
         src: Region,
         /// Box of the written tensor; same size as `src`.
         dst: Region,
     },
-    /// `(a, b) -> (y)`: `y = a + b`, b's shape being a suffix of a's (b is repeated over the leading dims).
+    /// `(a, b) -> (y)`: `y = a + b`, where b's shape is a suffix of a's (b is broadcast over the leading dims).
     Add,
-    /// `(x) -> (y)`: sums the leading dims of x away; y's shape is a suffix of x's. Accumulates.
+    /// `(x) -> (y)`: sums over the leading dims of x; y's shape is a suffix of x's. Accumulates.
     SumLeading,
     /// `(x) -> (y)`: `y = factor * x`.
     Scale {
@@ -64,17 +64,17 @@ pub enum Op {
     },
     /// Product of two tensors over named index groups, see [`Einsum`]. `(a, b) -> (y)`. Accumulates.
     Einsum(Einsum),
-    /// `(ids [..], table [v, c]) -> (y [.., c])`: row `ids - vocab_start` of the table; zeros where this shard does
-    /// not hold the row.
+    /// `(ids [..], table [v, c]) -> (y [.., c])`: row `ids - vocab_start` of the table, or zeros if this shard does not
+    /// hold the row.
     Embedding {
         /// First row of the whole table that this shard holds.
         vocab_start: usize,
-        /// Rows of the whole table; an id outside is an error, on every shard.
+        /// Rows of the whole table; an id outside of it is an error on every shard.
         vocab: usize,
     },
     /// `(ids [..], dy [.., c]) -> (dtable [v, c])`. Accumulates (rows are added in the order of the ids).
     EmbeddingGrad {
-        /// As in `Embedding`.
+        /// First row of the whole table that this shard holds.
         vocab_start: usize,
     },
     /// `(x [.., c], weight [c]) -> (y [.., c], mean [..], rstd [..])`, without bias.
@@ -93,22 +93,22 @@ pub enum Op {
     /// is the log of the sum of exponentials of each row of scaled scores.
     /// Dao et al. 2022, <https://arxiv.org/abs/2205.14135>.
     Attention {
-        /// Scores are multiplied by this, `1/sqrt(d)` as a rule.
+        /// Factor of the scores, usually `1/sqrt(d)`.
         scale: f32,
     },
     /// `(do, q, k, v, o, lse) -> (dq, dk, dv)`.
     AttentionGrad {
-        /// As in `Attention`.
+        /// Factor of the scores.
         scale: f32,
     },
-    /// `(logits [.., v]) -> (max [..])`; `-inf` where v is 0.
+    /// `(logits [.., v]) -> (max [..])`; `-inf` when v is 0.
     RowMax,
     /// `(logits [.., v], max [..], targets i32 [..]) -> (sum_exp [..], target [..])`: the sum over this shard's columns
-    /// of `exp(logit - max)`, and the target's logit, or 0 where this shard does not hold the target's column.
+    /// of `exp(logit - max)`, and the target's logit, or 0 if this shard does not hold the target's column.
     SumExpTarget {
         /// First column of the whole vocabulary that this shard holds.
         vocab_start: usize,
-        /// Columns of the whole vocabulary; a target outside is an error, on every shard.
+        /// Columns of the whole vocabulary; a target outside of it is an error on every shard.
         vocab: usize,
     },
     /// `(max [..], sum_exp [..], target [..]) -> (loss [])`: `scale * sum(max + ln(sum_exp) - target)`. Accumulates.
@@ -119,14 +119,14 @@ pub enum Op {
     /// `(dloss [], logits [.., v], max, sum_exp, targets) -> (dlogits)`:
     /// `dloss * scale * (exp(logit - max) / sum_exp - [column == target])`.
     CrossEntropyGrad {
-        /// As in `SumExpTarget`.
+        /// First column of the whole vocabulary that this shard holds.
         vocab_start: usize,
-        /// As in `TokenLoss`.
+        /// `1 / number of tokens` for a mean.
         scale: f32,
     },
-    /// `(x, rng i32 [2]) -> (y)`: `y = x / (1 - p)` where kept, else 0. The mask of an element is a function of `seed`, of the
-    /// step and of the element's place in the step's whole tensor, so it is the same under every layout and number of
-    /// micro-batches. `rng = [step, micro-batch]`. Its own gradient, applied to dy.
+    /// `(x, rng i32 [2]) -> (y)`: `y = x / (1 - p)` for kept elements, else 0. The mask of an element is a function of
+    /// `seed`, of the step and of the element's index in the step's whole tensor, so it is the same for every layout
+    /// and number of micro-batches. `rng = [step, micro-batch]`. It is its own gradient, applied to dy.
     Dropout {
         /// Probability of zeroing an element.
         p: f32,
@@ -134,27 +134,30 @@ pub enum Op {
         seed: u64,
         /// Shape of the whole (logical) tensor of a step, over all micro-batches.
         shape: Vec<usize>,
-        /// Where this shard's part of micro-batch 0 starts in it.
+        /// Start of this shard's part of micro-batch 0 in that tensor.
         start: Vec<usize>,
         /// Elements from the start of a micro-batch to the start of the next, row-major in `shape`.
         stride: usize,
     },
-    /// `(x) -> (out [n, 2])`: adds the sum of the squares of x to `out[index, 0]`, and the same times [`SQUARES_SCALE`] to
-    /// `out[index, 1]`, each in f32 from a fixed-order f64 sum. The other elements stay. Zero `out` with `Fill` first.
+    /// `(x) -> (out [n, 2])`: adds the sum of the squares of x to `out[index, 0]`, and the sum times [`SQUARES_SCALE`]
+    /// to `out[index, 1]`, each in f32 from a fixed-order f64 sum. Other elements are unchanged. Zero `out` with `Fill`
+    /// first.
     SumSquares {
-        /// Which row of `out`.
+        /// The row of `out`.
         index: usize,
     },
-    /// `(sums [n, 2]) -> (scale [], norm [])`: `norm` is [`norm_of_squares`] (in order, f64),
-    /// `scale = min(1, max_norm / (norm + 1e-6))`; `scale` is NaN where the norm is not finite.
+    /// `(sums [n, 2]) -> (scale [], norm [])`: `norm` is [`norm_of_squares`] (in order, f64), `scale = min(1, max_norm
+    /// / (norm + 1e-6))`; `scale` is NaN if the norm is not finite.
     ClipScale {
-        /// Largest norm that is let through unscaled; infinity turns clipping off and leaves `scale` 1.
+        /// Largest norm that is not scaled down; infinity disables clipping and leaves `scale` 1.
         max_norm: f32,
     },
-    /// AdamW with decoupled decay, <https://arxiv.org/abs/1711.05101>. All of one shape but `hyper` and `scale`.
-    /// `(grad, hyper [2] = [learning rate, update counted from 1], scale []) -> (param, m, v)`, the writes being updated in place.
+    /// AdamW with decoupled weight decay, <https://arxiv.org/abs/1711.05101>. All buffers but `hyper` and `scale` have
+    /// one shape.
+    /// `(grad, hyper [2] = [learning rate, update counted from 1], scale []) -> (param, m, v)`, with the writes updated
+    /// in place.
     /// `g = scale * grad; p *= 1 - lr * decay; m, v as usual; p -= lr / (1 - b1^t) * m / (sqrt(v / (1 - b2^t)) + eps)`.
-    /// Nothing is changed where `scale` or the learning rate is not finite.
+    /// Changes nothing if `scale` or the learning rate is not finite.
     AdamW {
         /// Decay rate of the first moment.
         beta1: f32,
@@ -165,30 +168,30 @@ pub enum Op {
         /// Decoupled weight decay.
         weight_decay: f32,
     },
-    /// A collective over a group of devices; the stream waits in it until all have joined.
+    /// A collective over a group of devices; blocks the stream until all members have joined.
     Collective(CollectiveCall),
-    /// A kernel from outside this crate.
+    /// A kernel defined outside this crate.
     Custom(Arc<dyn CustomKernel>),
 }
 
-/// A kernel from outside this crate. It runs on the stream's thread.
+/// A kernel defined outside this crate. It runs on the stream's thread.
 pub trait CustomKernel: Debug + Send + Sync {
-    /// Shown in plans and errors.
+    /// Name for plans and errors.
     fn name(&self) -> &str;
-    /// Runs on the CPU backend. Slices are those of the launch's buffers, in order; shapes are given beside them.
+    /// Runs on the CPU backend. The slices are the launch's buffers, in order, with their shapes.
     ///
     /// # Errors
-    /// Whatever ends the session, with its cause.
+    /// Any error ends the session and is reported as its cause.
     fn run_cpu(&self, args: CpuArgs<'_>) -> Result<(), KernelError>;
 }
 
 /// Arguments of a custom kernel on the CPU backend.
 pub struct CpuArgs<'a> {
-    /// What the launch reads.
+    /// Buffers that the launch reads.
     pub reads: Vec<CpuRead<'a>>,
-    /// What the launch writes.
+    /// Buffers that the launch writes.
     pub writes: Vec<CpuWrite<'a>>,
-    /// True when the written values are to be added to what is there.
+    /// Whether to add the results to the existing values instead of overwriting them.
     pub accumulate: bool,
 }
 
@@ -200,7 +203,7 @@ pub struct CpuRead<'a> {
     pub data: CpuSlice<'a>,
 }
 
-/// Elements that are read.
+/// Elements of a read buffer.
 pub enum CpuSlice<'a> {
     /// Floats.
     F32(&'a [f32]),
@@ -216,7 +219,7 @@ pub struct CpuWrite<'a> {
     pub data: CpuSliceMut<'a>,
 }
 
-/// Elements that are written.
+/// Elements of a written buffer.
 pub enum CpuSliceMut<'a> {
     /// Floats.
     F32(&'a mut [f32]),
@@ -224,9 +227,9 @@ pub enum CpuSliceMut<'a> {
     I32(&'a mut [i32]),
 }
 
-/// A product such as `"btc,hdc->bthd"`: each letter is an index. Letters in both operands and not in the result are
-/// summed. Restricted to what one matrix product can do without moving data: no index in all three, and the indices
-/// of each operand form two runs (rows and columns of a matrix, or its transpose).
+/// A product such as `"btc,hdc->bthd"`: each letter is an index. Letters in both operands but not in the result are
+/// summed. Restricted to what one matrix product can compute without moving data: no index is in all three terms, and
+/// the indices of each operand form two runs (rows and columns of a matrix, or its transpose).
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Einsum {
     /// Letters of the first operand's dims.
@@ -237,7 +240,7 @@ pub struct Einsum {
     pub out: String,
 }
 
-/// The matrix product that an [`Einsum`] on given shapes is: `out[m, n] = sum_k A[m, k] B[k, n]`.
+/// The matrix product that an [`Einsum`] computes for given shapes: `out[m, n] = sum_k A[m, k] B[k, n]`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct GemmDims {
     /// Rows of the result.
@@ -254,7 +257,7 @@ pub struct GemmDims {
     pub out_transposed: bool,
 }
 
-/// Where a launch's buffer lies: an offset from one of the bases that are bound when the program is submitted.
+/// Location of a launch's buffer: an offset from one of the bases of the submission.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Buffer {
     /// Index into the submission's bases.
@@ -270,25 +273,26 @@ pub struct Buffer {
 /// One launch of a program.
 #[derive(Clone, Debug)]
 pub struct Launch {
-    /// What to do.
+    /// The operation.
     pub op: Op,
-    /// What it reads.
+    /// Buffers that it reads.
     pub reads: Vec<Buffer>,
-    /// What it writes. A write may be the same buffer as a read only where the op says "in place" or is elementwise.
+    /// Buffers that it writes. A write may be the same buffer as a read only if the op is documented as in place or is
+    /// elementwise.
     pub writes: Vec<Buffer>,
-    /// When true, a submission with `repeat` set adds to the op's accumulating write instead of overwriting it.
+    /// Whether a submission with `repeat` set adds to the op's accumulating write instead of overwriting it.
     pub accumulate: bool,
-    /// Scratch memory, where [`crate::device::DeviceKind::workspace_bytes`] asks for some.
+    /// Scratch memory, if [`crate::device::DeviceKind::workspace_bytes`] requires some.
     pub workspace: Option<Buffer>,
 }
 
-/// What one action launches, in order, on one stream.
+/// The launches of one action, in order, on one stream.
 #[derive(Clone, Debug, Default)]
 pub struct Program {
-    /// Shown in errors and traces.
+    /// Name for errors and traces.
     pub name: String,
-    /// In stream order.
+    /// Launches in stream order.
     pub launches: Vec<Launch>,
-    /// `(n, tag)`: tell the submitter `tag` once the first n launches are done. Sorted by n.
+    /// `(n, tag)`: notify the submitter with `tag` once the first n launches have finished. Sorted by n.
     pub signals: Vec<(usize, u32)>,
 }

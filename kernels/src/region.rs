@@ -5,8 +5,9 @@ use std::ops::Range;
 use crate::error::KernelError;
 use crate::tensor::Region;
 
-/// Calls `run(from, to, len)` for each contiguous run of elements in which the box of `size` lies both in a tensor of
-/// shape `from_shape` (at `from_start`) and in one of shape `to_shape` (at `to_start`). Ranks are equal.
+/// Calls `run(from, to, len)` for each contiguous run of elements of a box of `size` that is contiguous both in a
+/// tensor of shape `from_shape` (at `from_start`) and in one of shape `to_shape` (at `to_start`). All have the same
+/// number of dims.
 pub(crate) fn for_each_run(
     (from_shape, from_start): (&[usize], &[usize]),
     (to_shape, to_start): (&[usize], &[usize]),
@@ -16,7 +17,7 @@ pub(crate) fn for_each_run(
     if size.contains(&0) {
         return;
     }
-    // The dims from `inner` on are one run: all of them but the first are whole in both tensors.
+    // The dims from `inner` on form one run: all of them but the first are complete in both tensors.
     let mut inner = size.len().saturating_sub(1);
     while inner > 0 && size[inner] == from_shape[inner] && size[inner] == to_shape[inner] {
         inner -= 1;
@@ -36,7 +37,7 @@ pub(crate) fn for_each_run(
 }
 
 impl Region {
-    /// The contiguous runs of elements, in order, that the region is in a row-major tensor of this shape, which holds it.
+    /// The contiguous runs of elements, in order, of the region in a row-major tensor of this shape, which contains it.
     pub fn runs(&self, shape: &[usize]) -> Vec<Range<usize>> {
         let mut runs = Vec::new();
         let zeros = vec![0; shape.len()];
@@ -47,15 +48,15 @@ impl Region {
     }
 }
 
-/// A box of a row-major tensor as runs of equal length, so that a part of it can be found without walking it all.
-/// The box's elements are counted in row-major order.
+/// A box of a row-major tensor as runs of equal length, for direct access to a part of it. The box's elements are
+/// numbered in row-major order.
 #[derive(Clone, Debug)]
 pub(crate) struct Runs {
-    /// Where the first element lies.
+    /// Index of the first element in the tensor.
     start: usize,
-    /// Elements of a run; 0 when the box is empty.
+    /// Elements of a run; 0 for an empty box.
     len: usize,
-    /// Extent, and elements from one index to the next, of the dims that runs do not cover; innermost first.
+    /// Extent and stride (in elements) of the dims that runs do not cover; innermost first.
     outer: Vec<(usize, usize)>,
 }
 
@@ -83,13 +84,13 @@ impl Runs {
         Self { start: range.start, len: range.len(), outer: Vec::new() }
     }
 
-    /// Elements of the box.
+    /// Number of elements of the box.
     pub(crate) fn element_count(&self) -> usize {
         self.outer.iter().fold(self.len, |all, (size, _)| all * size)
     }
 
-    /// Where run `index` begins.
-    fn at(&self, mut index: usize) -> usize {
+    /// Index in the tensor at which run `index` starts.
+    fn run_start(&self, mut index: usize) -> usize {
         self.outer.iter().fold(self.start, |place, (size, stride)| {
             let here = index % size;
             index /= size;
@@ -97,24 +98,25 @@ impl Runs {
         })
     }
 
-    /// Calls `run(place in the tensor, elements after range.start, len)` for the pieces of a range of the box.
+    /// Calls `run(index in the tensor, elements after range.start, len)` for each contiguous piece of a range of the
+    /// box.
     pub(crate) fn for_each(&self, range: Range<usize>, mut run: impl FnMut(usize, usize, usize)) {
         let mut next = range.start;
         while next < range.end {
             let inside = next % self.len;
             let len = (self.len - inside).min(range.end - next);
-            run(self.at(next / self.len) + inside, next - range.start, len);
+            run(self.run_start(next / self.len) + inside, next - range.start, len);
             next += len;
         }
     }
 
-    /// Where a range of the box lies, when it lies in one piece.
+    /// The indices in the tensor of a range of the box, if they are contiguous.
     pub(crate) fn contiguous(&self, range: &Range<usize>) -> Option<Range<usize>> {
         if range.is_empty() {
             return Some(0..0);
         }
         let (run, inside) = (range.start / self.len, range.start % self.len);
-        let start = self.at(run) + inside;
+        let start = self.run_start(run) + inside;
         (inside + range.len() <= self.len).then(|| start..start + range.len())
     }
 }
@@ -131,7 +133,7 @@ pub(crate) fn check_inside(op: &str, what: &str, region: &Region, shape: &[usize
     Err(KernelError::arguments(op, what, format!("a box inside {shape:?}"), format!("{region:?}")))
 }
 
-/// What is left of `region` without `hole`, as disjoint boxes.
+/// The part of `region` outside of `hole`, as disjoint boxes.
 pub(crate) fn subtract(region: &Region, hole: &Region) -> Vec<Region> {
     let Some(common) = region.intersect(hole) else {
         return if region.is_empty() { Vec::new() } else { vec![region.clone()] };
@@ -162,7 +164,7 @@ mod tests {
     }
 
     #[test]
-    fn runs_are_as_long_as_the_box_allows() {
+    fn runs_have_maximal_length() {
         let runs = |from: (&[usize], &[usize]), to: (&[usize], &[usize]), size: &[usize]| {
             let mut all = Vec::new();
             for_each_run(from, to, size, |a, b, len| all.push((a, b, len)));
@@ -176,7 +178,7 @@ mod tests {
     }
 
     #[test]
-    fn a_part_of_a_box_is_found_without_walking_it() {
+    fn a_range_of_a_box_has_the_same_elements_as_a_full_walk() {
         for (shape, start, size) in [
             (vec![4, 6], vec![1, 2], vec![2, 3]),
             (vec![2, 3, 4], vec![0, 1, 0], vec![2, 2, 4]),
@@ -200,17 +202,17 @@ mod tests {
                         found.extend(place..place + len);
                     });
                     assert_eq!(found, places[from..to], "{shape:?} {region:?} {from} {to}");
-                    let in_one_piece =
+                    let is_contiguous =
                         runs.contiguous(&(from..to)).is_some_and(|range| range.eq(found.iter().copied()));
                     let neighbours = found.windows(2).all(|pair| pair[0] + 1 == pair[1]);
-                    assert!(!in_one_piece || neighbours);
+                    assert!(!is_contiguous || neighbours);
                 }
             }
         }
     }
 
     #[test]
-    fn a_hole_leaves_disjoint_boxes_that_cover_the_rest() {
+    fn subtracting_a_hole_returns_disjoint_boxes_that_cover_the_rest() {
         let (whole, hole) = (region(&[0, 0], &[5, 7]), region(&[1, 2], &[2, 9]));
         let left = subtract(&whole, &hole);
         for i in 0..5 {

@@ -11,38 +11,38 @@ use crate::event::Event;
 use crate::memory::Base;
 use crate::op::Program;
 
-/// What the stream tells about a submission, on a thread of the backend's; the call must not block.
+/// Receives the notifications of a submission, on a thread of the backend; the call must not block.
 pub type Notify = Box<dyn FnMut(Notification) + Send>;
 
-/// One thing that a stream tells about a submission.
+/// An event in the execution of a submission.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Notification {
-    /// The launches before a signal of the program are done; its tag.
+    /// The launches before a signal of the program have finished; holds the signal's tag.
     Signal(u32),
-    /// With [`Stream::check_finite`] on: the first write of the submission that holds an infinity or no number.
+    /// With [`Stream::check_finite`] enabled: the first write of the submission that contains Inf or NaN.
     NotFinite {
         /// Index of the launch in the program.
         launch: usize,
         /// Index among the launch's writes.
         write: usize,
-        /// How many elements are not finite.
+        /// Number of elements that are Inf or NaN.
         elements: usize,
     },
-    /// All is done. Exactly one of `Done` and `Failed` comes, and it comes last.
+    /// All launches have finished. Exactly one of `Done` and `Failed` is sent, and it is the last notification.
     Done,
-    /// A launch failed; those after it were left out. The stream goes on with the next submission.
+    /// A launch failed; the launches after it were skipped. The stream continues with the next submission.
     Failed(KernelError),
 }
 
-/// A program to run, and on what. Its arenas stay alive until it has run.
+/// A program to run and its memory. The arenas stay alive until it has run.
 pub struct Submission {
-    /// What to launch.
+    /// The launches to run.
     pub program: Arc<Program>,
-    /// What the program's buffers are counted from.
+    /// The addresses that the program's buffers are relative to.
     pub bases: Vec<Base>,
-    /// True when launches marked `accumulate` are to add to what is there, not overwrite it.
+    /// Whether launches marked `accumulate` add to the existing values instead of overwriting them.
     pub repeat: bool,
-    /// Told of signals and of the end.
+    /// Receives signals and the result.
     pub notify: Notify,
 }
 
@@ -52,21 +52,21 @@ impl fmt::Debug for Submission {
     }
 }
 
-/// A queue of work on one device, done in order. Dropping it waits for queued work to finish (unless the stream's own
-/// thread drops it), so abort the collective engine first when members may be missing.
+/// A queue of work on one device, executed in order. Dropping it waits for queued work to finish (unless the stream's
+/// own thread drops it), so abort the collective engine first when members may be missing.
 #[derive(Debug)]
 pub enum Stream {
-    /// A thread of this process, with helpers.
+    /// A thread of this process, with helper threads.
     Cpu(CpuStream),
-    /// A queue of a GPU.
+    /// A GPU stream.
     Cuda(CudaStream),
 }
 
 impl Stream {
-    /// Queues a program. Returns at once.
+    /// Queues a program and returns immediately.
     ///
     /// # Errors
-    /// [`KernelError::Closed`] when the stream has ended. What goes wrong in the program comes through `notify`.
+    /// [`KernelError::Closed`] when the stream has ended. Errors of the program are passed to `notify`.
     pub fn submit(&self, submission: Submission) -> Result<(), KernelError> {
         match self {
             Stream::Cpu(stream) => stream.submit(submission),
@@ -74,11 +74,11 @@ impl Stream {
         }
     }
 
-    /// Has everything made that the stream needs to run this program, so that no submission of it allocates anything: kernels
-    /// are loaded, or compiled, and scratch memory is allocated. Worth calling when a plan is loaded; nothing depends on it.
+    /// Prepares everything that the stream needs to run this program, so that its submissions allocate nothing: loads
+    /// or compiles kernels and allocates scratch memory. Call it when a plan is loaded. Optional.
     ///
     /// # Errors
-    /// [`KernelError::OutOfMemory`], [`KernelError::Cuda`]; what is wrong with a launch is told when it is submitted.
+    /// [`KernelError::OutOfMemory`], [`KernelError::Cuda`]; an invalid launch is reported when it is submitted.
     pub fn prepare(&self, program: &Arc<Program>) -> Result<(), KernelError> {
         match self {
             Stream::Cpu(stream) => stream.prepare(program),
@@ -86,7 +86,7 @@ impl Stream {
         }
     }
 
-    /// An event that is set when all that was submitted so far is done.
+    /// An event that is set when all work submitted so far has finished.
     pub fn record(&self) -> Event {
         match self {
             Stream::Cpu(stream) => stream.record(),
@@ -94,7 +94,7 @@ impl Stream {
         }
     }
 
-    /// Lets what is submitted from now on begin only after `event`, which may be another stream's. Does not block.
+    /// Delays later submissions until `event` is set, which may belong to another stream. Does not block.
     ///
     /// # Errors
     /// [`KernelError::Closed`] when the stream has ended.
@@ -105,8 +105,8 @@ impl Stream {
         }
     }
 
-    /// Has the floats that each launch writes looked at, from the next submission on, or no more. Slow: for whoever looks
-    /// for where an infinity came from.
+    /// Enables or disables Inf/NaN checks on launch outputs, from the next submission on. Slow: for finding the origin
+    /// of an Inf or NaN.
     ///
     /// # Errors
     /// [`KernelError::Closed`] when the stream has ended.
@@ -117,7 +117,7 @@ impl Stream {
         }
     }
 
-    /// Blocks until all that was submitted so far is done. Must not be called from a [`Notify`].
+    /// Blocks until all work submitted so far has finished. Must not be called from a [`Notify`].
     ///
     /// # Errors
     /// [`KernelError::Closed`] when the stream has ended.
@@ -128,7 +128,7 @@ impl Stream {
         }
     }
 
-    /// Threads that a kernel on this stream runs on.
+    /// Number of threads that run each kernel of this stream.
     pub fn threads(&self) -> usize {
         match self {
             Stream::Cpu(stream) => stream.threads(),
@@ -136,7 +136,7 @@ impl Stream {
         }
     }
 
-    /// Time that it has been in collectives so far, waiting for other members or moving bytes.
+    /// Total time that the stream has spent in collectives, waiting for other members or transferring bytes.
     pub fn collective_time(&self) -> Duration {
         match self {
             Stream::Cpu(stream) => stream.collective_time(),

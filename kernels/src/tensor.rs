@@ -1,10 +1,10 @@
-//! What a tensor is, apart from where it lies: element type, shape, region of a larger tensor, host copy.
+//! Properties of a tensor apart from its location: dtype, shape, region of a larger tensor; and tensors on the host.
 
 use std::ops::Range;
 
 use half::bf16;
 
-/// Element type. Every kernel computes in f32, whatever its operands are stored as; `I32` holds indices.
+/// Element type. Every kernel computes in f32, whatever the storage type of its operands; `I32` holds indices.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum DType {
     /// 32-bit IEEE float.
@@ -24,19 +24,19 @@ impl DType {
         }
     }
 
-    /// True for floats, of any precision.
+    /// Whether the type is a float type.
     pub const fn is_float(self) -> bool {
         matches!(self, Self::F32 | Self::BF16)
     }
 }
 
-/// Elements in a tensor of this shape (1 for a scalar's empty shape); `usize::MAX` where there are more than that.
+/// Elements in a tensor of this shape (1 for a scalar's empty shape); `usize::MAX` on overflow.
 pub fn element_count(shape: &[usize]) -> usize {
     shape.iter().fold(1, |count: usize, extent| count.saturating_mul(*extent))
 }
 
-/// The part of `0..len` that part `index` of `parts` holds: the first `len mod parts` parts get one element more,
-/// so a part may be empty. Every split in Shardflow, of tensors and of collectives' chunks, is this one.
+/// The part of `0..len` that part `index` of `parts` holds: the first `len mod parts` parts have one element more, so a
+/// part may be empty. All splits in Shardflow, of tensors and of collectives' chunks, use this function.
 pub fn split_range(len: usize, parts: usize, index: usize) -> Range<usize> {
     let (base, extra) = (len / parts, len % parts);
     let start = index * base + index.min(extra);
@@ -63,7 +63,7 @@ impl Region {
         element_count(&self.size)
     }
 
-    /// True when no element is inside.
+    /// Whether the region contains no element.
     pub fn is_empty(&self) -> bool {
         self.size.contains(&0)
     }
@@ -83,7 +83,7 @@ impl Region {
         Some(out)
     }
 
-    /// This region, with its start counted from the start of `outer`, which must hold it.
+    /// This region relative to the start of `outer`, which must contain it.
     pub fn relative_to(&self, outer: &Region) -> Region {
         let start = self.start.iter().zip(&outer.start).map(|(a, b)| a - b).collect();
         Region { start, size: self.size.clone() }
@@ -97,12 +97,12 @@ pub enum HostData {
     F32(Vec<f32>),
     /// 32-bit integers.
     I32(Vec<i32>),
-    /// Floats of half the bytes.
+    /// bf16 values.
     BF16(Vec<bf16>),
 }
 
 impl HostData {
-    /// No elements, of this type.
+    /// An empty vector of this type.
     pub fn empty(dtype: DType) -> Self {
         match dtype {
             DType::F32 => Self::F32(Vec::new()),
@@ -120,7 +120,7 @@ impl HostData {
         }
     }
 
-    /// The bytes of as many elements, to be overwritten; the memory is used again.
+    /// Resizes to `elements` elements, reusing the memory, and returns their bytes to be overwritten.
     pub(crate) fn resized(&mut self, elements: usize) -> &mut [u8] {
         match self {
             HostData::F32(values) => {
@@ -139,7 +139,7 @@ impl HostData {
     }
 }
 
-/// Panics, at the line of the public function's caller, where a shape does not have `got / each` elements.
+/// Panics, at the line of the public function's caller, when the shape does not have `got / each` elements.
 #[track_caller]
 fn check_count(shape: &[usize], each: usize, got: usize, unit: &str) {
     match shape.iter().try_fold(each, |count, extent| count.checked_mul(*extent)) {
@@ -178,7 +178,7 @@ impl HostTensor {
         Self { shape: shape.to_vec(), data: HostData::I32(data) }
     }
 
-    /// Floats of half the bytes, rounded to nearest.
+    /// A bf16 tensor; values are rounded to nearest.
     ///
     /// # Panics
     /// When `data` does not hold `element_count(shape)` elements.
@@ -188,10 +188,10 @@ impl HostTensor {
         Self { shape: shape.to_vec(), data: HostData::BF16(data.iter().copied().map(bf16::from_f32).collect()) }
     }
 
-    /// A tensor of its elements' bytes, little-endian, one after the other; they need not be aligned.
+    /// A tensor from the little-endian bytes of its elements, which need not be aligned.
     ///
     /// # Panics
-    /// When they are not those of `element_count(shape)` elements.
+    /// When the length is not that of `element_count(shape)` elements.
     #[track_caller]
     pub fn from_le_bytes(dtype: DType, shape: &[usize], bytes: &[u8]) -> Self {
         check_count(shape, dtype.bytes(), bytes.len(), "bytes");
@@ -204,7 +204,7 @@ impl HostTensor {
         Self { shape: shape.to_vec(), data }
     }
 
-    /// The bytes of its elements, as this machine has them.
+    /// The bytes of the elements in this machine's byte order.
     pub fn as_bytes(&self) -> &[u8] {
         self.data.as_bytes()
     }
@@ -218,7 +218,7 @@ impl HostTensor {
         }
     }
 
-    /// Elements in `data`; another number than the shape's makes a tensor that nothing accepts.
+    /// Number of elements in `data`. A tensor with another number than its shape's is rejected by every function.
     pub fn elements_held(&self) -> usize {
         match &self.data {
             HostData::F32(v) => v.len(),
@@ -227,7 +227,7 @@ impl HostTensor {
         }
     }
 
-    /// The elements, when they are of type `F32`.
+    /// The elements of an `F32` tensor.
     pub fn as_f32(&self) -> Option<&[f32]> {
         match &self.data {
             HostData::F32(v) => Some(v),
@@ -235,7 +235,7 @@ impl HostTensor {
         }
     }
 
-    /// A copy of the elements, when they are floats of any precision.
+    /// The elements of a float tensor, converted to f32.
     pub fn to_f32(&self) -> Option<Vec<f32>> {
         match &self.data {
             HostData::F32(v) => Some(v.clone()),
@@ -244,7 +244,7 @@ impl HostTensor {
         }
     }
 
-    /// The elements, when they are integers.
+    /// The elements of an `I32` tensor.
     pub fn as_i32(&self) -> Option<&[i32]> {
         match &self.data {
             HostData::I32(v) => Some(v),
@@ -260,10 +260,10 @@ mod tests {
 
     use super::*;
 
-    /// A call that panics, on a line with `line!()`; and with what text.
+    /// A call that panics, and returns the `line!()` of the call; and the expected text.
     type Call = (fn() -> u32, &'static str);
 
-    /// A wrong length is the caller's mistake, so its panic names the caller's line.
+    /// A wrong length is the caller's error, so the panic reports the caller's line.
     #[test]
     fn a_wrong_length_panics_at_the_callers_line() {
         static AT: Mutex<Option<(u32, String)>> = Mutex::new(None);
@@ -284,15 +284,15 @@ mod tests {
             (|| (HostTensor::f32(&[1 << 40, 1 << 40], vec![]), line!()).1, "more elements than can be counted, got 0"),
         ];
         let mut panics = Vec::new();
-        for (call, want) in calls {
-            assert!(panic::catch_unwind(call).is_err(), "{want}");
-            panics.push((AT.lock().unwrap().take(), want));
+        for (call, expected) in calls {
+            assert!(panic::catch_unwind(call).is_err(), "{expected}");
+            panics.push((AT.lock().unwrap().take(), expected));
         }
         panic::set_hook(before);
         let source: Vec<&str> = include_str!("tensor.rs").lines().collect();
-        for (at, want) in panics {
+        for (at, expected) in panics {
             let (line, text) = at.expect("a panic");
-            assert!(text.contains(want), "{text}");
+            assert!(text.contains(expected), "{text}");
             assert!(source[line as usize - 1].contains("line!()"), "line {line} is not the caller's: {text}");
         }
     }

@@ -1,5 +1,5 @@
-//! The CPU backend passes the suite of every backend, with one thread and with several; the engine of several processes
-//! passes that of collectives, each device having mappings of its own, as if it were a process.
+//! The CPU backend passes the conformance suite of backends, with one thread and with several. The shared-memory engine
+//! passes that of collectives, with separate mappings per device, as if each were a process.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -45,17 +45,17 @@ fn mapped(arena: &Arena, access: Access) -> Result<Arena, KernelError> {
     Arena::map_peer(file, arena.bytes(), access)
 }
 
-/// Devices of as many processes, or of half as many.
-fn on_node(n: usize, devices_of_a_process: usize) -> Result<Vec<(Device, Arena)>, KernelError> {
+/// Devices of `n` processes, or of half as many.
+fn on_node(n: usize, devices_per_process: usize) -> Result<Vec<(Device, Arena)>, KernelError> {
     let groups = conformance::collectives_groups(n);
     let board = Board::create(&groups)?;
-    // Only so that memory can be had before there are engines.
-    let maker = Device::cpu(0, 1, Arc::new(InProcess::new()));
-    let arenas = (0..n).map(|_| maker.shared_arena(conformance::COLLECTIVES_ARENA_BYTES));
+    // Allocates the memory before the engines exist.
+    let allocator = Device::cpu(0, 1, Arc::new(InProcess::new()));
+    let arenas = (0..n).map(|_| allocator.shared_arena(conformance::COLLECTIVES_ARENA_BYTES));
     let arenas = arenas.collect::<Result<Vec<_>, _>>()?;
     let mut devices = Vec::new();
-    for first in (0..n).step_by(devices_of_a_process) {
-        let own = first..n.min(first + devices_of_a_process);
+    for first in (0..n).step_by(devices_per_process) {
+        let own = first..n.min(first + devices_per_process);
         let mut all = BTreeMap::new();
         for (rank, arena) in arenas.iter().enumerate() {
             let arena = if own.contains(&rank) { arena.clone() } else { mapped(arena, Access::Read)? };
@@ -68,11 +68,11 @@ fn on_node(n: usize, devices_of_a_process: usize) -> Result<Vec<(Device, Arena)>
 }
 
 #[test]
-fn on_node_with_a_device_in_each_process() {
+fn on_node_with_one_device_per_process() {
     report(&conformance::run_collectives(&|n| on_node(n, 1)));
 }
 
 #[test]
-fn on_node_with_two_devices_in_each_process() {
+fn on_node_with_two_devices_per_process() {
     report(&conformance::run_collectives(&|n| on_node(n, 2)));
 }

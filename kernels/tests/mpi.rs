@@ -1,5 +1,6 @@
-//! Collectives by MPI between real processes: this test binary starts itself under `mpirun`. The suite of every engine, the
-//! same bits on all members, aborts, processes that are late or lost. Built only with the feature `mpi`.
+//! Collectives by MPI between real processes: this test binary starts itself under `mpirun`. Runs the conformance
+//! suite, and tests that all members get the same bits, aborts, and late or lost processes. Built only with the feature
+//! `mpi`.
 
 use std::io::Read;
 use std::process::{Command, Stdio};
@@ -17,14 +18,14 @@ use shardflow_kernels::error::KernelError;
 use shardflow_kernels::memory::{Arena, View};
 use shardflow_kernels::tensor::{DType, HostTensor, Region};
 
-/// Tells a child what to do.
+/// Selects the scenario of a child.
 const SCENARIO: &str = "SHARDFLOW_TEST_SCENARIO";
 
-/// Longer than any of these runs, by far.
+/// Far longer than any of these runs.
 const DEADLINE: Duration = Duration::from_secs(120);
 
-/// How long processes wait until all have come.
-const WITHIN: Duration = Duration::from_secs(30);
+/// How long processes wait until all have arrived.
+const ARRIVAL_TIMEOUT: Duration = Duration::from_secs(30);
 
 const SUM: CollectiveKind = CollectiveKind::AllReduce { op: ReduceOp::Sum };
 
@@ -33,10 +34,10 @@ fn group(id: u32, n: usize) -> Arc<Group> {
 }
 
 fn engine(world: &Arc<MpiWorld>, groups: &[Arc<Group>]) -> Result<Arc<Mpi>, KernelError> {
-    Ok(Arc::new(Mpi::new(world.clone(), groups, &|rank| rank as u32, WITHIN)?))
+    Ok(Arc::new(Mpi::new(world.clone(), groups, &|rank| rank as u32, ARRIVAL_TIMEOUT)?))
 }
 
-/// The suite of every engine, with a device in each process.
+/// The conformance suite, with one device per process.
 fn suite(world: &Arc<MpiWorld>) -> Result<String, KernelError> {
     let (rank, size) = (world.rank() as usize, world.size() as usize);
     let make = |n: usize| {
@@ -71,7 +72,7 @@ fn engine_rank(engine: &Mpi) -> usize {
 fn memory(engine: &Arc<Mpi>, len: usize, n: usize) -> Result<Arena, KernelError> {
     let arena = Device::cpu(0, 1, engine.clone()).arena(4 * len * (2 + n))?;
     let rank = engine_rank(engine) as f32;
-    // Of very different sizes, so that the order of additions shows.
+    // Of very different magnitudes, so that the order of additions affects the result.
     let value = |i: usize| (1.0 + rank + i as f32 * 0.37).sin() * [1.0, 1e-4, 1e5][i % 3];
     arena.write_host(0, &HostTensor::f32(&[len], (0..len).map(value).collect()))?;
     Ok(arena)
@@ -89,14 +90,14 @@ fn same_bits(world: &Arc<MpiWorld>) -> Result<String, KernelError> {
         let own = arena.read_host(4 * len, &[len], DType::I32)?;
         for member in 0..n {
             if arena.read_host(4 * len * (2 + member), &[len], DType::I32)? != own {
-                return Ok(format!("member {member} has another sum of {len}"));
+                return Ok(format!("member {member} has a different sum of {len} elements"));
             }
         }
     }
     Ok("passed".to_owned())
 }
 
-/// Process 0 waits for others that never come, until it is aborted.
+/// Process 0 waits for others that never join, until it is aborted.
 fn aborts(world: &Arc<MpiWorld>) -> Result<String, KernelError> {
     let n = world.size() as usize;
     let kinds = [SUM, CollectiveKind::Send { to: 1 }, CollectiveKind::Receive { from: 1 }];
@@ -107,14 +108,14 @@ fn aborts(world: &Arc<MpiWorld>) -> Result<String, KernelError> {
         }
         let arena = memory(&engine, 10, n)?;
         let (sender, ended) = channel();
-        let (waits, call) = (engine.clone(), kind.clone());
-        thread::spawn(move || drop(sender.send([(); 2].map(|()| run(&waits, &arena, call.clone(), 1, n, 10)))));
-        // Whether the call is waiting by now or has yet to begin: it ends.
+        let (engine_clone, call) = (engine.clone(), kind.clone());
+        thread::spawn(move || drop(sender.send([(); 2].map(|()| run(&engine_clone, &arena, call.clone(), 1, n, 10)))));
+        // The call ends, whether it waits already or has not started.
         let early = ended.recv_timeout(Duration::from_millis(100));
-        engine.abort("the test says so");
+        engine.abort("aborted by the test");
         engine.abort("a later cause");
         let results = ended.recv_timeout(Duration::from_secs(2));
-        let aborted = || Err(KernelError::Aborted { cause: "the test says so".to_owned() });
+        let aborted = || Err(KernelError::Aborted { cause: "aborted by the test".to_owned() });
         if early.is_ok() || results != Ok([aborted(), aborted()]) {
             return Ok(format!("{kind:?}: {early:?}, then {results:?}"));
         }
@@ -122,7 +123,7 @@ fn aborts(world: &Arc<MpiWorld>) -> Result<String, KernelError> {
     Ok("passed".to_owned())
 }
 
-/// Process 1 is killed while all are at it.
+/// Process 1 is killed while all processes run collectives.
 fn lost(world: &Arc<MpiWorld>) -> Result<String, KernelError> {
     let n = world.size() as usize;
     let engine = engine(world, &[group(1, n)])?;
@@ -133,10 +134,10 @@ fn lost(world: &Arc<MpiWorld>) -> Result<String, KernelError> {
         }
         run(&engine, &arena, SUM, 1, n, 1000)?;
     }
-    Ok("nobody was lost".to_owned())
+    Ok("no process was lost".to_owned())
 }
 
-/// Process 0 is at its end while the others wait for it elsewhere.
+/// Process 0 exits while the others wait for it in another call.
 fn early_end(world: &Arc<MpiWorld>) -> Result<String, KernelError> {
     if world.rank() > 0 {
         engine(world, &[group(1, world.size() as usize)])?;
@@ -144,36 +145,37 @@ fn early_end(world: &Arc<MpiWorld>) -> Result<String, KernelError> {
     Ok("passed".to_owned())
 }
 
-/// Process 1 comes to the meeting, and then makes no communicator.
-fn half_made(world: &Arc<MpiWorld>) -> Result<String, KernelError> {
+/// Process 1 joins the barrier, but creates no communicator.
+fn missing_communicator(world: &Arc<MpiWorld>) -> Result<String, KernelError> {
     if world.rank() > 0 {
         return engine(world, &[]).map(|_| "passed".to_owned());
     }
     let made = Mpi::new(world.clone(), &[group(1, 2)], &|rank| rank as u32, Duration::from_secs(2));
-    let said = made.map(drop).map_err(|error| error.to_string());
-    let is_late = said.as_ref().is_err_and(|error| error.contains("not all members have come"));
-    Ok(if is_late { "passed".to_owned() } else { format!("{said:?}") })
+    let result = made.map(drop).map_err(|error| error.to_string());
+    let is_late = result.as_ref().is_err_and(|error| error.contains("not all members arrived"));
+    Ok(if is_late { "passed".to_owned() } else { format!("{result:?}") })
 }
 
-/// What is refused before anything runs.
-fn refusals(world: &Arc<MpiWorld>) -> Result<String, KernelError> {
+/// Errors that are detected before any collective runs.
+fn rejections(world: &Arc<MpiWorld>) -> Result<String, KernelError> {
     let again = MpiWorld::start().map(drop).map_err(|error| error.to_string());
-    let same = Mpi::new(world.clone(), &[group(1, 2)], &|_| 0, WITHIN).map(drop).map_err(|error| error.to_string());
+    let same =
+        Mpi::new(world.clone(), &[group(1, 2)], &|_| 0, ARRIVAL_TIMEOUT).map(drop).map_err(|error| error.to_string());
     let late = match world.rank() {
-        // Comes to nothing: that the others wait is what this is about.
-        1 => Err("not all of 2 processes have come".to_owned()),
+        // Does nothing: the test is that the others wait.
+        1 => Err("not all of 2 processes arrived".to_owned()),
         _ => Mpi::new(world.clone(), &[group(1, 2)], &|rank| rank as u32, Duration::from_millis(200))
             .map(drop)
             .map_err(|error| error.to_string()),
     };
-    let said = |result: &Result<(), String>, text: &str| result.as_ref().is_err_and(|error| error.contains(text));
-    let all = said(&again, "started before in this process")
-        && said(&same, "members of group 1 in different processes of 2")
-        && said(&late, "not all of 2 processes have come");
+    let fails_with = |result: &Result<(), String>, text: &str| result.as_ref().is_err_and(|error| error.contains(text));
+    let all = fails_with(&again, "started before in this process")
+        && fails_with(&same, "members of group 1 in different processes of 2")
+        && fails_with(&late, "not all of 2 processes arrived");
     Ok(if all { "passed".to_owned() } else { format!("{again:?} {same:?} {late:?}") })
 }
 
-/// What a child process does; in the parent, nothing.
+/// The body of a child process; does nothing in the parent.
 #[test]
 fn child() {
     let Ok(scenario) = std::env::var(SCENARIO) else { return };
@@ -184,18 +186,18 @@ fn child() {
         "aborts" => aborts(&world),
         "lost" => lost(&world),
         "early end" => early_end(&world),
-        "half made" => half_made(&world),
-        _ => refusals(&world),
+        "missing communicator" => missing_communicator(&world),
+        _ => rejections(&world),
     };
     println!("\n> {} {}", world.rank(), result.unwrap_or_else(|error| error.to_string()));
-    if world.rank() > 0 && ["aborts", "half made", "refusals"].contains(&scenario.as_str()) {
-        // Until `mpirun` ends this one, because process 0 ended without the end of MPI.
+    if world.rank() > 0 && ["aborts", "missing communicator", "rejections"].contains(&scenario.as_str()) {
+        // Waits until `mpirun` ends this process, because process 0 exited without finalizing MPI.
         thread::park_timeout(DEADLINE);
     }
 }
 
-/// Plays a scenario in so many processes; gives the exit code, and the lines behind `> `, sorted.
-fn play(scenario: &str, processes: usize) -> (Option<i32>, Vec<String>) {
+/// Runs a scenario in this number of processes; returns the exit code, and the lines with the prefix `> `, sorted.
+fn run_scenario(scenario: &str, processes: usize) -> (Option<i32>, Vec<String>) {
     let mut mpirun = Command::new("mpirun")
         .args(["--quiet", "--oversubscribe", "-n", &processes.to_string(), "-x", SCENARIO])
         .arg(std::env::current_exe().expect("this program"))
@@ -215,24 +217,24 @@ fn play(scenario: &str, processes: usize) -> (Option<i32>, Vec<String>) {
         sender.send(text)
     });
     let Ok(text) = ended.recv_timeout(DEADLINE) else {
-        // Not SIGKILL, which it could not pass on.
+        // Not SIGKILL, which mpirun could not forward.
         let _ = kill_process(Pid::from_child(&mpirun), Signal::TERM);
         let _ = mpirun.wait();
-        panic!("{scenario} of {processes} does not end");
+        panic!("{scenario} in {processes} processes does not end");
     };
     let mut lines: Vec<String> = text.lines().filter_map(|line| line.strip_prefix("> ")).map(String::from).collect();
     lines.sort();
-    (mpirun.wait().expect("an end").code(), lines)
+    (mpirun.wait().expect("an exit status").code(), lines)
 }
 
 fn check_passes(scenario: &str, processes: usize) {
     let expected: Vec<String> = (0..processes).map(|rank| format!("{rank} passed")).collect();
-    // The code is 0 only if MPI was ended in order.
-    assert_eq!(play(scenario, processes), (Some(0), expected), "{scenario} of {processes}");
+    // The code is 0 only if MPI was finalized.
+    assert_eq!(run_scenario(scenario, processes), (Some(0), expected), "{scenario} of {processes}");
 }
 
 #[test]
-fn the_suite_of_every_engine_passes() {
+fn the_conformance_suite_passes() {
     [2, 3, 4].into_iter().for_each(|processes| check_passes("suite", processes));
 }
 
@@ -242,38 +244,38 @@ fn all_members_get_the_same_bits_of_a_sum() {
 }
 
 #[test]
-fn an_abort_ends_who_waits_and_the_process_ends_without_the_others() {
-    let (code, lines) = play("aborts", 3);
+fn an_abort_ends_waiting_calls_and_the_process_exits_without_the_others() {
+    let (code, lines) = run_scenario("aborts", 3);
     assert!(code.is_some_and(|code| code != 0), "{code:?}");
     assert!(lines.contains(&"0 passed".to_owned()), "{lines:?}");
 }
 
 #[test]
-fn a_killed_process_ends_all_in_time_and_not_with_0() {
+fn a_killed_process_ends_all_processes_soon_with_a_nonzero_code() {
     let began = Instant::now();
-    let (code, lines) = play("lost", 4);
+    let (code, lines) = run_scenario("lost", 4);
     assert!(code.is_some_and(|code| code != 0), "{code:?} {lines:?}");
     assert!(began.elapsed() < Duration::from_secs(20), "{:?}", began.elapsed());
 }
 
 #[test]
-fn a_process_that_ends_early_does_not_wait_for_ever() {
+fn a_process_that_exits_early_does_not_wait_forever() {
     let began = Instant::now();
-    let (code, _) = play("early end", 3);
+    let (code, _) = run_scenario("early end", 3);
     // Within the time that it waits for the others, plus the start.
     assert!(code.is_some_and(|code| code != 0) && began.elapsed() < Duration::from_secs(20), "{code:?}");
 }
 
 #[test]
-fn a_communicator_that_a_member_does_not_make_has_a_deadline() {
+fn waiting_for_a_member_that_creates_no_communicator_times_out() {
     let began = Instant::now();
-    let (code, lines) = play("half made", 2);
+    let (code, lines) = run_scenario("missing communicator", 2);
     assert!(code.is_some_and(|code| code != 0) && lines.contains(&"0 passed".to_owned()), "{code:?} {lines:?}");
     assert!(began.elapsed() < Duration::from_secs(20), "{:?}", began.elapsed());
 }
 
 #[test]
-fn what_cannot_be_is_refused() {
-    let (_, lines) = play("refusals", 2);
+fn invalid_starts_and_groups_are_rejected() {
+    let (_, lines) = run_scenario("rejections", 2);
     assert!(lines.contains(&"0 passed".to_owned()), "{lines:?}");
 }

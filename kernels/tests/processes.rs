@@ -1,5 +1,5 @@
-//! Collectives between real processes: this test binary starts itself again. Results have the bits of one process's,
-//! disagreement is told everywhere, and a member that is killed or frozen holds up nobody after an abort.
+//! Collectives between real processes: this test binary starts itself again. Results have the bits of the in-process
+//! engine, all members report a disagreement, and after an abort no member waits for one that is killed or frozen.
 
 use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, Write};
@@ -20,15 +20,15 @@ use shardflow_kernels::error::KernelError;
 use shardflow_kernels::memory::{Access, Arena, View};
 use shardflow_kernels::tensor::{DType, HostTensor, Region, split_range};
 
-/// Tells a child what to do: `SCENARIO RANK PARENT BOARD,ARENA,ARENA..`, the last being descriptors of the parent.
-const PLACE: &str = "SHARDFLOW_TEST_PLACE";
+/// Configures a child: `SCENARIO RANK PARENT BOARD,ARENA,ARENA..`, where the last part lists descriptors of the parent.
+const CHILD_ENV: &str = "SHARDFLOW_TEST_PLACE";
 
-/// Longest wait for a child to do anything.
+/// Longest wait for an action of a child.
 const DEADLINE: Duration = Duration::from_secs(20);
 
 const ARENA_BYTES: usize = 8 << 20;
 
-/// More than any test lives to see.
+/// More rounds than any test can run.
 const ROUNDS_MAX: usize = 100_000_000;
 
 fn group(n: usize) -> Arc<Group> {
@@ -48,7 +48,7 @@ fn rows(shape: [usize; 2], n: usize, dim: usize) -> Vec<Region> {
     (0..n).map(part).collect()
 }
 
-/// Small and large, even and uneven.
+/// Small and large, even and uneven shapes.
 fn script(n: usize, member: usize) -> Vec<Step> {
     let mut steps = Vec::new();
     for shape in [[3, 5], [7, 33], [101, 203], [64, 1024]] {
@@ -67,9 +67,9 @@ fn script(n: usize, member: usize) -> Vec<Step> {
     steps
 }
 
-/// Runs the script; returns how many bytes of the arena that takes. Each step has its x, its y and a copy of y: x and y are
-/// spoilt as soon as the call returns, which nobody may notice.
-fn play(engine: &dyn Collective, arena: &Arena, n: usize, member: usize) -> Result<usize, KernelError> {
+/// Runs the script; returns the number of arena bytes used. Each step has an x, a y and a copy of y. x and y are
+/// overwritten as soon as the call returns, which must not affect any member.
+fn run_script(engine: &dyn Collective, arena: &Arena, n: usize, member: usize) -> Result<usize, KernelError> {
     let mut end = 0;
     for (kind, x_shape, y_shape) in script(n, member) {
         let elements = |shape: &[usize]| shape.iter().product::<usize>();
@@ -81,8 +81,8 @@ fn play(engine: &dyn Collective, arena: &Arena, n: usize, member: usize) -> Resu
         let call = CollectiveCall { group: group(n), member, kind };
         engine.run(&call, &[view(x, &x_shape)?], &[view(y, &y_shape)?])?;
         arena.write_host(kept, &arena.read_host(y, &y_shape, DType::F32)?)?;
-        let spoilt = elements(&x_shape) + elements(&y_shape);
-        arena.write_host(x, &HostTensor::f32(&[spoilt], vec![f32::NAN; spoilt]))?;
+        let overwritten = elements(&x_shape) + elements(&y_shape);
+        arena.write_host(x, &HostTensor::f32(&[overwritten], vec![f32::NAN; overwritten]))?;
     }
     Ok(end)
 }
@@ -109,12 +109,12 @@ fn join(rank: usize, parent: &str, files: &str) -> (SharedMemory, Arena, usize) 
     (SharedMemory::new(board, &groups, arenas).unwrap(), arena, groups[0].ranks.len())
 }
 
-/// What a child process does; in the parent, nothing. A line on standard input makes it abort, and so does its end: no
+/// The body of a child process; does nothing in the parent. A line on standard input, or its end, aborts the child: no
 /// child outlives the parent.
 #[test]
 fn child() {
-    let Ok(place) = std::env::var(PLACE) else { return };
-    let [scenario, rank, parent, files] = place.split(' ').collect::<Vec<_>>()[..] else { panic!("{place}") };
+    let Ok(config) = std::env::var(CHILD_ENV) else { return };
+    let [scenario, rank, parent, files] = config.split(' ').collect::<Vec<_>>()[..] else { panic!("{config}") };
     let rank: usize = rank.parse().unwrap();
     let (engine, arena, n) = join(rank, parent, files);
     let engine = Arc::new(engine);
@@ -122,14 +122,14 @@ fn child() {
     thread::spawn(move || {
         let mut line = String::new();
         let _ = std::io::stdin().read_line(&mut line);
-        aborts.abort(if line.is_empty() { "the parent is gone" } else { line.trim() });
+        aborts.abort(if line.is_empty() { "the parent has exited" } else { line.trim() });
     });
     let result = match scenario {
-        "play" => play(&*engine, &arena, n, rank).map(drop),
+        "run_script" => run_script(&*engine, &arena, n, rank).map(drop),
         "odd" => sum(&*engine, &arena, n, rank, if rank == 1 { ReduceOp::Max } else { ReduceOp::Sum }),
         _ => (0..ROUNDS_MAX).try_for_each(|round| {
             if round == 20 {
-                println!("\n> begun");
+                println!("\n> started");
             }
             sum(&*engine, &arena, n, rank, ReduceOp::Sum)
         }),
@@ -137,7 +137,7 @@ fn child() {
     println!("\n> {}", result.map_or_else(|error| error.to_string(), |()| "done".to_owned()));
 }
 
-/// A child, and the lines behind `> ` that it prints.
+/// A child process, and the lines with the prefix `> ` that it prints.
 struct Process {
     child: Child,
     stdin: Option<ChildStdin>,
@@ -161,7 +161,7 @@ impl Drop for Process {
     }
 }
 
-/// Memory of `n` ranks, filled with numbers of both signs and many sizes.
+/// Memory of `n` ranks, filled with values of both signs and different magnitudes.
 fn memory(n: usize) -> Vec<Arena> {
     let device = Device::cpu(0, 1, Arc::new(InProcess::new()));
     let fill = |rank| {
@@ -185,7 +185,7 @@ fn start(scenario: &str, board: &Arena, arenas: &[Arena]) -> Vec<Process> {
     let one = |rank: usize| {
         let mut child = Command::new(std::env::current_exe().unwrap())
             .args(["child", "--exact", "--nocapture"])
-            .env(PLACE, format!("{scenario} {rank} {} {}", std::process::id(), files.join(",")))
+            .env(CHILD_ENV, format!("{scenario} {rank} {} {}", std::process::id(), files.join(",")))
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn()
@@ -209,24 +209,24 @@ fn board(n: usize) -> Arena {
 }
 
 #[test]
-fn processes_get_the_bits_of_one_process() {
+fn processes_get_the_bits_of_the_in_process_engine() {
     for n in [2, 4] {
         let (arenas, expected) = (memory(n), memory(n));
         let engine = &InProcess::new();
         let ends: Vec<usize> = thread::scope(|scope| {
-            let play = |(member, arena)| scope.spawn(move || play(engine, arena, n, member).unwrap());
-            let members: Vec<_> = expected.iter().enumerate().map(play).collect();
+            let run_script = |(member, arena)| scope.spawn(move || run_script(engine, arena, n, member).unwrap());
+            let members: Vec<_> = expected.iter().enumerate().map(run_script).collect();
             members.into_iter().map(|member| member.join().unwrap()).collect()
         });
         let board = board(n);
-        let processes = start("play", &board, &arenas);
+        let processes = start("run_script", &board, &arenas);
         for (rank, process) in processes.iter().enumerate() {
             assert_eq!(process.line(), "done", "rank {rank} of {n}");
         }
         for rank in 0..n {
             let end = ends[rank] / 4;
             assert!(end * 4 < ARENA_BYTES);
-            // As integers: bits are compared, those of NaN too.
+            // As integers: compares bits, including those of NaN.
             let bits = |arena: &Arena| arena.read_host(0, &[end], DType::I32).unwrap();
             let (got, expected) = (bits(&arenas[rank]), bits(&expected[rank]));
             let (got, expected) = (got.as_i32().unwrap(), expected.as_i32().unwrap());
@@ -236,25 +236,25 @@ fn processes_get_the_bits_of_one_process() {
 }
 
 #[test]
-fn a_disagreement_is_told_to_all_processes() {
+fn all_processes_report_a_disagreement() {
     for n in [3, 4] {
         let (board, arenas) = (board(n), memory(n));
         for (rank, process) in start("odd", &board, &arenas).iter().enumerate() {
             let line = process.line();
-            let told = "collective mismatch in group 7: member 1 calls AllReduce { op: Max }";
-            assert!(line.starts_with(told) && line.contains("others call AllReduce { op: Sum }"), "{rank}: {line}");
+            let expected = "collective mismatch in group 7: member 1 calls AllReduce { op: Max }";
+            assert!(line.starts_with(expected) && line.contains("others call AllReduce { op: Sum }"), "{rank}: {line}");
         }
     }
 }
 
-/// One member is killed, or frozen, in the middle; one other learns of it and aborts; that ends all.
+/// One member is killed or frozen during the calls; one other aborts, which ends all of them.
 #[test]
-fn an_abort_ends_all_who_wait_for_a_lost_member() {
+fn an_abort_ends_all_waits_for_a_lost_member() {
     for (n, signal) in [(2, Signal::KILL), (4, Signal::KILL), (4, Signal::STOP)] {
         let (board, arenas) = (board(n), memory(n));
         let mut processes = start("forever", &board, &arenas);
         for process in &processes {
-            assert_eq!(process.line(), "begun");
+            assert_eq!(process.line(), "started");
         }
         let lost = processes.remove(n / 2);
         lost.signal(signal);

@@ -1,5 +1,5 @@
-//! The bits that a CPU kernel writes do not depend on how many threads it runs on (BITS-1): every op, on shapes that no
-//! number of threads divides, from a single element to many times what is worth a fork.
+//! The bits that a CPU kernel writes do not depend on its number of threads (BITS-1): every op, on shapes that no
+//! number of threads divides, from a single element to many times the size that is worth a fork.
 
 use std::sync::Arc;
 use std::sync::mpsc::channel;
@@ -11,14 +11,14 @@ use shardflow_kernels::op::{Buffer, Einsum, Launch, Op, Program};
 use shardflow_kernels::stream::{Notification, Stream, Submission};
 use shardflow_kernels::tensor::{DType, HostTensor, Region, element_count};
 
-/// A launch, and what its buffers hold before it.
+/// A launch, and the content of its buffers before it.
 struct Case {
     op: Op,
     reads: Vec<HostTensor>,
     writes: Vec<HostTensor>,
 }
 
-/// Numbers and shapes by SplitMix64.
+/// Pseudo-random values and shapes by SplitMix64.
 struct Random(u64);
 
 impl Random {
@@ -47,7 +47,7 @@ impl Random {
         Case { op, reads, writes }
     }
 
-    /// A product whose operands and result are each stored plainly or transposed.
+    /// A product whose operands and result are each stored plain or transposed.
     fn product(&mut self, [m, n, k]: [usize; 3]) -> Case {
         let pick =
             |one: [char; 2], other: bool| -> String { if other { [one[1], one[0]] } else { one }.iter().collect() };
@@ -104,10 +104,10 @@ impl Random {
                 vec![a.clone(), max.clone(), targets.clone()],
                 &[row, row],
             ),
-            self.case(Op::TokenLoss { scale: 0.1 }, vec![max.clone(), self_squared(&rstd), max.clone()], &[&[]]),
+            self.case(Op::TokenLoss { scale: 0.1 }, vec![max.clone(), positive(&rstd), max.clone()], &[&[]]),
             self.case(
                 Op::CrossEntropyGrad { vocab_start: 0, scale: 0.1 },
-                vec![one(1.5), a.clone(), max, self_squared(&rstd), targets],
+                vec![one(1.5), a.clone(), max, positive(&rstd), targets],
                 &[x],
             ),
             self.case(dropout, vec![a.clone(), HostTensor::i32(&[2], vec![5, 0])], &[x]),
@@ -115,7 +115,7 @@ impl Random {
             Case {
                 op: adamw,
                 reads: vec![a.clone(), step, one(0.5)],
-                writes: vec![b.clone(), a.clone(), self_squared(&b)],
+                writes: vec![b.clone(), a.clone(), positive(&b)],
             },
         ]
     }
@@ -131,12 +131,12 @@ impl Random {
     }
 }
 
-/// Numbers that are not negative.
-fn self_squared(x: &HostTensor) -> HostTensor {
+/// Positive values.
+fn positive(x: &HostTensor) -> HostTensor {
     HostTensor::f32(&x.shape, x.as_f32().expect("floats").iter().map(|x| x * x + 1e-3).collect())
 }
 
-/// Bits of what the case writes: over what was there, then added to it where the op can.
+/// The bits that the case writes: first overwriting, then, if the op can accumulate, adding to the previous values.
 fn bits(stream: &Stream, device: &Device, case: &Case) -> Vec<Vec<u32>> {
     let mut end = 0;
     let tensors: Vec<&HostTensor> = case.reads.iter().chain(&case.writes).collect();
@@ -156,11 +156,11 @@ fn bits(stream: &Stream, device: &Device, case: &Case) -> Vec<Vec<u32>> {
             arena.write_host(buffer.offset, tensor).expect("in bounds");
         }
         let program = Program { name: "threads".to_owned(), launches: vec![launch.clone()], signals: vec![] };
-        let (sender, notices) = channel();
-        let notify = Box::new(move |notice| drop(sender.send(notice)));
+        let (sender, notifications) = channel();
+        let notify = Box::new(move |notification| drop(sender.send(notification)));
         let bases = vec![Base { arena: arena.clone(), offset: 0 }];
         stream.submit(Submission { program: Arc::new(program), bases, repeat, notify }).expect("an open stream");
-        assert_eq!(notices.recv(), Ok(Notification::Done), "{:?}", case.op);
+        assert_eq!(notifications.recv(), Ok(Notification::Done), "{:?}", case.op);
         let read = |w: &Buffer| arena.read_host(w.offset, &w.shape, DType::F32).expect("in bounds");
         let tensors = launch.writes.iter().map(read);
         out.extend(tensors.map(|t| t.as_f32().expect("floats").iter().map(|x| x.to_bits()).collect::<Vec<u32>>()));
@@ -204,14 +204,14 @@ fn attention() {
     }
 }
 
-/// Shapes at which libraries of products change their ways: vectors, small results, short and long sums.
+/// Shapes for which matrix libraries switch algorithms: vectors, small results, short and long sums.
 #[test]
 fn products() {
     let mut random = Random(3);
     let sizes = [1, 2, 3, 5, 15, 16, 17, 31, 33, 64, 65, 129, 200];
     let depths = [1, 2, 3, 16, 63, 257, 512, 513, 1030, 2000];
     let small = (0..250).map(|_| [random.one_of(&sizes), random.one_of(&sizes), random.one_of(&depths)]);
-    // Slices of these are vectors or small, and their sums are cut.
+    // Slices of these are vectors or small, and their sums are split.
     let chosen = [[17, 1, 40_000], [1, 17, 40_000], [33, 16, 2000], [16, 33, 2000], [769, 129, 130], [70_001, 1, 3]];
     let shapes: Vec<[usize; 3]> = small.chain(chosen).collect();
     for shape in shapes {

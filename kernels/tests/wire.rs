@@ -1,4 +1,4 @@
-//! The engine over sockets passes the suite of every engine, over socket pairs and over TCP, with trees and with rings.
+//! The socket engine passes the conformance suite, over socket pairs and over TCP, with trees and with rings.
 
 use std::collections::HashMap;
 use std::io;
@@ -28,10 +28,10 @@ fn tcp_pair() -> io::Result<[Channel; 2]> {
     Ok([a.into(), b.into()])
 }
 
-/// Ends of channels that the other side has not asked for yet.
+/// Channel ends that the other member has not requested yet.
 type Ends = Arc<Mutex<HashMap<ChannelKey, Channel>>>;
 
-/// Whoever asks first for a channel gets one end of a new pair, the other side the other.
+/// The first member that requests a channel gets one end of a new pair; the other member gets the other end.
 fn connector(pair: fn() -> io::Result<[Channel; 2]>, ends: Ends) -> Box<Connect> {
     Box::new(move |group: &Group, member, peer| {
         let mut ends = ends.lock().unwrap_or_else(PoisonError::into_inner);
@@ -44,8 +44,8 @@ fn connector(pair: fn() -> io::Result<[Channel; 2]>, ends: Ends) -> Box<Connect>
     })
 }
 
-/// A process's engine in a session that ends on all processes at once: over sockets an abort goes no further than the
-/// process, and telling the others is the session's affair.
+/// The engine of one process in a session that aborts all processes together. The socket engine aborts only its own
+/// process; notifying the others is the session's task.
 #[derive(Debug)]
 struct Process {
     own: Arc<Wire>,
@@ -71,18 +71,18 @@ impl Collective for Process {
     }
 }
 
-/// With so many devices on an engine, as in a process of that many.
-fn check(pair: fn() -> io::Result<[Channel; 2]>, devices_of_a_process: usize, tree_bytes_max: Option<usize>) {
+/// Runs the suite with this number of devices per engine, as in a process with that many devices.
+fn check(pair: fn() -> io::Result<[Channel; 2]>, devices_per_process: usize, tree_bytes_max: Option<usize>) {
     let make = |n: usize| {
         let (ends, session) = (Ends::default(), Arc::default());
         let mut devices = Vec::new();
-        for first in (0..n).step_by(devices_of_a_process) {
+        for first in (0..n).step_by(devices_per_process) {
             let own = Arc::new(Wire::with_connector(connector(pair, ends.clone()), WRITE_TIMEOUT));
             tree_bytes_max.into_iter().for_each(|bytes| own.set_tree_bytes_max(bytes));
             let session: &Arc<Mutex<Vec<Arc<Wire>>>> = &session;
             session.lock().unwrap_or_else(PoisonError::into_inner).push(own.clone());
             let engine = Arc::new(Process { own, session: session.clone() });
-            for rank in first..n.min(first + devices_of_a_process) {
+            for rank in first..n.min(first + devices_per_process) {
                 let device = Device::cpu(rank, 1, engine.clone());
                 let arena = device.arena(conformance::COLLECTIVES_ARENA_BYTES)?;
                 devices.push((device, arena));
@@ -96,21 +96,21 @@ fn check(pair: fn() -> io::Result<[Channel; 2]>, devices_of_a_process: usize, tr
 }
 
 #[test]
-fn one_process() {
+fn all_devices_in_one_process() {
     check(unix_pair, 4, None);
 }
 
 #[test]
-fn a_device_in_each_process() {
+fn one_device_per_process() {
     check(unix_pair, 1, None);
 }
 
 #[test]
-fn a_device_in_each_process_with_rings_only() {
+fn one_device_per_process_with_rings_only() {
     check(unix_pair, 1, Some(0));
 }
 
 #[test]
-fn two_devices_in_each_process_over_tcp() {
+fn two_devices_per_process_over_tcp() {
     check(tcp_pair, 2, None);
 }

@@ -1,11 +1,11 @@
-//! The board: memory that all processes of a node map, on which the members of collectives post what they bring, and
-//! meet.
+//! The board: memory that all processes of a node map. Members of collectives publish their calls and buffer offsets on
+//! it, and synchronize through its counters.
 //!
-//! - BOARD-1: what lies here comes from other processes and may be wrong. So the board holds atomics and bytes only, and
-//!   whoever takes an offset from it checks it against the arena that it is of.
-//! - BOARD-2: every wait ends within `TICK` of an abort, whatever happened to the other processes.
-//! - BOARD-3: a member has at most one call under way. Its posts alternate between two places, so that one may still be
-//!   read while the next is written: nobody comes to meeting k+2 before all have left meeting k.
+//! - BOARD-1: other processes write the board, so its content may be wrong. The board holds only atomics and bytes, and
+//!   code that reads an offset from it checks the offset against the arena that it refers to.
+//! - BOARD-2: every wait ends within `TICK` of an abort, in whatever state the other processes are.
+//! - BOARD-3: a member has at most one call in flight. Its posts alternate between two places, so that one may still be
+//!   read while the next is written: no member starts rendezvous k+2 before all have left rendezvous k.
 #![allow(unsafe_code)]
 
 use std::hash::{DefaultHasher, Hash, Hasher};
@@ -19,34 +19,34 @@ use crate::collective::Group;
 use crate::error::KernelError;
 use crate::memory::Arena;
 
-/// Longest sleep without a look at whether to give up.
+/// Longest sleep between two checks for an abort.
 pub(super) const TICK: Duration = Duration::from_millis(20);
 
-/// How long a member keeps its core while it looks for the others, where each can have a core.
+/// How long a member busy-waits for the others when each member can have a core.
 const SPIN: Duration = Duration::from_micros(5);
 
-/// How long it looks for them before it sleeps, letting other threads run between looks.
+/// How long a member waits, yielding its core between checks, before it sleeps.
 const YIELD: Duration = Duration::from_micros(50);
 
-/// An x of at most so many bytes is copied to the board, so that its owner need not wait until others have read it.
+/// An x of at most this many bytes is copied to the board, so that its owner need not wait until others have read it.
 pub(super) const COPY_BYTES_MAX: usize = 8 << 10;
 
-/// Longest text on the board, in bytes; what is longer is cut.
+/// Longest text on the board, in bytes; longer texts are truncated.
 const TEXT_BYTES_MAX: usize = 500;
 
-/// States of what is written once: nobody has, somebody is about to, it can be read.
+/// States of a value that is written once: not written, being written, readable.
 const UNSET: u32 = 0;
 const CLAIMED: u32 = 1;
 const SET: u32 = 2;
 
-/// The board's memory, and where each group's part is.
+/// The board's memory, and the offset of each group's area.
 #[derive(Debug)]
 pub struct Board {
     arena: Arena,
     starts: Vec<usize>,
 }
 
-/// A text that some process wrote.
+/// A text that any process may have written.
 #[repr(C)]
 pub(super) struct Text {
     len: AtomicU32,
@@ -55,17 +55,17 @@ pub(super) struct Text {
 
 #[repr(C, align(64))]
 pub(super) struct Head {
-    /// Digest of the groups, for all processes must have the same.
+    /// Digest of the groups, which must be the same in all processes.
     groups: AtomicU64,
     aborted: AtomicU32,
     cause: Text,
 }
 
-/// A count that members wait on.
+/// A counter that members wait on.
 #[repr(C, align(64))]
 pub(super) struct Counter {
     pub(super) value: AtomicU32,
-    /// Waiters that are asleep or about to be; one that was killed is counted for ever, which costs a needless call.
+    /// Waiters that sleep or are about to. A killed waiter stays counted, which only costs a needless system call.
     sleepers: AtomicU32,
 }
 
@@ -74,42 +74,42 @@ pub(super) struct GroupArea {
     /// Arrivals of all members at all barriers; wraps.
     pub(super) arrivals: Counter,
     failed: AtomicU32,
-    odd_member: AtomicU32,
+    mismatched_member: AtomicU32,
     expected: Text,
     got: Text,
 }
 
-/// What a member brings to a meeting.
+/// What a member publishes for a rendezvous.
 #[repr(C, align(64))]
 #[derive(Default)]
 pub(super) struct Post {
-    /// Number of the meeting, from 1; wraps.
+    /// Number of the rendezvous, from 1; wraps.
     pub(super) number: AtomicU32,
-    /// Digest of what all must agree on.
+    /// Digest of the terms that all members must agree on.
     pub(super) terms: AtomicU64,
     /// Bytes from the start of the member's arena.
     pub(super) x: AtomicU64,
     pub(super) y: AtomicU64,
 }
 
-/// One member's place.
+/// The state that one member publishes.
 #[repr(C, align(64))]
 pub(super) struct MemberSlot {
     pub(super) posts: [Post; 2],
-    /// Member that something is sent to, plus 1, while it waits to be taken; 0 otherwise.
+    /// The member that a pending send is addressed to, plus 1; 0 when no send is pending.
     pub(super) offer: Counter,
-    /// Of the offer.
+    /// The buffer of the pending send.
     pub(super) sent: Post,
     /// Number of the call that the member is in; wraps.
     pub(super) call: AtomicU32,
-    /// Member that it waits to receive from, plus 1; 0 when it does not.
+    /// The member that this one waits to receive from, plus 1; 0 when it waits for none.
     pub(super) receiving: AtomicU32,
-    /// Number of the call that `text` tells of.
-    said: AtomicU32,
+    /// Number of the call that `text` describes.
+    text_call: AtomicU32,
     text: Text,
 }
 
-/// The copies that a member's posts come with.
+/// Copies of the small tensors that a member posts.
 #[repr(C, align(64))]
 struct Copies([[AtomicU8; COPY_BYTES_MAX]; 2]);
 
@@ -128,40 +128,41 @@ impl Text {
 }
 
 impl Counter {
-    /// Wakes all who sleep here, in every process. Comes after the change of `value`.
-    pub(super) fn ring(&self) {
+    /// Wakes all waiters, in every process. Call it after changing `value`.
+    pub(super) fn wake_waiters(&self) {
         if self.sleepers.load(Ordering::SeqCst) > 0 {
             self.wake();
         }
     }
 
     fn wake(&self) {
-        // Fails for no valid word.
+        // Cannot fail for a valid address.
         let _ = futex::wake(&self.value, futex::Flags::empty(), i32::MAX as u32);
     }
 
-    /// Waits until `done` holds of the value. `trouble` is asked before each sleep, with how many sleeps there were.
+    /// Waits until `done` holds for the value. Calls `check_interrupt` before each sleep, with the number of sleeps so
+    /// far.
     pub(super) fn wait(
         &self,
-        crowded: bool,
+        oversubscribed: bool,
         done: &dyn Fn(u32) -> bool,
-        trouble: &dyn Fn(usize) -> Result<(), KernelError>,
+        check_interrupt: &dyn Fn(usize) -> Result<(), KernelError>,
     ) -> Result<(), KernelError> {
         let mut sleeps = 0;
-        while !self.spin(crowded, done) {
-            trouble(sleeps)?;
+        while !self.spin(oversubscribed, done) {
+            check_interrupt(sleeps)?;
             self.sleep(done);
             sleeps += 1;
         }
         Ok(())
     }
 
-    fn spin(&self, crowded: bool, done: &dyn Fn(u32) -> bool) -> bool {
+    fn spin(&self, oversubscribed: bool, done: &dyn Fn(u32) -> bool) -> bool {
         let is_done = || done(self.value.load(Ordering::Acquire));
         if is_done() {
             return true;
         }
-        let (began, spin) = (Instant::now(), if crowded { Duration::ZERO } else { SPIN });
+        let (began, spin) = (Instant::now(), if oversubscribed { Duration::ZERO } else { SPIN });
         loop {
             let waited = began.elapsed();
             if waited < spin {
@@ -177,14 +178,14 @@ impl Counter {
         }
     }
 
-    /// Until the value changes, somebody rings, or [`TICK`] is over.
+    /// Sleeps until the value changes, another thread wakes it, or [`TICK`] has passed.
     fn sleep(&self, done: &dyn Fn(u32) -> bool) {
         self.sleepers.fetch_add(1, Ordering::SeqCst);
-        // Loaded after the sleeper was counted: whoever changes the value later sees it and rings.
+        // Loaded after the sleeper was counted, so a thread that changes the value later sees the sleeper and wakes it.
         let seen = self.value.load(Ordering::SeqCst);
         if !done(seen) {
             let tick = futex::Timespec { tv_sec: 0, tv_nsec: i64::from(TICK.subsec_nanos()) };
-            // Returns early for a signal or a changed value; the caller looks again in any case.
+            // Returns early on a signal or a changed value; the caller checks again in any case.
             let _ = futex::wait(&self.value, futex::Flags::empty(), seen, Some(&tick));
         }
         self.sleepers.fetch_sub(1, Ordering::SeqCst);
@@ -192,10 +193,10 @@ impl Counter {
 }
 
 impl GroupArea {
-    /// Fails the group for good, unless it has failed. Rings at those who wait for arrivals only.
+    /// Fails the group permanently, unless it has failed already. Wakes only the members that wait for arrivals.
     pub(super) fn fail(&self, member: usize, expected: &str, got: &str) {
         if self.failed.compare_exchange(UNSET, CLAIMED, Ordering::Acquire, Ordering::Relaxed).is_ok() {
-            self.odd_member.store(member as u32, Ordering::Relaxed);
+            self.mismatched_member.store(member as u32, Ordering::Relaxed);
             self.expected.write(expected);
             self.got.write(got);
             self.failed.store(SET, Ordering::Release);
@@ -203,14 +204,14 @@ impl GroupArea {
         self.arrivals.wake();
     }
 
-    /// Fails once the group has. While somebody is writing why, it has not yet.
+    /// Returns the group's error once it is readable; returns `Ok` while it is being written.
     pub(super) fn check(&self, group: u32) -> Result<(), KernelError> {
         if self.failed.load(Ordering::Acquire) != SET {
             return Ok(());
         }
         Err(KernelError::CollectiveMismatch {
             group,
-            member: self.odd_member.load(Ordering::Relaxed) as usize,
+            member: self.mismatched_member.load(Ordering::Relaxed) as usize,
             expected: self.expected.read(),
             got: self.got.read(),
         })
@@ -218,19 +219,19 @@ impl GroupArea {
 }
 
 impl MemberSlot {
-    /// Tells the others what the member calls.
-    pub(super) fn say(&self, text: &str) {
+    /// Publishes a description of the member's current call.
+    pub(super) fn publish_call(&self, text: &str) {
         let call = self.call.load(Ordering::Relaxed);
-        if self.said.load(Ordering::Relaxed) != call {
+        if self.text_call.load(Ordering::Relaxed) != call {
             self.text.write(text);
-            self.said.store(call, Ordering::Release);
+            self.text_call.store(call, Ordering::Release);
         }
     }
 
-    /// What the member says it calls, once it has said so.
-    pub(super) fn heard(&self) -> Option<String> {
+    /// The description of the member's current call, once it is published.
+    pub(super) fn published_call(&self) -> Option<String> {
         let call = self.call.load(Ordering::Acquire);
-        (self.said.load(Ordering::Acquire) == call).then(|| self.text.read())
+        (self.text_call.load(Ordering::Acquire) == call).then(|| self.text.read())
     }
 }
 
@@ -244,16 +245,16 @@ impl Board {
         size_of::<GroupArea>() + group.ranks.len() * (size_of::<MemberSlot>() + size_of::<Copies>())
     }
 
-    /// Fresh memory for a board: one process of the node makes it, and passes it to the others, which map it with
-    /// [`Arena::map_peer`]. An epoch needs a board of its own.
+    /// Creates memory for a board. One process of the node creates it and passes it to the others, which map it with
+    /// [`Arena::map_peer`]. Each epoch needs its own board.
     ///
     /// # Errors
-    /// [`KernelError::Arguments`] when the system gives no memory.
+    /// [`KernelError::Arguments`] when the system provides no memory.
     pub fn create(groups: &[Arc<Group>]) -> Result<Arena, KernelError> {
         Arena::shared_by_processes(Self::bytes(groups))
     }
 
-    /// The board in this memory. All processes give the same groups in the same order.
+    /// Opens the board in this memory. All processes pass the same groups in the same order.
     pub(super) fn new(arena: Arena, groups: &[Arc<Group>]) -> Result<Self, KernelError> {
         let refused = |what: &str, expected: String, got: String| {
             Err(KernelError::arguments("board of collectives", what, expected, got))
@@ -287,11 +288,11 @@ impl Board {
     }
 
     /// # Safety
-    /// `T` is one of this file's types, which hold atomics only.
+    /// `T` is one of this file's types, which hold only atomics.
     unsafe fn at<T>(&self, offset: usize) -> &T {
         assert!(offset + size_of::<T>() <= self.arena.bytes() && offset.is_multiple_of(align_of::<T>()));
-        // SAFETY: inside the mapping (just checked), which lives as long as the arena and is aligned to pages; every bit
-        // pattern is a valid atomic, and atomics may be shared with anybody.
+        // SAFETY: inside the mapping (just checked), which lives as long as the arena and is page-aligned. Every bit
+        // pattern is a valid atomic, and atomics may be shared with other processes.
         unsafe { &*self.arena.host_start().add(offset).cast::<T>() }
     }
 
@@ -300,26 +301,26 @@ impl Board {
         unsafe { self.at(0) }
     }
 
-    pub(super) fn table(&self, group: usize) -> &GroupArea {
+    pub(super) fn group_area(&self, group: usize) -> &GroupArea {
         // SAFETY: one of this file's types.
         unsafe { self.at(self.starts[group]) }
     }
 
-    pub(super) fn seat(&self, group: usize, member: usize) -> &MemberSlot {
+    pub(super) fn member_slot(&self, group: usize, member: usize) -> &MemberSlot {
         let offset =
             self.starts[group] + size_of::<GroupArea>() + member * (size_of::<MemberSlot>() + size_of::<Copies>());
         // SAFETY: one of this file's types.
         unsafe { self.at(offset) }
     }
 
-    /// Where on the board the copy of x lies that a member brings to a meeting.
-    pub(super) fn copy_offset(&self, group: usize, member: usize, meeting: u32) -> usize {
-        let seats =
+    /// Offset on the board of the copy of x that a member posts for a rendezvous.
+    pub(super) fn copy_offset(&self, group: usize, member: usize, rendezvous: u32) -> usize {
+        let slot =
             self.starts[group] + size_of::<GroupArea>() + member * (size_of::<MemberSlot>() + size_of::<Copies>());
-        seats + size_of::<MemberSlot>() + (meeting % 2) as usize * COPY_BYTES_MAX
+        slot + size_of::<MemberSlot>() + (rendezvous % 2) as usize * COPY_BYTES_MAX
     }
 
-    /// Tells all processes to give up; the first cause is kept. `members` of each group are woken.
+    /// Aborts all processes and wakes the `members` of each group. The first cause is kept.
     pub(super) fn abort(&self, cause: &str, members: impl Iterator<Item = usize>) {
         let head = self.head();
         if head.aborted.compare_exchange(UNSET, CLAIMED, Ordering::Acquire, Ordering::Relaxed).is_ok() {
@@ -327,12 +328,12 @@ impl Board {
             head.aborted.store(SET, Ordering::Release);
         }
         for (group, members) in members.enumerate() {
-            self.table(group).arrivals.wake();
-            (0..members).for_each(|member| self.seat(group, member).offer.wake());
+            self.group_area(group).arrivals.wake();
+            (0..members).for_each(|member| self.member_slot(group, member).offer.wake());
         }
     }
 
-    /// Why some process aborted, if one has.
+    /// The cause of the first abort by any process.
     pub(super) fn aborted(&self) -> Option<String> {
         let head = self.head();
         (head.aborted.load(Ordering::Acquire) == SET).then(|| head.cause.read())

@@ -1,7 +1,7 @@
-//! What the members of a collective do, apart from how they meet: checks of buffers, what they must agree on, and the
-//! reading of each other's memory. Engines call it.
+//! The part of a collective after the rendezvous: buffer checks, the terms that members must agree on, and reading
+//! other members' memory. Engines call it.
 //!
-//! - EXCHANGE-1: a member writes only its own y, and of it, between two barriers, nothing that another reads then.
+//! - EXCHANGE-1: a member writes only its own y, and between two barriers no part of it that another member reads then.
 #![allow(unsafe_code)]
 
 use crate::collective::{CollectiveCall, CollectiveKind, ReduceOp};
@@ -11,17 +11,18 @@ use crate::memory::{Arena, View};
 use crate::region::{check_inside, for_each_run, subtract};
 use crate::tensor::{DType, Region, split_range};
 
-/// Elements that a reduction holds in L1 at once.
+/// Elements of a block that a reduction keeps in the L1 cache.
 const BLOCK: usize = 1024;
 
-/// A result of at least so many elements is written past the caches, which it would not fit in. Measured with 2 and 4
-/// processes: from 8 MiB on that takes 0.3 to 0.9 of the time; at 4 MiB it depends on the number of processes.
+/// A result of at least this many elements bypasses the caches, which are too small for it. Measured with 2 and 4
+/// processes: from 8 MiB on, bypassing takes 0.3 to 0.9 of the time; at 4 MiB it depends on the number of processes.
 const STREAM_ELEMENTS_MIN: usize = 1 << 21;
 
-/// Shorter runs of one are copied in the usual way.
+/// Runs shorter than this are copied through the caches.
 const STREAM_RUN_MIN: usize = 256;
 
-/// A view without its lifetime and shape; keeps the memory alive. Inside its arena and aligned, as views are (MEM-1).
+/// A view without its lifetime and shape; it keeps the memory alive. Lies inside its arena and is aligned, as views are
+/// (MEM-1).
 #[derive(Clone, Debug)]
 pub(crate) struct Posted {
     arena: Arena,
@@ -29,28 +30,28 @@ pub(crate) struct Posted {
     elements: usize,
 }
 
-/// What all members of a call must agree on.
+/// The properties that all members of a call must agree on.
 #[derive(Debug, PartialEq, Eq, Hash)]
 pub(crate) struct Terms<'a> {
     kind: &'a CollectiveKind,
     ranks: &'a [usize],
     dtype: DType,
-    /// Where no regions tell it.
+    /// `None` when the regions determine the shape.
     x_shape: Option<&'a [usize]>,
     whole: Option<&'a [usize]>,
 }
 
-/// The memory of all members once they have met, by member.
-pub(crate) struct Met<'a> {
+/// The memory of all members after the rendezvous, by member.
+pub(crate) struct ExchangeBuffers<'a> {
     pub(crate) call: &'a CollectiveCall,
     /// Shape of this member's x.
     pub(crate) x_shape: &'a [usize],
     /// Shape of this member's y.
     pub(crate) y_shape: &'a [usize],
     pub(crate) xs: &'a [Posted],
-    /// This member's.
+    /// This member's y.
     pub(crate) y: &'a Posted,
-    /// For an all-reduce; others need not read each other's y.
+    /// The y of each member, for an all-reduce; other collectives do not read each other's y.
     pub(crate) ys: &'a [Posted],
 }
 
@@ -59,72 +60,72 @@ impl Posted {
         Self { arena: view.arena().clone(), offset: view.offset(), elements: view.element_count() }
     }
 
-    /// What another posted, which may be wrong: `None` when it does not lie inside `arena`, or is not aligned.
+    /// Memory that another process posted: `None` when it does not lie inside `arena` or is not aligned.
     pub(crate) fn checked(arena: &Arena, offset: usize, elements: usize) -> Option<Self> {
         let end = elements.checked_mul(size_of::<f32>())?.checked_add(offset)?;
         let inside = end <= arena.bytes() && offset.is_multiple_of(align_of::<f32>());
         inside.then(|| Self { arena: arena.clone(), offset, elements })
     }
 
-    /// Where element `index` lies.
+    /// Address of element `index`.
     pub(crate) fn at(&self, index: usize) -> *mut u32 {
         debug_assert!(index <= self.elements);
         self.arena.host_start().wrapping_add(self.offset).cast::<u32>().wrapping_add(index)
     }
 
     /// # Safety
-    /// The range is inside, of floats, and written by nobody for `'a`.
+    /// The range is inside the view, holds floats, and is not written during `'a`.
     pub(crate) unsafe fn floats<'a>(&self, start: usize, len: usize) -> &'a [f32] {
         debug_assert!(start + len <= self.elements);
-        // SAFETY: inside a view, which MEM-1 holds to be in bounds and aligned; the rest is the contract.
+        // SAFETY: inside a view, which is in bounds and aligned (MEM-1); the rest is the contract.
         unsafe { std::slice::from_raw_parts(self.at(start).cast(), len) }
     }
 
     /// # Safety
-    /// The range is inside, of floats, and touched by nobody else for `'a`.
+    /// The range is inside the view, holds floats, and is accessed only through the result during `'a`.
     #[allow(clippy::mut_from_ref)]
     pub(crate) unsafe fn floats_mut<'a>(&self, start: usize, len: usize) -> &'a mut [f32] {
         debug_assert!(start + len <= self.elements);
-        // SAFETY: inside a view, which MEM-1 holds to be in bounds and aligned; the rest is the contract.
+        // SAFETY: inside a view, which is in bounds and aligned (MEM-1); the rest is the contract.
         unsafe { std::slice::from_raw_parts_mut(self.at(start).cast(), len) }
     }
 }
 
 /// # Safety
-/// Both ranges are inside, the target's is touched by nobody else and the source's is not written.
+/// Both ranges are inside their views, only the caller accesses the target, and the source is not written.
 pub(crate) unsafe fn copy_elements(source: &Posted, from: usize, target: &Posted, to: usize, len: usize) {
     debug_assert!(from + len <= source.elements && to + len <= target.elements);
-    // SAFETY: both are in bounds and aligned (every dtype has 4 bytes). `copy` and not `copy_nonoverlapping`, since an
-    // in-place call may copy a range onto itself.
+    // SAFETY: both are in bounds and aligned (every dtype has 4 bytes). `copy` instead of `copy_nonoverlapping`, since
+    // an in-place call may copy a range onto itself.
     unsafe { std::ptr::copy(source.at(from), target.at(to), len) };
 }
 
-/// [`copy_elements`], past the caches where the result is large.
+/// [`copy_elements`], bypassing the caches for bypass_caches results.
 ///
 /// # Safety
-/// As there; the ranges do not overlap.
-unsafe fn copy_part(source: &Posted, from: usize, target: &Posted, to: usize, len: usize, large: bool) {
+/// As for [`copy_elements`]; the ranges do not overlap.
+unsafe fn copy_part(source: &Posted, from: usize, target: &Posted, to: usize, len: usize, bypass_caches: bool) {
     debug_assert!(from + len <= source.elements && to + len <= target.elements);
-    if !large || len < STREAM_RUN_MIN {
+    if !bypass_caches || len < STREAM_RUN_MIN {
         // SAFETY: by the contract.
         return unsafe { copy_elements(source, from, target, to, len) };
     }
-    // SAFETY: both are in bounds, aligned and apart.
+    // SAFETY: both are in bounds, aligned and do not overlap.
     unsafe { stream(source.at(from), target.at(to), len) };
 }
 
-/// Copies past the caches: a result larger than they are would only push out what is still to be read, and each of its
-/// lines would be read before it is overwritten.
+/// Copies with non-temporal stores. Ordinary stores of a result larger than the caches would evict data still to be
+/// read, and read each cache line before overwriting it.
 ///
 /// # Safety
-/// Both ranges are valid and aligned, do not overlap, and the target's is touched by nobody else.
+/// Both ranges are valid and aligned and do not overlap, and only the caller accesses the target.
 #[cfg(target_arch = "x86_64")]
 unsafe fn stream(source: *const u32, target: *mut u32, len: usize) {
     use std::arch::x86_64::{__m128i, _mm_loadu_si128, _mm_sfence, _mm_stream_si128};
     const LINE: usize = 16;
     let head = target.align_offset(LINE * size_of::<u32>()).min(len);
     let tail = (len - head) % LINE;
-    // SAFETY: all offsets are below `len`; stores of whole lines start at multiples of a line. SSE2 is part of x86-64.
+    // SAFETY: all offsets are below `len`; whole-line stores start at multiples of a line. SSE2 is part of x86-64.
     unsafe {
         std::ptr::copy_nonoverlapping(source, target, head);
         for line in (head..len - tail).step_by(LINE) {
@@ -134,13 +135,13 @@ unsafe fn stream(source: *const u32, target: *mut u32, len: usize) {
             (0..4).for_each(|i| _mm_stream_si128(to.add(i), values[i]));
         }
         std::ptr::copy_nonoverlapping(source.add(len - tail), target.add(len - tail), tail);
-        // Streamed stores are not ordered with others: what publishes them must come after this.
+        // Non-temporal stores are not ordered with others: the store that publishes them must come after this fence.
         _mm_sfence();
     }
 }
 
 /// # Safety
-/// Both ranges are valid and aligned, do not overlap, and the target's is touched by nobody else.
+/// Both ranges are valid and aligned and do not overlap, and only the caller accesses the target.
 #[cfg(not(target_arch = "x86_64"))]
 unsafe fn stream(source: *const u32, target: *mut u32, len: usize) {
     // SAFETY: the contract.
@@ -148,9 +149,9 @@ unsafe fn stream(source: *const u32, target: *mut u32, len: usize) {
 }
 
 impl<'a> Terms<'a> {
-    /// Of a call whose buffers were checked.
+    /// The terms of a call whose buffers were checked.
     pub(crate) fn of(call: &'a CollectiveCall, x_shape: &'a [usize], y_shape: &'a [usize], dtype: DType) -> Self {
-        // Regions tell the shapes of parts; where there are none, shapes must be the same everywhere.
+        // Regions determine the shapes of parts; without regions, all members must have the same shapes.
         let (x_shape, whole) = match call.kind {
             CollectiveKind::AllGather { .. } => (None, Some(y_shape)),
             CollectiveKind::AllToAll { .. } => (None, None),
@@ -160,18 +161,18 @@ impl<'a> Terms<'a> {
     }
 }
 
-/// A call as text for errors.
+/// Describes a call, for errors.
 pub(crate) fn describe(call: &CollectiveCall, buffer: Option<(DType, &[usize])>) -> String {
     let buffer = buffer.map_or("nothing".to_owned(), |(dtype, shape)| format!("{dtype:?} {shape:?}"));
     format!("{:?} of {buffer} among ranks {:?}", call.kind, call.group.ranks)
 }
 
-/// [`describe`] of a call whose buffers need not fit: its first read, or else its first write.
+/// [`describe`] for a call whose buffers may not fit: uses its first read, or else its first write.
 pub(crate) fn describe_views(call: &CollectiveCall, reads: &[View<'_>], writes: &[View<'_>]) -> String {
     describe(call, reads.iter().chain(writes).next().map(|view| (view.dtype(), view.shape())))
 }
 
-/// The other side of a point-to-point call; an error when a member that the call names is none.
+/// Returns the peer of a point-to-point call. Fails when the call names a member outside the group.
 pub(crate) fn check_members(call: &CollectiveCall) -> Result<Option<usize>, KernelError> {
     let members = call.group.ranks.len();
     let peer = match call.kind {
@@ -185,57 +186,57 @@ pub(crate) fn check_members(call: &CollectiveCall) -> Result<Option<usize>, Kern
     Err(KernelError::arguments(call.name(), "member", format!("below {members}"), got))
 }
 
-/// Whether one member's buffers fit its call, and lie in the host's memory.
+/// Checks that one member's buffers fit its call and lie in host memory.
 pub(crate) fn check_buffers(call: &CollectiveCall, reads: &[View<'_>], writes: &[View<'_>]) -> Result<(), KernelError> {
     reads.iter().chain(writes).try_for_each(|view| view.check_host(call.name()))?;
     check_call(call, reads, writes)
 }
 
-/// Whether one member's buffers, wherever they lie, fit its call.
+/// Checks that one member's buffers, in host or device memory, fit its call.
 pub(crate) fn check_call(call: &CollectiveCall, reads: &[View<'_>], writes: &[View<'_>]) -> Result<(), KernelError> {
     let name = call.name();
     let members = call.group.ranks.len();
-    let refused = |what: &str, expected: String, got: String| Err(KernelError::arguments(name, what, expected, got));
-    let (reads_wanted, writes_wanted) = match call.kind {
+    let rejected = |what: &str, expected: String, got: String| Err(KernelError::arguments(name, what, expected, got));
+    let (read_count, write_count) = match call.kind {
         CollectiveKind::Send { .. } => (1, 0),
         CollectiveKind::Receive { .. } => (0, 1),
         _ => (1, 1),
     };
-    if (reads.len(), writes.len()) != (reads_wanted, writes_wanted) {
-        let expected = format!("{reads_wanted} read, {writes_wanted} written");
-        return refused("buffers", expected, format!("{} read, {} written", reads.len(), writes.len()));
+    if (reads.len(), writes.len()) != (read_count, write_count) {
+        let expected = format!("{read_count} read, {write_count} written");
+        return rejected("buffers", expected, format!("{} read, {} written", reads.len(), writes.len()));
     }
     if writes.iter().any(|view| !view.arena().is_writable()) {
-        return refused("y", "memory that may be written".to_owned(), "a peer's, mapped to be read".to_owned());
+        return rejected("y", "writable memory".to_owned(), "a peer's memory, mapped read-only".to_owned());
     }
     let ([x], [y]) = (reads, writes) else { return Ok(()) };
     let shape = |what: &str, view: &View<'_>, expected: &[usize]| {
         if view.shape() == expected {
             Ok(())
         } else {
-            refused(what, format!("{expected:?}"), format!("{:?}", view.shape()))
+            rejected(what, format!("{expected:?}"), format!("{:?}", view.shape()))
         }
     };
     let in_place = matches!(call.kind, CollectiveKind::AllReduce { .. } | CollectiveKind::Broadcast { .. });
     if x.overlaps(y) && !(in_place && x.same_memory(y)) {
-        return refused("buffers", "no overlap of x and y".to_owned(), "an overlap".to_owned());
+        return rejected("buffers", "no overlap of x and y".to_owned(), "an overlap".to_owned());
     }
     if x.dtype() != y.dtype() {
-        return refused("dtype of y", format!("{:?}", x.dtype()), format!("{:?}", y.dtype()));
+        return rejected("dtype of y", format!("{:?}", x.dtype()), format!("{:?}", y.dtype()));
     }
     if reduces(&call.kind) && x.dtype() != DType::F32 {
-        return refused("dtype", "F32".to_owned(), format!("{:?}", x.dtype()));
+        return rejected("dtype", "F32".to_owned(), format!("{:?}", x.dtype()));
     }
     let regions = |what: &str, regions: &[Region], whole: &[usize]| {
         if regions.len() != members {
-            return refused(what, format!("{members} regions"), regions.len().to_string());
+            return rejected(what, format!("{members} regions"), regions.len().to_string());
         }
         regions.iter().try_for_each(|region| check_inside(name, what, region, whole))
     };
     match &call.kind {
         CollectiveKind::AllReduce { .. } => shape("shape of y", y, x.shape()),
         CollectiveKind::Broadcast { root } if *root >= members => {
-            refused("root", format!("a member below {members}"), root.to_string())
+            rejected("root", format!("a member below {members}"), root.to_string())
         }
         CollectiveKind::Broadcast { .. } => shape("shape of y", y, x.shape()),
         CollectiveKind::AllGather { parts } => {
@@ -275,13 +276,13 @@ fn check_covered(name: &str, sources: &[Region], target: &Region) -> Result<(), 
     match rest.first() {
         None => Ok(()),
         Some(missing) => {
-            let expected = "every element held by a member".to_owned();
-            Err(KernelError::arguments(name, "sources", expected, format!("none holds {missing:?}")))
+            let expected = "a member that holds every element".to_owned();
+            Err(KernelError::arguments(name, "sources", expected, format!("no member holds {missing:?}")))
         }
     }
 }
 
-/// `a` and then `b`, combined. The one place that says what a [`ReduceOp`] does.
+/// Combines `a` and `b`, in this order. The only definition of each [`ReduceOp`].
 #[inline(always)]
 fn combine(op: ReduceOp, a: f32, b: f32) -> f32 {
     match op {
@@ -290,7 +291,7 @@ fn combine(op: ReduceOp, a: f32, b: f32) -> f32 {
     }
 }
 
-/// `y[i] = a[i] and then b[i]`, combined.
+/// `y[i] = combine(a[i], b[i])`.
 pub(crate) fn combine_two(op: ReduceOp, a: &[f32], b: &[f32], y: &mut [f32]) {
     simd::dispatch(
         #[inline(always)]
@@ -305,7 +306,7 @@ pub(crate) fn combine_two(op: ReduceOp, a: &[f32], b: &[f32], y: &mut [f32]) {
     );
 }
 
-/// `y[i] = y[i] and then b[i]`, combined.
+/// `y[i] = combine(y[i], b[i])`.
 pub(crate) fn combine_into(op: ReduceOp, y: &mut [f32], b: &[f32]) {
     simd::dispatch(
         #[inline(always)]
@@ -320,7 +321,7 @@ pub(crate) fn combine_into(op: ReduceOp, y: &mut [f32], b: &[f32]) {
     );
 }
 
-/// `y[i] = a[i] and then y[i]`, combined.
+/// `y[i] = combine(a[i], y[i])`.
 pub(crate) fn combine_onto(op: ReduceOp, a: &[f32], y: &mut [f32]) {
     simd::dispatch(
         #[inline(always)]
@@ -335,11 +336,11 @@ pub(crate) fn combine_onto(op: ReduceOp, a: &[f32], y: &mut [f32]) {
     );
 }
 
-/// `y`, from `to`, becomes all members' x from `start` on for `len` elements, combined in the order of
+/// Writes to `y`, from `to` on, `len` elements of all members' x from `start` on, combined in the order of
 /// [`crate::collective::Group`]: the member after the owner first, the owner last.
 ///
 /// # Safety
-/// Ranges are inside; nobody else touches y's, and of the x only what is y's own memory is written.
+/// All ranges are inside. Only the caller accesses the range of y, and no x is written except where it is y's memory.
 unsafe fn reduce(op: ReduceOp, xs: &[Posted], owner: usize, (start, len): (usize, usize), y: &Posted, to: usize) {
     let n = xs.len();
     if n == 1 {
@@ -350,7 +351,7 @@ unsafe fn reduce(op: ReduceOp, xs: &[Posted], owner: usize, (start, len): (usize
     let in_place = xs[owner].at(start) == y.at(to);
     for block in (0..len).step_by(BLOCK) {
         let block_len = BLOCK.min(len - block);
-        // SAFETY: inside by the contract; y is written only after this block was read from everyone.
+        // SAFETY: inside by the contract; y is written only after this block was read from all members.
         let x = |i: usize| unsafe { xs[(owner + i) % n].floats(start + block, block_len) };
         let sum = &mut sum[..block_len];
         let mut before = x(1);
@@ -359,40 +360,40 @@ unsafe fn reduce(op: ReduceOp, xs: &[Posted], owner: usize, (start, len): (usize
             (3..n).for_each(|i| combine_into(op, sum, x(i)));
             before = sum;
         }
-        // SAFETY: inside and exclusive by the contract. Where it is the owner's own x, no other slice of that is made.
+        // SAFETY: inside and exclusive by the contract. If it is the owner's x, no other slice of that x exists.
         let y = unsafe { y.floats_mut(to + block, block_len) };
         if in_place { combine_onto(op, before, y) } else { combine_two(op, before, x(n), y) }
     }
 }
 
-/// Copies the member's target together from the members' sources; returns the elements taken from others.
-fn gather(met: &Met<'_>, sources: &[Region], target: &Region) -> usize {
-    let member = met.call.member;
+/// Assembles the member's target from the members' sources. Returns the number of elements received from others.
+fn gather(buffers: &ExchangeBuffers<'_>, sources: &[Region], target: &Region) -> usize {
+    let member = buffers.call.member;
     let mut rest = vec![target.clone()];
-    let mut foreign = 0;
-    let large = met.y.elements >= STREAM_ELEMENTS_MIN;
-    let own_first = std::iter::once(member).chain((0..met.xs.len()).filter(|&other| other != member));
+    let mut received = 0;
+    let bypass_caches = buffers.y.elements >= STREAM_ELEMENTS_MIN;
+    let own_first = std::iter::once(member).chain((0..buffers.xs.len()).filter(|&other| other != member));
     for other in own_first {
         let source = &sources[other];
         for common in rest.iter().filter_map(|region| region.intersect(source)) {
             if other != member {
-                foreign += common.element_count();
+                received += common.element_count();
             }
             let from = (&source.size[..], &common.relative_to(source).start[..]);
             let to = (&target.size[..], &common.relative_to(target).start[..]);
             for_each_run(from, to, &common.size, |from, to, len| {
-                // SAFETY: inside, since shapes were checked against regions; only this member writes its target, and
-                // nobody writes sources until all have left.
-                unsafe { copy_part(&met.xs[other], from, met.y, to, len, large) };
+                // SAFETY: inside, since shapes were checked against regions. Only this member writes its target, and no
+                // member writes sources until all have left.
+                unsafe { copy_part(&buffers.xs[other], from, buffers.y, to, len, bypass_caches) };
             });
         }
         rest = rest.iter().flat_map(|region| subtract(region, source)).collect();
     }
-    foreign
+    received
 }
 
-/// Boxes that `target` takes from each member, in the order in which members are asked: itself, then 0, 1, ...
-/// What one has given is not asked of a later one.
+/// The boxes that `target` takes from each member, in the order of preference: itself, then 0, 1, ...
+/// Elements taken from one member are not taken from a later one.
 pub(crate) fn taken(member: usize, sources: &[Region], target: &Region) -> Vec<(usize, Vec<Region>)> {
     let mut rest = vec![target.clone()];
     let own_first = std::iter::once(member).chain((0..sources.len()).filter(|&other| other != member));
@@ -408,51 +409,55 @@ pub(crate) fn taken(member: usize, sources: &[Region], target: &Region) -> Vec<(
     all
 }
 
-/// What a member does between the meeting and the leaving of all; returns the elements that it took from others.
+/// A member's work between the rendezvous and the final barrier. Returns the number of elements received from others.
 /// `barrier` waits for all members.
-pub(crate) fn exchange(met: &Met<'_>, barrier: &dyn Fn() -> Result<(), KernelError>) -> Result<usize, KernelError> {
-    let (call, member, members) = (met.call, met.call.member, met.xs.len());
-    let (x, y) = (&met.xs[member], met.y);
-    let foreign = match &call.kind {
+pub(crate) fn exchange(
+    buffers: &ExchangeBuffers<'_>,
+    barrier: &dyn Fn() -> Result<(), KernelError>,
+) -> Result<usize, KernelError> {
+    let (call, member, members) = (buffers.call, buffers.call.member, buffers.xs.len());
+    let (x, y) = (&buffers.xs[member], buffers.y);
+    let received = match &call.kind {
         CollectiveKind::AllReduce { op } => {
             let own = split_range(y.elements, members, member);
             // SAFETY: each member writes only its own chunk of its own memory, which others do not read in this phase
             // (they read their chunks of it).
-            unsafe { reduce(*op, met.xs, member, (own.start, own.len()), y, own.start) };
+            unsafe { reduce(*op, buffers.xs, member, (own.start, own.len()), y, own.start) };
             barrier()?;
-            let large = y.elements >= STREAM_ELEMENTS_MIN;
-            for (other, theirs) in met.ys.iter().enumerate().filter(|(other, _)| *other != member) {
+            let bypass_caches = y.elements >= STREAM_ELEMENTS_MIN;
+            for (other, other_y) in buffers.ys.iter().enumerate().filter(|(other, _)| *other != member) {
                 let chunk = split_range(y.elements, members, other);
                 // SAFETY: chunk `other` of its owner was written before the barrier and is only read from then on;
-                // chunk `other` of this member is written by it alone and read by nobody.
-                unsafe { copy_part(theirs, chunk.start, y, chunk.start, chunk.len(), large) };
+                // chunk `other` of this member is written only by it and read by no other member.
+                unsafe { copy_part(other_y, chunk.start, y, chunk.start, chunk.len(), bypass_caches) };
             }
             all_reduce_foreign(y.elements, members, member)
         }
         CollectiveKind::ReduceScatter { op, parts } => {
             let part = &parts[member];
             let zeros = vec![0; part.size.len()];
-            let (from, to) = ((met.x_shape, &part.start[..]), (&part.size[..], &zeros[..]));
+            let (from, to) = ((buffers.x_shape, &part.start[..]), (&part.size[..], &zeros[..]));
             for_each_run(from, to, &part.size, |from, to, len| {
-                // SAFETY: inside, since the part was checked; y overlaps no x (checked), and only this member writes it.
-                unsafe { reduce(*op, met.xs, member, (from, len), y, to) };
+                // SAFETY: inside, since the part was checked; y overlaps no x (checked), and only this member writes
+                // it.
+                unsafe { reduce(*op, buffers.xs, member, (from, len), y, to) };
             });
             (members - 1) * part.element_count()
         }
-        CollectiveKind::AllGather { parts } => gather(met, parts, &Region::whole(met.y_shape)),
-        CollectiveKind::AllToAll { sources, targets } => gather(met, sources, &targets[member]),
+        CollectiveKind::AllGather { parts } => gather(buffers, parts, &Region::whole(buffers.y_shape)),
+        CollectiveKind::AllToAll { sources, targets } => gather(buffers, sources, &targets[member]),
         CollectiveKind::Broadcast { root } => {
-            let large = y.elements >= STREAM_ELEMENTS_MIN;
-            // In place on the root there is nothing to do, and its memory is being read.
+            let bypass_caches = y.elements >= STREAM_ELEMENTS_MIN;
+            // In place on the root there is nothing to copy, and other members read its memory.
             if member != *root || x.at(0) != y.at(0) {
-                // SAFETY: whole views of one size; the root's x is not written, as its y is elsewhere or left alone.
-                unsafe { copy_part(&met.xs[*root], 0, y, 0, y.elements, large) };
+                // SAFETY: whole views of one size; the root's x is not written, as its y is elsewhere or unchanged.
+                unsafe { copy_part(&buffers.xs[*root], 0, y, 0, y.elements, bypass_caches) };
             }
             if member == *root { 0 } else { y.elements }
         }
         CollectiveKind::Send { .. } | CollectiveKind::Receive { .. } => 0,
     };
-    Ok(foreign)
+    Ok(received)
 }
 
 pub(crate) fn all_reduce_foreign(elements: usize, members: usize, member: usize) -> usize {
@@ -460,17 +465,17 @@ pub(crate) fn all_reduce_foreign(elements: usize, members: usize, member: usize)
     (members - 1) * own + (elements - own)
 }
 
-/// [`exchange`] where every x is a copy that nobody will write: a member needs nothing of the others' y, so there is no
-/// barrier. Counts as if it took from them what [`exchange`] does.
-pub(crate) fn exchange_copies(met: &Met<'_>) -> Result<usize, KernelError> {
-    let CollectiveKind::AllReduce { op } = &met.call.kind else { return exchange(met, &|| Ok(())) };
-    let (members, y) = (met.xs.len(), met.y);
+/// [`exchange`] where every x is a copy that is not written: a member does not read the others' y, so there is no
+/// barrier. Returns the same count as [`exchange`].
+pub(crate) fn exchange_copies(buffers: &ExchangeBuffers<'_>) -> Result<usize, KernelError> {
+    let CollectiveKind::AllReduce { op } = &buffers.call.kind else { return exchange(buffers, &|| Ok(())) };
+    let (members, y) = (buffers.xs.len(), buffers.y);
     for owner in 0..members {
         let chunk = split_range(y.elements, members, owner);
-        // SAFETY: inside; y is this member's alone, and no x is y's memory.
-        unsafe { reduce(*op, met.xs, owner, (chunk.start, chunk.len()), y, chunk.start) };
+        // SAFETY: inside; only this member accesses y, and no x is y's memory.
+        unsafe { reduce(*op, buffers.xs, owner, (chunk.start, chunk.len()), y, chunk.start) };
     }
-    Ok(all_reduce_foreign(y.elements, members, met.call.member))
+    Ok(all_reduce_foreign(y.elements, members, buffers.call.member))
 }
 
 #[cfg(test)]

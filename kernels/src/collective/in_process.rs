@@ -1,11 +1,11 @@
-//! Collectives between the devices of one process: members meet, then read each other's memory directly, with nothing
-//! staged.
+//! Collectives between the devices of one process. Members rendezvous, then read each other's memory directly, without
+//! staging buffers.
 //!
-//! - MEET-1: all members of a group are in the same call before any touches another's memory, and none leaves before
-//!   the last has finished: in between, the register protocol lets nobody else write what they post.
-//! - MEET-2: arguments are checked at the meeting, so nothing between meeting and leaving can fail or wait for longer
-//!   than the members' own copying. So an abort needs to wake only those who wait for a meeting.
-//! - MEET-3: a group whose members disagreed fails for good, so that nobody waits for a member that has left.
+//! - MEET-1: all members of a group are in the same call before any member accesses another's memory, and none leaves
+//!   before the last has finished. In between, the register protocol keeps others from writing the posted memory.
+//! - MEET-2: arguments are checked at the rendezvous, so nothing between the rendezvous and the return can fail or wait
+//!   for longer than the members' own copying. So an abort needs to wake only members that wait for a rendezvous.
+//! - MEET-3: a group whose members disagreed fails permanently, so that no member waits for one that has left.
 #![allow(unsafe_code)]
 
 use std::collections::HashMap;
@@ -14,7 +14,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use crate::collective::exchange::{
-    Met, Posted, Terms, check_buffers, check_members, copy_elements, describe, describe_views, exchange,
+    ExchangeBuffers, Posted, Terms, check_buffers, check_members, copy_elements, describe, describe_views, exchange,
 };
 use crate::collective::{Collective, CollectiveCall, CollectiveKind, Group, MemberWait};
 use crate::error::KernelError;
@@ -24,38 +24,38 @@ use crate::tensor::{DType, element_count};
 /// How long a member spins for the others before it parks.
 const SPIN: Duration = Duration::from_micros(20);
 
-/// The engine of devices that share a process. One is shared by all of them.
+/// The engine of devices in one process, which share it.
 #[derive(Debug, Default)]
 pub struct InProcess {
-    groups: Mutex<HashMap<u32, Arc<Meeting>>>,
+    groups: Mutex<HashMap<u32, Arc<Rendezvous>>>,
     received: Mutex<HashMap<usize, u64>>,
     aborted: Mutex<Option<String>>,
 }
 
-/// Where the members of one group meet.
+/// The rendezvous state of one group.
 #[derive(Debug, Default)]
-struct Meeting {
+struct Rendezvous {
     state: Mutex<State>,
     changed: Condvar,
-    /// Grows whenever all have arrived, or the group fails. Read without the lock while spinning.
+    /// Incremented when all members have arrived and when the group fails. Read without the lock while spinning.
     round: AtomicU64,
-    /// Whose it is, once somebody has come.
+    /// The group, set by the first member that arrives.
     group: OnceLock<Arc<Group>>,
 }
 
 #[derive(Debug, Default)]
 struct State {
-    /// What the members that wait have posted, by member.
+    /// Posts of the waiting members, by member.
     posts: Vec<Option<Post>>,
-    /// All posts of the meeting that is under way.
+    /// All posts of the current rendezvous.
     current: Option<Arc<Vec<Post>>>,
-    /// Meetings that all members have come to.
-    meetings: u64,
-    /// Members that have arrived at the barrier that ends a phase.
+    /// Number of completed rendezvous.
+    rendezvous_count: u64,
+    /// Members that have arrived at the barrier at the end of a phase.
     at_barrier: usize,
-    /// Barriers that all members have come to.
+    /// Number of completed barriers.
     barriers: u64,
-    /// Point-to-point transfers that wait for their other side, or are being copied.
+    /// Point-to-point transfers that wait for the receiver or are being copied.
     transfers: Vec<Transfer>,
     next_transfer: u64,
     /// `(from, to)` of the members that wait to receive.
@@ -63,7 +63,7 @@ struct State {
     failed: Option<KernelError>,
 }
 
-/// What a member brings to a meeting.
+/// What a member posts for a rendezvous.
 #[derive(Clone, Debug)]
 struct Post {
     call: CollectiveCall,
@@ -99,14 +99,14 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-impl Meeting {
+impl Rendezvous {
     fn advance(&self) {
         self.round.fetch_add(1, Ordering::Release);
         self.changed.notify_all();
     }
 
-    /// Waits until `done` holds of the state. Whoever makes it hold calls [`Meeting::advance`] with the lock held, or
-    /// notifies after having held it.
+    /// Waits until `done` holds for the state. Code that makes it hold calls [`Rendezvous::advance`] with the lock
+    /// held, or notifies after having held it.
     fn wait<'a>(&'a self, mut state: MutexGuard<'a, State>, done: impl Fn(&State) -> bool) -> MutexGuard<'a, State> {
         while !done(&state) {
             let round = self.round.load(Ordering::Acquire);
@@ -123,7 +123,7 @@ impl Meeting {
         state
     }
 
-    /// Waits for all `members` to arrive here. All of them are in the call (MEET-1, MEET-2).
+    /// Waits for all `members` to arrive. All of them are in the call (MEET-1, MEET-2).
     fn barrier(&self, members: usize) {
         let mut state = lock(&self.state);
         state.at_barrier += 1;
@@ -139,15 +139,15 @@ impl Meeting {
 }
 
 impl InProcess {
-    /// An engine with no groups yet; they come with the calls.
+    /// Creates an engine without groups; each group is added by its first call.
     pub fn new() -> Self {
         Self::default()
     }
 
-    fn meeting(&self, group: &Arc<Group>) -> Arc<Meeting> {
-        let meeting = lock(&self.groups).entry(group.id).or_default().clone();
-        meeting.group.get_or_init(|| group.clone());
-        meeting
+    fn rendezvous(&self, group: &Arc<Group>) -> Arc<Rendezvous> {
+        let rendezvous = lock(&self.groups).entry(group.id).or_default().clone();
+        rendezvous.group.get_or_init(|| group.clone());
+        rendezvous
     }
 
     fn check_aborted(&self) -> Result<(), KernelError> {
@@ -161,11 +161,11 @@ impl InProcess {
         lock(&self.aborted).is_some()
     }
 
-    /// Why a wait ended without what it waited for.
-    fn why_not(&self, state: &State) -> KernelError {
+    /// The error of a wait that ended early.
+    fn wait_error(&self, state: &State) -> KernelError {
         let cause = lock(&self.aborted).clone();
         let aborted = |cause| KernelError::Aborted { cause };
-        state.failed.clone().or(cause.map(aborted)).unwrap_or_else(|| aborted("the other side has left".to_owned()))
+        state.failed.clone().or(cause.map(aborted)).unwrap_or_else(|| aborted("the peer has left the call".to_owned()))
     }
 
     fn count(&self, call: &CollectiveCall, elements: usize) {
@@ -173,40 +173,46 @@ impl InProcess {
         *lock(&self.received).entry(call.group.ranks[call.member]).or_default() += bytes;
     }
 
-    /// Fails the group for good, and tells who waits.
-    fn fail(&self, meeting: &Meeting, mut state: MutexGuard<'_, State>, error: KernelError) -> KernelError {
+    /// Fails the group permanently and wakes its waiting members.
+    fn fail(&self, rendezvous: &Rendezvous, mut state: MutexGuard<'_, State>, error: KernelError) -> KernelError {
         let error = state.failed.get_or_insert(error).clone();
-        meeting.advance();
+        rendezvous.advance();
         error
     }
 
-    /// Tells the others that this member cannot join, for its buffers do not fit.
-    fn refuse(&self, meeting: &Meeting, call: &CollectiveCall, seen: &str, error: KernelError) -> KernelError {
-        let state = lock(&meeting.state);
+    /// Fails the group because this member's buffers do not fit the call.
+    fn reject_buffers(
+        &self,
+        rendezvous: &Rendezvous,
+        call: &CollectiveCall,
+        description: &str,
+        error: KernelError,
+    ) -> KernelError {
+        let state = lock(&rendezvous.state);
         let failed = state.failed.clone().map(Err).unwrap_or_else(|| self.check_aborted());
         if let Err(earlier) = failed {
             return earlier;
         }
-        let told = KernelError::CollectiveMismatch {
+        let mismatch = KernelError::CollectiveMismatch {
             group: call.group.id,
             member: call.member,
             expected: "buffers that fit the call".to_owned(),
-            got: format!("{seen} ({error})"),
+            got: format!("{description} ({error})"),
         };
-        self.fail(meeting, state, told);
+        self.fail(rendezvous, state, mismatch);
         error
     }
 
-    /// Posts `post` and waits for the others' posts.
-    fn meet(&self, meeting: &Meeting, post: Post) -> Result<Arc<Vec<Post>>, KernelError> {
+    /// Adds `post` and waits for the posts of all other members.
+    fn exchange_posts(&self, rendezvous: &Rendezvous, post: Post) -> Result<Arc<Vec<Post>>, KernelError> {
         let (member, members) = (post.call.member, post.call.group.ranks.len());
-        let mut state = lock(&meeting.state);
+        let mut state = lock(&rendezvous.state);
         self.check_aborted()?;
         if let Some(error) = &state.failed {
             return Err(error.clone());
         }
         if let Some(error) = disagreement(&state, &post) {
-            return Err(self.fail(meeting, state, error));
+            return Err(self.fail(rendezvous, state, error));
         }
         state.posts.resize(members, None);
         state.posts[member] = Some(post);
@@ -214,25 +220,26 @@ impl InProcess {
             let all: Vec<Post> = state.posts.iter_mut().filter_map(Option::take).collect();
             let all = Arc::new(all);
             state.current = Some(all.clone());
-            state.meetings += 1;
-            meeting.advance();
+            state.rendezvous_count += 1;
+            rendezvous.advance();
             return Ok(all);
         }
-        let meetings = state.meetings;
-        let met = |state: &State| state.meetings != meetings;
-        let mut state = meeting.wait(state, |state| met(state) || state.failed.is_some() || self.is_aborted());
-        match (met(&state), &state.current) {
+        let rendezvous_count = state.rendezvous_count;
+        let is_complete = |state: &State| state.rendezvous_count != rendezvous_count;
+        let mut state =
+            rendezvous.wait(state, |state| is_complete(state) || state.failed.is_some() || self.is_aborted());
+        match (is_complete(&state), &state.current) {
             (true, Some(all)) => Ok(all.clone()),
             _ => {
                 state.posts[member] = None;
-                Err(self.why_not(&state))
+                Err(self.wait_error(&state))
             }
         }
     }
 
     fn exchange(
         &self,
-        meeting: &Meeting,
+        rendezvous: &Rendezvous,
         call: &CollectiveCall,
         x: &View<'_>,
         y: &View<'_>,
@@ -245,62 +252,71 @@ impl InProcess {
             y_shape: y.shape().to_vec(),
             dtype: x.dtype(),
         };
-        let posts = self.meet(meeting, post)?;
+        let posts = self.exchange_posts(rendezvous, post)?;
         let (xs, ys): (Vec<_>, Vec<_>) = posts.iter().map(|post| (post.x.clone(), post.y.clone())).unzip();
-        let met = Met { call, x_shape: x.shape(), y_shape: y.shape(), xs: &xs, y: &ys[call.member], ys: &ys };
+        let buffers =
+            ExchangeBuffers { call, x_shape: x.shape(), y_shape: y.shape(), xs: &xs, y: &ys[call.member], ys: &ys };
         let barrier = || {
-            meeting.barrier(xs.len());
+            rendezvous.barrier(xs.len());
             Ok(())
         };
-        let foreign = exchange(&met, &barrier)?;
+        let received = exchange(&buffers, &barrier)?;
         barrier()?;
-        self.count(call, foreign);
+        self.count(call, received);
         Ok(())
     }
 
-    fn send(&self, meeting: &Meeting, call: &CollectiveCall, to: usize, x: &View<'_>) -> Result<(), KernelError> {
-        let mut state = lock(&meeting.state);
+    fn send(&self, rendezvous: &Rendezvous, call: &CollectiveCall, to: usize, x: &View<'_>) -> Result<(), KernelError> {
+        let mut state = lock(&rendezvous.state);
         self.check_aborted()?;
-        if let Some(error) = state.failed.clone().or_else(|| absent(&state, call, to)) {
-            return Err(self.fail(meeting, state, error));
+        if let Some(error) = state.failed.clone().or_else(|| peer_in_collective(&state, call, to)) {
+            return Err(self.fail(rendezvous, state, error));
         }
         let id = state.next_transfer;
         state.next_transfer += 1;
         let (source, shape, dtype) = (Posted::of(x), x.shape().to_vec(), x.dtype());
         state.transfers.push(Transfer { id, from: call.member, to, source, shape, dtype, taken: false });
-        meeting.advance();
-        let given_up = |state: &State| state.failed.is_some() || self.is_aborted();
+        rendezvous.advance();
+        let interrupted = |state: &State| state.failed.is_some() || self.is_aborted();
         let transfer = |state: &State| state.transfers.iter().find(|t| t.id == id).map(|t| t.taken);
-        let mut state = meeting.wait(state, |state| match transfer(state) {
+        let mut state = rendezvous.wait(state, |state| match transfer(state) {
             None => true,
-            // A transfer that is taken ends by itself.
-            Some(taken) => !taken && given_up(state),
+            // A transfer that the receiver has taken always completes.
+            Some(taken) => !taken && interrupted(state),
         });
         if transfer(&state).is_none() {
             return Ok(());
         }
         state.transfers.retain(|t| t.id != id);
-        Err(self.why_not(&state))
+        Err(self.wait_error(&state))
     }
 
-    fn receive(&self, meeting: &Meeting, call: &CollectiveCall, from: usize, y: &View<'_>) -> Result<(), KernelError> {
-        let mut state = lock(&meeting.state);
-        if let Some(error) = absent(&state, call, from) {
+    fn receive(
+        &self,
+        rendezvous: &Rendezvous,
+        call: &CollectiveCall,
+        from: usize,
+        y: &View<'_>,
+    ) -> Result<(), KernelError> {
+        let mut state = lock(&rendezvous.state);
+        if let Some(error) = peer_in_collective(&state, call, from) {
             state.failed.get_or_insert(error);
-            meeting.advance();
+            rendezvous.advance();
         }
         let pair = (from, call.member);
-        let wanted = |t: &Transfer| (t.from, t.to) == pair && !t.taken;
+        let matches = |t: &Transfer| (t.from, t.to) == pair && !t.taken;
         state.receiving.push(pair);
-        let mut state = meeting
-            .wait(state, |state| state.transfers.iter().any(wanted) || state.failed.is_some() || self.is_aborted());
+        let mut state = rendezvous
+            .wait(state, |state| state.transfers.iter().any(matches) || state.failed.is_some() || self.is_aborted());
         if let Some(place) = state.receiving.iter().position(|other| *other == pair) {
             state.receiving.swap_remove(place);
         }
         if state.failed.is_some() || self.is_aborted() {
-            return Err(self.why_not(&state));
+            return Err(self.wait_error(&state));
         }
-        let Some(transfer) = state.transfers.iter_mut().find(|t| wanted(t)) else { return Err(self.why_not(&state)) };
+        let Some(transfer) = state.transfers.iter_mut().find(|t| matches(t)) else {
+            return Err(self.wait_error(&state));
+        };
         if transfer.shape != y.shape() || transfer.dtype != y.dtype() {
             let error = KernelError::CollectiveMismatch {
                 group: call.group.id,
@@ -308,26 +324,26 @@ impl InProcess {
                 expected: format!("send of {:?} {:?}", transfer.dtype, transfer.shape),
                 got: format!("receive of {:?} {:?}", y.dtype(), y.shape()),
             };
-            return Err(self.fail(meeting, state, error));
+            return Err(self.fail(rendezvous, state, error));
         }
         transfer.taken = true;
         let (id, source) = (transfer.id, transfer.source.clone());
         drop(state);
         let elements = element_count(y.shape());
-        // SAFETY: both are whole views; the sender waits in its call, and the receiver's register is its own.
+        // SAFETY: both are whole views; the sender stays in its call, and only the receiver uses its register.
         unsafe { copy_elements(&source, 0, &Posted::of(y), 0, elements) };
         if from != call.member {
             self.count(call, elements);
         }
-        let mut state = lock(&meeting.state);
+        let mut state = lock(&rendezvous.state);
         state.transfers.retain(|t| t.id != id);
-        meeting.advance();
+        rendezvous.advance();
         Ok(())
     }
 }
 
-/// A point-to-point call whose other side waits in a collective of the same group can never be answered.
-fn absent(state: &State, call: &CollectiveCall, peer: usize) -> Option<KernelError> {
+/// The error of a point-to-point call whose peer waits in a collective of the same group: the two can never match.
+fn peer_in_collective(state: &State, call: &CollectiveCall, peer: usize) -> Option<KernelError> {
     let waiting = state.posts.get(peer)?.as_ref()?;
     Some(KernelError::CollectiveMismatch {
         group: call.group.id,
@@ -361,14 +377,14 @@ fn disagreement(state: &State, post: &Post) -> Option<KernelError> {
 impl Collective for InProcess {
     fn run(&self, call: &CollectiveCall, reads: &[View<'_>], writes: &[View<'_>]) -> Result<(), KernelError> {
         check_members(call)?;
-        let meeting = self.meeting(&call.group);
+        let rendezvous = self.rendezvous(&call.group);
         if let Err(error) = check_buffers(call, reads, writes) {
-            return Err(self.refuse(&meeting, call, &describe_views(call, reads, writes), error));
+            return Err(self.reject_buffers(&rendezvous, call, &describe_views(call, reads, writes), error));
         }
         match (&call.kind, reads, writes) {
-            (CollectiveKind::Send { to }, [x], _) => self.send(&meeting, call, *to, x),
-            (CollectiveKind::Receive { from }, _, [y]) => self.receive(&meeting, call, *from, y),
-            (_, [x], [y]) => self.exchange(&meeting, call, x, y),
+            (CollectiveKind::Send { to }, [x], _) => self.send(&rendezvous, call, *to, x),
+            (CollectiveKind::Receive { from }, _, [y]) => self.receive(&rendezvous, call, *from, y),
+            (_, [x], [y]) => self.exchange(&rendezvous, call, x, y),
             _ => Ok(()),
         }
     }
@@ -376,24 +392,24 @@ impl Collective for InProcess {
     fn abort(&self, cause: &str) {
         lock(&self.aborted).get_or_insert_with(|| cause.to_owned());
         let groups: Vec<_> = lock(&self.groups).values().cloned().collect();
-        for meeting in groups {
-            // Taken so that nobody can look for an abort before it and wait after the notification.
-            drop(lock(&meeting.state));
-            meeting.changed.notify_all();
+        for rendezvous in groups {
+            // Locked so that no member can check for an abort before it and start to wait after the notification.
+            drop(lock(&rendezvous.state));
+            rendezvous.changed.notify_all();
         }
     }
 
-    /// Who has posted waits for those that have not, and one side of a transfer for the other.
+    /// Members that have posted wait for those that have not; each side of a transfer waits for the other.
     fn waits(&self) -> Vec<MemberWait> {
-        let meetings: Vec<_> = lock(&self.groups).values().cloned().collect();
+        let groups: Vec<_> = lock(&self.groups).values().cloned().collect();
         let mut waits = Vec::new();
-        for meeting in meetings {
-            let Some(group) = meeting.group.get() else { continue };
-            let state = lock(&meeting.state);
-            let (here, absent): (Vec<usize>, Vec<usize>) =
+        for rendezvous in groups {
+            let Some(group) = rendezvous.group.get() else { continue };
+            let state = lock(&rendezvous.state);
+            let (present, absent): (Vec<usize>, Vec<usize>) =
                 (0..state.posts.len()).partition(|member| state.posts[*member].is_some());
             let sends = state.transfers.iter().filter(|transfer| !transfer.taken).map(|t| (t.from, t.to));
-            let pairs = here.iter().flat_map(|member| absent.iter().map(|peer| (*member, *peer)));
+            let pairs = present.iter().flat_map(|member| absent.iter().map(|peer| (*member, *peer)));
             let pairs = pairs.chain(sends).chain(state.receiving.iter().map(|(from, to)| (*to, *from)));
             let wait = |(member, peer): (usize, usize)| MemberWait {
                 group: group.id,
@@ -417,19 +433,19 @@ mod tests {
     use super::*;
     use crate::memory::Arena;
 
-    /// Far more than any wait here takes.
+    /// Far longer than any wait in these tests.
     const DEADLINE: Duration = Duration::from_secs(20);
 
-    fn expect(engine: &InProcess, wanted: &[MemberWait]) {
+    fn wait_until_waits_are(engine: &InProcess, expected: &[MemberWait]) {
         let until = Instant::now() + DEADLINE;
-        while engine.waits() != wanted {
+        while engine.waits() != expected {
             assert!(Instant::now() < until, "{:?}", engine.waits());
             thread::yield_now();
         }
     }
 
     #[test]
-    fn who_waits_for_whom_is_known() {
+    fn waits_lists_each_member_and_its_peers() {
         let group = Arc::new(Group { id: 7, ranks: vec![4, 2, 9] });
         for (kind, expected) in [
             (CollectiveKind::AllReduce { op: crate::collective::ReduceOp::Sum }, vec![(4, 2), (4, 9)]),
@@ -451,8 +467,8 @@ mod tests {
                 }
             });
             let wait = |(rank, peer)| MemberWait { group: 7, rank, peer };
-            expect(&engine, &expected.into_iter().map(wait).collect::<Vec<_>>());
-            engine.abort("the test says so");
+            wait_until_waits_are(&engine, &expected.into_iter().map(wait).collect::<Vec<_>>());
+            engine.abort("aborted by the test");
             assert!(member.join().expect("no panic").is_err());
             assert_eq!(engine.waits(), []);
         }

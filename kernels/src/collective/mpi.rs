@@ -1,16 +1,17 @@
 //! Collectives by MPI, for groups whose members are in different processes.
 //!
-//! - MPI-3: before a collective all members agree on it, by one small all-reduce of a digest; so nothing that MPI is then
-//!   given can fail to match. A member that waits in a send or receive for one that is in a collective is told so, and
-//!   joins that agreement to disagree.
-//! - MPI-4: every wait of a call ends with an abort. The group then stays failed, and what was under way keeps its memory
-//!   (MPI-2). Making communicators has a deadline; starting MPI blocks in MPI itself, which `mpirun` watches over.
+//! - MPI-3: before a collective all members agree on it, with one small all-reduce of a digest, so that calls passed to
+//!   MPI always match. A member that waits in a send or receive for a member in a collective is notified, and joins
+//!   that agreement with a differing digest.
+//! - MPI-4: every wait of a call ends with an abort. The group then stays failed, and buffers of unfinished transfers
+//!   stay allocated (MPI-2). Creating communicators has a timeout; starting MPI blocks inside MPI, under the
+//!   supervision of `mpirun`.
 //!
-//! Sums are in the order that MPI chooses, so they agree with other engines within rounding. MPI advises, but does not
-//! promise, that all members get the same bits of an all-reduce; OpenMPI's algorithms give them.
+//! MPI chooses the order of sums, so they agree with other engines within rounding. MPI recommends, but does not
+//! guarantee, that all members get the same bits of an all-reduce; OpenMPI's algorithms do so.
 //!
-//! Memory: a group holds what its largest call must rearrange (parts that are not contiguous, an all-reduce in place),
-//! from that call on.
+//! Memory: from its largest call on, a group holds a buffer for what that call must rearrange (non-contiguous parts, an
+//! in-place all-reduce).
 #![allow(unsafe_code)]
 
 use std::collections::{BTreeMap, HashMap};
@@ -31,31 +32,31 @@ use crate::tensor::Region;
 mod calls;
 
 pub use calls::MpiWorld;
-use calls::{Comm, Places, Transfer, pause};
+use calls::{Comm, Layout, Transfer, pause};
 
-/// Tags of posts are below it, those of data from it on; MPI has 32768 at least.
+/// Posts use the tags below it, data the tags from it on; MPI supports at least 32768 tags.
 const TAGS: u32 = 1 << 14;
 
-/// What a post says beside the digest: the member waits for the other in a send or receive, is in a collective, or
-/// cannot join.
-const WAITS: u64 = 0;
+/// The second word of a post, beside the digest: the member waits for the peer in a send or receive, is in a
+/// collective, or has buffers that do not fit.
+const WAITING: u64 = 0;
 const IN_COLLECTIVE: u64 = 1;
-const REFUSED: u64 = 2;
+const REJECTED: u64 = 2;
 
-/// Bytes of what a member tells about its call after a disagreement: its digest and a text.
+/// Bytes of a member's description of its call after a disagreement: its digest and a text.
 const RECORD_BYTES: usize = 256;
 
-/// The engine of groups with one member in each of several processes. A process has one, for all of them.
+/// The engine of groups with one member in each of several processes. A process has one engine for all its groups.
 pub struct Mpi {
-    groups: BTreeMap<u32, Known>,
+    groups: BTreeMap<u32, GroupState>,
     received: Mutex<HashMap<usize, u64>>,
     aborted: OnceLock<String>,
-    /// Last, so that MPI ends after all communicators were freed.
+    /// Dropped last, so that MPI is finalized after all communicators are freed.
     world: Arc<MpiWorld>,
 }
 
-/// A group, and which of its members is here.
-struct Known {
+/// A group, and the member of it that this process runs.
+struct GroupState {
     group: Arc<Group>,
     member: usize,
     state: Mutex<State>,
@@ -64,12 +65,12 @@ struct Known {
 struct State {
     comm: Option<Comm>,
     memory: Memory,
-    /// Collectives that the group has agreed on; wraps.
+    /// Number of collectives that the group has agreed on; wraps.
     collectives: u32,
     failed: Option<KernelError>,
 }
 
-/// What calls use beside their buffers; kept for ever when one is given up.
+/// Memory of calls beside their buffers. Leaked when a call ends with an unfinished transfer.
 #[derive(Default)]
 struct Memory {
     scratch: Vec<f32>,
@@ -86,40 +87,40 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// A number of words, or of bytes, as MPI counts.
+/// Converts a number of words or bytes to MPI's integer type.
 fn count(words: usize) -> Result<c_int, KernelError> {
-    let wrong = |_| {
+    let out_of_range = |_| {
         let expected = format!("at most {} elements of a tensor over MPI", c_int::MAX);
         KernelError::arguments("collective", "size", expected, words.to_string())
     };
-    c_int::try_from(words).map_err(wrong)
+    c_int::try_from(words).map_err(out_of_range)
 }
 
-impl Places {
-    /// One after the other.
+impl Layout {
+    /// Lays out the parts one after the other; also returns their total size.
     fn packed(sizes: impl Iterator<Item = usize>) -> Result<(Self, usize), KernelError> {
-        let (mut places, mut end) = (Self::default(), 0);
+        let (mut layout, mut end) = (Self::default(), 0);
         for size in sizes {
-            places.starts.push(count(end)?);
-            places.counts.push(count(size)?);
+            layout.starts.push(count(end)?);
+            layout.counts.push(count(size)?);
             end += size;
         }
         count(end)?;
-        Ok((places, end))
+        Ok((layout, end))
     }
 
-    /// Where regions lie in a tensor of this shape, when each lies in one piece.
+    /// The layout of regions in a tensor of this shape, if each region is contiguous.
     fn contiguous(shape: &[usize], regions: &[Region]) -> Option<Self> {
-        let mut places = Self::default();
+        let mut layout = Self::default();
         for region in regions {
             let range = Runs::new(shape, region).contiguous(&(0..region.element_count()))?;
-            places.starts.push(c_int::try_from(range.start).ok()?);
-            places.counts.push(c_int::try_from(range.len()).ok()?);
+            layout.starts.push(c_int::try_from(range.start).ok()?);
+            layout.counts.push(c_int::try_from(range.len()).ok()?);
         }
-        Some(places)
+        Some(layout)
     }
 
-    /// True when they follow each other without gaps.
+    /// Whether the parts follow each other without gaps.
     fn is_packed(&self) -> bool {
         let mut end = 0;
         self.starts.iter().zip(&self.counts).all(|(start, count)| {
@@ -135,12 +136,12 @@ impl Places {
 }
 
 impl Mpi {
-    /// The engine of this process. All processes of `world` call this with the same groups, in the same order, and wait
-    /// for each other, at most `within`. `process_of` says in which process a rank of a mesh is.
+    /// Creates the engine of this process. All processes of `world` call this with the same groups, in the same order,
+    /// and wait for each other for at most `within`. `process_of` returns the process that runs a rank of the mesh.
     ///
     /// # Errors
-    /// [`KernelError::Arguments`] when two members of a group are in one process, or one is in none of `world`'s;
-    /// [`KernelError::Mpi`] when not all come in time, or MPI makes no communicator.
+    /// [`KernelError::Arguments`] when two members of a group are in one process, or a member's process is not in
+    /// `world`; [`KernelError::Mpi`] when not all processes arrive in time, or MPI creates no communicator.
     pub fn new(
         world: Arc<MpiWorld>,
         groups: &[Arc<Group>],
@@ -148,29 +149,29 @@ impl Mpi {
         within: Duration,
     ) -> Result<Self, KernelError> {
         let until = Instant::now() + within;
-        world.meet(within)?;
-        let (mut own, mut wanted) = (Vec::new(), Vec::new());
+        world.barrier(within)?;
+        let (mut own, mut group_processes) = (Vec::new(), Vec::new());
         for (index, group) in groups.iter().enumerate() {
             let processes: Vec<c_int> = group.ranks.iter().map(|rank| process_of(*rank) as c_int).collect();
-            let is_wrong = |(i, p): (usize, &c_int)| *p as u32 >= world.size() || processes[..i].contains(p);
-            if processes.iter().enumerate().any(is_wrong) {
+            let is_invalid = |(i, p): (usize, &c_int)| *p as u32 >= world.size() || processes[..i].contains(p);
+            if processes.iter().enumerate().any(is_invalid) {
                 let expected = format!("members of group {} in different processes of {}", group.id, world.size());
                 return Err(KernelError::arguments("collectives by MPI", "group", expected, format!("{processes:?}")));
             }
             let Some(member) = processes.iter().position(|p| *p as u32 == world.rank()) else { continue };
             own.push((group, member));
-            wanted.push((processes, (index % TAGS as usize) as c_int));
+            group_processes.push((processes, (index % TAGS as usize) as c_int));
         }
-        let comms = world.comms(wanted, until.saturating_duration_since(Instant::now()))?;
+        let comms = world.comms(group_processes, until.saturating_duration_since(Instant::now()))?;
         let known = own.into_iter().zip(comms).map(|((group, member), comm)| {
             let state = State { comm: Some(comm), memory: Memory::default(), collectives: 0, failed: None };
-            (group.id, Known { group: group.clone(), member, state: Mutex::new(state) })
+            (group.id, GroupState { group: group.clone(), member, state: Mutex::new(state) })
         });
         let known = known.collect();
         Ok(Self { groups: known, received: Mutex::default(), aborted: OnceLock::new(), world })
     }
 
-    /// What it was made with.
+    /// The world that the engine was created with.
     pub fn world(&self) -> &Arc<MpiWorld> {
         &self.world
     }
@@ -187,7 +188,7 @@ impl Drop for Mpi {
     fn drop(&mut self) {
         for known in mem::take(&mut self.groups).into_values() {
             let state = known.state.into_inner().unwrap_or_else(PoisonError::into_inner);
-            // One that a call was given up on is in use, and a failed one may be.
+            // A communicator with an unfinished transfer is in use, and that of a failed group may be.
             state.comm.into_iter().filter(|_| state.failed.is_none()).for_each(Comm::free);
         }
     }
@@ -201,57 +202,58 @@ struct Call<'a> {
     memory: &'a mut Memory,
     digest: u64,
     text: String,
-    /// Of posts: which collective of the group comes next.
+    /// Tag of posts: the number of the group's next collective.
     tag: c_int,
 }
 
-/// How a call ended, if not well.
-enum End {
-    /// All that was under way has completed.
-    Done(KernelError),
-    /// Something is under way, for ever (MPI-2).
-    GivenUp(KernelError),
+/// The error of a call, and whether its transfers have completed.
+enum CallError {
+    /// All transfers have completed.
+    Completed(KernelError),
+    /// A transfer is in flight and never completes (MPI-2).
+    InFlight(KernelError),
 }
 
 impl Call<'_> {
-    fn transfer(&self, transfer: Transfer<'_>) -> Result<(), End> {
-        // SAFETY: after `End::GivenUp`, `Mpi::run` keeps the call's arenas and memory for ever and fails the group.
-        unsafe { self.comm.run(transfer, &mut || self.engine.check_aborted()) }.map_err(End::GivenUp)
+    fn transfer(&self, transfer: Transfer<'_>) -> Result<(), CallError> {
+        // SAFETY: after `CallError::InFlight`, `Mpi::run` leaks the call's arenas and memory, and fails the group.
+        unsafe { self.comm.run(transfer, &mut || self.engine.check_aborted()) }.map_err(CallError::InFlight)
     }
 
-    fn post(&self, to: usize, says: u64) -> Result<(), End> {
-        self.transfer(Transfer::Post { x: Box::new([self.digest, says]), to, tag: self.tag })
+    fn post(&self, to: usize, status: u64) -> Result<(), CallError> {
+        self.transfer(Transfer::Post { x: Box::new([self.digest, status]), to, tag: self.tag })
     }
 
-    /// Tells those who wait for this member in a send or receive that it is in a collective.
-    fn answer(&self) -> Result<(), KernelError> {
-        while let Some((from, [_, says])) = self.comm.posted(None, self.tag)? {
-            if says == WAITS {
-                self.post(from, IN_COLLECTIVE).map_err(|(End::Done(error) | End::GivenUp(error))| error)?;
+    /// Notifies members that wait for this member in a send or receive that it is in a collective.
+    fn answer_waiting_members(&self) -> Result<(), KernelError> {
+        while let Some((from, [_, status])) = self.comm.receive_post(None, self.tag)? {
+            if status == WAITING {
+                self.post(from, IN_COLLECTIVE)
+                    .map_err(|(CallError::Completed(error) | CallError::InFlight(error))| error)?;
             }
         }
         self.engine.check_aborted()
     }
 
-    /// Finds out whether all members call the same. A member that is `refused` disagrees.
-    fn agree(&mut self, refused: bool) -> Result<(), End> {
-        let own = if refused { !self.digest } else { self.digest };
+    /// Checks whether all members make the same call. A member that is `rejected` disagrees.
+    fn check_agreement(&mut self, rejected: bool) -> Result<(), CallError> {
+        let own = if rejected { !self.digest } else { self.digest };
         let mut numbers = mem::take(&mut self.memory.numbers);
         numbers[0] = [own, !own];
         let [x, y] = &mut *numbers;
-        // SAFETY: as in `transfer`: what is taken from `memory` is put back below, or forgotten.
-        let agreed = unsafe { self.comm.run(Transfer::Largest { x, y }, &mut || self.answer()) };
+        // SAFETY: as in `transfer`: `numbers` is returned to `memory` below, or leaked.
+        let agreed = unsafe { self.comm.run(Transfer::Max { x, y }, &mut || self.answer_waiting_members()) };
         if let Err(error) = agreed {
             mem::forget(numbers);
-            return Err(End::GivenUp(error));
+            return Err(CallError::InFlight(error));
         }
         let agreed = numbers[0] == numbers[1];
         self.memory.numbers = numbers;
         if agreed { Ok(()) } else { Err(self.disagreement(own)?) }
     }
 
-    /// The error that all members give after a disagreement: it names the one that fewest agree with.
-    fn disagreement(&mut self, own: u64) -> Result<End, End> {
+    /// The error of all members after a disagreement. It names the member that agrees with the fewest others.
+    fn disagreement(&mut self, own: u64) -> Result<CallError, CallError> {
         let members = self.call.group.ranks.len();
         let mut records = vec![0; RECORD_BYTES * (1 + members)];
         let text = &self.text.as_bytes()[..self.text.floor_char_boundary(RECORD_BYTES - size_of::<u64>())];
@@ -268,41 +270,47 @@ impl Call<'_> {
             let text = String::from_utf8_lossy(&of(member)[size_of::<u64>()..]);
             text.trim_end_matches('\0').to_owned()
         };
-        let agree = |with: usize| (0..members).filter(|member| digest(*member) == digest(with)).count();
-        let member = (0..members).min_by_key(|member| agree(*member)).unwrap_or(0);
-        let usual = (0..members).rev().max_by_key(|member| agree(*member)).unwrap_or(0);
-        let usual = if usual == member { (member + 1) % members } else { usual };
+        let agree_count = |with: usize| (0..members).filter(|member| digest(*member) == digest(with)).count();
+        let member = (0..members).min_by_key(|member| agree_count(*member)).unwrap_or(0);
+        let majority_member = (0..members).rev().max_by_key(|member| agree_count(*member)).unwrap_or(0);
+        let majority_member = if majority_member == member { (member + 1) % members } else { majority_member };
         let group = self.call.group.id;
-        Ok(End::Done(KernelError::CollectiveMismatch { group, member, expected: text(usual), got: text(member) }))
+        Ok(CallError::Completed(KernelError::CollectiveMismatch {
+            group,
+            member,
+            expected: text(majority_member),
+            got: text(member),
+        }))
     }
 
-    /// Waits until the other side of a send or receive is there, and agrees.
-    fn meet(&mut self, peer: usize, refused: bool) -> Result<(), End> {
-        self.post(peer, if refused { REFUSED } else { WAITS })?;
+    /// Waits until the peer of a send or receive is in its call, and checks that it agrees.
+    fn rendezvous(&mut self, peer: usize, rejected: bool) -> Result<(), CallError> {
+        self.post(peer, if rejected { REJECTED } else { WAITING })?;
         let began = Instant::now();
-        let theirs = loop {
-            if let Some((_, theirs)) = self.comm.posted(Some(peer), self.tag).map_err(End::Done)? {
-                break theirs;
+        let peer_post = loop {
+            if let Some((_, peer_post)) = self.comm.receive_post(Some(peer), self.tag).map_err(CallError::Completed)? {
+                break peer_post;
             }
-            self.engine.check_aborted().map_err(End::Done)?;
+            self.engine.check_aborted().map_err(CallError::Completed)?;
             pause(began);
         };
-        match theirs {
-            [digest, WAITS] if digest == self.digest => Ok(()),
-            [_, IN_COLLECTIVE] => self.agree(true),
-            [_, says] => Err(End::Done(KernelError::CollectiveMismatch {
+        match peer_post {
+            [digest, WAITING] if digest == self.digest => Ok(()),
+            [_, IN_COLLECTIVE] => self.check_agreement(true),
+            [_, status] => Err(CallError::Completed(KernelError::CollectiveMismatch {
                 group: self.call.group.id,
                 member: peer,
                 expected: self.text.clone(),
-                got: if says == REFUSED { "buffers that do not fit" } else { "another transfer" }.to_owned(),
+                got: if status == REJECTED { "buffers that do not fit" } else { "another transfer" }.to_owned(),
             })),
         }
     }
 
-    /// Runs a call that all agree on; returns the elements taken from others, as [`CollectiveKind`] counts them.
-    fn exchange(&mut self, words: &mut Words<'_>, x_shape: &[usize], y_shape: &[usize]) -> Result<usize, End> {
+    /// Runs a call that all members agree on. Returns the elements received from others, as defined by
+    /// [`CollectiveKind`].
+    fn exchange(&mut self, words: &mut Words<'_>, x_shape: &[usize], y_shape: &[usize]) -> Result<usize, CallError> {
         let (member, n, all) = (self.call.member, self.call.group.ranks.len(), words.y.len());
-        count(all.max(words.x().len())).map_err(End::Done)?;
+        count(all.max(words.x().len())).map_err(CallError::Completed)?;
         match &self.call.kind {
             CollectiveKind::AllReduce { op } => {
                 self.all_reduce(*op, words)?;
@@ -314,7 +322,7 @@ impl Call<'_> {
             }
             CollectiveKind::AllGather { parts } => {
                 if parts.iter().map(Region::element_count).sum::<usize>() != all {
-                    // Parts overlap.
+                    // Overlapping parts.
                     return self.all_to_all(words, parts, &vec![Region::whole(y_shape); n]);
                 }
                 self.all_gather(words, y_shape, parts)?;
@@ -339,7 +347,8 @@ impl Call<'_> {
         }
     }
 
-    /// The scratch memory, with room for so many words. To be put back when no transfer uses it any more.
+    /// Takes the scratch memory, grown to at least this many words. Return it with [`Call::put_back`] after the
+    /// transfer.
     fn scratch(&mut self, words: usize) -> Vec<f32> {
         let mut scratch = mem::take(&mut self.memory.scratch);
         if scratch.len() < words {
@@ -348,16 +357,16 @@ impl Call<'_> {
         scratch
     }
 
-    /// Puts the scratch memory back after a transfer, or leaves it to MPI.
-    fn put_back(&mut self, scratch: Vec<f32>, done: &Result<(), End>) {
-        if let Err(End::GivenUp(_)) = done {
+    /// Returns the scratch memory after a transfer, or leaks it if MPI may still use it.
+    fn put_back(&mut self, scratch: Vec<f32>, done: &Result<(), CallError>) {
+        if let Err(CallError::InFlight(_)) = done {
             mem::forget(scratch);
         } else {
             self.memory.scratch = scratch;
         }
     }
 
-    fn all_reduce(&mut self, op: ReduceOp, words: &mut Words<'_>) -> Result<(), End> {
+    fn all_reduce(&mut self, op: ReduceOp, words: &mut Words<'_>) -> Result<(), CallError> {
         if let (Some(x), y) = words.split() {
             return self.transfer(Transfer::AllReduce { op, x, y });
         }
@@ -375,34 +384,34 @@ impl Call<'_> {
         words: &mut Words<'_>,
         x_shape: &[usize],
         parts: &[Region],
-    ) -> Result<(), End> {
+    ) -> Result<(), CallError> {
         let (x, y) = words.split();
         let x = x.unwrap_or_default();
-        if let Some(places) = Places::contiguous(x_shape, parts).filter(Places::is_packed) {
-            return self.transfer(Transfer::ReduceScatter { op, x, y, counts: places.counts });
+        if let Some(layout) = Layout::contiguous(x_shape, parts).filter(Layout::is_packed) {
+            return self.transfer(Transfer::ReduceScatter { op, x, y, counts: layout.counts });
         }
-        let (places, total) = Places::packed(parts.iter().map(Region::element_count)).map_err(End::Done)?;
+        let (layout, total) = Layout::packed(parts.iter().map(Region::element_count)).map_err(CallError::Completed)?;
         let mut scratch = self.scratch(total);
-        for (part, start) in parts.iter().zip(&places.starts) {
+        for (part, start) in parts.iter().zip(&layout.starts) {
             pack(x, x_shape, part, &mut scratch[*start as usize..]);
         }
         let x = &scratch[..total];
-        let done = self.transfer(Transfer::ReduceScatter { op, x, y, counts: places.counts });
+        let done = self.transfer(Transfer::ReduceScatter { op, x, y, counts: layout.counts });
         self.put_back(scratch, &done);
         done
     }
 
-    /// Of parts that do not overlap.
-    fn all_gather(&mut self, words: &mut Words<'_>, y_shape: &[usize], parts: &[Region]) -> Result<(), End> {
+    /// Gathers parts that do not overlap.
+    fn all_gather(&mut self, words: &mut Words<'_>, y_shape: &[usize], parts: &[Region]) -> Result<(), CallError> {
         let (x, y) = words.split();
         let x = x.unwrap_or_default();
-        if let Some(places) = Places::contiguous(y_shape, parts) {
-            return self.transfer(Transfer::AllGather { x, y, places });
+        if let Some(layout) = Layout::contiguous(y_shape, parts) {
+            return self.transfer(Transfer::AllGather { x, y, layout });
         }
-        let (places, total) = Places::packed(parts.iter().map(Region::element_count)).map_err(End::Done)?;
-        let starts = places.starts.clone();
+        let (layout, total) = Layout::packed(parts.iter().map(Region::element_count)).map_err(CallError::Completed)?;
+        let starts = layout.starts.clone();
         let mut scratch = self.scratch(total);
-        let done = self.transfer(Transfer::AllGather { x, y: &mut scratch[..total], places });
+        let done = self.transfer(Transfer::AllGather { x, y: &mut scratch[..total], layout });
         if done.is_ok() {
             for (part, start) in parts.iter().zip(starts) {
                 unpack(&scratch[start as usize..], y, y_shape, part);
@@ -412,25 +421,32 @@ impl Call<'_> {
         done
     }
 
-    /// Member i brings `sources[i]` and gets `targets[i]`; returns the elements taken from others.
-    fn all_to_all(&mut self, words: &mut Words<'_>, sources: &[Region], targets: &[Region]) -> Result<usize, End> {
+    /// Member i contributes `sources[i]` and receives `targets[i]`. Returns the elements received from others.
+    fn all_to_all(
+        &mut self,
+        words: &mut Words<'_>,
+        sources: &[Region],
+        targets: &[Region],
+    ) -> Result<usize, CallError> {
         let (member, n) = (self.call.member, sources.len());
         let (source, target) = (&sources[member], &targets[member]);
         let (x, y) = words.split();
         let x = x.unwrap_or_default();
-        // Boxes of whole tensors that this member gives to each, and takes from each; its own go by themselves.
-        let given: Vec<Vec<Region>> = (0..n).map(|to| boxes_of(member, &taken(to, sources, &targets[to]))).collect();
-        let mine = taken(member, sources, target);
-        let got: Vec<Vec<Region>> = (0..n).map(|from| boxes_of(from, &mine)).collect();
+        // Boxes of whole tensors that this member sends to each member and receives from each; its own are copied
+        // directly.
+        let sent_boxes: Vec<Vec<Region>> =
+            (0..n).map(|to| boxes_of(member, &taken(to, sources, &targets[to]))).collect();
+        let received_boxes = taken(member, sources, target);
+        let got: Vec<Vec<Region>> = (0..n).map(|from| boxes_of(from, &received_boxes)).collect();
         let size = |boxes: &Vec<Region>| boxes.iter().map(Region::element_count).sum::<usize>();
         let others = |all: &[Vec<Region>]| {
             let sizes = all.iter().enumerate().map(|(i, boxes)| if i == member { 0 } else { size(boxes) });
-            Places::packed(sizes).map_err(End::Done)
+            Layout::packed(sizes).map_err(CallError::Completed)
         };
-        let ((sent, x_words), (taken, y_words)) = (others(&given)?, others(&got)?);
+        let ((sent, x_words), (taken, y_words)) = (others(&sent_boxes)?, others(&got)?);
         let mut scratch = self.scratch(x_words + y_words);
-        let (packed, come) = scratch.split_at_mut(x_words);
-        for (to, boxes) in given.iter().enumerate() {
+        let (packed, received) = scratch.split_at_mut(x_words);
+        for (to, boxes) in sent_boxes.iter().enumerate() {
             let mut at = sent.start(to);
             for common in boxes.iter().filter(|_| to != member) {
                 pack(x, &source.size, &common.relative_to(source), &mut packed[at..]);
@@ -443,12 +459,12 @@ impl Call<'_> {
             unpack(&own, y, &target.size, &common.relative_to(target));
         }
         let starts: Vec<usize> = (0..n).map(|from| taken.start(from)).collect();
-        let done = self.transfer(Transfer::AllToAll { x: packed, sent, y: &mut come[..y_words], taken });
+        let done = self.transfer(Transfer::AllToAll { x: packed, sent, y: &mut received[..y_words], taken });
         if done.is_ok() {
             for (from, boxes) in got.iter().enumerate().filter(|(from, _)| *from != member) {
                 let mut at = starts[from];
                 for common in boxes {
-                    unpack(&come[at..], y, &target.size, &common.relative_to(target));
+                    unpack(&received[at..], y, &target.size, &common.relative_to(target));
                     at += common.element_count();
                 }
             }
@@ -458,39 +474,39 @@ impl Call<'_> {
     }
 }
 
-/// The boxes that a member gives.
-fn boxes_of(giver: usize, taken: &[(usize, Vec<Region>)]) -> Vec<Region> {
-    taken.iter().filter(|(from, _)| *from == giver).flat_map(|(_, boxes)| boxes.clone()).collect()
+/// The boxes that a member sends.
+fn boxes_of(sender: usize, taken: &[(usize, Vec<Region>)]) -> Vec<Region> {
+    taken.iter().filter(|(from, _)| *from == sender).flat_map(|(_, boxes)| boxes.clone()).collect()
 }
 
-/// Copies a box of a tensor to where `to` begins.
+/// Copies a box of a tensor to the start of `to`.
 fn pack(from: &[f32], shape: &[usize], region: &Region, to: &mut [f32]) {
     let runs = Runs::new(shape, region);
     runs.for_each(0..runs.element_count(), |place, at, len| to[at..][..len].copy_from_slice(&from[place..][..len]));
 }
 
-/// Copies what lies where `from` begins into a box of a tensor.
+/// Copies the elements at the start of `from` into a box of a tensor.
 fn unpack(from: &[f32], to: &mut [f32], shape: &[usize], region: &Region) {
     let runs = Runs::new(shape, region);
     runs.for_each(0..runs.element_count(), |place, at, len| to[place..][..len].copy_from_slice(&from[at..][..len]));
 }
 
 impl Call<'_> {
-    /// Meets the others, also where the buffers do not fit, and does what all agree on.
-    fn run(&mut self, peer: Option<usize>, reads: &[View<'_>], writes: &[View<'_>]) -> Result<usize, End> {
+    /// Agrees with the other members, also when the buffers do not fit, and runs the call.
+    fn run(&mut self, peer: Option<usize>, reads: &[View<'_>], writes: &[View<'_>]) -> Result<usize, CallError> {
         let checked =
             check_buffers(self.call, reads, writes).and_then(|()| View::words(self.call.name(), reads, writes));
         if let Err(error) = &checked {
             self.text = format!("{} ({error})", self.text);
         }
-        let met = match peer {
-            Some(peer) => self.meet(peer, checked.is_err()),
-            None => self.agree(checked.is_err()),
+        let agreed = match peer {
+            Some(peer) => self.rendezvous(peer, checked.is_err()),
+            None => self.check_agreement(checked.is_err()),
         };
-        let mut words = match (checked, met) {
-            (_, Err(End::GivenUp(error))) => return Err(End::GivenUp(error)),
-            // The others are told that this member could not join; its own error says why.
-            (Err(error), _) => return Err(End::Done(error)),
+        let mut words = match (checked, agreed) {
+            (_, Err(CallError::InFlight(error))) => return Err(CallError::InFlight(error)),
+            // The other members receive this member's error, which also is its own result.
+            (Err(error), _) => return Err(CallError::Completed(error)),
             (Ok(_), Err(end)) => return Err(end),
             (Ok(words), Ok(())) => words,
         };
@@ -506,7 +522,12 @@ impl Collective for Mpi {
         let known = known.filter(|known| known.group.ranks == call.group.ranks && known.member == call.member);
         let (Some(known), true) = (known, peer != Some(call.member)) else {
             let got = format!("member {} of group {} of {:?}", call.member, call.group.id, call.group.ranks);
-            return Err(KernelError::arguments(call.name(), "member", "this process's of a known group", got));
+            return Err(KernelError::arguments(
+                call.name(),
+                "member",
+                "the member of a known group in this process",
+                got,
+            ));
         };
         let mut state = lock(&known.state);
         self.check_aborted()?;
@@ -524,8 +545,8 @@ impl Collective for Mpi {
                 *lock(&self.received).entry(call.group.ranks[call.member]).or_default() += bytes;
                 Ok(())
             }
-            Err(End::Done(error)) => Err(failed.insert(error).clone()),
-            Err(End::GivenUp(error)) => {
+            Err(CallError::Completed(error)) => Err(failed.insert(error).clone()),
+            Err(CallError::InFlight(error)) => {
                 reads.iter().chain(writes).for_each(|view| mem::forget(view.arena().clone()));
                 mem::forget(mem::take(memory));
                 *comm = None;
@@ -540,7 +561,7 @@ impl Collective for Mpi {
         self.world.abort();
     }
 
-    /// MPI tells nothing of that.
+    /// MPI does not report waits.
     fn waits(&self) -> Vec<MemberWait> {
         Vec::new()
     }

@@ -1,4 +1,5 @@
-//! The engine that asks another one, by group: some groups live within a process, some on a node, some on many.
+//! An engine that forwards each group's calls to another engine: groups may span one process, one node, or several
+//! nodes.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -9,7 +10,7 @@ use crate::cuda::issue_order::IssueTicket;
 use crate::error::KernelError;
 use crate::memory::View;
 
-/// Sends each group's calls to the engine that it was given.
+/// Forwards each group's calls to the engine of that group.
 #[derive(Debug)]
 pub struct Routed {
     by_group: BTreeMap<u32, Arc<dyn Collective>>,
@@ -17,7 +18,7 @@ pub struct Routed {
 }
 
 impl Routed {
-    /// `engines` by group id; groups that are not in it go to `default`. One engine may have many groups.
+    /// `engines` by group id; other groups use `default`. One engine may serve many groups.
     pub fn new(engines: BTreeMap<u32, Arc<dyn Collective>>, default: Arc<dyn Collective>) -> Self {
         Self { by_group: engines, default }
     }
@@ -26,7 +27,7 @@ impl Routed {
         self.by_group.get(&call.group.id).unwrap_or(&self.default)
     }
 
-    /// Each engine once.
+    /// The distinct engines.
     fn engines(&self) -> Vec<&Arc<dyn Collective>> {
         let mut all: Vec<&Arc<dyn Collective>> = Vec::new();
         for engine in self.by_group.values().chain([&self.default]) {

@@ -1,14 +1,15 @@
 //! Collectives between processes over sockets, by ring and by tree.
 //!
-//! - WIRE-1: a member reads and writes only its own buffers. All that it learns of others comes over channels, and is
-//!   checked: a peer can give wrong numbers, but make this process neither allocate nor read more than the call says.
-//! - WIRE-2: who takes part in a call agrees on it: each transfer's header has a hash of the call and the number of
-//!   calls that its two ends have had in common. Whoever disagrees or waits in another call is found (see `port`).
-//! - WIRE-3: every wait ends: with an abort, with a failure of the group, with the end of a connection, and where this
-//!   member has bytes to send, after the write time-out. A group that has failed stays so.
+//! - WIRE-1: a member reads and writes only its own buffers. It receives everything else over channels and checks it: a
+//!   peer can send wrong values, but cannot make this process allocate or read more than the call specifies.
+//! - WIRE-2: the members of a call agree on it: each transfer's header carries a hash of the call and the number of
+//!   calls that its two ends have completed together. A member that disagrees or waits in another call is detected (see
+//!   `port`).
+//! - WIRE-3: every wait ends: by an abort, a failure of the group, the end of a connection, or, while this member has
+//!   bytes to send, the write timeout. A failed group stays failed.
 //!
-//! Memory: a member of a group holds [`SCRATCH_BYTES`], and about 17 KiB for each other member, from its first call on;
-//! and within a node the kernel holds 1 MiB at most each way of a connection.
+//! Memory: from its first call on, a member of a group holds [`SCRATCH_BYTES`] and about 17 KiB per other member.
+//! Within a node the kernel holds at most 1 MiB per direction of a connection.
 
 use std::collections::{BTreeMap, HashMap};
 use std::fmt;
@@ -43,33 +44,35 @@ mod tree;
 
 pub use channel::Channel;
 use link::{Context, Link};
-use port::{Port, Stop};
+use port::{GroupStatus, Port};
 
-/// Bytes that a member of a group holds for what passes through.
+/// Bytes of a member's buffer for data in transit.
 pub const SCRATCH_BYTES: usize = flow::SLOTS * flow::PIECE_WORDS * size_of::<f32>();
 
-/// An all-reduce goes by tree when all members' values together have at most so many bytes (a quarter of it for two
-/// members, which the tree leaves with all the additions), else by ring. Measured with 2 and 4 processes on 2 cores, over
-/// Unix sockets and TCP: both take the same time at 64 to 128 KiB a member for two, at 256 KiB a member for four.
+/// An all-reduce uses the tree when the values of all members together have at most this many bytes (a quarter of it
+/// for two members, where the tree does all additions on one thread), else the ring. Measured with 2 and 4 processes on
+/// 2 cores, over Unix sockets and TCP: both take the same time at 64 to 128 KiB per member for two, at 256 KiB per
+/// member for four.
 pub const TREE_BYTES_MAX: usize = 512 << 10;
 
-/// `(group id, member, peer)`: whose end of which connection.
+/// `(group id, member, peer)`: the member's end of its connection to the peer.
 pub type ChannelKey = (u32, usize, usize);
 
-/// Makes the channel from a member of a group (the first number) to another (the second). Called once for each;
-/// must not wait for anything.
+/// Creates the channel from a member of a group (the first index) to another (the second). Called once per pair; must
+/// not block.
 pub type Connect = dyn Fn(&Group, usize, usize) -> io::Result<Channel> + Send + Sync;
 
-/// The members that `member` needs a channel to; symmetric. These are all others: any two may exchange tensors.
+/// The members that `member` needs a channel to: all others, since any two may exchange tensors. Symmetric.
 pub fn peers(group: &Group, member: usize) -> Vec<usize> {
     (0..group.ranks.len()).filter(|&peer| peer != member).collect()
 }
 
-/// The engine of devices in several processes that talk over sockets. A process has one, for all of its members.
+/// The engine of devices in several processes that communicate over sockets. A process has one engine for all its
+/// members.
 pub struct Wire {
     /// Channels that no call has used yet.
-    made: Mutex<BTreeMap<ChannelKey, Channel>>,
-    /// Asked when `made` has none.
+    unused_channels: Mutex<BTreeMap<ChannelKey, Channel>>,
+    /// Creates the channels that `unused_channels` does not hold.
     connect: Option<Box<Connect>>,
     groups: Mutex<Groups>,
     received: Mutex<HashMap<usize, u64>>,
@@ -81,8 +84,8 @@ pub struct Wire {
 #[derive(Default)]
 struct Groups {
     members: HashMap<(u32, usize), Arc<Mutex<Member>>>,
-    stops: HashMap<u32, Arc<Stop>>,
-    /// All channels in use, so that an abort can end them.
+    statuses: HashMap<u32, Arc<GroupStatus>>,
+    /// All channels in use, so that an abort can shut them down.
     channels: Vec<Arc<Channel>>,
 }
 
@@ -103,14 +106,14 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Wire {
-    /// An engine over connections that are made and authenticated: one to each of [`peers`], for each member of each
+    /// An engine over established and authenticated connections: one to each of [`peers`], for each member of each
     /// group that lives in this process.
     ///
-    /// A write that makes no progress for `write_timeout` fails the group. A member may be late to a call, and those
-    /// that send to it then stall, so this must be longer than members of a step are ever apart.
+    /// A write that makes no progress for `write_timeout` fails the group. Members may enter a call late, which stalls
+    /// those that send to them, so the timeout must exceed the largest delay between members of a step.
     pub fn new(channels: BTreeMap<ChannelKey, Channel>, write_timeout: Duration) -> Self {
         Self {
-            made: Mutex::new(channels),
+            unused_channels: Mutex::new(channels),
             connect: None,
             groups: Mutex::default(),
             received: Mutex::default(),
@@ -120,35 +123,35 @@ impl Wire {
         }
     }
 
-    /// An engine that makes its connections when a group's member is first called.
+    /// An engine that creates the connections of a group's member at its first call.
     pub fn with_connector(connect: Box<Connect>, write_timeout: Duration) -> Self {
         Self { connect: Some(connect), ..Self::new(BTreeMap::new(), write_timeout) }
     }
 
-    /// Sets where all-reduces switch from tree to ring, in the unit of [`TREE_BYTES_MAX`], up to [`SCRATCH_BYTES`]. For
-    /// measurements and tests; must be the same on all members.
+    /// Sets the size at which all-reduces switch from tree to ring, in the unit of [`TREE_BYTES_MAX`], up to
+    /// [`SCRATCH_BYTES`]. For measurements and tests; must be the same on all members.
     pub fn set_tree_bytes_max(&self, bytes: usize) {
         self.tree_bytes_max.store(bytes.min(SCRATCH_BYTES), Ordering::Relaxed);
     }
 
     fn channel(&self, group: &Group, member: usize, peer: usize) -> io::Result<Channel> {
-        let made = lock(&self.made).remove(&(group.id, member, peer));
-        match (made, &self.connect) {
+        let existing = lock(&self.unused_channels).remove(&(group.id, member, peer));
+        match (existing, &self.connect) {
             (Some(channel), _) => Ok(channel),
             (None, Some(connect)) => connect(group, member, peer),
-            (None, None) => Err(io::Error::other("no channel was made")),
+            (None, None) => Err(io::Error::other("no channel exists")),
         }
     }
 
-    /// The member's state; its links are set up at its first call.
-    fn member(&self, call: &CollectiveCall) -> Result<(Arc<Mutex<Member>>, Arc<Stop>), KernelError> {
+    /// Returns the member's state. The first call creates its links.
+    fn member(&self, call: &CollectiveCall) -> Result<(Arc<Mutex<Member>>, Arc<GroupStatus>), KernelError> {
         let (group, member) = (&call.group, call.member);
         let mut groups = lock(&self.groups);
-        let new_stop = || Arc::new(Stop::new(group.clone(), self.aborted.clone()));
-        let stop = groups.stops.entry(group.id).or_insert_with(new_stop).clone();
-        stop.check()?;
+        let new_status = || Arc::new(GroupStatus::new(group.clone(), self.aborted.clone()));
+        let status = groups.statuses.entry(group.id).or_insert_with(new_status).clone();
+        status.check()?;
         if let Some(found) = groups.members.get(&(group.id, member)) {
-            return Ok((found.clone(), stop));
+            return Ok((found.clone(), status));
         }
         let context = Context { group: group.clone(), member, digest: 0, text: String::new(), peer: None };
         let mut links: Vec<Option<Link>> = group.ranks.iter().map(|_| None).collect();
@@ -159,15 +162,16 @@ impl Wire {
             groups.channels.push(channel.clone());
             links[peer] = Some(Link::new(channel, peer));
         }
-        let port = Port::new(context, links, stop.clone(), self.write_timeout);
-        let made = Arc::new(Mutex::new(Member { port, scratch: vec![0.0; SCRATCH_BYTES / size_of::<f32>()] }));
-        groups.members.insert((group.id, member), made.clone());
-        Ok((made, stop))
+        let port = Port::new(context, links, status.clone(), self.write_timeout);
+        let created = Arc::new(Mutex::new(Member { port, scratch: vec![0.0; SCRATCH_BYTES / size_of::<f32>()] }));
+        groups.members.insert((group.id, member), created.clone());
+        Ok((created, status))
     }
 }
 
 impl Member {
-    /// Runs a call whose buffers were checked; returns the bytes that it took in from others, as `CollectiveKind` counts.
+    /// Runs a call whose buffers were checked. Returns the elements received from others, as defined by
+    /// `CollectiveKind`.
     fn run(
         &mut self,
         call: &CollectiveCall,
@@ -227,22 +231,22 @@ impl Collective for Wire {
         let peer = check_members(call)?;
         if peer == Some(call.member) {
             let got = format!("member {}", call.member);
-            return Err(KernelError::arguments(call.name(), "other side", "another member", got));
+            return Err(KernelError::arguments(call.name(), "peer", "a different member", got));
         }
-        let (member, stop) = self.member(call)?;
+        let (member, status) = self.member(call)?;
         let mut member = lock(&member);
-        stop.check()?;
+        status.check()?;
         let (digest, text) = agreement(call, reads, writes);
         (member.port.context.digest, member.port.context.text, member.port.context.peer) = (digest, text, peer);
         let checked = check_buffers(call, reads, writes).and_then(|()| View::words(call.name(), reads, writes));
         let mut words = match checked {
             Ok(words) => words,
             Err(error) => {
-                // The others are told that this member could not join.
+                // The other members receive this member's error.
                 let expected = "buffers that fit the call".to_owned();
                 let got = format!("{} ({error})", member.port.context.text);
                 let (group, at) = (call.group.id, call.member);
-                member.port.give_up(KernelError::CollectiveMismatch { group, member: at, expected, got });
+                member.port.fail(KernelError::CollectiveMismatch { group, member: at, expected, got });
                 return Err(error);
             }
         };
@@ -256,7 +260,7 @@ impl Collective for Wire {
                     (taken * size_of::<f32>()) as u64;
                 Ok(())
             }
-            Err(error) => Err(member.port.give_up(error)),
+            Err(error) => Err(member.port.fail(error)),
         }
     }
 
@@ -264,13 +268,13 @@ impl Collective for Wire {
         if self.aborted.set(KernelError::Aborted { cause: cause.to_owned() }).is_err() {
             return;
         }
-        // Whoever sets up links holds this lock, and looks for an abort before it takes it again.
+        // `member` holds this lock while it creates links, and checks for an abort before each later call.
         lock(&self.groups).channels.iter().for_each(|channel| channel.shutdown(Shutdown::Both));
-        lock(&self.made).values().for_each(|channel| channel.shutdown(Shutdown::Both));
+        lock(&self.unused_channels).values().for_each(|channel| channel.shutdown(Shutdown::Both));
     }
 
     fn waits(&self) -> Vec<MemberWait> {
-        lock(&self.groups).stops.values().flat_map(|stop| stop.waits()).collect()
+        lock(&self.groups).statuses.values().flat_map(|status| status.waits()).collect()
     }
 
     fn bytes_received(&self, rank: usize) -> u64 {
@@ -278,7 +282,7 @@ impl Collective for Wire {
     }
 }
 
-/// What all who take part in a call must agree on, as a hash and as text. Buffers need not fit.
+/// What all members of a call must agree on, as a hash and as text. The buffers need not fit.
 pub(super) fn agreement<'a>(call: &CollectiveCall, reads: &[View<'a>], writes: &[View<'a>]) -> (u64, String) {
     let shape = |view: Option<&View<'a>>| view.map_or(&[][..], |view| view.shape());
     let view = reads.iter().chain(writes).next();
@@ -286,7 +290,7 @@ pub(super) fn agreement<'a>(call: &CollectiveCall, reads: &[View<'a>], writes: &
     let mut hash = Fnv::default();
     let transfer = |from: usize, to: usize| ("transfer", from, to, dtype, view.map(|view| view.shape()));
     match &call.kind {
-        // The two sides agree on the one thing that both see.
+        // Sender and receiver agree on the transfer, which both see.
         CollectiveKind::Send { to } => transfer(call.member, *to).hash(&mut hash),
         CollectiveKind::Receive { from } => transfer(*from, call.member).hash(&mut hash),
         _ => Terms::of(call, shape(reads.first()), shape(writes.first()), dtype).hash(&mut hash),

@@ -1,9 +1,9 @@
-//! Collectives of one to four devices: results to the bit, bytes counted, disagreement, abort.
+//! Collectives of one to four devices: bit-exact results, byte counts, disagreements, aborts.
 
 use std::sync::Arc;
 use std::thread;
 
-use super::{Notices, Numbers, Report, flat, run_program, wait};
+use super::{Notifications, Numbers, Report, flat, run_program, wait};
 use crate::clock::RaceClock;
 use crate::collective::{CollectiveCall, CollectiveKind, Group, ReduceOp};
 use crate::device::Device;
@@ -23,32 +23,33 @@ struct Member {
 /// Bytes of a member's arena.
 pub(super) const ARENA_BYTES: usize = 1 << 20;
 
-/// Of so many devices with ranks from 0, makes those of this process, in order, each with an arena of [`ARENA_BYTES`], on a
-/// fresh engine.
+/// Creates those devices of this process, in order, among the given number of devices with ranks from 0; each with an
+/// arena of [`ARENA_BYTES`], on a new engine.
 pub(super) type Make<'a> = dyn Fn(usize) -> Result<Vec<(Device, Arena)>, KernelError> + 'a;
 
-/// In which order an engine adds up.
+/// The order in which an engine sums.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum SummationOrder {
-    /// That of [`Group`], to the bit.
+    /// The order of [`Group`], bit-exact.
     InOrder,
-    /// Any; sums are right within rounding.
+    /// Any order; sums are correct within rounding.
     InAnyOrder,
 }
 
-/// Groups that are called on one set of devices, with ids from 1, in turn. NCCL takes a good part of a second for each.
+/// Number of groups, with ids from 1, that one set of devices calls in turn. NCCL needs a large part of a second for
+/// each.
 pub(super) const GROUPS: u32 = 4;
 
-/// A shape that no engine takes for a small one.
+/// A shape for which no engine uses its path for small tensors.
 const LARGE: [usize; 2] = [101, 203];
 
-/// Where y lies, behind x.
+/// Offset of y, after x.
 const Y: usize = 1 << 17;
 
-/// Where the workspace lies, if the device asks for one.
+/// Offset of the workspace, if the device needs one.
 const WORKSPACE: usize = 1 << 18;
 
-/// What one member brings, and what it should get.
+/// The input and the expected result of one member.
 struct Role {
     x: HostTensor,
     y_shape: Vec<usize>,
@@ -57,28 +58,29 @@ struct Role {
     bytes: usize,
 }
 
-/// What is asked of an engine.
-pub(super) struct Demands {
+/// The properties of an engine that the suite checks.
+pub(super) struct EngineRequirements {
     /// Members of the largest groups.
     pub(super) members_max: usize,
     pub(super) sums: SummationOrder,
-    /// No other process has members. Where some do there are no aborts, since what an abort leaves cannot be gone on with.
-    pub(super) all_here: bool,
-    /// Members that call different things are told.
+    /// No other process has members. With several processes the suite tests no aborts, since nothing can run after an
+    /// abort.
+    pub(super) single_process: bool,
+    /// The engine reports members that make different calls.
     pub(super) compares_calls: bool,
-    /// Groups may be called in another order by each member, on streams of their own.
+    /// Each member may call the groups in a different order, on separate streams.
     pub(super) any_order: bool,
 }
 
-impl Demands {
+impl EngineRequirements {
     pub(super) fn of(members_max: usize, sums: SummationOrder) -> Self {
-        Self { members_max, sums, all_here: true, compares_calls: true, any_order: true }
+        Self { members_max, sums, single_process: true, compares_calls: true, any_order: true }
     }
 }
 
-/// All checks.
-pub(super) fn run(report: &mut Report, make: &Make<'_>, demands: &Demands) {
-    let Demands { members_max, sums, all_here, compares_calls, any_order } = *demands;
+/// Runs all checks.
+pub(super) fn run(report: &mut Report, make: &Make<'_>, requirements: &EngineRequirements) {
+    let EngineRequirements { members_max, sums, single_process, compares_calls, any_order } = *requirements;
     for n in 1..=members_max {
         let members = match members(make, n) {
             Ok(members) => members,
@@ -100,7 +102,7 @@ pub(super) fn run(report: &mut Report, make: &Make<'_>, demands: &Demands) {
     if members_max >= 3 && compares_calls {
         disagreements(report, make);
     }
-    if members_max >= 2 && all_here {
+    if members_max >= 2 && single_process {
         aborts(report, make);
     }
 }
@@ -111,16 +113,16 @@ fn members(make: &Make<'_>, n: usize) -> Result<Vec<Member>, KernelError> {
     make(n)?.into_iter().map(member).collect()
 }
 
-/// As [`super::submit`], from a thread of its own: engines count on it that no thread calls for two members, which might wait
+/// [`super::submit`] from a separate thread: engines rely on that no thread submits for two members, which might wait
 /// for each other.
-fn submit(stream: &Stream, program: Program, arenas: &[&Arena], repeat: bool) -> Result<Notices, KernelError> {
+fn submit(stream: &Stream, program: Program, arenas: &[&Arena], repeat: bool) -> Result<Notifications, KernelError> {
     let clock = RaceClock::capture();
     let submit = || {
         clock.join();
         super::submit(stream, program, arenas, repeat)
     };
     let submitted = thread::scope(|scope| scope.spawn(submit).join());
-    submitted.unwrap_or_else(|_| Err(KernelError::Aborted { cause: "submitting panicked".to_owned() }))
+    submitted.unwrap_or_else(|_| Err(KernelError::Aborted { cause: "submit panicked".to_owned() }))
 }
 
 fn launch(
@@ -148,16 +150,16 @@ fn with_workspace(device: &Device, offset: usize, mut launch: Launch) -> Launch 
 
 struct Suite<'a> {
     report: &'a mut Report,
-    /// Members of groups.
+    /// Number of members of each group.
     n: usize,
-    /// Those of this process.
+    /// The members of this process.
     members: &'a [Member],
     numbers: Numbers,
     group: u32,
     sums: SummationOrder,
 }
 
-/// The even, the uneven and the empty splits of a dim, and blocks of two dims.
+/// Even, uneven and empty splits of a dim.
 fn splits(shape: &[usize], n: usize) -> Vec<Vec<Region>> {
     let mut all = Vec::new();
     for dim in 0..shape.len() {
@@ -169,7 +171,7 @@ fn splits(shape: &[usize], n: usize) -> Vec<Vec<Region>> {
         };
         all.push((0..n).map(part).collect());
     }
-    // All on the last member.
+    // The last member has everything.
     let mut parts = vec![Region { start: vec![0; shape.len()], size: vec![0; shape.len()] }; n];
     parts[n - 1] = Region::whole(shape);
     all.push(parts);
@@ -181,8 +183,8 @@ fn cut(whole: &[f32], shape: &[usize], region: &Region) -> Vec<f32> {
     (0..region.element_count()).map(|index| whole[flat(index, region, shape)]).collect()
 }
 
-/// What `owner` owns, in f32 and in the order that every engine must keep: the member after the owner first, the owner
-/// last.
+/// The part of `owner`, in f32 and in the order that every engine must keep: the member after the owner first, the
+/// owner last.
 fn combine(op: ReduceOp, owner: usize, members: &[Vec<f32>]) -> Vec<f32> {
     let n = members.len();
     let mut sum = members[(owner + 1) % n].clone();
@@ -202,8 +204,8 @@ impl Suite<'_> {
         self.numbers.tensor(&[elements], 1.0).as_f32().unwrap_or_default().to_vec()
     }
 
-    /// What a sum may be off by: each of two orders rounds n - 1 times, by half an EPSILON of at most n, since no value is
-    /// larger than 1.
+    /// Maximum error of a sum: each of two orders rounds n - 1 times, by half an EPSILON of at most n, since no value
+    /// is larger than 1.
     fn tolerance(&self, kind: &CollectiveKind) -> f32 {
         match kind {
             CollectiveKind::AllReduce { op: ReduceOp::Sum }
@@ -216,7 +218,7 @@ impl Suite<'_> {
         }
     }
 
-    /// All members, as the group whose turn it is.
+    /// A group of all members, with the next id.
     fn next_group(&mut self) -> Arc<Group> {
         self.group = self.group % GROUPS + 1;
         Arc::new(Group { id: self.group, ranks: (0..self.n).collect() })
@@ -271,7 +273,7 @@ impl Suite<'_> {
             }
             let after = member.arena.read_host(Y + 4 * element_count(&role.y_shape), &[1], DType::F32)?;
             let untouched = after.as_f32().is_some_and(|after| after[0].is_nan());
-            self.report.expect(&check, untouched, "wrote behind y");
+            self.report.expect(&check, untouched, "wrote past the end of y");
             let bytes = received(member) - bytes_before;
             self.report.expect(
                 &check,
@@ -343,18 +345,18 @@ impl Suite<'_> {
                     self.check(CollectiveKind::AllToAll { sources: sources.clone(), targets }, &roles);
                 }
             }
-            // Everybody has everything: nothing moves.
-            let everything = vec![Region::whole(&shape); n];
+            // Every member has the whole tensor: nothing is transferred.
+            let whole_regions = vec![Region::whole(&shape); n];
             for targets in splits(&shape, n) {
                 let role = |target: &Region| Role {
-                    x: x(&everything[0]),
+                    x: x(&whole_regions[0]),
                     y_shape: target.size.clone(),
                     in_place: false,
                     expected: cut(&whole, &shape, target),
                     bytes: 0,
                 };
                 let roles: Vec<_> = targets.iter().map(role).collect();
-                self.check(CollectiveKind::AllToAll { sources: everything.clone(), targets }, &roles);
+                self.check(CollectiveKind::AllToAll { sources: whole_regions.clone(), targets }, &roles);
             }
         }
     }
@@ -395,7 +397,8 @@ impl Suite<'_> {
         }
     }
 
-    /// A ring in two rounds: messages between two members arrive in the order in which they were sent.
+    /// Two messages through a chain of members: messages between two members arrive in the order in which they were
+    /// sent.
     fn point_to_point(&mut self) {
         let n = self.n;
         if n < 2 {
@@ -447,7 +450,8 @@ impl Suite<'_> {
     }
 }
 
-/// Two groups over the same devices, on streams of their own, many rounds deep and submitted in opposite orders, where any will do.
+/// Two groups over the same devices, on separate streams, with many rounds, submitted in opposite orders if the engine
+/// allows any.
 fn concurrent(report: &mut Report, make: &Make<'_>, any_order: bool) -> Result<(), KernelError> {
     const ROUNDS: usize = 200;
     let [n, elements] = [3, 100];
@@ -471,7 +475,7 @@ fn concurrent(report: &mut Report, make: &Make<'_>, any_order: bool) -> Result<(
                 workspace: None,
             };
             let reduce = with_workspace(device, WORKSPACE + offset, reduce);
-            // Each round multiplies the sum by n; dividing keeps it the same.
+            // Each round multiplies the sum by n; the division keeps it constant.
             let op = Op::Scale { factor: 1.0 / n as f32 };
             let scale = Launch { op, writes: vec![x], workspace: None, ..reduce.clone() };
             let launches = (0..ROUNDS).flat_map(|_| [reduce.clone(), scale.clone()]).collect();
@@ -488,24 +492,26 @@ fn concurrent(report: &mut Report, make: &Make<'_>, any_order: bool) -> Result<(
     Ok(())
 }
 
-/// Members that call different things all learn of it.
+/// When members make different calls, all of them receive an error.
 fn disagreements(report: &mut Report, make: &Make<'_>) {
     let sum = || CollectiveKind::AllReduce { op: ReduceOp::Sum };
     let max = || CollectiveKind::AllReduce { op: ReduceOp::Max };
     let gather = || CollectiveKind::AllGather { parts: splits(&[6], 3).swap_remove(0) };
     let cases = [
-        ("another op", sum(), max(), [6, 6], [6, 6]),
-        ("another shape", sum(), sum(), [6, 6], [5, 5]),
-        ("another kind", sum(), gather(), [6, 6], [2, 6]),
+        ("a different op", sum(), max(), [6, 6], [6, 6]),
+        ("a different shape", sum(), sum(), [6, 6], [5, 5]),
+        ("a different kind", sum(), gather(), [6, 6], [2, 6]),
         ("buffers that do not fit", sum(), sum(), [6, 6], [6, 5]),
         ("a send", sum(), CollectiveKind::Send { to: 0 }, [6, 6], [6, 0]),
         ("a receive", sum(), CollectiveKind::Receive { from: 0 }, [6, 6], [0, 6]),
     ];
-    for (what, usual, odd, usual_shape, odd_shape) in cases {
-        // Whoever comes first: everybody has to be told.
+    for (what, common_kind, different_kind, common_shape, different_shape) in cases {
+        // Whichever member arrives first, all must receive the error.
         for odd_member in 0..3 {
             let check = format!("member {odd_member} of 3 calls {what}");
-            if odd_member == 0 && matches!(odd, CollectiveKind::Send { to: 0 } | CollectiveKind::Receive { from: 0 }) {
+            if odd_member == 0
+                && matches!(different_kind, CollectiveKind::Send { to: 0 } | CollectiveKind::Receive { from: 0 })
+            {
                 continue;
             }
             let result = members(make, 3).and_then(|members| {
@@ -513,7 +519,8 @@ fn disagreements(report: &mut Report, make: &Make<'_>) {
                 let mut ends = Vec::new();
                 for member in &members {
                     let i = member.device.rank();
-                    let (kind, [x, y]) = if i == odd_member { (&odd, odd_shape) } else { (&usual, usual_shape) };
+                    let (kind, [x, y]) =
+                        if i == odd_member { (&different_kind, different_shape) } else { (&common_kind, common_shape) };
                     let call = CollectiveCall { group: group.clone(), member: i, kind: kind.clone() };
                     let x = HostTensor::f32(&[x], vec![1.0; x]);
                     let reads = (!matches!(kind, CollectiveKind::Receive { .. })).then_some(&x);
@@ -525,16 +532,16 @@ fn disagreements(report: &mut Report, make: &Make<'_>) {
                 }
                 Ok(ends.iter().map(wait).collect::<Vec<_>>())
             });
-            let told = |result: &Result<(), KernelError>| {
+            let is_mismatch = |result: &Result<(), KernelError>| {
                 matches!(result, Err(KernelError::CollectiveMismatch { .. } | KernelError::Arguments { .. }))
             };
-            let all_told = result.as_ref().is_ok_and(|results| results.iter().all(told));
-            report.expect(&check, all_told, format!("{result:?}"));
+            let all_report = result.as_ref().is_ok_and(|results| results.iter().all(is_mismatch));
+            report.expect(&check, all_report, format!("{result:?}"));
         }
     }
 }
 
-/// An abort wakes whoever waits, and refuses whoever comes later.
+/// An abort wakes all waiting calls, and rejects later calls.
 fn aborts(report: &mut Report, make: &Make<'_>) {
     let kinds = [
         CollectiveKind::AllReduce { op: ReduceOp::Sum },
@@ -559,13 +566,13 @@ fn abort(report: &mut Report, check: &str, make: &Make<'_>, kind: CollectiveKind
     let launch = launch(&members[0].device, call, reads, writes);
     let program = Program { name: check.to_owned(), launches: vec![launch.clone()], signals: vec![(0, 1)] };
     let waiting = submit(&members[0].stream, program, &[&members[0].arena], false)?;
-    // The signal says that the stream has come to the collective.
-    let begun = waiting.recv_timeout(super::TIMEOUT).is_ok();
-    members[1].device.engine().abort("the test says so");
+    // The signal is sent when the stream has reached the collective.
+    let started = waiting.recv_timeout(super::TIMEOUT).is_ok();
+    members[1].device.engine().abort("aborted by the test");
     members[1].device.engine().abort("a later cause");
-    let expected = Err(KernelError::Aborted { cause: "the test says so".to_owned() });
+    let expected = Err(KernelError::Aborted { cause: "aborted by the test".to_owned() });
     let first = wait(&waiting);
     let later = run_program(&members[0].stream, vec![launch], &[&members[0].arena], false);
-    report.expect(check, begun && first == expected && later == expected, format!("{first:?}, then {later:?}"));
+    report.expect(check, started && first == expected && later == expected, format!("{first:?}, then {later:?}"));
     Ok(())
 }

@@ -1,4 +1,4 @@
-//! What is infinite or no number, indices that no table has, and which elements dropout keeps: the same on all backends.
+//! Inf and NaN inputs, invalid indices, and the elements that dropout keeps: the same on all backends.
 
 use std::hash::Hasher;
 
@@ -10,10 +10,10 @@ use crate::hash::Fnv;
 use crate::op::{Buffer, Launch, Op};
 use crate::tensor::{DType, HostTensor, element_count};
 
-/// Of values of about 1, some of them in BF16 on the way.
+/// Tolerance for values of about 1, some of them rounded to BF16 in between.
 const CLOSE: f64 = 2e-2;
 
-/// What no result is.
+/// A value that no result has.
 const UNWRITTEN: f32 = -7.0;
 
 pub(super) fn run(report: &mut Report, device: &Device) {
@@ -23,49 +23,49 @@ pub(super) fn run(report: &mut Report, device: &Device) {
     masks(report, device);
 }
 
-/// The same number, or none on both sides.
-fn same(got: f32, expected: f64, tolerance: f64) -> bool {
+/// Whether both are close, equal, or NaN.
+fn is_same(got: f32, expected: f64, tolerance: f64) -> bool {
     let got = f64::from(got);
     let close = expected.is_finite() && (got - expected).abs() <= tolerance * (1.0 + expected.abs());
     close || got == expected || got.is_nan() && expected.is_nan()
 }
 
-/// The maximum of a row, in which what is no number has no part, and its sum of exponentials, which shows that; by
-/// neighbours, which a device may do in one, and apart.
+/// The row maximum, which ignores NaN, and the sum of exponentials, which propagates it; as consecutive launches of one
+/// program, which a device may fuse, and as separate programs.
 fn rows(report: &mut Report, device: &Device) {
     const NAN: f32 = f32::NAN;
-    const INFINITE: f32 = f32::INFINITY;
+    const INFINITY: f32 = f32::INFINITY;
     let mut numbers = Numbers { state: 5, halves: true };
     let special = [
-        // Nothing but minus infinities; no number among them; infinity; both infinities; numbers behind and before.
-        [-INFINITE; 7],
-        [NAN, 1.0, -INFINITE, -INFINITE, -INFINITE, -INFINITE, 2.0],
-        [INFINITE, -INFINITE, -INFINITE, -INFINITE, -INFINITE, -INFINITE, -INFINITE],
-        [INFINITE, 1.0, -INFINITE, -INFINITE, -INFINITE, -INFINITE, NAN],
-        [1.0, 2.0, -INFINITE, 0.0, 0.0, 0.0, 3.0],
-        [3.0, -INFINITE, -INFINITE, -INFINITE, -INFINITE, -INFINITE, NAN],
+        // Only -Inf; no finite value; Inf; Inf, -Inf and NaN; finite values around -Inf; a finite value, -Inf and NaN.
+        [-INFINITY; 7],
+        [NAN, 1.0, -INFINITY, -INFINITY, -INFINITY, -INFINITY, 2.0],
+        [INFINITY, -INFINITY, -INFINITY, -INFINITY, -INFINITY, -INFINITY, -INFINITY],
+        [INFINITY, 1.0, -INFINITY, -INFINITY, -INFINITY, -INFINITY, NAN],
+        [1.0, 2.0, -INFINITY, 0.0, 0.0, 0.0, 3.0],
+        [3.0, -INFINITY, -INFINITY, -INFINITY, -INFINITY, -INFINITY, NAN],
     ];
     let mut cases = vec![HostTensor::f32(&[special.len(), 7], special.concat())];
-    // Of whole vectors, with what is odd in each place of them in turn.
-    for odd in [NAN, INFINITE, -INFINITE] {
+    // Whole vectors, with the special value in each position of them.
+    for special_value in [NAN, INFINITY, -INFINITY] {
         let mut values = numbers.tensor(&[16, 64], 4.0).as_f32().unwrap_or_default().to_vec();
-        (0..16).for_each(|row| values[row * 64 + 32 + row] = odd);
+        (0..16).for_each(|row| values[row * 64 + 32 + row] = special_value);
         cases.push(HostTensor::f32(&[16, 64], values));
     }
     for shape in [[1, 1], [3, 0], [65, 17], [4, 3001], [9, 512]] {
         cases.push(numbers.tensor(&shape, 40.0));
     }
     for logits in cases {
-        for (half, apart) in [(false, false), (false, true), (true, false), (true, true)] {
-            rows_of(report, device, &logits, half, apart);
+        for (half, separate) in [(false, false), (false, true), (true, false), (true, true)] {
+            rows_of(report, device, &logits, half, separate);
         }
     }
 }
 
-fn rows_of(report: &mut Report, device: &Device, logits: &HostTensor, half: bool, apart: bool) {
+fn rows_of(report: &mut Report, device: &Device, logits: &HostTensor, half: bool, separate: bool) {
     let (rows, width) = (logits.shape[0], logits.shape[1]);
-    let how = [if half { " in BF16" } else { "" }, if apart { ", apart" } else { "" }].concat();
-    let check = format!("maximum and sum of {rows} rows of {width}{how}");
+    let variant = [if half { " in BF16" } else { "" }, if separate { ", separate programs" } else { "" }].concat();
+    let check = format!("maximum and sum of {rows} rows of {width}{variant}");
     let values = logits.as_f32().unwrap_or_default();
     let typed = if half { HostTensor::bf16(&logits.shape, values) } else { logits.clone() };
     let targets = HostTensor::i32(&[rows], (0..rows).map(|row| (7 * row % (width + 9)) as i32).collect());
@@ -84,13 +84,16 @@ fn rows_of(report: &mut Report, device: &Device, logits: &HostTensor, half: bool
         let arena = layout.arena(device).map_err(text)?;
         arena.write_host(x.offset, &typed).map_err(text)?;
         arena.write_host(indices.offset, &targets).map_err(text)?;
-        // NaN may be right here.
+        // NaN may be correct here.
         let poison = HostTensor::f32(&[rows], vec![UNWRITTEN; rows]);
-        [&max, &sum, &chosen].into_iter().try_for_each(|made| arena.write_host(made.offset, &poison)).map_err(text)?;
-        let mut programs = launches.chunks(if apart { 1 } else { 2 });
+        [&max, &sum, &chosen]
+            .into_iter()
+            .try_for_each(|write| arena.write_host(write.offset, &poison))
+            .map_err(text)?;
+        let mut programs = launches.chunks(if separate { 1 } else { 2 });
         programs.try_for_each(|part| run_program(&stream, part.to_vec(), &[&arena], false)).map_err(text)?;
         layout.check_fences(&arena)?;
-        let read = |made: &Buffer| arena.read_host(made.offset, &made.shape, made.dtype).map_err(text);
+        let read = |write: &Buffer| arena.read_host(write.offset, &write.shape, write.dtype).map_err(text);
         Ok::<_, String>([read(&max)?, read(&sum)?, read(&chosen)?])
     };
     let [maxima, sums, chosen] = match got() {
@@ -103,19 +106,20 @@ fn rows_of(report: &mut Report, device: &Device, logits: &HostTensor, half: bool
         let max = logits.iter().copied().fold(f64::NEG_INFINITY, f64::max);
         let sum: f64 = logits.iter().map(|logit| (logit - max).exp()).sum();
         let target = (7 * row % (width + 9)).checked_sub(4).and_then(|column| logits.get(column)).unwrap_or(&0.0);
-        let good = same(maxima[row], max, 0.0) && same(sums[row], sum, 2e-5) && same(chosen[row], *target, 0.0);
+        let is_correct =
+            is_same(maxima[row], max, 0.0) && is_same(sums[row], sum, 2e-5) && is_same(chosen[row], *target, 0.0);
         let (expected, got) = ([max, sum, *target], [maxima[row], sums[row], chosen[row]]);
-        report.expect(&check, good, format!("row {row}: expected {expected:?}, got {got:?}"));
+        report.expect(&check, is_correct, format!("row {row}: expected {expected:?}, got {got:?}"));
     }
 }
 
-/// Keys that are infinitely far have no part, be they whole tiles; a query that is no number gives none.
+/// Keys at infinite distance have no influence, even if they fill whole tiles; a NaN query gives a NaN result.
 fn attention(report: &mut Report, device: &Device) {
     const SHAPE: [usize; 4] = [1, 80, 1, 8];
     let filled = |f: &dyn Fn(usize) -> f32| HostTensor::f32(&SHAPE, (0..640).map(|i| f(i / 8)).collect());
     let v = Numbers { state: 1, halves: true }.tensor(&SHAPE, 1.0);
     let q = filled(&|t| if t == 79 { f32::NAN } else { 1.0 });
-    // What a library makes of a tile in which no key has a part is its own affair; it writes BF16.
+    // The result of a library for a tile in which no key contributes is undefined; libraries write BF16.
     for (types, far, first) in [(Types::Floats, 66, 0), (Types::Widening, 66, 0), (Types::Halves, 10, 10 * 8)] {
         let k = filled(&|t| if t < far { f32::NEG_INFINITY } else { t as f32 / 64.0 });
         let [o, _] = exact::attention(&wide(&q), &wide(&k), &wide(&v), SHAPE, 0.3);
@@ -126,20 +130,20 @@ fn attention(report: &mut Report, device: &Device) {
             _ => HostTensor::f32(&SHAPE, unwritten),
         };
         let writes = [Initial::Values(o_before), Initial::Poison(vec![1, 1, 80])];
-        let check = format!("attention of odd scores, {types:?}");
+        let check = format!("attention of special scores, {types:?}");
         match (Trial { types, ..Trial::new(Op::Attention { scale: 0.3 }, &reads, &writes) }).launch(device) {
             Err(error) => report.fail(&check, error),
             Ok(got) => {
                 let got = got[0].to_f32().unwrap_or_default();
-                let wrong = (first..640).find(|&i| !same(got[i], o[i], CLOSE));
-                let told = wrong.map(|i| format!("element {i}: expected {}, got {}", o[i], got[i]));
-                report.expect(&check, told.is_none(), told.unwrap_or_default());
+                let mismatch = (first..640).find(|&i| !is_same(got[i], o[i], CLOSE));
+                let message = mismatch.map(|i| format!("element {i}: expected {}, got {}", o[i], got[i]));
+                report.expect(&check, message.is_none(), message.unwrap_or_default());
             }
         }
     }
 }
 
-/// The first index that no table has is told, and where it stands.
+/// The error reports the first invalid index and its position.
 fn indices(report: &mut Report, device: &Device) {
     let mut numbers = Numbers::default();
     let (table, logits, max) =
@@ -157,13 +161,15 @@ fn indices(report: &mut Report, device: &Device) {
         ] {
             let check = format!("{} of index {bad}", op.name());
             let got = Trial::new(op, &reads, &writes).launch(device);
-            let named = |error: &String| error.contains(&format!("index {bad} at position 601 is not in 0..20"));
-            report.expect(&check, got.as_ref().is_err_and(named), format!("{got:?}"));
+            let reports_index =
+                |error: &String| error.contains(&format!("index {bad} at position 601 is not in 0..20"));
+            report.expect(&check, got.as_ref().is_err_and(reports_index), format!("{got:?}"));
         }
     }
 }
 
-/// Dropout keeps the same elements on all backends, in all versions: a training goes on elsewhere with the same bits.
+/// Dropout keeps the same elements on all backends and in all versions: a training can continue elsewhere with the same
+/// bits.
 fn masks(report: &mut Report, device: &Device) {
     type Part<'a> = (&'a [usize], &'a [usize], &'a [usize], u64);
     let parts: [Part<'_>; 5] = [
@@ -186,7 +192,7 @@ fn masks(report: &mut Report, device: &Device) {
             }
         }
         let hash = hash.finish();
-        let told = format!("{start:?} of {shape:?}: {hash:#018x}, not {expected:#018x}");
-        report.expect("dropout's mask", hash == expected, told);
+        let message = format!("{start:?} of {shape:?}: {hash:#018x}, not {expected:#018x}");
+        report.expect("dropout's mask", hash == expected, message);
     }
 }

@@ -11,14 +11,14 @@ use crate::tensor::{HostTensor, Region, element_count, split_range};
 /// Flat sizes: none, one, around a vector's width, and enough for several threads.
 const SIZES: [usize; 8] = [0, 1, 3, 16, 17, 65, 1000, 70_003];
 
-/// What single-precision kernels reach on values of about 1.
+/// Tolerance of f32 kernels for values of about 1.
 const CLOSE: f64 = 2e-6;
 
-/// The same for long sums.
+/// Tolerance for long sums.
 const CLOSE_SUM: f64 = 2e-5;
 
-/// Elements of what is tried on skewed buffers, too.
-const SKEWED_MAX: usize = 5000;
+/// Number of elements below which launches are also tested on unaligned buffers.
+const UNALIGNED_ELEMENTS_MAX: usize = 5000;
 
 pub(super) fn run(report: &mut Report, device: &Device) {
     for types in [Types::Floats, Types::Halves, Types::Widening] {
@@ -32,7 +32,7 @@ pub(super) fn run(report: &mut Report, device: &Device) {
         suite.cross_entropies();
         if types == Types::Widening {
             suite.widening_dropout();
-            // The others change no type, or have been seen with all that they may have.
+            // The other ops do not convert, or were tested with all dtypes that they support.
             continue;
         }
         suite.embeddings();
@@ -42,12 +42,12 @@ pub(super) fn run(report: &mut Report, device: &Device) {
             suite.casts();
         } else {
             suite.optimizers();
-            suite.refusals();
+            suite.rejections();
         }
     }
 }
 
-/// Attention, in all types.
+/// Attention, with all dtypes.
 pub(super) fn run_attentions(report: &mut Report, device: &Device) {
     for types in [Types::Floats, Types::Halves, Types::Widening] {
         let numbers = Numbers { state: 1, halves: types != Types::Floats };
@@ -59,25 +59,26 @@ struct Suite<'a> {
     report: &'a mut Report,
     device: &'a Device,
     numbers: Numbers,
-    /// Of activations and their gradients.
+    /// Dtypes of activations and their gradients.
     types: Types,
 }
 
-/// A write's shape and what it should hold.
+/// A write's shape and its expected elements.
 type Expected = (Vec<usize>, Vec<f64>);
 
 impl Suite<'_> {
-    /// Launches over poison; and, where the op can accumulate, over values, with `repeat` (adds) and without (does not).
+    /// Launches on poisoned writes and, if the op can accumulate, on values, with `repeat` (adds) and without
+    /// (overwrites).
     fn check(&mut self, what: &str, op: Op, reads: &[HostTensor], expected: &[Expected], tolerance: f64) {
         let shapes: Vec<_> = reads.iter().map(|read| &read.shape).collect();
-        let check = format!("{} {what} {shapes:?}{}", op.name(), self.told());
+        let check = format!("{} {what} {shapes:?}{}", op.name(), self.suffix());
         let poison: Vec<Initial> = expected.iter().map(|(shape, _)| Initial::Poison(shape.clone())).collect();
         self.compare(&check, &self.trial(op.clone(), reads, &poison), expected, tolerance);
         let Some(sum) = op.can_accumulate() else { return };
         let before = self.numbers.tensor(&expected[sum].0, 1.0);
         let mut writes = poison;
         writes[sum] = Initial::Values(before.clone());
-        // A copy changes no type, and a sum is of type F32.
+        // A copy does not convert, and a sum has dtype F32.
         let types = if matches!(op, Op::Copy) { Types::Floats } else { self.types };
         let trial = Trial { accumulate: true, types, ..Trial::new(op, reads, &writes) };
         self.compare(&format!("{check}, first of a sum"), &trial, expected, tolerance);
@@ -86,8 +87,8 @@ impl Suite<'_> {
         self.compare(&format!("{check}, added"), &Trial { repeat: true, ..trial }, &added, tolerance);
     }
 
-    /// Shown with a launch.
-    fn told(&self) -> &'static str {
+    /// The suffix of check names for these dtypes.
+    fn suffix(&self) -> &'static str {
         match self.types {
             Types::Floats => "",
             Types::Halves => " in BF16",
@@ -99,15 +100,15 @@ impl Suite<'_> {
         Trial { types: self.types, ..Trial::new(op, reads, writes) }
     }
 
-    /// On buffers that begin anywhere, too, where that takes little time.
+    /// Also on unaligned buffers, if that takes little time.
     fn compare(&mut self, check: &str, trial: &Trial<'_>, expected: &[Expected], tolerance: f64) {
         let elements: usize = trial.reads.iter().map(|read| element_count(&read.shape)).sum();
-        for skewed in [false, true].into_iter().filter(|skewed| !skewed || elements < SKEWED_MAX) {
-            match (Trial { skewed, ..trial.clone() }).launch(self.device) {
+        for unaligned in [false, true].into_iter().filter(|unaligned| !unaligned || elements < UNALIGNED_ELEMENTS_MAX) {
+            match (Trial { unaligned, ..trial.clone() }).launch(self.device) {
                 Err(error) => self.report.fail(check, error),
                 Ok(got) => {
                     for (i, (got, (_, expected))) in got.iter().zip(expected).enumerate() {
-                        let check = format!("{check}, write {i}{}", if skewed { ", skewed" } else { "" });
+                        let check = format!("{check}, write {i}{}", if unaligned { ", unaligned" } else { "" });
                         self.report.close(&check, got, expected, tolerance);
                     }
                 }
@@ -115,11 +116,11 @@ impl Suite<'_> {
         }
     }
 
-    /// As `check` for one result of read 0's shape; and again for each read whose memory the result may take.
+    /// `check` for one result of read 0's shape; and again for each read whose memory the result may overwrite.
     fn check_in_place(&mut self, op: Op, reads: &[HostTensor], in_place: &[usize], expected: Vec<f64>, tolerance: f64) {
         let expected = [(reads[in_place[0]].shape.clone(), expected)];
         self.check("", op.clone(), reads, &expected, tolerance);
-        // Only what is of a read's type may take its memory.
+        // Only a write of the read's dtype may overwrite its memory.
         let in_place = if self.types == Types::Widening { &[] } else { in_place };
         for &read in in_place {
             let check = format!("{} in place of read {read}, {:?}", op.name(), reads[read].shape);
@@ -175,7 +176,7 @@ impl Suite<'_> {
             (vec![5, 7], vec![1, 2], vec![3, 4], vec![6, 4], vec![2, 0]),
             (vec![5, 7], vec![1, 0], vec![3, 7], vec![4, 7], vec![1, 0]),
             (vec![2, 3, 4], vec![0, 1, 3], vec![2, 2, 1], vec![2, 2, 2], vec![0, 0, 1]),
-            // All in whole vectors.
+            // Whole vectors only.
             (vec![3, 16, 24], vec![1, 8, 8], vec![2, 8, 16], vec![2, 16, 32], vec![0, 8, 16]),
             (vec![2, 3, 2, 3, 5], vec![0, 1, 1, 0, 2], vec![2, 2, 1, 2, 3], vec![2, 2, 2, 3, 4], vec![0, 0, 1, 1, 1]),
             (vec![3], vec![1], vec![0], vec![2], vec![2]),
@@ -193,7 +194,7 @@ impl Suite<'_> {
                     expected[to] = kept + wide(&x)[from];
                 }
                 let check = format!("copy_region {src:?} {dst:?} accumulate {accumulate} repeat {repeat}");
-                // A sum is of type F32, and so are then its terms.
+                // A sum has dtype F32, and so have its terms.
                 let before = match y.as_f32() {
                     Some(values) if self.types == Types::Halves && !accumulate => HostTensor::bf16(&y.shape, values),
                     _ => y.clone(),
@@ -283,7 +284,7 @@ impl Suite<'_> {
             let op = Op::EmbeddingGrad { vocab_start: start };
             self.check("", op, &[ids, dy], &[(vec![vocab, width], dtable)], CLOSE_SUM);
         }
-        // Three rows' ids, far apart among those of another shard.
+        // Ids of three rows, far apart among ids of another shard.
         const TOKENS: usize = 9000;
         let mut ids = vec![90; TOKENS];
         let places = [(0, 1), (255, 1), (256, 1), (2047, 0), (2048, 2), (2600, 1), (4095, 1), (8191, 0), (8999, 2)];
@@ -307,7 +308,7 @@ impl Suite<'_> {
             let leading = vec![1, rows];
             let expected = [(x.shape.clone(), y), (leading.clone(), mean.clone()), (leading.clone(), rstd.clone())];
             let op = Op::LayerNorm { eps: eps as f32 };
-            // A row of one element has no variance: its rstd is 316 and amplifies rounding.
+            // A row of one element has zero variance: its rstd is 316, which amplifies rounding errors.
             let tolerance = if width == 1 { 1e-4 } else { CLOSE_SUM };
             self.check("", op, &[x.clone(), weight.clone()], &expected, tolerance);
             let [dx, dweight] = exact::layer_norm_grad(&wide(&dy), &wide(&x), &wide(&weight), eps);
@@ -344,7 +345,7 @@ impl Suite<'_> {
             let lse_shape = vec![batch, heads, time];
             let expected = [(shape.to_vec(), o.clone()), (lse_shape.clone(), lse.clone())];
             let op = Op::Attention { scale: scale as f32 };
-            // Tensor cores take probabilities in BF16.
+            // Tensor cores read probabilities in BF16.
             let tolerance = if self.types == Types::Floats { CLOSE_SUM } else { BF16_ROUNDING };
             self.check("", op, &[q.clone(), k.clone(), v.clone()], &expected, tolerance);
             let grads = exact::attention_grad(&wide(&d_o), [&wide(&q), &wide(&k), &wide(&v)], shape, scale);
@@ -352,13 +353,13 @@ impl Suite<'_> {
                 |shape: &[usize], values: &[f64]| HostTensor::f32(shape, values.iter().map(|&v| v as f32).collect());
             let reads = [d_o, q, k, v, narrow(&shape, &o), narrow(&lse_shape, &lse)];
             let expected = grads.map(|grad| (shape.to_vec(), grad));
-            // What o loses by rounding, the gradients do too.
+            // The gradients inherit the rounding error of o.
             let tolerance = if self.types == Types::Floats { CLOSE_SUM } else { 0.02 };
             self.check("", Op::AttentionGrad { scale: scale as f32 }, &reads, &expected, tolerance);
         }
     }
 
-    /// Whole vocabularies, and vocabularies split over two shards whose parts are put together here.
+    /// Whole vocabularies, and vocabularies split over two shards whose results are combined here.
     fn cross_entropies(&mut self) {
         for (tokens, vocab) in [(0, 3), (1, 1), (3, 17), (17, 5), (65, 65), (600, 130), (1100, 3)] {
             let logits = self.numbers.tensor(&[tokens, vocab], 5.0);
@@ -447,11 +448,11 @@ impl Suite<'_> {
             HostTensor::f32(&[2, 2], vec![f32::INFINITY, (0.75 * squares) as f32, 1e38, (0.25 * squares) as f32]);
         let expected = [(vec![], vec![0.1]), (vec![], vec![1e21])];
         self.check("of a large norm", Op::ClipScale { max_norm: 1e20 }, &[sums], &expected, CLOSE);
-        self.update_is_guarded();
+        self.updates_with_a_norm_or_rate_that_is_not_finite();
     }
 
-    /// A norm that is no finite number makes a scale that changes nothing; so does such a learning rate.
-    fn update_is_guarded(&mut self) {
+    /// If the norm or the learning rate is not finite, the update changes nothing.
+    fn updates_with_a_norm_or_rate_that_is_not_finite(&mut self) {
         for bad in [f32::NAN, f32::INFINITY] {
             let sums = HostTensor::f32(&[2, 2], vec![1.0, 0.0, bad, bad]);
             let outs = [Initial::Poison(vec![]), Initial::Poison(vec![])];
@@ -459,7 +460,7 @@ impl Suite<'_> {
             self.report.expect(
                 "clip_scale",
                 got.first().is_some_and(|scale| wide(scale)[0].is_nan()),
-                "a scale for no norm",
+                "the scale is not NaN for a norm that is not finite",
             );
             for (rate, scale) in [(0.1, bad), (bad, 1.0)] {
                 let grad = HostTensor::f32(&[2], vec![bad, 1.0]);
@@ -468,7 +469,7 @@ impl Suite<'_> {
                 let state = [1.0f32, 2.0, 3.0].map(|v| Initial::Values(HostTensor::f32(&[2], vec![v, -v])));
                 let got = self.launch("adamw", op, &reads, &state).unwrap_or_default();
                 let kept = got.iter().flat_map(wide).eq([1.0, -1.0, 2.0, -2.0, 3.0, -3.0]);
-                self.report.expect("adamw", kept, "an update that is called off changes something");
+                self.report.expect("adamw", kept, "a skipped update changes values");
             }
         }
     }
@@ -516,14 +517,14 @@ impl Suite<'_> {
         let check = format!("dropout {p} of {:?} at {start:?} in {shape:?}", x.shape);
         let got = self.launch(&check, op.clone(), &reads, &writes).unwrap_or_default();
         let in_place = self.launch(&check, op, &reads, &[Initial::Read(0)]).unwrap_or_default();
-        self.report.expect(&check, got == in_place, "in place gives another result");
+        self.report.expect(&check, got == in_place, "the result in place differs");
         match got.into_iter().next() {
             Some(tensor) => tensor.to_f32().unwrap_or_default(),
             None => vec![],
         }
     }
 
-    /// The mask does not depend on types, and F32 holds whatever BF16 does.
+    /// The mask does not depend on dtypes, and F32 can represent every BF16 value.
     fn widening_dropout(&mut self) {
         let (reads, writes) =
             ([self.numbers.tensor(&[3, 70], 1.0), HostTensor::i32(&[2], vec![5, 0])], [Initial::Poison(vec![3, 70])]);
@@ -534,7 +535,7 @@ impl Suite<'_> {
         self.report.expect("dropout of BF16 to F32", same, format!("{widening:?}, of F32 {floats:?}"));
     }
 
-    /// To BF16 and back, with what is rounded up, down and to even; and what is not accepted.
+    /// Casts to BF16 and back, with values that round up, down and to even; and launches that must be rejected.
     fn casts(&mut self) {
         let one_ulp = 2f32.powi(-7);
         let cases = [
@@ -624,32 +625,32 @@ impl Suite<'_> {
             let same = other.iter().zip(&whole).filter(|(a, b)| a == b).count() as f64 / n;
             let expected = q * q + (1.0 - q) * (1.0 - q);
             self.report.expect(
-                &format!("dropout with another {what}"),
+                &format!("dropout with a different {what}"),
                 (same - expected).abs() < 0.03,
                 format!("{same} of the mask is the same, expected {expected}"),
             );
         }
         let x = self.numbers.tensor(&[5], 1.0);
         let got = self.dropout(&x, (0.0, 1), [1, 0], (&[5], &[0], 0));
-        self.report.expect("dropout of nothing", Some(&got[..]) == x.as_f32(), "changes x");
+        self.report.expect("dropout with p = 0", Some(&got[..]) == x.as_f32(), "x was changed");
         let got = self.dropout(&x, (1.0, 1), [1, 0], (&[5], &[0], 0));
-        self.report.expect("dropout of all", got == [0.0; 5], "keeps something");
+        self.report.expect("dropout with p = 1", got == [0.0; 5], "an element was kept");
     }
 
-    /// What no backend may accept.
-    fn refusals(&mut self) {
+    /// Launches that every backend must reject.
+    fn rejections(&mut self) {
         let x = self.numbers.tensor(&[2, 3], 1.0);
         let ids = HostTensor::i32(&[2], vec![1, -1]);
         let far = HostTensor::i32(&[2], vec![1, 2]);
         let poison = |shape: &[usize]| Initial::Poison(shape.to_vec());
         let einsum = Einsum { a: "mk".to_owned(), b: "kn".to_owned(), out: "mn".to_owned() };
         let cases: Vec<(&str, Op, Vec<HostTensor>, Vec<Initial>)> = vec![
-            ("a read too few", Op::Add, vec![x.clone()], vec![poison(&[2, 3])]),
+            ("a missing read", Op::Add, vec![x.clone()], vec![poison(&[2, 3])]),
             ("shapes that differ", Op::Gelu, vec![x.clone()], vec![poison(&[2, 4])]),
             ("integers", Op::Gelu, vec![ids.clone()], vec![poison(&[2])]),
             ("inner extents that differ", Op::Einsum(einsum), vec![x.clone(), x.clone()], vec![poison(&[2, 3])]),
             ("a negative id", Op::Embedding { vocab_start: 0, vocab: 2 }, vec![ids, x.clone()], vec![poison(&[2, 3])]),
-            // It may not pass for another shard's, which would give zeros.
+            // It must not be treated as an id of another shard, which would return zeros.
             (
                 "an id outside the table",
                 Op::Embedding { vocab_start: 0, vocab: 2 },
@@ -660,11 +661,11 @@ impl Suite<'_> {
         ];
         for (what, op, reads, writes) in cases {
             let accepted = Trial::new(op.clone(), &reads, &writes).launch(self.device).is_ok();
-            self.report.expect(&format!("{} refuses {what}", op.name()), !accepted, "accepted");
+            self.report.expect(&format!("{} rejects {what}", op.name()), !accepted, "accepted");
         }
         let (reads, writes) = ([x], [poison(&[2, 3])]);
         let trial = Trial { accumulate: true, ..Trial::new(Op::Gelu, &reads, &writes) };
-        self.report.expect("gelu refuses to accumulate", trial.launch(self.device).is_err(), "accepted");
+        self.report.expect("gelu rejects accumulate", trial.launch(self.device).is_err(), "accepted");
     }
 }
 

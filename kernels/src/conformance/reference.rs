@@ -1,6 +1,6 @@
-//! Plain f64 versions of the ops, as the papers write them.
+//! Plain f64 versions of the ops, as defined in the papers.
 
-/// `erf`, by its series for small and by a continued fraction for large arguments; about 1e-15.
+/// `erf`, by its series for small and by a continued fraction for large arguments; error about 1e-15.
 pub(super) fn erf(x: f64) -> f64 {
     if x < 0.0 {
         return -erf(-x);
@@ -25,11 +25,11 @@ pub(super) fn gelu(x: f64) -> f64 {
 /// Central difference of a scalar function.
 pub(super) fn derivative(f: impl Fn(f64) -> f64, x: f64) -> f64 {
     let h = 1e-4;
-    // Fourth order, so that f64's rounding and the step's error are both far below f32's.
+    // Fourth order, so that f64 rounding and the step error are both far below f32 precision.
     (8.0 * (f(x + h) - f(x - h)) - (f(x + 2.0 * h) - f(x - 2.0 * h))) / (12.0 * h)
 }
 
-/// What the analytic gradients below are checked with: the gradient of `loss` at `x`, by central differences.
+/// The gradient of `loss` at `x` by central differences, to check the analytic gradients below.
 #[cfg(test)]
 fn gradient(loss: impl Fn(&[f64]) -> f64, x: &[f64]) -> Vec<f64> {
     let mut point = x.to_vec();
@@ -181,7 +181,7 @@ mod tests {
     }
 
     #[test]
-    fn erf_has_its_known_values() {
+    fn erf_matches_known_values() {
         assert_close(
             &[erf(0.5), erf(1.0), erf(-2.0), erf(3.5)],
             &[0.520_499_877_813_046_5, 0.842_700_792_949_714_9, -0.995_322_265_018_952_7, 0.999_999_256_901_627_7],

@@ -1,4 +1,4 @@
-//! Streams, events, signals, contained failures, memory.
+//! Streams, events, signals, failures of single programs, memory.
 
 use std::sync::Arc;
 use std::sync::Mutex;
@@ -67,7 +67,7 @@ impl CustomKernel for Mixed {
             y[0] = a[0] + b[0] as f32;
             return Ok(());
         }
-        Err(KernelError::Custom { name: "mixed".to_owned(), message: "other arguments".to_owned() })
+        Err(KernelError::Custom { name: "mixed".to_owned(), message: "unexpected arguments".to_owned() })
     }
 }
 
@@ -83,7 +83,7 @@ fn fill(value: f32, buffer: Buffer) -> Launch {
     launch(Op::Fill { value }, &[], &[buffer])
 }
 
-/// What is wrong, if anything.
+/// Returns a description of the failure, if any.
 type Check = fn(&Device) -> Result<(), String>;
 
 pub(super) fn run(report: &mut Report, device: &Device) {
@@ -92,8 +92,8 @@ pub(super) fn run(report: &mut Report, device: &Device) {
         ("events", events),
         ("signals", signals),
         ("finite", finite),
-        ("contained failures", failures),
-        ("refused buffers", refused_buffers),
+        ("failures of single programs", failures),
+        ("invalid buffers", invalid_buffers),
         ("custom kernels", custom),
         ("memory", memory),
     ];
@@ -121,7 +121,7 @@ fn ensure(holds: bool, what: &str) -> Result<(), String> {
     if holds { Ok(()) } else { Err(what.to_owned()) }
 }
 
-/// Submissions follow each other, and so do launches; `synchronize` waits for all.
+/// Submissions run in order, and so do launches; `synchronize` waits for all of them.
 fn order(device: &Device) -> Result<(), String> {
     let (stream, arena) = make(device, 128)?;
     let mut ends = Vec::new();
@@ -140,7 +140,7 @@ fn order(device: &Device) -> Result<(), String> {
     expect_floats(&arena, 0, &[1225.0; 4])
 }
 
-/// Work behind another stream's event waits for it.
+/// Work after a wait for another stream's event starts only once the event is set.
 fn events(device: &Device) -> Result<(), String> {
     let (first, arena) = make(device, 128)?;
     let (second, _) = make(device, 0)?;
@@ -153,8 +153,8 @@ fn events(device: &Device) -> Result<(), String> {
     let copy = launch(Op::Copy, &[floats(0, 0, &[2])], &[floats(0, 64, &[2])]);
     let consumer = submit(&second, program(vec![copy]), &[&arena], false).map_err(text)?;
     let after = second.record();
-    ensure(!event.query() && !after.query(), "an event was set before the work in front of it")?;
-    ensure(consumer.try_recv().is_err(), "work behind an event did not wait")?;
+    ensure(!event.query() && !after.query(), "an event was set before the work recorded before it finished")?;
+    ensure(consumer.try_recv().is_err(), "work after an event did not wait")?;
     open.send(RaceClock::capture()).map_err(text)?;
     wait(&producer).map_err(text)?;
     wait(&consumer).map_err(text)?;
@@ -163,29 +163,30 @@ fn events(device: &Device) -> Result<(), String> {
     expect_floats(&arena, 64, &[3.0, 3.0])
 }
 
-/// A signal comes when the launches before it are done, and before those after it.
+/// A signal is sent after the launches before it have finished, and before those after it.
 fn signals(device: &Device) -> Result<(), String> {
     let (stream, arena) = make(device, 64)?;
     let (open, wait_for_gate) = gate();
     let launches = vec![fill(1.0, floats(0, 0, &[1])), wait_for_gate, fill(2.0, floats(0, 0, &[1]))];
     let program = Program { name: "signals".to_owned(), launches, signals: vec![(0, 7), (1, 8), (1, 9), (3, 10)] };
-    let notices = submit(&stream, program, &[&arena], false).map_err(text)?;
+    let notifications = submit(&stream, program, &[&arena], false).map_err(text)?;
     for tag in [7, 8, 9] {
-        let notice = notices.recv_timeout(TIMEOUT).map_err(text)?;
-        ensure(notice == Notification::Signal(tag), &format!("expected signal {tag}, got {notice:?}"))?;
+        let notification = notifications.recv_timeout(TIMEOUT).map_err(text)?;
+        ensure(notification == Notification::Signal(tag), &format!("expected signal {tag}, got {notification:?}"))?;
     }
-    // The gate is closed, so nobody writes.
+    // The gate is closed, so nothing writes.
     expect_floats(&arena, 0, &[1.0])?;
     open.send(RaceClock::capture()).map_err(text)?;
     for expected in [Notification::Signal(10), Notification::Done] {
-        let notice = notices.recv_timeout(TIMEOUT).map_err(text)?;
-        ensure(notice == expected, &format!("expected {expected:?}, got {notice:?}"))?;
+        let notification = notifications.recv_timeout(TIMEOUT).map_err(text)?;
+        ensure(notification == expected, &format!("expected {expected:?}, got {notification:?}"))?;
     }
-    ensure(notices.recv_timeout(TIMEOUT).is_err(), "something came after the end")?;
+    ensure(notifications.recv_timeout(TIMEOUT).is_err(), "a notification arrived after the end")?;
     expect_floats(&arena, 0, &[2.0])
 }
 
-/// A stream that checks tells of the first floats of a submission that are not finite, and of no others.
+/// With Inf/NaN checks enabled, a stream reports the first write of a submission that contains Inf or NaN, and no
+/// others.
 fn finite(device: &Device) -> Result<(), String> {
     let (stream, arena) = make(device, 64)?;
     let (x, y) = (|| floats(0, 0, &[2]), || floats(0, 8, &[2]));
@@ -193,7 +194,7 @@ fn finite(device: &Device) -> Result<(), String> {
     let region = Op::CopyRegion { src: one.clone(), dst: one };
     let bad = |value| vec![fill(1.0, y()), fill(value, x()), launch(Op::Copy, &[x()], &[floats(0, 16, &[2])])];
     let mixed = vec![
-        // Beside the box lies what was there before; the largest of no numbers is no fault.
+        // Elements outside the box keep earlier values; the maximum of an empty row is -Inf, which is not an error.
         launch(region, &[y()], &[x()]),
         launch(Op::RowMax, &[floats(0, 24, &[2, 0])], &[floats(0, 24, &[2])]),
         launch(Op::Copy, &[x()], &[floats(0, 16, &[2])]),
@@ -205,17 +206,18 @@ fn finite(device: &Device) -> Result<(), String> {
         (true, mixed, Some((2, 1))),
     ] {
         stream.check_finite(on).map_err(text)?;
-        let notices = submit(&stream, Program { launches, ..Program::default() }, &[&arena], false).map_err(text)?;
+        let notifications =
+            submit(&stream, Program { launches, ..Program::default() }, &[&arena], false).map_err(text)?;
         let found = |(launch, elements)| Notification::NotFinite { launch, write: 0, elements };
         for expected in expected.map(found).into_iter().chain([Notification::Done]) {
-            let notice = notices.recv_timeout(TIMEOUT).map_err(text)?;
-            ensure(notice == expected, &format!("expected {expected:?}, got {notice:?}"))?;
+            let notification = notifications.recv_timeout(TIMEOUT).map_err(text)?;
+            ensure(notification == expected, &format!("expected {expected:?}, got {notification:?}"))?;
         }
     }
     Ok(())
 }
 
-/// A kernel that panics ends its program, and nothing else.
+/// A kernel that panics ends only its program.
 fn failures(device: &Device) -> Result<(), String> {
     let (stream, arena) = make(device, 64)?;
     let bad = vec![
@@ -233,16 +235,16 @@ fn failures(device: &Device) -> Result<(), String> {
         message: "on purpose".to_owned(),
     };
     for expected in [Notification::Signal(1), Notification::Failed(expected)] {
-        let notice = first.recv_timeout(TIMEOUT).map_err(text)?;
-        ensure(notice == expected, &format!("expected {expected:?}, got {notice:?}"))?;
+        let notification = first.recv_timeout(TIMEOUT).map_err(text)?;
+        ensure(notification == expected, &format!("expected {expected:?}, got {notification:?}"))?;
     }
-    ensure(first.recv_timeout(TIMEOUT).is_err(), "something came after the failure")?;
+    ensure(first.recv_timeout(TIMEOUT).is_err(), "a notification arrived after the failure")?;
     wait(&second).map_err(|error| format!("the next program failed too: {error}"))?;
     expect_floats(&arena, 0, &[1.0, 1.0])
 }
 
-/// Buffers that do not fit their bases are an error, never a crash.
-fn refused_buffers(device: &Device) -> Result<(), String> {
+/// Buffers that do not fit their bases cause an error, never a crash.
+fn invalid_buffers(device: &Device) -> Result<(), String> {
     let (stream, arena) = make(device, 64)?;
     let cases = [
         ("beyond the end", fill(0.0, floats(0, 4, &[16]))),
@@ -258,10 +260,10 @@ fn refused_buffers(device: &Device) -> Result<(), String> {
     ];
     for (what, launch) in cases {
         let result = run_program(&stream, vec![launch], &[&arena], false);
-        ensure(matches!(result, Err(KernelError::Arguments { .. })), &format!("{what} gave {result:?}"))?;
+        ensure(matches!(result, Err(KernelError::Arguments { .. })), &format!("{what} returned {result:?}"))?;
     }
     let outside = arena.write_host(32, &HostTensor::f32(&[9], vec![0.0; 9])).is_err();
-    ensure(outside && arena.read_host(64, &[1], DType::F32).is_err(), "host copies outside the arena")?;
+    ensure(outside && arena.read_host(64, &[1], DType::F32).is_err(), "a host copy outside of the arena was accepted")?;
     expect_floats(&arena, 0, &[0.0; 16])
 }
 
@@ -275,14 +277,14 @@ fn custom(device: &Device) -> Result<(), String> {
     expect_floats(&arena, 8, &[3.5])
 }
 
-/// Arenas are counted, zeroed, kept alive by submissions; a stream takes what the device's kind says, and nothing else is ever
-/// allocated.
+/// Arenas are counted, zeroed, and kept alive by submissions. A stream allocates the bytes documented for the device's
+/// kind; nothing else is ever allocated.
 fn memory(device: &Device) -> Result<(), String> {
     let bytes_before = device.bytes_allocated();
     let (stream, arena) = make(device, 1 << 20)?;
     let (bytes, count) = ((1 << 20) + device.kind().stream_bytes(), device.allocation_count());
-    ensure(device.bytes_allocated() == bytes_before + bytes, "bytes_allocated is not that of arena and stream")?;
-    ensure(device.bytes_peak() >= device.bytes_allocated(), "bytes_peak is below what is allocated")?;
+    ensure(device.bytes_allocated() == bytes_before + bytes, "bytes_allocated is not the sum of arena and stream")?;
+    ensure(device.bytes_peak() >= device.bytes_allocated(), "bytes_peak is below bytes_allocated")?;
     expect_floats(&arena, 0, &[0.0; 1024])?;
     for _ in 0..20 {
         run_program(&stream, vec![fill(1.0, floats(0, 0, &[1000]))], &[&arena], false).map_err(text)?;
@@ -290,12 +292,12 @@ fn memory(device: &Device) -> Result<(), String> {
     ensure(device.allocation_count() == count, "running a program allocated device memory")?;
     let (open, wait_for_gate) = gate();
     let launches = vec![wait_for_gate, fill(2.0, floats(0, 0, &[1000]))];
-    let notices = submit(&stream, Program { launches, ..Program::default() }, &[&arena], false).map_err(text)?;
+    let notifications = submit(&stream, Program { launches, ..Program::default() }, &[&arena], false).map_err(text)?;
     drop(arena);
-    ensure(device.bytes_allocated() == bytes_before + bytes, "an arena died under a submission")?;
+    ensure(device.bytes_allocated() == bytes_before + bytes, "an arena was freed during a submission")?;
     open.send(RaceClock::capture()).map_err(text)?;
-    wait(&notices).map_err(text)?;
+    wait(&notifications).map_err(text)?;
     drop(stream);
-    ensure(device.bytes_allocated() == bytes_before, "an arena outlived its last user")?;
-    ensure(device.arena(usize::MAX / 2).is_err(), "memory without end was given")
+    ensure(device.bytes_allocated() == bytes_before, "an arena was not freed after its last use")?;
+    ensure(device.arena(usize::MAX / 2).is_err(), "an allocation of excessive size succeeded")
 }

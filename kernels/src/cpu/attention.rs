@@ -1,6 +1,6 @@
-//! Causal attention and its gradient: each (batch, head) is one thread's, in blocks of query rows, whose scores live
-//! in the thread's share of the stream's scratch. Only keys up to a block's last row are looked at.
-//! Dao et al. 2022, <https://arxiv.org/abs/2205.14135>, without the online softmax: a block's whole rows fit in L2.
+//! Causal attention and its gradient. One thread processes each (batch, head), in blocks of query rows, whose scores
+//! are stored in the thread's part of the stream's scratch memory. Only keys up to a block's last row are read.
+//! Dao et al. 2022, <https://arxiv.org/abs/2205.14135>, without the online softmax: whole rows of a block fit in L2.
 #![allow(unsafe_code)]
 
 use crate::cpu::launch::Args;
@@ -40,13 +40,13 @@ impl Dims {
         Matrix { start: start.wrapping_add(batch * self.time * row + head * self.depth), row, column: 1 }
     }
 
-    /// Query blocks as `(first row, end)`, the last first.
+    /// Query blocks as `(first row, end)`, in reverse order.
     fn blocks(self) -> impl Iterator<Item = (usize, usize)> {
         let time = self.time;
         (0..time).step_by(ATTENTION_BLOCK).rev().map(move |first| (first, (first + ATTENTION_BLOCK).min(time)))
     }
 
-    /// Calls `work(item, scratch)` for each (batch, head), a fixed share of them on each thread.
+    /// Calls `work(item, scratch)` for each (batch, head); each thread gets a fixed part of them.
     fn for_each_item(self, pool: &Pool, scratch: &mut [f32], work: impl Fn(usize, &mut [f32]) + Sync) {
         let items = self.batch * self.heads;
         let share = scratch.len() / pool.threads();
@@ -54,7 +54,7 @@ impl Dims {
         let scores = items * self.time * self.time;
         let parts = pool.parts_for(scores * self.depth.max(1) / 8).min(items);
         pool.run(parts, &|part| {
-            // SAFETY: the parts' shares are disjoint, and each part runs once.
+            // SAFETY: the parts of the scratch memory are disjoint, and each part runs once.
             let scratch = unsafe { scratch.range(part * share..(part + 1) * share) };
             for item in split_range(items, parts, part) {
                 work(item, scratch);
@@ -63,7 +63,7 @@ impl Dims {
     }
 }
 
-/// A plain row-major matrix in a slice.
+/// A row-major matrix in a slice.
 fn plain(slice: &mut [f32], columns: usize) -> Matrix {
     Matrix { start: slice.as_mut_ptr(), row: columns, column: 1 }
 }
@@ -71,7 +71,7 @@ fn plain(slice: &mut [f32], columns: usize) -> Matrix {
 /// Row `row` of a matrix whose columns are adjacent.
 ///
 /// # Safety
-/// The row's `len` elements are in live memory and nobody writes them for `'a`.
+/// The row's `len` elements are in live memory and nothing writes them during `'a`.
 unsafe fn row<'a>(matrix: Matrix, row: usize, len: usize) -> &'a [f32] {
     // SAFETY: by the contract.
     unsafe { std::slice::from_raw_parts(matrix.at(row, 0).start, len) }
@@ -84,18 +84,18 @@ pub(crate) fn attention(args: &mut Args<'_>, pool: &Pool, scale: f32) -> Result<
     }
     args.expect_write(0, args.read_shape(0))?;
     args.expect_write(1, &dims.lse_shape())?;
-    let [q, k, v] = [args.f32(0)?, args.f32(1)?, args.f32(2)?].map(|slice| place(slice.as_ptr()));
-    let o = place(args.out(0)?.as_mut_ptr());
+    let [q, k, v] = [args.f32(0)?, args.f32(1)?, args.f32(2)?].map(|slice| start_of(slice.as_ptr()));
+    let o = start_of(args.out(0)?.as_mut_ptr());
     let lse = Pieces::new(args.out(1)?);
     dims.for_each_item(pool, args.take_scratch(), |item, scores| {
         let [q, k, v, o] = [q, k, v, o].map(|tensor| dims.matrix(tensor.get().start, item));
-        // SAFETY: items are disjoint rows of lse, and each is one thread's.
+        // SAFETY: items are disjoint rows of lse, and one thread processes each.
         let lse = unsafe { lse.range(item * dims.time..(item + 1) * dims.time) };
         for (first, end) in dims.blocks() {
             let (rows, depth) = (end - first, dims.depth);
             let scores = &mut scores[..rows * end];
             // SAFETY: matrices of this item lie inside their slices (shapes were checked) and outlive the job; only
-            // this item's thread writes its rows of `o`; the scores are this thread's share.
+            // this item's thread writes its rows of `o`; the scores are in this thread's part of the scratch memory.
             unsafe {
                 product((rows, end, depth), plain(scores, end), false, scale, q.at(first, 0), k.transposed());
             }
@@ -111,12 +111,12 @@ pub(crate) fn attention(args: &mut Args<'_>, pool: &Pool, scale: f32) -> Result<
     Ok(())
 }
 
-/// The place of a whole tensor, to be sent to the pool's threads.
-fn place(start: *const f32) -> SharedMatrix {
+/// The start address of a whole tensor, to be sent to the pool's threads.
+fn start_of(start: *const f32) -> SharedMatrix {
     SharedMatrix(Matrix { start, row: 1, column: 1 })
 }
 
-/// Turns a block's scores into probabilities, zeros where the key is in the future, and notes each row's log-sum-exp.
+/// Turns a block's scores into probabilities, with zeros for future keys, and stores each row's log-sum-exp.
 #[inline(always)]
 fn softmax_block(scores: &mut [f32], lse: &mut [f32], first: usize, end: usize) {
     for (i, (row, lse)) in scores.chunks_exact_mut(end).zip(lse).enumerate() {
@@ -150,19 +150,20 @@ pub(crate) fn attention_grad(args: &mut Args<'_>, pool: &Pool, scale: f32) -> Re
     for write in 0..3 {
         args.expect_write(write, args.read_shape(0))?;
     }
-    let mut inputs = [place(std::ptr::null()); 5];
+    let mut inputs = [start_of(std::ptr::null()); 5];
     for (i, input) in inputs.iter_mut().enumerate() {
-        *input = place(args.f32(i)?.as_ptr());
+        *input = start_of(args.f32(i)?.as_ptr());
     }
     let lse = args.f32(5)?;
     let outputs =
-        [place(args.out(0)?.as_mut_ptr()), place(args.out(1)?.as_mut_ptr()), place(args.out(2)?.as_mut_ptr())];
+        [start_of(args.out(0)?.as_mut_ptr()), start_of(args.out(1)?.as_mut_ptr()), start_of(args.out(2)?.as_mut_ptr())];
     dims.for_each_item(pool, args.take_scratch(), |item, scratch| {
         let inputs = inputs.map(|tensor| dims.matrix(tensor.get().start, item));
         let outputs = outputs.map(|tensor| dims.matrix(tensor.get().start, item));
         let lse = &lse[item * dims.time..(item + 1) * dims.time];
         for (first, end) in dims.blocks() {
-            // The last block comes first: it overwrites all of dk and dv, and the earlier ones add to their beginning.
+            // The last block comes first: it overwrites all of dk and dv, and the earlier blocks add to their first
+            // rows.
             let accumulate = end < dims.time;
             grad_block(dims, scale, (first, end), accumulate, inputs, outputs, lse, scratch);
         }
@@ -187,8 +188,8 @@ fn grad_block(
     let (p, rest) = scratch.split_at_mut(rows * end);
     let ds = &mut rest[..rows * end];
     let (d_o, q, o, dq) = (d_o.at(first, 0), q.at(first, 0), o.at(first, 0), dq.at(first, 0));
-    // SAFETY: here and below, matrices of this item lie inside their slices (shapes were checked) and outlive the
-    // job; only this item's thread writes its rows of dq, dk, dv; p and ds are this thread's share of the scratch.
+    // SAFETY: here and below, matrices of this item lie inside their slices (shapes were checked) and outlive the job;
+    // only this item's thread writes its rows of dq, dk, dv; p and ds are in this thread's part of the scratch memory.
     unsafe {
         product((rows, end, depth), plain(p, end), false, scale, q, k.transposed());
         product((rows, end, depth), plain(ds, end), false, 1.0, d_o, v.transposed());

@@ -1,4 +1,4 @@
-//! A CPU device: a memory tally and a maker of streams.
+//! A CPU device: counts memory and creates streams.
 
 use std::sync::Arc;
 
@@ -7,7 +7,7 @@ use crate::cpu::stream::CpuStream;
 use crate::error::KernelError;
 use crate::memory::{Arena, Tally};
 
-/// See [`crate::device::Device`].
+/// The CPU variant of [`crate::device::Device`].
 #[derive(Debug)]
 pub struct CpuDevice {
     rank: usize,

@@ -1,4 +1,4 @@
-//! Dropout whose mask is a function of the element's place in the whole tensor.
+//! Dropout whose mask is a function of the element's index in the whole tensor.
 
 use crate::cpu::launch::Args;
 use crate::cpu::pool::Pool;
@@ -14,7 +14,7 @@ fn mix64(mut x: u64) -> u64 {
     x ^ (x >> 31)
 }
 
-/// `lowbias32`, a 32-bit mixer that vectorises: <https://github.com/skeeto/hash-prospector>.
+/// `lowbias32`, a 32-bit mixer that vectorizes: <https://github.com/skeeto/hash-prospector>.
 #[inline(always)]
 fn mix32(mut x: u32) -> u32 {
     x = (x ^ (x >> 16)).wrapping_mul(0x7feb_352d);
@@ -22,7 +22,7 @@ fn mix32(mut x: u32) -> u32 {
     x ^ (x >> 16)
 }
 
-/// What is the same for all elements of one launch.
+/// Values shared by all elements of one launch.
 #[derive(Clone, Copy)]
 struct Mask {
     key: u64,
@@ -31,7 +31,7 @@ struct Mask {
 }
 
 impl Mask {
-    /// Element `place + index` of the step's tensor, which is `x`, kept or dropped.
+    /// Keeps or drops element `place + index` of the step's tensor, which is `x`.
     #[inline(always)]
     fn apply(self, place: u64, index: u32, x: f32) -> f32 {
         let (low, carry) = (place as u32).overflowing_add(index);
@@ -61,7 +61,7 @@ pub(crate) fn dropout(
     let (x, rng) = (args.operand(0, 0)?, args.i32(1)?);
     let (step, micro_batch) = (rng[0] as u32, rng[1] as u32);
     let key = mix64(seed.wrapping_add(mix64(u64::from(step).wrapping_add(0x9e37_79b9_7f4a_7c15))));
-    // At p = 1 the threshold is past every number, and the factor is 0 for the one that a u32 cannot tell.
+    // At p = 1 the threshold exceeds every u32 but the largest, for which the factor is 0.
     let threshold = (f64::from(p) * 4_294_967_296.0).min(f64::from(u32::MAX)) as u32;
     let mask = Mask { key, threshold, kept: if p < 1.0 { 1.0 / (1.0 - p) } else { 0.0 } };
     let part_start = u64::from(micro_batch) * stride as u64;
@@ -70,7 +70,7 @@ pub(crate) fn dropout(
     let (rows, weight) = (y.len().checked_div(width).unwrap_or(0), 2 * y.len());
     pool.rows(rows, weight, [y], |range, [y]| {
         for (i, row) in range.clone().enumerate() {
-            let place = part_start + place_of_row(row, local, shape, start) as u64;
+            let place = part_start + row_start(row, local, shape, start) as u64;
             let x = x.range(row * width..(row + 1) * width);
             let y = &mut y[i * width..(i + 1) * width];
             dispatch(
@@ -93,8 +93,8 @@ pub(crate) fn dropout(
     Ok(())
 }
 
-/// Index in the whole tensor of the first element of a row (along the last dim) of the local one.
-fn place_of_row(mut row: usize, local: &[usize], shape: &[usize], start: &[usize]) -> usize {
+/// Index in the whole tensor of the first element of a row (along the last dim) of the local tensor.
+fn row_start(mut row: usize, local: &[usize], shape: &[usize], start: &[usize]) -> usize {
     let rank = local.len();
     if rank == 0 {
         return 0;

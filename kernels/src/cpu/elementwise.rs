@@ -1,4 +1,4 @@
-//! Ops on each element by itself, sums over leading dims, and copies.
+//! Elementwise ops, sums over leading dims, and copies.
 
 use half::bf16;
 
@@ -9,7 +9,7 @@ use crate::error::KernelError;
 use crate::region::{check_inside, for_each_run};
 use crate::tensor::{DType, Region, element_count};
 
-/// `y[i] = f(x[i])` on the pool's threads; an element costs `weight` times what adding does.
+/// `y[i] = f(x[i])` on the pool's threads; an element costs `weight` times an addition.
 fn parallel_map(pool: &Pool, x: Operand<'_>, y: &mut [f32], weight: usize, f: impl Fn(f32) -> f32 + Sync) {
     let elements = y.len();
     pool.ranges(y, LANES, elements * weight, |range, y| {
@@ -69,7 +69,7 @@ pub(crate) fn copy(args: &mut Args<'_>, pool: &Pool) -> Result<(), KernelError> 
     pool.ranges(y, LANES, elements, |range, y| match x.range(range) {
         Operand::Same if accumulate => y.iter_mut().for_each(|y| *y += *y),
         Operand::Same => {}
-        Operand::Other(x) => put(y, x, accumulate),
+        Operand::Other(x) => store(y, x, accumulate),
     });
     Ok(())
 }
@@ -93,7 +93,7 @@ pub(crate) fn cast(args: &mut Args<'_>) -> Result<(), KernelError> {
 }
 
 /// Overwrites `y` with `x`, or adds to it.
-fn put(y: &mut [f32], x: &[f32], accumulate: bool) {
+fn store(y: &mut [f32], x: &[f32], accumulate: bool) {
     if accumulate {
         y.iter_mut().zip(x).for_each(|(y, x)| *y += x);
     } else {
@@ -124,7 +124,7 @@ pub(crate) fn copy_region(args: &mut Args<'_>, src: &Region, dst: &Region) -> Re
         }
     }
     let (x, y, accumulate) = (args.f32(0)?, args.out(0)?, args.accumulate);
-    for_each_run(from, to, &src.size, |from, to, len| put(&mut y[to..to + len], &x[from..from + len], accumulate));
+    for_each_run(from, to, &src.size, |from, to, len| store(&mut y[to..to + len], &x[from..from + len], accumulate));
     Ok(())
 }
 
@@ -184,7 +184,8 @@ pub(crate) fn scale(args: &mut Args<'_>, pool: &Pool, factor: f32) -> Result<(),
     Ok(())
 }
 
-/// Each thread sums some of the columns over all rows, in order: the result does not depend on the threads.
+/// Each thread sums some of the columns over all rows, in order, so the result does not depend on the number of
+/// threads.
 pub(crate) fn sum_leading(args: &mut Args<'_>, pool: &Pool) -> Result<(), KernelError> {
     let (x_shape, y_shape) = (args.read_shape(0), args.write_shape(0));
     if !x_shape.ends_with(y_shape) {

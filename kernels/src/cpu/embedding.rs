@@ -24,7 +24,7 @@ pub(crate) fn embedding(args: &mut Args<'_>, pool: &Pool, vocab_start: usize, vo
     Ok(())
 }
 
-/// Each thread holds some rows of the table and looks through all ids in order, so that every row's sum has one order.
+/// Each thread owns some rows of the table and scans all ids in order, so the order of each row's sum is fixed.
 pub(crate) fn embedding_grad(args: &mut Args<'_>, pool: &Pool, vocab_start: usize) -> Result<(), KernelError> {
     let (&[vocab, width], ids_shape) = (args.write_shape(0), args.read_shape(0)) else {
         return Err(args.refused("shape of write 0", "[v, c]", format!("{:?}", args.write_shape(0))));
@@ -38,7 +38,7 @@ pub(crate) fn embedding_grad(args: &mut Args<'_>, pool: &Pool, vocab_start: usiz
             dtable.fill(0.0);
         }
         for (i, &id) in ids.iter().enumerate() {
-            // The forward kernel has refused ids outside the table.
+            // The forward kernel has rejected ids outside of the table.
             let Some(id) = (id as usize).checked_sub(vocab_start).filter(|id| rows.contains(id)) else { continue };
             let row = id - rows.start;
             let sums = &mut dtable[row * width..(row + 1) * width];

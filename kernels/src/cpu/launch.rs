@@ -1,4 +1,4 @@
-//! One launch on the CPU: its buffers are resolved and checked, then its kernel is called.
+//! Runs one launch on the CPU: resolves and checks its buffers, then calls its kernel.
 #![allow(unsafe_code)]
 
 use half::bf16;
@@ -15,16 +15,16 @@ use crate::memory::{Base, View};
 use crate::op::{CpuArgs, CpuRead, CpuSlice, CpuSliceMut, CpuWrite, CustomKernel, Launch, Op};
 use crate::tensor::{DType, element_count};
 
-/// A launch's checked buffers, and the slices that kernels take from them.
+/// The checked buffers of a launch, and access to their slices.
 pub(crate) struct Args<'a> {
     name: &'a str,
     reads: Vec<View<'a>>,
     writes: Vec<View<'a>>,
-    /// Writes handed out as slices: each only once, which keeps slices exclusive.
+    /// Writes already handed out as slices: each is handed out once, which keeps slices exclusive.
     taken: Vec<bool>,
-    /// The threads' shares of the stream's scratch.
+    /// The threads' parts of the stream's scratch memory.
     scratch: Option<View<'a>>,
-    /// True when the accumulating write is to be added to.
+    /// Whether to add to the accumulating write.
     pub(crate) accumulate: bool,
 }
 
@@ -102,13 +102,13 @@ fn custom(kernel: &dyn CustomKernel, args: &mut Args<'_>) -> Result<(), KernelEr
     kernel.run_cpu(CpuArgs { reads, writes, accumulate: args.accumulate })
 }
 
-/// The first write of a launch that has run which holds an infinity or no number, and how many of them.
+/// The first write of a finished launch that contains Inf or NaN, and the number of such elements.
 pub(crate) fn not_finite(launch: &Launch, bases: &[Base]) -> Option<(usize, usize)> {
     let args = Args::resolve(launch, bases, false).ok()?;
     let count = |write: &View<'_>| {
         let widened: Vec<f32>;
-        // SAFETY: of the type; the launch that wrote them has ended, and this stream's next one has not begun; other streams:
-        // MEM-3.
+        // SAFETY: of the matching dtype; the launch that wrote them has ended, and this stream has not started the next
+        // one; other streams: MEM-3.
         let values = unsafe {
             match write.dtype() {
                 DType::I32 => return 0,
@@ -124,16 +124,16 @@ pub(crate) fn not_finite(launch: &Launch, bases: &[Base]) -> Option<(usize, usiz
     args.writes.iter().map(count).enumerate().find(|(_, elements)| *elements > 0)
 }
 
-/// How many of the floats that an op has written are an infinity or no number and should not be.
+/// Number of invalid Inf and NaN values among the floats that an op has written.
 pub(crate) fn faults(op: &Op, shape: &[usize], values: &[f32]) -> usize {
-    let bad = |value: &f32| match op {
-        // The largest of no numbers.
+    let is_fault = |value: &f32| match op {
+        // The maximum of an empty row.
         Op::RowMax => !value.is_finite() && *value != f32::NEG_INFINITY,
         _ => !value.is_finite(),
     };
-    let count = |values: &[f32]| values.iter().filter(|value| bad(value)).count();
+    let count = |values: &[f32]| values.iter().filter(|value| is_fault(value)).count();
     match op {
-        // Around the box is what was there before.
+        // The op does not write elements outside of the box.
         Op::CopyRegion { dst, .. } => dst.runs(shape).into_iter().map(|run| count(&values[run])).sum(),
         _ => count(values),
     }
@@ -148,12 +148,12 @@ impl<'a> Args<'a> {
         Ok(Self { name, taken, reads, writes, scratch: None, accumulate: launch.accumulate && repeat })
     }
 
-    /// What the launch reads.
+    /// The buffers that the launch reads.
     pub(crate) fn reads(&self) -> &[View<'a>] {
         &self.reads
     }
 
-    /// What it writes.
+    /// The buffers that the launch writes.
     pub(crate) fn writes(&self) -> &[View<'a>] {
         &self.writes
     }
@@ -191,7 +191,7 @@ impl<'a> Args<'a> {
 
     fn check_not_in_place(&self, i: usize) -> Result<(), KernelError> {
         if self.writes.iter().any(|write| write.overlaps(&self.reads[i])) {
-            return Err(self.refused(&format!("read {i}"), "memory that is not written", "an op in place"));
+            return Err(self.refused(&format!("read {i}"), "memory that is not written", "memory of a write"));
         }
         Ok(())
     }
@@ -213,24 +213,24 @@ impl<'a> Args<'a> {
         Err(self.refused(what, format!("{expected:?}"), format!("{got:?}")))
     }
 
-    /// Fails with the numbers that no valid program produces.
+    /// An error for input values that no valid program produces.
     pub(crate) fn bad_data(&self, what: String) -> KernelError {
         KernelError::Data { op: self.name.to_owned(), what }
     }
 
-    /// Read `i` as indices, all of them below `limit`.
+    /// Read `i` as indices, after a check that all are below `limit`.
     pub(crate) fn indices(&self, i: usize, limit: usize) -> Result<&'a [i32], KernelError> {
         let indices = self.i32(i)?;
         let inside = |index: &i32| usize::try_from(*index).is_ok_and(|index| index < limit);
         match indices.iter().position(|index| !inside(index)) {
             None => Ok(indices),
-            Some(place) => {
-                Err(self.bad_data(format!("index {} at position {place} is not in 0..{limit}", indices[place])))
+            Some(position) => {
+                Err(self.bad_data(format!("index {} at position {position} is not in 0..{limit}", indices[position])))
             }
         }
     }
 
-    /// Splits read `i`'s shape into its leading dims and its last one.
+    /// Splits read `i`'s shape into its leading dims and its last dim.
     pub(crate) fn rows_of(&self, i: usize) -> Result<(&'a [usize], usize), KernelError> {
         let shape = self.reads[i].shape();
         let (last, leading) =
@@ -251,23 +251,23 @@ impl<'a> Args<'a> {
         ))
     }
 
-    /// Read `i` as floats; it may not be a write too.
+    /// Read `i` as f32; it must not also be a write.
     pub(crate) fn f32(&self, i: usize) -> Result<&'a [f32], KernelError> {
         self.check_dtype("read", i, &self.reads[i], DType::F32)?;
         self.check_not_in_place(i)?;
-        // SAFETY: floats, and no write of this launch overlaps it (just checked); other streams: MEM-3.
+        // SAFETY: f32, and no write of this launch overlaps it (just checked); other streams: MEM-3.
         Ok(unsafe { self.reads[i].f32() })
     }
 
-    /// Read `i` as integers; it may not be a write too.
+    /// Read `i` as i32; it must not also be a write.
     pub(crate) fn i32(&self, i: usize) -> Result<&'a [i32], KernelError> {
         self.check_dtype("read", i, &self.reads[i], DType::I32)?;
         self.check_not_in_place(i)?;
-        // SAFETY: integers, and no write of this launch overlaps it (just checked); other streams: MEM-3.
+        // SAFETY: i32, and no write of this launch overlaps it (just checked); other streams: MEM-3.
         Ok(unsafe { self.reads[i].i32() })
     }
 
-    /// Read `i` of an elementwise op that writes write `w`: floats of its own, or the very memory that is written.
+    /// Read `i` of an elementwise op that writes write `w`: separate memory, or the memory that is written.
     pub(crate) fn operand(&self, i: usize, w: usize) -> Result<Operand<'a>, KernelError> {
         let (read, write) = (&self.reads[i], &self.writes[w]);
         self.check_dtype("read", i, read, DType::F32)?;
@@ -283,41 +283,41 @@ impl<'a> Args<'a> {
         Ok(())
     }
 
-    /// Write `i` as floats, once.
+    /// Write `i` as f32, once.
     pub(crate) fn out(&mut self, i: usize) -> Result<&'a mut [f32], KernelError> {
         self.take(i, DType::F32)?;
-        // SAFETY: floats, taken once, no other write overlaps (checked in `check`), reads that overlap are never made
-        // slices (`f32`, `i32`, `operand`); other streams: MEM-3.
+        // SAFETY: f32, taken once, no other write overlaps (checked in `check`), and no slice is made of an overlapping
+        // read (`f32`, `i32`, `operand`); other streams: MEM-3.
         Ok(unsafe { self.writes[i].f32_mut() })
     }
 
-    /// Read `i` as floats of half the bytes; it may not be a write too.
+    /// Read `i` as bf16; it must not also be a write.
     pub(crate) fn bf16(&self, i: usize) -> Result<&'a [bf16], KernelError> {
         self.check_dtype("read", i, &self.reads[i], DType::BF16)?;
         self.check_not_in_place(i)?;
-        // SAFETY: of this type, and no write of this launch overlaps it (just checked); other streams: MEM-3.
+        // SAFETY: bf16, and no write of this launch overlaps it (just checked); other streams: MEM-3.
         Ok(unsafe { self.reads[i].bf16() })
     }
 
-    /// Write `i` as floats of half the bytes, once.
+    /// Write `i` as bf16, once.
     pub(crate) fn out_bf16(&mut self, i: usize) -> Result<&'a mut [bf16], KernelError> {
         self.take(i, DType::BF16)?;
         // SAFETY: as in `out`.
         Ok(unsafe { self.writes[i].bf16_mut() })
     }
 
-    /// Write `i` as integers, once.
+    /// Write `i` as i32, once.
     pub(crate) fn out_i32(&mut self, i: usize) -> Result<&'a mut [i32], KernelError> {
         self.take(i, DType::I32)?;
         // SAFETY: as in `out`.
         Ok(unsafe { self.writes[i].i32_mut() })
     }
 
-    /// The threads' shares of scratch memory, once; empty where the op needs none.
+    /// The threads' parts of scratch memory, once; empty if the op needs none.
     pub(crate) fn take_scratch(&mut self) -> &'a mut [f32] {
         let Some(view) = self.scratch.take() else { return &mut [] };
-        // SAFETY: floats, taken once, of an arena that is this stream's own and that no buffer of a program lies in, but for
-        // what is widened, which lies behind the shares.
+        // SAFETY: f32, taken once, from an arena of this stream. No buffer of a program lies in it, except for widened
+        // tensors, which lie after the threads' parts.
         unsafe { view.f32_mut() }
     }
 }

@@ -1,4 +1,4 @@
-//! Softmax cross entropy in pieces, so that a vocabulary may be split over devices between them.
+//! Softmax cross entropy in parts, so that a vocabulary can be split over devices.
 
 use crate::cpu::launch::Args;
 use crate::cpu::pool::Pool;
@@ -23,7 +23,7 @@ pub(crate) fn row_max(args: &mut Args<'_>, pool: &Pool) -> Result<(), KernelErro
     Ok(())
 }
 
-/// The target's column in this shard, if it is here.
+/// The target's column in this shard, if the shard holds it.
 fn column(target: i32, vocab_start: usize, width: usize) -> Option<usize> {
     (target as usize).checked_sub(vocab_start).filter(|&column| column < width)
 }

@@ -1,8 +1,8 @@
-//! Products of matrices, by the crate `gemm-f32` on one thread for each slice of the result.
+//! Matrix products by the crate `gemm-f32`, on one thread per slice of the result.
 //!
-//! An element's bits follow from the length `k` of the summed index alone (BITS-1): a chain of fused multiply-adds over
-//! each block of `k`, the blocks' sums being added in order. So they depend neither on the slice that the element is in,
-//! nor on caches, nor on the width of vectors.
+//! An element's bits depend only on the length `k` of the summed index (BITS-1): a chain of fused multiply-adds over
+//! each block of `k`, with the blocks' sums added in order. They depend neither on the slice that contains the element,
+//! nor on caches, nor on the vector width.
 #![allow(unsafe_code)]
 
 use crate::cpu::launch::Args;
@@ -14,11 +14,11 @@ use crate::tensor::split_range;
 /// Multiply-adds that are worth a thread: about 2 us of work.
 const FORK_MULTIPLIES: usize = 128 * 1024;
 
-/// Rows or columns that slices are multiples of, so that micro-kernels stay full.
+/// Slices are multiples of this many rows or columns, so that micro-kernels process full tiles.
 const GRAIN: usize = 16;
 
-/// Most elements of the summed index that one call adds up. `gemm` cuts what is longer by the size of the caches, at no less
-/// than this.
+/// Maximum number of elements of the summed index per call. `gemm` splits longer sums by the size of the caches, into
+/// blocks of at least this length.
 const BLOCK_MAX: usize = 512;
 
 /// A matrix in memory by its strides, in elements.
@@ -34,7 +34,7 @@ impl Matrix {
         Self { start: self.start, row: self.column, column: self.row }
     }
 
-    /// The part that begins at this row and column.
+    /// The submatrix that starts at this row and column.
     pub(crate) fn at(self, row: usize, column: usize) -> Self {
         Self { start: self.start.wrapping_add(row * self.row + column * self.column), ..self }
     }
@@ -44,7 +44,7 @@ impl Matrix {
 ///
 /// # Safety
 /// All elements of the three matrices are in live memory; `out` overlaps neither `a` nor `b`, is writable, and is
-/// touched by nobody else; nobody writes `a` and `b`.
+/// accessed by nothing else; nothing writes `a` and `b`.
 pub(crate) unsafe fn product(
     (m, n, k): (usize, usize, usize),
     out: Matrix,
@@ -66,17 +66,17 @@ pub(crate) unsafe fn product(
         }
         return;
     }
-    // Its kernels are made for results whose columns lie together.
+    // The kernels of `gemm` expect results whose columns are contiguous.
     let transpose = out.column < out.row;
     let (m, n, out, a, b) =
         if transpose { (n, m, out.transposed(), b.transposed(), a.transposed()) } else { (m, n, out, a, b) };
     let block = k.div_ceil(k.div_ceil(BLOCK_MAX));
     for start in (0..k).step_by(block) {
         let (a, b) = (a.at(0, start), b.at(start, 0));
-        // Conjugates nothing in real numbers. It keeps `gemm` from its paths for small results and for vectors, which it
-        // would choose by the shape of this slice and which sum in other orders.
+        // Conjugation has no effect on real numbers. It keeps `gemm` from its code paths for small results and for
+        // vectors, which it would choose by the shape of this slice and which sum in other orders.
         let conjugate_out = true;
-        // SAFETY: the contract is `gemm`'s own: valid matrices, an exclusive destination.
+        // SAFETY: the contract is that of `gemm`: valid matrices, an exclusive destination.
         unsafe {
             gemm_f32::gemm::f32::get_gemm_fn()(
                 m,
@@ -103,7 +103,7 @@ pub(crate) unsafe fn product(
     }
 }
 
-/// A whole matrix, stored plainly or transposed.
+/// A whole matrix, stored row-major or transposed.
 fn stored(start: *const f32, rows: usize, columns: usize, transposed: bool) -> Matrix {
     if transposed { Matrix { start, row: 1, column: rows } } else { Matrix { start, row: columns, column: 1 } }
 }
@@ -126,8 +126,8 @@ pub(crate) fn einsum(args: &mut Args<'_>, pool: &Pool, einsum: &Einsum) -> Resul
         let (a, b, out) = (a.get(), b.get(), out.get());
         let grains = split_range(grains, parts, part);
         let (start, end) = (grains.start * GRAIN, grains.end * GRAIN);
-        // SAFETY: the assertion above holds all three inside their slices, which outlive this call; the parts' rows
-        // (or columns) of `out` are disjoint, and `Args` gave `out` exclusively.
+        // SAFETY: all three lie inside their slices (assertion above), which outlive this call; the parts' rows (or
+        // columns) of `out` are disjoint, and `Args` gave exclusive access to `out`.
         unsafe {
             if by_rows {
                 product((end.min(m) - start, n, k), out.at(start, 0), accumulate, 1.0, a.at(start, 0), b);
@@ -139,11 +139,11 @@ pub(crate) fn einsum(args: &mut Args<'_>, pool: &Pool, einsum: &Einsum) -> Resul
     Ok(())
 }
 
-/// A matrix that the pool's threads see.
+/// A matrix that is shared with the pool's threads.
 #[derive(Clone, Copy)]
 pub(crate) struct SharedMatrix(pub(crate) Matrix);
 
-// SAFETY: it is only a place; `product`'s contract rules who may touch what is there.
+// SAFETY: it only holds an address; `product`'s contract governs access to the memory.
 unsafe impl Sync for SharedMatrix {}
 // SAFETY: as for `Sync`.
 unsafe impl Send for SharedMatrix {}
@@ -161,12 +161,13 @@ mod tests {
     use gemm_common::simd::{MixedSimd, V3, V4};
     use gemm_f32::microkernel::{avx512f, fma};
 
-    /// What `product` calls, by the kernels of one width of vectors.
+    /// The call that `product` makes, with the kernels of one vector width.
     macro_rules! blocked {
         ($simd:ty, $kernels:ident, $lanes:literal, $packs:literal, $horizontal:literal, $shape:expr, $a:expr, $b:expr, $out:expr) => {{
             use $kernels::f32::{H_UKR, UKR};
-            let ((m, n, k), simd) = ($shape, <$simd as MixedSimd<f32, f32, f32, f32>>::try_new().expect("it is there"));
-            // SAFETY: matrices of these shapes in columns, `a` in rows; the machine has the instructions.
+            let ((m, n, k), simd) =
+                ($shape, <$simd as MixedSimd<f32, f32, f32, f32>>::try_new().expect("instruction set is available"));
+            // SAFETY: matrices of these shapes, column-major, `a` row-major; the machine supports the instructions.
             unsafe {
                 gemm_basic_generic::<$simd, f32, $lanes, { $lanes * $packs }, 6, $packs, $horizontal, $horizontal>(
                     simd,
@@ -198,11 +199,11 @@ mod tests {
         }};
     }
 
-    /// The path that `product` takes gives AVX-512's bits with AVX2, in whole tiles and in parts of them.
+    /// The code path of `product` returns the same bits with AVX2 and AVX-512, for whole and partial tiles.
     #[test]
-    fn the_width_of_vectors_does_not_change_bits() {
+    fn the_vector_width_does_not_change_bits() {
         if !std::arch::is_x86_feature_detected!("avx512f") || !std::arch::is_x86_feature_detected!("fma") {
-            println!("SKIPPED: it needs AVX-512");
+            println!("SKIPPED: needs AVX-512");
             return;
         }
         let numbers = |len: usize, seed: f32| -> Vec<f32> { (0..len).map(|i| (i as f32 * seed).sin()).collect() };

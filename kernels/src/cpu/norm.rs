@@ -42,12 +42,12 @@ pub(crate) fn layer_norm(args: &mut Args<'_>, pool: &Pool, eps: f32) -> Result<(
     Ok(())
 }
 
-/// Columns of `dweight` that are summed at once, on the stack.
+/// Number of columns of `dweight` that are summed together, on the stack.
 const COLUMNS: usize = 256;
 
-/// `dx = rstd (g - mean(g) - xhat mean(g xhat))` with `g = dy weight` and `xhat = (x - mean) rstd`;
-/// `dweight = sum over rows of dy xhat`. Threads share rows of `dx`, then columns of `dweight`, each of which one thread
-/// sums over all rows in order (BITS-1).
+/// `dx = rstd (g - mean(g) - xhat mean(g xhat))` with `g = dy weight` and `xhat = (x - mean) rstd`; `dweight = sum over
+/// rows of dy xhat`. Threads divide the rows of `dx`, then the columns of `dweight`, each of which one thread sums over
+/// all rows in order (BITS-1).
 pub(crate) fn layer_norm_grad(args: &mut Args<'_>, pool: &Pool) -> Result<(), KernelError> {
     let (leading, width) = args.rows_of(0)?;
     args.expect_read(1, args.read_shape(0))?;

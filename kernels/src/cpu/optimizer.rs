@@ -1,4 +1,4 @@
-//! AdamW, and the global norm that clips gradients.
+//! AdamW, and the global gradient norm for clipping.
 
 use crate::cpu::launch::Args;
 use crate::cpu::pool::{FORK_ELEMENTS, Pool};
@@ -7,7 +7,7 @@ use crate::error::KernelError;
 use crate::op::{SQUARES_SCALE, check_squares, norm_of_squares};
 use crate::tensor::split_range;
 
-/// Parts of a sum of squares at most, each of which one thread adds up.
+/// Maximum number of parts of a sum of squares; one thread sums each part.
 const PARTS_MAX: usize = 64;
 
 /// The attributes of [`crate::op::Op::AdamW`].
@@ -23,7 +23,7 @@ pub(crate) fn sum_squares(args: &mut Args<'_>, pool: &Pool, index: usize) -> Res
     let x = args.f32(0)?;
     check_squares(args.write_shape(0), index)
         .map_err(|(expected, got)| args.refused("shape of write 0", expected, got))?;
-    // One partial sum for each part, added in order. Parts follow from the size alone (BITS-1).
+    // One partial sum per part, added in order. The number of parts depends only on the size (BITS-1).
     let mut partial = [0f64; PARTS_MAX];
     let parts = (x.len() / FORK_ELEMENTS).clamp(1, PARTS_MAX);
     pool.ranges(&mut partial[..parts], 1, x.len(), |range, partial| {
@@ -64,14 +64,14 @@ pub(crate) fn clip_scale(args: &mut Args<'_>, max_norm: f32) -> Result<(), Kerne
         return Err(args.refused("shape of read 0", "[n, 2]", format!("{:?}", args.read_shape(0))));
     }
     let norm = norm_of_squares(sums.as_chunks().0.iter().map(|pair| pair.map(f64::from)));
-    // `f64::min` would make 1 of a norm that is no number.
+    // `f64::min` would return 1 for a NaN norm.
     let scale = if norm.is_finite() { (f64::from(max_norm) / (norm + 1e-6)).min(1.0) } else { f64::NAN };
     args.out(0)?[0] = scale as f32;
     args.out(1)?[0] = norm as f32;
     Ok(())
 }
 
-/// What is the same for all elements of one update.
+/// Values shared by all elements of one update.
 #[derive(Clone, Copy)]
 struct Update {
     rates: AdamW,

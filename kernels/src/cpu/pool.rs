@@ -1,8 +1,8 @@
-//! The fork-join pool of one stream: the stream's thread and `threads - 1` helpers, each of which gets a fixed share.
+//! The fork-join pool of one stream: the stream's thread and `threads - 1` helpers. Each gets a fixed part of the work.
 //!
-//! - BITS-1: a result does not depend on the number of threads. Threads divide what is written; every sum that crosses
-//!   their shares is cut by the shape of the whole op.
-//! - POOL-1: a job is published before `generation` grows, and is not touched again until `pending` is 0.
+//! - BITS-1: a result does not depend on the number of threads. Threads divide the output; sums that span several
+//!   threads' parts are split by the shape of the whole op.
+//! - POOL-1: a job is published before `generation` grows, and is not accessed again until `pending` is 0.
 //! - POOL-2: `Pool::run` returns only when `pending` is 0, so no helper uses a job after its borrow ends.
 #![allow(unsafe_code)]
 
@@ -18,18 +18,18 @@ use std::time::{Duration, Instant};
 
 use crate::tensor::split_range;
 
-/// How long a thread looks for work before it parks: longer than the gap between launches of one program, and about
-/// what parking and waking cost.
+/// How long a thread spins for work before it parks: longer than the gap between launches of one program, and about the
+/// cost of parking and waking.
 const SPIN: Duration = Duration::from_micros(40);
 
-/// Work for fewer elements than this (of a kernel with a handful of operations each) is not worth a fork.
+/// Least number of elements (of a kernel with a few operations per element) that is worth a fork.
 pub(crate) const FORK_ELEMENTS: usize = 16 * 1024;
 
-/// Helpers that wait for jobs; ends them when dropped.
+/// Helper threads that wait for jobs; dropping the pool ends them.
 pub(crate) struct Pool {
     shared: Arc<Shared>,
     helpers: Vec<JoinHandle<()>>,
-    /// Makes it not `Sync`: only one thread may start jobs.
+    /// Makes the pool `!Sync`: only one thread may start jobs.
     one_owner: PhantomData<Cell<()>>,
 }
 
@@ -50,14 +50,14 @@ struct Job {
     parts: usize,
 }
 
-// SAFETY: `job` and `owner` are written by the owner only while `pending` is 0, and read by helpers only between the
-// release of a new generation and their own decrement of `pending` (POOL-1); `Fn + Sync` may be called from any thread.
+// SAFETY: the owner writes `job` and `owner` only while `pending` is 0, and helpers read them only between the release
+// of a new generation and their own decrement of `pending` (POOL-1); `Fn + Sync` may be called from any thread.
 unsafe impl Sync for Shared {}
-// SAFETY: as for `Sync`; nothing in it is tied to a thread.
+// SAFETY: as for `Sync`; no field is tied to a thread.
 unsafe impl Send for Shared {}
 
 impl Pool {
-    /// A pool of `threads` threads, the caller's being one. `name` begins the helpers' names.
+    /// A pool of `threads` threads including the caller's. `name` is the prefix of the helpers' names.
     pub(crate) fn start(name: &str, threads: usize) -> std::io::Result<Self> {
         let shared = Arc::new(Shared {
             generation: AtomicUsize::new(0),
@@ -73,7 +73,7 @@ impl Pool {
         for helper in 0..threads - 1 {
             let shared = pool.shared.clone();
             let builder = thread::Builder::new().name(format!("{name}-{}", helper + 1));
-            pool.helpers.push(builder.spawn(move || help(&shared, helper))?);
+            pool.helpers.push(builder.spawn(move || run_helper(&shared, helper))?);
         }
         Ok(pool)
     }
@@ -82,8 +82,8 @@ impl Pool {
         self.helpers.len() + 1
     }
 
-    /// Calls `work(part)` for each part in `0..parts`, one on each thread; `parts` is at most `threads()`.
-    /// A panic in any part is passed on, after all have ended.
+    /// Calls `work(part)` for each part in `0..parts`, one on each thread; `parts` is at most `threads()`. A panic in
+    /// any part is propagated after all parts have ended.
     pub(crate) fn run(&self, parts: usize, work: &(dyn Fn(usize) + Sync)) {
         assert!(parts <= self.threads(), "more parts than threads");
         if parts <= 1 {
@@ -117,13 +117,13 @@ impl Pool {
         }
     }
 
-    /// How many threads `elements` elements of light work are worth.
+    /// Number of threads that `elements` elements of light work are worth.
     pub(crate) fn parts_for(&self, elements: usize) -> usize {
         (elements / FORK_ELEMENTS).clamp(1, self.threads())
     }
 
-    /// Splits `rows` rows over the threads when `weight` elements are worth it, each of `outs` (`rows` rows of any one
-    /// width) with them. `work(rows, outs)`.
+    /// Splits `rows` rows, and with them each of `outs` (`rows` rows of any width), over the threads if `weight`
+    /// elements are worth it. Calls `work(rows, outs)` for each part.
     pub(crate) fn rows<T: Send, const N: usize>(
         &self,
         rows: usize,
@@ -141,17 +141,17 @@ impl Pool {
         let parts = self.parts_for(weight).min(rows);
         self.run(parts, &|part| {
             let range = split_range(rows, parts, part);
-            let mine = outs.each_ref().map(|pieces| {
+            let part_outs = outs.each_ref().map(|pieces| {
                 let width = pieces.len() / rows;
                 // SAFETY: the parts' ranges of rows are disjoint, and each part runs once.
                 unsafe { pieces.range(range.start * width..range.end * width) }
             });
-            work(range, mine);
+            work(range, part_outs);
         });
     }
 
-    /// Splits a flat slice over the threads at multiples of `grain`, when `weight` elements are worth it.
-    /// `work(range, out)`.
+    /// Splits a flat slice over the threads at multiples of `grain`, if `weight` elements are worth it. Calls
+    /// `work(range, out)` for each part.
     pub(crate) fn ranges<T: Send>(
         &self,
         out: &mut [T],
@@ -182,7 +182,7 @@ impl Drop for Pool {
     }
 }
 
-fn help(shared: &Shared, helper: usize) {
+fn run_helper(shared: &Shared, helper: usize) {
     let mut seen = 0;
     loop {
         wait_until(|| shared.generation.load(Ordering::SeqCst) != seen, &shared.helper_parked[helper]);
@@ -210,7 +210,7 @@ fn help(shared: &Shared, helper: usize) {
     }
 }
 
-/// Spins, then parks, until `ready`. Whoever makes it ready looks at `parked` afterwards and unparks.
+/// Spins, then parks, until `ready`. The thread that makes it ready reads `parked` afterwards, and unparks this thread.
 fn wait_until(ready: impl Fn() -> bool, parked: &AtomicBool) {
     let mut began = None;
     loop {
@@ -224,7 +224,7 @@ fn wait_until(ready: impl Fn() -> bool, parked: &AtomicBool) {
             continue;
         }
         parked.store(true, Ordering::SeqCst);
-        // Checked again after the store: the other side reads `parked` after it makes this true.
+        // Checked again after the store: the other thread reads `parked` after it makes the condition true.
         while parked.load(Ordering::SeqCst) && !ready() {
             thread::park();
         }
@@ -232,14 +232,14 @@ fn wait_until(ready: impl Fn() -> bool, parked: &AtomicBool) {
     }
 }
 
-/// A slice that several threads write disjoint ranges of.
+/// A slice of which several threads write disjoint ranges.
 pub(crate) struct Pieces<'a, T> {
     start: *mut T,
     len: usize,
     borrow: PhantomData<&'a mut [T]>,
 }
 
-// SAFETY: it only hands out ranges, which `Pieces::range` requires to be disjoint.
+// SAFETY: only ranges are handed out, which `Pieces::range` requires to be disjoint.
 unsafe impl<T: Send> Sync for Pieces<'_, T> {}
 // SAFETY: as for `Sync`.
 unsafe impl<T: Send> Send for Pieces<'_, T> {}
@@ -258,7 +258,7 @@ impl<'a, T> Pieces<'a, T> {
     }
 
     /// # Safety
-    /// Ranges handed out at the same time do not overlap.
+    /// Ranges that are in use at the same time do not overlap.
     #[allow(clippy::mut_from_ref)]
     pub(crate) unsafe fn range(&self, range: Range<usize>) -> &'a mut [T] {
         assert!(range.start <= range.end && range.end <= self.len, "piece out of bounds");

@@ -1,5 +1,5 @@
-//! A CPU stream's scratch memory, reused by each launch: a share for each thread, then the tensors that a launch widens from
-//! bf16. It lies outside the plan's arena, because its size depends on the threads.
+//! The scratch memory of a CPU stream, reused by each launch: first a part for each thread, then the tensors that a
+//! launch widens from bf16. It is not part of the plan's arena, because its size depends on the number of threads.
 
 use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -10,7 +10,7 @@ use crate::memory::{ALIGNMENT, Arena, Tally};
 use crate::op::{Launch, Program};
 use crate::tensor::{DType, element_count};
 
-/// As large as the largest launch that a stream has prepared or run. Clones are the same memory.
+/// As large as needed by the largest launch that a stream has prepared or run. Clones share the memory.
 #[derive(Clone, Debug)]
 pub(crate) struct Scratch {
     device: usize,
@@ -24,13 +24,13 @@ impl Scratch {
         Self { device, threads, tally, arena: Arc::default() }
     }
 
-    /// Allocates what the program's launches need.
+    /// Allocates the scratch memory for the program's launches.
     pub(crate) fn prepare(&self, program: &Program) -> Result<(), KernelError> {
         let bytes = program.launches.iter().map(|launch| bytes(launch, self.threads)).max().unwrap_or(0);
         if bytes > 0 { self.at_least(bytes).map(drop) } else { Ok(()) }
     }
 
-    /// The memory, grown if need be. Only the stream's thread uses it, for one launch at a time.
+    /// Returns the memory, grown to at least `bytes`. Only the stream's thread uses it, for one launch at a time.
     pub(crate) fn at_least(&self, bytes: usize) -> Result<Arena, KernelError> {
         let mut arena = self.arena.lock().unwrap_or_else(PoisonError::into_inner);
         match &*arena {
@@ -44,7 +44,7 @@ impl Scratch {
     }
 }
 
-/// Bytes of the threads' shares for a launch on a stream of `threads` threads; widened tensors follow them.
+/// Bytes of all threads' parts for a launch on a stream of `threads` threads; widened tensors follow them.
 pub(crate) fn thread_bytes(launch: &Launch, threads: usize) -> usize {
     let shapes: Vec<&[usize]> = launch.reads.iter().map(|read| &read.shape[..]).collect();
     (launch.op.thread_floats(&shapes) * threads * size_of::<f32>()).next_multiple_of(ALIGNMENT)
@@ -54,14 +54,14 @@ pub(crate) fn thread_bytes(launch: &Launch, threads: usize) -> usize {
 pub(crate) fn bytes(launch: &Launch, threads: usize) -> usize {
     let wide = |launch: &Launch| {
         let halves = launch.reads.iter().chain(&launch.writes).filter(|buffer| buffer.dtype == DType::BF16);
-        // An op in place names one buffer twice.
+        // An in-place op lists one buffer twice.
         let places: BTreeSet<_> = halves.map(|b| (b.base, b.offset, element_count(&b.shape))).collect();
         places.into_iter().map(|(_, _, elements)| wide_bytes(elements)).sum()
     };
     thread_bytes(launch, threads) + if widen::is_for(launch) { wide(launch) } else { 0 }
 }
 
-/// Bytes of a tensor of bf16 that is widened to f32.
+/// Bytes of a bf16 tensor that is widened to f32.
 pub(crate) fn wide_bytes(elements: usize) -> usize {
     (elements * size_of::<f32>()).next_multiple_of(ALIGNMENT)
 }

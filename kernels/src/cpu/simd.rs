@@ -1,23 +1,24 @@
-//! Vector loops: plain Rust, compiled for AVX-512, AVX2 and the baseline by `pulp`, which picks one at run time.
-//! Loops are over single elements, which compilers vectorise best; an element's value does not depend on its place.
+//! Vector loops: plain Rust, compiled for AVX-512, AVX2 and the baseline by `pulp`, which chooses one at run time.
+//! Loops run over single elements, which compilers vectorize best; an element's value does not depend on its index.
 
-/// Chains of additions that a sum keeps apart, so that it can be vectorised: element i goes into chain i mod 16.
+/// Number of independent partial sums of a sum, so that it can be vectorized: element i is added to partial sum i mod
+/// 16.
 pub(crate) const LANES: usize = 16;
 
-/// Elements that a fold computes before it adds them up: they stay in L1.
+/// Elements that a fold computes before it sums them: they fit in L1.
 const BLOCK: usize = 256;
 
-/// What an elementwise kernel reads.
+/// An operand of an elementwise kernel.
 #[derive(Clone, Copy)]
 pub(crate) enum Operand<'a> {
-    /// The very memory that is written.
+    /// The memory that is written (in place).
     Same,
-    /// Memory of its own.
+    /// Separate memory.
     Other(&'a [f32]),
 }
 
 impl<'a> Operand<'a> {
-    /// The part that goes with this range of the output.
+    /// The part for this range of the output.
     pub(crate) fn range(self, range: std::ops::Range<usize>) -> Operand<'a> {
         match self {
             Operand::Same => Operand::Same,
@@ -26,12 +27,13 @@ impl<'a> Operand<'a> {
     }
 }
 
-/// Runs `work` compiled for the best instruction set that this machine has. `work`, and the closures in it, must be
-/// `#[inline(always)]`: what is not inlined is compiled for the baseline, where a fused multiply-add is a call.
+/// Runs `work` compiled for the best instruction set of this machine. `work`, and the closures in it, must be
+/// `#[inline(always)]`: code that is not inlined is compiled for the baseline, where a fused multiply-add is a function
+/// call.
 #[inline(always)]
 pub(crate) fn dispatch<R>(work: impl FnMut() -> R) -> R {
     struct Inlined<F>(F);
-    // Called as `FnMut`: as `FnOnce`, a closure goes through a shim that is not always inlined.
+    // Called as `FnMut`: as `FnOnce`, a closure is called through a shim that is not always inlined.
     impl<R, F: FnMut() -> R> pulp::NullaryFnOnce for Inlined<F> {
         type Output = R;
 
@@ -43,7 +45,7 @@ pub(crate) fn dispatch<R>(work: impl FnMut() -> R) -> R {
     pulp::Arch::new().dispatch(Inlined(work))
 }
 
-/// `y[i] = f([inputs[0][i], ..])`. To be called inside [`dispatch`].
+/// `y[i] = f([inputs[0][i], ..])`. Call inside [`dispatch`].
 #[inline(always)]
 pub(crate) fn map<const N: usize>(inputs: [&[f32]; N], y: &mut [f32], f: impl Fn([f32; N]) -> f32) {
     let len = y.len();
@@ -59,7 +61,7 @@ pub(crate) fn map<const N: usize>(inputs: [&[f32]; N], y: &mut [f32], f: impl Fn
     }
 }
 
-/// `y[i] = f(y[i], [inputs[0][i], ..])`. To be called inside [`dispatch`].
+/// `y[i] = f(y[i], [inputs[0][i], ..])`. Call inside [`dispatch`].
 #[inline(always)]
 pub(crate) fn update<const N: usize>(y: &mut [f32], inputs: [&[f32]; N], f: impl Fn(f32, [f32; N]) -> f32) {
     let len = y.len();
@@ -78,7 +80,7 @@ pub(crate) fn update<const N: usize>(y: &mut [f32], inputs: [&[f32]; N], f: impl
     }
 }
 
-/// [`map`] of one input, which may be `y` itself. To be called inside [`dispatch`].
+/// [`map`] of one input, which may be `y` itself. Call inside [`dispatch`].
 #[inline(always)]
 pub(crate) fn map_operand(x: Operand<'_>, y: &mut [f32], f: impl Fn(f32) -> f32) {
     match x {
@@ -97,7 +99,7 @@ pub(crate) fn map_operand(x: Operand<'_>, y: &mut [f32], f: impl Fn(f32) -> f32)
     }
 }
 
-/// [`map`] of two inputs, which may be `y` itself. To be called inside [`dispatch`].
+/// [`map`] of two inputs, which may be `y` itself. Call inside [`dispatch`].
 #[inline(always)]
 pub(crate) fn map_operands(a: Operand<'_>, b: Operand<'_>, y: &mut [f32], f: impl Fn(f32, f32) -> f32) {
     match (a, b) {
@@ -128,9 +130,9 @@ pub(crate) fn map_operands(a: Operand<'_>, b: Operand<'_>, y: &mut [f32], f: imp
     }
 }
 
-/// Adds the elements to their chains.
+/// Adds the elements to their partial sums.
 #[inline(always)]
-fn add_to_chains(sums: &mut [f32; LANES], x: &[f32]) {
+fn add_to_partial_sums(sums: &mut [f32; LANES], x: &[f32]) {
     let (blocks, tail) = x.as_chunks::<LANES>();
     for block in blocks {
         for j in 0..LANES {
@@ -142,9 +144,9 @@ fn add_to_chains(sums: &mut [f32; LANES], x: &[f32]) {
     }
 }
 
-/// Sum of the chains in a fixed tree.
+/// Adds the partial sums in a fixed tree.
 #[inline(always)]
-fn sum_chains(mut sums: [f32; LANES]) -> f32 {
+fn add_partial_sums(mut sums: [f32; LANES]) -> f32 {
     let mut width = LANES / 2;
     while width > 0 {
         for j in 0..width {
@@ -155,16 +157,15 @@ fn sum_chains(mut sums: [f32; LANES]) -> f32 {
     sums[0]
 }
 
-/// Sum of all elements, in an order that depends on their number alone. To be called inside [`dispatch`].
+/// Sum of all elements, in an order that depends only on their number. Call inside [`dispatch`].
 #[inline(always)]
 pub(crate) fn sum(x: &[f32]) -> f32 {
     let mut sums = [0.0; LANES];
-    add_to_chains(&mut sums, x);
-    sum_chains(sums)
+    add_to_partial_sums(&mut sums, x);
+    add_partial_sums(sums)
 }
 
-/// Sum of `f([inputs[0][i], ..])`, in an order that depends on the number of elements alone. To be called inside
-/// [`dispatch`].
+/// Sum of `f([inputs[0][i], ..])`, in an order that depends only on the number of elements. Call inside [`dispatch`].
 #[inline(always)]
 pub(crate) fn fold<const N: usize>(inputs: [&[f32]; N], f: impl Fn([f32; N]) -> f32) -> f32 {
     let len = inputs[0].len();
@@ -182,13 +183,13 @@ pub(crate) fn fold<const N: usize>(inputs: [&[f32]; N], f: impl Fn([f32; N]) -> 
             values,
             &f,
         );
-        add_to_chains(&mut sums, values);
+        add_to_partial_sums(&mut sums, values);
         start = end;
     }
-    sum_chains(sums)
+    add_partial_sums(sums)
 }
 
-/// The largest element; `-inf` of none. To be called inside [`dispatch`].
+/// The largest element; `-inf` for an empty slice. Call inside [`dispatch`].
 #[inline(always)]
 pub(crate) fn max(x: &[f32]) -> f32 {
     let larger = |a: f32, b: f32| if b > a { b } else { a };
@@ -202,11 +203,11 @@ pub(crate) fn max(x: &[f32]) -> f32 {
     best.into_iter().chain(tail.iter().copied()).fold(f32::NEG_INFINITY, larger)
 }
 
-/// `e^x`, relative error below 2e-7; 0 below -87.3, infinity above 88.7, NaN for NaN.
+/// `e^x`, relative error below 2e-7; 0 below -87.3, Inf above 88.7, NaN for NaN.
 /// Range reduction by powers of two (Cody and Waite 1980) and a polynomial for `e^r`, `|r| <= ln 2 / 2`.
 #[inline(always)]
 pub(crate) fn exp(x: f32) -> f32 {
-    // Adding 1.5 * 2^23 rounds to an integer that stands in the low bits; `as i32` saturates and does not vectorise.
+    // Adding 1.5 * 2^23 rounds to an integer in the low bits; `as i32` saturates and does not vectorize.
     const MAGIC: f32 = 12_582_912.0;
     let clamped = x.clamp(-87.4, 89.0);
     let rounded = clamped.mul_add(std::f32::consts::LOG2_E, MAGIC);
@@ -228,7 +229,7 @@ pub(crate) fn exp(x: f32) -> f32 {
     if x < -87.3 { 0.0 } else { value }
 }
 
-/// The normal distribution's `(cumulative, density)` at x, which is what GELU needs: `Phi(x) = (1 + erf(x / sqrt 2)) / 2`.
+/// The normal distribution's `(cumulative, density)` at x, for GELU: `Phi(x) = (1 + erf(x / sqrt 2)) / 2`.
 /// `Phi(-z) = e^{-z^2/2} t P(t)` with `t = 1 / (1 + 0.27 z)`; P interpolates at the 9 Chebyshev nodes for z up to 13.5,
 /// relative error 3e-8 before rounding. Relative error below 1e-6 for |x| < 5, absolute error below 2e-7 everywhere.
 #[inline(always)]
@@ -261,7 +262,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn exp_is_as_exact_as_f32_allows() {
+    fn exp_has_f32_accuracy() {
         let mut worst = 0f64;
         for i in -87_000..88_700 {
             let x = i as f32 * 1e-3;
@@ -274,7 +275,7 @@ mod tests {
     }
 
     #[test]
-    fn normal_is_as_exact_as_it_says() {
+    fn normal_has_the_documented_accuracy() {
         // Phi by its series around 0, Marsaglia 2004, <https://doi.org/10.18637/jss.v011.i04>.
         let exact = |x: f64| {
             let (mut term, mut sum) = (x, x);
@@ -290,7 +291,7 @@ mod tests {
             let ((cumulative, density), exact) = (normal(x), exact(f64::from(x)));
             assert!((f64::from(cumulative) - exact.0).abs() < 2e-7, "Phi({x}) = {cumulative}, not {}", exact.0);
             assert!((f64::from(density) / exact.1 - 1.0).abs() < 2e-6, "phi({x}) = {density}, not {}", exact.1);
-            // The series loses the lower tail to cancellation, so relative error is looked at where it is sound.
+            // Cancellation makes the series inaccurate in the lower tail, so relative error is checked only above it.
             if x > -3.0 {
                 assert!((f64::from(cumulative) / exact.0 - 1.0).abs() < 2e-6, "Phi({x}) = {cumulative}");
             }
@@ -299,7 +300,7 @@ mod tests {
     }
 
     #[test]
-    fn an_element_does_not_depend_on_its_place() {
+    fn an_element_does_not_depend_on_its_index() {
         let x: Vec<f32> = (0..100).map(|i| (i as f32 * 0.7).sin()).collect();
         let square = |x: &[f32]| {
             let mut y = vec![0.0; x.len()];
@@ -312,10 +313,10 @@ mod tests {
         }
     }
 
-    /// Loops are compiled for several instruction sets; none fuses, reorders or approximates otherwise than another.
+    /// Loops are compiled for several instruction sets; all fuse, order and approximate operations in the same way.
     #[cfg(target_arch = "x86_64")]
     #[test]
-    fn the_width_of_vectors_does_not_change_bits() {
+    fn the_vector_width_does_not_change_bits() {
         use pulp::Simd;
 
         struct Loops<'a>(&'a [f32], &'a mut Vec<f32>);

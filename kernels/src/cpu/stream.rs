@@ -1,4 +1,4 @@
-//! A CPU stream: one named thread that takes submissions from a queue and runs their launches in order.
+//! A CPU stream: one named thread that takes commands from a queue and runs their launches in order.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
@@ -19,13 +19,13 @@ use crate::metrics::{CollectiveTime, StreamMetrics};
 use crate::op::{Op, Program};
 use crate::stream::{Notification, Submission};
 
-/// Target of the events, of level TRACE, that tell of each launch before it runs, on the stream's thread.
+/// Target of the TRACE events that are logged on the stream's thread before each launch.
 const LAUNCH: &str = "shardflow::launch";
 
-/// See [`crate::stream::Stream`].
+/// The CPU variant of [`crate::stream::Stream`].
 #[derive(Debug)]
 pub struct CpuStream {
-    // The queue has no bound of its own: the register protocol's credits bound what is submitted.
+    // The queue is unbounded; the register protocol's credits bound the number of submissions.
     queue: Option<Sender<Command>>,
     thread: Option<JoinHandle<()>>,
     device: usize,
@@ -62,7 +62,7 @@ impl CpuStream {
         let own = scratch.clone();
         let thread = thread::Builder::new()
             .name(name.to_owned())
-            .spawn(move || serve(&commands, &pool, &*engine, &own, metrics))
+            .spawn(move || run_commands(&commands, &pool, &*engine, &own, metrics))
             .map_err(|_| KernelError::Closed { device })?;
         Ok(Self { queue: Some(queue), thread: Some(thread), device, threads, collective_time, scratch })
     }
@@ -83,7 +83,7 @@ impl CpuStream {
     pub(crate) fn record(&self) -> Event {
         let event = Event::default();
         if self.send(Command::Record(event.clone())).is_err() {
-            // A stream that has ended has done all it ever will.
+            // An ended stream has finished all of its work.
             event.set();
         }
         event
@@ -122,52 +122,52 @@ impl Drop for CpuStream {
         if let Some(thread) = self.thread.take()
             && thread.thread().id() != thread::current().id()
         {
-            // The thread catches every panic, so there is nothing to learn from the result.
+            // The thread catches every panic, so the result contains no information.
             let _ = thread.join();
         }
     }
 }
 
-fn serve(
+fn run_commands(
     commands: &Receiver<Command>,
     pool: &Pool,
     engine: &dyn Collective,
     scratch: &Scratch,
     mut metrics: StreamMetrics,
 ) {
-    let mut check = false;
+    let mut check_finite = false;
     for command in commands {
         match command {
-            Command::CheckFinite(on) => check = on,
-            Command::Run(submission) => run(submission, check, pool, engine, scratch, &mut metrics),
+            Command::CheckFinite(on) => check_finite = on,
+            Command::Run(submission) => run(submission, check_finite, pool, engine, scratch, &mut metrics),
             Command::Record(event) => event.set(),
             Command::Wait(event) => event.synchronize(),
         }
     }
 }
 
-/// Runs one program. A panic of the submitter's own `notify` is swallowed: there is nobody to tell.
+/// Runs one program. A panic of the submitter's `notify` is ignored, since there is no other receiver for it.
 fn run(
     submission: Submission,
-    mut check: bool,
+    mut check_finite: bool,
     pool: &Pool,
     engine: &dyn Collective,
     scratch: &Scratch,
     metrics: &mut StreamMetrics,
 ) {
     let Submission { program, bases, repeat, mut notify } = submission;
-    let mut tell = |notice| drop(catch_unwind(AssertUnwindSafe(|| notify(notice))));
+    let mut send = |notification| drop(catch_unwind(AssertUnwindSafe(|| notify(notification))));
     let mut signals = program.signals.iter().peekable();
     for done in 0..=program.launches.len() {
         while let Some((_, tag)) = signals.next_if(|(launches, _)| *launches <= done) {
-            tell(Notification::Signal(*tag));
+            send(Notification::Signal(*tag));
         }
         let Some(launch) = program.launches.get(done) else { break };
         trace_launch(&program, done);
-        let told = if let Op::Collective(call) = &launch.op { Some(metrics.collective(call)) } else { None };
-        told.iter().for_each(|told| told.came(Instant::now()));
+        let timer = if let Op::Collective(call) = &launch.op { Some(metrics.collective(call)) } else { None };
+        timer.iter().for_each(|timer| timer.came(Instant::now()));
         let result = catch_unwind(AssertUnwindSafe(|| run_launch(launch, &bases, repeat, pool, engine, scratch)));
-        told.iter().for_each(|told| told.went(Instant::now()));
+        timer.iter().for_each(|timer| timer.went(Instant::now()));
         let result = result.unwrap_or_else(|panic| {
             Err(KernelError::Panic {
                 launch: format!("{done} ({})", launch.op.name()),
@@ -176,25 +176,25 @@ fn run(
             })
         });
         if let Err(error) = result {
-            return tell(Notification::Failed(error));
+            return send(Notification::Failed(error));
         }
-        if check && let Some((write, elements)) = not_finite(launch, &bases) {
-            tell(Notification::NotFinite { launch: done, write, elements });
-            // What follows from it is of no interest.
-            check = false;
+        if check_finite && let Some((write, elements)) = not_finite(launch, &bases) {
+            send(Notification::NotFinite { launch: done, write, elements });
+            // Later Inf and NaN values are consequences of this one.
+            check_finite = false;
         }
     }
-    tell(Notification::Done);
+    send(Notification::Done);
 }
 
-/// Tells whoever traces that this launch of a program comes next.
+/// Logs the next launch of a program as a trace event.
 pub(crate) fn trace_launch(program: &Program, index: usize) {
     let (name, launches) = (program.name.as_str(), program.launches.len());
     let op = program.launches.get(index).map_or("none", |launch| launch.op.name());
     tracing::trace!(target: LAUNCH, program = name, op, index, launches);
 }
 
-/// What a panic says.
+/// The message of a panic.
 pub(crate) fn panic_message(panic: &(dyn std::any::Any + Send)) -> String {
     if let Some(text) = panic.downcast_ref::<&str>() {
         (*text).to_owned()

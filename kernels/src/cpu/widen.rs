@@ -1,5 +1,6 @@
-//! Launches on bf16: what they read is widened to f32 in the stream's scratch, the kernel runs there, and what it wrote is
-//! rounded back. So sums are in f32, as on devices that do this in registers; it is their reference, and no faster than f32.
+//! Launches on bf16: reads are widened to f32 in the stream's scratch memory, the kernel runs there, and its writes are
+//! rounded back. So sums are in f32, as on devices that widen in registers. This is the reference for them, and no
+//! faster than f32.
 #![allow(unsafe_code)]
 
 use half::bf16;
@@ -13,11 +14,11 @@ use crate::memory::{Base, View};
 use crate::op::{Buffer, Launch, Op};
 use crate::tensor::DType;
 
-/// True for a launch that [`run`] is for. Casts and copies take bf16 as it is; collectives are not to compute with it.
+/// Whether [`run`] must run the launch. Casts and copies support bf16 directly; collectives must not compute with it.
 pub(crate) fn is_for(launch: &Launch) -> bool {
     let is_half = |buffer: &Buffer| buffer.dtype == DType::BF16;
-    let takes_it = matches!(launch.op, Op::Cast | Op::Copy | Op::CopyRegion { .. } | Op::Collective(_));
-    !takes_it && launch.reads.iter().chain(&launch.writes).any(is_half)
+    let supports_bf16 = matches!(launch.op, Op::Cast | Op::Copy | Op::CopyRegion { .. } | Op::Collective(_));
+    !supports_bf16 && launch.reads.iter().chain(&launch.writes).any(is_half)
 }
 
 /// Runs a launch in f32.
@@ -29,7 +30,7 @@ pub(crate) fn run(
     engine: &dyn Collective,
     scratch: &Scratch,
 ) -> Result<(), KernelError> {
-    // All checks, on the buffers as they are.
+    // Run all checks on the original buffers.
     let args = Args::resolve(launch, bases, repeat)?;
     let views = || args.reads().iter().chain(args.writes()).filter(|view| view.dtype() == DType::BF16);
     let mut places: Vec<(View<'_>, usize)> = Vec::new();
@@ -44,7 +45,7 @@ pub(crate) fn run(
     let at = |view: &View<'_>| places.iter().find(|(other, _)| other.same_memory(view)).map_or(0, |(_, at)| *at);
     for view in args.reads().iter().filter(|view| view.dtype() == DType::BF16) {
         let x = View::new(launch.op.name(), &arena, at(view), view.shape(), DType::F32)?;
-        // SAFETY: the types fit; the arena is this stream's own; nobody writes what is read (MEM-2, MEM-3).
+        // SAFETY: the dtypes match; only this stream uses the arena; nothing writes the read buffer (MEM-2, MEM-3).
         let (x, halves) = unsafe { (x.f32_mut(), view.bf16()) };
         x.iter_mut().zip(halves).for_each(|(x, half)| *x = half.to_f32());
     }
@@ -67,7 +68,8 @@ pub(crate) fn run(
     run_launch(&launch_wide, &all, repeat, pool, engine, scratch)?;
     for view in args.writes().iter().filter(|view| view.dtype() == DType::BF16) {
         let y = View::new(launch.op.name(), &arena, at(view), view.shape(), DType::F32)?;
-        // SAFETY: the types fit; the arena is this stream's own; nobody else uses what is written (MEM-2, MEM-3).
+        // SAFETY: the dtypes match; only this stream uses the arena; nothing else uses the written buffer (MEM-2,
+        // MEM-3).
         let (y, halves) = unsafe { (y.f32(), view.bf16_mut()) };
         halves.iter_mut().zip(y).for_each(|(half, y)| *half = bf16::from_f32(*y));
     }

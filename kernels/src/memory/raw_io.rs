@@ -1,5 +1,5 @@
-//! Bytes of an arena to and from a socket or a file, without a copy between (on a GPU by way of pinned
-//! memory).
+//! Transfers bytes of an arena to and from a socket or a file without an intermediate copy (for GPU memory through a
+//! pinned buffer).
 #![allow(unsafe_code)]
 
 use std::io::{self, Read, Write};
@@ -7,43 +7,47 @@ use std::io::{self, Read, Write};
 use super::Arena;
 
 impl Arena {
-    /// Writes `bytes` bytes from `offset` on to `sink`. The caller guarantees, by the register protocol or by having no work
-    /// in flight, that nobody writes the range meanwhile.
+    /// Writes `bytes` bytes from `offset` on to `sink`. The caller guarantees, by the register protocol or by having no
+    /// work in flight, that nothing writes the range meanwhile.
     ///
     /// # Errors
-    /// `InvalidInput` when the range is out of bounds; whatever `sink` fails with.
+    /// `InvalidInput` when the range is out of bounds; any error of `sink`.
     pub fn write_to(&self, offset: usize, bytes: usize, sink: &mut impl Write) -> io::Result<()> {
         self.check_inside(offset, bytes)?;
         if let Some(memory) = self.device_memory() {
             return memory.read_pieces(offset, bytes, |piece| sink.write_all(piece));
         }
         let start = self.host_start().wrapping_add(offset);
-        // SAFETY: in bounds (just checked), initialised since arenas start zeroed, not written by the contract (MEM-3).
+        // SAFETY: in bounds (just checked), initialized since arenas start zeroed, not written by the contract (MEM-3).
         sink.write_all(unsafe { std::slice::from_raw_parts(start, bytes) })
     }
 
-    /// Fills `bytes` bytes from `offset` on out of `source`. The caller guarantees, by the register protocol or by having no
-    /// work in flight, that nobody else uses the range meanwhile.
+    /// Reads `bytes` bytes from `source` into the arena, from `offset` on. The caller guarantees, by the register
+    /// protocol or by having no work in flight, that nothing else uses the range meanwhile.
     ///
     /// # Errors
-    /// `InvalidInput` when the range is out of bounds or the arena is only to be read; whatever `source` fails with, or
+    /// `InvalidInput` when the range is out of bounds or the arena is read-only; any error of `source`, or
     /// `UnexpectedEof`.
     pub fn read_from(&self, offset: usize, bytes: usize, source: &mut impl Read) -> io::Result<()> {
         if !self.is_writable() {
-            return Err(io::Error::new(io::ErrorKind::InvalidInput, "the arena is another process's"));
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidInput,
+                "the arena is mapped read-only from another process",
+            ));
         }
         self.check_inside(offset, bytes)?;
         if let Some(memory) = self.device_memory() {
             return memory.write_pieces(offset, bytes, |piece| source.read_exact(piece));
         }
         let start = self.host_start().wrapping_add(offset);
-        // SAFETY: in bounds (just checked), initialised since arenas start zeroed, used by nobody else by the contract.
+        // SAFETY: in bounds (just checked), initialized since arenas start zeroed, used by nothing else by the
+        // contract.
         source.read_exact(unsafe { std::slice::from_raw_parts_mut(start, bytes) })
     }
 
     fn check_inside(&self, offset: usize, bytes: usize) -> io::Result<()> {
         if offset.checked_add(bytes).is_none_or(|end| end > self.bytes()) {
-            let message = format!("{bytes} bytes from byte {offset} on are not inside {} bytes", self.bytes());
+            let message = format!("{bytes} bytes at byte {offset} exceed the arena's {} bytes", self.bytes());
             return Err(io::Error::new(io::ErrorKind::InvalidInput, message));
         }
         Ok(())
@@ -58,7 +62,7 @@ mod tests {
     use crate::memory::Tally;
 
     #[test]
-    fn bytes_go_through_and_stay_inside() {
+    fn transfers_copy_the_bytes_and_check_bounds() {
         let arena = Arena::host(0, 16, &Arc::new(Tally::default())).expect("16 bytes");
         arena.read_from(4, 3, &mut &[1u8, 2, 3, 4][..]).expect("inside");
         let mut out = Vec::new();
@@ -68,6 +72,6 @@ mod tests {
         for (offset, bytes) in [(0, 17), (16, 1), (usize::MAX, 1), (1, usize::MAX)] {
             assert_eq!(arena.write_to(offset, bytes, &mut out).unwrap_err().kind(), io::ErrorKind::InvalidInput);
         }
-        arena.write_to(16, 0, &mut out).expect("nothing is inside anything");
+        arena.write_to(16, 0, &mut out).expect("an empty range is in bounds");
     }
 }

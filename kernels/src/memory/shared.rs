@@ -1,7 +1,7 @@
 //! Memory that processes of one node share: a sealed memfd and a mapping of it.
 //!
-//! - SHARED-1: a mapping's size never exceeds the file's, and the file's size is sealed, so that no access faults,
-//!   whatever a peer does. A peer that writes what it should not can give wrong numbers, but no fault.
+//! - SHARED-1: a mapping is never larger than its file, and the file's size is sealed, so no access faults, whatever a
+//!   peer does. A peer with write access can corrupt values, but cannot cause a fault.
 #![allow(unsafe_code)]
 
 use std::io;
@@ -14,13 +14,13 @@ use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
 use super::ALIGNMENT;
 use crate::error::KernelError;
 
-/// The size is fixed, and so are the seals.
+/// Seals that fix the size of the file, and the seals themselves.
 const SEALS: SealFlags = SealFlags::SHRINK.union(SealFlags::GROW).union(SealFlags::SEAL);
 
-/// What may be done with memory that a peer passed.
+/// Permitted access to memory that a peer passed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Access {
-    /// Only reading; writing is refused.
+    /// Read-only; writes are rejected.
     Read,
     /// Reading and writing.
     ReadWrite,
@@ -35,15 +35,15 @@ pub(super) struct Mapping {
     access: Access,
 }
 
-// SAFETY: the mapping belongs to the process and any thread may unmap it; access to its contents from several threads,
-// or processes, is ruled by MEM-3.
+// SAFETY: the mapping belongs to the process and any thread may unmap it; MEM-3 governs access to its contents from
+// several threads or processes.
 unsafe impl Send for Mapping {}
 // SAFETY: as for `Send`.
 unsafe impl Sync for Mapping {}
 
 impl Mapping {
-    /// Fresh zeroed memory. As with a heap's, the system finds its pages when they are first written: reserving them here
-    /// (`fallocate`) would call the out-of-memory killer where a size is too large, instead of failing.
+    /// Creates zeroed memory. The system allocates each page at its first write, as for a heap: reserving the pages
+    /// here (`fallocate`) would invoke the out-of-memory killer for too large a size, instead of failing.
     pub(super) fn create(bytes: usize) -> io::Result<Self> {
         let file = memfd_create("shardflow", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
         let length = u64::try_from(bytes).unwrap_or(u64::MAX);
@@ -52,7 +52,8 @@ impl Mapping {
         Ok(Self::map(file, bytes, Access::ReadWrite)?)
     }
 
-    /// What a peer made by [`Mapping::create`]; refused when it has another size, or could still change it.
+    /// Maps memory that a peer created with [`Mapping::create`]. Rejects memory of another size, and memory whose size
+    /// the peer could still change.
     pub(super) fn of_peer(file: OwnedFd, bytes: usize, access: Access) -> Result<Self, KernelError> {
         let refused =
             |what: &str, expected: String, got: String| KernelError::arguments("map_peer", what, expected, got);
@@ -80,7 +81,7 @@ impl Mapping {
             Access::Read => ProtFlags::READ,
             Access::ReadWrite => ProtFlags::READ | ProtFlags::WRITE,
         };
-        // SAFETY: a new mapping at an address that the system picks takes no memory from anybody.
+        // SAFETY: a new mapping at an address that the system chooses replaces no existing mapping.
         let start = unsafe { mmap(null_mut(), bytes, protection, MapFlags::SHARED, &file, 0)? };
         let start = NonNull::new(start.cast()).ok_or(rustix::io::Errno::NOMEM)?;
         Ok(Self { file, start, bytes, access })
@@ -106,8 +107,8 @@ impl Mapping {
 impl Drop for Mapping {
     fn drop(&mut self) {
         if self.bytes > 0 {
-            // SAFETY: mapped in `map` with this size, unmapped once, and the arena that lent it out is gone. An error
-            // could only mean that it is not mapped.
+            // SAFETY: mapped in `map` with this size, unmapped once, and the arena that used it is gone. The only
+            // possible error is that it is not mapped.
             let _ = unsafe { munmap(self.start.as_ptr().cast(), self.bytes) };
         }
     }

@@ -1,15 +1,14 @@
-//! What a planner asks of an op: its name, how many buffers it takes, which of them accumulates, how much scratch
-//! memory it needs, which types it takes.
+//! Properties of ops for the planner: name, number of buffers, accumulating write, scratch memory, supported dtypes.
 
 use crate::collective::{CollectiveCall, CollectiveKind};
 use crate::op::Op;
 use crate::tensor::DType;
 
-/// Query rows that attention works on at once.
+/// Number of query rows that attention processes as one block.
 pub(crate) const ATTENTION_BLOCK: usize = 64;
 
 impl Op {
-    /// Shown in errors, plans and traces.
+    /// Name for errors, plans and traces.
     pub fn name(&self) -> &str {
         match self {
             Op::Fill { .. } => "fill",
@@ -41,7 +40,7 @@ impl Op {
         }
     }
 
-    /// Number of buffers read and written; `None` where a custom kernel decides.
+    /// Number of buffers read and written; `None` for custom kernels.
     pub fn arity(&self) -> Option<(usize, usize)> {
         Some(match self {
             Op::Fill { .. } => (0, 1),
@@ -67,8 +66,8 @@ impl Op {
         })
     }
 
-    /// Index of the write that a launch may add to instead of overwriting it; `None` where the op cannot accumulate.
-    /// A custom kernel is told of `accumulate` and does what it says of itself; here it counts as unable.
+    /// Index of the write that a launch may add to instead of overwriting it; `None` if the op cannot accumulate. A
+    /// custom kernel handles `accumulate` itself and returns `None` here.
     pub fn can_accumulate(&self) -> Option<usize> {
         match self {
             Op::Copy
@@ -82,8 +81,8 @@ impl Op {
         }
     }
 
-    /// True when read `port` may be of type [`DType::BF16`]: an activation or its gradient. Parameters, statistics and sums are
-    /// [`DType::F32`], but for the operands of a product. All such reads of a launch are of one type.
+    /// Whether read `port` may have dtype [`DType::BF16`]: activations and their gradients. Parameters, statistics and
+    /// sums are [`DType::F32`], except for operands of a product. All such reads of a launch have the same dtype.
     pub fn reads_bf16(&self, port: usize) -> bool {
         match self {
             Op::Cast | Op::Copy | Op::CopyRegion { .. } | Op::Add | Op::SumLeading | Op::Scale { .. } => true,
@@ -96,8 +95,8 @@ impl Op {
         }
     }
 
-    /// True when write `port` may be of type [`DType::BF16`], which it is only where the reads that may be are. What accumulates is
-    /// [`DType::F32`] in any case.
+    /// Whether write `port` may have dtype [`DType::BF16`]. It is only used when the reads that may be BF16 are. An
+    /// accumulating write is always [`DType::F32`].
     pub fn writes_bf16(&self, port: usize) -> bool {
         match self {
             Op::Fill { .. } | Op::Cast | Op::Copy | Op::CopyRegion { .. } | Op::Add | Op::SumLeading => true,
@@ -108,36 +107,36 @@ impl Op {
         }
     }
 
-    /// What is wrong with a launch's types where BF16 is among them: which buffer, what it should be, what it is. Each port
-    /// takes BF16 by itself, and:
-    /// - the reads that may be BF16 are all of one type;
-    /// - where they are F32, so are the writes. Only a cast turns one into the other; where they are BF16, a write may be
-    ///   either, for sums and for what an engine of collectives adds up.
+    /// Checks a launch that uses BF16; on failure returns the buffer, the expected and the actual dtype. Each port must
+    /// support BF16, and:
+    /// - the reads that may be BF16 all have one dtype;
+    /// - if they are F32, so are the writes: only a cast converts. If they are BF16, a write may have either dtype, for
+    ///   sums and for values that a collective engine adds up.
     pub(crate) fn bf16_fault(&self, reads: &[DType], writes: &[DType]) -> Option<(String, &'static str, &'static str)> {
         if matches!(self, Op::Collective(_)) {
             return None;
         }
         let none = ("F32 or I32", "BF16");
         let refused = |what: &str, i: usize, (expected, got)| Some((format!("dtype of {what} {i}"), expected, got));
-        let wrong = |types: &[DType], may: &dyn Fn(usize) -> bool| {
+        let unsupported = |types: &[DType], may: &dyn Fn(usize) -> bool| {
             types.iter().enumerate().position(|(i, dtype)| *dtype == DType::BF16 && !may(i))
         };
-        if let Some(i) = wrong(reads, &|i| self.reads_bf16(i)) {
+        if let Some(i) = unsupported(reads, &|i| self.reads_bf16(i)) {
             return refused("read", i, none);
         }
-        if let Some(i) = wrong(writes, &|i| self.writes_bf16(i)) {
+        if let Some(i) = unsupported(writes, &|i| self.writes_bf16(i)) {
             return refused("write", i, none);
         }
         let wide = (0..reads.len()).find(|&i| reads[i] == DType::F32 && self.reads_bf16(i))?;
         if reads.contains(&DType::BF16) {
-            return refused("read", wide, ("BF16, as the other reads", "F32"));
+            return refused("read", wide, ("BF16, like the other reads", "F32"));
         }
         let half = writes.iter().position(|dtype| *dtype == DType::BF16 && !matches!(self, Op::Cast))?;
-        refused("write", half, ("F32, as what is read", "BF16"))
+        refused("write", half, ("F32, like the reads", "BF16"))
     }
 
-    /// Floats of scratch memory that each thread of a CPU needs for a launch, given the shapes that it reads. 0 for most ops,
-    /// and for shapes that the op will refuse anyway.
+    /// Floats of scratch memory that each CPU thread needs for a launch that reads these shapes. 0 for most ops, and
+    /// for shapes that the op rejects anyway.
     pub(crate) fn thread_floats(&self, reads: &[&[usize]]) -> usize {
         match (self, reads) {
             // A block of scores.
@@ -150,7 +149,7 @@ impl Op {
 }
 
 impl CollectiveCall {
-    /// Shown in errors, plans and traces.
+    /// Name for errors, plans and traces.
     pub fn name(&self) -> &'static str {
         match self.kind {
             CollectiveKind::AllReduce { .. } => "all_reduce",

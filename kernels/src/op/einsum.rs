@@ -11,7 +11,7 @@ impl fmt::Display for Einsum {
     }
 }
 
-/// Which of the three groups of indices a letter is in.
+/// The group of indices that a letter belongs to.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Role {
     /// In `a` and `out`.
@@ -23,12 +23,12 @@ enum Role {
 }
 
 impl Einsum {
-    /// Reads subscripts such as `"btc,hdc->bthd"`: one ASCII letter for each dim.
+    /// Parses subscripts such as `"btc,hdc->bthd"`: one ASCII letter per dim.
     ///
     /// # Errors
     /// [`KernelError::Arguments`] when the text is malformed, or is not one matrix product without moving data: each
-    /// letter stands in exactly two of the three terms, and in each term the letters of a group are adjacent and in
-    /// the same order as in the other term.
+    /// letter must be in exactly two of the three terms, and in each term the letters of a group must be adjacent and
+    /// in the same order as in the other term.
     pub fn parse(text: &str) -> Result<Self, KernelError> {
         let refused = |what: &str, expected: &str| KernelError::arguments("einsum", what, expected, text);
         let terms = text.split_once("->").and_then(|(ab, out)| Some((ab.split_once(',')?, out)));
@@ -37,7 +37,7 @@ impl Einsum {
         for term in [&einsum.a, &einsum.b, &einsum.out] {
             let repeated = term.char_indices().any(|(i, letter)| term[..i].contains(letter));
             if repeated || !term.chars().all(|letter| letter.is_ascii_alphabetic()) {
-                return Err(refused("subscripts", "letters, each once in a term"));
+                return Err(refused("subscripts", "letters, each at most once per term"));
             }
         }
         einsum.layout()?;
@@ -57,7 +57,7 @@ impl Einsum {
         term.chars().filter(|&letter| self.role(letter) == Some(role)).collect()
     }
 
-    /// Whether each of a, b, out is stored transposed.
+    /// Whether each of a, b and out is stored transposed.
     fn layout(&self) -> Result<[bool; 3], KernelError> {
         let refused = |expected: &str| KernelError::arguments("einsum", "subscripts", expected, self.to_string());
         let terms = [&self.a, &self.b, &self.out];
@@ -65,15 +65,15 @@ impl Einsum {
             match terms.iter().filter(|term| term.contains(letter)).count() {
                 2 => {}
                 3 => {
-                    let why = "one that is in all three makes a batch of products, which needs a custom op";
-                    return Err(refused(&format!("index {letter} in exactly two of the three terms ({why})")));
+                    let reason = "one that is in all three makes a batch of products, which needs a custom op";
+                    return Err(refused(&format!("index {letter} in exactly two of the three terms ({reason})")));
                 }
                 _ => return Err(refused(&format!("index {letter} in exactly two of the three terms"))),
             }
         }
         let mut transposed = [false; 3];
         for (flag, (term, (x, y))) in transposed.iter_mut().zip(terms.into_iter().zip(self.groups())) {
-            // With one group empty both orders hold: then the matrix is a row or a column, stored plainly.
+            // If one group is empty, both orders match: the matrix is then a row or a column, not transposed.
             *flag = *term != format!("{x}{y}");
             if *flag && *term != format!("{y}{x}") {
                 return Err(refused(&self.as_product()));
@@ -82,7 +82,7 @@ impl Einsum {
         Ok(transposed)
     }
 
-    /// The two groups of indices of each term, ordered as in `a`, or in `b` where `a` lacks them.
+    /// The two groups of indices of each term, in the order of `a`, or of `b` for letters that are not in `a`.
     fn groups(&self) -> [(String, String); 3] {
         let rows = self.letters(&self.a, Role::Row);
         let columns = self.letters(&self.b, Role::Column);
@@ -90,7 +90,7 @@ impl Einsum {
         [(rows.clone(), summed.clone()), (summed, columns.clone()), (rows, columns)]
     }
 
-    /// The matrix product that the subscripts mean, and how it is written.
+    /// Describes the matrix product that the subscripts compute, and valid subscripts for it.
     fn as_product(&self) -> String {
         let groups = self.groups();
         let dims = |(x, y): &(String, String)| {
@@ -106,7 +106,7 @@ impl Einsum {
         format!("the matrix product of {left} and {right} written {a},{b}->{out}, with dims stored in this order")
     }
 
-    /// The extent of a letter, from whichever operand has it; both must agree.
+    /// The extent of a letter in its operands, which must agree.
     fn extent(&self, letter: char, a: &[usize], b: &[usize]) -> Result<usize, KernelError> {
         let of = |term: &str, shape: &[usize]| term.find(letter).and_then(|i| shape.get(i).copied());
         match (of(&self.a, a), of(&self.b, b)) {
@@ -118,7 +118,7 @@ impl Einsum {
             )),
             (Some(x), _) | (None, Some(x)) => Ok(x),
             (None, None) => {
-                Err(KernelError::arguments("einsum", "index", "one of an operand", format!("{letter} in {self}")))
+                Err(KernelError::arguments("einsum", "index", "an index of an operand", format!("{letter} in {self}")))
             }
         }
     }
@@ -133,7 +133,7 @@ impl Einsum {
         Ok(())
     }
 
-    /// The matrix product that this is for operands of these shapes.
+    /// The matrix product for operands of these shapes.
     ///
     /// # Errors
     /// [`KernelError::Arguments`] when ranks or shared extents differ, or the subscripts are not one matrix product.
@@ -153,7 +153,7 @@ impl Einsum {
         })
     }
 
-    /// The result's shape for operands of these shapes.
+    /// The shape of the result for operands of these shapes.
     ///
     /// # Errors
     /// As for [`Einsum::gemm_dims`].
@@ -168,7 +168,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn linear_layers_and_their_gradients_are_products() {
+    fn linear_layers_and_their_gradients_are_matrix_products() {
         let check = |text: &str, a: &[usize], b: &[usize], out: &[usize], mnk: (usize, usize, usize), t: [bool; 3]| {
             let einsum = Einsum::parse(text).unwrap();
             assert_eq!(einsum.output_shape(a, b).unwrap(), out, "{text}");
@@ -184,9 +184,9 @@ mod tests {
         check("m,n->mn", &[4], &[3], &[4, 3], (4, 3, 1), [false, false, false]);
     }
 
-    /// The product that was meant, and subscripts that are accepted.
+    /// The error names the matrix product, and valid subscripts for it.
     #[test]
-    fn a_product_that_would_move_data_is_shown_as_one_that_does_not() {
+    fn the_error_suggests_subscripts_that_move_no_data() {
         for (text, left, right, written) in [
             ("bckhw,ok->bcohw", "[bchw, k]", "[k, o]", "bchwk,ok->bchwo"),
             ("abc,cbd->ad", "[a, bc]", "[bc, d]", "abc,bcd->ad"),
@@ -196,9 +196,9 @@ mod tests {
             ("aib,jkl->abijkl", "[aib, 1]", "[1, jkl]", "aib,jkl->aibjkl"),
         ] {
             let error = Einsum::parse(text).unwrap_err().to_string();
-            let want =
+            let expected =
                 format!("expected the matrix product of {left} and {right} written {written}, with dims stored in");
-            assert!(error.contains(&want) && error.ends_with(&format!("got {text}")), "{error}");
+            assert!(error.contains(&expected) && error.ends_with(&format!("got {text}")), "{error}");
             Einsum::parse(written).unwrap();
         }
         let error = Einsum::parse("bij,bjk->bik").unwrap_err().to_string();
@@ -206,7 +206,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_one_product_is_refused() {
+    fn subscripts_that_are_not_one_product_are_rejected() {
         for text in
             ["ab,bc", "ab->ab", "aab,bc->ac", "abc,abd->acd", "acb,cd->abd", "abc,cbd->ad", "ab,bc->adc", "a1,1->a"]
         {

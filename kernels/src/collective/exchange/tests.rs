@@ -1,4 +1,4 @@
-//! Copies past the caches, for which conformance's tensors are too small.
+//! Copies that bypass the caches, for which the conformance suite's tensors are too small.
 
 use std::sync::Arc;
 
@@ -8,7 +8,7 @@ use crate::device::Device;
 use crate::tensor::HostTensor;
 
 #[test]
-fn a_streamed_copy_is_a_copy() {
+fn a_streamed_copy_equals_its_source() {
     let device = Device::cpu(0, 1, Arc::new(InProcess::new()));
     const ALL: usize = 600;
     let numbers = HostTensor::i32(&[ALL], (0..ALL as i32).collect());
@@ -16,11 +16,11 @@ fn a_streamed_copy_is_a_copy() {
     let (x, y) = (device.arena(4 * ALL).unwrap(), device.arena(4 * ALL).unwrap());
     x.write_host(0, &numbers).unwrap();
     let posted = |arena| Posted::checked(arena, 0, ALL).unwrap();
-    // Every alignment in a line, and runs with and without whole lines, below and above the shortest that is streamed.
+    // Every alignment within a line, and runs with and without whole lines, below and above STREAM_RUN_MIN.
     for (from, to) in (0..17).flat_map(|from| (0..17).map(move |to| (from, to))) {
         for len in [0, 1, 15, 16, 17, 31, 64, 100, STREAM_RUN_MIN, 500] {
             y.write_host(0, &zeros).unwrap();
-            // SAFETY: inside, and nobody else is here.
+            // SAFETY: inside, and no other thread accesses the memory.
             unsafe { stream(posted(&x).at(from), posted(&y).at(to), len) };
             let got = y.read_host(0, &[ALL], DType::I32).unwrap();
             let expected = |i: usize| if (to..to + len).contains(&i) { (from + i - to) as i32 } else { 0 };

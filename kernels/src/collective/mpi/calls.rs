@@ -1,7 +1,9 @@
-//! The calls of MPI that the engine makes: all that is not Rust.
+//! The MPI calls of the engine: all foreign-function calls.
 //!
-//! - MPI-1: MPI was started for calls of several threads at once, and is not ended while a communicator is here.
-//! - MPI-2: what a call that was given up was to read or write stays where it is for ever: MPI cannot take such a call back.
+//! - MPI-1: MPI is initialized for concurrent calls by several threads, and is not finalized while a communicator
+//!   exists.
+//! - MPI-2: buffers of an unfinished call stay allocated and in place until the process exits: MPI cannot cancel such a
+//!   call.
 #![allow(unsafe_code)]
 
 use std::mem;
@@ -19,38 +21,39 @@ use mpi::{Threading, traits::AsRaw};
 use crate::collective::ReduceOp;
 use crate::error::KernelError;
 
-/// How long a call that waits lets only other threads run between its looks.
+/// How long a waiting call yields to other threads between completion tests, before it sleeps between them.
 const YIELD: Duration = Duration::from_micros(200);
 
-/// How long it then sleeps between them.
+/// Length of each sleep after that.
 const NAP: Duration = Duration::from_micros(20);
 
-/// Looks after which a call also sees whether to give up.
-const LOOKS: u32 = 8;
+/// Number of completion tests between two checks for an interrupt.
+const TESTS_PER_CHECK: u32 = 8;
 
-/// How long processes wait for each other before they end MPI.
-const END_WITHIN: Duration = Duration::from_secs(5);
+/// How long processes wait for each other before they finalize MPI.
+const END_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// What ends a wait early: asked now and then.
-pub(super) type Trouble<'a> = dyn FnMut() -> Result<(), KernelError> + 'a;
+/// Returns an error to end a wait early. Called regularly while a call waits.
+pub(super) type CheckInterrupt<'a> = dyn FnMut() -> Result<(), KernelError> + 'a;
 
-/// MPI in this process: which of how many it is. Started once in a process's life, and ended with the last clone of this,
-/// unless an engine was aborted: a call may then be under way, and peers may be gone, for whom MPI would wait.
+/// MPI in this process: its rank and the number of processes. MPI is started once per process and finalized with the
+/// last clone, unless an engine was aborted: a transfer may then be in flight, and MPI would wait for peers that are
+/// gone.
 #[derive(Debug)]
 pub struct MpiWorld {
-    universe: Option<Ended>,
+    universe: Option<UniverseGuard>,
     comm: Comm,
-    /// For the meeting at the end alone: one that comes early meets nobody who is at something else.
-    end: Comm,
+    /// Used only for the barrier before MPI is finalized, so that it never matches another barrier.
+    end_comm: Comm,
     rank: u32,
     size: u32,
     aborted: AtomicBool,
 }
 
-/// Ends MPI when it is dropped.
-struct Ended(#[allow(dead_code)] Universe);
+/// Finalizes MPI when it is dropped.
+struct UniverseGuard(#[allow(dead_code)] Universe);
 
-impl std::fmt::Debug for Ended {
+impl std::fmt::Debug for UniverseGuard {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str("Universe")
     }
@@ -60,80 +63,81 @@ impl MpiWorld {
     /// Starts MPI.
     ///
     /// # Errors
-    /// [`KernelError::Mpi`] when it was started before, or does not let several threads call it.
+    /// [`KernelError::Mpi`] when MPI was started before, or does not allow concurrent calls by several threads.
     pub fn start() -> Result<Arc<Self>, KernelError> {
         let (universe, given) = mpi::initialize_with_threading(Threading::Multiple)
             .ok_or_else(|| failed("MPI_Init_thread", "MPI was started before in this process"))?;
         if given != Threading::Multiple {
-            let cause =
-                format!("this MPI gives {given:?}, and several threads call it: build it with MPI_THREAD_MULTIPLE");
+            let cause = format!(
+                "this MPI provides {given:?}, but MPI_THREAD_MULTIPLE is needed: build MPI with support for it"
+            );
             return Err(failed("MPI_Init_thread", &cause));
         }
         let world = universe.world();
         let (rank, size) = (world.rank() as u32, world.size() as u32);
         let comm = Comm { raw: world.as_raw() };
         comm.return_errors()?;
-        let mut end = Comm { raw: comm.raw };
-        // SAFETY: the world is there, and all processes come here; MPI writes the handle.
-        check("MPI_Comm_dup", unsafe { ffi::MPI_Comm_dup(comm.raw, &mut end.raw) })?;
-        let (universe, aborted) = (Some(Ended(universe)), AtomicBool::new(false));
-        Ok(Arc::new(Self { universe, comm, end, rank, size, aborted }))
+        let mut end_comm = Comm { raw: comm.raw };
+        // SAFETY: the world communicator exists, and all processes make this call; MPI writes the handle.
+        check("MPI_Comm_dup", unsafe { ffi::MPI_Comm_dup(comm.raw, &mut end_comm.raw) })?;
+        let (universe, aborted) = (Some(UniverseGuard(universe)), AtomicBool::new(false));
+        Ok(Arc::new(Self { universe, comm, end_comm, rank, size, aborted }))
     }
 
-    /// Number of this process, as MPI counts them.
+    /// Rank of this process in MPI.
     pub fn rank(&self) -> u32 {
         self.rank
     }
 
-    /// How many processes there are.
+    /// Number of processes.
     pub fn size(&self) -> u32 {
         self.size
     }
 
-    /// From now on MPI is not ended in order.
+    /// Prevents that MPI is finalized.
     pub(super) fn abort(&self) {
         self.aborted.store(true, Ordering::Relaxed);
     }
 
-    /// Waits until all processes have come here.
-    pub(super) fn meet(&self, within: Duration) -> Result<(), KernelError> {
-        self.meet_on(&self.comm, within)
+    /// Waits until all processes have called this.
+    pub(super) fn barrier(&self, within: Duration) -> Result<(), KernelError> {
+        self.barrier_on(&self.comm, within)
     }
 
-    fn meet_on(&self, comm: &Comm, within: Duration) -> Result<(), KernelError> {
-        let until = Instant::now() + within;
-        let come = Transfer::Barrier;
+    fn barrier_on(&self, comm: &Comm, within: Duration) -> Result<(), KernelError> {
+        let deadline = Instant::now() + within;
+        let barrier = Transfer::Barrier;
         let mut late = || {
-            let cause = format!("not all of {} processes have come within {} ms", self.size, within.as_millis());
-            if Instant::now() < until { Ok(()) } else { Err(failed("MPI_Ibarrier", &cause)) }
+            let cause = format!("not all of {} processes arrived within {} ms", self.size, within.as_millis());
+            if Instant::now() < deadline { Ok(()) } else { Err(failed("MPI_Ibarrier", &cause)) }
         };
         // SAFETY: a barrier has no buffers.
-        let met = unsafe { comm.run(come, &mut late) };
-        met.inspect_err(|_| self.abort())
+        let result = unsafe { comm.run(barrier, &mut late) };
+        result.inspect_err(|_| self.abort())
     }
 
-    /// A communicator of each of these groups of processes, which have tags of their own. All members call this, with the
-    /// groups in the same order, and wait for each other in MPI itself: on a thread of its own, so that this waits `within`
-    /// at most.
+    /// A communicator for each of these groups of processes, each group with its tag. All members call this, with the
+    /// groups in the same order, and wait for each other inside MPI. That happens on a separate thread, so that this
+    /// call waits for at most `within`.
     pub(super) fn comms(
         self: &Arc<Self>,
         groups: Vec<(Vec<c_int>, c_int)>,
         within: Duration,
     ) -> Result<Vec<Comm>, KernelError> {
-        let (sender, made) = bounded(1);
+        let (sender, receiver) = bounded(1);
         let world = self.clone();
         let make = move || {
             let comms =
                 groups.iter().map(|(processes, tag)| world.comm(processes, *tag)).collect::<Result<Vec<_>, _>>();
-            // An error means that nobody waits any more.
+            // Fails when the receiver has timed out.
             let _ = sender.send(comms);
         };
         let call = "MPI_Comm_create_group";
         std::thread::Builder::new().name("mpi".into()).spawn(make).map_err(|error| failed(call, &error.to_string()))?;
-        let late = format!("not all members have come within {} ms", within.as_millis());
-        let made = made.recv_timeout(within).unwrap_or_else(|_| Err(failed(call, &late)));
-        // What was made, or is being made, may wait for members that are gone.
-        made.inspect_err(|_| self.abort())
+        let late = format!("not all members arrived within {} ms", within.as_millis());
+        let comms = receiver.recv_timeout(within).unwrap_or_else(|_| Err(failed(call, &late)));
+        // MPI may still wait for members that are gone.
+        comms.inspect_err(|_| self.abort())
     }
 
     /// A communicator of these processes. All of them call this, in the same order for all groups.
@@ -148,8 +152,8 @@ impl MpiWorld {
             let count = processes.len() as c_int;
             check("MPI_Group_incl", ffi::MPI_Group_incl(all, count, processes.as_ptr(), group.as_mut_ptr()))?;
             let mut group = group.assume_init();
-            let made = ffi::MPI_Comm_create_group(self.comm.raw, group, tag, &mut comm.raw);
-            check("MPI_Comm_create_group", made)?;
+            let code = ffi::MPI_Comm_create_group(self.comm.raw, group, tag, &mut comm.raw);
+            check("MPI_Comm_create_group", code)?;
             check("MPI_Group_free", ffi::MPI_Group_free(&mut group))?;
             check("MPI_Group_free", ffi::MPI_Group_free(&mut all))?;
         }
@@ -161,7 +165,7 @@ impl MpiWorld {
 impl Drop for MpiWorld {
     fn drop(&mut self) {
         let aborted = self.aborted.load(Ordering::Relaxed) || std::thread::panicking();
-        if aborted || self.meet_on(&self.end, END_WITHIN).is_err() {
+        if aborted || self.barrier_on(&self.end_comm, END_TIMEOUT).is_err() {
             mem::forget(self.universe.take());
         }
     }
@@ -177,7 +181,7 @@ fn check(call: &'static str, code: c_int) -> Result<(), KernelError> {
     }
     let mut text = vec![0 as c_char; ffi::MPI_MAX_ERROR_STRING as usize + 1];
     let mut len = 0;
-    // SAFETY: the buffer is as long as MPI's longest text and its end.
+    // SAFETY: the buffer is as long as MPI's longest text and its terminator.
     unsafe { ffi::MPI_Error_string(code, text.as_mut_ptr(), &mut len) };
     let bytes: Vec<u8> = text.iter().take(len as usize).map(|c| *c as u8).collect();
     Err(failed(call, &String::from_utf8_lossy(&bytes)))
@@ -188,7 +192,7 @@ pub(super) struct Comm {
     raw: MPI_Comm,
 }
 
-// SAFETY: a handle, which threads may use at once (MPI-1).
+// SAFETY: a handle that several threads may use at the same time (MPI-1).
 unsafe impl Send for Comm {}
 // SAFETY: as for `Send`.
 unsafe impl Sync for Comm {}
@@ -199,22 +203,22 @@ impl std::fmt::Debug for Comm {
     }
 }
 
-/// Words of 4 bytes of each member in one buffer: how many, and where.
+/// The parts of all members in one buffer: sizes and start offsets, in words of 4 bytes.
 #[derive(Debug, Default)]
-pub(super) struct Places {
+pub(super) struct Layout {
     pub(super) counts: Vec<c_int>,
     pub(super) starts: Vec<c_int>,
 }
 
-/// What is exchanged. Members are numbers in the communicator; counts and places are of words.
+/// An MPI call and its buffers. Members are ranks of the communicator; counts and offsets are in words.
 pub(super) enum Transfer<'a> {
     Barrier,
-    /// The largest of all members' numbers, each.
-    Largest {
+    /// The element-wise maximum over all members.
+    Max {
         x: &'a [u64; 2],
         y: &'a mut [u64; 2],
     },
-    /// All members' records, one after the other.
+    /// The records of all members, one after the other.
     Records {
         x: &'a [u8],
         y: &'a mut [u8],
@@ -224,7 +228,7 @@ pub(super) enum Transfer<'a> {
         x: &'a [f32],
         y: &'a mut [f32],
     },
-    /// Member i gets `counts[i]` of x, in order.
+    /// Member i receives `counts[i]` words of x, in order.
     ReduceScatter {
         op: ReduceOp,
         x: &'a [f32],
@@ -234,13 +238,13 @@ pub(super) enum Transfer<'a> {
     AllGather {
         x: &'a [f32],
         y: &'a mut [f32],
-        places: Places,
+        layout: Layout,
     },
     AllToAll {
         x: &'a [f32],
-        sent: Places,
+        sent: Layout,
         y: &'a mut [f32],
-        taken: Places,
+        taken: Layout,
     },
     Broadcast {
         y: &'a mut [f32],
@@ -273,26 +277,26 @@ fn raw(op: ReduceOp) -> MPI_Op {
     }
 }
 
-/// Words that are only moved: any bits.
+/// Type of words that are only moved, with any bits.
 fn words() -> MPI_Datatype {
     // SAFETY: a constant of the library.
     unsafe { ffi::RSMPI_UINT32_T }
 }
 
-/// Where what is empty lies. OpenMPI takes a call whose two buffers begin at one place for one in place, even where one of
-/// them is empty, and then does something else than the other members.
-static NOTHING: [u64; 2] = [0; 2];
+/// Addresses of empty buffers. OpenMPI treats a call whose two buffers have the same address as in-place, even if one
+/// of them is empty, and then runs another algorithm than the other members.
+static EMPTY: [u64; 2] = [0; 2];
 
 fn start<T>(slice: &[T]) -> *const c_void {
-    if slice.is_empty() { (&raw const NOTHING[0]).cast() } else { slice.as_ptr().cast() }
+    if slice.is_empty() { (&raw const EMPTY[0]).cast() } else { slice.as_ptr().cast() }
 }
 
-/// Nothing is written to what is empty.
+/// MPI writes nothing to an empty buffer.
 fn start_mut<T>(slice: &mut [T]) -> *mut c_void {
-    if slice.is_empty() { (&raw const NOTHING[1]).cast_mut().cast() } else { slice.as_mut_ptr().cast() }
+    if slice.is_empty() { (&raw const EMPTY[1]).cast_mut().cast() } else { slice.as_mut_ptr().cast() }
 }
 
-/// Lengths were checked to fit ([`super::count`]).
+/// Callers have checked that lengths fit ([`super::count`]).
 fn len<T>(slice: &[T]) -> c_int {
     slice.len() as c_int
 }
@@ -301,7 +305,7 @@ impl Transfer<'_> {
     fn name(&self) -> &'static str {
         match self {
             Transfer::Barrier => "MPI_Ibarrier",
-            Transfer::Largest { .. } | Transfer::AllReduce { .. } => "MPI_Iallreduce",
+            Transfer::Max { .. } | Transfer::AllReduce { .. } => "MPI_Iallreduce",
             Transfer::Records { .. } => "MPI_Iallgather",
             Transfer::ReduceScatter { .. } => "MPI_Ireduce_scatter",
             Transfer::AllGather { .. } => "MPI_Iallgatherv",
@@ -313,14 +317,14 @@ impl Transfer<'_> {
     }
 
     /// # Safety
-    /// Buffers and arrays stay as they are until the request has completed.
+    /// Buffers and arrays stay valid and unused until the request has completed.
     unsafe fn start(&mut self, comm: MPI_Comm, request: *mut MPI_Request) -> c_int {
         // SAFETY: the contract; each pointer is of a slice as long as the counts beside it say.
         unsafe {
             let (float, long) = (ffi::RSMPI_FLOAT, ffi::RSMPI_UINT64_T);
             match self {
                 Transfer::Barrier => ffi::MPI_Ibarrier(comm, request),
-                Transfer::Largest { x, y } => {
+                Transfer::Max { x, y } => {
                     let (x, y) = (start(&x[..]), start_mut(&mut y[..]));
                     ffi::MPI_Iallreduce(x, y, 2, long, ffi::RSMPI_MAX, comm, request)
                 }
@@ -335,8 +339,8 @@ impl Transfer<'_> {
                     let (x, counts) = (start(x), counts.as_ptr());
                     ffi::MPI_Ireduce_scatter(x, start_mut(y), counts, float, raw(*op), comm, request)
                 }
-                Transfer::AllGather { x, y, places } => {
-                    let (counts, starts) = (places.counts.as_ptr(), places.starts.as_ptr());
+                Transfer::AllGather { x, y, layout } => {
+                    let (counts, starts) = (layout.counts.as_ptr(), layout.starts.as_ptr());
                     let (n, y) = (len(x), start_mut(y));
                     ffi::MPI_Iallgatherv(start(x), n, words(), y, counts, starts, words(), comm, request)
                 }
@@ -363,39 +367,49 @@ impl Transfer<'_> {
 }
 
 impl Comm {
-    /// Errors come back as codes, where MPI would otherwise end the process.
+    /// Makes MPI return error codes instead of aborting the process.
     fn return_errors(&self) -> Result<(), KernelError> {
-        // SAFETY: a communicator that is there, and a handler of the library.
+        // SAFETY: the communicator exists, and the handler is a constant of the library.
         check("MPI_Comm_set_errhandler", unsafe { ffi::MPI_Comm_set_errhandler(self.raw, ffi::RSMPI_ERRORS_RETURN) })
     }
 
-    /// Does a transfer, looking for trouble while it waits.
+    /// Runs a transfer; `check_interrupt` is called while it waits.
     ///
     /// # Safety
-    /// When this fails, what the transfer borrows must stay where it is for ever, and nobody may use it (MPI-2).
-    pub(super) unsafe fn run(&self, mut transfer: Transfer<'_>, trouble: &mut Trouble<'_>) -> Result<(), KernelError> {
+    /// When this fails, everything that the transfer borrows must stay in place until the process exits, unused
+    /// (MPI-2).
+    pub(super) unsafe fn run(
+        &self,
+        mut transfer: Transfer<'_>,
+        check_interrupt: &mut CheckInterrupt<'_>,
+    ) -> Result<(), KernelError> {
         let name = transfer.name();
         let mut request = mem::MaybeUninit::uninit();
-        // SAFETY: what is borrowed stays by the contract; the rest is owned by `transfer`, and see `wait`.
+        // SAFETY: borrowed buffers stay valid by the contract; `transfer` owns the rest, and is leaked if the wait
+        // fails.
         check(name, unsafe { transfer.start(self.raw, request.as_mut_ptr()) })?;
-        // SAFETY: MPI has made the request.
-        let done = wait(name, unsafe { request.assume_init() }, trouble);
+        // SAFETY: MPI has initialized the request.
+        let done = wait(name, unsafe { request.assume_init() }, check_interrupt);
         if done.is_err() {
             mem::forget(transfer);
         }
         done
     }
 
-    /// Takes a post of this tag, if one has come: from whom, and what it says.
-    pub(super) fn posted(&self, from: Option<usize>, tag: c_int) -> Result<Option<(usize, [u64; 2])>, KernelError> {
-        let (mut come, mut status) = (0, mem::MaybeUninit::<ffi::MPI_Status>::uninit());
+    /// Receives a post of this tag, if one has arrived: its sender and its two words.
+    pub(super) fn receive_post(
+        &self,
+        from: Option<usize>,
+        tag: c_int,
+    ) -> Result<Option<(usize, [u64; 2])>, KernelError> {
+        let (mut arrived, mut status) = (0, mem::MaybeUninit::<ffi::MPI_Status>::uninit());
         let mut words = [0u64; 2];
-        // SAFETY: MPI writes the status before it is read; a post is two numbers, which `words` has room for, and a
-        // longer message is an error of MPI's.
+        // SAFETY: MPI writes the status before it is read; a post has two words, which fit in `words`, and MPI reports
+        // a longer message as an error.
         unsafe {
             let source = from.map_or(ffi::RSMPI_ANY_SOURCE, |from| from as c_int);
-            check("MPI_Iprobe", ffi::MPI_Iprobe(source, tag, self.raw, &mut come, status.as_mut_ptr()))?;
-            if come == 0 {
+            check("MPI_Iprobe", ffi::MPI_Iprobe(source, tag, self.raw, &mut arrived, status.as_mut_ptr()))?;
+            if arrived == 0 {
                 return Ok(None);
             }
             let source = status.assume_init().MPI_SOURCE;
@@ -406,33 +420,37 @@ impl Comm {
         }
     }
 
-    /// Frees it; no call of it may be under way, and the world must not have ended.
+    /// Frees the communicator. None of its calls may be in flight, and MPI must not be finalized.
     pub(super) fn free(mut self) {
-        // SAFETY: a communicator that is there, by the contract; MPI's word on it would change nothing.
+        // SAFETY: the communicator exists, by the contract; its error code would not change anything.
         unsafe { ffi::MPI_Comm_free(&mut self.raw) };
     }
 }
 
-/// Waits for a request, looking for trouble.
-fn wait(name: &'static str, mut request: MPI_Request, trouble: &mut Trouble<'_>) -> Result<(), KernelError> {
+/// Waits for a request, calling `check_interrupt` regularly.
+fn wait(
+    name: &'static str,
+    mut request: MPI_Request,
+    check_interrupt: &mut CheckInterrupt<'_>,
+) -> Result<(), KernelError> {
     let began = Instant::now();
-    let mut looks = 0u32;
+    let mut tests = 0u32;
     loop {
         let mut done = 0;
-        // SAFETY: the request is under way, and its handle is nobody else's.
+        // SAFETY: the request is in flight, and only this call uses its handle.
         check(name, unsafe { ffi::MPI_Test(&mut request, &mut done, ffi::RSMPI_STATUS_IGNORE) })?;
         if done != 0 {
             return Ok(());
         }
-        looks = looks.wrapping_add(1);
-        if looks.is_multiple_of(LOOKS) {
-            trouble()?;
+        tests = tests.wrapping_add(1);
+        if tests.is_multiple_of(TESTS_PER_CHECK) {
+            check_interrupt()?;
         }
         pause(began);
     }
 }
 
-/// Lets others run between two looks.
+/// Lets other threads run between two completion tests.
 pub(super) fn pause(began: Instant) {
     if began.elapsed() < YIELD { std::thread::yield_now() } else { std::thread::sleep(NAP) }
 }

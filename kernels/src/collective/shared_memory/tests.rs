@@ -1,4 +1,4 @@
-//! What the board's readers do with what should not be there, and what an engine refuses.
+//! How readers handle wrong content of the board, and which arguments the engine rejects.
 
 use std::sync::mpsc::{Receiver, channel};
 use std::thread;
@@ -29,7 +29,7 @@ fn arenas(n: usize, bytes: usize) -> BTreeMap<usize, Arena> {
 
 const SUM: CollectiveKind = CollectiveKind::AllReduce { op: ReduceOp::Sum };
 
-/// Member 0 of group 1 calls; the result comes over the channel.
+/// Member 0 of group 1 calls; the result arrives on the channel.
 fn call(engine: &Arc<SharedMemory>, kind: CollectiveKind, elements: usize) -> Receiver<Result<(), KernelError>> {
     let (sender, results) = channel();
     let engine = engine.clone();
@@ -47,9 +47,9 @@ fn call(engine: &Arc<SharedMemory>, kind: CollectiveKind, elements: usize) -> Re
     results
 }
 
-/// A peer that agrees with the call, but posts memory that is not in its arena, is refused.
+/// The engine rejects a peer that agrees with the call but posts memory outside its arena.
 #[test]
-fn what_a_peer_posts_outside_its_memory_is_not_touched() {
+fn memory_that_a_peer_posts_outside_its_arena_is_not_accessed() {
     // Too large to be copied, so that members read each other's arenas.
     let elements = COPY_BYTES_MAX;
     let bytes = elements * 4;
@@ -58,36 +58,36 @@ fn what_a_peer_posts_outside_its_memory_is_not_touched() {
         let engine = SharedMemory::new(Board::create(&groups).unwrap(), &groups, arenas(2, bytes)).unwrap();
         let engine = Arc::new(engine);
         let terms = CollectiveCall { group: groups[0].clone(), member: 0, kind: SUM };
-        let seat = engine.board.seat(0, 1);
-        let post = &seat.posts[1];
+        let slot = engine.board.member_slot(0, 1);
+        let post = &slot.posts[1];
         post.terms.store(digest(&Terms::of(&terms, &[elements], &[elements], DType::F32)), Ordering::Relaxed);
         post.x.store(x, Ordering::Relaxed);
         post.y.store(y, Ordering::Relaxed);
         post.number.store(1, Ordering::Release);
-        engine.board.table(0).arrivals.value.fetch_add(1, Ordering::SeqCst);
+        engine.board.group_area(0).arrivals.value.fetch_add(1, Ordering::SeqCst);
         let error = call(&engine, SUM, elements).recv_timeout(DEADLINE).unwrap().unwrap_err();
         assert!(error.to_string().contains("member 1 calls 8192 elements at byte"), "{x} {y}: {error}");
     }
 }
 
 #[test]
-fn what_a_peer_sends_from_outside_its_memory_is_not_touched() {
+fn memory_that_a_peer_sends_from_outside_its_arena_is_not_accessed() {
     for x in [1, 4, 8, u64::MAX] {
         let groups = [group(1, &[0, 1])];
         let engine = SharedMemory::new(Board::create(&groups).unwrap(), &groups, arenas(2, 8)).unwrap();
         let engine = Arc::new(engine);
-        let seat = engine.board.seat(0, 1);
-        seat.sent.terms.store(digest(&(DType::F32, &[2usize][..])), Ordering::Relaxed);
-        seat.sent.x.store(x, Ordering::Relaxed);
-        seat.offer.value.store(1, Ordering::SeqCst);
+        let slot = engine.board.member_slot(0, 1);
+        slot.sent.terms.store(digest(&(DType::F32, &[2usize][..])), Ordering::Relaxed);
+        slot.sent.x.store(x, Ordering::Relaxed);
+        slot.offer.value.store(1, Ordering::SeqCst);
         let error = call(&engine, CollectiveKind::Receive { from: 1 }, 2).recv_timeout(DEADLINE).unwrap().unwrap_err();
         assert!(error.to_string().contains("2 elements at byte"), "{x}: {error}");
     }
 }
 
-/// Whatever lies on the board, a call ends, at the latest by an abort.
+/// Whatever the board contains, a call ends, at the latest through an abort.
 #[test]
-fn garbage_on_the_board_does_no_harm() {
+fn calls_end_with_garbage_on_the_board() {
     let groups = [group(1, &[0, 1, 2])];
     for seed in 0..40u64 {
         let board = Board::create(&groups).unwrap();
@@ -96,7 +96,7 @@ fn garbage_on_the_board_does_no_harm() {
         let mut state = seed;
         let mut word = || {
             state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-            // Small words, too: they pass for states and members.
+            // Small words too: they look like states and member indices.
             if state >> 62 == 0 { (state >> 40) as i32 } else { (state >> 60 & 3) as i32 }
         };
         let words = board.bytes() / 4;
@@ -104,29 +104,29 @@ fn garbage_on_the_board_does_no_harm() {
         for (kind, elements) in [(SUM, 10), (SUM, 1 << 14), (CollectiveKind::Receive { from: 2 }, 10)] {
             let results = call(&engine, kind, elements);
             let result = results.recv_timeout(Duration::from_millis(5)).or_else(|_| {
-                engine.abort("it waits");
+                engine.abort("the call still waits");
                 results.recv_timeout(DEADLINE)
             });
-            // Any end will do, even a sum of what the garbage seemed to post.
+            // Any result is accepted, even a sum of the buffers that the garbage seems to post.
             assert!(result.is_ok(), "seed {seed}: {result:?}");
         }
     }
 }
 
 #[test]
-fn what_does_not_belong_together_is_refused() {
+fn inconsistent_boards_groups_and_arenas_are_rejected() {
     let groups = [group(1, &[0, 1]), group(2, &[1, 2])];
     let board = Board::create(&groups).unwrap();
-    let refused = |board: &Arena, groups: &[Arc<Group>], arenas| {
+    let new_error = |board: &Arena, groups: &[Arc<Group>], arenas| {
         SharedMemory::new(mapped(board, Access::ReadWrite), groups, arenas).unwrap_err().to_string()
     };
-    assert!(refused(&board, &groups, arenas(2, 8)).contains("none of rank 2"));
+    assert!(new_error(&board, &groups, arenas(2, 8)).contains("no arena of rank 2"));
     let same_id = [group(1, &[0, 1]), group(1, &[1, 2])];
-    assert!(refused(&Board::create(&same_id).unwrap(), &same_id, arenas(3, 8)).contains("1 ids of 2 groups"));
-    // The first process had these groups; the next has others.
+    assert!(new_error(&Board::create(&same_id).unwrap(), &same_id, arenas(3, 8)).contains("1 ids of 2 groups"));
+    // The first process passed these groups; the next passes others.
     let others = [group(1, &[0, 1]), group(2, &[0, 2])];
-    assert!(refused(&board, &others, arenas(3, 8)).contains("those of the other processes"));
-    assert!(refused(&board, &groups[..1], arenas(3, 8)).contains("bytes, shared"));
+    assert!(new_error(&board, &others, arenas(3, 8)).contains("those of the other processes"));
+    assert!(new_error(&board, &groups[..1], arenas(3, 8)).contains("bytes, shared"));
     let read_only = SharedMemory::new(mapped(&board, Access::Read), &groups, arenas(3, 8)).unwrap_err();
     assert!(read_only.to_string().contains("writable false"));
 
@@ -137,15 +137,15 @@ fn what_does_not_belong_together_is_refused() {
         engine.run(&CollectiveCall { group, member: 0, kind: SUM }, &[x], &[x]).unwrap_err().to_string()
     };
     let own = engine.arenas[&0].clone();
-    assert!(run(group(3, &[0, 1]), &own).contains("one of this node's"));
-    assert!(run(group(1, &[0, 2]), &own).contains("one of this node's"));
-    // Another mapping of the same memory is not what the peers know; read-only ones cannot be written at all.
+    assert!(run(group(3, &[0, 1]), &own).contains("a group of this node"));
+    assert!(run(group(1, &[0, 2]), &own).contains("a group of this node"));
+    // Peers do not know another mapping of the same memory; a read-only mapping cannot be written at all.
     assert!(run(group(1, &[0, 1]), &mapped(&own, Access::ReadWrite)).contains("the shared arena of rank 0"));
-    assert!(run(group(2, &[1, 2]), &mapped(&own, Access::Read)).contains("memory that may be written"));
+    assert!(run(group(2, &[1, 2]), &mapped(&own, Access::Read)).contains("writable memory"));
 }
 
 #[test]
-fn who_waits_for_whom_is_known() {
+fn waits_lists_the_absent_member() {
     let groups = [group(1, &[0, 1])];
     let engine = Arc::new(SharedMemory::new(Board::create(&groups).unwrap(), &groups, arenas(2, 64)).unwrap());
     assert_eq!(engine.waits(), []);
@@ -155,6 +155,6 @@ fn who_waits_for_whom_is_known() {
         assert!(Instant::now() < until);
         thread::yield_now();
     }
-    engine.abort("the test says so");
+    engine.abort("aborted by the test");
     assert!(result.recv_timeout(DEADLINE).unwrap().is_err());
 }

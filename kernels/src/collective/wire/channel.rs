@@ -1,4 +1,4 @@
-//! One connection between two members: an ordered stream of bytes both ways.
+//! One connection between two members: an ordered byte stream in each direction.
 
 use std::io::{self, IoSlice, Read};
 use std::net::{Shutdown, TcpStream};
@@ -7,13 +7,13 @@ use std::os::unix::net::UnixStream;
 
 use rustix::net::{SendAncillaryBuffer, SendFlags, sendmsg};
 
-/// Bytes to send that the kernel may hold for a socket within a node (it takes twice of that memory). Measured: with
-/// its defaults it wakes the other side too often (Unix), or lets more come than stays in caches (TCP), either of which
-/// costs up to half of the speed. Between nodes it sizes buffers itself, by what the network holds.
+/// Socket send buffer within a node, in bytes (the kernel reserves twice as much). Measured: with the default sizes the
+/// kernel wakes the receiver too often (Unix), or buffers more data than the caches hold (TCP); either costs up to half
+/// of the throughput. Between nodes the kernel sizes buffers itself, to match the network.
 const NODE_BUFFER_BYTES: usize = 512 << 10;
 
-/// A connection to another member of a group, made and authenticated by the caller, who has no bytes of it in flight.
-/// Members of one process have one too (a socket pair).
+/// A connection to another member of a group. The caller establishes and authenticates it, and leaves no bytes in
+/// flight. Members of one process are also connected, by a socket pair.
 #[derive(Debug)]
 pub enum Channel {
     /// Within a node.
@@ -35,19 +35,19 @@ impl From<TcpStream> for Channel {
 }
 
 impl Channel {
-    /// Sets what the engine needs: nothing blocks, nothing is held back.
+    /// Sets the socket options: non-blocking, no delayed sends.
     pub(super) fn prepare(&self) -> io::Result<()> {
         match self {
             Channel::Unix(stream) => {
                 stream.set_nonblocking(true)?;
-                // Only speed depends on it, and the system may allow less.
+                // Affects only speed, and the system may allow less.
                 let _ = rustix::net::sockopt::set_socket_send_buffer_size(stream, NODE_BUFFER_BYTES);
                 Ok(())
             }
             Channel::Tcp(stream) => {
                 stream.set_nonblocking(true)?;
                 if stream.peer_addr()?.ip().is_loopback() {
-                    // Only speed depends on it.
+                    // Affects only speed.
                     let _ = rustix::net::sockopt::set_socket_send_buffer_size(stream, NODE_BUFFER_BYTES);
                 }
                 stream.set_nodelay(true)
@@ -55,27 +55,29 @@ impl Channel {
         }
     }
 
-    /// Hands over what the kernel takes at once of the two, one after the other; 0 when it takes nothing now.
+    /// Sends as much of `first`, then of `second`, as the kernel accepts without blocking; 0 when it accepts nothing.
     pub(super) fn send(&self, first: &[u8], second: &[u8]) -> io::Result<usize> {
         let slices = [IoSlice::new(first), IoSlice::new(second)];
         let slices = if first.is_empty() { &slices[1..] } else { &slices[..] };
-        now(|| Ok(sendmsg(self.as_fd(), slices, &mut SendAncillaryBuffer::default(), SendFlags::NOSIGNAL)?))
-            .map(|sent| sent.unwrap_or(0))
+        without_blocking(|| {
+            Ok(sendmsg(self.as_fd(), slices, &mut SendAncillaryBuffer::default(), SendFlags::NOSIGNAL)?)
+        })
+        .map(|sent| sent.unwrap_or(0))
     }
 
-    /// Takes what is there at once; `None` when there is nothing now, 0 when the other side has ended.
+    /// Reads the available bytes without blocking; `None` when there are none, 0 when the peer has closed its side.
     pub(super) fn receive(&self, into: &mut [u8]) -> io::Result<Option<usize>> {
-        now(|| match self {
+        without_blocking(|| match self {
             Channel::Unix(stream) => (&mut &*stream).read(into),
             Channel::Tcp(stream) => (&mut &*stream).read(into),
         })
     }
 
-    /// Ends one or both directions; whoever waits for them wakes up. A connection that has ended already stays so.
-    pub(super) fn shutdown(&self, how: Shutdown) {
+    /// Shuts down one or both directions and wakes threads that wait for them. Does nothing on a closed connection.
+    pub(super) fn shutdown(&self, direction: Shutdown) {
         let _ = match self {
-            Channel::Unix(stream) => stream.shutdown(how),
-            Channel::Tcp(stream) => stream.shutdown(how),
+            Channel::Unix(stream) => stream.shutdown(direction),
+            Channel::Tcp(stream) => stream.shutdown(direction),
         };
     }
 }
@@ -89,8 +91,8 @@ impl AsFd for Channel {
     }
 }
 
-/// One attempt, repeated when a signal cut it short; `None` when it would have to wait.
-fn now(mut attempt: impl FnMut() -> io::Result<usize>) -> io::Result<Option<usize>> {
+/// Calls `attempt`, again after an interrupt by a signal; `None` when it would block.
+fn without_blocking(mut attempt: impl FnMut() -> io::Result<usize>) -> io::Result<Option<usize>> {
     loop {
         match attempt() {
             Ok(bytes) => return Ok(Some(bytes)),

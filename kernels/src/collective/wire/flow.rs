@@ -1,11 +1,12 @@
-//! A pipeline of pieces: some go out to one peer while others come in from one, are combined with what the member has,
-//! and go on. Rings and pairwise exchanges are lists of pieces.
+//! A pipeline of pieces: pieces are sent to one peer while others arrive from another, are combined with the member's
+//! own values, and are forwarded. Rings and pairwise exchanges are lists of pieces.
 //!
-//! - FLOW-1: pieces go out in order and come in in order; out piece t that passes on what in piece t-1 brought goes as
-//!   far as that has come.
-//! - FLOW-2: what passes through takes one of two slots in turn. In piece t may take its slot once out pieces `0..t`
-//!   have gone, so the slot's last content (in piece t-2, out piece t-1) has. Two slots are enough for a ring to move
-//!   always: the member that has sent least can send, since its next has sent no less and so has a slot free.
+//! - FLOW-1: pieces are sent in order and received in order. When out piece t forwards in piece t-1, only the words
+//!   received so far are sent.
+//! - FLOW-2: data in transit alternates between two slots. In piece t may use its slot once out pieces `0..t` have been
+//!   sent, which includes the slot's previous content (in piece t-2, out piece t-1). Two slots suffice for a ring to
+//!   make progress: the member that has sent least can send, since its next member has sent no less and so has a free
+//!   slot.
 
 use std::ops::Range;
 
@@ -16,18 +17,18 @@ use crate::error::KernelError;
 use crate::memory::Words;
 use crate::region::Runs;
 
-/// Words of a piece at most, and of a slot.
+/// Maximum size of a piece, and size of a slot, in words.
 pub(super) const PIECE_WORDS: usize = 64 << 10;
 
-/// Slots for what passes through, and one more for what is packed to go out.
+/// Two slots for data in transit, and one for packed outgoing data.
 pub(super) const SLOTS: usize = 3;
 
 const PACK_SLOT: usize = 2;
 
-/// Bytes that are worth a system call, when more of the piece is to come.
+/// The least number of bytes to send with one system call while more of the piece is to received.
 const SEND_BYTES_MIN: usize = 32 << 10;
 
-/// Some elements of a box: `range` counts inside it.
+/// Some elements of a box; `range` indexes the box's elements.
 #[derive(Clone, Debug)]
 pub(super) struct Part {
     /// Index into [`Flow::boxes`].
@@ -35,16 +36,16 @@ pub(super) struct Part {
     pub(super) range: Range<usize>,
 }
 
-/// Where an out piece's words are.
+/// Location of an out piece's words.
 #[derive(Clone, Debug)]
 pub(super) enum Source {
-    /// In one piece in x.
+    /// A contiguous range of x.
     X(Range<usize>),
-    /// In one piece in y.
+    /// A contiguous range of y.
     Y(Range<usize>),
-    /// Strewn over x: packed first.
+    /// Scattered over x: packed first.
     Pack(Part),
-    /// In the slot of the in piece before it.
+    /// In the slot of the previous in piece.
     Slot,
 }
 
@@ -52,20 +53,20 @@ pub(super) enum Source {
 pub(super) struct Out {
     pub(super) from: Source,
     pub(super) words: usize,
-    /// True when it passes on the in piece before it.
-    pub(super) passes_on: bool,
+    /// Whether it forwards the previous in piece.
+    pub(super) forwards: bool,
 }
 
-/// Where an in piece's words go.
+/// Destination of an in piece's words.
 #[derive(Clone, Debug)]
 pub(super) enum Target {
-    /// Straight to one piece of y.
+    /// Directly into a contiguous range of y.
     Y(Range<usize>),
-    /// To a slot, to be combined there with own words of x.
+    /// Into a slot, combined there with this member's words of x.
     Combine(Part),
-    /// To a slot; combined with own words of x, the result goes to y from this place on.
+    /// Into a slot; combined with this member's words of x, the result is written to y from this index on.
     Finish(Part, usize),
-    /// To a slot, then strewn over y.
+    /// Into a slot, then scattered over y.
     Unpack(Part),
 }
 
@@ -79,20 +80,20 @@ pub(super) struct In {
 #[derive(Debug)]
 pub(super) struct Flow {
     pub(super) op: ReduceOp,
-    /// Boxes that pieces are parts of.
+    /// The boxes that the pieces are parts of.
     pub(super) boxes: Vec<Runs>,
     pub(super) outs: Vec<Out>,
     pub(super) ins: Vec<In>,
 }
 
-/// How far one direction is.
+/// Progress of one direction.
 #[derive(Default)]
-struct Place {
-    /// Pieces that are done.
+struct Progress {
+    /// Number of finished pieces.
     piece: usize,
-    /// Bytes of the next one that have moved.
+    /// Bytes of the next piece that have been transferred.
     bytes: usize,
-    /// Words of it that can be passed on.
+    /// Words of it that can be forwarded.
     words: usize,
 }
 
@@ -107,19 +108,19 @@ impl Flow {
         self.boxes.len() - 1
     }
 
-    /// Where the words of a part lie, when they lie in one piece.
+    /// The range of a part's words in the tensor, if it is contiguous.
     pub(super) fn contiguous(&self, part: &Part) -> Option<Range<usize>> {
         self.boxes[part.runs].contiguous(&part.range)
     }
 
-    /// Calls `run(place in the tensor, place in the piece, len)` for the words `words` of the piece that `part` is.
+    /// Calls `run(index in the tensor, index in the piece, len)` for the words `words` of the piece `part`.
     fn for_each(&self, part: &Part, words: Range<usize>, mut run: impl FnMut(usize, usize, usize)) {
         let range = part.range.start + words.start..part.range.start + words.end;
         self.boxes[part.runs].for_each(range, |place, at, len| run(place, words.start + at, len));
     }
 
-    /// Moves all pieces: those that go out to member `to`, those that come in from member `from`. `slots` has
-    /// [`SLOTS`] times [`PIECE_WORDS`] words.
+    /// Sends all out pieces to member `to` and receives all in pieces from member `from`. `slots` has [`SLOTS`] times
+    /// [`PIECE_WORDS`] words.
     pub(super) fn run(
         &self,
         port: &mut Port,
@@ -134,7 +135,8 @@ impl Flow {
         if let Some(peer) = from {
             port.begin_in(peer, size_of::<f32>() * self.ins.iter().map(|piece| piece.words).sum::<usize>())?;
         }
-        let mut run = Run { flow: self, slots, sent: Place::default(), got: Place::default() };
+        let mut run =
+            RunningFlow { flow: self, slots, sent: Progress::default(), received_progress: Progress::default() };
         loop {
             let mut moved = false;
             let (mut waits_to, mut waits_from) = (None, None);
@@ -149,7 +151,7 @@ impl Flow {
             if waits_to.is_none() && waits_from.is_none() && run.is_done(to.is_some(), from.is_some()) {
                 return Ok(());
             }
-            // Where nothing is to be waited for, empty pieces are skipped next.
+            // With nothing to wait for, the next iteration skips empty pieces.
             if !moved && (waits_to.is_some() || waits_from.is_some()) {
                 port.wait(waits_to, waits_from)?;
             }
@@ -157,45 +159,46 @@ impl Flow {
     }
 }
 
-/// A flow under way.
-struct Run<'a> {
+/// A running flow.
+struct RunningFlow<'a> {
     flow: &'a Flow,
     slots: &'a mut [f32],
-    sent: Place,
-    got: Place,
+    sent: Progress,
+    received_progress: Progress,
 }
 
-/// The words of slot `index`.
+/// Range of words of slot `index`.
 fn slot(index: usize, words: usize) -> Range<usize> {
     index * PIECE_WORDS..index * PIECE_WORDS + words
 }
 
-impl Run<'_> {
+impl RunningFlow<'_> {
     fn is_done(&self, sends: bool, receives: bool) -> bool {
-        (!sends || self.sent.piece == self.flow.outs.len()) && (!receives || self.got.piece == self.flow.ins.len())
+        (!sends || self.sent.piece == self.flow.outs.len())
+            && (!receives || self.received_progress.piece == self.flow.ins.len())
     }
 
-    /// True when the next bytes to come have a place (FLOW-2), or a header is missing.
+    /// Whether the next received bytes have a free slot (FLOW-2), or a header is still expected.
     fn can_receive(&self, port: &mut Port, peer: usize) -> Result<bool, KernelError> {
-        match self.flow.ins.get(self.got.piece) {
+        match self.flow.ins.get(self.received_progress.piece) {
             Some(In { to: Target::Y(_), .. }) => Ok(true),
-            Some(_) => Ok(self.sent.piece >= self.got.piece),
+            Some(_) => Ok(self.sent.piece >= self.received_progress.piece),
             None => Ok(!port.in_done(peer)?),
         }
     }
 
-    /// Words of the next out piece that may go (FLOW-1).
+    /// Number of words of the next out piece that may be sent (FLOW-1).
     fn ready(&self, piece: &Out) -> usize {
         let before = self.sent.piece.wrapping_sub(1);
-        match self.got.piece {
-            _ if !piece.passes_on => piece.words,
+        match self.received_progress.piece {
+            _ if !piece.forwards => piece.words,
             at if at > before => piece.words,
-            at if at == before => self.got.words,
+            at if at == before => self.received_progress.words,
             _ => 0,
         }
     }
 
-    /// True when bytes wait to be sent, and are worth it.
+    /// Whether enough bytes are ready to be sent.
     fn can_send(&self, port: &mut Port, peer: usize) -> Result<bool, KernelError> {
         let Some(piece) = self.flow.outs.get(self.sent.piece) else { return Ok(!port.out_done(peer)?) };
         let ready = self.ready(piece);
@@ -203,59 +206,61 @@ impl Run<'_> {
         Ok(bytes > 0 && (ready == piece.words || bytes >= SEND_BYTES_MIN))
     }
 
-    /// One attempt to receive; true when bytes came.
+    /// Tries to receive once; returns whether bytes arrived.
     fn receive(&mut self, port: &mut Port, words: &mut Words<'_>, peer: usize) -> Result<bool, KernelError> {
-        while self.flow.ins.get(self.got.piece).is_some_and(|piece| piece.words == 0) {
-            self.got.piece += 1;
+        while self.flow.ins.get(self.received_progress.piece).is_some_and(|piece| piece.words == 0) {
+            self.received_progress.piece += 1;
         }
         if !self.can_receive(port, peer)? {
             return Ok(false);
         }
-        // A transfer of nothing is its header.
-        let Some(piece) = self.flow.ins.get(self.got.piece) else { return Ok(port.receive(peer, &mut [])? > 0) };
+        // An empty transfer consists of its header.
+        let Some(piece) = self.flow.ins.get(self.received_progress.piece) else {
+            return Ok(port.receive(peer, &mut [])? > 0);
+        };
         let into = match &piece.to {
             Target::Y(range) => &mut words.y[range.clone()],
-            _ => &mut self.slots[slot(self.got.piece % 2, piece.words)],
+            _ => &mut self.slots[slot(self.received_progress.piece % 2, piece.words)],
         };
-        let bytes = port.receive(peer, &mut bytemuck::cast_slice_mut(into)[self.got.bytes..])?;
-        self.got.bytes += bytes;
-        let come = self.got.bytes / size_of::<f32>();
-        self.absorb(words, piece, self.got.words..come);
-        self.got.words = come;
-        if come == piece.words {
-            self.got = Place { piece: self.got.piece + 1, ..Place::default() };
+        let bytes = port.receive(peer, &mut bytemuck::cast_slice_mut(into)[self.received_progress.bytes..])?;
+        self.received_progress.bytes += bytes;
+        let words_received = self.received_progress.bytes / size_of::<f32>();
+        self.process_received(words, piece, self.received_progress.words..words_received);
+        self.received_progress.words = words_received;
+        if words_received == piece.words {
+            self.received_progress = Progress { piece: self.received_progress.piece + 1, ..Progress::default() };
         }
         Ok(bytes > 0)
     }
 
-    /// Does what is to be done with words that have come.
-    fn absorb(&mut self, words: &mut Words<'_>, piece: &In, come: Range<usize>) {
+    /// Combines or scatters received words.
+    fn process_received(&mut self, words: &mut Words<'_>, piece: &In, received: Range<usize>) {
         let (flow, op) = (self.flow, self.flow.op);
-        let here = &mut self.slots[slot(self.got.piece % 2, piece.words)];
+        let slot_words = &mut self.slots[slot(self.received_progress.piece % 2, piece.words)];
         match &piece.to {
             Target::Y(_) => {}
             Target::Combine(part) => {
                 let x = words.x();
-                flow.for_each(part, come, |place, at, len| {
-                    combine_into(op, &mut here[at..][..len], &x[place..][..len])
+                flow.for_each(part, received, |place, at, len| {
+                    combine_into(op, &mut slot_words[at..][..len], &x[place..][..len])
                 });
             }
-            Target::Finish(part, start) => flow.for_each(part, come, |place, at, len| {
+            Target::Finish(part, start) => flow.for_each(part, received, |place, at, len| {
                 let (x, y) = words.split();
-                let (sum, y) = (&here[at..][..len], &mut y[start + at..][..len]);
+                let (sum, y) = (&slot_words[at..][..len], &mut y[start + at..][..len]);
                 match x {
                     Some(x) => combine_two(op, sum, &x[place..][..len], y),
-                    // In place, y is still what x was.
+                    // In place, y still holds x.
                     None => combine_onto(op, sum, y),
                 }
             }),
-            Target::Unpack(part) => flow.for_each(part, come, |place, at, len| {
-                words.y[place..][..len].copy_from_slice(&here[at..][..len]);
+            Target::Unpack(part) => flow.for_each(part, received, |place, at, len| {
+                words.y[place..][..len].copy_from_slice(&slot_words[at..][..len]);
             }),
         }
     }
 
-    /// One attempt to send; true when bytes went.
+    /// Tries to send once; returns whether bytes were sent.
     fn send(&mut self, port: &mut Port, words: &Words<'_>, peer: usize) -> Result<bool, KernelError> {
         while self.flow.outs.get(self.sent.piece).is_some_and(|piece| piece.words == 0) {
             self.sent.piece += 1;
@@ -282,7 +287,7 @@ impl Run<'_> {
         let bytes = port.send(peer, &bytemuck::cast_slice(&from[..ready])[self.sent.bytes..])?;
         self.sent.bytes += bytes;
         if self.sent.bytes == size_of::<f32>() * piece.words {
-            self.sent = Place { piece: self.sent.piece + 1, ..Place::default() };
+            self.sent = Progress { piece: self.sent.piece + 1, ..Progress::default() };
         }
         Ok(bytes > 0)
     }

@@ -1,4 +1,4 @@
-//! The header in front of every transfer: what it says, and its bytes. Pure; what comes in is not trusted.
+//! The header before every transfer and its encoding. Pure functions; received bytes are not trusted.
 //!
 //! ```text
 //! offset  0  magic u32         8  group u32       16  sequence u64     32  length u64
@@ -9,7 +9,7 @@
 /// First bytes of every header.
 const MAGIC: u32 = u32::from_le_bytes(*b"sfwr");
 
-/// Grows with every change of what is sent.
+/// Incremented with every change of the wire format.
 const VERSION: u16 = 1;
 
 /// Bytes of a header without its text.
@@ -26,13 +26,14 @@ pub(super) const HEADER_BYTES_MAX: usize = FIXED_BYTES + TEXT_BYTES_MAX;
 pub(super) enum Kind {
     /// `length` bytes of a call follow; the text describes the call.
     Data = 1,
-    /// The sender has waited long in the call that is described. Nothing follows.
+    /// The sender has waited for a while in the call that the text describes. No bytes follow.
     Waiting = 2,
-    /// The sender has given up: member `length` calls something else. The text is `expected`, newline, `got`.
+    /// The sender has failed: member `length` makes a different call. The text is `expected`, newline, `got`.
     Mismatch = 3,
-    /// The sender has given up: the link of the device of rank `digest` to that of rank `length` failed, as the text says.
+    /// The sender has failed: the link of the device of rank `digest` to that of rank `length` failed; the text is the
+    /// cause.
     LinkLost = 4,
-    /// The sender has given up for the reason in the text.
+    /// The sender has failed for the reason in the text.
     Stopped = 5,
 }
 
@@ -42,17 +43,17 @@ pub(super) struct Header {
     pub(super) kind: Kind,
     /// Group id.
     pub(super) group: u32,
-    /// Member that sends.
+    /// The sending member.
     pub(super) sender: u32,
-    /// Calls that sender and receiver have had in common before this one.
+    /// Number of calls that sender and receiver completed together before this one.
     pub(super) sequence: u64,
-    /// What the two must agree on, as a hash.
+    /// Hash of what the two must agree on.
     pub(super) digest: u64,
     pub(super) length: u64,
 }
 
 impl Header {
-    /// Appends the header's bytes; the text is cut to what fits.
+    /// Appends the header's bytes, truncating the text to [`TEXT_BYTES_MAX`].
     pub(super) fn encode(&self, text: &str, out: &mut Vec<u8>) {
         let text = &text[..text.floor_char_boundary(TEXT_BYTES_MAX)];
         out.extend(MAGIC.to_le_bytes());
@@ -66,13 +67,13 @@ impl Header {
         out.extend(text.as_bytes());
     }
 
-    /// The header at the start of `bytes`, and its text; `None` when there are too few bytes yet.
+    /// Decodes the header at the start of `bytes`, and its text; `None` when more bytes are needed.
     ///
     /// # Errors
-    /// What is wrong, when this is no header of ours.
+    /// A description of the invalid header.
     pub(super) fn decode(bytes: &[u8]) -> Result<Option<(Self, &[u8])>, String> {
         let Some((fixed, rest)) = bytes.split_first_chunk::<FIXED_BYTES>() else {
-            // Garbage is refused as soon as it shows, not when enough of it has come.
+            // Reject garbage at its first bytes, without waiting for a whole header.
             let seen = bytes.len().min(4);
             return if bytes[..seen] == MAGIC.to_le_bytes()[..seen] { Ok(None) } else { Err(bad_magic(bytes)) };
         };
@@ -83,7 +84,7 @@ impl Header {
         }
         let version = u16::from_le_bytes([fixed[4], fixed[5]]);
         if version != VERSION {
-            return Err(format!("a header of version {version}, expected {VERSION}: run one binary on all ranks"));
+            return Err(format!("header version {version}, expected {VERSION}: run the same binary on all ranks"));
         }
         let kind = match fixed[6] {
             1 => Kind::Data,
@@ -91,11 +92,11 @@ impl Header {
             3 => Kind::Mismatch,
             4 => Kind::LinkLost,
             5 => Kind::Stopped,
-            other => return Err(format!("a header of unknown kind {other}")),
+            other => return Err(format!("unknown header kind {other}")),
         };
         let text_len = usize::from(fixed[7]);
         if text_len > TEXT_BYTES_MAX {
-            return Err(format!("a header with {text_len} bytes of text, at most {TEXT_BYTES_MAX} are allowed"));
+            return Err(format!("header text of {text_len} bytes, at most {TEXT_BYTES_MAX} are allowed"));
         }
         let Some(text) = rest.get(..text_len) else { return Ok(None) };
         let header = Self {
@@ -116,10 +117,10 @@ impl Header {
 }
 
 fn bad_magic(bytes: &[u8]) -> String {
-    format!("no header of ours, but bytes {:02x?}", &bytes[..bytes.len().min(8)])
+    format!("not a transfer header: bytes {:02x?}", &bytes[..bytes.len().min(8)])
 }
 
-/// Text of a peer as it may be shown: control characters are replaced.
+/// A peer's text for display: control characters are replaced.
 pub(super) fn readable(text: &[u8]) -> String {
     String::from_utf8_lossy(text).chars().map(|c| if c.is_control() { '?' } else { c }).collect()
 }
@@ -132,7 +133,7 @@ mod tests {
         Header { kind: Kind::LinkLost, group: 7, sender: 3, sequence: 1 << 40, digest: u64::MAX - 1, length: 12 };
 
     #[test]
-    fn what_is_encoded_is_decoded() {
+    fn decoding_reverses_encoding() {
         for text in ["", "all_reduce of 3", &"ü".repeat(150)] {
             let mut bytes = Vec::new();
             HEADER.encode(text, &mut bytes);
@@ -149,7 +150,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_header_is_refused() {
+    fn invalid_headers_are_rejected() {
         let mut bytes = Vec::new();
         HEADER.encode("text", &mut bytes);
         for (at, value) in [(0, b'x'), (4, 9), (6, 0), (6, 6), (7, 201)] {

@@ -1,8 +1,8 @@
-//! What must hold for the decoder of headers, whatever a peer sends; for fuzzing and for tests.
+//! Properties of the header decoder that hold for any bytes from a peer; for fuzzing and tests.
 
 use super::frame::{HEADER_BYTES_MAX, Header, Kind, readable};
 
-/// Headers as peers send them.
+/// Valid headers of every kind.
 pub fn samples() -> Vec<Vec<u8>> {
     let kinds = [Kind::Data, Kind::Waiting, Kind::Mismatch, Kind::LinkLost, Kind::Stopped];
     let sample = |kind| {
@@ -14,10 +14,10 @@ pub fn samples() -> Vec<Vec<u8>> {
     kinds.map(sample).into()
 }
 
-/// A header is written in one way only, is not longer than what is read ahead for it, and its text can be shown.
+/// Checks that a header has one encoding, is no longer than [`HEADER_BYTES_MAX`], and that its text can be displayed.
 ///
 /// # Panics
-/// When one of these does not hold.
+/// When one of these properties does not hold.
 pub fn check(bytes: &[u8]) {
     let Ok(Some((header, text))) = Header::decode(bytes) else { return };
     let used = Header::bytes(text);
@@ -28,7 +28,7 @@ pub fn check(bytes: &[u8]) {
         assert_eq!(written, bytes[..used]);
     }
     let shown = readable(text);
-    // A byte that is no UTF-8 is shown by a character of three.
+    // An invalid UTF-8 byte is displayed as a character of three bytes.
     assert!(shown.len() <= 3 * text.len() && !shown.contains(char::is_control));
 }
 
@@ -37,7 +37,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn holds_for_samples_with_any_byte_changed_and_cut_anywhere() {
+    fn properties_hold_for_truncated_and_corrupted_samples() {
         for sample in samples() {
             for at in 0..sample.len() {
                 check(&sample[..at]);

@@ -1,9 +1,10 @@
-//! One member's end of a channel: transfers and their headers, in and out, without ever waiting.
+//! One member's end of a channel: sends and receives transfers and their headers without blocking.
 //!
-//! - LINK-1: a transfer is one header and the `length` bytes it announces. Both ends know the length beforehand; a
-//!   header that says otherwise is refused, so what a peer says never decides how much is read or allocated.
-//! - LINK-2: between transfers either end may put in a header that announces nothing (`Waiting`, or why it gave up).
-//! - LINK-3: what a link holds is bounded: [`INBOX_BYTES`] read ahead, and at most two headers not yet sent.
+//! - LINK-1: a transfer is one header and the `length` bytes it announces. Both ends know the length in advance, and a
+//!   header with another length is rejected, so the peer never decides how much is read or allocated.
+//! - LINK-2: between transfers either end may send a header that announces no bytes (`Waiting`, or the reason of a
+//!   failure).
+//! - LINK-3: a link holds bounded memory: [`INBOX_BYTES`] of read-ahead, and at most two unsent headers.
 
 use std::io;
 use std::net::Shutdown;
@@ -15,18 +16,18 @@ use super::frame::{HEADER_BYTES_MAX, Header, Kind, readable};
 use crate::collective::Group;
 use crate::error::KernelError;
 
-/// Bytes that are read ahead while a header is expected: small transfers come whole with their header.
+/// Bytes of read-ahead while a header is expected: small transfers arrive together with their header.
 const INBOX_BYTES: usize = 16 << 10;
 
-/// What one member is about.
+/// A member and its current call.
 #[derive(Debug)]
 pub(super) struct Context {
     pub(super) group: Arc<Group>,
     pub(super) member: usize,
-    /// What all who take part in the call must agree on, as a hash and as text.
+    /// What all members of the call must agree on, as a hash and as text.
     pub(super) digest: u64,
     pub(super) text: String,
-    /// The other side of a point-to-point call; `None` when all members take part.
+    /// The peer of a point-to-point call; `None` when all members take part.
     pub(super) peer: Option<usize>,
 }
 
@@ -36,7 +37,7 @@ impl Context {
         KernelError::Link { group: self.group.id, rank: ranks[self.member], peer: ranks[peer], cause: cause.into() }
     }
 
-    /// True when member `peer` takes part in the call.
+    /// Whether member `peer` takes part in the call.
     pub(super) fn involves(&self, peer: usize) -> bool {
         self.peer.is_none_or(|other| other == peer)
     }
@@ -46,33 +47,33 @@ impl Context {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Incoming {
     Nothing,
-    /// The header of a transfer of so many bytes.
+    /// The header of a transfer of this many bytes.
     Header(u64),
-    /// The rest of a transfer.
+    /// The remaining bytes of a transfer.
     Body(u64),
 }
 
-/// See the module.
+/// The state of one member's end of a channel.
 #[derive(Debug)]
 pub(super) struct Link {
     pub(super) channel: Arc<Channel>,
     peer: usize,
     inbox: Box<[u8]>,
-    /// The part of the inbox that holds bytes.
+    /// The range of the inbox that holds unread bytes.
     unread: std::ops::Range<usize>,
     incoming: Incoming,
-    /// Headers on their way out, and how much of them is gone.
+    /// Headers to send; `outbox_sent` counts the bytes already sent.
     outbox: Vec<u8>,
     outbox_sent: usize,
-    /// Bytes of the outgoing transfer that are still to be sent.
+    /// Bytes of the outgoing transfer that are not yet sent.
     out_left: u64,
-    /// Calls that the two ends have finished together.
+    /// Number of calls that the two ends have completed together.
     pub(super) sequence: u64,
-    /// True once the peer was told, in this call, what this member waits in.
+    /// Whether the peer was notified, in this call, that this member waits in it.
     announced: bool,
-    /// The peer sends nothing any more.
+    /// Whether the peer has closed its side.
     ended: bool,
-    /// Since when the kernel takes nothing.
+    /// Since when the kernel has accepted no bytes.
     pub(super) stalled: Option<Instant>,
 }
 
@@ -94,7 +95,7 @@ impl Link {
         }
     }
 
-    /// A call in which both ends took part is over.
+    /// Records the end of a call in which both ends took part.
     pub(super) fn finish_call(&mut self) {
         self.sequence += 1;
         self.announced = false;
@@ -117,7 +118,7 @@ impl Link {
         }
     }
 
-    /// Begins to send a transfer; its bytes go through [`Link::send`].
+    /// Starts to send a transfer; [`Link::send`] sends its bytes.
     pub(super) fn begin_out(&mut self, context: &Context, bytes: u64) {
         debug_assert!(self.out_left == 0);
         self.push_header(context, self.header(context, Kind::Data, bytes), &context.text);
@@ -125,38 +126,39 @@ impl Link {
         self.stalled = None;
     }
 
-    /// Begins to receive a transfer; its bytes come through [`Link::receive`].
+    /// Starts to receive a transfer; [`Link::receive`] reads its bytes.
     pub(super) fn begin_in(&mut self, bytes: u64) {
         debug_assert!(self.in_done());
         self.incoming = Incoming::Header(bytes);
     }
 
-    /// True when the outgoing transfer has been handed over, with its header.
+    /// Whether the kernel has accepted the outgoing transfer and its header.
     pub(super) fn out_done(&self) -> bool {
         self.out_left == 0 && self.outbox.is_empty()
     }
 
-    /// True when no header waits to be sent.
+    /// Whether no header is left to send.
     pub(super) fn flushed(&self) -> bool {
         self.outbox.is_empty()
     }
 
-    /// True when the incoming transfer has been read to its end.
+    /// Whether the incoming transfer has been read completely.
     pub(super) fn in_done(&self) -> bool {
         self.incoming == Incoming::Nothing
     }
 
-    /// True when the peer can still say something between transfers.
-    pub(super) fn may_speak(&self) -> bool {
+    /// Whether the peer can still send a header between transfers.
+    pub(super) fn can_receive_header(&self) -> bool {
         !self.ended && !matches!(self.incoming, Incoming::Body(_))
     }
 
-    /// True when what the peer says next would be heard: no transfer stands before it.
-    pub(super) fn is_listening(&self) -> bool {
-        self.may_speak() && self.unread.is_empty()
+    /// Whether the next bytes from the peer are a header that is not read yet.
+    pub(super) fn awaits_header(&self) -> bool {
+        self.can_receive_header() && self.unread.is_empty()
     }
 
-    /// Hands over as much of `data` as the kernel takes, after the header; returns how much.
+    /// Sends the pending header, then as much of `data` as the kernel accepts. Returns the number of bytes of `data`
+    /// sent.
     pub(super) fn send(&mut self, context: &Context, data: &[u8]) -> Result<usize, KernelError> {
         let header = &self.outbox[self.outbox_sent..];
         if header.is_empty() && data.is_empty() {
@@ -167,28 +169,27 @@ impl Link {
             Err(error) => return Err(self.write_error(context, &error)),
         };
         self.stalled = if sent == 0 { self.stalled.or_else(|| Some(Instant::now())) } else { None };
-        let of_header = sent.min(header.len());
-        self.outbox_sent += of_header;
+        let header_sent = sent.min(header.len());
+        self.outbox_sent += header_sent;
         if self.outbox_sent == self.outbox.len() {
             self.outbox.clear();
             self.outbox_sent = 0;
         }
-        let of_data = sent - of_header;
-        self.out_left = self.out_left.saturating_sub(of_data as u64);
-        Ok(of_data)
+        let data_sent = sent - header_sent;
+        self.out_left = self.out_left.saturating_sub(data_sent as u64);
+        Ok(data_sent)
     }
 
-    /// A peer that gave up has said why before it hung up, if it could.
+    /// The error of a failed write: the peer's own reason if it sent one before it closed, else the I/O error.
     fn write_error(&mut self, context: &Context, error: &io::Error) -> KernelError {
-        let said = self.hear(context).err();
-        said.unwrap_or_else(|| context.link_error(self.peer, format!("cannot write: {error}")))
+        let peer_error = self.read_headers(context).err();
+        peer_error.unwrap_or_else(|| context.link_error(self.peer, format!("cannot write: {error}")))
     }
 
-    /// Takes what has come of the transfer, as far as it fits `into`; returns how much. The header is read and checked
-    /// first.
+    /// Reads the available bytes of the transfer into `into` and returns how many. Reads and checks the header first.
     pub(super) fn receive(&mut self, context: &Context, into: &mut [u8]) -> Result<usize, KernelError> {
         if let Incoming::Header(expected) = self.incoming {
-            self.hear(context)?;
+            self.read_headers(context)?;
             let Some((header, text)) = self.peek(context)? else { return Ok(0) };
             if header.sequence != self.sequence || header.digest != context.digest {
                 return Err(self.mismatch(context, text));
@@ -201,12 +202,12 @@ impl Link {
             self.incoming = if expected == 0 { Incoming::Nothing } else { Incoming::Body(expected) };
         }
         let Incoming::Body(left) = self.incoming else { return Ok(0) };
-        let wanted = into.len().min(usize::try_from(left).unwrap_or(usize::MAX));
-        let into = &mut into[..wanted];
-        let mut got = self.unread.len().min(wanted);
+        let requested = into.len().min(usize::try_from(left).unwrap_or(usize::MAX));
+        let into = &mut into[..requested];
+        let mut got = self.unread.len().min(requested);
         into[..got].copy_from_slice(&self.inbox[self.unread.start..][..got]);
         self.unread.start += got;
-        if got < wanted {
+        if got < requested {
             match self.channel.receive(&mut into[got..]) {
                 Ok(Some(0)) => return Err(self.closed(context)),
                 Ok(more) => got += more.unwrap_or(0),
@@ -222,12 +223,12 @@ impl Link {
         context.link_error(self.peer, format!("closed by the peer during {}", context.text))
     }
 
-    /// Reads what has come between transfers, up to the header of a transfer.
+    /// Reads headers that arrived between transfers, up to the header of a transfer.
     ///
     /// # Errors
-    /// Why the peer gave up, or [`KernelError::CollectiveMismatch`] when it waits in another call.
-    pub(super) fn hear(&mut self, context: &Context) -> Result<(), KernelError> {
-        while self.may_speak() {
+    /// The reason why the peer failed, or [`KernelError::CollectiveMismatch`] when it waits in another call.
+    pub(super) fn read_headers(&mut self, context: &Context) -> Result<(), KernelError> {
+        while self.can_receive_header() {
             if let Some((header, text)) = self.peek(context)? {
                 let bytes = Header::bytes(text);
                 match header.kind {
@@ -240,7 +241,7 @@ impl Link {
                             return Ok(());
                         }
                     }
-                    _ => return Err(self.why_peer_stopped(context, &header, text)),
+                    _ => return Err(self.peer_failure(context, &header, text)),
                 }
                 self.unread.start += bytes;
                 continue;
@@ -261,7 +262,7 @@ impl Link {
         Ok(())
     }
 
-    /// The next header, when all of it is in the inbox.
+    /// The next header, once the inbox holds all of it.
     fn peek(&self, context: &Context) -> Result<Option<(Header, &[u8])>, KernelError> {
         let found = Header::decode(&self.inbox[self.unread.clone()]);
         let found = found.map_err(|cause| context.link_error(self.peer, cause))?;
@@ -269,7 +270,7 @@ impl Link {
             && (header.group, header.sender) != (context.group.id, self.peer as u32)
         {
             let cause = format!(
-                "a header of member {} in group {}, expected member {} in group {}",
+                "header of member {} in group {}, expected member {} in group {}",
                 header.sender, header.group, self.peer, context.group.id
             );
             return Err(context.link_error(self.peer, cause));
@@ -280,7 +281,7 @@ impl Link {
     fn mismatch(&self, context: &Context, text: &[u8]) -> KernelError {
         let mut got = readable(text);
         if got == context.text {
-            got += " with other parts, ranks or order";
+            got += " with different parts, ranks or call order";
         }
         KernelError::CollectiveMismatch {
             group: context.group.id,
@@ -290,7 +291,7 @@ impl Link {
         }
     }
 
-    fn why_peer_stopped(&self, context: &Context, header: &Header, text: &[u8]) -> KernelError {
+    fn peer_failure(&self, context: &Context, header: &Header, text: &[u8]) -> KernelError {
         let as_rank = |number: u64| {
             let ranks = &context.group.ranks;
             ranks.iter().copied().find(|rank| *rank as u64 == number).unwrap_or(ranks[self.peer])
@@ -308,11 +309,11 @@ impl Link {
                 peer: as_rank(header.length),
                 cause: readable(text),
             },
-            _ => context.link_error(self.peer, format!("the peer gave up: {}", readable(text))),
+            _ => context.link_error(self.peer, format!("the peer failed: {}", readable(text))),
         }
     }
 
-    /// Tells the peer what this member waits in, once in a call and only between transfers.
+    /// Notifies the peer that this member waits in its call, once per call and only between transfers.
     pub(super) fn announce(&mut self, context: &Context) -> Result<(), KernelError> {
         if self.announced || !self.out_done() || !context.involves(self.peer) {
             return Ok(());
@@ -322,14 +323,14 @@ impl Link {
         self.send(context, &[]).map(|_| ())
     }
 
-    /// Tells the peer why this member gives up, if it is between transfers, and ends the outgoing direction.
-    pub(super) fn give_up(&mut self, context: &Context, error: &KernelError) {
+    /// Sends the peer the reason why this member failed, if it is between transfers, and closes the outgoing direction.
+    pub(super) fn fail(&mut self, context: &Context, error: &KernelError) {
         if self.out_left == 0 && self.outbox.len() <= HEADER_BYTES_MAX {
             let mut header = self.header(context, Kind::Stopped, 0);
             let text = match error {
                 KernelError::CollectiveMismatch { member, expected, got, .. } => {
                     (header.kind, header.length) = (Kind::Mismatch, *member as u64);
-                    // Each gets half of the text.
+                    // Each of the two texts gets half of the space.
                     let half =
                         |text: &str| text[..text.floor_char_boundary(super::frame::TEXT_BYTES_MAX / 2 - 1)].to_owned();
                     format!("{}\n{}", half(expected), half(got))
@@ -342,7 +343,7 @@ impl Link {
             };
             self.push_header(context, header, &text);
             let (header, sent) = (&self.outbox[self.outbox_sent..], self.outbox_sent);
-            // Nobody is left to tell of a failure to tell.
+            // A failure to send the reason has no receiver.
             self.outbox_sent = sent + self.channel.send(header, &[]).unwrap_or(0);
         }
         self.channel.shutdown(Shutdown::Write);

@@ -1,4 +1,4 @@
-//! What goes straight from member to member: all-to-all, gathers whose parts overlap, send and receive.
+//! Transfers directly between two members: all-to-all, gathers with overlapping parts, send and receive.
 
 use super::flow::{Flow, In, Out, PIECE_WORDS, Part, Source, Target};
 use super::port::Port;
@@ -9,10 +9,11 @@ use crate::memory::Words;
 use crate::region::{Runs, for_each_run};
 use crate::tensor::Region;
 
-/// The most bytes that are sent before the receiver is known to be in its call: they fit into the kernel's buffers.
+/// The most bytes that are sent before the receiver is known to be in its call: they fit in the kernel's buffers.
 const EAGER_BYTES_MAX: usize = 64 << 10;
 
-/// Member i brings `sources[i]` and gets `targets[i]`. Returns the elements that this one took from others.
+/// Member i contributes `sources[i]` and receives `targets[i]`. Returns the elements that this member received from
+/// others.
 pub(super) fn all_to_all(
     port: &mut Port,
     words: &mut Words<'_>,
@@ -22,8 +23,8 @@ pub(super) fn all_to_all(
 ) -> Result<usize, KernelError> {
     let (member, n) = (port.member(), port.members());
     let (source, target) = (&sources[member], &targets[member]);
-    let mine = taken(member, sources, target);
-    if let (Some((_, boxes)), (Some(x), y)) = (mine.iter().find(|(from, _)| *from == member), words.split()) {
+    let received_boxes = taken(member, sources, target);
+    if let (Some((_, boxes)), (Some(x), y)) = (received_boxes.iter().find(|(from, _)| *from == member), words.split()) {
         for common in boxes {
             let from = (&source.size[..], &common.relative_to(source).start[..]);
             let to = (&target.size[..], &common.relative_to(target).start[..]);
@@ -35,20 +36,20 @@ pub(super) fn all_to_all(
     for step in 1..n {
         let (to, from) = ((member + step) % n, (member + n - step) % n);
         let mut flow = Flow::new(ReduceOp::Sum);
-        for (_, boxes) in taken(to, sources, &targets[to]).iter().filter(|(giver, _)| *giver == member) {
+        for (_, boxes) in taken(to, sources, &targets[to]).iter().filter(|(sender, _)| *sender == member) {
             boxes.iter().for_each(|common| push_out(&mut flow, source, common));
         }
-        for (_, boxes) in mine.iter().filter(|(giver, _)| *giver == from) {
+        for (_, boxes) in received_boxes.iter().filter(|(sender, _)| *sender == from) {
             boxes.iter().for_each(|common| push_in(&mut flow, target, common));
         }
         let (sends, receives) = (!flow.outs.is_empty(), !flow.ins.is_empty());
         flow.run(port, words, slots, Some(to).filter(|_| sends), Some(from).filter(|_| receives))?;
     }
-    let foreign = mine.iter().filter(|(from, _)| *from != member);
-    Ok(foreign.flat_map(|(_, boxes)| boxes).map(Region::element_count).sum())
+    let remote = received_boxes.iter().filter(|(from, _)| *from != member);
+    Ok(remote.flat_map(|(_, boxes)| boxes).map(Region::element_count).sum())
 }
 
-/// The box `common`, of which `held` is what a tensor holds, in parts of one piece each.
+/// Splits the box `common` into parts of one piece each. `held` is the region that the tensor holds.
 fn parts(flow: &mut Flow, held: &Region, common: &Region) -> Vec<Part> {
     let runs = flow.add_box(Runs::new(&held.size, &common.relative_to(held)));
     let all = common.element_count();
@@ -60,7 +61,7 @@ fn push_out(flow: &mut Flow, source: &Region, common: &Region) {
     for part in parts(flow, source, common) {
         let words = part.range.len();
         let from = flow.contiguous(&part).map_or_else(|| Source::Pack(part), Source::X);
-        flow.outs.push(Out { from, words, passes_on: false });
+        flow.outs.push(Out { from, words, forwards: false });
     }
 }
 
@@ -72,7 +73,7 @@ fn push_in(flow: &mut Flow, target: &Region, common: &Region) {
     }
 }
 
-/// Sends x. Returns when the receiver is in its call and the kernel has all bytes.
+/// Sends x. Returns when the receiver is in its call and the kernel has accepted all bytes.
 pub(super) fn send(port: &mut Port, words: &Words<'_>, to: usize) -> Result<(), KernelError> {
     let data: &[u8] = bytemuck::cast_slice(words.x());
     port.begin_in(to, 0)?;
@@ -80,12 +81,12 @@ pub(super) fn send(port: &mut Port, words: &Words<'_>, to: usize) -> Result<(), 
     if data.len() <= EAGER_BYTES_MAX {
         return port.exchange(Some((to, data)), Some((to, &mut [])));
     }
-    // So a receiver that is late is waited for without a time-out, and a write that stalls is a fault.
+    // Waiting for a late receiver has no timeout; a write that stalls after it is an error.
     port.exchange(None, Some((to, &mut [])))?;
     port.exchange(Some((to, data)), None)
 }
 
-/// Receives y, after having told the sender that this member is here.
+/// Receives y, after notifying the sender that this member is in its call.
 pub(super) fn receive(port: &mut Port, words: &mut Words<'_>, from: usize) -> Result<(), KernelError> {
     let into: &mut [u8] = bytemuck::cast_slice_mut(words.y);
     port.begin_out(from, 0)?;

@@ -1,8 +1,8 @@
-//! One member's links together: moving bytes over two of them at once, waiting, and noticing what goes wrong meanwhile.
+//! All links of one member: transfers over two links at once, waits, and failure detection.
 //!
-//! How members that disagree find out, though no call talks to all of them: whoever has waited for [`QUIET`] tells all
-//! who take part what it waits in, and listens to all. Of two members that wait in different calls, the one that came
-//! first hears of the other's.
+//! How members that disagree detect it, although no call communicates with all of them: a member that has waited for
+//! [`QUIET`] sends its call to all other members of that call, and reads the headers that they sent. When two members
+//! wait in different calls, the one that entered its call first receives the other's header.
 
 use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -15,29 +15,30 @@ use super::link::{Context, Link};
 use crate::collective::{Group, MemberWait};
 use crate::error::KernelError;
 
-/// Longest wait without looking whether the session was aborted.
+/// Longest wait between two checks for an abort.
 const TICK: Duration = Duration::from_millis(50);
 
-/// How long nothing moves before a member tells the others what it waits in.
+/// How long a member waits without progress before it sends its call to the others.
 const QUIET: Duration = Duration::from_millis(200);
 
-/// How long a member whose link broke waits for others to say why, since it is often not the first to know. Longer than
-/// those take who wait elsewhere, and look round only after [`QUIET`].
-const LAST_WORDS: Duration = Duration::from_millis(500);
+/// How long a member whose link broke waits for the cause from other members, since it is often not the first to know.
+/// Longer than [`QUIET`], after which members that wait elsewhere first read headers.
+const CAUSE_WAIT: Duration = Duration::from_millis(500);
 
-/// What all members of a group in this process share: why it works no more, set once, and who of them waits.
+/// State shared by all members of a group in this process: the error of a failed group, set once, and the waiting
+/// members.
 #[derive(Debug)]
-pub(super) struct Stop {
-    /// Of all groups of the engine.
+pub(super) struct GroupStatus {
+    /// The abort of the engine, shared by all its groups.
     pub(super) aborted: Arc<OnceLock<KernelError>>,
-    /// Of this group, as any of its members in this process found.
+    /// The failure of this group, set by any of its members in this process.
     pub(super) failed: OnceLock<KernelError>,
     group: Arc<Group>,
-    /// By member: 0, or one more than the member that it waits for.
+    /// By member: 0, or the member that it waits for, plus 1.
     waiting: Vec<AtomicUsize>,
 }
 
-impl Stop {
+impl GroupStatus {
     pub(super) fn new(group: Arc<Group>, aborted: Arc<OnceLock<KernelError>>) -> Self {
         let waiting = group.ranks.iter().map(|_| AtomicUsize::new(0)).collect();
         Self { aborted, failed: OnceLock::new(), group, waiting }
@@ -60,21 +61,26 @@ impl Stop {
     }
 }
 
-/// See the module.
+/// All links of one member.
 #[derive(Debug)]
 pub(super) struct Port {
     pub(super) context: Context,
-    /// By member; `None` at the member's own place.
+    /// By member; `None` for the member itself.
     links: Vec<Option<Link>>,
-    stop: Arc<Stop>,
+    status: Arc<GroupStatus>,
     write_timeout: Duration,
-    /// Since when nothing has moved.
+    /// Since when no bytes have moved.
     quiet_since: Option<Instant>,
 }
 
 impl Port {
-    pub(super) fn new(context: Context, links: Vec<Option<Link>>, stop: Arc<Stop>, write_timeout: Duration) -> Self {
-        Self { context, links, stop, write_timeout, quiet_since: None }
+    pub(super) fn new(
+        context: Context,
+        links: Vec<Option<Link>>,
+        status: Arc<GroupStatus>,
+        write_timeout: Duration,
+    ) -> Self {
+        Self { context, links, status, write_timeout, quiet_since: None }
     }
 
     pub(super) fn member(&self) -> usize {
@@ -86,14 +92,14 @@ impl Port {
     }
 
     fn link(&mut self, peer: usize) -> Result<(&mut Link, &Context), KernelError> {
-        let missing = || self.context.link_error(peer, "no channel was made");
+        let missing = || self.context.link_error(peer, "no channel exists");
         match self.links.get_mut(peer) {
             Some(Some(link)) => Ok((link, &self.context)),
             _ => Err(missing()),
         }
     }
 
-    /// A call that this member took part in is over.
+    /// Records the end of a call that this member took part in.
     pub(super) fn finish_call(&mut self) {
         for (peer, link) in self.links.iter_mut().enumerate() {
             if let Some(link) = link
@@ -104,42 +110,43 @@ impl Port {
         }
     }
 
-    /// Begins a transfer of so many bytes to `peer`.
+    /// Starts a transfer of `bytes` bytes to `peer`.
     pub(super) fn begin_out(&mut self, peer: usize, bytes: usize) -> Result<(), KernelError> {
         let (link, context) = self.link(peer)?;
         link.begin_out(context, bytes as u64);
         Ok(())
     }
 
-    /// Begins a transfer of so many bytes from `peer`.
+    /// Starts a transfer of `bytes` bytes from `peer`.
     pub(super) fn begin_in(&mut self, peer: usize, bytes: usize) -> Result<(), KernelError> {
         self.link(peer)?.0.begin_in(bytes as u64);
         Ok(())
     }
 
-    /// Hands over what goes at once of a transfer's next bytes; returns how many.
+    /// Sends the next bytes of a transfer without blocking; returns how many.
     pub(super) fn send(&mut self, peer: usize, data: &[u8]) -> Result<usize, KernelError> {
         let (link, context) = self.link(peer)?;
         link.send(context, data)
     }
 
-    /// Takes what is there at once of a transfer's next bytes; returns how many.
+    /// Reads the next bytes of a transfer without blocking; returns how many.
     pub(super) fn receive(&mut self, peer: usize, into: &mut [u8]) -> Result<usize, KernelError> {
         let (link, context) = self.link(peer)?;
         link.receive(context, into)
     }
 
-    /// True when the transfer to `peer` has been handed over.
+    /// Whether the kernel has accepted the whole transfer to `peer`.
     pub(super) fn out_done(&mut self, peer: usize) -> Result<bool, KernelError> {
         Ok(self.link(peer)?.0.out_done())
     }
 
-    /// True when the transfer from `peer` has been read.
+    /// Whether the whole transfer from `peer` has been read.
     pub(super) fn in_done(&mut self, peer: usize) -> Result<bool, KernelError> {
         Ok(self.link(peer)?.0.in_done())
     }
 
-    /// Moves the next bytes of a transfer to one peer, and of a transfer from one, at the same time: all of them.
+    /// Sends all of the next bytes of a transfer to one peer, and receives all of the next bytes of one, at the same
+    /// time.
     pub(super) fn exchange(
         &mut self,
         out: Option<(usize, &[u8])>,
@@ -154,7 +161,7 @@ impl Port {
                 let bytes = self.send(peer, &data[sent..])?;
                 sent += bytes;
                 moved += bytes;
-                // A transfer of nothing is its header.
+                // An empty transfer consists of its header.
                 let flushed = self.link(peer)?.0.flushed();
                 waits_to = (sent < data.len() || !flushed).then_some(peer);
             }
@@ -174,21 +181,21 @@ impl Port {
         }
     }
 
-    /// Waits until `to` takes bytes, or some have come from `from`.
+    /// Waits until `to` accepts bytes, or bytes have arrived from `from`.
     ///
     /// # Errors
-    /// Why the group has stopped; [`KernelError::Link`] when the peer has gone or takes nothing for too long;
+    /// The error of a failed group; [`KernelError::Link`] when the peer has closed or accepts nothing for too long;
     /// [`KernelError::CollectiveMismatch`] when members wait in different calls.
     pub(super) fn wait(&mut self, to: Option<usize>, from: Option<usize>) -> Result<(), KernelError> {
-        self.stop.check()?;
+        self.status.check()?;
         let member = self.context.member;
-        self.stop.waiting[member].store(from.or(to).map_or(0, |peer| peer + 1), Ordering::Relaxed);
-        let waited = self.wait_a_tick(to, from);
-        self.stop.waiting[member].store(0, Ordering::Relaxed);
+        self.status.waiting[member].store(from.or(to).map_or(0, |peer| peer + 1), Ordering::Relaxed);
+        let waited = self.wait_tick(to, from);
+        self.status.waiting[member].store(0, Ordering::Relaxed);
         waited
     }
 
-    fn wait_a_tick(&mut self, to: Option<usize>, from: Option<usize>) -> Result<(), KernelError> {
+    fn wait_tick(&mut self, to: Option<usize>, from: Option<usize>) -> Result<(), KernelError> {
         let wants = |peer: usize| {
             let mut flags = PollFlags::empty();
             flags.set(PollFlags::OUT | PollFlags::RDHUP, to == Some(peer));
@@ -197,7 +204,7 @@ impl Port {
         };
         let fd = |peer: usize| match self.links.get(peer) {
             Some(Some(link)) => Ok(PollFd::from_borrowed_fd(link.channel.as_fd(), wants(peer))),
-            _ => Err(self.context.link_error(peer, "no channel was made")),
+            _ => Err(self.context.link_error(peer, "no channel exists")),
         };
         let first = to.or(from).unwrap_or(self.context.member);
         let mut fds = [fd(first)?, fd(from.unwrap_or(first))?];
@@ -219,68 +226,68 @@ impl Port {
             return Ok(());
         }
         let since = *self.quiet_since.get_or_insert_with(Instant::now);
-        if since.elapsed() >= QUIET { self.ask_around() } else { Ok(()) }
+        if since.elapsed() >= QUIET { self.exchange_announcements() } else { Ok(()) }
     }
 
-    /// A peer that still had bytes to take has ended its side.
+    /// The error after a peer closed its side with bytes left to send to it.
     fn hung_up(&mut self, peer: usize) -> KernelError {
-        match self.link(peer).and_then(|(link, context)| link.hear(context)) {
-            Err(said) => said,
+        match self.link(peer).and_then(|(link, context)| link.read_headers(context)) {
+            Err(peer_error) => peer_error,
             Ok(()) => self.context.link_error(peer, format!("closed by the peer during {}", self.context.text)),
         }
     }
 
-    fn ask_around(&mut self) -> Result<(), KernelError> {
+    fn exchange_announcements(&mut self) -> Result<(), KernelError> {
         for link in self.links.iter_mut().flatten() {
             link.announce(&self.context)?;
-            link.hear(&self.context)?;
+            link.read_headers(&self.context)?;
         }
         Ok(())
     }
 
-    /// The likeliest cause of `error`: what this process or another member already knows.
-    fn first_cause(&mut self, error: KernelError) -> KernelError {
-        // What a peer said is of another rank, or is no failed link.
+    /// The most likely cause of `error`: one that this process or another member already knows.
+    fn root_cause(&mut self, error: KernelError) -> KernelError {
+        // An error that a peer sent names another rank, or is not a failed link.
         let own_rank = self.context.group.ranks[self.context.member];
         if !matches!(error, KernelError::Link { rank, .. } if rank == own_rank) {
             return error;
         }
-        let deadline = Instant::now() + LAST_WORDS;
+        let deadline = Instant::now() + CAUSE_WAIT;
         loop {
-            if let Err(known) = self.stop.check() {
+            if let Err(known) = self.status.check() {
                 return known;
             }
             for link in self.links.iter_mut().flatten() {
-                match link.hear(&self.context) {
-                    // What it said, not that it is silent.
-                    Err(said) if link.may_speak() => return said,
+                match link.read_headers(&self.context) {
+                    // An error that it sent, not a closed connection.
+                    Err(peer_error) if link.can_receive_header() => return peer_error,
                     _ => {}
                 }
             }
             let left = deadline.saturating_duration_since(Instant::now());
-            let listening = self.links.iter().flatten().filter(|link| link.is_listening());
+            let waiting_links = self.links.iter().flatten().filter(|link| link.awaits_header());
             let mut fds: Vec<_> =
-                listening.map(|link| PollFd::from_borrowed_fd(link.channel.as_fd(), PollFlags::IN)).collect();
+                waiting_links.map(|link| PollFd::from_borrowed_fd(link.channel.as_fd(), PollFlags::IN)).collect();
             if fds.is_empty() || left.is_zero() || poll_for(&mut fds, left).is_err() {
                 return error;
             }
         }
     }
 
-    /// Ends the group for this member, and tells the others why. Returns the cause to report.
-    pub(super) fn give_up(&mut self, error: KernelError) -> KernelError {
-        let cause = self.first_cause(error);
+    /// Fails the group for this member, and notifies the others of the cause. Returns the cause.
+    pub(super) fn fail(&mut self, error: KernelError) -> KernelError {
+        let cause = self.root_cause(error);
         // Another member of this process, or an abort, may have been first.
-        let failed = self.stop.failed.get_or_init(|| cause);
-        let cause = self.stop.aborted.get().unwrap_or(failed).clone();
+        let failed = self.status.failed.get_or_init(|| cause);
+        let cause = self.status.aborted.get().unwrap_or(failed).clone();
         for link in self.links.iter_mut().flatten() {
-            link.give_up(&self.context, &cause);
+            link.fail(&self.context, &cause);
         }
         cause
     }
 }
 
-/// Waits for events, and says whether there are any; a signal that cuts the wait short is none.
+/// Waits for events. Returns whether there are any; a signal that interrupts the wait counts as none.
 fn poll_for(fds: &mut [PollFd<'_>], timeout: Duration) -> Result<bool, String> {
     let timeout = Timespec { tv_sec: timeout.as_secs() as i64, tv_nsec: i64::from(timeout.subsec_nanos()) };
     match poll(fds, Some(&timeout)) {

@@ -1,8 +1,8 @@
-//! Rings: each member sends to the next and receives from the one before. Reductions go once round, gathers too, an
-//! all-reduce twice.
+//! Rings: each member sends to the next and receives from the previous one. Reductions and gathers take one trip around
+//! the ring, an all-reduce takes two.
 //!
-//! What member c owns starts at member c+1, and each adds its own on the way to c: the order of
-//! [`crate::collective::Group`]. It is cut into rounds, so that what passes through stays in cache and in two slots.
+//! The data that member c owns starts at member c+1, and each member adds its own values on the way to c: the order of
+//! [`crate::collective::Group`]. It is split into rounds, so that data in transit fits in the cache and in two slots.
 
 use super::flow::{Flow, In, Out, PIECE_WORDS, Part, Source, Target};
 use super::port::Port;
@@ -12,12 +12,12 @@ use crate::memory::Words;
 use crate::region::Runs;
 use crate::tensor::{Region, split_range};
 
-/// What goes round, by owner.
+/// The pieces that travel around the ring, by owner.
 struct Ring {
     flow: Flow,
     member: usize,
     members: usize,
-    /// Places of what each owns in the tensor that all share.
+    /// Index of the box that each member owns in the shared tensor.
     boxes: Vec<usize>,
 }
 
@@ -60,7 +60,7 @@ pub(super) fn all_gather(
     slots: &mut [f32],
     (whole, parts): (&[usize], &[Region]),
 ) -> Result<(), KernelError> {
-    // Nothing is combined.
+    // A gather combines nothing.
     let mut ring = Ring::new(port, ReduceOp::Sum, parts.iter().map(|part| Runs::new(whole, part)));
     let own = Runs::new(whole, &parts[port.member()]);
     let (x, y) = words.split();
@@ -80,13 +80,13 @@ impl Ring {
         Self { flow, member: port.member(), members: port.members(), boxes }
     }
 
-    /// Rounds that the largest part needs.
+    /// Number of rounds that the largest part needs.
     fn rounds(&self) -> usize {
         let largest = self.flow.boxes.iter().map(Runs::element_count).max().unwrap_or(0);
         largest.div_ceil(PIECE_WORDS)
     }
 
-    /// What the member `back` places before this one owns, as far as this round takes it.
+    /// The part of this round that the member `back` positions before this one owns.
     fn part(&self, back: usize, round: usize) -> Part {
         let owner = (self.member + 2 * self.members - back) % self.members;
         let runs = self.boxes[owner];
@@ -94,44 +94,44 @@ impl Ring {
         Part { runs, range: all.min(round * PIECE_WORDS)..all.min((round + 1) * PIECE_WORDS) }
     }
 
-    fn push_out(&mut self, from: Source, part: &Part, passes_on: bool) {
-        self.flow.outs.push(Out { from, words: part.range.len(), passes_on });
+    fn push_out(&mut self, from: Source, part: &Part, forwards: bool) {
+        self.flow.outs.push(Out { from, words: part.range.len(), forwards });
     }
 
     fn push_in(&mut self, to: Target, part: &Part) {
         self.flow.ins.push(In { to, words: part.range.len() });
     }
 
-    /// One round of a reduction; the result lies in y from `own_start` on.
+    /// One round of a reduction. The result is written to y from `own_start` on.
     fn reduce(&mut self, round: usize, own_start: usize) {
         for step in 0..self.members - 1 {
-            let (gone, come) = (self.part(step + 1, round), self.part(step + 2, round));
-            let first = self.flow.contiguous(&gone).map_or_else(|| Source::Pack(gone.clone()), Source::X);
-            self.push_out(if step == 0 { first } else { Source::Slot }, &gone, step > 0);
-            let start = own_start + come.range.start;
+            let (sent, received) = (self.part(step + 1, round), self.part(step + 2, round));
+            let first = self.flow.contiguous(&sent).map_or_else(|| Source::Pack(sent.clone()), Source::X);
+            self.push_out(if step == 0 { first } else { Source::Slot }, &sent, step > 0);
+            let start = own_start + received.range.start;
             let is_own = step + 2 == self.members;
-            let to = if is_own { Target::Finish(come.clone(), start) } else { Target::Combine(come.clone()) };
-            self.push_in(to, &come);
+            let to = if is_own { Target::Finish(received.clone(), start) } else { Target::Combine(received.clone()) };
+            self.push_in(to, &received);
         }
     }
 
-    /// One round of a gather. What this member owns lies in y when it was `reduced` there, else it is x.
+    /// One round of a gather. This member's own part is in y when it was `reduced` there, else in x.
     fn gather(&mut self, round: usize, reduced: bool) {
         for step in 0..self.members - 1 {
-            let (gone, come) = (self.part(step, round), self.part(step + 1, round));
-            let from = match self.flow.contiguous(&gone) {
-                _ if step == 0 && !reduced => Source::X(gone.range.clone()),
+            let (sent, received) = (self.part(step, round), self.part(step + 1, round));
+            let from = match self.flow.contiguous(&sent) {
+                _ if step == 0 && !reduced => Source::X(sent.range.clone()),
                 Some(place) => Source::Y(place),
                 None => Source::Slot,
             };
-            self.push_out(from, &gone, step > 0 || reduced);
-            let to = self.flow.contiguous(&come).map_or_else(|| Target::Unpack(come.clone()), Target::Y);
-            self.push_in(to, &come);
+            self.push_out(from, &sent, step > 0 || reduced);
+            let to = self.flow.contiguous(&received).map_or_else(|| Target::Unpack(received.clone()), Target::Y);
+            self.push_in(to, &received);
         }
     }
 
     fn run(&self, port: &mut Port, words: &mut Words<'_>, slots: &mut [f32]) -> Result<(), KernelError> {
-        let (next, before) = ((self.member + 1) % self.members, (self.member + self.members - 1) % self.members);
-        self.flow.run(port, words, slots, Some(next), Some(before))
+        let (next, previous) = ((self.member + 1) % self.members, (self.member + self.members - 1) % self.members);
+        self.flow.run(port, words, slots, Some(next), Some(previous))
     }
 }

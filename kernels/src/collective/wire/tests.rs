@@ -1,4 +1,4 @@
-//! The engine against the one within a process, bit by bit; and against peers that break, stall and lie.
+//! Compares the engine bit by bit with the in-process engine, and tests peers that break, stall and send wrong headers.
 
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
@@ -15,10 +15,10 @@ use crate::device::Device;
 use crate::memory::Arena;
 use crate::tensor::{HostTensor, split_range};
 
-const PATIENT: Duration = Duration::from_secs(30);
-const HASTY: Duration = Duration::from_millis(200);
+const LONG_TIMEOUT: Duration = Duration::from_secs(30);
+const SHORT_TIMEOUT: Duration = Duration::from_millis(200);
 
-/// Numbers of very different sizes, so that the order of additions shows; the same in every run.
+/// Values of very different magnitudes, so that the order of additions affects the result; the same in every run.
 struct Numbers(u64);
 
 impl Numbers {
@@ -54,12 +54,12 @@ fn unix_pair() -> [UnixStream; 2] {
     UnixStream::pair().expect("a socket pair").into()
 }
 
-/// An engine for each member, as in so many processes.
+/// One engine per member, as if each ran in its own process.
 fn engines(n: usize, write_timeout: Duration) -> Vec<Wire> {
     mesh(n, &mut unix_pair).into_iter().map(|channels| Wire::new(channels, write_timeout)).collect()
 }
 
-/// One call of all members: what each brings, and the shape of what it gets.
+/// One call of all members: the tensor of each, and the shape of its result.
 struct Case {
     kind: CollectiveKind,
     xs: Vec<HostTensor>,
@@ -75,8 +75,8 @@ fn bits(tensor: &HostTensor) -> Vec<u32> {
     tensor.as_f32().expect("floats").iter().map(|value| value.to_bits()).collect()
 }
 
-/// What one member gets.
-fn play(engine: &dyn Collective, member: usize, case: &Case) -> Result<Vec<u32>, KernelError> {
+/// Runs the case as one member and returns the bits of its result.
+fn run_case(engine: &dyn Collective, member: usize, case: &Case) -> Result<Vec<u32>, KernelError> {
     let (x, y_shape) = (&case.xs[member], &case.y_shapes[member]);
     let y_offset = if case.in_place { 0 } else { 4 * x.elements_held() };
     let arena = arena(y_offset + 4 * y_shape.iter().product::<usize>());
@@ -88,21 +88,21 @@ fn play(engine: &dyn Collective, member: usize, case: &Case) -> Result<Vec<u32>,
     Ok(bits(&arena.read_host(y_offset, y_shape, DType::F32)?))
 }
 
-/// Plays all cases on all members at once; results by member, then by case.
-fn play_all(engines: &[&dyn Collective], cases: &[Case]) -> Vec<Vec<Result<Vec<u32>, KernelError>>> {
+/// Runs all cases on all members concurrently; results by member, then by case.
+fn run_all(engines: &[&dyn Collective], cases: &[Case]) -> Vec<Vec<Result<Vec<u32>, KernelError>>> {
     thread::scope(|scope| {
         let all = engines.iter().copied().enumerate();
-        let play = |member, engine| move || cases.iter().map(|case| play(engine, member, case)).collect();
-        let threads: Vec<_> = all.map(|(member, engine)| scope.spawn(play(member, engine))).collect();
+        let run_case = |member, engine| move || cases.iter().map(|case| run_case(engine, member, case)).collect();
+        let threads: Vec<_> = all.map(|(member, engine)| scope.spawn(run_case(member, engine))).collect();
         threads.into_iter().map(|thread| thread.join().expect("no panic")).collect()
     })
 }
 
-/// The sockets' engines give what the one within a process gives.
+/// Checks that the socket engines return the same results as the in-process engine.
 fn check_same(wires: &[Wire], cases: &[Case]) {
     let local = InProcess::new();
-    let expected = play_all(&vec![&local as &dyn Collective; wires.len()], cases);
-    let got = play_all(&wires.iter().map(|wire| wire as &dyn Collective).collect::<Vec<_>>(), cases);
+    let expected = run_all(&vec![&local as &dyn Collective; wires.len()], cases);
+    let got = run_all(&wires.iter().map(|wire| wire as &dyn Collective).collect::<Vec<_>>(), cases);
     for (member, (got, expected)) in got.iter().zip(&expected).enumerate() {
         for ((got, expected), case) in got.iter().zip(expected).zip(cases) {
             let (n, kind, x) = (wires.len(), &case.kind, &case.xs[member].shape);
@@ -130,10 +130,10 @@ fn all_reduces(n: usize, lengths: impl Iterator<Item = usize>) -> Vec<Case> {
 }
 
 #[test]
-fn trees_and_rings_give_the_bits_of_one_process() {
+fn trees_and_rings_return_the_bits_of_the_in_process_engine() {
     for n in 1..=6 {
         for tree_bytes_max in [0, SCRATCH_BYTES] {
-            let wires = engines(n, PATIENT);
+            let wires = engines(n, LONG_TIMEOUT);
             wires.iter().for_each(|wire| wire.set_tree_bytes_max(tree_bytes_max));
             check_same(&wires, &all_reduces(n, 0..=40));
         }
@@ -157,7 +157,7 @@ fn split(shape: &[usize], n: usize, dim: usize, uneven: bool) -> Vec<Region> {
     (0..n).map(part).collect()
 }
 
-/// Every kind, with strewn and uneven parts, larger than a piece.
+/// Every kind, with scattered and uneven parts, larger than a piece.
 fn large_cases(n: usize, shape: &[usize]) -> Vec<Case> {
     let mut numbers = Numbers(n as u64);
     let len = shape.iter().product();
@@ -186,20 +186,20 @@ fn large_cases(n: usize, shape: &[usize]) -> Vec<Case> {
         let kind = CollectiveKind::Broadcast { root: n - 1 };
         cases.push(Case { kind, xs: whole_of_each(), y_shapes: vec![shape.to_vec(); n], in_place });
     }
-    // Parts that overlap: everybody has everything.
+    // Overlapping parts: every member has the whole tensor.
     let kind = CollectiveKind::AllGather { parts: vec![Region::whole(shape); n] };
     cases.push(Case { kind, xs: whole_of_each(), y_shapes: vec![shape.to_vec(); n], in_place: false });
     cases
 }
 
 #[test]
-fn every_kind_is_right_over_many_pieces() {
+fn every_kind_is_correct_over_many_pieces() {
     for n in [2, 3, 4] {
-        check_same(&engines(n, PATIENT), &large_cases(n, &[701, 433]));
+        check_same(&engines(n, LONG_TIMEOUT), &large_cases(n, &[701, 433]));
     }
 }
 
-/// Passes bytes on, in pieces of 1 to 7 and with other threads let through between, until its source ends.
+/// Forwards bytes in pieces of 1 to 7, yielding to other threads in between, until its source ends.
 fn split_bytes(mut from: UnixStream, mut to: UnixStream, seed: u64) {
     let mut numbers = Numbers(seed);
     let mut buffer = [0; 7];
@@ -215,7 +215,7 @@ fn split_bytes(mut from: UnixStream, mut to: UnixStream, seed: u64) {
 }
 
 #[test]
-fn bytes_that_come_in_crumbs_change_nothing() {
+fn fragmented_reads_do_not_change_results() {
     for seed in 0..3 {
         thread::scope(|scope| {
             let mut seeds = seed * 100..;
@@ -228,7 +228,7 @@ fn bytes_that_come_in_crumbs_change_nothing() {
                 }
                 [a, d]
             };
-            let wires: Vec<_> = mesh(3, &mut pair).into_iter().map(|all| Wire::new(all, PATIENT)).collect();
+            let wires: Vec<_> = mesh(3, &mut pair).into_iter().map(|all| Wire::new(all, LONG_TIMEOUT)).collect();
             let mut cases = all_reduces(3, [0, 1, 100].into_iter());
             cases.extend(large_cases(3, &[7, 9]));
             wires.iter().for_each(|wire| wire.set_tree_bytes_max([0, TREE_BYTES_MAX][seed as usize % 2]));
@@ -237,22 +237,22 @@ fn bytes_that_come_in_crumbs_change_nothing() {
     }
 }
 
-/// A receive of `len` floats by member 0 from a peer that is this test; the peer's end of the channel.
-struct Victim {
+/// Member 0 of a call with `len` floats, whose peer is the test itself: `peer` is the peer's end of the channel.
+struct MemberUnderTest {
     wire: Wire,
     peer: UnixStream,
     call: CollectiveCall,
     len: usize,
 }
 
-impl Victim {
+impl MemberUnderTest {
     fn new(kind: CollectiveKind, len: usize) -> Self {
         let [own, peer] = unix_pair();
-        let wire = Wire::new(BTreeMap::from([((7, 0, 1), own.into())]), HASTY);
+        let wire = Wire::new(BTreeMap::from([((7, 0, 1), own.into())]), SHORT_TIMEOUT);
         Self { wire, peer, call: CollectiveCall { group: group(2), member: 0, kind }, len }
     }
 
-    /// The header that the other side of the call would send.
+    /// The header that the peer in the call would send.
     fn header(&self, length: usize) -> Header {
         let memory = arena(4 * self.len);
         let shape = [self.len];
@@ -261,7 +261,7 @@ impl Victim {
         Header { kind: Kind::Data, group: 7, sender: 1, sequence: 0, digest, length: length as u64 }
     }
 
-    fn tell(&mut self, header: Header, payload: &[u8]) {
+    fn send(&mut self, header: Header, payload: &[u8]) {
         let mut bytes = Vec::new();
         header.encode("receive or send", &mut bytes);
         bytes.extend_from_slice(payload);
@@ -290,94 +290,95 @@ const RECEIVE: CollectiveKind = CollectiveKind::Receive { from: 1 };
 const SEND: CollectiveKind = CollectiveKind::Send { to: 1 };
 
 #[test]
-fn a_peer_that_closes_in_a_transfer_is_named_and_the_group_stays_failed() {
-    let mut victim = Victim::new(RECEIVE, 100);
-    victim.tell(victim.header(400), &[0; 399]);
-    victim.peer.shutdown(Shutdown::Write).expect("an open socket");
-    assert!(link_cause(victim.run()).contains("closed by the peer during receive from member 1 of F32 [100]"));
-    assert!(link_cause(victim.run()).contains("closed by the peer"));
+fn a_peer_that_closes_during_a_transfer_is_reported_and_the_group_stays_failed() {
+    let mut member = MemberUnderTest::new(RECEIVE, 100);
+    member.send(member.header(400), &[0; 399]);
+    member.peer.shutdown(Shutdown::Write).expect("an open socket");
+    assert!(link_cause(member.run()).contains("closed by the peer during receive from member 1 of F32 [100]"));
+    assert!(link_cause(member.run()).contains("closed by the peer"));
 }
 
 #[test]
-fn a_peer_that_reads_nothing_fails_the_write_in_time() {
-    let mut victim = Victim::new(SEND, 2 << 20);
-    victim.tell(victim.header(0), &[]);
+fn a_peer_that_reads_nothing_fails_the_write_after_the_timeout() {
+    let mut member = MemberUnderTest::new(SEND, 2 << 20);
+    member.send(member.header(0), &[]);
     let began = Instant::now();
-    assert!(link_cause(victim.run()).contains("takes no bytes for 200 ms"));
-    assert!(began.elapsed() >= HASTY && began.elapsed() < PATIENT);
+    assert!(link_cause(member.run()).contains("takes no bytes for 200 ms"));
+    assert!(began.elapsed() >= SHORT_TIMEOUT && began.elapsed() < LONG_TIMEOUT);
 }
 
 #[test]
-fn every_header_that_is_wrong_is_refused() {
-    let good = Victim::new(RECEIVE, 4);
+fn every_wrong_header_is_rejected() {
+    let good = MemberUnderTest::new(RECEIVE, 4);
     let mut bytes = Vec::new();
     good.header(16).encode("", &mut bytes);
     for (at, _) in bytes.iter().enumerate() {
-        let mut victim = Victim::new(RECEIVE, 4);
+        let mut member = MemberUnderTest::new(RECEIVE, 4);
         let mut bad = bytes.clone();
         bad[at] ^= 0xff;
-        victim.peer.write_all(&bad).expect("room in the socket");
-        victim.peer.write_all(&[0; 300]).expect("room in the socket");
-        victim.peer.shutdown(Shutdown::Write).expect("an open socket");
-        let refused = victim.run();
-        let typed = matches!(refused, Err(KernelError::Link { .. } | KernelError::CollectiveMismatch { .. }));
-        assert!(typed, "byte {at}: {refused:?}");
+        member.peer.write_all(&bad).expect("room in the socket");
+        member.peer.write_all(&[0; 300]).expect("room in the socket");
+        member.peer.shutdown(Shutdown::Write).expect("an open socket");
+        let result = member.run();
+        let is_expected_error =
+            matches!(result, Err(KernelError::Link { .. } | KernelError::CollectiveMismatch { .. }));
+        assert!(is_expected_error, "byte {at}: {result:?}");
     }
     let mut numbers = Numbers(3);
     for _ in 0..200 {
-        let mut victim = Victim::new(RECEIVE, 4);
+        let mut member = MemberUnderTest::new(RECEIVE, 4);
         let garbage: Vec<u8> = (0..numbers.next() % 100).map(|_| numbers.next() as u8).collect();
-        victim.peer.write_all(&garbage).expect("room in the socket");
-        victim.peer.shutdown(Shutdown::Write).expect("an open socket");
-        link_cause(victim.run());
+        member.peer.write_all(&garbage).expect("room in the socket");
+        member.peer.shutdown(Shutdown::Write).expect("an open socket");
+        link_cause(member.run());
     }
 }
 
 #[test]
-fn a_length_that_is_not_the_calls_is_refused() {
+fn a_length_other_than_the_calls_is_rejected() {
     for length in [0, 15, 17, usize::MAX] {
-        let mut victim = Victim::new(RECEIVE, 4);
-        victim.tell(victim.header(length), &[0; 16]);
-        assert!(link_cause(victim.run()).contains(&format!("{length} bytes was announced, expected 16")));
+        let mut member = MemberUnderTest::new(RECEIVE, 4);
+        member.send(member.header(length), &[0; 16]);
+        assert!(link_cause(member.run()).contains(&format!("{length} bytes was announced, expected 16")));
     }
-    let mut victim = Victim::new(RECEIVE, 4);
-    victim.tell(victim.header(16), &[0; 16]);
-    assert_eq!(victim.run(), Ok(()));
+    let mut member = MemberUnderTest::new(RECEIVE, 4);
+    member.send(member.header(16), &[0; 16]);
+    assert_eq!(member.run(), Ok(()));
 }
 
 #[test]
-fn an_abort_ends_a_write_that_stalls() {
-    let mut victim = Victim::new(SEND, 2 << 20);
-    victim.wire.write_timeout = PATIENT;
-    victim.tell(victim.header(0), &[]);
-    let (began, seen) = channel();
+fn an_abort_ends_a_stalled_write() {
+    let mut member = MemberUnderTest::new(SEND, 2 << 20);
+    member.wire.write_timeout = LONG_TIMEOUT;
+    member.send(member.header(0), &[]);
+    let (started_sender, started) = channel();
     thread::scope(|scope| {
-        let (victim, mut peer) = (&victim, victim.peer.try_clone().expect("a copy"));
+        let (member, mut peer) = (&member, member.peer.try_clone().expect("a copy"));
         scope.spawn(move || {
-            // What has come shows that the writer is at it.
+            // A received byte shows that the writer has started.
             let mut byte = [0];
             peer.read_exact(&mut byte).expect("a byte");
-            began.send(()).expect("a reader");
+            started_sender.send(()).expect("a reader");
         });
-        let run = scope.spawn(|| victim.run());
-        seen.recv_timeout(PATIENT).expect("the writer begins");
-        victim.wire.abort("the test says so");
-        let aborted = KernelError::Aborted { cause: "the test says so".to_owned() };
+        let run = scope.spawn(|| member.run());
+        started.recv_timeout(LONG_TIMEOUT).expect("the writer starts");
+        member.wire.abort("aborted by the test");
+        let aborted = KernelError::Aborted { cause: "aborted by the test".to_owned() };
         assert_eq!(run.join().expect("no panic"), Err(aborted));
     });
 }
 
-/// Whoever is left names the one that has gone, also where it was no neighbour.
+/// Every remaining member reports the member that left, even if it was not a neighbour.
 #[test]
-fn a_member_that_goes_is_named_by_all_others() {
-    let mut wires = engines(4, PATIENT);
-    let gone = wires.pop().expect("four");
+fn all_other_members_report_a_member_that_leaves() {
+    let mut wires = engines(4, LONG_TIMEOUT);
+    let removed = wires.pop().expect("four");
     let case = all_reduces(4, std::iter::once(100_000)).swap_remove(0);
-    drop(gone);
+    drop(removed);
     let results = thread::scope(|scope| {
         let case = &case;
         let threads: Vec<_> =
-            wires.iter().enumerate().map(|(i, wire)| scope.spawn(move || play(wire, i, case))).collect();
+            wires.iter().enumerate().map(|(i, wire)| scope.spawn(move || run_case(wire, i, case))).collect();
         threads.into_iter().map(|thread| thread.join().expect("no panic")).collect::<Vec<_>>()
     });
     for result in results {
@@ -385,14 +386,19 @@ fn a_member_that_goes_is_named_by_all_others() {
     }
 }
 
-/// Member `odd_member` of 3 calls what the others do not.
-fn check_all_are_told(odd_member: usize, odd: &Case, usual: &Case, odd_tree_bytes_max: usize) {
-    let wires = engines(3, PATIENT);
+/// Member `odd_member` of 3 makes a different call than the others; all members report the mismatch.
+fn check_all_report_the_mismatch(
+    odd_member: usize,
+    different_case: &Case,
+    common_case: &Case,
+    odd_tree_bytes_max: usize,
+) {
+    let wires = engines(3, LONG_TIMEOUT);
     wires[odd_member].set_tree_bytes_max(odd_tree_bytes_max);
     let results = thread::scope(|scope| {
-        let case_of = |member| if member == odd_member { odd } else { usual };
+        let case_of = |member| if member == odd_member { different_case } else { common_case };
         let all = wires.iter().enumerate();
-        let threads: Vec<_> = all.map(|(i, wire)| scope.spawn(move || play(wire, i, case_of(i)))).collect();
+        let threads: Vec<_> = all.map(|(i, wire)| scope.spawn(move || run_case(wire, i, case_of(i)))).collect();
         threads.into_iter().map(|thread| thread.join().expect("no panic")).collect::<Vec<_>>()
     });
     for result in results {
@@ -401,25 +407,25 @@ fn check_all_are_told(odd_member: usize, odd: &Case, usual: &Case, odd_tree_byte
 }
 
 #[test]
-fn members_that_wait_for_each_other_in_different_calls_find_out() {
+fn members_that_wait_for_each_other_in_different_calls_report_a_mismatch() {
     let cases = all_reduces(3, [10, 11].into_iter());
     for odd_member in 0..3 {
-        // A tree's root waits for one that goes round the ring, and so on.
-        check_all_are_told(odd_member, &cases[4], &cases[0], 0);
-        // Two wait for each other, and neither has sent anything.
+        // The root of a tree waits for a member of the ring, and so on.
+        check_all_report_the_mismatch(odd_member, &cases[4], &cases[0], 0);
+        // Two members wait for each other, and neither has sent anything.
         let broadcast = Case {
             kind: CollectiveKind::Broadcast { root: usize::from(odd_member == 0) },
             xs: (0..3).map(|_| HostTensor::f32(&[10], vec![0.0; 10])).collect(),
             y_shapes: vec![vec![10]; 3],
             in_place: false,
         };
-        check_all_are_told(odd_member, &broadcast, &cases[0], TREE_BYTES_MAX);
+        check_all_report_the_mismatch(odd_member, &broadcast, &cases[0], TREE_BYTES_MAX);
     }
 }
 
 #[test]
-fn calls_go_to_their_groups_engine() {
-    let wires = engines(2, PATIENT);
+fn routed_calls_run_on_their_groups_engine() {
+    let wires = engines(2, LONG_TIMEOUT);
     let wires: Vec<Arc<Wire>> = wires.into_iter().map(Arc::new).collect();
     let routed: Vec<Routed> = wires
         .iter()
@@ -430,28 +436,28 @@ fn calls_go_to_their_groups_engine() {
         .collect();
     let engines: Vec<&dyn Collective> = routed.iter().map(|engine| engine as &dyn Collective).collect();
     let cases = all_reduces(2, std::iter::once(6));
-    assert!(play_all(&engines, &cases).iter().flatten().all(Result::is_ok));
+    assert!(run_all(&engines, &cases).iter().flatten().all(Result::is_ok));
     assert!(routed[0].bytes_received(10) > 0);
     assert_eq!(routed[0].bytes_received(10), wires[0].bytes_received(10));
-    routed[0].abort("the test says so");
-    let aborted = Err(KernelError::Aborted { cause: "the test says so".to_owned() });
-    assert_eq!(play(&routed[0], 0, &cases[0]), aborted);
+    routed[0].abort("aborted by the test");
+    let aborted = Err(KernelError::Aborted { cause: "aborted by the test".to_owned() });
+    assert_eq!(run_case(&routed[0], 0, &cases[0]), aborted);
 }
 
 #[test]
-fn who_waits_for_whom_is_known() {
-    let wires = engines(2, PATIENT);
+fn waits_lists_the_absent_member() {
+    let wires = engines(2, LONG_TIMEOUT);
     let case = &all_reduces(2, std::iter::once(6))[0];
     thread::scope(|scope| {
-        let early = scope.spawn(|| play(&wires[0], 0, case));
-        let deadline = Instant::now() + PATIENT;
-        // It waits a tick at a time.
+        let early = scope.spawn(|| run_case(&wires[0], 0, case));
+        let deadline = Instant::now() + LONG_TIMEOUT;
+        // The member waits one tick at a time.
         while wires[0].waits() != [MemberWait { group: 7, rank: 10, peer: 11 }] {
             assert!(Instant::now() < deadline && !early.is_finished());
             thread::yield_now();
         }
         assert_eq!(wires[1].waits(), []);
-        assert!(play(&wires[1], 1, case).is_ok() && early.join().expect("no panic").is_ok());
+        assert!(run_case(&wires[1], 1, case).is_ok() && early.join().expect("no panic").is_ok());
     });
     assert_eq!(wires[0].waits(), []);
 }

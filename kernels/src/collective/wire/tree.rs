@@ -1,5 +1,5 @@
-//! Trees, for what is small or goes from one to all: member r's neighbours are those that differ in one of its trailing
-//! zero bits, or its lowest one bit (members counted from the root).
+//! Trees, for small tensors and broadcasts. The neighbours of member r are the members that differ from it in one of
+//! its trailing zero bits, or in its lowest one bit (members counted from the root).
 
 use super::flow::PIECE_WORDS;
 use super::port::Port;
@@ -9,44 +9,44 @@ use crate::error::KernelError;
 use crate::memory::Words;
 use crate::tensor::split_range;
 
-/// A member's place in a binomial tree.
+/// A member's position in a binomial tree.
 struct Tree {
     root: usize,
     members: usize,
-    /// Number counted from the root.
-    place: usize,
+    /// Index counted from the root.
+    position: usize,
 }
 
 impl Tree {
     fn new(port: &Port, root: usize) -> Self {
         let members = port.members();
-        Self { root, members, place: (port.member() + members - root) % members }
+        Self { root, members, position: (port.member() + members - root) % members }
     }
 
-    fn member(&self, place: usize) -> usize {
-        (self.root + place) % self.members
+    fn member(&self, position: usize) -> usize {
+        (self.root + position) % self.members
     }
 
     fn parent(&self) -> Option<usize> {
-        (self.place != 0).then(|| self.member(self.place & (self.place - 1)))
+        (self.position != 0).then(|| self.member(self.position & (self.position - 1)))
     }
 
-    /// Children, nearest first: the member, and the number of places from this one to it.
+    /// The children, nearest first: the member, and its distance in positions.
     fn children(&self) -> impl DoubleEndedIterator<Item = (usize, usize)> {
-        let bits = if self.place == 0 { usize::BITS } else { self.place.trailing_zeros() };
+        let bits = if self.position == 0 { usize::BITS } else { self.position.trailing_zeros() };
         let distances = (0..bits.min(usize::BITS - 1)).map(|bit| 1usize << bit);
-        let below: Vec<_> = distances.take_while(|distance| self.place + distance < self.members).collect();
-        below.into_iter().map(|distance| (self.member(self.place + distance), distance))
+        let below: Vec<_> = distances.take_while(|distance| self.position + distance < self.members).collect();
+        below.into_iter().map(|distance| (self.member(self.position + distance), distance))
     }
 
-    /// Members of the subtree whose root is so many places further.
+    /// Number of members in the subtree whose root is `distance` positions after this member.
     fn subtree(&self, distance: usize) -> usize {
-        distance.min(self.members - self.place - distance)
+        distance.min(self.members - self.position - distance)
     }
 }
 
-/// All-reduce of few bytes. Two members give each other what they have; more gather all values at member 0, which
-/// combines them and sends the result round. `blocks` has room for every member's values.
+/// All-reduce of few bytes. Two members exchange their values; larger groups gather all values at member 0, which
+/// combines them and broadcasts the result. `blocks` has room for every member's values.
 pub(super) fn all_reduce(
     port: &mut Port,
     words: &mut Words<'_>,
@@ -81,10 +81,10 @@ pub(super) fn all_reduce(
     } else {
         combine_blocks(op, blocks, n, words.y);
     }
-    spread(port, &tree, words.y)
+    broadcast_from_root(port, &tree, words.y)
 }
 
-/// Combines the members' values, block i being member i's, in the order of [`crate::collective::Group`].
+/// Combines the values of all members, where block i holds member i's, in the order of [`crate::collective::Group`].
 fn combine_blocks(op: ReduceOp, blocks: &[f32], n: usize, y: &mut [f32]) {
     let len = y.len();
     for owner in 0..n {
@@ -107,12 +107,12 @@ pub(super) fn broadcast(port: &mut Port, words: &mut Words<'_>, root: usize) -> 
     {
         y.copy_from_slice(x);
     }
-    spread(port, &Tree::new(port, root), words.y)
+    broadcast_from_root(port, &Tree::new(port, root), words.y)
 }
 
-/// Every member gets the root's `y`, piece by piece: while one comes from the parent, the one before goes to the child
-/// with the largest subtree.
-fn spread(port: &mut Port, tree: &Tree, y: &mut [f32]) -> Result<(), KernelError> {
+/// Sends the root's `y` to every member, piece by piece: while one piece arrives from the parent, the previous one goes
+/// to the child with the largest subtree.
+fn broadcast_from_root(port: &mut Port, tree: &Tree, y: &mut [f32]) -> Result<(), KernelError> {
     let parent = tree.parent();
     let children: Vec<usize> = tree.children().rev().map(|(child, _)| child).collect();
     if let Some(parent) = parent {
@@ -121,22 +121,22 @@ fn spread(port: &mut Port, tree: &Tree, y: &mut [f32]) -> Result<(), KernelError
     for &child in &children {
         port.begin_out(child, size_of_val(y))?;
     }
-    // A transfer of nothing is its header: there is one piece at least.
+    // An empty transfer consists of its header, so there is at least one piece.
     let pieces = y.len().div_ceil(PIECE_WORDS).max(1);
     let all = y.len();
     let end = |piece: usize| all.min(piece * PIECE_WORDS);
     for piece in 0..=pieces {
         let (done, rest) = y.split_at_mut(end(piece));
-        let come = parent.filter(|_| piece < pieces);
-        let into = come.map(|from| (from, bytemuck::cast_slice_mut(&mut rest[..end(piece + 1) - end(piece)])));
+        let source = parent.filter(|_| piece < pieces);
+        let into = source.map(|from| (from, bytemuck::cast_slice_mut(&mut rest[..end(piece + 1) - end(piece)])));
         let Some(before) = piece.checked_sub(1) else {
             port.exchange(None, into)?;
             continue;
         };
-        let gone: &[u8] = bytemuck::cast_slice(&done[end(before)..]);
-        port.exchange(children.first().map(|&child| (child, gone)), into)?;
+        let outgoing: &[u8] = bytemuck::cast_slice(&done[end(before)..]);
+        port.exchange(children.first().map(|&child| (child, outgoing)), into)?;
         for &child in children.iter().skip(1) {
-            port.exchange(Some((child, gone)), None)?;
+            port.exchange(Some((child, outgoing)), None)?;
         }
     }
     Ok(())

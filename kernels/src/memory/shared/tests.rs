@@ -1,4 +1,4 @@
-//! Shared arenas and peers' mappings of them.
+//! Shared arenas and mappings of them by peers.
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
@@ -12,17 +12,17 @@ use crate::op::{Buffer, Launch, Op, Program};
 use crate::stream::{Notification, Submission};
 use crate::tensor::{DType, HostTensor};
 
-fn passed(arena: &Arena) -> OwnedFd {
+fn descriptor_of(arena: &Arena) -> OwnedFd {
     arena.descriptor().unwrap().try_clone_to_owned().unwrap()
 }
 
 #[test]
-fn a_peer_sees_what_is_written_and_cannot_write_what_is_to_be_read() {
+fn a_peer_sees_writes_and_cannot_write_through_a_read_only_mapping() {
     let device = Device::cpu(0, 1, Arc::new(InProcess::new()));
     let arena = device.shared_arena(256).unwrap();
     assert_eq!((device.bytes_allocated(), device.allocation_count()), (256, 1));
-    let reader = Arena::map_peer(passed(&arena), 256, Access::Read).unwrap();
-    let writer = Arena::map_peer(passed(&arena), 256, Access::ReadWrite).unwrap();
+    let reader = Arena::map_peer(descriptor_of(&arena), 256, Access::Read).unwrap();
+    let writer = Arena::map_peer(descriptor_of(&arena), 256, Access::ReadWrite).unwrap();
     assert!(!reader.same(&arena) && !reader.is_writable() && writer.is_writable());
     assert_eq!(reader.read_host(64, &[2], DType::F32).unwrap(), HostTensor::f32(&[2], vec![0.0; 2]));
     let x = HostTensor::f32(&[2], vec![1.5, -2.0]);
@@ -42,17 +42,17 @@ fn a_peer_sees_what_is_written_and_cannot_write_what_is_to_be_read() {
             workspace: workspace.then(|| buffer(1)),
         };
         let program = Arc::new(Program { name: "test".to_owned(), launches: vec![launch], signals: vec![] });
-        let (sender, notices) = channel();
-        let notify = Box::new(move |notice| drop(sender.send(notice)));
+        let (sender, notifications) = channel();
+        let notify = Box::new(move |notification| drop(sender.send(notification)));
         let bases = [if workspace { &writer } else { &reader }, arena];
         let bases = bases.map(|arena| Base { arena: arena.clone(), offset: 0 }).to_vec();
         stream.submit(Submission { program, bases, repeat: false, notify }).unwrap();
-        notices.recv().unwrap()
+        notifications.recv().unwrap()
     };
     for workspace in [false, true] {
         assert!(matches!(launch(&reader, workspace), Notification::Failed(KernelError::Arguments { .. })));
     }
-    // A peer's memory can be read by a launch.
+    // A launch can read a peer's memory.
     let own = device.arena(128).unwrap();
     assert_eq!(launch(&own, false), Notification::Done);
     assert_eq!(own.read_host(64, &[2], DType::F32).unwrap().as_f32(), Some(&[3.0, -4.0][..]));
@@ -61,10 +61,10 @@ fn a_peer_sees_what_is_written_and_cannot_write_what_is_to_be_read() {
 }
 
 #[test]
-fn memory_of_no_bytes_and_memory_without_end() {
+fn empty_memory_can_be_mapped_and_excessive_sizes_are_rejected() {
     let device = Device::cpu(3, 1, Arc::new(InProcess::new()));
     let arena = device.shared_arena(0).unwrap();
-    let peer = Arena::map_peer(passed(&arena), 0, Access::Read).unwrap();
+    let peer = Arena::map_peer(descriptor_of(&arena), 0, Access::Read).unwrap();
     assert_eq!(peer.read_host(0, &[0], DType::I32).unwrap(), HostTensor::i32(&[0], vec![]));
     assert_eq!(device.arena(8).unwrap().descriptor().map(|_| ()), None);
     for bytes in [usize::MAX / 2, 1 << 55] {
@@ -74,25 +74,25 @@ fn memory_of_no_bytes_and_memory_without_end() {
 }
 
 #[test]
-fn a_peer_that_lies_is_refused() {
-    let refused = |file: &dyn AsFd, bytes: usize, what: &str| {
+fn unsealed_and_wrongly_sized_memory_of_a_peer_is_rejected() {
+    let expect_rejected = |file: &dyn AsFd, bytes: usize, what: &str| {
         let file = file.as_fd().try_clone_to_owned().unwrap();
         let error = Arena::map_peer(file, bytes, Access::Read).unwrap_err().to_string();
         assert!(error.contains(what), "{error}");
     };
     let arena = Arena::shared_by_processes(4096).unwrap();
-    refused(&arena.descriptor().unwrap(), 4095, "expected 4095 bytes, got 4096 bytes");
-    refused(&arena.descriptor().unwrap(), 8192, "expected 8192 bytes, got 4096 bytes");
-    // Not sealed: the peer could cut it short, and a later read would fault.
+    expect_rejected(&arena.descriptor().unwrap(), 4095, "expected 4095 bytes, got 4096 bytes");
+    expect_rejected(&arena.descriptor().unwrap(), 8192, "expected 8192 bytes, got 4096 bytes");
+    // Not sealed: the peer could truncate it, and a later read would fault.
     let open = memfd_create("open", MemfdFlags::ALLOW_SEALING).unwrap();
     ftruncate(&open, 4096).unwrap();
-    refused(&open, 4096, "seals");
+    expect_rejected(&open, 4096, "seals");
     fcntl_add_seals(&open, SealFlags::GROW | SealFlags::SEAL).unwrap();
-    refused(&open, 4096, "seals");
+    expect_rejected(&open, 4096, "seals");
     // A file on disk has no seals at all.
     let file = std::fs::File::open(std::env::current_exe().unwrap()).unwrap();
-    refused(&file, file.metadata().unwrap().len() as usize, "sealed memfd");
-    refused(&std::net::TcpListener::bind("127.0.0.1:0").unwrap(), 4096, "expected 4096 bytes");
-    // What is sealed stays: the size cannot be changed.
+    expect_rejected(&file, file.metadata().unwrap().len() as usize, "sealed memfd");
+    expect_rejected(&std::net::TcpListener::bind("127.0.0.1:0").unwrap(), 4096, "expected 4096 bytes");
+    // The size of sealed memory cannot be changed.
     assert!(ftruncate(arena.descriptor().unwrap(), 0).is_err());
 }
