@@ -444,7 +444,7 @@ impl Session {
         let plan = self.plan.clone();
         // Of parameters of other processes, too.
         let largest = plan.graph.nodes().iter().map(|node| match node.op {
-            NodeOp::Parameter { init } => init.largest(),
+            NodeOp::Parameter { init } => init.magnitude_bound(),
             _ => 0.0,
         });
         self.bounds.parameter = largest.fold(0.0, f64::max);

@@ -17,7 +17,7 @@ pub fn backward(graph: &mut Graph, loss: Var) -> BTreeMap<Var, Var> {
     let saved = graph.phase;
     graph.phase = Phase::Backward;
 
-    graph.current = graph.placement_of(loss);
+    graph.current_placement = graph.placement_of(loss);
     let here = graph.producer(loss).location;
     let one = graph.kernel("dloss", Op::Fill { value: 1.0 }, &[], here)[0];
     grads.add(loss, one);
@@ -31,7 +31,7 @@ pub fn backward(graph: &mut Graph, loss: Var) -> BTreeMap<Var, Var> {
             continue;
         }
         let outputs: Vec<Option<Var>> = node.outputs.iter().map(|o| grads.total(graph, *o, node.location)).collect();
-        graph.current = node.placement;
+        graph.current_placement = node.placement;
         for (input, grad) in node_backward(graph, &node, &outputs) {
             if needed[input.index()] {
                 grads.add(input, grad);
@@ -81,7 +81,7 @@ impl Gradients {
             let placement = graph.placement_of(part);
             match by_placement.iter_mut().find(|(p, _)| *p == placement) {
                 Some((_, sum)) => {
-                    graph.current = placement;
+                    graph.current_placement = placement;
                     *sum = graph.kernel("grad_sum", Op::Add, &[*sum, part], location)[0];
                 }
                 None => by_placement.push((placement, part)),
@@ -89,7 +89,7 @@ impl Gradients {
         }
         let mut sums = by_placement.into_iter().map(|(_, sum)| sum);
         let mut total = sums.next()?;
-        graph.current = graph.placement_of(of);
+        graph.current_placement = graph.placement_of(of);
         for sum in sums {
             total = graph.kernel("grad_sum", Op::Add, &[total, sum], location)[0];
         }

@@ -15,12 +15,12 @@ use crate::sbp::{NdSbp, Sbp};
 /// Sums `var` over the micro-batches of a step, where it is made.
 pub fn accumulate(graph: &mut Graph, var: Var) -> Var {
     let (producer, info) = (graph.producer(var).clone(), graph.tensor(var).clone());
-    let saved = (graph.phase, graph.current);
-    (graph.phase, graph.current) = (producer.phase, producer.placement);
+    let saved = (graph.phase, graph.current_placement);
+    (graph.phase, graph.current_placement) = (producer.phase, producer.placement);
     let name = format!("{}.sum", producer.name);
     let out =
         graph.push(&name, NodeOp::Accumulate, &[var], &[(info.shape, info.dtype, Rate::Step)], producer.location)[0];
-    (graph.phase, graph.current) = saved;
+    (graph.phase, graph.current_placement) = saved;
     out
 }
 
@@ -41,7 +41,7 @@ pub fn add_update(graph: &mut Graph, grads: &BTreeMap<Var, Var>, adamw: AdamW) {
         if here.is_empty() {
             continue;
         }
-        graph.current = placement;
+        graph.current_placement = placement;
         let at = graph.producer(here[0].0).location;
         let indices = here.iter().map(|(p, _)| index_of[p]).collect();
         let inputs: Vec<Var> = here.iter().map(|(_, g)| *g).collect();
@@ -53,7 +53,7 @@ pub fn add_update(graph: &mut Graph, grads: &BTreeMap<Var, Var>, adamw: AdamW) {
     }
     graph.phase = Phase::Update;
     for (placement, sums) in squares {
-        graph.current = placement;
+        graph.current_placement = placement;
         let here: Vec<(Var, Var)> =
             summed.iter().copied().filter(|(p, _)| graph.placement_of(*p) == placement).collect();
         update_placement(graph, sums, &here, adamw);
