@@ -1,4 +1,4 @@
-//! Adds the step's end: gradients are summed over the micro-batches, their global norm is taken, AdamW updates.
+//! Adds the end of a step: sums the gradients over the micro-batches, computes their global norm, and updates with AdamW.
 
 use std::collections::BTreeMap;
 use std::panic::Location;
@@ -12,7 +12,7 @@ use crate::graph::{AdamW, Combine, Graph, NodeOp, Phase, Rate, Var};
 use crate::placement::{Axis, Placement};
 use crate::sbp::{NdSbp, Sbp};
 
-/// Sums `var` over the micro-batches of a step, where it is made.
+/// Sums `var` over the micro-batches of a step, in the phase and on the placement of its producer.
 pub fn accumulate(graph: &mut Graph, var: Var) -> Var {
     let (producer, info) = (graph.producer(var).clone(), graph.tensor(var).clone());
     let saved = (graph.phase, graph.current_placement);
@@ -24,11 +24,11 @@ pub fn accumulate(graph: &mut Graph, var: Var) -> Var {
     out
 }
 
-/// Adds the update of every parameter that has a gradient.
+/// Adds the update of each parameter that has a gradient.
 pub fn add_update(graph: &mut Graph, grads: &BTreeMap<Var, Var>, adamw: AdamW) {
     let parameters = graph.parameters();
     let index_of: BTreeMap<Var, usize> = parameters.iter().enumerate().map(|(i, p)| (*p, i)).collect();
-    // Accumulated in program order of the gradients, which is the order in which backward makes them.
+    // In the order of the gradients, which is the order in which backward computes them.
     let mut summed: Vec<(Var, Var)> = grads.iter().map(|(p, g)| (*p, *g)).collect();
     summed.sort_by_key(|(_, g)| *g);
     let summed: Vec<(Var, Var)> = summed.into_iter().map(|(p, g)| (p, accumulate(graph, g))).collect();
@@ -58,12 +58,12 @@ pub fn add_update(graph: &mut Graph, grads: &BTreeMap<Var, Var>, adamw: AdamW) {
             summed.iter().copied().filter(|(p, _)| graph.placement_of(*p) == placement).collect();
         update_placement(graph, sums, &here, adamw);
         let location = graph.producer(sums).location;
-        graph.fetched(GRAD_SQUARES_OUTPUT, sums, Some(Combine::First), location);
+        graph.push_output(GRAD_SQUARES_OUTPUT, sums, Some(Combine::First), location);
     }
     graph.phase = Phase::Forward;
 }
 
-/// The layout of `NormSums`: each device adds what it is the first to hold.
+/// The layout of `NormSums`: each device contributes the gradient parts of which it holds the first copy.
 pub fn owner_sums(placement: &Placement) -> NdSbp {
     let partial = |axis: &Axis| if axis.size > 1 { Sbp::Partial(ReduceOp::Sum) } else { Sbp::Broadcast };
     NdSbp(placement.axes().iter().map(partial).collect())

@@ -270,7 +270,7 @@ impl Emitter<'_> {
             NodeOp::Bucket { axes } => self.bucket(node, axes),
             NodeOp::NormSums { indices } => self.norm_sums(node, indices),
             NodeOp::ClipScale { max_norm } => self.clip(node, *max_norm),
-            NodeOp::Relayout | NodeOp::Input | NodeOp::Parameter { .. } | NodeOp::State | NodeOp::Half { .. } => {}
+            NodeOp::Relayout | NodeOp::Input | NodeOp::Parameter { .. } | NodeOp::State | NodeOp::Bf16Copy { .. } => {}
         }
     }
 

@@ -143,7 +143,7 @@ pub fn lay_out(graph: &Graph, assignment: &Assignment, slots: &[u32], devices: u
 /// A parameter, and its copy in bf16 that this node is.
 fn copy_of(node: &Node) -> Option<(Var, Var)> {
     match node.op {
-        NodeOp::Half { of } => Some((of, node.outputs[0])),
+        NodeOp::Bf16Copy { of } => Some((of, node.outputs[0])),
         _ => None,
     }
 }
