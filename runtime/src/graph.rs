@@ -437,7 +437,9 @@ impl Graph {
     pub(crate) fn errors(&self) -> Vec<GraphError> {
         let mut errors = self.errors.clone();
         // An op that uses the tensor also reports it; one error is enough.
-        errors.extend(self.foreign_query.get().filter(|e| errors.iter().all(|other| other.location != e.location)).cloned());
+        errors.extend(
+            self.foreign_query.get().filter(|e| errors.iter().all(|other| other.location != e.location)).cloned(),
+        );
         errors
     }
 

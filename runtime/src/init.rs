@@ -60,7 +60,11 @@ fn standard_normal(key: u64, index: u64) -> f64 {
 /// # Panics
 /// When `region` is not inside `shape`, or `out.len()` is not `region.element_count()`.
 pub fn fill(init: Init, seed: u64, name: &str, shape: &[usize], region: &Region, out: &mut [f32]) {
-    assert_eq!(out.len(), region.element_count(), "{name}: the buffer does not have the number of elements of region {region:?}");
+    assert_eq!(
+        out.len(),
+        region.element_count(),
+        "{name}: the buffer does not have the number of elements of region {region:?}"
+    );
     assert!(
         shape.len() == region.start.len()
             && shape.len() == region.size.len()

@@ -86,8 +86,9 @@ pub fn kernels(graph: &mut Graph, device: DeviceKind) {
         if let NodeOp::Custom(op) = &node.op
             && !op.runs_on(device)
         {
-            let message =
-                format!("the op has no kernel for {device} devices (`CustomOp::runs_on`); compile for another device kind");
+            let message = format!(
+                "the op has no kernel for {device} devices (`CustomOp::runs_on`); compile for another device kind"
+            );
             let (name, location) = (node.name.clone(), node.location);
             graph.error(&name, message, location);
         }

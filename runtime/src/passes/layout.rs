@@ -243,7 +243,8 @@ fn is_split(layout: &NdSbp, axis: usize) -> bool {
 
 /// True if all layouts are `Broadcast` along axes of size 1, where all entries are equivalent.
 fn is_canonical(signature: &NdSignature, placement: &Placement) -> bool {
-    let canonical = |layout: &NdSbp| layout.0.iter().zip(placement.axes()).all(|(s, a)| a.size > 1 || *s == Sbp::Broadcast);
+    let canonical =
+        |layout: &NdSbp| layout.0.iter().zip(placement.axes()).all(|(s, a)| a.size > 1 || *s == Sbp::Broadcast);
     signature.inputs.iter().chain(&signature.outputs).all(canonical)
 }
 

@@ -128,7 +128,9 @@ fn check_loss(graph: &mut Graph, count: usize) {
     let why = match info.loop_sbp {
         _ if count == 1 || info.poisoned || !info.shape.is_empty() => return,
         Some(Sbp::Partial(ReduceOp::Sum)) => return,
-        Some(Sbp::Broadcast) => format!("{} does not depend on the batch, and would be counted {count} times", info.name),
+        Some(Sbp::Broadcast) => {
+            format!("{} does not depend on the batch, and would be counted {count} times", info.name)
+        }
         Some(_) => describe(graph, &[loss]),
         None => cause(graph, loss),
     };
