@@ -90,7 +90,7 @@ fn infer_outputs(
     };
     let rule = rule(&shapes).map_err(message)?;
     let shapes = rule.infer_shapes(&shapes).map_err(message)?;
-    let outputs = layouts.and_then(|layouts| rule.outputs_of(&layouts));
+    let outputs = layouts.and_then(|layouts| rule.output_layouts(&layouts));
     let layout = |port: usize| outputs.as_ref().map(|outputs| outputs[port]);
     Ok(shapes.into_iter().enumerate().map(|(port, shape)| (shape, layout(port))).collect())
 }
