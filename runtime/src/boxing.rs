@@ -1,9 +1,9 @@
 //! Boxing: changes a tensor's layout or placement by the cheapest sequence of collectives.
 //! The same planner serves cost estimates, the choice of layouts and execution.
 //!
-//! The states of the search are layouts on the source and target placements; the edges are the steps of [`step`]. A step costs
-//! `alpha` for each round of messages and `beta` for each byte that the busiest device receives. Dijkstra's algorithm (1959)
-//! finds the cheapest path; ties go to fewer steps, then to the layout that is listed first.
+//! The states of the search are layouts on the source and target placements; the edges are the steps of [`step`]. A
+//! step costs `alpha` for each round of messages and `beta` for each byte that the busiest device receives. Dijkstra's
+//! algorithm (1959) finds the cheapest path; ties go to fewer steps, then to the layout that is listed first.
 
 pub mod interpret;
 pub mod step;
@@ -256,8 +256,8 @@ impl<'a> SearchSpace<'a> {
     }
 }
 
-/// The layouts that a path may contain on this placement; `ends` are its end layouts there. An axis may be `Partial` only if it
-/// is in one of the ends, because any other partial terms would have to be reduced again.
+/// The layouts that a path may contain on this placement; `ends` are its end layouts there. An axis may be `Partial`
+/// only if it is in one of the ends, because any other partial terms would have to be reduced again.
 fn layouts_between(shape: &[usize], placement: &Placement, ends: &[&NdSbp]) -> Vec<NdSbp> {
     let mut layouts = vec![NdSbp(Vec::new())];
     for axis in 0..placement.axes().len() {

@@ -180,8 +180,8 @@ pub enum NodeOp {
     },
     /// Memory that only the update uses (moments), initially zero.
     State,
-    /// A bf16 copy of a parameter, stored next to it. Every write to the parameter also writes the copy. Inserted by the
-    /// precision pass.
+    /// A bf16 copy of a parameter, stored next to it. Every write to the parameter also writes the copy. Inserted by
+    /// the precision pass.
     Bf16Copy {
         /// The parameter.
         of: Var,
@@ -196,8 +196,8 @@ pub enum NodeOp {
     Accumulate,
     /// One step of a boxing plan; inserted by the boxing pass.
     Boxing(Arc<BoxingStep>),
-    /// In-place all-reduce of several accumulated gradients in one call on the communication stream; inserted by the bucket
-    /// pass.
+    /// In-place all-reduce of several accumulated gradients in one call on the communication stream; inserted by the
+    /// bucket pass.
     Bucket {
         /// Axes of the placement to reduce over.
         axes: Vec<usize>,
@@ -216,7 +216,8 @@ pub enum NodeOp {
 }
 
 impl NodeOp {
-    /// True for tensors that exist before the first action and stay allocated: parameters, their bf16 copies and states.
+    /// True for tensors that exist before the first action and stay allocated: parameters, their bf16 copies and
+    /// states.
     pub fn is_resident(&self) -> bool {
         matches!(self, Self::Parameter { .. } | Self::State | Self::Bf16Copy { .. })
     }
@@ -226,7 +227,8 @@ impl NodeOp {
 pub trait CustomOp: std::fmt::Debug + Send + Sync {
     /// The name in plans and errors.
     fn name(&self) -> &str;
-    /// True if its kernel runs on this kind of device. On GPUs, [`CustomKernel::run_cpu`] works on copies in host memory.
+    /// True if its kernel runs on this kind of device. On GPUs, [`CustomKernel::run_cpu`] works on copies in host
+    /// memory.
     fn runs_on(&self, _device: DeviceKind) -> bool {
         true
     }
@@ -257,8 +259,8 @@ pub struct TensorInfo {
     pub rate: Rate,
     /// The layout: before the layout pass the user's, if given; after it the chosen one.
     pub layout: Option<NdSbp>,
-    /// The layout of a forward tensor along the micro-batches of a step: split, equal in each, or terms to combine; `None`
-    /// where no rule determines it. The user gives it for inputs, the micro-batch pass derives the others.
+    /// The layout of a forward tensor along the micro-batches of a step: split, equal in each, or terms to combine;
+    /// `None` where no rule determines it. The user gives it for inputs, the micro-batch pass derives the others.
     pub loop_sbp: Option<Sbp>,
     /// The shape in checkpoint files, where it differs from `shape`.
     pub saved_shape: Option<Vec<usize>>,
@@ -402,8 +404,8 @@ impl Graph {
         &PLACEHOLDERS[usize::from(var.dims).min(DIMS_MAX)]
     }
 
-    /// Shape of a whole tensor. For another graph's tensor it is a placeholder with the same number of dims, and `compile`
-    /// reports an error.
+    /// Shape of a whole tensor. For another graph's tensor it is a placeholder with the same number of dims, and
+    /// `compile` reports an error.
     #[track_caller]
     pub fn shape(&self, var: Var) -> &[usize] {
         &self.tensor(var).shape

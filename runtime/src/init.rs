@@ -1,5 +1,5 @@
-//! Counter-based initial weights: an element depends only on the seed, the parameter's name and the element's index in the
-//! whole parameter. Every shard computes its own part, and every layout starts from the same bits.
+//! Counter-based initial weights: an element depends only on the seed, the parameter's name and the element's index in
+//! the whole parameter. Every shard computes its own part, and every layout starts from the same bits.
 
 use shardflow_kernels::tensor::{Region, element_count};
 
@@ -43,8 +43,8 @@ pub fn fnv1a(text: &str) -> u64 {
     text.bytes().fold(0xCBF2_9CE4_8422_2325, |h, byte| (h ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01B3))
 }
 
-/// Element `index` of the standard normal sequence of `key`: the cosine branch of Box and Muller on the counters `2 index`
-/// and `2 index + 1`. <https://doi.org/10.1214/aoms/1177706645>
+/// Element `index` of the standard normal sequence of `key`: the cosine branch of Box and Muller on the counters
+/// `2 index` and `2 index + 1`. <https://doi.org/10.1214/aoms/1177706645>
 fn standard_normal(key: u64, index: u64) -> f64 {
     let counter = key.wrapping_add(index.wrapping_mul(2));
     let unit = 1.0 / (1u64 << 53) as f64;
@@ -54,8 +54,8 @@ fn standard_normal(key: u64, index: u64) -> f64 {
     (-2.0 * u1.ln()).sqrt() * (2.0 * std::f64::consts::PI * u2).cos()
 }
 
-/// Writes the part `region` of the parameter `name`, row-major, to `out`. `shape` is that of the whole parameter. Elements are
-/// numbered row-major, so `[heads, head_dim, width]` and `[heads * head_dim, width]` get the same values.
+/// Writes the part `region` of the parameter `name`, row-major, to `out`. `shape` is that of the whole parameter.
+/// Elements are numbered row-major, so `[heads, head_dim, width]` and `[heads * head_dim, width]` get the same values.
 ///
 /// # Panics
 /// When `region` is not inside `shape`, or `out.len()` is not `region.element_count()`.

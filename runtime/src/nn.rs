@@ -68,9 +68,9 @@ pub fn embedding(g: &mut Graph, name: &str, ids: Var, rows: usize, width: usize,
     })
 }
 
-/// Multi-head causal self-attention of `x [b, t, c]`. If `axis` is given, heads are split over it: `q`, `k` and `v` by column,
-/// `proj` by row. The parameters are `NAME.{q,k,v}.weight [heads, head_dim, c]` and `NAME.proj.weight [c, heads, head_dim]`;
-/// checkpoints store them as `[c, c]`.
+/// Multi-head causal self-attention of `x [b, t, c]`. If `axis` is given, heads are split over it: `q`, `k` and `v` by
+/// column, `proj` by row. The parameters are `NAME.{q,k,v}.weight [heads, head_dim, c]` and
+/// `NAME.proj.weight [c, heads, head_dim]`; checkpoints store them as `[c, c]`.
 #[track_caller]
 pub fn attention(g: &mut Graph, name: &str, x: Var, heads: usize, axis: Option<&str>) -> Var {
     g.layer(Location::caller(), |g| {
@@ -119,9 +119,9 @@ pub struct GptConfig {
     pub dropout: f32,
 }
 
-/// A GPT without biases. If the mesh has these axes, layers are split evenly over `stage`, the batch over `data`, and heads,
-/// hidden features and the vocabulary over `tensor`. Returns the logits `[b, t, vocabulary]`, which stay on the last stage.
-/// The host feeds `ids`, i32 `[batch, context]`.
+/// A GPT without biases. If the mesh has these axes, layers are split evenly over `stage`, the batch over `data`, and
+/// heads, hidden features and the vocabulary over `tensor`. Returns the logits `[b, t, vocabulary]`, which stay on the
+/// last stage. The host feeds `ids`, i32 `[batch, context]`.
 #[track_caller]
 pub fn gpt(g: &mut Graph, config: &GptConfig) -> Var {
     g.layer(Location::caller(), |g| build_gpt(g, config))

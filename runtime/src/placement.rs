@@ -16,7 +16,8 @@ pub struct Axis {
     pub size: usize,
 }
 
-/// All devices of a session: ranks `0..device_count`, laid out row-major over named axes (the last axis varies fastest).
+/// All devices of a session: ranks `0..device_count`, laid out row-major over named axes (the last axis varies
+/// fastest).
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Mesh {
     whole: Placement,
@@ -106,7 +107,8 @@ impl Placement {
     /// Builds a placement of these devices (ranks, row-major) over these axes.
     ///
     /// # Errors
-    /// When an axis has size 0, a name is empty or occurs twice, or the devices are not distinct or do not match the axes.
+    /// When an axis has size 0, a name is empty or occurs twice, or the devices are not distinct or do not match the
+    /// axes.
     pub fn of(devices: Vec<usize>, axes: &[(&str, usize)]) -> Result<Self, LayoutError> {
         let axes: Vec<Axis> = axes.iter().map(|&(name, size)| Axis { name: name.into(), size }).collect();
         let placement = Self { axes, devices };
@@ -188,8 +190,8 @@ impl Placement {
         self.devices.iter().position(|&d| d == device)
     }
 
-    /// Partitions the device indices into groups that differ only along `axes` (axis indices). Groups are ordered by their
-    /// first members, members row-major. Without axes, each device is a group.
+    /// Partitions the device indices into groups that differ only along `axes` (axis indices). Groups are ordered by
+    /// their first members, members row-major. Without axes, each device is a group.
     pub fn group_indices(&self, axes: &[usize]) -> Vec<Vec<usize>> {
         let mut groups: Vec<Vec<usize>> = Vec::new();
         // By the first member of each group: the group's position.

@@ -1,5 +1,5 @@
-//! The compiled program as plain data: actors with their registers and credits, each action's launches, and each device's
-//! memory map. A session loads it.
+//! The compiled program as plain data: actors with their registers and credits, each action's launches, and each
+//! device's memory map. A session loads it.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -147,7 +147,8 @@ pub struct ResidentTensor {
 /// One device's memory.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct DeviceMemory {
-    /// Tensors that no other action reads, or that nothing replaces (moments, f32 values of weights that are read in bf16), bytes.
+    /// Tensors that no other action reads, or that nothing replaces (moments, f32 values of weights that are read in
+    /// bf16), bytes.
     pub fixed_bytes: usize,
     /// Register slots, bytes: everything that passes between actions, including weights and gradients.
     pub register_bytes: usize,
@@ -155,8 +156,8 @@ pub struct DeviceMemory {
     pub scratch: BTreeMap<ActorId, (usize, usize)>,
     /// The whole arena, bytes: fixed tensors, registers and scratch.
     pub arena_bytes: usize,
-    /// Bytes that the device's streams allocate outside the arena: on CPUs the scratch of kernel threads and of tensors widened
-    /// from bf16. It depends on the process's number of threads, so it is not part of the plan's hash.
+    /// Bytes that the device's streams allocate outside the arena: on CPUs the scratch of kernel threads and of tensors
+    /// widened from bf16. It depends on the process's number of threads, so it is not part of the plan's hash.
     pub stream_bytes: usize,
     /// Mirrors of registers that other processes write, bytes; 0 until a session has assigned devices to processes.
     pub mirror_bytes: usize,
@@ -165,8 +166,8 @@ pub struct DeviceMemory {
 }
 
 impl DeviceMemory {
-    /// The planned peak of allocated device memory, bytes. It excludes the memory of the driver and of libraries (contexts, code,
-    /// communicators).
+    /// The planned peak of allocated device memory, bytes. It excludes the memory of the driver and of libraries
+    /// (contexts, code, communicators).
     pub fn total_bytes(&self) -> usize {
         self.arena_bytes + self.stream_bytes + self.mirror_bytes
     }
@@ -212,8 +213,8 @@ pub struct Plan {
     pub threads_per_device: usize,
     /// The kind of the devices.
     pub device: DeviceKind,
-    /// Memory limit of one device, bytes. If `None`, a session compares a plan for CPUs with the free memory of its node. Each
-    /// process chooses its own; not part of the plan's hash.
+    /// Memory limit of one device, bytes. If `None`, a session compares a plan for CPUs with the free memory of its
+    /// node. Each process chooses its own; not part of the plan's hash.
     pub memory_bytes: Option<usize>,
     /// Maximum forward micro-batches in flight, by placement.
     pub in_flight: Vec<u32>,

@@ -162,8 +162,8 @@ impl fmt::Display for PlacedLayout {
     }
 }
 
-/// The region of a tensor of this shape on the device at `index`. `Partial` does not restrict the region, because a device holds
-/// a term of each element. Parts may be uneven and empty. The layout must have passed [`NdSbp::check`].
+/// The region of a tensor of this shape on the device at `index`. `Partial` does not restrict the region, because a
+/// device holds a term of each element. Parts may be uneven and empty. The layout must have passed [`NdSbp::check`].
 pub fn local_region(shape: &[usize], layout: &NdSbp, placement: &Placement, index: usize) -> Region {
     let mut region = Region::whole(shape);
     let coords = placement.coords(index);
@@ -177,8 +177,8 @@ pub fn local_region(shape: &[usize], layout: &NdSbp, placement: &Placement, inde
     region
 }
 
-/// Splits a tensor into one shard for each device, by index. Under `Partial(Sum)`, coordinate 0 holds the value and the others
-/// hold zeros; under `Partial(Max)`, every coordinate holds a copy.
+/// Splits a tensor into one shard for each device, by index. Under `Partial(Sum)`, coordinate 0 holds the value and the
+/// others hold zeros; under `Partial(Max)`, every coordinate holds a copy.
 ///
 /// # Errors
 /// When the layout does not fit the shape and placement, or is `Partial` for an integer tensor.
@@ -194,9 +194,9 @@ pub fn scatter(whole: &HostTensor, layout: &NdSbp, placement: &Placement) -> Res
     Ok((0..placement.device_count()).map(shard).collect())
 }
 
-/// [`scatter`] with random terms for `Partial`, so that tests detect a reduction that loses or duplicates a term. The terms are
-/// small integers drawn from `seed`, and the last term along the partial axes completes the value (for `Max`, a random term
-/// holds it and the others are smaller). Exact for integer values below about 2^20.
+/// [`scatter`] with random terms for `Partial`, so that tests detect a reduction that loses or duplicates a term. The
+/// terms are small integers drawn from `seed`, and the last term along the partial axes completes the value (for `Max`,
+/// a random term holds it and the others are smaller). Exact for integer values below about 2^20.
 ///
 /// # Errors
 /// See [`scatter`].
@@ -252,12 +252,12 @@ fn random_terms(value: f32, op: ReduceOp, count: usize, state: &mut u64) -> Vec<
     }
 }
 
-/// Assembles a tensor of this shape from its shards (by index). Combines `Partial` terms in row-major order of the devices; of
-/// `Broadcast` copies, takes the one at coordinate 0.
+/// Assembles a tensor of this shape from its shards (by index). Combines `Partial` terms in row-major order of the
+/// devices; of `Broadcast` copies, takes the one at coordinate 0.
 ///
 /// # Errors
-/// When the layout does not fit, a shard has another shape or type than the layout requires, or `Broadcast` copies are not
-/// bit-identical.
+/// When the layout does not fit, a shard has another shape or type than the layout requires, or `Broadcast` copies are
+/// not bit-identical.
 pub fn gather(
     shards: &[HostTensor],
     shape: &[usize],

@@ -1,5 +1,5 @@
-//! The reference interpreter of boxing plans: runs the [`LocalStep`]s of all devices sequentially in host memory and counts
-//! every byte that moves between devices. Tests compare the engines with it.
+//! The reference interpreter of boxing plans: runs the [`LocalStep`]s of all devices sequentially in host memory and
+//! counts every byte that moves between devices. Tests compare the engines with it.
 
 use std::collections::BTreeMap;
 

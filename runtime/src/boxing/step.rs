@@ -83,7 +83,8 @@ pub enum LocalStep {
     },
     /// Call a collective that reads the input shard and writes the output shard.
     Call(GroupCall),
-    /// Copy boxes from devices of the source placement, possibly including this one; together they fill the output shard.
+    /// Copy boxes from devices of the source placement, possibly including this one; together they fill the output
+    /// shard.
     Pull(Vec<Pull>),
 }
 
@@ -139,8 +140,8 @@ pub(super) fn classify(placement: &Placement, from: &NdSbp, to: &NdSbp) -> Optio
     Some((kind, axes))
 }
 
-/// Adds to `changed` the later axes that split a dim which a changed axis splits before or after: they divide different parts
-/// then, so elements also move between their coordinates.
+/// Adds to `changed` the later axes that split a dim which a changed axis splits before or after: they divide different
+/// parts then, so elements also move between their coordinates.
 fn add_nested_axes(changed: &[usize], from: &NdSbp, to: &NdSbp) -> Vec<usize> {
     let splits = |axis: usize, dim: usize| from.0[axis] == Sbp::Split(dim) || to.0[axis] == Sbp::Split(dim);
     let nested = |axis: usize| {
@@ -181,8 +182,8 @@ pub(super) fn bytes_received(
     bytes
 }
 
-/// [`bytes_received`] for a transfer: the elements that a device does not already hold. `own_index` is each target device's index
-/// in the source placement, if it is in both.
+/// [`bytes_received`] for a transfer: the elements that a device does not already hold. `own_index` is each target
+/// device's index in the source placement, if it is in both.
 pub(super) fn bytes_pulled(dtype: DType, own_index: &[Option<usize>], from: &[Region], to: &[Region]) -> Vec<usize> {
     let bytes = |(region, own_index): (&Region, &Option<usize>)| {
         let held = own_index.map_or(0, |index| common_elements(&from[index], region));
@@ -206,8 +207,8 @@ impl BoxingStep {
         self.to.region(&self.shape, index).size
     }
 
-    /// The work of the device at this index of `to.placement`. In a transfer, devices that are only in `from.placement` do
-    /// nothing, but must not change their shard while others read it.
+    /// The work of the device at this index of `to.placement`. In a transfer, devices that are only in `from.placement`
+    /// do nothing, but must not change their shard while others read it.
     pub fn local(&self, index: usize) -> LocalStep {
         match self.kind {
             StepKind::Transfer => LocalStep::Pull(self.pulls().swap_remove(index)),
@@ -266,8 +267,9 @@ impl BoxingStep {
         GroupCall { ranks: group.iter().map(|&i| placement.devices()[i]).collect(), member, kind }
     }
 
-    /// The boxes that each target device pulls, by index. If several devices hold a box, the source is the target itself, else the
-    /// device at the target's coordinates, else the device from which the fewest elements are pulled so far.
+    /// The boxes that each target device pulls, by index. If several devices hold a box, the source is the target
+    /// itself, else the device at the target's coordinates, else the device from which the fewest elements are pulled
+    /// so far.
     fn pulls(&self) -> Vec<Vec<Pull>> {
         let (source, target) = (&self.from.placement, &self.to.placement);
         let same_axes = source.axes().iter().map(|a| a.size).eq(target.axes().iter().map(|a| a.size));

@@ -1,4 +1,5 @@
-//! Boxing costs between all layouts of one tensor on one placement: the costs of [`super::plan`] for many pairs at once.
+//! Boxing costs between all layouts of one tensor on one placement: the costs of [`super::plan`] for many pairs at
+//! once.
 
 use std::collections::HashMap;
 

@@ -134,8 +134,8 @@ fn layout_changes_without_reductions_keep_every_bit() {
     }
 }
 
-/// The least cost over all simple paths with at most `steps` steps, by depth-first search. A path is abandoned once it costs
-/// more than the best one.
+/// The least cost over all simple paths with at most `steps` steps, by depth-first search. A path is abandoned once it
+/// costs more than the best one.
 fn exhaustive(space: &SearchSpace<'_>, path: &mut Vec<usize>, steps: usize, cost: f64, best: &mut f64) {
     let last = path[path.len() - 1];
     if last == space.target {
@@ -241,7 +241,8 @@ fn common_layout_changes_use_the_expected_collectives() {
     check(&[64, 64], &on("B,B"), &on("B,B"), expect![""]);
 }
 
-/// Narayanan et al. 2021, section 4.1, <https://arxiv.org/abs/2104.04473>: a replicated tensor is sent to the next stage once.
+/// Narayanan et al. 2021, section 4.1, <https://arxiv.org/abs/2104.04473>: a replicated tensor is sent to the next
+/// stage once.
 #[test]
 fn a_replicated_tensor_crosses_placements_once() {
     let (from, to) = (layout(&line(0, 4), "B"), layout(&line(4, 4), "B"));
@@ -301,7 +302,8 @@ proptest! {
         max in any::<[bool; 2]>(),
     ) {
         let target = if same { source.clone() } else { target };
-        let (from, to) = (layout_from_draws(&source, shape.len(), &from, max[0]), layout_from_draws(&target, shape.len(), &to, max[1]));
+        let from = layout_from_draws(&source, shape.len(), &from, max[0]);
+        let to = layout_from_draws(&target, shape.len(), &to, max[1]);
         check_exact(&shape, &from, &to);
     }
 }

@@ -17,8 +17,8 @@ use crate::sbp::rule::{Rule, plausible_shapes};
 use crate::sbp::{NdSbp, Sbp};
 use crate::text::counted;
 
-/// A layout as the user writes it: the mesh axes over which dims are split; along all other axes the tensor is broadcast.
-/// Example: `Layout::split("data", 0).and_split("tensor", 2)`.
+/// A layout as the user writes it: the mesh axes over which dims are split; along all other axes the tensor is
+/// broadcast. Example: `Layout::split("data", 0).and_split("tensor", 2)`.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Layout(Vec<(String, Sbp)>);
 
@@ -62,8 +62,8 @@ impl Graph {
         }
     }
 
-    /// Builds a layer of several nodes. Errors inside it are reported at `location`, the source line that calls the layer; for
-    /// nested layers, that of the outermost one.
+    /// Builds a layer of several nodes. Errors inside it are reported at `location`, the source line that calls the
+    /// layer; for nested layers, that of the outermost one.
     pub fn layer<T>(&mut self, location: &'static Location<'static>, build: impl FnOnce(&mut Self) -> T) -> T {
         let outer = self.origin;
         self.origin = Some(outer.unwrap_or(location));
@@ -98,15 +98,15 @@ impl Graph {
         }
     }
 
-    /// A tensor that the host feeds. Its first dim is the batch: `Session::step` takes the whole batch, which is divided into
-    /// micro-batches.
+    /// A tensor that the host feeds. Its first dim is the batch: `Session::step` takes the whole batch, which is
+    /// divided into micro-batches.
     #[track_caller]
     pub fn input(&mut self, name: &str, shape: &[usize], dtype: DType, layout: Layout) -> Var {
         self.add_input(name, shape, dtype, Rate::MicroBatch, (layout, Sbp::Split(0)), Location::caller())
     }
 
-    /// [`Graph::input`] for a tensor whose batch is not the first dim, such as `[time, batch, features]`. Inputs may have
-    /// batches of different sizes along different dims.
+    /// [`Graph::input`] for a tensor whose batch is not the first dim, such as `[time, batch, features]`. Inputs may
+    /// have batches of different sizes along different dims.
     #[track_caller]
     pub fn input_with_batch_dim(
         &mut self,
@@ -257,9 +257,9 @@ impl Graph {
     }
 
     /// In training, zeroes elements with probability `p` and scales the others up; in evaluation the identity, see
-    /// [`Mode`](crate::passes::mode::Mode). The mask is a function of the session's seed, the step, `seed` and the element's
-    /// index in the step's whole tensor; it does not depend on the layout, the batch dim or the number of micro-batches.
-    /// Each dropout of a model needs a different `seed`.
+    /// [`Mode`](crate::passes::mode::Mode). The mask is a function of the session's seed, the step, `seed` and the
+    /// element's index in the step's whole tensor; it does not depend on the layout, the batch dim or the number of
+    /// micro-batches. Each dropout of a model needs a different `seed`.
     #[track_caller]
     pub fn dropout(&mut self, x: Var, p: f32, seed: u64) -> Var {
         let location = Location::caller();
@@ -336,11 +336,11 @@ impl Graph {
         self.output_as("loss", loss, None, location);
     }
 
-    /// Makes a tensor available to the host under this name after each step. The value is that of the whole batch, for any
-    /// number of micro-batches. The ops' rules determine how the values of micro-batches are combined: parts of the batch are
-    /// concatenated, sums and means over the batch are added, and a value that does not depend on the batch is taken once.
-    /// Where the rules do not determine it, as for a nonlinear function of a sum over the batch, `compile` requires
-    /// [`Graph::output_with`]. Names are unique; `minimize` names the loss `loss`.
+    /// Makes a tensor available to the host under this name after each step. The value is that of the whole batch, for
+    /// any number of micro-batches. The ops' rules determine how the values of micro-batches are combined: parts of the
+    /// batch are concatenated, sums and means over the batch are added, and a value that does not depend on the batch
+    /// is taken once. Where the rules do not determine it, as for a nonlinear function of a sum over the batch,
+    /// `compile` requires [`Graph::output_with`]. Names are unique; `minimize` names the loss `loss`.
     #[track_caller]
     pub fn output(&mut self, name: &str, tensor: Var) {
         self.output_as(name, tensor, None, Location::caller());
@@ -391,8 +391,8 @@ impl Graph {
         self.outputs.push(Output { name: name.to_string(), tensor, combine, location });
     }
 
-    /// Adds an input of the user. Inputs that share a name are one tensor of the host, fed to several placements; so their
-    /// properties must be equal.
+    /// Adds an input of the user. Inputs that share a name are one tensor of the host, fed to several placements; so
+    /// their properties must be equal.
     fn add_input(
         &mut self,
         name: &str,
@@ -634,7 +634,7 @@ impl Graph {
         let location = self.origin.unwrap_or(location);
         let producer = NodeId(self.nodes.len() as u32);
         let poisoned = self.is_poisoned(inputs);
-        let mut made = Vec::new();
+        let mut created = Vec::new();
         for (shape, dtype, rate) in outputs {
             let info = TensorInfo {
                 name: format!("{name}.{}", producer.0),
@@ -647,20 +647,20 @@ impl Graph {
                 saved_shape: None,
                 poisoned,
             };
-            made.push(self.new_tensor(info, location));
+            created.push(self.new_tensor(info, location));
         }
         self.nodes.push(Node {
             name: name.to_string(),
             op,
             inputs: inputs.to_vec(),
-            outputs: made.clone(),
+            outputs: created.clone(),
             updates: Vec::new(),
             placement: self.current_placement,
             phase: self.phase,
             location,
             signature: None,
         });
-        made
+        created
     }
 }
 

@@ -79,8 +79,8 @@ pub fn rule(op: &Op, shapes: &[&[usize]]) -> Result<Rule, LayoutError> {
             let x = leading(rank(0));
             Rule::parse(&format!("{x},r->{x}"))?.fixed("r")?.linear(&[&[0]])
         }
-        // AdamW reads (gradient, hyper-parameters, scale) and updates (parameter, m, v). It is elementwise in the gradient
-        // and the three updated tensors.
+        // AdamW reads (gradient, hyper-parameters, scale) and updates (parameter, m, v). It is elementwise in the
+        // gradient and the three updated tensors.
         Op::AdamW { .. } => {
             let x = leading(rank(0));
             Rule::parse(&format!("{x},h,->{x},{x},{x}"))?.fixed("h")

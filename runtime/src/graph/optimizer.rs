@@ -2,25 +2,26 @@
 //!
 //! # A step whose update would not be finite
 //!
-//! Finite gradients can still make a parameter or a moment infinite, because AdamW squares them. The host decides on the update,
-//! and it knows the gradients' norm `g` and the learning rate, but no single element. So it keeps upper bounds of the magnitude
-//! of all parameters `p` and of both moments (`Bounds`) across steps, and skips the update when a bound exceeds the largest
-//! float. This is sound, because no element exceeds its bound, and cheap: a dozen operations on the host per step.
+//! Finite gradients can still make a parameter or a moment infinite, because AdamW squares them. The host decides on
+//! the update, and it knows the gradients' norm `g` and the learning rate, but no single element. So it keeps upper
+//! bounds of the magnitude of all parameters `p` and of both moments (`Bounds`) across steps, and skips the update when
+//! a bound exceeds the largest float. This is sound, because no element exceeds its bound, and cheap: a dozen
+//! operations on the host per step.
 //!
 //! An element's gradient, after clipping, is at most `G = min(g, max_norm)`. From `m' = b1 m + (1 - b1) x`,
 //! `v' = b2 v + (1 - b2) x^2` with `|x| <= G`:
 //!
 //! - `M' = b1 M + (1 - b1) G` and `V' = b2 V + (1 - b2) G^2`.
-//! - If `|m| <= Q sqrt(v)` for all elements, then `|m'| <= b1 Q sqrt(v) + (1 - b1) |x|`, which by Cauchy and Schwarz is at most
-//!   `sqrt(b1^2 Q^2 / b2 + (1 - b1)^2 / (1 - b2)) sqrt(v')`: that root is `Q'`. Moments start at 0, with `Q = 0`; for moments
-//!   from a checkpoint, `Q` is unknown.
-//! - `p' = p (1 - lr decay) - s m' / (r sqrt(v') + eps)` with `s = lr / (1 - b1^t) <= lr / (1 - b1)` and `r >= 1`, so the quotient
-//!   is at most `Q'` and at most `M' / eps`. Hence `P' = P max(1, |1 - lr decay|) + s min(Q', M' / eps)`, if `s M'` is a finite
-//!   float; the 1 covers tensors without decay.
+//! - If `|m| <= Q sqrt(v)` for all elements, then `|m'| <= b1 Q sqrt(v) + (1 - b1) |x|`, which by Cauchy and Schwarz is
+//!   at most `sqrt(b1^2 Q^2 / b2 + (1 - b1)^2 / (1 - b2)) sqrt(v')`: that root is `Q'`. Moments start at 0, with
+//!   `Q = 0`; for moments from a checkpoint, `Q` is unknown.
+//! - `p' = p (1 - lr decay) - s m' / (r sqrt(v') + eps)` with `s = lr / (1 - b1^t) <= lr / (1 - b1)` and `r >= 1`, so
+//!   the quotient is at most `Q'` and at most `M' / eps`. Hence `P' = P max(1, |1 - lr decay|) + s min(Q', M' / eps)`,
+//!   if `s M'` is a finite float; the 1 covers tensors without decay.
 //!
-//! Rounding: `ROUNDING` is far above the rounding error of the few operations of a step. Underflow: a square below `2^-150`
-//! rounds to 0, which loses up to `2^-148 / (1 - b2)` of `v`, which moves the bound of the quotient to `Q' max(1, t / eps)`,
-//! `t = 2^-74 / sqrt(1 - b2)`.
+//! Rounding: `ROUNDING` is far above the rounding error of the few operations of a step. Underflow: a square below
+//! `2^-150` rounds to 0, which loses up to `2^-148 / (1 - b2)` of `v`, which moves the bound of the quotient to
+//! `Q' max(1, t / eps)`, `t = 2^-74 / sqrt(1 - b2)`.
 
 /// A factor above the relative rounding error of one step's operations.
 const ROUNDING: f64 = 1.0 + 1.0 / (1 << 21) as f64;

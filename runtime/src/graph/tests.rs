@@ -278,7 +278,8 @@ fn errors_are_reported_together_and_once() {
     );
 }
 
-/// A norm needs its whole weight. Under `Explicit`, the program must state the gather; otherwise it is inserted and listed.
+/// A norm needs its whole weight. Under `Explicit`, the program must state the gather; otherwise it is inserted and
+/// listed.
 #[test]
 fn a_layout_change_is_an_error_under_explicit_boxing_and_listed_otherwise() {
     let build = |g: &mut Graph| {
@@ -553,16 +554,17 @@ fn every_method_refuses_a_tensor_of_another_graph() {
         ("shape", |p, other| _ = nn::attention(&mut p.g, "a", other, 4, None)),
     ];
     for (index, (subject, call)) in calls.iter().enumerate() {
-        // The graph has fewer or more tensors than the other one: the index is out of range, or refers to another tensor.
+        // The graph has fewer or more tensors than the other one: the index is out of range, or refers to another
+        // tensor.
         for (own_tensors, want) in [(0, 4), (9, 4)] {
             let mut other = Graph::new(&mesh());
-            let made: Vec<Var> = (0..want).map(|i| floats(&mut other, &format!("o{i}"), &[4, 3, 6])).collect();
+            let created: Vec<Var> = (0..want).map(|i| floats(&mut other, &format!("o{i}"), &[4, 3, 6])).collect();
             let mut p = fixture();
             for _ in 0..own_tensors {
                 p.x = p.g.gelu(p.x);
             }
             p.g.output("y", p.x);
-            call(&mut p, made[3]);
+            call(&mut p, created[3]);
             // Some of the calls add dropout.
             let options = CompileOptions { mode: Some(Mode::Training), ..CompileOptions::default() };
             let CompileError::Graph(errors) = compile(p.g, &options).expect_err("another graph's") else {
@@ -572,7 +574,7 @@ fn every_method_refuses_a_tensor_of_another_graph() {
             assert_eq!(errors.len(), 1, "call {index}: {text}");
             let text = with_source_lines(&text);
             assert!(text.starts_with(&format!("{subject}: ")), "call {index}: {text}");
-            let created_at = "is a tensor of another graph, created at `let made: Vec<Var> = (0..want)";
+            let created_at = "is a tensor of another graph, created at `let created: Vec<Var> = (0..want)";
             assert!(text.contains(created_at) && text.contains("\n  at `(\""), "call {index}: {text}");
         }
     }
@@ -798,7 +800,7 @@ fn results_of_invalid_ops_have_plausible_shapes() {
     let (a, b) = (floats(&mut g, "a", &[4, 6]), floats(&mut g, "b", &[5, 7]));
     let x = floats(&mut g, "x", &[2, 3, 6]);
     let custom = |rule| Arc::new(Double { rule, ..Double::default() });
-    let made = [
+    let created = [
         (g.einsum("ik,kj->ij", a, b), vec![4, 7]),
         (g.einsum("btc,dbc->td", x, b), vec![3, 5]),
         (g.einsum("ai,aj->aij", a, b), vec![4, 6, 7]),
@@ -813,7 +815,7 @@ fn results_of_invalid_ops_have_plausible_shapes() {
         (g.custom(custom("abc,a->ab,c"), &[x])[1], vec![6]),
         (g.custom(custom("abc->ab1,cb"), &[x])[1], vec![6, 3]),
     ];
-    for (index, (var, shape)) in made.iter().enumerate() {
+    for (index, (var, shape)) in created.iter().enumerate() {
         assert_eq!(g.shape(*var), shape, "call {index}");
     }
 }

@@ -173,8 +173,8 @@ fn kernel_backward(graph: &mut Graph, node: &Node, op: &Op, dy: Var, name: &str)
         }
         Op::LayerNorm { .. } => {
             let args = [dy, inputs[0], inputs[1], outputs[1], outputs[2]];
-            let made = graph.kernel(name, Op::LayerNormGrad, &args, at);
-            vec![(inputs[0], made[0]), (inputs[1], made[1])]
+            let grads = graph.kernel(name, Op::LayerNormGrad, &args, at);
+            vec![(inputs[0], grads[0]), (inputs[1], grads[1])]
         }
         Op::Gelu => vec![(inputs[0], graph.kernel(name, Op::GeluGrad, &[dy, inputs[0]], at)[0])],
         Op::Scale { factor } => {
@@ -182,12 +182,12 @@ fn kernel_backward(graph: &mut Graph, node: &Node, op: &Op, dy: Var, name: &str)
         }
         Op::Attention { scale } => {
             let args = [dy, inputs[0], inputs[1], inputs[2], outputs[0], outputs[1]];
-            let made = graph.kernel(name, Op::AttentionGrad { scale: *scale }, &args, at);
-            vec![(inputs[0], made[0]), (inputs[1], made[1]), (inputs[2], made[2])]
+            let grads = graph.kernel(name, Op::AttentionGrad { scale: *scale }, &args, at);
+            vec![(inputs[0], grads[0]), (inputs[1], grads[1]), (inputs[2], grads[2])]
         }
         Op::Dropout { .. } => {
-            let made = graph.kernel(name, op.clone(), &[dy, inputs[1]], at);
-            vec![(inputs[0], made[0])]
+            let grads = graph.kernel(name, op.clone(), &[dy, inputs[1]], at);
+            vec![(inputs[0], grads[0])]
         }
         Op::TokenLoss { scale } => {
             // The gradient of the whole cross-entropy goes directly to the logits, past the intermediate sums.

@@ -1,5 +1,5 @@
-//! Inserts a node for every layout or placement change: where a node requires an input in another layout, the steps of the
-//! cheapest boxing plan. Existing versions of a tensor are reused.
+//! Inserts a node for every layout or placement change: where a node requires an input in another layout, the steps of
+//! the cheapest boxing plan. Existing versions of a tensor are reused.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -12,10 +12,10 @@ use crate::graph::{Graph, Node, NodeId, NodeOp, Phase, Rate, TensorInfo, Var};
 use crate::passes::Boxing;
 use crate::sbp::PlacedLayout;
 
-/// Inserts the steps. Requires a layout for every tensor and a signature for every kernel. Records an error in the graph where
-/// no sequence of collectives makes the change, or `mode` forbids it.
+/// Inserts the steps. Requires a layout for every tensor and a signature for every kernel. Records an error in the
+/// graph where no sequence of collectives makes the change, or `mode` forbids it.
 pub fn insert(graph: &mut Graph, model: &CostModel, mode: Boxing) {
-    let mut pass = BoxingPass { model, mode, graph, made: Vec::new(), versions: BTreeMap::new() };
+    let mut pass = BoxingPass { model, mode, graph, rebuilt: Vec::new(), versions: BTreeMap::new() };
     for index in 0..pass.graph.nodes.len() {
         let mut node = pass.graph.nodes[index].clone();
         let placement = pass.graph.placements[node.placement].clone();
@@ -28,8 +28,8 @@ pub fn insert(graph: &mut Graph, model: &CostModel, mode: Boxing) {
         }
         pass.push(node);
     }
-    let made = std::mem::take(&mut pass.made);
-    graph.nodes = made;
+    let rebuilt = std::mem::take(&mut pass.rebuilt);
+    graph.nodes = rebuilt;
 }
 
 /// The layouts in which a node requires its inputs: `(input, layout)`.
@@ -55,23 +55,23 @@ struct BoxingPass<'a> {
     mode: Boxing,
     graph: &'a mut Graph,
     /// The rebuilt list of nodes.
-    made: Vec<Node>,
+    rebuilt: Vec<Node>,
     /// The versions of each original tensor; the first is the original.
     versions: BTreeMap<Var, Vec<Var>>,
 }
 
 impl BoxingPass<'_> {
     fn push(&mut self, node: Node) {
-        let id = NodeId(self.made.len() as u32);
+        let id = NodeId(self.rebuilt.len() as u32);
         for output in &node.outputs {
             self.graph.tensors[output.index()].producer = id;
         }
-        self.made.push(node);
+        self.rebuilt.push(node);
     }
 
     fn layout(&self, var: Var) -> PlacedLayout {
         let info = self.graph.tensor(var);
-        let placement = self.graph.placements[self.made[info.producer.index()].placement].clone();
+        let placement = self.graph.placements[self.rebuilt[info.producer.index()].placement].clone();
         let axes = placement.axes().len();
         PlacedLayout { placement, sbp: info.layout.clone().unwrap_or_else(|| crate::sbp::NdSbp::broadcast(axes)) }
     }
@@ -107,7 +107,7 @@ impl BoxingPass<'_> {
             }
         }
         let transfer = plan.steps.iter().position(|s| s.kind == StepKind::Transfer);
-        let source_phase = self.made[self.graph.tensor(current).producer.index()].phase;
+        let source_phase = self.rebuilt[self.graph.tensor(current).producer.index()].phase;
         for (position, step) in plan.steps.into_iter().enumerate() {
             // Changes before the transfer run in the phase of the tensor's producer.
             let before = transfer.is_some_and(|t| position < t) && info.rate == Rate::MicroBatch;

@@ -25,7 +25,8 @@ pub fn sizes(graph: &mut Graph) {
     }
 }
 
-/// Refuses programs without an output, trained parameters as outputs, and parameters and inputs that no output depends on.
+/// Refuses programs without an output, trained parameters as outputs, and parameters and inputs that no output depends
+/// on.
 pub fn purpose(graph: &mut Graph) {
     if graph.outputs.is_empty() {
         let location = graph.nodes.last().map_or(graph.location, |node| node.location);

@@ -1,6 +1,6 @@
-//! Divides the batch into micro-batches: inputs shrink to one micro-batch, and every forward tensor gets its shape in one
-//! micro-batch and its layout along the micro-batches, the loop SBP. The loop SBP determines the index of an element in the
-//! step's whole tensor, which dropout needs, and how an output's values are combined.
+//! Divides the batch into micro-batches: inputs shrink to one micro-batch, and every forward tensor gets its shape in
+//! one micro-batch and its layout along the micro-batches, the loop SBP. The loop SBP determines the index of an
+//! element in the step's whole tensor, which dropout needs, and how an output's values are combined.
 
 use shardflow_kernels::collective::ReduceOp;
 use shardflow_kernels::op::Op;
@@ -15,8 +15,8 @@ use crate::sbp::rule::Rule;
 /// A tensor's shape in one micro-batch, and its loop SBP.
 type Part = (Vec<usize>, Option<Sbp>);
 
-/// Turns the graph of a step into that of one of `count` micro-batches. Records an error for each input whose batch is not
-/// divisible by `count`, and for each op, loss and output whose value would depend on `count`.
+/// Turns the graph of a step into that of one of `count` micro-batches. Records an error for each input whose batch is
+/// not divisible by `count`, and for each op, loss and output whose value would depend on `count`.
 pub fn divide(graph: &mut Graph, count: usize) {
     for index in 0..graph.nodes.len() {
         let node = graph.nodes[index].clone();

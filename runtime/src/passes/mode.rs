@@ -16,7 +16,8 @@ pub enum Mode {
     Evaluation,
 }
 
-/// Applies the mode. If `mode` is `None`, a program that minimises a loss trains; dropout in any other program is an error.
+/// Applies the mode. If `mode` is `None`, a program that minimises a loss trains; dropout in any other program is an
+/// error.
 pub fn apply(graph: &mut Graph, mode: Option<Mode>) {
     match mode {
         Some(Mode::Training) => {}
@@ -54,9 +55,9 @@ fn remove_dropout(graph: &mut Graph) {
         node.inputs.iter_mut().for_each(|input| *input = replacement[input]);
         let producer = NodeId(graph.nodes.len() as u32);
         for output in &mut node.outputs {
-            let made = graph.new_tensor(TensorInfo { producer, ..tensors[output.index()].clone() }, node.location);
-            replacement.insert(*output, made);
-            *output = made;
+            let new_output = graph.new_tensor(TensorInfo { producer, ..tensors[output.index()].clone() }, node.location);
+            replacement.insert(*output, new_output);
+            *output = new_output;
         }
         graph.nodes.push(node);
     }

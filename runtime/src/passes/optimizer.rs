@@ -1,4 +1,5 @@
-//! Adds the end of a step: sums the gradients over the micro-batches, computes their global norm, and updates with AdamW.
+//! Adds the end of a step: sums the gradients over the micro-batches, computes their global norm, and updates with
+//! AdamW.
 
 use std::collections::BTreeMap;
 use std::panic::Location;

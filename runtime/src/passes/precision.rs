@@ -1,10 +1,10 @@
-//! Stores activations and their gradients in bf16 where all their readers accept it: products, attention and elementwise ops
-//! then read and write bf16 and compute in f32. Parameters, their accumulated gradients, statistics, scalars, the update and
-//! everything that a collective moves stay in f32; readers that need bf16 get a cast. A parameter that is read on its own
-//! placement gets a bf16 copy instead, which the update refreshes once per step.
+//! Stores activations and their gradients in bf16 where all their readers accept it: products, attention and
+//! elementwise ops then read and write bf16 and compute in f32. Parameters, their accumulated gradients, statistics,
+//! scalars, the update and everything that a collective moves stay in f32; readers that need bf16 get a cast. A
+//! parameter that is read on its own placement gets a bf16 copy instead, which the update refreshes once per step.
 //!
-//! Mixed precision of Micikevicius et al. 2018, <https://arxiv.org/abs/1710.03740>. The range of bf16 makes loss scaling
-//! unnecessary (Kalamkar et al. 2019, <https://arxiv.org/abs/1905.12322>).
+//! Mixed precision of Micikevicius et al. 2018, <https://arxiv.org/abs/1710.03740>. The range of bf16 makes loss
+//! scaling unnecessary (Kalamkar et al. 2019, <https://arxiv.org/abs/1905.12322>).
 //!
 //! The pass runs after layouts are chosen and boxing is inserted, so a cast is local and has the layout of its input.
 
@@ -118,8 +118,8 @@ fn bf16_ports(node: &Node) -> impl Iterator<Item = usize> + '_ {
     })
 }
 
-/// For each tensor: true for an input, a parameter, or a slice or transfer of one. They exist before any computation, and their
-/// readers would have to wait for a cast.
+/// For each tensor: true for an input, a parameter, or a slice or transfer of one. They exist before any computation,
+/// and their readers would have to wait for a cast.
 fn sources(graph: &Graph) -> Vec<bool> {
     let mut sources = vec![false; graph.tensors.len()];
     for node in &graph.nodes {
@@ -182,11 +182,11 @@ impl TypeClasses {
     }
 }
 
-/// Inserts a cast where a node reads another type than its input has, one for all nodes of a phase. A parameter that is read on
-/// its own placement gets a bf16 copy instead; the update refreshes it, so no micro-batch has to cast.
+/// Inserts a cast where a node reads another type than its input has, one for all nodes of a phase. A parameter that is
+/// read on its own placement gets a bf16 copy instead; the update refreshes it, so no micro-batch has to cast.
 fn insert_casts(graph: &mut Graph) {
     let nodes = std::mem::take(&mut graph.nodes);
-    let mut made: Vec<Node> = Vec::new();
+    let mut rebuilt: Vec<Node> = Vec::new();
     // By the phase in which the cast runs; `None` for a parameter's copy, which exists in all phases.
     let mut casts: BTreeMap<(Var, Option<Phase>), Var> = BTreeMap::new();
     for mut node in nodes {
@@ -201,7 +201,7 @@ fn insert_casts(graph: &mut Graph) {
             if !reads_bf16 || dtype != DType::F32 {
                 continue;
             }
-            let producer = &made[graph.tensor(input).producer.index()];
+            let producer = &rebuilt[graph.tensor(input).producer.index()];
             let has_copy = matches!(producer.op, NodeOp::Parameter { .. }) && producer.placement == node.placement;
             // Before a transfer, the cast runs on the placement and in the phase of the producer.
             let at = if is_transfer(&node) { producer } else { &node };
@@ -217,7 +217,7 @@ fn insert_casts(graph: &mut Graph) {
                     };
                     let out = cast.outputs[0];
                     casts.insert(key, out);
-                    push(graph, &mut made, cast);
+                    push(graph, &mut rebuilt, cast);
                     out
                 }
             };
@@ -235,10 +235,10 @@ fn insert_casts(graph: &mut Graph) {
             updates: vec![copy],
             ..node.clone()
         });
-        push(graph, &mut made, node);
-        refreshed.into_iter().for_each(|cast| push(graph, &mut made, cast));
+        push(graph, &mut rebuilt, node);
+        refreshed.into_iter().for_each(|cast| push(graph, &mut rebuilt, cast));
     }
-    graph.nodes = made;
+    graph.nodes = rebuilt;
 }
 
 /// The node of a parameter's bf16 copy.
@@ -250,11 +250,11 @@ fn bf16_copy(graph: &mut Graph, of: Var, parameter: Node) -> Node {
     Node { name, op: NodeOp::Bf16Copy { of }, outputs: vec![out], ..parameter }
 }
 
-fn push(graph: &mut Graph, made: &mut Vec<Node>, node: Node) {
+fn push(graph: &mut Graph, rebuilt: &mut Vec<Node>, node: Node) {
     for output in &node.outputs {
-        graph.tensors[output.index()].producer = NodeId(made.len() as u32);
+        graph.tensors[output.index()].producer = NodeId(rebuilt.len() as u32);
     }
-    made.push(node);
+    rebuilt.push(node);
 }
 
 /// The step with the number of bytes that it moves in bf16.

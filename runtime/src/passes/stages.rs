@@ -1,13 +1,13 @@
-//! Checks that the placements form a pipeline. All forward work of a device is one action, so a device cannot wait for a
-//! result that depends on its own forward work.
+//! Checks that the placements form a pipeline. All forward work of a device is one action, so a device cannot wait for
+//! a result that depends on its own forward work.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::panic::Location;
 
 use crate::graph::{Graph, NodeOp};
 
-/// Records an error for each node that reads from a placement which shares a device with the node's own, or which waits for
-/// the node's own, directly or indirectly.
+/// Records an error for each node that reads from a placement which shares a device with the node's own, or which waits
+/// for the node's own, directly or indirectly.
 pub fn check(graph: &mut Graph) {
     // For each placement, the placements that it reads from.
     let mut reads: BTreeMap<usize, BTreeSet<usize>> = BTreeMap::new();
@@ -46,8 +46,8 @@ pub fn check(graph: &mut Graph) {
     errors.into_iter().for_each(|(name, message, location)| graph.error(&name, message, location));
 }
 
-/// Backward sends a parameter's gradient to the parameter's devices and runs from the last stage to the first, so no stage
-/// before theirs may use the parameter.
+/// Backward sends a parameter's gradient to the parameter's devices and runs from the last stage to the first, so no
+/// stage before theirs may use the parameter.
 fn shared_parameter_errors(
     graph: &Graph,
     reads: &BTreeMap<usize, BTreeSet<usize>>,

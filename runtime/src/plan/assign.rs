@@ -1,6 +1,7 @@
 //! Assigns each node to an action of a device, and each tensor's local part to storage: an action's scratch if no other
-//! action reads it, a register if others do, a fixed address if nothing replaces it. Tensors of one action with the same
-//! readers share a register, so the stash, activations for another stage, gradients and parameters are all handled alike.
+//! action reads it, a register if others do, a fixed address if nothing replaces it. Tensors of one action with the
+//! same readers share a register, so the stash, activations for another stage, gradients and parameters are all handled
+//! alike.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -111,8 +112,8 @@ pub fn assign(graph: &Graph) -> Assignment {
             out.actions.entry(site).or_default();
         }
     }
-    // Other devices read a parameter that nothing updates through a register too, so it gets an update action that changes
-    // nothing.
+    // Other devices read a parameter that nothing updates through a register too, so it gets an update action that
+    // changes nothing.
     for (&(device, var), sites) in &readers {
         let never_updated = graph.producer(var).op.is_resident() && !producer.contains_key(&(device, var));
         if never_updated && sites.iter().any(|site| site.0 != device) {
@@ -145,8 +146,8 @@ fn aliases(graph: &Graph) -> BTreeMap<Var, Var> {
     alias
 }
 
-/// A bucket is reduced in place, so its readers read the register that backward wrote. A register without bytes, from each
-/// bucket to each action that reads its result, signals that the reduction is complete.
+/// A bucket is reduced in place, so its readers read the register that backward wrote. A register without bytes, from
+/// each bucket to each action that reads its result, signals that the reduction is complete.
 fn bucket_signals(graph: &Graph, actions: &BTreeMap<DeviceAction, Vec<NodeId>>) -> Vec<RegisterPlan> {
     let mut waits: BTreeSet<(DeviceAction, DeviceAction)> = BTreeSet::new();
     for (site, nodes) in actions {
@@ -186,7 +187,8 @@ fn group_registers(
     readers: &BTreeMap<LocalTensor, BTreeSet<DeviceAction>>,
 ) {
     let mut register_of: BTreeMap<(DeviceAction, Vec<DeviceAction>, Rate, bool), usize> = BTreeMap::new();
-    // In the order of the tensors, so that a bucket's gradients are stored in the order in which backward computes them.
+    // In the order of the tensors, so that a bucket's gradients are stored in the order in which backward computes
+    // them.
     for index in 0..graph.tensors.len() {
         let var = graph.var(index);
         if out.resolve_alias(var) != var {

@@ -18,7 +18,8 @@ pub struct CollectiveMismatch {
     pub second: (usize, String),
 }
 
-/// The part of a call that must be equal on all members: it includes the list of all regions, but not the member's own index.
+/// The part of a call that must be equal on all members: it includes the list of all regions, but not the member's own
+/// index.
 fn signature(call: &CollectiveCall) -> String {
     match &call.kind {
         CollectiveKind::Send { to } => format!("send to {to}"),
@@ -27,8 +28,8 @@ fn signature(call: &CollectiveCall) -> String {
     }
 }
 
-/// Checks, for each group and action, that all members make the same calls in launch order, and that they fire the actions
-/// that call a group's collectives in the same order.
+/// Checks, for each group and action, that all members make the same calls in launch order, and that they fire the
+/// actions that call a group's collectives in the same order.
 pub fn check(plan: &Plan) -> Result<(), CollectiveMismatch> {
     let mut seen: BTreeMap<(u32, ActionKey), (usize, Vec<String>)> = BTreeMap::new();
     for (actor, actions) in plan.spec.actors.iter().zip(&plan.actions) {

@@ -1,5 +1,5 @@
-//! Emits the launches of one action on one device: each node's kernel with the shard's attributes, and buffers in register
-//! ports, fixed memory or scratch.
+//! Emits the launches of one action on one device: each node's kernel with the shard's attributes, and buffers in
+//! register ports, fixed memory or scratch.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -186,7 +186,8 @@ impl Emitter<'_> {
         Buffer { base, offset, shape, dtype }
     }
 
-    /// Index of the base for a register's slot. If the action both reads and writes the register, that of the output port.
+    /// Index of the base for a register's slot. If the action both reads and writes the register, that of the output
+    /// port.
     fn port_base(&self, register: usize) -> usize {
         match self.outputs.iter().position(|r| *r == register) {
             Some(port) => 2 + self.inputs.len() + port,
@@ -340,8 +341,8 @@ impl Emitter<'_> {
         self.collective(&ranks, CollectiveKind::AllReduce { op: ReduceOp::Sum }, vec![slot.clone()], vec![slot]);
     }
 
-    /// Sums the squares of the gradient parts of which this device holds the first copy, so that the sum over all devices is
-    /// the squared norm.
+    /// Sums the squares of the gradient parts of which this device holds the first copy, so that the sum over all
+    /// devices is the squared norm.
     fn emit_norm_sums(&mut self, node: &Node, indices: &[usize]) {
         let graph = self.context.graph;
         let sums = self.buffer(node.outputs[0]);
@@ -372,8 +373,8 @@ impl Emitter<'_> {
         self.norm_total = Some(total);
     }
 
-    /// The sums over all devices and placements. A device in several placements adds its own parts first, so that every device
-    /// calls one all-reduce.
+    /// The sums over all devices and placements. A device in several placements adds its own parts first, so that every
+    /// device calls one all-reduce.
     fn norm_total(&mut self, ranks: &[usize]) -> Buffer {
         let graph = self.context.graph;
         let is_local = |n: &&Node| {

@@ -1,8 +1,8 @@
 //! Counts the floating-point operations of a step's matrix products and attention, to compare with a machine's peak.
 //!
-//! A product of `[m, k]` and `[k, n]` counts `2 m n k`. Attention over `t` tokens with heads of depth `d` counts `4 t^2 d` per
-//! head forward and `8 t^2 d` backward, without masking, as in Chowdhery et al. 2022 (<https://arxiv.org/abs/2204.02311>,
-//! appendix B). Other ops are not counted.
+//! A product of `[m, k]` and `[k, n]` counts `2 m n k`. Attention over `t` tokens with heads of depth `d` counts
+//! `4 t^2 d` per head forward and `8 t^2 d` backward, without masking, as in Chowdhery et al. 2022
+//! (<https://arxiv.org/abs/2204.02311>, appendix B). Other ops are not counted.
 
 use shardflow_kernels::op::Op;
 

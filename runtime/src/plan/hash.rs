@@ -15,9 +15,9 @@ impl Write for HashWriter {
 }
 
 impl Plan {
-    /// BLAKE3 hash of everything that determines execution: actors, registers, launches and the layout of the arenas. Within one
-    /// binary, equal hashes mean equal plans; the hashed text may differ between compilers. The number of threads is not
-    /// hashed, because neither results nor arenas depend on it.
+    /// BLAKE3 hash of everything that determines execution: actors, registers, launches and the layout of the arenas.
+    /// Within one binary, equal hashes mean equal plans; the hashed text may differ between compilers. The number of
+    /// threads is not hashed, because neither results nor arenas depend on it.
     pub fn hash(&self) -> blake3::Hash {
         let Self { graph, spec, actions, registers, memory, micro_batches, schedule, .. } = self;
         let Self { device, in_flight, .. } = self;

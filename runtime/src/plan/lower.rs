@@ -175,9 +175,9 @@ fn rate_of(assignment: &Assignment, site: DeviceAction) -> Rate {
     }
 }
 
-/// True for actions that depend on nothing within the step: feeds, and actions that read only parameters (a transfer of tied
-/// weights, or a device with an empty part of the batch). The host must allow these to fire, or they would run ahead into
-/// the next step.
+/// True for actions that depend on nothing within the step: feeds, and actions that read only parameters (a transfer of
+/// tied weights, or a device with an empty part of the batch). The host must allow these to fire, or they would run
+/// ahead into the next step.
 fn starts_a_step(assignment: &Assignment, site: DeviceAction, inputs: &[usize]) -> bool {
     matches!(site.1, ActionKey::Feed(_) | ActionKey::Decide) || inputs.iter().all(|r| assignment.registers[*r].initial)
 }
@@ -221,8 +221,8 @@ fn action_spec(
     }
 }
 
-/// The order in which an actor fires. If its actions call collectives, all members of a group must fire in the same order
-/// independent of timing, so the schedule is an explicit list; otherwise credits decide.
+/// The order in which an actor fires. If its actions call collectives, all members of a group must fire in the same
+/// order independent of timing, so the schedule is an explicit list; otherwise credits decide.
 fn firing(sites: &[DeviceAction], specs: &[ActionSpec], options: &LowerOptions, in_flight: usize) -> Firing {
     if specs.iter().all(|s| s.gangs.is_empty()) {
         return Firing::Credit;

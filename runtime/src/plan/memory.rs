@@ -58,8 +58,8 @@ pub struct Interval {
 
 /// Returns offsets such that no two buffers that are live at the same launch overlap, and the total size in bytes.
 ///
-/// Places larger buffers first, each at the lowest offset that is free for its lifetime ("greedy by size" of Pisarchyk and
-/// Lee 2020, <https://arxiv.org/abs/2001.03288>).
+/// Places larger buffers first, each at the lowest offset that is free for its lifetime ("greedy by size" of Pisarchyk
+/// and Lee 2020, <https://arxiv.org/abs/2001.03288>).
 pub fn pack(intervals: &[Interval]) -> (Vec<usize>, usize) {
     let mut order: Vec<usize> = (0..intervals.len()).collect();
     order.sort_by_key(|i| (std::cmp::Reverse(intervals[*i].bytes), intervals[*i].first, *i));

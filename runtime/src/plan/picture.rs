@@ -1,5 +1,5 @@
-//! Renders a plan as Graphviz DOT, and as one HTML page with the graph of actors, memory, layouts and boxing. The page is
-//! self-contained, has no script and follows the reader's colour scheme.
+//! Renders a plan as Graphviz DOT, and as one HTML page with the graph of actors, memory, layouts and boxing. The page
+//! is self-contained, has no script and follows the reader's colour scheme.
 
 use std::collections::BTreeMap;
 use std::fmt::{self, Write};
@@ -25,7 +25,8 @@ struct Edge {
 }
 
 impl Plan {
-    /// The plan in DOT, for `dot -Tsvg`. Actors are boxes within their device; arrows are registers with their bytes per step.
+    /// The plan in DOT, for `dot -Tsvg`. Actors are boxes within their device; arrows are registers with their bytes
+    /// per step.
     pub fn to_dot(&self) -> String {
         let mut out = String::new();
         // Writing to a String cannot fail.

@@ -6,10 +6,10 @@
 //! - CH-2: for a tensor that is an output or has no reader, the reduction of `Partial` to `Broadcast`;
 //! - CH-3: for each op, the compute on its busiest device.
 //!
-//! The search is a beam search in topological order, followed by sweeps that change one op at a time while the cost decreases.
-//! The beam merges assignments that leave the same layouts to later ops, so it is exact while it is wide enough. It ranks by
-//! the cost so far plus the **pending** cost of reducing `Partial` tensors that are not reduced yet. (A pending cost for
-//! gathering slices of a `Broadcast` tensor was tried: the results were the same or worse.)
+//! The search is a beam search in topological order, followed by sweeps that change one op at a time while the cost
+//! decreases. The beam merges assignments that leave the same layouts to later ops, so it is exact while it is wide
+//! enough. It ranks by the cost so far plus the **pending** cost of reducing `Partial` tensors that are not reduced
+//! yet. (A pending cost for gathering slices of a `Broadcast` tensor was tried: the results were the same or worse.)
 
 use std::collections::HashSet;
 
@@ -109,7 +109,8 @@ pub struct Choice {
 }
 
 impl NodeSpec {
-    /// A node whose candidates are a rule's signatures on this placement. `whole_seconds` is the time of the unsharded op.
+    /// A node whose candidates are a rule's signatures on this placement. `whole_seconds` is the time of the unsharded
+    /// op.
     ///
     /// # Errors
     /// When an input is not in `tensors`, or the inputs' shapes do not fit the rule.
@@ -138,8 +139,8 @@ impl NodeSpec {
 /// Chooses a signature for each node. A pure function of its arguments.
 ///
 /// # Errors
-/// [`LayoutError::Choice`] when the problem is malformed (see [`Problem`]), or no candidate of a node is reachable from the
-/// layouts of its inputs.
+/// [`LayoutError::Choice`] when the problem is malformed (see [`Problem`]), or no candidate of a node is reachable from
+/// the layouts of its inputs.
 pub fn choose(problem: &Problem, model: &CostModel) -> Result<Choice, LayoutError> {
     let mut chooser = Chooser::new(problem, *model)?;
     let mut candidates = chooser.beam()?;
@@ -268,7 +269,8 @@ impl<'a> Chooser<'a> {
             });
             let (mut next, mut seen) = (Vec::new(), HashSet::new());
             for Extension { mut assignment, candidate, .. } in extensions {
-                // The state that later nodes depend on. Equal states have equal pending costs, so the first has the least cost.
+                // The state that later nodes depend on. Equal states have equal pending costs, so the first has the
+                // least cost.
                 let state = |t: &LiveTensor| (t.tensor, t.layout, t.converted_to.clone());
                 if next.len() < width && seen.insert(assignment.live.iter().map(state).collect::<Vec<_>>()) {
                     choices.push((assignment.last, candidate));
@@ -317,9 +319,9 @@ impl<'a> Chooser<'a> {
             }
         }
         for (i, &tensor) in node.outputs.iter().enumerate() {
-            let made = self.candidates[n][candidate].outputs[i];
-            let layout = self.pinned[tensor].unwrap_or(made);
-            cost_seconds += self.boxing(tensor, made, layout) + self.output_seconds(tensor, layout);
+            let produced = self.candidates[n][candidate].outputs[i];
+            let layout = self.pinned[tensor].unwrap_or(produced);
+            cost_seconds += self.boxing(tensor, produced, layout) + self.output_seconds(tensor, layout);
             if !self.readers[tensor].is_empty() {
                 let is_settled = self.is_used_after(tensor) || self.pinned[tensor].is_some();
                 let reduced = self.costs.reduced(layout);
@@ -335,15 +337,15 @@ impl<'a> Chooser<'a> {
 
     /// The layout of a tensor for its readers, and the layout in which it is produced.
     fn layouts_of(&self, tensor: usize, chosen: &[usize]) -> (usize, usize) {
-        let made = self.producers[tensor].map(|(n, i)| self.candidates[n][chosen[n]].outputs[i]);
-        let layout = self.pinned[tensor].or(made).unwrap_or_default();
-        (layout, made.unwrap_or(layout))
+        let produced = self.producers[tensor].map(|(n, i)| self.candidates[n][chosen[n]].outputs[i]);
+        let layout = self.pinned[tensor].or(produced).unwrap_or_default();
+        (layout, produced.unwrap_or(layout))
     }
 
     /// The layout changes of one tensor (CH-1).
     fn conversions_of(&self, tensor: usize, chosen: &[usize]) -> Vec<(usize, usize)> {
-        let (layout, made) = self.layouts_of(tensor, chosen);
-        let mut pairs = if layout == made { Vec::new() } else { vec![(made, layout)] };
+        let (layout, produced) = self.layouts_of(tensor, chosen);
+        let mut pairs = if layout == produced { Vec::new() } else { vec![(produced, layout)] };
         for &(n, i) in &self.readers[tensor] {
             let pair = (layout, self.candidates[n][chosen[n]].inputs[i]);
             if pair.1 != layout && !pairs.contains(&pair) {

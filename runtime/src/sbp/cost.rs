@@ -10,8 +10,8 @@ use crate::boxing::table::CostTable;
 use crate::boxing::{CostModel, plan};
 use crate::placement::Placement;
 
-/// Seconds of an op on the busiest device of a placement under a signature, if it takes `whole_seconds` unsharded. The time is
-/// proportional to the smallest local share of an operand, because one operand has all the split factors.
+/// Seconds of an op on the busiest device of a placement under a signature, if it takes `whole_seconds` unsharded. The
+/// time is proportional to the smallest local share of an operand, because one operand has all the split factors.
 pub fn compute_seconds(
     whole_seconds: f64,
     signature: &NdSignature,

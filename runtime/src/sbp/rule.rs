@@ -1,11 +1,12 @@
 //! The factor rule of an op: it names the indices of all operands. Signatures and shapes follow from it.
 //!
-//! A rule is written like an einsum, `"btc,vc->btv"`: each letter is a **factor**, an index of the op's iteration space. Along
-//! one mesh axis there are three kinds of signatures:
-//! 1. One factor is split: operands with it are `Split` along its dim, inputs without it are `Broadcast`, and outputs without
-//!    it (it is contracted) are `Partial`.
+//! A rule is written like an einsum, `"btc,vc->btv"`: each letter is a **factor**, an index of the op's iteration
+//! space. Along one mesh axis there are three kinds of signatures:
+//! 1. One factor is split: operands with it are `Split` along its dim, inputs without it are `Broadcast`, and outputs
+//!    without it (it is contracted) are `Partial`.
 //! 2. All devices do the same work: all operands are `Broadcast`.
-//! 3. A linear op maps terms to terms: some inputs are `Partial(Sum)`, the others `Broadcast`, all outputs `Partial(Sum)`.
+//! 3. A linear op maps terms to terms: some inputs are `Partial(Sum)`, the others `Broadcast`, all outputs
+//!    `Partial(Sum)`.
 
 use std::fmt;
 
@@ -65,8 +66,8 @@ pub struct Rule {
 }
 
 impl Rule {
-    /// Parses `"btc,c->btc,bt,bt"`: inputs, arrow, outputs. An empty operand is a scalar, so `"bt->"` has one scalar output.
-    /// For an op without inputs, use [`Rule::new`].
+    /// Parses `"btc,c->btc,bt,bt"`: inputs, arrow, outputs. An empty operand is a scalar, so `"bt->"` has one scalar
+    /// output. For an op without inputs, use [`Rule::new`].
     ///
     /// # Errors
     /// When there is no arrow, and as [`Rule::new`].
@@ -124,8 +125,8 @@ impl Rule {
         Ok(self)
     }
 
-    /// Declares the op jointly linear in the inputs of each of these sets: `f(x + x', y) = f(x, y) + f(x', y)` for `[0]`,
-    /// `f(x + x', y + y') = f(x, y) + f(x', y')` for `[0, 1]`.
+    /// Declares the op jointly linear in the inputs of each of these sets: `f(x + x', y) = f(x, y) + f(x', y)` for
+    /// `[0]`, `f(x + x', y + y') = f(x, y) + f(x', y')` for `[0, 1]`.
     ///
     /// # Errors
     /// When a set is empty or names an input that does not exist.
@@ -173,7 +174,8 @@ impl Rule {
         factors
     }
 
-    /// Signatures along one mesh axis in a fixed order: split factors by first appearance, all `Broadcast`, linear ones.
+    /// Signatures along one mesh axis in a fixed order: split factors by first appearance, all `Broadcast`, linear
+    /// ones.
     pub fn signatures_1d(&self) -> Vec<Signature> {
         let may_split = self.factors().into_iter().filter(|f| !self.fixed.contains(f));
         let mut all: Vec<Signature> = may_split.map(|factor| self.split(factor)).collect();
@@ -189,8 +191,8 @@ impl Rule {
         all
     }
 
-    /// Layouts of the outputs along one axis for these layouts of the inputs, without a layout change; `None` if no signature
-    /// has these inputs.
+    /// Layouts of the outputs along one axis for these layouts of the inputs, without a layout change; `None` if no
+    /// signature has these inputs.
     pub fn output_layouts(&self, inputs: &[Sbp]) -> Option<Vec<Sbp>> {
         // Checked first, because a factor that only outputs have can also be split.
         if inputs.iter().all(|sbp| *sbp == Sbp::Broadcast) {
@@ -218,8 +220,8 @@ impl Rule {
     /// Infers the shapes of the outputs from those of the inputs (whole tensors, or the shards of one signature).
     ///
     /// # Errors
-    /// When the number of inputs or of an input's dims differs from the rule's, two inputs have different sizes for a factor, or
-    /// [`Rule::size`] is missing for a factor that only outputs have.
+    /// When the number of inputs or of an input's dims differs from the rule's, two inputs have different sizes for a
+    /// factor, or [`Rule::size`] is missing for a factor that only outputs have.
     pub fn infer_shapes(&self, inputs: &[impl AsRef<[usize]>]) -> Result<Vec<Vec<usize>>, LayoutError> {
         let rule = || self.to_string();
         if inputs.len() != self.inputs.len() {
@@ -283,8 +285,8 @@ impl fmt::Display for Rule {
     }
 }
 
-/// Output shapes for a rule (its text) that is invalid or does not fit these inputs, so that building can continue to the next
-/// error: an index has its extent in the first input that contains it, or 1.
+/// Output shapes for a rule (its text) that is invalid or does not fit these inputs, so that building can continue to
+/// the next error: an index has its extent in the first input that contains it, or 1.
 pub fn plausible_shapes(text: &str, inputs: &[&[usize]]) -> Vec<Vec<usize>> {
     let Some((operands, outputs)) = text.split_once("->") else {
         return vec![inputs.first().map_or(Vec::new(), |shape| shape.to_vec())];

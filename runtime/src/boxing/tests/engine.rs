@@ -1,5 +1,5 @@
-//! Runs boxing plans on the in-process collective engine with one thread per device, and compares bits and bytes with the
-//! interpreter.
+//! Runs boxing plans on the in-process collective engine with one thread per device, and compares bits and bytes with
+//! the interpreter.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -14,7 +14,8 @@ use shardflow_kernels::memory::{Arena, View};
 use super::*;
 use crate::sbp::region::{copy_box, filled};
 
-/// Aborts the process if the test runs longer than a minute, because a thread that is stuck in a collective cannot be joined.
+/// Aborts the process if the test runs longer than a minute, because a thread that is stuck in a collective cannot be
+/// joined.
 fn with_deadline(test: impl FnOnce()) {
     let (finished, wait) = channel::<()>();
     let watchdog = std::thread::spawn(move || {
