@@ -13,7 +13,7 @@ fn leading(n: usize) -> String {
     "abefgijlmnopqrsuxyz".chars().take(n).collect()
 }
 
-/// The factor rule of a kernel op whose inputs have these shapes. `extents` gives the sizes of output-only factors.
+/// The factor rule of a kernel op whose inputs have these shapes.
 ///
 /// Letters are factors; a factor of the inputs that is missing in the outputs is contracted.
 pub fn rule(op: &Op, shapes: &[&[usize]]) -> Result<Rule, LayoutError> {

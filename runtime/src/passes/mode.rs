@@ -55,7 +55,8 @@ fn remove_dropout(graph: &mut Graph) {
         node.inputs.iter_mut().for_each(|input| *input = replacement[input]);
         let producer = NodeId(graph.nodes.len() as u32);
         for output in &mut node.outputs {
-            let new_output = graph.new_tensor(TensorInfo { producer, ..tensors[output.index()].clone() }, node.location);
+            let new_output =
+                graph.new_tensor(TensorInfo { producer, ..tensors[output.index()].clone() }, node.location);
             replacement.insert(*output, new_output);
             *output = new_output;
         }
