@@ -160,7 +160,7 @@ fn plans_that_are_refused() {
             ("--batch 1152921504606846976", "more elements than any device can hold", "--help"),
             ("--batch 40000 --micro-batches 40000", "micro_batches is 40000", "--help"),
             ("--batch 4 --micro-batches 3", "--batch 4 is not a multiple of --micro-batches 3", "--batch 6"),
-            ("--mesh data=65", "needs 65 devices, but there are 64", "mesh"),
+            ("--mesh data=65", "needs 65 devices, but only 64 are available", "mesh"),
             ("--memory-mib 1 --width 64", "does not fit: a device has 1048576 bytes", "device 0: "),
             // 13 TB at least.
             ("--width 262144 --memory-mib 4096", "does not fit", "--memory-mib"),

@@ -277,7 +277,7 @@ const REFUSED: &[Refused] = &[
             let squares = g.einsum("oi,oi->", w, w);
             g.minimize(squares, AdamW::default())
         },
-        &["minimize: ", "does not depend on the batch, and would count 2 times"],
+        &["minimize: ", "does not depend on the batch, and would be counted 2 times"],
     ),
     (
         |g| {

@@ -114,7 +114,7 @@ fn no_micro_batch_casts_a_weight() {
         let (mut copies, mut casts) = (0, 0);
         for node in graph.nodes() {
             match &node.op {
-                NodeOp::Half { of } => {
+                NodeOp::Bf16Copy { of } => {
                     assert!(parameters.contains(of), "{mesh}: {}", node.name);
                     copies += 1;
                 }

@@ -420,8 +420,8 @@ fn wrong_programs_are_told_at_compile() {
             },
             "more elements than any device",
         ),
-        (|g| with_gradients(g, "none"), "one gradient for each of 1 inputs, got 0"),
-        (|g| with_gradients(g, "small"), "must have its shape [3, 3, 6], got [6, 6]"),
+        (|g| with_gradients(g, "none"), "for each input: expected 1, got 0"),
+        (|g| with_gradients(g, "small"), "a gradient of shape [3, 3, 6] for input 0, got [6, 6]"),
     ];
     for (build, want) in cases {
         let mut g = graph("data=2");

@@ -1,9 +1,9 @@
-//! Boxing: changing a tensor's layout or placement by the cheapest sequence of collectives.
-//! The one planner for the cost, for the choice of layouts and for what is executed.
+//! Boxing: changes a tensor's layout or placement by the cheapest sequence of collectives.
+//! The same planner serves cost estimates, the choice of layouts and execution.
 //!
-//! The states of the search are layouts on the source's placement and on the target's; its edges are the steps of
-//! [`step`]; the cost of a step is `alpha` for each round of messages and `beta` for each byte that the busiest device
-//! takes in. Dijkstra 1959 finds the cheapest path; ties go to fewer steps, then to the layout that is listed first.
+//! The states of the search are layouts on the source and target placements; the edges are the steps of [`step`]. A
+//! step costs `alpha` for each round of messages and `beta` for each byte that the busiest device receives. Dijkstra's
+//! algorithm (1959) finds the cheapest path; ties go to fewer steps, then to the layout that is listed first.
 
 pub mod interpret;
 pub mod step;
@@ -20,27 +20,27 @@ use crate::sbp::region::contains;
 use crate::sbp::{NdSbp, PlacedLayout, Sbp, local_region};
 use step::{BoxingStep, StepKind, bytes_pulled, bytes_received, classify};
 
-/// What messages cost.
+/// The cost of messages.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct LinkCost {
     /// Latency of one round of messages (alpha).
     pub alpha_seconds: f64,
-    /// Inverse of the bandwidth into one device (beta).
+    /// Inverse of the receive bandwidth of one device (beta).
     pub seconds_per_byte: f64,
 }
 
-/// What collectives cost, measured or assumed.
+/// The cost of collectives, measured or assumed.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct CostModel {
-    /// Among the devices of one placement.
+    /// Messages within a placement.
     pub within: LinkCost,
-    /// From one placement to another.
+    /// Messages between placements.
     pub across: LinkCost,
 }
 
 impl Default for CostModel {
-    /// Devices of one machine that share its memory: 5 us and 10 GB/s; from one placement to another 10 us and 5 GB/s.
-    /// Only the ratios matter to the choice; give your own where they differ.
+    /// For devices that share the memory of one machine: 5 us and 10 GB/s within a placement, 10 us and 5 GB/s between
+    /// placements. Only the ratios affect the choice; set other values where they differ.
     fn default() -> Self {
         Self {
             within: LinkCost { alpha_seconds: 5e-6, seconds_per_byte: 1e-10 },
@@ -52,7 +52,7 @@ impl Default for CostModel {
 impl CostModel {
     fn seconds(&self, kind: StepKind, bytes_received: &[usize]) -> f64 {
         let bytes = bytes_received.iter().max().copied().unwrap_or(0);
-        // Devices that all have what they need already send nothing.
+        // If all devices already have their parts, a transfer sends nothing.
         if bytes == 0 && kind == StepKind::Transfer {
             return 0.0;
         }
@@ -66,11 +66,11 @@ impl CostModel {
 pub struct BoxingPlan {
     /// Shape of the whole tensor.
     pub shape: Vec<usize>,
-    /// In order; each starts from the layout at which the last ended. None when nothing changes.
+    /// The steps in order; each starts from the previous step's target layout. Empty if nothing changes.
     pub steps: Vec<BoxingStep>,
-    /// Sum over the steps.
+    /// The sum over the steps.
     pub cost_seconds: f64,
-    /// Bytes that each device takes in from others, by rank; for every device of both placements.
+    /// Bytes that each device of both placements receives from others, by rank.
     pub bytes_received: BTreeMap<usize, usize>,
 }
 
@@ -81,10 +81,10 @@ impl fmt::Display for BoxingPlan {
     }
 }
 
-/// The cheapest way from one layout to another, for a tensor of this shape. A pure function of its arguments.
+/// Finds the cheapest layout change for a tensor of this shape. A pure function of its arguments.
 ///
 /// # Errors
-/// When a layout does not fit its placement or the shape, or an integer tensor is to be `Partial`.
+/// When a layout does not fit its placement or the shape, or is `Partial` for an integer tensor.
 pub fn plan(
     shape: &[usize],
     dtype: DType,
@@ -94,7 +94,7 @@ pub fn plan(
 ) -> Result<BoxingPlan, LayoutError> {
     from.sbp.check(shape, &from.placement)?;
     to.sbp.check(shape, &to.placement)?;
-    let no_way = |why: &str| LayoutError::NoBoxing {
+    let error = |why: &str| LayoutError::NoBoxing {
         from: from.to_string(),
         to: to.to_string(),
         dtype: format!("{dtype:?}"),
@@ -102,10 +102,10 @@ pub fn plan(
         why: why.into(),
     };
     if dtype == DType::I32 && (from.sbp.partial().is_some() || to.sbp.partial().is_some()) {
-        return Err(no_way("integers cannot be partial"));
+        return Err(error("integer tensors cannot be partial"));
     }
-    let space = Space::new(shape, dtype, from, to, model, layouts_between);
-    let path = space.cheapest_path().ok_or_else(|| no_way("no sequence of collectives leads there"))?;
+    let space = SearchSpace::new(shape, dtype, from, to, model, layouts_between);
+    let path = space.cheapest_path().ok_or_else(|| error("no sequence of collectives makes this change"))?;
     let steps: Vec<BoxingStep> = path.windows(2).filter_map(|pair| space.step(pair[0], pair[1])).collect();
     let devices = from.placement.devices().iter().chain(to.placement.devices());
     let mut bytes: BTreeMap<usize, usize> = devices.map(|&d| (d, 0)).collect();
@@ -118,22 +118,23 @@ pub fn plan(
     Ok(BoxingPlan { shape: shape.to_vec(), steps, cost_seconds, bytes_received: bytes })
 }
 
-/// A layout on the source's placement (side 0) or on the target's (side 1).
+/// A layout on the source placement (side 0) or the target placement (side 1).
 struct State {
     side: usize,
     sbp: NdSbp,
     regions: Vec<Region>,
 }
 
-struct Space<'a> {
+/// The states and edges of the search.
+struct SearchSpace<'a> {
     shape: &'a [usize],
     dtype: DType,
-    /// One when source and target are the same.
+    /// One placement if source and target are the same, otherwise two.
     placements: Vec<&'a Placement>,
-    /// For each placement and each set of its axes (bit by bit): the groups along them.
+    /// For each placement and each set of its axes (as a bit mask): the groups along them.
     groups: Vec<Vec<Vec<Vec<usize>>>>,
-    /// Each target device's index in the source's placement, where it is there too.
-    own: Vec<Option<usize>>,
+    /// Each target device's index in the source placement, if it is in both.
+    own_index: Vec<Option<usize>>,
     model: &'a CostModel,
     states: Vec<State>,
     source: usize,
@@ -147,8 +148,8 @@ struct Edge {
     cost_seconds: f64,
 }
 
-impl<'a> Space<'a> {
-    /// `layouts` lists the layouts that a path may pass on a placement, given those at its ends there.
+impl<'a> SearchSpace<'a> {
+    /// `layouts` lists the layouts that a path may contain on a placement, given its end layouts there.
     fn new(
         shape: &'a [usize],
         dtype: DType,
@@ -157,11 +158,11 @@ impl<'a> Space<'a> {
         model: &'a CostModel,
         layouts: fn(&[usize], &Placement, &[&NdSbp]) -> Vec<NdSbp>,
     ) -> Self {
-        let one = from.placement == to.placement;
-        let placements = if one { vec![&from.placement] } else { vec![&from.placement, &to.placement] };
+        let same_placement = from.placement == to.placement;
+        let placements = if same_placement { vec![&from.placement] } else { vec![&from.placement, &to.placement] };
         let mut states = Vec::new();
         for (side, &placement) in placements.iter().enumerate() {
-            let ends = if one { vec![&from.sbp, &to.sbp] } else { vec![[&from.sbp, &to.sbp][side]] };
+            let ends = if same_placement { vec![&from.sbp, &to.sbp] } else { vec![[&from.sbp, &to.sbp][side]] };
             for sbp in layouts(shape, placement, &ends) {
                 let region = |index| local_region(shape, &sbp, placement, index);
                 let regions = (0..placement.device_count()).map(region).collect();
@@ -176,17 +177,17 @@ impl<'a> Space<'a> {
             (0..1 << placement.axes().len()).map(|set| placement.group_indices(&subset(set))).collect()
         };
         let groups = placements.iter().map(groups_of).collect();
-        let own = to.placement.devices().iter().map(|&device| from.placement.index_of(device)).collect();
-        Self { shape, dtype, placements, groups, own, model, states, source, target }
+        let own_index = to.placement.devices().iter().map(|&device| from.placement.index_of(device)).collect();
+        Self { shape, dtype, placements, groups, own_index, model, states, source, target }
     }
 
-    /// The step from one state to another, if one step does it for `limit_seconds` or less.
+    /// The step from one state to another, if a single step makes the change for `limit_seconds` or less.
     fn edge(&self, from: usize, to: usize, limit_seconds: f64) -> Option<Edge> {
         let (a, b) = (&self.states[from], &self.states[to]);
         let placement = self.placements[a.side];
         let (kind, axes, bytes_received) = if a.side == b.side {
             let (mut kind, axes) = classify(placement, &a.sbp, &b.sbp)?;
-            // On small shapes all may be there already.
+            // With small shapes, every device may already have its target region.
             let is_move = matches!(kind, StepKind::AllGather | StepKind::AllToAll);
             if is_move && a.regions.iter().zip(&b.regions).all(|(before, after)| contains(before, after)) {
                 kind = StepKind::Slice;
@@ -201,7 +202,7 @@ impl<'a> Space<'a> {
             if a.side > b.side || a.sbp.partial().is_some() || b.sbp.partial().is_some() {
                 return None;
             }
-            let bytes = bytes_pulled(self.dtype, &self.own, &a.regions, &b.regions);
+            let bytes = bytes_pulled(self.dtype, &self.own_index, &a.regions, &b.regions);
             (StepKind::Transfer, Vec::new(), bytes)
         };
         let cost_seconds = self.model.seconds(kind, &bytes_received);
@@ -223,10 +224,10 @@ impl<'a> Space<'a> {
         })
     }
 
-    /// States from source to target, both included.
+    /// The states from source to target, both included.
     fn cheapest_path(&self) -> Option<Vec<usize>> {
         let count = self.states.len();
-        // (cost, steps) so far, and the state before.
+        // By state: cost and number of steps so far, and the previous state.
         let mut best: Vec<Option<(f64, usize, usize)>> = vec![None; count];
         let mut done = vec![false; count];
         best[self.source] = Some((0.0, 0, self.source));
@@ -234,9 +235,9 @@ impl<'a> Space<'a> {
             let open = (0..count).filter(|&s| !done[s]).filter_map(|s| best[s].map(|b| (b.0, b.1, s)));
             let (cost, steps, state) = open.min_by(|a, b| a.0.total_cmp(&b.0).then((a.1, a.2).cmp(&(b.1, b.2))))?;
             done[state] = true;
-            // The target first, for a bound on the others.
+            // The target first: its cost bounds the other edges.
             for next in std::iter::once(self.target).chain(0..count).filter(|&s| !done[s]) {
-                // What costs more than a way that is known need not be looked at closely.
+                // An edge that costs more than a known path need not be evaluated.
                 let limit = best[self.target].map_or(f64::INFINITY, |b| b.0 - cost);
                 let Some(edge) = self.edge(state, next, limit) else { continue };
                 let reached = (cost + edge.cost_seconds, steps + 1, state);
@@ -255,8 +256,8 @@ impl<'a> Space<'a> {
     }
 }
 
-/// Layouts that a path may pass on this placement, whose ends here are `ends`. New partial terms are made only where an
-/// end has them, as making them elsewhere could only be undone.
+/// The layouts that a path may contain on this placement; `ends` are its end layouts there. An axis may be `Partial`
+/// only if it is in one of the ends, because any other partial terms would have to be reduced again.
 fn layouts_between(shape: &[usize], placement: &Placement, ends: &[&NdSbp]) -> Vec<NdSbp> {
     let mut layouts = vec![NdSbp(Vec::new())];
     for axis in 0..placement.axes().len() {

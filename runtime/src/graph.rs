@@ -1,5 +1,5 @@
-//! The logical program: nodes over whole tensors, with the layouts and placements that the user gave.
-//! Building never fails; what is wrong is recorded with the user's file and line, and told at `compile`.
+//! The logical program: nodes over whole tensors, with the user's layouts and placements.
+//! Building never fails: errors are recorded with the user's file and line, and `compile` returns them.
 
 use std::cmp::Ordering;
 use std::fmt;
@@ -29,17 +29,17 @@ pub mod optimizer;
 pub use error::GraphError;
 pub use optimizer::AdamW;
 
-/// A tensor of a graph. Another graph refuses it; a clone accepts those that were made before it was cloned.
+/// A tensor of a graph. Other graphs refuse it, except clones that were made after the tensor.
 #[derive(Clone, Copy)]
 pub struct Var {
     index: u32,
-    /// The graph that made it.
+    /// The [`GraphId`] of the graph that created it.
     graph: u32,
     dims: u8,
     location: &'static Location<'static>,
 }
 
-/// Equal in their place in the graph. The graph itself does not count, so that equal programs have equal plans.
+/// Compares the index only, not the graph, so that equal programs have equal plans.
 impl PartialEq for Var {
     fn eq(&self, other: &Self) -> bool {
         self.index == other.index
@@ -66,14 +66,14 @@ impl Hash for Var {
     }
 }
 
-/// Without the graph's number, which differs between processes: plans are hashed as text.
+/// Omits the graph's id, which differs between processes: plans are hashed as text.
 impl fmt::Debug for Var {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "Var({})", self.index)
     }
 }
 
-/// Number of a graph, unique in the process. A clone of a graph is another graph.
+/// Id of a graph, unique in the process. A clone gets a new id.
 #[derive(Debug)]
 pub(crate) struct GraphId(u32);
 
@@ -90,7 +90,7 @@ impl Clone for GraphId {
     }
 }
 
-/// A node of the graph.
+/// Index of a node in its graph.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct NodeId(pub(crate) u32);
 
@@ -109,13 +109,13 @@ impl NodeId {
 /// When a node runs within a step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Phase {
-    /// Once a micro-batch.
+    /// Once per micro-batch.
     Forward,
-    /// Once a micro-batch, after its forward.
+    /// Once per micro-batch, after its forward.
     Backward,
-    /// Once a step, after all micro-batches: gradients come to lie as their parameters, and are measured.
+    /// Once per step, after all micro-batches: gradients take their parameters' layouts, and their norm is computed.
     Norm,
-    /// Once a step, when the host has seen the norm and decided.
+    /// Once per step, after the host has received the norm and decided.
     Update,
 }
 
@@ -143,9 +143,9 @@ impl Phase {
 /// How often a tensor gets a new value.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Rate {
-    /// Once a micro-batch.
+    /// Once per micro-batch.
     MicroBatch,
-    /// Once a step.
+    /// Once per step.
     Step,
 }
 
@@ -159,7 +159,7 @@ impl fmt::Display for Rate {
 }
 
 impl Rate {
-    /// Values in a step of so many micro-batches.
+    /// Number of values in a step of `micro_batches` micro-batches.
     pub fn per_step(self, micro_batches: usize) -> usize {
         match self {
             Self::MicroBatch => micro_batches,
@@ -173,103 +173,107 @@ impl Rate {
 pub enum NodeOp {
     /// Fed by the host.
     Input,
-    /// A trained tensor; the optimizer updates it in place.
+    /// A trainable tensor; the optimizer updates it in place.
     Parameter {
-        /// How its first value is made.
+        /// Its initial value.
         init: Init,
     },
-    /// Memory that only the update touches (moments), zero at first.
+    /// Memory that only the update uses (moments), initially zero.
     State,
-    /// A parameter's values in bf16, beside them: whoever writes the parameter writes this too. Made by the precision pass.
-    Half {
+    /// A bf16 copy of a parameter, stored next to it. Every write to the parameter also writes the copy. Inserted by
+    /// the precision pass.
+    Bf16Copy {
         /// The parameter.
         of: Var,
     },
     /// A kernel of the library.
     Kernel(Op),
-    /// A kernel from outside.
+    /// A user-defined op.
     Custom(Arc<dyn CustomOp>),
-    /// A change of layout that the user wrote.
+    /// A layout change that the user requested.
     Relayout,
     /// Sums a value over the micro-batches of a step.
     Accumulate,
-    /// One step of a boxing plan; made by the boxing pass.
+    /// One step of a boxing plan; inserted by the boxing pass.
     Boxing(Arc<BoxingStep>),
-    /// All-reduce in place of several accumulated gradients by one call on the communication stream; made by the bucket pass.
+    /// In-place all-reduce of several accumulated gradients in one call on the communication stream; inserted by the
+    /// bucket pass.
     Bucket {
-        /// Axes of the placement that are reduced over.
+        /// Axes of the placement to reduce over.
         axes: Vec<usize>,
     },
-    /// `[number of parameters, 2]`: the sum of squares of each gradient that this placement holds, in the columns of
-    /// [`Op::SumSquares`]; zero elsewhere.
+    /// `[number of parameters, 2]`: the sum of squares of each gradient on this placement, in the columns of
+    /// [`Op::SumSquares`]; zero for all other parameters.
     NormSums {
         /// For each input, its parameter's index in the graph.
         indices: Vec<usize>,
     },
-    /// Sums `NormSums` over all devices and makes the clipping factor of them.
+    /// Sums `NormSums` over all devices and computes the clipping factor.
     ClipScale {
-        /// Largest global norm.
+        /// Maximum global norm.
         max_norm: f32,
     },
 }
 
 impl NodeOp {
-    /// True for what is there before anything runs, and stays: parameters, their copies and states.
+    /// True for tensors that exist before the first action and stay allocated: parameters, their bf16 copies and
+    /// states.
     pub fn is_resident(&self) -> bool {
-        matches!(self, Self::Parameter { .. } | Self::State | Self::Half { .. })
+        matches!(self, Self::Parameter { .. } | Self::State | Self::Bf16Copy { .. })
     }
 }
 
-/// An op from outside the workspace's crates.
+/// A user-defined op.
 pub trait CustomOp: std::fmt::Debug + Send + Sync {
-    /// Shown in plans and errors.
+    /// The name in plans and errors.
     fn name(&self) -> &str;
-    /// Whether its kernel runs on such devices. On GPUs, [`CustomKernel::run_cpu`] works on copies in the host's memory.
+    /// True if its kernel runs on this kind of device. On GPUs, [`CustomKernel::run_cpu`] works on copies in host
+    /// memory.
     fn runs_on(&self, _device: DeviceKind) -> bool {
         true
     }
     /// The factor rule, e.g. `Rule::parse("bt->bt")`.
     ///
     /// # Errors
-    /// When the rule's text is wrong.
+    /// When the rule is invalid.
     fn rule(&self) -> Result<Rule, LayoutError>;
-    /// The kernel for one shard; `inputs` and `outputs` say which region of one micro-batch's whole tensors it works on.
+    /// The kernel for one shard; `inputs` and `outputs` are its regions of one micro-batch's whole tensors.
     fn kernel(&self, inputs: &[Region], outputs: &[Region]) -> Arc<dyn CustomKernel>;
-    /// Gradient: adds nodes to `graph` and gives, for each input, its gradient (`None` where there is none).
+    /// Adds the backward nodes to `graph` and returns the gradient of each input (`None` where there is none).
     /// `grads` has one entry for each output.
     fn backward(&self, graph: &mut Graph, inputs: &[Var], outputs: &[Var], grads: &[Option<Var>]) -> Vec<Option<Var>>;
 }
 
-/// A tensor's facts.
+/// The properties of a tensor.
 #[derive(Clone, Debug)]
 pub struct TensorInfo {
-    /// Shown in plans and errors.
+    /// The name in plans and errors.
     pub name: String,
-    /// Of the whole tensor, one micro-batch's worth.
+    /// Shape of the whole tensor of one micro-batch.
     pub shape: Vec<usize>,
     /// Element type.
     pub dtype: DType,
-    /// Who makes it.
+    /// The node that makes it.
     pub producer: NodeId,
-    /// How often.
+    /// How often it gets a new value.
     pub rate: Rate,
-    /// The layout: given by the user before the layout pass, by that pass after it.
+    /// The layout: before the layout pass the user's, if given; after it the chosen one.
     pub layout: Option<NdSbp>,
-    /// The layout of a forward tensor along the micro-batches of a step: divided, the same in each, or terms to be combined;
-    /// `None` where no rule says. Given for inputs by the user, and for the others by the micro-batch pass.
+    /// The layout of a forward tensor along the micro-batches of a step: split, equal in each, or terms to combine;
+    /// `None` where no rule determines it. The user gives it for inputs, the micro-batch pass derives the others.
     pub loop_sbp: Option<Sbp>,
-    /// The shape in files, where it is not `shape`.
+    /// The shape in checkpoint files, where it differs from `shape`.
     pub saved_shape: Option<Vec<usize>>,
-    /// Built from something wrong; errors about it are not repeated.
+    /// True if it results from an error; further errors about it are suppressed.
     pub poisoned: bool,
 }
 
-/// Dims that a tensor may have: each needs a letter of its op's rule.
+/// Maximum number of dims of a tensor: each needs a letter in the op's rule.
 pub const DIMS_MAX: usize = 16;
 
-/// Placeholder facts for tensors of other graphs, by number of dims.
-static STAND_INS: LazyLock<Vec<TensorInfo>> = LazyLock::new(|| {
-    let stand_in = |dims| TensorInfo {
+/// Placeholder properties for tensors of other graphs, by number of dims.
+static PLACEHOLDERS: LazyLock<Vec<TensorInfo>> = LazyLock::new(|| {
+    let placeholder = |dims| TensorInfo {
         name: "a tensor of another graph".into(),
         shape: vec![1; dims],
         dtype: DType::F32,
@@ -280,57 +284,57 @@ static STAND_INS: LazyLock<Vec<TensorInfo>> = LazyLock::new(|| {
         saved_shape: None,
         poisoned: true,
     };
-    (0..=DIMS_MAX).map(stand_in).collect()
+    (0..=DIMS_MAX).map(placeholder).collect()
 });
 
-/// A node.
+/// A node: one op on one placement.
 #[derive(Clone, Debug)]
 pub struct Node {
-    /// Shown in plans and errors.
+    /// The name in plans and errors.
     pub name: String,
-    /// What it does.
+    /// The operation.
     pub op: NodeOp,
-    /// What it reads.
+    /// The tensors that it reads.
     pub inputs: Vec<Var>,
-    /// What it makes.
+    /// The tensors that it makes.
     pub outputs: Vec<Var>,
-    /// Tensors whose memory it updates in place (parameters and states), after `outputs` in the kernel's writes.
+    /// Tensors that it updates in place (parameters and states); they follow `outputs` in the kernel's writes.
     pub updates: Vec<Var>,
     /// Index into [`Graph::placements`].
     pub placement: usize,
-    /// When it runs.
+    /// The phase in which it runs.
     pub phase: Phase,
-    /// The user's line.
+    /// The user's source line.
     pub location: &'static Location<'static>,
-    /// Chosen by the layout pass.
+    /// The signature chosen by the layout pass.
     pub signature: Option<NdSignature>,
 }
 
-/// An output that the host gets.
+/// A tensor that the host fetches.
 #[derive(Clone, Debug)]
 pub struct Output {
-    /// The name it is fetched by.
+    /// The name under which the host fetches it.
     pub name: String,
     /// The tensor.
     pub tensor: Var,
-    /// How the values of micro-batches are combined: given by the user, or set by the micro-batch pass.
+    /// How the values of micro-batches are combined: given by the user, or derived by the micro-batch pass.
     pub combine: Option<Combine>,
-    /// The user's line.
+    /// The user's source line.
     pub location: &'static Location<'static>,
 }
 
 /// How an output's values from the micro-batches of a step are combined into one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Combine {
-    /// Concatenated along this dim, which is the batch.
+    /// Concatenate along this dim, the batch.
     Concat(usize),
-    /// Added. A mean over the batch is a sum, too: each term is divided by the count of the whole step.
+    /// Add. This also fits a mean over the batch, because each term is divided by the count of the whole step.
     Sum,
-    /// The largest, element by element.
+    /// Take the elementwise maximum.
     Max,
-    /// The first one; all are equal.
+    /// Take the first; all are equal.
     First,
-    /// All of them, along a new first dim.
+    /// Keep all, stacked along a new first dim.
     Stack,
 }
 
@@ -345,62 +349,63 @@ impl From<Sbp> for Combine {
     }
 }
 
-/// What the optimizer minimises, and how.
+/// The loss to minimise and the optimizer.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Objective {
     pub(crate) loss: Var,
     pub(crate) optimizer: AdamW,
-    /// The user's line.
+    /// The user's source line.
     pub(crate) location: &'static Location<'static>,
 }
 
-/// The logical program under construction. See [`builder`] for the methods that add to it.
+/// The logical program under construction. The methods that add nodes are in [`builder`].
 #[derive(Clone, Debug)]
 pub struct Graph {
     id: GraphId,
-    /// Where the graph was made.
+    /// The source line of [`Graph::new`].
     pub(crate) location: &'static Location<'static>,
     pub(crate) mesh: Mesh,
     pub(crate) placements: Vec<Placement>,
     pub(crate) nodes: Vec<Node>,
     pub(crate) tensors: Vec<TensorInfo>,
-    /// Of each tensor.
+    /// The handle of each tensor.
     vars: Vec<Var>,
     pub(crate) outputs: Vec<Output>,
     errors: Vec<GraphError>,
-    /// The first query for facts of another graph's tensor.
-    misread: OnceLock<GraphError>,
+    /// The error of the first query about another graph's tensor.
+    foreign_query: OnceLock<GraphError>,
     pub(crate) objective: Option<Objective>,
-    /// Placement of the nodes that are added next.
-    pub(crate) current: usize,
-    /// Phase of the nodes that are added next; passes change it.
+    /// Index of the placement of the nodes added next.
+    pub(crate) current_placement: usize,
+    /// Phase of the nodes added next; passes change it.
     pub(crate) phase: Phase,
-    /// Line of the layer under construction.
+    /// Source line of the layer under construction.
     pub(crate) origin: Option<&'static Location<'static>>,
 }
 
 impl Graph {
-    /// The nodes, in an order in which every node comes after what it reads.
+    /// The nodes in topological order.
     pub fn nodes(&self) -> &[Node] {
         &self.nodes
     }
 
-    /// Facts of a tensor. For another graph's tensor they are placeholders, and `compile` reports it.
+    /// The properties of a tensor. For another graph's tensor they are placeholders, and `compile` reports an error.
     #[track_caller]
     pub fn tensor(&self, var: Var) -> &TensorInfo {
         if self.owns(var) {
             return &self.tensors[var.index()];
         }
         let location = self.origin.unwrap_or(Location::caller());
-        self.misread.get_or_init(|| GraphError {
-            what: "shape".into(),
-            message: foreign("the argument", var),
+        self.foreign_query.get_or_init(|| GraphError {
+            subject: "shape".into(),
+            message: foreign_tensor_message("the argument", var),
             location,
         });
-        &STAND_INS[usize::from(var.dims).min(DIMS_MAX)]
+        &PLACEHOLDERS[usize::from(var.dims).min(DIMS_MAX)]
     }
 
-    /// Shape of a whole tensor. For another graph's tensor it is a placeholder with as many dims, and `compile` reports it.
+    /// Shape of a whole tensor. For another graph's tensor it is a placeholder with the same number of dims, and
+    /// `compile` reports an error.
     #[track_caller]
     pub fn shape(&self, var: Var) -> &[usize] {
         &self.tensor(var).shape
@@ -410,12 +415,12 @@ impl Graph {
         self.vars.get(var.index()).is_some_and(|own| own.graph == var.graph)
     }
 
-    /// The tensor of this index.
+    /// The tensor with this index.
     pub(crate) fn var(&self, index: usize) -> Var {
         self.vars[index]
     }
 
-    /// Adds a tensor that a node made at this line.
+    /// Adds a tensor created at this source line.
     pub(crate) fn new_tensor(&mut self, info: TensorInfo, location: &'static Location<'static>) -> Var {
         let dims = info.shape.len().min(DIMS_MAX) as u8;
         let var = Var { index: self.tensors.len() as u32, graph: self.id.0, dims, location };
@@ -424,21 +429,23 @@ impl Graph {
         var
     }
 
-    /// Takes all tensors out of a graph that is rebuilt; [`Graph::new_tensor`] numbers those that stay.
+    /// Removes and returns all tensors, for a pass that rebuilds the graph with [`Graph::new_tensor`].
     pub(crate) fn take_tensors(&mut self) -> Vec<TensorInfo> {
         self.vars.clear();
         std::mem::take(&mut self.tensors)
     }
 
-    /// All errors of the program so far.
+    /// All errors recorded so far.
     pub(crate) fn errors(&self) -> Vec<GraphError> {
         let mut errors = self.errors.clone();
-        // An op that uses the tensor reports it, too; one error is enough.
-        errors.extend(self.misread.get().filter(|e| errors.iter().all(|other| other.location != e.location)).cloned());
+        // An op that uses the tensor also reports it; one error is enough.
+        errors.extend(
+            self.foreign_query.get().filter(|e| errors.iter().all(|other| other.location != e.location)).cloned(),
+        );
         errors
     }
 
-    /// The mesh it is built for.
+    /// The mesh that the graph is built for.
     pub fn mesh(&self) -> &Mesh {
         &self.mesh
     }
@@ -456,17 +463,17 @@ impl Graph {
         self.producer(var).placement
     }
 
-    /// Parameters in the order they were added.
+    /// The parameters, in the order of their creation.
     pub fn parameters(&self) -> Vec<Var> {
         let is_parameter = |n: &&Node| matches!(n.op, NodeOp::Parameter { .. });
         self.nodes.iter().filter(is_parameter).map(|n| n.outputs[0]).collect()
     }
 }
 
-/// The error for a tensor of another graph.
-fn foreign(which: &str, var: Var) -> String {
-    let at = var.location;
-    format!("{which} is a tensor of another graph, made at {}:{}; use the tensors of one graph", at.file(), at.line())
+/// The error message for a tensor of another graph; `role` is its role in the call.
+fn foreign_tensor_message(role: &str, var: Var) -> String {
+    let (file, line) = (var.location.file(), var.location.line());
+    format!("{role} is a tensor of another graph, created at {file}:{line}; use tensors of one graph only")
 }
 
 #[cfg(test)]

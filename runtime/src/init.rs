@@ -1,14 +1,14 @@
-//! Initial weights by counter: an element depends on the seed, on the parameter's name and on its place in the whole
-//! parameter, so every shard makes its own part and every layout starts from the same bits.
+//! Counter-based initial weights: an element depends only on the seed, the parameter's name and the element's index in
+//! the whole parameter. Every shard computes its own part, and every layout starts from the same bits.
 
 use shardflow_kernels::tensor::{Region, element_count};
 
-/// How a parameter starts.
+/// How a parameter is initialized.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Init {
     /// Normal with mean 0.
     Normal {
-        /// Standard deviation. In f64, so that 0.02 is the nearest double to it and not the nearest float.
+        /// Standard deviation; f64, so that 0.02 is rounded to f64 and not to f32.
         std: f64,
     },
     /// Ones.
@@ -18,10 +18,10 @@ pub enum Init {
 }
 
 impl Init {
-    /// No element is larger than this in magnitude.
-    pub(crate) fn largest(self) -> f64 {
+    /// An upper bound of the elements' magnitude.
+    pub(crate) fn magnitude_bound(self) -> f64 {
         match self {
-            // `standard_normal` takes the root of -2 ln u for u of 2^-54 at least: 8.66.
+            // `standard_normal` computes sqrt(-2 ln u) with u >= 2^-54, which is at most 8.66.
             Init::Normal { std } => 8.7 * std.abs(),
             Init::Ones => 1.0,
             Init::Zeros => 0.0,
@@ -29,7 +29,7 @@ impl Init {
     }
 }
 
-/// The output function of SplitMix64: counter to 64 well-mixed bits.
+/// The output function of SplitMix64: maps a counter to 64 mixed bits.
 /// Steele, Lea and Flood 2014, <https://doi.org/10.1145/2660193.2660195>.
 pub fn mix(counter: u64) -> u64 {
     let mut z = counter.wrapping_add(0x9E37_79B9_7F4A_7C15);
@@ -43,24 +43,28 @@ pub fn fnv1a(text: &str) -> u64 {
     text.bytes().fold(0xCBF2_9CE4_8422_2325, |h, byte| (h ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01B3))
 }
 
-/// Element `index` of the standard normal numbers of `key`: Box and Muller's cosine branch on the counters `2 index`
-/// and `2 index + 1`. <https://doi.org/10.1214/aoms/1177706645>
+/// Element `index` of the standard normal sequence of `key`: the cosine branch of Box and Muller on the counters
+/// `2 index` and `2 index + 1`. <https://doi.org/10.1214/aoms/1177706645>
 fn standard_normal(key: u64, index: u64) -> f64 {
     let counter = key.wrapping_add(index.wrapping_mul(2));
     let unit = 1.0 / (1u64 << 53) as f64;
-    // The half keeps u1 above 0, where the logarithm has no value.
+    // Adding 0.5 keeps u1 above 0: the logarithm of 0 is undefined.
     let u1 = ((mix(counter) >> 11) as f64 + 0.5) * unit;
     let u2 = (mix(counter.wrapping_add(1)) >> 11) as f64 * unit;
     (-2.0 * u1.ln()).sqrt() * (2.0 * std::f64::consts::PI * u2).cos()
 }
 
-/// Writes the part `region` of the parameter `name`, row-major, to `out`. `shape` is the whole parameter's; an element's
-/// number is its row-major index there, so `[heads, head_dim, width]` and `[heads * head_dim, width]` start alike.
+/// Writes the part `region` of the parameter `name`, row-major, to `out`. `shape` is that of the whole parameter.
+/// Elements are numbered row-major, so `[heads, head_dim, width]` and `[heads * head_dim, width]` get the same values.
 ///
 /// # Panics
-/// When `region` does not lie in `shape`, or `out` does not hold `region.element_count()` elements.
+/// When `region` is not inside `shape`, or `out.len()` is not `region.element_count()`.
 pub fn fill(init: Init, seed: u64, name: &str, shape: &[usize], region: &Region, out: &mut [f32]) {
-    assert_eq!(out.len(), region.element_count(), "{name}: region {region:?} and number of elements differ");
+    assert_eq!(
+        out.len(),
+        region.element_count(),
+        "{name}: the buffer does not have the number of elements of region {region:?}"
+    );
     assert!(
         shape.len() == region.start.len()
             && shape.len() == region.size.len()
@@ -85,7 +89,7 @@ pub fn fill(init: Init, seed: u64, name: &str, shape: &[usize], region: &Region,
     }
 }
 
-/// Index in the whole tensor of the first element of the region's row `row`, rows being runs along the last dim.
+/// Index in the whole tensor of the first element of the region's row `row`. A row runs along the last dim.
 fn row_start(shape: &[usize], region: &Region, mut row: usize) -> usize {
     let Some(last) = shape.len().checked_sub(1) else { return 0 };
     let mut index = region.start[last];
@@ -108,20 +112,20 @@ mod tests {
     }
 
     #[test]
-    fn known_hashes() {
+    fn hashes_have_their_known_values() {
         assert_eq!(mix(0), 0xE220_A839_7B1D_CDAF);
         assert_eq!(fnv1a(""), 0xCBF2_9CE4_8422_2325);
         assert_eq!(fnv1a("wte.weight"), 0x61D3_A46D_83BC_4189);
     }
 
-    /// The values are those of the same rules written in numpy.
+    /// The expected values come from the same formulas in numpy.
     #[test]
-    fn values_of_numpy() {
+    fn values_equal_those_of_numpy() {
         let shape = [65, 128];
         let all = normal("wte.weight", &shape, &Region::whole(&shape));
         let expected = [-0.020_832_26_f32, -0.002_899_026, 0.015_812_693, 0.008_699_37];
         for (got, want) in all.iter().zip(expected) {
-            // The last bit may differ where the platform's `ln` and `cos` do.
+            // The platform's `ln` and `cos` may differ in the last bit.
             assert!((got - want).abs() <= want.abs() * f32::EPSILON, "{got} {want}");
         }
         let mean = all.iter().map(|v| f64::from(*v)).sum::<f64>() / all.len() as f64;
@@ -130,7 +134,7 @@ mod tests {
     }
 
     #[test]
-    fn a_region_is_the_same_part_of_the_whole() {
+    fn a_region_has_the_values_of_the_whole_parameter() {
         let shape = [3, 4, 5];
         let all = normal("w", &shape, &Region::whole(&shape));
         let region = Region { start: vec![1, 2, 1], size: vec![2, 2, 3] };
@@ -148,7 +152,7 @@ mod tests {
     }
 
     #[test]
-    fn small_and_constant_parameters() {
+    fn scalar_empty_and_constant_parameters_are_filled() {
         assert_eq!(normal("s", &[], &Region::whole(&[])).len(), 1);
         assert!(normal("e", &[2, 3], &Region { start: vec![2, 0], size: vec![0, 3] }).is_empty());
         let mut out = [f32::NAN; 2];
@@ -160,7 +164,7 @@ mod tests {
 
     #[test]
     #[should_panic(expected = "is not inside shape")]
-    fn a_region_outside_is_refused() {
+    fn a_region_outside_the_shape_panics() {
         normal("w", &[2, 2], &Region { start: vec![1, 0], size: vec![2, 2] });
     }
 }

@@ -1,73 +1,73 @@
-//! The error of meshes, layouts, rules and boxing: plain data.
+//! The error type of meshes, layouts, rules and boxing.
 
-/// What can be wrong with a mesh, a layout, an op's rule or a change of layout.
+/// An error in a mesh, a layout, an op's rule or a layout change.
 #[derive(Clone, Debug, thiserror::Error, PartialEq, Eq)]
 pub enum LayoutError {
-    /// A mesh that is not written `name=size,name=size`.
-    #[error("mesh {text:?}: cannot read {part:?}: write name=size,name=size, such as data=2,tensor=4")]
+    /// The mesh text is not of the form `name=size,name=size`.
+    #[error("mesh {text:?}: cannot parse {part:?}: write name=size,name=size, such as data=2,tensor=4")]
     MeshSyntax {
-        /// All of the mesh's text.
+        /// The whole text of the mesh.
         text: String,
-        /// The part that is wrong.
+        /// The invalid part.
         part: String,
     },
-    /// A mesh axis without devices.
-    #[error("mesh axis {axis} has size 0, must be 1 or more")]
+    /// A mesh axis has no devices.
+    #[error("mesh axis {axis} has size 0, but must have at least 1")]
     EmptyAxis {
         /// The axis.
         axis: String,
     },
-    /// More devices than any mesh may name.
+    /// The mesh has more devices than any mesh may have.
     #[error("mesh {mesh} has more than {max} devices")]
     TooManyDevices {
-        /// The mesh as written.
+        /// The mesh as text.
         mesh: String,
-        /// The most there may be.
+        /// The maximum.
         max: usize,
     },
-    /// Two mesh axes of one name.
-    #[error("mesh axis {axis} is named twice")]
+    /// Two mesh axes have the same name.
+    #[error("mesh axis {axis} occurs twice")]
     DuplicateAxis {
         /// The axis.
         axis: String,
     },
-    /// A mesh axis that is not there.
-    #[error("no mesh axis {axis}; there are: {}", known.join(", "))]
+    /// The mesh axis does not exist.
+    #[error("no mesh axis {axis}; the axes are: {}", known.join(", "))]
     UnknownAxis {
-        /// What was asked for.
+        /// The requested axis.
         axis: String,
-        /// What there is.
+        /// The existing axes.
         known: Vec<String>,
     },
-    /// A coordinate past the end of its axis.
-    #[error("mesh axis {axis} has size {size}, no coordinate {coordinate}")]
+    /// The coordinate is past the end of its axis.
+    #[error("mesh axis {axis} has size {size}, so coordinate {coordinate} is out of range")]
     Coordinate {
         /// The axis.
         axis: String,
         /// Its size.
         size: usize,
-        /// What was asked for.
+        /// The requested coordinate.
         coordinate: usize,
     },
-    /// A placement whose devices are not as many as its axes say, or one device twice.
-    #[error("placement of axes {axes} needs {expected} different devices, got {devices:?}")]
+    /// The number of devices is not the product of the axis sizes, or a device occurs twice.
+    #[error("a placement with axes {axes} needs {expected} distinct devices, got {devices:?}")]
     Devices {
-        /// The axes, as written.
+        /// The axes as text.
         axes: String,
-        /// Product of their sizes.
+        /// The product of their sizes.
         expected: usize,
-        /// What was given.
+        /// The given devices.
         devices: Vec<usize>,
     },
-    /// A layout that cannot be read.
-    #[error("layout {text:?}: cannot read {part:?}: write S<dim>, B, P or Pmax for each mesh axis, such as (S0, B)")]
+    /// The layout text is invalid.
+    #[error("layout {text:?}: cannot parse {part:?}: write S<dim>, B, P or Pmax for each mesh axis, such as (S0, B)")]
     LayoutSyntax {
-        /// All of the text.
+        /// The whole text.
         text: String,
-        /// The part that is wrong.
+        /// The invalid part.
         part: String,
     },
-    /// A layout that does not fit its tensor or its placement.
+    /// The layout does not fit its tensor or its placement.
     #[error("layout {layout} of a tensor of shape {shape:?} on mesh {mesh}: {why}")]
     Layout {
         /// The layout.
@@ -76,10 +76,10 @@ pub enum LayoutError {
         shape: Vec<usize>,
         /// The placement's axes.
         mesh: String,
-        /// What does not fit.
+        /// The mismatch.
         why: String,
     },
-    /// Shards that cannot be put together.
+    /// A shard does not fit the tensor that the shards form.
     #[error("shard {index} of a tensor of shape {shape:?} as {layout}: expected {expected}, got {got}")]
     Shard {
         /// Index in the placement.
@@ -88,59 +88,59 @@ pub enum LayoutError {
         shape: Vec<usize>,
         /// The layout.
         layout: String,
-        /// What the layout asks for.
+        /// What the layout requires.
         expected: String,
         /// What was given.
         got: String,
     },
-    /// A rule that cannot be read.
+    /// The rule is invalid.
     #[error("rule {text:?}: {why}")]
     Rule {
-        /// The rule as written.
+        /// The rule as text.
         text: String,
-        /// What is wrong.
+        /// The cause.
         why: String,
     },
-    /// An op's inputs are not as many as its rule says.
+    /// The number of inputs differs from the rule's.
     #[error("rule {rule}: expected {expected} inputs, got {got}")]
     InputCount {
         /// The rule.
         rule: String,
-        /// Operands in the rule.
+        /// Inputs in the rule.
         expected: usize,
         /// Inputs given.
         got: usize,
     },
-    /// An input's number of dims is not what the rule says.
-    #[error("rule {rule}: input {input} is {operand:?}, {} dims, got shape {shape:?}", operand.len())]
+    /// The number of dims of an input differs from the rule's.
+    #[error("rule {rule}: input {input} needs {} dims ({operand:?}), got shape {shape:?}", operand.len())]
     Rank {
         /// The rule.
         rule: String,
         /// Index of the input.
         input: usize,
-        /// Its letters.
+        /// Its letters in the rule.
         operand: String,
         /// Its shape.
         shape: Vec<usize>,
     },
-    /// Two inputs disagree about the size of a factor.
+    /// Two inputs have different sizes for one factor.
     #[error("rule {rule}: {factor} is {size} in input {input} but {other_size} in {other}")]
     FactorSize {
         /// The rule.
         rule: String,
         /// The factor's letter.
         factor: char,
-        /// The input that disagrees.
+        /// The input that differs.
         input: usize,
         /// Its size there.
         size: usize,
-        /// Who set the size, e.g. `input 0`.
+        /// The source of the other size, such as `input 0`.
         other: String,
-        /// The size there.
+        /// The other size.
         other_size: usize,
     },
-    /// No sequence of collectives leads from one layout to the other.
-    #[error("no way from {from} to {to} for a {dtype} tensor of shape {shape:?}: {why}")]
+    /// No sequence of collectives makes this layout change.
+    #[error("cannot change a {dtype} tensor of shape {shape:?} from {from} to {to}: {why}")]
     NoBoxing {
         /// Source layout and mesh.
         from: String,
@@ -153,12 +153,12 @@ pub enum LayoutError {
         /// The cause.
         why: String,
     },
-    /// A problem of layout choice that is not well formed, or has no solution.
+    /// The input of the layout search is malformed, or the search has no solution.
     #[error("layout choice: {node}: {why}")]
     Choice {
-        /// The node, or tensor.
+        /// The node or tensor.
         node: String,
-        /// What is wrong.
+        /// The cause.
         why: String,
     },
 }

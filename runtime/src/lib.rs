@@ -33,7 +33,7 @@ pub mod trace;
 #[cfg(feature = "watch")]
 pub mod watch;
 
-/// What a program that trains, or brings an op of its own, needs: `use shardflow::prelude::*`.
+/// Everything that a training program or a custom op needs: `use shardflow::prelude::*`.
 ///
 /// ```
 /// use shardflow::prelude::*;

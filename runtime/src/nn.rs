@@ -1,4 +1,4 @@
-//! Layers that users expect, each a few calls of the graph builder. Names of parameters are those of the checkpoint.
+//! Common layers, each built from a few graph builder calls. Parameter names are the names in checkpoints.
 
 use std::panic::Location;
 
@@ -9,31 +9,31 @@ use crate::graph::{Graph, Var};
 use crate::init::Init;
 use crate::text::counted;
 
-/// How a layer's weight lies on the `tensor` axis, in Megatron's words (Shoeybi et al. 2019,
+/// How a layer's weight is split over a mesh axis, in the terms of Megatron-LM (Shoeybi et al. 2019,
 /// <https://arxiv.org/abs/1909.08053>).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Parallel<'a> {
-    /// The same weight everywhere.
+    /// Every device holds the whole weight.
     #[default]
     Replicated,
-    /// Output features are split over this mesh axis; the output is split likewise.
+    /// Output features are split over this mesh axis, and so is the output.
     Column(&'a str),
-    /// Input features are split over this mesh axis; the output is a partial sum, all-reduced when it is needed whole.
+    /// Input features are split over this mesh axis. The output is a partial sum, all-reduced where it is needed whole.
     Row(&'a str),
 }
 
 impl Parallel<'_> {
-    /// The weight's layout, `out` and `inner` being the dims of output and input features that are split.
-    fn layout(self, out: usize, inner: usize) -> Layout {
+    /// The weight's layout; `out_dim` and `in_dim` are the dims of output and input features.
+    fn layout(self, out_dim: usize, in_dim: usize) -> Layout {
         match self {
             Self::Replicated => Layout::broadcast(),
-            Self::Column(axis) => Layout::split(axis, out),
-            Self::Row(axis) => Layout::split(axis, inner),
+            Self::Column(axis) => Layout::split(axis, out_dim),
+            Self::Row(axis) => Layout::split(axis, in_dim),
         }
     }
 }
 
-/// Standard deviation of initial weights, as GPT-2's.
+/// Standard deviation of initial weights, as in GPT-2.
 pub const INIT_STD: f64 = 0.02;
 
 /// `x [b, t, c] -> [b, t, out]`: `x W^T` with `W [out, c]`, without bias. The weight is `NAME.weight`.
@@ -68,9 +68,9 @@ pub fn embedding(g: &mut Graph, name: &str, ids: Var, rows: usize, width: usize,
     })
 }
 
-/// Multi-head causal self-attention of `x [b, t, c]`, heads split over `axis` if one is given: `q`, `k` and `v` by column,
-/// `proj` by row. Parameters `NAME.{q,k,v}.weight [heads, head_dim, c]` and `NAME.proj.weight [c, heads, head_dim]`, in
-/// files `[c, c]`.
+/// Multi-head causal self-attention of `x [b, t, c]`. If `axis` is given, heads are split over it: `q`, `k` and `v` by
+/// column, `proj` by row. The parameters are `NAME.{q,k,v}.weight [heads, head_dim, c]` and
+/// `NAME.proj.weight [c, heads, head_dim]`; checkpoints store them as `[c, c]`.
 #[track_caller]
 pub fn attention(g: &mut Graph, name: &str, x: Var, heads: usize, axis: Option<&str>) -> Var {
     g.layer(Location::caller(), |g| {
@@ -87,8 +87,8 @@ pub fn attention(g: &mut Graph, name: &str, x: Var, heads: usize, axis: Option<&
         let head_dim = width / heads;
         let init = Init::Normal { std: INIT_STD };
         let layout = |dim: usize| axis.map_or(Layout::broadcast(), |axis| Layout::split(axis, dim));
-        let project = |g: &mut Graph, which: &str| {
-            let weight = g.parameter(&format!("{name}.{which}.weight"), &[heads, head_dim, width], init, layout(0));
+        let project = |g: &mut Graph, part: &str| {
+            let weight = g.parameter(&format!("{name}.{part}.weight"), &[heads, head_dim, width], init, layout(0));
             g.saved_as(weight, &[width, width]);
             g.einsum("btc,hdc->bthd", x, weight)
         };
@@ -103,25 +103,25 @@ pub fn attention(g: &mut Graph, name: &str, x: Var, heads: usize, axis: Option<&
 /// Sizes of a [`gpt`].
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct GptConfig {
-    /// Tokens of the vocabulary.
+    /// Tokens in the vocabulary.
     pub vocabulary: usize,
     /// Transformer layers.
     pub layers: usize,
-    /// Attention heads; they divide `width`.
+    /// Attention heads; `width` must be a multiple of it.
     pub heads: usize,
-    /// Features of a token.
+    /// Features per token.
     pub width: usize,
-    /// Tokens of a sequence.
+    /// Tokens per sequence.
     pub context: usize,
-    /// Sequences in a step, over all data shards.
+    /// Sequences per step, over all data shards.
     pub batch: usize,
-    /// Probability of dropout after the embedding and in each residual branch, in training.
+    /// Dropout probability in training, after the embedding and in each residual branch.
     pub dropout: f32,
 }
 
-/// A GPT without biases. Where the mesh has these axes: layers are spread evenly over `stage`, the batch over `data`;
-/// heads, hidden features and the vocabulary over `tensor`. Gives the logits `[b, t, vocabulary]`; they stay on the last
-/// stage. The host feeds `ids`, i32 `[batch, context]`.
+/// A GPT without biases. If the mesh has these axes, layers are split evenly over `stage`, the batch over `data`, and
+/// heads, hidden features and the vocabulary over `tensor`. Returns the logits `[b, t, vocabulary]`, which stay on the
+/// last stage. The host feeds `ids`, i32 `[batch, context]`.
 #[track_caller]
 pub fn gpt(g: &mut Graph, config: &GptConfig) -> Var {
     g.layer(Location::caller(), |g| build_gpt(g, config))
@@ -165,12 +165,12 @@ fn build_gpt(g: &mut Graph, config: &GptConfig) -> Var {
     linear(g, "head", normed, config.vocabulary, column)
 }
 
-/// The layout of a batch: split over `data`, where the mesh has that axis.
+/// The layout of a batch: split over `data` if the mesh has that axis.
 pub fn batch_layout(g: &Graph) -> Layout {
     if g.mesh().axis("data").is_ok() { Layout::split("data", 0) } else { Layout::broadcast() }
 }
 
-/// Places what follows on a stage, where the mesh has stages.
+/// Places the nodes that follow on `stage`, if the mesh has that axis.
 fn place_stage(g: &mut Graph, stage: usize) {
     if let Ok(placement) = g.mesh().at("stage", stage) {
         g.place(placement);

@@ -1,4 +1,4 @@
-//! From the user's graph to a plan: THE ordered list of passes is in [`compile`].
+//! Compiles the user's graph to a plan. [`compile`] holds the ordered list of passes.
 
 use std::collections::BTreeMap;
 
@@ -6,7 +6,7 @@ use shardflow_kernels::device::DeviceKind;
 
 use crate::boxing::CostModel;
 use crate::graph::{Combine, Graph, GraphError, Objective};
-use crate::plan::lower::{Setting, lower};
+use crate::plan::lower::{LowerOptions, lower};
 use crate::plan::slots::StageCosts;
 use crate::plan::validate::{PlanError, validate};
 use crate::plan::{Plan, Schedule};
@@ -25,53 +25,53 @@ pub mod optimizer;
 pub mod precision;
 pub mod stages;
 
-/// What becomes of forward layout changes that the user did not write.
+/// The treatment of forward layout changes that the user did not write.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Boxing {
-    /// They are made, and listed by `explain`.
+    /// They are inserted, and `explain` lists them.
     #[default]
     Automatic,
-    /// They are errors, but for reductions of partial sums, which a `row` layout asks for.
+    /// They are errors, except reductions of partial sums, which a row-parallel layout implies.
     Explicit,
 }
 
 /// How a graph is compiled.
 #[derive(Clone, Debug)]
 pub struct CompileOptions {
-    /// Training or evaluation. A program that has dropout and minimises nothing needs one.
+    /// Training or evaluation. Required for a program that has dropout and minimises nothing.
     pub mode: Option<Mode>,
-    /// Micro-batches in a step.
+    /// Micro-batches per step.
     pub micro_batches: usize,
     /// The schedule of the pipeline.
     pub schedule: Schedule,
-    /// Threads that a kernel of a layer shard runs on.
+    /// Threads of a compute kernel.
     pub threads_per_device: usize,
-    /// Devices that there are.
+    /// Number of available devices.
     pub devices: usize,
-    /// Memory of one device, bytes; a plan that needs more is refused. Without it, `Session::start` refuses a plan for CPUs that
-    /// needs more than the node has free: see [`crate::machine::free_memory`].
+    /// Memory of one device, bytes; a plan that needs more is refused. If `None`, `Session::start` refuses a plan for
+    /// CPUs that needs more than the node's free memory, see [`crate::machine::free_memory`].
     pub memory_bytes: Option<usize>,
-    /// Gradients are all-reduced in buckets of about this many bytes.
+    /// Approximate size of a bucket of gradients for the all-reduce, bytes.
     pub bucket_bytes: usize,
-    /// What collectives cost.
+    /// Costs of collectives.
     pub cost_model: CostModel,
-    /// Durations that credits are computed from.
+    /// Durations from which credits are computed.
     pub stage_costs: StageCosts,
-    /// What becomes of layout changes that the user did not write.
+    /// The treatment of layout changes that the user did not write.
     pub boxing: Boxing,
     /// How activations and their gradients are stored.
     pub precision: Precision,
-    /// What the mesh's devices are.
+    /// The kind of the mesh's devices.
     pub device: DeviceKind,
 }
 
-/// CPU devices that one process offers.
+/// Maximum number of CPU devices in one process.
 pub const CPU_DEVICES_MAX: usize = 64;
 
-/// Micro-batches that a step may have; the check that a plan runs plays each of them.
+/// Maximum number of micro-batches in a step; plan validation simulates each of them.
 pub const MICRO_BATCHES_MAX: usize = 1 << 14;
 
-/// Threads that a device may have.
+/// Maximum number of threads of a device.
 pub const THREADS_MAX: usize = 64;
 
 impl Default for CompileOptions {
@@ -93,33 +93,33 @@ impl Default for CompileOptions {
     }
 }
 
-/// Why there is no plan.
+/// Why compilation failed.
 #[derive(Clone, Debug, thiserror::Error)]
 pub enum CompileError {
-    /// The program is wrong; every place is named.
+    /// The program has errors, each with its source line.
     #[error("{}", list(.0))]
     Graph(Vec<GraphError>),
-    /// The mesh has more devices than there are.
-    #[error("mesh {mesh} needs {}, but there are {available}; choose a smaller mesh", counted(.needed, "device"))]
+    /// The mesh has more devices than are available.
+    #[error("mesh {mesh} needs {}, but only {available} are available; choose a smaller mesh", counted(.needed, "device"))]
     Devices {
         /// The mesh.
         mesh: String,
         /// Its devices.
         needed: usize,
-        /// Devices there are.
+        /// Available devices.
         available: usize,
     },
-    /// A count that is 0 or too large.
+    /// A count is 0 or too large.
     #[error("{name} is {got}; it must be from 1 to {max}")]
     Range {
         /// The field of [`CompileOptions`].
         name: &'static str,
-        /// What it is.
+        /// Its value.
         got: usize,
-        /// The most it may be.
+        /// The maximum.
         max: usize,
     },
-    /// The plan was made and refused.
+    /// Validation refused the plan.
     #[error(transparent)]
     Plan(#[from] PlanError),
 }
@@ -131,7 +131,7 @@ fn list(errors: &[GraphError]) -> String {
 /// Compiles a program. The plan is a pure function of the graph and the options.
 ///
 /// # Errors
-/// All that is wrong with the graph, together; or the reason why the plan was refused.
+/// All errors of the graph at once, or the reason why validation refused the plan.
 pub fn compile(mut graph: Graph, options: &CompileOptions) -> Result<Plan, CompileError> {
     let needed = graph.mesh().device_count();
     if needed > options.devices {
@@ -145,50 +145,50 @@ pub fn compile(mut graph: Graph, options: &CompileOptions) -> Result<Plan, Compi
     if let Some((name, got, max)) = counts.into_iter().find(|(_, got, max)| !(1..=*max).contains(got)) {
         return Err(CompileError::Range { name, got, max });
     }
-    // The passes, in order. Each leaves a graph that the next can rely on.
+    // The passes, in order. Each establishes what the next requires.
     mode::apply(&mut graph, options.mode);
     micro_batch::divide(&mut graph, options.micro_batches);
     check::sizes(&mut graph);
-    checked(&graph)?;
+    check_errors(&graph)?;
     check::purpose(&mut graph);
     stages::check(&mut graph);
-    checked(&graph)?;
+    check_errors(&graph)?;
     let grads = match graph.objective {
         Some(objective) => autodiff::backward(&mut graph, objective.loss),
         None => BTreeMap::new(),
     };
-    checked(&graph)?;
+    check_errors(&graph)?;
     check::trained(&mut graph, &grads);
     check::kernels(&mut graph, options.device);
-    checked(&graph)?;
+    check_errors(&graph)?;
     if let Some(Objective { loss, optimizer: adamw, .. }) = graph.objective {
         let total = optimizer::accumulate(&mut graph, loss);
-        let of_loss = graph.outputs.iter_mut().filter(|o| o.tensor == loss && o.combine == Some(Combine::Sum));
-        of_loss.for_each(|o| o.tensor = total);
+        let loss_outputs = graph.outputs.iter_mut().filter(|o| o.tensor == loss && o.combine == Some(Combine::Sum));
+        loss_outputs.for_each(|o| o.tensor = total);
         optimizer::add_update(&mut graph, &grads, adamw);
-        checked(&graph)?;
+        check_errors(&graph)?;
     }
     layout::choose(&mut graph, &options.cost_model);
-    checked(&graph)?;
+    check_errors(&graph)?;
     boxing::insert(&mut graph, &options.cost_model, options.boxing);
-    checked(&graph)?;
+    check_errors(&graph)?;
     if options.precision == Precision::BF16 {
         precision::narrow(&mut graph);
     }
     bucket::gather(&mut graph, options.bucket_bytes);
-    let setting = Setting {
+    let lower_options = LowerOptions {
         micro_batches: options.micro_batches,
         schedule: options.schedule,
         threads_per_device: options.threads_per_device,
         costs: options.stage_costs,
         device: options.device,
     };
-    let plan = Plan { memory_bytes: options.memory_bytes, ..lower(graph, setting) };
+    let plan = Plan { memory_bytes: options.memory_bytes, ..lower(graph, lower_options) };
     validate(&plan)?;
     Ok(plan)
 }
 
-fn checked(graph: &Graph) -> Result<(), CompileError> {
+fn check_errors(graph: &Graph) -> Result<(), CompileError> {
     let errors = graph.errors();
     if errors.is_empty() { Ok(()) } else { Err(CompileError::Graph(errors)) }
 }

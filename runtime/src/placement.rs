@@ -1,10 +1,10 @@
-//! Where tensors live: a [`Mesh`] of all devices with named axes, and [`Placement`]s, the parts of it that hold tensors.
+//! A [`Mesh`] names the axes of all devices; a [`Placement`] is the subset of devices that holds a tensor.
 
 use std::fmt;
 
 use crate::layout_error::LayoutError;
 
-/// Devices that a mesh may name, so that a slip of the pen is told and not counted out.
+/// Maximum number of devices in a mesh, so that a typing error is refused before the devices are enumerated.
 pub const MESH_DEVICES_MAX: usize = 1 << 20;
 
 /// One axis of a mesh.
@@ -16,17 +16,18 @@ pub struct Axis {
     pub size: usize,
 }
 
-/// All devices of a session: ranks `0..device_count`, laid out row-major over named axes (the last axis varies fastest).
+/// All devices of a session: ranks `0..device_count`, laid out row-major over named axes (the last axis varies
+/// fastest).
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Mesh {
     whole: Placement,
 }
 
 impl Mesh {
-    /// A mesh with these axes.
+    /// Builds a mesh with these axes.
     ///
     /// # Errors
-    /// When there is no axis, an axis has size 0, or a name is empty or occurs twice.
+    /// When there is no axis, an axis has size 0, a name is empty or occurs twice, or there are too many devices.
     pub fn new(axes: &[(&str, usize)]) -> Result<Self, LayoutError> {
         let count = axes.iter().try_fold(1usize, |count, axis| count.checked_mul(axis.1));
         let Some(count) = count.filter(|count| *count <= MESH_DEVICES_MAX) else {
@@ -40,10 +41,10 @@ impl Mesh {
         Ok(Self { whole: Placement::of(devices, axes)? })
     }
 
-    /// Reads `name=size,name=size`, such as `data=2,stage=2,tensor=2`.
+    /// Parses `name=size,name=size`, such as `data=2,stage=2,tensor=2`.
     ///
     /// # Errors
-    /// When the text is not written so, or as [`Mesh::new`].
+    /// When the syntax is wrong, and as [`Mesh::new`].
     pub fn parse(text: &str) -> Result<Self, LayoutError> {
         let mut axes = Vec::new();
         for part in text.split(',') {
@@ -65,23 +66,23 @@ impl Mesh {
         &self.whole.axes
     }
 
-    /// Index of the axis of this name.
+    /// Index of the axis with this name.
     ///
     /// # Errors
-    /// When there is none; the error names those there are.
+    /// When there is none; the error lists the axes.
     pub fn axis(&self, name: &str) -> Result<usize, LayoutError> {
         self.whole.axis(name)
     }
 
-    /// All devices, with all axes.
+    /// The placement of all devices, with all axes.
     pub fn whole(&self) -> Placement {
         self.whole.clone()
     }
 
-    /// The devices at this coordinate of this axis, with the other axes.
+    /// The devices at this coordinate of this axis; the other axes remain.
     ///
     /// # Errors
-    /// When there is no such axis or coordinate.
+    /// When the axis or the coordinate does not exist.
     pub fn at(&self, axis: &str, coordinate: usize) -> Result<Placement, LayoutError> {
         self.whole.at(axis, coordinate)
     }
@@ -93,7 +94,7 @@ impl fmt::Display for Mesh {
     }
 }
 
-/// An ordered set of devices, seen as a mesh with named axes. A placement without axes is one device.
+/// An ordered set of devices, arranged over named axes. A placement without axes is one device.
 ///
 /// A device's **index** is its position here; its **rank** is its number in the session's [`Mesh`].
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -103,10 +104,11 @@ pub struct Placement {
 }
 
 impl Placement {
-    /// These devices (ranks, row-major) over these axes.
+    /// Builds a placement of these devices (ranks, row-major) over these axes.
     ///
     /// # Errors
-    /// When an axis has size 0, a name is empty or occurs twice, or there are not as many different devices as the axes say.
+    /// When an axis has size 0, a name is empty or occurs twice, or the devices are not distinct or do not match the
+    /// axes.
     pub fn of(devices: Vec<usize>, axes: &[(&str, usize)]) -> Result<Self, LayoutError> {
         let axes: Vec<Axis> = axes.iter().map(|&(name, size)| Axis { name: name.into(), size }).collect();
         let placement = Self { axes, devices };
@@ -147,10 +149,10 @@ impl Placement {
         self.devices.len()
     }
 
-    /// Index of the axis of this name.
+    /// Index of the axis with this name.
     ///
     /// # Errors
-    /// When there is none; the error names those there are.
+    /// When there is none; the error lists the axes.
     pub fn axis(&self, name: &str) -> Result<usize, LayoutError> {
         self.axes.iter().position(|a| a.name == name).ok_or_else(|| LayoutError::UnknownAxis {
             axis: name.into(),
@@ -158,18 +160,18 @@ impl Placement {
         })
     }
 
-    /// The devices at this coordinate of this axis, with the other axes.
+    /// The devices at this coordinate of this axis; the other axes remain.
     ///
     /// # Errors
-    /// When there is no such axis or coordinate.
+    /// When the axis or the coordinate does not exist.
     pub fn at(&self, axis: &str, coordinate: usize) -> Result<Self, LayoutError> {
         let position = self.axis(axis)?;
         let size = self.axes[position].size;
         if coordinate >= size {
             return Err(LayoutError::Coordinate { axis: axis.into(), size, coordinate });
         }
-        let here = |index: &usize| self.coords(*index)[position] == coordinate;
-        let devices = (0..self.devices.len()).filter(here).map(|i| self.devices[i]).collect();
+        let matches = |index: &usize| self.coords(*index)[position] == coordinate;
+        let devices = (0..self.devices.len()).filter(matches).map(|i| self.devices[i]).collect();
         let mut axes = self.axes.clone();
         axes.remove(position);
         Ok(Self { axes, devices })
@@ -183,16 +185,16 @@ impl Placement {
         coords
     }
 
-    /// Index of the device of this rank, if it is here.
+    /// Index of the device with this rank, if the placement contains it.
     pub fn index_of(&self, device: usize) -> Option<usize> {
         self.devices.iter().position(|&d| d == device)
     }
 
-    /// The device indices, parted into groups that differ only along `axes` (axis indices). Groups come in the order of
-    /// their first members, and members in row-major order. Without axes, each device is a group.
+    /// Partitions the device indices into groups that differ only along `axes` (axis indices). Groups are ordered by
+    /// their first members, members row-major. Without axes, each device is a group.
     pub fn group_indices(&self, axes: &[usize]) -> Vec<Vec<usize>> {
         let mut groups: Vec<Vec<usize>> = Vec::new();
-        // For the first member of each group, the group's position.
+        // By the first member of each group: the group's position.
         let mut position_of = vec![usize::MAX; self.devices.len()];
         for index in 0..self.devices.len() {
             let (mut rest, mut stride, mut first) = (index, 1, index);
@@ -209,13 +211,13 @@ impl Placement {
         groups
     }
 
-    /// As [`Placement::group_indices`], in ranks.
+    /// [`Placement::group_indices`] as ranks.
     pub fn groups(&self, axes: &[usize]) -> Vec<Vec<usize>> {
         let ranks = |group: Vec<usize>| group.into_iter().map(|i| self.devices[i]).collect();
         self.group_indices(axes).into_iter().map(ranks).collect()
     }
 
-    /// The axes as [`Mesh::parse`] reads them.
+    /// The axes in the syntax of [`Mesh::parse`].
     pub fn axes_text(&self) -> String {
         self.axes.iter().map(|a| format!("{}={}", a.name, a.size)).collect::<Vec<_>>().join(",")
     }
@@ -248,7 +250,7 @@ mod tests {
     }
 
     #[test]
-    fn groups_part_the_devices() {
+    fn groups_partition_the_devices() {
         let place = Mesh::parse("a=2,b=2,c=2").unwrap().whole();
         assert_eq!(place.groups(&[1]), [[0, 2], [1, 3], [4, 6], [5, 7]]);
         assert_eq!(place.groups(&[0, 2]), [[0, 1, 4, 5], [2, 3, 6, 7]]);
@@ -258,16 +260,17 @@ mod tests {
     }
 
     #[test]
-    fn wrong_meshes_are_refused_with_the_cause() {
+    fn invalid_meshes_are_refused_with_the_cause() {
         let text = |r: Result<Mesh, LayoutError>| r.unwrap_err().to_string();
-        assert_eq!(text(Mesh::parse("data=0")), "mesh axis data has size 0, must be 1 or more");
-        assert_eq!(text(Mesh::parse("data=2,data=3")), "mesh axis data is named twice");
+        assert_eq!(text(Mesh::parse("data=0")), "mesh axis data has size 0, but must have at least 1");
+        assert_eq!(text(Mesh::parse("data=2,data=3")), "mesh axis data occurs twice");
         for wrong in ["", "data", "data=x", "=2", "data=2,,tensor=2", "data=-1"] {
             assert!(text(Mesh::parse(wrong)).contains("name=size"), "{wrong}");
         }
         let mesh = Mesh::new(&[("data", 2), ("tensor", 2)]).unwrap();
-        assert_eq!(mesh.axis("stage").unwrap_err().to_string(), "no mesh axis stage; there are: data, tensor");
-        assert_eq!(mesh.at("data", 2).unwrap_err().to_string(), "mesh axis data has size 2, no coordinate 2");
+        assert_eq!(mesh.axis("stage").unwrap_err().to_string(), "no mesh axis stage; the axes are: data, tensor");
+        let out_of_range = "mesh axis data has size 2, so coordinate 2 is out of range";
+        assert_eq!(mesh.at("data", 2).unwrap_err().to_string(), out_of_range);
         assert!(Placement::of(vec![0, 0], &[("data", 2)]).is_err());
         assert!(Placement::of(vec![0], &[("data", 2)]).is_err());
     }

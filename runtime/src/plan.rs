@@ -1,5 +1,5 @@
-//! The compiled program: actors with their registers and credits, each action's launches, each device's memory map.
-//! Plain data; a session loads it.
+//! The compiled program as plain data: actors with their registers and credits, each action's launches, and each
+//! device's memory map. A session loads it.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -23,12 +23,12 @@ pub mod picture;
 pub mod slots;
 pub mod validate;
 
-/// Which schedule orders the micro-batches of a pipeline.
+/// The order of the micro-batches in a pipeline.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Schedule {
     /// All forwards, then all backwards. Huang et al. 2019, <https://arxiv.org/abs/1811.06965>.
     GPipe,
-    /// One forward, one backward, with as few micro-batches in flight as keep every stage busy.
+    /// Alternating forwards and backwards, with the fewest micro-batches in flight that keep every stage busy.
     /// Narayanan et al. 2019, <https://arxiv.org/abs/1806.03377>.
     OneFOneB,
 }
@@ -42,31 +42,31 @@ impl fmt::Display for Schedule {
     }
 }
 
-/// An action of a device, before actors are numbered.
+/// Identifies an action of a device before actors are numbered.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum ActionKey {
-    /// The host's tensors come in.
+    /// The host feeds input tensors.
     Feed(Rate),
-    /// One transfer from another placement: the boxing node.
+    /// A transfer from another placement; the id is that of the boxing node.
     Pull(NodeId),
-    /// Layer shards, forward.
+    /// The forward nodes.
     Forward,
-    /// Layer shards, backward.
+    /// The backward nodes.
     Backward,
-    /// One bucket of gradients is reduced: the bucket node.
+    /// The all-reduce of a bucket of gradients; the id is that of the bucket node.
     Bucket(NodeId),
-    /// The gradients are measured.
+    /// The sums of squares of the gradients.
     Norm,
-    /// The host, which has seen loss and norm, gives the learning rate of the update.
+    /// The host, after it has received loss and norm, sends the learning rate of the update.
     Decide,
     /// The optimizer.
     Update,
-    /// The host gets outputs.
+    /// The host fetches outputs.
     Fetch(Rate),
 }
 
 impl ActionKey {
-    /// The action of the compute actor that runs nodes of this phase.
+    /// The compute actor's action that runs the nodes of this phase.
     pub fn of_phase(phase: Phase) -> Self {
         match phase {
             Phase::Forward => Self::Forward,
@@ -77,12 +77,12 @@ impl ActionKey {
     }
 }
 
-/// Where an action's program counts a buffer from.
+/// The memory that a buffer's offset is relative to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum BaseKey {
-    /// The device's arena, at its start: tensors that stay where they are.
+    /// The start of the device's arena, which holds tensors with a fixed address.
     Fixed,
-    /// The stream's scratch.
+    /// The actor's scratch.
     Scratch,
     /// The current slot of an input port.
     Input(usize),
@@ -90,35 +90,35 @@ pub enum BaseKey {
     Output(usize),
 }
 
-/// A host transfer at the end of a `Feed` or `Fetch` action: the session supplies the kernel.
+/// The host transfer of a `Feed`, `Decide` or `Fetch` action; the session supplies the kernel.
 #[derive(Clone, Debug, PartialEq)]
 pub struct HostPort {
     /// The tensors, in the order of `buffers`.
     pub vars: Vec<Var>,
-    /// Where they lie.
+    /// Their memory.
     pub buffers: Vec<Buffer>,
 }
 
-/// One action as planned.
+/// The plan of one action.
 #[derive(Clone, Debug)]
 pub struct ActionPlan {
-    /// What it is.
+    /// Its key.
     pub key: ActionKey,
-    /// Shown in plans and errors.
+    /// The name in plans and errors.
     pub name: String,
-    /// In order.
+    /// The kernel launches, in order.
     pub launches: Vec<Launch>,
-    /// The node that each launch is made for.
+    /// The node of each launch.
     pub nodes: Vec<NodeId>,
-    /// `(launches done, output port)`.
+    /// Early signals: `(number of completed launches, output port)`.
     pub signals: Vec<(usize, u32)>,
-    /// What each base index of the launches' buffers is.
+    /// The meaning of each base index in the launches' buffers.
     pub bases: Vec<BaseKey>,
-    /// What the host gives or gets.
+    /// The host's transfer, if there is one.
     pub host: Option<HostPort>,
 }
 
-/// Where a register's slots lie.
+/// The memory of a register's slots.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RegisterPlace {
     /// The device whose arena holds it.
@@ -134,49 +134,50 @@ pub struct RegisterPlace {
 pub struct ResidentTensor {
     /// The tensor.
     pub var: Var,
-    /// Which part of it.
+    /// The device's part of it.
     pub region: Region,
     /// Element type.
     pub dtype: DType,
     /// Offset in the device's arena, bytes.
     pub offset: usize,
-    /// Where its values lie once more, in bf16: of a parameter that is read so.
-    pub half_offset: Option<usize>,
+    /// Offset of the bf16 copy in the arena, bytes, if the parameter has one.
+    pub bf16_offset: Option<usize>,
 }
 
 /// One device's memory.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct DeviceMemory {
-    /// Tensors that no other action reads, or that nothing replaces (moments, floats of weights that are read in bf16), bytes.
+    /// Tensors that no other action reads, or that nothing replaces (moments, f32 values of weights that are read in
+    /// bf16), bytes.
     pub fixed_bytes: usize,
-    /// Register slots, bytes: what goes from one action to another, weights and gradients among it.
+    /// Register slots, bytes: everything that passes between actions, including weights and gradients.
     pub register_bytes: usize,
-    /// For each stream of the device: scratch offset and bytes, by actor.
+    /// Scratch offset and bytes, by actor.
     pub scratch: BTreeMap<ActorId, (usize, usize)>,
     /// The whole arena, bytes: fixed tensors, registers and scratch.
     pub arena_bytes: usize,
-    /// Bytes that the device's streams allocate outside the arena: on CPUs the scratch of kernels' threads and of tensors
-    /// widened from bf16. It depends on the process's threads, so it is not part of the plan's hash.
+    /// Bytes that the device's streams allocate outside the arena: on CPUs the scratch of kernel threads and of tensors
+    /// widened from bf16. It depends on the process's number of threads, so it is not part of the plan's hash.
     pub stream_bytes: usize,
-    /// Mirrors of registers that other processes make, bytes; 0 until a session knows which process hosts what.
+    /// Mirrors of registers that other processes write, bytes; 0 until a session has assigned devices to processes.
     pub mirror_bytes: usize,
     /// Parameters and states.
     pub residents: Vec<ResidentTensor>,
 }
 
 impl DeviceMemory {
-    /// All that is allocated on the device, bytes: the planned peak. Outside it are only a driver's and a library's own
+    /// The planned peak of allocated device memory, bytes. It excludes the memory of the driver and of libraries
     /// (contexts, code, communicators).
     pub fn total_bytes(&self) -> usize {
         self.arena_bytes + self.stream_bytes + self.mirror_bytes
     }
 
-    /// What it is made of, and bytes, as people are told: what is always there, then what only some devices have.
+    /// The parts of the total for display, name and bytes; the last two only if they are not 0.
     pub fn parts(&self) -> Vec<(&'static str, usize)> {
         let scratch = self.scratch.values().map(|s| s.1).sum();
         let mut parts = vec![("fixed", self.fixed_bytes), ("in registers", self.register_bytes), ("scratch", scratch)];
-        let beside = [("of streams", self.stream_bytes), ("in mirrors", self.mirror_bytes)];
-        parts.extend(beside.into_iter().filter(|(_, bytes)| *bytes > 0));
+        let optional = [("of streams", self.stream_bytes), ("in mirrors", self.mirror_bytes)];
+        parts.extend(optional.into_iter().filter(|(_, bytes)| *bytes > 0));
         parts
     }
 
@@ -185,13 +186,13 @@ impl DeviceMemory {
         format!("  device {device}: {} bytes = {}\n", self.total_bytes(), self.sum())
     }
 
-    /// The parts as a sum.
+    /// The parts as text, joined by `+`.
     fn sum(&self) -> String {
         self.parts().iter().map(|(name, bytes)| format!("{bytes} {name}")).collect::<Vec<_>>().join(" + ")
     }
 }
 
-/// What a session needs to know beyond actors: the program it came from and its setting.
+/// A compiled program: everything that a session needs to run it.
 #[derive(Clone, Debug)]
 pub struct Plan {
     /// The graph after all passes.
@@ -204,40 +205,40 @@ pub struct Plan {
     pub registers: Vec<RegisterPlace>,
     /// By device rank.
     pub memory: Vec<DeviceMemory>,
-    /// Micro-batches in a step.
+    /// Micro-batches per step.
     pub micro_batches: usize,
     /// The schedule.
     pub schedule: Schedule,
-    /// Threads of a compute stream. Each process's own: not part of the plan's hash.
+    /// Threads of a compute stream. Each process chooses its own; not part of the plan's hash.
     pub threads_per_device: usize,
-    /// What the devices are.
+    /// The kind of the devices.
     pub device: DeviceKind,
-    /// Memory of one device, bytes, that the plan must not exceed; without it, a session holds a plan for CPUs against what its
-    /// node has free. Each process's own: not part of the plan's hash.
+    /// Memory limit of one device, bytes. If `None`, a session compares a plan for CPUs with the free memory of its
+    /// node. Each process chooses its own; not part of the plan's hash.
     pub memory_bytes: Option<usize>,
-    /// Forward micro-batches that each placement may have in flight.
+    /// Maximum forward micro-batches in flight, by placement.
     pub in_flight: Vec<u32>,
 }
 
 impl Plan {
-    /// The action's specification for the protocol.
+    /// The action's specification in the actor protocol.
     pub fn action_spec(&self, actor: ActorId, action: usize) -> &ActionSpec {
         &self.spec.actors[actor.0 as usize].actions[action]
     }
 
-    /// Sets the threads of compute streams, and with them what streams take beside the arena.
+    /// Sets the threads of compute streams and recomputes the memory of streams outside the arena.
     pub(crate) fn set_threads(&mut self, threads_per_device: usize) {
         self.threads_per_device = threads_per_device;
         self.memory.iter_mut().for_each(|memory| memory.stream_bytes = 0);
         for (actor, actions) in self.spec.actors.iter().zip(&self.actions) {
             let threads = lower::threads_of(actor.stream, threads_per_device);
             let launches = actions.iter().flat_map(|action| &action.launches);
-            let own = launches.map(|launch| self.device.scratch_bytes(launch, threads)).max().unwrap_or(0);
-            self.memory[actor.device].stream_bytes += self.device.stream_bytes() + own;
+            let scratch = launches.map(|launch| self.device.scratch_bytes(launch, threads)).max().unwrap_or(0);
+            self.memory[actor.device].stream_bytes += self.device.stream_bytes() + scratch;
         }
     }
 
-    /// Register by id.
+    /// The memory of a register.
     pub fn register_place(&self, id: RegisterId) -> RegisterPlace {
         self.registers[id.0 as usize]
     }

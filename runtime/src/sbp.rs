@@ -1,4 +1,4 @@
-//! Layouts: what each device of a placement holds of a tensor. `Split`, `Broadcast` or `Partial` for each mesh axis.
+//! Layouts: the part of a tensor on each device of a placement. `Split`, `Broadcast` or `Partial` for each mesh axis.
 //!
 //! SBP is from OneFlow, Yuan et al. 2021, <https://arxiv.org/abs/2110.15032>.
 
@@ -16,14 +16,14 @@ use crate::layout_error::LayoutError;
 use crate::placement::Placement;
 use region::{copy_box, filled, take_box};
 
-/// How a tensor lies along one mesh axis.
+/// The layout of a tensor along one mesh axis.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Sbp {
-    /// Each coordinate holds its part of this dim, as [`split_range`] cuts it.
+    /// Each coordinate holds a part of this dim, divided as in [`split_range`].
     Split(usize),
-    /// Each coordinate holds all, bit for bit the same.
+    /// Each coordinate holds a bit-identical copy of the tensor.
     Broadcast,
-    /// Each coordinate holds a term of all elements; the tensor is the terms combined.
+    /// Each coordinate holds a term of every element; the reduction of the terms is the tensor.
     Partial(ReduceOp),
 }
 
@@ -54,25 +54,25 @@ impl fmt::Display for Sbp {
     }
 }
 
-/// One [`Sbp`] for each axis of a placement. Where two axes split one dim, the later axis splits the parts of the earlier.
+/// One [`Sbp`] for each axis of a placement. If two axes split one dim, the later axis splits the parts of the earlier.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct NdSbp(pub Vec<Sbp>);
 
 impl NdSbp {
-    /// The same along each of `axes` axes.
+    /// The same entry along each of `axes` axes.
     pub fn uniform(sbp: Sbp, axes: usize) -> Self {
         Self(vec![sbp; axes])
     }
 
-    /// All of the tensor on every device.
+    /// The whole tensor on every device.
     pub fn broadcast(axes: usize) -> Self {
         Self::uniform(Sbp::Broadcast, axes)
     }
 
-    /// Reads `(S0, B)`, `S0,B` or, for a placement without axes, `()`.
+    /// Parses `(S0, B)`, `S0,B` or, for a placement without axes, `()`.
     ///
     /// # Errors
-    /// When an entry is none of `S<dim>`, `B`, `P` (sum) and `Pmax`.
+    /// When an entry is not `S<dim>`, `B`, `P` (sum) or `Pmax`.
     pub fn parse(text: &str) -> Result<Self, LayoutError> {
         let inner = text.trim();
         let inner = inner.strip_prefix('(').and_then(|t| t.strip_suffix(')')).unwrap_or(inner).trim();
@@ -84,7 +84,7 @@ impl NdSbp {
         Ok(Self(inner.split(',').map(entry).collect::<Result<_, _>>()?))
     }
 
-    /// The reduction that makes the tensor whole, if an axis is `Partial`.
+    /// The reduction of the `Partial` axes, if there are any.
     pub fn partial(&self) -> Option<ReduceOp> {
         self.0.iter().find_map(|sbp| match sbp {
             Sbp::Partial(op) => Some(*op),
@@ -92,36 +92,36 @@ impl NdSbp {
         })
     }
 
-    /// True when two axes are `Partial` under different reductions, which no tensor may be: a sum of maxima is not a
-    /// maximum of sums.
+    /// True if axes are `Partial` with different reductions. That is invalid: a sum of maxima is not a maximum of sums.
     pub fn mixes_reductions(&self) -> bool {
         self.0.iter().any(|sbp| matches!(sbp, Sbp::Partial(op) if self.partial() != Some(*op)))
     }
 
-    /// This layout with `Broadcast` for each `Partial`: what reducing it leaves.
+    /// The layout after a reduction: each `Partial` becomes `Broadcast`.
     pub fn reduced(&self) -> Self {
         let reduce = |&sbp: &Sbp| if sbp.is_partial() { Sbp::Broadcast } else { sbp };
         Self(self.0.iter().map(reduce).collect())
     }
 
-    /// Checks that this layout can be a tensor's of this shape here.
+    /// Checks that a tensor of this shape can have this layout on `placement`.
     ///
     /// # Errors
-    /// When there is not one entry for each axis, a split dim does not exist, or it [mixes reductions](Self::mixes_reductions).
+    /// When the number of entries differs from that of axes, a split dim does not exist, or it
+    /// [mixes reductions](Self::mixes_reductions).
     pub fn check(&self, shape: &[usize], placement: &Placement) -> Result<(), LayoutError> {
         let axes = placement.axes();
         let mut why = None;
         if self.0.len() != axes.len() {
-            why = Some(format!("{} entries for {} mesh axes", self.0.len(), axes.len()));
+            why = Some(format!("expected one entry for each of {} mesh axes, got {}", axes.len(), self.0.len()));
         }
         for sbp in &self.0 {
             match *sbp {
-                Sbp::Split(dim) if dim >= shape.len() => why = Some(format!("no dim {dim}")),
+                Sbp::Split(dim) if dim >= shape.len() => why = Some(format!("the tensor has no dim {dim}")),
                 _ => {}
             }
         }
         if self.mixes_reductions() {
-            why = Some("two different reductions".into());
+            why = Some("it mixes two different reductions".into());
         }
         let fail = |why| LayoutError::Layout {
             layout: self.to_string(),
@@ -140,17 +140,17 @@ impl fmt::Display for NdSbp {
     }
 }
 
-/// A layout on its placement.
+/// A layout with its placement.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct PlacedLayout {
-    /// Which devices.
+    /// The devices.
     pub placement: Placement,
     /// One entry for each of the placement's axes.
     pub sbp: NdSbp,
 }
 
 impl PlacedLayout {
-    /// What the device at `index` of the placement holds of a tensor of this shape; see [`local_region`].
+    /// The region of a tensor of this shape on the device at `index` of the placement, see [`local_region`].
     pub fn region(&self, shape: &[usize], index: usize) -> Region {
         local_region(shape, &self.sbp, &self.placement, index)
     }
@@ -162,8 +162,8 @@ impl fmt::Display for PlacedLayout {
     }
 }
 
-/// What the device at `index` holds of a tensor of this shape. Under `Partial` that is a term of each element, so the
-/// region is as for `Broadcast`. Parts may be uneven and empty. The layout must have passed [`NdSbp::check`].
+/// The region of a tensor of this shape on the device at `index`. `Partial` does not restrict the region, because a
+/// device holds a term of each element. Parts may be uneven and empty. The layout must have passed [`NdSbp::check`].
 pub fn local_region(shape: &[usize], layout: &NdSbp, placement: &Placement, index: usize) -> Region {
     let mut region = Region::whole(shape);
     let coords = placement.coords(index);
@@ -177,11 +177,11 @@ pub fn local_region(shape: &[usize], layout: &NdSbp, placement: &Placement, inde
     region
 }
 
-/// Parts a tensor into one shard for each device, by index. Under `Partial(Sum)` the value lies at coordinate 0 and zeros
-/// elsewhere; under `Partial(Max)` every coordinate holds a copy.
+/// Splits a tensor into one shard for each device, by index. Under `Partial(Sum)`, coordinate 0 holds the value and the
+/// others hold zeros; under `Partial(Max)`, every coordinate holds a copy.
 ///
 /// # Errors
-/// When the layout does not fit the shape and placement, or an integer tensor is to be `Partial`.
+/// When the layout does not fit the shape and placement, or is `Partial` for an integer tensor.
 pub fn scatter(whole: &HostTensor, layout: &NdSbp, placement: &Placement) -> Result<Vec<HostTensor>, LayoutError> {
     layout.check(&whole.shape, placement)?;
     refuse_integer_partial(whole, layout, placement)?;
@@ -194,12 +194,12 @@ pub fn scatter(whole: &HostTensor, layout: &NdSbp, placement: &Placement) -> Res
     Ok((0..placement.device_count()).map(shard).collect())
 }
 
-/// As [`scatter`], but a `Partial` tensor's terms differ and are all alive: small whole numbers drawn from `seed`, the
-/// last term along each partial axis making up the value (for `Max`: a random term holds it, the others hold less).
-/// So a reduction that loses or doubles a term shows. Exact while the values are whole numbers below about 2^20.
+/// [`scatter`] with random terms for `Partial`, so that tests detect a reduction that loses or duplicates a term. The
+/// terms are small integers drawn from `seed`, and the last term along the partial axes completes the value (for `Max`,
+/// a random term holds it and the others are smaller). Exact for integer values below about 2^20.
 ///
 /// # Errors
-/// As [`scatter`].
+/// See [`scatter`].
 pub fn scatter_random_terms(
     whole: &HostTensor,
     layout: &NdSbp,
@@ -212,15 +212,15 @@ pub fn scatter_random_terms(
         return scatter(whole, layout, placement);
     };
     let partial_axes: Vec<usize> = (0..layout.0.len()).filter(|&a| layout.0[a].is_partial()).collect();
-    let mut terms_at = vec![whole.clone(); placement.device_count()];
-    // Devices that differ only along the partial axes share the terms of an element. Other groups hold other elements, or
-    // copies, which must be bit-equal: so each group starts from the same seed.
+    let mut terms_by_device = vec![whole.clone(); placement.device_count()];
+    // A group of devices that differ only along the partial axes holds the terms of an element. Other groups hold other
+    // elements, or copies that must be bit-identical, so each group starts from the same seed.
     for group in placement.group_indices(&partial_axes) {
         let mut state = seed;
         for (element, &value) in values.iter().enumerate() {
             let terms = random_terms(value, op, group.len(), &mut state);
             for (&index, term) in group.iter().zip(terms) {
-                if let HostData::F32(data) = &mut terms_at[index].data {
+                if let HostData::F32(data) = &mut terms_by_device[index].data {
                     data[element] = term;
                 }
             }
@@ -228,7 +228,7 @@ pub fn scatter_random_terms(
     }
     let shard =
         |(index, term): (usize, &HostTensor)| take_box(term, &local_region(&whole.shape, layout, placement, index));
-    Ok(terms_at.iter().enumerate().map(shard).collect())
+    Ok(terms_by_device.iter().enumerate().map(shard).collect())
 }
 
 fn random_terms(value: f32, op: ReduceOp, count: usize, state: &mut u64) -> Vec<f32> {
@@ -252,12 +252,12 @@ fn random_terms(value: f32, op: ReduceOp, count: usize, state: &mut u64) -> Vec<
     }
 }
 
-/// Puts the shards (by index) of a tensor of this shape together: `Partial` terms are combined in row-major order of
-/// the devices, and of a `Broadcast` the copy at coordinate 0 is taken.
+/// Assembles a tensor of this shape from its shards (by index). Combines `Partial` terms in row-major order of the
+/// devices; of `Broadcast` copies, takes the one at coordinate 0.
 ///
 /// # Errors
-/// When the layout does not fit, a shard's shape or type is not what it asks for, or copies under `Broadcast` are not
-/// bit-equal.
+/// When the layout does not fit, a shard has another shape or type than the layout requires, or `Broadcast` copies are
+/// not bit-identical.
 pub fn gather(
     shards: &[HostTensor],
     shape: &[usize],
@@ -265,7 +265,7 @@ pub fn gather(
     placement: &Placement,
 ) -> Result<HostTensor, LayoutError> {
     layout.check(shape, placement)?;
-    let wrong = |index: usize, expected: String, got: String| LayoutError::Shard {
+    let error = |index: usize, expected: String, got: String| LayoutError::Shard {
         index,
         shape: shape.to_vec(),
         layout: layout.to_string(),
@@ -273,13 +273,13 @@ pub fn gather(
         got,
     };
     if shards.len() != placement.device_count() {
-        return Err(wrong(shards.len(), format!("{} shards", placement.device_count()), shards.len().to_string()));
+        return Err(error(shards.len(), format!("{} shards", placement.device_count()), shards.len().to_string()));
     }
     for (index, shard) in shards.iter().enumerate() {
         let size = local_region(shape, layout, placement, index).size;
         if (&shard.shape, shard.dtype()) != (&size, shards[0].dtype()) {
             let text = |shape: &[usize], dtype| format!("{dtype:?} {shape:?}");
-            return Err(wrong(index, text(&size, shards[0].dtype()), text(&shard.shape, shard.dtype())));
+            return Err(error(index, text(&size, shards[0].dtype()), text(&shard.shape, shard.dtype())));
         }
     }
     refuse_integer_partial(&shards[0], layout, placement)?;
@@ -288,17 +288,17 @@ pub fn gather(
         for &index in &group[1..] {
             if !region::same_bits(&shards[index], &shards[group[0]]) {
                 let first = format!("the same bits as shard {}", group[0]);
-                return Err(wrong(index, first, "others".into()));
+                return Err(error(index, first, "different bits".into()));
             }
         }
     }
     let mut whole = filled(shape, shards[0].dtype(), 0.0);
-    let at_zero = |index: usize| {
+    let is_first_copy = |index: usize| {
         let mut entries = layout.0.iter().zip(placement.coords(index));
         entries.all(|(&sbp, coordinate)| sbp != Sbp::Broadcast || coordinate == 0)
     };
     for group in placement.group_indices(&axes_with(Sbp::is_partial)) {
-        if !at_zero(group[0]) {
+        if !is_first_copy(group[0]) {
             continue;
         }
         let mut sum = shards[group[0]].clone();
@@ -317,7 +317,7 @@ fn refuse_integer_partial(tensor: &HostTensor, layout: &NdSbp, placement: &Place
             layout: layout.to_string(),
             shape: tensor.shape.clone(),
             mesh: placement.axes_text(),
-            why: "integers cannot be partial".into(),
+            why: "integer tensors cannot be partial".into(),
         });
     }
     Ok(())

@@ -444,7 +444,7 @@ impl Session {
         let plan = self.plan.clone();
         // Of parameters of other processes, too.
         let largest = plan.graph.nodes().iter().map(|node| match node.op {
-            NodeOp::Parameter { init } => init.largest(),
+            NodeOp::Parameter { init } => init.magnitude_bound(),
             _ => 0.0,
         });
         self.bounds.parameter = largest.fold(0.0, f64::max);
@@ -470,7 +470,7 @@ impl Session {
         self.note_largest(resident.var, part);
         let arena = &self.arenas[&device];
         arena.write_host(resident.offset, part)?;
-        if let (Some(offset), Some(values)) = (resident.half_offset, part.as_f32()) {
+        if let (Some(offset), Some(values)) = (resident.bf16_offset, part.as_f32()) {
             arena.write_host(offset, &HostTensor::bf16(&part.shape, values))?;
         }
         Ok(())

@@ -1,5 +1,5 @@
-//! The reference for what a boxing plan means: runs the [`LocalStep`]s of all devices one after another in host memory and
-//! counts every byte that crosses devices. Tests hold the engines against it.
+//! The reference interpreter of boxing plans: runs the [`LocalStep`]s of all devices sequentially in host memory and
+//! counts every byte that moves between devices. Tests compare the engines with it.
 
 use std::collections::BTreeMap;
 
@@ -10,19 +10,19 @@ use super::BoxingPlan;
 use super::step::{BoxingStep, GroupCall, LocalStep};
 use crate::sbp::region::{combine, copy_box, filled, take_box};
 
-/// Shards after a plan, by index in the target's placement, and bytes that each device took in, by rank.
+/// The result of a plan: the shards, and the bytes that each device received.
 #[derive(Debug)]
 pub struct Interpreted {
-    /// One for each device of the target.
+    /// By index in the target placement.
     pub shards: Vec<HostTensor>,
-    /// Counted, not predicted.
+    /// By rank; counted, not predicted.
     pub bytes_received: BTreeMap<usize, usize>,
 }
 
-/// Runs a plan on shards, given by index in the source's placement.
+/// Runs a plan on shards, by index in the source placement.
 ///
 /// # Panics
-/// When a shard does not have the shape that its layout asks for.
+/// When a shard does not have the shape that its layout requires.
 pub fn interpret(plan: &BoxingPlan, shards: &[HostTensor]) -> Interpreted {
     let mut bytes_received: BTreeMap<usize, usize> = plan.bytes_received.keys().map(|&device| (device, 0)).collect();
     let mut shards = shards.to_vec();
@@ -78,7 +78,7 @@ fn run_local(
 }
 
 fn run_collective(call: &GroupCall, inputs: &[&HostTensor], mut out: HostTensor, received: &mut usize) -> HostTensor {
-    let me = call.member;
+    let own = call.member;
     match &call.kind {
         CollectiveKind::AllReduce { op } => {
             let flat = |t: &HostTensor| HostTensor { shape: vec![len(t)], data: t.data.clone() };
@@ -90,32 +90,32 @@ fn run_collective(call: &GroupCall, inputs: &[&HostTensor], mut out: HostTensor,
                 let chunk = Region { start: vec![chunk.start], size: vec![chunk.len()] };
                 let sum = reduce(&refs, &chunk, *op);
                 copy_box(&sum, &Region::whole(&sum.shape), &mut whole, &chunk);
-                *received += if owner == me { (inputs.len() - 1) * len(&sum) } else { len(&sum) };
+                *received += if owner == own { (inputs.len() - 1) * len(&sum) } else { len(&sum) };
             }
             HostTensor { shape: out.shape, data: whole.data }
         }
         CollectiveKind::ReduceScatter { op, parts } => {
-            let sum = reduce(inputs, &parts[me], *op);
+            let sum = reduce(inputs, &parts[own], *op);
             *received += (inputs.len() - 1) * len(&sum);
             sum
         }
         CollectiveKind::AllGather { parts } => {
             for (member, part) in parts.iter().enumerate() {
                 copy_box(inputs[member], &Region::whole(&part.size), &mut out, part);
-                *received += if member == me { 0 } else { part.element_count() };
+                *received += if member == own { 0 } else { part.element_count() };
             }
             out
         }
         CollectiveKind::AllToAll { sources, targets } => {
             let mut seen: Vec<&Region> = Vec::new();
-            let own_first = std::iter::once(me).chain((0..sources.len()).filter(|&m| m != me));
+            let own_first = std::iter::once(own).chain((0..sources.len()).filter(|&m| m != own));
             for member in own_first {
-                // Regions are equal or share nothing: the first holder of each gives it.
-                let common = sources[member].intersect(&targets[me]);
+                // Regions are either equal or disjoint: the first holder of each sends it.
+                let common = sources[member].intersect(&targets[own]);
                 if let Some(common) = common.filter(|_| !seen.contains(&&sources[member])) {
-                    let (src, dst) = (common.relative_to(&sources[member]), common.relative_to(&targets[me]));
+                    let (src, dst) = (common.relative_to(&sources[member]), common.relative_to(&targets[own]));
                     copy_box(inputs[member], &src, &mut out, &dst);
-                    *received += if member == me { 0 } else { common.element_count() };
+                    *received += if member == own { 0 } else { common.element_count() };
                     seen.push(&sources[member]);
                 }
             }
@@ -125,7 +125,7 @@ fn run_collective(call: &GroupCall, inputs: &[&HostTensor], mut out: HostTensor,
     }
 }
 
-/// A box of all tensors, combined in order.
+/// Reduces a box of all tensors, in order.
 fn reduce(tensors: &[&HostTensor], region: &Region, op: ReduceOp) -> HostTensor {
     let mut sum = take_box(tensors[0], region);
     tensors[1..].iter().for_each(|t| combine(&mut sum, &take_box(t, region), op));

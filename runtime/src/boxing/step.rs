@@ -1,4 +1,4 @@
-//! One step of a change of layout: what it is, what each device does, and how many bytes each takes in.
+//! One step of a layout change: its kind, the work of each device, and the bytes that each device receives.
 
 use std::fmt;
 
@@ -8,12 +8,12 @@ use shardflow_kernels::tensor::{DType, Region, split_range};
 use crate::placement::Placement;
 use crate::sbp::{NdSbp, PlacedLayout, Sbp, local_region};
 
-/// What a step does.
+/// The kind of a step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum StepKind {
-    /// Each device keeps a part of what it has (or all, when only the name of the layout changes).
+    /// Each device keeps a part of its shard (or the whole shard, if only the layout's notation changes).
     Slice,
-    /// Each device makes a term out of what it has: the rest is zero (`Sum`) or minus infinity (`Max`).
+    /// Each device extends its shard to a partial term: the rest is zero (`Sum`) or minus infinity (`Max`).
     Pad(ReduceOp),
     /// `Partial` to `Broadcast`.
     AllReduce(ReduceOp),
@@ -23,12 +23,12 @@ pub enum StepKind {
     AllGather,
     /// Any other change among `Split` and `Broadcast`.
     AllToAll,
-    /// To another placement.
+    /// A copy to another placement.
     Transfer,
 }
 
 impl StepKind {
-    /// Rounds of messages, each of which costs a latency; the all-reduce is a reduce-scatter and an all-gather.
+    /// Rounds of messages, each of which costs one latency. An all-reduce is a reduce-scatter and an all-gather.
     pub fn rounds(self) -> usize {
         match self {
             Self::Slice | Self::Pad(_) => 0,
@@ -53,7 +53,7 @@ impl StepKind {
 /// One step: a collective over each group of devices, a local copy, or a transfer.
 #[derive(Clone, Debug, PartialEq)]
 pub struct BoxingStep {
-    /// What it does.
+    /// The kind of step.
     pub kind: StepKind,
     /// Shape of the whole tensor.
     pub shape: Vec<usize>,
@@ -61,61 +61,62 @@ pub struct BoxingStep {
     pub from: PlacedLayout,
     /// Layout after.
     pub to: PlacedLayout,
-    /// Axes along which the groups lie; empty for a transfer.
+    /// The axes of the groups; empty for a transfer.
     pub axes: Vec<usize>,
-    /// Bytes that each device of `to.placement` takes in from others, by index.
+    /// Bytes that each device of `to.placement` receives from others, by index.
     pub bytes_received: Vec<usize>,
-    /// What the cost model says.
+    /// The cost by the cost model.
     pub cost_seconds: f64,
 }
 
-/// What one device does in a step.
+/// The work of one device in a step.
 #[derive(Clone, Debug, PartialEq)]
 pub enum LocalStep {
-    /// The shard stays as it is: the output may be the input's buffer.
+    /// The shard is unchanged: the output may be the input's buffer.
     Keep,
-    /// Fill the output, if a value is given, then copy a box of the input into it, if one is given.
+    /// Fill the output with `fill`, if given, then copy a box of the input into it, if given.
     Local {
-        /// Written everywhere first.
+        /// The value to fill with.
         fill: Option<f32>,
-        /// Box of the input shard, and where it goes in the output shard.
+        /// The box of the input shard, and its box in the output shard.
         copy: Option<(Region, Region)>,
     },
-    /// Call a collective: the input shard is its read, the output shard its write.
+    /// Call a collective that reads the input shard and writes the output shard.
     Call(GroupCall),
-    /// Fetch boxes from devices (this one among them, perhaps) of the source placement; together they fill the output shard.
+    /// Copy boxes from devices of the source placement, possibly including this one; together they fill the output
+    /// shard.
     Pull(Vec<Pull>),
 }
 
-/// A collective as one member sees it; the plan makes it a `CollectiveCall` by giving the group its id.
+/// One member's call of a collective; the plan adds the group's id to make it a `CollectiveCall`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct GroupCall {
     /// Ranks of the members, in order.
     pub ranks: Vec<usize>,
     /// Index of this device in `ranks`.
     pub member: usize,
-    /// What is called; regions are of the tensor that the group shares, as `CollectiveKind` asks.
+    /// The collective; its regions are relative to the tensor that the group shares.
     pub kind: CollectiveKind,
 }
 
-/// A box that a device fetches.
+/// A box that a device copies from another.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Pull {
-    /// Rank of the device that has it.
+    /// Rank of the source device.
     pub from_device: usize,
-    /// The box in that device's source shard.
+    /// The box in the source device's shard.
     pub src: Region,
     /// The box in this device's target shard.
     pub dst: Region,
 }
 
-/// What a change of layout on one placement is, if one step does it: the kind, and the axes its groups lie along.
+/// Returns the kind and the group axes of a layout change on one placement, if a single step makes it.
 pub(super) fn classify(placement: &Placement, from: &NdSbp, to: &NdSbp) -> Option<(StepKind, Vec<usize>)> {
     let changed: Vec<usize> = (0..from.0.len()).filter(|&a| from.0[a] != to.0[a]).collect();
     if changed.iter().all(|&a| placement.axes()[a].size == 1) {
         return Some((StepKind::Slice, changed));
     }
-    let axes = with_nested(&changed, from, to);
+    let axes = add_nested_axes(&changed, from, to);
     let all = |layout: &NdSbp, test: fn(Sbp) -> bool| changed.iter().all(|&a| test(layout.0[a]));
     let is_split = |sbp| matches!(sbp, Sbp::Split(_));
     let kind = match (all(from, Sbp::is_partial), all(to, Sbp::is_partial)) {
@@ -139,9 +140,9 @@ pub(super) fn classify(placement: &Placement, from: &NdSbp, to: &NdSbp) -> Optio
     Some((kind, axes))
 }
 
-/// `changed`, with the later axes that split a dim which a changed axis splits before or after: their parts are cut out of
-/// other parts then, so elements cross their groups too.
-fn with_nested(changed: &[usize], from: &NdSbp, to: &NdSbp) -> Vec<usize> {
+/// Adds to `changed` the later axes that split a dim which a changed axis splits before or after: they divide different
+/// parts then, so elements also move between their coordinates.
+fn add_nested_axes(changed: &[usize], from: &NdSbp, to: &NdSbp) -> Vec<usize> {
     let splits = |axis: usize, dim: usize| from.0[axis] == Sbp::Split(dim) || to.0[axis] == Sbp::Split(dim);
     let nested = |axis: usize| {
         changed.iter().any(|&c| {
@@ -153,7 +154,7 @@ fn with_nested(changed: &[usize], from: &NdSbp, to: &NdSbp) -> Vec<usize> {
     (0..from.0.len()).filter(|&a| changed.contains(&a) || nested(a)).collect()
 }
 
-/// Bytes that each device (by index in `to.placement`) takes in, from the regions before and after, by index.
+/// Bytes that each device (by index in `to.placement`) receives, from its regions before and after the step.
 /// The formulas are those of `shardflow_kernels::collective`.
 pub(super) fn bytes_received(
     kind: StepKind,
@@ -173,7 +174,7 @@ pub(super) fn bytes_received(
                     (n - 1) * chunk + before - chunk
                 }
                 StepKind::ReduceScatter(_) => (n - 1) * after,
-                StepKind::AllGather | StepKind::AllToAll => after - shared(&from[index], &to[index]),
+                StepKind::AllGather | StepKind::AllToAll => after - common_elements(&from[index], &to[index]),
             };
             bytes[index] = elements * dtype.bytes();
         }
@@ -181,33 +182,33 @@ pub(super) fn bytes_received(
     bytes
 }
 
-/// As [`bytes_received`], for a transfer: all that a device does not have itself. `own` is each target device's index in
-/// the source's placement, where it is there too.
-pub(super) fn bytes_pulled(dtype: DType, own: &[Option<usize>], from: &[Region], to: &[Region]) -> Vec<usize> {
-    let held = |(region, own): (&Region, &Option<usize>)| {
-        let held = own.map_or(0, |own| shared(&from[own], region));
+/// [`bytes_received`] for a transfer: the elements that a device does not already hold. `own_index` is each target
+/// device's index in the source placement, if it is in both.
+pub(super) fn bytes_pulled(dtype: DType, own_index: &[Option<usize>], from: &[Region], to: &[Region]) -> Vec<usize> {
+    let bytes = |(region, own_index): (&Region, &Option<usize>)| {
+        let held = own_index.map_or(0, |index| common_elements(&from[index], region));
         (region.element_count() - held) * dtype.bytes()
     };
-    to.iter().zip(own).map(held).collect()
+    to.iter().zip(own_index).map(bytes).collect()
 }
 
-fn shared(a: &Region, b: &Region) -> usize {
+fn common_elements(a: &Region, b: &Region) -> usize {
     a.intersect(b).map_or(0, |r| r.element_count())
 }
 
 impl BoxingStep {
-    /// Shape of the shard that the device at this index of `from.placement` has before.
+    /// Shape of the input shard of the device at this index of `from.placement`.
     pub fn input_shape(&self, index: usize) -> Vec<usize> {
         self.from.region(&self.shape, index).size
     }
 
-    /// Shape of the shard that the device at this index of `to.placement` has after.
+    /// Shape of the output shard of the device at this index of `to.placement`.
     pub fn output_shape(&self, index: usize) -> Vec<usize> {
         self.to.region(&self.shape, index).size
     }
 
-    /// What the device at this index of `to.placement` does. In a transfer, devices that are only in `from.placement` do
-    /// nothing but hold still while others read.
+    /// The work of the device at this index of `to.placement`. In a transfer, devices that are only in `from.placement`
+    /// do nothing, but must not change their shard while others read it.
     pub fn local(&self, index: usize) -> LocalStep {
         match self.kind {
             StepKind::Transfer => LocalStep::Pull(self.pulls().swap_remove(index)),
@@ -228,10 +229,10 @@ impl BoxingStep {
 
     fn pad(&self, index: usize, op: ReduceOp) -> LocalStep {
         let (before, after) = (self.from.region(&self.shape, index), self.to.region(&self.shape, index));
-        // Copies may not be summed twice: only coordinate 0 of an axis that held copies keeps its own.
+        // A sum must not count copies twice: along an axis with copies, only coordinate 0 keeps its copy.
         let coords = self.from.placement.coords(index);
-        let held_copies = |&axis: &usize| self.from.sbp.0[axis] == Sbp::Broadcast && coords[axis] > 0;
-        let is_term = op == ReduceOp::Max || !self.axes.iter().any(held_copies);
+        let is_extra_copy = |&axis: &usize| self.from.sbp.0[axis] == Sbp::Broadcast && coords[axis] > 0;
+        let is_term = op == ReduceOp::Max || !self.axes.iter().any(is_extra_copy);
         if is_term && before == after {
             return LocalStep::Keep;
         }
@@ -248,7 +249,7 @@ impl BoxingStep {
         let mut groups = placement.group_indices(&self.axes);
         let position = groups.iter().position(|g| g.contains(&index)).unwrap_or(0);
         let group = groups.swap_remove(position);
-        // The tensor that a group shares is what the other axes leave of the whole.
+        // The other axes determine the part of the whole tensor that a group shares.
         let mut others = self.from.sbp.clone();
         self.axes.iter().for_each(|&a| others.0[a] = Sbp::Broadcast);
         let outer = local_region(&self.shape, &others, placement, index);
@@ -266,21 +267,22 @@ impl BoxingStep {
         GroupCall { ranks: group.iter().map(|&i| placement.devices()[i]).collect(), member, kind }
     }
 
-    /// For each target device, by index: its boxes. Where several devices hold one, the target itself gives it, then the
-    /// device at the target's own coordinates, then whoever has given least so far.
+    /// The boxes that each target device pulls, by index. If several devices hold a box, the source is the target
+    /// itself, else the device at the target's coordinates, else the device from which the fewest elements are pulled
+    /// so far.
     fn pulls(&self) -> Vec<Vec<Pull>> {
         let (source, target) = (&self.from.placement, &self.to.placement);
         let same_axes = source.axes().iter().map(|a| a.size).eq(target.axes().iter().map(|a| a.size));
-        // Source regions are equal or share nothing, so each distinct one has a list of holders.
+        // Source regions are either equal or disjoint, so each distinct region has a list of holders.
         let mut holders: Vec<(Region, Vec<usize>)> = Vec::new();
         for index in 0..source.device_count() {
             let region = self.from.region(&self.shape, index);
             match holders.iter_mut().find(|h| h.0 == region) {
-                Some(holder) => holder.1.push(index),
+                Some((_, indices)) => indices.push(index),
                 None => holders.push((region, vec![index])),
             }
         }
-        let mut given = vec![0; source.device_count()];
+        let mut pulled = vec![0; source.device_count()];
         let mut all = Vec::new();
         for (index, &device) in target.devices().iter().enumerate() {
             let region = self.to.region(&self.shape, index);
@@ -288,23 +290,23 @@ impl BoxingStep {
             for (held, indices) in &holders {
                 let Some(common) = held.intersect(&region) else { continue };
                 let own = source.index_of(device).filter(|i| indices.contains(i));
-                let alike = Some(index).filter(|i| same_axes && indices.contains(i));
-                let least = indices.iter().copied().min_by_key(|&i| (given[i], i));
-                let Some(giver) = own.or(alike).or(least) else { continue };
+                let same_coords = Some(index).filter(|i| same_axes && indices.contains(i));
+                let least = indices.iter().copied().min_by_key(|&i| (pulled[i], i));
+                let Some(holder) = own.or(same_coords).or(least) else { continue };
                 if own.is_none() {
-                    given[giver] += common.element_count();
+                    pulled[holder] += common.element_count();
                 }
                 let (src, dst) = (common.relative_to(held), common.relative_to(&region));
-                pulls.push(Pull { from_device: source.devices()[giver], src, dst });
+                pulls.push(Pull { from_device: source.devices()[holder], src, dst });
             }
             all.push(pulls);
         }
         all
     }
 
-    /// Checks that groups hold all that their members are to get; a step that fails is a bug of the planner.
+    /// Asserts that each group holds all elements that its members receive; a failure is a planner bug.
     #[cfg(test)]
-    pub(super) fn assert_closed(&self) {
+    pub(super) fn assert_groups_suffice(&self) {
         if let StepKind::Transfer | StepKind::AllReduce(_) = self.kind {
             return;
         }
@@ -316,14 +318,14 @@ impl BoxingStep {
                 for &i in &group {
                     let region = self.from.region(&self.shape, i);
                     if !seen.contains(&region) {
-                        found += shared(&region, &after);
+                        found += common_elements(&region, &after);
                         seen.push(region);
                     }
                 }
                 let within = self.kind != StepKind::Slice
                     || crate::sbp::region::contains(&self.from.region(&self.shape, index), &after);
                 let whole = matches!(self.kind, StepKind::Pad(_)) || found == after.element_count();
-                assert!(within && whole, "{self}: device {index} cannot get {after:?}");
+                assert!(within && whole, "{self}: the group of device {index} does not hold {after:?}");
             }
         }
     }

@@ -1,31 +1,32 @@
-//! Boxing costs between all layouts of one tensor on one placement: what [`super::plan`] would say, for many pairs at once.
+//! Boxing costs between all layouts of one tensor on one placement: the costs of [`super::plan`] for many pairs at
+//! once.
 
 use std::collections::HashMap;
 
 use shardflow_kernels::collective::ReduceOp;
 use shardflow_kernels::tensor::DType;
 
-use super::{CostModel, Space};
+use super::{CostModel, SearchSpace};
 use crate::placement::Placement;
 use crate::sbp::{NdSbp, PlacedLayout, Sbp};
 
-/// Costs of one tensor's changes of layout within a placement.
+/// Costs of one tensor's layout changes within a placement.
 #[derive(Debug)]
 pub struct CostTable {
     ids: HashMap<NdSbp, usize>,
-    /// Seconds of the one step between two layouts; infinite where no step does it.
+    /// Seconds of a single step between two layouts; infinity if no step makes the change.
     steps: Vec<Vec<f64>>,
-    /// For a source that was asked for: seconds of the cheapest path to each layout.
+    /// By source, computed on first use: seconds of the cheapest path to each layout.
     paths: Vec<Option<Vec<f64>>>,
 }
 
 impl CostTable {
-    /// The table for a tensor of this shape.
+    /// Builds the table for a tensor of this shape.
     pub fn new(shape: &[usize], dtype: DType, placement: &Placement, model: &CostModel) -> Self {
         let sbp = NdSbp::broadcast(placement.axes().len());
-        let any = PlacedLayout { placement: placement.clone(), sbp };
-        let layouts = if dtype == DType::I32 { unreduced_layouts } else { all_layouts };
-        let space = Space::new(shape, dtype, &any, &any, model, layouts);
+        let end = PlacedLayout { placement: placement.clone(), sbp };
+        let layouts = if dtype == DType::I32 { layouts_without_partial } else { all_layouts };
+        let space = SearchSpace::new(shape, dtype, &end, &end, model, layouts);
         let count = space.states.len();
         let step = |from, to| match from == to {
             true => 0.0,
@@ -38,7 +39,7 @@ impl CostTable {
         }
     }
 
-    /// What [`super::plan`] would cost from one layout to the other; infinite where it would fail.
+    /// The cost of [`super::plan`] between two layouts; infinity if it would fail.
     pub fn seconds(&mut self, from: &NdSbp, to: &NdSbp) -> f64 {
         let (Some(&from), Some(&to)) = (self.ids.get(from), self.ids.get(to)) else { return f64::INFINITY };
         let steps = &self.steps;
@@ -53,19 +54,20 @@ fn cheapest_from(steps: &[Vec<f64>], source: usize) -> Vec<f64> {
     best[source] = 0.0;
     while let Some(position) = (0..open.len()).min_by(|&a, &b| best[open[a]].total_cmp(&best[open[b]])) {
         let state = open.swap_remove(position);
-        let so_far = best[state];
-        best.iter_mut().zip(&steps[state]).for_each(|(to, seconds)| *to = to.min(so_far + seconds));
+        let cost = best[state];
+        best.iter_mut().zip(&steps[state]).for_each(|(to, seconds)| *to = to.min(cost + seconds));
     }
     best
 }
 
-/// Every layout of a tensor of this shape.
+/// All layouts of a tensor of this shape.
 pub(super) fn all_layouts(shape: &[usize], placement: &Placement, _: &[&NdSbp]) -> Vec<NdSbp> {
     let partial = [Sbp::Partial(ReduceOp::Sum), Sbp::Partial(ReduceOp::Max)];
     combinations(shape, placement, &partial)
 }
 
-fn unreduced_layouts(shape: &[usize], placement: &Placement, _: &[&NdSbp]) -> Vec<NdSbp> {
+/// All layouts without `Partial`.
+fn layouts_without_partial(shape: &[usize], placement: &Placement, _: &[&NdSbp]) -> Vec<NdSbp> {
     combinations(shape, placement, &[])
 }
 

@@ -1,4 +1,4 @@
-//! Boxing: every pair of layouts moves exactly, counts what it predicts, and is planned at the least cost.
+//! Tests of boxing: every layout change is exact, moves the predicted bytes, and has the least cost.
 
 mod engine;
 
@@ -45,23 +45,23 @@ fn matrix(shape: &[usize]) -> HostTensor {
     HostTensor::f32(shape, (0..count).map(|i| (i * 7 % 31) as f32 - 11.0).collect())
 }
 
-/// Runs a pair and holds it against the whole tensor.
+/// Runs a layout change and compares the result with the whole tensor and the bytes with the prediction.
 fn check_exact(shape: &[usize], from: &PlacedLayout, to: &PlacedLayout) {
     let plan = plan(shape, DType::F32, from, to, &CostModel::default()).unwrap();
     let whole = matrix(shape);
     let shards = scatter_random_terms(&whole, &from.sbp, &from.placement, 5).unwrap();
-    plan.steps.iter().for_each(BoxingStep::assert_closed);
-    let done = interpret(&plan, &shards);
-    let gathered = gather(&done.shards, shape, &to.sbp, &to.placement);
+    plan.steps.iter().for_each(BoxingStep::assert_groups_suffice);
+    let run = interpret(&plan, &shards);
+    let gathered = gather(&run.shards, shape, &to.sbp, &to.placement);
     let gathered = gathered.unwrap_or_else(|e| panic!("{from} -> {to} by {plan}: {e}"));
     assert!(same_bits(&gathered, &whole), "{from} -> {to} by {plan}");
-    assert_eq!(done.bytes_received, plan.bytes_received, "{from} -> {to} by {plan}");
+    assert_eq!(run.bytes_received, plan.bytes_received, "{from} -> {to} by {plan}");
 }
 
 #[test]
-fn every_pair_on_lines_is_exact_and_counted() {
+fn every_layout_change_on_one_axis_is_exact() {
     for (n, m) in (1..=4).flat_map(|n| (1..=4).map(move |m| (n, m))) {
-        // The same (when n = m), overlapping and disjoint.
+        // The same placement (if n = m), overlapping and disjoint ones.
         for first in [0, 1, n] {
             let (source, target) = (line(0, n), line(first, m));
             for shape in [[5, 7], [3, 2]] {
@@ -74,9 +74,9 @@ fn every_pair_on_lines_is_exact_and_counted() {
 }
 
 #[test]
-fn every_pair_on_grids_is_exact_and_counted() {
+fn every_layout_change_on_two_axes_is_exact() {
     let source = grid(0, 2, 2);
-    // The same, across with more devices that overlap, across and disjoint.
+    // The same placement, a larger one that overlaps, and a disjoint one.
     for target in [grid(0, 2, 2), grid(2, 2, 3), grid(4, 2, 2)] {
         for shape in [[5, 7], [3, 2]] {
             for from in layouts(&source) {
@@ -87,7 +87,7 @@ fn every_pair_on_grids_is_exact_and_counted() {
 }
 
 #[test]
-fn other_ranks_and_meshes_are_exact() {
+fn layout_changes_with_other_ranks_and_meshes_are_exact() {
     let cube = Placement::of((0..8).collect(), &[("a", 2), ("b", 2), ("c", 2)]).unwrap();
     let texts = ["S0,S0,S0", "S0,P,S0", "B,S1,S1", "P,P,P", "S1,S0,B", "B,B,B", "P,S0,B", "Pmax,S1,Pmax"];
     for (from, to) in texts.iter().flat_map(|a| texts.map(|b| (*a, b))) {
@@ -109,34 +109,34 @@ fn other_ranks_and_meshes_are_exact() {
 }
 
 #[test]
-fn integers_move_but_are_not_summed() {
+fn integers_are_moved_but_not_reduced() {
     let place = grid(0, 2, 2);
     let ids = HostTensor::i32(&[5], vec![1, -2, i32::MAX, i32::MIN, 16_777_217]);
     let (from, to) = (layout(&place, "S0,S0"), layout(&place, "B,S0"));
     let plan_of = |from, to| plan(&[5], DType::I32, from, to, &CostModel::default());
     let shards = crate::sbp::scatter(&ids, &from.sbp, &place).unwrap();
-    let done = interpret(&plan_of(&from, &to).unwrap(), &shards);
-    assert_eq!(gather(&done.shards, &[5], &to.sbp, &place).unwrap(), ids);
+    let run = interpret(&plan_of(&from, &to).unwrap(), &shards);
+    assert_eq!(gather(&run.shards, &[5], &to.sbp, &place).unwrap(), ids);
     let error = plan_of(&from, &layout(&place, "P,B")).unwrap_err().to_string();
-    assert!(error.contains("integers cannot be partial"), "{error}");
+    assert!(error.contains("integer tensors cannot be partial"), "{error}");
 }
 
 #[test]
-fn pure_moves_keep_every_bit() {
+fn layout_changes_without_reductions_keep_every_bit() {
     let place = grid(0, 2, 2);
-    let odd = [f32::from_bits(0x7fc0_1234), -0.0, f32::INFINITY, f32::MIN_POSITIVE / 2.0, f32::NEG_INFINITY, 1.0];
-    let whole = HostTensor::f32(&[3, 2], odd.to_vec());
-    let moves: Vec<PlacedLayout> = layouts(&place).into_iter().filter(|l| l.sbp.partial().is_none()).collect();
-    for (from, to) in moves.iter().flat_map(|a| moves.iter().map(move |b| (a, b))) {
+    let special = [f32::from_bits(0x7fc0_1234), -0.0, f32::INFINITY, f32::MIN_POSITIVE / 2.0, f32::NEG_INFINITY, 1.0];
+    let whole = HostTensor::f32(&[3, 2], special.to_vec());
+    let unreduced: Vec<PlacedLayout> = layouts(&place).into_iter().filter(|l| l.sbp.partial().is_none()).collect();
+    for (from, to) in unreduced.iter().flat_map(|a| unreduced.iter().map(move |b| (a, b))) {
         let plan = plan(&[3, 2], DType::F32, from, to, &CostModel::default()).unwrap();
-        let done = interpret(&plan, &crate::sbp::scatter(&whole, &from.sbp, &place).unwrap());
-        assert!(same_bits(&gather(&done.shards, &[3, 2], &to.sbp, &place).unwrap(), &whole), "{plan}");
+        let run = interpret(&plan, &crate::sbp::scatter(&whole, &from.sbp, &place).unwrap());
+        assert!(same_bits(&gather(&run.shards, &[3, 2], &to.sbp, &place).unwrap(), &whole), "{plan}");
     }
 }
 
-/// Least cost over all simple paths of at most this many steps, by depth-first search that gives up a path once it costs
-/// more than the best.
-fn exhaustive(space: &Space<'_>, path: &mut Vec<usize>, steps: usize, cost: f64, best: &mut f64) {
+/// The least cost over all simple paths with at most `steps` steps, by depth-first search. A path is abandoned once it
+/// costs more than the best one.
+fn exhaustive(space: &SearchSpace<'_>, path: &mut Vec<usize>, steps: usize, cost: f64, best: &mut f64) {
     let last = path[path.len() - 1];
     if last == space.target {
         *best = best.min(cost);
@@ -155,23 +155,23 @@ fn exhaustive(space: &Space<'_>, path: &mut Vec<usize>, steps: usize, cost: f64,
     }
 }
 
-/// `all_layouts` has also those that `layouts_between` leaves out.
+/// `all_layouts` includes the layouts that `layouts_between` omits.
 fn check_least(shape: &[usize], from: &PlacedLayout, to: &PlacedLayout, model: &CostModel, steps: usize) {
     let planned = plan(shape, DType::F32, from, to, model).unwrap();
-    let space = Space::new(shape, DType::F32, from, to, model, all_layouts);
-    // An own bound only so that the search ends: twice what the planner found, not what it found.
+    let space = SearchSpace::new(shape, DType::F32, from, to, model, all_layouts);
+    // The bound makes the search terminate. It is twice the planner's cost, so it does not hide a worse result.
     let mut least = planned.cost_seconds * 2.0;
     exhaustive(&space, &mut vec![space.source], steps, 0.0, &mut least);
     assert!((planned.cost_seconds - least).abs() <= 1e-9 * least, "{from} -> {to}: {planned}, least {least}");
 }
 
-/// Bandwidth counts for more here than latency, so that longer paths win.
+/// Bandwidth dominates latency, so longer paths win.
 const BANDWIDTH_BOUND: CostModel = CostModel {
     within: LinkCost { alpha_seconds: 1.0, seconds_per_byte: 1.0 },
     across: LinkCost { alpha_seconds: 2.0, seconds_per_byte: 3.0 },
 };
 
-/// Latencies are high, but not so high that one step is always best.
+/// Latency matters, but a single step is not always best.
 const LATENCY_MATTERS: CostModel = CostModel {
     within: LinkCost { alpha_seconds: 140.0, seconds_per_byte: 1.0 },
     across: LinkCost { alpha_seconds: 20.0, seconds_per_byte: 3.0 },
@@ -197,15 +197,16 @@ fn no_short_path_on_a_grid_costs_less_than_the_plan() {
 }
 
 #[test]
-fn the_table_says_what_the_planner_says() {
+fn the_cost_table_equals_the_planner() {
     let place = grid(0, 2, 3);
     for (shape, dtype) in [([5, 7], DType::F32), ([1, 2], DType::F32), ([5, 7], DType::I32)] {
         let mut table = CostTable::new(&shape, dtype, &place, &BANDWIDTH_BOUND);
         for (from, to) in layouts(&place).iter().flat_map(|a| layouts(&place).into_iter().map(move |b| (a.clone(), b)))
         {
             let planned = plan(&shape, dtype, &from, &to, &BANDWIDTH_BOUND).map_or(f64::INFINITY, |p| p.cost_seconds);
-            let said = table.seconds(&from.sbp, &to.sbp);
-            assert!(said == planned || (said - planned).abs() < 1e-9 * planned, "{from} -> {to}: {said}, {planned}");
+            let seconds = table.seconds(&from.sbp, &to.sbp);
+            let equal = seconds == planned || (seconds - planned).abs() < 1e-9 * planned;
+            assert!(equal, "{from} -> {to}: {seconds}, {planned}");
         }
     }
 }
@@ -217,7 +218,7 @@ fn check(shape: &[usize], from: &PlacedLayout, to: &PlacedLayout, expected: Expe
 }
 
 #[test]
-fn known_changes_take_the_known_steps() {
+fn common_layout_changes_use_the_expected_collectives() {
     let (pair, place) = (line(0, 2), grid(0, 2, 2));
     let on = |text| layout(&place, text);
     check(&[64, 64], &layout(&pair, "P"), &layout(&pair, "B"), expect!["all-reduce over x: (P) -> (B), 16384 bytes"]);
@@ -240,9 +241,10 @@ fn known_changes_take_the_known_steps() {
     check(&[64, 64], &on("B,B"), &on("B,B"), expect![""]);
 }
 
-/// Narayanan et al. 2021, section 4.1, <https://arxiv.org/abs/2104.04473>: what all devices of a stage hold is sent once.
+/// Narayanan et al. 2021, section 4.1, <https://arxiv.org/abs/2104.04473>: a replicated tensor is sent to the next
+/// stage once.
 #[test]
-fn copies_cross_placements_once() {
+fn a_replicated_tensor_crosses_placements_once() {
     let (from, to) = (layout(&line(0, 4), "B"), layout(&line(4, 4), "B"));
     check(
         &[1024, 1024],
@@ -256,30 +258,30 @@ fn copies_cross_placements_once() {
 }
 
 #[test]
-fn copies_are_pulled_from_all_who_hold_them() {
+fn pulls_are_spread_over_all_holders_of_a_copy() {
     let (from, to) = (layout(&line(0, 2), "B"), layout(&line(2, 4), "S0"));
     let plan = plan(&[8], DType::F32, &from, &to, &CostModel::default()).unwrap();
-    let givers: Vec<usize> = (0..4)
+    let sources: Vec<usize> = (0..4)
         .map(|index| match plan.steps[0].local(index) {
             LocalStep::Pull(pulls) => pulls[0].from_device,
             other => panic!("{other:?}"),
         })
         .collect();
-    assert_eq!(givers, [0, 1, 0, 1]);
+    assert_eq!(sources, [0, 1, 0, 1]);
 }
 
 fn placements() -> impl Strategy<Value = Placement> {
     (0..5_usize, prop::collection::vec(1..4_usize, 0..4)).prop_map(|(first, sizes)| {
         let names = ["a", "b", "c"];
         let axes: Vec<(&str, usize)> = names.into_iter().zip(sizes.iter().copied()).collect();
-        // Ranks out of order, so that index and rank are not confused.
+        // Ranks in reverse, so that index and rank differ.
         let devices = (first..first + sizes.iter().product::<usize>()).rev().collect();
         Placement::of(devices, &axes).unwrap()
     })
 }
 
-/// A layout on this placement, drawn from numbers; `Partial` everywhere under one reduction.
-fn drawn(placement: &Placement, rank: usize, draws: &[usize], max: bool) -> PlacedLayout {
+/// Maps random numbers to a layout on this placement; all `Partial` entries have the same reduction.
+fn layout_from_draws(placement: &Placement, rank: usize, draws: &[usize], max: bool) -> PlacedLayout {
     let op = if max { ReduceOp::Max } else { ReduceOp::Sum };
     let entry = |&draw: &usize| match draw % (rank + 2) {
         0 => Sbp::Broadcast,
@@ -293,14 +295,15 @@ fn drawn(placement: &Placement, rank: usize, draws: &[usize], max: bool) -> Plac
 proptest! {
     #![proptest_config(ProptestConfig { cases: 400, failure_persistence: None, ..ProptestConfig::default() })]
     #[test]
-    fn any_pair_is_exact_and_counted(
+    fn random_layout_changes_are_exact(
         (source, target, same) in (placements(), placements(), any::<bool>()),
         shape in prop::collection::vec(0..6_usize, 0..4),
         (from, to) in (prop::array::uniform3(0..60_usize), prop::array::uniform3(0..60_usize)),
         max in any::<[bool; 2]>(),
     ) {
         let target = if same { source.clone() } else { target };
-        let (from, to) = (drawn(&source, shape.len(), &from, max[0]), drawn(&target, shape.len(), &to, max[1]));
+        let from = layout_from_draws(&source, shape.len(), &from, max[0]);
+        let to = layout_from_draws(&target, shape.len(), &to, max[1]);
         check_exact(&shape, &from, &to);
     }
 }

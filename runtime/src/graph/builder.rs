@@ -1,4 +1,4 @@
-//! The methods by which a user writes a [`Graph`]. None fails: errors are recorded with the caller's line.
+//! The methods that add to a [`Graph`]. None fails: errors are recorded with the caller's source line.
 
 use std::panic::Location;
 use std::sync::{Arc, OnceLock};
@@ -8,16 +8,17 @@ use shardflow_kernels::tensor::DType;
 
 use super::{
     AdamW, Combine, CustomOp, DIMS_MAX, Graph, GraphError, GraphId, Node, NodeId, NodeOp, Objective, Output, Phase,
-    Rate, TensorInfo, Var, foreign, ops,
+    Rate, TensorInfo, Var, foreign_tensor_message, ops,
 };
 use crate::init::Init;
 use crate::layout_error::LayoutError;
 use crate::placement::{Mesh, Placement};
 use crate::sbp::rule::{Rule, plausible_shapes};
 use crate::sbp::{NdSbp, Sbp};
+use crate::text::counted;
 
-/// A layout in user words: for some mesh axes, what happens to the tensor along them; along all others it is
-/// broadcast. `Layout::split("data", 0).and_split("tensor", 2)`.
+/// A layout as the user writes it: the mesh axes over which dims are split; along all other axes the tensor is
+/// broadcast. Example: `Layout::split("data", 0).and_split("tensor", 2)`.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Layout(Vec<(String, Sbp)>);
 
@@ -27,12 +28,12 @@ impl Layout {
         Self::default()
     }
 
-    /// Split along a dim over a mesh axis, broadcast along the other axes.
+    /// Splits a dim over a mesh axis; along the other axes the tensor is broadcast.
     pub fn split(axis: &str, dim: usize) -> Self {
         Self::broadcast().and_split(axis, dim)
     }
 
-    /// Also split along a dim over another mesh axis.
+    /// Also splits a dim over another mesh axis.
     pub fn and_split(mut self, axis: &str, dim: usize) -> Self {
         self.0.push((axis.to_string(), Sbp::Split(dim)));
         self
@@ -40,7 +41,7 @@ impl Layout {
 }
 
 impl Graph {
-    /// An empty program for this mesh. Nodes are placed on the whole mesh until [`Graph::place`] says otherwise.
+    /// An empty program for this mesh. Nodes are placed on the whole mesh until [`Graph::place`] is called.
     #[track_caller]
     pub fn new(mesh: &Mesh) -> Self {
         Self {
@@ -53,16 +54,16 @@ impl Graph {
             vars: Vec::new(),
             outputs: Vec::new(),
             errors: Vec::new(),
-            misread: OnceLock::new(),
+            foreign_query: OnceLock::new(),
             objective: None,
-            current: 0,
+            current_placement: 0,
             phase: Phase::Forward,
             origin: None,
         }
     }
 
-    /// Builds a layer of several nodes: what goes wrong inside is told with `location`, the line of whoever asked for the
-    /// layer. The outermost layer's line counts.
+    /// Builds a layer of several nodes. Errors inside it are reported at `location`, the source line that calls the
+    /// layer; for nested layers, that of the outermost one.
     pub fn layer<T>(&mut self, location: &'static Location<'static>, build: impl FnOnce(&mut Self) -> T) -> T {
         let outer = self.origin;
         self.origin = Some(outer.unwrap_or(location));
@@ -71,24 +72,24 @@ impl Graph {
         out
     }
 
-    /// Places the nodes that follow, on devices of the graph's own mesh.
+    /// Places the nodes that follow; the devices must belong to the graph's mesh.
     #[track_caller]
     pub fn place(&mut self, placement: Placement) {
         let count = self.mesh.device_count();
         if let Some(device) = placement.devices().iter().find(|device| **device >= count) {
+            let (mesh, devices) = (&self.mesh, counted(count, "device"));
             let message = format!(
-                "there is no device {device} in mesh {}, which has {count}; place on a part of the graph's own mesh",
-                self.mesh
+                "device {device} is not in mesh {mesh}, which has {devices}; use a placement of the graph's own mesh"
             );
             return self.error("placement", message, Location::caller());
         }
-        self.current = self.placements.iter().position(|p| *p == placement).unwrap_or_else(|| {
+        self.current_placement = self.placements.iter().position(|p| *p == placement).unwrap_or_else(|| {
             self.placements.push(placement);
             self.placements.len() - 1
         });
     }
 
-    /// Places the nodes that follow on the devices at `index` of the mesh axis `axis`.
+    /// Places the nodes that follow on the devices at coordinate `index` of the mesh axis `axis`.
     #[track_caller]
     pub fn place_at(&mut self, axis: &str, index: usize) {
         match self.mesh.at(axis, index) {
@@ -97,15 +98,15 @@ impl Graph {
         }
     }
 
-    /// A tensor that the host feeds. Its first dim is the batch: a session's `step` takes the whole of it, and
-    /// micro-batches are parts of it.
+    /// A tensor that the host feeds. Its first dim is the batch: `Session::step` takes the whole batch, which is
+    /// divided into micro-batches.
     #[track_caller]
     pub fn input(&mut self, name: &str, shape: &[usize], dtype: DType, layout: Layout) -> Var {
-        self.fed(name, shape, dtype, Rate::MicroBatch, (layout, Sbp::Split(0)), Location::caller())
+        self.add_input(name, shape, dtype, Rate::MicroBatch, (layout, Sbp::Split(0)), Location::caller())
     }
 
-    /// As [`Graph::input`], for a tensor whose batch is another dim than the first: `[time, batch, features]`, say. Inputs
-    /// may have batches of different sizes, along different dims.
+    /// [`Graph::input`] for a tensor whose batch is not the first dim, such as `[time, batch, features]`. Inputs may
+    /// have batches of different sizes along different dims.
     #[track_caller]
     pub fn input_with_batch_dim(
         &mut self,
@@ -121,16 +122,16 @@ impl Graph {
             self.error(name, message, location);
             return self.poison(shape);
         }
-        self.fed(name, shape, dtype, Rate::MicroBatch, (layout, Sbp::Split(batch_dim)), location)
+        self.add_input(name, shape, dtype, Rate::MicroBatch, (layout, Sbp::Split(batch_dim)), location)
     }
 
-    /// A tensor that the host feeds once a step, without micro-batches.
+    /// A tensor that the host feeds once per step; it is not divided into micro-batches.
     #[track_caller]
     pub fn step_input(&mut self, name: &str, shape: &[usize], dtype: DType) -> Var {
-        self.fed(name, shape, dtype, Rate::Step, (Layout::broadcast(), Sbp::Broadcast), Location::caller())
+        self.add_input(name, shape, dtype, Rate::Step, (Layout::broadcast(), Sbp::Broadcast), Location::caller())
     }
 
-    /// A trained tensor. Names are unique; they are those of the checkpoint.
+    /// A trainable tensor. Names are unique; checkpoints use them.
     #[track_caller]
     pub fn parameter(&mut self, name: &str, shape: &[usize], init: Init, layout: Layout) -> Var {
         let location = Location::caller();
@@ -143,51 +144,54 @@ impl Graph {
         }
         let duplicate = |n: &Node| matches!(n.op, NodeOp::Parameter { .. }) && n.name == name;
         if self.nodes.iter().any(duplicate) {
-            let message = "a parameter of this name is there already; give each its own name".to_string();
+            let message = "a parameter with this name already exists; give each parameter a unique name".to_string();
             self.error(name, message, location);
         }
         if name.starts_with(STATE_PREFIX) {
-            let message = format!("names that begin with `{STATE_PREFIX}` are the optimizer's; choose another");
+            let message = format!(
+                "names that start with `{STATE_PREFIX}` are reserved for the optimizer's state; choose another"
+            );
             self.error(name, message, location);
         }
         if name == FILE_METADATA {
-            self.error(name, "files use this name for their metadata; choose another".to_string(), location);
+            let message = "this name is reserved for the metadata of checkpoint files; choose another".to_string();
+            self.error(name, message, location);
         }
         self.source(name, NodeOp::Parameter { init }, shape, DType::F32, Rate::Step, layout, location)
     }
 
-    /// Saves a parameter under another shape of as many elements: `[heads * head_dim, width]`, say, for a tensor that the
-    /// program sees as `[heads, head_dim, width]`.
+    /// Sets the shape of a parameter in checkpoints, with the same number of elements: for example
+    /// `[heads * head_dim, width]` for a tensor that the program uses as `[heads, head_dim, width]`.
     #[track_caller]
     pub fn saved_as(&mut self, parameter: Var, shape: &[usize]) {
-        let [parameter] = self.own("saved_as", [parameter], Location::caller());
+        let [parameter] = self.check_args("saved_as", [parameter], Location::caller());
         let own = self.shape(parameter).to_vec();
         let count = |shape: &[usize]| shape.iter().try_fold(1usize, |count, extent| count.checked_mul(*extent));
         if count(&own) != count(shape) && !self.is_poisoned(&[parameter]) {
-            let message = format!("shape {own:?} cannot be saved as {shape:?}: the numbers of elements differ");
+            let message = format!("shape {own:?} cannot be saved as {shape:?}: the number of elements differs");
             self.error("saved_as", message, Location::caller());
         }
         if !matches!(self.producer(parameter).op, NodeOp::Parameter { .. }) && !self.is_poisoned(&[parameter]) {
-            let message = format!("{} is not a parameter, so it is not saved", self.tensor(parameter).name);
+            let message = format!("{} is not a parameter; only parameters are saved", self.tensor(parameter).name);
             self.error("saved_as", message, Location::caller());
         }
         self.tensors[parameter.index()].saved_shape = Some(shape.to_vec());
     }
 
-    /// Rows of `table [v, c]` by `ids [..]`: `[.., c]`.
+    /// Looks up the rows `ids [..]` of `table [v, c]`: `[.., c]`.
     #[track_caller]
     pub fn embedding(&mut self, ids: Var, table: Var) -> Var {
         let location = Location::caller();
-        let [ids, table] = self.own("embedding", [ids, table], location);
+        let [ids, table] = self.check_args("embedding", [ids, table], location);
         let vocab = self.shape(table).first().copied().unwrap_or(0);
         self.kernel("embedding", Op::Embedding { vocab_start: 0, vocab }, &[ids, table], location)[0]
     }
 
-    /// `a + b`, b's shape being a suffix of a's.
+    /// `a + b`; the shape of `b` must be a suffix of the shape of `a`.
     #[track_caller]
     pub fn add(&mut self, a: Var, b: Var) -> Var {
         let location = Location::caller();
-        let [a, b] = self.own("add", [a, b], location);
+        let [a, b] = self.check_args("add", [a, b], location);
         let (shape_a, shape_b) = (self.shape(a).to_vec(), self.shape(b).to_vec());
         if !shape_a.ends_with(&shape_b) && !self.is_poisoned(&[a, b]) {
             let message =
@@ -198,11 +202,11 @@ impl Graph {
         self.kernel("add", Op::Add, &[a, b], location)[0]
     }
 
-    /// A product over named indices, such as `"btc,hdc->bthd"`; see [`Einsum`] for what is allowed.
+    /// A product over named indices, such as `"btc,hdc->bthd"`; [`Einsum`] states which specs are allowed.
     #[track_caller]
     pub fn einsum(&mut self, spec: &str, a: Var, b: Var) -> Var {
         let location = Location::caller();
-        let [a, b] = self.own("einsum", [a, b], location);
+        let [a, b] = self.check_args("einsum", [a, b], location);
         match Einsum::parse(spec) {
             Ok(e) => self.kernel("einsum", Op::Einsum(e), &[a, b], location)[0],
             Err(e) => {
@@ -221,14 +225,14 @@ impl Graph {
         if !(eps >= 0.0 && eps.is_finite()) {
             self.error("layer_norm", format!("eps is {eps}: it must be finite and not negative"), location);
         }
-        let args = self.own("layer_norm", [x, weight], location);
+        let args = self.check_args("layer_norm", [x, weight], location);
         self.kernel("layer_norm", Op::LayerNorm { eps }, &args, location)[0]
     }
 
     /// Exact (erf) GELU.
     #[track_caller]
     pub fn gelu(&mut self, x: Var) -> Var {
-        let args = self.own("gelu", [x], Location::caller());
+        let args = self.check_args("gelu", [x], Location::caller());
         self.kernel("gelu", Op::Gelu, &args, Location::caller())[0]
     }
 
@@ -239,7 +243,7 @@ impl Graph {
         if !factor.is_finite() {
             self.error("scale", format!("the factor is {factor}: it must be finite"), location);
         }
-        let args = self.own("scale", [x], location);
+        let args = self.check_args("scale", [x], location);
         self.kernel("scale", Op::Scale { factor }, &args, location)[0]
     }
 
@@ -247,34 +251,34 @@ impl Graph {
     #[track_caller]
     pub fn attention(&mut self, q: Var, k: Var, v: Var) -> Var {
         let location = Location::caller();
-        let args = self.own("attention", [q, k, v], location);
+        let args = self.check_args("attention", [q, k, v], location);
         let scale = 1.0 / (*self.shape(args[0]).last().unwrap_or(&1) as f32).sqrt();
         self.kernel("attention", Op::Attention { scale }, &args, location)[0]
     }
 
-    /// Zeroes elements with probability `p` and scales the others up, in training; in evaluation the identity, see
-    /// [`Mode`](crate::passes::mode::Mode). Which elements is a function of the session's seed, the step, `seed` and the
-    /// element's place in the step's whole tensor, whatever the layout, the batch's dim and the number of micro-batches.
-    /// `seed` must differ for each dropout of a model.
+    /// In training, zeroes elements with probability `p` and scales the others up; in evaluation the identity, see
+    /// [`Mode`](crate::passes::mode::Mode). The mask is a function of the session's seed, the step, `seed` and the
+    /// element's index in the step's whole tensor; it does not depend on the layout, the batch dim or the number of
+    /// micro-batches. Each dropout of a model needs a different `seed`.
     #[track_caller]
     pub fn dropout(&mut self, x: Var, p: f32, seed: u64) -> Var {
         let location = Location::caller();
         if !(0.0..1.0).contains(&p) {
             self.error("dropout", format!("p is {p}: it must be at least 0 and below 1"), location);
         }
-        let [x] = self.own("dropout", [x], location);
+        let [x] = self.check_args("dropout", [x], location);
         let rng = self.rng(location);
         let op = Op::Dropout { p, seed, shape: Vec::new(), start: Vec::new(), stride: 0 };
         self.kernel("dropout", op, &[x, rng], location)[0]
     }
 
-    /// Mean over all tokens of a step of the cross-entropy between `logits [.., v]` and `targets [..]` (i32): `[]`.
-    /// The vocabulary may be split.
+    /// The cross-entropy between `logits [.., v]` and `targets [..]` (i32), averaged over all tokens of a step: `[]`.
+    /// The vocabulary dim may be split.
     #[track_caller]
     pub fn cross_entropy(&mut self, logits: Var, targets: Var) -> Var {
         let location = Location::caller();
-        let [logits, targets] = self.own("cross_entropy", [logits, targets], location);
-        // A product past the end is refused at `compile`.
+        let [logits, targets] = self.check_args("cross_entropy", [logits, targets], location);
+        // `compile` refuses an overflow.
         let tokens = self.shape(targets).iter().fold(1usize, |n, extent| n.saturating_mul(*extent));
         let scale = 1.0 / tokens.max(1) as f32;
         let max = self.kernel("row_max", Op::RowMax, &[logits], location)[0];
@@ -284,18 +288,18 @@ impl Graph {
         self.kernel("loss", Op::TokenLoss { scale }, &[max, stats[0], stats[1]], location)[0]
     }
 
-    /// Changes the layout; the value stays.
+    /// Changes the layout, not the value.
     #[track_caller]
     pub fn relayout(&mut self, x: Var, layout: Layout) -> Var {
         let location = Location::caller();
-        let [x] = self.own("relayout", [x], location);
+        let [x] = self.check_args("relayout", [x], location);
         let (shape, dtype, rate) = (self.shape(x).to_vec(), self.tensor(x).dtype, self.tensor(x).rate);
         let out = self.push("relayout", NodeOp::Relayout, &[x], &[(shape, dtype, rate)], location)[0];
         self.tensors[out.index()].layout = self.resolve("relayout", &layout, out, location);
         out
     }
 
-    /// An op from outside.
+    /// Adds a user-defined op.
     #[track_caller]
     pub fn custom(&mut self, op: Arc<dyn CustomOp>, inputs: &[Var]) -> Vec<Var> {
         let (rule, location) = (op.rule(), Location::caller());
@@ -303,7 +307,7 @@ impl Graph {
         let inputs: Vec<Var> = inputs
             .iter()
             .enumerate()
-            .map(|(port, input)| self.own_one(&name, &format!("input {port}"), *input, location))
+            .map(|(port, input)| self.check_arg(&name, &format!("input {port}"), *input, location))
             .collect();
         if let Some(port) = inputs.iter().position(|input| self.tensor(*input).dtype == DType::BF16) {
             let message = format!("input {port} is BF16, but custom ops read F32 or I32; feed it as F32");
@@ -312,18 +316,18 @@ impl Graph {
         self.node_by_rule(&name, NodeOp::Custom(op), rule, &inputs, None, location)
     }
 
-    /// Trains every parameter that `loss`, a scalar, depends on to make it small. There must be one.
+    /// Minimises `loss`, a scalar, by training every parameter that it depends on; there must be at least one.
     #[track_caller]
     pub fn minimize(&mut self, loss: Var, optimizer: AdamW) {
         let location = Location::caller();
         if self.objective.is_some() {
-            let message = "the program minimises a loss already; add the losses and minimise their sum".to_string();
+            let message = "the program already minimises a loss; add the losses and minimise their sum".to_string();
             return self.error("minimize", message, location);
         }
-        if let Some(message) = optimizer.wrong() {
+        if let Some(message) = optimizer.invalid() {
             self.error("minimize", message, location);
         }
-        let [loss] = self.own("minimize", [loss], location);
+        let [loss] = self.check_args("minimize", [loss], location);
         if !self.shape(loss).is_empty() && !self.is_poisoned(&[loss]) {
             let message = format!("the loss has shape {:?}: only a scalar can be minimised", self.shape(loss));
             self.error("minimize", message, location);
@@ -332,31 +336,31 @@ impl Graph {
         self.output_as("loss", loss, None, location);
     }
 
-    /// Lets the host fetch a tensor by this name after each step: its value for the whole batch, for any number of
-    /// micro-batches. The ops' rules decide how the values of micro-batches are combined: parts of the batch are concatenated,
-    /// sums and means over the batch are added, and a value that does not depend on the batch is taken once. Where the rules do
-    /// not determine it, as for a nonlinear function of a sum over the batch, `compile` asks for [`Graph::output_with`]. Names
-    /// are unique; `minimize` gives the loss the name `loss`.
+    /// Makes a tensor available to the host under this name after each step. The value is that of the whole batch, for
+    /// any number of micro-batches. The ops' rules determine how the values of micro-batches are combined: parts of the
+    /// batch are concatenated, sums and means over the batch are added, and a value that does not depend on the batch
+    /// is taken once. Where the rules do not determine it, as for a nonlinear function of a sum over the batch,
+    /// `compile` requires [`Graph::output_with`]. Names are unique; `minimize` names the loss `loss`.
     #[track_caller]
     pub fn output(&mut self, name: &str, tensor: Var) {
         self.output_as(name, tensor, None, Location::caller());
     }
 
-    /// As [`Graph::output`], and states how the values of micro-batches are combined.
+    /// [`Graph::output`] with an explicit way to combine the values of micro-batches.
     #[track_caller]
     pub fn output_with(&mut self, name: &str, tensor: Var, combine: Combine) {
         self.output_as(name, tensor, Some(combine), Location::caller());
     }
 
     fn output_as(&mut self, name: &str, tensor: Var, combine: Option<Combine>, location: &'static Location<'static>) {
-        let [tensor] = self.own("output", [tensor], location);
+        let [tensor] = self.check_args("output", [tensor], location);
         let (shape, dtype) = (self.shape(tensor), self.tensor(tensor).dtype);
         let message = match combine {
             Some(Combine::Concat(dim)) if dim >= shape.len() => {
                 Some(format!("`Combine::Concat({dim})`, but the shape {shape:?} has {} dims", shape.len()))
             }
-            Some(how @ (Combine::Sum | Combine::Max)) if dtype != DType::F32 => {
-                Some(format!("`Combine::{how:?}` combines F32, got {dtype:?}"))
+            Some(combine @ (Combine::Sum | Combine::Max)) if dtype != DType::F32 => {
+                Some(format!("`Combine::{combine:?}` combines F32, got {dtype:?}"))
             }
             _ => None,
         };
@@ -364,18 +368,19 @@ impl Graph {
             self.error(name, message, location);
         }
         if self.outputs.iter().any(|other| other.name == name && other.tensor != tensor) {
-            let message = "another output has this name already; give each its own name".to_string();
+            let message = "another output already has this name; give each output a unique name".to_string();
             return self.error(name, message, location);
         }
         if name == GRAD_SQUARES_OUTPUT {
-            self.error(name, "the session makes an output of this name itself; choose another".to_string(), location);
+            let message = "this name is reserved for an output of the session; choose another".to_string();
+            self.error(name, message, location);
         }
-        self.fetched(name, tensor, combine, location);
+        self.push_output(name, tensor, combine, location);
     }
 
-    // ---- what the methods above and the passes share ----
+    // ---- shared by the methods above and the passes ----
 
-    pub(crate) fn fetched(
+    pub(crate) fn push_output(
         &mut self,
         name: &str,
         tensor: Var,
@@ -386,9 +391,9 @@ impl Graph {
         self.outputs.push(Output { name: name.to_string(), tensor, combine, location });
     }
 
-    /// Adds a user's input. Several inputs of one name are one tensor of the host, fed to several placements; so they must be
-    /// equal.
-    fn fed(
+    /// Adds an input of the user. Inputs that share a name are one tensor of the host, fed to several placements; so
+    /// their properties must be equal.
+    fn add_input(
         &mut self,
         name: &str,
         shape: &[usize],
@@ -399,19 +404,20 @@ impl Graph {
     ) -> Var {
         self.check_shape(name, shape, location);
         if name == RNG_INPUT || name == HYPER_INPUT {
-            self.error(name, "the session feeds an input of this name itself; choose another".to_string(), location);
+            let message = "this name is reserved for an input that the session feeds; choose another".to_string();
+            self.error(name, message, location);
         }
         let others = self.nodes.iter().filter(|n| matches!(n.op, NodeOp::Input) && n.name == name);
-        let unlike = others.map(|n| self.tensor(n.outputs[0])).find(|other| {
+        let different = others.map(|n| self.tensor(n.outputs[0])).find(|other| {
             (&other.shape[..], other.dtype, other.rate, other.loop_sbp) != (shape, dtype, rate, Some(loop_sbp))
         });
-        if let Some(other) = unlike {
+        if let Some(other) = different {
             let batch = |sbp: Option<Sbp>| match sbp {
                 Some(Sbp::Split(dim)) => format!("with the batch as dim {dim}"),
-                _ => "once a step".to_string(),
+                _ => "once per step".to_string(),
             };
             let message = format!(
-                "an input of this name is {:?} {:?} {}, this one {dtype:?} {shape:?} {}; inputs of one name are one tensor of the host",
+                "another input with this name is {:?} {:?} {}, this one {dtype:?} {shape:?} {}; inputs with the same name are one tensor of the host and must be equal",
                 other.dtype,
                 other.shape,
                 batch(other.loop_sbp),
@@ -424,28 +430,36 @@ impl Graph {
         out
     }
 
-    pub(crate) fn error(&mut self, what: &str, message: String, location: &'static Location<'static>) {
+    pub(crate) fn error(&mut self, subject: &str, message: String, location: &'static Location<'static>) {
         let location = self.origin.unwrap_or(location);
-        self.errors.push(GraphError { what: what.to_string(), message, location });
+        self.errors.push(GraphError { subject: subject.to_string(), message, location });
     }
 
     pub(crate) fn is_poisoned(&self, vars: &[Var]) -> bool {
         vars.iter().any(|v| self.tensor(*v).poisoned)
     }
 
-    /// An op's arguments. One of another graph is an error, and replaced by a tensor with as many dims.
-    fn own<const N: usize>(&mut self, what: &str, args: [Var; N], location: &'static Location<'static>) -> [Var; N] {
-        std::array::from_fn(|port| self.own_one(what, &format!("input {port}"), args[port], location))
+    /// Checks the arguments of `op`, see [`Graph::check_arg`].
+    fn check_args<const N: usize>(
+        &mut self,
+        op: &str,
+        args: [Var; N],
+        location: &'static Location<'static>,
+    ) -> [Var; N] {
+        std::array::from_fn(|port| self.check_arg(op, &format!("input {port}"), args[port], location))
     }
 
-    pub(crate) fn own_one(&mut self, what: &str, which: &str, arg: Var, location: &'static Location<'static>) -> Var {
+    /// Returns the argument. A tensor of another graph is an error, and a poisoned tensor with the same number of dims
+    /// replaces it.
+    pub(crate) fn check_arg(&mut self, op: &str, role: &str, arg: Var, location: &'static Location<'static>) -> Var {
         if self.owns(arg) {
             return arg;
         }
-        self.error(what, foreign(which, arg), location);
+        self.error(op, foreign_tensor_message(role, arg), location);
         self.poison(&vec![1; arg.dims.into()])
     }
 
+    /// Adds a placeholder for the result of an op with an error.
     fn poison(&mut self, shape: &[usize]) -> Var {
         let node = NodeOp::Kernel(Op::Fill { value: f32::NAN });
         let out = self.push("error", node, &[], &[(shape.to_vec(), DType::F32, Rate::MicroBatch)], Location::caller());
@@ -453,28 +467,30 @@ impl Graph {
         out[0]
     }
 
-    /// Tensors without elements have no use, and each dim needs a letter in the rules of ops.
+    /// Refuses dims of size 0, and more dims than the rules of ops have letters for.
     fn check_shape(&mut self, name: &str, shape: &[usize], location: &'static Location<'static>) {
         if let Some(dim) = shape.iter().position(|extent| *extent == 0) {
-            let message = format!("dim {dim} of the shape {shape:?} is 0; give each dim at least one element");
+            let message = format!("dim {dim} of shape {shape:?} is 0; each dim must be at least 1");
             self.error(name, message, location);
         }
         if shape.len() > DIMS_MAX {
-            let message = format!("the shape {shape:?} has {} dims; the most is {DIMS_MAX}", shape.len());
+            let message = format!("the shape {shape:?} has {} dims; the maximum is {DIMS_MAX}", shape.len());
             self.error(name, message, location);
         }
     }
 
-    /// The `[step, micro-batch]` input of dropout on the current placement.
+    /// The input `[step, micro-batch]` of dropout on the current placement; added at its first use.
     fn rng(&mut self, location: &'static Location<'static>) -> Var {
-        let here = self.current;
-        let found = self.nodes.iter().find(|n| n.name == RNG_INPUT && n.placement == here).map(|n| n.outputs[0]);
-        found.unwrap_or_else(|| {
+        let placement = self.current_placement;
+        let existing =
+            self.nodes.iter().find(|n| n.name == RNG_INPUT && n.placement == placement).map(|n| n.outputs[0]);
+        existing.unwrap_or_else(|| {
             let layout = Layout::broadcast();
             self.source(RNG_INPUT, NodeOp::Input, &[2], DType::I32, Rate::MicroBatch, layout, location)
         })
     }
 
+    /// Adds a node without inputs and resolves its layout.
     #[allow(clippy::too_many_arguments)]
     pub(crate) fn source(
         &mut self,
@@ -492,10 +508,10 @@ impl Graph {
         out
     }
 
-    /// The layout on the tensor's placement; axes of one device count as broadcast.
+    /// The layout on the tensor's placement. Along axes of size 1 it is `Broadcast`.
     fn resolve(
         &mut self,
-        what: &str,
+        subject: &str,
         layout: &Layout,
         var: Var,
         location: &'static Location<'static>,
@@ -506,22 +522,22 @@ impl Graph {
         for (axis, sbp) in &layout.0 {
             let Some(position) = placement.axes().iter().position(|a| a.name == *axis) else {
                 let known: Vec<&str> = placement.axes().iter().map(|a| a.name.as_str()).collect();
-                let message = format!("layout names the mesh axis `{axis}`, but the placement has {known:?}");
-                self.error(what, message, location);
+                let message = format!("the layout names mesh axis `{axis}`, but the placement has the axes {known:?}");
+                self.error(subject, message, location);
                 return None;
             };
             if layout.0.iter().filter(|(other, _)| other == axis).count() > 1 {
-                self.error(what, format!("layout names the mesh axis `{axis}` twice"), location);
+                self.error(subject, format!("the layout names mesh axis `{axis}` twice"), location);
                 return None;
             }
             if let Sbp::Split(dim) = sbp
                 && *dim >= rank
             {
                 let message = format!(
-                    "layout splits dim {dim} over `{axis}`, but the shape {:?} has {rank} dims",
+                    "the layout splits dim {dim} over `{axis}`, but the shape {:?} has {rank} dims",
                     self.shape(var)
                 );
-                self.error(what, message, location);
+                self.error(subject, message, location);
                 return None;
             }
             if placement.axes()[position].size > 1 {
@@ -531,7 +547,7 @@ impl Graph {
         Some(NdSbp(out))
     }
 
-    /// Adds a kernel node, shapes by its rule.
+    /// Adds a kernel node; the output shapes follow from its rule.
     pub(crate) fn kernel(
         &mut self,
         name: &str,
@@ -545,7 +561,7 @@ impl Graph {
         self.node_by_rule(name, NodeOp::Kernel(op), rule, inputs, None, location)
     }
 
-    /// Adds a node whose output shapes are given (by `shapes`) or follow from the rule.
+    /// Adds a node. The output shapes are `shapes` if given, otherwise they follow from the rule.
     pub(crate) fn node_by_rule(
         &mut self,
         name: &str,
@@ -572,7 +588,7 @@ impl Graph {
             other => other.map_err(|e| e.to_string()),
         };
         if let (NodeOp::Kernel(op), Ok(_)) = (&op, &inferred)
-            && let Some(message) = self.wrong_dtype(op, inputs)
+            && let Some(message) = self.dtype_mismatch(op, inputs)
             && !self.is_poisoned(inputs)
         {
             self.error(name, message, location);
@@ -584,8 +600,8 @@ impl Graph {
                     NodeOp::Kernel(op) => ops::output_dtypes(op, &dtypes, shapes.len()),
                     _ => vec![DType::F32; shapes.len()],
                 };
-                let facts: Vec<_> = shapes.into_iter().zip(dtypes).map(|(s, d)| (s, d, rate)).collect();
-                self.push(name, op, inputs, &facts, location)
+                let outputs: Vec<_> = shapes.into_iter().zip(dtypes).map(|(s, d)| (s, d, rate)).collect();
+                self.push(name, op, inputs, &outputs, location)
             }
             Err(e) => {
                 let shapes = plausible_shapes(&text, &given);
@@ -598,7 +614,7 @@ impl Graph {
         }
     }
 
-    fn wrong_dtype(&self, op: &Op, inputs: &[Var]) -> Option<String> {
+    fn dtype_mismatch(&self, op: &Op, inputs: &[Var]) -> Option<String> {
         inputs.iter().enumerate().find_map(|(port, input)| {
             let (want, got) = (ops::input_dtype(op, port)?, self.tensor(*input).dtype);
             let name = &self.tensor(*input).name;
@@ -618,7 +634,7 @@ impl Graph {
         let location = self.origin.unwrap_or(location);
         let producer = NodeId(self.nodes.len() as u32);
         let poisoned = self.is_poisoned(inputs);
-        let mut made = Vec::new();
+        let mut created = Vec::new();
         for (shape, dtype, rate) in outputs {
             let info = TensorInfo {
                 name: format!("{name}.{}", producer.0),
@@ -631,30 +647,30 @@ impl Graph {
                 saved_shape: None,
                 poisoned,
             };
-            made.push(self.new_tensor(info, location));
+            created.push(self.new_tensor(info, location));
         }
         self.nodes.push(Node {
             name: name.to_string(),
             op,
             inputs: inputs.to_vec(),
-            outputs: made.clone(),
+            outputs: created.clone(),
             updates: Vec::new(),
-            placement: self.current,
+            placement: self.current_placement,
             phase: self.phase,
             location,
             signature: None,
         });
-        made
+        created
     }
 }
 
-/// The entry of a safetensors file that is no tensor.
+/// The entry of a safetensors file that is not a tensor.
 const FILE_METADATA: &str = "__metadata__";
-/// How the names of the optimizer's state begin, in checkpoints.
+/// Prefix of the names of the optimizer's state in checkpoints.
 pub const STATE_PREFIX: &str = "adamw.";
-/// Name of the input that dropout reads: `[step, micro-batch]`; the session feeds it.
+/// Name of the input `[step, micro-batch]` that dropout reads; the session feeds it.
 pub const RNG_INPUT: &str = "rng";
-/// Name of the step input `[learning rate, update counted from 1]` that the update reads; the session feeds it.
+/// Name of the step input `[learning rate, update number from 1]` that the update reads; the session feeds it.
 pub const HYPER_INPUT: &str = "hyper";
-/// Name of the output that holds each parameter's sum of squared gradients, in the two columns of [`Op::SumSquares`].
+/// Name of the output with each parameter's sum of squared gradients, in the two columns of [`Op::SumSquares`].
 pub const GRAD_SQUARES_OUTPUT: &str = "grad_squares";

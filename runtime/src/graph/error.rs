@@ -1,20 +1,20 @@
-//! An error of the user's graph, with the line that caused it.
+//! An error in the user's graph, with the source line that caused it.
 
 use std::panic::Location;
 
-/// Something the user's program asks for that cannot be.
+/// An error in the user's program.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct GraphError {
     /// Name of the op or tensor.
-    pub what: String,
-    /// What is wrong, with the numbers, and what to change.
+    pub subject: String,
+    /// The cause, with the numbers, and what to change.
     pub message: String,
-    /// Where the user wrote it.
+    /// The user's source line.
     pub location: &'static Location<'static>,
 }
 
 impl std::fmt::Display for GraphError {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{}: {}\n  at {}:{}", self.what, self.message, self.location.file(), self.location.line())
+        write!(f, "{}: {}\n  at {}:{}", self.subject, self.message, self.location.file(), self.location.line())
     }
 }

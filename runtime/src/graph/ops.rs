@@ -1,5 +1,5 @@
-//! What the planner must know of each kernel op: its factor rule, its output types, and its attributes on one shard.
-//! One function each; a new op is added here, in `passes::autodiff` and in the kernels crate, and nowhere else.
+//! What the planner needs about each kernel op: its factor rule, its element types and its attributes on one shard.
+//! A new op is added here, in `passes::autodiff` and in the kernels crate.
 
 use shardflow_kernels::collective::ReduceOp;
 use shardflow_kernels::op::Op;
@@ -8,14 +8,14 @@ use shardflow_kernels::tensor::{DType, Region};
 use crate::layout_error::LayoutError;
 use crate::sbp::rule::Rule;
 
-/// Letters for `n` leading dims that an op treats alike; the letters that rules below use by name are not among them.
+/// Letters for `n` leading dims that an op treats alike, without the letters that the rules below name.
 fn leading(n: usize) -> String {
     "abefgijlmnopqrsuxyz".chars().take(n).collect()
 }
 
-/// The factor rule of a kernel op whose inputs have these shapes. `extents` gives the sizes of output-only factors.
+/// The factor rule of a kernel op whose inputs have these shapes.
 ///
-/// Notation: letters are factors; a factor of the inputs that is missing in the outputs is contracted.
+/// Letters are factors; a factor of the inputs that is missing in the outputs is contracted.
 pub fn rule(op: &Op, shapes: &[&[usize]]) -> Result<Rule, LayoutError> {
     let rank = |i: usize| shapes.get(i).map_or(0, |s| s.len());
     let lead = |n: usize| leading(n.max(1) - 1);
@@ -79,14 +79,15 @@ pub fn rule(op: &Op, shapes: &[&[usize]]) -> Result<Rule, LayoutError> {
             let x = leading(rank(0));
             Rule::parse(&format!("{x},r->{x}"))?.fixed("r")?.linear(&[&[0]])
         }
-        // AdamW reads (gradient, hyper-parameters, scale) and updates (parameter, m, v): elementwise in the four.
+        // AdamW reads (gradient, hyper-parameters, scale) and updates (parameter, m, v). It is elementwise in the
+        // gradient and the three updated tensors.
         Op::AdamW { .. } => {
             let x = leading(rank(0));
             Rule::parse(&format!("{x},h,->{x},{x},{x}"))?.fixed("h")
         }
-        // Sums of leading dims: the output's rank is not known from the inputs, see `sum_leading`.
+        // The output's rank of `SumLeading` does not follow from the inputs, see `sum_leading`.
         Op::SumLeading | Op::CopyRegion { .. } | Op::SumSquares { .. } | Op::ClipScale { .. } => Rule::parse("->"),
-        // Put in when layouts are settled.
+        // Inserted after the layout pass.
         Op::Cast => Rule::parse("->"),
         Op::Collective(_) | Op::Custom(_) => Rule::parse("->"),
     }
@@ -98,7 +99,7 @@ pub fn sum_leading(from: usize, to: usize) -> Result<Rule, LayoutError> {
     Rule::parse(&format!("{x}->{}", &x[from - to..]))?.linear(&[&[0]])
 }
 
-/// Element type that an input must have; `None` where any will do.
+/// The required element type of an input; `None` if any type is accepted.
 pub fn input_dtype(op: &Op, port: usize) -> Option<DType> {
     match (op, port) {
         (Op::Copy | Op::CopyRegion { .. } | Op::Collective(_) | Op::Custom(_), _) => None,
@@ -116,7 +117,7 @@ pub fn output_dtypes(op: &Op, inputs: &[DType], outputs: usize) -> Vec<DType> {
     }
 }
 
-/// The op as one shard runs it: attributes that depend on which region of the whole tensors the shard works on.
+/// The op with the attributes of one shard: some depend on the shard's region of the whole tensors.
 pub fn localize(op: &Op, inputs: &[Region], outputs: &[Region]) -> Op {
     match op {
         Op::Embedding { vocab, .. } => Op::Embedding { vocab_start: inputs[1].start[0], vocab: *vocab },

@@ -1,43 +1,44 @@
-//! AdamW's settings, and upper bounds of what it writes.
+//! AdamW's settings, and upper bounds of the values that it writes.
 //!
 //! # A step whose update would not be finite
 //!
-//! Finite gradients can still make a parameter or a moment infinite: AdamW squares them. The host decides on the update, and it
-//! knows the gradients' norm `g`, the learning rate and nothing of single elements. So it carries, from step to step, a bound of
-//! the magnitude of all parameters `p` and of each moment (`Bounds`), and calls the update off where a bound passes the largest
-//! float. Sound, because no element is above its bound; cheap, because a step costs the host a dozen operations.
+//! Finite gradients can still make a parameter or a moment infinite, because AdamW squares them. The host decides on
+//! the update, and it knows the gradients' norm `g` and the learning rate, but no single element. So it keeps upper
+//! bounds of the magnitude of all parameters `p` and of both moments (`Bounds`) across steps, and skips the update when
+//! a bound exceeds the largest float. This is sound, because no element exceeds its bound, and cheap: a dozen
+//! operations on the host per step.
 //!
 //! An element's gradient, after clipping, is at most `G = min(g, max_norm)`. From `m' = b1 m + (1 - b1) x`,
 //! `v' = b2 v + (1 - b2) x^2` with `|x| <= G`:
 //!
 //! - `M' = b1 M + (1 - b1) G` and `V' = b2 V + (1 - b2) G^2`.
-//! - If `|m| <= Q sqrt(v)` for all elements, then `|m'| <= b1 Q sqrt(v) + (1 - b1) |x|`, which by Cauchy and Schwarz is at most
-//!   `sqrt(b1^2 Q^2 / b2 + (1 - b1)^2 / (1 - b2)) sqrt(v')`: that root is `Q'`. Moments start at 0, with `Q = 0`; nothing is
-//!   known of those of a file.
-//! - `p' = p (1 - lr decay) - s m' / (r sqrt(v') + eps)` with `s = lr / (1 - b1^t) <= lr / (1 - b1)` and `r >= 1`, so the quotient
-//!   is at most `Q'` and at most `M' / eps`. Hence `P' = P max(1, |1 - lr decay|) + s min(Q', M' / eps)`, if `s M'` is a float
-//!   itself; tensors without decay keep the 1.
+//! - If `|m| <= Q sqrt(v)` for all elements, then `|m'| <= b1 Q sqrt(v) + (1 - b1) |x|`, which by Cauchy and Schwarz is
+//!   at most `sqrt(b1^2 Q^2 / b2 + (1 - b1)^2 / (1 - b2)) sqrt(v')`: that root is `Q'`. Moments start at 0, with
+//!   `Q = 0`; for moments from a checkpoint, `Q` is unknown.
+//! - `p' = p (1 - lr decay) - s m' / (r sqrt(v') + eps)` with `s = lr / (1 - b1^t) <= lr / (1 - b1)` and `r >= 1`, so
+//!   the quotient is at most `Q'` and at most `M' / eps`. Hence `P' = P max(1, |1 - lr decay|) + s min(Q', M' / eps)`,
+//!   if `s M'` is a finite float; the 1 covers tensors without decay.
 //!
-//! Rounding: `ROUNDING` is far above the rounding of the few operations of a step. Floats that are too small count as 0: a square
-//! below `2^-150` loses up to `2^-148 / (1 - b2)` of `v`, which moves the bound of the quotient to `Q' max(1, t / eps)`,
-//! `t = 2^-74 / sqrt(1 - b2)`.
+//! Rounding: `ROUNDING` is far above the rounding error of the few operations of a step. Underflow: a square below
+//! `2^-150` rounds to 0, which loses up to `2^-148 / (1 - b2)` of `v`, which moves the bound of the quotient to
+//! `Q' max(1, t / eps)`, `t = 2^-74 / sqrt(1 - b2)`.
 
-/// Above the rounding of one step's operations, relative.
+/// A factor above the relative rounding error of one step's operations.
 const ROUNDING: f64 = 1.0 + 1.0 / (1 << 21) as f64;
 
-/// A few times the smallest float, `2^-149`, to which numbers below a float's usual precision are rounded.
+/// Above the absolute rounding error of subnormal floats: a few times the smallest one, `2^-149`.
 const SMALLEST: f64 = f64::from_bits((1023 - 146) << 52);
 
 /// AdamW's settings, see [`shardflow_kernels::op::Op::AdamW`].
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct AdamW {
-    /// Decay rates of the moments.
+    /// Decay rates of the first and second moment.
     pub betas: (f32, f32),
     /// Added to the denominator.
     pub eps: f32,
-    /// Decoupled decay, applied to tensors of two dims or more.
+    /// Decoupled weight decay, applied to tensors with two or more dims.
     pub weight_decay: f32,
-    /// Largest global gradient norm; infinite means no clipping.
+    /// Maximum global gradient norm; infinity disables clipping.
     pub max_norm: f32,
 }
 
@@ -48,23 +49,23 @@ impl Default for AdamW {
 }
 
 impl AdamW {
-    /// What is wrong with the settings, if anything is.
-    pub(crate) fn wrong(&self) -> Option<String> {
+    /// The error message for invalid settings.
+    pub(crate) fn invalid(&self) -> Option<String> {
         let Self { betas: (beta1, beta2), eps, weight_decay, max_norm } = *self;
-        // Written so that a NaN fails too.
-        let fine = [
+        // Each condition is false for NaN.
+        let conditions = [
             ((0.0..1.0).contains(&beta1) && (0.0..1.0).contains(&beta2), "betas must be at least 0 and below 1"),
             (
                 eps > 0.0 && eps.is_finite(),
                 "eps must be finite and above 0, or an element without a gradient becomes NaN",
             ),
             (weight_decay >= 0.0 && weight_decay.is_finite(), "weight_decay must be finite and not negative"),
-            (max_norm > 0.0, "max_norm must be above 0; infinity means no clipping"),
+            (max_norm > 0.0, "max_norm must be above 0; infinity disables clipping"),
         ];
-        fine.iter().find(|(fine, _)| !fine).map(|(_, rule)| format!("{rule}: got {self:?}"))
+        conditions.iter().find(|(holds, _)| !holds).map(|(_, rule)| format!("{rule}: got {self:?}"))
     }
 
-    /// Bounds of what the update of a step with gradients of this norm leaves, given those from before it.
+    /// The bounds after the update of a step with this gradient norm, given the bounds before it.
     pub(crate) fn bounds_after(&self, before: Bounds, norm: f64, learning_rate: f32) -> Bounds {
         let [beta1, beta2, eps] = [self.betas.0, self.betas.1, self.eps].map(f64::from);
         let rate = f64::from(learning_rate).abs();
@@ -82,29 +83,29 @@ impl AdamW {
     }
 }
 
-/// Upper bounds of the magnitude of what an optimizer writes, over all elements of all devices: the same on all processes.
+/// Upper bounds of the magnitude of all elements that the optimizer writes, on all devices; equal on all processes.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub(crate) struct Bounds {
-    /// Of parameters.
+    /// Parameters.
     pub(crate) parameter: f64,
-    /// Of first moments.
+    /// First moments.
     pub(crate) first: f64,
-    /// Of second moments.
+    /// Second moments.
     pub(crate) second: f64,
-    /// Of a first moment over the root of its second one.
+    /// Ratio of a first moment to the square root of its second moment.
     pub(crate) ratio: f64,
 }
 
 impl Bounds {
-    /// Before what a file holds is written: nothing is known of how its moments go together.
-    pub(crate) const OF_A_FILE: Self = Self { parameter: 0.0, first: 0.0, second: 0.0, ratio: f64::INFINITY };
+    /// The bounds before a checkpoint's values are applied: the ratio of its moments is unknown.
+    pub(crate) const OF_CHECKPOINT: Self = Self { parameter: 0.0, first: 0.0, second: 0.0, ratio: f64::INFINITY };
 
-    /// What may not be finite any more, if anything.
+    /// The kind of value that may exceed the largest float, if any.
     pub(crate) fn overflow(&self) -> Option<&'static str> {
         let Self { parameter, first, second, .. } = *self;
         let parts = [("a second moment", second), ("a first moment", first), ("a parameter", parameter)];
         let is_float = |bound: f64| bound <= f64::from(f32::MAX);
-        // A NaN is none.
+        // False for NaN.
         parts.into_iter().find(|(_, bound)| !is_float(*bound)).map(|(name, _)| name)
     }
 }
@@ -113,7 +114,7 @@ impl Bounds {
 mod tests {
     use super::*;
 
-    /// An element by itself, in floats, as the kernels compute it.
+    /// One element in f32, updated as the kernels do.
     struct Element {
         p: f32,
         m: f32,
@@ -133,9 +134,9 @@ mod tests {
         }
     }
 
-    /// Whatever gradients and learning rates come: what the bounds allow is finite and within them.
+    /// For random gradients and learning rates, every update that the bounds allow is finite and within them.
     #[test]
-    fn no_element_passes_its_bound() {
+    fn no_element_exceeds_its_bound() {
         let mut seed = 1u64;
         let mut unit = || {
             seed = crate::init::mix(seed);
@@ -148,7 +149,7 @@ mod tests {
             let adamw = AdamW { betas, eps, ..AdamW::default() };
             let mut element = Element { p: 1.0, m: 0.0, v: 0.0 };
             let mut bounds = Bounds { parameter: 1.0, ..Bounds::default() };
-            // Exponents of ten, of which a few lead out of a float's range.
+            // Exponents of ten, some of which exceed the range of f32.
             let (low, high) = (-42.0 * unit(), 21.0 * unit());
             for step in 1..60 {
                 let gradient = (10f64.powf(low + (high - low) * unit()) * (2.0 * unit() - 1.0)) as f32;
@@ -170,9 +171,9 @@ mod tests {
         assert!((100..12_000).contains(&refused), "{refused} of 23600 steps were refused");
     }
 
-    /// Trainings that are in order are never called off, however long.
+    /// No update of a normal training run is refused, even after millions of steps.
     #[test]
-    fn usual_steps_stay_far_below_the_bounds() {
+    fn bounds_of_normal_training_stay_far_below_the_largest_float() {
         for (eps, ratio) in [(1e-8, 0.0), (1e-15, 0.0), (1e-8, f64::INFINITY)] {
             let adamw = AdamW { eps, ..AdamW::default() };
             let mut bounds = Bounds { parameter: 10.0, ratio, ..Bounds::default() };
@@ -184,13 +185,13 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_held_is_named() {
+    fn the_overflowing_value_is_named() {
         let adamw = AdamW::default();
-        let named =
+        let overflow =
             |norm, rate| adamw.bounds_after(Bounds { parameter: 1.0, ..Bounds::default() }, norm, rate).overflow();
-        assert_eq!(named(1e18, 1e-3), None);
-        assert_eq!(named(1e21, 1e-3), Some("a second moment"));
-        assert_eq!(named(1.0, f32::MAX), Some("a parameter"));
+        assert_eq!(overflow(1e18, 1e-3), None);
+        assert_eq!(overflow(1e21, 1e-3), Some("a second moment"));
+        assert_eq!(overflow(1.0, f32::MAX), Some("a parameter"));
         let clipped = AdamW { max_norm: 1.0, ..adamw };
         assert_eq!(clipped.bounds_after(Bounds::default(), 1e30, 1e-3).overflow(), None);
     }

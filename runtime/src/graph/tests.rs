@@ -1,5 +1,5 @@
-//! What users are told about programs that cannot be, with their own lines; and plans explained.
-//! Locations are shown as the source line that they name, so that a wrong one shows and a moved one does not.
+//! The error messages of invalid programs, with the user's source lines; and `explain` of valid ones.
+//! The expected texts show the source line itself instead of its number, so they stay valid when lines move.
 
 use std::sync::Arc;
 
@@ -20,7 +20,7 @@ use crate::placement::Mesh;
 use crate::plan::Schedule;
 use crate::sbp::rule::Rule;
 
-/// Puts the source line in the place of every `tests.rs:LINE`.
+/// Replaces every `tests.rs:LINE` by that source line.
 fn with_source_lines(text: &str) -> String {
     let source: Vec<&str> = include_str!("tests.rs").lines().collect();
     let mut parts = text.split("runtime/src/graph/tests.rs:");
@@ -33,17 +33,17 @@ fn with_source_lines(text: &str) -> String {
     out
 }
 
-fn compiled(mesh: &str, options: &CompileOptions, build: impl FnOnce(&mut Graph)) -> String {
+fn compile_message(mesh: &str, options: &CompileOptions, build: impl FnOnce(&mut Graph)) -> String {
     let mut g = Graph::new(&Mesh::parse(mesh).expect("a mesh"));
     build(&mut g);
     match compile(g, options) {
-        Ok(_) => "it compiles".into(),
+        Ok(_) => "no error".into(),
         Err(e) => with_source_lines(&e.to_string()),
     }
 }
 
 fn check_with(mesh: &str, options: &CompileOptions, build: impl FnOnce(&mut Graph), expect: Expect) {
-    expect.assert_eq(&compiled(mesh, options, build));
+    expect.assert_eq(&compile_message(mesh, options, build));
 }
 
 fn check(mesh: &str, build: impl FnOnce(&mut Graph), expect: Expect) {
@@ -58,7 +58,7 @@ fn floats(g: &mut Graph, name: &str, shape: &[usize]) -> Var {
 const GPT: GptConfig = GptConfig { vocabulary: 8, layers: 2, heads: 2, width: 4, context: 3, batch: 4, dropout: 0.0 };
 
 #[test]
-fn shapes_that_do_not_fit() {
+fn mismatched_shapes_are_reported() {
     check(
         "data=1",
         |g| {
@@ -111,9 +111,8 @@ fn shapes_that_do_not_fit() {
     );
 }
 
-/// Errors inside layers name the line that asked for the layer.
 #[test]
-fn layers_name_the_line_that_asked_for_them() {
+fn errors_inside_a_layer_name_the_line_that_calls_it() {
     check(
         "data=1",
         |g| {
@@ -121,7 +120,7 @@ fn layers_name_the_line_that_asked_for_them() {
             nn::linear(g, "head", x, 3, Parallel::Replicated);
         },
         expect![[r#"
-            einsum: rule btc,oc->bto: input 0 is "btc", 3 dims, got shape [4, 6]; the inputs have shapes [4, 6], [3, 6]
+            einsum: rule btc,oc->bto: input 0 needs 3 dims ("btc"), got shape [4, 6]; the inputs have shapes [4, 6], [3, 6]
               at `nn::linear(g, "head", x, 3, Parallel::Replicated);`"#]],
     );
     check(
@@ -155,14 +154,14 @@ fn layers_name_the_line_that_asked_for_them() {
 }
 
 #[test]
-fn layouts_that_do_not_fit() {
+fn invalid_layouts_and_placements_are_reported() {
     check(
         "data=2",
         |g| {
             g.input("x", &[4, 6], DType::F32, Layout::split("tensor", 0));
         },
         expect![[r#"
-            x: layout names the mesh axis `tensor`, but the placement has ["data"]
+            x: the layout names mesh axis `tensor`, but the placement has the axes ["data"]
               at `g.input("x", &[4, 6], DType::F32, Layout::split("tensor", 0));`"#]],
     );
     check(
@@ -171,7 +170,7 @@ fn layouts_that_do_not_fit() {
             g.parameter("weight", &[4, 6], Init::Ones, Layout::split("data", 2));
         },
         expect![[r#"
-            weight: layout splits dim 2 over `data`, but the shape [4, 6] has 2 dims
+            weight: the layout splits dim 2 over `data`, but the shape [4, 6] has 2 dims
               at `g.parameter("weight", &[4, 6], Init::Ones, Layout::split("data", 2));`"#]],
     );
     check(
@@ -181,7 +180,7 @@ fn layouts_that_do_not_fit() {
             g.relayout(x, Layout::split("data", 0).and_split("tensor", 1));
         },
         expect![[r#"
-            relayout: layout names the mesh axis `tensor`, but the placement has ["data"]
+            relayout: the layout names mesh axis `tensor`, but the placement has the axes ["data"]
               at `g.relayout(x, Layout::split("data", 0).and_split("tensor", 1));`"#]],
     );
     check(
@@ -191,15 +190,15 @@ fn layouts_that_do_not_fit() {
             g.place_at("data", 2);
         },
         expect![[r#"
-            placement: no mesh axis stage; there are: data
+            placement: no mesh axis stage; the axes are: data
               at `g.place_at("stage", 1);`
-            placement: mesh axis data has size 2, no coordinate 2
+            placement: mesh axis data has size 2, so coordinate 2 is out of range
               at `g.place_at("data", 2);`"#]],
     );
 }
 
 #[test]
-fn programs_that_make_no_sense() {
+fn invalid_programs_are_reported() {
     check(
         "data=1",
         |g| {
@@ -207,7 +206,7 @@ fn programs_that_make_no_sense() {
             g.parameter("weight", &[5], Init::Ones, Layout::broadcast());
         },
         expect![[r#"
-            weight: a parameter of this name is there already; give each its own name
+            weight: a parameter with this name already exists; give each parameter a unique name
               at `g.parameter("weight", &[5], Init::Ones, Layout::broadcast());`"#]],
     );
     check(
@@ -228,11 +227,11 @@ fn programs_that_make_no_sense() {
             g.dropout(weight, 1.0, 0);
         },
         expect![[r#"
-            saved_as: shape [4, 6] cannot be saved as [5, 5]: the numbers of elements differ
+            saved_as: shape [4, 6] cannot be saved as [5, 5]: the number of elements differs
               at `g.saved_as(weight, &[5, 5]);`
             dropout: p is 1: it must be at least 0 and below 1
               at `g.dropout(weight, 1.0, 0);`
-            dropout: the program has dropout and minimises nothing; compile it with `mode: Some(Mode::Evaluation)` for no dropout, or with `Some(Mode::Training)` to keep it
+            dropout: the program has dropout but minimises nothing; compile it with `mode: Some(Mode::Evaluation)` to disable dropout, or with `mode: Some(Mode::Training)` to keep it
               at `g.dropout(weight, 1.0, 0);`"#]],
     );
     check_with(
@@ -251,13 +250,13 @@ fn programs_that_make_no_sense() {
         |g| {
             floats(g, "x", &[4, 6]);
         },
-        expect!["mesh data=2,tensor=4 needs 8 devices, but there are 4; choose a smaller mesh"],
+        expect!["mesh data=2,tensor=4 needs 8 devices, but only 4 are available; choose a smaller mesh"],
     );
 }
 
-/// One compile tells all; what follows from an error is not told again.
+/// `compile` reports all errors at once, and no errors that follow from others.
 #[test]
-fn errors_are_told_together_and_once() {
+fn errors_are_reported_together_and_once() {
     check(
         "data=2",
         |g| {
@@ -272,16 +271,17 @@ fn errors_are_told_together_and_once() {
         expect![[r#"
             add: cannot add [4] to [4, 6]: the second shape must be a suffix of the first
               at `let wrong = g.add(a, b);`
-            weight: layout names the mesh axis `tensor`, but the placement has ["data"]
+            weight: the layout names mesh axis `tensor`, but the placement has the axes ["data"]
               at `g.parameter("weight", &[4, 6], Init::Ones, Layout::split("tensor", 0));`
             einsum: subscripts: expected index i in exactly two of the three terms (one that is in all three makes a batch of products, which needs a custom op), got ij,ij->i
               at `let loss = g.einsum("ij,ij->i", a, a);`"#]],
     );
 }
 
-/// The weight of a norm is needed whole: under `Explicit` that must be written, else it is made and listed.
+/// A norm needs its whole weight. Under `Explicit`, the program must state the gather; otherwise it is inserted and
+/// listed.
 #[test]
-fn a_layout_that_no_rule_allows() {
+fn a_layout_change_is_an_error_under_explicit_boxing_and_listed_otherwise() {
     let build = |g: &mut Graph| {
         let x = floats(g, "x", &[2, 3, 4]);
         let weight = g.parameter("norm.weight", &[4], Init::Ones, Layout::split("tensor", 0));
@@ -293,7 +293,7 @@ fn a_layout_that_no_rule_allows() {
         &CompileOptions { boxing: Boxing::Explicit, ..CompileOptions::default() },
         build,
         expect![[r#"
-        layer_norm: norm.weight would need a change of layout that the program does not write: all-gather over tensor: (S0) -> (B), 8 bytes; write it with `relayout`, or compile with `Boxing::Automatic`
+        layer_norm: norm.weight needs a layout change that the program does not contain: all-gather over tensor: (S0) -> (B), 8 bytes; add it with `relayout`, or compile with `Boxing::Automatic`
           at `let x = g.layer_norm(x, weight, 1e-5);`"#]],
     );
     let explained = explain("tensor=2", &CompileOptions::default(), build);
@@ -310,7 +310,7 @@ fn explain(mesh: &str, options: &CompileOptions, build: impl FnOnce(&mut Graph))
     with_source_lines(&compile(g, options).unwrap_or_else(|e| panic!("{e}")).explain())
 }
 
-/// A classifier of two layers, by column and by row where there is a tensor axis.
+/// A classifier of two layers, column- and row-parallel if the mesh has a tensor axis.
 fn classifier(g: &mut Graph) {
     let tensor = g.mesh().axis("tensor").is_ok();
     let parallel = |p| if tensor { p } else { Parallel::Replicated };
@@ -326,7 +326,7 @@ fn classifier(g: &mut Graph) {
 }
 
 #[test]
-fn explain_on_one_device() {
+fn explain_shows_a_plan_on_one_device() {
     expect![[r#"
         mesh data=1: 1 device; 1f1b, 1 micro-batch a step
         placement 0: devices [0] as data=1, 1 micro-batch in flight
@@ -366,10 +366,10 @@ fn explain_on_one_device() {
 }
 
 #[test]
-fn explain_on_data_and_tensor_parallel_devices() {
+fn explain_shows_a_data_and_tensor_parallel_plan() {
     let options = CompileOptions { micro_batches: 2, schedule: Schedule::GPipe, ..CompileOptions::default() };
     let text = explain("data=2,tensor=2", &options, classifier);
-    // Devices 1 to 3 are like device 0, and what an actor does stands under it, further in.
+    // Devices 1 to 3 equal device 0. The lines of an actor follow its name and are indented.
     let is_other = |line: &str| ["device 1", "device 2", "device 3"].iter().any(|d| line.trim_start().starts_with(d));
     let mut shown: Vec<&str> = Vec::new();
     let mut hidden = false;
@@ -440,7 +440,7 @@ fn placements_must_form_a_pipeline() {
             g.output("y", y);
         },
         expect![[r#"
-            scale: reads gelu.1 of devices [0, 1] on devices [1], which share device 1; place what follows on the same devices, or on none of them
+            scale: runs on devices [1] and reads gelu.1 from devices [0, 1], and both contain device 1; place it on exactly these devices, or on none of them
               at `let y = g.scale(x, 2.0);`"#]],
     );
     check_with(
@@ -457,7 +457,7 @@ fn placements_must_form_a_pipeline() {
             g.output("y", y);
         },
         expect![[r#"
-            scale: reads gelu.2 of devices [1] on devices [0], which those already wait for; place layers in the order in which they run, each stage once
+            scale: runs on devices [0] and reads gelu.2 from devices [1], which already wait for [0]; place layers in execution order, each stage once
               at `let y = g.scale(x, 2.0);`"#]],
     );
     check_with(
@@ -476,13 +476,13 @@ fn placements_must_form_a_pipeline() {
             g.minimize(loss, AdamW::default());
         },
         expect![[r#"
-            embedding: uses the parameter table of devices [1] on devices [0]; place a shared parameter on the first stage that uses it
+            embedding: runs on devices [0] and uses parameter table of a later stage on devices [1]; place a shared parameter on the first stage that uses it
               at `let x = g.embedding(ids, table);`"#]],
     );
 }
 
 #[test]
-fn what_is_saved_has_a_name_of_its_own() {
+fn only_parameters_with_unreserved_names_are_saved() {
     check_with(
         "data=1",
         &CompileOptions::default(),
@@ -493,9 +493,9 @@ fn what_is_saved_has_a_name_of_its_own() {
             g.output("y", y);
         },
         expect![[r#"
-            adamw.m/w: names that begin with `adamw.` are the optimizer's; choose another
+            adamw.m/w: names that start with `adamw.` are reserved for the optimizer's state; choose another
               at `let w = g.parameter("adamw.m/w", &[2, 2], Init::Ones, Layout::broadcast());`
-            saved_as: gelu.1 is not a parameter, so it is not saved
+            saved_as: gelu.1 is not a parameter; only parameters are saved
               at `g.saved_as(y, &[4]);`"#]],
     );
 }
@@ -504,28 +504,28 @@ fn mesh() -> Mesh {
     Mesh::parse("data=1").expect("a mesh")
 }
 
-/// A graph with a tensor of each kind that ops take, and the parameter behind its loss.
-struct Parts {
+/// A graph with one tensor of each kind that ops accept.
+struct Fixture {
     g: Graph,
     x: Var,
     ids: Var,
     weight: Var,
 }
 
-fn parts() -> Parts {
+fn fixture() -> Fixture {
     let mut g = Graph::new(&mesh());
     let ids = g.input("ids", &[4, 3], DType::I32, Layout::broadcast());
     let weight = g.parameter("w", &[5, 6], Init::Ones, Layout::broadcast());
     let x = g.embedding(ids, weight);
-    Parts { g, x, ids, weight }
+    Fixture { g, x, ids, weight }
 }
 
-/// What a call with a tensor of another graph does to an otherwise good program.
-type Misuse = (&'static str, fn(&mut Parts, Var));
+/// The subject of the expected error, and a call that passes a tensor of another graph.
+type Misuse = (&'static str, fn(&mut Fixture, Var));
 
-/// Every public method that takes a tensor refuses one of another graph, with the lines of both, and goes on.
+/// The error names the lines of both graphs, and building continues.
 #[test]
-fn a_tensor_of_another_graph_is_refused_by_every_method() {
+fn every_method_refuses_a_tensor_of_another_graph() {
     let calls: &[Misuse] = &[
         ("saved_as", |p, other| p.g.saved_as(other, &[72])),
         ("embedding", |p, other| _ = p.g.embedding(other, p.weight)),
@@ -553,33 +553,34 @@ fn a_tensor_of_another_graph_is_refused_by_every_method() {
         ("embedding", |p, other| _ = nn::embedding(&mut p.g, "e", other, 3, 2, Parallel::Replicated)),
         ("shape", |p, other| _ = nn::attention(&mut p.g, "a", other, 4, None)),
     ];
-    for (index, (what, call)) in calls.iter().enumerate() {
-        // Fewer and more tensors than the graph has: an index that it lacks, and one that means another tensor.
+    for (index, (subject, call)) in calls.iter().enumerate() {
+        // The graph has fewer or more tensors than the other one: the index is out of range, or refers to another
+        // tensor.
         for (own_tensors, want) in [(0, 4), (9, 4)] {
             let mut other = Graph::new(&mesh());
-            let made: Vec<Var> = (0..want).map(|i| floats(&mut other, &format!("o{i}"), &[4, 3, 6])).collect();
-            let mut p = parts();
+            let created: Vec<Var> = (0..want).map(|i| floats(&mut other, &format!("o{i}"), &[4, 3, 6])).collect();
+            let mut p = fixture();
             for _ in 0..own_tensors {
                 p.x = p.g.gelu(p.x);
             }
             p.g.output("y", p.x);
-            call(&mut p, made[3]);
-            // A program with dropout has to say so.
+            call(&mut p, created[3]);
+            // Some of the calls add dropout.
             let options = CompileOptions { mode: Some(Mode::Training), ..CompileOptions::default() };
             let CompileError::Graph(errors) = compile(p.g, &options).expect_err("another graph's") else {
-                panic!("{what}: no error of the graph")
+                panic!("{subject}: not an error of the graph")
             };
             let text = errors.iter().map(GraphError::to_string).collect::<Vec<_>>().join("\n");
             assert_eq!(errors.len(), 1, "call {index}: {text}");
             let text = with_source_lines(&text);
-            assert!(text.starts_with(&format!("{what}: ")), "call {index}: {text}");
-            let made_at = "is a tensor of another graph, made at `let made: Vec<Var> = (0..want)";
-            assert!(text.contains(made_at) && text.contains("\n  at `(\""), "call {index}: {text}");
+            assert!(text.starts_with(&format!("{subject}: ")), "call {index}: {text}");
+            let created_at = "is a tensor of another graph, created at `let created: Vec<Var> = (0..want)";
+            assert!(text.contains(created_at) && text.contains("\n  at `(\""), "call {index}: {text}");
         }
     }
 }
 
-/// An op whose gradient is what the test makes it.
+/// A custom op with a configurable gradient, device kind and rule.
 #[derive(Debug, Default)]
 struct Double {
     gradient: Option<Var>,
@@ -610,27 +611,26 @@ impl CustomOp for Double {
 }
 
 #[test]
-fn a_custom_op_gives_gradients_of_the_graph() {
+fn a_custom_op_must_return_gradients_of_its_graph() {
     let mut other = Graph::new(&mesh());
-    let gradient = floats(&mut other, "theirs", &[4, 3, 6]);
-    let mut p = parts();
+    let gradient = floats(&mut other, "foreign", &[4, 3, 6]);
+    let mut p = fixture();
     let y = p.g.custom(Arc::new(Double { gradient: Some(gradient), ..Double::default() }), &[p.x])[0];
     let loss = p.g.cross_entropy(y, p.ids);
     p.g.minimize(loss, AdamW::default());
     expect![[r#"
-        double: the gradient of input 0 is a tensor of another graph, made at `let gradient = floats(&mut other, "theirs", &[4, 3, 6]);`; use the tensors of one graph
+        double: the gradient of input 0 is a tensor of another graph, created at `let gradient = floats(&mut other, "foreign", &[4, 3, 6]);`; use tensors of one graph only
           at `let y = p.g.custom(Arc::new(Double { gradient: Some(gradient), ..Double::default() }), &[p.x])[0];`"#]]
     .assert_eq(&with_source_lines(&compile(p.g, &CompileOptions::default()).expect_err("refused").to_string()));
 }
 
-/// A clone shares what was made before it, and nothing that either makes later.
 #[test]
-fn a_clone_knows_the_tensors_from_before() {
-    let mut p = parts();
+fn a_clone_accepts_only_tensors_from_before_the_clone() {
+    let mut p = fixture();
     let mut clone = p.g.clone();
-    let (mine, theirs) = (p.g.gelu(p.x), clone.gelu(p.x));
-    assert_eq!(mine, theirs, "the same place in two graphs");
-    for (mut graph, own, foreign) in [(p.g.clone(), mine, theirs), (clone, theirs, mine)] {
+    let (first, second) = (p.g.gelu(p.x), clone.gelu(p.x));
+    assert_eq!(first, second, "the same index in two graphs");
+    for (mut graph, own, foreign) in [(p.g.clone(), first, second), (clone, second, first)] {
         let both = graph.add(own, p.x);
         graph.output("y", both);
         compile(graph.clone(), &CompileOptions::default()).expect("tensors of its own");
@@ -640,9 +640,8 @@ fn a_clone_knows_the_tensors_from_before() {
     }
 }
 
-/// Which graphs a process made before does not show in the plan's hash.
 #[test]
-fn the_identity_of_a_graph_is_not_hashed() {
+fn the_plan_hash_does_not_depend_on_graphs_created_before() {
     for precision in [Precision::F32, Precision::BF16] {
         let hash = || {
             let mut g = Graph::new(&Mesh::parse("data=2,tensor=2").expect("a mesh"));
@@ -658,7 +657,7 @@ fn the_identity_of_a_graph_is_not_hashed() {
 }
 
 #[test]
-fn programs_without_a_purpose() {
+fn missing_outputs_and_unused_tensors_are_reported() {
     check(
         "data=1",
         |_| {},
@@ -673,8 +672,8 @@ fn programs_without_a_purpose() {
             let unused = floats(g, "unused", &[4, 6]);
             let weight = g.parameter("weight", &[6], Init::Ones, Layout::broadcast());
             g.gelu(unused);
-            let half = g.add(x, weight);
-            g.layer_norm(half, weight, 1e-5);
+            let sum = g.add(x, weight);
+            g.layer_norm(sum, weight, 1e-5);
             g.output("x", x);
         },
         expect![[r#"
@@ -701,7 +700,7 @@ fn programs_without_a_purpose() {
 }
 
 #[test]
-fn outputs_have_names_of_their_own() {
+fn output_names_are_unique_and_not_reserved() {
     check(
         "data=1",
         |g| {
@@ -712,9 +711,9 @@ fn outputs_have_names_of_their_own() {
             g.output("grad_squares", y);
         },
         expect![[r#"
-            y: another output has this name already; give each its own name
+            y: another output already has this name; give each output a unique name
               at `g.output("y", y);`
-            grad_squares: the session makes an output of this name itself; choose another
+            grad_squares: this name is reserved for an output of the session; choose another
               at `g.output("grad_squares", y);`"#]],
     );
     check(
@@ -725,13 +724,13 @@ fn outputs_have_names_of_their_own() {
             g.output("loss", x);
         },
         expect![[r#"
-            loss: another output has this name already; give each its own name
+            loss: another output already has this name; give each output a unique name
               at `g.output("loss", x);`"#]],
     );
 }
 
 #[test]
-fn shapes_and_numbers_that_cannot_be_meant() {
+fn invalid_shapes_and_numbers_are_reported() {
     check(
         "data=1",
         |g| {
@@ -745,17 +744,17 @@ fn shapes_and_numbers_that_cannot_be_meant() {
             nn::attention(g, "attn", x, 0, None);
         },
         expect![[r#"
-            x: dim 0 of the shape [0, 6] is 0; give each dim at least one element
+            x: dim 0 of shape [0, 6] is 0; each dim must be at least 1
               at `let x = floats(g, "x", &[0, 6]);`
-            step: dim 1 of the shape [3, 0] is 0; give each dim at least one element
+            step: dim 1 of shape [3, 0] is 0; each dim must be at least 1
               at `g.step_input("step", &[3, 0], DType::F32);`
-            weight: dim 0 of the shape [0] is 0; give each dim at least one element
+            weight: dim 0 of shape [0] is 0; each dim must be at least 1
               at `let weight = g.parameter("weight", &[0], Init::Normal { std: -1.0 }, Layout::broadcast());`
             weight: the standard deviation is -1: it must be finite and not negative
               at `let weight = g.parameter("weight", &[0], Init::Normal { std: -1.0 }, Layout::broadcast());`
-            __metadata__: files use this name for their metadata; choose another
+            __metadata__: this name is reserved for the metadata of checkpoint files; choose another
               at `g.parameter("__metadata__", &[2], Init::Ones, Layout::broadcast());`
-            many: the shape [1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1] has 17 dims; the most is 16
+            many: the shape [1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1] has 17 dims; the maximum is 16
               at `floats(g, "many", &[1; 17]);`
             layer_norm: eps is NaN: it must be finite and not negative
               at `g.layer_norm(x, weight, f32::NAN);`
@@ -777,9 +776,9 @@ fn shapes_and_numbers_that_cannot_be_meant() {
         expect![[r#"
             einsum: the result has more than 16 dims; the inputs have shapes [1, 1, 1, 1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1, 1, 1]
               at `g.einsum("abcdefghi,jklmnopqr->abcdefghijklmnopqr", a, b);`
-            many: the shape [1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1] has 25 dims; the most is 16
+            many: the shape [1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1] has 25 dims; the maximum is 16
               at `let (many, none) = (floats(g, "many", &[1; 25]), floats(g, "none", &[]));`
-            add: rule abefgijlmnopqrsuxyz,->abefgijlmnopqrsuxyz: input 0 is "abefgijlmnopqrsuxyz", 19 dims, got shape [1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1]; the inputs have shapes [1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1], []
+            add: rule abefgijlmnopqrsuxyz,->abefgijlmnopqrsuxyz: input 0 needs 19 dims ("abefgijlmnopqrsuxyz"), got shape [1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1]; the inputs have shapes [1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1], []
               at `g.add(many, none);`"#]],
     );
     check(
@@ -789,19 +788,19 @@ fn shapes_and_numbers_that_cannot_be_meant() {
             g.place(elsewhere);
         },
         expect![[r#"
-            placement: there is no device 3 in mesh data=1, which has 1; place on a part of the graph's own mesh
+            placement: device 3 is not in mesh data=1, which has 1 device; use a placement of the graph's own mesh
               at `g.place(elsewhere);`"#]],
     );
 }
 
-/// After an error a tensor has the shape that was meant, as far as it shows, so that a program goes on to `compile`.
+/// So a program that inspects shapes reaches `compile`, which reports the error.
 #[test]
-fn shapes_after_errors_are_plausible() {
+fn results_of_invalid_ops_have_plausible_shapes() {
     let mut g = Graph::new(&mesh());
     let (a, b) = (floats(&mut g, "a", &[4, 6]), floats(&mut g, "b", &[5, 7]));
     let x = floats(&mut g, "x", &[2, 3, 6]);
     let custom = |rule| Arc::new(Double { rule, ..Double::default() });
-    let made = [
+    let created = [
         (g.einsum("ik,kj->ij", a, b), vec![4, 7]),
         (g.einsum("btc,dbc->td", x, b), vec![3, 5]),
         (g.einsum("ai,aj->aij", a, b), vec![4, 6, 7]),
@@ -816,13 +815,13 @@ fn shapes_after_errors_are_plausible() {
         (g.custom(custom("abc,a->ab,c"), &[x])[1], vec![6]),
         (g.custom(custom("abc->ab1,cb"), &[x])[1], vec![6, 3]),
     ];
-    for (index, (var, shape)) in made.iter().enumerate() {
+    for (index, (var, shape)) in created.iter().enumerate() {
         assert_eq!(g.shape(*var), shape, "call {index}");
     }
 }
 
 #[test]
-fn custom_ops_have_kernels_for_the_device_and_read_whole_floats() {
+fn a_custom_op_without_a_kernel_for_the_device_or_with_bf16_inputs_is_refused() {
     let on_gpus = CompileOptions { device: DeviceKind::Cuda, ..CompileOptions::default() };
     check_with(
         "data=1",
@@ -833,7 +832,7 @@ fn custom_ops_have_kernels_for_the_device_and_read_whole_floats() {
             g.output("y", y);
         },
         expect![[r#"
-            double: the op has no kernel for cuda devices (`CustomOp::runs_on`); compile for others
+            double: the op has no kernel for cuda devices (`CustomOp::runs_on`); compile for another device kind
               at `let y = g.custom(Arc::new(Double { cpu_only: true, ..Double::default() }), &[x])[0];`"#]],
     );
     check(

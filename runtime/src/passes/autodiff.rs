@@ -1,5 +1,5 @@
-//! Reverse-mode differentiation on the graph: adds the backward nodes of the objective, each on the placement of the
-//! node it comes from. Contributions to one tensor are added in reverse program order, so the order is fixed.
+//! Reverse-mode differentiation on the graph: adds the backward nodes of the loss, each on the placement of its forward
+//! node. Contributions to the gradient of a tensor are added in reverse program order, so the result is deterministic.
 
 use std::collections::BTreeMap;
 use std::panic::Location;
@@ -8,7 +8,7 @@ use shardflow_kernels::op::{Einsum, Op};
 
 use crate::graph::{Graph, Node, NodeOp, Phase, Var, ops};
 
-/// Gradient of `loss` for each tensor that needs one and is a parameter, by parameter.
+/// Returns the gradient of `loss` for each parameter that it depends on.
 ///
 /// The gradients are those of one micro-batch, not yet accumulated.
 pub fn backward(graph: &mut Graph, loss: Var) -> BTreeMap<Var, Var> {
@@ -17,9 +17,9 @@ pub fn backward(graph: &mut Graph, loss: Var) -> BTreeMap<Var, Var> {
     let saved = graph.phase;
     graph.phase = Phase::Backward;
 
-    graph.current = graph.placement_of(loss);
-    let here = graph.producer(loss).location;
-    let one = graph.kernel("dloss", Op::Fill { value: 1.0 }, &[], here)[0];
+    graph.current_placement = graph.placement_of(loss);
+    let location = graph.producer(loss).location;
+    let one = graph.kernel("dloss", Op::Fill { value: 1.0 }, &[], location)[0];
     grads.add(loss, one);
 
     for index in (0..graph.nodes.len()).rev() {
@@ -31,7 +31,7 @@ pub fn backward(graph: &mut Graph, loss: Var) -> BTreeMap<Var, Var> {
             continue;
         }
         let outputs: Vec<Option<Var>> = node.outputs.iter().map(|o| grads.total(graph, *o, node.location)).collect();
-        graph.current = node.placement;
+        graph.current_placement = node.placement;
         for (input, grad) in node_backward(graph, &node, &outputs) {
             if needed[input.index()] {
                 grads.add(input, grad);
@@ -49,7 +49,7 @@ pub fn backward(graph: &mut Graph, loss: Var) -> BTreeMap<Var, Var> {
     out
 }
 
-/// For each tensor: does it depend on a parameter?
+/// For each tensor: true if it depends on a parameter.
 fn needs_gradient(graph: &Graph) -> Vec<bool> {
     let mut needed = vec![false; graph.tensors.len()];
     for node in &graph.nodes {
@@ -62,7 +62,7 @@ fn needs_gradient(graph: &Graph) -> Vec<bool> {
     needed
 }
 
-/// Contributions to the gradient of each tensor, with the placement they were made on.
+/// The contributions to the gradient of each tensor.
 #[derive(Default)]
 struct Gradients {
     parts: BTreeMap<Var, Vec<Var>>,
@@ -73,7 +73,7 @@ impl Gradients {
         self.parts.entry(of).or_default().push(part);
     }
 
-    /// The sum of all contributions. Those made on one placement are added there, so that one tensor travels.
+    /// The sum of all contributions. Those of one placement are added there, so that only one tensor is transferred.
     fn total(&mut self, graph: &mut Graph, of: Var, location: &'static Location<'static>) -> Option<Var> {
         let parts = self.parts.remove(&of)?;
         let mut by_placement: Vec<(usize, Var)> = Vec::new();
@@ -81,7 +81,7 @@ impl Gradients {
             let placement = graph.placement_of(part);
             match by_placement.iter_mut().find(|(p, _)| *p == placement) {
                 Some((_, sum)) => {
-                    graph.current = placement;
+                    graph.current_placement = placement;
                     *sum = graph.kernel("grad_sum", Op::Add, &[*sum, part], location)[0];
                 }
                 None => by_placement.push((placement, part)),
@@ -89,7 +89,7 @@ impl Gradients {
         }
         let mut sums = by_placement.into_iter().map(|(_, sum)| sum);
         let mut total = sums.next()?;
-        graph.current = graph.placement_of(of);
+        graph.current_placement = graph.placement_of(of);
         for sum in sums {
             total = graph.kernel("grad_sum", Op::Add, &[total, sum], location)[0];
         }
@@ -103,31 +103,31 @@ fn node_backward(graph: &mut Graph, node: &Node, grads: &[Option<Var>]) -> Vec<(
     let inputs = &node.inputs;
     if let NodeOp::Custom(op) = &node.op {
         let parts = op.clone().backward(graph, inputs, &node.outputs, grads);
-        let mut own = |(port, part): (usize, Option<Var>)| {
-            part.map(|v| graph.own_one(&node.name, &format!("the gradient of input {port}"), v, node.location))
+        let mut check = |(port, part): (usize, Option<Var>)| {
+            part.map(|v| graph.check_arg(&node.name, &format!("the gradient of input {port}"), v, node.location))
         };
-        let parts: Vec<Option<Var>> = parts.into_iter().enumerate().map(&mut own).collect();
-        if let Some(message) = wrong_gradients(graph, inputs, &parts) {
+        let parts: Vec<Option<Var>> = parts.into_iter().enumerate().map(&mut check).collect();
+        if let Some(message) = gradient_mismatch(graph, inputs, &parts) {
             graph.error(&node.name, message, node.location);
             return Vec::new();
         }
         return inputs.iter().zip(parts).filter_map(|(i, g)| g.map(|g| (*i, g))).collect();
     }
-    // Only the loss node's gradient goes around its direct inputs; every other op here needs the first output's.
+    // Every op below needs the gradient of its first output only.
     let Some(dy) = grads[0] else { return Vec::new() };
     match &node.op {
-        // The gradient of a change of layout is the gradient; its own layout is chosen by cost.
+        // A layout change passes the gradient through; the layout pass chooses the gradient's layout by cost.
         NodeOp::Relayout => vec![(inputs[0], dy)],
         NodeOp::Kernel(op) => kernel_backward(graph, node, op, dy, &name),
         _ => Vec::new(),
     }
 }
 
-/// What is wrong with what a custom op gave for its inputs.
-fn wrong_gradients(graph: &Graph, inputs: &[Var], parts: &[Option<Var>]) -> Option<String> {
+/// The error message if a custom op's gradients do not match its inputs.
+fn gradient_mismatch(graph: &Graph, inputs: &[Var], parts: &[Option<Var>]) -> Option<String> {
     if parts.len() != inputs.len() {
         return Some(format!(
-            "backward must give one gradient for each of {} inputs, got {}",
+            "`backward` must return one gradient or `None` for each input: expected {}, got {}",
             inputs.len(),
             parts.len()
         ));
@@ -135,7 +135,7 @@ fn wrong_gradients(graph: &Graph, inputs: &[Var], parts: &[Option<Var>]) -> Opti
     inputs.iter().zip(parts).enumerate().find_map(|(port, (input, grad))| {
         let (want, got) = (graph.shape(*input), graph.shape((*grad)?));
         (want != got && !graph.is_poisoned(&[(*grad)?]))
-            .then(|| format!("backward: the gradient of input {port} must have its shape {want:?}, got {got:?}"))
+            .then(|| format!("`backward` must return a gradient of shape {want:?} for input {port}, got {got:?}"))
     })
 }
 
@@ -173,8 +173,8 @@ fn kernel_backward(graph: &mut Graph, node: &Node, op: &Op, dy: Var, name: &str)
         }
         Op::LayerNorm { .. } => {
             let args = [dy, inputs[0], inputs[1], outputs[1], outputs[2]];
-            let made = graph.kernel(name, Op::LayerNormGrad, &args, at);
-            vec![(inputs[0], made[0]), (inputs[1], made[1])]
+            let grads = graph.kernel(name, Op::LayerNormGrad, &args, at);
+            vec![(inputs[0], grads[0]), (inputs[1], grads[1])]
         }
         Op::Gelu => vec![(inputs[0], graph.kernel(name, Op::GeluGrad, &[dy, inputs[0]], at)[0])],
         Op::Scale { factor } => {
@@ -182,15 +182,15 @@ fn kernel_backward(graph: &mut Graph, node: &Node, op: &Op, dy: Var, name: &str)
         }
         Op::Attention { scale } => {
             let args = [dy, inputs[0], inputs[1], inputs[2], outputs[0], outputs[1]];
-            let made = graph.kernel(name, Op::AttentionGrad { scale: *scale }, &args, at);
-            vec![(inputs[0], made[0]), (inputs[1], made[1]), (inputs[2], made[2])]
+            let grads = graph.kernel(name, Op::AttentionGrad { scale: *scale }, &args, at);
+            vec![(inputs[0], grads[0]), (inputs[1], grads[1]), (inputs[2], grads[2])]
         }
         Op::Dropout { .. } => {
-            let made = graph.kernel(name, op.clone(), &[dy, inputs[1]], at);
-            vec![(inputs[0], made[0])]
+            let grads = graph.kernel(name, op.clone(), &[dy, inputs[1]], at);
+            vec![(inputs[0], grads[0])]
         }
         Op::TokenLoss { scale } => {
-            // The gradient of the whole cross-entropy goes straight to the logits that its sums were made of.
+            // The gradient of the whole cross-entropy goes directly to the logits, past the intermediate sums.
             let stats = graph.producer(inputs[1]).clone();
             let op = Op::CrossEntropyGrad { vocab_start: 0, scale: *scale };
             let args = [dy, stats.inputs[0], inputs[0], inputs[1], stats.inputs[2]];
@@ -198,7 +198,7 @@ fn kernel_backward(graph: &mut Graph, node: &Node, op: &Op, dy: Var, name: &str)
         }
         Op::Copy => vec![(inputs[0], dy)],
         other => {
-            let message = format!("no gradient is known for {}; write it as a custom op with a backward", other.name());
+            let message = format!("{} has no gradient; write it as a custom op with a `backward`", other.name());
             graph.error(&node.name, message, at);
             Vec::new()
         }

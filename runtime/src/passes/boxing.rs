@@ -1,5 +1,5 @@
-//! Makes every change of layout or placement a node: for each node whose signature wants an input otherwise than it is,
-//! the steps of the cheapest boxing plan. A version of a tensor that is there already is used again.
+//! Inserts a node for every layout or placement change: where a node requires an input in another layout, the steps of
+//! the cheapest boxing plan. Existing versions of a tensor are reused.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -12,28 +12,28 @@ use crate::graph::{Graph, Node, NodeId, NodeOp, Phase, Rate, TensorInfo, Var};
 use crate::passes::Boxing;
 use crate::sbp::PlacedLayout;
 
-/// Inserts the steps. Every tensor must have its layout, and every kernel its signature. Where no sequence of
-/// collectives leads to a layout, or `mode` forbids it, an error is recorded in the graph.
+/// Inserts the steps. Requires a layout for every tensor and a signature for every kernel. Records an error in the
+/// graph where no sequence of collectives makes the change, or `mode` forbids it.
 pub fn insert(graph: &mut Graph, model: &CostModel, mode: Boxing) {
-    let mut pass = Pass { model, mode, graph, made: Vec::new(), versions: BTreeMap::new() };
+    let mut pass = BoxingPass { model, mode, graph, rebuilt: Vec::new(), versions: BTreeMap::new() };
     for index in 0..pass.graph.nodes.len() {
         let mut node = pass.graph.nodes[index].clone();
         let placement = pass.graph.placements[node.placement].clone();
-        for (port, sbp) in required(pass.graph, &node) {
-            let want = PlacedLayout { placement: placement.clone(), sbp };
-            match pass.version(node.inputs[port], &want, &node) {
+        for (port, sbp) in required_layouts(pass.graph, &node) {
+            let required = PlacedLayout { placement: placement.clone(), sbp };
+            match pass.version(node.inputs[port], &required, &node) {
                 Ok(var) => node.inputs[port] = var,
                 Err(message) => pass.graph.error(&node.name, message, node.location),
             }
         }
         pass.push(node);
     }
-    let made = std::mem::take(&mut pass.made);
-    graph.nodes = made;
+    let rebuilt = std::mem::take(&mut pass.rebuilt);
+    graph.nodes = rebuilt;
 }
 
-/// The layouts that a node wants its inputs in: `(input, layout)`.
-fn required(graph: &Graph, node: &Node) -> Vec<(usize, crate::sbp::NdSbp)> {
+/// The layouts in which a node requires its inputs: `(input, layout)`.
+fn required_layouts(graph: &Graph, node: &Node) -> Vec<(usize, crate::sbp::NdSbp)> {
     let axes = graph.placements[node.placement].axes().len();
     let layout = |var: Var| graph.tensor(var).layout.clone().unwrap_or_else(|| crate::sbp::NdSbp::broadcast(axes));
     match &node.op {
@@ -50,42 +50,42 @@ fn required(graph: &Graph, node: &Node) -> Vec<(usize, crate::sbp::NdSbp)> {
     }
 }
 
-struct Pass<'a> {
+struct BoxingPass<'a> {
     model: &'a CostModel,
     mode: Boxing,
     graph: &'a mut Graph,
-    /// The nodes so far, in their new order.
-    made: Vec<Node>,
-    /// Versions of each original tensor: itself first.
+    /// The rebuilt list of nodes.
+    rebuilt: Vec<Node>,
+    /// The versions of each original tensor; the first is the original.
     versions: BTreeMap<Var, Vec<Var>>,
 }
 
-impl Pass<'_> {
+impl BoxingPass<'_> {
     fn push(&mut self, node: Node) {
-        let id = NodeId(self.made.len() as u32);
+        let id = NodeId(self.rebuilt.len() as u32);
         for output in &node.outputs {
             self.graph.tensors[output.index()].producer = id;
         }
-        self.made.push(node);
+        self.rebuilt.push(node);
     }
 
     fn layout(&self, var: Var) -> PlacedLayout {
         let info = self.graph.tensor(var);
-        let placement = self.graph.placements[self.made[info.producer.index()].placement].clone();
+        let placement = self.graph.placements[self.rebuilt[info.producer.index()].placement].clone();
         let axes = placement.axes().len();
         PlacedLayout { placement, sbp: info.layout.clone().unwrap_or_else(|| crate::sbp::NdSbp::broadcast(axes)) }
     }
 
-    /// The version of `var` in this layout, made for `reader` if it is not there yet.
-    fn version(&mut self, var: Var, want: &PlacedLayout, reader: &Node) -> Result<Var, String> {
+    /// The version of `var` in this layout; created for `reader` if it does not exist.
+    fn version(&mut self, var: Var, required: &PlacedLayout, reader: &Node) -> Result<Var, String> {
         let versions = self.versions.entry(var).or_insert_with(|| vec![var]).clone();
-        if let Some(found) = versions.iter().find(|v| self.layout(**v) == *want) {
+        if let Some(found) = versions.iter().find(|v| self.layout(**v) == *required) {
             return Ok(*found);
         }
         let info = self.graph.tensor(var).clone();
         let mut best: Option<(Var, boxing::BoxingPlan)> = None;
         for version in versions {
-            let plan = boxing::plan(&info.shape, info.dtype, &self.layout(version), want, self.model)
+            let plan = boxing::plan(&info.shape, info.dtype, &self.layout(version), required, self.model)
                 .map_err(|e| e.to_string())?;
             if best.as_ref().is_none_or(|b| plan.cost_seconds < b.1.cost_seconds) {
                 best = Some((version, plan));
@@ -93,32 +93,32 @@ impl Pass<'_> {
         }
         let Some((mut current, plan)) = best else { return Ok(var) };
         if self.mode == Boxing::Explicit && reader.phase == Phase::Forward && !matches!(reader.op, NodeOp::Relayout) {
-            let unwritten = |s: &&BoxingStep| {
+            let needs_relayout = |s: &&BoxingStep| {
                 !matches!(
                     s.kind,
                     StepKind::AllReduce(_) | StepKind::ReduceScatter(_) | StepKind::Slice | StepKind::Transfer
                 )
             };
-            if let Some(step) = plan.steps.iter().find(unwritten) {
+            if let Some(step) = plan.steps.iter().find(needs_relayout) {
                 let name = &info.name;
                 return Err(format!(
-                    "{name} would need a change of layout that the program does not write: {step}; write it with `relayout`, or compile with `Boxing::Automatic`"
+                    "{name} needs a layout change that the program does not contain: {step}; add it with `relayout`, or compile with `Boxing::Automatic`"
                 ));
             }
         }
         let transfer = plan.steps.iter().position(|s| s.kind == StepKind::Transfer);
-        let source_phase = self.made[self.graph.tensor(current).producer.index()].phase;
+        let source_phase = self.rebuilt[self.graph.tensor(current).producer.index()].phase;
         for (position, step) in plan.steps.into_iter().enumerate() {
-            // Before it travels, a tensor is changed where and when it was made.
+            // Changes before the transfer run in the phase of the tensor's producer.
             let before = transfer.is_some_and(|t| position < t) && info.rate == Rate::MicroBatch;
             let phase = if before { source_phase } else { reader.phase };
-            current = self.step(current, &info, step, phase, reader);
+            current = self.push_step(current, &info, step, phase, reader);
             self.versions.entry(var).or_default().push(current);
         }
         Ok(current)
     }
 
-    fn step(&mut self, input: Var, info: &TensorInfo, step: BoxingStep, phase: Phase, reader: &Node) -> Var {
+    fn push_step(&mut self, input: Var, info: &TensorInfo, step: BoxingStep, phase: Phase, reader: &Node) -> Var {
         let position = self.graph.placements.iter().position(|p| *p == step.to.placement);
         let placement = position.unwrap_or_else(|| {
             self.graph.placements.push(step.to.placement.clone());
@@ -126,7 +126,7 @@ impl Pass<'_> {
         });
         let layout = Some(step.to.sbp.clone());
         let name = info.name.clone();
-        // A parameter that is changed for a micro-batch's use is changed again for the next.
+        // A parameter that is converted in a micro-batch is converted again in the next.
         let rate = phase.rate();
         let info = TensorInfo { layout, rate, saved_shape: None, ..info.clone() };
         let out = self.graph.new_tensor(info, reader.location);

@@ -1,5 +1,5 @@
-//! Gathers all-reduces of gradients into buckets: one call for several gradients, on the communication stream, begun
-//! while backward still makes the others.
+//! Combines all-reduces of gradients into buckets: one call on the communication stream for several gradients, which
+//! starts while backward computes the remaining ones.
 //!
 //! Li et al. 2020, <https://arxiv.org/abs/2006.15704>, section 3.2.
 
@@ -12,20 +12,20 @@ use crate::boxing::step::{BoxingStep, StepKind};
 use crate::graph::{Graph, Node, NodeId, NodeOp, Phase, Var};
 use crate::plan::memory::local_shape;
 
-/// All-reduces that become one.
+/// All-reduces that are combined into one.
 struct Bucket {
     placement: usize,
     axes: Vec<usize>,
-    /// On each device.
+    /// Bytes on each device.
     bytes: usize,
-    /// Indices of the all-reduces' nodes.
+    /// Indices of the all-reduce nodes.
     members: Vec<usize>,
 }
 
 /// Replaces the all-reduces of accumulated gradients by buckets of about `bucket_bytes` on each device.
 ///
-/// An all-reduce can be bucketed when it reads an accumulated gradient that nobody else reads; buckets join those of one
-/// placement over the same axes, in the order in which backward makes the gradients.
+/// An all-reduce qualifies if it is the only reader of an accumulated gradient. A bucket combines all-reduces of one
+/// placement over the same axes, in the order in which backward computes the gradients.
 pub fn gather(graph: &mut Graph, bucket_bytes: usize) {
     let mut readers: BTreeMap<Var, usize> = BTreeMap::new();
     for input in graph.nodes.iter().flat_map(|n| &n.inputs) {
@@ -33,8 +33,8 @@ pub fn gather(graph: &mut Graph, bucket_bytes: usize) {
     }
     let mut buckets: Vec<Bucket> = Vec::new();
     let mut candidates: Vec<usize> =
-        (0..graph.nodes.len()).filter(|i| reducible(graph, &graph.nodes[*i], &readers)).collect();
-    // The id of the accumulated gradient is its place in backward.
+        (0..graph.nodes.len()).filter(|i| can_bucket(graph, &graph.nodes[*i], &readers)).collect();
+    // Gradients are numbered in the order of backward.
     candidates.sort_by_key(|i| graph.nodes[*i].inputs[0]);
     for index in candidates {
         let node = &graph.nodes[index];
@@ -54,12 +54,12 @@ pub fn gather(graph: &mut Graph, bucket_bytes: usize) {
     replace(graph, buckets);
 }
 
-/// The axes that a step sums over, if that is all it does.
+/// The axes of a step that is an all-reduce with `Sum`.
 fn all_reduce_axes(step: &BoxingStep) -> Option<Vec<usize>> {
     (step.kind == StepKind::AllReduce(ReduceOp::Sum)).then(|| step.axes.clone())
 }
 
-fn reducible(graph: &Graph, node: &Node, readers: &BTreeMap<Var, usize>) -> bool {
+fn can_bucket(graph: &Graph, node: &Node, readers: &BTreeMap<Var, usize>) -> bool {
     let NodeOp::Boxing(step) = &node.op else { return false };
     let input = node.inputs.first();
     all_reduce_axes(step).is_some()
@@ -68,27 +68,27 @@ fn reducible(graph: &Graph, node: &Node, readers: &BTreeMap<Var, usize>) -> bool
             .is_some_and(|v| graph.producer(*v).phase == Phase::Backward && graph.placement_of(*v) == node.placement)
 }
 
-/// Puts each bucket's node where its first member stood and turns the others into nothing.
+/// Replaces the first member of each bucket by the bucket's node and removes the others.
 fn replace(graph: &mut Graph, buckets: Vec<Bucket>) {
     for (number, Bucket { axes, members, .. }) in buckets.into_iter().enumerate() {
         let inputs: Vec<Var> = members.iter().map(|i| graph.nodes[*i].inputs[0]).collect();
         let outputs: Vec<Var> = members.iter().map(|i| graph.nodes[*i].outputs[0]).collect();
-        let home = *members.iter().min().expect("a bucket has a member");
+        let first = *members.iter().min().expect("a bucket has a member");
         for member in members {
             graph.nodes[member].inputs.clear();
             graph.nodes[member].outputs.clear();
             graph.nodes[member].op = NodeOp::Relayout;
         }
-        let node = &mut graph.nodes[home];
+        let node = &mut graph.nodes[first];
         node.name = format!("bucket {number}");
         node.op = NodeOp::Bucket { axes };
         (node.inputs, node.outputs) = (inputs, outputs);
     }
-    remove_empty(graph);
+    remove_replaced(graph);
 }
 
-/// Drops the nodes that buckets replaced, and renumbers.
-fn remove_empty(graph: &mut Graph) {
+/// Removes the nodes that buckets replaced, and renumbers the others.
+fn remove_replaced(graph: &mut Graph) {
     let keep = |n: &Node| !(matches!(n.op, NodeOp::Relayout) && n.outputs.is_empty());
     graph.nodes.retain(keep);
     for (index, node) in graph.nodes.iter().enumerate() {

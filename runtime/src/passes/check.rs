@@ -1,4 +1,4 @@
-//! Refuses programs that make no sense, with the user's line.
+//! Refuses invalid programs, with the user's source line.
 
 use std::collections::BTreeMap;
 use std::panic::Location;
@@ -8,7 +8,7 @@ use shardflow_kernels::device::DeviceKind;
 use crate::graph::builder::RNG_INPUT;
 use crate::graph::{Graph, NodeOp, Var};
 
-/// Refuses tensors whose bytes cannot be counted, with room for sums of many of them.
+/// Refuses tensors so large that sums of their sizes in bytes could overflow.
 pub fn sizes(graph: &mut Graph) {
     const ELEMENTS_MAX: usize = 1 << 48;
     for index in 0..graph.nodes.len() {
@@ -25,7 +25,8 @@ pub fn sizes(graph: &mut Graph) {
     }
 }
 
-/// Refuses programs without an output, trained tensors as outputs, and parameters and inputs that no output depends on.
+/// Refuses programs without an output, trained parameters as outputs, and parameters and inputs that no output depends
+/// on.
 pub fn purpose(graph: &mut Graph) {
     if graph.outputs.is_empty() {
         let location = graph.nodes.last().map_or(graph.location, |node| node.location);
@@ -36,7 +37,7 @@ pub fn purpose(graph: &mut Graph) {
         let node = graph.producer(graph.outputs[index].tensor);
         if graph.objective.is_some() && matches!(node.op, NodeOp::Parameter { .. }) {
             let (name, location) = (node.name.clone(), node.location);
-            let message = "an output cannot be a trained tensor; read it with `Session::parameters`".to_string();
+            let message = "a trained parameter cannot be an output; read it with `Session::parameters`".to_string();
             graph.error(&name, message, location);
         }
     }
@@ -52,7 +53,7 @@ fn unused(graph: &Graph) -> Vec<(&'static str, String, &'static Location<'static
     for output in &graph.outputs {
         used[graph.tensor(output.tensor).producer.index()] = true;
     }
-    // A node comes after what it reads.
+    // Nodes are in topological order.
     for index in (0..graph.nodes.len()).rev() {
         if used[index] {
             let inputs = graph.nodes[index].inputs.iter();
@@ -68,7 +69,7 @@ fn unused(graph: &Graph) -> Vec<(&'static str, String, &'static Location<'static
     unused.filter_map(|(node, _)| Some((kind(&node.op)?, node.name.clone(), node.location))).collect()
 }
 
-/// Refuses a loss that depends on no parameter; `grads` has the gradients.
+/// Refuses a loss that depends on no parameter, and so has no entry in `grads`.
 pub fn trained(graph: &mut Graph, grads: &BTreeMap<Var, Var>) {
     if let Some(objective) = graph.objective
         && grads.is_empty()
@@ -86,8 +87,9 @@ pub fn kernels(graph: &mut Graph, device: DeviceKind) {
         if let NodeOp::Custom(op) = &node.op
             && !op.runs_on(device)
         {
-            let message =
-                format!("the op has no kernel for {device} devices (`CustomOp::runs_on`); compile for others");
+            let message = format!(
+                "the op has no kernel for {device} devices (`CustomOp::runs_on`); compile for another device kind"
+            );
             let (name, location) = (node.name.clone(), node.location);
             graph.error(&name, message, location);
         }

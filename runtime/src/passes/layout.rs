@@ -1,14 +1,14 @@
-//! Chooses a signature for every kernel, and so a layout for every tensor, by cost: states the graph as a problem of
-//! `sbp::choose` and writes the answer into it.
+//! Chooses a signature for every kernel, and so a layout for every tensor, by cost: formulates the graph as a
+//! [`Problem`] of `sbp::choose` and writes the solution into the graph.
 //!
-//! What may be chosen is bounded by what the user wrote:
-//! - LAY-1: parameters and inputs are read in the layout that they were given;
-//! - LAY-2: a split comes from a split. A kernel may split a factor over an axis only where one of its inputs can be
-//!   split so, because a parameter, an input or a `relayout` was; or where it makes the parts from whole inputs;
+//! The user's layouts restrict the choice:
+//! - LAY-1: parameters and inputs are read in their given layout;
+//! - LAY-2: a split comes from a split. A kernel may split a factor over an axis only if one of its inputs can have
+//!   that split, because a parameter, an input or a `relayout` has it, or if it makes the parts from whole inputs;
 //! - LAY-3: a tensor that can only be split stays split for a kernel that can work on its parts.
 //!
-//! Cost decides among what is left. Without these bounds it would, on small models, gather weights or invent sequence
-//! parallelism, and nobody could tell from a program what it will do.
+//! Cost decides among the remaining candidates. Without these rules, cost would gather weights or introduce sequence
+//! parallelism on small models, and the program would not show what runs.
 
 use std::collections::BTreeSet;
 use std::panic::Location;
@@ -25,13 +25,13 @@ use crate::sbp::choose::{Candidate, NodeSpec, Problem, TensorSpec, choose as cho
 use crate::sbp::rule::{NdSignature, Rule};
 use crate::sbp::{NdSbp, PlacedLayout, Sbp};
 
-/// Rates by which compute is weighed against messages; only their ratio to the cost model's matters.
+/// Assumed rates of compute; only their ratio to the rates of the cost model matters.
 const FLOPS_PER_SECOND: f64 = 1e11;
 const BYTES_PER_SECOND: f64 = 1e10;
 
-/// Gives every node its signature and every tensor its layout; records an error where none is possible.
+/// Sets the signature of every node and the layout of every tensor; records an error if there is no solution.
 pub fn choose(graph: &mut Graph, model: &CostModel) {
-    settle_update(graph);
+    set_update_layouts(graph);
     let mut problem = Problem { tensors: tensors(graph), nodes: Vec::new() };
     let mut splits = Splits::new(&problem.tensors);
     let mut node_of = Vec::new();
@@ -39,7 +39,7 @@ pub fn choose(graph: &mut Graph, model: &CostModel) {
         match spec(graph, node, &problem.tensors) {
             Ok(Some(mut spec)) => {
                 if node.phase.rate() == Rate::MicroBatch {
-                    splits.bound(graph, node, &mut spec);
+                    splits.restrict(graph, node, &mut spec);
                 }
                 problem.nodes.push(spec);
                 node_of.push(index);
@@ -59,17 +59,17 @@ pub fn choose(graph: &mut Graph, model: &CostModel) {
             for (tensor, layout) in graph.tensors.iter_mut().zip(choice.layouts) {
                 tensor.layout = Some(layout.sbp);
             }
-            follow_accumulation(graph);
+            copy_layouts_to_sums(graph);
         }
         Err(e) => {
-            let location = where_it_was(graph, &e);
+            let location = error_location(graph, &e);
             graph.error("layout", e.to_string(), location);
         }
     }
 }
 
-/// The source line of the node that an error of the choice names.
-fn where_it_was(graph: &Graph, error: &LayoutError) -> &'static Location<'static> {
+/// The source line of the node that the error names.
+fn error_location(graph: &Graph, error: &LayoutError) -> &'static Location<'static> {
     let found = match error {
         LayoutError::Choice { node, .. } => graph.nodes.iter().find(|n| n.name == *node),
         _ => None,
@@ -77,8 +77,8 @@ fn where_it_was(graph: &Graph, error: &LayoutError) -> &'static Location<'static
     found.or(graph.nodes.first()).map_or(Location::caller(), |n| n.location)
 }
 
-/// Layouts that are not chosen: what the update makes.
-fn settle_update(graph: &mut Graph) {
+/// Sets the layouts of the tensors that norm and update make; they are not chosen.
+fn set_update_layouts(graph: &mut Graph) {
     for index in 0..graph.nodes.len() {
         let node = graph.nodes[index].clone();
         if node.phase.rate() == Rate::MicroBatch {
@@ -95,8 +95,8 @@ fn settle_update(graph: &mut Graph) {
     }
 }
 
-/// An accumulated tensor lies as the one that is accumulated.
-fn follow_accumulation(graph: &mut Graph) {
+/// Gives each accumulated sum the layout of its input.
+fn copy_layouts_to_sums(graph: &mut Graph) {
     for index in 0..graph.nodes.len() {
         let node = &graph.nodes[index];
         if matches!(node.op, NodeOp::Accumulate) {
@@ -111,7 +111,7 @@ fn tensors(graph: &Graph) -> Vec<TensorSpec> {
     let spec = |index: usize| {
         let info = &graph.tensors[index];
         let placement = graph.placements[graph.placement_of(graph.var(index))].clone();
-        // What an accumulation makes is not part of the problem: its input stands for it.
+        // An accumulated sum is not part of the problem: its input represents it.
         let accumulated = source(graph, graph.var(index)).index() != index;
         let axes = placement.axes().len();
         let pinned = info.layout.clone().or(accumulated.then(|| NdSbp::broadcast(axes)));
@@ -126,26 +126,26 @@ fn tensors(graph: &Graph) -> Vec<TensorSpec> {
     (0..graph.tensors.len()).map(spec).collect()
 }
 
-/// The tensor itself, or what it accumulates.
+/// The tensor itself, or the input of its accumulation.
 fn source(graph: &Graph, var: Var) -> Var {
     let node = graph.producer(var);
     if matches!(node.op, NodeOp::Accumulate) { node.inputs[0] } else { var }
 }
 
-/// The node as the problem sees it; `None` for those that leave nothing to choose.
+/// The node as a part of the problem; `None` if there is nothing to choose.
 fn spec(graph: &Graph, node: &Node, tensors: &[TensorSpec]) -> Result<Option<NodeSpec>, LayoutError> {
     let placement = &graph.placements[node.placement];
     let indices = |vars: &[Var]| -> Vec<usize> { vars.iter().map(|v| source(graph, *v).index()).collect() };
     let shapes: Vec<&[usize]> = node.inputs.iter().map(|v| graph.shape(*v)).collect();
     let rule = match &node.op {
         NodeOp::Kernel(Op::AdamW { .. }) => {
-            // The gradient must lie as the parameter.
-            let want = graph
+            // The gradient must have the parameter's layout.
+            let required = graph
                 .tensor(node.updates[0])
                 .layout
                 .clone()
                 .unwrap_or_else(|| NdSbp::broadcast(placement.axes().len()));
-            let signature = NdSignature { inputs: vec![want], outputs: Vec::new() };
+            let signature = NdSignature { inputs: vec![required], outputs: Vec::new() };
             let candidates = vec![Candidate { signature, compute_seconds: 0.0 }];
             let inputs = indices(&node.inputs[..1]);
             let (name, placement) = (node.name.clone(), placement.clone());
@@ -167,15 +167,15 @@ fn spec(graph: &Graph, node: &Node, tensors: &[TensorSpec]) -> Result<Option<Nod
     let (inputs, outputs) = (indices(&node.inputs), node.outputs.iter().map(|v| v.index()).collect());
     let seconds = whole_seconds(graph, node);
     let mut spec = NodeSpec::of_rule(&node.name, placement, &rule, tensors, inputs, outputs, seconds)?;
-    spec.candidates.retain(|c| one_name(&c.signature, placement));
+    spec.candidates.retain(|c| is_canonical(&c.signature, placement));
     if let NodeOp::Relayout = node.op {
-        let want = tensors[node.outputs[0].index()].pinned.as_ref().map(|l| &l.sbp);
-        spec.candidates.retain(|c| c.signature.outputs.first() == want);
+        let required = tensors[node.outputs[0].index()].pinned.as_ref().map(|l| &l.sbp);
+        spec.candidates.retain(|c| c.signature.outputs.first() == required);
     }
     Ok(Some(spec))
 }
 
-/// For each tensor, the entries that its layout may have along each axis.
+/// For each tensor and mesh axis, the possible entries of its layout.
 struct Splits(Vec<Vec<BTreeSet<Sbp>>>);
 
 impl Splits {
@@ -187,19 +187,20 @@ impl Splits {
         Self(tensors.iter().map(entries).collect())
     }
 
-    /// Keeps the candidates that LAY-1 and LAY-2 allow, and notes what their outputs may be.
-    fn bound(&mut self, graph: &Graph, node: &Node, spec: &mut NodeSpec) {
-        let given = |input: &Var| matches!(graph.producer(*input).op, NodeOp::Parameter { .. } | NodeOp::Input);
-        let as_given = |c: &Candidate| {
+    /// Keeps the candidates that LAY-1 to LAY-3 allow, and records the possible layouts of their outputs.
+    fn restrict(&mut self, graph: &Graph, node: &Node, spec: &mut NodeSpec) {
+        let is_given = |input: &Var| matches!(graph.producer(*input).op, NodeOp::Parameter { .. } | NodeOp::Input);
+        let keeps_given_layouts = |c: &Candidate| {
             let mut inputs = node.inputs.iter().zip(&spec.inputs).zip(&c.signature.inputs);
-            inputs.all(|((var, tensor), want)| !given(var) || self.holds(*tensor, want))
+            inputs.all(|((var, tensor), required)| !is_given(var) || self.can_have(*tensor, required))
         };
         let axes = spec.placement.axes().len();
         let comes_from_a_split = |c: &Candidate| (0..axes).all(|axis| self.split_exists(spec, &c.signature, axis));
         let stays_split = |c: &Candidate| (0..axes).all(|axis| self.stays_split(spec, &c.signature, axis));
-        let allowed = |c: &&Candidate| as_given(c) && comes_from_a_split(c) && stays_split(c);
+        let allowed = |c: &&Candidate| keeps_given_layouts(c) && comes_from_a_split(c) && stays_split(c);
         let kept: Vec<Candidate> = spec.candidates.iter().filter(allowed).cloned().collect();
-        // An op that cannot take its parameter as it lies gets it changed; `explain` tells.
+        // If the op cannot read its parameter in the given layout, all candidates remain; `explain` lists the layout
+        // change.
         if !kept.is_empty() {
             spec.candidates = kept;
         }
@@ -213,24 +214,26 @@ impl Splits {
         }
     }
 
-    fn holds(&self, tensor: usize, layout: &NdSbp) -> bool {
+    fn can_have(&self, tensor: usize, layout: &NdSbp) -> bool {
         self.0[tensor].iter().zip(&layout.0).all(|(entries, sbp)| entries.contains(sbp))
     }
 
-    /// LAY-2: false when a signature takes parts of an input along the axis and no input can come so.
+    /// LAY-2: false if a signature splits inputs along the axis and no input can have that split.
     fn split_exists(&self, spec: &NodeSpec, signature: &NdSignature, axis: usize) -> bool {
-        let mut inputs = spec.inputs.iter().zip(&signature.inputs).filter(|(_, want)| is_split(want, axis)).peekable();
+        let inputs = spec.inputs.iter().zip(&signature.inputs);
+        let mut inputs = inputs.filter(|(_, required)| is_split(required, axis)).peekable();
         inputs.peek().is_none()
-            || inputs.any(|(t, want)| self.0[*t].get(axis).is_some_and(|e| e.contains(&want.0[axis])))
+            || inputs.any(|(t, required)| self.0[*t].get(axis).is_some_and(|e| e.contains(&required.0[axis])))
     }
 
-    /// LAY-3: false when a signature wants an input otherwise that can only be split, and another takes it split.
+    /// LAY-3: false if an input can only be split, the signature requires another layout, and another signature reads
+    /// it split.
     fn stays_split(&self, spec: &NodeSpec, signature: &NdSignature, axis: usize) -> bool {
         (0..spec.inputs.len()).all(|input| {
             let only = self.0[spec.inputs[input]].get(axis).filter(|e| e.len() == 1).and_then(|e| e.first());
             let Some(entry @ Sbp::Split(_)) = only else { return true };
-            let takes_it = |c: &Candidate| c.signature.inputs[input].0[axis] == *entry;
-            signature.inputs[input].0[axis] == *entry || !spec.candidates.iter().any(takes_it)
+            let reads_it_split = |c: &Candidate| c.signature.inputs[input].0[axis] == *entry;
+            signature.inputs[input].0[axis] == *entry || !spec.candidates.iter().any(reads_it_split)
         })
     }
 }
@@ -239,19 +242,20 @@ fn is_split(layout: &NdSbp, axis: usize) -> bool {
     matches!(layout.0[axis], Sbp::Split(_))
 }
 
-/// Along an axis of one device all layouts are the same; it is called `Broadcast`.
-fn one_name(signature: &NdSignature, placement: &Placement) -> bool {
-    let fine = |layout: &NdSbp| layout.0.iter().zip(placement.axes()).all(|(s, a)| a.size > 1 || *s == Sbp::Broadcast);
-    signature.inputs.iter().chain(&signature.outputs).all(fine)
+/// True if all layouts are `Broadcast` along axes of size 1, where all entries are equivalent.
+fn is_canonical(signature: &NdSignature, placement: &Placement) -> bool {
+    let canonical =
+        |layout: &NdSbp| layout.0.iter().zip(placement.axes()).all(|(s, a)| a.size > 1 || *s == Sbp::Broadcast);
+    signature.inputs.iter().chain(&signature.outputs).all(canonical)
 }
 
-/// What the op takes on one device, roughly.
+/// Estimated seconds of the op on one device.
 fn whole_seconds(graph: &Graph, node: &Node) -> f64 {
     let elements = |v: &Var| element_count(graph.shape(*v)) as f64;
     let bytes: f64 = node.inputs.iter().chain(&node.outputs).map(elements).sum::<f64>() * 4.0;
     let flops = match &node.op {
         NodeOp::Kernel(Op::Einsum(e)) => {
-            // Every index once: the result's, times those that are summed.
+            // 2 times the extents of all indices: those of the output, and those that are summed.
             let a = graph.shape(node.inputs[0]);
             let summed = e.a.chars().zip(a).filter(|(letter, _)| !e.out.contains(*letter)).map(|(_, n)| *n as f64);
             2.0 * elements(&node.outputs[0]) * summed.product::<f64>()

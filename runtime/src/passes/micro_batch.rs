@@ -1,6 +1,6 @@
-//! Divides the batch: inputs shrink to one micro-batch, and every forward tensor follows in shape and in its layout along
-//! the micro-batches: an SBP for the loop. That SBP decides where an element lies in the step's tensor, for dropout, and
-//! how an output's values are combined.
+//! Divides the batch into micro-batches: inputs shrink to one micro-batch, and every forward tensor gets its shape in
+//! one micro-batch and its layout along the micro-batches, the loop SBP. The loop SBP determines the index of an
+//! element in the step's whole tensor, which dropout needs, and how an output's values are combined.
 
 use shardflow_kernels::collective::ReduceOp;
 use shardflow_kernels::op::Op;
@@ -12,18 +12,18 @@ use crate::layout_error::LayoutError;
 use crate::sbp::Sbp;
 use crate::sbp::rule::Rule;
 
-/// A tensor's shape in one micro-batch, and its layout along them.
+/// A tensor's shape in one micro-batch, and its loop SBP.
 type Part = (Vec<usize>, Option<Sbp>);
 
-/// Turns the graph of a step into that of a micro-batch, `count` of which make a step. Records an error for each input whose batch does not
-/// divide, and for each op, loss and output whose value would depend on `count`.
+/// Turns the graph of a step into that of one of `count` micro-batches. Records an error for each input whose batch is
+/// not divisible by `count`, and for each op, loss and output whose value would depend on `count`.
 pub fn divide(graph: &mut Graph, count: usize) {
     for index in 0..graph.nodes.len() {
         let node = graph.nodes[index].clone();
         let parts = match &node.op {
-            NodeOp::Input => input(graph, &node, count).map(|part| vec![part]),
-            NodeOp::Kernel(op) => follow(graph, &node.inputs, count, |shapes| ops::rule(op, shapes)),
-            NodeOp::Custom(op) => follow(graph, &node.inputs, count, |_| op.rule()),
+            NodeOp::Input => divide_input(graph, &node, count).map(|part| vec![part]),
+            NodeOp::Kernel(op) => infer_outputs(graph, &node.inputs, count, |shapes| ops::rule(op, shapes)),
+            NodeOp::Custom(op) => infer_outputs(graph, &node.inputs, count, |_| op.rule()),
             NodeOp::Relayout => {
                 let TensorInfo { shape, loop_sbp, .. } = graph.tensor(node.inputs[0]);
                 Ok(vec![(shape.clone(), *loop_sbp)])
@@ -31,7 +31,7 @@ pub fn divide(graph: &mut Graph, count: usize) {
             _ => continue,
         };
         let parts = parts.and_then(|parts| {
-            place_mask(graph, index, &parts, count)?;
+            set_dropout_position(graph, index, &parts, count)?;
             Ok(parts)
         });
         let poisoned = node.inputs.iter().any(|v| graph.tensor(*v).poisoned);
@@ -51,10 +51,10 @@ pub fn divide(graph: &mut Graph, count: usize) {
         }
     }
     check_loss(graph, count);
-    settle_outputs(graph, count);
+    set_output_combines(graph, count);
 }
 
-fn input(graph: &Graph, node: &Node, count: usize) -> Result<Part, String> {
+fn divide_input(graph: &Graph, node: &Node, count: usize) -> Result<Part, String> {
     let TensorInfo { shape, loop_sbp, rate, .. } = graph.tensor(node.outputs[0]);
     let mut shape = shape.clone();
     if let (Rate::MicroBatch, Some(Sbp::Split(dim))) = (rate, *loop_sbp)
@@ -73,8 +73,8 @@ fn input(graph: &Graph, node: &Node, count: usize) -> Result<Part, String> {
     Ok((shape, *loop_sbp))
 }
 
-/// The outputs' shapes and layouts of an op, given those of its inputs.
-fn follow(
+/// The outputs' shapes and loop SBPs of an op, given those of its inputs.
+fn infer_outputs(
     graph: &Graph,
     inputs: &[Var],
     count: usize,
@@ -82,29 +82,29 @@ fn follow(
 ) -> Result<Vec<Part>, String> {
     let shapes: Vec<&[usize]> = inputs.iter().map(|v| graph.shape(*v)).collect();
     let layouts: Option<Vec<Sbp>> = inputs.iter().map(|v| graph.tensor(*v).loop_sbp).collect();
-    let wrong = |e: LayoutError| {
-        let inputs = described(graph, inputs);
+    let message = |e: LayoutError| {
+        let inputs = describe(graph, inputs);
         format!(
-            "in one of {count} micro-batches, {e}; {inputs}; inputs of one op must all be divided: feed them by `input` or `input_with_batch_dim`"
+            "in one of {count} micro-batches, the inputs do not match: {e}; {inputs}; all inputs of an op must be divided: feed them with `input` or `input_with_batch_dim`"
         )
     };
-    let rule = rule(&shapes).map_err(wrong)?;
-    let shapes = rule.infer_shapes(&shapes).map_err(wrong)?;
-    let outputs = layouts.and_then(|layouts| rule.outputs_of(&layouts));
+    let rule = rule(&shapes).map_err(message)?;
+    let shapes = rule.infer_shapes(&shapes).map_err(message)?;
+    let outputs = layouts.and_then(|layouts| rule.output_layouts(&layouts));
     let layout = |port: usize| outputs.as_ref().map(|outputs| outputs[port]);
     Ok(shapes.into_iter().enumerate().map(|(port, shape)| (shape, layout(port))).collect())
 }
 
-/// Sets dropout's step shape, and the distance of micro-batches in it.
-fn place_mask(graph: &mut Graph, index: usize, parts: &[Part], count: usize) -> Result<(), String> {
+/// Sets a dropout's shape in the whole step and the offset from one micro-batch to the next, which determine its mask.
+fn set_dropout_position(graph: &mut Graph, index: usize, parts: &[Part], count: usize) -> Result<(), String> {
     let node = &graph.nodes[index];
-    // The output's shape is still that of the whole step.
+    // At this point, the output's shape is still that of the whole step.
     let whole = match node.op {
         NodeOp::Kernel(Op::Dropout { .. }) => graph.shape(node.outputs[0]).to_vec(),
         _ => return Ok(()),
     };
     let (part, loop_sbp) = &parts[0];
-    let distance = match loop_sbp {
+    let offset = match loop_sbp {
         Some(Sbp::Split(dim)) if *dim < part.len() => part[*dim] * element_count(&whole[dim + 1..]),
         Some(_) => 0,
         None if count == 1 => 0,
@@ -116,20 +116,22 @@ fn place_mask(graph: &mut Graph, index: usize, parts: &[Part], count: usize) -> 
         }
     };
     if let NodeOp::Kernel(Op::Dropout { shape, stride, .. }) = &mut graph.nodes[index].op {
-        (*shape, *stride) = (whole, distance);
+        (*shape, *stride) = (whole, offset);
     }
     Ok(())
 }
 
-/// Gradients are summed over micro-batches, so the loss must be such a sum.
+/// Records an error unless the loss is a sum over the micro-batches, because gradients are summed over them.
 fn check_loss(graph: &mut Graph, count: usize) {
     let Some(Objective { loss, .. }) = graph.objective else { return };
     let info = graph.tensor(loss);
     let why = match info.loop_sbp {
         _ if count == 1 || info.poisoned || !info.shape.is_empty() => return,
         Some(Sbp::Partial(ReduceOp::Sum)) => return,
-        Some(Sbp::Broadcast) => format!("{} does not depend on the batch, and would count {count} times", info.name),
-        Some(_) => described(graph, &[loss]),
+        Some(Sbp::Broadcast) => {
+            format!("{} does not depend on the batch, and would be counted {count} times", info.name)
+        }
+        Some(_) => describe(graph, &[loss]),
         None => cause(graph, loss),
     };
     let location =
@@ -140,8 +142,8 @@ fn check_loss(graph: &mut Graph, count: usize) {
     graph.error("minimize", message, location);
 }
 
-/// Sets how each output's values are combined, where the user did not.
-fn settle_outputs(graph: &mut Graph, count: usize) {
+/// Sets how each output's values are combined, unless the user did.
+fn set_output_combines(graph: &mut Graph, count: usize) {
     let loss = graph.objective.map(|objective| objective.loss);
     for index in 0..graph.outputs.len() {
         let output = graph.outputs[index].clone();
@@ -153,7 +155,7 @@ fn settle_outputs(graph: &mut Graph, count: usize) {
             None if Some(output.tensor) == loss => continue,
             None => {
                 let message = format!(
-                    "it is not known how to combine the values of {count} micro-batches: {}; use `output_with`: `Combine::Stack` keeps all values, `Combine::Sum`, `Combine::Max` and `Combine::Concat(dim)` combine them",
+                    "no rule determines how to combine the values of {count} micro-batches: {}; use `output_with`: `Combine::Stack` keeps all values, `Combine::Sum`, `Combine::Max` and `Combine::Concat(dim)` combine them",
                     cause(graph, output.tensor)
                 );
                 graph.error(&output.name, message, output.location);
@@ -164,29 +166,29 @@ fn settle_outputs(graph: &mut Graph, count: usize) {
     }
 }
 
-/// The op whose rule gives no layout along the micro-batches, and its inputs.
+/// The op whose rule gives no loop SBP, and its inputs, as text.
 fn cause(graph: &Graph, var: Var) -> String {
     let mut node = graph.producer(var);
     while let Some(input) = node.inputs.iter().find(|v| graph.tensor(**v).loop_sbp.is_none()) {
         node = graph.producer(*input);
     }
-    let (name, place, inputs) = (&node.name, node.location, described(graph, &node.inputs));
+    let (name, location, inputs) = (&node.name, node.location, describe(graph, &node.inputs));
     let hint = if matches!(node.op, NodeOp::Custom(_)) { " (`Rule::linear` declares a linear op)" } else { "" };
-    format!("{name} at {}:{} has no rule for this{hint}: {inputs}", place.file(), place.line())
+    format!("{name} at {}:{} has no rule for this{hint}: {inputs}", location.file(), location.line())
 }
 
-/// The tensors' layouts along the micro-batches, as text.
-fn described(graph: &Graph, vars: &[Var]) -> String {
+/// The tensors' loop SBPs, as text.
+fn describe(graph: &Graph, vars: &[Var]) -> String {
     let text = |var: &Var| {
         let info = graph.tensor(*var);
-        let how = match info.loop_sbp {
+        let layout = match info.loop_sbp {
             Some(Sbp::Split(dim)) => format!("is divided along dim {dim}"),
             Some(Sbp::Broadcast) => "is the same in each micro-batch".into(),
             Some(Sbp::Partial(ReduceOp::Sum)) => "is one term of a sum over micro-batches".into(),
             Some(Sbp::Partial(ReduceOp::Max)) => "is one term of a maximum over micro-batches".into(),
-            None => "follows no rule".into(),
+            None => "has an unknown layout".into(),
         };
-        format!("{} {how}", info.name)
+        format!("{} {layout}", info.name)
     };
     let shown = vars.iter().filter(|v| graph.tensor(**v).name != RNG_INPUT);
     shown.map(text).collect::<Vec<_>>().join(", ")

@@ -1,4 +1,5 @@
-//! Adds the step's end: gradients are summed over the micro-batches, their global norm is taken, AdamW updates.
+//! Adds the end of a step: sums the gradients over the micro-batches, computes their global norm, and updates with
+//! AdamW.
 
 use std::collections::BTreeMap;
 use std::panic::Location;
@@ -12,23 +13,23 @@ use crate::graph::{AdamW, Combine, Graph, NodeOp, Phase, Rate, Var};
 use crate::placement::{Axis, Placement};
 use crate::sbp::{NdSbp, Sbp};
 
-/// Sums `var` over the micro-batches of a step, where it is made.
+/// Sums `var` over the micro-batches of a step, in the phase and on the placement of its producer.
 pub fn accumulate(graph: &mut Graph, var: Var) -> Var {
     let (producer, info) = (graph.producer(var).clone(), graph.tensor(var).clone());
-    let saved = (graph.phase, graph.current);
-    (graph.phase, graph.current) = (producer.phase, producer.placement);
+    let saved = (graph.phase, graph.current_placement);
+    (graph.phase, graph.current_placement) = (producer.phase, producer.placement);
     let name = format!("{}.sum", producer.name);
     let out =
         graph.push(&name, NodeOp::Accumulate, &[var], &[(info.shape, info.dtype, Rate::Step)], producer.location)[0];
-    (graph.phase, graph.current) = saved;
+    (graph.phase, graph.current_placement) = saved;
     out
 }
 
-/// Adds the update of every parameter that has a gradient.
+/// Adds the update of each parameter that has a gradient.
 pub fn add_update(graph: &mut Graph, grads: &BTreeMap<Var, Var>, adamw: AdamW) {
     let parameters = graph.parameters();
     let index_of: BTreeMap<Var, usize> = parameters.iter().enumerate().map(|(i, p)| (*p, i)).collect();
-    // Accumulated in program order of the gradients, which is the order in which backward makes them.
+    // In the order of the gradients, which is the order in which backward computes them.
     let mut summed: Vec<(Var, Var)> = grads.iter().map(|(p, g)| (*p, *g)).collect();
     summed.sort_by_key(|(_, g)| *g);
     let summed: Vec<(Var, Var)> = summed.into_iter().map(|(p, g)| (p, accumulate(graph, g))).collect();
@@ -41,7 +42,7 @@ pub fn add_update(graph: &mut Graph, grads: &BTreeMap<Var, Var>, adamw: AdamW) {
         if here.is_empty() {
             continue;
         }
-        graph.current = placement;
+        graph.current_placement = placement;
         let at = graph.producer(here[0].0).location;
         let indices = here.iter().map(|(p, _)| index_of[p]).collect();
         let inputs: Vec<Var> = here.iter().map(|(_, g)| *g).collect();
@@ -53,17 +54,17 @@ pub fn add_update(graph: &mut Graph, grads: &BTreeMap<Var, Var>, adamw: AdamW) {
     }
     graph.phase = Phase::Update;
     for (placement, sums) in squares {
-        graph.current = placement;
+        graph.current_placement = placement;
         let here: Vec<(Var, Var)> =
             summed.iter().copied().filter(|(p, _)| graph.placement_of(*p) == placement).collect();
         update_placement(graph, sums, &here, adamw);
         let location = graph.producer(sums).location;
-        graph.fetched(GRAD_SQUARES_OUTPUT, sums, Some(Combine::First), location);
+        graph.push_output(GRAD_SQUARES_OUTPUT, sums, Some(Combine::First), location);
     }
     graph.phase = Phase::Forward;
 }
 
-/// The layout of `NormSums`: each device adds what it is the first to hold.
+/// The layout of `NormSums`: each device contributes the gradient parts of which it holds the first copy.
 pub fn owner_sums(placement: &Placement) -> NdSbp {
     let partial = |axis: &Axis| if axis.size > 1 { Sbp::Partial(ReduceOp::Sum) } else { Sbp::Broadcast };
     NdSbp(placement.axes().iter().map(partial).collect())

@@ -1,12 +1,12 @@
-//! Stores activations and their gradients in bf16, where all who read them take that: products, attention and elementwise ops
-//! then compute on half the bytes, in f32 inside. Parameters, their sums over micro-batches, statistics, scalars, the update and
-//! whatever a collective moves stay in f32; who reads one of these in bf16 gets a cast of it, which of a parameter as it lies
-//! is made once a step, by the update.
+//! Stores activations and their gradients in bf16 where all their readers accept it: products, attention and
+//! elementwise ops then read and write bf16 and compute in f32. Parameters, their accumulated gradients, statistics,
+//! scalars, the update and everything that a collective moves stay in f32; readers that need bf16 get a cast. A
+//! parameter that is read on its own placement gets a bf16 copy instead, which the update refreshes once per step.
 //!
-//! Micikevicius et al. 2018, <https://arxiv.org/abs/1710.03740>, with the range of bf16, so without scaling of the loss
-//! (Kalamkar et al. 2019, <https://arxiv.org/abs/1905.12322>).
+//! Mixed precision of Micikevicius et al. 2018, <https://arxiv.org/abs/1710.03740>. The range of bf16 makes loss
+//! scaling unnecessary (Kalamkar et al. 2019, <https://arxiv.org/abs/1905.12322>).
 //!
-//! It runs when layouts and their changes are settled, so a cast is local, and lies as what it casts.
+//! The pass runs after layouts are chosen and boxing is inserted, so a cast is local and has the layout of its input.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -17,122 +17,123 @@ use shardflow_kernels::tensor::DType;
 use crate::boxing::step::{BoxingStep, StepKind};
 use crate::graph::{Graph, Node, NodeId, NodeOp, Phase, Rate, TensorInfo, Var};
 
-/// How the floats of a step are stored.
+/// The element type of a step's floating-point tensors.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Precision {
-    /// All of them in f32.
+    /// All tensors in f32.
     #[default]
     F32,
-    /// Activations and their gradients in bf16, all else in f32.
+    /// Activations and their gradients in bf16, all other tensors in f32.
     BF16,
 }
 
-/// What a tensor's readers ask of its type.
+/// The element types that the producer and the readers of a tensor need.
 #[derive(Clone, Copy, Debug, Default)]
-struct Asked {
-    /// Somebody reads it in bf16.
-    half: bool,
-    /// Somebody reads or makes it in f32.
-    whole: bool,
+struct NeededTypes {
+    /// A node reads it in bf16.
+    bf16: bool,
+    /// A node reads or makes it in f32.
+    f32: bool,
 }
 
-impl Asked {
-    fn is_half(self) -> bool {
-        self.half && !self.whole
+impl NeededTypes {
+    fn is_bf16(self) -> bool {
+        self.bf16 && !self.f32
     }
 }
 
-/// Gives tensors the type bf16, and puts in the casts that this needs.
+/// Sets the type of tensors to bf16 and inserts the required casts.
 pub fn narrow(graph: &mut Graph) {
-    let (classes, given) = (Classes::of(graph), given(graph));
-    let mut asked = vec![Asked::default(); graph.tensors.len()];
-    // The host gets floats as it knows them.
+    let (classes, sources) = (TypeClasses::of(graph), sources(graph));
+    let mut needed = vec![NeededTypes::default(); graph.tensors.len()];
+    // The host fetches f32.
     for output in &graph.outputs {
-        asked[classes.root(output.tensor)].whole = true;
+        needed[classes.root(output.tensor)].f32 = true;
     }
-    // Backwards, so that what a node makes is settled before what it reads.
+    // In reverse, so that the types of a node's outputs are known before those of its inputs.
     for node in graph.nodes.iter().rev() {
         for (port, output) in node.outputs.iter().enumerate() {
-            asked[classes.root(*output)].whole |= !may_write_half(graph, &given, node, port);
+            needed[classes.root(*output)].f32 |= !may_write_bf16(graph, &sources, node, port);
         }
-        let half = |port: usize| asked[classes.root(node.outputs[port])].is_half();
-        let made_half = half_ports(node).next().is_some() && half_ports(node).all(half);
-        if matches!(how(graph, node), Reads::AsWritten) && !made_half {
-            half_ports(node).for_each(|port| asked[classes.root(node.outputs[port])].whole = true);
+        let is_bf16 = |port: usize| needed[classes.root(node.outputs[port])].is_bf16();
+        let writes_bf16 = bf16_ports(node).next().is_some() && bf16_ports(node).all(is_bf16);
+        if matches!(node_read_type(graph, node), ReadType::AsWritten) && !writes_bf16 {
+            bf16_ports(node).for_each(|port| needed[classes.root(node.outputs[port])].f32 = true);
         }
         for (port, input) in node.inputs.iter().enumerate() {
-            let asked = &mut asked[classes.root(*input)];
-            match reads(graph, node, port) {
-                Reads::InPlace => {}
-                Reads::Half => asked.half = true,
-                Reads::AsWritten if made_half => asked.half = true,
-                Reads::AsWritten | Reads::Whole => asked.whole = true,
+            let needed = &mut needed[classes.root(*input)];
+            match read_type(graph, node, port) {
+                ReadType::SharedMemory => {}
+                ReadType::Bf16 => needed.bf16 = true,
+                ReadType::AsWritten if writes_bf16 => needed.bf16 = true,
+                ReadType::AsWritten | ReadType::F32 => needed.f32 = true,
             }
         }
     }
     for index in 0..graph.tensors.len() {
-        let is_half = asked[classes.root(graph.var(index))].is_half();
+        let is_bf16 = needed[classes.root(graph.var(index))].is_bf16();
         let tensor = &mut graph.tensors[index];
-        if tensor.dtype == DType::F32 && is_half {
+        if tensor.dtype == DType::F32 && is_bf16 {
             tensor.dtype = DType::BF16;
         }
     }
     insert_casts(graph);
 }
 
-/// How a node reads its floats.
-enum Reads {
-    /// What it makes is what it reads, or a part of it.
-    InPlace,
-    /// In the type that it writes: so a term of a sum that is in f32, be it over devices or over uses of a weight, is f32.
+/// The type in which a node reads a floating-point input.
+enum ReadType {
+    /// The type of its output, which is the input's memory or a part of it.
+    SharedMemory,
+    /// The type that the node writes. So the terms of an f32 sum, over devices or over uses of a weight, are f32.
     AsWritten,
-    Half,
-    Whole,
+    Bf16,
+    F32,
 }
 
-fn how(graph: &Graph, node: &Node) -> Reads {
+fn node_read_type(graph: &Graph, node: &Node) -> ReadType {
     match &node.op {
-        NodeOp::Kernel(op) if computes(graph, node) => match op {
-            Op::Einsum(_) | Op::Attention { .. } | Op::LayerNorm { .. } => Reads::Half,
-            Op::RowMax | Op::SumExpTarget { .. } | Op::SumLeading | Op::EmbeddingGrad { .. } => Reads::Half,
-            _ => Reads::AsWritten,
+        NodeOp::Kernel(op) if may_compute_in_bf16(graph, node) => match op {
+            Op::Einsum(_) | Op::Attention { .. } | Op::LayerNorm { .. } => ReadType::Bf16,
+            Op::RowMax | Op::SumExpTarget { .. } | Op::SumLeading | Op::EmbeddingGrad { .. } => ReadType::Bf16,
+            _ => ReadType::AsWritten,
         },
-        _ if stays_here(node) => Reads::InPlace,
-        _ if is_transfer(node) => Reads::AsWritten,
-        _ => Reads::Whole,
+        _ if shares_memory(node) => ReadType::SharedMemory,
+        _ if is_transfer(node) => ReadType::AsWritten,
+        _ => ReadType::F32,
     }
 }
 
-fn reads(graph: &Graph, node: &Node, port: usize) -> Reads {
+fn read_type(graph: &Graph, node: &Node, port: usize) -> ReadType {
     match &node.op {
-        NodeOp::Kernel(op) if !op.reads_bf16(port) => Reads::Whole,
-        _ => how(graph, node),
+        NodeOp::Kernel(op) if !op.reads_bf16(port) => ReadType::F32,
+        _ => node_read_type(graph, node),
     }
 }
 
 /// The outputs of a node that may be bf16.
-fn half_ports(node: &Node) -> impl Iterator<Item = usize> + '_ {
+fn bf16_ports(node: &Node) -> impl Iterator<Item = usize> + '_ {
     (0..node.outputs.len()).filter(|port| match &node.op {
         NodeOp::Kernel(op) => op.writes_bf16(*port),
         _ => true,
     })
 }
 
-/// For each tensor: is it an input, a parameter, or what they are moved to? They are there before anything runs, and a cast would
-/// make whoever fetches them wait for it.
-fn given(graph: &Graph) -> Vec<bool> {
-    let mut given = vec![false; graph.tensors.len()];
+/// For each tensor: true for an input, a parameter, or a slice or transfer of one. They exist before any computation,
+/// and their readers would have to wait for a cast.
+fn sources(graph: &Graph) -> Vec<bool> {
+    let mut sources = vec![false; graph.tensors.len()];
     for node in &graph.nodes {
-        let is_given = match &node.op {
+        let is_source = match &node.op {
             NodeOp::Input | NodeOp::Parameter { .. } => true,
-            _ => (stays_here(node) || is_transfer(node)) && node.inputs.iter().all(|input| given[input.index()]),
+            _ => (shares_memory(node) || is_transfer(node)) && node.inputs.iter().all(|input| sources[input.index()]),
         };
-        node.outputs.iter().for_each(|output| given[output.index()] = is_given);
+        node.outputs.iter().for_each(|output| sources[output.index()] = is_source);
     }
-    given
+    sources
 }
 
-fn stays_here(node: &Node) -> bool {
+/// True if the output is the input's memory or a part of it.
+fn shares_memory(node: &Node) -> bool {
     match &node.op {
         NodeOp::Relayout => true,
         NodeOp::Boxing(step) => step.kind == StepKind::Slice,
@@ -144,26 +145,26 @@ fn is_transfer(node: &Node) -> bool {
     matches!(&node.op, NodeOp::Boxing(step) if step.kind == StepKind::Transfer)
 }
 
-/// True for nodes that may compute on bf16: those of each micro-batch, but for what is done with scalars, such as losses.
-fn computes(graph: &Graph, node: &Node) -> bool {
+/// True for nodes that may compute on bf16: those of each micro-batch, except ops on scalars such as losses.
+fn may_compute_in_bf16(graph: &Graph, node: &Node) -> bool {
     let is_scalar = node.outputs.iter().all(|output| graph.shape(*output).is_empty());
     node.phase.rate() == Rate::MicroBatch && !is_scalar
 }
 
-fn may_write_half(graph: &Graph, given: &[bool], node: &Node, port: usize) -> bool {
+fn may_write_bf16(graph: &Graph, sources: &[bool], node: &Node, port: usize) -> bool {
     match &node.op {
-        NodeOp::Kernel(op) => computes(graph, node) && op.writes_bf16(port),
-        _ => (stays_here(node) || is_transfer(node)) && !given[node.outputs[port].index()],
+        NodeOp::Kernel(op) => may_compute_in_bf16(graph, node) && op.writes_bf16(port),
+        _ => (shares_memory(node) || is_transfer(node)) && !sources[node.outputs[port].index()],
     }
 }
 
-/// Tensors that must have one type, because one is the other's memory or a part of it.
-struct Classes(Vec<usize>);
+/// Classes of tensors that must have the same type, because one is the other's memory or a part of it.
+struct TypeClasses(Vec<usize>);
 
-impl Classes {
+impl TypeClasses {
     fn of(graph: &Graph) -> Self {
         let mut classes = Self((0..graph.tensors.len()).collect());
-        for node in graph.nodes.iter().filter(|node| stays_here(node)) {
+        for node in graph.nodes.iter().filter(|node| shares_memory(node)) {
             for (input, output) in node.inputs.iter().zip(&node.outputs) {
                 let (from, to) = (classes.root(*input), classes.root(*output));
                 classes.0[to] = from;
@@ -181,42 +182,42 @@ impl Classes {
     }
 }
 
-/// Casts what a node reads in another type than it has: once for all nodes of a phase. A parameter that is read as it lies has a
-/// copy instead, which the update casts anew, so no micro-batch has to.
+/// Inserts a cast where a node reads another type than its input has, one for all nodes of a phase. A parameter that is
+/// read on its own placement gets a bf16 copy instead; the update refreshes it, so no micro-batch has to cast.
 fn insert_casts(graph: &mut Graph) {
     let nodes = std::mem::take(&mut graph.nodes);
-    let mut made: Vec<Node> = Vec::new();
-    // By the phase that a cast is made in; a parameter's copy is there in all of them.
+    let mut rebuilt: Vec<Node> = Vec::new();
+    // By the phase in which the cast runs; `None` for a parameter's copy, which exists in all phases.
     let mut casts: BTreeMap<(Var, Option<Phase>), Var> = BTreeMap::new();
     for mut node in nodes {
         for port in 0..node.inputs.len() {
             let input = node.inputs[port];
-            let has = graph.tensor(input).dtype;
-            let wants_half = match reads(graph, &node, port) {
-                Reads::Half => true,
-                Reads::AsWritten => half_ports(&node).any(|p| graph.tensor(node.outputs[p]).dtype == DType::BF16),
-                Reads::InPlace | Reads::Whole => false,
+            let dtype = graph.tensor(input).dtype;
+            let reads_bf16 = match read_type(graph, &node, port) {
+                ReadType::Bf16 => true,
+                ReadType::AsWritten => bf16_ports(&node).any(|p| graph.tensor(node.outputs[p]).dtype == DType::BF16),
+                ReadType::SharedMemory | ReadType::F32 => false,
             };
-            if !wants_half || has != DType::F32 {
+            if !reads_bf16 || dtype != DType::F32 {
                 continue;
             }
-            let producer = &made[graph.tensor(input).producer.index()];
-            let as_it_lies = matches!(producer.op, NodeOp::Parameter { .. }) && producer.placement == node.placement;
-            // What travels is cast where and when it is made.
+            let producer = &rebuilt[graph.tensor(input).producer.index()];
+            let has_copy = matches!(producer.op, NodeOp::Parameter { .. }) && producer.placement == node.placement;
+            // Before a transfer, the cast runs on the placement and in the phase of the producer.
             let at = if is_transfer(&node) { producer } else { &node };
-            let key = (input, (!as_it_lies).then_some(at.phase));
+            let key = (input, (!has_copy).then_some(at.phase));
             node.inputs[port] = match casts.get(&key) {
                 Some(cast) => *cast,
                 None => {
                     let (placement, phase) = (at.placement, at.phase);
-                    let cast = if as_it_lies {
-                        half(graph, input, producer.clone())
+                    let cast = if has_copy {
+                        bf16_copy(graph, input, producer.clone())
                     } else {
                         cast(graph, input, (placement, phase), &node)
                     };
                     let out = cast.outputs[0];
                     casts.insert(key, out);
-                    push(graph, &mut made, cast);
+                    push(graph, &mut rebuilt, cast);
                     out
                 }
             };
@@ -224,7 +225,7 @@ fn insert_casts(graph: &mut Graph) {
         if let NodeOp::Boxing(step) = &node.op
             && graph.tensor(node.outputs[0]).dtype == DType::BF16
         {
-            node.op = NodeOp::Boxing(Arc::new(of_half_the_bytes(step)));
+            node.op = NodeOp::Boxing(Arc::new(with_bf16_sizes(step)));
         }
         let updated = node.updates.first().and_then(|var| Some((*var, *casts.get(&(*var, None))?)));
         let refreshed = updated.map(|(parameter, copy)| Node {
@@ -234,31 +235,32 @@ fn insert_casts(graph: &mut Graph) {
             updates: vec![copy],
             ..node.clone()
         });
-        push(graph, &mut made, node);
-        refreshed.into_iter().for_each(|cast| push(graph, &mut made, cast));
+        push(graph, &mut rebuilt, node);
+        refreshed.into_iter().for_each(|cast| push(graph, &mut rebuilt, cast));
     }
-    graph.nodes = made;
+    graph.nodes = rebuilt;
 }
 
-/// A parameter's copy in bf16.
-fn half(graph: &mut Graph, of: Var, parameter: Node) -> Node {
+/// The node of a parameter's bf16 copy.
+fn bf16_copy(graph: &mut Graph, of: Var, parameter: Node) -> Node {
     let info = graph.tensor(of).clone();
     let name = format!("{}.bf16", info.name);
     let info = TensorInfo { name: name.clone(), dtype: DType::BF16, saved_shape: None, ..info };
     let out = graph.new_tensor(info, parameter.location);
-    Node { name, op: NodeOp::Half { of }, outputs: vec![out], ..parameter }
+    Node { name, op: NodeOp::Bf16Copy { of }, outputs: vec![out], ..parameter }
 }
 
-fn push(graph: &mut Graph, made: &mut Vec<Node>, node: Node) {
+fn push(graph: &mut Graph, rebuilt: &mut Vec<Node>, node: Node) {
     for output in &node.outputs {
-        graph.tensors[output.index()].producer = NodeId(made.len() as u32);
+        graph.tensors[output.index()].producer = NodeId(rebuilt.len() as u32);
     }
-    made.push(node);
+    rebuilt.push(node);
 }
 
-fn of_half_the_bytes(step: &BoxingStep) -> BoxingStep {
-    let halved = |bytes: &usize| bytes / DType::F32.bytes() * DType::BF16.bytes();
-    BoxingStep { bytes_received: step.bytes_received.iter().map(halved).collect(), ..step.clone() }
+/// The step with the number of bytes that it moves in bf16.
+fn with_bf16_sizes(step: &BoxingStep) -> BoxingStep {
+    let in_bf16 = |bytes: &usize| bytes / DType::F32.bytes() * DType::BF16.bytes();
+    BoxingStep { bytes_received: step.bytes_received.iter().map(in_bf16).collect(), ..step.clone() }
 }
 
 /// A cast of `input` to bf16 for `reader`.

@@ -1,24 +1,24 @@
-//! Placements that feed each other forward must form a pipeline: all forward work of a device is one action, so a device
-//! cannot wait for what it has yet to make.
+//! Checks that the placements form a pipeline. All forward work of a device is one action, so a device cannot wait for
+//! a result that depends on its own forward work.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::panic::Location;
 
 use crate::graph::{Graph, NodeOp};
 
-/// Records an error at the line that reads from a placement which shares a device with its own, or which (perhaps by
-/// others) waits for its own.
+/// Records an error for each node that reads from a placement which shares a device with the node's own, or which waits
+/// for the node's own, directly or indirectly.
 pub fn check(graph: &mut Graph) {
-    // Placements that each placement reads from.
+    // For each placement, the placements that it reads from.
     let mut reads: BTreeMap<usize, BTreeSet<usize>> = BTreeMap::new();
     let mut errors = Vec::new();
     for node in &graph.nodes {
         for input in &node.inputs {
             let producer = graph.producer(*input);
             let (from, to) = (producer.placement, node.placement);
-            // Parameters and inputs are there before anything runs forward.
-            let is_made = !matches!(producer.op, NodeOp::Parameter { .. } | NodeOp::Input);
-            if from == to || !is_made || !reads.entry(to).or_default().insert(from) {
+            // Parameters and inputs exist before forward starts.
+            let is_computed = !matches!(producer.op, NodeOp::Parameter { .. } | NodeOp::Input);
+            if from == to || !is_computed || !reads.entry(to).or_default().insert(from) {
                 continue;
             }
             let (source, target) = (&graph.placements[from], &graph.placements[to]);
@@ -26,14 +26,14 @@ pub fn check(graph: &mut Graph) {
             let name = &graph.tensor(*input).name;
             let message = match shared {
                 Some(device) => format!(
-                    "reads {name} of devices {:?} on devices {:?}, which share device {device}; place what follows on the same devices, or on none of them",
-                    source.devices(),
-                    target.devices()
+                    "runs on devices {:?} and reads {name} from devices {:?}, and both contain device {device}; place it on exactly these devices, or on none of them",
+                    target.devices(),
+                    source.devices()
                 ),
                 None if reaches(&reads, from, to) => format!(
-                    "reads {name} of devices {:?} on devices {:?}, which those already wait for; place layers in the order in which they run, each stage once",
-                    source.devices(),
-                    target.devices()
+                    "runs on devices {0:?} and reads {name} from devices {1:?}, which already wait for {0:?}; place layers in execution order, each stage once",
+                    target.devices(),
+                    source.devices()
                 ),
                 None => continue,
             };
@@ -41,14 +41,14 @@ pub fn check(graph: &mut Graph) {
         }
     }
     if graph.objective.is_some() {
-        errors.extend(parameters(graph, &reads));
+        errors.extend(shared_parameter_errors(graph, &reads));
     }
     errors.into_iter().for_each(|(name, message, location)| graph.error(&name, message, location));
 }
 
-/// The gradient of a parameter goes to the parameter's own devices in backward, which runs from the last stage to the
-/// first; so no stage before them may use it.
-fn parameters(
+/// Backward sends a parameter's gradient to the parameter's devices and runs from the last stage to the first, so no
+/// stage before theirs may use the parameter.
+fn shared_parameter_errors(
     graph: &Graph,
     reads: &BTreeMap<usize, BTreeSet<usize>>,
 ) -> Vec<(String, String, &'static Location<'static>)> {
@@ -63,10 +63,10 @@ fn parameters(
             let (source, target) = (&graph.placements[owner], &graph.placements[user]);
             if reaches(reads, owner, user) {
                 let message = format!(
-                    "uses the parameter {} of devices {:?} on devices {:?}; place a shared parameter on the first stage that uses it",
+                    "runs on devices {:?} and uses parameter {} of a later stage on devices {:?}; place a shared parameter on the first stage that uses it",
+                    target.devices(),
                     graph.tensor(*input).name,
-                    source.devices(),
-                    target.devices()
+                    source.devices()
                 );
                 errors.push((node.name.clone(), message, node.location));
             }
@@ -75,7 +75,7 @@ fn parameters(
     errors
 }
 
-/// Does `from` read, directly or by others, from `to`?
+/// True if placement `from` reads from placement `to`, directly or indirectly.
 fn reaches(reads: &BTreeMap<usize, BTreeSet<usize>>, from: usize, to: usize) -> bool {
     let (mut open, mut seen) = (vec![from], BTreeSet::new());
     while let Some(placement) = open.pop() {

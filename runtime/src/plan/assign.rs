@@ -1,7 +1,7 @@
-//! Which action of which device runs each node, and where each tensor's local part lies: in an action's scratch when
-//! nobody else reads it, in a register when others do, fixed in memory when nothing replaces it or nobody else reads it.
-//! Tensors of one action with the same readers share a register; so the stash, activations on their way to another
-//! stage, gradients and parameters are all the same thing.
+//! Assigns each node to an action of a device, and each tensor's local part to storage: an action's scratch if no other
+//! action reads it, a register if others do, a fixed address if nothing replaces it. Tensors of one action with the
+//! same readers share a register, so the stash, activations for another stage, gradients and parameters are all handled
+//! alike.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -10,54 +10,54 @@ use crate::graph::{Graph, Node, NodeId, NodeOp, Phase, Rate, Var};
 use crate::placement::Placement;
 use crate::plan::ActionKey;
 
-/// An action of a device.
-pub type Site = (usize, ActionKey);
+/// An action on one device: its rank and key.
+pub type DeviceAction = (usize, ActionKey);
 
-/// A tensor's part on one device.
+/// A tensor's part on one device, identified by rank and tensor.
 pub type LocalTensor = (usize, Var);
 
-/// Where a local tensor lies.
+/// The storage of a local tensor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Home {
-    /// Scratch of the one action that makes and reads it.
+pub enum Storage {
+    /// Scratch of the only action that makes and reads it.
     Scratch,
     /// A register, by index into [`Assignment::registers`].
     Register(usize),
-    /// At a fixed place for the whole session.
+    /// A fixed address for the whole session.
     Fixed,
 }
 
-/// A register before memory and slots are known.
+/// A register before memory and slots are assigned.
 #[derive(Clone, Debug)]
 pub struct RegisterPlan {
-    /// Who writes it.
-    pub producer: Site,
-    /// Who reads it, sorted.
-    pub readers: Vec<Site>,
-    /// Pieces in a step.
+    /// The action that writes it.
+    pub producer: DeviceAction,
+    /// The actions that read it, sorted.
+    pub readers: Vec<DeviceAction>,
+    /// How many pieces a step has.
     pub rate: Rate,
-    /// Holds piece 0 from the start (parameters).
+    /// True if it holds piece 0 from the start (parameters).
     pub initial: bool,
-    /// The local tensors in a slot, in order; none for a register that only signals.
+    /// The local tensors in a slot, in order; empty for a register that only signals.
     pub tensors: Vec<Var>,
 }
 
-/// The outcome.
+/// The assignment of all nodes and tensors.
 #[derive(Clone, Debug, Default)]
 pub struct Assignment {
     /// Nodes of each action, in graph order.
-    pub actions: BTreeMap<Site, Vec<NodeId>>,
-    /// Home of each local tensor.
-    pub homes: BTreeMap<LocalTensor, Home>,
+    pub actions: BTreeMap<DeviceAction, Vec<NodeId>>,
+    /// The storage of each local tensor.
+    pub storage: BTreeMap<LocalTensor, Storage>,
     /// The registers.
     pub registers: Vec<RegisterPlan>,
-    /// Tensors that are another's memory: relayouts that change nothing, and reduced buckets.
+    /// Tensors that share another's memory: relayouts that move no data, and reduced buckets.
     pub alias: BTreeMap<Var, Var>,
 }
 
 impl Assignment {
-    /// The tensor whose memory `var` is.
-    pub fn storage(&self, var: Var) -> Var {
+    /// The tensor whose memory `var` uses.
+    pub fn resolve_alias(&self, var: Var) -> Var {
         let mut var = var;
         while let Some(next) = self.alias.get(&var) {
             var = *next;
@@ -66,7 +66,7 @@ impl Assignment {
     }
 }
 
-/// The action that runs a node on the devices of its placement; `None` for what is resident, which does not run.
+/// The action that runs a node on the devices of its placement; `None` for resident tensors, which do not run.
 pub fn action_of(graph: &Graph, id: NodeId, node: &Node) -> Option<ActionKey> {
     match &node.op {
         op if op.is_resident() => None,
@@ -81,41 +81,42 @@ pub fn action_of(graph: &Graph, id: NodeId, node: &Node) -> Option<ActionKey> {
 /// Assigns every node and tensor.
 pub fn assign(graph: &Graph) -> Assignment {
     let mut out = Assignment { alias: aliases(graph), ..Assignment::default() };
-    let mut producer: BTreeMap<LocalTensor, Site> = BTreeMap::new();
-    let mut readers: BTreeMap<LocalTensor, BTreeSet<Site>> = BTreeMap::new();
+    let mut producer: BTreeMap<LocalTensor, DeviceAction> = BTreeMap::new();
+    let mut readers: BTreeMap<LocalTensor, BTreeSet<DeviceAction>> = BTreeMap::new();
     for (index, node) in graph.nodes.iter().enumerate() {
         let id = NodeId(index as u32);
         let placement = &graph.placements[node.placement];
         let Some(key) = action_of(graph, id, node) else { continue };
         for (position, &device) in placement.devices().iter().enumerate() {
             let site = (device, key);
-            // A device whose shard is empty has nothing to fetch: no action, and no bytes wherever its shard lies.
+            // A device with an empty shard needs no action and no memory.
             let sources = source_devices(node, placement, position);
             if sources.is_empty() {
                 continue;
             }
             out.actions.entry(site).or_default().push(id);
-            let made = node.outputs.iter().filter(|o| out.storage(**o) == **o).chain(&node.updates);
-            producer.extend(made.map(|var| ((device, *var), site)));
+            let written = node.outputs.iter().filter(|o| out.resolve_alias(**o) == **o).chain(&node.updates);
+            producer.extend(written.map(|var| ((device, *var), site)));
             for input in &node.inputs {
                 for from in &sources {
-                    readers.entry((*from, out.storage(*input))).or_default().insert(site);
+                    readers.entry((*from, out.resolve_alias(*input))).or_default().insert(site);
                 }
             }
         }
     }
     for output in &graph.outputs {
-        let (var, rate) = (out.storage(output.tensor), graph.tensor(output.tensor).rate);
+        let (var, rate) = (out.resolve_alias(output.tensor), graph.tensor(output.tensor).rate);
         for &device in graph.placements[graph.placement_of(output.tensor)].devices() {
             let site = (device, ActionKey::Fetch(rate));
             readers.entry((device, var)).or_default().insert(site);
             out.actions.entry(site).or_default();
         }
     }
-    // What nothing updates is read on other devices as what is updated: an update that changes nothing gives it to them.
+    // Other devices read a parameter that nothing updates through a register too, so it gets an update action that
+    // changes nothing.
     for (&(device, var), sites) in &readers {
-        let fixed = graph.producer(var).op.is_resident() && !producer.contains_key(&(device, var));
-        if fixed && sites.iter().any(|site| site.0 != device) {
+        let never_updated = graph.producer(var).op.is_resident() && !producer.contains_key(&(device, var));
+        if never_updated && sites.iter().any(|site| site.0 != device) {
             let site = (device, ActionKey::Update);
             producer.insert((device, var), site);
             out.actions.entry(site).or_default();
@@ -126,7 +127,7 @@ pub fn assign(graph: &Graph) -> Assignment {
     out
 }
 
-/// Tensors that are another's memory.
+/// Finds the tensors that share another's memory.
 fn aliases(graph: &Graph) -> BTreeMap<Var, Var> {
     let mut alias = BTreeMap::new();
     for node in &graph.nodes {
@@ -145,10 +146,10 @@ fn aliases(graph: &Graph) -> BTreeMap<Var, Var> {
     alias
 }
 
-/// A bucket is reduced in place, so whoever reads it reads the register that backward wrote; that the reduction is done is
-/// told by a register without bytes, from each bucket to each action that reads what it reduced.
-fn bucket_signals(graph: &Graph, actions: &BTreeMap<Site, Vec<NodeId>>) -> Vec<RegisterPlan> {
-    let mut waits: BTreeSet<(Site, Site)> = BTreeSet::new();
+/// A bucket is reduced in place, so its readers read the register that backward wrote. A register without bytes, from
+/// each bucket to each action that reads its result, signals that the reduction is complete.
+fn bucket_signals(graph: &Graph, actions: &BTreeMap<DeviceAction, Vec<NodeId>>) -> Vec<RegisterPlan> {
+    let mut waits: BTreeSet<(DeviceAction, DeviceAction)> = BTreeSet::new();
     for (site, nodes) in actions {
         for input in nodes.iter().flat_map(|id| &graph.nodes[id.index()].inputs) {
             if let NodeOp::Bucket { .. } = graph.producer(*input).op {
@@ -167,7 +168,7 @@ fn bucket_signals(graph: &Graph, actions: &BTreeMap<Site, Vec<NodeId>>) -> Vec<R
     waits.into_iter().map(signal).collect()
 }
 
-/// The devices whose part of a node's input is read by the device at `position` of its placement.
+/// The devices whose parts of a node's input the device at `position` of the placement reads.
 fn source_devices(node: &Node, placement: &Placement, position: usize) -> Vec<usize> {
     if let NodeOp::Boxing(step) = &node.op
         && let LocalStep::Pull(pulls) = step.local(position)
@@ -178,44 +179,44 @@ fn source_devices(node: &Node, placement: &Placement, position: usize) -> Vec<us
     vec![placement.devices()[position]]
 }
 
-/// Gives each local tensor its home; those of one producer with the same readers and rate share a register.
+/// Assigns storage to each local tensor; those with the same producer, readers and rate share a register.
 fn group_registers(
     graph: &Graph,
     out: &mut Assignment,
-    producer: &BTreeMap<LocalTensor, Site>,
-    readers: &BTreeMap<LocalTensor, BTreeSet<Site>>,
+    producer: &BTreeMap<LocalTensor, DeviceAction>,
+    readers: &BTreeMap<LocalTensor, BTreeSet<DeviceAction>>,
 ) {
-    let mut found: BTreeMap<(Site, Vec<Site>, Rate, bool), usize> = BTreeMap::new();
-    // In the order of the tensors, so that a bucket's gradients lie in the order in which backward makes them.
+    let mut register_of: BTreeMap<(DeviceAction, Vec<DeviceAction>, Rate, bool), usize> = BTreeMap::new();
+    // In the order of the tensors, so that a bucket's gradients are stored in the order in which backward computes
+    // them.
     for index in 0..graph.tensors.len() {
         let var = graph.var(index);
-        if out.storage(var) != var {
+        if out.resolve_alias(var) != var {
             continue;
         }
         for &device in graph.placements[graph.placement_of(var)].devices() {
             let local = (device, var);
-            let made_by = graph.producer(var);
-            let resident = made_by.op.is_resident();
+            let resident = graph.producer(var).op.is_resident();
             let Some(site) = producer.get(&local).copied() else {
-                out.homes.insert(local, Home::Fixed);
+                out.storage.insert(local, Storage::Fixed);
                 continue;
             };
             let others = readers.get(&local).into_iter().flatten().filter(|r| **r != site);
-            let others: Vec<Site> = others.copied().collect();
+            let others: Vec<DeviceAction> = others.copied().collect();
             if others.is_empty() {
-                out.homes.insert(local, if resident { Home::Fixed } else { Home::Scratch });
+                out.storage.insert(local, if resident { Storage::Fixed } else { Storage::Scratch });
                 continue;
             }
             let rate = graph.tensor(var).rate;
             let key = (site, others.clone(), rate, resident);
-            let register = *found.entry(key).or_insert_with(|| {
+            let register = *register_of.entry(key).or_insert_with(|| {
                 let plan =
                     RegisterPlan { producer: site, readers: others, rate, initial: resident, tensors: Vec::new() };
                 out.registers.push(plan);
                 out.registers.len() - 1
             });
             out.registers[register].tensors.push(var);
-            out.homes.insert(local, Home::Register(register));
+            out.storage.insert(local, Storage::Register(register));
         }
     }
 }

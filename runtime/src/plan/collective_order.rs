@@ -1,4 +1,4 @@
-//! Every member of a group must call the same collectives in the same order.
+//! Checks that all members of a group call the same collectives in the same order.
 
 use std::collections::BTreeMap;
 
@@ -7,18 +7,19 @@ use shardflow_kernels::op::Op;
 
 use crate::plan::{ActionKey, Plan};
 
-/// Two members of a group that disagree.
+/// Two members of a group that call different collectives.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Disagreement {
+pub struct CollectiveMismatch {
     /// Group id.
     pub group: u32,
     /// A member's rank and its calls.
     pub first: (usize, String),
-    /// Another's.
+    /// Another member's rank and its calls.
     pub second: (usize, String),
 }
 
-/// What members must agree on. A member's own region is not part of it, the list of all regions is.
+/// The part of a call that must be equal on all members: it includes the list of all regions, but not the member's own
+/// index.
 fn signature(call: &CollectiveCall) -> String {
     match &call.kind {
         CollectiveKind::Send { to } => format!("send to {to}"),
@@ -27,9 +28,9 @@ fn signature(call: &CollectiveCall) -> String {
     }
 }
 
-/// Checks the whole plan: for each group and action, the calls of every member in launch order. That the actions come in
-/// one order on all members is the ordered firing's part, and is checked with it.
-pub fn check(plan: &Plan) -> Result<(), Disagreement> {
+/// Checks, for each group and action, that all members make the same calls in launch order, and that they fire the
+/// actions that call a group's collectives in the same order.
+pub fn check(plan: &Plan) -> Result<(), CollectiveMismatch> {
     let mut seen: BTreeMap<(u32, ActionKey), (usize, Vec<String>)> = BTreeMap::new();
     for (actor, actions) in plan.spec.actors.iter().zip(&plan.actions) {
         for action in actions {
@@ -48,16 +49,16 @@ pub fn check(plan: &Plan) -> Result<(), Disagreement> {
                         format!("{call} as call {at} of {}", action.name)
                     };
                     let (first, second) = ((first.0, call(&first.1)), (actor.device, call(&calls)));
-                    return Err(Disagreement { group, first, second });
+                    return Err(CollectiveMismatch { group, first, second });
                 }
             }
         }
     }
-    orders(plan)
+    check_action_order(plan)
 }
 
-/// The order of the actions that call a group's collectives, on every member.
-fn orders(plan: &Plan) -> Result<(), Disagreement> {
+/// Checks that all members of a group fire the actions that call its collectives in the same order.
+fn check_action_order(plan: &Plan) -> Result<(), CollectiveMismatch> {
     use shardflow_actors::spec::Firing;
     let mut seen: BTreeMap<u32, (usize, String)> = BTreeMap::new();
     for (actor, actions) in plan.spec.actors.iter().zip(&plan.actions) {
@@ -67,7 +68,7 @@ fn orders(plan: &Plan) -> Result<(), Disagreement> {
         };
         let list: Vec<usize> = match &actor.firing {
             Firing::Ordered(list) => list.iter().map(|i| *i as usize).collect(),
-            // Without a list only an actor with one calling action has an order.
+            // Without a list, the order is defined only if a single action calls collectives.
             Firing::Credit => (0..actions.len()).filter(|i| !groups_of(*i).is_empty()).collect(),
         };
         let mut orders: BTreeMap<u32, Vec<&str>> = BTreeMap::new();
@@ -78,10 +79,10 @@ fn orders(plan: &Plan) -> Result<(), Disagreement> {
             groups.into_iter().for_each(|g| orders.entry(g).or_default().push(&actions[index].name));
         }
         for (group, order) in orders {
-            let mine = (actor.device, order.join(" "));
-            let first = seen.entry(group).or_insert_with(|| mine.clone());
-            if first.1 != mine.1 {
-                return Err(Disagreement { group, first: first.clone(), second: mine });
+            let own = (actor.device, order.join(" "));
+            let first = seen.entry(group).or_insert_with(|| own.clone());
+            if first.1 != own.1 {
+                return Err(CollectiveMismatch { group, first: first.clone(), second: own });
             }
         }
     }

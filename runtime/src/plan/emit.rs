@@ -1,5 +1,5 @@
-//! The launches of one action on one device: each node's kernel with local attributes, its buffers bound to ports,
-//! fixed memory or scratch.
+//! Emits the launches of one action on one device: each node's kernel with the shard's attributes, and buffers in
+//! register ports, fixed memory or scratch.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -11,27 +11,27 @@ use shardflow_kernels::tensor::{DType, element_count};
 
 use crate::boxing::step::LocalStep;
 use crate::graph::{Graph, Node, NodeId, NodeOp, Var, ops};
-use crate::plan::assign::{Assignment, Home, Site};
+use crate::plan::assign::{Assignment, DeviceAction, Storage};
 use crate::plan::memory::{ArenaMap, Interval, local_part, local_shape, pack};
 use crate::plan::{ActionKey, ActionPlan, BaseKey, HostPort};
 use crate::sbp::Sbp;
 
-/// What emission needs beside the graph.
-pub struct Context<'a> {
+/// The input of [`emit`] that all actions share.
+pub struct EmitContext<'a> {
     /// The graph after all passes.
     pub graph: &'a Graph,
-    /// Actions and homes.
+    /// Actions and storage of tensors.
     pub assignment: &'a Assignment,
-    /// Where everything but scratch lies.
+    /// The memory map, except scratch.
     pub arenas: &'a ArenaMap,
-    /// Accumulations that the producing kernel does itself: value to sum.
+    /// Accumulations fused into the producing kernel: value to sum.
     pub fused: &'a BTreeMap<Var, Var>,
-    /// What it runs on.
+    /// The kind of device.
     pub device: DeviceKind,
 }
 
-/// An action's launches, and what they need.
-pub struct Emitted {
+/// An action's launches, registers, scratch and groups.
+pub struct EmittedAction {
     /// The plan of the action.
     pub plan: ActionPlan,
     /// Registers read, in port order.
@@ -40,11 +40,11 @@ pub struct Emitted {
     pub outputs: Vec<usize>,
     /// Bytes of scratch.
     pub scratch_bytes: usize,
-    /// Members of each group whose collectives it joins.
+    /// The ranks of each group whose collectives it calls.
     pub groups: BTreeSet<Vec<usize>>,
 }
 
-/// Accumulations whose value is made by a kernel that can add to its output and is read by nobody else.
+/// Finds accumulations whose value comes from a kernel that can add to its output and has no other reader.
 pub fn fuse_accumulation(graph: &Graph) -> BTreeMap<Var, Var> {
     let mut readers: BTreeMap<Var, usize> = BTreeMap::new();
     for var in graph.nodes.iter().flat_map(|n| &n.inputs).chain(graph.outputs.iter().map(|o| &o.tensor)) {
@@ -54,10 +54,10 @@ pub fn fuse_accumulation(graph: &Graph) -> BTreeMap<Var, Var> {
     for node in graph.nodes.iter().filter(|n| matches!(n.op, NodeOp::Accumulate)) {
         let (value, producer) = (node.inputs[0], graph.producer(node.inputs[0]));
         let NodeOp::Kernel(op) = &producer.op else { continue };
-        let adds = op.can_accumulate().is_some_and(|w| producer.outputs.get(w) == Some(&value));
+        let can_add = op.can_accumulate().is_some_and(|w| producer.outputs.get(w) == Some(&value));
         let same_action = (producer.phase, producer.placement) == (node.phase, node.placement);
-        let busy = producer.outputs.iter().any(|o| fused.contains_key(o));
-        if adds && same_action && readers[&value] == 1 && !busy {
+        let already_fused = producer.outputs.iter().any(|o| fused.contains_key(o));
+        if can_add && same_action && readers[&value] == 1 && !already_fused {
             fused.insert(value, node.outputs[0]);
         }
     }
@@ -66,11 +66,11 @@ pub fn fuse_accumulation(graph: &Graph) -> BTreeMap<Var, Var> {
 
 /// Emits one action.
 pub fn emit(
-    context: &Context<'_>,
-    site: Site,
+    context: &EmitContext<'_>,
+    site: DeviceAction,
     nodes: &[NodeId],
     group_ids: &mut dyn FnMut(&[usize]) -> Arc<Group>,
-) -> Emitted {
+) -> EmittedAction {
     let registers = &context.assignment.registers;
     let inputs: Vec<usize> = (0..registers.len()).filter(|r| registers[*r].readers.contains(&site)).collect();
     let outputs: Vec<usize> = (0..registers.len()).filter(|r| registers[*r].producer == site).collect();
@@ -100,13 +100,14 @@ pub fn emit(
         }
         ActionKey::Fetch(rate) => {
             let graph = context.graph;
-            let here = |var: &Var| graph.placements[graph.placement_of(*var)].index_of(site.0).is_some();
-            let fetched = graph.outputs.iter().map(|o| o.tensor).filter(|v| graph.tensor(*v).rate == rate && here(v));
+            let is_local = |var: &Var| graph.placements[graph.placement_of(*var)].index_of(site.0).is_some();
+            let fetched =
+                graph.outputs.iter().map(|o| o.tensor).filter(|v| graph.tensor(*v).rate == rate && is_local(v));
             host = Some(emitter.host_port(fetched.collect()));
         }
         _ => nodes.iter().for_each(|id| {
             emitter.current = *id;
-            emitter.node(&context.graph.nodes[id.index()]);
+            emitter.emit_node(&context.graph.nodes[id.index()]);
         }),
     }
     let scratch_bytes = emitter.place_scratch(host.as_mut());
@@ -114,10 +115,10 @@ pub fn emit(
     let (launches, nodes, groups) = (emitter.launches, emitter.nodes, emitter.groups);
     let name = action_name(context.graph, site.1);
     let plan = ActionPlan { key: site.1, name, launches, nodes, signals, bases, host };
-    Emitted { plan, inputs, outputs, scratch_bytes, groups }
+    EmittedAction { plan, inputs, outputs, scratch_bytes, groups }
 }
 
-/// What an action is called in plans and errors.
+/// The name of an action in plans and errors.
 pub fn action_name(graph: &Graph, key: ActionKey) -> String {
     match key {
         ActionKey::Feed(rate) => format!("feed ({rate})"),
@@ -135,25 +136,26 @@ pub fn action_name(graph: &Graph, key: ActionKey) -> String {
     }
 }
 
+/// Index of [`BaseKey::Scratch`] in an action's bases.
 const SCRATCH: usize = 1;
 
 struct Emitter<'a> {
-    context: &'a Context<'a>,
-    site: Site,
+    context: &'a EmitContext<'a>,
+    site: DeviceAction,
     inputs: &'a [usize],
     outputs: &'a [usize],
     launches: Vec<Launch>,
     /// The node of each launch.
     nodes: Vec<NodeId>,
-    /// The node that is emitted now.
+    /// The node that is being emitted.
     current: NodeId,
-    /// Lifetimes; until they are placed, a scratch buffer's offset is its index here.
+    /// Lifetimes of scratch buffers. Until [`Emitter::place_scratch`], a scratch buffer's offset is its index here.
     scratch: Vec<Interval>,
     scratch_of: BTreeMap<Var, usize>,
-    /// Output port to the number of launches after which it is complete.
+    /// By output port: the number of launches after which it is complete.
     written: BTreeMap<usize, usize>,
     groups: BTreeSet<Vec<usize>>,
-    /// Where the squares of all gradients' norms are, once they are summed.
+    /// The buffer of the squared gradient norms summed over all devices, once it is computed.
     norm_total: Option<Buffer>,
     group_ids: &'a mut dyn FnMut(&[usize]) -> Arc<Group>,
 }
@@ -168,28 +170,33 @@ impl Emitter<'_> {
         self.buffer_on(var, self.site.0)
     }
 
-    /// The buffer of a tensor's part on `device`, which is another one only for pulls.
+    /// The buffer of a tensor's part on `device`; only pulls use another device's.
     fn buffer_on(&mut self, var: Var, device: usize) -> Buffer {
         let context = self.context;
-        let var = context.assignment.storage(var);
+        let var = context.assignment.resolve_alias(var);
         let var = context.fused.get(&var).copied().unwrap_or(var);
         let shape = local_shape(context.graph, var, device);
         let dtype = context.graph.tensor(var).dtype;
-        let home = context.assignment.homes.get(&(device, var)).copied().unwrap_or(Home::Scratch);
-        let (base, offset) = match home {
-            Home::Fixed => (0, context.arenas.fixed[&(device, var)]),
-            Home::Register(register) => (self.port_base(register), context.arenas.slot_offsets[register][&var]),
-            Home::Scratch => (SCRATCH, self.scratch_index(var, element_count(&shape) * dtype.bytes())),
+        let storage = context.assignment.storage.get(&(device, var)).copied().unwrap_or(Storage::Scratch);
+        let (base, offset) = match storage {
+            Storage::Fixed => (0, context.arenas.fixed[&(device, var)]),
+            Storage::Register(register) => (self.port_base(register), context.arenas.slot_offsets[register][&var]),
+            Storage::Scratch => (SCRATCH, self.scratch_index(var, element_count(&shape) * dtype.bytes())),
         };
         Buffer { base, offset, shape, dtype }
     }
 
-    /// Index of the base that a register's slot is; a register that this action both reads and writes is written.
+    /// Index of the base for a register's slot. If the action both reads and writes the register, that of the output
+    /// port.
     fn port_base(&self, register: usize) -> usize {
         match self.outputs.iter().position(|r| *r == register) {
             Some(port) => 2 + self.inputs.len() + port,
             None => {
-                2 + self.inputs.iter().position(|r| *r == register).expect("a site has the ports of what it touches")
+                2 + self
+                    .inputs
+                    .iter()
+                    .position(|r| *r == register)
+                    .expect("an action has a port for every register that it uses")
             }
         }
     }
@@ -215,9 +222,9 @@ impl Emitter<'_> {
     }
 
     fn launch(&mut self, op: Op, reads: Vec<Buffer>, writes: Vec<Buffer>, accumulate: bool) {
-        // A kernel without anything to write has nothing to do; a collective must still be joined.
-        let idle = writes.iter().all(|w| element_count(&w.shape) == 0);
-        if idle && !matches!(op, Op::Collective(_)) {
+        // A kernel with empty outputs is skipped, but every member must call a collective.
+        let no_output = writes.iter().all(|w| element_count(&w.shape) == 0);
+        if no_output && !matches!(op, Op::Collective(_)) {
             return;
         }
         let mut launch = Launch { op, reads, writes, accumulate, workspace: None };
@@ -239,7 +246,7 @@ impl Emitter<'_> {
         self.launches.push(launch);
     }
 
-    fn node(&mut self, node: &Node) {
+    fn emit_node(&mut self, node: &Node) {
         let graph = self.context.graph;
         match &node.op {
             NodeOp::Kernel(op) => {
@@ -266,29 +273,30 @@ impl Emitter<'_> {
                 let (read, write) = (self.buffer(node.inputs[0]), self.buffer(node.outputs[0]));
                 self.launch(Op::Copy, vec![read], vec![write], true);
             }
-            NodeOp::Boxing(_) => self.boxing(node),
-            NodeOp::Bucket { axes } => self.bucket(node, axes),
-            NodeOp::NormSums { indices } => self.norm_sums(node, indices),
-            NodeOp::ClipScale { max_norm } => self.clip(node, *max_norm),
-            NodeOp::Relayout | NodeOp::Input | NodeOp::Parameter { .. } | NodeOp::State | NodeOp::Half { .. } => {}
+            NodeOp::Boxing(_) => self.emit_boxing(node),
+            NodeOp::Bucket { axes } => self.emit_bucket(node, axes),
+            NodeOp::NormSums { indices } => self.emit_norm_sums(node, indices),
+            NodeOp::ClipScale { max_norm } => self.emit_clip_scale(node, *max_norm),
+            NodeOp::Relayout | NodeOp::Input | NodeOp::Parameter { .. } | NodeOp::State | NodeOp::Bf16Copy { .. } => {}
         }
     }
 
     fn collective(&mut self, ranks: &[usize], kind: CollectiveKind, reads: Vec<Buffer>, writes: Vec<Buffer>) {
         let group = (self.group_ids)(ranks);
-        let member = ranks.iter().position(|r| *r == self.device()).expect("a device joins only groups it is in");
+        let member =
+            ranks.iter().position(|r| *r == self.device()).expect("a device calls only collectives of its own groups");
         self.groups.insert(ranks.to_vec());
         self.launch(Op::Collective(CollectiveCall { group, member, kind }), reads, writes, false);
     }
 
-    fn boxing(&mut self, node: &Node) {
+    fn emit_boxing(&mut self, node: &Node) {
         let NodeOp::Boxing(step) = &node.op else { return };
         let placement = &self.context.graph.placements[node.placement];
         let Some(position) = placement.index_of(self.device()) else { return };
         match step.local(position) {
             LocalStep::Keep => {
-                // Other devices change it, so here too it has a buffer of its own.
-                if self.context.assignment.storage(node.outputs[0]) == node.outputs[0] {
+                // If other devices change their part, the output has its own buffer on this device too.
+                if self.context.assignment.resolve_alias(node.outputs[0]) == node.outputs[0] {
                     let (read, write) = (self.buffer(node.inputs[0]), self.buffer(node.outputs[0]));
                     self.launch(Op::Copy, vec![read], vec![write], false);
                 }
@@ -317,14 +325,14 @@ impl Emitter<'_> {
         }
     }
 
-    /// The gradients of a bucket lie side by side in one slot: one all-reduce of the whole slot, in place.
-    fn bucket(&mut self, node: &Node, axes: &[usize]) {
+    /// The gradients of a bucket are contiguous in one slot: a single in-place all-reduce of the whole slot.
+    fn emit_bucket(&mut self, node: &Node, axes: &[usize]) {
         let graph = self.context.graph;
         let placement = &graph.placements[node.placement];
         let ranks = group_of(placement.groups(axes), self.device());
         let first = self.buffer(node.inputs[0]);
-        let Home::Register(register) =
-            self.context.assignment.homes[&(self.device(), self.context.assignment.storage(node.inputs[0]))]
+        let Storage::Register(register) =
+            self.context.assignment.storage[&(self.device(), self.context.assignment.resolve_alias(node.inputs[0]))]
         else {
             return;
         };
@@ -333,8 +341,9 @@ impl Emitter<'_> {
         self.collective(&ranks, CollectiveKind::AllReduce { op: ReduceOp::Sum }, vec![slot.clone()], vec![slot]);
     }
 
-    /// Of each gradient the part that this device is the first to hold, so that the sum over all devices is the norm.
-    fn norm_sums(&mut self, node: &Node, indices: &[usize]) {
+    /// Sums the squares of the gradient parts of which this device holds the first copy, so that the sum over all
+    /// devices is the squared norm.
+    fn emit_norm_sums(&mut self, node: &Node, indices: &[usize]) {
         let graph = self.context.graph;
         let sums = self.buffer(node.outputs[0]);
         self.launch(Op::Fill { value: 0.0 }, vec![], vec![sums.clone()], false);
@@ -342,7 +351,7 @@ impl Emitter<'_> {
         let Some(position) = placement.index_of(self.device()) else { return };
         let coords = placement.coords(position);
         for (grad, index) in node.inputs.iter().zip(indices) {
-            let layout = graph.tensor(*grad).layout.as_ref().expect("laid out");
+            let layout = graph.tensor(*grad).layout.as_ref().expect("the layout pass gives every tensor a layout");
             let owner = layout.0.iter().zip(&coords).all(|(sbp, at)| *sbp != Sbp::Broadcast || *at == 0);
             if owner {
                 let read = self.buffer(*grad);
@@ -351,7 +360,7 @@ impl Emitter<'_> {
         }
     }
 
-    fn clip(&mut self, node: &Node, max_norm: f32) {
+    fn emit_clip_scale(&mut self, node: &Node, max_norm: f32) {
         let graph = self.context.graph;
         let mut ranks: Vec<usize> = (0..graph.mesh.device_count()).collect();
         ranks.retain(|rank| self.context.assignment.actions.contains_key(&(*rank, ActionKey::Update)));
@@ -364,19 +373,19 @@ impl Emitter<'_> {
         self.norm_total = Some(total);
     }
 
-    /// The sums of all devices and all placements. A device in several placements adds its own first, so that every device
-    /// joins one all-reduce.
+    /// The sums over all devices and placements. A device in several placements adds its own parts first, so that every
+    /// device calls one all-reduce.
     fn norm_total(&mut self, ranks: &[usize]) -> Buffer {
         let graph = self.context.graph;
-        let here = |n: &&Node| {
+        let is_local = |n: &&Node| {
             matches!(n.op, NodeOp::NormSums { .. }) && graph.placements[n.placement].index_of(self.site.0).is_some()
         };
-        let parts: Vec<Var> = graph.nodes.iter().filter(here).map(|n| n.outputs[0]).collect();
+        let parts: Vec<Var> = graph.nodes.iter().filter(is_local).map(|n| n.outputs[0]).collect();
         let mut sums = self.buffer(parts[0]);
         for part in &parts[1..] {
-            let (part, both) = (self.buffer(*part), self.scratch_buffer(&sums.shape));
-            self.launch(Op::Add, vec![sums, part], vec![both.clone()], false);
-            sums = both;
+            let (part, total) = (self.buffer(*part), self.scratch_buffer(&sums.shape));
+            self.launch(Op::Add, vec![sums, part], vec![total.clone()], false);
+            sums = total;
         }
         if ranks.len() > 1 {
             let total = self.scratch_buffer(&sums.shape);
@@ -386,35 +395,37 @@ impl Emitter<'_> {
         sums
     }
 
-    /// Where the tensors that the host gives or gets lie.
+    /// The host's transfer of these tensors.
     fn host_port(&mut self, vars: Vec<Var>) -> HostPort {
         let buffers: Vec<Buffer> = vars.iter().map(|v| self.buffer(*v)).collect();
         HostPort { vars, buffers }
     }
 
-    /// Gives scratch buffers their offsets, the host's among them: inputs that nothing on the device reads.
+    /// Assigns offsets to scratch buffers, including the host's, which hold inputs that nothing on the device reads.
     fn place_scratch(&mut self, host: Option<&mut HostPort>) -> usize {
         let (offsets, bytes) = pack(&self.scratch);
-        let of_launches = self.launches.iter_mut().flat_map(|launch| {
+        let launch_buffers = self.launches.iter_mut().flat_map(|launch| {
             let Launch { reads, writes, workspace, .. } = launch;
             reads.iter_mut().chain(writes).chain(workspace)
         });
-        let of_host = host.into_iter().flat_map(|host| &mut host.buffers);
-        for buffer in of_launches.chain(of_host).filter(|buffer| buffer.base == SCRATCH) {
+        let host_buffers = host.into_iter().flat_map(|host| &mut host.buffers);
+        for buffer in launch_buffers.chain(host_buffers).filter(|buffer| buffer.base == SCRATCH) {
             buffer.offset = offsets[buffer.offset];
         }
         bytes
     }
 
-    /// Ports that others wait for and that are complete before the last launch are published early.
+    /// Signals to publish early: output ports that other streams wait for and that are complete before the last launch.
     fn signals(&self) -> Vec<(usize, u32)> {
         let registers = &self.context.assignment.registers;
-        let waits = |port: usize| {
-            let elsewhere = |s: &Site| matches!(s.1, ActionKey::Bucket(_) | ActionKey::Pull(_) | ActionKey::Fetch(_));
-            registers[self.outputs[port]].readers.iter().any(elsewhere)
+        let has_waiting_stream = |port: usize| {
+            let on_other_stream =
+                |s: &DeviceAction| matches!(s.1, ActionKey::Bucket(_) | ActionKey::Pull(_) | ActionKey::Fetch(_));
+            registers[self.outputs[port]].readers.iter().any(on_other_stream)
         };
         let compute = matches!(self.site.1, ActionKey::Forward | ActionKey::Backward);
-        let early = |entry: &(&usize, &usize)| compute && *entry.1 < self.launches.len() && waits(*entry.0);
+        let early =
+            |entry: &(&usize, &usize)| compute && *entry.1 < self.launches.len() && has_waiting_stream(*entry.0);
         let mut signals: Vec<(usize, u32)> =
             self.written.iter().filter(early).map(|(port, after)| (*after, *port as u32)).collect();
         signals.sort_unstable();
@@ -422,7 +433,7 @@ impl Emitter<'_> {
     }
 }
 
-/// The group that a device is in.
+/// The group that contains a device.
 pub fn group_of(groups: Vec<Vec<usize>>, device: usize) -> Vec<usize> {
     groups.into_iter().find(|g| g.contains(&device)).unwrap_or_else(|| vec![device])
 }

@@ -1,4 +1,4 @@
-//! A plan as text, for people: layouts, layout changes with their bytes and source lines, actors, registers, memory.
+//! A plan as text: layouts, layout changes with their bytes and source lines, actors, registers, memory.
 
 use std::fmt::{self, Write};
 
@@ -24,8 +24,9 @@ impl Plan {
         let devices = counted(mesh.device_count(), "device");
         let batches = counted(self.micro_batches, "micro-batch");
         let kind = if self.device == DeviceKind::Cuda { " on GPUs" } else { "" };
-        let halves = self.graph.tensors.iter().filter(|tensor| tensor.dtype == DType::BF16).count();
-        let precision = if halves > 0 { format!("; {} in bf16", counted(halves, "tensor")) } else { String::new() };
+        let bf16_tensors = self.graph.tensors.iter().filter(|tensor| tensor.dtype == DType::BF16).count();
+        let precision =
+            if bf16_tensors > 0 { format!("; {} in bf16", counted(bf16_tensors, "tensor")) } else { String::new() };
         writeln!(out, "mesh {mesh}: {devices}{kind}; {schedule}, {batches} a step{precision}")?;
         self.write_placements(out)?;
         self.write_parameters(out)?;
@@ -58,7 +59,7 @@ impl Plan {
         Ok(())
     }
 
-    /// Every change of layout or placement, in order, with the most bytes that a device takes in for it.
+    /// Every layout or placement change in order, with the bytes that the busiest device receives.
     fn write_boxing(&self, out: &mut String) -> fmt::Result {
         writeln!(
             out,
@@ -93,7 +94,7 @@ impl Plan {
                 Firing::Credit => "by credit".to_string(),
                 Firing::Ordered(list) => {
                     let names: Vec<&str> = list.iter().map(|i| actor.actions[*i as usize].name.as_str()).collect();
-                    format!("in order: {}", runs(&names))
+                    format!("in order: {}", run_lengths(&names))
                 }
             };
             writeln!(out, "  {}, {order}", actor.name)?;
@@ -139,8 +140,8 @@ impl Plan {
     }
 }
 
-/// `a a b` as `2 a, b`.
-fn runs(names: &[&str]) -> String {
+/// Writes `a a b` as `2 a, b`.
+fn run_lengths(names: &[&str]) -> String {
     let mut out: Vec<String> = Vec::new();
     let mut rest = names;
     while let Some(first) = rest.first() {

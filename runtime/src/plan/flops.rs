@@ -1,14 +1,14 @@
-//! How many operations a step's products and attention take: what a machine's peak is compared with.
+//! Counts the floating-point operations of a step's matrix products and attention, to compare with a machine's peak.
 //!
-//! A product of `[m, k]` and `[k, n]` takes `2 m n k`; attention over `t` tokens with heads of depth `d` takes `4 t^2 d` a head
-//! forward and `8 t^2 d` backward, as if nothing were masked, as Chowdhery et al. 2022 count (<https://arxiv.org/abs/2204.02311>,
-//! appendix B). All else is left out.
+//! A product of `[m, k]` and `[k, n]` counts `2 m n k`. Attention over `t` tokens with heads of depth `d` counts
+//! `4 t^2 d` per head forward and `8 t^2 d` backward, without masking, as in Chowdhery et al. 2022
+//! (<https://arxiv.org/abs/2204.02311>, appendix B). Other ops are not counted.
 
 use shardflow_kernels::op::Op;
 
 use crate::graph::{Graph, NodeOp, Rate};
 
-/// Operations of one step, over all devices: each logical product is counted once, however it is split.
+/// Operations of one step over all devices. Each logical product is counted once, independent of its split.
 pub fn step_flops(graph: &Graph, micro_batches: usize) -> u64 {
     let mut total = 0;
     for node in graph.nodes() {
@@ -23,13 +23,13 @@ pub fn step_flops(graph: &Graph, micro_batches: usize) -> u64 {
             Op::AttentionGrad { .. } => 8 * scores(shape(1)),
             _ => 0,
         };
-        let is_each = node.outputs.first().is_some_and(|out| graph.tensor(*out).rate == Rate::MicroBatch);
-        total += flops as u64 * if is_each { micro_batches as u64 } else { 1 };
+        let per_micro_batch = node.outputs.first().is_some_and(|out| graph.tensor(*out).rate == Rate::MicroBatch);
+        total += flops as u64 * if per_micro_batch { micro_batches as u64 } else { 1 };
     }
     total
 }
 
-/// `b t h d` as `b h t^2 d`.
+/// `b h t^2 d` for the shape `[b, t, h, d]`.
 fn scores(q: &[usize]) -> usize {
     match q {
         &[batch, time, heads, depth] => batch * heads * time * time * depth,
@@ -44,9 +44,9 @@ mod tests {
     use crate::passes::{CompileOptions, compile};
     use crate::placement::Mesh;
 
-    /// `6 N` for each token and weight of a product, and `12 t` for each token and feature of attention, whatever the mesh.
+    /// For each token, `6 N` for `N` weights and `12 t` for each feature of attention, on any mesh.
     #[test]
-    fn a_gpt_takes_what_the_formula_says() {
+    fn flops_of_a_gpt_equal_the_formula_on_any_mesh() {
         let (vocabulary, layers, width, context, batch) = (40, 4, 16, 8, 8);
         let config = GptConfig { vocabulary, layers, heads: 2, width, context, batch, dropout: 0.0 };
         let weights = layers * 12 * width * width + vocabulary * width;

@@ -1,13 +1,13 @@
-//! One number for a whole plan, by which processes see that they compiled the same.
+//! A hash of the whole plan, by which processes check that they compiled the same plan.
 
 use std::fmt::{self, Write};
 
 use crate::plan::{DeviceMemory, Plan};
 
-/// Feeds formatted text to a hash, so that the text is never held.
-struct Text(blake3::Hasher);
+/// Hashes formatted text without storing it.
+struct HashWriter(blake3::Hasher);
 
-impl Write for Text {
+impl Write for HashWriter {
     fn write_str(&mut self, text: &str) -> fmt::Result {
         self.0.update(text.as_bytes());
         Ok(())
@@ -15,19 +15,19 @@ impl Write for Text {
 }
 
 impl Plan {
-    /// BLAKE3 of all that decides what actors do: actors, registers, launches, where every byte of the arenas lies. Plans of
-    /// one binary are equal if their hashes are; the text that is hashed may differ between compilers, as a binary's own hash
-    /// does. Threads are each process's own: neither results nor arenas depend on them.
+    /// BLAKE3 hash of everything that determines execution: actors, registers, launches and the layout of the arenas.
+    /// Within one binary, equal hashes mean equal plans; the hashed text may differ between compilers. The number of
+    /// threads is not hashed, because neither results nor arenas depend on it.
     pub fn hash(&self) -> blake3::Hash {
         let Self { graph, spec, actions, registers, memory, micro_batches, schedule, .. } = self;
         let Self { device, in_flight, .. } = self;
-        // Mirrors and streams' memory differ between processes.
+        // The memory of mirrors and streams differs between processes.
         let shared = |m: &DeviceMemory| DeviceMemory { mirror_bytes: 0, stream_bytes: 0, ..m.clone() };
         let memory: Vec<_> = memory.iter().map(shared).collect();
-        let mut text = Text(blake3::Hasher::new());
-        let all = (spec, actions, registers, memory, (micro_batches, schedule, device, in_flight));
-        // Writing to a hash cannot fail; a `Debug` of a custom kernel that does leaves a shorter text on all processes.
-        let _ = write!(text, "{} {all:?}", graph.mesh());
-        text.0.finalize()
+        let mut writer = HashWriter(blake3::Hasher::new());
+        let hashed = (spec, actions, registers, memory, (micro_batches, schedule, device, in_flight));
+        // Hashing cannot fail; if the `Debug` of a custom kernel fails, the text is shorter on all processes.
+        let _ = write!(writer, "{} {hashed:?}", graph.mesh());
+        writer.0.finalize()
     }
 }

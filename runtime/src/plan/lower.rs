@@ -1,4 +1,4 @@
-//! From a graph whose layouts are settled to a plan: actors, registers, programs, memory.
+//! Lowers a graph after all passes to a plan: actors, registers, launches and memory.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -12,28 +12,28 @@ use shardflow_kernels::device::DeviceKind;
 use shardflow_kernels::op::{Launch, Op};
 
 use crate::graph::{Graph, Rate};
-use crate::plan::assign::{Assignment, RegisterPlan, Site, assign};
-use crate::plan::emit::{Context, Emitted, action_name, emit, fuse_accumulation};
+use crate::plan::assign::{Assignment, DeviceAction, RegisterPlan, assign};
+use crate::plan::emit::{EmitContext, EmittedAction, action_name, emit, fuse_accumulation};
 use crate::plan::memory::{ArenaMap, align, lay_out};
 use crate::plan::slots::{StageCosts, in_flight, slots, stages};
 use crate::plan::{ActionKey, Plan, Schedule};
 
-/// What a plan is made for, beside the graph.
+/// The options of [`lower`].
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Setting {
-    /// Micro-batches in a step.
+pub struct LowerOptions {
+    /// Micro-batches per step.
     pub micro_batches: usize,
     /// The schedule of the pipeline.
     pub schedule: Schedule,
     /// Threads of a compute stream.
     pub threads_per_device: usize,
-    /// Durations that credits are computed from.
+    /// Durations from which credits are computed.
     pub costs: StageCosts,
-    /// What the devices are.
+    /// The kind of the devices.
     pub device: DeviceKind,
 }
 
-/// The stream that an action runs on.
+/// The stream on which an action runs.
 pub fn stream_of(key: ActionKey) -> StreamKind {
     match key {
         ActionKey::Forward | ActionKey::Backward | ActionKey::Norm | ActionKey::Update => StreamKind::Compute,
@@ -42,28 +42,28 @@ pub fn stream_of(key: ActionKey) -> StreamKind {
     }
 }
 
-/// Threads of a stream: compute streams use several; the others wait and copy.
+/// Threads of a stream: several for compute streams, one for the others.
 pub fn threads_of(stream: StreamKind, threads_per_device: usize) -> usize {
     if stream == StreamKind::Compute { threads_per_device } else { 1 }
 }
 
-/// Lowers a graph that the layout, boxing and bucket passes have been over.
-pub fn lower(graph: Graph, setting: Setting) -> Plan {
+/// Lowers a graph on which the layout, boxing and bucket passes have run.
+pub fn lower(graph: Graph, options: LowerOptions) -> Plan {
     let assignment = assign(&graph);
-    let flight = in_flight(&graph, setting.schedule, setting.micro_batches, setting.costs);
-    let counts = slots(&graph, &assignment, &flight, setting.micro_batches);
+    let flight = in_flight(&graph, options.schedule, options.micro_batches, options.costs);
+    let counts = slots(&graph, &assignment, &flight, options.micro_batches);
     let arenas = lay_out(&graph, &assignment, &counts, graph.mesh.device_count());
 
     let actors = number_actors(&assignment);
     let fused = fuse_accumulation(&graph);
     let mut groups = Groups::default();
-    let mut emitted: BTreeMap<Site, Emitted> = BTreeMap::new();
+    let mut emitted: BTreeMap<DeviceAction, EmittedAction> = BTreeMap::new();
     for (site, nodes) in &assignment.actions {
         let stream = stream_of(site.1);
-        let (device, fused) = (setting.device, &fused);
-        let context = Context { graph: &graph, assignment: &assignment, arenas: &arenas, fused, device };
-        let made = emit(&context, *site, nodes, &mut |ranks| groups.communicator(stream, ranks));
-        emitted.insert(*site, made);
+        let (device, fused) = (options.device, &fused);
+        let context = EmitContext { graph: &graph, assignment: &assignment, arenas: &arenas, fused, device };
+        let action = emit(&context, *site, nodes, &mut |ranks| groups.communicator(stream, ranks));
+        emitted.insert(*site, action);
     }
 
     let ArenaMap { registers: places, devices: mut memory, .. } = arenas;
@@ -74,10 +74,10 @@ pub fn lower(graph: Graph, setting: Setting) -> Plan {
         let mut plans = Vec::new();
         let mut scratch_bytes = 0;
         for site in sites {
-            let made = &emitted[site];
-            specs.push(action_spec(&assignment, *site, made, &setting, &mut groups));
-            scratch_bytes = scratch_bytes.max(made.scratch_bytes);
-            plans.push(made.plan.clone());
+            let action = &emitted[site];
+            specs.push(action_spec(&assignment, *site, action, &options, &mut groups));
+            scratch_bytes = scratch_bytes.max(action.scratch_bytes);
+            plans.push(action.plan.clone());
         }
         let memory = &mut memory[*device];
         let start = memory.arena_bytes;
@@ -85,12 +85,12 @@ pub fn lower(graph: Graph, setting: Setting) -> Plan {
         memory.scratch.insert(ActorId(index as u32), (start, scratch_bytes));
         let limit =
             stages(&graph).iter().find(|p| graph.placements[**p].index_of(*device).is_some()).map_or(1, |p| flight[*p]);
-        let firing = firing(sites, &specs, &setting, limit as usize);
+        let firing = firing(sites, &specs, &options, limit as usize);
         let name = format!("device {device} {}", stream_name(*stream));
         spec.actors.push(ActorSpec { name, device: *device, stream: *stream, firing, actions: specs });
         actions.push(plans);
     }
-    let reader = |site: &Site| {
+    let reader = |site: &DeviceAction| {
         let (actor, action) = locate(&actors, *site);
         RegisterReader { actor, action }
     };
@@ -104,10 +104,10 @@ pub fn lower(graph: Graph, setting: Setting) -> Plan {
             readers: register.readers.iter().map(reader).collect(),
         });
     }
-    let with = |of: fn(&ActionKey) -> bool| emitted.keys().filter(|site| of(&site.1)).map(reader).collect();
+    let readers_with = |test: fn(&ActionKey) -> bool| emitted.keys().filter(|site| test(&site.1)).map(reader).collect();
     spec.decision = Decision {
-        sees: with(|key| matches!(key, ActionKey::Fetch(_))),
-        gives: with(|key| matches!(key, ActionKey::Decide)),
+        sees: readers_with(|key| matches!(key, ActionKey::Fetch(_))),
+        gives: readers_with(|key| matches!(key, ActionKey::Decide)),
     };
     let mut plan = Plan {
         graph,
@@ -115,29 +115,29 @@ pub fn lower(graph: Graph, setting: Setting) -> Plan {
         actions,
         registers: places,
         memory,
-        micro_batches: setting.micro_batches,
-        schedule: setting.schedule,
-        threads_per_device: setting.threads_per_device,
-        device: setting.device,
+        micro_batches: options.micro_batches,
+        schedule: options.schedule,
+        threads_per_device: options.threads_per_device,
+        device: options.device,
         memory_bytes: None,
         in_flight: flight,
     };
-    plan.set_threads(setting.threads_per_device);
+    plan.set_threads(options.threads_per_device);
     plan
 }
 
-type Actors = Vec<(usize, StreamKind, Vec<Site>)>;
+type Actors = Vec<(usize, StreamKind, Vec<DeviceAction>)>;
 
 /// One actor for each stream that a device uses, in order of device and stream.
 fn number_actors(assignment: &Assignment) -> Actors {
-    let mut actors: BTreeMap<(usize, StreamKind), Vec<Site>> = BTreeMap::new();
+    let mut actors: BTreeMap<(usize, StreamKind), Vec<DeviceAction>> = BTreeMap::new();
     for site in assignment.actions.keys() {
         actors.entry((site.0, stream_of(site.1))).or_default().push(*site);
     }
     actors.into_iter().map(|((device, stream), sites)| (device, stream, sites)).collect()
 }
 
-fn locate(actors: &Actors, site: Site) -> (ActorId, u32) {
+fn locate(actors: &Actors, site: DeviceAction) -> (ActorId, u32) {
     let stream = stream_of(site.1);
     let actor = actors.iter().position(|a| (a.0, a.1) == (site.0, stream)).expect("every site has an actor");
     let action = actors[actor].2.iter().position(|s| *s == site).expect("every site is an action of its actor");
@@ -163,73 +163,74 @@ fn register_name(graph: &Graph, register: &RegisterPlan) -> String {
     format!("device {device} {}/{first}{rest}", action_name(graph, key))
 }
 
-fn rate_of(assignment: &Assignment, site: Site) -> Rate {
+fn rate_of(assignment: &Assignment, site: DeviceAction) -> Rate {
     match site.1 {
         ActionKey::Feed(rate) | ActionKey::Fetch(rate) => rate,
         ActionKey::Forward | ActionKey::Backward => Rate::MicroBatch,
         ActionKey::Norm | ActionKey::Decide | ActionKey::Update | ActionKey::Bucket(_) => Rate::Step,
         ActionKey::Pull(_) => {
-            let made = assignment.registers.iter().find(|r| r.producer == site);
-            made.map_or(Rate::MicroBatch, |r| r.rate)
+            let output = assignment.registers.iter().find(|r| r.producer == site);
+            output.map_or(Rate::MicroBatch, |r| r.rate)
         }
     }
 }
 
-/// Nothing of a step leads to a feed, nor to an action that reads only parameters (a transfer of tied weights, or a device
-/// whose part of the batch is empty): the host has to let these fire, or they would run ahead into the next step.
-fn begins_a_step(assignment: &Assignment, site: Site, inputs: &[usize]) -> bool {
+/// True for actions that depend on nothing within the step: feeds, and actions that read only parameters (a transfer of
+/// tied weights, or a device with an empty part of the batch). The host must allow these to fire, or they would run
+/// ahead into the next step.
+fn starts_a_step(assignment: &Assignment, site: DeviceAction, inputs: &[usize]) -> bool {
     matches!(site.1, ActionKey::Feed(_) | ActionKey::Decide) || inputs.iter().all(|r| assignment.registers[*r].initial)
 }
 
 fn action_spec(
     assignment: &Assignment,
-    site: Site,
-    made: &Emitted,
-    setting: &Setting,
+    site: DeviceAction,
+    emitted: &EmittedAction,
+    options: &LowerOptions,
     groups: &mut Groups,
 ) -> ActionSpec {
-    let per_step = |rate: Rate| rate.per_step(setting.micro_batches) as u32;
+    let per_step = |rate: Rate| rate.per_step(options.micro_batches) as u32;
     let firings = per_step(rate_of(assignment, site));
     let pieces = |register: usize| per_step(assignment.registers[register].rate);
-    let inputs = made
+    let inputs = emitted
         .inputs
         .iter()
         .map(|r| InputSpec { register: RegisterId(*r as u32), firings_per_piece: firings / pieces(*r) });
-    let outputs = made.outputs.iter().enumerate().map(|(port, r)| OutputSpec {
+    let outputs = emitted.outputs.iter().enumerate().map(|(port, r)| OutputSpec {
         register: RegisterId(*r as u32),
         firings_per_piece: firings / pieces(*r),
-        early: made.plan.signals.iter().any(|s| s.1 == port as u32),
+        early: emitted.plan.signals.iter().any(|s| s.1 == port as u32),
     });
-    let forward_first = setting.schedule == Schedule::GPipe;
+    let forward_first = options.schedule == Schedule::GPipe;
     let priority = match site.1 {
         ActionKey::Forward => i32::from(!forward_first),
         ActionKey::Backward => i32::from(forward_first),
         _ => 0,
     };
-    let gangs = made.groups.iter().map(|ranks| groups.gang(site.1, ranks)).collect();
-    let communicators: BTreeSet<u32> = made.plan.launches.iter().filter_map(group_of).collect();
+    let gangs = emitted.groups.iter().map(|ranks| groups.firing_group(site.1, ranks)).collect();
+    let communicators: BTreeSet<u32> = emitted.plan.launches.iter().filter_map(group_of).collect();
     ActionSpec {
-        name: made.plan.name.clone(),
+        name: emitted.plan.name.clone(),
         priority,
         per_step: firings,
         inputs: inputs.collect(),
         outputs: outputs.collect(),
-        external: begins_a_step(assignment, site, &made.inputs),
+        external: starts_a_step(assignment, site, &emitted.inputs),
         gangs,
         groups: communicators.into_iter().collect(),
     }
 }
 
-/// The order in which an actor fires. Where collectives run inside actions, all members of a group must fire in one
-/// order whatever the timing, so the schedule is written out; elsewhere credits decide.
-fn firing(sites: &[Site], specs: &[ActionSpec], setting: &Setting, in_flight: usize) -> Firing {
+/// The order in which an actor fires. If its actions call collectives, all members of a group must fire in the same
+/// order independent of timing, so the schedule is an explicit list; otherwise credits decide.
+fn firing(sites: &[DeviceAction], specs: &[ActionSpec], options: &LowerOptions, in_flight: usize) -> Firing {
     if specs.iter().all(|s| s.gangs.is_empty()) {
         return Firing::Credit;
     }
     let index = |key: ActionKey| sites.iter().position(|s| s.1 == key).map(|i| i as u32);
     let mut list = Vec::new();
     let (forward, backward) = (index(ActionKey::Forward), index(ActionKey::Backward));
-    let count = setting.micro_batches;
+    let count = options.micro_batches;
     let ahead = if backward.is_some() { in_flight.min(count) } else { count };
     list.extend((0..ahead).filter_map(|_| forward));
     for micro_batch in 0..count {
@@ -238,7 +239,7 @@ fn firing(sites: &[Site], specs: &[ActionSpec], setting: &Setting, in_flight: us
             list.extend(forward);
         }
     }
-    // Buckets, then norm and update; on the copy stream nothing has a gang.
+    // Buckets, then norm and update; no action of the copy stream calls collectives.
     let others = sites.iter().enumerate().filter(|(_, s)| !matches!(s.1, ActionKey::Forward | ActionKey::Backward));
     list.extend(others.flat_map(|(i, _)| std::iter::repeat_n(i as u32, specs[i].per_step as usize)));
     Firing::Ordered(list)
@@ -252,11 +253,11 @@ fn group_of(launch: &Launch) -> Option<u32> {
     }
 }
 
-/// Ids of communicators (by stream and members) and of gangs (by action and members).
+/// Ids of communicators (by stream and ranks) and of firing groups (by action and ranks).
 #[derive(Default)]
 struct Groups {
     communicators: BTreeMap<(StreamKind, Vec<usize>), Arc<Group>>,
-    gangs: BTreeMap<(ActionKey, Vec<usize>), u32>,
+    firing_groups: BTreeMap<(ActionKey, Vec<usize>), u32>,
 }
 
 impl Groups {
@@ -266,8 +267,8 @@ impl Groups {
         self.communicators.entry((stream, ranks.to_vec())).or_insert_with(make).clone()
     }
 
-    fn gang(&mut self, key: ActionKey, ranks: &[usize]) -> u32 {
-        let id = self.gangs.len() as u32;
-        *self.gangs.entry((key, ranks.to_vec())).or_insert(id)
+    fn firing_group(&mut self, key: ActionKey, ranks: &[usize]) -> u32 {
+        let id = self.firing_groups.len() as u32;
+        *self.firing_groups.entry((key, ranks.to_vec())).or_insert(id)
     }
 }

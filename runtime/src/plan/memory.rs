@@ -1,4 +1,4 @@
-//! Static memory: where in a device's arena each register, resident tensor and scratch buffer lies, to the byte.
+//! Static memory planning: the offset of each register, resident tensor and scratch buffer in a device's arena.
 
 use std::collections::BTreeMap;
 
@@ -6,11 +6,11 @@ use shardflow_kernels::memory::ALIGNMENT;
 use shardflow_kernels::tensor::element_count;
 
 use crate::graph::{Graph, Node, NodeOp, Var};
-use crate::plan::assign::{Assignment, Home};
+use crate::plan::assign::{Assignment, Storage};
 use crate::plan::{DeviceMemory, RegisterPlace, ResidentTensor};
 use crate::sbp::local_region;
 
-/// Rounds up to the alignment of every tensor.
+/// Rounds up to the alignment of tensors.
 pub fn align(bytes: usize) -> usize {
     bytes.next_multiple_of(ALIGNMENT)
 }
@@ -25,7 +25,7 @@ pub fn local_part(graph: &Graph, var: Var, device: usize) -> shardflow_kernels::
     let placement = &graph.placements[graph.placement_of(var)];
     let info = graph.tensor(var);
     let layout = info.layout.as_ref().expect("the layout pass gives every tensor a layout");
-    let index = placement.index_of(device).expect("asked only for devices of the tensor's placement");
+    let index = placement.index_of(device).expect("callers pass only devices of the tensor's placement");
     local_region(&info.shape, layout, placement, index)
 }
 
@@ -34,7 +34,7 @@ pub fn local_bytes(graph: &Graph, var: Var, device: usize) -> usize {
     element_count(&local_shape(graph, var, device)) * graph.tensor(var).dtype.bytes()
 }
 
-/// Offset of each tensor in a register's slot, and the slot's bytes.
+/// Returns the offset of each tensor in a register's slot, and the slot's size in bytes.
 fn slot_offsets(graph: &Graph, tensors: &[Var], device: usize) -> (BTreeMap<Var, usize>, usize) {
     let mut offsets = BTreeMap::new();
     let mut end = 0;
@@ -45,21 +45,21 @@ fn slot_offsets(graph: &Graph, tensors: &[Var], device: usize) -> (BTreeMap<Var,
     (offsets, end)
 }
 
-/// A buffer that lives from one launch to another of the same program.
+/// The size and lifetime of a scratch buffer, in launches of one action.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Interval {
     /// Size, bytes.
     pub bytes: usize,
-    /// First launch that touches it.
+    /// First launch that uses it.
     pub first: usize,
-    /// Last launch that touches it.
+    /// Last launch that uses it.
     pub last: usize,
 }
 
-/// Offsets for buffers such that no two that live at the same launch overlap, and the bytes that all take.
+/// Returns offsets such that no two buffers that are live at the same launch overlap, and the total size in bytes.
 ///
-/// Larger buffers first, each at the lowest offset that is free for its lifetime (Pisarchyk and Lee 2020,
-/// <https://arxiv.org/abs/2001.03288>, "greedy by size").
+/// Places larger buffers first, each at the lowest offset that is free for its lifetime ("greedy by size" of Pisarchyk
+/// and Lee 2020, <https://arxiv.org/abs/2001.03288>).
 pub fn pack(intervals: &[Interval]) -> (Vec<usize>, usize) {
     let mut order: Vec<usize> = (0..intervals.len()).collect();
     order.sort_by_key(|i| (std::cmp::Reverse(intervals[*i].bytes), intervals[*i].first, *i));
@@ -67,44 +67,45 @@ pub fn pack(intervals: &[Interval]) -> (Vec<usize>, usize) {
     let mut placed: Vec<usize> = Vec::new();
     let mut total = 0;
     for index in order {
-        let this = intervals[index];
-        let overlaps = |other: &&usize| intervals[**other].first <= this.last && this.first <= intervals[**other].last;
-        let mut busy: Vec<(usize, usize)> =
+        let buffer = intervals[index];
+        let overlaps =
+            |other: &&usize| intervals[**other].first <= buffer.last && buffer.first <= intervals[**other].last;
+        let mut used: Vec<(usize, usize)> =
             placed.iter().filter(overlaps).map(|o| (offsets[*o], offsets[*o] + intervals[*o].bytes)).collect();
-        busy.sort_unstable();
+        used.sort_unstable();
         let mut offset = 0;
-        for (start, end) in busy {
-            if align(this.bytes) + offset <= start {
+        for (start, end) in used {
+            if align(buffer.bytes) + offset <= start {
                 break;
             }
             offset = offset.max(align(end));
         }
         offsets[index] = offset;
-        total = total.max(align(offset + this.bytes));
+        total = total.max(align(offset + buffer.bytes));
         placed.push(index);
     }
     (offsets, total)
 }
 
-/// Where everything but scratch lies.
+/// The memory map of all devices, except scratch.
 #[derive(Clone, Debug)]
 pub struct ArenaMap {
-    /// By register.
+    /// The memory of each register.
     pub registers: Vec<RegisterPlace>,
-    /// By register: offset of each of its tensors in a slot.
+    /// By register: the offset of each of its tensors in a slot.
     pub slot_offsets: Vec<BTreeMap<Var, usize>>,
-    /// By device.
+    /// The memory of each device.
     pub devices: Vec<DeviceMemory>,
     /// Offset of each fixed tensor's part, by device.
     pub fixed: BTreeMap<(usize, Var), usize>,
 }
 
-/// Lays out every device's arena but for scratch, which comes after: registers' places, and fixed tensors' offsets.
+/// Lays out every device's arena except scratch, which follows: fixed tensors, then registers.
 pub fn lay_out(graph: &Graph, assignment: &Assignment, slots: &[u32], devices: usize) -> ArenaMap {
     let mut memory = vec![DeviceMemory::default(); devices];
     let mut fixed = BTreeMap::new();
-    for ((device, var), home) in &assignment.homes {
-        if *home == Home::Fixed {
+    for ((device, var), storage) in &assignment.storage {
+        if *storage == Storage::Fixed {
             let total = &mut memory[*device].arena_bytes;
             fixed.insert((*device, *var), *total);
             *total = align(*total + local_bytes(graph, *var, *device));
@@ -121,29 +122,30 @@ pub fn lay_out(graph: &Graph, assignment: &Assignment, slots: &[u32], devices: u
         memory.arena_bytes += stride * *slots as usize;
         memory.register_bytes += stride * *slots as usize;
     }
-    let offset = |device: usize, var: Var| match assignment.homes.get(&(device, var))? {
-        Home::Fixed => fixed.get(&(device, var)).copied(),
-        Home::Register(index) => Some(places[*index].offset + offsets[*index][&var]),
-        Home::Scratch => None,
+    let offset = |device: usize, var: Var| match assignment.storage.get(&(device, var))? {
+        Storage::Fixed => fixed.get(&(device, var)).copied(),
+        Storage::Register(index) => Some(places[*index].offset + offsets[*index][&var]),
+        Storage::Scratch => None,
     };
-    let copies: BTreeMap<Var, Var> = graph.nodes.iter().filter_map(copy_of).collect();
-    for (device, var) in assignment.homes.keys() {
+    let copies: BTreeMap<Var, Var> = graph.nodes.iter().filter_map(bf16_copy_of).collect();
+    for (device, var) in assignment.storage.keys() {
         if !matches!(graph.producer(*var).op, NodeOp::Parameter { .. } | NodeOp::State) {
             continue;
         }
-        let Some(own) = offset(*device, *var) else { continue };
-        let half_offset = copies.get(var).map(|copy| offset(*device, *copy).expect("a copy lies beside its parameter"));
+        let Some(own_offset) = offset(*device, *var) else { continue };
+        let bf16_offset =
+            copies.get(var).map(|copy| offset(*device, *copy).expect("a bf16 copy is on its parameter's devices"));
         let region = local_part(graph, *var, *device);
         let dtype = graph.tensor(*var).dtype;
-        memory[*device].residents.push(ResidentTensor { var: *var, region, dtype, offset: own, half_offset });
+        memory[*device].residents.push(ResidentTensor { var: *var, region, dtype, offset: own_offset, bf16_offset });
     }
     ArenaMap { registers: places, slot_offsets: offsets, devices: memory, fixed }
 }
 
-/// A parameter, and its copy in bf16 that this node is.
-fn copy_of(node: &Node) -> Option<(Var, Var)> {
+/// If the node is a bf16 copy: the parameter and the copy.
+fn bf16_copy_of(node: &Node) -> Option<(Var, Var)> {
     match node.op {
-        NodeOp::Half { of } => Some((of, node.outputs[0])),
+        NodeOp::Bf16Copy { of } => Some((of, node.outputs[0])),
         _ => None,
     }
 }
@@ -152,10 +154,9 @@ fn copy_of(node: &Node) -> Option<(Var, Var)> {
 mod tests {
     use super::*;
 
-    /// No two buffers alive at one launch share a byte, and the total is no more than their sum and no less than the
-    /// largest sum alive at once.
+    /// The total is at most the sum of all sizes and at least the largest sum of sizes that are live at once.
     #[test]
-    fn packed_buffers_never_meet() {
+    fn packed_buffers_that_are_live_together_do_not_overlap() {
         let mut seed = 1u64;
         let mut next = |n: u64| {
             seed = crate::init::mix(seed);
@@ -172,13 +173,13 @@ mod tests {
             for (i, a) in intervals.iter().enumerate() {
                 assert!(offsets[i] % ALIGNMENT == 0 && offsets[i] + a.bytes <= total);
                 for (j, b) in intervals.iter().enumerate().skip(i + 1) {
-                    let alive = a.first <= b.last && b.first <= a.last && a.bytes > 0 && b.bytes > 0;
-                    let meet = offsets[i] < offsets[j] + b.bytes && offsets[j] < offsets[i] + a.bytes;
-                    assert!(!(alive && meet), "{a:?} at {} meets {b:?} at {}", offsets[i], offsets[j]);
+                    let both_live = a.first <= b.last && b.first <= a.last && a.bytes > 0 && b.bytes > 0;
+                    let overlap = offsets[i] < offsets[j] + b.bytes && offsets[j] < offsets[i] + a.bytes;
+                    assert!(!(both_live && overlap), "{a:?} at {} overlaps {b:?} at {}", offsets[i], offsets[j]);
                 }
             }
-            let alive = |t: usize| intervals.iter().filter(|i| i.first <= t && t <= i.last).map(|i| i.bytes).sum();
-            assert!(total >= (0..30).map(alive).max().unwrap_or(0usize));
+            let live_bytes = |t: usize| intervals.iter().filter(|i| i.first <= t && t <= i.last).map(|i| i.bytes).sum();
+            assert!(total >= (0..30).map(live_bytes).max().unwrap_or(0usize));
             assert!(total <= intervals.iter().map(|i| align(i.bytes)).sum());
         }
     }

@@ -1,5 +1,5 @@
-//! A plan as pictures, for people: Graphviz' DOT, and one HTML page with the graph of actors, memory, layouts and boxing. The page
-//! needs nothing else, runs no script and takes its colours from the reader's.
+//! Renders a plan as Graphviz DOT, and as one HTML page with the graph of actors, memory, layouts and boxing. The page
+//! is self-contained, has no script and follows the reader's colour scheme.
 
 use std::collections::BTreeMap;
 use std::fmt::{self, Write};
@@ -8,14 +8,16 @@ use crate::graph::NodeOp;
 use crate::plan::{DeviceMemory, Plan};
 use crate::text::{counted, size};
 
-/// Sizes of the picture, pixels: a box's width, and its height without the lines for actions.
+/// Width of a box, and its height without the lines for actions, pixels.
 const BOX: (usize, usize) = (190, 34);
+/// Gaps between boxes, horizontal and vertical, pixels.
 const GAP: (usize, usize) = (70, 26);
+/// Height of a line of text, pixels.
 const LINE: usize = 13;
 /// Characters that fit on a line.
 const LINE_CHARS: usize = 32;
 
-/// An arrow between two actors: registers that go from one to the other, and bytes of all their pieces in a step.
+/// An arrow from producer to reader: their registers, and the bytes of all pieces in a step.
 #[derive(Default)]
 struct Edge {
     registers: Vec<String>,
@@ -23,7 +25,8 @@ struct Edge {
 }
 
 impl Plan {
-    /// For `dot -Tsvg`: an actor is a box, in its device's frame; arrows are registers, with their bytes in a step.
+    /// The plan in DOT, for `dot -Tsvg`. Actors are boxes within their device; arrows are registers with their bytes
+    /// per step.
     pub fn to_dot(&self) -> String {
         let mut out = String::new();
         // Writing to a String cannot fail.
@@ -31,7 +34,7 @@ impl Plan {
         out
     }
 
-    /// One page.
+    /// The plan as an HTML page.
     pub fn to_html(&self) -> String {
         let mut out = String::new();
         // Writing to a String cannot fail.
@@ -39,7 +42,7 @@ impl Plan {
         out
     }
 
-    /// By producer and reader, both indices of actors.
+    /// The arrows by producer and reader, both indices of actors.
     fn edges(&self) -> BTreeMap<(u32, u32), Edge> {
         let mut edges: BTreeMap<(u32, u32), Edge> = BTreeMap::new();
         for (index, register) in self.spec.registers.iter().enumerate() {
@@ -102,12 +105,12 @@ impl Plan {
         self.write_layouts(out)?;
         writeln!(
             out,
-            "<h2>All of it</h2><details><summary>as text</summary><pre>{}</pre></details>",
+            "<h2>Full plan</h2><details><summary>as text</summary><pre>{}</pre></details>",
             escaped(&self.explain())
         )
     }
 
-    /// A column for each device, a row for each of its actors.
+    /// Writes a column for each device with a box for each of its actors.
     fn write_svg(&self, out: &mut String) -> fmt::Result {
         let mut ends = vec![40; self.memory.len()];
         let boxes: Vec<(usize, usize, Vec<String>)> = (self.spec.actors.iter())
@@ -134,14 +137,14 @@ impl Plan {
         let most = edges.values().map(|edge| edge.step_bytes).max().unwrap_or(1).max(1);
         for ((from, to), edge) in &edges {
             let [(x0, y0), (x1, y1)] = [from, to].map(|index| (boxes[*index as usize].0, boxes[*index as usize].1));
-            // From side to side, or around on the right where both are on one device.
+            // Between columns from side to side; within a device, around the right side.
             let (start, end) = (x0 + BOX.0, if x1 > x0 { x1 } else { x1 + BOX.0 });
             let (y0, y1) = (y0 + BOX.1 / 2, y1 + BOX.1 / 2 + 6);
             let bend = if x1 > x0 { (start + end) / 2 } else { start.max(end) + GAP.0 / 2 };
-            let thick = 1.0 + 4.0 * edge.step_bytes as f64 / most as f64;
+            let stroke_width = 1.0 + 4.0 * edge.step_bytes as f64 / most as f64;
             writeln!(
                 out,
-                "<path class=edge stroke-width={thick:.1} d=\"M{start} {y0}C{bend} {y0} {bend} {y1} {end} {y1}\" \
+                "<path class=edge stroke-width={stroke_width:.1} d=\"M{start} {y0}C{bend} {y0} {bend} {y1} {end} {y1}\" \
                  marker-end=url(#tip)><title>{} a step: {}</title></path>",
                 bytes_or_signal(edge.step_bytes),
                 escaped(&edge.registers.join("; "))
@@ -163,7 +166,7 @@ impl Plan {
 
     fn write_memory_bars(&self, out: &mut String) -> fmt::Result {
         let names = self.memory.first().map(DeviceMemory::parts).unwrap_or_default();
-        write!(out, "<h2>Memory</h2><table><tr><th>device<th>all")?;
+        write!(out, "<h2>Memory</h2><table><tr><th>device<th>total")?;
         names.iter().try_for_each(|(name, _)| write!(out, "<th>{name}"))?;
         writeln!(out, "<th>")?;
         let most = self.memory.iter().map(DeviceMemory::total_bytes).max().unwrap_or(1).max(1);
@@ -186,7 +189,7 @@ impl Plan {
     }
 
     fn write_changes(&self, out: &mut String) -> fmt::Result {
-        writeln!(out, "<h2>Changes of layout</h2><table><tr><th>phase<th>tensor<th>change<th>line")?;
+        writeln!(out, "<h2>Layout changes</h2><table><tr><th>phase<th>tensor<th>change<th>line")?;
         for node in self.graph.nodes() {
             let NodeOp::Boxing(step) = &node.op else { continue };
             let (phase, name, change) = (node.phase, escaped(&node.name), escaped(&step.to_string()));
@@ -219,17 +222,17 @@ rect{fill:var(--box);stroke:currentColor}text{fill:currentColor;font-size:13px}.
 .bar{width:24rem;white-space:nowrap}.bar i{display:inline-block;height:1em}.fixed{background:var(--fixed)}\
 .registers{background:var(--registers)}.scratch{background:var(--scratch)}.streams,.mirrors{background:var(--streams)}pre{overflow-x:auto}";
 
-/// What text is in HTML.
+/// Escapes text for HTML.
 fn escaped(text: &str) -> String {
     text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;").replace('"', "&quot;")
 }
 
-/// What text is between the quotes of DOT.
+/// Escapes text for a quoted string of DOT.
 fn quoted(text: &str) -> String {
     text.replace('\\', "\\\\").replace('"', "\\\"")
 }
 
-/// Breaks a text into lines that fit in a box; lines after the first are indented.
+/// Breaks text into lines that fit into a box; lines after the first are indented.
 fn wrapped(text: &str) -> Vec<String> {
     let mut lines = vec![String::new()];
     for word in text.split_inclusive([' ', '.', '/', '_']) {
@@ -241,7 +244,7 @@ fn wrapped(text: &str) -> Vec<String> {
             if lines.last().is_some_and(|line| room(line) == 0) {
                 lines.push("\u{a0}\u{a0}".into());
             }
-            lines.last_mut().expect("has one").push(letter);
+            lines.last_mut().expect("at least one line").push(letter);
         }
     }
     lines
@@ -272,7 +275,7 @@ mod tests {
     }
 
     #[test]
-    fn pictures_show_every_actor_register_and_byte() {
+    fn dot_and_html_show_all_actors_registers_and_sizes() {
         for mesh in ["data=1", "data=2,stage=2"] {
             let plan = plan(mesh);
             let (dot, html) = (plan.to_dot(), plan.to_html());
@@ -294,9 +297,9 @@ mod tests {
         }
     }
 
-    /// Activations of both micro-batches: 2 samples of 4 tokens, 8 wide, in floats.
+    /// Activations of both micro-batches: 2 samples, 4 tokens, width 8, f32.
     #[test]
-    fn an_arrow_tells_the_bytes_of_a_step() {
+    fn an_arrow_shows_the_bytes_of_a_step() {
         let plan = plan("stage=2");
         let index = |name: &str| plan.spec.actors.iter().position(|a| a.name == name).unwrap() as u32;
         let edge = &plan.edges()[&(index("device 0 compute"), index("device 1 copy"))];
@@ -304,20 +307,20 @@ mod tests {
     }
 
     #[test]
-    fn names_are_whole_and_numbers_have_units() {
+    fn html_shows_full_names_and_sizes_with_units() {
         for (mesh, head) in
             [("data=1", "<p>1 device, 2 micro-batches a step, 1f1b.</p>"), ("stage=2", "<p>2 devices, ")]
         {
             let plan = plan(mesh);
             let html = plan.to_html();
             assert!(html.contains(head), "{mesh}");
-            // What an actor does, put together from the lines of its box.
+            // The actions of an actor, joined from the lines of its box.
             let boxes: Vec<String> = html.split("<g><rect ").skip(1).map(box_text).collect();
             for (actor, text) in plan.spec.actors.iter().zip(&boxes) {
                 let actions = actor.actions.iter().map(|a| format!("{} x {}", a.per_step, a.name));
                 assert_eq!(*text, actions.collect::<String>(), "{}", actor.name);
             }
-            let picture = &html[..html.find("All of it").expect("the text follows")];
+            let picture = &html[..html.find("Full plan").expect("the text follows")];
             assert!(!picture.contains("MicroBatch") && !picture.contains("OneFOneB"), "{mesh}");
             let bytes = plan.memory[0].total_bytes();
             assert!(bytes > 1024 && !picture.contains(&bytes.to_string()), "{mesh}: raw bytes");
@@ -340,7 +343,7 @@ mod tests {
     }
 
     #[test]
-    fn text_cannot_break_out() {
+    fn special_characters_are_escaped() {
         assert_eq!(escaped("<a href=\"x\">&"), "&lt;a href=&quot;x&quot;&gt;&amp;");
         assert_eq!(quoted("a\"b\\"), "a\\\"b\\\\");
     }

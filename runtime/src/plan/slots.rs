@@ -1,4 +1,4 @@
-//! How many slots each register gets: the credits that keep a pipeline busy and no more.
+//! Computes the number of slots of each register: the fewest credits that keep the pipeline busy.
 
 use std::collections::BTreeMap;
 
@@ -8,14 +8,14 @@ use crate::graph::{Graph, NodeOp, Phase, Rate};
 use crate::plan::assign::{Assignment, RegisterPlan};
 use crate::plan::{ActionKey, Schedule};
 
-/// Relative durations that credits are computed from.
+/// Relative durations from which credits are computed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct StageCosts {
-    /// One micro-batch forward through one stage.
+    /// Forward of one micro-batch through one stage.
     pub forward: u64,
-    /// One micro-batch backward.
+    /// Backward of one micro-batch through one stage.
     pub backward: u64,
-    /// From the end of an action to the start of the one on the next stage that waits for it.
+    /// From the end of an action to the start of the waiting action on the next stage.
     pub hop: u64,
 }
 
@@ -26,19 +26,19 @@ impl Default for StageCosts {
     }
 }
 
-/// The order of placements along the pipeline: those with forward work, as the graph meets them.
+/// The placements with forward work, in the order of the graph, which is the order of the pipeline.
 pub fn stages(graph: &Graph) -> Vec<usize> {
     let mut stages = Vec::new();
     for node in &graph.nodes {
-        let works = matches!(node.op, NodeOp::Kernel(_) | NodeOp::Custom(_)) && node.phase == Phase::Forward;
-        if works && !stages.contains(&node.placement) {
+        let has_work = matches!(node.op, NodeOp::Kernel(_) | NodeOp::Custom(_)) && node.phase == Phase::Forward;
+        if has_work && !stages.contains(&node.placement) {
             stages.push(node.placement);
         }
     }
     stages
 }
 
-/// Forward micro-batches that each placement may have in flight, by placement.
+/// Maximum forward micro-batches in flight, by placement.
 pub fn in_flight(graph: &Graph, schedule: Schedule, micro_batches: usize, costs: StageCosts) -> Vec<u32> {
     let stages = stages(graph);
     let mut out = vec![1; graph.placements.len()];
@@ -55,7 +55,7 @@ pub fn in_flight(graph: &Graph, schedule: Schedule, micro_batches: usize, costs:
     out
 }
 
-/// Slots of each register.
+/// Number of slots of each register.
 pub fn slots(graph: &Graph, assignment: &Assignment, in_flight: &[u32], micro_batches: usize) -> Vec<u32> {
     let mut placement_of: BTreeMap<usize, usize> = BTreeMap::new();
     for placement in stages(graph) {
@@ -67,14 +67,14 @@ pub fn slots(graph: &Graph, assignment: &Assignment, in_flight: &[u32], micro_ba
         }
         let device = register.producer.0;
         let waits_for_backward = register.readers.contains(&(device, ActionKey::Backward));
-        let made_by = register.producer.1;
+        let producer = register.producer.1;
         let flight = placement_of.get(&device).map_or(1, |p| in_flight[*p]);
-        let count = match (waits_for_backward && !is_backward(graph, made_by), made_by) {
+        let count = match (waits_for_backward && !is_backward(graph, producer), producer) {
             // The stash: one slot for each micro-batch in flight.
             (true, ActionKey::Forward) => flight,
-            // What arrived for forward and stays until backward: one more, so that the next can arrive meanwhile.
+            // Transferred for forward and kept until backward: one more, so that the next transfer can overlap.
             (true, _) => flight + 1,
-            // One being filled while the other is read.
+            // Double buffering: one slot is filled while the other is read.
             (false, _) => 2,
         };
         count.min(micro_batches.max(1) as u32)

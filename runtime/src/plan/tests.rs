@@ -1,5 +1,5 @@
-//! Good plans of many meshes pass validation, plans broken in one place are refused with that place named, and the
-//! schedules take the time that they should.
+//! Plans for many meshes are valid; plans with one defect are refused with an error that names it; and simulated
+//! schedules take the expected time.
 
 use std::sync::Arc;
 
@@ -34,9 +34,8 @@ fn gpt(mesh: &str, micro_batches: usize, schedule: Schedule) -> Plan {
     try_gpt(mesh, micro_batches, schedule).unwrap_or_else(|e| panic!("mesh {mesh}, {micro_batches}: {e}"))
 }
 
-/// The plan is a pure function of its inputs, and valid, on every mesh.
 #[test]
-fn plans_of_many_meshes_are_valid_and_always_the_same() {
+fn plans_for_many_meshes_are_valid_and_deterministic() {
     let meshes = [
         "data=1",
         "data=2",
@@ -64,98 +63,101 @@ fn plans_of_many_meshes_are_valid_and_always_the_same() {
     }
 }
 
-/// Breaks a good plan and shows why it is refused.
-fn refused(mesh: &str, schedule: Schedule, break_it: impl FnOnce(&mut Plan), expect: Expect) {
+/// Changes a valid plan with `corrupt` and checks the error.
+fn check_refused(mesh: &str, schedule: Schedule, corrupt: impl FnOnce(&mut Plan), expect: Expect) {
     let mut plan = gpt(mesh, 4, schedule);
-    break_it(&mut plan);
-    let error = validate(&plan).expect_err("the plan is broken");
+    corrupt(&mut plan);
+    let error = validate(&plan).expect_err("the plan is corrupt");
     expect.assert_eq(&error.to_string());
 }
 
-/// The register that holds what backward needs of forward.
+/// The register with the activations that forward keeps for backward.
 fn stash(plan: &Plan) -> usize {
     let is_stash = |r: &RegisterSpec| r.name.starts_with("device 0 forward/") && r.slots > 1;
-    plan.spec.registers.iter().position(is_stash).expect("forward stashes")
+    plan.spec.registers.iter().position(is_stash).expect("forward has a stash")
 }
 
-/// All forwards first, with room for one.
+/// GPipe runs all forwards first, but the stash has only one slot.
 #[test]
-fn a_register_with_too_few_slots_is_refused_with_the_cycle() {
+fn a_register_with_too_few_slots_is_refused_with_the_deadlock_cycle() {
     let lower = |plan: &mut Plan| {
         let stash = stash(plan);
         plan.spec.registers[stash].slots = 1;
     };
-    refused(
+    check_refused(
         "tensor=2",
         Schedule::GPipe,
         lower,
         expect![
-            "the plan cannot run to its end: deadlock: device 0 compute forward waits for a credit of register 'device 0 forward/dropout.6 (+66)' (1 of 1 slots held by device 0 compute backward); device 0 compute backward waits for its turn after device 0 compute forward; which closes the cycle"
+            "the plan cannot run to completion: deadlock: device 0 compute forward waits for a credit of register 'device 0 forward/dropout.6 (+66)' (1 of 1 slots held by device 0 compute backward); device 0 compute backward waits for its turn after device 0 compute forward; which closes the cycle"
         ],
     );
     let lower = |plan: &mut Plan| {
         let stash = stash(plan);
         plan.spec.registers[stash].slots = 0;
     };
-    refused(
+    check_refused(
         "tensor=2",
         Schedule::GPipe,
         lower,
         expect![
-            "the plan cannot run to its end: register 'device 0 forward/dropout.6 (+66)': slots is 0, at least 1 is needed"
+            "the plan cannot run to completion: register 'device 0 forward/dropout.6 (+66)': slots is 0, at least 1 is needed"
         ],
     );
 }
 
 #[test]
-fn another_order_on_one_device_is_refused_with_the_group() {
+fn a_different_action_order_on_one_device_is_refused_with_the_group() {
     let reorder = |plan: &mut Plan| {
         let compute = plan.spec.actors.iter_mut().find(|a| (a.device, a.stream) == (1, StreamKind::Compute));
-        let Some(Firing::Ordered(list)) = compute.map(|a| &mut a.firing) else { panic!("fires in order") };
+        let Some(Firing::Ordered(list)) = compute.map(|a| &mut a.firing) else {
+            panic!("the actor must fire in order")
+        };
         list.swap(3, 4);
     };
-    refused(
+    check_refused(
         "tensor=2",
         Schedule::GPipe,
         reorder,
         expect![
-            "devices 0 and 1 disagree on the collectives of group 0: forward forward forward forward backward backward backward backward against forward forward forward backward forward backward backward backward"
+            "devices 0 and 1 call different collectives of group 0: forward forward forward forward backward backward backward backward versus forward forward forward backward forward backward backward backward"
         ],
     );
 }
 
 #[test]
-fn another_collective_on_one_device_is_refused_with_the_group() {
+fn a_different_collective_on_one_device_is_refused_with_the_group() {
     let change = |plan: &mut Plan| {
         let actor = plan.spec.actors.iter().position(|a| (a.device, a.stream) == (1, StreamKind::Compute));
-        let launches = plan.actions[actor.expect("computes")].iter_mut().flat_map(|a| &mut a.launches);
+        let launches =
+            plan.actions[actor.expect("device 1 has a compute actor")].iter_mut().flat_map(|a| &mut a.launches);
         let sum = CollectiveKind::AllReduce { op: ReduceOp::Sum };
         let call = launches.filter_map(|l| if let Op::Collective(call) = &mut l.op { Some(call) } else { None });
-        let call = call.into_iter().find(|c| c.kind == sum).expect("sums activations");
+        let call = call.into_iter().find(|c| c.kind == sum).expect("forward sums activations");
         call.kind = CollectiveKind::AllReduce { op: ReduceOp::Max };
     };
-    refused(
+    check_refused(
         "tensor=2",
         Schedule::OneFOneB,
         change,
         expect![
-            "devices 0 and 1 disagree on the collectives of group 0: AllReduce { op: Sum } as call 0 of forward against AllReduce { op: Max } as call 0 of forward"
+            "devices 0 and 1 call different collectives of group 0: AllReduce { op: Sum } as call 0 of forward versus AllReduce { op: Max } as call 0 of forward"
         ],
     );
 }
 
 #[test]
-fn an_update_that_the_host_would_have_to_wait_for_is_refused() {
-    let late = |plan: &mut Plan| {
+fn a_fetch_of_an_update_output_is_refused() {
+    let make_update = |plan: &mut Plan| {
         let norms = plan.actions.iter_mut().flatten().filter(|action| action.key == ActionKey::Norm);
         norms.for_each(|norm| norm.key = ActionKey::Update);
     };
-    refused(
+    check_refused(
         "stage=2",
         Schedule::OneFOneB,
-        late,
+        make_update,
         expect![
-            "the plan cannot run to its end: the host fetches register 'device 0 norm/grad_squares.237' of an update, which waits until the host has it"
+            "the plan cannot run to completion: the host fetches register 'device 0 norm/grad_squares.237', which the update writes, but the update starts only after that fetch"
         ],
     );
 }
@@ -166,35 +168,37 @@ fn a_register_that_is_too_small_is_refused_with_the_buffer() {
         let stash = stash(plan);
         plan.registers[stash].stride -= 256;
     };
-    refused(
+    check_refused(
         "stage=2",
         Schedule::OneFOneB,
         shrink,
-        expect!["device 0 compute forward: launch 27 (gelu): a buffer ends at byte 6912 of 6656"],
+        expect![
+            "device 0 compute forward: launch 27 (gelu): a buffer ends at byte 6912, but its memory has only 6656 bytes"
+        ],
     );
 }
 
 #[test]
-fn parts_of_an_arena_that_overlap_are_refused() {
+fn overlapping_parts_of_an_arena_are_refused() {
     let grow = |plan: &mut Plan| {
         let stash = stash(plan);
         plan.spec.registers[stash].slots += 1;
     };
-    refused(
+    check_refused(
         "stage=2",
         Schedule::OneFOneB,
         grow,
         expect![
-            "device 0: register 'device 0 forward/dropout.6 (+29)' ends at byte 42112, past the start of register 'device 0 parameters/h.0.ln1.weight (+15)' at byte 35200"
+            "device 0: register 'device 0 forward/dropout.6 (+29)' ends at byte 42112, but register 'device 0 parameters/h.0.ln1.weight (+15)' starts at byte 35200"
         ],
     );
     let cut = |plan: &mut Plan| plan.memory[1].arena_bytes -= 64;
-    refused(
+    check_refused(
         "stage=2",
         Schedule::OneFOneB,
         cut,
         expect![
-            "device 1: scratch of device 1 compute ends at byte 37632, past the start of the end of the arena at byte 37568"
+            "device 1: scratch of device 1 compute ends at byte 37632, but the memory after the arena starts at byte 37568"
         ],
     );
 }
@@ -202,7 +206,7 @@ fn parts_of_an_arena_that_overlap_are_refused() {
 const FORWARD: u64 = 10;
 const BACKWARD: u64 = 20;
 
-/// Forward and backward take time, all else is free but for the hops.
+/// Only forward, backward and hops take time.
 fn timing(plan: &Plan, hop_ticks: u64) -> Timing {
     let ticks = |key: ActionKey| match key {
         ActionKey::Forward => FORWARD,
@@ -220,18 +224,18 @@ fn run(plan: &Plan, slots_max: u32, hop_ticks: u64, jitter: Option<Jitter>) -> S
     simulate(&Arc::new(spec), &timing(plan, hop_ticks), &options).unwrap_or_else(|e| panic!("{e}"))
 }
 
-/// `(micro-batches + stages - 1) (forward + backward)` is the least that a synchronous pipeline without interleaving takes.
+/// The minimum for a synchronous pipeline without interleaving is `(micro-batches + stages - 1) (forward + backward)`.
 #[test]
-fn both_schedules_of_a_pipeline_take_the_least_time() {
+fn both_pipeline_schedules_take_the_minimum_time() {
     for schedule in SCHEDULES {
         for micro_batches in [4, 8] {
             let plan = gpt("stage=4", micro_batches, schedule);
             let free = run(&plan, u32::MAX, 0, None);
             assert_eq!(free.makespan, (micro_batches as u64 + 3) * (FORWARD + BACKWARD), "{schedule:?}");
-            assert_eq!(run(&plan, u32::MAX, 0, None), free, "exact runs are alike");
+            assert_eq!(run(&plan, u32::MAX, 0, None), free, "runs without jitter are deterministic");
         }
     }
-    // A hop's latency costs a pipeline's fill and drain and the way to the host that decides, not each micro-batch.
+    // Hop latency delays filling and draining the pipeline and the host's decision, but not each micro-batch.
     let makespan = |schedule| run(&gpt("stage=4", 8, schedule), u32::MAX, 1, None).makespan;
     expect!["gpipe 345, 1f1b 345"].assert_eq(&format!(
         "gpipe {}, 1f1b {}",
@@ -241,7 +245,7 @@ fn both_schedules_of_a_pipeline_take_the_least_time() {
 }
 
 #[test]
-fn fewer_credits_take_more_time_and_give_the_same() {
+fn fewer_credits_take_more_time_and_give_the_same_result() {
     for schedule in SCHEDULES {
         let plan = gpt("stage=4", 8, schedule);
         let all = run(&plan, u32::MAX, 1, None);
@@ -257,14 +261,14 @@ fn fewer_credits_take_more_time_and_give_the_same() {
 }
 
 #[test]
-fn delays_change_no_value() {
+fn delays_change_no_result() {
     for mesh in ["stage=4", "data=2,stage=2,tensor=2"] {
         let plan = gpt(mesh, 4, Schedule::OneFOneB);
         let exact = run(&plan, u32::MAX, 1, None);
         for seed in 0..20 {
             let jitter = Jitter { seed, action_ticks_max: 30, hop_ticks_max: 15 };
-            let late = run(&plan, u32::MAX, 1, Some(jitter));
-            assert_eq!(late.digest, exact.digest, "mesh {mesh}, seed {seed}");
+            let delayed = run(&plan, u32::MAX, 1, Some(jitter));
+            assert_eq!(delayed.digest, exact.digest, "mesh {mesh}, seed {seed}");
         }
     }
 }

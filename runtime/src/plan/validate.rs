@@ -1,4 +1,4 @@
-//! Refuses a plan that would deadlock, disagree on collectives, overlap in memory or not fit.
+//! Refuses plans that would deadlock, call different collectives, overlap in memory or exceed the memory.
 
 use std::sync::Arc;
 
@@ -7,22 +7,22 @@ use shardflow_actors::spec::ActorId;
 use shardflow_kernels::op::Launch;
 use shardflow_kernels::tensor::element_count;
 
-use crate::plan::collective_order::{self, Disagreement};
+use crate::plan::collective_order::{self, CollectiveMismatch};
 use crate::plan::{ActionKey, BaseKey, DeviceMemory, Plan};
 
 /// Why a plan is refused.
 #[derive(Clone, Debug, thiserror::Error)]
 pub enum PlanError {
-    /// It would stop for ever, or breaks a rule of the protocol.
-    #[error("the plan cannot run to its end: {0}")]
+    /// It would deadlock, or it violates a rule of the protocol.
+    #[error("the plan cannot run to completion: {0}")]
     Liveness(String),
-    /// Members of a group would wait for each other in different collectives.
+    /// Members of a group would deadlock in different collectives.
     #[error(
-        "devices {} and {} disagree on the collectives of group {}: {} against {}",
+        "devices {} and {} call different collectives of group {}: {} versus {}",
         .0.first.0, .0.second.0, .0.group, .0.first.1, .0.second.1
     )]
-    CollectiveOrder(Disagreement),
-    /// It needs more memory than a device has.
+    CollectiveOrder(CollectiveMismatch),
+    /// A device has less memory than the plan needs.
     #[error(
         "the plan does not fit: a device has {budget} bytes\n{table}reduce the batch, use more micro-batches or more devices"
     )]
@@ -32,63 +32,63 @@ pub enum PlanError {
         /// Bytes needed, by device.
         table: String,
     },
-    /// The processes of a node need more memory than it has.
+    /// A node has less free memory than its processes need.
     #[error(
-        "the plan does not fit: this node has {budget} bytes free ({bound}), and the job needs {needed} of them\n{table}reduce \
+        "the plan does not fit: this node has {budget} bytes free ({bound}), but the job needs {needed} bytes\n{table}reduce \
          the batch, use more micro-batches or more nodes, or give the job more memory"
     )]
     NodeMemory {
-        /// Bytes that were free before anything was allocated for the plan.
+        /// Free bytes before any allocation for the plan.
         budget: u64,
-        /// The limit that sets the budget.
+        /// The limit that determines the budget.
         bound: String,
         /// Bytes needed.
         needed: u64,
         /// Bytes needed, by device and rank of this node.
         table: String,
     },
-    /// A buffer lies outside its register, scratch or arena: a bug of the planner.
-    #[error("{action}: launch {launch} ({op}): a buffer ends at byte {end} of {size}")]
+    /// A buffer is outside its register, scratch or arena: a planner bug.
+    #[error("{action}: launch {launch} ({op}): a buffer ends at byte {end}, but its memory has only {size} bytes")]
     Bounds {
         /// The action.
         action: String,
-        /// Position in its program.
+        /// Index of the launch in the action.
         launch: usize,
         /// The op.
         op: String,
         /// End of the buffer.
         end: usize,
-        /// Bytes there are.
+        /// Bytes of the memory that contains it.
         size: usize,
     },
-    /// Two parts of a device's arena share bytes: a bug of the planner.
-    #[error("device {device}: {first} ends at byte {end}, past the start of {second} at byte {start}")]
+    /// Two parts of a device's arena overlap, or a part exceeds it: a planner bug.
+    #[error("device {device}: {first} ends at byte {end}, but {second} starts at byte {start}")]
     Overlap {
         /// Rank of the device.
         device: usize,
-        /// The part that begins first.
+        /// The part that starts first.
         first: String,
         /// Its end.
         end: usize,
-        /// The next part, or the end of the arena.
+        /// The next part, or the memory after the arena.
         second: String,
         /// Its start.
         start: usize,
     },
 }
 
-/// Steps of the token game: enough for every register to go round.
+/// Simulated steps: enough to reuse every register's slots.
 const STEPS: u32 = 2;
 
-/// Checks liveness, the order of collectives, bounds and memory.
+/// Checks the order of collectives, bounds, memory and liveness.
 ///
 /// # Errors
-/// The first that fails.
+/// The first failed check.
 pub fn validate(plan: &Plan) -> Result<(), PlanError> {
     collective_order::check(plan).map_err(PlanError::CollectiveOrder)?;
-    bounds(plan)?;
-    disjoint(plan)?;
-    decisions(plan)?;
+    check_bounds(plan)?;
+    check_disjoint(plan)?;
+    check_decisions(plan)?;
     memory(plan)?;
     let spec = Arc::new(plan.spec.clone());
     let liveness = |e: SimulationError| PlanError::Liveness(e.to_string());
@@ -96,8 +96,8 @@ pub fn validate(plan: &Plan) -> Result<(), PlanError> {
     Ok(())
 }
 
-/// The host lets a step's updates fire when it has all that it fetches, so nothing that it fetches may come from an update.
-fn decisions(plan: &Plan) -> Result<(), PlanError> {
+/// The host decides on a step's update after it has fetched all outputs, so no output may come from the update.
+fn check_decisions(plan: &Plan) -> Result<(), PlanError> {
     let key = |(actor, action): (ActorId, u32)| plan.actions[actor.0 as usize][action as usize].key;
     for (index, actions) in plan.actions.iter().enumerate() {
         let specs = &plan.spec.actors[index].actions;
@@ -107,7 +107,9 @@ fn decisions(plan: &Plan) -> Result<(), PlanError> {
             let writer = plan.spec.writer(register).map(|(action, _)| key((producer, action)));
             if matches!(writer, Some(ActionKey::Decide | ActionKey::Update)) {
                 let name = plan.spec.register_name(register);
-                let why = format!("the host fetches register '{name}' of an update, which waits until the host has it");
+                let why = format!(
+                    "the host fetches register '{name}', which the update writes, but the update starts only after that fetch"
+                );
                 return Err(PlanError::Liveness(why));
             }
         }
@@ -115,7 +117,7 @@ fn decisions(plan: &Plan) -> Result<(), PlanError> {
     Ok(())
 }
 
-/// No device needs more than the plan's budget.
+/// Checks that no device needs more than the plan's memory limit.
 ///
 /// # Errors
 /// [`PlanError::Memory`].
@@ -128,12 +130,12 @@ pub fn memory(plan: &Plan) -> Result<(), PlanError> {
     Err(PlanError::Memory { budget, table: plan.memory.iter().enumerate().map(row).collect() })
 }
 
-/// Fixed tensors, slots and scratch of a device share no byte, and end within its arena.
-fn disjoint(plan: &Plan) -> Result<(), PlanError> {
+/// Checks that fixed tensors, slots and scratch of a device do not overlap and end within its arena.
+fn check_disjoint(plan: &Plan) -> Result<(), PlanError> {
     let ends = |m: &DeviceMemory| {
         vec![
             (0, m.fixed_bytes, "fixed tensors".to_string()),
-            (m.arena_bytes, usize::MAX, "the end of the arena".into()),
+            (m.arena_bytes, usize::MAX, "the memory after the arena".into()),
         ]
     };
     let mut parts: Vec<Vec<(usize, usize, String)>> = plan.memory.iter().map(ends).collect();
@@ -158,8 +160,8 @@ fn disjoint(plan: &Plan) -> Result<(), PlanError> {
     Ok(())
 }
 
-/// Every buffer lies within what its base names.
-fn bounds(plan: &Plan) -> Result<(), PlanError> {
+/// Checks that every buffer ends within the memory of its base.
+fn check_bounds(plan: &Plan) -> Result<(), PlanError> {
     for (index, (actor, actions)) in plan.spec.actors.iter().zip(&plan.actions).enumerate() {
         for (action, spec) in actions.iter().zip(&actor.actions) {
             let memory = &plan.memory[actor.device];
@@ -178,9 +180,8 @@ fn bounds(plan: &Plan) -> Result<(), PlanError> {
                     let end = buffer.offset + element_count(&buffer.shape) * buffer.dtype.bytes();
                     let size = size(buffer.base);
                     if end > size {
-                        let name = format!("{} {}", actor.name, action.name);
                         return Err(PlanError::Bounds {
-                            action: name,
+                            action: format!("{} {}", actor.name, action.name),
                             launch: position,
                             op: op.name().into(),
                             end,

@@ -1,55 +1,55 @@
-//! The choice of layouts: one signature for each op, so that boxing and compute cost least in all.
-//! Works on an abstract [`Problem`], so that it knows no graph.
+//! The layout search: chooses one signature for each op, such that the total cost of boxing and compute is small.
+//! It works on an abstract [`Problem`], independent of the graph.
 //!
 //! The **objective** is the sum of
-//! - CH-1: for each tensor and each distinct layout that its readers require, boxing to it, once;
-//! - CH-2: for a tensor that is an output or that nobody reads, reducing it to `Broadcast` where it is `Partial`;
-//! - CH-3: each op's compute on its busiest device.
+//! - CH-1: for each tensor, one boxing to each distinct layout that its readers require;
+//! - CH-2: for a tensor that is an output or has no reader, the reduction of `Partial` to `Broadcast`;
+//! - CH-3: for each op, the compute on its busiest device.
 //!
-//! The search is a beam in topological order, in which assignments that leave the same layouts to later ops are merged
-//! (so it is exact while the beam is wide enough), then sweeps that change one op at a time while that helps. The beam
-//! ranks by what is paid and what is **pending**: reducing `Partial` tensors that nobody has reduced yet. (A pending cost
-//! for gathering what was sliced out of a `Broadcast` tensor was tried: answers were the same or worse.)
+//! The search is a beam search in topological order, followed by sweeps that change one op at a time while the cost
+//! decreases. The beam merges assignments that leave the same layouts to later ops, so it is exact while it is wide
+//! enough. It ranks by the cost so far plus the **pending** cost of reducing `Partial` tensors that are not reduced
+//! yet. (A pending cost for gathering slices of a `Broadcast` tensor was tried: the results were the same or worse.)
 
 use std::collections::HashSet;
 
 use shardflow_kernels::tensor::DType;
 
-use super::cost::{Costs, compute_seconds};
+use super::cost::{CostCache, compute_seconds};
 use super::rule::{NdSignature, Rule};
 use super::{NdSbp, PlacedLayout};
 use crate::boxing::CostModel;
 use crate::layout_error::LayoutError;
 use crate::placement::Placement;
 
-/// Assignments that the beam keeps after each op, at least.
+/// Minimum number of assignments that the beam keeps after each op.
 const BEAM_WIDTH_MIN: usize = 16;
 
-/// The beam is as wide as gives this many extensions of a node: wide where there are few candidates.
+/// Target number of extensions per node: the beam is wide where nodes have few candidates.
 const EXTENSIONS: usize = 512;
 
-/// Sweeps of single changes, at most.
+/// Maximum number of sweeps.
 const SWEEPS_MAX: usize = 16;
 
-/// Costs that differ by less than this part are one cost: sums in another order differ by rounding.
+/// Relative difference below which costs count as equal: the order of a sum changes its rounding.
 const TIE: f64 = 1e-9;
 
 /// A tensor of a [`Problem`].
 #[derive(Clone, Debug)]
 pub struct TensorSpec {
-    /// Shown in errors.
+    /// The name in errors.
     pub name: String,
     /// Shape of the whole tensor.
     pub shape: Vec<usize>,
     /// Element type.
     pub dtype: DType,
-    /// The layout it must have, if that is given. A tensor that no node produces must have one.
+    /// The required layout, if there is one. A tensor that no node produces must have one.
     pub pinned: Option<PlacedLayout>,
-    /// True when it is used after the problem's nodes; one that no node reads counts as used too.
+    /// True if it is used after the problem's nodes. A tensor without readers also counts as used.
     pub is_output: bool,
 }
 
-/// A way to do a node.
+/// One possible signature of a node.
 #[derive(Clone, Debug)]
 pub struct Candidate {
     /// Layouts of the operands.
@@ -61,58 +61,59 @@ pub struct Candidate {
 /// An op of a [`Problem`].
 #[derive(Clone, Debug)]
 pub struct NodeSpec {
-    /// Shown in errors.
+    /// The name in errors.
     pub name: String,
-    /// Where it runs.
+    /// The placement it runs on.
     pub placement: Placement,
     /// Indices of the tensors it reads.
     pub inputs: Vec<usize>,
     /// Indices of the tensors it produces.
     pub outputs: Vec<usize>,
-    /// What may be chosen; ties go to the first.
+    /// The possible signatures; ties go to the first.
     pub candidates: Vec<Candidate>,
 }
 
-/// Nodes in topological order, and their tensors.
+/// The input of the search: nodes in topological order, and their tensors.
 #[derive(Clone, Debug, Default)]
 pub struct Problem {
-    /// By index.
+    /// The tensors; nodes refer to them by index.
     pub tensors: Vec<TensorSpec>,
-    /// Each reads only tensors that are pinned or produced by earlier nodes.
+    /// The nodes. Each reads only tensors that are pinned or produced by earlier nodes.
     pub nodes: Vec<NodeSpec>,
 }
 
-/// A change of layout that a choice needs.
+/// A layout change that a choice requires.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Conversion {
     /// Index of the tensor.
     pub tensor: usize,
-    /// Layout it has.
+    /// The tensor's layout.
     pub from: PlacedLayout,
-    /// Layout that readers require.
+    /// The layout that readers require.
     pub to: PlacedLayout,
-    /// What boxing costs.
+    /// The cost of boxing.
     pub cost_seconds: f64,
 }
 
-/// The answer to a [`Problem`].
+/// The solution of a [`Problem`].
 #[derive(Clone, Debug, PartialEq)]
 pub struct Choice {
-    /// For each node, the index of its candidate.
+    /// For each node, the index of the chosen candidate.
     pub candidates: Vec<usize>,
-    /// For each tensor, the layout it has (the pinned one, where there is one).
+    /// For each tensor, its layout (the pinned one, if there is one).
     pub layouts: Vec<PlacedLayout>,
-    /// All changes of layout among nodes, by tensor; what outputs cost to reduce (CH-2) is not among them.
+    /// All layout changes between nodes, by tensor, without the reductions of outputs (CH-2).
     pub conversions: Vec<Conversion>,
-    /// The objective.
+    /// The value of the objective.
     pub cost_seconds: f64,
 }
 
 impl NodeSpec {
-    /// A node whose candidates are a rule's signatures on this placement. `whole_seconds` is what the op would take unsharded.
+    /// A node whose candidates are a rule's signatures on this placement. `whole_seconds` is the time of the unsharded
+    /// op.
     ///
     /// # Errors
-    /// When an input is not among the tensors, or the inputs' shapes do not fit the rule.
+    /// When an input is not in `tensors`, or the inputs' shapes do not fit the rule.
     pub fn of_rule(
         name: &str,
         placement: &Placement,
@@ -138,17 +139,17 @@ impl NodeSpec {
 /// Chooses a signature for each node. A pure function of its arguments.
 ///
 /// # Errors
-/// [`LayoutError::Choice`] when the problem is not well formed (see [`Problem`]), or no candidate of a node can be had from
-/// the layouts before it.
+/// [`LayoutError::Choice`] when the problem is malformed (see [`Problem`]), or no candidate of a node is reachable from
+/// the layouts of its inputs.
 pub fn choose(problem: &Problem, model: &CostModel) -> Result<Choice, LayoutError> {
     let mut chooser = Chooser::new(problem, *model)?;
     let mut candidates = chooser.beam()?;
     chooser.sweep(&mut candidates);
-    Ok(chooser.answer(candidates))
+    Ok(chooser.into_choice(candidates))
 }
 
 /// A candidate with interned layouts.
-struct Way {
+struct InternedCandidate {
     inputs: Vec<usize>,
     outputs: Vec<usize>,
     seconds: f64,
@@ -156,62 +157,65 @@ struct Way {
 
 struct Chooser<'a> {
     problem: &'a Problem,
-    costs: Costs,
-    /// Interned shape of each tensor.
+    costs: CostCache,
+    /// The interned shape of each tensor.
     shapes: Vec<usize>,
-    /// Interned pinned layouts.
+    /// The interned pinned layout of each tensor.
     pinned: Vec<Option<usize>>,
-    /// `(node, output)` that produces each tensor.
+    /// For each tensor, the `(node, output)` that produces it.
     producers: Vec<Option<(usize, usize)>>,
-    /// `(node, input)` that read each tensor, in order.
+    /// For each tensor, the `(node, input)` pairs that read it, in order.
     readers: Vec<Vec<(usize, usize)>>,
-    /// For each node its candidates.
-    ways: Vec<Vec<Way>>,
+    /// The candidates of each node.
+    candidates: Vec<Vec<InternedCandidate>>,
 }
 
-/// A tensor that is there and that later nodes read, in one assignment of the beam.
+/// An existing tensor that later nodes read, in one assignment of the beam.
 #[derive(Clone)]
-struct Held {
+struct LiveTensor {
     tensor: usize,
     layout: usize,
-    /// Layouts that it was converted to and paid for, sorted.
-    paid: Vec<usize>,
+    /// The layouts to which it was converted, with their cost counted; sorted.
+    converted_to: Vec<usize>,
     pending_seconds: f64,
 }
 
-/// An assignment of the nodes so far.
+/// Candidates for the nodes so far.
 #[derive(Clone)]
 struct Assignment {
-    paid_seconds: f64,
-    held: Vec<Held>,
-    /// Position in the list of choices, from which the earlier ones are found.
+    cost_seconds: f64,
+    live: Vec<LiveTensor>,
+    /// Index of the last choice in the list of choices; each entry links to the previous one.
     last: Option<usize>,
 }
 
-/// An assignment with one more node.
+/// An assignment extended by one node.
 struct Extension {
     assignment: Assignment,
-    way: usize,
+    /// Index of the node's candidate.
+    candidate: usize,
+    /// The cost plus pending costs.
     rank_seconds: f64,
-    converted: usize,
+    /// How many inputs are converted.
+    conversions: usize,
 }
 
 impl<'a> Chooser<'a> {
     fn new(problem: &'a Problem, model: CostModel) -> Result<Self, LayoutError> {
-        let (mut costs, count) = (Costs::new(model), problem.tensors.len());
-        let (mut producers, mut readers, mut ways) = (vec![None; count], vec![Vec::new(); count], Vec::new());
+        let (mut costs, count) = (CostCache::new(model), problem.tensors.len());
+        let (mut producers, mut readers, mut candidates) = (vec![None; count], vec![Vec::new(); count], Vec::new());
         for (n, node) in problem.nodes.iter().enumerate() {
             check_node(problem, node, &producers, &readers)?;
             node.inputs.iter().enumerate().for_each(|(i, &t)| readers[t].push((n, i)));
             node.outputs.iter().enumerate().for_each(|(i, &t)| producers[t] = Some((n, i)));
             let mut id =
                 |sbp: &NdSbp| costs.layout_id(PlacedLayout { placement: node.placement.clone(), sbp: sbp.clone() });
-            let mut way = |c: &Candidate| Way {
+            let mut intern = |c: &Candidate| InternedCandidate {
                 inputs: c.signature.inputs.iter().map(&mut id).collect(),
                 outputs: c.signature.outputs.iter().map(&mut id).collect(),
                 seconds: c.compute_seconds,
             };
-            ways.push(node.candidates.iter().map(&mut way).collect());
+            candidates.push(node.candidates.iter().map(&mut intern).collect());
         }
         let shapes = problem.tensors.iter().map(|t| costs.shape_id(&t.shape, t.dtype)).collect();
         let mut pinned = Vec::new();
@@ -220,13 +224,13 @@ impl<'a> Chooser<'a> {
                 Some(layout) => layout.sbp.check(&tensor.shape, &layout.placement)?,
                 None if producer.is_some() => {}
                 None => {
-                    let why = "neither produced nor given a layout".into();
+                    let why = "no node produces it, and it has no pinned layout".into();
                     return Err(LayoutError::Choice { node: tensor.name.clone(), why });
                 }
             }
             pinned.push(tensor.pinned.clone().map(|layout| costs.layout_id(layout)));
         }
-        Ok(Self { problem, costs, shapes, pinned, producers, readers, ways })
+        Ok(Self { problem, costs, shapes, pinned, producers, readers, candidates })
     }
 
     fn is_used_after(&self, tensor: usize) -> bool {
@@ -237,7 +241,7 @@ impl<'a> Chooser<'a> {
         self.costs.boxing_seconds(self.shapes[tensor], from, to)
     }
 
-    /// CH-2 for a tensor of this layout.
+    /// The cost CH-2 of a tensor with this layout.
     fn output_seconds(&mut self, tensor: usize, layout: usize) -> f64 {
         if !self.is_used_after(tensor) {
             return 0.0;
@@ -246,100 +250,104 @@ impl<'a> Chooser<'a> {
         self.boxing(tensor, layout, reduced)
     }
 
+    /// The beam search. Returns the index of each node's candidate.
     fn beam(&mut self) -> Result<Vec<usize>, LayoutError> {
-        let mut beam = vec![Assignment { paid_seconds: 0.0, held: Vec::new(), last: None }];
-        // (position of the choice before, way)
+        let mut beam = vec![Assignment { cost_seconds: 0.0, live: Vec::new(), last: None }];
+        // (index of the previous choice, candidate)
         let mut choices: Vec<(Option<usize>, usize)> = Vec::new();
         for n in 0..self.problem.nodes.len() {
-            let width = (EXTENSIONS / self.ways[n].len()).max(BEAM_WIDTH_MIN);
+            let width = (EXTENSIONS / self.candidates[n].len()).max(BEAM_WIDTH_MIN);
             let mut extensions = Vec::new();
             for assignment in &beam {
-                extensions.extend((0..self.ways[n].len()).filter_map(|way| self.extend(n, way, assignment)));
+                let count = self.candidates[n].len();
+                extensions.extend((0..count).filter_map(|candidate| self.extend(n, candidate, assignment)));
             }
-            // Stable: what is listed first wins a tie.
+            // The sort is stable: ties go to the first.
             extensions.sort_by(|a: &Extension, b: &Extension| {
-                a.rank_seconds.total_cmp(&b.rank_seconds).then((a.converted, a.way).cmp(&(b.converted, b.way)))
+                let tie_break = (a.conversions, a.candidate).cmp(&(b.conversions, b.candidate));
+                a.rank_seconds.total_cmp(&b.rank_seconds).then(tie_break)
             });
             let (mut next, mut seen) = (Vec::new(), HashSet::new());
-            for Extension { mut assignment, way, .. } in extensions {
-                // What later nodes can see. Equal ones have equal pending costs, so the first has paid least.
-                let leaves = |h: &Held| (h.tensor, h.layout, h.paid.clone());
-                if next.len() < width && seen.insert(assignment.held.iter().map(leaves).collect::<Vec<_>>()) {
-                    choices.push((assignment.last, way));
+            for Extension { mut assignment, candidate, .. } in extensions {
+                // The state that later nodes depend on. Equal states have equal pending costs, so the first has the
+                // least cost.
+                let state = |t: &LiveTensor| (t.tensor, t.layout, t.converted_to.clone());
+                if next.len() < width && seen.insert(assignment.live.iter().map(state).collect::<Vec<_>>()) {
+                    choices.push((assignment.last, candidate));
                     assignment.last = Some(choices.len() - 1);
                     next.push(assignment);
                 }
             }
             if next.is_empty() {
-                let why = "no candidate's layouts can be had from its inputs".into();
+                let why = "no candidate's layouts can be reached from its inputs".into();
                 return Err(LayoutError::Choice { node: self.problem.nodes[n].name.clone(), why });
             }
             beam = next;
         }
-        // All is paid at the end, so the first is the cheapest.
-        let (mut ways, mut last) = (Vec::new(), beam[0].last);
+        // No cost is pending at the end, so the first is the cheapest.
+        let (mut chosen, mut last) = (Vec::new(), beam[0].last);
         while let Some(position) = last {
-            ways.push(choices[position].1);
+            chosen.push(choices[position].1);
             last = choices[position].0;
         }
-        ways.reverse();
-        Ok(ways)
+        chosen.reverse();
+        Ok(chosen)
     }
 
-    /// The assignment with this way for node `n`; none where boxing to it is impossible.
-    fn extend(&mut self, n: usize, way: usize, assignment: &Assignment) -> Option<Extension> {
+    /// Extends the assignment by this candidate of node `n`; `None` if boxing to its layouts is impossible.
+    fn extend(&mut self, n: usize, candidate: usize, assignment: &Assignment) -> Option<Extension> {
         let node = &self.problem.nodes[n];
-        let mut held = assignment.held.clone();
-        let mut paid_seconds = assignment.paid_seconds + self.ways[n][way].seconds;
-        let mut converted = 0;
+        let mut live = assignment.live.clone();
+        let mut cost_seconds = assignment.cost_seconds + self.candidates[n][candidate].seconds;
+        let mut conversions = 0;
         for (i, &tensor) in node.inputs.iter().enumerate() {
-            let required = self.ways[n][way].inputs[i];
-            let position = held.iter().position(|h| h.tensor == tensor).unwrap_or(held.len());
-            if position == held.len() {
-                // Not produced by a node: it is held from its first reader to its last.
+            let required = self.candidates[n][candidate].inputs[i];
+            let position = live.iter().position(|t| t.tensor == tensor).unwrap_or(live.len());
+            if position == live.len() {
+                // Not produced by a node: it is live from its first to its last reader.
                 let layout = self.pinned[tensor]?;
-                held.push(Held { tensor, layout, paid: Vec::new(), pending_seconds: 0.0 });
+                live.push(LiveTensor { tensor, layout, converted_to: Vec::new(), pending_seconds: 0.0 });
             }
-            let source = &mut held[position];
+            let source = &mut live[position];
             if source.layout != required {
-                converted += 1;
-                if let Err(position) = source.paid.binary_search(&required) {
-                    paid_seconds += self.boxing(tensor, source.layout, required);
-                    source.paid.insert(position, required);
+                conversions += 1;
+                if let Err(position) = source.converted_to.binary_search(&required) {
+                    cost_seconds += self.boxing(tensor, source.layout, required);
+                    source.converted_to.insert(position, required);
                     source.pending_seconds = 0.0;
                 }
             }
         }
         for (i, &tensor) in node.outputs.iter().enumerate() {
-            let made = self.ways[n][way].outputs[i];
-            let layout = self.pinned[tensor].unwrap_or(made);
-            paid_seconds += self.boxing(tensor, made, layout) + self.output_seconds(tensor, layout);
+            let produced = self.candidates[n][candidate].outputs[i];
+            let layout = self.pinned[tensor].unwrap_or(produced);
+            cost_seconds += self.boxing(tensor, produced, layout) + self.output_seconds(tensor, layout);
             if !self.readers[tensor].is_empty() {
                 let is_settled = self.is_used_after(tensor) || self.pinned[tensor].is_some();
                 let reduced = self.costs.reduced(layout);
                 let pending_seconds = if is_settled { 0.0 } else { self.boxing(tensor, layout, reduced) };
-                held.push(Held { tensor, layout, paid: Vec::new(), pending_seconds });
+                live.push(LiveTensor { tensor, layout, converted_to: Vec::new(), pending_seconds });
             }
         }
-        held.retain(|h| self.readers[h.tensor].last().is_some_and(|last| last.0 > n));
-        let rank_seconds = paid_seconds + held.iter().map(|h| h.pending_seconds).sum::<f64>();
-        let assignment = Assignment { paid_seconds, held, last: assignment.last };
-        rank_seconds.is_finite().then_some(Extension { assignment, way, rank_seconds, converted })
+        live.retain(|t| self.readers[t.tensor].last().is_some_and(|last| last.0 > n));
+        let rank_seconds = cost_seconds + live.iter().map(|t| t.pending_seconds).sum::<f64>();
+        let assignment = Assignment { cost_seconds, live, last: assignment.last };
+        rank_seconds.is_finite().then_some(Extension { assignment, candidate, rank_seconds, conversions })
     }
 
-    /// The layout in which readers find a tensor, and the one in which it is made.
-    fn layouts_of(&self, tensor: usize, candidates: &[usize]) -> (usize, usize) {
-        let made = self.producers[tensor].map(|(n, i)| self.ways[n][candidates[n]].outputs[i]);
-        let layout = self.pinned[tensor].or(made).unwrap_or_default();
-        (layout, made.unwrap_or(layout))
+    /// The layout of a tensor for its readers, and the layout in which it is produced.
+    fn layouts_of(&self, tensor: usize, chosen: &[usize]) -> (usize, usize) {
+        let produced = self.producers[tensor].map(|(n, i)| self.candidates[n][chosen[n]].outputs[i]);
+        let layout = self.pinned[tensor].or(produced).unwrap_or_default();
+        (layout, produced.unwrap_or(layout))
     }
 
-    /// The changes of layout of one tensor (CH-1).
-    fn conversions_of(&self, tensor: usize, candidates: &[usize]) -> Vec<(usize, usize)> {
-        let (layout, made) = self.layouts_of(tensor, candidates);
-        let mut pairs = if layout == made { Vec::new() } else { vec![(made, layout)] };
+    /// The layout changes of one tensor (CH-1).
+    fn conversions_of(&self, tensor: usize, chosen: &[usize]) -> Vec<(usize, usize)> {
+        let (layout, produced) = self.layouts_of(tensor, chosen);
+        let mut pairs = if layout == produced { Vec::new() } else { vec![(produced, layout)] };
         for &(n, i) in &self.readers[tensor] {
-            let pair = (layout, self.ways[n][candidates[n]].inputs[i]);
+            let pair = (layout, self.candidates[n][chosen[n]].inputs[i]);
             if pair.1 != layout && !pairs.contains(&pair) {
                 pairs.push(pair);
             }
@@ -348,49 +356,49 @@ impl<'a> Chooser<'a> {
     }
 
     /// The tensor's part of the objective.
-    fn tensor_seconds(&mut self, tensor: usize, candidates: &[usize]) -> f64 {
-        let pairs = self.conversions_of(tensor, candidates);
+    fn tensor_seconds(&mut self, tensor: usize, chosen: &[usize]) -> f64 {
+        let pairs = self.conversions_of(tensor, chosen);
         let boxing: f64 = pairs.into_iter().map(|(from, to)| self.boxing(tensor, from, to)).sum();
-        let (layout, _) = self.layouts_of(tensor, candidates);
+        let (layout, _) = self.layouts_of(tensor, chosen);
         boxing + self.output_seconds(tensor, layout)
     }
 
-    /// Changes one node at a time, as long as that makes the objective smaller.
-    fn sweep(&mut self, candidates: &mut [usize]) {
+    /// Changes one node at a time while the objective decreases.
+    fn sweep(&mut self, chosen: &mut [usize]) {
         for _ in 0..SWEEPS_MAX {
-            let before = candidates.to_vec();
-            for n in 0..candidates.len() {
+            let before = chosen.to_vec();
+            for n in 0..chosen.len() {
                 let node = &self.problem.nodes[n];
                 let mut tensors: Vec<usize> = node.inputs.iter().chain(&node.outputs).copied().collect();
                 tensors.sort_unstable();
                 tensors.dedup();
-                let mut cost_of = |chooser: &mut Self, way: usize| {
-                    candidates[n] = way;
-                    let seconds = chooser.ways[n][way].seconds;
-                    tensors.iter().fold(seconds, |sum, &t| sum + chooser.tensor_seconds(t, candidates))
+                let mut cost_of = |chooser: &mut Self, candidate: usize| {
+                    chosen[n] = candidate;
+                    let seconds = chooser.candidates[n][candidate].seconds;
+                    tensors.iter().fold(seconds, |sum, &t| sum + chooser.tensor_seconds(t, chosen))
                 };
                 let mut best = before[n];
                 let mut best_seconds = cost_of(self, best);
-                for way in 0..self.ways[n].len() {
-                    let seconds = cost_of(self, way);
+                for candidate in 0..self.candidates[n].len() {
+                    let seconds = cost_of(self, candidate);
                     if seconds < best_seconds * (1.0 - TIE) {
-                        (best, best_seconds) = (way, seconds);
+                        (best, best_seconds) = (candidate, seconds);
                     }
                 }
-                candidates[n] = best;
+                chosen[n] = best;
             }
-            if candidates == before {
+            if chosen == before {
                 return;
             }
         }
     }
 
-    fn objective_seconds(&mut self, candidates: &[usize]) -> f64 {
-        let compute: f64 = candidates.iter().enumerate().map(|(n, &way)| self.ways[n][way].seconds).sum();
-        (0..self.shapes.len()).fold(compute, |sum, tensor| sum + self.tensor_seconds(tensor, candidates))
+    fn objective_seconds(&mut self, chosen: &[usize]) -> f64 {
+        let compute: f64 = chosen.iter().enumerate().map(|(n, &candidate)| self.candidates[n][candidate].seconds).sum();
+        (0..self.shapes.len()).fold(compute, |sum, tensor| sum + self.tensor_seconds(tensor, chosen))
     }
 
-    fn answer(mut self, candidates: Vec<usize>) -> Choice {
+    fn into_choice(mut self, candidates: Vec<usize>) -> Choice {
         let cost_seconds = self.objective_seconds(&candidates);
         let (mut layouts, mut conversions) = (Vec::new(), Vec::new());
         for tensor in 0..self.shapes.len() {
@@ -405,35 +413,34 @@ impl<'a> Chooser<'a> {
     }
 }
 
-/// # Errors
-/// When a node reads what is not there yet, produces what is, or has candidates that do not fit its operands.
+/// Checks that the node reads only existing tensors, produces only new ones, and that its candidates fit its operands.
 fn check_node(
     problem: &Problem,
     node: &NodeSpec,
     producers: &[Option<(usize, usize)>],
     readers: &[Vec<(usize, usize)>],
 ) -> Result<(), LayoutError> {
-    let wrong = |why: String| Err(LayoutError::Choice { node: node.name.clone(), why });
+    let error = |why: String| Err(LayoutError::Choice { node: node.name.clone(), why });
     if let Some(tensor) = node.inputs.iter().chain(&node.outputs).find(|&&t| t >= problem.tensors.len()) {
-        return wrong(format!("no tensor {tensor}"));
+        return error(format!("no tensor {tensor}"));
     }
     let name = |tensor: usize| &problem.tensors[tensor].name;
     for &tensor in &node.inputs {
         if producers[tensor].is_none() && problem.tensors[tensor].pinned.is_none() {
-            return wrong(format!("reads {}, which has no layout yet", name(tensor)));
+            return error(format!("it reads {}, which has no layout yet", name(tensor)));
         }
     }
     for (i, &tensor) in node.outputs.iter().enumerate() {
         if producers[tensor].is_some() || !readers[tensor].is_empty() || node.outputs[..i].contains(&tensor) {
-            return wrong(format!("produces {}, which was produced or read before", name(tensor)));
+            return error(format!("it produces {}, which an earlier node produces or reads", name(tensor)));
         }
     }
     if node.candidates.is_empty() {
-        return wrong("has no candidates".into());
+        return error("it has no candidates".into());
     }
     for Candidate { signature, .. } in &node.candidates {
         if (signature.inputs.len(), signature.outputs.len()) != (node.inputs.len(), node.outputs.len()) {
-            return wrong(format!("candidate {signature} has another number of operands"));
+            return error(format!("candidate {signature} has a different number of operands"));
         }
         let operands = signature.inputs.iter().zip(&node.inputs);
         for (sbp, &tensor) in operands.chain(signature.outputs.iter().zip(&node.outputs)) {

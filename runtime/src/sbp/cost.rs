@@ -1,4 +1,4 @@
-//! What a choice of layouts costs: boxing between interned layouts (each pair planned once), and compute.
+//! The cost of a choice of layouts: boxing between interned layouts (each pair is planned once), and compute.
 
 use std::collections::HashMap;
 
@@ -10,8 +10,8 @@ use crate::boxing::table::CostTable;
 use crate::boxing::{CostModel, plan};
 use crate::placement::Placement;
 
-/// Seconds that an op takes on the busiest device of a placement under a signature, when it takes `whole_seconds` unsharded:
-/// in proportion to the smallest share that a device has of an operand, as one operand has all the factors that are split.
+/// Seconds of an op on the busiest device of a placement under a signature, if it takes `whole_seconds` unsharded. The
+/// time is proportional to the smallest local share of an operand, because one operand has all the split factors.
 pub fn compute_seconds(
     whole_seconds: f64,
     signature: &NdSignature,
@@ -29,20 +29,20 @@ pub fn compute_seconds(
     whole_seconds * operands.filter(|o| element_count(o.1) > 0).map(share).fold(1.0, f64::min)
 }
 
-/// Boxing costs, remembered. Layouts and shapes are interned to small numbers.
-pub(super) struct Costs {
+/// A cache of boxing costs. Layouts and shapes are interned as indices.
+pub(super) struct CostCache {
     model: CostModel,
     layouts: Vec<PlacedLayout>,
     layout_ids: HashMap<PlacedLayout, usize>,
-    /// For each layout, its [`NdSbp::reduced`] one.
+    /// For each layout, the id of [`NdSbp::reduced`].
     reduced: Vec<usize>,
     shapes: Vec<(Vec<usize>, DType)>,
     tables: HashMap<(usize, Placement), CostTable>,
-    /// By shape, layout before and layout after; not a number where not asked for yet.
+    /// By shape, source layout and target layout; NaN if not computed yet.
     seconds: Vec<Vec<Vec<f64>>>,
 }
 
-impl Costs {
+impl CostCache {
     pub(super) fn new(model: CostModel) -> Self {
         Self {
             model,
@@ -72,7 +72,7 @@ impl Costs {
         &self.layouts[id]
     }
 
-    /// The layout that reducing leaves.
+    /// The layout after a reduction, see [`NdSbp::reduced`].
     pub(super) fn reduced(&self, id: usize) -> usize {
         self.reduced[id]
     }
@@ -85,13 +85,13 @@ impl Costs {
         })
     }
 
-    /// What boxing costs; infinity where there is no way.
+    /// The cost of boxing; infinity if it is impossible.
     pub(super) fn boxing_seconds(&mut self, shape: usize, from: usize, to: usize) -> f64 {
         if from == to {
             return 0.0;
         }
-        let known = self.seconds.get(shape).and_then(|s| s.get(from)?.get(to));
-        if let Some(&seconds) = known.filter(|s| !s.is_nan()) {
+        let cached = self.seconds.get(shape).and_then(|s| s.get(from)?.get(to));
+        if let Some(&seconds) = cached.filter(|s| !s.is_nan()) {
             return seconds;
         }
         let seconds = self.planned_seconds(shape, from, to);

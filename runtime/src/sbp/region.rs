@@ -1,10 +1,10 @@
-//! Boxes of tensors in host memory: cut out, put in, combined. What layouts and the reference interpreter of boxing are
-//! made of; devices have their own kernels.
+//! Extracts, copies and combines boxes of tensors in host memory, for layouts and the reference interpreter of boxing.
+//! Devices have their own kernels.
 
 use shardflow_kernels::collective::ReduceOp;
 use shardflow_kernels::tensor::{DType, HostData, HostTensor, Region, element_count};
 
-/// A tensor with one value everywhere.
+/// A tensor with the same value in every element.
 pub fn filled(shape: &[usize], dtype: DType, value: f32) -> HostTensor {
     match dtype {
         DType::F32 => HostTensor::f32(shape, vec![value; element_count(shape)]),
@@ -13,19 +13,19 @@ pub fn filled(shape: &[usize], dtype: DType, value: f32) -> HostTensor {
     }
 }
 
-/// A box of a tensor, as a tensor.
+/// Returns a box of a tensor as a tensor.
 pub fn take_box(tensor: &HostTensor, region: &Region) -> HostTensor {
     let mut out = filled(&region.size, tensor.dtype(), 0.0);
     copy_box(tensor, region, &mut out, &Region::whole(&region.size));
     out
 }
 
-/// Copies the box `from` of `src` to the box `to` of `dst`; the rest of `dst` stays.
+/// Copies the box `from` of `src` to the box `to` of `dst`; the rest of `dst` is unchanged.
 ///
 /// # Panics
-/// When the boxes differ in size, lie outside, or the tensors differ in type: a bug of the planner.
+/// When the boxes differ in size or are outside their tensors, or the tensors differ in type: a planner bug.
 pub fn copy_box(src: &HostTensor, from: &Region, dst: &mut HostTensor, to: &Region) {
-    assert_eq!(from.size, to.size, "boxes differ in size");
+    assert_eq!(from.size, to.size, "the boxes differ in size");
     let rows = rows(&src.shape, from).zip(rows(&dst.shape, to));
     let width = from.size.last().copied().unwrap_or(1);
     match (&src.data, &mut dst.data) {
@@ -38,29 +38,29 @@ pub fn copy_box(src: &HostTensor, from: &Region, dst: &mut HostTensor, to: &Regi
         (HostData::BF16(s), HostData::BF16(d)) => {
             rows.for_each(|(a, b)| d[b..b + width].copy_from_slice(&s[a..a + width]));
         }
-        _ => panic!("tensors differ in type"),
+        _ => panic!("the tensors differ in type"),
     }
 }
 
-/// Concatenates tensors along a dim; all have the same type and the same other dims.
+/// Concatenates tensors along a dim; all must have the same type and the same other dims.
 ///
 /// # Panics
-/// When there is none.
+/// When `parts` is empty.
 pub fn concat(parts: &[HostTensor], dim: usize) -> HostTensor {
     let mut shape = parts[0].shape.clone();
     shape[dim] = parts.iter().map(|part| part.shape[dim]).sum();
     let mut whole = filled(&shape, parts[0].dtype(), 0.0);
     let mut start = 0;
     for part in parts {
-        let mut place = Region::whole(&part.shape);
-        place.start[dim] = start;
-        copy_box(part, &Region::whole(&part.shape), &mut whole, &place);
+        let mut target = Region::whole(&part.shape);
+        target.start[dim] = start;
+        copy_box(part, &Region::whole(&part.shape), &mut whole, &target);
         start += part.shape[dim];
     }
     whole
 }
 
-/// `sum = sum op term`, element by element. Integers, which are never partial, stay.
+/// `sum = sum op term`, elementwise. Integers, which are never partial, are unchanged.
 pub fn combine(sum: &mut HostTensor, term: &HostTensor, op: ReduceOp) {
     if let (HostData::F32(sum), HostData::F32(term)) = (&mut sum.data, &term.data) {
         for (s, t) in sum.iter_mut().zip(term) {
@@ -72,7 +72,7 @@ pub fn combine(sum: &mut HostTensor, term: &HostTensor, op: ReduceOp) {
     }
 }
 
-/// True when two tensors agree in shape, type and every bit.
+/// True if two tensors have the same shape, type and bits.
 pub fn same_bits(a: &HostTensor, b: &HostTensor) -> bool {
     let same = match (&a.data, &b.data) {
         (HostData::F32(a), HostData::F32(b)) => a.iter().map(|x| x.to_bits()).eq(b.iter().map(|x| x.to_bits())),
@@ -83,12 +83,12 @@ pub fn same_bits(a: &HostTensor, b: &HostTensor) -> bool {
     same && a.shape == b.shape
 }
 
-/// True when `inner` lies within `outer`; an empty region lies within any.
+/// True if `inner` is inside `outer`; an empty region is inside any.
 pub fn contains(outer: &Region, inner: &Region) -> bool {
     inner.is_empty() || outer.intersect(inner).as_ref() == Some(inner)
 }
 
-/// Offsets at which the rows of a box start in a tensor of this shape, a row being a run of the last dim.
+/// Offsets of the rows of a box in a tensor of this shape. A row runs along the last dim.
 fn rows(shape: &[usize], region: &Region) -> impl Iterator<Item = usize> {
     let outer = region.size.len().saturating_sub(1);
     let count = if region.is_empty() { 0 } else { element_count(&region.size[..outer]) };

@@ -1,11 +1,12 @@
-//! One factor rule an op: which index of which operand is which. Signatures and shapes follow from it.
+//! The factor rule of an op: it names the indices of all operands. Signatures and shapes follow from it.
 //!
-//! A rule is written like an einsum, `"btc,vc->btv"`: each letter is a **factor**, an index over which the op works. Along
-//! one mesh axis an op may
-//! 1. split one factor: operands that have it are `Split` there, inputs without it are `Broadcast`, and outputs without it
-//!    (it is contracted) are `Partial`;
-//! 2. be done by all: `Broadcast` everywhere;
-//! 3. pass terms through, if it is linear: some inputs `Partial(Sum)`, the others `Broadcast`, all outputs `Partial(Sum)`.
+//! A rule is written like an einsum, `"btc,vc->btv"`: each letter is a **factor**, an index of the op's iteration
+//! space. Along one mesh axis there are three kinds of signatures:
+//! 1. One factor is split: operands with it are `Split` along its dim, inputs without it are `Broadcast`, and outputs
+//!    without it (it is contracted) are `Partial`.
+//! 2. All devices do the same work: all operands are `Broadcast`.
+//! 3. A linear op maps terms to terms: some inputs are `Partial(Sum)`, the others `Broadcast`, all outputs
+//!    `Partial(Sum)`.
 
 use std::fmt;
 
@@ -53,7 +54,7 @@ impl fmt::Display for NdSignature {
     }
 }
 
-/// The factor rule of an op. See the module for what it means.
+/// The factor rule of an op; the module documentation defines it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Rule {
     inputs: Vec<Vec<char>>,
@@ -65,22 +66,22 @@ pub struct Rule {
 }
 
 impl Rule {
-    /// Reads `"btc,c->btc,bt,bt"`: inputs, arrow, outputs. An empty operand is a scalar, so `"bt->"` has one scalar output;
-    /// for an op without inputs see [`Rule::new`].
+    /// Parses `"btc,c->btc,bt,bt"`: inputs, arrow, outputs. An empty operand is a scalar, so `"bt->"` has one scalar
+    /// output. For an op without inputs, use [`Rule::new`].
     ///
     /// # Errors
-    /// When there is no arrow, or as [`Rule::new`].
+    /// When there is no arrow, and as [`Rule::new`].
     pub fn parse(text: &str) -> Result<Self, LayoutError> {
-        let no_arrow = || LayoutError::Rule { text: text.into(), why: "no arrow, write inputs->outputs".into() };
+        let no_arrow = || LayoutError::Rule { text: text.into(), why: "it has no arrow; write inputs->outputs".into() };
         let (inputs, outputs) = text.split_once("->").ok_or_else(no_arrow)?;
         let operands = |list| str::split(list, ',').map(str::trim).collect::<Vec<_>>();
         Self::new(&operands(inputs), &operands(outputs))
     }
 
-    /// A rule from the letters of each input and output.
+    /// Builds a rule from the letters of each input and output.
     ///
     /// # Errors
-    /// When an operand holds anything but ASCII letters, or one letter twice.
+    /// When an operand contains anything but ASCII letters, or a letter twice.
     pub fn new(inputs: &[&str], outputs: &[&str]) -> Result<Self, LayoutError> {
         let letters = |operands: &[&str]| operands.iter().map(|o| o.chars().collect()).collect();
         let rule = Self {
@@ -94,57 +95,60 @@ impl Rule {
         for operand in rule.inputs.iter().chain(&rule.outputs) {
             for (i, letter) in operand.iter().enumerate() {
                 if !letter.is_ascii_alphabetic() {
-                    return Err(rule.wrong(format!("{letter:?} is not a letter")));
+                    return Err(rule.error(format!("{letter:?} is not a letter")));
                 }
                 if operand[..i].contains(letter) {
-                    return Err(rule.wrong(format!("{letter} occurs twice in one operand")));
+                    return Err(rule.error(format!("{letter} occurs twice in one operand")));
                 }
             }
         }
         Ok(rule)
     }
 
-    /// These factors may not be split: the op needs all of each (a norm's channels, say).
+    /// Marks factors that must not be split, because the op needs their whole extent, such as the channels of a norm.
     ///
     /// # Errors
-    /// When a letter occurs in no operand.
+    /// When no operand has a letter.
     pub fn fixed(mut self, letters: &str) -> Result<Self, LayoutError> {
-        letters.chars().try_for_each(|letter| self.known(letter))?;
+        letters.chars().try_for_each(|letter| self.check_factor(letter))?;
         self.fixed.extend(letters.chars());
         Ok(self)
     }
 
-    /// Splitting this factor where it is contracted leaves terms to be combined by `op`; without this, by `Sum`.
+    /// Sets the reduction of the terms that result from splitting this contracted factor; the default is `Sum`.
     ///
     /// # Errors
-    /// When the letter occurs in no operand.
+    /// When no operand has the letter.
     pub fn reduce(mut self, letter: char, op: ReduceOp) -> Result<Self, LayoutError> {
-        self.known(letter)?;
+        self.check_factor(letter)?;
         self.reduce.push((letter, op));
         Ok(self)
     }
 
-    /// The op is jointly linear in the inputs of each of these sets: `f(x + x', y) = f(x, y) + f(x', y)` for `[0]`,
-    /// `f(x + x', y + y') = f(x, y) + f(x', y')` for `[0, 1]`.
+    /// Declares the op jointly linear in the inputs of each of these sets: `f(x + x', y) = f(x, y) + f(x', y)` for
+    /// `[0]`, `f(x + x', y + y') = f(x, y) + f(x', y')` for `[0, 1]`.
     ///
     /// # Errors
-    /// When a set is empty or names an input that there is not.
+    /// When a set is empty or names an input that does not exist.
     pub fn linear(mut self, sets: &[&[usize]]) -> Result<Self, LayoutError> {
         for set in sets {
             if set.is_empty() || set.iter().any(|&i| i >= self.inputs.len()) {
-                return Err(self.wrong(format!("linear in inputs {set:?}, but there are {}", self.inputs.len())));
+                return Err(self.error(format!(
+                    "linear inputs {set:?}: expected one or more indices below {}",
+                    self.inputs.len()
+                )));
             }
             self.linear.push(set.to_vec());
         }
         Ok(self)
     }
 
-    /// Gives the size of a factor that is in no input.
+    /// Sets the size of a factor that no input has.
     ///
     /// # Errors
-    /// When the letter occurs in no operand.
+    /// When no operand has the letter.
     pub fn size(mut self, letter: char, size: usize) -> Result<Self, LayoutError> {
-        self.known(letter)?;
+        self.check_factor(letter)?;
         self.sizes.push((letter, size));
         Ok(self)
     }
@@ -170,7 +174,8 @@ impl Rule {
         factors
     }
 
-    /// Signatures along one mesh axis, in a fixed order: split factors by first appearance, all `Broadcast`, linear ones.
+    /// Signatures along one mesh axis in a fixed order: split factors by first appearance, all `Broadcast`, linear
+    /// ones.
     pub fn signatures_1d(&self) -> Vec<Signature> {
         let may_split = self.factors().into_iter().filter(|f| !self.fixed.contains(f));
         let mut all: Vec<Signature> = may_split.map(|factor| self.split(factor)).collect();
@@ -186,37 +191,37 @@ impl Rule {
         all
     }
 
-    /// Layouts of the outputs along one axis where the inputs have these, and nothing is moved; `None` where no signature
-    /// has such inputs.
-    pub fn outputs_of(&self, inputs: &[Sbp]) -> Option<Vec<Sbp>> {
-        // First, as a factor that only outputs have may be split at will.
+    /// Layouts of the outputs along one axis for these layouts of the inputs, without a layout change; `None` if no
+    /// signature has these inputs.
+    pub fn output_layouts(&self, inputs: &[Sbp]) -> Option<Vec<Sbp>> {
+        // Checked first, because a factor that only outputs have can also be split.
         if inputs.iter().all(|sbp| *sbp == Sbp::Broadcast) {
             return Some(vec![Sbp::Broadcast; self.outputs.len()]);
         }
         self.signatures_1d().into_iter().find(|signature| signature.inputs == inputs).map(|signature| signature.outputs)
     }
 
-    /// Signatures on a placement with this many axes: every combination of [`Rule::signatures_1d`], the last axis varying
-    /// fastest, but none in which one operand is `Partial` under two reductions.
+    /// Signatures on a placement with `axes` axes: every combination of [`Rule::signatures_1d`], the last axis varying
+    /// fastest, except those that mix reductions in an operand.
     pub fn signatures(&self, axes: usize) -> Vec<NdSignature> {
-        let along_one = self.signatures_1d();
+        let one_axis = self.signatures_1d();
         if axes == 0 {
             let none = |count| vec![NdSbp(Vec::new()); count];
             return vec![NdSignature { inputs: none(self.inputs.len()), outputs: none(self.outputs.len()) }];
         }
         let combination = |number: usize| {
-            let digit = |axis: usize| number / along_one.len().pow((axes - 1 - axis) as u32) % along_one.len();
-            NdSignature::of(&(0..axes).map(|axis| &along_one[digit(axis)]).collect::<Vec<_>>())
+            let digit = |axis: usize| number / one_axis.len().pow((axes - 1 - axis) as u32) % one_axis.len();
+            NdSignature::of(&(0..axes).map(|axis| &one_axis[digit(axis)]).collect::<Vec<_>>())
         };
-        let all = (0..along_one.len().pow(axes as u32)).map(combination);
+        let all = (0..one_axis.len().pow(axes as u32)).map(combination);
         all.filter(|signature| !signature.mixes_reductions()).collect()
     }
 
-    /// Shapes of the outputs, from those of the inputs (whole tensors, or the shards of one signature).
+    /// Infers the shapes of the outputs from those of the inputs (whole tensors, or the shards of one signature).
     ///
     /// # Errors
-    /// When the inputs are not as many as the rule says, one has another number of dims, two disagree about a factor, or
-    /// the size of a factor that only outputs have was not given by [`Rule::size`].
+    /// When the number of inputs or of an input's dims differs from the rule's, two inputs have different sizes for a
+    /// factor, or [`Rule::size`] is missing for a factor that only outputs have.
     pub fn infer_shapes(&self, inputs: &[impl AsRef<[usize]>]) -> Result<Vec<Vec<usize>>, LayoutError> {
         let rule = || self.to_string();
         if inputs.len() != self.inputs.len() {
@@ -244,24 +249,30 @@ impl Rule {
         let size = |factor: &char| sizes.iter().find(|s| s.0 == *factor).map(|s| s.1).ok_or(*factor);
         let shape = |operand: &Vec<char>| operand.iter().map(size).collect::<Result<Vec<_>, _>>();
         let shapes = self.outputs.iter().map(shape).collect::<Result<_, _>>();
-        shapes.map_err(|factor: char| self.wrong(format!("factor {factor} is in no input and was given no size")))
+        shapes.map_err(|factor: char| {
+            self.error(format!("factor {factor} is in no input; set its size with `Rule::size`"))
+        })
     }
 
     fn split(&self, factor: char) -> Signature {
         let dim = |operand: &Vec<char>| operand.iter().position(|&f| f == factor);
-        let given = self.reduce.iter().find(|r| r.0 == factor);
-        let contracted = Sbp::Partial(given.map_or(ReduceOp::Sum, |r| r.1));
+        let reduction = self.reduce.iter().find(|r| r.0 == factor);
+        let contracted = Sbp::Partial(reduction.map_or(ReduceOp::Sum, |r| r.1));
         Signature {
             inputs: self.inputs.iter().map(|o| dim(o).map_or(Sbp::Broadcast, Sbp::Split)).collect(),
             outputs: self.outputs.iter().map(|o| dim(o).map_or(contracted, Sbp::Split)).collect(),
         }
     }
 
-    fn known(&self, letter: char) -> Result<(), LayoutError> {
-        if self.factors().contains(&letter) { Ok(()) } else { Err(self.wrong(format!("no factor {letter}"))) }
+    fn check_factor(&self, letter: char) -> Result<(), LayoutError> {
+        if self.factors().contains(&letter) {
+            Ok(())
+        } else {
+            Err(self.error(format!("no operand has factor {letter}")))
+        }
     }
 
-    fn wrong(&self, why: String) -> LayoutError {
+    fn error(&self, why: String) -> LayoutError {
         LayoutError::Rule { text: self.to_string(), why }
     }
 }
@@ -274,19 +285,19 @@ impl fmt::Display for Rule {
     }
 }
 
-/// Shapes for the outputs of a rule (its text) that is wrong or does not fit these inputs, so that a program can go on to
-/// its next error: an index has its extent in the first input that has it, or 1.
+/// Output shapes for a rule (its text) that is invalid or does not fit these inputs, so that building can continue to
+/// the next error: an index has its extent in the first input that contains it, or 1.
 pub fn plausible_shapes(text: &str, inputs: &[&[usize]]) -> Vec<Vec<usize>> {
     let Some((operands, outputs)) = text.split_once("->") else {
         return vec![inputs.first().map_or(Vec::new(), |shape| shape.to_vec())];
     };
     let operands: Vec<&str> = operands.split(',').map(str::trim).collect();
     let extent = |letter: char| {
-        let found = operands
+        let first = operands
             .iter()
             .zip(inputs)
             .find_map(|(operand, shape)| shape.get(operand.chars().position(|other| other == letter)?).copied());
-        found.unwrap_or(1)
+        first.unwrap_or(1)
     };
     outputs.split(',').map(|output| output.trim().chars().map(extent).collect()).collect()
 }
@@ -303,7 +314,7 @@ mod tests {
     }
 
     #[test]
-    fn a_product_splits_each_factor() {
+    fn a_product_can_split_each_factor() {
         let rule = Rule::parse("btc,vc->btv").unwrap().linear(&[&[0], &[1]]).unwrap();
         check(
             &rule,
@@ -323,7 +334,7 @@ mod tests {
     }
 
     #[test]
-    fn a_norm_keeps_its_channels() {
+    fn a_norm_does_not_split_its_channels() {
         let rule = Rule::parse("btc,c->btc,bt,bt").unwrap().fixed("c").unwrap();
         check(
             &rule,
@@ -336,7 +347,7 @@ mod tests {
     }
 
     #[test]
-    fn reductions_are_named_and_not_mixed() {
+    fn signatures_have_the_rules_reduction_and_do_not_mix_reductions() {
         let max = Rule::parse("bv->b").unwrap().reduce('v', ReduceOp::Max).unwrap();
         check(&max, 1, expect!["(S0) -> (S0)\n(S1) -> (Pmax)\n(B) -> (B)"]);
         let mixed = Rule::parse("bv->").unwrap().reduce('v', ReduceOp::Max).unwrap();
@@ -360,7 +371,7 @@ mod tests {
     }
 
     #[test]
-    fn outputs_follow_from_inputs() {
+    fn output_layouts_follow_from_input_layouts() {
         let rule = Rule::parse("btc,vc->btv").unwrap().linear(&[&[0], &[1]]).unwrap();
         let (b, sum) = (Sbp::Broadcast, Sbp::Partial(ReduceOp::Sum));
         for (inputs, output) in [
@@ -373,14 +384,14 @@ mod tests {
             ([sum, Sbp::Split(0)], None),
             ([Sbp::Split(0), Sbp::Split(0)], None),
         ] {
-            assert_eq!(rule.outputs_of(&inputs), output.map(|sbp| vec![sbp]), "{inputs:?}");
+            assert_eq!(rule.output_layouts(&inputs), output.map(|sbp| vec![sbp]), "{inputs:?}");
         }
         let made = Rule::parse("x->xy").unwrap();
-        assert_eq!(made.outputs_of(&[b]), Some(vec![b]), "not split along what only the output has");
+        assert_eq!(made.output_layouts(&[b]), Some(vec![b]), "a factor that only outputs have is not split");
     }
 
     #[test]
-    fn shapes_follow() {
+    fn output_shapes_follow_from_input_shapes() {
         let rule = Rule::parse("btc,vc->btv").unwrap();
         assert_eq!(rule.infer_shapes(&[vec![2, 3, 4], vec![7, 4]]).unwrap(), [[2, 3, 7]]);
         let scalar = Rule::parse("bt,->").unwrap();
@@ -391,16 +402,19 @@ mod tests {
     }
 
     #[test]
-    fn wrong_shapes_are_refused_with_the_numbers() {
+    fn mismatched_shapes_are_refused_with_the_numbers() {
         let rule = Rule::parse("btc,vc->btv").unwrap();
         let text = |shapes: &[Vec<usize>]| rule.infer_shapes(shapes).unwrap_err().to_string();
         assert_eq!(text(&[vec![2, 3, 4], vec![7, 5]]), "rule btc,vc->btv: c is 5 in input 1 but 4 in input 0");
-        assert_eq!(text(&[vec![2, 3], vec![7, 5]]), r#"rule btc,vc->btv: input 0 is "btc", 3 dims, got shape [2, 3]"#);
+        assert_eq!(
+            text(&[vec![2, 3], vec![7, 5]]),
+            r#"rule btc,vc->btv: input 0 needs 3 dims ("btc"), got shape [2, 3]"#
+        );
         assert_eq!(text(&[vec![2, 3, 4]]), "rule btc,vc->btv: expected 2 inputs, got 1");
     }
 
     #[test]
-    fn wrong_rules_are_refused() {
+    fn invalid_rules_are_refused() {
         for (text, why) in
             [("ab", "no arrow"), ("aa->a", "twice"), ("a1->a", "not a letter"), ("a->b->c", "not a letter")]
         {

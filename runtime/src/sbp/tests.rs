@@ -1,4 +1,4 @@
-//! Layouts: regions, parting and putting together.
+//! Tests of layouts: text, regions, scatter and gather.
 
 use super::*;
 use crate::placement::Mesh;
@@ -13,7 +13,7 @@ fn counting(shape: &[usize]) -> HostTensor {
 }
 
 #[test]
-fn layouts_are_written_and_read() {
+fn layouts_are_formatted_and_parsed() {
     for text in ["(S0, B)", "(P, Pmax, S12)", "()", "(B)"] {
         assert_eq!(layout(text).to_string(), text);
     }
@@ -37,7 +37,7 @@ fn later_axes_split_the_parts_of_earlier_ones() {
 }
 
 #[test]
-fn what_is_scattered_is_gathered() {
+fn gather_inverts_scatter() {
     let place = Mesh::parse("a=2,b=3").unwrap().whole();
     let entries = ["S0", "S1", "B", "P", "Pmax"];
     for shape in [[7, 5], [3, 2], [1, 1], [0, 4]] {
@@ -58,7 +58,7 @@ fn what_is_scattered_is_gathered() {
 }
 
 #[test]
-fn random_terms_are_all_alive() {
+fn every_random_term_contributes() {
     let place = Mesh::parse("a=3").unwrap().whole();
     let shards = scatter_random_terms(&counting(&[16]), &layout("P"), &place, 1).unwrap();
     for skipped in 0..3 {
@@ -69,7 +69,7 @@ fn random_terms_are_all_alive() {
 }
 
 #[test]
-fn copies_that_differ_are_refused() {
+fn differing_copies_are_refused() {
     let place = Mesh::parse("a=2,b=2").unwrap().whole();
     let shape = [4, 2];
     let mut shards = scatter(&counting(&shape), &layout("S0,B"), &place).unwrap();
@@ -77,21 +77,24 @@ fn copies_that_differ_are_refused() {
         data[0] += 1.0;
     }
     let error = gather(&shards, &shape, &layout("S0,B"), &place).unwrap_err().to_string();
-    assert_eq!(error, "shard 3 of a tensor of shape [4, 2] as (S0, B): expected the same bits as shard 2, got others");
+    assert_eq!(
+        error,
+        "shard 3 of a tensor of shape [4, 2] as (S0, B): expected the same bits as shard 2, got different bits"
+    );
     shards[3] = counting(&[1, 2]);
     assert!(gather(&shards, &shape, &layout("S0,B"), &place).unwrap_err().to_string().contains("[1, 2]"));
     assert!(gather(&shards[..3], &shape, &layout("S0,B"), &place).is_err());
 }
 
 #[test]
-fn layouts_that_do_not_fit_are_refused() {
+fn invalid_layouts_are_refused() {
     let place = Mesh::parse("a=2,b=2").unwrap().whole();
     let why = |text: &str| layout(text).check(&[4, 4], &place).unwrap_err().to_string();
     assert!(why("S2,B").contains("no dim 2"));
-    assert!(why("B").contains("1 entries for 2 mesh axes"));
+    assert!(why("B").contains("one entry for each of 2 mesh axes, got 1"));
     assert!(why("P,Pmax").contains("two different reductions"));
     let ids = HostTensor::i32(&[4], vec![1, 2, 3, 4]);
-    assert!(scatter(&ids, &layout("P,B"), &place).unwrap_err().to_string().contains("integers"));
+    assert!(scatter(&ids, &layout("P,B"), &place).unwrap_err().to_string().contains("integer tensors"));
     let shards = scatter(&ids, &layout("S0,S0"), &place).unwrap();
     assert_eq!(gather(&shards, &[4], &layout("S0,S0"), &place).unwrap(), ids);
 }

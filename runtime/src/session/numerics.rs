@@ -290,7 +290,7 @@ fn op_name(node: &Node) -> &str {
         NodeOp::NormSums { .. } => "squares of gradients",
         NodeOp::ClipScale { .. } => "clip scale",
         NodeOp::Input => "input",
-        NodeOp::Parameter { .. } | NodeOp::Half { .. } => "parameter",
+        NodeOp::Parameter { .. } | NodeOp::Bf16Copy { .. } => "parameter",
         NodeOp::State => "optimizer state",
     }
 }

@@ -211,7 +211,7 @@ impl Session {
             tensors: BTreeMap::new(),
         };
         let Parts { parts, mut notes } = self.agree_on_load(&source, loading, read)?;
-        self.bounds = Bounds::OF_A_FILE;
+        self.bounds = Bounds::OF_CHECKPOINT;
         for Part { device, resident, tensor } in parts {
             self.write_resident(device, &resident, &tensor)?;
         }

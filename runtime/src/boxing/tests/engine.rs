@@ -1,4 +1,5 @@
-//! The same plans on the in-process collective engine, one thread a device: same bits and same bytes as the interpreter.
+//! Runs boxing plans on the in-process collective engine with one thread per device, and compares bits and bytes with
+//! the interpreter.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -13,12 +14,13 @@ use shardflow_kernels::memory::{Arena, View};
 use super::*;
 use crate::sbp::region::{copy_box, filled};
 
-/// Ends the process when the test still runs after a minute: a collective that waits for ever cannot be joined.
+/// Aborts the process if the test runs longer than a minute, because a thread that is stuck in a collective cannot be
+/// joined.
 fn with_deadline(test: impl FnOnce()) {
     let (finished, wait) = channel::<()>();
     let watchdog = std::thread::spawn(move || {
         if wait.recv_timeout(Duration::from_secs(60)) == Err(RecvTimeoutError::Timeout) {
-            eprintln!("boxing on the engine did not end within 60 s");
+            eprintln!("boxing on the engine did not finish within 60 s");
             std::process::abort();
         }
     });
@@ -27,7 +29,7 @@ fn with_deadline(test: impl FnOnce()) {
     watchdog.join().unwrap();
 }
 
-/// Wakes the other members when one panics.
+/// Aborts the collectives of the other members when one panics.
 struct AbortOnPanic<'a>(&'a InProcess);
 
 impl Drop for AbortOnPanic<'_> {
@@ -93,7 +95,7 @@ impl Runner {
     }
 }
 
-/// Runs one device's part; returns the bytes that it pulled.
+/// Runs one device's part and returns the bytes that it pulled.
 fn run_local(
     engine: &InProcess,
     step: &BoxingStep,
@@ -155,7 +157,7 @@ fn check_engine(shape: &[usize], from: &PlacedLayout, to: &PlacedLayout) {
 }
 
 #[test]
-fn lines_on_the_engine() {
+fn layout_changes_on_one_axis_equal_the_interpreter() {
     with_deadline(|| {
         for (source, target) in [(line(0, 3), line(0, 3)), (line(0, 4), line(2, 3))] {
             for shape in [[5, 7], [3, 2]] {
@@ -168,7 +170,7 @@ fn lines_on_the_engine() {
 }
 
 #[test]
-fn grids_on_the_engine() {
+fn layout_changes_on_two_axes_equal_the_interpreter() {
     with_deadline(|| {
         for target in [grid(0, 2, 2), grid(2, 2, 3)] {
             for shape in [[5, 7], [3, 2]] {
@@ -181,7 +183,7 @@ fn grids_on_the_engine() {
 }
 
 #[test]
-fn cubes_on_the_engine() {
+fn layout_changes_on_three_axes_equal_the_interpreter() {
     with_deadline(|| {
         let cube = Placement::of((0..8).rev().collect(), &[("a", 2), ("b", 2), ("c", 2)]).unwrap();
         let texts = ["S0,S0,S0", "S0,P,S0", "B,S1,S1", "P,P,P", "S1,S0,B", "B,B,B"];

@@ -1,4 +1,4 @@
-//! Layout choice: known models get their known layouts, small problems their optimum, large ones an answer in time.
+//! Tests of the layout search: known layouts of known models, the optimum for small problems, the time for large ones.
 
 use std::time::{Duration, Instant};
 
@@ -10,7 +10,7 @@ use crate::placement::Mesh;
 /// Seconds for each floating-point operation.
 const SECONDS_PER_FLOP: f64 = 1e-11;
 
-/// Writes problems in few words.
+/// Builds problems concisely.
 struct Builder {
     placement: Placement,
     problem: Problem,
@@ -29,7 +29,7 @@ impl Builder {
         self.problem.tensors.len() - 1
     }
 
-    /// An op with one output; its work is `flops` for each element of its largest operand.
+    /// An op with one output. `flops` is the work per element of its largest operand.
     fn op(&mut self, name: &str, rule: Rule, inputs: &[usize], flops: usize) -> usize {
         let shapes: Vec<Vec<usize>> = inputs.iter().map(|&t| self.problem.tensors[t].shape.clone()).collect();
         let out_shape = rule.infer_shapes(&shapes).unwrap().remove(0);
@@ -127,7 +127,7 @@ fn data_parallelism_keeps_the_batch_split_and_the_gradient_partial() {
 }
 
 #[test]
-fn both_axes_at_once() {
+fn data_and_tensor_parallelism_combine() {
     let mut b = Builder::new("data=2,tensor=2");
     let x = b.tensor("x", &[8, 64, 256], Some("S0,B"));
     let up = b.tensor("up", &[1024, 256], Some("B,S0"));
@@ -151,9 +151,9 @@ fn both_axes_at_once() {
     );
 }
 
-/// Slicing would halve each op's little compute, but the product needs all of x again.
+/// Slicing would halve the small compute of each norm, but the product needs the whole tensor.
 #[test]
-fn a_chain_is_not_sliced_only_to_be_gathered() {
+fn a_chain_is_not_sliced_if_it_must_be_gathered() {
     let mut b = Builder::new("tensor=2");
     let x = b.tensor("x", &[4, 64, 256], Some("B"));
     let up = b.tensor("up", &[1024, 256], Some("S0"));
@@ -178,7 +178,7 @@ fn a_chain_is_not_sliced_only_to_be_gathered() {
 }
 
 #[test]
-fn the_other_stage_takes_over() {
+fn a_split_tensor_is_transferred_to_the_next_stage() {
     let mesh = Mesh::parse("stage=2,tensor=2").unwrap();
     let mut b = Builder::new("tensor=2");
     b.placement = mesh.at("stage", 0).unwrap();
@@ -202,7 +202,7 @@ fn the_other_stage_takes_over() {
 }
 
 #[test]
-fn the_cost_is_the_sum_of_its_parts() {
+fn the_cost_is_the_sum_of_compute_and_boxing() {
     let mut b = Builder::new("tensor=2");
     let x = b.tensor("x", &[4, 64, 256], Some("B"));
     let up = b.tensor("up", &[1024, 256], Some("S0"));
@@ -210,12 +210,12 @@ fn the_cost_is_the_sum_of_its_parts() {
     let h = b.product("h", "btc,hc->bth", x, up);
     b.product("y", "bth,ch->btc", h, down);
     let choice = b.choose();
-    // Two products, each halved, and the output's all-reduce (CH-2): two latencies and all of its 256 KiB.
+    // Two products, each halved, and the output's all-reduce (CH-2): two latencies and its 256 KiB.
     let compute = 2.0 * 0.5 * (4 * 64 * 1024 * 512) as f64 * SECONDS_PER_FLOP;
     let all_reduce = 2.0 * 5e-6 + (4 * 64 * 256 * 4) as f64 * 1e-10;
     assert!((choice.cost_seconds - compute - all_reduce).abs() < 1e-12, "{}", choice.cost_seconds);
     assert_eq!(choice.conversions, []);
-    // A layout that two nodes require is paid once (CH-1).
+    // A layout that two nodes require is counted once (CH-1).
     let mut b = Builder::new("tensor=2");
     let x = b.tensor("x", &[4, 64, 256], Some("S0"));
     for name in ["p", "q"] {
@@ -230,7 +230,7 @@ fn the_cost_is_the_sum_of_its_parts() {
     assert!((choice.cost_seconds - compute - gather).abs() < 1e-12, "{}", choice.cost_seconds);
 }
 
-/// The objective of every assignment, one after another.
+/// The least objective over all assignments.
 fn exhaustive(problem: &Problem) -> f64 {
     let mut chooser = Chooser::new(problem, CostModel::default()).unwrap();
     let counts: Vec<usize> = problem.nodes.iter().map(|n| n.candidates.len()).collect();
@@ -244,7 +244,7 @@ fn exhaustive(problem: &Problem) -> f64 {
 }
 
 #[test]
-fn small_problems_get_their_optimum() {
+fn the_search_finds_the_optimum_of_small_problems() {
     let pins = ["B", "S0", "S1"];
     for (size, work) in [(16, 1), (256, 8)] {
         for (up_pin, down_pin) in pins.iter().flat_map(|u| pins.map(|d| (*u, d))) {
@@ -283,12 +283,12 @@ fn malformed_problems_are_refused() {
         choose(&problem, &CostModel::default()).unwrap_err().to_string()
     };
     assert!(why(|p| p.tensors[0].pinned = None).contains("reads x, which has no layout yet"));
-    assert!(why(|p| p.nodes.clear()).contains("y: neither produced nor given a layout"));
+    assert!(why(|p| p.nodes.clear()).contains("y: no node produces it, and it has no pinned layout"));
     assert!(why(|p| p.nodes[0].candidates.clear()).contains("no candidates"));
     assert!(why(|p| p.nodes[0].inputs = vec![9]).contains("no tensor 9"));
-    assert!(why(|p| p.nodes[0].inputs.clear()).contains("another number of operands"));
-    assert!(why(|p| p.nodes.push(p.nodes[0].clone())).contains("produced or read before"));
-    // Nothing makes integers partial.
+    assert!(why(|p| p.nodes[0].inputs.clear()).contains("a different number of operands"));
+    assert!(why(|p| p.nodes.push(p.nodes[0].clone())).contains("an earlier node produces or reads"));
+    // No boxing makes integers partial.
     let partial = |p: &mut Problem| {
         p.tensors.iter_mut().for_each(|t| t.dtype = DType::I32);
         let sbp = NdSbp::parse("P").unwrap();
@@ -300,7 +300,7 @@ fn malformed_problems_are_refused() {
 
 /// A GPT-like stack: 50 layers of 8 nodes on two axes.
 #[test]
-fn large_problems_are_chosen_in_time() {
+fn large_problems_are_solved_in_time() {
     let mut b = Builder::new("data=2,tensor=4");
     let mut x = b.tensor("x", &[8, 128, 512], Some("S0,B"));
     for layer in 0..50 {
@@ -324,6 +324,6 @@ fn large_problems_are_chosen_in_time() {
     let choice = b.choose();
     let elapsed = start.elapsed();
     eprintln!("{} nodes in {elapsed:?}, {} conversions", b.problem.nodes.len(), choice.conversions.len());
-    // Ten times what it takes, as the machine may be busy.
+    // Ten times the usual duration, because the machine may be busy.
     assert!(elapsed < Duration::from_secs(5), "{elapsed:?}");
 }
