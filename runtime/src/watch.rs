@@ -201,7 +201,7 @@ async fn health(State(served): State<Served>) -> impl IntoResponse {
     // The watchdog ends what stands still for too long; a supervisor of processes need not.
     let still = observer.as_ref().filter(|observer| observer.is_under_way()).and_then(|observer| observer.idle_ns());
     match observer.map(|observer| observer.health()) {
-        Some(SessionHealth::Well { steps }) => {
+        Some(SessionHealth::Healthy { steps }) => {
             match still.map(|ns| ns / 1_000_000_000).filter(|seconds| *seconds >= STILL_SECONDS) {
                 Some(seconds) => {
                     (StatusCode::OK, format!("ok, {}, nothing has moved for {seconds} s\n", counted(steps, "step")))

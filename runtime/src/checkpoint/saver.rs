@@ -141,7 +141,7 @@ impl Saver {
         }
         let mut snapshot = session.snapshot(spare)?;
         snapshot.cursor = cursor;
-        let replaces = session.has_passed_over(snapshot.step);
+        let replaces = session.is_known_damaged(snapshot.step);
         let mut before = None;
         if self.is_busy {
             let (report, spare) = self.reports.recv().map_err(|_| self.panicked())?;

@@ -109,13 +109,13 @@ impl Cursor {
             *self = Self { session: observer.started(), ..Self::default() };
         }
         let health = match observer.health() {
-            SessionHealth::Well { .. } => "running",
+            SessionHealth::Healthy { .. } => "running",
             SessionHealth::Failed(_) => "failed",
             SessionHealth::Ended => "ended",
         };
         // In this order: nothing in the states is later than now.
         let (snapshots, now_ns) = (observer.snapshot(), observer.now_ns().unwrap_or_default());
-        let (metrics, steps) = (observer.metrics(), observer.newest_steps());
+        let (metrics, steps) = (observer.metrics(), observer.recent_steps());
         let idle_ns = snapshots.iter().map(|s| still_ns(s, now_ns)).min().unwrap_or_default();
         let mut event = Event {
             session: self.session.to_string(),

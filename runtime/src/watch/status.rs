@@ -97,7 +97,7 @@ impl Status {
     /// Of a session that runs; `None` once it has ended.
     pub(super) fn of(observer: &Observer) -> Option<Self> {
         let failed = match observer.health() {
-            SessionHealth::Well { .. } => None,
+            SessionHealth::Healthy { .. } => None,
             SessionHealth::Failed(cause) => Some(cause),
             SessionHealth::Ended => return None,
         };
@@ -168,7 +168,7 @@ impl Status {
             planned_bytes: d.planned_peak_bytes,
             peak_bytes: d.measured_peak_bytes,
         };
-        let (metrics, steps) = (observer.metrics(), observer.newest_steps());
+        let (metrics, steps) = (observer.metrics(), observer.recent_steps());
         Some(Self {
             mesh: plan.graph.mesh().to_string(),
             device: plan.device.to_string(),
