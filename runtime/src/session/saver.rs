@@ -102,7 +102,7 @@ fn write_probe(store: &Store, number: u64) -> Result<(), CheckpointError> {
 /// True if this process sees the probe that process 0 has written.
 fn sees_probe(store: &Store, number: u64) -> Result<bool, CheckpointError> {
     let (name, path) = probe(store, number);
-    Ok(store.operations.eventually(|| store.operations.size(&name, &path))?.is_some())
+    Ok(store.operations.wait_visible(|| store.operations.size(&name, &path))?.is_some())
 }
 
 fn delete_probe(store: &Store, number: u64) -> Result<(), CheckpointError> {

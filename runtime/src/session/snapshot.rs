@@ -81,7 +81,7 @@ impl Session {
     /// # Errors
     /// [`crate::plan::validate::PlanError::NodeMemory`]; the other processes end with it, too.
     pub fn agreement(&self) -> Result<(Arc<dyn SaveAgreement>, ProcessRank), SessionError> {
-        let checked = self.budget.check(&self.plan, &self.process_map, &self.here, SNAPSHOTS_MAX);
+        let checked = self.budget.check(&self.plan, &self.process_map, &self.node_processes, SNAPSHOTS_MAX);
         checked.map_err(|error| match &self.world {
             Some(world) => world.cannot_start(error.into()),
             None => error.into(),
