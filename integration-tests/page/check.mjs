@@ -340,7 +340,7 @@ async function processes() {
   const names = () => page.locator('#rows button').allTextContents();
   assert.ok((await names()).every((name) => name.startsWith('device 0')));
   const row = (rank) => page.locator('#processes tbody tr').nth(rank).locator('td').allTextContents();
-  assert.deepEqual(await row(0), ['0', '0', '', 'this one', '']);
+  assert.deepEqual(await row(0), ['0', '0', '', 'this page', '']);
   await until('a heartbeat', async () => / ago$/.test((await row(1))[4]));
   const [rank, devices, on, link] = await row(1);
   assert.deepEqual([rank, devices, link], ['1', '1', `port ${port + 1}`]);
