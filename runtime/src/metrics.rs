@@ -37,57 +37,57 @@
 use metrics::{Unit, describe_counter, describe_gauge, describe_histogram};
 use shardflow_kernels::metrics::COLLECTIVE_SECONDS;
 
-/// See the module.
+/// Labels describe the session; the value is 1.
 pub const BUILD_INFO: &str = "shardflow_build_info";
-/// See the module.
+/// Steps done.
 pub const STEPS: &str = "shardflow_steps_total";
-/// See the module.
+/// Current step of the training.
 pub const STEP: &str = "shardflow_step";
-/// See the module.
+/// Start of the session, Unix time.
 pub const START: &str = "shardflow_start_timestamp_seconds";
-/// See the module.
+/// Steps with an Inf or NaN loss or gradient.
 pub const STEPS_NON_FINITE: &str = "shardflow_steps_non_finite_total";
-/// See the module.
+/// Tokens trained on.
 pub const TOKENS: &str = "shardflow_tokens_total";
-/// See the module.
+/// Wall time of a step.
 pub const STEP_DURATION: &str = "shardflow_step_duration_seconds";
-/// See the module.
+/// Loss of the last step.
 pub const LOSS: &str = "shardflow_loss";
-/// See the module.
+/// Gradient norm of the last step.
 pub const GRADIENT_NORM: &str = "shardflow_gradient_norm";
-/// See the module.
+/// Learning rate of the last step.
 pub const LEARNING_RATE: &str = "shardflow_learning_rate";
-/// See the module.
+/// Operations of a step.
 pub const STEP_FLOPS: &str = "shardflow_step_flops";
-/// See the module.
+/// Model FLOPs utilization of the last step.
 pub const MFU: &str = "shardflow_mfu_ratio";
-/// See the module.
+/// Share of time in productive steps.
 pub const TRAINING_RATIO: &str = "shardflow_training_ratio";
-/// See the module.
+/// Duration of a firing.
 pub const FIRING: &str = "shardflow_actor_firing_seconds";
-/// See the module.
+/// Idle time before a firing.
 pub const WAIT: &str = "shardflow_actor_wait_seconds";
-/// See the module.
+/// Firings that no sample has read.
 pub const FIRINGS_LOST: &str = "shardflow_firings_lost_total";
-/// See the module.
+/// Slots of a register by state.
 pub const SLOTS: &str = "shardflow_register_slots";
-/// See the module.
+/// Bytes that crossed from one actor to another.
 pub const EDGE_BYTES: &str = "shardflow_edge_bytes_total";
-/// See the module.
+/// Bytes that collectives received.
 pub const COLLECTIVE_BYTES: &str = "shardflow_collective_bytes_total";
-/// See the module.
+/// Memory of a device.
 pub const MEMORY: &str = "shardflow_memory_bytes";
-/// See the module.
+/// Saves by outcome.
 pub const CHECKPOINTS: &str = "shardflow_checkpoints_total";
-/// See the module.
+/// Duration of a save.
 pub const CHECKPOINT_DURATION: &str = "shardflow_checkpoint_duration_seconds";
-/// See the module.
+/// Time of the last committed save, Unix time.
 pub const CHECKPOINT_LAST_SUCCESS: &str = "shardflow_checkpoint_last_success_timestamp_seconds";
-/// See the module.
+/// Restarts of the job by exit code.
 pub const RESTARTS: &str = "shardflow_restarts_total";
-/// See the module.
+/// Stalls.
 pub const STALLS: &str = "shardflow_stalls_total";
-/// See the module.
+/// Refused messages by reason.
 pub const REFUSED: &str = "shardflow_refused_total";
 
 /// Upper bounds of the buckets for durations of steps and checkpoints.
