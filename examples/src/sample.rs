@@ -41,7 +41,7 @@ impl Sampler {
         seed: u64,
     ) -> Result<Vec<i32>, SessionError> {
         // What it does is not the training's.
-        let options = SessionOptions { tells_metrics: false, ..SessionOptions::default() };
+        let options = SessionOptions { publishes_metrics: false, ..SessionOptions::default() };
         let mut session = Session::start(self.plan, &options)?;
         session.set_parameters(parameters)?;
         let mut tokens = prompt.to_vec();

@@ -39,8 +39,8 @@ fn main() {
     let (mut plain_seconds, mut ratios, mut writing) = (Vec::new(), Vec::new(), Vec::new());
     for _ in 0..WINDOWS {
         // Where a session's memory lies makes its steps longer or shorter; so each window has two new ones, in either order.
-        let start = |tells_metrics| {
-            let options = SessionOptions { tells_metrics, ..SessionOptions::default() };
+        let start = |publishes_metrics| {
+            let options = SessionOptions { publishes_metrics, ..SessionOptions::default() };
             Session::start(plan(threads), &options).expect("a session")
         };
         let is_first = ratios.len() % 2 == 0;

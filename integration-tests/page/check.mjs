@@ -340,7 +340,7 @@ async function processes() {
   const names = () => page.locator('#rows button').allTextContents();
   assert.ok((await names()).every((name) => name.startsWith('device 0')));
   const row = (rank) => page.locator('#processes tbody tr').nth(rank).locator('td').allTextContents();
-  assert.deepEqual(await row(0), ['0', '0', '', 'this one', '']);
+  assert.deepEqual(await row(0), ['0', '0', '', 'this page', '']);
   await until('a heartbeat', async () => / ago$/.test((await row(1))[4]));
   const [rank, devices, on, link] = await row(1);
   assert.deepEqual([rank, devices, link], ['1', '1', `port ${port + 1}`]);
@@ -429,11 +429,11 @@ async function stall() {
   await until('an incident', async () => /device 1 compute forward has not ended, and waits for nobody/.test(await text(page, 'incidents')));
   // A terminal is told the same.
   const said = execFileSync(path.join(programs, 'shardflow'), ['status', '--at', `127.0.0.1:${port}`], { encoding: 'utf8' });
-  assert.match(said, /^nothing has moved for [1-9]\d+\.\d s; `shardflow explain-hang` tells why$/m);
+  assert.match(said, /^no progress for [1-9]\d+\.\d s; run `shardflow explain-hang` for the cause$/m);
   assert.match(said, /device 1 compute forward is in flight$/m);
   assert.match(said, /device 0 compute backward waits for piece \d+ of register/);
   assert.doesNotMatch(said, /waited +0\.0 %/);
-  assert.match(await (await fetch(`http://127.0.0.1:${port}/healthz`)).text(), /^ok, \d+ steps, nothing has moved for [1-9]\d+ s\n$/);
+  assert.match(await (await fetch(`http://127.0.0.1:${port}/healthz`)).text(), /^ok, \d+ steps, no progress for [1-9]\d+ s\n$/);
   await page.locator('.edge.blocked').first().focus();
   await page.keyboard.press('Enter');
   await until('why', async () => /blocked/.test(await text(page, 'register-facts')));

@@ -1,9 +1,9 @@
-//! Checkpoints of a training on any number of processes: each writes a shard, and one atomic creation of a manifest makes
-//! them a checkpoint.
+//! Checkpoints of a training on any number of processes: each process writes a shard, and the atomic creation of a
+//! manifest commits the checkpoint.
 //!
-//! [`store`] says what lies where and which invariants hold; [`save`] is the way from a snapshot to a commit; [`read`]
-//! gives any box of a tensor to any mesh. A safetensors file of a whole model is written by `Session::save`, or of a
-//! checkpoint by [`convert::export`].
+//! [`store`] defines the location of files and the invariants; [`save`] leads from a snapshot to a commit; [`read`]
+//! returns any box of a tensor to any mesh. `Session::save` writes a safetensors file of a whole model, and
+//! [`convert::export`] writes one from a checkpoint.
 
 pub mod agreement;
 #[cfg(feature = "cli")]

@@ -60,7 +60,7 @@ mod tests {
         let g = Graph::new(&Mesh::parse("data=1").expect("a mesh"));
         let empty = compile(g, &CompileOptions::default()).map(drop).expect_err("an empty program");
         assert_eq!(of(empty.into()), Exit::Refused);
-        assert_eq!(of(SessionError::PlanShown.into()), Exit::Done);
+        assert_eq!(of(SessionError::PlanWritten.into()), Exit::Done);
         assert_eq!(of("something else".into()), Exit::Internal);
     }
 }

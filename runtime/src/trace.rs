@@ -1,7 +1,7 @@
-//! What a session's actors did, as a file for <https://ui.perfetto.dev> or `chrome://tracing`: a track for each actor, and an arrow
-//! from each piece's writing to its reading.
+//! Writes the firings of a session's actors to a file for <https://ui.perfetto.dev> or `chrome://tracing`: one track
+//! per actor, and an arrow from the write of each piece to its read.
 //!
-//! The format is the Trace Event Format's JSON
+//! The format is the JSON Trace Event Format
 //! (<https://docs.google.com/document/d/1CvAClvFfyA5R-PhYUmn5OOQtYMH4h6I0nSsKchNAySU>).
 
 use std::collections::BTreeMap;
@@ -21,52 +21,52 @@ use crate::session::observer::{Observer, pass_of};
 pub mod join;
 pub mod summary;
 
-/// Name of the event with what the simulator says of a step.
+/// Name of the event with the simulator's prediction of a step.
 const PREDICTION: &str = "prediction";
-/// Name of the event with the Unix time at which a file's times begin.
+/// Name of the event with the Unix time that corresponds to time 0 of a file.
 const CLOCK: &str = "clock";
-/// Name of the event that ends a file which has reached its limit.
+/// Name of the event that ends a file at its size limit.
 const LIMIT: &str = "size limit reached: later steps are not in this file";
 
-/// Bytes kept free for the events at a file's end.
+/// Bytes reserved for the events at the end of a file.
 const END_BYTES: u64 = 64 << 10;
 
 /// A trace that is being written.
 pub struct TraceFile {
     path: PathBuf,
     out: BufWriter<File>,
-    /// Of the session, once it is known.
+    /// The session's spec, set by the first call of `add`.
     spec: Option<Arc<Spec>>,
-    /// By actor and action: firings, and nanoseconds of all together.
+    /// By actor and action: number of firings, and their total duration in nanoseconds.
     spent: BTreeMap<(ActorId, u32), (u64, u64)>,
-    /// By actor: firings read.
-    read: BTreeMap<ActorId, u64>,
+    /// By actor: number of firings read.
+    firings_read: BTreeMap<ActorId, u64>,
     lost: u64,
     bytes: u64,
-    /// Of the largest step so far.
+    /// Bytes of the largest step so far.
     step_bytes: u64,
     bytes_max: u64,
-    /// Of the newest end of a firing.
+    /// Latest end of a firing.
     last_ns: u64,
     is_empty: bool,
     has_ended: bool,
 }
 
-/// What keeps a trace from being written.
+/// A trace cannot be written.
 #[derive(Debug, thiserror::Error)]
 #[error("cannot write the trace {path}: {source}")]
 pub struct TraceError {
     /// The file.
     pub path: PathBuf,
-    /// What the system says.
+    /// The system's error.
     pub source: io::Error,
 }
 
 impl TraceFile {
-    /// An empty one, for a session's process, of at most `bytes_max` bytes, and of one step if that is larger.
+    /// Creates an empty file for this process, of at most `bytes_max` bytes, or of one step if that is larger.
     ///
     /// # Errors
-    /// When the file cannot be made.
+    /// If the file cannot be created.
     pub fn create(path: &Path, bytes_max: u64) -> Result<Self, TraceError> {
         let failed = |source| TraceError { path: path.to_owned(), source };
         let mut out = BufWriter::new(File::create(path).map_err(failed)?);
@@ -76,7 +76,7 @@ impl TraceFile {
             out,
             spec: None,
             spent: BTreeMap::new(),
-            read: BTreeMap::new(),
+            firings_read: BTreeMap::new(),
             lost: 0,
             bytes: 0,
             step_bytes: 0,
@@ -87,30 +87,30 @@ impl TraceFile {
         })
     }
 
-    /// Adds what actors did since it was last called: to be called after each step, before their rings are full. Returns false
-    /// once another step would exceed the limit: the file is complete then.
+    /// Adds the firings since the last call. Call it after each step, before the actors' ring buffers are full. Returns
+    /// false if another step would exceed the limit; the file is complete then.
     ///
     /// # Errors
-    /// When the file cannot be written.
+    /// If the file cannot be written.
     pub fn add(&mut self, session: &Session) -> Result<bool, TraceError> {
         let Some(observer) = session.observer().filter(|_| !self.has_ended) else { return Ok(!self.has_ended) };
         let before = self.bytes;
         if self.spec.is_none() {
-            self.begin(observer)?;
+            self.write_header(observer)?;
         }
         let spec = self.spec.get_or_insert_with(|| Arc::new(session.plan().spec.clone())).clone();
         let process = observer.process_map().process;
         for actor in observer.process_map().actors_of(session.plan(), process) {
-            if !self.read.contains_key(&actor) {
-                self.event(&track(&spec, actor))?;
+            if !self.firings_read.contains_key(&actor) {
+                self.write_event(&track_name(&spec, actor))?;
             }
-            let next = self.read.entry(actor).or_default();
-            let told = observer.fired(actor, *next);
-            *next = told.next;
-            self.lost += told.lost;
-            for fired in &told.firings {
+            let next = self.firings_read.entry(actor).or_default();
+            let new_firings = observer.fired(actor, *next);
+            *next = new_firings.next;
+            self.lost += new_firings.lost;
+            for fired in &new_firings.firings {
                 let pass = pass_of(&spec, actor, fired);
-                self.firing(&spec, actor, fired, (pass, observer.step_of(pass)))?;
+                self.write_firing(&spec, actor, fired, (pass, observer.step_of(pass)))?;
             }
         }
         self.step_bytes = self.step_bytes.max(self.bytes - before);
@@ -118,38 +118,40 @@ impl TraceFile {
             return Ok(true);
         }
         let (pid, ts) = (observer.process_map().own().start, micros(self.last_ns));
-        self.event(&json!({ "name": LIMIT, "ph": "i", "s": "g", "pid": pid, "tid": 0, "ts": ts }))?;
-        self.end()?;
+        self.write_event(&json!({ "name": LIMIT, "ph": "i", "s": "g", "pid": pid, "tid": 0, "ts": ts }))?;
+        self.close()?;
         Ok(false)
     }
 
-    /// Tells the clock, and names the devices: a viewer shows each as a process.
-    fn begin(&mut self, observer: &Observer) -> Result<(), TraceError> {
+    /// Writes the clock event, and the names of devices, which a viewer shows as processes.
+    fn write_header(&mut self, observer: &Observer) -> Result<(), TraceError> {
         let (process_map, pid) = (observer.process_map(), observer.process_map().own().start);
         let args = json!({ "unix_ns": observer.started() });
-        self.event(&json!({ "name": CLOCK, "ph": "M", "pid": pid, "args": args }))?;
+        self.write_event(&json!({ "name": CLOCK, "ph": "M", "pid": pid, "args": args }))?;
         for device in process_map.own() {
             let name = format!("device {device}, rank {}", process_map.process);
             let named = json!({ "name": "process_name", "ph": "M", "pid": device, "args": { "name": name } });
-            self.event(&named)?;
+            self.write_event(&named)?;
             let sorted =
                 json!({ "name": "process_sort_index", "ph": "M", "pid": device, "args": { "sort_index": device } });
-            self.event(&sorted)?;
+            self.write_event(&sorted)?;
         }
         Ok(())
     }
 
-    /// What a step would take if each firing took its mean and nothing but the plan held it up: the simulator's answer, of whose
-    /// actors this process hosts all.
-    fn predict(&mut self) -> Result<(), TraceError> {
-        let Some(spec) = self.spec.clone().filter(|spec| spec.actors.len() == self.read.len()) else { return Ok(()) };
+    /// Writes the simulator's prediction: the duration of a step if each firing takes its mean time and only the plan
+    /// limits it. Writes nothing unless this process hosts all actors.
+    fn write_prediction(&mut self) -> Result<(), TraceError> {
+        let Some(spec) = self.spec.clone().filter(|spec| spec.actors.len() == self.firings_read.len()) else {
+            return Ok(());
+        };
         let mean = |actor: usize, action: usize| {
             let (count, ns) = self.spent.get(&(ActorId(actor as u32), action as u32)).copied().unwrap_or_default();
             ns / count.max(1)
         };
         let actions = |(a, actor): (usize, &ActorSpec)| (0..actor.actions.len()).map(|x| mean(a, x)).collect();
         let timing = Timing::measured(&spec, spec.actors.iter().enumerate().map(actions).collect());
-        // A plan that ran gets stuck here no more than there.
+        // The simulation of a plan that ran cannot deadlock.
         let Ok(run) = simulate(&spec, &timing, &SimulationOptions::steps(1)) else { return Ok(()) };
         let mut busy: BTreeMap<&str, u64> = BTreeMap::new();
         for fired in &run.timeline {
@@ -158,36 +160,36 @@ impl TraceFile {
         let idle = busy.into_iter().map(|(name, ns)| (name, micros(run.makespan - ns)));
         let idle: serde_json::Map<String, serde_json::Value> = idle.map(|(n, us)| (n.to_owned(), us.into())).collect();
         let args = json!({ "step_us": micros(run.makespan), "idle_us": idle });
-        self.event(&json!({ "name": PREDICTION, "ph": "M", "pid": 0, "args": args }))
+        self.write_event(&json!({ "name": PREDICTION, "ph": "M", "pid": 0, "args": args }))
     }
 
-    /// Ends the file. Gives how many firings were dropped before they were read.
+    /// Completes the file. Returns the number of firings that were dropped before they were read.
     ///
     /// # Errors
-    /// When the file cannot be written.
+    /// If the file cannot be written.
     pub fn finish(mut self) -> Result<u64, TraceError> {
-        self.end()?;
+        self.close()?;
         Ok(self.lost)
     }
 
-    fn end(&mut self) -> Result<(), TraceError> {
+    fn close(&mut self) -> Result<(), TraceError> {
         if std::mem::replace(&mut self.has_ended, true) {
             return Ok(());
         }
-        self.predict()?;
+        self.write_prediction()?;
         let ended = self.out.write_all(b"\n]\n").and_then(|()| self.out.flush());
         ended.map_err(|source| TraceError { path: self.path.clone(), source })
     }
 
-    fn event(&mut self, event: &serde_json::Value) -> Result<(), TraceError> {
+    fn write_event(&mut self, event: &serde_json::Value) -> Result<(), TraceError> {
         let separator = if std::mem::take(&mut self.is_empty) { "" } else { ",\n" };
         let text = format!("{separator}{event}");
         self.bytes += text.len() as u64;
         self.out.write_all(text.as_bytes()).map_err(|source| TraceError { path: self.path.clone(), source })
     }
 
-    /// A slice, and the arrows that end and begin in it.
-    fn firing(
+    /// Writes a firing as a slice, and the arrows that end and begin in it.
+    fn write_firing(
         &mut self,
         spec: &Spec,
         actor: ActorId,
@@ -197,7 +199,7 @@ impl TraceFile {
         let own = &spec.actors[actor.0 as usize];
         let action = &own.actions[fired.action as usize];
         let spent = self.spent.entry((actor, fired.action)).or_default();
-        // The first step warms up: it counts only while there is no other.
+        // The first step is a warm-up: it counts only until the second one.
         if fired.firing == u64::from(action.per_step) {
             *spent = (0, 0);
         }
@@ -210,7 +212,7 @@ impl TraceFile {
             Cause::Host => ("host", String::new()),
             Cause::Own => ("own", String::new()),
         };
-        self.event(&json!({
+        self.write_event(&json!({
             "name": action.name, "cat": category(&action.name), "ph": "X", "pid": pid, "tid": tid,
             "ts": micros(fired.launched_ns), "dur": micros(fired.ended_ns - fired.launched_ns),
             "args": {
@@ -226,10 +228,10 @@ impl TraceFile {
             let piece = fired.firing / u64::from(input.firings_per_piece);
             let reader =
                 register.readers.iter().position(|r| (r.actor, r.action) == (actor, fired.action)).unwrap_or(0);
-            // An initial piece came from nowhere.
+            // No firing writes an initial piece.
             if piece > 0 || !register.initial {
                 let at = (pid, tid, micros(fired.launched_ns));
-                self.event(&arrow("f", register, (input.register.0, piece, reader), at))?;
+                self.write_event(&arrow("f", register, (input.register.0, piece, reader), at))?;
             }
         }
         for output in &action.outputs {
@@ -239,31 +241,31 @@ impl TraceFile {
             }
             let piece = fired.firing / u64::from(output.firings_per_piece) + u64::from(register.initial);
             for (index, _) in register.readers.iter().enumerate().filter(|(_, reader)| reader.actor != actor) {
-                // Inside the slice, or it would bind to the next one.
+                // The time must be inside the slice, otherwise the arrow binds to the next one.
                 let ready_ns = if output.early { fired.early_ns } else { fired.ended_ns.saturating_sub(1) };
                 let at = (pid, tid, micros(ready_ns.max(fired.launched_ns)));
-                self.event(&arrow("s", register, (output.register.0, piece, index), at))?;
+                self.write_event(&arrow("s", register, (output.register.0, piece, index), at))?;
             }
         }
         Ok(())
     }
 }
 
-/// A run that ends early has a trace, too.
+/// Completes the file also if the run ends early.
 impl Drop for TraceFile {
     fn drop(&mut self) {
-        // Nobody is left to be told.
-        let _ = self.end();
+        // `drop` cannot return an error.
+        let _ = self.close();
     }
 }
 
-/// Names an actor's track.
-fn track(spec: &Spec, actor: ActorId) -> serde_json::Value {
+/// The event that names an actor's track.
+fn track_name(spec: &Spec, actor: ActorId) -> serde_json::Value {
     let own = &spec.actors[actor.0 as usize];
     json!({ "name": "thread_name", "ph": "M", "pid": own.device, "tid": actor.0, "args": { "name": own.name } })
 }
 
-/// One end of an arrow, of a register's piece to one of its readers.
+/// The event for one end of an arrow, which stands for a register's piece and one of its readers.
 fn arrow(
     phase: &str,
     register: &shardflow_actors::spec::RegisterSpec,
@@ -276,7 +278,7 @@ fn arrow(
     })
 }
 
-/// What an action is of, for colours.
+/// Category of an action, which selects its color.
 pub fn category(action: &str) -> &'static str {
     match action.split(' ').next().unwrap_or_default() {
         "forward" => "forward",

@@ -1,6 +1,6 @@
-//! A server that shows a running session: a page to look at under `/`, `/metrics` for Prometheus, `/healthz`, and as JSON `/status`
-//! and `/hang`. The page lives on `/plan`, `/predicted` and `/events`, whose form is between the two and may change. The server only
-//! reads, and listens where it is told to, which should be the machine's own address unless a network is to be trusted.
+//! An HTTP server that shows a running session: a live page under `/`, `/metrics` for Prometheus, `/healthz`, and
+//! `/status` and `/hang` as JSON. The page uses `/plan`, `/predicted` and `/events`, whose format is internal and may
+//! change. The server only reads. It has no access control: listen on a loopback address unless the network is trusted.
 //!
 //! ```no_run
 //! # use shardflow::prelude::*;
@@ -45,52 +45,52 @@ use client::HangReport;
 use shape::Shape;
 use status::Status;
 
-/// How often samples of histograms that nobody asked for are put into their buckets.
+/// Interval at which samples of histograms are moved to their buckets, so that they do not accumulate without scrapes.
 const UPKEEP_EVERY: Duration = Duration::from_secs(5);
 
-/// What keeps a server from starting.
+/// Errors of the server's start.
 #[derive(Debug, thiserror::Error)]
 pub enum WatchError {
-    /// The address.
+    /// The address cannot be listened on.
     #[error("cannot listen on {address}: {source}")]
     Listen {
-        /// Where.
+        /// The address.
         address: SocketAddr,
-        /// What the system says.
+        /// The system's error.
         source: io::Error,
     },
-    /// The program, or a library of it, has installed a recorder of its own.
-    #[error("the program has a recorder of metrics already, so this one cannot be installed")]
+    /// The program, or one of its libraries, has installed another recorder.
+    #[error("the program already has a metrics recorder, so this one cannot be installed")]
     Recorder,
 }
 
-/// A running server. It ends when this is dropped.
+/// A running server. Dropping it stops the server.
 #[derive(Debug)]
-#[must_use = "it is served as long as this lives"]
+#[must_use = "dropping it stops the server"]
 pub struct Watch {
     address: SocketAddr,
-    shown: Shown,
+    session: ShownSession,
     stop: Option<oneshot::Sender<()>>,
     thread: Option<JoinHandle<()>>,
 }
 
-/// The session that is shown.
-type Shown = Arc<Mutex<Weak<Observer>>>;
+/// The observer of the session that the server shows.
+type ShownSession = Arc<Mutex<Weak<Observer>>>;
 
 #[derive(Clone)]
-struct Served {
-    shown: Shown,
+struct ServerState {
+    session: ShownSession,
     prometheus: PrometheusHandle,
-    /// Who may listen to events.
+    /// Permits for clients that receive events.
     clients: Arc<Semaphore>,
 }
 
 impl Watch {
-    /// Installs the recorder of all metrics and begins to listen. To be called before sessions start: what was told before is
-    /// lost. Port 0 is any free one.
+    /// Installs the metrics recorder and starts to listen. Call it before sessions start, because earlier values are
+    /// lost. Port 0 selects a free port.
     ///
     /// # Errors
-    /// When the address cannot be listened on, or there is a recorder.
+    /// If the address cannot be listened on, or there is another recorder.
     pub fn listen(address: SocketAddr) -> Result<Self, WatchError> {
         let failed = |source| WatchError::Listen { address, source };
         let listener = TcpListener::bind(address).map_err(failed)?;
@@ -98,29 +98,29 @@ impl Watch {
         listener.set_nonblocking(true).map_err(failed)?;
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(failed)?;
         let prometheus = install()?;
-        keep_up(prometheus.clone()).map_err(failed)?;
-        let shown = Shown::default();
+        start_upkeep(prometheus.clone()).map_err(failed)?;
+        let session = ShownSession::default();
         let (stop, stopped) = oneshot::channel();
-        let served =
-            Served { shown: shown.clone(), prometheus, clients: Arc::new(Semaphore::new(stream::CLIENTS_MAX)) };
+        let state =
+            ServerState { session: session.clone(), prometheus, clients: Semaphore::new(stream::CLIENTS_MAX).into() };
         let serve = move || {
-            runtime.block_on(serve(listener, served, stopped));
-            // Nobody waits for an answer that is still being made.
+            runtime.block_on(serve(listener, state, stopped));
+            // Do not wait for unfinished responses.
             runtime.shutdown_background();
         };
         let thread = thread::Builder::new().name("watch".into()).spawn(serve).map_err(failed)?;
-        Ok(Self { address: bound, shown, stop: Some(stop), thread: Some(thread) })
+        Ok(Self { address: bound, session, stop: Some(stop), thread: Some(thread) })
     }
 
-    /// Where it listens.
+    /// The address on which the server listens.
     pub fn address(&self) -> SocketAddr {
         self.address
     }
 
-    /// Shows this session from now on, as long as it runs.
+    /// Shows this session from now on, while it runs.
     pub fn show(&self, session: &Session) {
         let observer = session.observer().map_or_else(Weak::new, Arc::downgrade);
-        *self.shown.lock().unwrap_or_else(PoisonError::into_inner) = observer;
+        *self.session.lock().unwrap_or_else(PoisonError::into_inner) = observer;
     }
 }
 
@@ -128,7 +128,7 @@ impl Drop for Watch {
     fn drop(&mut self) {
         drop(self.stop.take());
         if let Some(thread) = self.thread.take() {
-            // It ends at once, whatever it is asked meanwhile, and has nothing to say.
+            // It stops immediately, even during requests, and returns no value.
             let _ = thread.join();
         }
     }
@@ -137,7 +137,7 @@ impl Drop for Watch {
 fn install() -> Result<PrometheusHandle, WatchError> {
     let mut builder = PrometheusBuilder::new();
     for (name, bounds) in metrics::BUCKETS {
-        // An error is an empty list of bounds.
+        // The only error is an empty list of bounds.
         let matcher = Matcher::Full((*name).to_owned());
         builder = builder.set_buckets_for_metric(matcher, bounds).map_err(|_| WatchError::Recorder)?;
     }
@@ -148,18 +148,18 @@ fn install() -> Result<PrometheusHandle, WatchError> {
     Ok(handle)
 }
 
-/// As long as the program runs, for nobody can take the recorder away again: its histograms keep every number until they are
-/// looked at.
-fn keep_up(prometheus: PrometheusHandle) -> io::Result<()> {
-    let keep = move || loop {
+/// Starts the upkeep thread, which runs until the program ends: the recorder cannot be removed, and its histograms keep
+/// every value until upkeep or a scrape.
+fn start_upkeep(prometheus: PrometheusHandle) -> io::Result<()> {
+    let upkeep = move || loop {
         thread::park_timeout(UPKEEP_EVERY);
         prometheus.run_upkeep();
     };
-    thread::Builder::new().name("metrics".into()).spawn(keep).map(drop)
+    thread::Builder::new().name("metrics".into()).spawn(upkeep).map(drop)
 }
 
-async fn serve(listener: TcpListener, served: Served, stopped: oneshot::Receiver<()>) {
-    // It was bound and is not blocking.
+async fn serve(listener: TcpListener, state: ServerState, stopped: oneshot::Receiver<()>) {
+    // The listener is bound and non-blocking, so this cannot fail.
     let Ok(listener) = tokio::net::TcpListener::from_std(listener) else { return };
     let router = Router::new()
         .route("/", get(page::index))
@@ -171,7 +171,7 @@ async fn serve(listener: TcpListener, served: Served, stopped: oneshot::Receiver
         .route("/healthz", get(health))
         .route("/status", get(status))
         .route("/hang", get(hang))
-        .with_state(served);
+        .with_state(state);
     let server = async { axum::serve(listener, router).await };
     tokio::select! {
         _ = server => {}
@@ -179,63 +179,63 @@ async fn serve(listener: TcpListener, served: Served, stopped: oneshot::Receiver
     }
 }
 
-impl Served {
+impl ServerState {
     fn observer(&self) -> Option<Arc<Observer>> {
-        self.shown.lock().unwrap_or_else(PoisonError::into_inner).upgrade()
+        self.session.lock().unwrap_or_else(PoisonError::into_inner).upgrade()
     }
 }
 
-/// What stands still for so long in a step is told.
-const STILL_SECONDS: u64 = 10;
+/// `/healthz` mentions a step without progress after this time.
+const IDLE_SECONDS_REPORTED: u64 = 10;
 
-async fn prometheus(State(served): State<Served>) -> impl IntoResponse {
-    if let Some(observer) = served.observer() {
-        // It waits for what all actors answer.
+async fn prometheus(State(state): State<ServerState>) -> impl IntoResponse {
+    if let Some(observer) = state.observer() {
+        // On another thread, because it waits for the states of all actors.
         let _ = tokio::task::spawn_blocking(move || observer.sample()).await;
     }
-    ([(header::CONTENT_TYPE, "text/plain; version=0.0.4")], served.prometheus.render())
+    ([(header::CONTENT_TYPE, "text/plain; version=0.0.4")], state.prometheus.render())
 }
 
-async fn health(State(served): State<Served>) -> impl IntoResponse {
-    let observer = served.observer();
-    // The watchdog ends what stands still for too long; a supervisor of processes need not.
-    let still = observer.as_ref().filter(|observer| observer.is_under_way()).and_then(|observer| observer.idle_ns());
+async fn health(State(state): State<ServerState>) -> impl IntoResponse {
+    let observer = state.observer();
+    // Status 200 also without progress: the watchdog ends a session that stalls, so a process supervisor need not.
+    let idle_ns = observer.as_ref().filter(|observer| observer.is_under_way()).and_then(|observer| observer.idle_ns());
     match observer.map(|observer| observer.health()) {
-        Some(SessionHealth::Well { steps }) => {
-            match still.map(|ns| ns / 1_000_000_000).filter(|seconds| *seconds >= STILL_SECONDS) {
+        Some(SessionHealth::Healthy { steps }) => {
+            match idle_ns.map(|ns| ns / 1_000_000_000).filter(|seconds| *seconds >= IDLE_SECONDS_REPORTED) {
                 Some(seconds) => {
-                    (StatusCode::OK, format!("ok, {}, nothing has moved for {seconds} s\n", counted(steps, "step")))
+                    (StatusCode::OK, format!("ok, {}, no progress for {seconds} s\n", counted(steps, "step")))
                 }
                 None => (StatusCode::OK, format!("ok, {}\n", counted(steps, "step"))),
             }
         }
         Some(SessionHealth::Failed(cause)) => (StatusCode::SERVICE_UNAVAILABLE, format!("failed: {cause}\n")),
-        Some(SessionHealth::Ended) | None => (StatusCode::SERVICE_UNAVAILABLE, "no session runs\n".to_owned()),
+        Some(SessionHealth::Ended) | None => (StatusCode::SERVICE_UNAVAILABLE, "no session is running\n".to_owned()),
     }
 }
 
-/// An answer that takes what all actors say.
-async fn answer<T: serde::Serialize + Send + 'static>(
-    served: Served,
-    ask: impl FnOnce(&Observer) -> Option<T> + Send + 'static,
+/// Runs a query that waits for the states of all actors, and returns the result as JSON.
+async fn respond<T: serde::Serialize + Send + 'static>(
+    state: ServerState,
+    query: impl FnOnce(&Observer) -> Option<T> + Send + 'static,
 ) -> Result<Json<T>, StatusCode> {
-    let observer = served.observer().ok_or(StatusCode::SERVICE_UNAVAILABLE)?;
-    let answer = tokio::task::spawn_blocking(move || ask(&observer)).await;
-    answer.ok().flatten().map(Json).ok_or(StatusCode::SERVICE_UNAVAILABLE)
+    let observer = state.observer().ok_or(StatusCode::SERVICE_UNAVAILABLE)?;
+    let response = tokio::task::spawn_blocking(move || query(&observer)).await;
+    response.ok().flatten().map(Json).ok_or(StatusCode::SERVICE_UNAVAILABLE)
 }
 
-async fn status(State(served): State<Served>) -> impl IntoResponse {
-    answer(served, Status::of).await
+async fn status(State(state): State<ServerState>) -> impl IntoResponse {
+    respond(state, Status::of).await
 }
 
-async fn hang(State(served): State<Served>) -> impl IntoResponse {
-    answer(served, HangReport::of).await
+async fn hang(State(state): State<ServerState>) -> impl IntoResponse {
+    respond(state, HangReport::of).await
 }
 
-async fn shape(State(served): State<Served>) -> impl IntoResponse {
-    answer(served, |observer| Some(Shape::of(observer))).await
+async fn shape(State(state): State<ServerState>) -> impl IntoResponse {
+    respond(state, |observer| Some(Shape::of(observer))).await
 }
 
-async fn predicted(State(served): State<Served>) -> impl IntoResponse {
-    answer(served, Prediction::of).await
+async fn predicted(State(state): State<ServerState>) -> impl IntoResponse {
+    respond(state, Prediction::of).await
 }

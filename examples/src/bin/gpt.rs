@@ -40,7 +40,7 @@ fn main() -> ExitCode {
     let code = match ended {
         Ok(()) => ExitCode::SUCCESS,
         // `shardflow plan` wanted no more.
-        Err(GptError::Session(SessionError::PlanShown)) => ExitCode::SUCCESS,
+        Err(GptError::Session(SessionError::PlanWritten)) => ExitCode::SUCCESS,
         Err(error) => {
             // The launcher, if there is one, prints the first cause of all processes last.
             let reported =

@@ -1,15 +1,16 @@
-//! How processes agree that a checkpoint is complete: each says how it went, process 0 commits, all learn the outcome.
+//! How processes agree that a checkpoint is complete: each reports its result, process 0 commits, and all receive the
+//! outcome.
 
 use super::error::AgreeError;
 
-/// Which process of how many, and in which incarnation of the job.
+/// Rank of a process, world size, and incarnation of the job.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ProcessRank {
     /// Rank of this process.
     pub process: u32,
-    /// How many there are.
+    /// Number of processes.
     pub processes: u32,
-    /// Number of the incarnation: it grows with every restart.
+    /// Number of the incarnation; it increases with every restart.
     pub epoch: u64,
 }
 
@@ -25,47 +26,47 @@ pub struct SaveId {
     pub epoch: u64,
     /// Steps done.
     pub step: u64,
-    /// Which of this incarnation's saves it is, from 0.
+    /// Index of the save within this incarnation, from 0.
     pub attempt: u32,
 }
 
-/// What became of a save that succeeded.
+/// Outcome of a successful save.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum SaveOutcome {
-    /// It was committed.
+    /// The checkpoint was committed.
     Committed,
-    /// The step had a checkpoint already, which stays as it is.
+    /// The step already had a checkpoint, which is unchanged.
     AlreadyThere,
 }
 
-/// The agreement of the processes of a job. Calls come from the saver's thread, never from a step, in the order of the
-/// saves; for each save [`SaveAgreement::all_written`], then [`SaveAgreement::outcome`], but no `outcome` after an error. Each call may
-/// wait for the other processes, and must come back within a deadline of its own.
+/// The agreement of the processes of a job. The saver's thread calls it, in the order of saves: for each save
+/// [`SaveAgreement::all_written`], then [`SaveAgreement::outcome`], but no `outcome` after an error. Each call may wait
+/// for the other processes, and must return within a deadline that the implementation sets.
 pub trait SaveAgreement: Send + Sync {
-    /// Says whether this process's shard is written. Comes back when all have said so.
+    /// Reports whether this process has written its shard. Returns when all processes have reported.
     ///
     /// # Errors
-    /// On every process, when one could not write, is gone, or did not say in time; it is named.
-    fn all_written(&self, save: SaveId, mine: Result<(), String>) -> Result<(), AgreeError>;
+    /// On every process, if one could not write, has ended, or did not report in time; the error names it.
+    fn all_written(&self, save: SaveId, own: Result<(), String>) -> Result<(), AgreeError>;
 
-    /// Process 0 says (`Some`) what became of the commit, the others (`None`) wait for it.
+    /// Process 0 reports the result of the commit (`Some`); the others (`None`) wait for it.
     ///
     /// # Errors
-    /// On every process, when process 0 could not commit, is gone, or did not say in time.
+    /// On every process, if process 0 could not commit, has ended, or did not report in time.
     fn outcome(&self, save: SaveId, decided: Option<Result<SaveOutcome, String>>) -> Result<SaveOutcome, AgreeError>;
 }
 
-/// The agreement of one process with itself.
+/// The agreement of a single process.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct SingleProcess;
 
 impl SaveAgreement for SingleProcess {
-    fn all_written(&self, _save: SaveId, mine: Result<(), String>) -> Result<(), AgreeError> {
-        mine.map_err(|why| AgreeError { process: Some(0), why })
+    fn all_written(&self, _save: SaveId, own: Result<(), String>) -> Result<(), AgreeError> {
+        own.map_err(|why| AgreeError { process: Some(0), why })
     }
 
     fn outcome(&self, _save: SaveId, decided: Option<Result<SaveOutcome, String>>) -> Result<SaveOutcome, AgreeError> {
-        let missing = || Err("process 0 decided nothing".to_string());
+        let missing = || Err("process 0 reported no outcome".to_string());
         decided.unwrap_or_else(missing).map_err(|why| AgreeError { process: Some(0), why })
     }
 }

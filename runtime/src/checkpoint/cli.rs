@@ -12,7 +12,7 @@ use super::read::CheckpointReader;
 use super::store::Store;
 use crate::text::counted;
 
-/// What can be done with the checkpoints of a store. DIR is a folder, or a URL such as s3://bucket/path where that is
+/// Commands on the checkpoints of a store. DIR is a folder, or a URL such as s3://bucket/path if support for it is
 /// built in.
 #[derive(Subcommand, Clone, Debug)]
 pub enum CheckpointCommand {
@@ -55,18 +55,18 @@ pub enum CheckpointCommand {
     },
 }
 
-/// What a command fails with.
+/// Errors of a command.
 #[derive(Debug, thiserror::Error)]
 pub enum CheckpointCliError {
-    /// One checkpoint or place is no good.
+    /// A checkpoint or a store cannot be used.
     #[error(transparent)]
     Checkpoint(#[from] CheckpointError),
-    /// A file that was to be written.
+    /// The output file cannot be written.
     #[error("{path}: {source}")]
     Output {
         /// The file.
         path: PathBuf,
-        /// Why.
+        /// The system's error.
         source: std::io::Error,
     },
     /// `verify` found damage.
@@ -74,9 +74,9 @@ pub enum CheckpointCliError {
     Damaged {
         /// A line for each checkpoint.
         text: String,
-        /// How many are damaged.
+        /// Number of damaged checkpoints.
         damaged: usize,
-        /// How many there are.
+        /// Number of checked checkpoints.
         checked: usize,
     },
 }
@@ -92,16 +92,16 @@ impl CheckpointCliError {
     }
 }
 
-/// Runs a command; gives what is to be printed.
+/// Runs a command and returns the text to print.
 ///
 /// # Errors
-/// [`CheckpointCliError`], one or several lines to print, with an exit code.
+/// [`CheckpointCliError`], with one or several lines to print and an exit code.
 pub fn run(command: &CheckpointCommand) -> Result<String, CheckpointCliError> {
     match command {
         CheckpointCommand::Ls { dir } => list(&Store::open(dir)?),
         CheckpointCommand::Verify { dir, step } => verify(&Store::open(dir)?, *step),
         CheckpointCommand::Reshard { dir, to, shards, step } => {
-            let (reader, mut text) = pick(&Store::open(dir)?, *step)?;
+            let (reader, mut text) = select(&Store::open(dir)?, *step)?;
             let target = Store::open(to)?;
             reshard(&reader, &target, *shards)?;
             let from = reader.manifest().shards.len();
@@ -109,7 +109,7 @@ pub fn run(command: &CheckpointCommand) -> Result<String, CheckpointCliError> {
             Ok(text)
         }
         CheckpointCommand::Export { dir, file, step } => {
-            let (reader, mut text) = pick(&Store::open(dir)?, *step)?;
+            let (reader, mut text) = select(&Store::open(dir)?, *step)?;
             export(&reader, file).map_err(|error| match error {
                 CheckpointError::Io { path, source } => CheckpointCliError::Output { path, source },
                 error => error.into(),
@@ -122,18 +122,19 @@ pub fn run(command: &CheckpointCommand) -> Result<String, CheckpointCliError> {
     }
 }
 
-/// The checkpoint of this step, or the newest complete one with a line for each that was passed over.
-fn pick(store: &Store, step: Option<u64>) -> Result<(CheckpointReader, String), CheckpointError> {
+/// Selects the checkpoint of this step, or the newest complete one, with a warning line for each damaged one that was
+/// skipped.
+fn select(store: &Store, step: Option<u64>) -> Result<(CheckpointReader, String), CheckpointError> {
     if let Some(step) = step {
         return Ok((store.read(step)?, String::new()));
     }
     let newest = store.newest()?;
-    let passed_over = newest.damaged.iter().fold(String::new(), |text, error| format!("{text}warning: {error}\n"));
+    let warnings = newest.damaged.iter().fold(String::new(), |text, error| format!("{text}warning: {error}\n"));
     let absent = || CheckpointError::Absent { place: store.place().into(), step: None };
-    Ok((newest.reader.ok_or_else(absent)?, passed_over))
+    Ok((newest.reader.ok_or_else(absent)?, warnings))
 }
 
-/// The steps to look at: at least one.
+/// The steps to process: at least one.
 fn steps(store: &Store, step: Option<u64>) -> Result<Vec<u64>, CheckpointError> {
     let steps = step.map_or_else(|| store.steps(), |step| Ok(vec![step]))?;
     if steps.is_empty() {

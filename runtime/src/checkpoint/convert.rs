@@ -1,4 +1,5 @@
-//! Checkpoints into other forms: one safetensors file, or another number of shards. One piece at a time is in memory.
+//! Converts checkpoints to one safetensors file, or to another number of shards. Only one tensor or piece at a time is
+//! in memory.
 
 use std::borrow::Cow;
 use std::io::Write;
@@ -16,11 +17,11 @@ use super::store::Store;
 use crate::lock::Lock;
 use crate::session::checkpoint::write_whole;
 
-/// Writes a checkpoint as one safetensors file of whole tensors, byte for byte what `Session::save` writes. The file
+/// Writes a checkpoint as one safetensors file of whole tensors, with the same bytes as `Session::save`. The file
 /// appears when it is complete, or not at all.
 ///
 /// # Errors
-/// [`CheckpointError`]: of the checkpoint, or [`CheckpointError::Io`] of the file.
+/// [`CheckpointError`] of the checkpoint, or [`CheckpointError::Io`] of the file.
 pub fn export(reader: &CheckpointReader, path: &Path) -> Result<(), CheckpointError> {
     let mut tensors: Vec<&StoredTensor> = reader.manifest().tensors.iter().collect();
     tensors.sort_by(|a, b| a.info.name.cmp(&b.info.name));
@@ -40,14 +41,14 @@ pub fn export(reader: &CheckpointReader, path: &Path) -> Result<(), CheckpointEr
     })
 }
 
-/// Writes a checkpoint to another store in `shards` shards: each tensor is split over them along its first dim, as the
-/// layout `S0` on the mesh `shard=<shards>` does. Nothing else is changed, and any mesh can load it.
+/// Writes a checkpoint to another store in `shards` shards: each tensor is split over them along its first dim, as by
+/// layout `S0` on the mesh `shard=<shards>`. Everything else is unchanged, and any mesh can load it.
 ///
 /// # Errors
-/// [`CheckpointError`]; [`CheckpointError::Exists`] when the target has the step already.
+/// [`CheckpointError`]; [`CheckpointError::Exists`] if the target already has the step.
 pub fn reshard(reader: &CheckpointReader, target: &Store, shards: u32) -> Result<(), CheckpointError> {
     if shards == 0 || shards as usize > SHARDS_MAX {
-        return Err(CheckpointError::Refused(format!("{shards} shards; there can be 1 to {SHARDS_MAX}")));
+        return Err(CheckpointError::Refused(format!("{shards} shards; the number must be 1 to {SHARDS_MAX}")));
     }
     let source = reader.manifest();
     let exists = || CheckpointError::Exists { file: target.manifest_name(source.step), step: source.step };
@@ -72,7 +73,7 @@ pub fn reshard(reader: &CheckpointReader, target: &Store, shards: u32) -> Result
     }
 }
 
-/// Writes one shard of a resharded checkpoint, and puts it into the manifest.
+/// Writes one shard of a resharded checkpoint, and adds it to the manifest.
 fn write_part(
     reader: &CheckpointReader,
     target: &Store,
@@ -88,7 +89,7 @@ fn write_part(
                 let rows = split_range(rows, shards as usize, index as usize);
                 (region.start[0], region.size[0]) = (rows.start, rows.len());
             }
-            // A scalar lies in the first shard.
+            // A scalar is stored in the first shard.
             None if index > 0 => continue,
             None => {}
         }

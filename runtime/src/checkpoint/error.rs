@@ -3,16 +3,16 @@
 use std::fmt;
 use std::path::PathBuf;
 
-/// What was being done with a store when it failed.
+/// The operation on a store that failed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum StoreOperation {
-    /// Reading a file, or asking for its size.
+    /// Reading a file or its size.
     Read,
-    /// Writing or committing.
+    /// Writing a file, or committing.
     Write,
     /// Listing a folder.
     List,
-    /// Deleting what is no longer needed.
+    /// Deleting files that are no longer needed.
     Delete,
 }
 
@@ -27,7 +27,7 @@ impl fmt::Display for StoreOperation {
     }
 }
 
-/// What is wrong with a checkpoint or a file.
+/// Errors of checkpoints, parameter files and stores.
 #[derive(Debug, thiserror::Error)]
 pub enum CheckpointError {
     /// A local file cannot be read or written.
@@ -35,7 +35,7 @@ pub enum CheckpointError {
     Io {
         /// The file.
         path: PathBuf,
-        /// Why.
+        /// The system's error.
         source: std::io::Error,
     },
     /// It is not a safetensors file.
@@ -43,15 +43,15 @@ pub enum CheckpointError {
     Format {
         /// The file.
         path: PathBuf,
-        /// What the reader says.
+        /// The reader's error.
         message: String,
     },
-    /// A file of another program: a tensor is missing, too many or of another shape, or a declared value is another.
+    /// The file does not fit the program: a tensor is missing, extra or of another shape, or a declared value differs.
     #[error("{path}: {why}")]
     Unfit {
         /// The file.
         path: PathBuf,
-        /// What differs, with the names and the numbers.
+        /// The difference, with names and numbers.
         why: String,
     },
     /// A tensor of an unsupported type.
@@ -66,12 +66,12 @@ pub enum CheckpointError {
         /// The file's type.
         got: String,
     },
-    /// Checkpoints cannot lie here.
+    /// The place cannot hold checkpoints.
     #[error("{place}: not a place for checkpoints: {why}")]
     Place {
-        /// What was given.
+        /// The place, as given.
         place: String,
-        /// Why not.
+        /// The reason.
         why: String,
     },
     /// The store failed.
@@ -79,27 +79,27 @@ pub enum CheckpointError {
     Store {
         /// The file or folder.
         file: String,
-        /// What was being done.
+        /// The operation.
         doing: StoreOperation,
-        /// What the store says.
+        /// The store's error.
         source: Box<object_store::Error>,
     },
-    /// The store did not answer.
-    #[error("{file}: cannot {doing}: no answer from the store within {seconds} s; a disk or server may have stalled")]
+    /// The store did not respond in time.
+    #[error("{file}: cannot {doing}: no response from the store within {seconds} s; a disk or server may have stalled")]
     Stalled {
         /// The file or folder.
         file: String,
-        /// What was being done.
+        /// The operation.
         doing: StoreOperation,
-        /// How long it was waited for.
+        /// The time-out.
         seconds: f64,
     },
-    /// A file of a committed checkpoint is missing, short, altered or not what it should be.
+    /// A file of a committed checkpoint is missing, truncated, altered or invalid.
     #[error("{file}: damaged: {why}")]
     Damaged {
         /// The file.
         file: String,
-        /// What is wrong, with the tensor and the numbers.
+        /// The damage, with the tensor and the numbers.
         why: String,
     },
     /// There is no committed checkpoint.
@@ -107,19 +107,19 @@ pub enum CheckpointError {
     Absent {
         /// The store.
         place: String,
-        /// The step that was asked for; `None` for any.
+        /// The requested step; `None` for any step.
         step: Option<u64>,
     },
-    /// The step has a checkpoint already.
-    #[error("{file}: step {step} is committed already; committed checkpoints are never overwritten")]
+    /// The step already has a checkpoint.
+    #[error("{file}: step {step} already has a committed checkpoint; committed checkpoints are never overwritten")]
     Exists {
-        /// The manifest that is there.
+        /// The existing manifest.
         file: String,
         /// The step.
         step: u64,
     },
     /// Another training writes to the store.
-    #[error("{place}: another run writes its checkpoints here: {holder}; end that run, or give this one another place")]
+    #[error("{place}: another run writes its checkpoints here: {holder}; end that run, or use another place")]
     Held {
         /// The store.
         place: String,
@@ -127,53 +127,53 @@ pub enum CheckpointError {
         holder: String,
     },
     /// Another training has taken the store from this one.
-    #[error("{place}: this run has lost the lock and writes no more checkpoints: held by {holder}")]
+    #[error("{place}: this run has lost the lock and writes no more checkpoints: the lock is held by {holder}")]
     Fenced {
         /// The store.
         place: String,
         /// Host, process, job, epoch and start time.
         holder: String,
     },
-    /// Too little free space for the checkpoints to keep.
+    /// There is too little free space for the checkpoints to keep.
     #[error("{place}: {why}")]
     NoRoom {
         /// The store.
         place: String,
-        /// Checkpoints to be written, beyond the existing ones, at most at once.
+        /// Checkpoints that may be written in addition to the existing ones.
         checkpoints: u64,
-        /// How much is free, and how much is needed.
+        /// Free and needed space.
         why: String,
     },
     /// Not all processes see the same folder.
     #[error(
-        "{place}: {ranks} cannot see a file that rank 0 has written there; it must be one folder for all nodes, such as on a network file system"
+        "{place}: {ranks} cannot see a file that rank 0 has written there; all nodes must share the folder, so use a network file system"
     )]
     NotShared {
         /// The store.
         place: String,
-        /// Such as `rank 1, rank 3`.
+        /// The ranks, such as `rank 1, rank 3`.
         ranks: String,
     },
-    /// Another process, or the agreement with the others, failed, so that nothing was committed.
+    /// Another process, or the agreement between processes, failed; nothing was committed.
     #[error("checkpoint of step {step} not committed: {source}")]
     Others {
         /// The step.
         step: u64,
-        /// Who, and why.
+        /// The failed process and the reason.
         source: AgreeError,
     },
-    /// What was asked for cannot be done.
+    /// The request cannot be fulfilled.
     #[error("{0}")]
     Refused(String),
 }
 
-/// Why processes did not agree.
+/// Why processes did not agree on a save.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{}{why}", process.map(|p| format!("rank {p}: ")).unwrap_or_default())]
 pub struct AgreeError {
-    /// The process that failed, where it is known.
+    /// The process that failed, if known.
     pub process: Option<u32>,
-    /// What it says.
+    /// The reason.
     pub why: String,
 }
 
@@ -187,7 +187,7 @@ impl CheckpointError {
         Self::Unfit { path: path.into(), why }
     }
 
-    /// True for a file that could not be created because it is there.
+    /// True if a file could not be created because it already exists.
     pub(crate) fn is_there(&self) -> bool {
         use object_store::Error::{AlreadyExists, Precondition};
         matches!(self, Self::Store { source, .. } if matches!(**source, AlreadyExists { .. } | Precondition { .. }))
@@ -198,13 +198,13 @@ impl CheckpointError {
         crate::files::system_error(self).map(std::io::Error::kind)
     }
 
-    /// True when a checkpoint itself is no good, so that an older one may help; false for a store that does not answer,
-    /// or a program that the checkpoint does not fit.
+    /// True if the checkpoint itself is damaged, so that an older one may help; false for a store that does not
+    /// respond, or a checkpoint that does not fit the program.
     pub fn is_damage(&self) -> bool {
         matches!(self, Self::Damaged { .. })
     }
 
-    /// The exit code of a program that ends by this: 2 usage, 65 bad data, 73 cannot write.
+    /// The exit code of a program that ends with this error: 2 usage, 65 bad data, 73 cannot write.
     pub fn exit_code(&self) -> u8 {
         match self {
             Self::Place { .. } | Self::Refused(_) => 2,

@@ -1,4 +1,4 @@
-//! What must hold for the decoders of manifests and sidecars, whatever lies in the store; for fuzzing and for tests.
+//! Properties of the decoders of manifests and sidecars for arbitrary input, for fuzzing and for tests.
 use serde_json::value::RawValue;
 
 use super::manifest::{
@@ -6,10 +6,10 @@ use super::manifest::{
 };
 use super::shard::{Sidecar, SidecarPiece};
 
-/// Tensors of so many elements at most are looked at element by element.
+/// Largest number of elements for which a tensor is checked element by element.
 const ELEMENTS_MAX: usize = 1 << 12;
 
-/// Bodies of manifests and of a sidecar as processes write them: what the seal goes around.
+/// Bodies of a manifest and of a sidecar as processes write them, without the seal.
 pub fn samples() -> Vec<Vec<u8>> {
     let sum = Checksum::of(b"");
     let shard = Shard { file: "e0-0/shard-0-of-1.safetensors".into(), bytes: 200, blake3: sum };
@@ -46,11 +46,11 @@ pub fn samples() -> Vec<Vec<u8>> {
     [serde_json::to_vec(&manifest), serde_json::to_vec(&sidecar)].map(Result::unwrap_or_default).into()
 }
 
-/// Bytes that are not sealed are refused; under a right seal, a manifest that is taken comes back from its own text, and
-/// keeps its invariants, which are looked at another way here than [`Manifest::decode`] does.
+/// Checks that decoding never panics, and that a sealed manifest that is accepted survives encoding and decoding and
+/// holds its invariants, which are checked here independently of [`Manifest::decode`].
 ///
 /// # Panics
-/// When one of these does not hold.
+/// If a property does not hold.
 pub fn check(body: &[u8]) {
     let _ = Manifest::decode(body);
     let Ok(raw) = serde_json::from_slice::<&RawValue>(body) else { return };
@@ -100,7 +100,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn samples_are_what_they_say() {
+    fn sealed_samples_can_be_decoded() {
         let open = |index: usize, format: &str| {
             let body: Box<RawValue> = serde_json::from_slice(&samples()[index]).unwrap();
             seal(format, &body).unwrap()
@@ -111,7 +111,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn holds_for_samples_with_changes(
+        fn properties_hold_for_altered_samples(
             index in 0usize..2, at in any::<prop::sample::Index>(), text in "[0-9\"{}\\[\\],:a-z]{0,3}",
         ) {
             let mut changed = samples().swap_remove(index);

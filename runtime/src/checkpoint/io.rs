@@ -1,5 +1,5 @@
-//! Operations on an object store, each with a deadline, for callers that are not async: a store that does not answer is an
-//! error, never a wait without end.
+//! Operations on an object store, each with a deadline, for synchronous callers: a store that does not respond results
+//! in an error, never in an infinite wait.
 
 use std::future::Future;
 use std::sync::Arc;
@@ -15,21 +15,22 @@ use super::manifest::Checksum;
 use crate::clock::WaitClock;
 use crate::files;
 
-/// How long one operation may take unless told otherwise. The longest is the last one of a large local file, which waits
-/// for the disk to have it all.
+/// Default limit for one operation. The last operation of a large local file takes longest, because it waits for the
+/// disk to write all of it.
 pub const DEADLINE: Duration = Duration::from_secs(120);
-/// Bytes that are sent at once unless told otherwise; the memory that writing takes. Cloud stores ask for 5 MiB or more.
+/// Default bytes of one upload request, which is the memory that a write needs. Cloud stores require 5 MiB or more.
 pub const PART_BYTES: usize = 16 << 20;
-/// Parts of one upload, at most: a little under what cloud stores allow.
+/// Maximum number of parts of one upload, a little below the limit of cloud stores.
 const PARTS_MAX: u64 = 9_000;
-/// How long a network file system may hide a file that another node has written: NFS caches folders for 60 s (`acdirmax`).
+/// How long a file of another node may stay invisible on a network file system: NFS caches folders for 60 s
+/// (`acdirmax`).
 pub(crate) const HIDDEN: Duration = Duration::from_secs(90);
-/// Poll interval for a hidden file.
+/// Poll interval for a file that is not yet visible.
 const POLL: Duration = Duration::from_secs(1);
-/// Threads that may be stuck in a local file system, at most.
+/// Maximum number of threads that block in a local file system.
 const BLOCKED_THREADS_MAX: usize = 8;
 
-/// The threads on which operations run. They are left behind, not waited for, when this is dropped.
+/// The threads on which operations run. Dropping it does not wait for them.
 #[derive(Debug)]
 pub(crate) struct Io(Option<Runtime>);
 
@@ -58,7 +59,7 @@ impl Drop for Io {
     }
 }
 
-/// A store with what an operation on it needs.
+/// A backend with the settings of its operations.
 #[derive(Clone, Debug)]
 pub(crate) struct Operations {
     pub(crate) backend: Arc<dyn ObjectStore>,
@@ -68,19 +69,19 @@ pub(crate) struct Operations {
     pub(crate) clock: Arc<dyn WaitClock>,
     /// How long a file that another process has written may stay invisible here.
     pub(crate) hidden: Duration,
-    /// The backend is the file system, from its root.
+    /// True if the backend is the file system, with its root as prefix.
     pub(crate) is_local: bool,
 }
 
 impl Operations {
-    /// Polls for a file of another process until it appears, or can no longer be hidden.
-    pub(crate) fn eventually<T>(
+    /// Polls for a file of another process until it appears, or the time in which it may stay invisible has passed.
+    pub(crate) fn wait_visible<T>(
         &self,
-        look: impl Fn() -> Result<Option<T>, CheckpointError>,
+        read: impl Fn() -> Result<Option<T>, CheckpointError>,
     ) -> Result<Option<T>, CheckpointError> {
         let begin = self.clock.now();
         loop {
-            let found = look()?;
+            let found = read()?;
             if found.is_some() || self.clock.now() - begin >= self.hidden {
                 return Ok(found);
             }
@@ -88,7 +89,7 @@ impl Operations {
         }
     }
 
-    /// Runs an operation on the local file system; it may block as long as the disk does.
+    /// Runs an operation on the local file system, which may block as long as the disk does.
     pub(crate) fn run_local<T: Send + 'static>(
         &self,
         file: &str,
@@ -106,7 +107,7 @@ impl Operations {
         })
     }
 
-    /// Runs an operation on a thread of its own; `file` is what it works on, as told in errors.
+    /// Runs an operation on a thread of the store; errors name `file`.
     pub(crate) fn run<T: Send + 'static>(
         &self,
         file: &str,
@@ -115,7 +116,7 @@ impl Operations {
     ) -> Result<T, CheckpointError> {
         let (sender, receiver) = sync_channel(1);
         let task = self.io.runtime().spawn(async move {
-            // Nobody waits any more after the deadline.
+            // The receiver is dropped after the deadline.
             let _ = sender.send(work.await);
         });
         match receiver.recv_timeout(self.deadline) {
@@ -125,33 +126,31 @@ impl Operations {
                 Err(CheckpointError::Stalled { file: file.into(), doing, seconds: self.deadline.as_secs_f64() })
             }
             Err(RecvTimeoutError::Disconnected) => {
-                let source = object_store::Error::Generic { store: "checkpoint", source: "it panicked".into() };
+                let source = object_store::Error::Generic { store: "checkpoint", source: "operation panicked".into() };
                 Err(CheckpointError::Store { file: file.into(), doing, source: Box::new(source) })
             }
         }
     }
 
-    /// Size of a file; `None` when it is not there.
+    /// Size of a file; `None` if it does not exist.
     pub(crate) fn size(&self, file: &str, path: &Path) -> Result<Option<u64>, CheckpointError> {
         let (backend, path) = (self.backend.clone(), path.clone());
-        self.run(
-            file,
-            StoreOperation::Read,
-            async move { Ok(if_there(backend.head(&path).await)?.map(|meta| meta.size)) },
-        )
+        self.run(file, StoreOperation::Read, async move {
+            Ok(none_if_missing(backend.head(&path).await)?.map(|meta| meta.size))
+        })
     }
 
-    /// Deletes a file, if it is there.
+    /// Deletes a file if it exists.
     pub(crate) fn delete(&self, file: &str, path: &Path) -> Result<(), CheckpointError> {
         let (backend, path) = (self.backend.clone(), path.clone());
-        self.run(file, StoreOperation::Delete, async move { if_there(backend.delete(&path).await).map(drop) })
+        self.run(file, StoreOperation::Delete, async move { none_if_missing(backend.delete(&path).await).map(drop) })
     }
 
-    /// A file of at most `bytes_max`; `None` when it is not there.
+    /// Reads a file of at most `bytes_max` bytes; `None` if it does not exist.
     pub(crate) fn get(&self, file: &str, path: &Path, bytes_max: u64) -> Result<Option<Vec<u8>>, CheckpointError> {
         let (backend, path) = (self.backend.clone(), path.clone());
         let got = self.run(file, StoreOperation::Read, async move {
-            match if_there(backend.get(&path).await)? {
+            match none_if_missing(backend.get(&path).await)? {
                 Some(found) if found.meta.size > bytes_max => Ok(Some(Err(found.meta.size))),
                 Some(found) => Ok(Some(Ok(found.bytes().await?.to_vec()))),
                 None => Ok(None),
@@ -164,7 +163,7 @@ impl Operations {
         got.transpose().map_err(too_large)
     }
 
-    /// A range of a file that has it.
+    /// Reads a byte range of a file.
     pub(crate) fn get_range(&self, file: &str, path: &Path, from: u64, bytes: u64) -> Result<Vec<u8>, CheckpointError> {
         let (backend, path) = (self.backend.clone(), path.clone());
         self.run(
@@ -174,7 +173,7 @@ impl Operations {
         )
     }
 
-    /// Writes a small file whole: over one that is there, or, for [`PutMode::Create`], only if none is.
+    /// Writes a small file in one operation. It replaces an existing file; with [`PutMode::Create`] it fails instead.
     pub(crate) fn put(&self, file: &str, path: &Path, bytes: Vec<u8>, mode: PutMode) -> Result<(), CheckpointError> {
         let (backend, at, create) = (self.backend.clone(), path.clone(), mode == PutMode::Create);
         let payload = PutPayload::from(bytes);
@@ -192,7 +191,7 @@ impl Operations {
         }
     }
 
-    /// Begins a file of `total` bytes.
+    /// Starts the upload of a file of `total` bytes.
     pub(crate) fn upload(&self, file: String, path: Path, total: u64) -> Upload<'_> {
         let part = (self.part_bytes as u64).max(total.div_ceil(PARTS_MAX)).min(total.max(1)) as usize;
         let hasher = blake3::Hasher::new();
@@ -200,14 +199,14 @@ impl Operations {
     }
 }
 
-fn if_there<T>(result: object_store::Result<T>) -> object_store::Result<Option<T>> {
+fn none_if_missing<T>(result: object_store::Result<T>) -> object_store::Result<Option<T>> {
     match result {
         Err(object_store::Error::NotFound { .. }) => Ok(None),
         result => result.map(Some),
     }
 }
 
-/// A file that is being written, in parts of equal size. It appears when it is finished.
+/// An upload of a file in parts of equal size. The file appears when the upload is finished.
 pub(crate) struct Upload<'a> {
     operations: &'a Operations,
     file: String,
@@ -230,9 +229,9 @@ impl Upload<'_> {
             if self.buffer.capacity() == 0 {
                 self.buffer.reserve_exact(self.part);
             }
-            let (now, later) = bytes.split_at(bytes.len().min(self.part - self.buffer.len()));
-            self.buffer.extend_from_slice(now);
-            bytes = later;
+            let (head, tail) = bytes.split_at(bytes.len().min(self.part - self.buffer.len()));
+            self.buffer.extend_from_slice(head);
+            bytes = tail;
         }
         Ok(())
     }
@@ -251,10 +250,10 @@ impl Upload<'_> {
         self.operations.run(&self.file, StoreOperation::Write, part)
     }
 
-    /// Sends the rest; gives the checksum of all. When it returns, the file is where it belongs and will stay there.
+    /// Sends the rest and returns the checksum of the whole file. On success the file is in its place, durably.
     pub(crate) fn finish(mut self) -> Result<Checksum, CheckpointError> {
         let sum = Checksum::from(self.hasher.finalize());
-        debug_assert_eq!(self.hasher.count(), self.total, "{}: another size than was said", self.file);
+        debug_assert_eq!(self.hasher.count(), self.total, "{}: the size differs from the total", self.file);
         if self.multipart.is_none() {
             let bytes = std::mem::take(&mut self.buffer);
             self.operations.put(&self.file, &self.path, bytes, PutMode::Overwrite)?;
@@ -274,7 +273,7 @@ impl Upload<'_> {
 impl Drop for Upload<'_> {
     fn drop(&mut self) {
         if let Some(mut multipart) = self.multipart.take() {
-            // On the store's thread: giving up may block as long as the writing did.
+            // On the store's thread, because an abort may block as long as a write.
             self.operations.io.runtime().spawn(async move { multipart.abort().await });
         }
     }

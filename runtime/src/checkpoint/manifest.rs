@@ -1,8 +1,8 @@
-//! The manifest: what a checkpoint is made of. Its text form, sealed by a checksum, and the checks that make a manifest
-//! from anywhere safe to use.
+//! The manifest: the content of a checkpoint. Defines its text form, sealed by a checksum, and the checks that make an
+//! untrusted manifest safe to use.
 //!
 //! A manifest is untrusted input. Its invariants, all checked by [`Manifest::decode`]:
-//! - MF-1: it is as it was written (checksum), of a version that is known, and within the limits below.
+//! - MF-1: it is unaltered (checksum), has a known version, and is within the limits below.
 //! - MF-2: every region lies inside its tensor, and a tensor's pieces cover each element exactly once.
 //! - MF-3: every piece lies inside its shard, and every shard inside the checkpoint's folder.
 
@@ -18,27 +18,28 @@ use crate::declare::{DECLARED_MAX, Values};
 /// Version of the format: 2 added [`JobTime`], 3 added [`Manifest::updates`] and
 /// [`Manifest::declared`].
 const VERSION: u32 = 3;
-/// Bytes of a manifest, at most.
+/// Largest size of a manifest, bytes.
 pub const MANIFEST_BYTES_MAX: u64 = 256 << 20;
-/// Tensors of a checkpoint, at most.
+/// Maximum number of tensors of a checkpoint.
 pub const TENSORS_MAX: usize = 1 << 18;
-/// Shards of a checkpoint, at most.
+/// Maximum number of shards of a checkpoint.
 pub const SHARDS_MAX: usize = 1 << 16;
-/// Pieces of one tensor, at most: each is compared with each.
+/// Maximum number of pieces of one tensor, because each is compared with each.
 pub const TENSOR_PIECES_MAX: usize = 1 << 12;
-/// Pieces of a checkpoint, at most.
+/// Maximum number of pieces of a checkpoint.
 pub const PIECES_MAX: usize = 1 << 20;
-/// Dims of a tensor, at most.
+/// Maximum number of dims of a tensor.
 pub const DIMS_MAX: usize = 32;
-/// Bytes of a name or of another text, at most.
+/// Largest size of a name or of another text, bytes.
 pub const TEXT_BYTES_MAX: usize = 1 << 12;
-/// Entries of a cursor, at most.
+/// Maximum number of entries of a cursor.
 pub const CURSOR_ENTRIES_MAX: usize = 1 << 10;
 
-/// What the user's program needs to go on where it was, beside the number of steps: whatever it puts here.
+/// State of the user's program, other than the number of steps, that it needs to resume. The content is the program's
+/// choice.
 pub type Cursor = BTreeMap<String, String>;
 
-/// What a tensor is to the training.
+/// Role of a tensor in the training.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum TensorKind {
@@ -57,13 +58,13 @@ enum Element {
     BF16,
 }
 
-/// BLAKE3 of some bytes.
+/// A BLAKE3 checksum.
 #[derive(Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct Checksum([u8; 32]);
 
 impl Checksum {
-    /// Of these bytes.
+    /// The checksum of bytes.
     pub fn of(bytes: &[u8]) -> Self {
         Self(*blake3::hash(bytes).as_bytes())
     }
@@ -85,8 +86,8 @@ impl TryFrom<String> for Checksum {
     type Error = String;
 
     fn try_from(text: String) -> Result<Self, String> {
-        let hash = blake3::Hash::from_hex(&text).map_err(|_| format!("{text:?} is no BLAKE3 checksum"))?;
-        // One spelling only, so that no other byte of a file is as good as the one written.
+        let hash = blake3::Hash::from_hex(&text).map_err(|_| format!("{text:?} is not a BLAKE3 checksum"))?;
+        // Accept only one spelling, so that every altered byte of a file is detected.
         let sum = Self::from(hash);
         if String::from(sum) == text { Ok(sum) } else { Err(format!("{text:?} is not in lower case")) }
     }
@@ -114,7 +115,7 @@ pub struct Shard {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Piece {
-    /// Which shard.
+    /// Index of the shard.
     pub shard: usize,
     /// First byte of its elements in the shard.
     pub offset: u64,
@@ -133,20 +134,20 @@ impl Piece {
     }
 }
 
-/// What is known of a tensor, whichever process asks.
+/// Metadata of a tensor, equal on all processes.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct TensorMeta {
     /// Its name, unique in the checkpoint.
     pub name: String,
-    /// What it is.
+    /// Its role.
     pub kind: TensorKind,
     /// Element type.
     #[serde(with = "Element")]
     pub dtype: DType,
-    /// Shape in the program; regions count in it.
+    /// Shape in the program, to which regions refer.
     pub shape: Vec<usize>,
-    /// Shape in an exported file, with as many elements.
+    /// Shape in an exported file, with the same number of elements.
     pub saved_shape: Vec<usize>,
     /// SBP along each axis of the placement, such as `(S0, B)`.
     pub layout: String,
@@ -157,7 +158,7 @@ pub struct TensorMeta {
 }
 
 impl TensorMeta {
-    /// Elements, if the number can be one.
+    /// Number of elements; `None` if its bytes exceed `isize::MAX`.
     fn elements(&self) -> Option<usize> {
         let element = self.dtype.bytes();
         let bytes = self.shape.iter().try_fold(element, |product, extent| product.checked_mul(*extent))?;
@@ -165,23 +166,23 @@ impl TensorMeta {
     }
 }
 
-/// A tensor and where its elements lie.
+/// A tensor and the location of its elements.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct StoredTensor {
-    /// What it is.
+    /// Its metadata.
     pub info: TensorMeta,
-    /// Its elements.
+    /// The pieces that hold its elements.
     pub pieces: Vec<Piece>,
 }
 
-/// What a job has made of its time.
+/// Time statistics of a job.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct JobTime {
-    /// When it began, Unix time in milliseconds: attempts of one job have the same.
+    /// Start of the job, Unix time in milliseconds; equal for all attempts of one job.
     pub began_ms: u64,
-    /// Milliseconds in the steps that made the model what it is.
+    /// Milliseconds in steps whose updates are part of the model.
     pub productive_ms: u64,
 }
 
@@ -191,25 +192,26 @@ pub struct JobTime {
 pub struct Manifest {
     /// Steps done.
     pub step: u64,
-    /// Updates applied: steps that were skipped are not among them. `None` before version 3.
+    /// Updates applied, without skipped steps. `None` before version 3.
     #[serde(default)]
     pub updates: Option<u64>,
     /// The incarnation of the job that wrote it.
     pub epoch: u64,
-    /// The mesh that wrote it; any other can load it.
+    /// The mesh that wrote it; any other mesh can load it.
     pub mesh: String,
-    /// Initial weights and dropout masks are functions of it and of `step`: the two are the whole state of all generators.
+    /// Seed. Initial weights and dropout masks depend only on the seed and `step`, which are the state of all
+    /// generators.
     pub seed: u64,
-    /// The user's own.
+    /// The program's cursor.
     pub cursor: Cursor,
-    /// What the program declared. Empty before version 3.
+    /// Values that the program declared. Empty before version 3.
     #[serde(default)]
     pub declared: Values,
     /// Version of Shardflow that wrote it.
     pub writer: String,
-    /// Hash of the plan that wrote it, if it was given.
+    /// Hash of the plan that wrote it, if known.
     pub plan: Option<String>,
-    /// Of the job that wrote it.
+    /// Time statistics of the job that wrote it.
     #[serde(default)]
     pub job: JobTime,
     /// The files.
@@ -222,23 +224,23 @@ impl Manifest {
     /// Reads and checks a manifest.
     ///
     /// # Errors
-    /// What is wrong, with the tensor and the numbers.
+    /// The violation, with the tensor and the numbers.
     pub fn decode(text: &[u8]) -> Result<Self, String> {
         let manifest: Self = open_sealed("shardflow-checkpoint", text)?;
         manifest.check()?;
         Ok(manifest)
     }
 
-    /// The text, as [`Manifest::decode`] reads it.
+    /// Encodes the manifest for [`Manifest::decode`].
     ///
     /// # Errors
-    /// When the manifest breaks one of its invariants.
+    /// If the manifest violates an invariant.
     pub fn encode(&self) -> Result<Vec<u8>, String> {
         self.check()?;
         seal("shardflow-checkpoint", self)
     }
 
-    /// Updates applied. Versions before 3 did not count them apart from steps.
+    /// Updates applied; the number of steps for versions before 3, which did not count updates.
     pub fn updates(&self) -> u64 {
         self.updates.unwrap_or(self.step)
     }
@@ -254,7 +256,7 @@ impl Manifest {
         self.shards.iter().map(|s| s.bytes).fold(0, u64::saturating_add)
     }
 
-    /// MF-1's limits, MF-2 and MF-3.
+    /// Checks MF-1's limits, MF-2 and MF-3.
     fn check(&self) -> Result<(), String> {
         limit("tensors", self.tensors.len(), TENSORS_MAX)?;
         limit("shards", self.shards.len(), SHARDS_MAX)?;
@@ -271,7 +273,7 @@ impl Manifest {
         let mut names = BTreeSet::new();
         for tensor in &self.tensors {
             if !names.insert(&tensor.info.name) {
-                return Err(format!("two tensors {}", tensor.info.name));
+                return Err(format!("two tensors are named {}", tensor.info.name));
             }
             check_tensor(tensor, &self.shards).map_err(|why| format!("tensor {}: {why}", tensor.info.name))?;
         }
@@ -279,19 +281,19 @@ impl Manifest {
     }
 }
 
-fn limit(what: &str, got: usize, max: usize) -> Result<(), String> {
-    if got > max { Err(format!("{got} {what}, at most {max} are allowed")) } else { Ok(()) }
+fn limit(kind: &str, got: usize, max: usize) -> Result<(), String> {
+    if got > max { Err(format!("{got} {kind}, at most {max} are allowed")) } else { Ok(()) }
 }
 
-/// MF-3: a folder and a file of plain names.
+/// MF-3: a shard's path is a folder and a file with plain names.
 fn check_file(file: &str) -> Result<(), String> {
-    let plain = |part: &str| {
+    let is_plain = |part: &str| {
         let allowed = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-');
         !part.is_empty() && part.len() <= 128 && !part.starts_with('.') && part.chars().all(allowed)
     };
     match file.split_once('/') {
-        Some((folder, name)) if plain(folder) && plain(name) => Ok(()),
-        _ => Err(format!("{file:?} is no name of a shard")),
+        Some((folder, name)) if is_plain(folder) && is_plain(name) => Ok(()),
+        _ => Err(format!("{file:?} is not a shard name")),
     }
 }
 
@@ -309,15 +311,15 @@ fn check_tensor(tensor: &StoredTensor, shards: &[Shard]) -> Result<(), String> {
     let mut covered = 0usize;
     for (index, piece) in tensor.pieces.iter().enumerate() {
         check_piece(piece, info, shards)?;
-        // No overflow: each piece is a part of a tensor whose bytes can be counted, and there are few pieces.
+        // No overflow: each piece is part of a tensor whose bytes fit in `isize`, and the number of pieces is limited.
         covered = covered.saturating_add(piece.region().element_count());
-        let meets = |other: &&Piece| other.region().intersect(&piece.region()).is_some();
-        if let Some(other) = tensor.pieces[..index].iter().find(meets) {
+        let overlaps = |other: &&Piece| other.region().intersect(&piece.region()).is_some();
+        if let Some(other) = tensor.pieces[..index].iter().find(overlaps) {
             return Err(format!("pieces at {:?} and {:?} overlap", other.start, piece.start));
         }
     }
     if covered != elements {
-        return Err(format!("its pieces have {covered} of {elements} elements"));
+        return Err(format!("its pieces cover {covered} of {elements} elements"));
     }
     Ok(())
 }
@@ -337,7 +339,7 @@ fn check_piece(piece: &Piece, info: &TensorMeta, shards: &[Shard]) -> Result<(),
     Ok(())
 }
 
-/// What stands around a text that was sealed.
+/// The envelope of a sealed text.
 #[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Sealed<'a> {
@@ -348,7 +350,7 @@ struct Sealed<'a> {
     body: &'a RawValue,
 }
 
-/// The checksum of a sealed text: over its version and the bytes of its body. Up to version 2, over the body alone.
+/// The checksum of a sealed text, over its version and the bytes of its body; up to version 2 over the body only.
 fn checksum(version: u32, body: &RawValue) -> Checksum {
     let mut hasher = blake3::Hasher::new();
     if version > 2 {
@@ -357,7 +359,7 @@ fn checksum(version: u32, body: &RawValue) -> Checksum {
     hasher.update(body.get().as_bytes()).finalize().into()
 }
 
-/// `body` as JSON, with its [`checksum`] before it.
+/// Encodes `body` as JSON in an envelope with its [`checksum`].
 pub(crate) fn seal<T: Serialize>(format: &str, body: &T) -> Result<Vec<u8>, String> {
     seal_as(VERSION, format, body)
 }
@@ -373,7 +375,7 @@ fn seal_as<T: Serialize>(version: u32, format: &str, body: &T) -> Result<Vec<u8>
     Ok(text)
 }
 
-/// What was sealed, if it is as it was.
+/// Decodes a sealed text, if it is unaltered.
 pub(crate) fn open_sealed<T: DeserializeOwned>(format: &str, text: &[u8]) -> Result<T, String> {
     if text.len() as u64 > MANIFEST_BYTES_MAX {
         return Err(format!("{} bytes, at most {MANIFEST_BYTES_MAX} are allowed", text.len()));

@@ -1,4 +1,4 @@
-//! Tensors of a committed checkpoint: just the pieces that are asked for, each checked before it is used.
+//! Reads tensors of a committed checkpoint: only the requested pieces, each checked before use.
 
 use std::collections::BTreeMap;
 
@@ -25,34 +25,34 @@ impl CheckpointReader {
         Self { store, manifest, by_name }
     }
 
-    /// What the checkpoint is made of.
+    /// The checkpoint's manifest.
     pub fn manifest(&self) -> &Manifest {
         &self.manifest
     }
 
-    /// How the checkpoint is called in errors.
+    /// Name of the checkpoint in errors.
     pub fn name(&self) -> String {
         self.store.manifest_name(self.manifest.step)
     }
 
-    /// What is known of a tensor.
+    /// Finds a tensor by name.
     pub fn find(&self, name: &str) -> Option<&StoredTensor> {
         self.by_name.get(name).map(|index| &self.manifest.tensors[*index])
     }
 
-    /// A box of a tensor. Takes the memory of the box and of one piece.
+    /// Reads a box of a tensor. It needs memory for the box and for one piece.
     ///
     /// # Errors
-    /// As [`Reader::tensors`].
+    /// The same as [`CheckpointReader::tensors`].
     pub fn tensor(&self, name: &str, region: &Region) -> Result<HostTensor, CheckpointError> {
         Ok(self.tensors(name, std::slice::from_ref(region))?.swap_remove(0))
     }
 
-    /// Boxes of a tensor, in its program's shape; each piece is read once at most.
+    /// Reads boxes of a tensor, in the program's shape; each piece is read at most once.
     ///
     /// # Errors
-    /// [`CheckpointError::Unfit`] when there is no such tensor or box;
-    /// [`CheckpointError::Damaged`], with the shard, when the bytes are not those that were written.
+    /// [`CheckpointError::Unfit`] if there is no such tensor or box; [`CheckpointError::Damaged`], with the shard, if
+    /// the bytes were altered.
     pub fn tensors(&self, name: &str, regions: &[Region]) -> Result<Vec<HostTensor>, CheckpointError> {
         let tensor = self.find(name).ok_or_else(|| CheckpointError::missing(self.name(), name))?;
         let (whole, dtype) = (Region::whole(&tensor.info.shape), tensor.info.dtype);
@@ -94,20 +94,20 @@ impl CheckpointReader {
         let got = self.range(shard, &file, &path, piece.offset, bytes)?;
         if Checksum::of(&got) != piece.blake3 {
             let why =
-                format!("tensor {}: checksum of {bytes} bytes at {} is not as written", tensor.info.name, piece.offset);
+                format!("tensor {}: wrong checksum of {bytes} bytes at offset {}", tensor.info.name, piece.offset);
             return Err(CheckpointError::Damaged { file, why });
         }
         Ok(HostTensor::from_le_bytes(dtype, &piece.size, &got))
     }
 
-    /// Bytes of a shard. A shard that is not as long as it was is damaged, not a failing store.
+    /// Reads bytes of a shard. A shard of the wrong size is reported as damage, not as a failure of the store.
     fn range(&self, shard: &Shard, file: &str, path: &Path, from: u64, bytes: u64) -> Result<Vec<u8>, CheckpointError> {
         let operations = &self.store.operations;
         match operations.get_range(file, path, from, bytes) {
             Ok(got) if got.len() as u64 == bytes => Ok(got),
             result => {
                 let is_hidden = operations.size(file, path)?.is_none();
-                let why = match operations.eventually(|| operations.size(file, path))? {
+                let why = match operations.wait_visible(|| operations.size(file, path))? {
                     Some(size) if size == shard.bytes && is_hidden => {
                         return operations.get_range(file, path, from, bytes);
                     }
@@ -123,10 +123,10 @@ impl CheckpointReader {
         }
     }
 
-    /// Reads every shard and compares its checksum.
+    /// Reads every shard and verifies its checksum.
     ///
     /// # Errors
-    /// [`CheckpointError::Damaged`] with the first shard that is not as written.
+    /// [`CheckpointError::Damaged`] with the first altered shard.
     pub fn verify(&self) -> Result<(), CheckpointError> {
         for shard in &self.manifest.shards {
             let (file, path) = self.shard_path(shard);

@@ -1,4 +1,4 @@
-//! One save, from snapshot to commit: every process writes its shard, says so, and process 0 commits.
+//! One save, from snapshot to commit: every process writes its shard and reports it, then process 0 commits.
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
@@ -22,7 +22,7 @@ pub(crate) struct Attempt {
     pub(crate) number: u32,
     /// The step's checkpoint, if there is one, was found damaged.
     pub(crate) replaces: bool,
-    /// Of process 0 of a saver.
+    /// The store's lock, on process 0 of a saver.
     pub(crate) lock: Option<Arc<Lock>>,
 }
 
@@ -32,28 +32,28 @@ impl Attempt {
     }
 }
 
-/// How a save went.
+/// Report of a save.
 #[derive(Debug)]
 pub struct SaveReport {
     /// Steps done at the snapshot.
     pub step: u64,
-    /// What became of it. After an error nothing half-written is ever listed, and training may go on.
+    /// The result. After an error no incomplete checkpoint is ever listed, and training may continue.
     pub result: Result<SaveOutcome, CheckpointError>,
     /// Bytes of this process's elements.
     pub bytes: u64,
-    /// From the snapshot's end to the outcome.
+    /// Time from the complete snapshot to the outcome.
     pub seconds: f64,
-    /// Why older checkpoints could not be deleted, if so; the save stands.
+    /// Error of the deletion of older checkpoints, if any; the save is valid in spite of it.
     pub prune: Option<CheckpointError>,
 }
 
-/// How the names of a process's shard and of its sidecar end.
+/// File extensions of a process's shard and of its sidecar.
 pub(crate) const SHARD: &str = "safetensors";
 const SIDECAR: &str = "json";
 
 /// Name of a process's shard or sidecar in the checkpoint's folder.
-pub(crate) fn part_file(save: SaveId, process: u32, processes: u32, ending: &str) -> String {
-    format!("e{}-{}/shard-{process}-of-{processes}.{ending}", save.epoch, save.attempt)
+pub(crate) fn part_file(save: SaveId, process: u32, processes: u32, extension: &str) -> String {
+    format!("e{}-{}/shard-{process}-of-{processes}.{extension}", save.epoch, save.attempt)
 }
 
 /// Saves a snapshot. Blocks until all processes know the outcome.
@@ -66,7 +66,7 @@ pub(crate) fn save(
 ) -> SaveReport {
     let begin = Instant::now();
     let id = SaveId { epoch: options.member.epoch, step: snapshot.step, attempt: attempt.number };
-    let result = agreed(store, snapshot, options, id, attempt, agree);
+    let result = save_with_agreement(store, snapshot, options, id, attempt, agree);
     let is_first = options.member.process == 0;
     let prune =
         || attempt.check_lock().and_then(|()| store.prune(snapshot.step, options.keep, options.keep_every)).err();
@@ -75,7 +75,7 @@ pub(crate) fn save(
     SaveReport { step: snapshot.step, result, bytes: snapshot.bytes(), seconds, prune }
 }
 
-fn agreed(
+fn save_with_agreement(
     store: &Store,
     snapshot: &Snapshot,
     options: &SaverOptions,
@@ -85,25 +85,25 @@ fn agreed(
 ) -> Result<SaveOutcome, CheckpointError> {
     let member = options.member;
     let others = |source| CheckpointError::Others { step: id.step, source };
-    // A step that is committed already needs no shards; process 0 tells all.
+    // A step that is already committed needs no shards; process 0 reports `AlreadyThere` to all.
     let written = store
         .is_committed(id.step)
-        .and_then(|there| if there && !attempt.replaces { Ok(()) } else { write_shard(store, snapshot, member, id) });
-    let said = agree.all_written(id, written.as_ref().copied().map_err(ToString::to_string));
+        .and_then(|exists| if exists && !attempt.replaces { Ok(()) } else { write_shard(store, snapshot, member, id) });
+    let agreed = agree.all_written(id, written.as_ref().copied().map_err(ToString::to_string));
     written?;
-    said.map_err(others)?;
+    agreed.map_err(others)?;
     if member.process > 0 {
         return agree.outcome(id, None).map_err(others);
     }
     let committed = commit(store, snapshot, options, id, attempt);
-    let said = agree.outcome(id, Some(committed.as_ref().copied().map_err(ToString::to_string)));
-    // A checkpoint that is committed stays so, whether or not the others heard of it.
+    let agreed = agree.outcome(id, Some(committed.as_ref().copied().map_err(ToString::to_string)));
+    // A committed checkpoint stays committed, even if the others did not receive the outcome.
     let saved = committed?;
-    said.map_err(others)?;
+    agreed.map_err(others)?;
     Ok(saved)
 }
 
-/// Writes this process's shard, then the sidecar that says what is in it.
+/// Writes this process's shard, then the sidecar that describes it.
 fn write_shard(store: &Store, snapshot: &Snapshot, member: ProcessRank, id: SaveId) -> Result<(), CheckpointError> {
     let entry = |piece: &super::snapshot::SnapshotPiece| {
         let info = &snapshot.tensors[piece.tensor];
@@ -135,7 +135,7 @@ fn write_shard(store: &Store, snapshot: &Snapshot, member: ProcessRank, id: Save
     store.operations.put(&store.name(id.step, &file), &store.path(id.step, &file), text, PutMode::Overwrite)
 }
 
-/// Puts the manifest together and creates it, unless the step has one.
+/// Builds the manifest and creates its file, unless the step has one.
 fn commit(
     store: &Store,
     snapshot: &Snapshot,
@@ -143,8 +143,8 @@ fn commit(
     id: SaveId,
     attempt: &Attempt,
 ) -> Result<SaveOutcome, CheckpointError> {
-    let is_there = store.is_committed(id.step)?;
-    if is_there && !attempt.replaces {
+    let exists = store.is_committed(id.step)?;
+    if exists && !attempt.replaces {
         return Ok(SaveOutcome::AlreadyThere);
     }
     let mut manifest = Manifest {
@@ -171,20 +171,20 @@ fn commit(
         for piece in sidecar.pieces {
             let SidecarPiece { tensor, offset, start, size, blake3 } = piece;
             let Some(index) = by_name.get(&tensor) else {
-                let why = format!("it has tensor {tensor}, which rank 0 does not know");
+                let why = format!("it has tensor {tensor}, which rank 0 does not have");
                 return Err(CheckpointError::Damaged { file, why });
             };
             manifest.tensors[*index].pieces.push(Piece { shard, offset, start, size, blake3 });
         }
     }
     attempt.check_lock()?;
-    if is_there {
+    if exists {
         store.set_aside(id.step)?;
     }
     commit_manifest(store, &manifest)
 }
 
-/// The one atomic operation that makes a checkpoint (ST-1).
+/// The atomic operation that commits a checkpoint (ST-1).
 pub(crate) fn commit_manifest(store: &Store, manifest: &Manifest) -> Result<SaveOutcome, CheckpointError> {
     let (file, path) = (store.manifest_name(manifest.step), store.manifest_path(manifest.step));
     let refused = |why| CheckpointError::Refused(format!("{file}: cannot be committed: {why}"));
@@ -192,31 +192,32 @@ pub(crate) fn commit_manifest(store: &Store, manifest: &Manifest) -> Result<Save
     let Err(error) = store.operations.put(&file, &path, text.clone(), PutMode::Create) else {
         return Ok(SaveOutcome::Committed);
     };
-    // A cloud store may answer so to its own second try, and a lost answer is no lost commit.
+    // A cloud store may return this error to its own retry, and a commit whose response was lost is still a commit.
     match store.operations.get(&file, &path, super::manifest::MANIFEST_BYTES_MAX) {
-        Ok(Some(there)) if there == text => Ok(SaveOutcome::Committed),
+        Ok(Some(existing)) if existing == text => Ok(SaveOutcome::Committed),
         Ok(Some(_)) if error.is_there() => Ok(SaveOutcome::AlreadyThere),
         _ => Err(error),
     }
 }
 
-/// What a process says it wrote, with a look at whether the shard is there.
+/// Reads a process's sidecar, and checks that its shard exists.
 fn read_sidecar(store: &Store, id: SaveId, process: u32, processes: u32) -> Result<Sidecar, CheckpointError> {
     let file = part_file(id, process, processes, SIDECAR);
     let (name, path) = (store.name(id.step, &file), store.path(id.step, &file));
     let damaged = |why: String| CheckpointError::Damaged { file: name.clone(), why };
     let operations = &store.operations;
-    let text = operations.eventually(|| operations.get(&name, &path, SIDECAR_BYTES_MAX))?;
-    let text = text.ok_or_else(|| damaged(format!("the file is missing; rank {process} said that it was written")))?;
+    let text = operations.wait_visible(|| operations.get(&name, &path, SIDECAR_BYTES_MAX))?;
+    let text =
+        text.ok_or_else(|| damaged(format!("the file is missing, but rank {process} reported it as written")))?;
     let sidecar: Sidecar = open_sealed("shardflow-shard", &text).map_err(damaged)?;
     let expected = (id, process, processes, part_file(id, process, processes, SHARD));
-    let its = SaveId { epoch: sidecar.epoch, step: sidecar.step, attempt: sidecar.attempt };
-    if (its, sidecar.process, sidecar.processes, sidecar.shard.file.clone()) != expected {
-        return Err(damaged(format!("it is of {its:?}, rank {} of {}", sidecar.process, sidecar.processes)));
+    let found = SaveId { epoch: sidecar.epoch, step: sidecar.step, attempt: sidecar.attempt };
+    if (found, sidecar.process, sidecar.processes, sidecar.shard.file.clone()) != expected {
+        return Err(damaged(format!("it belongs to {found:?}, rank {} of {}", sidecar.process, sidecar.processes)));
     }
     let shard = store.name(id.step, &sidecar.shard.file);
     let path = store.path(id.step, &sidecar.shard.file);
-    let bytes = operations.eventually(|| operations.size(&shard, &path))?;
+    let bytes = operations.wait_visible(|| operations.size(&shard, &path))?;
     if bytes != Some(sidecar.shard.bytes) {
         let why = format!("{bytes:?} bytes long, expected {}", sidecar.shard.bytes);
         return Err(CheckpointError::Damaged { file: shard, why });
@@ -224,11 +225,13 @@ fn read_sidecar(store: &Store, id: SaveId, process: u32, processes: u32) -> Resu
     Ok(sidecar)
 }
 
-/// What [`SaverOptions`] may not be.
+/// Checks the rank and the world size of [`SaverOptions`].
 pub(crate) fn check_member(member: ProcessRank) -> Result<(), CheckpointError> {
     let ProcessRank { process, processes, .. } = member;
     if process < processes && processes as usize <= SHARDS_MAX {
         return Ok(());
     }
-    Err(CheckpointError::Refused(format!("rank {process} of {processes} processes; at most {SHARDS_MAX} may save")))
+    Err(CheckpointError::Refused(format!(
+        "rank {process} of {processes} is not valid; at most {SHARDS_MAX} processes can save"
+    )))
 }

@@ -1,4 +1,4 @@
-//! The saver: writes snapshots on a thread of its own while training goes on, one at a time.
+//! The saver writes snapshots on its own thread while training continues, one at a time.
 
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -16,31 +16,32 @@ use crate::lock::Lock;
 use crate::metrics as names;
 use crate::session::{Session, SessionError};
 
-/// What a save does while another is going on.
+/// Behavior of a save while another one runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum WhenBusy {
-    /// It waits for the other.
+    /// Wait for the running save.
     Wait,
-    /// It is left out. Only for a job of one process: several must leave out the same saves.
+    /// Skip this save. Only for single-process jobs, because all processes must skip the same saves.
     Skip,
 }
 
-/// How a saver saves.
+/// Options of a saver.
 #[derive(Clone, Debug)]
 pub struct SaverOptions {
-    /// Which process this is.
+    /// Rank of this process.
     pub member: ProcessRank,
-    /// Complete checkpoints that are kept, 1 or more.
+    /// Number of complete checkpoints to keep, 1 or more.
     pub keep: usize,
-    /// Checkpoints of steps that are multiples of this are kept for good.
+    /// Checkpoints of steps that are multiples of this are never deleted.
     pub keep_every: Option<u64>,
-    /// Number of saves the program will make, if known: the check of free space assumes no more.
+    /// Number of saves that the program will make, if known; the check of free space assumes no more.
     pub saves_max: Option<u64>,
-    /// What a save does while another is going on.
+    /// Behavior of a save while another one runs.
     pub busy: WhenBusy,
     /// Hash of the plan, for the manifest.
     pub plan: Option<String>,
-    /// The job's name, unique to it and the same for all its incarnations: a later incarnation takes the store's lock at once.
+    /// The job's unique name, the same for all its incarnations: a later incarnation takes the store's lock
+    /// immediately.
     pub job: Option<String>,
 }
 
@@ -58,15 +59,15 @@ impl Default for SaverOptions {
     }
 }
 
-/// What [`Saver::save`] did.
+/// Result of [`Saver::save`].
 #[derive(Debug)]
 pub enum SaveStart {
-    /// The snapshot is taken and being written.
+    /// The snapshot is complete, and the saver's thread writes it.
     Started {
-        /// How the one before went, if it had not been told yet.
+        /// Report of the previous save, unless it was returned before.
         before: Option<Box<SaveReport>>,
     },
-    /// Another save is going on, and [`WhenBusy::Skip`] says not to wait.
+    /// Another save is running, and the option is [`WhenBusy::Skip`].
     Skipped,
 }
 
@@ -75,12 +76,12 @@ struct Job {
     snapshot: Snapshot,
 }
 
-/// Saves in the background. At most one save is going on, and at most two snapshots are in memory. Dropping it waits for
-/// nothing: a save that goes on may still be committed while the process lives.
+/// Saves in the background. At most one save is running, and at most two snapshots are in memory. Dropping the saver
+/// does not wait: a running save may still be committed while the process lives.
 pub struct Saver {
     jobs: Sender<Job>,
     reports: Receiver<(SaveReport, Snapshot)>,
-    /// A save whose report has not come yet.
+    /// True while the report of a save is outstanding.
     is_busy: bool,
     /// The buffers of the last snapshot.
     spare: Option<Snapshot>,
@@ -92,18 +93,18 @@ pub struct Saver {
 }
 
 impl Saver {
-    /// Takes the store's lock, on process 0, and starts the thread. [`Session::saver`] does so, and checks the store first.
+    /// Takes the store's lock on process 0, and starts the thread. [`Session::saver`] also checks the store.
     ///
     /// # Errors
-    /// [`CheckpointError::Held`] when another training writes to the store; or when the options contradict each other, or no
-    /// thread can be started.
+    /// [`CheckpointError::Held`] if another training writes to the store; also if the options contradict each other, or
+    /// no thread can be started.
     pub fn new(store: Store, agree: Arc<dyn SaveAgreement>, options: SaverOptions) -> Result<Self, CheckpointError> {
         let SaverOptions { member, busy, .. } = options;
         check_member(member)?;
-        // So that the first that fails is seen as one more.
-        outcomes().iter().for_each(|outcome| outcome.absolute(0));
+        // Create both counters now, so that the first failure is visible as an increase.
+        outcome_counters().iter().for_each(|counter| counter.absolute(0));
         if busy == WhenBusy::Skip && member.processes > 1 {
-            let why = "processes that skip saves on their own do not skip the same ones; use Busy::Wait";
+            let why = "WhenBusy::Skip needs a single process: several would skip different saves; use WhenBusy::Wait";
             return Err(CheckpointError::Refused(why.into()));
         }
         let lock = (member.process == 0).then(|| Lock::take(&store, options.job.clone(), member.epoch)).transpose()?;
@@ -113,8 +114,8 @@ impl Saver {
         let run = move || {
             for Job { attempt, snapshot } in work {
                 let report = save(&store, &snapshot, &options, &attempt, &*agree);
-                count(&report);
-                // Before the report, so that dropping the saver after it releases the lock at once.
+                publish_metrics(&report);
+                // Before sending the report, so that dropping the saver after the report releases the lock at once.
                 drop(attempt);
                 if done.send((report, snapshot)).is_err() {
                     return;
@@ -126,22 +127,22 @@ impl Saver {
         Ok(Self { jobs, reports, is_busy: false, spare: None, next_attempt: 0, busy, place, lock })
     }
 
-    /// Takes a snapshot of the session between two steps and begins to write it. In a job of several processes all call
-    /// this after the same steps.
+    /// Takes a snapshot of the session between two steps and starts to write it. In a job of several processes, all
+    /// call this after the same steps.
     ///
     /// # Errors
-    /// When the session has failed, or the saver's thread has. How the writing goes is told later.
+    /// If the session or the saver's thread has failed. The result of the write is reported later.
     pub fn save(&mut self, session: &Session, cursor: Cursor) -> Result<SaveStart, SessionError> {
         let spare = self.spare.take();
-        // While a save goes on, its snapshot is the only one there is, and this is the second.
-        let busy_before = self.is_busy && self.reports.is_empty();
-        if busy_before && self.busy == WhenBusy::Skip {
+        // While a save runs, its snapshot is the only other one in memory.
+        let is_running = self.is_busy && self.reports.is_empty();
+        if is_running && self.busy == WhenBusy::Skip {
             self.spare = spare;
             return Ok(SaveStart::Skipped);
         }
         let mut snapshot = session.snapshot(spare)?;
         snapshot.cursor = cursor;
-        let replaces = session.has_passed_over(snapshot.step);
+        let replaces = session.is_known_damaged(snapshot.step);
         let mut before = None;
         if self.is_busy {
             let (report, spare) = self.reports.recv().map_err(|_| self.panicked())?;
@@ -155,20 +156,20 @@ impl Saver {
     }
 
     fn panicked(&self) -> CheckpointError {
-        CheckpointError::Refused(format!("{}: the thread that saves has panicked", self.place))
+        CheckpointError::Refused(format!("{}: the saver's thread has panicked", self.place))
     }
 
-    /// The report of the last save, once, when it is done; never waits.
+    /// Returns the report of the last save once, when the save has ended; never waits.
     pub fn poll(&mut self) -> Option<SaveReport> {
         let (report, spare) = self.reports.try_recv().ok()?;
         (self.is_busy, self.spare) = (false, Some(spare));
         Some(report)
     }
 
-    /// Waits for the save that goes on; gives its report, or `None` when there is none.
+    /// Waits for the running save and returns its report, or `None` if there is none.
     ///
     /// # Errors
-    /// [`CheckpointError::Stalled`] when it takes longer than `limit`; it goes on.
+    /// [`CheckpointError::Stalled`] if it takes longer than `limit`; the save continues.
     pub fn wait(&mut self, limit: Duration) -> Result<Option<SaveReport>, CheckpointError> {
         if !self.is_busy {
             return Ok(None);
@@ -187,11 +188,11 @@ impl Saver {
     }
 }
 
-/// Saves a snapshot now and waits for the outcome, as a [`Saver`] does on its thread. It takes no lock: nothing else may write to
+/// Saves a snapshot on the caller's thread and waits for the outcome. It takes no lock, so nothing else may write to
 /// the store.
 ///
 /// # Errors
-/// When the options do not go together. How the writing went is in the report.
+/// If the options contradict each other. The report has the result of the write.
 pub fn save_now(
     store: &Store,
     snapshot: &Snapshot,
@@ -201,13 +202,13 @@ pub fn save_now(
 ) -> Result<SaveReport, CheckpointError> {
     check_member(options.member)?;
     let report = save(store, snapshot, options, &Attempt { number: attempt, ..Attempt::default() }, agree);
-    count(&report);
+    publish_metrics(&report);
     Ok(report)
 }
 
-/// Tells the `metrics` facade of a save.
-fn count(report: &SaveReport) {
-    let [committed, failed] = outcomes();
+/// Publishes the metrics of a save.
+fn publish_metrics(report: &SaveReport) {
+    let [committed, failed] = outcome_counters();
     histogram!(names::CHECKPOINT_DURATION).record(report.seconds);
     if report.result.is_err() {
         return failed.increment(1);
@@ -218,7 +219,7 @@ fn count(report: &SaveReport) {
     }
 }
 
-/// Counters of saves that were committed, and that failed. Both are there once either is asked for.
-fn outcomes() -> [Counter; 2] {
+/// Counters of committed and failed saves; always registers both.
+fn outcome_counters() -> [Counter; 2] {
     ["committed", "failed"].map(|outcome| counter!(names::CHECKPOINTS, "outcome" => outcome))
 }

@@ -1,4 +1,4 @@
-//! Shards: safetensors files of pieces, written as a stream, and the sidecar that tells process 0 what is in one.
+//! Shards: safetensors files of pieces, written as a stream, each with a sidecar that lists its content for process 0.
 
 use std::borrow::Cow;
 use std::collections::HashMap;
@@ -16,13 +16,13 @@ use crate::declare::Values;
 pub(crate) const STEPS: &str = "shardflow.steps";
 /// Key of the number of updates in a file's metadata.
 pub(crate) const UPDATES: &str = "shardflow.updates";
-/// Bytes of a sidecar, at most.
+/// Largest size of a sidecar, bytes.
 pub(crate) const SIDECAR_BYTES_MAX: u64 = super::manifest::MANIFEST_BYTES_MAX;
 
-// Elements are written as they lie in memory.
-const _: () = assert!(cfg!(target_endian = "little"), "checkpoints are written by little-endian machines");
+// Elements are written in memory order.
+const _: () = assert!(cfg!(target_endian = "little"), "checkpoints require a little-endian machine");
 
-/// A tensor that goes into a file.
+/// A tensor to be written to a file.
 #[derive(Clone, Debug)]
 pub(crate) struct Entry {
     pub(crate) name: String,
@@ -36,7 +36,7 @@ impl Entry {
     }
 }
 
-/// What a piece is called in a shard: its tensor's name, with the box where it is not all of it.
+/// Name of a piece in a shard: its tensor's name, followed by its box unless it is the whole tensor.
 pub(crate) fn entry_name(tensor: &str, shape: &[usize], region: &Region) -> String {
     if region.size == shape {
         return tensor.into();
@@ -64,7 +64,8 @@ pub(crate) fn declared_of(metadata: &HashMap<String, String>) -> Values {
     metadata.iter().filter_map(named).collect()
 }
 
-/// The JSON text of a safetensors file. That crate keeps metadata in a hash map, whose order differs from run to run.
+/// The JSON header of a safetensors file. The crate's own type keeps metadata in a hash map, whose order differs
+/// between runs.
 #[derive(Serialize)]
 struct Header<'a> {
     #[serde(rename = "__metadata__")]
@@ -73,7 +74,7 @@ struct Header<'a> {
     tensors: Metadata,
 }
 
-/// The header of a safetensors file: equal bytes for equal entries and metadata.
+/// Encodes the header of a safetensors file; equal entries and metadata result in equal bytes.
 pub(crate) fn header(entries: &[Entry], metadata: &Values) -> Result<Vec<u8>, CheckpointError> {
     let mut end = 0;
     let view = |entry: &Entry| {
@@ -87,7 +88,7 @@ pub(crate) fn header(entries: &[Entry], metadata: &Values) -> Result<Vec<u8>, Ch
         (entry.name.clone(), View { dtype, shape: entry.shape.clone(), data_offsets: (start, end) })
     };
     let views = entries.iter().map(view).collect();
-    let refused = |why: String| CheckpointError::Refused(format!("cannot be a safetensors file: {why}"));
+    let refused = |why: String| CheckpointError::Refused(format!("cannot make a safetensors header: {why}"));
     let tensors = Metadata::new(None, views).map_err(|e| refused(e.to_string()))?;
     let mut text = serde_json::to_vec(&Header { metadata, tensors }).map_err(|e| refused(e.to_string()))?;
     text.resize(text.len().next_multiple_of(8), b' ');
@@ -96,13 +97,13 @@ pub(crate) fn header(entries: &[Entry], metadata: &Values) -> Result<Vec<u8>, Ch
     Ok(header)
 }
 
-/// A shard that was written: the file, and offset and checksum of each entry.
+/// A written shard: the file, and offset and checksum of each entry.
 pub(crate) struct Written {
     pub(crate) shard: Shard,
     pub(crate) entries: Vec<(u64, Checksum)>,
 }
 
-/// Writes a shard; `content` gives the elements of each entry in turn, so that one at a time is in memory.
+/// Writes a shard; `content` returns the elements of each entry in turn, so that only one entry is in memory.
 pub(crate) fn write<'a>(
     store: &Store,
     step: u64,
@@ -119,7 +120,7 @@ pub(crate) fn write<'a>(
     for (index, entry) in entries.iter().enumerate() {
         let tensor = content(index)?;
         let elements = tensor.as_bytes();
-        assert_eq!(elements.len() as u64, entry.bytes(), "{}: an entry of another size", entry.name);
+        assert_eq!(elements.len() as u64, entry.bytes(), "{}: the content has another size than the entry", entry.name);
         upload.push(elements)?;
         written.push((offset, Checksum::of(elements)));
         offset += entry.bytes();
@@ -128,7 +129,7 @@ pub(crate) fn write<'a>(
     Ok(Written { shard: Shard { file: file.into(), bytes, blake3 }, entries: written })
 }
 
-/// What a process wrote, for process 0.
+/// Description of a process's shard, for process 0.
 #[derive(Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct Sidecar {

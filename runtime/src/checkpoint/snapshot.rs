@@ -1,12 +1,12 @@
-//! A snapshot: what a process's devices held between two steps, in host memory, so that it can be written while training
-//! goes on.
+//! A snapshot: a copy in host memory of the state of a process's devices between two steps, which can be written while
+//! training continues.
 
 use shardflow_kernels::tensor::{HostTensor, Region};
 
 use super::manifest::{Cursor, JobTime, TensorMeta};
 use crate::declare::Values;
 
-/// A process's part of a checkpoint, and what is known of the whole.
+/// A process's part of a checkpoint, and the metadata of the whole checkpoint.
 #[derive(Clone, Debug)]
 pub struct Snapshot {
     /// Steps done.
@@ -17,15 +17,15 @@ pub struct Snapshot {
     pub seed: u64,
     /// The mesh.
     pub mesh: String,
-    /// The user's own; only that of process 0 is written.
+    /// The program's cursor; only that of process 0 is written.
     pub cursor: Cursor,
-    /// What the program declared.
+    /// Values that the program declared.
     pub declared: Values,
-    /// What the job has made of its time.
+    /// Time statistics of the job.
     pub job: JobTime,
     /// Every tensor of the checkpoint, the same for all processes.
     pub tensors: Vec<TensorMeta>,
-    /// What this process writes.
+    /// The pieces that this process writes.
     pub pieces: Vec<SnapshotPiece>,
 }
 
@@ -34,7 +34,7 @@ pub struct Snapshot {
 pub struct SnapshotPiece {
     /// Index in [`Snapshot::tensors`].
     pub tensor: usize,
-    /// Which part of it.
+    /// Its region of the tensor.
     pub region: Region,
     /// Its elements.
     pub data: HostTensor,

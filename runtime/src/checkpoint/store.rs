@@ -1,12 +1,12 @@
-//! A place for checkpoints: where each file lies, which checkpoints there are, which is the newest good one, and which are
-//! deleted.
+//! A store of checkpoints: the location of each file, the list of checkpoints, the newest good one, and the deletion of
+//! old ones.
 //!
-//! - ST-1: a checkpoint of step S exists if and only if `step-<S>/manifest.json` does. It is created once, by one atomic
-//!   operation that fails where it is there already, after all its shards are written and synced.
-//! - ST-2: each attempt to save writes to a folder of its own, `step-<S>/e<epoch>-<attempt>/`, so that no late writer
-//!   touches a file of another attempt.
-//! - ST-3: deleting begins with the manifest, and the newest good checkpoint is never deleted.
-//! - ST-4: a checkpoint's cursor is that of its manifest, or of a `cursor.json` that names this very manifest by checksum.
+//! - ST-1: a checkpoint of step S exists if and only if `step-<S>/manifest.json` does. One atomic operation, which
+//!   fails if the file exists, creates it after all its shards are written and synced.
+//! - ST-2: each attempt to save writes to its own folder, `step-<S>/e<epoch>-<attempt>/`, so that no late writer
+//!   modifies a file of another attempt.
+//! - ST-3: deletion begins with the manifest, and the newest good checkpoint is never deleted.
+//! - ST-4: a checkpoint's cursor is that of its manifest, or of a `cursor.json` that contains this manifest's checksum.
 
 use std::collections::BTreeMap;
 use std::path::{Component, PathBuf};
@@ -27,13 +27,13 @@ use super::read::CheckpointReader;
 use crate::clock::{SystemClock, WaitClock};
 use crate::files;
 
-/// Name of the file that makes a checkpoint.
+/// Name of the file whose creation commits a checkpoint.
 const MANIFEST: &str = "manifest.json";
-/// What a manifest is called after [`Store::set_aside`].
+/// Name of a manifest after [`Store::set_aside`].
 const SET_ASIDE: &str = "manifest.json.damaged";
 /// Name of the file with a cursor that replaces the manifest's (ST-4).
 const CURSOR: &str = "cursor.json";
-/// Largest size of that file.
+/// Largest size of that file, bytes.
 const CURSOR_BYTES_MAX: u64 = 16 << 20;
 
 /// The content of [`CURSOR`].
@@ -44,40 +44,40 @@ struct NewCursor {
     cursor: Cursor,
 }
 
-/// A folder, local or in the cloud, that holds checkpoints. Clones share their threads.
+/// A local folder, or one in the cloud, that holds checkpoints. Clones share their threads.
 #[derive(Clone, Debug)]
 pub struct Store {
     pub(crate) operations: Operations,
     prefix: Path,
-    /// As the user named it.
+    /// The place, as the user wrote it.
     place: String,
-    /// The folder, where it is a local one.
+    /// The folder, if it is local.
     pub(crate) local: Option<PathBuf>,
 }
 
-/// The newest good checkpoint, and those that are newer but damaged.
+/// The newest good checkpoint, and the errors of newer, damaged ones.
 #[derive(Debug)]
 pub struct NewestCheckpoint {
     /// The checkpoint, if there is one.
     pub reader: Option<CheckpointReader>,
-    /// What is wrong with newer ones; the file is named.
+    /// Errors of newer checkpoints, with the damaged file.
     pub damaged: Vec<CheckpointError>,
 }
 
 impl Store {
-    /// A store at a local path, `file:///path`, `memory:///`, or, with the cargo feature `aws`, `gcp` or `azure`, at
-    /// `s3://bucket/path`, `gs://bucket/path` or `az://container/path`; what those need is taken from the environment.
-    /// Nothing is made there before something is written.
+    /// Opens a store at a local path, `file:///path`, `memory:///`, or, with the cargo feature `aws`, `gcp` or `azure`,
+    /// at `s3://bucket/path`, `gs://bucket/path` or `az://container/path`; settings of cloud stores come from the
+    /// environment. The folder is created by the first write.
     ///
     /// # Errors
-    /// [`CheckpointError::Place`] when it cannot be a store.
+    /// [`CheckpointError::Place`] if the place cannot be a store.
     pub fn open(place: &str) -> Result<Self, CheckpointError> {
         let fail = |why: String| CheckpointError::Place { place: place.into(), why };
         let url = if place.contains("://") { Some(Url::parse(place).map_err(|e| fail(e.to_string()))?) } else { None };
         let folder = match &url {
             None => Some(PathBuf::from(place)),
             Some(url) if url.scheme() == "file" => {
-                Some(url.to_file_path().map_err(|()| fail("write it as file:///path".into()))?)
+                Some(url.to_file_path().map_err(|()| fail("the URL must have the form file:///path".into()))?)
             }
             Some(_) => None,
         };
@@ -89,24 +89,24 @@ impl Store {
         let environment = std::env::vars_os().filter_map(|(k, v)| Some((k.into_string().ok()?, v.into_string().ok()?)));
         let (backend, prefix) =
             object_store::parse_url_opts(&url, environment).map_err(|e| fail(format!("{e}{hint}")))?;
-        Self::at(Arc::from(backend), prefix, place.into(), None)
+        Self::new(Arc::from(backend), prefix, place.into(), None)
     }
 
-    /// A store of the caller's, at a folder of it.
+    /// A store in a folder of the caller's backend.
     ///
     /// # Errors
-    /// When the folder's name cannot be one, or no thread can be had.
+    /// If the folder's name is invalid, or no thread can be started.
     pub fn with(backend: Arc<dyn ObjectStore>, prefix: &str) -> Result<Self, CheckpointError> {
         let place = format!("{backend}/{prefix}");
         let fail = |e: object_store::path::Error| CheckpointError::Place { place: place.clone(), why: e.to_string() };
         let prefix = Path::parse(prefix).map_err(fail)?;
-        Self::at(backend, prefix, place, None)
+        Self::new(backend, prefix, place, None)
     }
 
     /// A store in a local folder, accessed through the caller's backend, whose root is the file system's root.
     ///
     /// # Errors
-    /// As [`Store::open`].
+    /// The same as [`Store::open`].
     pub fn in_folder(
         backend: Arc<dyn ObjectStore>,
         folder: &std::path::Path,
@@ -118,10 +118,10 @@ impl Store {
             return Err(fail("not a folder".into()));
         }
         let prefix = Path::from_absolute_path(&folder).map_err(|e| fail(e.to_string()))?;
-        Self::at(backend, prefix, place.into(), Some(folder))
+        Self::new(backend, prefix, place.into(), Some(folder))
     }
 
-    fn at(
+    fn new(
         backend: Arc<dyn ObjectStore>,
         prefix: Path,
         place: String,
@@ -137,36 +137,37 @@ impl Store {
         Ok(Self { operations, prefix, place: place.trim_end_matches('/').into(), local })
     }
 
-    /// How long a file that another process has written may stay invisible here. Unless set, 90 s in a local folder of a network
-    /// file system, and 0 elsewhere. A missing file counts as damage only after this time.
+    /// Sets how long a file that another process has written may stay invisible here. The default is 90 s in a folder
+    /// of a network file system, and 0 elsewhere. A missing file counts as damage only after this time.
     #[must_use]
     pub fn with_hidden(mut self, time: Duration) -> Self {
         self.operations.hidden = time;
         self
     }
 
-    /// Replaces the system's clock, for tests.
+    /// Replaces the system clock, for tests.
     #[must_use]
     pub fn with_clock(mut self, clock: Arc<dyn WaitClock>) -> Self {
         self.operations.clock = clock;
         self
     }
 
-    /// How long one operation may take before the store counts as stalled; 120 s unless told otherwise.
+    /// Sets how long one operation may take before the store counts as stalled; the default is 120 s.
     #[must_use]
     pub fn with_deadline(mut self, deadline: Duration) -> Self {
         self.operations.deadline = deadline;
         self
     }
 
-    /// Bytes that are sent at once, 16 MiB unless told otherwise: the memory that writing takes beside the snapshot.
+    /// Sets the bytes of one upload request, which is the memory that a write needs beside the snapshot; the default is
+    /// 16 MiB.
     #[must_use]
     pub fn with_part_bytes(mut self, bytes: usize) -> Self {
         self.operations.part_bytes = bytes.max(1);
         self
     }
 
-    /// The place, as it was given.
+    /// The place, as the user wrote it.
     pub fn place(&self) -> &str {
         &self.place
     }
@@ -175,19 +176,19 @@ impl Store {
         format!("step-{step:012}")
     }
 
-    /// Path in the store of a file of a step's checkpoint.
+    /// Path of a file of a step's checkpoint.
     pub(crate) fn path(&self, step: u64, file: &str) -> Path {
         let parts = [Self::folder_name(step)];
         let parts = parts.iter().map(String::as_str).chain(file.split('/').filter(|part| !part.is_empty()));
         parts.fold(self.prefix.clone(), |path, part| path.join(PathPart::from(part)))
     }
 
-    /// Path in the store of a file beside the checkpoints.
+    /// Path of a file in the store's top folder.
     pub(crate) fn top(&self, file: &str) -> Path {
         self.prefix.clone().join(PathPart::from(file))
     }
 
-    /// How a file of a step's checkpoint is called in errors.
+    /// Name of a file of a step's checkpoint in errors.
     pub(crate) fn name(&self, step: u64, file: &str) -> String {
         format!("{}/{}/{file}", self.place, Self::folder_name(step))
     }
@@ -200,13 +201,13 @@ impl Store {
         self.name(step, MANIFEST)
     }
 
-    /// True when the step has a committed checkpoint.
+    /// True if the step has a committed checkpoint.
     pub(crate) fn is_committed(&self, step: u64) -> Result<bool, CheckpointError> {
         Ok(self.operations.size(&self.manifest_name(step), &self.manifest_path(step))?.is_some())
     }
 
-    /// Names in the folder of a step, or of the store, with the sizes of files; folders have none. With `deep`, all files below
-    /// it instead.
+    /// Lists the folder of a step, or of the store, with the sizes of files; a folder has no size. With `deep`, lists
+    /// all files below it instead.
     pub(crate) fn list(&self, step: Option<u64>, deep: bool) -> Result<BTreeMap<String, Option<u64>>, CheckpointError> {
         let at = step.map_or_else(|| self.prefix.clone(), |step| self.path(step, ""));
         let name = step.map_or_else(|| self.place.clone(), |step| self.name(step, ""));
@@ -232,8 +233,8 @@ impl Store {
         })
     }
 
-    /// Steps that something was ever written for, in order.
-    fn begun(&self) -> Result<Vec<u64>, CheckpointError> {
+    /// Steps that have a folder, in order.
+    fn steps_with_folder(&self) -> Result<Vec<u64>, CheckpointError> {
         let step = |(name, bytes): (String, Option<u64>)| {
             let step = name.strip_prefix("step-")?.parse().ok()?;
             (bytes.is_none() && name == Self::folder_name(step)).then_some(step)
@@ -243,13 +244,13 @@ impl Store {
         Ok(steps)
     }
 
-    /// Steps that have a committed checkpoint, in order. Whether it is still good is not looked at.
+    /// Steps that have a committed checkpoint, in order. It does not check for damage.
     ///
     /// # Errors
-    /// When the store cannot be asked.
+    /// If the store cannot be read.
     pub fn steps(&self) -> Result<Vec<u64>, CheckpointError> {
         let mut committed = Vec::new();
-        for step in self.begun()? {
+        for step in self.steps_with_folder()? {
             if self.is_committed(step)? {
                 committed.push(step);
             }
@@ -257,8 +258,8 @@ impl Store {
         Ok(committed)
     }
 
-    /// A committed checkpoint. Its manifest is read and checked, and all shards must be there in full length; their
-    /// contents are checked as they are read.
+    /// Opens a committed checkpoint. Reads and checks its manifest, and checks that all shards exist with their full
+    /// size. Their contents are checked when they are read.
     ///
     /// # Errors
     /// [`CheckpointError::Absent`], or [`CheckpointError::Damaged`] with the file.
@@ -267,11 +268,11 @@ impl Store {
         let mut manifest =
             Manifest::decode(&text).map_err(|why| CheckpointError::Damaged { file: name.clone(), why })?;
         if manifest.step != step {
-            let why = format!("it is of step {}", manifest.step);
+            let why = format!("it belongs to step {}", manifest.step);
             return Err(CheckpointError::Damaged { file: name, why });
         }
-        let whole = |files: &BTreeMap<_, _>| manifest.shards.iter().all(|shard| files.contains_key(&shard.file));
-        let listed = self.operations.eventually(|| Ok(Some(self.list(Some(step), true)?).filter(whole)))?;
+        let is_complete = |files: &BTreeMap<_, _>| manifest.shards.iter().all(|shard| files.contains_key(&shard.file));
+        let listed = self.operations.wait_visible(|| Ok(Some(self.list(Some(step), true)?).filter(is_complete)))?;
         let files = listed.map_or_else(|| self.list(Some(step), true), Ok)?;
         for shard in &manifest.shards {
             let why = match files.get(&shard.file).copied().flatten() {
@@ -306,64 +307,68 @@ impl Store {
         Ok(())
     }
 
-    /// Replaces the cursor of a committed checkpoint, atomically: for a training that rolls back to it and skips samples, which a
-    /// later run must skip, too. One process calls it.
+    /// Atomically replaces the cursor of a committed checkpoint, for a training that rolls back to it and skips
+    /// samples, which a later run must skip, too. One process calls it.
     ///
     /// # Errors
-    /// [`CheckpointError::Absent`], or when the store cannot do it.
+    /// [`CheckpointError::Absent`], or if the write fails.
     pub fn set_cursor(&self, step: u64, cursor: Cursor) -> Result<(), CheckpointError> {
         let manifest = Checksum::of(&self.manifest_text(step)?);
         let sealed = seal("shardflow-cursor", &NewCursor { manifest, cursor }).map_err(CheckpointError::Refused)?;
         self.operations.put(&self.name(step, CURSOR), &self.path(step, CURSOR), sealed, PutMode::Overwrite)
     }
 
-    /// As [`Store::read`], where another process has read the step, and found a cursor with this [`Manifest::cursor_digest`].
+    /// Like [`Store::read`], after another process has read the step and found a cursor with this
+    /// [`Manifest::cursor_digest`].
     pub(crate) fn read_as(&self, step: u64, cursor: u64) -> Result<CheckpointReader, CheckpointError> {
-        let look = || match self.read(step) {
+        let attempt = || match self.read(step) {
             Ok(reader) if reader.manifest().cursor_digest() != cursor => Ok(None),
             Err(CheckpointError::Absent { .. }) => Ok(None),
             result => result.map(Some),
         };
-        let other = || {
+        let mismatch = || {
             let why = format!("{}: its cursor is not the one that rank 0 reads", self.manifest_name(step));
             self.read(step).and(Err(CheckpointError::Refused(why)))
         };
-        self.operations.eventually(look)?.map_or_else(other, Ok)
+        self.operations.wait_visible(attempt)?.map_or_else(mismatch, Ok)
     }
 
-    /// The newest good checkpoint of a step before `before`, if that is given: one that [`Store::read`] accepts. Those
-    /// that are damaged are passed over and told.
+    /// The newest good checkpoint, of a step before `before` if that is given: one that [`Store::read`] accepts.
+    /// Damaged checkpoints are skipped and reported.
     ///
     /// # Errors
-    /// When the store cannot be asked.
+    /// If the store cannot be read.
     pub fn newest_before(&self, before: Option<u64>) -> Result<NewestCheckpoint, CheckpointError> {
-        self.newest_that(before, |_| Ok(()))
+        self.newest_accepted(before, |_| Ok(()))
     }
 
-    /// The newest good checkpoint, as [`Store::newest_before`].
+    /// The newest good checkpoint; see [`Store::newest_before`].
     ///
     /// # Errors
-    /// When the store cannot be asked.
+    /// If the store cannot be read.
     pub fn newest(&self) -> Result<NewestCheckpoint, CheckpointError> {
         self.newest_before(None)
     }
 
-    /// As [`Store::newest`], with every byte read and checked: nothing it gives can fail to load but for a new damage.
+    /// Like [`Store::newest`], but reads and checks every byte: the checkpoint can fail to load only because of later
+    /// damage.
     ///
     /// # Errors
-    /// When the store cannot be asked.
+    /// If the store cannot be read.
     pub fn newest_verified(&self) -> Result<NewestCheckpoint, CheckpointError> {
-        self.newest_that(None, CheckpointReader::verify)
+        self.newest_accepted(None, CheckpointReader::verify)
     }
 
-    fn newest_that(
+    fn newest_accepted(
         &self,
         before: Option<u64>,
-        good: impl Fn(&CheckpointReader) -> Result<(), CheckpointError>,
+        accept: impl Fn(&CheckpointReader) -> Result<(), CheckpointError>,
     ) -> Result<NewestCheckpoint, CheckpointError> {
         let mut damaged = Vec::new();
-        for step in self.begun()?.into_iter().rev().filter(|step| before.is_none_or(|before| *step < before)) {
-            match self.read(step).and_then(|reader| good(&reader).map(|()| reader)) {
+        for step in
+            self.steps_with_folder()?.into_iter().rev().filter(|step| before.is_none_or(|before| *step < before))
+        {
+            match self.read(step).and_then(|reader| accept(&reader).map(|()| reader)) {
                 Ok(reader) => return Ok(NewestCheckpoint { reader: Some(reader), damaged }),
                 Err(CheckpointError::Absent { .. }) => {}
                 Err(error) if error.is_damage() => damaged.push(error),
@@ -373,11 +378,11 @@ impl Store {
         Ok(NewestCheckpoint { reader: None, damaged })
     }
 
-    /// Takes a checkpoint that turned out to be damaged, or that training went back behind, out of the list, so that the
-    /// step can be committed again. Its files stay until they are older than the newest.
+    /// Renames the manifest of a checkpoint that is damaged, or that training has rolled back past, so that the step
+    /// can be committed again. Its files stay until a newer checkpoint is committed.
     ///
     /// # Errors
-    /// When the store cannot do it.
+    /// If the rename fails.
     pub fn set_aside(&self, step: u64) -> Result<(), CheckpointError> {
         let (backend, from, to) =
             (self.operations.backend.clone(), self.manifest_path(step), self.path(step, SET_ASIDE));
@@ -385,22 +390,22 @@ impl Store {
         self.operations.run(&self.manifest_name(step), StoreOperation::Write, rename)
     }
 
-    /// Deletes checkpoints of steps up to `newest`, and leftovers of attempts before it. The newest `keep` good ones (at least
-    /// one) and those of steps that are multiples of `keep_every` stay. One process calls it once `newest` is committed: others
-    /// may already be saving a later step, even one that has a damaged checkpoint.
+    /// Deletes old checkpoints of steps up to `newest`, and files of failed attempts. It keeps the newest `keep` good
+    /// ones (at least one) and those of steps that are multiples of `keep_every`. One process calls it after `newest`
+    /// is committed: others may already save a later step, even one that has a damaged checkpoint.
     ///
     /// # Errors
-    /// When the store cannot do it; what was not deleted is found again by the next call.
+    /// If a deletion fails; the next call finds the remaining files again.
     pub fn prune(&self, newest: u64, keep: usize, keep_every: Option<u64>) -> Result<(), CheckpointError> {
         let (keep, mut kept) = (keep.max(1), 0);
-        for step in self.begun()?.into_iter().rev().skip_while(|step| *step > newest) {
+        for step in self.steps_with_folder()?.into_iter().rev().skip_while(|step| *step > newest) {
             match self.read(step) {
                 Ok(reader) if kept < keep || keep_every.is_some_and(|every| step.is_multiple_of(every)) => {
                     kept += 1;
                     self.delete_other_attempts(&reader)?;
                 }
                 Ok(_) => self.delete(step, "", true)?,
-                // Older than what is good, it is of no use.
+                // Files of a failed attempt before a good checkpoint are useless.
                 Err(CheckpointError::Absent { .. }) if kept > 0 => self.delete(step, "", true)?,
                 Err(error) if error.is_damage() && kept >= keep => self.delete(step, "", true)?,
                 Err(CheckpointError::Absent { .. }) => {}
@@ -411,7 +416,7 @@ impl Store {
         Ok(())
     }
 
-    /// Deletes what attempts that were not committed left in a committed checkpoint's folder.
+    /// Deletes files of uncommitted attempts in a committed checkpoint's folder.
     fn delete_other_attempts(&self, reader: &CheckpointReader) -> Result<(), CheckpointError> {
         let step = reader.manifest().step;
         let shards = || reader.manifest().shards.iter().filter_map(|shard| shard.file.split('/').next());
@@ -423,14 +428,14 @@ impl Store {
         Ok(())
     }
 
-    /// Deletes a file or a folder of a step; without a name all that there is of it, its manifest first.
+    /// Deletes a file or a folder of a step; with an empty name the whole step, its manifest first.
     fn delete(&self, step: u64, name: &str, is_folder: bool) -> Result<(), CheckpointError> {
         if name.is_empty() {
             self.delete(step, MANIFEST, false)?;
         }
         let (file, path) = (self.name(step, name), self.path(step, name));
         if let Some(local) = &self.local {
-            // With a folder go the parts of files that a killed process left; the object store does not list those.
+            // This also deletes partial files of a killed process, which the object store does not list.
             let local = local.join(Self::folder_name(step)).join(name);
             return self.operations.run_local(&file, StoreOperation::Delete, move || files::remove(&local));
         }
@@ -445,19 +450,19 @@ impl Store {
     }
 }
 
-/// The path from the root, with links followed as far as it exists.
+/// The absolute path, with symbolic links resolved as far as the path exists.
 fn absolute(path: &std::path::Path) -> std::io::Result<PathBuf> {
-    let mut there = std::path::absolute(path)?;
+    let mut existing = std::path::absolute(path)?;
     let mut rest = Vec::new();
-    while !there.exists() {
-        // `..` behind a folder that is not there leads nowhere.
-        let Some(Component::Normal(name)) = there.components().next_back() else {
+    while !existing.exists() {
+        // `..` after a missing folder cannot be resolved.
+        let Some(Component::Normal(name)) = existing.components().next_back() else {
             return Err(std::io::Error::from(std::io::ErrorKind::NotFound));
         };
         rest.push(name.to_os_string());
-        there.pop();
+        existing.pop();
     }
-    let mut path = there.canonicalize()?;
+    let mut path = existing.canonicalize()?;
     path.extend(rest.into_iter().rev());
     Ok(path)
 }

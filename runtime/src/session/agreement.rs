@@ -1,7 +1,9 @@
-//! Values that must be equal on all ranks: in each step the learning rate and the elements that several ranks feed, at each load
-//! the tensors. Every rank compares all values, so a difference ends the call on every rank, with the same error.
+//! Checks values that must be equal on all ranks: in each step the learning rate and the elements that several ranks
+//! feed, at each load the tensors. Every rank compares all values, so a difference ends the call on every rank with the
+//! same error.
 //!
-//! A step's numbers share a message with requests to stop; their cost is a digest of the elements that several ranks feed.
+//! A step's numbers share a message with requests to stop. The only cost is a digest of the elements that several ranks
+//! feed.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -19,19 +21,19 @@ use crate::plan::memory::local_part;
 use crate::plan::{ActionKey, Plan};
 use crate::sbp::region::contains;
 
-/// Most different values that an error lists.
+/// Maximum number of different values that an error lists.
 const VALUES_MAX: usize = 4;
 
 /// Numbers of a step before its digests: the request and the learning rate's bits.
 const STEP_NUMBERS: usize = 2;
 
-/// Names of a load's numbers, before the digests of tensors. The first number is 0 if the load failed.
+/// Names of a load's numbers that precede the digests of tensors. The first number is 0 if the load failed.
 const LOAD_NAMES: [&str; 5] = ["outcome", "number of steps", "number of updates", "seed", "manifest"];
 
-/// Index of the first of them that is a digest.
+/// Index of the first digest among them.
 const MANIFEST: usize = 4;
 
-/// Ranks were given different values where they must be equal.
+/// Ranks have different values where all must have the same.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{context}: the ranks differ in {name}: {}; give every rank the same", list(values))]
 pub struct RankDisagreement {
@@ -43,7 +45,7 @@ pub struct RankDisagreement {
     pub values: Vec<(u32, String)>,
 }
 
-/// Ranks by value, in the order of the first rank that has it.
+/// Lists ranks by value, in the order of the first rank that has it.
 fn list(values: &[(u32, String)]) -> String {
     let mut groups: Vec<(&str, Vec<u32>)> = Vec::new();
     for (rank, value) in values {
@@ -59,22 +61,22 @@ fn list(values: &[(u32, String)]) -> String {
     format!("{}{more}", listed.collect::<Vec<_>>().join("; "))
 }
 
-/// Elements of an input that the same processes feed, two or more.
+/// Elements of an input that the same two or more processes feed.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SharedInput {
     var: Var,
     processes: BTreeSet<u32>,
-    /// What all of them feed, of one micro-batch.
+    /// The regions of one micro-batch that all of them feed.
     regions: Vec<Region>,
 }
 
 /// The processes that feed each region, by its start and size.
 type Feeders = BTreeMap<(Vec<usize>, Vec<usize>), BTreeSet<u32>>;
 
-/// Inputs that several processes of a plan feed: the same list on all processes. Inputs of one name are one tensor of the host's,
-/// which may be fed to several placements, each by its own layout.
+/// Inputs that several processes of a plan feed; the same list on all processes. Inputs of the same name are one host
+/// tensor, which may be fed to several placements, each with its own layout.
 pub fn shared_inputs(plan: &Plan, process_map: &ProcessMap) -> Vec<SharedInput> {
-    // By name: one of the inputs, and who feeds which region.
+    // By name: one of the inputs, and the processes that feed each region.
     let mut fed: BTreeMap<&str, (Var, Feeders)> = BTreeMap::new();
     for (actor, actions) in plan.spec.actors.iter().zip(&plan.actions) {
         for action in actions {
@@ -106,7 +108,7 @@ pub fn shared_inputs(plan: &Plan, process_map: &ProcessMap) -> Vec<SharedInput> 
     shared.into_iter().map(|((var, processes), regions)| SharedInput { var, processes, regions }).collect()
 }
 
-/// The boxes that the borders of all regions cut a tensor into.
+/// The boxes into which the borders of all regions divide a tensor.
 fn cells<'a>(regions: impl Iterator<Item = &'a Region> + Clone) -> Vec<Region> {
     let mut cells = vec![Region::whole(&[])];
     for dim in 0..regions.clone().next().map_or(0, |region| region.size.len()) {
@@ -124,12 +126,12 @@ fn cells<'a>(regions: impl Iterator<Item = &'a Region> + Clone) -> Vec<Region> {
     cells
 }
 
-/// How many numbers a process sends in a step.
+/// Number of values that a process sends in a step.
 pub fn step_numbers(shared: &[SharedInput], process: u32) -> usize {
     STEP_NUMBERS + shared.iter().filter(|input| input.processes.contains(&process)).count()
 }
 
-/// How many numbers a process sends at a load.
+/// Number of values that a process sends at a load.
 pub fn load_numbers(plan: &Plan) -> usize {
     LOAD_NAMES.len() + residents(plan).count()
 }
@@ -140,20 +142,20 @@ fn residents(plan: &Plan) -> impl Iterator<Item = Var> + '_ {
     nodes.filter(|n| matches!(n.op, NodeOp::Parameter { .. } | NodeOp::State)).map(|n| n.outputs[0])
 }
 
-/// The first bytes of a BLAKE3 checksum.
+/// The first 8 bytes of a BLAKE3 checksum.
 fn digest(hasher: &blake3::Hasher) -> u64 {
     let bytes = *hasher.finalize().as_bytes();
     u64::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3], bytes[4], bytes[5], bytes[6], bytes[7]])
 }
 
-/// A digest of some bytes.
+/// Digest of bytes.
 pub(super) fn digest_of(bytes: &[u8]) -> u64 {
     digest(blake3::Hasher::new().update(bytes))
 }
 
-/// Summary of a load.
+/// Values of a load that processes compare.
 #[derive(Clone, Debug, Default)]
-pub(super) struct Loading {
+pub(super) struct LoadSummary {
     pub(super) steps: u64,
     pub(super) updates: u64,
     pub(super) seed: u64,
@@ -164,15 +166,16 @@ pub(super) struct Loading {
 }
 
 impl Session {
-    /// As [`Session::numbers`], between steps: slow processes are logged, and may take as long as the watchdog allows.
-    pub(super) fn numbers_between_steps(&mut self, ports: &[u32]) -> Result<Vec<Vec<u64>>, SessionError> {
-        self.doing(WAITING);
-        let numbers = self.numbers(ports, Some(self.wait_max));
-        self.doing(BETWEEN_STEPS);
+    /// Like [`Session::receive_numbers`], between steps: slow processes are logged, and may take as long as the
+    /// watchdog allows.
+    pub(super) fn receive_numbers_between_steps(&mut self, ports: &[u32]) -> Result<Vec<Vec<u64>>, SessionError> {
+        self.set_activity(WAITING);
+        let numbers = self.receive_numbers(ports, Some(self.wait_max));
+        self.set_activity(BETWEEN_STEPS);
         numbers
     }
 
-    /// Sends this process's request, learning rate and digests of a step to all.
+    /// Sends this process's request, learning rate and digests of a step to all processes.
     pub(super) fn send_step_numbers(&self, request: u64, learning_rate: f32, inputs: &Inputs<'_>) {
         let own = self.process_map.process;
         let mut numbers = vec![request, u64::from(learning_rate.to_bits())];
@@ -186,13 +189,14 @@ impl Session {
             }
             numbers.push(digest(&hasher));
         }
-        self.give_numbers(self.ports.steps[own as usize], &numbers);
+        self.send_numbers(self.ports.steps[own as usize], &numbers);
     }
 
-    /// Compares the numbers of all processes for the step, and returns the largest request. A difference cancels the update.
+    /// Compares the numbers of all processes for the step, and returns the largest request. A difference cancels the
+    /// update.
     pub(super) fn agree_on_step(&mut self) -> Result<u64, SessionError> {
         let ports = self.ports.clone();
-        let all_numbers = self.numbers(&ports.steps, None)?;
+        let all_numbers = self.receive_numbers(&ports.steps, None)?;
         if let Some(difference) = self.difference_in_step(&all_numbers) {
             self.decide(f32::NAN)?;
             return Err(difference.into());
@@ -213,7 +217,7 @@ impl Session {
                 values: all.map(value).collect(),
             });
         }
-        // A process sends digests of its own inputs alone, in the order of the list.
+        // A process sends only digests of its own inputs, in the order of the list.
         let mut next = vec![STEP_NUMBERS; all_numbers.len()];
         for input in &self.shared_inputs {
             let mut values = Vec::new();
@@ -230,28 +234,28 @@ impl Session {
         None
     }
 
-    /// Compares the loads of all processes before anything is changed. If one process cannot load, none does.
+    /// Compares the loads of all processes before anything is changed. If one process cannot load, no process does.
     pub(super) fn agree_on_load<T>(
         &mut self,
         source: &str,
-        loading: impl FnOnce(&T) -> Loading,
-        mine: Result<T, SessionError>,
+        summary: impl FnOnce(&T) -> LoadSummary,
+        own: Result<T, SessionError>,
     ) -> Result<T, SessionError> {
         if self.process_map.processes == 1 {
-            return mine;
+            return own;
         }
-        let numbers = match &mine {
-            Ok(mine) => {
-                let Loading { steps, updates, seed, manifest, tensors } = loading(mine);
+        let numbers = match &own {
+            Ok(own) => {
+                let LoadSummary { steps, updates, seed, manifest, tensors } = summary(own);
                 let digests = residents(&self.plan).map(|var| tensors.get(&var).copied().unwrap_or_default());
                 [1, steps, updates, seed, manifest].into_iter().chain(digests).collect()
             }
             Err(_) => vec![0; load_numbers(&self.plan)],
         };
         let ports = self.ports.clone();
-        self.give_numbers(ports.loads[self.process_map.process as usize], &numbers);
-        let all_numbers = self.numbers_between_steps(&ports.loads)?;
-        let mine = mine?;
+        self.send_numbers(ports.loads[self.process_map.process as usize], &numbers);
+        let all_numbers = self.receive_numbers_between_steps(&ports.loads)?;
+        let own = own?;
         if let Some(rank) = all_numbers.iter().position(|numbers| numbers.first() != Some(&1)) {
             let why = format!("{source}: rank {rank} cannot load it; see its log");
             return Err(CheckpointError::Refused(why).into());
@@ -259,7 +263,7 @@ impl Session {
         let Some(index) = (0..numbers.len())
             .find(|index| all_numbers.iter().any(|other| other.get(*index) != all_numbers[0].get(*index)))
         else {
-            return Ok(mine);
+            return Ok(own);
         };
         let mut tensors = residents(&self.plan).map(|var| format!("tensor {}", self.plan.graph.tensor(var).name));
         let name = match LOAD_NAMES.get(index) {

@@ -1,4 +1,4 @@
-//! Compares the memory of a node with the needs of a job's processes there: the one place where a rank's bytes are summed.
+//! Compares a node's memory with the needs of a job's processes there. Only this module sums the bytes of a rank.
 
 use shardflow_kernels::device::DeviceKind;
 
@@ -9,32 +9,34 @@ use crate::machine::{FreeMemory, free_memory};
 use crate::plan::validate::PlanError;
 use crate::plan::{Plan, ResidentTensor};
 
-/// Reserve for memory outside the plan: libraries and connections of a process; for each device, and each of its threads, the
-/// packing buffers of matrix products. Measured: 3 to 31 MiB in all, of `gpt` with widths from 64 to 1024 and up to 8 threads.
+/// Reserve for memory outside the plan: libraries and connections of a process, and packing buffers of matrix products
+/// for each device and each of its threads. Measured: 3 to 31 MiB in total, for `gpt` with widths from 64 to 1024 and
+/// up to 8 threads.
 const RANK_BYTES: u64 = 16 << 20;
 const DEVICE_BYTES: u64 = 8 << 20;
 const THREAD_BYTES: u64 = 2 << 20;
 
-/// Snapshots of checkpoints that a process may hold at once: the one being written, and the next.
+/// Snapshots of checkpoints that a process holds at most: the one being written, and the next.
 pub(crate) const SNAPSHOTS_MAX: usize = 2;
 
 /// The node's memory for a job of CPU devices.
 #[derive(Clone, Debug)]
 pub(crate) struct Budget {
-    /// Free memory before any process of the job allocates for the plan; `None` where it is unknown or does not apply.
+    /// Free memory before any process of the job allocates for the plan; `None` if unknown or not applicable.
     free: Option<FreeMemory>,
 }
 
 impl Budget {
-    /// Call it before the processes meet: later, others may have allocated already. A plan with a budget of its own
-    /// (`CompileOptions::memory_bytes`) is not compared with the machine's, and a GPU's memory is not the host's.
+    /// Call it before the rendezvous: afterwards, other processes may have allocated memory. A plan with its own budget
+    /// (`CompileOptions::memory_bytes`) is not compared with the machine's memory, and a GPU's memory is not the
+    /// host's.
     pub(crate) fn measure(plan: &Plan) -> Self {
         let counts = plan.memory_bytes.is_none() && plan.device == DeviceKind::Cpu;
         Self { free: counts.then(free_memory).flatten() }
     }
 
-    /// Checks that the node has room for these processes, all of which are on it: their devices and mirrors, and `snapshots`
-    /// snapshots each.
+    /// Checks that this node has memory for these processes, all of which run on it: their devices and mirrors, and
+    /// `snapshots` snapshots each.
     ///
     /// # Errors
     /// [`PlanError::NodeMemory`], with each device and process.
@@ -42,20 +44,20 @@ impl Budget {
         &self,
         plan: &Plan,
         process_map: &ProcessMap,
-        here: &[u32],
+        node_processes: &[u32],
         snapshots: usize,
     ) -> Result<(), PlanError> {
         let Some(FreeMemory { bytes: budget, bound }) = &self.free else { return Ok(()) };
         let (mut needed, mut table) = (0u64, String::new());
-        for process in here {
+        for process in node_processes {
             let devices = process_map.devices_of(*process);
             for device in devices.clone() {
                 needed += plan.memory[device].total_bytes() as u64;
                 table += &plan.memory[device].row(device);
             }
-            let beside = rank_bytes(plan, devices.len());
-            needed += beside;
-            table += &format!("  rank {process}: {beside} bytes for threads, libraries and connections\n");
+            let reserve = rank_bytes(plan, devices.len());
+            needed += reserve;
+            table += &format!("  rank {process}: {reserve} bytes for threads, libraries and connections\n");
             if snapshots > 0 {
                 let bytes = snapshots as u64 * snapshot_bytes(plan, |device| devices.contains(&device));
                 needed += bytes;
@@ -74,8 +76,8 @@ fn rank_bytes(plan: &Plan, devices: usize) -> u64 {
     RANK_BYTES + devices as u64 * (DEVICE_BYTES + plan.threads_per_device as u64 * THREAD_BYTES)
 }
 
-/// The parts of a parameter or a state that a checkpoint holds, each with the device that gives it: the first that has it, in
-/// the order of the placement.
+/// The parts of a parameter or a state that a checkpoint holds, each with the device that provides it: the first device
+/// that has it, in the order of the placement.
 pub(crate) fn saved_parts(plan: &Plan, var: Var) -> Vec<(usize, &ResidentTensor)> {
     let mut parts: Vec<(usize, &ResidentTensor)> = Vec::new();
     for (device, _, resident) in resident_parts(plan, var) {
@@ -88,9 +90,10 @@ pub(crate) fn saved_parts(plan: &Plan, var: Var) -> Vec<(usize, &ResidentTensor)
 }
 
 /// Bytes of a snapshot of these devices.
-fn snapshot_bytes(plan: &Plan, is_of: impl Fn(usize) -> bool) -> u64 {
+fn snapshot_bytes(plan: &Plan, is_included: impl Fn(usize) -> bool) -> u64 {
     let residents = plan.graph.nodes().iter().filter(|n| matches!(n.op, NodeOp::Parameter { .. } | NodeOp::State));
-    let parts = residents.flat_map(|node| saved_parts(plan, node.outputs[0])).filter(|(device, _)| is_of(*device));
+    let parts =
+        residents.flat_map(|node| saved_parts(plan, node.outputs[0])).filter(|(device, _)| is_included(*device));
     parts.map(|(_, part)| (part.region.element_count() * part.dtype.bytes()) as u64).sum()
 }
 
@@ -109,22 +112,22 @@ mod tests {
         compile(g, &CompileOptions::default()).unwrap()
     }
 
-    /// Of a job of `processes` processes, those in `here` being on this node.
-    fn check(budget: u64, plan: &Plan, processes: u32, here: &[u32], snapshots: usize) -> Result<(), String> {
+    /// Checks the budget of a job with `processes` processes, of which `node_processes` run on this node.
+    fn check(budget: u64, plan: &Plan, processes: u32, node_processes: &[u32], snapshots: usize) -> Result<(), String> {
         let budget = Budget { free: Some(FreeMemory { bytes: budget, bound: MemoryBound::Machine }) };
-        let process_map = ProcessMap { process: here[0], processes, devices: plan.memory.len() };
-        budget.check(plan, &process_map, here, snapshots).map_err(|error| error.to_string())
+        let process_map = ProcessMap { process: node_processes[0], processes, devices: plan.memory.len() };
+        budget.check(plan, &process_map, node_processes, snapshots).map_err(|error| error.to_string())
     }
 
     #[test]
-    fn the_processes_of_a_node_share_what_it_has() {
+    fn the_processes_of_a_node_share_its_memory() {
         let mut plan = plan("data=4");
         plan.memory[2].mirror_bytes = 1000;
         let bytes = |devices: &[usize]| devices.iter().map(|d| plan.memory[*d].total_bytes() as u64).sum::<u64>();
-        for (here, devices) in [(&[0, 1][..], &[0, 1, 2, 3][..]), (&[0], &[0, 1]), (&[1], &[2, 3])] {
-            let needed = bytes(devices) + here.len() as u64 * rank_bytes(&plan, 2);
-            assert_eq!(check(needed, &plan, 2, here, 0), Ok(()), "{here:?}");
-            let message = check(needed - 1, &plan, 2, here, 0).unwrap_err();
+        for (node_processes, devices) in [(&[0, 1][..], &[0, 1, 2, 3][..]), (&[0], &[0, 1]), (&[1], &[2, 3])] {
+            let needed = bytes(devices) + node_processes.len() as u64 * rank_bytes(&plan, 2);
+            assert_eq!(check(needed, &plan, 2, node_processes, 0), Ok(()), "{node_processes:?}");
+            let message = check(needed - 1, &plan, 2, node_processes, 0).unwrap_err();
             for part in [&format!("this node has {} bytes free (MemAvailable", needed - 1), &format!("needs {needed}")]
             {
                 assert!(message.contains(part), "no {part:?} in {message}");
@@ -141,12 +144,12 @@ mod tests {
     fn snapshots_count_each_part_once() {
         let plan = plan("data=2");
         let devices = plan.memory.iter().map(|m| m.total_bytes() as u64).sum::<u64>() + rank_bytes(&plan, 2);
-        // Weights and two moments, which both devices hold.
+        // Weights and two moments, held by both devices.
         let snapshot = 3 * 16 * 32 * 4;
         assert_eq!(check(devices + 2 * snapshot, &plan, 1, &[0], 2), Ok(()));
         let message = check(devices + 2 * snapshot - 1, &plan, 1, &[0], 2).unwrap_err();
         assert!(message.contains(&format!("rank 0: {} bytes for 2 snapshots", 2 * snapshot)), "{message}");
-        // Of two processes the second writes nothing.
+        // With two processes, the second writes nothing.
         let message = check(0, &plan, 2, &[0, 1], 1).unwrap_err();
         assert!(
             message.contains(&format!("rank 0: {snapshot} bytes")) && message.contains("rank 1: 0 bytes"),
@@ -157,7 +160,7 @@ mod tests {
     }
 
     #[test]
-    fn only_plans_without_a_budget_of_their_own_are_held_against_the_machine_s() {
+    fn only_plans_without_their_own_budget_are_compared_with_the_machine() {
         let mut plan = plan("data=1");
         assert!(Budget::measure(&plan).free.is_some());
         plan.memory_bytes = Some(1 << 30);
@@ -166,7 +169,7 @@ mod tests {
         assert!(Budget::measure(&gpu).free.is_none());
     }
 
-    /// bf16 is widened in memory of the streams.
+    /// Products of bf16 matrices widen them into memory of the streams.
     #[test]
     fn memory_of_streams_is_planned() {
         let stream_bytes = |precision| {
@@ -179,7 +182,7 @@ mod tests {
             compile(g, &CompileOptions { precision, ..CompileOptions::default() }).unwrap().memory[0].stream_bytes
         };
         assert_eq!(stream_bytes(Precision::F32), 0);
-        // A launch has two or three matrices of this size, as floats.
+        // A launch holds two or three matrices of this size in f32.
         let matrices = stream_bytes(Precision::BF16) / (64 * 64 * 4);
         assert!((2..=3).contains(&matrices), "{matrices}");
     }

@@ -1,5 +1,5 @@
-//! Parameters and optimizer state to and from one safetensors file: whole tensors, whatever the mesh, so that any mesh
-//! loads any other's. A file is written beside its place and moved there when it is complete.
+//! Saves and loads parameters and optimizer state in one safetensors file. It holds whole tensors, so any mesh can load
+//! a file of any other mesh. A file is written under a temporary name and renamed when it is complete.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fs;
@@ -12,7 +12,7 @@ use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 use shardflow_actors::remote::HostPiece;
 use shardflow_kernels::tensor::{HostTensor, element_count};
 
-use super::agreement::{Loading, digest_of};
+use super::agreement::{LoadSummary, digest_of};
 use super::{BETWEEN_STEPS, Session, SessionError, resident_parts};
 pub use crate::checkpoint::error::CheckpointError;
 use crate::checkpoint::manifest::TensorKind;
@@ -26,16 +26,17 @@ use crate::sbp::gather;
 use crate::sbp::region::{filled, take_box};
 
 impl Session {
-    /// Every parameter by name, whole, in the shape it is saved in. Where several processes run the plan, all have to call it.
+    /// Every parameter by name, as a whole tensor, in its saved shape. If several processes run the plan, all must call
+    /// it.
     ///
     /// # Errors
-    /// The failure of an earlier step; or when copies on different devices differ, which only a bug of a kernel can cause.
+    /// The failure of an earlier step; or if copies on different devices differ, which only a kernel's bug can cause.
     pub fn parameters(&self) -> Result<BTreeMap<String, HostTensor>, SessionError> {
         self.tensors(|op| matches!(op, NodeOp::Parameter { .. }))
     }
 
     fn tensors(&self, wanted: impl Fn(&NodeOp) -> bool) -> Result<BTreeMap<String, HostTensor>, SessionError> {
-        self.check_alive()?;
+        self.check_not_failed()?;
         let graph = &self.plan.graph;
         let vars: Vec<Var> = graph.nodes().iter().filter(|n| wanted(&n.op)).map(|n| n.outputs[0]).collect();
         let mut parts = self.parts(&vars)?.into_iter();
@@ -52,7 +53,7 @@ impl Session {
         Ok(out)
     }
 
-    /// All devices' parts of these tensors, in order; those of other processes come from there, so all have to ask.
+    /// All devices' parts of these tensors, in order. Other processes send their parts, so all processes must call it.
     fn parts(&self, vars: &[Var]) -> Result<Vec<HostTensor>, SessionError> {
         let all = || vars.iter().flat_map(|var| resident_parts(&self.plan, *var));
         let own = self.process_map.own();
@@ -61,13 +62,13 @@ impl Session {
             let port = self.ports.residents[&(device, index)];
             if own.contains(&device) {
                 let part = self.arenas[&device].read_host(resident.offset, &resident.region.size, resident.dtype)?;
-                self.give(&mut self.lock_inbox(), HostPiece { port, tensors: vec![part] });
+                self.send(&mut self.lock_inbox(), HostPiece { port, tensors: vec![part] });
             }
             wanted.push((port, 1));
         }
-        self.doing(WAITING);
+        self.set_activity(WAITING);
         self.receive(&wanted, Some(self.wait_max))?;
-        self.doing(BETWEEN_STEPS);
+        self.set_activity(BETWEEN_STEPS);
         let mut inbox = self.lock_inbox();
         Ok(wanted.into_iter().flat_map(|(port, count)| inbox.take(port, count)).flatten().collect())
     }
@@ -77,12 +78,13 @@ impl Session {
         info.saved_shape.clone().unwrap_or_else(|| info.shape.clone())
     }
 
-    /// Writes parameters, optimizer state, the numbers of steps and updates, the seed and what the program declares to one
-    /// safetensors file. The file appears when it is
-    /// complete, or not at all. Where several processes run the plan, all have to call it, and the first one writes.
+    /// Writes parameters, optimizer state, the numbers of steps and updates, the seed and declared values to one
+    /// safetensors file. The file appears when it is complete, or not at all. If several processes run the plan, all
+    /// must call it, and the first one writes.
     ///
     /// # Errors
-    /// [`CheckpointError::Io`], or the failure of an earlier step: a good file is not replaced by half a step's tensors.
+    /// [`CheckpointError::Io`], or the failure of an earlier step: tensors of an incomplete step do not replace a good
+    /// file.
     pub fn save(&self, path: &Path) -> Result<(), SessionError> {
         let tensors = self.tensors(|op| matches!(op, NodeOp::Parameter { .. } | NodeOp::State))?;
         if self.process_map.process != 0 {
@@ -100,18 +102,20 @@ impl Session {
         Ok(write_whole(path, |out| content(out).map_err(|e| io(path, e)))?)
     }
 
-    /// Loads what [`Session::save`] wrote, under any mesh: the next step is the one after the saved ones, and the file's seed
-    /// replaces the session's. Returns what to report, a line each. Where several processes run the plan, all have to call it.
+    /// Loads a file of [`Session::save`] under any mesh: the next step is the one after the saved ones, and the file's
+    /// seed replaces the session's. Returns notes for the user, one line each. If several processes run the plan, all
+    /// must call it.
     ///
     /// # Errors
-    /// [`CheckpointError`], or [`SessionError::Disagreement`] where the files of two ranks differ; nothing was changed then.
+    /// [`CheckpointError`], or [`SessionError::Disagreement`] if the files of two ranks differ; nothing was changed
+    /// then.
     pub fn restore(&mut self, path: &Path) -> Result<Vec<String>, SessionError> {
-        self.doing("loading weights");
+        self.set_activity("loading weights");
         let read = self.read(path, false);
         let File { tensors, metadata, mut notes } = self.load_together(path, read)?;
         let count = |key| number(&metadata, key);
         let steps = count(STEPS).unwrap_or(0);
-        // Older files did not count updates apart from steps, and had no seed.
+        // Older files have no separate count of updates, and no seed.
         let updates = count(UPDATES).unwrap_or(steps);
         notes.extend(self.take_seed(count(SEED), &path.display().to_string()));
         self.write_all(tensors)?;
@@ -120,13 +124,13 @@ impl Session {
         Ok(notes)
     }
 
-    /// Loads parameters only, from any safetensors file that has them; optimizer state starts fresh: moments, steps and updates
-    /// are 0. Returns what to report, a line each. Where several processes run the plan, all have to call it.
+    /// Loads only parameters, from any safetensors file that has them; optimizer state starts fresh: moments, steps and
+    /// updates are 0. Returns notes for the user, one line each. If several processes run the plan, all must call it.
     ///
     /// # Errors
-    /// As [`Session::restore`].
+    /// The same as [`Session::restore`].
     pub fn init_from(&mut self, path: &Path) -> Result<Vec<String>, SessionError> {
-        self.doing("loading weights");
+        self.set_activity("loading weights");
         let read = self.read(path, true);
         let File { tensors, mut notes, .. } = self.load_together(path, read)?;
         self.write_all(tensors)?;
@@ -144,11 +148,13 @@ impl Session {
         Ok(notes)
     }
 
-    /// Sets parameters from whole tensors in memory, as [`Session::parameters`] gives them; other names are left out, and
-    /// optimizer state and steps stay. Where several processes run the plan, all have to call it, with the same tensors.
+    /// Sets parameters from whole tensors in memory, as [`Session::parameters`] returns them. It ignores other names,
+    /// and leaves optimizer state and steps unchanged. If several processes run the plan, all must call it with the
+    /// same tensors.
     ///
     /// # Errors
-    /// [`CheckpointError::Unfit`] for a tensor of another shape, or [`SessionError::Disagreement`]; nothing was changed then.
+    /// [`CheckpointError::Unfit`] for a tensor of another shape, or [`SessionError::Disagreement`]; nothing was changed
+    /// then.
     pub fn set_parameters(&mut self, tensors: &BTreeMap<String, HostTensor>) -> Result<(), SessionError> {
         let path = Path::new("(memory)");
         let fitting = |var| {
@@ -162,11 +168,11 @@ impl Session {
         self.write_all(found.tensors)
     }
 
-    /// The load, if it is equal on all processes.
+    /// Returns the file's content, if it is equal on all processes.
     fn load_together(&mut self, path: &Path, file: Result<File, SessionError>) -> Result<File, SessionError> {
-        let loading = |file: &File| {
+        let summary = |file: &File| {
             let count = |key| number(&file.metadata, key).unwrap_or_default();
-            Loading {
+            LoadSummary {
                 steps: count(STEPS),
                 updates: count(UPDATES),
                 seed: count(SEED),
@@ -174,17 +180,17 @@ impl Session {
                 tensors: file.tensors.iter().map(|(var, tensor)| (*var, digest_of(tensor.as_bytes()))).collect(),
             }
         };
-        self.agree_on_load(&path.display().to_string(), loading, file)
+        self.agree_on_load(&path.display().to_string(), summary, file)
     }
 
-    /// Takes the seed of the file, and returns a line if it is another one.
+    /// Replaces the session's seed by the file's, and returns a note if they differ.
     pub(super) fn take_seed(&mut self, saved: Option<u64>, source: &str) -> Option<String> {
         let own = self.seed;
         self.seed = saved.unwrap_or(own);
         (own != self.seed).then(|| format!("the seed is {} from {source}, in place of {own}", self.seed))
     }
 
-    /// Reads a file's tensors for the program, or for its parameters alone; changes nothing.
+    /// Reads a file's tensors for the program, or only its parameters; changes nothing in the session.
     fn read(&self, path: &Path, weights_only: bool) -> Result<File, SessionError> {
         let bytes = std::fs::read(path).map_err(|e| io(path, e))?;
         let file = SafeTensors::deserialize(&bytes).map_err(|e| not_whole(path, &e))?;
@@ -204,12 +210,12 @@ impl Session {
             })?;
             tensors.push((var, self.fitting(path, var, HostTensor::f32(view.shape(), values))?));
         }
-        // Weights alone are the same whatever else was saved with them.
+        // Weights are equal even if the rest of the files differs.
         let metadata = if weights_only { HashMap::new() } else { metadata };
         Ok(File { tensors, metadata, notes })
     }
 
-    /// Checks the program against a file: the declared values, and the names of tensors. Returns lines to report.
+    /// Checks the program against a file: declared values and names of tensors. Returns notes for the user.
     pub(super) fn check_saved<'a>(
         &self,
         path: &Path,
@@ -224,8 +230,8 @@ impl Session {
         let graph = &self.plan.graph;
         let wanted = self.residents().filter(|(_, kind)| !weights_only || *kind == TensorKind::Parameter);
         let wanted: BTreeSet<&str> = wanted.map(|(var, _)| graph.tensor(var).name.as_str()).collect();
-        let left_out = names.filter(|(name, _)| !wanted.contains(name) && !self.ignoring.iter().any(|n| n == name));
-        let (states, unknown): (Vec<_>, Vec<_>) = left_out.partition(|(_, kind)| *kind == TensorKind::State);
+        let unused = names.filter(|(name, _)| !wanted.contains(name) && !self.ignoring.iter().any(|n| n == name));
+        let (states, unknown): (Vec<_>, Vec<_>) = unused.partition(|(_, kind)| *kind == TensorKind::State);
         if !unknown.is_empty() {
             let mut names: Vec<String> = unknown.into_iter().map(|(name, _)| name.to_owned()).collect();
             names.sort();
@@ -243,7 +249,7 @@ impl Session {
         Ok(notes)
     }
 
-    /// The tensor in the program's own shape, if it has the saved one.
+    /// Returns the tensor in the program's shape, if it has that shape or the saved one.
     fn fitting(&self, path: &Path, var: Var, mut tensor: HostTensor) -> Result<HostTensor, SessionError> {
         let (info, expected) = (self.plan.graph.tensor(var), self.saved_shape(var));
         if tensor.shape != expected && tensor.shape != info.shape {
@@ -262,9 +268,9 @@ impl Session {
     }
 
     fn write_all(&mut self, tensors: Vec<(Var, HostTensor)>) -> Result<(), SessionError> {
-        self.check_alive()?;
+        self.check_not_failed()?;
         let plan = self.plan.clone();
-        // What is not written stays as it is: moments, where only parameters are.
+        // Moments keep their bounds if only parameters are written.
         self.bounds = Bounds { parameter: 0.0, ratio: f64::INFINITY, ..self.bounds };
         for (var, whole) in tensors {
             for (device, _, resident) in resident_parts(&plan, var) {
@@ -277,12 +283,12 @@ impl Session {
     }
 }
 
-/// A file's tensors for the program.
+/// Content of a file that the program needs.
 #[derive(Default)]
 struct File {
     tensors: Vec<(Var, HostTensor)>,
     metadata: HashMap<String, String>,
-    /// Lines to report.
+    /// Notes for the user, one line each.
     notes: Vec<String>,
 }
 
@@ -290,7 +296,7 @@ fn number(metadata: &HashMap<String, String>, key: &str) -> Option<u64> {
     metadata.get(key)?.parse().ok()
 }
 
-/// The elements of a tensor of 32 or 16 bits; files need not be aligned for either.
+/// Elements of an F32, BF16 or F16 tensor as f32; the data in a file need not be aligned.
 fn floats(view: &TensorView<'_>) -> Option<Vec<f32>> {
     let halves = |from: fn([u8; 2]) -> f32| view.data().chunks_exact(2).map(|c| from([c[0], c[1]])).collect();
     match view.dtype() {
@@ -309,7 +315,7 @@ fn not_whole(path: &Path, error: &SafeTensorError) -> CheckpointError {
     CheckpointError::Format { path: path.into(), message: error.to_string() }
 }
 
-/// Writes beside `path`, syncs, and moves into place.
+/// Writes a temporary file beside `path`, syncs it, and renames it.
 ///
 /// # Errors
 /// Those of `content`, or [`CheckpointError::Io`].
@@ -319,11 +325,11 @@ pub(crate) fn write_whole(
 ) -> Result<(), CheckpointError> {
     let failed = |source| io(path, source);
     if path.exists() && !path.is_file() {
-        // Moving a file to the place of a folder fails anyhow; to that of a device or a pipe it would not.
+        // A rename onto a folder fails anyway, but a rename onto a device or a pipe would replace it.
         let kind = std::io::ErrorKind::InvalidInput;
-        return Err(failed(std::io::Error::new(kind, "neither a file nor a free place for one")));
+        return Err(failed(std::io::Error::new(kind, "the path exists and is not a file")));
     }
-    // A link stays, and what it points to is replaced.
+    // A symbolic link stays, and its target is replaced.
     let target = path.canonicalize().unwrap_or_else(|_| path.into());
     let mut name = target.file_name().unwrap_or_default().to_os_string();
     name.push(format!(".{}.part", std::process::id()));

@@ -1,4 +1,4 @@
-//! The devices of this process, of the kind that the plan is for, and the engine of collectives between them.
+//! Opens the devices of this process, of the plan's kind, and the engine of collectives between them.
 
 use std::collections::BTreeMap;
 use std::env;
@@ -17,63 +17,64 @@ use shardflow_kernels::error::KernelError;
 use super::process_map::{NodeDevices, ProcessMap, groups};
 use crate::plan::Plan;
 
-/// How long members of a group may take to join each other, once all processes are about to.
-const JOIN_WITHIN: Duration = Duration::from_secs(60);
+/// How long the members of a group may take to join, after all processes are ready to.
+const JOIN_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// Hardware queues of a GPU where the driver was told nothing, and the most that it gives.
+/// Hardware queues of a GPU by default, and the maximum that the driver provides.
 const QUEUES_DEFAULT: usize = 8;
 const QUEUES_MAX: usize = 32;
 
-/// Gives what NCCL knows groups by.
-pub(crate) type Ids<'a> = &'a dyn Fn(&[Arc<Group>]) -> Result<Vec<UniqueId>, KernelError>;
+/// Returns each group's `ncclUniqueId`.
+pub(crate) type IdSource<'a> = &'a dyn Fn(&[Arc<Group>]) -> Result<Vec<UniqueId>, KernelError>;
 
-/// Memory that each of `devices` devices of this node may have of a GPU, as it is free now.
+/// Currently free GPU memory for each of `devices` devices on this node, bytes.
 ///
 /// # Errors
-/// [`KernelError::Unavailable`] where there is no GPU, or what it needs.
+/// [`KernelError::Unavailable`] if there is no GPU, or a library that it needs is missing.
 pub fn gpu_memory_bytes(devices: usize) -> Result<usize, KernelError> {
     let count = Gpu::count()?.max(1);
     let (free, _) = Gpu::open(0)?.memory()?;
     Ok(free / devices.div_ceil(count).max(1))
 }
 
-/// What registers take from a GPU of one process to one of another, by the two devices: the ends that this process has.
+/// By sending and receiving device: this process's end of the pipe that carries registers between GPUs of two
+/// processes.
 pub(crate) type Pipes = BTreeMap<(usize, usize), Arc<Pipe>>;
 
-/// A process's devices.
-pub(crate) struct Opened {
+/// A process's open devices.
+pub(crate) struct ProcessDevices {
     /// In order of rank.
     pub(crate) devices: Vec<Device>,
-    /// Of collectives among them; with GPUs also of those with other processes' devices.
+    /// Runs collectives between them; with GPUs also collectives with other processes' devices.
     pub(crate) engine: Arc<dyn Collective>,
-    /// Where registers are to take them.
+    /// Pipes to and from other processes, if registers use them.
     pub(crate) pipes: Pipes,
 }
 
-/// The devices that this process hosts; `ids` give what NCCL knows each group by.
+/// Opens the devices that this process hosts; `ids` returns each group's `ncclUniqueId`.
 pub(crate) fn open(
     plan: &Plan,
     process_map: &ProcessMap,
     node: NodeDevices,
     takes_pipes: bool,
-    ids: Ids<'_>,
-) -> Result<Opened, KernelError> {
+    ids: IdSource<'_>,
+) -> Result<ProcessDevices, KernelError> {
     match plan.device {
         DeviceKind::Cpu => {
             let engine: Arc<dyn Collective> = Arc::new(InProcess::new());
             let make = |rank| Device::cpu(rank, plan.threads_per_device, engine.clone());
-            Ok(Opened { devices: process_map.own().map(make).collect(), engine, pipes: Pipes::new() })
+            Ok(ProcessDevices { devices: process_map.own().map(make).collect(), engine, pipes: Pipes::new() })
         }
         DeviceKind::Cuda => {
             let gpus = gpus(process_map, node, Gpu::count()?)?;
             let (engine, pipes) = gpu_engine(plan, process_map, &gpus, takes_pipes, ids)?;
             let make = |(rank, gpu): (&usize, &Arc<Gpu>)| Device::cuda(*rank, gpu.clone(), engine.clone());
-            Ok(Opened { devices: gpus.iter().map(make).collect(), engine, pipes })
+            Ok(ProcessDevices { devices: gpus.iter().map(make).collect(), engine, pipes })
         }
     }
 }
 
-/// The GPU of each device; they reach each other's memory.
+/// Opens the GPU of each device, and enables access to each other's memory.
 fn gpus(process_map: &ProcessMap, node: NodeDevices, count: usize) -> Result<BTreeMap<usize, Arc<Gpu>>, KernelError> {
     let mut opened: BTreeMap<usize, Arc<Gpu>> = BTreeMap::new();
     let mut out = BTreeMap::new();
@@ -88,25 +89,25 @@ fn gpus(process_map: &ProcessMap, node: NodeDevices, count: usize) -> Result<BTr
     Ok(out)
 }
 
-/// Which of so many GPUs each of this process's devices gets: they are dealt out in the order of ranks, over all processes of
-/// the node. Devices share GPUs only where one process hosts them all.
+/// The ordinal, out of `count` GPUs, for each of this process's devices. GPUs are assigned in the order of ranks over
+/// all processes of the node. Devices share GPUs only if one process hosts them all.
 fn ordinals(process_map: &ProcessMap, node: NodeDevices, count: usize) -> Result<Vec<usize>, KernelError> {
     if count == 0 || (node.all > count && process_map.processes > 1) {
-        let what = format!("{} devices of this node need a GPU each, and it has {count}", node.all);
-        let hint = "choose a mesh of fewer devices, or more nodes; the devices of a job of one process share GPUs";
+        let what = format!("{} devices of this node need one GPU each, and the node has {count}", node.all);
+        let hint = "choose a smaller mesh, or use more nodes; only devices of a single-process job share GPUs";
         return Err(KernelError::Unavailable { what, hint: hint.to_owned() });
     }
     Ok((0..process_map.own().len()).map(|index| (node.before + index) % count).collect())
 }
 
-/// NCCL where each device has a GPU of its own; it takes no two members on one. Where devices share GPUs, all are this
-/// process's.
+/// Creates the engine: NCCL if each device has its own GPU, because NCCL does not accept two members on one GPU. If
+/// devices share GPUs, this process hosts them all.
 fn gpu_engine(
     plan: &Plan,
     process_map: &ProcessMap,
     gpus: &BTreeMap<usize, Arc<Gpu>>,
     takes_pipes: bool,
-    ids: Ids<'_>,
+    ids: IdSource<'_>,
 ) -> Result<(Arc<dyn Collective>, Pipes), KernelError> {
     let shares = gpus.iter().any(|(a, gpu)| gpus.iter().any(|(b, other)| a != b && Arc::ptr_eq(gpu, other)));
     if shares || process_map.devices == 1 {
@@ -119,51 +120,51 @@ fn gpu_engine(
     let queues = env::var(QUEUES).ok();
     for rank in gpus.keys() {
         let pipes = pairs.keys().filter(|(from, to)| from == rank || to == rank).count();
-        // The host's copies have a stream, too.
+        // One more stream for the host's copies.
         let streams = plan.spec.actors.iter().filter(|actor| actor.device == *rank).count() + 1;
         check_queues(*rank, streams, pipes, queues.as_deref())?;
     }
-    // Behind the plan's own, in the same order in all processes.
+    // After the plan's own groups, in the same order in all processes.
     let pair = |(id, (from, to)): (u32, &(usize, usize))| Arc::new(Group { id, ranks: vec![*from, *to] });
     groups.extend((first..).zip(pairs.keys()).map(pair));
-    let mut seats = Vec::new();
+    let mut members = Vec::new();
     for (group, id) in groups.iter().zip(ids(&groups)?) {
-        for (member, rank) in group.ranks.iter().enumerate() {
+        for (index, rank) in group.ranks.iter().enumerate() {
             let Some(gpu) = gpus.get(rank) else { continue };
-            seats.push(GroupMember { group: group.clone(), member, gpu: gpu.clone(), id });
+            members.push(GroupMember { group: group.clone(), member: index, gpu: gpu.clone(), id });
         }
     }
-    let engine = Nccl::join(&seats, JOIN_WITHIN)?;
+    let engine = Nccl::join(&members, JOIN_TIMEOUT)?;
     let mut pipes = Pipes::new();
-    for seat in seats.iter().filter(|seat| seat.group.id >= first) {
-        pipes.insert((seat.group.ranks[0], seat.group.ranks[1]), Arc::new(engine.pipe(seat)?));
+    for member in members.iter().filter(|member| member.group.id >= first) {
+        pipes.insert((member.group.ranks[0], member.group.ranks[1]), Arc::new(engine.pipe(member)?));
     }
-    // In the order of their ends, which is the same in all processes.
-    pipes.values().try_for_each(|pipe| pipe.connect(JOIN_WITHIN))?;
+    // In the order of the devices, which is the same in all processes.
+    pipes.values().try_for_each(|pipe| pipe.connect(JOIN_TIMEOUT))?;
     Ok((Arc::new(engine), pipes))
 }
 
-/// A pipe's calls may wait for another process as long as that waits for one of this GPU's streams, so none may share a
-/// hardware queue with a pipe; `given` is what the driver was told of queues.
-fn check_queues(rank: usize, streams: usize, pipes: usize, given: Option<&str>) -> Result<(), KernelError> {
-    let (needed, most) = (streams + pipes, QUEUES_MAX);
-    let queues = given.and_then(|given| given.trim().parse().ok()).unwrap_or(QUEUES_DEFAULT).min(most);
+/// Checks that no stream shares a hardware queue with a pipe: a pipe's call may wait for a process that itself waits
+/// for one of this GPU's streams. `setting` is the value of the driver's variable for queues.
+fn check_queues(rank: usize, streams: usize, pipes: usize, setting: Option<&str>) -> Result<(), KernelError> {
+    let (needed, max) = (streams + pipes, QUEUES_MAX);
+    let queues = setting.and_then(|text| text.trim().parse().ok()).unwrap_or(QUEUES_DEFAULT).min(max);
     if pipes == 0 || needed <= queues {
         return Ok(());
     }
     let what = format!(
-        "the GPU of device {rank} has too few hardware queues: {streams} streams and {pipes} ends of pipes to other \
-         processes need {needed}, {QUEUES} gives {queues}"
+        "the GPU of device {rank} has too few hardware queues: {streams} streams and {pipes} pipes to other processes \
+         need {needed}, {QUEUES} provides {queues}"
     );
-    let hint = if needed <= most {
-        format!("set {QUEUES}={most} for all processes before they start, as shardflow launch does")
+    let hint = if needed <= max {
+        format!("set {QUEUES}={max} for all processes before they start, as shardflow launch does")
     } else {
-        format!("no GPU has more than {most}: set SHARDFLOW_TRANSPORT=tcp for all processes")
+        format!("no GPU has more than {max}: set SHARDFLOW_TRANSPORT=tcp for all processes")
     };
     Err(KernelError::Unavailable { what, hint })
 }
 
-/// New ids, for groups whose members are all in this process.
+/// New ids for groups whose members are all in this process.
 pub(crate) fn new_ids(groups: &[Arc<Group>]) -> Result<Vec<UniqueId>, KernelError> {
     groups.iter().map(|_| UniqueId::new()).collect()
 }
@@ -172,50 +173,62 @@ pub(crate) fn new_ids(groups: &[Arc<Group>]) -> Result<Vec<UniqueId>, KernelErro
 mod tests {
     use super::*;
 
-    /// What each process of a node gets; `nodes` of as many processes each.
-    fn dealt(devices: usize, processes: u32, nodes: u32, count: usize) -> Result<Vec<Vec<usize>>, KernelError> {
-        let each = processes / nodes;
-        let of = |process: u32| {
+    /// GPU ordinals of each process's devices, for `nodes` nodes with the same number of processes.
+    fn ordinals_by_process(
+        devices: usize,
+        processes: u32,
+        nodes: u32,
+        count: usize,
+    ) -> Result<Vec<Vec<usize>>, KernelError> {
+        let per_node = processes / nodes;
+        let ordinals_of = |process: u32| {
             let process_map = ProcessMap { process, processes, devices };
-            let first = process / each * each;
-            ordinals(&process_map, process_map.on_node(first..first + each, process), count)
+            let first = process / per_node * per_node;
+            ordinals(&process_map, process_map.on_node(first..first + per_node, process), count)
         };
-        (0..processes).map(of).collect()
+        (0..processes).map(ordinals_of).collect()
     }
 
     #[test]
-    fn devices_of_a_node_get_a_gpu_each() {
-        assert_eq!(dealt(4, 2, 1, 4).unwrap(), [[0, 1], [2, 3]]);
-        assert_eq!(dealt(3, 2, 1, 3).unwrap(), [vec![0, 1], vec![2]], "uneven");
-        assert_eq!(dealt(7, 4, 2, 4).unwrap(), [vec![0, 1], vec![2, 3], vec![0, 1], vec![2]], "two nodes");
-        assert!(dealt(7, 4, 2, 3).is_err(), "the first node has four devices");
-        assert!(dealt(3, 2, 1, 2).is_err() && dealt(1, 1, 1, 0).is_err());
+    fn each_device_of_a_node_gets_its_own_gpu() {
+        assert_eq!(ordinals_by_process(4, 2, 1, 4).unwrap(), [[0, 1], [2, 3]]);
+        assert_eq!(ordinals_by_process(3, 2, 1, 3).unwrap(), [vec![0, 1], vec![2]], "uneven");
+        assert_eq!(
+            ordinals_by_process(7, 4, 2, 4).unwrap(),
+            [vec![0, 1], vec![2, 3], vec![0, 1], vec![2]],
+            "two nodes"
+        );
+        assert!(ordinals_by_process(7, 4, 2, 3).is_err(), "the first node has four devices");
+        assert!(ordinals_by_process(3, 2, 1, 2).is_err() && ordinals_by_process(1, 1, 1, 0).is_err());
     }
 
     #[test]
     fn devices_of_one_process_share_gpus() {
-        assert_eq!(dealt(4, 1, 1, 2).unwrap(), [[0, 1, 0, 1]]);
-        assert_eq!(dealt(3, 1, 1, 1).unwrap(), [[0, 0, 0]]);
+        assert_eq!(ordinals_by_process(4, 1, 1, 2).unwrap(), [[0, 1, 0, 1]]);
+        assert_eq!(ordinals_by_process(3, 1, 1, 1).unwrap(), [[0, 0, 0]]);
     }
 
     #[test]
-    fn pipes_have_queues_of_their_own() {
-        let check = |streams, pipes, given| check_queues(3, streams, pipes, given).map_err(|error| error.to_string());
+    fn pipes_do_not_share_queues_with_streams() {
+        let check =
+            |streams, pipes, setting| check_queues(3, streams, pipes, setting).map_err(|error| error.to_string());
         assert_eq!(check(5, 3, None), Ok(()));
         assert_eq!(check(9, 0, None), Ok(()), "nothing waits for another process");
         assert_eq!(check(5, 27, Some("32")), Ok(()));
-        let told = check(5, 4, None).unwrap_err();
-        assert!(told.contains("5 streams and 4 ends") && told.contains("need 9, CUDA_DEVICE_MAX_CONNECTIONS gives 8"));
-        assert!(told.contains("set CUDA_DEVICE_MAX_CONNECTIONS=32"), "{told}");
-        let told = check(5, 28, Some("64")).unwrap_err();
-        assert!(told.contains("gives 32") && told.contains("SHARDFLOW_TRANSPORT=tcp"), "{told}");
+        let error = check(5, 4, None).unwrap_err();
+        assert!(
+            error.contains("5 streams and 4 pipes") && error.contains("need 9, CUDA_DEVICE_MAX_CONNECTIONS provides 8")
+        );
+        assert!(error.contains("set CUDA_DEVICE_MAX_CONNECTIONS=32"), "{error}");
+        let error = check(5, 28, Some("64")).unwrap_err();
+        assert!(error.contains("provides 32") && error.contains("SHARDFLOW_TRANSPORT=tcp"), "{error}");
     }
 
     #[test]
-    fn every_device_is_dealt_once() {
+    fn every_gpu_is_assigned_exactly_once() {
         for devices in 1..10 {
             for processes in 1..=devices as u32 {
-                let all: Vec<usize> = dealt(devices, processes, 1, devices).unwrap().concat();
+                let all: Vec<usize> = ordinals_by_process(devices, processes, 1, devices).unwrap().concat();
                 assert_eq!(all, (0..devices).collect::<Vec<_>>(), "{devices} devices in {processes} processes");
             }
         }

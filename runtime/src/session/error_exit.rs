@@ -1,4 +1,4 @@
-//! With which code a program ends because of an error, and whom the error blames.
+//! Exit codes of session errors, and the rank that caused an error.
 
 use shardflow_actors::error::{Failure, PeerError};
 use shardflow_kernels::error::KernelError;
@@ -8,7 +8,7 @@ use crate::cluster::ClusterError;
 use crate::cluster::rendezvous::{RendezvousError, RendezvousRefusal};
 use crate::exit::Exit;
 
-/// The code that goes with the first cause of a session's end.
+/// Exit code for the first cause of a session's failure.
 pub(crate) fn exit_of(failure: &Failure) -> Exit {
     match failure {
         Failure::Kernel { cause, .. } => exit_of_kernel(cause),
@@ -18,7 +18,7 @@ pub(crate) fn exit_of(failure: &Failure) -> Exit {
             PeerError::Lost { .. } | PeerError::Late { .. } => Exit::PeerUnavailable,
             PeerError::Frame(_) | PeerError::Unexpected { .. } | PeerError::Protocol(_) => Exit::Protocol,
             PeerError::Ended => Exit::Internal,
-            // Where starting again cannot help, no launcher may try: it sees only its own node's processes.
+            // Keep exit codes for which a restart cannot help: a launcher sees only the processes of its own node.
             PeerError::Failed { exit, .. } => match Exit::from_code(*exit) {
                 exit if exit.worth_a_retry() => Exit::PeerUnavailable,
                 exit => exit,
@@ -38,24 +38,24 @@ fn exit_of_kernel(cause: &KernelError) -> Exit {
 }
 
 impl SessionError {
-    /// The code that a program ends with because of it.
+    /// Exit code of a program that fails with this error.
     pub fn exit(&self) -> Exit {
         match self {
             Self::Failed(failure) => exit_of(failure),
-            // Memory is had when a plan is loaded: it does not fit.
+            // Memory is allocated when a plan is loaded, so the plan does not fit.
             Self::Kernel(KernelError::OutOfMemory { .. }) => Exit::Refused,
             Self::Kernel(cause) => exit_of_kernel(cause),
             Self::Cluster(error) => error.exit(),
             Self::Checkpoint(error) => Exit::from_code(error.exit_code()),
             Self::NonFinite(_) => Exit::Numerics,
             Self::Plan(_) | Self::Declared(_) | Self::Disagreement(_) => Exit::Refused,
-            Self::PlanShown => Exit::Done,
+            Self::PlanWritten => Exit::Done,
             Self::Input { .. } | Self::PlanFile { .. } => Exit::Usage,
             Self::Actors(_) | Self::Layout(_) => Exit::Internal,
         }
     }
 
-    /// The process that failed, where it was another one.
+    /// Rank of the process that failed, if it is another one.
     pub fn first_cause_rank(&self) -> Option<u32> {
         match self {
             Self::Failed(Failure::Peer { process, .. } | Failure::Stalled { process: Some(process), .. }) => {

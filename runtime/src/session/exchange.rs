@@ -1,5 +1,4 @@
-//! What the programs of all processes give each other, sorted by port: peers may be a step ahead of each other with what they
-//! give.
+//! Host data of all processes, queued by port: a peer may be a step ahead of this process.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
@@ -10,13 +9,13 @@ use shardflow_kernels::tensor::HostTensor;
 
 use super::process_map::HostPorts;
 
-/// Pieces that have come, of this process's own ports too.
+/// Received pieces, including those of this process's own ports.
 #[derive(Debug)]
 pub(super) struct Inbox {
     ports: Arc<HostPorts>,
     pub(super) peers: Receiver<PeerMessage>,
     waiting: BTreeMap<u32, VecDeque<Vec<HostTensor>>>,
-    /// Processes from which nothing more comes.
+    /// Processes that send nothing more.
     ended: BTreeSet<u32>,
 }
 
@@ -25,8 +24,8 @@ impl Inbox {
         Self { ports, peers, waiting: BTreeMap::new(), ended: BTreeSet::new() }
     }
 
-    pub(super) fn hear(&mut self, said: PeerMessage) {
-        match said {
+    pub(super) fn receive(&mut self, message: PeerMessage) {
+        match message {
             PeerMessage::Piece(piece) => self.put(piece),
             PeerMessage::Ended { process } => drop(self.ended.insert(process)),
         }
@@ -36,41 +35,41 @@ impl Inbox {
         self.waiting.entry(piece.port).or_default().push_back(piece.tensors);
     }
 
-    /// The oldest numbers of each of these ports.
+    /// Removes and returns the oldest numbers of each of these ports.
     pub(super) fn take_numbers(&mut self, ports: &[u32]) -> Vec<Vec<u64>> {
         let numbers = |port: &u32| self.take(*port, 1).into_iter().flatten().flat_map(numbers_of).collect();
         ports.iter().map(numbers).collect()
     }
 
-    /// A process that has ended without giving what is wanted of it.
-    pub(super) fn never(&self, wanted: &[(u32, usize)]) -> Option<u32> {
+    /// A process that has ended without sending a wanted piece.
+    pub(super) fn ended_sender(&self, wanted: &[(u32, usize)]) -> Option<u32> {
         let missing = |(port, count): &&(u32, usize)| self.waiting.get(port).map_or(0, VecDeque::len) < *count;
-        let giver = |(port, _): &(u32, usize)| self.ports.ports[*port as usize].process;
-        wanted.iter().filter(missing).map(giver).find(|process| self.ended.contains(process))
+        let sender = |(port, _): &(u32, usize)| self.ports.ports[*port as usize].process;
+        wanted.iter().filter(missing).map(sender).find(|process| self.ended.contains(process))
     }
 
-    /// The first process of which something wanted has not come.
-    pub(super) fn giver(&self, wanted: &[(u32, usize)]) -> Option<u32> {
+    /// The sender of the first wanted piece that is missing.
+    pub(super) fn missing_sender(&self, wanted: &[(u32, usize)]) -> Option<u32> {
         let missing = |(port, count): &&(u32, usize)| self.waiting.get(port).map_or(0, VecDeque::len) < *count;
         wanted.iter().find(missing).map(|(port, _)| self.ports.ports[*port as usize].process)
     }
 
-    /// True when each port has as many pieces as are wanted of it.
-    pub(super) fn has(&self, wanted: &[(u32, usize)]) -> bool {
+    /// True if each port holds the wanted number of pieces.
+    pub(super) fn has_all(&self, wanted: &[(u32, usize)]) -> bool {
         wanted.iter().all(|(port, count)| self.waiting.get(port).map_or(0, VecDeque::len) >= *count)
     }
 
-    /// The oldest pieces of a port; no more than there are.
+    /// Removes and returns up to `count` of a port's oldest pieces.
     pub(super) fn take(&mut self, port: u32, count: usize) -> Vec<Vec<HostTensor>> {
         let Some(pieces) = self.waiting.get_mut(&port) else { return Vec::new() };
         pieces.drain(..count.min(pieces.len())).collect()
     }
 }
 
-/// What a process tells all others between steps.
-pub(super) type Word = [u64; 2];
+/// Numbers that a process sends to all others between steps.
+pub(super) type NumberPair = [u64; 2];
 
-/// Numbers as the tensor that carries them.
+/// Encodes numbers as a tensor.
 pub(super) fn tensor_of(numbers: &[u64]) -> HostTensor {
     let halves: Vec<i32> = numbers.iter().flat_map(|number| [*number as u32 as i32, (number >> 32) as i32]).collect();
     HostTensor::i32(&[halves.len()], halves)
@@ -86,9 +85,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn words_come_back() {
-        for word in [[0, 0], [1, u64::MAX], [u64::MAX - 1, 1 << 32], [0x8000_0000, 0x1234_5678_9abc_def0]] {
-            assert_eq!(numbers_of(tensor_of(&word)), word);
+    fn numbers_survive_the_encoding_as_a_tensor() {
+        for pair in [[0, 0], [1, u64::MAX], [u64::MAX - 1, 1 << 32], [0x8000_0000, 0x1234_5678_9abc_def0]] {
+            assert_eq!(numbers_of(tensor_of(&pair)), pair);
         }
     }
 }

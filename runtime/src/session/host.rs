@@ -1,5 +1,5 @@
-//! The kernels by which the host gives tensors to a device and gets them back. They run on the device's copy stream and
-//! never wait: the session sends the data before the token that lets them fire.
+//! Kernels that copy tensors from the host to a device and back. They run on the device's copy stream and never wait:
+//! the session sends the data before the token that allows them to fire.
 
 use crossbeam_channel::{Receiver, Sender};
 
@@ -10,34 +10,34 @@ use shardflow_kernels::tensor::{HostData, HostTensor};
 
 use crate::graph::Rate;
 
-/// Writes the next tensors that the session sent.
+/// Kernel that writes the next tensors sent by the session.
 #[derive(Debug)]
 pub struct HostIn {
-    /// One message a firing, one tensor a buffer.
+    /// One message per firing, with one tensor per buffer.
     pub receiver: Receiver<Vec<HostTensor>>,
 }
 
-/// What one firing of a fetch brought.
+/// Result of one firing of a fetch.
 #[derive(Debug)]
 pub struct Fetched {
     /// Rank of the device.
     pub device: usize,
-    /// Which fetch of the device.
+    /// Rate of the fetch.
     pub rate: Rate,
-    /// One tensor a buffer.
+    /// One tensor per buffer.
     pub tensors: Vec<HostTensor>,
-    /// What had happened then.
+    /// Race clock at the time of the firing.
     pub clock: RaceClock,
 }
 
-/// Sends what it reads to the session.
+/// Kernel that reads tensors and sends them to the session.
 #[derive(Debug)]
 pub struct HostOut {
     /// Rank of the device.
     pub device: usize,
-    /// Which fetch of the device.
+    /// Rate of the fetch.
     pub rate: Rate,
-    /// To the session.
+    /// Channel to the session.
     pub sender: Sender<Fetched>,
 }
 
@@ -56,7 +56,7 @@ impl CustomKernel for HostIn {
             match (write.data, &tensor.data) {
                 (CpuSliceMut::F32(to), HostData::F32(from)) if to.len() == from.len() => to.copy_from_slice(from),
                 (CpuSliceMut::I32(to), HostData::I32(from)) if to.len() == from.len() => to.copy_from_slice(from),
-                _ => return Err(failed(self.name(), "the data sent is not what the plan says")),
+                _ => return Err(failed(self.name(), "the data sent does not have the types and sizes of the plan")),
             }
         }
         Ok(())
@@ -75,7 +75,7 @@ impl CustomKernel for HostOut {
         };
         let tensors = args.reads.iter().map(|r| HostTensor { shape: r.shape.to_vec(), data: copy(&r.data) }).collect();
         let message = Fetched { device: self.device, rate: self.rate, tensors, clock: RaceClock::capture() };
-        // A session that is gone needs no results.
+        // A session that has ended needs no results.
         let _ = self.sender.send(message);
         Ok(())
     }

@@ -1,4 +1,4 @@
-//! From a plan's actions to the shell's programs: bases become memory, host ports become kernels.
+//! Converts a plan's actions to the shell's programs: bases become memory, host ports become kernels.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -14,8 +14,8 @@ use super::host::{Fetched, HostIn, HostOut};
 use crate::graph::{Rate, Var};
 use crate::plan::{ActionKey, ActionPlan, BaseKey, Plan};
 
-/// The external actions, beside feeds, of these actors, each with its firings in a step.
-pub(super) fn gates(plan: &Plan, actors: &[ActorId]) -> Vec<(ActorId, u32, u32)> {
+/// The external actions of these actors other than feeds, each with its firings per step.
+pub(super) fn external_actions(plan: &Plan, actors: &[ActorId]) -> Vec<(ActorId, u32, u32)> {
     let mut out = Vec::new();
     for actor in actors {
         let (spec, plans) = (&plan.spec.actors[actor.0 as usize], &plan.actions[actor.0 as usize]);
@@ -28,7 +28,7 @@ pub(super) fn gates(plan: &Plan, actors: &[ActorId]) -> Vec<(ActorId, u32, u32)>
     out
 }
 
-/// What each device's fetches bring, in order; of all devices.
+/// Tensors of each device's fetches, in order; for all devices.
 pub(super) fn fetches(plan: &Plan) -> BTreeMap<(usize, Rate), Vec<Var>> {
     let mut out = BTreeMap::new();
     for (actor, actions) in plan.spec.actors.iter().zip(&plan.actions) {
@@ -41,30 +41,30 @@ pub(super) fn fetches(plan: &Plan) -> BTreeMap<(usize, Rate), Vec<Var>> {
     out
 }
 
-/// Makes the shell's programs of a plan's.
+/// Creates the shell's programs from a plan.
 pub(super) struct Loader<'a> {
     pub(super) plan: &'a Plan,
-    /// By device; those of this process at least.
+    /// By device; includes at least those of this process.
     pub(super) arenas: &'a BTreeMap<usize, Arena>,
-    /// Found on the way: where the host gives.
+    /// Feed ports of the programs created so far.
     pub(super) feeds: Vec<FeedPort>,
     pub(super) sender: Sender<Fetched>,
 }
 
-/// Where the host gives an action its tensors.
+/// Port through which the host sends an action its tensors.
 pub(super) struct FeedPort {
     pub(super) actor: ActorId,
     pub(super) action: u32,
     pub(super) device: usize,
     pub(super) rate: Rate,
-    /// Given when the host has seen the step's results.
+    /// True if the host feeds it after it has seen the step's results.
     pub(super) decides: bool,
     pub(super) vars: Vec<Var>,
     pub(super) sender: Sender<Vec<HostTensor>>,
 }
 
 impl Loader<'_> {
-    /// An actor's programs, by action.
+    /// Creates an actor's programs, in the order of its actions.
     pub(super) fn programs(&mut self, actor: ActorId) -> Vec<ActionProgram> {
         (0..self.plan.actions[actor.0 as usize].len()).map(|action| self.program(actor, action)).collect()
     }

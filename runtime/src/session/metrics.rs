@@ -1,4 +1,4 @@
-//! What a session tells of itself: a typed snapshot, and the numbers of each step on the `metrics` facade.
+//! Metrics of a session: a typed snapshot, and the values of each step for the `metrics` facade.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -16,7 +16,7 @@ use crate::exit::unix_ns;
 use crate::metrics as names;
 use crate::plan::{Plan, flops};
 
-/// Handles of the step's metrics.
+/// Handles of the metrics of steps.
 pub(super) struct StepMetrics {
     steps: Counter,
     step: Gauge,
@@ -28,20 +28,20 @@ pub(super) struct StepMetrics {
     learning_rate: Gauge,
     mfu: Option<Gauge>,
     step_tokens: u64,
-    /// Operations that a step needs, over what all devices could do in a second.
+    /// Operations of a step, divided by the peak operations per second of all devices.
     step_seconds_min: f64,
-    /// When the job began: its launcher, or else this session.
+    /// Start of the job's launcher, or without one, of this session. Unix time in milliseconds.
     job_began_ms: u64,
     training: Arc<TrainingTime>,
 }
 
-/// What the job has made of its time so far.
+/// Share of the job's time spent in productive steps.
 pub(super) struct TrainingTime {
     ratio: Gauge,
     started: Instant,
-    /// What of the job was over by then.
+    /// Time of the job before `started`.
     earlier: Duration,
-    /// Nanoseconds in the steps that made the model what it is.
+    /// Nanoseconds in steps whose updates are part of the current model.
     productive_ns: AtomicU64,
 }
 
@@ -50,11 +50,11 @@ impl TrainingTime {
         Arc::new(Self { ratio, started: Instant::now(), earlier, productive_ns: AtomicU64::new(0) })
     }
 
-    /// Brings the facade up to date: while no step ends, too, the ratio falls.
-    pub(super) fn tell(&self) {
+    /// Publishes the ratio, which decreases also while no step ends.
+    pub(super) fn publish(&self) {
         let productive = self.productive_ns.load(Ordering::Relaxed) as f64 * 1e-9;
         let all = self.earlier + self.started.elapsed();
-        // A clock that was set back may make the time too short.
+        // If the clock was set back, the time is too short.
         self.ratio.set((productive / all.as_secs_f64()).min(1.0));
     }
 }
@@ -65,8 +65,8 @@ impl StepMetrics {
         let now_ms = unix_ns() / 1_000_000;
         let job_began_ms = options.cluster.job_began_ms.unwrap_or(now_ms);
         let earlier = Duration::from_millis(now_ms.saturating_sub(job_began_ms));
-        if !options.tells_metrics {
-            return Self { job_began_ms, ..Self::silent() };
+        if !options.publishes_metrics {
+            return Self { job_began_ms, ..Self::noop() };
         }
         let step_flops = flops::step_flops(&plan.graph, plan.micro_batches) as f64;
         gauge!(names::STEP_FLOPS).set(step_flops);
@@ -78,7 +78,7 @@ impl StepMetrics {
         ];
         gauge!(names::BUILD_INFO, &labels).set(1.0);
         gauge!(names::START).set(unix_ns() as f64 * 1e-9);
-        // So that they are there before the first of them happens.
+        // So that these counters exist before their first event.
         counter!(names::STALLS).absolute(0);
         counter!(names::FIRINGS_LOST).absolute(0);
         Self {
@@ -98,7 +98,7 @@ impl StepMetrics {
         }
     }
 
-    fn silent() -> Self {
+    fn noop() -> Self {
         Self {
             steps: Counter::noop(),
             step: Gauge::noop(),
@@ -116,7 +116,7 @@ impl StepMetrics {
         }
     }
 
-    /// A step has ended, `steps` being done by then.
+    /// Records a step; `steps` is the number of steps done, including it.
     pub(super) fn record(&mut self, steps: u64, report: &StepReport, learning_rate: f32, took: Duration) {
         self.steps.increment(1);
         self.step.set(steps as f64);
@@ -130,15 +130,15 @@ impl StepMetrics {
             Some(_) => self.non_finite.increment(1),
             None => drop(self.training.productive_ns.fetch_add(took.as_nanos() as u64, Ordering::Relaxed)),
         }
-        self.training.tell();
+        self.training.publish();
     }
 
-    /// Told of by whoever looks.
-    pub(super) fn training(&self) -> Arc<TrainingTime> {
+    /// The training time, shared with the observer.
+    pub(super) fn training_time(&self) -> Arc<TrainingTime> {
         self.training.clone()
     }
 
-    /// What a checkpoint of now keeps.
+    /// Job times for a checkpoint taken now.
     pub(super) fn job_time(&self) -> JobTime {
         JobTime {
             began_ms: self.job_began_ms,
@@ -146,85 +146,85 @@ impl StepMetrics {
         }
     }
 
-    /// Milliseconds of this job in the steps before a checkpoint.
-    pub(super) fn productive_of(&self, job: JobTime) -> u64 {
+    /// Productive milliseconds of this job before a checkpoint; 0 for a checkpoint of another job.
+    pub(super) fn productive_ms(&self, job: JobTime) -> u64 {
         if self.job_began_ms == job.began_ms { job.productive_ms } else { 0 }
     }
 
-    /// A checkpoint was loaded that took so long: steps behind it are lost.
-    pub(super) fn was_productive(&self, ms: u64) {
+    /// Sets the productive time after loading a checkpoint, because steps after it are lost.
+    pub(super) fn set_productive(&self, ms: u64) {
         self.training.productive_ns.store(ms.saturating_mul(1_000_000), Ordering::Relaxed);
-        self.training.tell();
+        self.training.publish();
     }
 }
 
-/// One device's memory and messages.
+/// Memory and traffic of one device.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DeviceMetrics {
     /// Rank in the mesh.
     pub device: usize,
-    /// What the plan says is the most that is in use at once, bytes.
+    /// Peak bytes according to the plan.
     pub planned_peak_bytes: usize,
-    /// What was in use at once so far, bytes: fixed tensors, what streams hold themselves, the scratch of streams that have
-    /// worked, and of each register the most slots that were held at one time.
+    /// Peak bytes in use so far: fixed tensors, memory of streams, the scratch of streams that have run, and for each
+    /// register the largest number of slots held at one time.
     pub measured_peak_bytes: usize,
-    /// What is allocated on it, bytes.
+    /// Allocated bytes.
     pub allocated_bytes: usize,
-    /// Allocations so far; does not grow after the start.
+    /// Number of allocations so far; it does not grow after the start.
     pub allocations: usize,
-    /// Bytes that collectives brought in from other devices.
+    /// Bytes that collectives received from other devices.
     pub collective_bytes: u64,
-    /// What its backend counts of its own work, by name: [`shardflow_kernels::device::Device::counts`].
+    /// Counters of its backend, by name: [`shardflow_kernels::device::Device::counts`].
     pub counts: Vec<(&'static str, u64)>,
 }
 
-/// One actor's work.
+/// Work of one actor.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ActorMetrics {
-    /// As in the plan.
+    /// Name in the plan.
     pub name: String,
-    /// Each action by name: how often it has fired, and seconds in which its kernels were in flight.
+    /// Each action by name: number of firings, and seconds during which its kernels were in flight.
     pub actions: Vec<(String, u64, f64)>,
     /// What it waits for, as text.
     pub waiting: String,
 }
 
-/// One register's slots.
+/// Slots of one register.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RegisterMetrics {
-    /// As in the plan.
+    /// Name in the plan.
     pub name: String,
-    /// Slots that it has.
+    /// Number of slots.
     pub slots: u32,
-    /// Slots in use now.
+    /// Number of slots in use now.
     pub slots_held: u32,
-    /// The most that were in use at once.
+    /// Largest number of slots in use at one time.
     pub slots_peak: u32,
     /// Bytes of one slot.
     pub slot_bytes: usize,
 }
 
-/// A snapshot.
+/// A snapshot of a session's metrics.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Metrics {
     /// Steps done.
     pub steps: u64,
-    /// Those of this process, by rank.
+    /// Devices of this process, by rank.
     pub devices: Vec<DeviceMetrics>,
-    /// Those of this process, in the plan's order.
+    /// Actors of this process, in the plan's order.
     pub actors: Vec<ActorMetrics>,
-    /// In the plan's order.
+    /// Registers, in the plan's order.
     pub registers: Vec<RegisterMetrics>,
 }
 
-/// What snapshots are made of, beside the actors' states.
-pub(super) struct Snapshots {
-    /// Of this process.
+/// Sources of metrics other than the actors' states.
+pub(super) struct MetricsSource {
+    /// Devices of this process.
     pub(super) devices: Vec<Device>,
     pub(super) engine: Arc<dyn Collective>,
 }
 
-impl Snapshots {
+impl MetricsSource {
     pub(super) fn metrics(&self, plan: &Plan, steps: u64, snapshots: &[ActorSnapshot]) -> Metrics {
         let spec = &plan.spec;
         let mut registers: Vec<RegisterMetrics> = spec

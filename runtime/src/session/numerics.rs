@@ -1,18 +1,20 @@
-//! Steps that are not finite. The host sees loss and gradient norm before anything is updated (the action `decide` of a plan),
-//! so such a step changes no weight, whatever is to become of it. It is then run once more, with every stream looking at what
-//! it writes, which is how the first tensor gets its name: same weights, same batch, same masks, so the same bits.
+//! Steps with an Inf or NaN loss or gradient. The host sees loss and gradient norm before anything is updated (the
+//! action `decide` of a plan), so such a step changes no weight. The step then runs again with Inf/NaN checks on all
+//! launch outputs, which identifies the first such tensor: weights, batch and masks are the same, so the bits are the
+//! same.
 //!
-//! To go back further than to the weights before the step, let the step pass, load an older checkpoint with
-//! [`Session::restore_newest`], and train on with other data: the same batch would give the same end.
+//! To roll back further than to the weights before the step, accept the step, load an older checkpoint with
+//! [`Session::restore_newest`], and continue with other data: the same batch would fail in the same way.
 //!
-//! A step whose update would make a parameter or a moment infinite counts as not finite, too: see [`crate::graph::optimizer`].
+//! A step whose update could make a parameter or a moment infinite also counts as not finite: see
+//! [`crate::graph::optimizer`].
 
 use std::fmt;
 
 use shardflow_actors::snapshot::NotFinite;
 use shardflow_kernels::tensor::HostTensor;
 
-use super::exchange::Word;
+use super::exchange::NumberPair;
 use super::step::Inputs;
 use super::{Session, SessionError, StepReport};
 use crate::graph::builder::STATE_PREFIX;
@@ -21,20 +23,21 @@ use crate::graph::{Node, NodeOp, Phase, Rate, Var};
 use crate::plan::ActionKey;
 use crate::text::counted;
 
-/// What becomes of a step whose loss or gradients are not finite. Nothing is updated by it in any case.
+/// How a step with an Inf or NaN loss or gradient is handled. In any case it updates nothing.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum OnNonFinite {
-    /// [`Session::step`] fails with [`SessionError::NonFinite`], on all processes. The session holds the weights of before.
+    /// [`Session::step`] fails with [`SessionError::NonFinite`] on all processes. The session keeps the weights from
+    /// before.
     #[default]
     Stop,
-    /// The step counts as done, and [`StepReport::non_finite`] tells of it.
+    /// The step counts as done, and [`StepReport::non_finite`] describes it.
     Skip {
-        /// With more of them one after another, the step fails as with `Stop`.
+        /// After more than this number of consecutive non-finite steps, the step fails as with `Stop`.
         in_a_row_max: u32,
     },
 }
 
-/// A step that was not finite: the same on all processes.
+/// Description of a non-finite step; equal on all processes.
 #[derive(Clone, Debug, PartialEq)]
 pub struct NonFinite {
     /// Steps done before it.
@@ -43,29 +46,30 @@ pub struct NonFinite {
     pub loss: Option<f32>,
     /// Global norm of the gradients.
     pub grad_norm: Option<f64>,
-    /// The tensors that the update could have made infinite from a finite loss and gradients; see [`crate::graph::optimizer`].
+    /// The tensors that the update could make infinite although loss and gradients are finite; see
+    /// [`crate::graph::optimizer`].
     pub overflow: Option<&'static str>,
-    /// Where it began. `None` with an `overflow`, or where the same step came out finite when it was run again: memory or a
+    /// The first non-finite tensor. `None` with an `overflow`, or if the repeated step was finite: then memory or a
     /// kernel is at fault.
     pub first: Option<FirstNonFinite>,
 }
 
-/// The first tensor, in the order of the program and in the first micro-batch that has one, which is not finite.
+/// The first tensor with Inf or NaN elements, in the order of the program, in the first micro-batch that has one.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct FirstNonFinite {
     /// Its name in the program.
     pub tensor: String,
-    /// What makes it, for instance `einsum`, `parameter` or `input`.
+    /// The operation that computes it, for instance `einsum`, `parameter` or `input`.
     pub op: String,
-    /// When.
+    /// The phase of the step.
     pub phase: Phase,
-    /// In which micro-batch; `None` for what is made once a step, and for parameters.
+    /// The micro-batch; `None` for parameters and for tensors computed once per step.
     pub micro_batch: Option<usize>,
-    /// On which device.
+    /// The device.
     pub device: usize,
-    /// Elements of the device's part that are infinite or no number.
+    /// Number of Inf or NaN elements in the device's part.
     pub elements: u64,
-    /// Line of the program that asks for it.
+    /// Line of the program that creates the operation.
     pub location: String,
 }
 
@@ -75,14 +79,14 @@ impl fmt::Display for NonFinite {
         self.loss.iter().try_for_each(|loss| write!(f, ", loss {loss}"))?;
         self.grad_norm.iter().try_for_each(|norm| write!(f, ", gradient norm {norm}"))?;
         match (&self.first, self.overflow) {
-            (None, Some(what)) => {
+            (None, Some(tensors)) => {
                 write!(
                     f,
-                    "; its update could make {what} larger than any float: clip the gradients, or lower the learning rate"
+                    "; its update could make {tensors} overflow f32: clip the gradients, or lower the learning rate"
                 )
             }
             (None, None) => {
-                write!(f, "; the repeated step was finite: suspect the memory of this machine, or a kernel")
+                write!(f, "; the repeated step was finite: suspect this machine's memory or a kernel")
             }
             (Some(first), _) => write!(f, "; first in {first}"),
         }
@@ -104,55 +108,56 @@ impl fmt::Display for FirstNonFinite {
 }
 
 impl StepReport {
-    /// Loss and gradient norm are numbers.
+    /// True if loss and gradient norm are neither Inf nor NaN.
     pub(super) fn is_finite(&self) -> bool {
         self.loss.is_none_or(f32::is_finite) && self.grad_norm.is_none_or(f64::is_finite)
     }
 
-    /// A step whose update alone would not be finite: there is no tensor to look for.
+    /// A step of which only the update would not be finite: there is no tensor to search for.
     pub(super) fn overflow(&self, overflow: Option<&'static str>) -> NonFinite {
         NonFinite { step: self.step, loss: self.loss, grad_norm: self.grad_norm, overflow, first: None }
     }
 }
 
-/// Where a tensor that is not finite was made. In the order of the fields, the first is the cause of what follows: within a
-/// micro-batch nodes run in the program's order, and what is made once a step comes after all micro-batches.
+/// Where a non-finite tensor was computed. Ordered by its fields, the smallest origin is the cause of the others:
+/// within a micro-batch nodes run in the program's order, and tensors of the whole step come after all micro-batches.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 struct Origin {
-    once_a_step: bool,
+    once_per_step: bool,
     micro_batch: u32,
     node: u32,
-    /// Index among what the node makes.
+    /// Index among the node's outputs.
     output: u8,
     device: u32,
     elements: u32,
 }
 
 impl Origin {
-    /// Its place in a word that processes exchange; words are in the same order as origins.
-    fn word(self) -> Word {
-        let Self { once_a_step, micro_batch, node, output, device, elements } = self;
-        let made = u64::from(once_a_step) << 63 | u64::from(micro_batch) << 40 | u64::from(node) << 8;
-        [made | u64::from(output), u64::from(device) << 32 | u64::from(elements)]
+    /// Encodes the origin for an exchange between processes. Encoded pairs are ordered as origins are.
+    fn to_pair(self) -> NumberPair {
+        let Self { once_per_step, micro_batch, node, output, device, elements } = self;
+        let computed = u64::from(once_per_step) << 63 | u64::from(micro_batch) << 40 | u64::from(node) << 8;
+        [computed | u64::from(output), u64::from(device) << 32 | u64::from(elements)]
     }
 
-    fn of_word([made, place]: Word) -> Self {
+    fn from_pair([computed, place]: NumberPair) -> Self {
         Self {
-            once_a_step: made >> 63 != 0,
-            micro_batch: (made << 1 >> 41) as u32,
-            node: (made >> 8) as u32,
-            output: made as u8,
+            once_per_step: computed >> 63 != 0,
+            micro_batch: (computed << 1 >> 41) as u32,
+            node: (computed >> 8) as u32,
+            output: computed as u8,
             device: (place >> 32) as u32,
             elements: place as u32,
         }
     }
 }
 
-/// Said by a process that has found nothing.
-const NOTHING: Word = [u64::MAX; 2];
+/// Sent by a process that has found no non-finite tensor.
+const NOT_FOUND: NumberPair = [u64::MAX; 2];
 
 impl Session {
-    /// Bounds of parameters and moments after the update that this step asks for; those of now where it updates nothing.
+    /// Bounds of parameters and moments after the update of this step; default bounds for a program without an
+    /// objective.
     pub(super) fn bounds_after(&self, report: &StepReport, learning_rate: f32) -> Bounds {
         match (self.plan.graph.objective, report.grad_norm) {
             (Some(objective), Some(norm)) => objective.optimizer.bounds_after(self.bounds, norm, learning_rate),
@@ -160,8 +165,8 @@ impl Session {
         }
     }
 
-    /// Notes the largest element of what is written to a device's part of a parameter or a moment.
-    pub(super) fn note_largest(&mut self, var: Var, part: &HostTensor) {
+    /// Raises the bounds to the largest element written to a device's part of a parameter or a moment.
+    pub(super) fn update_bounds(&mut self, var: Var, part: &HostTensor) {
         let largest = part.as_f32().unwrap_or_default().iter().fold(0f32, |largest, value| largest.max(value.abs()));
         let bounds = &mut self.bounds;
         let name = self.plan.graph.tensor(var).name.strip_prefix(STATE_PREFIX);
@@ -173,39 +178,43 @@ impl Session {
         *bound = bound.max(f64::from(largest));
     }
 
-    /// Takes the largest bounds that any process has, after each has written its own parts; all processes call it.
+    /// Sets the bounds to the largest of all processes, after each has written its own parts; all processes call it.
     pub(super) fn agree_on_bounds(&mut self) -> Result<(), SessionError> {
         if self.process_map.processes == 1 {
             return Ok(());
         }
-        // Numbers that are not negative are in the order of their bits.
+        // Non-negative floats are ordered as their bits are.
         let Bounds { parameter, first, second, .. } = self.bounds;
         let half = |bound: f64| u64::from((bound as f32).next_up().to_bits());
-        let words = self.exchange([parameter.to_bits(), half(first) << 32 | half(second)])?;
-        let largest = |of: fn(&Word) -> u64| words.iter().map(of).max().unwrap_or_default();
+        let pairs = self.exchange([parameter.to_bits(), half(first) << 32 | half(second)])?;
+        let largest = |part: fn(&NumberPair) -> u64| pairs.iter().map(part).max().unwrap_or_default();
         let moment = |bits: u64| f64::from(f32::from_bits(bits as u32));
-        self.bounds.parameter = f64::from_bits(largest(|word| word[0]));
-        self.bounds.first = moment(largest(|word| word[1] >> 32));
-        self.bounds.second = moment(largest(|word| word[1] & u64::from(u32::MAX)));
+        self.bounds.parameter = f64::from_bits(largest(|pair| pair[0]));
+        self.bounds.first = moment(largest(|pair| pair[1] >> 32));
+        self.bounds.second = moment(largest(|pair| pair[1] & u64::from(u32::MAX)));
         Ok(())
     }
 
-    /// Runs the step that has just been called off once more, and finds where it goes wrong. All processes call it.
-    pub(super) fn trace(&mut self, inputs: &Inputs<'_>, report: &StepReport) -> Result<NonFinite, SessionError> {
+    /// Runs the step whose update was cancelled again, and finds its first non-finite tensor. All processes call it.
+    pub(super) fn find_first_non_finite(
+        &mut self,
+        inputs: &Inputs<'_>,
+        report: &StepReport,
+    ) -> Result<NonFinite, SessionError> {
         self.check_finite(true);
         let run = self.run(inputs).and_then(|_| self.decide(f32::NAN));
         self.check_finite(false);
         run?;
         let found = self.running.as_ref().map(|running| running.take_found()).unwrap_or_default();
-        let made = found.iter().filter_map(|found| self.origin(found));
-        let own = made.chain(self.parameters_not_finite()?).min().map_or(NOTHING, Origin::word);
-        let first = self.exchange(own)?.into_iter().min().filter(|word| *word != NOTHING);
-        let first = first.and_then(|word| self.describe(Origin::of_word(word)));
+        let computed = found.iter().filter_map(|found| self.origin(found));
+        let own = computed.chain(self.non_finite_parameters()?).min().map_or(NOT_FOUND, Origin::to_pair);
+        let first = self.exchange(own)?.into_iter().min().filter(|pair| *pair != NOT_FOUND);
+        let first = first.and_then(|pair| self.describe(Origin::from_pair(pair)));
         Ok(NonFinite { first, ..report.overflow(None) })
     }
 
-    /// Lets the step pass, or not.
-    pub(super) fn pass_over(&mut self, found: &NonFinite) -> Result<(), SessionError> {
+    /// Accepts a non-finite step, or returns an error, as [`OnNonFinite`] requires.
+    pub(super) fn accept_non_finite(&mut self, found: &NonFinite) -> Result<(), SessionError> {
         self.skipped_in_a_row += 1;
         match self.on_non_finite {
             OnNonFinite::Skip { in_a_row_max } if self.skipped_in_a_row <= in_a_row_max => Ok(()),
@@ -222,18 +231,18 @@ impl Session {
         let (spec, plan) = (&self.plan.spec.actors[actor], &self.plan.actions[actor][action]);
         let graph = &self.plan.graph;
         let node = match (plan.nodes.get(found.launch), plan.key) {
-            // The learning rate that called the update off.
+            // The NaN learning rate that cancelled the update.
             (_, ActionKey::Decide) => return None,
             (Some(node), _) => *node,
-            // The host's own tensors, which come in after the launches.
+            // The host's own tensors, which follow the launches.
             (None, _) => graph.tensor(*plan.host.as_ref()?.vars.get(found.write)?).producer,
         };
         let per_step = u64::from(spec.actions[action].per_step).max(1);
-        let once_a_step =
+        let once_per_step =
             graph.nodes()[node.index()].outputs.first().is_none_or(|v| graph.tensor(*v).rate == Rate::Step);
         Some(Origin {
-            once_a_step,
-            micro_batch: if once_a_step { 0 } else { (found.firing % per_step) as u32 },
+            once_per_step,
+            micro_batch: if once_per_step { 0 } else { (found.firing % per_step) as u32 },
             node: node.0,
             output: if plan.nodes.len() > found.launch { found.write as u8 } else { 0 },
             device: spec.device as u32,
@@ -241,8 +250,8 @@ impl Session {
         })
     }
 
-    /// Parameters of this process's devices; they may have been loaded so.
-    fn parameters_not_finite(&self) -> Result<Vec<Origin>, SessionError> {
+    /// Parameters of this process's devices with Inf or NaN elements, for instance from a loaded file.
+    fn non_finite_parameters(&self) -> Result<Vec<Origin>, SessionError> {
         let graph = &self.plan.graph;
         let mut out = Vec::new();
         for device in self.process_map.own() {
@@ -256,7 +265,14 @@ impl Session {
                 if bad > 0 {
                     let elements = u32::try_from(bad).unwrap_or(u32::MAX);
                     let device = device as u32;
-                    out.push(Origin { once_a_step: false, micro_batch: 0, node: node.0, output: 0, device, elements });
+                    out.push(Origin {
+                        once_per_step: false,
+                        micro_batch: 0,
+                        node: node.0,
+                        output: 0,
+                        device,
+                        elements,
+                    });
                 }
             }
         }
@@ -266,13 +282,13 @@ impl Session {
     fn describe(&self, origin: Origin) -> Option<FirstNonFinite> {
         let graph = &self.plan.graph;
         let node = graph.nodes().get(origin.node as usize)?;
-        let made: Vec<&Var> = node.outputs.iter().chain(&node.updates).collect();
-        let var = made.get(usize::from(origin.output)).or(made.first());
+        let outputs: Vec<&Var> = node.outputs.iter().chain(&node.updates).collect();
+        let var = outputs.get(usize::from(origin.output)).or(outputs.first());
         Some(FirstNonFinite {
             tensor: var.map_or(node.name.clone(), |var| graph.tensor(**var).name.clone()),
             op: op_name(node).into(),
             phase: node.phase,
-            micro_batch: (!origin.once_a_step).then_some(origin.micro_batch as usize),
+            micro_batch: (!origin.once_per_step).then_some(origin.micro_batch as usize),
             device: origin.device as usize,
             elements: u64::from(origin.elements),
             location: format!("{}:{}", node.location.file(), node.location.line()),

@@ -1,5 +1,5 @@
-//! A running session as others see it, from any thread: snapshots, and samples of it on the `metrics` facade. It keeps nothing of
-//! the session alive that takes memory.
+//! Observes a running session from any thread: snapshots of its state, and samples for the `metrics` facade. An
+//! observer does not keep the session's device memory alive.
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -14,68 +14,68 @@ use shardflow_actors::spec::{ActorId, RegisterId, Spec};
 use shardflow_actors::trace::{Cause, FiringRecord};
 
 use super::StepReport;
-use super::metrics::{Metrics, Snapshots, TrainingTime};
+use super::metrics::{Metrics, MetricsSource, TrainingTime};
 use super::process_map::ProcessMap;
 use crate::cluster::world::World;
 use crate::exit::unix_ns;
 use crate::metrics as names;
 use crate::plan::Plan;
 
-/// Samples are taken at the end of a step, and no more often than this.
+/// Shortest time between two samples, which are taken at the end of a step.
 const SAMPLE_EVERY: Duration = Duration::from_secs(1);
 
-/// See the module.
+/// A view of a running session that any thread may use.
 pub struct Observer {
     plan: Arc<Plan>,
     process_map: ProcessMap,
     control: Control,
-    snapshots: Snapshots,
+    source: MetricsSource,
     world: Weak<World>,
-    /// Registers of peers whose bytes are copied here, and how.
+    /// Registers of peers whose bytes are copied here, each with its transport.
     mirrored: BTreeMap<RegisterId, &'static str>,
     steps: AtomicU64,
-    newest: Mutex<RecentSteps>,
+    recent: Mutex<RecentSteps>,
     passes: Mutex<Passes>,
     incidents: Mutex<Vec<Incident>>,
-    /// Unix time of the start in nanoseconds: no two sessions that one server shows have the same.
+    /// Unix time of the start in nanoseconds, which identifies a session among those that one server shows.
     started: u64,
-    facade: Mutex<Facade>,
-    /// Where the facade is told.
+    published: Mutex<PublishedMetrics>,
+    /// `Some` if the session publishes to the `metrics` facade.
     training: Option<Arc<TrainingTime>>,
 }
 
-/// Steps that are kept, and of them those whose durations speak for what a step takes now.
+/// Number of recent steps that are kept, and how many of them quantiles of step durations use.
 const STEPS_KEPT: usize = 512;
 const STEPS_TIMED: usize = 128;
-/// Incidents of each kind that are kept: the first of them are the ones that explain the others.
+/// Incidents of each kind that are kept. The first ones are kept because they explain later ones.
 const INCIDENTS_MAX: usize = 8;
 
-/// The newest steps.
+/// Statistics of the most recent steps.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct RecentSteps {
-    /// Of each step.
+    /// Tokens of each step.
     pub tokens: u64,
-    /// Steps that the program means to do in all, where it has said so.
+    /// Total number of steps that the program plans, if it has set one.
     pub planned: Option<u64>,
-    /// Steps done by this session, whatever it had been restored from.
+    /// Steps done by this session, without those before a restored checkpoint.
     pub done: u64,
-    /// The newest last; at most 512.
+    /// At most 512 steps, the newest last.
     pub steps: VecDeque<StepStats>,
 }
 
-/// Which step each pass over the plan was for. Firings are counted in passes: a step whose numbers are not finite is passed
-/// twice, to find where from, and a training that is restored goes on from another step.
+/// Maps passes over the plan to steps. Firings count passes, which differ from steps: a non-finite step runs twice, to
+/// find its first non-finite tensor, and a restore continues from another step.
 #[derive(Clone, Debug, Default)]
 struct Passes {
     begun: u64,
-    /// Passes, and steps done before them; those between follow one by one.
+    /// Passes, each with the number of steps done before it; passes between two marks have consecutive steps.
     marks: VecDeque<(u64, u64)>,
 }
 
-/// Marks of passes that are kept, the newest.
+/// Number of newest marks that are kept.
 const MARKS_MAX: usize = 256;
 
-/// The pass over the plan that a firing is of.
+/// The pass over the plan to which a firing belongs.
 pub fn pass_of(spec: &Spec, actor: ActorId, fired: &FiringRecord) -> u64 {
     let per_step = spec.actors[actor.0 as usize].actions[fired.action as usize].per_step;
     fired.firing / u64::from(per_step.max(1))
@@ -101,7 +101,7 @@ impl Passes {
 /// One step.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct StepStats {
-    /// Steps done with this one.
+    /// Steps done, including this one.
     pub steps: u64,
     /// Its loss.
     pub loss: Option<f32>,
@@ -113,81 +113,81 @@ pub struct StepStats {
     pub seconds: f64,
 }
 
-/// Something that went wrong.
+/// An event that went wrong.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Incident {
-    /// When it happened first, nanoseconds since the session's start.
+    /// Time of its first occurrence, nanoseconds since the session's start.
     pub at_ns: u64,
     /// `restart`, `not finite`, `stall`, `refused` or `failure`.
     pub kind: &'static str,
-    /// What happened, its cause first.
+    /// Description, beginning with the cause.
     pub text: String,
 }
 
 impl RecentSteps {
-    /// The last one.
+    /// The last step.
     pub fn last(&self) -> Option<&StepStats> {
         self.steps.back()
     }
 
-    /// What a step's time is at most in this part of the newest 128.
-    pub fn quantile(&self, part: f64) -> Option<f64> {
+    /// Quantile of the durations of the newest 128 steps, seconds.
+    pub fn quantile(&self, fraction: f64) -> Option<f64> {
         let mut sorted: Vec<f64> = self.steps.iter().rev().take(STEPS_TIMED).map(|step| step.seconds).collect();
         sorted.sort_by(f64::total_cmp);
-        let index = (part * sorted.len() as f64).ceil() as usize;
+        let index = (fraction * sorted.len() as f64).ceil() as usize;
         sorted.get(index.saturating_sub(1)).copied()
     }
 }
 
-/// What the facade was given so far.
-struct Facade {
+/// Metric handles, and values that were published so far.
+struct PublishedMetrics {
     sampled: Option<Instant>,
-    /// By actor: firings read.
-    read: BTreeMap<ActorId, u64>,
+    /// By actor: number of firings read.
+    firings_read: BTreeMap<ActorId, u64>,
     firings: HashMap<(ActorId, u32), Histogram>,
     waits: HashMap<(ActorId, Cause), Histogram>,
     slots: HashMap<RegisterId, [Gauge; 3]>,
-    /// By name and labels: each counter, and what it was told of this session. Sessions of one program add up.
+    /// By name and labels: each counter, and this session's share of its value. Sessions of one program add up.
     totals: HashMap<String, (Counter, u64)>,
 }
 
-impl Facade {
-    /// A counter's part that is this session's has come to `total`.
-    fn total(&mut self, name: &'static str, labels: &[(&'static str, &str)], total: u64) {
+impl PublishedMetrics {
+    /// Raises this session's share of a counter to `total`.
+    fn advance_total(&mut self, name: &'static str, labels: &[(&'static str, &str)], total: u64) {
         let key = labels.iter().fold(name.to_owned(), |key, (_, value)| key + "\n" + value);
-        let (counter, told) = self.totals.entry(key).or_insert_with(|| {
+        let (counter, published) = self.totals.entry(key).or_insert_with(|| {
             let labels: Vec<(&'static str, String)> = labels.iter().map(|(k, v)| (*k, (*v).to_owned())).collect();
             (counter!(name, &labels), 0)
         });
-        counter.increment(total.saturating_sub(*told));
-        *told = total.max(*told);
+        counter.increment(total.saturating_sub(*published));
+        *published = total.max(*published);
     }
 }
 
 /// Another process of the session.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PeerState {
-    /// Its number.
+    /// Its rank.
     pub process: u32,
     /// Name of its machine.
     pub host: String,
     /// Its process id there.
     pub pid: u32,
-    /// It shares this one's machine.
+    /// True if it runs on the same machine as this process.
     pub is_on_this_node: bool,
-    /// Since its last heartbeat; `None` when it has ended in order.
+    /// Time since its last heartbeat; `None` if it has ended normally.
     pub silent: Option<Duration>,
 }
 
-/// How a session does.
+/// State of a session.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum SessionHealth {
-    /// It works, or waits for its program.
-    Well {
+    /// It runs a step, or waits for its program.
+    Healthy {
         /// Steps done.
         steps: u64,
     },
-    /// It has failed, for this.
+    /// It has failed with this cause.
     Failed(String),
     /// It has ended.
     Ended,
@@ -198,14 +198,14 @@ impl Observer {
         plan: Arc<Plan>,
         process_map: ProcessMap,
         control: Control,
-        snapshots: Snapshots,
+        source: MetricsSource,
         world: Option<&Arc<World>>,
         mirrored: BTreeMap<RegisterId, &'static str>,
         steps: RecentSteps,
     ) -> Self {
-        let facade = Facade {
+        let published = PublishedMetrics {
             sampled: None,
-            read: BTreeMap::new(),
+            firings_read: BTreeMap::new(),
             firings: HashMap::new(),
             waits: HashMap::new(),
             slots: HashMap::new(),
@@ -217,21 +217,21 @@ impl Observer {
             plan,
             process_map,
             control,
-            snapshots,
+            source,
             world,
             mirrored,
             steps: AtomicU64::new(0),
-            newest: Mutex::new(steps),
+            recent: Mutex::new(steps),
             passes: Mutex::default(),
             incidents: Mutex::default(),
             started,
-            facade: Mutex::new(facade),
+            published: Mutex::new(published),
             training: None,
         }
     }
 
-    /// The same, which tells the facade.
-    pub(super) fn telling(self, training: Arc<TrainingTime>) -> Self {
+    /// The same observer, publishing to the `metrics` facade.
+    pub(super) fn with_metrics(self, training: Arc<TrainingTime>) -> Self {
         Self { training: Some(training), ..self }
     }
 
@@ -240,28 +240,28 @@ impl Observer {
         &self.plan
     }
 
-    /// Who hosts what.
+    /// Which process hosts which device.
     pub fn process_map(&self) -> ProcessMap {
         self.process_map
     }
 
-    /// What the session has done and holds now. Cheap: nothing stops for it.
+    /// The session's progress and memory use. Cheap: it pauses nothing.
     pub fn metrics(&self) -> Metrics {
-        self.snapshots.metrics(&self.plan, self.steps.load(Ordering::Relaxed), &self.control.snapshot())
+        self.source.metrics(&self.plan, self.steps.load(Ordering::Relaxed), &self.control.snapshot())
     }
 
-    /// Firings of an actor of this process that have ended, from the `from`-th on, in the order of their ends: the newest
+    /// Ended firings of an actor of this process, starting with number `from`, in the order of their ends. The newest
     /// [`shardflow_actors::trace::RING_FIRINGS`] are kept.
     pub fn fired(&self, actor: ActorId, from: u64) -> shardflow_actors::trace::NewFirings {
         self.control.fired(actor, from)
     }
 
-    /// What each actor of this process is doing; empty once the session has ended.
+    /// State of each actor of this process; empty after the session has ended.
     pub fn snapshot(&self) -> Vec<ActorSnapshot> {
         self.control.snapshot()
     }
 
-    /// Nanoseconds since the session's start; `None` once it has ended.
+    /// Nanoseconds since the session's start; `None` after it has ended.
     pub fn now_ns(&self) -> Option<u64> {
         self.control.now_ns()
     }
@@ -271,104 +271,104 @@ impl Observer {
         self.passes.lock().unwrap_or_else(PoisonError::into_inner).step_of(pass)
     }
 
-    /// Where passes do not follow their steps one by one: the pass, and the steps done before it.
+    /// Passes at which the step number jumps, each with the steps done before it.
     pub fn marks(&self) -> Vec<(u64, u64)> {
         self.passes.lock().unwrap_or_else(PoisonError::into_inner).marks.iter().copied().collect()
     }
 
-    /// A pass begins, of the step that comes after so many.
-    pub(super) fn pass_begins(&self, steps: u64) {
+    /// Records the start of a pass, for the step after `steps` steps.
+    pub(super) fn begin_pass(&self, steps: u64) {
         self.passes.lock().unwrap_or_else(PoisonError::into_inner).begin(steps);
     }
 
-    /// Nanoseconds since anything moved; `None` once the session has ended.
+    /// Nanoseconds since the last progress; `None` after the session has ended.
     pub fn idle_ns(&self) -> Option<u64> {
         self.control.idle_ns()
     }
 
-    /// True while a step that the program has begun is not done.
+    /// True while a step runs.
     pub fn is_under_way(&self) -> bool {
         self.control.is_under_way()
     }
 
-    /// What everything waits for now, if a step is under way and nothing moves.
+    /// The chain of waits, if a step runs without progress.
     pub fn hang(&self) -> Option<Hang> {
         self.control.hang()
     }
 
-    /// The newest steps.
-    pub fn newest_steps(&self) -> RecentSteps {
-        self.newest.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    /// Statistics of the most recent steps.
+    pub fn recent_steps(&self) -> RecentSteps {
+        self.recent.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// Tells this session from others: Unix time of its start, nanoseconds.
+    /// Unix time of the session's start in nanoseconds, which distinguishes it from other sessions.
     pub fn started(&self) -> u64 {
         self.started
     }
 
-    /// What went wrong so far, the first first; at most 8 of each kind.
+    /// Incidents so far, in the order of time; at most 8 of each kind.
     pub fn incidents(&self) -> Vec<Incident> {
         for (reason, count) in self.world.upgrade().map(|world| world.refused()).into_iter().flatten() {
-            // How often is told by the metric, and changes.
+            // Without the count, which changes; the metric has it.
             if count > 0 {
-                let text = format!("datagrams or letters that are not of this job or of this attempt: {reason}");
+                let text = format!("messages that do not belong to this job or this attempt: {reason}");
                 self.note("refused", text);
             }
         }
         if let Some((at_ns, failure)) = self.control.failed_at() {
-            self.keep(Incident { at_ns, kind: "failure", text: failure.to_string() });
+            self.add_incident(Incident { at_ns, kind: "failure", text: failure.to_string() });
         }
         let mut incidents = self.incidents.lock().unwrap_or_else(PoisonError::into_inner).clone();
         incidents.sort_by_key(|incident| incident.at_ns);
         incidents
     }
 
-    /// Keeps an incident of now.
+    /// Records an incident with the current time.
     pub fn note(&self, kind: &'static str, text: String) {
-        self.keep(Incident { at_ns: self.now_ns().unwrap_or_default(), kind, text });
+        self.add_incident(Incident { at_ns: self.now_ns().unwrap_or_default(), kind, text });
     }
 
-    /// Unless it is there already, or too many are.
-    fn keep(&self, incident: Incident) {
+    /// Records an incident unless it is known, or the list has enough of its kind.
+    fn add_incident(&self, incident: Incident) {
         let mut incidents = self.incidents.lock().unwrap_or_else(PoisonError::into_inner);
         let is_known = incidents.iter().any(|known| known.kind == incident.kind && known.text == incident.text);
-        let alike = incidents.iter().filter(|known| known.kind == incident.kind).count();
-        if !is_known && alike < INCIDENTS_MAX {
+        let same_kind = incidents.iter().filter(|known| known.kind == incident.kind).count();
+        if !is_known && same_kind < INCIDENTS_MAX {
             incidents.push(incident);
         }
     }
 
-    /// What is known of the other processes; nothing once the session has ended.
+    /// State of the other processes; empty after the session has ended.
     pub fn peers(&self) -> Vec<PeerState> {
         self.world.upgrade().map_or_else(Vec::new, |world| world.peers())
     }
 
-    /// A step has ended, `steps` being done by then.
-    pub(super) fn step_done(&self, steps: u64, report: &StepReport, learning_rate: f32, took: Duration) {
+    /// Records a step; `steps` is the number of steps done, including it.
+    pub(super) fn record_step(&self, steps: u64, report: &StepReport, learning_rate: f32, took: Duration) {
         self.set_steps(steps);
         if let Some(found) = &report.non_finite {
             self.note("not finite", found.to_string());
         }
-        let mut newest = self.newest.lock().unwrap_or_else(PoisonError::into_inner);
-        newest.done += 1;
-        if newest.steps.len() == STEPS_KEPT {
-            newest.steps.pop_front();
+        let mut recent = self.recent.lock().unwrap_or_else(PoisonError::into_inner);
+        recent.done += 1;
+        if recent.steps.len() == STEPS_KEPT {
+            recent.steps.pop_front();
         }
         let (loss, gradient_norm, seconds) = (report.loss, report.grad_norm, took.as_secs_f64());
-        newest.steps.push_back(StepStats { steps, loss, gradient_norm, learning_rate, seconds });
-        // Not after each step, for it sorts.
-        if newest.done.is_power_of_two() || newest.done.is_multiple_of(STEPS_TIMED as u64 / 2) {
-            let p99 = newest.quantile(0.99).unwrap_or_default();
+        recent.steps.push_back(StepStats { steps, loss, gradient_norm, learning_rate, seconds });
+        // Not after each step, because quantiles sort the durations.
+        if recent.done.is_power_of_two() || recent.done.is_multiple_of(STEPS_TIMED as u64 / 2) {
+            let p99 = recent.quantile(0.99).unwrap_or_default();
             self.control.steps_take(Duration::from_secs_f64(p99));
         }
     }
 
-    /// How it does.
+    /// Current state of the session.
     pub fn health(&self) -> SessionHealth {
         match (self.control.first_failure(), self.control.now_ns()) {
             (Some(failure), _) => SessionHealth::Failed(failure.to_string()),
             (None, None) => SessionHealth::Ended,
-            (None, Some(_)) => SessionHealth::Well { steps: self.steps.load(Ordering::Relaxed) },
+            (None, Some(_)) => SessionHealth::Healthy { steps: self.steps.load(Ordering::Relaxed) },
         }
     }
 
@@ -376,32 +376,32 @@ impl Observer {
         self.steps.store(steps, Ordering::Relaxed);
     }
 
-    /// A sample, if the last is old enough.
-    pub(super) fn sample_now_and_then(&self) {
-        let is_due = |facade: &Facade| facade.sampled.is_none_or(|at| at.elapsed() >= SAMPLE_EVERY);
-        if is_due(&self.facade.lock().unwrap_or_else(PoisonError::into_inner)) {
+    /// Takes a sample if the last one is at least [`SAMPLE_EVERY`] old.
+    pub(super) fn sample_if_due(&self) {
+        let is_due = |published: &PublishedMetrics| published.sampled.is_none_or(|at| at.elapsed() >= SAMPLE_EVERY);
+        if is_due(&self.published.lock().unwrap_or_else(PoisonError::into_inner)) {
             self.sample();
         }
     }
 
-    /// Brings the facade up to date.
+    /// Publishes the current values of all metrics.
     pub fn sample(&self) {
         let Some(training) = &self.training else { return };
-        let mut facade = self.facade.lock().unwrap_or_else(PoisonError::into_inner);
-        facade.sampled = Some(Instant::now());
-        if matches!(self.health(), SessionHealth::Well { .. }) {
-            training.tell();
+        let mut published = self.published.lock().unwrap_or_else(PoisonError::into_inner);
+        published.sampled = Some(Instant::now());
+        if matches!(self.health(), SessionHealth::Healthy { .. }) {
+            training.publish();
         }
         let snapshots = self.control.snapshot();
         if snapshots.is_empty() {
             return;
         }
         for snapshot in &snapshots {
-            self.sample_firings(&mut facade, snapshot);
-            self.sample_slots(&mut facade, snapshot);
+            self.sample_firings(&mut published, snapshot);
+            self.sample_slots(&mut published, snapshot);
         }
-        self.sample_edges(&mut facade, &snapshots);
-        for device in self.snapshots.metrics(&self.plan, 0, &snapshots).devices {
+        self.sample_edges(&mut published, &snapshots);
+        for device in self.source.metrics(&self.plan, 0, &snapshots).devices {
             let rank = device.device.to_string();
             let memory = [
                 ("planned", device.planned_peak_bytes),
@@ -411,36 +411,36 @@ impl Observer {
             for (kind, bytes) in memory {
                 gauge!(names::MEMORY, "device" => rank.clone(), "kind" => kind).set(bytes as f64);
             }
-            facade.total(names::COLLECTIVE_BYTES, &[("device", &rank)], device.collective_bytes);
+            published.advance_total(names::COLLECTIVE_BYTES, &[("device", &rank)], device.collective_bytes);
         }
         if let Some(world) = self.world.upgrade() {
             for (reason, count) in world.refused() {
-                facade.total(names::REFUSED, &[("reason", reason)], count);
+                published.advance_total(names::REFUSED, &[("reason", reason)], count);
             }
         }
     }
 
-    fn sample_firings(&self, facade: &mut Facade, snapshot: &ActorSnapshot) {
+    fn sample_firings(&self, published: &mut PublishedMetrics, snapshot: &ActorSnapshot) {
         let actor = snapshot.actor;
-        let next = facade.read.entry(actor).or_default();
-        let told = self.control.fired(actor, *next);
-        *next = told.next;
-        if told.lost > 0 {
-            counter!(names::FIRINGS_LOST).increment(told.lost);
+        let next = published.firings_read.entry(actor).or_default();
+        let new_firings = self.control.fired(actor, *next);
+        *next = new_firings.next;
+        if new_firings.lost > 0 {
+            counter!(names::FIRINGS_LOST).increment(new_firings.lost);
         }
-        for FiringRecord { action, idle_ns, launched_ns, ended_ns, cause, .. } in told.firings {
+        for FiringRecord { action, idle_ns, launched_ns, ended_ns, cause, .. } in new_firings.firings {
             let spec = &self.plan.spec.actors[actor.0 as usize];
-            let firing = facade.firings.entry((actor, action)).or_insert_with(|| {
+            let firing = published.firings.entry((actor, action)).or_insert_with(|| {
                 let action = spec.actions[action as usize].name.clone();
                 histogram!(names::FIRING, "actor" => spec.name.clone(), "action" => action)
             });
             firing.record(seconds(ended_ns - launched_ns));
-            let wait = facade.waits.entry((actor, cause)).or_insert_with(|| self.wait_of(actor, cause));
+            let wait = published.waits.entry((actor, cause)).or_insert_with(|| self.wait_histogram(actor, cause));
             wait.record(seconds(launched_ns - idle_ns));
         }
     }
 
-    fn wait_of(&self, actor: ActorId, cause: Cause) -> Histogram {
+    fn wait_histogram(&self, actor: ActorId, cause: Cause) -> Histogram {
         let spec = &self.plan.spec;
         let (reason, register) = match cause {
             Cause::Input(register) => ("input", spec.register_name(register)),
@@ -452,9 +452,9 @@ impl Observer {
         histogram!(names::WAIT, "actor" => actor, "reason" => reason, "register" => register)
     }
 
-    fn sample_slots(&self, facade: &mut Facade, snapshot: &ActorSnapshot) {
+    fn sample_slots(&self, published: &mut PublishedMetrics, snapshot: &ActorSnapshot) {
         for used in &snapshot.registers {
-            let gauges = facade.slots.entry(used.register).or_insert_with(|| {
+            let gauges = published.slots.entry(used.register).or_insert_with(|| {
                 let register = self.plan.spec.register_name(used.register);
                 ["free", "writing", "filled"]
                     .map(|state| gauge!(names::SLOTS, "register" => register.clone(), "state" => state))
@@ -466,8 +466,8 @@ impl Observer {
         }
     }
 
-    /// What a register's bytes go over to a reader: `device`, `process`, `shared_memory` or `socket`. Of an edge between two other
-    /// processes it is not known here, and said to be `shared_memory`.
+    /// Transport of a register's bytes to a reader: `device`, `process`, `shared_memory`, `socket` or `nccl`. For an
+    /// edge between two other processes it is unknown here, and reported as `shared_memory`.
     pub fn transport(&self, register: RegisterId, reader: ActorId) -> &'static str {
         let spec = &self.plan.spec;
         let device = |actor: ActorId| spec.actors[actor.0 as usize].device;
@@ -479,12 +479,12 @@ impl Observer {
         }
     }
 
-    /// What this process's actors have released of others' registers.
-    fn sample_edges(&self, facade: &mut Facade, snapshots: &[ActorSnapshot]) {
+    /// Publishes the bytes of other actors' registers that this process's actors have released.
+    fn sample_edges(&self, published: &mut PublishedMetrics, snapshots: &[ActorSnapshot]) {
         let spec = &self.plan.spec;
         let mut bytes: BTreeMap<(&str, &str, &'static str), u64> = BTreeMap::new();
         for snapshot in snapshots {
-            // Two actions of an actor may read a register; it crosses once.
+            // Two actions of an actor may read a register, whose bytes cross once.
             let mut crossed: BTreeMap<RegisterId, (&str, &'static str, u64)> = BTreeMap::new();
             let reader = &spec.actors[snapshot.actor.0 as usize];
             for (index, action) in reader.actions.iter().enumerate() {
@@ -497,8 +497,8 @@ impl Observer {
                     }
                     let transport = self.transport(input.register, snapshot.actor);
                     let pieces = completed / u64::from(input.firings_per_piece);
-                    let (_, _, most) = crossed.entry(input.register).or_insert((&producer.name, transport, 0));
-                    *most = pieces.max(*most);
+                    let (_, _, max) = crossed.entry(input.register).or_insert((&producer.name, transport, 0));
+                    *max = pieces.max(*max);
                 }
             }
             for (register, (from, transport, pieces)) in crossed {
@@ -507,7 +507,7 @@ impl Observer {
             }
         }
         for ((from, to, transport), bytes) in bytes {
-            facade.total(names::EDGE_BYTES, &[("from", from), ("to", to), ("transport", transport)], bytes);
+            published.advance_total(names::EDGE_BYTES, &[("from", from), ("to", to), ("transport", transport)], bytes);
         }
     }
 }
@@ -521,9 +521,9 @@ mod tests {
     use super::Passes;
 
     #[test]
-    fn passes_are_of_the_steps_that_they_were_made_for() {
+    fn each_pass_maps_to_the_step_for_which_it_ran() {
         let mut passes = Passes::default();
-        // From a checkpoint; a step that is not finite is done again; and back to the checkpoint.
+        // Start from a checkpoint, repeat a non-finite step, and return to the checkpoint.
         let steps = [60, 61, 61, 62, 63, 60, 61];
         for step in steps {
             passes.begin(step);

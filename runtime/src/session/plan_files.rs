@@ -1,35 +1,35 @@
-//! For `shardflow plan`: a program whose environment says so writes the plan that it would run, and runs nothing.
+//! Support for `shardflow plan`: if an environment variable requests it, a program writes its plan and runs nothing.
 
 use std::path::PathBuf;
 
 use super::SessionError;
 use crate::plan::Plan;
 
-/// Variable with the file that the plan is written to, as text.
+/// Variable with the path of the file to which the plan is written as text.
 pub const PLAN_TEXT: &str = "SHARDFLOW_PLAN_TEXT";
-/// The same, as a page.
+/// Variable with the path of the file to which the plan is written as an HTML page.
 pub const PLAN_HTML: &str = "SHARDFLOW_PLAN_HTML";
-/// The same, for Graphviz.
+/// Variable with the path of the file to which the plan is written for Graphviz.
 pub const PLAN_DOT: &str = "SHARDFLOW_PLAN_DOT";
 
-/// The text last: that it is there says that all is.
-const ALL: [&str; 3] = [PLAN_HTML, PLAN_DOT, PLAN_TEXT];
+/// In the order of writing. The text is last, so its existence shows that all files are complete.
+const VARIABLES: [&str; 3] = [PLAN_HTML, PLAN_DOT, PLAN_TEXT];
 
-/// True under `shardflow plan`: a session will not start, so that a program needs none of what it would run on.
+/// True under `shardflow plan`: no session will start, so a program needs neither devices nor data.
 pub fn is_requested() -> bool {
-    ALL.iter().any(|variable| std::env::var_os(variable).is_some())
+    VARIABLES.iter().any(|variable| std::env::var_os(variable).is_some())
 }
 
-/// Writes the plan where the environment says so; then the session ends before it began.
-pub(super) fn show(plan: &Plan) -> Result<(), SessionError> {
-    for variable in ALL {
+/// Writes the plan to the files that the environment requests, if any, and then returns [`SessionError::PlanWritten`].
+pub(super) fn write_requested(plan: &Plan) -> Result<(), SessionError> {
+    for variable in VARIABLES {
         let Some(path) = std::env::var_os(variable).map(PathBuf::from) else { continue };
-        let picture = match variable {
+        let content = match variable {
             PLAN_HTML => plan.to_html(),
             PLAN_DOT => plan.to_dot(),
             _ => plan.explain(),
         };
-        std::fs::write(&path, picture).map_err(|source| SessionError::PlanFile { path, source })?;
+        std::fs::write(&path, content).map_err(|source| SessionError::PlanFile { path, source })?;
     }
-    if is_requested() { Err(SessionError::PlanShown) } else { Ok(()) }
+    if is_requested() { Err(SessionError::PlanWritten) } else { Ok(()) }
 }

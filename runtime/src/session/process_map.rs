@@ -1,5 +1,5 @@
-//! Which process hosts which device, and what of a plan crosses processes: bytes of registers, what hosts give each other,
-//! groups of collectives. All of it follows from the plan and the number of processes, so every process knows it of all.
+//! Which process hosts which device, and which data of a plan crosses processes: bytes of registers, host data, groups
+//! of collectives. All of it follows from the plan and the number of processes, so every process computes it for all.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
@@ -15,50 +15,50 @@ use super::agreement::{self, SharedInput};
 use crate::graph::Rate;
 use crate::plan::{ActionKey, BaseKey, Plan};
 
-/// This process among those that run a plan.
+/// The processes that run a plan, and the rank of this one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ProcessMap {
-    /// Its number.
+    /// Rank of this process.
     pub process: u32,
-    /// How many there are.
+    /// Number of processes.
     pub processes: u32,
-    /// Devices of the mesh.
+    /// Number of devices of the mesh.
     pub devices: usize,
 }
 
-/// A process's devices among those of its node.
+/// Position of a process's devices among those of its node.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct NodeDevices {
-    /// Devices of the processes before it.
+    /// Number of devices of the processes before it.
     pub before: usize,
-    /// Devices of all processes.
+    /// Number of devices of all processes of the node.
     pub all: usize,
 }
 
 impl ProcessMap {
-    /// One process that hosts all.
+    /// One process that hosts all devices.
     pub fn alone(devices: usize) -> Self {
         Self { process: 0, processes: 1, devices }
     }
 
-    /// Devices that a process hosts: its part of the mesh's ranks, in order.
+    /// Ranks of the devices that a process hosts, in order.
     pub fn devices_of(&self, process: u32) -> Range<usize> {
         split_range(self.devices, self.processes as usize, process as usize)
     }
 
-    /// Devices of this process.
+    /// Ranks of the devices of this process.
     pub fn own(&self) -> Range<usize> {
         self.devices_of(self.process)
     }
 
-    /// Who hosts a device.
+    /// The process that hosts a device.
     pub fn process_of(&self, device: usize) -> u32 {
         let hosts = |process: &u32| self.devices_of(*process).contains(&device);
         (0..self.processes).find(hosts).unwrap_or_default()
     }
 
-    /// What the processes of one node host, given their numbers in order: how many devices those before `process` do, and how
-    /// many they all do.
+    /// Counts the devices of one node's processes, given their ranks in order: those of processes before `process`, and
+    /// all.
     pub fn on_node(&self, processes: impl Iterator<Item = u32>, process: u32) -> NodeDevices {
         let mut out = NodeDevices::default();
         for other in processes {
@@ -82,30 +82,30 @@ impl ProcessMap {
         actors.map(|(index, _)| ActorId(index as u32)).collect()
     }
 
-    /// Registers that `from` produces and actions of `to` read, with the runs of a slot that they read.
+    /// Registers that `from` produces and actions of `to` read, with the byte runs of a slot that they read.
     pub fn crossing(&self, plan: &Plan, from: u32, to: u32) -> BTreeMap<RegisterId, Vec<ByteRun>> {
         let (producers, readers) = (self.devices_of(from), self.devices_of(to));
         let device = |actor: ActorId| plan.spec.actors[actor.0 as usize].device;
         let mut out = BTreeMap::new();
         for (index, register) in plan.spec.registers.iter().enumerate() {
-            let there: Vec<_> = register.readers.iter().filter(|r| readers.contains(&device(r.actor))).collect();
-            if producers.contains(&device(register.producer)) && !there.is_empty() {
+            let remote: Vec<_> = register.readers.iter().filter(|r| readers.contains(&device(r.actor))).collect();
+            if producers.contains(&device(register.producer)) && !remote.is_empty() {
                 let id = RegisterId(index as u32);
-                let ranges = there.into_iter().flat_map(|r| read_of(plan, r.actor, r.action as usize, id));
+                let ranges = remote.into_iter().flat_map(|r| read_ranges(plan, r.actor, r.action as usize, id));
                 out.insert(id, merge(ranges.collect()));
             }
         }
         out
     }
 
-    /// The device of `to` at which bytes of a register land: that of the first reader there.
+    /// The device of `to` that receives a register's bytes: the device of the first reader there.
     pub fn landing(&self, plan: &Plan, register: RegisterId, to: u32) -> Option<usize> {
         let device = |actor: ActorId| plan.spec.actors[actor.0 as usize].device;
         let readers = &plan.spec.registers[register.0 as usize].readers;
         readers.iter().map(|reader| device(reader.actor)).find(|device| self.process_of(*device) == to)
     }
 
-    /// Registers that `from` produces and that are read here: each with the device where its mirror lies, and the mirror's
+    /// Registers that `from` produces and this process reads: each with the device of its mirror, and the mirror's
     /// bytes.
     pub fn mirrors(&self, plan: &Plan, from: u32) -> Vec<(RegisterId, usize, usize)> {
         let mirror = |register: RegisterId| {
@@ -116,23 +116,23 @@ impl ProcessMap {
         self.crossing(plan, from, self.process).into_keys().filter_map(mirror).collect()
     }
 
-    /// The registers whose bytes cross processes, by the devices where they are made and land. Of all processes.
+    /// Registers whose bytes cross processes, by the producing and the receiving device; for all processes.
     pub fn crossing_pairs(&self, plan: &Plan) -> BTreeMap<(usize, usize), Vec<RegisterId>> {
         let mut out: BTreeMap<(usize, usize), Vec<RegisterId>> = BTreeMap::new();
         for from in 0..self.processes {
             for to in (0..self.processes).filter(|to| *to != from) {
                 for (id, runs) in self.crossing(plan, from, to) {
                     let producer = plan.spec.registers[id.0 as usize].producer;
-                    let made = plan.spec.actors[producer.0 as usize].device;
+                    let source = plan.spec.actors[producer.0 as usize].device;
                     let landing = self.landing(plan, id, to).filter(|_| !runs.is_empty());
-                    landing.into_iter().for_each(|landing| out.entry((made, landing)).or_default().push(id));
+                    landing.into_iter().for_each(|landing| out.entry((source, landing)).or_default().push(id));
                 }
             }
         }
         out
     }
 
-    /// Groups whose members several processes host, in order of id; of all processes.
+    /// Groups whose members several processes host, in order of id; for all processes.
     pub fn crossing_groups(&self, plan: &Plan) -> Vec<Arc<Group>> {
         let mut groups = groups(plan);
         groups.retain(|group| self.processes_of(group).len() > 1);
@@ -155,18 +155,19 @@ pub fn groups(plan: &Plan) -> Vec<Arc<Group>> {
     out.into_values().collect()
 }
 
-/// Bytes of a register's slot that an action reads.
-fn read_of(plan: &Plan, actor: ActorId, action: usize, register: RegisterId) -> Vec<Range<usize>> {
+/// Byte ranges of a register's slot that an action reads.
+fn read_ranges(plan: &Plan, actor: ActorId, action: usize, register: RegisterId) -> Vec<Range<usize>> {
     let (spec, own) = (plan.action_spec(actor, action), &plan.actions[actor.0 as usize][action]);
-    let here = |buffer: &&Buffer| match own.bases[buffer.base] {
+    let is_of_register = |buffer: &&Buffer| match own.bases[buffer.base] {
         BaseKey::Input(port) => spec.inputs[port].register == register,
         _ => false,
     };
-    own.launches.iter().flat_map(|launch| launch.reads.iter().filter(here).flat_map(|b| bytes_of(launch, b))).collect()
+    let launches = own.launches.iter();
+    launches.flat_map(|l| l.reads.iter().filter(is_of_register).flat_map(|b| buffer_ranges(l, b))).collect()
 }
 
-/// Bytes, from its base, of a buffer that a launch reads.
-fn bytes_of(launch: &Launch, buffer: &Buffer) -> Vec<Range<usize>> {
+/// Byte ranges, relative to the base, that a launch reads of a buffer.
+fn buffer_ranges(launch: &Launch, buffer: &Buffer) -> Vec<Range<usize>> {
     let elements = match &launch.op {
         Op::CopyRegion { src, .. } => src.runs(&buffer.shape),
         _ => std::iter::once(0..element_count(&buffer.shape)).collect(),
@@ -175,7 +176,7 @@ fn bytes_of(launch: &Launch, buffer: &Buffer) -> Vec<Range<usize>> {
     elements.into_iter().map(|r| buffer.offset + r.start * size..buffer.offset + r.end * size).collect()
 }
 
-/// Ranges in order, those that meet joined.
+/// Sorts ranges and joins those that overlap or touch.
 fn merge(mut ranges: Vec<Range<usize>>) -> Vec<ByteRun> {
     ranges.retain(|range| !range.is_empty());
     ranges.sort_by_key(|range| range.start);
@@ -189,25 +190,25 @@ fn merge(mut ranges: Vec<Range<usize>>) -> Vec<ByteRun> {
     out.into_iter().map(|range| ByteRun { offset: range.start, bytes: range.len() }).collect()
 }
 
-/// What the programs of all processes give each other: what each device's fetches bring, and each resident tensor.
+/// Ports through which processes send host data to each other: fetch results, resident tensors and numbers.
 #[derive(Clone, Debug, Default)]
 pub struct HostPorts {
-    /// By number.
+    /// All ports, by number.
     pub ports: Vec<HostBroadcast>,
-    /// Of a device's fetch.
+    /// Port of a device's fetch.
     pub fetches: BTreeMap<(usize, Rate), u32>,
-    /// Of a device's resident tensor, by its index.
+    /// Port of a device's resident tensor, by its index.
     pub residents: BTreeMap<(usize, usize), u32>,
-    /// Of a process's own word, see `Session::exchange`.
-    pub words: Vec<u32>,
-    /// Registers for the numbers that a process sends in each step, see [`super::agreement`].
+    /// By process: port of its number pair, see `Session::exchange`.
+    pub pairs: Vec<u32>,
+    /// By process: port of the numbers that it sends in each step, see [`super::agreement`].
     pub steps: Vec<u32>,
-    /// Registers for the numbers that a process sends at a load, likewise.
+    /// By process: port of the numbers that it sends at a load, see [`super::agreement`].
     pub loads: Vec<u32>,
 }
 
 impl HostPorts {
-    /// Those of a plan.
+    /// The ports of a plan.
     pub fn of(plan: &Plan, process_map: &ProcessMap, shared: &[SharedInput]) -> Self {
         let mut out = Self::default();
         for (actor, actions) in plan.spec.actors.iter().zip(&plan.actions) {
@@ -228,21 +229,21 @@ impl HostPorts {
         }
         let loads = agreement::load_numbers(plan);
         for process in 0..process_map.processes {
-            // A number is two integers.
+            // A number is sent as two integers.
             let mut port = |numbers: usize| {
                 out.ports.push(HostBroadcast { process, tensors: vec![(vec![2 * numbers], DType::I32)] });
                 out.ports.len() as u32 - 1
             };
-            out.words.push(port(2));
+            out.pairs.push(port(2));
             out.steps.push(port(agreement::step_numbers(shared, process)));
             out.loads.push(port(loads));
         }
         out
     }
 
-    /// What is wanted to have a word of each process.
-    pub fn words_wanted(&self) -> impl Iterator<Item = (u32, usize)> {
-        self.words.iter().map(|port| (*port, 1))
+    /// One number pair of each process, as a list of wanted pieces.
+    pub fn wanted_pairs(&self) -> impl Iterator<Item = (u32, usize)> {
+        self.pairs.iter().map(|port| (*port, 1))
     }
 }
 
@@ -251,14 +252,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn ranges_that_meet_are_one_run() {
+    fn overlapping_or_touching_ranges_become_one_run() {
         let runs = merge(vec![8..12, 0..4, 4..6, 20..20, 10..16, 30..31]);
         let expected = [(0, 6), (8, 8), (30, 1)].map(|(offset, bytes)| ByteRun { offset, bytes });
         assert_eq!(runs, expected);
     }
 
     #[test]
-    fn every_device_has_one_host() {
+    fn every_device_has_exactly_one_host_process() {
         for devices in 1..9 {
             for processes in 1..=devices as u32 {
                 let process_map = ProcessMap { process: 0, processes, devices };

@@ -1,4 +1,4 @@
-//! A saver for a session, on a store that it checks first: writable, large enough, and visible to all processes.
+//! Creates a saver for a session after checking that the store is writable, large enough, and visible to all processes.
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -12,19 +12,18 @@ use crate::checkpoint::store::Store;
 use crate::files::free_bytes;
 use crate::text::counted;
 
-/// A process's report: whether it could do its part.
+/// Outcome of a process's check.
 const GOOD: u64 = 0;
 const FAILED: u64 = 1;
 
 impl Session {
-    /// Starts a saver of this session: as [`Saver::new`], for the processes and the job that the session is of. All processes
-    /// call it. Faults that would prevent a later save are found now: process 0 takes the store's lock, writes a
-    /// file, renames and deletes it, checks the free space for the checkpoints that are kept and one more, and every process reads the
-    /// file.
+    /// Starts a saver of this session, like [`Saver::new`], for the session's processes and job. All processes call it.
+    /// It finds faults that would prevent a later save: process 0 takes the store's lock, checks the free space for the
+    /// kept checkpoints and one more, and writes, renames and deletes a file, which every process must see.
     ///
     /// # Errors
-    /// On all processes: [`CheckpointError::Held`], [`CheckpointError::NoRoom`], [`CheckpointError::NotShared`], or what the
-    /// store answers.
+    /// On all processes: [`CheckpointError::Held`], [`CheckpointError::NoRoom`], [`CheckpointError::NotShared`], or the
+    /// store's error.
     pub fn saver(&mut self, store: &Store, options: SaverOptions) -> Result<Saver, SessionError> {
         let (agree, member) = self.agreement()?;
         let (keep, saves_max) = (options.keep.max(1) as u64, options.saves_max.unwrap_or(u64::MAX));
@@ -34,13 +33,13 @@ impl Session {
         let number = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_nanos() as u64;
         let probed = saver.and_then(|saver| {
             if member.process == 0 {
-                check_room(store, self.checkpoint_bytes(), keep, saves_max)?;
+                check_free_space(store, self.checkpoint_bytes(), keep, saves_max)?;
                 write_probe(store, number)?;
             }
             Ok(saver)
         });
-        let mine = if probed.is_ok() { GOOD } else { FAILED };
-        let results = self.exchange([mine, number])?;
+        let own = if probed.is_ok() { GOOD } else { FAILED };
+        let results = self.exchange([own, number])?;
         if let Some(process) = results.iter().position(|[result, _]| *result != GOOD) {
             let elsewhere = || CheckpointError::Refused(format!("{}: rank {process} cannot use it", store.place()));
             return Err(probed.err().unwrap_or_else(elsewhere).into());
@@ -52,15 +51,15 @@ impl Session {
         let deleted = if member.process == 0 { delete_probe(store, number) } else { Ok(()) };
         seen?;
         deleted?;
-        let blind = results.iter().enumerate().filter(|(_, [result, _])| *result != GOOD);
-        let ranks: Vec<String> = blind.map(|(process, _)| format!("rank {process}")).collect();
+        let failing = results.iter().enumerate().filter(|(_, [result, _])| *result != GOOD);
+        let ranks: Vec<String> = failing.map(|(process, _)| format!("rank {process}")).collect();
         if ranks.is_empty() {
             return Ok(saver);
         }
         Err(CheckpointError::NotShared { place: store.place().into(), ranks: ranks.join(", ") }.into())
     }
 
-    /// Bytes of all elements of a checkpoint, of all processes.
+    /// Bytes of all elements of a checkpoint, for all processes.
     fn checkpoint_bytes(&self) -> u64 {
         let bytes = |var| {
             let (shape, parts) = (self.plan.graph.shape(var), resident_parts(&self.plan, var));
@@ -71,13 +70,13 @@ impl Session {
     }
 }
 
-/// Checks that the free space holds the checkpoints that are still to be written: `keep` of them and one more, less those that
-/// are there, and `saves_max` at most. Does nothing where the file system does not report its free space.
-fn check_room(store: &Store, bytes: u64, keep: u64, saves_max: u64) -> Result<(), CheckpointError> {
-    // The lock has made the folder.
+/// Checks the free space for the checkpoints that are still to be written: `keep` and one more, minus the existing
+/// ones, and at most `saves_max`. Does nothing if the file system does not report its free space.
+fn check_free_space(store: &Store, bytes: u64, keep: u64, saves_max: u64) -> Result<(), CheckpointError> {
+    // The lock has created the folder.
     let Some(free_bytes) = store.local.as_deref().and_then(free_bytes) else { return Ok(()) };
-    let there = store.steps()?.len() as u64;
-    let checkpoints = keep.saturating_add(1).saturating_sub(there).max(1).min(saves_max);
+    let existing = store.steps()?.len() as u64;
+    let checkpoints = keep.saturating_add(1).saturating_sub(existing).max(1).min(saves_max);
     let needed_bytes = bytes.saturating_mul(checkpoints);
     if needed_bytes <= free_bytes {
         return Ok(());
@@ -92,7 +91,7 @@ fn probe(store: &Store, number: u64) -> (String, Path) {
     (format!("{}/{file}", store.place()), store.top(&file))
 }
 
-/// Writes a small file as a commit does, and renames it.
+/// Writes a small file with the operations of a commit, and renames it.
 fn write_probe(store: &Store, number: u64) -> Result<(), CheckpointError> {
     let (operations, (name, path), (_, new)) = (&store.operations, probe(store, number), probe(store, number + 1));
     operations.put(&name, &new, b"a probe".to_vec(), PutMode::Create)?;
@@ -100,10 +99,10 @@ fn write_probe(store: &Store, number: u64) -> Result<(), CheckpointError> {
     operations.run(&name, StoreOperation::Write, async move { backend.rename(&new, &path).await })
 }
 
-/// True when this process sees the probe that process 0 has written.
+/// True if this process sees the probe that process 0 has written.
 fn sees_probe(store: &Store, number: u64) -> Result<bool, CheckpointError> {
     let (name, path) = probe(store, number);
-    Ok(store.operations.eventually(|| store.operations.size(&name, &path))?.is_some())
+    Ok(store.operations.wait_visible(|| store.operations.size(&name, &path))?.is_some())
 }
 
 fn delete_probe(store: &Store, number: u64) -> Result<(), CheckpointError> {

@@ -1,4 +1,4 @@
-//! A session's part of a checkpoint: taken between two steps, and loaded again under any mesh.
+//! A session's part of a checkpoint: a snapshot taken between two steps, and its restoration under any mesh.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use shardflow_kernels::tensor::{DType, HostData, HostTensor, Region};
 
-use super::agreement::{Loading, digest_of};
+use super::agreement::{LoadSummary, digest_of};
 use super::budget::{SNAPSHOTS_MAX, saved_parts};
 use super::{Session, SessionError, resident_parts};
 use crate::checkpoint::agreement::{ProcessRank, SaveAgreement, SingleProcess};
@@ -20,36 +20,37 @@ use crate::graph::optimizer::Bounds;
 use crate::graph::{NodeOp, Var};
 use crate::plan::ResidentTensor;
 
-/// What [`Session::restore_newest`] found.
+/// Result of [`Session::restore_newest`].
 #[derive(Debug)]
 pub struct Restored {
-    /// Step and cursor of the checkpoint that was loaded; `None` when there is none, and the session is as it was.
+    /// Step and cursor of the loaded checkpoint; `None` if there is none, and the session is unchanged.
     pub found: Option<(u64, Cursor)>,
-    /// What is wrong with newer ones, which were passed over.
+    /// Errors of newer checkpoints, which are damaged and were skipped.
     pub damaged: Vec<CheckpointError>,
-    /// Lines to report of the loaded one: declared values that differ, another seed, skipped optimizer states.
+    /// Notes on the loaded checkpoint, one line each: different declared values, another seed, skipped optimizer
+    /// states.
     pub notes: Vec<String>,
 }
 
-/// What the first process found in a store.
-struct Found {
+/// Result of the first process's lookup in a store.
+struct Lookup {
     reader: Result<Option<CheckpointReader>, CheckpointError>,
     damaged: Vec<CheckpointError>,
-    /// The step, or one of the words below.
-    lookup: u64,
-    /// The newest step that has a checkpoint, where some are damaged; else 0.
+    /// The step, or one of the codes below.
+    step: u64,
+    /// The newest step with a checkpoint, if some are damaged; else 0.
     newest: u64,
     /// Digest of the checkpoint's cursor.
     cursor: u64,
 }
 
-/// What processes tell each other while they look for a checkpoint. Steps are below all of them.
+/// Outcome codes that processes exchange while they search for a checkpoint. All of them are larger than any step.
 const GOOD: u64 = u64::MAX - 3;
 const DAMAGED: u64 = u64::MAX - 2;
 const NONE: u64 = u64::MAX - 1;
 const FAILED: u64 = u64::MAX;
 
-/// What of a checkpoint goes where.
+/// A part of a checkpoint with its destination.
 struct Part {
     device: usize,
     resident: ResidentTensor,
@@ -59,12 +60,12 @@ struct Part {
 /// The parts of a checkpoint that this process loads.
 struct Parts {
     parts: Vec<Part>,
-    /// Lines to report.
+    /// Notes for the user, one line each.
     notes: Vec<String>,
 }
 
 impl Session {
-    /// What a checkpoint is made of, with its kind.
+    /// The tensors of a checkpoint, with their kinds.
     pub(super) fn residents(&self) -> impl Iterator<Item = (Var, TensorKind)> {
         self.plan.graph.nodes().iter().filter_map(|node| match node.op {
             NodeOp::Parameter { .. } => Some((node.outputs[0], TensorKind::Parameter)),
@@ -73,13 +74,14 @@ impl Session {
         })
     }
 
-    /// Arguments for a [`crate::checkpoint::Saver`] of this session: how its processes agree, and which of them this is. Counts
-    /// the snapshots that a saver holds, so that a job without room for them is refused before it trains.
+    /// Arguments for a [`crate::checkpoint::Saver`] of this session: the agreement of its processes, and this process's
+    /// rank. Checks the node's memory for the snapshots that a saver holds, so that a job without room for them fails
+    /// before it trains.
     ///
     /// # Errors
-    /// [`crate::plan::validate::PlanError::NodeMemory`]; the other processes end for it, too.
+    /// [`crate::plan::validate::PlanError::NodeMemory`]; the other processes end with it, too.
     pub fn agreement(&self) -> Result<(Arc<dyn SaveAgreement>, ProcessRank), SessionError> {
-        let checked = self.budget.check(&self.plan, &self.process_map, &self.here, SNAPSHOTS_MAX);
+        let checked = self.budget.check(&self.plan, &self.process_map, &self.node_processes, SNAPSHOTS_MAX);
         checked.map_err(|error| match &self.world {
             Some(world) => world.cannot_start(error.into()),
             None => error.into(),
@@ -90,9 +92,9 @@ impl Session {
         Ok(self.world.as_ref().map_or_else(alone, |world| world.agree()))
     }
 
-    /// True when a checkpoint of this step, if there is one, was found damaged when the session was restored. A save replaces it.
-    pub(crate) fn has_passed_over(&self, step: u64) -> bool {
-        step <= self.passed_over
+    /// True if the restore found the checkpoint of this step damaged, where there is one. A save replaces it.
+    pub(crate) fn is_known_damaged(&self, step: u64) -> bool {
+        step <= self.damaged_up_to
     }
 
     /// Ranks of the devices that this process hosts.
@@ -100,8 +102,8 @@ impl Session {
         self.process_map.own()
     }
 
-    /// Copies the hosted devices' parameters and optimizer state to host memory: into `spare`, a snapshot that is no
-    /// longer needed, if there is one. The cursor is empty. Call it between steps.
+    /// Copies the hosted devices' parameters and optimizer state to host memory, reusing the buffers of `spare` if
+    /// given. The cursor is empty. Call it between steps.
     ///
     /// # Errors
     /// The failure of an earlier step.
@@ -109,19 +111,19 @@ impl Session {
         self.snapshot_of(self.hosted(), spare)
     }
 
-    /// As [`Session::snapshot`], for these devices alone. A part that several devices of the mesh hold is in the snapshot
-    /// of the first of them, in the order of the placement.
+    /// Like [`Session::snapshot`], for these devices only. A part that several devices of the mesh hold belongs to the
+    /// snapshot of the first of them, in the order of the placement.
     ///
     /// # Errors
     /// The failure of an earlier step.
     pub fn snapshot_of(&self, devices: Range<usize>, spare: Option<Snapshot>) -> Result<Snapshot, SessionError> {
-        self.check_alive()?;
+        self.check_not_failed()?;
         let mut spare = spare.map(|s| s.pieces).unwrap_or_default().into_iter();
         let (mut tensors, mut pieces) = (Vec::new(), Vec::new());
         for (var, kind) in self.residents() {
             let parts = saved_parts(&self.plan, var).into_iter().filter(|(device, _)| devices.contains(device));
             for (device, ResidentTensor { region, dtype, offset, .. }) in parts {
-                let mut data = again(spare.next(), *dtype, region);
+                let mut data = reuse_buffer(spare.next(), *dtype, region);
                 self.arenas[&device].read_host_into(*offset, &mut data)?;
                 pieces.push(SnapshotPiece { tensor: tensors.len(), region: region.clone(), data });
             }
@@ -150,22 +152,22 @@ impl Session {
         }
     }
 
-    /// Loads a checkpoint that any mesh wrote: each hosted device reads just its part, and all processes call it. The next step
-    /// is the one after the checkpoint's, and the session takes the checkpoint's seed in place of its own, so that dropout goes
-    /// on as it was. Returns what to report, a line each.
+    /// Loads a checkpoint of any mesh; each hosted device reads only its part. All processes call it. The next step is
+    /// the one after the checkpoint's, and the checkpoint's seed replaces the session's, so that dropout masks continue
+    /// unchanged. Returns notes for the user, one line each.
     ///
     /// # Errors
-    /// [`CheckpointError`], with the file, or [`SessionError::Disagreement`] where two ranks have different checkpoints; nothing
-    /// was changed then.
+    /// [`CheckpointError`], with the file, or [`SessionError::Disagreement`] if two ranks have different checkpoints;
+    /// in both cases nothing was changed.
     pub fn restore_checkpoint(&mut self, reader: &CheckpointReader) -> Result<Vec<String>, SessionError> {
         let parts = self.read_parts(reader);
-        let productive_ms = self.step_metrics.productive_of(reader.manifest().job);
-        self.go_on_from(parts, reader, productive_ms)
+        let productive_ms = self.step_metrics.productive_ms(reader.manifest().job);
+        self.load_parts(parts, reader, productive_ms)
     }
 
-    /// Reads what this process's devices hold, and changes nothing.
+    /// Reads the parts that this process's devices hold; changes nothing in the session.
     fn read_parts(&self, reader: &CheckpointReader) -> Result<Parts, SessionError> {
-        self.check_alive()?;
+        self.check_not_failed()?;
         let (path, manifest) = (PathBuf::from(reader.name()), reader.manifest());
         let infos = manifest.tensors.iter().map(|tensor| (tensor.info.name.as_str(), tensor.info.kind));
         let notes = self.check_saved(&path, &manifest.declared, infos, false)?;
@@ -174,15 +176,15 @@ impl Session {
             self.check_fits(reader, var)?;
             let hosted = self.hosted();
             let parts = resident_parts(&self.plan, var).into_iter().filter(|part| hosted.contains(&part.0));
-            // Each region is read once, and goes to every device that holds it.
+            // Each region is read once, for all devices that hold it.
             let mut regions: Vec<Region> = Vec::new();
-            let mut places = Vec::new();
+            let mut destinations = Vec::new();
             for (device, _, resident) in parts {
                 let index = regions.iter().position(|r| *r == resident.region).unwrap_or(regions.len());
                 if index == regions.len() {
                     regions.push(resident.region.clone());
                 }
-                places.push((device, resident, index));
+                destinations.push((device, resident, index));
             }
             let tensors = reader.tensors(&self.plan.graph.tensor(var).name, &regions)?;
             let part = |(device, resident, index): (_, &ResidentTensor, usize)| Part {
@@ -190,52 +192,53 @@ impl Session {
                 resident: resident.clone(),
                 tensor: tensors[index].clone(),
             };
-            found.extend(places.into_iter().map(part));
+            found.extend(destinations.into_iter().map(part));
         }
         Ok(Parts { parts: found, notes })
     }
 
-    /// Loads what was read, if all processes have read the same checkpoint. Returns lines to report.
-    fn go_on_from(
+    /// Loads the parts that were read, if all processes have read the same checkpoint. Returns notes for the user.
+    fn load_parts(
         &mut self,
         read: Result<Parts, SessionError>,
         reader: &CheckpointReader,
         productive_ms: u64,
     ) -> Result<Vec<String>, SessionError> {
         let (source, manifest) = (reader.name(), reader.manifest());
-        let loading = |_: &Parts| Loading {
+        let summary = |_: &Parts| LoadSummary {
             steps: manifest.step,
             updates: manifest.updates(),
             seed: manifest.seed,
             manifest: digest_of(&manifest.encode().unwrap_or_default()),
             tensors: BTreeMap::new(),
         };
-        let Parts { parts, mut notes } = self.agree_on_load(&source, loading, read)?;
+        let Parts { parts, mut notes } = self.agree_on_load(&source, summary, read)?;
         self.bounds = Bounds::OF_CHECKPOINT;
         for Part { device, resident, tensor } in parts {
             self.write_resident(device, &resident, &tensor)?;
         }
         (self.steps, self.updates) = (manifest.step, manifest.updates());
         notes.extend(self.take_seed(Some(manifest.seed), &source));
-        self.step_metrics.was_productive(productive_ms);
+        self.step_metrics.set_productive(productive_ms);
         self.refresh()?;
         Ok(notes)
     }
 
-    /// Loads the newest checkpoint of the store that is good to the last byte; damaged ones are passed over and reported, and
-    /// replaced when training comes to their steps again. Where several processes run the plan, all call it, and all load the same one: none loads what another cannot read.
+    /// Loads the newest undamaged checkpoint of the store. Damaged ones are skipped and reported, and replaced when
+    /// training reaches their steps again. If several processes run the plan, all call it, and all load the same
+    /// checkpoint: none loads one that another process cannot read.
     ///
     /// # Errors
-    /// When the store cannot be asked, or its newest good checkpoint does not fit the program, here or elsewhere.
+    /// When the store cannot be read, or its newest good checkpoint does not fit the program, on any process.
     pub fn restore_newest(&mut self, store: &Store) -> Result<Restored, SessionError> {
         let (mut before, mut all) = (None, Vec::new());
         loop {
-            let Found { reader, damaged, lookup, newest, cursor } = self.look(store, before);
+            let Lookup { reader, damaged, step, newest, cursor } = self.look_up(store, before);
             all.extend(damaged);
             // The first process decides which step is loaded and which are damaged.
-            let [chosen, newest] = self.exchange([lookup, newest])?[0];
+            let [chosen, newest] = self.exchange([step, newest])?[0];
             let [cursor, _] = self.exchange([cursor, 0])?[0];
-            self.passed_over = self.passed_over.max(newest);
+            self.damaged_up_to = self.damaged_up_to.max(newest);
             let step = match chosen {
                 NONE => return Ok(Restored { found: None, damaged: all, notes: Vec::new() }),
                 FAILED => {
@@ -249,22 +252,23 @@ impl Session {
                 Ok(Some(reader)) => Ok(reader),
                 Err(error) => Err(error),
             };
-            self.doing("loading weights");
+            self.set_activity("loading weights");
             let read = reader.map_err(SessionError::from);
             let read = read.and_then(|reader| self.read_parts(&reader).map(|parts| (parts, reader)));
-            let mine = match &read {
+            let own = match &read {
                 Ok(_) => GOOD,
                 Err(SessionError::Checkpoint(error)) if error.is_damage() => DAMAGED,
                 Err(_) => FAILED,
             };
             let job = read.as_ref().map(|(_, reader)| reader.manifest().job).unwrap_or_default();
-            let outcomes = self.exchange([mine, self.step_metrics.productive_of(job)])?;
+            let outcomes = self.exchange([own, self.step_metrics.productive_ms(job)])?;
             let (worst, process) =
                 outcomes.iter().enumerate().map(|(p, outcome)| (outcome[0], p)).max().unwrap_or((FAILED, 0));
             match (read, worst) {
                 (Ok((parts, reader)), GOOD) => {
-                    // The first process says what is this job's: launchers of other nodes began it a little later.
-                    let notes = self.go_on_from(Ok(parts), &reader, outcomes[0][1])?;
+                    // The first process's productive time counts: launchers of other nodes began the job a little
+                    // later.
+                    let notes = self.load_parts(Ok(parts), &reader, outcomes[0][1])?;
                     return Ok(Restored { found: Some((step, reader.manifest().cursor.clone())), damaged: all, notes });
                 }
                 (Err(SessionError::Checkpoint(error)), DAMAGED) => all.push(error),
@@ -278,21 +282,21 @@ impl Session {
                     return Err(CheckpointError::Refused(why).into());
                 }
             }
-            (before, self.passed_over) = (Some(step), self.passed_over.max(step));
+            (before, self.damaged_up_to) = (Some(step), self.damaged_up_to.max(step));
         }
     }
 
-    /// What the first process finds in the store; the others find nothing, and do not ask.
-    fn look(&self, store: &Store, before: Option<u64>) -> Found {
-        let nothing = |reader, lookup| Found { reader, damaged: Vec::new(), lookup, newest: 0, cursor: 0 };
+    /// Looks for a checkpoint on the first process; the others return an empty result without reading the store.
+    fn look_up(&self, store: &Store, before: Option<u64>) -> Lookup {
+        let nothing = |reader, step| Lookup { reader, damaged: Vec::new(), step, newest: 0, cursor: 0 };
         if self.process_map.process != 0 {
             return nothing(Ok(None), NONE);
         }
         let found = store.newest_before(before).and_then(|NewestCheckpoint { reader, damaged }| {
             let steps = if damaged.is_empty() { Vec::new() } else { store.steps()? };
             let manifest = reader.as_ref().map(CheckpointReader::manifest);
-            let (lookup, cursor) = manifest.map_or((NONE, 0), |manifest| (manifest.step, manifest.cursor_digest()));
-            Ok(Found { reader: Ok(reader), damaged, lookup, newest: steps.last().copied().unwrap_or(0), cursor })
+            let (step, cursor) = manifest.map_or((NONE, 0), |manifest| (manifest.step, manifest.cursor_digest()));
+            Ok(Lookup { reader: Ok(reader), damaged, step, newest: steps.last().copied().unwrap_or(0), cursor })
         });
         found.unwrap_or_else(|error| nothing(Err(error), FAILED))
     }
@@ -300,12 +304,12 @@ impl Session {
     fn check_fits(&self, reader: &CheckpointReader, var: Var) -> Result<(), CheckpointError> {
         let info = self.plan.graph.tensor(var);
         let (path, name) = (reader.name(), info.name.clone());
-        let there = reader.find(&name);
-        let there = there.ok_or_else(|| CheckpointError::missing(&path, &name))?;
-        let dtype = there.info.dtype;
-        if there.info.shape != info.shape {
+        let saved = reader.find(&name);
+        let saved = saved.ok_or_else(|| CheckpointError::missing(&path, &name))?;
+        let dtype = saved.info.dtype;
+        if saved.info.shape != info.shape {
             let text = |dtype: DType, shape: &[usize]| format!("{dtype:?} {shape:?}");
-            let (expected, got) = (text(info.dtype, &info.shape), text(dtype, &there.info.shape));
+            let (expected, got) = (text(info.dtype, &info.shape), text(dtype, &saved.info.shape));
             return Err(CheckpointError::shape(path, &name, &expected, &got));
         }
         if dtype != info.dtype {
@@ -316,8 +320,8 @@ impl Session {
     }
 }
 
-/// A tensor to read into: a piece that is not needed any more, if it has the right type.
-fn again(spare: Option<SnapshotPiece>, dtype: DType, region: &Region) -> HostTensor {
+/// A tensor to read into. Reuses the buffer of `spare` if it has the right type.
+fn reuse_buffer(spare: Option<SnapshotPiece>, dtype: DType, region: &Region) -> HostTensor {
     let data = spare.map(|piece| piece.data).filter(|data| data.dtype() == dtype).map(|data| data.data);
     let data = data.unwrap_or(HostData::empty(dtype));
     HostTensor { shape: region.size.clone(), data }

@@ -1,4 +1,4 @@
-//! One step of a session: the batch goes out to the devices, results come back, and the host decides on the update.
+//! One step of a session: the host sends the batch to the devices, receives results and decides on the update.
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
@@ -18,23 +18,23 @@ use crate::requests::{Request, since_1970};
 use crate::sbp::region::{combine, concat, take_box};
 use crate::sbp::{Sbp, gather};
 
-/// What a step is given, by name.
+/// Inputs of a step, by name.
 pub(super) type Inputs<'a> = BTreeMap<&'a str, &'a HostTensor>;
 
-/// What the fetches of all devices brought: for each firing, a tensor a port.
+/// Fetch results of all devices: one list per firing, with one tensor per port.
 type Results = BTreeMap<(usize, Rate), Vec<Vec<HostTensor>>>;
 
 impl Session {
-    /// One step: feeds the whole batch, runs all micro-batches, and gives what the program outputs. The host sees loss and
-    /// gradient norm before anything is updated: where either is not finite, or the update would not be, nothing is, see
-    /// [`super::numerics`].
-    /// When it returns, no device works any more. `learning_rate` is not used by a program that minimises nothing.
+    /// Runs one step: feeds the whole batch, runs all micro-batches, and returns the program's outputs. The host sees
+    /// loss and gradient norm before anything is updated. If either is Inf or NaN, or the update could overflow,
+    /// nothing is updated: see [`super::numerics`]. When it returns, all devices are idle. A program without an
+    /// objective ignores `learning_rate`.
     ///
     /// # Errors
-    /// When an input is missing, unknown, of the wrong shape or type, or holds a token outside the vocabulary (nothing was
-    /// run then); [`SessionError::NonFinite`] where the options say so, or [`SessionError::Disagreement`] on all ranks where they
-    /// were given different learning rates, or different elements that several of them feed (nothing was updated then); or the
-    /// session failed.
+    /// When an input is missing, unknown, of the wrong shape or type, or holds a token outside the vocabulary (then
+    /// nothing ran); [`SessionError::NonFinite`] if the options require it, or [`SessionError::Disagreement`] on all
+    /// ranks if their learning rates differ, or the elements that several of them feed (then nothing was updated); or
+    /// when the session failed.
     pub fn step(&mut self, inputs: &[(&str, HostTensor)], learning_rate: f32) -> Result<StepReport, SessionError> {
         let begin = Instant::now();
         self.check_inputs(inputs)?;
@@ -43,13 +43,13 @@ impl Session {
             return Err(SessionError::Input { name, expected, got: learning_rate.to_string() });
         }
         let by_name: Inputs<'_> = inputs.iter().map(|(name, tensor)| (*name, tensor)).collect();
-        let asked = self.requests.as_ref().map(|r| r.before_step(self.last_step, since_1970())).unwrap_or_default();
-        self.send_step_numbers(asked.word(), learning_rate, &by_name);
+        let requested = self.requests.as_ref().map(|r| r.before_step(self.last_step, since_1970())).unwrap_or_default();
+        self.send_step_numbers(requested.word(), learning_rate, &by_name);
         let results = self.run(&by_name)?;
         let request = Request::from_word(self.agree_on_step()?);
         self.requests.iter().for_each(|requests| requests.agreed(request));
         let mut report = StepReport { request, ..self.report(results)? };
-        let mut passed = Ok(());
+        let mut accepted = Ok(());
         let bounds = self.bounds_after(&report, learning_rate);
         match (report.is_finite(), bounds.overflow()) {
             (true, None) => {
@@ -59,31 +59,32 @@ impl Session {
             }
             (is_finite, overflow) => {
                 self.decide(f32::NAN)?;
-                let found = if is_finite { report.overflow(overflow) } else { self.trace(&by_name, &report)? };
-                passed = self.pass_over(&found);
+                let found =
+                    if is_finite { report.overflow(overflow) } else { self.find_first_non_finite(&by_name, &report)? };
+                accepted = self.accept_non_finite(&found);
                 report.non_finite = Some(found);
             }
         }
-        self.steps += u64::from(passed.is_ok());
-        // A step that ends the training is told, too.
+        self.steps += u64::from(accepted.is_ok());
+        // Record also a step that ends the training.
         let took = begin.elapsed();
         self.last_step = took;
         self.step_metrics.record(self.steps, &report, learning_rate, took);
         if let Some(observer) = &self.observer {
-            observer.step_done(self.steps, &report, learning_rate, took);
-            observer.sample_now_and_then();
+            observer.record_step(self.steps, &report, learning_rate, took);
+            observer.sample_if_due();
         }
-        passed.map(|()| report)
+        accepted.map(|()| report)
     }
 
-    /// Feeds a batch, and gives what the devices of all processes bring back. Devices are left where the update begins.
+    /// Feeds a batch and returns the results of the devices of all processes. Devices then wait before the update.
     pub(super) fn run(&mut self, inputs: &Inputs<'_>) -> Result<Results, SessionError> {
-        self.observer.iter().for_each(|observer| observer.pass_begins(self.steps));
+        self.observer.iter().for_each(|observer| observer.begin_pass(self.steps));
         for feed in self.feeds.iter().filter(|feed| !feed.decides) {
             self.feed(feed, |var, micro_batch| self.part(var, feed.device, micro_batch, inputs))?;
         }
         let running = self.running.as_ref().ok_or(KernelError::Closed { device: 0 })?;
-        for (actor, action, firings) in &self.gates {
+        for (actor, action, firings) in &self.external_actions {
             running.give(*actor, *action, *firings)?;
         }
         let (ports, micro_batches) = (self.ports.clone(), self.plan.micro_batches);
@@ -91,27 +92,28 @@ impl Session {
             ports.fetches.iter().map(|((_, rate), port)| (*port, rate.per_step(micro_batches))).collect();
         self.receive(&wanted, None).map_err(|failure| self.fail(failure))?;
         let mut inbox = self.lock_inbox();
-        let brought = ports.fetches.iter().zip(&wanted);
-        Ok(brought.map(|((key, port), (_, count))| (*key, inbox.take(*port, *count))).collect())
+        let fetches = ports.fetches.iter().zip(&wanted);
+        Ok(fetches.map(|((key, port), (_, count))| (*key, inbox.take(*port, *count))).collect())
     }
 
-    /// Lets devices update with this learning rate, or change nothing if it is no number, and waits until they have ended.
+    /// Starts the update with this learning rate, or cancels it if the rate is NaN, and waits until all devices are
+    /// idle.
     pub(super) fn decide(&mut self, learning_rate: f32) -> Result<(), SessionError> {
         let hyper = HostTensor::f32(&[2], vec![learning_rate, (self.updates + 1) as f32]);
         for feed in self.feeds.iter().filter(|feed| feed.decides) {
             self.feed(feed, |_, _| hyper.clone())?;
         }
         let running = self.running.as_ref().ok_or(KernelError::Closed { device: 0 })?;
-        // Whoever is slow is the watchdog's to tell.
+        // The watchdog reports slow devices.
         running.quiesce(Duration::MAX).map(drop).map_err(|failure| self.fail(failure))
     }
 
-    /// Gives a feed its tensors for a step.
+    /// Sends a feed its tensors for a step.
     fn feed(&self, feed: &FeedPort, tensor: impl Fn(Var, usize) -> HostTensor) -> Result<(), SessionError> {
         let running = self.running.as_ref().ok_or(KernelError::Closed { device: 0 })?;
         let firings = feed.rate.per_step(self.plan.micro_batches);
         for micro_batch in 0..firings {
-            // It is gone only with the stream, which the next line tells of.
+            // The receiver is dropped only with the stream; the next line reports that.
             let _ = feed.sender.send(feed.vars.iter().map(|var| tensor(*var, micro_batch)).collect());
         }
         Ok(running.give(feed.actor, feed.action, firings as u32)?)
@@ -145,15 +147,15 @@ impl Session {
             if let Some(rows) = batch_dim(info).and_then(|dim| shape.get_mut(dim)) {
                 *rows *= self.plan.micro_batches;
             }
-            let want = format!("{:?} {shape:?}", info.dtype);
+            let wanted = format!("{:?} {shape:?}", info.dtype);
             match inputs.iter().find(|i| i.0 == name) {
-                None => return Err(wrong(name, want, "nothing".into())),
+                None => return Err(wrong(name, wanted, "nothing".into())),
                 Some((_, t)) if t.shape != shape || t.dtype() != info.dtype => {
-                    return Err(wrong(name, want, format!("{:?} {:?}", t.dtype(), t.shape)));
+                    return Err(wrong(name, wanted, format!("{:?} {:?}", t.dtype(), t.shape)));
                 }
                 Some((_, t)) => {
                     if let Some(tokens) = self.vocabularies.get(name) {
-                        tokens::check(name, t, *tokens)?;
+                        tokens::check_ids(name, t, *tokens)?;
                     }
                 }
             }
@@ -166,7 +168,7 @@ impl Session {
         let graph = &self.plan.graph;
         match graph.producer(var).name.as_str() {
             RNG_INPUT => {
-                // The session's seed moves the counter, so that seeds give different masks and meshes the same.
+                // The seed offsets the counter, so that masks depend on the seed and not on the mesh.
                 let step = (init::mix(self.seed) as i32).wrapping_add(self.steps as i32);
                 HostTensor::i32(&[2], vec![step, micro_batch as i32])
             }
@@ -174,7 +176,7 @@ impl Session {
         }
     }
 
-    /// A region of an input, counted from the start of the micro-batch.
+    /// A region of an input; the region is relative to the start of the micro-batch.
     pub(super) fn region(&self, var: Var, mut region: Region, micro_batch: usize, inputs: &Inputs<'_>) -> HostTensor {
         let info = self.plan.graph.tensor(var);
         if let Some(dim) = batch_dim(info).filter(|dim| *dim < info.shape.len()) {
@@ -183,7 +185,7 @@ impl Session {
         take_box(inputs[self.plan.graph.producer(var).name.as_str()], &region)
     }
 
-    /// Puts the devices' parts together.
+    /// Assembles outputs from the devices' parts.
     fn report(&self, results: Results) -> Result<StepReport, SessionError> {
         let graph = &self.plan.graph;
         let mut outputs: BTreeMap<String, HostTensor> = BTreeMap::new();
@@ -203,7 +205,7 @@ impl Session {
                 gather(&shards, &info.shape, layout, placement)
             };
             let pieces = (0..firings).map(piece).collect::<Result<_, _>>()?;
-            let whole = join(pieces, output.combine.unwrap_or(Combine::First));
+            let whole = combine_micro_batches(pieces, output.combine.unwrap_or(Combine::First));
             if output.name == GRAD_SQUARES_OUTPUT {
                 let (values, _) = whole.as_f32().unwrap_or_default().as_chunks::<2>();
                 squares.resize(values.len(), [0.0; 2]);
@@ -220,7 +222,7 @@ impl Session {
     }
 }
 
-/// The dim of an input that micro-batches divide.
+/// The dim along which micro-batches split an input.
 fn batch_dim(input: &TensorInfo) -> Option<usize> {
     match input.loop_sbp {
         Some(Sbp::Split(dim)) => Some(dim),
@@ -228,9 +230,9 @@ fn batch_dim(input: &TensorInfo) -> Option<usize> {
     }
 }
 
-/// Combines the values of a step's micro-batches, in their order; there is at least one.
-fn join(mut pieces: Vec<HostTensor>, how: Combine) -> HostTensor {
-    let op = match how {
+/// Combines the values of a step's micro-batches, in their order; `pieces` is not empty.
+fn combine_micro_batches(mut pieces: Vec<HostTensor>, method: Combine) -> HostTensor {
+    let op = match method {
         Combine::First => return pieces.swap_remove(0),
         Combine::Concat(dim) => return concat(&pieces, dim),
         Combine::Stack => {

@@ -1,5 +1,5 @@
-//! Token ids that a step is given are within the vocabulary: a shard of a split table cannot tell an id that another shard
-//! holds from one that nobody does.
+//! Checks that token ids of a step are within the vocabulary: a shard of a split table cannot distinguish an id of
+//! another shard from an invalid id.
 
 use std::collections::BTreeMap;
 
@@ -10,7 +10,7 @@ use super::SessionError;
 use crate::graph::{Graph, Node, NodeOp, Var};
 use crate::plan::Plan;
 
-/// For each input that is read as token ids, by name: the rows of the smallest table that it is looked up in.
+/// By name of each input that holds token ids: the number of rows of the smallest table that it indexes.
 pub(super) fn vocabularies(graph: &Graph) -> BTreeMap<String, usize> {
     let mut out = BTreeMap::new();
     for node in graph.nodes() {
@@ -27,8 +27,8 @@ pub(super) fn vocabularies(graph: &Graph) -> BTreeMap<String, usize> {
     out
 }
 
-/// Tokens that a step is given: those of its largest input of ids.
-pub(super) fn in_a_step(plan: &Plan) -> u64 {
+/// Number of tokens per step: elements of the largest input of ids.
+pub(super) fn tokens_per_step(plan: &Plan) -> u64 {
     let vocabularies = vocabularies(&plan.graph);
     let inputs = plan.graph.nodes().iter().filter(|node| vocabularies.contains_key(&node.name));
     let elements = |node: &Node| {
@@ -38,7 +38,7 @@ pub(super) fn in_a_step(plan: &Plan) -> u64 {
     inputs.map(elements).max().unwrap_or(0) as u64
 }
 
-/// Name of the input whose value this is, in whatever layout.
+/// Name of the input that has this value, in any layout.
 fn input_name(graph: &Graph, mut var: Var) -> Option<String> {
     loop {
         let node = graph.producer(var);
@@ -50,8 +50,8 @@ fn input_name(graph: &Graph, mut var: Var) -> Option<String> {
     }
 }
 
-/// Refuses an id below 0, or of `tokens` or more.
-pub(super) fn check(name: &str, ids: &HostTensor, tokens: usize) -> Result<(), SessionError> {
+/// Returns an error for an id that is negative, or not less than `tokens`.
+pub(super) fn check_ids(name: &str, ids: &HostTensor, tokens: usize) -> Result<(), SessionError> {
     let values = ids.as_i32().unwrap_or_default();
     let Some(position) = values.iter().position(|id| usize::try_from(*id).map_or(true, |id| id >= tokens)) else {
         return Ok(());

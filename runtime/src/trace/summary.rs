@@ -1,14 +1,14 @@
-//! What a trace says, on one screen: how busy each actor was, what it waited for, the way through firings that a step could not have
-//! been shorter than, and a step beside the simulator's.
+//! Summary of a trace on one screen: how busy each actor was, what it waited for, the critical path of a step, and the
+//! step time beside the simulator's prediction.
 //!
-//! Time that an actor stands idle within a step is put down to
+//! Idle time of an actor within a step is attributed to
 //!
-//! - **host**: the program had not given the step's inputs, or its learning rate;
+//! - **host**: the program had not sent the step's inputs, or its learning rate;
 //! - **credit**: the readers of one of its outputs held all slots;
-//! - **link**: a piece was written and had not come: messages, scheduling;
-//! - **bubble**: a piece was not written yet, and would not have been in the simulator's run either;
-//! - **imbalance**: a piece was not written yet, because firings took longer than their mean;
-//! - **other**: what is left, such as the actor's own messages.
+//! - **link**: a piece was written but had not arrived, because of messages or scheduling;
+//! - **bubble**: a piece was not yet written, and would not have been in the simulator's run either;
+//! - **imbalance**: a piece was not yet written, because firings took longer than their mean time;
+//! - **other**: the rest, such as handling of the actor's messages.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fmt;
@@ -17,16 +17,16 @@ use super::PREDICTION;
 use super::join::{Event, JoinedTrace};
 use crate::text::counted;
 
-/// Actions of the critical path that are shown.
+/// Number of actions of the critical path that are shown.
 const PATH_SHOWN: usize = 6;
-/// Registers that are shown.
+/// Number of registers that are shown.
 const EDGES_SHOWN: usize = 8;
 
-/// What is wrong with a file.
+/// Why a trace has no summary.
 #[derive(Debug, thiserror::Error)]
 pub enum SummaryError {
-    /// It has no whole step.
-    #[error("it holds no step but the first; trace at least two")]
+    /// The trace has no step after the first one.
+    #[error("the trace has no step after the first; trace at least two steps")]
     NoStep,
 }
 
@@ -35,7 +35,7 @@ pub enum SummaryError {
 struct Slice {
     actor: u32,
     action: String,
-    /// Over the plan.
+    /// Index of the pass over the plan.
     pass: u64,
     step: u64,
     start: f64,
@@ -45,79 +45,80 @@ struct Slice {
     register: String,
 }
 
-/// Where an actor's time went, as parts of the time of whole steps.
+/// Use of an actor's time, as shares of the total time of all steps.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct ActorShare {
     /// Its name.
     pub name: String,
-    /// With a firing in flight.
+    /// Share with a firing in flight.
     pub busy: f64,
-    /// Idle for the host.
+    /// Share idle because of the host.
     pub host: f64,
-    /// Idle for slots.
+    /// Share idle because of missing slots.
     pub credit: f64,
-    /// Idle for pieces that were written.
+    /// Share idle because of pieces that were written but had not arrived.
     pub link: f64,
-    /// Idle for pieces that were not, as the plan has it.
+    /// Share idle because of unwritten pieces, as predicted from the plan.
     pub bubble: f64,
-    /// Idle for pieces that were late.
+    /// Share idle because of late pieces.
     pub imbalance: f64,
-    /// All else.
+    /// The rest.
     pub other: f64,
 }
 
-/// What a trace says.
+/// Summary of a trace.
 #[derive(Clone, Debug, PartialEq)]
 pub struct TraceSummary {
-    /// Steps in it, the first one left out.
+    /// Number of steps without the first one.
     pub steps: u64,
-    /// Passes over the plan for them: those that are done again have several.
+    /// Number of passes over the plan for these steps; a repeated step has several passes.
     pub passes: u64,
     /// Mean time from a pass's first launch to its last end, seconds.
     pub step_seconds: f64,
-    /// The simulator's.
+    /// The simulator's prediction of that time, seconds.
     pub predicted_seconds: Option<f64>,
-    /// By actor.
+    /// Use of time by actor.
     pub actors: Vec<ActorShare>,
-    /// What was waited for: `input` or `credit`, the register, and for how long in a step over all actors, seconds.
+    /// Waits: `input` or `credit`, the register, and the time per step over all actors, seconds.
     pub edges: Vec<(String, String, f64)>,
-    /// The last step's critical path: each action's part of it, seconds, the largest first.
+    /// The last step's critical path: each action's time on it, seconds, the largest first.
     pub path: Vec<(String, f64)>,
 }
 
-struct Reading {
+/// The slices and arrows of a trace, indexed.
+struct TraceIndex {
     names: BTreeMap<u32, String>,
-    /// In order of their starts.
+    /// Slices in the order of their starts.
     slices: Vec<Slice>,
-    /// By actor, in order of time.
+    /// By actor: indices of its slices, in the order of time.
     of_actor: BTreeMap<u32, Vec<usize>>,
-    /// By pass: from its first launch to its last end.
+    /// By pass: time of its first launch and of its last end.
     spans: BTreeMap<u64, (f64, f64)>,
-    /// By the arrow's id: the slice that it starts in, and when.
+    /// By the arrow's id: the slice in which it starts, and the time.
     starts: HashMap<String, (usize, f64)>,
-    /// By slice: the arrows that end in it, by register.
+    /// By slice: register and id of the arrows that end in it.
     ends: HashMap<usize, Vec<(String, String)>>,
-    /// By register: slices that read it, in order of their starts.
+    /// By register: slices that read it, in the order of their starts.
     readers: HashMap<String, Vec<usize>>,
     predicted: Option<(f64, BTreeMap<String, f64>)>,
 }
 
 impl TraceSummary {
-    /// Of the files of all processes of a run, or of some.
+    /// Summarizes the trace of all processes of a run, or of some of them.
     ///
     /// # Errors
     /// [`SummaryError`].
     pub fn of(trace: JoinedTrace) -> Result<Self, SummaryError> {
-        let reading = Reading::new(trace.events);
-        // The first pass warms up.
-        let spans: Vec<&(f64, f64)> = reading.spans.range(1..).map(|(_, span)| span).collect();
-        let Some((&last, _)) = reading.spans.range(1..).next_back() else { return Err(SummaryError::NoStep) };
+        let trace = TraceIndex::new(trace.events);
+        // The first pass is a warm-up.
+        let spans: Vec<&(f64, f64)> = trace.spans.range(1..).map(|(_, span)| span).collect();
+        let Some((&last, _)) = trace.spans.range(1..).next_back() else { return Err(SummaryError::NoStep) };
         let all_us: f64 = spans.iter().map(|(start, end)| end - start).sum();
         let passes = spans.len() as f64;
-        let counted = reading.slices.iter().filter(|slice| slice.pass > 0);
+        let counted = trace.slices.iter().filter(|slice| slice.pass > 0);
         let steps_of: BTreeSet<u64> = counted.map(|slice| slice.step).collect();
         let mut edges: BTreeMap<(&str, &str), f64> = BTreeMap::new();
-        for slice in reading.slices.iter().filter(|slice| slice.pass > 0 && !slice.register.is_empty()) {
+        for slice in trace.slices.iter().filter(|slice| slice.pass > 0 && !slice.register.is_empty()) {
             *edges.entry((&slice.cause, &slice.register)).or_default() += slice.waited / passes * 1e-6;
         }
         let edge = |((cause, register), s): ((&str, &str), f64)| (cause.to_owned(), register.to_owned(), s);
@@ -127,15 +128,15 @@ impl TraceSummary {
             steps: steps_of.len() as u64,
             passes: spans.len() as u64,
             step_seconds: all_us / passes * 1e-6,
-            predicted_seconds: reading.predicted.as_ref().map(|(us, _)| us * 1e-6),
-            actors: reading.names.keys().map(|actor| reading.share(*actor, all_us, passes)).collect(),
+            predicted_seconds: trace.predicted.as_ref().map(|(us, _)| us * 1e-6),
+            actors: trace.names.keys().map(|actor| trace.share(*actor, all_us, passes)).collect(),
             edges,
-            path: reading.critical_path(last),
+            path: trace.critical_path(last),
         })
     }
 }
 
-impl Reading {
+impl TraceIndex {
     fn new(events: Vec<Event>) -> Self {
         let (mut names, mut slices, mut predicted) = (BTreeMap::new(), Vec::new(), None);
         let (mut arrows_out, mut arrows_in) = (Vec::new(), Vec::new());
@@ -169,31 +170,31 @@ impl Reading {
             *span = (span.0.min(slice.start), span.1.max(slice.end));
         }
         let (starts, ends, readers) = Default::default();
-        let mut reading = Self { names, slices, of_actor, spans, starts, ends, readers, predicted };
+        let mut trace = Self { names, slices, of_actor, spans, starts, ends, readers, predicted };
         for (id, tid, ts) in arrows_out {
-            if let Some(slice) = reading.at(tid, ts) {
-                reading.starts.insert(id, (slice, ts));
+            if let Some(slice) = trace.slice_at(tid, ts) {
+                trace.starts.insert(id, (slice, ts));
             }
         }
         for (id, tid, ts, register) in arrows_in {
-            if let Some(slice) = reading.at(tid, ts) {
-                reading.readers.entry(register.clone()).or_default().push(slice);
-                reading.ends.entry(slice).or_default().push((register, id));
+            if let Some(slice) = trace.slice_at(tid, ts) {
+                trace.readers.entry(register.clone()).or_default().push(slice);
+                trace.ends.entry(slice).or_default().push((register, id));
             }
         }
-        reading
+        trace
     }
 
-    /// The last slice of an actor that had begun by then.
-    fn at(&self, actor: u32, ts: f64) -> Option<usize> {
+    /// The last slice of an actor that had begun at a time.
+    fn slice_at(&self, actor: u32, ts: f64) -> Option<usize> {
         let own = self.of_actor.get(&actor)?;
-        // Less than a nanosecond is rounding.
-        let behind = own.partition_point(|index| self.slices[*index].start <= ts + 1e-4);
-        behind.checked_sub(1).map(|place| own[place])
+        // Differences below a nanosecond are rounding errors.
+        let count = own.partition_point(|index| self.slices[*index].start <= ts + 1e-4);
+        count.checked_sub(1).map(|place| own[place])
     }
 
-    /// The slice that wrote the piece for which a slice waited last, and when.
-    fn written(&self, index: usize) -> Option<(usize, f64)> {
+    /// The slice that wrote the piece for which a slice waited last, and the time of the write.
+    fn writer_of(&self, index: usize) -> Option<(usize, f64)> {
         let register = &self.slices[index].register;
         let (_, id) = self.ends.get(&index)?.iter().find(|(name, _)| name == register)?;
         self.starts.get(id).copied()
@@ -207,13 +208,13 @@ impl Reading {
             let slice = &self.slices[index];
             let Some((begin, _)) = self.spans.get(&slice.pass).filter(|_| slice.pass > 0) else { continue };
             share.busy += slice.end - slice.start;
-            // What an actor waits for between steps is of no step.
+            // Waits between steps belong to no step.
             let waited = slice.waited.min((slice.start - begin).max(0.0));
             match slice.cause.as_str() {
                 "host" => share.host += waited,
                 "credit" => share.credit += waited,
                 "input" => {
-                    let written = self.written(index).map_or(slice.start, |(_, at)| at);
+                    let written = self.writer_of(index).map_or(slice.start, |(_, at)| at);
                     let link = (slice.start - written).clamp(0.0, waited);
                     share.link += link;
                     unwritten += waited - link;
@@ -233,7 +234,8 @@ impl Reading {
         share
     }
 
-    /// Back from a step's last firing to its first, each time to what let the firing begin; with the time of each action.
+    /// Time of each action on the critical path, which leads from a step's last firing back to its first: the
+    /// predecessor of a firing is the one that allowed it to begin.
     fn critical_path(&self, pass: u64) -> Vec<(String, f64)> {
         let of_step = (0..self.slices.len()).filter(|index| self.slices[*index].pass == pass);
         let mut at = of_step.max_by(|a, b| self.slices[*a].end.total_cmp(&self.slices[*b].end));
@@ -244,28 +246,28 @@ impl Reading {
             let name = format!("{} {}", self.names.get(&slice.actor).map_or("", String::as_str), slice.action);
             *spent.entry(name).or_default() += (slice.end.min(until) - slice.start).max(0.0) * 1e-6;
             until = slice.start;
-            // Each goes further back, so this ends.
-            let earlier = |before: &usize| {
-                let before = &self.slices[*before];
-                before.pass == pass && before.start < slice.start
+            // Each predecessor begins earlier, so the loop ends.
+            let is_earlier = |predecessor: &usize| {
+                let predecessor = &self.slices[*predecessor];
+                predecessor.pass == pass && predecessor.start < slice.start
             };
-            at = self.before(index).filter(earlier);
+            at = self.predecessor(index).filter(is_earlier);
         }
         let mut path: Vec<_> = spent.into_iter().collect();
         path.sort_by(|a, b| b.1.total_cmp(&a.1));
         path
     }
 
-    /// What let a slice begin.
-    fn before(&self, index: usize) -> Option<usize> {
+    /// The slice that allowed a slice to begin.
+    fn predecessor(&self, index: usize) -> Option<usize> {
         let slice = &self.slices[index];
         match slice.cause.as_str() {
-            "input" => self.written(index).map(|(writer, _)| writer),
+            "input" => self.writer_of(index).map(|(writer, _)| writer),
             "credit" => {
-                // The reader whose firing ended last before this one began gave the slot back.
+                // The reader whose firing ended last before this slice began has released the slot.
                 self.last_ended(self.readers.get(&slice.register)?.iter().copied(), slice.start)
             }
-            // The host gives when it has seen what came last of all.
+            // The host sends inputs after it has received the last result.
             "host" => self.last_ended(0..index, slice.start),
             "own" => {
                 let own = &self.of_actor[&slice.actor];
@@ -276,9 +278,9 @@ impl Reading {
         }
     }
 
-    /// Of these slices, the one that ended last by then.
-    fn last_ended(&self, slices: impl Iterator<Item = usize>, by: f64) -> Option<usize> {
-        let ended = slices.filter(|slice| self.slices[*slice].end <= by);
+    /// The slice that ended last until a time.
+    fn last_ended(&self, slices: impl Iterator<Item = usize>, until: f64) -> Option<usize> {
+        let ended = slices.filter(|slice| self.slices[*slice].end <= until);
         ended.max_by(|a, b| self.slices[*a].end.total_cmp(&self.slices[*b].end))
     }
 }
@@ -288,12 +290,12 @@ impl fmt::Display for TraceSummary {
         let ms = |seconds: f64| seconds * 1e3;
         write!(f, "{} of {:.3} ms", counted(self.steps, "step"), ms(self.step_seconds))?;
         if self.passes > self.steps {
-            write!(f, ", {} done again", self.passes - self.steps)?;
+            write!(f, ", {} repeated", self.passes - self.steps)?;
         }
         match self.predicted_seconds {
             Some(predicted) => {
                 let ms = ms(predicted);
-                writeln!(f, "; {ms:.3} ms if each firing took its mean and nothing but the plan held it up")?;
+                writeln!(f, "; {ms:.3} ms if each firing took its mean time and only the plan limited it")?;
             }
             None => writeln!(f)?,
         }
@@ -304,7 +306,7 @@ impl fmt::Display for TraceSummary {
             write!(f, "{:<28} {busy:4.1}  {host:4.1}  {credit:6.1}  {link:4.1}", a.name)?;
             writeln!(f, "  {bubble:6.1}  {imbalance:9.1}  {other:5.1}")?;
         }
-        writeln!(f, "\nwaited for most, in a step")?;
+        writeln!(f, "\nlongest waits per step")?;
         for (cause, register, seconds) in self.edges.iter().take(EDGES_SHOWN) {
             writeln!(f, "  {:9.3} ms  {cause} of '{register}'", ms(*seconds))?;
         }

@@ -1,5 +1,6 @@
-//! The share of a step in which compute actors stand idle, measured and predicted: 1 - busy / (actors x elapsed), where a step
-//! lasts from the first launch of a compute actor in it to the last end. Both are counted by the same code.
+//! The pipeline bubble, measured and predicted: the share of a step in which compute actors are idle,
+//! 1 - busy / (actors x elapsed). A step lasts from the first launch of a compute actor to the last end. The same code
+//! computes both values.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -11,30 +12,30 @@ use shardflow_actors::trace::RING_FIRINGS;
 
 use crate::session::observer::Observer;
 
-/// Shares are the mean of so many newest whole steps.
+/// The bubble is the mean over this number of newest complete steps.
 const STEPS_COUNTED: usize = 8;
-/// Steps that are not whole yet, or never will be because firings were lost.
+/// Maximum number of incomplete steps that are kept; a step with lost firings never becomes complete.
 const STEPS_OPEN_MAX: usize = 64;
-/// Durations of firings are the mean over so many newest steps.
+/// Predicted durations of firings are means over this number of newest steps.
 const STEPS_TIMED: u64 = 32;
 
-/// One step of all compute actors.
+/// StepUse of all compute actors in one step.
 #[derive(Clone, Copy, Debug, Default)]
-struct Use {
+struct StepUse {
     firings: u64,
     first_ns: u64,
     last_ns: u64,
     busy_ns: u64,
 }
 
-/// Counts steps as firings come in, in any order.
+/// Computes the bubble from firings in any order.
 #[derive(Debug)]
 pub(super) struct Bubble {
-    /// Of the plan, or of this process's part of it.
+    /// Number of compute actors of the plan, or of this process's part of it.
     actors: u64,
     firings_per_step: u64,
-    open: BTreeMap<u64, Use>,
-    whole: BTreeMap<u64, f64>,
+    open: BTreeMap<u64, StepUse>,
+    complete: BTreeMap<u64, f64>,
 }
 
 impl Bubble {
@@ -42,10 +43,10 @@ impl Bubble {
         let compute = spec.actors.iter().filter(|actor| actor.stream == StreamKind::Compute && is_here(actor.device));
         let per_step = compute.map(|actor| actor.actions.iter().map(|action| u64::from(action.per_step)).sum::<u64>());
         let (actors, firings_per_step) = per_step.fold((0, 0), |(actors, firings), more| (actors + 1, firings + more));
-        Self { actors, firings_per_step, open: BTreeMap::new(), whole: BTreeMap::new() }
+        Self { actors, firings_per_step, open: BTreeMap::new(), complete: BTreeMap::new() }
     }
 
-    /// One firing that has ended.
+    /// Adds a firing that has ended.
     pub(super) fn add(&mut self, spec: &Spec, actor: ActorId, (action, firing): (u32, u64), (from, to): (u64, u64)) {
         let actor = &spec.actors[actor.0 as usize];
         let per_step = u64::from(actor.actions[action as usize].per_step);
@@ -53,43 +54,44 @@ impl Bubble {
             return;
         }
         let step = firing / per_step;
-        let of = self.open.entry(step).or_insert(Use { first_ns: u64::MAX, ..Use::default() });
-        of.firings += 1;
-        of.busy_ns += to.saturating_sub(from);
-        (of.first_ns, of.last_ns) = (of.first_ns.min(from), of.last_ns.max(to));
-        if of.firings == self.firings_per_step {
-            let elapsed_ns = self.actors * (of.last_ns - of.first_ns);
-            let share = 1.0 - of.busy_ns as f64 / elapsed_ns.max(1) as f64;
+        let step_use = self.open.entry(step).or_insert(StepUse { first_ns: u64::MAX, ..StepUse::default() });
+        step_use.firings += 1;
+        step_use.busy_ns += to.saturating_sub(from);
+        (step_use.first_ns, step_use.last_ns) = (step_use.first_ns.min(from), step_use.last_ns.max(to));
+        if step_use.firings == self.firings_per_step {
+            let elapsed_ns = self.actors * (step_use.last_ns - step_use.first_ns);
+            let share = 1.0 - step_use.busy_ns as f64 / elapsed_ns.max(1) as f64;
             self.open.remove(&step);
-            self.whole.insert(step, share);
+            self.complete.insert(step, share);
         }
         while self.open.len() > STEPS_OPEN_MAX {
             self.open.pop_first();
         }
-        while self.whole.len() > STEPS_COUNTED {
-            self.whole.pop_first();
+        while self.complete.len() > STEPS_COUNTED {
+            self.complete.pop_first();
         }
     }
 
-    /// The mean of the newest whole steps.
+    /// The mean over the newest complete steps.
     pub(super) fn share(&self) -> Option<f64> {
-        let steps = self.whole.len();
-        (steps > 0).then(|| self.whole.values().sum::<f64>() / steps as f64)
+        let steps = self.complete.len();
+        (steps > 0).then(|| self.complete.values().sum::<f64>() / steps as f64)
     }
 }
 
-/// What the simulator says of one step, from the mean duration of each action's newest firings.
+/// The simulator's prediction of one step, from the mean duration of each action's newest firings.
 #[derive(Debug, Serialize)]
 pub(super) struct Prediction {
     session: String,
     step_us: u64,
     bubble: Option<f64>,
-    /// Of each firing: actor, action, firing, first microsecond, duration.
+    /// Five numbers per firing: actor, action, firing, start in microseconds, duration in microseconds.
     firings: Vec<u64>,
 }
 
 impl Prediction {
-    /// `None` before each action has fired, and where the process hosts a part of the plan only: it knows no durations of the others.
+    /// `None` until each action has fired, and if the process hosts only a part of the plan: it lacks the other
+    /// durations.
     pub(super) fn of(observer: &Observer) -> Option<Self> {
         if observer.process_map().processes > 1 {
             return None;
@@ -111,20 +113,21 @@ impl Prediction {
     }
 }
 
-/// By actor and action: the mean.
+/// Mean durations, by actor and action.
 fn durations_ns(observer: &Observer) -> Option<Vec<Vec<u64>>> {
     let spec = &observer.plan().spec;
     let mut all = Vec::with_capacity(spec.actors.len());
     for (index, actor) in spec.actors.iter().enumerate() {
         let id = ActorId(index as u32);
         let end = observer.fired(id, u64::MAX).next;
-        let told = observer.fired(id, end.saturating_sub(RING_FIRINGS as u64)).firings;
+        let recent = observer.fired(id, end.saturating_sub(RING_FIRINGS as u64)).firings;
         let mut own = Vec::with_capacity(actor.actions.len());
         for (action, spec) in actor.actions.iter().enumerate() {
-            let mine = || told.iter().filter(|fired| fired.action == action as u32);
-            let newest = mine().map(|fired| fired.firing).max()?;
+            let of_action = || recent.iter().filter(|fired| fired.action == action as u32);
+            let newest = of_action().map(|fired| fired.firing).max()?;
             let from = newest.saturating_sub(STEPS_TIMED * u64::from(spec.per_step));
-            let timed: Vec<u64> = mine().filter(|f| f.firing >= from).map(|f| f.ended_ns - f.launched_ns).collect();
+            let timed: Vec<u64> =
+                of_action().filter(|f| f.firing >= from).map(|f| f.ended_ns - f.launched_ns).collect();
             own.push(timed.iter().sum::<u64>() / timed.len().max(1) as u64);
         }
         all.push(own);
@@ -149,11 +152,11 @@ mod tests {
     }
 
     #[test]
-    fn predicted_bubbles_are_those_of_the_formula() {
+    fn predicted_bubbles_match_the_formula() {
         for schedule in [PipelineSchedule::Gpipe, PipelineSchedule::OneForwardOneBackward] {
             let spec = Arc::new(pipeline(4, 8, schedule));
             let durations = vec![vec![MS, 2 * MS]; 4];
-            let predicted = Prediction::from(&spec, durations, "7".into()).expect("it does not get stuck");
+            let predicted = Prediction::from(&spec, durations, "7".into()).expect("the simulation ends");
             assert_eq!((predicted.session.as_str(), predicted.step_us), ("7", 33_000), "{schedule:?}");
             assert!((predicted.bubble.expect("a step") - 3.0 / 11.0).abs() < 1e-9, "{schedule:?}: {predicted:?}");
             assert_eq!(predicted.firings.len(), 5 * 4 * 2 * 8);
@@ -162,7 +165,7 @@ mod tests {
         }
     }
 
-    /// One micro-batch through two stages: forward takes 10, backward 20, and each stage stands idle while the other works.
+    /// One micro-batch through two stages: forward takes 10, backward 20, and each stage is idle while the other works.
     const STEP: [(u32, u32, u64, u64); 4] = [(0, 0, 0, 10), (1, 0, 10, 20), (1, 1, 20, 40), (0, 1, 40, 60)];
 
     fn add(bubble: &mut Bubble, spec: &Spec, step: u64, firings: &[(u32, u32, u64, u64)]) {
@@ -172,25 +175,25 @@ mod tests {
     }
 
     #[test]
-    fn a_step_counts_when_it_is_whole() {
+    fn a_step_counts_once_it_is_complete() {
         let spec = pipeline(2, 1, PipelineSchedule::Gpipe);
         let mut bubble = Bubble::new(&spec, |_| true);
-        // As actors tell: one after the other, so that steps mix.
+        // Firings are read actor by actor, so steps interleave.
         add(&mut bubble, &spec, 0, &STEP[..3]);
         add(&mut bubble, &spec, 1, &[(0, 0, 0, 10), (1, 0, 0, 10), (0, 1, 10, 20)]);
         assert_eq!(bubble.share(), None);
         add(&mut bubble, &spec, 0, &STEP[3..]);
         assert_eq!(bubble.share(), Some(0.5));
         add(&mut bubble, &spec, 1, &[(1, 1, 10, 20)]);
-        assert_eq!(bubble.share(), Some(0.25), "the mean of one that is half idle and one that is not at all");
+        assert_eq!(bubble.share(), Some(0.25), "the mean of one step that is half idle and one without idle time");
         for step in 2..10 {
             add(&mut bubble, &spec, step, &[(0, 0, 0, 10), (1, 0, 0, 10), (0, 1, 10, 20), (1, 1, 10, 20)]);
         }
-        assert_eq!(bubble.share(), Some(0.0), "of the newest eight");
+        assert_eq!(bubble.share(), Some(0.0), "the mean of the newest eight steps");
     }
 
     #[test]
-    fn steps_with_lost_firings_are_forgotten() {
+    fn steps_with_lost_firings_are_dropped() {
         let spec = pipeline(2, 1, PipelineSchedule::Gpipe);
         let mut bubble = Bubble::new(&spec, |_| true);
         for step in 0..200 {
@@ -202,14 +205,14 @@ mod tests {
     }
 
     #[test]
-    fn only_actors_that_compute_here_count() {
+    fn only_compute_actors_of_this_process_count() {
         let mut spec = pipeline(2, 1, PipelineSchedule::Gpipe);
         let mut own = Bubble::new(&spec, |device| device == 0);
         add(&mut own, &spec, 0, &[STEP[0], STEP[3]]);
         assert_eq!(own.share(), Some(0.5), "30 of 60");
         spec.actors[1].stream = StreamKind::Communication;
-        let mut computing = Bubble::new(&spec, |_| true);
-        add(&mut computing, &spec, 0, &STEP);
-        assert_eq!(computing.share(), Some(0.5));
+        let mut all = Bubble::new(&spec, |_| true);
+        add(&mut all, &spec, 0, &STEP);
+        assert_eq!(all.share(), Some(0.5));
     }
 }

@@ -1,4 +1,4 @@
-//! Asks the servers of a running job, for `shardflow status` and `shardflow explain-hang`.
+//! A client for the servers of a running job, for `shardflow status` and `shardflow explain-hang`.
 
 use std::collections::BTreeSet;
 use std::fmt;
@@ -13,67 +13,67 @@ use super::status::Status;
 use crate::exit::Exit;
 use crate::session::observer::Observer;
 
-/// For each of connecting, writing and reading.
+/// Time-out of each connect, write and read.
 const TIMEOUT: Duration = Duration::from_secs(10);
-/// What has moved this lately is not stuck.
-const MOVES_SECONDS: f64 = 1.0;
-/// An answer is no longer than this.
-const ANSWER_BYTES_MAX: u64 = 16 << 20;
+/// A process with progress in this time is not stuck.
+const PROGRESS_SECONDS: f64 = 1.0;
+/// Largest size of a response, bytes.
+const RESPONSE_BYTES_MAX: u64 = 16 << 20;
 
-/// Why a job could not be asked.
+/// Why a job cannot be queried.
 #[derive(Debug, thiserror::Error)]
 pub enum ClientError {
-    /// Nobody answers there.
+    /// No server listens at the address.
     #[error("nothing is served at {address}: {source}; is the job started with --listen {address}?")]
     Unreachable {
-        /// Where.
+        /// The address.
         address: SocketAddr,
-        /// What the system says.
+        /// The system's error.
         source: io::Error,
     },
-    /// Something is there, and says nothing.
-    #[error("{address} does not answer in {} s: {source}; is its process stopped, or its machine overloaded?", TIMEOUT.as_secs())]
-    Silent {
-        /// Where.
+    /// A server is there, but does not respond.
+    #[error("{address} does not respond within {} s: {source}; is its process stopped, or its machine overloaded?", TIMEOUT.as_secs())]
+    NoResponse {
+        /// The address.
         address: SocketAddr,
-        /// What the system says.
+        /// The system's error.
         source: io::Error,
     },
-    /// Something else answers there, or there is nothing to tell.
-    #[error("{address} answers {path} with: {answer}")]
-    Answer {
-        /// Where.
+    /// The server is another program, or returns an error.
+    #[error("{address} returned for {path}: {response}")]
+    BadResponse {
+        /// The address.
         address: SocketAddr,
-        /// What was asked for.
+        /// The requested path.
         path: &'static str,
-        /// Its first line, or what is wrong with it.
-        answer: String,
+        /// First line of the response, or what is wrong with it.
+        response: String,
     },
 }
 
 impl ClientError {
-    /// With which code a program ends because of it.
+    /// Exit code of a program that fails with this error.
     pub fn exit(&self) -> Exit {
         Exit::PeerUnavailable
     }
 }
 
-/// What everything waits for.
+/// Why a process makes no progress.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct HangReport {
-    /// Number of the process.
+    /// Rank of the process.
     pub process: u32,
-    /// How many there are.
+    /// Number of processes.
     pub processes: u32,
-    /// Since anything moved.
+    /// Time since the last progress.
     pub idle_seconds: f64,
-    /// Whether a step is under way.
+    /// Whether a step is running.
     pub is_under_way: bool,
-    /// What everything waits for in the end; `None` between steps, and while something moves.
+    /// The root cause of all waits; `None` between steps, and while there is progress.
     pub cause: Option<String>,
-    /// The other processes where the cause may lie.
+    /// Other processes that may have the cause.
     pub elsewhere: Vec<u32>,
-    /// Who waits, and for what, down to the cause.
+    /// Chain of waits down to the cause: the waiting action, and what it waits for.
     pub chain: Vec<(String, String)>,
 }
 
@@ -96,122 +96,123 @@ impl HangReport {
 impl fmt::Display for HangReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(f, "rank {} of {}: last progress {:.1} s ago", self.process, self.processes, self.idle_seconds)?;
-        if self.cause.is_some() && self.idle_seconds < MOVES_SECONDS {
-            writeln!(f, "  it moves; this instant it waits so:")?;
+        if self.cause.is_some() && self.idle_seconds < PROGRESS_SECONDS {
+            writeln!(f, "  there is progress; its waits at this instant:")?;
         }
-        for (who, what) in &self.chain {
-            writeln!(f, "  {who}\n    waits for {what}")?;
+        for (waiting, awaited) in &self.chain {
+            writeln!(f, "  {waiting}\n    waits for {awaited}")?;
         }
         match &self.cause {
             Some(cause) => writeln!(f, "  {cause}"),
-            None if self.is_under_way => writeln!(f, "  a step is under way, and moves"),
-            None => writeln!(f, "  no step is under way"),
+            None if self.is_under_way => writeln!(f, "  a step is running and makes progress"),
+            None => writeln!(f, "  no step is running"),
         }?;
         match self.elsewhere.as_slice() {
             [] | [_] => Ok(()),
             several => {
                 let ranks = several.iter().map(|rank| format!("rank {rank}")).collect::<Vec<_>>();
-                writeln!(f, "  which of them is late is not known here: {}", ranks.join(", "))
+                writeln!(f, "  this rank cannot determine which of them is late: {}", ranks.join(", "))
             }
         }
     }
 }
 
-/// How the session at an address does.
+/// Queries the status of the session at an address.
 ///
 /// # Errors
-/// When nobody answers, or answers otherwise.
+/// If no server responds, or the response is not a status.
 pub fn status(address: SocketAddr) -> Result<Status, ClientError> {
-    ask(address, "/status")
+    request(address, "/status")
 }
 
-/// What was answered, and by whom nothing.
+/// Hang reports of all processes that may have the cause.
 #[derive(Debug)]
 pub struct HangExplanation {
-    /// In the order in which they were asked: the first, then those where the cause may lie.
+    /// In the order of queries: the first process, then those that may have the cause.
     pub reports: Vec<HangReport>,
-    /// Processes that are waited for and could not be asked.
-    pub unasked: Vec<(u32, ClientError)>,
+    /// Processes that others wait for and that cannot be queried.
+    pub unreachable: Vec<(u32, ClientError)>,
 }
 
 impl fmt::Display for HangExplanation {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         self.reports.iter().try_for_each(|report| write!(f, "{report}"))?;
-        self.unasked.iter().try_for_each(|(rank, error)| writeln!(f, "rank {rank} could not be asked: {error}"))
+        self.unreachable.iter().try_for_each(|(rank, error)| writeln!(f, "rank {rank} cannot be queried: {error}"))
     }
 }
 
-/// What the session at an address waits for, and all processes where the cause may lie: process `n` is asked on the `n`-th port
-/// from the first.
+/// Queries the session at an address, and all processes that may have the cause of its waits. The port of process `n`
+/// is the first port plus the difference of ranks.
 ///
 /// # Errors
-/// When nobody answers at the first address.
+/// If no server responds at the first address.
 pub fn explain_hang(first: SocketAddr) -> Result<HangExplanation, ClientError> {
-    let own: HangReport = ask(first, "/hang")?;
+    let own: HangReport = request(first, "/hang")?;
     let (mut known, process) = (BTreeSet::from([own.process]), own.process);
-    let mut explained = HangExplanation { reports: vec![own], unasked: Vec::new() };
-    let mut asked = 0;
-    while let Some(report) = explained.reports.get(asked) {
-        asked += 1;
+    let mut explanation = HangExplanation { reports: vec![own], unreachable: Vec::new() };
+    let mut visited = 0;
+    while let Some(report) = explanation.reports.get(visited) {
+        visited += 1;
         for next in report.elsewhere.clone().into_iter().filter(|next| known.insert(*next)) {
-            match ask_process(first, process, next) {
-                Ok(report) => explained.reports.push(report),
-                Err(error) => explained.unasked.push((next, error)),
+            match query_process(first, process, next) {
+                Ok(report) => explanation.reports.push(report),
+                Err(error) => explanation.unreachable.push((next, error)),
             }
         }
     }
-    Ok(explained)
+    Ok(explanation)
 }
 
-fn ask_process(first: SocketAddr, own: u32, process: u32) -> Result<HangReport, ClientError> {
+fn query_process(first: SocketAddr, own: u32, process: u32) -> Result<HangReport, ClientError> {
     let port = i64::from(first.port()) + i64::from(process) - i64::from(own);
-    // Port 0 is nobody's, and says so.
+    // A connection to port 0 fails.
     let address = SocketAddr::new(first.ip(), port.try_into().unwrap_or(0));
-    let report: HangReport = ask(address, "/hang")?;
+    let report: HangReport = request(address, "/hang")?;
     if report.process == process {
         return Ok(report);
     }
-    Err(ClientError::Answer { address, path: "/hang", answer: format!("it is rank {} of a job", report.process) })
+    let response = format!("this is rank {}, not rank {process}", report.process);
+    Err(ClientError::BadResponse { address, path: "/hang", response })
 }
 
-fn ask<T: DeserializeOwned>(address: SocketAddr, path: &'static str) -> Result<T, ClientError> {
+fn request<T: DeserializeOwned>(address: SocketAddr, path: &'static str) -> Result<T, ClientError> {
     let text = get(address, path).map_err(|source| failed(address, source))?;
-    let wrong = |answer: String| ClientError::Answer { address, path, answer };
+    let wrong = |response: String| ClientError::BadResponse { address, path, response };
     let first = text.lines().next().unwrap_or("nothing").to_owned();
     let body = text.split_once("\r\n\r\n").map(|(_, body)| body).filter(|_| first.contains(" 200 "));
     let body = body.ok_or_else(|| wrong(first))?;
     serde_json::from_str(body).map_err(|error| wrong(error.to_string()))
 }
 
-/// Where a process is served, and asked, that was told no other address.
+/// Default address of a server.
 pub const ADDRESS: &str = "127.0.0.1:9400";
 
-/// An address as users write it, by number or by name: `127.0.0.1:9400`, `localhost:9400`.
+/// Parses an address with a number or a name: `127.0.0.1:9400`, `localhost:9400`.
 ///
 /// # Errors
-/// What is wrong with it.
+/// Why the address is invalid.
 pub fn address(text: &str) -> Result<SocketAddr, String> {
     let found: Vec<SocketAddr> =
         text.to_socket_addrs().map_err(|error| format!("{error}; expected ADDRESS:PORT"))?.collect();
     let first = found.iter().find(|address| address.is_ipv4()).or(found.first());
-    first.copied().ok_or_else(|| "no such machine".to_owned())
+    first.copied().ok_or_else(|| "the name has no address".to_owned())
 }
 
 fn failed(address: SocketAddr, source: io::Error) -> ClientError {
     match source.kind() {
-        io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => ClientError::Silent { address, source },
+        io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => ClientError::NoResponse { address, source },
         _ => ClientError::Unreachable { address, source },
     }
 }
 
-/// HTTP 1.0 has no chunks to put together, and the server closes behind its answer.
+/// Uses HTTP 1.0, which has no chunked responses and closes the connection after a response.
 fn get(address: SocketAddr, path: &str) -> io::Result<String> {
     let mut stream = TcpStream::connect_timeout(&address, TIMEOUT)?;
     stream.set_read_timeout(Some(TIMEOUT))?;
     stream.set_write_timeout(Some(TIMEOUT))?;
     write!(stream, "GET {path} HTTP/1.0\r\nHost: {address}\r\n\r\n")?;
     let mut text = String::new();
-    stream.take(ANSWER_BYTES_MAX).read_to_string(&mut text)?;
+    stream.take(RESPONSE_BYTES_MAX).read_to_string(&mut text)?;
     Ok(text)
 }
 
@@ -224,30 +225,30 @@ mod tests {
     use super::*;
 
     #[test]
-    fn addresses_by_number_and_by_name() {
+    fn addresses_are_accepted_by_number_and_by_name() {
         let local = "127.0.0.1:9400".parse().expect("an address");
         assert_eq!([address("127.0.0.1:9400"), address("localhost:9400")], [Ok(local), Ok(local)]);
         for wrong in ["9400", "127.0.0.1", "127.0.0.1:99999", ""] {
-            assert!(address(wrong).is_err_and(|told| told.ends_with("expected ADDRESS:PORT")), "{wrong}");
+            assert!(address(wrong).is_err_and(|error| error.ends_with("expected ADDRESS:PORT")), "{wrong}");
         }
     }
 
     #[test]
-    fn who_is_silent_is_not_taken_for_nobody() {
+    fn a_silent_server_is_distinguished_from_a_missing_one() {
         let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
         let address = listener.local_addr().expect("bound");
         let mut stream = TcpStream::connect(address).expect("a listener");
         stream.set_read_timeout(Some(Duration::from_millis(1))).expect("a time-out");
         let silent = stream.read(&mut [0]).expect_err("nobody writes");
-        let told = failed(address, silent).to_string();
-        assert!(told.contains("does not answer in 10 s") && told.contains("is its process stopped"), "{told}");
+        let error = failed(address, silent).to_string();
+        assert!(error.contains("does not respond within 10 s") && error.contains("is its process stopped"), "{error}");
         drop(listener);
-        let told = ask::<u32>(address, "/status").expect_err("nobody listens").to_string();
-        assert!(told.contains("nothing is served") && told.contains("--listen"), "{told}");
+        let error = request::<u32>(address, "/status").expect_err("nobody listens").to_string();
+        assert!(error.contains("nothing is served") && error.contains("--listen"), "{error}");
     }
 
-    /// So many listeners on ports in a row.
-    fn in_a_row(count: u16) -> Vec<TcpListener> {
+    /// Listeners on `count` consecutive ports.
+    fn consecutive_listeners(count: u16) -> Vec<TcpListener> {
         loop {
             let first = TcpListener::bind("127.0.0.1:0").expect("a port");
             let port = first.local_addr().expect("bound").port();
@@ -258,7 +259,7 @@ mod tests {
         }
     }
 
-    /// Answers once.
+    /// Responds to one request.
     fn serve(listener: TcpListener, report: HangReport) {
         thread::spawn(move || {
             let (mut stream, _) = listener.accept().expect("a client");
@@ -275,20 +276,21 @@ mod tests {
     }
 
     #[test]
-    fn all_processes_where_the_cause_may_lie_are_asked_once() {
-        let mut listeners = in_a_row(4);
+    fn each_process_that_may_have_the_cause_is_queried_once() {
+        let mut listeners = consecutive_listeners(4);
         let first = listeners[1].local_addr().expect("bound");
-        // Rank 0 has gone.
+        // Rank 0 has no server.
         drop(listeners.remove(0));
         let waits = |process, elsewhere| report(process, "a rank is waited for", elsewhere);
         let late = report(3, "device 3 compute forward has not ended", Vec::new());
         let reports = [waits(1, vec![0, 2, 3]), waits(2, vec![0, 1, 3]), late];
         listeners.into_iter().zip(reports.clone()).for_each(|(listener, report)| serve(listener, report));
-        let HangExplanation { reports: told, unasked } = explain_hang(first).expect("an answer");
-        assert_eq!(told, reports);
-        assert!(matches!(&unasked[..], [(0, ClientError::Unreachable { .. })]), "{unasked:?}");
-        assert!(told[0].to_string().contains("which of them is late is not known here: rank 0, rank 2, rank 3"));
-        let moves = HangReport { idle_seconds: 0.1, ..told[0].clone() };
-        assert!(moves.to_string().contains("it moves") && !told[0].to_string().contains("it moves"), "{moves}");
+        let HangExplanation { reports: received, unreachable } = explain_hang(first).expect("a response");
+        assert_eq!(received, reports);
+        assert!(matches!(&unreachable[..], [(0, ClientError::Unreachable { .. })]), "{unreachable:?}");
+        assert!(received[0].to_string().contains("cannot determine which of them is late: rank 0, rank 2, rank 3"));
+        let active = HangReport { idle_seconds: 0.1, ..received[0].clone() };
+        let text = "there is progress";
+        assert!(active.to_string().contains(text) && !received[0].to_string().contains(text), "{active}");
     }
 }

@@ -1,5 +1,5 @@
-//! The files of the live page, which lie in the program. They come from here alone: the page may load nothing from elsewhere, and
-//! runs no script that is not one of these files.
+//! The files of the live page, which are embedded in the program. The page can load nothing from elsewhere, and runs
+//! only scripts of these files.
 
 use axum::extract::Path;
 use axum::http::{HeaderName, StatusCode, header};
@@ -9,13 +9,13 @@ const HTML: &str = "text/html; charset=utf-8";
 const CSS: &str = "text/css; charset=utf-8";
 const SCRIPT: &str = "text/javascript; charset=utf-8";
 
-/// uPlot and the page's own code place things by the `style` property of elements, which this permits; inline styles and scripts
-/// in the text of a page it does not.
+/// Permits the `style` property of elements, which uPlot and the page's code use for layout, but no inline styles or
+/// scripts in the HTML.
 const POLICY: &str = "default-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'";
 
 const INDEX: &str = include_str!("page/index.html");
 
-/// Name, type and text.
+/// Name, type and content of each file.
 const FILES: &[(&str, &str, &str)] = &[
     ("style.css", CSS, include_str!("page/style.css")),
     ("icon.svg", "image/svg+xml", include_str!("page/icon.svg")),
@@ -30,7 +30,7 @@ const FILES: &[(&str, &str, &str)] = &[
     ("charts.js", SCRIPT, include_str!("page/charts.js")),
     ("processes.js", SCRIPT, include_str!("page/processes.js")),
     ("incidents.js", SCRIPT, include_str!("page/incidents.js")),
-    // uPlot 1.6.32, as published; its licence is served beside it.
+    // uPlot 1.6.32, as published, with its licence.
     ("uplot.js", SCRIPT, include_str!("page/uplot.js")),
     ("uplot.css", CSS, include_str!("page/uplot.css")),
     ("uplot.LICENSE", "text/plain; charset=utf-8", include_str!("page/uplot.LICENSE")),
@@ -42,7 +42,7 @@ fn headers(kind: &'static str) -> [(HeaderName, &'static str); 5] {
         (header::CONTENT_SECURITY_POLICY, POLICY),
         (header::X_CONTENT_TYPE_OPTIONS, "nosniff"),
         (header::REFERRER_POLICY, "no-referrer"),
-        // A program that was rebuilt serves other files under these names.
+        // A rebuilt program may serve other files under the same names.
         (header::CACHE_CONTROL, "no-cache"),
     ]
 }

@@ -1,4 +1,4 @@
-//! What of a plan does not change while it runs, for the live page.
+//! The constant part of a running plan, for the live page.
 
 use serde::Serialize;
 use shardflow_actors::spec::{RegisterId, StreamKind};
@@ -9,7 +9,7 @@ use crate::trace::category;
 /// A plan's actors and registers.
 #[derive(Debug, Serialize)]
 pub(super) struct Shape {
-    /// Of [`Observer::started`], as text: a number of JavaScript does not hold it.
+    /// [`Observer::started`] as text, because a JavaScript number cannot hold it.
     session: String,
     mesh: String,
     device: String,
@@ -17,10 +17,10 @@ pub(super) struct Shape {
     micro_batches: usize,
     process: u32,
     processes: u32,
-    /// First device of this process, and how many it hosts.
+    /// First device of this process, and the number of its devices.
     devices: [usize; 2],
     peers: Vec<Peer>,
-    /// By index in the plan, those of other processes too.
+    /// In the plan's order, including actors of other processes.
     actors: Vec<Actor>,
     registers: Vec<Register>,
 }
@@ -39,7 +39,7 @@ struct Actor {
     name: String,
     device: usize,
     is_compute: bool,
-    /// Hosted by the process that tells this.
+    /// True if this process hosts it.
     is_here: bool,
     actions: Vec<Action>,
 }

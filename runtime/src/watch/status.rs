@@ -1,4 +1,4 @@
-//! How a session does, as one value that is served as JSON and shown on one screen.
+//! The status of a session, as one value that is served as JSON and printed on one screen.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -8,122 +8,122 @@ use shardflow_actors::protocol::Missing;
 use shardflow_actors::spec::ActorId;
 use shardflow_actors::trace::{Cause, RING_FIRINGS};
 
-use super::under_way::UnderWay;
+use super::under_way::RunningStep;
 use crate::session::observer::{Observer, SessionHealth};
 
-/// Shares are of so much time, back from now.
+/// Shares of time refer to this window before now.
 const WINDOW_NS: u64 = 10_000_000_000;
-/// Waits that are told, and the least share of them.
+/// Number of reported waits, and the smallest share that is reported.
 const WAITS_MAX: usize = 5;
 const WAIT_MIN: f64 = 5e-4;
-/// A step in which nothing moves for so long stands still.
-const STILL_SECONDS: f64 = 1.0;
+/// A step without progress for this time is reported.
+const IDLE_SECONDS_REPORTED: f64 = 1.0;
 
-/// How a session does. Shares are of the last ten seconds, or of the time since its start.
+/// Status of a session. Shares refer to the last ten seconds, or to the time since its start.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Status {
     /// Its mesh.
     pub mesh: String,
     /// Kind of its devices.
     pub device: String,
-    /// Number of the process.
+    /// Rank of the process.
     pub process: u32,
-    /// How many there are.
+    /// Number of processes.
     pub processes: u32,
-    /// What it has failed for.
+    /// The cause of its failure.
     pub failed: Option<String>,
     /// Steps done.
     pub steps: u64,
-    /// Of the last step. In JSON the text `NaN`, `inf` or `-inf` where it is not finite.
+    /// Loss of the last step. In JSON an Inf or NaN value is the text `NaN`, `inf` or `-inf`.
     #[serde(with = "number")]
     pub loss: Option<f64>,
-    /// Of the last step, likewise.
+    /// Gradient norm of the last step, encoded like the loss.
     #[serde(with = "number")]
     pub gradient_norm: Option<f64>,
-    /// Median of the newest steps.
+    /// Median duration of the newest steps.
     pub step_seconds: Option<f64>,
-    /// Of the newest steps, the one that one in a hundred exceeds.
+    /// 99th percentile of the durations of the newest steps.
     pub step_seconds_p99: Option<f64>,
-    /// By the median step.
+    /// Tokens per second at the median duration.
     pub tokens_per_second: Option<f64>,
-    /// Since anything moved.
+    /// Time since the last progress.
     pub idle_seconds: f64,
-    /// A step is under way.
+    /// True while a step is running.
     pub is_under_way: bool,
-    /// Those of this process.
+    /// Devices of this process.
     pub devices: Vec<DeviceStatus>,
-    /// Those of this process.
+    /// Actors of this process.
     pub actors: Vec<ActorStatus>,
-    /// What all actors together waited for most.
+    /// The longest waits, summed over all actors.
     pub waits: Vec<WaitStatus>,
 }
 
-/// One device's memory, bytes.
+/// Memory of one device, bytes.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct DeviceStatus {
     /// Its rank.
     pub device: usize,
-    /// The plan's peak.
+    /// Peak according to the plan.
     pub planned_bytes: usize,
-    /// The most in use so far.
+    /// Peak in use so far.
     pub peak_bytes: usize,
 }
 
-/// One actor.
+/// Status of one actor.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct ActorStatus {
     /// Its name.
     pub name: String,
     /// Share of the time with a firing in flight.
     pub busy: f64,
-    /// What it does or waits for.
+    /// Its current firing or wait.
     pub now: String,
-    /// For so long.
+    /// Duration of the current firing or wait.
     pub now_seconds: f64,
 }
 
-/// One thing that was waited for.
+/// A condition that actors waited for.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct WaitStatus {
     /// `input` or `credit`.
     pub reason: String,
-    /// Of this register.
+    /// The register.
     pub register: String,
     /// Share of the time, summed over actors.
     pub share: f64,
 }
 
 impl Status {
-    /// Of a session that runs; `None` once it has ended.
+    /// Status of a running session; `None` after it has ended.
     pub(super) fn of(observer: &Observer) -> Option<Self> {
         let failed = match observer.health() {
-            SessionHealth::Well { .. } => None,
+            SessionHealth::Healthy { .. } => None,
             SessionHealth::Failed(cause) => Some(cause),
             SessionHealth::Ended => return None,
         };
-        // In this order: nothing in the states is later than now.
+        // In this order, so that no time in the states is later than `now_ns`.
         let (snapshots, now_ns) = (observer.snapshot(), observer.now_ns()?);
         let (plan, process_map) = (observer.plan(), observer.process_map());
         let window_ns = now_ns.clamp(1, WINDOW_NS);
         let is_under_way = observer.is_under_way();
-        let under_way = is_under_way.then(|| UnderWay::new(&plan.spec, &snapshots));
+        let running_step = is_under_way.then(|| RunningStep::new(&plan.spec, &snapshots));
         let (mut actors, mut waits) = (Vec::new(), BTreeMap::new());
         for actor in process_map.actors_of(plan, process_map.process) {
             let name = plan.spec.actors[actor.0 as usize].name.clone();
             let Some(snapshot) = snapshots.iter().find(|snapshot| snapshot.actor == actor) else {
-                let now = format!("{name} does not answer");
+                let now = format!("{name} does not respond");
                 actors.push(ActorStatus { name, busy: 0.0, now, now_seconds: 0.0 });
                 continue;
             };
-            let told = observer.fired(actor, newest(observer, actor));
-            // A ring that is full may not reach as far back.
-            let oldest = told.firings.first().filter(|_| told.firings.len() >= RING_FIRINGS);
+            let recent = observer.fired(actor, oldest_kept(observer, actor));
+            // A full ring buffer may not cover the whole window.
+            let oldest = recent.firings.first().filter(|_| recent.firings.len() >= RING_FIRINGS);
             let since_ns = oldest.map_or(0, |fired| fired.idle_ns).max(now_ns - window_ns);
             let share = |ns: u64| ns as f64 / (now_ns - since_ns).max(1) as f64;
             let within = |from: u64, to: u64| to.saturating_sub(from.max(since_ns));
             let flying_ns = now_ns - snapshot.flying_since_ns.unwrap_or(now_ns);
             let mut busy_ns = snapshot.flying_since_ns.map_or(0, |since| within(since, now_ns));
-            for fired in &told.firings {
+            for fired in &recent.firings {
                 busy_ns += within(fired.launched_ns, fired.ended_ns);
                 let reason = match fired.cause {
                     Cause::Input(register) => ("input", register),
@@ -133,9 +133,9 @@ impl Status {
                 *waits.entry(reason).or_insert(0.0) += share(within(fired.idle_ns, fired.launched_ns));
             }
             let now_for_ns = if snapshot.flying_since_ns.is_some() { flying_ns } else { snapshot.idle_now_ns };
-            // A wait that has not ended counts as well.
-            let idles = under_way.iter().filter(|_| snapshot.flying_since_ns.is_none());
-            let awaited = idles.flat_map(|step| step.missing(snapshot)).next();
+            // A wait that has not ended counts, too.
+            let idle_step = running_step.iter().filter(|_| snapshot.flying_since_ns.is_none());
+            let awaited = idle_step.flat_map(|step| step.missing(snapshot)).next();
             if let Some((_, missing)) = awaited {
                 let reason = match missing {
                     Missing::Piece { register, .. } => Some(("input", *register)),
@@ -145,14 +145,14 @@ impl Status {
                 let waited = share(within(now_ns - snapshot.idle_now_ns.min(now_ns), now_ns));
                 reason.into_iter().for_each(|reason| *waits.entry(reason).or_insert(0.0) += waited);
             }
-            let other = || snapshot.waiting.describe(&plan.spec).lines().next().unwrap_or("is done").to_owned();
+            let default = || snapshot.waiting.describe(&plan.spec).lines().next().unwrap_or("is done").to_owned();
             let now = |(action, missing): (u32, &Missing)| {
                 format!("{} waits for {}", plan.spec.action_name(actor, action), missing.describe(&plan.spec, actor))
             };
             actors.push(ActorStatus {
                 name,
                 busy: share(busy_ns).min(1.0),
-                now: awaited.map_or_else(other, now),
+                now: awaited.map_or_else(default, now),
                 now_seconds: now_for_ns as f64 * 1e-9,
             });
         }
@@ -168,7 +168,7 @@ impl Status {
             planned_bytes: d.planned_peak_bytes,
             peak_bytes: d.measured_peak_bytes,
         };
-        let (metrics, steps) = (observer.metrics(), observer.newest_steps());
+        let (metrics, steps) = (observer.metrics(), observer.recent_steps());
         Some(Self {
             mesh: plan.graph.mesh().to_string(),
             device: plan.device.to_string(),
@@ -190,34 +190,34 @@ impl Status {
     }
 }
 
-/// Where to begin to read an actor's firings: all that its ring holds.
-fn newest(observer: &Observer, actor: ActorId) -> u64 {
+/// Number of the oldest firing that an actor's ring buffer holds.
+fn oldest_kept(observer: &Observer, actor: ActorId) -> u64 {
     observer.fired(actor, u64::MAX).next.saturating_sub(RING_FIRINGS as u64)
 }
 
 impl fmt::Display for Status {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let or = |value: Option<String>| value.unwrap_or_else(|| "none yet".to_owned());
+        let or_none = |value: Option<String>| value.unwrap_or_else(|| "none yet".to_owned());
         writeln!(f, "rank {} of {}, {} on {}", self.process, self.processes, self.mesh, self.device)?;
         if let Some(cause) = &self.failed {
             writeln!(f, "failed: {cause}")?;
         }
-        let loss = or(self.loss.map(|loss| format!("{loss:.4}")));
-        let norm = or(self.gradient_norm.map(|norm| format!("{norm:.3}")));
+        let loss = or_none(self.loss.map(|loss| format!("{loss:.4}")));
+        let norm = or_none(self.gradient_norm.map(|norm| format!("{norm:.3}")));
         writeln!(f, "step {}, loss {loss}, gradient norm {norm}", self.steps)?;
-        if self.is_under_way && self.idle_seconds >= STILL_SECONDS {
-            writeln!(f, "nothing has moved for {:.1} s; `shardflow explain-hang` tells why", self.idle_seconds)?;
+        if self.is_under_way && self.idle_seconds >= IDLE_SECONDS_REPORTED {
+            writeln!(f, "no progress for {:.1} s; run `shardflow explain-hang` for the cause", self.idle_seconds)?;
         }
         if let (Some(median), Some(p99), Some(tokens)) =
             (self.step_seconds, self.step_seconds_p99, self.tokens_per_second)
         {
             let [median, p99] = [median, p99].map(|seconds| seconds * 1e3);
-            writeln!(f, "{median:.1} ms a step, {p99:.1} ms at the 99th percentile, {tokens:.0} tokens/s")?;
+            writeln!(f, "{median:.1} ms per step, {p99:.1} ms at the 99th percentile, {tokens:.0} tokens/s")?;
         }
         for device in &self.devices {
             let mib = |bytes: usize| bytes as f64 / (1 << 20) as f64;
             let (peak, planned) = (mib(device.peak_bytes), mib(device.planned_bytes));
-            writeln!(f, "device {}: memory at most {peak:.2} MiB, planned {planned:.2} MiB", device.device)?;
+            writeln!(f, "device {}: peak memory {peak:.2} MiB, planned {planned:.2} MiB", device.device)?;
         }
         if !self.actors.is_empty() {
             writeln!(f, "{:>6}  {:>11}  what each actor does or waits for", "busy", "now for")?;
@@ -232,7 +232,7 @@ impl fmt::Display for Status {
     }
 }
 
-/// JSON has no number that is not finite, and what diverged is what one looks for.
+/// Encodes Inf and NaN as text, because JSON has no such numbers and they matter most.
 pub(super) mod number {
     use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error};
 
@@ -264,7 +264,7 @@ pub(super) mod number {
         struct Of(#[serde(with = "super")] Option<f64>);
 
         #[test]
-        fn what_is_not_finite_is_told_as_text() {
+        fn inf_and_nan_are_encoded_as_text() {
             let values =
                 [(None, "null"), (Some(2.5), "2.5"), (Some(f64::NAN), "\"NaN\""), (Some(f64::INFINITY), "\"inf\"")];
             for (value, text) in values {

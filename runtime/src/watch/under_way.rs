@@ -1,22 +1,22 @@
-//! What actors wait for in the step that is under way; what they wait for in the next one is no trouble.
+//! What actors wait for in the running step. Waits for the next step are normal and do not count.
 
 use shardflow_actors::protocol::Missing;
 use shardflow_actors::snapshot::ActorSnapshot;
 use shardflow_actors::spec::{ActorId, Spec};
 
-/// A step that is under way.
-pub(super) struct UnderWay<'a> {
+/// The step that is running.
+pub(super) struct RunningStep<'a> {
     spec: &'a Spec,
-    /// Steps begun, this one among them, as firings count them.
+    /// Number of steps begun according to firings, including this one.
     steps: u64,
 }
 
-impl<'a> UnderWay<'a> {
-    /// As the actors of this process show it.
+impl<'a> RunningStep<'a> {
+    /// The running step, according to the actors of this process.
     pub(super) fn new(spec: &'a Spec, snapshots: &[ActorSnapshot]) -> Self {
         let begun = |snapshot: &ActorSnapshot| {
-            let of = spec.actors[snapshot.actor.0 as usize].actions.iter().zip(&snapshot.firings);
-            of.map(|(action, firings)| firings.div_ceil(u64::from(action.per_step.max(1)))).max()
+            let actions = spec.actors[snapshot.actor.0 as usize].actions.iter().zip(&snapshot.firings);
+            actions.map(|(action, firings)| firings.div_ceil(u64::from(action.per_step.max(1)))).max()
         };
         Self { spec, steps: snapshots.iter().filter_map(begun).max().unwrap_or_default() }
     }
@@ -25,7 +25,7 @@ impl<'a> UnderWay<'a> {
         u64::from(self.spec.actors[actor.0 as usize].actions[action as usize].per_step)
     }
 
-    /// What an actor's actions that have not fired as often as the step wants lack, with the action.
+    /// Each unfinished action of an actor in this step, with a condition that it waits for.
     pub(super) fn missing<'s>(&self, snapshot: &'s ActorSnapshot) -> impl Iterator<Item = (u32, &'s Missing)> {
         let is_due =
             |action: u32| snapshot.firings[action as usize] < self.per_step(snapshot.actor, action) * self.steps;

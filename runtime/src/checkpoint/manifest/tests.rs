@@ -1,4 +1,4 @@
-//! Manifests from anywhere: what is not as it was written, or does not fit together, is refused with the reason.
+//! Untrusted manifests: an altered or inconsistent manifest is refused with the reason.
 
 use serde_json::Value;
 
@@ -44,15 +44,15 @@ fn good() -> Manifest {
 }
 
 #[test]
-fn what_is_written_is_read_again() {
+fn an_encoded_manifest_decodes_to_the_same_manifest() {
     let text = good().encode().unwrap();
     assert_eq!(Manifest::decode(&text).unwrap(), good());
     assert_eq!(serde_json::from_slice::<Value>(&text).unwrap()["body"]["step"], 7, "it is JSON");
 }
 
-/// Every single bit counts, and so does the length.
+/// Flips every bit, and truncates at every length.
 #[test]
-fn no_altered_manifest_is_read() {
+fn every_altered_manifest_is_refused() {
     let text = good().encode().unwrap();
     for at in 0..text.len() {
         assert!(Manifest::decode(&text[..at]).is_err(), "cut at {at}");
@@ -64,12 +64,12 @@ fn no_altered_manifest_is_read() {
     }
 }
 
-/// Manifests with a right checksum that nobody of ours wrote.
+/// Manifests with a valid checksum that violate an invariant.
 #[test]
-fn what_does_not_fit_together_is_refused() {
+fn inconsistent_manifests_are_refused() {
     type Edit = fn(&mut Manifest);
     let cases: &[(&str, Edit)] = &[
-        ("tensor wide: its pieces have 18 of 24 elements", |m| drop(m.tensors[0].pieces.pop())),
+        ("tensor wide: its pieces cover 18 of 24 elements", |m| drop(m.tensors[0].pieces.pop())),
         ("tensor wide: pieces at [0, 0] and [2, 0] overlap", |m| m.tensors[0].pieces[1].start[0] = 2),
         ("tensor wide: piece [1, 6] at [4, 0] is not inside shape [4, 6]", |m| m.tensors[0].pieces[1].start[0] = 4),
         ("is not inside shape", |m| m.tensors[0].pieces[1].start[0] = usize::MAX),
@@ -79,7 +79,7 @@ fn what_does_not_fit_together_is_refused() {
         ("a piece in shard 2 of 2", |m| m.tensors[0].pieces[0].shard = 2),
         ("72 bytes at 129 of e0-0/shard-0-of-2.safetensors, which has 200", |m| m.tensors[0].pieces[0].offset = 129),
         ("which has 200", |m| m.tensors[0].pieces[0].offset = u64::MAX),
-        ("tensor scalar: its pieces have 0 of 1 elements", |m| m.tensors[1].pieces.clear()),
+        ("tensor scalar: its pieces cover 0 of 1 elements", |m| m.tensors[1].pieces.clear()),
         ("overlap", |m| {
             let scalar = m.tensors[1].pieces[0].clone();
             m.tensors[1].pieces.push(scalar);
@@ -89,17 +89,17 @@ fn what_does_not_fit_together_is_refused() {
         ("differ in elements", |m| m.tensors[0].info.saved_shape = vec![25]),
         ("differ in elements", |m| m.tensors[0].info.saved_shape = vec![usize::MAX; 3]),
         ("33 dims, at most 32", |m| m.tensors[1].info.saved_shape = vec![1; 33]),
-        ("two tensors wide", |m| m.tensors[1].info.name = "wide".into()),
+        ("two tensors are named wide", |m| m.tensors[1].info.name = "wide".into()),
         ("5000 bytes of its name, at most 4096", |m| m.tensors[1].info.name = "n".repeat(5000)),
         ("5000 bytes of a text", |m| m.mesh = "m".repeat(5000)),
         ("5000 bytes of a text", |m| drop(m.cursor.insert("key".into(), "c".repeat(5000)))),
         ("5000 bytes of a text", |m| drop(m.declared.insert("key".into(), "c".repeat(5000)))),
         ("65 declared values, at most 64", |m| m.declared = (0..65).map(|i| (i.to_string(), String::new())).collect()),
-        ("is no name of a shard", |m| m.shards[0].file = "../../etc/passwd".into()),
-        ("is no name of a shard", |m| m.shards[0].file = "/shard".into()),
-        ("is no name of a shard", |m| m.shards[0].file = "e0/..".into()),
-        ("is no name of a shard", |m| m.shards[0].file = "shard".into()),
-        ("is no name of a shard", |m| m.shards[0].file = "e0/a/b".into()),
+        ("is not a shard name", |m| m.shards[0].file = "../../etc/passwd".into()),
+        ("is not a shard name", |m| m.shards[0].file = "/shard".into()),
+        ("is not a shard name", |m| m.shards[0].file = "e0/..".into()),
+        ("is not a shard name", |m| m.shards[0].file = "shard".into()),
+        ("is not a shard name", |m| m.shards[0].file = "e0/a/b".into()),
         ("4097 pieces, at most 4096", |m| {
             m.tensors[0].pieces = vec![piece(0, 8, [0, 0], [1, 1]); TENSOR_PIECES_MAX + 1];
         }),
@@ -114,7 +114,7 @@ fn what_does_not_fit_together_is_refused() {
 }
 
 #[test]
-fn the_first_version_had_no_time() {
+fn version_1_has_no_job_time() {
     let mut old = serde_json::to_value(good()).unwrap();
     old.as_object_mut().unwrap().remove("job").unwrap();
     let read = Manifest::decode(&seal_as(1, "shardflow-checkpoint", &old).unwrap()).unwrap();
@@ -122,7 +122,7 @@ fn the_first_version_had_no_time() {
 }
 
 #[test]
-fn before_version_3_every_step_counts_as_an_update_and_nothing_is_declared() {
+fn before_version_3_each_step_is_an_update_and_no_values_are_declared() {
     let mut old = serde_json::to_value(good()).unwrap();
     for key in ["updates", "declared"] {
         old.as_object_mut().unwrap().remove(key).unwrap();
@@ -133,7 +133,7 @@ fn before_version_3_every_step_counts_as_an_update_and_nothing_is_declared() {
 }
 
 #[test]
-fn other_texts_are_refused() {
+fn texts_of_other_formats_or_versions_are_refused() {
     let decode = |text: &str| Manifest::decode(text.as_bytes()).unwrap_err();
     assert!(decode("").contains("not a shardflow-checkpoint file"));
     assert!(decode("{}").contains("missing field"));

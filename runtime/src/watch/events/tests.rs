@@ -1,4 +1,5 @@
-//! What a client of the page is told: each thing once, of a bounded size, and which edges are blocked.
+//! Events for a client of the page: each change is sent once, events have a bounded size, and blocked edges are
+//! reported.
 
 use std::sync::Arc;
 
@@ -15,7 +16,7 @@ use crate::passes::{CompileOptions, compile};
 use crate::placement::Mesh;
 use crate::session::{Session, SessionOptions};
 
-/// A model of two devices, as small as may be.
+/// A minimal model on two devices.
 fn session() -> Session {
     let mut g = Graph::new(&Mesh::parse("data=2").expect("a mesh"));
     let layout = nn::batch_layout(&g);
@@ -33,7 +34,7 @@ fn session() -> Session {
 fn step(session: &mut Session) -> f32 {
     let tokens = || HostTensor::i32(&[4, 3], (0..12).map(|i| i % 5).collect());
     let report = session.step(&[("ids", tokens()), ("targets", tokens())], 0.01).expect("a step");
-    // The loss is known before every actor has been told that its firing is over.
+    // The loss is known before every actor has received the end of its firing.
     let observer = session.observer().expect("it runs");
     while observer.snapshot().iter().any(|actor| actor.waiting.in_flight.is_some()) {
         std::thread::yield_now();
@@ -42,23 +43,23 @@ fn step(session: &mut Session) -> f32 {
 }
 
 #[test]
-fn what_is_no_number_is_told_so() {
+fn inf_and_nan_are_sent_as_text() {
     let point = Point(3, Some(f64::NAN), Some(f64::INFINITY), 0.5, 2.0);
     assert_eq!(serde_json::to_string(&point).expect("JSON"), r#"[3,"NaN","inf",0.5,2.0]"#);
 }
 
 #[test]
-fn a_client_is_told_everything_once() {
+fn a_client_receives_each_change_once() {
     let mut session = session();
     let observer = Arc::clone(session.observer().expect("it runs"));
     let per_step: u32 = session.plan().spec.actors.iter().flat_map(|a| &a.actions).map(|a| a.per_step).sum();
     let losses: Vec<f32> = (0..3).map(|_| step(&mut session)).collect();
     let mut client = Cursor::default();
-    let first = client.next(&observer);
+    let first = client.next_event(&observer);
     assert_eq!((first.health, first.steps, first.steps_planned, first.tokens), ("running", 3, Some(9), 3 * 12));
     assert_eq!(first.session, observer.started().to_string());
-    let told: Vec<_> = first.points.iter().map(|point| (point.0, point.1.expect("a loss") as f32)).collect();
-    assert_eq!(told, [(1, losses[0]), (2, losses[1]), (3, losses[2])]);
+    let received: Vec<_> = first.points.iter().map(|point| (point.0, point.1.expect("a loss") as f32)).collect();
+    assert_eq!(received, [(1, losses[0]), (2, losses[1]), (3, losses[2])]);
     assert!(first.points.iter().all(|point| point.2.is_some() && point.3 == 0.01 && point.4 > 0.0));
     assert_eq!(first.firings.len(), 3 * per_step as usize * FIRING_FIELDS);
     assert_eq!(
@@ -67,26 +68,26 @@ fn a_client_is_told_everything_once() {
     );
     assert!(first.bubble.is_some_and(|share| (0.0..1.0).contains(&share)), "{:?}", first.bubble);
     assert!(first.incidents.is_empty() && first.blocked.is_empty() && first.peers.is_empty());
-    let second = client.next(&observer);
+    let second = client.next_event(&observer);
     assert!(
         second.points.is_empty() && second.firings.is_empty() && second.busy.is_empty() && second.registers.is_empty()
     );
-    assert_eq!((second.steps, second.tokens, second.bubble), (3, 36, first.bubble), "what is so is told again");
+    assert_eq!((second.steps, second.tokens, second.bubble), (3, 36, first.bubble), "current values are sent again");
     let loss = step(&mut session);
-    let third = client.next(&observer);
+    let third = client.next_event(&observer);
     assert_eq!(third.points.iter().map(|point| (point.0, point.1)).collect::<Vec<_>>(), [(4, Some(f64::from(loss)))]);
     assert_eq!(third.firings.len(), per_step as usize * FIRING_FIELDS);
     assert_eq!(third.firings_left_out, 0);
-    // One that comes later is told what is kept.
-    let other = Cursor::default().next(&observer);
+    // A client that connects later receives the recent history.
+    let other = Cursor::default().next_event(&observer);
     assert_eq!((other.points.len(), other.firings.len()), (4, 4 * per_step as usize * FIRING_FIELDS));
-    session.shutdown().expect("an end in order");
-    assert_eq!(client.next(&observer).health, "ended");
-    assert_eq!(Cursor::none().health, "none");
+    session.shutdown().expect("a clean shutdown");
+    assert_eq!(client.next_event(&observer).health, "ended");
+    assert_eq!(Cursor::no_session().health, "none");
 }
 
 #[test]
-fn incidents_are_told_in_order_and_cut_off() {
+fn incidents_are_sent_in_order_and_truncated() {
     let session = session();
     let observer = session.observer().expect("it runs");
     observer.note("stall", "é".repeat(TEXT_MAX));
@@ -94,9 +95,9 @@ fn incidents_are_told_in_order_and_cut_off() {
     observer.note("refused", "twice".into());
     observer.note("stall", "another".into());
     observer.note("refused", "twice".into());
-    let event = Cursor::default().next(observer);
-    let told: Vec<_> = event.incidents.iter().map(|(_, kind, text)| (*kind, text.as_str())).collect();
-    assert_eq!(told, [("stall", "é".repeat(TEXT_MAX / 2).as_str()), ("refused", "twice"), ("stall", "another")]);
+    let event = Cursor::default().next_event(observer);
+    let received: Vec<_> = event.incidents.iter().map(|(_, kind, text)| (*kind, text.as_str())).collect();
+    assert_eq!(received, [("stall", "é".repeat(TEXT_MAX / 2).as_str()), ("refused", "twice"), ("stall", "another")]);
     assert!(event.incidents.is_sorted_by_key(|incident| incident.0));
 }
 
@@ -111,26 +112,29 @@ fn fired(firing: u64, ended_ns: u64) -> FiringRecord {
 }
 
 #[test]
-fn too_many_firings_are_cut_to_one_step_that_has_ended() {
+fn too_many_firings_are_limited_to_one_ended_step() {
     let spec = pipeline();
     let few: Vec<_> = (0..FIRINGS_MAX as u64).map(|firing| (ActorId(0), fired(firing, firing))).collect();
     let mut kept = few.clone();
-    cut(&spec, &mut kept);
+    limit_firings(&spec, &mut kept);
     assert_eq!(kept, few);
-    // Four micro-batches a step, and the last step has two yet.
+    // Four micro-batches per step; the last step has only two so far.
     kept = (0..FIRINGS_MAX as u64 + 2).map(|firing| (ActorId(1), fired(firing, firing))).collect();
-    cut(&spec, &mut kept);
+    limit_firings(&spec, &mut kept);
     let last = FIRINGS_MAX as u64;
-    assert_eq!(kept.iter().map(|(_, one)| one.firing).collect::<Vec<_>>(), [last - 1, last - 2, last - 3, last - 4]);
-    // A step of more than that loses its oldest.
+    assert_eq!(
+        kept.iter().map(|(_, record)| record.firing).collect::<Vec<_>>(),
+        [last - 1, last - 2, last - 3, last - 4]
+    );
+    // A larger step loses its oldest firings.
     let mut long = pipeline();
     long.actors[0].actions[0].per_step = 20_000;
     kept = (0..20_000).map(|firing| (ActorId(0), fired(firing, firing))).collect();
-    cut(&long, &mut kept);
+    limit_firings(&long, &mut kept);
     assert_eq!((kept.len(), kept[0].1.firing), (FIRINGS_MAX, 19_999));
 }
 
-/// An actor of the pipeline that has fired so often, and waits.
+/// A waiting actor of the pipeline with these numbers of firings.
 fn waits(actor: u32, firings: [u64; 2], idle_now_ns: u64, missing: Vec<(u32, Missing)>) -> ActorSnapshot {
     let actor = ActorId(actor);
     let actions = missing.into_iter().map(|(action, missing)| ActionWaits { action, missing: vec![missing] }).collect();
@@ -148,7 +152,7 @@ fn waits(actor: u32, firings: [u64; 2], idle_now_ns: u64, missing: Vec<(u32, Mis
 }
 
 #[test]
-fn an_edge_is_blocked_where_the_step_needs_it() {
+fn an_edge_is_blocked_only_if_the_running_step_needs_it() {
     let spec = pipeline();
     let register = |name: &str| spec.registers.iter().position(|r| r.name.contains(name)).expect("a register") as u32;
     let (activation, stash) = (register("stage0"), register("stash"));
@@ -158,18 +162,18 @@ fn an_edge_is_blocked_where_the_step_needs_it() {
     let credit = Missing::Credit { register: RegisterId(stash), slots: 2, holders };
     let blocked_by = |snapshots: &[ActorSnapshot]| {
         let mut event = Event::default();
-        blocked(&mut event, &spec, snapshots, &snapshots.iter().collect::<Vec<_>>());
+        add_blocked_edges(&mut event, &spec, snapshots, &snapshots.iter().collect::<Vec<_>>());
         (event.blocked, event.waits.into_iter().map(|wait| wait.0).collect::<Vec<_>>())
     };
-    // In the second step: the first stage waits for a slot, the second for a piece, and for longer.
+    // In the second step, the first stage waits for a slot, and the second one waits longer for a piece.
     let (first, second) =
         (waits(0, [6, 4], 2_000_000, vec![(0, credit)]), waits(1, [5, 5], 3_000_000, vec![(0, piece(5))]));
     let expected = vec![[u64::from(activation), 1, 0, 3000], [u64::from(stash), 0, 1, 2000]];
     assert_eq!(blocked_by(&[first.clone(), second]), (expected, vec![0, 1]));
-    // The second stage has done its part of the step that is under way, and waits for the next one.
+    // The second stage has finished its part of the running step, and waits for the next one.
     let done = waits(1, [8, 8], 3_000_000, vec![(0, piece(8))]);
     assert_eq!(blocked_by(&[first, done]), (vec![[u64::from(stash), 0, 1, 2000]], vec![0]));
-    // The host is nobody's edge.
+    // A wait for the host blocks no edge.
     let idle = waits(0, [6, 8], 2_000_000, vec![(0, Missing::Token)]);
     assert_eq!(blocked_by(&[idle]), (vec![], vec![]));
 }

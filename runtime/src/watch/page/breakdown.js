@@ -1,9 +1,9 @@
-// How each actor spent the last seconds, as a bar. Imports `format`.
+// The time of each actor in the last seconds, as a bar.
 
 import { at, key, make } from './format.js';
 
 const PARTS = ['forward', 'communication', 'input', 'credit', 'host', 'own'];
-const NAMES = ['works', 'in collectives', 'waits for input', 'waits for a slot', 'waits for the host', 'between its own firings'];
+const NAMES = ['computing', 'in collectives', 'waiting for input', 'waiting for a slot', 'waiting for the host', 'between firings'];
 
 let rows = [];
 
@@ -14,16 +14,16 @@ export function showPlan(plan) {
     const row = make('tr');
     const [cell, bar, waits] = [make('td'), make('div', 'bar'), make('td', 'waits')];
     const parts = PARTS.map((part) => {
-      const one = make('i');
-      one.style.background = `var(--${part})`;
-      return one;
+      const element = make('i');
+      element.style.background = `var(--${part})`;
+      return element;
     });
     bar.append(...parts);
     cell.append(bar);
     row.append(make('td', '', actor.name), cell, waits);
     return [{ index, row, bar, parts, waits }];
   });
-  at('breakdown').tBodies[0].replaceChildren(...rows.map((one) => one.row));
+  at('breakdown').tBodies[0].replaceChildren(...rows.map(({ row }) => row));
 }
 
 export function showEvent(model) {

@@ -1,4 +1,4 @@
-// Curves, drawn by uPlot. Imports `format`.
+// Curves, drawn by uPlot.
 
 import { at, colour } from './format.js';
 import UPlot from './uplot.js';
@@ -7,7 +7,7 @@ const HEIGHT = 160;
 const charts = new Map();
 const dark = matchMedia('(prefers-color-scheme: dark)');
 
-// As wide as its longest label. uPlot lays out until sizes no longer change, at most a few times.
+// The width of the longest label. uPlot repeats the layout a few times until sizes no longer change.
 function axisWidth(self, labels, index, cycle) {
   const axis = self.axes[index];
   if (cycle > 1) return axis._size;
@@ -17,11 +17,11 @@ function axisWidth(self, labels, index, cycle) {
   return Math.max(50, Math.ceil(axis.ticks.size + axis.gap + widest / devicePixelRatio) + 2);
 }
 
-// Draws `ys` over `xs` in the element `id`; makes the chart when it is first drawn.
+// Draws `ys` over `xs` in the element `id`; creates the chart on the first call.
 export function draw(id, name, xs, ys, colourName, xLabel) {
   const element = at(id);
   if (element.clientWidth === 0) return;
-  // A curve has a gap where there is no number.
+  // A curve has a gap at Inf or NaN.
   const drawn = ys.map((y) => (typeof y === 'string' ? null : y));
   let chart = charts.get(id);
   if (!chart) {
@@ -49,14 +49,14 @@ export function forget(id) {
   charts.delete(id);
 }
 
-// Sizes and colours are the chart's own, so it is made anew where they change.
-export function onLook(redraw) {
-  const anew = () => {
+// A chart has fixed sizes and colours, so it is recreated when they change.
+export function onResizeOrTheme(redraw) {
+  const recreate = () => {
     [...charts.keys()].forEach(forget);
     redraw();
   };
-  dark.addEventListener('change', anew);
-  addEventListener('resize', anew);
+  dark.addEventListener('change', recreate);
+  addEventListener('resize', recreate);
 }
 
 export function showEvent(model) {

@@ -1,14 +1,14 @@
-// The stream of events, opened again with growing pauses when it breaks. Imports nothing.
+// The stream of events, which reconnects with growing delays after an error.
 
-const PAUSE_MS_FIRST = 500;
-const PAUSE_MS_MAX = 8000;
-// An event comes each second: a stream that has been silent for so long is broken, whatever the browser thinks.
+const DELAY_MS_MIN = 500;
+const DELAY_MS_MAX = 8000;
+// An event arrives each second, so a stream without events for this time is broken, even if the browser reports no error.
 const SILENT_MS_MAX = 5000;
 
 export class Connection {
-  // `onEvent` gets each event; `onPlan` the plan of a session that has not been seen before.
+  // Calls `onEvent` with each event, and `onPlan` with the plan of each new session.
   constructor(onPlan, onEvent) {
-    Object.assign(this, { onPlan, onEvent, session: null, pauseMs: PAUSE_MS_FIRST, heardAt: null, state: 'connecting' });
+    Object.assign(this, { onPlan, onEvent, session: null, delayMs: DELAY_MS_MIN, receivedAt: null, state: 'connecting' });
     setInterval(() => this.watch(), 1000);
     this.open();
   }
@@ -18,7 +18,7 @@ export class Connection {
     this.source?.close();
     this.openedAt = performance.now();
     this.source = new EventSource('events');
-    this.source.onmessage = (message) => this.hear(JSON.parse(message.data));
+    this.source.onmessage = (message) => this.receive(JSON.parse(message.data));
     this.source.onerror = () => this.retry();
   }
 
@@ -27,28 +27,28 @@ export class Connection {
     this.state = 'reconnecting';
     clearTimeout(this.timer);
     this.openedAt = Infinity;
-    this.timer = setTimeout(() => this.open(), this.pauseMs);
-    this.pauseMs = Math.min(this.pauseMs * 2, PAUSE_MS_MAX);
+    this.timer = setTimeout(() => this.open(), this.delayMs);
+    this.delayMs = Math.min(this.delayMs * 2, DELAY_MS_MAX);
   }
 
   watch() {
-    if (performance.now() - Math.max(this.openedAt, this.heardAt ?? 0) > SILENT_MS_MAX) this.retry();
+    if (performance.now() - Math.max(this.openedAt, this.receivedAt ?? 0) > SILENT_MS_MAX) this.retry();
   }
 
-  async hear(event) {
-    this.pauseMs = PAUSE_MS_FIRST;
-    this.heardAt = performance.now();
+  async receive(event) {
+    this.delayMs = DELAY_MS_MIN;
+    this.receivedAt = performance.now();
     this.state = 'live';
     if (event.session !== '' && event.session !== this.session) {
-      // Events that come meanwhile wait for the plan.
+      // Events that arrive before the plan wait for it.
       this.session = event.session;
-      this.plan = fetch('plan').then((answer) => answer.json()).then((plan) => this.onPlan(plan));
+      this.plan = fetch('plan').then((response) => response.json()).then((plan) => this.onPlan(plan));
     }
     try {
       await this.plan;
       this.onEvent(event);
     } catch {
-      // The server has gone between the event and its plan: the next event asks again.
+      // The server stopped between the event and its plan: the next event requests the plan again.
       this.session = null;
     }
   }

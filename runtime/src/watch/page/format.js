@@ -1,4 +1,4 @@
-// Numbers and times as text, and elements made of text alone. Imports nothing.
+// Formats numbers and times, and creates elements that contain only text.
 
 export function duration(seconds) {
   if (seconds < 1e-3) return `${(seconds * 1e6).toFixed(0)} us`;
@@ -20,12 +20,12 @@ export function bytes(count) {
 }
 
 export const share = (part) => (part == null ? '-' : `${(part * 100).toFixed(1)} %`);
-// What is no number, or infinite, comes as text.
+// Inf and NaN arrive as text.
 export const number = (value, digits) => (value == null ? '-' : typeof value === 'string' ? value : value.toFixed(digits));
 
 export const at = (id) => document.getElementById(id);
 
-export function say(id, text) {
+export function setText(id, text) {
   const element = at(id);
   if (element.textContent !== text) element.textContent = text;
 }

@@ -1,12 +1,12 @@
-// Actors as boxes, a column for each device, and registers as edges between them; an edge opens to its register's slots and pieces.
-// Imports `format` and `charts`.
+// Actors as boxes, with one column per device, and registers as edges between them. Opening an edge shows its register's slots
+// and pieces.
 
 import { draw, forget } from './charts.js';
-import { at, bytes, make, say } from './format.js';
+import { at, bytes, make, setText } from './format.js';
 
 const SVG = 'http://www.w3.org/2000/svg';
 const [BOX_WIDTH, BOX_HEIGHT, COLUMN, LINE] = [190, 26, 300, 56];
-// More would be no picture: of larger plans, the heaviest edges and those that are blocked are shown.
+// More edges would be unreadable: of larger plans, the largest edges and the blocked ones are shown.
 const EDGES_MAX = 400;
 
 let model = null;
@@ -21,7 +21,7 @@ function svg(name, attributes) {
   return element;
 }
 
-// One edge for each pair of register and reading actor.
+// One edge per register and reading actor.
 function allEdges(plan) {
   return plan.registers.flatMap((register, index) => {
     const readers = [...new Set(register.readers.map((reader) => reader.actor))];
@@ -36,16 +36,16 @@ export function showPlan(newModel) {
   model = newModel;
   shown = '';
   close();
-  layOut(new Set());
+  layout(new Set());
 }
 
-function layOut(blocked) {
+function layout(blocked) {
   const all = allEdges(model.plan).sort((a, b) => b.bytes - a.bytes);
   const kept = all.filter((edge, rank) => rank < EDGES_MAX || blocked.has(edge.id));
   const key = kept.map((edge) => edge.id).join();
   if (key === shown) return;
   shown = key;
-  say('graph-note', kept.length < all.length ? `${kept.length} of ${all.length} edges: the heaviest, and those that are blocked` : '');
+  setText('graph-note', kept.length < all.length ? `${kept.length} of ${all.length} edges: the largest ones, and the blocked ones` : '');
   const used = new Set(kept.flatMap((edge) => [edge.from, edge.to]));
   const columns = new Map();
   const places = new Map();
@@ -59,8 +59,8 @@ function layOut(blocked) {
   for (const place of places.values()) [place.x, place.y] = [40 + order.indexOf(place.device) * COLUMN, 24 + place.line * LINE];
   const size = { width: 40 + order.length * COLUMN, height: 30 + Math.max(1, ...columns.values()) * LINE };
   const picture = svg('svg', { ...size, viewBox: `0 0 ${size.width} ${size.height}`, role: 'group', 'aria-label': 'actors and registers' });
-  const most = Math.max(1, ...kept.map((edge) => edge.bytes));
-  edges = new Map(kept.map((edge) => [edge.id, drawEdge(edge, places, most)]));
+  const maxBytes = Math.max(1, ...kept.map((edge) => edge.bytes));
+  edges = new Map(kept.map((edge) => [edge.id, drawEdge(edge, places, maxBytes)]));
   nodes = new Map([...places].map(([index, place]) => [index, drawNode(model.plan.actors[index], place)]));
   picture.append(...edges.values(), ...nodes.values());
   at('graph').replaceChildren(picture);
@@ -77,8 +77,8 @@ function drawNode(actor, { x, y }) {
   return node;
 }
 
-// To the right of the reader's left side; within a column, or back, around the boxes' sides.
-function drawEdge(edge, places, most) {
+// From the producer's right side to the reader's left side; edges within a column, or to the left, bend around the boxes.
+function drawEdge(edge, places, maxBytes) {
   const [from, to] = [places.get(edge.from), places.get(edge.to)];
   const [y1, y2] = [from.y + BOX_HEIGHT / 2, to.y + BOX_HEIGHT / 2];
   const spread = (edge.index % 5) * 4;
@@ -93,9 +93,9 @@ function drawEdge(edge, places, most) {
     path = `M${x1} ${y1} C${x1 + bend} ${y1} ${x2 - bend} ${y2} ${x2} ${y2}`;
   }
   const { name } = model.plan.registers[edge.index];
-  const text = `${name}, ${bytes(edge.bytes)} a step, read by ${model.plan.actors[edge.to].name}`;
+  const text = `${name}, ${bytes(edge.bytes)} per step, read by ${model.plan.actors[edge.to].name}`;
   const group = svg('g', { class: 'edge', tabindex: 0, role: 'button', 'aria-label': text, 'data-register': edge.index });
-  const width = edge.bytes === 0 ? 1 : 1 + 7 * Math.sqrt(edge.bytes / most);
+  const width = edge.bytes === 0 ? 1 : 1 + 7 * Math.sqrt(edge.bytes / maxBytes);
   const title = svg('title', {});
   title.textContent = text;
   group.append(svg('path', { d: path, 'stroke-width': width.toFixed(1) }), svg('path', { d: path, class: 'hit' }), title);
@@ -111,7 +111,7 @@ function drawEdge(edge, places, most) {
 export function showEvent() {
   const { event } = model;
   const blocked = new Map(event.blocked.map(([register, reader, kind, us]) => [`${register}.${reader}`, { kind, us }]));
-  layOut(new Set(blocked.keys()));
+  layout(new Set(blocked.keys()));
   for (const [id, edge] of edges) edge.classList.toggle('blocked', blocked.has(id));
   for (const [index, node] of nodes) node.classList.toggle('busy', model.shares(index)[0] > 0.5);
   if (opened != null) fill();
@@ -132,11 +132,11 @@ function close() {
 function fill() {
   const register = model.plan.registers[opened];
   const [held, published, ...released] = model.registers.get(opened) ?? [];
-  say('register-name', register.name);
+  setText('register-name', register.name);
   const facts = [
     ['written by', model.plan.actors[register.producer].name],
     ['slots', held === undefined ? `${register.slots}, of another process` : `${held} held of ${register.slots}`],
-    ['a slot', bytes(register.slot_bytes)],
+    ['slot size', bytes(register.slot_bytes)],
     ['pieces published', `${published ?? '-'}`],
     ...register.readers.map((reader, i) => [
       `released by ${model.plan.actors[reader.actor].name}`, `${released[i] ?? '-'} pieces, over ${reader.transport}`,

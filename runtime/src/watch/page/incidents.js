@@ -1,4 +1,4 @@
-// What went wrong, in the order in which it began, and the devices' memory. Imports `format`.
+// Incidents in order of time, and memory of devices.
 
 import { at, bytes, duration, make, share } from './format.js';
 

@@ -1,4 +1,4 @@
-// Puts the page together: what the connection hears goes to the model, and from there to each part. Imports all parts.
+// Connects the parts of the page: the connection passes events to the model, which each part shows.
 
 import * as breakdown from './breakdown.js';
 import * as charts from './charts.js';
@@ -29,7 +29,7 @@ function onEvent(event) {
     header.showHealth(event.health, false);
     return;
   }
-  model.take(event);
+  model.addEvent(event);
   header.showEvent(model);
   showIncidents(event);
   showMemory(event);
@@ -41,22 +41,22 @@ function onEvent(event) {
 }
 
 async function predict() {
-  // Nothing to predict from before a step has been seen whole; one process of several cannot.
-  if (connection.state !== 'live' || !model || model.plan.processes > 1 || model.wholeSteps().length === 0) return;
-  const own = model;
+  // A prediction needs a complete step, and a session of a single process.
+  if (connection.state !== 'live' || !model || model.plan.processes > 1 || model.completeSteps().length === 0) return;
+  const current = model;
   try {
-    const answer = await fetch('predicted');
-    if (!answer.ok) return;
-    const prediction = await answer.json();
-    if (prediction.session === own.plan.session) own.prediction = prediction;
+    const response = await fetch('predicted');
+    if (!response.ok) return;
+    const prediction = await response.json();
+    if (prediction.session === current.plan.session) current.prediction = prediction;
   } catch {
-    // The stream tells that the server is gone, and opens again.
+    // The stream detects that the server has stopped, and reconnects.
   }
 }
 
 const connection = new Connection(onPlan, onEvent);
 timeline.listen();
 graph.listen();
-charts.onLook(() => model?.event && charts.showEvent(model));
+charts.onResizeOrTheme(() => model?.event && charts.showEvent(model));
 setInterval(predict, PREDICT_EVERY_MS);
 setInterval(() => header.showFreshness(connection), FRESHNESS_EVERY_MS);

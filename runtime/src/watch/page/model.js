@@ -1,4 +1,4 @@
-// What is known of the session: the plan, and all that events have told, as far back as is shown. Imports nothing.
+// The state of the session: the plan, and the data of recent events.
 
 const STEPS_KEPT = 24;
 const POINTS_KEPT = 2000;
@@ -24,13 +24,13 @@ export class Model {
       .reduce((sum, actor) => sum + actor.actions.reduce((s, action) => s + action.per_step, 0), 0);
   }
 
-  take(event) {
+  addEvent(event) {
     this.event = event;
     if (event.points.length > 0) {
-      // A training that was rolled back goes on from there.
+      // After a rollback, points continue from the restored step.
       this.points = this.points.filter((point) => point[0] < event.points[0][0]).concat(event.points).slice(-POINTS_KEPT);
     }
-    this.takeFirings(event.firings);
+    this.addFirings(event.firings);
     for (const [register, ...state] of event.registers) this.registers.set(register, state);
     const held = new Int32Array(this.plan.registers.length);
     for (const [register, state] of this.registers) held[register] = state[0];
@@ -44,7 +44,7 @@ export class Model {
     }
   }
 
-  takeFirings(flat) {
+  addFirings(flat) {
     for (let i = 0; i < flat.length; i += FIRING_FIELDS) {
       const [actor, action, firing, from, took, cause, register] = flat.slice(i, i + FIRING_FIELDS);
       const step = Math.floor(firing / Math.max(1, this.plan.actors[actor].actions[action].per_step));
@@ -56,18 +56,18 @@ export class Model {
   }
 
   // Steps of which all firings are known, the oldest first.
-  wholeSteps() {
-    const whole = [...this.steps].filter(([, firings]) => firings.length >= this.firingsPerStep);
-    return whole.map(([step]) => step).sort((a, b) => a - b);
+  completeSteps() {
+    const complete = [...this.steps].filter(([, firings]) => firings.length >= this.firingsPerStep);
+    return complete.map(([step]) => step).sort((a, b) => a - b);
   }
 
-  // The step that a pass over the plan was for, counted from 1.
+  // The step to which a pass over the plan belongs, counted from 1.
   stepOf(pass) {
     const mark = this.event.passes.findLast(([first]) => first <= pass) ?? [0, 0];
     return mark[1] + (pass - mark[0]) + 1;
   }
 
-  // Shares of the last seconds: at work, in collectives, input, credit, host, own; what is left of 1 is a wait that has not ended.
+  // Shares of the last seconds: computing, in collectives, input, credit, host, own; the rest to 1 is a wait that has not ended.
   shares(actor) {
     const samples = this.busy.get(actor) ?? [];
     if (samples.length === 0) return [0, 0, 0, 0, 0, 0];

@@ -1,7 +1,7 @@
-// One step of the pipeline on a canvas: a row for each actor, above what the simulator predicts and below what was measured. Only
-// the rows in sight are drawn. Imports `format`.
+// One step of the pipeline on a canvas: one row per actor, with the simulator's prediction above the measurement. Only visible
+// rows are drawn.
 
-import { at, colour, duration, key, make, say, share } from './format.js';
+import { at, colour, duration, key, make, setText, share } from './format.js';
 
 const ROW = 26;
 const HEIGHT_MAX = 478;
@@ -9,15 +9,15 @@ const CATEGORIES = ['forward', 'backward', 'update', 'communication', 'host'];
 const CAUSES = ['a piece of', 'a slot of', 'the host', 'itself'];
 
 let model = null;
-// The step that was chosen; null follows the newest.
-let chosen = null;
+// The selected step; null follows the newest.
+let selected = null;
 let actors = [];
 
 export function showPlan(shown) {
   model = shown;
-  chosen = null;
+  selected = null;
   actors = model.plan.actors.map((actor, index) => ({ ...actor, index })).filter((actor) => actor.is_here);
-  // Devices below each other, and the actor that computes first.
+  // In the order of devices, with the compute actor first.
   actors.sort((a, b) => a.device - b.device || b.is_compute - a.is_compute || a.index - b.index);
   at('legend').replaceChildren(...CATEGORIES.map((name) => key(name, name)));
   at('rows').replaceChildren(...actors.map((actor, row) => {
@@ -29,63 +29,63 @@ export function showPlan(shown) {
     item.append(button);
     return item;
   }));
-  say('row-detail', '');
+  setText('row-detail', '');
 }
 
 function stepShown() {
-  const whole = model.wholeSteps();
-  return chosen != null && whole.includes(chosen) ? chosen : whole[whole.length - 1];
+  const complete = model.completeSteps();
+  return selected != null && complete.includes(selected) ? selected : complete[complete.length - 1];
 }
 
 export function move(key) {
   if (!model) return false;
-  const whole = model.wholeSteps();
-  const now = whole.indexOf(stepShown());
+  const complete = model.completeSteps();
+  const now = complete.indexOf(stepShown());
   if (now < 0) return false;
-  const to = { ArrowLeft: now - 1, ArrowRight: now + 1, Home: 0, End: whole.length - 1 }[key];
+  const to = { ArrowLeft: now - 1, ArrowRight: now + 1, Home: 0, End: complete.length - 1 }[key];
   if (to === undefined) return false;
-  const index = Math.min(Math.max(to, 0), whole.length - 1);
-  chosen = index === whole.length - 1 ? null : whole[index];
+  const index = Math.min(Math.max(to, 0), complete.length - 1);
+  selected = index === complete.length - 1 ? null : complete[index];
   show();
   return true;
 }
 
-// What the row's actor did in the step that is shown.
+// Describes the firings of the row's actor in the shown step.
 function describe(row) {
   const { index, name, actions } = actors[row];
-  const fired = (model.steps.get(stepShown()) ?? []).filter((one) => one.actor === index);
+  const fired = (model.steps.get(stepShown()) ?? []).filter((firing) => firing.actor === index);
   const parts = actions.map((action, i) => {
-    const own = fired.filter((one) => one.action === i);
-    return `${action.name}: ${own.length} in ${duration(own.reduce((sum, one) => sum + one.took, 0) / 1e6)}`;
+    const own = fired.filter((firing) => firing.action === i);
+    return `${action.name}: ${own.length} in ${duration(own.reduce((sum, firing) => sum + firing.took, 0) / 1e6)}`;
   });
   const last = fired[fired.length - 1];
   const register = last && last.cause < 2 ? ` ${model.plan.registers[last.register].name}` : '';
-  say('row-detail', `${name}: ${parts.join(', ')}${last ? `; the last one had waited for ${CAUSES[last.cause]}${register}` : ''}`);
+  setText('row-detail', `${name}: ${parts.join(', ')}${last ? `; the last firing waited for ${CAUSES[last.cause]}${register}` : ''}`);
 }
 
 export function show() {
   if (!model?.event) return;
   const step = stepShown();
-  say('timeline-step', step === undefined ? 'none is whole yet' : `${model.stepOf(step)}${chosen == null ? '' : ' (End: newest)'}`);
-  say('bubble', share(model.event.bubble));
-  say('bubble-predicted', share(model.prediction?.bubble));
+  setText('timeline-step', step === undefined ? 'none complete yet' : `${model.stepOf(step)}${selected == null ? '' : ' (End: newest)'}`);
+  setText('bubble', share(model.event.bubble));
+  setText('bubble-predicted', share(model.prediction?.bubble));
   [at('bubble').dataset.share, at('bubble-predicted').dataset.share] = [model.event.bubble, model.prediction?.bubble];
   paint(step);
 }
 
-// Bars of both kinds: row, category, from and to in microseconds since the step's first firing.
+// Measured and predicted bars: row, category, from and to in microseconds since the step's first firing.
 function bars(step) {
   const rows = new Map(actors.map((actor, row) => [actor.index, row]));
   const bar = (actor, action, from, took) => ({
     row: rows.get(actor), category: model.plan.actors[actor].actions[action].category, from, to: from + took,
   });
-  const measured = (model.steps.get(step) ?? []).map((one) => bar(one.actor, one.action, one.from, one.took));
+  const measured = (model.steps.get(step) ?? []).map((firing) => bar(firing.actor, firing.action, firing.from, firing.took));
   const flat = model.prediction?.firings ?? [];
   const predicted = [];
   for (let i = 0; i < flat.length; i += 5) predicted.push(bar(flat[i], flat[i + 1], flat[i + 3], flat[i + 4]));
   for (const all of [measured, predicted]) {
-    const first = all.reduce((least, one) => Math.min(least, one.from), Infinity);
-    for (const one of all) [one.from, one.to] = [one.from - first, one.to - first];
+    const first = all.reduce((min, item) => Math.min(min, item.from), Infinity);
+    for (const item of all) [item.from, item.to] = [item.from - first, item.to - first];
   }
   return { measured, predicted };
 }
@@ -103,7 +103,7 @@ function paint(step) {
   context.setTransform(scale, 0, 0, scale, 0, 0);
   context.clearRect(0, 0, width, height);
   const { measured, predicted } = bars(step);
-  const longest = Math.max(1, ...[measured, predicted].map((all) => all.reduce((most, one) => Math.max(most, one.to), 0)));
+  const longest = Math.max(1, ...[measured, predicted].map((all) => all.reduce((max, item) => Math.max(max, item.to), 0)));
   const left = width < 600 ? 100 : 180;
   const x = (us) => left + (us / longest) * (width - left - 8);
   const colours = Object.fromEntries(CATEGORIES.map((name) => [name, colour(name)]));
@@ -116,7 +116,7 @@ function paint(step) {
       const y = row * ROW - box.scrollTop;
       if (y < -ROW || y > height) continue;
       context.fillStyle = colours[category];
-      // A gap of half a pixel tells firings apart.
+      // A gap of half a pixel separates firings.
       context.fillRect(x(from), y + top, Math.max(0.75, x(to) - x(from) - 0.5), tall);
     }
     context.globalAlpha = 1;
