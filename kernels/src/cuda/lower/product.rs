@@ -19,7 +19,7 @@ pub(super) fn product(dims: GemmDims, operands: Element, result: Element, beta: 
     let a = stored(Place::read(0), operands, m, k, a_transposed);
     let b = stored(Place::read(1), operands, k, n, b_transposed);
     let d = stored(Place::write(0), result, m, n, out_transposed);
-    let untransposed = Product {
+    let direct = Product {
         m: m as u64,
         n: n as u64,
         k: k as u64,
@@ -35,10 +35,10 @@ pub(super) fn product(dims: GemmDims, operands: Element, result: Element, beta: 
         epilogue: Epilogue::None,
     };
     if out_transposed {
-        return untransposed;
+        return direct;
     }
     // The first operand is then B', the column-major view of an untransposed B.
-    Product { m: n as u64, n: m as u64, a: b, b: a, a_transposed: b_transposed, b_transposed: a_transposed, ..untransposed }
+    Product { m: n as u64, n: m as u64, a: b, b: a, a_transposed: b_transposed, b_transposed: a_transposed, ..direct }
 }
 
 pub(super) fn einsum(args: &Args<'_>, einsum: &Einsum) -> Result<Vec<Step>, KernelError> {
