@@ -176,7 +176,7 @@ impl Drop for CudnnHandle {
 
 /// The backward engine that sums dq in a fixed order without a score matrix in memory, with the knobs that select this.
 /// Knobs and minimum version are those of NVIDIA's cudnn-frontend 1.32.
-fn fixed_order_engine(capability: (i32, i32), version: usize) -> Option<PinnedEngine> {
+fn ordered_engine(capability: (i32, i32), version: usize) -> Option<PinnedEngine> {
     const HOPPER: &[(Knob, i64)] = &[
         (Knob::CUDNN_KNOB_TYPE_TILE_M, 2),
         (Knob::CUDNN_KNOB_TYPE_TILE_N, 1),
@@ -225,7 +225,7 @@ impl AttentionPlans {
         let pin = match (shape.pass, self.gpu.attention()) {
             (_, Attention::Own) => return Ok(None),
             (Pass::Forward, _) | (_, Attention::AnyOrder) => None,
-            (_, Attention::Ordered) => match fixed_order_engine(self.gpu.capability(), handle.api.number()) {
+            (_, Attention::Ordered) => match ordered_engine(self.gpu.capability(), handle.api.number()) {
                 Some(pin) => Some(pin),
                 None => {
                     let (expected, version) = ("an engine that sums in a fixed order", handle.api.version());

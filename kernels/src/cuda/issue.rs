@@ -24,7 +24,7 @@ use super::raw_stream::{PARAMETERS_MAX, RawStream};
 use super::record::ErrorRecords;
 use super::staged::{HostStaging, device_address};
 use super::step::{Epilogue, Operand, Place, Product};
-use super::strided_copy::{self, StridedRegion, copy_region_from_peer};
+use super::strided_copy::{self, StridedRegion, fetch_from_peer};
 use crate::bound::Bound;
 use crate::collective::{AbortStatus, Collective, CollectiveCall};
 use crate::cpu::stream::{panic_message, trace_launch};
@@ -53,10 +53,10 @@ pub(crate) struct Run {
     in_flight: Arc<InFlight>,
     lowered: Arc<LoweredProgram>,
     bases: Vec<Base>,
-    /// Launches issued so far.
-    launches_issued: usize,
-    /// Signals issued so far.
-    signals_issued: usize,
+    /// Index of the next launch to issue.
+    next_launch: usize,
+    /// Index of the next signal to issue.
+    next_signal: usize,
     /// Completes the next launch, a collective that the engine has not put on the stream yet.
     pending_collective: Option<Wait>,
     /// Held until the last collective is on the stream.
@@ -83,8 +83,8 @@ impl Command {
             in_flight,
             lowered,
             bases,
-            launches_issued: 0,
-            signals_issued: 0,
+            next_launch: 0,
+            next_signal: 0,
             pending_collective: None,
             issue_ticket,
             abort_statuses,
@@ -99,7 +99,7 @@ pub(crate) struct Issuer {
     stream: Arc<RawStream>,
     completions: Arc<CompletionQueue>,
     engine: Arc<dyn Collective>,
-    error_records: ErrorRecords,
+    records: ErrorRecords,
     product_plans: Option<ProductPlans>,
     attention_plans: Option<AttentionPlans>,
     staging: HostStaging,
@@ -112,14 +112,14 @@ impl Issuer {
         stream: &Arc<RawStream>,
         completions: &Arc<CompletionQueue>,
         engine: Arc<dyn Collective>,
-        error_records: ErrorRecords,
+        records: ErrorRecords,
         metrics: StreamMetrics,
     ) -> Self {
         Self {
             stream: stream.clone(),
             completions: completions.clone(),
             engine,
-            error_records,
+            records,
             product_plans: None,
             attention_plans: None,
             staging: HostStaging::new(stream, completions),
@@ -171,7 +171,7 @@ impl Issuer {
     ) -> Result<(), KernelError> {
         let stream = self.stream.clone();
         if uses_record {
-            self.error_records.prepare(stream.gpu())?;
+            self.records.prepare(stream.gpu())?;
         }
         // Only the alignment of an address matters here, and bases have the alignment that the libraries require.
         let address_of = |place: Place| {
@@ -189,7 +189,7 @@ impl Issuer {
                     self.product_plans()?.prepare(product, &addresses, stream.place())?;
                 }
                 PreparedStep::Attention { shape, fallback } => {
-                    self.attention_plans().prepare(shape,  stream.place());
+                    self.attention_plans().prepare(shape, stream.place());
                     self.prepare_steps(fallback, uses_record, (reads, writes))?;
                 }
                 PreparedStep::Kernel { .. } | PreparedStep::Copy { .. } | PreparedStep::Fill { .. } => {}
@@ -205,7 +205,7 @@ impl Issuer {
         // No event: the context is lost, and nothing can be freed.
         let Some(recorded) = recorded else { return };
         // The last completion keeps the GPU and its poller alive.
-        for memory in self.staging.memory().into_iter().chain([self.error_records.memory()]) {
+        for memory in self.staging.memory().into_iter().chain([self.records.memory()]) {
             let completion = Completion::Release(memory.clone(), Event::default());
             self.stream.gpu().poller().push(&self.completions, recorded.clone(), completion);
         }
@@ -268,7 +268,7 @@ impl Issuer {
         let program = &in_flight.program;
         loop {
             self.issue_signals(run)?;
-            let Some(launch) = program.launches.get(run.launches_issued) else { return Ok(true) };
+            let Some(launch) = program.launches.get(run.next_launch) else { return Ok(true) };
             if let Some(wait) = run.pending_collective.take() {
                 if !may_block {
                     run.pending_collective = Some(wait);
@@ -277,19 +277,19 @@ impl Issuer {
                 wait()?;
                 self.stream.end_call()?;
             } else {
-                if let Some(issue_ticket) = run.issue_ticket.as_ref().filter(|_| matches!(launch.op, Op::Collective(_))) {
-                    if !may_block && !issue_ticket.may_issue() {
+                if let Some(ticket) = run.issue_ticket.as_ref().filter(|_| matches!(launch.op, Op::Collective(_))) {
+                    if !may_block && !ticket.may_issue() {
                         return Ok(false);
                     }
-                    issue_ticket.wait(&run.abort_statuses)?;
+                    ticket.wait(&run.abort_statuses)?;
                 }
-                trace_launch(program, run.launches_issued);
+                trace_launch(program, run.next_launch);
                 if !may_block && (self.check_finite || self.needs_host(launch)) {
                     return Ok(false);
                 }
                 let issued = catch_unwind(AssertUnwindSafe(|| self.issue_next(run)));
                 let issued = issued.unwrap_or_else(|panic| {
-                    let (index, program) = (run.launches_issued, program.name.clone());
+                    let (index, program) = (run.next_launch, program.name.clone());
                     let (launch, message) = (format!("{index} ({})", launch.op.name()), panic_message(&*panic));
                     Err(KernelError::Panic { launch, program, message })
                 });
@@ -299,28 +299,31 @@ impl Issuer {
                     continue;
                 }
                 // The last launch is counted below.
-                run.launches_issued += count - 1;
+                run.next_launch += count - 1;
             }
             if self.check_finite && !run.non_finite_reported {
                 self.report_non_finite(launch, run)?;
             }
-            if run.lowered.last_call == Some(run.launches_issued) {
+            if run.lowered.last_call == Some(run.next_launch) {
                 run.issue_ticket = None;
             }
-            run.launches_issued += 1;
+            run.next_launch += 1;
         }
     }
 
     /// Queues the signals due before the next launch with the poller.
     fn issue_signals(&mut self, run: &mut Run) -> Result<(), KernelError> {
         let mut event = None;
-        while let Some((_, tag)) = run.in_flight.program.signals.get(run.signals_issued).filter(|(position, _)| *position <= run.launches_issued) {
+        while let Some((_, tag)) =
+            run.in_flight.program.signals.get(run.next_signal).filter(|(at, _)| *at <= run.next_launch)
+        {
             let recorded = match &event {
                 Some(recorded) => Arc::clone(recorded),
                 None => event.insert(self.stream.record()?).clone(),
             };
-            self.stream.gpu().poller().push(&self.completions, recorded, Completion::Signal(run.in_flight.clone(), *tag));
-            run.signals_issued += 1;
+            let completion = Completion::Signal(run.in_flight.clone(), *tag);
+            self.stream.gpu().poller().push(&self.completions, recorded, completion);
+            run.next_signal += 1;
         }
         Ok(())
     }
@@ -329,7 +332,9 @@ impl Issuer {
         let Run { in_flight, bases, uses_record, .. } = run;
         let fetched = if uses_record { self.fetch_record(&in_flight) } else { Ok(()) };
         match fetched.and_then(|()| self.stream.record()) {
-            Ok(recorded) => self.stream.gpu().poller().push(&self.completions, recorded, Completion::End(in_flight, bases, result)),
+            Ok(recorded) => {
+                self.stream.gpu().poller().push(&self.completions, recorded, Completion::End(in_flight, bases, result))
+            }
             Err(error) => {
                 drop(bases);
                 in_flight.finish(Err(result.err().unwrap_or(error)));
@@ -338,7 +343,7 @@ impl Issuer {
     }
 
     fn fetch_record(&mut self, in_flight: &InFlight) -> Result<(), KernelError> {
-        in_flight.set_record_slot(self.error_records.fetch(self.stream.gpu(), self.stream.handle(), self.stream.place())?);
+        in_flight.set_record_slot(self.records.fetch(self.stream.gpu(), self.stream.handle(), self.stream.place())?);
         Ok(())
     }
 
@@ -356,23 +361,23 @@ impl Issuer {
         let in_flight = run.in_flight.clone();
         let launches = &in_flight.program.launches;
         // Fusion would hide the first launch's outputs from the Inf/NaN check and delay a signal between the two.
-        let second_index = run.launches_issued + 1;
+        let second_index = run.next_launch + 1;
         let has_signal_between = || in_flight.program.signals.iter().any(|&(position, _)| position == second_index);
         if let Some(second) = launches.get(second_index)
             && !self.check_finite
             && !has_signal_between()
-            && self.issue_pair([&launches[run.launches_issued], second], run)?
+            && self.issue_pair([&launches[run.next_launch], second], run)?
         {
             return Ok((2, None));
         }
-        Ok((1, self.issue_launch(&launches[run.launches_issued], run)?))
+        Ok((1, self.issue_launch(&launches[run.next_launch], run)?))
     }
 
     /// Issues two launches as one. Returns false if they must be issued one by one: there is no fused kernel, memory
     /// overlaps, or there is an error, which belongs to one of the launches.
     fn issue_pair(&mut self, launches: [&Launch; 2], run: &mut Run) -> Result<bool, KernelError> {
         let lowered = run.lowered.clone();
-        if lowered.cannot_fuse(run.launches_issued, launches) {
+        if lowered.cannot_fuse(run.next_launch, launches) {
             return Ok(false);
         }
         for launch in launches {
@@ -382,11 +387,11 @@ impl Issuer {
                 return Ok(false);
             }
         }
-        let Some(pair) = lowered.fused_pair(run.launches_issued, launches, self.stream.gpu()) else { return Ok(false) };
+        let Some(pair) = lowered.fused_pair(run.next_launch, launches, self.stream.gpu()) else { return Ok(false) };
         let Some(bound) = pair.bind(launches[1].op.name(), &run.bases)? else { return Ok(false) };
-        trace_launch(&run.in_flight.program, run.launches_issued + 1);
+        trace_launch(&run.in_flight.program, run.next_launch + 1);
         run.uses_record |= pair.uses_record;
-        pair.steps.iter().try_for_each(|step| self.issue_step(step, &bound, run.launches_issued + 1))?;
+        pair.steps.iter().try_for_each(|step| self.issue_step(step, &bound, run.next_launch + 1))?;
         Ok(true)
     }
 
@@ -406,13 +411,13 @@ impl Issuer {
             return Ok(None);
         }
         bound.all().try_for_each(|view| self.check_on_this_gpu(bound.name, view))?;
-        let kind = run.lowered.launch_kind(run.launches_issued, launch, self.stream.gpu())?;
+        let kind = run.lowered.launch_kind(run.next_launch, launch, self.stream.gpu())?;
         match (kind, &launch.op) {
             (LaunchKind::Steps { steps, uses_record }, _) => {
                 check_in_place(launch, &bound)?;
                 run.uses_record |= uses_record;
                 self.stream.gpu().attention_counters().count_launch(&launch.op);
-                steps.iter().try_for_each(|step| self.issue_step(step, &bound, run.launches_issued))?;
+                steps.iter().try_for_each(|step| self.issue_step(step, &bound, run.next_launch))?;
                 Ok(None)
             }
             (_, Op::Collective(call)) => self.issue_collective(call, &bound),
@@ -430,7 +435,7 @@ impl Issuer {
         let got = match view.arena().device_memory() {
             Some(memory) if Arc::ptr_eq(memory.gpu().context(), gpu.context()) => return Ok(()),
             Some(memory) => format!("memory of {}", memory.place()),
-            None => "memory of the host".to_owned(),
+            None => "host memory".to_owned(),
         };
         Err(KernelError::arguments(name, "memory", format!("memory of {}", gpu.place()), got))
     }
@@ -448,7 +453,7 @@ impl Issuer {
         let source = read.arena().device_memory().map(|memory| memory.gpu().context().clone());
         let (Some(source), false) = (source, accumulate || read.dtype() != write.dtype()) else {
             let got = format!("{:?} to {:?}, accumulate {accumulate}", read.dtype(), write.dtype());
-            return Err(KernelError::arguments(name, "read 0", "a GPU's memory, to be copied as it is", got));
+            return Err(KernelError::arguments(name, "read 0", "device memory to copy unchanged", got));
         };
         self.check_on_this_gpu(name, write)?;
         check_inside(name, "src", src, read.shape())?;
@@ -464,7 +469,7 @@ impl Issuer {
         let (from, to) = (device_address(read)?, device_address(write)?);
         let from = StridedRegion { address: from, shape: read.shape(), region: src };
         let to = StridedRegion { address: to, shape: write.shape(), region: dst };
-        copy_region_from_peer(&self.stream, &source, from, to, read.dtype())
+        fetch_from_peer(&self.stream, &source, from, to, read.dtype())
     }
 
     fn issue_step(&mut self, step: &PreparedStep, bound: &Bound<'_>, index: usize) -> Result<(), KernelError> {
@@ -478,7 +483,7 @@ impl Issuer {
                         Parameter::Address(place) => address_of(place)?,
                         Parameter::Bits(bits) => bits,
                         Parameter::LaunchIndex => index as u64,
-                        Parameter::Record => self.error_records.address(),
+                        Parameter::Record => self.records.address(),
                     };
                 }
                 self.stream.launch(*function, geometry, &words[..parameters.len()])
@@ -491,7 +496,7 @@ impl Issuer {
             }
             PreparedStep::Attention { shape, fallback } => {
                 let stream = self.stream.clone();
-                if self.attention_plans().issue(shape,  &address_of, library_workspace(bound)?, &stream)? {
+                if self.attention_plans().issue(shape, &address_of, library_workspace(bound)?, &stream)? {
                     return Ok(());
                 }
                 fallback.iter().try_for_each(|step| self.issue_step(step, bound, index))
@@ -526,7 +531,7 @@ impl Issuer {
     fn report_non_finite(&mut self, launch: &Launch, run: &mut Run) -> Result<(), KernelError> {
         let bound = Bound::resolve(launch, &run.bases, |_| 0)?;
         if let Some((write, elements)) = self.staging.find_non_finite(&launch.op, &bound)? {
-            run.in_flight.send(Notification::NotFinite { launch: run.launches_issued, write, elements });
+            run.in_flight.send(Notification::NotFinite { launch: run.next_launch, write, elements });
             run.non_finite_reported = true;
         }
         Ok(())

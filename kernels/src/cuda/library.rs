@@ -126,7 +126,7 @@ fn check_version(version: i32) -> Result<(), KernelError> {
     if version >= DRIVER_MIN {
         return Ok(());
     }
-    let what = format!("the CUDA driver is too old: it supports CUDA {}, need {} or newer", dotted(version), dotted(DRIVER_MIN));
+    let what = format!("the driver is too old: found CUDA {}, need {} or newer", dotted(version), dotted(DRIVER_MIN));
     Err(unavailable(what, DRIVER_HINT))
 }
 
@@ -262,7 +262,7 @@ mod tests {
         assert_eq!(check_version(13_000), Ok(()));
         let message = check_version(12_080).unwrap_err().to_string();
         let expected =
-            "the CUDA driver is too old: it supports CUDA 12.8, need 13.0 or newer: install NVIDIA's driver of version 580";
+            "the driver is too old: found CUDA 12.8, need 13.0 or newer: install NVIDIA's driver of version 580";
         assert!(message.starts_with(expected), "{message}");
     }
 

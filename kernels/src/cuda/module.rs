@@ -213,7 +213,8 @@ fn compile(module: &Module, (major, minor): (i32, i32)) -> Result<Vec<u8>, Kerne
         let result = if compile_status == SUCCESS {
             let status = nvrtc::nvrtcGetCUBINSize(program, &mut size);
             image.resize(size, 0u8);
-            let status = if status == SUCCESS { nvrtc::nvrtcGetCUBIN(program, image.as_mut_ptr().cast()) } else { status };
+            let status =
+                if status == SUCCESS { nvrtc::nvrtcGetCUBIN(program, image.as_mut_ptr().cast()) } else { status };
             if status == SUCCESS { Ok(image) } else { failed(status, "nvrtcGetCUBIN") }
         } else {
             let _ = nvrtc::nvrtcGetProgramLogSize(program, &mut size);

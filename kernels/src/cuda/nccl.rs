@@ -139,7 +139,8 @@ impl Nccl {
     /// # Errors
     /// [`KernelError::Arguments`] for a membership that was not joined; [`KernelError::Cuda`].
     pub fn pipe(&self, membership: &GroupMember) -> Result<Pipe, KernelError> {
-        let comm = self.0.comms.get(&(membership.group.id, membership.member)).filter(|_| membership.group.ranks.len() == 2);
+        let comm =
+            self.0.comms.get(&(membership.group.id, membership.member)).filter(|_| membership.group.ranks.len() == 2);
         let Some(comm) = comm.cloned() else {
             let got = format!("group {}, member {}", membership.group.id, membership.member);
             return Err(KernelError::arguments("pipe", "group", "a joined group of two", got));
@@ -311,7 +312,7 @@ impl MemberCall<'_> {
             copy_region(
                 self.stream,
                 StridedRegion { address: self.x, shape: self.x_shape, region: part },
-                to.boxed(),
+                to.as_region(),
                 self.dtype,
             )?;
         }
@@ -332,7 +333,7 @@ impl MemberCall<'_> {
         for (_, boxes) in taken(me, sources, target).into_iter().filter(|(from, _)| *from == me) {
             for common in &boxes {
                 let [from, to] = [common.relative_to(source), common.relative_to(target)];
-                copy_region(self.stream, in_x(&from).boxed(), in_y(&to).boxed(), dtype)?;
+                copy_region(self.stream, in_x(&from).as_region(), in_y(&to).as_region(), dtype)?;
             }
         }
         let bytes = |elements: usize| (elements * dtype.bytes()) as u64;
@@ -349,7 +350,7 @@ impl MemberCall<'_> {
             for common in &message.boxes {
                 let piece = OwnedRegion::whole(place, &common.size);
                 if sends {
-                    copy_region(self.stream, in_x(common).boxed(), piece.boxed(), dtype)?;
+                    copy_region(self.stream, in_x(common).as_region(), piece.as_region(), dtype)?;
                 } else {
                     unpacks.push((piece, in_y(common)));
                 }
@@ -404,8 +405,9 @@ impl Enqueue for Nccl {
         let unpacks = member.issue().map_err(|error| self.0.abort_on_error(error))?;
         self.0.count(call, &y_shape);
         let (stream, dtype) = (stream.clone(), any.dtype());
-        let enqueue_copies =
-            move || unpacks.iter().try_for_each(|(from, to)| copy_region(&stream, from.boxed(), to.boxed(), dtype));
+        let enqueue_copies = move || {
+            unpacks.iter().try_for_each(|(from, to)| copy_region(&stream, from.as_region(), to.as_region(), dtype))
+        };
         let Some(comm) = comm else { return enqueue_copies().map(|()| Enqueued::Issued) };
         match self.0.settle(&comm, Some(ISSUE_SPIN)) {
             Some(settled) => settled.and_then(|()| enqueue_copies()).map(|()| Enqueued::Issued),
@@ -420,7 +422,7 @@ impl Enqueue for Nccl {
 
 impl Collective for Nccl {
     fn run(&self, call: &CollectiveCall, _: &[View<'_>], _: &[View<'_>]) -> Result<(), KernelError> {
-        Err(KernelError::arguments(call.name(), "stream", "a stream of a GPU", "the host"))
+        Err(KernelError::arguments(call.name(), "stream", "a CUDA stream", "a host thread"))
     }
 
     fn abort(&self, cause: &str) {

@@ -144,7 +144,8 @@ impl Builder {
     /// Reserves workspace for this number of floats.
     fn reserve(&mut self, floats: i64) -> Storage {
         let start = self.graph.workspace_bytes;
-        self.graph.workspace_bytes = (start + floats as usize * size_of::<f32>()).next_multiple_of(AttentionShape::ALIGNMENT);
+        self.graph.workspace_bytes =
+            (start + floats as usize * size_of::<f32>()).next_multiple_of(AttentionShape::ALIGNMENT);
         Storage::Workspace(start)
     }
 

@@ -1,4 +1,4 @@
-//! Turns a graph into a cuDNN execution plan: descriptors, an engine configuration, and the addresses bound at each
+//! Turns a graph into a cuDNN execution plan: refs, an engine configuration, and the addresses bound at each
 //! execution.
 
 use cudarc::cudnn::sys::{
@@ -42,7 +42,7 @@ pub(super) struct PinnedEngine {
 #[derive(Debug)]
 pub(super) struct Plan {
     plan: Descriptor,
-    /// The descriptors that the plan refers to.
+    /// The refs that the plan refers to.
     _parts: Vec<Descriptor>,
     graph: Graph,
 }
@@ -58,8 +58,9 @@ impl Plan {
         place: &str,
     ) -> Result<Self, KernelError> {
         let mut builder = Builder { api, place, parts: Vec::new() };
-        let is_accumulated = |tensor: &Tensor| graph.accumulated.is_some_and(|(start, _)| tensor.storage == Storage::Workspace(start));
-        let tensors = graph.tensors.iter().enumerate().map(|(i, tensor)| builder.tensor(i, tensor, is_accumulated(tensor)));
+        let is_sum =
+            |tensor: &Tensor| graph.accumulated.is_some_and(|(start, _)| tensor.storage == Storage::Workspace(start));
+        let tensors = graph.tensors.iter().enumerate().map(|(i, tensor)| builder.tensor(i, tensor, is_sum(tensor)));
         let tensors = tensors.collect::<Result<Vec<_>, _>>()?;
         let nodes = graph.nodes.iter().map(|node| builder.node(node, &tensors)).collect::<Result<Vec<_>, _>>()?;
         let operations: Vec<&Descriptor> = nodes.iter().collect();
@@ -72,7 +73,7 @@ impl Plan {
             Some(pin) => vec![builder.pinned(&operation_graph, pin, target)?],
             None => builder.configurations(&operation_graph, target)?,
         };
-        let mut last_error = None;
+        let mut failure = None;
         for configuration in &configurations {
             match builder.plan(configuration, target) {
                 Ok((plan, bytes)) if graph.workspace_bytes + bytes <= bytes_max => {
@@ -82,13 +83,14 @@ impl Plan {
                 }
                 Ok((_, bytes)) => {
                     let (expected, got) = (format!("at most {bytes_max} bytes"), graph.workspace_bytes + bytes);
-                    last_error = Some(KernelError::arguments("attention", "cuDNN's workspace", expected, format!("{got}")));
+                    failure =
+                        Some(KernelError::arguments("attention", "cuDNN's workspace", expected, format!("{got}")));
                 }
-                Err(error) => last_error = Some(error),
+                Err(error) => failure = Some(error),
             }
         }
         let no_engine = || KernelError::arguments("attention", place, "a cuDNN engine that can run it", "none");
-        Err(last_error.unwrap_or_else(no_engine))
+        Err(failure.unwrap_or_else(no_engine))
     }
 
     /// Enqueues the plan on the handle's stream. Returns false, without effect, if an address is not aligned to
@@ -185,9 +187,10 @@ impl Builder<'_> {
         function: Option<(Attribute, Descriptor)>,
         tensors: &[(Attribute, &Descriptor)],
     ) -> Result<Descriptor, KernelError> {
-        let descriptors = function.iter().map(|(name, function)| (*name, function)).chain(tensors.iter().copied());
-        let descriptors: Vec<(Attribute, [&Descriptor; 1])> = descriptors.map(|(name, descriptor)| (name, [descriptor])).collect();
-        let attributes: Vec<_> = descriptors.iter().map(|(name, descriptor)| (*name, Values::Descriptors(descriptor))).collect();
+        let refs = function.iter().map(|(name, function)| (*name, function)).chain(tensors.iter().copied());
+        let refs: Vec<(Attribute, [&Descriptor; 1])> = refs.map(|(name, descriptor)| (name, [descriptor])).collect();
+        let attributes: Vec<_> =
+            refs.iter().map(|(name, descriptor)| (*name, Values::Descriptors(descriptor))).collect();
         let operation = self.finalized(kind, &attributes)?;
         self.parts.extend(function.map(|(_, function)| function));
         Ok(operation)
@@ -271,10 +274,10 @@ impl Builder<'_> {
     }
 
     /// The heuristic's configurations, best first.
-    fn configurations(&mut self, operation_graph: &Descriptor, target: Target<'_>) -> Result<Vec<Descriptor>, KernelError> {
-        let operation_graph = [operation_graph];
+    fn configurations(&mut self, graph: &Descriptor, target: Target<'_>) -> Result<Vec<Descriptor>, KernelError> {
+        let graph = [graph];
         let mut attributes = vec![
-            (Attribute::CUDNN_ATTR_ENGINEHEUR_OPERATION_GRAPH, Values::Descriptors(&operation_graph)),
+            (Attribute::CUDNN_ATTR_ENGINEHEUR_OPERATION_GRAPH, Values::Descriptors(&graph)),
             (Attribute::CUDNN_ATTR_ENGINEHEUR_MODE, Values::Heuristic(cudnnBackendHeurMode_t::CUDNN_HEUR_MODE_A)),
         ];
         let device = target.device();
@@ -286,10 +289,10 @@ impl Builder<'_> {
         Ok(found)
     }
 
-    fn pinned(&mut self, operation_graph: &Descriptor, pin: PinnedEngine, target: Target<'_>) -> Result<Descriptor, KernelError> {
-        let (operation_graph, index, device) = ([operation_graph], [pin.engine], target.device());
+    fn pinned(&mut self, graph: &Descriptor, pin: PinnedEngine, target: Target<'_>) -> Result<Descriptor, KernelError> {
+        let (graph, index, device) = ([graph], [pin.engine], target.device());
         let mut attributes = vec![
-            (Attribute::CUDNN_ATTR_ENGINE_OPERATION_GRAPH, Values::Descriptors(&operation_graph)),
+            (Attribute::CUDNN_ATTR_ENGINE_OPERATION_GRAPH, Values::Descriptors(&graph)),
             (Attribute::CUDNN_ATTR_ENGINE_GLOBAL_INDEX, Values::Longs(&index)),
         ];
         attributes.extend(device.iter().map(|d| (Attribute::CUDNN_ATTR_ENGINE_DEVICEPROP, Values::Descriptors(d))));

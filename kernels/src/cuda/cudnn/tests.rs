@@ -16,12 +16,15 @@ fn an_attention_implementation_is_selected_by_name() {
     assert_eq!(Attention::parse(Some("own")), Ok(Attention::Own));
     assert_eq!(Attention::parse(Some("cudnn-any-order")), Ok(Attention::AnyOrder));
     let error = Attention::parse(Some("fast")).unwrap_err().to_string();
-    assert_eq!(error, "unknown attention implementation \"fast\": set SHARDFLOW_ATTENTION to own, cudnn or cudnn-any-order");
+    assert_eq!(
+        error,
+        "unknown attention implementation \"fast\": set SHARDFLOW_ATTENTION to own, cudnn or cudnn-any-order"
+    );
 }
 
 #[test]
 fn only_some_architectures_have_an_engine_with_a_fixed_order() {
-    let engine = |capability, version| fixed_order_engine(capability, version).map(|pin| pin.engine);
+    let engine = |capability, version| ordered_engine(capability, version).map(|pin| pin.engine);
     assert_eq!([(9, 0), (10, 0), (8, 0)].map(|capability| engine(capability, 92_800)), [Some(6), None, None]);
     assert_eq!(engine((9, 0), 92_400), None);
 }
@@ -47,7 +50,8 @@ fn graphs_write_each_tensor_before_they_read_it() {
         assert!(graph.tensors.iter().zip(&is_written).all(|(t, written)| *written || t.storage != Storage::Virtual));
         let buffers = if pass == Pass::Forward { 5 } else { 9 };
         assert_eq!(tensors(|storage| matches!(storage, Storage::Buffer(_))).count(), buffers);
-        let masks = graph.nodes.iter().filter(|node| matches!(node, Node::Pointwise { mode: PointwiseMode::Select, .. }));
+        let masks =
+            graph.nodes.iter().filter(|node| matches!(node, Node::Pointwise { mode: PointwiseMode::Select, .. }));
         assert_eq!(masks.count(), 1);
         let scores = tensors(|storage| *storage != Storage::Virtual).filter(|tensor| tensor.dims[2..] == [3, 3]);
         assert_eq!(scores.count(), 0, "scores are stored in memory");
@@ -58,8 +62,8 @@ fn graphs_write_each_tensor_before_they_read_it() {
             end = start + 4 * tensor.dims.iter().product::<i64>() as usize;
         }
         assert!(end <= graph.workspace_bytes);
-        let attention = attention_shape(pass, [2, 3, 5, 8]);
-        assert_eq!(graph.workspace_bytes + attention.library_bytes(), attention.workspace_bytes(), "the workspace of a launch");
+        let shape = attention_shape(pass, [2, 3, 5, 8]);
+        assert_eq!(graph.workspace_bytes + shape.library_bytes(), shape.workspace_bytes(), "launch workspace");
     }
 }
 
@@ -109,7 +113,7 @@ fn nvidias_library_makes_plans_for_our_graphs() {
         let device = device.expect("a described device");
         let capability = (architecture as i32 / 10, architecture as i32 % 10);
         let pins = [(Pass::Forward, None), (Pass::Backward, None)].into_iter();
-        for (pass, pin) in pins.chain(fixed_order_engine(capability, api.number()).map(|pin| (Pass::Backward, Some(pin)))) {
+        for (pass, pin) in pins.chain(ordered_engine(capability, api.number()).map(|pin| (Pass::Backward, Some(pin)))) {
             for shape in SHAPES {
                 let attention = attention_shape(pass, shape);
                 // The workspace limit is that of a launch.

@@ -4,7 +4,7 @@
 use super::args::Args;
 use super::norm::warps;
 use super::{blocks, long, read, write};
-use crate::cuda::step::{Arg, Element, AttentionShape, Pass, Place, Step};
+use crate::cuda::step::{Arg, AttentionShape, Element, Pass, Place, Step};
 use crate::error::KernelError;
 use crate::op::{Launch, Op};
 use crate::tensor::DType;

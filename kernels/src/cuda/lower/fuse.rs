@@ -60,9 +60,9 @@ pub fn fuse(
 }
 
 /// True if a write would overwrite a read that precedes it only in separate launches.
-fn conflicts(reads: &[Buffer], writes: &[Buffer], overlap: &dyn Fn(&Buffer, &Buffer) -> bool) -> bool {
-    let conflict = |read: &Buffer, write: &Buffer| overlap(read, write) || same_start(read, write);
-    reads.iter().any(|read| writes.iter().any(|write| conflict(read, write)))
+fn conflict(reads: &[Buffer], writes: &[Buffer], overlap: &dyn Fn(&Buffer, &Buffer) -> bool) -> bool {
+    let touches = |read: &Buffer, write: &Buffer| overlap(read, write) || same_start(read, write);
+    reads.iter().any(|read| writes.iter().any(|write| touches(read, write)))
 }
 
 fn same_start(a: &Buffer, b: &Buffer) -> bool {
@@ -70,10 +70,10 @@ fn same_start(a: &Buffer, b: &Buffer) -> bool {
 }
 
 /// Picks the kernel if the operands, the sum and the result all have one type.
-fn pick_uniform(first: &Launch, second: &Launch, f32_name: &'static str, bf16_name: &'static str) -> Option<&'static str> {
+fn pick_uniform(first: &Launch, second: &Launch, f32: &'static str, bf16: &'static str) -> Option<&'static str> {
     let dtype = first.reads[0].dtype;
     let same = [&first.reads[1], &first.writes[0], &second.writes[0]].iter().all(|buffer| buffer.dtype == dtype);
-    same.then_some(if dtype == DType::BF16 { bf16_name } else { f32_name })
+    same.then_some(if dtype == DType::BF16 { bf16 } else { f32 })
 }
 
 fn add_layer_norm(
@@ -84,7 +84,9 @@ fn add_layer_norm(
 ) -> Result<Option<FusedLaunches>, KernelError> {
     let weight = second.reads[1].clone();
     // The norm's results may overwrite the summands, which the norm alone no longer needs.
-    if conflicts(&first.reads, &second.writes, overlap) || conflicts(std::slice::from_ref(&weight), &first.writes, overlap) {
+    if conflict(&first.reads, &second.writes, overlap)
+        || conflict(std::slice::from_ref(&weight), &first.writes, overlap)
+    {
         return Ok(None);
     }
     let Some((&width, leading)) = first.writes[0].shape.split_last() else { return Ok(None) };
@@ -106,7 +108,7 @@ fn bias_gelu(
 ) -> Result<Option<FusedLaunches>, KernelError> {
     let in_place = same_start(&first.writes[0], &second.writes[0]);
     // Each element of x is read by the thread that overwrites it.
-    let [x_conflicts, bias_conflicts] = [0, 1].map(|i| conflicts(&first.reads[i..=i], &second.writes, overlap));
+    let [x_conflicts, bias_conflicts] = [0, 1].map(|i| conflict(&first.reads[i..=i], &second.writes, overlap));
     if bias_conflicts || x_conflicts && !in_place {
         return Ok(None);
     }
@@ -136,7 +138,7 @@ fn max_and_sum(
     let writes = [&first.writes[..], &second.writes[..]].concat();
     let Some((&width, leading)) = logits.shape.split_last() else { return Ok(None) };
     let count = element_count(leading);
-    if !same || count == 0 || conflicts(&inputs, &writes, overlap) {
+    if !same || count == 0 || conflict(&inputs, &writes, overlap) {
         return Ok(None);
     }
     let mut arguments = vec![read(0), read(1), write(0), write(1), write(2)];

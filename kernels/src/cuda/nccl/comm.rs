@@ -103,7 +103,11 @@ pub(super) fn unique_id() -> Result<[u8; 128], KernelError> {
 }
 
 /// Creates the communicators of this process's members of one group, in one NCCL group call.
-pub(super) fn join(memberships: &[&GroupMember], deadline: Instant, within: Duration) -> Result<Vec<Comm>, KernelError> {
+pub(super) fn join(
+    memberships: &[&GroupMember],
+    deadline: Instant,
+    within: Duration,
+) -> Result<Vec<Comm>, KernelError> {
     let api = Api::get()?;
     let mut comms = Vec::new();
     let grouped = grouped(api, "nccl", || {

@@ -98,7 +98,11 @@ impl Pipe {
     fn record_end(&self, arena: &Arena) -> Result<Sent, KernelError> {
         self.stream.end_call().map_err(|error| self.inner.abort_on_error(error))?;
         let event = Event::default();
-        self.stream.gpu().poller().push(&self.completions, self.stream.record()?, Completion::Release(arena.clone(), event.clone()));
+        self.stream.gpu().poller().push(
+            &self.completions,
+            self.stream.record()?,
+            Completion::Release(arena.clone(), event.clone()),
+        );
         *self.pending() = None;
         Ok(Sent(event))
     }
