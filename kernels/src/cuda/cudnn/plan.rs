@@ -1,4 +1,4 @@
-//! Turns a graph into a cuDNN execution plan: refs, an engine configuration, and the addresses bound at each
+//! Turns a graph into a cuDNN execution plan: descriptors, an engine configuration, and the addresses bound at each
 //! execution.
 
 use cudarc::cudnn::sys::{
@@ -42,7 +42,7 @@ pub(super) struct PinnedEngine {
 #[derive(Debug)]
 pub(super) struct Plan {
     plan: Descriptor,
-    /// The refs that the plan refers to.
+    /// The descriptors that the plan refers to.
     _parts: Vec<Descriptor>,
     graph: Graph,
 }

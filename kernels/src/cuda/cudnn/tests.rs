@@ -92,7 +92,7 @@ fn device_description(architecture: usize) -> String {
 /// kernels and creates plans. A stub answers every driver call; nothing runs.
 #[test]
 #[ignore = "needs NVIDIA's cuDNN: run kernels/cuda/check_cudnn.py"]
-fn nvidias_library_makes_plans_for_our_graphs() {
+fn nvidias_library_creates_plans_for_our_graphs() {
     const SHAPES: [[usize; 4]; 9] = [
         [1, 2, 1, 8],
         [2, 3, 2, 8],
