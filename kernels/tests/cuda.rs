@@ -671,8 +671,7 @@ fn a_step_neither_allocates_nor_waits() {
 
 #[test]
 fn fusing_launches_changes_only_the_number_of_kernels() {
-    let reports =
-        ["apart", "together", "checked"].map(|mode| run(&format!("pairs {mode}"), 1, "random", 5, None, &[]));
+    let reports = ["apart", "together", "checked"].map(|mode| run(&format!("pairs {mode}"), 1, "random", 5, None, &[]));
     // Twice six launches, for three widths and two dtypes; fusion saves three of the second six.
     assert_eq!(reports.each_ref().map(|report| report.calls["cuLaunchKernel"]), [72, 54, 72]);
     assert!(FUSED_KERNELS.iter().all(|name| reports[1].kernels.contains_key(*name)), "{:?}", reports[1].kernels);

@@ -364,7 +364,7 @@ impl Plan {
             status
         };
         check(status, "cublasLtMatmulAlgoGetHeuristic", place)?;
-        // A choice has a state of its own.
+        // Each heuristic result has its own status.
         let state = if count == 0 { cublasStatus_t::CUBLAS_STATUS_NOT_SUPPORTED } else { found.state };
         check(state, "cublasLtMatmulAlgoGetHeuristic", place)?;
         Ok(found.algo)

@@ -1,6 +1,6 @@
 //! Issues submissions on a CUDA stream: launches as their lowered steps, collectives through the engine, signals and
-//! completions as events that the poller reports. The caller says whether it may block; if not, the issuer returns the
-//! part that would block.
+//! completions as events that the poller reports. The caller specifies whether it may block; if not, the issuer returns
+//! the part that would block.
 //!
 //! - ISSUE-1: memory that a step uses lies on the stream's own GPU, in bounds: `bound` has checked the launch's
 //!   buffers, and this module checks that each is on the GPU. A submission keeps its arenas until its final

@@ -1,5 +1,5 @@
-//! Finds the CUDA libraries on this machine and says how to install missing ones. Each is checked before its first use,
-//! since cudarc panics on a call into a missing library.
+//! Finds the CUDA libraries on this machine and reports how to install missing ones. Each is checked before its first
+//! use, since cudarc panics on a call into a missing library.
 #![allow(unsafe_code)]
 
 use std::fmt::{self, Display};
@@ -25,7 +25,7 @@ const DRIVER_HINT: &str = "install NVIDIA's driver of version 580 or newer (Debi
 pub const SETTINGS: [(&str, &str); 3] = [
     // Libraries load all their kernels at once, none of them behind a collective that waits for another GPU.
     ("CUDA_MODULE_LOADING", "EAGER"),
-    // Kernel data. The CUDA 13 guide says that it follows the variable above; earlier guides leave that open.
+    // Kernel data. The CUDA 13 guide states that it follows the variable above; earlier guides leave that open.
     ("CUDA_MODULE_DATA_LOADING", "EAGER"),
     // The maximum: streams that share a queue wait for each other.
     (QUEUES, "32"),

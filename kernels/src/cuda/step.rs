@@ -162,7 +162,7 @@ pub struct Matrix {
     pub columns: u64,
     /// Elements from one column to the next, at least `rows`.
     pub leading: i64,
-    /// Elements from one matrix of a batch to the next; 0 where `Product::batch` is 1.
+    /// Elements from one matrix of a batch to the next; 0 if `Product::batch` is 1.
     pub batch_stride: i64,
 }
 
