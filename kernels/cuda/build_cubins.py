@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""Compiles and assembles each CUDA module for each architecture, with NVRTC and no GPU.
+"""Compiles and assembles each CUDA module for each architecture with NVRTC. Needs no GPU.
 
     python3 -m venv VENV && VENV/bin/pip install -r kernels/cuda/requirements.txt
     VENV/bin/python kernels/cuda/build_cubins.py --out FOLDER [--arch sm_90a ..] [MODULE ..]
 
-A module is `kernels/src/cuda/NAME.cu` behind `common.cuh`; its cubin is `FOLDER/NAME.ARCH.cubin`. Prints each kernel's
-registers, spilled bytes and static shared memory. Fails on an error, and where a kernel spills more than it is allowed.
-A cubin whose text, headers, options and compiler are those of the last run is not built again.
+A module is `common.cuh` followed by `kernels/src/cuda/NAME.cu`; its cubin is `FOLDER/NAME.ARCH.cubin`. Prints each
+kernel's registers, spilled bytes and static shared memory. Fails on an error, or if a kernel spills more bytes than
+allowed. Does not rebuild a cubin whose source, headers, options and compiler are unchanged.
 """
 
 import argparse
@@ -22,8 +22,8 @@ import sys
 import sysconfig
 
 ARCHITECTURES = ["sm_80", "sm_90", "sm_90a"]
-# Bytes of the stores and loads of spilled registers in a kernel's text. The attention gradient of the deepest heads has
-# 96; more means that a tile is too large.
+# Limit for the bytes of spill stores and loads of a kernel. The attention gradient of the deepest heads has 96; more means
+# that a tile is too large.
 SPILL_BYTES_MAX = 128
 OPTIONS = ["--std=c++17", "--ptxas-options=-v"]
 SOURCES = pathlib.Path(__file__).resolve().parent.parent / "src" / "cuda"
@@ -31,16 +31,16 @@ PACKAGES = ["nvidia-cuda-nvrtc", "nvidia-cuda-runtime", "nvidia-cuda-crt"]
 
 
 class CompileError(Exception):
-    """NVRTC's words about a text that it refused."""
+    """NVRTC's error and log for a source that does not compile."""
 
 
 class Nvrtc:
-    """The library of the wheel `nvidia-cuda-nvrtc`."""
+    """The NVRTC library of the wheel `nvidia-cuda-nvrtc`."""
 
     def __init__(self):
         root = pathlib.Path(sysconfig.get_paths()["purelib"]) / "nvidia" / "cu13"
         self.include = root / "include"
-        # The main library looks for this one by name only.
+        # The main library loads this one by name only.
         ctypes.CDLL(str(next((root / "lib").glob("libnvrtc-builtins.so.13*"))), mode=ctypes.RTLD_GLOBAL)
         self.library = ctypes.CDLL(str(root / "lib" / "libnvrtc.so.13"))
         self.library.nvrtcGetErrorString.restype = ctypes.c_char_p
@@ -51,7 +51,7 @@ class Nvrtc:
             raise CompileError(f"{function}: {self.library.nvrtcGetErrorString(code).decode()}")
 
     def bytes_of(self, program, name):
-        """What nvrtcGet{name} and nvrtcGet{name}Size give."""
+        """Returns the bytes from nvrtcGet{name}, sized by nvrtcGet{name}Size."""
         size = ctypes.c_size_t()
         self.call(f"nvrtcGet{name}Size", program, ctypes.byref(size))
         data = ctypes.create_string_buffer(size.value)
@@ -59,7 +59,7 @@ class Nvrtc:
         return data.raw
 
     def compile(self, name, text, architecture):
-        """The cubin, and ptxas's report."""
+        """Returns the cubin and ptxas's report."""
         program = ctypes.c_void_p()
         self.call("nvrtcCreateProgram", ctypes.byref(program), text.encode(), name.encode(), 0, None, None)
         options = [*OPTIONS, f"--gpu-architecture={architecture}", f"--include-path={self.include}"]
@@ -74,43 +74,43 @@ class Nvrtc:
 
 
 def resources(log):
-    """Each kernel's registers, spilled bytes (stores and loads), stack and static shared memory, from ptxas's report."""
+    """Parses each kernel's registers, spilled bytes (stores and loads), stack and static shared memory from ptxas's report."""
     kernels, name = {}, None
     for line in log.splitlines():
-        if found := re.search(r"Compiling entry function '(\w+)'", line):
-            name = found[1]
+        if match := re.search(r"Compiling entry function '(\w+)'", line):
+            name = match[1]
             kernels[name] = {"registers": 0, "spilled": 0, "stack": 0, "shared": 0}
-        elif name and (found := re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", line)):
-            kernels[name]["stack"] = int(found[1])
-            kernels[name]["spilled"] = int(found[2]) + int(found[3])
-        elif name and (found := re.search(r"Used (\d+) registers", line)):
-            kernels[name]["registers"] = int(found[1])
+        elif name and (match := re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", line)):
+            kernels[name]["stack"] = int(match[1])
+            kernels[name]["spilled"] = int(match[2]) + int(match[3])
+        elif name and (match := re.search(r"Used (\d+) registers", line)):
+            kernels[name]["registers"] = int(match[1])
             if shared := re.search(r"(\d+) bytes smem", line):
                 kernels[name]["shared"] = int(shared[1])
     return kernels
 
 
 def text_of(module):
-    """What is compiled: as in kernels/src/cuda/source.rs."""
+    """Returns the complete source of a module, as in kernels/src/cuda/source.rs."""
     return (SOURCES / "common.cuh").read_text() + (SOURCES / f"{module}.cu").read_text()
 
 
 def build(module, architecture, out):
-    """Builds one cubin unless it is there; its kernels' resources."""
+    """Builds one cubin unless it is up to date; returns its kernels' resources."""
     text = text_of(module)
     versions = [importlib.metadata.version(package) for package in PACKAGES]
     key = hashlib.sha256(json.dumps([text, OPTIONS, versions, architecture]).encode()).hexdigest()
-    cubin, report = (out / f"{module}.{architecture}.{ending}" for ending in ("cubin", "json"))
+    cubin, report = (out / f"{module}.{architecture}.{extension}" for extension in ("cubin", "json"))
     if cubin.exists() and report.exists():
-        known = json.loads(report.read_text())
-        if known["key"] == key:
-            return known["kernels"]
+        cached = json.loads(report.read_text())
+        if cached["key"] == key:
+            return cached["kernels"]
     report.unlink(missing_ok=True)
     data, log = Nvrtc().compile(f"{module}.cu", text, architecture)
     kernels = resources(log)
     expected = set(re.findall(r'extern "C" __global__ void (?:__launch_bounds__\([^)]*\)\s+)?(\w+)\(', text))
     if set(kernels) != expected:
-        raise CompileError(f"reported are {sorted(kernels)}, in the text are {sorted(expected)}\n{log}")
+        raise CompileError(f"the report has the kernels {sorted(kernels)}, the source has {sorted(expected)}\n{log}")
     cubin.write_bytes(data)
     report.write_text(json.dumps({"key": key, "kernels": kernels}))
     return kernels
@@ -119,13 +119,13 @@ def build(module, architecture, out):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=pathlib.Path, required=True)
-    parser.add_argument("--arch", action="append", help=f"default: {ARCHITECTURES}")
+    parser.add_argument("--arch", action="append", help=f"architecture to build for, repeatable; default: {ARCHITECTURES}")
     parser.add_argument("modules", nargs="*", default=sorted(path.stem for path in SOURCES.glob("*.cu")))
     args = parser.parse_args()
     args.arch = args.arch or ARCHITECTURES
     args.out.mkdir(parents=True, exist_ok=True)
     failures, results = [], {}
-    # One process for each core: NVRTC compiles on one thread.
+    # One process per core: NVRTC compiles on one thread.
     with concurrent.futures.ProcessPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         jobs = {
             pool.submit(build, module, architecture, args.out): (module, architecture)
@@ -134,19 +134,19 @@ def main():
         }
         for job, (module, architecture) in jobs.items():
             try:
-                for kernel, use in job.result().items():
-                    results.setdefault((module, kernel), {})[architecture] = use
+                for kernel, usage in job.result().items():
+                    results.setdefault((module, kernel), {})[architecture] = usage
             except CompileError as error:
                 failures.append(f"{module}.cu for {architecture}: {error}")
     print(f"{'kernel':44}" + "".join(f"{architecture:>22}" for architecture in args.arch))
     print(f"{'':44}" + f"{'regs spill shared':>22}" * len(args.arch))
-    for (module, kernel), uses in sorted(results.items()):
-        columns = [uses.get(a, {"registers": 0, "spilled": 0, "shared": 0}) for a in args.arch]
-        cells = [f"{use['registers']} {use['spilled']:5} {use['shared']:6}" for use in columns]
+    for (module, kernel), usages in sorted(results.items()):
+        columns = [usages.get(a, {"registers": 0, "spilled": 0, "shared": 0}) for a in args.arch]
+        cells = [f"{usage['registers']} {usage['spilled']:5} {usage['shared']:6}" for usage in columns]
         print(f"{module + '.' + kernel:44}" + "".join(f"{cell:>22}" for cell in cells))
-        for architecture, use in uses.items():
-            if use["spilled"] > SPILL_BYTES_MAX:
-                spilled = f"spills {use['spilled']} bytes, at most {SPILL_BYTES_MAX} are allowed"
+        for architecture, usage in usages.items():
+            if usage["spilled"] > SPILL_BYTES_MAX:
+                spilled = f"spills {usage['spilled']} bytes, at most {SPILL_BYTES_MAX} are allowed"
                 failures.append(f"{kernel} of {module}.cu for {architecture}: {spilled}; use a smaller tile")
     for failure in failures:
         print(f"error: {failure}", file=sys.stderr)

@@ -1,7 +1,8 @@
-//! The CUDA backend. It is built without a toolkit: the driver and the libraries above it are loaded at run time, through
-//! cudarc's bindings, and a machine without them is told what is missing ([`library::probe`]).
-//! Layers: `step <- lower`, `source` (no FFI, and nothing of a GPU); `library <- context <- event, memory, module, blas, spin <- poller, ticket, record
-//! <- gpu <- lane, progress, cudnn <- engine, turn, lowered, staged <- issue <- stream <- device`; `nccl` and `local` are engines.
+//! The CUDA backend. It builds without a CUDA toolkit: cudarc's bindings load the driver and the libraries at run time.
+//! On a machine without them, [`library::probe`] reports what is missing. Layers: `step <- lower`, `source` (no FFI, no
+//! GPU); `library <- context <- event, memory, module, blas, test_delay <- poller, in_flight, record <- gpu <-
+//! raw_stream, progress, cudnn <- engine, issue_order, lowered, staged <- issue <- stream <- device`; `nccl` and
+//! `shared_gpu` are collective engines.
 
 pub(crate) mod blas;
 pub(crate) mod context;

@@ -1,6 +1,6 @@
-//! The CUDA backend on software devices: the suite of every backend, with engines for one GPU and for many. Each test starts
-//! this program again, so that the dynamic linker finds the software device in the place of NVIDIA's libraries; what the
-//! device finds wrong fails the test.
+//! The CUDA backend on software devices: the conformance suite of every backend, with engines for one GPU and for many.
+//! Each test starts this program again, so that the dynamic linker loads the software device instead of NVIDIA's
+//! libraries. Errors that the device finds fail the test.
 
 use std::fmt;
 use std::sync::mpsc::channel;
@@ -30,12 +30,12 @@ mod pull;
 #[path = "cuda/waiting.rs"]
 mod waiting;
 
-/// For members of a group to join each other.
+/// Timeout for members of a group to join.
 const WITHIN: Duration = Duration::from_secs(30);
-/// What an abort takes that takes long.
+/// Duration of the slow abort.
 const ABORT: Duration = Duration::from_secs(3);
 
-fn report(failures: &[ConformanceFailure]) {
+fn assert_no_failures(failures: &[ConformanceFailure]) {
     let lines: Vec<String> = failures.iter().take(20).map(|f| f.to_string().chars().take(600).collect()).collect();
     assert!(failures.is_empty(), "{} failures:\n{}", failures.len(), lines.join("\n"));
 }
@@ -43,7 +43,7 @@ fn report(failures: &[ConformanceFailure]) {
 fn gpus() -> Vec<Arc<Gpu>> {
     let open = |ordinal| Gpu::open(ordinal).expect("a device");
     let gpus: Vec<_> = (0..Gpu::count().expect("a driver")).map(open).collect();
-    Gpu::connect(&gpus.iter().collect::<Vec<_>>()).expect("devices that reach each other");
+    Gpu::connect(&gpus.iter().collect::<Vec<_>>()).expect("devices with peer access");
     gpus
 }
 
@@ -52,38 +52,39 @@ fn arenas(devices: impl Iterator<Item = Device>) -> Result<Vec<(Device, Arena)>,
     devices.map(with_arena).collect()
 }
 
-/// Several devices of a mesh on each GPU.
+/// Runs the suite with several mesh devices on each GPU.
 fn shared(engine: &dyn Fn() -> Arc<dyn Collective>) {
     let gpus = gpus();
     let make = |n| {
         let engine = engine();
         arenas((0..n).map(|rank| Device::cuda(rank, gpus[rank % gpus.len()].clone(), engine.clone())))
     };
-    report(&conformance::run_collectives(&make));
+    assert_no_failures(&conformance::run_collectives(&make));
 }
 
-/// A GPU for each device.
+/// Runs the suite with one GPU per device.
 fn nccl() {
     let gpus = gpus();
-    assert!(gpus.len() > 1, "groups of one GPU say nothing of NCCL");
+    assert!(gpus.len() > 1, "groups of one GPU do not exercise NCCL");
     let make = |n: usize| {
-        let mut seats = Vec::new();
+        let mut memberships = Vec::new();
         for group in conformance::collectives_groups(n) {
             let id = UniqueId::new()?;
-            let seat = |member: usize| GroupMember { group: group.clone(), member, gpu: gpus[member].clone(), id };
-            seats.extend((0..n).map(seat));
+            let membership =
+                |member: usize| GroupMember { group: group.clone(), member, gpu: gpus[member].clone(), id };
+            memberships.extend((0..n).map(membership));
         }
-        let engine = Arc::new(Nccl::join(&seats, WITHIN)?);
+        let engine = Arc::new(Nccl::join(&memberships, WITHIN)?);
         arenas((0..n).map(|rank| Device::cuda(rank, gpus[rank].clone(), engine.clone())))
     };
-    report(&conformance::run_collectives_unordered(&make, gpus.len()));
+    assert_no_failures(&conformance::run_collectives_unordered(&make, gpus.len()));
 }
 
 fn floats(offset: usize, shape: &[usize]) -> Buffer {
     Buffer { base: 0, offset, shape: shape.to_vec(), dtype: DType::F32 }
 }
 
-/// A layer's worth of launches: norm, product, GELU, residual; with a signal between.
+/// The launches of one layer: norm, product, GELU, residual; with a signal in between.
 fn layer() -> (Arc<Program>, usize) {
     const ROWS: [usize; 2] = [4, 32];
     let place = |i: usize| 4 * element_count(&ROWS) * i;
@@ -109,25 +110,25 @@ fn layer() -> (Arc<Program>, usize) {
     (Arc::new(program), place(20) + bytes)
 }
 
-/// Runs a program and gives what the stream tells.
+/// Runs a program and returns the stream's notifications.
 fn submit(stream: &Stream, program: &Arc<Program>, arena: &Arena) -> Result<Vec<Notification>, KernelError> {
     submit_on(stream, program, &[arena])
 }
 
-/// The same, on several pieces of memory.
+/// Runs a program on several arenas and returns the stream's notifications.
 fn submit_on(stream: &Stream, program: &Arc<Program>, arenas: &[&Arena]) -> Result<Vec<Notification>, KernelError> {
-    let (sender, notices) = channel();
-    let notify = Box::new(move |notice| drop(sender.send((RaceClock::capture(), notice))));
+    let (sender, notifications) = channel();
+    let notify = Box::new(move |notification| drop(sender.send((RaceClock::capture(), notification))));
     let bases = arenas.iter().map(|arena| Base { arena: (*arena).clone(), offset: 0 }).collect();
     stream.submit(Submission { program: program.clone(), bases, repeat: false, notify })?;
-    let told = |(clock, notice): (RaceClock, Notification)| {
+    let receive = |(clock, notification): (RaceClock, Notification)| {
         clock.join();
-        notice
+        notification
     };
-    Ok(notices.iter().map(told).collect())
+    Ok(notifications.iter().map(receive).collect())
 }
 
-/// Runs a layer many times, as a training loop would.
+/// Runs a layer many times, like a training loop.
 fn steps(count: usize) {
     let device = Device::cuda(0, Gpu::open(0).expect("a device"), Arc::new(SharedGpu::new()));
     let (program, bytes) = layer();
@@ -135,18 +136,18 @@ fn steps(count: usize) {
     stream.prepare(&program).expect("kernels and memory");
     let allocations = device.allocation_count();
     for _ in 0..count {
-        let notices = submit(&stream, &program, &arena).expect("a live stream");
-        assert_eq!(notices, [Notification::Signal(1), Notification::Done]);
+        let notifications = submit(&stream, &program, &arena).expect("a live stream");
+        assert_eq!(notifications, [Notification::Signal(1), Notification::Done]);
     }
     assert_eq!(device.allocation_count(), allocations, "a prepared stream allocates");
 }
 
-/// Bytes of a place of [`neighbours`], for five rows of 1100 floats.
+/// Bytes per buffer of [`fusible`], enough for five rows of 1100 floats.
 const PLACE: usize = 22_528;
 
-/// Neighbours that one kernel does: residual and norm, bias and GELU, maximum and sum of a row; with the places of what they
-/// write, and signals between all launches where they are to be `apart`.
-fn neighbours(dtype: DType, apart: bool, width: usize) -> (Arc<Program>, Vec<Buffer>) {
+/// Pairs of launches that one kernel can run: residual and norm, bias and GELU, maximum and sum of a row. Returns the
+/// program and the buffers it writes; if `apart`, signals separate all launches.
+fn fusible(dtype: DType, apart: bool, width: usize) -> (Arc<Program>, Vec<Buffer>) {
     let rows = [5, width];
     let place = |i: usize, shape: &[usize], dtype| Buffer { dtype, ..floats(PLACE * i, shape) };
     let x = |i| place(i, &rows, dtype);
@@ -167,16 +168,16 @@ fn neighbours(dtype: DType, apart: bool, width: usize) -> (Arc<Program>, Vec<Buf
     ];
     let written = launches.iter().flat_map(|launch| launch.writes.clone()).collect();
     let signals = (1..6).filter(|_| apart).map(|i| (i, i as u32)).collect();
-    (Arc::new(Program { name: "neighbours".to_owned(), launches, signals }), written)
+    (Arc::new(Program { name: "fusible".to_owned(), launches, signals }), written)
 }
 
-/// Runs neighbours apart, and then `how`: together, apart once more, or with each launch looked at. It is the same but for
-/// the order in which a row's sum is added up.
-fn pairs(how: &str) {
+/// Runs fusible launches apart, then by `mode`: fused, apart again, or with Inf/NaN checks. Results are equal except
+/// for the summation order within a row.
+fn fused_and_apart(mode: &str) {
     let device = Device::cuda(0, Gpu::open(0).expect("a device"), Arc::new(SharedGpu::new()));
     let (stream, arena) = (device.stream("compute", 1).expect("a stream"), device.arena(14 * PLACE).expect("memory"));
     let wave = |n: usize, step: f32| (0..n).map(|i| (i as f32 * step).sin()).collect::<Vec<f32>>();
-    // Whole vectors, none, and more than a warp keeps of a row.
+    // Whole vectors, no vectors, and more than a warp keeps of a row.
     let cases = [72, 17, 1100].into_iter().flat_map(|width| [(DType::F32, width), (DType::BF16, width)]);
     for (dtype, width) in cases {
         let (rows, n) = ([5, width], 5 * width);
@@ -191,7 +192,7 @@ fn pairs(how: &str) {
         put(2, &rows[1..], wave(width, 0.4), DType::F32);
         put(3, &rows[1..], wave(width, 2.1), dtype);
         arena.write_host(PLACE * 4, &HostTensor::i32(&[5], vec![width as i32 - 1, 0, 3, 16, 5])).expect("inside");
-        let (apart, written) = neighbours(dtype, true, width);
+        let (apart, written) = fusible(dtype, true, width);
         let read = || {
             let read = |buffer: &Buffer| arena.read_host(buffer.offset, &buffer.shape, buffer.dtype).expect("inside");
             written.iter().map(read).collect::<Vec<_>>()
@@ -201,22 +202,23 @@ fn pairs(how: &str) {
         for (buffer, place) in written.iter().zip(5..) {
             put(buffer.offset / PLACE, &buffer.shape, vec![place as f32; element_count(&buffer.shape)], buffer.dtype);
         }
-        stream.check_finite(how == "looked at").expect("a live stream");
-        let (program, _) = neighbours(dtype, how == "apart", width);
+        stream.check_finite(mode == "checked").expect("a live stream");
+        let (program, _) = fusible(dtype, mode == "apart", width);
         assert_eq!(submit(&stream, &program, &arena).expect("a live stream").last(), Some(&Notification::Done));
         for (i, (got, expected)) in read().iter().zip(&expected).enumerate() {
             let close = |(got, expected): (&f32, &f32)| (got - expected).abs() <= 1e-6 * expected.abs();
-            let near = got.as_f32().zip(expected.as_f32()).is_some_and(|(a, b)| a.iter().zip(b).all(close));
-            // The sum of exponentials.
-            assert!(got == expected || i == 7 && near, "{dtype:?}, write {i}: {got:?} is not {expected:?}");
+            let is_close = got.as_f32().zip(expected.as_f32()).is_some_and(|(a, b)| a.iter().zip(b).all(close));
+            // Write 7 is the sum of exponentials.
+            assert!(got == expected || i == 7 && is_close, "{dtype:?}, write {i}: got {got:?}, expected {expected:?}");
         }
     }
 }
 
-/// Attention, and its gradient, by a library or by ours.
-fn attentions(kind: &str) {
+/// Checks attention and its gradient by cuDNN or by Shardflow's kernels.
+fn run_attentions(kind: &str) {
     if kind == "absent" {
-        for folder in std::env::split_paths(&std::env::var_os("LD_LIBRARY_PATH").expect("where the device lies")) {
+        for folder in std::env::split_paths(&std::env::var_os("LD_LIBRARY_PATH").expect("the software device's folder"))
+        {
             for name in ["libcudnn.so.9", "libcudnn.so"] {
                 drop(std::fs::remove_file(folder.join(name)));
             }
@@ -228,10 +230,10 @@ fn attentions(kind: &str) {
         _ => Attention::Ordered,
     };
     let gpu = Gpu::open_with(0, attention).expect("a device");
-    report(&conformance::run_attentions(&Device::cuda(0, gpu, Arc::new(SharedGpu::new()))));
+    assert_no_failures(&conformance::run_attentions(&Device::cuda(0, gpu, Arc::new(SharedGpu::new()))));
 }
 
-/// Trains attention, so to say: forward and backward, in a prepared stream, many times.
+/// Runs attention forward and backward many times on a prepared stream.
 fn attention_steps(count: usize) {
     const SHAPE: [usize; 4] = [2, 20, 2, 16];
     const BYTES: usize = 4096;
@@ -268,31 +270,33 @@ fn attention_steps(count: usize) {
     assert_eq!(device.allocation_count(), allocations, "a prepared stream allocates");
 }
 
-/// What is wrong in a pair is told of the launch that it belongs to.
-fn wrong_pairs() {
+/// Errors in a fused pair are reported for the launch that they belong to.
+fn errors_in_pairs() {
     let device = Device::cuda(0, Gpu::open(0).expect("a device"), Arc::new(SharedGpu::new()));
     let (stream, arena) = (device.stream("compute", 1).expect("a stream"), device.arena(14 * PLACE).expect("memory"));
     arena.write_host(0, &HostTensor::i32(&[14 * PLACE / 4], vec![0; 14 * PLACE / 4])).expect("inside");
     for dtype in [DType::F32, DType::BF16] {
         stream.check_finite(false).expect("a live stream");
-        let (program, _) = neighbours(dtype, false, 72);
+        let (program, _) = fusible(dtype, false, 72);
         arena.write_host(PLACE * 4, &HostTensor::i32(&[5], vec![1, 72, 3, 4, 5])).expect("inside");
-        let notices = submit(&stream, &program, &arena).expect("a live stream");
-        let [Notification::Failed(KernelError::Data { op, what })] = &notices[..] else { panic!("{notices:?}") };
+        let notifications = submit(&stream, &program, &arena).expect("a live stream");
+        let [Notification::Failed(KernelError::Data { op, what })] = &notifications[..] else {
+            panic!("{notifications:?}")
+        };
         assert_eq!((&op[..], &what[..]), ("sum_exp_target", "index 72 at position 1 is not in 0..72"));
         arena.write_host(PLACE * 4, &HostTensor::i32(&[5], vec![0; 5])).expect("inside");
         let infinite = HostTensor::f32(&[1], vec![f32::INFINITY]);
         let infinite = if dtype == DType::BF16 { HostTensor::bf16(&[1], &[f32::INFINITY]) } else { infinite };
-        // The bias, which the third launch adds in each of five rows.
+        // The bias, which the third launch adds to each of five rows.
         arena.write_host(PLACE * 3, &infinite).expect("inside");
         stream.check_finite(true).expect("a live stream");
-        let notices = submit(&stream, &program, &arena).expect("a live stream");
-        assert_eq!(notices, [Notification::NotFinite { launch: 2, write: 0, elements: 5 }, Notification::Done]);
+        let notifications = submit(&stream, &program, &arena).expect("a live stream");
+        assert_eq!(notifications, [Notification::NotFinite { launch: 2, write: 0, elements: 5 }, Notification::Done]);
         arena.write_host(PLACE * 3, &HostTensor::i32(&[1], vec![0])).expect("inside");
     }
 }
 
-/// Code of a user's, called as a kernel.
+/// User code that runs as a kernel.
 struct Call<F>(F);
 
 impl<F> fmt::Debug for Call<F> {
@@ -312,28 +316,28 @@ impl<F: Fn() + Send + Sync> CustomKernel for Call<F> {
     }
 }
 
-/// Neighbours, behind a call of a user's.
-fn behind(call: impl Fn() + Send + Sync + 'static) -> Arc<Program> {
-    let (program, _) = neighbours(DType::F32, false, 72);
+/// Fusible launches after a call of user code.
+fn after_call(call: impl Fn() + Send + Sync + 'static) -> Arc<Program> {
+    let (program, _) = fusible(DType::F32, false, 72);
     let (reads, writes) = (vec![], vec![]);
     let call = Launch { op: Op::Custom(Arc::new(Call(call))), reads, writes, accumulate: false, workspace: None };
     let launches = [vec![call], program.launches.clone()].concat();
-    Arc::new(Program { name: "behind a call".to_owned(), launches, signals: vec![(2, 1)] })
+    Arc::new(Program { name: "after a call".to_owned(), launches, signals: vec![(2, 1)] })
 }
 
-/// A user's code that uses another GPU leaves its context bound on the stream's own thread.
+/// User code that uses another GPU leaves that GPU's context bound on the stream's own thread.
 fn another_context() {
     let gpus = gpus();
     let device = Device::cuda(0, gpus[0].clone(), Arc::new(SharedGpu::new()));
     let (stream, arena) = (device.stream("compute", 1).expect("a stream"), device.arena(14 * PLACE).expect("memory"));
-    let program = behind(move || assert!(gpus[1].memory().is_ok(), "the other GPU"));
+    let program = after_call(move || assert!(gpus[1].memory().is_ok(), "the other GPU"));
     for _ in 0..2 {
-        let notices = submit(&stream, &program, &arena).expect("a live stream");
-        assert_eq!(notices, [Notification::Signal(1), Notification::Done]);
+        let notifications = submit(&stream, &program, &arena).expect("a live stream");
+        assert_eq!(notifications, [Notification::Signal(1), Notification::Done]);
     }
 }
 
-/// A stream is dropped where nobody can wait for it, in the middle of a program: on its own thread, or on the poller's.
+/// A stream is dropped in the middle of a program by a thread that cannot wait for it: its own, or the poller's.
 fn dropped(by_kernel: bool) {
     let device = Device::cuda(0, Gpu::open(0).expect("a device"), Arc::new(SharedGpu::new()));
     let arena = device.arena(14 * PLACE).expect("memory");
@@ -343,53 +347,56 @@ fn dropped(by_kernel: bool) {
         let stream = stream.clone();
         move || drop(stream.lock().expect("no panic").take_if(|_| yes))
     };
-    let program = behind(drops(by_kernel));
-    let (at_signal, (sender, notices)) = (drops(!by_kernel), channel());
-    let notify = Box::new(move |notice: Notification| {
+    let program = after_call(drops(by_kernel));
+    let (at_signal, (sender, notifications)) = (drops(!by_kernel), channel());
+    let notify = Box::new(move |notification: Notification| {
         at_signal();
-        drop(sender.send((RaceClock::capture(), notice)));
+        drop(sender.send((RaceClock::capture(), notification)));
     });
     let bases = vec![Base { arena: arena.clone(), offset: 0 }];
     let submission = Submission { program, bases, repeat: false, notify };
     stream.lock().expect("no panic").as_ref().expect("a stream").submit(submission).expect("a live stream");
-    let told: Vec<Notification> = notices
+    let received: Vec<Notification> = notifications
         .iter()
-        .map(|(clock, notice)| {
+        .map(|(clock, notification)| {
             clock.join();
-            notice
+            notification
         })
         .collect();
-    assert_eq!(told, [Notification::Signal(1), Notification::Done]);
+    assert_eq!(received, [Notification::Signal(1), Notification::Done]);
     let deadline = Instant::now() + WITHIN;
     while device.bytes_allocated() > before {
-        assert!(Instant::now() < deadline, "the stream's memory is never given back");
+        assert!(Instant::now() < deadline, "the stream's memory is never freed");
         thread::yield_now();
     }
 }
 
-/// A device that does not come to an end keeps nobody from ending: whoever drops its stream hears of it.
+/// Dropping the stream of a hung device returns, and pending submissions fail.
 fn hung() {
     let device = Device::cuda(0, Gpu::open(0).expect("a device"), Arc::new(SharedGpu::new()));
     let (program, bytes) = layer();
     let (stream, arena) = (device.stream("compute", 1).expect("a stream"), device.arena(bytes).expect("memory"));
-    let (sender, notices) = channel();
+    let (sender, notifications) = channel();
     for i in 0..5 {
         let sender = sender.clone();
-        let notify = Box::new(move |notice| drop(sender.send((i, notice))));
+        let notify = Box::new(move |notification| drop(sender.send((i, notification))));
         let bases = vec![Base { arena: arena.clone(), offset: 0 }];
         let submission = Submission { program: program.clone(), bases, repeat: false, notify };
         stream.submit(submission).expect("a device that seems alive");
     }
     drop((sender, stream));
-    let failed: Vec<usize> =
-        notices.iter().filter(|(_, notice)| matches!(notice, Notification::Failed(_))).map(|n| n.0).collect();
+    let failed: Vec<usize> = notifications
+        .iter()
+        .filter(|(_, notification)| matches!(notification, Notification::Failed(_)))
+        .map(|n| n.0)
+        .collect();
     assert!(failed.ends_with(&[3, 4]), "{failed:?}");
-    let told =
+    let error =
         device.stream("next", 1).and_then(|stream| submit(&stream, &program, &arena)).expect_err("a lost device");
-    assert!(told.to_string().contains("has not ended within"), "{told}");
+    assert!(error.to_string().contains("has not ended within"), "{error}");
 }
 
-/// A device that is lost under way fails what is pending, with the driver's words, and everything from then on.
+/// A lost device fails pending and all later work with the driver's error.
 fn lost() {
     let device = Device::cuda(0, Gpu::open(0).expect("a device"), Arc::new(SharedGpu::new()));
     let (program, bytes) = layer();
@@ -397,13 +404,13 @@ fn lost() {
     let other = device.stream("other", 1).expect("a stream");
     let (mut ended, mut first) = (0, None);
     for _ in 0..20 {
-        let Ok(notices) = submit(&stream, &program, &arena) else { break };
-        match notices.into_iter().next_back() {
+        let Ok(notifications) = submit(&stream, &program, &arena) else { break };
+        match notifications.into_iter().next_back() {
             Some(Notification::Done) => ended += 1,
             Some(Notification::Failed(error)) => {
                 first.get_or_insert(error);
             }
-            told => panic!("{told:?}"),
+            other => panic!("{other:?}"),
         }
     }
     let first = first.expect("the device is killed within these launches");
@@ -412,21 +419,22 @@ fn lost() {
     assert!(ended > 0 && ended < 20, "{ended}");
     for stream in [&stream, &other] {
         assert_eq!(submit(stream, &program, &arena).err(), Some(first.clone()));
-        assert!(stream.record().query(), "an event of a lost device never comes");
+        assert!(stream.record().query(), "an event of a lost device is never set");
     }
 }
 
-/// What a device does is told while NCCL breaks off, which takes its time.
+/// Completions are reported while a slow NCCL abort is in progress.
 fn slow_abort() {
     let gpus = [0, 1].map(|i| Gpu::open(i).expect("a device"));
     let (group, id) = (Arc::new(Group { id: 7, ranks: vec![0, 1] }), UniqueId::new().expect("an id"));
-    let seats = [0, 1].map(|member: usize| GroupMember { group: group.clone(), member, gpu: gpus[member].clone(), id });
-    let engine = Arc::new(Nccl::join(&seats, WITHIN).expect("both members are here"));
+    let memberships =
+        [0, 1].map(|member: usize| GroupMember { group: group.clone(), member, gpu: gpus[member].clone(), id });
+    let engine = Arc::new(Nccl::join(&memberships, WITHIN).expect("both members join"));
     let devices = [0, 1].map(|rank: usize| Device::cuda(rank, gpus[rank].clone(), engine.clone()));
     let (program, bytes) = layer();
     let (other, arena) = (devices[0].stream("other", 1).expect("a stream"), devices[0].arena(bytes).expect("memory"));
     other.prepare(&program).expect("kernels");
-    // They disagree on how much.
+    // The members disagree on the number of elements.
     let reduce = |member: usize, device: &Device| {
         let (x, kind) = (floats(0, &[2 + member]), CollectiveKind::AllReduce { op: ReduceOp::Sum });
         let op = Op::Collective(CollectiveCall { group: group.clone(), member, kind });
@@ -446,16 +454,16 @@ fn slow_abort() {
             });
         }
     });
-    // The poller looks for errors while something is under way.
+    // The poller checks for errors while something is pending.
     let began = Instant::now();
     while began.elapsed() < ABORT {
         let submitted = Instant::now();
         assert_eq!(submit(&other, &program, &arena).expect("a live stream").last(), Some(&Notification::Done));
-        assert!(submitted.elapsed() < ABORT / 2, "what is done is told after {:?}", submitted.elapsed());
+        assert!(submitted.elapsed() < ABORT / 2, "a completion is reported after {:?}", submitted.elapsed());
     }
     let (program, stream, arena) = &members[0];
-    let told = submit(stream, program, arena).expect("a live stream");
-    assert!(matches!(told[..], [Notification::Failed(KernelError::Aborted { .. })]), "{told:?}");
+    let received = submit(stream, program, arena).expect("a live stream");
+    assert!(matches!(received[..], [Notification::Failed(KernelError::Aborted { .. })]), "{received:?}");
 }
 
 #[test]
@@ -464,7 +472,7 @@ fn child() {
     match &*case() {
         "alone" => {
             let gpu = Gpu::open(0).expect("a device");
-            report(&conformance::run_alone(&Device::cuda(0, gpu, Arc::new(SharedGpu::new()))));
+            assert_no_failures(&conformance::run_alone(&Device::cuda(0, gpu, Arc::new(SharedGpu::new()))));
         }
         "local" => shared(&|| Arc::new(SharedGpu::new())),
         "staged" => shared(&|| Arc::new(InProcess::new())),
@@ -475,24 +483,24 @@ fn child() {
         "time" => waiting::time(),
         "slow abort" => slow_abort(),
         "hung" => hung(),
-        "wrong pairs" => wrong_pairs(),
+        "wrong pairs" => errors_in_pairs(),
         "old nccl" => {
-            let told = UniqueId::new().expect_err("an old library").to_string();
-            assert!(told.starts_with("libnccl is too old: it is 2.23.4, 2.24.0 is needed"), "{told}");
-            assert!(told.contains("pip install nvidia-nccl-cu13"), "{told}");
+            let error = UniqueId::new().expect_err("an old library").to_string();
+            assert!(error.starts_with("libnccl is too old: found 2.23.4, need 2.24.0 or newer"), "{error}");
+            assert!(error.contains("pip install nvidia-nccl-cu13"), "{error}");
         }
         "another context" => another_context(),
         "dropped by a kernel" => dropped(true),
         "dropped by a notice" => dropped(false),
         case if case.starts_with("attention steps ") => attention_steps(case[16..].parse().expect("a number")),
-        case if case.starts_with("attention ") => attentions(&case[10..]),
-        case if case.starts_with("pairs ") => pairs(&case[6..]),
+        case if case.starts_with("attention ") => run_attentions(&case[10..]),
+        case if case.starts_with("pairs ") => fused_and_apart(&case[6..]),
         case if case.starts_with("steps ") => steps(case[6..].parse().expect("a number")),
         other => panic!("no such case: {other:?}"),
     }
 }
 
-/// Runs a case on software devices; kinds of findings that are not `expected` fail it.
+/// Runs a case on software devices; any finding whose kind is not `expected` fails it.
 fn run(case: &str, devices: usize, policy: &str, seed: u64, fault: Option<&str>, expected: &[&str]) -> Report {
     let mut report = run_child(case, devices, policy, seed, fault).report;
     report.findings.retain(|finding| !expected.contains(&finding.kind.as_str()));
@@ -500,12 +508,12 @@ fn run(case: &str, devices: usize, policy: &str, seed: u64, fault: Option<&str>,
     report
 }
 
-/// A part of the suite, on how many devices, and which findings it must have.
+/// Parts of the suite: case, number of devices, expected findings.
 const SUITE: [(&str, usize, &[&str]); 5] = [
     ("alone", 1, &[]),
     ("local", 1, &[]),
     ("staged", 1, &[]),
-    // The suite breaks off collectives that are under way, and the software device says so.
+    // The suite aborts collectives in progress, which the software device reports.
     ("nccl", 4, &["aborted"]),
     ("local", 2, &[]),
 ];
@@ -515,8 +523,8 @@ fn run_part(part: usize, policy: &str, seed: u64) -> Report {
     run(case, devices, policy, seed, None, expected)
 }
 
-/// Kernels that do two launches at once.
-const OF_PAIRS: [&str; 6] = [
+/// Kernels that run two launches at once.
+const FUSED_KERNELS: [&str; 6] = [
     "bias_gelu_f32",
     "bias_gelu_bf16",
     "row_max_sum_exp_target_f32",
@@ -525,74 +533,74 @@ const OF_PAIRS: [&str; 6] = [
     "add_layer_norm_bf16",
 ];
 
-/// Of collectives.
+/// The kernel of collectives.
 const COMBINE: &str = "combine_members_f32";
 
-/// Every kernel is seen here, but for those of which other tests have one.
+/// Every kernel runs here, except those that other tests cover.
 #[test]
-fn ops_and_streams() {
+fn all_ops_and_stream_calls_conform() {
     let report = run_part(0, "random", 1);
     let all = MODULES.iter().flat_map(Module::functions);
-    let elsewhere = |name: &&str| OF_PAIRS.contains(name) || [COMBINE, "spin"].contains(name);
-    let left_out: Vec<_> = all.filter(|name| !elsewhere(name) && !report.kernels.contains_key(*name)).collect();
+    let covered_elsewhere = |name: &&str| FUSED_KERNELS.contains(name) || [COMBINE, "spin"].contains(name);
+    let left_out: Vec<_> = all.filter(|name| !covered_elsewhere(name) && !report.kernels.contains_key(*name)).collect();
     assert!(left_out.is_empty(), "{left_out:?}");
 }
 
 #[test]
-fn devices_that_share_a_gpu() {
+fn devices_that_share_a_gpu_run_collectives() {
     assert!(run_part(1, "random", 2).kernels.contains_key(COMBINE));
 }
 
 #[test]
-fn an_engine_of_the_host() {
+fn a_host_engine_runs_collectives() {
     run_part(2, "random", 3);
 }
 
 #[test]
-fn devices_with_a_gpu_each() {
+fn devices_with_one_gpu_each_run_collectives() {
     run_part(3, "adversarial", 4);
 }
 
 #[test]
-fn devices_that_share_two_gpus() {
+fn devices_that_share_two_gpus_run_collectives() {
     run_part(4, "random", 5);
 }
 
-/// Rows at equal distances are one call of the driver.
+/// Rows of equal pitch take one driver call.
 #[test]
-fn a_box_of_another_gpu_takes_a_call_for_all_its_rows() {
+fn rows_of_equal_pitch_are_copied_from_another_gpu_in_one_call() {
     let calls = run("pull", 2, "random", 6, None, &[]).calls;
-    // The columns; each of three planes; and what lies in one piece.
+    // The columns, each of three planes, and the contiguous region.
     let count = |name: &str| calls.get(name).copied().unwrap_or(0);
     assert_eq!((count("cuMemcpy3DPeerAsync"), count("cuMemcpyPeerAsync")), (1 + 3, 1));
 }
 
 #[test]
-fn pipes_are_connected_and_tell_who_waits() {
+fn pipes_connect_and_report_who_waits() {
     for (policy, seed) in [("random", 6), ("adversarial", 7), ("lazy", 8)] {
         run("pipe", 2, policy, seed, None, &[]);
     }
 }
 
-/// Whatever order the device does things in, but for one that does nothing until it is waited for.
+/// Under every policy except the one that runs nothing until the host waits.
 #[test]
-fn the_time_in_collectives_is_known_while_it_passes() {
+fn the_time_in_a_collective_is_known_before_it_ends() {
     for (policy, seed) in [("in-order", 9), ("random", 10), ("adversarial", 11)] {
         run("time", 2, policy, seed, None, &[]);
     }
 }
 
 #[test]
-fn an_abort_that_takes_long_keeps_nothing_from_being_told() {
+fn completions_are_reported_during_a_slow_abort() {
     let slow = [("SOFTWARE_CUDA_ABORT_MS", &*ABORT.as_millis().to_string())];
     let report = run_child_in("slow abort", 2, "random", 9, &slow).report;
     let unexpected = |kind: &str| !["aborted", "collective-mismatch"].contains(&kind);
     assert!(!report.findings.iter().any(|finding| unexpected(&finding.kind)), "{:#?}", report.findings);
 }
 
-/// On an sm_86, an sm_89 and an sm_120: heads of 128 in floats do without tiles in their gradient.
+/// sm_86, sm_89 and sm_120: f32 heads of depth 128 use plain kernels in the backward pass.
 #[test]
-fn attention_where_blocks_have_less_shared_memory() {
+fn attention_runs_with_less_shared_memory_per_block() {
     let report = run_child_in("attention own", 1, "random", 10, &[("SOFTWARE_CUDA_SHARED", "101376")]).report;
     assert!(report.findings.is_empty(), "{:#?}", report.findings);
 }
@@ -609,20 +617,20 @@ fn fifty_seeds_of_each_policy() {
 }
 
 #[test]
-fn a_lost_device_ends_everything_with_the_first_cause() {
+fn a_lost_device_fails_all_work_with_the_first_error() {
     for seed in 1..4 {
-        // What is not freed on a device that answers no more is no leak of ours.
+        // Memory that cannot be freed on a lost device is not a leak of this crate.
         run("lost", 1, "random", seed, Some("kill:0:20"), &["leak"]);
     }
 }
 
 #[test]
-fn a_hung_device_keeps_nobody_from_ending() {
+fn dropping_the_stream_of_a_hung_device_returns() {
     run("hung", 1, "in-order", 1, Some("hang:0:8"), &["leak", "use-after-free", "deadlock"]);
 }
 
 #[test]
-fn an_nccl_that_reads_others_buffers_is_refused() {
+fn an_nccl_before_2_24_is_refused() {
     let folder = std::env::temp_dir().join(format!("shardflow-old-nccl-{}", std::process::id()));
     let program = std::env::current_exe().expect("this program");
     let mut child = command(program, &folder, 1, "in-order", 1).expect("the software device");
@@ -633,65 +641,65 @@ fn an_nccl_that_reads_others_buffers_is_refused() {
 }
 
 #[test]
-fn code_that_binds_another_context_does_not_lead_a_stream_astray() {
+fn a_stream_works_after_user_code_binds_another_context() {
     run("another context", 2, "random", 1, None, &[]);
 }
 
 #[test]
-fn a_stream_that_nobody_waits_for_keeps_its_memory_to_the_end() {
+fn a_dropped_stream_keeps_its_memory_until_its_work_ends() {
     for (policy, _) in POLICIES {
-        // The child may end before the thread that gives the last things back.
+        // The child may exit before the last thread has freed everything.
         run("dropped by a kernel", 1, policy, 1, None, &["leak"]);
         run("dropped by a notice", 1, policy, 1, None, &["leak"]);
     }
 }
 
-/// What a step of the layer costs in calls of the driver: twice as many steps make no more of the others.
+/// Counts driver calls per step: more steps must not add other calls.
 #[test]
-fn a_step_allocates_nothing_and_waits_for_nothing() {
+fn a_step_neither_allocates_nor_waits() {
     let calls = |steps: u64| run(&format!("steps {steps}"), 1, "in-order", 1, None, &[]).calls;
-    let (few, many) = (calls(50), calls(150));
-    let each = |name: &str| (many.get(name).unwrap_or(&0) - few.get(name).unwrap_or(&0)) as f64 / 100.0;
+    let (short_run, long_run) = (calls(50), calls(150));
+    let each = |name: &str| (long_run.get(name).unwrap_or(&0) - short_run.get(name).unwrap_or(&0)) as f64 / 100.0;
     let exact: Vec<(&str, f64)> =
-        many.keys().map(|name| (name.as_str(), each(name))).filter(|(_, calls)| *calls != 0.0).collect();
+        long_run.keys().map(|name| (name.as_str(), each(name))).filter(|(_, calls)| *calls != 0.0).collect();
     let known = ["cuCtxSetCurrent", "cuEventQuery", "cuEventRecord", "cuLaunchKernel", "cublasLtMatmul"];
     assert!(exact.iter().all(|(name, _)| known.contains(name)), "{exact:?}");
-    // Norm, GELU and residual; the product; a signal and the end.
+    // Norm, GELU and residual; the product; the signal and the end.
     let per_step = ["cuCtxSetCurrent", "cuLaunchKernel", "cublasLtMatmul", "cuEventRecord"].map(each);
     assert_eq!(per_step, [1.0, 3.0, 1.0, 2.0], "{exact:?}");
 }
 
 #[test]
-fn a_pair_of_launches_changes_nothing_but_the_number_of_kernels() {
-    let reports = ["apart", "together", "looked at"].map(|how| run(&format!("pairs {how}"), 1, "random", 5, None, &[]));
-    // Twice six, of three widths in two types; three of the second six are spared.
+fn fusing_launches_changes_only_the_number_of_kernels() {
+    let reports = ["apart", "together", "checked"].map(|mode| run(&format!("pairs {mode}"), 1, "random", 5, None, &[]));
+    // Twice six launches, for three widths and two dtypes; fusion saves three of the second six.
     assert_eq!(reports.each_ref().map(|report| report.calls["cuLaunchKernel"]), [72, 54, 72]);
-    assert!(OF_PAIRS.iter().all(|name| reports[1].kernels.contains_key(*name)), "{:?}", reports[1].kernels);
+    assert!(FUSED_KERNELS.iter().all(|name| reports[1].kernels.contains_key(*name)), "{:?}", reports[1].kernels);
     run("wrong pairs", 1, "random", 6, None, &[]);
 }
 
-/// How often cuDNN runs a graph in a case.
+/// Number of graphs that cuDNN runs in a case.
 fn executions(case: &str, seed: u64) -> u64 {
     run(case, 1, "random", seed, None, &[]).calls.get("cudnnBackendExecute").copied().unwrap_or(0)
 }
 
 #[test]
-fn attention_by_our_kernels_and_by_cudnn_is_the_same_to_rounding() {
+fn attention_by_cudnn_and_by_shardflow_agree_up_to_rounding() {
     let [own, absent, ordered, any_order] =
         ["own", "absent", "ordered", "any order"].map(|kind| executions(&format!("attention {kind}"), 7));
     assert_eq!((own, absent), (0, 0));
-    // Seven shapes of heads that 8 divides, in bf16: a forward of each, backward of the four where all lies as it must.
+    // Seven shapes with a depth divisible by 8, in bf16: forward for each, backward for the four with aligned buffers.
     assert_eq!((ordered, any_order), (11, 11));
 }
 
 #[test]
-fn a_step_of_attention_makes_no_new_plans() {
+fn attention_steps_create_no_new_plans() {
     let descriptors = |steps: u64| {
         let calls = run(&format!("attention steps {steps}"), 1, "in-order", 1, None, &[]).calls;
         assert_eq!(calls["cudnnBackendExecute"], 2 * steps);
         (calls["cudnnBackendCreateDescriptor"], calls["cudnnCreate"])
     };
-    let ((few, _), (many, handles)) = (descriptors(5), descriptors(25));
-    // What binds addresses is a descriptor, too.
-    assert_eq!((many - few, handles), (2 * 20, 1));
+    let ((short_run, _), (long_run, handles)) = (descriptors(5), descriptors(25));
+    // Each execution creates one descriptor, which binds addresses.
+    assert_eq!((long_run - short_run, handles), (2 * 20, 1));
 }

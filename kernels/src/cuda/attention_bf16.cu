@@ -1,11 +1,11 @@
-// Causal attention and its gradient in bf16 on tensor cores: wmma 16x16x16 with sums in float. The same plan as
-// attention_f32.cu: no stored scores, and a gradient of two kernels whose sums have one owner and order each.
+// Causal attention and its gradient in bf16 on tensor cores: wmma 16x16x16 with f32 sums. The design follows
+// attention_f32.cu: scores are not stored, and the gradient is two kernels in which each sum has one owner and a fixed
+// order.
 //
-// A block is four warps with 16 rows of its 64 each. Where the elements of a sum lie in a fragment is not specified, so
-// each warp learns it once, by loading a matrix of numbered elements; that tells each element's row and column. Then
-// masks, exponentials and factors of rows need no detour through shared memory; only what crosses rows does (the
-// softmax's sums), and what becomes an operand again (probabilities).
-// D is the head's depth rounded up to what is compiled; the dims in between are zeros in shared memory.
+// A block is four warps, each with 16 of its 64 rows. The position of an element in a fragment is unspecified, so each
+// warp determines it once by loading a matrix of numbered elements. Masks, exponentials and row factors then need no
+// detour through shared memory; only values that cross rows (the softmax sums) and new operands (probabilities) do. D
+// is the head's depth rounded up to a compiled depth; the extra dims are zeros in shared memory.
 
 #include <mma.h>
 
@@ -22,21 +22,21 @@ using nvcuda::wmma::row_major;
 
 #define ROWS 64
 #define THREADS 128
-// Rows of a tile are this much longer than D: eight of them lie in different banks, and stay 16-byte aligned.
+// Padding of a tile row beyond D: eight rows then lie in different banks and stay 16-byte aligned.
 #define PAD 8
-// Elements from row to row of the 16 columns of probabilities in the backward pass.
+// Row pitch of the 16 columns of probabilities in the backward pass, in elements.
 #define P_PITCH 24
-// The same of a warp's 64 scores, and of its 64 probabilities, in the forward pass.
+// Row pitch of a warp's 64 scores and 64 probabilities in the forward pass, in elements.
 #define S_PITCH 72
 #define LOG2_E 1.4426950408889634f
 #define LN_2 0.6931471805599453f
 
 typedef fragment<accumulator, 16, 16, 16, float> Sums;
-// Of a matrix whose rows are the product's rows.
+// Left operand: its rows are the product's rows.
 typedef fragment<matrix_a, 16, 16, 16, bf16, row_major> Left;
-// Of a matrix whose rows are the product's summed index.
+// Right operand: its rows are the summed index.
 typedef fragment<matrix_b, 16, 16, 16, bf16, row_major> Right;
-// Of a matrix whose rows are the product's columns.
+// Right operand, transposed: its rows are the product's columns.
 typedef fragment<matrix_b, 16, 16, 16, bf16, col_major> RightTransposed;
 
 static_assert(Sums::num_elements == 8, "a warp holds 256 sums");
@@ -50,8 +50,8 @@ struct IsSame<A, A> {
     static constexpr bool value = true;
 };
 
-// load_matrix_sync from shared memory. On a GPU by the very instruction that it stands for, with the address space that
-// NVRTC loses for bf16: without it each operand comes by four generic loads instead of one `ldmatrix`.
+// load_matrix_sync from shared memory. On a GPU, issues its instruction directly, with the address space that NVRTC
+// loses for bf16: otherwise each operand takes four generic loads instead of one `ldmatrix`.
 template <class F>
 INLINE void load_shared(F& to, const bf16* from, u32 pitch) {
 #if defined(__CUDA_ARCH__) && !defined(SOFTWARE_CUDA)
@@ -75,11 +75,11 @@ INLINE void load_shared(F& to, const bf16* from, u32 pitch) {
 }
 
 // Row and column of each of a lane's eight elements of a sum, four bits each.
-struct Map {
+struct FragmentMap {
     u32 rows, columns;
 
-    // `scratch` is 1 KiB of the warp's own, 32-byte aligned.
-    INLINE Map(float* scratch) {
+    // `scratch` is 1 KiB of shared memory owned by the warp, 32-byte aligned.
+    INLINE FragmentMap(float* scratch) {
         for (int i = threadIdx.x % 32; i < 256; i += 32) scratch[i] = (float)i;
         __syncwarp();
         Sums numbers;
@@ -98,20 +98,20 @@ struct Map {
     INLINE int column(int e) const { return columns >> (4 * e) & 15; }
 };
 
-// Where the rows of one (batch, head) lie in a tensor [b, t, h, d].
-struct Item {
+// Offset and stride of the rows of one (batch, head) in a tensor [b, t, h, d].
+struct HeadRows {
     i64 first, step;
 
-    INLINE Item(i64 item, i64 time, int heads, int depth) {
+    INLINE HeadRows(i64 item, i64 time, int heads, int depth) {
         const i64 batch = item / heads, head = item % heads;
         step = (i64)heads * depth;
         first = batch * time * step + head * depth;
     }
 };
 
-// Rows begin.. of an item; zeros past the last row and past `depth`. `whole`: 16 bytes at a time.
+// Loads rows begin.. of one (batch, head); zeros after the last row and after `depth`. `whole`: 16 bytes at a time.
 template <int D>
-INLINE void load_tile(bf16* tile, const bf16* x, Item item, i64 begin, i64 time, int depth, bool whole) {
+INLINE void load_tile(bf16* tile, const bf16* x, HeadRows item, i64 begin, i64 time, int depth, bool whole) {
     constexpr int PACKS = D / 8;
 #pragma unroll
     for (int p = threadIdx.x; p < ROWS * PACKS; p += THREADS) {
@@ -137,7 +137,7 @@ INLINE void load_tile(bf16* tile, const bf16* x, Item item, i64 begin, i64 time,
     }
 }
 
-// A warp's 16 rows of a tile, as operands on the left: kept in registers, or loaded at each use where D makes them many.
+// A warp's 16 rows of a tile as left operands: kept in registers, or loaded at each use if D is large.
 template <int D>
 struct Rows {
     static constexpr bool KEPT = D <= 64;
@@ -151,7 +151,7 @@ struct Rows {
         }
     }
 
-    // The products of these rows with 16 rows of a tile.
+    // Dot products of these rows with 16 rows of a tile.
     INLINE void dots(Sums& sums, const bf16* tile) const {
         fill_fragment(sums, 0.0f);
 #pragma unroll
@@ -180,10 +180,10 @@ INLINE void add_product(Sums (&sums)[D / 16], const Left& p, const bf16* tile) {
     }
 }
 
-// Writes a warp's 16 rows from row `begin` on, as floats where `wide`, which only what travels between devices is.
+// Writes a warp's 16 rows from row `begin` on, as f32 if `wide`, which is so only for data sent between devices.
 template <int D, class F>
-INLINE void write_rows(void* out, int wide, const Sums (&sums)[D / 16], Item item, i64 begin, i64 time, int depth,
-                       Map map, F factor) {
+INLINE void write_rows(void* out, int wide, const Sums (&sums)[D / 16], HeadRows item, i64 begin, i64 time, int depth,
+                       FragmentMap map, F factor) {
 #pragma unroll
     for (int e = 0; e < 8; e++) {
         const i64 row = begin + map.row(e);
@@ -197,19 +197,19 @@ INLINE void write_rows(void* out, int wide, const Sums (&sums)[D / 16], Item ite
     }
 }
 
-// The softmax of a warp's 16 rows of 64 scores so far: two lanes share a row, each with every other four columns.
+// Running softmax of a warp's 16 rows of 64 scores: two lanes share a row, each with alternate groups of four columns.
 struct Softmax {
-    // In powers of two.
+    // `best` is a base-2 exponent; `total` is relative to 2^best.
     float best, total;
 
-    // Turns scores into probabilities over 2^best; `past` is how many of the columns are not in the future. What the
-    // sums before it are to be multiplied by is returned.
+    // Converts scores to probabilities over 2^best; `past` is the number of columns that are not in the future. Returns
+    // the factor for the earlier sums.
     INLINE float add(const float* scores, bf16* p, float factor, i64 past) {
         const int half = threadIdx.x % 2;
         float values[8][4], most = best;
 #pragma unroll
         for (int k = 0; k < 8; k++) {
-            // What lies wholly in the future was not computed.
+            // Scores entirely in the future were not computed.
             if (8 * k + 4 * half < past) load<4>(values[k], scores + 8 * k + 4 * half);
 #pragma unroll
             for (int j = 0; j < 4; j++) {
@@ -219,7 +219,7 @@ struct Softmax {
             }
         }
         most = larger(most, __shfl_xor_sync(ALL_LANES, most, 1));
-        // Of nothing but minus infinities there is no difference yet.
+        // All scores so far are -Inf; avoid -Inf - -Inf.
         const float base = most == MINUS_INFINITY ? 0.0f : most;
         const float correction = exp2f(best - base);
         float sum = 0.0f;
@@ -253,10 +253,10 @@ INLINE void attention(const bf16* q, const bf16* k, const bf16* v, void* o, int 
     factors += warp * 16;
 
     const i64 number = blockIdx.x / blocks, begin = (blocks - 1 - blockIdx.x % blocks) * ROWS;
-    const i64 own = begin + warp * 16;
-    const Item item(number, time, heads, depth);
+    const i64 first_row = begin + warp * 16;
+    const HeadRows item(number, time, heads, depth);
     const bool whole = depth % 8 == 0 && aligned(q) && aligned(k) && aligned(v);
-    const Map map(scores);
+    const FragmentMap map(scores);
     Left q_rows[D / 16];
     load_tile<D>(k_tile, q, item, begin, time, depth, whole);
     __syncthreads();
@@ -271,8 +271,8 @@ INLINE void attention(const bf16* q, const bf16* k, const bf16* v, void* o, int 
         load_tile<D>(k_tile, k, item, key, time, depth, whole);
         load_tile<D>(v_tile, v, item, key, time, depth, whole);
         __syncthreads();
-        // 16 columns each; those behind the warp's last query are left out.
-        const int tiles = own - key < 48 ? (int)(own - key) / 16 + 1 : 4;
+        // 16 columns each, without those after the warp's last query.
+        const int tiles = first_row - key < 48 ? (int)(first_row - key) / 16 + 1 : 4;
         for (int t = 0; t < tiles; t++) {
             Sums dots;
             fill_fragment(dots, 0.0f);
@@ -287,7 +287,7 @@ INLINE void attention(const bf16* q, const bf16* k, const bf16* v, void* o, int 
         __syncwarp();
         const int row = lane / 2;
         const float correction =
-            softmax.add(scores + row * S_PITCH, p + row * S_PITCH, scale * LOG2_E, own + row + 1 - key);
+            softmax.add(scores + row * S_PITCH, p + row * S_PITCH, scale * LOG2_E, first_row + row + 1 - key);
         if (lane % 2 == 0) factors[row] = correction;
         __syncwarp();
 #pragma unroll
@@ -301,19 +301,19 @@ INLINE void attention(const bf16* q, const bf16* k, const bf16* v, void* o, int 
             load_shared(left, p + t * 16, S_PITCH);
             add_product<D>(sums, left, v_tile + t * 16 * PITCH);
         }
-        // Scores, probabilities and factors have been read.
+        // Scores, probabilities and factors may be overwritten after this.
         __syncwarp();
     }
     if (lane % 2 == 0) {
         factors[lane / 2] = 1.0f / softmax.total;
-        const i64 row = own + lane / 2;
+        const i64 row = first_row + lane / 2;
         if (row < time) lse[number * time + row] = (softmax.best + log2f(softmax.total)) * LN_2;
     }
     __syncwarp();
-    write_rows<D>(o, o_wide, sums, item, own, time, depth, map, [=](int row) { return factors[row]; });
+    write_rows<D>(o, o_wide, sums, item, first_row, time, depth, map, [=](int row) { return factors[row]; });
 }
 
-// What the backward kernels have of each row of queries: lse in powers of two, and delta.
+// Loads the backward kernels' values per query row: base-2 lse, and delta.
 INLINE void load_statistics(float2* statistics, const float* lse, const float* delta, i64 first, i64 begin, i64 time) {
     for (int i = threadIdx.x; i < ROWS; i += THREADS) {
         const i64 row = begin + i;
@@ -322,7 +322,8 @@ INLINE void load_statistics(float2* statistics, const float* lse, const float* d
     }
 }
 
-// dk = scale ds' q and dv = p' do of a block of keys. Tiles are transposed: a warp has 16 keys, and queries are columns.
+// dk = scale ds' q and dv = p' do for a block of keys. Tiles are transposed: a warp has 16 keys, and queries are
+// columns.
 template <int D>
 INLINE void attention_grad_keys(const bf16* d_o, const bf16* q, const bf16* k, const bf16* v, const float* lse,
                                 const float* delta, void* dk, int dk_wide, void* dv, int dv_wide, i64 time, int heads,
@@ -339,10 +340,10 @@ INLINE void attention_grad_keys(const bf16* d_o, const bf16* q, const bf16* k, c
     float2* statistics = reinterpret_cast<float2*>(do_tile + ROWS * PITCH + 4 * 2 * 16 * P_PITCH);
 
     const i64 number = blockIdx.x / blocks, begin = blockIdx.x % blocks * ROWS;
-    const i64 own = begin + warp * 16;
-    const Item item(number, time, heads, depth);
+    const i64 first_row = begin + warp * 16;
+    const HeadRows item(number, time, heads, depth);
     const bool whole = depth % 8 == 0 && aligned(d_o) && aligned(q) && aligned(k) && aligned(v);
-    const Map map(reinterpret_cast<float*>(p));
+    const FragmentMap map(reinterpret_cast<float*>(p));
     load_tile<D>(k_tile, k, item, begin, time, depth, whole);
     load_tile<D>(v_tile, v, item, begin, time, depth, whole);
     __syncthreads();
@@ -360,8 +361,8 @@ INLINE void attention_grad_keys(const bf16* d_o, const bf16* q, const bf16* k, c
         load_statistics(statistics, lse, delta, number * time, query, time);
         __syncthreads();
         for (int t = 0; t < 4; t++) {
-            // The last of these queries comes before the first of these keys.
-            if (query + t * 16 + 15 < own) continue;
+            // All these queries precede all these keys.
+            if (query + t * 16 + 15 < first_row) continue;
             Sums scores, dp;
             k_rows.dots(scores, q_tile + t * 16 * PITCH);
             v_rows.dots(dp, do_tile + t * 16 * PITCH);
@@ -369,7 +370,7 @@ INLINE void attention_grad_keys(const bf16* d_o, const bf16* q, const bf16* k, c
             for (int e = 0; e < 8; e++) {
                 const int column = t * 16 + map.column(e), place = map.row(e) * P_PITCH + map.column(e);
                 const float2 row = statistics[column];
-                const bool past = query + column < time && own + map.row(e) <= query + column;
+                const bool past = query + column < time && first_row + map.row(e) <= query + column;
                 const float probability = past ? exp2f(scores.x[e] * (scale * LOG2_E) - row.x) : 0.0f;
                 narrow(&p[place], probability);
                 narrow(&ds[place], past ? probability * (dp.x[e] - row.y) : 0.0f);
@@ -380,15 +381,15 @@ INLINE void attention_grad_keys(const bf16* d_o, const bf16* q, const bf16* k, c
             add_product<D>(dv_sums, left, do_tile + t * 16 * PITCH);
             load_shared(left, ds, P_PITCH);
             add_product<D>(dk_sums, left, q_tile + t * 16 * PITCH);
-            // Probabilities have been read.
+            // Probabilities may be overwritten after this.
             __syncwarp();
         }
     }
-    write_rows<D>(dk, dk_wide, dk_sums, item, own, time, depth, map, [=](int) { return scale; });
-    write_rows<D>(dv, dv_wide, dv_sums, item, own, time, depth, map, [](int) { return 1.0f; });
+    write_rows<D>(dk, dk_wide, dk_sums, item, first_row, time, depth, map, [=](int) { return scale; });
+    write_rows<D>(dv, dv_wide, dv_sums, item, first_row, time, depth, map, [](int) { return 1.0f; });
 }
 
-// dq = scale ds k of a block of queries.
+// dq = scale ds k for a block of queries.
 template <int D>
 INLINE void attention_grad_queries(const bf16* d_o, const bf16* q, const bf16* k, const bf16* v, const float* lse,
                                    const float* delta, void* dq, int dq_wide, i64 time, int heads, int depth,
@@ -404,10 +405,10 @@ INLINE void attention_grad_queries(const bf16* d_o, const bf16* q, const bf16* k
     float2* statistics = reinterpret_cast<float2*>(v_tile + ROWS * PITCH + 4 * 2 * 16 * P_PITCH);
 
     const i64 number = blockIdx.x / blocks, begin = (blocks - 1 - blockIdx.x % blocks) * ROWS;
-    const i64 own = begin + warp * 16;
-    const Item item(number, time, heads, depth);
+    const i64 first_row = begin + warp * 16;
+    const HeadRows item(number, time, heads, depth);
     const bool whole = depth % 8 == 0 && aligned(d_o) && aligned(q) && aligned(k) && aligned(v);
-    const Map map(reinterpret_cast<float*>(ds));
+    const FragmentMap map(reinterpret_cast<float*>(ds));
     load_tile<D>(q_tile, q, item, begin, time, depth, whole);
     load_tile<D>(do_tile, d_o, item, begin, time, depth, whole);
     load_statistics(statistics, lse, delta, number * time, begin, time);
@@ -422,28 +423,28 @@ INLINE void attention_grad_queries(const bf16* d_o, const bf16* q, const bf16* k
         load_tile<D>(v_tile, v, item, key, time, depth, whole);
         __syncthreads();
         for (int t = 0; t < 4; t++) {
-            // The first of these keys comes behind the last of these queries.
-            if (key + t * 16 > own + 15) break;
+            // All these keys follow all these queries.
+            if (key + t * 16 > first_row + 15) break;
             Sums scores, dp;
             q_rows.dots(scores, k_tile + t * 16 * PITCH);
             do_rows.dots(dp, v_tile + t * 16 * PITCH);
 #pragma unroll
             for (int e = 0; e < 8; e++) {
                 const int row = map.row(e);
-                const float2 of_row = statistics[warp * 16 + row];
-                const bool past = key + t * 16 + map.column(e) <= own + row;
-                const float probability = exp2f(scores.x[e] * (scale * LOG2_E) - of_row.x);
-                narrow(&ds[row * P_PITCH + map.column(e)], past ? probability * (dp.x[e] - of_row.y) : 0.0f);
+                const float2 row_statistics = statistics[warp * 16 + row];
+                const bool past = key + t * 16 + map.column(e) <= first_row + row;
+                const float probability = exp2f(scores.x[e] * (scale * LOG2_E) - row_statistics.x);
+                narrow(&ds[row * P_PITCH + map.column(e)], past ? probability * (dp.x[e] - row_statistics.y) : 0.0f);
             }
             __syncwarp();
             Left left;
             load_shared(left, ds, P_PITCH);
             add_product<D>(sums, left, k_tile + t * 16 * PITCH);
-            // Probabilities have been read.
+            // Probabilities may be overwritten after this.
             __syncwarp();
         }
     }
-    write_rows<D>(dq, dq_wide, sums, item, own, time, depth, map, [=](int) { return scale; });
+    write_rows<D>(dq, dq_wide, sums, item, first_row, time, depth, map, [=](int) { return scale; });
 }
 
 extern "C" __global__ void __launch_bounds__(128)

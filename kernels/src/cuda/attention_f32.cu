@@ -1,28 +1,29 @@
-// Causal attention and its gradient on floats: tiles in shared memory, sums in registers, scores nowhere else.
-// Dao et al. 2022, https://arxiv.org/abs/2205.14135. The gradient recomputes the probabilities from lse and is two
-// kernels, one by blocks of keys (dk, dv) and one by blocks of queries (dq), so that each sum has one owner and order.
+// Causal attention and its gradient in f32: tiles in shared memory, sums in registers; scores are not stored. Dao et
+// al. 2022, https://arxiv.org/abs/2205.14135. The gradient recomputes the probabilities from lse in two kernels, one by
+// blocks of keys (dk, dv) and one by blocks of queries (dq), so that each sum has one owner and a fixed order.
 //
-// A block is 256 threads, thought of as 16 by 16: thread (x, y) has rows y * R + i and columns x + 16 j of a tile.
-// D is the head's depth rounded up to what is compiled; the dims in between are zeros in shared memory.
-// A block's number is item * blocks + block, where an item is a (batch, head); blocks with the most work come first.
+// A block is 256 threads, viewed as 16 by 16: thread (x, y) has rows y * R + i and columns x + 16 j of a tile. D is the
+// head's depth rounded up to a compiled depth; the extra dims are zeros in shared memory.
+// A block's index is item * blocks + block, where an item is a (batch, head); blocks with the most work come first.
 
-// Rows of a tile are this much longer than D, so that 16 of them lie in different banks.
+// Padding of a tile row beyond D: 16 rows then lie in different banks.
 #define PAD 4
 
-// Where the rows of one (batch, head) lie in a tensor [b, t, h, d].
-struct Item {
+// Offset and stride of the rows of one (batch, head) in a tensor [b, t, h, d].
+struct HeadRows {
     i64 first, step;
 
-    INLINE Item(i64 item, i64 time, int heads, int depth) {
+    INLINE HeadRows(i64 item, i64 time, int heads, int depth) {
         const i64 batch = item / heads, head = item % heads;
         step = (i64)heads * depth;
         first = batch * time * step + head * depth;
     }
 };
 
-// Rows begin.. of an item; zeros past the last row and past `depth`. `whole`: four adjacent elements at a time.
+// Loads rows begin.. of one (batch, head); zeros after the last row and after `depth`. `whole`: four adjacent elements
+// at a time.
 template <int D, int ROWS>
-INLINE void load_tile(float* tile, const float* x, Item item, i64 begin, i64 time, int depth, bool whole) {
+INLINE void load_tile(float* tile, const float* x, HeadRows item, i64 begin, i64 time, int depth, bool whole) {
     constexpr int PACKS = D / 4;
     for (int p = threadIdx.x; p < ROWS * PACKS; p += 256) {
         const int row = p / PACKS, column = p % PACKS * 4;
@@ -39,7 +40,8 @@ INLINE void load_tile(float* tile, const float* x, Item item, i64 begin, i64 tim
     }
 }
 
-// sums[i][j] += dot of row i of a with row j of b, over K dims; a begins at the thread's first row, b at its first column's.
+// sums[i][j] += dot of row i of a and row j of b, over K dims; a begins at the thread's first row, b at its first
+// column's.
 template <int K, int R, int C>
 INLINE void add_dots(float (&sums)[R][C], const float* a, int a_pitch, const float* b, int b_pitch) {
 #pragma unroll 4
@@ -98,7 +100,7 @@ INLINE void add_transposed_product(float (&sums)[4][C], const float* a, int a_pi
 
 // Writes a thread's part of a tile of rows begin + y * 4 + i.
 template <int C>
-INLINE void write_rows(float* out, const float (&values)[4][C], Item item, i64 begin, i64 time, int depth,
+INLINE void write_rows(float* out, const float (&values)[4][C], HeadRows item, i64 begin, i64 time, int depth,
                        const float (&factors)[4]) {
     const int x = threadIdx.x % 16, y = threadIdx.x / 16;
 #pragma unroll
@@ -127,7 +129,7 @@ INLINE void attention(const float* q, const float* k, const float* v, float* o, 
     float* p_tile = v_tile + KEYS * PITCH;
     const int x = threadIdx.x % 16, y = threadIdx.x / 16;
     const i64 number = blockIdx.x / blocks, begin = (blocks - 1 - blockIdx.x % blocks) * QUERIES;
-    const Item item(number, time, heads, depth);
+    const HeadRows item(number, time, heads, depth);
     const bool whole = depth % 4 == 0 && aligned(q) && aligned(k) && aligned(v);
     load_tile<D, QUERIES>(q_tile, q, item, begin, time, depth, whole);
     float sums[4][C] = {}, maxima[4], totals[4] = {};
@@ -151,7 +153,7 @@ INLINE void attention(const float* q, const float* k, const float* v, float* o, 
                 best = larger(best, scores[i][j]);
             }
             best = warp_max<ROW_LANES>(best);
-            // Of nothing but minus infinities there is no difference yet.
+            // All scores so far are -Inf; avoid -Inf - -Inf.
             const float base = best == MINUS_INFINITY ? 0.0f : best;
             const float correction = expf(maxima[i] - base);
             maxima[i] = best;
@@ -166,7 +168,7 @@ INLINE void attention(const float* q, const float* k, const float* v, float* o, 
 #pragma unroll
             for (int j = 0; j < C; j++) sums[i][j] *= correction;
         }
-        // A row of p_tile is written and read by the same half of a warp.
+        // The same half warp writes and reads a row of p_tile.
         __syncwarp();
         add_product<KEYS>(sums, p_tile + y * 4 * P_PITCH, P_PITCH, v_tile + x, PITCH);
     }
@@ -180,8 +182,8 @@ INLINE void attention(const float* q, const float* k, const float* v, float* o, 
     write_rows(o, sums, item, begin, time, depth, factors);
 }
 
-// dk = scale ds' q and dv = p' do of a block of keys, over all blocks of queries from it on, with
-// p = e^(scale s - lse) and ds = p (do v' - delta), delta being the row sums of do o.
+// dk = scale ds' q and dv = p' do for a block of keys, over its own and all later blocks of queries, with p = e^(scale
+// s - lse) and ds = p (do v' - delta), where delta are the row sums of do * o.
 template <int D>
 INLINE void attention_grad_keys(const float* d_o, const float* q, const float* k, const float* v, const float* lse,
                                 const float* delta, float* dk, float* dv, i64 time, int heads, int depth, i64 blocks,
@@ -196,7 +198,7 @@ INLINE void attention_grad_keys(const float* d_o, const float* q, const float* k
     float* ds_tile = p_tile + QUERIES * P_PITCH;
     const int x = threadIdx.x % 16, y = threadIdx.x / 16;
     const i64 number = blockIdx.x / blocks, begin = blockIdx.x % blocks * KEYS;
-    const Item item(number, time, heads, depth);
+    const HeadRows item(number, time, heads, depth);
     const bool whole = depth % 4 == 0 && aligned(d_o) && aligned(q) && aligned(k) && aligned(v);
     load_tile<D, KEYS>(k_tile, k, item, begin, time, depth, whole);
     load_tile<D, KEYS>(v_tile, v, item, begin, time, depth, whole);
@@ -231,7 +233,7 @@ INLINE void attention_grad_keys(const float* d_o, const float* q, const float* k
     write_rows(dv, dv_sums, item, begin, time, depth, {1.0f, 1.0f, 1.0f, 1.0f});
 }
 
-// dq = scale ds k of a block of queries.
+// dq = scale ds k for a block of queries.
 template <int D>
 INLINE void attention_grad_queries(const float* d_o, const float* q, const float* k, const float* v, const float* lse,
                                    const float* delta, float* dq, i64 time, int heads, int depth, i64 blocks,
@@ -245,7 +247,7 @@ INLINE void attention_grad_queries(const float* d_o, const float* q, const float
     float* ds_tile = v_tile + KEYS * PITCH;
     const int x = threadIdx.x % 16, y = threadIdx.x / 16;
     const i64 number = blockIdx.x / blocks, begin = (blocks - 1 - blockIdx.x % blocks) * QUERIES;
-    const Item item(number, time, heads, depth);
+    const HeadRows item(number, time, heads, depth);
     const bool whole = depth % 4 == 0 && aligned(d_o) && aligned(q) && aligned(k) && aligned(v);
     load_tile<D, QUERIES>(q_tile, q, item, begin, time, depth, whole);
     load_tile<D, QUERIES>(do_tile, d_o, item, begin, time, depth, whole);
@@ -276,7 +278,7 @@ INLINE void attention_grad_queries(const float* d_o, const float* q, const float
                 ds_tile[(y * 4 + i) * P_PITCH + x + 16 * j] = past ? p * (dp[i][j] - row_delta[i]) : 0.0f;
             }
         }
-        // As in `attention`.
+        // See `attention`.
         __syncwarp();
         add_product<KEYS>(sums, ds_tile + y * 4 * P_PITCH, P_PITCH, k_tile + x, PITCH);
     }

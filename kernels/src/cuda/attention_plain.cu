@@ -1,7 +1,7 @@
-// Causal attention for heads of any depth, a warp for each row, and the row sums that every backward pass begins with.
-// Slow, and right: the tiled kernels take the depths that models have. What they write is floats where `.._wide`, else bf16.
+// Causal attention for heads of any depth, one warp per row, and the row sums with which every backward pass begins.
+// Slow but correct; the tiled kernels cover the depths of common models. Outputs are f32 if `.._wide`, else bf16.
 
-// Where row `row` of item `item`, a (batch, head), begins in a tensor [b, t, h, d].
+// Offset of row `row` of item `item`, a (batch, head), in a tensor [b, t, h, d].
 INLINE i64 row_start(i64 item, i64 row, i64 time, int heads, i64 depth) {
     return ((item / heads * time + row) * heads + item % heads) * depth;
 }
@@ -13,7 +13,7 @@ INLINE float warp_dot(const T* a, const T* b, i64 depth) {
     return warp_sum(sum);
 }
 
-// Columns that a lane sums at once, 32 apart; heads deeper than 32 times as many go through the rows again.
+// Columns that a lane sums at once, 32 apart; deeper heads take several passes over the rows.
 #define LANE_COLUMNS 8
 
 // sums += factor * row, in the columns from `begin` on.
@@ -26,7 +26,7 @@ INLINE void add_columns(float (&sums)[LANE_COLUMNS], float factor, const T* row,
     }
 }
 
-// To the row that begins at element `start`.
+// Writes to the row that begins at element `start`.
 INLINE void write_columns(void* to, bool wide, i64 start, const float (&sums)[LANE_COLUMNS], float factor, i64 begin,
                           i64 depth) {
 #pragma unroll
@@ -103,12 +103,12 @@ INLINE void attention_grad_queries_plain(const T* d_o, const T* q, const T* k, c
     }
 }
 
-// delta [b, h, t]: the row sums of do o.
+// delta [b, h, t]: the row sums of do * o.
 template <class T>
 INLINE void attention_delta(const T* d_o, const T* o, float* delta, i64 rows, i64 time, int heads, i64 depth) {
     const i64 warp = global_thread() / 32;
     if (warp >= rows) return;
-    // In the order of the tensors' rows, [b, t, h], so that neighbours read neighbours.
+    // In the order of the tensors' rows, [b, t, h], so that adjacent warps read adjacent rows.
     const i64 head = warp % heads, row = warp / heads % time, batch = warp / heads / time;
     const float sum = warp_dot(d_o + warp * depth, o + warp * depth, depth);
     if (threadIdx.x % 32 == 0) delta[(batch * heads + head) * time + row] = sum;

@@ -1,5 +1,5 @@
-//! Products on cuBLASLt. A product's descriptors and algorithm are made once for its shape and alignment, and kept by the
-//! stream that uses them; the workspace is the launch's.
+//! Matrix products on cuBLASLt. Each stream caches one plan (descriptors and algorithm) per shape and alignment; the
+//! workspace belongs to the launch.
 #![allow(unsafe_code)]
 
 use std::collections::HashMap;
@@ -14,24 +14,24 @@ use super::gpu::Gpu;
 use super::step::{Element, Epilogue, Matrix, Product};
 use crate::error::KernelError;
 
-/// Alignment that the fastest algorithms ask for.
+/// Address alignment, in bytes, that the fastest algorithms require.
 const ALIGNMENT_MAX: u32 = 16;
 
-/// The library's handle.
+/// The cuBLASLt handle.
 #[derive(Debug)]
 pub(crate) struct Blas {
     handle: Raw<sys::cublasLtHandle_t>,
     context: Arc<Context>,
 }
 
-/// One stream's plans.
+/// The cached plans of one stream.
 #[derive(Debug)]
-pub(crate) struct Plans {
+pub(crate) struct ProductPlans {
     by_key: HashMap<Key, Plan>,
     blas: Arc<Blas>,
 }
 
-/// All of a product that its plan depends on.
+/// Everything that determines the plan of a product.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 struct Key {
     dims: [u64; 3],
@@ -40,7 +40,7 @@ struct Key {
     b: Shape,
     d: Shape,
     batch: i32,
-    adds: bool,
+    accumulates: bool,
     epilogue: u8,
     /// Of a, b and d, in bytes.
     alignment: [u32; 3],
@@ -71,16 +71,16 @@ struct Plan {
     algorithm: sys::cublasLtMatmulAlgo_t,
 }
 
-/// Where a product's operands lie on the device.
+/// Device addresses of a product's operands.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Addresses {
     pub(crate) a: u64,
     pub(crate) b: u64,
     pub(crate) d: u64,
-    /// Of the epilogue, 0 where it has none.
+    /// Epilogue operands; 0 if unused.
     pub(crate) bias: u64,
     pub(crate) aux: u64,
-    /// With [`Product::workspace_bytes`].
+    /// Holds [`Product::workspace_bytes`] bytes.
     pub(crate) workspace: u64,
 }
 
@@ -88,14 +88,14 @@ fn check(status: cublasStatus_t, call: &'static str, place: &str) -> Result<(), 
     if status == cublasStatus_t::CUBLAS_STATUS_SUCCESS {
         return Ok(());
     }
-    // SAFETY: both give static texts.
+    // SAFETY: both return static strings.
     let (name, text) =
         unsafe { (static_text(sys::cublasLtGetStatusName(status)), static_text(sys::cublasLtGetStatusString(status))) };
     Err(KernelError::Cuda { place: place.to_owned(), call, code: status as u32, name, text })
 }
 
 impl Blas {
-    /// The library is there, and the context is bound.
+    /// Requires the library to be loaded and the context to be bound.
     pub(crate) fn new(context: &Arc<Context>) -> Result<Self, KernelError> {
         let mut handle = std::ptr::null_mut();
         // SAFETY: writes a handle to a local.
@@ -107,72 +107,72 @@ impl Blas {
 impl Drop for Blas {
     fn drop(&mut self) {
         if self.context.bind_to_drop() {
-            // SAFETY: made in `new`, destroyed once.
+            // SAFETY: created in `new`, destroyed once.
             let _ = unsafe { sys::cublasLtDestroy(self.handle.0) };
         }
     }
 }
 
-impl Plans {
-    /// The context is bound.
+impl ProductPlans {
+    /// Requires the context to be bound.
     pub(crate) fn new(gpu: &Gpu) -> Result<Self, KernelError> {
         Ok(Self { by_key: HashMap::new(), blas: gpu.blas()? })
     }
 
-    /// Has a product's plan made, for addresses of these alignments. The context is bound.
-    pub(crate) fn prepare(&mut self, product: &Product, at: &Addresses, place: &str) -> Result<(), KernelError> {
-        Self::plan(&mut self.by_key, &self.blas, product, at, place).map(|_| ())
+    /// Creates the plan of a product for addresses with these alignments. Requires the context to be bound.
+    pub(crate) fn prepare(&mut self, product: &Product, addresses: &Addresses, place: &str) -> Result<(), KernelError> {
+        Self::plan(&mut self.by_key, &self.blas, product, addresses, place).map(|_| ())
     }
 
     fn plan<'a>(
         by_key: &'a mut HashMap<Key, Plan>,
         blas: &Blas,
         product: &Product,
-        at: &Addresses,
+        addresses: &Addresses,
         place: &str,
     ) -> Result<&'a Plan, KernelError> {
-        let key = Key::of(product, at);
+        let key = Key::of(product, addresses);
         Ok(match by_key.entry(key) {
             Entry::Occupied(known) => known.into_mut(),
-            Entry::Vacant(new) => new.insert(Plan::new(blas, product, at, &key, place)?),
+            Entry::Vacant(new) => new.insert(Plan::new(blas, product, addresses, &key, place)?),
         })
     }
 
-    /// Puts a product on a stream. The context is bound.
+    /// Enqueues a product on a stream. Requires the context to be bound.
     pub(crate) fn issue(
         &mut self,
         product: &Product,
-        at: &Addresses,
+        addresses: &Addresses,
         stream: Raw<cudarc::driver::sys::CUstream>,
         place: &str,
     ) -> Result<(), KernelError> {
-        let plan = Self::plan(&mut self.by_key, &self.blas, product, at, place)?;
+        let plan = Self::plan(&mut self.by_key, &self.blas, product, addresses, place)?;
         use sys::cublasLtMatmulDescAttributes_t::{
             CUBLASLT_MATMUL_DESC_BIAS_POINTER as BIAS, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER as AUX,
         };
-        for (attribute, address) in [(BIAS, at.bias), (AUX, at.aux)] {
+        for (attribute, address) in [(BIAS, addresses.bias), (AUX, addresses.aux)] {
             if address != 0 {
                 set(plan.description, attribute, &address, place)?;
             }
         }
-        // SAFETY: the plan's parts are live; addresses are of device memory that holds the matrices, which whoever binds
-        // the launch has checked; alpha and beta are read before the call returns.
+        // SAFETY: the plan's handles are live; `Bound` has checked that the addresses are device memory that holds the
+        // matrices; alpha and beta are read before the call returns.
         let status = unsafe {
             sys::cublasLtMatmul(
                 self.blas.handle.0,
                 plan.description.0,
                 (&raw const product.alpha).cast(),
-                at.a as *const c_void,
+                addresses.a as *const c_void,
                 plan.a.0,
-                at.b as *const c_void,
+                addresses.b as *const c_void,
                 plan.b.0,
                 (&raw const product.beta).cast(),
-                at.d as *const c_void,
+                addresses.d as *const c_void,
                 plan.d.0,
-                at.d as *mut c_void,
+                addresses.d as *mut c_void,
                 plan.d.0,
                 &plan.algorithm,
-                at.workspace as *mut c_void,
+                addresses.workspace as *mut c_void,
                 product.workspace_bytes(),
                 stream.0.cast(),
             )
@@ -186,7 +186,7 @@ fn alignment(address: u64) -> u32 {
 }
 
 impl Key {
-    fn of(product: &Product, at: &Addresses) -> Self {
+    fn of(product: &Product, addresses: &Addresses) -> Self {
         Self {
             dims: [product.m, product.n, product.k],
             transposed: [product.a_transposed, product.b_transposed],
@@ -194,7 +194,7 @@ impl Key {
             b: (&product.b).into(),
             d: (&product.d).into(),
             batch: product.batch,
-            adds: product.beta != 0.0,
+            accumulates: product.beta != 0.0,
             epilogue: match product.epilogue {
                 Epilogue::None => 0,
                 Epilogue::Bias(_) => 1,
@@ -204,7 +204,7 @@ impl Key {
                 Epilogue::GeluGrad { .. } => 5,
                 Epilogue::BiasGrad(_) => 6,
             },
-            alignment: [at.a, at.b, at.d].map(alignment),
+            alignment: [addresses.a, addresses.b, addresses.d].map(alignment),
         }
     }
 }
@@ -238,7 +238,7 @@ fn set<T>(
     value: &T,
     place: &str,
 ) -> Result<(), KernelError> {
-    // SAFETY: a live descriptor; `value` has the attribute's size, which the library checks.
+    // SAFETY: the descriptor is live; `value` has the attribute's size, which the library checks.
     let status = unsafe {
         sys::cublasLtMatmulDescSetAttribute(description.0, attribute, (&raw const *value).cast(), size_of::<T>())
     };
@@ -252,10 +252,10 @@ fn layout(matrix: &Matrix, batch: i32, place: &str) -> Result<Raw<sys::cublasLtM
     let mut layout = std::ptr::null_mut();
     let (element, leading) = (data_type(matrix.element), matrix.leading);
     // SAFETY: writes a handle to a local.
-    let made = unsafe { sys::cublasLtMatrixLayoutCreate(&mut layout, element, matrix.rows, matrix.columns, leading) };
-    check(made, "cublasLtMatrixLayoutCreate", place)?;
+    let status = unsafe { sys::cublasLtMatrixLayoutCreate(&mut layout, element, matrix.rows, matrix.columns, leading) };
+    check(status, "cublasLtMatrixLayoutCreate", place)?;
     if batch > 1 {
-        // SAFETY: a live layout; both values have the attributes' sizes, 4 and 8 bytes.
+        // SAFETY: the layout is live; both values have their attributes' sizes, 4 and 8 bytes.
         let status = unsafe {
             let count = sys::cublasLtMatrixLayoutSetAttribute(layout, COUNT, (&raw const batch).cast(), 4);
             let stride = (&raw const matrix.batch_stride).cast();
@@ -268,16 +268,16 @@ fn layout(matrix: &Matrix, batch: i32, place: &str) -> Result<Raw<sys::cublasLtM
 }
 
 impl Plan {
-    fn new(blas: &Blas, product: &Product, at: &Addresses, key: &Key, place: &str) -> Result<Self, KernelError> {
+    fn new(blas: &Blas, product: &Product, addresses: &Addresses, key: &Key, place: &str) -> Result<Self, KernelError> {
         use sys::cublasLtMatmulDescAttributes_t as Attribute;
         let mut description = std::ptr::null_mut();
         let (compute, scale) = (sys::cublasComputeType_t::CUBLAS_COMPUTE_32F, sys::cudaDataType_t::CUDA_R_32F);
         // SAFETY: writes a handle to a local.
-        let made = unsafe { sys::cublasLtMatmulDescCreate(&mut description, compute, scale) };
-        check(made, "cublasLtMatmulDescCreate", place)?;
+        let status = unsafe { sys::cublasLtMatmulDescCreate(&mut description, compute, scale) };
+        check(status, "cublasLtMatmulDescCreate", place)?;
         let description = Raw(description);
-        let transposed = |yes| {
-            if yes {
+        let transposed = |is_transposed| {
+            if is_transposed {
                 cudarc::cublas::sys::cublasOperation_t::CUBLAS_OP_T
             } else {
                 cudarc::cublas::sys::cublasOperation_t::CUBLAS_OP_N
@@ -286,11 +286,11 @@ impl Plan {
         set(description, Attribute::CUBLASLT_MATMUL_DESC_TRANSA, &transposed(product.a_transposed), place)?;
         set(description, Attribute::CUBLASLT_MATMUL_DESC_TRANSB, &transposed(product.b_transposed), place)?;
         set(description, Attribute::CUBLASLT_MATMUL_DESC_EPILOGUE, &epilogue(&product.epilogue), place)?;
-        if at.bias != 0 {
-            set(description, Attribute::CUBLASLT_MATMUL_DESC_BIAS_POINTER, &at.bias, place)?;
+        if addresses.bias != 0 {
+            set(description, Attribute::CUBLASLT_MATMUL_DESC_BIAS_POINTER, &addresses.bias, place)?;
         }
-        if at.aux != 0 {
-            set(description, Attribute::CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER, &at.aux, place)?;
+        if addresses.aux != 0 {
+            set(description, Attribute::CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER, &addresses.aux, place)?;
             set(description, Attribute::CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD, &product.d.leading, place)?;
         }
         let mut plan = Self {
@@ -304,7 +304,7 @@ impl Plan {
         Ok(plan)
     }
 
-    /// The library's first choice.
+    /// Returns the algorithm that the library's heuristic ranks first.
     fn choose(
         &self,
         blas: &Blas,
@@ -315,11 +315,11 @@ impl Plan {
         use sys::cublasLtMatmulPreferenceAttributes_t as Preference;
         let mut preference = std::ptr::null_mut();
         // SAFETY: writes a handle to a local.
-        let made = unsafe { sys::cublasLtMatmulPreferenceCreate(&mut preference) };
-        check(made, "cublasLtMatmulPreferenceCreate", place)?;
+        let status = unsafe { sys::cublasLtMatmulPreferenceCreate(&mut preference) };
+        check(status, "cublasLtMatmulPreferenceCreate", place)?;
         let [a, b, d] = key.alignment;
-        let wanted = [
-            // Partial sums stay floats where the result is in bf16.
+        let attributes = [
+            // Partial sums stay f32 if the result is bf16.
             (
                 Preference::CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK,
                 sys::cublasLtReductionScheme_t::CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE as u32,
@@ -329,17 +329,18 @@ impl Plan {
             (Preference::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, d),
             (Preference::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, d),
         ];
-        // SAFETY: a result of zeros is a valid one, to be overwritten.
+        // SAFETY: all-zero bytes are a valid result; the call below overwrites it.
         let mut found: sys::cublasLtMatmulHeuristicResult_t = unsafe { std::mem::zeroed() };
         let mut count = 0;
-        // SAFETY: live handles; values have the attributes' sizes (8 bytes, and 4 each); at most one result is written.
+        // SAFETY: the handles are live; values have their attributes' sizes (8 bytes, then 4 each); at most one result
+        // is written.
         let status = unsafe {
             let bytes = Preference::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES;
             let set = |attribute, value: *const c_void, size| {
                 sys::cublasLtMatmulPreferenceSetAttribute(preference, attribute, value, size)
             };
             let mut status = set(bytes, (&raw const workspace).cast(), size_of::<usize>());
-            for (attribute, value) in &wanted {
+            for (attribute, value) in &attributes {
                 let next = set(*attribute, (&raw const *value).cast(), size_of::<u32>());
                 status = if status == cublasStatus_t::CUBLAS_STATUS_SUCCESS { next } else { status };
             }
@@ -363,7 +364,7 @@ impl Plan {
             status
         };
         check(status, "cublasLtMatmulAlgoGetHeuristic", place)?;
-        // A choice has a state of its own.
+        // Each heuristic result has its own status.
         let state = if count == 0 { cublasStatus_t::CUBLAS_STATUS_NOT_SUPPORTED } else { found.state };
         check(state, "cublasLtMatmulAlgoGetHeuristic", place)?;
         Ok(found.algo)
@@ -372,7 +373,7 @@ impl Plan {
 
 impl Drop for Plan {
     fn drop(&mut self) {
-        // SAFETY: made in `new`, destroyed once; calls under way have their own copies.
+        // SAFETY: created in `new`, destroyed once; calls in progress have their own copies.
         unsafe {
             for layout in [self.a, self.b, self.d] {
                 let _ = sys::cublasLtMatrixLayoutDestroy(layout.0);
@@ -413,9 +414,9 @@ mod tests {
     }
 
     #[test]
-    fn a_plan_is_used_again_for_the_same_shape_at_another_place_of_the_same_alignment() {
-        let at = |a| Addresses { a, b: 1 << 20, d: 1 << 21, bias: 0, aux: 0, workspace: 0 };
-        let key = |product: &Product, a| Key::of(product, &at(a));
+    fn a_plan_is_reused_for_the_same_shape_at_another_address_of_the_same_alignment() {
+        let addresses = |a| Addresses { a, b: 1 << 20, d: 1 << 21, bias: 0, aux: 0, workspace: 0 };
+        let key = |product: &Product, a| Key::of(product, &addresses(a));
         let base = product(8, 4, 2);
         assert_eq!(key(&base, 4096), key(&base, 8192 + 256));
         assert_ne!(key(&base, 4096), key(&base, 4096 + 4));

@@ -1,8 +1,8 @@
-// What every module begins with: it is put before each `.cu` file's text. Element types, 16-byte accesses, reductions
-// in a fixed order, and the record of an index out of range.
+// Prepended to the text of each `.cu` file: element types, 16-byte accesses, reductions in a fixed order, and the
+// record of an index out of range.
 //
-// Rules for all kernels: sums are kept in float or double whatever the elements are; nothing depends on the order in
-// which blocks run, so no floating-point atomics; counts are 64-bit; a buffer may begin at any element.
+// Rules for all kernels: sums are f32 or f64, whatever the element type; nothing depends on the order in which blocks
+// run, so there are no floating-point atomics; counts are 64-bit; a buffer may begin at any element.
 
 #include <cuda_bf16.h>
 
@@ -11,7 +11,7 @@ typedef unsigned long long u64;
 typedef unsigned int u32;
 typedef __nv_bfloat16 bf16;
 
-// The block's dynamic shared memory as a pointer; whoever compiles this for something else than a GPU may define it first.
+// The block's dynamic shared memory as a pointer. A compiler for another target may define it first.
 #ifndef DYN_SHARED
 extern __shared__ __align__(128) unsigned char dynamic_shared[];
 #define DYN_SHARED(T, name) T* name = reinterpret_cast<T*>(dynamic_shared)
@@ -27,10 +27,10 @@ INLINE float widen(bf16 x) { return __bfloat162float(x); }
 INLINE void narrow(float* to, float x) { *to = x; }
 INLINE void narrow(bf16* to, float x) { *to = __float2bfloat16_rn(x); }
 
-// The bits of one thing as another.
+// Copies the bits of `from` to an object of another type.
 template <class A, class B>
 INLINE void copy_bits(A& to, const B& from) {
-    static_assert(sizeof(to) == sizeof(from), "as many bits");
+    static_assert(sizeof(to) == sizeof(from), "sizes must match");
 #ifdef SOFTWARE_CUDA
     __builtin_memcpy(&to, &from, sizeof(to));
 #else
@@ -38,7 +38,7 @@ INLINE void copy_bits(A& to, const B& from) {
 #endif
 }
 
-// Elements that 16 bytes hold.
+// Number of elements in 16 bytes.
 template <class T>
 struct Width {
     static constexpr int value = 16 / sizeof(T);
@@ -46,7 +46,7 @@ struct Width {
 
 INLINE bool aligned(const void* pointer) { return (reinterpret_cast<size_t>(pointer) & 15) == 0; }
 
-// A float as it is after a trip through memory of this type.
+// A float after rounding to this type.
 template <class T>
 INLINE float stored(float x) {
     T there;
@@ -54,7 +54,7 @@ INLINE float stored(float x) {
     return widen(there);
 }
 
-// Writes element i of floats where `wide`, else of bf16.
+// Writes element i, as f32 if `wide`, else as bf16.
 INLINE void narrow_at(void* to, bool wide, i64 i, float x) {
     if (wide) {
         static_cast<float*>(to)[i] = x;
@@ -63,13 +63,13 @@ INLINE void narrow_at(void* to, bool wide, i64 i, float x) {
     }
 }
 
-// Adjacent elements of which neither type has more than 16 bytes.
+// Number of adjacent elements that fit 16 bytes in both types.
 template <class T, class U>
-struct Both {
+struct CommonWidth {
     static constexpr int value = Width<T>::value < Width<U>::value ? Width<T>::value : Width<U>::value;
 };
 
-// W adjacent elements, in accesses of 16 or 8 bytes where they are that many: then the place must be aligned to that.
+// Loads W adjacent elements, in accesses of 16 or 8 bytes if the size allows; the address must be aligned to that.
 template <int W, class T>
 INLINE void load(float (&values)[W], const T* from) {
     T raw[W];
@@ -109,10 +109,10 @@ INLINE void store(T* to, const float (&values)[W]) {
     }
 }
 
-// The larger one; a NaN in b never gets in, as on the CPU, where a row's sum of exponentials then shows it.
+// The larger value; ignores a NaN in b, as on the CPU, where the row's sum of exponentials then becomes NaN.
 INLINE float larger(float a, float b) { return b > a ? b : a; }
 
-// Over each LANES neighbouring threads of a warp, for each of them.
+// Sum over each group of LANES adjacent threads of a warp, returned to each of them.
 template <int LANES = 32, class V>
 INLINE V warp_sum(V value) {
 #pragma unroll
@@ -129,12 +129,12 @@ INLINE float warp_max(float value) {
     return value;
 }
 
-// Sum over the block, for each thread of it; the block is a whole number of warps in x.
+// Sum over the block, returned to each thread; the block is a whole number of warps in x.
 template <class V>
 __device__ V block_sum(V value) {
     __shared__ V parts[32];
     value = warp_sum(value);
-    // The parts of a call before this one have been read.
+    // Wait until the parts of an earlier call have been read.
     __syncthreads();
     if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = value;
     __syncthreads();
@@ -156,8 +156,8 @@ __device__ inline float block_max(float value) {
 
 INLINE i64 global_thread() { return (i64)blockIdx.x * blockDim.x + threadIdx.x; }
 
-// Looks through all indices with one block, and notes the first that is not in 0..limit, unless the stream's record
-// holds an error already. Launches of a stream are ordered, so a record has one writer at a time. See ErrorRecord.
+// Checks all indices with one block and records the first that is not in 0..limit, unless the stream's record already
+// holds an error. Launches of a stream are ordered, so a record has one writer at a time. See ErrorRecord.
 __device__ inline void check_indices(const int* indices, i64 count, i64 limit, u32* record, u32 launch) {
     __shared__ u64 firsts[32];
     u64 first = ~0ull;
@@ -185,11 +185,11 @@ __device__ inline void check_indices(const int* indices, i64 count, i64 limit, u
     record[0] = launch + 1;
 }
 
-// A box of up to four dims, whose last has adjacent elements: its index as a place in a larger tensor.
+// A region of up to four dims, the last with adjacent elements: maps its index to an offset in a larger tensor.
 struct Box {
     // Extents of dims 1 to 3.
     u64 size1, size2, size3;
-    // Elements from one index to the next in dims 0 to 2.
+    // Strides of dims 0 to 2, in elements.
     u64 step0, step1, step2;
 
     template <class I>
@@ -202,7 +202,7 @@ struct Box {
         return (u64)(index / (I)size1) * step0 + second * step1 + third * step2 + inner;
     }
 
-    // Division of 64-bit numbers is slow.
+    // 64-bit division is slow.
     INLINE u64 place(u64 index) const {
         const bool wide = ((index | size1 | size2 | size3) >> 32) != 0;
         return wide ? place_by<u64>(index) : place_by<u32>((u32)index);

@@ -1,8 +1,8 @@
-//! A GPU's primary context: opened once, current on whichever thread binds it, and the one place where the driver's codes
-//! become errors.
+//! The primary context of a GPU: opened once, bound by each thread that uses it. All driver status codes become errors
+//! here.
 //!
-//! - CONTEXT-1: an error after which no call on the context can succeed is kept as `lost`. It fails all that is pending and
-//!   surfaces at the next call, whoever makes it.
+//! - CONTEXT-1: an error that makes the context unusable is stored as `lost`. It fails all pending work, and every
+//!   later call returns it.
 #![allow(unsafe_code)]
 
 use std::ffi::CStr;
@@ -14,17 +14,17 @@ use cudarc::driver::sys::{self, CUdevice_attribute, CUresult};
 use super::library;
 use crate::error::KernelError;
 
-/// A handle of a CUDA library.
+/// A handle of a CUDA library, usable from any thread.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Raw<T>(pub(crate) T);
 
-// SAFETY: handles of the driver, cuBLASLt and NCCL are used from any thread; those that may be used by one thread at a
-// time are kept behind a mutex by whoever owns them.
+// SAFETY: handles of the driver, cuBLASLt and NCCL may be used from any thread; the owner of a handle that only one
+// thread at a time may use keeps it behind a mutex.
 unsafe impl<T> Send for Raw<T> {}
-// SAFETY: as for `Send`.
+// SAFETY: see `Send`.
 unsafe impl<T> Sync for Raw<T> {}
 
-/// See the module.
+/// The retained primary context of one GPU.
 pub(crate) struct Context {
     ordinal: usize,
     name: String,
@@ -32,7 +32,7 @@ pub(crate) struct Context {
     handle: Raw<sys::CUcontext>,
     /// Compute capability, major and minor.
     capability: (i32, i32),
-    /// Dynamic shared memory that a block may ask for.
+    /// Maximum dynamic shared memory of a block (opt-in limit), in bytes.
     shared_bytes_max: usize,
     lost: OnceLock<KernelError>,
 }
@@ -43,7 +43,7 @@ impl fmt::Debug for Context {
     }
 }
 
-/// Codes after which the context is of no more use.
+/// Codes after which the context is unusable.
 const STICKY: &[CUresult] = &[
     CUresult::CUDA_ERROR_DEINITIALIZED,
     CUresult::CUDA_ERROR_ECC_UNCORRECTABLE,
@@ -65,24 +65,24 @@ impl Context {
     /// Retains the primary context of the GPU of this ordinal.
     ///
     /// # Errors
-    /// [`KernelError::Unavailable`] where there is no driver, an old one or no such device; [`KernelError::Cuda`].
+    /// [`KernelError::Unavailable`] if there is no driver or device, or the driver is too old; [`KernelError::Cuda`].
     pub(crate) fn open(ordinal: usize) -> Result<Self, KernelError> {
         let count = library::driver()?.devices;
         let place = format!("cuda device {ordinal}");
         if ordinal >= count {
-            let what = format!("there is no {place}; the driver shows {count}");
-            return Err(library::unavailable(what, "set CUDA_VISIBLE_DEVICES, or name fewer devices in the mesh"));
+            let what = format!("{place} does not exist; the driver reports {count} devices");
+            return Err(library::unavailable(what, "set CUDA_VISIBLE_DEVICES, or use fewer devices in the mesh"));
         }
         let (mut device, mut handle, mut name) = (0, std::ptr::null_mut(), [0; 256]);
         let ordinal_c = i32::try_from(ordinal).unwrap_or(i32::MAX);
-        // SAFETY: all pointers are to locals of the types that the calls write; `cuInit` was called by `library::driver`.
+        // SAFETY: all pointers are to locals of the types that the calls write; `library::driver` has called `cuInit`.
         unsafe {
-            checked(sys::cuDeviceGet(&mut device, ordinal_c), "cuDeviceGet", &place)?;
+            check_code(sys::cuDeviceGet(&mut device, ordinal_c), "cuDeviceGet", &place)?;
             let named = sys::cuDeviceGetName(name.as_mut_ptr(), name.len() as i32 - 1, device);
-            checked(named, "cuDeviceGetName", &place)?;
-            checked(sys::cuDevicePrimaryCtxRetain(&mut handle, device), "cuDevicePrimaryCtxRetain", &place)?;
+            check_code(named, "cuDeviceGetName", &place)?;
+            check_code(sys::cuDevicePrimaryCtxRetain(&mut handle, device), "cuDevicePrimaryCtxRetain", &place)?;
         }
-        // SAFETY: the driver ended the name with a 0 within the buffer, whose last byte is one in any case.
+        // SAFETY: the driver terminated the name with a 0 within the buffer, and the last byte is 0 in any case.
         let name = unsafe { CStr::from_ptr(name.as_ptr()) }.to_string_lossy().into_owned();
         let mut context = Self {
             ordinal,
@@ -112,47 +112,47 @@ impl Context {
         Ok(value)
     }
 
-    /// Makes it current on this thread.
+    /// Makes the context current on this thread.
     pub(crate) fn bind(&self) -> Result<(), KernelError> {
-        // SAFETY: the context is retained as long as `self` lives.
+        // SAFETY: the context stays retained while `self` lives.
         self.check(unsafe { sys::cuCtxSetCurrent(self.handle.0) }, "cuCtxSetCurrent", &self.place())
     }
 
-    /// For whoever gives something back: makes it current, unless it is lost. Then the driver has nothing to give back, and a
-    /// device that does not answer may let no call return.
+    /// Binds the context for a `Drop` implementation. Returns false if the context is lost: the driver then has nothing
+    /// to free, and calls to an unresponsive device may never return.
     pub(crate) fn bind_to_drop(&self) -> bool {
         self.lost().is_none() && self.bind().is_ok()
     }
 
-    /// Lets this GPU read and write `other`'s memory, all that is allocated there and will be, where the machine can.
-    pub(crate) fn reach(&self, other: &Context) -> Result<(), KernelError> {
-        let (mut can, place) = (0, format!("{} to {}", self.place(), other.place()));
+    /// Enables access from this GPU to all present and future allocations on `other`, if the machine supports it.
+    pub(crate) fn enable_peer_access(&self, other: &Context) -> Result<(), KernelError> {
+        let (mut can_access, place) = (0, format!("{} to {}", self.place(), other.place()));
         // SAFETY: writes one integer to a local.
-        let asked = unsafe { sys::cuDeviceCanAccessPeer(&mut can, self.device, other.device) };
-        self.check(asked, "cuDeviceCanAccessPeer", &place)?;
-        if can == 0 {
-            tracing::debug!(place, "no peer access: what one GPU copies from the other goes through the host's memory");
+        let result = unsafe { sys::cuDeviceCanAccessPeer(&mut can_access, self.device, other.device) };
+        self.check(result, "cuDeviceCanAccessPeer", &place)?;
+        if can_access == 0 {
+            tracing::debug!(place, "no peer access: copies between these GPUs go through host memory");
             return Ok(());
         }
         self.bind()?;
         // SAFETY: both contexts are retained; the call takes no flags.
         match unsafe { sys::cuCtxEnablePeerAccess(other.handle.0, 0) } {
             CUresult::CUDA_ERROR_PEER_ACCESS_ALREADY_ENABLED => Ok(()),
-            // A machine without NVSwitch may allow eight. Copies still work, through the host's memory.
+            // A machine without NVSwitch may allow only eight peers. Copies still work, through host memory.
             CUresult::CUDA_ERROR_TOO_MANY_PEERS => {
-                tracing::warn!(place, "the driver allows no more peers: copies go through the host's memory");
+                tracing::warn!(place, "the driver allows no more peers: copies go through host memory");
                 Ok(())
             }
             result => self.check(result, "cuCtxEnablePeerAccess", &place),
         }
     }
 
-    /// Where it is, for errors.
+    /// The device, as error messages name it.
     pub(crate) fn place(&self) -> String {
         format!("cuda device {} ({})", self.ordinal, self.name)
     }
 
-    /// As the driver knows it.
+    /// The driver's handle.
     pub(crate) fn raw(&self) -> sys::CUcontext {
         self.handle.0
     }
@@ -170,31 +170,31 @@ impl Context {
         self.capability
     }
 
-    /// Dynamic shared memory that a block may have once it is allowed on the function, bytes.
+    /// Maximum dynamic shared memory of a block, in bytes, once the function's attribute allows it.
     pub(crate) fn shared_bytes_max(&self) -> usize {
         self.shared_bytes_max
     }
 
-    /// The error that ended it, if one has (CONTEXT-1).
+    /// The error that made the context unusable, if any (CONTEXT-1).
     pub(crate) fn lost(&self) -> Option<&KernelError> {
         self.lost.get()
     }
 
-    /// Ends it (CONTEXT-1); the first error is kept, and returned.
-    pub(crate) fn lose(&self, error: KernelError) -> KernelError {
+    /// Marks the context as lost (CONTEXT-1); keeps and returns the first error.
+    pub(crate) fn mark_lost(&self, error: KernelError) -> KernelError {
         self.lost.get_or_init(|| error).clone()
     }
 
     /// # Errors
-    /// The error that ended the context, if one has.
+    /// The error that made the context unusable, if any.
     pub(crate) fn check_alive(&self) -> Result<(), KernelError> {
         self.lost().map_or(Ok(()), |error| Err(error.clone()))
     }
 
-    /// Turns a result into an error that names code, call and place.
+    /// Converts a status code to an error that names code, call and place.
     pub(crate) fn check(&self, result: CUresult, call: &'static str, place: &dyn Display) -> Result<(), KernelError> {
-        match checked(result, call, place) {
-            Err(error) if STICKY.contains(&result) => Err(self.lose(error)),
+        match check_code(result, call, place) {
+            Err(error) if STICKY.contains(&result) => Err(self.mark_lost(error)),
             checked => checked,
         }
     }
@@ -205,18 +205,18 @@ impl Drop for Context {
         if self.lost().is_some() {
             return;
         }
-        // SAFETY: retained once in `open`. An error leaves nothing to be done.
+        // SAFETY: retained once in `open`. An error here has no remedy.
         let _ = unsafe { sys::cuDevicePrimaryCtxRelease_v2(self.device) };
     }
 }
 
-/// As [`Context::check`], where there is no context yet.
-pub(crate) fn checked(result: CUresult, call: &'static str, place: &dyn Display) -> Result<(), KernelError> {
+/// Converts a status code to an error when there is no context yet.
+pub(crate) fn check_code(result: CUresult, call: &'static str, place: &dyn Display) -> Result<(), KernelError> {
     if result == CUresult::CUDA_SUCCESS {
         return Ok(());
     }
     let (mut name, mut text) = (std::ptr::null(), std::ptr::null());
-    // SAFETY: both write a pointer to a local; what they point to is static, or null for an unknown code.
+    // SAFETY: both write a pointer to a local; the strings are static, or null for an unknown code.
     let (name, text) = unsafe {
         let _ = sys::cuGetErrorName(result, &mut name);
         let _ = sys::cuGetErrorString(result, &mut text);
@@ -226,11 +226,11 @@ pub(crate) fn checked(result: CUresult, call: &'static str, place: &dyn Display)
 }
 
 /// # Safety
-/// Null, or a text that ends with 0.
+/// `text` is null or a static string terminated by 0.
 pub(crate) unsafe fn static_text(text: *const std::ffi::c_char) -> String {
     if text.is_null() {
         return "unknown".to_owned();
     }
-    // SAFETY: the contract.
+    // SAFETY: guaranteed by the caller.
     unsafe { CStr::from_ptr(text) }.to_string_lossy().into_owned()
 }

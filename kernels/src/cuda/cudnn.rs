@@ -1,6 +1,6 @@
-//! cuDNN's fused attention, where it is there: one stream's handle, and plans by shape; the workspace is the launch's. Whatever
-//! cuDNN refuses is left to the kernels of `attention_*.cu`, which do the same to rounding: forward and backward need
-//! not be of one kind, for both leave and take the same `lse`.
+//! cuDNN's fused attention, if cuDNN is installed. Each stream has one handle and caches plans by shape; the workspace
+//! belongs to the launch. The kernels of `attention_*.cu` do what cuDNN refuses. Both give the same results up to
+//! rounding and use the same `lse`, so forward and backward may use different implementations.
 #![allow(unsafe_code)]
 
 use std::collections::HashMap;
@@ -13,7 +13,7 @@ use cudarc::cudnn::sys::{cudnnBackendKnobType_t as Knob, cudnnHandle_t};
 use super::context::{Context, Raw};
 use super::gpu::Gpu;
 use super::raw_stream::RawStream;
-use super::step::{Flash, Pass, Place};
+use super::step::{AttentionShape, Pass, Place};
 use crate::error::KernelError;
 use crate::op::Op;
 
@@ -27,26 +27,26 @@ mod tests;
 
 use api::Api;
 use graph::Graph;
-use plan::{Pin, Plan, Target};
+use plan::{PinnedEngine, Plan, Target};
 
-/// The variable that says which attention is used.
+/// Environment variable that selects the attention implementation.
 pub const ATTENTION_ENV: &str = "SHARDFLOW_ATTENTION";
 
-/// Which attention a GPU's streams use. All processes of a job must be told the same, or their results differ by
-/// rounding.
+/// Which attention implementation the streams of a GPU use. All processes of a job must use the same one, or their
+/// results differ by rounding.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Attention {
-    /// Our own kernels.
+    /// Shardflow's kernels.
     Own,
-    /// cuDNN's where there is one that gives the same bits each time, else our own.
+    /// cuDNN if it has an engine with bit-identical results in every run, else Shardflow's kernels.
     #[default]
     Ordered,
-    /// cuDNN's, the gradient too where parts of dq are added up as they come: its bits differ from run to run.
+    /// cuDNN, even if its backward engine sums parts of dq in arbitrary order, so that bits differ from run to run.
     AnyOrder,
 }
 
 impl Attention {
-    /// What [`ATTENTION_ENV`] asks for: `own`, `cudnn` (also where it is not set) or `cudnn-any-order`.
+    /// Reads [`ATTENTION_ENV`]: `own`, `cudnn` (the default) or `cudnn-any-order`.
     ///
     /// # Errors
     /// [`KernelError::Unavailable`] for another value.
@@ -60,37 +60,37 @@ impl Attention {
             Some("own") => Ok(Self::Own),
             Some("cudnn-any-order") => Ok(Self::AnyOrder),
             Some(other) => Err(KernelError::Unavailable {
-                what: format!("there is no attention {other:?}"),
+                what: format!("unknown attention implementation {other:?}"),
                 hint: format!("set {ATTENTION_ENV} to own, cudnn or cudnn-any-order"),
             }),
         }
     }
 }
 
-/// Attention that a GPU was given so far, by who does it.
+/// Counts the attention launches of a GPU by implementation.
 #[derive(Debug, Default)]
-pub(crate) struct Attentions {
-    forward: Shares,
-    backward: Shares,
+pub(crate) struct AttentionCounters {
+    forward: PassCounters,
+    backward: PassCounters,
 }
 
-/// One pass's launches: all, and those of cuDNN among them.
+/// Launches of one pass: all, and those that cuDNN ran.
 #[derive(Debug, Default)]
-struct Shares {
+struct PassCounters {
     all: AtomicU64,
     cudnn: AtomicU64,
 }
 
-impl Attentions {
-    fn of(&self, pass: Pass) -> &Shares {
+impl AttentionCounters {
+    fn of(&self, pass: Pass) -> &PassCounters {
         match pass {
             Pass::Forward => &self.forward,
             Pass::Backward => &self.backward,
         }
     }
 
-    /// An op was launched, whoever does it.
-    pub(crate) fn launched(&self, op: &Op) {
+    /// Counts a launch, whichever implementation runs it.
+    pub(crate) fn count_launch(&self, op: &Op) {
         let pass = match op {
             Op::Attention { .. } => Pass::Forward,
             Op::AttentionGrad { .. } => Pass::Backward,
@@ -99,11 +99,11 @@ impl Attentions {
         self.of(pass).all.fetch_add(1, Ordering::Relaxed);
     }
 
-    /// Launches by name.
-    pub(crate) fn told(&self) -> [(&'static str, u64); 4] {
-        let [forward, backward] = [&self.forward, &self.backward].map(|shares| {
-            let cudnn = shares.cudnn.load(Ordering::Relaxed);
-            (cudnn, shares.all.load(Ordering::Relaxed).saturating_sub(cudnn))
+    /// Returns all counts by name.
+    pub(crate) fn by_name(&self) -> [(&'static str, u64); 4] {
+        let [forward, backward] = [&self.forward, &self.backward].map(|counters| {
+            let cudnn = counters.cudnn.load(Ordering::Relaxed);
+            (cudnn, counters.all.load(Ordering::Relaxed).saturating_sub(cudnn))
         });
         [
             ("attention_forward_cudnn", forward.0),
@@ -114,69 +114,69 @@ impl Attentions {
     }
 }
 
-/// A shape of attention.
+/// The cache key: pass, shape and scale.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-struct Key {
+struct PlanKey {
     pass: Pass,
     sides: [usize; 4],
     scale_bits: u32,
 }
 
-impl From<&Flash> for Key {
-    fn from(flash: &Flash) -> Self {
-        let Flash { pass, batch, time, heads, depth, scale } = *flash;
+impl From<&AttentionShape> for PlanKey {
+    fn from(shape: &AttentionShape) -> Self {
+        let AttentionShape { pass, batch, time, heads, depth, scale } = *shape;
         Self { pass, sides: [batch, time, heads, depth], scale_bits: scale.to_bits() }
     }
 }
 
-/// One stream's plans.
+/// The cuDNN plans of one stream.
 #[derive(Debug)]
-pub(crate) struct Flashes {
-    /// None where our own kernels are to be used.
-    by_key: HashMap<Key, Option<Plan>>,
-    /// None where there is no cuDNN, or it does not start.
-    handle: Option<Handle>,
+pub(crate) struct AttentionPlans {
+    /// `None` if Shardflow's kernels run this shape.
+    by_key: HashMap<PlanKey, Option<Plan>>,
+    /// `None` if cuDNN is missing or fails to initialize.
+    handle: Option<CudnnHandle>,
     gpu: Arc<Gpu>,
 }
 
-/// The library's handle; its work goes on one stream.
-struct Handle {
+/// A cuDNN handle, bound to one stream.
+struct CudnnHandle {
     raw: Raw<cudnnHandle_t>,
     api: &'static Api,
     context: Arc<Context>,
 }
 
-impl std::fmt::Debug for Handle {
+impl std::fmt::Debug for CudnnHandle {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str("cuDNN")
     }
 }
 
-impl Handle {
-    /// The context is bound.
+impl CudnnHandle {
+    /// Requires the context to be bound.
     fn new(gpu: &Gpu, stream: Raw<cudarc::driver::sys::CUstream>, place: &str) -> Result<Self, KernelError> {
         let (api, mut raw) = (Api::get()?, std::ptr::null_mut());
         // SAFETY: writes a handle to a local.
         api.check(unsafe { (api.create)(&mut raw) }, "cudnnCreate", place)?;
         let handle = Self { raw: Raw(raw), api, context: gpu.context().clone() };
-        // SAFETY: live handles of one device.
+        // SAFETY: both handles are live and of one device.
         api.check(unsafe { (api.set_stream)(raw, stream.0.cast()) }, "cudnnSetStream", place)?;
         Ok(handle)
     }
 }
 
-impl Drop for Handle {
+impl Drop for CudnnHandle {
     fn drop(&mut self) {
         if self.context.bind_to_drop() {
-            // SAFETY: made in `new`, destroyed once.
+            // SAFETY: created in `new`, destroyed once.
             let _ = unsafe { (self.api.destroy)(self.raw.0) };
         }
     }
 }
 
-/// The engine that adds up dq in one order without a matrix of scores in memory, with the knobs that make it so: those
-/// of NVIDIA's cudnn-frontend 1.32, which tells from which version they are there.
-fn ordered(capability: (i32, i32), version: usize) -> Option<Pin> {
+/// The backward engine that sums dq in a fixed order without a score matrix in memory, with the knobs that select this.
+/// Knobs and minimum version are those of NVIDIA's cudnn-frontend 1.32.
+fn ordered_engine(capability: (i32, i32), version: usize) -> Option<PinnedEngine> {
     const HOPPER: &[(Knob, i64)] = &[
         (Knob::CUDNN_KNOB_TYPE_TILE_M, 2),
         (Knob::CUDNN_KNOB_TYPE_TILE_N, 1),
@@ -185,11 +185,11 @@ fn ordered(capability: (i32, i32), version: usize) -> Option<Pin> {
         (Knob::CUDNN_KNOB_TYPE_TILE_CGA_M, 0),
         (Knob::CUDNN_KNOB_TYPE_STAGES, 4),
     ];
-    (capability.0 == 9 && version >= 92_500).then_some(Pin { engine: 6, knobs: HOPPER })
+    (capability.0 == 9 && version >= 92_500).then_some(PinnedEngine { engine: 6, knobs: HOPPER })
 }
 
-/// Plans are destroyed with the context current; where it is lost, not at all.
-impl Drop for Flashes {
+/// Destroys plans with the context bound; leaks them if the context is lost.
+impl Drop for AttentionPlans {
     fn drop(&mut self) {
         let plans = std::mem::take(&mut self.by_key);
         if !self.gpu.context().bind_to_drop() {
@@ -198,79 +198,80 @@ impl Drop for Flashes {
     }
 }
 
-impl Flashes {
-    /// For a stream; the context is bound. Says why where cuDNN is not used.
+impl AttentionPlans {
+    /// Creates the cache of one stream; logs why cuDNN is not used. Requires the context to be bound.
     pub(crate) fn new(gpu: &Arc<Gpu>, stream: Raw<cudarc::driver::sys::CUstream>, place: &str) -> Self {
-        let handle = Handle::new(gpu, stream, place);
+        let handle = CudnnHandle::new(gpu, stream, place);
         if let Err(error) = &handle {
-            tracing::debug!(%error, place, "attention by our own kernels");
+            tracing::debug!(%error, place, "cuDNN is not used; Shardflow's kernels run attention");
         }
         Self { by_key: HashMap::new(), handle: handle.ok(), gpu: gpu.clone() }
     }
 
-    /// Makes the plan, or finds that there is none.
-    pub(crate) fn prepare(&mut self, flash: &Flash, place: &str) {
-        if self.by_key.contains_key(&flash.into()) {
+    /// Creates and caches the plan, or caches that there is none.
+    pub(crate) fn prepare(&mut self, shape: &AttentionShape, place: &str) {
+        if self.by_key.contains_key(&shape.into()) {
             return;
         }
-        let made = self.plan(flash, &told(flash, place));
-        if let Err(error) = &made {
-            tracing::debug!(%error, "attention of this shape by our own kernels");
+        let plan = self.plan(shape, &describe(shape, place));
+        if let Err(error) = &plan {
+            tracing::debug!(%error, "cuDNN cannot run this shape; Shardflow's kernels run it");
         }
-        self.by_key.insert(flash.into(), made.ok().flatten());
+        self.by_key.insert(shape.into(), plan.ok().flatten());
     }
 
-    fn plan(&mut self, flash: &Flash, place: &str) -> Result<Option<Plan>, KernelError> {
+    fn plan(&mut self, shape: &AttentionShape, place: &str) -> Result<Option<Plan>, KernelError> {
         let Some(handle) = &self.handle else { return Ok(None) };
-        let pin = match (flash.pass, self.gpu.attention()) {
+        let pin = match (shape.pass, self.gpu.attention()) {
             (_, Attention::Own) => return Ok(None),
             (Pass::Forward, _) | (_, Attention::AnyOrder) => None,
-            (_, Attention::Ordered) => match ordered(self.gpu.capability(), handle.api.number()) {
+            (_, Attention::Ordered) => match ordered_engine(self.gpu.capability(), handle.api.number()) {
                 Some(pin) => Some(pin),
                 None => {
-                    let (expected, version) = ("an engine that adds up in one order", handle.api.version());
+                    let (expected, version) = ("an engine that sums in a fixed order", handle.api.version());
                     let got = format!("none for {:?} in cuDNN {version}", self.gpu.capability());
                     return Err(KernelError::arguments("attention_grad", "dq", expected, got));
                 }
             },
         };
-        let (target, graph) = (Target::Handle(handle.raw), Graph::of(flash));
-        // What needs more is left to our own kernels.
-        Plan::new(handle.api, target, graph, pin, flash.workspace_bytes(), place).map(Some)
+        let (target, graph) = (Target::Handle(handle.raw), Graph::of(shape));
+        // Engines that need a larger workspace are not used.
+        Plan::new(handle.api, target, graph, pin, shape.workspace_bytes(), place).map(Some)
     }
 
-    /// Puts attention on the stream; false where our own kernels are to do it. The context is bound.
+    /// Enqueues attention on the stream; returns false if Shardflow's kernels must run it. Requires the context to be
+    /// bound.
     ///
-    /// `at` gives the addresses of the launch's buffers, which whoever binds the launch has checked, and `workspace` has
-    /// [`Flash::workspace_bytes`].
+    /// `address_of` returns the addresses of the launch's buffers, which `Bound` has checked; `workspace` holds
+    /// [`AttentionShape::workspace_bytes`] bytes.
     pub(crate) fn issue(
         &mut self,
-        flash: &Flash,
-        at: &dyn Fn(Place) -> Result<u64, KernelError>,
+        shape: &AttentionShape,
+        address_of: &dyn Fn(Place) -> Result<u64, KernelError>,
         workspace: u64,
-        lane: &RawStream,
+        stream: &RawStream,
     ) -> Result<bool, KernelError> {
-        let place = lane.place();
-        self.prepare(flash, place);
-        let Entry::Occupied(mut known) = self.by_key.entry(flash.into()) else { return Ok(false) };
-        let (Some(plan), Some(handle)) = (known.get(), &self.handle) else { return Ok(false) };
-        match plan.execute(handle.api, handle.raw, at, workspace, lane, &told(flash, place)) {
-            Ok(done) => {
-                self.gpu.attentions().of(flash.pass).cudnn.fetch_add(u64::from(done), Ordering::Relaxed);
-                Ok(done)
+        let place = stream.place();
+        self.prepare(shape, place);
+        let Entry::Occupied(mut entry) = self.by_key.entry(shape.into()) else { return Ok(false) };
+        let (Some(plan), Some(handle)) = (entry.get(), &self.handle) else { return Ok(false) };
+        match plan.execute(handle.api, handle.raw, address_of, workspace, stream, &describe(shape, place)) {
+            Ok(issued) => {
+                self.gpu.attention_counters().of(shape.pass).cudnn.fetch_add(u64::from(issued), Ordering::Relaxed);
+                Ok(issued)
             }
             Err(error) => {
-                // What our kernels write, they write whole. Where the device is lost they fail, too.
-                tracing::warn!(%error, "cuDNN's attention failed; from now on by our own kernels");
-                known.insert(None);
+                // Shardflow's kernels overwrite the outputs completely. If the device is lost, they fail too.
+                tracing::warn!(%error, "cuDNN's attention failed; Shardflow's kernels run this shape from now on");
+                entry.insert(None);
                 Ok(false)
             }
         }
     }
 }
 
-/// Where, and of what shape.
-fn told(flash: &Flash, place: &str) -> String {
-    let Flash { pass, batch, time, heads, depth, .. } = flash;
+/// Describes stream and shape for error messages.
+fn describe(shape: &AttentionShape, place: &str) -> String {
+    let AttentionShape { pass, batch, time, heads, depth, .. } = shape;
     format!("{place}, attention {pass:?} of {batch} x {time} x {heads} x {depth}")
 }

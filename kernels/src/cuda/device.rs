@@ -1,4 +1,4 @@
-//! A device of a mesh on a GPU: its memory's tally, its engine, its streams. Several may share one GPU.
+//! A mesh device on a GPU: its memory tally, its collective engine and its streams. Several devices may share one GPU.
 use std::sync::Arc;
 
 use super::gpu::Gpu;
@@ -8,7 +8,7 @@ use crate::collective::Collective;
 use crate::error::KernelError;
 use crate::memory::{Arena, Tally};
 
-/// See [`crate::device::Device`].
+/// The CUDA form of [`crate::device::Device`].
 #[derive(Debug)]
 pub struct CudaDevice {
     rank: usize,
@@ -35,7 +35,7 @@ impl CudaDevice {
         CudaStream::start(&self.gpu, self.rank, name, urgent, engine, &self.tally)
     }
 
-    /// The GPU that it is on.
+    /// The GPU that the device is on.
     pub fn gpu(&self) -> &Arc<Gpu> {
         &self.gpu
     }

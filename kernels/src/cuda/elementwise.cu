@@ -1,10 +1,10 @@
-// Ops on each element by itself; a thread does 16 bytes of the wider type. A result may take the memory of an
-// operand of its type. Kernels are named by the type of what they read, and of what they write where that is another.
+// Elementwise ops; a thread processes 16 bytes of the wider type. A result may overwrite an operand of its type. Kernel
+// names contain the type read, and the type written if that differs.
 
 // y[i] = f(x[i])
 template <class T, class U, class F>
 INLINE void map1(const T* x, U* y, i64 n, F f) {
-    constexpr int W = Both<T, U>::value;
+    constexpr int W = CommonWidth<T, U>::value;
     const i64 first = global_thread() * W;
     if (first + W <= n && aligned(x) && aligned(y)) {
         float values[W];
@@ -20,7 +20,7 @@ INLINE void map1(const T* x, U* y, i64 n, F f) {
 // y[i] = f(a[i], b[i])
 template <class T, class U, class F>
 INLINE void map2(const T* a, const T* b, U* y, i64 n, F f) {
-    constexpr int W = Both<T, U>::value;
+    constexpr int W = CommonWidth<T, U>::value;
     const i64 first = global_thread() * W;
     if (first + W <= n && aligned(a) && aligned(b) && aligned(y)) {
         float left[W], right[W];
@@ -34,15 +34,15 @@ INLINE void map2(const T* a, const T* b, U* y, i64 n, F f) {
     for (i64 i = first; i < n && i < first + W; i++) narrow(&y[i], f(widen(a[i]), widen(b[i])));
 }
 
-// Phi(x), by the complement so that the lower tail keeps its digits.
+// Phi(x), computed by erfc so that the lower tail keeps its digits.
 INLINE float normal_cdf(float x) { return 0.5f * erfcf(x * -0.70710678f); }
 INLINE float gelu(float x) { return x * normal_cdf(x); }
 INLINE float gelu_slope(float x) { return fmaf(x, 0.39894228f * expf(-0.5f * x * x), normal_cdf(x)); }
 
-// y[row, j] = f(s) with s = a[row, j] + b[j] as its type keeps it, and the sums themselves in `sums` unless that is null.
+// y[row, j] = f(s) with s = a[row, j] + b[j] rounded to its type; stores s in `sums` unless that is null.
 template <class T, class U, class F>
 INLINE void map_suffix(const T* a, const T* b, U* sums, U* y, i64 n, i64 width, F f) {
-    constexpr int W = Both<T, U>::value;
+    constexpr int W = CommonWidth<T, U>::value;
     const i64 first = global_thread() * W;
     if (first >= n) return;
     i64 column = first % width;
@@ -93,7 +93,7 @@ extern "C" __global__ void __launch_bounds__(256)
     map_suffix(a, b, (float*)nullptr, y, n, width, [](float x) { return x; });
 }
 
-// Bias and GELU at once: `sums` is what the backward pass wants.
+// Bias and GELU in one kernel; the backward pass needs `sums`.
 extern "C" __global__ void __launch_bounds__(256)
     bias_gelu_f32(const float* x, const float* bias, float* sums, float* y, i64 n, i64 width) {
     map_suffix(x, bias, sums, y, n, width, [](float x) { return gelu(x); });

@@ -1,6 +1,6 @@
 // Embedding tables and their gradients.
 
-// y's row i is row ids[i] - vocab_start of the table, or zeros where the table does not hold it.
+// Row i of y is row ids[i] - vocab_start of the table, or zeros if the table does not hold that row.
 template <class U>
 INLINE void embedding(const int* ids, const float* table, U* y, i64 count, i64 held, i64 width, i64 vocab_start,
                       i64 vocab, u32* record, u32 launch) {
@@ -35,19 +35,19 @@ extern "C" __global__ void __launch_bounds__(256)
     embedding(ids, table, y, count, held, width, vocab_start, vocab, record, launch);
 }
 
-// Adds to each row of the table the rows of dy that have its id, in their order. A block stands for an id's place and
-// does its row if no place before has the same id; so a row has one writer, and no order depends on luck.
+// Adds to each row of the table the rows of dy with its id, in order. A block stands for one position of ids and
+// processes its row only if no earlier position has the same id. So each row has one writer and a fixed order.
 template <class T>
 INLINE void embedding_grad(const int* ids, const T* dy, float* dtable, i64 count, i64 held, i64 width,
                            i64 vocab_start) {
-    // Places that a thread looks at before the block goes through a round of them.
+    // Positions that a thread scans before the block processes them.
     constexpr int PLACES = 8;
     __shared__ int counts[8];
     __shared__ int matches[256];
     const i64 own = blockIdx.x;
     const int id = ids[own];
     const i64 row = (i64)id - vocab_start;
-    // The forward kernel has refused ids outside the table.
+    // The forward kernel has reported ids outside the vocabulary.
     if (row < 0 || row >= held) return;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     float* sums = dtable + row * width;
@@ -59,7 +59,7 @@ INLINE void embedding_grad(const int* ids, const T* dy, float* dtable, i64 count
                 const i64 place = begin + 256 * p + threadIdx.x;
                 any |= place < count && ids[place] == id;
             }
-            // Most rounds have no match.
+            // Most scans find no match.
             if (!__syncthreads_or(any)) {
                 begin += 256 * (PLACES - 1);
                 continue;
@@ -78,7 +78,7 @@ INLINE void embedding_grad(const int* ids, const T* dy, float* dtable, i64 count
         if (total > 0) {
             if (same) matches[before + __popc(votes & ((1u << lane) - 1))] = threadIdx.x;
             __syncthreads();
-            // The same for all threads of the block.
+            // Uniform over the block.
             if (begin + matches[0] < own) return;
             for (i64 column = threadIdx.x; column < width; column += 256) {
                 float sum = sums[column];
@@ -86,7 +86,7 @@ INLINE void embedding_grad(const int* ids, const T* dy, float* dtable, i64 count
                 sums[column] = sum;
             }
         }
-        // Counts and matches have been read.
+        // Counts and matches may be overwritten after this.
         __syncthreads();
     }
 }

@@ -1,4 +1,4 @@
-//! How a collective gets onto a CUDA stream without the host waiting in it.
+//! The interface by which collective engines enqueue calls on CUDA streams without blocking the host.
 
 use std::sync::Arc;
 
@@ -7,34 +7,35 @@ use crate::collective::CollectiveCall;
 use crate::error::KernelError;
 use crate::memory::View;
 
-/// An engine's side of which CUDA streams know: [`crate::collective::Collective::on_device`] gives it.
+/// An engine that can enqueue on CUDA streams; [`crate::collective::Collective::on_device`] returns it.
 #[derive(Clone, Copy)]
 pub struct CudaCollective<'a>(pub(crate) &'a dyn Enqueue);
 
-/// What a call still needs before the stream can go on with what comes behind it.
+/// Blocks until the stream may take the work after a call.
 pub(crate) type Wait = Box<dyn FnOnce() -> Result<(), KernelError> + Send>;
 
-/// How far a call has come.
+/// The state of a call after [`Enqueue::enqueue`].
 pub(crate) enum Enqueued {
-    /// It is on the stream.
+    /// The call is on the stream.
     Issued,
-    /// It will be once this returns, which may block: the stream's own thread calls it.
-    Waits(Wait),
+    /// The call is on the stream once this function returns. It may block, so the stream's own thread calls it.
+    Pending(Wait),
 }
 
 /// Collectives on CUDA streams.
 pub(crate) trait Enqueue {
-    /// Puts one member's part of a call on its stream, in order. The context is bound. Does not block for longer than a few
-    /// calls of the driver take. `workspace` is the launch's (STAGE-1). Memory is kept alive by the caller until the stream has done it.
+    /// Enqueues one member's part of a call on its stream, in order. Requires the context to be bound. Blocks no longer
+    /// than a few driver calls take. `workspace` is the launch's (STAGE-1). The caller keeps all memory alive until the
+    /// stream has run the call.
     ///
     /// # Errors
-    /// As for [`crate::collective::Collective::run`].
+    /// Those of [`crate::collective::Collective::run`].
     fn enqueue(
         &self,
         call: &CollectiveCall,
         reads: &[View<'_>],
         writes: &[View<'_>],
         workspace: Option<&View<'_>>,
-        lane: &Arc<RawStream>,
+        stream: &Arc<RawStream>,
     ) -> Result<Enqueued, KernelError>;
 }

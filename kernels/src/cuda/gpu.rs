@@ -1,5 +1,5 @@
-//! A GPU that this process has opened: context, modules, products, the host's copies and the poller. Virtual devices of a
-//! mesh may share one.
+//! A GPU that this process has opened: context, modules, cuBLASLt, host transfers and poller. Several devices of a mesh
+//! may share one.
 
 use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -8,32 +8,32 @@ use cudarc::driver::sys;
 
 use super::blas::Blas;
 use super::context::Context;
-use super::cudnn::{Attention, Attentions};
-use super::event::Events;
+use super::cudnn::{Attention, AttentionCounters};
+use super::event::EventPool;
 use super::library::Library;
-use super::memory::Transfer;
+use super::memory::HostTransfer;
 use super::module::Modules;
 use super::poller::Poller;
-use super::progress::Words;
+use super::progress::ProgressWords;
 use super::test_delay::TestDelays;
 use crate::error::KernelError;
 
-/// See the module. Everything is given back when the last user lets go.
+/// An open GPU. Its resources are freed when the last user drops it.
 pub struct Gpu {
-    // In the order in which they end.
+    // In drop order.
     poller: Poller,
     modules: Modules,
-    /// Made when the first product comes.
+    /// Created on first use.
     blas: Mutex<Option<Arc<Blas>>>,
-    transfer: Mutex<Transfer>,
-    events: Arc<Events>,
-    words: Arc<Words>,
-    /// For tests.
-    spins: Option<TestDelays>,
-    /// Least and greatest; the greatest is the lower number.
+    transfer: Mutex<HostTransfer>,
+    events: Arc<EventPool>,
+    progress_words: Arc<ProgressWords>,
+    /// Only in tests.
+    test_delays: Option<TestDelays>,
+    /// Least and greatest stream priority; the greatest is the lower number.
     priorities: (i32, i32),
     attention: Attention,
-    attentions: Attentions,
+    attention_counters: AttentionCounters,
     context: Arc<Context>,
 }
 
@@ -44,59 +44,59 @@ impl fmt::Debug for Gpu {
 }
 
 impl Gpu {
-    /// Opens the GPU of this ordinal; which attention it uses the environment says ([`Attention::from_env`]).
+    /// Opens the GPU of this ordinal, with the attention implementation that [`Attention::from_env`] selects.
     ///
     /// # Errors
-    /// [`KernelError::Unavailable`] where there is no driver, an old one, no such device or no library for products, and for
-    /// an attention that there is none of; [`KernelError::Cuda`] for what the driver says.
+    /// [`KernelError::Unavailable`] if the driver, the device or cuBLASLt is missing, if the driver is too old, or if
+    /// the variable names an unknown attention; [`KernelError::Cuda`] for driver errors.
     pub fn open(ordinal: usize) -> Result<Arc<Self>, KernelError> {
         Self::open_with(ordinal, Attention::from_env()?)
     }
 
-    /// As [`Gpu::open`], with this attention.
+    /// Opens the GPU of this ordinal with this attention implementation.
     ///
     /// # Errors
-    /// As [`Gpu::open`].
+    /// Those of [`Gpu::open`].
     pub fn open_with(ordinal: usize, attention: Attention) -> Result<Arc<Self>, KernelError> {
         let context = Arc::new(Context::open(ordinal)?);
         Library::CublasLt.require()?;
-        let events = Arc::new(Events::new(context.clone())?);
+        let events = Arc::new(EventPool::new(context.clone())?);
         let gpu = Self {
             poller: Poller::start(&context)?,
             modules: Modules::new(&context),
             blas: Mutex::default(),
-            transfer: Mutex::new(Transfer::new(&context)?),
+            transfer: Mutex::new(HostTransfer::new(&context)?),
             events,
-            words: Words::new(&context)?,
-            spins: TestDelays::from_environment()?,
+            progress_words: ProgressWords::new(&context)?,
+            test_delays: TestDelays::from_environment()?,
             priorities: priorities(&context)?,
             attention,
-            attentions: Attentions::default(),
+            attention_counters: AttentionCounters::default(),
             context,
         };
         Ok(Arc::new(gpu))
     }
 
-    /// Lets each of these GPUs read and write the memory of the others, where the machine can: what one copies from another
-    /// takes no way through the host's memory then. Comes before their arenas are made.
+    /// Enables peer access among these GPUs where the machine supports it, so that copies between them bypass host
+    /// memory. Call it before creating arenas.
     ///
     /// # Errors
-    /// [`KernelError::Cuda`]; that a machine cannot is none.
+    /// [`KernelError::Cuda`]. Lack of support is not an error.
     pub fn connect(gpus: &[&Arc<Self>]) -> Result<(), KernelError> {
         for gpu in gpus {
             for other in gpus.iter().filter(|other| other.context.ordinal() != gpu.context.ordinal()) {
-                gpu.context.reach(&other.context)?;
+                gpu.context.enable_peer_access(&other.context)?;
             }
         }
         Ok(())
     }
 
-    /// Where it is, for errors.
+    /// The device, as error messages name it.
     pub fn place(&self) -> String {
         self.context.place()
     }
 
-    /// As the driver calls it.
+    /// The driver's name for the device.
     pub fn name(&self) -> &str {
         self.context.name()
     }
@@ -106,15 +106,15 @@ impl Gpu {
         self.context.capability()
     }
 
-    /// How many GPUs the driver shows.
+    /// Number of GPUs that the driver reports.
     ///
     /// # Errors
-    /// [`KernelError::Unavailable`] where there is no driver, or an old one.
+    /// [`KernelError::Unavailable`] if the driver is missing or too old.
     pub fn count() -> Result<usize, KernelError> {
         super::library::driver().map(|driver| driver.devices)
     }
 
-    /// Bytes that nobody uses, and all bytes. What the library of products takes for itself is in use.
+    /// Free and total memory in bytes. cuBLASLt's own allocations count as used.
     ///
     /// # Errors
     /// [`KernelError::Cuda`].
@@ -124,25 +124,25 @@ impl Gpu {
         super::memory::free_and_total(&self.context)
     }
 
-    /// What was counted of its work so far, by name: launches of attention, by who does them.
+    /// Counters of this GPU by name: attention launches by implementation.
     pub fn counts(&self) -> Vec<(&'static str, u64)> {
-        self.attentions.told().to_vec()
+        self.attention_counters.by_name().to_vec()
     }
 
     pub(crate) fn context(&self) -> &Arc<Context> {
         &self.context
     }
 
-    pub(crate) fn events(&self) -> &Arc<Events> {
+    pub(crate) fn events(&self) -> &Arc<EventPool> {
         &self.events
     }
 
-    pub(crate) fn words(&self) -> &Arc<Words> {
-        &self.words
+    pub(crate) fn progress_words(&self) -> &Arc<ProgressWords> {
+        &self.progress_words
     }
 
-    pub(crate) fn spins(&self) -> Option<&TestDelays> {
-        self.spins.as_ref()
+    pub(crate) fn test_delays(&self) -> Option<&TestDelays> {
+        self.test_delays.as_ref()
     }
 
     pub(crate) fn poller(&self) -> &Poller {
@@ -153,7 +153,7 @@ impl Gpu {
         &self.modules
     }
 
-    /// The context is bound.
+    /// Requires the context to be bound.
     pub(crate) fn blas(&self) -> Result<Arc<Blas>, KernelError> {
         let mut blas = self.blas.lock().unwrap_or_else(PoisonError::into_inner);
         match &*blas {
@@ -162,7 +162,7 @@ impl Gpu {
         }
     }
 
-    pub(crate) fn transfer(&self) -> &Mutex<Transfer> {
+    pub(crate) fn transfer(&self) -> &Mutex<HostTransfer> {
         &self.transfer
     }
 
@@ -170,8 +170,8 @@ impl Gpu {
         self.attention
     }
 
-    pub(crate) fn attentions(&self) -> &Attentions {
-        &self.attentions
+    pub(crate) fn attention_counters(&self) -> &AttentionCounters {
+        &self.attention_counters
     }
 
     pub(crate) fn priorities(&self) -> (i32, i32) {

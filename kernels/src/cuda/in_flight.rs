@@ -1,4 +1,4 @@
-//! What a submission is while it is under way: whom to tell, and what is looked at before.
+//! A submission in flight: what it runs, whom it notifies, and what is checked before the final notification.
 
 use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -9,59 +9,59 @@ use crate::error::KernelError;
 use crate::op::Program;
 use crate::stream::{Notification, Notify};
 
-/// See the module.
+/// A submission that has been accepted and has not ended.
 pub(crate) struct InFlight {
     pub(crate) program: Arc<Program>,
     pub(crate) repeat: bool,
     notify: Mutex<Notify>,
-    /// Of the engine, where the program calls collectives: one that was aborted has not done what it seems to have done.
-    outcomes: Arc<[AbortStatus]>,
-    /// Where the stream's record of an index out of range is copied to.
+    /// The engine's, if the program calls collectives: an aborted collective looks complete on the stream.
+    abort_statuses: Arc<[AbortStatus]>,
+    /// Receives the copy of the stream's error record.
     slot: Mutex<Option<RecordSlot>>,
 }
 
 impl fmt::Debug for InFlight {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Ticket").field("program", &self.program.name).finish()
+        f.debug_struct("InFlight").field("program", &self.program.name).finish()
     }
 }
 
 impl InFlight {
-    pub(crate) fn new(program: Arc<Program>, repeat: bool, notify: Notify, outcomes: Arc<[AbortStatus]>) -> Self {
-        Self { program, repeat, notify: Mutex::new(notify), outcomes, slot: Mutex::default() }
+    pub(crate) fn new(program: Arc<Program>, repeat: bool, notify: Notify, abort_statuses: Arc<[AbortStatus]>) -> Self {
+        Self { program, repeat, notify: Mutex::new(notify), abort_statuses, slot: Mutex::default() }
     }
 
-    pub(crate) fn tell(&self, notice: Notification) {
-        (self.notify.lock().unwrap_or_else(PoisonError::into_inner))(notice);
+    pub(crate) fn send(&self, notification: Notification) {
+        (self.notify.lock().unwrap_or_else(PoisonError::into_inner))(notification);
     }
 
     pub(crate) fn signal(&self, tag: u32) {
-        // What an aborted collective left behind is not to be passed on.
+        // Do not signal results of an aborted collective.
         if self.aborted().is_none() {
-            self.tell(Notification::Signal(tag));
+            self.send(Notification::Signal(tag));
         }
     }
 
-    /// Where the record goes; it is looked at before the end is told.
-    pub(crate) fn keep_record(&self, slot: RecordSlot) {
+    /// Sets the slot that receives the error record; `finish` reads it.
+    pub(crate) fn set_record_slot(&self, slot: RecordSlot) {
         *self.slot.lock().unwrap_or_else(PoisonError::into_inner) = Some(slot);
     }
 
     fn aborted(&self) -> Option<KernelError> {
-        self.outcomes.iter().find_map(AbortStatus::aborted)
+        self.abort_statuses.iter().find_map(AbortStatus::aborted)
     }
 
-    /// Everything on the stream is done, or has failed.
-    pub(crate) fn end(&self, result: Result<(), KernelError>) {
-        let recorded = self.slot.lock().unwrap_or_else(PoisonError::into_inner).take().and_then(|slot| slot.read());
-        let found = recorded.map(|record| {
+    /// Sends the final notification, once all work on the stream is done or has failed.
+    pub(crate) fn finish(&self, result: Result<(), KernelError>) {
+        let record = self.slot.lock().unwrap_or_else(PoisonError::into_inner).take().and_then(|slot| slot.read());
+        let record_error = record.map(|record| {
             let launch = self.program.launches.get(record.launch as usize);
             record.error(launch.map_or("unknown", |launch| launch.op.name()))
         });
         let error = match result {
             Err(error) => Some(error),
-            Ok(()) => self.aborted().or(found),
+            Ok(()) => self.aborted().or(record_error),
         };
-        self.tell(error.map_or(Notification::Done, Notification::Failed));
+        self.send(error.map_or(Notification::Done, Notification::Failed));
     }
 }

@@ -1,28 +1,30 @@
-//! Puts submissions on a CUDA stream: launches as their lowered steps, collectives by the engine, signals and ends as events
-//! that the poller tells of. Whoever calls says whether it may block; what would block otherwise is handed back.
+//! Issues submissions on a CUDA stream: launches as their lowered steps, collectives through the engine, signals and
+//! completions as events that the poller reports. The caller specifies whether it may block; if not, the issuer returns
+//! the part that would block.
 //!
-//! - ISSUE-1: memory that a step names lies on the stream's own GPU, in bounds: `bound` has checked the launch's buffers,
-//!   and here each is checked to be the GPU's. A submission keeps its arenas until its end is told.
-//! - ISSUE-2: issuing a prepared program loads, compiles and allocates nothing: the driver may do that only once the GPU's
-//!   queues have run dry, and a collective in one of them may be waiting for the very thread that asks.
+//! - ISSUE-1: memory that a step uses lies on the stream's own GPU, in bounds: `bound` has checked the launch's
+//!   buffers, and this module checks that each is on the GPU. A submission keeps its arenas until its final
+//!   notification.
+//! - ISSUE-2: issuing a prepared program loads, compiles and allocates nothing. The driver may do these only when the
+//!   GPU's queues are empty, and a collective in one of them may be waiting for the calling thread.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::time::Instant;
 
-use super::blas::{Addresses, Plans};
-use super::cudnn::Flashes;
+use super::blas::{Addresses, ProductPlans};
+use super::cudnn::AttentionPlans;
 use super::engine::{Enqueued, Wait};
 use super::in_flight::InFlight;
 use super::issue_order::IssueTicket;
 use super::lower;
-use super::lowered::{Kind, Lowered, Pair, Parameter, Ready, address};
-use super::poller::{Then, Track};
+use super::lowered::{FusedPair, LaunchKind, LoweredProgram, Parameter, PreparedStep, address};
+use super::poller::{Completion, CompletionQueue};
 use super::raw_stream::{PARAMETERS_MAX, RawStream};
-use super::record::Records;
-use super::staged::{Staged, device_address};
+use super::record::ErrorRecords;
+use super::staged::{HostStaging, device_address};
 use super::step::{Epilogue, Operand, Place, Product};
-use super::strided_copy::{self, StridedRegion, fetch_region};
+use super::strided_copy::{self, StridedRegion, fetch_from_peer};
 use crate::bound::Bound;
 use crate::collective::{AbortStatus, Collective, CollectiveCall};
 use crate::cpu::stream::{panic_message, trace_launch};
@@ -35,10 +37,10 @@ use crate::region::check_inside;
 use crate::stream::{Notification, Submission};
 use crate::tensor::Region;
 
-/// Where bases are taken to lie while they are not known: an address, and as aligned as arenas are.
+/// Stand-in for a base address that is not known yet, as aligned as arenas are.
 const ANY_BASE: u64 = 1 << 20;
 
-/// What a stream is told to do.
+/// A command of a stream.
 pub(crate) enum Command {
     Run(Run),
     Record(Event),
@@ -48,111 +50,112 @@ pub(crate) enum Command {
 
 /// A submission that is being issued.
 pub(crate) struct Run {
-    ticket: Arc<InFlight>,
-    lowered: Arc<Lowered>,
+    in_flight: Arc<InFlight>,
+    lowered: Arc<LoweredProgram>,
     bases: Vec<Base>,
-    /// Launches that are on the stream.
-    done: usize,
-    /// Signals that are on the stream.
-    signals: usize,
-    /// The collective that the next launch is, under way.
-    wait: Option<Wait>,
-    /// Until its last collective is on the stream.
-    turn: Option<IssueTicket>,
-    outcomes: Arc<[AbortStatus]>,
-    /// Whether a kernel on the stream writes the stream's record.
+    /// Index of the next launch to issue.
+    next_launch: usize,
+    /// Index of the next signal to issue.
+    next_signal: usize,
+    /// Completes the next launch, a collective that the engine has not put on the stream yet.
+    pending_collective: Option<Wait>,
+    /// Held until the last collective is on the stream.
+    issue_ticket: Option<IssueTicket>,
+    abort_statuses: Arc<[AbortStatus]>,
+    /// Whether an issued kernel writes the stream's error record.
     uses_record: bool,
-    /// What follows from one fault is of no interest.
-    found: bool,
+    /// Whether Inf or NaN has been reported; only the first launch with either is.
+    non_finite_reported: bool,
 }
 
 impl Command {
-    /// A submission.
+    /// Creates the command for a submission.
     pub(crate) fn run(
         submission: Submission,
-        lowered: Arc<Lowered>,
-        outcomes: &Arc<[AbortStatus]>,
-        turn: Option<IssueTicket>,
+        lowered: Arc<LoweredProgram>,
+        abort_statuses: &Arc<[AbortStatus]>,
+        issue_ticket: Option<IssueTicket>,
     ) -> Self {
         let Submission { program, bases, repeat, notify } = submission;
-        let outcomes = if lowered.last_call.is_some() { outcomes.clone() } else { Arc::default() };
-        let ticket = Arc::new(InFlight::new(program, repeat, notify, outcomes.clone()));
+        let abort_statuses = if lowered.last_call.is_some() { abort_statuses.clone() } else { Arc::default() };
+        let in_flight = Arc::new(InFlight::new(program, repeat, notify, abort_statuses.clone()));
         Command::Run(Run {
-            ticket,
+            in_flight,
             lowered,
             bases,
-            done: 0,
-            signals: 0,
-            wait: None,
-            turn,
-            outcomes,
+            next_launch: 0,
+            next_signal: 0,
+            pending_collective: None,
+            issue_ticket,
+            abort_statuses,
             uses_record: false,
-            found: false,
+            non_finite_reported: false,
         })
     }
 }
 
-/// See the module.
+/// Issues the commands of one stream.
 pub(crate) struct Issuer {
-    lane: Arc<RawStream>,
-    track: Arc<Track>,
+    stream: Arc<RawStream>,
+    completions: Arc<CompletionQueue>,
     engine: Arc<dyn Collective>,
-    records: Records,
-    plans: Option<Plans>,
-    flashes: Option<Flashes>,
-    staged: Staged,
+    records: ErrorRecords,
+    product_plans: Option<ProductPlans>,
+    attention_plans: Option<AttentionPlans>,
+    staging: HostStaging,
     metrics: StreamMetrics,
-    check: bool,
+    check_finite: bool,
 }
 
 impl Issuer {
     pub(crate) fn new(
-        lane: &Arc<RawStream>,
-        track: &Arc<Track>,
+        stream: &Arc<RawStream>,
+        completions: &Arc<CompletionQueue>,
         engine: Arc<dyn Collective>,
-        records: Records,
+        records: ErrorRecords,
         metrics: StreamMetrics,
     ) -> Self {
         Self {
-            lane: lane.clone(),
-            track: track.clone(),
+            stream: stream.clone(),
+            completions: completions.clone(),
             engine,
             records,
-            plans: None,
-            flashes: None,
-            staged: Staged::new(lane, track),
+            product_plans: None,
+            attention_plans: None,
+            staging: HostStaging::new(stream, completions),
             metrics,
-            check: false,
+            check_finite: false,
         }
     }
 
-    /// Has all made that the program's launches use beside its own memory, so that no submission makes anything (ISSUE-2).
-    pub(crate) fn prepare(&mut self, program: &Program, lowered: &Lowered) -> Result<(), KernelError> {
-        let lane = self.lane.clone();
-        if lane.gpu().spins().is_some() {
-            lane.gpu().modules().function("spin", 0)?;
+    /// Creates everything that the program's launches need besides its own memory, so that submissions create nothing
+    /// (ISSUE-2).
+    pub(crate) fn prepare(&mut self, program: &Program, lowered: &LoweredProgram) -> Result<(), KernelError> {
+        let stream = self.stream.clone();
+        if stream.gpu().test_delays().is_some() {
+            stream.gpu().modules().function("spin", 0)?;
         }
         for (index, launch) in program.launches.iter().enumerate() {
-            if self.blocks(launch) {
-                self.staged.prepare(launch)?;
+            if self.needs_host(launch) {
+                self.staging.prepare(launch)?;
             } else if matches!(launch.op, Op::Collective(_)) {
-                strided_copy::prepare(lane.gpu())?;
+                strided_copy::prepare(stream.gpu())?;
             }
             let kind = catch_unwind(AssertUnwindSafe(|| {
                 let second = program.launches.get(index + 1);
-                let pair = second.and_then(|second| lowered.pair(index, [launch, second], lane.gpu()));
-                (pair, lowered.kind(index, launch, lane.gpu()))
+                let pair = second.and_then(|second| lowered.fused_pair(index, [launch, second], stream.gpu()));
+                (pair, lowered.launch_kind(index, launch, stream.gpu()))
             }));
             let Ok((pair, kind)) = kind else { continue };
-            if let Some(Pair { reads, writes, steps, uses_record }) = pair {
+            if let Some(FusedPair { reads, writes, steps, uses_record }) = pair {
                 self.prepare_steps(steps, *uses_record, (reads, writes))?;
             }
             match kind {
-                Ok(Kind::Steps { steps, uses_record }) => {
+                Ok(LaunchKind::Steps { steps, uses_record }) => {
                     self.prepare_steps(steps, *uses_record, (&launch.reads, &launch.writes))?;
                 }
-                Ok(Kind::Collective | Kind::Custom) => {}
-                // What cannot be lowered fails when it is launched, with its buffers looked at first.
+                Ok(LaunchKind::Collective | LaunchKind::Custom) => {}
+                // A launch that cannot be lowered fails when it is issued, after the check of its buffers.
                 Err(KernelError::Arguments { .. }) => {}
                 Err(error) => return Err(error),
             }
@@ -162,16 +165,16 @@ impl Issuer {
 
     fn prepare_steps(
         &mut self,
-        steps: &[Ready],
+        steps: &[PreparedStep],
         uses_record: bool,
         (reads, writes): (&[Buffer], &[Buffer]),
     ) -> Result<(), KernelError> {
-        let lane = self.lane.clone();
+        let stream = self.stream.clone();
         if uses_record {
-            self.records.prepare(lane.gpu())?;
+            self.records.prepare(stream.gpu())?;
         }
-        // Of an address only the alignment counts here, and bases are as aligned as a library asks for.
-        let at = |place: Place| {
+        // Only the alignment of an address matters here, and bases have the alignment that the libraries require.
+        let address_of = |place: Place| {
             let buffer = match place.operand {
                 Operand::Read(i) => reads.get(i),
                 Operand::Write(i) => writes.get(i),
@@ -181,166 +184,171 @@ impl Issuer {
         };
         for step in steps {
             match step {
-                Ready::Product(product) => {
-                    let addresses = addresses(product, &at, ANY_BASE)?;
-                    self.plans()?.prepare(product, &addresses, lane.place())?;
+                PreparedStep::Product(product) => {
+                    let addresses = addresses(product, &address_of, ANY_BASE)?;
+                    self.product_plans()?.prepare(product, &addresses, stream.place())?;
                 }
-                Ready::Flash { flash, own } => {
-                    self.flashes().prepare(flash, lane.place());
-                    self.prepare_steps(own, uses_record, (reads, writes))?;
+                PreparedStep::Attention { shape, fallback } => {
+                    self.attention_plans().prepare(shape, stream.place());
+                    self.prepare_steps(fallback, uses_record, (reads, writes))?;
                 }
-                Ready::Kernel { .. } | Ready::Copy { .. } | Ready::Fill { .. } => {}
+                PreparedStep::Kernel { .. } | PreparedStep::Copy { .. } | PreparedStep::Fill { .. } => {}
             }
         }
         Ok(())
     }
 
-    /// Keeps the stream's own memory until the stream has come past all that is on it.
-    pub(crate) fn let_go(&self) {
-        let context = self.lane.gpu().context();
-        let recorded = if context.bind_to_drop() { self.lane.record().ok() } else { None };
-        // Without one the context is lost, and nothing is given back.
+    /// Keeps the stream's own memory alive until the stream has passed all issued work.
+    pub(crate) fn release_memory(&self) {
+        let context = self.stream.gpu().context();
+        let recorded = if context.bind_to_drop() { self.stream.record().ok() } else { None };
+        // No event: the context is lost, and nothing can be freed.
         let Some(recorded) = recorded else { return };
-        // The last of them keeps the GPU, and its poller with it.
-        for memory in self.staged.memory().into_iter().chain([self.records.memory()]) {
-            let then = Then::LetGo(memory.clone(), Event::default());
-            self.lane.gpu().poller().push(&self.track, recorded.clone(), then);
+        // The last completion keeps the GPU and its poller alive.
+        for memory in self.staging.memory().into_iter().chain([self.records.memory()]) {
+            let completion = Completion::Release(memory.clone(), Event::default());
+            self.stream.gpu().poller().push(&self.completions, recorded.clone(), completion);
         }
     }
 
-    fn flashes(&mut self) -> &mut Flashes {
-        let lane = &self.lane;
-        let new = || Flashes::new(lane.gpu(), lane.stream(), lane.place());
-        self.flashes.get_or_insert_with(new)
+    fn attention_plans(&mut self) -> &mut AttentionPlans {
+        let stream = &self.stream;
+        let new = || AttentionPlans::new(stream.gpu(), stream.handle(), stream.place());
+        self.attention_plans.get_or_insert_with(new)
     }
 
-    fn plans(&mut self) -> Result<&mut Plans, KernelError> {
-        let lane = &self.lane;
-        match &mut self.plans {
+    fn product_plans(&mut self) -> Result<&mut ProductPlans, KernelError> {
+        let stream = &self.stream;
+        match &mut self.product_plans {
             Some(plans) => Ok(plans),
-            none => Ok(none.insert(Plans::new(lane.gpu())?)),
+            none => Ok(none.insert(ProductPlans::new(stream.gpu())?)),
         }
     }
 
-    /// Does a command, or gives back what is left of it when that would block and must not.
-    pub(crate) fn go(&mut self, command: Command, may_block: bool) -> Option<Command> {
+    /// Runs a command. If it would block and must not, returns the rest of it.
+    pub(crate) fn execute(&mut self, command: Command, may_block: bool) -> Option<Command> {
         match command {
-            Command::CheckFinite(on) => self.check = on,
+            Command::CheckFinite(on) => self.check_finite = on,
             Command::Record(event) => self.record(event),
             Command::Wait(event) => {
                 if event.query() {
                     return None;
                 }
                 match event.recorded() {
-                    // A failure is one of the context, which the next submission meets.
-                    Some(recorded) => drop(self.lane.wait(recorded)),
+                    // A failure marks the context as lost; the next submission returns it.
+                    Some(recorded) => drop(self.stream.wait(recorded)),
                     None if may_block => event.synchronize(),
                     None => return Some(Command::Wait(event)),
                 }
             }
             Command::Run(mut run) => match self.advance(&mut run, may_block) {
-                Ok(true) => self.end(run, Ok(())),
+                Ok(true) => self.finish(run, Ok(())),
                 Ok(false) => return Some(Command::Run(run)),
-                Err(error) => self.end(run, Err(error)),
+                Err(error) => self.finish(run, Err(error)),
             },
         }
         None
     }
 
     fn record(&mut self, event: Event) {
-        match self.lane.record() {
+        match self.stream.record() {
             Ok(recorded) => {
                 event.record(recorded.clone());
-                self.lane.gpu().poller().push(&self.track, recorded, Then::Set(event));
+                self.stream.gpu().poller().push(&self.completions, recorded, Completion::SetEvent(event));
             }
-            // A stream that has failed has done all it ever will.
+            // A failed stream runs nothing more, so the event is due.
             Err(_) => event.set(),
         }
     }
 
-    /// Issues what is left of a program; false when it would block and must not.
+    /// Issues the remaining launches of a program. Returns false if it would block and must not.
     fn advance(&mut self, run: &mut Run, may_block: bool) -> Result<bool, KernelError> {
-        self.lane.gpu().context().check_alive()?;
-        let ticket = run.ticket.clone();
-        let program = &ticket.program;
+        self.stream.gpu().context().check_alive()?;
+        let in_flight = run.in_flight.clone();
+        let program = &in_flight.program;
         loop {
-            self.signal(run)?;
-            let Some(launch) = program.launches.get(run.done) else { return Ok(true) };
-            if let Some(wait) = run.wait.take() {
+            self.issue_signals(run)?;
+            let Some(launch) = program.launches.get(run.next_launch) else { return Ok(true) };
+            if let Some(wait) = run.pending_collective.take() {
                 if !may_block {
-                    run.wait = Some(wait);
+                    run.pending_collective = Some(wait);
                     return Ok(false);
                 }
                 wait()?;
-                self.lane.end_call()?;
+                self.stream.end_call()?;
             } else {
-                if let Some(turn) = run.turn.as_ref().filter(|_| matches!(launch.op, Op::Collective(_))) {
-                    if !may_block && !turn.has_come() {
+                if let Some(ticket) = run.issue_ticket.as_ref().filter(|_| matches!(launch.op, Op::Collective(_))) {
+                    if !may_block && !ticket.may_issue() {
                         return Ok(false);
                     }
-                    turn.wait(&run.outcomes)?;
+                    ticket.wait(&run.abort_statuses)?;
                 }
-                trace_launch(program, run.done);
-                if !may_block && (self.check || self.blocks(launch)) {
+                trace_launch(program, run.next_launch);
+                if !may_block && (self.check_finite || self.needs_host(launch)) {
                     return Ok(false);
                 }
-                let launched = catch_unwind(AssertUnwindSafe(|| self.next(run)));
-                let launched = launched.unwrap_or_else(|panic| {
-                    let (index, program) = (run.done, program.name.clone());
+                let issued = catch_unwind(AssertUnwindSafe(|| self.issue_next(run)));
+                let issued = issued.unwrap_or_else(|panic| {
+                    let (index, program) = (run.next_launch, program.name.clone());
                     let (launch, message) = (format!("{index} ({})", launch.op.name()), panic_message(&*panic));
                     Err(KernelError::Panic { launch, program, message })
                 });
-                let (count, wait) = launched?;
+                let (count, wait) = issued?;
                 if wait.is_some() {
-                    run.wait = wait;
+                    run.pending_collective = wait;
                     continue;
                 }
-                // The last of them is counted below.
-                run.done += count - 1;
+                // The last launch is counted below.
+                run.next_launch += count - 1;
             }
-            if self.check && !run.found {
-                self.look(launch, run)?;
+            if self.check_finite && !run.non_finite_reported {
+                self.report_non_finite(launch, run)?;
             }
-            if run.lowered.last_call == Some(run.done) {
-                run.turn = None;
+            if run.lowered.last_call == Some(run.next_launch) {
+                run.issue_ticket = None;
             }
-            run.done += 1;
+            run.next_launch += 1;
         }
     }
 
-    /// Has the poller tell the signals that stand before the next launch.
-    fn signal(&mut self, run: &mut Run) -> Result<(), KernelError> {
+    /// Queues the signals due before the next launch with the poller.
+    fn issue_signals(&mut self, run: &mut Run) -> Result<(), KernelError> {
         let mut event = None;
-        while let Some((_, tag)) = run.ticket.program.signals.get(run.signals).filter(|(at, _)| *at <= run.done) {
+        while let Some((_, tag)) =
+            run.in_flight.program.signals.get(run.next_signal).filter(|(at, _)| *at <= run.next_launch)
+        {
             let recorded = match &event {
                 Some(recorded) => Arc::clone(recorded),
-                None => event.insert(self.lane.record()?).clone(),
+                None => event.insert(self.stream.record()?).clone(),
             };
-            self.lane.gpu().poller().push(&self.track, recorded, Then::Signal(run.ticket.clone(), *tag));
-            run.signals += 1;
+            let completion = Completion::Signal(run.in_flight.clone(), *tag);
+            self.stream.gpu().poller().push(&self.completions, recorded, completion);
+            run.next_signal += 1;
         }
         Ok(())
     }
 
-    fn end(&mut self, run: Run, result: Result<(), KernelError>) {
-        let Run { ticket, bases, uses_record, .. } = run;
-        let fetched = if uses_record { self.fetch_record(&ticket) } else { Ok(()) };
-        match fetched.and_then(|()| self.lane.record()) {
-            Ok(recorded) => self.lane.gpu().poller().push(&self.track, recorded, Then::End(ticket, bases, result)),
+    fn finish(&mut self, run: Run, result: Result<(), KernelError>) {
+        let Run { in_flight, bases, uses_record, .. } = run;
+        let fetched = if uses_record { self.fetch_record(&in_flight) } else { Ok(()) };
+        match fetched.and_then(|()| self.stream.record()) {
+            Ok(recorded) => {
+                self.stream.gpu().poller().push(&self.completions, recorded, Completion::End(in_flight, bases, result))
+            }
             Err(error) => {
                 drop(bases);
-                ticket.end(Err(result.err().unwrap_or(error)));
+                in_flight.finish(Err(result.err().unwrap_or(error)));
             }
         }
     }
 
-    fn fetch_record(&mut self, ticket: &InFlight) -> Result<(), KernelError> {
-        ticket.keep_record(self.records.fetch(self.lane.gpu(), self.lane.stream(), self.lane.place())?);
+    fn fetch_record(&mut self, in_flight: &InFlight) -> Result<(), KernelError> {
+        in_flight.set_record_slot(self.records.fetch(self.stream.gpu(), self.stream.handle(), self.stream.place())?);
         Ok(())
     }
 
-    /// Whether a launch needs the host: a custom kernel, or a collective of an engine that does not put it on the stream.
-    fn blocks(&self, launch: &Launch) -> bool {
+    /// Whether a launch runs on the host: a custom kernel, or a collective of an engine that cannot enqueue on streams.
+    fn needs_host(&self, launch: &Launch) -> bool {
         match &launch.op {
             Op::Collective(call) => self.engine.on_device(call).is_none(),
             Op::Custom(_) => true,
@@ -348,92 +356,92 @@ impl Issuer {
         }
     }
 
-    /// Issues the next launch, or the next two where one kernel does both; returns how many.
-    fn next(&mut self, run: &mut Run) -> Result<(usize, Option<Wait>), KernelError> {
-        let ticket = run.ticket.clone();
-        let launches = &ticket.program.launches;
-        // What each launch has written is looked at behind it, which a pair does not let; nor a signal between them.
-        let between = run.done + 1;
-        let signalled = || ticket.program.signals.iter().any(|&(at, _)| at == between);
-        if let Some(second) = launches.get(between)
-            && !self.check
-            && !signalled()
-            && self.pair([&launches[run.done], second], run)?
+    /// Issues the next launch, or the next two if one kernel runs both; returns how many.
+    fn issue_next(&mut self, run: &mut Run) -> Result<(usize, Option<Wait>), KernelError> {
+        let in_flight = run.in_flight.clone();
+        let launches = &in_flight.program.launches;
+        // Fusion would hide the first launch's outputs from the Inf/NaN check and delay a signal between the two.
+        let second_index = run.next_launch + 1;
+        let has_signal_between = || in_flight.program.signals.iter().any(|&(position, _)| position == second_index);
+        if let Some(second) = launches.get(second_index)
+            && !self.check_finite
+            && !has_signal_between()
+            && self.issue_pair([&launches[run.next_launch], second], run)?
         {
             return Ok((2, None));
         }
-        Ok((1, self.launch(&launches[run.done], run)?))
+        Ok((1, self.issue_launch(&launches[run.next_launch], run)?))
     }
 
-    /// Issues two launches at once; false when they are to be issued one by one: no kernel does both, memory does not let
-    /// it, or there is an error, which is that of a launch.
-    fn pair(&mut self, launches: [&Launch; 2], run: &mut Run) -> Result<bool, KernelError> {
+    /// Issues two launches as one. Returns false if they must be issued one by one: there is no fused kernel, memory
+    /// overlaps, or there is an error, which belongs to one of the launches.
+    fn issue_pair(&mut self, launches: [&Launch; 2], run: &mut Run) -> Result<bool, KernelError> {
         let lowered = run.lowered.clone();
-        if lowered.is_no_pair(run.done, launches) {
+        if lowered.cannot_fuse(run.next_launch, launches) {
             return Ok(false);
         }
         for launch in launches {
-            // None that has a workspace is in a pair.
-            let fits = self.bind(launch, &run.bases).and_then(|bound| check_in_place(launch, &bound));
-            if fits.is_err() {
+            // Fused launches have no workspace.
+            let checked = self.bind(launch, &run.bases).and_then(|bound| check_in_place(launch, &bound));
+            if checked.is_err() {
                 return Ok(false);
             }
         }
-        let Some(pair) = lowered.pair(run.done, launches, self.lane.gpu()) else { return Ok(false) };
+        let Some(pair) = lowered.fused_pair(run.next_launch, launches, self.stream.gpu()) else { return Ok(false) };
         let Some(bound) = pair.bind(launches[1].op.name(), &run.bases)? else { return Ok(false) };
-        trace_launch(&run.ticket.program, run.done + 1);
+        trace_launch(&run.in_flight.program, run.next_launch + 1);
         run.uses_record |= pair.uses_record;
-        pair.steps.iter().try_for_each(|step| self.step(step, &bound, run.done + 1))?;
+        pair.steps.iter().try_for_each(|step| self.issue_step(step, &bound, run.next_launch + 1))?;
         Ok(true)
     }
 
-    /// A launch's buffers, all of them on this GPU.
+    /// Resolves a launch's buffers and checks that they are on this GPU.
     fn bind<'a>(&self, launch: &'a Launch, bases: &'a [Base]) -> Result<Bound<'a>, KernelError> {
         let bound = Bound::resolve(launch, bases, |_| 0)?;
         bound.all().try_for_each(|view| self.check_on_this_gpu(bound.name, view))?;
         Ok(bound)
     }
 
-    fn launch(&mut self, launch: &Launch, run: &mut Run) -> Result<Option<Wait>, KernelError> {
+    fn issue_launch(&mut self, launch: &Launch, run: &mut Run) -> Result<Option<Wait>, KernelError> {
         let bound = Bound::resolve(launch, &run.bases, |_| lower::workspace_bytes(launch))?;
         if let ([read], Op::CopyRegion { src, dst }) = (&bound.reads[..], &launch.op)
             && self.check_on_this_gpu(bound.name, read).is_err()
         {
-            self.pull(read, src, &bound.writes[0], dst, launch.accumulate)?;
+            self.copy_from_peer(read, src, &bound.writes[0], dst, launch.accumulate)?;
             return Ok(None);
         }
         bound.all().try_for_each(|view| self.check_on_this_gpu(bound.name, view))?;
-        let kind = run.lowered.kind(run.done, launch, self.lane.gpu())?;
+        let kind = run.lowered.launch_kind(run.next_launch, launch, self.stream.gpu())?;
         match (kind, &launch.op) {
-            (Kind::Steps { steps, uses_record }, _) => {
+            (LaunchKind::Steps { steps, uses_record }, _) => {
                 check_in_place(launch, &bound)?;
                 run.uses_record |= uses_record;
-                self.lane.gpu().attentions().launched(&launch.op);
-                steps.iter().try_for_each(|step| self.step(step, &bound, run.done))?;
+                self.stream.gpu().attention_counters().count_launch(&launch.op);
+                steps.iter().try_for_each(|step| self.issue_step(step, &bound, run.next_launch))?;
                 Ok(None)
             }
-            (_, Op::Collective(call)) => self.collective(call, &bound),
+            (_, Op::Collective(call)) => self.issue_collective(call, &bound),
             (_, Op::Custom(kernel)) => {
-                let accumulate = launch.accumulate && run.ticket.repeat;
-                self.staged.custom(&bound, &**kernel, accumulate).map(|()| None)
+                let accumulate = launch.accumulate && run.in_flight.repeat;
+                self.staging.run_custom(&bound, &**kernel, accumulate).map(|()| None)
             }
             _ => Ok(None),
         }
     }
 
-    /// ISSUE-1.
+    /// Checks ISSUE-1.
     fn check_on_this_gpu(&self, name: &str, view: &View<'_>) -> Result<(), KernelError> {
-        let gpu = self.lane.gpu();
+        let gpu = self.stream.gpu();
         let got = match view.arena().device_memory() {
             Some(memory) if Arc::ptr_eq(memory.gpu().context(), gpu.context()) => return Ok(()),
             Some(memory) => format!("memory of {}", memory.place()),
-            None => "memory of the host".to_owned(),
+            None => "host memory".to_owned(),
         };
         Err(KernelError::arguments(name, "memory", format!("memory of {}", gpu.place()), got))
     }
 
-    /// Fetches a box from another GPU's memory.
-    fn pull(
+    /// Copies a region from another GPU's memory.
+    fn copy_from_peer(
         &self,
         read: &View<'_>,
         src: &Region,
@@ -445,7 +453,7 @@ impl Issuer {
         let source = read.arena().device_memory().map(|memory| memory.gpu().context().clone());
         let (Some(source), false) = (source, accumulate || read.dtype() != write.dtype()) else {
             let got = format!("{:?} to {:?}, accumulate {accumulate}", read.dtype(), write.dtype());
-            return Err(KernelError::arguments(name, "read 0", "a GPU's memory, to be copied as it is", got));
+            return Err(KernelError::arguments(name, "read 0", "device memory to copy unchanged", got));
         };
         self.check_on_this_gpu(name, write)?;
         check_inside(name, "src", src, read.shape())?;
@@ -461,79 +469,79 @@ impl Issuer {
         let (from, to) = (device_address(read)?, device_address(write)?);
         let from = StridedRegion { address: from, shape: read.shape(), region: src };
         let to = StridedRegion { address: to, shape: write.shape(), region: dst };
-        fetch_region(&self.lane, &source, from, to, read.dtype())
+        fetch_from_peer(&self.stream, &source, from, to, read.dtype())
     }
 
-    fn step(&mut self, step: &Ready, bound: &Bound<'_>, index: usize) -> Result<(), KernelError> {
-        let at = |place: Place| address(bound, place);
-        self.lane.spin()?;
+    fn issue_step(&mut self, step: &PreparedStep, bound: &Bound<'_>, index: usize) -> Result<(), KernelError> {
+        let address_of = |place: Place| address(bound, place);
+        self.stream.issue_test_delay()?;
         match step {
-            Ready::Kernel { function, how, parameters } => {
+            PreparedStep::Kernel { function, geometry, parameters } => {
                 let mut words = [0; PARAMETERS_MAX];
                 for (word, parameter) in words.iter_mut().zip(parameters) {
                     *word = match *parameter {
-                        Parameter::Address(place) => at(place)?,
+                        Parameter::Address(place) => address_of(place)?,
                         Parameter::Bits(bits) => bits,
                         Parameter::LaunchIndex => index as u64,
                         Parameter::Record => self.records.address(),
                     };
                 }
-                self.lane.launch(*function, how, &words[..parameters.len()])
+                self.stream.launch(*function, geometry, &words[..parameters.len()])
             }
-            Ready::Product(product) => {
-                let addresses = addresses(product, &at, library_workspace(bound)?)?;
-                let lane = self.lane.clone();
-                let issued = self.plans()?.issue(product, &addresses, lane.stream(), lane.place());
-                issued.map_err(|error| lane.why(error))
+            PreparedStep::Product(product) => {
+                let addresses = addresses(product, &address_of, library_workspace(bound)?)?;
+                let stream = self.stream.clone();
+                let issued = self.product_plans()?.issue(product, &addresses, stream.handle(), stream.place());
+                issued.map_err(|error| stream.root_cause(error))
             }
-            Ready::Flash { flash, own } => {
-                let lane = self.lane.clone();
-                if self.flashes().issue(flash, &at, library_workspace(bound)?, &lane)? {
+            PreparedStep::Attention { shape, fallback } => {
+                let stream = self.stream.clone();
+                if self.attention_plans().issue(shape, &address_of, library_workspace(bound)?, &stream)? {
                     return Ok(());
                 }
-                own.iter().try_for_each(|step| self.step(step, bound, index))
+                fallback.iter().try_for_each(|step| self.issue_step(step, bound, index))
             }
-            Ready::Copy { from, to, bytes } => self.lane.copy(at(*to)?, at(*from)?, *bytes),
-            Ready::Fill { to, word, words } => self.lane.fill(at(*to)?, *word, *words),
+            PreparedStep::Copy { from, to, bytes } => self.stream.copy(address_of(*to)?, address_of(*from)?, *bytes),
+            PreparedStep::Fill { to, word, words } => self.stream.fill(address_of(*to)?, *word, *words),
         }
     }
 
-    fn collective(&mut self, call: &CollectiveCall, bound: &Bound<'_>) -> Result<Option<Wait>, KernelError> {
-        let told = self.metrics.collective(call);
+    fn issue_collective(&mut self, call: &CollectiveCall, bound: &Bound<'_>) -> Result<Option<Wait>, KernelError> {
+        let timer = self.metrics.collective(call);
         if let Some(engine) = self.engine.on_device(call) {
-            self.lane.spin()?;
-            // The others would wait in vain for whom cannot even do that.
-            self.lane.begin_call(Some(told)).inspect_err(|error| self.engine.abort(&error.to_string()))?;
-            return match engine.0.enqueue(call, &bound.reads, &bound.writes, bound.workspace.as_ref(), &self.lane)? {
-                Enqueued::Issued => self.lane.end_call().map(|()| None),
-                Enqueued::Waits(wait) => Ok(Some(wait)),
+            self.stream.issue_test_delay()?;
+            // Abort, or the other members would wait forever.
+            self.stream.begin_call(Some(timer)).inspect_err(|error| self.engine.abort(&error.to_string()))?;
+            return match engine.0.enqueue(call, &bound.reads, &bound.writes, bound.workspace.as_ref(), &self.stream)? {
+                Enqueued::Issued => self.stream.end_call().map(|()| None),
+                Enqueued::Pending(wait) => Ok(Some(wait)),
             };
         }
         let engine = self.engine.clone();
-        self.staged.run(bound, |reads, writes| {
-            told.came(Instant::now());
-            let ran = engine.run(call, reads, writes);
-            told.went(Instant::now());
-            ran
+        self.staging.run(bound, |reads, writes| {
+            timer.came(Instant::now());
+            let result = engine.run(call, reads, writes);
+            timer.went(Instant::now());
+            result
         })?;
         Ok(None)
     }
 
-    /// Tells of what a launch has written that is not finite.
-    fn look(&mut self, launch: &Launch, run: &mut Run) -> Result<(), KernelError> {
+    /// Reports Inf or NaN in the outputs of a launch.
+    fn report_non_finite(&mut self, launch: &Launch, run: &mut Run) -> Result<(), KernelError> {
         let bound = Bound::resolve(launch, &run.bases, |_| 0)?;
-        if let Some((write, elements)) = self.staged.faults(&launch.op, &bound)? {
-            run.ticket.tell(Notification::NotFinite { launch: run.done, write, elements });
-            run.found = true;
+        if let Some((write, elements)) = self.staging.find_non_finite(&launch.op, &bound)? {
+            run.in_flight.send(Notification::NotFinite { launch: run.next_launch, write, elements });
+            run.non_finite_reported = true;
         }
         Ok(())
     }
 }
 
-/// Where a product's operands lie.
+/// Resolves the addresses of a product's operands.
 fn addresses(
     product: &Product,
-    at: &dyn Fn(Place) -> Result<u64, KernelError>,
+    address_of: &dyn Fn(Place) -> Result<u64, KernelError>,
     workspace: u64,
 ) -> Result<Addresses, KernelError> {
     let (bias, aux) = match product.epilogue {
@@ -542,23 +550,23 @@ fn addresses(
         Epilogue::GeluBias { bias, aux } => (Some(bias), aux),
         Epilogue::GeluGrad { aux } => (None, Some(aux)),
     };
-    let optional = |place: Option<Place>| place.map_or(Ok(0), at);
+    let optional = |place: Option<Place>| place.map_or(Ok(0), address_of);
     Ok(Addresses {
-        a: at(product.a.place)?,
-        b: at(product.b.place)?,
-        d: at(product.d.place)?,
+        a: address_of(product.a.place)?,
+        b: address_of(product.b.place)?,
+        d: address_of(product.d.place)?,
         bias: optional(bias)?,
         aux: optional(aux)?,
         workspace,
     })
 }
 
-/// Where a library's workspace begins, of the size that the launch's own was checked to hold; 0 where there is none.
+/// Start of the library's part of the workspace, whose size has been checked; 0 if there is none.
 fn library_workspace(bound: &Bound<'_>) -> Result<u64, KernelError> {
     bound.workspace.as_ref().map_or(Ok(0), |view| device_address(view).map(lower::library_start))
 }
 
-/// What MEM-2 leaves to the op: which reads may be the memory of the first write.
+/// Checks the part of MEM-2 that depends on the op: which reads may share memory with the first write.
 fn check_in_place(launch: &Launch, bound: &Bound<'_>) -> Result<(), KernelError> {
     for (w, write) in bound.writes.iter().enumerate() {
         for (r, read) in bound.reads.iter().enumerate() {

@@ -1,8 +1,9 @@
-//! One order of calls on a device: submissions take turns in the order in which they came, over all streams of the device.
+//! One issue order per device: collectives are issued in the order of their submissions, over all streams of the
+//! device.
 //!
-//! - TURN-1: a submission's calls are put on its stream only when those of all earlier submissions of the device are. So
-//!   where all devices' submissions come in one order, which the plan fixes, all their calls do, however late one of them
-//!   comes to its stream.
+//! - TURN-1: a submission's collectives are put on its stream only after those of all earlier submissions of the
+//!   device. If all devices receive their submissions in the same order, which the plan fixes, they issue all
+//!   collectives in that order, however late a submission reaches its stream.
 
 use std::collections::BTreeSet;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -11,10 +12,10 @@ use std::time::Duration;
 use crate::collective::AbortStatus;
 use crate::error::KernelError;
 
-/// How often whoever waits looks whether the engine was aborted.
-const LOOK_EVERY: Duration = Duration::from_millis(1);
+/// How often a waiting thread checks whether the engine was aborted.
+const ABORT_CHECK_INTERVAL: Duration = Duration::from_millis(1);
 
-/// The turns of one device.
+/// The issue order of one device.
 #[derive(Debug, Default)]
 pub(crate) struct IssueOrder {
     state: Mutex<State>,
@@ -24,11 +25,11 @@ pub(crate) struct IssueOrder {
 #[derive(Debug, Default)]
 struct State {
     next: u64,
-    /// Turns that are not over; the least has come.
+    /// Tickets that have not been dropped; the smallest may issue.
     open: BTreeSet<u64>,
 }
 
-/// A submission's turn; over when dropped.
+/// A submission's position in the issue order; drop it to let the next submission issue.
 #[derive(Debug)]
 pub struct IssueTicket {
     order: Arc<IssueOrder>,
@@ -40,8 +41,8 @@ fn lock(order: &IssueOrder) -> MutexGuard<'_, State> {
 }
 
 impl IssueOrder {
-    /// The next turn.
-    pub(crate) fn turn(self: &Arc<Self>) -> IssueTicket {
+    /// Takes the next position.
+    pub(crate) fn ticket(self: &Arc<Self>) -> IssueTicket {
         let mut state = lock(self);
         let number = state.next;
         state.next += 1;
@@ -51,22 +52,22 @@ impl IssueOrder {
 }
 
 impl IssueTicket {
-    /// Whether all earlier ones are over.
-    pub(crate) fn has_come(&self) -> bool {
+    /// Whether all earlier tickets have been dropped.
+    pub(crate) fn may_issue(&self) -> bool {
         lock(&self.order).open.first() == Some(&self.number)
     }
 
-    /// Waits until all earlier ones are over.
+    /// Waits until all earlier tickets have been dropped.
     ///
     /// # Errors
-    /// [`KernelError::Aborted`] once an engine is.
-    pub(crate) fn wait(&self, outcomes: &[AbortStatus]) -> Result<(), KernelError> {
+    /// [`KernelError::Aborted`] once the engine is aborted.
+    pub(crate) fn wait(&self, abort_statuses: &[AbortStatus]) -> Result<(), KernelError> {
         let mut state = lock(&self.order);
         while state.open.first() != Some(&self.number) {
-            if let Some(error) = outcomes.iter().find_map(AbortStatus::aborted) {
+            if let Some(error) = abort_statuses.iter().find_map(AbortStatus::aborted) {
                 return Err(error);
             }
-            let waited = self.order.changed.wait_timeout(state, LOOK_EVERY);
+            let waited = self.order.changed.wait_timeout(state, ABORT_CHECK_INTERVAL);
             state = waited.unwrap_or_else(PoisonError::into_inner).0;
         }
         Ok(())
@@ -85,16 +86,16 @@ mod tests {
     use super::*;
 
     #[test]
-    fn turns_come_in_the_order_in_which_they_were_taken() {
+    fn tickets_may_issue_in_the_order_in_which_they_were_taken() {
         let order = Arc::new(IssueOrder::default());
-        let [first, second, third] = [(); 3].map(|()| order.turn());
-        assert_eq!([&first, &second, &third].map(IssueTicket::has_come), [true, false, false]);
+        let [first, second, third] = [(); 3].map(|()| order.ticket());
+        assert_eq!([&first, &second, &third].map(IssueTicket::may_issue), [true, false, false]);
         drop(second);
-        assert!(!third.has_come());
+        assert!(!third.may_issue());
         drop(first);
-        assert!(third.has_come() && third.wait(&[]).is_ok());
-        let (late, outcome) = (order.turn(), AbortStatus::default());
-        outcome.abort("the test says so");
-        assert_eq!(late.wait(&[outcome]), Err(KernelError::Aborted { cause: "the test says so".to_owned() }));
+        assert!(third.may_issue() && third.wait(&[]).is_ok());
+        let (late, abort_status) = (order.ticket(), AbortStatus::default());
+        abort_status.abort("aborted by the test");
+        assert_eq!(late.wait(&[abort_status]), Err(KernelError::Aborted { cause: "aborted by the test".to_owned() }));
     }
 }

@@ -1,5 +1,5 @@
-//! Which CUDA libraries this machine has, and what to do about those that are missing: each is looked for before its first
-//! use, since a call into a missing one would panic.
+//! Finds the CUDA libraries on this machine and reports how to install missing ones. Each is checked before its first
+//! use, since cudarc panics on a call into a missing library.
 #![allow(unsafe_code)]
 
 use std::fmt::{self, Display};
@@ -7,51 +7,52 @@ use std::{env, fs};
 
 use cudarc::{cublaslt, driver::sys, nvrtc};
 
-use super::context::checked;
+use super::context::check_code;
 use super::cudnn::api::Api as Cudnn;
 use super::nccl::Api;
 use crate::error::KernelError;
 
-/// The oldest driver whose CUDA is that of the libraries and of the cubins: `1000 * major + 10 * minor`.
+/// The oldest supported driver: it must provide the CUDA version of the libraries and cubins, `1000 * major + 10 *
+/// minor`.
 const DRIVER_MIN: i32 = 13_000;
 
-/// What gives CUDA 13.0.
+/// How to get CUDA 13.0.
 const DRIVER_HINT: &str = "install NVIDIA's driver of version 580 or newer (Debian: apt install nvidia-driver), or run the \
      container with --gpus all; without a GPU choose the device cpu";
 
-/// What a driver is told by the environment when it starts, where nobody has said otherwise. Whoever starts processes sets
-/// them; a program that starts the driver while it has one thread does so itself.
+/// Environment variables that the driver reads when it starts, used where they are unset. The launcher sets them for
+/// its processes; a program that starts the driver while single-threaded sets them itself.
 pub const SETTINGS: [(&str, &str); 3] = [
-    // Libraries load all their kernels at once, and none behind a collective that waits for another GPU.
+    // Libraries load all their kernels at once, none of them behind a collective that waits for another GPU.
     ("CUDA_MODULE_LOADING", "EAGER"),
-    // The kernels' data, which follows the variable above by the guide of CUDA 13; earlier guides left that open.
+    // Kernel data. The CUDA 13 guide states that it follows the variable above; earlier guides leave that open.
     ("CUDA_MODULE_DATA_LOADING", "EAGER"),
-    // The most there are: streams that share one wait for each other.
+    // The maximum: streams that share a queue wait for each other.
     (QUEUES, "32"),
 ];
 
-/// The variable that says how many hardware queues a GPU's streams have.
+/// Environment variable for the number of hardware queues of a GPU.
 pub const QUEUES: &str = "CUDA_DEVICE_MAX_CONNECTIONS";
 
 /// A library above the driver.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Library {
-    /// Products.
+    /// Matrix products.
     CublasLt,
     /// The run-time compiler.
     Nvrtc,
     /// Collectives between GPUs.
     Nccl,
-    /// Fused attention; without it our own kernels do that.
+    /// Fused attention; without it Shardflow's kernels run attention.
     Cudnn,
 }
 
-/// What `shardflow doctor` tells of CUDA.
+/// What `shardflow doctor` reports about CUDA.
 #[derive(Clone, Debug)]
 pub struct Probe {
-    /// Version of the driver's CUDA, such as `13.0`; or why there is none.
+    /// CUDA version of the driver, such as `13.0`; or why there is no driver.
     pub driver: Result<String, KernelError>,
-    /// Each device, or what kept it from being asked.
+    /// Each device, or why the query failed.
     pub devices: Vec<Result<DeviceFacts, KernelError>>,
     /// Each library's version, or why it cannot be used.
     pub libraries: Vec<(Library, Result<String, KernelError>)>,
@@ -60,7 +61,7 @@ pub struct Probe {
 /// One GPU.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DeviceFacts {
-    /// As the driver calls it.
+    /// The driver's name for the device.
     pub name: String,
     /// Compute capability, major and minor.
     pub capability: (i32, i32),
@@ -68,11 +69,11 @@ pub struct DeviceFacts {
     pub bytes_total: usize,
 }
 
-/// The driver, started.
+/// The initialized driver.
 pub(crate) struct Driver {
-    /// Of its CUDA.
+    /// Its CUDA version.
     pub(crate) version: i32,
-    /// How many it shows.
+    /// Number of devices.
     pub(crate) devices: usize,
 }
 
@@ -80,44 +81,44 @@ pub(crate) fn unavailable(what: impl Into<String>, hint: &str) -> KernelError {
     KernelError::Unavailable { what: what.into(), hint: hint.to_owned() }
 }
 
-/// `13000` as `13.0`.
+/// Formats `13000` as `13.0`.
 fn dotted(version: i32) -> String {
     format!("{}.{}", version / 1000, version % 1000 / 10)
 }
 
-/// Sets [`SETTINGS`] where that is sound: no other thread can be looking at the environment.
+/// Sets [`SETTINGS`] if no other thread can read the environment, as soundness requires.
 fn set_environment() {
     if !fs::read_dir("/proc/self/task").is_ok_and(|threads| threads.count() == 1) {
         return;
     }
     for (name, value) in SETTINGS.iter().filter(|(name, _)| env::var_os(name).is_none()) {
-        // SAFETY: this is the process's only thread.
+        // SAFETY: this is the only thread of the process.
         unsafe { env::set_var(name, value) };
     }
 }
 
-/// Starts the driver.
+/// Initializes the driver.
 ///
 /// # Errors
-/// [`KernelError::Unavailable`] where there is none, or an old one.
+/// [`KernelError::Unavailable`] if it is missing or too old.
 pub(crate) fn driver() -> Result<Driver, KernelError> {
-    // SAFETY: loads the library and lets it go again; its initialisers are NVIDIA's.
+    // SAFETY: loads and unloads the library; only NVIDIA's initializers run.
     if !unsafe { sys::is_culib_present() } {
-        return Err(unavailable("no CUDA driver (libcuda.so.1) is on this machine", DRIVER_HINT));
+        return Err(unavailable("no CUDA driver (libcuda.so.1) on this machine", DRIVER_HINT));
     }
     set_environment();
     let (mut version, mut count) = (0, 0);
-    // SAFETY: writes to a local; every driver has this call, and it needs no initialisation.
-    checked(unsafe { sys::cuDriverGetVersion(&mut version) }, "cuDriverGetVersion", &"cuda")?;
+    // SAFETY: writes to a local; every driver has this call, and it needs no initialization.
+    check_code(unsafe { sys::cuDriverGetVersion(&mut version) }, "cuDriverGetVersion", &"cuda")?;
     check_version(version)?;
-    // SAFETY: needs nothing.
-    let started = unsafe { sys::cuInit(0) };
-    if started == sys::CUresult::CUDA_ERROR_NO_DEVICE {
+    // SAFETY: has no preconditions.
+    let result = unsafe { sys::cuInit(0) };
+    if result == sys::CUresult::CUDA_ERROR_NO_DEVICE {
         return Ok(Driver { version, devices: 0 });
     }
-    checked(started, "cuInit", &"cuda")?;
+    check_code(result, "cuInit", &"cuda")?;
     // SAFETY: writes to a local.
-    checked(unsafe { sys::cuDeviceGetCount(&mut count) }, "cuDeviceGetCount", &"cuda")?;
+    check_code(unsafe { sys::cuDeviceGetCount(&mut count) }, "cuDeviceGetCount", &"cuda")?;
     Ok(Driver { version, devices: usize::try_from(count).unwrap_or(0) })
 }
 
@@ -125,15 +126,15 @@ fn check_version(version: i32) -> Result<(), KernelError> {
     if version >= DRIVER_MIN {
         return Ok(());
     }
-    let what = format!("the CUDA driver is too old: it has CUDA {}, {} is needed", dotted(version), dotted(DRIVER_MIN));
+    let what = format!("the driver is too old: found CUDA {}, need {} or newer", dotted(version), dotted(DRIVER_MIN));
     Err(unavailable(what, DRIVER_HINT))
 }
 
 impl Library {
-    /// All of them.
+    /// All libraries.
     pub const ALL: [Library; 4] = [Library::CublasLt, Library::Nvrtc, Library::Nccl, Library::Cudnn];
 
-    /// The file's name without its version.
+    /// The file name without its version.
     pub fn name(self) -> &'static str {
         match self {
             Library::CublasLt => "libcublasLt",
@@ -143,7 +144,7 @@ impl Library {
         }
     }
 
-    /// How to get it.
+    /// How to install it.
     pub fn hint(self) -> &'static str {
         match self {
             Library::CublasLt => {
@@ -166,9 +167,9 @@ impl Library {
     }
 
     /// # Errors
-    /// [`KernelError::Unavailable`] where it is not on this machine.
+    /// [`KernelError::Unavailable`] if the library is missing or too old.
     pub(crate) fn require(self) -> Result<(), KernelError> {
-        // SAFETY: as in `driver`.
+        // SAFETY: see `driver`.
         let present = unsafe {
             match self {
                 Library::CublasLt => cublaslt::sys::is_culib_present(),
@@ -181,13 +182,13 @@ impl Library {
     }
 
     pub(crate) fn missing(self) -> KernelError {
-        unavailable(format!("the library {} is not on this machine", self.name()), self.hint())
+        unavailable(format!("{} is not installed on this machine", self.name()), self.hint())
     }
 
     fn version(self) -> Result<String, KernelError> {
         self.require()?;
         match self {
-            // SAFETY: needs nothing.
+            // SAFETY: has no preconditions.
             Library::CublasLt => Ok(cublas_version(unsafe { cublaslt::sys::cublasLtGetVersion() })),
             Library::Nvrtc => {
                 let (mut major, mut minor) = (0, 0);
@@ -196,7 +197,7 @@ impl Library {
                 if result == nvrtc::sys::nvrtcResult::NVRTC_SUCCESS {
                     return Ok(format!("{major}.{minor}"));
                 }
-                Err(unavailable("libnvrtc does not tell its version", self.hint()))
+                Err(unavailable("libnvrtc reports no version", self.hint()))
             }
             Library::Nccl => Api::get()?.version(),
             Library::Cudnn => Ok(Cudnn::get()?.version()),
@@ -204,7 +205,7 @@ impl Library {
     }
 }
 
-/// `130002` as `13.0.2`.
+/// Formats `130002` as `13.0.2`.
 fn cublas_version(version: usize) -> String {
     format!("{}.{}.{}", version / 10_000, version / 100 % 100, version % 100)
 }
@@ -215,32 +216,32 @@ impl Display for Library {
     }
 }
 
-/// Looks at driver, devices, memory and libraries. Opens no context, so it takes no memory on a device.
+/// Probes driver, devices, memory and libraries. Creates no context, so it allocates no device memory.
 pub fn probe() -> Probe {
     let libraries = Library::ALL.map(|library| (library, library.version())).into();
     match driver() {
         Err(error) => Probe { driver: Err(error), devices: Vec::new(), libraries },
         Ok(driver) => {
-            let devices = (0..driver.devices).map(facts).collect();
+            let devices = (0..driver.devices).map(device_facts).collect();
             Probe { driver: Ok(dotted(driver.version)), devices, libraries }
         }
     }
 }
 
-fn facts(ordinal: usize) -> Result<DeviceFacts, KernelError> {
+fn device_facts(ordinal: usize) -> Result<DeviceFacts, KernelError> {
     use sys::CUdevice_attribute::{
         CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR as MAJOR, CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR as MINOR,
     };
     let place = format!("cuda device {ordinal}");
     let (mut device, mut bytes_total, mut name) = (0, 0, [0; 256]);
     let mut capability = (0, 0);
-    // SAFETY: each writes to locals of the types that it is declared with; the name ends with the buffer's last 0 at most.
+    // SAFETY: each call writes to locals of its declared types; the name ends with a 0 within the buffer.
     let name = unsafe {
-        checked(sys::cuDeviceGet(&mut device, i32::try_from(ordinal).unwrap_or(i32::MAX)), "cuDeviceGet", &place)?;
-        checked(sys::cuDeviceGetName(name.as_mut_ptr(), name.len() as i32 - 1, device), "cuDeviceGetName", &place)?;
-        checked(sys::cuDeviceTotalMem_v2(&mut bytes_total, device), "cuDeviceTotalMem", &place)?;
-        checked(sys::cuDeviceGetAttribute(&mut capability.0, MAJOR, device), "cuDeviceGetAttribute", &place)?;
-        checked(sys::cuDeviceGetAttribute(&mut capability.1, MINOR, device), "cuDeviceGetAttribute", &place)?;
+        check_code(sys::cuDeviceGet(&mut device, i32::try_from(ordinal).unwrap_or(i32::MAX)), "cuDeviceGet", &place)?;
+        check_code(sys::cuDeviceGetName(name.as_mut_ptr(), name.len() as i32 - 1, device), "cuDeviceGetName", &place)?;
+        check_code(sys::cuDeviceTotalMem_v2(&mut bytes_total, device), "cuDeviceTotalMem", &place)?;
+        check_code(sys::cuDeviceGetAttribute(&mut capability.0, MAJOR, device), "cuDeviceGetAttribute", &place)?;
+        check_code(sys::cuDeviceGetAttribute(&mut capability.1, MINOR, device), "cuDeviceGetAttribute", &place)?;
         super::context::static_text(name.as_ptr())
     };
     Ok(DeviceFacts { name, capability, bytes_total })
@@ -251,26 +252,27 @@ mod tests {
     use super::*;
 
     #[test]
-    fn versions_read_as_people_write_them() {
+    fn versions_are_formatted_with_dots() {
         assert_eq!([13_000, 12_080, 11_020].map(dotted), ["13.0", "12.8", "11.2"]);
         assert_eq!([130_002, 121_100].map(cublas_version), ["13.0.2", "12.11.0"]);
     }
 
     #[test]
-    fn an_old_driver_is_named_with_what_is_needed() {
+    fn the_error_for_an_old_driver_names_the_required_version() {
         assert_eq!(check_version(13_000), Ok(()));
-        let told = check_version(12_080).unwrap_err().to_string();
+        let message = check_version(12_080).unwrap_err().to_string();
         let expected =
-            "the CUDA driver is too old: it has CUDA 12.8, 13.0 is needed: install NVIDIA's driver of version 580";
-        assert!(told.starts_with(expected), "{told}");
+            "the driver is too old: found CUDA 12.8, need 13.0 or newer: install NVIDIA's driver of version 580";
+        assert!(message.starts_with(expected), "{message}");
     }
 
-    /// Where there is a driver this says nothing; where there is none, as where CI runs, all must be told and nothing panic.
+    /// Runs only on machines without a driver, such as CI: `probe` reports everything that is missing and does not
+    /// panic.
     #[test]
-    fn a_machine_without_cuda_is_told_what_is_missing() {
+    fn the_probe_reports_what_a_machine_without_cuda_lacks() {
         let probe = probe();
         let Err(error) = &probe.driver else { return };
-        assert!(error.to_string().starts_with("no CUDA driver (libcuda.so.1) is on this machine: install"), "{error}");
+        assert!(error.to_string().starts_with("no CUDA driver (libcuda.so.1) on this machine: install"), "{error}");
         for (library, version) in &probe.libraries {
             if let Err(error) = version {
                 assert!(error.to_string().contains(library.name()), "{error}");

@@ -1,12 +1,12 @@
-// Softmax cross entropy in pieces, so that a vocabulary may be split over devices between them. A block does a row;
-// rows of an odd vocabulary begin anywhere, so each has its elements before the first whole 16 bytes done one by one.
+// Softmax cross entropy in pieces, so that devices can share a vocabulary. One block per row. With an odd vocabulary,
+// rows begin unaligned, so the elements before the first aligned 16 bytes are processed one by one.
 
-// Elements of a row before the first whole 16 bytes, and the end of the last whole ones.
-struct Span {
+// Number of elements before the first aligned 16 bytes of a row, and the end of the last aligned 16 bytes.
+struct AlignedSpan {
     i64 head, tail;
 
     template <class T>
-    INLINE Span(const T* row, i64 width) {
+    INLINE AlignedSpan(const T* row, i64 width) {
         constexpr int W = Width<T>::value;
         const i64 before = (16 - reinterpret_cast<size_t>(row) % 16) % 16 / sizeof(T);
         head = before < width ? before : width;
@@ -14,11 +14,11 @@ struct Span {
     }
 };
 
-// Gives `into` arrays of adjacent values, which are this thread's share of a row.
+// Passes arrays of adjacent values, this thread's share of a row, to `into`.
 template <class T, class Into>
 INLINE void read_row(const T* row, i64 width, Into& into) {
     constexpr int W = Width<T>::value;
-    const Span span(row, width);
+    const AlignedSpan span(row, width);
     auto single = [&](i64 i) {
         const float value[1] = {widen(row[i])};
         into.add(value);
@@ -41,7 +41,7 @@ INLINE void map_row(const T* x, U* y, i64 width, F f) {
         for (i64 i = threadIdx.x; i < width; i += blockDim.x) narrow(&y[i], f(i, widen(x[i])));
         return;
     }
-    const Span span(x, width);
+    const AlignedSpan span(x, width);
     for (i64 i = threadIdx.x; i < span.head; i += blockDim.x) narrow(&y[i], f(i, widen(x[i])));
     for (i64 i = span.head + (i64)threadIdx.x * W; i < span.tail; i += (i64)blockDim.x * W) {
         float values[W];
@@ -53,7 +53,7 @@ INLINE void map_row(const T* x, U* y, i64 width, F f) {
     for (i64 i = span.tail + threadIdx.x; i < width; i += blockDim.x) narrow(&y[i], f(i, widen(x[i])));
 }
 
-struct Largest {
+struct RowMaximum {
     float best;
 
     template <int W>
@@ -66,9 +66,9 @@ struct Largest {
 template <class T>
 INLINE void row_max(const T* logits, float* maxima, i64 width) {
     const i64 row = blockIdx.x;
-    Largest largest = {MINUS_INFINITY};
-    read_row(logits + row * width, width, largest);
-    const float best = block_max(largest.best);
+    RowMaximum maximum = {MINUS_INFINITY};
+    read_row(logits + row * width, width, maximum);
+    const float best = block_max(maximum.best);
     if (threadIdx.x == 0) maxima[row] = best;
 }
 
@@ -80,7 +80,7 @@ extern "C" __global__ void __launch_bounds__(512) row_max_bf16(const bf16* logit
     row_max(logits, maxima, width);
 }
 
-struct Exponentials {
+struct ExpSum {
     float max, sum;
 
     template <int W>
@@ -95,7 +95,7 @@ INLINE void sum_exp_target(const T* logits, const float* maxima, const int* targ
                            i64 rows, i64 width, i64 vocab_start, i64 vocab, u32* record, u32 launch) {
     const i64 row = blockIdx.x;
     if (row == 0) check_indices(targets, rows, vocab, record, launch);
-    Exponentials exponentials = {maxima[row], 0.0f};
+    ExpSum exponentials = {maxima[row], 0.0f};
     read_row(logits + row * width, width, exponentials);
     const float sum = block_sum(exponentials.sum);
     if (threadIdx.x > 0) return;
@@ -116,8 +116,8 @@ extern "C" __global__ void __launch_bounds__(512)
     sum_exp_target(logits, maxima, targets, sums, chosen, rows, width, vocab_start, vocab, record, launch);
 }
 
-// A sum of exponentials over the largest logit so far.
-struct Rescaled {
+// A running sum of exponentials relative to the largest logit so far.
+struct RunningExpSum {
     float best, sum;
 
     template <int W>
@@ -129,26 +129,26 @@ struct Rescaled {
             sum *= expf(best - most);
             best = most;
         }
-        // No number for infinity and for what is none.
+        // Inf and NaN logits make the sum NaN.
 #pragma unroll
         for (int j = 0; j < W; j++) sum += logits[j] != MINUS_INFINITY ? expf(logits[j] - best) : 0.0f;
     }
 };
 
-// Both of the above in one pass over the logits, for a vocabulary that is not split: each thread's sum is over the
-// largest logit that it has met. What is not finite comes out as from two passes.
+// row_max and sum_exp_target in one pass over the logits, for a vocabulary that is not split: each thread's sum is
+// relative to the largest logit that it has seen. Inf and NaN give the same results as two passes.
 template <class T>
 INLINE void row_max_sum_exp_target(const T* logits, const int* targets, float* maxima, float* sums, float* chosen,
                                    i64 rows, i64 width, i64 vocab_start, i64 vocab, u32* record, u32 launch) {
     const i64 row = blockIdx.x;
     if (row == 0) check_indices(targets, rows, vocab, record, launch);
-    Rescaled own = {MINUS_INFINITY, 0.0f};
+    RunningExpSum own = {MINUS_INFINITY, 0.0f};
     read_row(logits + row * width, width, own);
     const float most = block_max(own.best);
     const float sum = block_sum(own.best == MINUS_INFINITY ? own.sum : own.sum * expf(own.best - most));
     if (threadIdx.x > 0) return;
     maxima[row] = most;
-    // Of nothing but minus infinities there is no difference to the largest.
+    // All logits are -Inf: the result is NaN.
     sums[row] = width > 0 && most == MINUS_INFINITY ? most - most : sum;
     const i64 column = (i64)targets[row] - vocab_start;
     chosen[row] = column >= 0 && column < width ? widen(logits[row * width + column]) : 0.0f;
@@ -166,7 +166,7 @@ extern "C" __global__ void __launch_bounds__(512)
     row_max_sum_exp_target(logits, targets, maxima, sums, chosen, rows, width, vocab_start, vocab, record, launch);
 }
 
-// One block: scale * sum(max + ln(sum) - target), in double.
+// One block: scale * sum(max + ln(sum) - target), in f64.
 extern "C" __global__ void __launch_bounds__(1024)
     token_loss(const float* maxima, const float* sums, const float* chosen, float* loss, i64 tokens, float scale,
                int accumulate) {

@@ -1,9 +1,9 @@
-//! A launch as the steps that do it on a CUDA device: which kernels, with what geometry, or which product.
-//! Pure: nothing here touches a device.
+//! Lowers a launch to steps on a CUDA device: kernels with their geometry, or a matrix product. Pure: nothing here
+//! accesses a device.
 //!
-//! What depends on memory is the backend's: that writes overlap nothing (MEM-2) but what [`in_place`] allows.
+//! The backend makes the checks that depend on memory: writes overlap nothing (MEM-2) except as [`in_place`] allows.
 
-use crate::cuda::step::{Arg, Flash, Kernel, Place, Step, product_workspace_bytes};
+use crate::cuda::step::{Arg, AttentionShape, Kernel, Place, Step, product_workspace_bytes};
 use crate::error::KernelError;
 use crate::memory::ALIGNMENT;
 use crate::op::{Launch, Op};
@@ -25,32 +25,33 @@ mod tests;
 
 use args::Args;
 
-pub use fuse::{Fused, fuse, may_fuse};
+pub use fuse::{FusedLaunches, fuse, may_fuse};
 
-/// Threads of a block where nothing else is said.
+/// Default number of threads per block.
 const THREADS: usize = 256;
 
-/// Elements that a thread of an elementwise kernel does: 16 bytes of floats.
+/// Elements per thread of an elementwise kernel on f32: 16 bytes.
 const PACK: usize = 4;
 
-/// The same of bf16.
-const HALF_PACK: usize = 8;
+/// Elements per thread of an elementwise kernel on bf16.
+const BF16_PACK: usize = 8;
 
-/// Elements of this type that a thread does: 16 bytes.
+/// Elements per thread for this type: 16 bytes.
 fn pack_of(dtype: DType) -> usize {
-    if dtype == DType::BF16 { HALF_PACK } else { PACK }
+    if dtype == DType::BF16 { BF16_PACK } else { PACK }
 }
 
-/// cuBLASLt and cuDNN want their workspaces at multiples of this; buffers lie at multiples of [`ALIGNMENT`].
+/// Alignment of cuBLASLt's and cuDNN's workspaces; buffers are aligned to [`ALIGNMENT`].
 const LIBRARY_ALIGNMENT: usize = 256;
 
-/// The steps of a launch; none where there is nothing to write. `accumulate` is true when the launch is marked so and
-/// its submission has `repeat` set: then the op's accumulating write is added to. No kernel takes more than
-/// `shared_bytes_max` bytes of dynamic shared memory, which the device tells; [`SHARED_BYTES_DEFAULT`](crate::cuda::step::SHARED_BYTES_DEFAULT) at least.
+/// Returns the steps of a launch; none if there is nothing to write. `accumulate` is true if the launch is marked so
+/// and its submission has `repeat` set; the op then adds to its accumulating write. No kernel uses more than
+/// `shared_bytes_max` bytes of dynamic shared memory, the device's limit, at least
+/// [`SHARED_BYTES_DEFAULT`](crate::cuda::step::SHARED_BYTES_DEFAULT).
 ///
 /// # Errors
-/// [`KernelError::Arguments`] for buffers that the op cannot work on, for a workspace smaller than [`workspace_bytes`],
-/// for collectives, which the stream's engine does, and for custom kernels, which have no CUDA form.
+/// [`KernelError::Arguments`] for buffers that do not fit the op, for a workspace smaller than [`workspace_bytes`], for
+/// collectives, which the stream's engine runs, and for custom kernels, which have no CUDA form.
 pub fn lower(launch: &Launch, accumulate: bool, shared_bytes_max: usize) -> Result<Vec<Step>, KernelError> {
     let args = Args::new(launch, accumulate)?;
     match &launch.op {
@@ -78,16 +79,16 @@ pub fn lower(launch: &Launch, accumulate: bool, shared_bytes_max: usize) -> Resu
         Op::SumSquares { index } => reduce::sum_squares(&args, *index),
         Op::ClipScale { max_norm } => reduce::clip_scale(&args, *max_norm),
         Op::AdamW { beta1, beta2, eps, weight_decay } => elementwise::adamw(&args, *beta1, *beta2, *eps, *weight_decay),
-        Op::Collective(_) => Err(args.refused("op", "one that is lowered", "a collective, which an engine does")),
+        Op::Collective(_) => Err(args.refused("op", "an op that is lowered", "a collective, which the engine runs")),
         Op::Custom(_) => {
-            Err(args.refused("op", "one with a CUDA kernel", "a custom kernel, which runs on the CPU only"))
+            Err(args.refused("op", "an op with a CUDA kernel", "a custom kernel, which runs on the CPU only"))
         }
     }
 }
 
-/// Bytes of scratch memory that a launch needs on a CUDA device, given the buffers that it reads and writes: for its own
-/// kernels, for the library that may do it, or for a collective's engine, whichever of them it will be. 0 for most ops, and
-/// for shapes that the op will refuse anyway. There is no other scratch memory on a GPU.
+/// Workspace in bytes that a launch needs on a CUDA device, given the buffers that it reads and writes. It fits the
+/// op's own kernels, the library that may replace them, and any collective engine. 0 for most ops, and for shapes that
+/// the op will refuse. There is no other scratch memory on a GPU.
 pub fn workspace_bytes(launch: &Launch) -> usize {
     let read = |i: usize| launch.reads.get(i).map_or(&[][..], |buffer| &buffer.shape[..]);
     let own = match &launch.op {
@@ -100,24 +101,24 @@ pub fn workspace_bytes(launch: &Launch) -> usize {
     let library = match &launch.op {
         Op::Einsum(_) => launch.writes.first().map_or(0, |d| product_workspace_bytes(element_count(&d.shape))),
         Op::Collective(call) => return collective::workspace_bytes(call, launch),
-        _ => flash(launch).map_or(0, |flash| flash.workspace_bytes()),
+        _ => cudnn_attention(launch).map_or(0, |attention| attention.workspace_bytes()),
     };
     let library = if library > 0 { library + LIBRARY_ALIGNMENT - ALIGNMENT } else { 0 };
     library.max(own * DType::F32.bytes())
 }
 
-/// Where a library's part of a launch's workspace at this address begins.
+/// Start of the library's part of a workspace at this address.
 pub(crate) fn library_start(address: u64) -> u64 {
     address.next_multiple_of(LIBRARY_ALIGNMENT as u64)
 }
 
-/// A launch that [`lower`] takes as cuDNN may do it in place of its steps, which do without a library; `None` for most.
-pub fn flash(launch: &Launch) -> Option<Flash> {
-    attention::flash(launch)
+/// The attention that cuDNN may run in place of the launch's steps; `None` for other launches and shapes.
+pub fn cudnn_attention(launch: &Launch) -> Option<AttentionShape> {
+    attention::cudnn_attention(launch)
 }
 
-/// The reads that may lie in the very memory of write 0: elementwise ops work in place. All other overlaps of a write,
-/// with a read, another write or the workspace, are errors.
+/// The reads that may share the memory of write 0, since elementwise ops work in place. All other overlaps of a write
+/// with a read, another write or the workspace are errors.
 pub fn in_place(launch: &Launch) -> &'static [usize] {
     match launch.op {
         Op::Copy | Op::Scale { .. } | Op::Gelu | Op::Dropout { .. } => &[0],
@@ -129,7 +130,7 @@ pub fn in_place(launch: &Launch) -> &'static [usize] {
     }
 }
 
-/// The names of a kernel's variants: on floats, on bf16, and from bf16 to floats.
+/// The names of a kernel's variants: f32, bf16, and bf16 to f32.
 macro_rules! variants {
     ($name:literal) => {
         [concat!($name, "_f32"), concat!($name, "_bf16"), concat!($name, "_bf16_f32")]
@@ -137,7 +138,7 @@ macro_rules! variants {
 }
 use variants;
 
-/// A kernel on blocks in x only.
+/// A kernel with a one-dimensional grid.
 fn blocks(
     function: &'static str,
     blocks: usize,
@@ -155,7 +156,7 @@ fn blocks(
     Ok(Step::Kernel(Kernel { function, grid, block, shared_bytes, args }))
 }
 
-/// A kernel on `threads` threads, in blocks of [`THREADS`].
+/// A kernel with `threads` threads, in blocks of [`THREADS`].
 fn threads(function: &'static str, threads: usize, args: Vec<Arg>) -> Result<Step, KernelError> {
     blocks(function, threads.div_ceil(THREADS), THREADS, 0, args)
 }

@@ -1,5 +1,5 @@
-//! Programs whose launches were turned to steps, once, with kernels found and parameters laid out: what is left at a
-//! submission is to put addresses in. Neighbours that one kernel does are found here, too.
+//! Lowers each program once: finds its kernels and lays out their parameters, so that a submission only fills in
+//! addresses. Also finds pairs of adjacent launches that one kernel can run.
 
 use std::collections::HashMap;
 use std::sync::{Arc, OnceLock};
@@ -9,80 +9,80 @@ use super::gpu::Gpu;
 use super::lower;
 use super::module::Function;
 use super::raw_stream::{Geometry, PARAMETERS_MAX};
-use super::step::{Arg, Flash, Operand, Place, Product, Step};
+use super::step::{Arg, AttentionShape, Operand, Place, Product, Step};
 use crate::bound::Bound;
 use crate::error::KernelError;
 use crate::memory::{Base, View};
 use crate::op::{Buffer, Launch, Op, Program};
 use crate::tensor::element_count;
 
-/// Programs that one stream keeps; far more than an actor has. Beyond that all are forgotten, and lowered again.
+/// Maximum number of cached programs per stream, far more than an actor has. If exceeded, the cache is cleared.
 const PROGRAMS_MAX: usize = 1024;
 
-/// One stream's programs.
+/// The lowered programs of one stream.
 #[derive(Debug, Default)]
-pub(crate) struct Cache {
-    /// By address of the program, which is kept so that no other comes to lie there; for first and repeated submissions.
-    programs: HashMap<usize, Known>,
+pub(crate) struct ProgramCache {
+    /// By address of the program, which the entry keeps alive so that the address stays unique.
+    programs: HashMap<usize, CachedProgram>,
 }
 
 #[derive(Debug)]
-struct Known {
+struct CachedProgram {
     program: Arc<Program>,
-    lowered: [Option<Arc<Lowered>>; 2],
+    lowered: [Option<Arc<LoweredProgram>>; 2],
 }
 
-/// A program, for submissions that repeat or for those that do not.
+/// A program lowered for submissions with `repeat`, or for those without.
 #[derive(Debug)]
-pub(crate) struct Lowered {
-    /// By launch; lowered when the program first comes to it, behind the check of its buffers.
-    launches: Vec<OnceLock<Result<Kind, KernelError>>>,
-    /// By launch: what does it and the next one at once, where something does.
-    pairs: Vec<OnceLock<Option<Pair>>>,
+pub(crate) struct LoweredProgram {
+    /// By launch; lowered at first use, after the check of its buffers.
+    launches: Vec<OnceLock<Result<LaunchKind, KernelError>>>,
+    /// By launch: the fused form of this launch and the next, if there is one.
+    pairs: Vec<OnceLock<Option<FusedPair>>>,
     repeat: bool,
-    /// The last launch that is a collective.
+    /// Index of the last collective.
     pub(crate) last_call: Option<usize>,
 }
 
-/// Two launches as one; each can be run by itself, too.
+/// Two launches fused into one. Each can still run alone.
 #[derive(Debug)]
-pub(crate) struct Pair {
-    /// What the steps' places are counted in.
+pub(crate) struct FusedPair {
+    /// The buffers that the steps' places refer to.
     pub(crate) reads: Vec<Buffer>,
     pub(crate) writes: Vec<Buffer>,
-    pub(crate) steps: Vec<Ready>,
-    /// Whether any kernel writes the stream's record.
+    pub(crate) steps: Vec<PreparedStep>,
+    /// Whether a kernel writes the stream's error record.
     pub(crate) uses_record: bool,
 }
 
 /// How a launch is run.
 #[derive(Debug)]
-pub(crate) enum Kind {
-    /// By these steps.
+pub(crate) enum LaunchKind {
+    /// Runs these steps.
     Steps {
-        steps: Vec<Ready>,
-        /// Whether any kernel writes the stream's record.
+        steps: Vec<PreparedStep>,
+        /// Whether a kernel writes the stream's error record.
         uses_record: bool,
     },
-    /// By the engine.
+    /// Runs on the collective engine.
     Collective,
-    /// By the host.
+    /// Runs on the host.
     Custom,
 }
 
-/// A step that only lacks its addresses.
+/// A step that lacks only its addresses.
 #[derive(Debug)]
-pub(crate) enum Ready {
+pub(crate) enum PreparedStep {
     Kernel {
         function: Function,
-        how: Geometry,
+        geometry: Geometry,
         parameters: Vec<Parameter>,
     },
     Product(Box<Product>),
-    /// Attention by cuDNN; by our own kernels where it turns out that cuDNN does not.
-    Flash {
-        flash: Flash,
-        own: Vec<Ready>,
+    /// Attention by cuDNN; `fallback` runs if cuDNN refuses the shape.
+    Attention {
+        shape: AttentionShape,
+        fallback: Vec<PreparedStep>,
     },
     Copy {
         from: Place,
@@ -102,24 +102,24 @@ pub(crate) enum Parameter {
     Address(Place),
     Record,
     LaunchIndex,
-    /// As it is: the low bytes count.
+    /// A value; the kernel reads as many low bytes as its parameter has.
     Bits(u64),
 }
 
-impl Cache {
-    /// The program's steps.
-    pub(crate) fn get(&mut self, program: &Arc<Program>, repeat: bool) -> Arc<Lowered> {
+impl ProgramCache {
+    /// Returns the lowered program.
+    pub(crate) fn get(&mut self, program: &Arc<Program>, repeat: bool) -> Arc<LoweredProgram> {
         let key = Arc::as_ptr(program).addr();
         if self.programs.len() >= PROGRAMS_MAX && !self.programs.contains_key(&key) {
             self.programs.clear();
         }
-        let new = || Known { program: program.clone(), lowered: [None, None] };
-        let Known { program, lowered } = self.programs.entry(key).or_insert_with(new);
-        lowered[usize::from(repeat)].get_or_insert_with(|| Arc::new(Lowered::of(program, repeat))).clone()
+        let new = || CachedProgram { program: program.clone(), lowered: [None, None] };
+        let CachedProgram { program, lowered } = self.programs.entry(key).or_insert_with(new);
+        lowered[usize::from(repeat)].get_or_insert_with(|| Arc::new(LoweredProgram::of(program, repeat))).clone()
     }
 }
 
-impl Lowered {
+impl LoweredProgram {
     fn of(program: &Program, repeat: bool) -> Self {
         let launches = program.launches.iter().map(|_| OnceLock::new()).collect();
         let last_call = program.launches.iter().rposition(|launch| matches!(launch.op, Op::Collective(_)));
@@ -127,98 +127,98 @@ impl Lowered {
         Self { launches, pairs, repeat, last_call }
     }
 
-    /// How launch `index` of the program is run, its buffers being in bounds.
-    pub(crate) fn kind(&self, index: usize, launch: &Launch, gpu: &Gpu) -> Result<&Kind, KernelError> {
+    /// How to run launch `index` of the program, whose buffers have been checked.
+    pub(crate) fn launch_kind(&self, index: usize, launch: &Launch, gpu: &Gpu) -> Result<&LaunchKind, KernelError> {
         let repeat = self.repeat && launch.accumulate;
-        self.launches[index].get_or_init(|| kind(launch, repeat, gpu)).as_ref().map_err(Clone::clone)
+        self.launches[index].get_or_init(|| launch_kind(launch, repeat, gpu)).as_ref().map_err(Clone::clone)
     }
 
-    /// True when it is known, without a look at buffers, that no kernel does launch `index` and the next one at once.
-    pub(crate) fn is_no_pair(&self, index: usize, [first, second]: [&Launch; 2]) -> bool {
+    /// True if launch `index` and the next certainly have no fused kernel. Does not look at buffers.
+    pub(crate) fn cannot_fuse(&self, index: usize, [first, second]: [&Launch; 2]) -> bool {
         match self.pairs[index].get() {
             Some(pair) => pair.is_none(),
             None => !lower::may_fuse(first, second),
         }
     }
 
-    /// What runs launch `index` and the next one at once, the buffers of both being in bounds.
-    pub(crate) fn pair(&self, index: usize, launches: [&Launch; 2], gpu: &Gpu) -> Option<&Pair> {
-        self.pairs[index].get_or_init(|| pair(launches, gpu)).as_ref()
+    /// The fused form of launch `index` and the next, whose buffers have been checked.
+    pub(crate) fn fused_pair(&self, index: usize, launches: [&Launch; 2], gpu: &Gpu) -> Option<&FusedPair> {
+        self.pairs[index].get_or_init(|| fuse_pair(launches, gpu)).as_ref()
     }
 }
 
-fn pair([first, second]: [&Launch; 2], gpu: &Gpu) -> Option<Pair> {
-    // What is wrong with a launch is told when it is run by itself.
-    let lower::Fused { reads, writes, steps } = lower::fuse(first, second, &overlap).ok()??;
-    let steps = steps.into_iter().map(|step| ready(step, gpu)).collect::<Result<Vec<_>, _>>().ok()?;
+fn fuse_pair([first, second]: [&Launch; 2], gpu: &Gpu) -> Option<FusedPair> {
+    // Errors are reported when the launches run one by one.
+    let lower::FusedLaunches { reads, writes, steps } = lower::fuse(first, second, &overlap).ok()??;
+    let steps = steps.into_iter().map(|step| prepare_step(step, gpu)).collect::<Result<Vec<_>, _>>().ok()?;
     let uses_record = uses_record(&steps);
-    Some(Pair { reads, writes, steps, uses_record })
+    Some(FusedPair { reads, writes, steps, uses_record })
 }
 
-/// Whether buffers share memory without being the same, as far as that is known before bases are: see
-/// [`Pair::bind`].
+/// Whether two buffers overlap without being identical, as far as that is known before bases are bound: see
+/// [`FusedPair::bind`].
 fn overlap(a: &Buffer, b: &Buffer) -> bool {
     let bytes = |buffer: &Buffer| element_count(&buffer.shape) * buffer.dtype.bytes();
     let (a_bytes, b_bytes) = (bytes(a), bytes(b));
-    let meet = a.offset < b.offset + b_bytes && b.offset < a.offset + a_bytes;
-    a.base == b.base && a_bytes > 0 && b_bytes > 0 && meet && (a.offset, a_bytes) != (b.offset, b_bytes)
+    let intersect = a.offset < b.offset + b_bytes && b.offset < a.offset + a_bytes;
+    a.base == b.base && a_bytes > 0 && b_bytes > 0 && intersect && (a.offset, a_bytes) != (b.offset, b_bytes)
 }
 
-impl Pair {
-    /// The pair's buffers, if what is written on one base lies apart from all that is on others: then `overlap` has told
-    /// the truth.
+impl FusedPair {
+    /// Resolves the pair's buffers. Returns `None` if a write overlaps a buffer on another base, which `overlap` could
+    /// not see.
     pub(crate) fn bind<'a>(&'a self, name: &'a str, bases: &'a [Base]) -> Result<Option<Bound<'a>>, KernelError> {
         let resolve = |buffer| View::resolve(name, buffer, bases);
         let reads = self.reads.iter().map(resolve).collect::<Result<Vec<_>, _>>()?;
         let writes = self.writes.iter().map(resolve).collect::<Result<Vec<_>, _>>()?;
-        let is_apart = self.writes.iter().zip(&writes).all(|(buffer, write)| {
+        let writes_are_separate = self.writes.iter().zip(&writes).all(|(buffer, write)| {
             let all = self.reads.iter().chain(&self.writes).zip(reads.iter().chain(&writes));
             all.filter(|(other, _)| other.base != buffer.base).all(|(_, other)| !write.overlaps(other))
         });
-        Ok(is_apart.then_some(Bound { name, reads, writes, workspace: None }))
+        Ok(writes_are_separate.then_some(Bound { name, reads, writes, workspace: None }))
     }
 }
 
-fn kind(launch: &Launch, accumulate: bool, gpu: &Gpu) -> Result<Kind, KernelError> {
+fn launch_kind(launch: &Launch, accumulate: bool, gpu: &Gpu) -> Result<LaunchKind, KernelError> {
     match launch.op {
-        Op::Collective(_) => Ok(Kind::Collective),
-        Op::Custom(_) => Ok(Kind::Custom),
+        Op::Collective(_) => Ok(LaunchKind::Collective),
+        Op::Custom(_) => Ok(LaunchKind::Custom),
         _ => {
             let steps = lower::lower(launch, accumulate, gpu.context().shared_bytes_max())?.into_iter();
-            let steps = steps.map(|step| ready(step, gpu)).collect::<Result<Vec<_>, _>>()?;
+            let steps = steps.map(|step| prepare_step(step, gpu)).collect::<Result<Vec<_>, _>>()?;
             let uses_record = uses_record(&steps);
-            let flash = lower::flash(launch).filter(|_| gpu.attention() != Attention::Own);
-            let steps = match flash {
-                Some(flash) => vec![Ready::Flash { flash, own: steps }],
+            let attention = lower::cudnn_attention(launch).filter(|_| gpu.attention() != Attention::Own);
+            let steps = match attention {
+                Some(shape) => vec![PreparedStep::Attention { shape, fallback: steps }],
                 None => steps,
             };
-            Ok(Kind::Steps { steps, uses_record })
+            Ok(LaunchKind::Steps { steps, uses_record })
         }
     }
 }
 
-fn uses_record(steps: &[Ready]) -> bool {
+fn uses_record(steps: &[PreparedStep]) -> bool {
     steps.iter().any(|step| match step {
-        Ready::Kernel { parameters, .. } => parameters.contains(&Parameter::Record),
+        PreparedStep::Kernel { parameters, .. } => parameters.contains(&Parameter::Record),
         _ => false,
     })
 }
 
-fn ready(step: Step, gpu: &Gpu) -> Result<Ready, KernelError> {
+fn prepare_step(step: Step, gpu: &Gpu) -> Result<PreparedStep, KernelError> {
     Ok(match step {
         Step::Kernel(kernel) => {
             let function = gpu.modules().function(kernel.function, kernel.shared_bytes)?;
-            let how = Geometry { grid: kernel.grid, block: kernel.block, shared_bytes: kernel.shared_bytes };
+            let geometry = Geometry { grid: kernel.grid, block: kernel.block, shared_bytes: kernel.shared_bytes };
             if kernel.args.len() > PARAMETERS_MAX {
                 let got = kernel.args.len().to_string();
                 let expected = format!("at most {PARAMETERS_MAX}");
                 return Err(KernelError::arguments(kernel.function, "parameters", expected, got));
             }
-            Ready::Kernel { function, how, parameters: kernel.args.iter().map(parameter).collect() }
+            PreparedStep::Kernel { function, geometry, parameters: kernel.args.iter().map(parameter).collect() }
         }
-        Step::Product(product) => Ready::Product(Box::new(product)),
-        Step::Copy { from, to, bytes } => Ready::Copy { from, to, bytes },
-        Step::Fill { to, word, words } => Ready::Fill { to, word, words },
+        Step::Product(product) => PreparedStep::Product(Box::new(product)),
+        Step::Copy { from, to, bytes } => PreparedStep::Copy { from, to, bytes },
+        Step::Fill { to, word, words } => PreparedStep::Fill { to, word, words },
     })
 }
 
@@ -227,12 +227,12 @@ fn parameter(arg: &Arg) -> Parameter {
         Arg::Pointer(place) => Parameter::Address(place),
         Arg::ErrorRecord => Parameter::Record,
         Arg::LaunchIndex => Parameter::LaunchIndex,
-        // Only steps that look for what is not finite have a counter, and those are not lowered here.
+        // No lowered step has another kind of argument without bits.
         ref other => Parameter::Bits(other.bits().unwrap_or(0)),
     }
 }
 
-/// The address of a place of a bound launch, all of whose buffers lie on the device.
+/// The address of a place in a bound launch whose buffers are all on the device.
 pub(crate) fn address(bound: &Bound<'_>, place: Place) -> Result<u64, KernelError> {
     let view = match place.operand {
         Operand::Read(i) => bound.reads.get(i),
@@ -251,7 +251,7 @@ mod tests {
     use crate::tensor::DType;
 
     #[test]
-    fn buffers_that_meet_overlap_and_the_same_memory_does_not() {
+    fn partially_shared_buffers_overlap_and_identical_ones_do_not() {
         let buffer = |base, offset, elements| Buffer { base, offset, shape: vec![elements], dtype: DType::BF16 };
         let one = buffer(0, 64, 8);
         assert!(!overlap(&one, &one));
@@ -263,7 +263,7 @@ mod tests {
     }
 
     #[test]
-    fn parameters_are_the_low_bytes_of_words() {
+    fn parameters_are_in_the_low_bytes_of_words() {
         let bits = |arg| match parameter(&arg) {
             Parameter::Bits(bits) => bits,
             other => panic!("{other:?}"),

@@ -1,8 +1,8 @@
-//! Memory of a GPU, pinned memory of the host, and copies between them that the host waits for: by way of a pinned buffer,
-//! on a stream of their own.
+//! Device memory, pinned host memory, and synchronous copies between host and device through a pinned buffer on a
+//! dedicated stream.
 //!
-//! - PINNED-1: while a copy is under way nobody touches its part of a pinned buffer: [`Transfer`] waits for each piece
-//!   before it goes on, and streams wait for the event behind a copy before they use a buffer again.
+//! - PINNED-1: nobody accesses the part of a pinned buffer that a copy in progress uses. [`HostTransfer`] waits for
+//!   each piece before the next; streams wait for the event recorded after a copy before they reuse a buffer.
 #![allow(unsafe_code)]
 
 use std::fmt;
@@ -17,21 +17,21 @@ use crate::clock::{RaceClock, ReleaseClocks, host_access};
 use crate::error::KernelError;
 use crate::memory::Tally;
 
-/// Bytes of the buffer by which the host's copies go.
+/// Size of the pinned buffer for host copies, in bytes.
 const PIECE_BYTES: usize = 4 << 20;
 
-/// A piece of a GPU's memory.
+/// An allocation of device memory.
 pub(crate) struct DeviceMemory {
     gpu: Arc<Gpu>,
-    /// Of the device in the session's mesh.
+    /// Rank of the device in the session's mesh.
     rank: usize,
     address: u64,
     bytes: usize,
     tally: Arc<Tally>,
-    /// When it was zeroed.
-    made: RaceClock,
-    /// When submissions were done with it.
-    used: ReleaseClocks,
+    /// Captured when the memory was zeroed.
+    zeroed: RaceClock,
+    /// Captured each time that a submission released the memory.
+    releases: ReleaseClocks,
 }
 
 impl fmt::Debug for DeviceMemory {
@@ -41,12 +41,13 @@ impl fmt::Debug for DeviceMemory {
 }
 
 impl DeviceMemory {
-    /// A submission has done with it, as the calling thread knows.
-    pub(crate) fn let_go(&self) {
-        self.used.add();
+    /// Records that a submission no longer uses the memory, as the calling thread knows.
+    pub(crate) fn mark_released(&self) {
+        self.releases.add();
     }
 
-    /// Zeroed memory that is counted in `tally`: the only way to have memory of a GPU, so what is counted is all.
+    /// Allocates zeroed memory and counts it in `tally`. Nothing else allocates device memory, so the tally is
+    /// complete.
     ///
     /// # Errors
     /// [`KernelError::OutOfMemory`], [`KernelError::Cuda`].
@@ -55,7 +56,7 @@ impl DeviceMemory {
         if bytes > 0 {
             let transfer = gpu.transfer().lock().unwrap_or_else(PoisonError::into_inner);
             gpu.context().bind()?;
-            // Of no pool: what a pool gives is closed to other GPUs, whatever peer access the contexts have.
+            // Not from a memory pool: other GPUs cannot access pool memory, whatever peer access the contexts have.
             // SAFETY: writes an address to a local.
             let result = unsafe { sys::cuMemAlloc_v2(&mut address, bytes) };
             if result == CUresult::CUDA_ERROR_OUT_OF_MEMORY || result == CUresult::CUDA_ERROR_INVALID_VALUE {
@@ -74,8 +75,8 @@ impl DeviceMemory {
             address,
             bytes,
             tally: tally.clone(),
-            made: RaceClock::capture(),
-            used: ReleaseClocks::default(),
+            zeroed: RaceClock::capture(),
+            releases: ReleaseClocks::default(),
         })
     }
 
@@ -83,28 +84,28 @@ impl DeviceMemory {
         self.bytes
     }
 
-    /// The address of its first byte on the device.
+    /// Device address of the first byte.
     pub(crate) fn address(&self) -> u64 {
-        self.made.join();
+        self.zeroed.join();
         self.address
     }
 
-    /// The GPU that it is of.
+    /// The GPU that holds the memory.
     pub(crate) fn gpu(&self) -> &Arc<Gpu> {
         &self.gpu
     }
 
-    /// Whose it is, for errors.
+    /// Device and GPU, as error messages name them.
     pub(crate) fn place(&self) -> String {
         format!("device {} on {}", self.rank, self.gpu.place())
     }
 
-    /// Copies bytes of the host to `offset`, which the caller has checked, and waits.
+    /// Copies host bytes to `offset`, which the caller has checked, and waits for the copy.
     pub(crate) fn write(&self, offset: usize, bytes: &[u8]) -> Result<(), KernelError> {
         let mut rest = bytes;
         self.write_pieces(offset, bytes.len(), |piece| {
-            let (now, later) = rest.split_at(piece.len());
-            piece.copy_from_slice(now);
+            let (current, later) = rest.split_at(piece.len());
+            piece.copy_from_slice(current);
             rest = later;
             Ok(())
         })
@@ -120,7 +121,7 @@ impl DeviceMemory {
         })
     }
 
-    /// Fills `bytes` bytes from `offset` on with what `fill` puts into each piece.
+    /// Writes `bytes` bytes from `offset` on, in pieces that `fill` provides.
     pub(crate) fn write_pieces<E: From<KernelError>>(
         &self,
         offset: usize,
@@ -129,21 +130,22 @@ impl DeviceMemory {
     ) -> Result<(), E> {
         let mut transfer = self.gpu.transfer().lock().unwrap_or_else(PoisonError::into_inner);
         self.gpu.context().bind()?;
-        transfer.handed.join();
+        transfer.released.join();
         for at in (0..bytes).step_by(PIECE_BYTES) {
             let piece = PIECE_BYTES.min(bytes - at);
             fill(transfer.pinned.first_mut(piece))?;
             let (to, from) = (self.address() + (offset + at) as u64, transfer.pinned.start.0);
-            // SAFETY: the range is inside this memory and the pinned buffer holds the piece, which is waited for (PINNED-1).
+            // SAFETY: the range is inside this memory; the pinned buffer holds the piece until the wait below
+            // (PINNED-1).
             let result = unsafe { sys::cuMemcpyHtoDAsync_v2(to, from.cast(), piece, transfer.stream.0) };
             self.gpu.context().check(result, "cuMemcpyHtoDAsync", &self.gpu.place())?;
             transfer.wait(self.gpu.context())?;
         }
-        transfer.handed = RaceClock::capture();
+        transfer.released = RaceClock::capture();
         Ok(())
     }
 
-    /// Gives `take` each piece of `bytes` bytes from `offset` on.
+    /// Reads `bytes` bytes from `offset` on and passes each piece to `take`.
     pub(crate) fn read_pieces<E: From<KernelError>>(
         &self,
         offset: usize,
@@ -152,17 +154,17 @@ impl DeviceMemory {
     ) -> Result<(), E> {
         let mut transfer = self.gpu.transfer().lock().unwrap_or_else(PoisonError::into_inner);
         self.gpu.context().bind()?;
-        transfer.handed.join();
+        transfer.released.join();
         for at in (0..bytes).step_by(PIECE_BYTES) {
             let piece = PIECE_BYTES.min(bytes - at);
             let (to, from) = (transfer.pinned.start.0, self.address() + (offset + at) as u64);
-            // SAFETY: as in `write_pieces`.
+            // SAFETY: see `write_pieces`.
             let result = unsafe { sys::cuMemcpyDtoHAsync_v2(to.cast(), from, piece, transfer.stream.0) };
             self.gpu.context().check(result, "cuMemcpyDtoHAsync", &self.gpu.place())?;
             transfer.wait(self.gpu.context())?;
             take(transfer.pinned.first(piece))?;
         }
-        transfer.handed = RaceClock::capture();
+        transfer.released = RaceClock::capture();
         Ok(())
     }
 }
@@ -170,53 +172,53 @@ impl DeviceMemory {
 impl Drop for DeviceMemory {
     fn drop(&mut self) {
         self.tally.bytes.fetch_sub(self.bytes, Ordering::Relaxed);
-        self.used.join();
+        self.releases.join();
         if self.bytes > 0 && self.gpu.context().bind_to_drop() {
-            // SAFETY: allocated in `new`, freed once. Whoever used it has waited for its end: submissions keep their arenas
-            // until then. An error has been kept by the context, if it was one that lasts.
+            // SAFETY: allocated in `new`, freed once. No work uses it: submissions keep their arenas until they end.
+            // The context has kept any lasting error.
             let result = unsafe { sys::cuMemFree_v2(self.address) };
             let _ = self.gpu.context().check(result, "cuMemFree", &self.gpu.place());
         }
     }
 }
 
-/// The stream and the buffer of the host's copies, which are done one at a time.
+/// The stream and pinned buffer for host copies, which run one at a time.
 #[derive(Debug)]
-pub(crate) struct Transfer {
+pub(crate) struct HostTransfer {
     context: Arc<Context>,
     stream: Raw<sys::CUstream>,
     pinned: Pinned,
-    /// When the last who used it was done.
-    handed: RaceClock,
+    /// Captured by the last user when it was done.
+    released: RaceClock,
 }
 
-impl Transfer {
-    /// The context is bound.
+impl HostTransfer {
+    /// Requires the context to be bound.
     pub(crate) fn new(context: &Arc<Context>) -> Result<Self, KernelError> {
         let pinned = Pinned::new(context, PIECE_BYTES)?;
         Ok(Self {
             context: context.clone(),
             stream: new_stream(context, 0, &context.place())?,
             pinned,
-            handed: RaceClock::default(),
+            released: RaceClock::default(),
         })
     }
 
     fn wait(&self, context: &Context) -> Result<(), KernelError> {
-        // SAFETY: a live stream.
+        // SAFETY: the stream is live.
         let result = unsafe { sys::cuStreamSynchronize(self.stream.0) };
         context.check(result, "cuStreamSynchronize", &context.place())
     }
 }
 
-impl Drop for Transfer {
+impl Drop for HostTransfer {
     fn drop(&mut self) {
-        self.handed.join();
+        self.released.join();
         destroy_stream(&self.context, self.stream);
     }
 }
 
-/// A stream that does not wait for the default one. The context is bound.
+/// Creates a stream that does not synchronize with the default stream. Requires the context to be bound.
 pub(crate) fn new_stream(context: &Context, priority: i32, place: &str) -> Result<Raw<sys::CUstream>, KernelError> {
     let mut stream = std::ptr::null_mut();
     let flags = sys::CUstream_flags::CU_STREAM_NON_BLOCKING as u32;
@@ -226,15 +228,15 @@ pub(crate) fn new_stream(context: &Context, priority: i32, place: &str) -> Resul
     Ok(Raw(stream))
 }
 
-/// Destroys what [`new_stream`] made; what is still on it is done all the same.
+/// Destroys a stream from [`new_stream`]; pending work on it still completes.
 pub(crate) fn destroy_stream(context: &Context, stream: Raw<sys::CUstream>) {
     if context.bind_to_drop() {
-        // SAFETY: the caller made it, and uses it no more.
+        // SAFETY: the caller created the stream and no longer uses it.
         let _ = unsafe { sys::cuStreamDestroy_v2(stream.0) };
     }
 }
 
-/// Page-locked memory of the host, zeroed; not write-combined, since the host reads it too.
+/// Zeroed page-locked host memory; not write-combined, since the host also reads it.
 #[derive(Debug)]
 pub(crate) struct Pinned {
     context: Arc<Context>,
@@ -243,7 +245,7 @@ pub(crate) struct Pinned {
 }
 
 impl Pinned {
-    /// The context is bound. At least a byte.
+    /// Allocates at least one byte. Requires the context to be bound.
     pub(crate) fn new(context: &Arc<Context>, bytes: usize) -> Result<Self, KernelError> {
         let mut start = std::ptr::null_mut();
         let bytes = bytes.max(1);
@@ -251,7 +253,7 @@ impl Pinned {
         let result = unsafe { sys::cuMemHostAlloc(&mut start, bytes, sys::CU_MEMHOSTALLOC_PORTABLE) };
         context.check(result, "cuMemHostAlloc", &context.place())?;
         let start = start.cast::<u8>();
-        // SAFETY: just allocated, of this size.
+        // SAFETY: just allocated with this size.
         unsafe { start.write_bytes(0, bytes) };
         Ok(Self { context: context.clone(), start: Raw(start), bytes })
     }
@@ -260,24 +262,24 @@ impl Pinned {
         self.bytes
     }
 
-    /// Where it begins.
+    /// Address of the first byte.
     pub(crate) fn start(&self) -> *mut u8 {
         self.start.0
     }
 
-    /// The first so many bytes, to which nothing is being copied (PINNED-1).
+    /// The first `bytes` bytes; no copy to them may be in progress (PINNED-1).
     pub(crate) fn first(&self, bytes: usize) -> &[u8] {
         let bytes = bytes.min(self.bytes);
         host_access(self.start.0, bytes, false);
-        // SAFETY: at least so many bytes from `start` on are ours, and initialised.
+        // SAFETY: the allocation has at least `bytes` bytes, all initialized.
         unsafe { std::slice::from_raw_parts(self.start.0, bytes) }
     }
 
-    /// The first so many bytes, to which and from which nothing is being copied (PINNED-1).
+    /// The first `bytes` bytes; no copy to or from them may be in progress (PINNED-1).
     pub(crate) fn first_mut(&mut self, bytes: usize) -> &mut [u8] {
         let bytes = bytes.min(self.bytes);
         host_access(self.start.0, bytes, true);
-        // SAFETY: as in `first`.
+        // SAFETY: see `first`.
         unsafe { std::slice::from_raw_parts_mut(self.start.0, bytes) }
     }
 }
@@ -291,7 +293,7 @@ impl Drop for Pinned {
     }
 }
 
-/// Bytes that nobody uses, and all bytes. The context is bound.
+/// Free and total bytes of the device. Requires the context to be bound.
 pub(crate) fn free_and_total(context: &Context) -> Result<(usize, usize), KernelError> {
     let (mut free, mut total) = (0, 0);
     // SAFETY: writes to locals.

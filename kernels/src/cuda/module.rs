@@ -1,5 +1,5 @@
-//! Kernels by name: a module is loaded when its first kernel is asked for, from a cubin beside the program where there is
-//! one of the GPU's architecture, else from the text, compiled at run time.
+//! Kernels by name. A module is loaded when its first kernel is requested: from a cubin for the GPU's architecture if
+//! one is installed next to the program, otherwise compiled from source at run time.
 #![allow(unsafe_code)]
 
 use std::collections::HashMap;
@@ -17,10 +17,10 @@ use super::source::{MODULES, Module};
 use super::step::SHARED_BYTES_DEFAULT;
 use crate::error::KernelError;
 
-/// Names a folder of cubins, `NAME.ARCH.cubin`, that are looked at before those in `cubins` beside the program.
+/// Environment variable: a directory of cubins (`NAME.ARCH.cubin`), searched before `cubins` next to the program.
 pub const CUBINS: &str = "SHARDFLOW_CUBINS";
 
-/// The modules of one context.
+/// The modules loaded into one context.
 #[derive(Debug)]
 pub(crate) struct Modules {
     context: Arc<Context>,
@@ -37,7 +37,7 @@ struct Loaded {
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Function {
     pub(crate) handle: Raw<sys::CUfunction>,
-    /// Dynamic shared memory that it was allowed.
+    /// Maximum dynamic shared memory set on the function, in bytes.
     shared_bytes: u32,
 }
 
@@ -46,10 +46,10 @@ impl Modules {
         Self { context: context.clone(), loaded: Mutex::default() }
     }
 
-    /// The kernel of this name, which may have so much dynamic shared memory from now on. The context is bound.
+    /// Returns the kernel of this name and allows it this much dynamic shared memory. Requires the context to be bound.
     ///
     /// # Errors
-    /// [`KernelError::Compile`], [`KernelError::Unavailable`] when it must be compiled and there is no compiler,
+    /// [`KernelError::Compile`]; [`KernelError::Unavailable`] if it must be compiled and there is no compiler;
     /// [`KernelError::Cuda`].
     pub(crate) fn function(&self, name: &'static str, shared_bytes: u32) -> Result<Function, KernelError> {
         let mut loaded = self.loaded.lock().unwrap_or_else(PoisonError::into_inner);
@@ -59,7 +59,7 @@ impl Modules {
             None => {
                 let module = MODULES.iter().find(|module| module.functions().any(|function| function == name));
                 let module = module.ok_or_else(|| {
-                    KernelError::arguments(name, "kernel", "one of the backend's modules", "an unknown name")
+                    KernelError::arguments(name, "kernel", "a kernel of the backend's modules", "an unknown name")
                 })?;
                 let handle = match loaded.modules.get(module.name) {
                     Some(handle) => *handle,
@@ -68,7 +68,7 @@ impl Modules {
                 loaded.modules.insert(module.name, handle);
                 let mut function = std::ptr::null_mut();
                 let c_name = CString::new(name).unwrap_or_default();
-                // SAFETY: a live module and a text that ends with 0; writes to a local.
+                // SAFETY: the module is live and the name ends with 0; writes to a local.
                 let result = unsafe { sys::cuModuleGetFunction(&mut function, handle.0, c_name.as_ptr()) };
                 self.context.check(result, "cuModuleGetFunction", &place)?;
                 Function { handle: Raw(function), shared_bytes: SHARED_BYTES_DEFAULT }
@@ -76,7 +76,7 @@ impl Modules {
         };
         if shared_bytes > function.shared_bytes {
             let attribute = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
-            // SAFETY: a live function.
+            // SAFETY: the function is live.
             let result = unsafe { sys::cuFuncSetAttribute(function.handle.0, attribute, shared_bytes as i32) };
             self.context.check(result, "cuFuncSetAttribute", &place)?;
             function.shared_bytes = shared_bytes;
@@ -85,10 +85,10 @@ impl Modules {
         Ok(function)
     }
 
-    /// Has all kernels of a module loaded. The context is bound.
+    /// Loads all kernels of a module. Requires the context to be bound.
     ///
     /// # Errors
-    /// As for [`Modules::function`].
+    /// Those of [`Modules::function`].
     pub(crate) fn prepare(&self, module: &str) -> Result<(), KernelError> {
         let mut functions = MODULES.iter().filter(|known| known.name == module).flat_map(Module::functions);
         functions.try_for_each(|function| self.function(function, 0).map(drop))
@@ -109,10 +109,10 @@ impl Modules {
 
     fn load_image(&self, image: &[u8], name: &str) -> Result<Raw<sys::CUmodule>, KernelError> {
         let mut handle = std::ptr::null_mut();
-        // PTX is text that has to end with 0.
+        // PTX is text and must end with 0.
         let mut image = image.to_vec();
         image.push(0);
-        // SAFETY: the image is a cubin, which tells its own size, or PTX, which ends with 0; writes to a local.
+        // SAFETY: the image is a cubin, which contains its own size, or PTX, which ends with 0; writes to a local.
         let result: CUresult = unsafe { sys::cuModuleLoadData(&mut handle, image.as_ptr().cast()) };
         self.context.check(result, "cuModuleLoadData", &format!("module {name} on {}", self.context.place()))?;
         Ok(Raw(handle))
@@ -123,20 +123,20 @@ impl Drop for Modules {
     fn drop(&mut self) {
         if self.context.bind_to_drop() {
             for module in self.loaded.get_mut().unwrap_or_else(PoisonError::into_inner).modules.values() {
-                // SAFETY: loaded here, unloaded once; streams have ended.
+                // SAFETY: loaded here, unloaded once; all streams have ended.
                 let _ = unsafe { sys::cuModuleUnload(module.0) };
             }
         }
     }
 }
 
-/// Where a cubin of a module may be, the best first. Those of an architecture with `a` run on that one only.
+/// Candidate paths of a module's cubin, best first. Architectures with the suffix `a` run only on that exact GPU.
 fn cubins(module: &str, (major, minor): (i32, i32)) -> Vec<PathBuf> {
     let mut folders: Vec<PathBuf> = env::var_os(CUBINS).map(PathBuf::from).into_iter().collect();
-    let beside = env::current_exe().ok().and_then(|path| Some(path.parent()?.join("cubins")));
-    folders.extend(beside);
+    let program_folder = env::current_exe().ok().and_then(|path| Some(path.parent()?.join("cubins")));
+    folders.extend(program_folder);
     let mut targets = vec![format!("sm_{major}{minor}a"), format!("sm_{major}{minor}")];
-    // A cubin runs on later minor revisions of its architecture, too.
+    // A cubin also runs on later minor revisions of its architecture.
     targets.extend((0..minor).rev().map(|minor| format!("sm_{major}{minor}")));
     let of = |folder: &PathBuf| {
         let folder = folder.clone();
@@ -145,17 +145,17 @@ fn cubins(module: &str, (major, minor): (i32, i32)) -> Vec<PathBuf> {
     folders.iter().flat_map(of).collect()
 }
 
-/// What kernels' texts include, directly and behind that, by the package of CUDA 13 for Python that has it.
+/// Headers that kernel sources include, directly or indirectly, and the Python package of CUDA 13 that contains each.
 const HEADERS: [(&str, &str); 2] = [("cuda_bf16.h", "nvidia-cuda-runtime"), ("crt/host_defines.h", "nvidia-cuda-crt")];
 
-/// Where the compiler's headers are: all folders that have some, for a toolkit's are in one and those of packages may not be.
+/// All existing header directories. A toolkit has one; the Python packages may have several.
 fn includes() -> Vec<PathBuf> {
     let mut folders: Vec<PathBuf> = ["CUDA_HOME", "CUDA_PATH"]
         .iter()
         .filter_map(env::var_os)
         .map(|home| Path::new(&home).join("include"))
         .collect();
-    // Wheels and toolkits alike keep headers beside the folder of the library, which is loaded by now.
+    // Wheels and toolkits keep headers next to the library's directory; the library is loaded by now.
     let maps = fs::read_to_string("/proc/self/maps").unwrap_or_default();
     let library =
         maps.lines().filter_map(|line| line.split_whitespace().last()).find(|path| path.contains("libnvrtc.so"));
@@ -165,55 +165,57 @@ fn includes() -> Vec<PathBuf> {
     folders
 }
 
-/// Names the headers that none of the folders has, and where they are to be had.
-fn missing(folders: &[PathBuf]) -> Option<String> {
+/// An install hint for the headers that none of the folders contains; `None` if all are found.
+fn missing_headers(folders: &[PathBuf]) -> Option<String> {
     let found = |header: &str| folders.iter().any(|folder| folder.join(header).is_file());
     let lacking: Vec<_> = HEADERS.iter().filter(|(header, _)| !found(header)).collect();
     let list = |what: fn(&(&'static str, &'static str)) -> &'static str, between: &str| {
         lacking.iter().map(|one| what(one)).collect::<Vec<_>>().join(between)
     };
     let (headers, packages) = (list(|one| one.0, ", "), list(|one| one.1, " "));
-    let hint = format!("no {headers} was found: pip install {packages}, or set CUDA_HOME to a toolkit of CUDA 13");
+    let hint = format!("{headers} not found: pip install {packages}, or set CUDA_HOME to a toolkit of CUDA 13");
     (!lacking.is_empty()).then_some(hint)
 }
 
-/// A cubin of a module, made at run time.
+/// Compiles a module to a cubin.
 fn compile(module: &Module, (major, minor): (i32, i32)) -> Result<Vec<u8>, KernelError> {
     Library::Nvrtc.require()?;
     let text = CString::new(module.text).unwrap_or_default();
     let (file, target) = (format!("{}.cu", module.name), format!("sm_{major}{minor}"));
     let name = CString::new(file.clone()).unwrap_or_default();
     let mut options = vec![format!("--gpu-architecture={target}"), "--std=c++17".to_owned()];
-    // Loads the library, so that its folder can be found.
-    // SAFETY: the library is there.
+    // Load the library so that `includes` finds its directory.
+    // SAFETY: the library is installed.
     let _ = unsafe { nvrtc::nvrtcVersion(&mut 0, &mut 0) };
     let folders = includes();
     options.extend(folders.iter().map(|folder| format!("--include-path={}", folder.display())));
     let options: Vec<CString> = options.into_iter().filter_map(|option| CString::new(option).ok()).collect();
     let options: Vec<_> = options.iter().map(|option| option.as_ptr()).collect();
     let failed = |result: nvrtc::nvrtcResult, call: &'static str| {
-        // SAFETY: a static text.
+        // SAFETY: returns a static string.
         let text = unsafe { super::context::static_text(nvrtc::nvrtcGetErrorString(result)) };
         let place = format!("{file} for {target}");
         Err(KernelError::Cuda { place, call, code: result as u32, name: format!("{result:?}"), text })
     };
-    const DONE: nvrtc::nvrtcResult = nvrtc::nvrtcResult::NVRTC_SUCCESS;
+    const SUCCESS: nvrtc::nvrtcResult = nvrtc::nvrtcResult::NVRTC_SUCCESS;
     let mut program = std::ptr::null_mut();
     let (none, no_names) = (std::ptr::null(), std::ptr::null());
-    // SAFETY: texts that end with 0 and outlive the call; no headers; writes to a local.
-    let made = unsafe { nvrtc::nvrtcCreateProgram(&mut program, text.as_ptr(), name.as_ptr(), 0, none, no_names) };
-    if made != DONE {
-        return failed(made, "nvrtcCreateProgram");
+    // SAFETY: the strings end with 0 and outlive the call; there are no headers; writes to a local.
+    let result = unsafe { nvrtc::nvrtcCreateProgram(&mut program, text.as_ptr(), name.as_ptr(), 0, none, no_names) };
+    if result != SUCCESS {
+        return failed(result, "nvrtcCreateProgram");
     }
-    // SAFETY: a live program, options that end with 0; sizes are asked for before each buffer is filled; destroyed once.
+    // SAFETY: the program is live and destroyed once; options end with 0; each buffer has the size that the library
+    // reports.
     unsafe {
-        let compiled = nvrtc::nvrtcCompileProgram(program, options.len() as i32, options.as_ptr());
+        let compile_status = nvrtc::nvrtcCompileProgram(program, options.len() as i32, options.as_ptr());
         let (mut size, mut image) = (0, Vec::new());
-        let result = if compiled == DONE {
-            let sized = nvrtc::nvrtcGetCUBINSize(program, &mut size);
+        let result = if compile_status == SUCCESS {
+            let status = nvrtc::nvrtcGetCUBINSize(program, &mut size);
             image.resize(size, 0u8);
-            let got = if sized == DONE { nvrtc::nvrtcGetCUBIN(program, image.as_mut_ptr().cast()) } else { sized };
-            if got == DONE { Ok(image) } else { failed(got, "nvrtcGetCUBIN") }
+            let status =
+                if status == SUCCESS { nvrtc::nvrtcGetCUBIN(program, image.as_mut_ptr().cast()) } else { status };
+            if status == SUCCESS { Ok(image) } else { failed(status, "nvrtcGetCUBIN") }
         } else {
             let _ = nvrtc::nvrtcGetProgramLogSize(program, &mut size);
             image.resize(size, 0u8);
@@ -221,9 +223,9 @@ fn compile(module: &Module, (major, minor): (i32, i32)) -> Result<Vec<u8>, Kerne
                 let _ = nvrtc::nvrtcGetProgramLog(program, image.as_mut_ptr().cast());
             }
             let log = String::from_utf8_lossy(&image).trim_end_matches('\0').trim().to_owned();
-            let log = if log.is_empty() { format!("{compiled:?}") } else { log };
-            // First, for the compiler may have said much.
-            let log = missing(&folders).into_iter().chain([log]).collect::<Vec<_>>().join("\n");
+            let log = if log.is_empty() { format!("{compile_status:?}") } else { log };
+            // The hint goes first, since the compiler's log may be long.
+            let log = missing_headers(&folders).into_iter().chain([log]).collect::<Vec<_>>().join("\n");
             Err(KernelError::Compile { file: file.clone(), target: target.clone(), log })
         };
         let _ = nvrtc::nvrtcDestroyProgram(&mut program);
@@ -235,27 +237,27 @@ fn compile(module: &Module, (major, minor): (i32, i32)) -> Result<Vec<u8>, Kerne
 mod tests {
     use super::*;
 
-    /// CUDA 13's packages for Python have the headers in two: with one of them alone nothing compiles.
+    /// The Python packages of CUDA 13 split the headers over two: with one alone, nothing compiles.
     #[test]
-    fn headers_that_are_missing_are_named_with_their_package() {
+    fn the_hint_names_missing_headers_and_their_packages() {
         let root = env::temp_dir().join(format!("shardflow-headers-{}", std::process::id()));
         let [runtime, crt] = ["runtime", "crt"].map(|name| root.join(name));
-        fs::create_dir_all(runtime.join("crt")).expect("a folder of ours");
-        fs::create_dir_all(crt.join("crt")).expect("a folder of ours");
+        fs::create_dir_all(runtime.join("crt")).expect("a test folder");
+        fs::create_dir_all(crt.join("crt")).expect("a test folder");
         fs::write(runtime.join("cuda_bf16.h"), "").expect("a file");
         fs::write(crt.join("crt/host_defines.h"), "").expect("a file");
-        let said = missing(std::slice::from_ref(&runtime));
+        let hint = missing_headers(std::slice::from_ref(&runtime));
         let expected =
-            "no crt/host_defines.h was found: pip install nvidia-cuda-crt, or set CUDA_HOME to a toolkit of CUDA 13";
-        assert_eq!(said.as_deref(), Some(expected));
-        assert_eq!(missing(&[runtime, crt]), None);
-        let none = missing(&[]).expect("both");
+            "crt/host_defines.h not found: pip install nvidia-cuda-crt, or set CUDA_HOME to a toolkit of CUDA 13";
+        assert_eq!(hint.as_deref(), Some(expected));
+        assert_eq!(missing_headers(&[runtime, crt]), None);
+        let none = missing_headers(&[]).expect("a hint for both packages");
         assert!(none.contains("pip install nvidia-cuda-runtime nvidia-cuda-crt,"), "{none}");
-        fs::remove_dir_all(root).expect("a folder of ours");
+        fs::remove_dir_all(root).expect("a test folder");
     }
 
     #[test]
-    fn cubins_of_the_very_architecture_come_first() {
+    fn cubins_of_the_exact_architecture_come_first() {
         let names = |capability| {
             let paths = cubins("norm", capability).into_iter().rev().take_while(|path| path.parent().is_some());
             let mut names: Vec<_> =

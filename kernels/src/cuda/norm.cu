@@ -1,22 +1,22 @@
-// Layer norm and its gradient: a warp does a row, of which it keeps the first packs in registers.
-// Weights and statistics are floats whatever x is. The gradient of the weight is in reduce.cu.
+// Layer norm and its gradient: one warp per row, which keeps the first packs of the row in registers. Weights and
+// statistics are f32 for every type of x. The gradient of the weight is in reduce.cu.
 
-// Packs of W elements that a lane keeps: 1024 elements a warp, where they are packs of 16 bytes.
+// Packs of W elements that a lane keeps: 1024 elements per warp for packs of 16 bytes.
 template <int W>
-struct Kept {
+struct KeptPacks {
     static constexpr int packs = W > 4 ? 32 / W : 8;
 };
 
-// Calls f(place of a pack in the row, its values) for each of a lane's packs of W elements.
+// Calls f(offset of a pack in the row, its values) for each of a lane's packs of W elements.
 template <int W, class T, class F>
-INLINE void for_each_pack(const T* row, i64 width, float (&kept)[Kept<W>::packs][W], F f) {
+INLINE void for_each_pack(const T* row, i64 width, float (&kept)[KeptPacks<W>::packs][W], F f) {
     const int lane = threadIdx.x % 32;
 #pragma unroll
-    for (int p = 0; p < Kept<W>::packs; p++) {
+    for (int p = 0; p < KeptPacks<W>::packs; p++) {
         const i64 place = (lane + 32 * p) * W;
         if (place < width) f(place, kept[p]);
     }
-    for (i64 place = (i64)(lane + 32 * Kept<W>::packs) * W; place < width; place += 32 * W) {
+    for (i64 place = (i64)(lane + 32 * KeptPacks<W>::packs) * W; place < width; place += 32 * W) {
         float values[W];
         load<W>(values, row + place);
         f(place, values);
@@ -24,18 +24,18 @@ INLINE void for_each_pack(const T* row, i64 width, float (&kept)[Kept<W>::packs]
 }
 
 template <int W, class T>
-INLINE void keep_packs(const T* row, i64 width, float (&kept)[Kept<W>::packs][W]) {
+INLINE void keep_packs(const T* row, i64 width, float (&kept)[KeptPacks<W>::packs][W]) {
 #pragma unroll
-    for (int p = 0; p < Kept<W>::packs; p++) {
+    for (int p = 0; p < KeptPacks<W>::packs; p++) {
         const i64 place = (threadIdx.x % 32 + 32 * p) * W;
         if (place < width) load<W>(kept[p], row + place);
     }
 }
 
-// `x` holds the row already: with a residual, a pass before this one has added it up.
+// `x` already holds the row: with a residual, an earlier pass has computed the sum.
 template <int W, class T, class U>
 INLINE void layer_norm_row(const T* x, const float* weight, U* y, float* mean, float* rstd, i64 width, float eps) {
-    float kept[Kept<W>::packs][W];
+    float kept[KeptPacks<W>::packs][W];
     keep_packs<W>(x, width, kept);
     float sum = 0.0f;
     for_each_pack<W>(x, width, kept, [&](i64, float(&values)[W]) {
@@ -62,7 +62,7 @@ INLINE void layer_norm_row(const T* x, const float* weight, U* y, float* mean, f
     }
 }
 
-// sums = a + b for one row. Lanes read back only what they wrote themselves.
+// sums = a + b for one row. Lanes later read only what they wrote themselves.
 template <int W, class T>
 INLINE void add_row(const T* a, const T* b, T* sums, i64 width) {
     for (i64 place = (i64)(threadIdx.x % 32) * W; place < width; place += 32 * W) {
@@ -121,7 +121,7 @@ extern "C" __global__ void __launch_bounds__(128)
     layer_norm(x, weight, y, means, rstds, rows, width, eps);
 }
 
-// The residual sum and its norm at once.
+// The residual sum and its norm in one kernel.
 extern "C" __global__ void __launch_bounds__(128)
     add_layer_norm_f32(const float* a, const float* b, const float* weight, float* sums, float* y, float* means,
                        float* rstds, i64 rows, i64 width, float eps) {
@@ -138,7 +138,7 @@ extern "C" __global__ void __launch_bounds__(128)
 template <int W, class T, class U>
 INLINE void layer_norm_grad_row(const T* dy, const T* x, const float* weight, U* dx, float mean, float rstd,
                                 i64 width) {
-    float kept[Kept<W>::packs][W];
+    float kept[KeptPacks<W>::packs][W];
     keep_packs<W>(x, width, kept);
     float g_sum = 0.0f, gx_sum = 0.0f;
     for_each_pack<W>(x, width, kept, [&](i64 place, float(&values)[W]) {

@@ -1,6 +1,6 @@
-// AdamW with decoupled decay, in place. Sums of squares and the clipping factor are in reduce.cu.
+// AdamW with decoupled weight decay, in place. Sums of squares and the clipping factor are in reduce.cu.
 
-// Packs of four that a thread does, so that a block's two powers are shared by many elements.
+// Packs of four per thread, so that many elements share a block's two powers.
 #define PACKS_PER_THREAD 4
 
 struct Update {
@@ -14,8 +14,8 @@ struct Update {
     }
 };
 
-// `hyper` is learning rate and step; `ln_beta1` and `ln_beta2` are the logarithms of the rates, of which the powers
-// 1 - beta^step follow. Nothing is changed where the scale or the learning rate is not finite.
+// `hyper` holds learning rate and step; `ln_beta1` and `ln_beta2` are the logarithms of the betas, which give 1 -
+// beta^step. Changes nothing if the scale or the learning rate is Inf or NaN.
 extern "C" __global__ void __launch_bounds__(256, 4)
     adamw_f32(const float* grad, const float* hyper, const float* scale, float* param, float* m, float* v, i64 n,
               float beta1, float beta2, double ln_beta1, double ln_beta2, float eps, float weight_decay) {

@@ -1,10 +1,10 @@
-//! One thread for each GPU that asks, stream by stream and in order, what is done, and tells it.
+//! One thread per GPU that queries, per stream and in order, which work is done, and reports it.
 //!
-//! - POLL-1: what a stream tells comes in the order in which it was put on the stream, and only when it is done.
-//! - POLL-2: the thread is parked while nothing is pending, and no stream moves to or in a collective. Otherwise it spins a
-//!   little, and then sleeps never longer than [`SLEEP_MAX`]: no completion is told later than that for the sleep's sake.
-//! - POLL-4: what a stream has come to and gone on from (PROGRESS-1) is looked at as often.
-//! - POLL-3: when the context is lost (CONTEXT-1), all that is pending fails with the error, in order.
+//! - POLL-1: the completions of a stream are reported in stream order, each only when its work is done.
+//! - POLL-2: the thread parks while nothing is pending and no stream is about to enter or leave a collective. Otherwise
+//!   it spins briefly and then sleeps at most [`SLEEP_MAX`] at a time, which bounds the delay of a report.
+//! - POLL-4: the progress of streams through collectives (PROGRESS-1) is read as often.
+//! - POLL-3: if the context is lost (CONTEXT-1), everything pending fails with its error, in order.
 
 use std::collections::VecDeque;
 use std::fmt;
@@ -19,7 +19,7 @@ use super::context::Context;
 use super::event::Recorded;
 use super::in_flight::InFlight;
 use super::memory::DeviceMemory;
-use super::progress::Calls;
+use super::progress::CallProgress;
 use super::raw_stream::RawStream;
 use crate::error::KernelError;
 use crate::event::Event;
@@ -27,53 +27,53 @@ use crate::memory::{Arena, Base};
 
 /// How long the thread spins after the last progress.
 const SPIN: Duration = Duration::from_micros(20);
-/// The first sleep behind that; each is twice as long as the one before.
+/// The first sleep after the spin; each following sleep is twice as long.
 const SLEEP_MIN: Duration = Duration::from_micros(10);
-/// The longest.
+/// The longest sleep.
 const SLEEP_MAX: Duration = Duration::from_micros(50);
-/// How often engines are asked for errors while something is pending.
-const WATCH_EVERY: Duration = Duration::from_millis(1);
+/// How often engines check for errors while something is pending.
+const CHECK_INTERVAL: Duration = Duration::from_millis(1);
 
-/// What is to be told when an event is done.
+/// What to report when an event is done.
 #[derive(Debug)]
-pub(crate) enum Then {
-    /// The signal of this tag.
+pub(crate) enum Completion {
+    /// Sends the signal with this tag.
     Signal(Arc<InFlight>, u32),
-    /// The end of a submission. Its memory is let go before the end is told, so that whoever hears of it can count on that.
+    /// Ends a submission. Its memory is released first, so that the receiver of the notification may rely on that.
     End(Arc<InFlight>, Vec<Base>, Result<(), KernelError>),
-    /// To whoever waits for the event.
-    Set(Event),
-    /// The same, once memory that was in use is let go.
-    LetGo(Arena, Event),
+    /// Sets the event.
+    SetEvent(Event),
+    /// Releases the memory, then sets the event.
+    Release(Arena, Event),
 }
 
-/// Is asked now and then while something is pending: an engine that looks for errors of its own.
-pub(crate) trait Watched: Send + Sync {
-    /// Must not block: all that the GPU does is told by the thread that asks.
-    fn look(self: Arc<Self>);
+/// An engine that detects its own errors; called periodically while something is pending.
+pub(crate) trait ErrorCheck: Send + Sync {
+    /// Must not block: the calling thread reports all completions of the GPU.
+    fn check_errors(self: Arc<Self>);
 }
 
-/// One stream's pending events.
+/// The pending completions of one stream.
 #[derive(Debug)]
-pub(crate) struct Track {
-    /// Of the stream, for errors.
+pub(crate) struct CompletionQueue {
+    /// The stream, as error messages name it.
     pub(crate) place: String,
-    calls: Option<Arc<Calls>>,
-    pending: Mutex<VecDeque<(Arc<Recorded>, Then)>>,
+    progress: Option<Arc<CallProgress>>,
+    pending: Mutex<VecDeque<(Arc<Recorded>, Completion)>>,
 }
 
 struct Shared {
     context: Arc<Context>,
-    tracks: Mutex<Vec<Arc<Track>>>,
-    watched: Mutex<Vec<Weak<dyn Watched>>>,
-    /// Of all tracks.
+    queues: Mutex<Vec<Arc<CompletionQueue>>>,
+    error_checks: Mutex<Vec<Weak<dyn ErrorCheck>>>,
+    /// Pending completions of all queues.
     pending: AtomicUsize,
     stop: AtomicBool,
     parked: Mutex<bool>,
     wake: Condvar,
 }
 
-/// See the module.
+/// The poller of one GPU.
 pub(crate) struct Poller {
     shared: Arc<Shared>,
     thread: Option<JoinHandle<()>>,
@@ -93,8 +93,8 @@ impl Poller {
     pub(crate) fn start(context: &Arc<Context>) -> Result<Self, KernelError> {
         let shared = Arc::new(Shared {
             context: context.clone(),
-            tracks: Mutex::default(),
-            watched: Mutex::default(),
+            queues: Mutex::default(),
+            error_checks: Mutex::default(),
             pending: AtomicUsize::new(0),
             stop: AtomicBool::new(false),
             parked: Mutex::new(false),
@@ -107,29 +107,29 @@ impl Poller {
         Ok(Self { shared, thread: Some(thread) })
     }
 
-    /// A track for a new stream.
-    pub(crate) fn track(&self, lane: &RawStream) -> Arc<Track> {
-        let (place, calls) = (lane.place().to_owned(), lane.calls().cloned());
-        let track = Arc::new(Track { place, calls, pending: Mutex::default() });
-        lock(&self.shared.tracks).push(track.clone());
-        track
+    /// Creates the completion queue of a new stream.
+    pub(crate) fn register(&self, stream: &RawStream) -> Arc<CompletionQueue> {
+        let (place, progress) = (stream.place().to_owned(), stream.call_progress().cloned());
+        let queue = Arc::new(CompletionQueue { place, progress, pending: Mutex::default() });
+        lock(&self.shared.queues).push(queue.clone());
+        queue
     }
 
-    /// Forgets a track, whose stream has ended; what is still pending on it fails.
-    pub(crate) fn forget(&self, track: &Arc<Track>, why: &KernelError) {
-        lock(&self.shared.tracks).retain(|other| !Arc::ptr_eq(other, track));
-        self.shared.fail(track, why);
+    /// Removes the queue of a stream that has ended; pending completions fail with `cause`.
+    pub(crate) fn unregister(&self, queue: &Arc<CompletionQueue>, cause: &KernelError) {
+        lock(&self.shared.queues).retain(|other| !Arc::ptr_eq(other, queue));
+        self.shared.fail(queue, cause);
     }
 
-    /// Has `then` told when `after` is done, behind all else of the track (POLL-1).
-    pub(crate) fn push(&self, track: &Track, after: Arc<Recorded>, then: Then) {
-        // Counted first, so that the thread never takes away what is not yet counted.
+    /// Reports `completion` when `after` is done, after all earlier completions of the queue (POLL-1).
+    pub(crate) fn push(&self, queue: &CompletionQueue, after: Arc<Recorded>, completion: Completion) {
+        // Count first, so that the thread never subtracts a completion that is not yet counted.
         self.shared.pending.fetch_add(1, Ordering::SeqCst);
-        lock(&track.pending).push_back((after, then));
+        lock(&queue.pending).push_back((after, completion));
         self.wake();
     }
 
-    /// Has it look, if it is parked.
+    /// Wakes the thread if it is parked.
     pub(crate) fn wake(&self) {
         let parked = lock(&self.shared.parked);
         if *parked {
@@ -137,18 +137,18 @@ impl Poller {
         }
     }
 
-    /// Has an engine asked for errors while something is pending.
-    pub(crate) fn watch(&self, watched: Weak<dyn Watched>) {
-        lock(&self.shared.watched).push(watched);
+    /// Adds an engine to check for errors while something is pending.
+    pub(crate) fn add_error_check(&self, check: Weak<dyn ErrorCheck>) {
+        lock(&self.shared.error_checks).push(check);
     }
 
-    /// True when nothing of the track is pending.
-    pub(crate) fn is_idle(&self, track: &Track) -> bool {
-        lock(&track.pending).is_empty()
+    /// True if the queue is empty.
+    pub(crate) fn is_idle(&self, queue: &CompletionQueue) -> bool {
+        lock(&queue.pending).is_empty()
     }
 
-    /// True on the poller's own thread, which can wait for nothing.
-    pub(crate) fn is_this_thread(&self) -> bool {
+    /// True on the poller's own thread, which must not block.
+    pub(crate) fn is_poller_thread(&self) -> bool {
         self.thread.as_ref().is_some_and(|thread| thread.thread().id() == thread::current().id())
     }
 }
@@ -158,10 +158,10 @@ impl Drop for Poller {
         self.shared.stop.store(true, Ordering::SeqCst);
         drop(lock(&self.shared.parked));
         self.shared.wake.notify_all();
-        if !self.is_this_thread()
+        if !self.is_poller_thread()
             && let Some(thread) = self.thread.take()
         {
-            // It catches every panic.
+            // The thread catches every panic.
             let _ = thread.join();
         }
     }
@@ -169,45 +169,46 @@ impl Drop for Poller {
 
 impl Shared {
     fn serve(&self) {
-        // A sleep as short as these would else be made some 50 us longer by the kernel.
+        // With the default timer slack, the kernel extends such short sleeps by about 50 us.
         let _ = rustix::thread::set_current_timer_slack(NonZeroU64::new(1_000));
-        // What fails here fails at the first query, too, and is told then.
+        // A failure repeats at the first query and is reported there.
         let _ = self.context.bind();
-        let (mut since, mut sleep, mut watched) = (Instant::now(), SLEEP_MIN, Instant::now());
+        let (mut last_progress, mut sleep, mut last_check) = (Instant::now(), SLEEP_MIN, Instant::now());
         while !self.stop.load(Ordering::SeqCst) {
             if self.is_idle() {
                 self.park();
-                (since, sleep) = (Instant::now(), SLEEP_MIN);
+                (last_progress, sleep) = (Instant::now(), SLEEP_MIN);
             }
-            let tracks = lock(&self.tracks).clone();
-            let advanced = tracks.iter().filter(|track| self.advance(track)).count();
-            // Behind that: of what has ended nothing stays unseen.
-            tracks.iter().filter_map(|track| track.calls.as_ref()).for_each(|calls| calls.look());
+            let queues = lock(&self.queues).clone();
+            let advanced = queues.iter().filter(|queue| self.advance(queue)).count();
+            // After the completions, so that the progress of completed work is always seen.
+            queues.iter().filter_map(|queue| queue.progress.as_ref()).for_each(|progress| progress.update());
             if advanced > 0 {
-                (since, sleep) = (Instant::now(), SLEEP_MIN);
+                (last_progress, sleep) = (Instant::now(), SLEEP_MIN);
                 continue;
             }
-            if watched.elapsed() >= WATCH_EVERY {
-                watched = Instant::now();
-                self.look();
+            if last_check.elapsed() >= CHECK_INTERVAL {
+                last_check = Instant::now();
+                self.check_engines();
             }
-            if since.elapsed() < SPIN {
+            if last_progress.elapsed() < SPIN {
                 std::hint::spin_loop();
             } else {
                 thread::sleep(sleep);
                 sleep = (sleep * 2).min(SLEEP_MAX);
             }
         }
-        for track in lock(&self.tracks).drain(..) {
-            self.fail(&track, &KernelError::Closed { device: self.context.ordinal() });
+        for queue in lock(&self.queues).drain(..) {
+            self.fail(&queue, &KernelError::Closed { device: self.context.ordinal() });
         }
     }
 
-    /// Nothing is pending, and no stream moves to or in a call.
+    /// Whether nothing is pending and no stream is about to enter or leave a call.
     fn is_idle(&self) -> bool {
-        let is_moving = |track: &Arc<Track>| track.calls.as_ref().is_some_and(|calls| calls.is_moving());
+        let expects_progress =
+            |queue: &Arc<CompletionQueue>| queue.progress.as_ref().is_some_and(|progress| progress.expects_progress());
         self.pending.load(Ordering::SeqCst) == 0
-            && (self.context.lost().is_some() || !lock(&self.tracks).iter().any(is_moving))
+            && (self.context.lost().is_some() || !lock(&self.queues).iter().any(expects_progress))
     }
 
     fn park(&self) {
@@ -219,71 +220,73 @@ impl Shared {
         *parked = false;
     }
 
-    fn look(&self) {
-        let watched: Vec<_> = {
-            let mut watched = lock(&self.watched);
-            watched.retain(|engine| engine.strong_count() > 0);
-            watched.iter().filter_map(Weak::upgrade).collect()
+    fn check_engines(&self) {
+        let error_checks: Vec<_> = {
+            let mut error_checks = lock(&self.error_checks);
+            error_checks.retain(|engine| engine.strong_count() > 0);
+            error_checks.iter().filter_map(Weak::upgrade).collect()
         };
-        watched.into_iter().for_each(Watched::look);
+        error_checks.into_iter().for_each(ErrorCheck::check_errors);
     }
 
-    /// Tells all of a track that is done; whether there was any.
-    fn advance(&self, track: &Track) -> bool {
-        let mut progressed = false;
+    /// Reports all finished completions of a queue; returns whether there were any.
+    fn advance(&self, queue: &CompletionQueue) -> bool {
+        let mut has_progressed = false;
         loop {
-            // Asked outside the lock, which submitting threads take.
-            let Some(front) = lock(&track.pending).front().map(|(after, _)| after.clone()) else { return progressed };
+            // Query outside the lock, which submitting threads take.
+            let Some(front) = lock(&queue.pending).front().map(|(after, _)| after.clone()) else {
+                return has_progressed;
+            };
             let lost = self.context.check_alive();
-            match lost.and_then(|()| front.is_done(&track.place)) {
-                Ok(false) => return progressed,
+            match lost.and_then(|()| front.is_done(&queue.place)) {
+                Ok(false) => return has_progressed,
                 Ok(true) => {
-                    if let Some((_, then)) = self.pop(track) {
-                        tell(then, None);
+                    if let Some((_, completion)) = self.pop(queue) {
+                        report(completion, None);
                     }
                 }
                 Err(error) => {
-                    let error = self.context.lose(error);
-                    self.fail(track, &error);
+                    let error = self.context.mark_lost(error);
+                    self.fail(queue, &error);
                 }
             }
-            progressed = true;
+            has_progressed = true;
         }
     }
 
-    fn pop(&self, track: &Track) -> Option<(Arc<Recorded>, Then)> {
-        let popped = lock(&track.pending).pop_front();
+    fn pop(&self, queue: &CompletionQueue) -> Option<(Arc<Recorded>, Completion)> {
+        let popped = lock(&queue.pending).pop_front();
         if popped.is_some() {
             self.pending.fetch_sub(1, Ordering::SeqCst);
         }
         popped
     }
 
-    /// Tells all of a track that it has failed (POLL-3).
-    fn fail(&self, track: &Track, error: &KernelError) {
-        while let Some((_, then)) = self.pop(track) {
-            tell(then, Some(error));
+    /// Fails all completions of a queue (POLL-3).
+    fn fail(&self, queue: &CompletionQueue, error: &KernelError) {
+        while let Some((_, completion)) = self.pop(queue) {
+            report(completion, Some(error));
         }
     }
 }
 
-/// A panic of what is told is swallowed: there is nobody to tell that.
-fn tell(then: Then, failed: Option<&KernelError>) {
-    let tell = || match (then, failed) {
-        (Then::Set(event), _) => event.set(),
-        (Then::LetGo(arena, event), _) => {
-            arena.device_memory().into_iter().for_each(DeviceMemory::let_go);
+/// Reports a completion. Panics of the receiver are dropped, since nobody could handle them.
+fn report(completion: Completion, failed: Option<&KernelError>) {
+    let send = || match (completion, failed) {
+        (Completion::SetEvent(event), _) => event.set(),
+        (Completion::Release(arena, event), _) => {
+            arena.device_memory().into_iter().for_each(DeviceMemory::mark_released);
             drop(arena);
             event.set();
         }
-        (Then::Signal(ticket, tag), None) => ticket.signal(tag),
-        (Then::Signal(..), Some(_)) => {}
-        (Then::End(ticket, bases, result), failed) => {
+        (Completion::Signal(in_flight, tag), None) => in_flight.signal(tag),
+        (Completion::Signal(..), Some(_)) => {}
+        (Completion::End(in_flight, bases, result), failed) => {
             let memories = bases.iter().filter_map(|base| base.arena.device_memory());
-            memories.for_each(DeviceMemory::let_go);
+            memories.for_each(DeviceMemory::mark_released);
             drop(bases);
-            ticket.end(failed.map_or(result, |error| Err(error.clone())));
+            in_flight.finish(failed.map_or(result, |error| Err(error.clone())));
         }
     };
-    drop(catch_unwind(AssertUnwindSafe(tell)));
+    drop(catch_unwind(AssertUnwindSafe(send)));
 }

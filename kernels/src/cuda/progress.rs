@@ -1,10 +1,10 @@
-//! How far streams have come, as the GPU itself tells: a stream writes a number to a word of pinned memory, in its order, and the
-//! host reads the word whenever it wants to know.
+//! Progress of streams as the GPU reports it: a stream writes a number to a word of pinned memory, in stream order, and
+//! the host reads the word at any time.
 //!
-//! - PROGRESS-1: a stream writes a call's number when it comes to the call, and again when it goes on behind it. One call at a
-//!   time is put on a stream, so both words only grow (and wrap round).
+//! - PROGRESS-1: a stream writes a call's number when it reaches the call, and again after the call. One call at a time
+//!   is put on a stream, so both words only increase (and wrap around).
 //!
-//! PINNED-1 does not hold here: words are written by the GPU and read by the host at once, each as a whole.
+//! PINNED-1 does not apply: the GPU writes words while the host reads them, each access as a whole.
 #![allow(unsafe_code)]
 
 use std::collections::VecDeque;
@@ -17,52 +17,52 @@ use super::memory::Pinned;
 use crate::error::KernelError;
 use crate::metrics::CollectiveTimer;
 
-/// Words of a GPU: two of each stream.
+/// Words per GPU; each stream uses two.
 const WORDS: usize = 4096;
 
-/// The words of one GPU, which must outlive all streams that write them.
+/// The progress words of one GPU. They must outlive all streams that write them.
 #[derive(Debug)]
-pub(crate) struct Words {
+pub(crate) struct ProgressWords {
     pinned: Pinned,
     next: AtomicUsize,
 }
 
-/// One word.
+/// One progress word.
 #[derive(Debug)]
-struct Word {
-    words: Arc<Words>,
+struct ProgressWord {
+    words: Arc<ProgressWords>,
     index: usize,
 }
 
-impl Words {
-    /// The context is bound.
+impl ProgressWords {
+    /// Requires the context to be bound.
     pub(crate) fn new(context: &Arc<Context>) -> Result<Arc<Self>, KernelError> {
         let pinned = Pinned::new(context, WORDS * size_of::<u32>())?;
         Ok(Arc::new(Self { pinned, next: AtomicUsize::new(0) }))
     }
 
-    /// Of a new stream; `None` when all words have been given away.
-    pub(crate) fn calls(self: &Arc<Self>) -> Option<Arc<Calls>> {
+    /// Allocates the words of a new stream; `None` if all are in use.
+    pub(crate) fn allocate(self: &Arc<Self>) -> Option<Arc<CallProgress>> {
         let index = self.next.fetch_add(2, Ordering::Relaxed);
-        let word = |index| Word { words: self.clone(), index };
-        let calls = || Calls {
+        let word = |index| ProgressWord { words: self.clone(), index };
+        let new = || CallProgress {
             reached: word(index),
             passed: word(index + 1),
             seen: AtomicU64::new(0),
             state: Mutex::default(),
         };
-        (index + 1 < WORDS).then(|| Arc::new(calls()))
+        (index + 1 < WORDS).then(|| Arc::new(new()))
     }
 }
 
-/// A stream's calls of collectives and pipes, counted from 1.
+/// The progress of one stream through its collective and pipe calls, counted from 1.
 #[derive(Debug)]
-pub(crate) struct Calls {
-    /// The call that the stream came to last.
-    reached: Word,
-    /// The call that it left last.
-    passed: Word,
-    /// Both words as they were when they were looked at last.
+pub(crate) struct CallProgress {
+    /// The call that the stream reached last.
+    reached: ProgressWord,
+    /// The call that the stream completed last.
+    passed: ProgressWord,
+    /// Both words at the last update.
     seen: AtomicU64,
     state: Mutex<State>,
 }
@@ -70,40 +70,40 @@ pub(crate) struct Calls {
 #[derive(Debug, Default)]
 struct State {
     begun: u32,
-    /// The call that the stream will be seen to leave: all of it is on the stream.
+    /// The last call that is completely on the stream.
     ended: u32,
-    /// Those that were not seen over.
+    /// Calls not yet seen to be complete.
     open: VecDeque<Open>,
 }
 
 #[derive(Debug)]
 struct Open {
     number: u32,
-    /// The stream was seen to have come to it.
-    came: bool,
-    told: Option<CollectiveTimer>,
+    /// Whether the stream has been seen to reach it.
+    reached: bool,
+    timer: Option<CollectiveTimer>,
 }
 
-/// Whether a word that holds this has come to the number. Numbers wrap round.
-fn has_come(word: u32, number: u32) -> bool {
+/// Whether a word with this value has reached the number. Numbers wrap around.
+fn has_reached_number(word: u32, number: u32) -> bool {
     word.wrapping_sub(number) < u32::MAX / 2
 }
 
-impl Calls {
+impl CallProgress {
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Counts a call, which is put on the stream next: where the stream is to write its number.
-    pub(super) fn begin(&self, told: Option<CollectiveTimer>) -> (u64, u32) {
+    /// Counts a call that is put on the stream next; returns the address and value that the stream writes before it.
+    pub(super) fn begin(&self, timer: Option<CollectiveTimer>) -> (u64, u32) {
         let mut state = self.state();
         let number = state.begun.wrapping_add(1);
         state.begun = number;
-        state.open.push_back(Open { number, came: false, told });
+        state.open.push_back(Open { number, reached: false, timer });
         (self.reached.address() as u64, number)
     }
 
-    /// Where the stream is to write the last call's number behind it.
+    /// Returns the address and value that the stream writes after the last call.
     pub(super) fn end(&self) -> (u64, u32) {
         let mut state = self.state();
         state.ended = state.begun;
@@ -115,25 +115,25 @@ impl Calls {
         self.state().begun
     }
 
-    /// Whether there is something to be seen that needs nothing more of the host: that the stream comes to a call, or leaves it.
-    pub(super) fn is_moving(&self) -> bool {
+    /// Whether progress will come without further work by the host: the stream will reach or complete a call.
+    pub(super) fn expects_progress(&self) -> bool {
         let state = self.state();
-        state.open.back().is_some_and(|open| !open.came || open.number == state.ended)
+        state.open.back().is_some_and(|open| !open.reached || open.number == state.ended)
     }
 
-    /// Whether the stream has come to the call.
+    /// Whether the stream has reached the call.
     pub(super) fn has_reached(&self, number: u32) -> bool {
-        has_come(self.reached.read(), number)
+        has_reached_number(self.reached.read(), number)
     }
 
-    /// Whether the stream has left the call.
+    /// Whether the stream has completed the call.
     pub(super) fn has_passed(&self, number: u32) -> bool {
-        has_come(self.passed.read(), number)
+        has_reached_number(self.passed.read(), number)
     }
 
-    /// Tells of calls that are over. For one thread, which asks often: how long a call takes is known as well as that.
-    pub(super) fn look(&self) {
-        // In this order: the stream has come to whatever it has left.
+    /// Reads the words and reports call times. Called by one thread; the polling interval limits their accuracy.
+    pub(super) fn update(&self) {
+        // In this order, since a stream has reached every call that it has completed.
         let passed = self.passed.read();
         let reached = self.reached.read();
         let words = u64::from(reached) << 32 | u64::from(passed);
@@ -142,28 +142,28 @@ impl Calls {
         }
         let now = Instant::now();
         let mut state = self.state();
-        while let Some(open) = state.open.front_mut().filter(|open| has_come(reached, open.number)) {
-            if !std::mem::replace(&mut open.came, true) {
-                open.told.iter().for_each(|told| told.came(now));
+        while let Some(open) = state.open.front_mut().filter(|open| has_reached_number(reached, open.number)) {
+            if !std::mem::replace(&mut open.reached, true) {
+                open.timer.iter().for_each(|timer| timer.came(now));
             }
-            if !has_come(passed, open.number) {
+            if !has_reached_number(passed, open.number) {
                 return;
             }
-            open.told.iter().for_each(|told| told.went(now));
+            open.timer.iter().for_each(|timer| timer.went(now));
             state.open.pop_front();
         }
     }
 }
 
-impl Word {
+impl ProgressWord {
     fn address(&self) -> *mut u32 {
-        // Inside: see `Words::word`.
+        // In bounds: see `ProgressWords::allocate`.
         self.words.pinned.start().cast::<u32>().wrapping_add(self.index)
     }
 
-    /// What was written last.
+    /// The value written last.
     fn read(&self) -> u32 {
-        // SAFETY: an aligned word of memory that is ours, starts at a page and stays; the GPU writes it as a whole.
+        // SAFETY: an aligned word in page-aligned memory that lives as long as `self`; the GPU writes it as a whole.
         unsafe { AtomicU32::from_ptr(self.address()) }.load(Ordering::Acquire)
     }
 }

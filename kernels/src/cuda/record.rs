@@ -1,4 +1,4 @@
-//! A stream's record of an index out of range ([`ErrorRecord`]), and the pinned memory that it is copied to behind each
+//! The error record of a stream ([`ErrorRecord`]) and the pinned memory that receives a copy of it after each
 //! submission that may write it.
 #![allow(unsafe_code)]
 
@@ -16,39 +16,39 @@ use crate::memory::{Arena, Tally};
 
 const BYTES: usize = ErrorRecord::BYTES;
 
-/// Records that one piece of pinned memory holds.
+/// Number of slots per pinned allocation.
 const SLOTS: usize = 128;
 
-/// One stream's.
+/// The error record of one stream and the slots for its copies.
 #[derive(Debug)]
-pub(crate) struct Records {
+pub(crate) struct ErrorRecords {
     device: Arena,
-    blocks: Vec<Arc<Block>>,
+    blocks: Vec<Arc<SlotBlock>>,
 }
 
 #[derive(Debug)]
-struct Block {
+struct SlotBlock {
     pinned: Pinned,
     free: Mutex<Vec<usize>>,
-    /// When slots were given back.
-    given_back: ReleaseClocks,
+    /// Captured when slots were returned.
+    returned: ReleaseClocks,
 }
 
-impl Drop for Block {
+impl Drop for SlotBlock {
     fn drop(&mut self) {
-        self.given_back.join();
+        self.returned.join();
     }
 }
 
-/// A place for one record; given back when dropped.
+/// Pinned memory for one record; returned when dropped.
 #[derive(Debug)]
 pub(crate) struct RecordSlot {
-    block: Arc<Block>,
+    block: Arc<SlotBlock>,
     index: usize,
 }
 
-impl Records {
-    /// Counted in `tally`.
+impl ErrorRecords {
+    /// Allocates the device record, counted in `tally`.
     pub(crate) fn new(gpu: &Arc<Gpu>, rank: usize, tally: &Arc<Tally>) -> Result<Self, KernelError> {
         let device = Arena::cuda(DeviceMemory::new(gpu, rank, BYTES, tally)?);
         Ok(Self { device, blocks: Vec::new() })
@@ -59,20 +59,20 @@ impl Records {
         &self.device
     }
 
-    /// Where kernels write it.
+    /// The device address that kernels write to.
     pub(crate) fn address(&self) -> u64 {
         self.device.device_memory().map_or(0, DeviceMemory::address)
     }
 
-    /// Has room made for records. The context is bound.
+    /// Allocates slots. Requires the context to be bound.
     pub(crate) fn prepare(&mut self, gpu: &Gpu) -> Result<(), KernelError> {
-        self.slot(gpu).map(drop)
+        self.take_slot(gpu).map(drop)
     }
 
-    fn slot(&mut self, gpu: &Gpu) -> Result<RecordSlot, KernelError> {
-        let take = |block: &Arc<Block>| {
+    fn take_slot(&mut self, gpu: &Gpu) -> Result<RecordSlot, KernelError> {
+        let take = |block: &Arc<SlotBlock>| {
             let index = block.free.lock().unwrap_or_else(PoisonError::into_inner).pop()?;
-            block.given_back.join();
+            block.returned.join();
             Some(RecordSlot { block: block.clone(), index })
         };
         if let Some(slot) = self.blocks.iter().find_map(take) {
@@ -80,21 +80,22 @@ impl Records {
         }
         let pinned = Pinned::new(gpu.context(), SLOTS * BYTES)?;
         let block =
-            Arc::new(Block { pinned, free: Mutex::new((1..SLOTS).collect()), given_back: ReleaseClocks::default() });
+            Arc::new(SlotBlock { pinned, free: Mutex::new((1..SLOTS).collect()), returned: ReleaseClocks::default() });
         self.blocks.push(block.clone());
         Ok(RecordSlot { block, index: 0 })
     }
 
-    /// Has the record copied, and cleared, in the stream's order. The context is bound.
+    /// Enqueues a copy and a reset of the record. Requires the context to be bound.
     pub(crate) fn fetch(
         &mut self,
         gpu: &Gpu,
         stream: Raw<sys::CUstream>,
         place: &str,
     ) -> Result<RecordSlot, KernelError> {
-        let slot = self.slot(gpu)?;
+        let slot = self.take_slot(gpu)?;
         let to = slot.block.pinned.start().wrapping_add(slot.index * BYTES);
-        // SAFETY: both are live and hold a record; nobody reads the slot before the event behind this copy is done.
+        // SAFETY: both are live and have a record's size; nobody reads the slot before the event recorded after this
+        // copy is done.
         let result = unsafe { sys::cuMemcpyDtoHAsync_v2(to.cast(), self.address(), BYTES, stream.0) };
         gpu.context().check(result, "cuMemcpyDtoHAsync", &place)?;
         // SAFETY: the record is live.
@@ -105,13 +106,13 @@ impl Records {
 }
 
 impl RecordSlot {
-    /// What was copied; the event behind the copy is done.
+    /// Decodes the copied record. The event recorded after the copy must be done.
     pub(crate) fn read(&self) -> Option<ErrorRecord> {
         let mut words = [0; ErrorRecord::WORDS];
         let start = self.block.pinned.start().wrapping_add(self.index * BYTES);
         host_access(start, BYTES, false);
-        // SAFETY: inside the pinned memory, which starts at a page; written only by the copy, which is done. Read so that
-        // other slots, which may be being written, are not touched.
+        // SAFETY: inside the pinned memory, which is page-aligned; only the copy writes it, and it is done. This does
+        // not touch other slots, which may be written meanwhile.
         unsafe { std::ptr::copy_nonoverlapping(start.cast::<u32>(), words.as_mut_ptr(), words.len()) };
         ErrorRecord::decode(words)
     }
@@ -119,7 +120,7 @@ impl RecordSlot {
 
 impl Drop for RecordSlot {
     fn drop(&mut self) {
-        self.block.given_back.add();
+        self.block.returned.add();
         self.block.free.lock().unwrap_or_else(PoisonError::into_inner).push(self.index);
     }
 }

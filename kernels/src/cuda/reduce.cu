@@ -1,9 +1,9 @@
-// Sums over rows and over everything, in two passes where one block would take too long: the first leaves a partial
-// sum for each part in the workspace. How many parts there are follows from the shape alone, so sums are the same bits
-// on every device.
+// Sums over rows and over all elements, in two passes if one block would take too long: the first leaves one partial
+// sum per part in the workspace. The shape alone determines the number of parts, so results have the same bits on every
+// device.
 
-// A block sums W * blockDim.x columns of the rows of part blockIdx.y; its threads in y, a power of two of them, take
-// turns at the rows. `value(row, column, values)` adds W adjacent values of which those past `width` do not count.
+// A block sums W * blockDim.x columns of the rows of part blockIdx.y; its threads in y, a power of two, alternate over
+// the rows. `value(row, column, values)` adds W adjacent values; those after `width` are ignored.
 template <class V, class U>
 INLINE void column_sums(V value, U* out, i64 rows, i64 width, i64 rows_per_part, bool accumulate) {
     constexpr int W = 4;
@@ -33,7 +33,7 @@ INLINE void column_sums(V value, U* out, i64 rows, i64 width, i64 rows_per_part,
     }
 }
 
-// Four adjacent elements of a row of `width`; zeros past its end.
+// Loads four adjacent elements of a row of `width`; zeros after its end.
 template <class T>
 INLINE void load_four(float (&values)[4], const T* x, i64 row, i64 column, i64 width, bool whole) {
     const T* from = x + row * width + column;
@@ -109,26 +109,26 @@ extern "C" __global__ void __launch_bounds__(256)
 // 2^-192, as in op.rs.
 #define SQUARES_SCALE 1.5930919111324523e-58
 
-// A double's bits, because the workspace is of floats and may begin at any of them.
-struct Halves {
-    float halves[2];
+// The bits of a double, since the workspace is of floats and may begin at any of them.
+struct DoubleBits {
+    float words[2];
 };
 
-// Adds a sum of squares to its row: as it is, and times 2^-192, which does not overflow.
+// Adds a sum of squares to its row: unscaled, and scaled by 2^-192, which does not overflow.
 INLINE void add_squares(float* out, double sum) {
     out[0] += (float)sum;
     out[1] += (float)(sum * SQUARES_SCALE);
 }
 
-// The sum of squares of each of gridDim.x parts of `per_part` elements, in double: to `partial`, or, with one part and
-// `partial` null, added to `out`.
+// The sum of squares of each of gridDim.x parts of `per_part` elements, in f64: stored in `partial`, or added to `out`
+// if there is one part and `partial` is null.
 extern "C" __global__ void __launch_bounds__(256)
     sum_squares_f32(const float* x, float* partial, float* out, i64 n, i64 per_part) {
     constexpr int W = Width<float>::value;
     const i64 begin = (i64)blockIdx.x * per_part;
     const i64 end = begin + per_part < n ? begin + per_part : n;
     double sum = 0.0;
-    // Parts are whole packs long.
+    // Part sizes are multiples of a pack.
     const i64 vector_end = aligned(x) ? end - (end - begin) % W : begin;
     for (i64 i = begin + (i64)threadIdx.x * W; i < vector_end; i += (i64)blockDim.x * W) {
         float values[W];
@@ -140,10 +140,10 @@ extern "C" __global__ void __launch_bounds__(256)
     sum = block_sum(sum);
     if (threadIdx.x > 0) return;
     if (partial) {
-        Halves bits;
+        DoubleBits bits;
         copy_bits(bits, sum);
-        partial[2 * (i64)blockIdx.x] = bits.halves[0];
-        partial[2 * (i64)blockIdx.x + 1] = bits.halves[1];
+        partial[2 * (i64)blockIdx.x] = bits.words[0];
+        partial[2 * (i64)blockIdx.x + 1] = bits.words[1];
     } else {
         add_squares(out, sum);
     }
@@ -153,7 +153,7 @@ extern "C" __global__ void __launch_bounds__(256)
 extern "C" __global__ void __launch_bounds__(256) add_partial_sums(const float* partial, float* out, i64 parts) {
     double sum = 0.0;
     for (i64 i = threadIdx.x; i < parts; i += blockDim.x) {
-        const Halves bits = {{partial[2 * i], partial[2 * i + 1]}};
+        const DoubleBits bits = {{partial[2 * i], partial[2 * i + 1]}};
         double part;
         copy_bits(part, bits);
         sum += part;
@@ -162,21 +162,21 @@ extern "C" __global__ void __launch_bounds__(256) add_partial_sums(const float* 
     if (threadIdx.x == 0) add_squares(out, sum);
 }
 
-// norm = sqrt(sum of the first column of `sums`, or of the second where that overflows a float), added in order by one
-// thread; scale = min(1, max_norm / (norm + 1e-6)), NaN where the norm is not finite. `n` counts both columns. One block.
+// norm = sqrt(sum of the first column of `sums`, or of the second if that overflows a float), added in order by one
+// thread; scale = min(1, max_norm / (norm + 1e-6)), NaN if the norm is Inf or NaN. `n` counts both columns. One block.
 extern "C" __global__ void __launch_bounds__(256)
     clip_scale(const float* sums, float* scale, float* norm, i64 n, float max_norm) {
-    __shared__ float some[256];
+    __shared__ float chunk[256];
     double plain = 0.0, scaled = 0.0;
     for (i64 begin = 0; begin < n; begin += 256) {
         const int count = n - begin < 256 ? (int)(n - begin) : 256;
         __syncthreads();
-        if (threadIdx.x < count) some[threadIdx.x] = sums[begin + threadIdx.x];
+        if (threadIdx.x < count) chunk[threadIdx.x] = sums[begin + threadIdx.x];
         __syncthreads();
         if (threadIdx.x == 0) {
             for (int i = 0; i < count; i += 2) {
-                plain += (double)some[i];
-                scaled += (double)some[i + 1];
+                plain += (double)chunk[i];
+                scaled += (double)chunk[i + 1];
             }
         }
     }
@@ -184,7 +184,7 @@ extern "C" __global__ void __launch_bounds__(256)
     const double root = sqrt(plain == (double)-MINUS_INFINITY ? scaled / SQUARES_SCALE : plain);
     const double factor = (double)max_norm / (root + 1e-6);
     const bool finite = root < (double)-MINUS_INFINITY;
-    // Any comparison with a max_norm that is no number is false: then nothing is clipped, as on the CPU.
+    // Comparisons with a NaN max_norm are false: nothing is clipped, as on the CPU.
     *scale = !finite ? __int_as_float(0x7fffffff) : (float)(factor < 1.0 ? factor : 1.0);
     *norm = (float)root;
 }

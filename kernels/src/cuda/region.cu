@@ -1,7 +1,7 @@
-// What works on boxes of larger tensors: copies, the dropout mask, the search for numbers that are not finite.
-// A box comes as its number of units, the sizes of its dims 1 to 3 and, for each tensor, the steps of dims 0 to 2.
+// Ops on regions of larger tensors: copies and dropout. A region's arguments are its number of units, the sizes of dims
+// 1 to 3 and, for each tensor, the strides of dims 0 to 2.
 
-// Copies a box, or adds it; a unit is W adjacent elements, in which sizes and steps are counted.
+// Copies or adds a region; a unit is W adjacent elements. Sizes and strides count units.
 template <int W, bool ADD, class T>
 INLINE void region(const T* x, T* y, i64 count, Box from, Box to) {
     const i64 unit = global_thread();
@@ -89,16 +89,16 @@ INLINE u32 mix32(u32 x) {
     return x ^ (x >> 16);
 }
 
-INLINE float kept_or_dropped(u64 key, u64 place, u32 threshold, float kept, float x) {
+INLINE float apply_dropout(u64 key, u64 place, u32 threshold, float keep_scale, float x) {
     u32 bits = mix32((u32)place ^ (u32)key);
     bits = mix32(bits + (u32)(key >> 32) + (u32)(place >> 32));
-    return bits >= threshold ? x * kept : 0.0f;
+    return bits >= threshold ? x * keep_scale : 0.0f;
 }
 
-// `start` is the place of the first element in the step's tensor, `stride` the elements from a micro-batch to the next.
+// `start` is the offset of the first element in the step's tensor, `stride` the elements per micro-batch.
 template <class T, class U>
 INLINE void dropout(const T* x, const int* rng, U* y, i64 count, Box box, u64 start, u64 stride, u64 seed, u32 threshold,
-                    float kept) {
+                    float keep_scale) {
     constexpr int W = 4;
     const i64 first = global_thread() * W;
     if (first >= count) return;
@@ -109,29 +109,29 @@ INLINE void dropout(const T* x, const int* rng, U* y, i64 count, Box box, u64 st
         load<W>(values, x + first);
         const u64 place = origin + box.place(first);
 #pragma unroll
-        for (int j = 0; j < W; j++) values[j] = kept_or_dropped(key, place + j, threshold, kept, values[j]);
+        for (int j = 0; j < W; j++) values[j] = apply_dropout(key, place + j, threshold, keep_scale, values[j]);
         store<W>(y + first, values);
         return;
     }
     for (i64 i = first; i < count && i < first + W; i++) {
-        narrow(&y[i], kept_or_dropped(key, origin + box.place(i), threshold, kept, widen(x[i])));
+        narrow(&y[i], apply_dropout(key, origin + box.place(i), threshold, keep_scale, widen(x[i])));
     }
 }
 
 extern "C" __global__ void __launch_bounds__(256)
     dropout_f32(const float* x, const int* rng, float* y, i64 count, u64 size1, u64 size2, u64 size3, u64 step0,
-                u64 step1, u64 step2, u64 start, u64 stride, u64 seed, u32 threshold, float kept) {
-    dropout(x, rng, y, count, {size1, size2, size3, step0, step1, step2}, start, stride, seed, threshold, kept);
+                u64 step1, u64 step2, u64 start, u64 stride, u64 seed, u32 threshold, float keep_scale) {
+    dropout(x, rng, y, count, {size1, size2, size3, step0, step1, step2}, start, stride, seed, threshold, keep_scale);
 }
 
 extern "C" __global__ void __launch_bounds__(256)
     dropout_bf16(const bf16* x, const int* rng, bf16* y, i64 count, u64 size1, u64 size2, u64 size3, u64 step0,
-                 u64 step1, u64 step2, u64 start, u64 stride, u64 seed, u32 threshold, float kept) {
-    dropout(x, rng, y, count, {size1, size2, size3, step0, step1, step2}, start, stride, seed, threshold, kept);
+                 u64 step1, u64 step2, u64 start, u64 stride, u64 seed, u32 threshold, float keep_scale) {
+    dropout(x, rng, y, count, {size1, size2, size3, step0, step1, step2}, start, stride, seed, threshold, keep_scale);
 }
 
 extern "C" __global__ void __launch_bounds__(256)
     dropout_bf16_f32(const bf16* x, const int* rng, float* y, i64 count, u64 size1, u64 size2, u64 size3, u64 step0,
-                     u64 step1, u64 step2, u64 start, u64 stride, u64 seed, u32 threshold, float kept) {
-    dropout(x, rng, y, count, {size1, size2, size3, step0, step1, step2}, start, stride, seed, threshold, kept);
+                     u64 step1, u64 step2, u64 start, u64 stride, u64 seed, u32 threshold, float keep_scale) {
+    dropout(x, rng, y, count, {size1, size2, size3, step0, step1, step2}, start, stride, seed, threshold, keep_scale);
 }

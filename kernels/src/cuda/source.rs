@@ -1,15 +1,15 @@
-//! The text of the CUDA modules, for whoever compiles them.
+//! The source text of the CUDA modules.
 
-/// A module: one cubin, some kernels.
+/// A module: the kernels that compile to one cubin.
 #[derive(Clone, Copy, Debug)]
 pub struct Module {
-    /// Name of its `.cu` file, without the ending.
+    /// Name of its `.cu` file, without the extension.
     pub name: &'static str,
-    /// All that is compiled: CUDA C++17 that includes `cuda_bf16.h`, and `mma.h` where it uses tensor cores.
+    /// The complete source: CUDA C++17 that includes `cuda_bf16.h`, and `mma.h` if it uses tensor cores.
     pub text: &'static str,
 }
 
-/// `common.cuh` stands before each module, as in kernels/cuda/build_cubins.py.
+/// Prepends `common.cuh` to each module, as kernels/cuda/build_cubins.py does.
 macro_rules! module {
     ($name:literal) => {
         Module { name: $name, text: concat!(include_str!("common.cuh"), include_str!(concat!($name, ".cu"))) }
@@ -33,7 +33,7 @@ pub const MODULES: [Module; 12] = [
 ];
 
 impl Module {
-    /// Names of its kernels, as cuModuleGetFunction wants them.
+    /// Names of its kernels for cuModuleGetFunction.
     pub fn functions(&self) -> impl Iterator<Item = &'static str> {
         const KERNEL: &str = "extern \"C\" __global__ void ";
         self.text.split(KERNEL).skip(1).filter_map(|after| {
@@ -51,7 +51,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn kernels_have_names_of_their_own() {
+    fn kernel_names_are_unique() {
         let mut names: Vec<_> = MODULES.iter().flat_map(Module::functions).collect();
         let plain = |name: &&str| name.chars().all(|c| c.is_ascii_alphanumeric() || c == '_');
         assert!(names.len() > 80 && names.iter().all(plain), "{names:?}");

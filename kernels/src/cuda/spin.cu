@@ -1,4 +1,4 @@
-// For tests: time that passes on a stream, so that what does not wait for it is seen.
+// For tests: delays a stream, so that missing waits are detected.
 
 extern "C" __global__ void spin(i64 cycles) {
     const i64 begin = clock64();

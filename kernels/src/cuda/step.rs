@@ -1,18 +1,18 @@
-//! What a launch is on a CUDA device: kernels with their geometry and arguments, products for cuBLASLt, copies and fills.
-//! Plain data that `lower` makes and the backend's stream issues in order.
+//! The steps of a launch on a CUDA device: kernels with geometry and arguments, cuBLASLt products, copies and fills.
+//! Plain data that `lower` creates and the backend's stream issues in order.
 
 use crate::error::KernelError;
 
-/// One call on a stream. The steps of a launch run in order, on the stream that they are issued on.
+/// One call on a stream. The steps of a launch run in order on one stream.
 #[derive(Clone, Debug, PartialEq)]
-// A program has some hundred of them, made once.
+// A program has a few hundred steps, created once.
 #[allow(clippy::large_enum_variant)]
 pub enum Step {
     /// A kernel of one of the modules in `source`.
     Kernel(Kernel),
     /// A product on cuBLASLt.
     Product(Product),
-    /// A copy on the device. Nothing is to be done where both places turn out to be one address.
+    /// A copy on the device. A no-op if both places have the same address.
     Copy {
         /// Source.
         from: Place,
@@ -32,22 +32,22 @@ pub enum Step {
     },
 }
 
-/// A kernel's launch.
+/// A kernel launch.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Kernel {
-    /// Name of the `extern "C"` function, the only one of that name in all modules.
+    /// Name of the `extern "C"` function, unique among all modules.
     pub function: &'static str,
-    /// Blocks in x, y, z; none is 0.
+    /// Blocks in x, y, z, all greater than 0.
     pub grid: [u32; 3],
     /// Threads of a block in x, y, z.
     pub block: [u32; 3],
-    /// Dynamic shared memory. More than [`SHARED_BYTES_DEFAULT`] must be allowed on the function first.
+    /// Dynamic shared memory in bytes. The function's attribute must allow more than [`SHARED_BYTES_DEFAULT`].
     pub shared_bytes: u32,
     /// In the order of the function's parameters.
     pub args: Vec<Arg>,
 }
 
-/// Dynamic shared memory that a kernel may have without asking (`CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES`).
+/// Default limit of dynamic shared memory, in bytes (`CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES`).
 pub const SHARED_BYTES_DEFAULT: u32 = 48 * 1024;
 
 /// One argument of a kernel.
@@ -55,11 +55,12 @@ pub const SHARED_BYTES_DEFAULT: u32 = 48 * 1024;
 pub enum Arg {
     /// The address of a place.
     Pointer(Place),
-    /// A null pointer: the kernel does without.
+    /// A null pointer for an optional argument.
     Null,
-    /// The address of the stream's [`ErrorRecord`]. One for each stream, since only launches of one stream are ordered.
+    /// The address of the stream's [`ErrorRecord`]. Each stream has its own, since only launches of one stream are
+    /// ordered.
     ErrorRecord,
-    /// The launch's index in its program, as an `unsigned int`; the issuer knows it. It goes into the [`ErrorRecord`].
+    /// The launch's index in its program, as an `unsigned int`, for the [`ErrorRecord`]; the issuer fills it in.
     LaunchIndex,
     /// `int`.
     I32(i32),
@@ -76,7 +77,8 @@ pub enum Arg {
 }
 
 impl Arg {
-    /// The value as 8 bytes, of which a kernel takes as many as its parameter has; `None` where the issuer knows the value.
+    /// The value as 8 bytes, of which a kernel reads as many as its parameter has; `None` if the issuer provides the
+    /// value.
     pub fn bits(&self) -> Option<u64> {
         Some(match *self {
             Arg::Pointer(_) | Arg::ErrorRecord | Arg::LaunchIndex => return None,
@@ -150,7 +152,7 @@ impl Element {
 /// A cuBLASLt matrix, in its own terms: COLUMN-major, `rows` by `columns` as stored (before any transposition).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Matrix {
-    /// Where its first element lies.
+    /// Place of the first element.
     pub place: Place,
     /// Element type.
     pub element: Element,
@@ -160,12 +162,13 @@ pub struct Matrix {
     pub columns: u64,
     /// Elements from one column to the next, at least `rows`.
     pub leading: i64,
-    /// Elements from one matrix of a batch to the next; 0 where `Product::batch` is 1.
+    /// Elements from one matrix of a batch to the next; 0 if `Product::batch` is 1.
     pub batch_stride: i64,
 }
 
 /// `d = epilogue(alpha op(a) op(b) + beta d)` by `cublasLtMatmul` with `C = D`, computed and accumulated in f32
-/// (`CUBLAS_COMPUTE_32F`: TF32 is not allowed), all dims above 0. Everything but the places is a key for a plan's cache.
+/// (`CUBLAS_COMPUTE_32F`; TF32 is not allowed), all dims above 0. All fields except the places are part of the plan
+/// cache key.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Product {
     /// Rows of `op(a)` and of `d`.
@@ -178,43 +181,43 @@ pub struct Product {
     pub a_transposed: bool,
     /// `op(b)` is the transpose of `b` as stored.
     pub b_transposed: bool,
-    /// First operand of cuBLASLt, which need not be that of the einsum.
+    /// First operand of cuBLASLt, not necessarily that of the einsum.
     pub a: Matrix,
     /// Second operand.
     pub b: Matrix,
-    /// The result, `m` by `n`; read too where `beta` is not 0.
+    /// The result, `m` by `n`; also read if `beta` is not 0.
     pub d: Matrix,
-    /// Products done at once (`CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT`).
+    /// Number of products in the batch (`CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT`).
     pub batch: i32,
     /// Factor of the product.
     pub alpha: f32,
-    /// Factor of what `d` held: 1 to add to it, 0 to overwrite it unread.
+    /// Factor of the old `d`: 1 to add to it, 0 to overwrite it without reading.
     pub beta: f32,
-    /// What is done to the result on its way out.
+    /// Applied to the result before it is stored.
     pub epilogue: Epilogue,
 }
 
-/// Partial results that the workspace of a product has room for: a product of few elements is split over `k`.
+/// Number of partial results that fit a product's workspace: cuBLASLt splits a product with few elements over `k`.
 const PRODUCT_PARTS: usize = 16;
-/// NVIDIA's advice for Hopper; older architectures ask for less, and none is refused for having more.
+/// NVIDIA's recommendation for Hopper; older architectures need less.
 const PRODUCT_WORKSPACE_BYTES_MAX: usize = 32 << 20;
 
-/// Bytes of workspace for a product of so many elements.
+/// Bytes of workspace for a product with this number of result elements.
 pub fn product_workspace_bytes(elements: usize) -> usize {
     let parts = elements.saturating_mul(PRODUCT_PARTS * size_of::<f32>());
     parts.min(PRODUCT_WORKSPACE_BYTES_MAX)
 }
 
 impl Product {
-    /// Bytes of the launch's workspace that it may use.
+    /// Bytes of the launch's workspace that the product may use.
     pub fn workspace_bytes(&self) -> usize {
         product_workspace_bytes(self.m as usize * self.n as usize * self.batch as usize)
     }
 }
 
-/// cuBLASLt's epilogues in use. The bias has one element for each row of the column-major `d`, that is for each last
-/// index of a row-major result. GELU's here is cuBLASLt's, the approximation by tanh, so a graph with the exact
-/// [`crate::op::Op::Gelu`] never gets one.
+/// The cuBLASLt epilogues in use. The bias has one element per row of the column-major `d`, that is per last index of a
+/// row-major result. cuBLASLt's GELU is the tanh approximation, so a graph with the exact [`crate::op::Op::Gelu`] never
+/// uses it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Epilogue {
     /// Nothing.
@@ -223,7 +226,7 @@ pub enum Epilogue {
     Bias(Place),
     /// GELU (`CUBLASLT_EPILOGUE_GELU`).
     Gelu,
-    /// Adds a bias, then GELU; with `aux`, what went into GELU is kept there, laid out as `d` (`.._GELU_AUX_BIAS`).
+    /// Adds a bias, then GELU; stores the input of GELU in `aux` if given, laid out as `d` (`.._GELU_AUX_BIAS`).
     GeluBias {
         /// The bias.
         bias: Place,
@@ -235,15 +238,15 @@ pub enum Epilogue {
         /// Input of GELU.
         aux: Place,
     },
-    /// Sums `b`'s gradient over the columns of `op(b)` too (`CUBLASLT_EPILOGUE_BGRADB`).
+    /// Also sums the gradient `b` over the columns of `op(b)` (`CUBLASLT_EPILOGUE_BGRADB`).
     BiasGrad(Place),
 }
 
-/// Causal attention, or its gradient, of bf16 activations `[batch, time, heads, depth]`, as cuDNN can do it; buffers
-/// are those of the launch, in the op's order. None of the extents is 0.
+/// Causal attention or its gradient on bf16 activations `[batch, time, heads, depth]`, in a shape that cuDNN may run.
+/// Buffers are those of the launch, in the op's order. No extent is 0.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Flash {
-    /// Which of the two.
+pub struct AttentionShape {
+    /// Forward or backward.
     pub pass: Pass,
     /// Sequences.
     pub batch: usize,
@@ -257,11 +260,11 @@ pub struct Flash {
     pub scale: f32,
 }
 
-impl Flash {
-    /// What the tensors of cuDNN's graphs in the workspace are aligned to, bytes.
+impl AttentionShape {
+    /// Alignment of graph tensors in the workspace, in bytes.
     pub(crate) const ALIGNMENT: usize = 256;
 
-    /// Bytes of workspace that cuDNN may use. For the gradient with the sums of do o and dq, in floats.
+    /// Bytes of workspace for cuDNN. The gradient also needs the row sums of do * o and dq, both in f32.
     pub fn workspace_bytes(&self) -> usize {
         let rows = self.batch * self.heads * self.time;
         let tensors = match self.pass {
@@ -272,18 +275,19 @@ impl Flash {
         tensors.into_iter().map(bytes).sum::<usize>() + self.library_bytes()
     }
 
-    /// What of it cuDNN may use as it likes. NVIDIA's engines ask for some KiB, those of the gradient on sm_80 and sm_120 for
-    /// room for dq in floats beside (9.28.1, `kernels/cuda/check_cudnn.py`); one that asks for more is not used.
+    /// The part of the workspace for cuDNN's engines. NVIDIA's engines need a few KiB; those of the gradient on sm_80
+    /// and sm_120 also need room for dq in f32 (9.28.1, `kernels/cuda/check_cudnn.py`). Engines that need more are not
+    /// used.
     pub(crate) fn library_bytes(&self) -> usize {
-        const ANYTHING: usize = 1 << 16;
+        const ENGINE_BYTES: usize = 1 << 16;
         match self.pass {
-            Pass::Forward => ANYTHING,
-            Pass::Backward => ANYTHING + self.batch * self.heads * self.time * self.depth * size_of::<f32>(),
+            Pass::Forward => ENGINE_BYTES,
+            Pass::Backward => ENGINE_BYTES + self.batch * self.heads * self.time * self.depth * size_of::<f32>(),
         }
     }
 }
 
-/// The op, or its gradient.
+/// Forward or backward pass.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Pass {
     /// The op.
@@ -292,30 +296,29 @@ pub enum Pass {
     Backward,
 }
 
-/// What kernels leave in device memory about an index out of range: a stream's record is [`ErrorRecord::WORDS`] 32-bit
-/// words, zeroed before first use and after it was read with an error in it. Kernels write it only when it holds no
-/// error, so it tells of the stream's first one; the backend copies it to pinned memory behind each submission and
-/// decodes it before it reports the end. A kernel with a bad index goes on as if the index were another shard's.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// A kernel's report of an index out of range, stored in device memory: [`ErrorRecord::WORDS`] 32-bit words per stream,
+/// zeroed before first use and after each read that found an error. Kernels write it only if it holds no error, so it
+/// describes the stream's first one. The backend copies it to pinned memory after each submission and decodes it before
+/// it reports the end. A kernel treats a bad index like one that belongs to another shard.
 pub struct ErrorRecord {
-    /// Index in its program of the launch that found it.
+    /// Index of the failing launch in its program.
     pub launch: u32,
     /// The index.
     pub index: i32,
-    /// Where it stands among the launch's indices: the first that is out of range.
+    /// Position of the index among the launch's indices: the first that is out of range.
     pub position: u64,
-    /// What it should have been below.
+    /// Exclusive upper bound of valid indices.
     pub limit: u64,
 }
 
 impl ErrorRecord {
-    /// 32-bit words of a record on the device: launch + 1 (0: no error), index, position (low, high), limit (low, high),
-    /// and two unused.
+    /// 32-bit words of a record on the device: launch + 1 (0: no error), index, position (low, high), limit (low,
+    /// high), and two unused words.
     pub const WORDS: usize = 8;
-    /// The same in bytes.
+    /// Bytes of a record.
     pub const BYTES: usize = Self::WORDS * size_of::<u32>();
 
-    /// The error in a record, if there is one.
+    /// Decodes the error in a record, if there is one.
     pub fn decode(words: [u32; Self::WORDS]) -> Option<Self> {
         let wide = |low: u32, high: u32| u64::from(high) << 32 | u64::from(low);
         let launch = words[0].checked_sub(1)?;
@@ -323,7 +326,7 @@ impl ErrorRecord {
         Some(Self { launch, index: words[1] as i32, position, limit })
     }
 
-    /// The error of an op, in the CPU backend's words.
+    /// The op's error, with the same text as on the CPU backend.
     pub fn error(&self, op: &str) -> KernelError {
         let Self { index, position, limit, .. } = self;
         let what = format!("index {index} at position {position} is not in 0..{limit}");

@@ -1,8 +1,8 @@
-//! A CUDA stream: submissions are issued by whoever submits them, until one has to wait for the host; then the stream's own
-//! thread goes on, and later submissions queue behind it.
+//! A CUDA stream: the submitting thread issues, until a submission has to wait on the host. Then the stream's own
+//! thread takes over, and later submissions queue behind it.
 //!
 //! - STREAM-1: one thread at a time issues (`busy`), in the order of the queue.
-//! - STREAM-2: the stream's own thread exists only once something had to wait for the host.
+//! - STREAM-2: the stream's own thread is started when something first has to wait on the host.
 
 use std::collections::VecDeque;
 use std::fmt;
@@ -13,10 +13,10 @@ use std::time::{Duration, Instant};
 
 use super::gpu::Gpu;
 use super::issue::{Command, Issuer};
-use super::lowered::Cache;
-use super::poller::Track;
+use super::lowered::ProgramCache;
+use super::poller::CompletionQueue;
 use super::raw_stream::RawStream;
-use super::record::Records;
+use super::record::ErrorRecords;
 use crate::clock::RaceClock;
 use crate::collective::{AbortStatus, Collective};
 use crate::error::KernelError;
@@ -26,13 +26,13 @@ use crate::metrics::{CollectiveTime, StreamMetrics};
 use crate::op::Program;
 use crate::stream::Submission;
 
-/// How long a stream that is dropped waits for a device that does not come to an end.
+/// How long dropping a stream waits for an unresponsive device.
 const DRAIN_WITHIN: Duration = Duration::from_secs(5);
 
-/// How often it looks meanwhile.
+/// Poll interval of that wait.
 const DRAIN_STEP: Duration = Duration::from_micros(20);
 
-/// See [`crate::stream::Stream`].
+/// The CUDA form of [`crate::stream::Stream`].
 pub struct CudaStream {
     inner: Arc<Inner>,
 }
@@ -40,30 +40,30 @@ pub struct CudaStream {
 struct Inner {
     name: String,
     rank: usize,
-    lane: Arc<RawStream>,
-    track: Arc<Track>,
+    stream: Arc<RawStream>,
+    completions: Arc<CompletionQueue>,
     queue: Mutex<Queue>,
     changed: Condvar,
-    /// Lowers what is submitted. Not the issuer's, which its thread keeps while it waits.
-    cache: Mutex<Cache>,
+    /// Lowers submissions. Separate from the issuer, which stays locked while its thread waits.
+    cache: Mutex<ProgramCache>,
     engine: Arc<dyn Collective>,
-    /// Of its engine.
-    outcomes: Arc<[AbortStatus]>,
+    /// Those of the engine.
+    abort_statuses: Arc<[AbortStatus]>,
     issuer: Mutex<Issuer>,
     collective_time: CollectiveTime,
-    /// Nobody has waited for its end.
-    unwatched: AtomicBool,
+    /// The stream was dropped without waiting for its work.
+    is_detached: AtomicBool,
 }
 
 /// Bounded by the register protocol's credits, as every stream's queue is.
 #[derive(Default)]
 struct Queue {
     commands: VecDeque<(RaceClock, Command)>,
-    /// Somebody issues.
+    /// A thread is issuing.
     busy: bool,
-    /// It is the stream's own thread's turn.
+    /// The stream's own thread issues.
     handed_over: bool,
-    /// Nothing more is submitted.
+    /// No more commands are submitted.
     closed: bool,
     thread: Option<JoinHandle<RaceClock>>,
 }
@@ -79,7 +79,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl CudaStream {
-    /// `urgent` puts its work in front of other streams'.
+    /// Starts a stream; `urgent` gives its work priority over other streams.
     pub(crate) fn start(
         gpu: &Arc<Gpu>,
         rank: usize,
@@ -88,39 +88,39 @@ impl CudaStream {
         engine: Arc<dyn Collective>,
         tally: &Arc<Tally>,
     ) -> Result<Self, KernelError> {
-        let lane = Arc::new(RawStream::new(gpu, rank, name, urgent)?);
-        let track = gpu.poller().track(&lane);
-        let outcomes = engine.outcomes().into();
+        let stream = Arc::new(RawStream::new(gpu, rank, name, urgent)?);
+        let completions = gpu.poller().register(&stream);
+        let abort_statuses = engine.outcomes().into();
         let metrics = StreamMetrics::new(name);
         let collective_time = metrics.collective_time();
-        let records = Records::new(gpu, rank, tally)?;
-        let issuer = Mutex::new(Issuer::new(&lane, &track, engine.clone(), records, metrics));
+        let records = ErrorRecords::new(gpu, rank, tally)?;
+        let issuer = Mutex::new(Issuer::new(&stream, &completions, engine.clone(), records, metrics));
         let inner = Inner {
             name: name.to_owned(),
             rank,
-            lane,
-            track,
+            stream,
+            completions,
             queue: Mutex::default(),
             changed: Condvar::new(),
             cache: Mutex::default(),
             engine,
-            outcomes,
+            abort_statuses,
             issuer,
             collective_time,
-            unwatched: AtomicBool::new(false),
+            is_detached: AtomicBool::new(false),
         };
         Ok(Self { inner: Arc::new(inner) })
     }
 
     pub(crate) fn submit(&self, submission: Submission) -> Result<(), KernelError> {
-        self.inner.lane.gpu().context().check_alive()?;
+        self.inner.stream.gpu().context().check_alive()?;
         let lowered = lock(&self.inner.cache).get(&submission.program, submission.repeat);
-        let turn = lowered.last_call.and_then(|_| self.inner.engine.turn(self.inner.rank));
-        self.inner.put(Command::run(submission, lowered, &self.inner.outcomes, turn))
+        let issue_ticket = lowered.last_call.and_then(|_| self.inner.engine.turn(self.inner.rank));
+        self.inner.submit_command(Command::run(submission, lowered, &self.inner.abort_statuses, issue_ticket))
     }
 
     pub(crate) fn prepare(&self, program: &Arc<Program>) -> Result<(), KernelError> {
-        let gpu = self.inner.lane.gpu();
+        let gpu = self.inner.stream.gpu();
         gpu.context().check_alive()?;
         gpu.context().bind()?;
         let lowered = [false, true].map(|repeat| lock(&self.inner.cache).get(program, repeat));
@@ -130,8 +130,8 @@ impl CudaStream {
 
     pub(crate) fn record(&self) -> Event {
         let event = Event::default();
-        if self.inner.put(Command::Record(event.clone())).is_err() {
-            // A stream that has failed has done all it ever will.
+        if self.inner.submit_command(Command::Record(event.clone())).is_err() {
+            // A failed stream runs nothing more, so the event is due.
             event.set();
         }
         event
@@ -141,16 +141,16 @@ impl CudaStream {
         if event.query() {
             return Ok(());
         }
-        self.inner.put(Command::Wait(event.clone()))
+        self.inner.submit_command(Command::Wait(event.clone()))
     }
 
     pub(crate) fn check_finite(&self, on: bool) -> Result<(), KernelError> {
-        self.inner.put(Command::CheckFinite(on))
+        self.inner.submit_command(Command::CheckFinite(on))
     }
 
     pub(crate) fn synchronize(&self) -> Result<(), KernelError> {
         let event = Event::default();
-        self.inner.put(Command::Record(event.clone()))?;
+        self.inner.submit_command(Command::Record(event.clone()))?;
         event.synchronize();
         Ok(())
     }
@@ -161,9 +161,9 @@ impl CudaStream {
 }
 
 impl Inner {
-    /// Issues a command, or queues it behind those that wait.
-    fn put(self: &Arc<Self>, command: Command) -> Result<(), KernelError> {
-        self.lane.gpu().context().bind()?;
+    /// Issues a command, or queues it behind waiting commands.
+    fn submit_command(self: &Arc<Self>, command: Command) -> Result<(), KernelError> {
+        self.stream.gpu().context().bind()?;
         let mut queue = lock(&self.queue);
         if queue.busy {
             queue.commands.push_back((RaceClock::capture(), command));
@@ -171,24 +171,24 @@ impl Inner {
         }
         queue.busy = true;
         drop(queue);
-        let left = lock(&self.issuer).go(command, false);
+        let rest = lock(&self.issuer).execute(command, false);
         let mut queue = lock(&self.queue);
-        match left {
+        match rest {
             None if queue.commands.is_empty() => {
                 queue.busy = false;
                 Ok(())
             }
-            // What came from other threads meanwhile is done in order, behind what is left.
-            left => {
-                if let Some(left) = left {
-                    queue.commands.push_front((RaceClock::capture(), left));
+            // Commands that other threads queued meanwhile run in order after the rest of this one.
+            rest => {
+                if let Some(rest) = rest {
+                    queue.commands.push_front((RaceClock::capture(), rest));
                 }
                 self.hand_over(queue)
             }
         }
     }
 
-    /// Lets the stream's own thread go on, which is started if there is none yet (STREAM-2).
+    /// Hands the queue over to the stream's own thread, starting it if necessary (STREAM-2).
     fn hand_over(self: &Arc<Self>, mut queue: MutexGuard<'_, Queue>) -> Result<(), KernelError> {
         queue.handed_over = true;
         if queue.thread.is_none() {
@@ -204,7 +204,7 @@ impl Inner {
         Ok(())
     }
 
-    /// The stream's own thread.
+    /// Runs the stream's own thread.
     fn serve(&self) {
         let mut queue = lock(&self.queue);
         loop {
@@ -222,28 +222,28 @@ impl Inner {
             };
             drop(queue);
             clock.join();
-            // Others' code may have bound another GPU's context meanwhile. What fails here fails at the command, too.
-            let _ = self.lane.gpu().context().bind();
-            // Nothing is left of a command that may block.
-            let _ = lock(&self.issuer).go(command, true);
+            // User code may have bound another GPU's context meanwhile. An error repeats at the command.
+            let _ = self.stream.gpu().context().bind();
+            // A command that may block leaves no rest.
+            let _ = lock(&self.issuer).execute(command, true);
             queue = lock(&self.queue);
         }
     }
 
-    /// Waits until all is done, or the device does not come to an end; whether it did.
+    /// Waits for all work; returns false if the device does not finish in time.
     fn drain(&self) -> bool {
         let deadline = Instant::now() + DRAIN_WITHIN;
         let mut queue = lock(&self.queue);
         while queue.busy {
-            let left = deadline.saturating_duration_since(Instant::now());
-            if left.is_zero() {
+            let remaining = deadline.saturating_duration_since(Instant::now());
+            if remaining.is_zero() {
                 return false;
             }
-            queue = self.changed.wait_timeout(queue, left).unwrap_or_else(PoisonError::into_inner).0;
+            queue = self.changed.wait_timeout(queue, remaining).unwrap_or_else(PoisonError::into_inner).0;
         }
         drop(queue);
-        let poller = self.lane.gpu().poller();
-        while !poller.is_idle(&self.track) {
+        let poller = self.stream.gpu().poller();
+        while !poller.is_idle(&self.completions) {
             if Instant::now() > deadline {
                 return false;
             }
@@ -255,40 +255,41 @@ impl Inner {
 
 impl Drop for Inner {
     fn drop(&mut self) {
-        if self.unwatched.load(Ordering::Relaxed) {
-            lock(&self.issuer).let_go();
+        if self.is_detached.load(Ordering::Relaxed) {
+            lock(&self.issuer).release_memory();
         }
     }
 }
 
 impl Drop for CudaStream {
     fn drop(&mut self) {
-        let poller = self.inner.lane.gpu().poller();
+        let poller = self.inner.stream.gpu().poller();
         let mut queue = lock(&self.inner.queue);
         queue.closed = true;
         self.inner.changed.notify_all();
         let thread = queue.thread.take();
         drop(queue);
-        let own = thread.as_ref().is_some_and(|thread| thread.thread().id() == thread::current().id());
-        if own || poller.is_this_thread() {
-            // It cannot wait for itself. What is on the stream is done, and told, all the same.
-            self.inner.unwatched.store(true, Ordering::Relaxed);
+        let is_own_thread = thread.as_ref().is_some_and(|thread| thread.thread().id() == thread::current().id());
+        if is_own_thread || poller.is_poller_thread() {
+            // A thread cannot wait for itself. The work on the stream still completes and is reported.
+            self.inner.is_detached.store(true, Ordering::Relaxed);
             return;
         }
         if !self.inner.drain() {
-            let place = self.inner.lane.place().to_owned();
-            let text = format!("what was put on it has not ended within {} s of its end", DRAIN_WITHIN.as_secs());
-            let error =
-                KernelError::Cuda { place, call: "cuStreamDestroy", code: 0, name: "no answer".to_owned(), text };
-            let error = self.inner.lane.gpu().context().lose(error);
-            poller.forget(&self.inner.track, &error);
+            let place = self.inner.stream.place().to_owned();
+            let text =
+                format!("pending work has not ended within {} s after the stream was dropped", DRAIN_WITHIN.as_secs());
+            let error = KernelError::Cuda { place, call: "cuStreamDestroy", code: 0, name: "timeout".to_owned(), text };
+            let error = self.inner.stream.gpu().context().mark_lost(error);
+            poller.unregister(&self.inner.completions, &error);
         } else {
-            poller.forget(&self.inner.track, &KernelError::Closed { device: self.inner.rank });
-            // It has ended; whoever frees what it used is to know that. A failure is one of the context.
-            let _ = self.inner.lane.synchronize();
+            poller.unregister(&self.inner.completions, &KernelError::Closed { device: self.inner.rank });
+            // The stream has ended; `cuStreamSynchronize` makes that known before its memory is freed. A failure is the
+            // context's.
+            let _ = self.inner.stream.synchronize();
         }
         if let Some(thread) = thread {
-            // It catches every panic of others' code.
+            // The thread catches every panic of user code.
             thread.join().into_iter().for_each(RaceClock::join);
         }
     }

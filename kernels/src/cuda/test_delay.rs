@@ -1,18 +1,18 @@
-//! Delays on streams, for tests on a real GPU: what fails to wait for another stream's work then shows in the numbers.
+//! Random delays on streams, for tests on real GPUs: a missing wait for another stream then shows as wrong results.
 
 use std::env;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::error::KernelError;
 
-/// `SEED:CYCLES`: about half of the steps of a stream wait behind a kernel that spins for up to so many cycles of the GPU's clock.
-/// For tests; without it there are no such kernels.
+/// Environment variable `SEED:CYCLES`: delays about half of a stream's steps by a kernel that spins for fewer than
+/// CYCLES cycles of the GPU's clock. Only for tests; unset means no delays.
 pub const SPIN: &str = "SHARDFLOW_CUDA_SPIN";
 
-/// The most cycles that are allowed, about a second: a stream that does not move for long counts as lost.
+/// Maximum of CYCLES, about a second: a stream without progress for long counts as lost.
 const CYCLES_MAX: u64 = 1 << 30;
 
-/// See [`SPIN`].
+/// The delays that [`SPIN`] requests.
 #[derive(Debug)]
 pub(crate) struct TestDelays {
     state: AtomicU64,
@@ -20,7 +20,7 @@ pub(crate) struct TestDelays {
 }
 
 impl TestDelays {
-    /// As the environment says.
+    /// Reads the environment variable.
     pub(crate) fn from_environment() -> Result<Option<Self>, KernelError> {
         env::var_os(SPIN).map(|text| Self::parse(&text.to_string_lossy())).transpose()
     }
@@ -34,7 +34,7 @@ impl TestDelays {
         Ok(Self { state: AtomicU64::new(seed.wrapping_mul(GOLDEN)), cycles_max })
     }
 
-    /// Cycles to spin before the next step of any stream; none before half of them.
+    /// Cycles to delay the next step of any stream; `None` for about half of the steps.
     pub(crate) fn next(&self) -> Option<u64> {
         // SplitMix64: Steele, Lea and Flood 2014, <https://doi.org/10.1145/2660193.2660195>.
         let mut z = self.state.fetch_add(GOLDEN, Ordering::Relaxed);
@@ -52,25 +52,25 @@ mod tests {
     use super::*;
 
     #[test]
-    fn half_of_the_steps_wait_and_none_for_too_long() {
+    fn half_of_the_steps_are_delayed_within_the_limit() {
         let draws = |text: &str| {
-            let spins = TestDelays::parse(text).unwrap();
-            (0..1000).map(|_| spins.next()).collect::<Vec<_>>()
+            let delays = TestDelays::parse(text).unwrap();
+            (0..1000).map(|_| delays.next()).collect::<Vec<_>>()
         };
         let drawn = draws("7:5000");
-        let waits = drawn.iter().flatten().count();
-        assert!((400..600).contains(&waits), "{waits}");
+        let delayed = drawn.iter().flatten().count();
+        assert!((400..600).contains(&delayed), "{delayed}");
         assert!(drawn.iter().flatten().all(|cycles| *cycles < 5000));
         assert_eq!(drawn, draws("7:5000"));
         assert_ne!(drawn, draws("8:5000"));
     }
 
     #[test]
-    fn without_the_variable_nothing_spins_and_what_makes_no_sense_is_told() {
+    fn the_variable_is_optional_and_invalid_values_are_refused() {
         assert!(env::var_os(SPIN).is_some() || TestDelays::from_environment().unwrap().is_none());
         for text in ["", "7", "x:5", "7:0", "7:1073741825"] {
-            let told = TestDelays::parse(text).unwrap_err().to_string();
-            assert!(told.contains("SHARDFLOW_CUDA_SPIN: expected SEED:CYCLES"), "{told}");
+            let message = TestDelays::parse(text).unwrap_err().to_string();
+            assert!(message.contains("SHARDFLOW_CUDA_SPIN: expected SEED:CYCLES"), "{message}");
         }
     }
 }

@@ -1,4 +1,4 @@
-//! Cases of the test `cuda`: who waits for whom, and for how long.
+//! Cases of the test `cuda`: which member waits for which, and for how long.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -17,15 +17,15 @@ use shardflow_kernels::tensor::{DType, HostTensor};
 
 use super::{WITHIN, floats, gpus};
 
-fn seats(gpus: &[Arc<Gpu>; 2]) -> [GroupMember; 2] {
+fn memberships(gpus: &[Arc<Gpu>; 2]) -> [GroupMember; 2] {
     let (group, id) = (Arc::new(Group { id: 7, ranks: vec![0, 1] }), UniqueId::new().expect("an id"));
     [0, 1].map(|member: usize| GroupMember { group: group.clone(), member, gpu: gpus[member].clone(), id })
 }
 
-/// How long a stream has been in collectives is known while it is in one, and stays when it has gone on.
+/// The time that a stream has spent in collectives grows while it is in one, and stays constant afterwards.
 pub fn time() {
     let gpus: [_; 2] = gpus().try_into().expect("two devices");
-    let nccl = Nccl::join(&seats(&gpus), WITHIN).expect("both members are here");
+    let nccl = Nccl::join(&memberships(&gpus), WITHIN).expect("both members join");
     for engine in [Arc::new(nccl) as Arc<dyn Collective>, Arc::new(SharedGpu::new())] {
         let devices = [0, 1].map(|rank: usize| Device::cuda(rank, gpus[rank].clone(), engine.clone()));
         let streams = devices.each_ref().map(|device| device.stream("reduce", 1).expect("a stream"));
@@ -42,46 +42,46 @@ pub fn time() {
             let submission = Submission { program, bases, repeat: false, notify: Box::new(drop) };
             streams[member].submit(submission).expect("a live stream");
         };
-        let mut least = Duration::ZERO;
+        let mut time_min = Duration::ZERO;
         for _ in 0..3 {
-            // It is waited for until the time has grown so much: only the other member ends that.
-            least += Duration::from_millis(3);
+            // Wait until the time has grown by this much: only the other member's call ends the wait.
+            time_min += Duration::from_millis(3);
             let other = streams[1].collective_time();
             submit(0);
             let deadline = Instant::now() + WITHIN;
-            while streams[0].collective_time() < least && Instant::now() < deadline {
+            while streams[0].collective_time() < time_min && Instant::now() < deadline {
                 std::thread::yield_now();
             }
-            if streams[0].collective_time() < least {
-                engine.abort("nobody knows the time");
+            if streams[0].collective_time() < time_min {
+                engine.abort("the collective's time does not grow");
                 panic!("{:?} in the collective", streams[0].collective_time());
             }
-            assert_eq!(streams[1].collective_time(), other, "it has not come");
+            assert_eq!(streams[1].collective_time(), other, "the other member has not called");
             submit(1);
             streams.iter().for_each(|stream| stream.synchronize().expect("a live stream"));
-            let stays = || {
+            let stable_time = || {
                 let first = streams[0].collective_time();
                 std::thread::yield_now();
                 (streams[0].collective_time() == first).then_some(first)
             };
-            while stays().is_none() {
-                assert!(Instant::now() < deadline, "it is over, and its time goes on");
+            while stable_time().is_none() {
+                assert!(Instant::now() < deadline, "the time grows after the collective has ended");
             }
-            assert!(streams[0].collective_time() >= least);
+            assert!(streams[0].collective_time() >= time_min);
         }
-        parks();
+        wait_for_pollers_to_park();
     }
 }
 
-/// Comes to an end when the pollers' threads have stopped looking: a look every 50 us would switch threads a hundred times.
-fn parks() {
-    let looks = || {
+/// Returns once the pollers have parked: polling every 50 us would cause a hundred thread switches.
+fn wait_for_pollers_to_park() {
+    let context_switches = || {
         let threads = std::fs::read_dir("/proc/self/task").expect("Linux").flatten().map(|thread| thread.path());
         let is_poller = |thread: &PathBuf| {
             std::fs::read_to_string(thread.join("comm")).is_ok_and(|name| name.trim().ends_with("poller"))
         };
         let switches = |thread: PathBuf| {
-            let status = std::fs::read_to_string(thread.join("status")).expect("a thread that runs");
+            let status = std::fs::read_to_string(thread.join("status")).expect("a live thread");
             let count = status.lines().find_map(|line| line.strip_prefix("voluntary_ctxt_switches:"));
             count.and_then(|count| count.trim().parse::<u64>().ok()).expect("a number")
         };
@@ -91,27 +91,27 @@ fn parks() {
     };
     let deadline = Instant::now() + WITHIN;
     loop {
-        let (before, began) = (looks(), Instant::now());
+        let (before, began) = (context_switches(), Instant::now());
         while began.elapsed() < Duration::from_millis(5) {
             std::thread::yield_now();
         }
-        if looks() == before {
+        if context_switches() == before {
             return;
         }
-        assert!(Instant::now() < deadline, "pollers look at nothing, and do not stop");
+        assert!(Instant::now() < deadline, "pollers have nothing pending and do not park");
     }
 }
 
-/// A pipe is connected before it is used, and tells who waits in it for whom.
+/// A pipe is connected before it is used, and reports who waits in it for whom.
 pub fn pipe() {
     let gpus = [0, 1].map(|i| Gpu::open(i).expect("a device"));
-    let seats = seats(&gpus);
-    let engine = Arc::new(Nccl::join(&seats, WITHIN).expect("both members are here"));
-    let pipes = [0, 1].map(|member: usize| engine.pipe(&seats[member]).expect("a pipe"));
+    let memberships = memberships(&gpus);
+    let engine = Arc::new(Nccl::join(&memberships, WITHIN).expect("both members join"));
+    let pipes = [0, 1].map(|member: usize| engine.pipe(&memberships[member]).expect("a pipe"));
     let clock = RaceClock::capture();
     let connect = |pipe: &Pipe| {
         clock.join();
-        pipe.connect(WITHIN).expect("the other end comes");
+        pipe.connect(WITHIN).expect("the other end connects");
         RaceClock::capture()
     };
     let ends = std::thread::scope(|scope| {
@@ -122,19 +122,19 @@ pub fn pipe() {
     let device = |rank: usize| Device::cuda(rank, gpus[rank].clone(), engine.clone());
     let arenas = [0, 1].map(|rank| device(rank).arena(64).expect("memory"));
     arenas[0].write_host(0, &HostTensor::f32(&[16], vec![1.5; 16])).expect("inside");
-    let comes_to = |expected: &[MemberWait]| {
+    let wait_until_waits_are = |expected: &[MemberWait]| {
         let deadline = Instant::now() + WITHIN;
         while engine.waits() != expected {
-            assert!(Instant::now() < deadline, "{:?}, not {expected:?}", engine.waits());
+            assert!(Instant::now() < deadline, "got {:?}, expected {expected:?}", engine.waits());
             std::thread::yield_now();
         }
     };
-    comes_to(&[]);
+    wait_until_waits_are(&[]);
     pipes[0].send(&arenas[0], [(0, 64)].into_iter()).expect("a send");
-    let sent = pipes[0].settle(&arenas[0]).expect("the stream has it");
-    comes_to(&[MemberWait { group: 7, rank: 0, peer: 1 }]);
-    pipes[1].receive(&arenas[1], [(0, 64)].into_iter()).expect("what was sent");
+    let sent = pipes[0].settle(&arenas[0]).expect("the send is on the stream");
+    wait_until_waits_are(&[MemberWait { group: 7, rank: 0, peer: 1 }]);
+    pipes[1].receive(&arenas[1], [(0, 64)].into_iter()).expect("the sent bytes");
     pipes[0].wait(&sent).expect("the end");
-    comes_to(&[]);
+    wait_until_waits_are(&[]);
     assert_eq!(arenas[1].read_host(0, &[16], DType::F32).expect("inside").as_f32(), Some(&[1.5; 16][..]));
 }

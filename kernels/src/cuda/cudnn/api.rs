@@ -1,5 +1,5 @@
-//! cuDNN's functions, loaded at run time, where there is a cuDNN. Types are cudarc's; codes are taken as numbers,
-//! since a newer library may have more of them than any list.
+//! cuDNN's functions, loaded at run time. Types come from cudarc; status codes stay plain numbers, since a newer
+//! library may have codes that no list contains.
 #![allow(unsafe_code)]
 
 use std::ffi::{CStr, c_char, c_void};
@@ -15,28 +15,28 @@ use crate::cuda::context::static_text;
 use crate::cuda::library::{Library, unavailable};
 use crate::error::KernelError;
 
-/// The oldest library that takes the graphs, as far as was tried: `10000 * major + 100 * minor`.
+/// The oldest version that was tried and accepts the graphs: `10000 * major + 100 * minor`.
 const VERSION_MIN: usize = 91_200;
 
-/// Bytes of the library's words on an error.
+/// Buffer size for the library's error message, in bytes.
 const TEXT_BYTES: usize = 512;
 
-/// A stream, as cuDNN takes it.
+/// cuDNN's type of a CUDA stream.
 pub(super) type Stream = *mut c_void;
 
 macro_rules! api {
     ($($field:ident: $symbol:literal = fn($($arg:ty),*) -> $out:ty;)*) => {
-        /// The functions.
+        /// The loaded functions.
         pub(crate) struct Api {
-            // SAFETY: types of functions; each call says why it is sound.
+            // SAFETY: these are only types; each call states why it is sound.
             $(pub(super) $field: unsafe extern "C" fn($($arg),*) -> $out,)*
-            /// Kept so that the functions stay.
+            /// Keeps the functions loaded.
             _library: Loaded,
         }
 
         impl Api {
             fn load() -> Option<Self> {
-                // SAFETY: NVIDIA's initialisers are all that runs; the signatures are those of cudnn_graph.h.
+                // SAFETY: only NVIDIA's initializers run; the signatures are those of cudnn_graph.h.
                 unsafe {
                     let library = ["libcudnn.so.9", "libcudnn.so"].iter().find_map(|name| Loaded::new(*name).ok())?;
                     Some(Self {
@@ -66,12 +66,12 @@ api! {
 
 impl Api {
     /// # Errors
-    /// [`KernelError::Unavailable`] where there is no cuDNN, or an older one than is known to do.
+    /// [`KernelError::Unavailable`] if cuDNN is missing or older than `VERSION_MIN`.
     pub(crate) fn get() -> Result<&'static Self, KernelError> {
         static API: OnceLock<Option<Api>> = OnceLock::new();
         let api = API.get_or_init(Self::load).as_ref().ok_or_else(|| Library::Cudnn.missing())?;
         if api.number() < VERSION_MIN {
-            let what = format!("libcudnn is too old: it is {}, {} is needed", api.version(), dotted(VERSION_MIN));
+            let what = format!("libcudnn is too old: found {}, need {} or newer", api.version(), dotted(VERSION_MIN));
             return Err(unavailable(what, Library::Cudnn.hint()));
         }
         Ok(api)
@@ -79,22 +79,23 @@ impl Api {
 
     /// `10000 * major + 100 * minor + patch`.
     pub(super) fn number(&self) -> usize {
-        // SAFETY: needs nothing.
+        // SAFETY: has no preconditions.
         unsafe { (self.version)() }
     }
 
-    /// Such as `9.12.0`.
+    /// The version as text, such as `9.12.0`.
     pub(crate) fn version(&self) -> String {
         dotted(self.number())
     }
 
-    /// Turns a code into an error.
+    /// Converts a status code to an error.
     pub(super) fn check(&self, code: u32, call: &'static str, place: &str) -> Result<(), KernelError> {
         if code == 0 {
             return Ok(());
         }
         let mut text = [0; TEXT_BYTES];
-        // SAFETY: the first gives a static text; the second writes at most so many bytes, the last of which stays 0.
+        // SAFETY: `error_string` returns a static string; `last_error` writes at most `TEXT_BYTES - 1` bytes, so the
+        // last stays 0.
         let (name, text) = unsafe {
             (self.last_error)(text.as_mut_ptr(), TEXT_BYTES - 1);
             (static_text((self.error_string)(code)), CStr::from_ptr(text.as_ptr()).to_string_lossy().trim().to_owned())
@@ -104,7 +105,7 @@ impl Api {
     }
 }
 
-/// `91200` as `9.12.0`.
+/// Formats `91200` as `9.12.0`.
 fn dotted(version: usize) -> String {
     format!("{}.{}.{}", version / 10_000, version / 100 % 100, version % 100)
 }

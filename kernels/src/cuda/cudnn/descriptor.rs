@@ -1,4 +1,4 @@
-//! cuDNN's descriptors: bags of attributes that are set, then sealed.
+//! cuDNN's descriptors: sets of attributes that are set and then finalized.
 #![allow(unsafe_code)]
 
 use std::ffi::c_void;
@@ -13,12 +13,12 @@ use super::api::Api;
 use crate::cuda::context::Raw;
 use crate::error::KernelError;
 
-/// An attribute's values, each of its own type.
+/// The values of an attribute, by type.
 #[derive(Clone, Copy)]
 pub(super) enum Values<'a> {
     Longs(&'a [i64]),
     Bool(bool),
-    Data(cudnnDataType_t),
+    DataType(cudnnDataType_t),
     Pointwise(cudnnPointwiseMode_t),
     Reduction(cudnnReduceTensorOp_t),
     Heuristic(cudnnBackendHeurMode_t),
@@ -26,13 +26,13 @@ pub(super) enum Values<'a> {
     Reordering(cudnnBackendTensorReordering_t),
     Handle(Raw<cudnnHandle_t>),
     Descriptors(&'a [&'a Descriptor]),
-    /// Addresses of the device, or of numbers of the host that live until the descriptor was used.
+    /// Device addresses, or addresses of host scalars that live until the descriptor is last used.
     Pointers(&'a [u64]),
-    #[cfg_attr(not(test), expect(dead_code, reason = "describes a device that is not there"))]
+    #[cfg_attr(not(test), expect(dead_code, reason = "describes a device that the machine lacks"))]
     Text(&'a [u8]),
 }
 
-/// A descriptor; destroyed with it. Those that it refers to are kept by whoever keeps it.
+/// An owned descriptor. Its owner also keeps the descriptors that it refers to.
 pub(super) struct Descriptor {
     raw: Raw<cudnnBackendDescriptor_t>,
     kind: Kind,
@@ -50,12 +50,12 @@ impl Descriptor {
         let mut raw = std::ptr::null_mut();
         // SAFETY: writes a handle to a local.
         let code = unsafe { (api.descriptor_create)(kind, &mut raw) };
-        api.check(code, "cudnnBackendCreateDescriptor", &told(place, kind))?;
+        api.check(code, "cudnnBackendCreateDescriptor", &describe(place, kind))?;
         Ok(Self { raw: Raw(raw), kind, api })
     }
 
-    /// Makes one of these attributes.
-    pub(super) fn sealed(
+    /// Creates a descriptor, sets the attributes and finalizes it.
+    pub(super) fn finalized(
         api: &'static Api,
         kind: Kind,
         attributes: &[(Attribute, Values<'_>)],
@@ -63,9 +63,9 @@ impl Descriptor {
     ) -> Result<Self, KernelError> {
         let descriptor = Self::new(api, kind, place)?;
         attributes.iter().try_for_each(|(name, values)| descriptor.set(*name, *values, place))?;
-        // SAFETY: a live descriptor.
+        // SAFETY: the descriptor is live.
         let code = unsafe { (api.finalize)(descriptor.raw.0) };
-        api.check(code, "cudnnBackendFinalize", &told(place, kind))?;
+        api.check(code, "cudnnBackendFinalize", &describe(place, kind))?;
         Ok(descriptor)
     }
 
@@ -77,7 +77,7 @@ impl Descriptor {
         let (kind, count, start) = match &values {
             Values::Longs(values) => (Type::CUDNN_TYPE_INT64, values.len(), values.as_ptr().cast()),
             Values::Bool(value) => (Type::CUDNN_TYPE_BOOLEAN, 1, one(value)),
-            Values::Data(value) => (Type::CUDNN_TYPE_DATA_TYPE, 1, one(value)),
+            Values::DataType(value) => (Type::CUDNN_TYPE_DATA_TYPE, 1, one(value)),
             Values::Pointwise(value) => (Type::CUDNN_TYPE_POINTWISE_MODE, 1, one(value)),
             Values::Reduction(value) => (Type::CUDNN_TYPE_REDUCTION_OPERATOR_TYPE, 1, one(value)),
             Values::Heuristic(value) => (Type::CUDNN_TYPE_HEUR_MODE, 1, one(value)),
@@ -91,64 +91,64 @@ impl Descriptor {
             Values::Pointers(values) => (Type::CUDNN_TYPE_VOID_PTR, values.len(), values.as_ptr().cast()),
             Values::Text(values) => (Type::CUDNN_TYPE_CHAR, values.len(), values.as_ptr().cast()),
         };
-        // SAFETY: a live descriptor; so many values of the type that is named lie there, and cuDNN copies them.
+        // SAFETY: the descriptor is live; `start` points to `count` values of the given type, which cuDNN copies.
         let code = unsafe { (self.api.set_attribute)(self.raw.0, name, kind, count as i64, start) };
-        self.api.check(code, "cudnnBackendSetAttribute", &format!("{}, {name:?}", told(place, self.kind)))
+        self.api.check(code, "cudnnBackendSetAttribute", &format!("{}, {name:?}", describe(place, self.kind)))
     }
 
-    /// A number that cuDNN has set.
-    pub(super) fn number(&self, name: Attribute, place: &str) -> Result<i64, KernelError> {
+    /// Reads an integer attribute that cuDNN has set.
+    pub(super) fn integer(&self, name: Attribute, place: &str) -> Result<i64, KernelError> {
         let (mut value, mut count) = (0i64, 0);
-        // SAFETY: at most one number is written, to a local.
+        // SAFETY: writes at most one integer, to a local.
         let code = unsafe {
             let to = (&raw mut value).cast();
             (self.api.get_attribute)(self.raw.0, name, Type::CUDNN_TYPE_INT64, 1, &mut count, to)
         };
-        self.api.check(code, "cudnnBackendGetAttribute", &format!("{}, {name:?}", told(place, self.kind)))?;
+        self.api.check(code, "cudnnBackendGetAttribute", &format!("{}, {name:?}", describe(place, self.kind)))?;
         Ok(value)
     }
 
-    /// Up to so many descriptors that cuDNN fills in.
+    /// Returns up to `count_max` descriptors that cuDNN fills in.
     pub(super) fn filled(
         &self,
         name: Attribute,
         kind: Kind,
-        most: usize,
+        count_max: usize,
         place: &str,
     ) -> Result<Vec<Self>, KernelError> {
-        let made = (0..most).map(|_| Self::new(self.api, kind, place));
-        let mut made = made.collect::<Result<Vec<_>, _>>()?;
-        let mut raws: Vec<cudnnBackendDescriptor_t> = made.iter().map(|descriptor| descriptor.raw.0).collect();
+        let descriptors = (0..count_max).map(|_| Self::new(self.api, kind, place));
+        let mut descriptors = descriptors.collect::<Result<Vec<_>, _>>()?;
+        let mut raws: Vec<cudnnBackendDescriptor_t> = descriptors.iter().map(|descriptor| descriptor.raw.0).collect();
         let (mut count, to) = (0, raws.as_mut_ptr().cast());
-        // SAFETY: cuDNN fills in the descriptors that lie there, at most so many.
+        // SAFETY: cuDNN fills in at most `count_max` of the descriptors in `raws`.
         let code = unsafe {
             let kind = Type::CUDNN_TYPE_BACKEND_DESCRIPTOR;
-            (self.api.get_attribute)(self.raw.0, name, kind, most as i64, &mut count, to)
+            (self.api.get_attribute)(self.raw.0, name, kind, count_max as i64, &mut count, to)
         };
-        self.api.check(code, "cudnnBackendGetAttribute", &format!("{}, {name:?}", told(place, self.kind)))?;
-        made.truncate(usize::try_from(count).unwrap_or(0));
-        Ok(made)
+        self.api.check(code, "cudnnBackendGetAttribute", &format!("{}, {name:?}", describe(place, self.kind)))?;
+        descriptors.truncate(usize::try_from(count).unwrap_or(0));
+        Ok(descriptors)
     }
 
     /// Runs a plan on the handle's stream.
     ///
-    /// The caller guarantees that the addresses in `pack` are of device memory that holds the plan's tensors and lives
-    /// until the stream has come past, and of numbers of the host that live until this returns.
+    /// The caller guarantees that device addresses in `pack` refer to memory that holds the plan's tensors and lives
+    /// until the stream has passed the call, and that host scalars live until this function returns.
     pub(super) fn execute(&self, handle: Raw<cudnnHandle_t>, pack: &Self, place: &str) -> Result<(), KernelError> {
-        // SAFETY: live handle and descriptors; the rest is the caller's.
+        // SAFETY: handle and descriptors are live; the caller guarantees the rest.
         let code = unsafe { (self.api.execute)(handle.0, self.raw.0, pack.raw.0) };
         self.api.check(code, "cudnnBackendExecute", place)
     }
 }
 
-/// Which descriptor of what.
-fn told(place: &str, kind: Kind) -> String {
+/// Describes place and descriptor type for error messages.
+fn describe(place: &str, kind: Kind) -> String {
     format!("{place}, {kind:?}")
 }
 
 impl Drop for Descriptor {
     fn drop(&mut self) {
-        // SAFETY: made in `new`, destroyed once; whoever keeps it has the context current.
+        // SAFETY: created in `new`, destroyed once; the owner has bound the context.
         let _ = unsafe { (self.api.descriptor_destroy)(self.raw.0) };
     }
 }

@@ -1,46 +1,46 @@
-//! Causal attention and its gradient as graphs of cuDNN's operations: plain data, from which `plan` makes descriptors.
-//! cuDNN knows the patterns and runs each as one fused kernel (forward) or as few (backward); scores stay virtual, so
-//! they are never stored. Dao 2023, <https://arxiv.org/abs/2307.08691>.
+//! Causal attention and its gradient as graphs of cuDNN operations: plain data, from which `plan` creates descriptors.
+//! cuDNN recognizes the patterns and runs each as one fused kernel (forward) or a few (backward). Scores are virtual
+//! tensors, so they are never stored. Dao 2023, <https://arxiv.org/abs/2307.08691>.
 
-use crate::cuda::step::{Flash, Pass, Place};
+use crate::cuda::step::{AttentionShape, Pass, Place};
 
-/// Elements of a tensor.
+/// Element type of a tensor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Data {
+pub(super) enum DataType {
     Bf16,
     F32,
     I32,
     Bool,
 }
 
-/// Where a tensor's elements are.
+/// Where the elements of a tensor are stored.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub(super) enum Home {
+pub(super) enum Storage {
     /// In a buffer of the launch.
     Buffer(Place),
-    /// In the stream's workspace, so many bytes from its start.
-    Scratch(usize),
-    /// With the host: one number, read when the graph is executed.
-    Number(f32),
-    /// Nowhere: it is never whole.
+    /// In the launch's workspace, at this byte offset.
+    Workspace(usize),
+    /// On the host: one scalar, read when the graph is executed.
+    HostScalar(f32),
+    /// Not stored: cuDNN never materializes it.
     Virtual,
 }
 
-/// A tensor of four dims: batch, head, and two more. Its number in the graph, from 1, is its unique id.
+/// A tensor of four dims: batch, head, and two more. Its unique id is its index in the graph plus 1.
 #[derive(Clone, Debug, PartialEq)]
 pub(super) struct Tensor {
     pub(super) dims: [i64; 4],
     pub(super) strides: [i64; 4],
-    pub(super) data: Data,
-    pub(super) home: Home,
+    pub(super) data: DataType,
+    pub(super) storage: Storage,
 }
 
 /// A tensor's index in the graph.
-pub(super) type Id = usize;
+pub(super) type TensorId = usize;
 
-/// What a pointwise operation does with x, b and t.
+/// A pointwise operation on x, b and t.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Mode {
+pub(super) enum PointwiseMode {
     Add,
     Sub,
     Mul,
@@ -48,7 +48,7 @@ pub(super) enum Mode {
     Exp,
     Log,
     Identity,
-    /// An element's index along a dim.
+    /// The element's index along this dim.
     Index(i64),
     /// `x >= b`.
     IsNotLess,
@@ -56,9 +56,9 @@ pub(super) enum Mode {
     Select,
 }
 
-/// What a reduction gives.
+/// A reduction operator.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Of {
+pub(super) enum Reduction {
     Max,
     Sum,
 }
@@ -67,35 +67,35 @@ pub(super) enum Of {
 #[derive(Clone, Debug, PartialEq)]
 pub(super) enum Node {
     /// `c = a b`, over the last two dims.
-    Matmul { a: Id, b: Id, c: Id },
-    /// Element by element; dims of 1 are repeated.
-    Pointwise { mode: Mode, x: Id, b: Option<Id>, t: Option<Id>, y: Id },
-    /// Over the last dim.
-    Reduce { of: Of, x: Id, y: Id },
-    /// `y` is x with its last two dims exchanged.
-    Transpose { x: Id, y: Id },
+    Matmul { a: TensorId, b: TensorId, c: TensorId },
+    /// Applies `mode` element by element; broadcasts dims of 1.
+    Pointwise { mode: PointwiseMode, x: TensorId, b: Option<TensorId>, t: Option<TensorId>, y: TensorId },
+    /// Reduces the last dim.
+    Reduce { op: Reduction, x: TensorId, y: TensorId },
+    /// `y` is `x` with its last two dims swapped.
+    Transpose { x: TensorId, y: TensorId },
 }
 
-/// What cuDNN is asked to do.
+/// A graph of operations for cuDNN.
 #[derive(Clone, Debug, PartialEq)]
 pub(super) struct Graph {
     pub(super) tensors: Vec<Tensor>,
     pub(super) nodes: Vec<Node>,
-    /// Bytes of the tensors in the workspace.
-    pub(super) scratch_bytes: usize,
-    /// The tensor in the workspace that parts are added to as they come, which has to be 0 before: where it begins, and floats.
-    pub(super) summed: Option<(usize, usize)>,
+    /// Total bytes of the tensors in the workspace.
+    pub(super) workspace_bytes: usize,
+    /// The workspace tensor that cuDNN adds partial sums to, as (byte offset, floats); must be zeroed before each run.
+    pub(super) accumulated: Option<(usize, usize)>,
 }
 
 impl Graph {
-    /// The graph of a launch.
-    pub(super) fn of(flash: &Flash) -> Self {
-        let sides = [flash.batch, flash.heads, flash.time, flash.depth].map(|extent| extent as i64);
+    /// Builds the graph of an attention launch.
+    pub(super) fn of(shape: &AttentionShape) -> Self {
+        let extents = [shape.batch, shape.heads, shape.time, shape.depth].map(|extent| extent as i64);
         let mut builder =
-            Builder { graph: Graph { tensors: vec![], nodes: vec![], scratch_bytes: 0, summed: None }, sides };
-        match flash.pass {
-            Pass::Forward => builder.forward(flash.scale),
-            Pass::Backward => builder.backward(flash.scale),
+            Builder { graph: Graph { tensors: vec![], nodes: vec![], workspace_bytes: 0, accumulated: None }, extents };
+        match shape.pass {
+            Pass::Forward => builder.forward(shape.scale),
+            Pass::Backward => builder.backward(shape.scale),
         }
         builder.graph
     }
@@ -104,153 +104,155 @@ impl Graph {
 struct Builder {
     graph: Graph,
     /// Batch, heads, time, depth.
-    sides: [i64; 4],
+    extents: [i64; 4],
 }
 
 impl Builder {
-    fn tensor(&mut self, dims: [i64; 4], strides: [i64; 4], data: Data, home: Home) -> Id {
-        self.graph.tensors.push(Tensor { dims, strides, data, home });
+    fn tensor(&mut self, dims: [i64; 4], strides: [i64; 4], data: DataType, storage: Storage) -> TensorId {
+        self.graph.tensors.push(Tensor { dims, strides, data, storage });
         self.graph.tensors.len() - 1
     }
 
-    /// `[b, t, h, d]` in memory, as batch, head, time, depth.
-    fn activation(&mut self, home: Home) -> Id {
-        let [b, h, t, d] = self.sides;
-        self.tensor([b, h, t, d], [t * h * d, d, h * d, 1], Data::Bf16, home)
+    /// A tensor stored as `[b, t, h, d]`, with dims batch, head, time, depth.
+    fn activation(&mut self, storage: Storage) -> TensorId {
+        let [b, h, t, d] = self.extents;
+        self.tensor([b, h, t, d], [t * h * d, d, h * d, 1], DataType::Bf16, storage)
     }
 
-    /// The same, as batch, head, depth, time.
-    fn transposed(&mut self, place: Place) -> Id {
-        let [b, h, t, d] = self.sides;
-        self.tensor([b, h, d, t], [t * h * d, d, 1, h * d], Data::Bf16, Home::Buffer(place))
+    /// The same tensor, with dims batch, head, depth, time.
+    fn transposed(&mut self, place: Place) -> TensorId {
+        let [b, h, t, d] = self.extents;
+        self.tensor([b, h, d, t], [t * h * d, d, 1, h * d], DataType::Bf16, Storage::Buffer(place))
     }
 
-    /// A number for each row of scores, `[b, h, t]` in memory.
-    fn rows(&mut self, home: Home) -> Id {
-        let [b, h, t, _] = self.sides;
-        self.tensor([b, h, t, 1], [h * t, t, 1, 1], Data::F32, home)
+    /// One value per row of scores, stored as `[b, h, t]`.
+    fn rows(&mut self, storage: Storage) -> TensorId {
+        let [b, h, t, _] = self.extents;
+        self.tensor([b, h, t, 1], [h * t, t, 1, 1], DataType::F32, storage)
     }
 
-    /// Scores, or what is made of them.
-    fn scores(&mut self, data: Data) -> Id {
-        let [b, h, t, _] = self.sides;
-        self.tensor([b, h, t, t], [h * t * t, t * t, t, 1], data, Home::Virtual)
+    /// A virtual tensor with the shape of the scores.
+    fn scores(&mut self, data: DataType) -> TensorId {
+        let [b, h, t, _] = self.extents;
+        self.tensor([b, h, t, t], [h * t * t, t * t, t, 1], data, Storage::Virtual)
     }
 
-    fn number(&mut self, value: f32) -> Id {
-        self.tensor([1; 4], [1; 4], Data::F32, Home::Number(value))
+    fn scalar(&mut self, value: f32) -> TensorId {
+        self.tensor([1; 4], [1; 4], DataType::F32, Storage::HostScalar(value))
     }
 
-    /// Room in the workspace for floats.
-    fn scratch(&mut self, floats: i64) -> Home {
-        let start = self.graph.scratch_bytes;
-        self.graph.scratch_bytes = (start + floats as usize * size_of::<f32>()).next_multiple_of(Flash::ALIGNMENT);
-        Home::Scratch(start)
+    /// Reserves workspace for this number of floats.
+    fn reserve(&mut self, floats: i64) -> Storage {
+        let start = self.graph.workspace_bytes;
+        self.graph.workspace_bytes =
+            (start + floats as usize * size_of::<f32>()).next_multiple_of(AttentionShape::ALIGNMENT);
+        Storage::Workspace(start)
     }
 
-    fn matmul(&mut self, a: Id, b: Id, c: Id) {
+    fn matmul(&mut self, a: TensorId, b: TensorId, c: TensorId) {
         self.graph.nodes.push(Node::Matmul { a, b, c });
     }
 
-    fn to(&mut self, y: Id, mode: Mode, x: Id, b: Option<Id>) -> Id {
+    fn pointwise(&mut self, y: TensorId, mode: PointwiseMode, x: TensorId, b: Option<TensorId>) -> TensorId {
         self.graph.nodes.push(Node::Pointwise { mode, x, b, t: None, y });
         y
     }
 
-    /// Scores from scores.
-    fn map(&mut self, mode: Mode, x: Id, b: Option<Id>) -> Id {
-        let y = self.scores(Data::F32);
-        self.to(y, mode, x, b)
+    /// Applies a pointwise operation to scores.
+    fn map(&mut self, mode: PointwiseMode, x: TensorId, b: Option<TensorId>) -> TensorId {
+        let y = self.scores(DataType::F32);
+        self.pointwise(y, mode, x, b)
     }
 
-    /// Scores with their last two dims exchanged, as products take them.
-    fn turned(&mut self, x: Id) -> Id {
-        let [b, h, t, _] = self.sides;
-        let y = self.tensor([b, h, t, t], [h * t * t, t * t, 1, t], Data::Bf16, Home::Virtual);
+    /// Scores in bf16 with their last two dims swapped, as the matrix products take them.
+    fn transposed_scores(&mut self, x: TensorId) -> TensorId {
+        let [b, h, t, _] = self.extents;
+        let y = self.tensor([b, h, t, t], [h * t * t, t * t, 1, t], DataType::Bf16, Storage::Virtual);
         self.graph.nodes.push(Node::Transpose { x, y });
         y
     }
 
-    /// Minus infinity for keys behind the query.
-    fn masked(&mut self, x: Id) -> Id {
-        let [row, column] = [self.scores(Data::I32), self.scores(Data::I32)];
-        self.to(row, Mode::Index(2), x, None);
-        self.to(column, Mode::Index(3), x, None);
-        let keep = self.scores(Data::Bool);
-        self.to(keep, Mode::IsNotLess, row, Some(column));
-        let lowest = self.number(f32::NEG_INFINITY);
-        let y = self.scores(Data::F32);
-        self.graph.nodes.push(Node::Pointwise { mode: Mode::Select, x, b: Some(lowest), t: Some(keep), y });
+    /// Sets scores of keys after the query to minus infinity.
+    fn masked(&mut self, x: TensorId) -> TensorId {
+        let [row, column] = [self.scores(DataType::I32), self.scores(DataType::I32)];
+        self.pointwise(row, PointwiseMode::Index(2), x, None);
+        self.pointwise(column, PointwiseMode::Index(3), x, None);
+        let keep = self.scores(DataType::Bool);
+        self.pointwise(keep, PointwiseMode::IsNotLess, row, Some(column));
+        let lowest = self.scalar(f32::NEG_INFINITY);
+        let y = self.scores(DataType::F32);
+        self.graph.nodes.push(Node::Pointwise { mode: PointwiseMode::Select, x, b: Some(lowest), t: Some(keep), y });
         y
     }
 
-    /// `q k' * scale`, and the scale.
-    fn scaled(&mut self, q: Id, k: Id, scale: f32) -> (Id, Id) {
-        let (scale, products) = (self.number(scale), self.scores(Data::F32));
+    /// Returns `q k' * scale` and the scale.
+    fn scaled(&mut self, q: TensorId, k: TensorId, scale: f32) -> (TensorId, TensorId) {
+        let (scale, products) = (self.scalar(scale), self.scores(DataType::F32));
         self.matmul(q, k, products);
-        (self.map(Mode::Mul, products, Some(scale)), scale)
+        (self.map(PointwiseMode::Mul, products, Some(scale)), scale)
     }
 
-    /// Reads are q, k, v; writes o and lse, the log of the sum of exponentials of each row.
+    /// Reads q, k, v; writes o and lse, the log of each row's sum of exponentials.
     fn forward(&mut self, scale: f32) {
-        let q = self.activation(Home::Buffer(Place::read(0)));
+        let q = self.activation(Storage::Buffer(Place::read(0)));
         let k = self.transposed(Place::read(1));
-        let v = self.activation(Home::Buffer(Place::read(2)));
-        let o = self.activation(Home::Buffer(Place::write(0)));
-        let lse = self.rows(Home::Buffer(Place::write(1)));
+        let v = self.activation(Storage::Buffer(Place::read(2)));
+        let o = self.activation(Storage::Buffer(Place::write(0)));
+        let lse = self.rows(Storage::Buffer(Place::write(1)));
         let (scores, _) = self.scaled(q, k, scale);
         let scores = self.masked(scores);
-        let [max, sum, log] = [0; 3].map(|_| self.rows(Home::Virtual));
-        self.graph.nodes.push(Node::Reduce { of: Of::Max, x: scores, y: max });
-        let shifted = self.map(Mode::Sub, scores, Some(max));
-        let exp = self.map(Mode::Exp, shifted, None);
-        self.graph.nodes.push(Node::Reduce { of: Of::Sum, x: exp, y: sum });
-        self.to(log, Mode::Log, sum, None);
-        self.to(lse, Mode::Add, max, Some(log));
-        let probabilities = self.scores(Data::Bf16);
-        self.to(probabilities, Mode::Div, exp, Some(sum));
+        let [max, sum, log] = [0; 3].map(|_| self.rows(Storage::Virtual));
+        self.graph.nodes.push(Node::Reduce { op: Reduction::Max, x: scores, y: max });
+        let shifted = self.map(PointwiseMode::Sub, scores, Some(max));
+        let exp = self.map(PointwiseMode::Exp, shifted, None);
+        self.graph.nodes.push(Node::Reduce { op: Reduction::Sum, x: exp, y: sum });
+        self.pointwise(log, PointwiseMode::Log, sum, None);
+        self.pointwise(lse, PointwiseMode::Add, max, Some(log));
+        let probabilities = self.scores(DataType::Bf16);
+        self.pointwise(probabilities, PointwiseMode::Div, exp, Some(sum));
         self.matmul(probabilities, v, o);
     }
 
-    /// Reads are do, q, k, v, o, lse; writes dq, dk, dv.
+    /// Reads do, q, k, v, o, lse; writes dq, dk, dv.
     fn backward(&mut self, scale: f32) {
-        let [b, h, t, d] = self.sides;
-        let [d_o, q, o] = [0, 1, 4].map(|i| self.activation(Home::Buffer(Place::read(i))));
+        let [b, h, t, d] = self.extents;
+        let [d_o, q, o] = [0, 1, 4].map(|i| self.activation(Storage::Buffer(Place::read(i))));
         let [k, v] = [2, 3].map(|i| self.transposed(Place::read(i)));
-        let lse = self.rows(Home::Buffer(Place::read(5)));
-        let [dq, dk, dv] = [0, 1, 2].map(|i| self.activation(Home::Buffer(Place::write(i))));
-        // The row sums of do o lie in memory, between two kernels. cuDNN's pattern has a factor there, of dropout.
-        let product = self.tensor([b, h, t, d], [t * h * d, t * d, d, 1], Data::F32, Home::Virtual);
-        self.to(product, Mode::Mul, d_o, Some(o));
-        let sums = self.rows(Home::Virtual);
-        self.graph.nodes.push(Node::Reduce { of: Of::Sum, x: product, y: sums });
-        let room = self.scratch(b * h * t);
-        let (delta, one) = (self.rows(room), self.number(1.0));
-        self.to(delta, Mode::Mul, sums, Some(one));
-        // Probabilities, from the scores; dv.
+        let lse = self.rows(Storage::Buffer(Place::read(5)));
+        let [dq, dk, dv] = [0, 1, 2].map(|i| self.activation(Storage::Buffer(Place::write(i))));
+        // The row sums of do * o pass from one kernel to the next in memory. cuDNN's pattern scales them by a dropout
+        // factor.
+        let product = self.tensor([b, h, t, d], [t * h * d, t * d, d, 1], DataType::F32, Storage::Virtual);
+        self.pointwise(product, PointwiseMode::Mul, d_o, Some(o));
+        let sums = self.rows(Storage::Virtual);
+        self.graph.nodes.push(Node::Reduce { op: Reduction::Sum, x: product, y: sums });
+        let storage = self.reserve(b * h * t);
+        let (delta, one) = (self.rows(storage), self.scalar(1.0));
+        self.pointwise(delta, PointwiseMode::Mul, sums, Some(one));
+        // Recompute the probabilities from the scores; then dv.
         let (scores, scale) = self.scaled(q, k, scale);
-        let shifted = self.map(Mode::Sub, scores, Some(lse));
+        let shifted = self.map(PointwiseMode::Sub, scores, Some(lse));
         let shifted = self.masked(shifted);
-        let probabilities = self.map(Mode::Exp, shifted, None);
-        let turned = self.turned(probabilities);
-        self.matmul(turned, d_o, dv);
-        // The scores' gradients; dk.
-        let grads = self.scores(Data::F32);
+        let probabilities = self.map(PointwiseMode::Exp, shifted, None);
+        let transposed_scores = self.transposed_scores(probabilities);
+        self.matmul(transposed_scores, d_o, dv);
+        // Gradient of the scores; then dk.
+        let grads = self.scores(DataType::F32);
         self.matmul(d_o, v, grads);
-        let grads = self.map(Mode::Sub, grads, Some(delta));
-        let grads = self.map(Mode::Mul, grads, Some(probabilities));
-        let grads = self.map(Mode::Mul, grads, Some(scale));
-        let turned = self.turned(grads);
-        self.matmul(turned, q, dk);
-        // dq is added up in floats, by whoever has a part of it.
-        let keys = self.activation(Home::Virtual);
+        let grads = self.map(PointwiseMode::Sub, grads, Some(delta));
+        let grads = self.map(PointwiseMode::Mul, grads, Some(probabilities));
+        let grads = self.map(PointwiseMode::Mul, grads, Some(scale));
+        let transposed_scores = self.transposed_scores(grads);
+        self.matmul(transposed_scores, q, dk);
+        // dq accumulates in f32, from all blocks of keys.
+        let keys = self.activation(Storage::Virtual);
         self.graph.nodes.push(Node::Transpose { x: k, y: keys });
-        let room = self.scratch(b * h * t * d);
-        if let Home::Scratch(start) = room {
-            self.graph.summed = Some((start, (b * h * t * d) as usize));
+        let storage = self.reserve(b * h * t * d);
+        if let Storage::Workspace(start) = storage {
+            self.graph.accumulated = Some((start, (b * h * t * d) as usize));
         }
-        let sum = self.tensor([b, h, t, d], [h * t * d, t * d, d, 1], Data::F32, room);
+        let sum = self.tensor([b, h, t, d], [h * t * d, t * d, d, 1], DataType::F32, storage);
         self.matmul(grads, keys, sum);
-        self.to(dq, Mode::Identity, sum, None);
+        self.pointwise(dq, PointwiseMode::Identity, sum, None);
     }
 }

@@ -1,37 +1,40 @@
-//! What is asked of cuDNN; and, by hand, what NVIDIA's library says to it.
+//! Checks the graphs that cuDNN receives; a test run by hand gives them to NVIDIA's library.
 
 use cudarc::cudnn::sys::{cudnnBackendAttributeName_t as Attribute, cudnnBackendDescriptorType_t as Kind};
 
 use super::descriptor::{Descriptor, Values};
-use super::graph::{Data, Home, Mode, Node};
+use super::graph::{DataType, Node, PointwiseMode, Storage};
 use super::*;
 
-fn flash(pass: Pass, [batch, time, heads, depth]: [usize; 4]) -> Flash {
-    Flash { pass, batch, time, heads, depth, scale: 0.125 }
+fn attention_shape(pass: Pass, [batch, time, heads, depth]: [usize; 4]) -> AttentionShape {
+    AttentionShape { pass, batch, time, heads, depth, scale: 0.125 }
 }
 
 #[test]
-fn an_attention_is_asked_for_by_name() {
+fn an_attention_implementation_is_selected_by_name() {
     assert_eq!(Attention::parse(None), Ok(Attention::Ordered));
     assert_eq!(Attention::parse(Some("own")), Ok(Attention::Own));
     assert_eq!(Attention::parse(Some("cudnn-any-order")), Ok(Attention::AnyOrder));
-    let told = Attention::parse(Some("fast")).unwrap_err().to_string();
-    assert_eq!(told, "there is no attention \"fast\": set SHARDFLOW_ATTENTION to own, cudnn or cudnn-any-order");
+    let error = Attention::parse(Some("fast")).unwrap_err().to_string();
+    assert_eq!(
+        error,
+        "unknown attention implementation \"fast\": set SHARDFLOW_ATTENTION to own, cudnn or cudnn-any-order"
+    );
 }
 
 #[test]
-fn only_some_architectures_add_up_in_one_order() {
-    let engine = |capability, version| ordered(capability, version).map(|pin| pin.engine);
+fn only_some_architectures_have_an_engine_with_a_fixed_order() {
+    let engine = |capability, version| ordered_engine(capability, version).map(|pin| pin.engine);
     assert_eq!([(9, 0), (10, 0), (8, 0)].map(|capability| engine(capability, 92_800)), [Some(6), None, None]);
     assert_eq!(engine((9, 0), 92_400), None);
 }
 
-/// Every tensor that is nowhere is written once, before it is read; buffers are each in the graph once; what is in the
-/// workspace lies apart.
+/// Every virtual tensor is written once, before it is read; every buffer is in the graph once; workspace tensors do not
+/// overlap.
 #[test]
-fn graphs_are_in_order() {
+fn graphs_write_each_tensor_before_they_read_it() {
     for pass in [Pass::Forward, Pass::Backward] {
-        let graph = Graph::of(&flash(pass, [2, 3, 5, 8]));
+        let graph = Graph::of(&attention_shape(pass, [2, 3, 5, 8]));
         let mut is_written = vec![false; graph.tensors.len()];
         for node in &graph.nodes {
             let (reads, write) = match node {
@@ -39,32 +42,33 @@ fn graphs_are_in_order() {
                 Node::Pointwise { x, b, t, y, .. } => ([Some(*x), *b, *t].into_iter().flatten().collect(), *y),
                 Node::Reduce { x, y, .. } | Node::Transpose { x, y } => (vec![*x], *y),
             };
-            let computed = |id: usize| matches!(graph.tensors[id].home, Home::Virtual | Home::Scratch(_));
+            let computed = |id: usize| matches!(graph.tensors[id].storage, Storage::Virtual | Storage::Workspace(_));
             assert!(reads.iter().all(|&id| is_written[id] || !computed(id)), "{node:?}");
             assert!(!std::mem::replace(&mut is_written[write], true), "{node:?}");
         }
-        let homes = |wanted: fn(&Home) -> bool| graph.tensors.iter().filter(move |tensor| wanted(&tensor.home));
-        assert!(graph.tensors.iter().zip(&is_written).all(|(t, written)| *written || t.home != Home::Virtual));
+        let tensors = |select: fn(&Storage) -> bool| graph.tensors.iter().filter(move |tensor| select(&tensor.storage));
+        assert!(graph.tensors.iter().zip(&is_written).all(|(t, written)| *written || t.storage != Storage::Virtual));
         let buffers = if pass == Pass::Forward { 5 } else { 9 };
-        assert_eq!(homes(|home| matches!(home, Home::Buffer(_))).count(), buffers);
-        let masks = graph.nodes.iter().filter(|node| matches!(node, Node::Pointwise { mode: Mode::Select, .. }));
+        assert_eq!(tensors(|storage| matches!(storage, Storage::Buffer(_))).count(), buffers);
+        let masks =
+            graph.nodes.iter().filter(|node| matches!(node, Node::Pointwise { mode: PointwiseMode::Select, .. }));
         assert_eq!(masks.count(), 1);
-        let scores = homes(|home| *home != Home::Virtual).filter(|tensor| tensor.dims[2..] == [3, 3]);
-        assert_eq!(scores.count(), 0, "scores lie in memory");
+        let scores = tensors(|storage| *storage != Storage::Virtual).filter(|tensor| tensor.dims[2..] == [3, 3]);
+        assert_eq!(scores.count(), 0, "scores are stored in memory");
         let mut end = 0;
-        for tensor in homes(|home| matches!(home, Home::Scratch(_))) {
-            let Home::Scratch(start) = tensor.home else { continue };
-            assert!(start >= end && tensor.data == Data::F32);
+        for tensor in tensors(|storage| matches!(storage, Storage::Workspace(_))) {
+            let Storage::Workspace(start) = tensor.storage else { continue };
+            assert!(start >= end && tensor.data == DataType::F32);
             end = start + 4 * tensor.dims.iter().product::<i64>() as usize;
         }
-        assert!(end <= graph.scratch_bytes);
-        let flash = flash(pass, [2, 3, 5, 8]);
-        assert_eq!(graph.scratch_bytes + flash.library_bytes(), flash.workspace_bytes(), "what a launch has room for");
+        assert!(end <= graph.workspace_bytes);
+        let shape = attention_shape(pass, [2, 3, 5, 8]);
+        assert_eq!(graph.workspace_bytes + shape.library_bytes(), shape.workspace_bytes(), "launch workspace");
     }
 }
 
-/// Architecture, and what NVIDIA's library is told of a GPU of it.
-fn described(architecture: usize) -> String {
+/// The device description that NVIDIA's library receives for this architecture.
+fn device_description(architecture: usize) -> String {
     let shared = match architecture {
         80 => 166_912,
         90 | 100 => 232_448,
@@ -84,11 +88,11 @@ fn described(architecture: usize) -> String {
     )
 }
 
-/// NVIDIA's library, told of GPUs that are not there, finds engines for our graphs, compiles their kernels and makes
-/// plans. Every driver call is one of a stub; nothing runs.
+/// NVIDIA's library, given descriptions of GPUs that the machine lacks, finds engines for the graphs, compiles their
+/// kernels and creates plans. A stub answers every driver call; nothing runs.
 #[test]
 #[ignore = "needs NVIDIA's cuDNN: run kernels/cuda/check_cudnn.py"]
-fn nvidias_library_makes_plans_for_our_graphs() {
+fn nvidias_library_creates_plans_for_our_graphs() {
     const SHAPES: [[usize; 4]; 9] = [
         [1, 2, 1, 8],
         [2, 3, 2, 8],
@@ -103,25 +107,25 @@ fn nvidias_library_makes_plans_for_our_graphs() {
     let api = Api::get().expect("NVIDIA's library");
     println!("cuDNN {}", api.version());
     for architecture in [80, 90, 100, 120] {
-        let text = described(architecture);
-        let attributes = [(Attribute::CUDNN_ATTR_DEVICEPROP_JSON_REPRESENTATION, Values::Text(text.as_bytes()))];
-        let device = Descriptor::sealed(api, Kind::CUDNN_BACKEND_DEVICEPROP_DESCRIPTOR, &attributes, "a device");
-        let device = device.expect("a device that is described");
+        let description = device_description(architecture);
+        let attributes = [(Attribute::CUDNN_ATTR_DEVICEPROP_JSON_REPRESENTATION, Values::Text(description.as_bytes()))];
+        let device = Descriptor::finalized(api, Kind::CUDNN_BACKEND_DEVICEPROP_DESCRIPTOR, &attributes, "a device");
+        let device = device.expect("a described device");
         let capability = (architecture as i32 / 10, architecture as i32 % 10);
         let pins = [(Pass::Forward, None), (Pass::Backward, None)].into_iter();
-        for (pass, pin) in pins.chain(ordered(capability, api.number()).map(|pin| (Pass::Backward, Some(pin)))) {
+        for (pass, pin) in pins.chain(ordered_engine(capability, api.number()).map(|pin| (Pass::Backward, Some(pin)))) {
             for shape in SHAPES {
-                let flash = flash(pass, shape);
-                // With no more workspace than a launch has.
-                let (graph, room) = (Graph::of(&flash), flash.workspace_bytes());
-                let made = Plan::new(api, Target::Described(&device), graph, pin, room, "a plan");
-                made.unwrap_or_else(|error| panic!("sm_{architecture}, {pass:?} {shape:?}: {error}"));
+                let attention = attention_shape(pass, shape);
+                // The workspace limit is that of a launch.
+                let (graph, bytes_max) = (Graph::of(&attention), attention.workspace_bytes());
+                let plan = Plan::new(api, Target::Described(&device), graph, pin, bytes_max, "a plan");
+                plan.unwrap_or_else(|error| panic!("sm_{architecture}, {pass:?} {shape:?}: {error}"));
             }
-            let kind = if pin.is_some() { "in order" } else { "heuristic" };
-            println!("sm_{architecture} {pass:?} {kind}: made");
+            let kind = if pin.is_some() { "fixed order" } else { "heuristic" };
+            println!("sm_{architecture} {pass:?} {kind}: plans created");
         }
-        let odd = Graph::of(&flash(Pass::Forward, [1, 64, 1, 12]));
-        let refused = Plan::new(api, Target::Described(&device), odd, None, usize::MAX, "heads of 12");
+        let unsupported = Graph::of(&attention_shape(Pass::Forward, [1, 64, 1, 12]));
+        let refused = Plan::new(api, Target::Described(&device), unsupported, None, usize::MAX, "heads of 12");
         assert!(refused.is_err(), "sm_{architecture}: {refused:?}");
     }
 }

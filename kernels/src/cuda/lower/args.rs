@@ -1,4 +1,4 @@
-//! A launch whose buffers are looked at: their number, shapes and types, as the CPU backend's `launch` does.
+//! A launch whose buffers have been checked: number, shapes and types, as in the CPU backend's `launch`.
 
 use crate::cuda::step::Element;
 use crate::error::KernelError;
@@ -37,7 +37,7 @@ impl<'a> Args<'a> {
         }
         let sum = launch.op.can_accumulate().filter(|_| accumulate || launch.accumulate);
         if sum.is_some_and(|i| launch.writes[i].dtype == DType::BF16) {
-            return Err(args.refused("accumulate", "a sum of type F32, which keeps what is small", "BF16"));
+            return Err(args.refused("accumulate", "a sum of type F32, since BF16 loses small terms", "BF16"));
         }
         let needed = super::workspace_bytes(launch);
         let given = launch.workspace.as_ref().map_or(0, |b| element_count(&b.shape) * b.dtype.bytes());
@@ -79,8 +79,8 @@ impl<'a> Args<'a> {
         Err(self.refused(&format!("dtype of {what} {i}"), format!("{dtype:?}"), format!("{:?}", buffer.dtype)))
     }
 
-    /// Fails unless these reads, and all writes, are floats, and all other reads integers. Which floats may be bf16 is
-    /// looked at in `new`.
+    /// Fails unless these reads and all writes are floats, and all other reads are integers. `new` checks which floats
+    /// may be bf16.
     pub(super) fn expect_floats(&self, reads: &[usize]) -> Result<(), KernelError> {
         for (i, buffer) in self.launch.reads.iter().enumerate() {
             match reads.contains(&i) {
@@ -93,12 +93,12 @@ impl<'a> Args<'a> {
         integers.try_for_each(|(i, buffer)| self.check_dtype("write", i, buffer, DType::F32))
     }
 
-    /// Which of a kernel's variants, see [`variants`](super::variants), takes read `i` and makes write `w`.
-    pub(super) fn pick(&self, i: usize, w: usize, [floats, halves, widening]: [&'static str; 3]) -> &'static str {
+    /// Picks the variant of a kernel (see [`variants`](super::variants)) for the types of read `i` and write `w`.
+    pub(super) fn pick(&self, i: usize, w: usize, [f32, bf16, widening]: [&'static str; 3]) -> &'static str {
         match (self.read_dtype(i), self.write_dtype(w)) {
-            (DType::BF16, DType::BF16) => halves,
+            (DType::BF16, DType::BF16) => bf16,
             (DType::BF16, _) => widening,
-            _ => floats,
+            _ => f32,
         }
     }
 
@@ -144,7 +144,7 @@ impl<'a> Args<'a> {
         Err(self.refused("elements of write 0", format!("as many as {expected:?}"), got))
     }
 
-    /// Read `i`'s leading dims, their number of rows, and its last dim.
+    /// Returns the leading dims of read `i`, their element count (the rows), and the last dim.
     pub(super) fn rows_of(&self, i: usize) -> Result<(&'a [usize], usize, usize), KernelError> {
         let split = self.read_shape(i).split_last();
         let (width, leading) =

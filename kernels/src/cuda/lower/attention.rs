@@ -1,18 +1,18 @@
-//! Causal attention and its gradient: which kernel takes a head's depth, what shared memory its tiles need, and what
-//! cuDNN may do in their place.
+//! Causal attention and its gradient: selects the kernel for a head's depth, the shared memory of its tiles, and the
+//! shapes that cuDNN may run instead.
 
 use super::args::Args;
 use super::norm::warps;
 use super::{blocks, long, read, write};
-use crate::cuda::step::{Arg, Element, Flash, Pass, Place, Step};
+use crate::cuda::step::{Arg, AttentionShape, Element, Pass, Place, Step};
 use crate::error::KernelError;
 use crate::op::{Launch, Op};
 use crate::tensor::DType;
 
-/// Rows of a block's own tile, of queries or of keys.
+/// Rows of a block's own tile: queries or keys.
 const BLOCK_ROWS: usize = 64;
 
-/// The kernels of one depth, by what they do, and the shared memory of each.
+/// The tiled kernels for one depth, each with its shared memory in bytes.
 struct Tiled {
     forward: (&'static str, usize),
     keys: (&'static str, usize),
@@ -20,7 +20,7 @@ struct Tiled {
     threads: usize,
 }
 
-/// Depths that tiled kernels are compiled for; a head takes the first that holds it.
+/// Depths that the tiled kernels are compiled for; a head uses the smallest that is at least its depth.
 const DEPTHS: [usize; 4] = [32, 64, 96, 128];
 
 macro_rules! names {
@@ -29,22 +29,22 @@ macro_rules! names {
     };
 }
 
-/// The tiled kernels for heads of this depth; `None` leaves it to the plain ones.
+/// The tiled kernels for heads of this depth; `None` if only the plain kernels fit.
 fn tiled(element: Element, depth: usize) -> Option<Tiled> {
     if depth == 0 {
         return None;
     }
-    let i = DEPTHS.iter().position(|&most| depth <= most)?;
+    let i = DEPTHS.iter().position(|&depth_max| depth <= depth_max)?;
     let d = DEPTHS[i];
     Some(match element {
-        // The constants of attention_f32.cu: 64 rows of the block's own and 32 of the others, padded by 4.
+        // Tile sizes of attention_f32.cu: 64 rows of the block's own and 32 other rows, padded by 4.
         Element::F32 => Tiled {
             forward: (names!("attention_f32")[i], 4 * ((64 + 2 * 32) * (d + 4) + 64 * 36)),
             keys: (names!("attention_grad_keys_f32")[i], 4 * (2 * (64 + 32) * (d + 4) + 2 * 32 * 68)),
             queries: (names!("attention_grad_queries_f32")[i], 4 * (2 * (64 + 32) * (d + 4) + 64 * 36)),
             threads: 256,
         },
-        // Those of attention_bf16.cu: tiles of 64 rows padded by 8.
+        // Tile sizes of attention_bf16.cu: 64 rows, padded by 8.
         Element::Bf16 => Tiled {
             forward: (names!("attention_bf16")[i], 2 * 2 * 64 * (d + 8) + 64 * 72 * (4 + 2) + 64 * 4),
             keys: (names!("attention_grad_keys_bf16")[i], 2 * (4 * 64 * (d + 8) + 4 * 2 * 16 * 24) + 64 * 8),
@@ -75,10 +75,10 @@ impl Dims {
         self.batch * self.heads * self.time
     }
 
-    /// The last arguments of a tiled kernel.
+    /// The trailing arguments of a tiled kernel.
     fn tiled_args(self, scale: f32) -> Vec<Arg> {
         let blocks = self.time.div_ceil(BLOCK_ROWS);
-        // A depth that is tiled is at most 128; heads of more than 2^31 would not fit any memory.
+        // A tiled depth is at most 128; more than 2^31 heads fit in no memory.
         let [heads, depth] = [self.heads, self.depth].map(|extent| Arg::I32(extent as i32));
         vec![long(self.time), heads, depth, long(blocks), Arg::F32(scale)]
     }
@@ -109,7 +109,7 @@ fn pick(element: Element, f32: &'static str, bf16: &'static str) -> &'static str
     }
 }
 
-/// Write `i`; and, for kernels on bf16, whether it is of floats.
+/// The arguments for write `i`: its address and, for bf16 kernels, whether it is f32.
 fn result(operands: Element, i: usize, element: Element) -> Vec<Arg> {
     match operands {
         Element::F32 => vec![write(i)],
@@ -117,7 +117,8 @@ fn result(operands: Element, i: usize, element: Element) -> Vec<Arg> {
     }
 }
 
-/// On operands of one type; `o` is the type of the result. A tiled kernel that `shared` bytes do not hold is left to the plain one.
+/// The forward step for operands of one type; `o` is the result's type. The plain kernel runs if the tiled one needs
+/// more than `shared` bytes.
 fn forward(operands: Element, o: Element, dims: Dims, scale: f32, shared: usize) -> Result<Vec<Step>, KernelError> {
     if dims.rows() == 0 {
         return Ok(vec![]);
@@ -130,8 +131,8 @@ fn forward(operands: Element, o: Element, dims: Dims, scale: f32, shared: usize)
     Ok(vec![step])
 }
 
-/// On operands of one type; `grads` are the types of dq, dk and dv. As [`forward`] leaves tiled kernels to plain ones: those on
-/// floats for heads deeper than 96 need 116 KiB, and sm_86 and sm_89 have 99.
+/// The backward steps for operands of one type; `grads` are the types of dq, dk and dv. As in [`forward`], plain
+/// kernels replace tiled ones that do not fit: on f32, heads deeper than 96 need 116 KiB; sm_86 and sm_89 have 99 KiB.
 fn backward(
     operands: Element,
     grads: [Element; 3],
@@ -171,7 +172,7 @@ pub(super) fn attention(args: &Args<'_>, scale: f32, shared_bytes_max: usize) ->
     forward(args.read_element(0), args.write_element(0), dims, scale, shared_bytes_max)
 }
 
-/// Floats of the row sums of do o.
+/// Floats for the row sums of do * o.
 pub(super) fn workspace_floats(q: &[usize]) -> usize {
     match q {
         &[batch, time, heads, depth] if depth > 0 => batch * time * heads,
@@ -188,29 +189,29 @@ pub(super) fn attention_grad(args: &Args<'_>, scale: f32, shared_bytes_max: usiz
     backward(args.read_element(0), [0, 1, 2].map(|i| args.write_element(i)), dims, scale, shared_bytes_max)
 }
 
-/// Heads of these depths cuDNN has engines for on all architectures.
-const FLASH_DEPTH_MAX: usize = 128;
-const FLASH_DEPTH_STEP: usize = 8;
+/// On all architectures, cuDNN has engines for depths up to this maximum that are multiples of this step.
+const CUDNN_DEPTH_MAX: usize = 128;
+const CUDNN_DEPTH_STEP: usize = 8;
 
-/// Below this cuDNN's heuristic for the gradient crashes (9.12 and 9.28, on a sequence of one position).
-const FLASH_TIME_MIN: usize = 2;
+/// For shorter sequences, cuDNN's heuristic for the gradient crashes (9.12 and 9.28, at a length of 1).
+const CUDNN_TIME_MIN: usize = 2;
 
-/// The launch as cuDNN may do it, if it may: all activations and their gradients are bf16. The buffers are those that
-/// [`attention`] or [`attention_grad`] has taken.
-pub(super) fn flash(launch: &Launch) -> Option<Flash> {
-    let (pass, scale, half_reads, half_writes) = match launch.op {
+/// Returns the attention shape if cuDNN may run the launch: all activations and their gradients are bf16. [`attention`]
+/// or [`attention_grad`] has already accepted the buffers.
+pub(super) fn cudnn_attention(launch: &Launch) -> Option<AttentionShape> {
+    let (pass, scale, bf16_reads, bf16_writes) = match launch.op {
         Op::Attention { scale } => (Pass::Forward, scale, 3, 1),
         Op::AttentionGrad { scale } => (Pass::Backward, scale, 5, 3),
         _ => return None,
     };
-    let halves = launch.reads.iter().take(half_reads).chain(launch.writes.iter().take(half_writes));
-    if halves.clone().any(|buffer| buffer.dtype != DType::BF16) {
+    let activations = launch.reads.iter().take(bf16_reads).chain(launch.writes.iter().take(bf16_writes));
+    if activations.clone().any(|buffer| buffer.dtype != DType::BF16) {
         return None;
     }
     let &[batch, time, heads, depth] = &launch.reads.first()?.shape[..] else { return None };
-    // cuDNN's own indices are 64 bits wide, but not all of them in every kernel.
+    // cuDNN's indices are 64 bits wide, but not in every kernel.
     let fits = [batch, time, heads].iter().all(|&extent| extent > 0) && batch * time * heads * depth < 1 << 31;
-    let deep = depth > 0 && depth <= FLASH_DEPTH_MAX && depth.is_multiple_of(FLASH_DEPTH_STEP);
-    let flash = Flash { pass, batch, time, heads, depth, scale };
-    (fits && deep && time >= FLASH_TIME_MIN).then_some(flash)
+    let depth_fits = depth > 0 && depth <= CUDNN_DEPTH_MAX && depth.is_multiple_of(CUDNN_DEPTH_STEP);
+    let shape = AttentionShape { pass, batch, time, heads, depth, scale };
+    (fits && depth_fits && time >= CUDNN_TIME_MIN).then_some(shape)
 }

@@ -1,8 +1,8 @@
-//! What collectives on GPUs are made of, and the scratch memory that engines need for them: boxes in one piece, who gives what
-//! to whom, what is packed on the way. Pure.
+//! Building blocks of collectives on GPUs and the workspace that the engines need: contiguous regions, the messages
+//! between members, and which of them are packed. Pure.
 //!
-//! - STAGE-1: an engine uses no more of a launch's workspace than [`workspace_bytes`] says; which engine it will be the plan
-//!   does not know, so it is the most that any of them uses.
+//! - STAGE-1: an engine uses at most [`workspace_bytes`] of a launch's workspace. The plan does not know which engine
+//!   will run, so this is the maximum over all engines.
 
 use crate::collective::exchange::taken;
 use crate::collective::{CollectiveCall, CollectiveKind};
@@ -11,14 +11,14 @@ use crate::op::Launch;
 use crate::region::for_each_run;
 use crate::tensor::{DType, Region, element_count, split_range};
 
-/// Members whose values one kernel combines.
+/// Maximum number of members whose values one kernel combines.
 pub(crate) const MEMBERS_MAX: usize = 16;
 
-/// What is combined at once where members' values have to be brought from other GPUs.
+/// Bytes combined at once if members' values must be copied from other GPUs.
 pub(crate) const PIECE_BYTES: usize = 256 << 10;
 
-/// Where a box of a tensor of this shape begins, in elements, if it lies in one piece.
-pub(crate) fn start_of_piece(shape: &[usize], region: &Region) -> Option<usize> {
+/// Element offset of a region in a tensor of this shape, if the region is contiguous.
+pub(crate) fn contiguous_start(shape: &[usize], region: &Region) -> Option<usize> {
     let zeros = vec![0; shape.len()];
     let (mut runs, mut start) = (0, 0);
     for_each_run((shape, &region.start), (&region.size, &zeros), &region.size, |from, _, _| {
@@ -27,16 +27,16 @@ pub(crate) fn start_of_piece(shape: &[usize], region: &Region) -> Option<usize> 
     (runs <= 1).then_some(start)
 }
 
-/// Whether the parts are of one size and lie one after another in the whole, as NCCL wants them.
+/// Whether the parts have one size and lie one after another in the whole, as NCCL requires.
 pub(crate) fn are_rows(parts: &[Region], whole: &[usize]) -> bool {
     let elements = parts.first().map_or(0, Region::element_count);
     let in_place = |(i, part): (usize, &Region)| {
-        part.element_count() == elements && start_of_piece(whole, part) == Some(i * elements)
+        part.element_count() == elements && contiguous_start(whole, part) == Some(i * elements)
     };
     elements * parts.len() == element_count(whole) && parts.iter().enumerate().all(in_place)
 }
 
-/// What each member brings and gets, where regions tell; the whole's shape is the gathered tensor's.
+/// Each member's source and target regions, for kinds that have both; `y_shape` is the shape of the gathered tensor.
 pub(crate) fn regions<'a>(kind: &'a CollectiveKind, y_shape: &[usize]) -> Option<(&'a [Region], Vec<Region>)> {
     match kind {
         CollectiveKind::AllGather { parts } => Some((parts, vec![Region::whole(y_shape); parts.len()])),
@@ -45,13 +45,13 @@ pub(crate) fn regions<'a>(kind: &'a CollectiveKind, y_shape: &[usize]) -> Option
     }
 }
 
-/// What one member sends to another, or gets from it.
+/// The data that one member sends to another or receives from it.
 pub(crate) struct Message {
     pub(crate) peer: usize,
     pub(crate) sends: bool,
-    /// In the member's own x, or y.
+    /// In the member's own x or y.
     pub(crate) boxes: Vec<Region>,
-    /// Where it begins there, in elements, if it lies in one piece; else it is packed.
+    /// Element offset there if the data is contiguous; otherwise it is packed.
     pub(crate) direct: Option<usize>,
 }
 
@@ -59,7 +59,7 @@ impl Message {
     fn new(peer: usize, sends: bool, boxes: &[Region], own: &Region) -> Self {
         let boxes: Vec<Region> = boxes.iter().map(|common| common.relative_to(own)).collect();
         let direct = match &boxes[..] {
-            [common] => start_of_piece(&own.size, common),
+            [common] => contiguous_start(&own.size, common),
             _ => None,
         };
         Self { peer, sends, boxes, direct }
@@ -69,25 +69,25 @@ impl Message {
         self.boxes.iter().map(Region::element_count).sum()
     }
 
-    /// Of the workspace.
+    /// Bytes of workspace for packing.
     pub(crate) fn packed_bytes(&self, dtype: DType) -> usize {
         if self.direct.is_some() { 0 } else { (self.elements() * dtype.bytes()).next_multiple_of(ALIGNMENT) }
     }
 }
 
-/// A member's messages, where everybody brings a source and gets a target.
+/// The messages of one member, given the source and target regions of all members.
 pub(crate) fn messages(member: usize, sources: &[Region], targets: &[Region]) -> Vec<Message> {
     let mut messages = Vec::new();
-    for (to, theirs) in targets.iter().enumerate().filter(|(to, _)| *to != member) {
-        let mine = taken(to, sources, theirs).into_iter().filter(|(from, _)| *from == member);
-        messages.extend(mine.map(|(_, boxes)| Message::new(to, true, &boxes, &sources[member])));
+    for (to, target) in targets.iter().enumerate().filter(|(to, _)| *to != member) {
+        let sent = taken(to, sources, target).into_iter().filter(|(from, _)| *from == member);
+        messages.extend(sent.map(|(_, boxes)| Message::new(to, true, &boxes, &sources[member])));
     }
-    let come = taken(member, sources, &targets[member]).into_iter().filter(|(from, _)| *from != member);
-    messages.extend(come.map(|(from, boxes)| Message::new(from, false, &boxes, &targets[member])));
+    let received = taken(member, sources, &targets[member]).into_iter().filter(|(from, _)| *from != member);
+    messages.extend(received.map(|(from, boxes)| Message::new(from, false, &boxes, &targets[member])));
     messages
 }
 
-/// See [`super::workspace_bytes`].
+/// The collective case of [`super::workspace_bytes`].
 pub(super) fn workspace_bytes(call: &CollectiveCall, launch: &Launch) -> usize {
     let (members, [x], [y]) = (call.group.ranks.len(), &launch.reads[..], &launch.writes[..]) else { return 0 };
     if members < 2 {
@@ -104,7 +104,7 @@ pub(super) fn workspace_bytes(call: &CollectiveCall, launch: &Launch) -> usize {
         }
         CollectiveKind::AllGather { parts } if are_rows(parts, &y.shape) => 0,
         kind => match regions(kind, &y.shape) {
-            // What does not fit together is refused by whoever runs it.
+            // The engine reports inconsistent arguments when it runs the call.
             Some((sources, targets)) if [sources.len(), targets.len()] == [members; 2] && call.member < members => {
                 messages(call.member, sources, &targets).iter().map(|message| message.packed_bytes(x.dtype)).sum()
             }
@@ -118,9 +118,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_box_in_one_piece_is_found() {
+    fn a_contiguous_region_is_found() {
         let at = |start: [usize; 2], size: [usize; 2]| {
-            start_of_piece(&[4, 6], &Region { start: start.to_vec(), size: size.to_vec() })
+            contiguous_start(&[4, 6], &Region { start: start.to_vec(), size: size.to_vec() })
         };
         assert_eq!(at([1, 0], [2, 6]), Some(6));
         assert_eq!(at([2, 1], [1, 3]), Some(13));

@@ -1,15 +1,15 @@
-//! Ops on each element by itself.
+//! Elementwise ops.
 
 use super::args::Args;
-use super::{HALF_PACK, PACK, THREADS, blocks, long, pack_of, read, threads, variants, write};
+use super::{BF16_PACK, PACK, THREADS, blocks, long, pack_of, read, threads, variants, write};
 use crate::cuda::step::{Arg, Place, Step};
 use crate::error::KernelError;
 use crate::tensor::{DType, element_count};
 
-/// Packs of four that a thread of AdamW does: PACKS_PER_THREAD in optimizer.cu.
+/// Packs of four per thread of AdamW: PACKS_PER_THREAD in optimizer.cu.
 const ADAMW_PACKS: usize = 4;
 
-/// One elementwise kernel on `n` elements, or nothing; a thread does `pack` of them.
+/// One elementwise kernel on `n` elements, `pack` per thread; no step if `n` is 0.
 fn over(function: &'static str, n: usize, pack: usize, args: Vec<Arg>) -> Result<Vec<Step>, KernelError> {
     if n == 0 {
         return Ok(vec![]);
@@ -17,22 +17,22 @@ fn over(function: &'static str, n: usize, pack: usize, args: Vec<Arg>) -> Result
     Ok(vec![threads(function, n.div_ceil(pack), args)?])
 }
 
-/// As `over`, for all that write 0 holds, by the variant that takes read 0.
+/// An elementwise kernel over write 0, in the variant for the types of read 0 and write 0.
 fn map(args: &Args<'_>, names: [&'static str; 3], arguments: Vec<Arg>) -> Result<Vec<Step>, KernelError> {
-    // Where the two differ, the wider one.
+    // If the types differ, the pack of the wider one.
     let pack = pack_of(args.read_dtype(0)).min(pack_of(args.write_dtype(0)));
     over(args.pick(0, 0, names), args.written(0), pack, arguments)
 }
 
-/// The steps that make write 0 all of one value.
+/// The steps that fill write 0 with one value.
 pub(super) fn filled(args: &Args<'_>, value: f32) -> Result<Vec<Step>, KernelError> {
     let words = args.written(0);
     if words == 0 {
         return Ok(vec![]);
     }
     if args.write_dtype(0) == DType::BF16 {
-        // Two are a word, but they may begin in the middle of one.
-        return over("fill_bf16", words, HALF_PACK, vec![write(0), long(words), Arg::F32(value)]);
+        // Two bf16 make a word, but the buffer may begin in the middle of one.
+        return over("fill_bf16", words, BF16_PACK, vec![write(0), long(words), Arg::F32(value)]);
     }
     Ok(vec![Step::Fill { to: Place::write(0), word: value.to_bits(), words }])
 }
@@ -119,7 +119,7 @@ pub(super) fn adamw(
     if n == 0 {
         return Ok(vec![]);
     }
-    // 1 - beta^step = -expm1(step ln beta), which spares the device a power.
+    // The kernel computes 1 - beta^step as -expm1(step ln beta), which avoids a power on the device.
     let logarithm = |beta: f32| Arg::F64(f64::from(beta).ln());
     let arguments = vec![
         read(0),

@@ -1,6 +1,6 @@
-//! Two launches in a row as one kernel, where that spares a trip through memory: a residual sum and its layer norm, a
-//! bias and its GELU, a row's maximum and its sum of exponentials. The graph stays as it is: the backend asks for neighbours in a program.
-
+//! Fuses two adjacent launches into one kernel to save a trip through memory: residual sum and layer norm, bias and
+//! GELU, row maximum and sum of exponentials. The graph stays unchanged: the backend looks for adjacent launches in a
+//! program.
 use super::loss::rows;
 use super::norm::warps;
 use super::{long, lower, pack_of, read, threads, write};
@@ -9,38 +9,38 @@ use crate::error::KernelError;
 use crate::op::{Buffer, Launch, Op};
 use crate::tensor::{DType, element_count};
 
-/// What does both launches. Places in its steps are counted in the buffers given here.
+/// Two launches as one. Places in the steps refer to these buffers.
 #[derive(Clone, Debug)]
-pub struct Fused {
-    /// All that is read from outside.
+pub struct FusedLaunches {
+    /// Buffers read from outside the pair.
     pub reads: Vec<Buffer>,
-    /// All that is written: what each launch alone would have written.
+    /// All buffers that the two launches write.
     pub writes: Vec<Buffer>,
     /// The steps.
     pub steps: Vec<Step>,
 }
 
-/// Whether ops are of a kind for which there is one kernel.
+/// Whether there is a fused kernel for these two ops.
 pub fn may_fuse(first: &Launch, second: &Launch) -> bool {
     let pair = (&first.op, &second.op);
-    let known = matches!(pair, (Op::Add, Op::LayerNorm { .. } | Op::Gelu) | (Op::RowMax, Op::SumExpTarget { .. }));
-    known && !first.accumulate && !second.accumulate
+    let has_kernel = matches!(pair, (Op::Add, Op::LayerNorm { .. } | Op::Gelu) | (Op::RowMax, Op::SumExpTarget { .. }));
+    has_kernel && !first.accumulate && !second.accumulate
 }
 
-/// One step for `first` and `second`, where there is one. `overlap` tells whether two buffers share memory other than
-/// by being the same memory. No signal may be due between the two; an [`Arg::LaunchIndex`] is that of `second`.
+/// Fuses `first` and `second` into one step if possible. `overlap` returns whether two buffers share memory without
+/// being identical. No signal may be due between the two; an [`Arg::LaunchIndex`] is that of `second`.
 ///
 /// # Errors
-/// As [`lower`] of either.
+/// Those of [`lower`] for either launch.
 pub fn fuse(
     first: &Launch,
     second: &Launch,
     overlap: &dyn Fn(&Buffer, &Buffer) -> bool,
-) -> Result<Option<Fused>, KernelError> {
+) -> Result<Option<FusedLaunches>, KernelError> {
     if !may_fuse(first, second) {
         return Ok(None);
     }
-    // Both must be what they should be on their own.
+    // Both must be valid on their own.
     lower(first, false, SHARED_BYTES_DEFAULT as usize)?;
     lower(second, false, SHARED_BYTES_DEFAULT as usize)?;
     if let Op::SumExpTarget { vocab_start, vocab } = second.op {
@@ -59,8 +59,8 @@ pub fn fuse(
     }
 }
 
-/// True when a later write of the pair hits a read that only comes before it where the launches are two.
-fn clash(reads: &[Buffer], writes: &[Buffer], overlap: &dyn Fn(&Buffer, &Buffer) -> bool) -> bool {
+/// True if a write would overwrite a read that precedes it only in separate launches.
+fn conflict(reads: &[Buffer], writes: &[Buffer], overlap: &dyn Fn(&Buffer, &Buffer) -> bool) -> bool {
     let touches = |read: &Buffer, write: &Buffer| overlap(read, write) || same_start(read, write);
     reads.iter().any(|read| writes.iter().any(|write| touches(read, write)))
 }
@@ -69,11 +69,11 @@ fn same_start(a: &Buffer, b: &Buffer) -> bool {
     (a.base, a.offset) == (b.base, b.offset) && element_count(&a.shape).min(element_count(&b.shape)) > 0
 }
 
-/// The kernel for activations of one type throughout: what is added, the sum and what is made of it.
-fn of_one_type(first: &Launch, second: &Launch, floats: &'static str, halves: &'static str) -> Option<&'static str> {
+/// Picks the kernel if the operands, the sum and the result all have one type.
+fn pick_uniform(first: &Launch, second: &Launch, f32: &'static str, bf16: &'static str) -> Option<&'static str> {
     let dtype = first.reads[0].dtype;
     let same = [&first.reads[1], &first.writes[0], &second.writes[0]].iter().all(|buffer| buffer.dtype == dtype);
-    same.then_some(if dtype == DType::BF16 { halves } else { floats })
+    same.then_some(if dtype == DType::BF16 { bf16 } else { f32 })
 }
 
 fn add_layer_norm(
@@ -81,18 +81,20 @@ fn add_layer_norm(
     second: &Launch,
     eps: f32,
     overlap: &dyn Fn(&Buffer, &Buffer) -> bool,
-) -> Result<Option<Fused>, KernelError> {
+) -> Result<Option<FusedLaunches>, KernelError> {
     let weight = second.reads[1].clone();
-    // The norm's results may take the memory of what was added, which the norm alone no longer needs.
-    if clash(&first.reads, &second.writes, overlap) || clash(std::slice::from_ref(&weight), &first.writes, overlap) {
+    // The norm's results may overwrite the summands, which the norm alone no longer needs.
+    if conflict(&first.reads, &second.writes, overlap)
+        || conflict(std::slice::from_ref(&weight), &first.writes, overlap)
+    {
         return Ok(None);
     }
     let Some((&width, leading)) = first.writes[0].shape.split_last() else { return Ok(None) };
-    let Some(name) = of_one_type(first, second, "add_layer_norm_f32", "add_layer_norm_bf16") else { return Ok(None) };
+    let Some(name) = pick_uniform(first, second, "add_layer_norm_f32", "add_layer_norm_bf16") else { return Ok(None) };
     let rows = element_count(leading);
     let mut arguments = vec![read(0), read(1), read(2), write(0), write(1), write(2), write(3)];
     arguments.extend([long(rows), long(width), Arg::F32(eps)]);
-    Ok(Some(Fused {
+    Ok(Some(FusedLaunches {
         reads: [&first.reads[..], &[weight]].concat(),
         writes: [&first.writes[..], &second.writes[..]].concat(),
         steps: vec![warps(name, rows, arguments)?],
@@ -103,21 +105,21 @@ fn bias_gelu(
     first: &Launch,
     second: &Launch,
     overlap: &dyn Fn(&Buffer, &Buffer) -> bool,
-) -> Result<Option<Fused>, KernelError> {
+) -> Result<Option<FusedLaunches>, KernelError> {
     let in_place = same_start(&first.writes[0], &second.writes[0]);
-    // An element of x is read by the thread that writes it.
-    let [x_hit, bias_hit] = [0, 1].map(|i| clash(&first.reads[i..=i], &second.writes, overlap));
-    if bias_hit || x_hit && !in_place {
+    // Each element of x is read by the thread that overwrites it.
+    let [x_conflicts, bias_conflicts] = [0, 1].map(|i| conflict(&first.reads[i..=i], &second.writes, overlap));
+    if bias_conflicts || x_conflicts && !in_place {
         return Ok(None);
     }
-    let Some(name) = of_one_type(first, second, "bias_gelu_f32", "bias_gelu_bf16") else { return Ok(None) };
+    let Some(name) = pick_uniform(first, second, "bias_gelu_f32", "bias_gelu_bf16") else { return Ok(None) };
     let n = element_count(&first.writes[0].shape);
     let width = element_count(&first.reads[1].shape);
     let pack = pack_of(first.reads[0].dtype);
-    // GELU in place of the sums leaves nobody who reads them.
+    // If GELU overwrites the sums, nothing reads them.
     let sums = if in_place { Arg::Null } else { write(0) };
     let arguments = vec![read(0), read(1), sums, write(1), long(n), long(width)];
-    Ok(Some(Fused {
+    Ok(Some(FusedLaunches {
         reads: first.reads.clone(),
         writes: [&first.writes[..], &second.writes[..]].concat(),
         steps: vec![threads(name, n.div_ceil(pack), arguments)?],
@@ -129,21 +131,21 @@ fn max_and_sum(
     second: &Launch,
     [vocab_start, vocab]: [usize; 2],
     overlap: &dyn Fn(&Buffer, &Buffer) -> bool,
-) -> Result<Option<Fused>, KernelError> {
+) -> Result<Option<FusedLaunches>, KernelError> {
     let (logits, max, targets) = (&first.reads[0], &first.writes[0], &second.reads[2]);
     let same = second.reads[0] == *logits && second.reads[1] == *max;
     let inputs = [logits.clone(), targets.clone()];
     let writes = [&first.writes[..], &second.writes[..]].concat();
     let Some((&width, leading)) = logits.shape.split_last() else { return Ok(None) };
     let count = element_count(leading);
-    if !same || count == 0 || clash(&inputs, &writes, overlap) {
+    if !same || count == 0 || conflict(&inputs, &writes, overlap) {
         return Ok(None);
     }
     let mut arguments = vec![read(0), read(1), write(0), write(1), write(2)];
     arguments.extend([count, width, vocab_start, vocab].map(long));
     arguments.extend([Arg::ErrorRecord, Arg::LaunchIndex]);
-    let half = logits.dtype == DType::BF16;
-    let name = if half { "row_max_sum_exp_target_bf16" } else { "row_max_sum_exp_target_f32" };
+    let is_bf16 = logits.dtype == DType::BF16;
+    let name = if is_bf16 { "row_max_sum_exp_target_bf16" } else { "row_max_sum_exp_target_f32" };
     let steps = rows(name, count, width, arguments)?;
-    Ok(Some(Fused { reads: inputs.to_vec(), writes, steps }))
+    Ok(Some(FusedLaunches { reads: inputs.to_vec(), writes, steps }))
 }

@@ -1,4 +1,4 @@
-//! What goes in and out by indices: embeddings, and softmax cross entropy in pieces.
+//! Ops that take indices: embeddings, and the pieces of softmax cross entropy.
 
 use super::args::Args;
 use super::{PACK, THREADS, blocks, long, read, threads, variants, write};
@@ -6,24 +6,24 @@ use crate::cuda::step::{Arg, Place, Step};
 use crate::error::KernelError;
 use crate::tensor::{DType, element_count};
 
-/// Threads of a block that does a row at most, and packs of four of each where there are that many.
+/// Maximum threads of a block that processes a row, and the target number of four-element packs per thread.
 const ROW_THREADS_MAX: usize = 512;
 const ROW_PACKS: usize = 4;
 
-/// Threads of the one block that adds up the tokens' losses at most.
+/// Maximum threads of the single block that sums the token losses.
 const TOKEN_THREADS_MAX: usize = 1024;
 
-/// A power of two of threads for `work`, whole warps.
-fn threads_for(work: usize, most: usize) -> usize {
-    work.clamp(32, most).next_power_of_two()
+/// A power-of-two number of threads for `work`, at least one warp.
+fn threads_for(work: usize, max: usize) -> usize {
+    work.clamp(32, max).next_power_of_two()
 }
 
-/// The kernel that reads activations, of floats or bf16, and writes floats.
-fn of_sums(args: &Args<'_>, read: usize, [floats, halves]: [&'static str; 2]) -> &'static str {
-    args.pick(read, 0, [floats, halves, halves])
+/// Picks the variant of a kernel that reads f32 or bf16 activations and writes f32.
+fn pick_by_read(args: &Args<'_>, read: usize, [f32, bf16]: [&'static str; 2]) -> &'static str {
+    args.pick(read, 0, [f32, bf16, bf16])
 }
 
-/// A block for each row of `width` elements.
+/// A kernel with one block per row of `width` elements.
 pub(super) fn rows(
     function: &'static str,
     rows: usize,
@@ -59,7 +59,7 @@ pub(super) fn embedding(args: &Args<'_>, vocab_start: usize, vocab: usize) -> Re
         Arg::LaunchIndex,
     ];
     let name = if args.write_dtype(0) == DType::BF16 { "embedding_f32_bf16" } else { "embedding_f32" };
-    // Indices are looked at even where no element is written.
+    // The kernel checks indices even if it writes no element.
     Ok(vec![threads(name, (count * width.div_ceil(PACK)).max(1), arguments)?])
 }
 
@@ -80,7 +80,7 @@ pub(super) fn embedding_grad(args: &Args<'_>, vocab_start: usize) -> Result<Vec<
     if count > 0 {
         let arguments = vec![read(0), read(1), write(0), long(count), long(held), long(width), long(vocab_start)];
         steps.push(blocks(
-            of_sums(args, 1, ["embedding_grad_f32", "embedding_grad_bf16"]),
+            pick_by_read(args, 1, ["embedding_grad_f32", "embedding_grad_bf16"]),
             count,
             THREADS,
             0,
@@ -94,7 +94,7 @@ pub(super) fn row_max(args: &Args<'_>) -> Result<Vec<Step>, KernelError> {
     let (leading, count, width) = args.rows_of(0)?;
     args.expect_floats(&[0])?;
     args.expect_writes(&[0], leading)?;
-    rows(of_sums(args, 0, ["row_max_f32", "row_max_bf16"]), count, width, vec![read(0), write(0), long(width)])
+    rows(pick_by_read(args, 0, ["row_max_f32", "row_max_bf16"]), count, width, vec![read(0), write(0), long(width)])
 }
 
 pub(super) fn sum_exp_target(args: &Args<'_>, vocab_start: usize, vocab: usize) -> Result<Vec<Step>, KernelError> {
@@ -115,7 +115,7 @@ pub(super) fn sum_exp_target(args: &Args<'_>, vocab_start: usize, vocab: usize) 
         Arg::ErrorRecord,
         Arg::LaunchIndex,
     ];
-    rows(of_sums(args, 0, ["sum_exp_target_f32", "sum_exp_target_bf16"]), count, width, arguments)
+    rows(pick_by_read(args, 0, ["sum_exp_target_f32", "sum_exp_target_bf16"]), count, width, arguments)
 }
 
 pub(super) fn token_loss(args: &Args<'_>, scale: f32) -> Result<Vec<Step>, KernelError> {

@@ -1,16 +1,16 @@
 //! Layer norm and its gradient.
 
 use super::args::Args;
-use super::reduce::{Columns, Passes, sum_columns};
+use super::reduce::{ColumnSum, ColumnSumKernels, sum_columns};
 use super::{blocks, long, read, variants, write};
 use crate::cuda::step::{Arg, Place, Step};
 use crate::error::KernelError;
 use crate::tensor::element_count;
 
-/// Threads of a block, whose warps do a row each.
+/// Threads per block; each warp processes one row.
 const ROW_THREADS: usize = 128;
 
-/// A kernel with a warp for each row.
+/// A kernel with one warp per row.
 pub(super) fn warps(function: &'static str, rows: usize, args: Vec<Arg>) -> Result<Step, KernelError> {
     blocks(function, rows.div_ceil(ROW_THREADS / 32), ROW_THREADS, 0, args)
 }
@@ -28,10 +28,10 @@ pub(super) fn layer_norm(args: &Args<'_>, eps: f32) -> Result<Vec<Step>, KernelE
     Ok(vec![warps(args.pick(0, 0, variants!("layer_norm")), rows, arguments)?])
 }
 
-/// Floats of the partial sums of dweight.
+/// Floats for the partial sums of dweight.
 pub(super) fn workspace_floats(dy: &[usize]) -> usize {
     let Some((&width, leading)) = dy.split_last() else { return 0 };
-    Columns::new(element_count(leading), width).workspace_floats(width)
+    ColumnSum::new(element_count(leading), width).workspace_floats(width)
 }
 
 pub(super) fn layer_norm_grad(args: &Args<'_>) -> Result<Vec<Step>, KernelError> {
@@ -52,9 +52,9 @@ pub(super) fn layer_norm_grad(args: &Args<'_>) -> Result<Vec<Step>, KernelError>
         steps.push(warps(args.pick(0, 0, variants!("layer_norm_grad")), rows, arguments)?);
     }
     let inputs = [0, 1, 3, 4].map(read).to_vec();
-    let [floats, halves] = ["layer_norm_grad_weight_f32", "layer_norm_grad_weight_bf16"];
-    let weight = args.pick(0, 1, [floats, halves, halves]);
-    let kernels = Passes { only: weight, first: weight, second: "sum_leading_f32" };
+    let [f32, bf16] = ["layer_norm_grad_weight_f32", "layer_norm_grad_weight_bf16"];
+    let weight = args.pick(0, 1, [f32, bf16, bf16]);
+    let kernels = ColumnSumKernels { only: weight, first: weight, second: "sum_leading_f32" };
     steps.extend(sum_columns(&kernels, inputs, Place::write(1), [rows, width], args.accumulate)?);
     Ok(steps)
 }

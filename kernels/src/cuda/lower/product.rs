@@ -1,5 +1,5 @@
-//! An einsum as one product of cuBLASLt, whose matrices are column-major: a row-major matrix is the transpose of the
-//! column-major one in the same memory.
+//! Lowers an einsum to one cuBLASLt product. cuBLASLt matrices are column-major: a row-major matrix is the transpose of
+//! the column-major matrix in the same memory.
 
 use super::args::Args;
 use super::elementwise::filled;
@@ -7,7 +7,7 @@ use crate::cuda::step::{Element, Epilogue, Matrix, Place, Product, Step};
 use crate::error::KernelError;
 use crate::op::{Einsum, GemmDims};
 
-/// The column-major matrix in the memory of a row-major `[rows, columns]` one, or of its transpose where `transposed`.
+/// The column-major view of a row-major `[rows, columns]` matrix, or of its transpose if `transposed`.
 fn stored(place: Place, element: Element, rows: usize, columns: usize, transposed: bool) -> Matrix {
     let (slow, fast) = if transposed { (columns, rows) } else { (rows, columns) };
     Matrix { place, element, rows: fast as u64, columns: slow as u64, leading: fast as i64, batch_stride: 0 }
@@ -19,11 +19,11 @@ pub(super) fn product(dims: GemmDims, operands: Element, result: Element, beta: 
     let a = stored(Place::read(0), operands, m, k, a_transposed);
     let b = stored(Place::read(1), operands, k, n, b_transposed);
     let d = stored(Place::write(0), result, m, n, out_transposed);
-    let rest = Product {
+    let direct = Product {
         m: m as u64,
         n: n as u64,
         k: k as u64,
-        // `a` in column-major is A' unless it is stored transposed.
+        // Seen as column-major, `a` is A' unless it is stored transposed.
         a_transposed: !a_transposed,
         b_transposed: !b_transposed,
         a,
@@ -35,10 +35,10 @@ pub(super) fn product(dims: GemmDims, operands: Element, result: Element, beta: 
         epilogue: Epilogue::None,
     };
     if out_transposed {
-        return rest;
+        return direct;
     }
-    // The first operand is then B', which is what lies in the memory of a plain B.
-    Product { m: n as u64, n: m as u64, a: b, b: a, a_transposed: b_transposed, b_transposed: a_transposed, ..rest }
+    // The first operand is then B', the column-major view of an untransposed B.
+    Product { m: n as u64, n: m as u64, a: b, b: a, a_transposed: b_transposed, b_transposed: a_transposed, ..direct }
 }
 
 pub(super) fn einsum(args: &Args<'_>, einsum: &Einsum) -> Result<Vec<Step>, KernelError> {
@@ -50,7 +50,7 @@ pub(super) fn einsum(args: &Args<'_>, einsum: &Einsum) -> Result<Vec<Step>, Kern
         return Ok(vec![]);
     }
     if dims.k == 0 {
-        // A sum of nothing, which cuBLASLt refuses.
+        // An empty sum, which cuBLASLt refuses.
         return if args.accumulate { Ok(vec![]) } else { filled(args, 0.0) };
     }
     let beta = if args.accumulate { 1.0 } else { 0.0 };
@@ -69,11 +69,11 @@ mod tests {
     }
 
     #[test]
-    fn every_way_of_storing_gives_the_same_product() {
+    fn every_combination_of_transposed_operands_gives_the_same_product() {
         let (m, n, k) = (2, 3, 4);
         let a = |i: usize, l: usize| (i * 7 + l * 3) as f32 % 5.0;
         let b = |l: usize, j: usize| (l * 5 + j * 2) as f32 % 7.0;
-        let lay = |rows: usize, columns: usize, transposed: bool, f: &dyn Fn(usize, usize) -> f32| -> Vec<f32> {
+        let store = |rows: usize, columns: usize, transposed: bool, f: &dyn Fn(usize, usize) -> f32| -> Vec<f32> {
             let (slow, fast) = if transposed { (columns, rows) } else { (rows, columns) };
             let places = (0..slow).flat_map(|s| (0..fast).map(move |t| if transposed { (t, s) } else { (s, t) }));
             places.map(|(row, column)| f(row, column)).collect()
@@ -87,7 +87,7 @@ mod tests {
                 Element::F32,
                 0.0,
             );
-            let memory = [lay(m, k, a_transposed, &a), lay(k, n, b_transposed, &b)];
+            let memory = [store(m, k, a_transposed, &a), store(k, n, b_transposed, &b)];
             let of = |matrix: &Matrix| &memory[usize::from(matrix.place == Place::read(1))][..];
             let mut d = vec![f32::NAN; m * n];
             for column in 0..product.n {
@@ -100,7 +100,7 @@ mod tests {
                 }
             }
             assert_eq!((product.d.rows, product.d.columns), (product.m, product.n));
-            assert_eq!(d, lay(m, n, out_transposed, &c), "case {case}");
+            assert_eq!(d, store(m, n, out_transposed, &c), "case {case}");
         }
     }
 }

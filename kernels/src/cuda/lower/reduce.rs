@@ -1,4 +1,4 @@
-//! Sums over rows and over everything. How a sum is cut into parts follows from the shape alone.
+//! Sums over rows and over all elements. The shape alone determines how a sum is split into parts.
 
 use super::args::Args;
 use super::{PACK, THREADS, blocks, long, read, variants, write};
@@ -7,34 +7,34 @@ use crate::error::KernelError;
 use crate::op::check_squares;
 use crate::tensor::{DType, element_count};
 
-/// Blocks that fill a device several times over.
+/// Target number of blocks, enough to fill a device several times.
 const BLOCKS: usize = 512;
 
-/// Threads of a block that are side by side in a row: 512 bytes of it.
+/// Threads of a block along a row: 512 bytes of it.
 const COLUMN_THREADS: usize = 32;
 
-/// Rows that make a thread worth its while.
+/// Minimum rows per thread before a sum is split further.
 const ROWS_PER_THREAD: usize = 4;
 
-/// Elements that make a block of a sum of squares worth its while: a weight of 768 x 768 keeps a GPU of 132 processors busy.
+/// Minimum elements per block of a sum of squares: a 768 x 768 weight then occupies a GPU of 132 multiprocessors.
 const SQUARES_PER_BLOCK: usize = 8 * THREADS;
 
-/// Parts of a sum of squares at most: what one block adds up at once.
+/// Maximum parts of a sum of squares: as many as one block sums at once.
 const SQUARES_PARTS_MAX: usize = 4 * THREADS;
 
-/// How `rows` rows of `width` columns are summed.
+/// How a sum over `rows` rows of `width` columns is split.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub(super) struct Columns {
-    /// Blocks side by side.
+pub(super) struct ColumnSum {
+    /// Blocks along the columns.
     columns: usize,
-    /// Blocks behind one another; more than one leave their sums to a second pass.
+    /// Blocks along the rows; more than one need a second pass over their partial sums.
     pub(super) parts: usize,
     rows_per_part: usize,
     /// Threads in x and y.
     threads: [usize; 2],
 }
 
-impl Columns {
+impl ColumnSum {
     pub(super) fn new(rows: usize, width: usize) -> Self {
         let packs = width.div_ceil(PACK).max(1);
         let x = packs.next_power_of_two().min(COLUMN_THREADS);
@@ -44,55 +44,55 @@ impl Columns {
         Self { columns, parts: rows.div_ceil(rows_per_part).max(1), rows_per_part, threads: [x, y] }
     }
 
-    /// Floats that a sum in parts leaves for its second pass.
+    /// Floats of partial sums for the second pass.
     pub(super) fn workspace_floats(&self, width: usize) -> usize {
         if self.parts > 1 { self.parts * width } else { 0 }
     }
 
-    /// One pass: `arguments`, then the output, rows, width, rows of a part, and whether to add to the output.
-    fn pass(&self, function: &'static str, mut arguments: Vec<Arg>, rest: [Arg; 5]) -> Result<Step, KernelError> {
-        arguments.extend(rest);
+    /// One pass: `arguments`, then output, rows, width, rows per part, and whether to add to the output.
+    fn pass(&self, function: &'static str, mut arguments: Vec<Arg>, trailing: [Arg; 5]) -> Result<Step, KernelError> {
+        arguments.extend(trailing);
         let [x, y] = self.threads.map(|threads| threads as u32);
         let Step::Kernel(kernel) = blocks(function, self.columns, THREADS, 0, arguments)? else { unreachable!() };
-        // At most BLOCKS of them.
+        // `parts` is at most BLOCKS.
         Ok(Step::Kernel(Kernel { grid: [kernel.grid[0], self.parts as u32, 1], block: [x, y, 1], ..kernel }))
     }
 }
 
-/// The kernels of a sum of columns: the only pass, and the two where there are two.
-pub(super) struct Passes {
+/// The kernels of a column sum: for a single pass, and for the first and second of two.
+pub(super) struct ColumnSumKernels {
     pub(super) only: &'static str,
     pub(super) first: &'static str,
     pub(super) second: &'static str,
 }
 
-/// Sums of columns into `out`, in one pass or two.
+/// Sums columns into `out`, in one pass or two.
 pub(super) fn sum_columns(
-    kernels: &Passes,
+    kernels: &ColumnSumKernels,
     inputs: Vec<Arg>,
     out: Place,
     [rows, width]: [usize; 2],
     accumulate: bool,
 ) -> Result<Vec<Step>, KernelError> {
-    let first = Columns::new(rows, width);
+    let first = ColumnSum::new(rows, width);
     let accumulate = Arg::I32(i32::from(accumulate));
-    let rest = |out, rows, of: &Columns, accumulate| {
+    let trailing = |out, rows, of: &ColumnSum, accumulate| {
         [Arg::Pointer(out), long(rows), long(width), long(of.rows_per_part), accumulate]
     };
     if first.parts == 1 {
-        return Ok(vec![first.pass(kernels.only, inputs, rest(out, rows, &first, accumulate))?]);
+        return Ok(vec![first.pass(kernels.only, inputs, trailing(out, rows, &first, accumulate))?]);
     }
     let partial = Place::workspace(0);
-    let second = Columns { parts: 1, rows_per_part: first.parts, ..first };
+    let second = ColumnSum { parts: 1, rows_per_part: first.parts, ..first };
     Ok(vec![
-        first.pass(kernels.first, inputs, rest(partial, rows, &first, Arg::I32(0)))?,
-        second.pass(kernels.second, vec![Arg::Pointer(partial)], rest(out, first.parts, &second, accumulate))?,
+        first.pass(kernels.first, inputs, trailing(partial, rows, &first, Arg::I32(0)))?,
+        second.pass(kernels.second, vec![Arg::Pointer(partial)], trailing(out, first.parts, &second, accumulate))?,
     ])
 }
 
-/// What [`Columns::workspace_floats`] is at most, whatever the width.
+/// Upper bound of [`ColumnSum::workspace_floats`] over all widths.
 pub(super) fn sum_workspace_floats(elements: usize) -> usize {
-    // Fewer rows than this are one part.
+    // Up to this number of rows, there is one part.
     if elements <= THREADS / COLUMN_THREADS * ROWS_PER_THREAD {
         return 0;
     }
@@ -109,25 +109,25 @@ pub(super) fn sum_leading(args: &Args<'_>) -> Result<Vec<Step>, KernelError> {
     if width == 0 {
         return Ok(vec![]);
     }
-    let [floats, _, widening] = variants!("sum_leading");
-    // Partial sums are floats.
-    let kernels = Passes {
+    let [f32, _, widening] = variants!("sum_leading");
+    // Partial sums are f32.
+    let kernels = ColumnSumKernels {
         only: args.pick(0, 0, variants!("sum_leading")),
-        first: args.pick(0, 0, [floats, widening, widening]),
-        second: if args.write_dtype(0) == DType::BF16 { "sum_leading_f32_bf16" } else { floats },
+        first: args.pick(0, 0, [f32, widening, widening]),
+        second: if args.write_dtype(0) == DType::BF16 { "sum_leading_f32_bf16" } else { f32 },
     };
     sum_columns(&kernels, vec![read(0)], Place::write(0), [rows, width], args.accumulate)
 }
 
-/// Parts of a sum of squares, and elements of each.
+/// The number of parts of a sum of squares, and elements per part.
 fn squares_parts(n: usize) -> (usize, usize) {
     let parts = n.div_ceil(SQUARES_PER_BLOCK).clamp(1, SQUARES_PARTS_MAX);
-    // Whole 16 bytes.
+    // A multiple of 16 bytes.
     let per_part = n.div_ceil(parts).next_multiple_of(PACK).max(PACK);
     (n.div_ceil(per_part).max(1), per_part)
 }
 
-/// Two floats for the bits of each part's double.
+/// Floats for the partial sums: two hold the bits of one f64.
 pub(super) fn squares_workspace_floats(n: usize) -> usize {
     let (parts, _) = squares_parts(n);
     if parts > 1 { 2 * parts } else { 0 }
@@ -174,8 +174,8 @@ mod tests {
     fn parts_cover_all_rows_and_their_sums_fit_the_workspace() {
         for rows in (0..70).chain([127, 1000, 1023, 8192, 1 << 20, (1 << 31) + 7]) {
             for width in [1, 3, 4, 5, 127, 128, 129, 768, 3072, 50_257, 1 << 22] {
-                let columns = Columns::new(rows, width);
-                let Columns { columns: across, parts, rows_per_part, threads: [x, y] } = columns;
+                let columns = ColumnSum::new(rows, width);
+                let ColumnSum { columns: across, parts, rows_per_part, threads: [x, y] } = columns;
                 assert!(across * x * PACK >= width && (across - 1) * x * PACK < width, "{columns:?}");
                 assert!(parts * rows_per_part >= rows && (parts - 1) * rows_per_part < rows.max(1), "{columns:?}");
                 assert!(x * y == THREADS && y.is_power_of_two() && parts <= BLOCKS);

@@ -1,4 +1,4 @@
-//! What works on boxes of larger tensors: as few dims as describe them, in kernels for up to four.
+//! Ops on regions of larger tensors. Merges dims where possible; the kernels take up to four.
 
 use super::args::Args;
 use super::{PACK, long, pack_of, read, threads, variants};
@@ -7,28 +7,28 @@ use crate::error::KernelError;
 use crate::region::check_inside;
 use crate::tensor::{DType, Region, element_count};
 
-/// Dims that a kernel takes; the outermost of more are a launch for each index.
+/// Dims that a kernel takes; further outer dims become one launch per index.
 const DIMS: usize = 4;
 
-/// One dim of a box that lies in two tensors.
+/// One dim of a region in two tensors.
 #[derive(Clone, Copy, Debug, PartialEq)]
 struct Dim {
     size: usize,
-    /// Elements from one index to the next, in each tensor.
+    /// Stride in each tensor, in elements.
     steps: [usize; 2],
 }
 
-/// Elements from one index to the next in each dim of a row-major tensor.
+/// Strides of a row-major tensor, in elements.
 fn steps(shape: &[usize]) -> Vec<usize> {
     (0..shape.len()).map(|d| shape[d + 1..].iter().product()).collect()
 }
 
-/// Place of an index.
+/// Flat position of an index.
 fn place(shape: &[usize], index: &[usize]) -> usize {
     steps(shape).iter().zip(index).map(|(step, index)| step * index).sum()
 }
 
-/// The dims of a box of `size` in two tensors, those that follow on one another joined; at least one, the last of which
+/// The dims of a region of `size` in two tensors, merged where they are contiguous in both; at least one, and the last
 /// has adjacent elements.
 fn join_dims(size: &[usize], shapes: [&[usize]; 2]) -> Vec<Dim> {
     let [a, b] = shapes.map(steps);
@@ -49,8 +49,8 @@ fn join_dims(size: &[usize], shapes: [&[usize]; 2]) -> Vec<Dim> {
     dims
 }
 
-/// Calls `run(offsets in both tensors, dims)` with four dims, for each index of the dims before them.
-fn for_each_box(
+/// Calls `run(offsets in both tensors, dims)` with the innermost four dims, for each index of the outer ones.
+fn for_each_region(
     dims: &[Dim],
     mut run: impl FnMut([usize; 2], [Dim; DIMS]) -> Result<(), KernelError>,
 ) -> Result<(), KernelError> {
@@ -69,7 +69,7 @@ fn for_each_box(
     Ok(())
 }
 
-/// A box's number of elements and sizes, as kernels take them, in units of `unit` elements.
+/// Element count and sizes of a region as the kernels take them, in units of `unit` elements.
 fn sizes(dims: &[Dim; DIMS], unit: usize) -> [usize; DIMS] {
     let count: usize = dims.iter().map(|dim| dim.size).product();
     [count / unit, dims[1].size, dims[2].size, dims[3].size / unit]
@@ -100,9 +100,9 @@ pub(super) fn copy_region(args: &Args<'_>, src: &Region, dst: &Region) -> Result
     }
     let starts = [place(from, &src.start), place(to, &dst.start)];
     let bytes = args.write_dtype(0).bytes();
-    let half = args.write_dtype(0) == DType::BF16;
+    let is_bf16 = args.write_dtype(0) == DType::BF16;
     let mut steps = Vec::new();
-    for_each_box(&join_dims(&src.size, [from, to]), |offsets, dims| {
+    for_each_region(&join_dims(&src.size, [from, to]), |offsets, dims| {
         let offsets = [0, 1].map(|t| starts[t] + offsets[t]);
         let from = Place { operand: Operand::Read(0), offset_bytes: offsets[0] * bytes };
         let to = Place { operand: Operand::Write(0), offset_bytes: offsets[1] * bytes };
@@ -119,12 +119,12 @@ pub(super) fn copy_region(args: &Args<'_>, src: &Region, dst: &Region) -> Result
         let outer_steps = dims[..DIMS - 1].iter().flat_map(|dim| dim.steps);
         let pack = pack_of(args.write_dtype(0));
         let packs = outer_steps.chain(offsets).chain([dims[DIMS - 1].size]).all(|n| n.is_multiple_of(pack));
-        let function = match (args.accumulate, half, packs) {
+        let function = match (args.accumulate, is_bf16, packs) {
             (false, false, false) => "copy_region_words",
             (false, false, true) => "copy_region_packs",
             (false, true, false) => "copy_region_halves",
             (false, true, true) => "copy_region_half_packs",
-            // Sums are floats.
+            // Sums are f32.
             (true, _, false) => "add_region_words",
             (true, _, true) => "add_region_packs",
         };
@@ -158,19 +158,19 @@ pub(super) fn dropout(
     if element_count(local) == 0 {
         return Ok(vec![]);
     }
-    // As on the CPU: at p = 1 the threshold is past every number, and the factor is 0 for the one that a u32 cannot tell.
+    // As on the CPU: at p = 1, the factor is 0 because the threshold, a u32, cannot exceed the largest random number.
     let threshold = (f64::from(p) * 4_294_967_296.0).min(f64::from(u32::MAX)) as u32;
-    let kept = if p < 1.0 { 1.0 / (1.0 - p) } else { 0.0 };
+    let keep_scale = if p < 1.0 { 1.0 / (1.0 - p) } else { 0.0 };
     let first = place(shape, start);
     let mut steps = Vec::new();
-    for_each_box(&join_dims(local, [local, shape]), |[here, there], dims| {
-        let at = |operand, dtype: DType| Arg::Pointer(Place { operand, offset_bytes: here * dtype.bytes() });
+    for_each_region(&join_dims(local, [local, shape]), |[local_offset, whole_offset], dims| {
+        let at = |operand, dtype: DType| Arg::Pointer(Place { operand, offset_bytes: local_offset * dtype.bytes() });
         let (x, y) = (at(Operand::Read(0), args.read_dtype(0)), at(Operand::Write(0), args.write_dtype(0)));
         let mut arguments = vec![x, read(1), y];
         arguments.extend(size_args(&dims, 1));
         arguments.extend(step_args(&dims, 1, 1));
-        arguments.extend([(first + there) as u64, stride as u64, seed].map(Arg::U64));
-        arguments.extend([Arg::U32(threshold), Arg::F32(kept)]);
+        arguments.extend([(first + whole_offset) as u64, stride as u64, seed].map(Arg::U64));
+        arguments.extend([Arg::U32(threshold), Arg::F32(keep_scale)]);
         let [count, ..] = sizes(&dims, 1);
         steps.push(threads(args.pick(0, 0, variants!("dropout")), count.div_ceil(PACK), arguments)?);
         Ok(())
@@ -187,7 +187,7 @@ mod tests {
     }
 
     #[test]
-    fn dims_that_follow_on_one_another_are_one() {
+    fn contiguous_dims_are_merged() {
         assert_eq!(join_dims(&[3, 4], [&[5, 7], &[6, 4]]), [dim(3, 7, 4), dim(4, 1, 1)]);
         assert_eq!(join_dims(&[3, 7], [&[5, 7], &[4, 7]]), [dim(21, 1, 1)]);
         assert_eq!(join_dims(&[2, 2, 1], [&[2, 3, 4], &[2, 2, 2]]), [dim(2, 12, 4), dim(2, 4, 2), dim(1, 1, 1)]);
@@ -196,10 +196,10 @@ mod tests {
     }
 
     #[test]
-    fn more_dims_than_four_are_several_boxes() {
+    fn more_than_four_dims_become_several_regions() {
         let dims = join_dims(&[2, 2, 2, 2, 2, 2], [&[3; 6], &[4; 6]]);
         let mut offsets = Vec::new();
-        let collected = for_each_box(&dims, |at, inner| {
+        let collected = for_each_region(&dims, |at, inner| {
             assert_eq!(inner.map(|dim| dim.size), [2; 4]);
             offsets.push(at);
             Ok(())

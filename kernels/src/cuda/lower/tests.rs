@@ -1,4 +1,5 @@
-//! What every lowered launch must be: kernels that exist, called with what they take, in grids that the driver takes.
+//! Checks all lowered launches: the kernels exist, get the arguments that they declare, and have grids that the driver
+//! accepts.
 
 use super::*;
 use crate::cuda::source::MODULES;
@@ -6,10 +7,10 @@ use crate::cuda::step::{Element, Operand, SHARED_BYTES_DEFAULT};
 use crate::op::{Buffer, Einsum};
 use crate::tensor::Region;
 
-/// What an sm_80 has for one block, less what the driver keeps.
+/// Shared memory per block on sm_80, less the driver's reserve.
 const SHARED_MAX: usize = 163 * 1024;
 
-/// A launch on buffers of these shapes; reads named in `ints` are integers.
+/// A launch on buffers of these shapes; reads listed in `ints` are integers.
 fn launch(op: Op, reads: &[&[usize]], ints: &[usize], writes: &[&[usize]]) -> Launch {
     let mut offset = 0;
     let mut buffer = |shape: &[usize], dtype| {
@@ -22,7 +23,7 @@ fn launch(op: Op, reads: &[&[usize]], ints: &[usize], writes: &[&[usize]]) -> La
     with_workspace(Launch { op, reads, writes, accumulate: false, workspace: None })
 }
 
-/// With the workspace that its buffers, of their types, ask for.
+/// Adds the workspace that the launch needs.
 fn with_workspace(mut launch: Launch) -> Launch {
     let floats = workspace_bytes(&launch) / 4;
     let buffer = Buffer { base: 0, offset: 1 << 20, shape: vec![floats], dtype: DType::F32 };
@@ -30,7 +31,7 @@ fn with_workspace(mut launch: Launch) -> Launch {
     launch
 }
 
-/// A launch of each op on `rows` rows of `width` elements; attention has heads of that depth.
+/// A launch of each op on `rows` rows of `width` elements; attention heads have depth `width`.
 fn launches(rows: usize, width: usize) -> Vec<Launch> {
     let (x, row, line): (&[usize], &[usize], &[usize]) = (&[1, rows, width], &[1, rows], &[width]);
     let (heads, lse): (&[usize], &[usize]) = (&[2, rows, 3, width], &[2, 3, rows]);
@@ -70,7 +71,7 @@ fn launches(rows: usize, width: usize) -> Vec<Launch> {
     ]
 }
 
-/// The types of a kernel's parameters, from its text.
+/// The parameter types of a kernel, parsed from its source.
 fn parameters(function: &str) -> Vec<String> {
     let head = format!(" {function}(");
     let definitions: Vec<&str> =
@@ -84,7 +85,7 @@ fn parameters(function: &str) -> Vec<String> {
     list.split(',').map(type_of).collect()
 }
 
-/// What elements of a type may be for a kernel.
+/// Whether a kernel's element type fits the dtype of the operand.
 fn element_fits(launch: &Launch, operand: Operand, element: &str) -> bool {
     let dtype = match operand {
         Operand::Read(i) => launch.reads[i].dtype,
@@ -103,7 +104,7 @@ fn fits(launch: &Launch, arg: &Arg, parameter: &str) -> bool {
         Arg::Pointer(place) => {
             let element = parameter.strip_prefix("const ").unwrap_or(parameter).strip_suffix('*');
             element.is_some_and(|element| element_fits(launch, place.operand, element))
-                && (parameter.starts_with("const ") || may_write(place.operand))
+                && (parameter.starts_with("const ") || is_writable(place.operand))
         }
         Arg::Null => parameter.ends_with('*'),
         Arg::ErrorRecord => parameter == "u32*",
@@ -116,23 +117,23 @@ fn fits(launch: &Launch, arg: &Arg, parameter: &str) -> bool {
     }
 }
 
-fn may_write(operand: Operand) -> bool {
+fn is_writable(operand: Operand) -> bool {
     !matches!(operand, Operand::Read(_))
 }
 
-/// The launch, and its mixtures of types: what may be bf16 is read so, and each result that may be is, or is not.
-fn mixtures(launch: Launch) -> Vec<Launch> {
-    let may: Vec<usize> = (0..launch.writes.len()).filter(|&i| launch.op.writes_bf16(i)).collect();
+/// The launch and its dtype variants: reads that may be bf16 are bf16, and each write that may be bf16 is or is not.
+fn dtype_variants(launch: Launch) -> Vec<Launch> {
+    let bf16_writes: Vec<usize> = (0..launch.writes.len()).filter(|&i| launch.op.writes_bf16(i)).collect();
     let mut half = launch.clone();
     let reads: Vec<usize> = (0..launch.reads.len()).filter(|&i| launch.op.reads_bf16(i)).collect();
     reads.iter().for_each(|&i| half.reads[i].dtype = DType::BF16);
     let is_copy = matches!(launch.op, Op::Copy | Op::CopyRegion { .. });
     let mut all = if matches!(launch.op, Op::Cast) { vec![] } else { vec![launch] };
-    for subset in 0..1 << may.len() {
+    for subset in 0..1 << bf16_writes.len() {
         let mut launch = half.clone();
-        let chosen = may.iter().enumerate().filter(|(bit, _)| subset & (1 << bit) != 0);
+        let chosen = bf16_writes.iter().enumerate().filter(|(bit, _)| subset & (1 << bit) != 0);
         chosen.for_each(|(_, &i)| launch.writes[i].dtype = DType::BF16);
-        // A copy changes no type, and a cast does.
+        // A copy keeps the dtype, and a cast changes it.
         let same = launch.reads.first().map(|read| read.dtype) == Some(launch.writes[0].dtype);
         let fitting = if is_copy { same } else { !same || !matches!(launch.op, Op::Cast) };
         all.extend(fitting.then_some(with_workspace(launch)));
@@ -163,10 +164,10 @@ fn check(name: &str, launch: &Launch, step: &Step) {
 }
 
 #[test]
-fn steps_are_what_their_kernels_take() {
+fn steps_match_the_parameters_of_their_kernels() {
     for rows in [0, 1, 3, 65, 1000, 1 << 20] {
         for width in [0, 1, 5, 32, 64, 80, 128, 129, 768, 50_257] {
-            for launch in launches(rows, width).into_iter().flat_map(mixtures) {
+            for launch in launches(rows, width).into_iter().flat_map(dtype_variants) {
                 let types = |buffers: &[Buffer]| buffers.iter().map(|buffer| buffer.dtype).collect::<Vec<_>>();
                 let types = (types(&launch.reads), types(&launch.writes));
                 let name = format!("{} of {rows} by {width}, {types:?}", launch.op.name());
@@ -185,12 +186,12 @@ fn steps_are_what_their_kernels_take() {
 }
 
 #[test]
-fn elements_past_what_32_bits_count_are_covered() {
+fn grids_cover_more_elements_than_32_bits_can_count() {
     let n = (1 << 33) + 3;
     let steps = lower(&launch(Op::Gelu, &[&[n]], &[], &[&[n]]), false, SHARED_MAX).expect("steps");
     let [Step::Kernel(kernel)] = &steps[..] else { panic!("{steps:?}") };
     assert!(u64::from(kernel.grid[0]) * 256 * 4 >= n as u64);
-    // More blocks than a grid has are refused, not cut off.
+    // A grid with too many blocks is refused, not truncated.
     let n = 1 << 44;
     let error = lower(&launch(Op::Gelu, &[&[n]], &[], &[&[n]]), false, SHARED_MAX).expect_err("too large");
     assert_eq!(error.to_string(), "gelu_f32: blocks: expected at most 2147483647, got 17179869184");
@@ -225,9 +226,9 @@ fn launches_that_do_not_fit_are_refused() {
     assert_eq!(refused(&grad, false), "layer_norm_grad: workspace: expected 64 bytes, got 0 bytes");
 }
 
-/// A device whose blocks have less shared memory does by plain kernels what its tiled ones would not fit.
+/// On a device with less shared memory per block, plain kernels replace tiled kernels that do not fit.
 #[test]
-fn deep_heads_are_left_to_plain_kernels_where_tiles_do_not_fit() {
+fn plain_kernels_run_deep_heads_if_tiles_do_not_fit() {
     let names = |depth: usize, shared: usize| -> Vec<&'static str> {
         let (heads, lse): (&[usize], &[usize]) = (&[2, 70, 3, depth], &[2, 3, 70]);
         let forward = launch(Op::Attention { scale: 0.1 }, &[heads; 3], &[], &[heads, lse]);

@@ -1,5 +1,5 @@
-//! NCCL's functions, loaded at run time: cudarc never tries `libnccl.so.2`, which is all that NVIDIA's packages hold.
-//! Types are cudarc's; codes are taken as numbers, since a newer library may have more of them than any list.
+//! NCCL's functions, loaded at run time: cudarc never tries `libnccl.so.2`, the only name in NVIDIA's packages. Types
+//! come from cudarc; status codes stay plain numbers, since a newer library may have codes that no list contains.
 #![allow(unsafe_code)]
 
 use std::ffi::{c_char, c_int, c_void};
@@ -12,20 +12,20 @@ use crate::cuda::context::static_text;
 use crate::cuda::library::{Library, unavailable};
 use crate::error::KernelError;
 
-/// The oldest library: `10000 * major + 100 * minor + patch`. Before 2.24 members in one process may read each other's
-/// buffers directly, to which nobody gives them access; before 2.18 a communicator that does not block may read its
-/// configuration when that is gone.
+/// The oldest supported version: `10000 * major + 100 * minor + patch`. Before 2.24, members in one process may read
+/// each other's buffers directly, without having access; before 2.18, a non-blocking communicator may read its
+/// configuration after that was freed.
 const VERSION_MIN: c_int = 22_400;
 
-/// All is well.
+/// `ncclSuccess`.
 pub(crate) const SUCCESS: u32 = 0;
-/// A call of a communicator that does not block is still under way.
+/// `ncclInProgress`: a non-blocking call has not completed.
 pub(crate) const IN_PROGRESS: u32 = 7;
 
-/// A stream, as NCCL takes it.
+/// NCCL's type of a CUDA stream.
 type Stream = *mut c_void;
 
-/// The beginning of `ncclConfig_t`, as of version 2.17: later versions take it from its `size` that the rest is missing.
+/// The first fields of `ncclConfig_t`, as of version 2.17; `size` lets later versions see that the rest is missing.
 #[repr(C)]
 pub(crate) struct Config {
     size: usize,
@@ -40,8 +40,8 @@ pub(crate) struct Config {
 }
 
 impl Config {
-    /// A communicator whose calls return at once.
-    pub(crate) fn not_blocking() -> Self {
+    /// The configuration of a non-blocking communicator.
+    pub(crate) fn non_blocking() -> Self {
         const UNDEFINED: c_int = c_int::MIN;
         Self {
             size: size_of::<Self>(),
@@ -59,17 +59,17 @@ impl Config {
 
 macro_rules! api {
     ($($(#[$meta:meta])* $field:ident: $symbol:literal = fn($($arg:ty),*) -> $out:ty;)*) => {
-        /// The functions.
+        /// The loaded functions.
         pub(crate) struct Api {
-            // SAFETY: types of functions; each call says why it is sound.
+            // SAFETY: these are only types; each call states why it is sound.
             $($(#[$meta])* pub(crate) $field: unsafe extern "C" fn($($arg),*) -> $out,)*
-            /// Kept so that the functions stay.
+            /// Keeps the functions loaded.
             _library: Loaded,
         }
 
         impl Api {
             fn load() -> Option<Self> {
-                // SAFETY: NVIDIA's initialisers are all that runs; the signatures are those of nccl.h.
+                // SAFETY: only NVIDIA's initializers run; the signatures are those of nccl.h.
                 unsafe {
                     let library = ["libnccl.so.2", "libnccl.so"].iter().find_map(|name| Loaded::new(*name).ok())?;
                     Some(Self {
@@ -107,13 +107,13 @@ api! {
 
 impl Api {
     /// # Errors
-    /// [`KernelError::Unavailable`] where there is no NCCL, or one that is too old.
+    /// [`KernelError::Unavailable`] if NCCL is missing or too old.
     pub(crate) fn get() -> Result<&'static Self, KernelError> {
         static API: OnceLock<Option<Api>> = OnceLock::new();
         let api = API.get_or_init(Self::load).as_ref().ok_or_else(|| Library::Nccl.missing())?;
         let number = api.number()?;
         if number < VERSION_MIN {
-            let what = format!("libnccl is too old: it is {}, {} is needed", dotted(number), dotted(VERSION_MIN));
+            let what = format!("libnccl is too old: found {}, need {} or newer", dotted(number), dotted(VERSION_MIN));
             return Err(unavailable(what, Library::Nccl.hint()));
         }
         Ok(api)
@@ -126,24 +126,24 @@ impl Api {
         Ok(version)
     }
 
-    /// Such as `2.28.3`.
+    /// The version as text, such as `2.28.3`.
     pub(crate) fn version(&self) -> Result<String, KernelError> {
         self.number().map(dotted)
     }
 
-    /// Turns a code into an error; a call that is under way is none.
+    /// Converts a status code to an error; a call in progress is none.
     pub(crate) fn check(&self, code: u32, call: &'static str, place: &str) -> Result<(), KernelError> {
         if code == SUCCESS || code == IN_PROGRESS {
             return Ok(());
         }
-        // SAFETY: both give static texts; the last error needs no communicator.
+        // SAFETY: both return static strings; the last error needs no communicator.
         let (name, text) =
             unsafe { (static_text((self.error_string)(code)), static_text((self.last_error)(std::ptr::null_mut()))) };
         Err(KernelError::Cuda { place: place.to_owned(), call, code, name, text })
     }
 }
 
-/// `22803` as `2.28.3`; before 2.9 a version was `1000 * major + 100 * minor + patch`.
+/// Formats `22803` as `2.28.3`; before 2.9 a version was `1000 * major + 100 * minor + patch`.
 fn dotted(version: c_int) -> String {
     let major = if version < 10_000 { 1_000 } else { 10_000 };
     format!("{}.{}.{}", version / major, version % major / 100, version % 100)
@@ -154,7 +154,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn versions_read_as_people_write_them() {
+    fn versions_are_formatted_with_dots() {
         assert_eq!([22_803, 22_400, 21_805, 2_708].map(dotted), ["2.28.3", "2.24.0", "2.18.5", "2.7.8"]);
     }
 }

@@ -1,4 +1,4 @@
-//! One member's communicator.
+//! The NCCL communicator of one group member.
 #![allow(unsafe_code)]
 
 use std::collections::VecDeque;
@@ -13,39 +13,39 @@ use super::GroupMember;
 use super::api::{Api, Config, IN_PROGRESS, SUCCESS};
 use crate::collective::ReduceOp;
 use crate::cuda::context::{Context, Raw};
-use crate::cuda::progress::Calls;
+use crate::cuda::progress::CallProgress;
 use crate::cuda::raw_stream::RawStream;
 use crate::error::KernelError;
 use crate::tensor::DType;
 
-/// How often a communicator that is being made, or ended, is asked.
-const STEP: Duration = Duration::from_micros(200);
+/// Poll interval while a communicator is created or finalized.
+const POLL_INTERVAL: Duration = Duration::from_micros(200);
 
-/// See the module. What is not ended by [`finalize`] is broken off when it is dropped.
+/// A communicator. Dropping it aborts it unless [`finalize`] has ended it.
 #[derive(Debug)]
 pub(super) struct Comm {
     api: ApiRef,
-    /// `None` after its end. Held while NCCL is called (NCCL-1).
+    /// `None` after the communicator has ended. Locked during NCCL calls (NCCL-1).
     handle: Mutex<Option<Raw<ncclComm_t>>>,
-    /// Not the GPU: a poller, which is a part of that, may be the last to let a communicator go.
+    /// Not the `Gpu`: its poller may hold the last reference to the communicator.
     context: Arc<Context>,
     place: String,
-    made: Mutex<Made>,
+    call_log: Mutex<CallLog>,
 }
 
 /// The member's calls, counted from 1.
 #[derive(Debug, Default)]
-struct Made {
+struct CallLog {
     calls: u64,
-    /// Those that may not be over.
+    /// Calls that may not have ended.
     open: VecDeque<Open>,
 }
 
-/// A call, and where it is: on a stream, as that one's call of this number.
+/// A call of this communicator and its number among the calls of its stream.
 #[derive(Debug)]
 struct Open {
     call: u64,
-    stream: Arc<Calls>,
+    stream: Arc<CallProgress>,
     number: u32,
 }
 
@@ -58,17 +58,17 @@ impl std::fmt::Debug for ApiRef {
     }
 }
 
-/// What NCCL does itself.
+/// A collective that NCCL implements.
 #[derive(Clone, Copy, Debug)]
-pub(super) enum Kind {
+pub(super) enum NcclCall {
     AllReduce(ReduceOp),
     ReduceScatter(ReduceOp),
     AllGather,
-    /// By the root's index.
+    /// From the member with this index.
     Broadcast(usize),
 }
 
-/// One message of a group of them.
+/// One point-to-point message of an NCCL group.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Transfer {
     pub(super) sends: bool,
@@ -93,7 +93,7 @@ fn reduction(op: ReduceOp) -> ncclRedOp_t {
     }
 }
 
-/// A new id.
+/// Creates a new id.
 pub(super) fn unique_id() -> Result<[u8; 128], KernelError> {
     let api = Api::get()?;
     let mut id = ncclUniqueId { internal: [0; 128] };
@@ -102,52 +102,56 @@ pub(super) fn unique_id() -> Result<[u8; 128], KernelError> {
     Ok(id.internal.map(|byte| byte as u8))
 }
 
-/// Makes the communicators of this process's members of one group, all at once.
-pub(super) fn join(seats: &[&GroupMember], deadline: Instant, within: Duration) -> Result<Vec<Comm>, KernelError> {
+/// Creates the communicators of this process's members of one group, in one NCCL group call.
+pub(super) fn join(
+    memberships: &[&GroupMember],
+    deadline: Instant,
+    within: Duration,
+) -> Result<Vec<Comm>, KernelError> {
     let api = Api::get()?;
     let mut comms = Vec::new();
     let grouped = grouped(api, "nccl", || {
-        for seat in seats {
-            let (n, member) = (seat.group.ranks.len() as c_int, seat.member as c_int);
-            let rank = seat.group.ranks.get(seat.member).copied().unwrap_or(usize::MAX);
-            let place = format!("nccl, group {}, device {rank} on {}", seat.group.id, seat.gpu.place());
-            seat.gpu.context().bind()?;
-            let id = ncclUniqueId { internal: seat.id.0.map(|byte| byte as _) };
-            let (mut config, mut handle) = (Config::not_blocking(), Box::new(std::ptr::null_mut()));
-            // SAFETY: the handle's place is kept until the group has ended, which is when NCCL has written it.
+        for membership in memberships {
+            let (n, member) = (membership.group.ranks.len() as c_int, membership.member as c_int);
+            let rank = membership.group.ranks.get(membership.member).copied().unwrap_or(usize::MAX);
+            let place = format!("nccl, group {}, device {rank} on {}", membership.group.id, membership.gpu.place());
+            membership.gpu.context().bind()?;
+            let id = ncclUniqueId { internal: membership.id.0.map(|byte| byte as _) };
+            let (mut config, mut handle) = (Config::non_blocking(), Box::new(std::ptr::null_mut()));
+            // SAFETY: the box that receives the handle outlives the NCCL group, at whose end NCCL has written it.
             let code = unsafe { (api.init)(&mut *handle, n, id, member, &mut config) };
             api.check(code, "ncclCommInitRankConfig", &place)?;
-            let (context, made) = (seat.gpu.context().clone(), Mutex::default());
-            comms.push((handle, Comm { api: ApiRef(api), handle: Mutex::new(None), context, place, made }));
+            let (context, call_log) = (membership.gpu.context().clone(), Mutex::default());
+            comms.push((handle, Comm { api: ApiRef(api), handle: Mutex::new(None), context, place, call_log }));
         }
         Ok(())
     });
-    // NCCL has written the handles of those that it has begun to make.
+    // NCCL has written the handles of all communicators that it began to create.
     let comm = |(handle, mut comm): (Box<ncclComm_t>, Comm)| {
-        let made = (!handle.is_null()).then_some(Raw(*handle));
-        *comm.handle.get_mut().unwrap_or_else(PoisonError::into_inner) = made;
+        let created = (!handle.is_null()).then_some(Raw(*handle));
+        *comm.handle.get_mut().unwrap_or_else(PoisonError::into_inner) = created;
         comm
     };
     let comms: Vec<Comm> = comms.into_iter().map(comm).collect();
     grouped?;
-    // A communicator that is dropped before it is made is broken off.
+    // Dropping an incomplete communicator aborts it.
     for comm in &comms {
         while !comm.is_settled()? {
             if Instant::now() >= deadline {
-                return Err(comm.late("ncclCommInitRankConfig", within));
+                return Err(comm.timeout_error("ncclCommInitRankConfig", within));
             }
-            thread::sleep(STEP);
+            thread::sleep(POLL_INTERVAL);
         }
     }
     Ok(comms)
 }
 
-/// Calls of NCCL as one.
+/// Runs NCCL calls as one group.
 fn grouped(api: &Api, place: &str, calls: impl FnOnce() -> Result<(), KernelError>) -> Result<(), KernelError> {
-    // SAFETY: needs nothing.
+    // SAFETY: has no preconditions.
     api.check(unsafe { (api.group_start)() }, "ncclGroupStart", place)?;
     let called = calls();
-    // SAFETY: closes what was opened, whatever happened between.
+    // SAFETY: closes the group opened above, whether or not `calls` failed.
     let ended = api.check(unsafe { (api.group_end)() }, "ncclGroupEnd", place);
     called.and(ended)
 }
@@ -157,26 +161,26 @@ impl Comm {
         self.api.0.check(code, call, &self.place)
     }
 
-    /// It was ended, or broken off.
+    /// The error for a communicator that has ended or was aborted.
     fn closed(&self) -> KernelError {
         KernelError::Aborted { cause: format!("{} has ended", self.place) }
     }
 
-    /// The call did not end in time.
-    pub(super) fn late(&self, call: &'static str, within: Duration) -> KernelError {
+    /// The error for a call that did not complete in time.
+    pub(super) fn timeout_error(&self, call: &'static str, within: Duration) -> KernelError {
         let text = format!(
-            "not all members came within {} s: look whether every process of the launch is alive and reaches the others; \
-             NCCL_DEBUG=INFO tells more",
+            "not all members joined within {} s: check that every process of the launch is alive and reaches the others; \
+             set NCCL_DEBUG=INFO for details",
             within.as_secs()
         );
-        let (place, name) = (self.place.clone(), "late".to_owned());
+        let (place, name) = (self.place.clone(), "timeout".to_owned());
         KernelError::Cuda { place, call, code: IN_PROGRESS, name, text }
     }
 
-    /// Whether NCCL is through with the last call, as far as the host is concerned.
+    /// Whether the host part of the last call is complete.
     pub(super) fn is_settled(&self) -> Result<bool, KernelError> {
-        let handle = self.handle.lock().unwrap_or_else(PoisonError::into_inner);
-        let Some(comm) = *handle else { return Ok(true) };
+        let locked = self.handle.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(comm) = *locked else { return Ok(true) };
         let mut state = SUCCESS;
         // SAFETY: a live communicator; writes a code to a local.
         self.check(unsafe { (self.api.0.async_error)(comm.0, &mut state) }, "ncclCommGetAsyncError")?;
@@ -184,89 +188,89 @@ impl Comm {
         Ok(state != IN_PROGRESS)
     }
 
-    fn made(&self) -> MutexGuard<'_, Made> {
-        self.made.lock().unwrap_or_else(PoisonError::into_inner)
+    fn call_log(&self) -> MutexGuard<'_, CallLog> {
+        self.call_log.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Notes that the call which the stream was told of last is one of this communicator.
-    pub(super) fn note(&self, lane: &RawStream) {
-        let mut made = self.made();
-        made.calls += 1;
-        made.open.retain(|open| !open.stream.has_passed(open.number));
-        let call = made.calls;
-        if let Some(stream) = lane.calls() {
-            made.open.push_back(Open { call, stream: stream.clone(), number: stream.last() });
+    /// Records that the stream's latest call belongs to this communicator.
+    pub(super) fn record_call(&self, stream: &RawStream) {
+        let mut call_log = self.call_log();
+        call_log.calls += 1;
+        call_log.open.retain(|open| !open.stream.has_passed(open.number));
+        let call = call_log.calls;
+        if let Some(progress) = stream.call_progress() {
+            call_log.open.push_back(Open { call, stream: progress.clone(), number: progress.last() });
         }
     }
 
-    /// The first call that a stream of the member's has come to and has not left.
-    pub(super) fn waits_in(&self) -> Option<u64> {
-        let waits = |open: &&Open| open.stream.has_reached(open.number) && !open.stream.has_passed(open.number);
-        self.made().open.iter().find(waits).map(|open| open.call)
+    /// The first call that a stream of this member has reached and not left.
+    pub(super) fn pending_call(&self) -> Option<u64> {
+        let is_pending = |open: &&Open| open.stream.has_reached(open.number) && !open.stream.has_passed(open.number);
+        self.call_log().open.iter().find(is_pending).map(|open| open.call)
     }
 
-    /// Whether the member's stream has come to the call, as far as is known: without words to tell from (PROGRESS-1) it
-    /// has as soon as the call is made.
+    /// Whether the member's stream is known to have reached the call. Without progress words (PROGRESS-1), it counts as
+    /// reached once the call is made.
     pub(super) fn has_reached(&self, call: u64) -> bool {
-        let made = self.made();
+        let call_log = self.call_log();
         let is_ahead = |open: &Open| open.call == call && !open.stream.has_reached(open.number);
-        call <= made.calls && !made.open.iter().any(is_ahead)
+        call <= call_log.calls && !call_log.open.iter().any(is_ahead)
     }
 
-    /// Puts one of NCCL's own calls on the stream. `elements` are those of one member's part.
+    /// Enqueues an NCCL collective on the stream. `elements` are those of one member's part.
     pub(super) fn call(
         &self,
-        kind: Kind,
+        kind: NcclCall,
         x: u64,
         y: u64,
         elements: usize,
         dtype: DType,
-        lane: &RawStream,
+        stream: &RawStream,
     ) -> Result<(), KernelError> {
-        let handle = self.handle.lock().unwrap_or_else(PoisonError::into_inner);
-        let Some(comm) = handle.map(|handle| handle.0) else { return Err(self.closed()) };
-        let (api, dtype, stream) = (self.api.0, data_type(dtype), lane.stream().0.cast::<c_void>());
+        let locked = self.handle.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(comm) = locked.map(|comm| comm.0) else { return Err(self.closed()) };
+        let (api, dtype, handle) = (self.api.0, data_type(dtype), stream.handle().0.cast::<c_void>());
         let (x, y) = (x as *const c_void, y as *mut c_void);
-        // SAFETY: live communicator and stream of one context; memory of the right size that lives until the stream has done
-        // the call, which whoever binds the launch has checked.
+        // SAFETY: communicator and stream are live and of one context; `Bound` has checked that the memory has the
+        // right size and lives until the stream has run the call.
         let (code, name) = unsafe {
             match kind {
-                Kind::AllReduce(op) => {
-                    ((api.all_reduce)(x, y, elements, dtype, reduction(op), comm, stream), "ncclAllReduce")
+                NcclCall::AllReduce(op) => {
+                    ((api.all_reduce)(x, y, elements, dtype, reduction(op), comm, handle), "ncclAllReduce")
                 }
-                Kind::ReduceScatter(op) => {
-                    ((api.reduce_scatter)(x, y, elements, dtype, reduction(op), comm, stream), "ncclReduceScatter")
+                NcclCall::ReduceScatter(op) => {
+                    ((api.reduce_scatter)(x, y, elements, dtype, reduction(op), comm, handle), "ncclReduceScatter")
                 }
-                Kind::AllGather => ((api.all_gather)(x, y, elements, dtype, comm, stream), "ncclAllGather"),
-                Kind::Broadcast(root) => {
-                    ((api.broadcast)(x, y, elements, dtype, root as c_int, comm, stream), "ncclBroadcast")
+                NcclCall::AllGather => ((api.all_gather)(x, y, elements, dtype, comm, handle), "ncclAllGather"),
+                NcclCall::Broadcast(root) => {
+                    ((api.broadcast)(x, y, elements, dtype, root as c_int, comm, handle), "ncclBroadcast")
                 }
             }
         };
         self.check(code, name)
     }
 
-    /// Puts messages on the stream, all as one, so that no order among them matters but that between one pair. Elements
-    /// without a type are bytes.
+    /// Enqueues messages on the stream as one NCCL group, so that only the order of messages within a pair matters.
+    /// Elements without a dtype are bytes.
     pub(super) fn transfer(
         &self,
         transfers: &[Transfer],
         dtype: Option<DType>,
-        lane: &RawStream,
+        stream: &RawStream,
     ) -> Result<(), KernelError> {
-        let handle = self.handle.lock().unwrap_or_else(PoisonError::into_inner);
-        let Some(comm) = handle.map(|handle| handle.0) else { return Ok(()) };
+        let locked = self.handle.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(comm) = locked.map(|comm| comm.0) else { return Ok(()) };
         let dtype = dtype.map_or(ncclDataType_t::ncclUint8, data_type);
-        let (api, stream) = (self.api.0, lane.stream().0.cast::<c_void>());
+        let (api, handle) = (self.api.0, stream.handle().0.cast::<c_void>());
         grouped(api, &self.place, || {
             for transfer in transfers.iter().filter(|transfer| transfer.elements > 0) {
                 let (n, peer) = (transfer.elements, transfer.peer as c_int);
-                // SAFETY: as in `call`.
+                // SAFETY: see `call`.
                 let (code, name) = unsafe {
                     if transfer.sends {
-                        ((api.send)(transfer.address as *const c_void, n, dtype, peer, comm, stream), "ncclSend")
+                        ((api.send)(transfer.address as *const c_void, n, dtype, peer, comm, handle), "ncclSend")
                     } else {
-                        ((api.receive)(transfer.address as *mut c_void, n, dtype, peer, comm, stream), "ncclRecv")
+                        ((api.receive)(transfer.address as *mut c_void, n, dtype, peer, comm, handle), "ncclRecv")
                     }
                 };
                 self.check(code, name)?;
@@ -275,13 +279,13 @@ impl Comm {
         })
     }
 
-    /// Breaks it off: kernels of it that wait for others end.
+    /// Aborts the communicator: its kernels that wait for other members end.
     pub(super) fn abort(&self) {
-        let taken = self.handle.lock().unwrap_or_else(PoisonError::into_inner).take();
-        if let Some(comm) = taken
+        let handle = self.handle.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(comm) = handle
             && self.context.bind_to_drop()
         {
-            // SAFETY: ours, and used no more. What it says no longer matters.
+            // SAFETY: owned here and no longer used. The status no longer matters.
             let _ = unsafe { (self.api.0.abort)(comm.0) };
         }
     }
@@ -293,20 +297,20 @@ impl Drop for Comm {
     }
 }
 
-/// Ends communicators in order: what is still under way is done first. Those that do not end in time are broken off.
+/// Finalizes communicators after pending work completes. Aborts those that do not finish in time.
 pub(super) fn finalize(comms: &[&Arc<Comm>], within: Duration) {
     let deadline = Instant::now() + within;
-    let each = |what: &dyn Fn(&Comm, ncclComm_t) -> bool| {
+    let each = |step: &dyn Fn(&Comm, ncclComm_t) -> bool| {
         for comm in comms {
             let handle = *comm.handle.lock().unwrap_or_else(PoisonError::into_inner);
-            let went = handle.is_none_or(|handle| comm.context.bind_to_drop() && what(comm, handle.0));
-            if !went {
+            let succeeded = handle.is_none_or(|handle| comm.context.bind_to_drop() && step(comm, handle.0));
+            if !succeeded {
                 comm.abort();
             }
         }
     };
     each(&|comm, handle| {
-        // SAFETY: a live communicator.
+        // SAFETY: the communicator is live.
         let code = unsafe { (comm.api.0.finalize)(handle) };
         code == SUCCESS || code == IN_PROGRESS
     });
@@ -314,13 +318,13 @@ pub(super) fn finalize(comms: &[&Arc<Comm>], within: Duration) {
         loop {
             match comm.is_settled() {
                 Ok(true) => return true,
-                Ok(false) if Instant::now() < deadline => thread::sleep(STEP),
+                Ok(false) if Instant::now() < deadline => thread::sleep(POLL_INTERVAL),
                 _ => return false,
             }
         }
     });
     each(&|comm, handle| {
-        // SAFETY: finalized, and used no more.
+        // SAFETY: finalized and no longer used.
         let code = unsafe { (comm.api.0.destroy)(handle) };
         *comm.handle.lock().unwrap_or_else(PoisonError::into_inner) = None;
         code == SUCCESS || code == IN_PROGRESS
