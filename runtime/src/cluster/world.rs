@@ -211,7 +211,7 @@ impl World {
         let (mut options, by_mpi) = (cluster.options.clone(), cluster.by_mpi.clone());
         let secret = SharedKey::from_text(world.secret.read()?.text())?;
         let coordinator = address(&world.endpoint);
-        let system = |what| move |cause| ClusterError::System { what, cause };
+        let system = |action| move |cause| ClusterError::System { action, cause };
         let spans_nodes = world.local_processes < processes;
         let say = |line: &str| options.report_waiting(line);
         hidden_name(&coordinator, spans_nodes).filter(|_| world.local_process == 0).iter().for_each(|line| say(line));
