@@ -340,7 +340,7 @@ fn an_endpoint_without_an_address_is_reported() {
         let variables = [("RANK", rank), ("WORLD_SIZE", "2"), ("MASTER_ADDR", host), ("MASTER_PORT", "29400"), SECRET];
         let mut run = start(&folder, &gpt("--mesh data=2"), &variables);
         run.until("trying again for 300s", TIMEOUT);
-        assert!(run.text().contains("no way from here to "), "{}", run.text());
+        assert!(run.text().contains("no route to "), "{}", run.text());
         programs::signal(run.child.id(), "TERM");
         assert_eq!(run.end(TIMEOUT), Some(143), "{}", run.text());
     }
