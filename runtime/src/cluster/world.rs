@@ -242,7 +242,7 @@ impl World {
             ..RendezvousConfig::new(coordinator, secret.clone(), Identity::of_this_process()?)
         };
         let (roster, listener) = rendezvous(&config, |missing| report(&missing.to_string()))?;
-        exit::joined();
+        exit::mark_joined();
         listener
             .private_error()
             .iter()
@@ -315,7 +315,8 @@ impl World {
     }
 
     fn connector(&self, device: DeviceKind) -> Connector<'_> {
-        new_connector(device, &self.process_map, &self.roster, &self.listener, &self.secret, &self.options, &self.by_mpi)
+        let Self { process_map, roster, listener, secret, options, by_mpi, .. } = self;
+        new_connector(device, process_map, roster, listener, secret, options, by_mpi)
     }
 
     /// True if the memory of devices of this kind is shared with other processes.

@@ -221,7 +221,7 @@ impl JoinState {
     fn handle_request(&mut self, from: u32, connection: Connection) {
         let info = match read_request(&connection) {
             Ok(Request::Join(info)) if info.member.process == from && info.check().is_ok() => info,
-            Ok(Request::Failed { ranks, report }) if report.is_for_all() => {
+            Ok(Request::Failed { ranks, report }) if report.concerns_all() => {
                 self.failed = Some((ranks, report));
                 return self.rejected.push(connection);
             }
