@@ -306,7 +306,7 @@ fn a_host_name_that_is_loopback_on_its_own_node_is_reached() {
     let ended = nodes.map(|mut node| (node.end(TIMEOUT), node.text()));
     assert!(ended.iter().all(|(code, _)| *code == Some(0)), "{ended:?}");
     let [(_, first), (_, second)] = ended;
-    let printed = "shardflow-node0 is 127.0.1.1 on this node";
+    let printed = "shardflow-node0 resolves to 127.0.1.1 on this node";
     assert!(first.matches(printed).count() == 1 && !second.contains(printed), "{first}\n{second}");
 }
 

@@ -362,9 +362,9 @@ fn check(options: &LaunchOptions) -> Result<(), LaunchError> {
         (1..=100).contains(&name.len()) && name.bytes().all(allowed) && !name.starts_with('.')
     };
     match run_id {
-        Some(name) if !is_name(name) => {
-            usage(format!("--rdzv-id {name}: expected 1 to 100 letters, digits, '.', '-' or '_', not starting with '.'"))
-        }
+        Some(name) if !is_name(name) => usage(format!(
+            "--rdzv-id {name}: expected 1 to 100 letters, digits, '.', '-' or '_', not starting with '.'"
+        )),
         _ => Ok(()),
     }
 }

@@ -34,7 +34,7 @@ pub(super) fn examine() -> Vec<Finding> {
     let mut found: Vec<Finding> = libraries.collect();
     let paths = env::var_os("PATH").unwrap_or_default();
     let programs: Vec<PathBuf> = env::split_paths(&paths).collect();
-    let find_program = |software: &Software| programs.iter().map(|f| f.join(software.files[0])).find(|path| path.is_file());
+    let find_program = |item: &Software| programs.iter().map(|f| f.join(item.files[0])).find(|path| path.is_file());
     found.extend(PROGRAMS.iter().map(|software| finding(software, find_program(software))));
     found
 }

@@ -61,7 +61,7 @@ mod tests {
         assert_eq!(threads(&[(&[0xff], 2)], 8), [4], "two devices");
         assert_eq!(threads(&[(&[0xff], 1), (&[0xff], 1)], 8), [4, 4], "equal masks");
         assert_eq!(threads(&[(&[0x0f], 1), (&[0xf0], 1)], 4), [4, 4], "disjoint masks");
-        assert_eq!(threads(&[(&[0x0f], 1), (&[0x0f], 1), (&[0xf0], 1), (&[0xf0], 1)], 4), [2; 4], "two processes on each socket");
+        assert_eq!(threads(&[(&[0x0f], 1), (&[0x0f], 1), (&[0xf0], 1), (&[0xf0], 1)], 4), [2; 4], "two sockets");
         assert_eq!(threads(&[(&[0xff], 1), (&[0xf0], 1)], 8), [6, 2], "four of its own, and half of four");
         assert_eq!(threads(&[(&[0x7][..], 1); 3], 3), [1, 1, 1], "thirds");
         assert_eq!(threads(&[(&[0x1], 2), (&[0x1], 1)], 1), [1, 1], "at least one");

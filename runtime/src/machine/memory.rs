@@ -194,7 +194,7 @@ mod tests {
         let expected = Some((2000, "/sys/fs/cgroup".into()));
         assert_eq!(least("0::/\n", &mount("/"), &files), expected, "with a cgroup namespace");
         assert_eq!(least("0::/docker/c0ffee\n", &mount("/docker/c0ffee"), &files), expected);
-        assert_eq!(least("0::/docker/c0ffee\n", &mount("/../.."), &files), expected, "a root that is no prefix of the path");
+        assert_eq!(least("0::/docker/c0ffee\n", &mount("/../.."), &files), expected, "unrelated root and path");
         let spaced = "35 31 0:32 / /mnt/a\\040b rw - cgroup cgroup rw,memory\n";
         let files = [("/mnt/a b/x/memory.limit_in_bytes", "50"), ("/mnt/a b/x/memory.usage_in_bytes", "20")];
         assert_eq!(least("5:memory:/x\n", spaced, &files), Some((30, "/mnt/a b/x".into())));
