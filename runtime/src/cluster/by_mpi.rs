@@ -33,7 +33,7 @@ impl ByMpi {
         &self,
         process_map: &ProcessMap,
         groups: &[Arc<Group>],
-        within: Duration,
+        timeout: Duration,
     ) -> Result<Arc<dyn Collective>, ClusterError> {
         use shardflow_kernels::collective::mpi::{Mpi, MpiWorld};
         let world = match self.world.get() {
@@ -52,7 +52,7 @@ impl ByMpi {
                  `mpirun -n {processes}`, without another launcher"
             )));
         }
-        Ok(Arc::new(Mpi::new(world, groups, &|device| process_map.process_of(device), within)?))
+        Ok(Arc::new(Mpi::new(world, groups, &|device| process_map.process_of(device), timeout)?))
     }
 
     #[cfg(not(feature = "mpi"))]

@@ -54,7 +54,7 @@ pub(crate) struct World {
     monitor: Arc<Monitor>,
     agreement: Arc<ClusterAgreement>,
     /// Peers' messages with NCCL ids.
-    nccl_messages: Receiver<Received>,
+    ids: Receiver<Received>,
 }
 
 /// Topic of the control plane on which processes report their activity.
@@ -271,23 +271,13 @@ impl World {
         let membership = Arc::new(Membership::start(membership_config)?);
         let (to_agreement, messages) = bounded(QUEUE_MAX);
         let agreement = ClusterAgreement::new(world.process, processes, membership.clone(), messages, wait_max);
+        let agreement = Arc::new(agreement);
         let (monitor, listener): (Arc<Monitor>, _) = (Arc::default(), Arc::new(listener));
-        let (to_nccl, nccl_messages) = bounded(QUEUE_MAX);
+        let (to_nccl, ids) = bounded(QUEUE_MAX);
         let (events, own) = (membership.notices().clone(), (world.process, options.clone()));
         let spawned = monitor.spawn(events, Arc::downgrade(&listener), to_agreement, to_nccl, own);
         spawned.map_err(system("start a thread"))?;
-        Ok(Some(Self {
-            process_map,
-            roster,
-            listener,
-            secret,
-            options,
-            by_mpi,
-            membership,
-            monitor,
-            agreement: Arc::new(agreement),
-            nccl_messages,
-        }))
+        Ok(Some(Self { process_map, roster, listener, secret, options, by_mpi, membership, monitor, agreement, ids }))
     }
 
     /// Publishes this process's activity to those that wait for it. [`WAITING`] means that it waits for others; the monitor
@@ -349,7 +339,7 @@ impl World {
     /// Returns each group's `ncclUniqueId`. A collective call.
     pub(crate) fn nccl_ids(&self, groups: &[Arc<Group>]) -> Result<Vec<UniqueId>, KernelError> {
         let deadline = Instant::now() + self.options.connect_within;
-        nccl_ids::exchange(groups, &self.process_map, &self.membership, &self.nccl_messages, deadline)
+        nccl_ids::exchange(groups, &self.process_map, &self.membership, &self.ids, deadline)
     }
 
     /// Makes all connections between the processes.
