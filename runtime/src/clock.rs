@@ -1,4 +1,4 @@
-//! Time for long waits, which tests replace by their own.
+//! The clock of long waits, which tests replace.
 
 use std::fmt;
 use std::time::{Duration, Instant};
@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 pub trait WaitClock: Send + Sync + fmt::Debug {
     /// Time since a fixed moment.
     fn now(&self) -> Duration;
-    /// Waits for this time.
+    /// Waits for `time`.
     fn wait(&self, time: Duration);
 }
 

@@ -1,11 +1,11 @@
-//! The processes that run a plan together: where a program finds out that it is one of several, and how it wants to meet the
-//! others.
+//! The processes that run a plan together: detects the process's rank from its environment and holds the options of the
+//! rendezvous.
 //!
 //! ```no_run
 //! use shardflow::prelude::*;
 //!
 //! # fn program(plan: Plan) -> Result<(), Box<dyn std::error::Error>> {
-//! let cluster = Cluster::from_env()?; // from the launcher, torchrun, Slurm, ..; alone where there is none of them
+//! let cluster = Cluster::from_env()?; // set by the launcher, torchrun, Slurm, ..; a single process without them
 //! let session = Session::start(plan, &SessionOptions { cluster, ..SessionOptions::default() })?;
 //! # Ok(())
 //! # }
@@ -42,31 +42,32 @@ use rendezvous::{RendezvousError, RendezvousRefusal};
 pub const TRANSPORT: &str = "SHARDFLOW_TRANSPORT";
 /// Variable that chooses the engine of [`Collectives`]: `own` or `mpi`; the same for all processes.
 pub const COLLECTIVES: &str = "SHARDFLOW_COLLECTIVES";
-/// Variable with the exit codes for which the launcher has started the job again, comma-separated.
+/// Variable with the exit codes that caused the launcher's restarts of the job so far, comma-separated.
 const RESTART_CAUSES: &str = "SHARDFLOW_RESTART_CAUSES";
+/// Variable with the time at which the launcher began the job: Unix time in milliseconds.
 const JOB_BEGAN_MS: &str = "SHARDFLOW_JOB_BEGAN_MS";
-/// Variable with the address of this node that the process listens on.
+/// Variable with the local address that the process listens on.
 pub const INTERFACE: &str = "SHARDFLOW_INTERFACE";
-/// Variable with the host name or address at which others reach this process, at the ports that it listens on.
+/// Variable with the host name or address at which other processes reach this one; the ports do not change.
 pub const ADVERTISE: &str = "SHARDFLOW_ADVERTISE";
 /// Variable with the milliseconds between heartbeats; the same for all processes.
 pub const HEARTBEAT_MS: &str = "SHARDFLOW_HEARTBEAT_MS";
 /// Variable with the milliseconds of silence after which a process counts as failed; the same for all processes.
 pub const HEARTBEAT_DEADLINE_MS: &str = "SHARDFLOW_HEARTBEAT_DEADLINE_MS";
-/// Variable with the milliseconds for which a failure before the processes meet is reported to the others.
+/// Variable with the milliseconds that a process spends on reporting a failure before the rendezvous to the others.
 pub const REPORT_WAIT_MS: &str = "SHARDFLOW_REPORT_WAIT_MS";
 
-/// What carries tensors from process to process.
+/// The transport that carries tensors between processes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Transport {
     /// Shared memory between processes of one node, TCP between nodes; NCCL between GPUs.
     #[default]
     Auto,
-    /// Shared memory; processes on other nodes are reached by TCP. NCCL between GPUs.
+    /// Shared memory on one node, TCP between nodes; refused if the processes of a node cannot share memory. NCCL between GPUs.
     SharedMemory,
-    /// Unix sockets on one node, TCP between nodes; by way of the host between GPUs, for what collectives do not do.
+    /// Unix sockets on one node, TCP between nodes. Register transfers between GPUs are staged through host memory.
     Unix,
-    /// TCP, on one node too; between GPUs as `Unix`.
+    /// TCP, also within one node. Between GPUs, the same as `Unix`.
     Tcp,
 }
 
@@ -82,14 +83,14 @@ impl Transport {
     }
 }
 
-/// What runs collectives between processes. Registers go by the [`Transport`] in any case.
+/// The engine that runs collectives between processes. Registers always use the [`Transport`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Collectives {
-    /// Shardflow's own engines, over the [`Transport`]: the same bits on any number of processes.
+    /// Shardflow's own engines over the [`Transport`]. Results have the same bits on any number of processes.
     #[default]
     Own,
-    /// MPI, where all members of a group are in different processes; the others as with `Own`. Sums agree with those of
-    /// `Own` within rounding. Needs the feature `mpi`, and processes that `mpirun` started.
+    /// MPI for groups whose members are all in different processes, `Own` for other groups. Sums agree with those of
+    /// `Own` within rounding. Needs the feature `mpi` and processes started by `mpirun`.
     Mpi,
 }
 
@@ -103,26 +104,26 @@ impl Collectives {
     }
 }
 
-/// Receives log lines: which ranks are missing while processes wait for each other, or why another transport is used.
+/// Receives log lines: the ranks that a wait is for, or why another transport is used.
 pub type OnWaiting = Arc<dyn Fn(&str) + Send + Sync>;
 
-/// How the others reach what this process listens on, where that is not at the same address: through a proxy, or ports that
-/// are forwarded. Asked once for each address.
+/// Maps the addresses that this process listens on to those that others connect to, for example with a proxy or forwarded
+/// ports. Called once for each address.
 pub trait Advertise: fmt::Debug + Send + Sync {
-    /// Where others connect to, for connections to arrive at `bound`.
+    /// Returns the address that others connect to in order to reach `bound`.
     ///
     /// # Errors
-    /// When there is no such place; the process does not start then.
+    /// There is no such address. The process then does not start.
     fn connections(&self, bound: &Address) -> io::Result<Address>;
 
-    /// Where others send heartbeats (UDP) to, for them to arrive at `bound`.
+    /// Returns the UDP address that others send heartbeats to in order to reach `bound`.
     ///
     /// # Errors
     /// As [`Advertise::connections`].
     fn heartbeats(&self, bound: SocketAddr) -> io::Result<SocketAddr>;
 }
 
-/// A host name or address that is published in place of the one that a process listens on; the port does not change.
+/// A host name or address that is published instead of the one that a process listens on; the port does not change.
 #[derive(Clone, Debug)]
 struct AdvertisedHost(String);
 
@@ -142,37 +143,37 @@ impl Advertise for AdvertisedHost {
     }
 
     fn heartbeats(&self, bound: SocketAddr) -> io::Result<SocketAddr> {
-        let nowhere = || io::Error::new(io::ErrorKind::NotFound, format!("{} has no address", self.0));
-        (self.0.as_str(), bound.port()).to_socket_addrs()?.next().ok_or_else(nowhere)
+        let unresolved = || io::Error::new(io::ErrorKind::NotFound, format!("{} has no address", self.0));
+        (self.0.as_str(), bound.port()).to_socket_addrs()?.next().ok_or_else(unresolved)
     }
 }
 
-/// How processes meet and watch each other; the same for all.
+/// Options of the rendezvous, the connections and the heartbeats; the same for all processes.
 #[derive(Clone)]
 pub struct ClusterOptions {
-    /// What carries tensors.
+    /// The transport of tensors.
     pub transport: Transport,
-    /// What runs collectives.
+    /// The engine of collectives.
     pub collectives: Collectives,
-    /// Address of this node to listen on, with port 0; without it, the one by which process 0 is reached, loopback if it is on
-    /// loopback.
+    /// Local address to listen on, with port 0. Without it, the address from which process 0 is reached; loopback if process 0
+    /// is on loopback.
     pub interface: Option<SocketAddr>,
-    /// Where others reach this process; without it, at the addresses that it listens on.
+    /// How others reach this process; without it, at the addresses that it listens on.
     pub advertise: Option<Arc<dyn Advertise>>,
-    /// How long to wait until all have come.
+    /// How long to wait for all processes to join.
     pub meet_within: Duration,
-    /// How long connections may take to be made, once all have come, before heartbeats show who is alive. Later waits take
-    /// [`crate::prelude::WatchdogOptions::abort_after`] at most.
+    /// How long connecting may take once all processes have joined, before heartbeats start. Later waits are limited by
+    /// [`crate::prelude::WatchdogOptions::abort_after`].
     pub connect_within: Duration,
-    /// How often a wait is reported, with the ranks that are missing or slow.
+    /// Interval between reports of a wait, with the missing or slow ranks.
     pub report_every: Duration,
     /// Time between heartbeats.
     pub heartbeat_every: Duration,
     /// Silence after which a process counts as failed; at least four times `heartbeat_every`.
     pub heartbeat_deadline: Duration,
-    /// How long a failure before the processes meet is reported to the others, see [`crate::exit::report`].
+    /// How long to report a failure before the rendezvous to the other processes, see [`crate::exit::report`].
     pub report_within: Duration,
-    /// Hears who is missing, besides the log.
+    /// Receives the log lines of a wait, in addition to the log.
     pub on_waiting: Option<OnWaiting>,
 }
 
@@ -214,15 +215,15 @@ impl ClusterOptions {
         let advertise =
             read(variables, ADVERTISE, "a host name or an IP address, without a port", AdvertisedHost::parse)?;
         options.advertise = advertise.map(|host| Arc::new(host) as Arc<dyn Advertise>);
-        let ms = |least: u64| move |text: &str| text.parse().ok().filter(|ms| (least..=DAY_MS).contains(ms));
+        let ms = |min: u64| move |text: &str| text.parse().ok().filter(|ms| (min..=DAY_MS).contains(ms));
         let ms_expected = "a whole number of milliseconds, from 1 to 86400000";
-        let every = read(variables, HEARTBEAT_MS, ms_expected, ms(1))?;
-        options.heartbeat_every = every.map_or(options.heartbeat_every, Duration::from_millis);
-        let least = 4 * options.heartbeat_every.as_millis() as u64;
+        let interval = read(variables, HEARTBEAT_MS, ms_expected, ms(1))?;
+        options.heartbeat_every = interval.map_or(options.heartbeat_every, Duration::from_millis);
+        let deadline_min = 4 * options.heartbeat_every.as_millis() as u64;
         let deadline_expected =
             "milliseconds, at least four times SHARDFLOW_HEARTBEAT_MS (250 if not set), at most 86400000";
-        let given = read(variables, HEARTBEAT_DEADLINE_MS, deadline_expected, ms(least))?;
-        // Where only the interval is given, the default deadline may be too short for it.
+        let given = read(variables, HEARTBEAT_DEADLINE_MS, deadline_expected, ms(deadline_min))?;
+        // If only the interval is set, the default deadline may be too short for it.
         let deadline = options.heartbeat_deadline.max(4 * options.heartbeat_every);
         options.heartbeat_deadline = given.map_or(deadline, Duration::from_millis);
         let within = read(variables, REPORT_WAIT_MS, "a whole number of milliseconds, from 0 to 86400000", ms(0))?;
@@ -231,10 +232,10 @@ impl ClusterOptions {
     }
 }
 
-/// Longest time that a variable may set; a longer one is a mistake.
+/// Largest value of a variable in milliseconds; a longer time is a mistake.
 const DAY_MS: u64 = 86_400_000;
 
-/// A variable's value, if it is set and not empty.
+/// Parses a variable, if it is set and not empty.
 fn read<T>(
     variables: &Variables,
     name: &'static str,
@@ -260,35 +261,35 @@ impl fmt::Debug for ClusterOptions {
     }
 }
 
-/// This process, and what it knows of the others before it meets them.
+/// This process's rank and options, known before the rendezvous.
 #[derive(Clone, Debug)]
 pub struct Cluster {
     launch: LaunchContext,
     by_mpi: ByMpi,
-    /// How to meet them.
+    /// Options of the rendezvous and the connections.
     pub options: ClusterOptions,
-    /// The exit codes for which the launcher has started the job again so far.
+    /// The exit codes that caused the launcher's restarts of the job so far.
     pub restart_causes: Vec<u8>,
-    /// When the launcher began the job, Unix time in milliseconds: the same for all attempts.
+    /// When the launcher began the job: Unix time in milliseconds, the same for all attempts.
     pub job_began_ms: Option<u64>,
 }
 
 impl Cluster {
-    /// One process, alone.
+    /// A single process.
     pub fn local() -> Self {
         Self::new(LaunchContext::Local, ClusterOptions::default())
     }
 
-    /// A process that was started as `launch` says.
+    /// A process with this launch context.
     pub fn new(launch: LaunchContext, options: ClusterOptions) -> Self {
         Self { launch, by_mpi: ByMpi::default(), options, restart_causes: Vec::new(), job_began_ms: None }
     }
 
-    /// As the environment says: the launcher's variables, torchrun's, Slurm's, OpenMPI's, a Kubernetes indexed job's; alone
-    /// where there are none. Nothing is connected yet: processes meet when a session starts.
+    /// Reads the variables of the launcher, torchrun, Slurm, OpenMPI, MPICH or a Kubernetes indexed job; a single process
+    /// without them. Connects nothing: the processes meet when a session starts.
     ///
     /// # Errors
-    /// An environment that contradicts itself, with the variable and what to set.
+    /// The environment contradicts itself; the error names the variable and the fix.
     pub fn from_env() -> Result<Self, ClusterError> {
         let variables = env::process_variables();
         let options = ClusterOptions::read(&variables)?;
@@ -297,7 +298,7 @@ impl Cluster {
         }
         let launch = env::detect(&variables)?;
         let causes = variables.get(RESTART_CAUSES).map_or("", |text| text.as_str());
-        // For metrics only: what makes no sense is left out.
+        // Used for metrics only, so values that cannot be parsed are skipped.
         let restart_causes = causes.split(',').filter_map(|code| code.parse().ok()).collect();
         let job_began_ms = variables.get(JOB_BEGAN_MS).and_then(|text| text.parse().ok());
         Ok(Self { launch, by_mpi: ByMpi::default(), options, restart_causes, job_began_ms })
@@ -307,29 +308,29 @@ impl Cluster {
         if let LaunchContext::World(world) = &self.launch { Some(world) } else { None }
     }
 
-    /// Number of this process: its rank, as torchrun calls it.
+    /// The rank of this process.
     pub fn process(&self) -> u32 {
         self.world().map_or(0, |world| world.process)
     }
 
-    /// The job's name, where it has one, and how often it was started before.
+    /// The job's name, if it has one, and how many times it was restarted.
     pub(crate) fn job(&self) -> (Option<String>, u64) {
         (self.world().map(|world| world.run_id.clone()).filter(|id| id != "none"), self.restart())
     }
 
-    /// How many processes there are.
+    /// The world size: the number of processes.
     pub fn processes(&self) -> u32 {
         self.world().map_or(1, |world| world.processes)
     }
 
-    /// How many of them share this node, and its cores.
+    /// The number of processes on this node, which share its cores.
     pub fn local_processes(&self) -> u32 {
         self.world().map_or(1, |world| world.local_processes)
     }
 
-    /// How many of a mesh's devices are on this node, and so share its cores and memory. Before the processes meet, so their
-    /// numbers on a node are taken to follow each other; where they do not, and devices do not divide evenly, it may be off by
-    /// one for each process.
+    /// How many of the mesh's devices are on this node and share its cores and memory. Called before the rendezvous, so it
+    /// assumes that the ranks of a node are consecutive. If they are not and the devices do not divide evenly, the result may
+    /// be off by one for each process.
     pub fn devices_here(&self, devices: usize) -> usize {
         let Some(world) = self.world() else { return devices };
         let first = world.process.saturating_sub(world.local_process);
@@ -337,63 +338,63 @@ impl Cluster {
         process_map.on_node(first..(first + world.local_processes).min(world.processes), world.process).all
     }
 
-    /// How often the job has been restarted, as far as this process knows.
+    /// How many times the job was restarted, as far as this process knows.
     pub fn restart(&self) -> u64 {
         self.world().map_or(0, |world| world.restart)
     }
 
-    /// True for the one process that speaks for all: rank 0.
+    /// True for rank 0, the only process that prints output for all.
     pub fn is_first(&self) -> bool {
         self.process() == 0
     }
 }
 
-/// Why the processes do not come together.
+/// Why the processes cannot form a world.
 #[derive(Debug, thiserror::Error)]
 pub enum ClusterError {
     /// The environment contradicts itself.
     #[error(transparent)]
     Env(#[from] EnvError),
-    /// A variable of ours has a value that it cannot have.
+    /// One of Shardflow's variables has an invalid value.
     #[error("{name} is {value:?}, expected {expected}")]
     Variable {
         /// The variable.
         name: &'static str,
         /// Its value.
         value: String,
-        /// What it may be.
+        /// The valid values.
         expected: &'static str,
     },
-    /// MPI is asked for and cannot be used.
+    /// MPI is selected and cannot be used.
     #[error("{COLLECTIVES}=mpi, but {0}")]
     Mpi(String),
-    /// Processes, devices, addresses or transports that do not go together.
+    /// An invalid combination of processes, devices, addresses or transports.
     #[error("{0}")]
     Refused(String),
-    /// They did not meet.
+    /// The rendezvous failed.
     #[error(transparent)]
     Rendezvous(#[from] RendezvousError),
     /// A connection could not be made.
     #[error(transparent)]
     Transport(#[from] TransportError),
-    /// They met, and one was lost before the session began.
+    /// A process was lost after the rendezvous, before the session began.
     #[error(transparent)]
     Membership(#[from] MembershipError),
-    /// Memory or a collective engine could not be had.
+    /// Memory or a collective engine could not be created.
     #[error(transparent)]
     Kernel(#[from] KernelError),
-    /// The system failed a call.
-    #[error("cannot {what}: {cause}")]
+    /// A system call failed.
+    #[error("cannot {action}: {cause}")]
     System {
-        /// What was tried.
-        what: &'static str,
-        /// What the system says.
+        /// The action that failed.
+        action: &'static str,
+        /// The system's error.
         cause: io::Error,
     },
 }
 
 impl ClusterError {
-    /// The code that a program ends with because of it.
+    /// The exit code of a program that ends with this error.
     pub fn exit(&self) -> Exit {
         match self {
             Self::Env(error) => error.exit(),
@@ -436,12 +437,12 @@ mod tests {
         let ms = [read.heartbeat_every, read.heartbeat_deadline, read.report_within].map(|time| time.as_millis());
         assert_eq!((ms, read.interface), ([50, 200, 0], Some("[::1]:0".parse().unwrap())));
         let slow = options(&[(HEARTBEAT_MS, "3000"), (REPORT_WAIT_MS, "")]).unwrap();
-        assert_eq!(slow.heartbeat_deadline.as_millis(), 12_000, "four beats at least");
+        assert_eq!(slow.heartbeat_deadline.as_millis(), 12_000, "at least four intervals");
         assert_eq!(slow.report_within, ClusterOptions::default().report_within);
     }
 
     #[test]
-    fn variables_that_cannot_be_used_are_named() {
+    fn an_error_names_the_invalid_variable() {
         for (name, value) in [
             (HEARTBEAT_MS, "0"),
             (HEARTBEAT_MS, "1 s"),
@@ -453,7 +454,7 @@ mod tests {
             (ADVERTISE, "host:5"),
             (ADVERTISE, "tcp://host"),
             (ADVERTISE, "a b"),
-            (TRANSPORT, "pigeon"),
+            (TRANSPORT, "udp"),
         ] {
             let message = options(&[(name, value)]).expect_err(value);
             assert!(message.starts_with(&format!("{name} is {value:?}, expected ")), "{message}");
@@ -465,14 +466,14 @@ mod tests {
         for (host, expected) in
             [("10.0.0.7", "10.0.0.7:20000"), ("fd00::7", "[fd00::7]:20000"), ("a-1.b", "a-1.b:20000")]
         {
-            let advertise = options(&[(ADVERTISE, host)]).unwrap().advertise.expect("it is given");
+            let advertise = options(&[(ADVERTISE, host)]).unwrap().advertise.expect("the variable is set");
             let tcp = |name: &str| Address::Tcp(name.into());
             assert_eq!(advertise.connections(&tcp("127.0.0.1:20000")).unwrap(), tcp(expected));
             assert_eq!(advertise.connections(&tcp("[::1]:20000")).unwrap(), tcp(expected));
             let unix = Address::Unix("/tmp/socket".into());
             assert_eq!(advertise.connections(&unix).unwrap(), unix);
         }
-        let advertise = options(&[(ADVERTISE, "10.0.0.7")]).unwrap().advertise.expect("it is given");
+        let advertise = options(&[(ADVERTISE, "10.0.0.7")]).unwrap().advertise.expect("the variable is set");
         assert_eq!(advertise.heartbeats("0.0.0.0:9".parse().unwrap()).unwrap(), "10.0.0.7:9".parse().unwrap());
     }
 }

@@ -1,4 +1,4 @@
-//! Values that a program declares: they must be equal on all ranks, checkpoints and saved files record them, and a resume
+//! Values that a program declares. They must be equal on all ranks; checkpoints and saved files record them, and a resume
 //! compares them.
 //!
 //! ```
@@ -22,13 +22,13 @@ use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
-/// Most values of a program.
+/// Largest number of declared values.
 pub const DECLARED_MAX: usize = 64;
-/// Most bytes of a name.
+/// Largest length of a name, in bytes.
 pub const NAME_BYTES_MAX: usize = 64;
-/// Most bytes of a value; declare a digest of a longer one.
+/// Largest length of a value, in bytes; declare a digest of a longer one.
 pub const VALUE_BYTES_MAX: usize = 1024;
-/// Most bytes of all names and values together.
+/// Largest length of all names and values together, in bytes.
 pub const DECLARED_BYTES_MAX: usize = 6 << 10;
 
 /// Names of the values that the session itself compares.
@@ -45,14 +45,14 @@ pub(crate) const PROCESSES: &str = "number of processes";
 const RESERVED: [&str; 10] =
     [SEED, PLAN, MESH, TRANSPORT, COLLECTIVES, KERNELS, ON_NON_FINITE, VERSION, EXECUTABLE, PROCESSES];
 
-/// What a resume does when the checkpoint records another value. Between ranks every declared value must be the same.
+/// What a resume does if the checkpoint records another value. Between ranks, declared values must always be equal.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum OnResume {
-    /// It refuses the checkpoint.
+    /// Refuses the checkpoint.
     Same,
-    /// It loads the checkpoint, and reports both values.
+    /// Loads the checkpoint and reports both values.
     Warn,
-    /// It loads the checkpoint.
+    /// Loads the checkpoint.
     Free,
 }
 
@@ -64,7 +64,7 @@ struct Declared {
     name: String,
     value: String,
     on_resume: OnResume,
-    /// Loads of weights alone compare it, too.
+    /// Also compared when only weights are loaded.
     is_of_model: bool,
 }
 
@@ -78,11 +78,11 @@ pub struct Declarations(Vec<Declared>);
 pub struct DeclareError {
     /// Its name.
     pub name: String,
-    /// The rule that it breaks, with the numbers.
+    /// The violated rule, with the numbers.
     pub why: String,
 }
 
-/// A value that must equal the recorded one, and does not.
+/// A value that must equal the recorded one but differs.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Difference {
     pub(crate) name: String,
@@ -97,8 +97,8 @@ impl Declarations {
         self.with(name.into(), value.to_string(), on_resume, false)
     }
 
-    /// Adds a value without which the weights mean something else, such as the number of heads. It must be the same on resume
-    /// ([`OnResume::Same`]), and loads of weights alone compare it, too.
+    /// Adds a value that defines the meaning of the weights, such as the number of heads. It must be the same on resume
+    /// ([`OnResume::Same`]), and is also compared when only weights are loaded.
     #[must_use]
     pub fn declare_model(self, name: impl Into<String>, value: impl ToString) -> Self {
         self.with(name.into(), value.to_string(), OnResume::Same, true)
@@ -152,18 +152,18 @@ impl Declarations {
         Ok(())
     }
 
-    /// Compares recorded values with these; returns a line for each difference to report. Values of one side only are not
-    /// compared: older programs declared fewer.
+    /// Compares recorded values with these; returns a line for each difference to report. Values that only one side has are not
+    /// compared, because older programs declared fewer.
     pub(crate) fn compare(&self, saved: &Values, weights_only: bool) -> Result<Vec<String>, Difference> {
         let mut notes = Vec::new();
         for declared in self.0.iter().filter(|declared| declared.is_of_model || !weights_only) {
             let Declared { name, value, on_resume, .. } = declared;
-            let Some(was) = saved.get(name).filter(|was| *was != value) else { continue };
+            let Some(recorded) = saved.get(name).filter(|recorded| *recorded != value) else { continue };
             match on_resume {
                 OnResume::Same => {
-                    return Err(Difference { name: name.clone(), saved: was.clone(), here: value.clone() });
+                    return Err(Difference { name: name.clone(), saved: recorded.clone(), here: value.clone() });
                 }
-                OnResume::Warn => notes.push(format!("{name} was {was} and is {value} from here on")),
+                OnResume::Warn => notes.push(format!("{name} was {recorded} and is {value} from here on")),
                 OnResume::Free => {}
             }
         }
@@ -171,15 +171,15 @@ impl Declarations {
     }
 }
 
-/// Blocks of a large file that enter its identity.
+/// Number of blocks of a large file that its identity covers.
 const BLOCKS: u64 = 64;
 const BLOCK_BYTES: u64 = 1 << 20;
 
-/// Identity of a data file: its length and the BLAKE3 checksum of its bytes; for a file of more than 64 MiB, the checksum of 64
+/// Identity of a data file: its length and the BLAKE3 checksum of its bytes. For a file of more than 64 MiB, the checksum of 64
 /// blocks of 1 MiB, spread evenly from the first byte to the last.
 ///
 /// # Errors
-/// When the file cannot be read.
+/// The file cannot be read.
 pub fn data_identity(path: &Path) -> io::Result<String> {
     let file = File::open(path)?;
     identity(file.metadata()?.len(), |start, block| file.read_exact_at(block, start))
@@ -199,7 +199,7 @@ fn identity(bytes: u64, read: impl Fn(u64, &mut [u8]) -> io::Result<()>) -> io::
     let mut block = vec![0; bytes.min(BLOCK_BYTES) as usize];
     for index in 0..bytes.div_ceil(BLOCK_BYTES).min(BLOCKS) {
         let start = if bytes > BLOCKS * BLOCK_BYTES {
-            // In 128 bits, for no file's length overflows there.
+            // No file's length overflows 128 bits.
             (u128::from(bytes - BLOCK_BYTES) * u128::from(index) / u128::from(BLOCKS - 1)) as u64
         } else {
             index * BLOCK_BYTES
@@ -232,7 +232,7 @@ mod tests {
         };
         let other = saved(&[("data", "b"), ("batch", "4")]);
         assert_eq!(declared.compare(&other, false), difference("data", "b", "a"));
-        assert_eq!(declared.compare(&other, true), Ok(Vec::new()), "weights alone are of any data");
+        assert_eq!(declared.compare(&other, true), Ok(Vec::new()), "data is not compared when only weights are loaded");
         let other = saved(&[("batch", "4"), ("lr", "0.25"), ("unknown", "1")]);
         assert_eq!(declared.compare(&other, false), Ok(vec!["batch was 4 and is 2 from here on".into()]));
         for weights_only in [false, true] {
@@ -242,7 +242,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_declared_has_limits() {
+    fn declarations_beyond_the_limits_are_refused() {
         let one = |name: &str, value: &str| Declarations::default().declare(name, value, OnResume::Same);
         let why = |declared: Declarations| declared.check().unwrap_err().to_string();
         assert_eq!(one("name", &"v".repeat(VALUE_BYTES_MAX)).check(), Ok(()));
@@ -259,9 +259,9 @@ mod tests {
         assert!(why(many(7, &"v".repeat(1024))).contains("more than 6144 bytes"));
     }
 
-    /// A short file is read whole, a long one in 64 places, of which the first and the last byte are two.
+    /// A short file is read whole; of a long file, 64 blocks that include the first and the last byte.
     #[test]
-    fn identities_of_files() {
+    fn an_identity_covers_a_short_file_and_the_blocks_of_a_long_one() {
         let short = tempfile::NamedTempFile::new().unwrap();
         std::fs::write(short.path(), "some text").unwrap();
         let expected = format!("9 bytes, blake3 {}", blake3::hash(b"some text").to_hex());
@@ -271,19 +271,19 @@ mod tests {
         let two = vec![7; (2 * BLOCK_BYTES + 1) as usize];
         assert_eq!(identity_of(&two), format!("{} bytes, blake3 {}", two.len(), blake3::hash(&two).to_hex()));
 
-        // Sparse: nothing is on the disk but what is changed.
+        // A sparse file: only changed blocks use disk space.
         let long = tempfile::tempfile().unwrap();
         let bytes = 1 << 40;
         long.set_len(bytes).unwrap();
         let read = |start: u64, block: &mut [u8]| long.read_exact_at(block, start);
-        let of_long = || identity(bytes, read).unwrap();
-        let mut seen = vec![of_long()];
+        let long_identity = || identity(bytes, read).unwrap();
+        let mut seen = vec![long_identity()];
         for place in [0, bytes - 1, (bytes - BLOCK_BYTES) / 63 + 5] {
             long.write_all_at(&[1], place).unwrap();
-            seen.push(of_long());
-            assert!(!seen[..seen.len() - 1].contains(seen.last().unwrap()), "byte {place} counts");
+            seen.push(long_identity());
+            assert!(!seen[..seen.len() - 1].contains(seen.last().unwrap()), "byte {place} is covered");
         }
         long.write_all_at(&[1], bytes / 2).unwrap();
-        assert_eq!(Some(&of_long()), seen.last(), "what lies between the blocks does not count");
+        assert_eq!(Some(&long_identity()), seen.last(), "bytes between the blocks are not covered");
     }
 }

@@ -1,4 +1,4 @@
-//! `shardflow doctor`: what of a machine matters to a run, what is missing, and how to get it.
+//! `shardflow doctor`: reports a machine's resources and software, what is missing, and how to install it.
 
 use std::fmt;
 
@@ -11,44 +11,44 @@ mod machine;
 mod software;
 mod works;
 
-/// How one thing stands.
+/// Status of one finding.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum FindingStatus {
-    /// There, and works.
+    /// Works.
     Ok,
-    /// Not there; only some programs need it.
+    /// Missing; only some programs need it.
     Absent,
-    /// There, but smaller or slower than it should be.
+    /// Smaller or slower than recommended.
     Poor,
-    /// Does not work, and no program of several processes runs without.
+    /// Does not work; every program with several processes needs it.
     Broken,
 }
 
-/// One line of the doctor's.
+/// One line of the report.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Finding {
     /// `machine`, `works`, `gpu` or `cluster`.
     pub group: &'static str,
-    /// What was looked at.
+    /// Name of the resource.
     pub name: &'static str,
-    /// How it stands.
+    /// Its status.
     pub status: FindingStatus,
     /// Numbers, versions or paths.
     pub value: String,
-    /// How to get it, or to make it better.
+    /// How to install or improve it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub hint: Option<String>,
 }
 
-/// All that was found.
+/// All findings.
 #[derive(Clone, Debug, Serialize)]
 pub struct Findings {
-    /// In the order in which they are shown.
+    /// In the order of the report.
     pub findings: Vec<Finding>,
 }
 
-/// Looks at this machine. Takes well under a second and changes nothing that lasts.
+/// Examines this machine. Takes well under a second and makes no lasting change.
 pub fn examine() -> Findings {
     let mut findings = machine::examine();
     findings.extend(works::examine());
@@ -68,7 +68,7 @@ impl Finding {
 }
 
 impl Findings {
-    /// [`Exit::Refused`] when something is broken.
+    /// [`Exit::Refused`] if a finding is broken.
     pub fn exit(&self) -> Exit {
         if self.findings.iter().any(|f| f.status == FindingStatus::Broken) { Exit::Refused } else { Exit::Done }
     }
@@ -97,7 +97,7 @@ impl fmt::Display for Findings {
     }
 }
 
-/// `12.3 GiB`.
+/// Formats a size, such as `12.3 GiB`.
 fn size(bytes: u64) -> String {
     match bytes {
         0..0x10_0000 => format!("{} KiB", bytes >> 10),
@@ -111,7 +111,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn text_and_json_tell_the_same() {
+    fn text_and_json_have_the_same_findings() {
         let findings = examine();
         let text = findings.to_string();
         let json = serde_json::to_value(&findings).unwrap();
@@ -121,13 +121,13 @@ mod tests {
             assert!(
                 text.contains(finding["name"].as_str().unwrap()) && text.contains(finding["value"].as_str().unwrap())
             );
-            // Whoever lacks something is told what to do.
+            // A finding that is not ok has a hint.
             assert!(finding["status"] == "ok" || finding["hint"].is_string(), "{finding}");
         }
     }
 
     #[test]
-    fn sizes() {
+    fn sizes_have_units() {
         let sizes = [0, 2047, 1 << 20, (1 << 30) - 1, 3 << 29].map(size);
         assert_eq!(sizes, ["0 KiB", "1 KiB", "1 MiB", "1023 MiB", "1.5 GiB"]);
     }

@@ -1,5 +1,4 @@
-//! How a process ends: the exit codes, which of them are worth a restart, and how a process reports why it failed and how
-//! far it came.
+//! Exit codes, which of them are worth a restart, and the reports of a process's failure and progress.
 
 use std::fmt;
 use std::os::unix::process::ExitStatusExt;
@@ -13,52 +12,51 @@ use serde::{Deserialize, Serialize};
 
 use crate::cluster::departure;
 
-/// Variable with the path of the file to which a process that fails writes its [`Report`].
+/// Variable with the path of the file to which a failing process writes its [`Report`].
 pub const ERROR_FILE: &str = "SHARDFLOW_ERROR_FILE";
-/// Variable with the path of the file to which the last committed step is written. Only the first process of a node has
-/// it.
+/// Variable with the path of the file to which the last committed step is written. Set only for the first process of a node.
 pub const PROGRESS_FILE: &str = "SHARDFLOW_PROGRESS_FILE";
 
-/// Largest report that is read, in bytes. What is longer was not written by [`report`].
+/// Largest report that is read, in bytes. [`report`] writes no longer one.
 const REPORT_BYTES_MAX: u64 = 64 << 10;
 /// Longest cause that is written, in bytes.
 const CAUSE_BYTES_MAX: usize = 16 << 10;
 
-/// Why a process ended. The codes follow `sysexits.h` where it has one.
+/// Why a process ended. Codes that `sysexits.h` defines have its meaning.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Exit {
     /// 0: done.
     Done,
-    /// 2: a flag or a file that cannot be used.
+    /// 2: an invalid flag or file.
     Usage,
-    /// 65: data or a checkpoint is damaged, or belongs to another model.
+    /// 65: damaged data or checkpoint, or one of another model.
     BadData,
-    /// 69: another process is gone, or does not answer.
+    /// 69: another process has ended or does not respond.
     PeerUnavailable,
-    /// 70: a bug, or a failure that has no code of its own.
+    /// 70: a bug, or a failure without a code of its own.
     Internal,
-    /// 71: memory could not be had.
+    /// 71: memory could not be allocated.
     OutOfMemory,
     /// 73: a checkpoint cannot be written.
     CannotWrite,
-    /// 75: nothing is wrong with the program; start it again.
+    /// 75: the program has not failed; restart it.
     Retry,
-    /// 76: a peer speaks another protocol, or does not know the secret.
+    /// 76: a peer uses another protocol or secret.
     Protocol,
     /// 78: the plan or the configuration was refused.
     Refused,
-    /// 79: nothing moved for too long.
+    /// 79: no progress for too long.
     Hang,
-    /// 80: a loss or gradient that is not finite.
+    /// 80: a loss or gradient is Inf or NaN.
     Numerics,
-    /// 128 + n: ended by signal n, or as if it had been.
+    /// 128 + n: ended by signal n, or with the code of signal n.
     Signal(u8),
-    /// A code that is none of these: of a program that does not follow them.
+    /// Any other code, of a program that does not follow these.
     Other(u8),
 }
 
 impl Exit {
-    /// Every exit that has one code of its own.
+    /// Every exit that has exactly one code.
     pub const NAMED: [Exit; 12] = [
         Exit::Done,
         Exit::Usage,
@@ -74,7 +72,7 @@ impl Exit {
         Exit::Numerics,
     ];
 
-    /// The code that the process ends with.
+    /// The exit code.
     pub fn code(self) -> u8 {
         match self {
             Exit::Done => 0,
@@ -98,13 +96,13 @@ impl Exit {
     pub fn from_code(code: u8) -> Exit {
         match Exit::NAMED.into_iter().find(|exit| exit.code() == code) {
             Some(exit) => exit,
-            // Linux has the signals 1 to 64.
+            // Linux has signals 1 to 64.
             None if (129..=192).contains(&code) => Exit::Signal(code - 128),
             None => Exit::Other(code),
         }
     }
 
-    /// How a process that was waited for ended.
+    /// The exit of a reaped process.
     pub fn from_status(status: ExitStatus) -> Exit {
         match (status.code(), status.signal()) {
             (Some(code), _) => Exit::from_code(code as u8),
@@ -113,9 +111,8 @@ impl Exit {
         }
     }
 
-    /// Whether to start again from the last commit may help. Signals by which somebody asks a process to end (SIGHUP,
-    /// SIGINT, SIGQUIT, SIGTERM) are a wish, not a failure; any other may have come from outside (the kernel that is
-    /// out of memory) or from a bug that does not always show.
+    /// True if a restart from the last commit may help. SIGHUP, SIGINT, SIGQUIT and SIGTERM are requests to end, not failures;
+    /// any other signal may come from outside (the kernel's out-of-memory killer) or from an intermittent bug.
     pub fn worth_a_retry(self) -> bool {
         match self {
             Exit::PeerUnavailable | Exit::Internal | Exit::OutOfMemory | Exit::Retry | Exit::Hang | Exit::Other(_) => {
@@ -127,8 +124,8 @@ impl Exit {
         }
     }
 
-    /// Whether a process that ends so accuses another one rather than itself.
-    pub fn blames_a_peer(self) -> bool {
+    /// True if this exit means that another process caused the end.
+    pub fn is_caused_by_peer(self) -> bool {
         matches!(self, Exit::PeerUnavailable | Exit::Retry)
     }
 }
@@ -164,69 +161,70 @@ impl From<Exit> for ExitCode {
     }
 }
 
-/// What a process says about its own failure: one JSON object.
+/// A process's report of its failure: one JSON object.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Report {
-    /// Who reports.
+    /// Rank of the reporting process.
     pub rank: u32,
-    /// When, since 1970.
+    /// Unix time of the failure, in nanoseconds.
     pub time_unix_ns: u64,
-    /// The code that it will end with.
+    /// The code with which it will end.
     pub exit: u8,
-    /// What failed, in one line or a few.
+    /// The failure, in one line or a few.
     pub cause: String,
-    /// Whose failure it was: the reporter's own when absent.
+    /// The rank that failed first; if absent, the exit code decides whether the failure is the reporter's own.
     #[serde(default)]
     pub first_cause_rank: Option<u32>,
-    /// The process had met the others, which learn of its failure from the session.
+    /// The process had joined the others, to which the session reports the failure.
     #[serde(default)]
     pub joined: bool,
 }
 
 impl Report {
-    /// Writes the report. A reader sees the whole of it or nothing.
+    /// Writes the report atomically.
     ///
     /// # Errors
     /// The folder cannot be written.
     pub fn write(&self, path: &Path) -> io::Result<()> {
-        write_whole(path, &serde_json::to_vec(self)?)
+        write_atomically(path, &serde_json::to_vec(self)?)
     }
 
-    /// Reads a report; nothing when there is none, or none that can be read: it only adds to what the exit code says.
+    /// Reads a report. `None` if it is missing or unreadable: it only adds detail to the exit code.
     pub fn read(path: &Path) -> Option<Report> {
         let bytes = fs::metadata(path).ok()?.len();
         (bytes <= REPORT_BYTES_MAX).then(|| serde_json::from_slice(&fs::read(path).ok()?).ok())?
     }
 
-    /// Whether the reporter says that the failure began with itself.
-    pub fn blames_itself(&self) -> bool {
+    /// True if the failure began in the reporting process.
+    pub fn is_own_failure(&self) -> bool {
         match self.first_cause_rank {
             Some(first) => first == self.rank,
-            None => !Exit::from_code(self.exit).blames_a_peer(),
+            None => !Exit::from_code(self.exit).is_caused_by_peer(),
         }
     }
 
-    /// Whether the other processes would wait for the reporter in vain, and a restart would not help.
-    pub fn is_for_all(&self) -> bool {
+    /// True if the other processes must be refused too: they would wait for the reporter, and a restart would not help.
+    pub fn concerns_all(&self) -> bool {
         let exit = Exit::from_code(self.exit);
-        !self.joined && self.blames_itself() && exit != Exit::Done && !exit.worth_a_retry()
+        !self.joined && self.is_own_failure() && exit != Exit::Done && !exit.worth_a_retry()
     }
 }
 
-/// True once this process has met the others, or has reported why it cannot.
+/// True once this process has joined the others, or has reported why it cannot.
 static JOINED: AtomicBool = AtomicBool::new(false);
 
-/// The processes have met: from now on the session informs the others of a failure here.
-pub(crate) fn joined() {
+/// Records that the rendezvous succeeded. From now on the session reports failures to the others.
+pub(crate) fn mark_joined() {
     JOINED.store(true, Ordering::Relaxed);
 }
 
-/// Reports why this process is about to end with `exit`. `first_cause_rank`: the rank that failed first, where it is another
-/// one. With [`Exit::Retry`] and its own rank, the process ends on request, such as before its node is taken away: no launcher
-/// restarts it. Under `shardflow launch` the report goes to the launcher. Without it, a process
-/// of several that ends before it has met the others, for a cause that is not worth a retry, reports to them: it dials the
-/// rendezvous endpoint, or as rank 0 answers there, for at most `SHARDFLOW_REPORT_WAIT_MS`. The first report of a process
-/// stands.
+/// Reports why this process is about to end with `exit`. `first_cause_rank` is the rank that failed first, if it is another
+/// one. With [`Exit::Retry`] and its own rank, the process ends on request, for example before its node is reclaimed, and the
+/// launcher does not restart it.
+///
+/// Under `shardflow launch` the report goes to the launcher. Without it, a process of several that ends before the rendezvous,
+/// for a cause that is not worth a retry, reports to the others for at most `SHARDFLOW_REPORT_WAIT_MS`: it connects to the
+/// rendezvous endpoint, or as rank 0 refuses those that connect to it. Only the first report of a process is kept.
 ///
 /// # Errors
 /// The report cannot be written.
@@ -242,7 +240,7 @@ pub fn report(exit: Exit, cause: &str, first_cause_rank: Option<u32>) -> io::Res
     match path {
         Some(path) => report.write(Path::new(&path)),
         None => {
-            if report.is_for_all() {
+            if report.concerns_all() {
                 departure::report(&report);
             }
             Ok(())
@@ -250,38 +248,38 @@ pub fn report(exit: Exit, cause: &str, first_cause_rank: Option<u32>) -> io::Res
     }
 }
 
-/// The rank that the launcher gave this process.
+/// The rank that the launcher assigned to this process.
 pub(crate) fn own_rank() -> u32 {
     env::var("SHARDFLOW_RANK").ok().and_then(|rank| rank.parse().ok()).unwrap_or(0)
 }
 
-/// Tells the launcher that `step` is committed, so that it can see whether restarts get anywhere. Does nothing when no
-/// launcher asked for it.
+/// Reports to the launcher that `step` is committed, so that it can detect restarts without progress. Does nothing if
+/// [`PROGRESS_FILE`] is not set.
 ///
 /// # Errors
 /// The file cannot be written.
 pub fn progress(step: u64) -> io::Result<()> {
     match env::var_os(PROGRESS_FILE) {
-        Some(path) => write_whole(Path::new(&path), step.to_string().as_bytes()),
+        Some(path) => write_atomically(Path::new(&path), step.to_string().as_bytes()),
         None => Ok(()),
     }
 }
 
-/// The step in a progress file; nothing when none was committed yet.
+/// The step in a progress file; `None` if no step was committed yet.
 pub fn read_progress(path: &Path) -> Option<u64> {
     fs::read_to_string(path).ok()?.trim().parse().ok()
 }
 
-/// Now, in nanoseconds since 1970; 0 when the clock stands before that.
+/// Unix time in nanoseconds; 0 if the clock is before 1970.
 pub fn unix_ns() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_nanos() as u64)
 }
 
-fn write_whole(path: &Path, bytes: &[u8]) -> io::Result<()> {
-    let mut beside = path.as_os_str().to_owned();
-    beside.push(format!(".{}", std::process::id()));
-    fs::write(&beside, bytes)?;
-    fs::rename(&beside, path)
+fn write_atomically(path: &Path, bytes: &[u8]) -> io::Result<()> {
+    let mut temporary = path.as_os_str().to_owned();
+    temporary.push(format!(".{}", std::process::id()));
+    fs::write(&temporary, bytes)?;
+    fs::rename(&temporary, path)
 }
 
 #[cfg(test)]
@@ -301,14 +299,14 @@ mod tests {
     }
 
     #[test]
-    fn what_is_worth_a_retry() {
+    fn final_failures_and_requested_ends_are_not_worth_a_retry() {
         let worth: Vec<u8> = (0..=255).filter(|code| Exit::from_code(*code).worth_a_retry()).collect();
         let not: Vec<u8> = (0..=255).filter(|code| !worth.contains(code)).collect();
         assert_eq!(not, [0, 2, 65, 73, 76, 78, 80, 129, 130, 131, 143]);
     }
 
     #[test]
-    fn a_report_comes_back_whole_or_not_at_all() {
+    fn a_report_is_read_whole_or_not_at_all() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("report.json");
         assert_eq!(Report::read(&path), None);
@@ -322,14 +320,14 @@ mod tests {
         };
         report.write(&path).unwrap();
         assert_eq!(Report::read(&path), Some(report.clone()));
-        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1, "nothing is left beside it");
-        assert!(!report.blames_itself());
-        assert!(Report { exit: 70, first_cause_rank: None, ..report.clone() }.blames_itself());
-        assert!(!Report { first_cause_rank: None, ..report.clone() }.blames_itself());
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1, "the temporary file is gone");
+        assert!(!report.is_own_failure());
+        assert!(Report { exit: 70, first_cause_rank: None, ..report.clone() }.is_own_failure());
+        assert!(!Report { first_cause_rank: None, ..report.clone() }.is_own_failure());
         let code = |exit| Report { exit, first_cause_rank: None, ..report.clone() };
-        assert!(code(2).is_for_all() && code(78).is_for_all() && !code(0).is_for_all() && !code(70).is_for_all());
-        assert!(!Report { joined: true, ..code(2) }.is_for_all(), "its session reports it");
-        assert!(!Report { first_cause_rank: Some(1), ..code(2) }.is_for_all(), "rank 1 reports it");
+        assert_eq!([0, 2, 70, 78].map(|exit| code(exit).concerns_all()), [false, true, false, true]);
+        assert!(!Report { joined: true, ..code(2) }.concerns_all(), "its session reports it");
+        assert!(!Report { first_cause_rank: Some(1), ..code(2) }.concerns_all(), "rank 1 reports it");
         fs::write(&path, "{\"rank\":").unwrap();
         assert_eq!(Report::read(&path), None);
         fs::write(&path, vec![b' '; REPORT_BYTES_MAX as usize + 1]).unwrap();

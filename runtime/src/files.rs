@@ -1,4 +1,4 @@
-//! Local file systems: which belong to one machine, free space, listings, and files that are created once without hard links.
+//! Local file systems: which of them belong to one machine, free space, listings, and exclusive creation without hard links.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
@@ -8,28 +8,28 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use rustix::io::Errno;
 
-/// File systems of one machine, by `f_type` of statfs(2): writes are visible to all processes at once, and `flock` works.
+/// `f_type` of statfs(2) of the file systems of one machine, where all processes see writes at once and `flock` works.
 /// Overlay, tmpfs, ext2 to 4, XFS, btrfs, ZFS, F2FS, bcachefs.
 const OF_ONE_MACHINE: [u64; 8] =
     [0x794c_7630, 0x0102_1994, 0xef53, 0x5846_5342, 0x9123_683e, 0x2fc1_2fc1, 0xf2f5_2010, 0xca45_1a4e];
-/// Most times that a claim is taken from another writer.
+/// Largest number of times that a claim is taken from another writer.
 const CLAIMS_MAX: u32 = 10;
 
 /// False for network file systems and unknown ones.
 pub(crate) fn is_of_one_machine(folder: &Path) -> bool {
-    let there = folder.ancestors().find(|path| path.exists());
-    let kind = there.and_then(|path| rustix::fs::statfs(path).ok()).map(|stat| stat.f_type as u64);
+    let existing = folder.ancestors().find(|path| path.exists());
+    let kind = existing.and_then(|path| rustix::fs::statfs(path).ok()).map(|stat| stat.f_type as u64);
     kind.is_some_and(|kind| OF_ONE_MACHINE.contains(&(kind & 0xffff_ffff)))
 }
 
-/// Free bytes for this process in the folder; `None` where the file system does not report them.
+/// Free bytes for this process in the folder; `None` if the file system does not report them.
 pub fn free_bytes(folder: &Path) -> Option<u64> {
     let stat = rustix::fs::statvfs(folder).ok()?;
     (stat.f_blocks > 0).then(|| stat.f_bavail.saturating_mul(stat.f_frsize))
 }
 
-/// Names in a folder, with the sizes of files; folders have none. With `deep`, all files below it instead. Names that are not
-/// UTF-8 are skipped, as are files that are deleted meanwhile.
+/// Names in a folder, with the sizes of files; `None` for folders. With `deep`, all files below it instead. Skips names that
+/// are not UTF-8, and files that are deleted during the listing.
 pub(crate) fn list(folder: &Path, deep: bool) -> io::Result<BTreeMap<String, Option<u64>>> {
     let mut found = BTreeMap::new();
     let entries = match fs::read_dir(folder) {
@@ -52,7 +52,7 @@ pub(crate) fn list(folder: &Path, deep: bool) -> io::Result<BTreeMap<String, Opt
     Ok(found)
 }
 
-/// Deletes a file, or a folder with all that is in it, if it is there.
+/// Deletes a file, or a folder with its content, if it exists.
 pub(crate) fn remove(path: &Path) -> io::Result<()> {
     let removed = if path.is_dir() { fs::remove_dir_all(path) } else { fs::remove_file(path) };
     match removed {
@@ -61,37 +61,37 @@ pub(crate) fn remove(path: &Path) -> io::Result<()> {
     }
 }
 
-/// The system's error in the chain of another.
+/// The innermost `io::Error` in an error's source chain.
 pub(crate) fn system_error<'a>(error: &'a (dyn std::error::Error + 'static)) -> Option<&'a io::Error> {
-    let below = |error: &&'a (dyn std::error::Error + 'static)| error.source();
-    std::iter::successors(Some(error), below).filter_map(|error| error.downcast_ref()).last()
+    let source = |error: &&'a (dyn std::error::Error + 'static)| error.source();
+    std::iter::successors(Some(error), source).filter_map(|error| error.downcast_ref()).last()
 }
 
-/// True when a file could not be created because the file system has no hard links.
+/// True if a file could not be created because the file system has no hard links.
 pub(crate) fn lacks_links(error: &(dyn std::error::Error + 'static)) -> bool {
     let code = system_error(error).and_then(Errno::from_io_error);
     code.is_some_and(|code| [Errno::PERM, Errno::OPNOTSUPP, Errno::NOSYS, Errno::MLINK].contains(&code))
 }
 
-/// Creates a file, whole and synced, if there is none: without hard links. A folder with the content is moved to the name of
-/// the claim, which fails while another writer's is there; the content is then moved from inside the claim to its place. A
-/// claim may be taken at any time, from a writer that died or is slow: that writer then has nothing to move. So a writer
-/// that finds the place free while it holds the claim is the only one that can fill it.
+/// Creates a file with its whole content, synced, if it does not exist; needs no hard links. The writer renames a folder with
+/// the content to the claim's name, which fails while another writer's claim exists, and then renames the content from inside
+/// the claim to `path`. A claim may be removed at any time, from a writer that died or is slow; that writer then has no content
+/// to rename. So a writer that finds `path` free while it holds the claim is the only one that can create it.
 pub(crate) fn create_by_claim(path: &Path, bytes: &[u8]) -> io::Result<()> {
-    let beside = |ending: &str| {
+    let with_suffix = |suffix: &str| {
         let mut name = path.as_os_str().to_os_string();
-        name.push(ending);
+        name.push(suffix);
         PathBuf::from(name)
     };
     let nanoseconds = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_nanos();
     let unique = format!("{}{nanoseconds}", std::process::id());
-    // Object stores do not list names that end so.
-    let (mine, taken, claim) = (beside(&format!("#{unique}")), beside(&format!("#{unique}0")), beside(".claim"));
-    fs::create_dir(&mine)?;
-    let mut file = File::create(mine.join(&unique))?;
+    // Object stores do not list names that end with `#` and digits.
+    let [own, removed, claim] = [format!("#{unique}"), format!("#{unique}0"), ".claim".into()].map(|s| with_suffix(&s));
+    fs::create_dir(&own)?;
+    let mut file = File::create(own.join(&unique))?;
     file.write_all(bytes).and_then(|()| file.sync_all())?;
     for _ in 0..CLAIMS_MAX {
-        match fs::rename(&mine, &claim) {
+        match fs::rename(&own, &claim) {
             Ok(()) => {
                 let free = if path.exists() { Err(ErrorKind::AlreadyExists.into()) } else { Ok(()) };
                 let moved = free.and_then(|()| fs::rename(claim.join(&unique), path));
@@ -100,13 +100,13 @@ pub(crate) fn create_by_claim(path: &Path, bytes: &[u8]) -> io::Result<()> {
                 return moved.and_then(|()| File::open(path.parent().unwrap_or(path))?.sync_all());
             }
             Err(error) if matches!(error.kind(), ErrorKind::DirectoryNotEmpty | ErrorKind::AlreadyExists) => {
-                // If this fails, the other writer has just finished.
-                let _ = fs::rename(&claim, &taken).and_then(|()| fs::remove_dir_all(&taken));
+                // An error means that the other writer has just finished.
+                let _ = fs::rename(&claim, &removed).and_then(|()| fs::remove_dir_all(&removed));
             }
             Err(error) => return Err(error),
         }
     }
-    let _ = fs::remove_dir_all(&mine);
+    let _ = fs::remove_dir_all(&own);
     Err(io::Error::new(ErrorKind::ResourceBusy, "other writers keep claiming the same file"))
 }
 
@@ -129,7 +129,7 @@ mod tests {
     }
 
     #[test]
-    fn a_writer_that_died_with_the_claim_is_not_in_the_way() {
+    fn the_claim_of_a_dead_writer_is_removed() {
         let folder = folder();
         let path = folder.path().join("manifest.json");
         fs::create_dir(folder.path().join("manifest.json.claim")).unwrap();
@@ -140,7 +140,7 @@ mod tests {
     }
 
     #[test]
-    fn of_many_writers_one_creates_the_file() {
+    fn only_one_of_several_writers_creates_the_file() {
         let folder = folder();
         for round in 0..50 {
             let path = folder.path().join(format!("{round}.json"));
@@ -160,7 +160,7 @@ mod tests {
     }
 
     #[test]
-    fn names_that_are_not_utf_8_are_passed_over() {
+    fn names_that_are_not_utf_8_are_skipped() {
         use std::os::unix::ffi::OsStrExt;
         let folder = folder();
         let odd = std::ffi::OsStr::from_bytes(b"\xff");

@@ -1,15 +1,15 @@
-//! The lock of a checkpoint store: one training writes to it at a time.
+//! The lock of a checkpoint store: only one training job writes to it at a time.
 //!
-//! The lock is a file `lock-<n>.json` that names the holder. A holder is alive while it holds `flock` on its file. Where not
-//! all writers see `flock`, on network file systems and in cloud stores, it renews the file instead.
+//! The lock is a file `lock-<n>.json` that names the holder. A holder is alive while it holds `flock` on its file. On network
+//! file systems and in cloud stores, where other writers may not see `flock`, it renews the file instead.
 //!
 //! - LK-1: the process that created the file of the highest n holds the lock. Each file is created by an operation that fails
 //!   if the file exists, so two processes never hold the lock at once.
-//! - LK-2: a holder is dead if its `flock` is free, or after three missed renewals by the waiting process's own clock. No two
-//!   clocks are compared.
+//! - LK-2: a holder is dead if its `flock` is free, or after three missed renewals by the waiting process's own clock. Clocks
+//!   of different processes are never compared.
 //! - LK-3: a higher epoch of the same job, or a later saver of the same process, takes the lock at once.
 //! - LK-4: a commit and a deletion check LK-1 first. A process that loses the lock between the check and the commit may still
-//!   add a whole checkpoint of a step that has none; by ST-1 it replaces nothing.
+//!   add a complete checkpoint of a step that has none; by ST-1 it replaces no file.
 
 use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::ErrorKind;
@@ -28,28 +28,28 @@ use crate::checkpoint::io::Operations;
 use crate::checkpoint::store::Store;
 use crate::files;
 
-/// Time between two renewals.
+/// Interval between renewals.
 const RENEWAL: Duration = Duration::from_secs(10);
 /// Poll interval for the lock of another process.
 const POLL: Duration = Duration::from_secs(1);
-/// A live holder misses fewer renewals than this in a row.
+/// A live holder misses fewer consecutive renewals than this.
 const MISSED_MAX: u32 = 3;
-/// Most attempts; in each, another process may be faster.
+/// Largest number of attempts; another process may win each of them.
 const ATTEMPTS_MAX: u32 = 100;
 /// Size of a lock file: text padded with spaces, so that one write replaces all of it.
-const BYTES: usize = 1024;
-/// Limit for releasing the lock.
-const RELEASE: Duration = Duration::from_millis(500);
+const FILE_BYTES: usize = 1024;
+/// Timeout for releasing the lock.
+const RELEASE_TIMEOUT: Duration = Duration::from_millis(500);
 
-/// Who holds a lock.
+/// The process that holds a lock.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 struct Holder {
     host: String,
     boot: String,
     pid: u32,
-    /// Unix time in nanoseconds of the process's first lock: processes of two containers may have one number.
+    /// Unix time in nanoseconds of the process's first lock. Distinguishes processes of two containers with the same pid.
     process_ns: u64,
-    /// The job's name, where it has one.
+    /// The job's name, if it has one.
     job: Option<String>,
     epoch: u64,
     /// Unix time in nanoseconds.
@@ -70,7 +70,7 @@ impl Holder {
 
     fn encode(&self) -> Vec<u8> {
         let mut text = serde_json::to_vec(self).unwrap_or_default();
-        text.resize(text.len().max(BYTES), b' ');
+        text.resize(text.len().max(FILE_BYTES), b' ');
         text
     }
 
@@ -78,14 +78,14 @@ impl Holder {
         (&self.host, &self.boot) == (&other.host, &other.boot)
     }
 
-    /// LK-3.
+    /// LK-3: true if this process may take the lock from `other` at once.
     fn supersedes(&self, other: &Self) -> bool {
         let later = self.job.is_some() && self.job == other.job && self.epoch > other.epoch;
         later || (self.is_on_host_of(other) && (self.pid, self.process_ns) == (other.pid, other.process_ns))
     }
 }
 
-/// For errors.
+/// Describes the holder in a lock file, for messages.
 fn describe(text: &[u8]) -> String {
     let Ok(holder) = serde_json::from_slice::<Holder>(text) else { return "an unknown process".into() };
     let Holder { host, pid, job, epoch, since_ns, .. } = holder;
@@ -101,17 +101,17 @@ pub(crate) struct Lock {
     number: u64,
     holder: Holder,
     renewals: AtomicU64,
-    /// The file, with `flock` where the file system has it.
+    /// The open file with its `flock`; `None` without `flock`.
     file: Option<File>,
-    /// Dropping it ends the thread that renews.
+    /// Dropping the sender ends the renewing thread.
     _renewing: Option<Sender<()>>,
 }
 
 impl Lock {
-    /// Takes the lock for a job and an epoch of it. Where a holder's `flock` cannot be seen, waits up to 30 s for a renewal.
+    /// Takes the lock for a job and its epoch. If a holder's `flock` is not visible, waits up to 30 s for a renewal.
     ///
     /// # Errors
-    /// [`CheckpointError::Held`] with the holder; or when the store cannot do it.
+    /// [`CheckpointError::Held`] with the holder, or an error of the store.
     pub(crate) fn take(store: &Store, job: Option<String>, epoch: u64) -> Result<Arc<Self>, CheckpointError> {
         Self::take_as(store, Holder::of_this_process(job, epoch))
     }
@@ -125,22 +125,22 @@ impl Lock {
             let number = newest.map_or(1, |newest| newest.saturating_add(1));
             let Some(file) = create(store, number, &holder)? else { continue };
             let numbers = numbers(store)?;
-            // Read back: a store that returns other bytes cannot be checked for the lock.
-            let is_mine = read(store, number)?.as_deref() == Some(&holder.encode()[..]);
-            if is_mine && numbers.last() == Some(&number) {
+            // Reads the file back: in a store that returns other bytes, the lock cannot be checked.
+            let is_own = read(store, number)?.as_deref() == Some(&holder.encode()[..]);
+            if is_own && numbers.last() == Some(&number) {
                 numbers.iter().filter(|older| **older < number).try_for_each(|older| delete(store, *older))?;
                 return Ok(
                     Self { store: store.clone(), number, holder, renewals: 0.into(), file, _renewing: None }.renewed()
                 );
             }
         }
-        let why = format!("{}: other processes were faster {ATTEMPTS_MAX} times in taking the lock", store.place());
-        Err(CheckpointError::Refused(why))
+        let message = format!("{}: other processes took the lock first in {ATTEMPTS_MAX} attempts", store.place());
+        Err(CheckpointError::Refused(message))
     }
 
-    /// Starts to renew, where other processes rely on renewals.
+    /// Starts the renewing thread, if other processes rely on renewals.
     fn renewed(mut self) -> Arc<Self> {
-        if flock_is_seen_by_all(&self.store) && self.file.is_some() {
+        if is_flock_visible_to_all(&self.store) && self.file.is_some() {
             return Arc::new(self);
         }
         let (end, ended) = bounded(0);
@@ -168,7 +168,7 @@ impl Lock {
         let renewals = self.renewals.fetch_add(1, Ordering::Relaxed) + 1;
         let text = Holder { renewals, ..self.holder.clone() }.encode();
         match self.file.as_ref().map(File::try_clone) {
-            // In place: a new file would have no `flock`.
+            // Written in place, because a new file would have no `flock`.
             Some(file) => {
                 self.store.operations.run_local(&name(&self.store, self.number), StoreOperation::Write, move || {
                     let file = file?;
@@ -179,15 +179,15 @@ impl Lock {
         }
     }
 
-    /// LK-4.
+    /// LK-4: checks that this process still holds the lock.
     ///
     /// # Errors
-    /// [`CheckpointError::Fenced`] when another process has taken the lock.
+    /// [`CheckpointError::Fenced`] if another process has taken the lock.
     pub(crate) fn check(&self) -> Result<(), CheckpointError> {
         let newest = numbers(&self.store)?.pop();
         let text = newest.map(|number| read(&self.store, number)).transpose()?.flatten();
-        let there = text.as_deref().and_then(|text| serde_json::from_slice::<Holder>(text).ok());
-        if there.is_some_and(|there| Holder { renewals: 0, ..there } == self.holder) {
+        let current = text.as_deref().and_then(|text| serde_json::from_slice::<Holder>(text).ok());
+        if current.is_some_and(|current| Holder { renewals: 0, ..current } == self.holder) {
             return Ok(());
         }
         let holder = text.map_or_else(|| "no process: the lock's file was deleted".into(), |text| describe(&text));
@@ -197,14 +197,15 @@ impl Lock {
 
 impl Drop for Lock {
     fn drop(&mut self) {
-        self.store.operations.deadline = self.store.operations.deadline.min(RELEASE);
+        self.store.operations.deadline = self.store.operations.deadline.min(RELEASE_TIMEOUT);
         if let Err(error) = self.check().and_then(|()| delete(&self.store, self.number)) {
-            tracing::debug!("the lock of the checkpoints is left behind: {error}");
+            tracing::debug!("could not release the lock of the checkpoints: {error}");
         }
     }
 }
 
-fn flock_is_seen_by_all(store: &Store) -> bool {
+/// True if every process that can write to the store sees `flock`.
+fn is_flock_visible_to_all(store: &Store) -> bool {
     store.local.as_deref().is_some_and(files::is_of_one_machine)
 }
 
@@ -212,7 +213,7 @@ fn file_name(number: u64) -> String {
     format!("lock-{number}.json")
 }
 
-/// Name of a lock's file in errors.
+/// Name of a lock file in errors.
 fn name(store: &Store, number: u64) -> String {
     format!("{}/{}", store.place(), file_name(number))
 }
@@ -221,7 +222,7 @@ fn path(store: &Store, number: u64) -> Path {
     store.top(&file_name(number))
 }
 
-/// Numbers of all lock files, the highest last.
+/// Numbers of all lock files, in ascending order.
 fn numbers(store: &Store) -> Result<Vec<u64>, CheckpointError> {
     let number = |name: String| name.strip_prefix("lock-")?.strip_suffix(".json")?.parse().ok();
     let mut numbers: Vec<u64> = store.list(None, false)?.into_keys().filter_map(number).collect();
@@ -230,7 +231,7 @@ fn numbers(store: &Store) -> Result<Vec<u64>, CheckpointError> {
 }
 
 fn read(store: &Store, number: u64) -> Result<Option<Vec<u8>>, CheckpointError> {
-    store.operations.get(&name(store, number), &path(store, number), BYTES as u64 * 8)
+    store.operations.get(&name(store, number), &path(store, number), FILE_BYTES as u64 * 8)
 }
 
 fn put(store: &Store, number: u64, text: Vec<u8>, mode: PutMode) -> Result<(), CheckpointError> {
@@ -241,7 +242,7 @@ fn delete(store: &Store, number: u64) -> Result<(), CheckpointError> {
     store.operations.delete(&name(store, number), &path(store, number))
 }
 
-/// Creates a lock's file; `None` if another process was faster. The file stays open where it can be locked.
+/// Creates a lock file; `None` if another process was faster. Returns the open file if it could be locked.
 fn create(store: &Store, number: u64, holder: &Holder) -> Result<Option<Option<File>>, CheckpointError> {
     let Some(folder) = store.local.clone() else {
         return match put(store, number, holder.encode(), PutMode::Create) {
@@ -265,7 +266,7 @@ fn create(store: &Store, number: u64, holder: &Holder) -> Result<Option<Option<F
         };
         let is_locked = match file.try_lock() {
             Ok(()) => true,
-            // Another process saw the file before it was locked, and took it for a dead holder's.
+            // Another process opened the file before it was locked and considers its holder dead.
             Err(TryLockError::WouldBlock) => return Ok(None),
             Err(TryLockError::Error(_)) => false,
         };
@@ -274,16 +275,16 @@ fn create(store: &Store, number: u64, holder: &Holder) -> Result<Option<Option<F
     })
 }
 
-/// The file's text, if its holder is alive and not superseded.
-fn live_holder(store: &Store, number: u64, mine: &Holder) -> Result<Option<Vec<u8>>, CheckpointError> {
+/// The lock file's text, if its holder is alive and not superseded by `own`.
+fn live_holder(store: &Store, number: u64, own: &Holder) -> Result<Option<Vec<u8>>, CheckpointError> {
     let Some(first) = read(store, number)? else { return Ok(None) };
     let holder = serde_json::from_slice::<Holder>(&first).ok();
-    if holder.as_ref().is_some_and(|holder| mine.supersedes(holder)) {
+    if holder.as_ref().is_some_and(|holder| own.supersedes(holder)) {
         return Ok(None);
     }
     if let Some(folder) = store.local.clone() {
         let lock = move || match File::open(folder.join(file_name(number))) {
-            // It was released meanwhile.
+            // The lock was released in the meantime.
             Err(error) if error.kind() == ErrorKind::NotFound => Ok(Ok(())),
             file => Ok(file?.try_lock()),
         };
@@ -292,7 +293,7 @@ fn live_holder(store: &Store, number: u64, mine: &Holder) -> Result<Option<Vec<u
             Err(TryLockError::WouldBlock) => Some(true),
             Err(TryLockError::Error(_)) => None,
         };
-        let is_near = flock_is_seen_by_all(store) || holder.is_some_and(|holder| holder.is_on_host_of(mine));
+        let is_near = is_flock_visible_to_all(store) || holder.is_some_and(|holder| holder.is_on_host_of(own));
         match locked {
             Some(true) => return Ok(Some(first)),
             Some(false) if is_near => return Ok(None),

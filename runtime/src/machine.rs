@@ -1,4 +1,4 @@
-//! Resources of this machine for a process: memory, cores, addresses, a folder for temporary files.
+//! Resources of this machine: memory, cores, addresses, and a folder for temporary files.
 
 use std::env;
 use std::io::ErrorKind;
@@ -16,9 +16,9 @@ pub(crate) use cores::{affinity, cores_text};
 pub(crate) use memory::meminfo;
 pub use memory::{FreeMemory, MemoryBound, free_memory};
 
-/// `TMPDIR`, or `/tmp` without it, cannot be used. Ends with code 78.
+/// `TMPDIR`, or `/tmp` if it is not set, cannot be used. Exit code 78.
 #[derive(Debug, thiserror::Error)]
-#[error("TMPDIR={}: cannot make a folder there: {cause}; set TMPDIR to a folder that exists and can be written to", .folder.display())]
+#[error("TMPDIR={}: cannot make a folder there: {cause}; set TMPDIR to an existing folder that is writable", .folder.display())]
 pub struct TemporaryError {
     /// The folder for temporary files.
     pub folder: PathBuf,
@@ -26,12 +26,12 @@ pub struct TemporaryError {
     pub cause: ErrorKind,
 }
 
-/// A new folder for this user only, below `TMPDIR`; it is removed with the value.
+/// Creates a folder below `TMPDIR` that only this user can access; it is removed when the value is dropped.
 ///
 /// # Errors
 /// [`TemporaryError`].
 pub fn temporary_folder(prefix: &str) -> Result<PrivateFolder, TemporaryError> {
-    // The library's error names a random path below it.
+    // The error of `PrivateFolder` names a random path below `TMPDIR`.
     PrivateFolder::new(prefix).map_err(|error| TemporaryError { folder: env::temp_dir(), cause: error.kind() })
 }
 
@@ -43,7 +43,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_temporary_folder_that_cannot_be_made_is_named() {
+    fn a_temporary_folder_is_private_and_an_error_names_tmpdir() {
         let folder = temporary_folder("shardflow-test-").unwrap();
         assert_eq!(fs::metadata(folder.path()).unwrap().permissions().mode() & 0o777, 0o700);
         let message = TemporaryError { folder: "/no/such".into(), cause: ErrorKind::NotFound }.to_string();

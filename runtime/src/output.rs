@@ -1,5 +1,5 @@
-//! Standard output and error whose reader may stall: a thread writes what is queued, so that a full pipe or a stopped terminal
-//! blocks no training.
+//! Queued standard output and error. A thread writes the queue, so that a full pipe or a stopped terminal does not block the
+//! training.
 
 use std::collections::VecDeque;
 use std::fs::File;
@@ -11,15 +11,15 @@ use std::time::{Duration, Instant};
 
 use crate::text::counted;
 
-/// Bytes of progress that wait for the reader. Beyond that the oldest are dropped.
+/// Largest size of queued progress. Beyond it the oldest texts are dropped.
 const PROGRESS_BYTES_MAX: usize = 256 << 10;
-/// Bytes of records that wait for the reader. Beyond that, adding one waits.
+/// Largest size of queued records. Beyond it, adding one waits.
 const RECORD_BYTES_MAX: usize = 64 << 20;
 
-/// Whether a text may be dropped while the reader is stalled.
+/// Whether a text may be dropped while the reader stalls.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum OutputKind {
-    /// The oldest are dropped when the queue is full. A line that replaces them states how many.
+    /// The oldest texts are dropped when the queue is full; a line states how many.
     Progress,
     /// Never dropped: errors, warnings, results, JSON records.
     Record,
@@ -70,7 +70,7 @@ impl OutputQueue {
         Self { shared }
     }
 
-    /// Queues a text. Waits only where records of 64 MiB wait already and this is another one.
+    /// Queues a text. Waits only for a record, while more than 64 MiB of records are queued.
     pub fn put(&self, kind: OutputKind, text: &[u8]) {
         let mut state = self.shared.lock();
         while kind == OutputKind::Record && state.record_bytes > RECORD_BYTES_MAX && !state.is_closed {
@@ -91,7 +91,7 @@ impl OutputQueue {
         self.put(OutputKind::Record, format!("{text}\n").as_bytes());
     }
 
-    /// Ends a line that has no end yet.
+    /// Ends the current line, if it has no line end.
     pub fn end_line(&self) {
         if !self.shared.lock().ends_line {
             // Unlike a record it never waits.
@@ -99,7 +99,7 @@ impl OutputQueue {
         }
     }
 
-    /// Waits until the stream has taken everything, or until `limit` has passed.
+    /// Waits until the queue is written, at most for `limit`.
     pub fn flush(&self, limit: Option<Duration>) {
         let deadline = limit.map(|limit| Instant::now() + limit);
         let mut state = self.shared.lock();
@@ -185,14 +185,13 @@ pub fn stderr() -> &'static OutputQueue {
     &STDERR
 }
 
-/// Waits until both streams have taken everything, each for at most `limit`. Called before the process ends; what is still
-/// queued then is lost.
+/// Waits until both queues are written, at most for `limit` each. Called before the process ends; remaining text is lost.
 pub fn finish(limit: Option<Duration>) {
     stdout().flush(limit);
     stderr().flush(limit);
 }
 
-/// Whether a file is empty or its last line has an end. A process that is killed may leave a part of a line.
+/// True if a file is empty or its last line has an end. A killed process may leave an incomplete line.
 ///
 /// # Errors
 /// The file cannot be read.
@@ -210,7 +209,7 @@ mod tests {
 
     use super::*;
 
-    /// A stream that takes each piece only when its reader does.
+    /// A stream whose writes block until the test permits them.
     struct Stalled {
         taken: Sender<Vec<u8>>,
         go: Receiver<()>,
@@ -234,10 +233,10 @@ mod tests {
     }
 
     #[test]
-    fn a_stalled_reader_costs_progress_but_no_record() {
+    fn a_stalled_reader_loses_progress_but_no_record() {
         let (output, go, seen) = stalled();
         let line = |n: usize| format!("{n:>1023}\n");
-        // Far more than fits, with a record between any two; nobody reads, and nothing waits.
+        // Far more progress than fits, with a record after each line. Without a reader, no call waits.
         let count = 4 * (PROGRESS_BYTES_MAX >> 10);
         for n in 0..count {
             output.put(OutputKind::Progress, line(n).as_bytes());
@@ -251,13 +250,13 @@ mod tests {
         let left: Vec<usize> = text.lines().filter_map(|line| line.trim().parse().ok()).collect();
         let notices = text.lines().filter_map(|line| line.strip_prefix("(dropped "));
         let dropped: usize = notices.map(|line| line.split(' ').next().unwrap().parse::<usize>().unwrap()).sum();
-        assert_eq!(left.len() + dropped, count, "all are there or counted, {dropped}");
+        assert_eq!(left.len() + dropped, count, "each line is written or counted as dropped: {dropped}");
         assert!(dropped > 0);
         assert!(left.len() >= PROGRESS_BYTES_MAX >> 10 && *left.last().unwrap() == count - 1, "the newest are kept");
     }
 
     #[test]
-    fn a_reader_that_is_gone_is_not_waited_for() {
+    fn output_does_not_wait_for_a_closed_reader() {
         let (output, go, _seen) = stalled();
         output.line("first");
         drop(go);
@@ -267,7 +266,7 @@ mod tests {
     }
 
     #[test]
-    fn a_wait_for_the_reader_has_a_limit() {
+    fn a_flush_has_a_limit() {
         let (output, go, seen) = stalled();
         output.put(OutputKind::Progress, b"step 1");
         output.end_line();
@@ -280,7 +279,7 @@ mod tests {
     }
 
     #[test]
-    fn files_with_and_without_a_last_line_end() {
+    fn ends_line_detects_an_incomplete_last_line() {
         for (text, ends) in [("", true), ("a", false), ("a\n", true), ("a\nb", false), ("\n", true)] {
             let mut file = tempfile::tempfile().unwrap();
             file.write_all(text.as_bytes()).unwrap();

@@ -1,4 +1,4 @@
-//! How a program's `main` ends: the error as one line, and the exit code that goes with it.
+//! Runs a program's `main`: prints its error as one line and returns the matching exit code.
 
 use std::error::Error;
 use std::process::ExitCode;
@@ -9,7 +9,7 @@ use crate::layout_error::LayoutError;
 use crate::passes::CompileError;
 use crate::session::SessionError;
 
-/// Runs the body of `main`. An error is printed as `error: ..` and reported to the launcher, and decides the exit code.
+/// Runs the body of `main`. Prints an error as `error: ..`, reports it to the launcher, and returns its exit code.
 ///
 /// ```no_run
 /// fn main() -> std::process::ExitCode {
@@ -22,7 +22,7 @@ use crate::session::SessionError;
 pub fn run(body: impl FnOnce() -> Result<(), Box<dyn Error>>) -> ExitCode {
     let Err(error) = body() else { return ExitCode::SUCCESS };
     let exit = exit_of(&*error);
-    // The plan is written, which is all that `shardflow plan` needs.
+    // `Exit::Done` is not a failure: `shardflow plan` needs only the plan, which is written.
     if exit != Exit::Done {
         let rank = error.downcast_ref().and_then(SessionError::first_cause_rank);
         if let Err(e) = exit::report(exit, &error.to_string(), rank) {
@@ -54,13 +54,13 @@ mod tests {
 
     #[test]
     fn errors_have_their_exit_codes() {
-        let of = |error: Box<dyn Error>| exit_of(&*error);
+        let exit = |error: Box<dyn Error>| exit_of(&*error);
         let mesh = Mesh::parse("data=0").map(drop).expect_err("no device");
-        assert_eq!(of(mesh.into()), Exit::Refused);
+        assert_eq!(exit(mesh.into()), Exit::Refused);
         let g = Graph::new(&Mesh::parse("data=1").expect("a mesh"));
         let empty = compile(g, &CompileOptions::default()).map(drop).expect_err("an empty program");
-        assert_eq!(of(empty.into()), Exit::Refused);
-        assert_eq!(of(SessionError::PlanWritten.into()), Exit::Done);
-        assert_eq!(of("something else".into()), Exit::Internal);
+        assert_eq!(exit(empty.into()), Exit::Refused);
+        assert_eq!(exit(SessionError::PlanWritten.into()), Exit::Done);
+        assert_eq!(exit("something else".into()), Exit::Internal);
     }
 }

@@ -2,7 +2,7 @@
 
 use std::fmt::Display;
 
-/// `1 device`, `2 devices`; `1 process`, `2 processes`.
+/// Formats a count with its noun: `1 device`, `2 devices`, `2 processes`.
 pub fn counted(count: impl Display, thing: &str) -> String {
     let count = count.to_string();
     let ending = match thing.chars().last() {
@@ -13,7 +13,7 @@ pub fn counted(count: impl Display, thing: &str) -> String {
     format!("{count} {thing}{ending}")
 }
 
-/// Such as `12.5 KiB`.
+/// Formats a size, such as `12.5 KiB`.
 pub fn size(bytes: u64) -> String {
     let units = ["bytes", "KiB", "MiB", "GiB", "TiB"];
     let (mut value, mut unit) = (bytes as f64, 0);
@@ -28,7 +28,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn one_thing_is_singular() {
+    fn a_count_of_one_is_singular() {
         let counts = [(0, "device"), (1, "device"), (2, "device"), (1, "micro-batch"), (2, "launch"), (3, "process")];
         let texts = counts.map(|(count, thing)| counted(count, thing));
         assert_eq!(texts, ["0 devices", "1 device", "2 devices", "1 micro-batch", "2 launches", "3 processes"]);

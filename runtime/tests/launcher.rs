@@ -1,5 +1,5 @@
-//! The launcher with real processes: scripts of `sh` as ranks, told apart by their variables. Scripts say that they are
-//! ready through a named pipe, and ends of processes are awaited, so nothing sleeps here.
+//! The launcher with real processes: the ranks are `sh` scripts that branch on their variables. Scripts report through a named
+//! pipe that they are ready, and the tests wait for the end of processes instead of sleeping.
 
 #[path = "launcher/harness.rs"]
 mod harness;
@@ -7,17 +7,17 @@ mod harness;
 use std::collections::BTreeMap;
 use std::fs;
 
-use harness::{Job, at_most};
+use harness::{Job, timeout};
 use rustix::process::Signal;
 use shardflow::cluster::env::{LaunchContext, LaunchedBy, detect};
 
-/// The variables that a script wrote by `env`.
+/// The variables that a script printed with `env`.
 fn variables(log: &str) -> BTreeMap<String, String> {
     log.lines().filter_map(|line| line.split_once('=')).map(|(name, value)| (name.into(), value.into())).collect()
 }
 
 #[test]
-fn each_process_is_told_who_it_is() {
+fn each_process_gets_the_variables_of_its_rank() {
     let job = Job::new();
     let ended = job.sh(&["--nproc_per_node", "3", "--max-restarts=2", "--rdzv-id", "x"], "env").end();
     assert_eq!((ended.code, ended.err.as_str()), (0, ""));
@@ -51,12 +51,12 @@ fn each_process_is_told_who_it_is() {
         assert!(vars.contains_key("SHARDFLOW_ERROR_FILE"));
         assert_eq!(vars.contains_key("SHARDFLOW_PROGRESS_FILE"), rank == 0);
         let folder = vars["SHARDFLOW_ENDPOINT"].strip_prefix("unix:").unwrap().rsplit_once('/').unwrap().0;
-        assert!(!fs::exists(folder).unwrap(), "{folder} is removed in the end");
+        assert!(!fs::exists(folder).unwrap(), "{folder} is not removed");
     }
 }
 
 #[test]
-fn processes_of_other_nodes_are_counted() {
+fn ranks_and_world_size_include_other_nodes() {
     let job = Job::new();
     let flags = ["--nproc-per-node=2", "--nnodes=3", "--node-rank=1", "--rdzv-endpoint=host:5", "--rdzv-id=x"];
     let given = [("SHARDFLOW_SECRET", "0123456789abcdef"), ("CUDA_DEVICE_MAX_CONNECTIONS", "9")];
@@ -67,7 +67,7 @@ fn processes_of_other_nodes_are_counted() {
     assert_eq!((world.process, world.processes, world.local_process, world.node), (3, 6, 1, Some(1)));
     assert_eq!((world.endpoint.to_string().as_str(), vars["MASTER_PORT"].as_str()), ("tcp://host:5", "5"));
     assert_eq!(world.secret.read().unwrap().text(), "0123456789abcdef");
-    assert_eq!(vars["CUDA_DEVICE_MAX_CONNECTIONS"], "9", "what is set stays");
+    assert_eq!(vars["CUDA_DEVICE_MAX_CONNECTIONS"], "9", "the user's value is kept");
 
     let ended = job.sh(&flags, "true").end();
     assert_eq!(ended.code, 78, "{}", ended.err);
@@ -75,16 +75,16 @@ fn processes_of_other_nodes_are_counted() {
 }
 
 #[test]
-fn the_first_process_is_on_the_screen_as_it_writes() {
+fn output_of_the_first_process_is_printed_at_once() {
     let job = Job::new();
-    // One of them reads: what two read from one pipe is torn.
+    // Only one process reads, because two readers of a pipe would split the line.
     let script = "printf 'a \\377\\n'; echo b >&2; line=go; [ $RANK = 0 ] && read line < $WAIT; echo $line; printf end";
     let running = job.sh(&["--nproc-per-node=2", "--rdzv-id=x"], script);
-    // Both are seen while the process still waits.
-    assert_eq!(running.out.recv_timeout(at_most(10)).unwrap(), b"a \xff\n");
-    assert_eq!(running.err.recv_timeout(at_most(10)).unwrap(), b"b\n");
+    // Both lines arrive while the process still waits.
+    assert_eq!(running.out.recv_timeout(timeout(10)).unwrap(), b"a \xff\n");
+    assert_eq!(running.err.recv_timeout(timeout(10)).unwrap(), b"b\n");
     job.write("go\n");
-    assert_eq!(running.out.recv_timeout(at_most(10)).unwrap(), b"go\n");
+    assert_eq!(running.out.recv_timeout(timeout(10)).unwrap(), b"go\n");
     let ended = running.end();
     assert_eq!((ended.code, ended.out.as_str(), ended.err.as_str()), (0, "end", ""));
     for rank in 0..2 {
@@ -96,7 +96,7 @@ fn the_first_process_is_on_the_screen_as_it_writes() {
 #[test]
 fn the_first_cause_is_printed_last() {
     let job = Job::new();
-    // Ranks 0, 1 and 3 accuse rank 2, most likely before it ends.
+    // Ranks 0, 1 and 3 blame rank 2, most likely before it ends.
     let script = "[ $RANK = 2 ] && { read line < $WAIT; kill -9 $$; }
         echo error: rank 2 is gone >&2; [ $RANK = 3 ] && echo ready > $READY; exit 69";
     let running = job.sh(&["--nproc-per-node=4", "--rdzv-id=x"], script);
@@ -111,7 +111,7 @@ fn the_first_cause_is_printed_last() {
 }
 
 #[test]
-fn a_report_says_more_than_a_code() {
+fn a_report_determines_the_first_cause() {
     let job = Job::new();
     let script = r#"
         report() { echo "{\"rank\":$RANK,\"time_unix_ns\":$1,\"exit\":$2,\"cause\":\"$3\",\"first_cause_rank\":$4}" \
@@ -125,7 +125,7 @@ fn a_report_says_more_than_a_code() {
 }
 
 #[test]
-fn restarts_go_on_while_there_is_progress() {
+fn restarts_continue_while_steps_are_committed() {
     let job = Job::new();
     let script = "n=$SHARDFLOW_RESTART_COUNT; [ $TORCHELASTIC_RESTART_COUNT = $n ] || exit 65
         [ $RANK = 0 ] && echo 1$n > $SHARDFLOW_PROGRESS_FILE; [ $n = 3 ] || exit 75";
@@ -151,52 +151,52 @@ fn restarts_without_progress_end_early() {
 }
 
 #[test]
-fn a_code_that_is_not_worth_a_retry_ends_at_once() {
+fn a_code_that_is_not_worth_a_retry_is_not_restarted() {
     let job = Job::new();
-    for (code, tries) in [(78, 1), (65, 1), (80, 1), (2, 1), (70, 3), (1, 3)] {
+    for (code, attempts) in [(78, 1), (65, 1), (80, 1), (2, 1), (70, 3), (1, 3)] {
         let name = format!("x{code}");
         let script = format!("exit {code}");
         let ended = job.sh(&["--max-restarts=9", "--rdzv-id", &name], &script).end();
-        assert_eq!((ended.code, job.attempts(&name)), (code, tries), "{}", ended.err);
+        assert_eq!((ended.code, job.attempts(&name)), (code, attempts), "{}", ended.err);
     }
 }
 
 #[test]
-fn a_pause_before_a_restart_ends_by_sigterm() {
+fn sigterm_interrupts_the_pause_before_a_restart() {
     let job = Job::new();
     let script = "[ $RANK = 0 ] && echo 1$SHARDFLOW_RESTART_COUNT > $SHARDFLOW_PROGRESS_FILE; exit 75";
-    // Both waits are far longer than the test.
+    // The pause is far longer than the test.
     let running = job.sh(&["--max-restarts=9", "--restart-wait=600"], script);
     let mut printed = String::new();
     while !printed.contains("restart 2 of at most 9, from step 11, in 600s") {
-        printed += &String::from_utf8_lossy(&running.err.recv_timeout(at_most(20)).unwrap());
+        printed += &String::from_utf8_lossy(&running.err.recv_timeout(timeout(20)).unwrap());
     }
-    assert!(printed.contains("restart 1 of at most 9, from step 10\n"), "the first comes at once: {printed}");
+    assert!(printed.contains("restart 1 of at most 9, from step 10\n"), "the first restart has no pause: {printed}");
     running.signal(Signal::TERM);
     assert_eq!(running.end().code, 143);
 }
 
-/// Flags of a node of two, which meet at this port.
-fn of_two(node: u32, port: u16) -> [String; 4] {
+/// Flags of one of two nodes with the rendezvous at this port.
+fn two_node_flags(node: u32, port: u16) -> [String; 4] {
     let endpoint = format!("--rdzv-endpoint=127.0.0.1:{port}");
     ["--nnodes=2".into(), format!("--node-rank={node}"), endpoint, "--max-restarts=9".into()]
 }
 
-/// A port that is free now.
+/// A port that is currently free.
 fn free_port() -> u16 {
     std::net::TcpListener::bind(("127.0.0.1", 0)).unwrap().local_addr().unwrap().port()
 }
 
 const SECRET: (&str, &str) = ("SHARDFLOW_SECRET", "0123456789abcdef");
 
-/// Reports for both nodes are made within this; far below what a node without a report waits.
-const REPORTED_WITHIN: std::time::Duration = std::time::Duration::from_secs(20);
+/// Limit for the reports of both nodes, far below the wait of a node without a report.
+const REPORT_LIMIT: std::time::Duration = std::time::Duration::from_secs(20);
 
 #[test]
-fn nodes_that_fail_before_they_meet_do_not_wait_for_each_other() {
+fn nodes_that_fail_before_the_rendezvous_do_not_wait_for_each_other() {
     let (job, port) = (Job::new(), free_port());
     let nodes = [0, 1].map(|node| {
-        let flags = of_two(node, port);
+        let flags = two_node_flags(node, port);
         let flags: Vec<&str> = flags.iter().map(String::as_str).chain(["--report-wait=600"]).collect();
         job.sh_with(&[SECRET], &flags, "echo error: no such flag >&2; exit 2")
     });
@@ -207,25 +207,25 @@ fn nodes_that_fail_before_they_meet_do_not_wait_for_each_other() {
         let last = ended.err.lines().last().unwrap();
         assert!(last.starts_with(&format!("error: rank {node}: no such flag (code 2: usage)")), "{last}");
     }
-    assert!(begin.elapsed() < REPORTED_WITHIN, "they answer each other: {:?}", begin.elapsed());
+    assert!(begin.elapsed() < REPORT_LIMIT, "the nodes waited {:?}", begin.elapsed());
 }
 
 #[test]
-fn a_report_that_nobody_takes_ends_in_time_or_by_a_signal() {
+fn a_report_without_a_receiver_ends_by_its_timeout_or_by_a_signal() {
     let (job, port) = (Job::new(), free_port());
     let run = |node: u32, wait: &'static str, script: &str| {
-        let flags = of_two(node, port);
+        let flags = two_node_flags(node, port);
         job.sh_with(&[SECRET], &flags.iter().map(String::as_str).chain([wait]).collect::<Vec<_>>(), script)
     };
     for node in [0, 1] {
         assert_eq!(run(node, "--report-wait=0.2", "exit 65").end().code, 65);
         let waiting = run(node, "--report-wait=600", "exit 65");
-        let line = waiting.err.recv_timeout(at_most(20)).unwrap();
+        let line = waiting.err.recv_timeout(timeout(20)).unwrap();
         assert!(line.starts_with(b"shardflow: a restart would not help"), "{line:?}");
         waiting.signal(Signal::TERM);
         assert_eq!(waiting.end().code, 65);
     }
-    // What a session reports, or another process, is no reason to wait.
+    // The launcher does not report a failure that the session or another process reports.
     let script =
         r#"echo "{\"rank\":1,\"time_unix_ns\":1,\"exit\":80,\"cause\":\"x\",$MORE}" > $SHARDFLOW_ERROR_FILE; exit 80"#;
     for more in ["\"joined\":true", "\"first_cause_rank\":0"] {
@@ -235,9 +235,9 @@ fn a_report_that_nobody_takes_ends_in_time_or_by_a_signal() {
 }
 
 #[test]
-fn a_launcher_that_cannot_start_reports_it_too() {
+fn a_launcher_that_cannot_start_its_processes_reports_it() {
     let (job, port) = (Job::new(), free_port());
-    let flags = |node| of_two(node, port).into_iter().chain(["--report-wait=600".into()]).collect::<Vec<_>>();
+    let flags = |node| two_node_flags(node, port).into_iter().chain(["--report-wait=600".into()]).collect::<Vec<_>>();
     let launch = |node, words: &[&str]| {
         let args: Vec<String> = std::iter::once("launch".into()).chain(flags(node)).collect();
         let args: Vec<&str> = args.iter().map(String::as_str).chain(words.iter().copied()).collect();
@@ -259,7 +259,7 @@ fn a_launcher_that_cannot_start_reports_it_too() {
 }
 
 #[test]
-fn flags_of_the_cluster_are_variables_of_the_processes() {
+fn cluster_flags_become_variables_of_the_processes() {
     let job = Job::new();
     let flags = ["--rdzv-id=x", "--interface=127.0.0.1", "--advertise=node-7.site", "--heartbeat-ms=100"];
     let more = ["--heartbeat-deadline-ms=900", "--report-wait=2.5"];
@@ -274,41 +274,41 @@ fn flags_of_the_cluster_are_variables_of_the_processes() {
     ] {
         assert_eq!(vars[name], value, "{name}");
     }
-    for (flag, says) in [
+    for (flag, expected) in [
         ("--advertise=a:5", "SHARDFLOW_ADVERTISE is \"a:5\", expected a host name or an IP address"),
         ("--heartbeat-ms=0", "SHARDFLOW_HEARTBEAT_MS is \"0\""),
         ("--heartbeat-deadline-ms=999", "SHARDFLOW_HEARTBEAT_DEADLINE_MS is \"999\""),
     ] {
         let ended = job.sh(&[flag], "true").end();
         assert_eq!(ended.code, 78, "{flag}: {}", ended.err);
-        assert!(ended.err.contains(says), "{flag}: {}", ended.err);
+        assert!(ended.err.contains(expected), "{flag}: {}", ended.err);
     }
 }
 
 #[test]
-fn folders_of_killed_launchers_are_removed_by_the_next() {
+fn the_next_launcher_removes_the_folder_of_a_killed_one() {
     let job = Job::new();
     let temporary = job.folder().join("tmp");
     fs::create_dir(&temporary).unwrap();
     let given = [("TMPDIR", temporary.to_str().unwrap())];
-    let left = || fs::read_dir(&temporary).unwrap().count();
+    let count = || fs::read_dir(&temporary).unwrap().count();
     let running = job.sh_with(&given, &[], "echo ready > $READY; read line < $WAIT.none");
     job.ready();
     let guard = harness::Process::open(harness::guard_of(running.pid()));
     guard.kill();
-    assert!(guard.ends_before(std::time::Instant::now() + at_most(10)));
+    assert!(guard.ends_before(std::time::Instant::now() + timeout(10)));
     running.signal(Signal::KILL);
     running.end();
-    assert_eq!(left(), 1, "nobody was there to remove it");
+    assert_eq!(count(), 1, "no process is left to remove it");
     assert_eq!(job.sh_with(&given, &[], "true").end().code, 0);
-    assert_eq!(left(), 0);
+    assert_eq!(count(), 0);
 }
 
 #[test]
-fn sigterm_is_passed_on_and_answered_by_143() {
+fn sigterm_is_forwarded_and_the_launcher_ends_with_143() {
     let job = Job::new();
     for (script, code) in [
-        // Saves and ends as documented; by the signal itself; with a checkpoint that cannot be written; done anyhow.
+        // Ranks that save and end as documented, die by the signal, cannot write the checkpoint, or are done.
         ("trap 'echo saved; exit 143' TERM; echo ready > $READY; while :; do read line < $WAIT; done", 143),
         ("echo ready > $READY; exec sleep 600", 143),
         ("trap 'exit 73' TERM; echo ready > $READY; while :; do read line < $WAIT; done", 73),
@@ -325,7 +325,7 @@ fn sigterm_is_passed_on_and_answered_by_143() {
 }
 
 #[test]
-fn other_signals_are_passed_on_too() {
+fn other_signals_are_forwarded_too() {
     let job = Job::new();
     for (signal, code) in [(Signal::INT, 130), (Signal::HUP, 129), (Signal::QUIT, 131)] {
         let running = job.sh(&[], "echo ready > $READY; exec sleep 600");
@@ -336,17 +336,17 @@ fn other_signals_are_passed_on_too() {
 }
 
 #[test]
-fn under_nohup_a_hangup_is_ignored() {
+fn sighup_is_ignored_under_nohup() {
     let job = Job::new();
     let running = job.sh_ignoring_hup(&[], "trap 'exit 143' TERM; echo ready > $READY; read line < $WAIT");
     job.ready();
     running.signal(Signal::HUP);
     running.signal(Signal::TERM);
-    assert_eq!(running.end().code, 143, "129 would be the hangup");
+    assert_eq!(running.end().code, 143, "SIGHUP would end it with 129");
 }
 
 #[test]
-fn who_hangs_at_shutdown_is_killed() {
+fn a_process_that_hangs_at_shutdown_is_killed() {
     let job = Job::new();
     let script = "trap '' TERM; [ $RANK = 1 ] || trap 'exit 143' TERM; echo ready > $READY
         while :; do read line < $WAIT; done";
@@ -356,17 +356,17 @@ fn who_hangs_at_shutdown_is_killed() {
     running.signal(Signal::TERM);
     let ended = running.end();
     assert_eq!(ended.code, 143);
-    assert_eq!(ended.err, "shardflow: killing rank 1: not ended 200ms after it was told to\n");
+    assert_eq!(ended.err, "shardflow: killing rank 1: still running 200ms after the signal to end\n");
 }
 
 #[test]
 fn a_second_interrupt_kills_at_once() {
     let job = Job::new();
-    let script = "trap 'echo asked > $READY' INT; echo ready > $READY; while :; do read line < $WAIT; done";
+    let script = "trap 'echo interrupted > $READY' INT; echo ready > $READY; while :; do read line < $WAIT; done";
     let running = job.sh(&["--grace=600"], script);
     assert_eq!(job.ready(), "ready");
     running.signal(Signal::INT);
-    assert_eq!(job.ready(), "asked");
+    assert_eq!(job.ready(), "interrupted");
     running.signal(Signal::INT);
     let ended = running.end();
     assert_eq!(ended.code, 130);
@@ -374,22 +374,22 @@ fn a_second_interrupt_kills_at_once() {
 }
 
 #[test]
-fn others_are_told_to_end_after_a_failure() {
+fn the_other_processes_get_sigterm_after_a_failure() {
     let job = Job::new();
     let script = "[ $RANK = 0 ] && { read line < $WAIT; exit 70; }
-        trap 'echo told > $READY; exit 143' TERM; echo ready > $READY; while :; do read line < $WAIT.none; done";
+        trap 'echo ending > $READY; exit 143' TERM; echo ready > $READY; while :; do read line < $WAIT.none; done";
     let running = job.sh(&["--nproc-per-node=2", "--failure-wait=0.1"], script);
     assert_eq!(job.ready(), "ready");
     job.write("go\n");
-    assert_eq!(job.ready(), "told");
+    assert_eq!(job.ready(), "ending");
     let ended = running.end();
     assert_eq!(ended.code, 70);
-    assert!(ended.err.contains("telling rank 1 to end"), "{}", ended.err);
+    assert!(ended.err.contains("sending SIGTERM to rank 1"), "{}", ended.err);
     assert!(ended.err.lines().last().unwrap().starts_with("error: rank 0: "), "{}", ended.err);
 }
 
 #[test]
-fn a_frozen_process_that_the_others_accuse_is_killed_soon() {
+fn a_frozen_process_that_the_others_blame_is_killed_soon() {
     let job = Job::new();
     let script = r#"[ $RANK = 1 ] && { echo ready > $READY; kill -STOP $$; }; read line < $WAIT
         echo '{"rank":0,"time_unix_ns":1,"exit":69,"cause":"rank 1 does not answer","first_cause_rank":1}' \
@@ -405,9 +405,9 @@ fn a_frozen_process_that_the_others_accuse_is_killed_soon() {
 }
 
 #[test]
-fn nobody_outlives_a_launcher_that_is_killed() {
+fn no_process_outlives_a_killed_launcher() {
     let job = Job::new();
-    // Rank 0 ends when it is told to, rank 1 does not, and both have a child of their own that does not.
+    // Rank 0 ends on SIGTERM, rank 1 ignores it, and both have a child that ignores it.
     let script = "[ $RANK = 1 ] && trap '' TERM HUP INT; sh -c 'trap \"\" TERM HUP INT; echo $$ > $READY
         while :; do sleep 600; done' & echo $$ > $READY; env > env-$RANK; echo $SHARDFLOW_ENDPOINT > $READY; wait";
     let running = job.sh(&["--nproc-per-node=2"], script);
@@ -424,18 +424,18 @@ fn nobody_outlives_a_launcher_that_is_killed() {
     let guard = harness::guard_of(running.pid());
     let guard = harness::Process::open(guard);
     running.signal(Signal::KILL);
-    let deadline = std::time::Instant::now() + at_most(5);
+    let deadline = std::time::Instant::now() + timeout(5);
     for process in processes {
         assert!(process.ends_before(deadline), "process {} is alive after 5 s", process.pid);
     }
     assert!(guard.ends_before(deadline), "the guard is alive after 5 s");
     let folder = endpoints[0].strip_prefix("unix:").unwrap().rsplit_once('/').unwrap().0.to_string();
-    assert!(!fs::exists(&folder).unwrap(), "{folder} is left");
+    assert!(!fs::exists(&folder).unwrap(), "{folder} is not removed");
     running.end();
 }
 
 #[test]
-fn processes_die_with_the_launcher_even_without_the_guard() {
+fn processes_die_with_the_launcher_without_the_guard() {
     let job = Job::new();
     let running = job.sh(&["--nproc-per-node=2"], "trap '' TERM HUP; echo $$ > $READY; read line < $WAIT");
     let open = |line: String| harness::Process::open(line.parse().unwrap());
@@ -443,7 +443,7 @@ fn processes_die_with_the_launcher_even_without_the_guard() {
     let guard = harness::Process::open(harness::guard_of(running.pid()));
     guard.kill();
     running.signal(Signal::KILL);
-    let deadline = std::time::Instant::now() + at_most(5);
+    let deadline = std::time::Instant::now() + timeout(5);
     for process in processes {
         assert!(process.ends_before(deadline), "process {} is alive after 5 s", process.pid);
     }
@@ -451,19 +451,19 @@ fn processes_die_with_the_launcher_even_without_the_guard() {
 }
 
 #[test]
-fn what_a_process_leaves_behind_is_killed() {
+fn a_child_that_outlives_its_process_is_killed() {
     let job = Job::new();
     let running = job.sh(&[], "sleep 600 & echo $! > $READY; read line < $WAIT");
-    let left = harness::Process::open(job.ready().parse().unwrap());
+    let child = harness::Process::open(job.ready().parse().unwrap());
     job.write("go\n");
     assert_eq!(running.end().code, 0);
-    assert!(left.ends_before(std::time::Instant::now() + at_most(5)));
+    assert!(child.ends_before(std::time::Instant::now() + timeout(5)));
 }
 
 #[test]
-fn flags_that_cannot_be_used() {
+fn invalid_flags_are_usage_errors() {
     let job = Job::new();
-    for (args, says) in [
+    for (args, expected) in [
         ("launch", "PROGRAM"),
         ("launch --nproc-per-node", "nproc-per-node"),
         ("launch --nproc-per-node 0 true", "at least 1"),
@@ -480,18 +480,18 @@ fn flags_that_cannot_be_used() {
         ("launch --log-dir /proc/none true", "--log-dir: cannot write a log in /proc/none/"),
         ("launch -- no-such-program", "program no-such-program not found in PATH"),
         ("launch -- ./no-such-program a b", "program ./no-such-program not found"),
-        ("launch -- /", "no file"),
+        ("launch -- /", "not a file"),
         ("no-such-command", "no-such-command"),
     ] {
         let ended = job.run(&args.split(' ').collect::<Vec<_>>()).end();
         assert_eq!(ended.code, 2, "{args}: {}", ended.err);
-        assert!(ended.err.contains(says) && ended.err.starts_with("error: "), "{args}: {}", ended.err);
+        assert!(ended.err.contains(expected) && ended.err.starts_with("error: "), "{args}: {}", ended.err);
     }
-    assert!(!fs::exists(job.folder().join("shardflow-logs")).unwrap(), "nothing was started");
+    assert!(!fs::exists(job.folder().join("shardflow-logs")).unwrap(), "no process was started");
 }
 
 #[test]
-fn a_program_that_the_kernel_refuses() {
+fn a_program_that_the_kernel_refuses_is_a_usage_error() {
     let job = Job::new();
     fs::write(job.folder().join("broken"), "#!/no/such/interpreter\n").unwrap();
     let ended = job.run(&["launch", "--", "./broken"]).end();
@@ -513,7 +513,7 @@ fn secrets_differ() {
 }
 
 #[test]
-fn sigusr1_goes_to_processes_that_handle_it_and_ends_none() {
+fn sigusr1_reaches_only_processes_that_handle_it() {
     let job = Job::new();
     // Rank 1 has no handler: the signal would end it.
     let script = "[ $RANK = 1 ] && { echo ready > $READY; exec sleep 600; }
@@ -531,7 +531,7 @@ fn sigusr1_goes_to_processes_that_handle_it_and_ends_none() {
 }
 
 #[test]
-fn who_was_asked_to_end_is_not_started_again() {
+fn a_process_that_ends_on_request_is_not_restarted() {
     let job = Job::new();
     let script = r#"echo "{\"rank\":$RANK,\"time_unix_ns\":1,\"exit\":75,\"cause\":\"asked\",\"first_cause_rank\":$RANK}" \
         > $SHARDFLOW_ERROR_FILE; exit 75"#;
@@ -540,9 +540,9 @@ fn who_was_asked_to_end_is_not_started_again() {
 }
 
 #[test]
-fn a_reader_that_stalls_holds_up_no_process() {
+fn a_stalled_reader_blocks_no_process() {
     let job = Job::new();
-    // More than the pipe and the queue take, and what must arrive: a record first, an error, what standard error says, the end.
+    // More than the pipe and the queue hold. These must arrive: the first record, the error, standard error, and the last line.
     let script = "line=$(printf '%0120d' 7); echo '{\"first\":1}'; i=0; while [ $i -lt 6000 ]; do echo step $i $line; i=$((i+1)); done
         i=0; while [ $i -lt 1500 ]; do echo warning $i $line >&2; i=$((i+1)); done
         echo error: of one line; echo last; echo done > $READY";
@@ -558,24 +558,24 @@ fn a_reader_that_stalls_holds_up_no_process() {
     assert!(steps + dropped == 6000 && dropped > 0, "{steps} {dropped}");
     assert_eq!(err.lines().filter(|line| line.starts_with("warning ")).count(), 1500);
     let log = job.log("x", 0, 0);
-    assert_eq!(log.lines().filter(|line| line.starts_with("step ")).count(), 6000, "the log has them all");
+    assert_eq!(log.lines().filter(|line| line.starts_with("step ")).count(), 6000, "the log has all lines");
 }
 
 #[test]
-fn a_launcher_that_waits_for_its_reader_ends_when_asked_to() {
+fn sigterm_ends_a_launcher_that_waits_for_its_reader() {
     let job = Job::new();
     let script =
         "line=$(printf '%01000d' 7); i=0; while [ $i -lt 200 ]; do echo $line; i=$((i+1)); done; echo done > $READY";
     let mut unread = job.sh_unread(&[], script);
     job.ready();
     unread.signal(Signal::TERM);
-    // The signal came before the script's end, or after it.
+    // The signal may arrive before or after the script's end.
     let code = unread.end();
     assert!(code == 0 || code == 143, "{code}");
 }
 
 #[test]
-fn a_log_that_was_torn_goes_on_with_a_line_of_its_own() {
+fn new_output_begins_on_its_own_line_after_an_incomplete_one() {
     let job = Job::new();
     let folder = job.folder().join("shardflow-logs/x/attempt-0");
     fs::create_dir_all(&folder).unwrap();
@@ -588,7 +588,7 @@ fn a_log_that_was_torn_goes_on_with_a_line_of_its_own() {
     }
 }
 
-/// As process 1 of a container, which ignores signals without a handler.
+/// Process 1 of a container ignores signals without a handler.
 #[test]
 fn commands_end_on_sigterm_as_process_1() {
     let job = Job::new();
@@ -596,7 +596,7 @@ fn commands_end_on_sigterm_as_process_1() {
     if !root.is_ok_and(|output| output.status.success()) {
         return eprintln!("SKIPPED: `unshare -pf` needs root");
     }
-    // A launcher, and a command that reads a pipe which never ends.
+    // A launcher, and a command that reads a pipe without an end.
     let launch = ["launch", "--", "sh", "-c", "echo ready > $READY; exec sleep 600"];
     let pipe = job.folder().join("wait.none");
     for args in [&launch[..], &["trace", pipe.to_str().unwrap()]] {

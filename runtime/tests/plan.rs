@@ -1,4 +1,5 @@
-//! `shardflow plan`: what the program writes where the variables say is shown; what the program says only when it wrote nothing.
+//! `shardflow plan` prints the plan that the program writes to the files named by the variables, and the program's own errors
+//! only if there is no plan.
 
 use std::process::{Command, Output};
 
@@ -9,7 +10,7 @@ fn plan(flags: &[&str], script: &str) -> Output {
 }
 
 #[test]
-fn the_plan_goes_to_the_screen_or_to_the_files() {
+fn the_plan_is_printed_or_written_to_files() {
     let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
     let output = plan(&[], "echo noise; echo a plan > $SHARDFLOW_PLAN_TEXT");
     assert!(output.status.success());
@@ -25,8 +26,8 @@ fn the_plan_goes_to_the_screen_or_to_the_files() {
     assert_eq!((read(html), read(dot)), ("page\n".to_owned(), "graph\n".to_owned()));
     for (script, code) in [("echo why >&2; exit 78", 78), ("echo why >&2", 2)] {
         let output = plan(&[], script);
-        let said = text(&output.stderr);
-        assert_eq!(output.status.code(), Some(code), "{said}");
-        assert!(said.starts_with("why\n") && said.contains("error: sh ended without starting a session"), "{said}");
+        let err = text(&output.stderr);
+        assert_eq!(output.status.code(), Some(code), "{err}");
+        assert!(err.starts_with("why\n") && err.contains("error: sh ended without starting a session"), "{err}");
     }
 }

@@ -1,5 +1,5 @@
-//! The command `shardflow`: starts programs on many processes, and looks at what is here. Reads the arguments; the work
-//! is the library's.
+//! The command `shardflow`: starts programs as several processes, and inspects checkpoints, plans, traces and machines. Parses
+//! the arguments and calls the library.
 
 use std::ffi::OsString;
 use std::fs::File;
@@ -36,64 +36,64 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
-    /// Start a program as several processes, on this node and on others.
+    /// Start a program as several processes on one or more nodes.
     Launch(Box<LaunchArgs>),
     /// List, verify, reshard or export checkpoints.
     #[command(subcommand)]
     Checkpoint(CheckpointCommand),
-    /// Report what this machine has, what is missing, and how to get it. Code 78 if something that every job needs does not work
+    /// Report this machine's resources, missing software, and how to install it. Exits with 78 if a requirement of every job fails.
     Doctor {
-        /// One JSON object
+        /// Print one JSON object
         #[arg(long)]
         json: bool,
     },
-    /// Show the plan that a program would run, on no device: as text, or as pictures in files.
+    /// Print the plan that a program would run, without running it, or write it to files.
     Plan {
-        /// Write a page with the graph, memory, layouts and boxing to this file
+        /// Write an HTML page with the graph, memory, layouts and boxing to this file
         #[arg(long, value_name = "FILE")]
         html: Option<PathBuf>,
-        /// Write Graphviz' DOT to this file
+        /// Write the graph in Graphviz DOT format to this file
         #[arg(long, value_name = "FILE")]
         dot: Option<PathBuf>,
         /// The program and its arguments
         #[arg(trailing_var_arg = true, allow_hyphen_values = true, required = true, value_name = "PROGRAM ARGS")]
         command: Vec<OsString>,
     },
-    /// Summarise a trace that `--trace` wrote: busy, idle and why, the critical path, beside the simulator's step.
+    /// Summarise a trace written by `--trace`: busy and idle time with reasons, critical path, and the simulator's estimate.
     Trace {
-        /// The file; of several processes, those of all
+        /// Trace files: one for each process
         #[arg(required = true, value_name = "FILE")]
         files: Vec<PathBuf>,
-        /// Write one file of all, on one clock
+        /// Merge all files into this one, with a common clock
         #[arg(long, value_name = "FILE")]
         join: Option<PathBuf>,
     },
-    /// Show the state of a process that was started with `--listen`, on one screen.
+    /// Show the state of a process that was started with `--listen`.
     #[cfg(feature = "watch")]
     Status {
-        /// Where it listens
+        /// Address that the process listens on
         #[arg(long, value_name = "ADDRESS:PORT", default_value = client::ADDRESS, value_parser = client::address)]
         at: SocketAddr,
-        /// One JSON object
+        /// Print one JSON object
         #[arg(long)]
         json: bool,
     },
-    /// Show what a job waits for: which actor waits for which, down to the cause. Follows waits to other processes of this node.
+    /// Show which actor waits for which, down to the cause. Follows waits to other processes of this node.
     #[cfg(feature = "watch")]
     ExplainHang {
-        /// Where one of its processes listens
+        /// Address that one of the job's processes listens on
         #[arg(long, value_name = "ADDRESS:PORT", default_value = client::ADDRESS, value_parser = client::address)]
         at: SocketAddr,
     },
     /// Print a new secret for `SHARDFLOW_SECRET`.
     Secret,
-    /// For the launcher only: kills what is left when it is killed.
+    /// For the launcher only: kills the remaining processes when the launcher ends.
     #[command(hide = true)]
     Guard {
         #[arg(long)]
         folder: PathBuf,
     },
-    /// For the launcher only: becomes a program that is killed with it.
+    /// For the launcher only: executes a program that is killed when the launcher ends.
     #[command(hide = true)]
     Child {
         #[arg(long)]
@@ -103,56 +103,56 @@ enum Command {
     },
 }
 
-/// Flags are torchrun's, with `-` or `_`.
+/// Flags have torchrun's names, spelled with `-` or `_`.
 #[derive(Args)]
 struct LaunchArgs {
     /// Processes on this node; the same on all nodes
     #[arg(long, alias = "nproc_per_node", value_name = "N", default_value_t = 1)]
     nproc_per_node: u32,
-    /// Nodes. Each runs this command, with its own --node-rank
+    /// Number of nodes. Each runs this command with its own --node-rank
     #[arg(long, value_name = "N", default_value_t = 1)]
     nnodes: u32,
-    /// Number of this node, from 0. Needed when there are several
+    /// Rank of this node, from 0. Required with several nodes
     #[arg(long, alias = "node_rank", value_name = "N")]
     node_rank: Option<u32>,
-    /// HOST:PORT on node 0. One node needs none
+    /// Rendezvous address on node 0. Required with several nodes
     #[arg(long, alias = "rdzv_endpoint", value_name = "HOST:PORT", value_parser = endpoint)]
     rdzv_endpoint: Option<Endpoint>,
-    /// Name of the job, for its logs
+    /// Name of the job and of its log folder
     #[arg(long, alias = "rdzv_id", value_name = "NAME")]
     rdzv_id: Option<String>,
-    /// Restarts after a failure that is worth one, at most
+    /// Maximum number of restarts after failures that a restart may fix
     #[arg(long, alias = "max_restarts", value_name = "N", default_value_t = 0)]
     max_restarts: u64,
-    /// Accepted for torchrun's sake: the end of a process is noticed at once
+    /// Ignored; accepted for compatibility with torchrun. The end of a process is detected at once
     #[arg(long, alias = "monitor_interval", value_name = "SECONDS", hide = true)]
     #[allow(dead_code)]
     monitor_interval: Option<f64>,
-    /// Folder for logs: DIR/<job>/attempt-<n>/rank-<r>.log
+    /// Folder for logs; a log is DIR/<job>/attempt-<n>/rank-<r>.log
     #[arg(long, alias = "log_dir", value_name = "DIR", default_value = "shardflow-logs")]
     log_dir: PathBuf,
-    /// From the signal that tells processes to end until they are killed
+    /// Time from the signal to end a process until SIGKILL
     #[arg(long, value_name = "SECONDS", default_value = "30", value_parser = seconds)]
     grace: Duration,
-    /// From the first failure until the other processes get SIGTERM
+    /// Time from the first failure until SIGTERM to the other processes
     #[arg(long, alias = "failure_wait", value_name = "SECONDS", default_value = "15", value_parser = seconds)]
     failure_wait: Duration,
-    /// Pause before the second restart; doubled for each later one, up to 60 s. The first restart comes at once
+    /// Pause before the second restart; doubled for each later one, up to 60 s. The first restart has no pause
     #[arg(long, alias = "restart_wait", value_name = "SECONDS", default_value = "1", value_parser = seconds)]
     restart_wait: Duration,
-    /// How long to report to other nodes a failure before the processes have met that no restart fixes [default: 10]
+    /// Time to report a failure before the rendezvous that no restart fixes to the other nodes [default: 10]
     #[arg(long, alias = "report_wait", value_name = "SECONDS", value_parser = seconds)]
     report_wait: Option<Duration>,
-    /// Address of this node that processes listen on [default: that of the route to process 0]
+    /// Local address that the processes listen on [default: source address of the route to process 0]
     #[arg(long, value_name = "ADDRESS")]
     interface: Option<IpAddr>,
-    /// Host name or address at which other nodes reach this one's processes [default: the one they listen on]
+    /// Host name or address at which other nodes reach this node's processes [default: the one that they listen on]
     #[arg(long, value_name = "HOST")]
     advertise: Option<String>,
-    /// Time between heartbeats; the same on all nodes [default: 250]
+    /// Interval between heartbeats; the same on all nodes [default: 250]
     #[arg(long, value_name = "MILLISECONDS")]
     heartbeat_ms: Option<u64>,
-    /// Silence after which a process counts as failed; the same on all nodes [default: 4000]
+    /// Time without heartbeats after which a process counts as failed; the same on all nodes [default: 4000]
     #[arg(long, value_name = "MILLISECONDS")]
     heartbeat_deadline_ms: Option<u64>,
     /// The program and its arguments
@@ -161,7 +161,7 @@ struct LaunchArgs {
 }
 
 impl LaunchArgs {
-    /// Flags that become environment variables of the processes.
+    /// Environment variables of the processes, from flags.
     fn variables(&self) -> Vec<(&'static str, String)> {
         let given = [
             (cluster::REPORT_WAIT_MS, self.report_wait.map(|wait| wait.as_millis().to_string())),
@@ -180,7 +180,7 @@ fn endpoint(text: &str) -> Result<Endpoint, String> {
 
 fn seconds(text: &str) -> Result<Duration, String> {
     let seconds = text.parse().map_err(|_| "expected a number of seconds".to_string())?;
-    // A day: longer waits are mistakes, and `Instant` stays far from its end.
+    // At most a day: a longer wait is a mistake, and `Instant` cannot overflow.
     if !(0.0..=86400.0).contains(&seconds) {
         return Err("expected 0 to 86400 seconds".into());
     }
@@ -188,12 +188,13 @@ fn seconds(text: &str) -> Result<Duration, String> {
 }
 
 fn main() -> ExitCode {
-    // A usage error ends with code 2, by clap.
+    // Clap exits with code 2 on a usage error.
     let Cli { command } = flags::parse(std::env::args_os()).unwrap_or_else(|error| {
         report_usage(&error);
         error.exit()
     });
-    // The launcher and its helpers handle signals themselves. Others end at once, also as process 1 of a container.
+    // The launcher and its helpers handle signals themselves. The other commands end on a signal, even as process 1 of a
+    // container.
     if !matches!(command, Command::Launch(_) | Command::Guard { .. } | Command::Child { .. })
         && let Err(error) = Requests::on_signals()
     {
@@ -221,25 +222,25 @@ fn fail(exit: Exit, error: impl std::fmt::Display) -> Exit {
     exit
 }
 
-/// Reports flags of `launch` that cannot be parsed to the other nodes, if those that name the way to them can be.
+/// Reports a usage error of `launch` to the other nodes, if the flags needed to reach them can be parsed.
 fn report_usage(error: &clap::Error) {
     let words: Vec<String> = std::env::args_os().map(|word| word.to_string_lossy().into_owned()).collect();
     let words = words.iter().map(String::as_str).collect::<Vec<_>>();
-    let Some(options) = error.use_stderr().then(|| way_to_others(&words)).flatten() else { return };
+    let Some(options) = error.use_stderr().then(|| report_options(&words)).flatten() else { return };
     let text = error.to_string();
     let first = text.lines().next().unwrap_or_default().trim_start_matches("error: ");
     launcher::report_usage(&options, first.into());
 }
 
-/// What a launcher needs for a report to other nodes, from words that cannot be parsed in whole.
-fn way_to_others(words: &[&str]) -> Option<LaunchOptions> {
+/// Options for a report to the other nodes, from arguments that cannot be parsed completely.
+fn report_options(words: &[&str]) -> Option<LaunchOptions> {
     let [_, "launch", flags @ ..] = words else { return None };
     let mut known = vec!["shardflow".to_string(), "launch".into()];
     for name in ["nnodes", "node-rank", "nproc-per-node", "rdzv-endpoint", "report-wait", "interface"] {
-        let value = flags.iter().enumerate().find_map(|(at, word)| {
+        let value = flags.iter().enumerate().find_map(|(index, word)| {
             let (flag, value) = word.split_once('=').map_or((*word, None), |(flag, value)| (flag, Some(value)));
-            let is_it = flag.strip_prefix("--").is_some_and(|flag| flag.replace('_', "-") == name);
-            is_it.then(|| value.or(flags.get(at + 1).copied()))?
+            let matches = flag.strip_prefix("--").is_some_and(|flag| flag.replace('_', "-") == name);
+            matches.then(|| value.or(flags.get(index + 1).copied()))?
         });
         known.extend(value.map(|value| format!("--{name}={value}")));
     }
@@ -259,14 +260,14 @@ fn run_launch(args: LaunchArgs) -> Exit {
 
 fn launch_options(args: LaunchArgs) -> Result<LaunchOptions, String> {
     let Some(node) = args.node_rank.or((args.nnodes <= 1).then_some(0)) else {
-        return Err(format!("--nnodes {} needs --node-rank, another one on each node", args.nnodes));
+        return Err(format!("--nnodes {} needs --node-rank, a different one on each node", args.nnodes));
     };
     Ok(LaunchOptions {
         variables: args.variables(),
         restart_wait: args.restart_wait,
         program: args.command[0].clone(),
         args: args.command[1..].to_vec(),
-        // Also when the file was replaced by another build meanwhile.
+        // The running binary, even if its file was replaced.
         helper: "/proc/self/exe".into(),
         local_processes: args.nproc_per_node,
         nodes: args.nnodes,
@@ -316,7 +317,7 @@ fn run_trace(files: &[PathBuf], join: Option<&Path>) -> Exit {
         }
     }
     match TraceSummary::of(joined) {
-        // Names are the file's, and may be anything.
+        // Names come from the file and may contain control characters.
         Ok(summary) => {
             let plain = summary.to_string().replace(|c: char| c.is_control() && c != '\n', "?");
             print(plain.trim_end()).unwrap_or(Exit::Done)
@@ -325,7 +326,7 @@ fn run_trace(files: &[PathBuf], join: Option<&Path>) -> Exit {
     }
 }
 
-/// Runs the program with the variables by which it writes its plan when it would start a session.
+/// Runs the program with variables that make it write its plan instead of starting a session.
 fn run_plan(html: Option<PathBuf>, dot: Option<PathBuf>, command: &[OsString]) -> Exit {
     let folder = match temporary_folder("shardflow-plan-") {
         Ok(folder) => folder,
@@ -335,7 +336,7 @@ fn run_plan(html: Option<PathBuf>, dot: Option<PathBuf>, command: &[OsString]) -
     let mut program = std::process::Command::new(&command[0]);
     program.args(&command[1..]).env(PLAN_TEXT, &text);
     for (variable, path) in [(PLAN_HTML, &html), (PLAN_DOT, &dot)] {
-        // The program may run elsewhere.
+        // The program may change its working directory.
         match path.as_deref().map(std::path::absolute).transpose() {
             Ok(path) => drop(path.map(|path| program.env(variable, path))),
             Err(error) => return fail(Exit::Usage, error),
@@ -354,9 +355,9 @@ fn run_plan(html: Option<PathBuf>, dot: Option<PathBuf>, command: &[OsString]) -
         }
         Err(_) => {
             eprint!("{}", String::from_utf8_lossy(&output.stderr));
-            let what = format!("{} ended without starting a session, so there is no plan", command[0].display());
+            let message = format!("{} ended without starting a session, so there is no plan", command[0].display());
             let code = output.status.code().and_then(|code| u8::try_from(code).ok());
-            fail(code.map(Exit::from_code).filter(|exit| *exit != Exit::Done).unwrap_or(Exit::Usage), what)
+            fail(code.map(Exit::from_code).filter(|exit| *exit != Exit::Done).unwrap_or(Exit::Usage), message)
         }
     }
 }
@@ -382,7 +383,7 @@ fn run_explain_hang(at: SocketAddr) -> Exit {
     }
 }
 
-/// Prints; gives an exit only when that fails, as into a pipe that nobody reads.
+/// Prints a text. Returns an exit only if that fails, as with a closed pipe.
 fn print(text: &str) -> Option<Exit> {
     writeln!(std::io::stdout(), "{text}").err().map(|error| fail(Exit::Internal, error))
 }

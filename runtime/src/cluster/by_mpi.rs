@@ -1,4 +1,4 @@
-//! Collectives by MPI: started when a session first needs them, where the program was built for it.
+//! Collectives over MPI, which starts when a session first needs it. Needs the feature `mpi`.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -8,13 +8,13 @@ use shardflow_kernels::collective::{Collective, Group};
 use super::ClusterError;
 use crate::session::process_map::ProcessMap;
 
-/// What MPI is refused with where the program was built without it.
+/// The error of a program that was built without MPI.
 pub(super) fn not_built() -> ClusterError {
     ClusterError::Mpi("this program was built without MPI: build it with `--features mpi`, or set it to `own`".into())
 }
 
-/// MPI in this process, once it was started: for all sessions of a [`super::Cluster`], since MPI starts only once. It ends
-/// with the last of them.
+/// This process's MPI world, shared by all sessions of a [`super::Cluster`] because MPI can start only once. The last session
+/// finalizes it.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct ByMpi {
     #[cfg(feature = "mpi")]
@@ -22,18 +22,18 @@ pub(crate) struct ByMpi {
 }
 
 impl ByMpi {
-    /// True for a group that MPI can have: its members are in different processes.
-    pub(crate) fn takes(process_map: &ProcessMap, group: &Group) -> bool {
+    /// True for a group that MPI can run: each member is in a process of its own.
+    pub(crate) fn supports(process_map: &ProcessMap, group: &Group) -> bool {
         process_map.processes_of(group).len() == group.ranks.len()
     }
 
-    /// The engine of these groups, which are the same in all processes; all of them call this.
+    /// Makes the engine of these groups. A collective call: all processes make it with the same groups.
     #[cfg(feature = "mpi")]
     pub(crate) fn engine(
         &self,
         process_map: &ProcessMap,
         groups: &[Arc<Group>],
-        within: Duration,
+        timeout: Duration,
     ) -> Result<Arc<dyn Collective>, ClusterError> {
         use shardflow_kernels::collective::mpi::{Mpi, MpiWorld};
         let world = match self.world.get() {
@@ -48,11 +48,11 @@ impl ByMpi {
         if (rank, size) != (process_map.process, process_map.processes) {
             let (process, processes) = (process_map.process, process_map.processes);
             return Err(ClusterError::Mpi(format!(
-                "to MPI this is rank {rank} of {size}, and to us rank {process} of {processes}: start the processes by \
+                "MPI assigns rank {rank} of {size}, the environment rank {process} of {processes}: start the processes with \
                  `mpirun -n {processes}`, without another launcher"
             )));
         }
-        Ok(Arc::new(Mpi::new(world, groups, &|device| process_map.process_of(device), within)?))
+        Ok(Arc::new(Mpi::new(world, groups, &|device| process_map.process_of(device), timeout)?))
     }
 
     #[cfg(not(feature = "mpi"))]

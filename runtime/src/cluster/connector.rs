@@ -1,5 +1,5 @@
-//! The ways that a session's registers and collectives take from process to process: memory that is mapped, connections that
-//! are dialled. All processes make them in the same order.
+//! Sets up how a session's registers and collectives cross processes: maps shared memory and dials connections. All processes
+//! do this in the same order.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::ErrorKind;
@@ -29,40 +29,40 @@ use crate::plan::Plan;
 use crate::session::devices::Pipes;
 use crate::session::process_map::ProcessMap;
 
-/// How often a wait for a peer looks whether the session has ended.
-const LOOK: Duration = Duration::from_millis(100);
+/// Interval at which a wait for a peer checks whether the session has ended.
+const END_CHECK_INTERVAL: Duration = Duration::from_millis(100);
 
-/// How a session's registers and collectives get from process to process.
+/// Everything through which a session's registers and collectives cross processes.
 pub(crate) struct Connections {
     /// Runs every group's collectives.
     pub(crate) engine: Arc<dyn Collective>,
-    /// Arenas of peers' devices that are mapped here.
+    /// Arenas of peers' devices that are mapped into this process, by device.
     pub(crate) mapped: BTreeMap<usize, Arena>,
-    /// Registers of peers whose slots are copied here.
+    /// Local copies (mirrors) of the slots of peers' registers.
     pub(crate) mirrors: BTreeMap<RegisterId, RegisterMemory>,
-    /// The connections that register messages take.
+    /// The connections of register messages.
     pub(crate) peers: Vec<PeerSpec>,
 }
 
 impl Connections {
-    /// Of a session that has no peers.
+    /// For a session without peers.
     pub(crate) fn alone(engine: Arc<dyn Collective>) -> Self {
         Self { engine, mapped: BTreeMap::new(), mirrors: BTreeMap::new(), peers: Vec::new() }
     }
 }
 
-/// Everything that the ways are made with.
+/// Makes the [`Connections`] of a session.
 pub(crate) struct Connector<'a> {
-    /// What memory and collectives are of: a GPU's memory is shared with nobody, and its collectives are the GPU engine's.
+    /// Memory of CUDA devices is never shared between processes, and the GPU engine runs their collectives.
     pub(crate) device: DeviceKind,
     pub(crate) process_map: ProcessMap,
     pub(crate) roster: &'a Roster,
-    pub(crate) endpoint: &'a Listener,
+    pub(crate) listener: &'a Listener,
     pub(crate) secret: &'a SharedKey,
     pub(crate) options: &'a ClusterOptions,
     pub(crate) by_mpi: &'a ByMpi,
     pub(crate) deadline: Instant,
-    /// Between GPUs, by the devices where bytes are made and land: what these take.
+    /// Pipes between GPUs, by source and target device.
     pub(crate) pipes: Pipes,
 }
 
@@ -71,42 +71,42 @@ impl Connector<'_> {
         &self.roster.members[process as usize]
     }
 
-    /// True when two processes share memory.
+    /// True if two processes share memory.
     pub(crate) fn shares_memory(&self, a: u32, b: u32) -> bool {
-        let wanted = matches!(self.options.transport, Transport::Auto | Transport::SharedMemory);
-        wanted && self.device == DeviceKind::Cpu && self.member(a).is_near(self.member(b))
+        let is_enabled = matches!(self.options.transport, Transport::Auto | Transport::SharedMemory);
+        is_enabled && self.device == DeviceKind::Cpu && self.member(a).is_near(self.member(b))
     }
 
-    /// The connection to a peer for a purpose: of two processes the one of the higher number dials.
-    pub(crate) fn link(&self, peer: u32, purpose: Purpose) -> Result<Connection, ClusterError> {
+    /// Opens the connection to a peer for a purpose. The process with the higher rank dials, the other accepts.
+    pub(crate) fn connect(&self, peer: u32, purpose: Purpose) -> Result<Connection, ClusterError> {
         if self.process_map.process < peer {
             let purpose = match purpose {
                 Purpose::Group { group, member, peer } => Purpose::Group { group, member: peer, peer: member },
                 same => same,
             };
-            return Ok(self.endpoint.wait(peer, purpose, self.deadline)?);
+            return Ok(self.listener.wait(peer, purpose, self.deadline)?);
         }
         let (session, epoch) = (self.roster.session, self.roster.epoch);
         let hello = Hello { session, epoch, from: self.process_map.process, to: peer, purpose };
-        Ok(self.endpoint.dial(&self.address(peer)?, self.secret, &hello, self.deadline)?)
+        Ok(self.listener.dial(&self.address(peer)?, self.secret, &hello, self.deadline)?)
     }
 
     fn address(&self, peer: u32) -> Result<Address, ClusterError> {
         let member = self.member(peer);
-        let by_tcp = self.options.transport == Transport::Tcp;
+        let is_tcp = self.options.transport == Transport::Tcp;
         let chosen =
-            if self.member(self.process_map.process).is_near(member) && !by_tcp { member.unix() } else { member.tcp() };
+            if self.member(self.process_map.process).is_near(member) && !is_tcp { member.unix() } else { member.tcp() };
         let host = &member.host;
-        let none =
-            format!("rank {peer} on {host} listens on no address that can be reached from here; set {INTERFACE} there");
-        let address = chosen.cloned().ok_or(ClusterError::Refused(none))?;
+        let no_address =
+            format!("rank {peer} on {host} listens on no address that this rank can reach; set {INTERFACE} on {host}");
+        let address = chosen.cloned().ok_or(ClusterError::Refused(no_address))?;
         let socket = |address: &Address| if let Address::Tcp(text) = address { text.parse().ok() } else { None };
-        let (peer, own) = (socket(&address), self.endpoint.addresses().iter().find_map(socket));
+        let (peer, own) = (socket(&address), self.listener.addresses().iter().find_map(socket));
         Ok(peer.zip(own).map_or(address, |(peer, own)| Address::Tcp(with_zone_of(peer, own).to_string())))
     }
 
-    /// Makes all ways of a session whose devices have these arenas.
-    pub(crate) fn make(
+    /// Makes all connections of a session whose devices have these arenas.
+    pub(crate) fn connect_all(
         &self,
         plan: &Plan,
         devices: &[Device],
@@ -116,30 +116,31 @@ impl Connector<'_> {
         let own = self.process_map.process;
         let near: BTreeSet<u32> =
             (0..self.process_map.processes).filter(|p| *p == own || self.shares_memory(own, *p)).collect();
-        let wants_mpi = self.options.collectives == Collectives::Mpi;
-        let takes_mpi = |group: &Arc<Group>| wants_mpi && ByMpi::takes(&self.process_map, group);
+        let is_mpi_selected = self.options.collectives == Collectives::Mpi;
+        let uses_mpi = |group: &Arc<Group>| is_mpi_selected && ByMpi::supports(&self.process_map, group);
         let mut crossing = self.process_map.crossing_groups(plan);
         crossing.retain(|_| self.device == DeviceKind::Cpu);
-        let (by_mpi, own): (Vec<_>, Vec<_>) = crossing.into_iter().partition(takes_mpi);
-        let on_node = |group: &Arc<Group>| self.process_map.processes_of(group).is_subset(&near);
-        let (on_board, mut on_wire): (Vec<_>, Vec<_>) = own.into_iter().partition(on_node);
-        on_wire.retain(|group| self.process_map.processes_of(group).contains(&self.process_map.process));
-        let (mapped, board) = self.share(on_board, plan, arenas, &near)?;
+        let (mpi_groups, own_groups): (Vec<_>, Vec<_>) = crossing.into_iter().partition(uses_mpi);
+        let is_near = |group: &Arc<Group>| self.process_map.processes_of(group).is_subset(&near);
+        let (board_groups, mut wire_groups): (Vec<_>, Vec<_>) = own_groups.into_iter().partition(is_near);
+        wire_groups.retain(|group| self.process_map.processes_of(group).contains(&self.process_map.process));
+        let (mapped, board) = self.share_memory(board_groups, plan, arenas, &near)?;
         let mut engines: BTreeMap<u32, Arc<dyn Collective>> = BTreeMap::new();
         if let Some((board, groups)) = board {
             let all = arenas.iter().chain(&mapped).map(|(device, arena)| (*device, arena.clone())).collect();
             let engine: Arc<dyn Collective> = Arc::new(SharedMemory::new(board, &groups, all)?);
             groups.iter().for_each(|group| drop(engines.insert(group.id, engine.clone())));
         }
-        if !on_wire.is_empty() {
-            let engine: Arc<dyn Collective> = Arc::new(Wire::new(self.channels(&on_wire)?, transport::SEND_TIMEOUT));
-            on_wire.iter().for_each(|group| drop(engines.insert(group.id, engine.clone())));
+        if !wire_groups.is_empty() {
+            let wire = Wire::new(self.channels(&wire_groups)?, transport::SEND_TIMEOUT);
+            let engine: Arc<dyn Collective> = Arc::new(wire);
+            wire_groups.iter().for_each(|group| drop(engines.insert(group.id, engine.clone())));
         }
         let (mirrors, peers) = self.peers(plan, devices)?;
-        if !by_mpi.is_empty() {
-            let within = self.deadline.saturating_duration_since(Instant::now());
-            let engine = self.by_mpi.engine(&self.process_map, &by_mpi, within)?;
-            by_mpi.iter().for_each(|group| drop(engines.insert(group.id, engine.clone())));
+        if !mpi_groups.is_empty() {
+            let timeout = self.deadline.saturating_duration_since(Instant::now());
+            let engine = self.by_mpi.engine(&self.process_map, &mpi_groups, timeout)?;
+            mpi_groups.iter().for_each(|group| drop(engines.insert(group.id, engine.clone())));
         }
         let engine: Arc<dyn Collective> =
             if engines.is_empty() { in_process } else { Arc::new(Routed::new(engines, in_process)) };
@@ -147,8 +148,8 @@ impl Connector<'_> {
     }
 }
 
-/// Refuses a transport that needs sockets between processes of one machine that cannot open each other's, as in containers with
-/// a `/tmp` each. Where TCP may be used instead, returns the line that the first of them logs.
+/// Refuses a transport that needs Unix sockets if processes of one node cannot open each other's, as in containers with
+/// separate `/tmp`. If TCP may be used instead, returns the line that the first such process logs.
 ///
 /// # Errors
 /// [`ClusterError::Refused`], the same for all processes.
@@ -157,26 +158,26 @@ pub(super) fn check_near(roster: &Roster, own: u32, transport: Transport) -> Res
         roster.members.iter().enumerate().flat_map(|(i, a)| roster.members[i + 1..].iter().map(move |b| (a, b)));
     let apart = pairs.into_iter().find(|(a, b)| a.node == b.node && !a.is_near(b));
     let Some((a, b)) = apart.filter(|_| transport != Transport::Tcp) else { return Ok(None) };
-    let why = match [a, b].into_iter().find(|member| member.unix().is_none()) {
-        Some(member) => format!("rank {} could make no Unix socket in its TMPDIR", member.process),
-        None => "they do not see the same folder at TMPDIR, as in containers with a /tmp each".into(),
+    let reason = match [a, b].into_iter().find(|member| member.unix().is_none()) {
+        Some(member) => format!("rank {} could not create a Unix socket in its TMPDIR", member.process),
+        None => "they do not see the same folder at TMPDIR, as in containers with separate /tmp".into(),
     };
-    let apart = format!("ranks {} and {} on {}: {why}", a.process, b.process, a.host);
+    let apart = format!("ranks {} and {} on {}: {reason}", a.process, b.process, a.host);
     if transport != Transport::Auto {
-        let why = format!(
-            "{apart}; {TRANSPORT}=shared-memory and unix need that: set it to auto, or give these ranks one folder"
+        let message = format!(
+            "{apart}; {TRANSPORT}=shared-memory and unix need a shared one: set it to auto, or share the folder"
         );
-        return Err(ClusterError::Refused(why));
+        return Err(ClusterError::Refused(message));
     }
     Ok((own == a.process).then(|| format!("{apart}; TCP is used between such ranks")))
 }
 
-/// Memory of peers of this node, by device; and the board of groups that meet on this node, with the groups.
+/// Mapped memory of peers on this node, by device; and the board of the groups on this node, with the groups.
 type Shared = (BTreeMap<usize, Arena>, Option<(Arena, Vec<Arc<Group>>)>);
 
 impl Connector<'_> {
-    /// Maps the arenas of the peers of this node, and gives them this process's.
-    fn share(
+    /// Exchanges arena descriptors with the peers on this node and maps their arenas.
+    fn share_memory(
         &self,
         groups: Vec<Arc<Group>>,
         plan: &Plan,
@@ -189,18 +190,18 @@ impl Connector<'_> {
         let mut board = if first == own && near.len() > 1 { Some(Board::create(&groups)?) } else { None };
         let mut mapped = BTreeMap::new();
         for peer in near.iter().copied().filter(|peer| *peer != own) {
-            let link = self.link(peer, Purpose::Memory)?;
-            let given: Vec<BorrowedFd<'_>> = arenas.values().chain(&board).filter_map(Arena::descriptor).collect();
-            let given = if own == first { &given[..] } else { &given[..arenas.len()] };
-            transport::send_descriptors(&link, given)?;
-            let theirs = self.process_map.devices_of(peer);
-            let count = theirs.len() + usize::from(peer == first);
-            let mut taken = self.receive_descriptors(&link, count)?.into_iter();
-            for (device, descriptor) in theirs.zip(taken.by_ref()) {
+            let connection = self.connect(peer, Purpose::Memory)?;
+            let sent: Vec<BorrowedFd<'_>> = arenas.values().chain(&board).filter_map(Arena::descriptor).collect();
+            let sent = if own == first { &sent[..] } else { &sent[..arenas.len()] };
+            transport::send_descriptors(&connection, sent)?;
+            let peer_devices = self.process_map.devices_of(peer);
+            let count = peer_devices.len() + usize::from(peer == first);
+            let mut received = self.receive_descriptors(&connection, count)?.into_iter();
+            for (device, descriptor) in peer_devices.zip(received.by_ref()) {
                 let arena = Arena::map_peer(descriptor, plan.memory[device].arena_bytes, Access::Read)?;
                 mapped.insert(device, arena);
             }
-            if let Some(descriptor) = taken.next() {
+            if let Some(descriptor) = received.next() {
                 board = Some(Arena::map_peer(descriptor, bytes, Access::ReadWrite)?);
             }
         }
@@ -208,15 +209,15 @@ impl Connector<'_> {
     }
 
     /// Waits for a peer's descriptors, until the deadline or the session's end.
-    fn receive_descriptors(&self, link: &Connection, count: usize) -> Result<Vec<OwnedFd>, ClusterError> {
-        let limited = link.set_read_timeout(Some(LOOK));
-        limited.map_err(|cause| ClusterError::System { what: "limit the time of a connection", cause })?;
+    fn receive_descriptors(&self, connection: &Connection, count: usize) -> Result<Vec<OwnedFd>, ClusterError> {
+        let set = connection.set_read_timeout(Some(END_CHECK_INTERVAL));
+        set.map_err(|cause| ClusterError::System { action: "set the read timeout of a connection", cause })?;
         loop {
-            match transport::receive_descriptors(link, count) {
+            match transport::receive_descriptors(connection, count) {
                 Err(TransportError::Io { cause, .. })
                     if cause.kind() == ErrorKind::WouldBlock && Instant::now() < self.deadline =>
                 {
-                    if self.endpoint.is_closed() {
+                    if self.listener.is_closed() {
                         return Err(TransportError::Closed.into());
                     }
                 }
@@ -225,24 +226,24 @@ impl Connector<'_> {
         }
     }
 
-    /// Channels of this process's members to the members that they talk to.
+    /// Makes the channels from this process's members to the members that they exchange data with.
     fn channels(&self, groups: &[Arc<Group>]) -> Result<BTreeMap<(u32, usize, usize), Channel>, ClusterError> {
         let own = self.process_map.own();
         let mut channels = BTreeMap::new();
         for group in groups {
             for member in (0..group.ranks.len()).filter(|m| own.contains(&group.ranks[*m])) {
                 for peer in wire::peers(group, member) {
-                    let at = |from: usize, to: usize| (group.id, from, to);
+                    let key = |from: usize, to: usize| (group.id, from, to);
                     if !own.contains(&group.ranks[peer]) {
                         let (member_id, peer_id) = (member as u32, peer as u32);
                         let purpose = Purpose::Group { group: group.id, member: member_id, peer: peer_id };
-                        let link = self.link(self.process_map.process_of(group.ranks[peer]), purpose)?;
-                        channels.insert(at(member, peer), channel(link));
+                        let connection = self.connect(self.process_map.process_of(group.ranks[peer]), purpose)?;
+                        channels.insert(key(member, peer), channel(connection));
                     } else if member < peer {
                         let pair = UnixStream::pair()
-                            .map_err(|cause| ClusterError::System { what: "make a pair of sockets", cause })?;
-                        channels.insert(at(member, peer), Channel::Unix(pair.0));
-                        channels.insert(at(peer, member), Channel::Unix(pair.1));
+                            .map_err(|cause| ClusterError::System { action: "create a socket pair", cause })?;
+                        channels.insert(key(member, peer), Channel::Unix(pair.0));
+                        channels.insert(key(peer, member), Channel::Unix(pair.1));
                     }
                 }
             }
@@ -250,10 +251,10 @@ impl Connector<'_> {
         Ok(channels)
     }
 
-    /// A connection to each peer for the registers, and a mirror of each register whose bytes come by it.
+    /// Opens a register connection to each peer and makes a mirror of each register that is received over it.
     fn peers(&self, plan: &Plan, devices: &[Device]) -> Result<(Mirrors, Vec<PeerSpec>), ClusterError> {
         let own = self.process_map.process;
-        let (mut memory, mut peers) = (Mirrors::new(), Vec::new());
+        let (mut memory, mut specs) = (Mirrors::new(), Vec::new());
         let pairs = if self.pipes.is_empty() { BTreeMap::new() } else { self.process_map.crossing_pairs(plan) };
         for process in self.process_map.peers() {
             let (mut pushes, mut mirrors) = (BTreeMap::new(), BTreeMap::new());
@@ -266,18 +267,18 @@ impl Connector<'_> {
                     memory.insert(register, RegisterMemory { base, stride });
                 }
             }
-            let link = self.link(process, Purpose::Registers { lane: 0 })?;
+            let link = self.connect(process, Purpose::Registers { lane: 0 })?;
             let crossing: BTreeSet<RegisterId> = pushes.keys().chain(mirrors.keys()).copied().collect();
             let mut pipes = BTreeMap::new();
             for (ends, registers) in &pairs {
                 let Some(pipe) = self.pipes.get(ends) else { continue };
-                // A register may go to several processes; at its end here it has one pipe for each.
-                let far = if self.process_map.process_of(ends.0) == own { ends.1 } else { ends.0 };
-                let here =
-                    registers.iter().filter(|r| self.process_map.process_of(far) == process && crossing.contains(r));
-                here.for_each(|register| drop(pipes.insert(*register, pipe.clone())));
+                // A register may be sent to several processes; this process then holds one pipe for each of them.
+                let peer_device = if self.process_map.process_of(ends.0) == own { ends.1 } else { ends.0 };
+                let is_peer = self.process_map.process_of(peer_device) == process;
+                let piped = registers.iter().filter(|r| is_peer && crossing.contains(r));
+                piped.for_each(|register| drop(pipes.insert(*register, pipe.clone())));
             }
-            peers.push(PeerSpec {
+            specs.push(PeerSpec {
                 process,
                 actors: self.process_map.actors_of(plan, process),
                 link,
@@ -286,14 +287,14 @@ impl Connector<'_> {
                 pipes,
             });
         }
-        Ok((memory, peers))
+        Ok((memory, specs))
     }
 }
 
 type Mirrors = BTreeMap<RegisterId, RegisterMemory>;
 
-fn channel(link: Connection) -> Channel {
-    match link {
+fn channel(connection: Connection) -> Channel {
+    match connection {
         Connection::Tcp(stream) => Channel::Tcp(stream),
         Connection::Unix(stream) => Channel::Unix(stream),
     }
@@ -305,7 +306,7 @@ mod tests {
 
     use super::*;
 
-    /// Processes on these nodes, with these folders for sockets; 0 is none that can be used.
+    /// Processes on these nodes with these socket folders; 0 means that no folder can be used.
     fn roster(places: &[(&str, u8)]) -> Roster {
         let member = |(process, (node, folder)): (u32, &(&str, u8))| {
             let mut addresses = vec![Address::Tcp(format!("10.0.0.1:{process}"))];
@@ -318,7 +319,7 @@ mod tests {
     }
 
     #[test]
-    fn processes_that_see_another_folder_are_not_near() {
+    fn processes_with_different_socket_folders_are_not_near() {
         use Transport::{Auto, SharedMemory, Tcp, Unix};
         let check = |places: &[(&str, u8)], own, transport| {
             check_near(&roster(places), own, transport).map_err(|error| (error.to_string(), error.exit().code()))
@@ -328,11 +329,11 @@ mod tests {
             assert_eq!(check(&one_node, 0, transport), Ok(None), "{transport:?}");
         }
         let containers = [("b", 1), ("a", 1), ("a", 2)];
-        let printed = check(&containers, 1, Auto).unwrap().unwrap();
-        assert!(printed.starts_with("ranks 1 and 2 on h: they do not see the same folder at TMPDIR"), "{printed}");
-        assert!(printed.ends_with("TCP is used between such ranks"), "{printed}");
+        let line = check(&containers, 1, Auto).unwrap().unwrap();
+        assert!(line.starts_with("ranks 1 and 2 on h: they do not see the same folder at TMPDIR"), "{line}");
+        assert!(line.ends_with("TCP is used between such ranks"), "{line}");
         for silent in [0, 2] {
-            assert_eq!(check(&containers, silent, Auto), Ok(None), "logged once");
+            assert_eq!(check(&containers, silent, Auto), Ok(None), "only rank 1 logs it");
         }
         assert_eq!(check(&containers, 1, Tcp), Ok(None));
         for (transport, own) in [SharedMemory, Unix].into_iter().flat_map(|t| (0..3).map(move |own| (t, own))) {
@@ -340,6 +341,6 @@ mod tests {
             assert!(message.contains("ranks 1 and 2") && message.contains("set it to auto") && code == 78, "{message}");
         }
         let (message, _) = check(&[("a", 1), ("a", 0)], 0, Unix).unwrap_err();
-        assert!(message.contains("rank 1 could make no Unix socket in its TMPDIR"), "{message}");
+        assert!(message.contains("rank 1 could not create a Unix socket in its TMPDIR"), "{message}");
     }
 }

@@ -1,10 +1,10 @@
-//! Reports a failure before the processes have met to those that would wait for this one.
+//! Reports a failure before the rendezvous to the processes that would wait for this one.
 use std::ops::Range;
 
 use shardflow_actors::transport::{self, TransportError};
 
 use super::env::{self, LaunchContext, Secret};
-use super::rendezvous::{Identity, RendezvousConfig, answer, call};
+use super::rendezvous::{Identity, RendezvousConfig, refuse_callers, send_failure};
 use super::{Cluster, ClusterOptions, world};
 use crate::exit::Report;
 
@@ -28,20 +28,20 @@ impl Departure {
         }))
     }
 
-    /// Reports that `ranks` do not join. For rank 0 it answers those that connect, for other ranks it connects to rank 0;
-    /// either ends within [`ClusterOptions::report_within`].
+    /// Reports that `ranks` will not join: for rank 0 it refuses the processes that connect, for other ranks it connects to
+    /// rank 0. Returns within [`ClusterOptions::report_within`].
     pub(crate) fn report(&self, ranks: Range<u32>, report: &Report) {
         let reported = match ranks.start {
-            0 => answer(&self.0, ranks, report),
-            _ => call(&self.0, ranks, report),
+            0 => refuse_callers(&self.0, ranks, report),
+            _ => send_failure(&self.0, ranks, report),
         };
         if let Err(error) = reported {
-            tracing::debug!(%error, "a failure was not reported to the other processes");
+            tracing::debug!(%error, "could not report a failure to the other processes");
         }
     }
 }
 
-/// Reports for this process, where it is one of several.
+/// Reports the failure of this process, if it is one of several.
 pub(crate) fn report(report: &Report) {
     let Ok(Cluster { launch: LaunchContext::World(world), options, .. }) = Cluster::from_env() else { return };
     let Ok(secret) = world.secret.read() else { return };

@@ -1,8 +1,8 @@
-//! Who this process is, from its environment: a pure function of the variables that our launcher, torchrun, OpenMPI,
-//! Slurm, MPICH or Kubernetes set, or a process on its own.
+//! Detects this process's rank and world from the variables that `shardflow launch`, torchrun, OpenMPI, Slurm, MPICH or
+//! Kubernetes set. A pure function of the variables.
 //!
-//! The sources are asked from the innermost to the outermost: a launcher that was started by another one has set its
-//! variables last, and the other's are still there. An empty variable counts as absent.
+//! Launchers are checked from the innermost to the outermost: one that was started by another sets its variables last, and
+//! those of the outer one are still there. An empty variable counts as unset.
 
 use std::collections::BTreeMap;
 
@@ -26,43 +26,43 @@ pub type Variables = BTreeMap<String, String>;
 /// How this process was started.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum LaunchContext {
-    /// Alone: nothing says that there are others.
+    /// As a single process: no variable indicates others.
     Local,
     /// As one of several.
     World(World),
 }
 
-/// A process's place among the others.
+/// A process's rank and how to reach the other processes.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct World {
-    /// Number of this process, below `processes`.
+    /// Rank of this process, below `processes`.
     pub process: u32,
-    /// How many there are, at least 1.
+    /// World size, at least 1.
     pub processes: u32,
-    /// Number of this process on its node, below `local_processes`.
+    /// Rank of this process on its node, below `local_processes`.
     pub local_process: u32,
-    /// How many are on this node.
+    /// Number of processes on this node.
     pub local_processes: u32,
-    /// Number of this node, where that is known.
+    /// Number of this node, if known.
     pub node: Option<u32>,
-    /// Where process 0 listens.
+    /// Address that process 0 listens on.
     pub endpoint: Endpoint,
-    /// What all processes of the job know and nobody else.
+    /// The secret shared by the job's processes.
     pub secret: SecretSource,
-    /// How often the job was started before, as far as who started this process knows.
+    /// How many times the job was restarted, according to the launcher.
     pub restart: u64,
-    /// Who said all this.
+    /// The launcher that set the variables.
     pub source: LaunchedBy,
-    /// The job's name. For people: it need not be the same on all nodes.
+    /// The job's name, for messages. It may differ between nodes.
     pub run_id: String,
 }
 
-/// Who started the processes.
+/// The launcher of the processes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum LaunchedBy {
     /// `shardflow launch`.
     Shardflow,
-    /// `torchrun`, or what sets its variables.
+    /// `torchrun`, or a launcher that sets the same variables.
     Torchrun,
     /// `mpirun` of OpenMPI.
     OpenMpi,
@@ -70,26 +70,26 @@ pub enum LaunchedBy {
     Slurm,
     /// `mpiexec` of MPICH, or `mpirun` of Intel MPI.
     Mpich,
-    /// An indexed Job.
+    /// A Kubernetes indexed Job.
     Kubernetes,
 }
 
-/// An environment that cannot be used. Ends with code 78.
+/// An invalid environment. The process exits with code 78.
 #[derive(Debug, thiserror::Error)]
 pub enum EnvError {
-    /// Some variables of a source are there and one is not.
+    /// Some variables of a launcher are set and one is missing.
     #[error("{found}={value} is set but {missing} is not: set {missing} to {meaning}, or unset {found}")]
     HalfSet {
-        /// A variable that is there.
+        /// A variable that is set.
         found: &'static str,
         /// Its value.
         value: String,
-        /// The one that is not.
+        /// The one that is missing.
         missing: &'static str,
         /// What it should hold.
         meaning: &'static str,
     },
-    /// A value that cannot be read.
+    /// A value that cannot be parsed or used.
     #[error("{variable}={value}: {expected}")]
     Invalid {
         /// The variable.
@@ -99,7 +99,7 @@ pub enum EnvError {
         /// What it should hold.
         expected: String,
     },
-    /// Two variables that cannot both be right.
+    /// Two variables that contradict each other.
     #[error("{variable}={value} contradicts {other}={other_value}: {rule}")]
     Contradiction {
         /// One variable.
@@ -113,38 +113,40 @@ pub enum EnvError {
         /// What must hold.
         rule: &'static str,
     },
-    /// The processes have no secret in common.
+    /// Several processes and no secret.
     #[error(
-        "{source_name} started {processes} processes without a secret: set SHARDFLOW_SECRET, or SHARDFLOW_SECRET_FILE, \
-         to the same text of at least {SECRET_CHARS_MIN} characters for all of them; {how}"
+        "{launcher} started {processes} processes without a secret: set SHARDFLOW_SECRET for all of them to the same text \
+         of at least {SECRET_CHARS_MIN} characters, or SHARDFLOW_SECRET_FILE to a file with it; {instructions}"
     )]
     NoSecret {
-        /// Who started them.
-        source_name: &'static str,
-        /// How many.
+        /// The launcher's name.
+        launcher: &'static str,
+        /// World size.
         processes: u32,
-        /// The command that does it.
-        how: &'static str,
+        /// How to set it with this launcher.
+        instructions: &'static str,
     },
-    /// A secret that can be guessed.
-    #[error("{place} holds {chars} characters, at least {SECRET_CHARS_MIN} are needed: make one by `shardflow secret`")]
+    /// A secret that is short enough to be guessed.
+    #[error(
+        "{place} holds {chars} characters, at least {SECRET_CHARS_MIN} are needed: make one with `shardflow secret`"
+    )]
     ShortSecret {
         /// Variable or file.
         place: String,
-        /// How many it has.
+        /// Its length in characters.
         chars: usize,
     },
 }
 
 impl EnvError {
-    /// How a process ends for it.
+    /// The exit code of a process that ends with this error.
     pub fn exit(&self) -> Exit {
         Exit::Refused
     }
 }
 
 impl LaunchedBy {
-    /// Name for people.
+    /// Name for messages.
     pub fn name(self) -> &'static str {
         match self {
             LaunchedBy::Shardflow => "shardflow launch",
@@ -156,29 +158,29 @@ impl LaunchedBy {
         }
     }
 
-    /// How its users give all processes the same secret.
-    fn how_to_give_a_secret(self) -> &'static str {
+    /// How to give all processes the same secret with this launcher.
+    fn secret_instructions(self) -> &'static str {
         match self {
-            LaunchedBy::Shardflow => "`shardflow launch` does so itself",
+            LaunchedBy::Shardflow => "`shardflow launch` sets one",
             LaunchedBy::Torchrun => {
-                "before `torchrun`, on every node: `export SHARDFLOW_SECRET=..`; `shardflow secret` makes one; in \
-                 a PyTorchJob, from a Secret"
+                "before `torchrun`, on every node: `export SHARDFLOW_SECRET=..`, with the output of `shardflow secret`; \
+                 in a PyTorchJob, from a Secret"
             }
             LaunchedBy::OpenMpi => "`mpirun -x SHARDFLOW_SECRET=$(shardflow secret) ..`",
             LaunchedBy::Slurm => "in the script, before `srun`: `export SHARDFLOW_SECRET=$(shardflow secret)`",
             LaunchedBy::Mpich => "`mpiexec -genv SHARDFLOW_SECRET $(shardflow secret) ..`",
-            LaunchedBy::Kubernetes => "from a Secret, made by `kubectl create secret generic NAME --from-literal=..`",
+            LaunchedBy::Kubernetes => "from a Secret, made with `kubectl create secret generic NAME --from-literal=..`",
         }
     }
 }
 
-/// The variables of this process. Bytes that are no UTF-8 become replacement characters.
+/// The environment variables of this process. Invalid UTF-8 becomes replacement characters.
 pub fn process_variables() -> Variables {
     let text = |os: std::ffi::OsString| os.to_string_lossy().into_owned();
     std::env::vars_os().map(|(name, value)| (text(name), text(value))).collect()
 }
 
-/// A variable that is there and not empty.
+/// A variable's value, if it is set and not empty.
 fn get<'a>(variables: &'a Variables, name: &str) -> Option<&'a str> {
     variables.get(name).map(String::as_str).filter(|value| !value.is_empty())
 }

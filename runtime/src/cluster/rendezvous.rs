@@ -1,23 +1,23 @@
-//! How the processes of a world find each other: process 0 listens, all others introduce themselves to it, it compares them,
-//! and they start together.
+//! Rendezvous of the processes of a world: process 0 listens, all others send it their [`JoinInfo`], it compares them, and they
+//! start together.
 //!
 //! ```text
 //! process 0                     process p
-//!    ◄── (authenticated) Introduction ── who, where, restarts, and facts: version, mesh, plan, ..
-//!    ... until all are here, or the deadline
-//!    ── Roster: session, epoch, members ──►   p lets the members in
+//!    ◄── (authenticated) Join ── rank, addresses, restarts, and facts: version, mesh, plan, ..
+//!    ... until all have joined, or the deadline
+//!    ── Roster: session, epoch, members ──►   p accepts connections of the members
 //!    ◄────────────── Ready ──
 //!    ... from all
 //!    ── Start ──►
 //! ```
 //!
-//! - **RV-1**: nobody starts unless all are ready: whoever starts can be dialled by every member.
-//! - **RV-2**: a refusal goes to all, names who differs from whom, and gives both values.
-//! - **RV-3**: a process that comes again while others wait takes its own place: if its old connection is dead, if it says
-//!   that it was restarted more often, or if it is the same process.
-//! - **RV-4**: a process that ends before it joins, for a cause that is not worth a retry, is reported to process 0; all that
-//!   wait, and all that come within `report_within`, are refused with its exit code. The first report counts. On behalf of a
-//!   process 0 that ended, its launcher or its `exit::report` answers.
+//! - **RV-1**: no process starts before all are ready, so every member can dial a process that has started.
+//! - **RV-2**: a refusal is sent to all processes and names the two that differ, with both values.
+//! - **RV-3**: a process that joins again while others wait replaces its earlier entry if the old connection is dead, if its
+//!   restart count is higher, or if it is the same process.
+//! - **RV-4**: the failure of a process before it joins is reported to process 0 if a retry cannot help. All processes that
+//!   wait, and all that join within `report_within`, are refused with its exit code. The first report wins. If process 0 has
+//!   failed, its launcher or its `exit::report` answers instead.
 
 use std::io;
 use std::net::{Ipv4Addr, SocketAddr};
@@ -32,8 +32,8 @@ use super::Advertise;
 use crate::declare::{EXECUTABLE, PROCESSES, VERSION};
 use crate::machine::address_towards;
 
-pub(super) use coordinator::answer;
-pub(super) use join::call;
+pub(super) use coordinator::refuse_callers;
+pub(super) use join::send_failure;
 
 mod coordinator;
 #[cfg(any(test, fuzzing))]
@@ -47,48 +47,48 @@ pub use messages::{
     Conflict, Fact, Identity, JoinInfo, Member, MissingRanks, ProcessLabel, RendezvousError, RendezvousRefusal, Roster,
 };
 
-/// What one process needs to know to meet the others.
+/// Configuration of one process's rendezvous.
 #[derive(Clone, Debug)]
 pub struct RendezvousConfig {
-    /// Its rank, below `processes`.
+    /// Rank, below `processes`.
     pub process: u32,
-    /// Processes of the world.
+    /// World size.
     pub processes: u32,
-    /// How often it has been restarted; the world's epoch is the most of all.
+    /// How many times the process was restarted; the largest count of all processes is the world's epoch.
     pub restart: u64,
-    /// Where process 0 listens; the same text for all.
+    /// The address of process 0; the same text for all.
     pub coordinator: Address,
     /// The job's secret.
     pub secret: SharedKey,
-    /// Which program it is.
+    /// The program, host and process.
     pub identity: Identity,
-    /// Values that must be equal on all processes, besides the identity, ordered so that a difference explains those after it.
+    /// Further values that must be equal on all processes. A value comes before those that depend on it.
     pub facts: Vec<Fact>,
-    /// Its address for heartbeats (UDP); [`local_address`] says on which of this node's addresses to listen.
+    /// UDP address that receives heartbeats; [`local_address`] selects the local address to bind.
     pub heartbeat: SocketAddr,
-    /// Whether there are processes on other nodes.
+    /// True if other nodes have processes of this world.
     pub spans_nodes: bool,
-    /// Address of this node to listen on, with port 0. Without it, the one by which process 0 is reached: see
+    /// Local address to listen on, with port 0. Without it, the address from which process 0 is reached: see
     /// [`local_address`].
     pub interface: Option<SocketAddr>,
-    /// Where others reach this process; without it, at the addresses that it listens on.
+    /// How others reach this process; without it, at the addresses that it listens on.
     pub advertise: Option<Arc<dyn Advertise>>,
-    /// How long to wait for all others; and then, for them to be ready.
+    /// How long to wait for all others to join, and then again for them to be ready.
     pub timeout: Duration,
-    /// How often to say who is missing.
+    /// Interval between reports of the missing ranks.
     pub report_every: Duration,
-    /// How long to try again at a world that runs already: it may be about to end, because this process died in it.
+    /// How long to retry while the world already runs: it may be about to end because this process's predecessor failed.
     pub late_grace: Duration,
-    /// After processes that do not fit together were found, how long to wait for others, so as to tell them too.
+    /// How long to wait for more processes after a conflict, so that they are refused too.
     pub conflict_grace: Duration,
-    /// How long a failure before the start is reported: rank 0 answers, others call it.
+    /// How long to report a failure before the start: rank 0 refuses the others, other ranks report to rank 0.
     pub report_within: Duration,
-    /// Limits of the endpoint.
-    pub endpoint: ListenerOptions,
+    /// Limits of the listener.
+    pub listener: ListenerOptions,
 }
 
 impl RendezvousConfig {
-    /// A world of one process, to be filled in: five minutes to meet, a report every three seconds.
+    /// Defaults for a world of one process: a timeout of five minutes, a report every three seconds.
     pub fn new(coordinator: Address, secret: SharedKey, identity: Identity) -> Self {
         Self {
             process: 0,
@@ -107,16 +107,16 @@ impl RendezvousConfig {
             late_grace: Duration::from_secs(10),
             conflict_grace: Duration::from_secs(2),
             report_within: REPORT_WITHIN,
-            endpoint: ListenerOptions::default(),
+            listener: ListenerOptions::default(),
         }
     }
 }
 
-/// Meets the other processes. All get the same roster; each gets its own endpoint, which lets in the members of the roster.
-/// `on_waiting` hears, every `report_every`, who is still missing.
+/// Meets the other processes. Returns the roster, which is the same for all, and this process's listener, which accepts
+/// connections of its members. Calls `on_waiting` with the missing ranks every `report_every`.
 ///
 /// # Errors
-/// See [`RendezvousError`]; a process outlives `timeout` by a few seconds at most.
+/// See [`RendezvousError`]. Returns at most a few seconds after `timeout`.
 pub fn rendezvous(
     config: &RendezvousConfig,
     mut on_waiting: impl FnMut(&MissingRanks),
@@ -127,17 +127,17 @@ pub fn rendezvous(
         return Err(RendezvousError::Rank { process, processes });
     }
     if process == 0 {
-        coordinator::lead(config, deadline, &mut on_waiting)
+        coordinator::run(config, deadline, &mut on_waiting)
     } else {
-        join::follow(config, deadline, &mut on_waiting)
+        join::join(config, deadline, &mut on_waiting)
     }
 }
 
-/// The address of this node on which to listen, with port 0: `interface`, or the one by which the coordinator is reached. Loopback
-/// for a Unix socket. Tries until the deadline, because a name may appear later than the process.
+/// The local address to listen on, with port 0: `interface`, or the address from which the coordinator is reached. Loopback for
+/// a Unix socket. Retries until the deadline, because the name may be registered after this process has started.
 ///
 /// # Errors
-/// [`RendezvousError::NoWay`] when the coordinator's name has no address, or there is no way there.
+/// [`RendezvousError::NoRoute`] if the coordinator's name has no address or no route leads to it.
 pub fn local_address(
     coordinator: &Address,
     interface: Option<SocketAddr>,
@@ -146,16 +146,17 @@ pub fn local_address(
 ) -> Result<SocketAddr, RendezvousError> {
     let loopback = (Ipv4Addr::LOCALHOST, 0).into();
     let (None, Address::Tcp(name)) = (interface, coordinator) else { return Ok(interface.unwrap_or(loopback)) };
+    let no_route = |cause| RendezvousError::NoRoute { coordinator: coordinator.clone(), cause };
     loop {
         match address_towards(name, spans_nodes) {
             Err(_) if Instant::now() < deadline => std::thread::sleep(RETRY),
-            found => return found.map_err(|cause| RendezvousError::NoWay { coordinator: coordinator.clone(), cause }),
+            found => return found.map_err(no_route),
         }
     }
 }
 
-/// What this process says of itself.
-fn introduction(config: &RendezvousConfig, addresses: Vec<Address>) -> Result<JoinInfo, RendezvousError> {
+/// Makes this process's [`JoinInfo`].
+fn join_info(config: &RendezvousConfig, addresses: Vec<Address>) -> Result<JoinInfo, RendezvousError> {
     let Identity { version, binary, node, sockets, cores, host, pid } = config.identity.clone();
     let (process, restart, heartbeat) = (config.process, config.restart, without_zone(config.heartbeat));
     let addresses = addresses.into_iter().map(unzoned).collect();
@@ -166,12 +167,12 @@ fn introduction(config: &RendezvousConfig, addresses: Vec<Address>) -> Result<Jo
         Fact::new(PROCESSES, config.processes),
     ];
     facts.extend_from_slice(&config.facts);
-    let introduction = JoinInfo { member, facts };
-    introduction.check()?;
-    Ok(introduction)
+    let info = JoinInfo { member, facts };
+    info.check()?;
+    Ok(info)
 }
 
-/// The same address, for other nodes.
+/// The same address without its IPv6 zone, which is valid on this node only.
 fn unzoned(address: Address) -> Address {
     let zoned = match &address {
         Address::Tcp(text) if text.contains('%') => resolve(text).ok(),
@@ -180,22 +181,22 @@ fn unzoned(address: Address) -> Address {
     zoned.and_then(|all| all.first().copied()).map_or(address, |own| Address::Tcp(without_zone(own).to_string()))
 }
 
-/// Where others reach what listens at these addresses.
+/// The addresses at which others reach these listening addresses.
 fn advertised(config: &RendezvousConfig, bound: Vec<Address>) -> Result<Vec<Address>, RendezvousError> {
     let Some(advertise) = &config.advertise else { return Ok(bound) };
-    let outside = |address: &Address| {
+    let published = |address: &Address| {
         let failed = |cause| TransportError::Listen { address: address.clone(), cause };
         advertise.connections(address).map_err(failed)
     };
-    Ok(bound.iter().map(outside).collect::<Result<_, _>>()?)
+    Ok(bound.iter().map(published).collect::<Result<_, _>>()?)
 }
 
-/// How long a failure before the start is reported, unless the options say otherwise.
+/// Default time to report a failure before the start.
 pub(super) const REPORT_WITHIN: Duration = Duration::from_secs(10);
-/// Pause between attempts at what has no time-out of its own.
+/// Pause between retries of a call that returns at once.
 const RETRY: Duration = Duration::from_millis(50);
 
-/// True for an address that another process holds.
+/// True if another process holds the address.
 fn is_in_use(error: &TransportError) -> bool {
     matches!(error, TransportError::Listen { cause, .. } if cause.kind() == io::ErrorKind::AddrInUse)
 }

@@ -1,5 +1,5 @@
-//! The agreement of a session's processes on their checkpoints: what they tell each other over the control plane, from the
-//! saver's thread, while steps go on.
+//! Agreement of a session's processes on their checkpoints. They exchange messages over the control plane from the saver's
+//! thread while training steps continue.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -14,17 +14,16 @@ use crate::checkpoint::{AgreeError, SaveAgreement, SaveId, SaveOutcome};
 /// Topic of these messages on the control plane.
 pub(super) const TOPIC: u16 = 1;
 
-/// How long the slowest process may take to write its part after the first one, if the watchdog allows no longer waits.
-const WITHIN: Duration = Duration::from_secs(600);
+/// Smallest timeout of a wait for another process to write its part; the watchdog may allow more.
+const WAIT_MIN: Duration = Duration::from_secs(600);
 
-/// Messages of other saves that are kept until their turn comes. Saves come one after the other, so a peer is at most one
-/// ahead.
+/// Messages of later phases that are kept. Saves run one after the other, so a peer is at most one save ahead.
 const EARLY_MAX: usize = 1 << 14;
 
-/// Characters of a reason that are told.
-const WHY_CHARS_MAX: usize = 1000;
+/// Characters of a failure's reason that are sent.
+const REASON_CHARS_MAX: usize = 1000;
 
-/// A message of a peer.
+/// A message from a peer.
 pub(super) struct Received {
     pub(super) from: u32,
     pub(super) bytes: Vec<u8>,
@@ -32,39 +31,39 @@ pub(super) struct Received {
 
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub(super) enum Phase {
-    /// To process 0: how writing went here.
+    /// To process 0: the result of writing this process's part.
     Written,
-    /// From process 0: how it went everywhere.
+    /// From process 0: the result of writing all parts.
     AllWritten,
-    /// From process 0: what became of the commit.
+    /// From process 0: the result of the commit.
     Outcome,
 }
 
-/// A message.
+/// The content of a message, as JSON.
 #[derive(PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Payload {
     epoch: u64,
     step: u64,
     attempt: u32,
     phase: Phase,
-    result: How,
+    result: PhaseResult,
 }
 
-/// Of a phase of a save, by a process.
+/// Epoch, step and attempt of a save, its phase, and the sender.
 type Key = (u64, u64, u32, Phase, u32);
 
-/// How a phase went: `true` where a commit found the step committed already; or which process failed, and why.
-type How = Result<bool, (u32, String)>;
+/// Result of a phase: `true` if the step was already committed; or the process that failed, and the reason.
+type PhaseResult = Result<bool, (u32, String)>;
 
 /// The agreement of the processes of a session.
 pub(super) struct ClusterAgreement {
     process: u32,
     processes: u32,
     membership: Arc<Membership>,
-    heard: Receiver<Received>,
-    within: Duration,
-    /// What came before it was waited for.
-    early: Mutex<BTreeMap<Key, How>>,
+    messages: Receiver<Received>,
+    timeout: Duration,
+    /// Results that arrived before this process waited for them.
+    early: Mutex<BTreeMap<Key, PhaseResult>>,
 }
 
 impl ClusterAgreement {
@@ -72,26 +71,26 @@ impl ClusterAgreement {
         process: u32,
         processes: u32,
         membership: Arc<Membership>,
-        heard: Receiver<Received>,
+        messages: Receiver<Received>,
         wait_max: Duration,
     ) -> Self {
-        Self { process, processes, membership, heard, within: wait_max.max(WITHIN), early: Mutex::default() }
+        Self { process, processes, membership, messages, timeout: wait_max.max(WAIT_MIN), early: Mutex::default() }
     }
 
     fn error(&self, process: u32, why: impl ToString) -> AgreeError {
         AgreeError { process: Some(process), why: why.to_string() }
     }
 
-    fn said(save: SaveId, phase: Phase, result: How) -> Vec<u8> {
-        let short = |why: String| why.chars().take(WHY_CHARS_MAX).collect();
-        let result = result.map_err(|(process, why)| (process, short(why)));
-        let said = Payload { epoch: save.epoch, step: save.step, attempt: save.attempt, phase, result };
-        // Plain data; were it not to encode, the peer would run into its deadline.
-        serde_json::to_vec(&said).unwrap_or_default()
+    fn encode(save: SaveId, phase: Phase, result: PhaseResult) -> Vec<u8> {
+        let truncate = |reason: String| reason.chars().take(REASON_CHARS_MAX).collect();
+        let result = result.map_err(|(process, reason)| (process, truncate(reason)));
+        let payload = Payload { epoch: save.epoch, step: save.step, attempt: save.attempt, phase, result };
+        // Plain data, so encoding does not fail; if it did, the peer would reject the empty message.
+        serde_json::to_vec(&payload).unwrap_or_default()
     }
 
-    /// What a peer says of this phase of this save.
-    fn wait(&self, save: SaveId, phase: Phase, from: u32, deadline: Instant) -> Result<How, AgreeError> {
+    /// Waits for a peer's result of this phase of this save.
+    fn wait(&self, save: SaveId, phase: Phase, from: u32, deadline: Instant) -> Result<PhaseResult, AgreeError> {
         let key = (save.epoch, save.step, save.attempt, phase, from);
         loop {
             let mut early = self.early.lock().unwrap_or_else(PoisonError::into_inner);
@@ -99,42 +98,43 @@ impl ClusterAgreement {
                 return Ok(result);
             }
             drop(early);
-            let heard = self.heard.recv_deadline(deadline).map_err(|e| {
+            let message = self.messages.recv_deadline(deadline).map_err(|e| {
                 let cause = self.membership.first_cause().map(|first| first.to_string());
-                self.error(from, cause.unwrap_or_else(|| format!("said nothing of its part: {e}")))
+                self.error(from, cause.unwrap_or_else(|| format!("did not report the result of its part: {e}")))
             })?;
-            let said: Payload =
-                serde_json::from_slice(&heard.bytes).map_err(|e| self.error(heard.from, format!("garbled: {e}")))?;
+            let Received { from: sender, bytes } = message;
+            let payload: Payload = serde_json::from_slice(&bytes)
+                .map_err(|e| self.error(sender, format!("sent an invalid message: {e}")))?;
             let mut early = self.early.lock().unwrap_or_else(PoisonError::into_inner);
             if early.len() >= EARLY_MAX {
-                return Err(self.error(heard.from, "says more than it can mean"));
+                return Err(self.error(sender, format!("more than {EARLY_MAX} unexpected messages are pending")));
             }
-            early.insert((said.epoch, said.step, said.attempt, said.phase, heard.from), said.result);
+            early.insert((payload.epoch, payload.step, payload.attempt, payload.phase, sender), payload.result);
         }
     }
 
-    fn tell_all(&self, bytes: &[u8]) -> Result<(), AgreeError> {
+    fn send_to_all(&self, bytes: &[u8]) -> Result<(), AgreeError> {
         self.membership.tell_all(TOPIC, bytes).map_err(|e| self.error(self.process, e))
     }
 }
 
 impl SaveAgreement for ClusterAgreement {
-    fn all_written(&self, save: SaveId, mine: Result<(), String>) -> Result<(), AgreeError> {
-        let deadline = Instant::now() + self.within;
-        let mine = mine.map(|()| false).map_err(|why| (self.process, why));
+    fn all_written(&self, save: SaveId, own: Result<(), String>) -> Result<(), AgreeError> {
+        let deadline = Instant::now() + self.timeout;
+        let own = own.map(|()| false).map_err(|why| (self.process, why));
         if self.process != 0 {
-            let bytes = Self::said(save, Phase::Written, mine);
+            let bytes = Self::encode(save, Phase::Written, own);
             self.membership.tell(0, TOPIC, bytes).map_err(|e| self.error(0, e))?;
             let all = self.wait(save, Phase::AllWritten, 0, deadline)?;
             return all.map(drop).map_err(|(process, why)| self.error(process, why));
         }
-        let mut all = mine;
+        let mut all = own;
         for peer in 1..self.processes {
-            // All are heard out, so that nothing of this save is left over.
-            let theirs = self.wait(save, Phase::Written, peer, deadline)?;
-            all = all.and(theirs);
+            // Receives every result even after a failure, so that no message of this save is left over.
+            let result = self.wait(save, Phase::Written, peer, deadline)?;
+            all = all.and(result);
         }
-        self.tell_all(&Self::said(save, Phase::AllWritten, all.clone()))?;
+        self.send_to_all(&Self::encode(save, Phase::AllWritten, all.clone()))?;
         all.map(drop).map_err(|(process, why)| self.error(process, why))
     }
 
@@ -142,12 +142,12 @@ impl SaveAgreement for ClusterAgreement {
         let result = match decided {
             Some(decided) => {
                 let result = decided.map(|saved| saved == SaveOutcome::AlreadyThere).map_err(|why| (0, why));
-                self.tell_all(&Self::said(save, Phase::Outcome, result.clone()))?;
+                self.send_to_all(&Self::encode(save, Phase::Outcome, result.clone()))?;
                 result
             }
-            None => self.wait(save, Phase::Outcome, 0, Instant::now() + self.within)?,
+            None => self.wait(save, Phase::Outcome, 0, Instant::now() + self.timeout)?,
         };
-        let already = result.map_err(|(process, why)| self.error(process, why))?;
-        Ok(if already { SaveOutcome::AlreadyThere } else { SaveOutcome::Committed })
+        let is_already_there = result.map_err(|(process, why)| self.error(process, why))?;
+        Ok(if is_already_there { SaveOutcome::AlreadyThere } else { SaveOutcome::Committed })
     }
 }

@@ -1,4 +1,4 @@
-//! A session's place among the processes that run its plan: joins them, hears of their failures, tells them of its own.
+//! A session's membership in its world: joins the other processes, receives their failures, and reports its own.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -39,121 +39,122 @@ use crate::session::process_map::ProcessMap;
 use crate::session::{SessionError, SessionOptions};
 use crate::text::counted;
 
-/// How long a failed session waits to hear what the others say, beyond the membership's own grace.
+/// How long a failed session waits for the first cause, beyond the membership's own grace period.
 const SETTLE_TIMEOUT: Duration = Duration::from_secs(3);
 
-/// What a running session has to do with the other processes.
+/// A running session's connection to the other processes.
 pub(crate) struct World {
     process_map: ProcessMap,
     roster: Roster,
-    endpoint: Arc<Listener>,
+    listener: Arc<Listener>,
     secret: SharedKey,
     options: ClusterOptions,
     by_mpi: ByMpi,
     membership: Arc<Membership>,
-    first: Arc<First>,
-    together: Arc<ClusterAgreement>,
-    /// What peers say that NCCL knows groups by.
+    monitor: Arc<Monitor>,
+    agreement: Arc<ClusterAgreement>,
+    /// Peers' messages with NCCL ids.
     ids: Receiver<Received>,
 }
 
 /// Topic of the control plane on which processes report their activity.
-const DOING: u16 = 3;
+const ACTIVITY_TOPIC: u16 = 3;
 /// The activity of a process that waits for others.
 pub(crate) const WAITING: &str = "";
 /// Longest text of a peer's activity, in characters.
-const DOING_CHARS_MAX: usize = 60;
+const ACTIVITY_CHARS_MAX: usize = 60;
 
-/// Messages of one topic that may wait to be taken.
-const HEARD_MAX: usize = 1 << 12;
+/// Capacity of each topic's queue of received messages.
+const QUEUE_MAX: usize = 1 << 12;
 
-/// The end of the session, once there is one, and what it ends here.
+/// Receives the membership's events and applies them to the session.
 #[derive(Default)]
-struct First {
+struct Monitor {
     state: Mutex<State>,
-    known: Condvar,
+    cause_known: Condvar,
 }
 
 #[derive(Default)]
 struct State {
-    /// What the processes agreed on.
+    /// The first cause that the processes agreed on, once the session has ended.
     cause: Option<FirstCause>,
-    /// Peers that have ended in order.
+    /// Peers that have left in order.
     left: Vec<u32>,
-    /// Of the running session, once it runs.
+    /// Control of the session, once it runs.
     control: Option<Control>,
-    /// Each process's activity, and its start.
-    doing: BTreeMap<u32, (String, Instant)>,
+    /// Each process's activity and when it began.
+    activities: BTreeMap<u32, (String, Instant)>,
 }
 
 impl State {
-    /// Which processes have been busy for `at_least` while `own` waits.
-    fn slow(&self, own: u32, at_least: Duration) -> Option<String> {
-        let waits = self.doing.get(&own).is_some_and(|(what, since)| what == WAITING && since.elapsed() >= at_least);
-        let line = |(rank, (what, since)): (&u32, &(String, Instant))| {
-            let is_busy = *rank != own && what != WAITING;
-            is_busy.then(|| format!("rank {rank}, which has been {what} for {} s", since.elapsed().as_secs()))
+    /// A log line with the busy processes, if `own` has waited for at least `wait_min`.
+    fn slow_peers(&self, own: u32, wait_min: Duration) -> Option<String> {
+        let is_long = |since: &Instant| since.elapsed() >= wait_min;
+        let waits = self.activities.get(&own).is_some_and(|(activity, since)| activity == WAITING && is_long(since));
+        let entry = |(rank, (activity, since)): (&u32, &(String, Instant))| {
+            let is_busy = *rank != own && activity != WAITING;
+            is_busy.then(|| format!("rank {rank}, which has been {activity} for {} s", since.elapsed().as_secs()))
         };
-        let lines: Vec<String> = self.doing.iter().filter_map(line).take(SLOW_LISTED_MAX).collect();
-        (waits && !lines.is_empty()).then(|| format!("waiting for {}", lines.join("; for ")))
+        let entries: Vec<String> = self.activities.iter().filter_map(entry).take(SLOW_LISTED_MAX).collect();
+        (waits && !entries.is_empty()).then(|| format!("waiting for {}", entries.join("; for ")))
     }
 }
 
-/// Slow ranks listed in one line, at most.
+/// Largest number of slow ranks in one line.
 const SLOW_LISTED_MAX: usize = 8;
 
-impl First {
+impl Monitor {
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Hears what happens to others. The thread ends with the membership, or with the session.
-    fn listen(
+    /// Starts the thread that receives events. It ends with the membership or with the session.
+    fn spawn(
         self: &Arc<Self>,
-        notices: Receiver<MembershipEvent>,
-        endpoint: Weak<Listener>,
-        to_agree: Sender<Received>,
-        to_ids: Sender<Received>,
+        events: Receiver<MembershipEvent>,
+        listener: Weak<Listener>,
+        to_agreement: Sender<Received>,
+        to_nccl: Sender<Received>,
         (own, options): (u32, ClusterOptions),
     ) -> io::Result<()> {
-        let first = self.clone();
+        let monitor = self.clone();
         let mut report_at = Instant::now() + options.report_every;
-        let listen = move || {
+        let run = move || {
             loop {
                 if Instant::now() >= report_at {
                     report_at = Instant::now() + options.report_every;
-                    let slow = first.lock().slow(own, options.report_every);
-                    slow.iter().for_each(|slow| options.report_waiting(slow));
+                    let slow = monitor.lock().slow_peers(own, options.report_every);
+                    slow.iter().for_each(|line| options.report_waiting(line));
                 }
-                let notice = match notices.recv_deadline(report_at) {
-                    Ok(notice) => notice,
+                let event = match events.recv_deadline(report_at) {
+                    Ok(event) => event,
                     Err(RecvTimeoutError::Timeout) => continue,
                     Err(RecvTimeoutError::Disconnected) => return,
                 };
-                match notice {
-                    // One that does not take what it is told runs into its deadline.
+                match event {
+                    // A full queue drops the message; its receiver then reaches its deadline.
                     MembershipEvent::Told { topic: save_agreement::TOPIC, from, bytes } => {
-                        drop(to_agree.try_send(Received { from, bytes }))
+                        drop(to_agreement.try_send(Received { from, bytes }))
                     }
                     MembershipEvent::Told { topic: nccl_ids::TOPIC, from, bytes } => {
-                        drop(to_ids.try_send(Received { from, bytes }))
+                        drop(to_nccl.try_send(Received { from, bytes }))
                     }
-                    MembershipEvent::Told { topic: DOING, from, bytes } => {
-                        let printable = |c: &char| !c.is_control();
-                        let what =
-                            String::from_utf8_lossy(&bytes).chars().filter(printable).take(DOING_CHARS_MAX).collect();
-                        first.lock().doing.insert(from, (what, Instant::now()));
+                    MembershipEvent::Told { topic: ACTIVITY_TOPIC, from, bytes } => {
+                        let text = String::from_utf8_lossy(&bytes);
+                        let printable = text.chars().filter(|c| !c.is_control());
+                        let activity = printable.take(ACTIVITY_CHARS_MAX).collect();
+                        monitor.lock().activities.insert(from, (activity, Instant::now()));
                     }
                     MembershipEvent::Told { .. } => {}
-                    MembershipEvent::Left { process } => first.left(process),
-                    MembershipEvent::Ended(cause) => return first.ended(cause, &endpoint),
+                    MembershipEvent::Left { process } => monitor.record_left(process),
+                    MembershipEvent::Ended(cause) => return monitor.record_end(cause, &listener),
                 }
             }
         };
-        thread::Builder::new().name("membership".into()).spawn(listen).map(drop)
+        thread::Builder::new().name("membership".into()).spawn(run).map(drop)
     }
 
-    fn left(&self, process: u32) {
+    fn record_left(&self, process: u32) {
         let mut state = self.lock();
         state.left.push(process);
         let control = state.control.clone();
@@ -161,22 +162,21 @@ impl First {
         control.into_iter().for_each(|control| control.peer_left(process));
     }
 
-    /// The processes agree on why the session ends. Where this process failed by itself, that is kept. Where others have
-    /// lost it, it learns so here.
-    fn ended(&self, cause: FirstCause, endpoint: &Weak<Listener>) {
+    /// Records the first cause and ends the session here. A session that has already failed keeps its own failure.
+    fn record_end(&self, cause: FirstCause, listener: &Weak<Listener>) {
         let mut state = self.lock();
         let control = state.control.clone();
         state.cause = Some(cause.clone());
         drop(state);
-        self.known.notify_all();
+        self.cause_known.notify_all();
         match control {
             Some(control) => control.fail(peer_failure(&cause)),
-            // Nothing runs yet: nobody is to be waited for any more.
-            None => endpoint.upgrade().into_iter().for_each(|endpoint| endpoint.close()),
+            // Nothing runs yet. Closing the listener ends the waits for connections.
+            None => listener.upgrade().into_iter().for_each(|listener| listener.close()),
         }
     }
 
-    /// What happens from now on happens to a session that runs, and what has happened does.
+    /// Sets the running session's control, and applies the departures and the end that were recorded before.
     fn attach(&self, control: Control) {
         let mut state = self.lock();
         state.control = Some(control.clone());
@@ -186,15 +186,15 @@ impl First {
         cause.into_iter().for_each(|cause| control.fail(peer_failure(&cause)));
     }
 
-    /// The cause, if it is known in time.
-    fn wait(&self, within: Duration) -> Option<FirstCause> {
-        let waited = self.known.wait_timeout_while(self.lock(), within, |state| state.cause.is_none());
+    /// Waits for the first cause; `None` after the timeout.
+    fn wait_for_cause(&self, timeout: Duration) -> Option<FirstCause> {
+        let waited = self.cause_known.wait_timeout_while(self.lock(), timeout, |state| state.cause.is_none());
         waited.unwrap_or_else(PoisonError::into_inner).0.cause.clone()
     }
 }
 
 impl World {
-    /// Meets the other processes; `None` where there are none. Later waits for live processes last as long as the session's
+    /// Meets the other processes; `None` for a single process. Later waits for live processes last as long as the session's
     /// watchdog allows.
     pub(crate) fn join(plan: &Plan, session: &SessionOptions) -> Result<Option<Self>, ClusterError> {
         let (cluster, wait_max) = (&session.cluster, session.watchdog.wait_max());
@@ -202,8 +202,9 @@ impl World {
         let (devices, processes) = (plan.memory.len(), world.processes);
         if processes as usize > devices {
             let mesh = counted(devices, "device");
-            let why = format!("a mesh of {mesh} cannot be spread over {processes} processes: start at most {devices}");
-            return Err(ClusterError::Refused(why));
+            return Err(ClusterError::Refused(format!(
+                "a mesh of {mesh} cannot be split over {processes} processes: start at most {devices}"
+            )));
         }
         if processes == 1 {
             return Ok(None);
@@ -211,26 +212,27 @@ impl World {
         let (mut options, by_mpi) = (cluster.options.clone(), cluster.by_mpi.clone());
         let secret = SharedKey::from_text(world.secret.read()?.text())?;
         let coordinator = address(&world.endpoint);
-        let system = |what| move |cause| ClusterError::System { what, cause };
+        let system = |action| move |cause| ClusterError::System { action, cause };
         let spans_nodes = world.local_processes < processes;
-        let say = |line: &str| options.report_waiting(line);
-        hidden_name(&coordinator, spans_nodes).filter(|_| world.local_process == 0).iter().for_each(|line| say(line));
+        let report = |line: &str| options.report_waiting(line);
+        let hidden = hidden_name(&coordinator, spans_nodes).filter(|_| world.local_process == 0);
+        hidden.iter().for_each(|line| report(line));
         let deadline = Instant::now() + options.meet_within;
         let local = |deadline| local_address(&coordinator, options.interface, spans_nodes, deadline);
-        let wait_for_name = |error| {
-            say(&format!("{error}; trying again for {:?}", options.meet_within));
+        let retry = |error| {
+            report(&format!("{error}; trying again for {:?}", options.meet_within));
             local(deadline)
         };
-        let local = local(Instant::now()).or_else(wait_for_name)?;
+        let local = local(Instant::now()).or_else(retry)?;
         let heartbeat = membership::bind(local).map_err(system("listen for heartbeats"))?;
         let bound = heartbeat.local_addr().map_err(system("listen for heartbeats"))?;
-        let outside = options.advertise.as_ref().map_or(Ok(bound), |advertise| advertise.heartbeats(bound));
+        let published = options.advertise.as_ref().map_or(Ok(bound), |advertise| advertise.heartbeats(bound));
         let config = RendezvousConfig {
             process: world.process,
             processes,
             restart: world.restart,
             facts: facts(plan, session)?,
-            heartbeat: outside.map_err(system("listen for heartbeats"))?,
+            heartbeat: published.map_err(system("publish the address for heartbeats"))?,
             spans_nodes,
             interface: options.interface,
             advertise: options.advertise.clone(),
@@ -239,15 +241,15 @@ impl World {
             report_within: options.report_within,
             ..RendezvousConfig::new(coordinator, secret.clone(), Identity::of_this_process()?)
         };
-        let (roster, endpoint) = rendezvous(&config, |waiting| say(&waiting.to_string()))?;
-        exit::joined();
-        endpoint
+        let (roster, listener) = rendezvous(&config, |missing| report(&missing.to_string()))?;
+        exit::mark_joined();
+        listener
             .private_error()
             .iter()
-            .for_each(|cause| say(&format!("no Unix socket for processes of this node: {cause}")));
-        connector::check_near(&roster, world.process, options.transport)?.iter().for_each(|line| say(line));
+            .for_each(|cause| report(&format!("no Unix socket for processes of this node: {cause}")));
+        connector::check_near(&roster, world.process, options.transport)?.iter().for_each(|line| report(line));
         let process_map = ProcessMap { process: world.process, processes, devices };
-        let mut joining = membership::MembershipConfig::new(
+        let mut membership_config = membership::MembershipConfig::new(
             world.process,
             processes,
             roster.session.0,
@@ -255,36 +257,38 @@ impl World {
             *secret.mac("membership", &[]).as_bytes(),
             heartbeat,
         );
-        (joining.every, joining.deadline) = (options.heartbeat_every, options.heartbeat_deadline);
-        joining.join_within = options.connect_within;
-        let roads = roads(plan.device, &process_map, &roster, &endpoint, &secret, &options, &by_mpi);
+        (membership_config.every, membership_config.deadline) = (options.heartbeat_every, options.heartbeat_deadline);
+        membership_config.join_within = options.connect_within;
+        let connector = new_connector(plan.device, &process_map, &roster, &listener, &secret, &options, &by_mpi);
         for process in process_map.peers() {
-            joining.links.insert(process, roads.link(process, Purpose::Control)?);
-            joining.addresses.insert(process, with_zone_of(roster.members[process as usize].heartbeat, bound));
+            membership_config.links.insert(process, connector.connect(process, Purpose::Control)?);
+            let heartbeat = with_zone_of(roster.members[process as usize].heartbeat, bound);
+            membership_config.addresses.insert(process, heartbeat);
         }
-        // From here on heartbeats show who is alive.
+        // From here on heartbeats detect lost processes.
         options.connect_within = wait_max.max(options.connect_within);
-        joining.join_at_most = options.connect_within;
-        let membership = Arc::new(Membership::start(joining)?);
-        let (to_agree, heard) = bounded(HEARD_MAX);
-        let together = Arc::new(ClusterAgreement::new(world.process, processes, membership.clone(), heard, wait_max));
-        let (first, endpoint): (Arc<First>, _) = (Arc::default(), Arc::new(endpoint));
-        let (to_ids, ids) = bounded(HEARD_MAX);
-        let (notices, own) = (membership.notices().clone(), (world.process, options.clone()));
-        let listening = first.listen(notices, Arc::downgrade(&endpoint), to_agree, to_ids, own);
-        listening.map_err(system("start a thread"))?;
-        Ok(Some(Self { process_map, roster, endpoint, secret, options, by_mpi, membership, first, together, ids }))
+        membership_config.join_at_most = options.connect_within;
+        let membership = Arc::new(Membership::start(membership_config)?);
+        let (to_agreement, messages) = bounded(QUEUE_MAX);
+        let agreement = ClusterAgreement::new(world.process, processes, membership.clone(), messages, wait_max);
+        let agreement = Arc::new(agreement);
+        let (monitor, listener): (Arc<Monitor>, _) = (Arc::default(), Arc::new(listener));
+        let (to_nccl, ids) = bounded(QUEUE_MAX);
+        let (events, own) = (membership.notices().clone(), (world.process, options.clone()));
+        let spawned = monitor.spawn(events, Arc::downgrade(&listener), to_agreement, to_nccl, own);
+        spawned.map_err(system("start a thread"))?;
+        Ok(Some(Self { process_map, roster, listener, secret, options, by_mpi, membership, monitor, agreement, ids }))
     }
 
-    /// Publishes this process's activity to those that wait for it. With [`WAITING`] it waits for others, and logs their
-    /// activity at intervals.
-    pub(crate) fn doing(&self, what: &str) {
-        self.first.lock().doing.insert(self.process_map.process, (what.into(), Instant::now()));
-        // A failure to send ends the session by other means.
-        let _ = self.membership.tell_all(DOING, what.as_bytes());
+    /// Publishes this process's activity to those that wait for it. [`WAITING`] means that it waits for others; the monitor
+    /// then logs their activities at intervals.
+    pub(crate) fn doing(&self, activity: &str) {
+        self.monitor.lock().activities.insert(self.process_map.process, (activity.into(), Instant::now()));
+        // A lost connection also fails the membership, so the error needs no handling here.
+        let _ = self.membership.tell_all(ACTIVITY_TOPIC, activity.as_bytes());
     }
 
-    /// Which devices are whose.
+    /// The distribution of devices over processes.
     pub(crate) fn process_map(&self) -> ProcessMap {
         self.process_map
     }
@@ -300,25 +304,26 @@ impl World {
         &self.roster.members[process as usize].cores
     }
 
-    fn roads(&self, device: DeviceKind) -> Connector<'_> {
-        roads(device, &self.process_map, &self.roster, &self.endpoint, &self.secret, &self.options, &self.by_mpi)
+    fn connector(&self, device: DeviceKind) -> Connector<'_> {
+        let Self { process_map, roster, listener, secret, options, by_mpi, .. } = self;
+        new_connector(device, process_map, roster, listener, secret, options, by_mpi)
     }
 
-    /// True when the memory of such devices is to be shared with other processes.
+    /// True if the memory of devices of this kind is shared with other processes.
     pub(crate) fn shares_memory(&self, device: DeviceKind) -> bool {
         let own = self.process_map.process;
-        self.process_map.peers().any(|process| self.roads(device).shares_memory(own, process))
+        self.process_map.peers().any(|process| self.connector(device).shares_memory(own, process))
     }
 
-    /// Counts the mirrors that the processes of this node will have in the memory of their devices.
+    /// Adds the mirrors that the processes of this node will allocate to the plan's memory.
     ///
     /// # Errors
-    /// [`PlanError::Memory`] when they exceed the plan's budget.
+    /// [`PlanError::Memory`] if they exceed the plan's budget.
     pub(crate) fn count_mirrors(&self, plan: &mut Plan) -> Result<(), PlanError> {
-        let roads = self.roads(plan.device);
+        let connector = self.connector(plan.device);
         for process_map in self.here().into_iter().map(|process| ProcessMap { process, ..self.process_map }) {
-            let far = process_map.peers().filter(|peer| !roads.shares_memory(process_map.process, *peer));
-            let mirrors: Vec<_> = far.flat_map(|peer| process_map.mirrors(plan, peer)).collect();
+            let unshared = process_map.peers().filter(|peer| !connector.shares_memory(process_map.process, *peer));
+            let mirrors: Vec<_> = unshared.flat_map(|peer| process_map.mirrors(plan, peer)).collect();
             for (_, device, bytes) in mirrors {
                 plan.memory[device].mirror_bytes += bytes;
             }
@@ -326,18 +331,18 @@ impl World {
         validate::memory(plan)
     }
 
-    /// Whether registers between GPUs take pipes of their own, and not the connections.
+    /// True if registers between GPUs use pipes instead of the connections.
     pub(crate) fn takes_pipes(&self) -> bool {
         matches!(self.options.transport, Transport::Auto | Transport::SharedMemory)
     }
 
-    /// What NCCL knows these groups by, which all processes ask for.
+    /// Returns each group's `ncclUniqueId`. A collective call.
     pub(crate) fn nccl_ids(&self, groups: &[Arc<Group>]) -> Result<Vec<UniqueId>, KernelError> {
         let deadline = Instant::now() + self.options.connect_within;
         nccl_ids::exchange(groups, &self.process_map, &self.membership, &self.ids, deadline)
     }
 
-    /// Makes all ways between the processes.
+    /// Makes all connections between the processes.
     pub(crate) fn connect(
         &self,
         plan: &Plan,
@@ -346,54 +351,54 @@ impl World {
         in_process: Arc<dyn Collective>,
         pipes: Pipes,
     ) -> Result<Connections, ClusterError> {
-        Connector { pipes, ..self.roads(plan.device) }.make(plan, devices, arenas, in_process)
+        Connector { pipes, ..self.connector(plan.device) }.connect_all(plan, devices, arenas, in_process)
     }
 
-    /// From now on a failure here ends the session everywhere, and one elsewhere ends it here.
+    /// From now on a failure in any process ends the session in all processes.
     pub(crate) fn watch(&self, running: &RunningSession) {
         let (membership, process_map) = (self.membership.clone(), self.process_map);
         let control = running.control();
-        control.on_failure(move |failure| tell(&membership, &process_map, failure));
-        self.first.attach(control);
+        control.on_failure(move |failure| report_failure(&membership, &process_map, failure));
+        self.monitor.attach(control);
     }
 
-    /// What the session ended for, after a failure here: the first cause of all processes, as far as they say it in time.
+    /// The cause of the session's end after a failure here: the first cause of all processes, if it arrives in time.
     pub(crate) fn settle(&self, failure: Failure) -> Failure {
-        match self.first.wait(SETTLE_TIMEOUT) {
-            // Of its own failure this process knows most. That others have lost it explains what broke here.
+        match self.monitor.wait_for_cause(SETTLE_TIMEOUT) {
+            // If this process failed first, its own failure has more detail. The cause explains a failure that is a symptom.
             Some(cause) if cause.process != self.process_map.process || is_symptom(&failure) => peer_failure(&cause),
-            // A symptom that nobody else explains stays what it is.
-            _ => self.named(failure),
+            // A symptom without another cause is kept.
+            _ => self.attribute_to_peer(failure),
         }
     }
 
-    /// A session that cannot start here for `error`: the others are told. Gives what this process ends for, which is what
-    /// the others say where they failed first.
+    /// Reports to the others that the session cannot start here because of `error`. Returns the cause with which this process
+    /// ends: that of another process if it failed first.
     pub(crate) fn cannot_start(&self, error: SessionError) -> SessionError {
-        let fail = || self.membership.fail(format!("it cannot start: {error}"), error.exit().code());
+        let report = || self.membership.fail(format!("it cannot start: {error}"), error.exit().code());
         match &error {
             SessionError::Cluster(ClusterError::Transport(
-                late @ (TransportError::Unreachable { to: process, .. }
+                cause @ (TransportError::Unreachable { to: process, .. }
                 | TransportError::Missing { from: Some(process), .. }),
-            )) => self.membership.suspect(*process, late.to_string()),
+            )) => self.membership.suspect(*process, cause.to_string()),
             // The session has reported its failure.
             SessionError::Failed(_) => {}
-            error if breaks_off(error) => {}
-            _ => fail(),
+            error if is_interrupted_start(error) => {}
+            _ => report(),
         }
-        match self.first.wait(SETTLE_TIMEOUT) {
-            Some(cause) if cause.process != self.process_map.process || breaks_off(&error) => {
+        match self.monitor.wait_for_cause(SETTLE_TIMEOUT) {
+            Some(cause) if cause.process != self.process_map.process || is_interrupted_start(&error) => {
                 SessionError::Failed(peer_failure(&cause))
             }
             _ => {
-                fail();
+                report();
                 error
             }
         }
     }
 
-    /// A link to another process that broke, put down to that process.
-    fn named(&self, failure: Failure) -> Failure {
+    /// Attributes a broken connection to the process at its other end.
+    fn attribute_to_peer(&self, failure: Failure) -> Failure {
         let Failure::Kernel { cause, .. } = &failure else { return failure };
         let KernelError::Link { peer, .. } = &**cause else { return failure };
         let (process, message) = (self.process_map.process_of(*peer), failure.to_string());
@@ -403,13 +408,13 @@ impl World {
         Failure::Peer { process, cause: PeerError::Lost { message } }
     }
 
-    /// The agreement on checkpoints, and who this process is in it.
+    /// The agreement on checkpoints, and this process's rank in it.
     pub(crate) fn agree(&self) -> (Arc<dyn SaveAgreement>, checkpoint::ProcessRank) {
         let ProcessMap { process, processes, .. } = self.process_map;
-        (self.together.clone(), checkpoint::ProcessRank { process, processes, epoch: self.roster.epoch })
+        (self.agreement.clone(), checkpoint::ProcessRank { process, processes, epoch: self.roster.epoch })
     }
 
-    /// What of others was refused since the start, by reason.
+    /// Number of messages refused since the start, by reason.
     pub(crate) fn refused(&self) -> [(&'static str, u64); 7] {
         let counters = self.membership.counters();
         [
@@ -423,7 +428,7 @@ impl World {
         ]
     }
 
-    /// What is known of the other processes.
+    /// The state of the other processes.
     pub(crate) fn peers(&self) -> Vec<PeerState> {
         let member = |process: u32| &self.roster.members[process as usize];
         let own = member(self.process_map.process);
@@ -435,24 +440,24 @@ impl World {
         self.membership.peers().into_iter().map(peer).collect()
     }
 
-    /// Tells the others that this process ends in order.
+    /// Reports to the others that this process leaves in order.
     pub(crate) fn leave(&self) {
         self.membership.leave();
     }
 }
 
-fn roads<'a>(
+fn new_connector<'a>(
     device: DeviceKind,
     process_map: &ProcessMap,
     roster: &'a Roster,
-    endpoint: &'a Listener,
+    listener: &'a Listener,
     secret: &'a SharedKey,
     options: &'a ClusterOptions,
     by_mpi: &'a ByMpi,
 ) -> Connector<'a> {
     let deadline = Instant::now() + options.connect_within;
     let pipes = Pipes::new();
-    Connector { device, process_map: *process_map, roster, endpoint, secret, options, by_mpi, deadline, pipes }
+    Connector { device, process_map: *process_map, roster, listener, secret, options, by_mpi, deadline, pipes }
 }
 
 pub(super) fn address(endpoint: &env::Endpoint) -> Address {
@@ -463,7 +468,7 @@ pub(super) fn address(endpoint: &env::Endpoint) -> Address {
     }
 }
 
-/// Facts that must be equal on all processes, besides the build. The plan is last: it depends on most of the others.
+/// Values that must be equal on all processes, besides the build. The plan is last because it depends on most of the others.
 fn facts(plan: &Plan, session: &SessionOptions) -> Result<Vec<Fact>, ClusterError> {
     let options = &session.cluster.options;
     let kernels = match plan.device {
@@ -487,7 +492,7 @@ fn peer_failure(cause: &FirstCause) -> Failure {
     Failure::Peer { process: cause.process, cause: PeerError::Failed { cause: cause.cause.clone(), exit: cause.exit } }
 }
 
-/// Why there is no world: what another process ended for while this one joined is told as it is later.
+/// The error of a failed join. The end of another process during the join becomes the same failure as after it.
 pub(crate) fn named(error: ClusterError) -> SessionError {
     match error {
         ClusterError::Membership(MembershipError::Ended(cause)) => SessionError::Failed(peer_failure(&cause)),
@@ -495,43 +500,43 @@ pub(crate) fn named(error: ClusterError) -> SessionError {
     }
 }
 
-/// True for an error by which a start breaks off because somebody else ended what is shared with this process. Whoever did
-/// says why, or is missed by all.
-fn breaks_off(error: &SessionError) -> bool {
+/// True if the start failed because another process closed a connection or aborted a collective. That process reports its
+/// cause, or heartbeats detect its loss.
+fn is_interrupted_start(error: &SessionError) -> bool {
     match error {
         SessionError::Cluster(ClusterError::Transport(broken)) => {
             matches!(broken, TransportError::Io { .. } | TransportError::Closed)
         }
-        SessionError::Cluster(ClusterError::Kernel(cause)) | SessionError::Kernel(cause) => is_of_others(cause),
+        SessionError::Cluster(ClusterError::Kernel(cause)) | SessionError::Kernel(cause) => is_aborted_by_peer(cause),
         _ => false,
     }
 }
 
-/// True for a collective that somebody else ended: a peer, which has told all why, or will not live to. MPI does not say who is at
-/// fault: whoever is gone is missed by its heartbeats.
-fn is_of_others(cause: &KernelError) -> bool {
+/// True for a collective that a peer aborted; the peer has reported its cause, or is about to end. MPI does not name the failed
+/// process; heartbeats do.
+fn is_aborted_by_peer(cause: &KernelError) -> bool {
     matches!(cause, KernelError::Aborted { .. } | KernelError::Mpi { .. })
 }
 
-/// True for a failure that another process may be the cause of.
+/// True for a failure that another process may have caused.
 fn is_symptom(failure: &Failure) -> bool {
     match failure {
         Failure::Peer { .. } | Failure::Stalled { process: Some(_), .. } => true,
-        Failure::Kernel { cause, .. } => is_of_others(cause) || matches!(&**cause, KernelError::Link { .. }),
+        Failure::Kernel { cause, .. } => is_aborted_by_peer(cause) || matches!(&**cause, KernelError::Link { .. }),
         _ => false,
     }
 }
 
-/// Tells the others of a failure here: of a symptom that they may explain, or of a cause.
-fn tell(membership: &Membership, process_map: &ProcessMap, failure: &Failure) {
+/// Reports a failure of this process to the others: as a suspicion if it is a symptom, else as a cause.
+fn report_failure(membership: &Membership, process_map: &ProcessMap, failure: &Failure) {
     match failure {
-        // The membership told us.
+        // The membership reported this failure itself.
         Failure::Peer { cause: PeerError::Failed { .. }, .. } => {}
         Failure::Peer { process, cause } => membership.suspect(*process, cause.to_string()),
-        // Its own report knows more.
+        // The peer's own report has more detail.
         Failure::Stalled { process: Some(process), .. } => membership.suspect(*process, failure.to_string()),
         Failure::Kernel { cause, .. } => match &**cause {
-            cause if is_of_others(cause) => {}
+            cause if is_aborted_by_peer(cause) => {}
             KernelError::Link { peer, .. } => membership.suspect(process_map.process_of(*peer), failure.to_string()),
             _ => membership.fail(failure.to_string(), exit_of(failure).code()),
         },

@@ -1,4 +1,4 @@
-//! GPUs, their driver and its libraries, as the CUDA backend finds them: what it cannot use it says here in the same words.
+//! GPUs, their driver and libraries as the CUDA backend finds them, with the backend's own error texts.
 
 use shardflow_kernels::cuda::library::DeviceFacts;
 use shardflow_kernels::cuda::probe;
@@ -11,7 +11,7 @@ pub(super) fn examine() -> Vec<Finding> {
     let mut found = Vec::new();
     let devices = match &probe.driver {
         Err(error) => {
-            found.push(refused("driver", error));
+            found.push(unusable("driver", error));
             Vec::new()
         }
         Ok(version) => {
@@ -20,13 +20,13 @@ pub(super) fn examine() -> Vec<Finding> {
         }
     };
     if devices.is_empty() {
-        let hint = "needs a GPU and NVIDIA's driver; CUDA_VISIBLE_DEVICES may hide some";
+        let hint = "CUDA needs a GPU and NVIDIA's driver; CUDA_VISIBLE_DEVICES may hide devices";
         found.push(Finding::new("gpu", "devices", FindingStatus::Absent, "none").hint(hint));
     }
     found.extend(devices.iter().enumerate().map(|(ordinal, facts)| device(ordinal, facts)));
     found.extend(probe.libraries.iter().map(|(library, version)| match version {
         Ok(version) => Finding::new("gpu", library.name(), FindingStatus::Ok, version),
-        Err(error) => refused(library.name(), error).hint(library.hint()),
+        Err(error) => unusable(library.name(), error).hint(library.hint()),
     }));
     found
 }
@@ -35,20 +35,20 @@ fn device(ordinal: usize, facts: &Result<DeviceFacts, KernelError>) -> Finding {
     match facts {
         Ok(facts) => {
             let DeviceFacts { name, capability: (major, minor), bytes_total } = facts;
-            // What is free of it only an open context tells, which takes memory itself, and longer than all the rest.
+            // Free memory is not reported: only an open context can query it, which uses memory and takes longer than all else.
             let memory = size(*bytes_total as u64);
             Finding::new("gpu", "device", FindingStatus::Ok, format!("{ordinal}: {name}, sm_{major}{minor}, {memory}"))
         }
-        Err(error) => refused("device", error),
+        Err(error) => unusable("device", error),
     }
 }
 
-/// What the backend would say, apart from the advice.
-fn refused(name: &'static str, error: &KernelError) -> Finding {
+/// A finding with the backend's error; its hint is separate.
+fn unusable(name: &'static str, error: &KernelError) -> Finding {
     match error {
         KernelError::Unavailable { what, hint } => Finding::new("gpu", name, FindingStatus::Absent, what).hint(hint),
         other => {
-            let hint = "run nvidia-smi: where that fails, too, it is the driver's or the device's fault";
+            let hint = "run nvidia-smi: if it fails too, the fault is in the driver or the device";
             Finding::new("gpu", name, FindingStatus::Poor, other.to_string()).hint(hint)
         }
     }
@@ -61,17 +61,17 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_missing_comes_with_what_to_do() {
+    fn a_missing_library_has_a_hint() {
         let found = examine();
         let named = |name: &str| found.iter().find(|finding| finding.name == name);
         assert!(named("driver").is_some());
         for library in Library::ALL {
-            let finding = named(library.name()).expect("every library is looked for");
-            let told = finding.hint.as_deref().is_some_and(|hint| hint.contains("pip install"));
-            assert!(finding.status == FindingStatus::Ok || told, "{finding:?}");
+            let finding = named(library.name()).expect("every library has a finding");
+            let has_hint = finding.hint.as_deref().is_some_and(|hint| hint.contains("pip install"));
+            assert!(finding.status == FindingStatus::Ok || has_hint, "{finding:?}");
         }
         let old = KernelError::Unavailable { what: "too old".into(), hint: "get a new one".into() };
-        let finding = refused("driver", &old);
+        let finding = unusable("driver", &old);
         assert_eq!((finding.value.as_str(), finding.hint.as_deref()), ("too old", Some("get a new one")));
     }
 }

@@ -1,4 +1,4 @@
-//! Cores, memory, limits and kernel, from `/proc` and `/sys`.
+//! Cores, memory, limits and kernel, read from `/proc` and `/sys`.
 
 use std::fs;
 use std::path::Path;
@@ -7,11 +7,11 @@ use std::thread::available_parallelism;
 use super::{Finding, FindingStatus, size};
 use crate::machine::{FreeMemory, affinity, cores_text, free_memory, meminfo};
 
-/// Shared memory below which registers between processes of one node may not fit, in bytes.
+/// Recommended free shared memory, in bytes: registers between processes of one node may not fit into less.
 const SHM_BYTES_MIN: u64 = 1 << 30;
-/// Open files below which many processes may not all connect.
+/// Recommended limit of open files: with less, many processes may not be able to connect.
 const FILES_MIN: u64 = 4096;
-/// The kernel that has all that is used: `pidfd_open` came in 5.3, `memfd_create` in 3.17.
+/// Oldest supported kernel: `pidfd_open` needs 5.3, `memfd_create` 3.17.
 const KERNEL_MIN: (u32, u32) = (5, 3);
 
 pub(super) fn examine() -> Vec<Finding> {
@@ -38,7 +38,7 @@ fn cores() -> Finding {
     let all = info.lines().filter(|line| line.starts_with("processor")).count();
     let model = info.lines().find_map(|line| line.strip_prefix("model name")?.split_once(": "));
     let model = model.map_or("unknown model", |(_, name)| name);
-    // Fewer than the affinity has where a cgroup limits their time.
+    // A cgroup's time limit may make fewer cores usable than the affinity mask has.
     let affinity = cores_text(&affinity());
     ok("cores", format!("{usable} usable of {} ({model}); affinity {affinity}", all.max(usable)))
 }
@@ -71,13 +71,13 @@ fn memory() -> Finding {
     }
 }
 
-/// What a session holds plans for CPU devices against.
+/// The limit that a session checks plans for CPU devices against.
 fn memory_budget() -> Finding {
     match free_memory() {
         Some(FreeMemory { bytes, bound }) => {
             ok("memory budget", format!("{} for the processes of a job on this node: {bound}", size(bytes)))
         }
-        None => poor("memory budget", "unknown", "mount /proc, or give plans a budget: CompileOptions::memory_bytes"),
+        None => poor("memory budget", "unknown", "mount /proc, or set a plan's budget: CompileOptions::memory_bytes"),
     }
 }
 
@@ -91,7 +91,7 @@ fn huge_pages() -> Finding {
 
 fn shared_memory() -> Finding {
     const HINT: &str =
-        "in a container give more: docker run --shm-size=8g, or an emptyDir of medium Memory at /dev/shm";
+        "in a container, increase it: docker run --shm-size=8g, or an emptyDir of medium Memory at /dev/shm";
     match rustix::fs::statvfs("/dev/shm") {
         Ok(found) => {
             let free = found.f_bavail.saturating_mul(found.f_frsize);
@@ -119,7 +119,7 @@ fn kernel() -> Finding {
     let release = release.trim();
     match version(release) {
         Some(found) if found >= KERNEL_MIN => ok("kernel", release),
-        _ => poor("kernel", release, &format!("Linux {}.{} or newer is expected", KERNEL_MIN.0, KERNEL_MIN.1)),
+        _ => poor("kernel", release, &format!("upgrade to Linux {}.{} or newer", KERNEL_MIN.0, KERNEL_MIN.1)),
     }
 }
 
@@ -133,7 +133,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn texts_of_the_kernel() {
+    fn kernel_versions_are_parsed() {
         assert_eq!(version("6.1.0-13-amd64"), Some((6, 1)));
         assert!(version("4.19.0") < Some(KERNEL_MIN) && version("x").is_none());
     }

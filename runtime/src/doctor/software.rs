@@ -1,26 +1,26 @@
-//! Libraries and programs that some runs need, found by their file names: nothing is loaded or run.
+//! Libraries and programs that some runs need, found by file name without loading or running them.
 
 use std::path::{Path, PathBuf};
 use std::{env, fs};
 
 use super::{Finding, FindingStatus};
 
-/// A library or program, and how to get it.
-struct Wanted {
+/// A library or program, and how to install it.
+struct Software {
     group: &'static str,
     name: &'static str,
-    /// Beginnings of file names, any of which will do.
+    /// File name prefixes; any of them matches.
     files: &'static [&'static str],
     hint: &'static str,
 }
 
-const LIBRARIES: &[Wanted] =
-    &[Wanted { group: "cluster", name: "libmpi", files: &["libmpi.so"], hint: "apt install libopenmpi-dev" }];
+const LIBRARIES: &[Software] =
+    &[Software { group: "cluster", name: "libmpi", files: &["libmpi.so"], hint: "apt install libopenmpi-dev" }];
 
-const PROGRAMS: &[Wanted] = &[
-    Wanted { group: "cluster", name: "mpirun", files: &["mpirun"], hint: "apt install openmpi-bin" },
-    Wanted { group: "cluster", name: "srun", files: &["srun"], hint: "apt install slurm-client" },
-    Wanted {
+const PROGRAMS: &[Software] = &[
+    Software { group: "cluster", name: "mpirun", files: &["mpirun"], hint: "apt install openmpi-bin" },
+    Software { group: "cluster", name: "srun", files: &["srun"], hint: "apt install slurm-client" },
+    Software {
         group: "cluster",
         name: "kubectl",
         files: &["kubectl"],
@@ -30,23 +30,23 @@ const PROGRAMS: &[Wanted] = &[
 
 pub(super) fn examine() -> Vec<Finding> {
     let folders = library_folders();
-    let libraries = LIBRARIES.iter().map(|wanted| finding(wanted, find_library(wanted, &folders)));
+    let libraries = LIBRARIES.iter().map(|software| finding(software, find_library(software, &folders)));
     let mut found: Vec<Finding> = libraries.collect();
     let paths = env::var_os("PATH").unwrap_or_default();
     let programs: Vec<PathBuf> = env::split_paths(&paths).collect();
-    let find_program = |wanted: &Wanted| programs.iter().map(|f| f.join(wanted.files[0])).find(|path| path.is_file());
-    found.extend(PROGRAMS.iter().map(|wanted| finding(wanted, find_program(wanted))));
+    let find_program = |item: &Software| programs.iter().map(|f| f.join(item.files[0])).find(|path| path.is_file());
+    found.extend(PROGRAMS.iter().map(|software| finding(software, find_program(software))));
     found
 }
 
-fn finding(wanted: &Wanted, path: Option<PathBuf>) -> Finding {
+fn finding(software: &Software, path: Option<PathBuf>) -> Finding {
     match path {
-        Some(path) => Finding::new(wanted.group, wanted.name, FindingStatus::Ok, path.display().to_string()),
-        None => Finding::new(wanted.group, wanted.name, FindingStatus::Absent, "not found").hint(wanted.hint),
+        Some(path) => Finding::new(software.group, software.name, FindingStatus::Ok, path.display().to_string()),
+        None => Finding::new(software.group, software.name, FindingStatus::Absent, "not found").hint(software.hint),
     }
 }
 
-/// Names in a folder, sorted; none when it cannot be read.
+/// Names in a folder, sorted; empty if it cannot be read.
 fn names(folder: &Path) -> Vec<String> {
     let entries = fs::read_dir(folder).into_iter().flatten().flatten();
     let mut names: Vec<String> = entries.map(|entry| entry.file_name().to_string_lossy().into_owned()).collect();
@@ -54,7 +54,7 @@ fn names(folder: &Path) -> Vec<String> {
     names
 }
 
-/// Where the dynamic linker looks, and where CUDA is usually put.
+/// The dynamic linker's search folders, and the usual folders of CUDA.
 fn library_folders() -> Vec<PathBuf> {
     let mut folders: Vec<PathBuf> =
         env::var_os("LD_LIBRARY_PATH").map(|paths| env::split_paths(&paths).collect()).unwrap_or_default();
@@ -77,12 +77,12 @@ fn configured_folders(text: &str) -> Vec<PathBuf> {
     text.lines().map(line).filter(|line| line.starts_with('/')).map(PathBuf::from).collect()
 }
 
-fn find_library(wanted: &Wanted, folders: &[PathBuf]) -> Option<PathBuf> {
-    let is_it = |name: &String| {
-        let rest = wanted.files.iter().find_map(|file| name.strip_prefix(file));
+fn find_library(software: &Software, folders: &[PathBuf]) -> Option<PathBuf> {
+    let is_match = |name: &String| {
+        let rest = software.files.iter().find_map(|file| name.strip_prefix(file));
         rest.is_some_and(|rest| rest.is_empty() || rest.starts_with('.'))
     };
-    folders.iter().find_map(|folder| names(folder).iter().find(|name| is_it(name)).map(|name| folder.join(name)))
+    folders.iter().find_map(|folder| names(folder).iter().find(|name| is_match(name)).map(|name| folder.join(name)))
 }
 
 #[cfg(test)]

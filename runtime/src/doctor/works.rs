@@ -1,4 +1,4 @@
-//! Tries what processes of a job do with each other.
+//! Tries the operations with which the processes of a job communicate.
 
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
@@ -12,16 +12,16 @@ use crate::cluster::env::{DERIVED_PORTS, PORT_DEFAULT};
 use crate::machine::temporary_folder;
 
 pub(super) fn examine() -> Vec<Finding> {
-    let tries = [
+    let trials = [
         ("loopback", loopback(), "bring up the interface: ip link set lo up"),
         (
             "unix sockets",
             unix_sockets(),
-            "make the temporary folder writable, or set TMPDIR to a short path of one that is",
+            "make the temporary folder writable, or set TMPDIR to the short path of a writable folder",
         ),
         ("memfd", memfd(), "allow memfd_create in the container's seccomp profile, and mount /proc"),
     ];
-    let mut found: Vec<Finding> = tries.into_iter().map(|(name, result, hint)| finding(name, result, hint)).collect();
+    let mut found: Vec<Finding> = trials.into_iter().map(|(name, result, hint)| finding(name, result, hint)).collect();
     found.extend([default_port(), derived_ports()]);
     found
 }
@@ -33,7 +33,7 @@ fn finding(name: &'static str, result: io::Result<()>, hint: &str) -> Finding {
     }
 }
 
-/// One byte there. Both ends are in this thread: the kernel holds it meanwhile.
+/// Sends one byte and receives it. Both ends are in this thread; the kernel buffers the byte.
 fn exchange(mut from: impl Write, mut to: impl Read) -> io::Result<()> {
     from.write_all(b"x")?;
     to.read_exact(&mut [0])
@@ -64,18 +64,18 @@ fn default_port() -> Finding {
     match TcpListener::bind((Ipv4Addr::UNSPECIFIED, PORT_DEFAULT)) {
         Ok(_) => finding(FindingStatus::Ok, format!("{PORT_DEFAULT} is free")),
         Err(error) => finding(FindingStatus::Poor, format!("{PORT_DEFAULT}: {error}"))
-            .hint("on several nodes choose another port: --rdzv-endpoint HOST:PORT"),
+            .hint("with several nodes, choose another port: --rdzv-endpoint HOST:PORT"),
     }
 }
 
-/// Ports of jobs under Slurm and OpenMPI should not be given to clients.
+/// Checks that the ports of jobs under Slurm and OpenMPI are not ephemeral ports.
 fn derived_ports() -> Finding {
     let range = fs::read_to_string("/proc/sys/net/ipv4/ip_local_port_range").unwrap_or_default();
     let mut numbers = range.split_whitespace().map_while(|word| word.parse::<u16>().ok());
     let value = format!("{} to {} for jobs of Slurm and OpenMPI", DERIVED_PORTS.start, DERIVED_PORTS.end - 1);
     match (numbers.next(), numbers.next()) {
         (Some(low), Some(high)) if low < DERIVED_PORTS.end && high >= DERIVED_PORTS.start => {
-            let value = format!("{value}; the kernel gives {low} to {high} to clients");
+            let value = format!("{value}; the kernel's ephemeral ports are {low} to {high}");
             let hint = "sysctl net.ipv4.ip_local_port_range='32768 60999', or set SHARDFLOW_ENDPOINT";
             Finding::new("works", "derived ports", FindingStatus::Poor, value).hint(hint)
         }

@@ -1,10 +1,10 @@
-//! What keeps children from outliving the launcher, in two hidden commands of the binary.
+//! Prevents children from outliving the launcher, with two hidden commands of the binary.
 //!
-//! A launcher that is killed by SIGKILL can do nothing any more. So each child asks the kernel to be killed with the
-//! thread that started it, before it becomes the program ([`become_program`]). That does not reach the child's own
-//! children: for them a guard, a process that does nothing but read a pipe from the launcher, knows all process groups,
-//! and kills those that are left when the pipe closes ([`guard`]). The first needs no other process alive, the second
-//! reaches everybody but who left the group by `setsid`.
+//! A launcher that is killed by SIGKILL cannot end its processes. So each child requests from the kernel to be killed with
+//! the thread that started it, before it executes the program ([`become_program`]). That does not apply to the child's own
+//! children. For them a guard process reads all process groups from a pipe of the launcher, and kills the remaining groups
+//! when the pipe closes ([`guard`]). The first mechanism needs no other process; the second reaches every process that has
+//! not left its group by `setsid`.
 
 use std::collections::HashSet;
 use std::ffi::OsString;
@@ -19,32 +19,32 @@ use rustix::process::{Pid, Signal, getppid, kill_process_group, set_parent_proce
 
 use crate::exit::{Exit, report};
 
-/// Name with which a launcher's private folder begins; the guard removes no other.
+/// Prefix of a launcher's private folder; the guard removes no other folder.
 pub(super) const FOLDER_PREFIX: &str = "shardflow-launch-";
 
-/// The launcher's end: a running guard.
+/// The launcher's handle of a running guard process.
 pub(super) struct Guard {
     process: Child,
     pipe: Option<ChildStdin>,
 }
 
 impl Guard {
-    /// Starts `helper guard`, which also removes `folder` in the end.
+    /// Starts `helper guard`, which also removes `folder` when it ends.
     pub(super) fn start(helper: &Path, folder: &Path) -> io::Result<Guard> {
         let mut command = Command::new(helper);
         command.arg("guard").arg("--folder").arg(folder);
-        // In its own group it does not get what a terminal sends to the launcher's.
+        // A terminal sends signals to the launcher's group; the guard has its own.
         command.process_group(0).stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::null());
         let mut process = command.spawn()?;
         let pipe = process.stdin.take();
         Ok(Guard { process, pipe })
     }
 
-    /// Reports that `group` exists (`+`), or is empty (`-`): before its leader is waited for, so that the number cannot mean
-    /// another group yet. An error means that the guard is gone: what it guarded is then left to the kernel's signal.
+    /// Reports that `group` exists (`+`) or is empty (`-`), before its leader is reaped, so that the id cannot be reused yet. An
+    /// error means that the guard has ended; then only the kernel's signal remains.
     pub(super) fn report(&mut self, sign: char, group: Pid) -> io::Result<()> {
         match &mut self.pipe {
-            // One write, shorter than a pipe's atomic 4096 bytes: the guard sees a whole line or none.
+            // One write below a pipe's atomic 4096 bytes: the guard reads a whole line or none.
             Some(pipe) => pipe.write_all(format!("{sign}{}\n", group.as_raw_pid()).as_bytes()),
             None => Ok(()),
         }
@@ -54,14 +54,14 @@ impl Guard {
 impl Drop for Guard {
     fn drop(&mut self) {
         self.pipe = None;
-        // It ends when the pipe does. An error means that it ended before.
+        // The guard ends when the pipe closes. An error means that it ended before.
         let _ = self.process.wait();
     }
 }
 
-/// The command `shardflow guard`: reads groups from `from` until it ends, then kills those that are left.
+/// The command `shardflow guard`: reads groups from `from` until its end, then kills the remaining ones.
 pub fn guard(folder: &Path, from: impl BufRead) -> Exit {
-    // Who stops the launcher politely often signals all of its processes; the guard has to outlive it.
+    // These signals often go to all of the launcher's processes, and the guard must outlive the launcher.
     for signal in [signal_hook::consts::SIGTERM, signal_hook::consts::SIGINT, signal_hook::consts::SIGHUP] {
         let _ = signal_hook::flag::register(signal, Arc::new(AtomicBool::new(false)));
     }
@@ -78,29 +78,29 @@ pub fn guard(folder: &Path, from: impl BufRead) -> Exit {
         let _ = kill_process_group(group, Signal::KILL);
     }
     if folder.file_name().is_some_and(|name| name.to_string_lossy().starts_with(FOLDER_PREFIX)) {
-        // As a rule the launcher has removed it.
+        // Usually the launcher has removed it.
         let _ = std::fs::remove_dir_all(folder);
     }
     Exit::Done
 }
 
-/// The command that becomes `program` by way of [`become_program`].
+/// The command that executes `program` through [`become_program`].
 pub(super) fn child_command(helper: &Path, program: &Path, args: &[OsString]) -> Command {
     let mut command = Command::new(helper);
     command.arg("child").arg("--parent").arg(std::process::id().to_string()).arg("--").arg(program).args(args);
-    // So that a signal reaches the program's own children too, and what a terminal sends reaches it once, by the
+    // With a group of its own, a signal reaches the program's children too, and a terminal's signal arrives only once, from the
     // launcher.
     command.process_group(0);
     command
 }
 
-/// The command `shardflow child`: becomes `program`, to be killed when the thread that started this process ends. Comes
-/// back only when it cannot.
+/// The command `shardflow child`: executes `program`, which the kernel kills when the thread that started this process ends.
+/// Returns only on failure.
 pub fn become_program(parent: u32, program: PathBuf, args: &[OsString]) -> Exit {
     if let Err(error) = set_parent_process_death_signal(Some(Signal::KILL)) {
-        return fail(Exit::Internal, &format!("cannot ask to be killed with the launcher: {error}"));
+        return fail(Exit::Internal, &format!("cannot set the signal for the launcher's end: {error}"));
     }
-    // The launcher may have ended before the kernel knew.
+    // The launcher may have ended before the signal was set.
     if getppid().map(|pid| pid.as_raw_pid()) != i32::try_from(parent).ok() {
         return fail(Exit::Retry, "the launcher ended");
     }
@@ -110,7 +110,7 @@ pub fn become_program(parent: u32, program: PathBuf, args: &[OsString]) -> Exit 
 
 fn fail(exit: Exit, cause: &str) -> Exit {
     eprintln!("error: {cause}");
-    // Where the report cannot be written the line above is in the log.
+    // If the report cannot be written, the log still has the line above.
     let _ = report(exit, cause, None);
     exit
 }

@@ -1,5 +1,5 @@
-//! Log files of the processes: written by the processes themselves, but for the node's first, whose lines also go to
-//! the screen.
+//! Log files of the processes. Each process writes its own, except the node's first: the launcher copies its output to the log
+//! and the screen.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, BufRead, BufReader, Read, Seek, SeekFrom, Write};
@@ -7,26 +7,25 @@ use std::path::{Path, PathBuf};
 
 use crate::output::{self, OutputKind, OutputQueue, ends_line};
 
-/// Longest piece of a line that is passed on at once, in bytes.
+/// Longest piece of a line that is copied at once, in bytes.
 const LINE_BYTES_MAX: u64 = 64 << 10;
-/// How much of a log's end is searched for errors, in bytes.
+/// Size of a log's end that is searched for errors, in bytes.
 const TAIL_BYTES: u64 = 64 << 10;
-/// Most lines of errors that are shown of a process, and the longest, in characters.
+/// Largest number of a process's error lines that are printed, and their largest length in characters.
 const ERROR_LINES_MAX: usize = 5;
 const ERROR_CHARS_MAX: usize = 500;
 
 /// The log of one process in one attempt.
 pub(super) struct Log {
-    /// Where it is.
     pub(super) path: PathBuf,
-    /// For appending.
+    /// Open for appending.
     pub(super) file: File,
-    /// What an earlier job of the same name left in it.
+    /// Size of the content from an earlier job of the same name.
     before_bytes: u64,
 }
 
 impl Log {
-    /// Opens `rank-<rank>.log` in `folder`, which is made.
+    /// Opens `rank-<rank>.log` in `folder`; creates both if needed.
     pub(super) fn open(folder: &Path, rank: u32) -> io::Result<Log> {
         fs::create_dir_all(folder)?;
         let path = folder.join(format!("rank-{rank}.log"));
@@ -38,7 +37,7 @@ impl Log {
         Ok(Log { path, file, before_bytes })
     }
 
-    /// The last lines that begin with `error:`. A log that cannot be read has none.
+    /// The last lines that begin with `error:`; empty if the log cannot be read.
     pub(super) fn errors(&self) -> Vec<String> {
         self.tail().map(|tail| error_lines(&tail)).unwrap_or_default()
     }
@@ -60,17 +59,17 @@ fn error_lines(tail: &[u8]) -> Vec<String> {
     shown.iter().map(|line| line.chars().take(ERROR_CHARS_MAX).collect()).collect()
 }
 
-/// Copies `from` to the log and to the screen, line by line, until it ends. Neither a log that
-/// fails nor a screen whose reader stalls blocks the process. The log has the lines that the screen lacks.
+/// Copies `from` to the log and to the screen, line by line, until its end. Neither a failing log nor a stalled reader of the
+/// screen blocks the process. The log also has the lines that the screen drops.
 pub(super) fn pump(from: impl Read, mut log: File, screen: &OutputQueue) {
-    let (mut from, mut line, mut log_works) = (BufReader::new(from), Vec::new(), true);
+    let (mut from, mut line, mut is_log_writable) = (BufReader::new(from), Vec::new(), true);
     loop {
         line.clear();
         match from.by_ref().take(LINE_BYTES_MAX).read_until(b'\n', &mut line) {
             Ok(0) | Err(_) => return,
             Ok(_) => {}
         }
-        log_works = log_works && log.write_all(&line).is_ok();
+        is_log_writable = is_log_writable && log.write_all(&line).is_ok();
         // Standard error, JSON and errors are never dropped.
         let is_record = std::ptr::eq(screen, output::stderr()) || line.starts_with(b"{") || line.starts_with(b"error:");
         screen.put(if is_record { OutputKind::Record } else { OutputKind::Progress }, &line);
@@ -82,7 +81,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_last_errors_of_this_attempt() {
+    fn errors_returns_the_last_error_lines_of_this_attempt() {
         let folder = tempfile::tempdir().unwrap();
         let mut log = Log::open(folder.path(), 3).unwrap();
         log.file.write_all(b"error: of an earlier job\n").unwrap();
@@ -91,7 +90,7 @@ mod tests {
         log.file.write_all(b"fine\nerror: a\nnot an error: b\nerror: c \xff").unwrap();
         assert_eq!(log.errors(), ["error: a", "error: c \u{fffd}"]);
         log.file.write_all(&[b'x'; TAIL_BYTES as usize]).unwrap();
-        assert_eq!(log.errors(), [""; 0], "what is far from the end is not searched");
+        assert_eq!(log.errors(), [""; 0], "lines beyond the tail are not searched");
         let many: String = (0..9).map(|i| format!("\nerror: {i} {}", "y".repeat(ERROR_CHARS_MAX))).collect();
         log.file.write_all(many.as_bytes()).unwrap();
         let errors = log.errors();

@@ -1,4 +1,4 @@
-//! Tests of the lock, by the time of a test.
+//! Tests of the lock with a simulated clock.
 
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -11,11 +11,11 @@ use crate::clock::WaitClock;
 
 type Work = Box<dyn FnMut(Duration) + Send>;
 
-/// Passes when a wait does, and does something meanwhile.
+/// A clock that advances by each wait and then runs `on_wait`.
 #[derive(Default)]
 struct TestClock {
     now: Mutex<Duration>,
-    meanwhile: Mutex<Option<Work>>,
+    on_wait: Mutex<Option<Work>>,
 }
 
 impl std::fmt::Debug for TestClock {
@@ -32,7 +32,7 @@ impl WaitClock for TestClock {
     fn wait(&self, time: Duration) {
         *self.now.lock().unwrap() += time;
         let now = self.now();
-        self.meanwhile.lock().unwrap().iter_mut().for_each(|work| work(now));
+        self.on_wait.lock().unwrap().iter_mut().for_each(|work| work(now));
     }
 }
 
@@ -58,7 +58,7 @@ fn files(folder: &tempfile::TempDir) -> Vec<String> {
 }
 
 #[test]
-fn one_holds_the_lock_of_a_folder_and_is_named_to_others() {
+fn the_lock_of_a_folder_is_exclusive_and_the_error_names_the_holder() {
     let (folder, store) = on_disk();
     let first = Lock::take_as(&store, holder(1, "a", 3)).unwrap();
     let error = Lock::take_as(&store, holder(2, "b", 9)).unwrap_err();
@@ -67,12 +67,12 @@ fn one_holds_the_lock_of_a_folder_and_is_named_to_others() {
     assert_eq!(error.exit_code(), 73);
     first.check().unwrap();
     drop(first);
-    assert!(files(&folder).is_empty(), "nothing is left behind");
+    assert!(files(&folder).is_empty(), "the lock file is removed");
     drop(Lock::take_as(&store, holder(2, "b", 0)).unwrap());
 }
 
 #[test]
-fn what_a_killed_process_left_is_taken_at_once() {
+fn the_lock_of_a_killed_process_is_taken_at_once() {
     let (folder, store) = on_disk();
     drop(create(&store, 7, &holder(1, "a", 3)).unwrap());
     fs::write(folder.path().join("lock-8.json"), "torn").unwrap();
@@ -86,8 +86,8 @@ fn a_holder_in_a_cloud_store_is_alive_while_it_renews() {
     let (clock, store) = in_cloud();
     let first = Lock::take_as(&store, holder(1, "a", 0)).unwrap();
     let renewing = first.clone();
-    // It renews when it should, and later than it should, but never misses three.
-    *clock.meanwhile.lock().unwrap() = Some(Box::new(move |now| {
+    // It renews every 29 s only, which is less than three intervals.
+    *clock.on_wait.lock().unwrap() = Some(Box::new(move |now| {
         if now.as_secs() % 29 == 0 {
             renewing.renew().unwrap();
         }
@@ -96,14 +96,14 @@ fn a_holder_in_a_cloud_store_is_alive_while_it_renews() {
         let error = Lock::take_as(&store, holder(2, "b", 0)).unwrap_err();
         assert!(error.to_string().contains("process 1 on host host-1, job a"), "{error}");
     }
-    *clock.meanwhile.lock().unwrap() = None;
+    *clock.on_wait.lock().unwrap() = None;
     first.check().unwrap();
-    // Now it has died.
+    // From now on the first holder does not renew.
     let begin = clock.now();
     let second = Lock::take_as(&store, holder(2, "b", 0)).unwrap();
     let waited = clock.now() - begin;
     assert!((RENEWAL * MISSED_MAX..=RENEWAL * MISSED_MAX + 2 * POLL).contains(&waited), "{waited:?}");
-    // Had it not, it would notice, and break nothing.
+    // If the first holder still runs, it detects the loss and changes no file.
     assert!(matches!(first.check(), Err(CheckpointError::Fenced { .. })));
     assert!(matches!(first.renew(), Err(CheckpointError::Fenced { .. })));
     drop(first);
@@ -111,7 +111,7 @@ fn a_holder_in_a_cloud_store_is_alive_while_it_renews() {
 }
 
 #[test]
-fn a_later_incarnation_of_a_job_takes_over_at_once_and_fences_the_old() {
+fn a_higher_epoch_takes_the_lock_at_once_and_fences_the_old_holder() {
     let (folder, local) = on_disk();
     let (clock, cloud) = in_cloud();
     for store in [&local, &cloud] {
@@ -121,7 +121,7 @@ fn a_later_incarnation_of_a_job_takes_over_at_once_and_fences_the_old() {
         assert!(error.contains("held by process 2 on host host-2, job a, epoch 2"), "{error}");
         drop(old);
         new.check().unwrap();
-        // A late one of an old epoch does not.
+        // A late process of an old epoch does not.
         let late = Lock::take_as(&local, holder(3, "a", 1)).unwrap_err();
         assert!(matches!(late, CheckpointError::Held { .. }), "{late}");
         if store.local.is_none() {
@@ -134,7 +134,7 @@ fn a_later_incarnation_of_a_job_takes_over_at_once_and_fences_the_old() {
 }
 
 #[test]
-fn a_later_saver_of_the_same_process_takes_over() {
+fn a_later_saver_of_the_same_process_takes_the_lock() {
     let (_folder, store) = on_disk();
     let first = Lock::take(&store, None, 0).unwrap();
     let second = Lock::take(&store, None, 0).unwrap();
@@ -142,7 +142,7 @@ fn a_later_saver_of_the_same_process_takes_over() {
     second.check().unwrap();
 }
 
-/// Containers of one host may share its name, and the first process of each is 1.
+/// Containers of one host may share its name, and each has a process 1.
 #[test]
 fn a_process_of_another_container_is_another_process() {
     let (_folder, store) = on_disk();
@@ -153,7 +153,7 @@ fn a_process_of_another_container_is_another_process() {
 }
 
 #[test]
-fn of_many_that_take_a_dead_holders_lock_one_has_it() {
+fn only_one_of_several_processes_takes_a_dead_holders_lock() {
     let (_folder, store) = on_disk();
     for round in 0..20 {
         drop(create(&store, numbers(&store).unwrap().pop().unwrap_or(0) + 1, &holder(99, "dead", 0)).unwrap());
@@ -171,16 +171,16 @@ fn of_many_that_take_a_dead_holders_lock_one_has_it() {
 }
 
 #[test]
-fn a_lock_whose_file_is_gone_is_lost() {
+fn a_lock_whose_file_is_deleted_is_lost() {
     let (folder, store) = on_disk();
     let lock = Lock::take_as(&store, holder(1, "a", 0)).unwrap();
     fs::remove_file(folder.path().join("lock-1.json")).unwrap();
     assert!(lock.check().unwrap_err().to_string().contains("file was deleted"));
 }
 
-/// Files of another process come to sight late: those that a manifest names, and a manifest that rank 0 has named.
+/// Shards that a manifest names, and a manifest that rank 0 has named, may become visible late.
 #[test]
-fn what_another_process_has_written_may_stay_invisible_for_a_while() {
+fn a_read_waits_for_files_that_another_process_has_written() {
     use crate::checkpoint::manifest::{Cursor, Manifest, Shard};
     use crate::checkpoint::save::commit_manifest;
     let shard = Shard {
@@ -208,9 +208,9 @@ fn what_another_process_has_written_may_stay_invisible_for_a_while() {
         let (clock, store) = in_cloud();
         let (writer, store) = (store.clone(), store.with_hidden(Duration::from_secs(90)));
         let manifest = manifest.clone();
-        let mut left: Vec<(u64, bool)> = vec![(manifest_after, true), (shard_after, false)];
+        let mut pending: Vec<(u64, bool)> = vec![(manifest_after, true), (shard_after, false)];
         let mut appear = move |now: Duration| {
-            left.retain(|(after, is_manifest)| {
+            pending.retain(|(after, is_manifest)| {
                 if now.as_secs() < *after {
                     return true;
                 }
@@ -225,7 +225,7 @@ fn what_another_process_has_written_may_stay_invisible_for_a_while() {
             });
         };
         appear(Duration::ZERO);
-        *clock.meanwhile.lock().unwrap() = Some(Box::new(appear));
+        *clock.on_wait.lock().unwrap() = Some(Box::new(appear));
         let read = store.read_as(4, digest);
         assert_eq!(read.is_ok(), is_there, "{manifest_after} {shard_after}: {read:?}");
         let expected = if is_there { 60 } else { 90 };
@@ -236,7 +236,7 @@ fn what_another_process_has_written_may_stay_invisible_for_a_while() {
             assert!(error.to_string().contains(text), "{error}");
         }
     }
-    // A cursor that is not the one that rank 0 reads is waited for, too, and not taken in its place.
+    // The read also waits for the cursor that rank 0 has read, and does not accept another one.
     let (clock, store) = in_cloud();
     commit_manifest(&store, &manifest).unwrap();
     let path = store.path(4, &manifest.shards[0].file);
@@ -244,7 +244,7 @@ fn what_another_process_has_written_may_stay_invisible_for_a_while() {
     let (writer, changed) = (store.clone(), Cursor::from([("sample".into(), "9".into())]));
     let digest = Manifest { cursor: changed.clone(), ..manifest }.cursor_digest();
     assert!(store.read_as(4, digest).unwrap_err().to_string().contains("its cursor is not the one"));
-    *clock.meanwhile.lock().unwrap() = Some(Box::new(move |_| writer.set_cursor(4, changed.clone()).unwrap()));
+    *clock.on_wait.lock().unwrap() = Some(Box::new(move |_| writer.set_cursor(4, changed.clone()).unwrap()));
     let reader = store.with_hidden(Duration::from_secs(90)).read_as(4, digest).unwrap();
     assert_eq!(reader.manifest().cursor["sample"], "9");
 }

@@ -11,8 +11,8 @@ use crate::cluster::INTERFACE;
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Targets {
     pub(crate) addresses: Vec<SocketAddr>,
-    /// It is this node's own name, and resolves to loopback here (Debian maps it to 127.0.1.1 in `/etc/hosts`), but not on the
-    /// job's other nodes; or it is the wildcard address.
+    /// The name is this node's own and resolves to loopback here (Debian maps it to 127.0.1.1 in `/etc/hosts`) but not on other
+    /// nodes; or it is the unspecified address.
     pub(crate) is_hidden: bool,
 }
 
@@ -24,24 +24,24 @@ impl Targets {
 }
 
 fn targets(name: &str, addresses: Vec<SocketAddr>, spans_nodes: bool) -> Targets {
-    // A literal loopback address is intended: ports may be forwarded.
+    // A literal loopback address is used as given: ports may be forwarded.
     let host = name.rsplit_once(':').map_or(name, |(host, _)| host);
     let ip = host.trim_matches(['[', ']']).split('%').next().unwrap_or_default();
-    let is_meant = host == "localhost" || ip.parse().is_ok_and(|ip: IpAddr| !ip.is_unspecified());
-    let is_outside = |address: &SocketAddr| !address.ip().is_loopback() && !address.ip().is_unspecified();
-    if is_meant || !spans_nodes || addresses.iter().all(is_outside) {
+    let is_literal = host == "localhost" || ip.parse().is_ok_and(|ip: IpAddr| !ip.is_unspecified());
+    let is_external = |address: &SocketAddr| !address.ip().is_loopback() && !address.ip().is_unspecified();
+    if is_literal || !spans_nodes || addresses.iter().all(is_external) {
         return Targets { addresses, is_hidden: false };
     }
-    let outside: Vec<_> = addresses.iter().copied().filter(is_outside).collect();
-    let is_hidden = outside.is_empty();
-    Targets { addresses: if is_hidden { addresses } else { outside }, is_hidden }
+    let external: Vec<_> = addresses.iter().copied().filter(is_external).collect();
+    let is_hidden = external.is_empty();
+    Targets { addresses: if is_hidden { addresses } else { external }, is_hidden }
 }
 
-/// The address of this node, at port 0, by which `HOST:PORT` is reached; one that other nodes may reach where the host is this
-/// node's own name and the job spans nodes.
+/// The local address, at port 0, from which `HOST:PORT` is reached. If the host is this node's own name and the job spans nodes,
+/// an address that other nodes may reach.
 ///
 /// # Errors
-/// When the name has no address (yet), or there is no way there.
+/// The name has no address (yet), or there is no route to it.
 pub(crate) fn address_towards(name: &str, spans_nodes: bool) -> io::Result<SocketAddr> {
     let Targets { addresses, is_hidden } = Targets::of(name, spans_nodes)?;
     if let Some(outward) = outward_address().filter(|_| is_hidden) {
@@ -57,7 +57,7 @@ pub(crate) fn address_towards(name: &str, spans_nodes: bool) -> io::Result<Socke
     Err(last)
 }
 
-/// A log line, where the first process's name resolves on this node to an address that other nodes cannot reach.
+/// A log line if the first process's name resolves on this node to an address that other nodes cannot reach.
 pub(crate) fn hidden_name(coordinator: &Address, spans_nodes: bool) -> Option<String> {
     let Address::Tcp(name) = coordinator else { return None };
     let Targets { addresses, is_hidden } = Targets::of(name, spans_nodes).ok()?;
@@ -67,36 +67,36 @@ pub(crate) fn hidden_name(coordinator: &Address, spans_nodes: bool) -> Option<St
     }
     Some(match outward_address() {
         Some(outward) => format!(
-            "{host} is {ip} on this node (see /etc/hosts), which other nodes cannot reach: rank 0 listens on all addresses, and \
-             this node's processes give {} to the others; {} chooses another one",
+            "{host} resolves to {ip} on this node (see /etc/hosts), which other nodes cannot reach: rank 0 listens on all \
+             addresses, and this node's processes publish {}; set {} to publish another one",
             outward.ip(),
             INTERFACE
         ),
-        None => format!("{host} is {ip} on this node, which has no address that other nodes could reach"),
+        None => format!("{host} resolves to {ip} on this node, which has no address that other nodes can reach"),
     })
 }
 
-/// An IP address, a link-local one with its zone (`fe80::1%eth0`), at port 0.
+/// Parses an IP address, with a zone if it is link-local (`fe80::1%eth0`), at port 0.
 pub(crate) fn parse_ip(text: &str) -> Option<SocketAddr> {
-    // Not a name: resolving one may be slow and return several addresses.
+    // Names are refused: resolving one may be slow and return several addresses.
     let ip: IpAddr = text.split('%').next()?.parse().ok()?;
     let with_port = if ip.is_ipv6() { format!("[{text}]:0") } else { format!("{text}:0") };
     resolve(&with_port).ok()?.first().copied()
 }
 
-/// An address of this node that other nodes may reach: the one of the default route, or the first that is not loopback.
+/// An address of this node that other nodes may reach: that of the default route, or the first that is not loopback.
 fn outward_address() -> Option<SocketAddr> {
-    // Addresses for documentation (RFC 5737, RFC 3849), which are reached by the default route.
-    let far = [(Ipv4Addr::new(192, 0, 2, 1), 9).into(), (Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 1), 9).into()];
-    let routed = far.into_iter().find_map(|far| source_address(far).ok().filter(|own| !own.ip().is_loopback()));
+    // Documentation addresses (RFC 5737, RFC 3849), which the default route covers.
+    let remote = [(Ipv4Addr::new(192, 0, 2, 1), 9).into(), (Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 1), 9).into()];
+    let routed = remote.into_iter().find_map(|to| source_address(to).ok().filter(|own| !own.ip().is_loopback()));
     let read = |path| fs::read_to_string(path).unwrap_or_default();
     routed.or_else(|| node_addresses(&read("/proc/net/fib_trie"), &read("/proc/net/if_inet6")).first().copied())
 }
 
-/// The address of this node from which packets go to `target`, at port 0.
+/// The source address of packets from this node to `target`, at port 0.
 fn source_address(target: SocketAddr) -> io::Result<SocketAddr> {
     let any: IpAddr = if target.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
-    // Connecting a UDP socket sends nothing; it makes the system choose the way and so the address.
+    // Connecting a UDP socket sends no packet; it makes the system choose the route and so the address.
     let socket = UdpSocket::bind((any, 0))?;
     socket.connect(target)?;
     let mut own = socket.local_addr()?;
@@ -104,7 +104,7 @@ fn source_address(target: SocketAddr) -> io::Result<SocketAddr> {
     Ok(own)
 }
 
-/// The node's own addresses but for loopback and link-local ones, from the texts of `/proc/net/fib_trie` and
+/// The node's addresses except loopback and link-local ones, from the texts of `/proc/net/fib_trie` and
 /// `/proc/net/if_inet6`.
 fn node_addresses(fib_trie: &str, if_inet6: &str) -> Vec<SocketAddr> {
     let mut found: Vec<IpAddr> = Vec::new();
@@ -126,7 +126,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn interfaces_are_addresses() {
+    fn an_interface_is_an_ip_address_without_a_port() {
         let text = |text: &str| parse_ip(text).map(|address| address.to_string());
         assert_eq!(text("10.0.0.1").as_deref(), Some("10.0.0.1:0"));
         assert_eq!(text("::1").as_deref(), Some("[::1]:0"));
@@ -138,7 +138,7 @@ mod tests {
     }
 
     #[test]
-    fn addresses_that_others_may_reach() {
+    fn node_addresses_skips_loopback_and_link_local_ones() {
         let fib = "Main:
   +-- 0.0.0.0/0 3 0 5
      |-- 0.0.0.0
@@ -162,22 +162,22 @@ fe8000000000000000fc00fffe000001 04 40 20 80     eth0
         assert!(source_address("127.0.0.1:9".parse().unwrap()).unwrap().ip().is_loopback());
     }
 
-    /// Debian's `/etc/hosts` has the host's own name at 127.0.1.1.
+    /// Debian's `/etc/hosts` maps the host's own name to 127.0.1.1.
     #[test]
-    fn a_name_that_is_loopback_on_its_own_node_only_is_found_out() {
+    fn a_name_that_is_loopback_only_on_its_own_node_is_detected() {
         let all = |texts: &[&str]| texts.iter().map(|text| text.parse().unwrap()).collect::<Vec<SocketAddr>>();
-        let seen = |name: &str, addresses: &[&str], spans_nodes| {
+        let resolved = |name: &str, addresses: &[&str], spans_nodes| {
             let Targets { addresses, is_hidden } = targets(name, all(addresses), spans_nodes);
             (addresses.iter().map(SocketAddr::to_string).collect::<Vec<_>>().join(" "), is_hidden)
         };
-        assert_eq!(seen("node1:5", &["127.0.1.1:5"], true), ("127.0.1.1:5".into(), true));
-        assert_eq!(seen("node1:5", &["[::1]:5"], true), ("[::1]:5".into(), true));
-        assert_eq!(seen("node1:5", &["127.0.1.1:5"], false), ("127.0.1.1:5".into(), false), "nobody else is there");
-        assert_eq!(seen("node1:5", &["127.0.1.1:5", "10.0.0.7:5"], true), ("10.0.0.7:5".into(), false));
-        assert_eq!(seen("node1:5", &["10.0.0.7:5"], true), ("10.0.0.7:5".into(), false));
-        assert_eq!(seen("0.0.0.0:5", &["0.0.0.0:5"], true), ("0.0.0.0:5".into(), true));
-        for meant in ["localhost:5", "127.0.1.1:5", "[::1]:5", "[::1%lo]:5"] {
-            assert!(!seen(meant, &["127.0.1.1:5"], true).1, "{meant}");
+        assert_eq!(resolved("node1:5", &["127.0.1.1:5"], true), ("127.0.1.1:5".into(), true));
+        assert_eq!(resolved("node1:5", &["[::1]:5"], true), ("[::1]:5".into(), true));
+        assert_eq!(resolved("node1:5", &["127.0.1.1:5"], false), ("127.0.1.1:5".into(), false), "the job has one node");
+        assert_eq!(resolved("node1:5", &["127.0.1.1:5", "10.0.0.7:5"], true), ("10.0.0.7:5".into(), false));
+        assert_eq!(resolved("node1:5", &["10.0.0.7:5"], true), ("10.0.0.7:5".into(), false));
+        assert_eq!(resolved("0.0.0.0:5", &["0.0.0.0:5"], true), ("0.0.0.0:5".into(), true));
+        for literal in ["localhost:5", "127.0.1.1:5", "[::1]:5", "[::1%lo]:5"] {
+            assert!(!resolved(literal, &["127.0.1.1:5"], true).1, "{literal}");
         }
     }
 }

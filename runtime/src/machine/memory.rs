@@ -3,18 +3,18 @@
 use std::path::{Path, PathBuf};
 use std::{fmt, fs};
 
-/// The limit on a process's free memory.
+/// The limit that determines a process's free memory.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum MemoryBound {
     /// The machine: `MemAvailable` of `/proc/meminfo`.
     Machine,
-    /// A memory cgroup that holds the process, or an ancestor of it.
+    /// The process's memory cgroup, or an ancestor of it.
     Cgroup {
         /// Its folder.
         folder: PathBuf,
         /// Its limit, bytes.
         limit_bytes: u64,
-        /// What its processes use, bytes, without page cache that the kernel can reclaim.
+        /// Memory in use, bytes, without page cache that the kernel can reclaim.
         used_bytes: u64,
     },
 }
@@ -30,17 +30,17 @@ impl fmt::Display for MemoryBound {
     }
 }
 
-/// Memory that the system could give to this process now.
+/// Memory that this process could allocate now.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct FreeMemory {
-    /// The least of what each bound leaves.
+    /// Free bytes under the tightest bound.
     pub bytes: u64,
-    /// The bound that leaves the least.
+    /// The tightest bound.
     pub bound: MemoryBound,
 }
 
-/// The smaller of the machine's available memory and what each memory cgroup up to the root leaves; `None` where `/proc` does
-/// not report it.
+/// The minimum of the machine's available memory and the free memory of each memory cgroup up to the root; `None` if `/proc`
+/// does not report it.
 pub fn free_memory() -> Option<FreeMemory> {
     let read = |path: &Path| fs::read_to_string(path).ok();
     let of_self = |name: &str| read(&Path::new("/proc/self").join(name)).unwrap_or_default();
@@ -57,12 +57,12 @@ pub(crate) fn meminfo(text: &str, key: &str) -> Option<u64> {
     number.parse::<u64>().ok()?.checked_mul(if unit == "kB" { 1024 } else { 1 })
 }
 
-/// The files of a memory cgroup: limit, usage, and the prefix of lines in `memory.stat` that count descendants too.
+/// Files of a memory cgroup: limit, usage; and the prefix of the lines in `memory.stat` that include descendants.
 const V1: [&str; 3] = ["memory.limit_in_bytes", "memory.usage_in_bytes", "total_"];
 const V2: [&str; 3] = ["memory.max", "memory.current", ""];
 
-/// What each memory cgroup with a limit leaves, from the process's own up to the root of its hierarchy: `cgroups` and `mounts`
-/// are the texts of `/proc/self/cgroup` and `/proc/self/mountinfo`.
+/// Free memory of each memory cgroup with a limit, from the process's own up to the root of its hierarchy. `cgroups` and
+/// `mounts` are the texts of `/proc/self/cgroup` and `/proc/self/mountinfo`.
 fn cgroups(cgroups: &str, mounts: &str, read: &dyn Fn(&Path) -> Option<String>) -> Vec<FreeMemory> {
     let mut out = Vec::new();
     for line in cgroups.lines() {
@@ -74,11 +74,11 @@ fn cgroups(cgroups: &str, mounts: &str, read: &dyn Fn(&Path) -> Option<String>) 
             _ => continue,
         };
         let Some((root, mount)) = mounts.lines().find_map(|line| mount_of(line, kind)) else { continue };
-        // A container may see its own cgroup as the mount's root, under a path that only the host knows.
+        // In a container the process's own cgroup may be mounted as the root, while its path is the host's.
         let folder =
             Path::new(path).strip_prefix(&root).map_or(mount.clone(), |below| mount.join(below).components().collect());
         for (index, folder) in folder.ancestors().take_while(|folder| folder.starts_with(&mount)).enumerate() {
-            // Version 1 only: such a group does not count what its children use.
+            // Version 1 only: such a group does not include its children's usage.
             let is_flat = read(&folder.join("memory.use_hierarchy")).is_some_and(|text| text.trim() == "0");
             if index > 0 && is_flat {
                 break;
@@ -89,25 +89,25 @@ fn cgroups(cgroups: &str, mounts: &str, read: &dyn Fn(&Path) -> Option<String>) 
     out
 }
 
-/// Root within the hierarchy and mount point, when this line of `mountinfo` mounts a hierarchy of that kind that can limit memory.
+/// Root within the hierarchy and mount point, if this line of `mountinfo` mounts a hierarchy of that kind with memory limits.
 fn mount_of(line: &str, kind: &str) -> Option<(PathBuf, PathBuf)> {
-    let (place, what) = line.split_once(" - ")?;
-    let mut what = what.split(' ');
-    let options = (what.next() == Some(kind)).then(|| what.nth(1))?.unwrap_or_default();
+    let (mount, filesystem) = line.split_once(" - ")?;
+    let mut filesystem = filesystem.split(' ');
+    let options = (filesystem.next() == Some(kind)).then(|| filesystem.nth(1))?.unwrap_or_default();
     if kind == "cgroup" && !options.split(',').any(|option| option == "memory") {
         return None;
     }
-    let mut paths = place.split(' ').skip(3).map(|path| PathBuf::from(path.replace("\\040", " ")));
+    let mut paths = mount.split(' ').skip(3).map(|path| PathBuf::from(path.replace("\\040", " ")));
     Some((paths.next()?, paths.next()?))
 }
 
 fn cgroup(folder: &Path, files: [&str; 3], read: &dyn Fn(&Path) -> Option<String>) -> Option<FreeMemory> {
     let [limit, usage, prefix] = files;
     let number = |name: &str| read(&folder.join(name))?.trim().parse::<u64>().ok();
-    // Without a limit, version 2 has `max` here and version 1 nearly 2^63, which leaves more than any machine has.
+    // Without a limit, version 2 has `max` and version 1 a number near 2^63, which is never the tightest bound.
     let (limit_bytes, usage) = (number(limit)?, number(usage)?);
     let stat = read(&folder.join("memory.stat")).unwrap_or_default();
-    // The page cache, which `MemAvailable` counts as available as well.
+    // `MemAvailable` also counts page cache as available.
     let cached = |name: &str| {
         let value = stat.lines().find_map(|line| line.strip_prefix(prefix)?.strip_prefix(name)?.strip_prefix(' '));
         value.and_then(|value| value.trim().parse::<u64>().ok()).unwrap_or(0)
@@ -131,7 +131,7 @@ mod tests {
 41 31 0:38 / /sys/fs/cgroup/unified rw,relatime - cgroup2 cgroup2 rw,nsdelegate
 ";
 
-    /// What is left, and of which folder; each file is `(path, text)`.
+    /// The least free memory and its cgroup's folder; each file is `(path, text)`.
     fn least(own: &str, mounts: &str, files: &[(&str, &str)]) -> Option<(u64, String)> {
         let files: BTreeMap<PathBuf, &str> = files.iter().map(|(path, text)| (path.into(), *text)).collect();
         let read = |path: &Path| files.get(path).map(|text| (*text).to_owned());
@@ -157,18 +157,18 @@ mod tests {
             ("/sys/fs/cgroup/memory/memory.usage_in_bytes", "2000"),
         ];
         assert_eq!(least(own, MOUNTS, &files), Some((4000, a.into())));
-        // Its parent does not count what it uses.
+        // The parent does not include the child's usage.
         files.push(("/sys/fs/cgroup/memory/a/memory.use_hierarchy", "0\n"));
         assert_eq!(least(own, MOUNTS, &files).unwrap().0, NONE_V1.parse::<u64>().unwrap() - 100);
         files.pop();
         files.push(("/sys/fs/cgroup/memory/a/memory.use_hierarchy", "1\n"));
         assert_eq!(least(own, MOUNTS, &files), Some((4000, a.into())));
         files[3].1 = "9999";
-        assert_eq!(least(own, MOUNTS, &files), Some((0, a.into())), "used beyond a limit that was lowered");
+        assert_eq!(least(own, MOUNTS, &files), Some((0, a.into())), "usage above a lowered limit");
     }
 
     #[test]
-    fn version_2_nested() {
+    fn version_2_counts_each_ancestor() {
         let mounts = "29 23 0:26 / /sys/fs/cgroup rw,nosuid - cgroup2 cgroup2 rw,nsdelegate\n";
         let files = [
             ("/sys/fs/cgroup/job/step/task/memory.max", "max\n"),
@@ -186,22 +186,22 @@ mod tests {
         assert_eq!(least(task, "", &files), None, "nothing is mounted");
     }
 
-    /// Docker: `/proc/self/cgroup` has the host's path, and the container's own group is mounted in place of the hierarchy.
+    /// Docker: `/proc/self/cgroup` has the host's path, and the container's own group is mounted instead of the hierarchy.
     #[test]
-    fn a_container_sees_its_own_group_at_the_mount_point() {
+    fn the_group_of_a_container_is_found_at_the_mount_point() {
         let files = [("/sys/fs/cgroup/memory.max", "3000"), ("/sys/fs/cgroup/memory.current", "1000")];
         let mount = |root| format!("29 23 0:26 {root} /sys/fs/cgroup ro - cgroup2 cgroup rw\n");
         let expected = Some((2000, "/sys/fs/cgroup".into()));
         assert_eq!(least("0::/\n", &mount("/"), &files), expected, "with a cgroup namespace");
         assert_eq!(least("0::/docker/c0ffee\n", &mount("/docker/c0ffee"), &files), expected);
-        assert_eq!(least("0::/docker/c0ffee\n", &mount("/../.."), &files), expected, "roots that do not fit");
+        assert_eq!(least("0::/docker/c0ffee\n", &mount("/../.."), &files), expected, "unrelated root and path");
         let spaced = "35 31 0:32 / /mnt/a\\040b rw - cgroup cgroup rw,memory\n";
         let files = [("/mnt/a b/x/memory.limit_in_bytes", "50"), ("/mnt/a b/x/memory.usage_in_bytes", "20")];
         assert_eq!(least("5:memory:/x\n", spaced, &files), Some((30, "/mnt/a b/x".into())));
     }
 
     #[test]
-    fn values_of_meminfo() {
+    fn meminfo_returns_bytes_and_counts() {
         assert_eq!(meminfo("MemTotal: 9 kB\nMemAvailable:    2 kB\n", "MemAvailable"), Some(2048));
         assert_eq!(meminfo("MemTotal:   2 kB\nHugePages_Total:  3\n", "HugePages_Total"), Some(3));
         assert_eq!(meminfo("MemTotal: 9 kB\n", "MemAvailable"), None);
@@ -209,7 +209,7 @@ mod tests {
     }
 
     #[test]
-    fn this_machine_has_some() {
+    fn this_machine_has_free_memory() {
         assert!(free_memory().is_some_and(|free| free.bytes > 0), "{:?}", free_memory());
     }
 }

@@ -1,5 +1,5 @@
-//! Starts the binary in a folder of its own, talks with its scripts through two named pipes, and waits for processes,
-//! all with time-outs.
+//! Starts the binary in a folder of its own, exchanges lines with its scripts through two named pipes, and waits for processes;
+//! every wait has a timeout.
 
 use std::fs::{self, File, OpenOptions, Permissions};
 use std::io::{BufRead, BufReader, Read, Write};
@@ -16,12 +16,12 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{CWD, FileType, Mode, mknodat};
 use rustix::process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open};
 
-/// A time-out: the event is expected long before.
-pub fn at_most(seconds: u64) -> Duration {
+/// A timeout far above the expected time.
+pub fn timeout(seconds: u64) -> Duration {
     Duration::from_secs(seconds)
 }
 
-/// A folder for launchers, with the pipes `READY`, from the scripts, and `WAIT`, to them.
+/// A folder for launchers, with the pipes `READY` (from the scripts) and `WAIT` (to the scripts).
 pub struct Job {
     folder: tempfile::TempDir,
     ready: Receiver<Vec<u8>>,
@@ -31,7 +31,7 @@ pub struct Job {
 impl Job {
     pub fn new() -> Job {
         let folder = tempfile::tempdir().unwrap();
-        // Opened for both, a pipe neither ends nor blocks who opens it. `WAIT.none` never has anything to read.
+        // A pipe that is open for reading and writing has no end and does not block an open. `WAIT.none` stays empty.
         let pipe = |name: &str| {
             let path = folder.path().join(name);
             mknodat(CWD, &path, FileType::Fifo, Mode::RUSR | Mode::WUSR, 0).unwrap();
@@ -57,7 +57,7 @@ impl Job {
         Running::start(command)
     }
 
-    /// As [`Job::sh`], under `nohup`'s conditions.
+    /// Like [`Job::sh`], with SIGHUP ignored as under `nohup`.
     pub fn sh_ignoring_hup(&self, flags: &[&str], script: &str) -> Running {
         let mut command = self.command("sh");
         command.args(["-c", "trap '' HUP; exec \"$@\"", "sh", env!("CARGO_BIN_EXE_shardflow"), "launch"]);
@@ -76,7 +76,7 @@ impl Job {
         Running::start(command)
     }
 
-    /// As [`Job::sh`], with nobody who reads its output.
+    /// Like [`Job::sh`], without a reader of its output.
     pub fn sh_unread(&self, flags: &[&str], script: &str) -> Unread {
         let mut command = self.command(env!("CARGO_BIN_EXE_shardflow"));
         command.arg("launch").args(flags).args(["--", "sh", "-c", script]);
@@ -91,7 +91,7 @@ impl Job {
     }
 
     fn command(&self, program: &str) -> Command {
-        // What runs the tests may ignore signals, as shells do for what they start in the background.
+        // The test runner may ignore signals, as background jobs of a shell do.
         let mut command = Command::new("env");
         command.args(["--default-signal=HUP,INT,QUIT,TERM", program]);
         command.current_dir(self.folder()).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
@@ -102,11 +102,11 @@ impl Job {
 
     /// The next line that a script wrote to `READY`.
     pub fn ready(&self) -> String {
-        let line = self.ready.recv_timeout(at_most(20)).expect("a script is ready");
+        let line = self.ready.recv_timeout(timeout(20)).expect("no script reported that it is ready");
         String::from_utf8(line).unwrap().trim().into()
     }
 
-    /// Gives scripts that read `WAIT` something to read.
+    /// Writes to the scripts that read `WAIT`.
     pub fn write(&self, text: &str) {
         (&self.wait).write_all(text.as_bytes()).unwrap();
     }
@@ -116,26 +116,26 @@ impl Job {
         String::from_utf8_lossy(&fs::read(&path).unwrap()).into()
     }
 
-    /// How many attempts have logs.
+    /// Number of attempts that have logs.
     pub fn attempts(&self, id: &str) -> usize {
         fs::read_dir(self.folder().join("shardflow-logs").join(id)).unwrap().count()
     }
 }
 
-/// A launcher that runs.
+/// A running launcher.
 pub struct Running {
     pid: Pid,
     status: Receiver<ExitStatus>,
-    /// Its lines.
+    /// Lines of standard output.
     pub out: Receiver<Vec<u8>>,
     pub err: Receiver<Vec<u8>>,
 }
 
-/// What is left of it.
+/// A launcher that has ended.
 pub struct Ended {
     /// 128 + n for signal n.
     pub code: i32,
-    /// What was not read before.
+    /// Output that was not read before.
     pub out: String,
     pub err: String,
 }
@@ -159,8 +159,8 @@ impl Running {
     }
 
     pub fn end(self) -> Ended {
-        let Ok(status) = self.status.recv_timeout(at_most(30)) else {
-            // Its processes end with it.
+        let Ok(status) = self.status.recv_timeout(timeout(30)) else {
+            // The launcher's processes end with it.
             self.signal(Signal::KILL);
             let err: Vec<u8> = self.err.iter().flatten().collect();
             panic!("the launcher has not ended: {}", String::from_utf8_lossy(&err));
@@ -174,7 +174,7 @@ impl Running {
     }
 }
 
-/// A launcher that runs, with its output in pipes that are full once it has written enough.
+/// A running launcher whose output pipes are not read and fill up.
 pub struct Unread {
     child: Child,
 }
@@ -186,7 +186,7 @@ impl Drop for Unread {
 }
 
 impl Unread {
-    /// Reads both pipes to their ends.
+    /// Reads both pipes to their end.
     pub fn read(&mut self) -> (String, String) {
         let text = |pipe: Box<dyn Read + Send>| lines(pipe);
         let (out, err) = (self.child.stdout.take().unwrap(), self.child.stderr.take().unwrap());
@@ -199,16 +199,16 @@ impl Unread {
         kill_process(Pid::from_child(&self.child), signal).unwrap();
     }
 
-    /// The exit code; kills the launcher and fails when it does not end.
+    /// Returns the exit code; panics if the launcher does not end.
     pub fn end(&mut self) -> i32 {
         let process = Process::open(self.child.id() as i32);
-        assert!(process.ends_before(Instant::now() + at_most(20)), "the launcher has not ended");
+        assert!(process.ends_before(Instant::now() + timeout(20)), "the launcher has not ended");
         let status = self.child.wait().unwrap();
         status.code().unwrap_or_else(|| 128 + status.signal().unwrap())
     }
 }
 
-/// Lines, until the end.
+/// Receives the lines of a stream until its end.
 fn lines(from: impl Read + Send + 'static) -> Receiver<Vec<u8>> {
     let (send, lines) = channel();
     thread::spawn(move || {
@@ -223,7 +223,7 @@ fn lines(from: impl Read + Send + 'static) -> Receiver<Vec<u8>> {
     lines
 }
 
-/// A process that is no child of ours, held so that its number cannot come to mean another.
+/// A process that is not a child of the test, held by a pidfd, so that its id cannot be reused.
 pub struct Process {
     pub pid: i32,
     handle: OwnedFd,
@@ -245,10 +245,10 @@ impl Process {
     }
 }
 
-/// The first child of a process, once there is one.
+/// Waits for the first child of a process.
 pub fn child_of(process: Pid) -> i32 {
     let process = process.as_raw_pid();
-    let deadline = Instant::now() + at_most(20);
+    let deadline = Instant::now() + timeout(20);
     while Instant::now() < deadline {
         let children = fs::read_to_string(format!("/proc/{process}/task/{process}/children")).unwrap();
         if let Some(child) = children.split_whitespace().next() {
@@ -261,7 +261,7 @@ pub fn child_of(process: Pid) -> i32 {
 
 /// Waits until a process handles a signal.
 pub fn wait_for_a_handler(process: i32, signal: u32) {
-    let deadline = Instant::now() + at_most(20);
+    let deadline = Instant::now() + timeout(20);
     let is_handled = || {
         let status = fs::read_to_string(format!("/proc/{process}/status")).unwrap_or_default();
         let mask = status.lines().find_map(|line| line.strip_prefix("SigCgt:")).unwrap_or_default();
@@ -273,7 +273,7 @@ pub fn wait_for_a_handler(process: i32, signal: u32) {
     }
 }
 
-/// The guard of a launcher: its child with that command.
+/// The guard of a launcher: its child with the command `guard`.
 pub fn guard_of(launcher: Pid) -> i32 {
     let launcher = launcher.as_raw_pid();
     let children = fs::read_to_string(format!("/proc/{launcher}/task/{launcher}/children")).unwrap();

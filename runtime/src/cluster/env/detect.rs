@@ -1,4 +1,4 @@
-//! Reads each source's variables.
+//! Reads each launcher's variables.
 
 use std::fmt::Display;
 use std::ops::Range;
@@ -8,19 +8,19 @@ use super::slurm::{first_host, tasks_per_node};
 use super::{Endpoint, EnvError, LaunchContext, LaunchedBy, SecretSource, Variables, World, get};
 use crate::init::fnv1a;
 
-/// Ports that are derived from a job's name: below those that Linux gives to clients (32768 on) and those that
-/// Kubernetes gives to services (30000 on).
+/// Ports that are derived from a job's name. They lie below Linux's ephemeral ports (from 32768) and Kubernetes's service
+/// ports (from 30000).
 pub(crate) const DERIVED_PORTS: Range<u16> = 20000..30000;
 
-/// How a process with these variables was started.
+/// Detects how a process with these variables was started.
 ///
 /// # Errors
-/// Variables that are half set, contradict each other or cannot be read; several processes without a secret.
+/// Some variables are missing, contradict each other or are invalid; several processes have no secret.
 pub fn detect(variables: &Variables) -> Result<LaunchContext, EnvError> {
-    let Some((source, found)) = source(variables) else { return Ok(LaunchContext::Local) };
+    let Some((source, found)) = find_launcher(variables) else { return Ok(LaunchContext::Local) };
     let vars = Reader { variables, found };
     let place = place(source, &vars)?;
-    // One process needs no meeting and no secret; our own launcher gives both in any case, with the number of restarts.
+    // One process needs no rendezvous and no secret. Shardflow's launcher always sets both, with the restart count.
     if place.processes == 1 && source != LaunchedBy::Shardflow {
         return Ok(LaunchContext::Local);
     }
@@ -28,15 +28,15 @@ pub fn detect(variables: &Variables) -> Result<LaunchContext, EnvError> {
         Some(text) => {
             Endpoint::parse(text).map_err(|e| invalid("SHARDFLOW_ENDPOINT", text, &format!("must be {e}")))?
         }
-        None => own_endpoint(source, &vars, &place)?,
+        None => derived_endpoint(source, &vars, &place)?,
     };
     if matches!(endpoint, Endpoint::Unix(_)) && place.local_processes < place.processes {
         let rule = "a Unix socket reaches the processes of one node only: use tcp://HOST:PORT";
         return Err(contradiction(("SHARDFLOW_ENDPOINT", endpoint), (place.processes_name, place.processes), rule));
     }
     let Some(secret) = SecretSource::find(variables)? else {
-        let how = source.how_to_give_a_secret();
-        return Err(EnvError::NoSecret { source_name: source.name(), processes: place.processes, how });
+        let (launcher, instructions) = (source.name(), source.secret_instructions());
+        return Err(EnvError::NoSecret { launcher, processes: place.processes, instructions });
     };
     let (restart, run_id) = (restart(source, &vars)?, run_id(source, &vars));
     let Place { process, processes, local_process, local_processes, node, .. } = place;
@@ -45,7 +45,7 @@ pub fn detect(variables: &Variables) -> Result<LaunchContext, EnvError> {
     Ok(LaunchContext::World(world))
 }
 
-/// Variables with a process's rank, the number of processes, and the same two on its node.
+/// Each launcher's variables for the rank, the world size, the local rank and the local world size.
 const SHARDFLOW: [&str; 4] =
     ["SHARDFLOW_RANK", "SHARDFLOW_WORLD_SIZE", "SHARDFLOW_LOCAL_RANK", "SHARDFLOW_LOCAL_WORLD_SIZE"];
 const TORCHRUN: [&str; 4] = ["RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"];
@@ -53,8 +53,8 @@ const MPICH: [&str; 4] = ["PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALN
 const OPENMPI: [&str; 4] =
     ["OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"];
 
-/// Variables that show a source, the first of which stands in messages.
-fn marks(source: LaunchedBy) -> &'static [&'static str] {
+/// Variables that identify a launcher.
+fn markers(source: LaunchedBy) -> &'static [&'static str] {
     match source {
         LaunchedBy::Shardflow => &SHARDFLOW,
         LaunchedBy::Torchrun => &TORCHRUN,
@@ -65,35 +65,36 @@ fn marks(source: LaunchedBy) -> &'static [&'static str] {
     }
 }
 
-/// The innermost launcher that left its mark, and the mark.
+/// The innermost launcher, and the first of its markers that is set.
 ///
-/// OpenMPI comes before Slurm: in a Slurm job `mpirun` starts its helpers on other nodes by `srun`, so its processes
-/// have the variables of both, and those of Slurm are the helper's. MPICH's comes after it: `srun --mpi=pmi2` sets `PMI_*` too.
-fn source(variables: &Variables) -> Option<(LaunchedBy, &'static str)> {
+/// OpenMPI is checked before Slurm: in a Slurm job `mpirun` starts its helpers on other nodes with `srun`, so its processes
+/// have the variables of both, and those of Slurm describe the helper. MPICH is checked after Slurm because
+/// `srun --mpi=pmi2` sets `PMI_*` too.
+fn find_launcher(variables: &Variables) -> Option<(LaunchedBy, &'static str)> {
     use LaunchedBy::{Kubernetes, Mpich, OpenMpi, Shardflow, Slurm, Torchrun};
     let is = |name: &str, value: &str| get(variables, name) == Some(value);
     let (tasks, has) = (slurm_tasks(variables).1, |name: &str| get(variables, name).is_some());
-    // Hydra, which starts its helpers by `srun` as OpenMPI does, is the only one of them that counts a node's processes.
+    // Hydra also starts its helpers with `srun`. It is the only one of these launchers that sets the local process count.
     let is_helper = || has("MPI_LOCALNRANKS") && has("PMI_SIZE") && !is("PMI_SIZE", tasks);
     [Shardflow, Torchrun, OpenMpi, Slurm, Mpich, Kubernetes].into_iter().find_map(|source| {
-        let mark = marks(source).iter().find(|name| has(name))?;
-        let counts = match source {
-            // A script of sbatch is in no step; the shell of an interactive step is one task.
+        let marker = markers(source).iter().find(|name| has(name))?;
+        let is_launcher = match source {
+            // An sbatch script is in no step; the shell of an interactive step is one task.
             Slurm => has("SLURM_PROCID") && tasks != "1" && !is_helper(),
             Mpich => !is("PMI_SIZE", "1"),
             _ => true,
         };
-        counts.then_some((source, *mark))
+        is_launcher.then_some((source, *marker))
     })
 }
 
-/// The variable with the number of a step's tasks, and its value. `SLURM_NTASKS` may be the whole job's.
+/// The variable with the number of a step's tasks, and its value. `SLURM_NTASKS` may count the tasks of the whole job.
 fn slurm_tasks(variables: &Variables) -> (&'static str, &str) {
     let names = ["SLURM_STEP_NUM_TASKS", "SLURM_NTASKS"];
     names.into_iter().find_map(|name| Some((name, get(variables, name)?))).unwrap_or(("SLURM_NTASKS", "1"))
 }
 
-/// Variables of a source that showed itself by one of them.
+/// The variables of a launcher that was detected by the variable `found`.
 struct Reader<'a> {
     variables: &'a Variables,
     found: &'static str,
@@ -138,7 +139,7 @@ pub(super) fn contradiction(
     EnvError::Contradiction { variable, value: value.to_string(), other, other_value: other_value.to_string(), rule }
 }
 
-/// Numbers of a process, and the variable that said how many there are.
+/// Ranks and sizes of a process, and the variable that the world size came from.
 struct Place {
     process: u32,
     processes: u32,
@@ -159,48 +160,48 @@ fn place(source: LaunchedBy, vars: &Reader) -> Result<Place, EnvError> {
     }
 }
 
-/// A PyTorchJob gives each pod one process, and torchrun's variables without those of the node.
+/// True in a PyTorchJob, which starts one process in each pod and sets torchrun's variables without the local ones.
 fn is_pod(vars: &Reader) -> bool {
     vars.get("LOCAL_RANK").is_none() && vars.get("LOCAL_WORLD_SIZE").is_none()
 }
 
 fn checked_place(names: [&'static str; 4], vars: &Reader, node: Option<u32>) -> Result<Place, EnvError> {
     let [rank, size, local_rank, local_size] = names;
-    let process = vars.number(rank, "the number of this process, from 0")?;
+    let process = vars.number(rank, "the rank of this process, from 0")?;
     let processes = vars.number(size, "the number of processes")?;
     let (local_process, local_processes) = if rank == "RANK" && is_pod(vars) {
         (0, 1)
     } else {
-        let local_process = vars.number(local_rank, "the number of this process on its node, from 0")?;
+        let local_process = vars.number(local_rank, "the rank of this process on its node, from 0")?;
         (local_process, vars.number(local_size, "the number of processes on this node")?)
     };
-    let below = "numbers begin at 0 and end below the number of processes";
+    let range_rule = "ranks begin at 0 and are below the number of processes";
     if process >= processes {
-        return Err(contradiction((rank, process), (size, processes), below));
+        return Err(contradiction((rank, process), (size, processes), range_rule));
     }
     if local_process >= local_processes {
-        return Err(contradiction((local_rank, local_process), (local_size, local_processes), below));
+        return Err(contradiction((local_rank, local_process), (local_size, local_processes), range_rule));
     }
     if local_processes > processes {
-        let rule = "a node cannot have more processes than there are";
+        let rule = "a node cannot have more processes than the world";
         return Err(contradiction((local_size, local_processes), (size, processes), rule));
     }
     Ok(Place { process, processes, processes_name: size, local_process, local_processes, node })
 }
 
 fn slurm_place(vars: &Reader) -> Result<Place, EnvError> {
-    let process = vars.number("SLURM_PROCID", "the number of this task: start it by srun")?;
+    let process = vars.number("SLURM_PROCID", "the number of this task: start it with srun")?;
     let (processes_name, text) = slurm_tasks(vars.variables);
     let processes = parse(processes_name, text)?;
-    let local_process = vars.number("SLURM_LOCALID", "the number of this task on its node: start it by srun")?;
-    let node = vars.number("SLURM_NODEID", "the number of this node: start it by srun")?;
-    let below = "numbers begin at 0 and end below the number of tasks";
+    let local_process = vars.number("SLURM_LOCALID", "the number of this task on its node: start it with srun")?;
+    let node = vars.number("SLURM_NODEID", "the number of this node: start it with srun")?;
+    let range_rule = "task numbers begin at 0 and are below the number of tasks";
     if process >= processes {
-        return Err(contradiction(("SLURM_PROCID", process), (processes_name, processes), below));
+        return Err(contradiction(("SLURM_PROCID", process), (processes_name, processes), range_rule));
     }
     const PER_NODE: [&str; 2] = ["SLURM_STEP_TASKS_PER_NODE", "SLURM_TASKS_PER_NODE"];
     let per_node_name = PER_NODE.into_iter().find(|name| vars.get(name).is_some()).unwrap_or(PER_NODE[0]);
-    let list = vars.need(per_node_name, "the tasks of each node, such as 2(x3),1: start it by srun")?;
+    let list = vars.need(per_node_name, "the tasks of each node, such as 2(x3),1: start it with srun")?;
     let tasks = tasks_per_node(list).map_err(|e| invalid(per_node_name, list, e))?;
     if tasks.iter().map(|count| u64::from(*count)).sum::<u64>() != u64::from(processes) {
         let rule = "the tasks of all nodes must add up to the number of tasks";
@@ -211,17 +212,17 @@ fn slurm_place(vars: &Reader) -> Result<Place, EnvError> {
         return Err(contradiction(("SLURM_NODEID", node), (per_node_name, list), rule));
     };
     if local_process >= local_processes {
-        return Err(contradiction(("SLURM_LOCALID", local_process), (per_node_name, list), below));
+        return Err(contradiction(("SLURM_LOCALID", local_process), (per_node_name, list), range_rule));
     }
     Ok(Place { process, processes, processes_name, local_process, local_processes, node: Some(node) })
 }
 
-/// One process a pod. A pod with several runs `shardflow launch`.
+/// One process for each pod. A pod with several processes runs `shardflow launch`.
 fn kubernetes_place(vars: &Reader) -> Result<Place, EnvError> {
     let process = vars.number("JOB_COMPLETION_INDEX", "the number of this pod")?;
     let meaning = "the number of pods of the job (or to 1, if each pod trains on its own)";
     let processes = vars.number("SHARDFLOW_NNODES", meaning)?;
-    // Pods that train on their own keep their index, and none of them is process 1 of 1.
+    // Pods that train on their own keep their index, which may exceed the world size of 1.
     if process >= processes && processes != 1 {
         let rule = "the index of a pod is below the number of pods";
         return Err(contradiction(("JOB_COMPLETION_INDEX", process), ("SHARDFLOW_NNODES", processes), rule));
@@ -230,14 +231,14 @@ fn kubernetes_place(vars: &Reader) -> Result<Place, EnvError> {
     Ok(Place { process, processes, processes_name, local_process: 0, local_processes: 1, node: Some(process) })
 }
 
-/// Where process 0 listens, as the source says it. Only called without `SHARDFLOW_ENDPOINT`.
-fn own_endpoint(source: LaunchedBy, vars: &Reader, place: &Place) -> Result<Endpoint, EnvError> {
+/// Derives the address of process 0 from the launcher's variables. Only called without `SHARDFLOW_ENDPOINT`.
+fn derived_endpoint(source: LaunchedBy, vars: &Reader, place: &Place) -> Result<Endpoint, EnvError> {
     let missing = |meaning| Err(vars.missing("SHARDFLOW_ENDPOINT", meaning));
     match source {
         LaunchedBy::Shardflow => missing("tcp://HOST:PORT or unix:PATH"),
-        LaunchedBy::Torchrun => master(vars),
+        LaunchedBy::Torchrun => master_endpoint(vars),
         LaunchedBy::OpenMpi | LaunchedBy::Mpich if vars.get("MASTER_ADDR").or(vars.get("MASTER_PORT")).is_some() => {
-            master(vars)
+            master_endpoint(vars)
         }
         LaunchedBy::OpenMpi | LaunchedBy::Mpich if place.local_processes == place.processes => {
             let jobs = ["PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid", "PMI_PORT", "PMI_JOBID"];
@@ -245,26 +246,26 @@ fn own_endpoint(source: LaunchedBy, vars: &Reader, place: &Place) -> Result<Endp
             Ok(Endpoint::Tcp { host: "127.0.0.1".into(), port: derived_port(job.unwrap_or("")) })
         }
         LaunchedBy::OpenMpi => {
-            missing("tcp://HOST:PORT of the node of process 0, by `mpirun -x SHARDFLOW_ENDPOINT=..`")
+            missing("tcp://HOST:PORT of the node of process 0, with `mpirun -x SHARDFLOW_ENDPOINT=..`")
         }
         LaunchedBy::Mpich => {
-            missing("tcp://HOST:PORT of the node of process 0, by `mpiexec -genv SHARDFLOW_ENDPOINT tcp://HOST:PORT`")
+            missing("tcp://HOST:PORT of the node of process 0, with `mpiexec -genv SHARDFLOW_ENDPOINT tcp://HOST:PORT`")
         }
         LaunchedBy::Slurm => slurm_endpoint(vars, place),
-        LaunchedBy::Kubernetes => missing("tcp://HOST:PORT, with the name that the job's first pod has in its service"),
+        LaunchedBy::Kubernetes => missing("tcp://HOST:PORT, with the DNS name of the job's first pod in its service"),
     }
 }
 
-fn master(vars: &Reader) -> Result<Endpoint, EnvError> {
+fn master_endpoint(vars: &Reader) -> Result<Endpoint, EnvError> {
     let host = match vars.need("MASTER_ADDR", "the host of process 0")? {
-        // A PyTorchJob's master has this for itself, and the other pods have its name.
+        // In a PyTorchJob the master's own MASTER_ADDR is localhost; the other pods have its name.
         "localhost" if is_pod(vars) && vars.get("RANK") == Some("0") => "0.0.0.0",
         host => host.strip_prefix('[').and_then(|host| host.strip_suffix(']')).unwrap_or(host),
     };
     let port = vars.need("MASTER_PORT", "a free port on the host of process 0")?;
     match port.parse::<u16>() {
         Ok(port) if port > 0 => {
-            // An IPv6 address stands bare in MASTER_ADDR, or in brackets.
+            // MASTER_ADDR may hold an IPv6 address with or without brackets.
             let text =
                 if host.contains(':') { format!("tcp://[{host}]:{port}") } else { format!("tcp://{host}:{port}") };
             Endpoint::parse(&text).map_err(|e| invalid("MASTER_ADDR", host, &format!("must be {e}")))
@@ -274,7 +275,7 @@ fn master(vars: &Reader) -> Result<Endpoint, EnvError> {
 }
 
 fn slurm_endpoint(vars: &Reader, place: &Place) -> Result<Endpoint, EnvError> {
-    let job = vars.need("SLURM_JOB_ID", "the job's number: start it by srun")?;
+    let job = vars.need("SLURM_JOB_ID", "the job's number: start it with srun")?;
     let port = derived_port(&run_id(LaunchedBy::Slurm, vars));
     let _: u64 = parse("SLURM_JOB_ID", job)?;
     if place.local_processes == place.processes {
@@ -282,12 +283,12 @@ fn slurm_endpoint(vars: &Reader, place: &Place) -> Result<Endpoint, EnvError> {
     }
     const LISTS: [&str; 2] = ["SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST"];
     let name = LISTS.into_iter().find(|name| vars.get(name).is_some()).unwrap_or(LISTS[0]);
-    let list = vars.need(name, "the step's nodes: start it by srun")?;
+    let list = vars.need(name, "the step's nodes: start it with srun")?;
     let host = first_host(list).map_err(|e| invalid(name, list, &format!("not a list of hosts: {e}")))?;
     Ok(Endpoint::Tcp { host, port })
 }
 
-/// A port that all processes of a job find without asking, and two jobs on a node rarely share.
+/// A port that all processes of a job derive from its name and that two jobs on a node rarely share.
 fn derived_port(job: &str) -> u16 {
     let Range { start, end } = DERIVED_PORTS;
     start + (fnv1a(job) % u64::from(end - start)) as u16
@@ -298,7 +299,7 @@ fn restart(source: LaunchedBy, vars: &Reader) -> Result<u64, EnvError> {
         LaunchedBy::Shardflow => "SHARDFLOW_RESTART_COUNT",
         LaunchedBy::Torchrun => "TORCHELASTIC_RESTART_COUNT",
         LaunchedBy::Slurm => "SLURM_RESTART_COUNT",
-        // None of them counts: `mpirun` does not restart, and a pod does not learn how often it was.
+        // `mpirun` does not restart, and a pod does not receive its restart count.
         LaunchedBy::OpenMpi | LaunchedBy::Mpich | LaunchedBy::Kubernetes => return Ok(0),
     };
     Ok(vars.optional(name)?.unwrap_or(0))

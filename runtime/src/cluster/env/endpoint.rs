@@ -1,17 +1,17 @@
-//! Where the processes of a world meet.
+//! The address at which the processes of a world meet.
 
 use std::fmt;
 use std::path::PathBuf;
 
 use shardflow_actors::transport::UNIX_PATH_BYTES_MAX;
 
-/// The port of an endpoint that names none: torchrun's.
+/// The default port of a rendezvous address, the same as torchrun's.
 pub const PORT_DEFAULT: u16 = 29400;
 
 /// An address that the first process listens on and all others connect to.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Endpoint {
-    /// `tcp://HOST:PORT`. The host is a name or an address, an IPv6 address without its brackets, with its zone.
+    /// `tcp://HOST:PORT`. The host is a name or an address; an IPv6 address has no brackets and may have a zone.
     Tcp {
         /// Name or address.
         host: String,
@@ -23,10 +23,10 @@ pub enum Endpoint {
 }
 
 impl Endpoint {
-    /// Reads `tcp://HOST:PORT` or `unix:PATH`.
+    /// Parses `tcp://HOST:PORT` or `unix:PATH`.
     ///
     /// # Errors
-    /// What is expected instead.
+    /// The expected form.
     pub fn parse(text: &str) -> Result<Endpoint, &'static str> {
         if let Some(path) = text.strip_prefix("unix:") {
             return match path {
@@ -41,10 +41,10 @@ impl Endpoint {
         Ok(Endpoint::Tcp { host, port: port.ok_or("tcp://HOST:PORT, with the port")? })
     }
 
-    /// As [`Endpoint::parse`], and torchrun's way of writing it, `HOST` or `HOST:PORT`, too.
+    /// Like [`Endpoint::parse`], and also accepts torchrun's `HOST` and `HOST:PORT`.
     ///
     /// # Errors
-    /// What is expected instead.
+    /// The expected form.
     pub fn parse_rendezvous(text: &str) -> Result<Endpoint, &'static str> {
         if text.starts_with("tcp://") || text.starts_with("unix:") {
             return Endpoint::parse(text);
@@ -54,7 +54,7 @@ impl Endpoint {
     }
 }
 
-/// Host, and port where there is one. An IPv6 address stands in brackets.
+/// Splits `HOST` or `HOST:PORT`. An IPv6 address must be in brackets.
 fn split_port(address: &str) -> Result<(String, Option<u16>), &'static str> {
     let (host, port) = if let Some(rest) = address.strip_prefix('[') {
         let (host, after) = rest.split_once(']').ok_or("a closing bracket after the IPv6 address")?;
@@ -104,7 +104,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn endpoints() {
+    fn endpoints_are_parsed_and_malformed_ones_are_refused() {
         let tcp = |host: &str, port| Ok(Endpoint::Tcp { host: host.into(), port });
         assert_eq!(Endpoint::parse("tcp://node-1.site:29400"), tcp("node-1.site", 29400));
         assert_eq!(Endpoint::parse("tcp://[::1]:7"), tcp("::1", 7));
@@ -139,7 +139,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn what_is_read_is_written_the_same(text in "(tcp://|unix:|)[a-z0-9:/.%\\[\\]]{0,24}") {
+        fn a_parsed_endpoint_survives_display_and_parse(text in "(tcp://|unix:|)[a-z0-9:/.%\\[\\]]{0,24}") {
             if let Ok(endpoint) = Endpoint::parse(&text) {
                 prop_assert_eq!(Endpoint::parse(&endpoint.to_string()), Ok(endpoint));
             }

@@ -1,4 +1,4 @@
-//! What all processes of a job know and nobody else.
+//! The secret that the processes of a job share.
 
 use std::fmt;
 use std::path::PathBuf;
@@ -8,16 +8,16 @@ use shardflow_actors::transport::{self, TransportError};
 use super::detect::{contradiction, invalid};
 use super::{EnvError, Variables, get};
 
-/// Fewest characters of a secret.
+/// Smallest length of a secret, in characters.
 pub const SECRET_CHARS_MIN: usize = 16;
-/// Largest file with a secret, in bytes.
+/// Largest size of a secret's file, in bytes.
 const SECRET_BYTES_MAX: u64 = 4096;
 
-/// Text that proves that a peer belongs to the job. Its `Debug` hides it.
+/// Text that proves that a peer belongs to the job. `Debug` hides it.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Secret(String);
 
-/// Where the secret is.
+/// Where the secret is stored.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum SecretSource {
     /// In `SHARDFLOW_SECRET`.
@@ -27,10 +27,10 @@ pub enum SecretSource {
 }
 
 impl Secret {
-    /// Takes a text, without the white space around it.
+    /// Makes a secret from a text, trimmed of white space.
     ///
     /// # Errors
-    /// It is too short; `place` says where it stood.
+    /// The text is too short; the error names `place`, the variable or file that held it.
     pub fn new(text: &str, place: &str) -> Result<Secret, EnvError> {
         match text.trim().chars().count() {
             chars if chars < SECRET_CHARS_MIN => Err(EnvError::ShortSecret { place: place.into(), chars }),
@@ -38,10 +38,10 @@ impl Secret {
         }
     }
 
-    /// A new one: 32 bytes of the kernel's randomness, in hexadecimal.
+    /// A new secret: 32 random bytes from the kernel, in hexadecimal.
     ///
     /// # Errors
-    /// The kernel has none to give.
+    /// The kernel returns no random bytes.
     pub fn random() -> Result<Secret, TransportError> {
         transport::SharedKey::random_text().map(Secret)
     }
@@ -59,7 +59,7 @@ impl fmt::Debug for Secret {
 }
 
 impl SecretSource {
-    /// The secret that the variables name, if any.
+    /// Finds the secret in the variables, if any.
     ///
     /// # Errors
     /// Both variables are set, or the text is too short.
@@ -75,19 +75,19 @@ impl SecretSource {
         }
     }
 
-    /// The secret itself; reads the file.
+    /// Returns the secret; reads it from the file if needed.
     ///
     /// # Errors
-    /// The file cannot be read, or what it holds is no secret.
+    /// The file cannot be read, is too large, or its text is too short.
     pub fn read(&self) -> Result<Secret, EnvError> {
         let path = match self {
             SecretSource::Text(secret) => return Ok(secret.clone()),
             SecretSource::File(path) => path,
         };
-        let error = |why: String| invalid("SHARDFLOW_SECRET_FILE", &path.display().to_string(), &why);
+        let error = |reason: String| invalid("SHARDFLOW_SECRET_FILE", &path.display().to_string(), &reason);
         let bytes = std::fs::metadata(path).map_err(|e| error(e.to_string()))?.len();
         if bytes > SECRET_BYTES_MAX {
-            return Err(error(format!("holds {bytes} bytes, a secret has at most {SECRET_BYTES_MAX}")));
+            return Err(error(format!("the file has {bytes} bytes, at most {SECRET_BYTES_MAX} are allowed")));
         }
         Secret::new(&std::fs::read_to_string(path).map_err(|e| error(e.to_string()))?, &path.display().to_string())
     }

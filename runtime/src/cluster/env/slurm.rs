@@ -1,19 +1,19 @@
-//! The two little languages of Slurm's variables: host lists and tasks per node.
+//! Parsers of two of Slurm's formats: host lists and tasks per node.
 
-/// Largest number of nodes that is believed.
+/// Largest number of nodes that is accepted.
 const NODES_MAX: usize = 1 << 16;
 
-/// The first host of a list such as `node[01-03,7],other`; the whole list is checked.
+/// The first host of a list such as `node[01-03,7],other`. Checks the whole list.
 ///
 /// # Errors
-/// What is wrong with the list.
+/// The syntax error in the list.
 pub fn first_host(list: &str) -> Result<String, &'static str> {
     let (mut first, mut start, mut in_brackets) = (None, 0, false);
     for (i, byte) in list.bytes().chain([b',']).enumerate() {
         match byte {
-            b'[' if in_brackets => return Err("a bracket inside of a bracket"),
+            b'[' if in_brackets => return Err("a nested bracket"),
             b'[' => in_brackets = true,
-            b']' if !in_brackets => return Err("a bracket that closes nothing"),
+            b']' if !in_brackets => return Err("an unmatched closing bracket"),
             b']' => in_brackets = false,
             b',' if !in_brackets => {
                 let host = first_of_item(&list[start..i])?;
@@ -24,7 +24,7 @@ pub fn first_host(list: &str) -> Result<String, &'static str> {
         }
     }
     match first {
-        _ if in_brackets => Err("a bracket that does not close"),
+        _ if in_brackets => Err("an unclosed bracket"),
         Some(host) => Ok(host),
         None => Err("no host"),
     }
@@ -34,7 +34,7 @@ pub fn first_host(list: &str) -> Result<String, &'static str> {
 fn first_of_item(item: &str) -> Result<String, &'static str> {
     let (mut host, mut rest) = (String::new(), item);
     while let Some((before, after)) = rest.split_once('[') {
-        let (ranges, after) = after.split_once(']').ok_or("a bracket that does not close")?;
+        let (ranges, after) = after.split_once(']').ok_or("an unclosed bracket")?;
         host += before;
         let mut lows = Vec::new();
         for range in ranges.split(',') {
@@ -48,10 +48,10 @@ fn first_of_item(item: &str) -> Result<String, &'static str> {
         return Err("an empty name");
     }
     let is_part = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.');
-    if host.bytes().all(is_part) { Ok(host) } else { Err("a name with other than letters, digits, dots and dashes") }
+    if host.bytes().all(is_part) { Ok(host) } else { Err("an invalid character in a name") }
 }
 
-/// `01` of `01-03` or `01`. Its zeros are part of the name.
+/// `01` of `01-03` or `01`. Leading zeros are part of the name.
 fn low_of_range(range: &str) -> Result<&str, &'static str> {
     let number = |text: &str| match text.parse::<u64>() {
         Ok(value) if text.bytes().all(|b| b.is_ascii_digit()) => Ok(value),
@@ -59,7 +59,7 @@ fn low_of_range(range: &str) -> Result<&str, &'static str> {
     };
     let (low, high) = range.split_once('-').unwrap_or((range, range));
     if number(low)? > number(high)? {
-        return Err("a range that ends before it begins");
+        return Err("a range whose end is below its start");
     }
     Ok(low)
 }
@@ -67,9 +67,9 @@ fn low_of_range(range: &str) -> Result<&str, &'static str> {
 /// Tasks of each node, from a list such as `2(x3),1`.
 ///
 /// # Errors
-/// What is wrong with the list.
+/// The expected form.
 pub fn tasks_per_node(list: &str) -> Result<Vec<u32>, &'static str> {
-    const FORM: &str = "tasks that are not written as 2(x3),1";
+    const FORM: &str = "must be a list such as 2(x3),1";
     let mut tasks = Vec::new();
     for item in list.split(',') {
         let (count, nodes) = match item.split_once("(x") {
@@ -78,7 +78,7 @@ pub fn tasks_per_node(list: &str) -> Result<Vec<u32>, &'static str> {
         };
         let (count, nodes): (u32, usize) = (count.parse().map_err(|_| FORM)?, nodes.parse().map_err(|_| FORM)?);
         if nodes == 0 || nodes > NODES_MAX - tasks.len() {
-            return Err("a number of nodes from 1 to 65536");
+            return Err("must list 1 to 65536 nodes");
         }
         tasks.resize(tasks.len() + nodes, count);
     }
@@ -92,7 +92,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn host_lists() {
+    fn the_first_host_is_found_and_malformed_lists_are_refused() {
         for (list, first) in [
             ("node1", "node1"),
             ("node[01-03,7],other", "node01"),
@@ -115,7 +115,7 @@ mod tests {
     }
 
     #[test]
-    fn tasks() {
+    fn tasks_per_node_are_parsed_and_malformed_lists_are_refused() {
         assert_eq!(tasks_per_node("2(x3),1"), Ok(vec![2, 2, 2, 1]));
         assert_eq!(tasks_per_node("4"), Ok(vec![4]));
         for bad in ["", "x", "2(x", "2(x0)", "2(x3", "2,", "2(x65537)", "-1", "1(x65536),1"] {
@@ -123,7 +123,7 @@ mod tests {
         }
     }
 
-    /// An item as its parts: text, then ranges (low, how many more, width).
+    /// An item as its parts: text, then ranges (low, high minus low, width).
     type Item = Vec<(String, Vec<(u64, u64, usize)>)>;
 
     fn item() -> impl Strategy<Value = Item> {
@@ -133,8 +133,8 @@ mod tests {
 
     proptest! {
         #[test]
-        fn the_first_of_any_list(items in prop::collection::vec(item(), 1..5)) {
-            let written = |item: &Item| {
+        fn the_first_host_of_any_list_is_found(items in prop::collection::vec(item(), 1..5)) {
+            let format_item = |item: &Item| {
                 item.iter().map(|(text, ranges)| {
                     let ranges: Vec<String> = ranges.iter().map(|(low, more, width)| match more {
                         0 => format!("{low:0width$}"),
@@ -143,7 +143,7 @@ mod tests {
                     if ranges.is_empty() { text.clone() } else { format!("{text}[{}]", ranges.join(",")) }
                 }).collect::<String>()
             };
-            let list = items.iter().map(written).collect::<Vec<_>>().join(",");
+            let list = items.iter().map(format_item).collect::<Vec<_>>().join(",");
             let first: String = items[0].iter().map(|(text, ranges)| match ranges.first() {
                 Some((low, _, width)) => format!("{text}{low:0width$}"),
                 None => text.clone(),
@@ -152,7 +152,7 @@ mod tests {
         }
 
         #[test]
-        fn no_text_breaks_it(text in "[a0-9\\[\\],\\-(x)]{0,12}") {
+        fn no_text_makes_the_parsers_panic(text in "[a0-9\\[\\],\\-(x)]{0,12}") {
             let _ = (first_host(&text), tasks_per_node(&text));
         }
     }

@@ -1,4 +1,4 @@
-//! Every source with what its launcher sets, with parts of it, and with what contradicts itself.
+//! Detection with every launcher's variables: complete, incomplete and contradictory.
 
 use proptest::prelude::*;
 
@@ -45,12 +45,12 @@ const OPENMPI: &str = "OMPI_COMM_WORLD_RANK=3 OMPI_COMM_WORLD_SIZE=4 OMPI_COMM_W
 const SLURM: &str = "SLURM_STEP_ID=0 SLURM_PROCID=3 SLURM_NTASKS=4 SLURM_LOCALID=0 SLURM_NODEID=1 SLURM_JOB_ID=77 \
      SLURM_TASKS_PER_NODE=3,1 SLURM_JOB_NODELIST=n[08-09]";
 const MPICH: &str = "PMI_RANK=3 PMI_SIZE=4 MPI_LOCALRANKID=1 MPI_LOCALNRANKS=2 SHARDFLOW_ENDPOINT=tcp://a:5";
-/// What a PyTorchJob gives each pod.
+/// The variables that a PyTorchJob sets in each pod.
 const POD: &str = "RANK=3 WORLD_SIZE=4 MASTER_ADDR=job-master-0 MASTER_PORT=5";
 const KUBERNETES: &str = "JOB_COMPLETION_INDEX=1 SHARDFLOW_NNODES=2 SHARDFLOW_ENDPOINT=tcp://job-0-0.job:5";
 
 #[test]
-fn each_source() {
+fn each_launcher_is_detected() {
     assert_eq!(detect(&vars("PATH=/bin MASTER_ADDR=a SLURM_JOB_ID=1")).unwrap(), LaunchContext::Local);
     assert_eq!(summary(LAUNCHER), "3/4 1/2 None tcp://a:5 0 none");
     let more = "SHARDFLOW_NODE_RANK=1 SHARDFLOW_RESTART_COUNT=2 SHARDFLOW_RUN_ID=x";
@@ -66,7 +66,7 @@ fn each_source() {
     assert_eq!(summary(MPICH), "3/4 1/2 None tcp://a:5 0 none");
     assert_eq!(summary(POD), "3/4 0/1 None tcp://job-master-0:5 0 none");
     let master = "RANK=0 WORLD_SIZE=4 MASTER_ADDR=localhost MASTER_PORT=5";
-    assert_eq!(summary(master), "0/4 0/1 None tcp://0.0.0.0:5 0 none", "it knows itself as localhost");
+    assert_eq!(summary(master), "0/4 0/1 None tcp://0.0.0.0:5 0 none", "the master's own address is localhost");
     assert_eq!(summary(&master.replace("RANK=0", "RANK=1")), "1/4 0/1 None tcp://localhost:5 0 none");
     assert_eq!(summary("RANK=1 WORLD_SIZE=2 SHARDFLOW_ENDPOINT=tcp://b:6"), "1/2 0/1 None tcp://b:6 0 none");
     assert!(error("RANK=1 WORLD_SIZE=2").contains("MASTER_ADDR is not"));
@@ -80,12 +80,12 @@ fn each_source() {
 }
 
 #[test]
-fn who_is_asked_first() {
+fn the_innermost_launcher_wins() {
     let all = format!("{LAUNCHER} {TORCHRUN} {OPENMPI} {SLURM} JOB_COMPLETION_INDEX=1 SHARDFLOW_NNODES=2");
     assert_eq!(world(&all).source, LaunchedBy::Shardflow);
     let all = format!("{TORCHRUN} {OPENMPI} {SLURM} JOB_COMPLETION_INDEX=1 SHARDFLOW_NNODES=2");
     assert_eq!(world(&all).source, LaunchedBy::Torchrun);
-    // The helper of mpirun is task 0 of 1 or of another number than there are processes.
+    // The helper of mpirun is task 0 of a step whose size is 1 or differs from the number of processes.
     assert_eq!(world(&format!("{OPENMPI} {SLURM} SLURM_PROCID=0 SLURM_NTASKS=2")).source, LaunchedBy::OpenMpi);
     assert_eq!(world(&format!("{SLURM} JOB_COMPLETION_INDEX=1")).source, LaunchedBy::Slurm);
     assert_eq!(summary(&format!("{SLURM} SHARDFLOW_ENDPOINT=tcp://b:6")), "3/4 0/1 Some(1) tcp://b:6 0 77.0");
@@ -96,22 +96,23 @@ fn who_is_asked_first() {
 }
 
 #[test]
-fn mpich_and_intel_mpi() {
-    // `srun --mpi=pmi2` sets these as well.
+fn mpich_and_intel_mpi_are_distinguished_from_slurm() {
+    // `srun --mpi=pmi2` sets these too.
     let pmi2 = "PMI_RANK=3 PMI_SIZE=4 PMI_FD=9 PMI_JOBID=77.0";
     assert_eq!(world(&format!("{SLURM} {pmi2}")).source, LaunchedBy::Slurm);
-    assert_eq!(world(&format!("{SLURM} {MPICH}")).source, LaunchedBy::Slurm, "both agree");
-    // Hydra's helper is a task of Slurm's on each node.
+    assert_eq!(world(&format!("{SLURM} {MPICH}")).source, LaunchedBy::Slurm, "both launchers agree");
+    // Hydra's helper is a Slurm task on each node.
     let helper = SLURM.replace("SLURM_PROCID=3 SLURM_NTASKS=4", "SLURM_PROCID=1 SLURM_NTASKS=2");
     assert_eq!(world(&format!("{helper} {MPICH}")).source, LaunchedBy::Mpich);
     assert_eq!(world(&format!("{OPENMPI} {MPICH}")).source, LaunchedBy::OpenMpi);
     assert_eq!(world(&format!("{MPICH} JOB_COMPLETION_INDEX=1 SHARDFLOW_NNODES=2")).source, LaunchedBy::Mpich);
 
     let one_node = "PMI_RANK=1 PMI_SIZE=2 MPI_LOCALRANKID=1 MPI_LOCALNRANKS=2";
-    let at = |text: &str| world(text).endpoint.to_string();
-    assert!(at(one_node).starts_with("tcp://127.0.0.1:2"), "{}", at(one_node));
-    assert_ne!(at(&format!("{one_node} PMI_PORT=n:1")), at(&format!("{one_node} PMI_PORT=n:2")), "two jobs of a node");
-    assert_eq!(at(&format!("{one_node} MASTER_ADDR=a MASTER_PORT=7")), "tcp://a:7");
+    let endpoint = |text: &str| world(text).endpoint.to_string();
+    assert!(endpoint(one_node).starts_with("tcp://127.0.0.1:2"), "{}", endpoint(one_node));
+    let [first, second] = ["n:1", "n:2"].map(|port| endpoint(&format!("{one_node} PMI_PORT={port}")));
+    assert_ne!(first, second, "two jobs of a node");
+    assert_eq!(endpoint(&format!("{one_node} MASTER_ADDR=a MASTER_PORT=7")), "tcp://a:7");
     let without = MPICH.replace("SHARDFLOW_ENDPOINT=tcp://a:5", "");
     assert!(error(&without).contains("mpiexec -genv SHARDFLOW_ENDPOINT"), "{}", error(&without));
     let message = detect(&vars(one_node)).unwrap_err().to_string();
@@ -131,35 +132,35 @@ fn slurm_without_a_step_is_local() {
 }
 
 #[test]
-fn slurm_of_one_node_and_of_one_step() {
+fn a_slurm_step_on_one_node_uses_loopback_and_its_own_port() {
     let text = "SLURM_STEP_ID=2 SLURM_PROCID=1 SLURM_NTASKS=8 SLURM_STEP_NUM_TASKS=2 SLURM_LOCALID=1 SLURM_NODEID=0 \
          SLURM_JOB_ID=77 SLURM_TASKS_PER_NODE=8 SLURM_STEP_TASKS_PER_NODE=2 SLURM_RESTART_COUNT=3";
     let w = world(text);
     assert_eq!((w.process, w.processes, w.local_processes, w.restart), (1, 2, 2, 3));
-    assert!(w.endpoint.to_string().starts_with("tcp://127.0.0.1:2"), "one node needs no name: {}", w.endpoint);
+    assert!(w.endpoint.to_string().starts_with("tcp://127.0.0.1:2"), "one node uses loopback: {}", w.endpoint);
     let other_step = world(&text.replace("STEP_ID=2", "STEP_ID=3"));
     assert_ne!(w.endpoint, other_step.endpoint, "two steps of a job do not share a port");
 }
 
 #[test]
-fn one_process_needs_nothing() {
+fn a_single_process_is_local() {
     for text in [
         "RANK=0 WORLD_SIZE=1 LOCAL_RANK=0 LOCAL_WORLD_SIZE=1",
         "OMPI_COMM_WORLD_RANK=0 OMPI_COMM_WORLD_SIZE=1 OMPI_COMM_WORLD_LOCAL_RANK=0 OMPI_COMM_WORLD_LOCAL_SIZE=1",
         "JOB_COMPLETION_INDEX=5 SHARDFLOW_NNODES=1",
         "PMI_RANK=0 PMI_SIZE=1 MPI_LOCALRANKID=0 MPI_LOCALNRANKS=1",
         "PMI_RANK=0 PMI_SIZE=1",
-        // A PyTorchJob with a master only.
+        // A PyTorchJob that has only a master.
         "RANK=0 WORLD_SIZE=1 MASTER_ADDR=localhost MASTER_PORT=23456",
     ] {
         assert_eq!(detect(&vars(text)).unwrap(), LaunchContext::Local, "{text}");
     }
 }
 
-/// Every part of what a source sets: nothing, all of it, or an error that names a variable that is there and one that
-/// is not.
+/// Every subset of a launcher's variables gives a local process, the whole world, or an error that names a variable that is
+/// set and one that is missing.
 #[test]
-fn half_of_a_source_is_refused() {
+fn incomplete_variables_are_refused() {
     for (whole, extras) in [
         (LAUNCHER, "SHARDFLOW_ENDPOINT"),
         (TORCHRUN, "MASTER_ADDR MASTER_PORT"),
@@ -175,7 +176,7 @@ fn half_of_a_source_is_refused() {
             let mut all = chosen.clone();
             all.insert("SHARDFLOW_SECRET".into(), SECRET.into());
             match detect(&all) {
-                // Without both local numbers, torchrun's are those of a pod.
+                // Torchrun's variables without both local ones are those of a pod.
                 Ok(LaunchContext::World(_)) if !chosen.keys().any(|name| name.starts_with("LOCAL_")) => {
                     assert!(chosen.len() == whole.len() || vars(POD).keys().eq(chosen.keys()), "{chosen:?}");
                 }
@@ -192,7 +193,7 @@ fn half_of_a_source_is_refused() {
 
 /// Every rank, size, local rank and local size up to 4.
 #[test]
-fn numbers_that_contradict_each_other_are_refused() {
+fn contradictory_ranks_and_sizes_are_refused() {
     for n in 0..5u32.pow(4) {
         let (rank, size, local, locals) = (n % 5, n / 5 % 5, n / 25 % 5, n / 125);
         let text = format!(
@@ -210,13 +211,13 @@ fn numbers_that_contradict_each_other_are_refused() {
 }
 
 #[test]
-fn errors_name_variable_value_and_what_to_set() {
+fn errors_name_the_variable_its_value_and_the_fix() {
     let half = "RANK=3 is set but WORLD_SIZE is not: set WORLD_SIZE to the number of processes, or unset RANK";
     assert_eq!(error("RANK=3"), half);
     assert_eq!(error("RANK=x"), "RANK=x: must be a whole number, not negative");
     assert_eq!(
         error("RANK=4 WORLD_SIZE=4 LOCAL_RANK=0 LOCAL_WORLD_SIZE=1"),
-        "RANK=4 contradicts WORLD_SIZE=4: numbers begin at 0 and end below the number of processes"
+        "RANK=4 contradicts WORLD_SIZE=4: ranks begin at 0 and are below the number of processes"
     );
     assert!(error("JOB_COMPLETION_INDEX=0").starts_with(
         "JOB_COMPLETION_INDEX=0 is set but SHARDFLOW_NNODES is not: set SHARDFLOW_NNODES to the number of pods"
@@ -248,7 +249,7 @@ fn several_processes_need_a_secret() {
     assert!(short.to_string().contains("holds 8 characters") && !short.to_string().contains("tooshort"), "{short}");
     let both = detect(&with_secret(&format!("{TORCHRUN} SHARDFLOW_SECRET_FILE=/a"))).unwrap_err();
     assert!(both.to_string().contains("set one of the two") && !both.to_string().contains(SECRET), "{both}");
-    assert!(!format!("{:?}", world(TORCHRUN)).contains(SECRET), "debug output hides it");
+    assert!(!format!("{:?}", world(TORCHRUN)).contains(SECRET), "debug output hides the secret");
 }
 
 #[test]
@@ -266,9 +267,9 @@ fn a_secret_is_read_from_its_file() {
 }
 
 proptest! {
-    /// No value of any variable does more than give an error, and what is accepted is consistent.
+    /// No value of any variable causes a panic, and an accepted world is consistent.
     #[test]
-    fn no_environment_breaks_it(
+    fn no_environment_makes_detection_panic(
         chosen in prop::collection::vec((0usize..40, "[0-9]{1,2}|[a-z\\[\\]:/,()-]{0,6}|tcp://a:5|2\\(x2\\)"), 0..12),
         whole in 0usize..8,
     ) {
@@ -285,9 +286,9 @@ proptest! {
     }
 }
 
-/// What Slurm 22.05 set, on two nodes: in the script of `sbatch`, and in the last task of `srun -n 3` there.
+/// The variables that Slurm 22.05 set on two nodes: in an `sbatch` script, and in the last task of `srun -n 3` in it.
 #[test]
-fn what_slurm_really_sets() {
+fn variables_recorded_from_slurm_are_detected() {
     let job = "SLURM_JOB_ID=1 SLURM_JOBID=1 SLURM_NNODES=2 SLURM_JOB_NODELIST=n[01-02] SLURM_NODELIST=n[01-02] \
          SLURM_NTASKS_PER_NODE=2 SLURM_CPUS_ON_NODE=2 SLURM_JOB_CPUS_PER_NODE=2(x2)";
     let script =
@@ -301,11 +302,11 @@ fn what_slurm_really_sets() {
 }
 
 #[test]
-fn half_of_slurm_is_refused_or_local() {
-    for gone in SLURM.split_whitespace() {
-        let name = gone.split('=').next().unwrap();
-        let left: Vec<&str> = SLURM.split_whitespace().filter(|pair| *pair != gone).collect();
-        match detect(&with_secret(&left.join(" "))) {
+fn incomplete_slurm_variables_are_refused_or_local() {
+    for removed in SLURM.split_whitespace() {
+        let name = removed.split('=').next().unwrap();
+        let remaining: Vec<&str> = SLURM.split_whitespace().filter(|pair| *pair != removed).collect();
+        match detect(&with_secret(&remaining.join(" "))) {
             Ok(LaunchContext::Local) => {
                 assert!(["SLURM_STEP_ID", "SLURM_PROCID", "SLURM_NTASKS"].contains(&name), "without {name}");
             }

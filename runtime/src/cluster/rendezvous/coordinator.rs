@@ -1,4 +1,4 @@
-//! Process 0 at rendezvous: gathers the introductions, compares them, starts all together.
+//! Process 0 at rendezvous: collects the join requests, compares them, and starts all processes together.
 
 use std::collections::BTreeSet;
 use std::io;
@@ -9,120 +9,121 @@ use std::time::{Duration, Instant};
 use shardflow_actors::transport::wire::{self, MESSAGE_BYTES_MAX, WireError};
 use shardflow_actors::transport::{Address, Connection, ListenAddress, Listener, Purpose, SessionId, TransportError};
 
-use super::messages::{Answer, Call, INTRODUCTION_BYTES_MAX, Ready};
+use super::messages::{Answer, REQUEST_BYTES_MAX, Ready, Request};
 use super::{
     Conflict, JoinInfo, MissingRanks, ProcessLabel, RendezvousConfig, RendezvousError, RendezvousRefusal, Roster,
 };
-use super::{RETRY, advertised, introduction, is_in_use, join};
+use super::{RETRY, advertised, is_in_use, join, join_info};
 use crate::exit::Report;
 use crate::machine::Targets;
 
-/// A connected process says who it is, takes an answer, and confirms, each within this.
+/// Timeout of each message to or from a connected process.
 const REPLY_TIMEOUT: Duration = Duration::from_secs(5);
-/// Conflicts that are kept; the first says enough.
+/// Conflicts that are kept.
 const CONFLICTS_MAX: usize = 64;
 
-/// A process that has introduced itself.
-struct Seat {
-    introduction: JoinInfo,
-    link: Connection,
+/// A process that has joined.
+struct Joined {
+    info: JoinInfo,
+    connection: Connection,
 }
 
-/// Who is here.
-struct Hall {
+/// The join requests received so far.
+struct JoinState {
     own: JoinInfo,
     /// By rank, from rank 1.
-    seats: Vec<Option<Seat>>,
+    joined: Vec<Option<Joined>>,
     conflicts: Vec<Conflict>,
-    /// RV-4: these ranks do not join.
+    /// RV-4: these ranks will not join.
     failed: Option<(Range<u32>, Report)>,
-    /// Processes without a seat, to be told why.
-    turned_away: Vec<Connection>,
+    /// Connections of processes that did not join and receive the refusal.
+    rejected: Vec<Connection>,
 }
 
-pub(super) fn lead(
+/// Runs the rendezvous of process 0.
+pub(super) fn run(
     config: &RendezvousConfig,
     deadline: Instant,
     on_waiting: &mut dyn FnMut(&MissingRanks),
 ) -> Result<(Roster, Listener), RendezvousError> {
-    let endpoint = listen(config, deadline)?;
-    let seats = (1..config.processes).map(|_| None).collect();
-    // Others reach process 0 by the name that they know, not by the address that it stands for here.
-    let others = endpoint.addresses().iter().skip(1).cloned();
+    let listener = listen(config, deadline)?;
+    let joined = (1..config.processes).map(|_| None).collect();
+    // Others reach process 0 by the configured name, which may resolve differently on their nodes.
+    let others = listener.addresses().iter().skip(1).cloned();
     let published = std::iter::once(config.coordinator.clone()).chain(others).collect();
-    let own = introduction(config, advertised(config, published)?)?;
-    let mut hall = Hall { own, seats, conflicts: Vec::new(), failed: None, turned_away: Vec::new() };
-    hall.gather(config, &endpoint, deadline, on_waiting)?;
-    if let Some((ranks, report)) = hall.failed.take() {
-        let refused = hall.refuse(RendezvousRefusal::Failed(report.clone()));
-        let missing = hall.missing().into_iter().filter(|rank| !ranks.contains(rank)).collect();
-        turn_away(&endpoint, missing, &report, Instant::now() + config.report_within);
-        return Err(refused);
+    let own = join_info(config, advertised(config, published)?)?;
+    let mut state = JoinState { own, joined, conflicts: Vec::new(), failed: None, rejected: Vec::new() };
+    state.collect(config, &listener, deadline, on_waiting)?;
+    if let Some((ranks, report)) = state.failed.take() {
+        let error = state.refuse(RendezvousRefusal::Failed(report.clone()));
+        let missing = state.missing().into_iter().filter(|rank| !ranks.contains(rank)).collect();
+        refuse_missing(&listener, missing, &report, Instant::now() + config.report_within);
+        return Err(error);
     }
-    if !hall.conflicts.is_empty() {
-        return Err(hall.refuse(RendezvousRefusal::Conflicts(hall.conflicts.clone())));
+    if !state.conflicts.is_empty() {
+        return Err(state.refuse(RendezvousRefusal::Conflicts(state.conflicts.clone())));
     }
-    let missing = hall.missing();
+    let missing = state.missing();
     if !missing.is_empty() {
-        // The deadline is over.
+        // The deadline has passed.
         let waited_ms = (config.timeout + deadline.elapsed()).as_millis() as u64;
         let processes = config.processes;
-        let refused = endpoint.refused().total();
-        return Err(hall.refuse(RendezvousRefusal::Missing { missing, processes, waited_ms, refused }));
+        let refused = listener.refused().total();
+        return Err(state.refuse(RendezvousRefusal::Missing { missing, processes, waited_ms, refused }));
     }
-    let roster = hall.roster()?;
-    endpoint.begin(roster.world());
-    match hall.start(&roster) {
-        Ok(()) => Ok((roster, endpoint)),
-        Err(lost) => Err(hall.refuse(RendezvousRefusal::Lost(lost))),
+    let roster = state.roster()?;
+    listener.begin(roster.world());
+    match state.start(&roster) {
+        Ok(()) => Ok((roster, listener)),
+        Err(lost) => Err(state.refuse(RendezvousRefusal::Lost(lost))),
     }
 }
 
-/// RV-4, on behalf of `ranks`, process 0 among them.
+/// RV-4 on behalf of the failed `ranks`, which include process 0: refuses every process that connects within `report_within`.
 ///
 /// # Errors
 /// The address cannot be listened on.
-pub(in crate::cluster) fn answer(
+pub(in crate::cluster) fn refuse_callers(
     config: &RendezvousConfig,
     ranks: Range<u32>,
     report: &Report,
 ) -> Result<(), RendezvousError> {
     let deadline = Instant::now() + config.report_within;
-    let endpoint = bind(config, deadline)?;
+    let listener = bind(config, deadline)?;
     let missing = (0..config.processes).filter(|rank| !ranks.contains(rank)).collect();
-    turn_away(&endpoint, missing, report, deadline);
+    refuse_missing(&listener, missing, report, deadline);
     Ok(())
 }
 
-/// Refuses all that call, until all of `missing` have, or the time is up.
-fn turn_away(endpoint: &Listener, mut missing: BTreeSet<u32>, report: &Report, deadline: Instant) {
+/// Refuses every process that connects, until all of `missing` were refused or the deadline has passed.
+fn refuse_missing(listener: &Listener, mut missing: BTreeSet<u32>, report: &Report, deadline: Instant) {
     while !missing.is_empty() {
-        let Ok((from, link)) = endpoint.wait_any(Purpose::Rendezvous, deadline) else { return };
-        // Read to its end: a connection that is closed with bytes unread may lose the answer.
-        let ranks = match read_call(&link) {
-            Ok(Call::Failed { ranks, .. }) => ranks,
-            Ok(Call::Join(_)) => from..from.saturating_add(1),
+        let Ok((from, connection)) = listener.wait_any(Purpose::Rendezvous, deadline) else { return };
+        // The whole request is read first: closing a connection with unread bytes may discard the answer.
+        let ranks = match read_request(&connection) {
+            Ok(Request::Failed { ranks, .. }) => ranks,
+            Ok(Request::Join(_)) => from..from.saturating_add(1),
             Err(_) => continue,
         };
-        tell(&link, &Answer::Refused(RendezvousRefusal::Failed(report.clone())));
+        send_answer(&connection, &Answer::Refused(RendezvousRefusal::Failed(report.clone())));
         missing.retain(|rank| !ranks.contains(rank));
     }
 }
 
-fn read_call(link: &Connection) -> Result<Call, WireError> {
-    wire::read_message(&mut link.until(Instant::now() + REPLY_TIMEOUT), INTRODUCTION_BYTES_MAX)
+fn read_request(connection: &Connection) -> Result<Request, WireError> {
+    wire::read_message(&mut connection.until(Instant::now() + REPLY_TIMEOUT), REQUEST_BYTES_MAX)
 }
 
-/// Listens where the others look for process 0, and where only they look once they know it.
+/// Listens on the coordinator's address, and on a second address that only the roster publishes.
 fn listen(config: &RendezvousConfig, deadline: Instant) -> Result<Listener, RendezvousError> {
     match bind(config, deadline.min(Instant::now() + config.late_grace)) {
-        Err(error) if is_in_use(&error) => Err(occupied(config, error)),
+        Err(error) if is_in_use(&error) => Err(join_as_duplicate(config, error)),
         bound => Ok(bound?),
     }
 }
 
 fn bind(config: &RendezvousConfig, give_up: Instant) -> Result<Listener, TransportError> {
-    let open = |listen: &[ListenAddress]| Listener::listen(0, config.secret.clone(), listen, config.endpoint);
+    let open = |listen: &[ListenAddress]| Listener::listen(0, config.secret.clone(), listen, config.listener);
     let local = config.interface.unwrap_or((Ipv4Addr::LOCALHOST, 0).into());
     loop {
         let opened = match &config.coordinator {
@@ -130,7 +131,7 @@ fn bind(config: &RendezvousConfig, give_up: Instant) -> Result<Listener, Transpo
             Address::Tcp(name) => open_tcp(config, name, &open),
         };
         match opened {
-            // A rank 0 that is about to end may still be there.
+            // An earlier rank 0 that is about to end may still hold the address.
             Err(error) if is_in_use(&error) && Instant::now() < give_up => std::thread::sleep(RETRY),
             opened => return opened,
         }
@@ -154,7 +155,7 @@ fn open_tcp(
             return open(&any);
         }
         match open(&[ListenAddress::Tcp(address), ListenAddress::PrivateUnix]) {
-            // The name is an address in front of this node, such as a service's: listen on all that it has.
+            // The name resolves to an address in front of this node, such as a service's: listen on all local addresses.
             Err(TransportError::Listen { cause, .. })
                 if cause.kind() == io::ErrorKind::AddrNotAvailable && !target.ip().is_loopback() =>
             {
@@ -167,33 +168,34 @@ fn open_tcp(
     Err(last)
 }
 
-/// Another process holds the address. Is it a second rank 0? Then it, and all others, should hear of it.
-fn occupied(config: &RendezvousConfig, error: TransportError) -> RendezvousError {
+/// Another process holds the address, possibly another rank 0. Joins it, so that it refuses all processes as a conflict.
+fn join_as_duplicate(config: &RendezvousConfig, error: TransportError) -> RendezvousError {
     let brief = RendezvousConfig { timeout: REPLY_TIMEOUT, late_grace: Duration::ZERO, ..config.clone() };
-    match join::follow(&brief, Instant::now() + REPLY_TIMEOUT, &mut |_| {}) {
+    match join::join(&brief, Instant::now() + REPLY_TIMEOUT, &mut |_| {}) {
         Err(refused @ (RendezvousError::Refused(_) | RendezvousError::Late { .. })) => refused,
         _ => error.into(),
     }
 }
 
-impl Hall {
+impl JoinState {
     fn missing(&self) -> Vec<u32> {
-        (1u32..).zip(&self.seats).filter(|(_, seat)| seat.is_none()).map(|(rank, _)| rank).collect()
+        (1u32..).zip(&self.joined).filter(|(_, entry)| entry.is_none()).map(|(rank, _)| rank).collect()
     }
 
-    /// Until all are here; until the deadline; or until a little after a conflict.
-    fn gather(
+    /// Accepts join requests until all ranks have joined, a failure is reported, the deadline passes, or `conflict_grace`
+    /// passes after a conflict.
+    fn collect(
         &mut self,
         config: &RendezvousConfig,
-        endpoint: &Listener,
+        listener: &Listener,
         deadline: Instant,
         on_waiting: &mut dyn FnMut(&MissingRanks),
     ) -> Result<(), TransportError> {
         let (mut deadline, mut report_at) = (deadline, Instant::now() + config.report_every);
         loop {
-            // Whoever died while it waited has to come again.
-            for seat in &mut self.seats {
-                seat.take_if(|seat| seat.link.is_closed());
+            // A process that died while it waited has to join again.
+            for entry in &mut self.joined {
+                entry.take_if(|joined| joined.connection.is_closed());
             }
             let now = Instant::now();
             if !self.conflicts.is_empty() {
@@ -207,104 +209,104 @@ impl Hall {
                 on_waiting(&MissingRanks::Ranks { missing, processes: config.processes });
                 report_at = now + config.report_every;
             }
-            match endpoint.wait_any(Purpose::Rendezvous, deadline.min(report_at)) {
-                Ok((from, link)) => self.welcome(from, link),
+            match listener.wait_any(Purpose::Rendezvous, deadline.min(report_at)) {
+                Ok((from, connection)) => self.handle_request(from, connection),
                 Err(TransportError::Missing { .. }) => {}
                 Err(error) => return Err(error),
             }
         }
     }
 
-    /// Reads an introduction and gives it its seat.
-    fn welcome(&mut self, from: u32, link: Connection) {
-        let introduction = match read_call(&link) {
-            Ok(Call::Join(introduction)) if introduction.member.process == from && introduction.check().is_ok() => {
-                introduction
-            }
-            Ok(Call::Failed { ranks, report }) if report.is_for_all() => {
+    /// Reads a request and records the process as joined, failed or in conflict.
+    fn handle_request(&mut self, from: u32, connection: Connection) {
+        let info = match read_request(&connection) {
+            Ok(Request::Join(info)) if info.member.process == from && info.check().is_ok() => info,
+            Ok(Request::Failed { ranks, report }) if report.concerns_all() => {
                 self.failed = Some((ranks, report));
-                return self.turned_away.push(link);
+                return self.rejected.push(connection);
             }
-            // It holds the secret, so this is a bug or a dying process; it may come again.
-            read => {
-                tracing::warn!(from, error = ?read.err(), "an introduction that cannot be read");
+            // The sender holds the secret, so this is a bug or a dying process, which may join again.
+            request => {
+                tracing::warn!(from, error = ?request.err(), "invalid rendezvous request");
                 return;
             }
         };
-        if let Some(conflict) = self.own.conflict(&introduction) {
-            self.object(conflict);
+        if let Some(conflict) = self.own.conflict(&info) {
+            self.add_conflict(conflict);
         }
-        let Some(seat) = from.checked_sub(1).and_then(|seat| self.seats.get_mut(seat as usize)) else {
-            // Rank 0 is taken; a rank beyond the world has another number of processes, which was noted.
+        let Some(entry) = from.checked_sub(1).and_then(|index| self.joined.get_mut(index as usize)) else {
+            // Rank 0 is this process. A rank beyond the world has another world size: that conflict is recorded above.
             if from == 0 {
-                self.object(Conflict::Duplicate { first: self.own.member.who(), second: introduction.member.who() });
+                let (first, second) = (self.own.member.label(), info.member.label());
+                self.add_conflict(Conflict::Duplicate { first, second });
             }
-            self.turned_away.push(link);
+            self.rejected.push(connection);
             return;
         };
-        let Some(sitting) = seat else {
-            *seat = Some(Seat { introduction, link });
+        let Some(present) = entry else {
+            *entry = Some(Joined { info, connection });
             return;
         };
-        let (old, new) = (&sitting.introduction.member, &introduction.member);
-        let (first, second) = (old.who(), new.who());
-        if sitting.link.is_closed() || new.restart > old.restart || first == second {
+        let (old, new) = (&present.info.member, &info.member);
+        let (first, second) = (old.label(), new.label());
+        if present.connection.is_closed() || new.restart > old.restart || first == second {
             // RV-3
-            *seat = Some(Seat { introduction, link });
+            *entry = Some(Joined { info, connection });
         } else if new.restart < old.restart {
-            // A leftover of the past concerns nobody else.
-            tell(&link, &Answer::Refused(RendezvousRefusal::Conflicts(vec![Conflict::Duplicate { first, second }])));
+            // Only the process of an earlier attempt is refused; the others continue.
+            let conflicts = vec![Conflict::Duplicate { first, second }];
+            send_answer(&connection, &Answer::Refused(RendezvousRefusal::Conflicts(conflicts)));
         } else {
-            self.object(Conflict::Duplicate { first, second });
-            self.turned_away.push(link);
+            self.add_conflict(Conflict::Duplicate { first, second });
+            self.rejected.push(connection);
         }
     }
 
-    fn object(&mut self, conflict: Conflict) {
+    fn add_conflict(&mut self, conflict: Conflict) {
         if self.conflicts.len() < CONFLICTS_MAX && !self.conflicts.contains(&conflict) {
             self.conflicts.push(conflict);
         }
     }
 
     fn roster(&self) -> Result<Roster, RendezvousError> {
-        let seated = self.seats.iter().flatten().map(|seat| seat.introduction.member.clone());
-        let members: Vec<_> = std::iter::once(self.own.member.clone()).chain(seated).collect();
+        let others = self.joined.iter().flatten().map(|joined| joined.info.member.clone());
+        let members: Vec<_> = std::iter::once(self.own.member.clone()).chain(others).collect();
         let epoch = members.iter().map(|m| m.restart).max().unwrap_or(0);
         Ok(Roster { session: SessionId::random()?, epoch, members })
     }
 
-    /// RV-1. Gives back who went away.
+    /// RV-1. The error is the process that was lost.
     fn start(&self, roster: &Roster) -> Result<(), ProcessLabel> {
-        let lost = |seat: &Seat| seat.introduction.member.who();
+        let label = |joined: &Joined| joined.info.member.label();
         let answer = Answer::Roster(roster.clone());
-        for seat in self.seats.iter().flatten() {
-            tell(&seat.link, &answer).then_some(()).ok_or_else(|| lost(seat))?;
+        for joined in self.joined.iter().flatten() {
+            send_answer(&joined.connection, &answer).then_some(()).ok_or_else(|| label(joined))?;
         }
         let deadline = Instant::now() + REPLY_TIMEOUT;
-        for seat in self.seats.iter().flatten() {
-            match wire::read_message::<Ready>(&mut seat.link.until(deadline), INTRODUCTION_BYTES_MAX) {
+        for joined in self.joined.iter().flatten() {
+            match wire::read_message::<Ready>(&mut joined.connection.until(deadline), REQUEST_BYTES_MAX) {
                 Ok(ready) if ready.session == roster.session => {}
-                _ => return Err(lost(seat)),
+                _ => return Err(label(joined)),
             }
         }
-        for seat in self.seats.iter().flatten() {
-            tell(&seat.link, &Answer::Start).then_some(()).ok_or_else(|| lost(seat))?;
+        for joined in self.joined.iter().flatten() {
+            send_answer(&joined.connection, &Answer::Start).then_some(()).ok_or_else(|| label(joined))?;
         }
         Ok(())
     }
 
-    /// RV-2.
-    fn refuse(&self, verdict: RendezvousRefusal) -> RendezvousError {
-        let answer = Answer::Refused(verdict.clone());
-        for link in self.seats.iter().flatten().map(|seat| &seat.link).chain(&self.turned_away) {
-            tell(link, &answer);
+    /// RV-2: sends the refusal to all connected processes.
+    fn refuse(&self, refusal: RendezvousRefusal) -> RendezvousError {
+        let answer = Answer::Refused(refusal.clone());
+        for connection in self.joined.iter().flatten().map(|joined| &joined.connection).chain(&self.rejected) {
+            send_answer(connection, &answer);
         }
-        RendezvousError::Refused(verdict)
+        RendezvousError::Refused(refusal)
     }
 }
 
-/// False when the process did not take it.
-fn tell(link: &Connection, answer: &Answer) -> bool {
-    let mut writer = link.until(Instant::now() + REPLY_TIMEOUT);
+/// Returns false if the answer could not be sent.
+fn send_answer(connection: &Connection, answer: &Answer) -> bool {
+    let mut writer = connection.until(Instant::now() + REPLY_TIMEOUT);
     wire::write_message(&mut writer, answer, MESSAGE_BYTES_MAX).is_ok()
 }

@@ -1,5 +1,4 @@
-//! What must hold for the decoders of what processes say to each other at rendezvous and about checkpoints, whatever a peer
-//! sends; for fuzzing and for tests.
+//! Properties of the decoders of rendezvous and checkpoint messages for arbitrary bytes, for fuzzing and tests.
 
 use std::fmt::Debug;
 use std::net::{Ipv4Addr, SocketAddr};
@@ -8,11 +7,11 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use shardflow_actors::transport::{Address, SessionId, wire};
 
-use super::messages::{Answer, Call, Fact, INTRODUCTION_BYTES_MAX, JoinInfo, Member, Ready, RendezvousRefusal, Roster};
+use super::messages::{Answer, Fact, JoinInfo, Member, REQUEST_BYTES_MAX, Ready, RendezvousRefusal, Request, Roster};
 use crate::cluster::save_agreement::Payload;
 use crate::exit::Report;
 
-/// Messages as peers send them: without their length.
+/// Encoded messages without their length prefix.
 pub fn samples() -> Vec<Vec<u8>> {
     let heartbeat = SocketAddr::from((Ipv4Addr::LOCALHOST, 20001));
     let addresses = vec![Address::Tcp("127.0.0.1:20000".into()), Address::Unix("/tmp/socket".into())];
@@ -21,50 +20,50 @@ pub fn samples() -> Vec<Vec<u8>> {
     let session = SessionId([5; 16]);
     let other = Member { process: 1, ..member.clone() };
     let facts = |plan: &str| vec![Fact::new("version", "0.1.0"), Fact::new("mesh", "data=2"), Fact::new("plan", plan)];
-    let introduction = JoinInfo { member: member.clone(), facts: facts("1") };
-    let another = JoinInfo { facts: facts("2"), member: other.clone() };
-    let conflicts = introduction.conflict(&another).into_iter().collect();
+    let info = JoinInfo { member: member.clone(), facts: facts("1") };
+    let other_info = JoinInfo { facts: facts("2"), member: other.clone() };
+    let conflicts = info.conflict(&other_info).into_iter().collect();
     let answers = [
         Answer::Roster(Roster { session, epoch: 1, members: vec![member.clone(), other] }),
         Answer::Start,
         Answer::Refused(RendezvousRefusal::Conflicts(conflicts)),
         Answer::Refused(RendezvousRefusal::Missing { missing: vec![1, 3], processes: 4, waited_ms: 300, refused: 2 }),
-        Answer::Refused(RendezvousRefusal::Lost(member.who())),
+        Answer::Refused(RendezvousRefusal::Lost(member.label())),
     ];
     let answers = answers.iter().map(wire::encode);
     let report = Report { rank: 3, exit: 2, cause: "no such flag".into(), ..Report::default() };
-    let failed = wire::encode(&Call::Failed { ranks: 2..4, report });
-    let all = answers.chain([wire::encode(&introduction), wire::encode(&Ready { session }), failed]);
-    let said = br#"{"epoch":1,"step":2,"attempt":0,"phase":"Written","result":{"Err":[1,"a full disk"]}}"#;
-    all.map(Result::unwrap_or_default).chain([said.to_vec()]).collect()
+    let failed = wire::encode(&Request::Failed { ranks: 2..4, report });
+    let all = answers.chain([wire::encode(&info), wire::encode(&Ready { session }), failed]);
+    let payload = br#"{"epoch":1,"step":2,"attempt":0,"phase":"Written","result":{"Err":[1,"a full disk"]}}"#;
+    all.map(Result::unwrap_or_default).chain([payload.to_vec()]).collect()
 }
 
-/// What is decoded comes back from its encoding, and can be shown.
+/// Checks that a decoded message survives encoding and decoding, and can be displayed.
 ///
 /// # Panics
-/// When one of these does not hold.
+/// One of these properties does not hold.
 pub fn check(bytes: &[u8]) {
-    if let Some(introduction) = comes_back::<JoinInfo>(bytes)
-        && introduction.check().is_ok()
+    if let Some(info) = check_round_trip::<JoinInfo>(bytes)
+        && info.check().is_ok()
     {
-        // What was let in is small, however it is written.
-        assert!(wire::encode(&introduction).is_ok_and(|bytes| bytes.len() <= INTRODUCTION_BYTES_MAX));
-        assert_eq!(introduction.conflict(&introduction), None);
+        // An accepted message fits the limit when it is encoded again.
+        assert!(wire::encode(&info).is_ok_and(|bytes| bytes.len() <= REQUEST_BYTES_MAX));
+        assert_eq!(info.conflict(&info), None);
     }
-    match comes_back::<Answer>(bytes) {
+    match check_round_trip::<Answer>(bytes) {
         Some(Answer::Roster(roster)) => assert_eq!(roster.world().processes as usize, roster.members.len()),
-        Some(Answer::Refused(verdict)) => assert!(!verdict.to_string().is_empty()),
+        Some(Answer::Refused(refusal)) => assert!(!refusal.to_string().is_empty()),
         Some(Answer::Start) | None => {}
     }
-    comes_back::<Ready>(bytes);
-    comes_back::<Call>(bytes);
-    if let Ok(said) = serde_json::from_slice::<Payload>(bytes) {
-        let again = serde_json::to_vec(&said).ok().and_then(|text| serde_json::from_slice::<Payload>(&text).ok());
-        assert!(again == Some(said));
+    check_round_trip::<Ready>(bytes);
+    check_round_trip::<Request>(bytes);
+    if let Ok(payload) = serde_json::from_slice::<Payload>(bytes) {
+        let again = serde_json::to_vec(&payload).ok().and_then(|text| serde_json::from_slice::<Payload>(&text).ok());
+        assert!(again == Some(payload));
     }
 }
 
-fn comes_back<T: Serialize + DeserializeOwned + PartialEq + Debug>(bytes: &[u8]) -> Option<T> {
+fn check_round_trip<T: Serialize + DeserializeOwned + PartialEq + Debug>(bytes: &[u8]) -> Option<T> {
     let decoded = wire::decode::<T>(bytes).ok()?;
     let again = wire::encode(&decoded).and_then(|bytes| wire::decode(&bytes));
     assert!(again.is_ok_and(|again: T| again == decoded), "{decoded:?}");
@@ -78,17 +77,17 @@ mod tests {
     use super::*;
 
     #[test]
-    fn samples_are_messages() {
+    fn samples_are_valid_messages() {
         assert!(samples()[..5].iter().all(|bytes| wire::decode::<Answer>(bytes).is_ok()));
         assert!(wire::decode::<JoinInfo>(&samples()[5]).is_ok() && wire::decode::<Ready>(&samples()[6]).is_ok());
         assert!(
-            wire::decode::<Call>(&samples()[7]).is_ok() && serde_json::from_slice::<Payload>(&samples()[8]).is_ok()
+            wire::decode::<Request>(&samples()[7]).is_ok() && serde_json::from_slice::<Payload>(&samples()[8]).is_ok()
         );
     }
 
     proptest! {
         #[test]
-        fn holds_for_samples_with_changes(
+        fn changed_samples_pass_the_check(
             index in 0usize..9, at in any::<prop::sample::Index>(), bytes in prop::collection::vec(any::<u8>(), 0..8),
         ) {
             let mut changed = samples().swap_remove(index);

@@ -1,4 +1,4 @@
-//! Every process but 0 at rendezvous: finds process 0, introduces itself, waits for the roster.
+//! Every process but 0 at rendezvous: connects to process 0, sends its [`JoinInfo`], waits for the roster.
 
 use std::net::SocketAddr;
 use std::ops::Range;
@@ -9,60 +9,62 @@ use shardflow_actors::transport::{
     Address, Connection, Hello, ListenAddress, Listener, Purpose, Refusal, SessionId, TransportError, connect,
 };
 
-use super::messages::{Answer, Call, INTRODUCTION_BYTES_MAX, Ready, RendezvousRefusal};
+use super::messages::{Answer, REQUEST_BYTES_MAX, Ready, RendezvousRefusal, Request};
 use super::{JoinInfo, MissingRanks, RETRY, RendezvousConfig, RendezvousError, Roster};
-use super::{advertised, introduction, local_address};
+use super::{advertised, join_info, local_address};
 use crate::exit::Report;
 
-/// Process 0 says at the deadline who is missing; it has this much longer to say so.
+/// Time after the deadline for process 0's report of the missing ranks to arrive.
 const MARGIN: Duration = Duration::from_secs(5);
 /// Longest cause of a failure that is reported, in bytes.
 const CAUSE_BYTES_MAX: usize = 4 << 10;
 
-pub(super) fn follow(
+/// Runs the rendezvous of a process other than 0.
+pub(super) fn join(
     config: &RendezvousConfig,
     deadline: Instant,
     on_waiting: &mut dyn FnMut(&MissingRanks),
 ) -> Result<(Roster, Listener), RendezvousError> {
-    // On TCP for other nodes, and on a Unix socket for this one.
+    // TCP for processes on other nodes, and a Unix socket for those on this node.
     let address = local_address(&config.coordinator, config.interface, config.spans_nodes, deadline)?;
     let listen = [ListenAddress::Tcp(address), ListenAddress::PrivateUnix];
-    let endpoint = Listener::listen(config.process, config.secret.clone(), &listen, config.endpoint)?;
-    let own = introduction(config, advertised(config, endpoint.addresses().to_vec())?)?;
+    let listener = Listener::listen(config.process, config.secret.clone(), &listen, config.listener)?;
+    let own = join_info(config, advertised(config, listener.addresses().to_vec())?)?;
     loop {
-        let link = find(config, deadline, on_waiting)?;
-        match meet(config, &own, &endpoint, &link, deadline) {
-            // Process 0 went away while all waited: it was restarted, or it has put a newer one in this one's place.
+        let connection = connect_to_coordinator(config, deadline, on_waiting)?;
+        match request_join(config, &own, &listener, &connection, deadline) {
+            // Process 0 closed the connection during the wait: it was restarted, or a newer process has this rank.
             Err(RendezvousError::Transport(error)) if is_hangup(&error) && Instant::now() < deadline => {
-                tracing::warn!(%error, "lost rank 0 at rendezvous; looking for it again");
+                tracing::warn!(%error, "lost rank 0 at rendezvous; connecting again");
                 std::thread::sleep(RETRY);
             }
-            met => return met.map(|roster| (roster, endpoint)),
+            result => return result.map(|roster| (roster, listener)),
         }
     }
 }
 
-/// RV-4: reports to process 0, or to the process that answers for it, that `ranks` do not join.
+/// RV-4: reports to process 0, or to the process that answers for it, that `ranks` will not join.
 ///
 /// # Errors
 /// The report was not accepted in time, or the processes already run without these ranks.
-pub(in crate::cluster) fn call(
+pub(in crate::cluster) fn send_failure(
     config: &RendezvousConfig,
     ranks: Range<u32>,
     report: &Report,
 ) -> Result<(), RendezvousError> {
     let (deadline, from) = (Instant::now() + config.report_within, ranks.start);
     let cause = report.cause[..report.cause.floor_char_boundary(CAUSE_BYTES_MAX)].to_string();
-    let call = Call::Failed { ranks, report: Report { cause, ..report.clone() } };
+    let request = Request::Failed { ranks, report: Report { cause, ..report.clone() } };
     let hello =
         Hello { session: SessionId::default(), epoch: config.restart, from, to: 0, purpose: Purpose::Rendezvous };
     loop {
-        let link = connect(&config.coordinator, &config.secret, &hello, deadline)?;
-        let written = wire::write_message(&mut link.until(deadline), &call, INTRODUCTION_BYTES_MAX);
-        let answer = written.and_then(|()| wire::read_message::<Answer>(&mut link.until(deadline), MESSAGE_BYTES_MAX));
+        let connection = connect(&config.coordinator, &config.secret, &hello, deadline)?;
+        let until = || connection.until(deadline);
+        let written = wire::write_message(&mut until(), &request, REQUEST_BYTES_MAX);
+        let answer = written.and_then(|()| wire::read_message::<Answer>(&mut until(), MESSAGE_BYTES_MAX));
         match answer {
             Ok(_) => return Ok(()),
-            // It ended before it accepted the report: others may not have it.
+            // It ended before it accepted the report, so others may not have received it.
             Err(_) if Instant::now() < deadline => std::thread::sleep(RETRY),
             Err(cause) => {
                 let peer = format!("rank 0 at {}", config.coordinator);
@@ -72,8 +74,8 @@ pub(in crate::cluster) fn call(
     }
 }
 
-/// An authenticated connection to process 0.
-fn find(
+/// Opens an authenticated connection to process 0.
+fn connect_to_coordinator(
     config: &RendezvousConfig,
     deadline: Instant,
     on_waiting: &mut dyn FnMut(&MissingRanks),
@@ -84,7 +86,7 @@ fn find(
     let mut report_at = Instant::now() + config.report_every;
     loop {
         let error = match connect(&config.coordinator, &config.secret, &hello, deadline.min(report_at)) {
-            Ok(link) => return Ok(link),
+            Ok(connection) => return Ok(connection),
             Err(error) => error,
         };
         let now = Instant::now();
@@ -104,58 +106,59 @@ fn find(
     }
 }
 
-/// From the introduction to the start.
-fn meet(
+/// Runs the exchange with process 0, from the join request to the start.
+fn request_join(
     config: &RendezvousConfig,
     own: &JoinInfo,
-    endpoint: &Listener,
-    link: &Connection,
+    listener: &Listener,
+    connection: &Connection,
     deadline: Instant,
 ) -> Result<Roster, RendezvousError> {
     let peer = || format!("rank 0 at {}", config.coordinator);
     let broken = |cause| RendezvousError::Transport(TransportError::Wire { peer: peer(), cause });
     let unexpected =
-        |what: &str| RendezvousError::Unexpected { coordinator: config.coordinator.clone(), what: what.into() };
-    let hear = |deadline| wire::read_message::<Answer>(&mut link.until(deadline), MESSAGE_BYTES_MAX).map_err(broken);
+        |action: &str| RendezvousError::Unexpected { coordinator: config.coordinator.clone(), action: action.into() };
+    let receive =
+        |deadline| wire::read_message::<Answer>(&mut connection.until(deadline), MESSAGE_BYTES_MAX).map_err(broken);
 
     let begin = Instant::now();
-    let join = Call::Join(own.clone());
-    wire::write_message(&mut link.until(deadline + MARGIN), &join, INTRODUCTION_BYTES_MAX).map_err(broken)?;
-    let mut roster = match hear(deadline + MARGIN) {
+    let join = Request::Join(own.clone());
+    wire::write_message(&mut connection.until(deadline + MARGIN), &join, REQUEST_BYTES_MAX).map_err(broken)?;
+    let mut roster = match receive(deadline + MARGIN) {
         Ok(Answer::Roster(roster)) => roster,
-        Ok(Answer::Refused(verdict)) => return Err(RendezvousError::Refused(verdict)),
-        Ok(Answer::Start) => return Err(unexpected("sent a start before the roster")),
+        Ok(Answer::Refused(refusal)) => return Err(RendezvousError::Refused(refusal)),
+        Ok(Answer::Start) => return Err(unexpected("sent the start before the roster")),
         Err(RendezvousError::Transport(TransportError::Wire { cause, .. })) if cause.is_timeout() => {
             let waited_ms = begin.elapsed().as_millis();
             return Err(unexpected(&format!(
-                "neither started nor gave up in {waited_ms} ms: it is frozen, or waits for ranks that start much later"
+                "neither started nor refused in {waited_ms} ms: it is frozen, or waits for ranks that start much later"
             )));
         }
         Err(error) => return Err(error),
     };
     let in_order = (0u32..).zip(&roster.members).all(|(rank, member)| member.process == rank);
-    let me = roster.members.get(config.process as usize);
-    if !in_order || roster.members.len() != config.processes as usize || me != Some(&own.member) {
+    let listed = roster.members.get(config.process as usize);
+    if !in_order || roster.members.len() != config.processes as usize || listed != Some(&own.member) {
         return Err(unexpected("sent a roster of another world"));
     }
-    // Rank 0 lists itself as "all addresses"; this process reached it by the coordinator's name.
+    // Rank 0 may publish the unspecified address; the coordinator's name, by which this process reached it, replaces that.
     let is_unspecified = |text: &str| text.parse().is_ok_and(|address: SocketAddr| address.ip().is_unspecified());
     for address in &mut roster.members[0].addresses {
         if matches!(address, Address::Tcp(text) if is_unspecified(text)) {
             *address = config.coordinator.clone();
         }
     }
-    endpoint.begin(roster.world());
-    // From here on there is no way back to waiting: if process 0 goes, this start has failed. If it went already, it may have
-    // said why; so a confirmation that cannot be sent is no reason not to listen.
+    listener.begin(roster.world());
+    // From here on the loss of process 0 fails the start. If it has already closed the connection, its refusal may still be
+    // readable, so a failure to send `Ready` is ignored.
     let ready = Ready { session: roster.session };
     let deadline = Instant::now() + config.timeout;
-    let _ = wire::write_message(&mut link.until(deadline), &ready, INTRODUCTION_BYTES_MAX);
-    match hear(deadline) {
+    let _ = wire::write_message(&mut connection.until(deadline), &ready, REQUEST_BYTES_MAX);
+    match receive(deadline) {
         Ok(Answer::Start) => Ok(roster),
-        Ok(Answer::Refused(verdict)) => Err(RendezvousError::Refused(verdict)),
+        Ok(Answer::Refused(refusal)) => Err(RendezvousError::Refused(refusal)),
         Ok(Answer::Roster(_)) => Err(unexpected("sent a second roster")),
-        Err(_) => Err(RendezvousError::Refused(RendezvousRefusal::Lost(roster.members[0].who()))),
+        Err(_) => Err(RendezvousError::Refused(RendezvousRefusal::Lost(roster.members[0].label()))),
     }
 }
 

@@ -1,4 +1,4 @@
-//! Messages of the rendezvous, and the causes that refuse a start.
+//! Messages of the rendezvous, and the reasons for which it refuses a start.
 
 use std::fmt;
 use std::fs::File;
@@ -14,32 +14,32 @@ use crate::declare::{COLLECTIVES, EXECUTABLE, KERNELS, MESH, PLAN, PROCESSES, TR
 use crate::exit::{Exit, Report};
 use crate::machine::affinity;
 
-/// Bytes of an introduction, at most.
-pub(super) const INTRODUCTION_BYTES_MAX: usize = 16 << 10;
+/// Largest request to process 0.
+pub(super) const REQUEST_BYTES_MAX: usize = 16 << 10;
 const NAME_BYTES_MAX: usize = 256;
 const FACTS_MAX: usize = 96;
-/// Bytes of all facts' names and values.
+/// Largest sum of the lengths of all facts' names and values.
 const FACTS_BYTES_MAX: usize = 9 << 10;
 const ADDRESSES_MAX: usize = 8;
 const ADDRESS_BYTES_MAX: usize = 512;
-/// 1024 cores, the size of the kernel's affinity mask.
+/// 64-bit words for 1024 cores, the size of the kernel's affinity mask.
 const CORES_WORDS_MAX: usize = 16;
-/// Ranks, or conflicts, that a message lists before it says how many more there are.
+/// Ranks or conflicts that a message lists; it counts the rest.
 const LISTED_MAX: usize = 16;
 
-/// Which program a process runs, and where.
+/// The program that a process runs, and its host and process id.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Identity {
     /// Version of this crate.
     pub version: String,
     /// BLAKE3 of the executable.
     pub binary: [u8; 32],
-    /// The same for all processes of one machine: the boot of a kernel, and the host name.
+    /// The kernel's boot id and the host name: the same for all processes of one machine.
     pub node: String,
-    /// The same for processes that can open each other's sockets below `TMPDIR`: a hash of user, device, inode and path of that
-    /// folder. Containers of one host may have the same node, and each a `/tmp` of its own.
+    /// Hash of user, device, inode and path of `TMPDIR`. Processes with the same hash can open each other's sockets in that
+    /// folder. Containers of one host have the same `node` but may have separate `/tmp`.
     pub sockets: [u8; 32],
-    /// The cores that it may run on: see [`crate::machine::threads_per_device`].
+    /// Affinity mask: see [`crate::machine::threads_per_device`].
     pub cores: Vec<u64>,
     /// Host name, for messages.
     pub host: String,
@@ -48,13 +48,13 @@ pub struct Identity {
 }
 
 impl Identity {
-    /// Of the running process. Reads the whole executable.
+    /// The identity of the running process. Reads the whole executable.
     ///
     /// # Errors
     /// [`RendezvousError::Identity`].
     pub fn of_this_process() -> Result<Self, RendezvousError> {
-        let failed = |what| move |cause| RendezvousError::Identity { what, cause };
-        // The link of the kernel leads to the file that runs, even when another has been put in its place.
+        let failed = |part| move |cause| RendezvousError::Identity { part, cause };
+        // `/proc/self/exe` is the running file even if another file replaced it at its path.
         let executable = File::open("/proc/self/exe");
         let executable = executable.or_else(|_| std::env::current_exe().and_then(File::open));
         let mut hasher = blake3::Hasher::new();
@@ -64,14 +64,14 @@ impl Identity {
         let boot = read("/proc/sys/kernel/random/boot_id").map_err(failed("boot id"))?;
         let (version, pid) = (env!("CARGO_PKG_VERSION").into(), std::process::id());
         let folder = std::env::temp_dir();
-        let place = std::fs::metadata(&folder).map(|data| (data.dev(), data.ino())).ok();
-        let sockets = format!("{:?} {place:?} {folder:?}", rustix::process::geteuid());
+        let inode = std::fs::metadata(&folder).map(|data| (data.dev(), data.ino())).ok();
+        let sockets = format!("{:?} {inode:?} {folder:?}", rustix::process::geteuid());
         let (binary, sockets) = (*hasher.finalize().as_bytes(), *blake3::hash(sockets.as_bytes()).as_bytes());
         Ok(Self { version, binary, node: format!("{boot} {host}"), sockets, cores: affinity(), host, pid })
     }
 }
 
-/// One process of a world, as all others know it.
+/// One process of a world, as published to the others.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Member {
     /// Its rank.
@@ -86,32 +86,32 @@ pub struct Member {
     pub host: String,
     /// See [`Identity::pid`].
     pub pid: u32,
-    /// How often it has been restarted.
+    /// How many times it was restarted.
     pub restart: u64,
-    /// Where its endpoint listens.
+    /// Addresses of its listener.
     pub addresses: Vec<Address>,
-    /// Where it hears heartbeats (UDP).
+    /// UDP address that receives heartbeats.
     pub heartbeat: SocketAddr,
 }
 
 impl Member {
-    /// Who, for messages.
-    pub fn who(&self) -> ProcessLabel {
+    /// Label for messages.
+    pub fn label(&self) -> ProcessLabel {
         ProcessLabel { process: self.process, host: self.host.clone(), pid: self.pid }
     }
 
-    /// True when the two run on one node and can open each other's Unix sockets.
+    /// True if the two run on one node and can open each other's Unix sockets.
     pub fn is_near(&self, other: &Self) -> bool {
         let can_open = self.sockets == other.sockets && self.unix().is_some() && other.unix().is_some();
         self.node == other.node && can_open
     }
 
-    /// Where to dial it from another node.
+    /// The address to dial from another node.
     pub fn tcp(&self) -> Option<&Address> {
         self.addresses.iter().find(|a| matches!(a, Address::Tcp(_)))
     }
 
-    /// Where to dial it from its own node.
+    /// The address to dial from its own node.
     pub fn unix(&self) -> Option<&Address> {
         self.addresses.iter().find(|a| matches!(a, Address::Unix(_)))
     }
@@ -133,17 +133,17 @@ impl Fact {
     }
 }
 
-/// What a process says of itself.
+/// The data that a process sends in order to join.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct JoinInfo {
-    /// Who and where.
+    /// The process and its addresses.
     pub member: Member,
-    /// Values that must be equal on all processes, ordered so that a difference explains those after it.
+    /// Values that must be equal on all processes. A value comes before those that depend on it.
     pub facts: Vec<Fact>,
 }
 
 impl JoinInfo {
-    /// Whether every part is of a reasonable size.
+    /// Checks the size of every part.
     ///
     /// # Errors
     /// [`RendezvousError::TooLong`].
@@ -159,84 +159,85 @@ impl JoinInfo {
             ("address", longest, ADDRESS_BYTES_MAX),
             ("list of facts", self.facts.len(), FACTS_MAX),
         ];
-        // The first fact that is too long explains why all are.
+        // Each fact is checked before their total, because the name of a long fact is the better hint.
         let facts = self.facts.iter().map(|fact| (fact.name.as_str(), fact.value.len(), VALUE_BYTES_MAX));
         let total = ("text of all facts", all_bytes, FACTS_BYTES_MAX);
-        for (what, length, length_max) in fixed.into_iter().chain(facts).chain([total]) {
+        for (part, length, length_max) in fixed.into_iter().chain(facts).chain([total]) {
             if length > length_max {
-                let what = what.chars().take(NAME_BYTES_MAX).collect();
-                return Err(RendezvousError::TooLong { who: member.who(), what, length, length_max });
+                let part = part.chars().take(NAME_BYTES_MAX).collect();
+                return Err(RendezvousError::TooLong { process: member.label(), part, length, length_max });
             }
         }
         Ok(())
     }
 
-    /// The first fact in which another process differs.
+    /// The first fact whose value differs in another process.
     pub(super) fn conflict(&self, other: &Self) -> Option<Conflict> {
-        let value = |of: &Self, name: &str| {
-            let fact = of.facts.iter().find(|fact| fact.name == name);
+        let value = |info: &Self, name: &str| {
+            let fact = info.facts.iter().find(|fact| fact.name == name);
             fact.map_or_else(|| "nothing".to_owned(), |fact| fact.value.clone())
         };
         self.facts.iter().chain(&other.facts).find_map(|Fact { name, .. }| {
-            let (ours, theirs) = (value(self, name), value(other, name));
-            let (name, first, second) = (name.clone(), self.member.who(), other.member.who());
-            (ours != theirs).then_some(Conflict::Differs { name, first, ours, second, theirs })
+            let (first_value, second_value) = (value(self, name), value(other, name));
+            let (name, first, second) = (name.clone(), self.member.label(), other.member.label());
+            let is_different = first_value != second_value;
+            is_different.then_some(Conflict::Differs { name, first, first_value, second, second_value })
         })
     }
 }
 
-/// The members of a world that starts.
+/// The members of a world.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Roster {
-    /// Random; the same for all.
+    /// Random id of the session, the same for all.
     pub session: SessionId,
-    /// The most restarts of any member.
+    /// The largest restart count of all members.
     pub epoch: u64,
     /// By rank.
     pub members: Vec<Member>,
 }
 
 impl Roster {
-    /// What an endpoint needs of it.
+    /// The values that the listener needs.
     pub fn world(&self) -> SettledWorld {
         SettledWorld { session: self.session, epoch: self.epoch, processes: self.members.len() as u32 }
     }
 }
 
-/// To process 0: the first message.
+/// The first message to process 0.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub(super) enum Call {
-    /// A process wants to join.
+pub(super) enum Request {
+    /// A process joins.
     Join(JoinInfo),
-    /// These ranks do not join, and a new start would not help.
+    /// These ranks will not join, and a restart would not help.
     Failed { ranks: Range<u32>, report: Report },
 }
 
-/// From process 0.
+/// An answer of process 0.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) enum Answer {
-    /// All are here: let them in, and say [`Ready`].
+    /// All have joined. The receiver accepts connections of the members and sends [`Ready`].
     Roster(Roster),
     /// All are ready.
     Start,
-    /// There is no world.
+    /// The world does not start.
     Refused(RendezvousRefusal),
 }
 
-/// To process 0: the members of this session can be let in.
+/// To process 0: the sender accepts connections of the session's members.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Ready {
     pub session: SessionId,
 }
 
-/// A process, for messages.
+/// A process's rank, host and process id, for messages.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ProcessLabel {
     /// Its rank.
     pub process: u32,
     /// Its host.
     pub host: String,
-    /// Its id there.
+    /// Its process id.
     pub pid: u32,
 }
 
@@ -260,75 +261,75 @@ fn advice(name: &str) -> &'static str {
     }
 }
 
-/// Two processes that cannot be in one world.
+/// Two processes that cannot be in the same world.
 #[derive(Clone, Debug, thiserror::Error, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Conflict {
-    /// They do not run the same thing.
-    #[error("{first} and {second} differ in their {name}: {ours} and {theirs}; {}", advice(.name))]
+    /// A fact has different values.
+    #[error("{first} and {second} differ in their {name}: {first_value} and {second_value}; {}", advice(.name))]
     Differs {
-        /// The fact in which they differ.
+        /// Name of the fact.
         name: String,
-        /// One; rank 0.
+        /// The first process: rank 0.
         first: ProcessLabel,
-        /// What it has.
-        ours: String,
-        /// The other.
+        /// Its value.
+        first_value: String,
+        /// The second process.
         second: ProcessLabel,
-        /// What it has.
-        theirs: String,
+        /// Its value.
+        second_value: String,
     },
     /// They claim the same rank.
-    #[error("two processes claim one rank: {first} and {second}; give each its own")]
+    #[error("two processes claim one rank: {first} and {second}; give each process its own rank")]
     Duplicate {
-        /// The one that came first.
+        /// The one that joined first.
         first: ProcessLabel,
         /// The other.
         second: ProcessLabel,
     },
 }
 
-/// Why there is no world; all processes that can be reached are told the same.
+/// Why the world does not start; the same for all processes that can be reached.
 #[derive(Clone, Debug, thiserror::Error, PartialEq, Eq, Serialize, Deserialize)]
 pub enum RendezvousRefusal {
-    /// Some do not fit together.
-    #[error("the ranks do not fit together: {}", list(.0))]
+    /// Some processes are incompatible.
+    #[error("the ranks are incompatible: {}", list(.0))]
     Conflicts(Vec<Conflict>),
-    /// Some did not come.
+    /// Some processes did not join in time.
     #[error(
-        "{} did not come in {waited_ms} ms: {} of {processes} were here{}",
-        ranks(.missing), here(.missing, *.processes), turned_away(*.refused)
+        "{} did not join in {waited_ms} ms: {} of {processes} joined{}",
+        ranks(.missing), joined(.missing, *.processes), refused_connections(*.refused)
     )]
     Missing {
         /// Their ranks, at least one.
         missing: Vec<u32>,
-        /// Processes of the world.
+        /// World size.
         processes: u32,
         /// Milliseconds waited.
         waited_ms: u64,
-        /// Connections that rank 0 did not let in meanwhile.
+        /// Connections that rank 0 refused during the wait.
         refused: u64,
     },
-    /// One ended before it joined, for a cause that no restart fixes.
+    /// A process ended before it joined, for a cause that no restart fixes.
     #[error("rank {} ended before it joined: {} ({})", .0.rank, .0.cause.trim(), Exit::from_code(.0.exit))]
     Failed(Report),
-    /// One went away, or froze, after all had come.
-    #[error("{0} was here and is gone; see its log")]
+    /// A process ended or froze after all had joined.
+    #[error("{0} joined and was lost before the start; see its log")]
     Lost(ProcessLabel),
 }
 
-/// Who is not here yet.
+/// The processes that a wait is for.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum MissingRanks {
-    /// At process 0.
+    /// At process 0: these ranks have not joined.
     Ranks {
         /// Their ranks.
         missing: Vec<u32>,
-        /// Processes of the world.
+        /// World size.
         processes: u32,
     },
-    /// Elsewhere: process 0 cannot be reached yet.
+    /// At other processes: process 0 cannot be reached yet.
     Coordinator {
-        /// Where it should be.
+        /// Its address.
         address: Address,
     },
 }
@@ -337,28 +338,28 @@ impl fmt::Display for MissingRanks {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Ranks { missing, processes } => {
-                write!(f, "waiting for {}: {} of {processes} here", ranks(missing), here(missing, *processes))
+                write!(f, "waiting for {}: {} of {processes} joined", ranks(missing), joined(missing, *processes))
             }
             Self::Coordinator { address } => write!(f, "waiting for rank 0 at {address}"),
         }
     }
 }
 
-fn here(missing: &[u32], processes: u32) -> usize {
+fn joined(missing: &[u32], processes: u32) -> usize {
     (processes as usize).saturating_sub(missing.len())
 }
 
-/// Ranks, for messages.
+/// Formats ranks for messages.
 pub(crate) fn ranks(ranks: &[u32]) -> String {
     let word = if ranks.len() == 1 { "rank" } else { "ranks" };
     let listed: Vec<String> = ranks.iter().take(LISTED_MAX).map(u32::to_string).collect();
     format!("{word} {}{}", listed.join(", "), more(ranks.len()))
 }
 
-fn turned_away(connections: u64) -> String {
+fn refused_connections(connections: u64) -> String {
     match connections {
         0 => String::new(),
-        n => format!("; rank 0 refused {n} connections: another secret or version on some rank, or strangers"),
+        n => format!("; rank 0 refused {n} connections: another secret or version on a rank, or unrelated peers"),
     }
 }
 
@@ -371,72 +372,72 @@ fn more(count: usize) -> String {
     if count > LISTED_MAX { format!(" and {} more", count - LISTED_MAX) } else { String::new() }
 }
 
-/// Why a process did not get into a world.
+/// Why a process did not join a world.
 #[derive(Debug, thiserror::Error)]
 pub enum RendezvousError {
-    /// A connection could not be made, or broke.
+    /// A connection could not be made or was lost.
     #[error(transparent)]
     Transport(#[from] TransportError),
-    /// There is no world, for anybody.
-    #[error("no start: {0}")]
+    /// The rendezvous refused the start for all processes.
+    #[error("cannot start: {0}")]
     Refused(RendezvousRefusal),
-    /// There is one, without this process.
+    /// The world runs without this process.
     #[error(
-        "rank {process} came too late: epoch {epoch} runs at {coordinator}; \
-         end it there, or restart all ranks together"
+        "rank {process} joined too late: epoch {epoch} already runs at {coordinator}; \
+         stop it, or restart all ranks together"
     )]
     Late {
         /// This process.
         process: u32,
         /// The epoch that runs.
         epoch: u64,
-        /// Where.
+        /// The address of process 0.
         coordinator: Address,
     },
-    /// A rank that its world does not have.
+    /// An invalid rank or world size.
     #[error("rank {process} of a world of {processes}: expected 1 to 4096 processes, and ranks below their number")]
     Rank {
         /// The rank.
         process: u32,
-        /// Processes of the world.
+        /// World size.
         processes: u32,
     },
-    /// Something that a process says of itself is too long.
-    #[error("{who}: {what} of length {length}, at most {length_max} is allowed")]
+    /// A part of a process's [`JoinInfo`] is too long.
+    #[error("{process}: {part} of length {length}, at most {length_max} is allowed")]
     TooLong {
-        /// Of whom.
-        who: ProcessLabel,
-        /// What.
-        what: String,
+        /// The process.
+        process: ProcessLabel,
+        /// The part.
+        part: String,
         /// Its length.
         length: usize,
-        /// The most.
+        /// The largest length.
         length_max: usize,
     },
-    /// The process cannot say what it is.
-    #[error("cannot read this process's {what}: {cause}")]
+    /// A part of the process's [`Identity`] cannot be read.
+    #[error("cannot read this process's {part}: {cause}")]
     Identity {
-        /// What.
-        what: &'static str,
-        /// What the system says.
+        /// The part.
+        part: &'static str,
+        /// The system's error.
         #[source]
         cause: io::Error,
     },
-    /// The coordinator's name or network is not known here.
-    #[error("no way from here to {coordinator}: {cause}")]
-    NoWay {
-        /// Where rank 0 should be.
+    /// The coordinator's name cannot be resolved, or there is no route to it.
+    #[error("no route to {coordinator}: {cause}")]
+    NoRoute {
+        /// The address of process 0.
         coordinator: Address,
-        /// What the system says.
+        /// The system's error.
         #[source]
         cause: io::Error,
     },
-    /// Process 0 took the introduction, and then did not answer in time, or with what it cannot say: a bug.
-    #[error("rank 0 at {coordinator} {what}")]
+    /// Process 0 received the join request and then did not answer in time or sent an invalid answer: a bug.
+    #[error("rank 0 at {coordinator} {action}")]
     Unexpected {
-        /// Where it is.
+        /// Its address.
         coordinator: Address,
         /// What it did.
-        what: String,
+        action: String,
     },
 }

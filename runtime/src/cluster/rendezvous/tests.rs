@@ -1,4 +1,4 @@
-//! Rendezvous of several processes, each a thread, over Unix sockets and loopback.
+//! Rendezvous of several processes over Unix sockets and loopback; each process is a thread.
 
 use std::io::{Read, Write};
 use std::sync::mpsc::{Receiver, channel};
@@ -7,17 +7,17 @@ use std::thread::{Scope, ScopedJoinHandle, scope};
 use shardflow_actors::transport::{Connection, Hello, ListenAddress, Purpose, SessionId, SettledWorld, connect, wire};
 use tempfile::TempDir;
 
-use super::messages::{Answer, Call, INTRODUCTION_BYTES_MAX, Ready};
+use super::messages::{Answer, REQUEST_BYTES_MAX, Ready, Request};
 use super::*;
 use crate::exit::Report;
 
-type Met = Result<(Roster, Listener), RendezvousError>;
+type Outcome = Result<(Roster, Listener), RendezvousError>;
 
 fn soon() -> Instant {
     Instant::now() + Duration::from_secs(20)
 }
 
-/// A free port of loopback; nobody else is likely to take it in the next moment.
+/// A free port on loopback; another process is unlikely to take it before the test does.
 fn tcp() -> Address {
     let listener = std::net::TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
     Address::Tcp(listener.local_addr().unwrap().to_string())
@@ -29,7 +29,7 @@ fn unix() -> (TempDir, Address) {
     (folder, address)
 }
 
-/// Process `process` of `processes`, on a host of its own name.
+/// Process `process` of `processes`, with a host name of its own.
 fn config(address: &Address, process: u32, processes: u32) -> RendezvousConfig {
     let secret = SharedKey::from_text("a secret of these tests").unwrap();
     let host = format!("host{process}");
@@ -48,27 +48,31 @@ fn config(address: &Address, process: u32, processes: u32) -> RendezvousConfig {
     }
 }
 
-fn spawn<'s>(scope: &'s Scope<'s, '_>, config: RendezvousConfig) -> ScopedJoinHandle<'s, Met> {
+fn spawn<'s>(scope: &'s Scope<'s, '_>, config: RendezvousConfig) -> ScopedJoinHandle<'s, Outcome> {
     scope.spawn(move || rendezvous(&config, |_| {}))
 }
 
-/// Process 0, and what it says while it waits.
-fn spawn_lead<'s>(scope: &'s Scope<'s, '_>, config: RendezvousConfig) -> (ScopedJoinHandle<'s, Met>, Receiver<String>) {
+/// Process 0, and the lines that it reports while it waits.
+fn spawn_rank_0<'s>(
+    scope: &'s Scope<'s, '_>,
+    config: RendezvousConfig,
+) -> (ScopedJoinHandle<'s, Outcome>, Receiver<String>) {
     let (sender, receiver) = channel();
-    let lead = scope.spawn(move || rendezvous(&config, |waiting| drop(sender.send(waiting.to_string()))));
-    (lead, receiver)
+    let rank_0 = scope.spawn(move || rendezvous(&config, |missing| drop(sender.send(missing.to_string()))));
+    (rank_0, receiver)
 }
 
-/// Waits until process 0 has said so.
-fn until_said(said: &Receiver<String>, expected: &str) {
+/// Waits until process 0 reports the expected line.
+fn wait_for_line(lines: &Receiver<String>, expected: &str) {
     let mut last = String::new();
     while last != expected {
-        last = said.recv_timeout(Duration::from_secs(20)).unwrap_or_else(|e| panic!("{e}: '{last}', not '{expected}'"));
+        let next = lines.recv_timeout(Duration::from_secs(20));
+        last = next.unwrap_or_else(|e| panic!("{e}: '{last}', not '{expected}'"));
     }
 }
 
-/// All processes at once; `change` alters their configurations.
-fn meet(address: &Address, processes: u32, change: impl Fn(&mut RendezvousConfig)) -> Vec<Met> {
+/// Runs all processes concurrently; `change` alters their configurations.
+fn run_all(address: &Address, processes: u32, change: impl Fn(&mut RendezvousConfig)) -> Vec<Outcome> {
     let configs = (0..processes).map(|process| {
         let mut config = config(address, process, processes);
         change(&mut config);
@@ -80,25 +84,25 @@ fn meet(address: &Address, processes: u32, change: impl Fn(&mut RendezvousConfig
     })
 }
 
-fn verdict(met: Met) -> RendezvousRefusal {
-    match met {
-        Err(RendezvousError::Refused(verdict)) => verdict,
+fn refusal(outcome: Outcome) -> RendezvousRefusal {
+    match outcome {
+        Err(RendezvousError::Refused(refusal)) => refusal,
         other => panic!("{other:?}"),
     }
 }
 
-fn who(process: u32) -> ProcessLabel {
+fn label(process: u32) -> ProcessLabel {
     ProcessLabel { process, host: format!("host{process}"), pid: 100 + process }
 }
 
-/// Somebody who only introduces itself.
-fn introduce(config: &RendezvousConfig) -> Connection {
+/// A process that sends its join request and nothing else.
+fn send_join(config: &RendezvousConfig) -> Connection {
     let (session, purpose) = (SessionId::default(), Purpose::Rendezvous);
     let hello = Hello { session, epoch: config.restart, from: config.process, to: 0, purpose };
-    let mut link = connect(&config.coordinator, &config.secret, &hello, soon()).unwrap();
-    let introduction = introduction(config, vec![]).unwrap();
-    wire::write_message(&mut link, &Call::Join(introduction), INTRODUCTION_BYTES_MAX).unwrap();
-    link
+    let mut connection = connect(&config.coordinator, &config.secret, &hello, soon()).unwrap();
+    let info = join_info(config, vec![]).unwrap();
+    wire::write_message(&mut connection, &Request::Join(info), REQUEST_BYTES_MAX).unwrap();
+    connection
 }
 
 #[test]
@@ -106,24 +110,24 @@ fn all_get_the_same_roster_and_can_dial_each_other() {
     for processes in 1..=8 {
         let (_folder, unix) = unix();
         for address in [unix, tcp()] {
-            let met = meet(&address, processes, |config| config.restart = u64::from(config.process * 3 % 5));
-            let met: Vec<(Roster, Listener)> = met.into_iter().map(Result::unwrap).collect();
-            let roster = &met[0].0;
-            assert!(met.iter().all(|(other, _)| other == roster));
+            let outcomes = run_all(&address, processes, |config| config.restart = u64::from(config.process * 3 % 5));
+            let worlds: Vec<(Roster, Listener)> = outcomes.into_iter().map(Result::unwrap).collect();
+            let roster = &worlds[0].0;
+            assert!(worlds.iter().all(|(other, _)| other == roster));
             assert_eq!(roster.epoch, (0..u64::from(processes)).map(|p| p * 3 % 5).max().unwrap());
             assert_ne!(roster.session, SessionId::default());
             assert_eq!(
-                roster.members.iter().map(Member::who).collect::<Vec<_>>(),
-                (0..processes).map(who).collect::<Vec<_>>()
+                roster.members.iter().map(Member::label).collect::<Vec<_>>(),
+                (0..processes).map(label).collect::<Vec<_>>()
             );
             let secret = config(&address, 0, 1).secret;
             let SettledWorld { session, epoch, .. } = roster.world();
             for (from, to) in (0..processes).flat_map(|from| (0..processes).map(move |to| (from, to))) {
                 let hello = Hello { session, epoch, from, to, purpose: Purpose::Control };
                 let member = &roster.members[to as usize];
-                for way in [member.tcp().unwrap(), member.unix().unwrap()] {
-                    let mut dialled = connect(way, &secret, &hello, soon()).unwrap();
-                    let mut accepted = met[to as usize].1.wait(from, Purpose::Control, soon()).unwrap();
+                for address in [member.tcp().unwrap(), member.unix().unwrap()] {
+                    let mut dialled = connect(address, &secret, &hello, soon()).unwrap();
+                    let mut accepted = worlds[to as usize].1.wait(from, Purpose::Control, soon()).unwrap();
                     dialled.write_all(&[from as u8]).unwrap();
                     let mut byte = [0];
                     accepted.read_exact(&mut byte).unwrap();
@@ -135,35 +139,35 @@ fn all_get_the_same_roster_and_can_dial_each_other() {
 }
 
 #[test]
-fn the_missing_are_named_while_waiting_and_at_the_deadline() {
+fn missing_ranks_are_named_during_the_wait_and_at_the_deadline() {
     let (_folder, address) = unix();
     let brief = |process| RendezvousConfig { timeout: Duration::from_secs(2), ..config(&address, process, 4) };
     scope(|s| {
-        let (lead, said) = spawn_lead(s, brief(0));
-        let joined = spawn(s, config(&address, 1, 4));
-        until_said(&said, "waiting for ranks 2, 3: 2 of 4 here");
-        for met in [lead, joined] {
-            let verdict = verdict(met.join().unwrap());
-            let RendezvousRefusal::Missing { missing, waited_ms, .. } = &verdict else { panic!("{verdict}") };
-            assert!(*missing == [2, 3] && *waited_ms >= 2000, "{verdict}");
-            let told = format!("ranks 2, 3 did not come in {waited_ms} ms: 2 of 4 were here");
-            assert!(verdict.to_string().starts_with(&told), "{verdict}");
+        let (rank_0, lines) = spawn_rank_0(s, brief(0));
+        let rank_1 = spawn(s, config(&address, 1, 4));
+        wait_for_line(&lines, "waiting for ranks 2, 3: 2 of 4 joined");
+        for thread in [rank_0, rank_1] {
+            let refusal = refusal(thread.join().unwrap());
+            let RendezvousRefusal::Missing { missing, waited_ms, .. } = &refusal else { panic!("{refusal}") };
+            assert!(*missing == [2, 3] && *waited_ms >= 2000, "{refusal}");
+            let expected = format!("ranks 2, 3 did not join in {waited_ms} ms: 2 of 4 joined");
+            assert!(refusal.to_string().starts_with(&expected), "{refusal}");
         }
     });
 }
 
 #[test]
-fn a_missing_rank_0_is_waited_for_and_named() {
+fn a_wait_for_rank_0_names_its_address() {
     let (_folder, address) = unix();
     let brief = RendezvousConfig { timeout: Duration::from_millis(100), ..config(&address, 1, 2) };
-    let mut said = Vec::new();
-    let met = rendezvous(&brief, |waiting| said.push(waiting.to_string()));
-    assert_eq!(said[0], format!("waiting for rank 0 at {address}"));
-    assert!(matches!(met, Err(RendezvousError::Transport(TransportError::Unreachable { .. }))), "{met:?}");
+    let mut lines = Vec::new();
+    let outcome = rendezvous(&brief, |missing| lines.push(missing.to_string()));
+    assert_eq!(lines[0], format!("waiting for rank 0 at {address}"));
+    assert!(matches!(outcome, Err(RendezvousError::Transport(TransportError::Unreachable { .. }))), "{outcome:?}");
 }
 
 #[test]
-fn what_does_not_fit_is_refused_to_all_with_both_values() {
+fn all_ranks_receive_a_conflict_with_both_values() {
     type Change = fn(&mut RendezvousConfig);
     let hex = |byte: u8| format!("blake3 {}", format!("{byte:02x}").repeat(32));
     let cases: [(&str, Change, &str, &str); 8] = [
@@ -172,146 +176,146 @@ fn what_does_not_fit_is_refused_to_all_with_both_values() {
         ("plan", |c| c.facts[2].value = "abd".into(), "abc", "abd"),
         ("mesh", |c| c.facts[0].value = "tensor=2".into(), "data=2", "tensor=2"),
         ("number of processes", |c| c.processes = 5, "4", "5"),
-        // The first difference is the one that is reported: another learning rate makes another plan, say.
+        // The first difference is reported: for example, another learning rate also makes another plan.
         ("lr", |c| c.facts[1..].iter_mut().for_each(|fact| fact.value = "0.25".into()), "0.5", "0.25"),
         ("lr", |c| drop(c.facts.remove(1)), "0.5", "nothing"),
         ("batch", |c| c.facts.push(Fact::new("batch", 4)), "nothing", "4"),
     ];
-    for (name, change, ours, theirs) in cases {
+    for (name, change, first_value, second_value) in cases {
         let (_folder, address) = unix();
-        let met = meet(&address, 4, |config| {
+        let outcomes = run_all(&address, 4, |config| {
             config.conflict_grace = Duration::from_secs(20);
             if config.process == 2 {
                 change(config);
             }
         });
-        let (first, second) = (who(0), who(2));
-        let (name, ours, theirs) = (name.into(), ours.into(), theirs.into());
-        let expected = Conflict::Differs { name, first, ours, second, theirs };
-        for met in met {
-            assert_eq!(verdict(met), RendezvousRefusal::Conflicts(vec![expected.clone()]));
+        let (first, second) = (label(0), label(2));
+        let (name, first_value, second_value) = (name.into(), first_value.into(), second_value.into());
+        let expected = Conflict::Differs { name, first, first_value, second, second_value };
+        for outcome in outcomes {
+            assert_eq!(refusal(outcome), RendezvousRefusal::Conflicts(vec![expected.clone()]));
         }
     }
 }
 
 #[test]
-fn a_rank_beyond_the_world_is_told_too() {
+fn a_rank_beyond_the_world_receives_the_refusal() {
     let (_folder, address) = unix();
     scope(|s| {
-        let lead = spawn(s, config(&address, 0, 2));
-        let beyond = verdict(spawn(s, config(&address, 6, 8)).join().unwrap());
-        let told = beyond.to_string();
+        let rank_0 = spawn(s, config(&address, 0, 2));
+        let rank_6 = refusal(spawn(s, config(&address, 6, 8)).join().unwrap());
+        let message = rank_6.to_string();
         let expected = "rank 0 (host host0, pid 100) and rank 6 (host host6, pid 106) differ in their number of processes: 2 and 8";
-        assert!(told.contains(expected), "{told}");
-        assert_eq!(verdict(lead.join().unwrap()), beyond);
+        assert!(message.contains(expected), "{message}");
+        assert_eq!(refusal(rank_0.join().unwrap()), rank_6);
     });
 }
 
 #[test]
-fn two_of_one_rank_are_both_named() {
+fn two_processes_with_the_same_rank_are_both_named() {
     let (_folder, address) = unix();
     scope(|s| {
-        let (lead, said) = spawn_lead(s, config(&address, 0, 3));
+        let (rank_0, lines) = spawn_rank_0(s, config(&address, 0, 3));
         let first = spawn(s, config(&address, 1, 3));
-        until_said(&said, "waiting for rank 2: 2 of 3 here");
+        wait_for_line(&lines, "waiting for rank 2: 2 of 3 joined");
         let mut other = config(&address, 1, 3);
         other.identity.host = "elsewhere".into();
         let second = ProcessLabel { process: 1, host: "elsewhere".into(), pid: 101 };
-        let expected = RendezvousRefusal::Conflicts(vec![Conflict::Duplicate { first: who(1), second }]);
-        for met in [spawn(s, other), first, lead] {
-            assert_eq!(verdict(met.join().unwrap()), expected);
+        let expected = RendezvousRefusal::Conflicts(vec![Conflict::Duplicate { first: label(1), second }]);
+        for thread in [spawn(s, other), first, rank_0] {
+            assert_eq!(refusal(thread.join().unwrap()), expected);
         }
     });
 }
 
 #[test]
-fn two_of_rank_0_are_both_named() {
+fn two_processes_with_rank_0_are_both_named() {
     let (_folder, unix) = unix();
     for address in [unix, tcp()] {
         scope(|s| {
-            let (lead, said) = spawn_lead(s, config(&address, 0, 2));
-            until_said(&said, "waiting for rank 1: 1 of 2 here");
+            let (rank_0, lines) = spawn_rank_0(s, config(&address, 0, 2));
+            wait_for_line(&lines, "waiting for rank 1: 1 of 2 joined");
             let mut other = config(&address, 0, 2);
             other.identity.pid = 7;
-            let second = ProcessLabel { pid: 7, ..who(0) };
-            let expected = RendezvousRefusal::Conflicts(vec![Conflict::Duplicate { first: who(0), second }]);
-            for met in [spawn(s, other), lead] {
-                assert_eq!(verdict(met.join().unwrap()), expected);
+            let second = ProcessLabel { pid: 7, ..label(0) };
+            let expected = RendezvousRefusal::Conflicts(vec![Conflict::Duplicate { first: label(0), second }]);
+            for thread in [spawn(s, other), rank_0] {
+                assert_eq!(refusal(thread.join().unwrap()), expected);
             }
         });
     }
 }
 
 #[test]
-fn who_comes_late_is_refused_and_counted() {
+fn a_late_process_is_refused_and_counted() {
     let (_folder, address) = unix();
-    let met = meet(&address, 3, |config| config.restart = 4);
-    let (_, endpoint) = met.into_iter().next().unwrap().unwrap();
+    let outcomes = run_all(&address, 3, |config| config.restart = 4);
+    let (_, listener) = outcomes.into_iter().next().unwrap().unwrap();
     let late = RendezvousConfig { restart: 4, late_grace: Duration::from_millis(100), ..config(&address, 1, 3) };
     let error = rendezvous(&late, |_| {}).unwrap_err();
     assert!(matches!(error, RendezvousError::Late { process: 1, epoch: 4, .. }), "{error}");
-    assert!(endpoint.refused().old_epoch >= 2);
-    // One that was restarted waits for this world to end.
+    assert!(listener.refused().old_epoch >= 2);
+    // A restarted process waits for this world to end.
     let next = RendezvousConfig { restart: 5, timeout: Duration::from_millis(100), ..late };
     let error = rendezvous(&next, |_| {}).unwrap_err();
     assert!(matches!(error, RendezvousError::Transport(TransportError::Unreachable { .. })), "{error}");
 }
 
 #[test]
-fn a_process_that_was_restarted_takes_its_place() {
+fn a_restarted_process_replaces_its_predecessor() {
     let (_folder, address) = unix();
     scope(|s| {
-        let (lead, said) = spawn_lead(s, config(&address, 0, 3));
+        let (rank_0, lines) = spawn_rank_0(s, config(&address, 0, 3));
         let older = spawn(s, config(&address, 1, 3));
-        until_said(&said, "waiting for rank 2: 2 of 3 here");
+        wait_for_line(&lines, "waiting for rank 2: 2 of 3 joined");
         let mut restarted = RendezvousConfig { restart: 1, ..config(&address, 1, 3) };
         restarted.identity.pid = 201;
         let newer = spawn(s, restarted);
-        // It loses its place, comes again, and hears who has it.
-        let (first, second) = (ProcessLabel { pid: 201, ..who(1) }, who(1));
+        // The older process is replaced, joins again, and is refused with the newer one's label.
+        let (first, second) = (ProcessLabel { pid: 201, ..label(1) }, label(1));
         let expected = RendezvousRefusal::Conflicts(vec![Conflict::Duplicate { first, second }]);
-        assert_eq!(verdict(older.join().unwrap()), expected);
+        assert_eq!(refusal(older.join().unwrap()), expected);
         let last = spawn(s, config(&address, 2, 3));
-        for met in [lead, newer, last] {
-            let (roster, _) = met.join().unwrap().unwrap();
+        for thread in [rank_0, newer, last] {
+            let (roster, _) = thread.join().unwrap().unwrap();
             assert_eq!((roster.epoch, roster.members[1].pid), (1, 201));
         }
     });
 }
 
 #[test]
-fn a_process_that_dies_while_it_waits_is_missing_again() {
+fn a_process_that_dies_during_the_wait_is_missing_again() {
     let (_folder, address) = unix();
     scope(|s| {
-        let (lead, said) = spawn_lead(s, config(&address, 0, 3));
-        let dying = introduce(&config(&address, 1, 3));
-        until_said(&said, "waiting for rank 2: 2 of 3 here");
+        let (rank_0, lines) = spawn_rank_0(s, config(&address, 0, 3));
+        let dying = send_join(&config(&address, 1, 3));
+        wait_for_line(&lines, "waiting for rank 2: 2 of 3 joined");
         drop(dying);
-        until_said(&said, "waiting for ranks 1, 2: 1 of 3 here");
+        wait_for_line(&lines, "waiting for ranks 1, 2: 1 of 3 joined");
         let others = [1, 2].map(|process| spawn(s, config(&address, process, 3)));
-        lead.join().unwrap().unwrap();
-        let _ = others.map(|met| met.join().unwrap().unwrap());
+        rank_0.join().unwrap().unwrap();
+        let _ = others.map(|thread| thread.join().unwrap().unwrap());
     });
 }
 
 #[test]
-fn a_process_that_dies_at_the_start_is_named_to_all() {
+fn all_ranks_receive_the_name_of_a_process_that_dies_at_the_start() {
     let (_folder, address) = unix();
     scope(|s| {
-        let lead = spawn(s, config(&address, 0, 3));
+        let rank_0 = spawn(s, config(&address, 0, 3));
         let other = spawn(s, config(&address, 2, 3));
-        let mut dying = introduce(&config(&address, 1, 3));
+        let mut dying = send_join(&config(&address, 1, 3));
         let answer = wire::read_message::<Answer>(&mut dying, wire::MESSAGE_BYTES_MAX).unwrap();
         assert!(matches!(answer, Answer::Roster(_)));
         drop(dying);
-        for met in [lead, other] {
-            assert_eq!(verdict(met.join().unwrap()), RendezvousRefusal::Lost(who(1)));
+        for thread in [rank_0, other] {
+            assert_eq!(refusal(thread.join().unwrap()), RendezvousRefusal::Lost(label(1)));
         }
     });
 }
 
 #[test]
-fn a_rank_0_that_was_restarted_is_found_again() {
+fn a_process_finds_a_restarted_rank_0() {
     let (_folder, address) = unix();
     let Address::Unix(path) = address.clone() else { panic!("it is a Unix address") };
     scope(|s| {
@@ -325,33 +329,33 @@ fn a_rank_0_that_was_restarted_is_found_again() {
     });
 }
 
-/// It may say ready for nothing but the session that it was told.
+/// `Ready` must carry the session of the roster.
 #[test]
-fn a_wrong_confirmation_ends_the_start() {
+fn a_ready_for_another_session_fails_the_start() {
     let (_folder, address) = unix();
     scope(|s| {
-        let lead = spawn(s, config(&address, 0, 2));
-        let mut liar = introduce(&config(&address, 1, 2));
-        wire::write_message(&mut liar, &Ready { session: SessionId([1; 16]) }, 100).unwrap();
-        assert_eq!(verdict(lead.join().unwrap()), RendezvousRefusal::Lost(who(1)));
+        let rank_0 = spawn(s, config(&address, 0, 2));
+        let mut faulty = send_join(&config(&address, 1, 2));
+        wire::write_message(&mut faulty, &Ready { session: SessionId([1; 16]) }, 100).unwrap();
+        assert_eq!(refusal(rank_0.join().unwrap()), RendezvousRefusal::Lost(label(1)));
     });
 }
 
 #[test]
-fn another_secret_is_an_error_of_authentication() {
+fn another_secret_is_an_authentication_error() {
     let (_folder, address) = unix();
     scope(|s| {
-        let lead = spawn(s, RendezvousConfig { timeout: Duration::from_millis(300), ..config(&address, 0, 2) });
+        let rank_0 = spawn(s, RendezvousConfig { timeout: Duration::from_millis(300), ..config(&address, 0, 2) });
         let secret = SharedKey::from_text("another secret of these tests").unwrap();
         let error = rendezvous(&RendezvousConfig { secret, ..config(&address, 1, 2) }, |_| {}).unwrap_err();
         assert!(matches!(&error, RendezvousError::Transport(e) if e.is_authentication()), "{error}");
-        let verdict = verdict(lead.join().unwrap());
-        assert!(verdict.to_string().ends_with("another secret or version on some rank, or strangers"), "{verdict}");
+        let refusal = refusal(rank_0.join().unwrap());
+        assert!(refusal.to_string().ends_with("another secret or version on a rank, or unrelated peers"), "{refusal}");
     });
 }
 
 #[test]
-fn what_is_said_of_oneself_has_limits() {
+fn oversized_facts_and_invalid_ranks_are_refused() {
     let (_folder, address) = unix();
     let facts =
         |count: usize, bytes: usize| (0..count).map(|i| Fact::new(format!("f{i}"), "x".repeat(bytes))).collect();
@@ -370,7 +374,7 @@ fn what_is_said_of_oneself_has_limits() {
 }
 
 #[test]
-fn a_process_knows_itself() {
+fn identity_and_local_address_of_this_process_are_found() {
     let identity = Identity::of_this_process().unwrap();
     assert_eq!(identity, Identity::of_this_process().unwrap());
     assert!(identity.node.ends_with(&identity.host) && identity.pid == std::process::id());
@@ -380,82 +384,82 @@ fn a_process_knows_itself() {
         found.map(|address| address.to_string()).map_err(|error| error.to_string())
     };
     let error = local(&Address::Tcp("no-such-host.invalid:5".into()), None).unwrap_err();
-    assert!(error.starts_with("no way from here to no-such-host.invalid:5"), "{error}");
+    assert!(error.starts_with("no route to no-such-host.invalid:5"), "{error}");
     assert_eq!(local(&tcp(), None), loopback);
     assert_eq!(local(&unix().1, None), loopback);
     let elsewhere = "10.1.2.3:0".to_string();
     assert_eq!(local(&tcp(), elsewhere.parse().ok()), Ok(elsewhere));
 }
 
-/// As a PyTorchJob's master does.
+/// A PyTorchJob's master does this.
 #[test]
-fn rank_0_may_know_itself_as_all_addresses() {
+fn rank_0_may_listen_on_the_unspecified_address() {
     let Address::Tcp(loopback) = tcp() else { panic!("it is TCP") };
     let all = loopback.replace("127.0.0.1", "0.0.0.0");
-    let met = meet(&Address::Tcp(loopback.clone()), 3, |config| {
+    let outcomes = run_all(&Address::Tcp(loopback.clone()), 3, |config| {
         config.spans_nodes = true;
         if config.process == 0 {
             config.coordinator = Address::Tcp(all.clone());
         }
     });
-    for (process, met) in met.into_iter().enumerate().skip(1) {
-        let (roster, _) = met.unwrap();
+    for (process, outcome) in outcomes.into_iter().enumerate().skip(1) {
+        let (roster, _) = outcome.unwrap();
         assert_eq!(roster.members[0].tcp().unwrap().to_string(), loopback, "at process {process}");
     }
 }
 
 #[test]
-fn zones_are_not_for_other_nodes() {
+fn published_addresses_have_no_zone() {
     let published = |text: &str| unzoned(Address::Tcp(text.into())).to_string();
     assert_eq!(published("[fe80::1%lo]:5"), "[fe80::1]:5");
     assert_eq!(published("[fe80::1%7]:5"), "[fe80::1]:5");
     assert_eq!(published("node1:5"), "node1:5");
 }
 
-/// Of rank `rank`, which ends with `exit`.
+/// The report of a rank that ended with code `exit`.
 fn failure(rank: u32, exit: u8) -> Report {
     Report { rank, exit, time_unix_ns: 1, cause: "--width is no multiple of --heads".into(), ..Report::default() }
 }
 
-/// How a process ends that was refused because of a report.
-fn told(met: Met) -> (u8, String) {
-    let verdict = verdict(met);
-    let RendezvousRefusal::Failed(report) = &verdict else { panic!("{verdict}") };
-    (report.exit, verdict.to_string())
+/// The exit code and message of a process that was refused because of a report.
+fn failed_refusal(outcome: Outcome) -> (u8, String) {
+    let refusal = refusal(outcome);
+    let RendezvousRefusal::Failed(report) = &refusal else { panic!("{refusal}") };
+    (report.exit, refusal.to_string())
 }
 
 #[test]
-fn a_process_that_fails_before_it_joins_ends_all() {
+fn the_failure_of_a_process_before_it_joins_ends_all() {
     let (_folder, unix) = unix();
     for address in [unix, tcp()] {
         scope(|s| {
-            let (lead, said) = spawn_lead(s, config(&address, 0, 4));
-            let seated = spawn(s, config(&address, 1, 4));
-            until_said(&said, "waiting for ranks 2, 3: 2 of 4 here");
-            call(&config(&address, 3, 4), 3..4, &failure(3, 2)).unwrap();
-            // It comes after the report, while rank 0 still answers.
+            let (rank_0, lines) = spawn_rank_0(s, config(&address, 0, 4));
+            let joined = spawn(s, config(&address, 1, 4));
+            wait_for_line(&lines, "waiting for ranks 2, 3: 2 of 4 joined");
+            send_failure(&config(&address, 3, 4), 3..4, &failure(3, 2)).unwrap();
+            // It joins after the report, while rank 0 still answers.
             let late = spawn(s, config(&address, 2, 4));
             let expected = "rank 3 ended before it joined: --width is no multiple of --heads (code 2: usage)";
-            for met in [seated, late, lead] {
-                assert_eq!(told(met.join().unwrap()), (2, expected.to_string()));
+            for thread in [joined, late, rank_0] {
+                assert_eq!(failed_refusal(thread.join().unwrap()), (2, expected.to_string()));
             }
         });
     }
 }
 
 #[test]
-fn somebody_answers_for_a_rank_0_that_failed() {
+fn another_process_answers_for_a_failed_rank_0() {
     let (_folder, unix) = unix();
     for address in [unix, tcp()] {
         scope(|s| {
-            // Both look for rank 0 before anybody listens there.
+            // Both connect before any process listens at the address of rank 0.
             let waiting = [1, 2].map(|process| spawn(s, config(&address, process, 4)));
-            let reporting = s.spawn(|| call(&config(&address, 3, 4), 3..4, &failure(3, 65)));
-            // It ends as soon as all have called, long before this.
+            let reporting = s.spawn(|| send_failure(&config(&address, 3, 4), 3..4, &failure(3, 65)));
+            // It returns when all ranks have connected, long before this timeout.
             let patient = RendezvousConfig { report_within: Duration::from_secs(600), ..config(&address, 0, 4) };
-            answer(&patient, 0..1, &failure(0, 2)).unwrap();
-            for met in waiting {
-                assert_eq!(told(met.join().unwrap()).0, 2, "the first cause");
+            refuse_callers(&patient, 0..1, &failure(0, 2)).unwrap();
+            for thread in waiting {
+                assert_eq!(failed_refusal(thread.join().unwrap()).0, 2, "the first cause");
             }
             reporting.join().unwrap().unwrap();
         });
@@ -463,37 +467,37 @@ fn somebody_answers_for_a_rank_0_that_failed() {
 }
 
 #[test]
-fn a_report_that_nobody_takes_ends_in_time() {
+fn a_report_without_a_receiver_times_out() {
     let (_folder, address) = unix();
     let brief =
         |process| RendezvousConfig { report_within: Duration::from_millis(100), ..config(&address, process, 2) };
-    let error = call(&brief(1), 1..2, &failure(1, 2)).unwrap_err();
+    let error = send_failure(&brief(1), 1..2, &failure(1, 2)).unwrap_err();
     assert!(matches!(error, RendezvousError::Transport(TransportError::Unreachable { .. })), "{error}");
-    answer(&brief(0), 0..1, &failure(0, 2)).unwrap();
+    refuse_callers(&brief(0), 0..1, &failure(0, 2)).unwrap();
 }
 
 #[test]
-fn a_report_changes_nothing_of_a_world_that_runs() {
+fn a_running_world_refuses_a_report() {
     let (_folder, address) = unix();
-    let _running = meet(&address, 2, |_| {}).into_iter().map(Result::unwrap).collect::<Vec<_>>();
-    let error = call(&config(&address, 1, 2), 1..2, &failure(1, 2)).unwrap_err();
+    let _running = run_all(&address, 2, |_| {}).into_iter().map(Result::unwrap).collect::<Vec<_>>();
+    let error = send_failure(&config(&address, 1, 2), 1..2, &failure(1, 2)).unwrap_err();
     assert!(error.to_string().contains("is running"), "{error}");
 }
 
-/// A peer that holds the secret cannot end the others with success, or with a code that restarts them for ever.
+/// A peer that holds the secret cannot end the others with success, or with a code that restarts them forever.
 #[test]
-fn reports_of_what_is_no_final_failure_are_ignored() {
+fn reports_without_a_final_failure_are_ignored() {
     let (_folder, address) = unix();
     scope(|s| {
-        let (lead, said) = spawn_lead(s, config(&address, 0, 2));
-        until_said(&said, "waiting for rank 1: 1 of 2 here");
+        let (rank_0, lines) = spawn_rank_0(s, config(&address, 0, 2));
+        wait_for_line(&lines, "waiting for rank 1: 1 of 2 joined");
         for exit in [0, 69, 70] {
             let brief = RendezvousConfig { report_within: Duration::from_millis(200), ..config(&address, 1, 2) };
-            assert!(call(&brief, 1..2, &failure(1, exit)).is_err());
+            assert!(send_failure(&brief, 1..2, &failure(1, exit)).is_err());
         }
         let other = spawn(s, config(&address, 1, 2));
-        for met in [lead, other] {
-            met.join().unwrap().unwrap();
+        for thread in [rank_0, other] {
+            thread.join().unwrap().unwrap();
         }
     });
 }
