@@ -1,6 +1,5 @@
-//! Measures the share of a training step spent outside kernels: alternates a step through the session with the
-//! same launches
-//! run directly on one stream. `cargo bench -p shardflow-integration-tests --bench overhead [-- THREADS]`.
+//! Measures the share of a training step spent outside kernels: alternates a step through the session with the same
+//! launches run directly on one stream. `cargo bench -p shardflow-integration-tests --bench overhead [-- THREADS]`.
 
 use std::sync::Arc;
 use std::sync::mpsc::channel;

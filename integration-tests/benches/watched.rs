@@ -1,6 +1,5 @@
-//! Measures what observation costs a training step of the default model: alternates steps of a plain session
-//! watched_total steps of
-//! one that records all metrics, is scraped and writes a trace. `cargo bench -p shardflow-integration-tests --bench
+//! Measures what observation costs a training step of the default model: alternates steps of a plain session with steps
+//! of one that records all metrics, is scraped and writes a trace. `cargo bench -p shardflow-integration-tests --bench
 //! watched [-- THREADS]`.
 
 use std::io::{Read, Write};

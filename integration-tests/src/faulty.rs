@@ -1,6 +1,5 @@
 //! An object store that fails at its k-th operation: it kills the process, reports a full disk, never answers, or
-//! freezes
-//! the process. Or one that lacks hard links or conditional puts.
+//! freezes the process. Or one that lacks hard links or conditional puts.
 
 use std::fmt;
 use std::path::PathBuf;

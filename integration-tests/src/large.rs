@@ -1,6 +1,5 @@
 //! Checks gradients whose squares overflow f32, on any kind of device: the norm is finite, clipping works, and an
-//! update that
-//! would make a parameter or moment infinite is skipped.
+//! update that would make a parameter or moment infinite is skipped.
 
 use shardflow::graph::{AdamW, Graph};
 use shardflow::nn::{self, Parallel};

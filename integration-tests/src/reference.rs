@@ -74,8 +74,7 @@ pub fn initial_parameters(config: &ReferenceConfig, vocab: usize) -> Tensors {
 }
 
 /// Converts a text to ids, numbering its distinct bytes in ascending order. Returns the number of distinct bytes, and
-/// the ids
-/// of the first nine tenths.
+/// the ids of the first nine tenths.
 pub fn tokens(text: &[u8]) -> (usize, Vec<usize>) {
     let mut alphabet = text.to_vec();
     alphabet.sort_unstable();
@@ -386,8 +385,7 @@ fn cross_entropy(logits: &[f64], targets: &[usize]) -> (f64, Vec<f64>) {
 }
 
 /// `(1 + erf(z / sqrt 2)) / 2`, by the series `erf(x) = 2/sqrt(pi) exp(-x^2) sum 2^n x^(2n+1) / (2n+1)!!`, whose terms
-/// all
-/// have the sign of x, so nothing cancels. (Abramowitz and Stegun 7.1.6)
+/// all have the sign of x, so nothing cancels. (Abramowitz and Stegun 7.1.6)
 fn normal_cdf(z: f64) -> f64 {
     let x = z / 2f64.sqrt();
     if x.abs() > 6.0 {

@@ -1,6 +1,5 @@
 //! A proxy in front of every listener of a job's processes. It splits streams into random pieces, delays each direction
-//! of
-//! each connection independently, and loses no bytes; it drops some heartbeats.
+//! of each connection independently, and loses no bytes; it drops some heartbeats.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -123,8 +122,8 @@ impl Shared {
         self.wait(time);
     }
 
-    /// Rng of the next direction.
-    fn rng(&self) -> Rng {
+    /// Random numbers for the next direction.
+    fn next_rng(&self) -> Rng {
         let mut state = self.state();
         state.directions += 1;
         Rng(self.options.seed.wrapping_mul(1 << 20).wrapping_add(state.directions))

@@ -1,6 +1,5 @@
 //! A small GPT trained through the public API on an embedded text, on any mesh. Every layout, and [`crate::reference`],
-//! uses
-//! the same samples and initial weights.
+//! uses the same samples and initial weights.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};

@@ -1,6 +1,5 @@
 //! Runs the handshake with a peer that has no secret and sends arbitrary bytes: neither side accepts it. Also decodes
-//! the
-//! authenticated messages as if their MAC were valid.
+//! the authenticated messages as if their MAC were valid.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;

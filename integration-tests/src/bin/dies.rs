@@ -2,11 +2,9 @@
 //! collective or the update of a step.
 //!
 //! `DIES="TARGET RANK STEP PHASE"`: TARGET is `KILL` or `STOP` for the process itself, or `LAUNCHER` to kill its
-//! parent.
-//! This happens once; the file `died` then holds the Unix time in nanoseconds and the launch. The file `log` records
-//! progress and continues over restarts. Streams emit an event before each launch, on their own thread, so the process
-//! dies
-//! between two launches of one action, or while a collective waits for members that this program delays.
+//! parent. This happens once; the file `died` then holds the Unix time in nanoseconds and the launch. The file `log`
+//! records progress and continues over restarts. Streams emit an event before each launch, on their own thread, so the
+//! process dies between two launches of one action, or while a collective waits for members that this program delays.
 
 use std::fs::{self, OpenOptions};
 use std::io::Write;

@@ -1,7 +1,6 @@
 //! A training to observe: `watched ADDRESS MESH gpipe|1f1b MICRO_BATCHES MILLISECONDS`. Every stage takes this many
 //! milliseconds per micro-batch, forward and backward, independent of the machine's load, because its kernels wait for
-//! a
-//! timer. The line `close` on standard input blocks the last stage's forward until the line `open`; the end of input
+//! a timer. The line `close` on standard input blocks the last stage's forward until the line `open`; the end of input
 //! ends it.
 
 use std::io::BufRead;

@@ -1,6 +1,5 @@
 //! Runs a single launch on its own buffers, to time it or to read its outputs; and measures the copy and product
-//! ceilings
-//! with it.
+//! ceilings with it.
 
 use std::sync::Arc;
 use std::sync::mpsc::channel;
@@ -101,8 +100,7 @@ impl Bench {
     }
 
     /// Packs the launch's buffers from offset 0, keeping shared buffers shared, with the workspace that this device
-    /// needs.
-    /// Returns the launch and its bytes.
+    /// needs. Returns the launch and its bytes.
     fn pack(&self, launch: &Launch) -> (Launch, usize) {
         let mut packed = launch.clone();
         let bytes = self.device.kind().workspace_bytes(launch);
@@ -146,8 +144,7 @@ fn moved(launch: &Launch, by: usize) -> Launch {
 }
 
 /// Fills the buffers that a launch reads, and with `writes` those it writes, with numbers between 0.1 and 1.1, which
-/// every op
-/// accepts, and integer buffers with tokens.
+/// every op accepts, and integer buffers with tokens.
 fn fill(arena: &Arena, by: usize, launch: &Launch, writes: bool) -> Result<()> {
     let vocabulary = match launch.op {
         Op::Embedding { vocab, .. } | Op::SumExpTarget { vocab, .. } => vocab,

@@ -1,6 +1,6 @@
 //! Shardflow's part of `integration-tests/gpu/check.sh`: reports versions, measures copies and products, trains GPT-2,
-//! times
-//! and compares its launches, and runs several devices on one GPU with delays. Each command prints one line of JSON.
+//! times and compares its launches, and runs several devices on one GPU with delays. Each command prints one line of
+//! JSON.
 
 use std::process::ExitCode;
 

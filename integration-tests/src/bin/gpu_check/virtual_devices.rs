@@ -1,6 +1,5 @@
 //! Runs four devices of a mesh on one GPU. Losses are bit-identical for any delays on its streams; in f32 they match
-//! the CPU
-//! backend's within a tolerance. Each training is a separate process, because the environment sets the delays.
+//! the CPU backend's within a tolerance. Each training is a separate process, because the environment sets the delays.
 
 use std::process::Command;
 
