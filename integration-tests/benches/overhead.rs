@@ -68,7 +68,8 @@ fn main() {
             direct_seconds.push(pair.1);
         }
     }
-    let [session_seconds, direct_seconds] = [session_seconds, direct_seconds].map(|seconds| median(seconds).expect("rounds"));
+    let [session_seconds, direct_seconds] =
+        [session_seconds, direct_seconds].map(|seconds| median(seconds).expect("rounds"));
     println!(
         "{threads} threads: a step takes {:.2} ms, its kernels {:.2} ms: {:.1} % outside kernels",
         session_seconds * 1e3,

@@ -96,10 +96,14 @@ fn large_gradients_are_clipped_like_small_ones(device: DeviceKind, mesh: &str) {
 }
 
 fn an_update_that_would_overflow_is_skipped(device: DeviceKind, mesh: &str) {
-    for (factor, learning_rate, overflow_in) in [(LARGE, LEARNING_RATE, "a second moment"), (1.0, f32::MAX, "a parameter")] {
+    for (factor, learning_rate, overflow_in) in
+        [(LARGE, LEARNING_RATE, "a second moment"), (1.0, f32::MAX, "a parameter")]
+    {
         let mut session = start(device, mesh, factor, f32::INFINITY, OnNonFinite::Stop);
         let before = state(&session);
-        let Err(SessionError::NonFinite(found)) = step(&mut session, learning_rate) else { panic!("{mesh}: {overflow_in}") };
+        let Err(SessionError::NonFinite(found)) = step(&mut session, learning_rate) else {
+            panic!("{mesh}: {overflow_in}")
+        };
         assert_eq!((found.overflow, &found.first), (Some(overflow_in), &None), "{mesh}");
         assert!(found.loss.is_some_and(f32::is_finite) && found.grad_norm.is_some_and(f64::is_finite), "{found:?}");
         assert!(state(&session) == before, "{mesh}: a skipped update changed the state, overflow in {overflow_in}");

@@ -149,7 +149,13 @@ impl Model {
     }
 
     /// Trains like [`Model::train`], with these session options.
-    pub fn train_with(&self, mesh: &str, options: &CompileOptions, steps: usize, session: &SessionOptions) -> TrainingResult {
+    pub fn train_with(
+        &self,
+        mesh: &str,
+        options: &CompileOptions,
+        steps: usize,
+        session: &SessionOptions,
+    ) -> TrainingResult {
         let mut session = self.session_with(mesh, options, session);
         let reports: Vec<StepReport> = (0..steps).map(|_| self.step(&mut session)).collect();
         let losses = reports.iter().map(|r| r.loss.expect("the program has a loss")).collect();

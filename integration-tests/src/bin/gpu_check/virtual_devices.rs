@@ -48,11 +48,9 @@ pub fn run(args: &VirtualArgs) -> Result<Found> {
         let delayed: Vec<_> = (1..=args.seeds).map(|seed| (seed, losses("cuda", Some(seed)))).collect();
         let cpu = if precision == "f32" { losses("cpu", None) } else { None };
         let differ: Vec<_> = delayed.iter().filter(|(_, losses)| losses.is_none() || *losses != undelayed).collect();
-        wrong.extend(
-            differ
-                .iter()
-                .map(|(seed, losses)| format!("{precision}: losses {losses:?} with delays of seed {seed}, {undelayed:?} without")),
-        );
+        wrong.extend(differ.iter().map(|(seed, losses)| {
+            format!("{precision}: losses {losses:?} with delay seed {seed}, {undelayed:?} without")
+        }));
         let differ: Vec<u64> = differ.into_iter().map(|(seed, _)| *seed).collect();
         let difference = undelayed.iter().flatten().zip(cpu.iter().flatten());
         let difference = difference.map(|(a, b)| (a - b).abs() / a.abs().max(b.abs())).reduce(f64::max);
