@@ -1,4 +1,4 @@
-//! What is checked and written when the process ends.
+//! Checks for leaks and writes the report when the process exits.
 #![allow(unsafe_code)]
 
 use std::time::Duration;
@@ -11,24 +11,24 @@ use crate::world::{World, lock, world};
 
 const DRAIN_MAX: Duration = Duration::from_secs(5);
 
-/// Has the report written when the process ends by itself.
+/// Registers the report for a normal exit of the process.
 pub fn report_at_exit() {
     extern "C" fn at_exit() {
         let world = world();
         drain(world, DRAIN_MAX);
         find_leaks(world);
-        let left = world.state().comms.left();
-        hub::wait_until_left(&left, DRAIN_MAX);
+        let closed = world.state().comms.closed_names();
+        hub::wait_until_left(&closed, DRAIN_MAX);
         let Some(path) = &world.config.report else { return };
         if let Err(error) = report(world).write(path) {
             eprintln!("software-cuda: cannot write {}: {error}", path.display());
         }
     }
-    // SAFETY: the handler is a function of this library, which is never unloaded: its executor runs in it.
+    // SAFETY: the handler is in this library, which is never unloaded, because its executor thread runs in it.
     unsafe { libc::atexit(at_exit) };
 }
 
-/// What is known so far.
+/// The report so far.
 pub fn report(world: &World) -> Report {
     let executed = world.state().executed;
     let findings = lock(&world.findings).list().to_vec();
@@ -36,7 +36,7 @@ pub fn report(world: &World) -> Report {
     Report { findings, peak_bytes, executed, ..Report::default() }.with_calls()
 }
 
-/// What was made and not given back, as findings.
+/// Records leaked objects as findings.
 pub fn find_leaks(world: &World) -> usize {
     let leaks = leaks(world);
     for leak in &leaks {
@@ -45,7 +45,7 @@ pub fn find_leaks(world: &World) -> usize {
     leaks.len()
 }
 
-/// What was made and not given back. Nothing is blamed on a program whose device was lost.
+/// Objects that were created and not destroyed; none after an injected fault.
 pub fn leaks(world: &World) -> Vec<String> {
     let mut leaks = Vec::new();
     let state = world.state();

@@ -1,4 +1,4 @@
-//! What host threads do to pinned memory, and the clock tokens that they hand each other.
+//! Accesses of host threads to pinned memory, and the clock tokens that they exchange.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -6,7 +6,7 @@ use crate::run::{Running, guest};
 use crate::shadow::{Access, Guest, Name};
 use crate::world::{World, lock};
 
-/// Does something to memory as the calling thread, at once.
+/// Accesses memory as the calling host thread, immediately.
 pub fn as_host<T>(world: &World, name: &str, act: impl FnOnce(&mut Guest) -> T) -> T {
     let mut state = world.state();
     let agents = state.agents + 1;
@@ -20,13 +20,13 @@ pub fn as_host<T>(world: &World, name: &str, act: impl FnOnce(&mut Guest) -> T) 
     act(&mut guest(&mut shadow, &world.registry, &world.findings, &running))
 }
 
-/// The calling thread reads or writes pinned memory.
+/// Records that the calling thread reads or writes pinned memory.
 pub fn touch(world: &World, address: usize, bytes: usize, is_write: bool) {
     let (name, access) = if is_write { ("host write", Access::Write) } else { ("host read", Access::Read) };
     as_host(world, name, |guest| guest.touch(address, bytes, access));
 }
 
-/// What the calling thread knows, to be sent with a message; never 0.
+/// Captures the calling thread's clock as a token for a message; never 0.
 pub fn capture(world: &World) -> u64 {
     static NEXT: AtomicU64 = AtomicU64::new(1);
     let token = NEXT.fetch_add(1, Ordering::Relaxed);
@@ -36,7 +36,7 @@ pub fn capture(world: &World) -> u64 {
     token
 }
 
-/// The calling thread has received the message; a token may be joined by several.
+/// Joins the token of a received message; several threads may join it.
 pub fn join(world: &World, token: u64) {
     let mut state = world.state();
     if let Some(clock) = state.tokens.get(&token).cloned() {
@@ -44,7 +44,7 @@ pub fn join(world: &World, token: u64) {
     }
 }
 
-/// The message is no more.
+/// Drops a token.
 pub fn forget(world: &World, token: u64) {
     world.state().tokens.remove(&token);
 }

@@ -1,18 +1,18 @@
-//! Which attributes descriptors have, of which type, how many values at most, and which they must have.
+//! The attributes of each kind of descriptor: types, maximum numbers of values, and which are required.
 use cudarc::cudnn::sys::cudnnBackendAttributeName_t::{self as Attribute, *};
 use cudarc::cudnn::sys::cudnnBackendAttributeType_t::{self as Type, *};
 use cudarc::cudnn::sys::cudnnBackendDescriptorType_t::{self as Kind, *};
 
-/// One attribute.
+/// The rule of one attribute.
 #[derive(Clone, Copy, Debug)]
 pub struct Known {
     /// Its name.
     pub name: Attribute,
     /// Type of its values.
     pub kind: Type,
-    /// As many values at most.
+    /// Maximum number of values.
     pub count_max: usize,
-    /// Without it the descriptor is not whole.
+    /// Whether the descriptor requires it.
     pub is_needed: bool,
 }
 
@@ -92,7 +92,7 @@ const VARIANT_PACK: &[Known] = &[
 ];
 const MATMUL: &[Known] = &[needed(CUDNN_ATTR_MATMUL_COMP_TYPE, CUDNN_TYPE_DATA_TYPE)];
 
-/// The attributes of a kind of descriptor; none where it is not emulated.
+/// The attributes of a kind of descriptor; empty if it is not emulated.
 pub fn of(kind: Kind) -> &'static [Known] {
     match kind {
         CUDNN_BACKEND_TENSOR_DESCRIPTOR => TENSOR,

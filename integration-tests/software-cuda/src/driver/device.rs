@@ -13,10 +13,10 @@ use crate::world::{State, current_device, lock, set_current_device, world};
 const DRIVER_VERSION: c_int = 13000;
 const NAME: &[u8] = b"software CUDA device\0";
 
-/// What a device says of itself: an H100, as far as programs ask.
-fn attribute(which: CUdevice_attribute, device: CUdevice) -> c_int {
+/// Attributes of a device: those of an H100, as far as programs query them.
+fn attribute(attribute: CUdevice_attribute, device: CUdevice) -> c_int {
     use CUdevice_attribute::*;
-    match which {
+    match attribute {
         CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR => 9,
         CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR => 0,
         CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT => 4,
@@ -45,7 +45,7 @@ fn attribute(which: CUdevice_attribute, device: CUdevice) -> c_int {
     }
 }
 
-fn known(state: &State, device: CUdevice) -> Result<usize, CUresult> {
+fn check_device(state: &State, device: CUdevice) -> Result<usize, CUresult> {
     usize::try_from(device).ok().filter(|d| *d < state.devices.len()).ok_or(CUresult::CUDA_ERROR_INVALID_DEVICE)
 }
 
@@ -81,32 +81,32 @@ exports! { driver;
     }
 
     fn cuDeviceGet(device: *mut CUdevice, ordinal: c_int) -> CUresult {
-        known(&world().state(), ordinal)?;
+        check_device(&world().state(), ordinal)?;
         *device = ordinal;
         Ok(())
     }
 
     fn cuDeviceGetName(name: *mut c_char, len: c_int, dev: CUdevice) -> CUresult {
-        known(&world().state(), dev)?;
+        check_device(&world().state(), dev)?;
         let bytes = (len.max(0) as usize).min(NAME.len());
         std::ptr::copy_nonoverlapping(NAME.as_ptr().cast(), name, bytes);
         Ok(())
     }
 
-    fn cuDeviceGetAttribute(value: *mut c_int, which: CUdevice_attribute, dev: CUdevice) -> CUresult {
-        known(&world().state(), dev)?;
-        *value = attribute(which, dev);
+    fn cuDeviceGetAttribute(value: *mut c_int, queried: CUdevice_attribute, dev: CUdevice) -> CUresult {
+        check_device(&world().state(), dev)?;
+        *value = attribute(queried, dev);
         Ok(())
     }
 
     fn cuDeviceTotalMem_v2(bytes: *mut usize, dev: CUdevice) -> CUresult {
-        known(&world().state(), dev)?;
+        check_device(&world().state(), dev)?;
         *bytes = world().config.memory_bytes;
         Ok(())
     }
 
     fn cuDeviceGetUuid_v2(uuid: *mut CUuuid, dev: CUdevice) -> CUresult {
-        let device = known(&world().state(), dev)?;
+        let device = check_device(&world().state(), dev)?;
         let mut bytes = [0x5f; 16];
         bytes[15] = device as c_char;
         (*uuid).bytes = bytes;
@@ -115,7 +115,7 @@ exports! { driver;
 
     fn cuDevicePrimaryCtxRetain(pctx: *mut CUcontext, dev: CUdevice) -> CUresult {
         let mut state = world().state();
-        let device = known(&state, dev)?;
+        let device = check_device(&state, dev)?;
         state.devices[device].retained += 1;
         *pctx = context_of(device);
         Ok(())
@@ -123,7 +123,7 @@ exports! { driver;
 
     fn cuDevicePrimaryCtxRelease_v2(dev: CUdevice) -> CUresult {
         let mut state = world().state();
-        let device = known(&state, dev)?;
+        let device = check_device(&state, dev)?;
         let retained = state.devices[device].retained.checked_sub(1).ok_or(CUresult::CUDA_ERROR_INVALID_CONTEXT)?;
         state.devices[device].retained = retained;
         Ok(())
@@ -162,7 +162,7 @@ exports! { driver;
 
     fn cuDeviceCanAccessPeer(can: *mut c_int, dev: CUdevice, peer: CUdevice) -> CUresult {
         let state = world().state();
-        *can = c_int::from(known(&state, dev)? != known(&state, peer)?);
+        *can = c_int::from(check_device(&state, dev)? != check_device(&state, peer)?);
         Ok(())
     }
 
@@ -196,7 +196,7 @@ exports! { driver;
     }
 }
 
-/// The error's name, and what it means; both live as long as the process.
+/// The error's name or description; neither is freed.
 fn error_text(error: CUresult, is_long: bool) -> *const c_char {
     use CUresult::*;
     let long = match error {
@@ -223,7 +223,7 @@ fn error_text(error: CUresult, is_long: bool) -> *const c_char {
     if let Some((_, name)) = names.iter().find(|n| n.0 == error) {
         return name.as_ptr();
     }
-    let name = std::ffi::CString::new(format!("{error:?}")).expect("names of variants hold no zero");
+    let name = std::ffi::CString::new(format!("{error:?}")).expect("names of variants contain no NUL");
     let name: &'static std::ffi::CStr = Box::leak(name.into_boxed_c_str());
     names.push((error, name));
     name.as_ptr()

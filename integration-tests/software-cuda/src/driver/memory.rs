@@ -24,12 +24,12 @@ fn allocate(place: Place, bytes: usize, unborn: bool) -> Result<usize, CUresult>
     lock(&world().registry).allocate(place, bytes, limit, unborn).ok_or(CUresult::CUDA_ERROR_OUT_OF_MEMORY)
 }
 
-/// Submits a copy; one that a pageable side makes synchronous is over when this returns.
+/// Submits a copy; waits for it if the target is pageable, because such a copy is synchronous.
 ///
 /// # Safety
 ///
-/// Pageable sides are readable and writable as far as `rows` says.
-unsafe fn copy(from: usize, to: usize, rows: Rows, stream: u64, what: &str) -> Result<(), CUresult> {
+/// Pageable memory is readable or writable over the extent of `rows`.
+unsafe fn copy(from: usize, to: usize, rows: Rows, stream: u64, name: &str) -> Result<(), CUresult> {
     let bytes = rows.width * rows.height;
     let mut state = world().state();
     let handle = state.stream(stream)?;
@@ -44,7 +44,7 @@ unsafe fn copy(from: usize, to: usize, rows: Rows, stream: u64, what: &str) -> R
     let mut seen = None;
     let source = registry.find(from).filter(|a| a.place == Place::Host && is_tight && a.pending.1 == 0);
     if let Some(copies_in) = source.filter(|a| from + bytes <= a.base + a.bytes).map(|a| a.copies_in) {
-        // SAFETY: the bytes lie in a live allocation of pinned memory.
+        // SAFETY: the bytes are in a live allocation of pinned memory.
         seen = Some(Seen { digest: unsafe { digest(from, bytes) }, copies_in });
     }
     if let Some(source) = registry.find_mut(from) {
@@ -53,8 +53,8 @@ unsafe fn copy(from: usize, to: usize, rows: Rows, stream: u64, what: &str) -> R
     if let Some(target) = registry.find_mut(to) {
         let is_free = target.place == Place::Host && target.pending.0 == 0 && target.freed.is_none();
         if is_free && is_tight && to + bytes <= target.base + target.bytes {
-            // What the host reads before the copy is over is a NaN in every type.
-            // SAFETY: the bytes lie in a live allocation of pinned memory, which nothing in a queue touches.
+            // The host reads NaN in every type until the copy has finished.
+            // SAFETY: the bytes are in a live allocation of pinned memory that no queued copy uses.
             unsafe { std::ptr::write_bytes(to as *mut u8, 0xff, bytes) };
         }
         target.pending = (target.pending.0 + 1, target.pending.1 + 1);
@@ -68,7 +68,7 @@ unsafe fn copy(from: usize, to: usize, rows: Rows, stream: u64, what: &str) -> R
         (0..rows.height).flat_map(row).copied().collect::<Vec<u8>>()
     });
     let kind = Kind::Copy { from, to, rows, staged, seen };
-    state.submit(world(), handle, kind, format!("{what} of {bytes} bytes"));
+    state.submit(world(), handle, kind, format!("{name} of {bytes} bytes"));
     drop(state);
     if window.contains(to) { Ok(()) } else { synchronise(world(), handle) }
 }
@@ -77,8 +77,8 @@ fn line(bytes: usize) -> Rows {
     Rows { width: bytes, height: 1, pitch: (bytes, bytes) }
 }
 
-/// Checks that each side of a copy lies on its context's device.
-fn between(to: (CUdeviceptr, CUcontext), from: (CUdeviceptr, CUcontext)) -> Result<(), CUresult> {
+/// Checks that each side of a copy is on its context's device.
+fn check_devices(to: (CUdeviceptr, CUcontext), from: (CUdeviceptr, CUcontext)) -> Result<(), CUresult> {
     let is_there = |(address, context): (CUdeviceptr, CUcontext)| {
         let place = lock(&world().registry).owner(address as usize).map(|o| o.place);
         place == Some(Place::Device((context as usize >> 8).wrapping_sub(1)))
@@ -86,12 +86,12 @@ fn between(to: (CUdeviceptr, CUcontext), from: (CUdeviceptr, CUcontext)) -> Resu
     if !is_there(to) || !is_there(from) {
         return Err(CUresult::CUDA_ERROR_INVALID_VALUE);
     }
-    staged(to.0 as usize, from.0 as usize);
+    find_staged_copy(to.0 as usize, from.0 as usize);
     Ok(())
 }
 
-/// Says so where a copy between devices has to go through the host's memory: a driver does that in silence.
-fn staged(to: usize, from: usize) {
+/// Records a finding if a copy between devices has to go through host memory, which a driver does silently.
+fn find_staged_copy(to: usize, from: usize) {
     let registry = lock(&world().registry);
     let (Some(target), Some(source)) = (registry.find(to), registry.find(from)) else { return };
     let (Place::Device(a), Place::Device(b)) = (target.place, source.place) else { return };
@@ -99,9 +99,9 @@ fn staged(to: usize, from: usize) {
     let is_pooled = target.is_pooled() || source.is_pooled();
     drop(registry);
     if !is_open || (a != b && is_pooled) {
-        let why = if is_open { "its memory is of a pool, closed to peers" } else { "access is not enabled both ways" };
-        let what = format!("a copy from device {b} to device {a} goes through the host's memory: {why}");
-        world().find("staged", &what.clone(), || what);
+        let why = if is_open { "its memory is from a pool without peer access" } else { "peer access is not enabled both ways" };
+        let message = format!("a copy from device {b} to device {a} goes through host memory: {why}");
+        world().find("staged", &message.clone(), || message);
     }
 }
 
@@ -136,7 +136,7 @@ exports! { driver;
         if address == 0 {
             return Ok(());
         }
-        // Whichever device is current, the one that has the memory is waited for.
+        // Waits for the device that owns the memory, not for the current one.
         let device = match lock(&world().registry).owner(address as usize).map(|o| o.place) {
             Some(Place::Device(device)) => device,
             _ => return Err(CUresult::CUDA_ERROR_INVALID_VALUE),
@@ -215,7 +215,7 @@ exports! { driver;
         bytes: usize,
         stream: CUstream,
     ) -> CUresult {
-        between((to, to_context), (from, from_context))?;
+        check_devices((to, to_context), (from, from_context))?;
         copy(from as usize, to as usize, line(bytes), stream as u64, "copy between devices")
     }
 
@@ -230,7 +230,7 @@ exports! { driver;
         if is_wrong(d.srcPitch) || is_wrong(d.dstPitch) || is_odd || d.Height > d.srcHeight.min(d.dstHeight) {
             return Err(CUresult::CUDA_ERROR_INVALID_VALUE);
         }
-        between((d.dstDevice, d.dstContext), (d.srcDevice, d.srcContext))?;
+        check_devices((d.dstDevice, d.dstContext), (d.srcDevice, d.srcContext))?;
         let rows = Rows { width: d.WidthInBytes, height: d.Height, pitch: (d.srcPitch, d.dstPitch) };
         copy(d.srcDevice as usize, d.dstDevice as usize, rows, stream as u64, "copy of rows between devices")
     }
@@ -265,7 +265,7 @@ exports! { driver;
     }
 
     fn cuStreamWriteValue32_v2(stream: CUstream, to: CUdeviceptr, value: c_uint, flags: c_uint) -> CUresult {
-        // `cuda.h`: the second version of the call does without memory barriers only where a device cannot make them.
+        // `cuda.h`: the second version of the call omits memory barriers only on devices without support for them.
         if flags != 0 {
             return Err(CUresult::CUDA_ERROR_INVALID_VALUE);
         }

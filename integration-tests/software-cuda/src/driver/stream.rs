@@ -58,7 +58,7 @@ exports! { driver;
         if (stream as u64) <= 2 {
             return Err(CUresult::CUDA_ERROR_INVALID_HANDLE);
         }
-        // A lost device's streams can still be given back.
+        // Streams of a lost device can still be destroyed.
         let found = state.streams.get_mut(&(stream as u64)).filter(|s| !s.is_destroyed);
         let found = found.ok_or(CUresult::CUDA_ERROR_INVALID_HANDLE)?;
         found.is_destroyed = true;
@@ -86,7 +86,7 @@ exports! { driver;
     fn cuStreamWaitEvent(stream: CUstream, awaited: CUevent, _flags: c_uint) -> CUresult {
         let mut state = world().state();
         let handle = state.stream(stream as u64)?;
-        // An event that was never recorded is no reason to wait; that is a bug more often than a wish.
+        // Waiting for an event that was never recorded has no effect, and is usually a bug.
         let Some(signal) = event(&state, awaited)?.last.clone() else {
             let name = format!("event {:#x}", awaited as u64);
             world().find("misuse", &name, || format!("a stream waits for {name}, which was never recorded"));
@@ -122,13 +122,13 @@ exports! { driver;
             return Err(CUresult::CUDA_ERROR_INVALID_HANDLE);
         }
         let signal = state.record(world(), handle, &format!("event {:#x}", recorded as u64));
-        state.events.get_mut(&(recorded as u64)).expect("it was looked up").last = Some(signal);
+        state.events.get_mut(&(recorded as u64)).expect("looked up above").last = Some(signal);
         Ok(())
     }
 
-    fn cuEventQuery(asked: CUevent) -> CUresult {
+    fn cuEventQuery(queried: CUevent) -> CUresult {
         let mut state = world().state();
-        let Some(signal) = event(&state, asked)?.last.clone() else { return Ok(()) };
+        let Some(signal) = event(&state, queried)?.last.clone() else { return Ok(()) };
         match signal.done.get() {
             Some((clock, _)) => {
                 state.host(world().config.one_host).clock.join(clock);
