@@ -1,12 +1,11 @@
 //! Vector clocks, which define the happens-before order.
 //!
 //! An agent is a stream or a host thread. Its own entry counts its actions; another agent's entry is the last action of
-//! that
-//! agent known to have ended before.
+//! that agent known to have ended before.
 
 /// A vector clock; missing entries are 0.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Clock(Vec<u32>);
+pub(crate) struct Clock(Vec<u32>);
 
 impl Clock {
     /// The entry of `agent`.

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 /// How the executor picks among ready streams.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Policy {
+pub enum SchedulePolicy {
     /// In submission order, as a naive fake does.
     InOrder,
     /// In submission order, but only once the host waits or polls.
@@ -19,40 +19,40 @@ pub enum Policy {
 }
 
 /// All policies with their names in the environment.
-pub const POLICIES: &[(&str, Policy)] = &[
-    ("in-order", Policy::InOrder),
-    ("lazy", Policy::Lazy),
-    ("random", Policy::Random),
-    ("adversarial", Policy::Adversarial),
-    ("starve", Policy::Starve),
+pub const POLICIES: &[(&str, SchedulePolicy)] = &[
+    ("in-order", SchedulePolicy::InOrder),
+    ("lazy", SchedulePolicy::Lazy),
+    ("random", SchedulePolicy::Random),
+    ("adversarial", SchedulePolicy::Adversarial),
+    ("starve", SchedulePolicy::Starve),
 ];
 
-impl Policy {
+impl SchedulePolicy {
     /// Returns the policy with this name.
-    pub fn named(name: &str) -> Option<Policy> {
+    pub fn named(name: &str) -> Option<SchedulePolicy> {
         POLICIES.iter().find(|p| p.0 == name).map(|p| p.1)
     }
 
     /// Whether work starts only once the host waits or polls.
     pub fn is_late(self) -> bool {
-        matches!(self, Policy::Lazy | Policy::Adversarial | Policy::Starve)
+        matches!(self, SchedulePolicy::Lazy | SchedulePolicy::Adversarial | SchedulePolicy::Starve)
     }
 }
 
 /// A fault of a device at its n-th launch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Fault {
+pub(crate) struct DeviceFault {
     /// What happens.
-    pub kind: FaultKind,
+    pub kind: DeviceFaultKind,
     /// The device's number.
     pub device: usize,
     /// Launch of that device, counted from 1.
     pub launch: u64,
 }
 
-/// Kinds of [`Fault`].
+/// Kinds of [`DeviceFault`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum FaultKind {
+pub(crate) enum DeviceFaultKind {
     /// Each call returns the same error from that launch on.
     Kill,
     /// That launch never ends.
@@ -61,28 +61,28 @@ pub enum FaultKind {
     Die,
 }
 
-impl Fault {
+impl DeviceFault {
     /// Parses `kill:DEVICE:LAUNCH`, `hang:DEVICE:LAUNCH` or `die:DEVICE:LAUNCH`.
-    pub fn parse(text: &str) -> Option<Fault> {
+    pub fn parse(text: &str) -> Option<DeviceFault> {
         let mut parts = text.split(':');
         let kind = match parts.next()? {
-            "kill" => FaultKind::Kill,
-            "hang" => FaultKind::Hang,
-            "die" => FaultKind::Die,
+            "kill" => DeviceFaultKind::Kill,
+            "hang" => DeviceFaultKind::Hang,
+            "die" => DeviceFaultKind::Die,
             _ => return None,
         };
-        let fault = Fault { kind, device: parts.next()?.parse().ok()?, launch: parts.next()?.parse().ok()? };
+        let fault = DeviceFault { kind, device: parts.next()?.parse().ok()?, launch: parts.next()?.parse().ok()? };
         parts.next().is_none().then_some(fault)
     }
 }
 
 /// The environment's settings, read once.
 #[derive(Clone, Debug)]
-pub struct Config {
+pub(crate) struct SoftwareConfig {
     /// `SOFTWARE_CUDA_DEVICES`, 1 by default.
     pub devices: usize,
     /// `SOFTWARE_CUDA_POLICY`, `random` by default.
-    pub policy: Policy,
+    pub policy: SchedulePolicy,
     /// `SOFTWARE_CUDA_SEED`, 1 by default.
     pub seed: u64,
     /// `SOFTWARE_CUDA_MEMORY`: bytes of each device, 8 GiB by default.
@@ -104,7 +104,7 @@ pub struct Config {
     /// `SOFTWARE_CUDA_HOST=global`: treats all host threads as one, for programs whose threads pass no clock tokens.
     pub one_host: bool,
     /// `SOFTWARE_CUDA_FAULT`.
-    pub fault: Option<Fault>,
+    pub fault: Option<DeviceFault>,
     /// `SOFTWARE_CUDA_NODE`: for NCCL, a device number means the same device in all processes of a node.
     pub node: String,
     /// `SOFTWARE_CUDA_TRACE=1`: prints each operation when it is executed.
@@ -118,18 +118,20 @@ fn number(name: &str, default: u64) -> u64 {
     }
 }
 
-impl Config {
+impl SoftwareConfig {
     /// Reads the environment; panics on an invalid value, because a test would check nothing.
-    pub fn from_environment() -> Config {
+    pub fn from_environment() -> SoftwareConfig {
         let text = |name: &str| std::env::var(name).ok();
-        let policy = text("SOFTWARE_CUDA_POLICY")
-            .map(|name| Policy::named(&name).unwrap_or_else(|| panic!("SOFTWARE_CUDA_POLICY: unknown policy {name}")));
-        let fault = text("SOFTWARE_CUDA_FAULT").map(|f| {
-            Fault::parse(&f).unwrap_or_else(|| panic!("SOFTWARE_CUDA_FAULT: expected kill|hang|die:DEVICE:LAUNCH, got {f}"))
+        let policy = text("SOFTWARE_CUDA_POLICY").map(|name| {
+            SchedulePolicy::named(&name).unwrap_or_else(|| panic!("SOFTWARE_CUDA_POLICY: unknown policy {name}"))
         });
-        Config {
+        let fault = text("SOFTWARE_CUDA_FAULT").map(|f| {
+            DeviceFault::parse(&f)
+                .unwrap_or_else(|| panic!("SOFTWARE_CUDA_FAULT: expected kill|hang|die:DEVICE:LAUNCH, got {f}"))
+        });
+        SoftwareConfig {
             devices: number("SOFTWARE_CUDA_DEVICES", 1) as usize,
-            policy: policy.unwrap_or(Policy::Random),
+            policy: policy.unwrap_or(SchedulePolicy::Random),
             seed: number("SOFTWARE_CUDA_SEED", 1),
             memory_bytes: number("SOFTWARE_CUDA_MEMORY", 8 << 30) as usize,
             shared_bytes: number("SOFTWARE_CUDA_SHARED", 227 << 10) as usize,
@@ -154,9 +156,12 @@ mod tests {
 
     #[test]
     fn faults_are_parsed() {
-        let fault = Fault { kind: FaultKind::Kill, device: 1, launch: 20 };
-        assert_eq!(Fault::parse("kill:1:20"), Some(fault));
-        assert_eq!(Fault::parse("hang:0:3").map(|f| f.kind), Some(FaultKind::Hang));
-        assert_eq!([Fault::parse("kill:1"), Fault::parse("burn:1:2"), Fault::parse("kill:1:2:3")], [None; 3]);
+        let fault = DeviceFault { kind: DeviceFaultKind::Kill, device: 1, launch: 20 };
+        assert_eq!(DeviceFault::parse("kill:1:20"), Some(fault));
+        assert_eq!(DeviceFault::parse("hang:0:3").map(|f| f.kind), Some(DeviceFaultKind::Hang));
+        assert_eq!(
+            [DeviceFault::parse("kill:1"), DeviceFault::parse("burn:1:2"), DeviceFault::parse("kill:1:2:3")],
+            [None; 3]
+        );
     }
 }

@@ -19,8 +19,8 @@ use cudarc::cublaslt::sys::{
 
 use crate::cublaslt::product::{Layout, Product, element_bytes, epilogue};
 use crate::export::{exports, plain_exports};
-use crate::nvrtc::lasting_text;
-use crate::world::{Kind, lock, world};
+use crate::nvrtc::static_text;
+use crate::world::{OpKind, lock, machine};
 
 const VERSION: usize = 130_000;
 /// Workspace of the only algorithm, if the limit allows it: enough to detect a workspace shared between streams.
@@ -55,7 +55,7 @@ fn objects() -> &'static Mutex<Objects> {
 }
 
 fn new_handle() -> u64 {
-    world().state().handle()
+    machine().state().handle()
 }
 
 /// # Safety
@@ -145,7 +145,7 @@ fn build_product(
 
 exports! { cublaslt;
     fn cublasLtCreate(out: *mut cublasLtHandle_t) -> cublasStatus_t {
-        world().state().device().map_err(|_| cublasStatus_t::CUBLAS_STATUS_NOT_INITIALIZED)?;
+        machine().state().device().map_err(|_| cublasStatus_t::CUBLAS_STATUS_NOT_INITIALIZED)?;
         let handle = new_handle();
         lock(objects()).handles.insert(handle, ());
         *out = handle as cublasLtHandle_t;
@@ -364,12 +364,12 @@ exports! { cublaslt;
         if lacks_bias || (product.epilogue & epilogue::AUXILIARY != 0 && product.auxiliary == 0) {
             return Err(cublasStatus_t::CUBLAS_STATUS_INVALID_VALUE);
         }
-        let mut state = world().state();
+        let mut state = machine().state();
         let stream = state.stream(stream as u64).map_err(|_| cublasStatus_t::CUBLAS_STATUS_EXECUTION_FAILED)?;
         let [la, _, _, ld] = &product.layouts;
         let k = if product.transposed[0] { la.rows } else { la.cols };
         let name = format!("product {} x {} x {k}", ld.rows, ld.cols);
-        state.submit(world(), stream, Kind::Product(Box::new(product)), name);
+        state.submit(machine(), stream, OpKind::Product(Box::new(product)), name);
         Ok(())
     }
 }
@@ -380,10 +380,10 @@ plain_exports! { cublaslt;
     }
 
     fn cublasLtGetStatusName(status: cublasStatus_t) -> *const c_char {
-        lasting_text(&format!("{status:?}"))
+        static_text(&format!("{status:?}"))
     }
 
     fn cublasLtGetStatusString(status: cublasStatus_t) -> *const c_char {
-        lasting_text(&format!("{status:?}"))
+        static_text(&format!("{status:?}"))
     }
 }

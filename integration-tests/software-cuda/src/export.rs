@@ -1,29 +1,29 @@
 //! Exports functions, each with the type in cudarc.
 
 /// A library's status type.
-pub trait Status: Copy {
+pub(crate) trait LibraryStatus: Copy {
     /// Success.
     const OK: Self;
 }
 
-impl Status for cudarc::driver::sys::CUresult {
+impl LibraryStatus for cudarc::driver::sys::CUresult {
     const OK: Self = Self::CUDA_SUCCESS;
 }
-impl Status for cudarc::nvrtc::sys::nvrtcResult {
+impl LibraryStatus for cudarc::nvrtc::sys::nvrtcResult {
     const OK: Self = Self::NVRTC_SUCCESS;
 }
-impl Status for cudarc::nccl::sys::ncclResult_t {
+impl LibraryStatus for cudarc::nccl::sys::ncclResult_t {
     const OK: Self = Self::ncclSuccess;
 }
-impl Status for cudarc::cudnn::sys::cudnnStatus_t {
+impl LibraryStatus for cudarc::cudnn::sys::cudnnStatus_t {
     const OK: Self = Self::CUDNN_STATUS_SUCCESS;
 }
-impl Status for cudarc::cublaslt::sys::cublasStatus_t {
+impl LibraryStatus for cudarc::cublaslt::sys::cublasStatus_t {
     const OK: Self = Self::CUBLAS_STATUS_SUCCESS;
 }
 
 /// Converts a result to a status.
-pub fn status<S: Status>(result: Result<(), S>) -> S {
+pub fn status<S: LibraryStatus>(result: Result<(), S>) -> S {
     result.err().unwrap_or(S::OK)
 }
 

@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 /// An error that a check found; repetitions are counted.
 #[derive(Clone, Debug, serde::Serialize, serde::Deserialize, PartialEq, Eq)]
-pub struct Finding {
+pub struct SimFinding {
     /// Its class, such as `race` or `bounds`; the crate documentation lists them.
     pub kind: String,
     /// What happened, and where.
@@ -19,8 +19,8 @@ pub struct Finding {
 
 /// Findings so far.
 #[derive(Default)]
-pub struct Findings {
-    list: Vec<Finding>,
+pub(crate) struct Findings {
+    list: Vec<SimFinding>,
     seen: HashMap<String, usize>,
 }
 
@@ -33,13 +33,13 @@ impl Findings {
             None => {
                 let message = message();
                 eprintln!("software-cuda: {kind}: {message}");
-                self.list.push(Finding { kind: kind.into(), message, count: 1 });
+                self.list.push(SimFinding { kind: kind.into(), message, count: 1 });
             }
         }
     }
 
     /// All findings in the order of their first occurrence.
-    pub fn list(&self) -> &[Finding] {
+    pub fn list(&self) -> &[SimFinding] {
         &self.list
     }
 
@@ -50,7 +50,7 @@ impl Findings {
 }
 
 /// Counts the calls of one exported function.
-pub struct Counter {
+pub(crate) struct Counter {
     name: &'static str,
     calls: AtomicU64,
     listed: AtomicBool,
@@ -124,9 +124,9 @@ pub fn count(name: &str) -> u64 {
 
 /// The report written at exit.
 #[derive(Debug, Default, serde::Serialize, serde::Deserialize)]
-pub struct Report {
+pub struct SimReport {
     /// All findings, including leaks.
-    pub findings: Vec<Finding>,
+    pub findings: Vec<SimFinding>,
     /// Calls by function.
     pub calls: BTreeMap<String, u64>,
     /// Calls by class.
@@ -139,9 +139,9 @@ pub struct Report {
     pub executed: u64,
 }
 
-impl Report {
+impl SimReport {
     /// Fills in the counters.
-    pub fn with_calls(mut self) -> Report {
+    pub fn with_calls(mut self) -> SimReport {
         self.calls = calls();
         self.kernels = LAUNCHES.lock().unwrap_or_else(|e| e.into_inner()).clone();
         self.classes = CLASSES.iter().map(|(name, _)| (name.to_string(), count(name))).collect();

@@ -8,7 +8,7 @@ use std::ffi::{CStr, CString, c_char, c_void};
 use std::path::Path;
 use std::sync::{Arc, Mutex, OnceLock};
 
-use crate::shadow::{Checker, Guest};
+use crate::shadow::{Accessor, Checker};
 use crate::world::{Launch, lock};
 
 /// Maximum number of arguments of a kernel.
@@ -29,7 +29,7 @@ const ARGUMENT_IS_TABLE: u8 = 2;
 
 /// A compiled library's description of a kernel.
 #[repr(C)]
-pub struct Kernel {
+pub(crate) struct Kernel {
     invoke: *const c_void,
     arguments: u32,
     sizes: [u32; ARGUMENTS_MAX],
@@ -59,7 +59,7 @@ impl Kernel {
 
 /// A loaded library.
 #[derive(Clone)]
-pub struct Library {
+pub(crate) struct Library {
     handle: usize,
 }
 
@@ -76,7 +76,7 @@ pub fn load(path: &Path) -> Result<Library, String> {
 }
 
 /// A kernel with its name and driver attributes.
-pub struct Function {
+pub(crate) struct Function {
     /// Its name.
     pub name: Arc<str>,
     /// Its description.
@@ -136,14 +136,14 @@ fn addresses(launch: &Launch) -> Option<Vec<usize>> {
 }
 
 /// Runs a kernel. Its blocks run one after another in an order derived from the seed.
-pub fn launch(guest: &mut Guest, launch: &Launch, seed: u64) {
+pub fn launch(accessor: &mut Accessor, launch: &Launch, seed: u64) {
     if let Some(addresses) = addresses(launch) {
-        guest.allow_only(&addresses);
+        accessor.allow_only(&addresses);
     }
     let kernel_buffers = kernel_buffers();
     let mut generation = lock(&kernel_buffers.generation);
     let blocks: u64 = launch.dims[..3].iter().map(|d| u64::from(*d)).product();
-    let mut checker = guest.checker();
+    let mut checker = accessor.checker();
     checker.stacks = kernel_buffers.stacks;
     checker.stack_bytes = STACK_BYTES;
     checker.scratch = kernel_buffers.scratch;

@@ -22,12 +22,10 @@
 //! | `leak` | an object that exists at exit |
 //!
 //! g++ compiles a kernel's text at run time with the headers in `shim/`; its threads are fibers. One thread executes
-//! all
-//! operations, one at a time, in an order set by a policy and a seed; the checks do not depend on the order.
+//! all operations, one at a time, in an order set by a policy and a seed; the checks do not depend on the order.
 //!
 //! Ranks of one communicator may be in several processes, each with its own software machine. They connect to a socket
-//! of the
-//! process that created the communicator's id.
+//! of the process that created the communicator's id.
 //!
 //! # Use in tests
 //!
@@ -39,19 +37,19 @@
 //! let program = std::env::current_exe()?;
 //! let mut child = shardflow_software_cuda::command(program, &folder, 4, "adversarial", 7)?;
 //! assert!(child.args(["--exact", "child", "--ignored"]).status()?.success());
-//! assert_eq!(shardflow_software_cuda::Report::read(&folder)?.findings, []);
+//! assert_eq!(shardflow_software_cuda::SimReport::read(&folder)?.findings, []);
 //! # Ok::<(), std::io::Error>(())
 //! ```
 //!
 //! | environment | meaning | default |
 //! |---|---|---|
 //! | `SOFTWARE_CUDA_DEVICES` | devices | 1 |
-//! | `SOFTWARE_CUDA_POLICY` | `in-order`, `lazy`, `random`, `adversarial`, `starve`: see [`Policy`] | `random` |
+//! | `SOFTWARE_CUDA_POLICY` | `in-order`, `lazy`, `random`, `adversarial`, `starve`: see [`SchedulePolicy`] | `random` |
 //! | `SOFTWARE_CUDA_SEED` | seed of the schedule and of the order of blocks and threads | 1 |
 //! | `SOFTWARE_CUDA_MEMORY` | bytes of each device | 8 GiB |
 //! | `SOFTWARE_CUDA_SHARED` | bytes of shared memory that a block may request | 227 KiB |
 //! | `SOFTWARE_CUDA_ABORT_MS` | how long `ncclCommAbort` takes | 0 |
-//! | `SOFTWARE_CUDA_REPORT` | file of the [`Report`], written at exit | none |
+//! | `SOFTWARE_CUDA_REPORT` | file of the [`SimReport`], written at exit | none |
 //! | `SOFTWARE_CUDA_FAULT` | `kill:DEVICE:LAUNCH`, `hang:DEVICE:LAUNCH`, or `die:DEVICE:LAUNCH`, which aborts the
 //! process | none |
 //! | `SOFTWARE_CUDA_HANG_MS` | how long a call waits for a launch that hangs | 60000 |
@@ -64,20 +62,15 @@
 //! | `SOFTWARE_CUDA_TRACE` | `1`: prints each operation when it is executed | none |
 //!
 //! Symbols that begin with `software_cuda_` (in `control.rs`) return findings, counters and leaks at any time, change
-//! the
-//! schedule, inject faults, pass clocks between host threads, name the slots of an arena, and record the host's own
-//! accesses
-//! to pinned memory, which are not visible otherwise.
+//! the schedule, inject faults, pass clocks between host threads, name the slots of an arena, and record the host's own
+//! accesses to pinned memory, which are not visible otherwise.
 //!
 //! # Limits
 //!
 //! It does not model speed, occupancy, the weak memory model or the numerics of the real libraries. A kernel that spins
-//! until
-//! another kernel writes never ends. Static shared arrays have no separate bounds. If two threads each use two bytes of
-//! a
-//! four-byte word, only the last access is attributed to a thread. PTX, inline assembly, tensor cores other than `wmma`
-//! in
-//! bf16, textures, graphs, cooperative groups and clusters are not supported.
+//! until another kernel writes never ends. Static shared arrays have no separate bounds. If two threads each use two
+//! bytes of a four-byte word, only the last access is attributed to a thread. PTX, inline assembly, tensor cores other
+//! than `wmma` in bf16, textures, graphs, cooperative groups and clusters are not supported.
 
 mod clock;
 mod config;
@@ -99,6 +92,6 @@ mod shadow;
 mod support;
 mod world;
 
-pub use config::{POLICIES, Policy};
-pub use findings::{Finding, Report};
-pub use support::{CASE, Ran, case, command, install, library, report_path, run_child, run_child_in};
+pub use config::{POLICIES, SchedulePolicy};
+pub use findings::{SimFinding, SimReport};
+pub use support::{CASE, ChildRun, case, command, install, library, report_path, run_child, run_child_in};

@@ -1,10 +1,8 @@
 //! Device memory and pinned host memory: one window of addresses, its allocations, and the regions that programs name
-//! inside
-//! them.
+//! inside them.
 //!
 //! Addresses are never reused, so a late access finds the freed allocation and not a newer one. Each allocation starts
-//! on its
-//! own page, with a gap after it.
+//! on its own page, with a gap after it.
 #![allow(unsafe_code)]
 
 use std::collections::{BTreeMap, HashMap, HashSet};
@@ -21,7 +19,7 @@ pub const WORD_BYTES: usize = 4;
 
 /// The location of memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub enum Place {
+pub(crate) enum Place {
     /// On a device.
     Device(usize),
     /// Pinned on the host; every device can access it.
@@ -39,7 +37,7 @@ impl std::fmt::Display for Place {
 
 /// Reserved addresses; the OS commits pages on first access.
 #[derive(Clone, Copy, Debug)]
-pub struct Window {
+pub(crate) struct Window {
     /// First address.
     pub base: usize,
     /// Length.
@@ -84,7 +82,7 @@ impl Window {
 
 /// A part of an allocation that a program named.
 #[derive(Clone, Copy, Debug)]
-pub struct Region {
+pub(crate) struct Region {
     /// Length in bytes.
     pub bytes: usize,
     /// Unique among regions and allocations.
@@ -93,7 +91,7 @@ pub struct Region {
 
 /// One allocation, freed or not.
 #[derive(Debug)]
-pub struct Allocation {
+pub(crate) struct Allocation {
     /// First address.
     pub base: usize,
     /// Requested bytes.
@@ -135,7 +133,7 @@ impl Allocation {
 
 /// The allocation and region of an address.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Owner {
+pub(crate) struct Owner {
     /// The allocation's base.
     pub base: usize,
     /// The allocation's length.
@@ -151,7 +149,7 @@ pub struct Owner {
 }
 
 /// All allocations.
-pub struct Registry {
+pub(crate) struct Registry {
     /// The window of addresses.
     pub window: Window,
     allocations: BTreeMap<usize, Allocation>,

@@ -6,7 +6,7 @@
 use cudarc::cublaslt::sys::cudaDataType;
 
 use crate::nccl::data::to_bf16;
-use crate::shadow::{Access, Guest};
+use crate::shadow::{Access, Accessor};
 
 /// Bits of an epilogue.
 pub mod epilogue {
@@ -45,7 +45,7 @@ pub mod epilogue {
 
 /// Layout of a matrix.
 #[derive(Clone, Copy, Debug)]
-pub struct Layout {
+pub(crate) struct Layout {
     /// Type of its elements.
     pub dtype: cudaDataType,
     /// Rows.
@@ -64,7 +64,7 @@ pub struct Layout {
 
 /// A matrix product.
 #[derive(Clone, Debug)]
-pub struct Product {
+pub(crate) struct Product {
     /// Addresses of A, B, C and D.
     pub addresses: [usize; 4],
     /// Their layouts.
@@ -97,35 +97,35 @@ pub fn element_bytes(dtype: cudaDataType) -> Option<usize> {
 }
 
 /// Runs a product.
-pub fn run(guest: &mut Guest, product: &Product) {
+pub fn run(accessor: &mut Accessor, product: &Product) {
     let mut pointers = product.addresses.to_vec();
     pointers.extend([product.bias.0, product.auxiliary, product.workspace.0]);
-    guest.allow_only(&pointers);
-    if product.workspace.1 > 0 && !guest.touch(product.workspace.0, product.workspace.1, Access::Write) {
+    accessor.allow_only(&pointers);
+    if product.workspace.1 > 0 && !accessor.touch(product.workspace.0, product.workspace.1, Access::Write) {
         return;
     }
     for batch in 0..product.layouts[3].batch {
-        if run_one(guest, product, batch).is_none() {
+        if run_one(accessor, product, batch).is_none() {
             return;
         }
     }
 }
 
-fn run_one(guest: &mut Guest, p: &Product, batch: usize) -> Option<()> {
+fn run_one(accessor: &mut Accessor, p: &Product, batch: usize) -> Option<()> {
     let [la, lb, lc, ld] = p.layouts;
     let (m, n) = (ld.rows, ld.cols);
-    let a = row_major(load(guest, p.addresses[0], &la, batch)?, &la, p.transposed[0]);
-    let b = row_major(load(guest, p.addresses[1], &lb, batch)?, &lb, p.transposed[1]);
+    let a = row_major(load(accessor, p.addresses[0], &la, batch)?, &la, p.transposed[0]);
+    let b = row_major(load(accessor, p.addresses[1], &lb, batch)?, &lb, p.transposed[1]);
     let k = if p.transposed[0] { la.rows } else { la.cols };
     let mut out = multiply(&a, &b, (m, n, k));
     out.iter_mut().for_each(|x| *x *= p.alpha);
     if p.beta != 0.0 {
-        let c = load(guest, p.addresses[2], &lc, batch)?;
+        let c = load(accessor, p.addresses[2], &lc, batch)?;
         out.iter_mut().zip(&c).for_each(|(x, c)| *x += p.beta * c);
     }
     let bits = p.epilogue;
     if bits & epilogue::BIAS != 0 {
-        let bias = load(guest, p.bias.0, &vector(p, m), batch)?;
+        let bias = load(accessor, p.bias.0, &vector(p, m), batch)?;
         out.chunks_exact_mut(n).zip(&bias).for_each(|(row, bias)| row.iter_mut().for_each(|x| *x += bias));
     }
     if bits & epilogue::RELU != 0 {
@@ -133,28 +133,28 @@ fn run_one(guest: &mut Guest, p: &Product, batch: usize) -> Option<()> {
     }
     if bits & epilogue::GELU != 0 {
         if bits & epilogue::AUXILIARY != 0 {
-            store(guest, p.auxiliary, &p.auxiliary_layout, batch, &out)?;
+            store(accessor, p.auxiliary, &p.auxiliary_layout, batch, &out)?;
         }
         out.iter_mut().for_each(|x| *x = gelu(*x));
     }
     if bits & epilogue::GELU_GRADIENT != 0 {
-        let inputs = load(guest, p.auxiliary, &p.auxiliary_layout, batch)?;
+        let inputs = load(accessor, p.auxiliary, &p.auxiliary_layout, batch)?;
         out.iter_mut().zip(&inputs).for_each(|(x, input)| *x *= gelu_gradient(*input));
     }
     if bits & epilogue::BIAS_GRADIENT != 0 {
         let sums: Vec<f32> = out.chunks_exact(n).map(|row| row.iter().sum()).collect();
-        store(guest, p.bias.0, &vector(p, m), batch, &sums)?;
+        store(accessor, p.bias.0, &vector(p, m), batch, &sums)?;
     }
     if bits & epilogue::BIAS_GRADIENT_A != 0 {
         let sums: Vec<f32> = a.chunks_exact(k).map(|row| row.iter().sum()).collect();
-        store(guest, p.bias.0, &vector(p, m), batch, &sums)?;
+        store(accessor, p.bias.0, &vector(p, m), batch, &sums)?;
     }
     if bits & epilogue::BIAS_GRADIENT_B != 0 {
         let mut sums = vec![0.0; n];
         b.chunks_exact(n).for_each(|row| sums.iter_mut().zip(row).for_each(|(s, x)| *s += x));
-        store(guest, p.bias.0, &vector(p, n), batch, &sums)?;
+        store(accessor, p.bias.0, &vector(p, n), batch, &sums)?;
     }
-    store(guest, p.addresses[3], &ld, batch, &out)
+    store(accessor, p.addresses[3], &ld, batch, &out)
 }
 
 fn vector(p: &Product, length: usize) -> Layout {
@@ -200,11 +200,11 @@ fn lines(
 }
 
 /// Reads a matrix into row-major order.
-fn load(guest: &mut Guest, address: usize, layout: &Layout, batch: usize) -> Option<Vec<f32>> {
+fn load(accessor: &mut Accessor, address: usize, layout: &Layout, batch: usize) -> Option<Vec<f32>> {
     let bytes = element_bytes(layout.dtype)?;
     let mut out = vec![0.0f32; layout.rows * layout.cols];
     lines(address, layout, batch, |at, line, length| {
-        if !guest.touch(at, length * bytes, Access::Read) {
+        if !accessor.touch(at, length * bytes, Access::Read) {
             return None;
         }
         // SAFETY: the line was checked above.
@@ -223,10 +223,10 @@ fn load(guest: &mut Guest, address: usize, layout: &Layout, batch: usize) -> Opt
     Some(out)
 }
 
-fn store(guest: &mut Guest, address: usize, layout: &Layout, batch: usize, values: &[f32]) -> Option<()> {
+fn store(accessor: &mut Accessor, address: usize, layout: &Layout, batch: usize, values: &[f32]) -> Option<()> {
     let bytes = element_bytes(layout.dtype)?;
     lines(address, layout, batch, |at, line, length| {
-        if !guest.touch(at, length * bytes, Access::Write) {
+        if !accessor.touch(at, length * bytes, Access::Write) {
             return None;
         }
         // SAFETY: the line was checked above, and only operations, which run one at a time, access it.

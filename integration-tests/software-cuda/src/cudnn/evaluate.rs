@@ -9,10 +9,10 @@ use cudarc::cudnn::sys::cudnnPointwiseMode_t as Mode;
 
 use super::graph::{BFLOAT16, BOOLEAN, FLOAT, Graph, INT32, Node, Tensor};
 use crate::nccl::data::to_bf16;
-use crate::shadow::{Access, Guest};
+use crate::shadow::{Access, Accessor};
 
 /// An execution of a graph.
-pub struct Job {
+pub(crate) struct GraphExecution {
     graph: Arc<Graph>,
     /// Addresses by tensor id.
     addresses: HashMap<i64, usize>,
@@ -21,7 +21,7 @@ pub struct Job {
     workspace: (usize, usize),
 }
 
-impl Job {
+impl GraphExecution {
     /// # Safety
     ///
     /// The pointer for a tensor by value points to an f32.
@@ -29,7 +29,7 @@ impl Job {
         graph: Arc<Graph>,
         pointers: &HashMap<i64, usize>,
         workspace: (usize, usize),
-    ) -> Result<Job, String> {
+    ) -> Result<GraphExecution, String> {
         let (mut addresses, mut numbers) = (HashMap::new(), HashMap::new());
         for (id, tensor) in graph.tensors.iter().filter(|(_, tensor)| !tensor.is_virtual) {
             let address = pointers.get(id).copied().unwrap_or(0);
@@ -45,7 +45,7 @@ impl Job {
                 addresses.insert(*id, address);
             }
         }
-        Ok(Job { graph, addresses, numbers, workspace })
+        Ok(GraphExecution { graph, addresses, numbers, workspace })
     }
 }
 
@@ -53,34 +53,34 @@ impl Job {
 type Values = Vec<f32>;
 
 /// Executes the graph.
-pub fn run(guest: &mut Guest, job: &Job) {
-    let pointers: Vec<usize> = job.addresses.values().copied().chain([job.workspace.0]).collect();
-    guest.allow_only(&pointers);
-    if !guest.touch(job.workspace.0, job.workspace.1, Access::Write) {
+pub fn run(accessor: &mut Accessor, execution: &GraphExecution) {
+    let pointers: Vec<usize> = execution.addresses.values().copied().chain([execution.workspace.0]).collect();
+    accessor.allow_only(&pointers);
+    if !accessor.touch(execution.workspace.0, execution.workspace.1, Access::Write) {
         return;
     }
     let mut known: HashMap<i64, Values> = HashMap::new();
-    for node in &job.graph.nodes {
+    for node in &execution.graph.nodes {
         let (reads, write) = node.ids();
         for id in reads {
             let Entry::Vacant(new) = known.entry(id) else { continue };
-            let values = match job.numbers.get(&id) {
+            let values = match execution.numbers.get(&id) {
                 Some(number) => Some(vec![*number]),
-                None => load(guest, job.addresses[&id], &job.graph.tensors[&id]),
+                None => load(accessor, execution.addresses[&id], &execution.graph.tensors[&id]),
             };
             let Some(values) = values else { return };
             new.insert(values);
         }
-        let to = &job.graph.tensors[&write];
-        let mut made = evaluate(&job.graph, node, &known);
+        let to = &execution.graph.tensors[&write];
+        let mut made = evaluate(&execution.graph, node, &known);
         // NVIDIA's engines accumulate a product that later operations read into the memory's previous contents.
-        let is_read = || job.graph.nodes.iter().any(|other| other.ids().0.contains(&write));
+        let is_read = || execution.graph.nodes.iter().any(|other| other.ids().0.contains(&write));
         if matches!(node, Node::Matmul { .. }) && !to.is_virtual && to.data == FLOAT && is_read() {
-            let Some(before) = load(guest, job.addresses[&write], to) else { return };
+            let Some(before) = load(accessor, execution.addresses[&write], to) else { return };
             made.iter_mut().zip(before).for_each(|(value, before)| *value += before);
         }
         made.iter_mut().for_each(|value| *value = rounded(*value, to.data));
-        if !to.is_virtual && store(guest, job.addresses[&write], to, &made).is_none() {
+        if !to.is_virtual && store(accessor, execution.addresses[&write], to, &made).is_none() {
             return;
         }
         known.insert(write, made);
@@ -217,11 +217,11 @@ fn runs(tensor: &Tensor, mut f: impl FnMut(usize, usize) -> Option<()>) -> Optio
     starts.into_iter().try_for_each(|start| f(start, length))
 }
 
-fn load(guest: &mut Guest, address: usize, tensor: &Tensor) -> Option<Values> {
+fn load(accessor: &mut Accessor, address: usize, tensor: &Tensor) -> Option<Values> {
     let (mut out, bytes) = (vec![0.0; span(tensor)], bytes_of(tensor.data));
     runs(tensor, |start, length| {
         let at = address + start * bytes;
-        if !guest.touch(at, length * bytes, Access::Read) {
+        if !accessor.touch(at, length * bytes, Access::Read) {
             return None;
         }
         // SAFETY: the run was checked above.
@@ -239,11 +239,11 @@ fn load(guest: &mut Guest, address: usize, tensor: &Tensor) -> Option<Values> {
     Some(out)
 }
 
-fn store(guest: &mut Guest, address: usize, tensor: &Tensor, values: &[f32]) -> Option<()> {
+fn store(accessor: &mut Accessor, address: usize, tensor: &Tensor, values: &[f32]) -> Option<()> {
     let bytes = bytes_of(tensor.data);
     runs(tensor, |start, length| {
         let at = address + start * bytes;
-        if !guest.touch(at, length * bytes, Access::Write) {
+        if !accessor.touch(at, length * bytes, Access::Write) {
             return None;
         }
         // SAFETY: the run was checked above, and only operations, which run one at a time, access it.

@@ -1,12 +1,11 @@
 //! A graph of operations, read from descriptors and checked: shapes match, ids are unique, virtual tensors are written
-//! before
-//! they are read.
+//! before they are read.
 
 use std::collections::{HashMap, HashSet};
 
 use cudarc::cudnn::sys::{
     cudnnBackendAttributeName_t as Attribute, cudnnBackendDescriptorType_t as DescriptorKind,
-    cudnnPointwiseMode_t as Mode, cudnnReduceTensorOp_t as Reduction, cudnnStatus_t as Answer,
+    cudnnPointwiseMode_t as Mode, cudnnReduceTensorOp_t as Reduction, cudnnStatus_t as CudnnStatus,
 };
 
 use super::{Descriptor, misuse, refuse};
@@ -22,7 +21,7 @@ pub const BOOLEAN: i64 = 11;
 
 /// A tensor.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Tensor {
+pub(crate) struct Tensor {
     /// Extents.
     pub dims: Vec<usize>,
     /// Elements from one index to the next.
@@ -39,7 +38,7 @@ pub struct Tensor {
 
 /// An operation on tensors given by their ids.
 #[derive(Clone, Debug, PartialEq)]
-pub enum Node {
+pub(crate) enum Node {
     /// `c = a b`.
     Matmul { a: i64, b: i64, c: i64 },
     /// Element by element.
@@ -63,15 +62,15 @@ impl Node {
 
 /// A graph of operations.
 #[derive(Debug, Default)]
-pub struct Graph {
+pub(crate) struct Graph {
     /// Tensors by their unique ids.
     pub tensors: HashMap<i64, Tensor>,
     /// Operations in order.
     pub nodes: Vec<Node>,
 }
 
-fn invalid<T>(message: &str) -> Result<T, Answer> {
-    misuse(Answer::CUDNN_STATUS_BAD_PARAM, message)
+fn invalid<T>(message: &str) -> Result<T, CudnnStatus> {
+    misuse(CudnnStatus::CUDNN_STATUS_BAD_PARAM, message)
 }
 
 fn tensor(descriptor: &Descriptor) -> Tensor {
@@ -88,7 +87,7 @@ fn tensor(descriptor: &Descriptor) -> Tensor {
 }
 
 /// Checks a tensor on its own.
-pub(super) fn check_tensor(descriptor: &Descriptor) -> Result<(), Answer> {
+pub(super) fn check_tensor(descriptor: &Descriptor) -> Result<(), CudnnStatus> {
     let tensor = tensor(descriptor);
     let extents = || tensor.dims.iter().chain(&tensor.strides);
     if tensor.dims.len() != tensor.strides.len() || extents().any(|&extent| extent == 0) {
@@ -116,10 +115,10 @@ pub(super) fn check_tensor(descriptor: &Descriptor) -> Result<(), Answer> {
 
 impl Graph {
     /// Adds an operation, which may not be finalised yet.
-    pub(super) fn add(&mut self, all: &HashMap<u64, Descriptor>, operation: &Descriptor) -> Result<(), Answer> {
+    pub(super) fn add(&mut self, all: &HashMap<u64, Descriptor>, operation: &Descriptor) -> Result<(), CudnnStatus> {
         use Attribute::*;
         let found = |name: Attribute| all.get(&(operation.long(name)? as u64));
-        let mut id = |name: Attribute| -> Result<Option<i64>, Answer> {
+        let mut id = |name: Attribute| -> Result<Option<i64>, CudnnStatus> {
             let Some(descriptor) = found(name) else { return Ok(None) };
             let Some(id) = descriptor.long(CUDNN_ATTR_TENSOR_UNIQUE_ID) else {
                 return invalid("an operand is not a tensor");
@@ -130,7 +129,7 @@ impl Graph {
             }
             Ok(Some(id))
         };
-        let mut required = |name| id(name).and_then(|id| id.ok_or(Answer::CUDNN_STATUS_BAD_PARAM));
+        let mut required = |name| id(name).and_then(|id| id.ok_or(CudnnStatus::CUDNN_STATUS_BAD_PARAM));
         let of = |name: Attribute, attribute: Attribute| found(name).and_then(|descriptor| descriptor.long(attribute));
         let node = match operation.kind {
             DescriptorKind::CUDNN_BACKEND_OPERATION_MATMUL_DESCRIPTOR => {
@@ -157,7 +156,8 @@ impl Graph {
                 Node::Reduction { is_max, x: x?, y: y? }
             }
             DescriptorKind::CUDNN_BACKEND_OPERATION_RESHAPE_DESCRIPTOR => {
-                let [x, y] = [CUDNN_ATTR_OPERATION_RESHAPE_XDESC, CUDNN_ATTR_OPERATION_RESHAPE_YDESC].map(&mut required);
+                let [x, y] =
+                    [CUDNN_ATTR_OPERATION_RESHAPE_XDESC, CUDNN_ATTR_OPERATION_RESHAPE_YDESC].map(&mut required);
                 Node::Reshape { x: x?, y: y? }
             }
             DescriptorKind::CUDNN_BACKEND_OPERATION_POINTWISE_DESCRIPTOR => {
@@ -166,7 +166,8 @@ impl Graph {
                     return invalid("an operation without a mode");
                 };
                 let axis = of(pointwise, CUDNN_ATTR_POINTWISE_AXIS).map(|axis| axis as usize);
-                let (x, y) = (required(CUDNN_ATTR_OPERATION_POINTWISE_XDESC)?, required(CUDNN_ATTR_OPERATION_POINTWISE_YDESC)?);
+                let (x, y) =
+                    (required(CUDNN_ATTR_OPERATION_POINTWISE_XDESC)?, required(CUDNN_ATTR_OPERATION_POINTWISE_YDESC)?);
                 let b = id(CUDNN_ATTR_OPERATION_POINTWISE_BDESC)?;
                 let t = id(CUDNN_ATTR_OPERATION_POINTWISE_TDESC)?;
                 Node::Pointwise { mode, axis, x, b, t, y }
@@ -178,7 +179,7 @@ impl Graph {
         Ok(())
     }
 
-    fn check_node(&self, node: &Node) -> Result<(), Answer> {
+    fn check_node(&self, node: &Node) -> Result<(), CudnnStatus> {
         let dims = |id: &i64| &self.tensors[id].dims[..];
         let fits = match node {
             Node::Matmul { a, b, c } => {
@@ -228,7 +229,7 @@ impl Graph {
     }
 
     /// Checks the whole graph.
-    pub(super) fn check(&self) -> Result<(), Answer> {
+    pub(super) fn check(&self) -> Result<(), CudnnStatus> {
         let mut written = HashSet::new();
         for node in &self.nodes {
             let (reads, write) = node.ids();

@@ -8,7 +8,7 @@ use cudarc::driver::sys::{CUcontext, CUdevice, CUdevice_attribute, CUresult, CUu
 use crate::export::exports;
 use crate::memory::Place;
 use crate::scheduler::synchronise_device;
-use crate::world::{State, current_device, lock, set_current_device, world};
+use crate::world::{State, current_device, lock, machine, set_current_device};
 
 const DRIVER_VERSION: c_int = 13000;
 const NAME: &[u8] = b"software CUDA device\0";
@@ -28,7 +28,7 @@ fn attribute(attribute: CUdevice_attribute, device: CUdevice) -> c_int {
         CU_DEVICE_ATTRIBUTE_MAX_GRID_DIM_X => c_int::MAX,
         CU_DEVICE_ATTRIBUTE_MAX_GRID_DIM_Y | CU_DEVICE_ATTRIBUTE_MAX_GRID_DIM_Z => 65535,
         CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK => 48 << 10,
-        CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN => world().config.shared_bytes as c_int,
+        CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN => machine().config.shared_bytes as c_int,
         CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_MULTIPROCESSOR => 228 << 10,
         CU_DEVICE_ATTRIBUTE_MAX_THREADS_PER_MULTIPROCESSOR => 2048,
         CU_DEVICE_ATTRIBUTE_MAX_REGISTERS_PER_BLOCK => 65536,
@@ -64,7 +64,7 @@ fn device_of(state: &State, context: CUcontext) -> Result<usize, CUresult> {
 
 exports! { driver;
     fn cuInit(_flags: c_uint) -> CUresult {
-        match world().config.devices {
+        match machine().config.devices {
             0 => Err(CUresult::CUDA_ERROR_NO_DEVICE),
             _ => Ok(()),
         }
@@ -76,37 +76,37 @@ exports! { driver;
     }
 
     fn cuDeviceGetCount(count: *mut c_int) -> CUresult {
-        *count = world().config.devices as c_int;
+        *count = machine().config.devices as c_int;
         Ok(())
     }
 
     fn cuDeviceGet(device: *mut CUdevice, ordinal: c_int) -> CUresult {
-        check_device(&world().state(), ordinal)?;
+        check_device(&machine().state(), ordinal)?;
         *device = ordinal;
         Ok(())
     }
 
     fn cuDeviceGetName(name: *mut c_char, len: c_int, dev: CUdevice) -> CUresult {
-        check_device(&world().state(), dev)?;
+        check_device(&machine().state(), dev)?;
         let bytes = (len.max(0) as usize).min(NAME.len());
         std::ptr::copy_nonoverlapping(NAME.as_ptr().cast(), name, bytes);
         Ok(())
     }
 
     fn cuDeviceGetAttribute(value: *mut c_int, queried: CUdevice_attribute, dev: CUdevice) -> CUresult {
-        check_device(&world().state(), dev)?;
+        check_device(&machine().state(), dev)?;
         *value = attribute(queried, dev);
         Ok(())
     }
 
     fn cuDeviceTotalMem_v2(bytes: *mut usize, dev: CUdevice) -> CUresult {
-        check_device(&world().state(), dev)?;
-        *bytes = world().config.memory_bytes;
+        check_device(&machine().state(), dev)?;
+        *bytes = machine().config.memory_bytes;
         Ok(())
     }
 
     fn cuDeviceGetUuid_v2(uuid: *mut CUuuid, dev: CUdevice) -> CUresult {
-        let device = check_device(&world().state(), dev)?;
+        let device = check_device(&machine().state(), dev)?;
         let mut bytes = [0x5f; 16];
         bytes[15] = device as c_char;
         (*uuid).bytes = bytes;
@@ -114,7 +114,7 @@ exports! { driver;
     }
 
     fn cuDevicePrimaryCtxRetain(pctx: *mut CUcontext, dev: CUdevice) -> CUresult {
-        let mut state = world().state();
+        let mut state = machine().state();
         let device = check_device(&state, dev)?;
         state.devices[device].retained += 1;
         *pctx = context_of(device);
@@ -122,7 +122,7 @@ exports! { driver;
     }
 
     fn cuDevicePrimaryCtxRelease_v2(dev: CUdevice) -> CUresult {
-        let mut state = world().state();
+        let mut state = machine().state();
         let device = check_device(&state, dev)?;
         let retained = state.devices[device].retained.checked_sub(1).ok_or(CUresult::CUDA_ERROR_INVALID_CONTEXT)?;
         state.devices[device].retained = retained;
@@ -130,7 +130,7 @@ exports! { driver;
     }
 
     fn cuCtxSetCurrent(ctx: CUcontext) -> CUresult {
-        let device = if ctx.is_null() { None } else { Some(device_of(&world().state(), ctx)?) };
+        let device = if ctx.is_null() { None } else { Some(device_of(&machine().state(), ctx)?) };
         set_current_device(device);
         Ok(())
     }
@@ -141,17 +141,17 @@ exports! { driver;
     }
 
     fn cuCtxGetDevice(device: *mut CUdevice) -> CUresult {
-        *device = world().state().device()? as CUdevice;
+        *device = machine().state().device()? as CUdevice;
         Ok(())
     }
 
     fn cuCtxSynchronize() -> CUresult {
-        let device = world().state().device()?;
-        synchronise_device(world(), device)
+        let device = machine().state().device()?;
+        synchronise_device(machine(), device)
     }
 
     fn cuCtxGetStreamPriorityRange(least: *mut c_int, greatest: *mut c_int) -> CUresult {
-        world().state().device()?;
+        machine().state().device()?;
         for (to, value) in [(least, 0), (greatest, -5)] {
             if !to.is_null() {
                 *to = value;
@@ -161,27 +161,27 @@ exports! { driver;
     }
 
     fn cuDeviceCanAccessPeer(can: *mut c_int, dev: CUdevice, peer: CUdevice) -> CUresult {
-        let state = world().state();
+        let state = machine().state();
         *can = c_int::from(check_device(&state, dev)? != check_device(&state, peer)?);
         Ok(())
     }
 
     fn cuCtxEnablePeerAccess(peer: CUcontext, _flags: c_uint) -> CUresult {
-        let state = world().state();
+        let state = machine().state();
         let (own, peer) = (state.device()?, device_of(&state, peer)?);
         if own == peer {
             return Err(CUresult::CUDA_ERROR_INVALID_DEVICE);
         }
-        match lock(&world().registry).peers.insert((own, peer)) {
+        match lock(&machine().registry).peers.insert((own, peer)) {
             true => Ok(()),
             false => Err(CUresult::CUDA_ERROR_PEER_ACCESS_ALREADY_ENABLED),
         }
     }
 
     fn cuMemGetInfo_v2(free: *mut usize, total: *mut usize) -> CUresult {
-        let device = world().state().device()?;
-        *total = world().config.memory_bytes;
-        *free = *total - lock(&world().registry).live_bytes(Place::Device(device));
+        let device = machine().state().device()?;
+        *total = machine().config.memory_bytes;
+        *free = *total - lock(&machine().registry).live_bytes(Place::Device(device));
         Ok(())
     }
 

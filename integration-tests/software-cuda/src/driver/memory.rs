@@ -8,11 +8,11 @@ use cudarc::driver::sys::{
 };
 
 use crate::export::exports;
-use crate::host::as_host;
+use crate::host::access_as_host;
 use crate::memory::Place;
 use crate::run::{digest, free};
 use crate::scheduler::{synchronise, synchronise_device};
-use crate::world::{Kind, Rows, Seen, lock, world};
+use crate::world::{OpKind, Rows, SourceState, lock, machine};
 
 const NULL_STREAM: u64 = 0;
 
@@ -20,8 +20,8 @@ fn allocate(place: Place, bytes: usize, unborn: bool) -> Result<usize, CUresult>
     if bytes == 0 {
         return Err(CUresult::CUDA_ERROR_INVALID_VALUE);
     }
-    let limit = world().config.memory_bytes;
-    lock(&world().registry).allocate(place, bytes, limit, unborn).ok_or(CUresult::CUDA_ERROR_OUT_OF_MEMORY)
+    let limit = machine().config.memory_bytes;
+    lock(&machine().registry).allocate(place, bytes, limit, unborn).ok_or(CUresult::CUDA_ERROR_OUT_OF_MEMORY)
 }
 
 /// Submits a copy; waits for it if the target is pageable, because such a copy is synchronous.
@@ -31,21 +31,21 @@ fn allocate(place: Place, bytes: usize, unborn: bool) -> Result<usize, CUresult>
 /// Pageable memory is readable or writable over the extent of `rows`.
 unsafe fn copy(from: usize, to: usize, rows: Rows, stream: u64, name: &str) -> Result<(), CUresult> {
     let bytes = rows.width * rows.height;
-    let mut state = world().state();
+    let mut state = machine().state();
     let handle = state.stream(stream)?;
     if bytes == 0 {
         return Ok(());
     }
-    let mut registry = lock(&world().registry);
+    let mut registry = lock(&machine().registry);
     let (window, is_tight) = (registry.window, rows.height == 1);
     if !window.contains(from) && !window.contains(to) {
         return Err(CUresult::CUDA_ERROR_INVALID_VALUE);
     }
-    let mut seen = None;
+    let mut source_state = None;
     let source = registry.find(from).filter(|a| a.place == Place::Host && is_tight && a.pending.1 == 0);
     if let Some(copies_in) = source.filter(|a| from + bytes <= a.base + a.bytes).map(|a| a.copies_in) {
         // SAFETY: the bytes are in a live allocation of pinned memory.
-        seen = Some(Seen { digest: unsafe { digest(from, bytes) }, copies_in });
+        source_state = Some(SourceState { digest: unsafe { digest(from, bytes) }, copies_in });
     }
     if let Some(source) = registry.find_mut(from) {
         source.pending.0 += 1;
@@ -53,8 +53,8 @@ unsafe fn copy(from: usize, to: usize, rows: Rows, stream: u64, name: &str) -> R
     if let Some(target) = registry.find_mut(to) {
         let is_free = target.place == Place::Host && target.pending.0 == 0 && target.freed.is_none();
         if is_free && is_tight && to + bytes <= target.base + target.bytes {
-            // The host reads NaN in every type until the copy has finished.
-            // SAFETY: the bytes are in a live allocation of pinned memory that no queued copy uses.
+            // The host reads NaN in every type until the copy has finished. SAFETY: the bytes are in a live allocation
+            // of pinned memory that no queued copy uses.
             unsafe { std::ptr::write_bytes(to as *mut u8, 0xff, bytes) };
         }
         target.pending = (target.pending.0 + 1, target.pending.1 + 1);
@@ -67,10 +67,10 @@ unsafe fn copy(from: usize, to: usize, rows: Rows, stream: u64, name: &str) -> R
         };
         (0..rows.height).flat_map(row).copied().collect::<Vec<u8>>()
     });
-    let kind = Kind::Copy { from, to, rows, staged, seen };
-    state.submit(world(), handle, kind, format!("{name} of {bytes} bytes"));
+    let kind = OpKind::Copy { from, to, rows, staged, source_state };
+    state.submit(machine(), handle, kind, format!("{name} of {bytes} bytes"));
     drop(state);
-    if window.contains(to) { Ok(()) } else { synchronise(world(), handle) }
+    if window.contains(to) { Ok(()) } else { synchronise(machine(), handle) }
 }
 
 fn line(bytes: usize) -> Rows {
@@ -80,7 +80,7 @@ fn line(bytes: usize) -> Rows {
 /// Checks that each side of a copy is on its context's device.
 fn check_devices(to: (CUdeviceptr, CUcontext), from: (CUdeviceptr, CUcontext)) -> Result<(), CUresult> {
     let is_there = |(address, context): (CUdeviceptr, CUcontext)| {
-        let place = lock(&world().registry).owner(address as usize).map(|o| o.place);
+        let place = lock(&machine().registry).owner(address as usize).map(|o| o.place);
         place == Some(Place::Device((context as usize >> 8).wrapping_sub(1)))
     };
     if !is_there(to) || !is_there(from) {
@@ -92,42 +92,46 @@ fn check_devices(to: (CUdeviceptr, CUcontext), from: (CUdeviceptr, CUcontext)) -
 
 /// Records a finding if a copy between devices has to go through host memory, which a driver does silently.
 fn find_staged_copy(to: usize, from: usize) {
-    let registry = lock(&world().registry);
+    let registry = lock(&machine().registry);
     let (Some(target), Some(source)) = (registry.find(to), registry.find(from)) else { return };
     let (Place::Device(a), Place::Device(b)) = (target.place, source.place) else { return };
     let is_open = a == b || (registry.peers.contains(&(a, b)) && registry.peers.contains(&(b, a)));
     let is_pooled = target.is_pooled() || source.is_pooled();
     drop(registry);
     if !is_open || (a != b && is_pooled) {
-        let why = if is_open { "its memory is from a pool without peer access" } else { "peer access is not enabled both ways" };
+        let why = if is_open {
+            "its memory is from a pool without peer access"
+        } else {
+            "peer access is not enabled both ways"
+        };
         let message = format!("a copy from device {b} to device {a} goes through host memory: {why}");
-        world().find("staged", &message.clone(), || message);
+        machine().report_finding("staged", &message.clone(), || message);
     }
 }
 
 fn fill(to: CUdeviceptr, pattern: u32, width: usize, count: usize, stream: CUstream) -> Result<(), CUresult> {
-    let mut state = world().state();
+    let mut state = machine().state();
     let handle = state.stream(stream as u64)?;
     if !(to as usize).is_multiple_of(width) {
         return Err(CUresult::CUDA_ERROR_INVALID_VALUE);
     }
-    let kind = Kind::Fill { to: to as usize, pattern, width, count };
-    state.submit(world(), handle, kind, format!("fill of {} bytes", width * count));
+    let kind = OpKind::Fill { to: to as usize, pattern, width, count };
+    state.submit(machine(), handle, kind, format!("fill of {} bytes", width * count));
     Ok(())
 }
 
 exports! { driver;
     fn cuMemAlloc_v2(out: *mut CUdeviceptr, bytes: usize) -> CUresult {
-        let device = world().state().device()?;
+        let device = machine().state().device()?;
         *out = allocate(Place::Device(device), bytes, false)? as CUdeviceptr;
         Ok(())
     }
 
     fn cuMemAllocAsync(out: *mut CUdeviceptr, bytes: usize, stream: CUstream) -> CUresult {
-        let mut state = world().state();
+        let mut state = machine().state();
         let handle = state.stream(stream as u64)?;
         let base = allocate(Place::Device(state.streams[&handle].device), bytes, true)?;
-        state.submit(world(), handle, Kind::Alloc { base }, format!("allocation of {bytes} bytes"));
+        state.submit(machine(), handle, OpKind::Alloc { base }, format!("allocation of {bytes} bytes"));
         *out = base as CUdeviceptr;
         Ok(())
     }
@@ -137,48 +141,49 @@ exports! { driver;
             return Ok(());
         }
         // Waits for the device that owns the memory, not for the current one.
-        let device = match lock(&world().registry).owner(address as usize).map(|o| o.place) {
+        let device = match lock(&machine().registry).owner(address as usize).map(|o| o.place) {
             Some(Place::Device(device)) => device,
             _ => return Err(CUresult::CUDA_ERROR_INVALID_VALUE),
         };
-        synchronise_device(world(), device)?;
-        let mut state = world().state();
+        synchronise_device(machine(), device)?;
+        let mut state = machine().state();
         let handle = state.devices[device].null_stream;
-        state.submit(world(), handle, Kind::Free { base: address as usize }, "free");
+        state.submit(machine(), handle, OpKind::Free { base: address as usize }, "free");
         drop(state);
-        synchronise(world(), handle)
+        synchronise(machine(), handle)
     }
 
     fn cuMemFreeAsync(address: CUdeviceptr, stream: CUstream) -> CUresult {
-        let mut state = world().state();
+        let mut state = machine().state();
         let handle = state.stream(stream as u64)?;
-        state.submit(world(), handle, Kind::Free { base: address as usize }, "asynchronous free");
+        state.submit(machine(), handle, OpKind::Free { base: address as usize }, "asynchronous free");
         Ok(())
     }
 
     fn cuMemHostAlloc(out: *mut *mut c_void, bytes: usize, _flags: c_uint) -> CUresult {
-        world().state().device()?;
+        machine().state().device()?;
         *out = allocate(Place::Host, bytes, false)? as *mut c_void;
         Ok(())
     }
 
     fn cuMemFreeHost(address: *mut c_void) -> CUresult {
         let base = address as usize;
-        let pending = lock(&world().registry).find(base).map(|a| a.pending.0);
+        let pending = lock(&machine().registry).find(base).map(|a| a.pending.0);
         match pending {
             None => return Err(CUresult::CUDA_ERROR_INVALID_VALUE),
             Some(0) => {}
-            Some(_) => world().find("use-after-free", "pinned", || {
+            Some(_) => machine().report_finding("use-after-free", "pinned", || {
                 format!("pinned memory at {base:#x} is freed while copies that use it are queued")
             }),
         }
-        as_host(world(), "free of pinned memory", |guest| free(guest, world(), base, "free of pinned memory"));
+        let name = "free of pinned memory";
+        access_as_host(machine(), name, |accessor| free(accessor, machine(), base, name));
         Ok(())
     }
 
     fn cuMemcpyHtoD_v2(to: CUdeviceptr, from: *const c_void, bytes: usize) -> CUresult {
         copy(from as usize, to as usize, line(bytes), NULL_STREAM, "copy to the device")?;
-        synchronise(world(), NULL_STREAM)
+        synchronise(machine(), NULL_STREAM)
     }
 
     fn cuMemcpyHtoDAsync_v2(to: CUdeviceptr, from: *const c_void, bytes: usize, stream: CUstream) -> CUresult {
@@ -187,7 +192,7 @@ exports! { driver;
 
     fn cuMemcpyDtoH_v2(to: *mut c_void, from: CUdeviceptr, bytes: usize) -> CUresult {
         copy(from as usize, to as usize, line(bytes), NULL_STREAM, "copy to the host")?;
-        synchronise(world(), NULL_STREAM)
+        synchronise(machine(), NULL_STREAM)
     }
 
     fn cuMemcpyDtoHAsync_v2(to: *mut c_void, from: CUdeviceptr, bytes: usize, stream: CUstream) -> CUresult {
@@ -196,7 +201,7 @@ exports! { driver;
 
     fn cuMemcpyDtoD_v2(to: CUdeviceptr, from: CUdeviceptr, bytes: usize) -> CUresult {
         copy(from as usize, to as usize, line(bytes), NULL_STREAM, "copy")?;
-        synchronise(world(), NULL_STREAM)
+        synchronise(machine(), NULL_STREAM)
     }
 
     fn cuMemcpyDtoDAsync_v2(to: CUdeviceptr, from: CUdeviceptr, bytes: usize, stream: CUstream) -> CUresult {

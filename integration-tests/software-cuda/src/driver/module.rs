@@ -13,7 +13,7 @@ use crate::export::exports;
 use crate::findings::count_launch;
 use crate::kernel::{Function, Library, SHARED_BYTES_MAX, THREADS_MAX, copy_arguments, functions, load, text};
 use crate::nvrtc::image;
-use crate::world::{Kind, Launch, lock, world};
+use crate::world::{Launch, OpKind, lock, machine};
 
 const SHARED_BYTES_DEFAULT: usize = 48 << 10;
 
@@ -26,10 +26,10 @@ fn modules() -> &'static Mutex<HashMap<u64, Library>> {
 ///
 /// `image` points to an image that ends with NUL.
 unsafe fn load_image(module: *mut CUmodule, image: *const c_void) -> Result<(), CUresult> {
-    world().state().device()?;
+    machine().state().device()?;
     // SAFETY: by the contract above.
     let text = unsafe { text(image.cast()) };
-    let Some(path) = image::library_path(&text, &world().config.cache) else {
+    let Some(path) = image::library_path(&text, &machine().config.cache) else {
         eprintln!("software-cuda: cannot load an image that the software NVRTC did not create");
         return Err(CUresult::CUDA_ERROR_INVALID_IMAGE);
     };
@@ -37,7 +37,7 @@ unsafe fn load_image(module: *mut CUmodule, image: *const c_void) -> Result<(), 
         eprintln!("software-cuda: cannot load {}: {error}", path.display());
         CUresult::CUDA_ERROR_INVALID_IMAGE
     })?;
-    let handle = world().state().handle();
+    let handle = machine().state().handle();
     lock(modules()).insert(handle, library);
     // SAFETY: the caller passed a pointer to a module.
     unsafe { *module = handle as CUmodule };
@@ -63,24 +63,21 @@ unsafe fn launch(
         return Err(CUresult::CUDA_ERROR_INVALID_VALUE);
     }
     if shared_bytes > found.shared_bytes_max {
-        eprintln!(
-            "software-cuda: {} requests {shared_bytes} bytes of shared memory, above its attribute",
-            found.name
-        );
+        eprintln!("software-cuda: {} requests {shared_bytes} bytes of shared memory, above its attribute", found.name);
         return Err(CUresult::CUDA_ERROR_INVALID_VALUE);
     }
     let (kernel, name) = (found.kernel, found.name.clone());
     drop(functions);
     // SAFETY: by the contract above.
     let arguments = unsafe { copy_arguments(kernel, arguments) };
-    let mut state = world().state();
+    let mut state = machine().state();
     let handle = state.stream(stream as u64)?;
     if state.streams[&handle].device != state.device()? {
         return Err(CUresult::CUDA_ERROR_INVALID_HANDLE);
     }
     count_launch(&name);
     let launch = Launch { kernel, arguments, dims, shared_bytes };
-    state.submit(world(), handle, Kind::Launch(Box::new(launch)), name);
+    state.submit(machine(), handle, OpKind::Launch(Box::new(launch)), name);
     Ok(())
 }
 
@@ -107,7 +104,7 @@ exports! { driver;
         let library = lock(modules()).get(&(module as u64)).cloned().ok_or(CUresult::CUDA_ERROR_INVALID_HANDLE)?;
         let name: Arc<str> = text(name).into();
         let kernel = library.kernel(&name).ok_or(CUresult::CUDA_ERROR_NOT_FOUND)?;
-        let handle = world().state().handle();
+        let handle = machine().state().handle();
         let shared_bytes_max = SHARED_BYTES_DEFAULT;
         lock(functions()).insert(handle, Function { name, kernel, shared_bytes_max });
         *function = handle as CUfunction;
@@ -132,7 +129,8 @@ exports! { driver;
         let mut functions = lock(functions());
         let found = functions.get_mut(&(function as u64)).ok_or(CUresult::CUDA_ERROR_INVALID_HANDLE)?;
         if attribute == CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES {
-            let bytes = usize::try_from(value).ok().filter(|b| *b <= SHARED_BYTES_MAX.min(world().config.shared_bytes));
+            let bytes_max = SHARED_BYTES_MAX.min(machine().config.shared_bytes);
+            let bytes = usize::try_from(value).ok().filter(|b| *b <= bytes_max);
             found.shared_bytes_max = bytes.ok_or(CUresult::CUDA_ERROR_INVALID_VALUE)?;
         }
         Ok(())
