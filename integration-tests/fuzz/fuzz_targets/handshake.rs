@@ -20,8 +20,8 @@ fuzz_target!(|input: (&[u8], &[u8])| {
             assert!(acceptor.believe(&secret, rest.to_vec()).is_err());
         }
         let (dialler, _) = Dialler::new(&[4; 32]);
-        if let Ok((challenge, _)) = dialler.prove(&secret, &HELLO, peer_greeting) {
-            assert!(challenge.finish(&secret, rest).is_err());
+        if let Ok((pending, _)) = dialler.prove(&secret, &HELLO, peer_greeting) {
+            assert!(pending.finish(&secret, rest).is_err());
         }
     }
     if let Ok(hello) = wire::decode::<Hello>(rest) {
