@@ -62,7 +62,7 @@ impl Trigger {
                     // `LocalFileSystem` gives a file this name while writing it.
                     let torn = root.join(format!("{path}#1"));
                     let bytes: Vec<u8> = payload.iter().flatten().copied().collect();
-                    let _ = std::fs::create_dir_all(torn.parent().expect("a file lies in a folder"));
+                    let _ = std::fs::create_dir_all(torn.parent().expect("a file has a folder"));
                     let _ = std::fs::write(torn, &bytes[..bytes.len() / 2]);
                 }
                 let _ = rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::KILL);

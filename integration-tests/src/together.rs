@@ -79,6 +79,6 @@ pub fn save_together(store: &Store, parts: &[Snapshot], epoch: u64, keep: usize)
     std::thread::scope(|scope| {
         let save = &save;
         let threads: Vec<_> = parts.iter().enumerate().map(|part| scope.spawn(move || save(part))).collect();
-        threads.into_iter().map(|t| t.join().expect("does not panic").expect("good options")).collect()
+        threads.into_iter().map(|t| t.join().expect("no panic").expect("valid options")).collect()
     })
 }

@@ -522,7 +522,7 @@ fn files_and_checkpoints_record_what_was_declared() {
             assert_eq!(
                 (notes.len(), losses(&mut resumed)),
                 (2, expected.clone()),
-                "{name}: dropout goes on with the seed"
+                "{name}: dropout continues with the seed"
             );
         }
         let error = start(ONE, &declared("a", 4, 4)).init_from(&file).expect_err("other heads").to_string();

@@ -159,7 +159,7 @@ fn a_failed_save_leaves_no_file() {
         assert!(text.starts_with(&path.display().to_string()), "{text}");
         // A folder blocks the file's path.
         let path = scratch.path().join("taken");
-        std::fs::create_dir(&path).expect("can be made");
+        std::fs::create_dir(&path).expect("created");
         assert!(here.save(&path).is_err());
         assert_eq!(files(scratch.path()), 1, "only the blocking folder");
     });

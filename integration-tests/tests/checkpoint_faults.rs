@@ -81,12 +81,12 @@ fn save_in_order(store: &Store, step: u64, epoch: u64) -> Vec<SaveReport> {
     let save = |process: u32| {
         let options =
             SaverOptions { member: ProcessRank { process, processes: 2, epoch }, keep: 2, ..SaverOptions::default() };
-        save_now(store, &parts[process as usize], &agreement, &options, 0).expect("good options")
+        save_now(store, &parts[process as usize], &agreement, &options, 0).expect("valid options")
     };
     std::thread::scope(|scope| {
         let other = scope.spawn(|| save(1));
         agreement.wait_for_another(SaveId { epoch, step, attempt: 0 });
-        vec![save(0), other.join().expect("does not panic")]
+        vec![save(0), other.join().expect("no panic")]
     })
 }
 
@@ -110,14 +110,14 @@ fn run_child_killed_at(folder: &Path, at: usize) -> bool {
     let mut child = Command::new(std::env::current_exe().expect("this program"));
     child.args(["--exact", "child_that_saves_until_it_is_killed"]);
     child.env(CHILD, format!("{} {at}", folder.display()));
-    let status = child.stdout(std::process::Stdio::null()).status().expect("can be started");
+    let status = child.stdout(std::process::Stdio::null()).status().expect("started");
     assert!(status.success() || status.signal() == Some(9), "operation {at}: {status}");
     !status.success()
 }
 
 fn committed(folder: &Path) -> Vec<u64> {
     let store = open(folder);
-    store.steps().expect("can be listed")
+    store.steps().expect("listed")
 }
 
 fn open(folder: &Path) -> Store {
@@ -133,12 +133,12 @@ fn a_save_killed_at_any_operation_is_complete_or_absent() {
         let (mut at, mut seen) = (0, [0, 0]);
         loop {
             let folder = scratch.path().join(at.to_string());
-            std::fs::create_dir(&folder).expect("can be made");
+            std::fs::create_dir(&folder).expect("created");
             for step in [1, 2] {
                 save_in_order(&open(&folder), step, 0);
             }
             let is_killed = run_child_killed_at(&folder, at);
-            let newest = open(&folder).newest_verified().expect("can be listed");
+            let newest = open(&folder).newest_verified().expect("listed");
             assert!(newest.damaged.is_empty(), "operation {at}: {:?}", newest.damaged);
             let reader = newest.reader.expect("at least the previous checkpoint");
             check_contents(&reader);
@@ -155,7 +155,7 @@ fn a_save_killed_at_any_operation_is_complete_or_absent() {
                 }
             }
             assert_eq!(committed(&folder), [4, 6], "operation {at}");
-            check_contents(&open(&folder).read(4).expect("is kept"));
+            check_contents(&open(&folder).read(4).expect("a kept checkpoint"));
             assert_eq!(files(&folder), 2 * 5, "operation {at}: leftovers and torn files remain");
             if !is_killed {
                 break;
@@ -187,7 +187,7 @@ fn a_job_that_resumes_after_a_freeze_commits_nothing_twice() {
                 assert!(at > 20, "{at} operations");
                 return;
             };
-            let reader = healthy.read(4).expect("was committed");
+            let reader = healthy.read(4).expect("a committed checkpoint");
             reader.verify().unwrap_or_else(|e| panic!("operation {at}: {e}"));
             check_contents(&reader);
             let winner = if saved[0] == SaveOutcome::Committed { 2 } else { 1 };
@@ -221,7 +221,7 @@ fn a_full_disk_fails_only_the_save() {
             let failing = FaultyStore::new(Arc::new(faulty.clone()), StoreFault::Full, at, None);
             let store = small_parts(Store::with(Arc::new(failing.clone()), "run").expect("a store"));
             let reports = save_in_order(&store, 4, 0);
-            let is_committed = healthy.steps().expect("can be listed").contains(&4);
+            let is_committed = healthy.steps().expect("listed").contains(&4);
             for report in &reports {
                 match &report.result {
                     Ok(saved) => assert!(is_committed && *saved == SaveOutcome::Committed),
@@ -235,10 +235,10 @@ fn a_full_disk_fails_only_the_save() {
                     }
                 }
             }
-            check_contents(&healthy.newest_verified().expect("can be listed").reader.expect("one is there"));
+            check_contents(&healthy.newest_verified().expect("listed").reader.expect("a checkpoint"));
             failing.heal();
             assert!(save_in_order(&store, 6, 0).iter().all(|r| r.result.is_ok()));
-            check_contents(&store.read(6).expect("was committed"));
+            check_contents(&store.read(6).expect("a committed checkpoint"));
             assert!(faulty.operations() > before);
             if is_committed {
                 break;
@@ -269,7 +269,7 @@ fn a_stalled_store_ends_the_save_by_its_deadline() {
             let deadline = Duration::from_millis(800);
             let store = small_parts(Store::with(faulty, "run").expect("a store").with_deadline(deadline));
             let reports = save_in_order(&store, 4, 0);
-            let is_committed = healthy.steps().expect("can be listed").contains(&4);
+            let is_committed = healthy.steps().expect("listed").contains(&4);
             for report in reports {
                 let stalled = report.result.err().map(|e| e.to_string());
                 assert_eq!(stalled.is_none(), is_committed, "operation {at}: {stalled:?}");
@@ -278,7 +278,7 @@ fn a_stalled_store_ends_the_save_by_its_deadline() {
                 let pruned = report.prune.map(|e| e.to_string());
                 assert!(pruned.iter().all(|text| text.contains("no answer")), "operation {at}: {pruned:?}");
             }
-            check_contents(&healthy.newest_verified().expect("can be listed").reader.expect("one is there"));
+            check_contents(&healthy.newest_verified().expect("listed").reader.expect("a checkpoint"));
             is_committed
         };
         std::thread::scope(|scope| {
@@ -341,7 +341,7 @@ fn training_continues_while_saves_fail() {
                 &SaverOptions::default(),
                 99,
             );
-            assert_eq!(report.expect("good options").result.expect("the healed store"), SaveOutcome::Committed);
+            assert_eq!(report.expect("valid options").result.expect("the healed store"), SaveOutcome::Committed);
             let mut resumed = session("stage=1");
             assert_eq!(resumed.restore_newest(&store).expect("loads").found.map(|f| f.0), Some(30));
         }
@@ -351,10 +351,11 @@ fn training_continues_while_saves_fail() {
 /// All files of a store.
 fn all_files(memory: &InMemory) -> BTreeMap<object_store::path::Path, Vec<u8>> {
     let list = async {
-        let metas: Vec<_> = memory.list(None).try_collect().await.expect("can be listed");
+        let metas: Vec<_> = memory.list(None).try_collect().await.expect("listed");
         let mut files = BTreeMap::new();
         for meta in metas {
-            let bytes = memory.get(&meta.location).await.expect("is there").bytes().await.expect("is there");
+            let bytes =
+                memory.get(&meta.location).await.expect("an existing file").bytes().await.expect("an existing file");
             files.insert(meta.location, bytes.to_vec());
         }
         files
@@ -387,7 +388,7 @@ fn altered_and_cut_files_are_found_and_named() {
                 (0..4).map(|d| writer.snapshot_of(d..d + 1, None).expect("a running session")).collect();
             assert!(save_together(&store, &parts, 0, 2).iter().all(|r| r.result.is_ok()));
             let mut reader = session("tensor=2");
-            reader.restore_checkpoint(&store.read(step).expect("was committed")).expect("fits");
+            reader.restore_checkpoint(&store.read(step).expect("a committed checkpoint")).expect("fits");
             expected.insert(step, state(&reader));
         }
         let files = all_files(&memory);
@@ -409,11 +410,11 @@ fn altered_and_cut_files_are_found_and_named() {
             } else {
                 bytes.truncate(at)
             }
-            blocking(memory.put(path, bytes.into())).expect("can be put");
+            blocking(memory.put(path, bytes.into())).expect("written");
 
             let matters = !path.as_ref().contains("shard-") || !path.as_ref().ends_with(".json");
             let text = format!("case {case}: {path} at {at}");
-            let verified = store.newest_verified().expect("can be listed");
+            let verified = store.newest_verified().expect("listed");
             let found = verified.reader.expect("the older checkpoint").manifest().step;
             assert_eq!(found, if matters { 1 } else { 2 }, "{text}");
             assert!(
@@ -430,12 +431,12 @@ fn altered_and_cut_files_are_found_and_named() {
             let named = |e: &CheckpointError| e.is_damage() && e.to_string().contains(path.as_ref());
             assert!(restored.damaged.iter().all(named), "{text}: {:?}", restored.damaged);
             skipped += usize::from(step == 1);
-            blocking(memory.put(path, files[path].clone().into())).expect("can be put");
+            blocking(memory.put(path, files[path].clone().into())).expect("written");
         }
         assert!(skipped > 150, "{skipped} of 400 were skipped");
         // Without any usable checkpoint, the result is empty rather than an error.
         for path in files.keys().filter(|path| path.as_ref().ends_with("safetensors")) {
-            blocking(memory.delete(path)).expect("can be deleted");
+            blocking(memory.delete(path)).expect("deleted");
         }
         let nothing = reader.restore_newest(&store).expect("no error");
         assert_eq!((nothing.found.is_none(), nothing.damaged.len()), (true, 2));

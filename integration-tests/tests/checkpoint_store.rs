@@ -75,7 +75,7 @@ fn a_second_saver_fences_the_first() {
         let mut new = saver(&mut second, &store).expect("the same process takes over");
         let error = step_and_save(&mut first, &mut old).expect_err("fenced");
         assert!(matches!(error, CheckpointError::Fenced { .. }), "{error}");
-        assert_eq!(store.steps().expect("can be listed"), [1]);
+        assert_eq!(store.steps().expect("listed"), [1]);
         assert_eq!(step_and_save(&mut second, &mut new).expect("the owner saves"), SaveOutcome::Committed);
         drop((old, new));
         assert_eq!(names(scratch.path()), ["step-000000000001", "step-000000000002"], "the lock is released");
@@ -102,12 +102,12 @@ fn a_file_system_without_hard_links_is_enough() {
         let store = Store::in_folder(Arc::new(faulty), scratch.path(), "run").expect("a folder");
         let mut here = session();
         let mut saver = saver(&mut here, &store).expect("a usable store");
-        assert_eq!(step_and_save(&mut here, &mut saver).expect("can be saved"), SaveOutcome::Committed);
+        assert_eq!(step_and_save(&mut here, &mut saver).expect("saved"), SaveOutcome::Committed);
         let again = save_together(&store, &parts(&here), 5, 2);
         assert!(again.iter().all(|report| matches!(report.result, Ok(SaveOutcome::AlreadyThere))), "{again:?}");
         let claim = scratch.path().join("step-000000000002/manifest.json.claim");
-        std::fs::create_dir_all(&claim).expect("can be made");
-        std::fs::write(claim.join("1"), "torn").expect("can be made");
+        std::fs::create_dir_all(&claim).expect("created");
+        std::fs::write(claim.join("1"), "torn").expect("created");
         assert_eq!(step_and_save(&mut here, &mut saver).expect("the stale claim is replaced"), SaveOutcome::Committed);
         store.read(2).and_then(|reader| reader.verify()).expect("whole");
         assert_eq!(
@@ -129,7 +129,7 @@ fn a_file_system_without_hard_links_is_enough() {
                     move || save_together(&store, &parts, epoch, 9)
                 })
             });
-            jobs.map(|job| job.join().expect("does not panic"))
+            jobs.map(|job| job.join().expect("no panic"))
         });
         let committed =
             reports.iter().filter(|reports| matches!(reports[0].result, Ok(SaveOutcome::Committed))).count();
@@ -183,7 +183,7 @@ fn a_file_with_delayed_visibility_is_not_damage() {
             *clock.on_wait.lock().expect("the lock is not poisoned") = Some(Box::new(move |now: Duration| {
                 for name in ["shard-1-of-2.safetensors", "shard-1-of-2.json"] {
                     if now >= Duration::from_secs(late) && !to.join(name).exists() {
-                        std::fs::copy(from.join(name), to.join(name)).expect("is there");
+                        std::fs::copy(from.join(name), to.join(name)).expect("an existing file");
                     }
                 }
             }));
@@ -200,11 +200,11 @@ fn a_file_with_delayed_visibility_is_not_damage() {
                             let member =
                                 shardflow::checkpoint::ProcessRank { process: process as u32, processes: 2, epoch: 0 };
                             let options = SaverOptions { member, ..SaverOptions::default() };
-                            save_now(&store, &part, agreement, &options, 0).expect("good options").result
+                            save_now(&store, &part, agreement, &options, 0).expect("valid options").result
                         })
                     })
                     .collect();
-                jobs.into_iter().map(|job| job.join().expect("does not panic")).collect::<Vec<_>>()
+                jobs.into_iter().map(|job| job.join().expect("no panic")).collect::<Vec<_>>()
             });
             match &results[0] {
                 Ok(saved) => assert!(is_saved && *saved == SaveOutcome::Committed, "{hidden} {late}"),
@@ -228,12 +228,12 @@ fn some_checkpoints_are_kept_for_good() {
         for _ in 0..10 {
             Model::default().step(&mut here);
             let options = SaverOptions { keep: 2, keep_every: Some(4), ..SaverOptions::default() };
-            let report = save_now(&store, &whole(&here)[0], &SingleProcess, &options, 0).expect("good options");
+            let report = save_now(&store, &whole(&here)[0], &SingleProcess, &options, 0).expect("valid options");
             assert!(report.result.is_ok() && report.prune.is_none(), "{report:?}");
         }
-        assert_eq!(store.steps().expect("can be listed"), [4, 8, 9, 10]);
-        store.prune(u64::MAX, 1, Some(4)).expect("can be deleted");
-        assert_eq!(store.steps().expect("can be listed"), [4, 8, 10]);
+        assert_eq!(store.steps().expect("listed"), [4, 8, 9, 10]);
+        store.prune(u64::MAX, 1, Some(4)).expect("deleted");
+        assert_eq!(store.steps().expect("listed"), [4, 8, 10]);
     });
 }
 
@@ -245,19 +245,19 @@ fn a_replaced_cursor_takes_effect_immediately() {
         let store = open(scratch.path());
         let mut here = session();
         let mut saver = saver(&mut here, &store).expect("a usable store");
-        step_and_save(&mut here, &mut saver).expect("can be saved");
+        step_and_save(&mut here, &mut saver).expect("saved");
         let cursor = Cursor::from([("sample".to_string(), "36".to_string())]);
-        store.set_cursor(1, cursor.clone()).expect("can be written");
+        store.set_cursor(1, cursor.clone()).expect("written");
         assert_eq!(session().restore_newest(&store).expect("loads").found, Some((1, cursor.clone())));
-        step_and_save(&mut here, &mut saver).expect("can be saved");
-        assert_eq!(store.read(1).expect("is kept").manifest().cursor, cursor, "pruning keeps the cursor");
+        step_and_save(&mut here, &mut saver).expect("saved");
+        assert_eq!(store.read(1).expect("a kept checkpoint").manifest().cursor, cursor, "pruning keeps the cursor");
         // A torn cursor is damage; a cursor of another manifest is ignored.
         let file = scratch.path().join("step-000000000001/cursor.json");
-        let text = std::fs::read(&file).expect("is there");
-        std::fs::write(&file, &text[..text.len() / 2]).expect("can be written");
+        let text = std::fs::read(&file).expect("an existing file");
+        std::fs::write(&file, &text[..text.len() / 2]).expect("written");
         let error = store.read(1).expect_err("torn");
         assert!(error.is_damage() && error.to_string().contains("step-000000000001/cursor.json: damaged"), "{error}");
-        std::fs::write(scratch.path().join("step-000000000002/cursor.json"), &text).expect("can be written");
+        std::fs::write(scratch.path().join("step-000000000002/cursor.json"), &text).expect("written");
         assert!(store.read(2).expect("whole").manifest().cursor.is_empty());
     });
 }
@@ -275,14 +275,14 @@ fn a_damaged_checkpoint_is_replaced_when_its_step_is_repeated() {
             let mut here = session();
             let mut first = saver(&mut here, &store).expect("a usable store");
             for _ in 0..2 {
-                step_and_save(&mut here, &mut first).expect("can be saved");
+                step_and_save(&mut here, &mut first).expect("saved");
             }
             drop(first);
             let path = scratch.path().join("step-000000000002").join(file);
             let mut bytes = std::fs::read(&path).expect("a file");
             *bytes.last_mut().expect("bytes") ^= 1;
             bytes.truncate(if is_cut { bytes.len() / 2 } else { bytes.len() });
-            std::fs::write(&path, bytes).expect("can be written");
+            std::fs::write(&path, bytes).expect("written");
             let mut again = session();
             let restored = again.restore_newest(&store).expect("the older one");
             assert_eq!((restored.found.map(|f| f.0), restored.damaged.len()), (Some(1), 1), "{file}");
@@ -301,17 +301,17 @@ fn file_names_that_are_not_utf_8_are_ignored() {
         let store = open(scratch.path());
         let mut here = session();
         let mut saver = saver(&mut here, &store).expect("a usable store");
-        step_and_save(&mut here, &mut saver).expect("can be saved");
+        step_and_save(&mut here, &mut saver).expect("saved");
         let odd = std::ffi::OsStr::from_bytes(b"caf\xe9");
-        std::fs::write(scratch.path().join(odd), "").expect("can be made");
-        std::fs::create_dir(scratch.path().join("step-000000000001").join(odd)).expect("can be made");
-        std::fs::write(scratch.path().join("step-000000000001/e0-0").join(odd), "").expect("can be made");
+        std::fs::write(scratch.path().join(odd), "").expect("created");
+        std::fs::create_dir(scratch.path().join("step-000000000001").join(odd)).expect("created");
+        std::fs::write(scratch.path().join("step-000000000001/e0-0").join(odd), "").expect("created");
         let dir = scratch.path().to_str().expect("UTF-8").to_string();
         let listed = run(&CheckpointCommand::Ls { dir: dir.clone() }).expect("listed");
         assert_eq!(listed.lines().count(), 2, "{listed}");
         run(&CheckpointCommand::Verify { dir, step: None }).expect("verified");
         assert_eq!(session().restore_newest(&store).expect("loads").found.map(|f| f.0), Some(1));
-        assert_eq!(step_and_save(&mut here, &mut saver).expect("can be saved"), SaveOutcome::Committed);
+        assert_eq!(step_and_save(&mut here, &mut saver).expect("saved"), SaveOutcome::Committed);
     });
 }
 

@@ -45,19 +45,19 @@ fn parts(session: &Session, processes: usize) -> Vec<Snapshot> {
 /// The whole state as one safetensors file, for comparison.
 fn saved(session: &Session, folder: &Path) -> Vec<u8> {
     let path = folder.join("whole.safetensors");
-    session.save(&path).expect("can be saved");
+    session.save(&path).expect("saved");
     std::fs::read(&path).expect("a saved file")
 }
 
 fn exported(store: &Store, step: u64, folder: &Path) -> Vec<u8> {
     let path = folder.join("exported.safetensors");
-    export(&store.read(step).expect("was committed"), &path).expect("can be exported");
+    export(&store.read(step).expect("a committed checkpoint"), &path).expect("exported");
     std::fs::read(&path).expect("an exported file")
 }
 
 fn save_all(store: &Store, session: &Session, processes: usize) {
     for report in save_together(store, &parts(session, processes), 0, 1) {
-        assert_eq!(report.result.expect("can be saved"), SaveOutcome::Committed);
+        assert_eq!(report.result.expect("saved"), SaveOutcome::Committed);
         assert!(report.prune.is_none());
     }
 }
@@ -91,10 +91,10 @@ fn every_mesh_loads_the_checkpoint_of_every_other_mesh() {
             model().step(&mut next);
             whole = saved(&next, scratch.path());
             save_all(&store, &next, processes);
-            let manifest = store.read(next.steps()).expect("was committed");
+            let manifest = store.read(next.steps()).expect("a committed checkpoint");
             assert_eq!(manifest.manifest().shards.len(), processes);
             assert!(exported(&store, next.steps(), scratch.path()) == whole, "mesh {mesh}: the saved tensors differ");
-            assert_eq!(store.steps().expect("can be listed"), [next.steps()], "one is kept");
+            assert_eq!(store.steps().expect("listed"), [next.steps()], "one is kept");
         }
     });
 }
@@ -133,15 +133,15 @@ fn a_resumed_training_has_the_losses_of_an_uninterrupted_one() {
                 losses.push(model().step(&mut whole).loss.map(f32::to_bits));
             }
             let last = saver.wait(Duration::from_secs(20)).expect("in time").expect("a save in progress");
-            assert_eq!((last.step, last.result.expect("can be saved")), (4, SaveOutcome::Committed));
+            assert_eq!((last.step, last.result.expect("saved")), (4, SaveOutcome::Committed));
             assert!(saver.wait(Duration::ZERO).expect("no save in progress").is_none());
             // Another seed and a step of training, so that the restore must replace all state.
             let seed = SessionOptions { seed: 7, ..SessionOptions::default() };
             let plan = model().plan(resumed_mesh, &options);
-            let mut resumed = Session::start(plan, &seed).expect("can be started");
+            let mut resumed = Session::start(plan, &seed).expect("started");
             model().step(&mut resumed);
             for from in [2u64, 4] {
-                let reader = store.read(from).expect("two are kept");
+                let reader = store.read(from).expect("two kept checkpoints");
                 assert_eq!(reader.manifest().cursor, cursor(from));
                 assert_eq!(reader.manifest().plan.as_deref(), Some("plan"));
                 resumed.restore_checkpoint(&reader).expect("the same model");
@@ -202,14 +202,14 @@ fn the_commands_list_verify_reshard_and_export() {
         for shards in [2, 8, 1] {
             let to = format!("resharded-{shards}");
             let reshard = CheckpointCommand::Reshard { dir: path(&from), to: path(&to), shards, step: None };
-            command(reshard.clone()).expect("can be resharded");
+            command(reshard.clone()).expect("resharded");
             assert_eq!(command(reshard).expect_err("is there already").exit_code(), 73);
             let next = Store::open(&path(&to)).expect("a folder");
-            assert_eq!(next.read(2).expect("was committed").manifest().shards.len(), shards as usize);
+            assert_eq!(next.read(2).expect("a committed checkpoint").manifest().shards.len(), shards as usize);
             assert!(command(CheckpointCommand::Verify { dir: path(&to), step: None }).is_ok());
             let file = scratch.path().join("model.safetensors");
             let export = CheckpointCommand::Export { dir: path(&to), file: file.clone(), step: Some(2) };
-            command(export).expect("can be exported");
+            command(export).expect("exported");
             assert!(std::fs::read(&file).expect("an exported file") == whole, "{shards} shards: the tensors differ");
             let mut there = session("tensor=3");
             assert_eq!(there.restore_newest(&next).expect("restored").found.map(|f| f.0), Some(2));
@@ -233,7 +233,7 @@ fn the_commands_list_verify_reshard_and_export() {
         // it.
         let shard = scratch.path().join("run/step-000000000002/e0-0/shard-2-of-4.safetensors");
         let bytes = std::fs::read(&shard).expect("a shard");
-        std::fs::write(&shard, &bytes[..bytes.len() - 1]).expect("can be written");
+        std::fs::write(&shard, &bytes[..bytes.len() - 1]).expect("written");
         let error = command(CheckpointCommand::Verify { dir: path("run"), step: None }).expect_err("damaged");
         let text = error.to_string();
         assert!(text.contains("step 1: ok") && text.contains("e0-0/shard-2-of-4.safetensors: damaged"), "{text}");
@@ -264,8 +264,8 @@ fn a_committed_step_is_never_committed_again() {
         }
         assert!(exported(&store, 1, scratch.path()) == before);
         // Unless it was set aside, as damaged checkpoints are.
-        store.set_aside(1).expect("can be renamed");
-        assert!(store.steps().expect("can be listed").is_empty());
+        store.set_aside(1).expect("renamed");
+        assert!(store.steps().expect("listed").is_empty());
         assert!(save_together(&store, &other, 2, 1).iter().all(|r| matches!(r.result, Ok(SaveOutcome::Committed))));
         assert!(exported(&store, 1, scratch.path()) != before);
         assert!(!scratch.path().join("step-000000000001/e0-0").exists(), "files of other attempts remain");
@@ -286,24 +286,24 @@ fn a_checkpoint_is_committed_only_if_all_processes_write() {
         model().step(&mut here);
         let parts = parts(&here, 2);
         // A file blocks the path of the attempt's folder.
-        std::fs::create_dir_all(scratch.path().join("step-000000000001")).expect("can be made");
-        std::fs::write(scratch.path().join("step-000000000001/e0-0"), "").expect("can be made");
+        std::fs::create_dir_all(scratch.path().join("step-000000000001")).expect("created");
+        std::fs::write(scratch.path().join("step-000000000001/e0-0"), "").expect("created");
         for report in save_together(&store, &parts, 0, 1) {
-            let error = report.result.expect_err("no folder can be made");
+            let error = report.result.expect_err("the folder cannot be created");
             assert_eq!(error.exit_code(), 73);
             assert!(error.to_string().contains("step-000000000001/e0-0/shard-"), "{error}");
         }
-        assert!(store.newest().expect("can be listed").reader.is_none());
+        assert!(store.newest().expect("listed").reader.is_none());
         assert!(save_together(&store, &parts, 1, 1).iter().all(|r| matches!(r.result, Ok(SaveOutcome::Committed))));
         // A shard that was reported but not written is detected.
         model().step(&mut here);
         let part = here.snapshot(None).expect("a running session");
         let member = ProcessRank { process: 0, processes: 2, epoch: 1 };
         let options = SaverOptions { member, ..SaverOptions::default() };
-        let report = save_now(&store, &part, &SingleProcess, &options, 0).expect("good options");
+        let report = save_now(&store, &part, &SingleProcess, &options, 0).expect("valid options");
         let text = report.result.expect_err("the other shard is missing").to_string();
         assert!(text.contains("e1-0/shard-1-of-2.json: damaged: the file is missing"), "{text}");
-        assert_eq!(store.steps().expect("can be listed"), [1]);
+        assert_eq!(store.steps().expect("listed"), [1]);
     });
 }
 

@@ -32,7 +32,7 @@ struct Gate {
 
 impl Gate {
     fn set(&self, closed: bool) {
-        *self.closed.lock().expect("no panic") = closed;
+        *self.closed.lock().expect("the lock is not poisoned") = closed;
         self.opened.notify_all();
     }
 }
@@ -77,7 +77,7 @@ impl CustomKernel for GatedKernel {
 
     fn run_cpu(&self, mut args: CpuArgs<'_>) -> Result<(), KernelError> {
         if let Some(gate) = &self.0 {
-            let closed = gate.closed.lock().expect("no panic");
+            let closed = gate.closed.lock().expect("the lock is not poisoned");
             drop(gate.opened.wait_while(closed, |closed| *closed).expect("no panic"));
         }
         let (CpuSlice::F32(from), CpuSliceMut::F32(to)) = (&args.reads[0].data, &mut args.writes[0].data) else {

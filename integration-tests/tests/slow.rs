@@ -107,7 +107,7 @@ fn a_session_waits_for_a_slow_rank_and_reports_it() {
         };
         assert!(line.starts_with("waiting for rank 1, which has been"), "{line}");
         release.send(()).expect("rank 1 waits");
-        let (set, _) = waiting.join().expect("does not panic");
+        let (set, _) = waiting.join().expect("no panic");
         set.expect("rank 1 continues");
     });
 }

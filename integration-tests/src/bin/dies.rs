@@ -150,7 +150,7 @@ impl Watch {
 fn wait_for_death() {
     let deadline = Instant::now() + DEATH_WITHIN;
     while !victim_is_dead() {
-        assert!(Instant::now() < deadline, "nobody died within {DEATH_WITHIN:?}");
+        assert!(Instant::now() < deadline, "no process died within {DEATH_WITHIN:?}");
         thread::sleep(POLL_EVERY);
     }
 }

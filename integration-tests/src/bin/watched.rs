@@ -36,12 +36,12 @@ struct Gate {
 
 impl Gate {
     fn set(&self, closed: bool) {
-        *self.closed.lock().expect("no panic") = closed;
+        *self.closed.lock().expect("the lock is not poisoned") = closed;
         self.opened.notify_all();
     }
 
     fn pass(&self) {
-        let closed = self.closed.lock().expect("no panic");
+        let closed = self.closed.lock().expect("the lock is not poisoned");
         drop(self.opened.wait_while(closed, |closed| *closed).expect("no panic"));
     }
 }
